@@ -1,0 +1,43 @@
+"""loradiag: rank diagnostics for fine-tuned models.
+
+The functions mirror the commands and are imported when first used:
+
+    >>> import lora_diag
+    >>> results = lora_diag.spectrum("sample_checkpoints/base", "sample_checkpoints/full_ft")
+    >>> len(results)
+    30
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from lora_diag.errors import InputError, LoradiagError, NothingComparedError, UsageError
+from lora_diag.version import __version__
+
+if TYPE_CHECKING:
+    from lora_diag.api.spectrum import spectrum
+    from lora_diag.results import Results, read_results
+
+# Public name -> module that defines it.
+_LAZY = {
+    "Results": "lora_diag.results",
+    "read_results": "lora_diag.results",
+    "spectrum": "lora_diag.api.spectrum",
+}
+
+__all__ = [
+    "InputError",
+    "LoradiagError",
+    "NothingComparedError",
+    "Results",
+    "UsageError",
+    "__version__",
+    "read_results",
+    "spectrum",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'lora_diag' has no attribute {name!r}")
+    return getattr(import_module(_LAZY[name]), name)

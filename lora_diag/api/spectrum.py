@@ -1,0 +1,193 @@
+"""``spectrum``: is the update low-rank, layer by layer?"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from lora_diag.checkpoints import Checkpoint, open_checkpoint
+from lora_diag.deltas import Delta, Pairing, natural_order, pair
+from lora_diag.diagnostics.left_out import left_out_rows, left_out_vector
+from lora_diag.diagnostics.spectrum import RANKS, SpectrumSettings
+from lora_diag.diagnostics.spectrum import spectrum as measure
+from lora_diag.engines import run_local
+from lora_diag.errors import UsageError
+from lora_diag.linalg import METHODS, resolve_device
+from lora_diag.results import End, LeftOut, Results, ResultsWriter, Run, RunInput, Spectrum
+from lora_diag.version import __version__
+
+Record = Run | Spectrum | LeftOut | End
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """Where a run is; sent when it starts and after every layer.
+
+    Args:
+        layer: The layer at hand.
+        done: Layers finished.
+        layers: Layers in all.
+        entries_done: Matrix entries of the finished layers.
+        entries: Matrix entries in all.
+    """
+
+    layer: str
+    done: int
+    layers: int
+    entries_done: int
+    entries: int
+
+
+def spectrum(
+    base: Path | str,
+    tuned: Path | str,
+    *,
+    ranks: Sequence[int] = RANKS,
+    layers: str | None = None,
+    exclude: str | None = None,
+    method: str = "auto",
+    top: int | None = None,
+    device: str = "auto",
+    seed: int = 0,
+    output: Path | str | None = None,
+    resume: bool = False,
+    on_progress: Callable[[Progress], None] | None = None,
+    on_record: Callable[[Record], None] | None = None,
+) -> Results:
+    r"""Measure the spectrum of ΔW = W_tuned − W_base for every weight that both checkpoints have.
+
+    One layer is in memory at a time.
+
+    Args:
+        base: The checkpoint before: a file, a folder, or a shard index.
+        tuned: The checkpoint after.
+        ranks: Ranks r at which C(r) and the truncation errors are given.
+        layers: Regular expression; only weights whose name contains a match.
+        exclude: Regular expression; no weights whose name contains a match.
+        method: ``auto``, ``exact`` or ``gram``.
+        top: Keep only so many of the largest singular values.
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:1``.
+        seed: Recorded; for methods that draw random numbers.
+        output: Results file, appended line by line.
+        resume: Go on behind what an interrupted run left in ``output``.
+        on_progress: Called at the start and after every layer.
+        on_record: Called with every record, in the order of the file, as it comes.
+
+    Returns:
+        All records of the run. Layers whose entries are not finite are in ``left_out``, the rest is measured.
+
+    Raises:
+        UsageError: An option makes no sense, or ``output`` holds something that would be lost.
+        InputError: An input cannot be read.
+        NothingComparedError: The checkpoints have no weight in common.
+
+    Example:
+        >>> results = spectrum("sample_checkpoints/base", "sample_checkpoints/full_ft", layers=r"layers\.0\..*q_proj")
+        >>> [(record.layer, record.shape) for record in results]
+        [('model.layers.0.self_attn.q_proj.weight', (128, 128))]
+    """
+    settings = _settings(ranks, method, top, device)
+    before, after = open_checkpoint(base), open_checkpoint(tuned)
+    pairing = pair(before, after, layers, exclude)
+    run = Run(
+        command="spectrum",
+        version=__version__,
+        inputs=(_input("base", before), _input("tuned", after)),
+        settings={
+            "ranks": list(settings.ranks),
+            "layers": layers,
+            "exclude": exclude,
+            "method": method,
+            "top": top,
+            "device": resolve_device(device).type,
+            "seed": seed,
+        },
+    )
+    with ResultsWriter(Path(output) if output is not None else None, run, resume) as writer:
+        return _measure(pairing, settings, writer, on_progress or _ignore, on_record or _ignore)
+
+
+def _settings(ranks: Sequence[int], method: str, top: int | None, device: str) -> SpectrumSettings:
+    """Check the options before anything is opened."""
+    if not ranks or min(ranks) < 1:
+        raise UsageError(f"--ranks {','.join(map(str, ranks))}: ranks must be whole numbers from 1 up")
+    if top is not None and top < 1:
+        raise UsageError(f"--top {top}: must be at least 1")
+    if method not in {"auto", *dict(METHODS)}:
+        raise UsageError(f"--method {method}: use auto, {', '.join(dict(METHODS))}")
+    resolve_device(device)
+    return SpectrumSettings(tuple(sorted(set(ranks))), method, top, device)
+
+
+def _input(role: str, checkpoint: Checkpoint) -> RunInput:
+    return RunInput(
+        role=role, path=str(checkpoint.path), kind=checkpoint.kind, tensors=len(checkpoint), notes=checkpoint.notes
+    )
+
+
+def _measure(
+    pairing: Pairing,
+    settings: SpectrumSettings,
+    writer: ResultsWriter,
+    on_progress: Callable[[Progress], None],
+    on_record: Callable[[Record], None],
+) -> Results:
+    """Measure what is not yet in the results file; write and tell each record in the order of the file."""
+    earlier = writer.earlier
+    for old in earlier.records():
+        on_record(old)
+    if earlier.end is not None:
+        return earlier
+
+    def put(record: Record) -> None:
+        writer.append(record)
+        on_record(record)
+
+    layers, not_finite = list(earlier.layers), []
+    measured = {record.layer for record in earlier.layers}
+    todo = [delta for delta in pairing.deltas if delta.is_matrix and delta.layer not in measured]
+    for record in _with_progress(run_local(partial(measure, settings=settings), todo), todo, on_progress):
+        if isinstance(record, Spectrum):
+            put(record)
+            layers.append(record)
+        else:
+            not_finite.append(record)
+
+    device = resolve_device(settings.device)
+    vectors = [delta for delta in pairing.deltas if not delta.is_matrix]
+    left_out = [
+        *not_finite,
+        *(record for _, record in run_local(partial(left_out_vector, device=device), vectors)),
+        *(record for _, record in run_local(partial(left_out_rows, device=device), pairing.unpaired)),
+    ]
+    left_out.sort(key=lambda record: (natural_order(record.layer), record.reason))
+    for record in left_out[len(earlier.left_out) :]:
+        put(record)
+    end = End(
+        layers=len(layers),
+        left_out=len(left_out),
+        fro=math.hypot(*(record.fro for record in layers)),
+        base_fro=math.hypot(*(record.base_fro for record in layers)),
+    )
+    put(end)
+    return Results(writer.run, tuple(layers), tuple(left_out), end)
+
+
+def _with_progress(
+    measured: Iterator[tuple[Delta, Spectrum | LeftOut]], todo: list[Delta], on_progress: Callable[[Progress], None]
+) -> Iterator[Spectrum | LeftOut]:
+    sizes = [math.prod(delta.shape) for delta in todo]
+    names = [delta.layer for delta in todo] + [""]
+    entries_done, entries = 0, sum(sizes)
+    on_progress(Progress(names[0], 0, len(todo), 0, entries))
+    for done, (_, record) in enumerate(measured, 1):
+        entries_done += sizes[done - 1]
+        on_progress(Progress(names[done], done, len(todo), entries_done, entries))
+        yield record
+
+
+def _ignore(event: object) -> None:
+    """Take no notice."""

@@ -1,0 +1,139 @@
+"""What a path is: a file, a shard index, or a folder with weights in it; and what is refused by name."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from lora_diag.checkpoints.pickled import TorchFile
+from lora_diag.checkpoints.safetensors import SafetensorsFile
+from lora_diag.checkpoints.tensors import Checkpoint
+from lora_diag.errors import InputError
+
+# The formats, in the order in which they are asked whether a file is theirs.
+FORMATS: tuple[type[SafetensorsFile] | type[TorchFile], ...] = (SafetensorsFile, TorchFile)
+
+# In a folder the first of these that exists is read; transformers looks in the same order.
+WEIGHTS = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+    "diffusion_pytorch_model.safetensors",
+    "diffusion_pytorch_model.safetensors.index.json",
+)
+
+# Folders that hold weights in a form that is not read, with the way out. The first pattern that matches speaks.
+FOREIGN = (
+    ("adapter_config.json", "is an adapter; adapters are not read yet: merge it with peft and pass the merged folder"),
+    ("*.distcp", "is a torch.distributed checkpoint; convert it first: "
+                 "python -m torch.distributed.checkpoint.format_utils dcp_to_torch {path} out.pt"),
+    ("pytorch_model_fsdp_0", "holds FSDP shards; convert them first: "
+                             "accelerate merge-weights {path}/pytorch_model_fsdp_0 out"),
+    ("global_step*", "is a DeepSpeed checkpoint; convert it first: "
+                     "python {path}/zero_to_fp32.py {path} out --safe_serialization"),
+    ("*.gguf", "holds GGUF files, which are quantized for inference; pass the checkpoint they were made from"),
+)  # fmt: skip
+
+# Suffixes of tensor names that betray packed weights, with the name of the method.
+PACKED = ((".qweight", "GPTQ or AWQ"), (".weight_packed", "compressed-tensors"), ("_blocks", "MXFP4"))
+
+
+def open_checkpoint(path: Path | str) -> Checkpoint:
+    """Open a checkpoint by its headers; no weight is read.
+
+    Args:
+        path: A file, a ``*.index.json``, or a folder that holds either.
+
+    Returns:
+        The checkpoint, with at least one tensor.
+
+    Raises:
+        InputError: Nothing readable is there; the message says what was looked for or what to convert.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise InputError(f"{path}: no such file or folder")
+    source = _weights_in(path) if path.is_dir() else path
+    if source.name.endswith(".index.json"):
+        files, notes = _open_shards(source)
+        kind = f"sharded {files[0].label}, {len(files)} files"
+    else:
+        file = _open_file(source)
+        files, notes, kind = [file], (), f"{file.label} file"
+    checkpoint = Checkpoint(path, kind, tuple(files), notes + tuple(note for file in files for note in file.notes))
+    if len(checkpoint) == 0:
+        raise InputError(f"{source}: holds no tensors")
+    _refuse_packed(checkpoint)
+    return checkpoint
+
+
+def _weights_in(folder: Path) -> Path:
+    for name in WEIGHTS:
+        if (folder / name).is_file():
+            return folder / name
+    for pattern, message in FOREIGN:
+        if any(folder.glob(pattern)):
+            raise InputError(f"{folder}: {message.format(path=folder)}")
+    single = sorted(folder.glob("*.safetensors"))
+    if len(single) == 1:
+        return single[0]
+    raise InputError(
+        f"{folder}: no weights found; looked for {', '.join(WEIGHTS)}"
+        + (f"; it holds {len(single)} other .safetensors files: name one of them" if single else "")
+    )
+
+
+def _open_file(path: Path) -> SafetensorsFile | TorchFile:
+    for file_format in FORMATS:
+        try:
+            if file_format.matches(path):
+                return file_format(path)
+        except OSError as error:
+            raise InputError(f"{path}: cannot be read: {error.strerror}") from error
+    raise InputError(f"{path}: unknown format; known are .safetensors files and torch files (.bin, .pt, .pth, .ckpt)")
+
+
+def _open_shards(index: Path) -> tuple[list[SafetensorsFile | TorchFile], tuple[str, ...]]:
+    """Open the shards that an index names, holding the index against what they contain."""
+    weight_map = _weight_map(index)
+    files: dict[str, SafetensorsFile | TorchFile] = {}
+    for shard in sorted(set(weight_map.values())):
+        # The *name* must be plain; a plain name may still be a link into a hub cache.
+        if shard in {"", ".", ".."} or "/" in shard or "\\" in shard or "\0" in shard:
+            raise InputError(f"{index}: the shard {shard!r} is not a plain file name inside the folder; refused")
+        if not (index.parent / shard).is_file():
+            raise InputError(f"{index}: the shard {shard} is missing from {index.parent}; copy or download it again")
+        files[shard] = _open_file(index.parent / shard)
+    for name, shard in weight_map.items():
+        if name not in files[shard].tensors:
+            raise InputError(f"{index}: says that {name} is in {shard}, but it is not there")
+    extra = sorted(name for shard, file in files.items() for name in file.tensors if weight_map.get(name) != shard)
+    notes = (f"{len(extra)} tensors are in a shard but not in the index, such as {extra[0]}",) if extra else ()
+    for shard, file in files.items():
+        file.tensors = {name: info for name, info in file.tensors.items() if weight_map.get(name) == shard}
+    return list(files.values()), notes
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    try:
+        content: Any = json.loads(index.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{index}: is not a readable shard index: {error}") from error
+    weight_map = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise InputError(f"{index}: has no weight_map, or an empty one")
+    if not all(isinstance(shard, str) for shard in weight_map.values()):
+        raise InputError(f"{index}: weight_map must map tensor names to file names")
+    return weight_map
+
+
+def _refuse_packed(checkpoint: Checkpoint) -> None:
+    for name in checkpoint:
+        for suffix, method in PACKED:
+            if name.endswith(suffix) and checkpoint[name].dtype.startswith(("int", "uint")):
+                raise InputError(
+                    f"{checkpoint.file_of(name)}: is {method}-quantized ({name} is packed {checkpoint[name].dtype}); "
+                    "its weights are not stored as floats: give the unquantized checkpoint"
+                )

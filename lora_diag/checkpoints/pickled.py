@@ -1,0 +1,128 @@
+"""The ``torch.save`` format: ``pytorch_model.bin``, ``*.pt``, ``*.pth``, ``*.ckpt``.
+
+Only ever ``weights_only=True``: a file that needs code to be read is refused, whatever it promises. Zip files are
+mapped, and the pages of a range are given back after it was copied, so that resident memory does not grow with the
+file; the legacy format of torch < 1.6 cannot be mapped and is loaded whole, which a note says.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import pickle
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lora_diag.checkpoints.tensors import TensorInfo
+from lora_diag.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+
+ZIP = b"PK\x03\x04"
+# Where trainers put the weights inside a larger dictionary.
+WRAPPERS = ("state_dict", "model", "module", "model_state_dict")
+
+
+class TorchFile:
+    """One file written by ``torch.save``, holding a state dict or a dict around one.
+
+    Args:
+        path: The file.
+
+    Raises:
+        InputError: It is not such a file, needs code to be read, or holds no tensors.
+    """
+
+    label = "torch pickle"
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.notes: tuple[str, ...] = ()
+        self._load()
+
+    @staticmethod
+    def matches(path: Path) -> bool:
+        """Say whether this format claims the file: by its ending, or by the first bytes of a zip or a pickle."""
+        if path.suffix in {".bin", ".pt", ".pth", ".ckpt"}:
+            return True
+        with path.open("rb") as file:
+            head = file.read(4)
+        return head == ZIP or (len(head) > 1 and head[0] == 0x80 and head[1] in range(2, 6))
+
+    def read(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Return the entries ``start:stop`` of a tensor (row-major, stored dtype, memory of its own)."""
+        tensor = self._state[name]
+        if not tensor.is_contiguous():
+            return tensor.reshape(-1)[start:stop].clone()
+        view = tensor.view(-1)[start:stop]
+        out = view.clone()
+        if self._mapped:
+            _forget(view)
+        return out
+
+    def _load(self) -> None:
+        import torch  # here, so that looking at safetensors headers stays instant
+
+        try:
+            with self.path.open("rb") as file:
+                self._mapped = file.read(4) == ZIP
+            loaded = torch.load(self.path, map_location="cpu", weights_only=True, mmap=self._mapped)
+        except OSError as error:
+            raise InputError(f"{self.path}: cannot be read: {error.strerror}") from error
+        except pickle.UnpicklingError as error:
+            raise InputError(
+                f"{self.path}: holds more than tensors, and reading it could run code, so it is not read; "
+                "save the weights alone: safetensors.torch.save_file(model.state_dict(), 'model.safetensors')"
+            ) from error
+        except Exception as error:  # torch raises many kinds, down to a bare EOFError, on damaged files
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise InputError(f"{self.path}: is not a readable torch file: {reason}") from error
+        self._state = _state_dict(loaded, self.path)
+        if not self._mapped:
+            self.notes = (f"{self.path.name} is in torch's legacy format and was loaded whole",)
+        self.tensors: Mapping[str, TensorInfo] = {
+            name: TensorInfo(name, tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
+            for name, tensor in self._state.items()
+        }
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the mapped tensors behind: a copy in another process maps the file itself."""
+        return {"path": self.path}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.path = state["path"]
+        self.notes = ()
+        self._load()
+
+
+def _state_dict(loaded: Any, path: Path) -> dict[str, torch.Tensor]:
+    """Return the tensors by name, from inside a wrapper when the outer dictionary has none of its own."""
+    import torch
+
+    if isinstance(loaded, dict):
+        tensors = {str(name): value.detach() for name, value in loaded.items() if isinstance(value, torch.Tensor)}
+        if tensors:
+            dense = {name: value for name, value in tensors.items() if value.layout == torch.strided}
+            if len(dense) < len(tensors):
+                raise InputError(
+                    f"{path}: {sorted(tensors.keys() - dense.keys())[0]} is a sparse tensor; save it dense"
+                )
+            return dense
+        for key in WRAPPERS:
+            if isinstance(loaded.get(key), dict):
+                return _state_dict(loaded[key], path)
+    raise InputError(f"{path}: holds no tensors by name (a {type(loaded).__name__}); save model.state_dict()")
+
+
+def _forget(view: torch.Tensor) -> None:
+    """Tell the system that the mapped pages under ``view`` are no longer needed (they can be read again)."""
+    if sys.platform == "win32":
+        return
+    page = mmap.PAGESIZE
+    begin = -(-view.data_ptr() // page) * page
+    length = (view.data_ptr() + view.numel() * view.element_size() - begin) // page * page
+    if length > 0:
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(begin), ctypes.c_size_t(length), mmap.MADV_DONTNEED)

@@ -1,0 +1,192 @@
+"""The safetensors format: an 8-byte length, a JSON header, then the bytes of every tensor.
+
+The header is parsed here rather than by the library, for three reasons: ranges are read with ``pread`` into memory of
+their own, so that a page of a 100 GB checkpoint never counts as resident and a file that shrinks gives an error
+instead of a SIGBUS; duplicate names, which the library accepts, are refused; and opening costs no torch import.
+
+Reference: https://github.com/huggingface/safetensors#format
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lora_diag.checkpoints.tensors import TensorInfo
+from lora_diag.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+
+# The library's own limit, so that a hostile length cannot make us allocate.
+MAX_HEADER_BYTES = 100_000_000
+
+# dtype in the file -> torch's name, bits per entry.
+DTYPES = {
+    "F64": ("float64", 64),
+    "F32": ("float32", 32),
+    "F16": ("float16", 16),
+    "BF16": ("bfloat16", 16),
+    "I64": ("int64", 64),
+    "I32": ("int32", 32),
+    "I16": ("int16", 16),
+    "I8": ("int8", 8),
+    "U64": ("uint64", 64),
+    "U32": ("uint32", 32),
+    "U16": ("uint16", 16),
+    "U8": ("uint8", 8),
+    "BOOL": ("bool", 8),
+    "F8_E4M3": ("float8_e4m3fn", 8),
+    "F8_E5M2": ("float8_e5m2", 8),
+    "F8_E4M3FNUZ": ("float8_e4m3fnuz", 8),
+    "F8_E5M2FNUZ": ("float8_e5m2fnuz", 8),
+    "F8_E8M0": ("float8_e8m0fnu", 8),
+    "C64": ("complex64", 64),
+    "F4": ("F4", 4),
+    "F6_E2M3": ("F6_E2M3", 6),
+    "F6_E3M2": ("F6_E3M2", 6),
+}
+
+
+class SafetensorsFile:
+    """One ``*.safetensors`` file, opened by its header.
+
+    Args:
+        path: The file.
+
+    Raises:
+        InputError: The header is not one, or does not describe the file's bytes exactly.
+    """
+
+    label = "safetensors"
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.notes: tuple[str, ...] = ()
+        header, data_start, data_bytes = _read_header(path)
+        self.metadata = _metadata(header.pop("__metadata__", {}), path)
+        self.tensors: Mapping[str, TensorInfo]
+        self.tensors, spans = _tensors(header, data_bytes, path)
+        self._start = {name: data_start + begin for name, (begin, _) in spans.items()}
+        self._descriptor: int | None = None
+
+    @staticmethod
+    def matches(path: Path) -> bool:
+        """Say whether this format claims the file."""
+        return path.suffix == ".safetensors"
+
+    def read(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Return the entries ``start:stop`` of a tensor (row-major, stored dtype, memory of its own)."""
+        import torch  # here, so that looking at headers stays instant
+
+        info = self.tensors[name]
+        dtype = getattr(torch, info.dtype, None)
+        if dtype is None:
+            raise InputError(f"{self.path}: {name} is stored as {info.dtype}, which this torch cannot represent")
+        out = torch.empty(stop - start, dtype=dtype)
+        buffer = memoryview(out.view(torch.uint8).numpy().data)
+        self._fill(buffer, self._start[name] + start * dtype.itemsize, name)
+        return out
+
+    def _fill(self, buffer: memoryview, offset: int, name: str) -> None:
+        done = 0
+        try:
+            if self._descriptor is None:
+                self._descriptor = os.open(self.path, os.O_RDONLY)
+            while done < len(buffer):  # one pread returns at most 2 GiB
+                count = os.preadv(self._descriptor, [buffer[done:]], offset + done)
+                if count == 0:
+                    raise InputError(f"{self.path}: the file ends inside {name}; copy or download it again")
+                done += count
+        except OSError as error:
+            raise InputError(f"{self.path}: cannot read {name}: {error.strerror}") from error
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the open descriptor behind: a copy in another process opens its own."""
+        return self.__dict__ | {"_descriptor": None}
+
+    def __del__(self) -> None:
+        if getattr(self, "_descriptor", None) is not None:
+            os.close(self._descriptor)  # type: ignore[arg-type]
+
+
+def _read_header(path: Path) -> tuple[dict[str, Any], int, int]:
+    """Return the JSON header, the offset of the data and the number of data bytes."""
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if size < 8 or length > size - 8 or length > MAX_HEADER_BYTES:
+                raise InputError(
+                    f"{path}: not a whole safetensors file: it has {size:,} bytes "
+                    + (f"and its header claims {length:,}" if size >= 8 else "and needs at least 8")
+                    + "; copy or download it again"
+                )
+            raw = file.read(length)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
+    try:
+        header = json.loads(raw, object_pairs_hook=_unique)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: the safetensors header is not valid: {error}") from error
+    if not isinstance(header, dict):
+        raise InputError(f"{path}: the safetensors header is a {type(header).__name__}, not an object")
+    return header, 8 + length, size - 8 - length
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        names = [name for name, _ in pairs]
+        repeated = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"{repeated!r} appears twice")
+    return result
+
+
+def _metadata(value: Any, path: Path) -> dict[str, str]:
+    if not isinstance(value, dict) or not all(isinstance(item, str) for item in value.values()):
+        raise InputError(f"{path}: __metadata__ in the safetensors header must map strings to strings")
+    return value
+
+
+def _tensors(
+    header: dict[str, Any], data_bytes: int, path: Path
+) -> tuple[dict[str, TensorInfo], dict[str, tuple[int, int]]]:
+    """Check every entry of the header and that together they cover the data exactly once."""
+    tensors: dict[str, TensorInfo] = {}
+    spans: dict[str, tuple[int, int]] = {}
+    for name, entry in header.items():
+        tensors[name], spans[name] = _tensor(name, entry, path)
+    end = 0
+    for name, (begin, stop) in sorted(spans.items(), key=lambda item: item[1]):
+        if begin != end:
+            raise InputError(f"{path}: {name} starts at byte {begin:,}, but the tensor before it ends at {end:,}")
+        end = stop
+    if end != data_bytes:
+        raise InputError(
+            f"{path}: the header describes {end:,} bytes of tensors, the file holds {data_bytes:,}; "
+            "it was cut short or is still being written: copy or download it again"
+        )
+    return tensors, spans
+
+
+def _tensor(name: str, entry: Any, path: Path) -> tuple[TensorInfo, tuple[int, int]]:
+    def is_size(value: Any) -> bool:
+        return type(value) is int and 0 <= value < 2**63
+
+    try:
+        code, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+    except (TypeError, KeyError, ValueError) as error:
+        raise InputError(f"{path}: the header entry of {name} lacks dtype, shape or data_offsets") from error
+    if code not in DTYPES:
+        raise InputError(f"{path}: {name} has the unknown dtype {code!r}")
+    if not isinstance(shape, list) or not all(map(is_size, [*shape, begin, end])) or begin > end:
+        raise InputError(f"{path}: the header entry of {name} has an impossible shape or offset")
+    dtype, bits = DTYPES[code]
+    if math.prod(shape) * bits != (end - begin) * 8:
+        raise InputError(f"{path}: {name} is {code} {shape}, which does not take the {end - begin:,} bytes it is given")
+    return TensorInfo(name, tuple(shape), dtype), (begin, end)

@@ -1,0 +1,99 @@
+"""What a checkpoint is to the rest of the program: names, shapes, dtypes, and ranges of numbers on request."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    import torch
+
+# Floating-point dtypes whose bytes are the numbers. An 8-bit float needs the scales stored beside it to mean
+# anything, so it is not in this list.
+FLOAT_DTYPES = frozenset({"float64", "float32", "float16", "bfloat16"})
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """Name, shape and dtype of a stored tensor.
+
+    ``dtype`` is torch's own word (``bfloat16``), or the file's (``F4``) where torch has none.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def numel(self) -> int:
+        """Number of entries."""
+        return math.prod(self.shape)
+
+
+class TensorFile(Protocol):
+    """One open file of tensors; implementations are listed in ``FORMATS``."""
+
+    path: Path
+    tensors: Mapping[str, TensorInfo]
+    notes: tuple[str, ...]
+
+    def read(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Return the entries ``start:stop`` (row-major, 1-D, stored dtype) of a tensor, in memory of its own."""
+        ...
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Named tensors of one file, or of the shards of a folder.
+
+    Args:
+        path: What the user named.
+        kind: Words for people, such as ``sharded safetensors``.
+        files: The open files; tensor names are unique over them.
+        notes: What a careful reader should know about how it was opened.
+    """
+
+    path: Path
+    kind: str
+    files: tuple[TensorFile, ...]
+    notes: tuple[str, ...] = ()
+    _home: dict[str, TensorFile] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        """Index the tensors by name."""
+        object.__setattr__(self, "_home", {name: file for file in self.files for name in file.tensors})
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._home
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._home)
+
+    def __len__(self) -> int:
+        return len(self._home)
+
+    def __getitem__(self, name: str) -> TensorInfo:
+        return self._home[name].tensors[name]
+
+    def file_of(self, name: str) -> Path:
+        """Return the file that holds a tensor."""
+        return self._home[name].path
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
+        """Read a range of a tensor's entries.
+
+        Args:
+            name: A name in this checkpoint.
+            start: First entry, counted in row-major order.
+            stop: One past the last entry; default all.
+
+        Returns:
+            1-D tensor of ``stop - start`` entries in the stored dtype, in memory of its own.
+
+        Raises:
+            InputError: The file ended early or could not be read.
+        """
+        return self._home[name].read(name, start, self[name].numel if stop is None else stop)

@@ -1,0 +1,40 @@
+"""``loradiag inspect``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lora_diag.cli import options
+from lora_diag.cli.output import result, terminal
+
+
+def inspect(
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="A checkpoint or a results file.")],
+    per: options.PerRow = options.Per.type,
+    json: options.Json = False,
+) -> None:
+    """What is in this checkpoint, or in this results file? Reads headers only, or shows the table again.
+
+    Example: loradiag inspect results.jsonl --per layer
+    """
+    from lora_diag.results import is_results_file, read_results
+    from lora_diag.results.file import to_line
+
+    if is_results_file(path):
+        from lora_diag.reports.table import spectrum_table
+
+        results = read_results(path)
+        for record in results.records() if json else ():
+            result(to_line(record))
+        if not json:
+            result(spectrum_table(results, *terminal(), per=per))
+        return
+
+    from lora_diag.api.inspect import inspect as look
+    from lora_diag.reports.inventory import inventory_table
+
+    inventory = look(path)
+    result(inventory.model_dump_json() if json else inventory_table(inventory, *terminal()))

@@ -1,0 +1,46 @@
+"""The options that several commands share, and how their words are read."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lora_diag.errors import UsageError
+
+
+class Per(StrEnum):
+    """What one row of a table is."""
+
+    type = "type"
+    layer = "layer"
+
+
+Base = Annotated[Path, typer.Argument(metavar="BASE", help="Checkpoint before: a file, a folder or a shard index.")]
+Tuned = Annotated[Path, typer.Argument(metavar="TUNED", help="Checkpoint after.")]
+Layers = Annotated[str | None, typer.Option(metavar="REGEX", help="Only weights whose name contains a match.")]
+Exclude = Annotated[str | None, typer.Option(metavar="REGEX", help="No weights whose name contains a match.")]
+Device = Annotated[str, typer.Option(metavar="auto|cpu|cuda[:i]|mps", help="Where to compute.")]
+Method = Annotated[str, typer.Option(metavar="auto|exact|gram", help="How to compute singular values.")]
+Top = Annotated[int | None, typer.Option(metavar="K", help="Keep only the K largest singular values.")]
+Ranks = Annotated[str, typer.Option(metavar="R,R,...", help="Ranks r at which C(r) and the errors are given.")]
+Output = Annotated[Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write the records here (JSONL).")]
+Json = Annotated[bool, typer.Option("--json", help="Records on standard output, and nothing else there.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on with the interrupted run in --output.")]
+Seed = Annotated[int, typer.Option(metavar="N", help="Seed of methods that draw random numbers; recorded.")]
+PerRow = Annotated[Per, typer.Option(help="One row a module type, or one a layer.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no messages, no table.")]
+
+
+def parse_ranks(words: str) -> list[int]:
+    """Read ``4,8,16``.
+
+    >>> parse_ranks("4,8,16")
+    [4, 8, 16]
+    """
+    try:
+        return [int(word) for word in words.split(",")]
+    except ValueError as error:
+        raise UsageError(f"--ranks {words}: give whole numbers with commas, such as 4,8,16") from error

@@ -1,0 +1,69 @@
+"""``loradiag spectrum``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import typer
+
+from lora_diag.cli import options
+from lora_diag.cli.output import message, progress_bar, result, terminal
+from lora_diag.errors import UNREADABLE, UsageError
+
+
+def spectrum(
+    base: options.Base,
+    tuned: options.Tuned,
+    ranks: options.Ranks = "4,8,16,32,64",
+    layers: options.Layers = None,
+    exclude: options.Exclude = None,
+    method: options.Method = "auto",
+    top: options.Top = None,
+    device: options.Device = "auto",
+    seed: options.Seed = 0,
+    per: options.PerRow = options.Per.type,
+    output: options.Output = None,
+    json: options.Json = False,
+    resume: options.Resume = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Is the update low-rank, layer by layer? Singular values of ΔW = W_tuned - W_base.
+
+    Example: loradiag spectrum base/ full_ft/ --ranks 8,16,64 -o results.jsonl
+    """
+    if resume and output is None:
+        raise UsageError("--resume: give the results file of the interrupted run with -o")
+    # torch comes with it: not before it is needed
+    from lora_diag.api.spectrum import spectrum as measure
+    from lora_diag.reports.table import spectrum_table
+    from lora_diag.results.file import to_line
+
+    with progress_bar(quiet) as on_progress:
+        results = measure(
+            base,
+            tuned,
+            ranks=options.parse_ranks(ranks),
+            layers=layers,
+            exclude=exclude,
+            method=method,
+            top=top,
+            device=device,
+            seed=seed,
+            output=output,
+            resume=resume,
+            on_progress=on_progress,
+            on_record=(lambda record: result(to_line(record))) if json else None,
+        )
+    if not json and not quiet:
+        result(spectrum_table(results, *terminal(), per=per, then=_next(base, tuned, output)))
+    not_finite = [item for item in results.left_out if item.reason == "non_finite"]
+    for item in not_finite:
+        message(f"error: {item.layer}: {item.detail}; the layer was left out")
+    if not_finite:
+        raise typer.Exit(UNREADABLE)
+
+
+def _next(base: Path, tuned: Path, output: Path | None) -> str:
+    if output is None:
+        return f"loradiag spectrum {base} {tuned} -o results.jsonl   (keeps these numbers)"
+    return f"loradiag inspect {output} --per layer   (this table layer by layer, without measuring again)"

@@ -1,0 +1,240 @@
+"""Named ΔW: what is compared with what, and what is left out and why.
+
+A ``Delta`` is a descriptor: it knows where its two sides lie and how to read them block by block, and is small enough
+to be sent to another process. It computes nothing; ``linalg`` does.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from lora_diag.checkpoints import Checkpoint, TensorInfo
+from lora_diag.checkpoints.tensors import FLOAT_DTYPES
+from lora_diag.errors import NothingComparedError, UsageError
+from lora_diag.results.records import Reason
+
+if TYPE_CHECKING:
+    import torch
+
+# Entries per block and side. Measured from 2^18 to 2^24 on bf16 pairs of 4096²: 2^20 to 2^22 are fastest (the block
+# and its float32 copy stay in cache), and a block of both sides takes at most 32 MB.
+BLOCK_ENTRIES = 2**21
+
+# Last parts of the names of tables whose first dimension is a vocabulary: the only places where a differing number
+# of rows means "tokens were added" and not "this is another model".
+VOCABULARY = re.compile(r"(^|\.)(embed_tokens|tok_embeddings|wte|word_embeddings|shared|lm_head|embed_out)(\.weight)?$")
+
+# 3-D weights are stacks of matrices (fused experts), unless the name says convolution.
+CONVOLUTION = re.compile(r"conv", re.IGNORECASE)
+EXPERTS = re.compile(r"expert", re.IGNORECASE)
+
+
+@dataclass(frozen=True, slots=True)
+class Side:
+    """Entries ``offset`` onwards of one stored tensor."""
+
+    checkpoint: Checkpoint
+    name: str
+    offset: int = 0
+
+    @property
+    def dtype(self) -> str:
+        """Stored dtype, in torch's words."""
+        return self.checkpoint[self.name].dtype
+
+    def read(self, start: int, stop: int) -> torch.Tensor:
+        """Return entries ``start:stop``, counted from this side's own offset; 1-D, stored dtype."""
+        return self.checkpoint.read(self.name, self.offset + start, self.offset + stop)
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """ΔW = W_tuned − W_base of one layer.
+
+    Args:
+        layer: The weight's name in BASE; one matrix of a stack is ``name[3]``.
+        shape: ``(out, in)``; a 1-D tensor of n entries is ``(1, n)``.
+        base: Where W_base lies.
+        tuned: Where W_tuned lies.
+        is_matrix: False for 1-D tensors (norms, biases), whose norm is measured and nothing else.
+    """
+
+    layer: str
+    shape: tuple[int, int]
+    base: Side
+    tuned: Side
+    is_matrix: bool = True
+
+    def blocks(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Yield ``(base, tuned)`` row blocks, each ``(rows, in)`` in its stored dtype, from the first row to the last.
+
+        Raises:
+            InputError: A file could not be read.
+        """
+        rows, columns = self.shape
+        step = max(1, BLOCK_ENTRIES // max(1, columns))
+        for first in range(0, rows, step):
+            last = min(rows, first + step)
+            yield (
+                self.base.read(first * columns, last * columns).view(last - first, columns),
+                self.tuned.read(first * columns, last * columns).view(last - first, columns),
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class Unpaired:
+    """A tensor, or rows of one, that cannot be compared.
+
+    Args:
+        layer: Its name.
+        shape: Its shape; for added rows, theirs.
+        reason: One word of ``results.records.Reason``.
+        detail: The same for people.
+        rows: The rows themselves when the reason is that only one side has them.
+    """
+
+    layer: str
+    shape: tuple[int, ...]
+    reason: Reason
+    detail: str
+    rows: Side | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Pairing:
+    """Everything in two checkpoints: what is compared, in the order of BASE, and what is not."""
+
+    deltas: tuple[Delta, ...]
+    unpaired: tuple[Unpaired, ...]
+
+
+def pair(base: Checkpoint, tuned: Checkpoint, layers: str | None = None, exclude: str | None = None) -> Pairing:
+    """Pair the tensors of two checkpoints by name.
+
+    Args:
+        base: The checkpoint before.
+        tuned: The checkpoint after.
+        layers: Regular expression; only names in which it is found are compared. Default all.
+        exclude: Regular expression; names in which it is found are not compared. Default none.
+
+    Returns:
+        The pairs and the rest. Every tensor of either side is in exactly one of the two.
+
+    Raises:
+        UsageError: A regular expression is not valid.
+        NothingComparedError: The sides have no name in common, or none is selected.
+    """
+    wanted, unwanted = _regex(layers, "--layers"), _regex(exclude, "--exclude")
+    deltas: list[Delta] = []
+    unpaired: list[Unpaired] = []
+    for name in sorted([*base, *(name for name in tuned if name not in base)], key=natural_order):
+        if (wanted and not wanted.search(name)) or (unwanted and unwanted.search(name)):
+            side = base if name in base else tuned
+            unpaired.append(Unpaired(name, side[name].shape, "not_selected", "left out by --layers or --exclude"))
+        elif name not in tuned:
+            unpaired.append(Unpaired(name, base[name].shape, "only_in_base", f"only in {base.path}"))
+        elif name not in base:
+            unpaired.append(Unpaired(name, tuned[name].shape, "only_in_tuned", f"only in {tuned.path}"))
+        else:
+            _pair_tensor(base, tuned, name, deltas, unpaired)
+    if not deltas:
+        raise NothingComparedError(_why_nothing(base, tuned, unpaired))
+    return Pairing(tuple(deltas), tuple(unpaired))
+
+
+def natural_order(name: str) -> tuple[tuple[bool, int, str], ...]:
+    """Return a sort key in which ``layers.2`` comes before ``layers.10``.
+
+    >>> sorted(["h.10.w", "h.2.w", "a"], key=natural_order)
+    ['a', 'h.2.w', 'h.10.w']
+    """
+    parts = re.split(r"(\d+)", name)
+    return tuple((part.isdecimal(), int(part) if part.isdecimal() else 0, part) for part in parts if part)
+
+
+def matrices(name: str, shape: tuple[int, ...]) -> list[tuple[str, tuple[int, int]]]:
+    """Return the matrices that a stored tensor holds, as ``(layer, (out, in))``, in the order in which they are stored.
+
+    A convolution ``(out, in, kh, kw)`` acts as the matrix ``(out, in·kh·kw)``; a 3-D stack of experts is one matrix
+    per expert.
+
+    >>> matrices("mlp.experts.down_proj", (2, 64, 32))
+    [('mlp.experts.down_proj[0]', (64, 32)), ('mlp.experts.down_proj[1]', (64, 32))]
+    >>> matrices("conv1.weight", (64, 3, 7, 7))
+    [('conv1.weight', (64, 147))]
+    """
+    if len(shape) == 3 and (EXPERTS.search(name) or not CONVOLUTION.search(name)):
+        return [(f"{name}[{index}]", (shape[1], shape[2])) for index in range(shape[0])]
+    return [(name, (shape[0], math.prod(shape[1:])))]
+
+
+def why_left_out(info: TensorInfo) -> str | None:
+    """Return why a tensor would have no spectrum whatever it is compared with; None if it would have one."""
+    if info.dtype not in FLOAT_DTYPES:
+        return "not a plain floating-point weight"
+    if info.numel == 0:
+        return "empty"
+    return "1-D" if len(info.shape) < 2 else None
+
+
+def _pair_tensor(base: Checkpoint, tuned: Checkpoint, name: str, deltas: list[Delta], unpaired: list[Unpaired]) -> None:
+    before, after = base[name], tuned[name]
+    if problem := _not_comparable(before, after):
+        unpaired.append(Unpaired(name, before.shape, *problem))
+        return
+    if before.shape != after.shape:
+        unpaired.append(_added_rows(base, tuned, name))
+    if len(before.shape) < 2:
+        deltas.append(Delta(name, (1, before.numel), Side(base, name), Side(tuned, name), is_matrix=False))
+        return
+    common = (min(before.shape[0], after.shape[0]), *before.shape[1:])
+    offset = 0
+    for layer, shape in matrices(name, common):
+        deltas.append(Delta(layer, shape, Side(base, name, offset), Side(tuned, name, offset)))
+        offset += math.prod(shape)
+
+
+def _not_comparable(before: TensorInfo, after: TensorInfo) -> tuple[Reason, str] | None:
+    """Return reason and detail when two tensors of one name cannot be subtracted."""
+    if not {before.dtype, after.dtype} <= FLOAT_DTYPES:
+        dtypes = before.dtype if before.dtype == after.dtype else f"{before.dtype} against {after.dtype}"
+        return "not_float", f"stored as {dtypes}, which is not a plain floating-point weight"
+    if before.shape != after.shape:
+        resized = VOCABULARY.search(before.name) and len(before.shape) == len(after.shape) == 2
+        if not resized or before.shape[1:] != after.shape[1:]:
+            return "shape_differs", f"{list(before.shape)} in BASE against {list(after.shape)} in TUNED"
+    if min(before.numel, after.numel) == 0:
+        return "empty", "has no entries"
+    return None
+
+
+def _added_rows(base: Checkpoint, tuned: Checkpoint, name: str) -> Unpaired:
+    """Describe the vocabulary rows that only one side has."""
+    before, after = base[name].shape, tuned[name].shape
+    first, last = sorted((before[0], after[0]))
+    added = after[0] > before[0]
+    detail = f"vocabulary rows {first}-{last - 1} are only in {'TUNED' if added else 'BASE'}; the others are compared"
+    rows = Side(tuned if added else base, name, first * before[1])
+    return Unpaired(name, (last - first, before[1]), "added_rows" if added else "removed_rows", detail, rows)
+
+
+def _regex(pattern: str | None, option: str) -> re.Pattern[str] | None:
+    try:
+        return re.compile(pattern) if pattern is not None else None
+    except re.error as error:
+        raise UsageError(f"{option} {pattern!r} is not a valid regular expression: {error}") from error
+
+
+def _why_nothing(base: Checkpoint, tuned: Checkpoint, unpaired: list[Unpaired]) -> str:
+    names = [name for name in base if name in tuned]
+    if not names:
+        return (
+            f"no weight name of {base.path} is in {tuned.path}, so nothing was compared. "
+            f"BASE has names like {min(base)}; TUNED has names like {min(tuned)}"
+        )
+    reasons = sorted({item.reason for item in unpaired if item.layer in names})
+    return f"nothing was compared: all {len(names)} names that both sides have are left out ({', '.join(reasons)})"

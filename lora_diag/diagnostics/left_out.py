@@ -1,0 +1,40 @@
+"""What has no spectrum: its norm, where it has one, and the reason."""
+
+from __future__ import annotations
+
+import torch
+
+from lora_diag.deltas import Delta, Unpaired
+from lora_diag.linalg import Difference, difference
+from lora_diag.results import LeftOut
+
+
+def left_out_vector(delta: Delta, device: torch.device) -> LeftOut:
+    """Return the norm of a 1-D tensor's change: norms and biases move too, and no adapter of any rank carries them."""
+    change = difference(delta.blocks(), delta.shape, device, keep=False)
+    if change.non_finite is not None:
+        return not_finite(delta, change)
+    return LeftOut(
+        layer=delta.layer,
+        shape=delta.shape[1:],
+        reason="vector",
+        detail="1-D: its change has a norm but no rank",
+        fro=change.fro,
+        base_fro=change.base_fro,
+    )
+
+
+def left_out_rows(unpaired: Unpaired, device: torch.device) -> LeftOut:
+    """Return the record of what could not be compared; for rows that only one side has, with their norm."""
+    fro = None
+    if unpaired.rows is not None:
+        rows = unpaired.rows.read(0, unpaired.shape[0] * unpaired.shape[1]).to(device)
+        norm = float(torch.linalg.vector_norm(rows, dtype=torch.float64))
+        fro = norm if norm < float("inf") else None
+    return LeftOut(layer=unpaired.layer, shape=unpaired.shape, reason=unpaired.reason, detail=unpaired.detail, fro=fro)
+
+
+def not_finite(delta: Delta, change: Difference) -> LeftOut:
+    """Return the record of a layer that cannot be measured because an entry is NaN or infinite."""
+    shape = delta.shape if delta.is_matrix else delta.shape[1:]
+    return LeftOut(layer=delta.layer, shape=shape, reason="non_finite", detail=change.non_finite or "")

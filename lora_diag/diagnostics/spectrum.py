@@ -1,0 +1,89 @@
+"""Is this layer's update low-rank? ΔW → its singular values and what follows from them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from lora_diag.deltas import Delta
+from lora_diag.diagnostics.left_out import not_finite
+from lora_diag.linalg import decompose, difference, resolve_device
+from lora_diag.metrics import effective_rank, energy_curve, rank_at, stable_rank, truncation_error
+from lora_diag.results import LeftOut, Resolution, Spectrum, Tail
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+THRESHOLDS = (0.9, 0.95, 0.99)
+RANKS = (4, 8, 16, 32, 64)
+
+
+@dataclass(frozen=True, slots=True)
+class SpectrumSettings:
+    """What is asked of every layer.
+
+    Args:
+        ranks: Ranks r at which C(r) and the truncation errors are given.
+        method: ``auto``, ``exact`` or ``gram``.
+        top: Keep only so many of the largest singular values; None for all.
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:1``.
+    """
+
+    ranks: tuple[int, ...] = RANKS
+    method: str = "auto"
+    top: int | None = None
+    device: str = "auto"
+
+
+def spectrum(delta: Delta, settings: SpectrumSettings) -> Spectrum | LeftOut:
+    """Measure one ΔW.
+
+    Args:
+        delta: The layer.
+        settings: What is asked.
+
+    Returns:
+        Its spectrum, or, where ΔW is not finite, a ``left_out`` record with the place of the first bad entry.
+    """
+    change = difference(delta.blocks(), delta.shape, resolve_device(settings.device))
+    if change.matrix is None:
+        return not_finite(delta, change)
+    factors = decompose(change.matrix, settings.method, settings.top)
+    s = _nine_digits(factors.s.numpy())
+    zero = change.fro == 0.0
+    curve = np.zeros(len(s)) if zero else energy_curve(s, change.fro, factors.complete)
+    return Spectrum(
+        layer=delta.layer,
+        shape=delta.shape,
+        dtypes=(delta.base.dtype, delta.tuned.dtype),
+        fro=change.fro,
+        base_fro=change.base_fro,
+        s=tuple(s.tolist()),
+        complete=factors.complete,
+        method=factors.method,
+        energy_error=factors.energy_error,
+        energy={str(r): None if zero else _at(curve, r, factors.complete) for r in settings.ranks},
+        rank_at={str(share): 0 if zero else rank_at(curve, share) for share in THRESHOLDS},
+        tail={str(r): _tail(s, change.fro, r, factors.complete) for r in settings.ranks},
+        stable_rank=None if zero else stable_rank(s, change.fro),
+        effective_rank=effective_rank(s) if factors.complete and not zero else None,
+        resolution=Resolution(unchanged=change.unchanged),
+    )
+
+
+def _nine_digits(s: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Round to 9 significant digits: half the size of a results file, and below every error bound that matters."""
+    return np.array([float(f"{value:.9g}") for value in s.tolist()])
+
+
+def _at(curve: NDArray[np.float64], rank: int, complete: bool) -> float | None:
+    if rank <= len(curve):
+        return float(curve[rank - 1])
+    return 1.0 if complete else None
+
+
+def _tail(s: NDArray[np.float64], fro: float, rank: int, complete: bool) -> Tail | None:
+    errors = truncation_error(s, fro, rank, complete)
+    return None if errors is None else Tail(fro=errors[0], spectral=errors[1])

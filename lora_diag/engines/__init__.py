@@ -1,0 +1,9 @@
+"""How a diagnostic is mapped over layers.
+
+The rule on the door: this is the only room with a loop over layers. An engine takes descriptors and gives records, in
+the order of the descriptors, whatever finishes first; arrays never pass through it.
+"""
+
+from lora_diag.engines.local import run_local
+
+__all__ = ["run_local"]

@@ -1,0 +1,31 @@
+"""Errors that a user can act on.
+
+A message says what is wrong, where (file, then tensor) and what to do about it; the class says with which exit code
+the command ends. Everything else that is raised is a bug and shows its traceback.
+"""
+
+from __future__ import annotations
+
+DONE, GATE_FAILED, USAGE, UNREADABLE, NOTHING_COMPARED, INCONCLUSIVE = range(6)
+
+
+class LoradiagError(Exception):
+    """Base of all errors meant for the user; ``exit_code`` is the process's exit code."""
+
+    exit_code = UNREADABLE
+
+
+class UsageError(LoradiagError):
+    """The request itself makes no sense: a bad option, regex or policy."""
+
+    exit_code = USAGE
+
+
+class InputError(LoradiagError):
+    """An input cannot be read or measured: missing, malformed, hostile or of an unsupported kind."""
+
+
+class NothingComparedError(LoradiagError):
+    """Both sides were read, but no weight of one meets a weight of the other."""
+
+    exit_code = NOTHING_COMPARED

@@ -1,0 +1,11 @@
+"""Singular values → numbers. NumPy and SciPy only.
+
+The rule on the door: a function here takes singular values and norms and returns a number or an array; it knows no
+torch, no names and no files.
+"""
+
+from lora_diag.metrics.effective_rank import effective_rank, stable_rank
+from lora_diag.metrics.energy import energy_curve, rank_at
+from lora_diag.metrics.truncation import truncation_error
+
+__all__ = ["effective_rank", "energy_curve", "rank_at", "stable_rank", "truncation_error"]

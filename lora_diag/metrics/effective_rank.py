@@ -1,0 +1,34 @@
+"""Scalar summaries of how many directions carry the update."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.stats import entropy
+
+
+def stable_rank(s: NDArray[np.float64], fro: float) -> float:
+    """Return ‖A‖_F² / σ_1², between 1 and rank(A).
+
+    Reference: Rudelson and Vershynin 2007, "Sampling from large matrices", section 1.
+
+    Example:
+        >>> stable_rank(np.array([1.0, 1.0]), np.sqrt(2.0)).__round__(6)
+        2.0
+    """
+    return max(1.0, fro**2 / float(s[0]) ** 2)
+
+
+def effective_rank(s: NDArray[np.float64]) -> float:
+    """Return exp(−Σ p_i ln p_i) with p_i = σ_i² / Σσ²: the number of equal directions with the same entropy of energy.
+
+    Roy and Vetterli 2007 ("The effective rank") define it on p_i = σ_i/Σσ; here p is the energy, like everywhere else.
+
+    Args:
+        s: All singular values; the largest is positive.
+
+    Example:
+        >>> effective_rank(np.array([1.0, 1.0, 0.0])).__round__(6)
+        2.0
+    """
+    return float(np.exp(entropy(np.square(s / s[0]))))

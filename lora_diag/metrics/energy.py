@@ -1,0 +1,38 @@
+"""Energy curves: C(r) = Σ_{i≤r}σ_i² / ‖ΔW‖_F²."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+def energy_curve(s: NDArray[np.float64], fro: float, complete: bool) -> NDArray[np.float64]:
+    """Return C(1), …, C(K) for the K largest singular values.
+
+    Args:
+        s: Singular values, descending, ``(K,)``.
+        fro: ‖ΔW‖_F > 0, known independently of ``s``: it makes the fractions of an incomplete spectrum exact.
+        complete: True if ``s`` holds every singular value; C then ends at exactly 1.
+
+    Returns:
+        ``(K,)``, non-decreasing, in [0, 1].
+
+    Example:
+        >>> energy_curve(np.array([2.0, 1.0, 1.0]), np.sqrt(6.0), complete=True).round(3).tolist()
+        [0.667, 0.833, 1.0]
+    """
+    curve = np.minimum(np.cumsum(np.square(s)) / fro**2, 1.0)
+    if complete:
+        curve[-1] = 1.0
+    return curve
+
+
+def rank_at(curve: NDArray[np.float64], threshold: float) -> int | None:
+    """Return the smallest r with C(r) ≥ threshold; None if the curve ends below it.
+
+    Example:
+        >>> rank_at(np.array([0.6, 0.9, 1.0]), 0.9), rank_at(np.array([0.6, 0.8]), 0.9)
+        (2, None)
+    """
+    reached = int(np.searchsorted(curve, threshold, side="left"))
+    return reached + 1 if reached < len(curve) else None

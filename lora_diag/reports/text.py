@@ -1,0 +1,144 @@
+"""How numbers, names and small pictures are written in a terminal."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+
+from rich.console import Console, RenderableType
+
+BARS = "▁▂▃▄▅▆▇█"
+
+# Background and foreground by share, light to dark blue: ordered also in grey and for the colour-blind (xterm colours).
+SHADES = (
+    ("#f7fbff", "black"),
+    ("#deebf7", "black"),
+    ("#c6dbef", "black"),
+    ("#9ecae1", "black"),
+    ("#6baed6", "black"),
+    ("#3182bd", "white"),
+    ("#08519c", "white"),
+)
+
+
+def to_text(renderable: RenderableType, width: int, color: bool) -> str:
+    """Return what a terminal of ``width`` columns would show, with ANSI colours if ``color``."""
+    buffer = io.StringIO()
+    Console(
+        file=buffer,
+        width=width,
+        force_terminal=color,
+        color_system="truecolor" if color else None,
+        highlight=False,
+        markup=False,
+        emoji=False,
+        legacy_windows=False,
+    ).print(renderable)
+    return "\n".join(line.rstrip() for line in buffer.getvalue().splitlines())
+
+
+def safe(text: str) -> str:
+    r"""Return text whose control characters are spelled out: a tensor's name must not move the cursor.
+
+    >>> safe("q_proj\x1b[2J")
+    'q_proj\\x1b[2J'
+    """
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+
+
+def short(layer: str) -> str:
+    """Return a layer's name as it is shown: safe, and without the ``.weight`` that every name ends in.
+
+    >>> short("model.layers.0.mlp.up_proj.weight")
+    'model.layers.0.mlp.up_proj'
+    """
+    return safe(layer.removesuffix(".weight"))
+
+
+def crop(text: str, width: int) -> str:
+    """Cut text at its beginning: the end of a layer's name tells more.
+
+    >>> crop("block_sparse_moe.experts.*.w1", 16)
+    '…oe.experts.*.w1'
+    """
+    return text if len(text) <= width else "…" + text[len(text) - width + 1 :]
+
+
+def bar(share: float) -> str:
+    """Return one character whose height is a share in [0, 1].
+
+    >>> bar(0.0) + bar(0.5) + bar(1.0)
+    '▁▅█'
+    """
+    return BARS[min(len(BARS) - 1, int(share * len(BARS)))]
+
+
+def shade(share: float) -> str:
+    """Return the rich style of a share in [0, 1]."""
+    background, foreground = SHADES[min(len(SHADES) - 1, int(share * len(SHADES)))]
+    return f"{foreground} on {background}"
+
+
+def number(value: float) -> str:
+    """Return three significant digits, in the shorter of the usual notations.
+
+    >>> number(0.0312345), number(2.1e-5), number(1234.5), number(0)
+    ('0.0312', '2.1e-05', '1234', '0')
+    """
+    if value and (abs(value) < 1e-3 or abs(value) >= 1e6):
+        return f"{value:.1e}"
+    return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+def percent(share: float) -> str:
+    """Return a share as a percentage that never rounds up to 100 or down to 0.
+
+    >>> percent(0.4123), percent(0.99996), percent(1.0), percent(0.00001)
+    ('41%', '>99.9%', '100%', '<0.1%')
+    """
+    if share in {0.0, 1.0}:
+        return f"{share:.0%}"
+    if share < 0.001:
+        return "<0.1%"
+    if share > 0.999:
+        return ">99.9%"
+    return f"{share:.1%}" if share < 0.1 or share > 0.99 else f"{share:.0%}"
+
+
+def count(value: int) -> str:
+    """Return a count in words that fit a column.
+
+    >>> count(999), count(1_050_000), count(6_738_415_616)
+    ('999', '1.05 M', '6.74 B')
+    """
+    for factor, unit in ((10**12, "T"), (10**9, "B"), (10**6, "M"), (10**4, "k")):
+        if value >= factor:
+            return f"{value / (1000 if unit == 'k' else factor):.3g} {unit}"
+    return str(value)
+
+
+def spark(s: Sequence[float], width: int = 8) -> str:
+    """Draw a spectrum: log-spaced i from 1 to the last, height log σ_i/σ_1 over three decades.
+
+    >>> spark([1.0, 1.0, 1.0, 0.03, 0.0001, 0.0, 0.0, 0.0], 4)
+    '██▁▁'
+    """
+    if not s or s[0] <= 0:
+        return "▁" * width
+    last = len(s) - 1
+    points = [round((last + 1) ** (i / (width - 1))) - 1 if width > 1 else 0 for i in range(width)]
+    return "".join(bar(1 + math.log10(max(s[i] / s[0], 1e-3)) / 3) for i in points)
+
+
+def strip(shares: Sequence[float], width: int) -> str:
+    """Draw shares one after the other, averaged into bins where there are more of them than columns.
+
+    >>> strip([0.0, 0.5, 1.0], 10), strip([0.0, 0.0, 1.0, 1.0], 2)
+    ('▁▅█', '▁█')
+    """
+    columns = min(width, len(shares))
+    edges = [round(i * len(shares) / columns) for i in range(columns + 1)] if columns else []
+    bins = [shares[a:b] for a, b in pairwise(edges)]
+    return "".join(bar(sum(values) / len(values)) for values in bins)

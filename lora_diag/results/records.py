@@ -1,0 +1,169 @@
+"""The records of schema 1: one JSON object a line, in the words of the field.
+
+Fractions lie in [0, 1]. "Energy" means Σσ² and nothing else. A value that does not exist (the energy share of a zero
+update, a rank beyond the values kept) is null, never NaN.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+SCHEMA = 1
+
+Reason = Literal[
+    "vector",
+    "only_in_base",
+    "only_in_tuned",
+    "not_float",
+    "shape_differs",
+    "added_rows",
+    "removed_rows",
+    "empty",
+    "not_selected",
+    "non_finite",
+]
+
+
+class _Record(BaseModel):
+    """Frozen, strict about its fields' values, and silent about fields that a later version added."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False)
+
+
+class RunInput(_Record):
+    """One input of a run: its part in the command, where it was, what it is."""
+
+    role: str
+    path: str
+    kind: str
+    tensors: int
+    notes: tuple[str, ...] = ()
+
+
+class Run(_Record):
+    """First line of a results file: what was asked of what."""
+
+    record: Literal["run"] = "run"
+    schema_: int = Field(SCHEMA, alias="schema", serialization_alias="schema")
+    command: str
+    version: str
+    inputs: tuple[RunInput, ...]
+    settings: dict[str, Any]
+
+
+class Tail(_Record):
+    """Eckart–Young errors of the best rank-r approximation: √Σ_{i>r}σ_i² and σ_{r+1} (null if it was not computed)."""
+
+    fro: float
+    spectral: float | None
+
+
+class Resolution(_Record):
+    """What the files' rounding lets one see of ΔW.
+
+    Args:
+        unchanged: Share of the entries that are bit-identical on both sides.
+    """
+
+    unchanged: float
+
+
+class Spectrum(_Record):
+    """The singular values of one ΔW and what follows from them.
+
+    Args:
+        layer: The weight's name in BASE; one matrix of a stack is ``name[3]``.
+        shape: ``(out, in)``.
+        dtypes: Stored dtypes of base and tuned.
+        fro: ‖ΔW‖_F, accumulated in float64.
+        base_fro: ‖W_base‖_F, likewise.
+        s: Singular values of ΔW, descending, to 9 significant digits.
+        complete: True if ``s`` holds all min(out, in) of them.
+        method: What computed them, such as ``gram`` or ``exact``.
+        energy_error: Bound on the absolute error of every energy fraction in this record.
+        energy: C(r) = Σ_{i≤r}σ_i² / ‖ΔW‖_F² by r; null for a zero update and for r beyond the values kept.
+        rank_at: Smallest r with C(r) ≥ the threshold; null if it is beyond the values kept, 0 for a zero update.
+        tail: Errors of the best rank-r approximation, by r.
+        stable_rank: ‖ΔW‖_F² / σ_1²; null for a zero update.
+        effective_rank: exp of the entropy of p_i = σ_i²/Σσ²; null for a zero update or an incomplete spectrum.
+        resolution: What the files' rounding lets one see.
+    """
+
+    record: Literal["spectrum"] = "spectrum"
+    layer: str
+    shape: tuple[int, int]
+    dtypes: tuple[str, str]
+    fro: float
+    base_fro: float
+    s: tuple[float, ...]
+    complete: bool
+    method: str
+    energy_error: float
+    energy: dict[str, float | None]
+    rank_at: dict[str, int | None]
+    tail: dict[str, Tail | None]
+    stable_rank: float | None
+    effective_rank: float | None
+    resolution: Resolution
+
+
+class LeftOut(_Record):
+    """A tensor, or rows of one, without a spectrum.
+
+    Args:
+        layer: Its name.
+        shape: Its shape; for rows that only one side has, theirs.
+        reason: One word, for programs.
+        detail: One sentence, for people.
+        fro: ‖Δ‖_F where both sides have it (1-D tensors), the norm of the rows that only one side has, else null.
+        base_fro: ‖W_base‖_F where both sides have it, else null.
+    """
+
+    record: Literal["left_out"] = "left_out"
+    layer: str
+    shape: tuple[int, ...]
+    reason: Reason
+    detail: str
+    fro: float | None = None
+    base_fro: float | None = None
+
+
+class End(_Record):
+    """Last line of a finished results file; without it, the run was interrupted."""
+
+    record: Literal["end"] = "end"
+    layers: int
+    left_out: int
+    fro: float
+    base_fro: float
+
+
+class StoredTensor(_Record):
+    """One tensor of a checkpoint, as its header describes it.
+
+    Args:
+        layer: Its name.
+        shape: Its shape.
+        dtype: Stored dtype.
+        left_out: Why ``spectrum`` would not measure it; null if it would.
+    """
+
+    layer: str
+    shape: tuple[int, ...]
+    dtype: str
+    left_out: str | None = None
+
+
+class Inventory(_Record):
+    """What is in a checkpoint, from headers alone."""
+
+    record: Literal["inventory"] = "inventory"
+    path: str
+    kind: str
+    notes: tuple[str, ...]
+    tensors: tuple[StoredTensor, ...]
+
+
+AnyRecord = Annotated[Run | Spectrum | LeftOut | End, Field(discriminator="record")]

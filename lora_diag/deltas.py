@@ -175,7 +175,7 @@ def matrices(name: str, shape: tuple[int, ...]) -> list[tuple[str, tuple[int, in
 def why_left_out(info: TensorInfo) -> str | None:
     """Return why a tensor would have no spectrum whatever it is compared with; None if it would have one."""
     if info.dtype not in FLOAT_DTYPES:
-        return "not a plain floating-point weight"
+        return "not a float"
     if info.numel == 0:
         return "empty"
     return "1-D" if len(info.shape) < 2 else None

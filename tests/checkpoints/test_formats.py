@@ -1,0 +1,318 @@
+"""Every format gives the same names, shapes and numbers."""
+
+import contextlib
+import json
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from lora_diag.checkpoints import FORMATS, open_checkpoint
+from lora_diag.errors import InputError
+from tests.conftest import save_model, save_sharded, weights
+
+
+def single_safetensors(folder, tensors):
+    return save_model(folder, tensors)
+
+
+def plain_file(folder, tensors):
+    return save_model(folder, tensors) / "model.safetensors"
+
+
+def sharded_safetensors(folder, tensors):
+    return save_sharded(folder, tensors)
+
+
+def shard_index(folder, tensors):
+    return save_sharded(folder, tensors) / "model.safetensors.index.json"
+
+
+def single_bin(folder, tensors):
+    folder.mkdir()
+    torch.save(tensors, folder / "pytorch_model.bin")
+    return folder
+
+
+def sharded_bin(folder, tensors):
+    return save_sharded(folder, tensors, suffix="bin")
+
+
+def legacy_bin(folder, tensors):
+    folder.mkdir()
+    torch.save(tensors, folder / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+    return folder
+
+
+def nested_bin(folder, tensors):
+    folder.mkdir()
+    torch.save({"state_dict": tensors, "epoch": 3}, folder / "last.ckpt")
+    return folder / "last.ckpt"
+
+
+WRITERS = (
+    single_safetensors,
+    plain_file,
+    sharded_safetensors,
+    shard_index,
+    single_bin,
+    sharded_bin,
+    legacy_bin,
+    nested_bin,
+)
+
+
+@pytest.mark.parametrize("write", WRITERS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_every_range_of_every_tensor_is_read_back(tmp_path, write, dtype):
+    tensors = weights(3, dtype)
+    checkpoint = open_checkpoint(write(tmp_path / "model", tensors))
+    assert set(checkpoint) == set(tensors)
+    for name, expected in tensors.items():
+        info = checkpoint[name]
+        assert (info.shape, info.dtype) == (tuple(expected.shape), str(dtype).removeprefix("torch."))
+        flat, half = expected.reshape(-1), expected.numel() // 2
+        assert torch.equal(checkpoint.read(name), flat)
+        assert torch.equal(checkpoint.read(name, 3, half), flat[3:half])
+
+
+def test_transposed_views_in_a_bin_are_read_in_their_own_order(tmp_path):
+    matrix = torch.arange(12.0).view(3, 4)
+    torch.save({"w": matrix.T, "tied": matrix}, tmp_path / "a.bin")
+    checkpoint = open_checkpoint(tmp_path / "a.bin")
+    assert torch.equal(checkpoint.read("w", 2, 7), matrix.T.reshape(-1)[2:7])
+
+
+def test_integer_and_scalar_tensors_are_listed(tmp_path):
+    save_file({"ids": torch.arange(5), "scale": torch.tensor(2.0)}, tmp_path / "a.safetensors")
+    checkpoint = open_checkpoint(tmp_path / "a.safetensors")
+    assert checkpoint["ids"].dtype == "int64"
+    assert checkpoint["scale"].shape == ()
+    assert checkpoint.read("scale").tolist() == [2.0]
+
+
+def test_a_read_does_not_alias_the_file(tmp_path):
+    path = save_model(tmp_path / "m", {"w": torch.ones(4, 4)}) / "model.safetensors"
+    checkpoint = open_checkpoint(path)
+    read = checkpoint.read("w")
+    read.zero_()
+    assert torch.equal(checkpoint.read("w"), torch.ones(16))
+
+
+def test_checkpoints_survive_pickling_by_opening_again(tmp_path):
+    for write in (sharded_safetensors, single_bin):
+        checkpoint = open_checkpoint(write(tmp_path / write.__name__, weights(1)))
+        checkpoint.read("lm_head.weight")
+        again = pickle.loads(pickle.dumps(checkpoint))
+        assert torch.equal(again.read("lm_head.weight"), checkpoint.read("lm_head.weight"))
+
+
+def test_a_link_into_a_hub_cache_is_fine(tmp_path):
+    real = save_sharded(tmp_path / "blobs", weights(1))
+    link = tmp_path / "snapshot"
+    link.mkdir()
+    for file in real.iterdir():
+        (link / file.name).symlink_to(file)
+    assert len(open_checkpoint(link)) == len(weights(1))
+
+
+def test_formats_is_a_tuple_of_what_is_tested_here():
+    assert {file_format.label for file_format in FORMATS} == {"safetensors", "torch pickle"}
+
+
+# Malformed files: one message that names the file, and no tensor read.
+
+
+def raw(path, header: bytes, data: bytes = b"", length: int | None = None):
+    path.write_bytes((len(header) if length is None else length).to_bytes(8, "little") + header + data)
+    return path
+
+
+def entry(shape=(2,), dtype="F32", offsets=(0, 8)):
+    return {"dtype": dtype, "shape": list(shape), "data_offsets": list(offsets)}
+
+
+BAD_HEADERS = {
+    "length beyond the file": (b"{}", b"", 10**15, "header claims"),
+    "not json": (b"{nope", b"", None, "not valid"),
+    "not an object": (b"[1]", b"", None, "not an object"),
+    "twice the same name": (
+        b'{"w":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},"w":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}',
+        bytes(8),
+        None,
+        "appears twice",
+    ),
+    "data cut short": (json.dumps({"w": entry()}).encode(), bytes(7), None, "cut short"),
+    "data too long": (json.dumps({"w": entry()}).encode(), bytes(9), None, "describes 8"),
+    "unknown dtype": (json.dumps({"w": entry(dtype="F31")}).encode(), bytes(8), None, "F31"),
+    "wrong size": (json.dumps({"w": entry(shape=(3,))}).encode(), bytes(8), None, "does not take"),
+    "negative": (json.dumps({"w": entry(shape=(-2, -1))}).encode(), bytes(8), None, "impossible"),
+    "huge": (json.dumps({"w": entry(shape=(2**62, 2**62))}).encode(), bytes(8), None, "does not take"),
+    "boolean shape": (b'{"w":{"dtype":"F32","shape":[true],"data_offsets":[0,4]}}', bytes(4), None, "impossible"),
+    "no offsets": (b'{"w":{"dtype":"F32","shape":[2]}}', bytes(8), None, "lacks"),
+    "not a tensor": (b'{"w":7}', bytes(8), None, "lacks"),
+    "overlap": (
+        json.dumps({"v": entry(), "w": entry(offsets=(4, 12))}).encode(),
+        bytes(12),
+        None,
+        "starts at byte",
+    ),
+    "metadata of numbers": (b'{"__metadata__":{"a":1}}', b"", None, "__metadata__"),
+    "deep nesting": (b'{"w":' + b"[" * 100_000, b"", None, "not valid"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_HEADERS)
+def test_bad_safetensors_headers_are_named(tmp_path, kind):
+    header, data, length, words = BAD_HEADERS[kind]
+    path = raw(tmp_path / "a.safetensors", header, data, length)
+    with pytest.raises(InputError, match=words) as caught:
+        open_checkpoint(path)
+    assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize("content", [b"", b"1234567"])
+def test_files_too_short_for_a_header(tmp_path, content):
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(InputError, match="at least 8"):
+        open_checkpoint(path)
+
+
+def test_a_file_that_shrinks_after_opening_gives_a_message(tmp_path):
+    path = save_model(tmp_path / "m", {"w": torch.ones(1000, 10)}) / "model.safetensors"
+    checkpoint = open_checkpoint(path)
+    path.write_bytes(path.read_bytes()[:500])
+    with pytest.raises(InputError, match="ends inside w"):
+        checkpoint.read("w")
+
+
+class Evil:
+    def __reduce__(self):
+        import os
+
+        return os.mkdir, ("evil-was-here",)
+
+
+@pytest.mark.parametrize("content", [{"w": Evil()}, Evil(), {"w": torch.ones(2), "x": Evil()}])
+def test_a_pickle_with_code_is_refused_and_not_run(tmp_path, monkeypatch, content):
+    monkeypatch.chdir(tmp_path)
+    torch.save(content, tmp_path / "a.bin")
+    with pytest.raises(InputError, match="could run code"):
+        open_checkpoint(tmp_path / "a.bin")
+    assert not (tmp_path / "evil-was-here").exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 not a zip", b"\x80\x02broken", b"hello"])
+def test_damaged_torch_files(tmp_path, content):
+    (tmp_path / "a.bin").write_bytes(content)
+    with pytest.raises(InputError, match=r"a\.bin"):
+        open_checkpoint(tmp_path / "a.bin")
+
+
+@pytest.mark.parametrize("content", [[torch.ones(2)], {}, {"a": 1}, torch.ones(2)])
+def test_torch_files_without_named_tensors(tmp_path, content):
+    torch.save(content, tmp_path / "a.bin")
+    with pytest.raises(InputError, match="no tensors by name"):
+        open_checkpoint(tmp_path / "a.bin")
+
+
+# Folders and indexes.
+
+
+@pytest.mark.parametrize("shard", ["../model.safetensors", "/etc/passwd", "", "..", "a/b.safetensors", "a\\b", "x\0y"])
+def test_an_index_may_only_name_plain_files(tmp_path, shard):
+    save_model(tmp_path, {"w": torch.ones(2, 2)})
+    inside = tmp_path / "inside"
+    inside.mkdir()
+    (inside / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"w": shard}}))
+    with pytest.raises(InputError, match="plain file name"):
+        open_checkpoint(inside)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"weight_map": {}}', '{"weight_map": {"w": 3}}', "[" * 100_000])
+def test_indexes_that_are_none(tmp_path, text):
+    (tmp_path / "model.safetensors.index.json").write_text(text)
+    with pytest.raises(InputError, match="index"):
+        open_checkpoint(tmp_path)
+
+
+def test_an_index_is_held_against_its_shards(tmp_path):
+    folder = save_sharded(tmp_path / "m", weights(1))
+    index = folder / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    name, shard = next(iter(content["weight_map"].items()))
+
+    index.write_text(json.dumps({"weight_map": content["weight_map"] | {"ghost": shard}}))
+    with pytest.raises(InputError, match="ghost"):
+        open_checkpoint(folder)
+
+    del content["weight_map"][name]
+    index.write_text(json.dumps(content))
+    checkpoint = open_checkpoint(folder)
+    assert name not in checkpoint
+    assert name in checkpoint.notes[0]
+
+    (folder / shard).unlink()
+    with pytest.raises(InputError, match=shard):
+        open_checkpoint(folder)
+
+
+def test_what_is_not_there_or_not_readable(tmp_path):
+    with pytest.raises(InputError, match="no such file"):
+        open_checkpoint(tmp_path / "nowhere")
+    with pytest.raises(InputError, match=r"model\.safetensors"):
+        open_checkpoint(tmp_path)
+    (tmp_path / "notes.txt").write_text("hello")
+    with pytest.raises(InputError, match="unknown format"):
+        open_checkpoint(tmp_path / "notes.txt")
+
+
+@pytest.mark.parametrize(
+    ("files", "words"),
+    [
+        (["adapter_config.json"], "adapter"),
+        ([".metadata", "__0_0.distcp"], "dcp_to_torch"),
+        (["global_step100"], "zero_to_fp32"),
+        (["model.Q4_K_M.gguf"], "GGUF"),
+    ],
+)
+def test_foreign_folders_are_refused_with_the_way_out(tmp_path, files, words):
+    for name in files:
+        (tmp_path / name).write_text("{}")
+    with pytest.raises(InputError, match=words):
+        open_checkpoint(tmp_path)
+
+
+def test_packed_weights_are_refused_by_name(tmp_path):
+    packed = {"model.layers.0.mlp.up_proj.qweight": torch.zeros(4, 4, dtype=torch.int32)}
+    with pytest.raises(InputError, match="GPTQ"):
+        open_checkpoint(save_model(tmp_path / "m", packed))
+
+
+def test_random_bytes_never_escape_as_another_error(tmp_path):
+    """Flip, cut and repeat bytes of a real file: either it opens and reads, or one InputError comes."""
+    good = (save_model(tmp_path / "m", weights(1)) / "model.safetensors").read_bytes()
+    rng = np.random.default_rng(0)
+    path = tmp_path / "mutated.safetensors"
+    opened = 0
+    for _ in range(300):
+        content = bytearray(good)
+        for _ in range(rng.integers(1, 4)):
+            at = int(rng.integers(0, min(len(content), 1500)))
+            match rng.integers(0, 3):
+                case 0:
+                    content[at] ^= 1 << int(rng.integers(0, 8))
+                case 1:
+                    del content[at : at + int(rng.integers(1, 9))]
+                case 2:
+                    content[at:at] = content[at : at + int(rng.integers(1, 9))]
+        path.write_bytes(content)
+        with contextlib.suppress(InputError):
+            checkpoint = open_checkpoint(path)
+            for name in checkpoint:
+                checkpoint.read(name)
+            opened += 1
+    assert opened < 300

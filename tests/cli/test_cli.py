@@ -1,0 +1,193 @@
+"""The command as a user runs it: in a process of its own, judged by its output and exit code."""
+
+import json
+import os
+import pty
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import lora_diag
+from tests.conftest import SHARED, save_model, weights
+
+
+def test_spectrum_prints_a_table_and_a_summary(loradiag, pair_of_models):
+    base, tuned, *_ = pair_of_models
+    ran = loradiag("spectrum", base, tuned)
+    assert (ran.code, ran.err) == (0, "")
+    for word in ("q_proj", "‖ΔW‖/‖W‖", "Low-rank?", "Rank at 90%", "Where", "Left out", "Next"):
+        assert word in ran.out
+    assert max(map(len, ran.out.splitlines())) <= 80
+
+
+def test_json_is_records_and_nothing_else_and_equals_the_file(loradiag, pair_of_models, tmp_path):
+    base, tuned, *_ = pair_of_models
+    ran = loradiag("spectrum", base, tuned, "--json", "-o", "r.jsonl", "--ranks", "1,3")
+    assert ran.code == 0
+    assert ran.out == (tmp_path / "r.jsonl").read_text()
+    assert ran.records[0]["settings"]["ranks"] == [1, 3]
+    assert ran.records[-1]["record"] == "end"
+
+
+def test_inspect_shows_a_results_file_again(loradiag, pair_of_models):
+    base, tuned, *_ = pair_of_models
+    live = loradiag("spectrum", base, tuned, "-o", "r.jsonl").out
+    again = loradiag("inspect", "r.jsonl").out
+    assert again.strip() == live[: live.index("Next")].strip()
+    assert "model.layers.1.mlp.up_proj" in loradiag("inspect", "r.jsonl", "--per", "layer").out
+    assert loradiag("inspect", "r.jsonl", "--json").records[0]["record"] == "run"
+
+
+def test_inspect_describes_a_checkpoint(loradiag, pair_of_models):
+    base, *_ = pair_of_models
+    ran = loradiag("inspect", base)
+    assert ran.code == 0
+    assert "12 tensors" in ran.out
+    assert "20×12" in ran.out
+    record = json.loads(loradiag("inspect", base, "--json").out)
+    assert record["record"] == "inventory"
+    assert {tensor["layer"] for tensor in record["tensors"]} == set(weights(1))
+
+
+def test_version_and_help(loradiag):
+    assert loradiag("--version").out == f"loradiag {lora_diag.__version__}\n"
+    for command in ("spectrum", "inspect"):
+        ran = loradiag(command, "--help")
+        assert ran.code == 0
+        assert f"Example: loradiag {command}" in ran.out
+
+
+def test_quiet_prints_nothing(loradiag, pair_of_models, tmp_path):
+    base, tuned, *_ = pair_of_models
+    ran = loradiag("spectrum", base, tuned, "-q", "-o", "r.jsonl")
+    assert (ran.code, ran.out, ran.err) == (0, "", "")
+    assert lora_diag.read_results(tmp_path / "r.jsonl").end is not None
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--ranks", "4,x"],
+        ["--ranks", "0"],
+        ["--ranks", ""],
+        ["--top", "0"],
+        ["--method", "magic"],
+        ["--device", "tpu"],
+        ["--layers", "("],
+        ["--exclude", "["],
+        ["--resume"],
+        ["--per", "planet"],
+        ["--nope"],
+    ],
+)
+def test_usage_errors_exit_2_and_write_nothing(loradiag, pair_of_models, tmp_path, words):
+    base, tuned, *_ = pair_of_models
+    output = [] if words == ["--resume"] else ["-o", "r.jsonl"]
+    ran = loradiag("spectrum", base, tuned, *words, *output)
+    assert ran.code == 2
+    assert words[0] in ran.err
+    assert not (tmp_path / "r.jsonl").exists()
+
+
+def test_unreadable_input_exits_3_with_one_message_and_no_file(loradiag, pair_of_models, tmp_path):
+    base, *_ = pair_of_models
+    broken = tmp_path / "broken.safetensors"
+    broken.write_bytes(b"12345678901234567890")
+    ran = loradiag("spectrum", base, broken, "-o", "r.jsonl")
+    assert ran.code == 3
+    assert ran.out == ""
+    assert re.fullmatch(r"error: .*broken\.safetensors: .*\n", ran.err)
+    assert not (tmp_path / "r.jsonl").exists()
+
+
+def test_nothing_in_common_exits_4(loradiag, pair_of_models, tmp_path):
+    base, *_ = pair_of_models
+    other = save_model(tmp_path / "other", {"x": torch.ones(2, 2)})
+    ran = loradiag("spectrum", base, other, "-o", "r.jsonl")
+    assert ran.code == 4
+    assert not (tmp_path / "r.jsonl").exists()
+
+
+def test_a_layer_with_nan_exits_3_after_measuring_the_rest(loradiag, pair_of_models, tmp_path):
+    base, _, _, after = pair_of_models
+    after["lm_head.weight"][1, 2] = torch.nan
+    ran = loradiag("spectrum", base, save_model(tmp_path / "nan", after), "-o", "r.jsonl")
+    assert ran.code == 3
+    assert ran.err == "error: lm_head.weight: TUNED holds nan at [1, 2]; the layer was left out\n"
+    assert lora_diag.read_results(tmp_path / "r.jsonl").end.layers == 9
+
+
+def test_resume_through_the_command(loradiag, pair_of_models, tmp_path):
+    base, tuned, *_ = pair_of_models
+    assert loradiag("spectrum", base, tuned, "-o", "r.jsonl", "-q").code == 0
+    whole = (tmp_path / "r.jsonl").read_bytes()
+    (tmp_path / "r.jsonl").write_bytes(whole[: len(whole) // 2])
+    assert loradiag("spectrum", base, tuned, "-o", "r.jsonl", "-q").code == 2
+    assert loradiag("spectrum", base, tuned, "-o", "r.jsonl", "-q", "--resume").code == 0
+    assert (tmp_path / "r.jsonl").read_bytes() == whole
+
+
+def test_an_output_that_cannot_be_written(loradiag, pair_of_models):
+    base, tuned, *_ = pair_of_models
+    ran = loradiag("spectrum", base, tuned, "-o", "no/such/folder/r.jsonl")
+    assert ran.code == 3
+    assert "cannot be written" in ran.err
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="pseudo-terminals are driven the Linux way")
+def test_a_terminal_gets_progress_and_colour(pair_of_models, tmp_path):
+    base, tuned, *_ = pair_of_models
+    leader, follower = pty.openpty()
+    environment = {**os.environ, "TERM": "xterm-256color", "COLUMNS": "100"}
+    environment.pop("NO_COLOR", None)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "lora_diag", "spectrum", base, tuned], stdout=follower, stderr=follower, env=environment
+    )
+    os.close(follower)
+    seen = b""
+    while True:
+        try:
+            chunk = os.read(leader, 65536)
+        except OSError:
+            break
+        if not chunk:
+            break
+        seen += chunk
+    os.close(leader)
+    assert process.wait() == 0
+    assert b"10/10" in seen
+    assert b"\x1b[" in seen
+
+
+def test_a_closed_pipe_is_no_error(pair_of_models):
+    base, tuned, *_ = pair_of_models
+    command = f"{sys.executable} -m lora_diag spectrum {base} {tuned} --json | head -c 10"
+    done = subprocess.run(command, shell=True, capture_output=True, check=False)
+    assert done.stderr == b""
+
+
+BAD = SHARED / "bad"
+EXIT = {
+    "zero-dw": 0,
+    "html-injection": 0,
+    "shape-mismatch": 0,
+    "missing-tensor": 0,
+    "disjoint-names": 4,
+    "adapter-config-missing": 4,
+}
+
+
+@pytest.mark.skipif(not BAD.is_dir(), reason="the malformed inputs are not part of a plain clone")
+def test_malformed_inputs_made_elsewhere(loradiag, tmp_path):
+    for folder in sorted(path for path in BAD.iterdir() if path.is_dir()):
+        tuned = folder / ("adapter" if (folder / "adapter").is_dir() else "merged")
+        ran = loradiag("spectrum", folder / "base", tuned, "-o", "r.jsonl", cwd=tmp_path)
+        assert ran.code == EXIT.get(folder.name, 3), (folder.name, ran)
+        if ran.code:
+            assert len(ran.err.splitlines()) == 1, (folder.name, ran.err)
+        if ran.code and folder.name != "nan-in-tensor":
+            assert not (tmp_path / "r.jsonl").exists(), folder.name
+        (tmp_path / "r.jsonl").unlink(missing_ok=True)

@@ -1,0 +1,105 @@
+"""Checkpoints made on the spot, and the command run as a user runs it."""
+
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+ROOT = Path(__file__).parents[1]
+SHARED = ROOT.parent / "shared"
+
+
+@dataclass
+class Ran:
+    code: int
+    out: str
+    err: str
+
+    @property
+    def records(self) -> list[dict]:
+        return [json.loads(line) for line in self.out.splitlines()]
+
+
+@pytest.fixture
+def loradiag(tmp_path):
+    """Run the command in a process of its own; a traceback is always a failure."""
+
+    def run(*words, cwd=tmp_path, env=None) -> Ran:
+        import os
+
+        done = subprocess.run(
+            [sys.executable, "-m", "lora_diag", *map(str, words)],
+            capture_output=True,
+            cwd=cwd,
+            env={**os.environ, "NO_COLOR": "1", **(env or {})},
+            check=False,
+            timeout=300,
+        )
+        ran = Ran(done.returncode, done.stdout.decode(), done.stderr.decode())
+        assert "Traceback" not in ran.err, ran.err
+        return ran
+
+    return run
+
+
+def weights(seed: int, dtype=torch.float32) -> dict[str, torch.Tensor]:
+    """A two-block model in Hugging Face names, with every kind of tensor a reader meets."""
+    rng = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return (torch.randn(*shape, generator=rng) * 0.02).to(dtype)
+
+    tensors = {"model.embed_tokens.weight": normal(20, 12), "lm_head.weight": normal(20, 12)}
+    for block in range(2):
+        prefix = f"model.layers.{block}."
+        tensors |= {
+            prefix + "self_attn.q_proj.weight": normal(12, 12),
+            prefix + "self_attn.k_proj.weight": normal(6, 12),
+            prefix + "mlp.up_proj.weight": normal(16, 12),
+            prefix + "mlp.down_proj.weight": normal(12, 16),
+            prefix + "input_layernorm.weight": normal(12),
+        }
+    return tensors
+
+
+@pytest.fixture
+def pair_of_models(tmp_path):
+    """Return (base, tuned) folders of float32 safetensors, and their tensors."""
+    before = weights(1)
+    after = {name: value + weights(2)[name] * 0.1 for name, value in before.items()}
+    return save_model(tmp_path / "base", before), save_model(tmp_path / "tuned", after), before, after
+
+
+def save_model(folder: Path, tensors: dict[str, torch.Tensor]) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file({name: value.contiguous() for name, value in tensors.items()}, folder / "model.safetensors")
+    return folder
+
+
+def save_sharded(folder: Path, tensors: dict[str, torch.Tensor], shards: int = 3, suffix: str = "safetensors") -> Path:
+    """Write shards and their index, as ``save_pretrained`` lays them out."""
+    folder.mkdir(parents=True, exist_ok=True)
+    stem = "model" if suffix == "safetensors" else "pytorch_model"
+    names = sorted(tensors)
+    weight_map = {}
+    for shard in range(shards):
+        file = f"{stem}-{shard + 1:05d}-of-{shards:05d}.{suffix}"
+        part = {name: tensors[name].contiguous() for name in names[shard::shards]}
+        if suffix == "safetensors":
+            save_file(part, folder / file)
+        else:
+            torch.save(part, folder / file)
+        weight_map |= dict.fromkeys(part, file)
+    index = {"metadata": {"total_size": 0}, "weight_map": weight_map}
+    (folder / f"{stem}.{suffix}.index.json").write_text(json.dumps(index))
+    return folder
+
+
+def as_numpy(tensor: torch.Tensor) -> np.ndarray:
+    return tensor.to(torch.float64).numpy()

@@ -1,0 +1,176 @@
+"""Records against float64 NumPy, from files of every dtype and layout."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+import lora_diag
+from tests import oracles
+from tests.conftest import SHARED, as_numpy, save_model, save_sharded, weights
+
+DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
+
+
+def check(record, base: np.ndarray, tuned: np.ndarray) -> None:
+    """Hold a record against an independent float64 computation from the stored numbers."""
+    truth = oracles.spectrum(base, tuned)
+    s, curve = truth["s"], truth["curve"]
+    assert record.fro == pytest.approx(truth["fro"], rel=1e-6)
+    assert record.base_fro == pytest.approx(truth["base_fro"], rel=1e-6)
+    assert np.abs(np.array(record.s) - s[: len(record.s)]).max() <= 1e-6 * s[0]
+    for rank, share in record.energy.items():
+        if share is not None:
+            assert share == pytest.approx(oracles.energy_at(s, int(rank)), abs=1e-6)
+    for threshold, rank in record.rank_at.items():
+        expected = oracles.rank_at(s, float(threshold))
+        near = abs(curve[expected - 1] - float(threshold)) < 1e-6
+        assert rank is None or rank == expected or near
+        assert rank is not None or expected > len(record.s)
+    for rank, tail in record.tail.items():
+        if tail is not None:
+            assert tail.fro == pytest.approx(np.sqrt((s[int(rank) :] ** 2).sum()), abs=1e-6 * truth["fro"])
+            if tail.spectral is not None:
+                assert tail.spectral == pytest.approx(s[int(rank)] if int(rank) < len(s) else 0, abs=1e-6 * s[0])
+    assert record.stable_rank == pytest.approx(truth["fro"] ** 2 / s[0] ** 2, rel=1e-5)
+    if record.complete:
+        assert record.effective_rank == pytest.approx(oracles.effective_rank(s), rel=1e-5)
+    assert record.resolution.unchanged == np.mean(base == tuned)
+
+
+@pytest.mark.parametrize("after", DTYPES, ids=str)
+@pytest.mark.parametrize("before", DTYPES, ids=str)
+@pytest.mark.parametrize("options", [{}, {"method": "gram"}, {"method": "exact"}, {"top": 5}], ids=str)
+def test_records_of_every_dtype_and_method(tmp_path, before, after, options):
+    base = weights(1, before)
+    tuned = {name: (value.double() + 0.2 * weights(2)[name].double()).to(after) for name, value in base.items()}
+    results = lora_diag.spectrum(
+        save_model(tmp_path / "base", base), save_sharded(tmp_path / "tuned", tuned), ranks=(1, 4, 9, 50), **options
+    )
+    matrices = [name for name, value in base.items() if value.ndim == 2]
+    assert {record.layer for record in results} == set(matrices)
+    for record in results:
+        check(record, as_numpy(base[record.layer]), as_numpy(tuned[record.layer]))
+    for item in results.left_out:
+        expected = as_numpy(tuned[item.layer]) - as_numpy(base[item.layer])
+        assert item.reason == "vector"
+        assert item.fro == pytest.approx(np.linalg.norm(expected), rel=1e-6)
+
+
+def test_medium_sized_layers_go_through_gram(tmp_path):
+    rng = np.random.default_rng(0)
+    delta = oracles.with_spectrum(1 / np.arange(1, 201) ** 1.5, 200, 500, seed=1)
+    base = rng.standard_normal((200, 500)).astype(np.float32)
+    tuned = (base + delta).astype(np.float32)
+    one, two = {"w": torch.from_numpy(base)}, {"w": torch.from_numpy(tuned)}
+    (record,) = lora_diag.spectrum(save_model(tmp_path / "a", one), save_model(tmp_path / "b", two))
+    assert record.method == "gram"
+    check(record, base, tuned)
+    truth = oracles.spectrum(base, tuned)
+    assert abs(record.energy["16"] - oracles.energy_at(truth["s"], 16)) <= record.energy_error + 1e-7
+
+
+def test_sharded_single_and_bin_give_identical_records(tmp_path, pair_of_models):
+    base, tuned, before, after = pair_of_models
+    torch.save(after, tmp_path / "tuned.bin")
+    inputs = [
+        (base, tuned),
+        (save_sharded(tmp_path / "b3", before), save_sharded(tmp_path / "t2", after, 2)),
+        (base / "model.safetensors", tmp_path / "tuned.bin"),
+        (save_sharded(tmp_path / "bb", before, suffix="bin"), tuned),
+    ]
+    first, *others = [lora_diag.spectrum(*pair) for pair in inputs]
+    for other in others:
+        assert (other.layers, other.left_out, other.end) == (first.layers, first.left_out, first.end)
+
+
+def test_a_zero_update_has_no_shares_and_needs_no_rank(tmp_path):
+    model = save_model(tmp_path / "m", weights(1))
+    for record in lora_diag.spectrum(model, model):
+        assert record.fro == 0
+        assert set(record.energy.values()) == {None}
+        assert set(record.rank_at.values()) == {0}
+        assert all(tail.fro == 0 for tail in record.tail.values())
+        assert record.stable_rank is None
+        assert record.effective_rank is None
+        assert record.resolution.unchanged == 1
+
+
+def test_a_rank_three_update_needs_rank_three(tmp_path):
+    base = np.random.default_rng(0).standard_normal((30, 20))
+    tuned = base + oracles.with_spectrum(np.array([3.0, 3.0, 3.0]), 30, 20, seed=1)
+    one, two = {"w": torch.from_numpy(base)}, {"w": torch.from_numpy(tuned)}
+    (record,) = lora_diag.spectrum(save_model(tmp_path / "a", one), save_model(tmp_path / "b", two), ranks=(2, 3, 4))
+    assert record.rank_at == {"0.9": 3, "0.95": 3, "0.99": 3}
+    assert record.energy["2"] == pytest.approx(2 / 3)
+    assert record.energy["3"] == pytest.approx(1)
+    assert record.effective_rank == pytest.approx(3)
+    assert record.tail["3"].fro < 1e-9
+
+
+def test_ranks_beyond_the_values_kept_are_null_and_beyond_the_matrix_are_one(tmp_path, pair_of_models):
+    base, tuned, *_ = pair_of_models
+    (record,) = lora_diag.spectrum(base, tuned, layers="0.*k_proj", ranks=(2, 5, 99), top=3)
+    assert len(record.s) == 3
+    assert not record.complete
+    assert record.energy["2"] is not None
+    assert record.energy["5"] is record.energy["99"] is record.tail["5"] is None
+    assert record.rank_at["0.99"] is None
+    assert record.effective_rank is None
+    (record,) = lora_diag.spectrum(base, tuned, layers="0.*k_proj", ranks=(2, 5, 99))
+    assert record.energy["99"] == 1
+    assert record.tail["99"].fro == 0
+
+
+def test_a_layer_that_is_not_finite_is_named_and_the_rest_measured(tmp_path, pair_of_models):
+    base, _, _, after = pair_of_models
+    after["model.layers.1.mlp.up_proj.weight"][3, 4] = torch.nan
+    after["model.layers.0.input_layernorm.weight"][2] = torch.inf
+    results = lora_diag.spectrum(base, save_model(tmp_path / "nan", after))
+    bad = {item.layer: item.detail for item in results.left_out if item.reason == "non_finite"}
+    assert bad == {
+        "model.layers.1.mlp.up_proj.weight": "TUNED holds nan at [3, 4]",
+        "model.layers.0.input_layernorm.weight": "TUNED holds inf at [0, 2]",
+    }
+    assert len(results) == 9
+    assert "nan" not in json.dumps([record.model_dump() for record in results]).lower()
+
+
+def test_same_input_same_bytes(tmp_path, pair_of_models):
+    base, tuned, *_ = pair_of_models
+    for name in ("one.jsonl", "two.jsonl"):
+        lora_diag.spectrum(base, tuned, output=tmp_path / name)
+    assert (tmp_path / "one.jsonl").read_bytes() == (tmp_path / "two.jsonl").read_bytes()
+
+
+def cases():
+    """Real pairs made with PEFT and transformers, with truth computed elsewhere; absent in a plain clone."""
+    for folder in sorted((SHARED / "cases").glob("*")):
+        tuned = next((folder / name for name in ("merged", "tuned") if (folder / name).is_dir()), None)
+        if (
+            tuned is not None
+            and (folder / "truth.json").exists()
+            and folder.name not in {"bnb-nf4-double", "fp8-block-scaled"}
+        ):
+            yield pytest.param(folder, tuned, id=folder.name)
+
+
+@pytest.mark.parametrize(
+    ("folder", "tuned"), [*cases()] or [pytest.param(None, None, marks=pytest.mark.skip("no cases here"))]
+)
+def test_real_merges_agree_with_their_truth(folder, tuned):
+    truth = json.loads((folder / "truth.json").read_text())
+    results = lora_diag.spectrum(folder / "base", tuned)
+    seen = 0
+    for name, expected in truth.items():
+        if name.startswith("_") or not isinstance(expected, dict) or not expected.get("s"):
+            continue
+        stack = isinstance(expected["s"][0], list)
+        for index, s in enumerate(expected["s"] if stack else [expected["s"]]):
+            record = results[f"{name}[{index}]" if stack else name]
+            assert np.abs(np.array(record.s[: len(s)]) - s[: len(record.s)]).max() <= 1e-6 * max(s[0], 1e-12) + 1e-12
+            if not stack:
+                assert record.fro == pytest.approx(expected["fro"], rel=1e-6)
+            seen += 1
+    assert seen or folder.name in {"identical", "bitfit-like"}

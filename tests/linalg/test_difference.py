@@ -1,0 +1,96 @@
+"""ΔW and its norms in one pass, against NumPy float64."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lora_diag.errors import UsageError
+from lora_diag.linalg import difference, resolve_device
+from tests.conftest import as_numpy
+
+CPU = torch.device("cpu")
+DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
+
+
+def in_blocks(base, tuned, rows):
+    return ((base[i : i + rows], tuned[i : i + rows]) for i in range(0, len(base), rows))
+
+
+@pytest.mark.parametrize("before", DTYPES, ids=str)
+@pytest.mark.parametrize("after", DTYPES, ids=str)
+def test_norms_and_entries_for_every_pair_of_dtypes(before, after):
+    torch.manual_seed(0)
+    base = (torch.randn(50, 30) * 0.02).to(before)
+    tuned = (base.to(torch.float64) + torch.randn(50, 30) * 1e-3).to(after)
+    tuned[:10] = base[:10].to(after)
+    expected = as_numpy(tuned) - as_numpy(base)
+    found = difference(in_blocks(base, tuned, 7), (50, 30), CPU)
+    assert found.fro == pytest.approx(np.sqrt((expected**2).sum()), rel=1e-7)
+    assert found.base_fro == pytest.approx(np.sqrt((as_numpy(base) ** 2).sum()), rel=1e-12)
+    assert np.abs(as_numpy(found.matrix) - expected).max() <= 1e-7 * np.abs(expected).max()
+    assert found.unchanged == np.mean(as_numpy(tuned) == as_numpy(base))
+    assert found.non_finite is None
+
+
+@settings(max_examples=30, deadline=None)
+@given(rows=st.integers(1, 40), seed=st.integers(0, 1000))
+def test_the_blocks_do_not_matter(rows, seed):
+    rng = torch.Generator().manual_seed(seed)
+    base, tuned = torch.randn(40, 5, generator=rng), torch.randn(40, 5, generator=rng)
+    whole = difference(in_blocks(base, tuned, 40), (40, 5), CPU)
+    found = difference(in_blocks(base, tuned, rows), (40, 5), CPU)
+    assert torch.equal(found.matrix, whole.matrix)
+    assert found.fro == pytest.approx(whole.fro, rel=1e-14)
+
+
+def test_the_norm_of_a_large_matrix_is_not_float32s():
+    """torch's own float32 norm is off by 8e-4 here."""
+    torch.manual_seed(0)
+    base = torch.zeros(4096, 4096, dtype=torch.bfloat16)
+    tuned = torch.randn(4096, 4096).to(torch.bfloat16)
+    found = difference(in_blocks(base, tuned, 512), (4096, 4096), CPU)
+    assert found.fro == pytest.approx(math.sqrt(float((tuned.to(torch.float64) ** 2).sum())), rel=1e-9)
+
+
+def test_minus_zero_counts_as_changed_within_a_dtype():
+    found = difference([(torch.tensor([[0.0, 1.0]]), torch.tensor([[-0.0, 1.0]]))], (1, 2), CPU)
+    assert found.unchanged == 0.5
+    assert found.fro == 0.0
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("side", [0, 1])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_first_non_finite_entry_is_named(value, side, dtype):
+    pair = [torch.zeros(9, 4, dtype=dtype), torch.zeros(9, 4, dtype=dtype)]
+    pair[side][5, 2] = pair[side][7, 0] = value
+    found = difference(in_blocks(*pair, 2), (9, 4), CPU)
+    assert found.matrix is None
+    assert "[5, 2]" in found.non_finite
+    assert ("BASE", "TUNED")[side] in found.non_finite
+
+
+def test_finite_entries_whose_difference_or_square_overflows():
+    big = torch.full((2, 2), 3e38)
+    assert "overflows" in difference([(-big, big)], (2, 2), CPU).non_finite
+    huge = torch.full((2, 2), 1e200, dtype=torch.float64)
+    assert "overflow" in difference([(torch.zeros_like(huge), huge)], (2, 2), CPU).non_finite
+
+
+def test_without_keep_the_matrix_is_not_held():
+    found = difference([(torch.zeros(2, 2), torch.ones(2, 2))], (2, 2), CPU, keep=False)
+    assert (found.matrix, found.fro) == (None, 2.0)
+
+
+@pytest.mark.parametrize("word", ["tpu", "cuda:99", "mps", "meta", ""])
+def test_devices_that_are_not_there(word):
+    with pytest.raises(UsageError, match="--device"):
+        resolve_device(word)
+
+
+def test_auto_is_a_device_that_is_there():
+    assert resolve_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")

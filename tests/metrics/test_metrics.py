@@ -1,0 +1,80 @@
+"""Numbers from singular values, against the definitions and their laws."""
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lora_diag.metrics import effective_rank, energy_curve, rank_at, stable_rank, truncation_error
+from tests import oracles
+
+values = st.lists(st.floats(1e-6, 1e6), min_size=1, max_size=40).map(lambda v: np.sort(np.array(v))[::-1])
+
+
+@given(values)
+def test_energy_curves(s):
+    fro = math.sqrt(float((s**2).sum()))
+    curve = energy_curve(s, fro, complete=True)
+    assert np.all(np.diff(curve) >= 0)
+    assert curve[-1] == 1.0
+    for rank in range(1, len(s) + 1):
+        assert curve[rank - 1] == pytest.approx(oracles.energy_at(s, rank), abs=1e-12)
+
+
+@given(values, st.integers(1, 40), st.sampled_from([0.9, 0.95, 0.99]))
+def test_an_incomplete_spectrum_gives_the_same_fractions(s, top, threshold):
+    fro = math.sqrt(float((s**2).sum()))
+    whole, part = energy_curve(s, fro, complete=True), energy_curve(s[:top], fro, complete=False)
+    assert part[: top - 1] == pytest.approx(whole[: min(top, len(s))][: top - 1], abs=1e-12)
+    rank = rank_at(part, threshold)
+    if rank is not None:
+        assert part[rank - 1] >= threshold
+        assert rank == 1 or part[rank - 2] < threshold
+
+
+@given(values, st.integers(0, 45))
+def test_error_squared_and_energy_are_one(s, rank):
+    fro = math.sqrt(float((s**2).sum()))
+    error, spectral = truncation_error(s, fro, rank, complete=True)
+    kept = float((s[:rank] ** 2).sum())
+    assert error**2 + kept == pytest.approx(fro**2, rel=1e-12)
+    assert spectral == (s[rank] if rank < len(s) else 0.0)
+
+
+@given(values, st.integers(1, 40), st.integers(0, 45))
+def test_errors_of_an_incomplete_spectrum(s, top, rank):
+    fro = math.sqrt(float((s**2).sum()))
+    found = truncation_error(s[:top], fro, rank, complete=False)
+    if rank > min(top, len(s)):
+        assert found is None
+        return
+    exact, _ = truncation_error(s, fro, rank, complete=True)
+    assert found[0] == pytest.approx(exact, abs=2e-8 * fro)
+    assert found[1] == (s[rank] if rank < min(top, len(s)) else None)
+
+
+def test_truncation_is_the_error_of_the_best_approximation():
+    delta = oracles.with_spectrum(1 / np.arange(1, 11), 10, 14, seed=3)
+    s = np.linalg.svd(delta, compute_uv=False)
+    for rank in (0, 1, 4, 10):
+        error, spectral = truncation_error(s, float(np.linalg.norm(delta)), rank, complete=True)
+        rest = delta - oracles.best_approximation(delta, rank)
+        assert error == pytest.approx(np.linalg.norm(rest), abs=1e-12)
+        assert spectral == pytest.approx(np.linalg.norm(rest, 2), abs=1e-12)
+
+
+@given(values)
+def test_scalar_ranks(s):
+    fro = math.sqrt(float((s**2).sum()))
+    assert effective_rank(s) == pytest.approx(oracles.effective_rank(s), rel=1e-9)
+    assert 1 <= stable_rank(s, fro) <= len(s) * (1 + 1e-12)
+    assert 1 - 1e-12 <= effective_rank(s) <= len(s) * (1 + 1e-12)
+
+
+def test_equal_values_have_all_ranks_equal_to_their_number():
+    s = np.full(6, 0.3)
+    assert effective_rank(s) == pytest.approx(6)
+    assert stable_rank(s, math.sqrt(6) * 0.3) == pytest.approx(6)
+    assert rank_at(energy_curve(s, math.sqrt(6) * 0.3, complete=True), 0.5) == 3

@@ -1,0 +1,60 @@
+"""Slow float64 references, written from the definitions; they share no code with the package."""
+
+import numpy as np
+
+
+def spectrum(base: np.ndarray, tuned: np.ndarray) -> dict:
+    """Everything a spectrum record says, from numpy.linalg.svd in float64."""
+    delta = tuned.astype(np.float64) - base.astype(np.float64)
+    s = np.linalg.svd(delta, compute_uv=False)
+    energy = s**2
+    total = energy.sum()
+    curve = np.array([energy[: r + 1].sum() for r in range(len(s))]) / total if total else None
+    return {
+        "fro": float(np.sqrt((delta**2).sum())),
+        "base_fro": float(np.sqrt((base.astype(np.float64) ** 2).sum())),
+        "s": s,
+        "curve": curve,
+    }
+
+
+def energy_at(s: np.ndarray, rank: int) -> float:
+    return float((s[:rank] ** 2).sum() / (s**2).sum())
+
+
+def rank_at(s: np.ndarray, threshold: float) -> int:
+    """Count up until enough energy is there."""
+    total, kept = float((s**2).sum()), 0.0
+    for rank, value in enumerate(s, 1):
+        kept += float(value) ** 2
+        if kept / total >= threshold:
+            return rank
+    return len(s)
+
+
+def effective_rank(s: np.ndarray) -> float:
+    p = s**2 / (s**2).sum()
+    return float(np.exp(-sum(x * np.log(x) for x in p if x > 0)))
+
+
+def best_approximation(delta: np.ndarray, rank: int) -> np.ndarray:
+    u, s, vh = np.linalg.svd(delta.astype(np.float64), full_matrices=False)
+    return (u[:, :rank] * s[:rank]) @ vh[:rank]
+
+
+def bf16(values: np.ndarray) -> np.ndarray:
+    """Round float32 to bfloat16, ties to even, by its bits; returned as float32."""
+    bits = values.astype(np.float32).view(np.uint32).astype(np.uint64)
+    rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16 << 16).astype(np.uint32)
+    return rounded.view(np.float32)
+
+
+def with_spectrum(s: np.ndarray, m: int, n: int, seed: int) -> np.ndarray:
+    """A float64 m×n matrix with the given singular values and random singular vectors."""
+    rng = np.random.default_rng(seed)
+    k = min(m, n)
+    u, _ = np.linalg.qr(rng.standard_normal((m, k)))
+    v, _ = np.linalg.qr(rng.standard_normal((n, k)))
+    full = np.zeros(k)
+    full[: len(s)] = s
+    return (u * full) @ v.T

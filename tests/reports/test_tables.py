@@ -1,0 +1,120 @@
+"""What is shown: it fits, it is what the records say, and a hostile name stays text."""
+
+import re
+
+import pytest
+import torch
+
+import lora_diag
+from lora_diag.reports.inventory import inventory_table
+from lora_diag.reports.table import spectrum_table
+from tests.conftest import save_model, weights
+
+
+@pytest.fixture
+def results(pair_of_models):
+    base, tuned, *_ = pair_of_models
+    return lora_diag.spectrum(base, tuned)
+
+
+@pytest.mark.parametrize("per", ["type", "layer"])
+@pytest.mark.parametrize("width", [60, 80, 140, 250])
+def test_tables_fit_the_terminal(results, width, per):
+    text = spectrum_table(results, width, per=per)
+    assert max(map(len, text.splitlines())) <= width
+    assert "…" not in text.splitlines()[1] or width < 80
+    assert "up_proj" in text
+
+
+def test_the_table_of_a_saved_file_is_the_live_one(results, tmp_path):
+    results.write(tmp_path / "r.jsonl")
+    assert spectrum_table(lora_diag.read_results(tmp_path / "r.jsonl")) == spectrum_table(results)
+
+
+def test_a_layers_row_says_what_its_record_says(results):
+    text = spectrum_table(results, 200, per="layer")
+    for record in results:
+        (row,) = [line for line in text.splitlines() if line.split()[:1] == [record.layer.removesuffix(".weight")]]
+        for rank in ("4", "8", "64"):
+            assert f"{record.energy[rank]:.2f}" in row
+        assert str(record.rank_at["0.9"]) in row.split()
+
+
+def test_the_summary_names_the_worst_layer_and_its_share(results):
+    text = spectrum_table(results, 140)
+    matrices = [record for record in results if "layers" in record.layer]
+    worst = min(matrices, key=lambda record: record.energy["8"])
+    share = f"{worst.energy['8']:.0%}"
+    assert re.search(rf"r=8 keeps .*worst {share} in {re.escape(worst.layer.removesuffix('.weight'))}", text)
+
+
+def test_colour_shades_and_no_colour_has_no_escapes(results):
+    assert "\x1b[" in spectrum_table(results, 80, color=True)
+    assert "\x1b" not in spectrum_table(results, 80)
+
+
+def test_coverage_counts_every_part(tmp_path):
+    before = weights(1)
+    after = dict(before)
+    after["model.layers.0.mlp.up_proj.weight"] = before["model.layers.0.mlp.up_proj.weight"] + 1.0
+    after["lm_head.weight"] = before["lm_head.weight"] + 1.0
+    after["model.layers.0.input_layernorm.weight"] = before["model.layers.0.input_layernorm.weight"] + 4.0
+    results = lora_diag.spectrum(save_model(tmp_path / "a", before), save_model(tmp_path / "b", after))
+    parts = {"matrices": 16 * 12, "head": 20 * 12, "norms": 12 * 16}
+    total = sum(parts.values())
+    text = " ".join(spectrum_table(results, 140).split())
+    assert f"{parts['matrices'] / total:.0%} in the matrices" in text
+    assert f"{parts['head'] / total:.0%} in embeddings and head" in text
+    assert f"{parts['norms'] / total:.0%} in norms and biases" in text
+
+
+def test_an_identical_pair_says_so(tmp_path):
+    model = save_model(tmp_path / "m", weights(1))
+    text = spectrum_table(lora_diag.spectrum(model, model))
+    assert "ΔW is zero in every matrix" in text
+    assert "nan" not in text.lower()
+
+
+def test_ranks_beyond_top_are_shown_as_beyond(pair_of_models):
+    base, tuned, *_ = pair_of_models
+    text = spectrum_table(lora_diag.spectrum(base, tuned, top=2))
+    assert "> 2" in text
+    assert "without --top" in text
+
+
+def test_an_unfinished_run_and_unmeasured_layers_are_said(pair_of_models, tmp_path):
+    base, _, _, after = pair_of_models
+    after["model.layers.1.mlp.up_proj.weight"][3, 4] = torch.nan
+    path = tmp_path / "r.jsonl"
+    lora_diag.spectrum(base, save_model(tmp_path / "nan", after), output=path)
+    assert "TUNED holds nan at [3, 4]" in spectrum_table(lora_diag.read_results(path))
+    path.write_text("".join(line + "\n" for line in path.read_text().splitlines()[:-1]))
+    assert "did not finish" in spectrum_table(lora_diag.read_results(path))
+
+
+HOSTILE = "model.layers.0.\x1b[2J\n<script>[red]x[/red].weight"
+
+
+def test_hostile_names_stay_text(tmp_path):
+    one, two = {HOSTILE: torch.zeros(3, 3)}, {HOSTILE: torch.ones(3, 3)}
+    base, tuned = save_model(tmp_path / "a", one), save_model(tmp_path / "b", two)
+    for per in ("type", "layer"):
+        text = spectrum_table(lora_diag.spectrum(base, tuned), 140, per=per)
+        assert "\x1b" not in text
+        assert r"\x1b[2J\n<script>[red]x[/red]" in text
+    from lora_diag.api.inspect import inspect
+
+    text = inventory_table(inspect(base), 140)
+    assert "\x1b" not in text
+    assert "[red]x[/red]" in text
+
+
+def test_inventory_lists_every_kind_of_tensor(tmp_path):
+    from lora_diag.api.inspect import inspect
+
+    model = save_model(tmp_path / "m", {**weights(1), "ids": torch.arange(4), "half": torch.ones(2, 2).half()})
+    text = inventory_table(inspect(model), 80)
+    assert "no: 1-D" in text
+    assert "no: not a float" in text
+    assert "4 float16" in text
+    assert max(map(len, text.splitlines())) <= 80

@@ -1,0 +1,135 @@
+"""Which tensors meet which, and what is said of the rest."""
+
+import pytest
+import torch
+
+from lora_diag.checkpoints import open_checkpoint
+from lora_diag.deltas import matrices, natural_order, pair
+from lora_diag.errors import NothingComparedError, UsageError
+from tests.conftest import save_model
+
+
+def pairing(tmp_path, before, after, **options):
+    return pair(
+        open_checkpoint(save_model(tmp_path / "base", before)),
+        open_checkpoint(save_model(tmp_path / "tuned", after)),
+        **options,
+    )
+
+
+def ones(*shape, dtype=torch.float32):
+    return torch.ones(shape, dtype=dtype)
+
+
+def test_every_tensor_is_compared_or_listed_with_its_reason(tmp_path):
+    before = {
+        "a.weight": ones(3, 4),
+        "gone.weight": ones(2, 2),
+        "norm.weight": ones(4),
+        "ids": torch.arange(3),
+        "b.weight": ones(3, 4),
+        "model.embed_tokens.weight": ones(10, 4),
+        "lm_head.weight": ones(12, 4),
+        "nothing.weight": ones(0, 4),
+        "scalar": torch.tensor(1.0),
+    }
+    after = {
+        "a.weight": ones(3, 4),
+        "new.weight": ones(2, 2),
+        "norm.weight": ones(4),
+        "ids": torch.arange(3),
+        "b.weight": ones(3, 5),
+        "model.embed_tokens.weight": ones(13, 4),
+        "lm_head.weight": ones(10, 4),
+        "nothing.weight": ones(0, 4),
+        "scalar": torch.tensor(2.0),
+    }
+    found = pairing(tmp_path, before, after)
+    compared = {delta.layer: (delta.shape, delta.is_matrix) for delta in found.deltas}
+    assert compared == {
+        "a.weight": ((3, 4), True),
+        "norm.weight": ((1, 4), False),
+        "scalar": ((1, 1), False),
+        "model.embed_tokens.weight": ((10, 4), True),
+        "lm_head.weight": ((10, 4), True),
+    }
+    reasons = {item.layer: (item.reason, item.shape) for item in found.unpaired}
+    assert reasons == {
+        "gone.weight": ("only_in_base", (2, 2)),
+        "new.weight": ("only_in_tuned", (2, 2)),
+        "ids": ("not_float", (3,)),
+        "b.weight": ("shape_differs", (3, 4)),
+        "model.embed_tokens.weight": ("added_rows", (3, 4)),
+        "lm_head.weight": ("removed_rows", (2, 4)),
+        "nothing.weight": ("empty", (0, 4)),
+    }
+    assert "[3, 4]" in next(item.detail for item in found.unpaired if item.layer == "b.weight")
+
+
+def test_only_vocabulary_tables_may_have_another_number_of_rows(tmp_path):
+    found = pairing(
+        tmp_path, {"a": ones(2, 2), "up_proj.weight": ones(4, 2)}, {"a": ones(2, 2), "up_proj.weight": ones(5, 2)}
+    )
+    assert [item.reason for item in found.unpaired] == ["shape_differs"]
+
+
+def test_stacks_of_experts_are_one_matrix_each_and_convolutions_are_unrolled(tmp_path):
+    stack = torch.arange(24.0).view(2, 3, 4)
+    conv = torch.arange(96.0).view(2, 3, 4, 4)
+    tensors = {"mlp.experts.down_proj": stack, "conv1.weight": conv, "mixer.conv1d.weight": ones(5, 1, 4)}
+    found = pairing(tmp_path, {name: torch.zeros_like(value) for name, value in tensors.items()}, tensors)
+    by_layer = {delta.layer: delta for delta in found.deltas}
+    assert {layer: delta.shape for layer, delta in by_layer.items()} == {
+        "mlp.experts.down_proj[0]": (3, 4),
+        "mlp.experts.down_proj[1]": (3, 4),
+        "conv1.weight": (2, 48),
+        "mixer.conv1d.weight": (5, 4),
+    }
+    read = torch.cat([tuned for _, tuned in by_layer["mlp.experts.down_proj[1]"].blocks()])
+    assert torch.equal(read, stack[1])
+    read = torch.cat([tuned for _, tuned in by_layer["conv1.weight"].blocks()])
+    assert torch.equal(read, conv.reshape(2, 48))
+
+
+def test_a_stack_of_one_expert_keeps_its_index():
+    assert matrices("mlp.experts.up_proj", (1, 3, 4)) == [("mlp.experts.up_proj[0]", (3, 4))]
+
+
+def test_added_rows_are_the_rows_that_only_one_side_has(tmp_path):
+    before, after = torch.zeros(10, 4), torch.arange(52.0).view(13, 4)
+    found = pairing(tmp_path, {"wte.weight": before, "a": ones(2, 2)}, {"wte.weight": after, "a": ones(2, 2)})
+    rows = found.unpaired[0].rows
+    assert torch.equal(rows.read(0, 12).view(3, 4), after[10:])
+    assert torch.equal(torch.cat([tuned for _, tuned in found.deltas[1].blocks()]), after[:10])
+
+
+def test_blocks_are_rows_in_order_whatever_their_number(tmp_path, monkeypatch):
+    tensor = torch.arange(70.0).view(10, 7)
+    found = pairing(tmp_path, {"w": tensor}, {"w": tensor + 1})
+    for entries in (1, 7, 15, 1000):
+        monkeypatch.setattr("lora_diag.deltas.BLOCK_ENTRIES", entries)
+        blocks = list(found.deltas[0].blocks())
+        assert torch.equal(torch.cat([base for base, _ in blocks]), tensor)
+        assert torch.equal(torch.cat([tuned for _, tuned in blocks]), tensor + 1)
+
+
+def test_selection(tmp_path):
+    names = ["h.0.q_proj.weight", "h.1.q_proj.weight", "h.1.up.weight"]
+    tensors = {name: ones(2, 2) for name in names}
+    found = pairing(tmp_path, tensors, tensors, layers="q_proj|up", exclude=r"h\.0")
+    assert [delta.layer for delta in found.deltas] == names[1:]
+    assert [(item.layer, item.reason) for item in found.unpaired] == [(names[0], "not_selected")]
+    with pytest.raises(UsageError, match="--layers"):
+        pairing(tmp_path, tensors, tensors, layers="(")
+    with pytest.raises(NothingComparedError, match="not_selected"):
+        pairing(tmp_path, tensors, tensors, layers="nope")
+
+
+def test_nothing_in_common_shows_names_of_both_sides(tmp_path):
+    with pytest.raises(NothingComparedError, match=r"a\.weight.*b\.weight"):
+        pairing(tmp_path, {"a.weight": ones(2, 2)}, {"b.weight": ones(2, 2)})
+
+
+def test_natural_order_counts_layers():
+    names = ["model.layers.10.a", "model.layers.9.a", "lm_head", "model.layers.9.a[10]", "model.layers.9.a[9]"]
+    assert sorted(names, key=natural_order) == [names[2], names[1], names[4], names[3], names[0]]

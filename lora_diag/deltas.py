@@ -1,14 +1,15 @@
 """Named ΔW: what is compared with what, and what is left out and why.
 
-A ``Delta`` is a descriptor: it knows where its two sides lie and how to read them block by block, and is small enough
-to be sent to another process. It computes nothing; ``linalg`` does.
+A ``Delta`` is a descriptor: it knows where its numbers lie and how to read them, and is small enough to be sent to
+another process. There are three kinds: the difference of two stored tensors, an update in factored form, and an
+update that has to be computed in full. None measures anything; ``linalg`` does.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -52,8 +53,8 @@ class Side:
 
 
 @dataclass(frozen=True, slots=True)
-class Delta:
-    """ΔW = W_tuned − W_base of one layer.
+class StoredDelta:
+    """ΔW = W_tuned − W_base of one layer, both stored.
 
     Args:
         layer: The weight's name in BASE; one matrix of a stack is ``name[3]``.
@@ -69,20 +70,72 @@ class Delta:
     tuned: Side
     is_matrix: bool = True
 
+    @property
+    def dtypes(self) -> tuple[str, str]:
+        """Stored dtypes of base and tuned."""
+        return self.base.dtype, self.tuned.dtype
+
     def blocks(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Yield ``(base, tuned)`` row blocks, each ``(rows, in)`` in its stored dtype, from the first row to the last.
 
         Raises:
             InputError: A file could not be read.
         """
-        rows, columns = self.shape
-        step = max(1, BLOCK_ENTRIES // max(1, columns))
-        for first in range(0, rows, step):
-            last = min(rows, first + step)
-            yield (
-                self.base.read(first * columns, last * columns).view(last - first, columns),
-                self.tuned.read(first * columns, last * columns).view(last - first, columns),
-            )
+        yield from zip(row_blocks(self.base, self.shape), row_blocks(self.tuned, self.shape), strict=True)
+
+
+@dataclass(frozen=True, slots=True)
+class FactoredDelta:
+    """ΔW = B·A of one layer, known by its factors.
+
+    Args:
+        layer: The weight's name in BASE, or in the adapter when there is no BASE.
+        shape: ``(out, in)``.
+        load: Reads B ``(out, r)`` and A ``(r, in)``, every scaling applied. A ``functools.partial`` of a module's
+            function, so that a descriptor can be sent to another process.
+        dtypes: Stored dtype of the base (None without one) and of the factors.
+        base: Where W_base lies, if it is there.
+    """
+
+    layer: str
+    shape: tuple[int, int]
+    load: Callable[[], tuple[torch.Tensor, torch.Tensor]]
+    dtypes: tuple[str | None, str]
+    base: Side | None = None
+    is_matrix: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class DenseDelta:
+    """ΔW of one layer that is neither a difference of files nor a product of two thin factors.
+
+    Args:
+        layer: The weight's name in BASE, or in the adapter when there is no BASE.
+        shape: ``(out, in)``; a 1-D tensor of n entries is ``(1, n)``.
+        load: Computes ΔW, ``(out, in)``, float32 or float64; a ``functools.partial`` like in ``FactoredDelta``.
+        dtypes: Stored dtype of the base (None without one) and of what the update is made of.
+        base: Where W_base lies, if it is there.
+        is_matrix: False for 1-D tensors.
+    """
+
+    layer: str
+    shape: tuple[int, int]
+    load: Callable[[], torch.Tensor]
+    dtypes: tuple[str | None, str]
+    base: Side | None = None
+    is_matrix: bool = True
+
+
+Delta = StoredDelta | FactoredDelta | DenseDelta
+
+
+def row_blocks(side: Side, shape: tuple[int, int]) -> Iterator[torch.Tensor]:
+    """Yield the rows of a stored matrix in blocks, ``(rows, in)``, in its stored dtype."""
+    rows, columns = shape
+    step = max(1, BLOCK_ENTRIES // max(1, columns))
+    for first in range(0, rows, step):
+        last = min(rows, first + step)
+        yield side.read(first * columns, last * columns).view(last - first, columns)
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,12 +242,12 @@ def _pair_tensor(base: Checkpoint, tuned: Checkpoint, name: str, deltas: list[De
     if before.shape != after.shape:
         unpaired.append(_added_rows(base, tuned, name))
     if len(before.shape) < 2:
-        deltas.append(Delta(name, (1, before.numel), Side(base, name), Side(tuned, name), is_matrix=False))
+        deltas.append(StoredDelta(name, (1, before.numel), Side(base, name), Side(tuned, name), is_matrix=False))
         return
     common = (min(before.shape[0], after.shape[0]), *before.shape[1:])
     offset = 0
     for layer, shape in matrices(name, common):
-        deltas.append(Delta(layer, shape, Side(base, name, offset), Side(tuned, name, offset)))
+        deltas.append(StoredDelta(layer, shape, Side(base, name, offset), Side(tuned, name, offset)))
         offset += math.prod(shape)
 
 

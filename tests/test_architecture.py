@@ -32,7 +32,7 @@ ALLOWED = {
 LIBRARIES = {
     "torch": {"checkpoints", "deltas", "linalg", "diagnostics"},
     "numpy": {"metrics", "diagnostics"},
-    "scipy": {"metrics"},
+    "scipy": {"metrics", "linalg"},
     "pydantic": {"results"},
     "rich": {"reports", "cli"},
     "typer": {"cli"},

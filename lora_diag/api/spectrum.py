@@ -15,7 +15,7 @@ from lora_diag.diagnostics.spectrum import RANKS, SpectrumSettings
 from lora_diag.diagnostics.spectrum import spectrum as measure
 from lora_diag.engines import run_local
 from lora_diag.errors import UsageError
-from lora_diag.linalg import METHODS, resolve_device
+from lora_diag.linalg import check_request, resolve_device
 from lora_diag.results import End, LeftOut, Results, ResultsWriter, Run, RunInput, Spectrum
 from lora_diag.version import __version__
 
@@ -114,10 +114,7 @@ def _settings(ranks: Sequence[int], method: str, top: int | None, device: str) -
     """Check the options before anything is opened."""
     if not ranks or min(ranks) < 1:
         raise UsageError(f"--ranks {','.join(map(str, ranks))}: ranks must be whole numbers from 1 up")
-    if top is not None and top < 1:
-        raise UsageError(f"--top {top}: must be at least 1")
-    if method not in {"auto", *dict(METHODS)}:
-        raise UsageError(f"--method {method}: use auto, {', '.join(dict(METHODS))}")
+    check_request(method, top)
     resolve_device(device)
     return SpectrumSettings(tuple(sorted(set(ranks))), method, top, device)
 
@@ -166,11 +163,12 @@ def _measure(
     left_out.sort(key=lambda record: (natural_order(record.layer), record.reason))
     for record in left_out[len(earlier.left_out) :]:
         put(record)
+    with_base = all(record.base_fro is not None for record in layers)
     end = End(
         layers=len(layers),
         left_out=len(left_out),
         fro=math.hypot(*(record.fro for record in layers)),
-        base_fro=math.hypot(*(record.base_fro for record in layers)),
+        base_fro=math.hypot(*(record.base_fro or 0.0 for record in layers)) if with_base else None,
     )
     put(end)
     return Results(writer.run, tuple(layers), tuple(left_out), end)

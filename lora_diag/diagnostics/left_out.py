@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 
 from lora_diag.deltas import Delta, Unpaired
-from lora_diag.linalg import Difference, difference
+from lora_diag.diagnostics.change import Change, load_change
 from lora_diag.results import LeftOut
 
 
 def left_out_vector(delta: Delta, device: torch.device) -> LeftOut:
     """Return the norm of a 1-D tensor's change: norms and biases move too, and no adapter of any rank carries them."""
-    change = difference(delta.blocks(), delta.shape, device, keep=False)
+    change = load_change(delta, device, keep=False)
     if change.non_finite is not None:
         return not_finite(delta, change)
     return LeftOut(
@@ -34,7 +34,7 @@ def left_out_rows(unpaired: Unpaired, device: torch.device) -> LeftOut:
     return LeftOut(layer=unpaired.layer, shape=unpaired.shape, reason=unpaired.reason, detail=unpaired.detail, fro=fro)
 
 
-def not_finite(delta: Delta, change: Difference) -> LeftOut:
+def not_finite(delta: Delta, change: Change) -> LeftOut:
     """Return the record of a layer that cannot be measured because an entry is NaN or infinite."""
     shape = delta.shape if delta.is_matrix else delta.shape[1:]
     return LeftOut(layer=delta.layer, shape=shape, reason="non_finite", detail=change.non_finite or "")

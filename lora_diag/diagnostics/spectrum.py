@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lora_diag.deltas import Delta
+from lora_diag.diagnostics.change import load_change
 from lora_diag.diagnostics.left_out import not_finite
-from lora_diag.linalg import decompose, difference, resolve_device
+from lora_diag.linalg import resolve_device
 from lora_diag.metrics import effective_rank, energy_curve, rank_at, stable_rank, truncation_error
 from lora_diag.results import LeftOut, Resolution, Spectrum, Tail
 
@@ -47,18 +48,19 @@ def spectrum(delta: Delta, settings: SpectrumSettings) -> Spectrum | LeftOut:
     Returns:
         Its spectrum, or, where ΔW is not finite, a ``left_out`` record with the place of the first bad entry.
     """
-    change = difference(delta.blocks(), delta.shape, resolve_device(settings.device))
-    if change.matrix is None:
+    change = load_change(delta, resolve_device(settings.device))
+    if change.non_finite is not None:
         return not_finite(delta, change)
-    factors = decompose(change.matrix, settings.method, settings.top)
+    factors = change.decompose(settings.method, settings.top)
+    fro = factors.fro
     s = _nine_digits(factors.s.numpy())
-    zero = change.fro == 0.0
-    curve = np.zeros(len(s)) if zero else energy_curve(s, change.fro, factors.complete)
+    zero = fro == 0.0
+    curve = np.zeros(len(s)) if zero else energy_curve(s, fro, factors.complete)
     return Spectrum(
         layer=delta.layer,
         shape=delta.shape,
-        dtypes=(delta.base.dtype, delta.tuned.dtype),
-        fro=change.fro,
+        dtypes=delta.dtypes,
+        fro=fro,
         base_fro=change.base_fro,
         s=tuple(s.tolist()),
         complete=factors.complete,
@@ -66,8 +68,8 @@ def spectrum(delta: Delta, settings: SpectrumSettings) -> Spectrum | LeftOut:
         energy_error=factors.energy_error,
         energy={str(r): None if zero else _at(curve, r, factors.complete) for r in settings.ranks},
         rank_at={str(share): 0 if zero else rank_at(curve, share) for share in THRESHOLDS},
-        tail={str(r): _tail(s, change.fro, r, factors.complete) for r in settings.ranks},
-        stable_rank=None if zero else stable_rank(s, change.fro),
+        tail={str(r): _tail(s, fro, r, factors.complete) for r in settings.ranks},
+        stable_rank=None if zero else stable_rank(s, fro),
         effective_rank=effective_rank(s) if factors.complete and not zero else None,
         resolution=Resolution(unchanged=change.unchanged),
     )

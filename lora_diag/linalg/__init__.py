@@ -4,8 +4,21 @@ The rule on the door: this room knows no names, no files and no LoRA. A method i
 its paper, and one line in ``METHODS``.
 """
 
-from lora_diag.linalg.decompose import METHODS, Factors, decompose
+from lora_diag.linalg.decompose import METHODS, check_request, decompose
 from lora_diag.linalg.devices import resolve_device
-from lora_diag.linalg.difference import Difference, difference
+from lora_diag.linalg.difference import Difference, difference, first_non_finite, norm
+from lora_diag.linalg.factored import decompose_factored
+from lora_diag.linalg.factors import Factors
 
-__all__ = ["METHODS", "Difference", "Factors", "decompose", "difference", "resolve_device"]
+__all__ = [
+    "METHODS",
+    "Difference",
+    "Factors",
+    "check_request",
+    "decompose",
+    "decompose_factored",
+    "difference",
+    "first_non_finite",
+    "norm",
+    "resolve_device",
+]

@@ -62,7 +62,7 @@ def difference(
         block = tuned.to(wide) - base.to(wide)
         norm, base_norm = _norm(block), _norm(base)
         if not math.isfinite(norm + base_norm):
-            return Difference(None, math.nan, math.nan, math.nan, _first_non_finite(base, tuned, block, row))
+            return Difference(None, math.nan, math.nan, math.nan, _why_not_finite(base, tuned, block, row))
         squares += norm**2
         base_squares += base_norm**2
         same += _unchanged(base, tuned)
@@ -72,6 +72,11 @@ def difference(
             matrix[row : row + len(block)] = block
         row += len(block)
     return Difference(matrix, math.sqrt(squares), math.sqrt(base_squares), same / max(1, math.prod(shape)))
+
+
+def norm(blocks: Iterable[Tensor]) -> float:
+    """Return the Frobenius norm of a matrix that comes in blocks, accumulated in float64."""
+    return math.sqrt(sum(_norm(block) ** 2 for block in blocks))
 
 
 def _norm(block: Tensor) -> float:
@@ -86,10 +91,29 @@ def _unchanged(base: Tensor, tuned: Tensor) -> int:
     return int((base.view(bits) == tuned.view(bits)).sum())
 
 
-def _first_non_finite(base: Tensor, tuned: Tensor, block: Tensor, first_row: int) -> str:
-    for words, values in (("BASE holds", base), ("TUNED holds", tuned), ("the difference overflows to", block)):
-        bad = ~torch.isfinite(values)
-        if bad.any():
-            row, column = divmod(int(bad.view(-1).to(torch.uint8).argmax()), values.shape[1])
-            return f"{words} {float(values[row, column])} at [{first_row + row}, {column}]"
-    return f"the squares of its entries overflow float64 in rows {first_row}-{first_row + len(block) - 1}"
+def first_non_finite(words: str, values: Tensor, first_row: int = 0) -> str | None:
+    """Return the value and the place of the first entry that is not finite; None if all are.
+
+    Args:
+        words: How the sentence begins.
+        values: ``(rows, n)``.
+        first_row: Row number of the first row.
+
+    Example:
+        >>> first_non_finite("B holds", torch.tensor([[0.0, 1.0], [2.0, math.inf]]))
+        'B holds inf at [1, 1]'
+    """
+    bad = ~torch.isfinite(values)
+    if not bad.any():
+        return None
+    row, column = divmod(int(bad.reshape(-1).to(torch.uint8).argmax()), values.shape[1])
+    return f"{words} {float(values[row, column])} at [{first_row + row}, {column}]"
+
+
+def _why_not_finite(base: Tensor, tuned: Tensor, block: Tensor, row: int) -> str:
+    return (
+        first_non_finite("BASE holds", base, row)
+        or first_non_finite("TUNED holds", tuned, row)
+        or first_non_finite("the difference overflows to", block, row)
+        or f"the squares of its entries overflow float64 in rows {row}-{row + len(block) - 1}"
+    )

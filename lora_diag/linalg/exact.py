@@ -2,41 +2,96 @@
 
 from __future__ import annotations
 
+import math
+from typing import NamedTuple
+
+import scipy.linalg
 import torch
 from torch import Tensor
 
 from lora_diag.errors import InputError
+from lora_diag.linalg.factors import Factors, fix_signs
 
-# cuSOLVER's drivers, fastest first; the Jacobi one may fail to converge, QR has not been seen to.
+# The drivers, fastest first. Divide and conquer (gesdd) and cuSOLVER's Jacobi (gesvdj) have been seen to fail to
+# converge; the QR iteration (gesvd) has not.
+CPU_DRIVERS = ("gesdd", "gesvd")
 CUDA_DRIVERS = ("gesvdj", "gesvd")
 
 
-def singular_values(matrix: Tensor) -> tuple[Tensor, str, float]:
-    """Return all singular values of a matrix.
+class Svd(NamedTuple):
+    """A thin singular value decomposition and the driver that computed it."""
+
+    s: Tensor
+    u: Tensor | None
+    vh: Tensor | None
+    driver: str
+
+
+def decompose_exact(matrix: Tensor, fro: float, top: int | None = None, vectors: bool = False) -> Factors:
+    """Compute the singular values of a matrix by a full decomposition.
 
     Args:
-        matrix: ``(m, n)``, finite, float32 or float64.
+        matrix: A, ``(m, n)``, finite.
+        fro: ‖A‖_F.
+        top: Keep only so many of the largest values.
+        vectors: Whether to compute singular vectors.
 
     Returns:
-        The values, descending, float64, on the CPU; the name of what ran; and a bound δ with |σ̂_i − σ_i| ≤ δ.
-        The solver returns the exact values of a matrix A + E with ‖E‖_2 ≤ p·ε·‖A‖_2 (Anderson et al., LAPACK Users'
-        Guide, 3rd ed., §4.9.1), and |σ_i(A+E) − σ_i(A)| ≤ ‖E‖_2 (Weyl). p is "a modestly growing function" of the
-        dimensions; we take max(m, n), far above what is seen.
+        The values. The solver returns the exact values of A + E with ‖E‖_2 ≤ p·ε·‖A‖_2 (Anderson et al., LAPACK Users'
+        Guide, 3rd ed., §4.9.1), so by Weyl |σ̂_i − σ_i| ≤ δ = p·ε·σ_1, and by Cauchy–Schwarz
+        |Σ_{i≤r}(σ̂_i² − σ_i²)| ≤ 2δ√r‖A‖_F + rδ². p is "a modestly growing function" of the dimensions; we take
+        max(m, n), far above what is seen.
 
     Raises:
         InputError: No driver converged.
     """
-    values, driver = _svdvals(matrix.to(torch.float64))
-    values = values.cpu()
-    bound = max(matrix.shape) * torch.finfo(torch.float64).eps * float(values[0])
-    return values, f"exact:{driver}", bound
+    found = svd(matrix.to(torch.float64), vectors)
+    kept = found.s[:top].cpu()
+    delta = max(matrix.shape) * torch.finfo(torch.float64).eps * float(found.s[0])
+    error = (2 * delta * math.sqrt(len(kept)) * fro + len(kept) * delta**2) / fro**2 if fro else 0.0
+    return Factors(
+        s=kept,
+        complete=len(kept) == min(matrix.shape),
+        method=f"exact:{found.driver}",
+        energy_error=error,
+        fro=fro,
+        u=None if found.u is None else found.u[:, :top],
+        vh=None if found.vh is None else found.vh[:top],
+    )
 
 
-def _svdvals(matrix: Tensor) -> tuple[Tensor, str]:
-    drivers = CUDA_DRIVERS if matrix.is_cuda else (None,)
-    for driver in drivers:
+def svd(matrix: Tensor, vectors: bool) -> Svd:
+    """Decompose a float64 matrix with the first driver that converges.
+
+    Args:
+        matrix: ``(m, n)``, float64, finite.
+        vectors: Whether to compute singular vectors.
+
+    Returns:
+        Values on the device of the matrix, vectors of fixed signs, and the driver's name.
+
+    Raises:
+        InputError: No driver converged.
+    """
+    for driver in CUDA_DRIVERS if matrix.is_cuda else CPU_DRIVERS:
         try:
-            return torch.linalg.svdvals(matrix, driver=driver), driver or "gesdd"
-        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+            u, s, vh = _run(matrix, driver, vectors)
+        except (torch.linalg.LinAlgError, scipy.linalg.LinAlgError):  # type: ignore[attr-defined]
             continue
+        if u is None or vh is None:
+            return Svd(s, None, None, driver)
+        return Svd(s, *fix_signs(u, vh), driver)
     raise InputError(f"the singular value decomposition of a {tuple(matrix.shape)} matrix did not converge")
+
+
+def _run(matrix: Tensor, driver: str, vectors: bool) -> tuple[Tensor | None, Tensor, Tensor | None]:
+    """Run one driver: torch's, except that torch reaches only gesdd on the CPU and SciPy reaches gesvd too."""
+    if driver == "gesvd" and not matrix.is_cuda:
+        parts = scipy.linalg.svd(matrix.numpy(), full_matrices=False, lapack_driver="gesvd")
+        u, s, vh = (torch.from_numpy(part) for part in parts)
+        return (u, s, vh) if vectors else (None, s, None)
+    on_gpu = driver if matrix.is_cuda else None
+    if not vectors:
+        return None, torch.linalg.svdvals(matrix, driver=on_gpu), None
+    u, s, vh = torch.linalg.svd(matrix, full_matrices=False, driver=on_gpu)
+    return u, s, vh

@@ -71,19 +71,20 @@ def _compared(results: Results) -> str:
     entries = sum(math.prod(record.shape) for record in results)
     vocabulary = sum(part_of(record.layer) == "vocabulary" for record in results)
     tables = f" ({vocabulary} of them embeddings or head)" if vocabulary else ""
-    dtypes = sorted({"/".join(dict.fromkeys(record.dtypes)) for record in results})
+    dtypes = sorted({"/".join(dict.fromkeys(filter(None, record.dtypes))) for record in results})
     notes = "".join(f"\n{side.role}: {safe(note)}" for side in results.run.inputs for note in side.notes)
     return f"{sides}{len(results)} matrices{tables}, {count(entries)} entries, {', '.join(dtypes)}{notes}"
 
 
 def _moved(records: Sequence[Spectrum]) -> str:
-    total = math.hypot(*(r.fro for r in records)) / (math.hypot(*(r.base_fro for r in records)) or 1.0)
-    ratios = {record.layer: record.fro / record.base_fro for record in records if record.base_fro}
+    total = math.hypot(*(record.fro for record in records))
+    ratios = {record.layer: ratio for record in records if (ratio := record.relative) is not None}
     if not ratios:
-        return f"‖ΔW‖ {number(math.hypot(*(r.fro for r in records)))}; every matrix of BASE is zero"
+        return f"‖ΔW‖ = {number(total)} over all matrices"
+    base = math.hypot(*(record.base_fro or 0.0 for record in records))
     most, least = max(ratios, key=ratios.__getitem__), min(ratios, key=ratios.__getitem__)
     return (
-        f"‖ΔW‖/‖W‖ = {number(total)} over all matrices\n"
+        f"‖ΔW‖/‖W‖ = {number(total / base)} over all matrices\n"
         f"most {number(ratios[most])} in {short(most)}\n"
         f"least {number(ratios[least])} in {short(least)}"
     )

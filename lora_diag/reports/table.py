@@ -117,7 +117,7 @@ def _shape(row: _Row) -> str:
 
 
 def _moved(row: _Row) -> str:
-    return number(median(record.fro / record.base_fro if record.base_fro else 0.0 for record in row.records))
+    return _middle([record.relative for record in row.records])
 
 
 def _energy(rank: int) -> Callable[[_Row], str | Text]:

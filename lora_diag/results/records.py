@@ -64,10 +64,10 @@ class Resolution(_Record):
     """What the files' rounding lets one see of ΔW.
 
     Args:
-        unchanged: Share of the entries that are bit-identical on both sides.
+        unchanged: Share of the entries that are bit-identical on both sides; null for an adapter, which has no sides.
     """
 
-    unchanged: float
+    unchanged: float | None
 
 
 class Spectrum(_Record):
@@ -76,11 +76,11 @@ class Spectrum(_Record):
     Args:
         layer: The weight's name in BASE; one matrix of a stack is ``name[3]``.
         shape: ``(out, in)``.
-        dtypes: Stored dtypes of base and tuned.
+        dtypes: Stored dtypes of base and tuned; of an adapter: of the base (null without one) and of its factors.
         fro: ‖ΔW‖_F, accumulated in float64.
-        base_fro: ‖W_base‖_F, likewise.
+        base_fro: ‖W_base‖_F, likewise; null if the base was not given.
         s: Singular values of ΔW, descending, to 9 significant digits.
-        complete: True if ``s`` holds all min(out, in) of them.
+        complete: True if ``s`` holds all min(out, in) of them, or all that can differ from zero (an adapter's r).
         method: What computed them, such as ``gram`` or ``exact``.
         energy_error: Bound on the absolute error of every energy fraction in this record.
         energy: C(r) = Σ_{i≤r}σ_i² / ‖ΔW‖_F² by r; null for a zero update and for r beyond the values kept.
@@ -94,9 +94,9 @@ class Spectrum(_Record):
     record: Literal["spectrum"] = "spectrum"
     layer: str
     shape: tuple[int, int]
-    dtypes: tuple[str, str]
+    dtypes: tuple[str | None, str]
     fro: float
-    base_fro: float
+    base_fro: float | None
     s: tuple[float, ...]
     complete: bool
     method: str
@@ -107,6 +107,11 @@ class Spectrum(_Record):
     stable_rank: float | None
     effective_rank: float | None
     resolution: Resolution
+
+    @property
+    def relative(self) -> float | None:
+        """‖ΔW‖_F / ‖W_base‖_F; None without a base, or where it is zero."""
+        return self.fro / self.base_fro if self.base_fro else None
 
 
 class LeftOut(_Record):
@@ -137,7 +142,7 @@ class End(_Record):
     layers: int
     left_out: int
     fro: float
-    base_fro: float
+    base_fro: float | None
 
 
 class StoredTensor(_Record):

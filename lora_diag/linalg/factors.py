@@ -1,0 +1,50 @@
+"""What every method returns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Factors:
+    """The largest singular values of a matrix A, with what is known of their errors.
+
+    Args:
+        s: Singular values, descending, float64, on the CPU.
+        complete: True if all min(m, n) are there, or all that can differ from zero.
+        method: What ran, such as ``gram`` or ``exact:gesdd``.
+        energy_error: Bound on |Ĉ(r) − C(r)| for every r ≤ len(s), where Ĉ(r) = Σ_{i≤r}σ̂_i² / ‖A‖_F².
+        fro: ‖A‖_F.
+        u: Left singular vectors ``(m, len(s))`` float64 on the device of A, or None if not asked for. In every column
+            the entry of largest absolute value is positive.
+        vh: Right singular vectors ``(len(s), n)``, likewise, with the signs that go with ``u``.
+    """
+
+    s: Tensor
+    complete: bool
+    method: str
+    energy_error: float
+    fro: float
+    u: Tensor | None = None
+    vh: Tensor | None = None
+
+
+def fix_signs(u: Tensor, vh: Tensor) -> tuple[Tensor, Tensor]:
+    """Make singular vectors the same from run to run: the largest entry of every left vector is positive.
+
+    Args:
+        u: ``(m, k)``.
+        vh: ``(k, n)``.
+
+    Returns:
+        Both, with the signs of some pairs flipped together.
+
+    Example:
+        >>> import torch
+        >>> fix_signs(torch.tensor([[-2.0], [1.0]]), torch.tensor([[3.0]]))[0].tolist()
+        [[2.0], [-1.0]]
+    """
+    signs = u.gather(0, u.abs().argmax(0, keepdim=True)).sign()
+    return u * signs, vh * signs.T

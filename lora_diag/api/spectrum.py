@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from lora_diag.checkpoints import Checkpoint, open_checkpoint
-from lora_diag.deltas import Delta, Pairing, natural_order, pair
+from lora_diag.api.inputs import compare
+from lora_diag.deltas import Delta, Pairing, natural_order
 from lora_diag.diagnostics.left_out import left_out_rows, left_out_vector
 from lora_diag.diagnostics.spectrum import RANKS, SpectrumSettings
 from lora_diag.diagnostics.spectrum import spectrum as measure
@@ -90,12 +90,11 @@ def spectrum(
         [('model.layers.0.self_attn.q_proj.weight', (128, 128))]
     """
     settings = _settings(ranks, method, top, device)
-    before, after = open_checkpoint(base), open_checkpoint(tuned)
-    pairing = pair(before, after, layers, exclude)
+    compared = compare(base, tuned, layers, exclude)
     run = Run(
         command="spectrum",
         version=__version__,
-        inputs=(_input("base", before), _input("tuned", after)),
+        inputs=compared.inputs,
         settings={
             "ranks": list(settings.ranks),
             "layers": layers,
@@ -107,7 +106,7 @@ def spectrum(
         },
     )
     with ResultsWriter(Path(output) if output is not None else None, run, resume) as writer:
-        return _measure(pairing, settings, writer, on_progress or _ignore, on_record or _ignore)
+        return _measure(compared.pairing, settings, writer, on_progress or _ignore, on_record or _ignore)
 
 
 def _settings(ranks: Sequence[int], method: str, top: int | None, device: str) -> SpectrumSettings:
@@ -117,12 +116,6 @@ def _settings(ranks: Sequence[int], method: str, top: int | None, device: str) -
     check_request(method, top)
     resolve_device(device)
     return SpectrumSettings(tuple(sorted(set(ranks))), method, top, device)
-
-
-def _input(role: str, checkpoint: Checkpoint) -> RunInput:
-    return RunInput(
-        role=role, path=str(checkpoint.path), kind=checkpoint.kind, tensors=len(checkpoint), notes=checkpoint.notes
-    )
 
 
 def _measure(

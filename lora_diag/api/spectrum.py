@@ -16,7 +16,7 @@ from lora_diag.diagnostics.spectrum import spectrum as measure
 from lora_diag.engines import run_local
 from lora_diag.errors import UsageError
 from lora_diag.linalg import check_request, resolve_device
-from lora_diag.results import End, LeftOut, Results, ResultsWriter, Run, RunInput, Spectrum
+from lora_diag.results import End, LeftOut, Results, ResultsWriter, Run, Spectrum
 from lora_diag.version import __version__
 
 Record = Run | Spectrum | LeftOut | End

@@ -50,6 +50,7 @@ def spectrum(
     exclude: str | None = None,
     method: str = "auto",
     top: int | None = None,
+    tol: float = 1e-4,
     device: str = "auto",
     seed: int = 0,
     output: Path | str | None = None,
@@ -67,8 +68,9 @@ def spectrum(
         ranks: Ranks r at which C(r) and the truncation errors are given.
         layers: Regular expression; only weights whose name contains a match.
         exclude: Regular expression; no weights whose name contains a match.
-        method: ``auto``, ``exact`` or ``gram``.
+        method: ``auto``, ``exact``, ``gram`` or ``krylov``.
         top: Keep only so many of the largest singular values.
+        tol: Bound to reach on the error of every energy fraction.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:1``.
         seed: Recorded; for methods that draw random numbers.
         output: Results file, appended line by line.
@@ -89,7 +91,7 @@ def spectrum(
         >>> [(record.layer, record.shape) for record in results]
         [('model.layers.0.self_attn.q_proj.weight', (128, 128))]
     """
-    settings = _settings(ranks, method, top, device)
+    settings = _settings(ranks, method, top, tol, seed, device)
     compared = compare(base, tuned, layers, exclude)
     run = Run(
         command="spectrum",
@@ -101,6 +103,7 @@ def spectrum(
             "exclude": exclude,
             "method": method,
             "top": top,
+            "tol": tol,
             "device": resolve_device(device).type,
             "seed": seed,
         },
@@ -109,13 +112,15 @@ def spectrum(
         return _measure(compared.pairing, settings, writer, on_progress or _ignore, on_record or _ignore)
 
 
-def _settings(ranks: Sequence[int], method: str, top: int | None, device: str) -> SpectrumSettings:
+def _settings(
+    ranks: Sequence[int], method: str, top: int | None, tol: float, seed: int, device: str
+) -> SpectrumSettings:
     """Check the options before anything is opened."""
     if not ranks or min(ranks) < 1:
         raise UsageError(f"--ranks {','.join(map(str, ranks))}: ranks must be whole numbers from 1 up")
-    check_request(method, top)
+    check_request(method, top, tol)
     resolve_device(device)
-    return SpectrumSettings(tuple(sorted(set(ranks))), method, top, device)
+    return SpectrumSettings(tuple(sorted(set(ranks))), method, top, tol, seed, device)
 
 
 def _measure(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lora_diag.deltas import Delta, FactoredDelta, StoredDelta, row_blocks
-from lora_diag.linalg import Factors, decompose, decompose_factored, difference, first_non_finite, norm
+from lora_diag.linalg import Difference, Factors, decompose, decompose_factored, difference, first_non_finite, norm
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,7 +19,7 @@ class Change:
     Args:
         fro: ‖ΔW‖_F; None for factors, whose decomposition gives it.
         base_fro: ‖W_base‖_F; None if the base was not given.
-        unchanged: Share of bit-identical entries; None for an update that has no two sides.
+        rounding: What the rounding of two stored sides did to ΔW; None for an update that has no two sides.
         matrix: ΔW ``(out, in)``, or None if it is known by its factors or was not kept.
         factors: B and A, or None.
         non_finite: Where the first entry is that is not a finite number; None if all are.
@@ -27,17 +27,19 @@ class Change:
 
     fro: float | None
     base_fro: float | None
-    unchanged: float | None
+    rounding: Difference | None = None
     matrix: Tensor | None = None
     factors: tuple[Tensor, Tensor] | None = None
     non_finite: str | None = None
 
-    def decompose(self, method: str = "auto", top: int | None = None, vectors: bool = False) -> Factors:
+    def decompose(
+        self, method: str = "auto", top: int | None = None, vectors: bool = False, tol: float = 1e-4, seed: int = 0
+    ) -> Factors:
         """Compute singular values, in factored form where there are factors."""
         if self.factors is not None:
             return decompose_factored(*self.factors, top=top, vectors=vectors)
         assert self.matrix is not None
-        return decompose(self.matrix, method, top, self.fro, vectors)
+        return decompose(self.matrix, method, top, self.fro, vectors, tol, seed)
 
 
 def load_change(delta: Delta, device: torch.device, keep: bool = True) -> Change:
@@ -56,16 +58,17 @@ def load_change(delta: Delta, device: torch.device, keep: bool = True) -> Change
     """
     if isinstance(delta, StoredDelta):
         change = difference(delta.blocks(), delta.shape, device, keep)
-        return Change(change.fro, change.base_fro, change.unchanged, change.matrix, None, change.non_finite)
+        matrix, change.matrix = change.matrix, None
+        return Change(change.fro, change.base_fro, change, matrix, None, change.non_finite)
     base_fro = None
     if delta.base is not None:
         base_fro = norm(block.to(device) for block in row_blocks(delta.base, delta.shape))
         if not math.isfinite(base_fro):
-            return Change(None, None, None, non_finite="BASE holds an entry that is not finite")
+            return Change(None, None, non_finite="BASE holds an entry that is not finite")
     if isinstance(delta, FactoredDelta):
         b, a = (factor.to(device) for factor in delta.load())
         problem = first_non_finite("lora_B holds", b) or first_non_finite("lora_A holds", a)
-        return Change(None, base_fro, None, factors=None if problem else (b, a), non_finite=problem)
+        return Change(None, base_fro, factors=None if problem else (b, a), non_finite=problem)
     matrix = delta.load().to(device)
     problem = first_non_finite("the update holds", matrix)
     fro = None if problem else norm([matrix])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -10,8 +11,17 @@ import numpy as np
 from lora_diag.deltas import Delta
 from lora_diag.diagnostics.change import load_change
 from lora_diag.diagnostics.left_out import not_finite
-from lora_diag.linalg import resolve_device
-from lora_diag.metrics import effective_rank, energy_curve, rank_at, stable_rank, truncation_error
+from lora_diag.linalg import Difference, resolve_device
+from lora_diag.metrics import (
+    effective_rank,
+    energy_curve,
+    noise_edge,
+    rank_at,
+    signal_rank,
+    stable_rank,
+    truncation_error,
+    verdict,
+)
 from lora_diag.results import LeftOut, Resolution, Spectrum, Tail
 
 if TYPE_CHECKING:
@@ -27,14 +37,18 @@ class SpectrumSettings:
 
     Args:
         ranks: Ranks r at which C(r) and the truncation errors are given.
-        method: ``auto``, ``exact`` or ``gram``.
+        method: ``auto``, ``exact``, ``gram`` or ``krylov``.
         top: Keep only so many of the largest singular values; None for all.
+        tol: Bound that ``auto`` and ``krylov`` have to reach on the error of every energy fraction.
+        seed: Of random starting vectors.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:1``.
     """
 
     ranks: tuple[int, ...] = RANKS
     method: str = "auto"
     top: int | None = None
+    tol: float = 1e-4
+    seed: int = 0
     device: str = "auto"
 
 
@@ -51,7 +65,7 @@ def spectrum(delta: Delta, settings: SpectrumSettings) -> Spectrum | LeftOut:
     change = load_change(delta, resolve_device(settings.device))
     if change.non_finite is not None:
         return not_finite(delta, change)
-    factors = change.decompose(settings.method, settings.top)
+    factors = change.decompose(settings.method, settings.top, tol=settings.tol, seed=settings.seed)
     fro = factors.fro
     s = _nine_digits(factors.s.numpy())
     zero = fro == 0.0
@@ -71,7 +85,26 @@ def spectrum(delta: Delta, settings: SpectrumSettings) -> Spectrum | LeftOut:
         tail={str(r): _tail(s, fro, r, factors.complete) for r in settings.ranks},
         stable_rank=None if zero else stable_rank(s, fro),
         effective_rank=effective_rank(s) if factors.complete and not zero else None,
-        resolution=Resolution(unchanged=change.unchanged),
+        resolution=_resolution(change.rounding, delta.shape, s, fro, factors.complete),
+    )
+
+
+def _resolution(
+    rounding: Difference | None, shape: tuple[int, int], s: NDArray[np.float64], fro: float, complete: bool
+) -> Resolution:
+    """Hold the update against the rounding of the files. An adapter's factors are the update: nothing was rounded."""
+    variance = rounding.rounding_variance if rounding else 0.0
+    edge = noise_edge(variance, shape)
+    signal = signal_rank(s, edge, complete)
+    noise_fro = math.sqrt(variance * math.prod(shape))
+    return Resolution(
+        unchanged=rounding.unchanged if rounding else None,
+        mantissa=rounding.mantissa if rounding else None,
+        rounding_fro=rounding.rounding_fro if rounding else 0.0,
+        noise_fro=noise_fro,
+        edge=edge,
+        signal_rank=signal,
+        verdict=verdict(noise_fro, fro, signal),
     )
 
 

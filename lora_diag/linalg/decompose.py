@@ -1,8 +1,6 @@
-"""The door to the methods: validates and chooses."""
+"""The door to the methods for a dense matrix: validates and chooses."""
 
 from __future__ import annotations
-
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -11,42 +9,44 @@ from lora_diag.errors import UsageError
 from lora_diag.linalg.exact import decompose_exact
 from lora_diag.linalg.factors import Factors
 from lora_diag.linalg.gram import decompose_gram
+from lora_diag.linalg.krylov import decompose_krylov
+
+METHODS = ("exact", "gram", "krylov")
 
 # Up to this many rows or columns LAPACK is as fast as the Gram matrix, and more accurate in the smallest values.
 EXACT_UP_TO = 128
 
-
-class Method(Protocol):
-    """What every method for a dense matrix looks like."""
-
-    def __call__(self, matrix: Tensor, fro: float, top: int | None = None, vectors: bool = False) -> Factors:
-        """Compute the largest singular values, and vectors if asked."""
-        ...
-
-
-METHODS: tuple[tuple[str, Method], ...] = (
-    ("exact", decompose_exact),
-    ("gram", decompose_gram),
-)
+# Krylov is tried first where at most this share of the values is asked for, in matrices larger than that: below, its
+# smallest basis (2K + 32 columns, and the probes) is no small part of the matrix.
+KRYLOV_SHARE, KRYLOV_FROM = 1 / 12, 512
 
 
 def decompose(
-    matrix: Tensor, method: str = "auto", top: int | None = None, fro: float | None = None, vectors: bool = False
+    matrix: Tensor,
+    method: str = "auto",
+    top: int | None = None,
+    fro: float | None = None,
+    vectors: bool = False,
+    tol: float = 1e-4,
+    seed: int = 0,
 ) -> Factors:
     """Compute the singular values of a matrix.
 
     Args:
         matrix: A, ``(m, n)`` with m, n ≥ 1, float32 or float64, finite.
-        method: ``exact``, ``gram``, or ``auto`` for the cheapest that fits.
+        method: ``exact``; ``gram``; ``krylov``, which needs ``top`` and hands over to ``gram`` where the spectrum is
+            too flat for it; or ``auto`` for the cheapest whose bound meets ``tol``.
         top: Keep only so many of the largest values; None for all.
         fro: ‖A‖_F in float64 accuracy, if it is known; else it is computed.
         vectors: Whether to compute singular vectors.
+        tol: Bound to reach on the error of every energy fraction.
+        seed: Of random starting vectors.
 
     Returns:
-        The values, and a bound on the error of every energy fraction.
+        The values, what computed them, and a bound on the error of every energy fraction.
 
     Raises:
-        UsageError: There is no such method, or ``top`` is less than one.
+        UsageError: There is no such method, or ``top`` or ``tol`` makes no sense.
 
     Example:
         >>> factors = decompose(torch.diag(torch.tensor([3.0, 4.0])))
@@ -55,21 +55,31 @@ def decompose(
     """
     if matrix.ndim != 2 or matrix.numel() == 0:
         raise ValueError(f"a matrix with entries is needed, not a tensor of shape {tuple(matrix.shape)}")
-    check_request(method, top)
+    check_request(method, top, tol)
     if fro is None:
         fro = float(torch.linalg.vector_norm(matrix, dtype=torch.float64))
-    if method == "auto":
-        method = "exact" if min(matrix.shape) <= EXACT_UP_TO else "gram"
-    return dict(METHODS)[method](matrix, fro, top, vectors)
+    smaller = min(matrix.shape)
+    if method == "exact" or (method == "auto" and smaller <= EXACT_UP_TO):
+        return decompose_exact(matrix, fro, top, vectors)
+    few = top is not None and top <= KRYLOV_SHARE * smaller and smaller >= KRYLOV_FROM
+    if top is not None and (method == "krylov" or (method == "auto" and few)):
+        found = decompose_krylov(matrix, fro, top, vectors, tol, seed)
+        if found is not None:
+            return found
+    return decompose_gram(matrix, fro, top, vectors)
 
 
-def check_request(method: str, top: int | None) -> None:
-    """Refuse a method that does not exist and a number of values that makes no sense.
+def check_request(method: str, top: int | None, tol: float) -> None:
+    """Refuse a method that does not exist, and numbers that make no sense.
 
     Raises:
-        UsageError: Either.
+        UsageError: One of them.
     """
-    if method not in {"auto", *dict(METHODS)}:
-        raise UsageError(f"--method {method}: use auto, {', '.join(dict(METHODS))}")
+    if method not in {"auto", *METHODS}:
+        raise UsageError(f"--method {method}: use auto, {', '.join(METHODS)}")
+    if method == "krylov" and top is None:
+        raise UsageError("--method krylov: computes the largest values only; say how many with --top K")
     if top is not None and top < 1:
         raise UsageError(f"--top {top}: must be at least 1")
+    if not 0 < tol < 1:
+        raise UsageError(f"--tol {tol}: must lie between 0 and 1")

@@ -9,13 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# Integer views of the float dtypes, for comparing and masking bits.
-BITS = {
-    torch.float64: torch.int64,
-    torch.float32: torch.int32,
-    torch.float16: torch.int16,
-    torch.bfloat16: torch.int16,
-}
+from lora_diag.linalg.rounding import LAYOUT, Spacing, rounding_bound, rounding_variance
 
 
 @dataclass(slots=True)
@@ -26,7 +20,10 @@ class Difference:
         matrix: ΔW, ``(m, n)``, float32; float64 if either side is stored as float64. None if it was not asked for.
         fro: ‖ΔW‖_F, accumulated in float64; exact to the rounding of the entries of ``matrix``.
         base_fro: ‖W_base‖_F, likewise.
-        unchanged: Share of the entries that are bit-identical (never, where the dtypes differ and the values too).
+        unchanged: Share of the entries that are bit-identical; across dtypes, that have the same value.
+        rounding_fro: Bound on the norm of the rounding error of ΔW, from the spacing of the stored values.
+        rounding_variance: Mean variance of an entry of that error, if it behaves like noise.
+        mantissa: Mantissa bits that the stored values of base and tuned really use.
         non_finite: What and where the first entry is for which ΔW is not a finite number; None if all are.
     """
 
@@ -34,6 +31,9 @@ class Difference:
     fro: float
     base_fro: float
     unchanged: float
+    rounding_fro: float
+    rounding_variance: float
+    mantissa: tuple[int, int]
     non_finite: str | None = None
 
 
@@ -55,6 +55,7 @@ def difference(
     """
     matrix: Tensor | None = None
     squares = base_squares = 0.0
+    base_spacing, tuned_spacing = Spacing(), Spacing()
     same = row = 0
     for stored_base, stored_tuned in blocks:
         base, tuned = stored_base.to(device), stored_tuned.to(device)
@@ -62,16 +63,28 @@ def difference(
         block = tuned.to(wide) - base.to(wide)
         norm, base_norm = _norm(block), _norm(base)
         if not math.isfinite(norm + base_norm):
-            return Difference(None, math.nan, math.nan, math.nan, _why_not_finite(base, tuned, block, row))
+            why = _why_not_finite(base, tuned, block, row)
+            return Difference(None, math.nan, math.nan, math.nan, math.nan, math.nan, (0, 0), why)
         squares += norm**2
         base_squares += base_norm**2
         same += _unchanged(base, tuned)
+        base_spacing.add(base)
+        tuned_spacing.add(tuned)
         if keep:
             if matrix is None:
                 matrix = torch.empty(shape, dtype=wide, device=device)
             matrix[row : row + len(block)] = block
         row += len(block)
-    return Difference(matrix, math.sqrt(squares), math.sqrt(base_squares), same / max(1, math.prod(shape)))
+    entries = max(1, math.prod(shape))
+    return Difference(
+        matrix=matrix,
+        fro=math.sqrt(squares),
+        base_fro=math.sqrt(base_squares),
+        unchanged=same / entries,
+        rounding_fro=rounding_bound(base_spacing, tuned_spacing),
+        rounding_variance=rounding_variance(base_spacing, tuned_spacing, entries),
+        mantissa=(base_spacing.mantissa, tuned_spacing.mantissa),
+    )
 
 
 def norm(blocks: Iterable[Tensor]) -> float:
@@ -87,7 +100,7 @@ def _unchanged(base: Tensor, tuned: Tensor) -> int:
     """Count entries with the same bits; across dtypes, with the same value."""
     if base.dtype != tuned.dtype:
         return int((base.to(torch.float64) == tuned.to(torch.float64)).sum())
-    bits = BITS[base.dtype]
+    bits = LAYOUT[base.dtype][0]
     return int((base.view(bits) == tuned.view(bits)).sum())
 
 

@@ -6,6 +6,16 @@ torch, no names and no files.
 
 from lora_diag.metrics.effective_rank import effective_rank, stable_rank
 from lora_diag.metrics.energy import energy_curve, rank_at
+from lora_diag.metrics.resolution import noise_edge, signal_rank, verdict
 from lora_diag.metrics.truncation import truncation_error
 
-__all__ = ["effective_rank", "energy_curve", "rank_at", "stable_rank", "truncation_error"]
+__all__ = [
+    "effective_rank",
+    "energy_curve",
+    "noise_edge",
+    "rank_at",
+    "signal_rank",
+    "stable_rank",
+    "truncation_error",
+    "verdict",
+]

@@ -38,8 +38,14 @@ def summary(results: Results, then: str | None = None) -> Table:
     grid.add_column(style="bold", no_wrap=True)
     grid.add_column(overflow="fold")
     for word, sentence in [*_lines(results), *([("Next", then)] if then else [])]:
-        grid.add_row(word, Text(sentence, style="bold red" if word in {"Warning", "Not measured"} else ""))
+        grid.add_row(word, Text(sentence, style=_style(word, sentence)))
     return grid
+
+
+def _style(word: str, sentence: str) -> str:
+    if word in {"Warning", "Not measured"} or (word == "Resolved?" and sentence.startswith("no")):
+        return "bold red"
+    return "bold yellow" if word == "Resolved?" and not sentence.startswith("yes") else ""
 
 
 def _lines(results: Results) -> list[tuple[str, str]]:
@@ -49,8 +55,9 @@ def _lines(results: Results) -> list[tuple[str, str]]:
     if not moved:
         lines.append(("Moved", "nothing: ΔW is zero in every matrix. Is TUNED the checkpoint you meant?"))
     else:
-        lines += [("Moved", _moved(records)), *_low_rank(moved, results.run.settings["ranks"])]
-        lines.append(("Rank at 90%", _rank_at_90(moved)))
+        readable = [record for record in moved if record.resolution.verdict != "unresolved"]
+        lines += [("Moved", _moved(records)), _files(moved), *_low_rank(readable, results.run.settings["ranks"])]
+        lines.append(("Rank at 90%", _rank_at_90(readable)))
     if coverage := _coverage(results):
         lines.append(("Where", coverage))
     lines.append(("Left out", _left_out(results.left_out)))
@@ -90,8 +97,29 @@ def _moved(records: Sequence[Spectrum]) -> str:
     )
 
 
+def _files(moved: Sequence[Spectrum]) -> tuple[str, str]:
+    """Say whether the files can show the update at all, before any rank is printed."""
+    unresolved = [record for record in moved if record.resolution.verdict == "unresolved"]
+    limited = [record for record in moved if record.resolution.verdict == "floor-limited"]
+    shares = [(record.resolution.noise_fro / record.fro) ** 2 for record in moved]
+    if not unresolved and not limited:
+        return "Resolved?", f"yes: rounding makes up {percent(max(shares))} of ‖ΔW‖² at most"
+    unchanged = max(record.resolution.unchanged or 0.0 for record in moved)
+    word = "no" if len(unresolved) > len(moved) / 2 else "partly"
+    parts = [f"{len(limited)} floor-limited (~)"] if limited else []
+    parts += [f"{len(unresolved)} unresolved (!)"] if unresolved else []
+    return "Resolved?", (
+        f"{word}: of {len(moved)} matrices {' and '.join(parts)}. Rounding of the files is expected to make up "
+        f"{percent(min(1.0, median(shares)))} of the median ‖ΔW‖², up to {percent(unchanged)} of the entries are "
+        "unchanged, and ranks beyond the signal rank count noise. Measure the adapter instead of the merge, or "
+        "save the fine-tune in float32"
+    )
+
+
 def _low_rank(records: Sequence[Spectrum], ranks: Sequence[int]) -> list[tuple[str, str]]:
     """Say what each usual rank keeps at the median and at the worst layer, and put a word to it."""
+    if not records:
+        return [("Low-rank?", "these files cannot tell: no matrix is resolved")]
     shown = [rank for rank in ranks if rank in {8, 16, 64}] or list(ranks)[:3]
     kept: dict[int, float] = {}
     lines = []
@@ -110,6 +138,8 @@ def _low_rank(records: Sequence[Spectrum], ranks: Sequence[int]) -> list[tuple[s
 
 
 def _rank_at_90(records: Sequence[Spectrum]) -> str:
+    if not records:
+        return "not shown, for the same reason"
     ranks = [rank for record in records if (rank := record.rank_at["0.9"]) is not None]
     beyond = len(records) - len(ranks)
     kept = max(len(record.s) for record in records)

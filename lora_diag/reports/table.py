@@ -58,7 +58,8 @@ def spectrum_table(
         Lines of text, without a newline at the end.
     """
     rows = _types(results) if per == "type" else [_Row(short(record.layer), (record,)) for record in results]
-    columns = _columns(results.run.settings["ranks"], width >= WIDE, per)
+    digits = len(str(max((len(row.records) for row in rows), default=1)))
+    columns = _columns(results.run.settings["ranks"], width >= WIDE, per, digits)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=0, header_style="bold")
     room = width - sum(column.width + 1 for column in columns) - 2
     table.add_column("module type" if per == "type" else "layer", no_wrap=True, width=_name_width(rows, room))
@@ -87,21 +88,22 @@ def _types(results: Results) -> list[_Row]:
     return [_Row(short(name), tuple(groups[name])) for name in sorted(groups, key=order)]
 
 
-def _columns(ranks: Sequence[int], wide: bool, per: str) -> list[_Column]:
+def _columns(ranks: Sequence[int], wide: bool, per: str, digits: int) -> list[_Column]:
     usual = [rank for rank in ranks if rank in {8, 16, 64}] or sorted({ranks[0], ranks[len(ranks) // 2], ranks[-1]})
     shown = list(ranks)[:8] if wide else usual
-    strip_width = 24 if wide else 10
+    strip_width = 24 if wide else 8
     columns = [
-        _Column("n", 3, lambda row: str(len(row.records))),
+        _Column("n", digits, lambda row: str(len(row.records))),
         _Column("shape", 11, _shape),
         _Column("‖ΔW‖/‖W‖", 9, _moved),
         *(_Column(f"C({rank})", 4 + (rank > 9) + (rank > 99), _energy(rank)) for rank in shown),
         _Column("r@90%", 5, _rank_at("0.9")),
+        _Column("signal", 6, _signal),
         _Column("r@95%", 5, _rank_at("0.95")),
         _Column("r@99%", 5, _rank_at("0.99")),
         _Column("stable", 6, lambda row: _middle([record.stable_rank for record in row.records])),
         _Column("eff.", 5, lambda row: _middle([record.effective_rank for record in row.records])),
-        _Column("σ decay", 8, _spark, "left"),
+        _Column("σ decay", 7, _spark, "left"),
         _Column(
             f"C({shown[0]}) by depth" if wide else "by depth", strip_width, _by_depth(shown[0], strip_width), "left"
         ),
@@ -140,6 +142,16 @@ def _rank_at(threshold: str) -> Callable[[_Row], str]:
     return cell
 
 
+def _signal(row: _Row) -> str:
+    """Show the median number of singular values above the rounding noise, and a mark by the worst verdict."""
+    verdicts = {record.resolution.verdict for record in row.records if record.fro > 0}
+    mark = "!" if "unresolved" in verdicts else "~" if "floor-limited" in verdicts else ""
+    ranks = [record.resolution.signal_rank for record in row.records]
+    known = sorted(len(row.records[0].s) + 1 if rank is None else rank for rank in ranks)
+    middle = known[len(known) // 2]
+    return f"> {middle - 1}{mark}" if None in ranks and middle > len(row.records[0].s) else f"{middle}{mark}"
+
+
 def _middle(values: Sequence[float | None]) -> str:
     known = [value for value in values if value is not None]
     return number(median(known)) if known else "-"
@@ -147,7 +159,7 @@ def _middle(values: Sequence[float | None]) -> str:
 
 def _spark(row: _Row) -> str:
     """Show the spectrum of the layer with the median stable rank."""
-    return spark(sorted(row.records, key=lambda record: record.stable_rank or 0)[len(row.records) // 2].s)
+    return spark(sorted(row.records, key=lambda record: record.stable_rank or 0)[len(row.records) // 2].s, 7)
 
 
 def _by_depth(rank: int, width: int) -> Callable[[_Row], str]:

@@ -34,13 +34,13 @@ def module_type_of(layer: str) -> str:
     'self_attn.q_proj'
     >>> module_type_of("h.0.mlp.experts.3.w1.weight"), module_type_of("mlp.experts.down_proj[3]")
     ('mlp.experts.*.w1', 'mlp.experts.down_proj')
-    >>> module_type_of("lm_head.weight")
-    'lm_head'
+    >>> module_type_of("lm_head.weight"), module_type_of("model.embed_tokens.weight")
+    ('lm_head', 'embed_tokens')
     """
     name = re.sub(r"\[\d+\]$", "", layer).removesuffix(".weight")
     found = _NUMBER.search(name)
     inside = name[found.end() :].lstrip(".") if found else name
-    return _NUMBER.sub(".*", inside) or name
+    return _NUMBER.sub(".*", inside).removeprefix("model.") or name
 
 
 def part_of(layer: str, is_matrix: bool = True) -> Part:

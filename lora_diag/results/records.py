@@ -65,9 +65,21 @@ class Resolution(_Record):
 
     Args:
         unchanged: Share of the entries that are bit-identical on both sides; null for an adapter, which has no sides.
+        mantissa: Mantissa bits that the stored values of base and tuned really use; null for an adapter.
+        rounding_fro: Bound on ‖E‖_F, the norm of the rounding error of ΔW; by Mirsky Σ(σ_i − σ̂_i)² ≤ ‖E‖_F².
+        noise_fro: Expected ‖E‖_F if E behaves like noise.
+        edge: Where the singular values of such noise end.
+        signal_rank: Singular values above the edge; null if all that were kept are and there are more.
+        verdict: Whether the files can show this update.
     """
 
     unchanged: float | None
+    mantissa: tuple[int, int] | None
+    rounding_fro: float
+    noise_fro: float
+    edge: float
+    signal_rank: int | None
+    verdict: Literal["resolved", "floor-limited", "unresolved"]
 
 
 class Spectrum(_Record):

@@ -1,0 +1,102 @@
+"""How coarsely a file stores its numbers: the spacing of floating-point values around each entry.
+
+A value w stored with p mantissa bits stands for every number within half a spacing of it,
+ulp(w) = 2^(⌊log₂|w|⌋ − p). So a stored W differs from the one that was trained by an E with |E_ij| ≤ ulp(W_ij)/2, and,
+while the trained values lie anywhere between two stored ones, E_ij has the variance ulp²/12 of a uniform error
+(Widrow and Kollár 2008, *Quantization Noise*, §4).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# dtype -> (integer of the same width, mask of the exponent bits, stored mantissa bits)
+LAYOUT = {
+    torch.float64: (torch.int64, 0x7FF0_0000_0000_0000, 52),
+    torch.float32: (torch.int32, 0x7F80_0000, 23),
+    torch.float16: (torch.int16, 0x7C00, 10),
+    torch.bfloat16: (torch.int16, 0x7F80, 7),
+}
+
+
+@dataclass(slots=True)
+class Spacing:
+    """Σ ulp² of one side of ΔW, block by block.
+
+    Args:
+        squares: Σ ulp(w)².
+        mantissa: Mantissa bits that the stored values really use.
+    """
+
+    squares: float = 0.0
+    mantissa: int = 0
+
+    def add(self, block: Tensor) -> None:
+        """Count a block in.
+
+        A bfloat16 model that was saved as float32 is still rounded to bfloat16, so values that a shorter dtype holds
+        exactly are taken for what they are.
+        """
+        block = block.to(effective_dtype(block))
+        self.squares += ulp_squares(block)
+        self.mantissa = max(self.mantissa, LAYOUT[block.dtype][2])
+
+
+def effective_dtype(values: Tensor) -> torch.dtype:
+    """Return the shortest floating-point dtype that holds every value exactly.
+
+    Example:
+        >>> effective_dtype(torch.tensor([1.0, 0.5])), effective_dtype(torch.tensor([1.0, 0.1]))
+        (torch.bfloat16, torch.float32)
+    """
+    shorter = [dtype for dtype in (torch.bfloat16, torch.float16) if dtype.itemsize < values.dtype.itemsize]
+    for dtype in shorter:
+        # Nearly always the first few entries tell; only values that pass pay for the whole comparison.
+        for part in (values.reshape(-1)[:64], values):
+            if not torch.equal(part.to(dtype).to(values.dtype), part):
+                break
+        else:
+            return dtype
+    return values.dtype
+
+
+def ulp_squares(values: Tensor) -> float:
+    """Return Σ ulp(w)² over the entries of a block in the spacing of its dtype.
+
+    Args:
+        values: float64, float32, float16 or bfloat16; any shape.
+
+    Example:
+        >>> ulp_squares(torch.tensor([1.5, -3.0], dtype=torch.bfloat16)) == (2**-7) ** 2 + (2**-6) ** 2
+        True
+    """
+    integer, mask, mantissa = LAYOUT[values.dtype]
+    powers = (values.view(integer) & mask).view(values.dtype)  # 2^⌊log₂|w|⌋; 0 for zero and subnormal numbers
+    total = float(torch.linalg.vector_norm(powers, dtype=torch.float64)) ** 2
+    tiny = torch.finfo(values.dtype).tiny  # those are spaced like the smallest normal number
+    total += int((powers == 0).sum()) * tiny**2
+    return total * 4.0**-mantissa
+
+
+def rounding_bound(base: Spacing, tuned: Spacing) -> float:
+    """Return B with ‖E‖_F ≤ B for the rounding error E of ΔW: √Σ(ulp/2)² of each side, added (Minkowski)."""
+    return sum(math.sqrt(side.squares) / 2 for side in _rounded(base, tuned))
+
+
+def rounding_variance(base: Spacing, tuned: Spacing, entries: int) -> float:
+    """Return the mean variance of an entry of E if E behaves like noise: Σulp²/12, divided by the entries."""
+    return sum(side.squares for side in _rounded(base, tuned)) / 12 / max(1, entries)
+
+
+def _rounded(base: Spacing, tuned: Spacing) -> list[Spacing]:
+    """Return the sides whose rounding is an error of ΔW.
+
+    TUNED is what training arrived at, rounded: it always counts. BASE is where training started; if TUNED is stored
+    more finely, the stored values of BASE were the starting point and are exact. Otherwise BASE counts too, since both
+    may have been rounded from a finer run.
+    """
+    return [tuned] if tuned.mantissa > base.mantissa else [base, tuned]

@@ -1,0 +1,60 @@
+"""Can the files show this update? The rounding of the stored numbers, held against ‖ΔW‖."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+Verdict = Literal["resolved", "floor-limited", "unresolved"]
+
+# Share of ‖ΔW‖_F² that rounding is expected to make up. Measured on updates of planted rank 8 and of power-law spectra
+# to bf16 weights (docs/benchmarks.md): up to 1% the ranks at 90, 95 and 99% are those of the true update to within a
+# tenth; from there on first the 99% rank, then the others count noise; at 50% and beyond, most entries are unchanged,
+# what moved did so by whole spacings, and every rank is that of the rounding.
+RESOLVED, UNRESOLVED = 0.01, 0.5
+
+
+def noise_edge(variance: float, shape: tuple[int, int]) -> float:
+    """Return σ̄(√m + √n): where the singular values of an m×n matrix of independent errors of variance σ̄² end.
+
+    Reference: Davidson and Szarek 2001, theorem II.13 (Gaussian entries; the same limit for any, Bai and Yin 1993).
+
+    Example:
+        >>> noise_edge(4.0, (9, 16))
+        14.0
+    """
+    return math.sqrt(variance) * (math.sqrt(shape[0]) + math.sqrt(shape[1]))
+
+
+def signal_rank(s: NDArray[np.float64], edge: float, complete: bool) -> int | None:
+    """Return how many singular values stand above the noise edge; None if all that were kept do and there are more.
+
+    Example:
+        >>> signal_rank(np.array([3.0, 2.0, 0.5]), 1.0, complete=True)
+        2
+    """
+    count = int((s > edge).sum())
+    return None if count == len(s) and not complete else count
+
+
+def verdict(noise_fro: float, fro: float, signal: int | None) -> Verdict:
+    """Judge whether the files can show the update.
+
+    Args:
+        noise_fro: Expected norm of the rounding error.
+        fro: ‖ΔW‖_F as read from the files.
+        signal: Singular values above the noise edge; None if more than were kept.
+
+    Returns:
+        ``unresolved`` for a zero update too: the files cannot tell it from one that rounding swallowed.
+
+    Example:
+        >>> verdict(0.03, 1.0, 8), verdict(0.3, 1.0, 8), verdict(0.9, 1.0, 8)
+        ('resolved', 'floor-limited', 'unresolved')
+    """
+    if fro == 0.0 or signal == 0 or noise_fro**2 >= UNRESOLVED * fro**2:
+        return "unresolved"
+    return "resolved" if noise_fro**2 <= RESOLVED * fro**2 else "floor-limited"

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 from lora_diag.checkpoints import Checkpoint, TensorInfo
 from lora_diag.checkpoints.tensors import FLOAT_DTYPES
@@ -29,6 +29,9 @@ BLOCK_ENTRIES = 2**21
 # of rows means "tokens were added" and not "this is another model".
 VOCABULARY = re.compile(r"(^|\.)(embed_tokens|tok_embeddings|wte|word_embeddings|shared|lm_head|embed_out)(\.weight)?$")
 
+# The output layer, which a model with tied embeddings does not store: it is the input embedding.
+HEAD = re.compile(r"(^|\.)(lm_head|embed_out)\.weight$")
+
 # 3-D weights are stacks of matrices (fused experts), unless the name says convolution.
 CONVOLUTION = re.compile(r"conv", re.IGNORECASE)
 EXPERTS = re.compile(r"expert", re.IGNORECASE)
@@ -43,9 +46,14 @@ class Side:
     offset: int = 0
 
     @property
+    def info(self) -> TensorInfo:
+        """What the checkpoint says of the tensor."""
+        return self.checkpoint[self.name]
+
+    @property
     def dtype(self) -> str:
         """Stored dtype, in torch's words."""
-        return self.checkpoint[self.name].dtype
+        return self.info.dtype
 
     def read(self, start: int, stop: int) -> torch.Tensor:
         """Return entries ``start:stop``, counted from this side's own offset; 1-D, stored dtype."""
@@ -188,15 +196,35 @@ def pair(base: Checkpoint, tuned: Checkpoint, layers: str | None = None, exclude
         if (wanted and not wanted.search(name)) or (unwanted and unwanted.search(name)):
             side = base if name in base else tuned
             unpaired.append(Unpaired(name, side[name].shape, "not_selected", "left out by --layers or --exclude"))
-        elif name not in tuned:
+        elif (after := stored_name(tuned, name)) is None:
             unpaired.append(Unpaired(name, base[name].shape, "only_in_base", f"only in {base.path}"))
-        elif name not in base:
+        elif (before := stored_name(base, name)) is None:
             unpaired.append(Unpaired(name, tuned[name].shape, "only_in_tuned", f"only in {tuned.path}"))
         else:
-            _pair_tensor(base, tuned, name, deltas, unpaired)
+            _pair_tensor(name, Side(base, before), Side(tuned, after), deltas, unpaired)
     if not deltas:
         raise NothingComparedError(_why_nothing(base, tuned, unpaired))
     return Pairing(tuple(deltas), tuple(unpaired))
+
+
+def stored_name(checkpoint: Checkpoint, name: str) -> str | None:
+    """Return the name under which a checkpoint stores a weight; None if it does not.
+
+    A model with tied embeddings stores its output layer as the input embedding.
+    """
+    if name in checkpoint:
+        return name
+    if not HEAD.search(name) or not _is_tied(checkpoint.config):
+        return None
+    tables = [other for other in checkpoint if VOCABULARY.search(other) and not HEAD.search(other)]
+    return tables[0] if len(tables) == 1 else None
+
+
+def _is_tied(config: Mapping[str, Any]) -> bool:
+    """Say whether ``config.json`` ties the embeddings; transformers leaves the key out where it is true."""
+    text = config.get("text_config")
+    inner = text if isinstance(text, dict) else {}
+    return bool(config) and inner.get("tie_word_embeddings", config.get("tie_word_embeddings", True)) is True
 
 
 def natural_order(name: str) -> tuple[tuple[bool, int, str], ...]:
@@ -234,20 +262,20 @@ def why_left_out(info: TensorInfo) -> str | None:
     return "1-D" if len(info.shape) < 2 else None
 
 
-def _pair_tensor(base: Checkpoint, tuned: Checkpoint, name: str, deltas: list[Delta], unpaired: list[Unpaired]) -> None:
-    before, after = base[name], tuned[name]
+def _pair_tensor(name: str, base: Side, tuned: Side, deltas: list[Delta], unpaired: list[Unpaired]) -> None:
+    before, after = base.info, tuned.info
     if problem := _not_comparable(before, after):
         unpaired.append(Unpaired(name, before.shape, *problem))
         return
     if before.shape != after.shape:
-        unpaired.append(_added_rows(base, tuned, name))
+        unpaired.append(_added_rows(name, base, tuned))
     if len(before.shape) < 2:
-        deltas.append(StoredDelta(name, (1, before.numel), Side(base, name), Side(tuned, name), is_matrix=False))
+        deltas.append(StoredDelta(name, (1, before.numel), base, tuned, is_matrix=False))
         return
     common = (min(before.shape[0], after.shape[0]), *before.shape[1:])
     offset = 0
     for layer, shape in matrices(name, common):
-        deltas.append(StoredDelta(layer, shape, Side(base, name, offset), Side(tuned, name, offset)))
+        deltas.append(StoredDelta(layer, shape, replace(base, offset=offset), replace(tuned, offset=offset)))
         offset += math.prod(shape)
 
 
@@ -265,13 +293,13 @@ def _not_comparable(before: TensorInfo, after: TensorInfo) -> tuple[Reason, str]
     return None
 
 
-def _added_rows(base: Checkpoint, tuned: Checkpoint, name: str) -> Unpaired:
+def _added_rows(name: str, base: Side, tuned: Side) -> Unpaired:
     """Describe the vocabulary rows that only one side has."""
-    before, after = base[name].shape, tuned[name].shape
+    before, after = base.info.shape, tuned.info.shape
     first, last = sorted((before[0], after[0]))
     added = after[0] > before[0]
     detail = f"vocabulary rows {first}-{last - 1} are only in {'TUNED' if added else 'BASE'}; the others are compared"
-    rows = Side(tuned if added else base, name, first * before[1])
+    rows = replace(tuned if added else base, offset=first * before[1])
     return Unpaired(name, (last - first, before[1]), "added_rows" if added else "removed_rows", detail, rows)
 
 

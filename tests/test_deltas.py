@@ -1,5 +1,7 @@
 """Which tensors meet which, and what is said of the rest."""
 
+import json
+
 import pytest
 import torch
 
@@ -133,3 +135,50 @@ def test_nothing_in_common_shows_names_of_both_sides(tmp_path):
 def test_natural_order_counts_layers():
     names = ["model.layers.10.a", "model.layers.9.a", "lm_head", "model.layers.9.a[10]", "model.layers.9.a[9]"]
     assert sorted(names, key=natural_order) == [names[2], names[1], names[4], names[3], names[0]]
+
+
+TABLE = "model.embed_tokens.weight"
+TIED = {"tie_word_embeddings": True}
+
+
+def tied_pair(tmp_path, before, after, config_before=None, config_after=None):
+    for side, tensors, config in (("base", before, config_before), ("tuned", after, config_after)):
+        folder = save_model(tmp_path / side, tensors)
+        if config is not None:
+            (folder / "config.json").write_text(json.dumps(config))
+    return pair(open_checkpoint(tmp_path / "base"), open_checkpoint(tmp_path / "tuned"))
+
+
+@pytest.mark.parametrize(
+    "config", [TIED, {"model_type": "gemma"}, {"text_config": TIED}, {"text_config": {}, "tie_word_embeddings": True}]
+)
+@pytest.mark.parametrize("rows", [10, 12])
+def test_a_tied_head_is_compared_with_the_embedding(tmp_path, config, rows):
+    table, head = torch.arange(40.0).view(10, 4), torch.arange(4.0 * rows).view(rows, 4) ** 2
+    found = tied_pair(tmp_path, {TABLE: table}, {TABLE: table + 1, "lm_head.weight": head}, config)
+    deltas = {delta.layer: delta for delta in found.deltas}
+    ((before, after),) = deltas["lm_head.weight"].blocks()
+    assert torch.equal(before, table)
+    assert torch.equal(after, head[:10])
+    assert [(item.layer, item.reason) for item in found.unpaired] == [("lm_head.weight", "added_rows")] * (rows > 10)
+
+
+def test_a_head_that_was_tied_by_tuning_is_compared_with_the_embedding_of_tuned(tmp_path):
+    table, head = torch.ones(10, 4), torch.zeros(10, 4)
+    found = tied_pair(tmp_path, {TABLE: table, "lm_head.weight": head}, {TABLE: table}, None, TIED)
+    deltas = {delta.layer: delta for delta in found.deltas}
+    assert torch.equal(next(deltas["lm_head.weight"].blocks())[1], table)
+
+
+@pytest.mark.parametrize(
+    "config", [None, {}, {"tie_word_embeddings": False}, {"text_config": {"tie_word_embeddings": False}}]
+)
+def test_a_head_that_is_missing_without_being_tied_is_only_on_one_side(tmp_path, config):
+    found = tied_pair(tmp_path, {TABLE: ones(4, 4)}, {TABLE: ones(4, 4), "lm_head.weight": ones(4, 4)}, config)
+    assert [item.reason for item in found.unpaired] == ["only_in_tuned"]
+
+
+def test_a_tied_head_needs_one_embedding_and_other_weights_none(tmp_path):
+    two = {TABLE: ones(4, 4), "decoder.embed_tokens.weight": ones(4, 4)}
+    found = tied_pair(tmp_path, two, {**two, "lm_head.weight": ones(4, 4), "a.weight": ones(4, 4)}, TIED)
+    assert {item.layer for item in found.unpaired} == {"lm_head.weight", "a.weight"}

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
+from lora_diag.checkpoints.documents import MAX_INDEX_BYTES, read_config, read_object
+from lora_diag.checkpoints.names import without_wrappers
 from lora_diag.checkpoints.pickled import TorchFile
+from lora_diag.checkpoints.quantized import dequantized
+from lora_diag.checkpoints.refused import quantization, refuse_integer_weights, refuse_packed, refuse_unmerged
 from lora_diag.checkpoints.safetensors import SafetensorsFile
-from lora_diag.checkpoints.tensors import Checkpoint
+from lora_diag.checkpoints.tensors import Checkpoint, TensorFile
 from lora_diag.errors import InputError
 
 # The formats, in the order in which they are asked whether a file is theirs.
@@ -26,7 +29,7 @@ WEIGHTS = (
 
 # Folders that hold weights in a form that is not read, with the way out. The first pattern that matches speaks.
 FOREIGN = (
-    ("adapter_config.json", "is an adapter; adapters are not read yet: merge it with peft and pass the merged folder"),
+    ("adapter_config.json", "is an adapter, not a checkpoint; a full model is wanted here"),
     ("*.distcp", "is a torch.distributed checkpoint; convert it first: "
                  "python -m torch.distributed.checkpoint.format_utils dcp_to_torch {path} out.pt"),
     ("pytorch_model_fsdp_0", "holds FSDP shards; convert them first: "
@@ -35,9 +38,6 @@ FOREIGN = (
                      "python {path}/zero_to_fp32.py {path} out --safe_serialization"),
     ("*.gguf", "holds GGUF files, which are quantized for inference; pass the checkpoint they were made from"),
 )  # fmt: skip
-
-# Suffixes of tensor names that betray packed weights, with the name of the method.
-PACKED = ((".qweight", "GPTQ or AWQ"), (".weight_packed", "compressed-tensors"), ("_blocks", "MXFP4"))
 
 
 def open_checkpoint(path: Path | str) -> Checkpoint:
@@ -56,17 +56,35 @@ def open_checkpoint(path: Path | str) -> Checkpoint:
     if not path.exists():
         raise InputError(f"{path}: no such file or folder")
     source = _weights_in(path) if path.is_dir() else path
+    files, kind, notes = _open(source)
+    files, renamed = without_wrappers(files)
+    config = _config_of(source)
+    stored = Checkpoint(path, kind, files, config=config)
+    if len(stored) == 0:
+        raise InputError(f"{source}: holds no tensors")
+    refuse_unmerged(stored)
+    refuse_packed(stored, quantization(config))
+    files, dequantizing = dequantized(stored, quantization(config))
+    checkpoint = Checkpoint(path, kind, files, (*notes, *renamed, *dequantizing), config)
+    refuse_integer_weights(checkpoint)
+    return checkpoint
+
+
+def _config_of(source: Path) -> dict[str, Any]:
+    """Return what ``config.json`` says of these weights; empty if it is of another model, an adapter's base."""
+    of_base = source.name not in WEIGHTS and (source.parent / "adapter_config.json").is_file()
+    return {} if of_base else read_config(source.parent)
+
+
+def _open(source: Path) -> tuple[tuple[TensorFile, ...], str, tuple[str, ...]]:
+    """Open a file, or the shards of an index; return files, kind and notes."""
     if source.name.endswith(".index.json"):
         files, notes = _open_shards(source)
         kind = f"sharded {files[0].label}, {len(files)} files"
     else:
-        file = _open_file(source)
-        files, notes, kind = [file], (), f"{file.label} file"
-    checkpoint = Checkpoint(path, kind, tuple(files), notes + tuple(note for file in files for note in file.notes))
-    if len(checkpoint) == 0:
-        raise InputError(f"{source}: holds no tensors")
-    _refuse_packed(checkpoint)
-    return checkpoint
+        files, notes = [_open_file(source)], ()
+        kind = f"{files[0].label} file"
+    return tuple(files), kind, notes + tuple(note for file in files for note in file.notes)
 
 
 def _weights_in(folder: Path) -> Path:
@@ -117,23 +135,9 @@ def _open_shards(index: Path) -> tuple[list[SafetensorsFile | TorchFile], tuple[
 
 
 def _weight_map(index: Path) -> dict[str, str]:
-    try:
-        content: Any = json.loads(index.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{index}: is not a readable shard index: {error}") from error
-    weight_map = content.get("weight_map") if isinstance(content, dict) else None
+    weight_map = read_object(index, "shard index", MAX_INDEX_BYTES).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise InputError(f"{index}: has no weight_map, or an empty one")
     if not all(isinstance(shard, str) for shard in weight_map.values()):
         raise InputError(f"{index}: weight_map must map tensor names to file names")
     return weight_map
-
-
-def _refuse_packed(checkpoint: Checkpoint) -> None:
-    for name in checkpoint:
-        for suffix, method in PACKED:
-            if name.endswith(suffix) and checkpoint[name].dtype.startswith(("int", "uint")):
-                raise InputError(
-                    f"{checkpoint.file_of(name)}: is {method}-quantized ({name} is packed {checkpoint[name].dtype}); "
-                    "its weights are not stored as floats: give the unquantized checkpoint"
-                )

@@ -63,6 +63,12 @@ class TorchFile:
             _forget(view)
         return out
 
+    def read_bytes(self, name: str) -> bytes:
+        """Return the bytes of a small tensor."""
+        import torch
+
+        return self.read(name, 0, self.tensors[name].numel).view(torch.uint8).numpy().tobytes()
+
     def _load(self) -> None:
         import torch  # here, so that looking at safetensors headers stays instant
 
@@ -81,6 +87,7 @@ class TorchFile:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise InputError(f"{self.path}: is not a readable torch file: {reason}") from error
         self._state = _state_dict(loaded, self.path)
+        self.metadata: Mapping[str, str] = {}
         if not self._mapped:
             self.notes = (f"{self.path.name} is in torch's legacy format and was loaded whole",)
         self.tensors: Mapping[str, TensorInfo] = {

@@ -68,10 +68,11 @@ class SafetensorsFile:
         self.path = path
         self.notes: tuple[str, ...] = ()
         header, data_start, data_bytes = _read_header(path)
-        self.metadata = _metadata(header.pop("__metadata__", {}), path)
+        self.metadata: Mapping[str, str] = _metadata(header.pop("__metadata__", {}), path)
         self.tensors: Mapping[str, TensorInfo]
         self.tensors, spans = _tensors(header, data_bytes, path)
         self._start = {name: data_start + begin for name, (begin, _) in spans.items()}
+        self._bytes = {name: end - begin for name, (begin, end) in spans.items()}
         self._descriptor: int | None = None
 
     @staticmethod
@@ -91,6 +92,12 @@ class SafetensorsFile:
         buffer = memoryview(out.view(torch.uint8).numpy().data)
         self._fill(buffer, self._start[name] + start * dtype.itemsize, name)
         return out
+
+    def read_bytes(self, name: str) -> bytes:
+        """Return the bytes of a small tensor, without torch."""
+        content = bytearray(self._bytes[name])
+        self._fill(memoryview(content), self._start[name], name)
+        return bytes(content)
 
     def _fill(self, buffer: memoryview, offset: int, name: str) -> None:
         done = 0

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     import torch
@@ -20,12 +20,19 @@ FLOAT_DTYPES = frozenset({"float64", "float32", "float16", "bfloat16"})
 class TensorInfo:
     """Name, shape and dtype of a stored tensor.
 
-    ``dtype`` is torch's own word (``bfloat16``), or the file's (``F4``) where torch has none.
+    Args:
+        name: Its name.
+        shape: Its logical shape.
+        dtype: The dtype in which it is read: torch's own word (``bfloat16``), or the file's (``F4``) where torch has
+            none.
+        stored: The storage format (``nf4``, ``int8``, ``float8_e4m3fn``) when the numbers are dequantized while they
+            are read; None when the bytes in the file are the numbers.
     """
 
     name: str
     shape: tuple[int, ...]
     dtype: str
+    stored: str | None = None
 
     @property
     def numel(self) -> int:
@@ -39,9 +46,23 @@ class TensorFile(Protocol):
     path: Path
     tensors: Mapping[str, TensorInfo]
     notes: tuple[str, ...]
+    metadata: Mapping[str, str]
 
     def read(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Return the entries ``start:stop`` (row-major, 1-D, stored dtype) of a tensor, in memory of its own."""
+        ...
+
+    def read_bytes(self, name: str) -> bytes:
+        """Return the bytes of a small tensor; without torch where the format allows it."""
+        ...
+
+
+@runtime_checkable
+class SteppedFile(Protocol):
+    """A file of tensors that knows the steps of its storage formats."""
+
+    def read_steps(self, name: str, start: int, stop: int) -> torch.Tensor | None:
+        """Return the distance to the next storable number at the entries ``start:stop``; None if not quantized."""
         ...
 
 
@@ -54,12 +75,14 @@ class Checkpoint:
         kind: Words for people, such as ``sharded safetensors``.
         files: The open files; tensor names are unique over them.
         notes: What a careful reader should know about how it was opened.
+        config: What ``config.json`` beside the weights says; empty without one.
     """
 
     path: Path
     kind: str
     files: tuple[TensorFile, ...]
     notes: tuple[str, ...] = ()
+    config: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
     _home: dict[str, TensorFile] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -82,6 +105,10 @@ class Checkpoint:
         """Return the file that holds a tensor."""
         return self._home[name].path
 
+    def read_bytes(self, name: str) -> bytes:
+        """Return the bytes of a small tensor, such as a quantizer's settings."""
+        return self._home[name].read_bytes(name)
+
     def read(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
         """Read a range of a tensor's entries.
 
@@ -97,3 +124,24 @@ class Checkpoint:
             InputError: The file ended early or could not be read.
         """
         return self._home[name].read(name, start, self[name].numel if stop is None else stop)
+
+    def read_steps(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor | None:
+        """Read how coarsely a range of a tensor's entries is stored.
+
+        Args:
+            name: A name in this checkpoint.
+            start: First entry, counted in row-major order.
+            stop: One past the last entry; default all.
+
+        Returns:
+            1-D float32 tensor: the distance from each entry to the next number that its storage format could hold
+            there, so that half of it bounds the rounding error. None where the bytes in the file are the numbers
+            (``stored`` is None), whose step follows from value and dtype.
+
+        Raises:
+            InputError: The file ended early or could not be read.
+        """
+        file = self._home[name]
+        if not isinstance(file, SteppedFile):
+            return None
+        return file.read_steps(name, start, self[name].numel if stop is None else stop)

@@ -1,0 +1,262 @@
+"""bitsandbytes: 4-bit weights (nf4, fp4, with and without double quantization) and 8-bit weights (LLM.int8).
+
+4-bit: two codes a byte, the first in the high half; a table of 16 values; one absolute maximum per block of entries
+in row-major order, itself stored in 8 bits under double quantization:
+
+    W[k] = table[code[k]] · absmax[⌊k / block⌋]
+    absmax[b] = nested_table[nested_code[b]] · nested_absmax[⌊b / nested block⌋] + offset
+
+8-bit: ``W[i, j] = code[i, j] · SCB[i] / 127``, where SCB is the largest absolute value of a row.
+
+Reference: Dettmers et al. 2023, QLoRA, section 3; Dettmers et al. 2022, LLM.int8(), section 3.1. The names of the
+tensors are those that ``QuantState.as_dict(packed=True)`` and ``Linear8bitLt`` write.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from lora_diag.checkpoints.scaled import ScaledWeight, grid_of
+from lora_diag.checkpoints.tensors import FLOAT_DTYPES, Checkpoint, TensorInfo
+from lora_diag.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+
+STATE = ".quant_state.bitsandbytes__"
+TYPES = frozenset({"nf4", "fp4"})
+# The settings are some 200 bytes.
+MAX_STATE_BYTES = 10_000
+# bitsandbytes makes blocks of 32 to 4096 entries. A range is read in whole blocks, so their size bounds memory.
+MAX_BLOCK = 2**16
+# Bytes of the dtypes in which the codes may lie (``bnb_4bit_quant_storage``; FSDP wants that of the other weights).
+STORAGE = {"uint8": 1, "int8": 1, "float16": 2, "bfloat16": 2, "float32": 4}
+
+
+@dataclass(frozen=True, slots=True)
+class Nested:
+    """Settings of double quantization: entries per block of absolute maxima, and what is added to each."""
+
+    block: int
+    offset: float
+
+
+@dataclass(frozen=True, slots=True)
+class FourBitWeight:
+    """A weight in 4 bits.
+
+    Args:
+        source: The checkpoint as it is stored.
+        info: The weight as it is presented.
+        block: Entries that share an absolute maximum.
+        nested: How the absolute maxima are quantized; None if they are floats.
+        parts: Names of the tensors that belong to the weight and are not presented.
+    """
+
+    source: Checkpoint
+    info: TensorInfo
+    block: int
+    nested: Nested | None
+    parts: tuple[str, ...]
+
+    def read(self, start: int, stop: int) -> torch.Tensor:
+        """Return the entries ``start:stop`` of W, float32."""
+        values = self._whole("quant_map")[self._codes(start, stop)]
+        return values.mul_(spread(self._absmax(*self._blocks(start, stop)), self.block, start, stop))
+
+    def read_steps(self, start: int, stop: int) -> torch.Tensor:
+        """Return the distance to the next storable number at the entries ``start:stop``, float32.
+
+        Half of it bounds the error of an entry, that of its absolute maximum included.
+        """
+        table, codes = self._whole("quant_map"), self._codes(start, stop)
+        first, last = self._blocks(start, stop)
+        steps = gaps(table)[codes] * spread(self._absmax(first, last).abs(), self.block, start, stop)
+        if self.nested:
+            nested = gaps(self._whole("nested_quant_map"))[self._nested_codes(first, last)]
+            nested *= self._nested_absmax(first, last).abs()
+            steps += table[codes].abs() * spread(nested, self.block, start, stop)
+        return steps
+
+    def _blocks(self, start: int, stop: int) -> tuple[int, int]:
+        return start // self.block, -(-stop // self.block)
+
+    def _codes(self, start: int, stop: int) -> torch.Tensor:
+        import torch
+
+        name = self.info.name
+        width = STORAGE[self.source[name].dtype]
+        first, last = start // (2 * width), -(-stop // (2 * width))
+        packed = self.source.read(name, first, last).view(torch.uint8)
+        codes = torch.stack((packed >> 4, packed & 15), dim=1).view(-1)
+        return codes[start - first * 2 * width :][: stop - start].int()
+
+    def _absmax(self, first: int, last: int) -> torch.Tensor:
+        """Return the absolute maxima of the blocks ``first:last``."""
+        if self.nested is None:
+            return self.source.read(f"{self.info.name}.absmax", first, last).float()
+        values = self._whole("nested_quant_map")[self._nested_codes(first, last)]
+        return values.mul_(self._nested_absmax(first, last)).add_(self.nested.offset)
+
+    def _nested_codes(self, first: int, last: int) -> torch.Tensor:
+        return self.source.read(f"{self.info.name}.absmax", first, last).int()
+
+    def _nested_absmax(self, first: int, last: int) -> torch.Tensor:
+        """Return what the nested values of the blocks ``first:last`` are multiplied with."""
+        assert self.nested is not None
+        block = self.nested.block
+        values = self.source.read(f"{self.info.name}.nested_absmax", first // block, -(-last // block))
+        return spread(values.float(), block, first, last)
+
+    def _whole(self, part: str) -> torch.Tensor:
+        return self.source.read(f"{self.info.name}.{part}").float()
+
+
+def spread(values: torch.Tensor, block: int, start: int, stop: int) -> torch.Tensor:
+    """Return the value of every entry ``start:stop``, given those of their blocks from ``start // block`` on."""
+    return values.repeat_interleave(block)[start % block :][: stop - start]
+
+
+def gaps(table: torch.Tensor) -> torch.Tensor:
+    """Return how far the farther neighbour of every value in a table is; 1-D like the table.
+
+    >>> import torch
+    >>> gaps(torch.tensor([0.0, 1.0, 5.0, 2.0]))
+    tensor([1., 1., 3., 3.])
+    """
+    import torch
+
+    ordered, order = table.sort()
+    between = ordered.diff()
+    none = between.new_zeros(1)
+    farther = torch.maximum(torch.cat((none, between)), torch.cat((between, none)))
+    return torch.empty_like(table).index_copy_(0, order, farther)
+
+
+def find_four_bit(source: Checkpoint, config: Mapping[str, Any]) -> Iterator[FourBitWeight]:
+    """Yield the 4-bit weights.
+
+    Args:
+        source: The checkpoint as it is stored.
+        config: Its ``quantization_config``, which is not needed: every weight carries its own settings.
+
+    Raises:
+        InputError: The settings of a weight are not valid, or a tensor that belongs to it is missing or does not fit.
+    """
+    states = {}
+    for name in source:
+        weight, sign, kind = name.rpartition(STATE)
+        if sign:
+            states[weight] = kind
+    for name in source:
+        weight = name.removesuffix(".absmax")
+        if weight != name and weight not in states:
+            raise InputError(
+                f"{source.file_of(name)}: {name} is there, but the settings {weight}{STATE}nf4 are missing"
+            )
+    for name, kind in states.items():
+        yield _four_bit(source, name, kind)
+
+
+def find_eight_bit(source: Checkpoint, config: Mapping[str, Any]) -> Iterator[ScaledWeight]:
+    """Yield the 8-bit weights; the arguments and errors are those of ``find_four_bit``."""
+    for name in source:
+        module = name.removesuffix(".SCB")
+        if module == name:
+            continue
+        weight, layout = f"{module}.weight", f"{module}.weight_format"
+        if not _scales_rows(source, name, weight):
+            raise InputError(
+                f"{source.file_of(name)}: {name} is there, but not the int8 matrix {weight} that it scales"
+            )
+        if layout in source and any(source.read_bytes(layout)):
+            raise InputError(
+                f"{source.file_of(layout)}: {weight} is not stored row by row ({layout} is not 0); "
+                "save the model again with a current bitsandbytes"
+            )
+        yield ScaledWeight(
+            source,
+            TensorInfo(weight, source[weight].shape, "float32", stored="int8"),
+            name,
+            grid_of(source, weight, name),
+            parts=(name, *((layout,) if layout in source else ())),
+            divisor=127.0,
+        )
+
+
+def _scales_rows(source: Checkpoint, scale: str, weight: str) -> bool:
+    if weight not in source or source[weight].dtype != "int8" or len(source[weight].shape) != 2:
+        return False
+    return source[scale].shape == source[weight].shape[:1]
+
+
+def _four_bit(source: Checkpoint, name: str, kind: str) -> FourBitWeight:
+    """Hold the settings of a weight against the sizes of what is stored."""
+    state_name = f"{name}{STATE}{kind}"
+    state = _state(source, state_name)
+    if kind not in TYPES or state.get("quant_type") != kind:
+        raise InputError(
+            f"{source.file_of(state_name)}: {name} is stored as {state.get('quant_type', kind)!r}; "
+            "known are nf4 and fp4"
+        )
+    shape = _shape(source, state_name, state)
+    block = _block_size(source, state_name, state, "blocksize")
+    count = math.prod(shape)
+    nested = None
+    sizes = {"quant_map": 16, "absmax": -(-count // block)}
+    if "nested_blocksize" in state or f"{name}.nested_absmax" in source:
+        offset = state.get("nested_offset")
+        if not isinstance(offset, int | float) or not math.isfinite(offset):
+            raise InputError(f"{source.file_of(state_name)}: nested_offset in {state_name} is {offset!r}, not a number")
+        nested = Nested(_block_size(source, state_name, state, "nested_blocksize"), float(offset))
+        sizes |= {"nested_quant_map": 256, "nested_absmax": -(-sizes["absmax"] // nested.block)}
+    for part, size in sizes.items():
+        integers = part == "absmax" and nested is not None
+        _check_part(source, f"{name}.{part}", size, frozenset({"uint8"}) if integers else FLOAT_DTYPES)
+    width = STORAGE.get(source[name].dtype, 1) if name in source else 1
+    _check_part(source, name, -(-count // (2 * width)), frozenset(STORAGE))
+    parts = (state_name, *(f"{name}.{part}" for part in sizes))
+    return FourBitWeight(source, TensorInfo(name, shape, "float32", stored=kind), block, nested, parts)
+
+
+def _check_part(source: Checkpoint, name: str, size: int, dtypes: frozenset[str]) -> None:
+    if name not in source:
+        raise InputError(f"{source.path}: {name} is missing; a 4-bit weight cannot be read without it")
+    info = source[name]
+    if info.numel != size or info.dtype not in dtypes:
+        raise InputError(
+            f"{source.file_of(name)}: {name} holds {info.numel:,} {info.dtype} entries where {size:,} of "
+            f"{' or '.join(sorted(dtypes))} belong"
+        )
+
+
+def _state(source: Checkpoint, name: str) -> dict[str, Any]:
+    try:
+        if source[name].numel > MAX_STATE_BYTES:
+            raise ValueError(f"it has {source[name].numel:,} entries")
+        state = json.loads(source.read_bytes(name))
+    except (ValueError, RecursionError) as error:
+        raise InputError(
+            f"{source.file_of(name)}: {name} does not hold the settings of a 4-bit weight: {error}"
+        ) from error
+    if not isinstance(state, dict):
+        raise InputError(f"{source.file_of(name)}: {name} does not hold the settings of a 4-bit weight")
+    return state
+
+
+def _shape(source: Checkpoint, name: str, state: dict[str, Any]) -> tuple[int, ...]:
+    shape = state.get("shape")
+    if not isinstance(shape, list) or not all(type(size) is int and 0 < size < 2**63 for size in shape):
+        raise InputError(f"{source.file_of(name)}: shape in {name} is {shape!r}, not a list of positive numbers")
+    return tuple(shape)
+
+
+def _block_size(source: Checkpoint, name: str, state: dict[str, Any], key: str) -> int:
+    value = state.get(key)
+    if type(value) is not int or not 0 < value <= MAX_BLOCK:
+        raise InputError(f"{source.file_of(name)}: {key} in {name} is {value!r}, not a number from 1 to {MAX_BLOCK:,}")
+    return value

@@ -1,0 +1,81 @@
+"""Names under which wrappers stored the weights, and the plain names under which they are presented.
+
+``torch.compile``, FSDP and activation checkpointing put a module around a module, and its attribute into every name.
+No model calls a module ``_orig_mod``, so these are dropped wherever they stand. ``module`` (DataParallel, DeepSpeed)
+could be a model's own word, so it is dropped only where every name begins with it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from lora_diag.checkpoints.tensors import TensorFile, TensorInfo
+
+if TYPE_CHECKING:
+    import torch
+
+WRAPPER = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+PREFIX = "module."
+
+
+class Renamed:
+    """A file whose tensors are presented under other names.
+
+    Args:
+        file: The file.
+        stored: Presented name → name in the file; all of the file's names.
+    """
+
+    def __init__(self, file: TensorFile, stored: Mapping[str, str]) -> None:
+        self._file = file
+        self._stored = stored
+        self.path = file.path
+        self.notes = file.notes
+        self.metadata = file.metadata
+        self.tensors: Mapping[str, TensorInfo] = {
+            name: TensorInfo(name, info.shape, info.dtype)
+            for name, old in stored.items()
+            if (info := file.tensors[old])
+        }
+
+    def read(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Return the entries ``start:stop`` of a tensor, by its presented name."""
+        return self._file.read(self._stored[name], start, stop)
+
+    def read_bytes(self, name: str) -> bytes:
+        """Return the bytes of a small tensor, by its presented name."""
+        return self._file.read_bytes(self._stored[name])
+
+
+def without_wrappers(files: Sequence[TensorFile]) -> tuple[tuple[TensorFile, ...], tuple[str, ...]]:
+    """Present the tensors of a checkpoint without the names of wrappers.
+
+    Args:
+        files: Its files.
+
+    Returns:
+        The files, and a note if any name changed. Where two tensors would get the same name, nothing changes.
+    """
+    stored = [name for file in files for name in file.tensors]
+    plain = dict(zip(stored, plain_names(stored), strict=True))
+    if all(old == new for old, new in plain.items()) or len(set(plain.values())) < len(plain):
+        return tuple(files), ()
+    old, new = next((old, new) for old, new in plain.items() if old != new)
+    renamed = tuple(Renamed(file, {plain[name]: name for name in file.tensors}) for file in files)
+    return renamed, (f"names of wrappers are left out: {old} is {new}",)
+
+
+def plain_names(names: Sequence[str]) -> list[str]:
+    """Drop the names of wrappers.
+
+    >>> plain_names(["module._orig_mod.a.weight", "module._orig_mod.b._fsdp_wrapped_module.weight"])
+    ['a.weight', 'b.weight']
+    >>> plain_names(["module.weight", "head.weight"])
+    ['module.weight', 'head.weight']
+    """
+    plain = [WRAPPER.sub("", name) for name in names]
+    while plain and all(name.startswith(PREFIX) for name in plain):
+        plain = [name.removeprefix(PREFIX) for name in plain]
+    return plain

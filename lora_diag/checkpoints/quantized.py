@@ -1,0 +1,105 @@
+"""Quantized weights as ordinary float tensors: a view over the opened files.
+
+A format is one file beside this one and one line in ``FORMATS``. Each finds its weights by the names of the tensors
+stored beside them; those companions disappear, and the weight appears under its own name, in its logical shape and as
+float32. Nothing is dequantized before it is read, and then only the range that is asked for.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any, Protocol
+
+from lora_diag.checkpoints import bitsandbytes, scaled
+from lora_diag.checkpoints.tensors import Checkpoint, TensorFile, TensorInfo
+
+if TYPE_CHECKING:
+    import torch
+
+
+class QuantizedWeight(Protocol):
+    """One quantized weight, ready to be read."""
+
+    @property
+    def info(self) -> TensorInfo:
+        """The weight as it is presented."""
+        ...
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Names of the tensors that belong to it and are not presented."""
+        ...
+
+    def read(self, start: int, stop: int) -> torch.Tensor:
+        """Return the entries ``start:stop``, float32."""
+        ...
+
+    def read_steps(self, start: int, stop: int) -> torch.Tensor:
+        """Return the distance to the next storable number at the entries ``start:stop``, float32."""
+        ...
+
+
+Find = Callable[[Checkpoint, Mapping[str, Any]], Iterable[QuantizedWeight]]
+
+# Each looks for the weights of one format in a checkpoint as it is stored, given its ``quantization_config``.
+FORMATS: tuple[Find, ...] = (bitsandbytes.find_four_bit, bitsandbytes.find_eight_bit, scaled.find)
+
+
+class Dequantized:
+    """A file whose quantized weights are read as floats.
+
+    Args:
+        file: The file.
+        weights: The quantized weights of the checkpoint, by name.
+        hidden: Tensors that belong to them.
+    """
+
+    def __init__(self, file: TensorFile, weights: Mapping[str, QuantizedWeight], hidden: frozenset[str]) -> None:
+        self._file = file
+        self._weights = {name: weights[name] for name in file.tensors if name in weights}
+        self.path = file.path
+        self.notes = file.notes
+        self.metadata = file.metadata
+        self.tensors: Mapping[str, TensorInfo] = {
+            name: self._weights[name].info if name in self._weights else info
+            for name, info in file.tensors.items()
+            if name not in hidden
+        }
+
+    def read(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Return the entries ``start:stop`` of a tensor; float32 if it is quantized."""
+        weight = self._weights.get(name)
+        return weight.read(start, stop) if weight else self._file.read(name, start, stop)
+
+    def read_bytes(self, name: str) -> bytes:
+        """Return the bytes of a small tensor."""
+        return self._file.read_bytes(name)
+
+    def read_steps(self, name: str, start: int, stop: int) -> torch.Tensor | None:
+        """Return the distance to the next storable number at the entries ``start:stop``; None if not quantized."""
+        weight = self._weights.get(name)
+        return weight.read_steps(start, stop) if weight else None
+
+
+def dequantized(source: Checkpoint, config: Mapping[str, Any]) -> tuple[tuple[TensorFile, ...], tuple[str, ...]]:
+    """Present the quantized weights of a checkpoint as floats.
+
+    Args:
+        source: The checkpoint as it is stored.
+        config: Its ``quantization_config``; empty without one.
+
+    Returns:
+        The files, and a note that counts the weights of each format.
+
+    Raises:
+        InputError: A part of a quantized weight is missing or does not fit.
+    """
+    weights = {weight.info.name: weight for find in FORMATS for weight in find(source, config)}
+    if not weights:
+        return source.files, ()
+    hidden = frozenset(part for weight in weights.values() for part in weight.parts)
+    counts = Counter(weight.info.stored for weight in weights.values())
+    words = ", ".join(f"{count} as {stored}" for stored, count in sorted(counts.items(), key=str))
+    notes = (f"quantized weights are dequantized while they are read: {words}",)
+    return tuple(Dequantized(file, weights, hidden) for file in source.files), notes

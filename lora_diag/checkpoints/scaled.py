@@ -1,0 +1,228 @@
+"""8-bit weights with a scale per tensor, row or block: FP8 checkpoints, and int8 ones of compressed-tensors.
+
+    W[i, j] = code[i, j] · scale[⌊i / b_out⌋, ⌊j / b_in⌋]
+
+``scale`` is stored beside the weight as ``…_scale_inv`` (DeepSeek, Qwen and transformers' fine-grained FP8) or as
+``…_scale`` (fbgemm, compressed-tensors, modelopt). Both multiply, whatever ``_inv`` suggests. Blocks at the right and
+lower edge are cropped. A scale per tensor is one block, a scale per row is blocks of 1 × in; for a stack of experts
+``(E, out, in)`` each has its own grid of scales, or all share one number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from lora_diag.checkpoints.tensors import FLOAT_DTYPES, Checkpoint, TensorInfo
+from lora_diag.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+
+# 8-bit floats: dtype -> stored mantissa bits, exponent of the smallest normal number.
+FLOAT8 = {
+    "float8_e4m3fn": (3, -6),
+    "float8_e5m2": (2, -14),
+    "float8_e4m3fnuz": (3, -7),
+    "float8_e5m2fnuz": (2, -15),
+}
+
+SCALES = ("_scale_inv", "_scale")
+# Scales of activations, which say nothing about the weight; named after the weight's module.
+ACTIVATIONS = ("input_scale", "output_scale", "activation_scale", "activation_scale_inv")
+# Quantization methods whose every 8-bit float has a scale.
+METHODS = frozenset({"fp8", "fbgemm_fp8", "compressed-tensors", "modelopt"})
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """How scales lie over a weight.
+
+    Args:
+        rows: Rows of scales of one matrix.
+        columns: Columns of scales.
+        block: Rows and columns of the weight under one scale.
+        per_matrix: Whether each matrix of a stack has scales of its own.
+    """
+
+    rows: int
+    columns: int
+    block: tuple[int, int]
+    per_matrix: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class ScaledWeight:
+    """A weight stored as 8-bit codes and scales.
+
+    Args:
+        source: The checkpoint as it is stored.
+        info: The weight as it is presented.
+        scale: Name of the scales.
+        grid: How they lie over the weight.
+        parts: Names of the tensors that belong to the weight and are not presented.
+        divisor: What every product is divided by; 127 for bitsandbytes, which stores the largest value of a row.
+    """
+
+    source: Checkpoint
+    info: TensorInfo
+    scale: str
+    grid: Grid
+    parts: tuple[str, ...]
+    divisor: float = 1.0
+
+    def read(self, start: int, stop: int) -> torch.Tensor:
+        """Return the entries ``start:stop`` of W, float32."""
+        codes = self.source.read(self.info.name, start, stop)
+        return self._scaled(codes.float(), start, stop)
+
+    def read_steps(self, start: int, stop: int) -> torch.Tensor:
+        """Return the distance to the next storable number at the entries ``start:stop``, float32."""
+        import torch
+
+        codes = self.source.read(self.info.name, start, stop).float()
+        if self.info.stored in FLOAT8:
+            mantissa, smallest = FLOAT8[self.info.stored]
+            # code = f · 2^e with f in [1/2, 1), so ⌊log2|code|⌋ = e − 1; below the normal numbers the step is constant.
+            exponent = torch.where(codes == 0, smallest, torch.frexp(codes).exponent - 1).clamp(min=smallest)
+            steps = torch.ldexp(torch.ones_like(codes), exponent - mantissa)
+        else:
+            steps = torch.ones_like(codes)
+        return self._scaled(steps, start, stop)
+
+    def _scaled(self, values: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+        """Multiply the entries ``start:stop`` by their scales, in place."""
+        if start >= stop:
+            return values
+        columns = _matrix(self.info.shape)[1]
+        first, last = start // columns, -(-stop // columns)
+        scales = self._rows_of_scales(first, last).repeat_interleave(self.grid.block[1], dim=1)[:, :columns]
+        values *= scales.reshape(-1)[start - first * columns :][: stop - start]
+        return values if self.divisor == 1 else values.div_(self.divisor)
+
+    def _rows_of_scales(self, first: int, last: int) -> torch.Tensor:
+        """Return the scales over the rows ``first:last`` of all matrices one below the other, float32."""
+        import torch
+
+        grid, height = self.grid, _matrix(self.info.shape)[0]
+        row = torch.arange(first, last)
+        at = row % height // grid.block[0]
+        if grid.per_matrix:
+            at += row // height * grid.rows
+        lowest, highest = int(at.min()), int(at.max())
+        scales = self.source.read(self.scale, lowest * grid.columns, (highest + 1) * grid.columns)
+        return scales.float().view(-1, grid.columns)[at - lowest]
+
+
+def find(source: Checkpoint, config: Mapping[str, Any]) -> Iterator[ScaledWeight]:
+    """Yield the 8-bit weights that have scales.
+
+    Args:
+        source: The checkpoint as it is stored.
+        config: Its ``quantization_config``.
+
+    Raises:
+        InputError: The scales of a weight are missing, or do not fit it.
+    """
+    blocks = _configured_blocks(source, config)
+    bare = []
+    scaled = False
+    for name in source:
+        info = source[name]
+        if name.endswith(SCALES) or info.numel == 0 or not (info.dtype in FLOAT8 or info.dtype == "int8"):
+            continue
+        scale = next((name + suffix for suffix in SCALES if name + suffix in source), None)
+        if scale is None:
+            bare += [name] if info.dtype in FLOAT8 else []
+            continue
+        scaled = True
+        if name + "_zero_point" in source:
+            raise InputError(
+                f"{source.file_of(name)}: {name} has zero points beside its scales; they are not supported"
+            )
+        module = name.rpartition(".")[0]
+        unused = (f"{module}.{activation}" for activation in ACTIVATIONS)
+        yield ScaledWeight(
+            source,
+            TensorInfo(name, info.shape, "float32", stored=info.dtype),
+            scale,
+            grid_of(source, name, scale, blocks),
+            parts=(scale, *(part for part in unused if part in source)),
+        )
+    if bare and (scaled or config.get("quant_method") in METHODS):
+        raise InputError(
+            f"{source.file_of(bare[0])}: {bare[0]} is stored as {source[bare[0]].dtype}, but its scales "
+            f"({bare[0]}{SCALES[0]} or {bare[0]}{SCALES[1]}) are missing"
+        )
+
+
+def grid_of(source: Checkpoint, name: str, scale: str, blocks: tuple[int, int] | None = None) -> Grid:
+    """Return how the scales lie over a weight.
+
+    Args:
+        source: The checkpoint as it is stored.
+        name: The weight.
+        scale: Its scales.
+        blocks: Rows and columns of a block, if the configuration says so.
+
+    Raises:
+        InputError: The scales are not floats, or their shape does not fit the weight's.
+    """
+    weight, scales = source[name], source[scale]
+    if scales.dtype not in FLOAT_DTYPES | {"float8_e8m0fnu"}:
+        raise InputError(f"{source.file_of(scale)}: {scale} is stored as {scales.dtype}, which is not a scale")
+    rows, columns = _matrix(weight.shape)
+    if scales.numel == 1:
+        return Grid(1, 1, (rows, columns), per_matrix=False)
+    # Missing last dimensions mean that one scale serves all of theirs: (out) is (out, 1).
+    shape = scales.shape + (1,) * (len(weight.shape) - len(scales.shape))
+    *stack, down, across = shape if len(shape) > 1 else (*shape, 1)
+    if stack == list(weight.shape[:-2]) and down in {1, rows} and across == 1:
+        return Grid(down, 1, (rows // down, columns))
+    block = blocks or (_block(rows, down), _block(columns, across))
+    if (
+        stack != list(weight.shape[:-2])
+        or min(block) < 1
+        or (down, across) != (-(-rows // block[0]), -(-columns // block[1]))
+    ):
+        expected = f" in blocks of {blocks[0]} × {blocks[1]}" if blocks else ""
+        raise InputError(
+            f"{source.file_of(scale)}: {scale} has the shape {list(scales.shape)}, which does not fit {name} "
+            f"{list(weight.shape)}{expected}"
+        )
+    return Grid(down, across, block)
+
+
+def _block(size: int, count: int) -> int:
+    """Infer the size of a block, of which ``count`` cover ``size`` with the last one perhaps cropped; 0 if none does.
+
+    The sizes that fit lie in [size / count, size / (count − 1)), which holds at most one power of two; formats use
+    those, mostly 128. Without one, only an exact quotient is believed.
+    """
+    if count == 1:
+        return size
+    smallest = -(-size // max(1, count))
+    power = 1 << (smallest - 1).bit_length()
+    if -(-size // power) == count:
+        return power
+    return smallest if smallest * count == size else 0
+
+
+def _matrix(shape: tuple[int, ...]) -> tuple[int, int]:
+    """Return rows and columns of one matrix of a stack; a vector is a column, so that it may have a scale per entry.
+
+    >>> _matrix((8, 32, 64)), _matrix((32,))
+    ((32, 64), (32, 1))
+    """
+    rows, columns = (*shape, 1, 1)[:2] if len(shape) < 2 else shape[-2:]
+    return rows, columns
+
+
+def _configured_blocks(source: Checkpoint, config: Mapping[str, Any]) -> tuple[int, int] | None:
+    value = config.get("weight_block_size")
+    if value is None:
+        return None
+    if not (isinstance(value, list) and len(value) == 2 and all(type(size) is int and size > 0 for size in value)):
+        raise InputError(f"{source.path}: weight_block_size in config.json is {value!r}, not two positive numbers")
+    return value[0], value[1]

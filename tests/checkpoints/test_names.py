@@ -1,0 +1,136 @@
+"""Names of wrappers are left out, and what only looks like a checkpoint is refused by its names."""
+
+import json
+
+import pytest
+import torch
+
+from lora_diag.checkpoints import open_checkpoint
+from lora_diag.checkpoints.refused import PACKED
+from lora_diag.errors import InputError
+from tests.conftest import SHARED, save_model, save_sharded, weights
+
+Q = "model.layers.0.self_attn.q_proj"
+
+
+@pytest.mark.parametrize(
+    "prefix", ["module.", "_orig_mod.", "_fsdp_wrapped_module.", "module._orig_mod.", "module.module."]
+)
+@pytest.mark.parametrize("save", [save_model, save_sharded])
+def test_prefixes_of_wrappers_are_left_out_with_a_note(tmp_path, prefix, save):
+    tensors = weights(1)
+    checkpoint = open_checkpoint(save(tmp_path, {prefix + name: value for name, value in tensors.items()}))
+    assert set(checkpoint) == set(tensors)
+    assert all(checkpoint[name].name == name for name in checkpoint)
+    assert torch.equal(checkpoint.read("lm_head.weight", 5, 9), tensors["lm_head.weight"].reshape(-1)[5:9])
+    assert prefix + "lm_head.weight" in " ".join(checkpoint.notes) or prefix in checkpoint.notes[0]
+
+
+def test_wrappers_inside_a_name_are_left_out_wherever_they_stand(tmp_path):
+    names = [
+        "embed.weight",
+        "_fsdp_wrapped_module.layers.0._checkpoint_wrapped_module.q.weight",
+        "layers.1._orig_mod.q.weight",
+    ]
+    checkpoint = open_checkpoint(save_model(tmp_path, {name: torch.ones(2, 2) for name in names}))
+    assert sorted(checkpoint) == ["embed.weight", "layers.0.q.weight", "layers.1.q.weight"]
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["module.weight", "head.weight"],  # a model's own word
+        ["my_orig_mod.a", "x_fsdp_wrapped_module.b"],  # not whole words
+        ["_orig_mod.a", "a"],  # would meet
+    ],
+)
+def test_names_that_are_kept(tmp_path, names):
+    checkpoint = open_checkpoint(save_model(tmp_path, {name: torch.ones(2, 2) for name in names}))
+    assert (set(checkpoint), checkpoint.notes) == (set(names), ())
+
+
+@pytest.mark.parametrize("own", [f"{Q}.base_layer.weight", f"{Q}.weight"])
+def test_an_unmerged_peft_state_dict_is_refused(tmp_path, own):
+    tensors = {own: torch.ones(4, 4), f"{Q}.lora_A.default.weight": torch.ones(2, 4)}
+    with pytest.raises(InputError, match="unmerged PEFT state dict"):
+        open_checkpoint(save_model(tmp_path, {f"base_model.model.{name}": value for name, value in tensors.items()}))
+
+
+def test_the_factors_of_an_adapter_alone_are_opened(tmp_path):
+    tensors = {f"{Q}.lora_A.default.weight": torch.ones(2, 4), "e.base_layer.weight": torch.ones(4, 4)}
+    assert len(open_checkpoint(save_model(tmp_path, tensors))) == 2
+
+
+@pytest.mark.parametrize(("suffix", "method"), PACKED)
+def test_packed_weights_are_refused_by_the_names_of_their_tensors(tmp_path, suffix, method):
+    tensors = {f"{Q}{suffix}": torch.zeros(4, 4, dtype=torch.int32), "norm.weight": torch.ones(4)}
+    with pytest.raises(InputError) as caught:
+        open_checkpoint(save_model(tmp_path, tensors))
+    assert method in str(caught.value)
+    assert f"{Q}{suffix}" in str(caught.value)
+
+
+def test_floats_may_have_names_that_look_packed(tmp_path):
+    tensors = {"encoder_blocks": torch.ones(2, 2), "a._data": torch.ones(2, 2)}
+    assert len(open_checkpoint(save_model(tmp_path, tensors))) == 2
+
+
+@pytest.mark.parametrize(
+    "method", ["hqq", "aqlm", "quanto", "torchao", "eetq", "bitnet", "vptq", "quark", "mxfp4", "gptq", "awq"]
+)
+@pytest.mark.parametrize("key", ["quantization_config", "compression_config"])
+def test_methods_are_refused_by_the_configuration(tmp_path, method, key):
+    folder = save_model(tmp_path, weights(1))
+    (folder / "config.json").write_text(json.dumps({key: {"quant_method": method}}))
+    with pytest.raises(InputError, match=method):
+        open_checkpoint(folder)
+
+
+def test_the_configuration_says_which_of_two_methods_packed_the_weights(tmp_path):
+    folder = save_model(tmp_path, {f"{Q}.qweight": torch.zeros(4, 4, dtype=torch.int32)})
+    (folder / "config.json").write_text(json.dumps({"quantization_config": {"quant_method": "awq"}}))
+    with pytest.raises(InputError, match="is AWQ-quantized"):
+        open_checkpoint(folder)
+
+
+def test_the_configuration_of_a_base_says_nothing_about_the_adapter_beside_it(tmp_path):
+    folder = save_model(tmp_path, {"a.lora_A.weight": torch.ones(2, 4)})
+    (folder / "model.safetensors").rename(folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text("{}")
+    (folder / "config.json").write_text(json.dumps({"quantization_config": {"quant_method": "gptq"}}))
+    assert len(open_checkpoint(folder / "adapter_model.safetensors")) == 1
+
+
+def test_matrices_of_integers_that_nothing_explains_are_refused(tmp_path):
+    with pytest.raises(InputError, match=r"a\.weight is stored as uint8"):
+        open_checkpoint(save_model(tmp_path, {"a.weight": torch.zeros(2, 2, dtype=torch.uint8)}))
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "[" * 100_000, '"a"', "\xff"])
+def test_configurations_that_are_none(tmp_path, text):
+    folder = save_model(tmp_path, weights(1))
+    (folder / "config.json").write_text(text, encoding="latin-1")
+    with pytest.raises(InputError, match=r"config\.json"):
+        open_checkpoint(folder)
+
+
+def test_a_huge_configuration_is_not_read(tmp_path):
+    folder = save_model(tmp_path, weights(1))
+    with (folder / "config.json").open("wb") as file:
+        file.truncate(20_000_000)
+    with pytest.raises(InputError, match="larger than 10,000,000 bytes"):
+        open_checkpoint(folder)
+
+
+def test_a_quantization_config_that_is_no_object_is_none(tmp_path):
+    folder = save_model(tmp_path, weights(1))
+    (folder / "config.json").write_text('{"quantization_config": null, "compression_config": 3}')
+    assert len(open_checkpoint(folder)) == len(weights(1))
+
+
+def test_the_shared_gptq_case_is_refused_by_name():
+    folder = SHARED / "bad" / "quant-gptq-names"
+    if not folder.is_dir():
+        pytest.skip("the shared cases are not here")
+    with pytest.raises(InputError, match="GPTQ"):
+        open_checkpoint(folder / "merged")

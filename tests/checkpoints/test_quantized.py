@@ -1,0 +1,349 @@
+"""Quantized weights are read as the floats they stand for, in any range; what does not fit is named."""
+
+import json
+import pickle
+
+import numpy as np
+import pytest
+import torch
+
+from lora_diag.checkpoints import Checkpoint, open_checkpoint
+from lora_diag.checkpoints.quantized import FORMATS
+from lora_diag.checkpoints.safetensors import SafetensorsFile
+from lora_diag.checkpoints.scaled import Grid, grid_of
+from lora_diag.deltas import pair
+from lora_diag.errors import InputError
+from tests.checkpoints.quantizing import FLOAT8, TABLES, as_bytes, eight_bit, float8_value, four_bit, scaled, step_of
+from tests.conftest import SHARED, as_numpy, save_model, save_sharded
+
+W = "model.layers.0.mlp.up_proj.weight"
+
+E8M0 = torch.float8_e8m0fnu if hasattr(torch, "float8_e8m0fnu") else torch.float32
+
+# What is stored -> (tensors, weight), the word for the storage format.
+KINDS = {
+    "nf4": (four_bit(W, (24, 40)), "nf4"),
+    "nf4, shorter than a block": (four_bit(W, (3, 5)), "nf4"),
+    "nf4, odd, ragged last block": (four_bit(W, (9, 33)), "nf4"),
+    "nf4, double": (four_bit(W, (40, 35), nested=4), "nf4"),
+    "fp4": (four_bit(W, (24, 40), kind="fp4", block=32), "fp4"),
+    "fp4, double": (four_bit(W, (24, 40), kind="fp4", nested=256), "fp4"),
+    "bitsandbytes int8": (eight_bit(W.removesuffix(".weight"), (12, 20)), "int8"),
+    "fp8 blocks": (scaled(W, (32, 48), (2, 3), (16, 16)), "float8_e4m3fn"),
+    "fp8 blocks, ragged": (scaled(W, (35, 45), (3, 3), (16, 16)), "float8_e4m3fn"),
+    "fp8 blocks, one row of them": (scaled(W, (5, 45), (1, 3), (16, 16)), "float8_e4m3fn"),
+    "fp8 blocks of three": (scaled(W, (15, 21), (5, 7), (3, 3)), "float8_e4m3fn"),
+    "fp8 blocks, bf16 scales": (scaled(W, (32, 48), (2, 3), (16, 16), scale_dtype=torch.bfloat16), "float8_e4m3fn"),
+    "fp8 blocks, e8m0 scales": (scaled(W, (32, 48), (2, 3), (16, 16), scale_dtype=E8M0), "float8_e4m3fn"),
+    "fp8 e5m2 per row": (scaled(W, (7, 9), (7, 1), (1, 9), kind="float8_e5m2", suffix="_scale"), "float8_e5m2"),
+    "fp8 per row, 1-D": (scaled(W, (7, 9), (7,), (1, 9), suffix="_scale"), "float8_e4m3fn"),
+    "fp8 per tensor, 0-D": (scaled(W, (7, 9), (), (7, 9), suffix="_scale"), "float8_e4m3fn"),
+    "fp8 per tensor, 1-D": (scaled(W, (7, 9), (1,), (7, 9)), "float8_e4m3fn"),
+    "fp8 per group of columns": (scaled(W, (7, 16), (7, 4), (1, 4), suffix="_scale"), "float8_e4m3fn"),
+    "int8 per row": (scaled(W, (7, 9), (7, 1), (1, 9), kind="int8", suffix="_scale"), "int8"),
+    "fp8 experts, blocks": (scaled(W, (3, 20, 12), (3, 3, 2), (8, 8)), "float8_e4m3fn"),
+    "fp8 experts, per row": (scaled(W, (3, 5, 4), (3, 5, 1), (1, 4)), "float8_e4m3fn"),
+    "fp8 experts, per expert": (scaled(W, (3, 5, 4), (3, 1, 1), (5, 4)), "float8_e4m3fn"),
+    "fp8 experts, per tensor": (scaled(W, (3, 5, 4), (1,), (5, 4)), "float8_e4m3fn"),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_range_is_the_weight_that_the_codes_stand_for(tmp_path, kind):
+    (tensors, expected), stored = KINDS[kind]
+    checkpoint = open_checkpoint(save_model(tmp_path, tensors | {"norm.weight": torch.ones(3)}))
+    assert set(checkpoint) == {W, "norm.weight"}
+    info = checkpoint[W]
+    assert (info.shape, info.dtype, info.stored) == (expected.shape, "float32", stored)
+    assert stored in checkpoint.notes[0]
+    flat = expected.reshape(-1)
+    rng = np.random.default_rng(0)
+    ranges = [(0, flat.size), (0, 0), (flat.size, flat.size), (0, 1), (flat.size - 1, flat.size)]
+    ranges += [tuple(sorted(rng.integers(0, flat.size + 1, 2))) for _ in range(12)]
+    for start, stop in ranges:
+        read = checkpoint.read(W, int(start), int(stop))
+        assert read.dtype == torch.float32 or start == stop
+        np.testing.assert_allclose(as_numpy(read), flat[start:stop], rtol=3e-7, atol=1e-12)
+
+
+def test_every_format_is_tested_here(tmp_path):
+    found = set()
+    for number, ((tensors, _), _) in enumerate(KINDS.values()):
+        checkpoint = open_checkpoint(save_model(tmp_path / str(number), tensors))
+        (file,) = checkpoint.files
+        source = file._weights[W].source
+        found |= {find for find in FORMATS if list(find(source, {}))}
+    assert found == set(FORMATS)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+def test_steps_of_four_bit_weights_reach_the_farther_neighbour(tmp_path, kind):
+    tensors, expected = four_bit(W, (6, 22), kind=kind)
+    checkpoint = open_checkpoint(save_model(tmp_path, tensors))
+    absmax = np.repeat(tensors[f"{W}.absmax"].double().numpy(), 64)[: expected.size]
+    table = np.float32(TABLES[kind]).astype(np.float64)
+    codes = [int(np.abs(table - value).argmin()) for value in expected.reshape(-1) / absmax]
+    steps = np.array([step_of(float(table[code]), list(table)) for code in codes]) * absmax
+    np.testing.assert_allclose(as_numpy(checkpoint.read_steps(W)), steps, rtol=1e-6)
+    np.testing.assert_allclose(as_numpy(checkpoint.read_steps(W, 17, 99)), steps[17:99], rtol=1e-6)
+
+
+@pytest.mark.parametrize("block", [64, 7])
+def test_half_a_step_bounds_the_error_of_a_doubly_quantized_weight(tmp_path, block):
+    """Quantize real numbers: nearest codes under the exact absmax, read back under the quantized one."""
+    rng = np.random.default_rng(1)
+    weight = rng.standard_normal((16, 28)) * 0.02
+    tensors, _ = four_bit(W, weight.shape, block=block, nested=3)
+    starts = range(0, weight.size, block)
+    absmax = np.array([np.abs(weight.reshape(-1)[k : k + block]).max() for k in starts])
+    table = np.linspace(-1, 1, 256)
+    nested_max = np.array([np.abs(absmax[b : b + 3] - 0.05).max() for b in range(0, len(absmax), 3)])
+    nested = [int(np.abs(table - (value - 0.05) / nested_max[b // 3]).argmin()) for b, value in enumerate(absmax)]
+    nf4 = np.array(TABLES["nf4"])
+    codes = [int(np.abs(nf4 - value / absmax[k // block]).argmin()) for k, value in enumerate(weight.reshape(-1))]
+    tensors[W] = torch.tensor([16 * codes[k] + codes[k + 1] for k in range(0, len(codes), 2)], dtype=torch.uint8)
+    tensors[f"{W}.absmax"] = torch.tensor(nested, dtype=torch.uint8)
+    tensors[f"{W}.nested_absmax"] = torch.from_numpy(nested_max).float()
+    tensors[f"{W}.nested_quant_map"] = torch.from_numpy(table).float()
+    checkpoint = open_checkpoint(save_model(tmp_path, tensors))
+    error = np.abs(as_numpy(checkpoint.read(W)) - weight.reshape(-1))
+    steps = as_numpy(checkpoint.read_steps(W))
+    assert (error <= steps / 2 + 1e-8).all()
+    assert error.max() > steps.mean() / 4
+
+
+@pytest.mark.parametrize("kind", FLOAT8)
+def test_steps_of_eight_bit_floats_are_the_spacing_above(tmp_path, kind):
+    legal = [code for code in range(256) if code not in FLOAT8[kind][3]]
+    codes = torch.tensor(legal, dtype=torch.uint8).view(getattr(torch, kind)).view(2, -1)
+    checkpoint = open_checkpoint(save_model(tmp_path, {W: codes, W + "_scale": torch.tensor(0.5)}))
+    for code, step in zip(legal, checkpoint.read_steps(W).tolist(), strict=True):
+        if code + 1 in legal:
+            assert step == abs(float8_value(code + 1, kind) - float8_value(code, kind)) / 2
+
+
+def test_steps_of_integers_are_their_scale_and_plain_floats_have_none(tmp_path):
+    tensors, _ = eight_bit("a", (3, 4))
+    checkpoint = open_checkpoint(save_model(tmp_path, tensors | {"b": torch.ones(2, 2)}))
+    np.testing.assert_allclose(
+        as_numpy(checkpoint.read_steps("a.weight")), np.repeat(as_numpy(tensors["a.SCB"]), 4) / 127
+    )
+    assert checkpoint.read_steps("b") is None
+    assert open_checkpoint(save_model(tmp_path / "plain", {"b": torch.ones(2, 2)})).read_steps("b") is None
+
+
+@pytest.mark.parametrize("storage", [torch.bfloat16, torch.float16, torch.float32])
+def test_codes_may_lie_in_the_storage_of_another_dtype(tmp_path, storage):
+    """FSDP wants one dtype for all: ``bnb_4bit_quant_storage``."""
+    tensors, expected = four_bit(W, (24, 40))
+    tensors[W] = tensors[W].view(-1).view(storage).view(-1, 1)
+    checkpoint = open_checkpoint(save_model(tmp_path, tensors))
+    np.testing.assert_allclose(as_numpy(checkpoint.read(W, 5, 333)), expected.reshape(-1)[5:333], rtol=3e-7)
+
+
+def test_parts_may_lie_in_other_shards_and_in_torch_files(tmp_path):
+    tensors, expected = four_bit(W, (24, 40), nested=4)
+    for suffix in ("safetensors", "bin"):
+        checkpoint = open_checkpoint(save_sharded(tmp_path / suffix, tensors, shards=4, suffix=suffix))
+        assert list(checkpoint) == [W]
+        again = pickle.loads(pickle.dumps(checkpoint))
+        np.testing.assert_allclose(as_numpy(again.read(W)), expected.reshape(-1), rtol=3e-7)
+
+
+@pytest.mark.parametrize(
+    "tensors", [four_bit(W, (256, 512), nested=4)[0], scaled(W, (256, 512), (2, 4), (128, 128))[0]], ids=["nf4", "fp8"]
+)
+def test_a_range_reads_only_what_it_needs(tmp_path, monkeypatch, tensors):
+    """A range of 100 entries of a 256 × 512 matrix touches a few hundred stored entries, tables included."""
+    checkpoint = open_checkpoint(save_model(tmp_path, tensors))
+    counts, original = [], SafetensorsFile.read
+
+    def counting(self, name, start, stop):
+        counts.append(stop - start)
+        return original(self, name, start, stop)
+
+    monkeypatch.setattr(SafetensorsFile, "read", counting)
+    assert len(checkpoint.read(W, 100_001, 100_101)) == 100
+    assert sum(counts) < 500
+
+
+def test_activation_scales_are_not_presented(tmp_path):
+    tensors, _ = scaled("a.weight", (4, 4), (), (4, 4), suffix="_scale")
+    tensors["a.input_scale"] = torch.tensor(0.1)
+    assert list(open_checkpoint(save_model(tmp_path, tensors))) == ["a.weight"]
+
+
+def test_the_size_of_blocks_comes_from_the_configuration_when_shapes_allow_several(tmp_path):
+    """17 rows in 2 blocks: 16 (a power of two) would be inferred; the configuration says 12."""
+    tensors, expected = scaled(W, (17, 30), (2, 3), (12, 12))
+    folder = save_model(tmp_path, tensors)
+    (folder / "config.json").write_text(
+        json.dumps({"quantization_config": {"quant_method": "fp8", "weight_block_size": [12, 12]}})
+    )
+    np.testing.assert_allclose(as_numpy(open_checkpoint(folder).read(W)), expected.reshape(-1), rtol=3e-7)
+    file = open_checkpoint(folder / "model.safetensors")
+    np.testing.assert_allclose(as_numpy(file.read(W)), expected.reshape(-1), rtol=3e-7)
+
+
+# Holding what is stored together: every misfit is one message that names file and tensor.
+
+STATE = f"{W}.quant_state.bitsandbytes__nf4"
+
+
+def state_with(**changes):
+    def change(tensors):
+        state = json.loads(bytes(tensors[STATE].tolist()))
+        tensors[STATE] = as_bytes(state | changes)
+
+    return change
+
+
+def without(part):
+    return lambda tensors: tensors.pop(part)
+
+
+def replaced(part, value):
+    return lambda tensors: tensors.update({part: value})
+
+
+BAD_FOUR_BIT = {
+    "no settings": (without(STATE), "settings"),
+    "no codes": (without(W), "is missing"),
+    "no absmax": (without(f"{W}.absmax"), r"absmax is missing"),
+    "no table": (without(f"{W}.quant_map"), r"quant_map is missing"),
+    "no nested absmax": (without(f"{W}.nested_absmax"), r"nested_absmax is missing"),
+    "no nested table": (without(f"{W}.nested_quant_map"), r"nested_quant_map is missing"),
+    "short absmax": (replaced(f"{W}.absmax", torch.zeros(3, dtype=torch.uint8)), "3 uint8 entries where 15"),
+    "short codes": (replaced(W, torch.zeros(7, 1, dtype=torch.uint8)), "7 uint8 entries where 480"),
+    "codes of int64": (replaced(W, torch.zeros(480, dtype=torch.int64)), "int64"),
+    "short table": (replaced(f"{W}.quant_map", torch.zeros(15)), "15 float32 entries where 16"),
+    "float absmax": (replaced(f"{W}.absmax", torch.zeros(15)), "15 float32 entries where 15 of uint8"),
+    "integer nested": (replaced(f"{W}.nested_absmax", torch.zeros(4, dtype=torch.int32)), "int32"),
+    "not json": (replaced(STATE, torch.tensor([123, 125, 125], dtype=torch.uint8)), "does not hold the settings"),
+    "not utf-8": (replaced(STATE, torch.tensor([255, 254, 1], dtype=torch.uint8)), "does not hold the settings"),
+    "not an object": (replaced(STATE, torch.tensor([49], dtype=torch.uint8)), "does not hold the settings"),
+    "too long": (replaced(STATE, torch.full((20_000,), 32, dtype=torch.uint8)), "20,000"),
+    "another type": (state_with(quant_type="nf3"), "nf3"),
+    "no type": (state_with(quant_type=None), "None"),
+    "no block": (state_with(blocksize=None), "blocksize"),
+    "block of 0": (state_with(blocksize=0), "blocksize"),
+    "block of true": (state_with(blocksize=True), "blocksize"),
+    "huge block": (state_with(blocksize=2**40), "blocksize"),
+    "no nested block": (state_with(nested_blocksize="a"), "nested_blocksize"),
+    "no offset": (state_with(nested_offset=None), "nested_offset"),
+    "infinite offset": (state_with(nested_offset=float("inf")), "nested_offset"),
+    "no shape": (state_with(shape=None), "shape"),
+    "negative shape": (state_with(shape=[-24, -40]), "shape"),
+    "huge shape": (state_with(shape=[2**50, 2**50]), "where"),
+    "another shape": (state_with(shape=[24, 41]), "where"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_FOUR_BIT)
+def test_four_bit_weights_that_do_not_fit_together(tmp_path, kind):
+    change, words = BAD_FOUR_BIT[kind]
+    tensors, _ = four_bit(W, (24, 40), nested=4)
+    change(tensors)
+    with pytest.raises(InputError, match=words) as caught:
+        open_checkpoint(save_model(tmp_path, tensors))
+    assert str(tmp_path) in str(caught.value)
+    assert W in str(caught.value)
+
+
+def test_a_type_that_is_not_known(tmp_path):
+    tensors, _ = four_bit(W, (24, 40))
+    tensors[f"{W}.quant_state.bitsandbytes__af4"] = tensors.pop(STATE)
+    with pytest.raises(InputError, match="known are nf4 and fp4"):
+        open_checkpoint(save_model(tmp_path, tensors))
+
+
+BAD_EIGHT_BIT = {
+    "scales without weight": (without("a.weight"), r"a\.SCB is there"),
+    "scales of another matrix": (replaced("a.SCB", torch.ones(5)), r"a\.SCB is there"),
+    "scales of a float": (replaced("a.weight", torch.ones(12, 20)), r"a\.SCB is there"),
+    "turned layout": (replaced("a.weight_format", torch.tensor(2, dtype=torch.uint8)), "row by row"),
+    "no scales": (without("a.SCB"), r"a\.weight is stored as int8"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_EIGHT_BIT)
+def test_eight_bit_weights_that_do_not_fit_together(tmp_path, kind):
+    change, words = BAD_EIGHT_BIT[kind]
+    tensors, _ = eight_bit("a", (12, 20))
+    change(tensors)
+    with pytest.raises(InputError, match=words) as caught:
+        open_checkpoint(save_model(tmp_path, tensors))
+    assert str(tmp_path) in str(caught.value)
+
+
+FP8 = {"quant_method": "fp8", "weight_block_size": [16, 16]}
+BAD_SCALES = {
+    "missing": (None, FP8, "its scales"),
+    "of integers": (torch.ones(2, 3, dtype=torch.int32), FP8, "not a scale"),
+    "another grid": (torch.ones(3, 2), FP8, r"in blocks of 16 × 16"),
+    "another grid, no configuration": (torch.ones(31, 2), None, "does not fit"),
+    "an ambiguous grid": (torch.ones(9, 3), None, "does not fit"),
+    "too many dimensions": (torch.ones(1, 2, 3), None, "does not fit"),
+    "empty": (torch.ones(0, 3), None, "does not fit"),
+    "a row too many": (torch.ones(33, 1), None, "does not fit"),
+    "bad configuration": (torch.ones(2, 3), FP8 | {"weight_block_size": [16, 0]}, "weight_block_size"),
+    "worse configuration": (torch.ones(2, 3), FP8 | {"weight_block_size": "16"}, "weight_block_size"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_SCALES)
+def test_scales_that_do_not_fit(tmp_path, kind):
+    scale, config, words = BAD_SCALES[kind]
+    tensors, _ = scaled(W, (32, 48), (2, 3), (16, 16))
+    tensors = {W: tensors[W]} | ({} if scale is None else {W + "_scale_inv": scale})
+    folder = save_model(tmp_path, tensors)
+    if config:
+        (folder / "config.json").write_text(json.dumps({"quantization_config": config}))
+    with pytest.raises(InputError, match=words) as caught:
+        open_checkpoint(folder)
+    assert str(tmp_path) in str(caught.value)
+
+
+def test_a_scale_that_only_one_weight_lacks_is_missed_without_a_configuration(tmp_path):
+    tensors, _ = scaled(W, (32, 48), (2, 3), (16, 16))
+    with pytest.raises(InputError, match=r"bare\.weight .* missing"):
+        open_checkpoint(save_model(tmp_path, tensors | {"bare.weight": tensors[W].clone()}))
+
+
+def test_zero_points_are_refused(tmp_path):
+    tensors, _ = scaled(W, (7, 9), (7, 1), (1, 9), kind="int8", suffix="_scale")
+    with pytest.raises(InputError, match="zero points"):
+        open_checkpoint(save_model(tmp_path, tensors | {W + "_zero_point": torch.zeros(7, 1, dtype=torch.int8)}))
+
+
+def test_plain_eight_bit_floats_are_listed_as_they_are(tmp_path):
+    checkpoint = open_checkpoint(save_model(tmp_path, {"a": torch.ones(4, 4).to(torch.float8_e4m3fn)}))
+    assert (checkpoint["a"].dtype, checkpoint["a"].stored) == ("float8_e4m3fn", None)
+
+
+@pytest.mark.parametrize(
+    ("shape", "scales", "block"),
+    [((300, 512), (3, 4), (128, 128)), ((1536, 7168), (12, 56), (128, 128)), ((576, 7168), (5, 56), (128, 128))],
+)
+def test_blocks_of_128_are_inferred(tmp_path, shape, scales, block):
+    """The shapes of DeepSeek-V3, ragged ones included."""
+    folder = save_model(tmp_path, {"a": torch.zeros(shape, dtype=torch.int8), "s": torch.ones(scales)})
+    stored = Checkpoint(folder, "", (SafetensorsFile(folder / "model.safetensors"),))
+    assert grid_of(stored, "a", "s") == Grid(*scales, block)
+
+
+@pytest.mark.parametrize("case", ["bnb-nf4-double", "fp8-block-scaled"])
+def test_real_cases_have_their_true_change(case):
+    folder = SHARED / "cases" / case
+    if not folder.is_dir():
+        pytest.skip("the shared cases are not here")
+    truth = json.loads((folder / "truth.json").read_text())
+    found = pair(open_checkpoint(folder / "base"), open_checkpoint(folder / "merged"))
+    assert {delta.layer for delta in found.deltas} == set(truth) - {"_meta"}
+    for delta in found.deltas:
+        change = np.concatenate([as_numpy(after) - as_numpy(before) for before, after in delta.blocks()])
+        expected = truth[delta.layer]
+        np.testing.assert_allclose(np.linalg.norm(change), expected["fro"], rtol=1e-6)
+        if expected["s"]:
+            s = np.linalg.svd(change, compute_uv=False)
+            np.testing.assert_allclose(s[: len(expected["s"])], expected["s"], rtol=1e-6)

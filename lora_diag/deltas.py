@@ -137,6 +137,14 @@ class DenseDelta:
 Delta = StoredDelta | FactoredDelta | DenseDelta
 
 
+def footprint(delta: Delta) -> int:
+    """Return about how many bytes measuring a layer takes: ΔW in float32, its Gram matrix in float64, and a copy."""
+    if isinstance(delta, FactoredDelta):
+        return 8 * 64 * sum(delta.shape)  # thin factors; 64 columns stand for any usual rank
+    rows, columns = delta.shape
+    return 4 * rows * columns + (16 * min(rows, columns) ** 2 if delta.is_matrix else 0)
+
+
 def row_blocks(side: Side, shape: tuple[int, int]) -> Iterator[torch.Tensor]:
     """Yield the rows of a stored matrix in blocks, ``(rows, in)``, in its stored dtype."""
     rows, columns = shape
@@ -189,11 +197,11 @@ def pair(base: Checkpoint, tuned: Checkpoint, layers: str | None = None, exclude
         UsageError: A regular expression is not valid.
         NothingComparedError: The sides have no name in common, or none is selected.
     """
-    wanted, unwanted = _regex(layers, "--layers"), _regex(exclude, "--exclude")
+    selected = selector(layers, exclude)
     deltas: list[Delta] = []
     unpaired: list[Unpaired] = []
     for name in sorted([*base, *(name for name in tuned if name not in base)], key=natural_order):
-        if (wanted and not wanted.search(name)) or (unwanted and unwanted.search(name)):
+        if not selected(name):
             side = base if name in base else tuned
             unpaired.append(Unpaired(name, side[name].shape, "not_selected", "left out by --layers or --exclude"))
         elif (after := stored_name(tuned, name)) is None:
@@ -301,6 +309,20 @@ def _added_rows(name: str, base: Side, tuned: Side) -> Unpaired:
     detail = f"vocabulary rows {first}-{last - 1} are only in {'TUNED' if added else 'BASE'}; the others are compared"
     rows = replace(tuned if added else base, offset=first * before[1])
     return Unpaired(name, (last - first, before[1]), "added_rows" if added else "removed_rows", detail, rows)
+
+
+def selector(layers: str | None, exclude: str | None) -> Callable[[str], bool]:
+    """Return whether a name is selected by ``--layers`` and ``--exclude``.
+
+    Raises:
+        UsageError: A regular expression is not valid.
+    """
+    wanted, unwanted = _regex(layers, "--layers"), _regex(exclude, "--exclude")
+
+    def selected(name: str) -> bool:
+        return not (wanted and not wanted.search(name)) and not (unwanted and unwanted.search(name))
+
+    return selected
 
 
 def _regex(pattern: str | None, option: str) -> re.Pattern[str] | None:

@@ -19,10 +19,11 @@ ALLOWED = {
     "linalg": set(),
     "metrics": set(),
     "deltas": {"checkpoints", "results"},
+    "adapters": {"checkpoints", "deltas", "results"},
     "diagnostics": {"deltas", "linalg", "metrics", "results"},
     "engines": {"diagnostics", "results"},
     "reports": {"results", "metrics"},
-    "api": {"checkpoints", "deltas", "diagnostics", "engines", "linalg", "results"},
+    "api": {"adapters", "checkpoints", "deltas", "diagnostics", "engines", "linalg", "results"},
     "cli": {"api", "results", "reports"},
     "__init__": {"api", "results"},
     "__main__": {"cli"},
@@ -30,7 +31,7 @@ ALLOWED = {
 
 # Library -> the rooms that may import it.
 LIBRARIES = {
-    "torch": {"checkpoints", "deltas", "linalg", "diagnostics"},
+    "torch": {"checkpoints", "deltas", "adapters", "linalg", "diagnostics", "engines"},
     "numpy": {"metrics", "diagnostics"},
     "scipy": {"metrics", "linalg"},
     "pydantic": {"results"},

@@ -9,11 +9,11 @@ from functools import partial
 from pathlib import Path
 
 from lora_diag.api.inputs import compare
-from lora_diag.deltas import Delta, Pairing, natural_order
+from lora_diag.deltas import Delta, Pairing, footprint, natural_order
 from lora_diag.diagnostics.left_out import left_out_rows, left_out_vector
 from lora_diag.diagnostics.spectrum import RANKS, SpectrumSettings
 from lora_diag.diagnostics.spectrum import spectrum as measure
-from lora_diag.engines import run_local
+from lora_diag.engines import layout_for, run_local
 from lora_diag.errors import UsageError
 from lora_diag.linalg import check_request, resolve_device
 from lora_diag.results import End, LeftOut, Results, ResultsWriter, Run, Spectrum
@@ -43,16 +43,18 @@ class Progress:
 
 def spectrum(
     base: Path | str,
-    tuned: Path | str,
+    tuned: Path | str | None = None,
     *,
     ranks: Sequence[int] = RANKS,
     layers: str | None = None,
     exclude: str | None = None,
+    allow_unmatched: bool = False,
     method: str = "auto",
     top: int | None = None,
     tol: float = 1e-4,
     device: str = "auto",
     seed: int = 0,
+    workers: int | None = None,
     output: Path | str | None = None,
     resume: bool = False,
     on_progress: Callable[[Progress], None] | None = None,
@@ -60,19 +62,21 @@ def spectrum(
 ) -> Results:
     r"""Measure the spectrum of ΔW = W_tuned − W_base for every weight that both checkpoints have.
 
-    One layer is in memory at a time.
+    Layers are read one by one, as many at a time as cores and memory have room for.
 
     Args:
         base: The checkpoint before: a file, a folder, or a shard index.
-        tuned: The checkpoint after.
+        tuned: The checkpoint after, or an adapter; None if ``base`` is an adapter to be measured alone.
         ranks: Ranks r at which C(r) and the truncation errors are given.
         layers: Regular expression; only weights whose name contains a match.
         exclude: Regular expression; no weights whose name contains a match.
+        allow_unmatched: Leave out what an adapter changes and ``base`` does not have, instead of stopping.
         method: ``auto``, ``exact``, ``gram`` or ``krylov``.
         top: Keep only so many of the largest singular values.
         tol: Bound to reach on the error of every energy fraction.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:1``.
-        seed: Recorded; for methods that draw random numbers.
+        seed: Of the random starts of ``krylov``.
+        workers: Layers at once; by default as many as fit into 1 GiB and four copies of the largest matrix.
         output: Results file, appended line by line.
         resume: Go on behind what an interrupted run left in ``output``.
         on_progress: Called at the start and after every layer.
@@ -91,8 +95,8 @@ def spectrum(
         >>> [(record.layer, record.shape) for record in results]
         [('model.layers.0.self_attn.q_proj.weight', (128, 128))]
     """
-    settings = _settings(ranks, method, top, tol, seed, device)
-    compared = compare(base, tuned, layers, exclude)
+    settings = _settings(ranks, method, top, tol, seed, device, workers)
+    compared = compare(base, tuned, layers, exclude, allow_unmatched)
     run = Run(
         command="spectrum",
         version=__version__,
@@ -109,15 +113,17 @@ def spectrum(
         },
     )
     with ResultsWriter(Path(output) if output is not None else None, run, resume) as writer:
-        return _measure(compared.pairing, settings, writer, on_progress or _ignore, on_record or _ignore)
+        return _measure(compared.pairing, settings, workers, writer, on_progress or _ignore, on_record or _ignore)
 
 
 def _settings(
-    ranks: Sequence[int], method: str, top: int | None, tol: float, seed: int, device: str
+    ranks: Sequence[int], method: str, top: int | None, tol: float, seed: int, device: str, workers: int | None
 ) -> SpectrumSettings:
     """Check the options before anything is opened."""
     if not ranks or min(ranks) < 1:
         raise UsageError(f"--ranks {','.join(map(str, ranks))}: ranks must be whole numbers from 1 up")
+    if workers is not None and workers < 1:
+        raise UsageError(f"--workers {workers}: must be at least 1")
     check_request(method, top, tol)
     resolve_device(device)
     return SpectrumSettings(tuple(sorted(set(ranks))), method, top, tol, seed, device)
@@ -126,6 +132,7 @@ def _settings(
 def _measure(
     pairing: Pairing,
     settings: SpectrumSettings,
+    workers: int | None,
     writer: ResultsWriter,
     on_progress: Callable[[Progress], None],
     on_record: Callable[[Record], None],
@@ -144,19 +151,21 @@ def _measure(
     layers, not_finite = list(earlier.layers), []
     measured = {record.layer for record in earlier.layers}
     todo = [delta for delta in pairing.deltas if delta.is_matrix and delta.layer not in measured]
-    for record in _with_progress(run_local(partial(measure, settings=settings), todo), todo, on_progress):
+    device = resolve_device(settings.device)
+    layout = layout_for(max((math.prod(delta.shape) for delta in todo), default=0), workers, device.type)
+    found = run_local(partial(measure, settings=settings), todo, layout, footprint)
+    for record in _with_progress(found, todo, on_progress):
         if isinstance(record, Spectrum):
             put(record)
             layers.append(record)
         else:
             not_finite.append(record)
 
-    device = resolve_device(settings.device)
     vectors = [delta for delta in pairing.deltas if not delta.is_matrix]
     left_out = [
         *not_finite,
-        *(record for _, record in run_local(partial(left_out_vector, device=device), vectors)),
-        *(record for _, record in run_local(partial(left_out_rows, device=device), pairing.unpaired)),
+        *run_local(partial(left_out_vector, device=device), vectors, layout, footprint),
+        *run_local(partial(left_out_rows, device=device), pairing.unpaired, layout, lambda unpaired: 0),
     ]
     left_out.sort(key=lambda record: (natural_order(record.layer), record.reason))
     for record in left_out[len(earlier.left_out) :]:
@@ -173,13 +182,13 @@ def _measure(
 
 
 def _with_progress(
-    measured: Iterator[tuple[Delta, Spectrum | LeftOut]], todo: list[Delta], on_progress: Callable[[Progress], None]
+    measured: Iterator[Spectrum | LeftOut], todo: list[Delta], on_progress: Callable[[Progress], None]
 ) -> Iterator[Spectrum | LeftOut]:
     sizes = [math.prod(delta.shape) for delta in todo]
     names = [delta.layer for delta in todo] + [""]
     entries_done, entries = 0, sum(sizes)
     on_progress(Progress(names[0], 0, len(todo), 0, entries))
-    for done, (_, record) in enumerate(measured, 1):
+    for done, record in enumerate(measured, 1):
         entries_done += sizes[done - 1]
         on_progress(Progress(names[done], done, len(todo), entries_done, entries))
         yield record

@@ -19,9 +19,12 @@ class Per(StrEnum):
 
 
 Base = Annotated[Path, typer.Argument(metavar="BASE", help="Checkpoint before: a file, a folder or a shard index.")]
-Tuned = Annotated[Path, typer.Argument(metavar="TUNED", help="Checkpoint after.")]
+Tuned = Annotated[Path | None, typer.Argument(metavar="[TUNED]", help="Checkpoint after, or an adapter.")]
 Layers = Annotated[str | None, typer.Option(metavar="REGEX", help="Only weights whose name contains a match.")]
 Exclude = Annotated[str | None, typer.Option(metavar="REGEX", help="No weights whose name contains a match.")]
+AllowUnmatched = Annotated[
+    bool, typer.Option("--allow-unmatched", help="Leave out what an adapter changes and BASE lacks, not stop.")
+]
 Device = Annotated[str, typer.Option(metavar="auto|cpu|cuda[:i]|mps", help="Where to compute.")]
 Method = Annotated[str, typer.Option(metavar="auto|exact|gram|krylov", help="How to compute singular values.")]
 Top = Annotated[int | None, typer.Option(metavar="K", help="Keep only the K largest singular values.")]
@@ -30,8 +33,9 @@ Ranks = Annotated[str, typer.Option(metavar="R,R,...", help="Ranks r at which C(
 Output = Annotated[Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write the records here (JSONL).")]
 Json = Annotated[bool, typer.Option("--json", help="Records on standard output, and nothing else there.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with the interrupted run in --output.")]
-Seed = Annotated[int, typer.Option(metavar="N", help="Seed of methods that draw random numbers; recorded.")]
+Seed = Annotated[int, typer.Option(metavar="N", help="Seed of the random starts of krylov.")]
 PerRow = Annotated[Per, typer.Option(help="One row a module type, or one a layer.")]
+Workers = Annotated[int | None, typer.Option(metavar="N", help="Layers at once; default by cores and memory.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no messages, no table.")]
 
 

@@ -13,15 +13,17 @@ from lora_diag.errors import UNREADABLE, UsageError
 
 def spectrum(
     base: options.Base,
-    tuned: options.Tuned,
+    tuned: options.Tuned = None,
     ranks: options.Ranks = "4,8,16,32,64",
     layers: options.Layers = None,
     exclude: options.Exclude = None,
+    allow_unmatched: options.AllowUnmatched = False,
     method: options.Method = "auto",
     top: options.Top = None,
     tol: options.Tol = 1e-4,
     device: options.Device = "auto",
     seed: options.Seed = 0,
+    workers: options.Workers = None,
     per: options.PerRow = options.Per.type,
     output: options.Output = None,
     json: options.Json = False,
@@ -46,11 +48,13 @@ def spectrum(
             ranks=options.parse_ranks(ranks),
             layers=layers,
             exclude=exclude,
+            allow_unmatched=allow_unmatched,
             method=method,
             top=top,
             tol=tol,
             device=device,
             seed=seed,
+            workers=workers,
             output=output,
             resume=resume,
             on_progress=on_progress,
@@ -65,7 +69,7 @@ def spectrum(
         raise typer.Exit(UNREADABLE)
 
 
-def _next(base: Path, tuned: Path, output: Path | None) -> str:
+def _next(base: Path, tuned: Path | None, output: Path | None) -> str:
     if output is None:
-        return f"loradiag spectrum {base} {tuned} -o results.jsonl   (keeps these numbers)"
+        return f"loradiag spectrum {base} {tuned or ''} -o results.jsonl   (keeps these numbers)".replace("  -o", " -o")
     return f"loradiag inspect {output} --per layer   (this table layer by layer, without measuring again)"

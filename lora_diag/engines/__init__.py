@@ -4,6 +4,6 @@ The rule on the door: this is the only room with a loop over layers. An engine t
 the order of the descriptors, whatever finishes first; arrays never pass through it.
 """
 
-from lora_diag.engines.local import run_local
+from lora_diag.engines.local import Layout, layout_for, run_local
 
-__all__ = ["run_local"]
+__all__ = ["Layout", "layout_for", "run_local"]

@@ -176,7 +176,7 @@ EXIT = {
     "shape-mismatch": 0,
     "missing-tensor": 0,
     "disjoint-names": 4,
-    "adapter-config-missing": 4,
+    "adapter-zero-b": 0,
 }
 
 

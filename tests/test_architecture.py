@@ -38,6 +38,7 @@ LIBRARIES = {
     "rich": {"reports", "cli"},
     "typer": {"cli"},
     "pandas": {"results"},
+    "huggingface_hub": {"checkpoints"},
     "safetensors": set(),
     "click": set(),
     "pickle": {"checkpoints"},

@@ -5,7 +5,7 @@ never runs code that a file carries. Opening reads headers only and does not imp
 range on request. A format is one file here and one line in ``FORMATS``.
 """
 
-from lora_diag.checkpoints.folder import FORMATS, open_checkpoint
+from lora_diag.checkpoints.folder import FORMATS, locate, open_checkpoint
 from lora_diag.checkpoints.tensors import Checkpoint, TensorFile, TensorInfo
 
-__all__ = ["FORMATS", "Checkpoint", "TensorFile", "TensorInfo", "open_checkpoint"]
+__all__ = ["FORMATS", "Checkpoint", "TensorFile", "TensorInfo", "locate", "open_checkpoint"]

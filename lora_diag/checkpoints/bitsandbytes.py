@@ -69,17 +69,20 @@ class FourBitWeight:
         return values.mul_(spread(self._absmax(*self._blocks(start, stop)), self.block, start, stop))
 
     def read_steps(self, start: int, stop: int) -> torch.Tensor:
-        """Return the distance to the next storable number at the entries ``start:stop``, float32.
+        """Return steps of which half bounds the error at the entries ``start:stop``, float32.
 
-        Half of it bounds the error of an entry, that of its absolute maximum included.
+        A code t chosen under the exact absolute maximum a is off by at most a·gap/2, gap being the distance to t's
+        farther neighbour in the table. Where a itself is stored as â = a ± δ, t·â is off by at most
+        â·gap/2 + (|t| + gap/2)·δ.
         """
-        table, codes = self._whole("quant_map"), self._codes(start, stop)
-        first, last = self._blocks(start, stop)
-        steps = gaps(table)[codes] * spread(self._absmax(first, last).abs(), self.block, start, stop)
+        codes, (first, last) = self._codes(start, stop), self._blocks(start, stop)
+        table = self._whole("quant_map")
+        gap = gaps(table)[codes]
+        steps = gap * spread(self._absmax(first, last).abs(), self.block, start, stop)
         if self.nested:
-            nested = gaps(self._whole("nested_quant_map"))[self._nested_codes(first, last)]
-            nested *= self._nested_absmax(first, last).abs()
-            steps += table[codes].abs() * spread(nested, self.block, start, stop)
+            doubt = gaps(self._whole("nested_quant_map"))[self._nested_codes(first, last)]
+            doubt *= self._nested_absmax(first, last).abs()
+            steps += (table[codes].abs() + gap / 2) * spread(doubt, self.block, start, stop)
         return steps
 
     def _blocks(self, start: int, stop: int) -> tuple[int, int]:
@@ -125,16 +128,14 @@ def gaps(table: torch.Tensor) -> torch.Tensor:
     """Return how far the farther neighbour of every value in a table is; 1-D like the table.
 
     >>> import torch
-    >>> gaps(torch.tensor([0.0, 1.0, 5.0, 2.0]))
-    tensor([1., 1., 3., 3.])
+    >>> gaps(torch.tensor([0.0, 1.0, 5.0, 2.0, -0.0]))
+    tensor([1., 1., 3., 3., 1.])
     """
     import torch
 
-    ordered, order = table.sort()
-    between = ordered.diff()
-    none = between.new_zeros(1)
-    farther = torch.maximum(torch.cat((none, between)), torch.cat((between, none)))
-    return torch.empty_like(table).index_copy_(0, order, farther)
+    distance = table[None, :] - table[:, None]
+    above, below = (torch.where(side > 0, side, math.inf).amin(dim=1) for side in (distance, -distance))
+    return torch.maximum(above.where(above.isfinite(), 0.0), below.where(below.isfinite(), 0.0))
 
 
 def find_four_bit(source: Checkpoint, config: Mapping[str, Any]) -> Iterator[FourBitWeight]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,7 @@ def open_checkpoint(path: Path | str) -> Checkpoint:
     """Open a checkpoint by its headers; no weight is read.
 
     Args:
-        path: A file, a ``*.index.json``, or a folder that holds either.
+        path: A file, a ``*.index.json``, a folder that holds either, or a Hugging Face Hub id.
 
     Returns:
         The checkpoint, with at least one tensor.
@@ -52,10 +53,8 @@ def open_checkpoint(path: Path | str) -> Checkpoint:
     Raises:
         InputError: Nothing readable is there; the message says what was looked for or what to convert.
     """
-    path = Path(path)
-    if not path.exists():
-        raise InputError(f"{path}: no such file or folder")
-    source = _weights_in(path) if path.is_dir() else path
+    path, local = Path(path), locate(path)
+    source = _weights_in(local) if local.is_dir() else local
     files, kind, notes = _open(source)
     files, renamed = without_wrappers(files)
     config = _config_of(source)
@@ -65,9 +64,27 @@ def open_checkpoint(path: Path | str) -> Checkpoint:
     refuse_unmerged(stored)
     refuse_packed(stored, quantization(config))
     files, dequantizing = dequantized(stored, quantization(config))
-    checkpoint = Checkpoint(path, kind, files, (*notes, *renamed, *dequantizing), config)
+    fetched = (f"is {local} in the Hugging Face cache",) if local != path else ()
+    checkpoint = Checkpoint(path, kind, files, (*fetched, *notes, *renamed, *dequantizing), config)
     refuse_integer_weights(checkpoint)
     return checkpoint
+
+
+def locate(path: Path | str) -> Path:
+    """Return where a path lies on this machine: itself if it exists, else the folder of a Hub id, fetched if need be.
+
+    Raises:
+        InputError: It is neither, or the Hub or its cache cannot give it.
+    """
+    path = Path(path)
+    if os.path.exists(path):  # noqa: PTH110  (unlike Path.exists(), False also for names that no file can have)
+        return path
+    from lora_diag.checkpoints import hub  # here, so that local paths cost nothing
+
+    hub_id = hub.parse(path.as_posix())
+    if hub_id is None:
+        raise InputError(f"{path}: no such file or folder")
+    return hub.fetch(hub_id, WEIGHTS)
 
 
 def _config_of(source: Path) -> dict[str, Any]:

@@ -31,7 +31,7 @@ READ = frozenset({"bitsandbytes", "fp8", "fbgemm_fp8", "compressed-tensors", "mo
 WAY_OUT = "W is not stored as a float. Give the unquantized checkpoint, or analyse the adapter alone"
 
 # A factor of PEFT in a running model carries the adapter's name, which a saved adapter does not.
-WRAPPED = re.compile(r"(.+)\.lora_(?:A|B|embedding_A|embedding_B)\.[^.]+(?:\.weight)?")
+WRAPPED = re.compile(r"(.+)\.lora_(?:A|B|embedding_A|embedding_B)\.(?!weight$)[^.]+(?:\.weight)?")
 
 
 def quantization(config: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -61,6 +61,18 @@ def test_the_factors_of_an_adapter_alone_are_opened(tmp_path):
     assert len(open_checkpoint(save_model(tmp_path, tensors))) == 2
 
 
+def test_factors_without_the_name_of_an_adapter_may_lie_beside_new_values(tmp_path):
+    """As in a saved adapter with ``modules_to_save``."""
+    assert (
+        len(
+            open_checkpoint(
+                save_model(tmp_path, {f"{Q}.lora_A.weight": torch.ones(2, 4), f"{Q}.weight": torch.ones(4, 4)})
+            )
+        )
+        == 2
+    )
+
+
 @pytest.mark.parametrize(("suffix", "method"), PACKED)
 def test_packed_weights_are_refused_by_the_names_of_their_tensors(tmp_path, suffix, method):
     tensors = {f"{Q}{suffix}": torch.zeros(4, 4, dtype=torch.int32), "norm.weight": torch.ones(4)}

@@ -1,0 +1,165 @@
+"""Hugging Face Hub ids: ``org/name``, ``org/name/subfolder``, either with ``@revision``.
+
+The local cache is asked first, file by file, and a model that is whole there is read without a request. Otherwise the
+configuration, the index and the shards of one set of weights are downloaded, and nothing else of the repository. All
+of it goes through ``huggingface_hub``, whose own settings decide on cache, token, endpoint and whether to be offline
+(``HF_HOME``, ``HF_TOKEN``, ``HF_ENDPOINT``, ``HF_HUB_OFFLINE``); it shows progress on standard error.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from lora_diag.checkpoints.documents import MAX_INDEX_BYTES, read_object
+from lora_diag.errors import InputError
+
+PART = r"[A-Za-z0-9](?:[\w.-]*\w)?"
+# The Hub's own limit.
+MAX_REPO_CHARACTERS = 96
+# What ends like this was meant as a file.
+FILE = re.compile(r"\.(safetensors|bin|pt|pth|ckpt|gguf|json|jsonl)")
+HUB_ID = re.compile(rf"({PART}/{PART})((?:/{PART})*)(?:@({PART}(?:/{PART})*))?", re.ASCII)
+
+# The weights of an adapter, in the order in which PEFT looks for them.
+ADAPTER = ("adapter_model.safetensors", "adapter_model.bin")
+
+# Without one of these, quantization and scaling are unknown: the cache is then not whole.
+CONFIGS = ("config.json", "adapter_config.json")
+
+# Given a file name in the repository: where it lies on this machine, or None.
+Get = Callable[[str], Path | None]
+
+
+@dataclass(frozen=True, slots=True)
+class HubId:
+    """A repository of models, or a folder in one, at a revision."""
+
+    repo: str
+    subfolder: str
+    revision: str | None
+
+    def __str__(self) -> str:
+        return "/".join(filter(None, (self.repo, self.subfolder))) + (f"@{self.revision}" if self.revision else "")
+
+
+def parse(words: str) -> HubId | None:
+    """Return the id that words can be; None if they cannot be one.
+
+    >>> parse("org/name/merged@v1.0")
+    HubId(repo='org/name', subfolder='merged', revision='v1.0')
+    >>> parse("./runs/last") or parse("model.safetensors") or parse("../a/b")
+    """
+    found = HUB_ID.fullmatch(words)
+    if not found or ".." in words or "--" in found[1] or len(found[1]) > MAX_REPO_CHARACTERS:
+        return None
+    return None if FILE.fullmatch(Path(words).suffix) else HubId(found[1], found[2].strip("/"), found[3])
+
+
+def fetch(hub_id: HubId, weights: Sequence[str]) -> Path:
+    """Return the local folder of a model or adapter, downloading what is missing of it.
+
+    Args:
+        hub_id: Which.
+        weights: Names of the files that can hold the weights of a model, the preferred first.
+
+    Returns:
+        A folder in the cache of ``huggingface_hub``.
+
+    Raises:
+        InputError: ``huggingface_hub`` is not installed, the model cannot be reached or is not there, or it has no
+            weights of these names.
+    """
+    try:
+        from huggingface_hub import constants
+    except ImportError as error:
+        raise InputError(
+            f"{hub_id}: no such file or folder; to read it as a Hugging Face Hub id: pip install 'loradiag[hub]'"
+        ) from error
+    folder = _complete(_cached(hub_id), weights)
+    if folder and (constants.HF_HUB_OFFLINE or any((folder / name).is_file() for name in CONFIGS)):
+        return folder
+    if constants.HF_HUB_OFFLINE:
+        raise InputError(
+            f"{hub_id}: no such file or folder, and not whole in the Hugging Face cache {constants.HF_HUB_CACHE}; "
+            "HF_HUB_OFFLINE is set, so it was not looked for on the Hub"
+        )
+    if folder := _complete(_downloaded(hub_id), weights):
+        return folder
+    raise InputError(f"{hub_id}: this Hub repository holds no weights; looked for {', '.join((*weights, *ADAPTER))}")
+
+
+def _complete(get: Get, weights: Sequence[str]) -> Path | None:
+    """Return the folder in which all files of a model or adapter lie; None if one cannot be got.
+
+    A repository with an ``adapter_config.json`` and the weights of a model is the model, as in a local folder.
+    """
+    for name in weights:
+        if path := get(name):
+            get("config.json")
+            parts = list(_shards(path)) if name.endswith(".index.json") else []
+            return path.parent if all(get(part) for part in parts) else None
+    if get("adapter_config.json"):
+        return next((path.parent for name in ADAPTER if (path := get(name))), None)
+    return None
+
+
+def _shards(index: Path) -> Iterator[str]:
+    """Yield the plain file names in an index; one that is not plain is refused when the folder is opened."""
+    weight_map = read_object(index, "shard index", MAX_INDEX_BYTES).get("weight_map")
+    names = set(weight_map.values()) if isinstance(weight_map, dict) else set()
+    yield from sorted(name for name in names if isinstance(name, str) and re.fullmatch(PART, name))
+
+
+def _cached(hub_id: HubId) -> Get:
+    from huggingface_hub import try_to_load_from_cache
+
+    def get(name: str) -> Path | None:
+        path = try_to_load_from_cache(hub_id.repo, _inside(hub_id, name), revision=hub_id.revision)
+        return Path(path) if isinstance(path, str) else None
+
+    return get
+
+
+def _downloaded(hub_id: HubId) -> Get:
+    from huggingface_hub import HfApi, hf_hub_download
+
+    try:
+        info = HfApi().model_info(hub_id.repo, revision=hub_id.revision)
+    except Exception as error:  # a dozen kinds, of two HTTP libraries
+        raise _unreachable(hub_id, error) from error
+    files = {sibling.rfilename for sibling in info.siblings or ()}
+
+    def get(name: str) -> Path | None:
+        if _inside(hub_id, name) not in files:
+            return None
+        try:
+            # At the commit that was listed, so that all files are of one.
+            return Path(hf_hub_download(hub_id.repo, _inside(hub_id, name), revision=info.sha or hub_id.revision))
+        except Exception as error:
+            raise _unreachable(hub_id, error) from error
+
+    return get
+
+
+def _inside(hub_id: HubId, name: str) -> str:
+    return f"{hub_id.subfolder}/{name}" if hub_id.subfolder else name
+
+
+def _unreachable(hub_id: HubId, error: Exception) -> InputError:
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+
+    match error:
+        case GatedRepoError():
+            reason = "the repository is gated: accept its terms on the Hub and log in (hf auth login)"
+        case RepositoryNotFoundError():
+            reason = "the Hub has no such model, or it is private and you are not logged in (hf auth login)"
+        case RevisionNotFoundError():
+            reason = f"the model has no revision {hub_id.revision}"
+        case _:
+            reason = "it is not in the Hugging Face cache, and the Hub cannot be reached: " + (
+                str(error).splitlines()[0] if str(error) else type(error).__name__
+            )
+    return InputError(f"{hub_id}: no such file or folder, and as a Hub id: {reason}")

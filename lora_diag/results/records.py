@@ -23,6 +23,8 @@ Reason = Literal[
     "empty",
     "not_selected",
     "non_finite",
+    "not_in_base",
+    "needs_base",
 ]
 
 

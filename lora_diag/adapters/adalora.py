@@ -1,0 +1,60 @@
+"""AdaLoRA: ΔW = B·diag(E)·A·α/(r + 1e-5), r the number of rows that were left when the file was written.
+
+Reference: Zhang et al. 2023, https://arxiv.org/abs/2303.10512; ``peft.tuners.adalora.layer.SVDLinear``.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING
+
+from lora_diag.adapters.keys import by_module
+from lora_diag.adapters.lora import check_rank, pair_of
+from lora_diag.adapters.source import Source
+from lora_diag.adapters.updates import Reading, Site, Update, read
+from lora_diag.adapters.values import stored_values
+from lora_diag.checkpoints import Checkpoint
+from lora_diag.errors import InputError
+
+if TYPE_CHECKING:
+    from lora_diag.adapters.updates import Factors
+
+PARTS = ("lora_A", "lora_B", "lora_E")
+
+
+def is_adalora(source: Source) -> bool:
+    """Say whether this family reads the adapter."""
+    return source.peft_type == "ADALORA"
+
+
+def read_adalora(source: Source) -> Reading:
+    """Read an AdaLoRA adapter.
+
+    Raises:
+        InputError: Its parts do not fit together.
+    """
+    config = source.settings
+    modules, rest = by_module(source.checkpoint, PARTS, source.path)
+    updates = [_update(source, module, parts) for module, parts in modules.items()]
+    values, extra, ignored = stored_values(source, rest)
+    kind = f"PEFT AdaLoRA, init_r={config.values.get('init_r')}, alpha={config.values.get('lora_alpha')}"
+    return Reading(f"{kind}, {len(modules)} modules", (*updates, *extra), values, (), ignored)
+
+
+def _update(source: Source, module: str, parts: dict[str, str]) -> Update:
+    a_key, b_key = pair_of(source, module, parts)
+    if "lora_E" not in parts:
+        raise InputError(f"{source.checkpoint.path}: {module} has no lora_E; the file is incomplete: save it again")
+    a, b, e = (source.checkpoint[key].shape for key in (a_key, b_key, parts["lora_E"]))
+    # After the last pruning the rows that were cut are gone from the file, and rank_pattern says which they were.
+    due = e[0] if source.settings.values.get("rank_pattern") else source.settings.integer("init_r")
+    check_rank(source, module, a[0], due, b[1])
+    alpha = source.settings.number("lora_alpha")
+    scale = (alpha if alpha > 0 else a[0]) / (a[0] + 1e-5)
+    load = partial(factors, source.checkpoint, b_key, a_key, parts["lora_E"], scale)
+    return Update(f"{module}.weight", (b[0], a[1]), load, True, source.checkpoint[b_key].dtype)
+
+
+def factors(checkpoint: Checkpoint, b_key: str, a_key: str, e_key: str, scale: float, site: Site) -> Factors:
+    """Return s·B and diag(E)·A."""
+    return read(checkpoint, b_key) * scale, read(checkpoint, a_key) * read(checkpoint, e_key).reshape(-1, 1)

@@ -1,0 +1,132 @@
+"""An adapter, opened by its headers: which family it is, what it changes, and its ΔW."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from lora_diag.adapters.adalora import is_adalora, read_adalora
+from lora_diag.adapters.diffusers import is_diffusers, read_diffusers
+from lora_diag.adapters.fourierft import is_fourierft, read_fourierft
+from lora_diag.adapters.ia3 import is_ia3, read_ia3
+from lora_diag.adapters.kohya import is_kohya, read_kohya
+from lora_diag.adapters.ln_tuning import is_ln_tuning, read_ln_tuning
+from lora_diag.adapters.loha import is_loha, read_loha
+from lora_diag.adapters.lokr import is_lokr, read_lokr
+from lora_diag.adapters.lora import is_lora, read_lora
+from lora_diag.adapters.mlx import is_mlx, read_mlx
+from lora_diag.adapters.oft import is_oft, read_oft
+from lora_diag.adapters.placing import place
+from lora_diag.adapters.refused import refuse_unread
+from lora_diag.adapters.source import Source, open_source
+from lora_diag.adapters.tokens import is_trainable_tokens, read_trainable_tokens
+from lora_diag.adapters.updates import Reading
+from lora_diag.adapters.vera import is_vera, read_vera
+from lora_diag.checkpoints import Checkpoint
+from lora_diag.deltas import Pairing
+from lora_diag.errors import InputError
+
+
+@dataclass(frozen=True)
+class Family:
+    """One kind of adapter.
+
+    Args:
+        name: What it is called.
+        claims: Whether an opened source is of this kind.
+        read: Reads what it changes.
+    """
+
+    name: str
+    claims: Callable[[Source], bool]
+    read: Callable[[Source], Reading]
+
+
+# Asked in this order; PEFT's types name themselves, the others are known by their keys.
+FAMILIES = (
+    Family("PEFT LoRA", is_lora, read_lora),
+    Family("PEFT AdaLoRA", is_adalora, read_adalora),
+    Family("PEFT LoHa", is_loha, read_loha),
+    Family("PEFT LoKr", is_lokr, read_lokr),
+    Family("PEFT VeRA", is_vera, read_vera),
+    Family("PEFT IA3", is_ia3, read_ia3),
+    Family("PEFT OFT", is_oft, read_oft),
+    Family("PEFT FourierFT", is_fourierft, read_fourierft),
+    Family("PEFT LN tuning", is_ln_tuning, read_ln_tuning),
+    Family("PEFT trainable tokens", is_trainable_tokens, read_trainable_tokens),
+    Family("kohya and LyCORIS", is_kohya, read_kohya),
+    Family("diffusers", is_diffusers, read_diffusers),
+    Family("MLX", is_mlx, read_mlx),
+)
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter.
+
+    Args:
+        source: Its files.
+        reading: What they say.
+    """
+
+    source: Source
+    reading: Reading
+
+    @property
+    def path(self) -> Path:
+        """What the user named."""
+        return self.source.path
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        """The tensors of its file."""
+        return self.source.checkpoint
+
+    @property
+    def kind(self) -> str:
+        """What it is, in words, such as ``PEFT LoRA, r=8, alpha=16, 14 modules``."""
+        return self.reading.kind
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a careful reader should know."""
+        return (*self.reading.notes, *self.checkpoint.notes)
+
+    def pair(
+        self,
+        base: Checkpoint | None,
+        layers: str | None = None,
+        exclude: str | None = None,
+        allow_unmatched: bool = False,
+    ) -> tuple[Pairing, tuple[str, ...]]:
+        """Return the named ΔW, and notes; see ``placing.place``."""
+        pairing, notes = place(self.source, self.reading, base, layers, exclude, allow_unmatched)
+        return pairing, (*self.notes, *notes)
+
+
+def open_adapter(path: Path | str) -> Adapter:
+    """Open an adapter folder or file by its headers; no weight is read.
+
+    Args:
+        path: An adapter folder, or an adapter's weights file.
+
+    Raises:
+        InputError: Nothing readable is there, or it is of a kind that is not read; the message says what to do.
+    """
+    source = open_source(path)
+    for family in FAMILIES:
+        if family.claims(source):
+            return Adapter(source, _checked(source, family.read(source)))
+    refuse_unread(source)
+    raise InputError(f"{source.path}: is no adapter that is known")
+
+
+def _checked(source: Source, reading: Reading) -> Reading:
+    """Refuse an adapter that changes nothing by its keys."""
+    if not reading.updates and not reading.values:
+        raise InputError(f"{source.path}: holds no tensor that changes a weight")
+    if source.config is not None and source.config.flag("alora_invocation_tokens"):
+        note = "an activated LoRA: it acts only after its invocation tokens, so no merged model does what it does"
+        return replace(reading, notes=(*reading.notes, note))
+    return reading

@@ -1,0 +1,119 @@
+"""diffusers: ``pytorch_lora_weights.safetensors``, keys that begin with the pipeline's part (``unet.``).
+
+s = α/r with α from an ``.alpha`` tensor or from the file's ``lora_adapter_metadata``; without either diffusers takes
+α = r, so s = 1, which a note says.
+
+Reference: ``diffusers.loaders``, ``diffusers.utils.peft_utils.get_peft_kwargs``.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from lora_diag.adapters.kohya import factors
+from lora_diag.adapters.patterns import read_pattern
+from lora_diag.adapters.scales import Scale
+from lora_diag.adapters.source import Config, Source
+from lora_diag.adapters.updates import Reading, Update
+from lora_diag.errors import InputError
+
+PIPELINE = re.compile(r"(unet|text_encoder(_\d)?|transformer(_\d)?|prior|controlnet)\.")
+FILE = "pytorch_lora_weights"
+METADATA = "lora_adapter_metadata"
+
+# The two factors as today's diffusers names them, and as it did before PEFT.
+PART = re.compile(
+    r"(?P<module>.+?)(?:\.lora\.|\.|(?P<old>_lora\.))(?P<part>lora_A|lora_B|lora_down|lora_up|down|up|alpha)(\.weight)?"
+)
+DOWN = {"lora_A", "lora_down", "down"}
+
+
+def is_diffusers(source: Source) -> bool:
+    """Say whether this family reads the adapter."""
+    if source.config is not None or not any(PIPELINE.match(name) for name in source.checkpoint):
+        return False
+    named = source.checkpoint.files[0].path.name.startswith(FILE) or METADATA in source.metadata
+    return named or any("transformer_blocks." in name or ".processor." in name for name in source.checkpoint)
+
+
+def read_diffusers(source: Source) -> Reading:
+    """Read a diffusers LoRA file.
+
+    Raises:
+        InputError: A tensor is not known, a factor is missing, or the metadata is not valid.
+    """
+    modules: dict[str, dict[str, str]] = {}
+    for name in source.checkpoint:
+        found = PART.fullmatch(name)
+        if found is None:
+            raise InputError(f"{source.path}: {name} is none of the tensors of a diffusers LoRA")
+        part = "alpha" if found["part"] == "alpha" else "down" if found["part"] in DOWN else "up"
+        modules.setdefault(_module_of(found["module"], bool(found["old"])), {})[part] = name
+    settings = _settings(source)
+    updates = [_update(source, module, parts, settings) for module, parts in modules.items()]
+    silent = [module for module, parts in modules.items() if "alpha" not in parts and not _component(module, settings)]
+    notes = [f"{len(silent)} modules give no alpha, such as {silent[0]}; diffusers then takes s = 1"] if silent else []
+    ranks = sorted({update_rank(source, parts) for parts in modules.values()})
+    kind = f"diffusers LoRA, r={'-'.join(map(str, ranks[:: max(1, len(ranks) - 1)]))}, {len(modules)} modules"
+    return Reading(kind, tuple(updates), (), tuple(notes))
+
+
+def update_rank(source: Source, parts: dict[str, str]) -> int:
+    """Return the rank of a module's factors; 0 if they are incomplete."""
+    return source.checkpoint[parts["down"]].shape[0] if "down" in parts else 0
+
+
+def _module_of(module: str, old: bool) -> str:
+    """Return the module of a key; ``attn1.processor.to_q_lora`` is ``attn1.to_q``, ``to_out`` its first part."""
+    if not old:
+        return module
+    name = module.replace(".processor", "")
+    return f"{name}.0" if name.endswith(".to_out") else name
+
+
+def _settings(source: Source) -> dict[str, Any]:
+    text = source.metadata.get(METADATA)
+    if text is None:
+        return {}
+    try:
+        values = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{source.path}: {METADATA} in the file's metadata is not valid JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise InputError(f"{source.path}: {METADATA} in the file's metadata must be a JSON object")
+    return values
+
+
+def _component(module: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings of the part of the pipeline that a module is in."""
+    prefix = module.partition(".")[0] + "."
+    return {key.removeprefix(prefix): value for key, value in settings.items() if key.startswith(prefix)}
+
+
+def _update(source: Source, module: str, parts: dict[str, str], settings: dict[str, Any]) -> Update:
+    if "up" not in parts or "down" not in parts:
+        raise InputError(f"{source.path}: {module} has only one of its two factors; the file is incomplete")
+    up, down = (source.checkpoint[parts[part]].shape for part in ("up", "down"))
+    if len(up) < 2 or len(down) < 2 or up[1] != down[0]:
+        raise InputError(f"{source.path}: {module}: up {list(up)} and down {list(down)} have different ranks")
+    scale = Scale(1.0, parts.get("alpha", ""), down[0])
+    if not scale.alpha and (own := _component(module, settings)):
+        scale = Scale(_scaling(Config(Path(f"{source.path} ({METADATA})"), own), module, down[0]))
+    load = partial(factors, source.checkpoint, (parts["up"], parts["down"], None), scale)
+    shape = (up[0], math.prod(down[1:]))
+    return Update(f"{module}.weight", shape, load, True, source.checkpoint[parts["up"]].dtype)
+
+
+def _scaling(config: Config, module: str, rank: int) -> float:
+    inside = module.partition(".")[2]
+    alphas, ranks = (read_pattern(config, key, [inside]).matches(inside) for key in ("alpha_pattern", "rank_pattern"))
+    due = ranks[0][1] if ranks else config.integer("r")
+    if due != rank:
+        raise InputError(f"{config.path}: {module} has rank {rank}, but the metadata says {due}")
+    alpha = alphas[0][1] if alphas else config.number("lora_alpha")
+    return alpha / (math.sqrt(rank) if config.flag("use_rslora") else rank)

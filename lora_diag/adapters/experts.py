@@ -1,0 +1,169 @@
+"""``target_parameters``: LoRA on a parameter itself, above all on the fused experts of a mixture ``(E, d1, d2)``.
+
+PEFT wraps the module that owns the parameter once per parameter, so the depth of ``.base_layer`` in a key, and not its
+name, tells which one it is: the parameter that the module registered last is outermost. The factors of all experts
+are stored in two matrices, ordered differently (``peft.tuners.lora.layer.ParamWrapper.get_delta_weight``):
+
+    A  (r·E, in)   row e·r + k          ->  A_e = A.reshape(E, r, in)[e]
+    B  (out, r·E)  column k·E + e       ->  B_e = B.reshape(out, r, E)[:, :, e]
+    ΔW_e = s·B_e·A_e
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
+
+from lora_diag.adapters.keys import Modules
+from lora_diag.adapters.source import Config, Source
+from lora_diag.adapters.updates import Site, Update, read
+from lora_diag.checkpoints import Checkpoint
+from lora_diag.errors import InputError
+
+if TYPE_CHECKING:
+    from lora_diag.adapters.updates import Factors
+
+# The order in which the expert modules of transformers 5 register their parameters.
+REGISTERED = (
+    "gate_up_proj", "gate_up_proj_bias", "gate_proj", "input_linear", "w1", "v1", "up_proj", "w3",
+    "down_proj", "down_proj_bias", "output_linear", "w2", "weight", "bias",
+)  # fmt: skip
+
+# Models whose experts are stored (E, in, out): ``is_transposed=True`` in transformers 5.24.
+TRANSPOSED_MODELS = frozenset({"gpt_oss", "aria", "aria_text", "openai_privacy_filter"})
+
+# Models that transformers keeps the other way round in memory than on disk.
+FLIPPED_ON_DISK = frozenset({"qwen3_vl_moe", "qwen3_vl_moe_text"})
+
+
+@dataclass(frozen=True)
+class Stack:
+    """The factors of one parameter.
+
+    Args:
+        module: The module in the adapter's keys, with its ``.base_layer``s.
+        parameter: The parameter's own path, such as ``model.layers.0.mlp.experts.gate_up_proj``.
+        parts: Its tensors.
+    """
+
+    module: str
+    parameter: str
+    parts: dict[str, str]
+
+
+def split(modules: Modules, config: Config) -> tuple[list[Stack], Modules]:
+    """Tell the factors of parameters from those of layers.
+
+    Args:
+        modules: All modules of the adapter.
+        config: Its config.
+
+    Returns:
+        The parameters, and the other modules.
+
+    Raises:
+        InputError: It is not clear which parameter the factors belong to.
+    """
+    targets = config.names("target_parameters")
+    nested: dict[str, list[str]] = {}
+    for module in modules:
+        owner = re.sub(r"(\.base_layer)+$", "", module)
+        if _parameters(owner, targets):
+            nested.setdefault(owner, []).append(module)
+    stacks = [stack for owner, keys in nested.items() for stack in _stacks(owner, keys, targets, modules, config)]
+    taken = {stack.module for stack in stacks}
+    return stacks, {module: parts for module, parts in modules.items() if module not in taken}
+
+
+def _parameters(owner: str, targets: list[str]) -> list[str]:
+    """Return the parameters of a module that the config targets, by PEFT's rule: equal, or ending in ``.target``."""
+    leaves = dict.fromkeys(target.rpartition(".")[2] for target in targets)
+    return [
+        leaf
+        for leaf in leaves
+        if any(f"{owner}.{leaf}" == target or f"{owner}.{leaf}".endswith(f".{target}") for target in targets)
+    ]
+
+
+def _stacks(owner: str, keys: list[str], targets: list[str], modules: Modules, config: Config) -> list[Stack]:
+    leaves = _parameters(owner, targets)
+    outermost_first = sorted(keys, key=len)
+    known = all(leaf in REGISTERED for leaf in leaves) or len(leaves) == 1
+    if len(leaves) != len(keys) or not known:
+        raise InputError(
+            f"{config.path}: it is not clear to which parameters of {owner} its {len(keys)} pairs of factors belong; "
+            f"target_parameters names {', '.join(leaves)}: merge it with peft and pass the merged checkpoint"
+        )
+    ordered = sorted(leaves, key=lambda leaf: REGISTERED.index(leaf) if len(leaves) > 1 else 0, reverse=True)
+    return [Stack(key, f"{owner}.{leaf}", modules[key]) for key, leaf in zip(outermost_first, ordered, strict=True)]
+
+
+def updates(
+    source: Source, stack: Stack, rank_of: Callable[[str], int], scale_of: Callable[[str], float]
+) -> list[Update]:
+    """Return one update per expert, or a single one for a parameter that is a matrix.
+
+    Args:
+        source: The adapter.
+        stack: The parameter's factors.
+        rank_of: r of a parameter.
+        scale_of: s of a parameter.
+
+    Raises:
+        InputError: The factors do not fit together or do not hold a whole number of experts.
+    """
+    from lora_diag.adapters.lora import pair_of
+
+    a_key, b_key = pair_of(source, stack.module, stack.parts)
+    a, b = source.checkpoint[a_key].shape, source.checkpoint[b_key].shape
+    rank, scale = rank_of(stack.parameter), scale_of(stack.parameter)
+    if a[0] != b[1] or a[0] % rank:
+        raise InputError(
+            f"{source.checkpoint.path}: {stack.parameter}: A {list(a)} and B {list(b)} do not hold experts of rank "
+            f"{rank}, which {source.settings.path.name} gives; use the config this adapter was trained with"
+        )
+    count = a[0] // rank
+    dtype = source.checkpoint[b_key].dtype
+    in_out = partial(stored_in_out, source.settings.text("peft_version"))
+    return [
+        Update(
+            weight=stack.parameter,
+            shape=(b[0], a[1]),
+            load=partial(factors, source.checkpoint, b_key, a_key, scale, index, count),
+            factored=True,
+            dtype=dtype,
+            expert=(index, count) if count > 1 else None,
+            in_out=in_out if count > 1 else None,
+        )
+        for index in range(count)
+    ]
+
+
+def factors(
+    checkpoint: Checkpoint, b_key: str, a_key: str, scale: float, index: int, count: int, site: Site
+) -> Factors:
+    """Return s·B_e ``(out, r)`` and A_e ``(r, in)`` of one expert."""
+    b, a = read(checkpoint, b_key), read(checkpoint, a_key)
+    b_e = b.reshape(b.shape[0], -1, count)[:, :, index]
+    a_e = a.reshape(count, -1, a.shape[1])[index]
+    return b_e * scale, a_e
+
+
+def stored_in_out(peft_version: str, model_type: str) -> bool:
+    """Say whether square experts are stored ``(in, out)`` in BASE; of others the shapes tell.
+
+    PEFT up to 0.18.1 (which wrote no version) took every 3-D parameter as ``(E, in, out)``; 0.19.0 had the condition
+    the wrong way round; since 0.19.1 it follows the model (huggingface/peft#3165).
+
+    >>> stored_in_out("0.21.2", "mixtral"), stored_in_out("0.21.2", "gpt_oss"), stored_in_out("", "mixtral")
+    (False, True, True)
+    """
+    transposed = model_type in TRANSPOSED_MODELS
+    version = tuple(int(part) for part in re.findall(r"\d+", peft_version)[:3])
+    in_out = transposed or version < (0, 19, 0)
+    if version == (0, 19, 0):
+        in_out = not transposed
+    return in_out != (model_type in FLIPPED_ON_DISK)

@@ -1,0 +1,60 @@
+"""FourierFT: ΔW = Re ifft2(S)·scaling, S zero except at n random positions that a seed gives again.
+
+Reference: Gao et al. 2024, https://arxiv.org/abs/2405.03003; ``peft.tuners.fourierft.layer``.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING
+
+from lora_diag.adapters.keys import by_module
+from lora_diag.adapters.source import Source
+from lora_diag.adapters.updates import Reading, Site, Update, read
+from lora_diag.adapters.values import stored_values
+from lora_diag.checkpoints import Checkpoint
+from lora_diag.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+
+
+def is_fourierft(source: Source) -> bool:
+    """Say whether this family reads the adapter."""
+    return source.peft_type == "FOURIERFT"
+
+
+def read_fourierft(source: Source) -> Reading:
+    """Read a PEFT FourierFT adapter."""
+    config = source.settings
+    modules, rest = by_module(source.checkpoint, ("fourierft_spectrum",), source.path)
+    scaling = config.number("scaling")
+    seed = int(config.number("random_loc_seed", 777))
+    updates = [
+        Update(
+            weight=f"{module}.weight",
+            shape=(None, None),
+            load=partial(delta, source.checkpoint, parts["fourierft_spectrum"], scaling, seed),
+            factored=False,
+            dtype=source.checkpoint[parts["fourierft_spectrum"]].dtype,
+        )
+        for module, parts in modules.items()
+    ]
+    values, extra, ignored = stored_values(source, rest)
+    kind = f"PEFT FourierFT, scaling={scaling:g}, {len(modules)} modules"
+    return Reading(kind, (*updates, *extra), values, (), ignored)
+
+
+def delta(checkpoint: Checkpoint, key: str, scaling: float, seed: int, site: Site) -> torch.Tensor:
+    """Return Re ifft2(S)·scaling."""
+    import torch
+
+    values = read(checkpoint, key).reshape(-1)
+    out, columns = site.shape
+    if len(values) > out * columns:
+        raise InputError(f"{checkpoint.path}: {key} has more frequencies than the weight has entries")
+    places = torch.randperm(out * columns, generator=torch.Generator().manual_seed(seed))[: len(values)]
+    spectrum = torch.zeros(out * columns, dtype=torch.float64)
+    spectrum[places] = values
+    change: torch.Tensor = torch.fft.ifft2(spectrum.view(out, columns)).real * scaling
+    return change

@@ -1,0 +1,80 @@
+"""IA³: every output of a layer (or, in feed-forward layers, every input) is multiplied by a trained number.
+
+ΔW = (l − 1) ⊙ W, with l along the rows, or along the columns; a bias follows the rows.
+
+Reference: Liu et al. 2022, https://arxiv.org/abs/2205.05638; ``peft.tuners.ia3.layer``.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from typing import TYPE_CHECKING
+
+from lora_diag.adapters.keys import by_module
+from lora_diag.adapters.source import Source
+from lora_diag.adapters.updates import Reading, Shape, Site, Update, read
+from lora_diag.adapters.values import stored_values
+from lora_diag.checkpoints import Checkpoint
+from lora_diag.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+
+
+def is_ia3(source: Source) -> bool:
+    """Say whether this family reads the adapter."""
+    return source.peft_type == "IA3"
+
+
+def read_ia3(source: Source) -> Reading:
+    """Read a PEFT IA³ adapter.
+
+    Raises:
+        InputError: A vector is none.
+    """
+    modules, rest = by_module(source.checkpoint, ("ia3_l",), source.path)
+    updates = [update for module, parts in modules.items() for update in scaled(source, module, parts["ia3_l"])]
+    values, extra, ignored = stored_values(source, rest)
+    return Reading(f"PEFT IA3, {len(modules)} modules", (*updates, *extra), values, (), ignored)
+
+
+def scaled(source: Source, module: str, key: str) -> list[Update]:
+    """Return the updates of a module's weight and of the bias that it may have.
+
+    Raises:
+        InputError: ``ia3_l`` is not a vector.
+    """
+    shape = source.checkpoint[key].shape
+    size = math.prod(shape)
+    if max(shape, default=0) != size or len(shape) < 2:
+        raise InputError(f"{source.checkpoint.path}: {key} has the shape {list(shape)}, which is not one vector")
+    # PEFT stores (out, 1), feed-forward (1, in); of a convolution (1, out, 1, 1) or (1, in, 1, 1), which look alike.
+    by_row = shape[0] == size if len(shape) == 2 and size > 1 else not _is_feedforward(source, module)
+    wanted: Shape = (size, None) if by_row else (None, None if len(shape) > 2 else size)
+    load = partial(delta, source.checkpoint, key, by_row)
+    dtype = source.checkpoint[key].dtype
+    update = Update(f"{module}.weight", wanted, load, False, dtype, "IA3")
+    if not by_row:
+        return [update]
+    bias = partial(bias_delta, source.checkpoint, key)
+    return [update, Update(f"{module}.bias", (size,), bias, False, dtype, "IA3", optional=True)]
+
+
+def _is_feedforward(source: Source, module: str) -> bool:
+    names = source.settings.names("feedforward_modules")
+    return any(module == name or module.endswith(f".{name}") for name in names)
+
+
+def delta(checkpoint: Checkpoint, key: str, by_row: bool, site: Site) -> torch.Tensor:
+    """Return (l − 1) ⊙ W."""
+    change = read(checkpoint, key).reshape(-1) - 1
+    w = site.weight()
+    if by_row:
+        return change[:, None] * w
+    return (w.reshape(w.shape[0], len(change), -1) * change[None, :, None]).reshape(w.shape)
+
+
+def bias_delta(checkpoint: Checkpoint, key: str, site: Site) -> torch.Tensor:
+    """Return (l − 1) ⊙ bias."""
+    return (read(checkpoint, key).reshape(-1) - 1) * site.weight()

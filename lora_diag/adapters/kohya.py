@@ -1,0 +1,151 @@
+"""kohya-ss and LyCORIS files: one safetensors file without a config, module paths with ``_`` for every dot.
+
+LoRA is ΔW = s·up·down with s = α/r; α is a number in the file, and where it is missing or 0, s = 1 (kohya's rule).
+LyCORIS adds LoHa, LoKr, full differences (``diff``, ``diff_b``), norms (``w_norm``, ``b_norm``) and DoRA
+(``dora_scale``) under the same names.
+
+Reference: kohya-ss/sd-scripts ``networks/lora.py``; KohakuBlueleaf/LyCORIS ``lycoris/modules``.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING
+
+from lora_diag.adapters import dora, loha, lokr
+from lora_diag.adapters.scales import Scale, scale_of
+from lora_diag.adapters.source import Source
+from lora_diag.adapters.updates import Reading, Site, Update, read
+from lora_diag.checkpoints import Checkpoint
+from lora_diag.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+
+    from lora_diag.adapters.updates import Factors
+
+PREFIX = re.compile(r"lora_(unet|te\d?|transformer|prior|clip_l|clip_g|t5xxl)_|lycoris_")
+
+LORA = ("lora_up.weight", "lora_down.weight", "lora_mid.weight")
+FULL = ("diff", "diff_b", "w_norm", "b_norm")
+EXTRA = ("alpha", "dora_scale")
+KNOWN = frozenset({*LORA, *FULL, *EXTRA, *loha.FACTORS, *loha.CORES, *lokr.PARTS})
+
+
+def is_kohya(source: Source) -> bool:
+    """Say whether this family reads the adapter."""
+    if source.config is not None:
+        return False
+    return any(PREFIX.match(name) and _split(name)[1] in KNOWN for name in source.checkpoint)
+
+
+def read_kohya(source: Source) -> Reading:
+    """Read a kohya or LyCORIS file.
+
+    Raises:
+        InputError: It holds tensors of a kind that is not read, or a factor is missing.
+    """
+    modules: dict[str, dict[str, str]] = {}
+    for name in source.checkpoint:
+        module, part = _split(name)
+        if part not in KNOWN:
+            raise InputError(
+                f"{source.path}: {name} is of a kind of LyCORIS module that is not read; merge it with the tool that "
+                "made it and pass the merged checkpoint"
+            )
+        modules.setdefault(module, {})[part] = name
+    updates = [update for module, parts in modules.items() for update in _module(source, module, parts)]
+    silent = [module for module, parts in modules.items() if "alpha" not in parts and not set(FULL) & set(parts)]
+    notes = [f"{len(silent)} modules give no alpha, such as {silent[0]}; kohya then takes s = 1"] if silent else []
+    return Reading(f"{_kind(source, modules)}, {len(modules)} modules", tuple(updates), (), tuple(notes))
+
+
+def _split(name: str) -> tuple[str, str]:
+    module, _, part = name.partition(".")
+    return module, part
+
+
+def _kind(source: Source, modules: dict[str, dict[str, str]]) -> str:
+    parts = {part for found in modules.values() for part in found}
+    words = {"LoRA": LORA[0], "LoHa": "hada_w1_a", "LoKr": ("lokr_w1", "lokr_w1_a"), "full differences": "diff"}
+    names = [
+        word for word, part in words.items() if (part in parts if isinstance(part, str) else bool(parts & set(part)))
+    ]
+    dim, alpha = (source.metadata.get(f"ss_network_{key}") for key in ("dim", "alpha"))
+    settings = f", dim={dim}, alpha={alpha}" if dim is not None else ""
+    return f"kohya {' + '.join(names) or 'file'}{settings}"
+
+
+def _module(source: Source, module: str, parts: dict[str, str]) -> list[Update]:
+    """Return the updates of one module: its weight's, and its bias's if there is one."""
+    updates = []
+    plain = PREFIX.sub("", module, count=1)
+    for part in FULL:
+        if part in parts:
+            key = parts[part]
+            shape = source.checkpoint[key].shape
+            name = "bias" if part.startswith("b_") or part.endswith("_b") else "weight"
+            wanted = (shape[0], math.prod(shape[1:])) if len(shape) > 1 else shape
+            load = partial(stored, source.checkpoint, key)
+            updates.append(Update(f"{module}.{name}", wanted, load, False, source.checkpoint[key].dtype))
+    if not set(parts) <= {*FULL, *EXTRA}:
+        updates.append(_factored(source, module, parts))
+    return [replace(update, base_weight=update.weight.replace(module, plain, 1)) for update in updates]
+
+
+def _factored(source: Source, module: str, parts: dict[str, str]) -> Update:
+    if "hada_w1_a" in parts:
+        rank = loha.rank_of(source, module, parts)
+        update = loha.hadamard(source, f"{module}.weight", parts, Scale(1.0, parts.get("alpha", ""), rank))
+    elif any(part in lokr.PARTS for part in parts):
+        seen = lokr.rank_of(source, parts)  # with both sides in full there is no rank, and LyCORIS does not scale
+        scale = Scale() if seen is None else Scale(1.0, parts.get("alpha", ""), seen)
+        update = lokr.kronecker(source, f"{module}.weight", parts, scale)
+    else:
+        update = _lora(source, module, parts)
+    if "dora_scale" not in parts:
+        return update
+    shape = source.checkpoint[parts["dora_scale"]].shape
+    by_column = shape[0] == 1 and len(shape) > 1 and math.prod(shape) == shape[1] != 1
+    if not update.factored or (by_column and len(shape) > 2):
+        raise InputError(
+            f"{source.path}: {parts['dora_scale']} on a module of this kind is not read; merge it with the tool that "
+            "made it and pass the merged checkpoint"
+        )
+    return dora.from_factors(update, source, parts["dora_scale"], by_column)
+
+
+def _lora(source: Source, module: str, parts: dict[str, str]) -> Update:
+    for part in LORA[:2]:
+        if part not in parts:
+            raise InputError(f"{source.path}: {module} has no {part} beside {next(iter(parts.values()))}")
+    up, down = (source.checkpoint[parts[part]].shape for part in LORA[:2])
+    mid = parts.get(LORA[2])
+    if len(up) < 2 or len(down) < 2 or up[1] != down[0]:
+        raise InputError(f"{source.path}: {module}: up {list(up)} and down {list(down)} have different ranks")
+    kernel = source.checkpoint[mid].shape[2:] if mid else down[2:]
+    shape = (up[0], down[1] * math.prod(kernel))
+    scale = Scale(1.0, parts.get("alpha", ""), down[0])
+    keys = parts[LORA[0]], parts[LORA[1]], mid
+    load = partial(factors, source.checkpoint, keys, scale)
+    return Update(f"{module}.weight", shape, load, True, source.checkpoint[keys[0]].dtype)
+
+
+def factors(checkpoint: Checkpoint, keys: tuple[str, str, str | None], scale: Scale, site: Site) -> Factors:
+    """Return s·up ``(out, r)`` and down ``(r, in·kh·kw)``; with a core, down contracted with it."""
+    import torch
+
+    up, down = read(checkpoint, keys[0]), read(checkpoint, keys[1])
+    up, down = up.reshape(up.shape[0], -1), down
+    if keys[2] is not None:
+        core = read(checkpoint, keys[2])
+        down = torch.einsum("ij...,jp->ip...", core, down.reshape(down.shape[0], -1))
+    return up * scale_of(checkpoint, scale), down.reshape(down.shape[0], -1)
+
+
+def stored(checkpoint: Checkpoint, key: str, site: Site) -> torch.Tensor:
+    """Return a difference that the file holds in full."""
+    return read(checkpoint, key).reshape(site.shape)

@@ -1,0 +1,92 @@
+"""LoHa: ΔW = (w1_a·w1_b) ⊙ (w2_a·w2_b)·α/r, the Hadamard product of two low-rank matrices.
+
+Its rank can reach r², so it is computed in full. Convolutions may carry a core tensor each (Tucker form).
+
+Reference: Hyeon-Woo et al. 2021, https://arxiv.org/abs/2108.06098; ``peft.tuners.loha``; LyCORIS ``modules/loha.py``.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING
+
+from lora_diag.adapters.keys import by_module
+from lora_diag.adapters.lora import Scaling, check_rank, scaling_words
+from lora_diag.adapters.scales import Scale, scale_of
+from lora_diag.adapters.source import Source
+from lora_diag.adapters.updates import Reading, Shape, Site, Update, read
+from lora_diag.adapters.values import stored_values
+from lora_diag.checkpoints import Checkpoint
+from lora_diag.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+
+FACTORS = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
+CORES = ("hada_t1", "hada_t2")
+
+
+def is_loha(source: Source) -> bool:
+    """Say whether this family reads the adapter."""
+    return source.peft_type == "LOHA"
+
+
+def read_loha(source: Source) -> Reading:
+    """Read a PEFT LoHa adapter.
+
+    Raises:
+        InputError: Its parts do not fit together.
+    """
+    modules, rest = by_module(source.checkpoint, FACTORS + CORES, source.path)
+    scaling = Scaling.of(source.settings, list(modules))
+    updates = []
+    for module, parts in modules.items():
+        rank = scaling.rank(module)
+        check_rank(source, module, rank_of(source, module, parts), rank, rank)
+        scale = Scale(scaling.alpha(module, "alpha") / rank)
+        updates.append(hadamard(source, f"{module}.weight", parts, scale))
+    values, extra, ignored = stored_values(source, rest)
+    kind = f"PEFT LoHa, {scaling_words(source.settings, 'alpha')}, {len(modules)} modules"
+    return Reading(kind, (*updates, *extra), values, tuple(scaling.notes(list(modules))), ignored)
+
+
+def rank_of(source: Source, module: str, parts: dict[str, str]) -> int:
+    """Return the rank of a module's factors.
+
+    Raises:
+        InputError: A factor is missing.
+    """
+    missing = [part for part in FACTORS if part not in parts]
+    if missing or len(set(CORES) & set(parts)) == 1:
+        raise InputError(f"{source.checkpoint.path}: {module} has no {', '.join(missing) or 'second core'}")
+    return source.checkpoint[parts["hada_w1_b"]].shape[0]
+
+
+def hadamard(source: Source, weight: str, parts: dict[str, str], scale: Scale) -> Update:
+    """Return the update of one weight."""
+    shapes = {part: source.checkpoint[key].shape for part, key in parts.items() if part in FACTORS + CORES}
+    shape: Shape = (shapes["hada_w1_a"][0], shapes["hada_w1_b"][1])
+    if "hada_t1" in shapes:
+        kernel = shapes["hada_t1"][2:]
+        size = 1
+        for length in kernel:
+            size *= length
+        shape = (shapes["hada_w1_a"][1], shapes["hada_w1_b"][1] * size)
+    load = partial(delta, source.checkpoint, dict(parts), scale)
+    return Update(weight, shape, load, False, source.checkpoint[parts["hada_w1_a"]].dtype)
+
+
+def delta(checkpoint: Checkpoint, parts: dict[str, str], scale: Scale, site: Site) -> torch.Tensor:
+    """Return s·(w1_a·w1_b) ⊙ (w2_a·w2_b)."""
+    product = _side(checkpoint, parts, "1") * _side(checkpoint, parts, "2")
+    return product.reshape(site.shape) * scale_of(checkpoint, scale)
+
+
+def _side(checkpoint: Checkpoint, parts: dict[str, str], side: str) -> torch.Tensor:
+    import torch
+
+    a, b = (read(checkpoint, parts[f"hada_w{side}_{part}"]) for part in "ab")
+    if f"hada_t{side}" not in parts:
+        return a @ b
+    core = read(checkpoint, parts[f"hada_t{side}"])
+    return torch.einsum("ij...,jr,ip->pr...", core, b, a)

@@ -1,0 +1,100 @@
+"""LoKr: ΔW = (w1 ⊗ w2)·α/r, a Kronecker product whose sides may themselves be products.
+
+Reference: Yeh et al. 2023, https://arxiv.org/abs/2309.14859; ``peft.tuners.lokr``; LyCORIS ``modules/lokr.py``.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from typing import TYPE_CHECKING
+
+from lora_diag.adapters.keys import by_module
+from lora_diag.adapters.lora import Scaling, check_rank, scaling_words
+from lora_diag.adapters.scales import Scale, scale_of
+from lora_diag.adapters.source import Source
+from lora_diag.adapters.updates import Reading, Site, Update, read
+from lora_diag.adapters.values import stored_values
+from lora_diag.checkpoints import Checkpoint
+from lora_diag.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+
+PARTS = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2")
+
+
+def is_lokr(source: Source) -> bool:
+    """Say whether this family reads the adapter."""
+    return source.peft_type == "LOKR"
+
+
+def read_lokr(source: Source) -> Reading:
+    """Read a PEFT LoKr adapter.
+
+    Raises:
+        InputError: Its parts do not fit together.
+    """
+    modules, rest = by_module(source.checkpoint, PARTS, source.path)
+    scaling = Scaling.of(source.settings, list(modules))
+    updates = []
+    for module, parts in modules.items():
+        rank = scaling.rank(module)
+        seen = rank_of(source, parts)
+        check_rank(source, module, seen if seen is not None else rank, rank, seen if seen is not None else rank)
+        updates.append(kronecker(source, f"{module}.weight", parts, Scale(scaling.alpha(module, "alpha") / rank)))
+    values, extra, ignored = stored_values(source, rest)
+    kind = f"PEFT LoKr, {scaling_words(source.settings, 'alpha')}, {len(modules)} modules"
+    return Reading(kind, (*updates, *extra), values, tuple(scaling.notes(list(modules))), ignored)
+
+
+def rank_of(source: Source, parts: dict[str, str]) -> int | None:
+    """Return the rank that the factors show; None if both sides are stored in full."""
+    for part in ("lokr_w1_b", "lokr_w2_b"):
+        if part in parts:
+            return source.checkpoint[parts[part]].shape[0]
+    return None
+
+
+def kronecker(source: Source, weight: str, parts: dict[str, str], scale: Scale) -> Update:
+    """Return the update of one weight.
+
+    Raises:
+        InputError: A side is incomplete.
+    """
+    left, right = (_side_shape(source, weight, parts, side) for side in ("lokr_w1", "lokr_w2"))
+    shape = (left[0] * right[0], left[1] * math.prod(right[1:]))
+    key = parts.get("lokr_w1") or parts["lokr_w1_a"]
+    load = partial(delta, source.checkpoint, dict(parts), scale)
+    return Update(weight, shape, load, False, source.checkpoint[key].dtype)
+
+
+def _side_shape(source: Source, weight: str, parts: dict[str, str], side: str) -> tuple[int, ...]:
+    if side in parts:
+        return source.checkpoint[parts[side]].shape
+    if f"{side}_a" not in parts or f"{side}_b" not in parts:
+        raise InputError(f"{source.checkpoint.path}: {weight} has neither {side} nor both of its factors")
+    a, b = (source.checkpoint[parts[f"{side}_{part}"]].shape for part in "ab")
+    if side == "lokr_w2" and "lokr_t2" in parts:
+        return (a[1], b[1], *source.checkpoint[parts["lokr_t2"]].shape[2:])
+    return a[0], b[1]
+
+
+def delta(checkpoint: Checkpoint, parts: dict[str, str], scale: Scale, site: Site) -> torch.Tensor:
+    """Return s·(w1 ⊗ w2), laid out as W."""
+    import torch
+
+    w1, w2 = _side(checkpoint, parts, "lokr_w1"), _side(checkpoint, parts, "lokr_w2")
+    w1 = w1.reshape(*w1.shape, *[1] * (w2.ndim - 2))
+    return torch.kron(w1, w2.contiguous()).reshape(site.shape) * scale_of(checkpoint, scale)
+
+
+def _side(checkpoint: Checkpoint, parts: dict[str, str], side: str) -> torch.Tensor:
+    import torch
+
+    if side in parts:
+        return read(checkpoint, parts[side])
+    a, b = (read(checkpoint, parts[f"{side}_{part}"]) for part in "ab")
+    if side == "lokr_w2" and "lokr_t2" in parts:
+        return torch.einsum("ij...,ip,jr->pr...", read(checkpoint, parts["lokr_t2"]), a, b)
+    return a @ b

@@ -1,0 +1,307 @@
+"""PEFT LoRA and what its config can turn it into: ΔW = s·B·A, s = α/r or, with rsLoRA, α/√r.
+
+Reference: Hu et al. 2021, https://arxiv.org/abs/2106.09685; Kalajdzievski 2023 (rsLoRA),
+https://arxiv.org/abs/2312.03732; ``peft.tuners.lora``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
+
+from lora_diag.adapters import dora, experts, residual
+from lora_diag.adapters.keys import Modules, by_module
+from lora_diag.adapters.patterns import Pattern, read_pattern
+from lora_diag.adapters.refused import refuse_lora_variants
+from lora_diag.adapters.replication import replicated
+from lora_diag.adapters.source import Config, Source
+from lora_diag.adapters.updates import Reading, Site, Update, flat, read
+from lora_diag.adapters.values import stored_values
+from lora_diag.checkpoints import Checkpoint
+from lora_diag.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+
+    from lora_diag.adapters.updates import Factors
+
+PARTS = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector", "lora_diag")
+
+# PEFT merges the update of a MultiheadAttention's out_proj twice, in the forward pass and in the merge (peft 0.21.2,
+# since huggingface/peft#1324): measured, forward and merged weights agree to 6e-8 with a factor of 2.
+OUT_PROJ_TIMES = 2.0
+OUT_PROJ = ".base_layer.out_proj"
+
+
+@dataclass(frozen=True)
+class Owner:
+    """What one pair of factors changes.
+
+    Args:
+        module: Its module in the adapter's keys.
+        scaled_as: The module that PEFT's patterns are matched with.
+        weight: The name of the weight.
+        bias: The name of the bias.
+        times: How often PEFT adds the update.
+    """
+
+    module: str
+    scaled_as: str
+    weight: str
+    bias: str
+    times: float = 1.0
+
+
+def _owner(module: str, attentions: set[str]) -> Owner:
+    """Say what a module's factors change; ``attentions`` are the nn.MultiheadAttentions of the adapter."""
+    if module.endswith(OUT_PROJ):
+        attention = module.removesuffix(OUT_PROJ)
+        projection = f"{attention}.out_proj"
+        return Owner(module, attention, f"{projection}.weight", f"{projection}.bias", OUT_PROJ_TIMES)
+    if module in attentions:
+        return Owner(module, module, f"{module}.in_proj_weight", f"{module}.in_proj_bias")
+    return Owner(module, module, f"{module}.weight", f"{module}.bias")
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """How much each module's B·A counts.
+
+    Args:
+        config: The adapter's config.
+        ranks: ``rank_pattern``.
+        alphas: ``alpha_pattern``.
+    """
+
+    config: Config
+    ranks: Pattern
+    alphas: Pattern
+
+    @staticmethod
+    def of(config: Config, modules: list[str]) -> Scaling:
+        """Read it from the config.
+
+        Raises:
+            InputError: A pattern is not valid.
+        """
+        return Scaling(
+            config, read_pattern(config, "rank_pattern", modules), read_pattern(config, "alpha_pattern", modules)
+        )
+
+    def rank(self, module: str) -> int:
+        """Return r of a module."""
+        found = self.ranks.matches(module)
+        if not found:
+            return self.config.integer("r")
+        key, value = found[0]
+        if value < 1 or value != int(value):
+            raise InputError(f"{self.config.path}: rank_pattern[{key!r}] must be a whole number from 1 up, not {value}")
+        return int(value)
+
+    def alpha(self, module: str, key: str = "lora_alpha") -> float:
+        """Return α of a module."""
+        found = self.alphas.matches(module)
+        return found[0][1] if found else self.config.number(key)
+
+    def of_module(self, module: str) -> float:
+        """Return s of a module."""
+        rank = self.rank(module)
+        return self.alpha(module) / (math.sqrt(rank) if self.config.flag("use_rslora") else rank)
+
+    def notes(self, modules: list[str]) -> list[str]:
+        """Say what is doubtful about the patterns."""
+        return self.ranks.notes(modules) + self.alphas.notes(modules)
+
+
+def is_lora(source: Source) -> bool:
+    """Say whether this family reads the adapter."""
+    return source.peft_type == "LORA"
+
+
+def read_lora(source: Source) -> Reading:
+    """Read a PEFT LoRA adapter.
+
+    Raises:
+        InputError: Its parts do not fit together or its config is not valid; what to do about it.
+    """
+    config = source.settings
+    refuse_lora_variants(source)
+    names = [name for name in source.checkpoint if "lora_monteclora_sampler" not in name]
+    modules, rest = by_module(names, PARTS, source.path)
+    stacks, plain = experts.split(modules, config)
+    paths = [*(module.removesuffix(OUT_PROJ) for module in plain), *(stack.parameter for stack in stacks)]
+    scaling = Scaling.of(config, paths)
+    attentions = {module.removesuffix(OUT_PROJ) for module in plain if module.endswith(OUT_PROJ)}
+    updates = [
+        update
+        for module, parts in plain.items()
+        for update in _module(source, scaling, _owner(module, attentions), parts)
+    ]
+    updates += [
+        update for stack in stacks for update in experts.updates(source, stack, scaling.rank, scaling.of_module)
+    ]
+    notes = [*scaling.notes(paths), *_attention_notes(plain)]
+    updates, replication = replicated(updates, config)
+    values, extra, ignored = stored_values(source, rest)
+    kind = f"PEFT {_variant(config)}, {scaling_words(config)}, {len(modules)} modules"
+    return Reading(kind, (*updates, *extra), values, (*notes, *replication), ignored)
+
+
+def _variant(config: Config) -> str:
+    words = {"use_dora": "DoRA", "kasa_config": "KaSA", "use_bdlora": "BD-LoRA"}
+    name = next((word for key, word in words.items() if config.flag(key)), "LoRA")
+    name = residual.name_of(config) or name
+    return f"{name} (rsLoRA)" if config.flag("use_rslora") else name
+
+
+def scaling_words(config: Config, alpha: str = "lora_alpha") -> str:
+    """Return r and α in words, and whether patterns change them."""
+    patterns = [key for key in ("rank_pattern", "alpha_pattern") if config.values.get(key)]
+    words = f"r={config.values.get('r')}, alpha={config.values.get(alpha)}"
+    return f"{words} (and {', '.join(patterns)})" if patterns else words
+
+
+def _attention_notes(modules: Modules) -> list[str]:
+    doubled = [module for module in modules if module.endswith(OUT_PROJ)]
+    if not doubled:
+        return []
+    return [
+        f"PEFT applies the update of a MultiheadAttention's out_proj twice; it is counted twice here too "
+        f"({len(doubled)} modules)"
+    ]
+
+
+def _module(source: Source, scaling: Scaling, owner: Owner, parts: dict[str, str]) -> list[Update]:
+    """Return the updates of one adapted module: its weight, and its bias if ``lora_bias`` trained one."""
+    module, rank = owner.module, scaling.rank(owner.scaled_as)
+    scale = scaling.of_module(owner.scaled_as) * owner.times
+    embedding = "lora_embedding_A" in parts or "lora_embedding_B" in parts
+    a_key, b_key = pair_of(source, module, parts, "lora_embedding_" if embedding else "lora_")
+    a_shape, b_shape = source.checkpoint[a_key].shape, source.checkpoint[b_key].shape
+    load: Callable[[Site], Factors]
+    if embedding:
+        check_rank(source, module, a_shape[0], rank, b_shape[1])
+        load = partial(embedding_factors, source.checkpoint, b_key, a_key, scale)
+        shape = (a_shape[1], b_shape[0])
+    elif blocks := _blocks(scaling.config, module):
+        load = partial(blocked_factors, source.checkpoint, b_key, a_key, scale, blocks)
+        shape, of_a = _blocked_shape(source, module, a_shape, b_shape, blocks)
+        check_rank(source, module, of_a, rank, of_a)
+    else:
+        check_rank(source, module, a_shape[0], rank, b_shape[1])
+        load = partial(linear_factors, source.checkpoint, b_key, a_key, scale, parts.get("lora_diag"))
+        shape = (b_shape[0], math.prod(a_shape[1:]))
+    update = Update(owner.weight, shape, load, True, source.checkpoint[b_key].dtype)
+    update = residual.from_base(update, scaling.config, scale, rank)
+    if "lora_magnitude_vector" in parts:
+        update = dora.from_factors(update, source, parts["lora_magnitude_vector"], embedding)
+    if "lora_B.bias" not in parts:
+        return [update]
+    key = parts["lora_B.bias"]
+    bias = partial(scaled, source.checkpoint, key, scale)
+    size = source.checkpoint[key].shape
+    return [update, Update(owner.bias, size, bias, False, source.checkpoint[key].dtype)]
+
+
+def pair_of(source: Source, module: str, parts: dict[str, str], prefix: str = "lora_") -> tuple[str, str]:
+    """Return the names of A and B of a module.
+
+    Raises:
+        InputError: One is missing, or is not the matrix that it must be.
+    """
+    for part in ("A", "B"):
+        if prefix + part not in parts:
+            other = parts.get(prefix + ("B" if part == "A" else "A"), module)
+            raise InputError(
+                f"{source.checkpoint.path}: {module} has no {prefix}{part} beside {other}; the file is incomplete: "
+                "save the adapter again"
+            )
+        shape = source.checkpoint[parts[prefix + part]].shape
+        if len(shape) < 2 or 0 in shape:
+            raise InputError(
+                f"{source.checkpoint.path}: {parts[prefix + part]} has the shape {list(shape)}; it was saved under "
+                "DeepSpeed ZeRO-3 or FSDP without gathering the shards: save the adapter again, gathered"
+            )
+    return parts[prefix + "A"], parts[prefix + "B"]
+
+
+def check_rank(source: Source, module: str, of_a: int, wanted: int, of_b: int) -> None:
+    """Hold the ranks of a module's factors against each other and against the config.
+
+    Raises:
+        InputError: They differ; the scaling would be wrong, so nothing is assumed.
+    """
+    if of_a != of_b:
+        raise InputError(f"{source.checkpoint.path}: {module}: A has rank {of_a}, B has rank {of_b}")
+    if of_a != wanted:
+        raise InputError(
+            f"{source.checkpoint.path}: {module} has rank {of_a}, but {source.settings.path.name} says {wanted}; "
+            "r and the scaling would be wrong: give the config this adapter was trained with"
+        )
+
+
+def linear_factors(
+    checkpoint: Checkpoint, b_key: str, a_key: str, scale: float, diagonal: str | None, site: Site
+) -> Factors:
+    """Return s·B·diag(d) and A; of a convolution, A as the matrix ``(r, in·kh·kw)``."""
+    b, a = (value.reshape(flat(tuple(value.shape))) for value in (read(checkpoint, b_key), read(checkpoint, a_key)))
+    if diagonal is not None:
+        b = b * read(checkpoint, diagonal)
+    return b * scale, a
+
+
+def embedding_factors(checkpoint: Checkpoint, b_key: str, a_key: str, scale: float, site: Site) -> Factors:
+    """Return s·Aᵀ ``(vocab, r)`` and Bᵀ ``(r, dim)``: ΔW = s·(B·A)ᵀ."""
+    return read(checkpoint, a_key).T * scale, read(checkpoint, b_key).T
+
+
+def scaled(checkpoint: Checkpoint, key: str, scale: float, site: Site) -> torch.Tensor:
+    """Return s times a stored vector."""
+    return read(checkpoint, key) * scale
+
+
+def _blocks(config: Config, module: str) -> tuple[int, bool, bool] | None:
+    """Return the number of blocks of a BD-LoRA module, and whether A and B are stored as blocks.
+
+    Reference: Wang et al. 2025, https://arxiv.org/abs/2510.23346; ``peft.tuners.lora.variants.BdLoraLinearVariant``.
+    """
+    settings = config.table("use_bdlora")
+    if not settings:
+        return None
+    in_a, in_b = (
+        any(isinstance(word, str) and word in module for word in settings.get(key) or ())
+        for key in ("target_modules_bd_a", "target_modules_bd_b")
+    )
+    count = Config(config.path, settings).integer("nblocks")
+    return (count, in_a, in_b) if in_a or in_b else None
+
+
+def _blocked_shape(
+    source: Source, module: str, a: tuple[int, ...], b: tuple[int, ...], blocks: tuple[int, bool, bool]
+) -> tuple[tuple[int, int], int]:
+    """Return ``(out, in)`` and the rank of a BD-LoRA module."""
+    count, in_a, in_b = blocks
+    rank = a[0]
+    if (in_a and a[0] % count) or (in_b and b[0] % count) or (b[1] * (count if in_b else 1)) != rank:
+        raise InputError(
+            f"{source.checkpoint.path}: {module}: A {list(a)} and B {list(b)} do not divide into {count} blocks"
+        )
+    return (b[0], a[1] * (count if in_a else 1)), rank
+
+
+def blocked_factors(
+    checkpoint: Checkpoint, b_key: str, a_key: str, scale: float, blocks: tuple[int, bool, bool], site: Site
+) -> Factors:
+    """Return s·B and A with their stacked blocks set on the diagonal."""
+    import torch
+
+    count, in_a, in_b = blocks
+    b, a = read(checkpoint, b_key), read(checkpoint, a_key)
+    if in_a:
+        a = torch.block_diag(*a.chunk(count))  # type: ignore[no-untyped-call]
+    if in_b:
+        b = torch.block_diag(*b.chunk(count))  # type: ignore[no-untyped-call]
+    return b * scale, a

@@ -1,0 +1,69 @@
+"""MLX (mlx-lm): ``adapters.safetensors`` beside a config with ``fine_tune_type``; ΔW = scale·(a·b)ᵀ, not divided by r.
+
+``lora_a`` is ``(in, r)`` and ``lora_b`` ``(r, out)``: the other way round than PEFT's. DoRA's magnitudes are ``m``.
+
+Reference: ml-explore/mlx-lm ``mlx_lm/tuner/lora.py``, ``dora.py``.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING
+
+from lora_diag.adapters import dora
+from lora_diag.adapters.keys import by_module
+from lora_diag.adapters.source import Config, Source
+from lora_diag.adapters.updates import NewValue, Reading, Site, Update, read
+from lora_diag.checkpoints import Checkpoint
+from lora_diag.errors import InputError
+
+if TYPE_CHECKING:
+    from lora_diag.adapters.updates import Factors
+
+
+def is_mlx(source: Source) -> bool:
+    """Say whether this family reads the adapter."""
+    if source.peft_type:
+        return False
+    named = any(name.endswith((".lora_a", ".lora_b")) for name in source.checkpoint)
+    return named or (source.config is not None and "fine_tune_type" in source.config)
+
+
+def read_mlx(source: Source) -> Reading:
+    """Read an MLX adapter.
+
+    Raises:
+        InputError: The scale is not given, or the factors do not fit together.
+    """
+    config = source.settings
+    if config.text("fine_tune_type") == "full":
+        return Reading("MLX full fine-tune", (), tuple(NewValue(key, key) for key in source.checkpoint))
+    settings = Config(config.path, config.table("lora_parameters"))
+    if "scale" not in settings:
+        raise InputError(f"{config.path}: lora_parameters has no scale, so the scaling of this adapter is unknown")
+    scale = settings.number("scale")
+    modules, rest = by_module(source.checkpoint, ("lora_a", "lora_b", "m"), source.path)
+    updates = [_update(source, module, parts, scale, settings) for module, parts in modules.items()]
+    values = tuple(NewValue(key, key) for key in rest)
+    kind = f"MLX {'DoRA' if config.text('fine_tune_type') == 'dora' else 'LoRA'}, scale={scale:g}"
+    return Reading(f"{kind}, {len(modules)} modules", tuple(updates), values)
+
+
+def _update(source: Source, module: str, parts: dict[str, str], scale: float, settings: Config) -> Update:
+    if "lora_a" not in parts or "lora_b" not in parts:
+        raise InputError(f"{source.path}: {module} has only {', '.join(sorted(parts))}; the file is incomplete")
+    a, b = (source.checkpoint[parts[part]].shape for part in ("lora_a", "lora_b"))
+    if len(a) != 2 or len(b) != 2 or a[1] != b[0]:
+        raise InputError(f"{source.path}: {module}: lora_a {list(a)} and lora_b {list(b)} are not (in, r) and (r, out)")
+    if "rank" in settings and settings.integer("rank") != a[1]:
+        raise InputError(
+            f"{source.path}: {module} has rank {a[1]}, but {settings.path.name} says {settings.integer('rank')}"
+        )
+    load = partial(factors, source.checkpoint, parts["lora_b"], parts["lora_a"], scale)
+    update = Update(f"{module}.weight", (b[1], a[0]), load, True, source.checkpoint[parts["lora_b"]].dtype)
+    return dora.from_factors(update, source, parts["m"], by_column=False) if "m" in parts else update
+
+
+def factors(checkpoint: Checkpoint, b_key: str, a_key: str, scale: float, site: Site) -> Factors:
+    """Return scale·bᵀ ``(out, r)`` and aᵀ ``(r, in)``."""
+    return read(checkpoint, b_key).T * scale, read(checkpoint, a_key).T

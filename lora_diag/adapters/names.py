@@ -1,0 +1,249 @@
+"""Matching the names of a model in memory (adapters, gradients) to the names on disk (BASE).
+
+transformers 5 names modules differently from the files on the hub, wrappers add prefixes, and a mixture's experts are
+one tensor in memory and three per expert on disk. A name is tried, in this order: as it is; without its leading run
+of wrappers; without any wrapper; under the other name a module is known by; with ``_`` for its dots, as kohya writes
+it; as an expert's own matrices; and a tied head as the embedding. Whatever is found must be the only one of its kind
+and fit by shape.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from lora_diag.adapters.updates import Shape, flat
+from lora_diag.checkpoints import Checkpoint
+from lora_diag.deltas import VOCABULARY, matrices
+
+# First parts of names that only say in what a model is wrapped.
+WRAPPERS = frozenset({
+    "model", "language_model", "transformer", "base_model", "module", "_orig_mod", "_fsdp_wrapped_module", "text_model",
+    "backbone", "thinker", "bert", "roberta", "distilbert", "deberta", "electra", "albert", "gpt_neox", "vit", "unet",
+    "text_encoder",
+})  # fmt: skip
+
+# The same inside a name, where a tower of a larger model is wrapped once more.
+INNER_WRAPPERS = WRAPPERS | {"vision_model"}
+
+# In memory -> on disk, where a model type renames a part.
+RENAMED = (
+    (".mlp.", ".block_sparse_moe."),
+    (".mlp.router.", ".block_sparse_moe.gate."),
+    (".block_sparse_moe.router.weight", ".block_sparse_moe.router.layer.weight"),
+    (".block_sparse_moe.experts.gate_up_proj", ".block_sparse_moe.input_linear.weight"),
+    (".block_sparse_moe.experts.down_proj", ".block_sparse_moe.output_linear.weight"),
+    ("lm_head.", "embed_out."),
+)
+
+# A fused parameter -> the matrices of one expert that it is made of, first rows first.
+FUSED = {
+    "gate_up_proj": (("gate_proj", "up_proj"), ("w1", "w3")),
+    "down_proj": (("down_proj",), ("w2",)),
+    "up_proj": (("up_proj",),),
+}
+EXPERT = re.compile(r"(?P<owner>.+\.experts)\.(?P<index>\d+)\.(?P<leaf>\w+)\.weight")
+HEADS = re.compile(r"(^|\.)(lm_head|embed_out)\.weight$")
+EMBEDDINGS = re.compile(r"(^|\.)(embed_tokens|wte|tok_embeddings|word_embeddings|shared|embed_in)\.weight$")
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where one matrix, or some rows of one, lies in BASE.
+
+    Args:
+        layer: What to call it.
+        name: The tensor.
+        shape: As it is stored: ``(rows, columns)``, or ``(n,)``.
+        offset: Its first entry in the tensor.
+        index: Which matrix of the wanted stack it is; 0 unless that is a stack.
+        rows: Which rows of that matrix it is; None for all.
+        whole: The stored tensor's own shape.
+    """
+
+    layer: str
+    name: str
+    shape: tuple[int, ...]
+    offset: int = 0
+    index: int = 0
+    rows: tuple[int, int] | None = None
+    whole: tuple[int, ...] = ()
+
+
+def match_names(
+    wanted: Mapping[str, Shape], base: Checkpoint, transposed: bool = False
+) -> tuple[dict[str, tuple[Place, ...]], dict[str, str]]:
+    """Find every wanted weight in BASE.
+
+    Args:
+        wanted: Shape by name; ``(out, in)``, ``(E, out, in)`` or ``(n,)``; None for a dimension that is not known.
+        base: Where to look.
+        transposed: Whether ``(in, out)`` fits, too.
+
+    Returns:
+        For each name found, its places in the order of the stack and of the rows; for the others, why not.
+    """
+    index = _Index(base)
+    found: dict[str, tuple[Place, ...]] = {}
+    missing: dict[str, str] = {}
+    for name, shape in wanted.items():
+        places = _find(name, shape, index, transposed)
+        if isinstance(places, str):
+            missing[name] = places
+        else:
+            found[name] = places
+    return found, missing
+
+
+def canonical(name: str) -> str:
+    """Return a name without its leading run of wrappers.
+
+    >>> canonical("model.language_model.layers.0.mlp.up_proj.weight")
+    'layers.0.mlp.up_proj.weight'
+    """
+    parts = name.split(".")
+    while len(parts) > 1 and parts[0] in WRAPPERS:
+        parts.pop(0)
+    return ".".join(parts)
+
+
+def bare(name: str) -> str:
+    """Return a name without any wrapper, wherever it stands.
+
+    >>> bare("vision_tower.vision_model.encoder.layers.0.mlp.fc1.weight")
+    'vision_tower.encoder.layers.0.mlp.fc1.weight'
+    """
+    return ".".join(part for part in name.split(".") if part not in INNER_WRAPPERS)
+
+
+def flattened(name: str) -> str:
+    """Return a name as kohya writes it, with ``_`` for every dot within the module.
+
+    >>> flattened("down_blocks.0.resnets.0.conv1.weight")
+    'down_blocks_0_resnets_0_conv1.weight'
+    """
+    module, dot, leaf = name.rpartition(".")
+    return module.replace(".", "_") + dot + leaf
+
+
+class _Index:
+    """The names of BASE, by each way of writing them."""
+
+    def __init__(self, base: Checkpoint) -> None:
+        self.base = base
+        self.canonical: dict[str, list[str]] = {}
+        self.bare: dict[str, list[str]] = {}
+        self.flattened: dict[str, list[str]] = {}
+        self.experts: dict[str, dict[str, dict[int, str]]] = {}
+        for name in base:
+            self.canonical.setdefault(canonical(name), []).append(name)
+            self.bare.setdefault(bare(name), []).append(name)
+            for way in dict.fromkeys((name, canonical(name))):
+                self.flattened.setdefault(flattened(way), []).append(name)
+            if found := EXPERT.fullmatch(name):
+                leaves = self.experts.setdefault(bare(found["owner"]), {})
+                leaves.setdefault(found["leaf"], {})[int(found["index"])] = name
+
+    def lookups(self, name: str) -> Iterator[list[str]]:
+        """Yield the stored names that a name may mean, the surest way of reading it first."""
+        for candidate in [name, *(name.replace(*renamed) for renamed in RENAMED if renamed[0] in name)]:
+            yield [candidate] if candidate in self.base else []
+            yield self.canonical.get(canonical(candidate), [])
+            yield self.bare.get(bare(candidate), [])
+        if "." not in name.rpartition(".")[0]:
+            yield self.flattened.get(flattened(name), [])
+
+
+def _find(name: str, shape: Shape, index: _Index, transposed: bool) -> tuple[Place, ...] | str:
+    """Return the places of one wanted weight, or why there are none."""
+    problem = "BASE has no weight of this name"
+    for names in index.lookups(name):
+        fitting = [stored for stored in names if _fits(stored, shape, index.base[stored].shape, transposed)]
+        if len(fitting) == 1:
+            return _places(fitting[0], shape, index.base[fitting[0]].shape)
+        if fitting:
+            return f"several weights of BASE could be meant: {', '.join(sorted(fitting)[:3])}"
+        if names:
+            problem = f"its shape {_words(shape)} does not fit {names[0]} {list(index.base[names[0]].shape)} in BASE"
+        if names == [name]:
+            return problem
+    if places := _expert_places(name, shape, index):
+        return places
+    if HEADS.search(name) and not any(HEADS.search(stored) for stored in index.base):
+        tables = [stored for stored in index.base if EMBEDDINGS.search(stored)]
+        fitting = [stored for stored in tables if _fits(stored, shape, index.base[stored].shape, False)]
+        if len(fitting) == 1:
+            return _places(fitting[0], shape, index.base[fitting[0]].shape, layer=name)
+    return problem
+
+
+def _words(shape: Shape) -> str:
+    return "[" + ", ".join("?" if size is None else str(size) for size in shape) + "]"
+
+
+def _equal(wanted: Shape, stored: tuple[int, ...]) -> bool:
+    return len(wanted) == len(stored) and all(w is None or w == s for w, s in zip(wanted, stored, strict=True))
+
+
+def _fits(name: str, wanted: Shape, stored: tuple[int, ...], transposed: bool) -> bool:
+    """Say whether a stored weight can be the wanted one."""
+    if _equal(wanted, stored):
+        return True
+    if len(wanted) == 2 and len(stored) > 2:
+        return _equal(wanted, flat(stored))
+    if transposed and len(wanted) == len(stored) > 1 and _equal((*wanted[:-2], wanted[-1], wanted[-2]), stored):
+        return True
+    return len(wanted) == len(stored) == 2 and wanted[1] == stored[1] and bool(VOCABULARY.search(name))
+
+
+def _places(name: str, wanted: Shape, stored: tuple[int, ...], layer: str = "") -> tuple[Place, ...]:
+    if len(wanted) == 3 and len(stored) == 3:
+        step = stored[1] * stored[2]
+        return tuple(
+            Place(stack, name, shape, index * step if len(layers) > 1 else 0, index, None, stored)
+            for layers in [matrices(name, stored)]
+            for index, (stack, shape) in enumerate(layers)
+        )
+    shape = flat(stored) if len(stored) > 1 else stored
+    rows = None
+    if len(wanted) == 2 and wanted[0] is not None and wanted[1] == shape[1] and wanted[0] != shape[0]:
+        common = min(wanted[0], shape[0])  # a table whose vocabulary grew or shrank
+        shape, rows = (common, shape[1]), (0, common)
+    return (Place(layer or name, name, shape, rows=rows, whole=stored),)
+
+
+def _expert_places(name: str, wanted: Shape, index: _Index) -> tuple[Place, ...]:
+    """Return the places of a fused parameter in a BASE that stores every expert by itself."""
+    owner, _, leaf = name.rpartition(".")
+    if len(wanted) != 3 or leaf not in FUSED:
+        return ()
+    for candidate in [owner, *(f"{owner}.".replace(*renamed).rstrip(".") for renamed in RENAMED)]:
+        leaves = index.experts.get(bare(candidate), {})
+        for pieces in FUSED[leaf]:
+            places = _pieces(pieces, leaves, wanted, index.base)
+            if places:
+                return places
+    return ()
+
+
+def _pieces(
+    pieces: tuple[str, ...], leaves: dict[str, dict[int, str]], wanted: Shape, base: Checkpoint
+) -> tuple[Place, ...]:
+    count, out, columns = wanted
+    if not all(set(leaves.get(piece, {})) == set(range(count or 0)) for piece in pieces) or not count:
+        return ()
+    places = []
+    for expert in range(count):
+        start = 0
+        for piece in pieces:
+            name = leaves[piece][expert]
+            shape = base[name].shape
+            if len(shape) != 2 or shape[1] != columns:
+                return ()
+            rows = (start, start + shape[0]) if len(pieces) > 1 else None
+            places.append(Place(name, name, shape, 0, expert, rows, shape))
+            start += shape[0]
+        if start != out:
+            return ()
+    return tuple(places)

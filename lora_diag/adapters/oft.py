@@ -1,0 +1,93 @@
+"""OFT: the inputs of a layer are rotated, W_tuned = W·Rᵀ, with R orthogonal and block-diagonal.
+
+Each block is made of a skew-symmetric Q, whose upper triangle is stored: the Cayley transform (I − Q)(I + Q)⁻¹, or the
+first terms of the Neumann series I + 2Q + 2Q² + … of its inverse (I + Q)(I − Q)⁻¹; PEFT uses both with the same R.
+
+Reference: Qiu et al. 2023, https://arxiv.org/abs/2306.07280; ``peft.tuners.oft.layer.OFTRotationModule``.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from typing import TYPE_CHECKING
+
+from lora_diag.adapters.keys import by_module
+from lora_diag.adapters.refused import MERGE
+from lora_diag.adapters.source import Source
+from lora_diag.adapters.updates import Reading, Shape, Site, Update, read
+from lora_diag.adapters.values import stored_values
+from lora_diag.checkpoints import Checkpoint
+from lora_diag.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+
+
+def is_oft(source: Source) -> bool:
+    """Say whether this family reads the adapter."""
+    return source.peft_type == "OFT"
+
+
+def read_oft(source: Source) -> Reading:
+    """Read a PEFT OFT adapter.
+
+    Raises:
+        InputError: It uses a constraint that is not read, or its parts do not fit together.
+    """
+    config = source.settings
+    if config.flag("coft"):
+        raise InputError(f"{source.path}: constrained OFT (coft=true) is not read: {MERGE}")
+    modules, rest = by_module(source.checkpoint, ("oft_R",), source.path)
+    terms = config.integer("num_cayley_neumann_terms", 5) if config.values.get("use_cayley_neumann", True) else 0
+    updates = [_update(source, module, parts["oft_R"], terms) for module, parts in modules.items()]
+    values, extra, ignored = stored_values(source, rest)
+    return Reading(f"PEFT OFT, {len(modules)} modules", (*updates, *extra), values, (), ignored)
+
+
+def _update(source: Source, module: str, key: str, terms: int) -> Update:
+    shape = source.checkpoint[key].shape
+    size = (1 + math.isqrt(1 + 8 * shape[-1])) // 2
+    if len(shape) != 2 or size * (size - 1) // 2 != shape[1]:
+        raise InputError(
+            f"{source.checkpoint.path}: {key} has the shape {list(shape)}, which is not (blocks, b(b-1)/2); it may "
+            f"come from an older PEFT: {MERGE}"
+        )
+    wanted: Shape = (None, None if source.settings.flag("block_share") else shape[0] * size)
+    load = partial(delta, source.checkpoint, key, size, terms)
+    return Update(f"{module}.weight", wanted, load, False, source.checkpoint[key].dtype, "OFT")
+
+
+def delta(checkpoint: Checkpoint, key: str, size: int, terms: int, site: Site) -> torch.Tensor:
+    """Return W·Rᵀ − W, block by block of W's columns."""
+    import torch
+
+    upper = read(checkpoint, key)
+    q = torch.zeros(len(upper), size, size, dtype=torch.float64)
+    rows, columns = torch.triu_indices(size, size, 1)
+    q[:, rows, columns] = upper
+    q = q - q.transpose(1, 2)
+    change = _cayley(q, terms) - torch.eye(size, dtype=torch.float64)
+    w = site.weight()
+    if w.shape[1] % size:
+        raise InputError(f"{checkpoint.path}: {key}: blocks of {size} do not divide the {w.shape[1]} columns of BASE")
+    blocks = w.reshape(w.shape[0], -1, size)
+    rotated: torch.Tensor = torch.einsum("obi,bji->obj", blocks, change.expand(blocks.shape[1], -1, -1))
+    return rotated.reshape(w.shape)
+
+
+def _cayley(q: torch.Tensor, terms: int) -> torch.Tensor:
+    """Return R of every block, ``(blocks, b, b)``; ``terms`` of the Neumann series, or 0 for the exact transform."""
+    import torch
+
+    eye = torch.eye(q.shape[-1], dtype=q.dtype).expand_as(q)
+    if terms == 0:
+        exact: torch.Tensor = torch.linalg.solve(eye + q, eye - q, left=False)
+        return exact
+    # As PEFT sums it: two terms are I + 2Q, three and four are both I + 2Q + 2Q² + Q³, and so on.
+    last = max(terms - 1, 3) if terms > 2 else terms - 1
+    result, power = eye.clone(), eye
+    for exponent in range(1, last + 1):
+        power = power @ q
+        result = result + power * (1.0 if exponent == last > 1 else 2.0)
+    return result

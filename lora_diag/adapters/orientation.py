@@ -1,0 +1,70 @@
+"""Whether BASE stores a weight ``(out, in)``, as ``nn.Linear``, or ``(in, out)``, as the ``Conv1D`` of GPT-2.
+
+``fan_in_fan_out`` in an adapter's config is no witness: PEFT overwrites it layer by layer while it injects, so the
+kind of the last layer is saved for all. Shapes decide; a square weight is judged by its namesakes in other places
+(``mlp.c_proj`` tells ``attn.c_proj``), then by its neighbours in the block, and only then by the flag.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from lora_diag.adapters.updates import Shape
+from lora_diag.checkpoints import Checkpoint
+from lora_diag.results.names import depth_of
+
+
+class Orientation:
+    """What BASE's shapes say about ``(in, out)`` storage.
+
+    Args:
+        base: The base.
+        shapes: ``(out, in)`` of adapted weights by their names in BASE.
+        flag: ``fan_in_fan_out`` of the config.
+    """
+
+    def __init__(self, base: Checkpoint, shapes: Mapping[str, Shape], flag: bool) -> None:
+        self._flag = flag
+        self._votes: dict[str, dict[bool, int]] = {}
+        for name in base:
+            stored = base[name].shape
+            if len(stored) == 2 and stored[0] != stored[1] and (vote := _witness(base, name, shapes)) is not None:
+                for group in _groups(name):
+                    counts = self._votes.setdefault(group, {True: 0, False: 0})
+                    counts[vote] += 1
+
+    def in_out(self, name: str, wanted: Shape, stored: tuple[int, ...]) -> bool:
+        """Return whether a weight is stored ``(in, out)``."""
+        if len(wanted) != 2 or len(stored) != 2:
+            return False
+        plain = _agrees(wanted, stored)
+        if plain != _agrees(wanted[::-1], stored):
+            return not plain
+        for group in _groups(name):
+            votes = self._votes.get(group)
+            if votes is not None and votes[True] != votes[False]:
+                return votes[True] > votes[False]
+        return self._flag
+
+
+def _agrees(wanted: Shape, stored: tuple[int, ...]) -> bool:
+    return all(w is None or w == s for w, s in zip(wanted, stored, strict=True))
+
+
+def _groups(name: str) -> tuple[str, str]:
+    """Return what a weight shares with its namesakes, and with its block."""
+    parts = name.split(".")
+    return f"leaf {'.'.join(parts[-2:])}", f"block {depth_of(name)}"
+
+
+def _witness(base: Checkpoint, name: str, shapes: Mapping[str, Shape]) -> bool | None:
+    """Return whether a weight that is not square is stored ``(in, out)``; None if nothing tells."""
+    stored = base[name].shape
+    wanted = shapes.get(name)
+    if wanted is not None and len(wanted) == 2 and _agrees(wanted, stored) != _agrees(wanted[::-1], stored):
+        return not _agrees(wanted, stored)
+    bias = name.removesuffix("weight") + "bias"
+    if not name.endswith(".weight") or bias not in base or len(base[bias].shape) != 1:
+        return None
+    size = base[bias].shape[0]
+    return size == stored[1] if size in stored else None

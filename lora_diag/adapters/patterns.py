@@ -1,0 +1,133 @@
+r"""``rank_pattern`` and ``alpha_pattern``: PEFT's rule for a value that differs by module, and a guard around it.
+
+A key k speaks for module m iff ``re.match(rf"(.*\.)?({k})$", m)``; the first key in the order of the file wins
+(``peft.utils.other.get_pattern_key``). The keys are regular expressions that come with a download, and Python's
+engine backtracks, so that one of them can take years; keys whose worst case is not small are refused.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from lora_diag.adapters.source import Config
+from lora_diag.errors import InputError
+
+# Longest key, and the worst case in steps of the engine over all modules: about 10 s.
+MAX_LENGTH = 1000
+MAX_STEPS = 2e9
+
+# An escape, a character class, the opening of a group, a counted repeat, or one character.
+TOKEN = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|\(\?[^()]*?[:=!>]|\{\d*,?\d*\}|.", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """One table of the config, its keys compiled.
+
+    Args:
+        key: ``rank_pattern`` or ``alpha_pattern``.
+        entries: ``(key in the file, compiled, value)``, in the order of the file.
+    """
+
+    key: str
+    entries: tuple[tuple[str, re.Pattern[str], float], ...]
+
+    def matches(self, module: str) -> list[tuple[str, float]]:
+        """Return the keys that speak for a module and their values, the deciding one first."""
+        found = [(text, value) for text, compiled, value in self.entries if compiled.match(module)]
+        return found or [(text, value) for text, _, value in self.entries if text == module]
+
+    def notes(self, modules: Iterable[str]) -> list[str]:
+        """Say which keys match nothing, and which modules are claimed by keys that disagree."""
+        if not self.entries:
+            return []
+        matches = {module: self.matches(module) for module in modules}
+        used = {text for found in matches.values() for text, _ in found}
+        notes = [f"{self.key}: the key {text!r} matches no module" for text, *_ in self.entries if text not in used]
+        disputed = {module: found for module, found in matches.items() if len({value for _, value in found}) > 1}
+        if disputed:
+            module, found = next(iter(disputed.items()))
+            claims = ", ".join(f"{text!r} = {value:g}" for text, value in found)
+            notes.append(
+                f"{self.key}: {len(disputed)} modules are matched by keys with different values, such as {module} "
+                f"({claims}); the first in the file decides, and PEFT sorts keys when it saves, so training may have "
+                "used another"
+            )
+        return notes
+
+
+def read_pattern(config: Config, key: str, modules: Iterable[str]) -> Pattern:
+    """Read and check one table of patterns.
+
+    Args:
+        config: The adapter's config.
+        key: ``rank_pattern`` or ``alpha_pattern``.
+        modules: The names it will be matched with; the guard counts them.
+
+    Raises:
+        InputError: A key is not a regular expression or could take too long; a value is not a finite number.
+    """
+    table = config.table(key)
+    lengths = [len(module) for module in modules] if table else []
+    entries = []
+    for text, value in table.items():
+        if type(value) not in {int, float} or not math.isfinite(value):
+            raise InputError(f"{config.path}: {key}[{text!r}] must be a finite number, not {value!r}")
+        entries.append((text, _compile(text, f"{config.path}: {key}", lengths), float(value)))
+    return Pattern(key, tuple(entries))
+
+
+def _compile(text: str, where: str, lengths: list[int]) -> re.Pattern[str]:
+    try:
+        compiled = re.compile(rf"(.*\.)?({text})$") if len(text) <= MAX_LENGTH else None
+        if compiled is None or sum(worst_case(text, length) for length in lengths) > MAX_STEPS:
+            raise InputError(
+                f"{where}: the key {text[:80]!r} could take too long to match (repeated groups that can match in many "
+                "ways, or too many wildcards); write it more simply"
+            )
+        return compiled
+    except (re.error, OverflowError, RecursionError) as error:
+        raise InputError(f"{where}: the key {text!r} is not a valid regular expression: {error}") from error
+
+
+def worst_case(text: str, length: int) -> float:
+    r"""Bound the number of ways in which a backtracking engine can try a pattern on a name.
+
+    q repeats, with the one that PEFT puts in front, split a name of n characters in at most C(n+q, q) ways; every
+    optional part doubles it, a group of k alternatives multiplies it by k. A repeat around something that itself can
+    match in several ways is exponential in n, and counted as infinite.
+
+    >>> worst_case(r"model\.layers\.0\.(q|k)_proj", 40)
+    82.0
+    >>> worst_case(r"(a+)+", 40)
+    inf
+    """
+    unbounded, ways = 1, 1.0
+    alternatives = [1]  # per open group
+    choice = [False]  # per open group: can what is in it match in several ways?
+    after_choice = False  # whether the item before is a group with such a choice
+    for token in TOKEN.findall(text):
+        repeat = token in {"*", "+", "?"} or (token[0] == "{" and len(token) > 2)
+        if repeat and after_choice and token != "?":
+            return math.inf
+        after_choice = False
+        if token[0] == "(":
+            alternatives.append(1)
+            choice.append(False)
+        elif token == ")" and len(choice) > 1:
+            ways *= alternatives.pop()
+            after_choice = choice.pop()
+            choice[-1] |= after_choice
+        elif token == "|":
+            alternatives[-1] += 1
+            choice[-1] = True
+        elif token == "?":
+            ways *= 2
+            choice[-1] = True
+        elif repeat and token.strip("{}").isdecimal() is False:
+            unbounded += 1
+            choice[-1] = True
+    return math.comb(length + unbounded, unbounded) * ways * alternatives[0]

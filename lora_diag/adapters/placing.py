@@ -1,0 +1,348 @@
+"""An adapter and a BASE → named ΔW: every update is put where its weight lies, or listed with the reason why not."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING, cast
+
+from lora_diag.adapters.names import Place, match_names
+from lora_diag.adapters.orientation import Orientation
+from lora_diag.adapters.source import Source
+from lora_diag.adapters.updates import NewValue, Reading, Shape, Site, Update, as_float64
+from lora_diag.checkpoints import Checkpoint
+from lora_diag.checkpoints.tensors import FLOAT_DTYPES
+from lora_diag.deltas import (
+    Delta,
+    DenseDelta,
+    FactoredDelta,
+    Pairing,
+    Side,
+    StoredDelta,
+    Unpaired,
+    natural_order,
+    row_blocks,
+    selector,
+)
+from lora_diag.errors import InputError, NothingComparedError
+from lora_diag.results.records import Reason
+
+if TYPE_CHECKING:
+    import torch
+
+    from lora_diag.adapters.updates import Factors
+
+# How many names a message gives.
+SHOWN = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """One update at its place in BASE.
+
+    Args:
+        update: The update.
+        place: Where its weight lies.
+        site: What the loader is given.
+    """
+
+    update: Update
+    place: Place
+    site: Site
+
+
+def place(
+    source: Source,
+    reading: Reading,
+    base: Checkpoint | None,
+    layers: str | None = None,
+    exclude: str | None = None,
+    allow_unmatched: bool = False,
+) -> tuple[Pairing, list[str]]:
+    """Turn an adapter into named ΔW.
+
+    Args:
+        source: The adapter.
+        reading: What is in it.
+        base: The checkpoint it was trained on; None to measure the adapter alone.
+        layers: Regular expression; only layers whose name contains a match.
+        exclude: Regular expression; no layers whose name contains a match.
+        allow_unmatched: Whether to leave out what BASE has no weight for, instead of stopping.
+
+    Returns:
+        The ΔW and what is left out, and notes.
+
+    Raises:
+        InputError: BASE has no weight for some of it, or something needs a BASE and there is none.
+        NothingComparedError: Nothing is selected.
+        UsageError: A regular expression is not valid.
+    """
+    selected = selector(layers, exclude)
+    deltas, unpaired, notes = _alone(source, reading) if base is None else _on_base(source, reading, base)
+    missing = [item for item in unpaired if item.reason == "not_in_base"]
+    if missing and not allow_unmatched:
+        raise InputError(_unmatched(source, cast(Checkpoint, base), missing))
+    chosen = [delta for delta in deltas if selected(delta.layer)]
+    unpaired += [
+        Unpaired(delta.layer, delta.shape, "not_selected", "left out by --layers or --exclude")
+        for delta in deltas
+        if not selected(delta.layer)
+    ]
+    if not chosen:
+        raise _nothing(source, unpaired)
+    by_name = sorted(chosen, key=lambda delta: natural_order(delta.layer))
+    return Pairing(tuple(by_name), tuple(unpaired)), notes
+
+
+def _unmatched(source: Source, base: Checkpoint, missing: list[Unpaired]) -> str:
+    shown = "; ".join(f"{item.layer} ({item.detail})" for item in missing[:SHOWN])
+    more = f"; and {len(missing) - SHOWN} more" if len(missing) > SHOWN else ""
+    return (
+        f"{source.path}: {len(missing)} of its weights are not in {base.path}: {shown}{more}. Is this the base it was "
+        "trained on? BASE has names like "
+        f"{min(base)}. --allow-unmatched lists them as left out and measures the others"
+    )
+
+
+def _nothing(source: Source, unpaired: list[Unpaired]) -> InputError | NothingComparedError:
+    needs = next((item for item in unpaired if item.reason == "needs_base"), None)
+    if needs is not None and all(item.reason == "needs_base" for item in unpaired):
+        return InputError(f"{source.path}: {needs.layer}: {needs.detail}: loradiag spectrum BASE {source.path}")
+    reasons = ", ".join(sorted({item.reason for item in unpaired})) or "it holds none"
+    return NothingComparedError(f"{source.path}: no weight of the adapter was left to measure ({reasons})")
+
+
+def _alone(source: Source, reading: Reading) -> tuple[list[Delta], list[Unpaired], list[str]]:
+    """Return the ΔW of an adapter without a BASE."""
+    deltas: list[Delta] = []
+    unpaired: list[Unpaired] = []
+    for update in reading.updates:
+        layer = update.weight if update.expert is None else f"{update.weight}[{update.expert[0]}]"
+        shape = tuple(size for size in update.shape if size is not None)
+        if update.needs_weight or len(shape) < len(update.shape):
+            why = f"{update.needs_weight or reading.kind.partition(',')[0]} changes it in terms of the base weight"
+            unpaired.append(Unpaired(layer, shape, "needs_base", f"{why}, so BASE is needed"))
+        elif not update.optional:
+            deltas.append(_delta(layer, [Piece(update, Place(layer, layer, shape), Site(shape))], None))
+    for value in reading.values:
+        if not value.is_copy:
+            shape = source.checkpoint[value.key].shape
+            detail = "the adapter holds its new value and not its change, so BASE is needed"
+            unpaired.append(Unpaired(value.weight, shape, "needs_base", detail))
+    return deltas, unpaired, []
+
+
+def _on_base(source: Source, reading: Reading, base: Checkpoint) -> tuple[list[Delta], list[Unpaired], list[str]]:
+    """Return the ΔW of an adapter against its BASE, what has no place there, and notes."""
+    copies, values = _sort_values(source, reading, base)
+    pieces, missing = _pieces(source, reading, base)
+    unpaired = [Unpaired(name, _known(shape), "not_in_base", why) for name, (shape, why) in missing.items()]
+    layers: dict[str, list[Piece]] = {}
+    for piece in pieces:
+        layers.setdefault(piece.place.layer, []).append(piece)
+        unpaired += _added_rows(piece, source)
+    deltas: list[Delta] = []
+    for layer, found in layers.items():
+        copy = copies.pop(found[0].place.name, None)
+        deltas.append(_delta(layer, found, _plus_copy(source, copy) if copy is not None else None))
+    stored = [*values, *copies.values()]
+    more, left_out = _new_values(source, stored, base)
+    touched = {piece.place.name for piece in pieces} | {delta.base.name for delta in more}
+    notes = [f"adapts {len(touched)} of {len(base)} tensors of BASE"]
+    tied = sorted({piece.place.layer for piece in pieces if "lm_head" in piece.place.layer != piece.place.name})
+    notes += [
+        f"{layer} is tied to an embedding in BASE; its update is reported under its own name, and a merge changes both"
+        for layer in tied
+    ]
+    return [*deltas, *more], [*unpaired, *left_out], notes
+
+
+def _known(shape: Shape) -> tuple[int, ...]:
+    return tuple(size for size in shape if size is not None)
+
+
+def _pieces(source: Source, reading: Reading, base: Checkpoint) -> tuple[list[Piece], dict[str, tuple[Shape, str]]]:
+    """Match every update with BASE and settle its orientation."""
+    wanted = dict(update.wanted for update in reading.updates)
+    found, missing = match_names(wanted, base, transposed=True)
+    shapes = {
+        places[0].name: wanted[name] for name, places in found.items() if len(wanted[name]) == 2 and len(places) == 1
+    }
+    flag = source.config is not None and source.config.flag("fan_in_fan_out")
+    orientation = Orientation(base, shapes, flag)
+    model_type = _model_type(base, source)
+    pieces = []
+    for update in reading.updates:
+        index = 0 if update.expert is None else update.expert[0]
+        for spot in found.get(update.wanted[0], ()):
+            if spot.index == index:
+                in_out = _in_out(update, spot, orientation, model_type)
+                pieces.append(_piece(update, spot, base, in_out))
+    optional = {update.wanted[0] for update in reading.updates if update.optional}
+    return pieces, {name: (wanted[name], why) for name, why in missing.items() if name not in optional}
+
+
+def _in_out(update: Update, spot: Place, orientation: Orientation, model_type: str) -> bool:
+    if update.in_out is None:
+        return orientation.in_out(spot.name, update.shape, spot.whole)
+    if spot.rows is not None or len(spot.whole) != 3:
+        return False  # an expert stored by itself is a Linear
+    out, columns = update.shape
+    return update.in_out(model_type) if out == columns else spot.shape != (out, columns)
+
+
+def _piece(update: Update, spot: Place, base: Checkpoint, in_out: bool) -> Piece:
+    side = Side(base, spot.name, spot.offset) if base[spot.name].dtype in FLOAT_DTYPES else None
+    if side is None and update.needs_weight:
+        raise InputError(
+            f"{base.file_of(spot.name)}: {spot.name} is stored as {base[spot.name].dtype}, and {update.needs_weight} "
+            "needs it as a float: give the unquantized base"
+        )
+    shape = spot.shape[::-1] if in_out else spot.shape
+    if update.expert is None and spot.rows is not None and not update.factored:
+        raise InputError(
+            f"{spot.name} has another vocabulary in BASE than in the adapter, and its update "
+            "needs all rows: give the base with the resized vocabulary"
+        )
+    kernel = spot.whole if len(spot.whole) > 2 and update.expert is None else ()
+    return Piece(update, spot, Site(shape, kernel, side, in_out))
+
+
+def _model_type(base: Checkpoint, source: Source) -> str:
+    """Return the model's type in transformers' words, from BASE's config or from the adapter's; empty if unknown."""
+    if isinstance(name := base.config.get("model_type"), str):
+        return name
+    mapping = source.config.table("auto_mapping") if source.config is not None else {}
+    return str(mapping.get("parent_library", "")).rpartition(".modeling_")[2]
+
+
+def _delta(layer: str, pieces: list[Piece], plus: Callable[[Site], torch.Tensor] | None) -> Delta:
+    """Return the ΔW of one layer from the updates that act on it."""
+    first = pieces[0]
+    shape = first.place.shape if len(first.place.shape) == 2 else (1, first.place.shape[0])
+    dtypes = (first.site.base.dtype if first.site.base is not None else None, first.update.dtype)
+    if plus is None and all(piece.update.factored for piece in pieces):
+        return FactoredDelta(layer, shape, partial(load_factors, pieces), dtypes, first.site.base)
+    is_matrix = len(first.place.shape) == 2
+    return DenseDelta(layer, shape, partial(load_dense, pieces, plus), dtypes, first.site.base, is_matrix)
+
+
+def load_factors(pieces: list[Piece]) -> Factors:
+    """Return B and A of a layer as it is stored; of several updates, side by side."""
+    import torch
+
+    factors = [_factors(piece) for piece in pieces]
+    if len(factors) == 1:
+        return factors[0]
+    return torch.cat([b for b, _ in factors], dim=1), torch.cat([a for _, a in factors])
+
+
+def _factors(piece: Piece) -> Factors:
+    b, a = cast("Factors", piece.update.load(piece.site))
+    if piece.place.rows is not None:
+        b = b[slice(*piece.place.rows)]
+    return (a.T, b.T) if piece.site.transposed else (b, a)
+
+
+def load_dense(pieces: list[Piece], plus: Callable[[Site], torch.Tensor] | None) -> torch.Tensor:
+    """Return ΔW of a layer as it is stored, float32."""
+    total = None
+    for piece in pieces:
+        if piece.update.factored:
+            b, a = _factors(piece)
+            change = b @ a
+        else:
+            change = cast("torch.Tensor", piece.update.load(piece.site))
+            change = change.T if piece.site.transposed else change
+        total = change if total is None else total + change
+    assert total is not None
+    if plus is not None:
+        total = total + plus(replace(pieces[0].site, transposed=False, shape=tuple(total.shape)))
+    return total.float().reshape(total.shape if total.ndim == 2 else (1, -1))
+
+
+def _added_rows(piece: Piece, source: Source) -> Iterator[Unpaired]:
+    """Say which vocabulary rows only the adapter or only BASE has."""
+    wanted, spot = piece.update.shape[0], piece.place
+    if piece.update.expert is not None or spot.rows is None or wanted is None:
+        return
+    common, stored = spot.rows[1], spot.whole[0]
+    first, last, side = (common, wanted, "TUNED") if wanted > stored else (common, stored, "BASE")
+    detail = f"vocabulary rows {first}-{last - 1} are only in {side}; the others are compared"
+    reason: Reason = "added_rows" if wanted > stored else "removed_rows"
+    yield Unpaired(spot.layer, (last - first, spot.shape[1]), reason, detail)
+
+
+def _sort_values(source: Source, reading: Reading, base: Checkpoint) -> tuple[dict[str, NewValue], list[NewValue]]:
+    """Tell copies of BASE that differ from it (by their names in BASE) from new values; equal copies are dropped."""
+    copies: dict[str, NewValue] = {}
+    for value in reading.values:
+        if value.is_copy:
+            found, _ = match_names({value.weight: source.checkpoint[value.key].shape}, base)
+            name = found[value.weight][0].name if value.weight in found else value.weight
+            if name not in base or not _same(source, value.key, base, name):
+                copies[name] = value
+    return copies, [value for value in reading.values if not value.is_copy]
+
+
+def _same(source: Source, key: str, base: Checkpoint, name: str) -> bool:
+    """Say whether a tensor of the adapter is BASE's, number for number."""
+    import torch
+
+    before, after = base[name], source.checkpoint[key]
+    if before.shape != after.shape or not {before.dtype, after.dtype} <= FLOAT_DTYPES:
+        return False
+    shape = (before.shape[0], math.prod(before.shape[1:]))
+    sides = row_blocks(Side(base, name), shape), row_blocks(Side(source.checkpoint, key), shape)
+    return all(torch.equal(as_float64(a), as_float64(b)) for a, b in zip(*sides, strict=True))
+
+
+def _plus_copy(source: Source, copy: NewValue) -> Callable[[Site], torch.Tensor]:
+    return partial(copy_less_base, source.checkpoint, copy.key)
+
+
+def copy_less_base(checkpoint: Checkpoint, key: str, site: Site) -> torch.Tensor:
+    """Return how far the base that the adapter was saved with is from BASE, on the rows that both have."""
+    count = math.prod(site.shape)
+    return as_float64(checkpoint.read(key, 0, count)).view(site.shape) - site.weight()
+
+
+def _new_values(source: Source, values: list[NewValue], base: Checkpoint) -> tuple[list[StoredDelta], list[Unpaired]]:
+    """Pair the weights that the adapter holds in full with BASE."""
+    wanted: dict[str, Shape] = {value.weight: source.checkpoint[value.key].shape for value in values}
+    found, missing = match_names(wanted, base)
+    deltas: list[StoredDelta] = []
+    unpaired: list[Unpaired] = []
+    for value in values:
+        shape = source.checkpoint[value.key].shape
+        if value.weight in missing:
+            unpaired.append(Unpaired(value.weight, shape, "not_in_base", missing[value.weight]))
+            continue
+        offset = 0
+        for spot in found[value.weight]:
+            before, after = Side(base, spot.name, spot.offset), Side(source.checkpoint, value.key, offset)
+            problem = {before.dtype, after.dtype} - FLOAT_DTYPES
+            if problem:
+                detail = f"stored as {', '.join(sorted(problem))}, which is not a plain floating-point weight"
+                unpaired.append(Unpaired(spot.layer, shape, "not_float", detail))
+            elif len(spot.shape) == 1:
+                deltas.append(StoredDelta(spot.layer, (1, spot.shape[0]), before, after, is_matrix=False))
+            else:
+                deltas.append(StoredDelta(spot.layer, (spot.shape[0], spot.shape[1]), before, after))
+                unpaired += _value_rows(source, value, spot, base)
+            offset += math.prod(spot.shape)
+    return deltas, unpaired
+
+
+def _value_rows(source: Source, value: NewValue, spot: Place, base: Checkpoint) -> list[Unpaired]:
+    """Return the vocabulary rows that only one side of a new value has."""
+    before, after = base[spot.name].shape, source.checkpoint[value.key].shape
+    if spot.rows is None or len(after) != 2 or before[0] == after[0]:
+        return []
+    first, last = sorted((before[0], after[0]))
+    added = after[0] > before[0]
+    detail = f"vocabulary rows {first}-{last - 1} are only in {'TUNED' if added else 'BASE'}; the others are compared"
+    rows = Side(source.checkpoint, value.key, first * after[1]) if added else Side(base, spot.name, first * after[1])
+    return [Unpaired(spot.layer, (last - first, after[1]), "added_rows" if added else "removed_rows", detail, rows)]

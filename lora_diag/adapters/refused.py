@@ -1,0 +1,76 @@
+"""Adapters that are not read, each by its name and with the way out.
+
+Either they change no weight, or what they change depends on the input, on random numbers that the file does not hold,
+or on a base that was changed when training began.
+"""
+
+from __future__ import annotations
+
+from lora_diag.adapters.source import Source
+from lora_diag.errors import InputError
+
+MERGE = "merge it with peft (merge_and_unload) and pass the merged checkpoint"
+
+CHANGES_NO_WEIGHT = {
+    "PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "CPT", "CARTRIDGE",
+}  # fmt: skip
+DEPENDS_ON_INPUT = {"ADAPTION_PROMPT", "XLORA", "POLY", "LILY", "SHADOW"}
+MERGE_FIRST = {
+    "BOFT", "HRA", "DELORA", "MISS", "BONE", "GRALORA", "C3A", "HIRA", "SHIRA", "DEFT", "PVERA", "RANDLORA", "VBLORA",
+    "TINYLORA", "FROD", "OSF", "PSOFT", "GLORA", "PEANUT", "SUPERTUNING", "UNILORA", "WAVEFT", "ROAD", "BEFT",
+    "ADAMSS",
+}  # fmt: skip
+
+# Initialisations of LoRA after which the base was no longer the one that the adapter names.
+CHANGED_BASE = {
+    "corda": "CorDA", "loftq": "LoftQ", "lora_ga": "LoRA-GA", "pissa_niter": "PiSSA with a randomised SVD",
+}  # fmt: skip
+
+
+def refuse_unread(source: Source) -> None:
+    """Refuse an adapter that no family reads.
+
+    Raises:
+        InputError: Always; it says what the adapter is and what to do.
+    """
+    name = source.peft_type
+    if name in CHANGES_NO_WEIGHT:
+        raise InputError(
+            f"{source.path}: {name} adds virtual tokens or key-value prefixes and changes no weight, so there is no ΔW "
+            "to measure"
+        )
+    if name in DEPENDS_ON_INPUT:
+        raise InputError(
+            f"{source.path}: what {name} adds to a weight depends on the input, so there is no single ΔW to measure"
+        )
+    if name in MERGE_FIRST:
+        raise InputError(f"{source.path}: the adapter type {name} is not read: {MERGE}")
+    if name:
+        raise InputError(f"{source.path}: unknown adapter type {name}; if peft knows it: {MERGE}")
+    if source.config is not None:
+        raise InputError(
+            f"{source.config.path}: does not say which type of adapter it is (no peft_type), so r and alpha are not "
+            'trusted; if it is a LoRA adapter, add "peft_type": "LORA" to it'
+        )
+    source.settings  # noqa: B018  raises: no config, so no scaling
+
+
+def refuse_lora_variants(source: Source) -> None:
+    """Refuse the variants of PEFT LoRA that have no ΔW of their own or one that the files do not tell.
+
+    Raises:
+        InputError: It is one of them.
+    """
+    config = source.settings
+    start = config.text("init_lora_weights").lower()
+    for prefix, name in CHANGED_BASE.items():
+        if start.startswith(prefix):
+            raise InputError(
+                f"{source.path}: was initialised with {name}, which changes the base weights in a way that the files "
+                "do not record, so ΔW against BASE is unknown: save it with "
+                "path_initial_model_for_weight_conversion, or pass the merged checkpoint"
+            )
+    if config.flag("use_qalora"):
+        raise InputError(f"{source.path}: QA-LoRA acts on pooled inputs; {MERGE}")
+    if config.flag("arrow_config"):
+        raise InputError(f"{source.path}: Arrow routes each token over several adapters, so there is no single ΔW")

@@ -1,0 +1,60 @@
+"""``layer_replication``: a model that uses some of its base's layers several times, each copy with its own factors.
+
+Layer j of the replicated model is layer ``concat(range(s, e) for s, e in layer_replication)[j]`` of BASE. Several
+updates then change one stored weight, and no single checkpoint can hold them all: each is measured against the weight
+it acts on, under its own name in the replicated model.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+
+from lora_diag.adapters.source import Config
+from lora_diag.adapters.updates import Update
+from lora_diag.errors import InputError
+
+# The first number between dots is the layer.
+LAYER = re.compile(r"(?<=\.)\d+(?=\.)")
+
+# A replicated model has hundreds of layers, not more; a range in a config may claim anything.
+MAX_LAYERS = 100_000
+
+
+def replicated(updates: list[Update], config: Config) -> tuple[list[Update], list[str]]:
+    """Point every update at the layer of BASE that it acts on.
+
+    Raises:
+        InputError: The ranges are not valid, or an update is of a layer beyond them.
+    """
+    if "layer_replication" not in config:
+        return updates, []
+    order = _order(config)
+    note = (
+        f"layer_replication: {len(order)} layers are made of {len(set(order))}; layers are named as in the replicated "
+        "model, and each is compared with the layer of BASE that it repeats"
+    )
+    return [replace(update, base_weight=_in_base(update.weight, order, config)) for update in updates], [note]
+
+
+def _order(config: Config) -> list[int]:
+    ranges = config.values["layer_replication"]
+    try:
+        pairs = [(int(first), int(last)) for first, last in ranges]
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{config.path}: layer_replication must be a list of [first, last) pairs") from error
+    if not all(0 <= first < last <= MAX_LAYERS for first, last in pairs) or len(pairs) > MAX_LAYERS:
+        raise InputError(f"{config.path}: layer_replication has an impossible range: {ranges!r:.100}")
+    order = [layer for first, last in pairs for layer in range(first, last)]
+    if not order:
+        raise InputError(f"{config.path}: layer_replication is empty")
+    return order
+
+
+def _in_base(weight: str, order: list[int], config: Config) -> str:
+    def source(found: re.Match[str]) -> str:
+        if int(found[0]) >= len(order):
+            raise InputError(f"{config.path}: {weight} is beyond the {len(order)} layers of layer_replication")
+        return str(order[int(found[0])])
+
+    return LAYER.sub(source, weight, count=1)

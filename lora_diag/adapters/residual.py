@@ -1,0 +1,63 @@
+"""Initialisations that take a part out of the base weight before training: PiSSA, OLoRA, KaSA.
+
+What was trained is s·B·A on top of W − P, so against the original base ΔW = s·B·A − P, with P computed from W again:
+
+- PiSSA: P is the best rank-r approximation of W. Meng et al. 2024, https://arxiv.org/abs/2404.02948
+- OLoRA: P = s·Q_r·R_r of the QR decomposition of W. Büyükakyüz 2024, https://arxiv.org/abs/2406.01775
+- KaSA: P is the part of W in its r smallest singular values. Wang et al. 2024, https://arxiv.org/abs/2412.06071
+
+P has rank r, so ΔW stays in factored form, with rank at most 2r.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING, cast
+
+from lora_diag.adapters.source import Config
+from lora_diag.adapters.updates import Site, Update
+
+if TYPE_CHECKING:
+    import torch
+
+    from lora_diag.adapters.updates import Factors
+
+NAMES = {"pissa": "PiSSA", "olora": "OLoRA"}
+
+
+def name_of(config: Config) -> str:
+    """Return what the initialisation is called if it took a part out of W, else nothing."""
+    if config.values.get("kasa_config") is not None:
+        return "KaSA"
+    return NAMES.get(config.text("init_lora_weights").lower(), "")
+
+
+def from_base(update: Update, config: Config, scale: float, rank: int) -> Update:
+    """Return the update against the original base."""
+    name = name_of(config)
+    if not name:
+        return update
+    factors = cast("Callable[[Site], Factors]", update.load)
+    return replace(update, load=partial(less_part, factors, name, scale, rank), needs_weight=name)
+
+
+def less_part(factors: Callable[[Site], Factors], name: str, scale: float, rank: int, site: Site) -> Factors:
+    """Return factors of s·B·A − P: ``[sB, −P_left]`` and ``[A; P_right]``."""
+    import torch
+
+    b, a = factors(site)
+    left, right = _part(site.weight(), name, scale, rank)
+    return torch.cat([b, -left], dim=1), torch.cat([a, right])
+
+
+def _part(w: torch.Tensor, name: str, scale: float, rank: int) -> Factors:
+    import torch
+
+    if name == "OLoRA":
+        q, r = torch.linalg.qr(w)
+        return q[:, :rank] * scale, r[:rank]
+    u, s, vh = torch.linalg.svd(w, full_matrices=False)
+    kept = slice(0, rank) if name == "PiSSA" else slice(max(0, len(s) - rank), None)
+    return u[:, kept] * s[kept], vh[kept]

@@ -1,0 +1,195 @@
+"""What lies at an adapter's path: its weights file, its config if there is one, and the file's own metadata.
+
+Knows where PEFT, diffusers, MLX and kohya put their files; knows nothing about what the tensors mean.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lora_diag.checkpoints import Checkpoint, open_checkpoint
+from lora_diag.checkpoints.documents import MAX_CONFIG_BYTES, read_object
+from lora_diag.checkpoints.folder import WEIGHTS
+from lora_diag.errors import InputError
+
+CONFIG = "adapter_config.json"
+
+# Weights of an adapter folder, in PEFT's own order, then those of diffusers and MLX.
+ADAPTER_WEIGHTS = (
+    "adapter_model.safetensors",
+    "adapter_model.bin",
+    "pytorch_lora_weights.safetensors",
+    "pytorch_lora_weights.bin",
+    "adapters.safetensors",
+)
+
+# What is in a tensor's name only if it belongs to an adapter.
+MARKS = re.compile(
+    r"(^|\.|_)(lora_(A|B|a|b|E|up|down|mid|embedding_A|embedding_B|magnitude_vector)|lora\.(up|down)|hada_(w1|w2|t1|t2)"
+    r"|lokr_(w1|w2|t2)|vera_lambda_[bd]|ia3_l|oft_(R|blocks|diag)|fourierft_spectrum|ln_tuning_layers"
+    r"|trainable_tokens_delta|prompt_embeddings|w_norm|b_norm)(\.|_|$)|^lora_(unet|te\d?|transformer)_"
+)
+
+
+@dataclass(frozen=True)
+class Config:
+    """The settings of an adapter, with the file they came from.
+
+    Args:
+        path: The file.
+        values: Its content.
+    """
+
+    path: Path
+    values: Mapping[str, Any]
+
+    def __contains__(self, key: str) -> bool:
+        return self.values.get(key) is not None
+
+    def integer(self, key: str, default: int | None = None) -> int:
+        """Return a positive whole number.
+
+        Raises:
+            InputError: It is missing, not whole, or below 1.
+        """
+        value = self.values.get(key, default)
+        if type(value) is float and value.is_integer():
+            value = int(value)
+        if type(value) is not int or value < 1:
+            raise InputError(f"{self.path}: {key} must be a whole number from 1 up, not {value!r}")
+        return value
+
+    def number(self, key: str, default: float | None = None) -> float:
+        """Return a finite number.
+
+        Raises:
+            InputError: It is missing or none.
+        """
+        value = self.values.get(key, default)
+        if type(value) not in {int, float} or not math.isfinite(value):
+            raise InputError(f"{self.path}: {key} must be a finite number, not {value!r}")
+        return float(value)
+
+    def flag(self, key: str) -> bool:
+        """Return whether a setting is switched on; one that is absent is off."""
+        return bool(self.values.get(key))
+
+    def text(self, key: str) -> str:
+        """Return a setting as text; empty if it is absent or no text."""
+        value = self.values.get(key)
+        return value if isinstance(value, str) else ""
+
+    def table(self, key: str) -> dict[str, Any]:
+        """Return a mapping; empty if it is absent.
+
+        Raises:
+            InputError: It is something else.
+        """
+        value = self.values.get(key)
+        if value is None:
+            return {}
+        if not isinstance(value, dict):
+            raise InputError(f"{self.path}: {key} must map names to values, not be a {type(value).__name__}")
+        return value
+
+    def names(self, key: str) -> list[str]:
+        """Return a list of names; empty if it is absent or not a list."""
+        value = self.values.get(key)
+        return [item for item in value if isinstance(item, str)] if isinstance(value, list) else []
+
+
+@dataclass(frozen=True)
+class Source:
+    """An adapter, opened by its headers.
+
+    Args:
+        path: What the user named.
+        checkpoint: Its tensors.
+        config: Its settings; None where there is no config file.
+        metadata: What the weights file says about itself.
+    """
+
+    path: Path
+    checkpoint: Checkpoint
+    config: Config | None
+    metadata: Mapping[str, str]
+
+    @property
+    def peft_type(self) -> str:
+        """PEFT's word for the kind of adapter, in capitals; empty if the config does not say."""
+        return self.config.text("peft_type").upper() if self.config is not None else ""
+
+    @property
+    def settings(self) -> Config:
+        """The config.
+
+        Raises:
+            InputError: There is none, so the scaling is unknown.
+        """
+        if self.config is None:
+            raise InputError(
+                f"{self.path}: the scaling of this adapter is unknown: there is no {CONFIG} beside its weights, and r "
+                f"and lora_alpha are not guessed; put the {CONFIG} it was trained with beside it"
+            )
+        return self.config
+
+
+def is_adapter(path: Path | str) -> bool:
+    """Say whether a path holds an adapter and not a full checkpoint, by file names and tensor names alone."""
+    path = Path(path)
+    if path.is_dir():
+        if (path / CONFIG).is_file() or any((path / name).is_file() for name in ADAPTER_WEIGHTS):
+            return True
+        single = _single_file(path)
+        return single is not None and is_adapter(single)
+    if not path.is_file() or path.suffix not in {".safetensors", ".bin", ".pt"} or path.name.endswith(".index.json"):
+        return False
+    if path.name in ADAPTER_WEIGHTS:
+        return True
+    try:
+        return any(MARKS.search(name) for name in open_checkpoint(path))
+    except InputError:
+        return False  # what is wrong with it is said by the one who opens it
+
+
+def open_source(path: Path | str) -> Source:
+    """Open an adapter folder or file by its headers.
+
+    Raises:
+        InputError: Nothing readable is there.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise InputError(f"{path}: no such file or folder")
+    file = _weights_in(path) if path.is_dir() else path
+    config_path = file.parent / CONFIG
+    config = (
+        Config(config_path, read_object(config_path, "adapter config", MAX_CONFIG_BYTES))
+        if config_path.is_file()
+        else None
+    )
+    checkpoint = open_checkpoint(file)
+    return Source(path, checkpoint, config, checkpoint.files[0].metadata)
+
+
+def _single_file(folder: Path) -> Path | None:
+    """Return the only safetensors file of a folder that holds no full checkpoint."""
+    if any((folder / name).is_file() for name in WEIGHTS):
+        return None
+    found = sorted(folder.glob("*.safetensors"))
+    return found[0] if len(found) == 1 else None
+
+
+def _weights_in(folder: Path) -> Path:
+    for name in ADAPTER_WEIGHTS:
+        if (folder / name).is_file():
+            return folder / name
+    single = _single_file(folder)
+    if single is None:
+        raise InputError(f"{folder}: no adapter weights found; looked for {', '.join(ADAPTER_WEIGHTS)}")
+    return single

@@ -1,0 +1,152 @@
+"""What an adapter says about one weight, before it meets a BASE.
+
+An ``Update`` is stated in the adapter's own terms: its name for the weight and the orientation ``(out, in)`` of a
+linear layer. Where the weight lies in BASE, and whether it is stored ``(in, out)`` there, is decided in ``placing``,
+which then hands a ``Site`` to the loader.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from lora_diag.checkpoints import Checkpoint
+from lora_diag.deltas import Side
+
+if TYPE_CHECKING:
+    import torch
+
+    # B (out, r) with the scaling in it, and A (r, in).
+    Factors = tuple[torch.Tensor, torch.Tensor]
+
+# A dimension is None where only BASE can tell it.
+Shape = tuple[int | None, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """The weight that an update acts on.
+
+    Args:
+        shape: ``(out, in)`` in the adapter's orientation; of a convolution ``(out, in·kh·kw)``, of a vector ``(n,)``.
+        kernel: The weight's own shape where it has more than two dimensions, else empty.
+        base: Where W lies, if there is a BASE.
+        transposed: Whether W is stored ``(in, out)``.
+    """
+
+    shape: tuple[int, ...]
+    kernel: tuple[int, ...] = ()
+    base: Side | None = None
+    transposed: bool = False
+
+    def weight(self) -> torch.Tensor:
+        """Return W in the adapter's orientation, float64."""
+        assert self.base is not None, "an update that needs W was not given a BASE"
+        flat = as_float64(self.base.read(0, math.prod(self.shape)))
+        return flat.view(self.shape[::-1]).T if self.transposed else flat.view(self.shape)
+
+    def rows(self, indices: list[int]) -> torch.Tensor:
+        """Return the rows ``indices`` of W, ``(len(indices), in)``, float64; the rest of W is not read."""
+        import torch
+
+        assert self.base is not None, "an update that needs W was not given a BASE"
+        assert not self.transposed, "a table is stored row by row"
+        width = self.shape[1]
+        return as_float64(torch.stack([self.base.read(row * width, (row + 1) * width) for row in indices]))
+
+
+@dataclass(frozen=True, slots=True)
+class Update:
+    """The change of one weight.
+
+    Args:
+        weight: The adapter's name for the weight, such as ``model.layers.0.self_attn.q_proj.weight``.
+        shape: ``(out, in)``, or ``(n,)``; of stacked experts, that of one of them.
+        load: Takes a ``Site``; returns ``(B, A)`` if ``factored``, else ΔW, in the site's shape and float64. A
+            ``functools.partial`` of a module's function, so that it can be sent to another process.
+        factored: Whether ``load`` gives factors.
+        dtype: Stored dtype of what the update is made of.
+        needs_weight: What the update is called if it can only be computed from W, such as ``DoRA``; else empty.
+        expert: Index and number of experts if the weight is a stack of them, else None.
+        in_out: Says by BASE's model type whether square experts are stored ``(in, out)``; None if not asked.
+        base_weight: The name to look for in BASE where it is not ``weight`` (replicated layers).
+        optional: Whether it is no fault if BASE has no such weight (a bias that need not exist).
+    """
+
+    weight: str
+    shape: Shape
+    load: Callable[[Site], Factors | torch.Tensor]
+    factored: bool
+    dtype: str
+    needs_weight: str = ""
+    expert: tuple[int, int] | None = None
+    in_out: Callable[[str], bool] | None = None
+    base_weight: str = ""
+    optional: bool = False
+
+    @property
+    def wanted(self) -> tuple[str, Shape]:
+        """Name and shape of the tensor to look for in BASE."""
+        shape = self.shape if self.expert is None else (self.expert[1], *self.shape)
+        return self.base_weight or self.weight, shape
+
+
+@dataclass(frozen=True, slots=True)
+class NewValue:
+    """A weight that the adapter file holds in full: its new value, not a change.
+
+    Args:
+        weight: The adapter's name for the weight.
+        key: The tensor in the adapter file.
+        is_copy: Whether it may be a mere copy of BASE's weight, saved because an adapter sits on it.
+    """
+
+    weight: str
+    key: str
+    is_copy: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """Everything that a family found in an adapter.
+
+    Args:
+        kind: What it is, in words, such as ``PEFT LoRA, r=8, alpha=16``.
+        updates: The changes.
+        values: The weights that are there in full.
+        notes: What a careful reader should know.
+        ignored: Tensors that change no weight.
+    """
+
+    kind: str
+    updates: tuple[Update, ...]
+    values: tuple[NewValue, ...] = ()
+    notes: tuple[str, ...] = ()
+    ignored: tuple[str, ...] = ()
+
+    def with_notes(self, notes: Iterator[str] | list[str]) -> Reading:
+        """Return the same with more notes."""
+        return replace(self, notes=(*self.notes, *notes))
+
+
+def as_float64(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the numbers in float64, in which everything in this room is computed."""
+    import torch
+
+    return tensor.to(torch.float64)
+
+
+def read(checkpoint: Checkpoint, key: str) -> torch.Tensor:
+    """Return a whole tensor of the adapter in its stored shape, float64."""
+    return as_float64(checkpoint.read(key)).view(checkpoint[key].shape)
+
+
+def flat(shape: tuple[int, ...]) -> tuple[int, int]:
+    """Return the shape of a weight as the matrix it acts as, ``(out, in·kh·kw)``.
+
+    >>> flat((64, 3, 7, 7))
+    (64, 147)
+    """
+    return shape[0], math.prod(shape[1:])

@@ -1,0 +1,71 @@
+"""VeRA: ΔW = diag(b)·B·diag(d)·A with random B and A shared by all layers, cut to each layer's size.
+
+Reference: Kopiczko et al. 2023, https://arxiv.org/abs/2310.11454; ``peft.tuners.vera``.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING
+
+from lora_diag.adapters.keys import by_module
+from lora_diag.adapters.refused import MERGE
+from lora_diag.adapters.source import Source
+from lora_diag.adapters.updates import Reading, Site, Update, read
+from lora_diag.adapters.values import stored_values
+from lora_diag.checkpoints import Checkpoint
+from lora_diag.errors import InputError
+
+if TYPE_CHECKING:
+    from lora_diag.adapters.updates import Factors
+
+PARTS = ("vera_lambda_b", "vera_lambda_d")
+SHARED = ("base_model.vera_A", "base_model.vera_B")
+
+
+def is_vera(source: Source) -> bool:
+    """Say whether this family reads the adapter."""
+    return source.peft_type == "VERA"
+
+
+def read_vera(source: Source) -> Reading:
+    """Read a PEFT VeRA adapter.
+
+    Raises:
+        InputError: The shared matrices were not saved, or the parts do not fit together.
+    """
+    a_key, b_key = SHARED
+    if a_key not in source.checkpoint or b_key not in source.checkpoint:
+        raise InputError(
+            f"{source.path}: VeRA without its shared matrices (save_projection=false), which only the random numbers "
+            f"of the machine that trained it give again: {MERGE}"
+        )
+    names = [name for name in source.checkpoint if name not in SHARED]
+    modules, rest = by_module(names, PARTS, source.path)
+    updates = [_update(source, module, parts) for module, parts in modules.items()]
+    values, extra, ignored = stored_values(source, rest)
+    kind = f"PEFT VeRA, r={source.checkpoint[a_key].shape[0]}, {len(modules)} modules"
+    return Reading(kind, (*updates, *extra), values, (), ignored)
+
+
+def _update(source: Source, module: str, parts: dict[str, str]) -> Update:
+    if set(parts) != set(PARTS):
+        raise InputError(f"{source.checkpoint.path}: {module} has only {', '.join(sorted(parts))}; save it again")
+    (out,), (rank,) = (source.checkpoint[parts[part]].shape for part in PARTS)
+    a, b = (source.checkpoint[key].shape for key in SHARED)
+    if rank != a[0] or rank != b[1] or out > b[0]:
+        raise InputError(
+            f"{source.checkpoint.path}: {module}: lambdas of {out} and {rank} do not fit the shared A {list(a)} and B "
+            f"{list(b)}"
+        )
+    load = partial(factors, source.checkpoint, parts)
+    return Update(f"{module}.weight", (out, None), load, True, source.checkpoint[parts[PARTS[0]]].dtype)
+
+
+def factors(checkpoint: Checkpoint, parts: dict[str, str], site: Site) -> Factors:
+    """Return diag(b)·B[:out] and diag(d)·A[:, :in]."""
+    a, b = (read(checkpoint, key) for key in SHARED)
+    if site.shape[1] > a.shape[1]:
+        raise InputError(f"{checkpoint.path}: the shared A has {a.shape[1]} columns, the weight {site.shape[1]}")
+    by_row, by_rank = (read(checkpoint, parts[part]).reshape(-1, 1) for part in PARTS)
+    return by_row * b[: site.shape[0]], by_rank * a[:, : site.shape[1]]

@@ -26,7 +26,7 @@ PACKED = (
 AMBIGUOUS = frozenset({"_blocks", "._data", ".bitmask"})
 
 # Methods of ``quantization_config`` whose weights are dequantized here, as far as the tensors say that they can be.
-READ = frozenset({"bitsandbytes", "fp8", "fbgemm_fp8", "compressed-tensors", "modelopt"})
+READ = ("bitsandbytes", "fp8", "fbgemm_fp8", "compressed-tensors", "modelopt")
 
 WAY_OUT = "W is not stored as a float. Give the unquantized checkpoint, or analyse the adapter alone"
 

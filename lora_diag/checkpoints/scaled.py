@@ -32,7 +32,7 @@ SCALES = ("_scale_inv", "_scale")
 # Scales of activations, which say nothing about the weight; named after the weight's module.
 ACTIVATIONS = ("input_scale", "output_scale", "activation_scale", "activation_scale_inv")
 # Quantization methods whose every 8-bit float has a scale.
-METHODS = frozenset({"fp8", "fbgemm_fp8", "compressed-tensors", "modelopt"})
+METHODS = ("fp8", "fbgemm_fp8", "compressed-tensors", "modelopt")
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,152 @@
+"""Damaged quantized checkpoints: every input ends in tensors of their shape, or in one InputError."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lora_diag.checkpoints import open_checkpoint
+from lora_diag.checkpoints.hub import parse
+from lora_diag.checkpoints.names import plain_names
+from lora_diag.errors import InputError
+from tests.checkpoints.quantizing import as_bytes, eight_bit, four_bit, scaled
+from tests.conftest import save_model
+
+W = "a.weight"
+STATE = f"{W}.quant_state.bitsandbytes__nf4"
+CONFIG = {"quantization_config": {"quant_method": "fp8", "weight_block_size": [4, 4]}, "tie_word_embeddings": True}
+MODELS = {
+    "nf4": four_bit(W, (5, 13))[0],
+    "nf4 double": four_bit(W, (5, 13), block=8, nested=4)[0],
+    "int8": eight_bit("a", (4, 6))[0],
+    "fp8": scaled(W, (9, 7), (3, 2), (4, 4))[0],
+    "fp8 rows": scaled(W, (5, 6), (5,), (1, 6), suffix="_scale")[0],
+}
+
+
+def tensors_or_one_error(path) -> bool:
+    """Open and read everything, whole and in a piece from the middle."""
+    try:
+        checkpoint = open_checkpoint(path)
+        for name in checkpoint:
+            info = checkpoint[name]
+            middle = info.numel // 2
+            assert checkpoint.read(name).shape == (info.numel,)
+            assert checkpoint.read(name, middle, info.numel).shape == (info.numel - middle,)
+            steps = checkpoint.read_steps(name)
+            assert steps is None if info.stored is None else steps.shape == (info.numel,)
+    except InputError as error:
+        problem = str(error)
+    else:
+        return True
+    assert str(path.parent) in problem
+    assert "\n" not in problem
+    return False
+
+
+def mutated(content: bytes, rng: np.random.Generator) -> bytes:
+    """Flip a bit, set a digit, or remove or repeat some bytes, up to three times."""
+    damaged = bytearray(content)
+    for _ in range(rng.integers(1, 4)):
+        at = int(rng.integers(0, len(damaged)))
+        match rng.integers(0, 4):
+            case 0:
+                damaged[at] ^= 1 << int(rng.integers(0, 8))
+            case 1:
+                damaged[at] = int(rng.choice(list(b'0123456789-.e"[]{},:')))
+            case 2:
+                del damaged[at : at + int(rng.integers(1, 9))]
+            case 3:
+                damaged[at:at] = damaged[at : at + int(rng.integers(1, 9))]
+    return bytes(damaged)
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_mutated_files(tmp_path, kind):
+    path = save_model(tmp_path, MODELS[kind]) / "model.safetensors"
+    good = path.read_bytes()
+    rng = np.random.default_rng(0)
+    opened = 0
+    for _ in range(200):
+        path.write_bytes(mutated(good, rng))
+        opened += tensors_or_one_error(path)
+    assert 0 < opened < 200
+
+
+def test_mutated_settings_of_a_four_bit_weight(tmp_path):
+    """The header is right, the JSON in the tensor is not."""
+    tensors = dict(MODELS["nf4 double"])
+    good = bytes(tensors[STATE].tolist())
+    rng = np.random.default_rng(0)
+    opened = 0
+    for _ in range(200):
+        tensors[STATE] = torch.tensor(list(mutated(good, rng)) or [0], dtype=torch.uint8)
+        opened += tensors_or_one_error(save_model(tmp_path, tensors) / "model.safetensors")
+    assert 0 < opened < 200
+
+
+def test_mutated_configurations(tmp_path):
+    folder = save_model(tmp_path, MODELS["fp8"])
+    good = json.dumps(CONFIG).encode()
+    rng = np.random.default_rng(0)
+    opened = 0
+    for _ in range(200):
+        (folder / "config.json").write_bytes(mutated(good, rng))
+        opened += tensors_or_one_error(folder / "model.safetensors")
+    assert 0 < opened < 200
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    key=st.sampled_from(["quant_type", "blocksize", "shape", "nested_blocksize", "nested_offset"]), value=json_values
+)
+def test_any_value_among_the_settings(tmp_path_factory, key, value):
+    tensors = dict(MODELS["nf4 double"])
+    tensors[STATE] = as_bytes(json.loads(bytes(tensors[STATE].tolist())) | {key: value})
+    tensors_or_one_error(save_model(tmp_path_factory.mktemp("any"), tensors) / "model.safetensors")
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    key=st.sampled_from(["quantization_config", "compression_config", "tie_word_embeddings", "text_config"]),
+    inner=st.sampled_from([None, "quant_method", "weight_block_size"]),
+    value=json_values,
+)
+def test_any_value_in_the_configuration(tmp_path_factory, key, inner, value):
+    folder = save_model(tmp_path_factory.mktemp("any"), MODELS["fp8"])
+    (folder / "config.json").write_text(json.dumps({key: {inner: value} if inner else value}))
+    tensors_or_one_error(folder / "model.safetensors")
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    shape=st.lists(st.integers(0, 9), max_size=4),
+    grid=st.lists(st.integers(0, 5), max_size=4),
+    suffix=st.sampled_from(["_scale", "_scale_inv"]),
+)
+def test_any_shape_of_scales(tmp_path_factory, shape, grid, suffix):
+    tensors = {W: torch.zeros(shape).to(torch.float8_e4m3fn), W + suffix: torch.ones(grid)}
+    tensors_or_one_error(save_model(tmp_path_factory.mktemp("any"), tensors) / "model.safetensors")
+
+
+@given(st.text(alphabet="ab/@.-_ :\\", max_size=20))
+def test_any_words_as_an_id(words):
+    found = parse(words)
+    assert found is None or str(found) == words
+
+
+@given(st.lists(st.text(alphabet="._abmodule", max_size=20) | st.just("module._orig_mod.a"), max_size=4))
+def test_plain_names_are_as_many_and_stay_plain(names):
+    plain = plain_names(names)
+    assert len(plain) == len(names)
+    assert plain_names(plain) == plain

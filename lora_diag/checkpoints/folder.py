@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_diag.checkpoints.documents import MAX_INDEX_BYTES, read_config, read_object
+from lora_diag.checkpoints.foreign import refuse_foreign
 from lora_diag.checkpoints.names import without_wrappers
 from lora_diag.checkpoints.pickled import TorchFile
 from lora_diag.checkpoints.quantized import dequantized
@@ -27,18 +28,6 @@ WEIGHTS = (
     "diffusion_pytorch_model.safetensors",
     "diffusion_pytorch_model.safetensors.index.json",
 )
-
-# Folders that hold weights in a form that is not read, with the way out. The first pattern that matches speaks.
-FOREIGN = (
-    ("adapter_config.json", "is an adapter, not a checkpoint; a full model is wanted here"),
-    ("*.distcp", "is a torch.distributed checkpoint; convert it first: "
-                 "python -m torch.distributed.checkpoint.format_utils dcp_to_torch {path} out.pt"),
-    ("pytorch_model_fsdp_0", "holds FSDP shards; convert them first: "
-                             "accelerate merge-weights {path}/pytorch_model_fsdp_0 out"),
-    ("global_step*", "is a DeepSpeed checkpoint; convert it first: "
-                     "python {path}/zero_to_fp32.py {path} out --safe_serialization"),
-    ("*.gguf", "holds GGUF files, which are quantized for inference; pass the checkpoint they were made from"),
-)  # fmt: skip
 
 
 def open_checkpoint(path: Path | str) -> Checkpoint:
@@ -108,9 +97,7 @@ def _weights_in(folder: Path) -> Path:
     for name in WEIGHTS:
         if (folder / name).is_file():
             return folder / name
-    for pattern, message in FOREIGN:
-        if any(folder.glob(pattern)):
-            raise InputError(f"{folder}: {message.format(path=folder)}")
+    refuse_foreign(folder, sorted(path.name for path in folder.iterdir()))
     single = sorted(folder.glob("*.safetensors"))
     if len(single) == 1:
         return single[0]
@@ -121,6 +108,7 @@ def _weights_in(folder: Path) -> Path:
 
 
 def _open_file(path: Path) -> SafetensorsFile | TorchFile:
+    refuse_foreign(path.parent, [path.name])
     for file_format in FORMATS:
         try:
             if file_format.matches(path):

@@ -275,15 +275,23 @@ def test_what_is_not_there_or_not_readable(tmp_path):
     [
         (["adapter_config.json"], "adapter"),
         ([".metadata", "__0_0.distcp"], "dcp_to_torch"),
-        (["global_step100"], "zero_to_fp32"),
+        (["__0_0.distcp"], r"dcp_to_torch '.*/a folder' out\.pt"),
+        (["pytorch_model_fsdp_0"], "accelerate merge-weights '.*/a folder/pytorch_model_fsdp_0' out"),
+        (["global_step100", "latest"], "python '.*/a folder/zero_to_fp32.py' '.*/a folder' out --safe_serialization"),
+        (["bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt"], r"zero_to_fp32\.py '?/[^']*[^r]'? out"),
+        (["mp_rank_00_model_states.pt"], "DeepSpeed"),
         (["model.Q4_K_M.gguf"], "GGUF"),
     ],
 )
 def test_foreign_folders_are_refused_with_the_way_out(tmp_path, files, words):
+    folder = tmp_path / "a folder"
+    folder.mkdir()
     for name in files:
-        (tmp_path / name).write_text("{}")
-    with pytest.raises(InputError, match=words):
-        open_checkpoint(tmp_path)
+        (folder / name).write_text("{}")
+    for path in (folder, folder / files[0]):
+        if path.suffix != ".json":
+            with pytest.raises(InputError, match=words):
+                open_checkpoint(path)
 
 
 def test_packed_weights_are_refused_by_name(tmp_path):

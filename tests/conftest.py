@@ -1,6 +1,7 @@
 """Checkpoints made on the spot, and the command run as a user runs it."""
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -10,6 +11,9 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
+
+# Matrices here are small, and several threads on a busy machine spin for each other: one is fastest.
+torch.set_num_threads(1)
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared"
@@ -31,13 +35,11 @@ def loradiag(tmp_path):
     """Run the command in a process of its own; a traceback is always a failure."""
 
     def run(*words, cwd=tmp_path, env=None) -> Ran:
-        import os
-
         done = subprocess.run(
             [sys.executable, "-m", "lora_diag", *map(str, words)],
             capture_output=True,
             cwd=cwd,
-            env={**os.environ, "NO_COLOR": "1", **(env or {})},
+            env={**os.environ, "NO_COLOR": "1", "OMP_NUM_THREADS": "1", **(env or {})},
             check=False,
             timeout=300,
         )

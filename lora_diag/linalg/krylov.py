@@ -20,8 +20,9 @@ largest Ritz value of the Krylov space of degree q from a Gaussian x is below (1
 Woźniakowski 1992, theorem 4.1). With the constants below that happens for all b vectors together with probability
 less than 1e-10 up to n = 65536. So (2) holds unless a draw of less than that probability went wrong; (1) always holds.
 
-Products run in the matrix's own precision; the values returned are recomputed in float64 from their subspace, and (2)
-carries an allowance of 4√n units of roundoff, where independent rounding errors add up to √n.
+Products run in the matrix's own precision; the values returned are recomputed in float64 from their subspace, and
+their backward error, (m + n)ε in the energy, is part of (1). (2) carries an allowance of 4√n units of roundoff of the
+matrix's precision, where independent rounding errors add up to √n (Higham and Mary 2019).
 """
 
 from __future__ import annotations
@@ -92,7 +93,7 @@ def decompose_krylov(
         ritz = _rayleigh_ritz(q, y, z)
         v = q.to(torch.float64) @ ritz.vectors[:, :top]
         u, s, vh = _values(tall, v)
-        missing = max(0.0, fro**2 - float((s**2).sum())) / fro**2
+        missing = max(0.0, 1 - float((s**2).sum()) / fro**2) + sum(tall.shape) * torch.finfo(torch.float64).eps
         error = missing if missing <= tol else min(missing, _bound(tall, q, ritz, top, fro, generator))
         if error <= tol:
             u, vh = fix_signs(vh.T, u.T) if wide else fix_signs(u, vh)

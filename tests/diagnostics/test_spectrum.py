@@ -137,6 +137,32 @@ def test_a_layer_that_is_not_finite_is_named_and_the_rest_measured(tmp_path, pai
     assert "nan" not in json.dumps([record.model_dump() for record in results]).lower()
 
 
+def test_top_values_of_a_large_layer_are_certified(tmp_path):
+    base = np.random.default_rng(0).standard_normal((600, 640)).astype(np.float32)
+    tuned = (base + oracles.with_spectrum(1 / np.arange(1, 601), 600, 640, seed=1)).astype(np.float32)
+    one, two = {"w": torch.from_numpy(base)}, {"w": torch.from_numpy(tuned)}
+    (record,) = lora_diag.spectrum(save_model(tmp_path / "a", one), save_model(tmp_path / "b", two), top=32)
+    s = oracles.spectrum(base, tuned)["s"]
+    assert record.method.startswith("krylov")
+    assert not record.complete
+    for rank in (4, 8, 16, 32):
+        assert -1e-7 <= oracles.energy_at(s, rank) - record.energy[str(rank)] <= record.energy_error <= 1e-4
+    assert record.energy["64"] is None
+    assert record.rank_at["0.9"] == oracles.rank_at(s, 0.9)
+
+
+def test_the_resolution_of_a_bf16_pair(tmp_path):
+    rng = np.random.default_rng(0)
+    base = torch.from_numpy(rng.standard_normal((96, 80)) * 0.02).bfloat16()
+    small = rng.standard_normal((96, 2)) @ rng.standard_normal((2, 80)) * 2e-4
+    tuned = (base.double() + torch.from_numpy(small)).bfloat16()
+    (record,) = lora_diag.spectrum(save_model(tmp_path / "a", {"w": base}), save_model(tmp_path / "b", {"w": tuned}))
+    found = record.resolution
+    assert (found.verdict, found.mantissa, found.signal_rank) == ("floor-limited", (7, 7), 2)
+    assert np.linalg.norm(as_numpy(tuned) - as_numpy(base) - small) <= found.rounding_fro
+    assert found.edge == pytest.approx(found.noise_fro / np.sqrt(96 * 80) * (np.sqrt(96) + np.sqrt(80)))
+
+
 def test_same_input_same_bytes(tmp_path, pair_of_models):
     base, tuned, *_ = pair_of_models
     for name in ("one.jsonl", "two.jsonl"):

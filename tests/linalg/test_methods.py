@@ -6,11 +6,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lora_diag.errors import UsageError
-from lora_diag.linalg import METHODS, decompose
+from lora_diag.errors import InputError, UsageError
+from lora_diag.linalg import METHODS, Factors, decompose, decompose_factored, exact, krylov
 from tests import oracles
 
-NAMES = [name for name, _ in METHODS]
+FULL = [method for method in METHODS if method != "krylov"]
 
 SPECTRA = {
     "flat": np.ones(40),
@@ -27,43 +27,80 @@ SPECTRA = {
 SHAPES = [(40, 40), (40, 300), (300, 40)]
 
 
-def check(matrix: np.ndarray, method: str, top: int | None = None) -> None:
-    """Hold a method's answer for the stored matrix against LAPACK's in float64, and its bound against the truth."""
-    factors = decompose(torch.from_numpy(matrix), method, top)
-    s = np.linalg.svd(matrix.astype(np.float64), compute_uv=False)
+def true_values(matrix: np.ndarray) -> np.ndarray:
+    return np.linalg.svd(matrix.astype(np.float64), compute_uv=False)
+
+
+def check(factors: Factors, matrix: np.ndarray, tolerance: float = 1e-6) -> None:
+    """Hold an answer for the stored matrix against LAPACK's in float64, and its bound against the truth."""
+    s = true_values(matrix)
     kept = s[: len(factors.s)]
-    assert factors.complete == (len(factors.s) == min(matrix.shape))
+    assert factors.s.dtype == torch.float64
     assert np.all(np.diff(factors.s.numpy()) <= 0)
+    assert factors.fro == pytest.approx(np.sqrt((s**2).sum()), rel=1e-9)
     if s[0] == 0:
         assert not factors.s.any()
         assert factors.energy_error == 0
         return
-    assert np.abs(factors.s.numpy() - kept).max() <= 1e-6 * s[0]
-    total = (s**2).sum()
-    error = np.abs(np.cumsum(factors.s.numpy() ** 2) - np.cumsum(kept**2)).max() / total
+    assert np.abs(factors.s.numpy() - kept).max() <= tolerance * s[0]
+    error = np.abs(np.cumsum(factors.s.numpy() ** 2) - np.cumsum(kept**2)).max() / (s**2).sum()
     assert error <= max(factors.energy_error, 1e-15)
-    assert factors.energy_error <= 1e-8
+
+
+def check_vectors(factors: Factors, matrix: np.ndarray) -> None:
+    """Orthonormal, of fixed sign, and giving the best approximation of their rank."""
+    u, s, vh = factors.u.numpy(), factors.s.numpy(), factors.vh.numpy()
+    k = len(s)
+    assert (u.shape, vh.shape) == ((matrix.shape[0], k), (k, matrix.shape[1]))
+    assert np.abs(u.T @ u - np.eye(k)).max() < 1e-9
+    assert np.abs(vh @ vh.T - np.eye(k)).max() < 1e-9
+    assert np.all(u[np.abs(u).argmax(0), np.arange(k)] > 0)
+    best = np.linalg.norm(matrix - oracles.best_approximation(matrix, k))
+    assert np.linalg.norm(matrix - (u * s) @ vh) <= best + 1e-6 * np.linalg.norm(matrix)
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("spectrum", SPECTRA)
-@pytest.mark.parametrize("method", [*NAMES, "auto"])
-def test_methods_on_hard_spectra(method, spectrum, shape, dtype):
-    check(oracles.with_spectrum(SPECTRA[spectrum], *shape, seed=5).astype(dtype), method)
+@pytest.mark.parametrize("method", [*FULL, "auto"])
+def test_full_methods_on_hard_spectra(method, spectrum, shape, dtype):
+    matrix = oracles.with_spectrum(SPECTRA[spectrum], *shape, seed=5).astype(dtype)
+    factors = decompose(torch.from_numpy(matrix), method)
+    check(factors, matrix)
+    assert factors.complete
+    assert factors.energy_error < 1e-9
 
 
-@pytest.mark.parametrize("method", NAMES)
+@pytest.mark.parametrize("method", FULL)
 @pytest.mark.parametrize("shape", [(1, 1), (1, 7), (7, 1), (3, 2), (1025, 3), (2, 1100)], ids=str)
 def test_small_and_thin_matrices(method, shape):
-    check(np.random.default_rng(1).standard_normal(shape).astype(np.float32), method)
+    matrix = np.random.default_rng(1).standard_normal(shape).astype(np.float32)
+    factors = decompose(torch.from_numpy(matrix), method, vectors=True)
+    check(factors, matrix)
+    check_vectors(factors, matrix)
 
 
-@pytest.mark.parametrize("method", NAMES)
-def test_top_keeps_the_largest(method):
+@pytest.mark.parametrize("spectrum", SPECTRA)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("method", FULL)
+def test_vectors_of_full_methods(method, shape, spectrum):
+    matrix = oracles.with_spectrum(SPECTRA[spectrum], *shape, seed=7)
+    check_vectors_if_any(decompose(torch.from_numpy(matrix), method, vectors=True), matrix)
+    check_vectors_if_any(decompose(torch.from_numpy(matrix), method, top=5, vectors=True), matrix)
+
+
+def check_vectors_if_any(factors, matrix):
+    scale = np.abs(matrix).max() or 1.0
+    check_vectors(Factors(factors.s / scale, True, "", 0, 0, factors.u, factors.vh), matrix / scale)
+
+
+@pytest.mark.parametrize("method", FULL)
+@pytest.mark.parametrize("top", [1, 7, 39, 40, 100])
+def test_top_keeps_the_largest(method, top):
     matrix = oracles.with_spectrum(SPECTRA["power law"], 40, 60, seed=2)
-    for top in (1, 7, 39, 40, 100):
-        check(matrix, method, top)
+    factors = decompose(torch.from_numpy(matrix), method, top)
+    check(factors, matrix)
+    assert (len(factors.s), factors.complete) == (min(top, 40), top >= 40)
 
 
 @settings(max_examples=60, deadline=None)
@@ -72,7 +109,7 @@ def test_laws_of_singular_values(m, n, rank, seed):
     rng = np.random.default_rng(seed)
     s = np.sort(rng.exponential(size=min(rank, m, n)))[::-1]
     matrix = oracles.with_spectrum(s, m, n, seed)
-    for method in NAMES:
+    for method in FULL:
         values = decompose(torch.from_numpy(matrix), method).s.numpy()
         transposed = decompose(torch.from_numpy(matrix.T.copy()), method).s.numpy()
         rotation, _ = np.linalg.qr(rng.standard_normal((m, m)))
@@ -82,10 +119,158 @@ def test_laws_of_singular_values(m, n, rank, seed):
         assert np.abs(values - rotated).max() <= 1e-6 * scale
 
 
-def test_auto_takes_lapack_for_small_matrices_and_gram_for_the_rest():
+# Krylov: certified, or handed over.
+
+N, K = 600, 24
+INDEX = np.arange(1, N + 1)
+ADVERSARIAL = {
+    "flat": np.ones(N),
+    "one spike": np.r_[1.0, np.full(N - 1, 1e-3)],
+    "spike on a high floor": np.r_[10.0, np.ones(N - 1)],
+    "geometric": 0.9**INDEX,
+    "slow geometric": 0.99**INDEX,
+    "power law 1": 1.0 / INDEX,
+    "power law 1/2": INDEX**-0.5,
+    "clustered at K": np.where(INDEX <= K - 3, 1.0, np.where(INDEX <= K + 20, 0.5, 1e-3)),
+    "two tiny gaps": np.where(INDEX <= K // 2, 1.0, np.where(INDEX <= 2 * K, 1 - 1e-6, 0.01)),
+    "rank 1": (INDEX <= 1).astype(float),
+    "rank K - 1": (INDEX <= K - 1).astype(float),
+    "rank K": (INDEX <= K).astype(float),
+    "rank K + 1": (INDEX <= K + 1).astype(float),
+    "signal and noise": np.where(INDEX <= 16, 1.0, 0.01),
+    "signal and faint noise": np.where(INDEX <= 16, 1.0, 3e-4),
+    "step behind K": np.where(INDEX <= K, 1.0, 0.5 * INDEX**-0.5),
+    "hidden second group": np.r_[np.ones(5), np.full(60, 0.1), np.full(N - 65, 1e-4)],
+}
+
+
+@pytest.mark.parametrize(("dtype", "seed"), [(np.float32, 0), (np.float64, 1)])
+@pytest.mark.parametrize("shape", [(N, N), (N, 900), (900, N)], ids=str)
+@pytest.mark.parametrize("spectrum", ADVERSARIAL)
+def test_a_krylov_certificate_is_never_broken(spectrum, shape, dtype, seed):
+    matrix = oracles.with_spectrum(ADVERSARIAL[spectrum], *shape, seed=11).astype(dtype)
+    factors = decompose(torch.from_numpy(matrix), "krylov", top=K, seed=seed, vectors=True)
+    s = true_values(matrix)
+    assert factors.energy_error <= 1e-4
+    found, true = np.cumsum(factors.s.numpy() ** 2), np.cumsum(s[:K] ** 2)
+    assert ((true - found) / (s**2).sum()).max() <= factors.energy_error
+    assert np.all(factors.s.numpy() <= s[:K] * (1 + 1e-9) + 1e-9 * s[0])
+    assert not factors.complete
+    u, vh = factors.u.numpy(), factors.vh.numpy()
+    assert np.abs(u.T @ u - np.eye(K)).max() < 1e-9
+    assert np.abs(vh @ vh.T - np.eye(K)).max() < 1e-9
+    core = u.T @ matrix.astype(np.float64) @ vh.T
+    assert np.abs(core - np.diag(factors.s.numpy())).max() <= 1e-6 * s[0]
+
+
+def test_krylov_runs_where_there_is_decay_and_hands_over_where_there_is_none():
+    methods = {
+        name: decompose(torch.from_numpy(oracles.with_spectrum(s, N, N, 3)), "krylov", top=K).method.split(":")[0]
+        for name, s in ADVERSARIAL.items()
+    }
+    assert methods["flat"] == "gram"
+    assert methods["spike on a high floor"] == "gram"
+    for name in ("geometric", "power law 1", "rank K", "rank 1", "clustered at K", "signal and faint noise"):
+        assert methods[name] == "krylov", name
+
+
+def test_the_bound_sees_what_the_basis_missed(monkeypatch):
+    """Start Lanczos in a space that never meets the largest direction: the certificate must not pass it."""
+    s = np.where(INDEX <= 40, 1.0 / INDEX, 1e-5)
+    matrix = torch.from_numpy(np.diag(s))
+    matrix[0, 0] = 0.05  # a direction worth 0.15% of the energy, on an axis of its own
+
+    def blind(a, generator):
+        omega = torch.randn(a.shape[1], krylov.BLOCK, generator=generator, dtype=a.dtype)
+        omega[0] = 0
+        q, _ = torch.linalg.qr(omega)
+        return q, a @ q, a.T @ (a @ q)
+
+    monkeypatch.setattr(krylov, "_start", blind)
+    factors = krylov.decompose_krylov(matrix, float(matrix.norm()), top=30)
+    true = np.sort(np.diag(matrix.numpy()))[::-1]
+    if factors is not None:
+        missed = (np.cumsum(true[:30] ** 2) - np.cumsum(factors.s.numpy() ** 2)).max() / (true**2).sum()
+        assert missed <= factors.energy_error
+
+
+def test_krylov_repeats_itself_and_other_seeds_agree_within_the_bound():
+    matrix = torch.from_numpy(oracles.with_spectrum(ADVERSARIAL["power law 1"], N, N, 3).astype(np.float32))
+    one, two = (decompose(matrix, "krylov", top=K, seed=4) for _ in range(2))
+    other = decompose(matrix, "krylov", top=K, seed=5)
+    assert torch.equal(one.s, two.s)
+    assert not torch.equal(one.s, other.s)
+    energies = [float((factors.s**2).sum()) / factors.fro**2 for factors in (one, other)]
+    assert abs(energies[0] - energies[1]) <= one.energy_error + other.energy_error
+
+
+def test_auto_takes_the_cheapest_method_that_fits():
     rng = np.random.default_rng(0)
+    decaying = torch.from_numpy(oracles.with_spectrum(1 / INDEX, N, N, 0))
     assert decompose(torch.from_numpy(rng.standard_normal((64, 500)))).method.startswith("exact")
     assert decompose(torch.from_numpy(rng.standard_normal((200, 300)))).method == "gram"
+    assert decompose(decaying).method == "gram"
+    assert decompose(decaying, top=16).method.startswith("krylov")
+    assert decompose(decaying, top=N // 2).method == "gram"
+
+
+def test_a_tighter_tolerance_is_met_or_handed_over():
+    matrix = torch.from_numpy(oracles.with_spectrum(1 / INDEX, N, N, 0))
+    assert decompose(matrix, "krylov", top=K, tol=1e-9).energy_error <= 1e-9
+
+
+# Factored: exact without forming the product.
+
+
+@settings(max_examples=40, deadline=None)
+@given(m=st.integers(1, 40), n=st.integers(1, 40), r=st.integers(1, 12), seed=st.integers(0, 10**6))
+def test_factored_equals_dense(m, n, r, seed):
+    rng = np.random.default_rng(seed)
+    b, a = rng.standard_normal((m, r)), rng.standard_normal((r, n))
+    factors = decompose_factored(torch.from_numpy(b), torch.from_numpy(a), vectors=True)
+    check(factors, b @ a)
+    assert factors.complete
+    assert np.abs((factors.u * factors.s @ factors.vh).numpy() - b @ a).max() <= 1e-12 * max(1, np.abs(b @ a).max())
+
+
+def test_factored_with_dead_and_repeated_columns():
+    b, a = torch.zeros(9, 4), torch.randn(4, 7)
+    assert not decompose_factored(b, a).s.any()
+    assert decompose_factored(b, a).energy_error == 0
+    b = torch.ones(9, 4, dtype=torch.float64)
+    factors = decompose_factored(b, torch.ones(4, 7, dtype=torch.float64), top=2)
+    assert factors.s.tolist() == pytest.approx([4 * np.sqrt(63), 0], abs=1e-9)
+    assert not factors.complete
+
+
+def test_factored_where_the_factors_cancel():
+    """B·A is far smaller than B and A: the bound grows with it and stays true."""
+    rng = np.random.default_rng(3)
+    b = np.c_[rng.standard_normal((30, 1)), np.zeros((30, 1))]
+    b[:, 1] = b[:, 0] * (1 + 1e-7)
+    a = np.r_[rng.standard_normal((1, 20)), np.zeros((1, 20))]
+    a[1] = -a[0]
+    check(decompose_factored(torch.from_numpy(b), torch.from_numpy(a)), b @ a, tolerance=1e-6)
+
+
+# The ladder, and requests that make no sense.
+
+
+def test_the_next_driver_takes_over_and_is_named(monkeypatch):
+    matrix = np.random.default_rng(0).standard_normal((20, 30))
+
+    def fails(*args, **options):
+        raise torch.linalg.LinAlgError("did not converge")
+
+    monkeypatch.setattr(torch.linalg, "svdvals", fails)
+    monkeypatch.setattr(torch.linalg, "svd", fails)
+    for vectors in (False, True):
+        factors = decompose(torch.from_numpy(matrix), "exact", vectors=vectors)
+        assert factors.method == "exact:gesvd"
+        check(factors, matrix)
+    monkeypatch.setattr(exact.scipy.linalg, "svd", fails)
+    with pytest.raises(InputError, match="did not converge"):
+        decompose(torch.from_numpy(matrix), "exact")
 
 
 def test_requests_that_make_no_sense():
@@ -93,6 +278,10 @@ def test_requests_that_make_no_sense():
     with pytest.raises(UsageError, match="--method"):
         decompose(matrix, "magic")
     with pytest.raises(UsageError, match="--top"):
+        decompose(matrix, "krylov")
+    with pytest.raises(UsageError, match="--top"):
         decompose(matrix, top=0)
+    with pytest.raises(UsageError, match="--tol"):
+        decompose(matrix, tol=0)
     with pytest.raises(ValueError, match="matrix"):
         decompose(torch.ones(0, 3))

@@ -75,6 +75,18 @@ def test_an_identical_pair_says_so(tmp_path):
     assert "nan" not in text.lower()
 
 
+@pytest.mark.parametrize(("scale", "word"), [(1.0, "yes"), (2e-3, "no")])
+def test_the_summary_says_what_the_files_can_show_before_any_rank(tmp_path, scale, word):
+    before = {name: value.bfloat16() for name, value in weights(1).items()}
+    after = {name: (value.float() + weights(2)[name] * scale).bfloat16() for name, value in before.items()}
+    results = lora_diag.spectrum(save_model(tmp_path / "a", before), save_model(tmp_path / "b", after))
+    text = spectrum_table(results, 140)
+    assert f"Resolved?    {word}" in text
+    assert text.index("Resolved?") < text.index("Low-rank?")
+    assert ("these files cannot tell" in text) == (word == "no")
+    assert ("float32" in text) == (word == "no")
+
+
 def test_ranks_beyond_top_are_shown_as_beyond(pair_of_models):
     base, tuned, *_ = pair_of_models
     text = spectrum_table(lora_diag.spectrum(base, tuned, top=2))

@@ -1,0 +1,83 @@
+"""Order, concurrency, memory and failure of the local engine."""
+
+import threading
+import time
+
+import pytest
+import torch
+
+import lora_diag
+from lora_diag.engines import Layout, layout_for, run_local
+from lora_diag.errors import InputError
+
+
+def test_records_come_in_the_order_of_the_tasks():
+    def slow_first(task):
+        time.sleep(0.05 if task == 0 else 0)
+        return task * 10
+
+    found = list(run_local(slow_first, range(20), Layout(4, 100), lambda task: 1))
+    assert found == [task * 10 for task in range(20)]
+
+
+@pytest.mark.parametrize(("workers", "size", "at_once"), [(None, 1, 4), (None, 100, 1), (None, 40, 2), (3, 100, 3)])
+def test_large_tasks_run_alone_and_small_ones_side_by_side(workers, size, at_once):
+    running = most = 0
+    lock = threading.Lock()
+
+    def measure(task):
+        nonlocal running, most
+        with lock:
+            running += 1
+            most = max(most, running)
+        time.sleep(0.02)
+        with lock:
+            running -= 1
+        return torch.get_num_threads()
+
+    list(run_local(measure, range(12), Layout(4, 100, workers), lambda task: size))
+    assert most == at_once
+
+
+def test_the_threads_of_a_task_depend_on_its_size_alone():
+    layout = Layout(2, 100)
+    found = list(run_local(lambda task: torch.get_num_threads(), [1, 90, 1, 90], layout, lambda task: task))
+    assert found == [1, 2, 1, 2]
+
+
+def test_the_callers_threads_are_left_as_they_were():
+    before = torch.get_num_threads()
+    list(run_local(str, range(3), Layout(2, 100), lambda task: 1))
+    assert torch.get_num_threads() == before
+
+
+def test_the_first_error_comes_out_and_later_tasks_are_abandoned():
+    started = []
+
+    def measure(task):
+        started.append(task)
+        if task == 3:
+            raise InputError("three")
+        time.sleep(0.01)
+        return task
+
+    found = []
+    with pytest.raises(InputError, match="three"):
+        found.extend(run_local(measure, range(1000), Layout(2, 100), lambda task: 1))
+    assert len(started) < 1000
+
+
+def test_the_budget_leaves_room_for_four_copies_of_the_largest():
+    assert layout_for(10**9).budget == 640 * 2**20 + 12 * 10**9
+    assert layout_for(1, device="cuda").workers == 2
+    assert layout_for(1, workers=7).threads(10**12) >= 1
+
+
+def test_any_number_of_workers_gives_the_same_records(pair_of_models):
+    base, tuned, *_ = pair_of_models
+    one = lora_diag.spectrum(base, tuned, workers=1)
+    for workers in (2, 5, None):
+        other = lora_diag.spectrum(base, tuned, workers=workers)
+        assert [record.layer for record in other] == [record.layer for record in one]
+        for a, b in zip(one, other, strict=True):
+            assert a.s == pytest.approx(b.s, rel=1e-6, abs=1e-12)

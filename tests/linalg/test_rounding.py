@@ -1,0 +1,133 @@
+"""The rounding floor against its definition, and its bound against rounding itself."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lora_diag.linalg import difference
+from lora_diag.linalg.rounding import LAYOUT, Spacing, effective_dtype, rounding_bound, ulp_squares
+from lora_diag.metrics import noise_edge, signal_rank, verdict
+from tests.conftest import as_numpy
+
+CPU = torch.device("cpu")
+SHORT = [torch.bfloat16, torch.float16]
+
+
+def ulp(value: float, dtype: torch.dtype) -> float:
+    """The distance to the next larger stored magnitude, found by stepping the bits."""
+    integer = LAYOUT[dtype][0]
+    stored = torch.tensor([abs(value)], dtype=dtype)
+    after = (stored.view(integer) + 1).view(dtype)
+    return float(after.double() - stored.double())
+
+
+@pytest.mark.parametrize("dtype", LAYOUT, ids=str)
+@settings(max_examples=80, deadline=None)
+@given(value=st.floats(-60000, 60000))
+def test_spacing_is_the_distance_to_the_next_number(dtype, value):
+    stored = torch.tensor([value], dtype=dtype)
+    assert math.sqrt(ulp_squares(stored)) == pytest.approx(ulp(float(stored.double()), dtype), rel=1e-12)
+
+
+@pytest.mark.parametrize("dtype", SHORT, ids=str)
+@settings(max_examples=30, deadline=None)
+@given(scale=st.floats(1e-4, 10), seed=st.integers(0, 1000))
+def test_the_bound_holds_for_real_rounding_of_both_sides(dtype, scale, seed):
+    rng = torch.Generator().manual_seed(seed)
+    base = torch.randn(20, 30, generator=rng, dtype=torch.float64) * 0.02
+    tuned = base + torch.randn(20, 30, generator=rng, dtype=torch.float64) * 1e-4 * scale
+    stored = base.to(dtype), tuned.to(dtype)
+    found = difference([stored], (20, 30), CPU)
+    error = np.linalg.norm((as_numpy(stored[1]) - as_numpy(stored[0])) - (tuned - base).numpy())
+    assert error <= found.rounding_fro
+    by_definition = sum(math.sqrt(sum((ulp(float(w), dtype) / 2) ** 2 for w in side.reshape(-1))) for side in stored)
+    assert found.rounding_fro == pytest.approx(by_definition, rel=1e-9)
+
+
+def test_a_finer_tuned_side_makes_the_base_the_exact_starting_point():
+    base = torch.randn(20, 30).bfloat16()
+    tuned = base.float() + torch.randn(20, 30) * 1e-5
+    found = difference([(base, tuned)], (20, 30), CPU)
+    assert found.mantissa == (7, 23)
+    assert found.rounding_fro < 1e-6 * found.base_fro
+    coarse = difference([(base, tuned.bfloat16())], (20, 30), CPU)
+    assert coarse.rounding_fro > 1e-3 * found.base_fro
+
+
+@pytest.mark.parametrize("dtype", SHORT, ids=str)
+def test_short_numbers_in_a_long_file_are_recognised(dtype):
+    short = torch.randn(40, 50).to(dtype)
+    one, two = Spacing(), Spacing()
+    one.add(short)
+    two.add(short.float())
+    assert (one.squares, one.mantissa) == (two.squares, two.mantissa)
+    assert effective_dtype(short.double()) == dtype
+    mixed = short.float()
+    mixed[-1, -1] = 0.1
+    assert effective_dtype(mixed) == torch.float32
+
+
+def test_sides_of_one_dtype_both_count():
+    side = Spacing(squares=4.0, mantissa=7)
+    assert rounding_bound(side, side) == 2.0
+    assert rounding_bound(side, Spacing(16.0, 23)) == 2.0
+
+
+def planted(rank: int, rms: float, n: int = 512):
+    """A planted update to bf16 weights: what the files hold, and what was true."""
+    rng = np.random.default_rng(0)
+    base = torch.from_numpy(rng.standard_normal((n, n)) * 0.02).bfloat16()
+    delta = rng.standard_normal((n, rank)) @ rng.standard_normal((rank, n))
+    delta *= rms * n / np.linalg.norm(delta)
+    return base, (base.double() + torch.from_numpy(delta)).bfloat16(), delta
+
+
+@pytest.mark.parametrize(
+    ("rms", "expected"),
+    [
+        (1e-2, "resolved"),
+        (1e-3, "resolved"),
+        (3e-4, "floor-limited"),
+        (1e-4, "floor-limited"),
+        (3e-5, "unresolved"),
+        (1e-5, "unresolved"),
+    ],
+)
+def test_verdicts_on_planted_updates(rms, expected):
+    base, tuned, delta = planted(8, rms)
+    found = difference([(base, tuned)], base.shape, CPU)
+    s = np.linalg.svd(as_numpy(tuned) - as_numpy(base), compute_uv=False)
+    edge = noise_edge(found.rounding_variance, base.shape)
+    signal = signal_rank(s, edge, complete=True)
+    noise_fro = math.sqrt(found.rounding_variance * base.numel())
+    assert verdict(noise_fro, found.fro, signal) == expected
+    if rms >= 3e-5:
+        assert signal == 8
+    error = np.linalg.norm(as_numpy(tuned) - as_numpy(base) - delta)
+    assert error <= found.rounding_fro
+    if rms >= 3e-4:  # few entries unchanged: the error is noise, and one side of two was rounded
+        assert noise_fro / math.sqrt(2) == pytest.approx(error, rel=0.05)
+
+
+def test_a_full_rank_float32_update_stays_resolved():
+    rng = np.random.default_rng(0)
+    base = torch.from_numpy(rng.standard_normal((100, 80)).astype(np.float32))
+    tuned = base + torch.from_numpy((rng.standard_normal((100, 80)) * 1e-3).astype(np.float32))
+    found = difference([(base, tuned)], (100, 80), CPU)
+    s = np.linalg.svd(as_numpy(tuned) - as_numpy(base), compute_uv=False)
+    signal = signal_rank(s, noise_edge(found.rounding_variance, (100, 80)), complete=True)
+    assert signal == 80
+    assert verdict(math.sqrt(found.rounding_variance * 8000), found.fro, signal) == "resolved"
+
+
+def test_signal_rank_of_a_part_of_the_spectrum():
+    s = np.array([3.0, 2.0, 1.0])
+    assert signal_rank(s, 1.5, complete=False) == 2
+    assert signal_rank(s, 0.5, complete=False) is None
+    assert signal_rank(s, 0.5, complete=True) == 3
+    assert verdict(0.0, 1.0, None) == "resolved"
+    assert verdict(0.0, 0.0, 0) == "unresolved"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ from lora_diag.checkpoints.documents import MAX_INDEX_BYTES, read_config, read_o
 from lora_diag.checkpoints.foreign import refuse_foreign
 from lora_diag.checkpoints.names import without_wrappers
 from lora_diag.checkpoints.pickled import TorchFile
+from lora_diag.checkpoints.pieces import PATTERN as PIECES
+from lora_diag.checkpoints.pieces import PiecesFolder
 from lora_diag.checkpoints.quantized import dequantized
 from lora_diag.checkpoints.refused import quantization, refuse_integer_weights, refuse_packed, refuse_unmerged
 from lora_diag.checkpoints.safetensors import SafetensorsFile
@@ -78,17 +81,23 @@ def locate(path: Path | str) -> Path:
 
 def _config_of(source: Path) -> dict[str, Any]:
     """Return what ``config.json`` says of these weights; empty if it is of another model, an adapter's base."""
-    of_base = source.name not in WEIGHTS and (source.parent / "adapter_config.json").is_file()
-    return {} if of_base else read_config(source.parent)
+    folder = source if source.is_dir() else source.parent
+    of_base = source.name not in WEIGHTS and (folder / "adapter_config.json").is_file()
+    return {} if of_base else read_config(folder)
 
 
 def _open(source: Path) -> tuple[tuple[TensorFile, ...], str, tuple[str, ...]]:
-    """Open a file, or the shards of an index; return files, kind and notes."""
-    if source.name.endswith(".index.json"):
+    """Open a file, the shards of an index or a folder of pieces; return files, kind and notes."""
+    files: Sequence[SafetensorsFile | TorchFile | PiecesFolder]
+    notes: tuple[str, ...] = ()
+    if source.is_dir():
+        files = [PiecesFolder(source)]
+        kind = files[0].label
+    elif source.name.endswith(".index.json"):
         files, notes = _open_shards(source)
         kind = f"sharded {files[0].label}, {len(files)} files"
     else:
-        files, notes = [_open_file(source)], ()
+        files = [_open_file(source)]
         kind = f"{files[0].label} file"
     return tuple(files), kind, notes + tuple(note for file in files for note in file.notes)
 
@@ -98,6 +107,8 @@ def _weights_in(folder: Path) -> Path:
         if (folder / name).is_file():
             return folder / name
     refuse_foreign(folder, sorted(path.name for path in folder.iterdir()))
+    if any(folder.glob(PIECES)):
+        return folder
     single = sorted(folder.glob("*.safetensors"))
     if len(single) == 1:
         return single[0]
@@ -109,6 +120,8 @@ def _weights_in(folder: Path) -> Path:
 
 def _open_file(path: Path) -> SafetensorsFile | TorchFile:
     refuse_foreign(path.parent, [path.name])
+    if path.match(PIECES):
+        raise InputError(f"{path}: holds pieces of tensors, the others are in files beside it; give the folder")
     for file_format in FORMATS:
         try:
             if file_format.matches(path):

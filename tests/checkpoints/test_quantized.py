@@ -2,6 +2,8 @@
 
 import json
 import pickle
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -347,3 +349,13 @@ def test_real_cases_have_their_true_change(case):
         if expected["s"]:
             s = np.linalg.svd(change, compute_uv=False)
             np.testing.assert_allclose(s[: len(expected["s"])], expected["s"], rtol=1e-6)
+
+
+def test_opening_a_quantized_checkpoint_imports_no_torch(tmp_path):
+    tensors = four_bit(W, (24, 40), nested=4)[0] | eight_bit("a", (3, 4))[0] | scaled("b.weight", (4, 4), (), (4, 4))[0]
+    folder = save_model(tmp_path, {f"module.{name}": value for name, value in tensors.items()})
+    code = (
+        f"import sys; from lora_diag.checkpoints import open_checkpoint; assert len(open_checkpoint({str(folder)!r})) == 3; "
+        "assert not {'torch', 'numpy', 'huggingface_hub'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)

@@ -1,0 +1,79 @@
+"""torch.distributed.checkpoint in safetensors: the pieces of every rank, put together."""
+
+import json
+import pickle
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from lora_diag.checkpoints import open_checkpoint
+from lora_diag.errors import InputError
+
+WHOLE = {
+    "a.weight": torch.arange(40.0).view(10, 4),
+    "norm.weight": torch.arange(7.0),
+    "b.weight": torch.arange(10.0).view(2, 5),
+    "experts": torch.arange(36.0).view(3, 4, 3),
+    "scale": torch.tensor(3.0),
+}
+
+
+def cut(folder, ranks=3, change=lambda offsets: None):
+    """Write the files that ``HuggingFaceStorageWriter(save_distributed=True)`` writes for FSDP over some ranks."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for rank in range(ranks):
+        tensors, offsets = {}, {}
+        for name, value in WHOLE.items():
+            if value.ndim == 0:
+                if rank == ranks - 1:
+                    tensors[name], offsets[name] = value, {"saved_offsets": []}
+                continue
+            size = -(-len(value) // ranks)
+            first = min(rank * size, len(value))
+            tensors[name] = value[first : first + size].clone()
+            offsets[name] = {"saved_offsets": [first] + [0] * (value.ndim - 1)}
+        change(offsets)
+        metadata = {"format": "pt", "DCP_VERSION": "1.0", "DCP_SHARDING_INFO": json.dumps(offsets)}
+        save_file(tensors, folder / f"shard-{rank + 1:05d}-model-00001-of-00001.safetensors", metadata)
+    return folder
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
+def test_every_range_across_the_pieces(tmp_path, ranks):
+    checkpoint = open_checkpoint(cut(tmp_path, ranks))
+    assert set(checkpoint) == set(WHOLE)
+    for name, expected in WHOLE.items():
+        assert checkpoint[name].shape == expected.shape
+        flat = expected.reshape(-1)
+        for start in range(flat.numel() + 1):
+            for stop in range(start, flat.numel() + 1):
+                assert torch.equal(checkpoint.read(name, start, stop), flat[start:stop])
+    assert torch.equal(pickle.loads(pickle.dumps(checkpoint)).read("a.weight"), WHOLE["a.weight"].reshape(-1))
+
+
+def test_a_missing_file_is_noticed(tmp_path):
+    cut(tmp_path)
+    (tmp_path / "shard-00002-model-00001-of-00001.safetensors").unlink()
+    with pytest.raises(InputError, match="does not continue the 4 rows"):
+        open_checkpoint(tmp_path)
+
+
+def test_one_of_the_files_is_not_a_checkpoint(tmp_path):
+    cut(tmp_path)
+    with pytest.raises(InputError, match="give the folder"):
+        open_checkpoint(tmp_path / "shard-00001-model-00001-of-00001.safetensors")
+
+
+@pytest.mark.parametrize("offsets", [[0, 2], [0], [-1, 0], ["0", 0], None, 3])
+def test_pieces_that_are_no_rows(tmp_path, offsets):
+    cut(tmp_path, change=lambda info: info.update({"a.weight": {"saved_offsets": offsets}}))
+    with pytest.raises(InputError, match=r"a\.weight begins at"):
+        open_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("metadata", [None, {"DCP_SHARDING_INFO": "{"}, {"DCP_SHARDING_INFO": "[]"}])
+def test_files_that_do_not_say_which_pieces_they_hold(tmp_path, metadata):
+    save_file({"a": torch.ones(2)}, tmp_path / "shard-00001-model-00001-of-00001.safetensors", metadata)
+    with pytest.raises(InputError, match=r"pieces|beginning"):
+        open_checkpoint(tmp_path)

@@ -355,7 +355,8 @@ def test_opening_a_quantized_checkpoint_imports_no_torch(tmp_path):
     tensors = four_bit(W, (24, 40), nested=4)[0] | eight_bit("a", (3, 4))[0] | scaled("b.weight", (4, 4), (), (4, 4))[0]
     folder = save_model(tmp_path, {f"module.{name}": value for name, value in tensors.items()})
     code = (
-        f"import sys; from lora_diag.checkpoints import open_checkpoint; assert len(open_checkpoint({str(folder)!r})) == 3; "
+        "import sys; from lora_diag.checkpoints import open_checkpoint; "
+        f"assert len(open_checkpoint({str(folder)!r})) == 3; "
         "assert not {'torch', 'numpy', 'huggingface_hub'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)

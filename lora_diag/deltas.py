@@ -224,7 +224,7 @@ def stored_name(checkpoint: Checkpoint, name: str) -> str | None:
         return name
     if not HEAD.search(name) or not _is_tied(checkpoint.config):
         return None
-    tables = [other for other in checkpoint if VOCABULARY.search(other) and not HEAD.search(other)]
+    tables = [other for other in checkpoint if VOCABULARY.search(other)]
     return tables[0] if len(tables) == 1 else None
 
 

@@ -178,7 +178,8 @@ def test_a_head_that_is_missing_without_being_tied_is_only_on_one_side(tmp_path,
     assert [item.reason for item in found.unpaired] == ["only_in_tuned"]
 
 
-def test_a_tied_head_needs_one_embedding_and_other_weights_none(tmp_path):
-    two = {TABLE: ones(4, 4), "decoder.embed_tokens.weight": ones(4, 4)}
+@pytest.mark.parametrize("other", ["decoder.embed_tokens.weight", "text.lm_head.weight"])
+def test_a_tied_head_needs_one_embedding_and_other_weights_none(tmp_path, other):
+    two = {TABLE: ones(4, 4), other: ones(4, 4)}
     found = tied_pair(tmp_path, two, {**two, "lm_head.weight": ones(4, 4), "a.weight": ones(4, 4)}, TIED)
     assert {item.layer for item in found.unpaired} == {"lm_head.weight", "a.weight"}

@@ -88,7 +88,9 @@ def fetch(hub_id: HubId, weights: Sequence[str]) -> Path:
         )
     if folder := _complete(_downloaded(hub_id), weights):
         return folder
-    raise InputError(f"{hub_id}: this Hub repository holds no weights; looked for {', '.join((*weights, *ADAPTER))}")
+    raise InputError(
+        f"{hub_id}: this Hub repository holds no whole set of weights; looked for {', '.join((*weights, *ADAPTER))}"
+    )
 
 
 def _complete(get: Get, weights: Sequence[str]) -> Path | None:

@@ -180,7 +180,7 @@ def test_a_repository_without_weights(cache, tmp_path, monkeypatch):
     (tmp_path / "m").mkdir()
     (tmp_path / "m" / "README.md").write_text("hello")
     FakeHub(cache, tmp_path / "m", monkeypatch)
-    with pytest.raises(InputError, match="holds no weights"):
+    with pytest.raises(InputError, match="no whole set of weights"):
         open_checkpoint("org/name")
 
 
@@ -190,7 +190,7 @@ def test_an_index_on_the_hub_may_only_name_plain_files(cache, tmp_path, monkeypa
     (folder / "model.safetensors").unlink()
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"w": shard}}))
     fake = FakeHub(cache, folder, monkeypatch)
-    with pytest.raises(InputError, match="index"):
+    with pytest.raises(InputError, match="plain file name|must map"):
         open_checkpoint("org/name")
     assert set(fake.asked) == {"config.json", "model.safetensors.index.json"}
 

@@ -13,13 +13,13 @@ BARS = "▁▂▃▄▅▆▇█"
 
 # Background and foreground by share, light to dark blue: ordered also in grey and for the colour-blind (xterm colours).
 SHADES = (
-    ("#f7fbff", "black"),
-    ("#deebf7", "black"),
-    ("#c6dbef", "black"),
-    ("#9ecae1", "black"),
-    ("#6baed6", "black"),
-    ("#3182bd", "white"),
-    ("#08519c", "white"),
+    ("#f7fbff", "#000000"),
+    ("#deebf7", "#000000"),
+    ("#c6dbef", "#000000"),
+    ("#9ecae1", "#000000"),
+    ("#6baed6", "#000000"),
+    ("#3182bd", "#ffffff"),
+    ("#08519c", "#ffffff"),
 )
 
 

@@ -55,9 +55,8 @@ def _lines(results: Results) -> list[tuple[str, str]]:
     if not moved:
         lines.append(("Moved", "nothing: ΔW is zero in every matrix. Is TUNED the checkpoint you meant?"))
     else:
-        readable = [record for record in moved if record.resolution.verdict != "unresolved"]
-        lines += [("Moved", _moved(records)), _files(moved), *_low_rank(readable, results.run.settings["ranks"])]
-        lines.append(("Rank at 90%", _rank_at_90(readable)))
+        lines.append(("Moved", _moved(records)))
+        lines += _ranks_used(moved) if _is_factored(moved) else _ranks_needed(moved, results.run.settings["ranks"])
     if coverage := _coverage(results):
         lines.append(("Where", coverage))
     lines.append(("Left out", _left_out(results.left_out)))
@@ -95,6 +94,31 @@ def _moved(records: Sequence[Spectrum]) -> str:
         f"most {number(ratios[most])} in {short(most)}\n"
         f"least {number(ratios[least])} in {short(least)}"
     )
+
+
+def _is_factored(records: Sequence[Spectrum]) -> bool:
+    """Say whether these are updates of known factors, whose rank is a setting and not a finding."""
+    return all(record.method == "factored" for record in records)
+
+
+def _ranks_used(records: Sequence[Spectrum]) -> list[tuple[str, str]]:
+    """Say how much of an adapter's rank is used."""
+    used = sorted(rank for record in records if (rank := record.rank_at["0.9"]) is not None)
+    if not used:
+        return []
+    given = sorted({len(record.s) for record in records})
+    of = str(given[0]) if len(given) == 1 else f"{given[0]} to {given[-1]}"
+    middle = used[len(used) // 2]
+    return [
+        ("Resolved?", "yes: the factors are the update; no rounding of merged weights comes between"),
+        ("Rank used", f"90% of the energy in {middle} of {of} directions at the median, from {used[0]} to {used[-1]}"),
+    ]
+
+
+def _ranks_needed(moved: Sequence[Spectrum], ranks: Sequence[int]) -> list[tuple[str, str]]:
+    """Say which rank the update needs, as far as the files can show it."""
+    readable = [record for record in moved if record.resolution.verdict != "unresolved"]
+    return [_files(moved), *_low_rank(readable, ranks), ("Rank at 90%", _rank_at_90(readable))]
 
 
 def _files(moved: Sequence[Spectrum]) -> tuple[str, str]:

@@ -123,7 +123,7 @@ def spark(s: Sequence[float], width: int = 8) -> str:
     """Draw a spectrum: log-spaced i from 1 to the last, height log σ_i/σ_1 over three decades.
 
     >>> spark([1.0, 1.0, 1.0, 0.03, 0.0001, 0.0, 0.0, 0.0], 4)
-    '██▁▁'
+    '██▄▁'
     """
     if not s or s[0] <= 0:
         return "▁" * width

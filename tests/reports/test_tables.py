@@ -68,6 +68,14 @@ def test_coverage_counts_every_part(tmp_path):
     assert f"{parts['norms'] / total:.0%} in norms and biases" in text
 
 
+def test_an_adapter_is_asked_how_much_of_its_rank_it_uses():
+    results = lora_diag.spectrum("sample_checkpoints/lora_r16")
+    text = spectrum_table(results, 140)
+    assert "Low-rank?" not in text
+    middle = sorted(record.rank_at["0.9"] for record in results)[14]
+    assert f"90% of the energy in {middle} of 16 directions" in text
+
+
 def test_an_identical_pair_says_so(tmp_path):
     model = save_model(tmp_path / "m", weights(1))
     text = spectrum_table(lora_diag.spectrum(model, model))

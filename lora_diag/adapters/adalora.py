@@ -38,7 +38,14 @@ def read_adalora(source: Source) -> Reading:
     updates = [_update(source, module, parts) for module, parts in modules.items()]
     values, extra, ignored = stored_values(source, rest)
     kind = f"PEFT AdaLoRA, init_r={config.values.get('init_r')}, alpha={config.values.get('lora_alpha')}"
-    return Reading(f"{kind}, {len(modules)} modules", (*updates, *extra), values, (), ignored)
+    return Reading(
+        f"{kind}, {len(modules)} modules",
+        (*updates, *extra),
+        values,
+        (),
+        ignored,
+        f"lora_alpha / (r + 1e-5), from {config.path.name}",
+    )
 
 
 def _update(source: Source, module: str, parts: dict[str, str]) -> Update:
@@ -52,7 +59,8 @@ def _update(source: Source, module: str, parts: dict[str, str]) -> Update:
     alpha = source.settings.number("lora_alpha")
     scale = (alpha if alpha > 0 else a[0]) / (a[0] + 1e-5)
     load = partial(factors, source.checkpoint, b_key, a_key, parts["lora_E"], scale)
-    return Update(f"{module}.weight", (b[0], a[1]), load, True, source.checkpoint[b_key].dtype)
+    dtype, zero_if = source.checkpoint[b_key].dtype, parts["lora_E"]
+    return Update(f"{module}.weight", (b[0], a[1]), load, True, dtype, zero_if=zero_if, rank=a[0], scale=scale)
 
 
 def factors(checkpoint: Checkpoint, b_key: str, a_key: str, e_key: str, scale: float, site: Site) -> Factors:

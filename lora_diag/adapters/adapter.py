@@ -24,8 +24,9 @@ from lora_diag.adapters.tokens import is_trainable_tokens, read_trainable_tokens
 from lora_diag.adapters.updates import Reading
 from lora_diag.adapters.vera import is_vera, read_vera
 from lora_diag.checkpoints import Checkpoint
-from lora_diag.deltas import Pairing
+from lora_diag.deltas import Pairing, natural_order
 from lora_diag.errors import InputError
+from lora_diag.results import AdaptedWeight
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,11 @@ FAMILIES = (
 )
 
 
+# vLLM serves ranks up to its --max-lora-rank, which is 16 unless set; hosted services usually stop at 64.
+SERVED_RANK = 64
+CAP = f"servers of adapters usually stop at {SERVED_RANK} or below"
+
+
 @dataclass(frozen=True)
 class Adapter:
     """An adapter.
@@ -93,6 +99,43 @@ class Adapter:
         """What a careful reader should know."""
         return (*self.reading.notes, *self.checkpoint.notes)
 
+    def weights(self) -> tuple[AdaptedWeight, ...]:
+        """Return the weights it changes, in natural order of their names."""
+        changed = [
+            AdaptedWeight(
+                layer=update.weight if update.expert is None else f"{update.weight}[{update.expert[0]}]",
+                shape=update.shape,
+                form="factored" if update.factored else "dense",
+                dtype=update.dtype,
+                rank=update.rank,
+                scaling=update.scale,
+                needs_base=update.needs_weight,
+            )
+            for update in self.reading.updates
+            if not update.optional
+        ]
+        for value in self.reading.values:
+            info = self.checkpoint[value.key]
+            if not value.is_copy:
+                changed.append(AdaptedWeight(layer=value.weight, shape=info.shape, form="value", dtype=info.dtype))
+        return tuple(sorted(changed, key=lambda weight: natural_order(weight.layer)))
+
+    def warnings(self) -> tuple[str, ...]:
+        """Return what is doubtful about the numbers themselves; reads those factors that start at zero.
+
+        Raises:
+            InputError: The file could not be read.
+        """
+        keys = dict.fromkeys(update.zero_if for update in self.reading.updates if update.zero_if)
+        rank = max((update.rank or 0 for update in self.reading.updates), default=0)
+        notes = (f"rank {rank}: {CAP}",) if rank > SERVED_RANK else ()
+        # The bytes of 0.0 and -0.0, whatever the dtype; so that torch is not needed to look.
+        dead = [key for key in keys if not self.checkpoint.read_bytes(key).strip(b"\0\x80")]
+        if not dead:
+            return notes
+        example = f"such as {dead[0]}"
+        return (*notes, f"{len(dead)} of {len(keys)} updates are zero, their factor was never trained, {example}")
+
     def pair(
         self,
         base: Checkpoint | None,
@@ -102,7 +145,7 @@ class Adapter:
     ) -> tuple[Pairing, tuple[str, ...]]:
         """Return the named ΔW, and notes; see ``placing.place``."""
         pairing, notes = place(self.source, self.reading, base, layers, exclude, allow_unmatched)
-        return pairing, (*self.notes, *notes)
+        return pairing, (*self.notes, *self.warnings(), *notes)
 
 
 def open_adapter(path: Path | str) -> Adapter:

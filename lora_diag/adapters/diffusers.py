@@ -60,7 +60,7 @@ def read_diffusers(source: Source) -> Reading:
     notes = [f"{len(silent)} modules give no alpha, such as {silent[0]}; diffusers then takes s = 1"] if silent else []
     ranks = sorted({update_rank(source, parts) for parts in modules.values()})
     kind = f"diffusers LoRA, r={'-'.join(map(str, ranks[:: max(1, len(ranks) - 1)]))}, {len(modules)} modules"
-    return Reading(kind, tuple(updates), (), tuple(notes))
+    return Reading(kind, tuple(updates), (), tuple(notes), scaling="alpha / r, from the file or its metadata")
 
 
 def update_rank(source: Source, parts: dict[str, str]) -> int:
@@ -106,7 +106,9 @@ def _update(source: Source, module: str, parts: dict[str, str], settings: dict[s
         scale = Scale(_scaling(Config(Path(f"{source.path} ({METADATA})"), own), module, down[0]))
     load = partial(factors, source.checkpoint, (parts["up"], parts["down"], None), scale)
     shape = (up[0], math.prod(down[1:]))
-    return Update(f"{module}.weight", shape, load, True, source.checkpoint[parts["up"]].dtype)
+    key = parts["up"]
+    dtype = source.checkpoint[key].dtype
+    return Update(f"{module}.weight", shape, load, True, dtype, zero_if=key, rank=down[0], scale=scale.known)
 
 
 def _scaling(config: Config, module: str, rank: int) -> float:

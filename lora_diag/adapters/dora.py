@@ -42,7 +42,7 @@ def from_factors(update: Update, source: Source, magnitude: str, by_column: bool
         raise InputError(f"{source.checkpoint.path}: {magnitude} has the shape {list(shape)}; {wanted} entries are due")
     factors = cast("Callable[[Site], Factors]", update.load)
     load = partial(delta, factors, source.checkpoint, magnitude, by_column)
-    return replace(update, load=load, factored=False, needs_weight="DoRA")
+    return replace(update, load=load, factored=False, needs_weight="DoRA", zero_if="")
 
 
 def delta(

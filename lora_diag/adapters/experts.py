@@ -135,6 +135,9 @@ def updates(
             load=partial(factors, source.checkpoint, b_key, a_key, scale, index, count),
             factored=True,
             dtype=dtype,
+            zero_if=b_key,
+            rank=rank,
+            scale=scale,
             expert=(index, count) if count > 1 else None,
             in_out=in_out if count > 1 else None,
         )

@@ -37,12 +37,13 @@ def read_fourierft(source: Source) -> Reading:
             load=partial(delta, source.checkpoint, parts["fourierft_spectrum"], scaling, seed),
             factored=False,
             dtype=source.checkpoint[parts["fourierft_spectrum"]].dtype,
+            scale=scaling,
         )
         for module, parts in modules.items()
     ]
     values, extra, ignored = stored_values(source, rest)
     kind = f"PEFT FourierFT, scaling={scaling:g}, {len(modules)} modules"
-    return Reading(kind, (*updates, *extra), values, (), ignored)
+    return Reading(kind, (*updates, *extra), values, (), ignored, f"scaling, from {config.path.name}")
 
 
 def delta(checkpoint: Checkpoint, key: str, scaling: float, seed: int, site: Site) -> torch.Tensor:

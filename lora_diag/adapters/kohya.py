@@ -60,7 +60,13 @@ def read_kohya(source: Source) -> Reading:
     updates = [update for module, parts in modules.items() for update in _module(source, module, parts)]
     silent = [module for module, parts in modules.items() if "alpha" not in parts and not set(FULL) & set(parts)]
     notes = [f"{len(silent)} modules give no alpha, such as {silent[0]}; kohya then takes s = 1"] if silent else []
-    return Reading(f"{_kind(source, modules)}, {len(modules)} modules", tuple(updates), (), tuple(notes))
+    return Reading(
+        f"{_kind(source, modules)}, {len(modules)} modules",
+        tuple(updates),
+        (),
+        tuple(notes),
+        scaling="alpha / r, alpha from the file",
+    )
 
 
 def _split(name: str) -> tuple[str, str]:
@@ -131,7 +137,8 @@ def _lora(source: Source, module: str, parts: dict[str, str]) -> Update:
     scale = Scale(1.0, parts.get("alpha", ""), down[0])
     keys = parts[LORA[0]], parts[LORA[1]], mid
     load = partial(factors, source.checkpoint, keys, scale)
-    return Update(f"{module}.weight", shape, load, True, source.checkpoint[keys[0]].dtype)
+    dtype = source.checkpoint[keys[0]].dtype
+    return Update(f"{module}.weight", shape, load, True, dtype, zero_if=keys[0], rank=down[0], scale=scale.known)
 
 
 def factors(checkpoint: Checkpoint, keys: tuple[str, str, str | None], scale: Scale, site: Site) -> Factors:

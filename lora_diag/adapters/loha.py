@@ -47,7 +47,9 @@ def read_loha(source: Source) -> Reading:
         updates.append(hadamard(source, f"{module}.weight", parts, scale))
     values, extra, ignored = stored_values(source, rest)
     kind = f"PEFT LoHa, {scaling_words(source.settings, 'alpha')}, {len(modules)} modules"
-    return Reading(kind, (*updates, *extra), values, tuple(scaling.notes(list(modules))), ignored)
+    return Reading(
+        kind, (*updates, *extra), values, tuple(scaling.notes(list(modules))), ignored, scaling.words("alpha")
+    )
 
 
 def rank_of(source: Source, module: str, parts: dict[str, str]) -> int:
@@ -73,7 +75,8 @@ def hadamard(source: Source, weight: str, parts: dict[str, str], scale: Scale) -
             size *= length
         shape = (shapes["hada_w1_a"][1], shapes["hada_w1_b"][1] * size)
     load = partial(delta, source.checkpoint, dict(parts), scale)
-    return Update(weight, shape, load, False, source.checkpoint[parts["hada_w1_a"]].dtype)
+    dtype = source.checkpoint[parts["hada_w1_a"]].dtype
+    return Update(weight, shape, load, False, dtype, rank=shapes["hada_w1_b"][0], scale=scale.known)
 
 
 def delta(checkpoint: Checkpoint, parts: dict[str, str], scale: Scale, site: Site) -> torch.Tensor:

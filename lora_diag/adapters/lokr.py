@@ -45,7 +45,9 @@ def read_lokr(source: Source) -> Reading:
         updates.append(kronecker(source, f"{module}.weight", parts, Scale(scaling.alpha(module, "alpha") / rank)))
     values, extra, ignored = stored_values(source, rest)
     kind = f"PEFT LoKr, {scaling_words(source.settings, 'alpha')}, {len(modules)} modules"
-    return Reading(kind, (*updates, *extra), values, tuple(scaling.notes(list(modules))), ignored)
+    return Reading(
+        kind, (*updates, *extra), values, tuple(scaling.notes(list(modules))), ignored, scaling.words("alpha")
+    )
 
 
 def rank_of(source: Source, parts: dict[str, str]) -> int | None:
@@ -66,7 +68,9 @@ def kronecker(source: Source, weight: str, parts: dict[str, str], scale: Scale) 
     shape = (left[0] * right[0], left[1] * math.prod(right[1:]))
     key = parts.get("lokr_w1") or parts["lokr_w1_a"]
     load = partial(delta, source.checkpoint, dict(parts), scale)
-    return Update(weight, shape, load, False, source.checkpoint[key].dtype)
+    return Update(
+        weight, shape, load, False, source.checkpoint[key].dtype, rank=rank_of(source, parts), scale=scale.known
+    )
 
 
 def _side_shape(source: Source, weight: str, parts: dict[str, str], side: str) -> tuple[int, ...]:

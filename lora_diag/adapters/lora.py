@@ -111,6 +111,10 @@ class Scaling:
         rank = self.rank(module)
         return self.alpha(module) / (math.sqrt(rank) if self.config.flag("use_rslora") else rank)
 
+    def words(self, alpha: str = "lora_alpha") -> str:
+        """Say how s is made and where that is said."""
+        return f"{alpha} / {'√r (use_rslora)' if self.config.flag('use_rslora') else 'r'}, from {self.config.path.name}"
+
     def notes(self, modules: list[str]) -> list[str]:
         """Say what is doubtful about the patterns."""
         return self.ranks.notes(modules) + self.alphas.notes(modules)
@@ -147,7 +151,7 @@ def read_lora(source: Source) -> Reading:
     updates, replication = replicated(updates, config)
     values, extra, ignored = stored_values(source, rest)
     kind = f"PEFT {_variant(config)}, {scaling_words(config)}, {len(modules)} modules"
-    return Reading(kind, (*updates, *extra), values, (*notes, *replication), ignored)
+    return Reading(kind, (*updates, *extra), values, (*notes, *replication), ignored, scaling.words())
 
 
 def _variant(config: Config) -> str:
@@ -194,7 +198,16 @@ def _module(source: Source, scaling: Scaling, owner: Owner, parts: dict[str, str
         check_rank(source, module, a_shape[0], rank, b_shape[1])
         load = partial(linear_factors, source.checkpoint, b_key, a_key, scale, parts.get("lora_diag"))
         shape = (b_shape[0], math.prod(a_shape[1:]))
-    update = Update(owner.weight, shape, load, True, source.checkpoint[b_key].dtype)
+    update = Update(
+        owner.weight,
+        shape,
+        load,
+        True,
+        source.checkpoint[b_key].dtype,
+        zero_if=_zero_factor(scaling.config, b_key, a_key),
+        rank=rank,
+        scale=scale,
+    )
     update = residual.from_base(update, scaling.config, scale, rank)
     if "lora_magnitude_vector" in parts:
         update = dora.from_factors(update, source, parts["lora_magnitude_vector"], embedding)
@@ -204,6 +217,11 @@ def _module(source: Source, scaling: Scaling, owner: Owner, parts: dict[str, str
     bias = partial(scaled, source.checkpoint, key, scale)
     size = source.checkpoint[key].shape
     return [update, Update(owner.bias, size, bias, False, source.checkpoint[key].dtype)]
+
+
+def _zero_factor(config: Config, b_key: str, a_key: str) -> str:
+    """Return the factor that starts at zero: B, but A for MiCA, which trains A alone."""
+    return a_key if config.text("init_lora_weights").lower() == "mica" else b_key
 
 
 def pair_of(source: Source, module: str, parts: dict[str, str], prefix: str = "lora_") -> tuple[str, str]:

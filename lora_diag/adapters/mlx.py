@@ -46,7 +46,8 @@ def read_mlx(source: Source) -> Reading:
     updates = [_update(source, module, parts, scale, settings) for module, parts in modules.items()]
     values = tuple(NewValue(key, key) for key in rest)
     kind = f"MLX {'DoRA' if config.text('fine_tune_type') == 'dora' else 'LoRA'}, scale={scale:g}"
-    return Reading(f"{kind}, {len(modules)} modules", tuple(updates), values)
+    scaling = f"lora_parameters.scale, from {config.path.name}"
+    return Reading(f"{kind}, {len(modules)} modules", tuple(updates), values, scaling=scaling)
 
 
 def _update(source: Source, module: str, parts: dict[str, str], scale: float, settings: Config) -> Update:
@@ -60,7 +61,9 @@ def _update(source: Source, module: str, parts: dict[str, str], scale: float, se
             f"{source.path}: {module} has rank {a[1]}, but {settings.path.name} says {settings.integer('rank')}"
         )
     load = partial(factors, source.checkpoint, parts["lora_b"], parts["lora_a"], scale)
-    update = Update(f"{module}.weight", (b[1], a[0]), load, True, source.checkpoint[parts["lora_b"]].dtype)
+    key = parts["lora_b"]
+    dtype = source.checkpoint[key].dtype
+    update = Update(f"{module}.weight", (b[1], a[0]), load, True, dtype, zero_if=key, rank=a[1], scale=scale)
     return dora.from_factors(update, source, parts["m"], by_column=False) if "m" in parts else update
 
 

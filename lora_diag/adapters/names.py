@@ -59,6 +59,7 @@ class Place:
         offset: Its first entry in the tensor.
         index: Which matrix of the wanted stack it is; 0 unless that is a stack.
         rows: Which rows of that matrix it is; None for all.
+        into: Which rows of the layer it makes up, where it is a part of one; None for all.
         whole: The stored tensor's own shape.
     """
 
@@ -68,11 +69,12 @@ class Place:
     offset: int = 0
     index: int = 0
     rows: tuple[int, int] | None = None
+    into: tuple[int, int] | None = None
     whole: tuple[int, ...] = ()
 
 
 def match_names(
-    wanted: Mapping[str, Shape], base: Checkpoint, transposed: bool = False
+    wanted: Mapping[str, Shape], base: Checkpoint, transposed: bool = False, parts: bool = False
 ) -> tuple[dict[str, tuple[Place, ...]], dict[str, str]]:
     """Find every wanted weight in BASE.
 
@@ -80,6 +82,7 @@ def match_names(
         wanted: Shape by name; ``(out, in)``, ``(E, out, in)`` or ``(n,)``; None for a dimension that is not known.
         base: Where to look.
         transposed: Whether ``(in, out)`` fits, too.
+        parts: Whether a weight may be a part of a stored one: one expert's of a stack.
 
     Returns:
         For each name found, its places in the order of the stack and of the rows; for the others, why not.
@@ -88,7 +91,7 @@ def match_names(
     found: dict[str, tuple[Place, ...]] = {}
     missing: dict[str, str] = {}
     for name, shape in wanted.items():
-        places = _find(name, shape, index, transposed)
+        places = _find(name, shape, index, transposed, parts)
         if isinstance(places, str):
             missing[name] = places
         else:
@@ -155,7 +158,7 @@ class _Index:
             yield self.flattened.get(flattened(name), [])
 
 
-def _find(name: str, shape: Shape, index: _Index, transposed: bool) -> tuple[Place, ...] | str:
+def _find(name: str, shape: Shape, index: _Index, transposed: bool, parts: bool) -> tuple[Place, ...] | str:
     """Return the places of one wanted weight, or why there are none."""
     problem = "BASE has no weight of this name"
     for names in index.lookups(name):
@@ -168,7 +171,7 @@ def _find(name: str, shape: Shape, index: _Index, transposed: bool) -> tuple[Pla
             problem = f"its shape {_words(shape)} does not fit {names[0]} {list(index.base[names[0]].shape)} in BASE"
         if names == [name]:
             return problem
-    if places := _expert_places(name, shape, index):
+    if places := _expert_places(name, shape, index) or (_part_of_stack(name, shape, index) if parts else ()):
         return places
     if HEADS.search(name) and not any(HEADS.search(stored) for stored in index.base):
         tables = [stored for stored in index.base if EMBEDDINGS.search(stored)]
@@ -201,7 +204,7 @@ def _places(name: str, wanted: Shape, stored: tuple[int, ...], layer: str = "") 
     if len(wanted) == 3 and len(stored) == 3:
         step = stored[1] * stored[2]
         return tuple(
-            Place(stack, name, shape, index * step if len(layers) > 1 else 0, index, None, stored)
+            Place(stack, name, shape, index * step if len(layers) > 1 else 0, index, whole=stored)
             for layers in [matrices(name, stored)]
             for index, (stack, shape) in enumerate(layers)
         )
@@ -242,8 +245,26 @@ def _pieces(
             if len(shape) != 2 or shape[1] != columns:
                 return ()
             rows = (start, start + shape[0]) if len(pieces) > 1 else None
-            places.append(Place(name, name, shape, 0, expert, rows, shape))
+            places.append(Place(name, name, shape, 0, expert, rows, whole=shape))
             start += shape[0]
         if start != out:
             return ()
     return tuple(places)
+
+
+def _part_of_stack(name: str, wanted: Shape, index: _Index) -> tuple[Place, ...]:
+    """Return the place of one expert's matrix in a BASE that stores all experts as one tensor."""
+    found = EXPERT.fullmatch(name)
+    if found is None or len(wanted) != 2 or wanted[0] is None:
+        return ()
+    out, expert = wanted[0], int(found["index"])
+    for fused, ways in FUSED.items():
+        for pieces in (pieces for pieces in ways if found["leaf"] in pieces):
+            for names in index.lookups(f"{found['owner']}.{fused}"):
+                shape = index.base[names[0]].shape if len(names) == 1 else ()
+                if len(shape) == 3 and expert < shape[0] and shape[1:] == (out * len(pieces), wanted[1]):
+                    start = pieces.index(found["leaf"]) * out
+                    into = (start, start + out) if len(pieces) > 1 else None
+                    layer = f"{names[0]}[{expert}]"
+                    return (Place(layer, names[0], shape[1:], expert * shape[1] * shape[2], into=into, whole=shape),)
+    return ()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import re
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -82,7 +83,9 @@ def read_pattern(config: Config, key: str, modules: Iterable[str]) -> Pattern:
 
 def _compile(text: str, where: str, lengths: list[int]) -> re.Pattern[str]:
     try:
-        compiled = re.compile(rf"(.*\.)?({text})$") if len(text) <= MAX_LENGTH else None
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # "possible nested set" is for authors, not for readers
+            compiled = re.compile(rf"(.*\.)?({text})$") if len(text) <= MAX_LENGTH else None
         if compiled is None or sum(worst_case(text, length) for length in lengths) > MAX_STEPS:
             raise InputError(
                 f"{where}: the key {text[:80]!r} could take too long to match (repeated groups that can match in many "

@@ -46,11 +46,13 @@ class Piece:
         update: The update.
         place: Where its weight lies.
         site: What the loader is given.
+        base: Where the whole layer lies; None without a BASE, or where its numbers cannot be read.
     """
 
     update: Update
     place: Place
     site: Site
+    base: Side | None = None
 
 
 def place(
@@ -145,6 +147,7 @@ def _on_base(source: Source, reading: Reading, base: Checkpoint) -> tuple[list[D
         unpaired += _added_rows(piece, source)
     deltas: list[Delta] = []
     for layer, found in layers.items():
+        _refuse_overlap(source, layer, found)
         copy = copies.pop(found[0].place.name, None)
         deltas.append(_delta(layer, found, _plus_copy(source, copy) if copy is not None else None))
     stored = [*values, *copies.values()]
@@ -159,6 +162,18 @@ def _on_base(source: Source, reading: Reading, base: Checkpoint) -> tuple[list[D
     return [*deltas, *more], [*unpaired, *left_out], notes
 
 
+def _refuse_overlap(source: Source, layer: str, pieces: list[Piece]) -> None:
+    """Refuse updates of different weights that BASE has only one weight for."""
+    taken: dict[tuple[int, int] | None, str] = {}
+    for piece in pieces:
+        key = piece.place.into
+        if taken.setdefault(key, piece.update.weight) != piece.update.weight or (None in taken and len(taken) > 1):
+            both = " and ".join(sorted({other.update.weight for other in pieces})[:2])
+            raise InputError(
+                f"{source.path}: {both} are both {layer} in BASE; give the part of the model that each belongs to"
+            )
+
+
 def _known(shape: Shape) -> tuple[int, ...]:
     return tuple(size for size in shape if size is not None)
 
@@ -166,7 +181,7 @@ def _known(shape: Shape) -> tuple[int, ...]:
 def _pieces(source: Source, reading: Reading, base: Checkpoint) -> tuple[list[Piece], dict[str, tuple[Shape, str]]]:
     """Match every update with BASE and settle its orientation."""
     wanted = dict(update.wanted for update in reading.updates)
-    found, missing = match_names(wanted, base, transposed=True)
+    found, missing = match_names(wanted, base, transposed=True, parts=True)
     shapes = {
         places[0].name: wanted[name] for name, places in found.items() if len(wanted[name]) == 2 and len(places) == 1
     }
@@ -179,6 +194,7 @@ def _pieces(source: Source, reading: Reading, base: Checkpoint) -> tuple[list[Pi
         for spot in found.get(update.wanted[0], ()):
             if spot.index == index:
                 in_out = _in_out(update, spot, orientation, model_type)
+                spot = replace(spot, layer=update.weight) if update.keeps_name else spot
                 pieces.append(_piece(update, spot, base, in_out))
     optional = {update.wanted[0] for update in reading.updates if update.optional}
     return pieces, {name: (wanted[name], why) for name, why in missing.items() if name not in optional}
@@ -194,20 +210,23 @@ def _in_out(update: Update, spot: Place, orientation: Orientation, model_type: s
 
 
 def _piece(update: Update, spot: Place, base: Checkpoint, in_out: bool) -> Piece:
-    side = Side(base, spot.name, spot.offset) if base[spot.name].dtype in FLOAT_DTYPES else None
+    layer = Side(base, spot.name, spot.offset) if base[spot.name].dtype in FLOAT_DTYPES else None
+    side = layer
+    if layer is not None and spot.into is not None:
+        side = replace(layer, offset=layer.offset + spot.into[0] * spot.shape[1])
     if side is None and update.needs_weight:
         raise InputError(
             f"{base.file_of(spot.name)}: {spot.name} is stored as {base[spot.name].dtype}, and {update.needs_weight} "
             "needs it as a float: give the unquantized base"
         )
-    shape = spot.shape[::-1] if in_out else spot.shape
+    stored = spot.shape if spot.into is None else (spot.into[1] - spot.into[0], spot.shape[1])
+    shape = stored[::-1] if in_out else stored
     if update.expert is None and spot.rows is not None and not update.factored:
         raise InputError(
             f"{spot.name} has another vocabulary in BASE than in the adapter, and its update "
             "needs all rows: give the base with the resized vocabulary"
         )
-    kernel = spot.whole if len(spot.whole) > 2 and update.expert is None else ()
-    return Piece(update, spot, Site(shape, kernel, side, in_out))
+    return Piece(update, spot, Site(shape, side, in_out), layer)
 
 
 def _model_type(base: Checkpoint, source: Source) -> str:
@@ -222,11 +241,11 @@ def _delta(layer: str, pieces: list[Piece], plus: Callable[[Site], torch.Tensor]
     """Return the ΔW of one layer from the updates that act on it."""
     first = pieces[0]
     shape = first.place.shape if len(first.place.shape) == 2 else (1, first.place.shape[0])
-    dtypes = (first.site.base.dtype if first.site.base is not None else None, first.update.dtype)
+    dtypes = (first.base.dtype if first.base is not None else None, first.update.dtype)
     if plus is None and all(piece.update.factored for piece in pieces):
-        return FactoredDelta(layer, shape, partial(load_factors, pieces), dtypes, first.site.base)
+        return FactoredDelta(layer, shape, partial(load_factors, pieces), dtypes, first.base)
     is_matrix = len(first.place.shape) == 2
-    return DenseDelta(layer, shape, partial(load_dense, pieces, plus), dtypes, first.site.base, is_matrix)
+    return DenseDelta(layer, shape, partial(load_dense, pieces, plus), dtypes, first.base, is_matrix)
 
 
 def load_factors(pieces: list[Piece]) -> Factors:
@@ -243,7 +262,18 @@ def _factors(piece: Piece) -> Factors:
     b, a = cast("Factors", piece.update.load(piece.site))
     if piece.place.rows is not None:
         b = b[slice(*piece.place.rows)]
-    return (a.T, b.T) if piece.site.transposed else (b, a)
+    if piece.site.transposed:
+        b, a = a.T, b.T
+    return _into_layer(b, piece.place), a
+
+
+def _into_layer(part: torch.Tensor, spot: Place) -> torch.Tensor:
+    """Return a part of a layer's rows among all of them, the others zero."""
+    if spot.into is None:
+        return part
+    whole = part.new_zeros(spot.shape[0], part.shape[1])
+    whole[slice(*spot.into)] = part
+    return whole
 
 
 def load_dense(pieces: list[Piece], plus: Callable[[Site], torch.Tensor] | None) -> torch.Tensor:
@@ -255,7 +285,7 @@ def load_dense(pieces: list[Piece], plus: Callable[[Site], torch.Tensor] | None)
             change = b @ a
         else:
             change = cast("torch.Tensor", piece.update.load(piece.site))
-            change = change.T if piece.site.transposed else change
+            change = _into_layer(change.T if piece.site.transposed else change, piece.place)
         total = change if total is None else total + change
     assert total is not None
     if plus is not None:

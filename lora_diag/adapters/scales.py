@@ -22,6 +22,11 @@ class Scale:
     alpha: str = ""
     rank: int = 1
 
+    @property
+    def known(self) -> float | None:
+        """Return s if headers tell it; None if it lies in the file."""
+        return None if self.alpha else self.factor
+
 
 def scale_of(checkpoint: Checkpoint, scale: Scale) -> float:
     """Return s, reading α if it lies in the file."""

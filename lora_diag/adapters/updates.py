@@ -8,8 +8,8 @@ which then hands a ``Site`` to the loader.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lora_diag.checkpoints import Checkpoint
@@ -31,13 +31,11 @@ class Site:
 
     Args:
         shape: ``(out, in)`` in the adapter's orientation; of a convolution ``(out, in·kh·kw)``, of a vector ``(n,)``.
-        kernel: The weight's own shape where it has more than two dimensions, else empty.
         base: Where W lies, if there is a BASE.
         transposed: Whether W is stored ``(in, out)``.
     """
 
     shape: tuple[int, ...]
-    kernel: tuple[int, ...] = ()
     base: Side | None = None
     transposed: bool = False
 
@@ -71,7 +69,11 @@ class Update:
         needs_weight: What the update is called if it can only be computed from W, such as ``DoRA``; else empty.
         expert: Index and number of experts if the weight is a stack of them, else None.
         in_out: Says by BASE's model type whether square experts are stored ``(in, out)``; None if not asked.
-        base_weight: The name to look for in BASE where it is not ``weight`` (replicated layers).
+        base_weight: The name to look for in BASE where it is not ``weight``.
+        keeps_name: Whether the layer is called ``weight`` in BASE, too, because several updates act on one weight.
+        zero_if: A tensor of the adapter; where it is all zero, so is ΔW.
+        rank: r of its factors, for people; None where it has none.
+        scale: s by which they are multiplied; None where it has none, or where it lies as a number in the file.
         optional: Whether it is no fault if BASE has no such weight (a bias that need not exist).
     """
 
@@ -84,6 +86,10 @@ class Update:
     expert: tuple[int, int] | None = None
     in_out: Callable[[str], bool] | None = None
     base_weight: str = ""
+    keeps_name: bool = False
+    zero_if: str = ""
+    rank: int | None = None
+    scale: float | None = None
     optional: bool = False
 
     @property
@@ -118,6 +124,7 @@ class Reading:
         values: The weights that are there in full.
         notes: What a careful reader should know.
         ignored: Tensors that change no weight.
+        scaling: How the updates are scaled and where that is said; empty if they are not.
     """
 
     kind: str
@@ -125,10 +132,7 @@ class Reading:
     values: tuple[NewValue, ...] = ()
     notes: tuple[str, ...] = ()
     ignored: tuple[str, ...] = ()
-
-    def with_notes(self, notes: Iterator[str] | list[str]) -> Reading:
-        """Return the same with more notes."""
-        return replace(self, notes=(*self.notes, *notes))
+    scaling: str = ""
 
 
 def as_float64(tensor: torch.Tensor) -> torch.Tensor:

@@ -59,7 +59,8 @@ def _update(source: Source, module: str, parts: dict[str, str]) -> Update:
             f"{list(b)}"
         )
     load = partial(factors, source.checkpoint, parts)
-    return Update(f"{module}.weight", (out, None), load, True, source.checkpoint[parts[PARTS[0]]].dtype)
+    key = parts[PARTS[0]]
+    return Update(f"{module}.weight", (out, None), load, True, source.checkpoint[key].dtype, zero_if=key, rank=rank)
 
 
 def factors(checkpoint: Checkpoint, parts: dict[str, str], site: Site) -> Factors:

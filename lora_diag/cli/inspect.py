@@ -12,11 +12,11 @@ from lora_diag.cli.output import result, terminal
 
 
 def inspect(
-    path: Annotated[Path, typer.Argument(metavar="PATH", help="A checkpoint or a results file.")],
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="A checkpoint, an adapter or a results file.")],
     per: options.PerRow = options.Per.type,
     json: options.Json = False,
 ) -> None:
-    """What is in this checkpoint, or in this results file? Reads headers only, or shows the table again.
+    """What is in this checkpoint, adapter or results file? Reads headers only, or shows the table again.
 
     Example: loradiag inspect results.jsonl --per layer
     """

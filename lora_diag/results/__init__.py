@@ -7,6 +7,7 @@ a function of records alone. This room opens no checkpoint and imports neither t
 from lora_diag.results.file import Results, ResultsWriter, is_results_file, read_results
 from lora_diag.results.records import (
     SCHEMA,
+    AdaptedWeight,
     AnyRecord,
     End,
     Inventory,
@@ -21,6 +22,7 @@ from lora_diag.results.records import (
 
 __all__ = [
     "SCHEMA",
+    "AdaptedWeight",
     "AnyRecord",
     "End",
     "Inventory",

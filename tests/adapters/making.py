@@ -1,0 +1,52 @@
+"""Adapters written by hand, as the formats lay them out; no PEFT involved."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+
+from lora_diag.adapters import open_adapter
+from lora_diag.checkpoints import open_checkpoint
+from tests.adapters.dense import dense
+
+
+def normal(*shape: int, seed: int = 0) -> np.ndarray:
+    """Float32 numbers, in float64."""
+    return np.random.default_rng([seed, *shape]).standard_normal(shape).astype(np.float32).astype(np.float64)
+
+
+def write(path: Path, tensors: dict[str, np.ndarray], metadata: dict[str, str] | None = None) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file(
+        {name: torch.tensor(value, dtype=torch.float32).contiguous() for name, value in tensors.items()}, path, metadata
+    )
+    return path
+
+
+def base(folder: Path, tensors: dict[str, np.ndarray], config: dict | None = None) -> Path:
+    write(folder / "base" / "model.safetensors", tensors)
+    if config is not None:
+        (folder / "base" / "config.json").write_text(json.dumps(config))
+    return folder / "base"
+
+
+def adapter(folder: Path, tensors: dict[str, np.ndarray], prefix: str = "base_model.model.", **config) -> Path:
+    """Write a PEFT adapter folder; ``config`` fills its config: LoRA of r = 2, alpha = 3 by default."""
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 3, "peft_version": "0.21.2"} | config
+    write(folder / "adapter" / "adapter_model.safetensors", {prefix + name: value for name, value in tensors.items()})
+    (folder / "adapter" / "adapter_config.json").write_text(json.dumps(config))
+    return folder / "adapter"
+
+
+def changes(path: Path, on: Path | None, **options) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
+    """Return the ΔW of every layer, and the notes."""
+    pairing, notes = open_adapter(path).pair(open_checkpoint(on) if on is not None else None, **options)
+    return {delta.layer: dense(delta) for delta in pairing.deltas}, notes
+
+
+def close(ours: np.ndarray, expected: np.ndarray, tolerance: float = 1e-6) -> None:
+    """Assert that two matrices are equal up to float32 rounding."""
+    expected = expected.reshape(ours.shape)
+    assert np.linalg.norm(ours - expected) <= tolerance * max(np.linalg.norm(expected), 1e-30)

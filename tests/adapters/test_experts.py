@@ -1,0 +1,129 @@
+"""Fused experts: whose rows and columns are whose, and which way round they are stored."""
+
+import numpy as np
+import pytest
+
+from lora_diag.errors import InputError
+from tests.adapters.making import adapter, base, changes, close, normal
+
+E, R = 3, 2
+OWNER = "model.layers.0.mlp.experts"
+
+
+def oracle(a: np.ndarray, b: np.ndarray, scale: float) -> list[np.ndarray]:
+    """Row e·r + k of A and column k·E + e of B belong to expert e."""
+    experts = []
+    for e in range(E):
+        change = np.zeros((b.shape[0], a.shape[1]))
+        for k in range(R):
+            change += scale * np.outer(b[:, k * E + e], a[e * R + k])
+        experts.append(change)
+    return experts
+
+
+def folder_of(tmp_path, targets, stacks, **config):
+    """Write the nested wrappers of the parameters, the last one outermost."""
+    tensors = {}
+    for depth, (a, b) in enumerate(reversed(stacks)):
+        wrapped = OWNER + ".base_layer" * depth
+        tensors |= {f"{wrapped}.lora_A.weight": a, f"{wrapped}.lora_B.weight": b}
+    return adapter(tmp_path, tensors, target_parameters=targets, **config)
+
+
+def factors(columns, out, seed=0):
+    return normal(E * R, columns, seed=seed), normal(out, R * E, seed=seed + 1)
+
+
+def test_the_depth_of_a_wrapper_tells_the_parameter_and_the_order_in_the_config_does_not(tmp_path):
+    up, down = factors(8, 10), factors(5, 8, seed=4)
+    folder = base(tmp_path, {f"{OWNER}.gate_up_proj": normal(E, 10, 8), f"{OWNER}.down_proj": normal(E, 8, 5)})
+    for targets in (["experts.gate_up_proj", "experts.down_proj"], ["experts.down_proj", "experts.gate_up_proj"]):
+        found, _ = changes(folder_of(tmp_path, targets, [up, down]), folder)
+        for e in range(E):
+            close(found[f"{OWNER}.gate_up_proj[{e}]"], oracle(*up, 1.5)[e])
+            close(found[f"{OWNER}.down_proj[{e}]"], oracle(*down, 1.5)[e])
+
+
+def test_one_parameter_alone_is_not_nested(tmp_path):
+    down = factors(5, 8)
+    found, _ = changes(
+        folder_of(tmp_path, ["experts.down_proj"], [down]), base(tmp_path, {f"{OWNER}.down_proj": normal(E, 8, 5)})
+    )
+    close(found[f"{OWNER}.down_proj[2]"], oracle(*down, 1.5)[2])
+
+
+def test_rank_and_alpha_are_looked_up_by_the_parameter_s_path(tmp_path):
+    down = factors(5, 8)
+    path = folder_of(tmp_path, ["experts.down_proj"], [down], r=7, rank_pattern={"experts.down_proj": 2})
+    close(changes(path, None)[0][f"{OWNER}.down_proj[1]"], oracle(*down, 1.5)[1])
+
+
+def test_experts_stored_one_by_one_get_their_rows(tmp_path):
+    up = factors(8, 10)
+    disk = "model.layers.0.block_sparse_moe.experts"
+    folder = base(tmp_path, {f"{disk}.{e}.{name}.weight": normal(5, 8) for e in range(E) for name in ("w1", "w3")})
+    found, _ = changes(folder_of(tmp_path, ["experts.gate_up_proj"], [up]), folder)
+    assert len(found) == 2 * E
+    for e in range(E):
+        close(found[f"{disk}.{e}.w1.weight"], oracle(*up, 1.5)[e][:5])
+        close(found[f"{disk}.{e}.w3.weight"], oracle(*up, 1.5)[e][5:])
+
+
+def test_experts_stored_in_by_out_are_told_by_their_shape(tmp_path):
+    up = factors(8, 10)
+    found, _ = changes(
+        folder_of(tmp_path, ["experts.gate_up_proj"], [up]), base(tmp_path, {f"{OWNER}.gate_up_proj": normal(E, 8, 10)})
+    )
+    close(found[f"{OWNER}.gate_up_proj[1]"], oracle(*up, 1.5)[1].T)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "version", "in_out"),
+    [
+        ("mixtral", "0.21.2", False),
+        ("mixtral", "0.19.1", False),
+        ("mixtral", "0.19.0", True),
+        ("mixtral", "0.18.1", True),
+        ("mixtral", None, True),
+        ("gpt_oss", "0.21.2", True),
+        ("gpt_oss", "0.19.0", False),
+        ("gpt_oss", "0.18.0", True),
+        ("qwen3_vl_moe", "0.21.2", True),
+        ("qwen3_vl_moe", "0.18.0", False),
+    ],
+)
+def test_square_experts_are_told_by_model_and_version(tmp_path, model_type, version, in_out):
+    square = factors(8, 8)
+    folder = base(tmp_path, {f"{OWNER}.down_proj": normal(E, 8, 8)}, {"model_type": model_type})
+    path = folder_of(tmp_path, ["experts.down_proj"], [square], peft_version=version)
+    expected = oracle(*square, 1.5)[1]
+    close(changes(path, folder)[0][f"{OWNER}.down_proj[1]"], expected.T if in_out else expected)
+
+
+def test_a_router_is_a_plain_matrix(tmp_path):
+    a, b = normal(2, 8), normal(3, 2)
+    path = adapter(
+        tmp_path,
+        {"model.layers.0.mlp.gate.lora_A.weight": a, "model.layers.0.mlp.gate.lora_B.weight": b},
+        target_parameters=["mlp.gate.weight"],
+    )
+    close(changes(path, None)[0]["model.layers.0.mlp.gate.weight"], 1.5 * b @ a)
+
+
+def test_a_fraction_of_an_expert_is_refused(tmp_path):
+    path = folder_of(tmp_path, ["experts.down_proj"], [factors(5, 8)], r=4)
+    with pytest.raises(InputError, match="do not hold experts of rank 4"):
+        changes(path, None)
+
+
+@pytest.mark.parametrize("names", [("w1", "w3"), ("gate_proj", "up_proj")])
+def test_experts_adapted_one_by_one_meet_in_a_fused_base(tmp_path, names):
+    parts = {name: (normal(R, 8, seed=i), normal(5, R, seed=i)) for i, name in enumerate(names)}
+    tensors = {}
+    for e in range(E):
+        for name, (a, b) in parts.items():
+            tensors |= {f"{OWNER}.{e}.{name}.lora_A.weight": a + e, f"{OWNER}.{e}.{name}.lora_B.weight": b}
+    found, _ = changes(adapter(tmp_path, tensors), base(tmp_path, {f"{OWNER}.gate_up_proj": normal(E, 10, 8)}))
+    assert len(found) == E
+    expected = np.concatenate([1.5 * b @ (a + 2) for a, b in parts.values()])
+    close(found[f"{OWNER}.gate_up_proj[2]"], expected, 1e-5)

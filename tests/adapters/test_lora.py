@@ -1,0 +1,306 @@
+"""PEFT LoRA against float64 formulas."""
+
+import json
+
+import numpy as np
+import pytest
+from scipy.linalg import block_diag
+
+from lora_diag.adapters import open_adapter
+from lora_diag.checkpoints import open_checkpoint
+from lora_diag.deltas import FactoredDelta, StoredDelta
+from lora_diag.errors import InputError, NothingComparedError
+from tests.adapters.making import adapter, base, changes, close, normal
+
+A, B = normal(2, 12), normal(8, 2, seed=1)
+W = normal(8, 12, seed=2)
+PAIR = {"fc.lora_A.weight": A, "fc.lora_B.weight": B}
+
+
+@pytest.mark.parametrize(
+    ("config", "scale"),
+    [
+        ({}, 3 / 2),
+        ({"use_rslora": True}, 3 / np.sqrt(2)),
+        ({"lora_alpha": -0.5}, -0.25),
+        ({"alpha_pattern": {"fc": 7}}, 7 / 2),
+        ({"alpha_pattern": {"c": 7}}, 3 / 2),  # a key matches from a dot on, not from the middle of a word
+        ({"r": 5, "rank_pattern": {"f.": 2}}, 3 / 2),
+        ({"init_lora_weights": "eva", "lora_dropout": 0.3, "layers_to_transform": [0]}, 3 / 2),
+    ],
+)
+def test_the_scaling_is_the_config_s(tmp_path, config, scale):
+    found, _ = changes(adapter(tmp_path, PAIR, **config), base(tmp_path, {"fc.weight": W}))
+    close(found["fc.weight"], scale * B @ A)
+
+
+def test_alone_it_needs_no_base_and_stays_factored(tmp_path):
+    pairing, _ = open_adapter(adapter(tmp_path, PAIR)).pair(None)
+    (delta,) = pairing.deltas
+    assert isinstance(delta, FactoredDelta)
+    assert (delta.layer, delta.shape, delta.base) == ("fc.weight", (8, 12), None)
+
+
+def test_a_weight_stored_in_by_out_is_transposed_by_its_shape_whatever_the_flag_says(tmp_path):
+    found, _ = changes(adapter(tmp_path, PAIR, fan_in_fan_out=False), base(tmp_path, {"fc.weight": W.T}))
+    close(found["fc.weight"], (1.5 * B @ A).T)
+
+
+@pytest.mark.parametrize(
+    ("others", "transposed"),
+    [
+        ({}, None),  # nothing tells: the flag
+        ({"x.mlp.c_proj.weight": (16, 8), "x.mlp.c_proj.bias": (8,)}, True),
+        ({"x.mlp.c_proj.weight": (8, 16), "x.mlp.c_proj.bias": (8,)}, False),
+        ({"h.0.other.weight": (8, 24), "h.0.other.bias": (24,)}, True),
+        # a namesake tells more than a neighbour
+        ({"h.0.b.weight": (8, 24), "h.0.b.bias": (24,), "x.c_proj.weight": (8, 16), "x.c_proj.bias": (8,)}, False),
+    ],
+)
+@pytest.mark.parametrize("flag", [True, False])
+def test_a_square_weight_is_judged_by_its_namesakes_then_its_neighbours_then_the_flag(
+    tmp_path, others, transposed, flag
+):
+    a, b = normal(2, 8), normal(8, 2, seed=1)
+    folder = base(
+        tmp_path, {"h.0.c_proj.weight": normal(8, 8)} | {name: normal(*size) for name, size in others.items()}
+    )
+    path = adapter(tmp_path, {"h.0.c_proj.lora_A.weight": a, "h.0.c_proj.lora_B.weight": b}, fan_in_fan_out=flag)
+    found, _ = changes(path, folder)
+    expected = 1.5 * b @ a
+    close(found["h.0.c_proj.weight"], expected.T if (flag if transposed is None else transposed) else expected)
+
+
+def test_an_embedding_s_factors_are_transposed(tmp_path):
+    a, b = normal(2, 20), normal(6, 2)
+    path = adapter(tmp_path, {"embed_tokens.lora_embedding_A": a, "embed_tokens.lora_embedding_B": b})
+    found, _ = changes(path, base(tmp_path, {"embed_tokens.weight": normal(20, 6)}))
+    close(found["embed_tokens.weight"], 1.5 * (b @ a).T)
+
+
+def test_rows_of_a_grown_vocabulary_are_listed_and_the_common_ones_compared(tmp_path):
+    a, b = normal(2, 20), normal(6, 2)
+    path = adapter(tmp_path, {"embed_tokens.lora_embedding_A": a, "embed_tokens.lora_embedding_B": b})
+    pairing, _ = open_adapter(path).pair(open_checkpoint(base(tmp_path, {"embed_tokens.weight": normal(17, 6)})))
+    assert [delta.shape for delta in pairing.deltas] == [(17, 6)]
+    assert [(item.reason, item.shape) for item in pairing.unpaired] == [("added_rows", (3, 6))]
+
+
+def test_a_copy_of_the_base_s_embedding_is_no_change(tmp_path):
+    w, a, b = normal(20, 6), normal(2, 20), normal(6, 2)
+    factors = {"embed_tokens.lora_embedding_A": a, "embed_tokens.lora_embedding_B": b}
+    folder = base(tmp_path, {"embed_tokens.weight": w})
+    found, _ = changes(adapter(tmp_path, factors | {"embed_tokens.base_layer.weight": w}), folder)
+    close(found["embed_tokens.weight"], 1.5 * (b @ a).T)
+    other = normal(20, 6, seed=9)
+    found, _ = changes(adapter(tmp_path, factors | {"embed_tokens.base_layer.weight": other}), folder)
+    close(found["embed_tokens.weight"], 1.5 * (b @ a).T + other - w)
+
+
+def test_a_copy_of_an_adapted_head_is_not_taken_for_a_running_model(tmp_path):
+    w = normal(8, 12)
+    tensors = {"lm_head.lora_A.weight": A, "lm_head.lora_B.weight": B, "lm_head.base_layer.weight": w}
+    found, _ = changes(adapter(tmp_path, tensors), base(tmp_path, {"lm_head.weight": w}))
+    close(found["lm_head.weight"], 1.5 * B @ A)
+
+
+def test_a_convolution_acts_as_a_matrix(tmp_path):
+    a, b = normal(2, 3, 5, 5), normal(8, 2, 1, 1)
+    found, _ = changes(
+        adapter(tmp_path, {"conv.lora_A.weight": a, "conv.lora_B.weight": b}),
+        base(tmp_path, {"conv.weight": normal(8, 3, 5, 5)}),
+    )
+    close(found["conv.weight"], 1.5 * np.einsum("or,rikl->oikl", b[:, :, 0, 0], a))
+
+
+def test_dora(tmp_path):
+    m = np.abs(normal(8)) + 0.5
+    found, _ = changes(
+        adapter(tmp_path, PAIR | {"fc.lora_magnitude_vector": m}, use_dora=True), base(tmp_path, {"fc.weight": W})
+    )
+    v = W + 1.5 * B @ A
+    close(found["fc.weight"], (m / np.linalg.norm(v, axis=1))[:, None] * v - W)
+
+
+def test_pissa_olora_and_kasa_count_what_they_took_out_of_the_base(tmp_path):
+    folder = base(tmp_path, {"fc.weight": W})
+    u, s, vh = np.linalg.svd(W, full_matrices=False)
+    found, _ = changes(adapter(tmp_path, PAIR, init_lora_weights="pissa"), folder)
+    close(found["fc.weight"], 1.5 * B @ A - (u[:, :2] * s[:2]) @ vh[:2])
+    q, r = np.linalg.qr(W)
+    found, _ = changes(adapter(tmp_path, PAIR, init_lora_weights="olora"), folder)
+    close(found["fc.weight"], 1.5 * B @ A - 1.5 * q[:, :2] @ r[:2])
+    d = normal(2)
+    found, _ = changes(adapter(tmp_path, PAIR | {"fc.lora_diag": d}, kasa_config={"beta": 1}), folder)
+    close(found["fc.weight"], 1.5 * (B * d) @ A - (u[:, -2:] * s[-2:]) @ vh[-2:])
+
+
+def test_bd_lora_s_blocks_lie_on_the_diagonal(tmp_path):
+    a, b = normal(2, 6), normal(8, 2)
+    blocks = {"nblocks": 2, "target_modules_bd_a": ["fc"], "target_modules_bd_b": []}
+    found, _ = changes(
+        adapter(tmp_path, {"fc.lora_A.weight": a, "fc.lora_B.weight": b}, use_bdlora=blocks),
+        base(tmp_path, {"fc.weight": W}),
+    )
+    close(found["fc.weight"], 1.5 * b @ block_diag(a[:1], a[1:]))
+
+
+def test_multihead_attention_out_proj_counts_twice(tmp_path):
+    tensors = {
+        "attn.lora_A.weight": normal(2, 4), "attn.lora_B.weight": normal(12, 2),
+        "attn.base_layer.out_proj.lora_A.weight": normal(2, 4, seed=3),
+        "attn.base_layer.out_proj.lora_B.weight": normal(4, 2, seed=3),
+    }  # fmt: skip
+    folder = base(tmp_path, {"attn.in_proj_weight": normal(12, 4), "attn.out_proj.weight": normal(4, 4)})
+    found, notes = changes(adapter(tmp_path, tensors), folder)
+    close(found["attn.in_proj_weight"], 1.5 * normal(12, 2) @ normal(2, 4))
+    close(found["attn.out_proj.weight"], 2 * 1.5 * normal(4, 2, seed=3) @ normal(2, 4, seed=3))
+    assert any("twice" in note for note in notes)
+
+
+def test_new_values_and_biases(tmp_path):
+    w = {"fc.weight": W, "fc.bias": normal(8), "norm.weight": normal(8, seed=5), "lm_head.weight": normal(20, 8)}
+    tensors = PAIR | {
+        "fc.lora_B.bias": normal(8, seed=7),
+        "norm.weight": normal(8, seed=6),
+        "lm_head.weight": normal(20, 8, seed=8),
+    }
+    pairing, _ = open_adapter(adapter(tmp_path, tensors)).pair(open_checkpoint(base(tmp_path, w)))
+    kinds = {delta.layer: delta for delta in pairing.deltas}
+    assert isinstance(kinds["lm_head.weight"], StoredDelta)
+    assert not kinds["norm.weight"].is_matrix
+    assert not kinds["fc.bias"].is_matrix
+    found, notes = changes(tmp_path / "adapter", tmp_path / "base")
+    close(found["fc.bias"], 1.5 * normal(8, seed=7))
+    close(found["norm.weight"], normal(8, seed=6) - normal(8, seed=5))
+    close(found["lm_head.weight"], normal(20, 8, seed=8) - normal(20, 8))
+    assert "adapts 4 of 4 tensors of BASE" in notes
+
+
+def test_without_base_new_values_are_listed_and_the_rest_measured(tmp_path):
+    pairing, _ = open_adapter(adapter(tmp_path, PAIR | {"norm.weight": normal(8)})).pair(None)
+    assert [delta.layer for delta in pairing.deltas] == ["fc.weight"]
+    assert [(item.layer, item.reason) for item in pairing.unpaired] == [("norm.weight", "needs_base")]
+
+
+def test_trainable_tokens_are_new_rows(tmp_path):
+    w, rows = normal(20, 6), normal(3, 6, seed=4)
+    path = adapter(
+        tmp_path,
+        {"embed_tokens.token_adapter.trainable_tokens_delta": rows},
+        trainable_token_indices={"embed_tokens": [7, 0, 19]},
+    )
+    found, _ = changes(path, base(tmp_path, {"embed_tokens.weight": w}))
+    expected = np.zeros_like(w)
+    expected[[7, 0, 19]] = rows - w[[7, 0, 19]]
+    close(found["embed_tokens.weight"], expected)
+
+
+def test_layer_replication(tmp_path):
+    tensors = {
+        f"layers.{layer}.fc.lora_{part}.weight": value for layer in range(3) for part, value in (("A", A), ("B", B))
+    }
+    folder = base(tmp_path, {f"layers.{layer}.fc.weight": W for layer in range(2)})
+    path = adapter(tmp_path, tensors, layer_replication=[[0, 2], [1, 2]])
+    pairing, _ = open_adapter(path).pair(open_checkpoint(folder))
+    assert [(delta.layer, delta.base.name) for delta in pairing.deltas] == [
+        ("layers.0.fc.weight", "layers.0.fc.weight"),
+        ("layers.1.fc.weight", "layers.1.fc.weight"),
+        ("layers.2.fc.weight", "layers.1.fc.weight"),
+    ]
+
+
+def test_zero_factors_are_noted(tmp_path):
+    _, notes = changes(adapter(tmp_path, PAIR | {"fc.lora_B.weight": B * 0}), base(tmp_path, {"fc.weight": W}))
+    assert any("1 of 1 updates are zero" in note for note in notes)
+
+
+def test_bin_files_and_an_adapter_s_name_in_the_keys_are_read(tmp_path):
+    import torch
+
+    path = adapter(tmp_path, {"fc.lora_A.default.weight": A, "fc.lora_B.default.weight": B})
+    close(changes(path, None)[0]["fc.weight"], 1.5 * B @ A)
+    (path / "adapter_model.safetensors").unlink()
+    state = {f"base_model.model.fc.lora_{part}.weight": torch.tensor(value) for part, value in (("A", A), ("B", B))}
+    torch.save(state, path / "adapter_model.bin")
+    close(changes(path, None)[0]["fc.weight"], 1.5 * B @ A)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "config", "words"),
+    [
+        ({"fc.lora_A.weight": A}, {}, "fc has no lora_B"),
+        (PAIR, {"r": 4}, "has rank 2, but adapter_config.json says 4"),
+        (PAIR | {"fc.lora_B.weight": normal(8, 3)}, {}, "A has rank 2, B has rank 3"),
+        (PAIR, {"r": 0}, "r must be a whole number from 1 up"),
+        (PAIR, {"lora_alpha": None}, "lora_alpha must be a finite number"),
+        (PAIR, {"lora_alpha": "16"}, "lora_alpha must be a finite number"),
+        (PAIR, {"rank_pattern": {"(": 2}}, r"rank_pattern: the key '\(' is not a valid regular expression"),
+        (PAIR, {"rank_pattern": {"(x+)+y": 2}}, "could take too long"),
+        (PAIR, {"rank_pattern": ["fc"]}, "rank_pattern must map names to values"),
+        (PAIR, {"init_lora_weights": "corda"}, "CorDA"),
+        (PAIR, {"init_lora_weights": "pissa_niter_4"}, "randomised SVD"),
+        (PAIR, {"use_qalora": True}, "QA-LoRA"),
+        (PAIR, {"peft_type": "BOFT"}, "BOFT is not read: merge it with peft"),
+        (PAIR, {"peft_type": "PREFIX_TUNING"}, "changes no weight"),
+        (PAIR, {"peft_type": "XLORA"}, "depends on the input"),
+        (PAIR, {"peft_type": "NEWTHING"}, "unknown adapter type NEWTHING"),
+        (PAIR, {"peft_type": None}, "no peft_type"),
+        ({"fc.lora_A.weight": np.zeros(0), "fc.lora_B.weight": B}, {}, "ZeRO-3"),
+        (PAIR | {"fc.lora_A.other.weight": A}, {}, "several adapters"),
+        (PAIR, {"layer_replication": [[3, 1]]}, "impossible range"),
+        (PAIR, {"use_bdlora": {"nblocks": 3, "target_modules_bd_b": ["fc"]}}, "do not divide"),
+        (PAIR | {"fc.lora_magnitude_vector": normal(9)}, {}, "8 entries are due"),
+    ],
+)
+def test_what_does_not_fit_together_is_refused(tmp_path, tensors, config, words):
+    with pytest.raises(InputError, match=words):
+        open_adapter(adapter(tmp_path, tensors, **config))
+
+
+def test_names_that_base_lacks_stop_it_unless_allowed(tmp_path):
+    tensors = PAIR | {"gone.lora_A.weight": A, "gone.lora_B.weight": B}
+    path, folder = adapter(tmp_path, tensors), base(tmp_path, {"fc.weight": W})
+    with pytest.raises(InputError, match=r"1 of its weights are not in .*gone\.weight"):
+        changes(path, folder)
+    pairing, _ = open_adapter(path).pair(open_checkpoint(folder), allow_unmatched=True)
+    assert [(item.layer, item.reason) for item in pairing.unpaired] == [("gone.weight", "not_in_base")]
+
+
+def test_what_needs_the_base_says_so(tmp_path):
+    path = adapter(tmp_path, PAIR | {"fc.lora_magnitude_vector": normal(8)}, use_dora=True)
+    with pytest.raises(InputError, match=r"DoRA .*BASE is needed: loradiag spectrum BASE"):
+        changes(path, None)
+
+
+def test_selecting_nothing_is_nothing_compared(tmp_path):
+    with pytest.raises(NothingComparedError):
+        changes(adapter(tmp_path, PAIR), None, layers="nothing")
+
+
+def test_no_config_is_no_scaling(tmp_path):
+    path = adapter(tmp_path, PAIR)
+    (path / "adapter_config.json").unlink()
+    with pytest.raises(InputError, match="scaling of this adapter is unknown"):
+        open_adapter(path)
+
+
+def test_disagreeing_patterns_and_unused_keys_are_noted(tmp_path):
+    path = adapter(tmp_path, PAIR, alpha_pattern={"fc": 4, ".*c": 8, "other": 1})
+    found, notes = changes(path, None)
+    close(found["fc.weight"], 2 * B @ A)
+    assert any("different values" in note for note in notes)
+    assert any("'other' matches no module" in note for note in notes)
+
+
+def test_the_file_itself_may_be_named(tmp_path):
+    path = adapter(tmp_path, PAIR)
+    close(changes(path / "adapter_model.safetensors", None)[0]["fc.weight"], 1.5 * B @ A)
+
+
+def test_a_config_of_the_wrong_kind_is_one_message(tmp_path):
+    path = adapter(tmp_path, PAIR)
+    for content in ("[]", "{", json.dumps({"peft_type": 3})):
+        (path / "adapter_config.json").write_text(content)
+        with pytest.raises(InputError, match=r"adapter_config\.json"):
+            open_adapter(path)

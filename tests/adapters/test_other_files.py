@@ -1,0 +1,145 @@
+"""kohya, LyCORIS, diffusers and MLX files against float64 formulas."""
+
+import json
+
+import numpy as np
+import pytest
+
+from lora_diag.adapters import is_adapter, open_adapter
+from lora_diag.checkpoints import open_checkpoint
+from lora_diag.deltas import FactoredDelta
+from lora_diag.errors import InputError
+from tests.adapters.making import base, changes, close, normal, write
+
+Q = "down_blocks.0.attn1.to_q"
+FLAT = "lora_unet_down_blocks_0_attn1_to_q"
+W = normal(8, 6, seed=3)
+UP, DOWN = normal(8, 2), normal(2, 6, seed=1)
+ALPHA = np.array(3.0)
+RANKS = {"unet.r": 9, "unet.lora_alpha": 5, "unet.rank_pattern": {"to_q": 2}}
+
+
+def kohya(tmp_path, tensors, **weights):
+    folder = base(tmp_path, {f"{Q}.weight": W} | {name.replace("__", "."): value for name, value in weights.items()})
+    return write(tmp_path / "adapter" / "some.safetensors", tensors), folder
+
+
+@pytest.mark.parametrize(
+    ("extra", "scale"), [({f"{FLAT}.alpha": ALPHA}, 1.5), ({}, 1.0), ({f"{FLAT}.alpha": np.array(0.0)}, 1.0)]
+)
+def test_kohya_lora(tmp_path, extra, scale):
+    tensors = {f"{FLAT}.lora_up.weight": UP, f"{FLAT}.lora_down.weight": DOWN} | extra
+    path, folder = kohya(tmp_path, tensors)
+    assert is_adapter(path)
+    assert is_adapter(path.parent)
+    found, notes = changes(path, folder)
+    close(found[f"{Q}.weight"], scale * UP @ DOWN)
+    assert any("no alpha" in note for note in notes) == (not extra)
+    pairing, _ = open_adapter(path).pair(open_checkpoint(folder))
+    assert isinstance(pairing.deltas[0], FactoredDelta)
+
+
+def test_kohya_convolution_with_a_core(tmp_path):
+    up, mid, down = normal(8, 2, 1, 1), normal(2, 3, 3, 3), normal(3, 6, 1, 1)
+    # the core is (r, r, kh, kw); here both ranks are 3 for a square one
+    up, mid = normal(8, 3, 1, 1), normal(3, 3, 3, 3)
+    tensors = {f"{FLAT}.lora_up.weight": up, f"{FLAT}.lora_mid.weight": mid, f"{FLAT}.lora_down.weight": down}
+    folder = base(tmp_path, {f"{Q}.weight": normal(8, 6, 3, 3)})
+    found, _ = changes(write(tmp_path / "a.safetensors", tensors), folder)
+    close(found[f"{Q}.weight"], np.einsum("oi,ijkl,jp->opkl", up[:, :, 0, 0], mid, down[:, :, 0, 0]))
+
+
+def test_lycoris_loha_lokr_and_differences(tmp_path):
+    w1a, w1b, w2a, w2b = normal(8, 2), normal(2, 6), normal(8, 2, seed=5), normal(2, 6, seed=5)
+    loha = {f"{FLAT}.hada_w1_a": w1a, f"{FLAT}.hada_w1_b": w1b, f"{FLAT}.hada_w2_a": w2a, f"{FLAT}.hada_w2_b": w2b}
+    path, folder = kohya(tmp_path, loha | {f"{FLAT}.alpha": ALPHA})
+    close(changes(path, folder)[0][f"{Q}.weight"], 1.5 * (w1a @ w1b) * (w2a @ w2b))
+
+    w1, b, a = normal(2, 3), normal(4, 2), normal(2, 2)
+    lokr = {f"{FLAT}.lokr_w1": w1, f"{FLAT}.lokr_w2_a": b, f"{FLAT}.lokr_w2_b": a, f"{FLAT}.alpha": ALPHA}
+    path, folder = kohya(tmp_path, lokr)
+    close(changes(path, folder)[0][f"{Q}.weight"], 1.5 * np.kron(w1, b @ a))
+    path, folder = kohya(tmp_path, {f"{FLAT}.lokr_w1": w1, f"{FLAT}.lokr_w2": normal(4, 2), f"{FLAT}.alpha": ALPHA})
+    close(changes(path, folder)[0][f"{Q}.weight"], np.kron(w1, normal(4, 2)))
+
+    path, folder = kohya(
+        tmp_path, {f"{FLAT}.diff": normal(8, 6), f"{FLAT}.diff_b": normal(8)}, **{f"{Q}.bias": normal(8)}
+    )
+    found, _ = changes(path, folder)
+    close(found[f"{Q}.weight"], normal(8, 6))
+    close(found[f"{Q}.bias"], normal(8))
+
+
+@pytest.mark.parametrize("by_column", [False, True])
+def test_lycoris_dora_measures_rows_or_columns_by_the_shape_of_its_lengths(tmp_path, by_column):
+    m = np.abs(normal(1, 6) if by_column else normal(8, 1)) + 0.5
+    tensors = {f"{FLAT}.lora_up.weight": UP, f"{FLAT}.lora_down.weight": DOWN, f"{FLAT}.dora_scale": m}
+    found, _ = changes(*kohya(tmp_path, tensors))
+    v = W + UP @ DOWN
+    close(found[f"{Q}.weight"], m / np.linalg.norm(v, axis=0 if by_column else 1, keepdims=True) * v - W)
+
+
+def test_kohya_parts_of_other_kinds_are_refused_by_name(tmp_path):
+    path, _ = kohya(tmp_path, {f"{FLAT}.lora_up.weight": UP, f"{FLAT}.oft_blocks": normal(2, 4, 4)})
+    with pytest.raises(InputError, match="oft_blocks"):
+        open_adapter(path)
+
+
+def test_two_text_encoders_on_one_are_refused(tmp_path):
+    tensors = {
+        f"lora_te{number}_down_blocks_0_attn1_to_q.{part}.weight": value
+        for number in (1, 2)
+        for part, value in (("lora_up", UP), ("lora_down", DOWN))
+    }
+    with pytest.raises(InputError, match="are both"):
+        changes(*kohya(tmp_path, tensors))
+
+
+@pytest.mark.parametrize(
+    ("metadata", "extra", "scale"),
+    [
+        (None, {}, 1.0),
+        (None, {f"unet.{Q}.alpha": ALPHA}, 1.5),
+        ({"lora_adapter_metadata": json.dumps({"unet.r": 2, "unet.lora_alpha": 5})}, {}, 2.5),
+        ({"lora_adapter_metadata": json.dumps(RANKS)}, {}, 2.5),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("names", [("lora_B", "lora_A"), ("lora.up", "lora.down")])
+def test_diffusers(tmp_path, metadata, extra, scale, names):
+    tensors = {f"unet.{Q}.{names[0]}.weight": UP, f"unet.{Q}.{names[1]}.weight": DOWN}
+    path = write(tmp_path / "adapter" / "pytorch_lora_weights.safetensors", tensors | extra, metadata)
+    found, notes = changes(path.parent, base(tmp_path, {f"{Q}.weight": W}))
+    close(found[f"{Q}.weight"], scale * UP @ DOWN)
+    assert any("s = 1" in note for note in notes) == (scale == 1.0)
+
+
+def test_diffusers_before_peft(tmp_path):
+    stem = "unet.down_blocks.0.attn1.processor.to_q_lora"
+    path = write(tmp_path / "pytorch_lora_weights.safetensors", {f"{stem}.up.weight": UP, f"{stem}.down.weight": DOWN})
+    found, _ = changes(path, base(tmp_path, {f"{Q}.weight": W}))
+    close(found[f"{Q}.weight"], UP @ DOWN)
+
+
+def mlx(tmp_path, tensors, **config):
+    write(tmp_path / "adapter" / "adapters.safetensors", tensors)
+    config = {"fine_tune_type": "lora", "lora_parameters": {"rank": 2, "scale": 10.0}} | config
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config))
+    return tmp_path / "adapter"
+
+
+def test_mlx_is_the_other_way_round_and_not_divided_by_the_rank(tmp_path):
+    path = mlx(tmp_path, {"layers.0.q_proj.lora_a": DOWN.T, "layers.0.q_proj.lora_b": UP.T})
+    found, _ = changes(path, base(tmp_path, {"model.layers.0.q_proj.weight": W}))
+    close(found["model.layers.0.q_proj.weight"], 10 * UP @ DOWN)
+    with pytest.raises(InputError, match="no scale"):
+        open_adapter(mlx(tmp_path, {"q.lora_a": DOWN.T, "q.lora_b": UP.T}, lora_parameters={"rank": 2}))
+    with pytest.raises(InputError, match="says 3"):
+        open_adapter(mlx(tmp_path, {"q.lora_a": DOWN.T, "q.lora_b": UP.T}, lora_parameters={"rank": 3, "scale": 1}))
+
+
+def test_mlx_dora(tmp_path):
+    m = np.abs(normal(8)) + 0.5
+    path = mlx(tmp_path, {"q.lora_a": DOWN.T, "q.lora_b": UP.T, "q.m": m}, fine_tune_type="dora")
+    v = W + 10 * UP @ DOWN
+    found, _ = changes(path, base(tmp_path, {"q.weight": W}))
+    close(found["q.weight"], (m / np.linalg.norm(v, axis=1))[:, None] * v - W)

@@ -1,0 +1,131 @@
+"""PEFT's other types against float64 formulas."""
+
+import numpy as np
+import pytest
+
+from lora_diag.adapters import FAMILIES, open_adapter
+from lora_diag.adapters.refused import CHANGES_NO_WEIGHT, DEPENDS_ON_INPUT, MERGE_FIRST
+from lora_diag.errors import InputError
+from tests.adapters.making import adapter, base, changes, close, normal
+
+W = normal(8, 6, seed=3)
+
+
+def test_adalora(tmp_path):
+    a, b, e = normal(3, 6), normal(8, 3), normal(3, 1)
+    path = adapter(
+        tmp_path, {"fc.lora_A": a, "fc.lora_B": b, "fc.lora_E": e}, peft_type="ADALORA", init_r=3, lora_alpha=4
+    )
+    close(changes(path, base(tmp_path, {"fc.weight": W}))[0]["fc.weight"], b @ (a * e) * 4 / (3 + 1e-5))
+
+
+def test_adalora_pruned(tmp_path):
+    a, b, e = normal(3, 6), normal(8, 3), normal(3, 1)
+    tensors = {"fc.lora_A": a, "fc.lora_B": b, "fc.lora_E": e}
+    pattern = {"fc.lora_E": [True, False, True, True]}
+    path = adapter(tmp_path, tensors, peft_type="ADALORA", init_r=4, lora_alpha=4, rank_pattern=pattern)
+    close(changes(path, None)[0]["fc.weight"], b @ (a * e) * 4 / (3 + 1e-5))
+    with pytest.raises(InputError, match="has rank 3, but"):
+        open_adapter(adapter(tmp_path, tensors, peft_type="ADALORA", init_r=4, lora_alpha=4, rank_pattern=None))
+
+
+def test_loha(tmp_path):
+    parts = {f"fc.hada_w{i}_{p}": normal(*s, seed=i) for i in (1, 2) for p, s in (("a", (8, 2)), ("b", (2, 6)))}
+    path = adapter(tmp_path, parts, peft_type="LOHA", r=2, alpha=5)
+    expected = 2.5 * (parts["fc.hada_w1_a"] @ parts["fc.hada_w1_b"]) * (parts["fc.hada_w2_a"] @ parts["fc.hada_w2_b"])
+    close(changes(path, base(tmp_path, {"fc.weight": W}))[0]["fc.weight"], expected)
+
+
+def test_lokr_takes_its_rank_from_the_config(tmp_path):
+    w1, w2 = normal(2, 3), normal(4, 2)
+    path = adapter(tmp_path, {"fc.lokr_w1": w1, "fc.lokr_w2": w2}, peft_type="LOKR", r=4, alpha=6)
+    close(changes(path, base(tmp_path, {"fc.weight": W}))[0]["fc.weight"], 1.5 * np.kron(w1, w2))
+
+
+def vera(tmp_path, **more):
+    a, b = normal(3, 10), normal(12, 3)
+    tensors = {"base_model.vera_A": a, "base_model.vera_B": b} | more
+    tensors |= {"base_model.model.fc.vera_lambda_b": normal(8), "base_model.model.fc.vera_lambda_d": normal(3)}
+    return adapter(tmp_path, tensors, prefix="", peft_type="VERA", r=3), a, b
+
+
+def test_vera_cuts_its_shared_matrices(tmp_path):
+    path, a, b = vera(tmp_path)
+    expected = (normal(8)[:, None] * b[:8]) @ (normal(3)[:, None] * a[:, :6])
+    close(changes(path, base(tmp_path, {"fc.weight": W}))[0]["fc.weight"], expected)
+    with pytest.raises(InputError, match="BASE is needed"):
+        changes(path, None)
+
+
+def test_vera_without_them_is_refused(tmp_path):
+    tensors = {"fc.vera_lambda_b": normal(8), "fc.vera_lambda_d": normal(3)}
+    with pytest.raises(InputError, match="save_projection=false"):
+        open_adapter(adapter(tmp_path, tensors, peft_type="VERA"))
+
+
+def test_ia3(tmp_path):
+    out, into = normal(8, 1), normal(1, 6)
+    tensors = {"k.ia3_l": out, "ff.ia3_l": into}
+    path = adapter(tmp_path, tensors, peft_type="IA3", feedforward_modules=["ff"])
+    bias = normal(8, seed=4)
+    found, _ = changes(path, base(tmp_path, {"k.weight": W, "k.bias": bias, "ff.weight": W, "ff.bias": bias}))
+    close(found["k.weight"], (out - 1) * W)
+    close(found["k.bias"], (out[:, 0] - 1) * bias)
+    close(found["ff.weight"], (into - 1) * W)
+    assert "ff.bias" not in found
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_oft_exact(tmp_path, shared):
+    stored = normal(1 if shared else 2, 3) * 0.3
+    path = adapter(tmp_path, {"fc.oft_R.weight": stored}, peft_type="OFT", use_cayley_neumann=False, block_share=shared)
+    rotation = np.zeros((6, 6))
+    for block in range(2):
+        q = np.zeros((3, 3))
+        q[np.triu_indices(3, 1)] = stored[0 if shared else block]
+        q = q - q.T
+        place = slice(3 * block, 3 * block + 3)
+        rotation[place, place] = (np.eye(3) - q) @ np.linalg.inv(np.eye(3) + q)
+    close(changes(path, base(tmp_path, {"fc.weight": W}))[0]["fc.weight"], (rotation @ W.T).T - W)
+
+
+def test_oft_constrained_is_refused(tmp_path):
+    with pytest.raises(InputError, match="coft"):
+        open_adapter(adapter(tmp_path, {"fc.oft_R.weight": normal(2, 3)}, peft_type="OFT", coft=True))
+
+
+def test_fourierft(tmp_path):
+    import torch
+
+    values = normal(5)
+    path = adapter(tmp_path, {"fc.fourierft_spectrum": values}, peft_type="FOURIERFT", scaling=9.0, random_loc_seed=11)
+    spectrum = np.zeros(48)
+    spectrum[torch.randperm(48, generator=torch.Generator().manual_seed(11))[:5].numpy()] = values
+    expected = np.fft.ifft2(spectrum.reshape(8, 6)).real * 9
+    close(changes(path, base(tmp_path, {"fc.weight": W}))[0]["fc.weight"], expected)
+
+
+def test_ln_tuning(tmp_path):
+    path = adapter(tmp_path, {"norm.ln_tuning_layers.weight": normal(8)}, peft_type="LN_TUNING")
+    found, _ = changes(path, base(tmp_path, {"norm.weight": normal(8, seed=1)}))
+    close(found["norm.weight"], normal(8) - normal(8, seed=1))
+
+
+@pytest.mark.parametrize("name", sorted(CHANGES_NO_WEIGHT | DEPENDS_ON_INPUT | MERGE_FIRST))
+def test_what_is_not_read_is_refused_by_its_name(tmp_path, name):
+    with pytest.raises(InputError, match=name):
+        open_adapter(adapter(tmp_path, {"x": normal(2)}, peft_type=name))
+
+
+def test_one_family_claims_an_adapter(tmp_path):
+    from lora_diag.adapters.source import open_source
+
+    source = open_source(adapter(tmp_path, {"fc.lora_A.weight": normal(2, 3), "fc.lora_B.weight": normal(4, 2)}))
+    assert [family.name for family in FAMILIES if family.claims(source)] == ["PEFT LoRA"]
+
+
+def test_every_type_of_the_installed_peft_is_read_or_refused_by_name():
+    peft = pytest.importorskip("peft")
+    read = {"LORA", "ADALORA", "LOHA", "LOKR", "VERA", "IA3", "OFT", "FOURIERFT", "LN_TUNING", "TRAINABLE_TOKENS"}
+    known = read | CHANGES_NO_WEIGHT | DEPENDS_ON_INPUT | MERGE_FIRST
+    assert {kind.value for kind in peft.PeftType} <= known

@@ -27,14 +27,23 @@ WRAPPERS = frozenset({
 # The same inside a name, where a tower of a larger model is wrapped once more.
 INNER_WRAPPERS = WRAPPERS | {"vision_model"}
 
-# In memory -> on disk, where a model type renames a part.
-RENAMED = (
-    (".mlp.", ".block_sparse_moe."),
-    (".mlp.router.", ".block_sparse_moe.gate."),
-    (".block_sparse_moe.router.weight", ".block_sparse_moe.router.layer.weight"),
-    (".block_sparse_moe.experts.gate_up_proj", ".block_sparse_moe.input_linear.weight"),
-    (".block_sparse_moe.experts.down_proj", ".block_sparse_moe.output_linear.weight"),
-    ("lm_head.", "embed_out."),
+# In memory -> on disk, by model type: all replacements of a line together.
+DIALECTS = (
+    ((".mlp.", ".block_sparse_moe."),),  # Mixtral and its kin
+    ((".mlp.router.", ".block_sparse_moe.gate."),),  # Phi-MoE
+    ((".block_sparse_moe.router.weight", ".block_sparse_moe.router.layer.weight"),),  # Granite-MoE
+    ((".block_sparse_moe.experts.gate_up_proj", ".block_sparse_moe.input_linear.weight"),),
+    ((".block_sparse_moe.experts.down_proj", ".block_sparse_moe.output_linear.weight"),),
+    (("lm_head.", "embed_out."),),  # GPT-NeoX
+    (  # ViT, DeiT, BEiT, DINOv2
+        ("layers.", "encoder.layer."),
+        (".attention.q_proj.", ".attention.attention.query."),
+        (".attention.k_proj.", ".attention.attention.key."),
+        (".attention.v_proj.", ".attention.attention.value."),
+        (".attention.o_proj.", ".attention.output.dense."),
+        (".mlp.fc1.", ".intermediate.dense."),
+        (".mlp.fc2.", ".output.dense."),
+    ),
 )
 
 # A fused parameter -> the matrices of one expert that it is made of, first rows first.
@@ -130,6 +139,21 @@ def flattened(name: str) -> str:
     return module.replace(".", "_") + dot + leaf
 
 
+def dialects(name: str) -> Iterator[str]:
+    """Yield a name as it is, and as the model types that store it otherwise write it.
+
+    >>> list(dialects("model.layers.0.mlp.gate.weight"))[:2]
+    ['model.layers.0.mlp.gate.weight', 'model.layers.0.block_sparse_moe.gate.weight']
+    """
+    yield name
+    for dialect in DIALECTS:
+        other = name
+        for ours, theirs in dialect:
+            other = other.replace(ours, theirs)
+        if other != name:
+            yield other
+
+
 class _Index:
     """The names of BASE, by each way of writing them."""
 
@@ -150,7 +174,7 @@ class _Index:
 
     def lookups(self, name: str) -> Iterator[list[str]]:
         """Yield the stored names that a name may mean, the surest way of reading it first."""
-        for candidate in [name, *(name.replace(*renamed) for renamed in RENAMED if renamed[0] in name)]:
+        for candidate in dialects(name):
             yield [candidate] if candidate in self.base else []
             yield self.canonical.get(canonical(candidate), [])
             yield self.bare.get(bare(candidate), [])
@@ -221,8 +245,8 @@ def _expert_places(name: str, wanted: Shape, index: _Index) -> tuple[Place, ...]
     owner, _, leaf = name.rpartition(".")
     if len(wanted) != 3 or leaf not in FUSED:
         return ()
-    for candidate in [owner, *(f"{owner}.".replace(*renamed).rstrip(".") for renamed in RENAMED)]:
-        leaves = index.experts.get(bare(candidate), {})
+    for candidate in dialects(f"{owner}."):
+        leaves = index.experts.get(bare(candidate.rstrip(".")), {})
         for pieces in FUSED[leaf]:
             places = _pieces(pieces, leaves, wanted, index.base)
             if places:

@@ -29,6 +29,8 @@ def checkpoint(tmp_path, shapes: dict[str, tuple[int, ...]]):
         ("model.layers.0.mlp.router.weight", "model.layers.0.block_sparse_moe.gate.weight"),
         ("model.layers.0.mixer.in_proj.weight", "backbone.layers.0.mixer.in_proj.weight"),
         ("lm_head.weight", "embed_out.weight"),
+        ("vit.layers.0.attention.q_proj.weight", "vit.encoder.layer.0.attention.attention.query.weight"),
+        ("vit.layers.0.mlp.fc2.weight", "vit.encoder.layer.0.output.dense.weight"),
         ("down_blocks_0_attn1_to_out_0.weight", "down_blocks.0.attn1.to_out.0.weight"),
         ("unet.down_blocks.0.attn1.to_q.weight", "down_blocks.0.attn1.to_q.weight"),
     ],

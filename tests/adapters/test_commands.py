@@ -1,0 +1,93 @@
+"""Adapters on the command line."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from tests.adapters.making import adapter, base, normal
+
+A, B, W = normal(2, 12), normal(8, 2, seed=1), normal(8, 12, seed=2)
+PAIR = {"fc.lora_A.weight": A, "fc.lora_B.weight": B}
+
+
+@pytest.fixture
+def model(tmp_path):
+    return base(tmp_path, {"model.fc.weight": W, "model.norm.weight": normal(8)})
+
+
+def test_spectrum_of_an_adapter_alone(tmp_path, loradiag):
+    ran = loradiag("spectrum", adapter(tmp_path, PAIR), "--json")
+    assert ran.code == 0
+    run, record, *_ = ran.records
+    assert [(item["role"], item["kind"]) for item in run["inputs"]] == [
+        ("adapter", "PEFT LoRA, r=2, alpha=3, 1 modules")
+    ]
+    assert (record["layer"], record["method"], record["base_fro"]) == ("fc.weight", "factored", None)
+    assert record["dtypes"] == [None, "float32"]
+
+
+def test_spectrum_of_base_and_adapter(tmp_path, loradiag, model):
+    ran = loradiag("spectrum", model, adapter(tmp_path, PAIR), "-o", "r.jsonl", "--json")
+    assert ran.code == 0
+    run, record, *_ = ran.records
+    assert [item["role"] for item in run["inputs"]] == ["base", "adapter"]
+    assert "adapts 1 of 2 tensors of BASE" in run["inputs"][1]["notes"]
+    assert (record["layer"], record["shape"]) == ("model.fc.weight", [8, 12])
+    assert record["base_fro"] == pytest.approx(float((W**2).sum() ** 0.5))
+    assert loradiag("inspect", "r.jsonl").code == 0
+
+
+def test_unmatched_weights_stop_it_and_are_listed_when_allowed(tmp_path, loradiag, model):
+    path = adapter(tmp_path, PAIR | {"gone.lora_A.weight": A, "gone.lora_B.weight": B})
+    ran = loradiag("spectrum", model, path)
+    assert (ran.code, ran.err.count("\n")) == (3, 1)
+    assert "gone.weight" in ran.err
+    ran = loradiag("spectrum", model, path, "--allow-unmatched", "--json")
+    assert ran.code == 0
+    assert [(r["layer"], r["reason"]) for r in ran.records if r["record"] == "left_out"] == [
+        ("gone.weight", "not_in_base")
+    ]
+
+
+def test_what_is_left_out_without_a_base_has_its_reason(tmp_path, loradiag):
+    ran = loradiag("spectrum", adapter(tmp_path, PAIR | {"norm.weight": normal(8)}), "--json")
+    assert [(r["layer"], r["reason"]) for r in ran.records if r["record"] == "left_out"] == [
+        ("norm.weight", "needs_base")
+    ]
+
+
+def test_a_checkpoint_alone_is_a_usage_error(loradiag, model):
+    ran = loradiag("spectrum", model)
+    assert ran.code == 2
+    assert "is not an adapter" in ran.err
+
+
+def test_an_adapter_as_base_is_told_so(tmp_path, loradiag, model):
+    ran = loradiag("spectrum", adapter(tmp_path, PAIR), model)
+    assert ran.code == 3
+    assert "is an adapter" in ran.err
+
+
+def test_inspect_says_what_it_is_and_how_it_is_scaled(tmp_path, loradiag):
+    ran = loradiag("inspect", adapter(tmp_path, PAIR, rank_pattern={"nothing": 4}))
+    assert ran.code == 0
+    for words in ("PEFT LoRA, r=2, alpha=3", "lora_alpha / r, from adapter_config.json", "'nothing' matches no module"):
+        assert words in " ".join(ran.out.split())
+    inventory = json.loads(loradiag("inspect", tmp_path / "adapter", "--json").out)
+    assert inventory["adapts"] == [
+        {
+            "layer": "fc.weight", "shape": [8, 12], "form": "factored", "dtype": "float32", "rank": 2, "scaling": 1.5,
+            "needs_base": "",
+        }
+    ]  # fmt: skip
+
+
+def test_inspect_of_an_adapter_imports_no_torch(tmp_path):
+    path = adapter(tmp_path, PAIR)
+    code = (
+        f"import sys; from lora_diag.api.inspect import inspect; inspect({str(path)!r}); "
+        "assert 'torch' not in sys.modules, 'torch'"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

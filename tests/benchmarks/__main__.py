@@ -1,0 +1,151 @@
+"""Speed, memory and accuracy beside the alternatives, in one run, as Markdown.
+
+    python -m tests.benchmarks                    everything but the peers
+    python -m tests.benchmarks matrix --peers     one part; with other tools, installed in environments of their own
+
+Files are made in ``.bench/`` and kept for the next run. Timings mean something on an otherwise idle machine only.
+"""
+
+import argparse
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from lora_diag.linalg import decompose
+from lora_diag.linalg.gram import gram_matrix
+from tests.benchmarks.measure import in_turn, machine, table
+from tests.benchmarks.pairs import make_adapter, make_pair, update, weight
+from tests.benchmarks.rounding import rounding_table
+
+FOLDER = Path(".bench")
+LORADIAG = [sys.executable, "-m", "lora_diag", "spectrum"]
+SCRIPT = [sys.executable, "-m", "tests.benchmarks.scripts"]
+PEERS = ("modeldelta", "mergekit", "weightwatcher")
+
+
+def best(work: Callable[[], object], runs: int = 3) -> float:
+    times = []
+    for _ in range(runs):
+        start = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - start)
+    return sorted(times)[len(times) // 2]
+
+
+def kernels(peers: bool) -> None:
+    """Methods on one matrix in memory, beside torch.linalg.svdvals."""
+    print("| matrix | work | s | svdvals ÷ this | largest error of C(r) against float64 | certified |")
+    print("|---|---|---:|---:|---:|---:|")
+    for rows, columns in ((4096, 4096), (4096, 11008)):
+        base, tuned = weight(rows, columns, torch.Generator().manual_seed(0))
+        matrix = tuned.float() - base.float()
+        fro = float(torch.linalg.vector_norm(matrix, dtype=torch.float64))
+        truth = np.cumsum(torch.linalg.svdvals(matrix.double()).numpy() ** 2) / fro**2
+        plain = best(lambda m=matrix: torch.linalg.svdvals(m), 1)
+        gram = gram_matrix(matrix if rows >= columns else matrix.T)
+        own = best(lambda m=matrix: gram_matrix(m if len(m) >= m.shape[1] else m.T)) + best(
+            lambda g=gram: torch.linalg.eigvalsh(g)
+        )
+        clean = update(rows, columns, torch.Generator().manual_seed(0))
+        clean_fro = float(torch.linalg.vector_norm(clean, dtype=torch.float64))
+        clean_truth = np.cumsum(torch.linalg.svdvals(clean.double()).numpy() ** 2) / clean_fro**2
+        cases = {
+            "full spectrum": (matrix, fro, truth, {}),
+            "top 64, bf16 pair": (matrix, fro, truth, {"top": 64}),
+            "top 64, the update before rounding": (clean, clean_fro, clean_truth, {"top": 64}),
+        }
+        print(f"| {rows}×{columns} | torch.linalg.svdvals, float32 | {plain:.2f} | 1.0 | | |")
+        print(f"| {rows}×{columns} | product and eigenvalues alone | {own:.2f} | {plain / own:.1f} | | |")
+        for name, (a, norm, true, options) in cases.items():
+            found = decompose(a, fro=norm, **options)
+            seconds = best(lambda a=a, norm=norm, options=options: decompose(a, fro=norm, **options))
+            curve = np.cumsum(found.s.numpy() ** 2) / norm**2
+            error = np.abs(curve - true[: len(curve)]).max()
+            print(
+                f"| {rows}×{columns} | {name} ({found.method}) | {seconds:.2f} | {plain / seconds:.1f} | "
+                f"{error:.1e} | {found.energy_error:.1e} |"
+            )
+
+
+def matrix(peers: bool) -> None:
+    """One bf16 layer, whole processes, beside other tools."""
+    base, tuned = make_pair(FOLDER / "layer", 2048, 5632, 256, 1)
+    commands: dict[str, Sequence[str]] = {
+        "floor: read both, subtract, norm": [*SCRIPT, "floor", base, tuned],
+        "loradiag spectrum": [*LORADIAG, base, tuned, "-q"],
+        "loradiag spectrum --top 64": [*LORADIAG, base, tuned, "-q", "--top", "64"],
+        "torch.linalg.svdvals loop": [*SCRIPT, "svdvals", base, tuned],
+    }
+    if peers:
+        commands |= peer_commands(base, tuned)
+    print(table(in_turn(commands, 3), "loradiag spectrum"))
+
+
+def model(peers: bool) -> None:
+    """A 1 B-parameter sharded bf16 pair, whole processes."""
+    base, tuned = make_pair(FOLDER / "1b", 2048, 8192, 512, 16)
+    commands: dict[str, Sequence[str]] = {
+        "floor: read both, subtract, norm": [*SCRIPT, "floor", base, tuned],
+        "loradiag spectrum": [*LORADIAG, base, tuned, "-q"],
+        "loradiag spectrum --top 64": [*LORADIAG, base, tuned, "-q", "--top", "64"],
+    }
+    if peers:
+        commands["modeldelta"] = peer_commands(base, tuned)["modeldelta"]
+    print(table(in_turn(commands, 1), "loradiag spectrum"))
+
+
+def adapters(peers: bool) -> None:
+    """A rank-16 adapter on all 224 matrices of a 7B model."""
+    path = make_adapter(FOLDER / "adapter", 4096, 11008, 4096, 32, 16, 0)
+    commands = {
+        "loradiag --version (start-up)": [sys.executable, "-m", "lora_diag", "--version"],
+        "import torch": [sys.executable, "-c", "import torch"],
+        "loradiag spectrum ADAPTER": [*LORADIAG, path, "-q"],
+    }
+    print(table(in_turn(commands, 3), "loradiag spectrum ADAPTER"))
+
+
+def rounding(peers: bool) -> None:
+    """The rounding floor on planted updates."""
+    print(rounding_table())
+
+
+def peer_commands(base: Path, tuned: Path) -> dict[str, Sequence[str]]:
+    """Install the peers, each in an environment of its own, and say how they are run."""
+    for peer in PEERS:
+        home = FOLDER / "peers" / peer
+        if not (home / "done").exists():
+            subprocess.run([sys.executable, "-m", "venv", home], check=True)
+            subprocess.run([home / "bin" / "pip", "install", "--quiet", peer], check=True)
+            (home / "done").touch()
+    here = {peer: FOLDER.resolve() / "peers" / peer / "bin" for peer in PEERS}
+    extract = ["--model", tuned, "--base-model", base, "--out-path", FOLDER.resolve() / "extracted", "--max-rank", "8"]
+    return {
+        "modeldelta": [here["modeldelta"] / "python", "-m", "modeldelta", base, tuned, "-q", "-o", FOLDER / "m.json"],
+        "mergekit-extract-lora, r=8": [here["mergekit"] / "mergekit-extract-lora", *extract],
+        "WeightWatcher, deltas": [
+            here["weightwatcher"] / "python",
+            "tests/benchmarks/scripts.py",
+            "weightwatcher",
+            base,
+            tuned,
+        ],
+    }
+
+
+PARTS = {part.__name__: part for part in (kernels, matrix, model, adapters, rounding)}
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", choices=[*PARTS, []], default=list(PARTS))
+    parser.add_argument("--peers", action="store_true", help="measure beside other tools, too")
+    chosen = parser.parse_args()
+    print(f"{machine()}; torch {torch.__version__}\n")
+    for part in chosen.parts:
+        print(f"\n### {PARTS[part].__doc__}\n", flush=True)
+        PARTS[part](chosen.peers)

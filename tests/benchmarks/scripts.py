@@ -1,0 +1,40 @@
+"""What loradiag is measured beside: plain loops, run as ``python -m tests.benchmarks.scripts NAME BASE TUNED``."""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+
+
+def pairs(base: Path, tuned: Path) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    for shard in sorted(base.glob("*.safetensors")):
+        with safe_open(shard, "pt") as before, safe_open(tuned / shard.name, "pt") as after:
+            for name in before.keys():  # noqa: SIM118 (not a mapping)
+                if before.get_slice(name).get_shape()[1:]:
+                    yield before.get_tensor(name), after.get_tensor(name)
+
+
+def floor(base: Path, tuned: Path) -> None:
+    """Read both files, subtract, take the float64 norm: what no measurement of ΔW can do without."""
+    for before, after in pairs(base, tuned):
+        torch.linalg.vector_norm(after.float() - before.float(), dtype=torch.float64)
+
+
+def svdvals(base: Path, tuned: Path) -> None:
+    """The loop that everybody writes."""
+    for before, after in pairs(base, tuned):
+        torch.linalg.svdvals(after.float() - before.float())
+
+
+def weightwatcher(base: Path, tuned: Path) -> None:
+    """WeightWatcher's deltas."""
+    import weightwatcher as ww
+
+    ww.WeightWatcher(model=str(tuned), base_model=str(base)).analyze(min_evals=1, max_evals=100_000)
+
+
+if __name__ == "__main__":
+    name, base, tuned = sys.argv[1:4]
+    {"floor": floor, "svdvals": svdvals, "weightwatcher": weightwatcher}[name](Path(base), Path(tuned))

@@ -52,7 +52,9 @@ def _update(source: Source, module: str, parts: dict[str, str]) -> Update:
     a_key, b_key = pair_of(source, module, parts)
     if "lora_E" not in parts:
         raise InputError(f"{source.checkpoint.path}: {module} has no lora_E; the file is incomplete: save it again")
-    a, b, e = (source.checkpoint[key].shape for key in (a_key, b_key, parts["lora_E"]))
+    a, b, e = (source.shape(key, 2) for key in (a_key, b_key, parts["lora_E"]))
+    if e != (a[0], 1):
+        raise InputError(f"{source.checkpoint.path}: {module}: lora_E {list(e)} does not fit lora_A {list(a)}")
     # After the last pruning the rows that were cut are gone from the file, and rank_pattern says which they were.
     due = e[0] if source.settings.values.get("rank_pattern") else source.settings.integer("init_r")
     check_rank(source, module, a[0], due, b[1])

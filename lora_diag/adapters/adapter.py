@@ -166,10 +166,14 @@ def open_adapter(path: Path | str) -> Adapter:
 
 
 def _checked(source: Source, reading: Reading) -> Reading:
-    """Refuse an adapter that changes nothing by its keys."""
+    """Refuse an adapter that changes nothing by its keys; note what it holds beside its changes."""
     if not reading.updates and not reading.values:
         raise InputError(f"{source.path}: holds no tensor that changes a weight")
+    notes = list(reading.notes)
     if source.config is not None and source.config.flag("alora_invocation_tokens"):
-        note = "an activated LoRA: it acts only after its invocation tokens, so no merged model does what it does"
-        return replace(reading, notes=(*reading.notes, note))
-    return reading
+        notes.append(
+            "an activated LoRA: it acts only after its invocation tokens, so no merged model does what it does"
+        )
+    if reading.ignored:
+        notes.append(f"{len(reading.ignored)} tensors of the file change no weight: {', '.join(reading.ignored[:3])}")
+    return replace(reading, notes=tuple(notes))

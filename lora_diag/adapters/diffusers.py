@@ -65,7 +65,7 @@ def read_diffusers(source: Source) -> Reading:
 
 def update_rank(source: Source, parts: dict[str, str]) -> int:
     """Return the rank of a module's factors; 0 if they are incomplete."""
-    return source.checkpoint[parts["down"]].shape[0] if "down" in parts else 0
+    return (*source.checkpoint[parts["down"]].shape, 0)[0] if "down" in parts else 0
 
 
 def _module_of(module: str, old: bool) -> str:
@@ -99,8 +99,10 @@ def _update(source: Source, module: str, parts: dict[str, str], settings: dict[s
     if "up" not in parts or "down" not in parts:
         raise InputError(f"{source.path}: {module} has only one of its two factors; the file is incomplete")
     up, down = (source.checkpoint[parts[part]].shape for part in ("up", "down"))
-    if len(up) < 2 or len(down) < 2 or up[1] != down[0]:
-        raise InputError(f"{source.path}: {module}: up {list(up)} and down {list(down)} have different ranks")
+    if len(up) < 2 or len(down) < 2 or math.prod(up[1:]) != down[0] or 0 in (*up, *down):
+        raise InputError(f"{source.path}: {module}: up {list(up)} and down {list(down)} do not fit together")
+    if "alpha" in parts and source.checkpoint[parts["alpha"]].numel != 1:
+        raise InputError(f"{source.path}: {parts['alpha']} must be one number")
     scale = Scale(1.0, parts.get("alpha", ""), down[0])
     if not scale.alpha and (own := _component(module, settings)):
         scale = Scale(_scaling(Config(Path(f"{source.path} ({METADATA})"), own), module, down[0]))

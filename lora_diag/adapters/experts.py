@@ -118,7 +118,7 @@ def updates(
     from lora_diag.adapters.lora import pair_of
 
     a_key, b_key = pair_of(source, stack.module, stack.parts)
-    a, b = source.checkpoint[a_key].shape, source.checkpoint[b_key].shape
+    a, b = source.shape(a_key, 2), source.shape(b_key, 2)
     rank, scale = rank_of(stack.parameter), scale_of(stack.parameter)
     if a[0] != b[1] or a[0] % rank:
         raise InputError(

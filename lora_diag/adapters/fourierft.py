@@ -30,6 +30,8 @@ def read_fourierft(source: Source) -> Reading:
     modules, rest = by_module(source.checkpoint, ("fourierft_spectrum",), source.path)
     scaling = config.number("scaling")
     seed = int(config.number("random_loc_seed", 777))
+    if not 0 <= seed < 2**63:
+        raise InputError(f"{config.path}: random_loc_seed {seed:g} is no seed")
     updates = [
         Update(
             weight=f"{module}.weight",

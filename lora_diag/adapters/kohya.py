@@ -56,6 +56,8 @@ def read_kohya(source: Source) -> Reading:
                 f"{source.path}: {name} is of a kind of LyCORIS module that is not read; merge it with the tool that "
                 "made it and pass the merged checkpoint"
             )
+        if part == "alpha" and source.checkpoint[name].numel != 1:
+            raise InputError(f"{source.path}: {name} must be one number, not {list(source.checkpoint[name].shape)}")
         modules.setdefault(module, {})[part] = name
     updates = [update for module, parts in modules.items() for update in _module(source, module, parts)]
     silent = [module for module, parts in modules.items() if "alpha" not in parts and not set(FULL) & set(parts)]
@@ -93,6 +95,8 @@ def _module(source: Source, module: str, parts: dict[str, str]) -> list[Update]:
         if part in parts:
             key = parts[part]
             shape = source.checkpoint[key].shape
+            if not shape or 0 in shape:
+                raise InputError(f"{source.path}: {key} has the shape {list(shape)}, which no weight has")
             name = "bias" if part.startswith("b_") or part.endswith("_b") else "weight"
             wanted = (shape[0], math.prod(shape[1:])) if len(shape) > 1 else shape
             load = partial(stored, source.checkpoint, key)
@@ -115,6 +119,8 @@ def _factored(source: Source, module: str, parts: dict[str, str]) -> Update:
     if "dora_scale" not in parts:
         return update
     shape = source.checkpoint[parts["dora_scale"]].shape
+    if not shape:
+        raise InputError(f"{source.path}: {parts['dora_scale']} is one number; a vector is due")
     by_column = shape[0] == 1 and len(shape) > 1 and math.prod(shape) == shape[1] != 1
     if not update.factored or (by_column and len(shape) > 2):
         raise InputError(
@@ -130,9 +136,12 @@ def _lora(source: Source, module: str, parts: dict[str, str]) -> Update:
             raise InputError(f"{source.path}: {module} has no {part} beside {next(iter(parts.values()))}")
     up, down = (source.checkpoint[parts[part]].shape for part in LORA[:2])
     mid = parts.get(LORA[2])
-    if len(up) < 2 or len(down) < 2 or up[1] != down[0]:
-        raise InputError(f"{source.path}: {module}: up {list(up)} and down {list(down)} have different ranks")
-    kernel = source.checkpoint[mid].shape[2:] if mid else down[2:]
+    if len(up) < 2 or len(down) < 2 or math.prod(up[1:]) != down[0] or 0 in (*up, *down):
+        raise InputError(f"{source.path}: {module}: up {list(up)} and down {list(down)} do not fit together")
+    core = source.checkpoint[mid].shape if mid else ()
+    if mid and (core[:2] != (up[1], down[0]) or math.prod(down[2:]) != 1):
+        raise InputError(f"{source.path}: {module}: its lora_mid {list(core)} does not fit up and down")
+    kernel = core[2:] if mid else down[2:]
     shape = (up[0], down[1] * math.prod(kernel))
     scale = Scale(1.0, parts.get("alpha", ""), down[0])
     keys = parts[LORA[0]], parts[LORA[1]], mid

@@ -7,6 +7,7 @@ Reference: Hyeon-Woo et al. 2021, https://arxiv.org/abs/2108.06098; ``peft.tuner
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -61,22 +62,29 @@ def rank_of(source: Source, module: str, parts: dict[str, str]) -> int:
     missing = [part for part in FACTORS if part not in parts]
     if missing or len(set(CORES) & set(parts)) == 1:
         raise InputError(f"{source.checkpoint.path}: {module} has no {', '.join(missing) or 'second core'}")
-    return source.checkpoint[parts["hada_w1_b"]].shape[0]
+    return source.shape(parts["hada_w1_b"], 2)[0]
 
 
 def hadamard(source: Source, weight: str, parts: dict[str, str], scale: Scale) -> Update:
-    """Return the update of one weight."""
-    shapes = {part: source.checkpoint[key].shape for part, key in parts.items() if part in FACTORS + CORES}
-    shape: Shape = (shapes["hada_w1_a"][0], shapes["hada_w1_b"][1])
-    if "hada_t1" in shapes:
-        kernel = shapes["hada_t1"][2:]
-        size = 1
-        for length in kernel:
-            size *= length
-        shape = (shapes["hada_w1_a"][1], shapes["hada_w1_b"][1] * size)
+    """Return the update of one weight.
+
+    Raises:
+        InputError: The factors do not fit together.
+    """
+    shapes = {part: source.shape(parts[part], 2) for part in FACTORS}
+    cores = {part: source.checkpoint[parts[part]].shape for part in CORES if part in parts}
+    (a1, b1, a2, b2), rank = shapes.values(), shapes["hada_w1_b"][0]
+    shape: Shape = (a1[0], b1[1])
+    fits = (a1, b1) == (a2, b2) and a1[1] == rank
+    if cores:  # W[p, r, ...] = Σ_ij core[i, j, ...]·a[i, p]·b[j, r]
+        core = cores["hada_t1"]
+        shape = (a1[1], b1[1] * math.prod(core[2:]))
+        fits = (a1, b1) == (a2, b2) and core == cores["hada_t2"] and core[:2] == (a1[0], rank)
+    if not fits:
+        raise InputError(f"{source.checkpoint.path}: the factors of {weight} do not fit together: {shapes | cores}")
     load = partial(delta, source.checkpoint, dict(parts), scale)
     dtype = source.checkpoint[parts["hada_w1_a"]].dtype
-    return Update(weight, shape, load, False, dtype, rank=shapes["hada_w1_b"][0], scale=scale.known)
+    return Update(weight, shape, load, False, dtype, rank=rank, scale=scale.known)
 
 
 def delta(checkpoint: Checkpoint, parts: dict[str, str], scale: Scale, site: Site) -> torch.Tensor:

@@ -54,7 +54,7 @@ def rank_of(source: Source, parts: dict[str, str]) -> int | None:
     """Return the rank that the factors show; None if both sides are stored in full."""
     for part in ("lokr_w1_b", "lokr_w2_b"):
         if part in parts:
-            return source.checkpoint[parts[part]].shape[0]
+            return source.shape(parts[part], 2)[0]
     return None
 
 
@@ -75,13 +75,18 @@ def kronecker(source: Source, weight: str, parts: dict[str, str], scale: Scale) 
 
 def _side_shape(source: Source, weight: str, parts: dict[str, str], side: str) -> tuple[int, ...]:
     if side in parts:
-        return source.checkpoint[parts[side]].shape
+        shape = source.checkpoint[parts[side]].shape
+        if len(shape) < 2 or 0 in shape or (side == "lokr_w1" and len(shape) != 2):
+            raise InputError(f"{source.checkpoint.path}: {parts[side]} has the shape {list(shape)}; it is no matrix")
+        return shape
     if f"{side}_a" not in parts or f"{side}_b" not in parts:
         raise InputError(f"{source.checkpoint.path}: {weight} has neither {side} nor both of its factors")
-    a, b = (source.checkpoint[parts[f"{side}_{part}"]].shape for part in "ab")
-    if side == "lokr_w2" and "lokr_t2" in parts:
-        return (a[1], b[1], *source.checkpoint[parts["lokr_t2"]].shape[2:])
-    return a[0], b[1]
+    a, b = (source.shape(parts[f"{side}_{part}"], 2) for part in "ab")
+    tucker = side == "lokr_w2" and "lokr_t2" in parts
+    core = source.checkpoint[parts["lokr_t2"]].shape if tucker else (a[1], b[0])
+    if core[:2] != ((a[0], b[0]) if tucker else (b[0], a[1])):
+        raise InputError(f"{source.checkpoint.path}: the factors of {side} of {weight} do not fit together")
+    return (a[1], b[1], *core[2:]) if tucker else (a[0], b[1])
 
 
 def delta(checkpoint: Checkpoint, parts: dict[str, str], scale: Scale, site: Site) -> torch.Tensor:

@@ -133,7 +133,8 @@ def read_lora(source: Source) -> Reading:
     """
     config = source.settings
     refuse_lora_variants(source)
-    names = [name for name in source.checkpoint if "lora_monteclora_sampler" not in name]
+    sampler = tuple(name for name in source.checkpoint if "lora_monteclora_sampler" in name)  # only used in training
+    names = [name for name in source.checkpoint if name not in sampler]
     modules, rest = by_module(names, PARTS, source.path)
     stacks, plain = experts.split(modules, config)
     paths = [*(module.removesuffix(OUT_PROJ) for module in plain), *(stack.parameter for stack in stacks)]
@@ -151,7 +152,7 @@ def read_lora(source: Source) -> Reading:
     updates, replication = replicated(updates, config)
     values, extra, ignored = stored_values(source, rest)
     kind = f"PEFT {_variant(config)}, {scaling_words(config)}, {len(modules)} modules"
-    return Reading(kind, (*updates, *extra), values, (*notes, *replication), ignored, scaling.words())
+    return Reading(kind, (*updates, *extra), values, (*notes, *replication), (*sampler, *ignored), scaling.words())
 
 
 def _variant(config: Config) -> str:
@@ -186,6 +187,10 @@ def _module(source: Source, scaling: Scaling, owner: Owner, parts: dict[str, str
     a_key, b_key = pair_of(source, module, parts, "lora_embedding_" if embedding else "lora_")
     a_shape, b_shape = source.checkpoint[a_key].shape, source.checkpoint[b_key].shape
     load: Callable[[Site], Factors]
+    if embedding or _blocks(scaling.config, module):
+        a_shape, b_shape = source.shape(a_key, 2), source.shape(b_key, 2)
+    if (diagonal := parts.get("lora_diag")) is not None and source.shape(diagonal, 1) != (rank,):
+        raise InputError(f"{source.checkpoint.path}: {diagonal} must have {rank} entries")
     if embedding:
         check_rank(source, module, a_shape[0], rank, b_shape[1])
         load = partial(embedding_factors, source.checkpoint, b_key, a_key, scale)
@@ -195,8 +200,8 @@ def _module(source: Source, scaling: Scaling, owner: Owner, parts: dict[str, str
         shape, of_a = _blocked_shape(source, module, a_shape, b_shape, blocks)
         check_rank(source, module, of_a, rank, of_a)
     else:
-        check_rank(source, module, a_shape[0], rank, b_shape[1])
-        load = partial(linear_factors, source.checkpoint, b_key, a_key, scale, parts.get("lora_diag"))
+        check_rank(source, module, a_shape[0], rank, math.prod(b_shape[1:]))
+        load = partial(linear_factors, source.checkpoint, b_key, a_key, scale, diagonal)
         shape = (b_shape[0], math.prod(a_shape[1:]))
     update = Update(
         owner.weight,
@@ -214,6 +219,7 @@ def _module(source: Source, scaling: Scaling, owner: Owner, parts: dict[str, str
     if "lora_B.bias" not in parts:
         return [update]
     key = parts["lora_B.bias"]
+    source.shape(key, 1)
     bias = partial(scaled, source.checkpoint, key, scale)
     size = source.checkpoint[key].shape
     return [update, Update(owner.bias, size, bias, False, source.checkpoint[key].dtype)]

@@ -54,7 +54,7 @@ def _update(source: Source, module: str, parts: dict[str, str], scale: float, se
     if "lora_a" not in parts or "lora_b" not in parts:
         raise InputError(f"{source.path}: {module} has only {', '.join(sorted(parts))}; the file is incomplete")
     a, b = (source.checkpoint[parts[part]].shape for part in ("lora_a", "lora_b"))
-    if len(a) != 2 or len(b) != 2 or a[1] != b[0]:
+    if len(a) != 2 or len(b) != 2 or a[1] != b[0] or 0 in (*a, *b):
         raise InputError(f"{source.path}: {module}: lora_a {list(a)} and lora_b {list(b)} are not (in, r) and (r, out)")
     if "rank" in settings and settings.integer("rank") != a[1]:
         raise InputError(

@@ -24,6 +24,10 @@ if TYPE_CHECKING:
     import torch
 
 
+# PEFT's default is 5; each term is a product of all blocks.
+MAX_TERMS = 1000
+
+
 def is_oft(source: Source) -> bool:
     """Say whether this family reads the adapter."""
     return source.peft_type == "OFT"
@@ -40,18 +44,24 @@ def read_oft(source: Source) -> Reading:
         raise InputError(f"{source.path}: constrained OFT (coft=true) is not read: {MERGE}")
     modules, rest = by_module(source.checkpoint, ("oft_R",), source.path)
     terms = config.integer("num_cayley_neumann_terms", 5) if config.values.get("use_cayley_neumann", True) else 0
+    if terms > MAX_TERMS:
+        raise InputError(f"{config.path}: num_cayley_neumann_terms {terms} is beyond {MAX_TERMS}")
     updates = [_update(source, module, parts["oft_R"], terms) for module, parts in modules.items()]
     values, extra, ignored = stored_values(source, rest)
     return Reading(f"PEFT OFT, {len(modules)} modules", (*updates, *extra), values, (), ignored)
 
 
 def _update(source: Source, module: str, key: str, terms: int) -> Update:
-    shape = source.checkpoint[key].shape
+    shape = source.shape(key, 2)
     size = (1 + math.isqrt(1 + 8 * shape[-1])) // 2
-    if len(shape) != 2 or size * (size - 1) // 2 != shape[1]:
+    if size * (size - 1) // 2 != shape[1]:
         raise InputError(
             f"{source.checkpoint.path}: {key} has the shape {list(shape)}, which is not (blocks, b(b-1)/2); it may "
             f"come from an older PEFT: {MERGE}"
+        )
+    if source.settings.flag("block_share") and shape[0] != 1:
+        raise InputError(
+            f"{source.checkpoint.path}: {key} has {shape[0]} blocks, but block_share says that all are one"
         )
     wanted: Shape = (None, None if source.settings.flag("block_share") else shape[0] * size)
     load = partial(delta, source.checkpoint, key, size, terms)

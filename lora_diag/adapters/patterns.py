@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from lora_diag.adapters.source import Config
+from lora_diag.adapters.source import Config, is_number
 from lora_diag.errors import InputError
 
 # Longest key, and the worst case in steps of the engine over all modules: about 10 s.
@@ -75,7 +75,7 @@ def read_pattern(config: Config, key: str, modules: Iterable[str]) -> Pattern:
     lengths = [len(module) for module in modules] if table else []
     entries = []
     for text, value in table.items():
-        if type(value) not in {int, float} or not math.isfinite(value):
+        if not is_number(value):
             raise InputError(f"{config.path}: {key}[{text!r}] must be a finite number, not {value!r}")
         entries.append((text, _compile(text, f"{config.path}: {key}", lengths), float(value)))
     return Pattern(key, tuple(entries))

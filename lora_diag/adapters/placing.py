@@ -156,7 +156,8 @@ def _on_base(source: Source, reading: Reading, base: Checkpoint) -> tuple[list[D
     notes = [f"adapts {len(touched)} of {len(base)} tensors of BASE"]
     tied = sorted({piece.place.layer for piece in pieces if "lm_head" in piece.place.layer != piece.place.name})
     notes += [
-        f"{layer} is tied to an embedding in BASE; its update is reported under its own name; a merge adds it to the one stored weight"
+        f"{layer} is tied to an embedding in BASE; its update is reported under its own name, and a merge adds it to "
+        "the one stored weight"
         for layer in tied
     ]
     return [*deltas, *more], [*unpaired, *left_out], notes

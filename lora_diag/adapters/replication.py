@@ -42,7 +42,7 @@ def _order(config: Config) -> list[int]:
     ranges = config.values["layer_replication"]
     try:
         pairs = [(int(first), int(last)) for first, last in ranges]
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise InputError(f"{config.path}: layer_replication must be a list of [first, last) pairs") from error
     if not all(0 <= first < last <= MAX_LAYERS for first, last in pairs) or len(pairs) > MAX_LAYERS:
         raise InputError(f"{config.path}: layer_replication has an impossible range: {ranges!r:.100}")

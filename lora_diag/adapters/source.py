@@ -5,12 +5,12 @@ Knows where PEFT, diffusers, MLX and kohya put their files; knows nothing about 
 
 from __future__ import annotations
 
-import math
 import re
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from lora_diag.checkpoints import Checkpoint, open_checkpoint
 from lora_diag.checkpoints.documents import MAX_CONFIG_BYTES, read_object
@@ -34,6 +34,15 @@ MARKS = re.compile(
     r"|lokr_(w1|w2|t2)|vera_lambda_[bd]|ia3_l|oft_(R|blocks|diag)|fourierft_spectrum|ln_tuning_layers"
     r"|trainable_tokens_delta|prompt_embeddings|w_norm|b_norm)(\.|_|$)|^lora_(unet|te\d?|transformer)_"
 )
+
+
+MAX_NUMBER = sys.float_info.max
+MAX_WHOLE = 2**31  # ranks, blocks and terms
+
+
+def is_number(value: object) -> TypeGuard[float]:
+    """Say whether a value from JSON is a finite number that a float can hold."""
+    return type(value) in {int, float} and abs(value) <= MAX_NUMBER  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -60,7 +69,7 @@ class Config:
         value = self.values.get(key, default)
         if type(value) is float and value.is_integer():
             value = int(value)
-        if type(value) is not int or value < 1:
+        if type(value) is not int or not 1 <= value <= MAX_WHOLE:
             raise InputError(f"{self.path}: {key} must be a whole number from 1 up, not {value!r}")
         return value
 
@@ -71,7 +80,7 @@ class Config:
             InputError: It is missing or none.
         """
         value = self.values.get(key, default)
-        if type(value) not in {int, float} or not math.isfinite(value):
+        if not is_number(value):
             raise InputError(f"{self.path}: {key} must be a finite number, not {value!r}")
         return float(value)
 
@@ -124,6 +133,19 @@ class Source:
         """PEFT's word for the kind of adapter, in capitals; empty if the config does not say."""
         return self.config.text("peft_type").upper() if self.config is not None else ""
 
+    def shape(self, key: str, dimensions: int) -> tuple[int, ...]:
+        """Return the shape of a tensor that must have so many dimensions and some entries.
+
+        Raises:
+            InputError: It has not.
+        """
+        shape = self.checkpoint[key].shape
+        if len(shape) != dimensions or 0 in shape:
+            raise InputError(
+                f"{self.checkpoint.path}: {key} has the shape {list(shape)}; {dimensions} dimensions are due"
+            )
+        return shape
+
     @property
     def settings(self) -> Config:
         """The config.
@@ -174,6 +196,10 @@ def open_source(path: Path | str) -> Source:
         else None
     )
     checkpoint = open_checkpoint(file)
+    for name in checkpoint:
+        info = checkpoint[name]
+        if not info.dtype.startswith(("float", "bfloat")) and len(info.shape) > 0:
+            raise InputError(f"{file}: {name} is stored as {info.dtype}; an adapter's tensors are floats")
     return Source(path, checkpoint, config, checkpoint.files[0].metadata)
 
 

@@ -60,7 +60,7 @@ def rows_update(source: Source, module: str, key: str, indices: Any) -> Update:
     """
     rows = _rows(source.settings, module, indices)
     shape = source.checkpoint[key].shape
-    if len(shape) != 2 or len(rows) != shape[0] or len(set(rows)) != len(rows):
+    if len(shape) != 2 or not rows or len(rows) != shape[0] or len(set(rows)) != len(rows):
         raise InputError(
             f"{source.checkpoint.path}: {key} has the shape {list(shape)}, but {source.settings.path.name} gives "
             f"{len(set(rows))} token indices for it"

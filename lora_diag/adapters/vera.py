@@ -44,15 +44,15 @@ def read_vera(source: Source) -> Reading:
     modules, rest = by_module(names, PARTS, source.path)
     updates = [_update(source, module, parts) for module, parts in modules.items()]
     values, extra, ignored = stored_values(source, rest)
-    kind = f"PEFT VeRA, r={source.checkpoint[a_key].shape[0]}, {len(modules)} modules"
+    kind = f"PEFT VeRA, r={source.shape(a_key, 2)[0]}, {len(modules)} modules"
     return Reading(kind, (*updates, *extra), values, (), ignored)
 
 
 def _update(source: Source, module: str, parts: dict[str, str]) -> Update:
     if set(parts) != set(PARTS):
         raise InputError(f"{source.checkpoint.path}: {module} has only {', '.join(sorted(parts))}; save it again")
-    (out,), (rank,) = (source.checkpoint[parts[part]].shape for part in PARTS)
-    a, b = (source.checkpoint[key].shape for key in SHARED)
+    (out,), (rank,) = (source.shape(parts[part], 1) for part in PARTS)
+    a, b = (source.shape(key, 2) for key in SHARED)
     if rank != a[0] or rank != b[1] or out > b[0]:
         raise InputError(
             f"{source.checkpoint.path}: {module}: lambdas of {out} and {rank} do not fit the shared A {list(a)} and B "

@@ -181,35 +181,16 @@ def _attention_notes(modules: Modules) -> list[str]:
 
 def _module(source: Source, scaling: Scaling, owner: Owner, parts: dict[str, str]) -> list[Update]:
     """Return the updates of one adapted module: its weight, and its bias if ``lora_bias`` trained one."""
-    module, rank = owner.module, scaling.rank(owner.scaled_as)
-    scale = scaling.of_module(owner.scaled_as) * owner.times
+    rank, scale = scaling.rank(owner.scaled_as), scaling.of_module(owner.scaled_as) * owner.times
     embedding = "lora_embedding_A" in parts or "lora_embedding_B" in parts
-    a_key, b_key = pair_of(source, module, parts, "lora_embedding_" if embedding else "lora_")
-    a_shape, b_shape = source.checkpoint[a_key].shape, source.checkpoint[b_key].shape
-    load: Callable[[Site], Factors]
-    if embedding or _blocks(scaling.config, module):
-        a_shape, b_shape = source.shape(a_key, 2), source.shape(b_key, 2)
-    if (diagonal := parts.get("lora_diag")) is not None and source.shape(diagonal, 1) != (rank,):
-        raise InputError(f"{source.checkpoint.path}: {diagonal} must have {rank} entries")
-    if embedding:
-        check_rank(source, module, a_shape[0], rank, b_shape[1])
-        load = partial(embedding_factors, source.checkpoint, b_key, a_key, scale)
-        shape = (a_shape[1], b_shape[0])
-    elif blocks := _blocks(scaling.config, module):
-        load = partial(blocked_factors, source.checkpoint, b_key, a_key, scale, blocks)
-        shape, of_a = _blocked_shape(source, module, a_shape, b_shape, blocks)
-        check_rank(source, module, of_a, rank, of_a)
-    else:
-        check_rank(source, module, a_shape[0], rank, math.prod(b_shape[1:]))
-        load = partial(linear_factors, source.checkpoint, b_key, a_key, scale, diagonal)
-        shape = (b_shape[0], math.prod(a_shape[1:]))
+    shape, load, keys = (_embedding if embedding else _linear)(source, owner.module, parts, rank, scale)
     update = Update(
-        owner.weight,
-        shape,
-        load,
-        True,
-        source.checkpoint[b_key].dtype,
-        zero_if=_zero_factor(scaling.config, b_key, a_key),
+        weight=owner.weight,
+        shape=shape,
+        load=load,
+        factored=True,
+        dtype=source.checkpoint[keys[1]].dtype,
+        zero_if=_zero_factor(scaling.config, *keys),
         rank=rank,
         scale=scale,
     )
@@ -219,13 +200,36 @@ def _module(source: Source, scaling: Scaling, owner: Owner, parts: dict[str, str
     if "lora_B.bias" not in parts:
         return [update]
     key = parts["lora_B.bias"]
-    source.shape(key, 1)
     bias = partial(scaled, source.checkpoint, key, scale)
-    size = source.checkpoint[key].shape
-    return [update, Update(owner.bias, size, bias, False, source.checkpoint[key].dtype)]
+    return [update, Update(owner.bias, source.shape(key, 1), bias, False, source.checkpoint[key].dtype)]
 
 
-def _zero_factor(config: Config, b_key: str, a_key: str) -> str:
+# ``(out, in)``, what loads the factors, and the names of A and B.
+Found = tuple[tuple[int, int], Callable[[Site], "Factors"], tuple[str, str]]
+
+
+def _embedding(source: Source, module: str, parts: dict[str, str], rank: int, scale: float) -> Found:
+    a_key, b_key = pair_of(source, module, parts, "lora_embedding_")
+    a, b = source.shape(a_key, 2), source.shape(b_key, 2)
+    check_rank(source, module, a[0], rank, b[1])
+    return (a[1], b[0]), partial(embedding_factors, source.checkpoint, b_key, a_key, scale), (a_key, b_key)
+
+
+def _linear(source: Source, module: str, parts: dict[str, str], rank: int, scale: float) -> Found:
+    a_key, b_key = pair_of(source, module, parts)
+    if blocks := _blocks(source.settings, module):
+        shape, of_a = _blocked_shape(source, module, source.shape(a_key, 2), source.shape(b_key, 2), blocks)
+        check_rank(source, module, of_a, rank, of_a)
+        return shape, partial(blocked_factors, source.checkpoint, b_key, a_key, scale, blocks), (a_key, b_key)
+    a, b = flat(source.checkpoint[a_key].shape), flat(source.checkpoint[b_key].shape)
+    check_rank(source, module, a[0], rank, b[1])
+    diagonal = parts.get("lora_diag")
+    if diagonal is not None and source.shape(diagonal, 1) != (rank,):
+        raise InputError(f"{source.checkpoint.path}: {diagonal} must have {rank} entries")
+    return (b[0], a[1]), partial(linear_factors, source.checkpoint, b_key, a_key, scale, diagonal), (a_key, b_key)
+
+
+def _zero_factor(config: Config, a_key: str, b_key: str) -> str:
     """Return the factor that starts at zero: B, but A for MiCA, which trains A alone."""
     return a_key if config.text("init_lora_weights").lower() == "mica" else b_key
 

@@ -55,9 +55,18 @@ class Side:
         """Stored dtype, in torch's words."""
         return self.info.dtype
 
+    @property
+    def is_quantized(self) -> bool:
+        """Whether the numbers are dequantized while they are read."""
+        return self.checkpoint[self.name].stored is not None
+
     def read(self, start: int, stop: int) -> torch.Tensor:
         """Return entries ``start:stop``, counted from this side's own offset; 1-D, stored dtype."""
         return self.checkpoint.read(self.name, self.offset + start, self.offset + stop)
+
+    def read_steps(self, start: int, stop: int) -> torch.Tensor | None:
+        """Return the spacing of the storage format at these entries; None where it follows from value and dtype."""
+        return self.checkpoint.read_steps(self.name, self.offset + start, self.offset + stop)
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +99,13 @@ class StoredDelta:
             InputError: A file could not be read.
         """
         yield from zip(row_blocks(self.base, self.shape), row_blocks(self.tuned, self.shape), strict=True)
+
+    def steps(self) -> Iterator[tuple[torch.Tensor | None, torch.Tensor | None]] | None:
+        """Yield the spacing of quantized formats, block by block like ``blocks``; None if neither side is quantized."""
+        if not (self.base.is_quantized or self.tuned.is_quantized):
+            return None
+        spans = ((first * self.shape[1], last * self.shape[1]) for first, last in row_spans(self.shape))
+        return ((self.base.read_steps(*span), self.tuned.read_steps(*span)) for span in spans)
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,11 +163,16 @@ def footprint(delta: Delta) -> int:
 
 def row_blocks(side: Side, shape: tuple[int, int]) -> Iterator[torch.Tensor]:
     """Yield the rows of a stored matrix in blocks, ``(rows, in)``, in its stored dtype."""
+    for first, last in row_spans(shape):
+        yield side.read(first * shape[1], last * shape[1]).view(last - first, shape[1])
+
+
+def row_spans(shape: tuple[int, int]) -> Iterator[tuple[int, int]]:
+    """Yield first and last row of every block of a matrix."""
     rows, columns = shape
     step = max(1, BLOCK_ENTRIES // max(1, columns))
     for first in range(0, rows, step):
-        last = min(rows, first + step)
-        yield side.read(first * columns, last * columns).view(last - first, columns)
+        yield first, min(rows, first + step)
 
 
 @dataclass(frozen=True, slots=True)

@@ -57,7 +57,7 @@ def load_change(delta: Delta, device: torch.device, keep: bool = True) -> Change
         InputError: A file could not be read.
     """
     if isinstance(delta, StoredDelta):
-        change = difference(delta.blocks(), delta.shape, device, keep)
+        change = difference(delta.blocks(), delta.shape, device, keep, delta.steps())
         matrix, change.matrix = change.matrix, None
         return Change(change.fro, change.base_fro, change, matrix, None, change.non_finite)
     base_fro = None

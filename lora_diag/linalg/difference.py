@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import repeat
 
 import torch
 from torch import Tensor
@@ -38,7 +39,11 @@ class Difference:
 
 
 def difference(
-    blocks: Iterable[tuple[Tensor, Tensor]], shape: tuple[int, int], device: torch.device, keep: bool = True
+    blocks: Iterable[tuple[Tensor, Tensor]],
+    shape: tuple[int, int],
+    device: torch.device,
+    keep: bool = True,
+    steps: Iterable[tuple[Tensor | None, Tensor | None]] | None = None,
 ) -> Difference:
     """Subtract two matrices block by block.
 
@@ -49,6 +54,7 @@ def difference(
         shape: ``(m, n)``.
         device: Where to compute and to leave ΔW.
         keep: False to measure the norms alone, without holding ΔW.
+        steps: The spacing of quantized storage formats, for base and tuned, block by block; None if there are none.
 
     Returns:
         ΔW and its norms. After a non-finite entry nothing more is read and the norms are NaN.
@@ -57,7 +63,8 @@ def difference(
     squares = base_squares = 0.0
     base_spacing, tuned_spacing = Spacing(), Spacing()
     same = row = 0
-    for stored_base, stored_tuned in blocks:
+    spacings = repeat((None, None)) if steps is None else steps
+    for (stored_base, stored_tuned), (base_step, tuned_step) in zip(blocks, spacings, strict=False):
         base, tuned = stored_base.to(device), stored_tuned.to(device)
         wide = torch.float64 if torch.float64 in (base.dtype, tuned.dtype) else torch.float32
         block = tuned.to(wide) - base.to(wide)
@@ -68,8 +75,8 @@ def difference(
         squares += norm**2
         base_squares += base_norm**2
         same += _unchanged(base, tuned)
-        base_spacing.add(base)
-        tuned_spacing.add(tuned)
+        base_spacing.add(base, base_step)
+        tuned_spacing.add(tuned, tuned_step)
         if keep:
             if matrix is None:
                 matrix = torch.empty(shape, dtype=wide, device=device)

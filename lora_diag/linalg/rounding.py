@@ -29,18 +29,25 @@ class Spacing:
 
     Args:
         squares: Σ ulp(w)².
-        mantissa: Mantissa bits that the stored values really use.
+        mantissa: Mantissa bits that the stored values really use; 0 for a quantized format.
     """
 
     squares: float = 0.0
     mantissa: int = 0
 
-    def add(self, block: Tensor) -> None:
+    def add(self, block: Tensor, step: Tensor | None = None) -> None:
         """Count a block in.
 
         A bfloat16 model that was saved as float32 is still rounded to bfloat16, so values that a shorter dtype holds
         exactly are taken for what they are.
+
+        Args:
+            block: Stored values, or dequantized ones.
+            step: The spacing of a quantized format at every entry, in place of that of the dtype.
         """
+        if step is not None:
+            self.squares += float(torch.linalg.vector_norm(step, dtype=torch.float64)) ** 2
+            return
         block = block.to(effective_dtype(block))
         self.squares += ulp_squares(block)
         self.mantissa = max(self.mantissa, LAYOUT[block.dtype][2])
@@ -97,6 +104,7 @@ def _rounded(base: Spacing, tuned: Spacing) -> list[Spacing]:
 
     TUNED is what training arrived at, rounded: it always counts. BASE is where training started; if TUNED is stored
     more finely, the stored values of BASE were the starting point and are exact. Otherwise BASE counts too, since both
-    may have been rounded from a finer run.
+    may have been rounded from a finer run; and so does a quantized BASE, which stands for weights that it only
+    approximates.
     """
-    return [tuned] if tuned.mantissa > base.mantissa else [base, tuned]
+    return [tuned] if tuned.mantissa > base.mantissa > 0 else [base, tuned]

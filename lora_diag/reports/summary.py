@@ -128,15 +128,15 @@ def _files(moved: Sequence[Spectrum]) -> tuple[str, str]:
     shares = [(record.resolution.noise_fro / record.fro) ** 2 for record in moved]
     if not unresolved and not limited:
         return "Resolved?", f"yes: rounding makes up {percent(max(shares))} of ‖ΔW‖² at most"
-    unchanged = max(record.resolution.unchanged or 0.0 for record in moved)
     word = "no" if len(unresolved) > len(moved) / 2 else "partly"
-    parts = [f"{len(limited)} floor-limited (~)"] if limited else []
-    parts += [f"{len(unresolved)} unresolved (!)"] if unresolved else []
+    counts = [(limited, "floor-limited (~)"), (unresolved, "unresolved (!)")]
+    parts = [f"{len(group)} {name}" for group, name in counts if group]
+    unchanged = max(record.resolution.unchanged or 0.0 for record in moved)
+    still = f", up to {percent(unchanged)} of the entries are unchanged" if unchanged >= 0.01 else ""
     return "Resolved?", (
-        f"{word}: of {len(moved)} matrices {' and '.join(parts)}. Rounding of the files is expected to make up "
-        f"{percent(min(1.0, median(shares)))} of the median ‖ΔW‖², up to {percent(unchanged)} of the entries are "
-        "unchanged, and ranks beyond the signal rank count noise. Measure the adapter instead of the merge, or "
-        "save the fine-tune in float32"
+        f"{word}: of {len(moved)} matrices {' and '.join(parts)}: rounding is expected to make up "
+        f"{percent(min(1.0, median(shares)))} of the median ‖ΔW‖²{still}; ranks beyond the signal rank count noise. "
+        "Measure the adapter, not its merge, or save the fine-tune in float32"
     )
 
 

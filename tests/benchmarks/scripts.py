@@ -32,7 +32,7 @@ def weightwatcher(base: Path, tuned: Path) -> None:
     """WeightWatcher's deltas."""
     import weightwatcher as ww
 
-    ww.WeightWatcher(model=str(tuned), base_model=str(base)).analyze(min_evals=1, max_evals=100_000)
+    ww.WeightWatcher(model=str(tuned), base_model=str(base)).analyze()
 
 
 if __name__ == "__main__":

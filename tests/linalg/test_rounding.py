@@ -71,6 +71,20 @@ def test_short_numbers_in_a_long_file_are_recognised(dtype):
     assert effective_dtype(mixed) == torch.float32
 
 
+def test_a_quantized_side_counts_with_the_step_of_its_format():
+    base, tuned = torch.randn(6, 5), torch.randn(6, 5)
+    step = torch.rand(6, 5)
+    halves = [(base[:3], tuned[:3]), (base[3:], tuned[3:])]
+    steps = [(step[:3].reshape(-1), None), (step[3:].reshape(-1), None)]
+    found = difference(halves, (6, 5), CPU, steps=steps)
+    plain = difference(halves, (6, 5), CPU)
+    expected = np.linalg.norm(as_numpy(step)) / 2
+    assert found.rounding_fro == pytest.approx(expected, rel=1e-4)
+    assert found.rounding_fro > 1000 * plain.rounding_fro
+    assert found.mantissa == (0, 23)
+    assert torch.equal(found.matrix, plain.matrix)
+
+
 def test_sides_of_one_dtype_both_count():
     side = Spacing(squares=4.0, mantissa=7)
     assert rounding_bound(side, side) == 2.0

@@ -3,6 +3,7 @@
 Run from the repository root: ``python docs/figures/make.py``.
 """
 
+import io
 import os
 import re
 import subprocess
@@ -28,7 +29,7 @@ def terminal(words: list[str]) -> str:
 
 def svg(words: list[str]) -> str:
     """Return the command and its output as the picture of a terminal."""
-    console = Console(record=True, width=WIDTH, file=Path(os.devnull).open("w"), force_terminal=True)
+    console = Console(record=True, width=WIDTH, file=io.StringIO(), force_terminal=True)
     console.print(Text.from_ansi(terminal(words)))
     picture = console.export_svg(title=f"loradiag {' '.join(words)}", unique_id="loradiag")
     return re.sub(r"@font-face \{.*?\}\s*", "", picture, flags=re.DOTALL)  # fonts from a network: not needed

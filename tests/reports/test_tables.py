@@ -8,7 +8,7 @@ import torch
 import lora_diag
 from lora_diag.reports.inventory import inventory_table
 from lora_diag.reports.table import spectrum_table
-from tests.conftest import save_model, weights
+from tests.conftest import ROOT, save_model, weights
 
 
 @pytest.fixture
@@ -69,7 +69,7 @@ def test_coverage_counts_every_part(tmp_path):
 
 
 def test_an_adapter_is_asked_how_much_of_its_rank_it_uses():
-    results = lora_diag.spectrum("sample_checkpoints/lora_r16")
+    results = lora_diag.spectrum(ROOT / "sample_checkpoints" / "lora_r16")
     text = spectrum_table(results, 140)
     assert "Low-rank?" not in text
     middle = sorted(record.rank_at["0.9"] for record in results)[14]

@@ -1,0 +1,34 @@
+"""Copy the output of real runs into the README and the docs: ``python docs/refresh.py`` from the repository root.
+
+A block between ``<!-- run: WORDS -->`` and ``<!-- end -->`` becomes what ``loradiag WORDS`` prints at 80 columns.
+"""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+BLOCK = re.compile(r"<!-- run: (?P<words>.*?) -->\n.*?<!-- end -->", re.DOTALL)
+
+
+def output(words: str) -> str:
+    """Return what the command prints in an 80-column terminal without colours."""
+    command = [sys.executable, "-m", "lora_diag", *words.split()]
+    environment = {**os.environ, "COLUMNS": "80", "NO_COLOR": "1"}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.strip("\n")
+
+
+def refreshed(text: str) -> str:
+    """Return a page with every block run again."""
+
+    def block(found: re.Match[str]) -> str:
+        words = found["words"]
+        return f"<!-- run: {words} -->\n```console\n$ loradiag {words}\n{output(words)}\n```\n<!-- end -->"
+
+    return BLOCK.sub(block, text)
+
+
+if __name__ == "__main__":
+    for page in [Path("README.md"), *sorted(Path("docs").glob("*.md"))]:
+        page.write_text(refreshed(page.read_text(encoding="utf-8")), encoding="utf-8")

@@ -121,7 +121,8 @@ def peer_commands(base: Path, tuned: Path) -> dict[str, Sequence[str]]:
         home = FOLDER / "peers" / peer
         if not (home / "done").exists():
             subprocess.run([sys.executable, "-m", "venv", home], check=True)
-            subprocess.run([home / "bin" / "python", "-m", "pip", "install", "--quiet", peer, "torch", "safetensors"], check=True)
+            pip = [home / "bin" / "python", "-m", "pip", "install", "--quiet"]
+            subprocess.run([*pip, peer, "torch", "safetensors"], check=True)
             (home / "done").touch()
     here = {peer: FOLDER.resolve() / "peers" / peer / "bin" for peer in PEERS}
     extract = ["--model", tuned, "--base-model", base, "--out-path", FOLDER.resolve() / "extracted", "--max-rank", "8"]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from lora_diag.adapters import is_adapter, open_adapter
-from lora_diag.checkpoints import Checkpoint, open_checkpoint
-from lora_diag.deltas import Pairing, pair
+from lora_diag.adapters import Place, is_adapter, match_names, open_adapter
+from lora_diag.checkpoints import Checkpoint, locate, open_checkpoint
+from lora_diag.checkpoints.tensors import FLOAT_DTYPES
+from lora_diag.deltas import Pairing, Side, StoredDelta, natural_order, pair
 from lora_diag.errors import UsageError
 from lora_diag.results import RunInput
 
@@ -47,21 +49,59 @@ def compare(
         UsageError: There is one side, and it is no adapter.
     """
     if tuned is None:
-        if not is_adapter(base) and Path(base).exists():
+        if not is_adapter(locate(base)):
             raise UsageError(f"{base}: is not an adapter; name the checkpoint to compare it with, BASE before TUNED")
         return _with_adapter(None, base, layers, exclude, allow_unmatched)
     before = open_checkpoint(base)
-    if is_adapter(tuned):
+    if is_adapter(locate(tuned)):
         return _with_adapter(before, tuned, layers, exclude, allow_unmatched)
     after = open_checkpoint(tuned)
-    inputs = (_describe("base", before), _describe("tuned", after))
-    return Comparison(inputs, pair(before, after, layers, exclude))
+    pairing, notes = _pair_renamed(pair(before, after, layers, exclude), before, after)
+    return Comparison((_describe("base", before), _describe("tuned", after, notes)), pairing)
+
+
+def _pair_renamed(pairing: Pairing, base: Checkpoint, tuned: Checkpoint) -> tuple[Pairing, tuple[str, ...]]:
+    """Pair what TUNED stores under another name than BASE, such as fused experts that BASE stores one by one."""
+    free = {item.layer for item in pairing.unpaired if item.reason == "only_in_base"}
+    wanted = {item.layer: item.shape for item in pairing.unpaired if item.reason == "only_in_tuned"}
+    found, _ = match_names(wanted, base)
+    renamed = {
+        name: [_placed(base, place, tuned, name) for place in places]
+        for name, places in found.items()
+        if all(place.name in free and place.into is None and place.shape == _own_shape(base, place) for place in places)
+        and {tuned[name].dtype, *(base[place.name].dtype for place in places)} <= FLOAT_DTYPES
+    }
+    if not renamed:
+        return pairing, ()
+    taken = {*renamed, *(delta.base.name for deltas in renamed.values() for delta in deltas)}
+    deltas = sorted(
+        (*pairing.deltas, *(d for new in renamed.values() for d in new)), key=lambda d: natural_order(d.layer)
+    )
+    rest = tuple(item for item in pairing.unpaired if item.layer not in taken)
+    name, first = min((name, deltas[0].layer) for name, deltas in renamed.items())
+    note = f"{len(renamed)} tensors are stored under other names than in BASE, such as {name} for {first}"
+    return Pairing(tuple(deltas), rest), (note,)
+
+
+def _own_shape(base: Checkpoint, place: Place) -> tuple[int, ...]:
+    """Return the shape that the whole stored weight has as a matrix: only those are paired under another name."""
+    shape = base[place.name].shape
+    return shape if len(shape) < 3 else place.shape
+
+
+def _placed(base: Checkpoint, place: Place, tuned: Checkpoint, name: str) -> StoredDelta:
+    """Return the difference of one weight of BASE and the rows of TUNED that stand for it."""
+    shape = place.shape if len(place.shape) == 2 else (1, math.prod(place.shape))
+    stored = tuned[name].shape
+    row = place.index * (stored[1] if len(stored) == 3 else 0) + (place.rows[0] if place.rows else 0)
+    sides = Side(base, place.name, place.offset), Side(tuned, name, row * shape[1])
+    return StoredDelta(place.layer, (shape[0], shape[1]), *sides, is_matrix=len(stored) > 1)
 
 
 def _with_adapter(
     base: Checkpoint | None, path: Path | str, layers: str | None, exclude: str | None, allow_unmatched: bool
 ) -> Comparison:
-    adapter = open_adapter(path)
+    adapter = open_adapter(locate(path))
     pairing, notes = adapter.pair(base, layers, exclude, allow_unmatched)
     described = RunInput(
         role="adapter", path=str(path), kind=adapter.kind, tensors=len(adapter.checkpoint), notes=notes
@@ -69,7 +109,11 @@ def _with_adapter(
     return Comparison((described,) if base is None else (_describe("base", base), described), pairing)
 
 
-def _describe(role: str, checkpoint: Checkpoint) -> RunInput:
+def _describe(role: str, checkpoint: Checkpoint, notes: tuple[str, ...] = ()) -> RunInput:
     return RunInput(
-        role=role, path=str(checkpoint.path), kind=checkpoint.kind, tensors=len(checkpoint), notes=checkpoint.notes
+        role=role,
+        path=str(checkpoint.path),
+        kind=checkpoint.kind,
+        tensors=len(checkpoint),
+        notes=(*checkpoint.notes, *notes),
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from lora_diag.adapters import is_adapter, open_adapter
-from lora_diag.checkpoints import Checkpoint, open_checkpoint
+from lora_diag.checkpoints import Checkpoint, locate, open_checkpoint
 from lora_diag.deltas import natural_order, why_left_out
 from lora_diag.results import Inventory, StoredTensor
 
@@ -28,12 +28,12 @@ def inspect(path: Path | str) -> Inventory:
         >>> inspect("sample_checkpoints/base").kind
         'sharded safetensors, 3 files'
     """
-    if not is_adapter(path):
+    if not is_adapter(locate(path)):
         checkpoint = open_checkpoint(path)
         return Inventory(
             path=str(checkpoint.path), kind=checkpoint.kind, notes=checkpoint.notes, tensors=_tensors(checkpoint)
         )
-    adapter = open_adapter(path)
+    adapter = open_adapter(locate(path))
     return Inventory(
         path=str(adapter.path),
         kind=adapter.kind,

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lora_diag.deltas import Delta, FactoredDelta, StoredDelta, row_blocks
+from lora_diag.deltas import Delta, FactoredDelta, Side, StoredDelta, row_blocks, row_spans
 from lora_diag.linalg import Difference, Factors, decompose, decompose_factored, difference, first_non_finite, norm
 
 
@@ -64,7 +64,7 @@ def load_change(delta: Delta, device: torch.device, keep: bool = True) -> Change
     if delta.base is not None:
         base_fro = norm(block.to(device) for block in row_blocks(delta.base, delta.shape))
         if not math.isfinite(base_fro):
-            return Change(None, None, non_finite="BASE holds an entry that is not finite")
+            return Change(None, None, non_finite=_in_base(delta.base, delta.shape))
     if isinstance(delta, FactoredDelta):
         b, a = (factor.to(device) for factor in delta.load())
         problem = first_non_finite("lora_B holds", b) or first_non_finite("lora_A holds", a)
@@ -73,3 +73,11 @@ def load_change(delta: Delta, device: torch.device, keep: bool = True) -> Change
     problem = first_non_finite("the update holds", matrix)
     fro = None if problem else norm([matrix])
     return Change(fro, base_fro, None, matrix if keep and not problem else None, non_finite=problem)
+
+
+def _in_base(side: Side, shape: tuple[int, int]) -> str:
+    """Return where the first entry of W_base is that is not finite."""
+    for (first, _), block in zip(row_spans(shape), row_blocks(side, shape), strict=True):
+        if problem := first_non_finite("BASE holds", block, first):
+            return problem
+    return "the norm of BASE overflows float64"

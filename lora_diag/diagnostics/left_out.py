@@ -6,6 +6,7 @@ import torch
 
 from lora_diag.deltas import Delta, Unpaired
 from lora_diag.diagnostics.change import Change, load_change
+from lora_diag.linalg import first_non_finite, norm
 from lora_diag.results import LeftOut
 
 
@@ -26,15 +27,23 @@ def left_out_vector(delta: Delta, device: torch.device) -> LeftOut:
 
 def left_out_rows(unpaired: Unpaired, device: torch.device) -> LeftOut:
     """Return the record of what could not be compared; for rows that only one side has, with their norm."""
-    fro = None
+    reason, detail, fro = unpaired.reason, unpaired.detail, None
     if unpaired.rows is not None:
-        rows = unpaired.rows.read(0, unpaired.shape[0] * unpaired.shape[1]).to(device)
-        norm = float(torch.linalg.vector_norm(rows, dtype=torch.float64))
-        fro = norm if norm < float("inf") else None
-    return LeftOut(layer=unpaired.layer, shape=unpaired.shape, reason=unpaired.reason, detail=unpaired.detail, fro=fro)
+        rows = unpaired.rows.read(0, unpaired.shape[0] * unpaired.shape[1]).view(unpaired.shape).to(device)
+        if problem := first_non_finite("they hold", rows):
+            reason, detail = "non_finite", f"{detail}; {problem}"
+        else:
+            fro = norm([rows])
+    return LeftOut(layer=unpaired.layer, shape=unpaired.shape, reason=reason, detail=detail, fro=fro)
 
 
 def not_finite(delta: Delta, change: Change) -> LeftOut:
     """Return the record of a layer that cannot be measured because an entry is NaN or infinite."""
     shape = delta.shape if delta.is_matrix else delta.shape[1:]
-    return LeftOut(layer=delta.layer, shape=shape, reason="non_finite", detail=change.non_finite or "")
+    detail = change.non_finite or ""
+    return LeftOut(
+        layer=delta.layer,
+        shape=shape,
+        reason="non_finite",
+        detail=detail if delta.is_matrix else detail.replace("[0, ", "["),  # a vector was read as one row
+    )

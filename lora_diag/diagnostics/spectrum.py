@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 
 from lora_diag.deltas import Delta
-from lora_diag.diagnostics.change import load_change
+from lora_diag.diagnostics.change import Change, load_change
 from lora_diag.diagnostics.left_out import not_finite
-from lora_diag.linalg import Difference, resolve_device
+from lora_diag.linalg import Difference, Factors, resolve_device
 from lora_diag.metrics import (
     effective_rank,
     energy_curve,
@@ -62,10 +63,16 @@ def spectrum(delta: Delta, settings: SpectrumSettings) -> Spectrum | LeftOut:
     Returns:
         Its spectrum, or, where ΔW is not finite, a ``left_out`` record with the place of the first bad entry.
     """
-    change = load_change(delta, resolve_device(settings.device))
-    if change.non_finite is not None:
+    device = resolve_device(settings.device)
+    try:
+        change, factors = _compute(delta, settings, device)
+    except torch.cuda.OutOfMemoryError:
+        torch.cuda.empty_cache()
+        change, factors = _compute(delta, settings, torch.device("cpu"))
+        if factors is not None:
+            factors = replace(factors, method=f"{factors.method} on the CPU: out of memory on {device}")
+    if factors is None:
         return not_finite(delta, change)
-    factors = change.decompose(settings.method, settings.top, tol=settings.tol, seed=settings.seed)
     fro = factors.fro
     s = _nine_digits(factors.s.numpy())
     zero = fro == 0.0
@@ -87,6 +94,14 @@ def spectrum(delta: Delta, settings: SpectrumSettings) -> Spectrum | LeftOut:
         effective_rank=effective_rank(s) if factors.complete and not zero else None,
         resolution=_resolution(change.rounding, delta.shape, s, fro, factors.complete),
     )
+
+
+def _compute(delta: Delta, settings: SpectrumSettings, device: torch.device) -> tuple[Change, Factors | None]:
+    """Read ΔW and compute its singular values; None if it is not finite."""
+    change = load_change(delta, device)
+    if change.non_finite is not None:
+        return change, None
+    return change, change.decompose(settings.method, settings.top, tol=settings.tol, seed=settings.seed)
 
 
 def _resolution(

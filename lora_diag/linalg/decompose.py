@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-import torch
+import math
+from dataclasses import replace
+
 from torch import Tensor
 
 from lora_diag.errors import UsageError
+from lora_diag.linalg.difference import norm
 from lora_diag.linalg.exact import decompose_exact
 from lora_diag.linalg.factors import Factors
 from lora_diag.linalg.gram import decompose_gram
@@ -15,6 +18,9 @@ METHODS = ("exact", "gram", "krylov")
 
 # Up to this many rows or columns LAPACK is as fast as the Gram matrix, and more accurate in the smallest values.
 EXACT_UP_TO = 128
+
+# log₂‖A‖_F beyond which A is scaled first: up to here AᵀA stays far from the ends of float32's range.
+MODERATE = 30
 
 # Krylov is tried first where at most this share of the values is asked for, in matrices larger than that: below, its
 # smallest basis (2K + 32 columns, and the probes) is no small part of the matrix.
@@ -49,6 +55,7 @@ def decompose(
         UsageError: There is no such method, or ``top`` or ``tol`` makes no sense.
 
     Example:
+        >>> import torch
         >>> factors = decompose(torch.diag(torch.tensor([3.0, 4.0])))
         >>> factors.s.tolist(), factors.complete
         ([4.0, 3.0], True)
@@ -57,7 +64,12 @@ def decompose(
         raise ValueError(f"a matrix with entries is needed, not a tensor of shape {tuple(matrix.shape)}")
     check_request(method, top, tol)
     if fro is None:
-        fro = float(torch.linalg.vector_norm(matrix, dtype=torch.float64))
+        fro = norm([matrix])
+    if fro and abs(math.log2(fro)) > MODERATE:
+        # The methods form products of two and four A's. A power of two rounds nothing.
+        scale = 2.0 ** round(math.log2(fro))
+        scaled = decompose(matrix / scale, method, top, fro / scale, vectors, tol, seed)
+        return replace(scaled, s=scaled.s * scale, fro=fro)
     smaller = min(matrix.shape)
     if method == "exact" or (method == "auto" and smaller <= EXACT_UP_TO):
         return decompose_exact(matrix, fro, top, vectors)

@@ -60,7 +60,7 @@ def difference(
         ΔW and its norms. After a non-finite entry nothing more is read and the norms are NaN.
     """
     matrix: Tensor | None = None
-    squares = base_squares = 0.0
+    fro = base_fro = 0.0
     base_spacing, tuned_spacing = Spacing(), Spacing()
     same = row = 0
     spacings = repeat((None, None)) if steps is None else steps
@@ -72,8 +72,7 @@ def difference(
         if not math.isfinite(norm + base_norm):
             why = _why_not_finite(base, tuned, block, row)
             return Difference(None, math.nan, math.nan, math.nan, math.nan, math.nan, (0, 0), why)
-        squares += norm**2
-        base_squares += base_norm**2
+        fro, base_fro = math.hypot(fro, norm), math.hypot(base_fro, base_norm)
         same += _unchanged(base, tuned)
         base_spacing.add(base, base_step)
         tuned_spacing.add(tuned, tuned_step)
@@ -85,8 +84,8 @@ def difference(
     entries = max(1, math.prod(shape))
     return Difference(
         matrix=matrix,
-        fro=math.sqrt(squares),
-        base_fro=math.sqrt(base_squares),
+        fro=fro,
+        base_fro=base_fro,
         unchanged=same / entries,
         rounding_fro=rounding_bound(base_spacing, tuned_spacing),
         rounding_variance=rounding_variance(base_spacing, tuned_spacing, entries),
@@ -96,11 +95,15 @@ def difference(
 
 def norm(blocks: Iterable[Tensor]) -> float:
     """Return the Frobenius norm of a matrix that comes in blocks, accumulated in float64."""
-    return math.sqrt(sum(_norm(block) ** 2 for block in blocks))
+    return math.hypot(*(_norm(block) for block in blocks))
 
 
 def _norm(block: Tensor) -> float:
-    return float(torch.linalg.vector_norm(block, dtype=torch.float64))
+    plain = float(torch.linalg.vector_norm(block, dtype=torch.float64))
+    if block.dtype != torch.float64 or 1e-140 < plain < 1e140:
+        return plain
+    largest = float(block.abs().max())  # squares of float64 numbers may underflow or overflow
+    return plain if largest in {0.0, math.inf} or math.isnan(largest) else largest * _norm(block / largest)
 
 
 def _unchanged(base: Tensor, tuned: Tensor) -> int:
@@ -135,5 +138,5 @@ def _why_not_finite(base: Tensor, tuned: Tensor, block: Tensor, row: int) -> str
         first_non_finite("BASE holds", base, row)
         or first_non_finite("TUNED holds", tuned, row)
         or first_non_finite("the difference overflows to", block, row)
-        or f"the squares of its entries overflow float64 in rows {row}-{row + len(block) - 1}"
+        or f"the norm of rows {row}-{row + len(block) - 1} overflows float64"
     )

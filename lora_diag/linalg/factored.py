@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from lora_diag.linalg.difference import norm
 from lora_diag.linalg.exact import svd
 from lora_diag.linalg.factors import Factors
 
@@ -28,21 +29,22 @@ def decompose_factored(b: Tensor, a: Tensor, top: int | None = None, vectors: bo
         most δ = 2p·ε·‖B‖_F‖A‖_F, for which we take p = (m + n)·r.
     """
     b, a = b.to(torch.float64), a.to(torch.float64)
+    scale = (norm([b]) or 1.0, norm([a]) or 1.0)  # the product of the factors' norms may underflow or overflow
+    b, a = b / scale[0], a / scale[1]
     q_b, r_b = torch.linalg.qr(b)
     q_a, r_a = torch.linalg.qr(a.T)
     core = svd(r_b @ r_a.T, vectors)
     s = core.s
     energy = float((s**2).sum())
-    norms = float(torch.linalg.vector_norm(b)) * float(torch.linalg.vector_norm(a))
-    bound = 2 * (b.shape[0] + a.shape[1]) * b.shape[1] * torch.finfo(torch.float64).eps * norms
+    bound = 2 * (b.shape[0] + a.shape[1]) * b.shape[1] * torch.finfo(torch.float64).eps
     kept = s[:top]
     error = (2 * bound * math.sqrt(len(kept) * energy) + len(kept) * bound**2) / energy if energy else 0.0
     return Factors(
-        s=kept,
+        s=kept.cpu() * scale[0] * scale[1],
         complete=len(kept) == len(s),
         method="factored",
         energy_error=min(1.0, error),
-        fro=math.sqrt(energy),
+        fro=math.sqrt(energy) * scale[0] * scale[1],
         u=None if core.u is None else (q_b @ core.u)[:, :top],
         vh=None if core.vh is None else (core.vh @ q_a.T)[:top],
     )

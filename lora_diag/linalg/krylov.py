@@ -67,7 +67,7 @@ def decompose_krylov(
     """Compute the largest singular values until the bound on every energy fraction is below ``tol``.
 
     Args:
-        matrix: A, ``(m, n)``, finite.
+        matrix: A, ``(m, n)``, finite; its scale must let AᵀA neither underflow nor overflow.
         fro: ‖A‖_F.
         top: K, how many values.
         vectors: Whether to compute singular vectors.
@@ -76,13 +76,20 @@ def decompose_krylov(
 
     Returns:
         The values, never above the true ones but for float64 rounding; None if the basis would grow beyond
-        ``LARGEST_BASIS``, which happens on flat spectra: a full method is then cheaper.
+        ``LARGEST_BASIS``, which happens on flat spectra: a full method is then cheaper. None too if a solver fails.
     """
+    if fro == 0.0 or top >= min(matrix.shape):
+        return None
+    try:
+        return _decompose(matrix, fro, top, vectors, tol, seed)
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+        return None
+
+
+def _decompose(matrix: Tensor, fro: float, top: int, vectors: bool, tol: float, seed: int) -> Factors | None:
     wide = matrix.shape[0] < matrix.shape[1]
     tall = matrix.T if wide else matrix
     n = tall.shape[1]
-    if fro == 0.0 or top >= n:
-        return None
     generator = torch.Generator(matrix.device).manual_seed(seed)
     q, y, z = _start(tall, generator)
     target = 2 * top + BLOCK

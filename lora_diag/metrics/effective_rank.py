@@ -16,7 +16,7 @@ def stable_rank(s: NDArray[np.float64], fro: float) -> float:
         >>> stable_rank(np.array([1.0, 1.0]), np.sqrt(2.0)).__round__(6)
         2.0
     """
-    return max(1.0, float(fro**2 / s[0] ** 2))
+    return max(1.0, float((fro / s[0]) ** 2))
 
 
 def effective_rank(s: NDArray[np.float64]) -> float:

@@ -21,7 +21,7 @@ def energy_curve(s: NDArray[np.float64], fro: float, complete: bool) -> NDArray[
         >>> energy_curve(np.array([2.0, 1.0, 1.0]), np.sqrt(6.0), complete=True).round(3).tolist()
         [0.667, 0.833, 1.0]
     """
-    curve = np.minimum(np.cumsum(np.square(s)) / fro**2, 1.0)
+    curve: NDArray[np.float64] = np.minimum(np.cumsum(np.square(s / fro)), 1.0)
     if complete:
         curve[-1] = 1.0
     return curve

@@ -55,6 +55,6 @@ def verdict(noise_fro: float, fro: float, signal: int | None) -> Verdict:
         >>> verdict(0.03, 1.0, 8), verdict(0.3, 1.0, 8), verdict(0.9, 1.0, 8)
         ('resolved', 'floor-limited', 'unresolved')
     """
-    if fro == 0.0 or signal == 0 or noise_fro**2 >= UNRESOLVED * fro**2:
+    if fro == 0.0 or signal == 0 or (noise_fro / fro) ** 2 >= UNRESOLVED:
         return "unresolved"
-    return "resolved" if noise_fro**2 <= RESOLVED * fro**2 else "floor-limited"
+    return "resolved" if (noise_fro / fro) ** 2 <= RESOLVED else "floor-limited"

@@ -31,8 +31,9 @@ def truncation_error(
     """
     if complete:
         tail = s[rank:]
-        return float(np.sqrt(np.sum(np.square(tail[::-1])))), float(tail[0]) if len(tail) else 0.0
+        return math.hypot(*tail[::-1].tolist()), float(tail[0]) if len(tail) else 0.0
     if rank > len(s):
         return None
-    left = math.sqrt(max(0.0, fro**2 - float(np.sum(np.square(s[:rank])))))
+    kept = math.hypot(*s[:rank].tolist())
+    left = math.sqrt(max(0.0, fro - kept)) * math.sqrt(fro + kept)
     return left, float(s[rank]) if rank < len(s) else None

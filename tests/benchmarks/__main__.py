@@ -11,21 +11,23 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
-import numpy as np
-import torch
-
-from lora_diag.linalg import decompose
-from lora_diag.linalg.gram import gram_matrix
 from tests.benchmarks.measure import in_turn, machine, table
-from tests.benchmarks.pairs import make_adapter, make_pair, update, weight
-from tests.benchmarks.rounding import rounding_table
 
 FOLDER = Path(".bench")
 LORADIAG = [sys.executable, "-m", "lora_diag", "spectrum"]
 SCRIPT = [sys.executable, "-m", "tests.benchmarks.scripts"]
 PEERS = ("modeldelta", "mergekit", "weightwatcher")
+
+
+def made(what: str, *arguments: Any) -> Any:
+    """Make files in a process of its own: the system counts this process's memory to the commands that it starts."""
+    subprocess.run([sys.executable, "-m", "tests.benchmarks.pairs", what, *map(str, arguments)], check=True)
+    folder = arguments[0]
+    return (folder / "base", folder / "tuned") if what == "make_pair" else folder
 
 
 def best(work: Callable[[], object], runs: int = 3) -> float:
@@ -39,6 +41,13 @@ def best(work: Callable[[], object], runs: int = 3) -> float:
 
 def kernels(peers: bool) -> None:
     """Methods on one matrix in memory, beside torch.linalg.svdvals."""
+    import numpy as np
+    import torch
+
+    from lora_diag.linalg import decompose
+    from lora_diag.linalg.gram import gram_matrix
+    from tests.benchmarks.pairs import update, weight
+
     print("| matrix | work | s | svdvals ÷ this | largest error of C(r) against float64 | certified |")
     print("|---|---|---:|---:|---:|---:|")
     for rows, columns in ((4096, 4096), (4096, 11008)):
@@ -74,7 +83,7 @@ def kernels(peers: bool) -> None:
 
 def matrix(peers: bool) -> None:
     """One bf16 layer, whole processes, beside other tools."""
-    base, tuned = make_pair(FOLDER / "layer", 2048, 5632, 256, 1)
+    base, tuned = made("make_pair", FOLDER / "layer", 2048, 5632, 256, 1)
     commands: dict[str, Sequence[str]] = {
         "floor: read both, subtract, norm": [*SCRIPT, "floor", base, tuned],
         "loradiag spectrum": [*LORADIAG, base, tuned, "-q"],
@@ -88,7 +97,7 @@ def matrix(peers: bool) -> None:
 
 def model(peers: bool) -> None:
     """A 1 B-parameter sharded bf16 pair, whole processes."""
-    base, tuned = make_pair(FOLDER / "1b", 2048, 8192, 512, 16)
+    base, tuned = made("make_pair", FOLDER / "1b", 2048, 8192, 512, 16)
     commands: dict[str, Sequence[str]] = {
         "floor: read both, subtract, norm": [*SCRIPT, "floor", base, tuned],
         "loradiag spectrum": [*LORADIAG, base, tuned, "-q"],
@@ -101,7 +110,7 @@ def model(peers: bool) -> None:
 
 def adapters(peers: bool) -> None:
     """A rank-16 adapter on all 224 matrices of a 7B model."""
-    path = make_adapter(FOLDER / "adapter", 4096, 11008, 4096, 32, 16, 0)
+    path = made("make_adapter", FOLDER / "adapter", 4096, 11008, 4096, 32, 16, 0)
     commands = {
         "loradiag --version (start-up)": [sys.executable, "-m", "lora_diag", "--version"],
         "import torch": [sys.executable, "-c", "import torch"],
@@ -112,6 +121,8 @@ def adapters(peers: bool) -> None:
 
 def rounding(peers: bool) -> None:
     """The rounding floor on planted updates."""
+    from tests.benchmarks.rounding import rounding_table
+
     print(rounding_table())
 
 
@@ -146,7 +157,7 @@ if __name__ == "__main__":
     parser.add_argument("parts", nargs="*", choices=[*PARTS, []], default=list(PARTS))
     parser.add_argument("--peers", action="store_true", help="measure beside other tools, too")
     chosen = parser.parse_args()
-    print(f"{machine()}; torch {torch.__version__}\n")
+    print(f"{machine()}; torch {version('torch')}\n")
     for part in chosen.parts:
         print(f"\n### {PARTS[part].__doc__}\n", flush=True)
         PARTS[part](chosen.peers)

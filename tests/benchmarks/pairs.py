@@ -1,6 +1,7 @@
 """Checkpoints to measure on, made on the spot: Llama shapes, bf16, updates of a power-law spectrum."""
 
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -95,3 +96,8 @@ def make_adapter(folder: Path, hidden: int, inner: int, kv: int, layers: int, ra
     config = {"peft_type": "LORA", "r": rank, "lora_alpha": 2 * rank, "target_modules": ["q_proj"], "bias": "none"}
     (folder / "adapter_config.json").write_text(json.dumps(config))
     return folder
+
+
+if __name__ == "__main__":
+    what, folder, *sizes = sys.argv[1:]
+    {"make_pair": make_pair, "make_adapter": make_adapter}[what](Path(folder), *map(int, sizes))

@@ -7,6 +7,10 @@ import pytest
 import torch
 
 import lora_diag
+import lora_diag.diagnostics.spectrum as diagnostic
+from lora_diag.checkpoints import Checkpoint
+from lora_diag.deltas import DenseDelta, Side
+from lora_diag.diagnostics.change import load_change
 from tests import oracles
 from tests.conftest import SHARED, as_numpy, save_model, save_sharded, weights
 
@@ -131,7 +135,7 @@ def test_a_layer_that_is_not_finite_is_named_and_the_rest_measured(tmp_path, pai
     bad = {item.layer: item.detail for item in results.left_out if item.reason == "non_finite"}
     assert bad == {
         "model.layers.1.mlp.up_proj.weight": "TUNED holds nan at [3, 4]",
-        "model.layers.0.input_layernorm.weight": "TUNED holds inf at [0, 2]",
+        "model.layers.0.input_layernorm.weight": "TUNED holds inf at [2]",
     }
     assert len(results) == 9
     assert "nan" not in json.dumps([record.model_dump() for record in results]).lower()
@@ -161,6 +165,42 @@ def test_the_resolution_of_a_bf16_pair(tmp_path):
     assert (found.verdict, found.mantissa, found.signal_rank) == ("floor-limited", (7, 7), 2)
     assert np.linalg.norm(as_numpy(tuned) - as_numpy(base) - small) <= found.rounding_fro
     assert found.edge == pytest.approx(found.noise_fro / np.sqrt(96 * 80) * (np.sqrt(96) + np.sqrt(80)))
+
+
+def test_bad_entries_in_added_rows_and_in_the_base_of_an_adapter_are_named(tmp_path):
+    before, after = weights(1), weights(1)
+    after["lm_head.weight"] = torch.cat([before["lm_head.weight"], torch.zeros(2, 12)])
+    after["lm_head.weight"][21, 3] = torch.nan
+    results = lora_diag.spectrum(save_model(tmp_path / "a", before), save_model(tmp_path / "b", after))
+    (bad,) = [item for item in results.left_out if item.reason == "non_finite"]
+    assert bad.layer == "lm_head.weight"
+    assert "nan at [1, 3]" in bad.detail
+
+    base = Checkpoint(tmp_path, "", ())
+    side = Side(base, "w")
+    matrix = torch.zeros(4, 3)
+    matrix[2, 1] = torch.inf
+    object.__setattr__(base, "read", lambda name, start, stop: matrix.reshape(-1)[start:stop])
+    delta = DenseDelta("w", (4, 3), lambda: torch.ones(4, 3), (None, "float32"), side)
+    assert load_change(delta, torch.device("cpu")).non_finite == "BASE holds inf at [2, 1]"
+
+
+def test_out_of_memory_on_a_gpu_moves_the_layer_to_the_cpu_and_says_so(pair_of_models, monkeypatch):
+    base, tuned, *_ = pair_of_models
+    real = diagnostic.load_change
+    failed = []
+
+    def load(delta, device, **options):
+        if not failed:
+            failed.append(delta.layer)
+            raise torch.cuda.OutOfMemoryError("out of memory")
+        return real(delta, device, **options)
+
+    monkeypatch.setattr(diagnostic, "load_change", load)
+    results = lora_diag.spectrum(base, tuned, workers=1)
+    plain = [record.layer for record in results if "out of memory" not in record.method]
+    assert len(plain) == len(results) - 1
+    assert "on the CPU: out of memory on" in results[failed[0]].method
 
 
 def test_same_input_same_bytes(tmp_path, pair_of_models):

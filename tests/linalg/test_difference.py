@@ -74,11 +74,18 @@ def test_the_first_non_finite_entry_is_named(value, side, dtype):
     assert ("BASE", "TUNED")[side] in found.non_finite
 
 
-def test_finite_entries_whose_difference_or_square_overflows():
+def test_finite_entries_whose_difference_or_norm_overflows():
     big = torch.full((2, 2), 3e38)
     assert "overflows" in difference([(-big, big)], (2, 2), CPU).non_finite
-    huge = torch.full((2, 2), 1e200, dtype=torch.float64)
+    huge = torch.full((2, 2), 1.7e308, dtype=torch.float64)
     assert "overflow" in difference([(torch.zeros_like(huge), huge)], (2, 2), CPU).non_finite
+
+
+@pytest.mark.parametrize("scale", [1e-170, 1e200])
+def test_norms_of_float64_far_from_one(scale):
+    tuned = torch.tensor([[3.0, 0.0], [0.0, 4.0]], dtype=torch.float64) * scale
+    found = difference(in_blocks(torch.zeros_like(tuned), tuned, 1), (2, 2), CPU)
+    assert found.fro == pytest.approx(5 * scale, rel=1e-14)
 
 
 def test_without_keep_the_matrix_is_not_held():

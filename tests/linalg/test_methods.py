@@ -163,6 +163,43 @@ def test_a_krylov_certificate_is_never_broken(spectrum, shape, dtype, seed):
     assert np.abs(core - np.diag(factors.s.numpy())).max() <= 1e-6 * s[0]
 
 
+@pytest.mark.parametrize("scale", [1e-30, 1e-20, 1e-12, 1e12, 1e25])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("spectrum", ["power law 1", "power law 1/2", "geometric", "flat"])
+def test_a_certificate_does_not_depend_on_the_scale(spectrum, dtype, scale):
+    matrix = (oracles.with_spectrum(ADVERSARIAL[spectrum], N, 700, seed=2) * scale).astype(dtype)
+    factors = decompose(torch.from_numpy(matrix), top=9)
+    s = true_values(matrix)
+    error = (np.cumsum(s[:9] ** 2) - np.cumsum(factors.s.numpy() ** 2)).max() / (s**2).sum()
+    assert error <= factors.energy_error <= 1e-4
+    assert factors.method.startswith("gram" if spectrum == "flat" else "krylov")
+
+
+@pytest.mark.parametrize("scale", [1e-170, 1e150])
+@pytest.mark.parametrize("method", FULL)
+def test_float64_far_from_one(method, scale):
+    plain = oracles.with_spectrum(SPECTRA["power law"], 40, 60, seed=2)
+    factors = decompose(torch.from_numpy(plain * scale), method)
+    assert (factors.s.numpy() / scale) == pytest.approx(decompose(torch.from_numpy(plain), method).s.numpy(), rel=1e-6)
+    assert factors.fro == pytest.approx(np.linalg.norm(plain) * scale, rel=1e-12)
+    b, a = plain[:, :3] * scale, plain[:3]
+    thin = decompose_factored(torch.from_numpy(b), torch.from_numpy(a))
+    assert thin.s.numpy() / scale == pytest.approx(true_values(b / scale @ a)[:3], rel=1e-9)
+    assert thin.fro > 0
+
+
+def test_a_solver_that_fails_hands_over(monkeypatch):
+    matrix = oracles.with_spectrum(ADVERSARIAL["power law 1"], N, N, 3)
+
+    def fails(*args, **options):
+        raise torch.linalg.LinAlgError("not positive definite")
+
+    monkeypatch.setattr(torch.linalg, "cholesky", fails)
+    factors = decompose(torch.from_numpy(matrix), "krylov", top=K)
+    assert factors.method == "gram"
+    check(factors, matrix)
+
+
 def test_krylov_runs_where_there_is_decay_and_hands_over_where_there_is_none():
     methods = {
         name: decompose(torch.from_numpy(oracles.with_spectrum(s, N, N, 3)), "krylov", top=K).method.split(":")[0]

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lora_diag.linalg import difference
-from lora_diag.linalg.rounding import LAYOUT, Spacing, effective_dtype, rounding_bound, ulp_squares
+from lora_diag.linalg.rounding import LAYOUT, Spacing, rounding_bound, split_by_precision, ulp_squares
 from lora_diag.metrics import noise_edge, signal_rank, verdict
 from tests.conftest import as_numpy
 
@@ -58,17 +58,36 @@ def test_a_finer_tuned_side_makes_the_base_the_exact_starting_point():
     assert coarse.rounding_fro > 1e-3 * found.base_fro
 
 
-@pytest.mark.parametrize("dtype", SHORT, ids=str)
-def test_short_numbers_in_a_long_file_are_recognised(dtype):
-    short = torch.randn(40, 50).to(dtype)
-    one, two = Spacing(), Spacing()
-    one.add(short)
-    two.add(short.float())
-    assert (one.squares, one.mantissa) == (two.squares, two.mantissa)
-    assert effective_dtype(short.double()) == dtype
-    mixed = short.float()
-    mixed[-1, -1] = 0.1
-    assert effective_dtype(mixed) == torch.float32
+STORED = [
+    (torch.bfloat16, torch.float32),
+    (torch.bfloat16, torch.float64),
+    (torch.bfloat16, torch.float16),
+    (torch.float16, torch.float32),
+    (torch.float32, torch.float64),
+]
+
+
+@pytest.mark.parametrize(("short", "long"), STORED, ids=str)
+def test_short_numbers_in_a_long_file_are_recognised(short, long):
+    values = torch.randn(40, 50, dtype=torch.float64).to(short)
+    one, two, three = Spacing(), Spacing(), Spacing()
+    one.add(values)
+    two.add(values.to(long))
+    assert two.squares == pytest.approx(one.squares, rel=1e-12)
+    assert two.mantissa == one.mantissa
+    edited = values.to(long)
+    edited[0, 0] = 1 / 3  # one entry that was not rounded changes nothing about the others
+    three.add(edited)
+    assert three.squares == pytest.approx(one.squares, rel=0.02)
+    assert three.mantissa == one.mantissa
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16], ids=str)
+def test_numbers_of_full_precision_are_left_alone(dtype):
+    values = torch.randn(40, 50, dtype=torch.float64).to(dtype)
+    short, rest = split_by_precision(values)
+    assert short.numel() == 0
+    assert torch.equal(rest, values.reshape(-1))
 
 
 def test_a_quantized_side_counts_with_the_step_of_its_format():

@@ -8,12 +8,16 @@ from __future__ import annotations
 import re
 from typing import Literal
 
-Part = Literal["matrices", "vocabulary", "vectors"]
+Part = Literal["matrices", "vocabulary"]
 
-# Tables indexed by tokens or positions, and the output head: what an adapter's usual placement does not reach.
-_VOCABULARY = re.compile(
-    r"(^|\.)(embed_\w+|tok_embeddings|wte|wpe|\w+_embeddings|embeddings|shared|lm_head|embed_out)(\.\w+)?$"
+# Tables whose rows are vocabulary entries, so that a fine-tune may have added some. Meta's own Llama files call the head
+# ``output``, which is the name of other layers elsewhere: there only the whole name counts.
+RESIZABLE = re.compile(
+    r"(^|\.)(embed_tokens|tok_embeddings|wte|word_embeddings|embed_in|shared|lm_head|embed_out)(\.weight)?$"
+    r"|^output\.weight$"
 )
+# Other tables, such as those of positions. An adapter's usual placement reaches neither kind.
+_TABLES = re.compile(r"(^|\.)(embed_\w+|wpe|\w+_embeddings|embeddings)(\.\w+)?$")
 _NUMBER = re.compile(r"(?:\.|^)(\d+)(?=\.|$)")
 
 
@@ -43,12 +47,12 @@ def module_type_of(layer: str) -> str:
     return _NUMBER.sub(".*", inside).removeprefix("model.") or name
 
 
-def part_of(layer: str, is_matrix: bool = True) -> Part:
-    """Return the part of the model in which coverage is counted.
+def part_of(layer: str) -> Part:
+    """Return the part of the model in which a matrix is counted: with embeddings and head, or with the others.
 
     >>> part_of("model.embed_tokens.weight"), part_of("model.layers.0.mlp.up_proj.weight")
     ('vocabulary', 'matrices')
+    >>> part_of("gpt_neox.embed_in.weight"), part_of("output.weight"), part_of("layer.0.attention.output.weight")
+    ('vocabulary', 'vocabulary', 'matrices')
     """
-    if not is_matrix:
-        return "vectors"
-    return "vocabulary" if _VOCABULARY.search(layer) else "matrices"
+    return "vocabulary" if RESIZABLE.search(layer) or _TABLES.search(layer) else "matrices"

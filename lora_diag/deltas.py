@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from lora_diag.checkpoints import Checkpoint, TensorInfo
 from lora_diag.checkpoints.tensors import FLOAT_DTYPES
 from lora_diag.errors import NothingComparedError, UsageError
+from lora_diag.results.names import RESIZABLE
 from lora_diag.results.records import Reason
 
 if TYPE_CHECKING:
@@ -24,10 +25,6 @@ if TYPE_CHECKING:
 # Entries per block and side. Measured from 2^18 to 2^24 on bf16 pairs of 4096²: 2^20 to 2^22 are fastest (the block
 # and its float32 copy stay in cache), and a block of both sides takes at most 32 MB.
 BLOCK_ENTRIES = 2**21
-
-# Last parts of the names of tables whose first dimension is a vocabulary: the only places where a differing number
-# of rows means "tokens were added" and not "this is another model".
-VOCABULARY = re.compile(r"(^|\.)(embed_tokens|tok_embeddings|wte|word_embeddings|shared|lm_head|embed_out)(\.weight)?$")
 
 # The output layer, which a model with tied embeddings does not store: it is the input embedding.
 HEAD = re.compile(r"(^|\.)(lm_head|embed_out)\.weight$")
@@ -245,7 +242,7 @@ def stored_name(checkpoint: Checkpoint, name: str) -> str | None:
         return name
     if not HEAD.search(name) or not _is_tied(checkpoint.config):
         return None
-    tables = [other for other in checkpoint if VOCABULARY.search(other)]
+    tables = [other for other in checkpoint if RESIZABLE.search(other)]
     return tables[0] if len(tables) == 1 else None
 
 
@@ -314,7 +311,7 @@ def _not_comparable(before: TensorInfo, after: TensorInfo) -> tuple[Reason, str]
         dtypes = before.dtype if before.dtype == after.dtype else f"{before.dtype} against {after.dtype}"
         return "not_float", f"stored as {dtypes}, which is not a plain floating-point weight"
     if before.shape != after.shape:
-        resized = VOCABULARY.search(before.name) and len(before.shape) == len(after.shape) == 2
+        resized = RESIZABLE.search(before.name) and len(before.shape) == len(after.shape) == 2
         if not resized or before.shape[1:] != after.shape[1:]:
             return "shape_differs", f"{list(before.shape)} in BASE against {list(after.shape)} in TUNED"
     if min(before.numel, after.numel) == 0:

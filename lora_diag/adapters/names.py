@@ -15,7 +15,8 @@ from dataclasses import dataclass
 
 from lora_diag.adapters.updates import Shape, flat
 from lora_diag.checkpoints import Checkpoint
-from lora_diag.deltas import VOCABULARY, matrices
+from lora_diag.deltas import matrices
+from lora_diag.results.names import RESIZABLE
 
 # First parts of names that only say in what a model is wrapped.
 WRAPPERS = frozenset({
@@ -221,7 +222,7 @@ def _fits(name: str, wanted: Shape, stored: tuple[int, ...], transposed: bool) -
         return _equal(wanted, flat(stored))
     if transposed and len(wanted) == len(stored) > 1 and _equal((*wanted[:-2], wanted[-1], wanted[-2]), stored):
         return True
-    return len(wanted) == len(stored) == 2 and wanted[1] == stored[1] and bool(VOCABULARY.search(name))
+    return len(wanted) == len(stored) == 2 and wanted[1] == stored[1] and bool(RESIZABLE.search(name))
 
 
 def _places(name: str, wanted: Shape, stored: tuple[int, ...], layer: str = "") -> tuple[Place, ...]:

@@ -10,7 +10,7 @@ from statistics import median
 from rich.table import Table
 from rich.text import Text
 
-from lora_diag.reports.text import count, number, percent, safe, short
+from lora_diag.reports.text import count, middle_rank, number, percent, safe, short
 from lora_diag.results import LeftOut, Results, Spectrum
 from lora_diag.results.names import part_of
 
@@ -18,8 +18,11 @@ from lora_diag.results.names import part_of
 # printed with the number they stand on.
 LOW_RANK, PARTLY = 0.9, 0.5
 
+# So many layers that could not be measured are named.
+NAMED = 5
+
 REASONS = {
-    "vector": "1-D (norms, biases)",
+    "vector": "one-dimensional (norms, biases)",
     "only_in_base": "only in BASE",
     "only_in_tuned": "only in TUNED",
     "not_float": "not floating point",
@@ -29,6 +32,8 @@ REASONS = {
     "empty": "empty",
     "not_selected": "not selected",
     "non_finite": "not finite",
+    "not_in_base": "not in BASE",
+    "needs_base": "that need BASE",
 }
 
 
@@ -49,48 +54,80 @@ def _style(word: str, sentence: str) -> str:
 
 
 def _lines(results: Results) -> list[tuple[str, str]]:
-    records = adaptable(results)
-    moved = [record for record in records if record.fro > 0]
-    lines = [("Compared", _compared(results))]
-    if not moved:
-        lines.append(("Moved", "nothing: ΔW is zero in every matrix. Is TUNED the checkpoint you meant?"))
-    else:
-        lines.append(("Moved", _moved(records)))
+    moved = _moving(results)
+    lines = [("Compared", _compared(results)), ("Moved", _moved(results, moved))]
+    if moved:
         lines += _ranks_used(moved) if _is_factored(moved) else _ranks_needed(moved, results.run.settings["ranks"])
     if coverage := _coverage(results):
         lines.append(("Where", coverage))
     lines.append(("Left out", _left_out(results.left_out)))
-    lines += [("Not measured", f"{short(item.layer)}: {item.detail}") for item in results.left_out if _failed(item)]
+    if failed := [item for item in results.left_out if item.reason == "non_finite"]:
+        lines.append(("Not measured", _not_measured(failed)))
     if results.end is None:
         lines.append(("Warning", "the run did not finish: these are the layers measured so far"))
     return lines
 
 
-def adaptable(results: Results) -> list[Spectrum]:
-    """Return the records of the matrices that adapters usually target; all records if there is no such matrix."""
-    records = [record for record in results if part_of(record.layer) == "matrices"]
-    return records or list(results)
+def _moving(results: Results) -> list[Spectrum]:
+    """Return the matrices that moved: those that adapters usually target, or else the others."""
+    moved = [record for record in results if record.fro > 0]
+    return [record for record in moved if part_of(record.layer) == "matrices"] or moved
 
 
 def _compared(results: Results) -> str:
-    sides = "".join(f"{side.role:<5} {safe(side.path)} ({side.kind})\n" for side in results.run.inputs)
+    longest = max((len(side.role) for side in results.run.inputs), default=0)
+    lines = [f"{side.role:<{longest}} {safe(side.path)} ({side.kind})" for side in results.run.inputs]
+    if len(results):
+        lines.append(_measured(results))
+    lines += [f"{side.role}: {safe(note)}" for side in results.run.inputs for note in side.notes]
+    return "\n".join(lines)
+
+
+def _measured(results: Results) -> str:
     entries = sum(math.prod(record.shape) for record in results)
     vocabulary = sum(part_of(record.layer) == "vocabulary" for record in results)
     tables = f" ({vocabulary} of them embeddings or head)" if vocabulary else ""
     dtypes = sorted({"/".join(dict.fromkeys(filter(None, record.dtypes))) for record in results})
-    notes = "".join(f"\n{side.role}: {safe(note)}" for side in results.run.inputs for note in side.notes)
-    return f"{sides}{len(results)} matrices{tables}, {count(entries)} entries, {', '.join(dtypes)}{notes}"
+    return f"{_matrices(len(results))}{tables}, {count(entries)} entries, {', '.join(dtypes)}"
 
 
-def _moved(records: Sequence[Spectrum]) -> str:
+def _matrices(number_of: int) -> str:
+    return f"{number_of} {'matrix' if number_of == 1 else 'matrices'}"
+
+
+def _moved(results: Results, moved: Sequence[Spectrum]) -> str:
+    """Say how far the weights went, and which of them did."""
+    inside = [record for record in results if part_of(record.layer) == "matrices"]
+    if not len(results):
+        reasons = Counter(item.reason for item in results.left_out)
+        why = ", ".join(f"{number_of} {REASONS[reason]}" for reason, number_of in reasons.items())
+        return f"no matrix could be measured{f': {why}' if why else ''}"
+    if not moved:
+        return _nothing_moved(results)
+    if part_of(moved[0].layer) == "matrices":
+        outside = " outside embeddings and head" if len(inside) < len(results) else ""
+        over = f"over all {len(inside)} matrices" if not outside else f"over the {_matrices(len(inside))}{outside}"
+        return _how_far(inside, over)
+    still = f"; ΔW is zero in the {_matrices(len(inside))} outside them" if inside else ""
+    return f"only embeddings and head{still}\n" + _how_far(moved, f"over {_matrices(len(moved))} that moved")
+
+
+def _nothing_moved(results: Results) -> str:
+    if any(item.reason == "vector" and item.fro for item in results.left_out):
+        return "only norms and biases: ΔW is zero in every matrix"
+    meant = f" Is {safe(results.run.inputs[-1].path)} what you meant?" if results.run.inputs else ""
+    return f"nothing: ΔW is zero in every matrix.{meant}"
+
+
+def _how_far(records: Sequence[Spectrum], over: str) -> str:
     total = math.hypot(*(record.fro for record in records))
     ratios = {record.layer: ratio for record in records if (ratio := record.relative) is not None}
     if not ratios:
-        return f"‖ΔW‖ = {number(total)} over all matrices"
+        return f"‖ΔW‖ = {number(total)} {over}"
     base = math.hypot(*(record.base_fro or 0.0 for record in records))
     most, least = max(ratios, key=ratios.__getitem__), min(ratios, key=ratios.__getitem__)
     return (
-        f"‖ΔW‖/‖W‖ = {number(total / base)} over all matrices\n"
+        f"‖ΔW‖/‖W‖ = {number(total / base)} {over}\n"
         f"most {number(ratios[most])} in {short(most)}\n"
         f"least {number(ratios[least])} in {short(least)}"
     )
@@ -103,15 +140,20 @@ def _is_factored(records: Sequence[Spectrum]) -> bool:
 
 def _ranks_used(records: Sequence[Spectrum]) -> list[tuple[str, str]]:
     """Say how much of an adapter's rank is used."""
-    used = sorted(rank for record in records if (rank := record.rank_at["0.9"]) is not None)
-    if not used:
-        return []
+    ranks = [record.rank_at["0.9"] for record in records]
+    known = [rank for rank in ranks if rank is not None]
     given = sorted({len(record.s) for record in records})
     of = str(given[0]) if len(given) == 1 else f"{given[0]} to {given[-1]}"
-    middle = used[len(used) // 2]
+    middle = middle_rank(ranks, given[-1])
+    used = f"90% of the energy in {middle} of {of} directions at the median"
+    if not all(record.complete for record in records):
+        beyond = f"{len(ranks) - len(known)} of {len(ranks)} layers need more than the {given[-1]} that --top kept"
+        used = f"90% of the energy in {middle} directions at the median; {beyond}: measure without --top"
+    elif known:
+        used += f", from {min(known)} to {max(known)}"
     return [
         ("Resolved?", "yes: the factors are the update; no rounding of merged weights comes between"),
-        ("Rank used", f"90% of the energy in {middle} of {of} directions at the median, from {used[0]} to {used[-1]}"),
+        ("Rank used", used),
     ]
 
 
@@ -128,13 +170,19 @@ def _files(moved: Sequence[Spectrum]) -> tuple[str, str]:
     shares = [(record.resolution.noise_fro / record.fro) ** 2 for record in moved]
     if not unresolved and not limited:
         return "Resolved?", f"yes: rounding makes up {percent(max(shares))} of ‖ΔW‖² at most"
-    word = "no" if len(unresolved) > len(moved) / 2 else "partly"
+    resolved = len(moved) - len(unresolved) - len(limited)
+    word = "no" if len(unresolved) > len(moved) / 2 else "partly" if resolved else "limited"
     counts = [(limited, "floor-limited (~)"), (unresolved, "unresolved (!)")]
     parts = [f"{len(group)} {name}" for group, name in counts if group]
+    which = f"of {_matrices(len(moved))} {' and '.join(parts)}"
+    if len(parts) == 1 and not resolved:
+        which = (
+            f"all {parts[0].replace(' ', ' matrices are ', 1)}" if len(moved) > 1 else f"the matrix is {parts[0][2:]}"
+        )
     unchanged = max(record.resolution.unchanged or 0.0 for record in moved)
     still = f", up to {percent(unchanged)} of the entries are unchanged" if unchanged >= 0.01 else ""
     return "Resolved?", (
-        f"{word}: of {len(moved)} matrices {' and '.join(parts)}: rounding is expected to make up "
+        f"{word}: {which}: rounding is expected to make up "
         f"{percent(min(1.0, median(shares)))} of the median ‖ΔW‖²{still}; ranks beyond the signal rank count noise. "
         "Measure the adapter, not its merge, or save the fine-tune in float32"
     )
@@ -145,34 +193,54 @@ def _low_rank(records: Sequence[Spectrum], ranks: Sequence[int]) -> list[tuple[s
     if not records:
         return [("Low-rank?", "these files cannot tell: no matrix is resolved")]
     shown = [rank for rank in ranks if rank in {8, 16, 64}] or list(ranks)[:3]
-    kept: dict[int, float] = {}
-    lines = []
-    for rank in shown:
-        shares = {r.layer: share for r in records if (share := r.energy[str(rank)]) is not None}
-        if shares:
-            kept[rank] = median(shares.values())
-            worst = min(shares, key=shares.__getitem__)
-            lines.append(f"r={rank} keeps {percent(kept[rank])}, at worst {percent(shares[worst])} in {short(worst)}")
+    found = {rank: _kept_at(rank, records) for rank in shown}
+    kept = {rank: share for rank, (share, _) in found.items() if share is not None}
+    lines = [line for _, line in found.values()]
     if not kept:
-        return []
+        return [("Low-rank?", lines[0])]
     judged = 16 if 16 in kept else max(kept)
     word = "yes" if kept[judged] >= LOW_RANK else "partly" if kept[judged] >= PARTLY else "no"
-    head = f"{word}: r={judged} keeps {percent(kept[judged])} of the median layer's energy (Σσ²)"
-    return [("Low-rank?", head), ("", "\n".join(lines))]
+    head = f"{word}, judged at r={judged} by the median layer's energy (Σσ²)"
+    return [("Low-rank?", "\n".join([head, *lines]))]
+
+
+def _kept_at(rank: int, records: Sequence[Spectrum]) -> tuple[float | None, str]:
+    """Return what a rank keeps of the median layer, None if that is not known, and the line that says it.
+
+    A layer that is no larger than the rank keeps everything, whatever its update is: it does not count.
+    """
+    larger = {record.layer: record.energy[str(rank)] for record in records if min(record.shape) > rank}
+    shares = {layer: share for layer, share in larger.items() if share is not None}
+    if not larger:
+        return None, f"r={rank} says nothing: no layer is larger"
+    if len(shares) < len(larger):
+        return None, f"C({rank}) was not computed: measure with --top {rank} or more"
+    kept, worst = median(shares.values()), min(shares, key=shares.__getitem__)
+    of = ""
+    if len(larger) < len(records):
+        of = (
+            f" at the median of the {len(larger)} layers larger than r"
+            if len(larger) > 1
+            else " of the one layer larger"
+        )
+    return kept, f"r={rank} keeps {percent(kept)}{of}, at worst {percent(shares[worst])} in {short(worst)}"
 
 
 def _rank_at_90(records: Sequence[Spectrum]) -> str:
     if not records:
         return "not shown, for the same reason"
-    ranks = [rank for record in records if (rank := record.rank_at["0.9"]) is not None]
-    beyond = len(records) - len(ranks)
-    kept = max(len(record.s) for record in records)
-    if beyond > len(records) / 2:
-        return f"beyond the {kept} values kept in {beyond} of {len(records)} layers; measure without --top"
+    ranks = [record.rank_at["0.9"] for record in records]
+    known = [rank for rank in ranks if rank is not None]
+    kept, beyond = max(len(record.s) for record in records), len(ranks) - len(known)
+    if not known:
+        return f"beyond the {kept} values kept in each of {beyond} layers: measure without --top"
+    largest = f"> {kept}" if beyond else max(known)
     full = sorted({min(record.shape) for record in records})
     of = f"of {full[0]}" if len(full) == 1 else f"of {full[0]} to {full[-1]}"
-    more = f"; beyond the {kept} values kept in {beyond} layers" if beyond else ""
-    return f"median {sorted(ranks)[len(ranks) // 2]}, from {min(ranks)} to {max(ranks)} {of} possible{more}"
+    more = (
+        f"; beyond the {kept} values kept in {beyond} of {len(ranks)} layers: measure without --top" if beyond else ""
+    )
+    return f"median {middle_rank(ranks, kept)}, from {min(known)} to {largest} {of} possible{more}"
 
 
 def _coverage(results: Results) -> str:
@@ -206,5 +274,6 @@ def _left_out(left_out: Sequence[LeftOut]) -> str:
     return "; ".join(parts)
 
 
-def _failed(item: LeftOut) -> bool:
-    return item.reason == "non_finite"
+def _not_measured(failed: Sequence[LeftOut]) -> str:
+    lines = [f"{short(item.layer)}: {item.detail}" for item in failed[:NAMED]]
+    return "\n".join([*lines, *([f"and {len(failed) - NAMED} more"] if len(failed) > NAMED else [])])

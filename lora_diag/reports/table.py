@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from statistics import median
 from typing import Literal
 
@@ -13,12 +14,18 @@ from rich.table import Table
 from rich.text import Text
 
 from lora_diag.reports.summary import summary
-from lora_diag.reports.text import crop, number, shade, short, spark, strip, to_text
+from lora_diag.reports.text import crop, fraction, middle_rank, number, shade, short, spark, strip, to_text
 from lora_diag.results import Results, Spectrum
 from lora_diag.results.names import module_type_of, part_of
 
-# The wide table needs this many columns.
+# From this many columns of the terminal on, the wide table is shown.
 WIDE = 120
+
+# The length of a name that columns have to make room for, in the narrow and in the wide table.
+_NAME, _WIDE_NAME = 12, 32
+
+# Which columns go first where there is too little room; after these, C(r) at all but the smallest rank.
+_SPARED = ("eff.", "stable", "r@95%", "r@99%", "shape", "by depth", "σ decay", "signal")
 
 # In which order people expect the types of one block; what is not here comes after, in the order of the file.
 _ORDER = ("qkv", "c_attn", "q_proj", "query", "k_proj", "key", "v_proj", "value", "o_proj", "gate", "up_proj", "down")
@@ -34,12 +41,15 @@ class _Row:
 
 @dataclass(frozen=True, slots=True)
 class _Column:
-    """One column: its title, its width, its side, and what it shows of a row."""
+    """One column: its title, its cells from the first row to the last, and their side."""
 
     title: str
-    width: int
-    cell: Callable[[_Row], str | Text]
+    cells: tuple[str | Text, ...]
     justify: Literal["left", "right"] = "right"
+
+    @property
+    def width(self) -> int:
+        return max(len(self.title), *map(len, self.cells), 0)
 
 
 def spectrum_table(
@@ -58,20 +68,39 @@ def spectrum_table(
         Lines of text, without a newline at the end.
     """
     rows = _types(results) if per == "type" else [_Row(short(record.layer), (record,)) for record in results]
-    digits = len(str(max((len(row.records) for row in rows), default=1)))
-    columns = _columns(results.run.settings["ranks"], width >= WIDE, per, digits)
+    told = summary(results, then)
+    return to_text(Group(_table(rows, results.run.settings["ranks"], width, per), told) if rows else told, width, color)
+
+
+def _table(rows: Sequence[_Row], ranks: Sequence[int], width: int, per: str) -> Table:
+    title = "module type" if per == "type" else "layer"
+    longest = max(len(title), *(len(row.name) for row in rows))
+    wide = width >= WIDE
+    columns = _fitting(_columns(rows, ranks, wide, per), width, min(longest, _WIDE_NAME if wide else _NAME))
+    room = min(longest, _room(columns, width))
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=0, header_style="bold")
-    room = width - sum(column.width + 1 for column in columns) - 2
-    table.add_column("module type" if per == "type" else "layer", no_wrap=True, width=_name_width(rows, room))
+    table.add_column(title, no_wrap=True, width=room)
     for column in columns:
         table.add_column(column.title, justify=column.justify, no_wrap=True, width=column.width)
-    for row in rows:
-        table.add_row(crop(row.name, room), *(column.cell(row) for column in columns))
-    return to_text(Group(table, summary(results, then)), width, color)
+    for row, *cells in zip(rows, *(column.cells for column in columns), strict=True):
+        table.add_row(crop(row.name, room), *cells)
+    return table
 
 
-def _name_width(rows: Sequence[_Row], room: int) -> int:
-    return min(room, max(len("module type"), *(len(row.name) for row in rows)) if rows else room)
+def _room(columns: Sequence[_Column], width: int) -> int:
+    """Return what a terminal's width leaves to the names: a blank before each column and at both edges."""
+    return max(1, width - sum(column.width + 1 for column in columns) - 2)
+
+
+def _fitting(columns: Sequence[_Column], width: int, name: int) -> list[_Column]:
+    """Leave out as many columns as it takes for names to keep ``name`` characters."""
+    fitting = list(columns)
+    energies = [column.title for column in columns if column.title.endswith(")")]
+    for spared in (*_SPARED, *reversed(energies[1:])):
+        if _room(fitting, width) >= name:
+            break
+        fitting = [column for column in fitting if not column.title.endswith(spared)]
+    return fitting
 
 
 def _types(results: Results) -> list[_Row]:
@@ -88,25 +117,26 @@ def _types(results: Results) -> list[_Row]:
     return [_Row(short(name), tuple(groups[name])) for name in sorted(groups, key=order)]
 
 
-def _columns(ranks: Sequence[int], wide: bool, per: str, digits: int) -> list[_Column]:
+def _columns(rows: Sequence[_Row], ranks: Sequence[int], wide: bool, per: str) -> list[_Column]:
     usual = [rank for rank in ranks if rank in {8, 16, 64}] or sorted({ranks[0], ranks[len(ranks) // 2], ranks[-1]})
     shown = list(ranks)[:8] if wide else usual
-    strip_width = 24 if wide else 8
+
+    def column(title: str, cell: Callable[[_Row], str | Text], justify: Literal["left", "right"] = "right") -> _Column:
+        return _Column(title, tuple(map(cell, rows)), justify)
+
     columns = [
-        _Column("n", digits, lambda row: str(len(row.records))),
-        _Column("shape", 11, _shape),
-        _Column("‖ΔW‖/‖W‖", 9, _moved),
-        *(_Column(f"C({rank})", 4 + (rank > 9) + (rank > 99), _energy(rank)) for rank in shown),
-        _Column("r@90%", 5, _rank_at("0.9")),
-        _Column("signal", 6, _signal),
-        _Column("r@95%", 5, _rank_at("0.95")),
-        _Column("r@99%", 5, _rank_at("0.99")),
-        _Column("stable", 6, lambda row: _middle([record.stable_rank for record in row.records])),
-        _Column("eff.", 5, lambda row: _middle([record.effective_rank for record in row.records])),
-        _Column("σ decay", 7, _spark, "left"),
-        _Column(
-            f"C({shown[0]}) by depth" if wide else "by depth", strip_width, _by_depth(shown[0], strip_width), "left"
-        ),
+        column("n", lambda row: str(len(row.records))),
+        column("shape", _shape),
+        column("‖ΔW‖/‖W‖", _moved),
+        *(column(f"C({rank})", partial(_energy, rank)) for rank in shown),
+        column("r@90%", partial(_rank_at, "0.9")),
+        column("signal", _signal),
+        column("r@95%", partial(_rank_at, "0.95")),
+        column("r@99%", partial(_rank_at, "0.99")),
+        column("stable", lambda row: _middle([record.stable_rank for record in row.records])),
+        column("eff.", lambda row: _middle([record.effective_rank for record in row.records])),
+        column("σ decay", _spark, "left"),
+        column(f"C({shown[0]}) by depth" if wide else "by depth", _by_depth(shown[0], 24 if wide else 8), "left"),
     ]
     left_out = set() if wide else {"shape", "r@95%", "r@99%", "stable", "eff."}
     left_out |= {"n", columns[-1].title} if per == "layer" else set()
@@ -122,34 +152,25 @@ def _moved(row: _Row) -> str:
     return _middle([record.relative for record in row.records])
 
 
-def _energy(rank: int) -> Callable[[_Row], str | Text]:
-    def cell(row: _Row) -> str | Text:
-        shares = [share for record in row.records if (share := record.energy[str(rank)]) is not None]
-        return Text(f"{median(shares):.2f}", style=shade(median(shares))) if shares else "-"
-
-    return cell
+def _energy(rank: int, row: _Row) -> str | Text:
+    shares = [share for record in row.records if (share := record.energy[str(rank)]) is not None]
+    return Text(fraction(median(shares)), style=shade(median(shares))) if shares else "-"
 
 
-def _rank_at(threshold: str) -> Callable[[_Row], str]:
-    """Show the median rank at a threshold; "> K" where it lies beyond the K values kept."""
-
-    def cell(row: _Row) -> str:
-        beyond = max(len(record.s) for record in row.records) + 1
-        ranks = sorted(beyond if (rank := record.rank_at[threshold]) is None else rank for record in row.records)
-        middle = ranks[len(ranks) // 2]
-        return f"> {beyond - 1}" if middle == beyond else str(middle)
-
-    return cell
+def _rank_at(threshold: str, row: _Row) -> str:
+    return middle_rank([record.rank_at[threshold] for record in row.records], _kept(row))
 
 
 def _signal(row: _Row) -> str:
     """Show the median number of singular values above the rounding noise, and a mark by the worst verdict."""
     verdicts = {record.resolution.verdict for record in row.records if record.fro > 0}
     mark = "!" if "unresolved" in verdicts else "~" if "floor-limited" in verdicts else ""
-    ranks = [record.resolution.signal_rank for record in row.records]
-    known = sorted(len(row.records[0].s) + 1 if rank is None else rank for rank in ranks)
-    middle = known[len(known) // 2]
-    return f"> {middle - 1}{mark}" if None in ranks and middle > len(row.records[0].s) else f"{middle}{mark}"
+    return middle_rank([record.resolution.signal_rank for record in row.records], _kept(row)) + mark
+
+
+def _kept(row: _Row) -> int:
+    """Return how many singular values were kept of a layer."""
+    return max(len(record.s) for record in row.records)
 
 
 def _middle(values: Sequence[float | None]) -> str:
@@ -158,9 +179,10 @@ def _middle(values: Sequence[float | None]) -> str:
 
 
 def _spark(row: _Row) -> str:
-    """Show the spectrum of the layer with the median stable rank."""
-    return spark(sorted(row.records, key=lambda record: record.stable_rank or 0)[len(row.records) // 2].s, 7)
+    """Show the spectrum of the layer with the median stable rank, over all values that it has."""
+    record = sorted(row.records, key=lambda record: record.stable_rank or 0)[len(row.records) // 2]
+    return spark(record.s, len(record.s) if record.complete else min(record.shape), 7)
 
 
 def _by_depth(rank: int, width: int) -> Callable[[_Row], str]:
-    return lambda row: strip([record.energy[str(rank)] or 0.0 for record in row.records], width)
+    return lambda row: strip([record.energy[str(rank)] for record in row.records], width)

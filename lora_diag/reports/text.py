@@ -10,6 +10,8 @@ from itertools import pairwise
 from rich.console import Console, RenderableType
 
 BARS = "▁▂▃▄▅▆▇█"
+# Where a bar would stand if its value had been computed.
+UNKNOWN = "·"
 
 # Background and foreground by share, light to dark blue: ordered also in grey and for the colour-blind (xterm colours).
 SHADES = (
@@ -92,6 +94,25 @@ def number(value: float) -> str:
     return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
+def fraction(share: float) -> str:
+    """Return a share in four characters, never rounded up to 1.00.
+
+    >>> fraction(0.4123), fraction(0.9987), fraction(1.0)
+    ('0.41', '0.99', '1.00')
+    """
+    return f"{share if share >= 1 - 5e-7 else min(share, 0.99):.2f}"
+
+
+def middle_rank(ranks: Sequence[int | None], kept: int) -> str:
+    """Return the median of ranks, of which those beyond the values kept are None.
+
+    >>> middle_rank([3, None, 5], kept=8), middle_rank([3, None, None], kept=8)
+    ('5', '> 8')
+    """
+    middle = sorted(kept + 1 if rank is None else rank for rank in ranks)[len(ranks) // 2]
+    return f"> {kept}" if middle > kept else str(middle)
+
+
 def percent(share: float) -> str:
     """Return a share as a percentage that never rounds up to 100 or down to 0.
 
@@ -119,26 +140,25 @@ def count(value: int) -> str:
     return str(value)
 
 
-def spark(s: Sequence[float], width: int = 8) -> str:
-    """Draw a spectrum: log-spaced i from 1 to the last, height log σ_i/σ_1 over three decades.
+def spark(s: Sequence[float], total: int, width: int = 8) -> str:
+    """Draw a spectrum: i log-spaced from 1 to ``total``, height log σ_i/σ_1 over three decades, ``·`` beyond ``s``.
 
-    >>> spark([1.0, 1.0, 1.0, 0.03, 0.0001, 0.0, 0.0, 0.0], 4)
-    '██▄▁'
+    >>> spark([1.0, 1.0, 1.0, 0.03, 0.0001, 0.0, 0.0, 0.0], 8, 4), spark([1.0, 1.0], 8, 4)
+    ('██▄▁', '██··')
     """
     if not s or s[0] <= 0:
-        return "▁" * width
-    last = len(s) - 1
-    points = [round((last + 1) ** (i / (width - 1))) - 1 if width > 1 else 0 for i in range(width)]
-    return "".join(bar(1 + math.log10(max(s[i] / s[0], 1e-3)) / 3) for i in points)
+        return BARS[0] * width
+    points = [round(total ** (i / (width - 1))) - 1 for i in range(width)]
+    return "".join(bar(1 + math.log10(max(s[i] / s[0], 1e-3)) / 3) if i < len(s) else UNKNOWN for i in points)
 
 
-def strip(shares: Sequence[float], width: int) -> str:
+def strip(shares: Sequence[float | None], width: int) -> str:
     """Draw shares one after the other, averaged into bins where there are more of them than columns.
 
-    >>> strip([0.0, 0.5, 1.0], 10), strip([0.0, 0.0, 1.0, 1.0], 2)
-    ('▁▅█', '▁█')
+    >>> strip([0.0, 0.5, 1.0], 10), strip([0.0, 0.0, 1.0, 1.0], 2), strip([None, 1.0], 2)
+    ('▁▅█', '▁█', '·█')
     """
     columns = min(width, len(shares))
     edges = [round(i * len(shares) / columns) for i in range(columns + 1)] if columns else []
-    bins = [shares[a:b] for a, b in pairwise(edges)]
-    return "".join(bar(sum(values) / len(values)) for values in bins)
+    bins = [[share for share in shares[a:b] if share is not None] for a, b in pairwise(edges)]
+    return "".join(bar(sum(known) / len(known)) if known else UNKNOWN for known in bins)

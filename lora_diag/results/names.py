@@ -10,8 +10,8 @@ from typing import Literal
 
 Part = Literal["matrices", "vocabulary"]
 
-# Tables whose rows are vocabulary entries, so that a fine-tune may have added some. Meta's own Llama files call the head
-# ``output``, which is the name of other layers elsewhere: there only the whole name counts.
+# Tables whose rows are vocabulary entries, so that a fine-tune may have added some. Meta's own Llama files call the
+# head ``output``; deeper in a model that is the name of other layers, so only the whole name counts.
 RESIZABLE = re.compile(
     r"(^|\.)(embed_tokens|tok_embeddings|wte|word_embeddings|embed_in|shared|lm_head|embed_out)(\.weight)?$"
     r"|^output\.weight$"

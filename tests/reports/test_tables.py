@@ -8,6 +8,7 @@ import torch
 import lora_diag
 from lora_diag.reports.inventory import inventory_table
 from lora_diag.reports.table import spectrum_table
+from lora_diag.reports.text import fraction
 from tests.conftest import ROOT, save_model, weights
 
 
@@ -36,7 +37,7 @@ def test_a_layers_row_says_what_its_record_says(results):
     for record in results:
         (row,) = [line for line in text.splitlines() if line.split()[:1] == [record.layer.removesuffix(".weight")]]
         for rank in ("4", "8", "64"):
-            assert f"{record.energy[rank]:.2f}" in row
+            assert fraction(record.energy[rank]) in row.split()
         assert str(record.rank_at["0.9"]) in row.split()
 
 
@@ -138,3 +139,90 @@ def test_inventory_lists_every_kind_of_tensor(tmp_path):
     assert "no: not a float" in text
     assert "4 float16" in text
     assert max(map(len, text.splitlines())) <= 80
+
+
+SAMPLE = (ROOT / "sample_checkpoints" / "base", ROOT / "sample_checkpoints" / "full_ft")
+
+
+@pytest.fixture(scope="module")
+def sample():
+    return lora_diag.spectrum(*SAMPLE)
+
+
+def rows_of(text):
+    """Return title and rows of the table: the lines up to the first empty one."""
+    head, _, *rows = text.lstrip("\n").split("\n\n")[0].splitlines()
+    return head, rows
+
+
+@pytest.mark.parametrize("per", ["type", "layer"])
+@pytest.mark.parametrize("width", [40, 60, 79, 80, 100, 119, 120, 140])
+def test_names_keep_their_ends_at_every_width(sample, width, per):
+    text = spectrum_table(sample, width, per=per)
+    assert max(map(len, text.splitlines())) <= width
+    head, rows = rows_of(text)
+    assert "…" not in head
+    names = [row.split()[0] for row in rows]
+    assert min(map(len, names)) >= len("lm_head")
+    assert all(len(name) >= 12 for name in names if name.startswith("…"))
+    if width >= 120:
+        assert not any(name.startswith("…") for name in names)
+
+
+def test_columns_go_in_a_fixed_order(sample):
+    def titles(width):
+        return [
+            title for title in ("by depth", "σ decay", "signal") if title in rows_of(spectrum_table(sample, width))[0]
+        ]
+
+    seen = [titles(width) for width in range(80, 40, -1)]
+    assert [a for a, b in zip(seen, [None, *seen], strict=False) if a != b] == [
+        ["by depth", "σ decay", "signal"],
+        ["σ decay", "signal"],
+        ["signal"],
+        [],
+    ]
+
+
+def test_an_unknown_share_is_not_drawn_as_a_low_one():
+    _, rows = rows_of(spectrum_table(lora_diag.spectrum(*SAMPLE, top=4), 80))
+    assert all(row.split()[-1] in {"····", "·"} for row in rows)
+    assert all(re.search("█·|▇·", row) for row in rows)
+
+
+def test_a_cut_spectrum_is_drawn_over_its_whole_range(sample):
+    _, whole = rows_of(spectrum_table(sample, 80))
+    _, cut = rows_of(spectrum_table(lora_diag.spectrum(*SAMPLE, top=4), 80))
+    for drawn, part in zip(whole, cut, strict=True):
+        known = part.split()[-2].rstrip("·")
+        assert 0 < len(known) < 7
+        assert drawn.split()[-2].startswith(known)
+
+
+def test_a_share_is_never_rounded_up_to_all(sample):
+    _, rows = rows_of(spectrum_table(sample, 200, per="layer"))
+    for record, row in zip(sample, rows, strict=True):
+        assert ("1.00" in row.split()) == any((share or 0) >= 1 - 5e-7 for share in record.energy.values())
+
+
+def test_columns_are_as_wide_as_their_titles():
+    results = lora_diag.spectrum(*SAMPLE, ranks=[4, 8, 1000, 100000])
+    head, _ = rows_of(spectrum_table(results, 160))
+    assert "C(1000) C(100000)" in head
+
+
+def test_one_pattern_knows_tables_of_vocabulary_entries():
+    from lora_diag.results.names import RESIZABLE, part_of
+
+    tables = (
+        "gpt_neox.embed_in.weight",
+        "output.weight",
+        "model.embed_tokens.weight",
+        "lm_head.weight",
+        "shared.weight",
+    )
+    assert all(RESIZABLE.search(name) and part_of(name) == "vocabulary" for name in tables)
+    assert part_of("transformer.wpe.weight") == "vocabulary"
+    assert not RESIZABLE.search("transformer.wpe.weight")
+    others = ("layer.0.output.weight", "layers.0.attention.output.dense.weight", "model.output.weight")
+    assert not any(RESIZABLE.search(name) or part_of(name) != "matrices" for name in others)

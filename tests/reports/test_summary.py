@@ -1,0 +1,176 @@
+"""What the summary says of a run: only what its records can carry."""
+
+import math
+import re
+
+import pytest
+
+import lora_diag
+from lora_diag.reports.table import spectrum_table
+from lora_diag.results import End, LeftOut, Results, Run, RunInput, Spectrum
+from lora_diag.results.records import Resolution
+from tests.conftest import ROOT, save_model, weights
+
+SAMPLE = (ROOT / "sample_checkpoints" / "base", ROOT / "sample_checkpoints" / "full_ft")
+
+
+def record(layer="model.layers.0.q_proj.weight", shape=(32, 32), kept=None, verdict="resolved", energy=None, **fields):
+    """Return a record of equal singular values: C(r) = r/min(shape)."""
+    full = min(shape)
+    s = (1.0,) * (kept or full)
+
+    def known(rank):
+        return None if kept and rank > kept else min(1.0, rank / full)
+
+    given = {
+        "layer": layer,
+        "shape": shape,
+        "dtypes": ("float32", "float32"),
+        "fro": math.sqrt(full),
+        "base_fro": 10.0,
+        "s": s,
+        "complete": not kept,
+        "method": "exact",
+        "energy_error": 0.0,
+        "energy": energy or {str(rank): known(rank) for rank in (8, 16, 64)},
+        "rank_at": {t: rank if known(rank := math.ceil(float(t) * full)) else None for t in ("0.9", "0.95", "0.99")},
+        "tail": {},
+        "stable_rank": float(full),
+        "effective_rank": None if kept else float(full),
+        "resolution": Resolution(
+            unchanged=0.0, mantissa=(23, 23), rounding_fro=0, noise_fro=0.1, edge=0, signal_rank=full, verdict=verdict
+        ),
+    }
+    return Spectrum(**{**given, **fields})
+
+
+def results_of(records, left_out=(), roles=("base", "tuned")):
+    inputs = tuple(RunInput(role=role, path=f"there/{role}", kind="a file", tensors=1) for role in roles)
+    run = Run(command="spectrum", version="0", inputs=inputs, settings={"ranks": [8, 16, 64], "top": None})
+    end = End(layers=len(records), left_out=len(left_out), fro=1.0, base_fro=1.0)
+    return Results(run, tuple(records), tuple(left_out), end)
+
+
+def said(results, width=200):
+    """Return the summary in one line."""
+    return " ".join(spectrum_table(results, width).split())
+
+
+def changed(tmp_path, *names):
+    before = weights(1)
+    after = {name: value + 0.1 if name in names else value for name, value in before.items()}
+    return lora_diag.spectrum(save_model(tmp_path / "a", before), save_model(tmp_path / "b", after))
+
+
+def test_embeddings_that_moved_alone_are_a_change(tmp_path):
+    text = said(changed(tmp_path, "model.embed_tokens.weight"))
+    assert "only embeddings and head; ΔW is zero in the 8 matrices outside them" in text
+    assert "in model.embed_tokens" in text
+    assert "100% in embeddings and head" in text
+    assert "Moved nothing" not in text
+
+
+def test_norms_that_moved_alone_are_a_change(tmp_path):
+    text = said(changed(tmp_path, "model.layers.0.input_layernorm.weight"))
+    assert "only norms and biases: ΔW is zero in every matrix" in text
+    assert "meant" not in text
+
+
+def test_how_far_the_weights_moved_says_of_how_many():
+    head = record("lm_head.weight")
+    assert "over the 1 matrix outside embeddings and head" in said(results_of([record(), head]))
+    assert "over all 2 matrices" in said(results_of([record(), record("model.layers.1.q_proj.weight")]))
+
+
+def test_no_measured_matrix_is_not_a_change_of_zero():
+    nan = LeftOut(layer="q.weight", shape=(3, 3), reason="non_finite", detail="TUNED holds nan at [0, 0]")
+    norm = LeftOut(layer="norm.weight", shape=(3,), reason="vector", detail="1-D", fro=0.5, base_fro=1.0)
+    text = said(results_of([], [nan, norm]))
+    assert "no matrix could be measured: 1 not finite, 1 one-dimensional (norms, biases)" in text
+    assert "zero" not in text
+    assert "0 matrices" not in text
+
+
+def test_every_reason_has_words():
+    from typing import get_args
+
+    from lora_diag.reports.summary import REASONS
+    from lora_diag.results.records import Reason
+
+    assert set(REASONS) == set(get_args(Reason))
+
+
+def test_the_median_rank_counts_layers_beyond_the_values_kept():
+    whole, cut = lora_diag.spectrum(*SAMPLE), lora_diag.spectrum(*SAMPLE, top=50)
+    median = re.search(r"Rank at 90% median (\d+), from (\d+) to", said(whole))
+    assert median
+    assert f"Rank at 90% median {median[1]}, from {median[2]} to > 50 of 64 to 128" in said(cut)
+    text = said(results_of([record(kept=30), record("b.weight", kept=20), record("c.weight", shape=(8, 8))]))
+    assert "Rank at 90% median 29, from 8 to > 30" in text
+    text = said(results_of([record(kept=20), record("b.weight", kept=20), record("c.weight", shape=(8, 8))]))
+    assert "Rank at 90% median > 20, from 8 to > 20" in text
+
+
+def test_ranks_that_were_not_computed_are_named():
+    assert "Low-rank? C(8) was not computed: measure with --top 8 or more" in said(results_of([record(kept=4)]))
+    text = said(results_of([record(kept=8)]))
+    assert "Low-rank? no, judged at r=8" in text
+    assert "C(16) was not computed: measure with --top 16 or more" in text
+
+
+def test_an_adapter_that_top_cut_is_not_said_to_have_so_many_directions():
+    text = said(lora_diag.spectrum(ROOT / "sample_checkpoints" / "lora_r16", top=2))
+    assert "Rank used 90% of the energy in > 2 directions at the median" in text
+    assert "28 of 28 layers need more than the 2 that --top kept" in text
+    assert "of 2 directions" not in text
+
+
+@pytest.mark.parametrize(
+    ("verdicts", "words"),
+    [
+        (["resolved"] * 2, "yes: "),
+        (["floor-limited"] * 3, "limited: all 3 matrices are floor-limited (~): "),
+        (["floor-limited"], "limited: the matrix is floor-limited (~): "),
+        (["floor-limited", "unresolved"], "limited: of 2 matrices 1 floor-limited (~) and 1 unresolved (!): "),
+        (["resolved", "floor-limited"], "partly: of 2 matrices 1 floor-limited (~): "),
+        (["resolved", "unresolved", "unresolved"], "no: of 3 matrices 2 unresolved (!): "),
+        (["unresolved"] * 2, "no: all 2 matrices are unresolved (!): "),
+    ],
+)
+def test_resolved_is_said_in_a_word_that_fits(verdicts, words):
+    records = [record(f"layers.{i}.q_proj.weight", verdict=verdict) for i, verdict in enumerate(verdicts)]
+    assert f"Resolved? {words}rounding" in said(results_of(records))
+
+
+def test_many_layers_that_could_not_be_measured_are_counted():
+    nan = [LeftOut(layer=f"q.{i}.weight", shape=(3, 3), reason="non_finite", detail="is nan") for i in range(9)]
+    text = said(results_of([record()], nan))
+    assert "q.4: is nan and 4 more" in text
+    assert "q.5: is nan" not in text
+    assert "more" not in said(results_of([record()], nan[:5])).split("Not measured")[1]
+
+
+def test_layers_no_larger_than_a_rank_do_not_count_at_it():
+    small = [record(f"layers.{i}.k_proj.weight", shape=(8, 32)) for i in range(3)]
+    text = said(results_of([record(), *small]))
+    assert "Low-rank? partly, judged at r=16" in text
+    assert "r=8 keeps 25% of the one layer larger, at worst 25% in model.layers.0.q_proj" in text
+    two = said(results_of([record(), record("b.q_proj.weight"), *small]))
+    assert "r=8 keeps 25% at the median of the 2 layers larger than r, at worst" in two
+    assert "r=64 says nothing: no layer is larger" in text
+    assert "Low-rank? r=8 says nothing: no layer is larger" in said(results_of(small))
+
+
+def test_a_rank_is_judged_in_one_place():
+    text = said(results_of([record()]))
+    assert text.count("r=16 keeps") == 1
+
+
+def test_roles_of_any_length_are_aligned():
+    text = spectrum_table(results_of([record()], roles=("base", "adapter")), 100)
+    paths = [line.index("there/") for line in text.splitlines() if "there/" in line]
+    assert len(set(paths)) == 1
+
+
+def test_the_one_dimensional_are_called_so(tmp_path):
+    assert "2 one-dimensional (norms, biases)" in said(changed(tmp_path, "lm_head.weight"))

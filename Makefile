@@ -8,6 +8,7 @@ help: ## what can be made
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
 
 demo: .venv/demo ## set up, then measure the sample checkpoints
+	@rm -f .venv/demo.jsonl .venv/demo.jsonl.part
 	$(BIN)/loradiag spectrum sample_checkpoints/base sample_checkpoints/full_ft -o .venv/demo.jsonl
 
 test: .venv/test ## set up, then lint, types and the whole test suite

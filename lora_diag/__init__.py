@@ -15,12 +15,14 @@ from lora_diag.errors import InputError, LoradiagError, NothingComparedError, Us
 from lora_diag.version import __version__
 
 if TYPE_CHECKING:
+    from lora_diag.api.inspect import inspect
     from lora_diag.api.spectrum import spectrum
     from lora_diag.results import Results, read_results
 
 # Public name -> module that defines it.
 _LAZY = {
     "Results": "lora_diag.results",
+    "inspect": "lora_diag.api.inspect",
     "read_results": "lora_diag.results",
     "spectrum": "lora_diag.api.spectrum",
 }
@@ -32,6 +34,7 @@ __all__ = [
     "Results",
     "UsageError",
     "__version__",
+    "inspect",
     "read_results",
     "spectrum",
 ]

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lora_diag.adapters import Place, is_adapter, match_names, open_adapter
+from lora_diag.api.fingerprint import fingerprint, legible
 from lora_diag.checkpoints import Checkpoint, locate, open_checkpoint
 from lora_diag.checkpoints.tensors import FLOAT_DTYPES
-from lora_diag.deltas import Pairing, Side, StoredDelta, natural_order, pair
-from lora_diag.errors import UsageError
+from lora_diag.deltas import Delta, Pairing, Side, StoredDelta, natural_order, pair
+from lora_diag.errors import InputError, UsageError
 from lora_diag.results import RunInput
 
 
@@ -44,20 +45,46 @@ def compare(
         allow_unmatched: Whether to leave out what the adapter changes and BASE does not have, instead of stopping.
 
     Raises:
-        InputError: A side cannot be read, or the adapter does not fit BASE.
+        InputError: A side cannot be read, the adapter does not fit BASE, or two weights have one name.
         NothingComparedError: The sides have no weight in common.
-        UsageError: There is one side, and it is no adapter.
+        UsageError: There is one side, and it is no adapter; or the adapter was named first.
     """
+    compared = _compare(base, tuned, layers, exclude, allow_unmatched)
+    _refuse_clashes(compared.pairing.deltas)
+    unpaired = tuple(replace(item, detail=legible(item.detail)) for item in compared.pairing.unpaired)
+    return replace(compared, pairing=replace(compared.pairing, unpaired=unpaired))
+
+
+def _compare(
+    base: Path | str, tuned: Path | str | None, layers: str | None, exclude: str | None, allow_unmatched: bool
+) -> Comparison:
     if tuned is None:
         if not is_adapter(locate(base)):
             raise UsageError(f"{base}: is not an adapter; name the checkpoint to compare it with, BASE before TUNED")
         return _with_adapter(None, base, layers, exclude, allow_unmatched)
+    adapter_last = is_adapter(locate(tuned))
+    if not adapter_last and is_adapter(locate(base)):
+        raise UsageError(f"{base}: is an adapter; give BASE first: loradiag spectrum BASE ADAPTER")
     before = open_checkpoint(base)
-    if is_adapter(locate(tuned)):
+    if adapter_last:
         return _with_adapter(before, tuned, layers, exclude, allow_unmatched)
     after = open_checkpoint(tuned)
     pairing, notes = _pair_renamed(pair(before, after, layers, exclude), before, after)
     return Comparison((_describe("base", before), _describe("tuned", after, notes)), pairing)
+
+
+def _refuse_clashes(deltas: tuple[Delta, ...]) -> None:
+    """Refuse two weights of one name: a stack ``w`` holds ``w[0]``, and a tensor may be called that, too.
+
+    Raises:
+        InputError: There are such.
+    """
+    first: dict[str, Delta] = {}
+    for delta in deltas:
+        other = first.setdefault(delta.layer, delta)
+        if other is not delta:
+            names = " and ".join(item.base.name if item.base else item.layer for item in (other, delta))
+            raise InputError(f"{delta.layer}: two weights have this name, from {names}; leave one out with --exclude")
 
 
 def _pair_renamed(pairing: Pairing, base: Checkpoint, tuned: Checkpoint) -> tuple[Pairing, tuple[str, ...]]:
@@ -103,8 +130,14 @@ def _with_adapter(
 ) -> Comparison:
     adapter = open_adapter(locate(path))
     pairing, notes = adapter.pair(base, layers, exclude, allow_unmatched)
+    config = adapter.source.config
     described = RunInput(
-        role="adapter", path=str(path), kind=adapter.kind, tensors=len(adapter.checkpoint), notes=notes
+        role="adapter",
+        path=legible(path),
+        kind=legible(adapter.kind),
+        tensors=len(adapter.checkpoint),
+        notes=tuple(map(legible, notes)),
+        fingerprint=fingerprint(adapter.checkpoint, config.values if config is not None else None),
     )
     return Comparison((described,) if base is None else (_describe("base", base), described), pairing)
 
@@ -112,8 +145,9 @@ def _with_adapter(
 def _describe(role: str, checkpoint: Checkpoint, notes: tuple[str, ...] = ()) -> RunInput:
     return RunInput(
         role=role,
-        path=str(checkpoint.path),
-        kind=checkpoint.kind,
+        path=legible(checkpoint.path),
+        kind=legible(checkpoint.kind),
         tensors=len(checkpoint),
-        notes=(*checkpoint.notes, *notes),
+        notes=tuple(map(legible, (*checkpoint.notes, *notes))),
+        fingerprint=fingerprint(checkpoint),
     )

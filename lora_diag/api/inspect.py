@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from lora_diag.adapters import is_adapter, open_adapter
+from lora_diag.api.fingerprint import legible
 from lora_diag.checkpoints import Checkpoint, locate, open_checkpoint
 from lora_diag.deltas import natural_order, why_left_out
-from lora_diag.results import Inventory, StoredTensor
+from lora_diag.errors import InputError
+from lora_diag.results import Inventory, StoredTensor, is_results_file
 
 
 def inspect(path: Path | str) -> Inventory:
@@ -22,25 +24,30 @@ def inspect(path: Path | str) -> Inventory:
         Its tensors in natural order of their names; of an adapter also the weights it changes.
 
     Raises:
-        InputError: Nothing readable is there.
+        InputError: Nothing readable is there, or a results file, which ``read_results`` reads.
 
     Example:
         >>> inspect("sample_checkpoints/base").kind
         'sharded safetensors, 3 files'
     """
+    if is_results_file(path):
+        raise InputError(f"{path}: is a results file; read it with lora_diag.read_results")
     if not is_adapter(locate(path)):
         checkpoint = open_checkpoint(path)
         return Inventory(
-            path=str(checkpoint.path), kind=checkpoint.kind, notes=checkpoint.notes, tensors=_tensors(checkpoint)
+            path=legible(checkpoint.path),
+            kind=legible(checkpoint.kind),
+            notes=tuple(map(legible, checkpoint.notes)),
+            tensors=_tensors(checkpoint),
         )
     adapter = open_adapter(locate(path))
     return Inventory(
-        path=str(adapter.path),
-        kind=adapter.kind,
-        notes=(*adapter.notes, *adapter.warnings()),
+        path=legible(adapter.path),
+        kind=legible(adapter.kind),
+        notes=tuple(map(legible, (*adapter.notes, *adapter.warnings()))),
         tensors=_tensors(adapter.checkpoint),
         adapts=adapter.weights(),
-        scaling=adapter.reading.scaling,
+        scaling=legible(adapter.reading.scaling),
     )
 
 

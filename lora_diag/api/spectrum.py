@@ -16,7 +16,7 @@ from lora_diag.diagnostics.spectrum import spectrum as measure
 from lora_diag.engines import layout_for, run_local
 from lora_diag.errors import UsageError
 from lora_diag.linalg import check_request, resolve_device
-from lora_diag.results import End, LeftOut, Results, ResultsWriter, Run, Spectrum
+from lora_diag.results import End, LeftOut, Results, ResultsWriter, Run, Spectrum, totals
 from lora_diag.version import __version__
 
 Record = Run | Spectrum | LeftOut | End
@@ -77,7 +77,7 @@ def spectrum(
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:1``.
         seed: Of the random starts of ``krylov``.
         workers: Layers at once; by default as many as fit into 1 GiB and four copies of the largest matrix.
-        output: Results file, appended line by line.
+        output: Results file, appended line by line; a finished run there is replaced when this one is finished.
         resume: Go on behind what an interrupted run left in ``output``.
         on_progress: Called at the start and after every layer.
         on_record: Called with every record, in the order of the file, as it comes.
@@ -124,6 +124,8 @@ def _settings(
         raise UsageError(f"--ranks {','.join(map(str, ranks))}: ranks must be whole numbers from 1 up")
     if workers is not None and workers < 1:
         raise UsageError(f"--workers {workers}: must be at least 1")
+    if not 0 <= seed < 2**63:
+        raise UsageError(f"--seed {seed}: must be a whole number from 0 to 2^63 - 1")
     check_request(method, top, tol)
     resolve_device(device)
     return SpectrumSettings(tuple(sorted(set(ranks))), method, top, tol, seed, device)
@@ -170,13 +172,7 @@ def _measure(
     left_out.sort(key=lambda record: (natural_order(record.layer), record.reason))
     for record in left_out[len(earlier.left_out) :]:
         put(record)
-    with_base = all(record.base_fro is not None for record in layers)
-    end = End(
-        layers=len(layers),
-        left_out=len(left_out),
-        fro=math.hypot(*(record.fro for record in layers)),
-        base_fro=math.hypot(*(record.base_fro or 0.0 for record in layers)) if with_base else None,
-    )
+    end = totals(layers, left_out)
     put(end)
     return Results(writer.run, tuple(layers), tuple(left_out), end)
 

@@ -66,10 +66,12 @@ def locate(path: Path | str) -> Path:
     """Return where a path lies on this machine: itself if it exists, else the folder of a Hub id, fetched if need be.
 
     Raises:
-        InputError: It is neither, or the Hub or its cache cannot give it.
+        InputError: It is neither, a pipe or a device, or the Hub or its cache cannot give it.
     """
     path = Path(path)
     if os.path.exists(path):  # noqa: PTH110  (unlike Path.exists(), False also for names that no file can have)
+        if not (path.is_file() or path.is_dir()):
+            raise InputError(f"{path}: is neither a file nor a folder; a pipe or device cannot be read from the middle")
         return path
     from lora_diag.checkpoints import hub  # here, so that local paths cost nothing
 

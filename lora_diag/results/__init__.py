@@ -4,7 +4,7 @@ The rule on the door: a record is plain, frozen, schema-numbered data, and every
 a function of records alone. This room opens no checkpoint and imports neither torch nor NumPy.
 """
 
-from lora_diag.results.file import Results, ResultsWriter, is_results_file, read_results
+from lora_diag.results.file import Results, ResultsWriter, is_results_file, read_results, totals
 from lora_diag.results.records import (
     SCHEMA,
     AdaptedWeight,
@@ -37,4 +37,5 @@ __all__ = [
     "Tail",
     "is_results_file",
     "read_results",
+    "totals",
 ]

@@ -35,13 +35,23 @@ class _Record(BaseModel):
 
 
 class RunInput(_Record):
-    """One input of a run: its part in the command, where it was, what it is."""
+    r"""One input of a run: its part in the command, where it was, what it is.
+
+    Args:
+        role: ``base``, ``tuned`` or ``adapter``.
+        path: What the user named; bytes that are not UTF-8 are spelled ``\xff``.
+        kind: What it is, in words.
+        tensors: How many it holds.
+        notes: What a careful reader should know.
+        fingerprint: By which ``--resume`` notices that the input changed; empty if it was not taken.
+    """
 
     role: str
     path: str
     kind: str
     tensors: int
     notes: tuple[str, ...] = ()
+    fingerprint: str = ""
 
 
 class Run(_Record):

@@ -66,7 +66,7 @@ def test_a_checkpoint_alone_is_a_usage_error(loradiag, model):
 
 def test_an_adapter_as_base_is_told_so(tmp_path, loradiag, model):
     ran = loradiag("spectrum", adapter(tmp_path, PAIR), model)
-    assert ran.code == 3
+    assert ran.code == 2
     assert "is an adapter" in ran.err
 
 

@@ -1,11 +1,14 @@
 """What two paths are compared as, when they do not name everything alike."""
 
+import os
+import shutil
+
 import pytest
 import torch
 
 import lora_diag
-from lora_diag.errors import NothingComparedError, UsageError
-from tests.conftest import save_model, weights
+from lora_diag.errors import InputError, NothingComparedError, UsageError
+from tests.conftest import ROOT, save_model, weights
 
 EXPERTS, INNER, HIDDEN = 3, 6, 4
 
@@ -65,3 +68,63 @@ def test_names_with_nothing_in_common_are_not_guessed_at(tmp_path):
 def test_one_side_alone_must_be_an_adapter(tmp_path):
     with pytest.raises(UsageError, match="BASE before TUNED"):
         lora_diag.spectrum(save_model(tmp_path / "m", weights(1)))
+
+
+def test_a_stack_and_a_tensor_called_like_one_of_its_matrices(tmp_path):
+    tensors = {"w": torch.ones(2, 3, 4), "w[0]": torch.ones(3, 4)}
+    model = save_model(tmp_path / "m", tensors)
+    with pytest.raises(InputError, match=r"w\[0\]: two weights have this name, from w and w\[0\]"):
+        lora_diag.spectrum(model, model)
+    assert len(lora_diag.spectrum(model, model, exclude=r"\[")) == 2
+
+
+def test_names_that_are_not_utf8(tmp_path):
+    folder = tmp_path / os.fsdecode(b"caf\xe9")
+    base, tuned = (
+        save_model(folder / "base", weights(1)),
+        save_model(folder / "tuned", {**weights(2), "more": torch.ones(2)}),
+    )
+    results = lora_diag.spectrum(base, tuned, output=folder / "r.jsonl")
+    assert results.run.inputs[0].path.endswith(r"caf\xe9/base")
+    assert lora_diag.read_results(folder / "r.jsonl") == results
+    assert r"caf\xe9" in lora_diag.inspect(base).model_dump_json().replace(r"\\", "\\")
+
+
+@pytest.mark.parametrize("seed", [-1, 2**63, 99999999999999999999999])
+def test_seeds_that_torch_does_not_take(tmp_path, seed):
+    model = save_model(tmp_path / "m", weights(1))
+    with pytest.raises(UsageError, match="--seed"):
+        lora_diag.spectrum(model, model, top=4, method="krylov", seed=seed)
+    assert len(lora_diag.spectrum(model, model, top=4, method="krylov", seed=2**63 - 1))
+
+
+def test_an_adapter_named_first():
+    samples = ROOT / "sample_checkpoints"
+    with pytest.raises(UsageError, match="give BASE first: loradiag spectrum BASE ADAPTER"):
+        lora_diag.spectrum(samples / "lora_r4", samples / "base")
+
+
+def test_resume_notices_another_adapter_config(tmp_path):
+    adapter = shutil.copytree(ROOT / "sample_checkpoints" / "lora_r4", tmp_path / "adapter")
+    before = lora_diag.spectrum(adapter).run.inputs[0].fingerprint
+    config = adapter / "adapter_config.json"
+    config.write_text(config.read_text().replace("{", '{"use_rslora_note": 1, ', 1))
+    assert lora_diag.spectrum(adapter).run.inputs[0].fingerprint != before
+
+
+def test_inspect_is_a_function_like_the_command(tmp_path):
+    import lora_diag.api.inspect as module  # whose import must not take the function's name
+
+    model = save_model(tmp_path / "m", weights(1))
+    assert lora_diag.inspect is module.inspect
+    assert "inspect" in lora_diag.__all__
+    assert len(lora_diag.inspect(model).tensors) == len(weights(1))
+    lora_diag.spectrum(model, model, output=tmp_path / "r.jsonl")
+    with pytest.raises(InputError, match="read_results"):
+        lora_diag.inspect(tmp_path / "r.jsonl")
+
+
+def test_a_pipe_is_no_checkpoint(tmp_path):
+    os.mkfifo(tmp_path / "ff.safetensors")
+    with pytest.raises(InputError, match="neither a file nor a folder"):
+        lora_diag.inspect(tmp_path / "ff.safetensors")

@@ -1,12 +1,15 @@
 """The results file: what is written is what is read, and a crash loses one line."""
 
 import json
+import os
 
 import pytest
+import torch
 
 import lora_diag
 from lora_diag.errors import InputError, UsageError
-from lora_diag.results import read_results
+from lora_diag.results import is_results_file, read_results
+from tests.conftest import save_model
 
 
 @pytest.fixture
@@ -122,6 +125,12 @@ def test_nothing_is_created_by_a_run_that_fails_at_its_inputs(pair_of_models, tm
         (lambda lines: [lines[0].replace('"schema":1', '"schema":2'), *lines[1:]], "schema 2"),
         (lambda lines: [*lines[:3], '{"record":"magic"}', *lines[3:]], "line 4"),
         (lambda lines: [*lines[:3], lines[3].replace('"fro":', '"fro":"x","was":'), *lines[4:]], "line 4.*fro"),
+        (lambda lines: [*lines, *lines], "line 15 begins a second run"),
+        (lambda lines: [*lines[:4], *lines], "line 5 begins a second run"),
+        (lambda lines: [*lines, lines[3]], "line 15 comes after the end"),
+        (lambda lines: [lines[0].replace('"ranks":', '"rungs":'), *lines[1:]], r"line 1 .*settings\.ranks"),
+        (lambda lines: [*lines[:3], lines[3].replace('"8":', '"9":'), *lines[4:]], r"line 4 .*energy\.8"),
+        (lambda lines: [*lines[:3], lines[3].replace('"0.95":', '"0.96":'), *lines[4:]], r"line 4 .*rank_at\.0\.95"),
         (lambda lines: [*lines[:3], "[" * 100_000, *lines[3:]], "line 4"),
         (lambda lines: [*lines[:3], lines[3].replace('"fro":', '"fro":NaN,"was":'), *lines[4:]], "line 4"),
     ],
@@ -137,3 +146,164 @@ def test_fields_of_a_later_version_are_ignored(written):
     results, path = written
     path.write_text(path.read_text().replace('"record":"spectrum"', '"record":"spectrum","later":[1]'))
     assert read_results(path) == results
+
+
+class StoppedError(Exception):
+    pass
+
+
+def interrupted(base, tuned, path, records=4, **options):
+    """A run that stops behind so many records."""
+    told = []
+
+    def tell(record):
+        told.append(record)
+        if len(told) == records:
+            raise StoppedError
+
+    with pytest.raises(StoppedError):
+        lora_diag.spectrum(base, tuned, output=path, on_record=tell, **options)
+
+
+def test_an_interrupted_rerun_leaves_the_finished_run_as_it_is(written, pair_of_models, tmp_path):
+    _, path = written
+    base, tuned, *_ = pair_of_models
+    before, part = path.read_bytes(), tmp_path / "r.jsonl.part"
+    interrupted(base, tuned, path, top=2)
+    assert path.read_bytes() == before
+    assert len(part.read_bytes().splitlines()) == 4
+    for words in ({}, {"top": 2}):
+        with pytest.raises(UsageError, match=r"r\.jsonl\.part: holds an unfinished run"):
+            lora_diag.spectrum(base, tuned, output=path, **words)
+    with pytest.raises(UsageError, match=r"settings\.top"):
+        lora_diag.spectrum(base, tuned, output=path, resume=True)
+    results = lora_diag.spectrum(base, tuned, output=path, resume=True, top=2)
+    assert read_results(path) == results
+    assert results.run.settings["top"] == 2
+    assert not part.exists()
+
+
+def test_a_finished_part_takes_its_place(written, pair_of_models, tmp_path):
+    """The machine stopped between the last line and the renaming."""
+    _, path = written
+    base, tuned, *_ = pair_of_models
+    part = tmp_path / "r.jsonl.part"
+    whole = path.read_bytes()
+    path.rename(part)
+    path.write_bytes(whole.replace(b'"seed":0', b'"seed":1'))
+    with pytest.raises(UsageError, match=r"r\.jsonl\.part"):
+        lora_diag.spectrum(base, tuned, output=path)
+    lora_diag.spectrum(base, tuned, output=path, resume=True)
+    assert path.read_bytes() == whole
+    assert not part.exists()
+
+
+def test_a_part_whose_first_line_is_torn_is_begun_again(written, pair_of_models, tmp_path):
+    _, path = written
+    base, tuned, *_ = pair_of_models
+    (tmp_path / "r.jsonl.part").write_bytes(path.read_bytes()[:100])
+    lora_diag.spectrum(base, tuned, output=path, resume=True, top=2)
+    assert len(read_results(path).layers[0].s) == 2
+    assert not (tmp_path / "r.jsonl.part").exists()
+
+
+def test_a_rerun_writes_through_a_link(written, pair_of_models, tmp_path):
+    _, path = written
+    base, tuned, *_ = pair_of_models
+    (tmp_path / "link.jsonl").symlink_to(path)
+    lora_diag.spectrum(base, tuned, output=tmp_path / "link.jsonl", top=2)
+    assert (tmp_path / "link.jsonl").is_symlink()
+    assert len(read_results(path).layers[0].s) == 2
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_torn_first_line_is_an_empty_file(written, pair_of_models, resume):
+    _, path = written
+    base, tuned, *_ = pair_of_models
+    whole = path.read_bytes()
+    path.write_bytes(whole[:100])
+    lora_diag.spectrum(base, tuned, output=path, resume=resume)
+    assert path.read_bytes() == whole
+
+
+@pytest.mark.parametrize("lines", [1, 5, 14])
+def test_a_last_line_that_only_lacks_its_newline_is_kept(written, pair_of_models, lines):
+    results, path = written
+    base, tuned, *_ = pair_of_models
+    whole = path.read_bytes()
+    path.write_bytes(b"".join(whole.splitlines(keepends=True)[:lines])[:-1])
+    assert len(list(read_results(path).records())) == lines
+    if lines == 14:
+        assert read_results(path) == results
+        return
+    lora_diag.spectrum(base, tuned, output=path, resume=True)
+    assert path.read_bytes() == whole
+
+
+def test_a_line_torn_inside_a_character_is_dropped(written):
+    _, path = written
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join(lines[:3]) + '{"record":"spectrum","layer":"é'.encode()[:-1])
+    assert len(read_results(path)) == 2
+
+
+def test_resume_refuses_a_changed_input(written, pair_of_models, tmp_path):
+    """Same names, same shapes, same sizes: a later step of the same training."""
+    _, path = written
+    base, tuned, _, after = pair_of_models
+    path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:4]))
+    save_model(tuned, {name: value + 1e-3 for name, value in after.items()})
+    with pytest.raises(UsageError, match=r"tuned changed since this run was begun"):
+        lora_diag.spectrum(base, tuned, output=path, resume=True)
+    save_model(tuned, after)
+    assert lora_diag.spectrum(base, tuned, output=path, resume=True).end is not None
+
+
+def test_the_fingerprint_knows_neither_place_nor_time(pair_of_models, tmp_path):
+    base, _, before, _ = pair_of_models
+    runs = [lora_diag.spectrum(base, base).run.inputs[0]]
+    os.utime(base / "model.safetensors", (0, 0))
+    runs.append(lora_diag.spectrum(base, base).run.inputs[0])
+    copy = save_model(tmp_path / "copy", before)
+    runs.append(lora_diag.spectrum(copy, copy).run.inputs[0])
+    prints = [run.fingerprint for run in runs]
+    assert len(set(prints)) == 1
+    assert len(prints[0]) == 16
+    half = save_model(tmp_path / "half", {name: value.to(torch.float16) for name, value in before.items()})
+    assert lora_diag.spectrum(half, half).run.inputs[0].fingerprint != prints[0]
+
+
+def test_a_filter_keeps_totals_and_left_out_together(written):
+    results, _ = written
+    found = results.filter("layers.0")
+    assert {record.layer for record in found.left_out} == {"model.layers.0.input_layernorm.weight"}
+    assert (found.end.layers, found.end.left_out) == (len(found), 1)
+    assert found.end.fro == pytest.approx(sum(record.fro**2 for record in found) ** 0.5)
+    assert results.filter("") == results
+    assert len(results.filter("nothing")) == results.filter("nothing").end.fro == 0
+
+
+def test_an_output_that_cannot_be_written_is_noticed_before_anything_is_measured(pair_of_models, tmp_path):
+    base, tuned, *_ = pair_of_models
+    events = []
+    locked = tmp_path / "locked"
+    locked.mkdir(mode=0o500)
+    targets = [tmp_path / "no" / "r.jsonl", tmp_path / ("n" * 300), *([] if os.getuid() == 0 else [locked / "r.jsonl"])]
+    for output in targets:
+        with pytest.raises(InputError, match="cannot be written"):
+            lora_diag.spectrum(base, tuned, output=output, on_progress=events.append, on_record=events.append)
+    assert events == []
+    assert {path.name for path in tmp_path.iterdir()} == {"base", "tuned", "locked"}
+
+
+def test_a_name_too_long_for_the_file_beside_it(written, pair_of_models, tmp_path):
+    results, _ = written
+    with pytest.raises(InputError, match="cannot be written"):
+        results.write(tmp_path / ("n" * 300))
+
+
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    assert not is_results_file(tmp_path / "pipe.jsonl")
+    with pytest.raises(InputError, match="not a regular file"):
+        read_results(tmp_path / "pipe.jsonl")

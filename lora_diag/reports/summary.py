@@ -104,12 +104,12 @@ def _moved(results: Results, moved: Sequence[Spectrum]) -> str:
         return f"no matrix could be measured{f': {why}' if why else ''}"
     if not moved:
         return _nothing_moved(results)
-    if part_of(moved[0].layer) == "matrices":
-        outside = " outside embeddings and head" if len(inside) < len(results) else ""
-        over = f"over all {len(inside)} matrices" if not outside else f"over the {_matrices(len(inside))}{outside}"
-        return _how_far(inside, over)
-    still = f"; ΔW is zero in the {_matrices(len(inside))} outside them" if inside else ""
-    return f"only embeddings and head{still}\n" + _how_far(moved, f"over {_matrices(len(moved))} that moved")
+    if part_of(moved[0].layer) == "vocabulary":
+        still = f"; ΔW is zero in the {_matrices(len(inside))} outside them" if inside else ""
+        return f"only embeddings and head{still}\n" + _how_far(moved, f"over the {_matrices(len(moved))} that moved")
+    outside = " outside embeddings and head" if len(inside) < len(results) else ""
+    every = "the" if outside or len(inside) == 1 else "all"
+    return _how_far(inside, f"over {every} {_matrices(len(inside))}{outside}")
 
 
 def _nothing_moved(results: Results) -> str:
@@ -125,12 +125,12 @@ def _how_far(records: Sequence[Spectrum], over: str) -> str:
     if not ratios:
         return f"‖ΔW‖ = {number(total)} {over}"
     base = math.hypot(*(record.base_fro or 0.0 for record in records))
-    most, least = max(ratios, key=ratios.__getitem__), min(ratios, key=ratios.__getitem__)
-    return (
-        f"‖ΔW‖/‖W‖ = {number(total / base)} {over}\n"
-        f"most {number(ratios[most])} in {short(most)}\n"
-        f"least {number(ratios[least])} in {short(least)}"
-    )
+    lines = [f"‖ΔW‖/‖W‖ = {number(total / base)} {over}"]
+    if len(ratios) > 1:
+        most, least = max(ratios, key=ratios.__getitem__), min(ratios, key=ratios.__getitem__)
+        lines.append(f"most {number(ratios[most])} in {short(most)}")
+        lines.append(f"least {number(ratios[least])} in {short(least)}")
+    return "\n".join(lines)
 
 
 def _is_factored(records: Sequence[Spectrum]) -> bool:
@@ -160,48 +160,54 @@ def _ranks_used(records: Sequence[Spectrum]) -> list[tuple[str, str]]:
 def _ranks_needed(moved: Sequence[Spectrum], ranks: Sequence[int]) -> list[tuple[str, str]]:
     """Say which rank the update needs, as far as the files can show it."""
     readable = [record for record in moved if record.resolution.verdict != "unresolved"]
-    return [_files(moved), *_low_rank(readable, ranks), ("Rank at 90%", _rank_at_90(readable))]
+    return [
+        ("Resolved?", _files(moved)),
+        ("Low-rank?", _low_rank(readable, ranks)),
+        ("Rank at 90%", _rank_at_90(readable)),
+    ]
 
 
-def _files(moved: Sequence[Spectrum]) -> tuple[str, str]:
+def _files(moved: Sequence[Spectrum]) -> str:
     """Say whether the files can show the update at all, before any rank is printed."""
-    unresolved = [record for record in moved if record.resolution.verdict == "unresolved"]
-    limited = [record for record in moved if record.resolution.verdict == "floor-limited"]
+    counts: Counter[str] = Counter(record.resolution.verdict for record in moved)
     shares = [(record.resolution.noise_fro / record.fro) ** 2 for record in moved]
-    if not unresolved and not limited:
-        return "Resolved?", f"yes: rounding makes up {percent(max(shares))} of ‖ΔW‖² at most"
-    resolved = len(moved) - len(unresolved) - len(limited)
-    word = "no" if len(unresolved) > len(moved) / 2 else "partly" if resolved else "limited"
-    counts = [(limited, "floor-limited (~)"), (unresolved, "unresolved (!)")]
-    parts = [f"{len(group)} {name}" for group, name in counts if group]
-    which = f"of {_matrices(len(moved))} {' and '.join(parts)}"
-    if len(parts) == 1 and not resolved:
-        which = (
-            f"all {parts[0].replace(' ', ' matrices are ', 1)}" if len(moved) > 1 else f"the matrix is {parts[0][2:]}"
-        )
+    if counts["resolved"] == len(moved):
+        return f"yes: rounding makes up {percent(max(shares))} of ‖ΔW‖² at most"
+    word = "no" if counts["unresolved"] > len(moved) / 2 else "partly" if counts["resolved"] else "limited"
     unchanged = max(record.resolution.unchanged or 0.0 for record in moved)
     still = f", up to {percent(unchanged)} of the entries are unchanged" if unchanged >= 0.01 else ""
-    return "Resolved?", (
-        f"{word}: {which}: rounding is expected to make up "
+    return (
+        f"{word}: {_not_resolved(counts)}: rounding is expected to make up "
         f"{percent(min(1.0, median(shares)))} of the median ‖ΔW‖²{still}; ranks beyond the signal rank count noise. "
         "Measure the adapter, not its merge, or save the fine-tune in float32"
     )
 
 
-def _low_rank(records: Sequence[Spectrum], ranks: Sequence[int]) -> list[tuple[str, str]]:
+def _not_resolved(counts: Counter[str]) -> str:
+    """Say how many matrices are not resolved, by verdict and the mark it has in the table."""
+    words = {"floor-limited": "floor-limited (~)", "unresolved": "unresolved (!)"}
+    parts = [f"{counts[verdict]} {shown}" for verdict, shown in words.items() if counts[verdict]]
+    if len(counts) > 1:
+        return f"of {counts.total()} matrices {' and '.join(parts)}"
+    (verdict,) = counts
+    every = f"all {counts.total()} matrices are" if counts.total() > 1 else "the matrix is"
+    return f"{every} {words[verdict]}"
+
+
+def _low_rank(records: Sequence[Spectrum], ranks: Sequence[int]) -> str:
     """Say what each usual rank keeps at the median and at the worst layer, and put a word to it."""
     if not records:
-        return [("Low-rank?", "these files cannot tell: no matrix is resolved")]
+        return "these files cannot tell: no matrix is resolved"
     shown = [rank for rank in ranks if rank in {8, 16, 64}] or list(ranks)[:3]
     found = {rank: _kept_at(rank, records) for rank in shown}
     kept = {rank: share for rank, (share, _) in found.items() if share is not None}
     lines = [line for _, line in found.values()]
     if not kept:
-        return [("Low-rank?", lines[0])]
+        return lines[0]
     judged = 16 if 16 in kept else max(kept)
     word = "yes" if kept[judged] >= LOW_RANK else "partly" if kept[judged] >= PARTLY else "no"
     head = f"{word}, judged at r={judged} by the median layer's energy (Σσ²)"
-    return [("Low-rank?", "\n".join([head, *lines]))]
+    return "\n".join([head, *lines])
 
 
 def _kept_at(rank: int, records: Sequence[Spectrum]) -> tuple[float | None, str]:

@@ -79,6 +79,7 @@ def test_norms_that_moved_alone_are_a_change(tmp_path):
 def test_how_far_the_weights_moved_says_of_how_many():
     head = record("lm_head.weight")
     assert "over the 1 matrix outside embeddings and head" in said(results_of([record(), head]))
+    assert "over the 1 matrix Resolved?" in said(results_of([record()]))  # which needs no "most" and "least"
     assert "over all 2 matrices" in said(results_of([record(), record("model.layers.1.q_proj.weight")]))
 
 

@@ -2,31 +2,43 @@
 
 from __future__ import annotations
 
-import os
+import errno
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from lora_diag.cli.inspect import inspect
-from lora_diag.cli.output import message
+from lora_diag.cli.output import ReaderGoneError, forget_output, message
 from lora_diag.cli.spectrum import spectrum
-from lora_diag.errors import LoradiagError
+from lora_diag.errors import DONE, UNREADABLE, LoradiagError
 from lora_diag.version import __version__
 
 COMMANDS = (spectrum, inspect)
 
+# What a shell reports of a program that Ctrl-C ended: 128 + SIGINT.
+INTERRUPTED = 130
+
+
+class _Command(TyperCommand):
+    """A command whose usage line calls BASE what the help below calls it; newer typer writes ``{BASE}``."""
+
+    def collect_usage_pieces(self, ctx: Any) -> list[str]:
+        return [piece.strip("{}") for piece in super().collect_usage_pieces(ctx)]
+
+
 app = typer.Typer(
     name="loradiag",
     help="Rank diagnostics for fine-tuned models: is the update low-rank, and can the files show it?",
-    epilog="Exit codes: 0 done, 1 a gate failed, 2 usage, 3 could not measure, 4 nothing was compared, 5 inconclusive.",
+    epilog="Exit codes: 0 done, 2 usage, 3 could not measure, 4 nothing was compared.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 for command in COMMANDS:
-    app.command(no_args_is_help=True)(command)
+    app.command(cls=_Command, no_args_is_help=True)(command)
 
 
 def _version(asked: bool) -> None:
@@ -46,15 +58,44 @@ def _main(
 
 def main() -> None:
     """Run the command line; every error meant for the user becomes one message and an exit code."""
+    code = _run()
+    forget_output()
+    sys.exit(code)
+
+
+def _run() -> int:
     try:
-        app()
+        # Not in typer's standalone mode, which says nothing about Ctrl-C.
+        code = app(standalone_mode=False)
     except LoradiagError as error:
         message(f"error: {error}")
-        sys.exit(error.exit_code)
-    except KeyboardInterrupt:
+        return error.exit_code
+    except ReaderGoneError:
+        return DONE
+    except SystemExit as error:
+        if not isinstance(error.__context__, BrokenPipeError):  # of typer, when nobody reads its help
+            raise
+        return DONE
+    except (KeyboardInterrupt, typer.Abort):  # typer up to 0.15 makes Abort of it, later ones exit code 130
+        code = INTERRUPTED
+    except typer.Exit as error:
+        code = error.exit_code
+    except OSError as error:
+        if not _is_of_a_stream(error):
+            raise
+        message(f"error: standard output: cannot be written: {error.strerror}")
+        return UNREADABLE
+    except Exception as error:
+        # A usage error, of typer or of the click that an older typer brings: it knows its message and its exit code.
+        show, code = getattr(error, "show", None), getattr(error, "exit_code", None)
+        if not callable(show) or not isinstance(code, int):
+            raise
+        show()
+    if code == INTERRUPTED:
         message("interrupted; with -o, --resume goes on from here")
-        sys.exit(130)
-    except BrokenPipeError:
-        # The reader has seen enough (`| head`); keep Python from complaining when it flushes at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
+    return code if isinstance(code, int) else DONE
+
+
+def _is_of_a_stream(error: OSError) -> bool:
+    """Say whether typer could not write its own help: everything else names a file or is one message already."""
+    return error.filename is None and error.errno in {errno.ENOSPC, errno.EIO, errno.EBADF}

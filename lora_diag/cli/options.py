@@ -19,7 +19,7 @@ class Per(StrEnum):
 
 
 Base = Annotated[Path, typer.Argument(metavar="BASE", help="Checkpoint before: a file, a folder or a shard index.")]
-Tuned = Annotated[Path | None, typer.Argument(metavar="[TUNED]", help="Checkpoint after, or an adapter.")]
+Tuned = Annotated[Path | None, typer.Argument(metavar="TUNED", help="Checkpoint after, or an adapter.")]
 Layers = Annotated[str | None, typer.Option(metavar="REGEX", help="Only weights whose name contains a match.")]
 Exclude = Annotated[str | None, typer.Option(metavar="REGEX", help="No weights whose name contains a match.")]
 AllowUnmatched = Annotated[

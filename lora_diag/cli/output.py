@@ -6,29 +6,60 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
+from lora_diag.errors import InputError
 from lora_diag.reports.text import safe
 
 if TYPE_CHECKING:
     from lora_diag.api.spectrum import Progress
 
 
+class ReaderGoneError(Exception):
+    """The reader of standard output has seen enough (``| head``)."""
+
+
 def message(text: str) -> None:
-    """Print one line to standard error."""
-    print(safe(text), file=sys.stderr)
+    """Print one line to standard error; where that is closed, nobody wants to know."""
+    if sys.stderr is not None:
+        with suppress(OSError, ValueError):
+            print(safe(text), file=sys.stderr)
 
 
 def result(text: str) -> None:
-    """Print a result to standard output, whatever encoding the terminal has."""
+    """Print a result to standard output, whatever encoding the terminal has.
+
+    Raises:
+        ReaderGoneError: Nobody reads it any more.
+        InputError: It is closed, or its disk is full.
+    """
+    if sys.stdout is None or sys.stdout.closed:
+        raise InputError("standard output: cannot be written: it is closed")
     encoding = sys.stdout.encoding or "utf-8"
-    print(text.encode(encoding, "replace").decode(encoding), flush=True)
+    # Not an OSError from here on: typer makes exit code 1 of a closed pipe, which means that a gate failed.
+    try:
+        print(text.encode(encoding, "replace").decode(encoding), flush=True)
+    except BrokenPipeError as error:
+        raise ReaderGoneError from error
+    except OSError as error:
+        raise InputError(f"standard output: cannot be written: {error.strerror}") from error
+
+
+def forget_output() -> None:
+    """Keep Python from failing once more at what standard output did not take, when it flushes at exit."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            if stream is not None:
+                stream.flush()
+        except (OSError, ValueError):
+            with suppress(OSError, ValueError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def terminal() -> tuple[int, bool]:
     """Return the width of standard output and whether it takes colours (https://no-color.org)."""
-    tty = sys.stdout.isatty()
+    tty = sys.stdout is not None and sys.stdout.isatty()
     color = (tty or bool(os.environ.get("FORCE_COLOR"))) and not os.environ.get("NO_COLOR")
     return max(60, shutil.get_terminal_size((80, 24)).columns), bool(color and os.environ.get("TERM") != "dumb")
 
@@ -36,7 +67,7 @@ def terminal() -> tuple[int, bool]:
 @contextmanager
 def progress_bar(quiet: bool) -> Iterator[Callable[[Progress], None]]:
     """Give a function that shows how far a run is; it shows nothing where standard error is not a terminal."""
-    if quiet or not sys.stderr.isatty():
+    if quiet or sys.stderr is None or not sys.stderr.isatty():
         yield lambda event: None
         return
     from rich import progress

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 from pathlib import Path
 
 import typer
@@ -61,7 +63,7 @@ def spectrum(
             on_record=(lambda record: result(to_line(record))) if json else None,
         )
     if not json and not quiet:
-        result(spectrum_table(results, *terminal(), per=per, then=_next(base, tuned, output)))
+        result(spectrum_table(results, *terminal(), per=per, then=_next(output)))
     not_finite = [item for item in results.left_out if item.reason == "non_finite"]
     for item in not_finite:
         message(f"error: {item.layer}: {item.detail}; the layer was left out")
@@ -69,7 +71,12 @@ def spectrum(
         raise typer.Exit(UNREADABLE)
 
 
-def _next(base: Path, tuned: Path | None, output: Path | None) -> str:
+def _next(output: Path | None) -> str:
+    """Return the command that a user would run next, as a shell takes it."""
     if output is None:
-        return f"loradiag spectrum {base} {tuned or ''} -o results.jsonl   (keeps these numbers)".replace("  -o", " -o")
-    return f"loradiag inspect {output} --per layer   (this table layer by layer, without measuring again)"
+        words = sys.argv[1:]
+        end = words.index("--") if "--" in words else len(words)
+        again = ["loradiag", *words[:end], "-o", "results.jsonl", *words[end:]]
+        return f"{shlex.join(again)}   (keeps these numbers)"
+    again = ["loradiag", "inspect", str(output), "--per", "layer"]
+    return f"{shlex.join(again)}   (this table layer by layer, without measuring again)"

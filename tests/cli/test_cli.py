@@ -4,14 +4,17 @@ import json
 import os
 import pty
 import re
+import shlex
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
 
 import lora_diag
-from tests.conftest import SHARED, save_model, weights
+from tests.conftest import ROOT, SHARED, save_model, weights
 
 
 def test_spectrum_prints_a_table_and_a_summary(loradiag, pair_of_models):
@@ -162,11 +165,129 @@ def test_a_terminal_gets_progress_and_colour(pair_of_models, tmp_path):
     assert b"\x1b[" in seen
 
 
-def test_a_closed_pipe_is_no_error(pair_of_models):
-    base, tuned, *_ = pair_of_models
-    command = f"{sys.executable} -m lora_diag spectrum {base} {tuned} --json | head -c 10"
-    done = subprocess.run(command, shell=True, capture_output=True, check=False)
-    assert done.stderr == b""
+COMMAND = f"{shlex.quote(sys.executable)} -m lora_diag"
+
+
+def shell(line: str, cwd) -> subprocess.CompletedProcess:
+    return subprocess.run(["bash", "-c", line], capture_output=True, cwd=cwd, text=True, check=False, timeout=300)
+
+
+@pytest.mark.parametrize("words", ["spectrum base tuned --json", "spectrum base tuned", "inspect base", "--help"])
+def test_a_closed_pipe_is_no_error(pair_of_models, tmp_path, words):
+    """The reader is gone before the first line, so the first write fails."""
+    command = f"({COMMAND} {words}; echo code $? >&2) | true"
+    done = shell(f"cd {shlex.quote(str(tmp_path))} && {command}", ROOT)
+    assert done.stderr == "code 0\n"
+
+
+@pytest.mark.parametrize("words", ["spectrum base tuned", "spectrum base tuned --json", "inspect base", "--help"])
+@pytest.mark.parametrize("target", ["/dev/full", "&-"])
+@pytest.mark.skipif(sys.platform != "linux", reason="/dev/full")
+def test_an_output_that_takes_nothing_is_one_message(pair_of_models, tmp_path, words, target):
+    done = shell(f"cd {shlex.quote(str(tmp_path))} && {COMMAND} {words} >{target}", ROOT)
+    if (words, target) == ("--help", "&-"):
+        assert (done.returncode, done.stderr) == (0, "")  # typer says nothing to nobody
+        return
+    assert done.returncode == 3
+    assert re.fullmatch(r"error: standard output: cannot be written: .*\n", done.stderr)
+
+
+def test_ctrl_c_says_how_to_go_on(tmp_path):
+    """A real SIGINT to a real run, once its first layer is written."""
+    rng = torch.Generator().manual_seed(0)
+    names = [f"layers.{index}.w.weight" for index in range(60)]
+    base = {name: torch.randn(300, 300, generator=rng) for name in names}
+    save_model(tmp_path / "base", base)
+    save_model(tmp_path / "tuned", {name: value * 1.5 for name, value in base.items()})
+    words = [sys.executable, "-m", "lora_diag", "spectrum", "base", "tuned", "-o", "r.jsonl", "--method", "exact"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(
+        [*words, "--json"], cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert [b"run" in process.stdout.readline(), b"spectrum" in process.stdout.readline()] == [True, True]
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=120)
+    assert err.decode() == "interrupted; with -o, --resume goes on from here\n"
+    assert process.returncode == 130
+    assert lora_diag.read_results(tmp_path / "r.jsonl").end is None
+    done = subprocess.run([*words, "--resume", "-q"], cwd=tmp_path, env=environment, check=False, timeout=300)
+    assert done.returncode == 0
+    assert len(lora_diag.read_results(tmp_path / "r.jsonl")) == 60
+
+
+def test_next_is_the_command_that_was_typed(loradiag, pair_of_models, tmp_path):
+    base, *_ = pair_of_models
+    (tmp_path / "my models").mkdir()
+    base.rename(tmp_path / "my models" / "base")
+    wide = {"COLUMNS": "200"}
+    ran = loradiag("spectrum", "my models/base", "tuned", "--top", "3", "--layers", "q_proj|k_proj", env=wide)
+    line = "loradiag spectrum 'my models/base' tuned --top 3 --layers 'q_proj|k_proj' -o results.jsonl"
+    assert line in ran.out
+    again = loradiag(*shlex.split(line)[1:], env=wide)
+    assert again.code == 0
+    ran = loradiag("spectrum", "--", "my models/base", "tuned", env=wide)
+    assert "loradiag spectrum -o results.jsonl -- 'my models/base' tuned" in ran.out
+    ran = loradiag("spectrum", "my models/base", "tuned", "-o", "a b.jsonl", env=wide)
+    assert "loradiag inspect 'a b.jsonl' --per layer" in ran.out
+
+
+def test_the_usage_line_and_the_exit_codes_that_exist(loradiag):
+    assert loradiag("spectrum", "--help").out.splitlines()[0].endswith(" spectrum [OPTIONS] BASE [TUNED]")
+    assert loradiag("inspect", "--help").out.splitlines()[0].endswith(" inspect [OPTIONS] PATH")
+    words = " ".join(loradiag("--help").out.split())
+    assert "gate" not in words
+    assert "inconclusive" not in words
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--nope"], "Usage:"),
+        (["spectrum", "a", "b", "c"], "unexpected extra argument"),
+        (["spectrum", "base", "tuned", "--top", "many"], "--top"),
+        (["magic"], "magic"),
+        (["spectrum", "base", "tuned", "--top", "4", "--method", "krylov", "--seed", "9" * 23], "--seed"),
+        (["spectrum", ROOT / "sample_checkpoints" / "lora_r4", "base"], "give BASE first: loradiag spectrum BASE"),
+    ],
+)
+def test_usage_messages(loradiag, pair_of_models, words, told):
+    ran = loradiag(*words)
+    assert (ran.code, ran.out) == (2, "")
+    assert told in ran.err
+
+
+def test_names_that_are_not_utf8(loradiag, pair_of_models, tmp_path):
+    base, *_ = pair_of_models
+    odd = tmp_path / os.fsdecode(b"caf\xe9.safetensors")
+    odd.write_bytes((base / "model.safetensors").read_bytes())
+    for words in (["spectrum", base, odd, "--json", "-o", "r.jsonl"], ["inspect", odd, "--json"]):
+        ran = loradiag(*words)
+        assert (ran.code, ran.err) == (0, "")
+        assert r"caf\\xe9" in ran.out
+    assert loradiag("spectrum", base, odd, "-o", os.fsdecode(b"caf\xe9.jsonl")).code == 0
+    assert loradiag("inspect", odd).code == 0
+
+
+def test_pipes_are_refused_and_not_waited_for(loradiag, pair_of_models, tmp_path):
+    begun = time.monotonic()
+    for name in ("ff.safetensors", "ff.jsonl"):
+        os.mkfifo(tmp_path / name)
+        for words in (["inspect", name], ["spectrum", "base", name]):
+            ran = loradiag(*words)
+            assert ran.code == 3
+            assert re.fullmatch(rf"error: {re.escape(name)}: .*\n", ran.err)
+    assert time.monotonic() - begun < 120
+
+
+def test_output_names_that_no_file_can_have(loradiag, pair_of_models, tmp_path):
+    ran = loradiag("spectrum", "base", "tuned", "-o", "n" * 300)
+    assert ran.code == 3
+    assert "cannot be written" in ran.err
+
+
+def test_an_interrupted_demo_does_not_stop_the_next():
+    recipe = (ROOT / "Makefile").read_text().split("\ndemo:")[1].split("\n\n")[0].splitlines()
+    assert recipe[1].split() == ["@rm", "-f", ".venv/demo.jsonl", ".venv/demo.jsonl.part"]
 
 
 BAD = SHARED / "bad"

@@ -101,7 +101,10 @@ def _compute(delta: Delta, settings: SpectrumSettings, device: torch.device) -> 
     change = load_change(delta, device)
     if change.non_finite is not None:
         return change, None
-    return change, change.decompose(settings.method, settings.top, tol=settings.tol, seed=settings.seed)
+    factors = change.decompose(settings.method, settings.top, tol=settings.tol, seed=settings.seed)
+    if not math.isfinite(factors.fro):
+        return replace(change, non_finite="the product of its factors overflows float64"), None
+    return change, factors
 
 
 def _resolution(

@@ -251,17 +251,17 @@ def _rank_at_90(records: Sequence[Spectrum]) -> str:
 
 def _coverage(results: Results) -> str:
     """Say which share of ‖Δ‖² lies in matrices, in vocabulary tables, in norms and biases."""
-    energy = dict.fromkeys(("matrices", "vocabulary", "vectors"), 0.0)
+    norms = dict.fromkeys(("matrices", "vocabulary", "vectors"), 0.0)
     for record in results:
-        energy[part_of(record.layer)] += record.fro**2
+        norms[part_of(record.layer)] = math.hypot(norms[part_of(record.layer)], record.fro)
     for item in results.left_out:
         if item.fro is not None and item.reason == "vector":
-            energy["vectors"] += item.fro**2
-    total = sum(energy.values())
+            norms["vectors"] = math.hypot(norms["vectors"], item.fro)
+    total = math.hypot(*norms.values())
     if total == 0:
         return ""
     words = {"matrices": "the matrices", "vocabulary": "embeddings and head", "vectors": "norms and biases"}
-    shares = ", ".join(f"{percent(energy[part] / total)} in {words[part]}" for part in words if energy[part])
+    shares = ", ".join(f"{percent((norms[part] / total) ** 2)} in {words[part]}" for part in words if norms[part])
     selected = any(item.reason == "not_selected" for item in results.left_out)
     return f"of the whole change ‖Δ‖²{' in what was selected' if selected else ''}, {shares}"
 

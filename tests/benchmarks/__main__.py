@@ -96,16 +96,17 @@ def matrix(peers: bool) -> None:
 
 
 def model(peers: bool) -> None:
-    """A 1 B-parameter sharded bf16 pair, whole processes."""
-    base, tuned = made("make_pair", FOLDER / "1b", 2048, 8192, 512, 16)
-    commands: dict[str, Sequence[str]] = {
-        "floor: read both, subtract, norm": [*SCRIPT, "floor", base, tuned],
-        "loradiag spectrum": [*LORADIAG, base, tuned, "-q"],
-        "loradiag spectrum --top 64": [*LORADIAG, base, tuned, "-q", "--top", "64"],
-    }
-    if peers:
-        commands["modeldelta"] = peer_commands(base, tuned)["modeldelta"]
-    print(table(in_turn(commands, 1), "loradiag spectrum"))
+    """A 1 B-parameter sharded bf16 pair, whole processes; other tools on a quarter of its layers."""
+    for layers in (16, 4) if peers else (16,):
+        base, tuned = made("make_pair", FOLDER / f"model{layers}", 2048, 8192, 512, layers)
+        commands: dict[str, Sequence[str]] = {
+            "floor: read both, subtract, norm": [*SCRIPT, "floor", base, tuned],
+            "loradiag spectrum": [*LORADIAG, base, tuned, "-q"],
+            "loradiag spectrum --top 64": [*LORADIAG, base, tuned, "-q", "--top", "64"],
+        }
+        if layers == 4:
+            commands["modeldelta"] = peer_commands(base, tuned)["modeldelta"]
+        print(f"\n{layers} layers\n\n{table(in_turn(commands, 1), 'loradiag spectrum')}", flush=True)
 
 
 def adapters(peers: bool) -> None:

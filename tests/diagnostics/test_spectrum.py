@@ -9,7 +9,7 @@ import torch
 import lora_diag
 import lora_diag.diagnostics.spectrum as diagnostic
 from lora_diag.checkpoints import Checkpoint
-from lora_diag.deltas import DenseDelta, Side
+from lora_diag.deltas import DenseDelta, FactoredDelta, Side
 from lora_diag.diagnostics.change import load_change
 from tests import oracles
 from tests.conftest import SHARED, as_numpy, save_model, save_sharded, weights
@@ -183,6 +183,13 @@ def test_bad_entries_in_added_rows_and_in_the_base_of_an_adapter_are_named(tmp_p
     object.__setattr__(base, "read", lambda name, start, stop: matrix.reshape(-1)[start:stop])
     delta = DenseDelta("w", (4, 3), lambda: torch.ones(4, 3), (None, "float32"), side)
     assert load_change(delta, torch.device("cpu")).non_finite == "BASE holds inf at [2, 1]"
+
+
+def test_factors_whose_product_overflows_are_left_out():
+    huge = torch.full((3, 1), 1e300, dtype=torch.float64)
+    delta = FactoredDelta("w", (3, 3), lambda: (huge, huge.T), (None, "float64"))
+    found = diagnostic.spectrum(delta, diagnostic.SpectrumSettings())
+    assert (found.reason, found.detail) == ("non_finite", "the product of its factors overflows float64")
 
 
 def test_out_of_memory_on_a_gpu_moves_the_layer_to_the_cpu_and_says_so(pair_of_models, monkeypatch):

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.benchmarks.measure import in_turn, machine, table
+from tests.benchmarks.shapes import llama_layer
 
 FOLDER = Path(".bench")
 LORADIAG = [sys.executable, "-m", "lora_diag", "spectrum"]
@@ -120,6 +121,27 @@ def adapters(peers: bool) -> None:
     print(table(in_turn(commands, 3), "loradiag spectrum ADAPTER"))
 
 
+def fleet(peers: bool) -> None:
+    """200 rank-16 adapters of a 1 B model (112 pairs each; 10 different ones, 20 times), one process."""
+    import torch
+
+    import lora_diag
+
+    shape = (2048, 5632, 256, 16)
+    paths = [made("make_adapter", FOLDER / "fleet" / str(seed), *shape, 16, seed) for seed in range(10)]
+    start = time.perf_counter()
+    for path in paths * 20:
+        lora_diag.spectrum(path)
+    ours = (time.perf_counter() - start) / 200
+    start = time.perf_counter()
+    for _, rows, columns in llama_layer(*shape[:3]):
+        torch.linalg.svdvals(torch.randn(rows, 16) @ torch.randn(16, columns))
+    plain = (time.perf_counter() - start) * shape[3]
+    print("| work | s an adapter | ratio |\n|---|---:|---:|")
+    print(f"| lora_diag.spectrum(ADAPTER), factored | {ours:.2f} | 1 |")
+    print(f"| torch.linalg.svdvals(B @ A), from one of 16 layers | {plain:.0f} | {plain / ours:.0f} |")
+
+
 def rounding(peers: bool) -> None:
     """The rounding floor on planted updates."""
     from tests.benchmarks.rounding import rounding_table
@@ -151,7 +173,7 @@ def peer_commands(base: Path, tuned: Path) -> dict[str, Sequence[str]]:
     }
 
 
-PARTS = {part.__name__: part for part in (kernels, matrix, model, adapters, rounding)}
+PARTS = {part.__name__: part for part in (kernels, matrix, model, adapters, fleet, rounding)}
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -2,11 +2,12 @@
 
 import json
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+
+from tests.benchmarks.shapes import llama_layer
 
 # Spectrum σ_i ∝ i^−0.7 and a relative size of 2% of the weights: what full fine-tunes look like (C(8) near 0.4).
 POWER, SIZE = 0.7, 0.02
@@ -26,14 +27,6 @@ def weight(rows: int, columns: int, generator: torch.Generator) -> tuple[torch.T
     delta = update(rows, columns, generator)
     delta *= SIZE * base.float().norm() / delta.norm()
     return base, (base.float() + delta).bfloat16()
-
-
-def llama_layer(hidden: int, inner: int, kv: int) -> Iterator[tuple[str, int, int]]:
-    """Yield name, out, in of the matrices of one block."""
-    for name, out, width in (("q", hidden, hidden), ("k", kv, hidden), ("v", kv, hidden), ("o", hidden, hidden)):
-        yield f"self_attn.{name}_proj.weight", out, width
-    for name, out, width in (("gate", inner, hidden), ("up", inner, hidden), ("down", hidden, inner)):
-        yield f"mlp.{name}_proj.weight", out, width
 
 
 def make_pair(folder: Path, hidden: int, inner: int, kv: int, layers: int) -> tuple[Path, Path]:

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lora_diag.errors import InputError, UsageError
-from lora_diag.linalg import METHODS, Factors, decompose, decompose_factored, exact, krylov
+from lora_diag.linalg import METHODS, Factors, decompose, decompose_factored, exact, gram, krylov
 from tests import oracles
 
 FULL = [method for method in METHODS if method != "krylov"]
@@ -239,6 +239,16 @@ def test_krylov_repeats_itself_and_other_seeds_agree_within_the_bound():
     assert not torch.equal(one.s, other.s)
     energies = [float((factors.s**2).sum()) / factors.fro**2 for factors in (one, other)]
     assert abs(energies[0] - energies[1]) <= one.energy_error + other.energy_error
+
+
+def test_eigenvalues_in_place_are_the_same(monkeypatch):
+    matrix = oracles.with_spectrum(SPECTRA["power law"], 60, 40, seed=2)
+    plain = decompose(torch.from_numpy(matrix), "gram")
+    monkeypatch.setattr(gram, "IN_PLACE_FROM", 1)
+    for shape in (matrix, matrix.T.copy()):
+        found = decompose(torch.from_numpy(shape), "gram")
+        check(found, shape)
+        assert torch.allclose(found.s, plain.s, rtol=1e-9, atol=1e-9)
 
 
 def test_auto_takes_the_cheapest_method_that_fits():

@@ -55,6 +55,11 @@ def test_errors_of_an_incomplete_spectrum(s, top, rank):
     assert found[1] == (s[rank] if rank < min(top, len(s)) else None)
 
 
+def test_a_threshold_that_is_met_exactly_is_met():
+    curve = np.array([0.5, 0.9, 0.95, 1.0])
+    assert [rank_at(curve, share) for share in (0.5, 0.9, 0.95, 0.99, 1.0)] == [1, 2, 3, 4, 4]
+
+
 def test_truncation_is_the_error_of_the_best_approximation():
     delta = oracles.with_spectrum(1 / np.arange(1, 11), 10, 14, seed=3)
     s = np.linalg.svd(delta, compute_uv=False)

@@ -20,8 +20,7 @@ def inspect(
 
     Example: loradiag inspect results.jsonl --per layer
     """
-    from lora_diag.results import is_results_file, read_results
-    from lora_diag.results.file import to_line
+    from lora_diag.results import is_results_file, read_results, to_line
 
     if is_results_file(path):
         from lora_diag.reports.table import spectrum_table

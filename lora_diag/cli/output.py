@@ -13,7 +13,7 @@ from lora_diag.errors import InputError
 from lora_diag.reports.text import safe
 
 if TYPE_CHECKING:
-    from lora_diag.api.spectrum import Progress
+    from lora_diag.api.measuring import Progress
 
 
 class ReaderGoneError(Exception):

@@ -41,7 +41,7 @@ def spectrum(
     # torch comes with it: not before it is needed
     from lora_diag.api.spectrum import spectrum as measure
     from lora_diag.reports.table import spectrum_table
-    from lora_diag.results.file import to_line
+    from lora_diag.results import to_line
 
     with progress_bar(quiet) as on_progress:
         results = measure(

@@ -37,7 +37,7 @@ REASONS = {
 }
 
 
-def summary(results: Results, then: str | None = None) -> Table:
+def summary(results: Results[Spectrum], then: str | None = None) -> Table:
     """Return the summary as a two-column grid: a word, and the sentence that answers it."""
     grid = Table.grid(padding=(0, 2))
     grid.add_column(style="bold", no_wrap=True)
@@ -53,7 +53,7 @@ def _style(word: str, sentence: str) -> str:
     return "bold yellow" if word == "Resolved?" and not sentence.startswith("yes") else ""
 
 
-def _lines(results: Results) -> list[tuple[str, str]]:
+def _lines(results: Results[Spectrum]) -> list[tuple[str, str]]:
     moved = _moving(results)
     lines = [("Compared", _compared(results)), ("Moved", _moved(results, moved))]
     if moved:
@@ -68,13 +68,13 @@ def _lines(results: Results) -> list[tuple[str, str]]:
     return lines
 
 
-def _moving(results: Results) -> list[Spectrum]:
+def _moving(results: Results[Spectrum]) -> list[Spectrum]:
     """Return the matrices that moved: those that adapters usually target, or else the others."""
     moved = [record for record in results if record.fro > 0]
     return [record for record in moved if part_of(record.layer) == "matrices"] or moved
 
 
-def _compared(results: Results) -> str:
+def _compared(results: Results[Spectrum]) -> str:
     longest = max((len(side.role) for side in results.run.inputs), default=0)
     lines = [f"{side.role:<{longest}} {safe(side.path)} ({side.kind})" for side in results.run.inputs]
     if len(results):
@@ -83,7 +83,7 @@ def _compared(results: Results) -> str:
     return "\n".join(lines)
 
 
-def _measured(results: Results) -> str:
+def _measured(results: Results[Spectrum]) -> str:
     entries = sum(math.prod(record.shape) for record in results)
     vocabulary = sum(part_of(record.layer) == "vocabulary" for record in results)
     tables = f" ({vocabulary} of them embeddings or head)" if vocabulary else ""
@@ -95,7 +95,7 @@ def _matrices(number_of: int) -> str:
     return f"{number_of} {'matrix' if number_of == 1 else 'matrices'}"
 
 
-def _moved(results: Results, moved: Sequence[Spectrum]) -> str:
+def _moved(results: Results[Spectrum], moved: Sequence[Spectrum]) -> str:
     """Say how far the weights went, and which of them did."""
     inside = [record for record in results if part_of(record.layer) == "matrices"]
     if not len(results):
@@ -112,7 +112,7 @@ def _moved(results: Results, moved: Sequence[Spectrum]) -> str:
     return _how_far(inside, f"over {every} {_matrices(len(inside))}{outside}")
 
 
-def _nothing_moved(results: Results) -> str:
+def _nothing_moved(results: Results[Spectrum]) -> str:
     if any(item.reason == "vector" and item.fro for item in results.left_out):
         return "only norms and biases: ΔW is zero in every matrix"
     meant = f" Is {safe(results.run.inputs[-1].path)} what you meant?" if results.run.inputs else ""
@@ -249,7 +249,7 @@ def _rank_at_90(records: Sequence[Spectrum]) -> str:
     return f"median {middle_rank(ranks, kept)}, from {min(known)} to {largest} {of} possible{more}"
 
 
-def _coverage(results: Results) -> str:
+def _coverage(results: Results[Spectrum]) -> str:
     """Say which share of ‖Δ‖² lies in matrices, in vocabulary tables, in norms and biases."""
     norms = dict.fromkeys(("matrices", "vocabulary", "vectors"), 0.0)
     for record in results:

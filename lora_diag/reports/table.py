@@ -53,7 +53,7 @@ class _Column:
 
 
 def spectrum_table(
-    results: Results, width: int = 80, color: bool = False, per: str = "type", then: str | None = None
+    results: Results[Spectrum], width: int = 80, color: bool = False, per: str = "type", then: str | None = None
 ) -> str:
     """Return the table and the summary of a spectrum run.
 
@@ -103,7 +103,7 @@ def _fitting(columns: Sequence[_Column], width: int, name: int) -> list[_Column]
     return fitting
 
 
-def _types(results: Results) -> list[_Row]:
+def _types(results: Results[Spectrum]) -> list[_Row]:
     """Group the layers by module type, attention before MLP before vocabulary tables."""
     groups: dict[str, list[Spectrum]] = {}
     for record in results:

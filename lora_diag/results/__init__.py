@@ -4,29 +4,49 @@ The rule on the door: a record is plain, frozen, schema-numbered data, and every
 a function of records alone. This room opens no checkpoint and imports neither torch nor NumPy.
 """
 
-from lora_diag.results.file import Results, ResultsWriter, is_results_file, read_results, totals
+from lora_diag.results.reading import is_results_file, read_results, read_results_of
 from lora_diag.results.records import (
     SCHEMA,
     AdaptedWeight,
+    Agreement,
+    Allocation,
     AnyRecord,
+    Baseline,
+    Certificate,
+    Distance,
     End,
     Inventory,
+    LayerRecord,
     LeftOut,
+    Overlap,
+    Residual,
     Resolution,
     Run,
     RunInput,
     Spectrum,
     StoredTensor,
     Tail,
+    Verdict,
+    WholeRecord,
 )
+from lora_diag.results.results import Results, to_line, totals
+from lora_diag.results.writing import ResultsWriter
 
 __all__ = [
     "SCHEMA",
     "AdaptedWeight",
+    "Agreement",
+    "Allocation",
     "AnyRecord",
+    "Baseline",
+    "Certificate",
+    "Distance",
     "End",
     "Inventory",
+    "LayerRecord",
     "LeftOut",
+    "Overlap",
+    "Residual",
     "Resolution",
     "Results",
     "ResultsWriter",
@@ -35,7 +55,11 @@ __all__ = [
     "Spectrum",
     "StoredTensor",
     "Tail",
+    "Verdict",
+    "WholeRecord",
     "is_results_file",
     "read_results",
+    "read_results_of",
+    "to_line",
     "totals",
 ]

@@ -1,0 +1,44 @@
+"""Records of ``overlap``."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from lora_diag.results.base import Record
+
+
+class Overlap(Record):
+    """Which part of one layer's gradient G lies in the top-r singular subspaces (U, V) of an update.
+
+    Every share is of ‖G‖_F, lies in [0, 1] and is null for a zero gradient; 0 ≤ κ ≤ one-sided ≤ tangent ≤ 1.
+
+    Args:
+        layer: The weight's name in BASE.
+        shape: ``(out, in)``, m × n.
+        step: Of training, at which the gradient was taken.
+        rank: r.
+        kappa: κ = ‖UᵀGV‖_F / ‖G‖_F.
+        kappa_random: r/√(mn), its root mean square for random subspaces.
+        tangent: ‖UUᵀG + GVVᵀ − UUᵀGVVᵀ‖_F / ‖G‖_F, what an adapter of these subspaces can reach to first order.
+        tangent_random: √(r/m + r/n − r²/(mn)).
+        left: ‖UᵀG‖_F / ‖G‖_F, what factor A can reach while B spans U.
+        left_random: √(r/m).
+        right: ‖GV‖_F / ‖G‖_F, what factor B can reach while A spans V: all that a fresh adapter (B = 0) reaches.
+        right_random: √(r/n).
+        gradient_fro: ‖G‖_F.
+    """
+
+    record: Literal["overlap"] = "overlap"
+    layer: str
+    shape: tuple[int, int]
+    step: int
+    rank: int
+    kappa: float | None
+    kappa_random: float
+    tangent: float | None
+    tangent_random: float
+    left: float | None
+    left_random: float
+    right: float | None
+    right_random: float
+    gradient_fro: float

@@ -1,0 +1,148 @@
+"""Results files: read back, checked line by line."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from lora_diag.errors import InputError
+from lora_diag.results.records import SCHEMA, AnyRecord, End, LayerRecord, LeftOut, Run, Spectrum, WholeRecord
+from lora_diag.results.results import L, Results
+
+_LINE: TypeAdapter[AnyRecord] = TypeAdapter(AnyRecord)
+
+# Every finished or interrupted results file begins so.
+_HEAD = b'{"record":"run"'
+
+
+def is_results_file(path: Path | str) -> bool:
+    """Say whether a file begins like a results file; never so of a pipe or a device, which are not opened."""
+    try:
+        if not Path(path).is_file():
+            return False
+        with Path(path).open("rb") as file:
+            return file.read(64).replace(b" ", b"").startswith(_HEAD)
+    except (OSError, ValueError):
+        return False
+
+
+def read_results(path: Path | str) -> Results[Any]:
+    """Read a results file.
+
+    Args:
+        path: A file written by ``-o``, by ``Results.write`` or from ``--json``.
+
+    Returns:
+        The records. A half-written last line, as a crash leaves it, is dropped; ``end`` is then None.
+
+    Raises:
+        InputError: It is no results file, is damaged, holds several runs, or its schema is newer than this version of
+            loradiag.
+    """
+    path = Path(path)
+    records, _ = read_lines(path)
+    if not records or not isinstance(records[0], Run):
+        raise InputError(f"{path}: is not a results file: its first line must be a run record")
+    return Results(
+        records[0],
+        tuple(record for record in records if isinstance(record, LayerRecord)),
+        tuple(record for record in records if isinstance(record, LeftOut)),
+        next((record for record in records if isinstance(record, End)), None),
+        tuple(record for record in records if isinstance(record, WholeRecord)),
+    )
+
+
+def read_results_of(kind: type[L], path: Path | str) -> Results[L]:
+    """Read a results file whose layers have records of one kind.
+
+    Args:
+        kind: The class of record that is needed, such as ``Spectrum``.
+        path: The file.
+
+    Raises:
+        InputError: It cannot be read, or holds records of another command.
+    """
+    results: Results[L] = read_results(path)
+    wanted = kind.model_fields["record"].default
+    if any(not isinstance(record, kind) for record in results) or (
+        not results.layers and results.run.command != wanted
+    ):
+        raise InputError(
+            f"{path}: holds the results of loradiag {results.run.command}; {wanted} records are needed here"
+        )
+    return results
+
+
+def read_lines(path: Path) -> tuple[list[AnyRecord], int]:
+    """Return the whole records of a file, checked one against the other, and how many bytes they take.
+
+    Raises:
+        InputError: It cannot be read, or a line is not a record or cannot stand where it stands.
+    """
+    try:
+        if os.path.exists(path) and not path.is_file():  # noqa: PTH110  (unlike Path.exists(), takes any name)
+            raise InputError(f"{path}: is not a regular file")
+        content = path.read_bytes()
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
+    *lines, rest = content.split(b"\n")
+    records: list[AnyRecord] = []
+    for number, line in enumerate(lines, 1):
+        record = _parse(line, number, path)
+        _check_place(record, records, number, path)
+        records.append(record)
+    # After the last newline: nothing, what a crash cut short, or a record that only lacks its newline.
+    with contextlib.suppress(InputError):
+        record = _parse(rest, len(lines) + 1, path)
+        _check_place(record, records, len(lines) + 1, path)
+        return [*records, record], len(content)
+    return records, len(content) - len(rest)
+
+
+def _check_place(record: AnyRecord, before: Sequence[AnyRecord], number: int, path: Path) -> None:
+    """Refuse a record that cannot stand where it stands, or lacks what the run record promises.
+
+    Raises:
+        InputError: It cannot.
+    """
+    where = f"{path}: line {number}"
+    if not before:
+        if isinstance(record, Run) and record.command == "spectrum":
+            ranks = record.settings.get("ranks")
+            if not isinstance(ranks, list) or not ranks or not all(type(r) is int and r > 0 for r in ranks):
+                raise InputError(f"{where} is not a run record: settings.ranks must be a list of ranks")
+        return
+    if isinstance(record, Run):
+        raise InputError(f"{where} begins a second run: one file holds one run; split it there")
+    if isinstance(before[-1], End):
+        raise InputError(f"{where} comes after the end record of the run")
+    first = before[0]
+    if isinstance(record, Spectrum) and isinstance(first, Run):
+        asked = [str(r) for r in first.settings.get("ranks", [])]
+        lacking = [f"energy.{r}" for r in asked if r not in record.energy]
+        lacking += [f"tail.{r}" for r in asked if r not in record.tail]
+        lacking += [f"rank_at.{share}" for share in ("0.9", "0.95", "0.99") if share not in record.rank_at]
+        if lacking:
+            raise InputError(f"{where} is not a record of this run: {record.layer} has no {lacking[0]}")
+
+
+def _parse(line: bytes, number: int, path: Path) -> AnyRecord:
+    try:
+        content = json.loads(line.decode("utf-8"))
+        if isinstance(content, dict) and isinstance(schema := content.get("schema", SCHEMA), int) and schema > SCHEMA:
+            raise InputError(
+                f"{path}: written in schema {schema}, this loradiag reads up to {SCHEMA}: upgrade loradiag"
+            )
+        return _LINE.validate_python(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise InputError(f"{path}: line {number} is not a record: {where}: {first['msg']}") from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: line {number} is not JSON: {error}") from error

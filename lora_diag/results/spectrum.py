@@ -1,0 +1,82 @@
+"""Records of ``spectrum``."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from lora_diag.results.base import Record
+
+
+class Tail(Record):
+    """Eckart–Young errors of the best rank-r approximation: √Σ_{i>r}σ_i² and σ_{r+1} (null if it was not computed)."""
+
+    fro: float
+    spectral: float | None
+
+
+class Resolution(Record):
+    """What the files' rounding lets one see of ΔW.
+
+    Args:
+        unchanged: Share of the entries that are bit-identical on both sides; null for an adapter, which has no sides.
+        mantissa: Mantissa bits that the stored values of base and tuned really use; null for an adapter.
+        rounding_fro: Bound on ‖E‖_F, the norm of the rounding error of ΔW; by Mirsky Σ(σ_i − σ̂_i)² ≤ ‖E‖_F².
+        noise_fro: Expected ‖E‖_F if E behaves like noise.
+        edge: Where the singular values of such noise end.
+        signal_rank: Singular values above the edge; null if all that were kept are and there are more.
+        verdict: Whether the files can show this update.
+    """
+
+    unchanged: float | None
+    mantissa: tuple[int, int] | None
+    rounding_fro: float
+    noise_fro: float
+    edge: float
+    signal_rank: int | None
+    verdict: Literal["resolved", "floor-limited", "unresolved"]
+
+
+class Spectrum(Record):
+    """The singular values of one ΔW and what follows from them.
+
+    Args:
+        layer: The weight's name in BASE; one matrix of a stack is ``name[3]``.
+        shape: ``(out, in)``.
+        dtypes: Stored dtypes of base and tuned; of an adapter: of the base (null without one) and of its factors.
+        fro: ‖ΔW‖_F, accumulated in float64.
+        base_fro: ‖W_base‖_F, likewise; null if the base was not given.
+        s: Singular values of ΔW, descending, to 9 significant digits.
+        complete: True if ``s`` holds all min(out, in) of them, or all that can differ from zero (an adapter's r).
+        method: What computed them, such as ``gram`` or ``exact``.
+        energy_error: Bound on the absolute error of every energy fraction in this record.
+        energy: C(r) = Σ_{i≤r}σ_i² / ‖ΔW‖_F² by r; null for a zero update and for r beyond the values kept.
+        rank_at: Smallest r with C(r) ≥ the threshold; null if it is beyond the values kept, 0 for a zero update.
+        tail: Errors of the best rank-r approximation, by r.
+        stable_rank: ‖ΔW‖_F² / σ_1²; null for a zero update.
+        effective_rank: exp of the entropy of p_i = σ_i²/Σσ²; null for a zero update or an incomplete spectrum.
+        resolution: What the files' rounding lets one see.
+        source: ``update``; or ``gradients``, where ΔW stands for what a first-order pilot would learn.
+    """
+
+    record: Literal["spectrum"] = "spectrum"
+    layer: str
+    shape: tuple[int, int]
+    dtypes: tuple[str | None, str]
+    fro: float
+    base_fro: float | None
+    s: tuple[float, ...]
+    complete: bool
+    method: str
+    energy_error: float
+    energy: dict[str, float | None]
+    rank_at: dict[str, int | None]
+    tail: dict[str, Tail | None]
+    stable_rank: float | None
+    effective_rank: float | None
+    resolution: Resolution
+    source: Literal["update", "gradients"] = "update"
+
+    @property
+    def relative(self) -> float | None:
+        """‖ΔW‖_F / ‖W_base‖_F; None without a base, or where it is zero."""
+        return self.fro / self.base_fro if self.base_fro else None

@@ -1,0 +1,186 @@
+"""The results file: JSON lines, appended as they are measured.
+
+A crash loses at most the layer being written. A file without its ``end`` line is an interrupted run; opening it with
+``resume`` drops a half-written last line and goes on behind what is there. A finished run is only ever replaced by a
+finished run: until its ``end`` is written, the new one grows in ``NAME.part`` beside it.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any, Generic, Literal, Self
+
+from lora_diag.errors import InputError, UsageError
+from lora_diag.results.reading import is_results_file, read_lines, read_results
+from lora_diag.results.records import AnyRecord, End, Run, Spectrum
+from lora_diag.results.results import L, Results, to_line
+
+
+class ResultsWriter(Generic[L]):
+    """Appends records to a file, line by line, each handed to the system as it comes.
+
+    Nothing is created before the first record of a layer or the like, so that a run that fails at its inputs leaves
+    nothing behind. Where ``path`` holds a finished run, records go to ``NAME.part`` beside it, which takes its place
+    once the ``end`` record is written.
+
+    Args:
+        path: The results file; None to write nothing.
+        run: The first line.
+        resume: Go on behind the records that an interrupted run left there, or in ``NAME.part``.
+
+    Attributes:
+        run: The first line.
+        earlier: What is there already and is kept; without layers unless resuming.
+
+    Raises:
+        UsageError: The file holds an unfinished run and ``resume`` is False, the run of other inputs or settings and
+            ``resume`` is True, or something that is no results file.
+        InputError: It cannot be read or written.
+    """
+
+    def __init__(self, path: Path | None, run: Run, resume: bool = False) -> None:
+        self.path = path
+        self.run = run
+        self.earlier: Results[L] = Results(run, ())
+        self._kept = 0
+        self._file: IO[bytes] | None = None
+        if path is None:
+            return
+        self._final = Path(os.path.realpath(path)) if os.path.islink(path) else path  # noqa: PTH114  (as in _state)
+        part = self._final.with_name(f"{self._final.name}.part")
+        state, part_state = _state(self._final), _state(part)
+        for file, found in ((path, state), (part, part_state)):
+            if not resume and found == "unfinished":
+                raise UsageError(f"{file}: holds an unfinished run; continue it with --resume, or delete it first")
+        if not resume and part_state == "finished":
+            raise UsageError(f"{part}: is left over from an interrupted run; continue it with --resume, or delete it")
+        behind_part = part_state != "absent" if resume else state == "finished"
+        self.path = part if behind_part else self._final
+        if resume and (part_state if behind_part else state) in {"unfinished", "finished"}:
+            self.earlier = _whole_layers(_same_run(read_results(self.path), run, self.path))
+            self._kept = sum(1 for _ in self.earlier.records())
+        _check_writable(self.path)
+        if self.earlier.end is not None and behind_part:
+            self._replace()
+
+    def append(self, *records: AnyRecord) -> None:
+        """Write records as lines, all of one layer in one go.
+
+        Raises:
+            InputError: They cannot be written; what was written before stays and can be resumed.
+        """
+        if self.path is None:
+            return
+        try:
+            if self._file is None:
+                self._file = self._open(self.path)
+            self._file.write("".join(f"{to_line(record)}\n" for record in records).encode())
+            self._file.flush()
+        except OSError as error:
+            raise InputError(f"{self.path}: cannot be written: {error.strerror}") from error
+        if isinstance(records[-1], End) and self.path != self._final:
+            self._file.close()
+            self._replace()
+
+    def _open(self, path: Path) -> IO[bytes]:
+        if self._kept:
+            lines = path.read_bytes().split(b"\n")[: self._kept]
+            file = path.open("r+b")
+            file.truncate(sum(len(line) + 1 for line in lines) - 1)
+            file.seek(0, os.SEEK_END)
+            file.write(b"\n")
+            return file
+        fresh = path.open("wb")
+        fresh.write(f"{to_line(self.run)}\n".encode())
+        return fresh
+
+    def _replace(self) -> None:
+        """Put the finished new run in the place of the old one."""
+        assert self.path is not None
+        try:
+            self.path.replace(self._final)
+        except OSError as error:
+            raise InputError(
+                f"{self._final}: cannot be written: {error.strerror}; the run is in {self.path}"
+            ) from error
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._file is not None:
+            self._file.close()
+
+
+def _state(path: Path) -> Literal["absent", "empty", "unfinished", "finished"]:
+    """Return what lies where records are to go; ``empty`` also if a crash cut its very first line.
+
+    Raises:
+        UsageError: Something that is not ours to overwrite.
+    """
+    if not os.path.exists(path):  # noqa: PTH110  (unlike Path.exists(), False also for names that no file can have)
+        return "absent"
+    if not path.is_file():
+        raise UsageError(f"{path}: is not a file; give -o a file name")
+    if path.stat().st_size == 0:
+        return "empty"
+    if not is_results_file(path):
+        raise UsageError(f"{path}: exists and is not a results file, so it is left as it is; choose another name")
+    try:
+        records, _ = read_lines(path)
+        return ("finished" if isinstance(records[-1], End) else "unfinished") if records else "empty"
+    except InputError as error:
+        raise UsageError(f"{error}; the file is left as it is: delete it first, or choose another name") from error
+
+
+def _check_writable(path: Path) -> None:
+    """Refuse, before anything is measured, a file that could not be written; create nothing.
+
+    Raises:
+        InputError: It could not.
+    """
+    folder = path.parent
+    try:
+        exists = path.lstat() is not None
+    except FileNotFoundError:
+        exists = False
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise InputError(f"{path}: cannot be written: {reason}") from error
+    if not folder.is_dir():
+        raise InputError(f"{path}: cannot be written: there is no folder {folder}; create it first")
+    if not (os.access(path, os.W_OK) if exists else os.access(folder, os.W_OK | os.X_OK)):
+        raise InputError(f"{path}: cannot be written: permission denied")
+
+
+def _whole_layers(earlier: Results[Any]) -> Results[Any]:
+    """Drop the last layer's records where there may be fewer of them than there should be: a crash came between."""
+    one_a_layer = all(isinstance(record, Spectrum) for record in earlier.layers[-1:])
+    if one_a_layer or earlier.left_out or earlier.end is not None:
+        return earlier
+    last = earlier.layers[-1].layer
+    return replace(earlier, layers=tuple(record for record in earlier.layers if record.layer != last))
+
+
+def _same_run(earlier: Results[Any], run: Run, path: Path) -> Results[Any]:
+    """Return the earlier records if they came from the same inputs and settings."""
+    for before, now in zip(earlier.run.inputs, run.inputs, strict=False):
+        if before != now and before.path == now.path and before.fingerprint != now.fingerprint:
+            raise UsageError(
+                f"{path}: the input {now.path} changed since this run was begun, and its layers must not be mixed; "
+                "delete the file and measure again, or write to another file"
+            )
+    then, wanted = earlier.run.model_dump(), run.model_dump()
+    differing = [key for key in wanted if then[key] != wanted[key]]
+    differing += [f"settings.{key}" for key, value in run.settings.items() if earlier.run.settings.get(key) != value]
+    if differing:
+        raise UsageError(
+            f"{path}: was begun with another {', '.join(k for k in differing if k != 'settings')}; "
+            "resume with the same command, or write to another file"
+        )
+    return earlier

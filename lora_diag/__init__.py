@@ -16,6 +16,7 @@ from lora_diag.version import __version__
 
 if TYPE_CHECKING:
     from lora_diag.api.inspect import inspect
+    from lora_diag.api.residual import residual
     from lora_diag.api.spectrum import spectrum
     from lora_diag.results import Results, read_results
 
@@ -24,6 +25,7 @@ _LAZY = {
     "Results": "lora_diag.results",
     "inspect": "lora_diag.api.inspect",
     "read_results": "lora_diag.results",
+    "residual": "lora_diag.api.residual",
     "spectrum": "lora_diag.api.spectrum",
 }
 
@@ -36,6 +38,7 @@ __all__ = [
     "__version__",
     "inspect",
     "read_results",
+    "residual",
     "spectrum",
 ]
 

@@ -70,7 +70,7 @@ def _compare(
         return _with_adapter(before, tuned, layers, exclude, allow_unmatched)
     after = open_checkpoint(tuned)
     pairing, notes = _pair_renamed(pair(before, after, layers, exclude), before, after)
-    return Comparison((_describe("base", before), _describe("tuned", after, notes)), pairing)
+    return Comparison((describe("base", before), describe("tuned", after, notes)), pairing)
 
 
 def _refuse_clashes(deltas: tuple[Delta, ...]) -> None:
@@ -139,10 +139,11 @@ def _with_adapter(
         notes=tuple(map(legible, notes)),
         fingerprint=fingerprint(adapter.checkpoint, config.values if config is not None else None),
     )
-    return Comparison((described,) if base is None else (_describe("base", base), described), pairing)
+    return Comparison((described,) if base is None else (describe("base", base), described), pairing)
 
 
-def _describe(role: str, checkpoint: Checkpoint, notes: tuple[str, ...] = ()) -> RunInput:
+def describe(role: str, checkpoint: Checkpoint, notes: tuple[str, ...] = ()) -> RunInput:
+    """Return what the run record says of a checkpoint."""
     return RunInput(
         role=role,
         path=legible(checkpoint.path),

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from lora_diag.deltas import Delta, FactoredDelta, Side, StoredDelta, row_blocks, row_spans
 from lora_diag.linalg import Difference, Factors, decompose, decompose_factored, difference, first_non_finite, norm
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +35,16 @@ class Change:
     matrix: Tensor | None = None
     factors: tuple[Tensor, Tensor] | None = None
     non_finite: str | None = None
+
+    def blocks(self, shape: tuple[int, int]) -> Iterator[Tensor]:
+        """Yield ΔW in row blocks, float64; the product of factors block by block, so that it is never held whole."""
+        for first, last in row_spans(shape):
+            if self.factors is not None:
+                b, a = self.factors
+                yield b[first:last].to(torch.float64) @ a.to(torch.float64)
+            else:
+                assert self.matrix is not None
+                yield self.matrix[first:last].to(torch.float64)
 
     def decompose(
         self, method: str = "auto", top: int | None = None, vectors: bool = False, tol: float = 1e-4, seed: int = 0
@@ -73,6 +87,15 @@ def load_change(delta: Delta, device: torch.device, keep: bool = True) -> Change
     problem = first_non_finite("the update holds", matrix)
     fro = None if problem else norm([matrix])
     return Change(fro, base_fro, None, matrix if keep and not problem else None, non_finite=problem)
+
+
+def on_device(compute: Callable[[torch.device], T], device: torch.device) -> tuple[T, str]:
+    """Compute on a device, and on the CPU where that is out of memory; return the result and words for the record."""
+    try:
+        return compute(device), ""
+    except torch.cuda.OutOfMemoryError:
+        torch.cuda.empty_cache()
+        return compute(torch.device("cpu")), f" on the CPU: out of memory on {device}"
 
 
 def _in_base(side: Side, shape: tuple[int, int]) -> str:

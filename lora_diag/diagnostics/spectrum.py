@@ -4,26 +4,25 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from lora_diag.deltas import Delta
-from lora_diag.diagnostics.change import Change, load_change
+from lora_diag.diagnostics.change import Change, load_change, on_device
 from lora_diag.diagnostics.left_out import not_finite
-from lora_diag.linalg import Difference, Factors, resolve_device
+from lora_diag.diagnostics.resolution import resolution
+from lora_diag.linalg import Factors, resolve_device
 from lora_diag.metrics import (
     effective_rank,
     energy_curve,
-    noise_edge,
     rank_at,
-    signal_rank,
     stable_rank,
     truncation_error,
-    verdict,
 )
-from lora_diag.results import LeftOut, Resolution, Spectrum, Tail
+from lora_diag.results import LeftOut, Spectrum, Tail
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -63,14 +62,7 @@ def spectrum(delta: Delta, settings: SpectrumSettings) -> Spectrum | LeftOut:
     Returns:
         Its spectrum, or, where ΔW is not finite, a ``left_out`` record with the place of the first bad entry.
     """
-    device = resolve_device(settings.device)
-    try:
-        change, factors = _compute(delta, settings, device)
-    except torch.cuda.OutOfMemoryError:
-        torch.cuda.empty_cache()
-        change, factors = _compute(delta, settings, torch.device("cpu"))
-        if factors is not None:
-            factors = replace(factors, method=f"{factors.method} on the CPU: out of memory on {device}")
+    (change, factors), fallback = on_device(partial(_compute, delta, settings), resolve_device(settings.device))
     if factors is None:
         return not_finite(delta, change)
     fro = factors.fro
@@ -85,14 +77,14 @@ def spectrum(delta: Delta, settings: SpectrumSettings) -> Spectrum | LeftOut:
         base_fro=change.base_fro,
         s=tuple(s.tolist()),
         complete=factors.complete,
-        method=factors.method,
+        method=factors.method + fallback,
         energy_error=factors.energy_error,
         energy={str(r): None if zero else _at(curve, r, factors.complete) for r in settings.ranks},
         rank_at={str(share): 0 if zero else rank_at(curve, share) for share in THRESHOLDS},
         tail={str(r): _tail(s, fro, r, factors.complete) for r in settings.ranks},
         stable_rank=None if zero else stable_rank(s, fro),
         effective_rank=effective_rank(s) if factors.complete and not zero else None,
-        resolution=_resolution(change.rounding, delta.shape, s, fro, factors.complete),
+        resolution=resolution(change.rounding, delta.shape, s, fro, factors.complete),
     )
 
 
@@ -105,25 +97,6 @@ def _compute(delta: Delta, settings: SpectrumSettings, device: torch.device) -> 
     if not math.isfinite(factors.fro):
         return replace(change, non_finite="the product of its factors overflows float64"), None
     return change, factors
-
-
-def _resolution(
-    rounding: Difference | None, shape: tuple[int, int], s: NDArray[np.float64], fro: float, complete: bool
-) -> Resolution:
-    """Hold the update against the rounding of the files. An adapter's factors are the update: nothing was rounded."""
-    variance = rounding.rounding_variance if rounding else 0.0
-    edge = noise_edge(variance, shape)
-    signal = signal_rank(s, edge, complete)
-    noise_fro = math.sqrt(variance * math.prod(shape))
-    return Resolution(
-        unchanged=rounding.unchanged if rounding else None,
-        mantissa=rounding.mantissa if rounding else None,
-        rounding_fro=rounding.rounding_fro if rounding else 0.0,
-        noise_fro=noise_fro,
-        edge=edge,
-        signal_rank=signal,
-        verdict=verdict(noise_fro, fro, signal),
-    )
 
 
 def _nine_digits(s: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -7,6 +7,7 @@ its paper, and one line in ``METHODS``.
 from lora_diag.linalg.decompose import METHODS, check_request, decompose
 from lora_diag.linalg.devices import resolve_device
 from lora_diag.linalg.difference import Difference, difference, first_non_finite, norm
+from lora_diag.linalg.distance import Products, principal_cosines, products, root
 from lora_diag.linalg.factored import decompose_factored
 from lora_diag.linalg.factors import Factors
 
@@ -14,11 +15,15 @@ __all__ = [
     "METHODS",
     "Difference",
     "Factors",
+    "Products",
     "check_request",
     "decompose",
     "decompose_factored",
     "difference",
     "first_non_finite",
     "norm",
+    "principal_cosines",
+    "products",
     "resolve_device",
+    "root",
 ]

@@ -8,43 +8,20 @@ from collections.abc import Sequence
 from statistics import median
 
 from rich.table import Table
-from rich.text import Text
 
+from lora_diag.reports.lines import REASONS, answers, inputs, left_out_line, not_measured, notes
 from lora_diag.reports.text import count, middle_rank, number, percent, safe, short
-from lora_diag.results import LeftOut, Results, Spectrum
+from lora_diag.results import Results, Spectrum
 from lora_diag.results.names import part_of
 
 # A median C(16) from here on is called low-rank, and from there on partly so. Words, not measurements: they are
 # printed with the number they stand on.
 LOW_RANK, PARTLY = 0.9, 0.5
 
-# So many layers that could not be measured are named.
-NAMED = 5
-
-REASONS = {
-    "vector": "one-dimensional (norms, biases)",
-    "only_in_base": "only in BASE",
-    "only_in_tuned": "only in TUNED",
-    "not_float": "not floating point",
-    "shape_differs": "of another shape",
-    "added_rows": "with rows only in TUNED",
-    "removed_rows": "with rows only in BASE",
-    "empty": "empty",
-    "not_selected": "not selected",
-    "non_finite": "not finite",
-    "not_in_base": "not in BASE",
-    "needs_base": "that need BASE",
-}
-
 
 def summary(results: Results[Spectrum], then: str | None = None) -> Table:
     """Return the summary as a two-column grid: a word, and the sentence that answers it."""
-    grid = Table.grid(padding=(0, 2))
-    grid.add_column(style="bold", no_wrap=True)
-    grid.add_column(overflow="fold")
-    for word, sentence in [*_lines(results), *([("Next", then)] if then else [])]:
-        grid.add_row(word, Text(sentence, style=_style(word, sentence)))
-    return grid
+    return answers([*_lines(results), *([("Next", then)] if then else [])], _style)
 
 
 def _style(word: str, sentence: str) -> str:
@@ -60,9 +37,9 @@ def _lines(results: Results[Spectrum]) -> list[tuple[str, str]]:
         lines += _ranks_used(moved) if _is_factored(moved) else _ranks_needed(moved, results.run.settings["ranks"])
     if coverage := _coverage(results):
         lines.append(("Where", coverage))
-    lines.append(("Left out", _left_out(results.left_out)))
+    lines.append(("Left out", left_out_line(results.left_out)))
     if failed := [item for item in results.left_out if item.reason == "non_finite"]:
-        lines.append(("Not measured", _not_measured(failed)))
+        lines.append(("Not measured", not_measured(failed)))
     if results.end is None:
         lines.append(("Warning", "the run did not finish: these are the layers measured so far"))
     return lines
@@ -75,12 +52,10 @@ def _moving(results: Results[Spectrum]) -> list[Spectrum]:
 
 
 def _compared(results: Results[Spectrum]) -> str:
-    longest = max((len(side.role) for side in results.run.inputs), default=0)
-    lines = [f"{side.role:<{longest}} {safe(side.path)} ({side.kind})" for side in results.run.inputs]
+    lines = inputs(results.run)
     if len(results):
         lines.append(_measured(results))
-    lines += [f"{side.role}: {safe(note)}" for side in results.run.inputs for note in side.notes]
-    return "\n".join(lines)
+    return "\n".join([*lines, *notes(results.run)])
 
 
 def _measured(results: Results[Spectrum]) -> str:
@@ -264,22 +239,3 @@ def _coverage(results: Results[Spectrum]) -> str:
     shares = ", ".join(f"{percent((norms[part] / total) ** 2)} in {words[part]}" for part in words if norms[part])
     selected = any(item.reason == "not_selected" for item in results.left_out)
     return f"of the whole change ‖Δ‖²{' in what was selected' if selected else ''}, {shares}"
-
-
-def _left_out(left_out: Sequence[LeftOut]) -> str:
-    """Count by reason; name what a user may not expect."""
-    if not left_out:
-        return "nothing"
-    counts = Counter(item.reason for item in left_out)
-    parts = []
-    for reason, number_of in counts.items():
-        names = [short(item.layer) for item in left_out if item.reason == reason]
-        quiet = reason in {"vector", "not_selected"}
-        shown = "" if quiet else f": {', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}"
-        parts.append(f"{number_of} {REASONS[reason]}{shown}")
-    return "; ".join(parts)
-
-
-def _not_measured(failed: Sequence[LeftOut]) -> str:
-    lines = [f"{short(item.layer)}: {item.detail}" for item in failed[:NAMED]]
-    return "\n".join([*lines, *([f"and {len(failed) - NAMED} more"] if len(failed) > NAMED else [])])

@@ -8,27 +8,18 @@ from functools import partial
 from statistics import median
 from typing import Literal
 
-from rich import box
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from lora_diag.reports.columns import WIDE, Column, table_of
 from lora_diag.reports.summary import summary
-from lora_diag.reports.text import crop, fraction, middle_rank, number, shade, short, spark, strip, to_text
+from lora_diag.reports.text import fraction, middle_rank, number, shade, short, spark, strip, to_text
 from lora_diag.results import Results, Spectrum
-from lora_diag.results.names import module_type_of, part_of
-
-# From this many columns of the terminal on, the wide table is shown.
-WIDE = 120
-
-# The length of a name that columns have to make room for, in the narrow and in the wide table.
-_NAME, _WIDE_NAME = 12, 32
+from lora_diag.results.names import module_type_of, place_of
 
 # Which columns go first where there is too little room; after these, C(r) at all but the smallest rank.
 _SPARED = ("eff.", "stable", "r@95%", "r@99%", "shape", "by depth", "σ decay", "signal")
-
-# In which order people expect the types of one block; what is not here comes after, in the order of the file.
-_ORDER = ("qkv", "c_attn", "q_proj", "query", "k_proj", "key", "v_proj", "value", "o_proj", "gate", "up_proj", "down")
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,19 +28,6 @@ class _Row:
 
     name: str
     records: tuple[Spectrum, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class _Column:
-    """One column: its title, its cells from the first row to the last, and their side."""
-
-    title: str
-    cells: tuple[str | Text, ...]
-    justify: Literal["left", "right"] = "right"
-
-    @property
-    def width(self) -> int:
-        return max(len(self.title), *map(len, self.cells), 0)
 
 
 def spectrum_table(
@@ -73,34 +51,10 @@ def spectrum_table(
 
 
 def _table(rows: Sequence[_Row], ranks: Sequence[int], width: int, per: str) -> Table:
-    title = "module type" if per == "type" else "layer"
-    longest = max(len(title), *(len(row.name) for row in rows))
-    wide = width >= WIDE
-    columns = _fitting(_columns(rows, ranks, wide, per), width, min(longest, _WIDE_NAME if wide else _NAME))
-    room = min(longest, _room(columns, width))
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=0, header_style="bold")
-    table.add_column(title, no_wrap=True, width=room)
-    for column in columns:
-        table.add_column(column.title, justify=column.justify, no_wrap=True, width=column.width)
-    for row, *cells in zip(rows, *(column.cells for column in columns), strict=True):
-        table.add_row(crop(row.name, room), *cells)
-    return table
-
-
-def _room(columns: Sequence[_Column], width: int) -> int:
-    """Return what a terminal's width leaves to the names: a blank before each column and at both edges."""
-    return max(1, width - sum(column.width + 1 for column in columns) - 2)
-
-
-def _fitting(columns: Sequence[_Column], width: int, name: int) -> list[_Column]:
-    """Leave out as many columns as it takes for names to keep ``name`` characters."""
-    fitting = list(columns)
+    columns = _columns(rows, ranks, width >= WIDE, per)
     energies = [column.title for column in columns if column.title.endswith(")")]
-    for spared in (*_SPARED, *reversed(energies[1:])):
-        if _room(fitting, width) >= name:
-            break
-        fitting = [column for column in fitting if not column.title.endswith(spared)]
-    return fitting
+    title = "module type" if per == "type" else "layer"
+    return table_of(title, [row.name for row in rows], columns, width, (*_SPARED, *reversed(energies[1:])))
 
 
 def _types(results: Results[Spectrum]) -> list[_Row]:
@@ -108,21 +62,16 @@ def _types(results: Results[Spectrum]) -> list[_Row]:
     groups: dict[str, list[Spectrum]] = {}
     for record in results:
         groups.setdefault(module_type_of(record.layer), []).append(record)
-
-    def order(name: str) -> tuple[bool, bool, int]:
-        known = [i for i, word in enumerate(_ORDER) if word in name]
-        vocabulary = part_of(groups[name][0].layer) == "vocabulary"
-        return vocabulary, "mlp" in name or "expert" in name, min(known, default=len(_ORDER))
-
-    return [_Row(short(name), tuple(groups[name])) for name in sorted(groups, key=order)]
+    ordered = sorted(groups.items(), key=lambda group: place_of(group[1][0].layer))
+    return [_Row(short(name), tuple(records)) for name, records in ordered]
 
 
-def _columns(rows: Sequence[_Row], ranks: Sequence[int], wide: bool, per: str) -> list[_Column]:
+def _columns(rows: Sequence[_Row], ranks: Sequence[int], wide: bool, per: str) -> list[Column]:
     usual = [rank for rank in ranks if rank in {8, 16, 64}] or sorted({ranks[0], ranks[len(ranks) // 2], ranks[-1]})
     shown = list(ranks)[:8] if wide else usual
 
-    def column(title: str, cell: Callable[[_Row], str | Text], justify: Literal["left", "right"] = "right") -> _Column:
-        return _Column(title, tuple(map(cell, rows)), justify)
+    def column(title: str, cell: Callable[[_Row], str | Text], justify: Literal["left", "right"] = "right") -> Column:
+        return Column(title, tuple(map(cell, rows)), justify)
 
     columns = [
         column("n", lambda row: str(len(row.records))),

@@ -20,6 +20,9 @@ RESIZABLE = re.compile(
 _TABLES = re.compile(r"(^|\.)(embed_\w+|wpe|\w+_embeddings|embeddings)(\.\w+)?$")
 _NUMBER = re.compile(r"(?:\.|^)(\d+)(?=\.|$)")
 
+# In which order people expect the types of one block; what is not here comes after, in the order of the file.
+_ORDER = ("qkv", "c_attn", "q_proj", "query", "k_proj", "key", "v_proj", "value", "o_proj", "gate", "up_proj", "down")
+
 
 def depth_of(layer: str) -> int | None:
     """Return the index of the block a weight belongs to; None outside the blocks.
@@ -56,3 +59,25 @@ def part_of(layer: str) -> Part:
     ('vocabulary', 'vocabulary', 'matrices')
     """
     return "vocabulary" if RESIZABLE.search(layer) or _TABLES.search(layer) else "matrices"
+
+
+def place_of(layer: str) -> tuple[bool, bool, int]:
+    """Return a sort key of module types: attention before MLP before vocabulary tables.
+
+    >>> names = ["lm_head.weight", "h.0.mlp.up_proj.weight", "h.0.attn.v_proj.weight", "h.0.attn.q_proj.weight"]
+    >>> [module_type_of(name) for name in sorted(names, key=place_of)]
+    ['attn.q_proj', 'attn.v_proj', 'mlp.up_proj', 'lm_head']
+    """
+    name = module_type_of(layer)
+    known = [i for i, word in enumerate(_ORDER) if word in name]
+    return part_of(layer) == "vocabulary", "mlp" in name or "expert" in name, min(known, default=len(_ORDER))
+
+
+def tower_of(layer: str) -> tuple[str, ...]:
+    """Return the parts of the name before its block's number: what tells an encoder's blocks from a decoder's.
+
+    >>> tower_of("vision_tower.layers.3.fc1.weight"), tower_of("lm_head.weight")
+    (('vision_tower', 'layers'), ())
+    """
+    found = _NUMBER.search(layer)
+    return tuple(layer[: found.start()].split(".")) if found else ()

@@ -62,8 +62,10 @@ class Residual(Distance):
         fro: ‖D‖_F.
         base_fro: ‖W_base‖_F.
         adapter_fro: ‖X‖_F.
+        method: What computed the singular values of D.
         energy_error: Bound on the error of ε_min² and ``excess``.
-        column_space: Agreement of the left singular vectors; null without factors or where D or X is zero.
+        column_space: Agreement of the left singular vectors, of D's top ``rank`` (8 where X has no rank); null for 1-D
+            tensors and where D or X is zero.
         row_space: The same of the right ones.
         data: The distance in the data metric ‖D·C^½‖_F with C = E[xxᵀ], the mean square of the change in the layer's
             output; null without activations for the layer.
@@ -80,6 +82,7 @@ class Residual(Distance):
     fro: float
     base_fro: float | None
     adapter_fro: float
+    method: str
     energy_error: float | None
     column_space: Agreement | None
     row_space: Agreement | None

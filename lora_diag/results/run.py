@@ -21,6 +21,7 @@ Reason = Literal[
     "non_finite",
     "not_in_base",
     "needs_base",
+    "only_in_adapter",
 ]
 
 
@@ -28,7 +29,7 @@ class RunInput(Record):
     r"""One input of a run: its part in the command, where it was, what it is.
 
     Args:
-        role: ``base``, ``tuned`` or ``adapter``.
+        role: ``base``, ``tuned``, ``adapter``, ``reference``, ``activations`` or ``gradients``.
         path: What the user named; bytes that are not UTF-8 are spelled ``\xff``.
         kind: What it is, in words.
         tensors: How many it holds.

@@ -1,0 +1,169 @@
+"""``residual``: what did the adapter miss?"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+from lora_diag.api.activations import second_moments
+from lora_diag.api.inputs import Comparison, compare
+from lora_diag.api.measuring import Progress, Watch, check_running, measure_layers, not_paired
+from lora_diag.deltas import Delta, Pairing, StoredDelta, Unpaired
+from lora_diag.diagnostics.residual import Layer, Other, ResidualSettings, size
+from lora_diag.diagnostics.residual import residual as measure
+from lora_diag.engines import layout_for
+from lora_diag.errors import UsageError
+from lora_diag.linalg import check_request, resolve_device
+from lora_diag.results import AnyRecord, Residual, Results, ResultsWriter, Run
+from lora_diag.version import __version__
+
+
+def residual(
+    base: Path | str,
+    tuned: Path | str,
+    adapters: Sequence[Path | str] = (),
+    *,
+    reference: Path | str | None = None,
+    activations: Path | str | None = None,
+    layers: str | None = None,
+    exclude: str | None = None,
+    allow_unmatched: bool = False,
+    method: str = "auto",
+    tol: float = 1e-4,
+    device: str = "auto",
+    seed: int = 0,
+    workers: int | None = None,
+    output: Path | str | None = None,
+    resume: bool = False,
+    on_progress: Callable[[Progress], None] | None = None,
+    on_record: Callable[[AnyRecord], None] | None = None,
+) -> Results[Residual]:
+    r"""Hold adapters against a full fine-tune: ε = ‖ΔW_FT − ΔW_adapter‖_F / ‖ΔW_FT‖_F, layer by layer.
+
+    Both checkpoints are read once, whatever the number of adapters.
+
+    Args:
+        base: The checkpoint before.
+        tuned: The full fine-tune D is measured from; an adapter will do.
+        adapters: Adapters, or checkpoints into which one was merged.
+        reference: Another full fine-tune, such as another seed, to tell how far equally good solutions are apart.
+        activations: Second moments C = E[xxᵀ] of the layers' inputs: a safetensors file with one ``(in, in)`` matrix
+            under each weight's name and, in its metadata, ``tokens``. Every distance is then given in the norm
+            ‖·C^½‖_F, too.
+        layers: Regular expression; only weights whose name contains a match.
+        exclude: Regular expression; no weights whose name contains a match.
+        allow_unmatched: Leave out what an adapter changes and ``base`` does not have, instead of stopping.
+        method: ``auto``, ``exact``, ``gram`` or ``krylov``, for the largest singular values of D.
+        tol: Bound to reach on the error of ε_min².
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:1``.
+        seed: Of the random starts of ``krylov``.
+        workers: Layers at once; by default as many as fit into memory.
+        output: Results file, appended layer by layer.
+        resume: Go on behind what an interrupted run left in ``output``.
+        on_progress: Called at the start and after every layer.
+        on_record: Called with every record, in the order of the file, as it comes.
+
+    Returns:
+        One record for each layer and adapter; layers that an adapter leaves alone among them, with ε = 1, and norms and
+        biases, which have no rank.
+
+    Raises:
+        UsageError: An option makes no sense, or nothing is to be held against ``tuned``.
+        InputError: An input cannot be read.
+        NothingComparedError: The checkpoints have no weight in common, or an adapter none with them.
+
+    Example:
+        >>> base, tuned, adapter = (f"sample_checkpoints/{name}" for name in ("base", "full_ft", "lora_r16"))
+        >>> found = residual(base, tuned, [adapter], layers=r"layers\.0\..*q_proj")
+        >>> found.layers[0].rank, found.layers[0].epsilon > found.layers[0].epsilon_min
+        (16, True)
+    """
+    settings = ResidualSettings(method, tol, seed, device)
+    check_running(workers, seed)
+    check_request(method, 1, tol)
+    on = resolve_device(device)
+    _check_names([*adapters, *([reference] if reference is not None else [])])
+    full = compare(base, tuned, layers, exclude, allow_unmatched)
+    others = [_named(compare(base, path, layers, exclude, allow_unmatched), "adapter") for path in adapters]
+    if reference is not None:
+        others.append(_named(compare(base, reference, layers, exclude, allow_unmatched), "reference"))
+    moments = second_moments(activations, base, full.pairing) if activations is not None else None
+    inputs = (*full.inputs, *(other.inputs[-1] for other in others), *((moments.described,) if moments else ()))
+    by_layer = [{delta.layer: _alone(delta) for delta in other.pairing.deltas} for other in others]
+    tasks = [
+        Layer(
+            delta,
+            tuple(
+                Other(other.inputs[-1].path, _role(other), known.get(delta.layer))
+                for other, known in zip(others, by_layer, strict=True)
+            ),
+            moments.of.get(delta.layer) if moments else None,
+        )
+        for delta in full.pairing.deltas
+    ]
+    run = Run(
+        command="residual",
+        version=__version__,
+        inputs=inputs,
+        settings={
+            "layers": layers,
+            "exclude": exclude,
+            "method": method,
+            "tol": tol,
+            "device": on.type,
+            "seed": seed,
+        },
+    )
+    left_out = Pairing((), (*full.pairing.unpaired, *_more_left_out(full.pairing, others)))
+    layout = layout_for(max(math.prod(delta.shape) for delta in full.pairing.deltas), workers, on.type)
+    writer: ResultsWriter[Residual]
+    with ResultsWriter(Path(output) if output is not None else None, run, resume) as writer:
+        return measure_layers(
+            writer,
+            tasks,
+            partial(measure, settings=settings),
+            lambda: not_paired(left_out, layout, device),
+            layout,
+            size,
+            Watch(on_progress, on_record),
+        )
+
+
+def _check_names(paths: Sequence[Path | str]) -> None:
+    if not paths:
+        raise UsageError("residual: name at least one ADAPTER, or another full fine-tune with --reference")
+    for path in paths:
+        if sum(str(path) == str(other) for other in paths) > 1:
+            raise UsageError(f"{path}: was given twice")
+
+
+def _named(found: Comparison, role: str) -> Comparison:
+    """Return a comparison whose second input has the role it plays here."""
+    return replace(found, inputs=(*found.inputs[:-1], found.inputs[-1].model_copy(update={"role": role})))
+
+
+def _role(found: Comparison) -> Literal["adapter", "reference"]:
+    return "reference" if found.inputs[-1].role == "reference" else "adapter"
+
+
+def _alone(delta: Delta) -> Delta:
+    """Return a ΔW without its base, whose norm is known already."""
+    return delta if isinstance(delta, StoredDelta) else replace(delta, base=None)
+
+
+def _more_left_out(full: Pairing, others: Sequence[Comparison]) -> Iterator[Unpaired]:
+    """Yield what adapters have that the fine-tune cannot be held against."""
+    known = {delta.layer for delta in full.deltas} | {item.layer for item in full.unpaired}
+    for other in others:
+        path = other.inputs[-1].path
+        for delta in other.pairing.deltas:
+            if delta.layer not in known:
+                detail = f"{path} changes it, and TUNED has nothing to hold against it"
+                yield Unpaired(delta.layer, delta.shape, "only_in_adapter", detail)
+        for item in other.pairing.unpaired:
+            if item.layer not in known:
+                yield replace(item, detail=f"{path}: {item.detail}")

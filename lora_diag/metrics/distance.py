@@ -1,0 +1,102 @@
+"""How far one update X is from another, D: a few numbers from their norms, their inner product and D's spectrum."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+# The adapter is D itself where the distance is no larger than this: a float16 copy of an update is 3e-4 away from it.
+EXACT = 1e-3
+
+
+@dataclass(frozen=True, slots=True)
+class Distances:
+    """Every field is None where it does not exist.
+
+    Args:
+        epsilon: ε = ‖D − X‖ / ‖D‖.
+        epsilon_min: The smallest ε of X's rank.
+        excess: ε² − ε_min².
+        norm_ratio: ‖X‖ / ‖D‖.
+        cosine: ⟨D, X⟩ / (‖D‖‖X‖).
+        best_scale: ⟨D, X⟩ / ‖X‖².
+        epsilon_best_scale: ‖D − best_scale·X‖ / ‖D‖.
+    """
+
+    epsilon: float | None = None
+    epsilon_min: float | None = None
+    excess: float | None = None
+    norm_ratio: float | None = None
+    cosine: float | None = None
+    best_scale: float | None = None
+    epsilon_best_scale: float | None = None
+
+
+def distances(fro: float, other: float, gap: float, inner: float, epsilon_min: float | None) -> Distances:
+    """Return how far X is from D.
+
+    ε is taken from ‖D − X‖ itself: from ‖D‖² − 2⟨D, X⟩ + ‖X‖² nothing would be left of an ε below 1e-8. Likewise
+    ‖D − cX‖² = ‖D − X‖² − (1 − c)²‖X‖² at the minimiser c = ⟨D, X⟩/‖X‖², where 1 − c is small if ε is.
+
+    Args:
+        fro: ‖D‖.
+        other: ‖X‖.
+        gap: ‖D − X‖.
+        inner: ⟨D, X⟩.
+        epsilon_min: √(1 − C(r)) for X's rank; None if X has no rank.
+
+    Returns:
+        The distances; none for D = 0, without a direction for X = 0.
+
+    Example:
+        >>> found = distances(fro=2.0, other=1.0, gap=1.0, inner=2.0, epsilon_min=0.0)  # X = D/2
+        >>> found.epsilon, found.cosine, found.best_scale, found.epsilon_best_scale
+        (0.5, 1.0, 2.0, 0.0)
+    """
+    if fro == 0.0:
+        return Distances()
+    epsilon = gap / fro
+    excess = None if epsilon_min is None else epsilon**2 - epsilon_min**2
+    if other == 0.0:
+        return Distances(epsilon, epsilon_min, excess, 0.0)
+    ratio = other / fro
+    cosine = max(-1.0, min(1.0, inner / fro / other))
+    scale = inner / other / other
+    at_best = math.sqrt(max(0.0, epsilon**2 - ((1 - scale) * ratio) ** 2))
+    return Distances(epsilon, epsilon_min, excess, ratio, cosine, scale, at_best)
+
+
+def limit(found: Distances) -> Literal["exact", "rank", "direction", "scale", "not adapted"] | None:
+    """Say what ε is mostly made of.
+
+    * ``not adapted``: X is zero.
+    * ``exact``: ε ≤ 1e-3.
+    * ``rank``: at least half of ε² is ε_min², which no update of this rank avoids.
+    * ``direction``: cos² is below half of 1 − ε_min², the cos² of the best update of this rank. No scale repairs that.
+    * else whichever is larger: what the best scale would take off ε² (``scale``), or what then is left of the excess
+      (``direction``).
+
+    Args:
+        found: The distances of one layer.
+
+    Returns:
+        The word; None where D is zero.
+
+    Example:
+        >>> limit(distances(fro=2.0, other=1.0, gap=1.0, inner=2.0, epsilon_min=0.0))
+        'scale'
+    """
+    if found.epsilon is None:
+        return None
+    if found.cosine is None or found.epsilon_best_scale is None:
+        return "not adapted"
+    if found.epsilon <= EXACT:
+        return "exact"
+    floor = found.epsilon_min or 0.0
+    if floor**2 >= found.epsilon**2 / 2:
+        return "rank"
+    if found.cosine <= 0 or found.cosine**2 < (1 - floor**2) / 2:
+        return "direction"
+    by_scale = found.epsilon**2 - found.epsilon_best_scale**2
+    return "scale" if by_scale > found.epsilon_best_scale**2 - floor**2 else "direction"

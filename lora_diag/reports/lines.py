@@ -1,0 +1,77 @@
+"""What every summary says: what was compared, what was left out and why, what could not be measured."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+
+from rich.table import Table
+from rich.text import Text
+
+from lora_diag.reports.text import safe, short
+from lora_diag.results import LeftOut, Run
+
+# So many layers that could not be measured are named.
+NAMED = 5
+
+REASONS = {
+    "vector": "one-dimensional (norms, biases)",
+    "only_in_base": "only in BASE",
+    "only_in_tuned": "only in TUNED",
+    "not_float": "not floating point",
+    "shape_differs": "of another shape",
+    "added_rows": "with rows only in TUNED",
+    "removed_rows": "with rows only in BASE",
+    "empty": "empty",
+    "not_selected": "not selected",
+    "non_finite": "not finite",
+    "not_in_base": "not in BASE",
+    "needs_base": "that need BASE",
+    "only_in_adapter": "only in an adapter",
+}
+
+
+def answers(lines: Sequence[tuple[str, str]], style: Callable[[str, str], str] = lambda word, sentence: "") -> Table:
+    """Return a summary as a two-column grid: a word, and the sentence that answers it.
+
+    Args:
+        lines: Word and sentence; a sentence may have several lines.
+        style: Gives the rich style of a sentence.
+    """
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(style="bold", no_wrap=True)
+    grid.add_column(overflow="fold")
+    for word, sentence in lines:
+        grid.add_row(word, Text(sentence, style=style(word, sentence)))
+    return grid
+
+
+def inputs(run: Run) -> list[str]:
+    """Return one line for each input: its role, its path, what it is."""
+    longest = max((len(side.role) for side in run.inputs), default=0)
+    return [f"{side.role:<{longest}} {safe(side.path)} ({side.kind})" for side in run.inputs]
+
+
+def notes(run: Run) -> list[str]:
+    """Return one line for each note about an input."""
+    return [f"{side.role}: {safe(note)}" for side in run.inputs for note in side.notes]
+
+
+def left_out_line(left_out: Sequence[LeftOut]) -> str:
+    """Count by reason; name what a user may not expect."""
+    if not left_out:
+        return "nothing"
+    counts = Counter(item.reason for item in left_out)
+    parts = []
+    for reason, number_of in counts.items():
+        names = [short(item.layer) for item in left_out if item.reason == reason]
+        quiet = reason in {"vector", "not_selected"}
+        shown = "" if quiet else f": {', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}"
+        parts.append(f"{number_of} {REASONS[reason]}{shown}")
+    return "; ".join(parts)
+
+
+def not_measured(failed: Sequence[LeftOut]) -> str:
+    """Name the layers with entries that are not finite, and where the first such entry is."""
+    lines = [f"{short(item.layer)}: {item.detail}" for item in failed[:NAMED]]
+    return "\n".join([*lines, *([f"and {len(failed) - NAMED} more"] if len(failed) > NAMED else [])])

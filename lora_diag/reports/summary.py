@@ -21,7 +21,7 @@ LOW_RANK, PARTLY = 0.9, 0.5
 
 def summary(results: Results[Spectrum], then: str | None = None) -> Table:
     """Return the summary as a two-column grid: a word, and the sentence that answers it."""
-    return answers([*_lines(results), *([("Next", then)] if then else [])], _style)
+    return answers([*summary_lines(results), *([("Next", then)] if then else [])], _style)
 
 
 def _style(word: str, sentence: str) -> str:
@@ -30,7 +30,8 @@ def _style(word: str, sentence: str) -> str:
     return "bold yellow" if word == "Resolved?" and not sentence.startswith("yes") else ""
 
 
-def _lines(results: Results[Spectrum]) -> list[tuple[str, str]]:
+def summary_lines(results: Results[Spectrum]) -> list[tuple[str, str]]:
+    """Return the summary's words and the sentences that answer them."""
     moved = _moving(results)
     lines = [("Compared", _compared(results)), ("Moved", _moved(results, moved))]
     if moved:

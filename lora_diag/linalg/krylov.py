@@ -34,6 +34,7 @@ import torch
 from torch import Tensor
 
 from lora_diag.linalg.factors import Factors, fix_signs
+from lora_diag.linalg.gram import ROWS
 
 # Columns added at a time: wide enough for matrix products at nearly full speed (32 columns took 1.3 times as long as 16
 # at 4096²), narrow enough to stop soon.
@@ -48,17 +49,15 @@ LARGEST_BASIS = 0.25
 
 @dataclass(frozen=True, slots=True)
 class _Ritz:
-    """Ritz values and vectors of M = AᵀA, and what is needed to bound them.
+    """Ritz values and vectors of M = AᵀA.
 
     Args:
         squares: θ_i², descending, ``(p,)``, float64.
         vectors: ``(p, p)`` float64; Ritz vectors in the basis Q.
-        residual_gram: FᵀF in the Ritz basis, ``(p, p)``.
     """
 
     squares: Tensor
     vectors: Tensor
-    residual_gram: Tensor
 
 
 def decompose_krylov(
@@ -95,10 +94,11 @@ def _decompose(matrix: Tensor, fro: float, top: int, vectors: bool, tol: float, 
     target = 2 * top + BLOCK
     while target <= LARGEST_BASIS * n:
         q, y, z = _grow(tall, q, y, z, target)
-        ritz = _rayleigh_ritz(q, y, z)
+        ritz = _rayleigh_ritz(q, y)
         error = _missing(ritz.squares[:top], fro, tall)
-        if error > tol and _looks_converged(ritz, top, fro, tol, n):
-            error = min(error, _bound(ritz, top, fro, _enlargement(n) * _largest_outside(tall, q, generator), tall))
+        if error > tol and (residual_gram := _promising(ritz, q, z, top, fro, tol)) is not None:
+            mu = _enlargement(n) * _largest_outside(tall, q, generator)
+            error = min(error, _bound(ritz, residual_gram, top, fro, mu, tall))
         if error <= tol:
             u, s, vh = _values(tall, q.to(torch.float64) @ ritz.vectors[:, :top])
             u, vh = fix_signs(vh.T, u.T) if wide else fix_signs(u, vh)
@@ -141,20 +141,25 @@ def _orthonormal(block: Tensor, q: Tensor) -> Tensor:
     return block
 
 
-def _rayleigh_ritz(q: Tensor, y: Tensor, z: Tensor) -> _Ritz:
+def _rayleigh_ritz(q: Tensor, y: Tensor) -> _Ritz:
     """Solve the projected problem, in float64, allowing for a basis that is orthonormal to working precision only."""
-    q, y, z = q.to(torch.float64), y.to(torch.float64), z.to(torch.float64)
+    q, y = q.to(torch.float64), y.to(torch.float64)
     inverse = torch.linalg.inv(torch.linalg.cholesky(q.T @ q)).T  # Q·inverse is orthonormal
     squares, w = torch.linalg.eigh(inverse.T @ (y.T @ y) @ inverse)
-    vectors = inverse @ w.flip(1)
-    residual = (z - q @ (q.T @ z)) @ vectors
-    return _Ritz(squares.flip(0).clamp_(min=0), vectors, residual.T @ residual)
+    return _Ritz(squares.flip(0).clamp_(min=0), inverse @ w.flip(1))
+
+
+def _residual_gram(ritz: _Ritz, q: Tensor, z: Tensor) -> Tensor:
+    """Return FᵀF in the Ritz basis, ``(p, p)``."""
+    q, z = q.to(torch.float64), z.to(torch.float64)
+    residual = (z - q @ (q.T @ z)) @ ritz.vectors
+    return residual.T @ residual
 
 
 def _values(a: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return the singular value decomposition of A restricted to span(V), in float64: U, σ, Vᵀ."""
     v, _ = torch.linalg.qr(v)
-    product = torch.cat([rows.to(torch.float64) @ v for rows in torch.split(a, 1024)])
+    product = torch.cat([rows.to(torch.float64) @ v for rows in torch.split(a, ROWS)])
     u, r = torch.linalg.qr(product)
     u_core, s, vh_core = torch.linalg.svd(r)
     return u @ u_core, s, vh_core @ v.T
@@ -165,26 +170,28 @@ def _missing(squares: Tensor, fro: float, a: Tensor) -> float:
     return max(0.0, 1 - float(squares.sum()) / fro**2) + sum(a.shape) * torch.finfo(torch.float64).eps
 
 
-def _bound(ritz: _Ritz, top: int, fro: float, mu: float, a: Tensor) -> float:
+def _bound(ritz: _Ritz, residual_gram: Tensor, top: int, fro: float, mu: float, a: Tensor) -> float:
     """Return bound (2) for a given μ, with the allowance for rounding; 1 if it says nothing."""
     gap = float(ritz.squares[top - 1]) - mu
     if gap <= 0:
         return 1.0
-    above = torch.linalg.eigvalsh(torch.diag(ritz.squares) + ritz.residual_gram / gap).flip(0)
+    above = torch.linalg.eigvalsh(torch.diag(ritz.squares) + residual_gram / gap).flip(0)
     missed = torch.cumsum(above[:top] - ritz.squares[:top], 0).max()
     # Once for the products behind the bound, once for the values that are returned in place of these.
     rounding = 2 * 4 * math.sqrt(a.shape[1]) * torch.finfo(a.dtype).eps / 2
     return max(0.0, float(missed)) / fro**2 + rounding
 
 
-def _looks_converged(ritz: _Ritz, top: int, fro: float, tol: float, n: int) -> bool:
-    """Guess whether bound (2) would hold, to save the probe where it would not.
+def _promising(ritz: _Ritz, q: Tensor, z: Tensor, top: int, fro: float, tol: float) -> Tensor | None:
+    """Return FᵀF, or None where bound (2) would not hold by a guess of μ: to save it and the probe.
 
     On power laws and geometric decay λ_max(N) was measured near the Ritz value in the middle of the basis.
     """
-    mu = _enlargement(n) * float(ritz.squares[len(ritz.squares) // 2])
-    gap = float(ritz.squares[top - 1]) - mu
-    return gap > 0 and float(ritz.residual_gram.diagonal()[:top].sum()) / gap <= tol * fro**2
+    gap = float(ritz.squares[top - 1]) - _enlargement(len(q)) * float(ritz.squares[len(ritz.squares) // 2])
+    if gap <= 0:
+        return None
+    residual_gram = _residual_gram(ritz, q, z)
+    return residual_gram if float(residual_gram.diagonal()[:top].sum()) / gap <= tol * fro**2 else None
 
 
 def _largest_outside(a: Tensor, q: Tensor, generator: torch.Generator) -> float:
@@ -195,7 +202,8 @@ def _largest_outside(a: Tensor, q: Tensor, generator: torch.Generator) -> float:
         q = torch.cat((q, block), 1)
         block = _orthonormal(a.T @ products[-1], q)
         products.append(a @ block)
-    return float(torch.linalg.matrix_norm(torch.cat(products, 1).to(torch.float64), 2)) ** 2
+    product = torch.cat(products, 1).to(torch.float64)
+    return float(torch.linalg.eigvalsh(product.T @ product)[-1])
 
 
 def _enlargement(n: int) -> float:

@@ -58,3 +58,32 @@ def with_spectrum(s: np.ndarray, m: int, n: int, seed: int) -> np.ndarray:
     full = np.zeros(k)
     full[: len(s)] = s
     return (u * full) @ v.T
+
+
+def distance(d: np.ndarray, x: np.ndarray, rank: int | None) -> dict:
+    """Everything a residual record says of how far x is from d, from the definitions."""
+    fro, other = np.sqrt((d**2).sum()), np.sqrt((x**2).sum())
+    found = {"epsilon": float(np.sqrt(((d - x) ** 2).sum()) / fro), "norm_ratio": float(other / fro)}
+    if rank is not None:
+        best = best_approximation(d, rank) if rank else np.zeros_like(d)
+        found["epsilon_min"] = float(np.sqrt(((d - best) ** 2).sum()) / fro)
+        found["excess"] = found["epsilon"] ** 2 - found["epsilon_min"] ** 2
+    if other:
+        scale = float((d * x).sum() / (x**2).sum())
+        found["cosine"] = float((d * x).sum() / fro / other)
+        found["best_scale"] = scale
+        found["epsilon_best_scale"] = float(np.sqrt(((d - scale * x) ** 2).sum()) / fro)
+    return found
+
+
+def subspace_overlap(d: np.ndarray, x: np.ndarray, rank: int) -> tuple[float, float]:
+    """Mean squared cosine of the principal angles of the top-``rank`` column and row spaces."""
+    (u, _, vh), (w, _, zh) = (np.linalg.svd(matrix, full_matrices=False) for matrix in (d, x))
+    columns, rows = u[:, :rank].T @ w[:, :rank], vh[:rank] @ zh[:rank].T
+    return float((columns**2).sum() / rank), float((rows**2).sum() / rank)
+
+
+def square_root(c: np.ndarray) -> np.ndarray:
+    """The symmetric square root C^½, by its eigenvectors."""
+    eigenvalues, vectors = np.linalg.eigh(c)
+    return (vectors * np.sqrt(np.clip(eigenvalues, 0, None))) @ vectors.T

@@ -64,7 +64,7 @@ def _compare(
         return _with_adapter(None, base, layers, exclude, allow_unmatched)
     adapter_last = is_adapter(locate(tuned))
     if not adapter_last and is_adapter(locate(base)):
-        raise UsageError(f"{base}: is an adapter; give BASE first: loradiag spectrum BASE ADAPTER")
+        raise UsageError(f"{base}: is an adapter; give BASE first, and the adapter after it")
     before = open_checkpoint(base)
     if adapter_last:
         return _with_adapter(before, tuned, layers, exclude, allow_unmatched)

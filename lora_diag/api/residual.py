@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -86,7 +87,7 @@ def residual(
     check_running(workers, seed)
     check_request(method, 1, tol)
     on = resolve_device(device)
-    _check_names([*adapters, *([reference] if reference is not None else [])])
+    _check_names(tuned, [*adapters, *([reference] if reference is not None else [])])
     full = compare(base, tuned, layers, exclude, allow_unmatched)
     others = [_named(compare(base, path, layers, exclude, allow_unmatched), "adapter") for path in adapters]
     if reference is not None:
@@ -133,12 +134,15 @@ def residual(
         )
 
 
-def _check_names(paths: Sequence[Path | str]) -> None:
-    if not paths:
+def _check_names(tuned: Path | str, others: Sequence[Path | str]) -> None:
+    """Refuse to compare nothing, or one thing with itself or twice."""
+    if not others:
         raise UsageError("residual: name at least one ADAPTER, or another full fine-tune with --reference")
-    for path in paths:
-        if sum(str(path) == str(other) for other in paths) > 1:
-            raise UsageError(f"{path}: was given twice")
+    seen = {os.path.realpath(tuned): "TUNED itself"}
+    for path in others:
+        if (known := seen.get(os.path.realpath(path))) is not None:
+            raise UsageError(f"{path}: is {known}")
+        seen[os.path.realpath(path)] = "named twice"
 
 
 def _named(found: Comparison, role: str) -> Comparison:

@@ -23,13 +23,13 @@ def inspect(
     from lora_diag.results import is_results_file, read_results, to_line
 
     if is_results_file(path):
-        from lora_diag.reports.table import spectrum_table
+        from lora_diag.reports.tables import table
 
         results = read_results(path)
         for record in results.records() if json else ():
             result(to_line(record))
         if not json:
-            result(spectrum_table(results, *terminal(), per=per))
+            result(table(results, *terminal(), per=per))
         return
 
     from lora_diag.api.inspect import inspect as look

@@ -11,11 +11,13 @@ from typer.core import TyperCommand
 
 from lora_diag.cli.inspect import inspect
 from lora_diag.cli.output import ReaderGoneError, forget_output, message
+from lora_diag.cli.overlap import overlap
+from lora_diag.cli.residual import residual
 from lora_diag.cli.spectrum import spectrum
 from lora_diag.errors import DONE, UNREADABLE, LoradiagError
 from lora_diag.version import __version__
 
-COMMANDS = (spectrum, inspect)
+COMMANDS = (spectrum, residual, overlap, inspect)
 
 # What a shell reports of a program that Ctrl-C ended: 128 + SIGINT.
 INTERRUPTED = 130

@@ -4,7 +4,7 @@ The rule on the door: a function here takes singular values and norms and return
 torch, no names and no files.
 """
 
-from lora_diag.metrics.distance import Distances, distances, limit
+from lora_diag.metrics.distance import Distances, distances, limit, pooled
 from lora_diag.metrics.effective_rank import effective_rank, stable_rank
 from lora_diag.metrics.energy import energy_curve, rank_at
 from lora_diag.metrics.resolution import noise_edge, signal_rank, verdict
@@ -17,6 +17,7 @@ __all__ = [
     "energy_curve",
     "limit",
     "noise_edge",
+    "pooled",
     "rank_at",
     "signal_rank",
     "stable_rank",

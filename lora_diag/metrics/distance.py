@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 # The adapter is D itself where the distance is no larger than this: a float16 copy of an update is 3e-4 away from it.
 EXACT = 1e-3
@@ -65,6 +66,46 @@ def distances(fro: float, other: float, gap: float, inner: float, epsilon_min: f
     scale = inner / other / other
     at_best = math.sqrt(max(0.0, epsilon**2 - ((1 - scale) * ratio) ** 2))
     return Distances(epsilon, epsilon_min, excess, ratio, cosine, scale, at_best)
+
+
+class Measured(Protocol):
+    """One layer's D and X, by their norms."""
+
+    @property
+    def fro(self) -> float:
+        """‖D‖."""
+        ...
+
+    @property
+    def adapter_fro(self) -> float:
+        """‖X‖."""
+        ...
+
+    @property
+    def gap(self) -> float:
+        """‖D − X‖."""
+        ...
+
+    @property
+    def inner(self) -> float:
+        """⟨D, X⟩."""
+        ...
+
+    @property
+    def floor(self) -> float:
+        """The smallest ‖D − X‖ of X's rank."""
+        ...
+
+
+def pooled(layers: Sequence[Measured]) -> Distances:
+    """Return the distances of several layers taken together, as one block-diagonal matrix.
+
+    Args:
+        layers: Any number of them.
+    """
+    fro, floor = (math.hypot(*norms) for norms in ([x.fro for x in layers], [x.floor for x in layers]))
+    other, gap = (math.hypot(*norms) for norms in ([x.adapter_fro for x in layers], [x.gap for x in layers]))
+    return distances(fro, other, gap, math.fsum(x.inner for x in layers), floor / fro if fro else None)
 
 
 def limit(found: Distances) -> Literal["exact", "rank", "direction", "scale", "not adapted"] | None:

@@ -28,6 +28,11 @@ REASONS = {
     "not_in_base": "not in BASE",
     "needs_base": "that need BASE",
     "only_in_adapter": "only in an adapter",
+    "no_gradient": "without a gradient at some step",
+    "no_reference": "without an update to take subspaces from",
+    "rank_0": "of rank 0",
+    "no_factors": "that no factors can carry",
+    "saved": "saved in full",
 }
 
 
@@ -53,8 +58,24 @@ def inputs(run: Run) -> list[str]:
 
 
 def notes(run: Run) -> list[str]:
-    """Return one line for each note about an input."""
-    return [f"{side.role}: {safe(note)}" for side in run.inputs for note in side.notes]
+    """Return one line for each note about an input, called by its role, or by its name where several have that role."""
+    roles = Counter(side.role for side in run.inputs)
+    names = called([side.path for side in run.inputs])
+    return [
+        f"{side.role if roles[side.role] == 1 else name}: {safe(note)}"
+        for side, name in zip(run.inputs, names, strict=True)
+        for note in side.notes
+    ]
+
+
+def called(paths: Sequence[str]) -> list[str]:
+    """Return the last part of each path, or the whole path where that is not enough to tell them apart.
+
+    >>> called(["runs/a/lora_r4", "runs/b/lora_r8"]), called(["runs/a/lora", "runs/b/lora"])
+    (['lora_r4', 'lora_r8'], ['runs/a/lora', 'runs/b/lora'])
+    """
+    last = [path.rstrip("/").rpartition("/")[2] for path in paths]
+    return [safe(name if last.count(name) == 1 and name else path) for name, path in zip(last, paths, strict=True)]
 
 
 def left_out_line(left_out: Sequence[LeftOut]) -> str:

@@ -89,3 +89,19 @@ class Residual(Distance):
     data: Distance | None
     limited_by: Limit | None
     resolution: Resolution | None
+
+    @property
+    def gap(self) -> float:
+        """‖D − X‖_F."""
+        return self.adapter_fro if self.epsilon is None else self.epsilon * self.fro
+
+    @property
+    def inner(self) -> float:
+        """⟨D, X⟩."""
+        return (self.cosine or 0.0) * self.fro * self.adapter_fro
+
+    @property
+    def floor(self) -> float:
+        """The smallest ‖D − X‖_F of X's rank; 0 where X has no rank, ‖D‖_F where it is zero."""
+        share = self.epsilon_min if self.epsilon_min is not None else float(self.adapter_fro == 0.0)
+        return share * self.fro

@@ -1,0 +1,84 @@
+"""``loradiag residual``."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lora_diag.cli import options
+from lora_diag.cli.output import message, progress_bar, result, terminal
+from lora_diag.errors import UNREADABLE, UsageError
+
+Adapters = Annotated[
+    list[Path] | None, typer.Argument(metavar="ADAPTER", help="Adapters, or checkpoints with one merged in.")
+]
+Reference = Annotated[
+    Path | None, typer.Option(metavar="TUNED2", help="Another full fine-tune, such as another seed, to judge by.")
+]
+Activations = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="Second moments E[xx^T] of the inputs: distances in the data, too.")
+]
+
+
+def residual(
+    base: options.Base,
+    tuned: Annotated[Path, typer.Argument(metavar="TUNED", help="The full fine-tune.")],
+    adapters: Adapters = None,
+    reference: Reference = None,
+    activations: Activations = None,
+    layers: options.Layers = None,
+    exclude: options.Exclude = None,
+    allow_unmatched: options.AllowUnmatched = False,
+    method: options.Method = "auto",
+    tol: options.Tol = 1e-4,
+    device: options.Device = "auto",
+    seed: options.Seed = 0,
+    workers: options.Workers = None,
+    per: options.PerRow = options.Per.type,
+    output: options.Output = None,
+    json: options.Json = False,
+    resume: options.Resume = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """What did the adapter miss? Its distance to a full fine-tune, and what rank alone would cost.
+
+    Example: loradiag residual base/ full_ft/ lora_r8/ lora_r64/ -o residual.jsonl
+    """
+    if resume and output is None:
+        raise UsageError("--resume: give the results file of the interrupted run with -o")
+    # torch comes with it: not before it is needed
+    from lora_diag.api.residual import residual as measure
+    from lora_diag.reports.residual import residual_table
+    from lora_diag.results import to_line
+
+    with progress_bar(quiet) as on_progress:
+        results = measure(
+            base,
+            tuned,
+            adapters or [],
+            reference=reference,
+            activations=activations,
+            layers=layers,
+            exclude=exclude,
+            allow_unmatched=allow_unmatched,
+            method=method,
+            tol=tol,
+            device=device,
+            seed=seed,
+            workers=workers,
+            output=output,
+            resume=resume,
+            on_progress=on_progress,
+            on_record=(lambda record: result(to_line(record))) if json else None,
+        )
+    if not json and not quiet:
+        then = shlex.join(["loradiag", "spectrum", str(base), str(tuned)]) + "   (which rank the update needs)"
+        result(residual_table(results, *terminal(), per=per, then=then))
+    not_finite = [item for item in results.left_out if item.reason == "non_finite"]
+    for item in not_finite:
+        message(f"error: {item.layer}: {item.detail}; the layer was left out")
+    if not_finite:
+        raise typer.Exit(UNREADABLE)

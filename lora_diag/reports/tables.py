@@ -1,0 +1,37 @@
+"""Which table shows which results: ``inspect`` shows them again as the command did that measured them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from lora_diag.errors import InputError
+from lora_diag.reports.overlap import overlap_table
+from lora_diag.reports.residual import residual_table
+from lora_diag.reports.table import spectrum_table
+from lora_diag.results import Results
+
+# The command of a run, and the table that shows its results. One line a command.
+TABLES: tuple[tuple[str, Callable[..., str]], ...] = (
+    ("spectrum", spectrum_table),
+    ("residual", residual_table),
+    ("overlap", overlap_table),
+)
+
+
+def table(results: Results[Any], width: int = 80, color: bool = False, per: str = "type") -> str:
+    """Return the table and the summary of any results.
+
+    Args:
+        results: What was measured.
+        width: Columns of the terminal.
+        color: Whether to use ANSI colours.
+        per: ``type`` for one row a module type, ``layer`` for one row a layer.
+
+    Raises:
+        InputError: They come from a command that this version does not know.
+    """
+    for command, show in TABLES:
+        if results.run.command == command:
+            return show(results, width, color, per=per)
+    raise InputError(f"results of loradiag {results.run.command}: this version has no table for them")

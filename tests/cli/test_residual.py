@@ -1,0 +1,69 @@
+"""``loradiag residual`` as a user runs it."""
+
+import json
+import re
+
+import pytest
+
+from tests.conftest import ROOT
+
+BASE, TUNED, R4, R16 = (ROOT / "sample_checkpoints" / name for name in ("base", "full_ft", "lora_r4", "lora_r16"))
+
+
+def test_a_table_an_adapter_and_a_summary(loradiag, tmp_path):
+    ran = loradiag("residual", BASE, TUNED, R4, R16, "-o", "r.jsonl")
+    assert ran.code == 0
+    assert max(map(len, ran.out.splitlines())) <= 80
+    records = [json.loads(line) for line in (tmp_path / "r.jsonl").read_text().splitlines()]
+    layers = [record for record in records if record["record"] == "residual"]
+    assert {record["adapter"] for record in layers} == {str(R4), str(R16)}
+    said = " ".join(ran.out.split())
+    for name in ("lora_r4", "lora_r16"):
+        mine = [record for record in layers if record["adapter"].endswith(name)]
+        fro = sum(record["fro"] ** 2 for record in mine)
+        epsilon = (sum((record["epsilon"] * record["fro"]) ** 2 for record in mine) / fro) ** 0.5
+        assert f"{name}: ε = {epsilon:.3g} for the whole model" in said
+        still = sum(record["fro"] ** 2 for record in mine if record["limited_by"] == "not adapted") / fro
+        assert f"{name}: direction in 28 of 28 tensors; 11 tensors not adapted, with {still:.0%} of ‖ΔW‖²" in said
+    assert "no quality" in said
+
+
+def test_inspect_shows_it_again_and_json_is_records(loradiag, tmp_path):
+    words = "residual", BASE, TUNED, R4, "--layers", r"layers\.0"
+    shown = loradiag(*words, "-o", "r.jsonl").out
+    again = loradiag("inspect", "r.jsonl").out
+    assert again == shown[: shown.index("\nNext ")] + "\n"
+    assert loradiag(*words, "--json").out == (tmp_path / "r.jsonl").read_text()
+    assert "layers.0.mlp.up_proj " in loradiag("inspect", "r.jsonl", "--per", "layer", env={"COLUMNS": "140"}).out
+
+
+def test_rows_stand_in_the_order_of_what_limits_them(loradiag):
+    out = loradiag("residual", BASE, TUNED, R4).out
+    limits = [line.split()[-1] for line in out.splitlines() if re.match(r" \S+ +\d+ ", line)]
+    assert limits == sorted(limits, key=["direction", "adapted"].index)
+    assert len(limits) == 12
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "told"),
+    [
+        ((BASE, TUNED), 2, "at least one ADAPTER"),
+        ((BASE, TUNED, TUNED), 2, "TUNED itself"),
+        ((BASE, TUNED, R4, "--layers", "("), 2, "not a valid regular expression"),
+        ((BASE, TUNED, R4, "--layers", "lm_head"), 4, "no weight of the adapter was left"),
+        ((BASE, TUNED, "nowhere"), 3, "nowhere"),
+        ((R4, TUNED, R16), 2, "give BASE first"),
+    ],
+)
+def test_one_message_and_an_exit_code(loradiag, tmp_path, words, code, told):
+    ran = loradiag("residual", *words, "-o", "r.jsonl")
+    assert ran.code == code
+    assert told in ran.err
+    assert len(ran.err.splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_resume_needs_a_file(loradiag):
+    ran = loradiag("residual", BASE, TUNED, R4, "--resume")
+    assert ran.code == 2
+    assert "-o" in ran.err

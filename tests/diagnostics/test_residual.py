@@ -1,0 +1,325 @@
+"""Residuals against float64 NumPy, their laws, and inputs that they cannot be taken from."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+import lora_diag
+from lora_diag.adapters import open_adapter
+from lora_diag.checkpoints import open_checkpoint
+from lora_diag.errors import InputError, UsageError
+from lora_diag.metrics import distances, limit, pooled
+from tests import oracles
+from tests.adapters.dense import dense
+from tests.conftest import ROOT, SHARED, as_numpy, save_model, weights
+
+SAMPLES = ROOT / "sample_checkpoints"
+FIELDS = ("epsilon", "epsilon_min", "excess", "norm_ratio", "cosine", "best_scale", "epsilon_best_scale")
+
+
+def lora(folder, updates, rank=None, **config):
+    """Write a PEFT adapter from ``{layer: (B, A)}``; alpha = r, so that nothing is scaled."""
+    tensors = {}
+    for layer, (b, a) in updates.items():
+        key = f"base_model.model.{layer.removesuffix('.weight')}"
+        tensors |= {f"{key}.lora_B.weight": torch.tensor(b), f"{key}.lora_A.weight": torch.tensor(a)}
+        rank = rank or b.shape[1]
+    folder.mkdir(parents=True)
+    save_file({k: v.to(torch.float32).contiguous() for k, v in tensors.items()}, folder / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": ["q_proj"]} | config
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return folder
+
+
+def check(found, d, x, rank, tolerance=1e-6):
+    """Hold a distance against the definitions."""
+    truth = oracles.distance(d, x, rank)
+    for field in FIELDS:
+        value = getattr(found, field)
+        if field in truth:
+            assert value == pytest.approx(truth[field], rel=tolerance, abs=tolerance), field
+        else:
+            assert value is None, field
+
+
+def updates_of(path, base):
+    pairing, _ = open_adapter(path).pair(open_checkpoint(base))
+    return {delta.layer: dense(delta) for delta in pairing.deltas}
+
+
+def test_the_samples_against_numpy():
+    base, tuned = SAMPLES / "base", SAMPLES / "full_ft"
+    adapters = [SAMPLES / "lora_r4", SAMPLES / "lora_r16"]
+    results = lora_diag.residual(base, tuned, adapters)
+    stored = open_checkpoint(base), open_checkpoint(tuned)
+    known = {str(path): updates_of(path, base) for path in adapters}
+    assert len(results) == 2 * len(stored[0])
+    for record in results:
+        before, after = (side.read(record.layer).double().numpy().reshape(side[record.layer].shape) for side in stored)
+        d = after - before
+        x = known[record.adapter].get(record.layer)
+        assert record.fro == pytest.approx(np.linalg.norm(d), rel=1e-7)
+        if x is None:
+            assert (record.epsilon, record.limited_by, record.cosine) == (1.0, "not adapted", None)
+            assert record.rank == (0 if d.ndim == 2 else None)
+        else:
+            rank = int(record.adapter.rpartition("_r")[2])
+            assert record.rank == rank
+            check(record, d, x, rank)
+            for space, overlap in zip(
+                (record.column_space, record.row_space), oracles.subspace_overlap(d, x, rank), strict=True
+            ):
+                assert space.overlap == pytest.approx(overlap, abs=1e-6)
+                assert np.mean(np.square(space.cosines)) == pytest.approx(overlap, abs=1e-5)
+            assert record.column_space.random == rank / d.shape[0]
+            assert record.row_space.random == rank / d.shape[1]
+
+
+def test_the_whole_model_is_all_layers_as_one_vector():
+    results = lora_diag.residual(SAMPLES / "base", SAMPLES / "full_ft", [SAMPLES / "lora_r16"])
+    stored = open_checkpoint(SAMPLES / "base"), open_checkpoint(SAMPLES / "full_ft")
+    known = updates_of(SAMPLES / "lora_r16", SAMPLES / "base")
+    d, x = [], []
+    for name in stored[0]:
+        d.append(stored[1].read(name).double().numpy() - stored[0].read(name).double().numpy())
+        x.append(known[name].ravel() if name in known else np.zeros_like(d[-1]))
+    found = pooled(results.layers)
+    truth = oracles.distance(np.concatenate(d), np.concatenate(x), None)
+    for field, value in truth.items():
+        assert getattr(found, field) == pytest.approx(value, rel=1e-6)
+
+
+@pytest.fixture
+def model(tmp_path):
+    """A base and a fine-tune in float64, and the ΔW of its first matrix."""
+    before = {name: value.double() for name, value in weights(1).items()}
+    after = {name: value + 0.1 * weights(2)[name].double() for name, value in before.items()}
+    layer = "model.layers.0.mlp.up_proj.weight"
+    d = as_numpy(after[layer]) - as_numpy(before[layer])
+    return save_model(tmp_path / "base", before), save_model(tmp_path / "tuned", after), layer, d
+
+
+@pytest.mark.parametrize("rank", [1, 3, 12])
+def test_a_truncated_svd_is_at_the_floor(model, tmp_path, rank):
+    base, tuned, layer, d = model
+    u, s, vh = np.linalg.svd(d, full_matrices=False)
+    adapter = lora(tmp_path / "a", {layer: (u[:, :rank] * s[:rank], vh[:rank])})
+    record = lora_diag.residual(base, tuned, [adapter], layers=layer)[layer]
+    floor = np.sqrt((s[rank:] ** 2).sum() / (s**2).sum())
+    assert record.epsilon_min == pytest.approx(floor, abs=1e-7)
+    assert record.epsilon == pytest.approx(floor, abs=1e-6)  # the factors are float32
+    assert record.excess == pytest.approx(0, abs=1e-6)
+    assert record.column_space.overlap == pytest.approx(1, abs=1e-6)
+    assert record.limited_by == ("exact" if rank == 12 else "rank")
+
+
+def test_an_adapter_that_is_the_update_and_one_of_half_its_size(model, tmp_path):
+    base, tuned, layer, d = model
+    u, s, vh = np.linalg.svd(d, full_matrices=False)
+    whole = lora(tmp_path / "whole", {layer: (u * s, vh)})
+    half = lora(tmp_path / "half", {layer: (u * s / 2, vh)})
+    merged = {name: value.clone() for name, value in load_file(base / "model.safetensors").items()}
+    merged[layer] += torch.tensor(d)
+    same = save_model(tmp_path / "merged", merged)
+    results = lora_diag.residual(base, tuned, [whole, half, same], layers=layer)
+    first, second, third = results.layers
+    assert first.epsilon < 1e-6
+    assert (second.epsilon, second.best_scale) == (pytest.approx(0.5, abs=1e-6), pytest.approx(2, abs=1e-6))
+    assert second.epsilon_best_scale < 1e-3
+    assert second.limited_by == "scale"
+    assert third.epsilon == 0
+    assert (third.rank, third.epsilon_min, third.limited_by) == (None, None, "exact")
+
+
+def test_epsilon_is_never_clamped_and_exceeds_1_beyond_twice_the_cosine(model, tmp_path):
+    base, tuned, layer, d = model
+    u, s, vh = np.linalg.svd(d, full_matrices=False)
+    for factor in (-3.0, 1.9, 2.1, 50.0):
+        adapter = lora(tmp_path / f"a{factor}", {layer: (factor * u * s, vh)})
+        record = lora_diag.residual(base, tuned, [adapter], layers=layer)[layer]
+        assert record.epsilon == pytest.approx(abs(factor - 1), rel=1e-5)
+        assert (record.epsilon > 1) == (record.norm_ratio > 2 * record.cosine)
+
+
+def test_a_small_epsilon_is_not_lost_to_cancellation(tmp_path):
+    rng = np.random.default_rng(0)
+    d = rng.standard_normal((40, 30))
+    other = d * (1 + 1e-11)
+    zero = {"w": torch.zeros(40, 30, dtype=torch.float64)}
+    base = save_model(tmp_path / "base", zero)
+    tuned = save_model(tmp_path / "tuned", {"w": torch.tensor(d)})
+    copy = save_model(tmp_path / "copy", {"w": torch.tensor(other)})
+    record = lora_diag.residual(base, tuned, [copy])["w"]
+    assert record.epsilon == pytest.approx(np.linalg.norm(d - other) / np.linalg.norm(d), rel=1e-9)
+
+
+def moments(path, matrices, **metadata):
+    save_file({name: torch.tensor(value) for name, value in matrices.items()}, path, metadata or {"tokens": "640"})
+    return path
+
+
+@pytest.mark.parametrize("in_out", [False, True])
+def test_the_data_metric(tmp_path, in_out):
+    rng = np.random.default_rng(1)
+    inputs = rng.standard_normal((500, 12)) * np.arange(1, 13)
+    c = inputs.T @ inputs / 500
+    d, b, a = (rng.standard_normal(shape) for shape in ((20, 12), (20, 3), (3, 12)))
+    b, a = b.astype(np.float32).astype(float), a.astype(np.float32).astype(float)
+    name = "h.0.mlp.c_fc.weight"
+    stored = d.T if in_out else d
+    zero = {name: torch.zeros(stored.shape, dtype=torch.float64), "h.0.mlp.c_fc.bias": torch.zeros(20).double()}
+    base = save_model(tmp_path / "base", zero)
+    tuned = save_model(tmp_path / "tuned", zero | {name: torch.tensor(stored)})
+    adapter = lora(tmp_path / "a", {name: (b, a)}, fan_in_fan_out=in_out, target_modules=["c_fc"])
+    file = moments(tmp_path / "c.safetensors", {name: c})
+    results = lora_diag.residual(base, tuned, [adapter], activations=file)
+    root = oracles.square_root(c)
+    check(results[name].data, d @ root, b @ a @ root, 3, 1e-6)
+    outputs, missed = inputs @ d.T, inputs @ (d - b @ a).T  # the metric is the mean square of the change in the output
+    assert results[name].data.epsilon == pytest.approx(np.sqrt((missed**2).sum() / (outputs**2).sum()), rel=1e-6)
+    assert "recorded over 640 tokens" in results.run.inputs[-1].notes
+    assert results["h.0.mlp.c_fc.bias"].data is None
+
+
+@pytest.mark.parametrize(
+    ("matrix", "words"),
+    [
+        (np.diag([1.0, -1.0] + [1.0] * 10), "negative eigenvalues"),
+        (np.triu(np.ones((12, 12))), "not symmetric"),
+        (np.full((12, 12), np.nan), "holds nan at [0, 0]"),
+        (np.ones((12, 11)), "a square matrix"),
+        (np.eye(5), "belongs to a weight that is compared"),
+    ],
+)
+def test_second_moments_that_are_none(model, tmp_path, matrix, words):
+    base, tuned, layer, d = model
+    adapter = lora(tmp_path / "a", {layer: (d[:, :2], np.ones((2, 12)))})
+    file = moments(tmp_path / "c.safetensors", {layer: matrix})
+    with pytest.raises(InputError, match=r"c\.safetensors") as raised:
+        lora_diag.residual(base, tuned, [adapter], activations=file, layers=layer)
+    assert words in str(raised.value)
+
+
+def test_a_reference_is_held_against_the_fine_tune_too(model, tmp_path):
+    base, tuned, layer, d = model
+    before = load_file(base / "model.safetensors")
+    after = {name: value + 0.1 * weights(3)[name].double() for name, value in before.items()}
+    second = save_model(tmp_path / "second", after)
+    record = lora_diag.residual(base, tuned, [], reference=second, layers=layer)[layer]
+    x = as_numpy(after[layer]) - as_numpy(before[layer])
+    check(record, d, x, None)
+    assert record.role == "reference"
+    columns, rows = oracles.subspace_overlap(d, x, 8)
+    assert record.column_space.overlap == pytest.approx(columns, abs=1e-6)
+    assert record.row_space.overlap == pytest.approx(rows, abs=1e-6)
+
+
+def test_zero_updates_have_no_distance(model, tmp_path):
+    base, tuned, layer, d = model
+    adapter = lora(tmp_path / "a", {layer: (d[:, :2], np.ones((2, 12)))})
+    copy = save_model(tmp_path / "copy", load_file(base / "model.safetensors"))
+    record = lora_diag.residual(base, copy, [adapter], layers=layer)[layer]
+    assert (record.fro, record.epsilon, record.limited_by) == (0, None, None)
+    assert record.adapter_fro > 0
+    dead = lora(tmp_path / "dead", {layer: (np.zeros((16, 2)), np.ones((2, 12)))})
+    record = lora_diag.residual(base, tuned, [dead], layers=layer)[layer]
+    assert (record.epsilon, record.rank, record.limited_by) == (1.0, 2, "not adapted")
+
+
+def test_an_unresolved_fine_tune_is_called_noise(tmp_path):
+    base = {"w.weight": torch.full((64, 64), 1.0, dtype=torch.bfloat16)}
+    rng = torch.Generator().manual_seed(0)
+    flips = torch.where(torch.rand(64, 64, generator=rng) < 0.02, 2**-7, 0.0)
+    tuned = {"w.weight": (base["w.weight"].float() + flips).to(torch.bfloat16)}
+    adapter = lora(tmp_path / "a", {"w.weight": (np.ones((64, 1)) * 1e-3, np.ones((1, 64)))})
+    before, after = save_model(tmp_path / "b", base), save_model(tmp_path / "t", tuned)
+    record = lora_diag.residual(before, after, [adapter])["w.weight"]
+    assert record.resolution.verdict == "unresolved"
+    assert record.limited_by == "noise"
+
+
+def test_what_is_not_finite_is_left_out_alone(model, tmp_path):
+    base, tuned, layer, d = model
+    good = lora(tmp_path / "good", {layer: (d[:, :2], np.ones((2, 12)))})
+    bad = lora(tmp_path / "bad", {layer: (np.full((16, 2), np.nan), np.ones((2, 12)))})
+    results = lora_diag.residual(base, tuned, [good, bad], layers=r"layers\.0\.mlp")
+    assert {record.adapter for record in results if record.layer == layer} == {str(good)}
+    (item,) = [item for item in results.left_out if item.reason == "non_finite"]
+    assert item.layer == layer
+    assert item.detail == f"{bad}: lora_B holds nan at [0, 0]"
+
+
+def test_what_only_an_adapter_has_is_listed(model, tmp_path):
+    base, tuned, layer, d = model
+    tensors = load_file(tuned / "model.safetensors")
+    without = save_model(tmp_path / "without", {name: value for name, value in tensors.items() if name != layer})
+    adapter = lora(tmp_path / "a", {layer: (d[:, :2], np.ones((2, 12)))})
+    results = lora_diag.residual(base, without, [adapter])
+    assert {item.layer: item.reason for item in results.left_out} == {layer: "only_in_base"}
+
+
+def test_nothing_and_twice_are_refused(model, tmp_path):
+    base, tuned, layer, d = model
+    with pytest.raises(UsageError, match="at least one ADAPTER"):
+        lora_diag.residual(base, tuned, [])
+    with pytest.raises(UsageError, match="TUNED itself"):
+        lora_diag.residual(base, tuned, [tuned])
+    adapter = lora(tmp_path / "a", {layer: (d[:, :2], np.ones((2, 12)))})
+    with pytest.raises(UsageError, match="named twice"):
+        lora_diag.residual(base, tuned, [adapter, f"{adapter}/"])
+
+
+@pytest.mark.parametrize("cut", [1, 2, 3, 4, 6, 20, 21])
+def test_resume_measures_a_layer_again_whose_records_were_cut(tmp_path, cut):
+    path = tmp_path / "r.jsonl"
+    words = SAMPLES / "base", SAMPLES / "full_ft", [SAMPLES / "lora_r4", SAMPLES / "lora_r16"]
+    lora_diag.residual(*words, layers=r"layers\.[01]\..*(q|k)_proj|norm", output=path)
+    whole = path.read_bytes()
+    lines = whole.splitlines(keepends=True)
+    path.write_bytes(b"".join(lines[:cut]) + b'{"record":"resid')
+    results = lora_diag.residual(*words, layers=r"layers\.[01]\..*(q|k)_proj|norm", output=path, resume=True)
+    assert path.read_bytes() == whole
+    assert results == lora_diag.read_results(path)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 2**31),
+    m=st.integers(1, 12),
+    n=st.integers(1, 12),
+    rank=st.integers(1, 12),
+    scale=st.floats(-3, 3),
+)
+def test_laws(seed, m, n, rank, scale):
+    rng = np.random.default_rng(seed)
+    d, x = rng.standard_normal((m, n)), scale * rng.standard_normal((m, rank)) @ rng.standard_normal((rank, n))
+    s = np.linalg.svd(d, compute_uv=False)
+    floor = float(np.sqrt((s[rank:] ** 2).sum() / (s**2).sum()))
+    found = distances(
+        float(np.linalg.norm(d)), float(np.linalg.norm(x)), float(np.linalg.norm(d - x)), float((d * x).sum()), floor
+    )
+    assert found.epsilon >= floor - 1e-12  # Eckart–Young
+    assert found.epsilon**2 == pytest.approx(floor**2 + found.excess)
+    if found.cosine is not None:
+        assert found.epsilon**2 == pytest.approx(1 - 2 * found.norm_ratio * found.cosine + found.norm_ratio**2)
+        assert found.epsilon_best_scale <= min(1.0, found.epsilon) + 1e-9
+        assert found.epsilon_best_scale**2 == pytest.approx(1 - found.cosine**2, abs=1e-9)
+    assert limit(found) is not None
+
+
+@pytest.mark.parametrize("case", ["llama-lora", "gpt2-conv1d", "llama-dora", "moe-target-parameters", "loha", "vera"])
+def test_real_merges_are_their_adapters(case):
+    folder = SHARED / "cases" / case
+    if not folder.exists():
+        pytest.skip("the shared cases are not here")
+    results = lora_diag.residual(folder / "base", folder / "merged", [folder / "adapter"])
+    moved = [record for record in results if record.fro > 0]
+    assert moved
+    for record in moved:
+        assert record.epsilon < 1e-4, record.layer  # the merge is rounded to float32
+        assert record.limited_by == "exact"

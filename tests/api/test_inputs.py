@@ -100,7 +100,7 @@ def test_seeds_that_torch_does_not_take(tmp_path, seed):
 
 def test_an_adapter_named_first():
     samples = ROOT / "sample_checkpoints"
-    with pytest.raises(UsageError, match="give BASE first: loradiag spectrum BASE ADAPTER"):
+    with pytest.raises(UsageError, match="give BASE first, and the adapter after it"):
         lora_diag.spectrum(samples / "lora_r4", samples / "base")
 
 

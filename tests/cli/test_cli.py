@@ -247,7 +247,7 @@ def test_the_usage_line_and_the_exit_codes_that_exist(loradiag):
         (["spectrum", "base", "tuned", "--top", "many"], "--top"),
         (["magic"], "magic"),
         (["spectrum", "base", "tuned", "--top", "4", "--method", "krylov", "--seed", "9" * 23], "--seed"),
-        (["spectrum", ROOT / "sample_checkpoints" / "lora_r4", "base"], "give BASE first: loradiag spectrum BASE"),
+        (["spectrum", ROOT / "sample_checkpoints" / "lora_r4", "base"], "give BASE first, and the adapter"),
     ],
 )
 def test_usage_messages(loradiag, pair_of_models, words, told):

@@ -15,18 +15,24 @@ from lora_diag.errors import InputError, LoradiagError, NothingComparedError, Us
 from lora_diag.version import __version__
 
 if TYPE_CHECKING:
+    from lora_diag.api.extract import extract
     from lora_diag.api.inspect import inspect
+    from lora_diag.api.overlap import overlap
     from lora_diag.api.residual import residual
     from lora_diag.api.spectrum import spectrum
+    from lora_diag.api.verify_merge import verify_merge
     from lora_diag.results import Results, read_results
 
 # Public name -> module that defines it.
 _LAZY = {
     "Results": "lora_diag.results",
+    "extract": "lora_diag.api.extract",
     "inspect": "lora_diag.api.inspect",
+    "overlap": "lora_diag.api.overlap",
     "read_results": "lora_diag.results",
     "residual": "lora_diag.api.residual",
     "spectrum": "lora_diag.api.spectrum",
+    "verify_merge": "lora_diag.api.verify_merge",
 }
 
 __all__ = [
@@ -36,10 +42,13 @@ __all__ = [
     "Results",
     "UsageError",
     "__version__",
+    "extract",
     "inspect",
+    "overlap",
     "read_results",
     "residual",
     "spectrum",
+    "verify_merge",
 ]
 
 

@@ -9,15 +9,18 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
+from lora_diag.cli.extract import extract
 from lora_diag.cli.inspect import inspect
 from lora_diag.cli.output import ReaderGoneError, forget_output, message
 from lora_diag.cli.overlap import overlap
 from lora_diag.cli.residual import residual
+from lora_diag.cli.report import report
 from lora_diag.cli.spectrum import spectrum
+from lora_diag.cli.verify_merge import verify_merge
 from lora_diag.errors import DONE, UNREADABLE, LoradiagError
 from lora_diag.version import __version__
 
-COMMANDS = (spectrum, residual, overlap, inspect)
+COMMANDS = (spectrum, residual, overlap, verify_merge, extract, inspect, report)
 
 # What a shell reports of a program that Ctrl-C ended: 128 + SIGINT.
 INTERRUPTED = 130

@@ -6,6 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 from lora_diag.errors import InputError
+from lora_diag.reports.allocation import allocation_table
+from lora_diag.reports.extraction import extraction_table
+from lora_diag.reports.merge import merge_table
 from lora_diag.reports.overlap import overlap_table
 from lora_diag.reports.residual import residual_table
 from lora_diag.reports.table import spectrum_table
@@ -15,7 +18,10 @@ from lora_diag.results import Results
 TABLES: tuple[tuple[str, Callable[..., str]], ...] = (
     ("spectrum", spectrum_table),
     ("residual", residual_table),
+    ("extract", extraction_table),
     ("overlap", overlap_table),
+    ("allocate", allocation_table),
+    ("verify-merge", merge_table),
 )
 
 

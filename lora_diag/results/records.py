@@ -13,7 +13,9 @@ from pydantic import Field
 
 from lora_diag.results.allocation import Allocation, Baseline, Certificate
 from lora_diag.results.base import SCHEMA, Record
+from lora_diag.results.extraction import Extraction
 from lora_diag.results.inventory import AdaptedWeight, Inventory, StoredTensor
+from lora_diag.results.merge import Merge
 from lora_diag.results.overlap import Overlap
 from lora_diag.results.residual import Agreement, Distance, Residual
 from lora_diag.results.run import End, LeftOut, Reason, Run, RunInput
@@ -21,7 +23,7 @@ from lora_diag.results.spectrum import Resolution, Spectrum, Tail
 from lora_diag.results.verdict import Verdict
 
 # What a diagnostic says of one layer, and what is said of a run as a whole.
-LayerRecord = Spectrum | Residual | Overlap | Allocation
+LayerRecord = Spectrum | Residual | Overlap | Allocation | Merge | Extraction
 WholeRecord = Certificate | Verdict
 
 AnyRecord = Annotated[Run | LayerRecord | WholeRecord | LeftOut | End, Field(discriminator="record")]
@@ -36,9 +38,11 @@ __all__ = [
     "Certificate",
     "Distance",
     "End",
+    "Extraction",
     "Inventory",
     "LayerRecord",
     "LeftOut",
+    "Merge",
     "Overlap",
     "Reason",
     "Record",

@@ -22,6 +22,11 @@ Reason = Literal[
     "not_in_base",
     "needs_base",
     "only_in_adapter",
+    "no_gradient",
+    "no_reference",
+    "rank_0",
+    "no_factors",
+    "saved",
 ]
 
 

@@ -1,0 +1,309 @@
+"""Factors → a PEFT adapter folder: ``adapter_model.safetensors`` and ``adapter_config.json``.
+
+s = lora_alpha / r is 1 in every layer, so that B·A is the update itself. Every pattern of the config is resolved by
+PEFT's own rules against the modules of BASE before anything is written: what it would match is what was meant, or the
+pattern is written out in full.
+
+Reference: ``peft.tuners.tuners_utils.check_target_module_exists``, ``peft.utils.other.get_pattern_key``,
+``peft.tuners.lora.layer.ParamWrapper`` of PEFT 0.21.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lora_diag.adapters.experts import REGISTERED
+from lora_diag.adapters.keys import PREFIX
+from lora_diag.adapters.source import CONFIG
+from lora_diag.adapters.writing_targets import Target
+from lora_diag.checkpoints import TensorInfo, open_checkpoint
+from lora_diag.checkpoints.writing import write_safetensors
+from lora_diag.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+
+WEIGHTS = "adapter_model.safetensors"
+
+# The first PEFT that lays out stacked experts as they are written here (huggingface/peft#3165).
+PEFT_VERSION = "0.19.1"
+
+# What a class of transformers is for, as far as PEFT need not add modules of its own for it.
+TASKS = ((re.compile(r"(ForCausalLM|LMHeadModel)$"), "CAUSAL_LM"),)
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """The factors of one layer of BASE.
+
+    Args:
+        target: Where they go.
+        rank: Their rank.
+        file: A safetensors file that holds ``B`` ``(out, r)`` and ``A`` ``(r, in)`` in PEFT's orientation.
+    """
+
+    target: Target
+    rank: int
+    file: Path
+
+    def read(self, name: str) -> torch.Tensor:
+        """Return ``A`` or ``B``."""
+        checkpoint = open_checkpoint(self.file)
+        return checkpoint.read(name).view(checkpoint[name].shape)
+
+
+@dataclass(frozen=True, slots=True)
+class Value:
+    """A tensor that the adapter holds in full: what no factor carries.
+
+    Args:
+        key: Its name in the adapter file, without PEFT's prefix.
+        info: Shape and dtype.
+        read: Returns it.
+        module: The module to save with it; empty for the bias of a module, which ``bias`` covers.
+    """
+
+    key: str
+    info: TensorInfo
+    read: Callable[[], torch.Tensor]
+    module: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Described:
+    """What the config says beside the factors.
+
+    Args:
+        base_name: The base model's name or path.
+        architecture: The class of BASE in transformers' words; empty if unknown.
+        modules: All modules in memory that have a weight, to resolve patterns against.
+        parameters: All parameters that could be targets, likewise.
+    """
+
+    base_name: str
+    architecture: str
+    modules: frozenset[str]
+    parameters: frozenset[str]
+
+
+def write_adapter(folder: Path, parts: Sequence[Part], values: Sequence[Value], described: Described) -> None:
+    """Write both files of a PEFT LoRA adapter.
+
+    Args:
+        folder: It is there; files of these names in it are replaced.
+        parts: The factors; of one dtype.
+        values: What is stored in full.
+        described: For the config.
+
+    Raises:
+        InputError: A file cannot be written.
+    """
+    groups: dict[str, list[Part]] = {}
+    for part in parts:
+        groups.setdefault(part.target.module, []).append(part)
+    prefixes = _prefixes([group[0].target for group in groups.values()])
+    tensors: dict[str, TensorInfo] = {}
+    readers: dict[str, Callable[[], torch.Tensor]] = {}
+    for module, group in groups.items():
+        for key, shape, read in _tensors(prefixes[module], group):
+            readers[key] = read
+            tensors[key] = TensorInfo(key, shape, _dtype(group[0]))
+    for value in values:
+        key = PREFIX + value.key
+        tensors[key], readers[key] = TensorInfo(key, value.info.shape, value.info.dtype), value.read
+    config = adapter_config({module: module_rank(group) for module, group in groups.items()}, parts, values, described)
+    write_safetensors(folder / WEIGHTS, tensors, lambda key: readers[key](), {"format": "pt"})
+    try:
+        text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False)
+        (folder / CONFIG).write_text(text + "\n", encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"{folder / CONFIG}: cannot be written: {error.strerror}") from error
+
+
+def store_factors(file: Path, b: torch.Tensor, a: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Write the factors of one layer, and return them as they are in the file.
+
+    Args:
+        file: The file; replaced if it is there.
+        b: B ``(out, r)``.
+        a: A ``(r, in)``, of the same dtype.
+
+    Raises:
+        InputError: It cannot be written.
+    """
+    factors = {"A": a, "B": b}
+    infos = {name: TensorInfo(name, tuple(x.shape), str(x.dtype).removeprefix("torch.")) for name, x in factors.items()}
+    write_safetensors(file, infos, factors.__getitem__, {})
+    stored = open_checkpoint(file)
+    return stored.read("B").view(b.shape), stored.read("A").view(a.shape)
+
+
+def module_rank(group: Sequence[Part]) -> int:
+    """Return the rank that PEFT knows of a module: of stacked experts, that of the largest; of halves, their sum."""
+    ranks: Counter[int] = Counter()
+    for part in group:
+        ranks[part.target.expert[0]] += part.rank
+    return max(ranks.values())
+
+
+def _dtype(part: Part) -> str:
+    return open_checkpoint(part.file)["B"].dtype
+
+
+def _prefixes(targets: Sequence[Target]) -> dict[str, str]:
+    """Return the beginning of the keys of every module; parameters of one owner are nested, the last one outermost."""
+    prefixes = {target.module: PREFIX + target.module for target in targets if target.kind != "parameter"}
+    owners: dict[str, list[str]] = {}
+    for target in targets:
+        if target.kind == "parameter":
+            owner, _, leaf = target.module.rpartition(".")
+            owners.setdefault(owner, []).append(leaf)
+    for owner, leaves in owners.items():
+        known = sorted(leaves, key=lambda leaf: REGISTERED.index(leaf) if leaf in REGISTERED else -1, reverse=True)
+        for depth, leaf in enumerate(known):
+            prefixes[f"{owner}.{leaf}"] = PREFIX + owner + ".base_layer" * depth
+    return prefixes
+
+
+Stored = tuple[str, tuple[int, ...], Callable[[], "torch.Tensor"]]
+
+
+def _tensors(prefix: str, group: Sequence[Part]) -> list[Stored]:
+    """Return name, shape and reader of the factors of one module."""
+    target, rank = group[0].target, group[0].rank
+    out, columns = target.peft_shape
+    a, b = partial(group[0].read, "A"), partial(group[0].read, "B")
+    if target.kind == "embedding":
+        return [(f"{prefix}.lora_embedding_A", (rank, columns), a), (f"{prefix}.lora_embedding_B", (out, rank), b)]
+    if target.kind == "convolution":
+        shapes = (rank, *target.kernel), (out, rank, *(1 for _ in target.kernel[1:]))
+        return [
+            (f"{prefix}.lora_A.weight", shapes[0], lambda: a().reshape(shapes[0])),
+            (f"{prefix}.lora_B.weight", shapes[1], lambda: b().reshape(shapes[1])),
+        ]
+    if target.kind == "parameter":
+        rank, count = module_rank(group), target.expert[1]
+        rows = out * target.half[1]
+        return [
+            (f"{prefix}.lora_A.weight", (rank * count, columns), partial(_stacked_a, group, rank)),
+            (f"{prefix}.lora_B.weight", (rows, rank * count), partial(_stacked_b, group, rank)),
+        ]
+    return [(f"{prefix}.lora_A.weight", (rank, columns), a), (f"{prefix}.lora_B.weight", (out, rank), b)]
+
+
+def _stacked_a(group: Sequence[Part], rank: int) -> torch.Tensor:
+    """Return A ``(E·r, in)``: row e·r + k is row k of expert e's A. An expert of lower rank has rows of zeros."""
+    target = group[0].target
+    whole = group[0].read("A").new_zeros(target.expert[1], rank, target.peft_shape[1])
+    for part, first in _columns(group):
+        whole[part.target.expert[0], first : first + part.rank] = part.read("A")
+    return whole.reshape(-1, whole.shape[2])
+
+
+def _stacked_b(group: Sequence[Part], rank: int) -> torch.Tensor:
+    """Return B ``(out, r·E)``: column k·E + e is column k of expert e's B; of halves, block-diagonal."""
+    target = group[0].target
+    rows = target.peft_shape[0]
+    whole = group[0].read("B").new_zeros(rows * target.half[1], rank, target.expert[1])
+    for part, first in _columns(group):
+        row = part.target.half[0] * rows
+        whole[row : row + rows, first : first + part.rank, part.target.expert[0]] = part.read("B")
+    return whole.reshape(len(whole), -1)
+
+
+def _columns(group: Sequence[Part]) -> Iterable[tuple[Part, int]]:
+    """Yield every part with its first column among those of its expert: halves stand side by side."""
+    used: Counter[int] = Counter()
+    for part in sorted(group, key=lambda part: (part.target.expert[0], part.target.half[0])):
+        yield part, used[part.target.expert[0]]
+        used[part.target.expert[0]] += part.rank
+
+
+def adapter_config(
+    ranks: Mapping[str, int], parts: Sequence[Part], values: Sequence[Value], described: Described
+) -> dict[str, Any]:
+    """Return ``adapter_config.json``."""
+    kinds = {part.target.module: part.target.kind for part in parts}
+    adapted = [module for module in ranks if kinds[module] != "parameter"]
+    parameters = [module for module in ranks if kinds[module] == "parameter"]
+    rank, pattern = rank_pattern(ranks)
+    task = next((task for words, task in TASKS if words.search(described.architecture)), None)
+    saved = sorted({value.module for value in values if value.module})
+    return {
+        "base_model_name_or_path": described.base_name,
+        "peft_type": "LORA",
+        "peft_version": PEFT_VERSION,
+        "task_type": task,
+        "r": rank,
+        "lora_alpha": rank,
+        "rank_pattern": pattern,
+        "alpha_pattern": pattern,
+        "target_modules": target_modules(adapted, described.modules) if adapted else None if parameters else [],
+        "target_parameters": _shortest(parameters, described.parameters, 2) if parameters else None,
+        "modules_to_save": saved or None,
+        "fan_in_fan_out": "conv1d" in kinds.values(),
+        "bias": "all" if any(not value.module for value in values) else "none",
+        "lora_dropout": 0.0,
+        "use_rslora": False,
+        "use_dora": False,
+        "inference_mode": True,
+        "init_lora_weights": True,
+    }
+
+
+def rank_pattern(ranks: Mapping[str, int]) -> tuple[int, dict[str, int]]:
+    r"""Return the usual rank, and a pattern for every module that has another one.
+
+    PEFT takes the first key k for which ``re.match(rf"(.*\.)?({k})$", module)`` holds. A key is a module's whole name,
+    anchored and escaped, so that ``layers.1.`` never speaks for ``layers.11.``; where all modules of one last name have
+    the same rank, it is that name.
+
+    >>> rank_pattern({"h.1.up": 8, "h.11.up": 4, "h.1.down": 8, "h.2.down": 8})
+    (8, {'^h\\.11\\.up': 4})
+    >>> rank_pattern({"h.1.up": 8, "h.2.up": 8, "h.1.q": 4, "h.2.q": 4, "h.1.k": 8})
+    (8, {'q': 4})
+    """
+    usual = Counter(ranks.values()).most_common(1)[0][0] if ranks else 1
+    leaves: dict[str, set[int]] = {}
+    for module, rank in ranks.items():
+        leaves.setdefault(module.rpartition(".")[2], set()).add(rank)
+    pattern: dict[str, int] = {}
+    for module, rank in ranks.items():
+        leaf = module.rpartition(".")[2]
+        if rank != usual:
+            pattern[re.escape(leaf) if len(leaves[leaf]) == 1 else f"^{re.escape(module)}"] = rank
+    return usual, dict(sorted(pattern.items()))
+
+
+def target_modules(adapted: Collection[str], modules: Iterable[str]) -> list[str] | str:
+    r"""Return what PEFT has to be given to match these modules and no others.
+
+    PEFT takes a module if its name is in the list or ends in ``.`` and one of it.
+
+    >>> target_modules(["h.1.up", "h.2.up", "h.1.q"], ["h.1.up", "h.2.up", "h.1.q", "h.2.q"])
+    ['h.1.q', 'up']
+    >>> target_modules(["h.1.up"], ["h.1.up", "vision.h.1.up"])
+    'h\\.1\\.up'
+    """
+    known = {*modules, *adapted}
+    names = _shortest(adapted, known)
+    matched = {module for module in known if any(module == name or module.endswith(f".{name}") for name in names)}
+    return names if matched == set(adapted) else "|".join(re.escape(module) for module in sorted(adapted))
+
+
+def _shortest(adapted: Collection[str], known: Collection[str], parts: int = 1) -> list[str]:
+    """Return the last ``parts`` parts of the names where all that end so are adapted, else whole names."""
+    wanted = set(adapted)
+
+    def end(name: str) -> str:
+        return ".".join(name.split(".")[-parts:])
+
+    others = {end(name) for name in known if name not in wanted}
+    return sorted({end(name) if end(name) not in others else name for name in adapted})

@@ -1,0 +1,59 @@
+"""What was written, read again the way every adapter is read: the same factors, on the same weights, or an error."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lora_diag.adapters.adapter import open_adapter
+from lora_diag.adapters.updates import as_float64
+from lora_diag.adapters.writing import Part
+from lora_diag.checkpoints import Checkpoint
+from lora_diag.deltas import Delta, FactoredDelta
+from lora_diag.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+
+
+def check_written(folder: Path, base: Checkpoint, parts: Sequence[Part]) -> None:
+    """Hold an adapter folder against the factors it was made of.
+
+    Of a stack of experts, the first and the last are compared: every one of them reads the whole stack.
+
+    Args:
+        folder: The adapter.
+        base: The checkpoint it belongs to.
+        parts: What was to be written; their errors were measured.
+
+    Raises:
+        InputError: A layer reads back as something else, so the errors that were measured are not those of the file.
+    """
+    pairing, _ = open_adapter(folder).pair(base)
+    found = {delta.layer: delta for delta in pairing.deltas}
+    for part in parts:
+        index, count = part.target.expert
+        if index in {0, count - 1} and not _same(found.get(part.target.layer), part):
+            raise InputError(
+                f"{folder}: the factors of {part.target.layer} read back otherwise than they were written. Names and "
+                "shapes of BASE do not tell how it is laid out; leave it out with --exclude and report this"
+            )
+
+
+def _same(delta: Delta | None, part: Part) -> bool:
+    import torch
+
+    if not isinstance(delta, FactoredDelta) or delta.shape != part.target.shape:
+        return False
+    written = as_float64(part.read("B")), as_float64(part.read("A"))
+    if part.target.transposed:
+        written = written[1].T, written[0].T
+    pairs = zip(_used(*delta.load()), _used(*written), strict=True)
+    return all(torch.equal(ours, theirs) for ours, theirs in pairs)
+
+
+def _used(b: torch.Tensor, a: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the columns of B and rows of A that are not filled up with zeros."""
+    used = (b != 0).any(0) & (a != 0).any(1)
+    return b[:, used], a[used]

@@ -1,0 +1,104 @@
+"""What no factor carries, stored in full: norms and other small modules, biases, tables of another vocabulary.
+
+PEFT keeps whole modules (``modules_to_save``) and, with ``bias: all``, biases by themselves. It finds a saved module by
+the end of its name, so whole names are given; and it wants every tensor of a saved module in the file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from functools import partial
+from typing import TYPE_CHECKING
+
+from lora_diag.adapters.updates import as_float64
+from lora_diag.adapters.writing import Value
+from lora_diag.adapters.writing_targets import Model
+from lora_diag.checkpoints import Checkpoint, TensorInfo
+from lora_diag.deltas import Delta, FactoredDelta, Side, StoredDelta
+
+if TYPE_CHECKING:
+    import torch
+
+
+def can_be_saved(name: str, base: Checkpoint, model: Model) -> bool:
+    """Say whether PEFT can keep a tensor of BASE in full.
+
+    Args:
+        name: Its name in BASE.
+        base: The checkpoint.
+        model: Its names in memory.
+    """
+    module, _, leaf = name.rpartition(".")
+    if name not in base or not module or leaf not in {"weight", "bias"}:
+        return False
+    if f"{module.rpartition('.')[0]}.in_proj_weight" in base:
+        return False  # part of an nn.MultiheadAttention
+    inside = [other for other in base if other.startswith(f"{module}.")]
+    return all("." not in other[len(module) + 1 :] for other in inside) and bool(model.in_memory(name))
+
+
+def full_values(
+    names: Collection[str],
+    deltas: Mapping[str, Delta],
+    base: Checkpoint,
+    model: Model,
+    adapted: Collection[str],
+) -> list[Value]:
+    """Return the tensors that have to be in the adapter file for some tensors of BASE to be saved.
+
+    Args:
+        names: Tensors of BASE.
+        deltas: Their changes, and those of their siblings in a module, by their names in BASE.
+        base: The checkpoint.
+        model: Its names in memory.
+        adapted: Modules with factors, whose own tensors PEFT calls ``base_layer``.
+    """
+    values: dict[str, Value] = {}
+    whole = {name.rpartition(".")[0] for name in names if not _is_bias_of_layer(name, base)}
+    for name in names:
+        disk_module = name.rpartition(".")[0]
+        module = model.in_memory(name).rpartition(".")[0]
+        if disk_module not in whole:
+            key = f"{module}.base_layer.bias" if module in adapted else f"{module}.bias"
+            values[key] = _value(key, name, deltas.get(name), base)
+            continue
+        for sibling in base:
+            if sibling.rpartition(".")[0] == disk_module:
+                key = model.in_memory(sibling)
+                values[key] = _value(key, sibling, deltas.get(sibling), base, module)
+    return list(values.values())
+
+
+def _is_bias_of_layer(name: str, base: Checkpoint) -> bool:
+    """Say whether a tensor is the bias of a layer whose weight is a matrix."""
+    weight = f"{name.removesuffix('bias')}weight"
+    return name.endswith(".bias") and weight in base and len(base[weight].shape) > 1
+
+
+def _value(key: str, name: str, delta: Delta | None, base: Checkpoint, module: str = "") -> Value:
+    info = base[name]
+    if isinstance(delta, StoredDelta):
+        info = delta.tuned.info
+        read = partial(_whole, delta.tuned)
+    elif delta is None:
+        read = partial(_whole, Side(base, name))
+    else:
+        info = TensorInfo(key, info.shape, "float32")
+        read = partial(_changed, delta, base, name)
+    return Value(key, TensorInfo(key, info.shape, info.dtype), read, module)
+
+
+def _whole(side: Side) -> torch.Tensor:
+    return side.checkpoint.read(side.name).view(side.info.shape)
+
+
+def _changed(delta: Delta, base: Checkpoint, name: str) -> torch.Tensor:
+    """Return the new value of a tensor that an adapter changes, float32."""
+    assert not isinstance(delta, StoredDelta)
+    if isinstance(delta, FactoredDelta):
+        b, a = delta.load()
+        change = b @ a
+    else:
+        change = delta.load()
+    shape = base[name].shape
+    return (as_float64(base.read(name)).view(shape) + as_float64(change).reshape(shape)).float()

@@ -1,0 +1,190 @@
+"""``extract``: the best adapter of given ranks for an update, written as PEFT reads it."""
+
+from __future__ import annotations
+
+import math
+import shlex
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Literal, get_args
+
+from lora_diag.adapters.writing import store_factors
+from lora_diag.api.extract_folder import OutputFolder
+from lora_diag.api.extract_plan import plan
+from lora_diag.api.extract_ranks import Asked, ranks_for
+from lora_diag.api.inputs import compare
+from lora_diag.api.measuring import Progress, Watch, check_running, measure_layers
+from lora_diag.checkpoints import open_checkpoint
+from lora_diag.deltas import footprint
+from lora_diag.diagnostics.extraction import DTYPES, ExtractionSettings, Layer
+from lora_diag.diagnostics.extraction import extract as factor
+from lora_diag.engines import layout_for
+from lora_diag.errors import InputError, LoradiagError, NothingComparedError, UsageError
+from lora_diag.linalg import check_request, resolve_device
+from lora_diag.reports.extraction import model_card
+from lora_diag.results import AnyRecord, Extraction, LeftOut, Results, ResultsWriter, Run
+from lora_diag.version import __version__
+
+Split = Literal["both", "b"]
+Rest = Literal["list", "save"]
+
+
+def extract(
+    base: Path | str,
+    tuned: Path | str,
+    output: Path | str,
+    *,
+    rank: int | None = None,
+    energy: float | None = None,
+    params: int | None = None,
+    ranks: Path | str | None = None,
+    signal: bool = False,
+    split: Split = "both",
+    dtype: str = "float32",
+    rest: Rest = "list",
+    base_name: str | None = None,
+    layers: str | None = None,
+    exclude: str | None = None,
+    allow_unmatched: bool = False,
+    method: str = "auto",
+    tol: float = 1e-6,
+    device: str = "auto",
+    seed: int = 0,
+    workers: int | None = None,
+    overwrite: bool = False,
+    resume: bool = False,
+    on_progress: Callable[[Progress], None] | None = None,
+    on_record: Callable[[AnyRecord], None] | None = None,
+) -> Results[Extraction]:
+    r"""Write the best low-rank adapter for ΔW = W_tuned − W_base: its truncated SVD, as a PEFT adapter.
+
+    In every layer B·A = U_r Σ_r V_rᵀ, the nearest matrix of rank r to ΔW in the Frobenius and the spectral norm (Eckart
+    and Young 1936). ε = ‖ΔW − B·A‖_F / ‖ΔW‖_F is computed from the factors as they are in the file, in their dtype.
+
+    Args:
+        base: The checkpoint before.
+        tuned: The checkpoint after; or an adapter, which is compressed again without ever forming B·A.
+        output: Adapter folder to write. It grows as ``NAME.part`` and takes its place when it is whole.
+        rank: r of every layer; less where a matrix is smaller.
+        energy: The smallest r of each layer with C(r) ≥ this share.
+        params: Parameters of the whole adapter, spent as ``allocate`` would.
+        ranks: Results file of ``allocate``, or an ``adapter_config.json``.
+        signal: r is the number of singular values above the files' rounding noise.
+        split: ``both`` for B = U√Σ and A = √Σ·Vᵀ; ``b`` for B = UΣ and A = Vᵀ.
+        dtype: Of the factors: ``float32``, ``bfloat16`` or ``float16``.
+        rest: ``save`` to store in full what no factor carries (norms, biases, resized tables), ``list`` to list it.
+        base_name: The base model's name for config and model card; by default ``base`` as it was given.
+        layers: Regular expression; only weights whose name contains a match.
+        exclude: Regular expression; no weights whose name contains a match.
+        allow_unmatched: Leave out what an adapter changes and ``base`` does not have, instead of stopping.
+        method: ``auto``, ``exact``, ``gram`` or ``krylov``.
+        tol: Bound to reach on the error of every energy fraction.
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:1``.
+        seed: Of the random starts of ``krylov``.
+        workers: Layers at once; by default as many as fit into memory.
+        overwrite: Replace an adapter that is in ``output``.
+        resume: Go on with an interrupted extraction.
+        on_progress: Called at the start and after every layer.
+        on_record: Called with every record, in the order of the file, as it comes.
+
+    Returns:
+        The records that are also in ``extraction.jsonl`` of the folder. Layers whose entries are not finite are in
+        ``left_out`` and not in the adapter.
+
+    Raises:
+        UsageError: An option makes no sense, or ``output`` holds something that would be lost.
+        InputError: An input cannot be read, or the adapter cannot be written.
+        NothingComparedError: The sides have no weight in common, or no layer gets factors.
+
+    Example:
+        >>> import tempfile
+        >>> pair = ("sample_checkpoints/base", "sample_checkpoints/full_ft")
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     found = extract(*pair, f"{folder}/adapter", rank=8, layers=r"layers\.0\..*q_proj")
+        >>> found.layers[0].rank, found.layers[0].epsilon - found.layers[0].epsilon_min < 1e-6
+        (8, True)
+
+    Reference: Eckart and Young 1936, "The approximation of one matrix by another of lower rank", Psychometrika 1.
+    """
+    asked = Asked(rank, energy, params, ranks, signal)
+    asked.check()
+    _check_words(split, dtype, rest)
+    check_request(method, 1, tol)
+    settings = ExtractionSettings(dtype, split, method, tol, seed, device)
+    check_running(workers, seed)
+    on = resolve_device(device)
+    folder = OutputFolder(Path(output), overwrite, resume)
+    compared = compare(base, tuned, layers, exclude, allow_unmatched)
+    planned = plan(open_checkpoint(base), tuned, compared.pairing, rest == "save")
+    rules = ranks_for(asked, planned.targets)
+    tasks = [
+        Layer(delta, target.module, target.kind, target.transposed, rules[delta.layer])
+        for delta in compared.pairing.deltas
+        if (target := planned.targets.get(delta.layer)) is not None
+    ]
+    files = {task.layer: folder.factors(index) for index, task in enumerate(tasks)}
+    run = Run(
+        command="extract",
+        version=__version__,
+        inputs=compared.inputs,
+        settings={
+            "ranks": asked.words(),
+            "split": split,
+            "dtype": dtype,
+            "rest": rest,
+            "layers": layers,
+            "exclude": exclude,
+            "method": method,
+            "tol": tol,
+            "device": on.type,
+            "seed": seed,
+        },
+    )
+    layout = layout_for(max((math.prod(task.shape) for task in tasks), default=0), workers, on.type)
+    folder.open()
+    writer: ResultsWriter[Extraction]
+    with ResultsWriter(folder.records, run, resume) as writer:
+        results = measure_layers(
+            writer,
+            tasks,
+            partial(_one_layer, files=files, settings=settings),
+            lambda: planned.left_out(layout, device),
+            layout,
+            lambda task: footprint(task.delta),
+            Watch(on_progress, on_record),
+        )
+    if not results.layers:
+        folder.discard()
+        raise _nothing(tuned, results)
+    name = str(base_name or base)
+    planned.write(folder.work, results, files, name)
+    words = ["loradiag", "extract", str(base), str(tuned), "-o", str(output), *shlex.split(asked.words())]
+    folder.finish(model_card(results, name, shlex.join(words)))
+    return results
+
+
+def _check_words(split: str, dtype: str, rest: str) -> None:
+    """Refuse words that mean nothing.
+
+    Raises:
+        UsageError: One of them.
+    """
+    allowed = (("--split", split, get_args(Split)), ("--dtype", dtype, DTYPES), ("--rest", rest, get_args(Rest)))
+    for option, word, words in allowed:
+        if word not in words:
+            raise UsageError(f"{option} {word}: use {', '.join(words)}")
+
+
+def _one_layer(task: Layer, files: Mapping[str, Path], settings: ExtractionSettings) -> tuple[Extraction | LeftOut]:
+    return (factor(task, settings, partial(store_factors, files[task.layer])),)
+
+
+def _nothing(tuned: Path | str, results: Results[Extraction]) -> LoradiagError:
+    """Return the error of an extraction that gave no factors."""
+    bad = next((item for item in results.left_out if item.reason == "non_finite"), None)
+    if bad is not None:
+        return InputError(f"{tuned}: {bad.layer}: {bad.detail}; no other layer gets factors, so nothing was written")
+    reasons = sorted({item.detail for item in results.left_out if item.reason in {"rank_0", "no_factors"}})
+    why = f" ({'; '.join(reasons[:3])})" if reasons else ""
+    return NothingComparedError(f"{tuned}: no layer gets factors{why}, so nothing was written")

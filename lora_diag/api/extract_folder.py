@@ -1,0 +1,102 @@
+"""Where ``extract`` writes: a folder that grows beside the target and takes its place when it is whole.
+
+While it grows, ``NAME.part`` holds the records measured so far and the factors of each layer in a file of its own, so
+that an interrupted extraction goes on behind the last layer. Nothing that this command did not write is ever removed.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+from lora_diag.errors import InputError, UsageError
+
+WEIGHTS, CONFIG, CARD, RECORDS = "adapter_model.safetensors", "adapter_config.json", "README.md", "extraction.jsonl"
+FACTORS = "factors"
+OURS = frozenset({WEIGHTS, CONFIG, CARD, RECORDS})
+
+
+class OutputFolder:
+    """The adapter folder of one extraction.
+
+    Args:
+        final: Where the adapter will be.
+        overwrite: Whether an adapter that is there may be replaced.
+        resume: Whether to go on with what an interrupted extraction left beside it.
+
+    Raises:
+        UsageError: Something is there that would be lost.
+        InputError: The folder cannot be created.
+    """
+
+    def __init__(self, final: Path, overwrite: bool, resume: bool) -> None:
+        self.final = Path(os.path.abspath(final))  # noqa: PTH100  (like "out/..", without following links)
+        self.work = self.final.with_name(f"{self.final.name}.part")
+        self._overwrite, self._resume = overwrite, resume
+        self._check_final()
+        if self.work.exists() and not resume:
+            if not overwrite:
+                raise UsageError(
+                    f"{self.work}: holds an unfinished extraction; continue it with --resume, or delete it first"
+                )
+            _check_ours(self.work)
+        parent = self.final.parent
+        if not parent.is_dir():
+            raise InputError(f"{final}: cannot be written: there is no folder {parent}; create it first")
+        if not os.access(parent, os.W_OK | os.X_OK):
+            raise InputError(f"{final}: cannot be written: permission denied")
+
+    def _check_final(self) -> None:
+        if not self.final.exists():
+            return
+        if not self.final.is_dir():
+            raise UsageError(f"{self.final}: is a file; give -o the name of a folder for the adapter")
+        if any(self.final.iterdir()):
+            if not self._overwrite:
+                raise UsageError(f"{self.final}: is not empty; choose another folder, or replace it with --overwrite")
+            _check_ours(self.final)
+
+    @property
+    def records(self) -> Path:
+        """The results file, while the folder grows."""
+        return self.work / RECORDS
+
+    def factors(self, index: int) -> Path:
+        """Return the file for the factors of one layer."""
+        return self.work / FACTORS / f"{index:06d}.safetensors"
+
+    def open(self) -> None:
+        """Create the folder beside the target."""
+        try:
+            if self.work.exists() and not self._resume:
+                shutil.rmtree(self.work)
+            (self.work / FACTORS).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"{self.work}: cannot be written: {error.strerror}") from error
+
+    def discard(self) -> None:
+        """Remove the folder beside the target."""
+        shutil.rmtree(self.work, ignore_errors=True)
+
+    def finish(self, card: str) -> None:
+        """Put the finished folder in its place, without the files that only resuming needs."""
+        old = self.final.with_name(f".{self.final.name}.{os.getpid()}")
+        try:
+            (self.work / CARD).write_text(card, encoding="utf-8")
+            shutil.rmtree(self.work / FACTORS)
+            if self.final.exists():
+                self.final.rename(old)
+            self.work.rename(self.final)
+        except OSError as error:
+            if old.exists() and not self.final.exists():
+                old.rename(self.final)
+            raise InputError(f"{self.final}: cannot be written: {error.strerror}; {self.work} holds it") from error
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _check_ours(folder: Path) -> None:
+    """Refuse to replace a folder with anything in it that this command does not write."""
+    foreign = sorted(path.name for path in folder.iterdir() if path.name not in OURS and path.name != FACTORS)
+    if foreign:
+        raise UsageError(f"{folder}: holds {foreign[0]}, which is not of an extraction; choose another folder")

@@ -1,0 +1,120 @@
+"""What ``extract`` does with each tensor of a pair: factors, the whole of it, or a line that says why neither."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from lora_diag.adapters import is_adapter, open_adapter
+from lora_diag.adapters.writing import Described, Part, Value, write_adapter
+from lora_diag.adapters.writing_check import check_written
+from lora_diag.adapters.writing_rest import can_be_saved, full_values
+from lora_diag.adapters.writing_targets import Model, Target, names_in_memory
+from lora_diag.api.measuring import without_rank
+from lora_diag.checkpoints import Checkpoint, locate
+from lora_diag.deltas import Delta, Pairing
+from lora_diag.diagnostics.extraction import left_out_matrix
+from lora_diag.engines import Layout
+from lora_diag.results import Extraction, LeftOut, Results
+
+RESIZED = "its vocabulary was resized"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Where everything goes.
+
+    Args:
+        base: The checkpoint before.
+        model: Its names in memory.
+        pairing: What is compared, and what is not.
+        targets: What each layer with factors is to PEFT.
+        refused: Why the other matrices have none.
+        save: Whether to store in full what no factor carries.
+    """
+
+    base: Checkpoint
+    model: Model
+    pairing: Pairing
+    targets: Mapping[str, Target]
+    refused: Mapping[str, str]
+    save: bool
+
+    def left_out(self, layout: Layout, device: str) -> Iterator[LeftOut]:
+        """Yield the records of everything without factors, with the norm of its change where it has one."""
+        for record in without_rank(self.pairing, layout, device):
+            yield self._saved(record)
+        for delta in self.pairing.deltas:
+            if delta.layer in self.refused:
+                yield self._saved(left_out_matrix(delta, self.refused[delta.layer], device))
+
+    def _saved(self, record: LeftOut) -> LeftOut:
+        """Return a record as it is, or as that of a tensor that is stored in full."""
+        if not self.save or not record.fro or record.reason not in {"vector", "no_factors", "added_rows"}:
+            return record
+        if not can_be_saved(self._name(record.layer), self.base, self.model):
+            return record
+        return record.model_copy(update={"reason": "saved", "detail": f"{record.detail}; stored in full"})
+
+    def _name(self, layer: str) -> str:
+        """Return the tensor of BASE that a layer is."""
+        return next((delta.base.name for delta in self.pairing.deltas if delta.layer == layer and delta.base), layer)
+
+    def write(self, folder: Path, results: Results[Extraction], files: Mapping[str, Path], base_name: str) -> None:
+        """Write the adapter's two files, and hold what is in them against what was measured.
+
+        Args:
+            folder: It is there.
+            results: The ranks, and what is saved in full.
+            files: The factors of every layer.
+            base_name: For the config.
+
+        Raises:
+            InputError: They cannot be written, or read back as something else.
+        """
+        parts = [Part(self.targets[record.layer], record.rank, files[record.layer]) for record in results]
+        write_adapter(folder, parts, self._values(results, parts), self._described(base_name))
+        check_written(folder, self.base, parts)
+
+    def _values(self, results: Results[Extraction], parts: list[Part]) -> list[Value]:
+        names = {self._name(record.layer) for record in results.left_out if record.reason == "saved"}
+        deltas: dict[str, Delta] = {delta.base.name: delta for delta in self.pairing.deltas if delta.base}
+        adapted = {part.target.module for part in parts if part.target.kind != "parameter"}
+        return full_values(sorted(names), deltas, self.base, self.model, adapted)
+
+    def _described(self, base_name: str) -> Described:
+        classes = self.base.config.get("architectures")
+        first = classes[0] if isinstance(classes, list) and classes else ""
+        names = (self.model.in_memory(name) for name in self.base if name.endswith(".weight"))
+        return Described(
+            base_name=base_name,
+            architecture=first if isinstance(first, str) else "",
+            modules=frozenset(name.removesuffix(".weight") for name in names),
+            parameters=frozenset(t.module for t in self.targets.values() if t.kind == "parameter"),
+        )
+
+
+def plan(base: Checkpoint, tuned: Path | str, pairing: Pairing, save: bool) -> Plan:
+    """Say where everything goes.
+
+    Args:
+        base: The checkpoint before.
+        tuned: The checkpoint after or an adapter, whose own names of modules are kept.
+        pairing: What is compared.
+        save: Whether to store in full what no factor carries.
+    """
+    own = names_in_memory(open_adapter(locate(tuned)), base) if is_adapter(locate(tuned)) else {}
+    model = Model(base, own)
+    resized = {item.layer for item in pairing.unpaired if item.reason in {"added_rows", "removed_rows"}}
+    targets: dict[str, Target] = {}
+    refused: dict[str, str] = {}
+    for delta in pairing.deltas:
+        if not delta.is_matrix:
+            continue
+        found = RESIZED if save and delta.layer in resized else model.target(delta)
+        if isinstance(found, Target):
+            targets[delta.layer] = found
+        else:
+            refused[delta.layer] = found
+    return Plan(base, model, pairing, targets, refused, save)

@@ -1,0 +1,83 @@
+"""A safetensors file, written tensor by tensor: beside the target, then renamed over it.
+
+Only one tensor is in memory at a time, and the same tensors give the same bytes.
+
+Reference: https://github.com/huggingface/safetensors#format
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lora_diag.checkpoints.safetensors import DTYPES
+from lora_diag.checkpoints.tensors import TensorInfo
+from lora_diag.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+
+# torch's name -> the code in the file, and bytes per entry.
+CODES = {name: (code, bits // 8) for code, (name, bits) in DTYPES.items() if bits >= 8}
+
+# Where the data begin, so that readers which map the file get aligned numbers.
+ALIGNMENT = 8
+
+
+def write_safetensors(
+    path: Path, tensors: Mapping[str, TensorInfo], read: Callable[[str], torch.Tensor], metadata: Mapping[str, str]
+) -> None:
+    """Write a safetensors file.
+
+    Args:
+        path: The file; one that is there is replaced once the new one is whole.
+        tensors: Shape and dtype of every tensor by its name. Widest dtypes are laid down first, then by name, as the
+            library does.
+        read: Returns a tensor by its name; called once for each, in the order of the file.
+        metadata: The file's own words, such as ``{"format": "pt"}``.
+
+    Raises:
+        InputError: The file cannot be written.
+    """
+    order = sorted(tensors, key=lambda name: (-CODES[tensors[name].dtype][1], name))
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with beside.open("wb") as file:
+            file.write(_header([(name, tensors[name]) for name in order], metadata))
+            for name in order:
+                file.write(_content(name, tensors[name], read(name)))
+        beside.replace(path)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written: {error.strerror}") from error
+    finally:
+        with contextlib.suppress(OSError):
+            beside.unlink(missing_ok=True)
+
+
+def _header(tensors: list[tuple[str, TensorInfo]], metadata: Mapping[str, str]) -> bytes:
+    """Return the length and the JSON, with blanks up to where the data may begin."""
+    entries: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+    begin = 0
+    for name, info in tensors:
+        code, width = CODES[info.dtype]
+        end = begin + math.prod(info.shape) * width
+        entries[name] = {"dtype": code, "shape": list(info.shape), "data_offsets": [begin, end]}
+        begin = end
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % ALIGNMENT)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _content(name: str, info: TensorInfo, tensor: torch.Tensor) -> memoryview:
+    """Return the bytes of a tensor, row by row."""
+    import torch
+
+    if tuple(tensor.shape) != info.shape or tensor.dtype != getattr(torch, info.dtype):
+        raise ValueError(f"{name}: {tuple(tensor.shape)} {tensor.dtype} does not have the promised {info}")
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return memoryview(flat.view(torch.uint8).numpy().data)

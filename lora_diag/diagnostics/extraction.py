@@ -1,0 +1,244 @@
+"""One layer's ΔW → the factors of its best update of a rank, and their error as they were stored."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lora_diag.deltas import Delta
+from lora_diag.diagnostics.change import Change, load_change, on_device
+from lora_diag.diagnostics.left_out import not_finite
+from lora_diag.diagnostics.resolution import resolution
+from lora_diag.errors import InputError
+from lora_diag.linalg import Factors, decompose_factored, norm, resolve_device
+from lora_diag.metrics import energy_curve, rank_at
+from lora_diag.results import Extraction, LeftOut
+
+Kind = Literal["linear", "conv1d", "embedding", "convolution", "parameter"]
+
+# Singular values below this share of the largest are those of a matrix of lower rank, and get no column.
+NUMERICALLY_ZERO = 1e-10
+
+# Dtypes that PEFT reads.
+DTYPES = ("float32", "bfloat16", "float16")
+
+# Takes B and A, stores them, and returns them as they are stored.
+Store = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True, slots=True)
+class Rank:
+    """How the rank of a layer is found; one of the three.
+
+    Args:
+        at_most: r itself, or less where the matrix or its rank is smaller.
+        energy: The smallest r with C(r) ≥ this share.
+        signal: Whether r is the number of singular values above the rounding noise of the files.
+    """
+
+    at_most: int | None = None
+    energy: float | None = None
+    signal: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class ExtractionSettings:
+    """How factors are computed and stored.
+
+    Args:
+        dtype: Of the factors: ``float32``, ``bfloat16`` or ``float16``.
+        split: ``both`` for B = U√Σ and A = √Σ·Vᵀ; ``b`` for B = UΣ and A = Vᵀ.
+        method: ``auto``, ``exact``, ``gram`` or ``krylov``.
+        tol: Bound that ``auto`` and ``krylov`` have to reach on the error of every energy fraction.
+        seed: Of random starting vectors.
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:1``.
+    """
+
+    dtype: str = "float32"
+    split: Literal["both", "b"] = "both"
+    method: str = "auto"
+    tol: float = 1e-6
+    seed: int = 0
+    device: str = "auto"
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """One matrix, and what PEFT takes it for.
+
+    Args:
+        delta: Its ΔW.
+        module: PEFT's name.
+        kind: What that module is.
+        transposed: Whether PEFT's B·A is ΔWᵀ of what is stored.
+        rank: How its rank is found.
+    """
+
+    delta: Delta
+    module: str
+    kind: Kind
+    transposed: bool
+    rank: Rank
+
+    @property
+    def layer(self) -> str:
+        """The weight's name in BASE."""
+        return self.delta.layer
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``(out, in)`` as it is stored."""
+        return self.delta.shape
+
+
+def extract(layer: Layer, settings: ExtractionSettings, store: Store) -> Extraction | LeftOut:
+    """Factor one ΔW by its truncated singular value decomposition, ΔW ≈ U_r Σ_r V_rᵀ = B·A.
+
+    Args:
+        layer: The layer.
+        settings: How.
+        store: Puts B ``(out, r)`` and A ``(r, in)``, in PEFT's orientation, into a file, and returns them as they are
+            there.
+
+    Returns:
+        The record, with ε of what was stored; or why there are no factors: an entry that is not finite, rank 0.
+
+    Raises:
+        InputError: A file could not be read or written, or the dtype cannot hold the factors.
+    """
+    record, fallback = on_device(partial(_extract, layer, settings, store), resolve_device(settings.device))
+    if fallback and isinstance(record, Extraction):
+        return record.model_copy(update={"method": record.method + fallback})
+    return record
+
+
+def _extract(layer: Layer, settings: ExtractionSettings, store: Store, device: torch.device) -> Extraction | LeftOut:
+    change = load_change(layer.delta, device)
+    if change.non_finite is not None:
+        return not_finite(layer.delta, change)
+    found, seen = _decompose(change, layer, settings)
+    if not math.isfinite(found.fro):
+        return not_finite(layer.delta, replace(change, non_finite="the product of its factors overflows float64"))
+    rank = int((found.s > NUMERICALLY_ZERO * found.s[:1]).sum())
+    if rank == 0 or found.fro == 0.0:
+        return _without_factors(layer, change, found)
+    curve = energy_curve(found.s[:rank].numpy(), found.fro, found.complete and rank == len(found.s))
+    b, a = store(
+        *(part.to(dtype=getattr(torch, settings.dtype)).cpu() for part in _split(found, rank, layer, settings))
+    )
+    if not (torch.isfinite(b).all() and torch.isfinite(a).all()):
+        raise InputError(f"{layer.layer}: {settings.dtype} cannot hold its factors; use --dtype float32")
+    if layer.transposed:
+        b, a = a.T, b.T
+    return Extraction(
+        layer=layer.layer,
+        shape=layer.shape,
+        module=layer.module,
+        kind=layer.kind,
+        rank=rank,
+        params=rank * sum(layer.shape),
+        kept=float(curve[-1]),
+        energy_error=found.energy_error,
+        epsilon=_gap(change, b.to(device), a.to(device), layer.shape) / found.fro,
+        epsilon_min=math.sqrt(1 - float(curve[-1])),
+        fro=found.fro,
+        base_fro=change.base_fro,
+        dtype=settings.dtype,
+        method=found.method,
+        resolution=resolution(change.rounding, layer.shape, seen.s.numpy(), seen.fro, seen.complete),
+    )
+
+
+def _decompose(change: Change, layer: Layer, settings: ExtractionSettings) -> tuple[Factors, Factors]:
+    """Return the singular values and vectors that are kept, and the values from which their number follows."""
+    limit = min(layer.shape)
+    if layer.rank.at_most is not None:
+        found = _vectors(change, min(layer.rank.at_most, limit), settings)
+        return found, found
+    every = change.decompose(settings.method if settings.method != "krylov" else "auto", seed=settings.seed)
+    rank = 0
+    if every.fro > 0 and layer.rank.energy is not None:
+        rank = rank_at(energy_curve(every.s.numpy(), every.fro, every.complete), layer.rank.energy) or len(every.s)
+    elif every.fro > 0:
+        signal = resolution(change.rounding, layer.shape, every.s.numpy(), every.fro, every.complete).signal_rank
+        rank = len(every.s) if signal is None else signal
+    return _vectors(change, rank, settings, every), every
+
+
+def _vectors(change: Change, rank: int, settings: ExtractionSettings, known: Factors | None = None) -> Factors:
+    """Return the ``rank`` largest singular values with their vectors; none for rank 0."""
+    if rank == 0:
+        empty = torch.zeros(0, dtype=torch.float64)
+        fro = known.fro if known is not None else _fro(change)
+        return Factors(empty, False, "none", 0.0, fro)
+    return change.decompose(settings.method, rank, True, settings.tol, settings.seed)
+
+
+def _fro(change: Change) -> float:
+    return change.fro if change.fro is not None else decompose_factored(*_factors(change)).fro
+
+
+def _factors(change: Change) -> tuple[Tensor, Tensor]:
+    assert change.factors is not None
+    return change.factors
+
+
+def _split(found: Factors, rank: int, layer: Layer, settings: ExtractionSettings) -> tuple[Tensor, Tensor]:
+    """Return B and A in PEFT's orientation, float64."""
+    assert found.u is not None
+    assert found.vh is not None
+    left, right = found.u[:, :rank], found.vh[:rank]
+    if layer.transposed:
+        left, right = right.T, left.T
+    s = found.s[:rank].to(left.device)
+    if settings.split == "b":
+        return left * s, right
+    return left * s.sqrt(), s.sqrt()[:, None] * right
+
+
+def _gap(change: Change, b: Tensor, a: Tensor, shape: tuple[int, int]) -> float:
+    """Return ‖ΔW − B·A‖_F; of two products, from their factors side by side: [B₁, −B₂]·[A₁; A₂]."""
+    b, a = b.to(torch.float64), a.to(torch.float64)
+    if change.factors is not None:
+        theirs = [part.to(torch.float64) for part in change.factors]
+        return decompose_factored(torch.cat([theirs[0], -b], dim=1), torch.cat([theirs[1], a])).fro
+    gap, row = 0.0, 0
+    for block in change.blocks(shape):
+        gap = math.hypot(gap, norm([block - b[row : row + len(block)] @ a]))
+        row += len(block)
+    return gap
+
+
+def left_out_matrix(delta: Delta, detail: str, device: str) -> LeftOut:
+    """Return the record of a matrix that no factors can carry, with the norm of its change."""
+    change = load_change(delta, resolve_device(device), keep=False)
+    if change.non_finite is not None:
+        return not_finite(delta, change)
+    fro = _fro(change)
+    return LeftOut(
+        layer=delta.layer, shape=delta.shape, reason="no_factors", detail=detail, fro=fro, base_fro=change.base_fro
+    )
+
+
+def _without_factors(layer: Layer, change: Change, found: Factors) -> LeftOut:
+    """Say why a layer gets no factors."""
+    if found.fro == 0.0:
+        detail = "its update is zero"
+    elif layer.rank.signal:
+        detail = "no singular value stands above the rounding noise of the files"
+    else:
+        detail = "rank 0 was given to it"
+    return LeftOut(
+        layer=layer.layer,
+        shape=layer.shape,
+        reason="rank_0",
+        detail=detail,
+        fro=found.fro,
+        base_fro=change.base_fro,
+    )

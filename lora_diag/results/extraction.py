@@ -1,0 +1,47 @@
+"""Records of ``extract``."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from lora_diag.results.base import Record
+from lora_diag.results.spectrum import Resolution
+
+
+class Extraction(Record):
+    """The factors that were written for one layer, and what they cost.
+
+    Args:
+        layer: The weight's name in BASE.
+        shape: ``(out, in)`` as BASE stores it.
+        module: PEFT's name for what the factors sit on; of ``parameter``, the parameter's own path.
+        kind: What PEFT takes it for.
+        rank: r.
+        params: r·(out + in).
+        kept: C(r) = Σ_{i≤r}σ_i² / ‖ΔW‖_F², the energy share that the best update of this rank keeps.
+        energy_error: Bound on the error of ``kept``.
+        epsilon: ‖ΔW − B·A‖_F / ‖ΔW‖_F of the factors as they are in the file, in their dtype.
+        epsilon_min: √(1 − C(r)), the smallest ε of any update of this rank (Eckart–Young).
+        fro: ‖ΔW‖_F.
+        base_fro: ‖W_base‖_F.
+        dtype: In which the factors are stored.
+        method: What computed the singular vectors.
+        resolution: What the files' rounding lets one see of ΔW.
+    """
+
+    record: Literal["extraction"] = "extraction"
+    layer: str
+    shape: tuple[int, int]
+    module: str
+    kind: Literal["linear", "conv1d", "embedding", "convolution", "parameter"]
+    rank: int
+    params: int
+    kept: float
+    energy_error: float
+    epsilon: float
+    epsilon_min: float
+    fro: float
+    base_fro: float | None
+    dtype: str
+    method: str
+    resolution: Resolution

@@ -1,4 +1,31 @@
-"""Records → figures: one function a figure, each returning the Matplotlib ``Axes`` it drew on (extra ``[plot]``).
+"""Records → figures (extra ``[plot]``): a panel on anyone's Matplotlib axes, or the whole page.
 
 The rule on the door: the only room that imports Matplotlib; it measures nothing and opens no checkpoint.
+
+    >>> import lora_diag
+    >>> from lora_diag import plots
+    >>> results = lora_diag.spectrum("sample_checkpoints/base", "sample_checkpoints/full_ft", layers="mlp")
+    >>> ax = plots.energy(results.filter("up_proj"))  # one panel; give ax= to draw into a figure of your own
+    >>> page = plots.figure("energy", results, width="column")  # what ``loradiag plot`` writes
+    >>> [ax.get_title(loc="left") for ax in page.axes[:3]]
+    ['mlp.gate_proj', 'mlp.up_proj', 'mlp.down_proj']
 """
+
+from lora_diag.plots.energy import energy
+from lora_diag.plots.figures import FIGURES, FigureKind, figure, figure_named, why_not
+from lora_diag.plots.heatmap import heatmap
+from lora_diag.plots.spectrum import spectrum
+from lora_diag.plots.style import FORMATS, encoded
+
+__all__ = [
+    "FIGURES",
+    "FORMATS",
+    "FigureKind",
+    "encoded",
+    "energy",
+    "figure",
+    "figure_named",
+    "heatmap",
+    "spectrum",
+    "why_not",
+]

@@ -1,0 +1,125 @@
+"""The figures by name: which records each needs, and how its page is drawn."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from lora_diag.errors import UsageError
+from lora_diag.plots.energy import figure as draw_energy
+from lora_diag.plots.fields import numbers_of, value_of
+from lora_diag.plots.heatmap import figure as draw_heatmap
+from lora_diag.plots.series import Options, Series, by_adapter, series_of
+from lora_diag.plots.spectrum import figure as draw_spectrum
+from lora_diag.plots.style import CATEGORIES, Look, look_of
+from lora_diag.results import Results, Spectrum
+
+
+@dataclass(frozen=True, slots=True)
+class FigureKind:
+    """One kind of figure.
+
+    Args:
+        name: As users call it.
+        shows: One line.
+        needs: The command whose records it draws; empty for any.
+        draw: Series of such records, a page and options → the figure.
+    """
+
+    name: str
+    shows: str
+    needs: str
+    draw: Callable[[Sequence[Series[Any]], Look, Options], Figure]
+
+
+FIGURES = (
+    FigureKind("energy", "C(r): what the best adapter of each rank keeps", "spectrum", draw_energy),
+    FigureKind("spectrum", "singular values and the noise edge of the files", "spectrum", draw_spectrum),
+    FigureKind("heatmap", "a field by module type and depth", "", draw_heatmap),
+)
+
+
+def figure_named(name: str) -> FigureKind:
+    """Return a kind of figure by its name.
+
+    Raises:
+        UsageError: There is none of that name.
+    """
+    for kind in FIGURES:
+        if kind.name == name:
+            return kind
+    raise UsageError(f"figure {name}: there are {', '.join(kind.name for kind in FIGURES)}")
+
+
+def figure(
+    name: str,
+    results: Results[Any] | Sequence[Results[Any]],
+    *,
+    labels: Sequence[str] = (),
+    width: str = "slide",
+    per: str = "layer",
+    field: str | None = None,
+    rank: int | None = None,
+) -> Figure:
+    """Return a figure as ``loradiag plot`` writes it; ``pyplot`` does not know of it.
+
+    Args:
+        name: One of ``FIGURES``.
+        results: Of one run, or of several to compare; those without the records that the figure needs do not count.
+        labels: What each of them is called.
+        width: ``column`` (3.3 in, 7 pt) or ``slide`` (10 in, 12.5 pt).
+        per: ``layer``, or ``type`` for all layers of a module type together.
+        field: Of a heat map: the dotted name of any number in the records.
+        rank: Of ``overlap``, where several were measured.
+
+    Raises:
+        UsageError: No such figure, width or field, or the results do not have what it needs.
+    """
+    runs = [results] if isinstance(results, Results) else list(results)
+    if labels and len(labels) != len(runs):
+        raise UsageError(f"{len(labels)} labels for {len(runs)} results: give one label each, in their order")
+    if per not in {"layer", "type"}:
+        raise UsageError(f"per {per}: choose layer or type")
+    kind, look, options = figure_named(name), look_of(width), Options(per, field, rank)
+    series = usable(kind, series_of(runs, labels), options)
+    if reason := why_not(kind, series, options):
+        raise UsageError(f"{name}: {reason}")
+    return kind.draw(series, look, options)
+
+
+def usable(kind: FigureKind, series: Sequence[Series[Any]], options: Options) -> tuple[Series[Any], ...]:
+    """Return the series whose records a figure can draw; of a heat map, those of the first kind that has its field."""
+    filled = [one for one in series if one.records]
+    if kind.needs:
+        return tuple(one for one in filled if one.records[0].record == kind.needs)
+    kinds = dict.fromkeys(type(one.records[0]) for one in filled)
+    field = options.field
+    having = [k for k in kinds if field is None or _has(field, [o for o in filled if type(o.records[0]) is k])]
+    chosen = tuple(one for one in filled if having and type(one.records[0]) is having[0])
+    return by_adapter(chosen) if chosen and chosen[0].records[0].record == "residual" else chosen
+
+
+def _has(field: str, series: Sequence[Series[Any]]) -> bool:
+    return any(value_of(record, field) is not None for one in series for record in one.records)
+
+
+def why_not(kind: FigureKind, series: Sequence[Series[Any]], options: Options) -> str | None:
+    """Say why a figure cannot be drawn of some series; None if it can."""
+    fitting = usable(kind, series, options)
+    if not fitting:
+        if options.field and not kind.needs and any(one.records for one in series):
+            return f"no record has a number {options.field}; there are {_fields(series)}"
+        return f"no {f'{kind.needs} ' if kind.needs else ''}records"
+    if len(fitting) > len(CATEGORIES):
+        return f"{len(fitting)} runs at once; {len(CATEGORIES)} colours can be told apart: give fewer results"
+    records: list[Any] = [record for one in fitting for record in one.records]
+    if kind.needs == Spectrum.model_fields["record"].default and not any(record.fro for record in records):
+        return "ΔW = 0 in every matrix"
+    return None
+
+
+def _fields(series: Sequence[Series[Any]]) -> str:
+    return ", ".join(dict.fromkeys(name for one in series for name in numbers_of(one.records[:20])))

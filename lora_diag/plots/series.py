@@ -1,0 +1,84 @@
+"""What is compared in a figure, and what was asked of it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import PurePath
+from typing import Any, Generic, TypeVar
+
+from lora_diag.plots.style import name_of
+from lora_diag.results import LayerRecord, Results, Run, WholeRecord
+
+R = TypeVar("R", bound=LayerRecord)
+
+
+@dataclass(frozen=True, slots=True)
+class Series(Generic[R]):
+    """The records of one side of a comparison: of one results file, or of one adapter in it."""
+
+    label: str
+    records: tuple[R, ...]
+    whole: tuple[WholeRecord, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What a user may ask of a figure; each figure reads what concerns it.
+
+    Args:
+        per: ``layer`` or ``type``: one line, bar or row a layer, or all layers of a module type together.
+        field: Of a heat map, dotted; None for the one that says most.
+        rank: Of ``overlap``, where several were measured; None for 8, or else the smallest.
+    """
+
+    per: str = "layer"
+    field: str | None = None
+    rank: int | None = None
+
+
+def series_of(results: Sequence[Results[Any]], labels: Sequence[str] = ()) -> tuple[Series[Any], ...]:
+    """Return one series a results file, named as asked or by what was compared."""
+    names = [name_of(label) for label in labels] or _named([one.run for one in results])
+    return tuple(Series(name, one.layers, one.whole) for name, one in zip(names, results, strict=True))
+
+
+def _named(runs: Sequence[Run]) -> list[str]:
+    """Name runs by what they measured, as shortly as tells them apart."""
+    if len(runs) == 1:
+        return [_inputs(runs[0])]
+    for names in ([_inputs(run, last=True) for run in runs], [_inputs(run) for run in runs]):
+        if len(set(names)) == len(names):
+            return names
+    return [f"{name} ({number})" for number, name in enumerate(names, 1)]
+
+
+def _inputs(run: Run, last: bool = False) -> str:
+    """Return the names of what was compared, such as ``base → full_ft``."""
+    names = [base_name(side.path) for side in run.inputs]
+    if not names:
+        return name_of(run.command)
+    return names[-1] if last or len(names) > 3 else " → ".join(names)
+
+
+def base_name(path: str) -> str:
+    """Return the last part of a path, as it is drawn."""
+    return name_of(PurePath(path).name or path)
+
+
+def by_adapter(series: Sequence[Series[Any]]) -> tuple[Series[Any], ...]:
+    """Split series of ``residual`` by the adapters that were held against the update."""
+    found = []
+    for one in series:
+        adapters = dict.fromkeys(record.adapter for record in one.records)
+        parts = [
+            Series(base_name(adapter), tuple(record for record in one.records if record.adapter == adapter))
+            for adapter in adapters
+        ]
+        found += [replace(part, label=f"{one.label}: {part.label}") for part in parts] if len(series) > 1 else parts
+    counts = Counter(one.label for one in found)
+    return tuple(
+        replace(one, label=f"{one.label} ({number})") if counts[one.label] > 1 else one
+        for number, one in enumerate(found, 1)
+    )

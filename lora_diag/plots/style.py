@@ -1,0 +1,263 @@
+"""Sizes, fonts and colours, set once: for a column of a paper and for a slide.
+
+Nothing here touches Matplotlib's global settings beyond a ``with`` block, and no figure is known to ``pyplot``.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache, lru_cache
+from typing import Any, Literal
+
+import matplotlib as mpl
+from matplotlib.colors import Colormap, ListedColormap
+from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties, findfont, get_font
+
+from lora_diag.errors import UsageError
+
+Format = Literal["png", "svg", "pdf"]
+FORMATS: tuple[Format, ...] = ("png", "svg", "pdf")
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """One kind of page: its width and height in inches, its text in points.
+
+    Args:
+        name: Of the page.
+        width: Of the figure.
+        height: Of a figure whose content leaves it open.
+        text: Size of labels; titles are larger, tick labels smaller.
+        line: Width of a line.
+        dpi: Of a PNG.
+        columns: Small multiples side by side.
+        panel: Least height of one of them.
+    """
+
+    name: str
+    width: float
+    height: float
+    text: float
+    line: float
+    dpi: int
+    columns: int
+    panel: float
+
+    @property
+    def ticks(self) -> float:
+        """Size of tick labels and notes."""
+        return 0.88 * self.text
+
+    @property
+    def title(self) -> float:
+        """Size of the figure's title."""
+        return 1.2 * self.text
+
+
+# 3.3 inches is a column of most two-column journals; 6 points are the least they print.
+COLUMN = Look("column", 3.3, 2.6, text=7, line=0.7, dpi=300, columns=2, panel=0.85)
+SLIDE = Look("slide", 10, 5.6, text=12.5, line=1.3, dpi=150, columns=4, panel=1.5)
+LOOKS = (COLUMN, SLIDE)
+# One panel on its own, in a notebook.
+PANEL = Look("panel", 5, 3.6, text=9, line=1, dpi=150, columns=1, panel=2)
+
+# Okabe and Ito 2008, "Color universal design", without the black of text and the yellow that white paper swallows.
+CATEGORIES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+INK, QUIET, FLOOR, UNKNOWN = "#222222", "#666666", "#BDBDBD", "#E4E4E4"
+
+# viridis without its last eighth: that yellow is not seen on white.
+DEPTH: Colormap = ListedColormap(mpl.colormaps["viridis"].resampled(256)(range(224)), "depth")
+SHARES: Colormap = mpl.colormaps["cividis"]
+
+_FAMILY = ["DejaVu Sans", "Verdana", "Arial", "sans-serif"]
+
+# What a name in somebody's file, or a notebook's own settings, must not change.
+_PLAIN: dict[Any, Any] = {"text.parse_math": False, "text.usetex": False, "axes.unicode_minus": True}
+
+
+def look_of(name: str) -> Look:
+    """Return the page by its name.
+
+    Raises:
+        UsageError: There is none of that name.
+    """
+    for look in LOOKS:
+        if look.name == name:
+            return look
+    raise UsageError(f"width {name}: choose {' or '.join(look.name for look in LOOKS)}")
+
+
+@contextmanager
+def styled(look: Look | None) -> Iterator[None]:
+    """Set fonts, sizes and widths for what is drawn inside; None leaves the sizes of a notebook's own axes alone."""
+    with mpl.rc_context(_PLAIN if look is None else _settings(look)):
+        yield
+
+
+def _settings(look: Look) -> dict[Any, Any]:
+    return {
+        # From the defaults, not from what a user's matplotlibrc says: the same bytes on every machine.
+        **{key: value for key, value in mpl.rcParamsDefault.items() if key not in _OF_THE_PROCESS},
+        **_PLAIN,
+        "font.family": ["sans-serif"],
+        "font.sans-serif": _FAMILY,
+        "font.size": look.text,
+        "text.color": INK,
+        "axes.edgecolor": QUIET,
+        "axes.labelcolor": INK,
+        "axes.labelsize": look.text,
+        "axes.titlesize": look.text,
+        "axes.titlelocation": "left",
+        "axes.titlepad": 0.35 * look.text,
+        "axes.labelpad": 0.3 * look.text,
+        "axes.linewidth": 0.7 * look.line,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "legend.fontsize": look.ticks,
+        "legend.frameon": False,
+        "lines.linewidth": look.line,
+        "lines.markersize": 4 * look.line,
+        "hatch.linewidth": 0.5 * look.line,
+        **{f"{axis}tick.{key}": value for axis in "xy" for key, value in _tick(look).items()},
+        "svg.fonttype": "none",
+        "svg.hashsalt": "loradiag",
+        "pdf.fonttype": 42,
+    }
+
+
+_OF_THE_PROCESS = {"backend", "backend_fallback", "interactive", "toolbar", "timezone", "webagg.port"}
+
+
+def _tick(look: Look) -> dict[str, Any]:
+    return {
+        "labelsize": look.ticks,
+        "labelcolor": INK,
+        "color": QUIET,
+        "major.size": 3 * look.line,
+        "major.width": 0.7 * look.line,
+        "minor.size": 1.8 * look.line,
+        "minor.width": 0.5 * look.line,
+        "major.pad": 0.25 * look.text,
+    }
+
+
+def encoded(figure: Figure, kind: Format, look: Look = SLIDE) -> bytes:
+    """Return a figure as the bytes of a file; the same figure gives the same bytes.
+
+    Args:
+        figure: What was drawn.
+        kind: ``png``, ``svg`` (text stays text) or ``pdf`` (fonts embedded).
+        look: Its page, which sets the resolution of a PNG.
+    """
+    metadata: dict[str, None] = {"png": {}, "svg": {"Date": None}, "pdf": {"CreationDate": None}}[kind]
+    buffer = io.BytesIO()
+    with styled(look):
+        figure.savefig(buffer, format=kind, dpi=look.dpi, metadata=metadata)
+    return buffer.getvalue()
+
+
+def name_of(layer: str) -> str:
+    r"""Return a name from a file as it is drawn: without ``.weight``; what the font lacks or hides is spelled out.
+
+    >>> name_of("model.layers.0.mlp.up_proj.weight"), name_of("a$b$\n")
+    ('model.layers.0.mlp.up_proj', 'a$b$\\n')
+    """
+    known = _characters()
+    return "".join(
+        char if char.isprintable() and ord(char) in known else char.encode("unicode_escape", "surrogatepass").decode()
+        for char in layer.removesuffix(".weight")
+    )
+
+
+@cache
+def _characters() -> frozenset[int]:
+    return frozenset(get_font(_font()).get_charmap())
+
+
+@cache
+def _font() -> str:
+    return findfont(FontProperties(family=_FAMILY))
+
+
+def log_label(value: float, _: object = None) -> str:
+    """Return a power of ten for a log axis, empty for what is none.
+
+    >>> log_label(1e-3), log_label(10.0), log_label(1.0), log_label(2.0)
+    ('10⁻³', '10', '1', '')
+    """
+    power = math.log10(value) if value > 0 else 0.5
+    if abs(power - round(power)) > 1e-9:
+        return ""
+    if round(power) in {0, 1}:
+        return f"{value:.0f}"
+    return "10" + str(round(power)).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
+
+
+def category(number: int) -> str:
+    """Return the colour of the n-th thing that is compared."""
+    return CATEGORIES[number % len(CATEGORIES)]
+
+
+def width_of(text: str, size: float) -> float:
+    """Return how wide a line of text is, in inches."""
+    return max((_width(line) for line in text.split("\n")), default=0.0) * size / 72
+
+
+@lru_cache(4096)
+def _width(line: str) -> float:
+    """Return the width of a line at one point."""
+    font = get_font(_font())
+    font.set_size(100, 72)
+    font.set_text(line, 0.0)
+    return float(font.get_width_height()[0]) / 64 / 100
+
+
+def cropped(text: str, inches: float, size: float) -> str:
+    """Cut a name at its beginning until it fits: its end tells more."""
+    while len(text) > 4 and width_of(text, size) > inches:
+        text = "…" + text[2:]
+    return text
+
+
+def cropped_all(names: Sequence[str], inches: float, size: float) -> dict[str, str]:
+    """Shorten names to where they fit: those of one family at the same dot if all then differ, else anywhere."""
+    families: dict[str, list[str]] = {}
+    for name in names:
+        families.setdefault(name.split(".")[0], []).append(name)
+    shown = {}
+    for family in families.values():
+        cut = next((n for n in range(4) if all(width_of(_from(name, n), size) <= inches for name in family)), 0)
+        shown.update({name: cropped(_from(name, cut), inches, size) for name in family})
+    if len(set(shown.values())) == len(set(names)):
+        return shown
+    return {name: cropped(name, inches, size) for name in names}
+
+
+def _from(name: str, dot: int) -> str:
+    parts = name.split(".")
+    dot = min(dot, len(parts) - 1)
+    return f"…{'.'.join(parts[dot:])}" if dot else name
+
+
+def wrapped(text: str, inches: float, size: float) -> str:
+    """Break text between words, and a word that is too long anywhere, so that no line is wider."""
+    lines: list[str] = []
+    for paragraph in text.split("\n"):
+        line = ""
+        for word in paragraph.split(" "):
+            longer = f"{line} {word}" if line else word
+            if line and width_of(longer, size) > inches:
+                lines.append(line)
+                longer = word
+            while width_of(longer, size) > inches and len(longer) > 1:
+                cut = next(n for n in range(len(longer) - 1, 0, -1) if n == 1 or width_of(longer[:n], size) <= inches)
+                lines.append(longer[:cut])
+                longer = longer[cut:]
+            line = longer
+        lines.append(line)
+    return "\n".join(lines)

@@ -116,6 +116,8 @@ class FactoredDelta:
             function, so that a descriptor can be sent to another process.
         dtypes: Stored dtype of the base (None without one) and of the factors.
         base: Where W_base lies, if it is there.
+        is_matrix: True: only matrices have factors.
+        scale: s, which is in B; None if it is not known or not the same for all of it.
     """
 
     layer: str
@@ -124,6 +126,7 @@ class FactoredDelta:
     dtypes: tuple[str | None, str]
     base: Side | None = None
     is_matrix: bool = True
+    scale: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -244,7 +244,9 @@ def _delta(layer: str, pieces: list[Piece], plus: Callable[[Site], torch.Tensor]
     shape = first.place.shape if len(first.place.shape) == 2 else (1, first.place.shape[0])
     dtypes = (first.base.dtype if first.base is not None else None, first.update.dtype)
     if plus is None and all(piece.update.factored for piece in pieces):
-        return FactoredDelta(layer, shape, partial(load_factors, pieces), dtypes, first.base)
+        scales = {piece.update.scale for piece in pieces}
+        scale = scales.pop() if len(scales) == 1 else None
+        return FactoredDelta(layer, shape, partial(load_factors, pieces), dtypes, first.base, scale=scale)
     is_matrix = len(first.place.shape) == 2
     return DenseDelta(layer, shape, partial(load_dense, pieces, plus), dtypes, first.base, is_matrix)
 

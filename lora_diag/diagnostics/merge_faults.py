@@ -1,0 +1,240 @@
+"""What went wrong with a layer that is no merge of W and ΔW: the usual faults, each tried in turn.
+
+A fault is a hypothesis "M is W + D', rounded" with another D' than the adapter's ΔW: c·ΔW, ΔWᵀ, another expert's ΔW.
+It is believed if ‖M − W − D'‖ is no more than rounding and 5% of ‖D'‖; of several, the one that comes nearest. That a
+layer fails was decided before, entry by entry; what is said here is the likely cause.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from lora_diag.deltas import row_spans
+from lora_diag.linalg.merge import Addend, Check, Rounding, unit_roundoff
+from lora_diag.linalg.rounding import LAYOUT
+from lora_diag.results.merge import MergeStatus
+
+# A fault may leave so many entries unexplained: roundings that differ from those of a correct merge.
+UNEXPLAINED = 1e-3
+
+# Besides rounding, a fault may leave so much of ‖D'‖ unexplained.
+NEAR = 0.05
+
+# Weights whose two halves are two layers, so that they can be put together in the wrong order.
+HALVES = ("gate_up", "gate_and_up", "up_gate", "w13", "kv_proj", "input_linear")
+
+UNCHANGED = "MERGED holds BASE's weight: the update was not added"
+
+# How many ranges of rows a message names.
+SHOWN = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """What a layer suffers from.
+
+    Args:
+        status: In one word.
+        cause: In a sentence.
+    """
+
+    status: MergeStatus
+    cause: str
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """A failing layer, and how to look at it again.
+
+    Args:
+        layer: Its name.
+        is_matrix: False for 1-D tensors.
+        shape: ``(m, n)``.
+        addend: The adapter's ΔW.
+        rounding: How a correct merge may have rounded.
+        found: What the check with ΔW found.
+        recheck: The same check with another D' or another rounding.
+        observed: Takes first and last row, returns these rows of O = M − W.
+        scale: s of the adapter; None if it is not known.
+        rank: r of the adapter; None if it is not known.
+        others: Names of layers of the same kind and shape.
+        load_other: Takes one of them, returns its ΔW.
+    """
+
+    layer: str
+    is_matrix: bool
+    shape: tuple[int, int]
+    addend: Addend
+    rounding: Rounding
+    found: Check
+    recheck: Callable[[Addend, Rounding], Check]
+    observed: Callable[[int, int], Tensor]
+    scale: float | None
+    rank: int | None
+    others: tuple[str, ...]
+    load_other: Callable[[str], Addend]
+
+
+def find_fault(look: Look) -> Fault:
+    """Return the fault that explains a layer best."""
+    found = look.found
+    if found.moved == 0:
+        return Fault("dropped", UNCHANGED)
+    if fault := _coarse(look) or _partial(look) or _best(look) or _rounded_base(look):
+        return fault
+    return _by_numbers(look)
+
+
+def _coarse(look: Look) -> Fault | None:
+    """A float32 merge whose ΔW was computed less precisely (bfloat16, TF32) is right, though not to the last bit."""
+    u = unit_roundoff(torch.bfloat16)
+    if look.rounding.roundoff >= u:
+        return None
+    if look.recheck(look.addend, replace(look.rounding, roundoff=u, cast=True)).count:
+        return None
+    apart = math.sqrt(look.found.residual / look.found.expected) if look.found.expected else 0.0
+    return Fault("coarse", f"right to {apart:.1g} of ‖ΔW‖: ΔW was computed less precisely than {_word(look)} allows")
+
+
+def _partial(look: Look) -> Fault | None:
+    """Rows (or columns) that have the update beside others that have none."""
+    for axis, word in enumerate(("rows", "columns")):
+        lacking, still = look.found.beyond[axis] > 0, look.found.beyond_base[axis] == 0
+        if lacking.any() and not (lacking & ~still).any() and (~still).any():
+            return Fault("partial", f"{word} {ranges(lacking)} of {len(lacking)} have no update, the others have it")
+    return None
+
+
+def _best(look: Look) -> Fault | None:
+    """Try every usual fault; return the nearest of those that explain the layer."""
+    how = replace(look.rounding, more=1.0)
+    fitting: list[tuple[float, Fault]] = []
+    for fault, addend in _hypotheses(look):
+        check = look.recheck(addend, how)
+        if check.residual <= min(_near(check.expected, check.allowed), look.found.residual):
+            fitting.append((check.residual, fault))
+    return min(fitting, key=lambda item: item[0])[1] if fitting else None
+
+
+def _near(squares: float, allowed: float) -> float:
+    """Return how large ‖M − W − D'‖² may be for D' to explain a layer: 5% of ‖D'‖ and the noise of two roundings.
+
+    ``allowed`` is Σ(½ulp + ½ulp)² or more; each rounding is expected to add a variance of ulp²/12.
+    """
+    return NEAR**2 * squares + allowed / 4
+
+
+def _hypotheses(look: Look) -> Iterator[tuple[Fault, Addend]]:
+    for factor, why in scales(look.scale, look.rank).items():
+        yield Fault("wrong scale", f"ΔW was added times {factor:.4g}: {why}"), look.addend.times(factor)
+    if look.is_matrix and look.shape[0] == look.shape[1]:
+        yield Fault("transposed", "ΔWᵀ was added in the place of ΔW"), look.addend.transposed()
+    if look.shape[0] % 2 == 0 and any(word in look.layer for word in HALVES):
+        why = "ΔW was added with its upper and lower half in each other's place"
+        yield Fault("wrong order", why), look.addend.halves_swapped()
+    if name := _nearest_other(look):
+        yield Fault("wrong order", f"the ΔW of {name} was added here"), look.load_other(name)
+
+
+def scales(s: float | None, rank: int | None) -> dict[float, str]:
+    """Return the factors c that usual mistakes give, and what they are.
+
+    Args:
+        s: The adapter's scaling, α/r or α/√r; None if it is not known.
+        rank: r; None if it is not known.
+
+    Example:
+        >>> sorted(scales(2.0, 16))
+        [-1.0, 0.25, 0.5, 2.0, 4.0]
+    """
+    causes: list[tuple[float, str]] = [(2.0, "it was added twice"), (-1.0, "it was subtracted")]
+    if s:
+        causes += [(1 / s, f"the scaling s = {s:.4g} (lora_alpha) was left out"), (s, f"s = {s:.4g} was applied twice")]
+    if rank is not None and rank > 1:
+        causes += [
+            (math.sqrt(rank), f"scaled by α/√r where the adapter says α/r (r = {rank})"),
+            (1 / math.sqrt(rank), f"scaled by α/r where the adapter says α/√r, rsLoRA (r = {rank})"),
+        ]
+    words: dict[float, str] = {}
+    for factor, why in causes:
+        same = next((known for known in words if math.isclose(known, factor, rel_tol=1e-6)), None)
+        if same is not None:
+            words[same] += f", or {why}"
+        elif not math.isclose(factor, 1.0, rel_tol=1e-6):
+            words[factor] = why
+    return words
+
+
+def _nearest_other(look: Look) -> str | None:
+    """Return the layer whose ΔW points most nearly where this one moved, if that is clear."""
+    best, nearest = 0.5, None
+    for name in look.others:
+        other = look.load_other(name)
+        inner = norm = 0.0
+        for span in row_spans(look.shape):
+            inner += other.inner(look.observed(*span), *span)
+            norm += float((other.rows(*span) ** 2).sum())
+        cosine = inner / math.sqrt(norm * look.found.observed) if norm and look.found.observed else 0.0
+        if cosine > best:
+            best, nearest = cosine, name
+    return nearest
+
+
+def _rounded_base(look: Look) -> Fault | None:
+    """A merge into a base that was loaded in a shorter dtype than MERGED's."""
+    for dtype in (torch.bfloat16, torch.float16):
+        if LAYOUT[dtype][2] >= LAYOUT[look.rounding.dtype][2]:
+            continue
+        how = replace(look.rounding, bases=(dtype,), roundoff=unit_roundoff(dtype), cast=True)
+        if look.recheck(look.addend, how).count <= UNEXPLAINED * look.found.entries:
+            return Fault("other base", f"ΔW was added to BASE rounded to {str(dtype).removeprefix('torch.')}")
+    return None
+
+
+def _by_numbers(look: Look) -> Fault:
+    """Say what the norms say where no usual fault explains every entry."""
+    found = look.found
+    if not found.expected:
+        return Fault("other", f"the adapter's update is zero here, but MERGED differs from BASE {_where(look)}")
+    c = found.inner / found.expected
+    apart = found.observed - c * c * found.expected
+    if abs(c - 1) > NEAR and apart <= _near(c * c * found.expected, found.allowed):
+        return Fault("wrong scale", f"ΔW was added times {c:.3g}, which is none of the usual mistakes")
+    rest = math.sqrt(found.residual)
+    doubt = 4 * rest / math.sqrt(found.expected * found.entries)  # of c, if the rest has nothing to do with ΔW
+    if abs(c - 1) <= 0.05 + doubt < 0.5:
+        share = rest / math.sqrt(found.base) if found.base else math.inf
+        return Fault(
+            "other base",
+            f"ΔW is in it (c = {c:.2f}), but so is something else, of {share:.2g} ‖W‖: perhaps merged into another base "
+            "(a quantized copy?), or trained on",
+        )
+    cosine = found.inner / math.sqrt(found.expected * found.observed)
+    return Fault("other", f"MERGED moved elsewhere {_where(look)}: cosine {cosine:.2f} with ΔW, c = {c:.2f}")
+
+
+def _where(look: Look) -> str:
+    rows = look.found.beyond[0] > 0
+    return f"in rows {ranges(rows)} of {len(rows)}" if look.is_matrix and not rows.all() else "all over"
+
+
+def ranges(marked: Tensor) -> str:
+    """Return the marked indices as ranges, the first few.
+
+    >>> ranges(torch.tensor([True, True, False, True]))
+    '0-1, 3'
+    """
+    edges = torch.nn.functional.pad(marked.to(torch.int8), (1, 1)).diff()
+    starts, ends = (edges == 1).nonzero().flatten().tolist(), (edges == -1).nonzero().flatten().tolist()
+    words = [str(a) if b == a + 1 else f"{a}-{b - 1}" for a, b in zip(starts, ends, strict=True)]
+    more = f" and {len(words) - SHOWN} more ranges" if len(words) > SHOWN else ""
+    return ", ".join(words[:SHOWN]) + more
+
+
+def _word(look: Look) -> str:
+    return str(look.rounding.dtype).removeprefix("torch.")

@@ -20,7 +20,8 @@ ALLOWED = {
     "metrics": set(),
     "deltas": {"checkpoints", "results"},
     "adapters": {"checkpoints", "deltas", "results"},
-    "diagnostics": {"deltas", "linalg", "metrics", "results"},
+    "gradients": {"adapters", "checkpoints", "deltas"},
+    "diagnostics": {"deltas", "gradients", "linalg", "metrics", "results"},
     "engines": {"diagnostics", "results"},
     "planning": {"results", "metrics"},
     "gate": {"results", "metrics"},
@@ -34,6 +35,7 @@ ALLOWED = {
         "diagnostics",
         "engines",
         "gate",
+        "gradients",
         "linalg",
         "planning",
         "plots",
@@ -48,7 +50,7 @@ ALLOWED = {
 
 # Library -> the rooms that may import it.
 LIBRARIES = {
-    "torch": {"checkpoints", "deltas", "adapters", "linalg", "diagnostics", "engines", "training"},
+    "torch": {"checkpoints", "deltas", "gradients", "adapters", "linalg", "diagnostics", "engines", "training"},
     "numpy": {"metrics", "diagnostics", "planning", "plots"},
     "scipy": {"metrics", "linalg", "planning"},
     "matplotlib": {"plots"},

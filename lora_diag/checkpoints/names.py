@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from copy import copy
 from typing import TYPE_CHECKING
 
 from lora_diag.checkpoints.tensors import TensorFile, TensorInfo
@@ -39,6 +40,10 @@ class Renamed:
             for name, old in stored.items()
             if (info := file.tensors[old])
         }
+
+    def __copy__(self) -> Renamed:
+        """Copy the file, too: a copy of a file has its own descriptor."""
+        return Renamed(copy(self._file), self._stored)
 
     def read(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Return the entries ``start:stop`` of a tensor, by its presented name."""

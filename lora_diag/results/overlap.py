@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
-from lora_diag.results.base import Record
+from lora_diag.results.base import Record, Share
 
 
 class Overlap(Record):
@@ -26,19 +26,24 @@ class Overlap(Record):
         right: ‖GV‖_F / ‖G‖_F, what factor B can reach while A spans V: all that a fresh adapter (B = 0) reaches.
         right_random: √(r/n).
         gradient_fro: ‖G‖_F.
+        method: What computed U and V.
+        verdict: Whether the files can show the update that U and V are of.
     """
 
+    key: ClassVar[tuple[str, ...]] = ("layer", "step", "rank")
     record: Literal["overlap"] = "overlap"
     layer: str
     shape: tuple[int, int]
     step: int
     rank: int
-    kappa: float | None
-    kappa_random: float
-    tangent: float | None
-    tangent_random: float
-    left: float | None
-    left_random: float
-    right: float | None
-    right_random: float
+    kappa: Share | None
+    kappa_random: Share
+    tangent: Share | None
+    tangent_random: Share
+    left: Share | None
+    left_random: Share
+    right: Share | None
+    right_random: Share
     gradient_fro: float
+    method: str
+    verdict: Literal["resolved", "floor-limited", "unresolved"]

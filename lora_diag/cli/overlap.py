@@ -1,0 +1,84 @@
+"""``loradiag overlap``."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lora_diag.cli import options
+from lora_diag.cli.output import message, progress_bar, result, terminal
+from lora_diag.errors import UNREADABLE, UsageError
+
+
+def overlap(
+    base: options.Base,
+    tuned: Annotated[Path, typer.Argument(metavar="TUNED", help="Checkpoint after a pilot run, or an adapter.")],
+    gradients: Annotated[
+        list[Path], typer.Argument(metavar="GRADIENTS...", help="Folders or files with the gradients of a step each.")
+    ],
+    ranks: Annotated[str, typer.Option(metavar="R,R,...", help="Ranks r of the subspaces.")] = "4,8,16,32,64",
+    rank: Annotated[int | None, typer.Option(metavar="R", help="Rank that the table shows; one of --ranks.")] = None,
+    layers: options.Layers = None,
+    exclude: options.Exclude = None,
+    allow_unmatched: options.AllowUnmatched = False,
+    method: options.Method = "auto",
+    device: options.Device = "auto",
+    seed: options.Seed = 0,
+    workers: options.Workers = None,
+    per: options.PerRow = options.Per.type,
+    output: options.Output = None,
+    json: options.Json = False,
+    resume: options.Resume = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Is training still inside the adapter's reach? Overlap of gradients with the subspaces of an update.
+
+    Example: loradiag overlap base/ full_ft/ gradients/ --ranks 8,16 -o overlap.jsonl
+    """
+    if resume and output is None:
+        raise UsageError("--resume: give the results file of the interrupted run with -o")
+    asked = options.parse_ranks(ranks)
+    # torch comes with it: not before it is needed
+    from lora_diag.api.overlap import overlap as measure
+    from lora_diag.reports.overlap import overlap_table
+    from lora_diag.results import to_line
+
+    with progress_bar(quiet) as on_progress:
+        results = measure(
+            base,
+            tuned,
+            gradients,
+            ranks=asked if rank is None else [*asked, rank],
+            layers=layers,
+            exclude=exclude,
+            allow_unmatched=allow_unmatched,
+            method=method,
+            device=device,
+            seed=seed,
+            workers=workers,
+            output=output,
+            resume=resume,
+            on_progress=on_progress,
+            on_record=(lambda record: result(to_line(record))) if json else None,
+        )
+    if not json and not quiet:
+        result(overlap_table(results, *terminal(), per=per, rank=rank, then=_next(output, per)))
+    not_finite = [item for item in results.left_out if item.reason == "non_finite"]
+    for item in not_finite:
+        message(f"error: {item.layer}: {item.detail}; left out")
+    if not_finite:
+        raise typer.Exit(UNREADABLE)
+
+
+def _next(output: Path | None, per: str) -> str:
+    """Return the command that a user would run next, as a shell takes it."""
+    words = ["loradiag", *sys.argv[1:]]
+    if per == "type":
+        return f"{shlex.join([*words, '--per', 'layer'])}   (layer by layer)"
+    if output is None:
+        return f"{shlex.join([*words, '-o', 'overlap.jsonl'])}   (keeps these numbers)"
+    return f"loradiag inspect {shlex.quote(str(output))}   (this table without measuring again)"

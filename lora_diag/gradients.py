@@ -1,0 +1,228 @@
+"""Gradient snapshots: of which training step each file is, and where the gradient of each weight lies in it.
+
+Knows files, steps and names. It reads no numbers and measures nothing; ``linalg`` does.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lora_diag.adapters import Place, match_names
+from lora_diag.checkpoints import Checkpoint, locate, open_checkpoint
+from lora_diag.checkpoints.folder import WEIGHTS
+from lora_diag.checkpoints.tensors import FLOAT_DTYPES
+from lora_diag.deltas import Side, Unpaired, matrices, natural_order, row_spans
+from lora_diag.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+
+INDEX = ".index.json"
+
+# The last number in a file's name: ``grad_step000040`` is of step 40.
+_NUMBER = re.compile(r"(\d+)\D*$")
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """The gradients of one training step.
+
+    Args:
+        step: Updates that the weights had seen when they were taken.
+        checkpoint: The gradients, by name.
+    """
+
+    step: int
+    checkpoint: Checkpoint
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """Where G_t of one weight lies.
+
+    Args:
+        step: t.
+        side: The stored entries.
+    """
+
+    step: int
+    side: Side
+
+    def blocks(self, shape: tuple[int, int]) -> Iterator[torch.Tensor]:
+        """Yield the rows of G_t in blocks, ``(rows, in)`` in the stored dtype, from the first row to the last.
+
+        The file is open only meanwhile: a run may have more steps than a process may have open files.
+
+        Raises:
+            InputError: A file could not be read.
+        """
+        name, start = self.side.name, self.side.offset
+        file = copy.copy(next(file for file in self.side.checkpoint.files if name in file.tensors))
+        for first, last in row_spans(shape):
+            stored = file.read(name, start + first * shape[1], start + last * shape[1])
+            yield stored.view(last - first, shape[1])
+
+
+@dataclass(frozen=True, slots=True)
+class History:
+    """The gradients of one weight over the steps.
+
+    Args:
+        layer: The weight's name in BASE; without one, in the gradients.
+        shape: ``(out, in)``.
+        snapshots: In the order of the steps; one for each step that has this weight.
+    """
+
+    layer: str
+    shape: tuple[int, int]
+    snapshots: tuple[Snapshot, ...]
+
+    @property
+    def dtypes(self) -> tuple[str, ...]:
+        """Dtypes in which the snapshots are stored, each once."""
+        return tuple(dict.fromkeys(snapshot.side.dtype for snapshot in self.snapshots))
+
+
+def open_steps(paths: Sequence[Path | str]) -> tuple[Step, ...]:
+    """Open gradient snapshots by their headers.
+
+    A step's number is the ``step`` in the metadata of its file, else the last number in the name.
+
+    Args:
+        paths: Files of one step each, shard indices, folders that hold the shards of one step, or folders that hold
+            such steps.
+
+    Returns:
+        The steps in ascending order.
+
+    Raises:
+        InputError: Something cannot be read, has no step, or two are of one step.
+    """
+    steps: dict[int, Step] = {}
+    for path in (found for given in paths for found in _sources(locate(given))):
+        checkpoint = open_checkpoint(path)
+        number = _step_of(checkpoint, path)
+        other = steps.setdefault(number, Step(number, checkpoint))
+        if other.checkpoint is not checkpoint:
+            raise InputError(f"{path}: is of step {number}, and so is {other.checkpoint.path}; give one of them")
+    return tuple(steps[number] for number in sorted(steps))
+
+
+def _sources(path: Path) -> list[Path]:
+    """Return what in a path holds the gradients of one step each."""
+    if not path.is_dir() or any((path / name).is_file() for name in WEIGHTS):
+        return [path]
+    try:
+        files = sorted(path.iterdir())
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
+    indices = [file for file in files if file.name.endswith(f".safetensors{INDEX}")]
+    shards = {file.path for index in indices for file in open_checkpoint(index).files}
+    single = [file for file in files if file.suffix == ".safetensors" and file.is_file() and file not in shards]
+    folders = [file for file in files if file.is_dir() and any(file.glob("*.safetensors"))]
+    found = sorted([*indices, *single, *folders])
+    if not found:
+        raise InputError(f"{path}: holds no gradients; looked for one .safetensors file or one folder of shards a step")
+    return found
+
+
+def _step_of(checkpoint: Checkpoint, path: Path) -> int:
+    """Return the step of a snapshot.
+
+    Raises:
+        InputError: Neither metadata nor name say it, or its shards do not agree.
+    """
+    said = {word for file in checkpoint.files if (word := file.metadata.get("step")) is not None}
+    if len(said) > 1:
+        raise InputError(f"{path}: its shards are of different steps: {', '.join(sorted(said))}")
+    if said:
+        (word,) = said
+        if not (word.isascii() and word.isdecimal() and len(word) < 16):
+            raise InputError(f"{path}: the step in its metadata is {word!r}, not a whole number from 0 up")
+        return int(word)
+    own = path.name.removesuffix(INDEX).removesuffix(path.suffix) if path.is_file() else path.name
+    name = path.parent.name if path.name in WEIGHTS else own
+    found = _NUMBER.search(name)
+    if found is None:
+        raise InputError(
+            f"{path}: of which step is it? Put the step into the file's metadata, or into its name: grad_step000040"
+        )
+    return int(found[1])
+
+
+def histories(steps: Sequence[Step], base: Checkpoint | None) -> tuple[tuple[History, ...], tuple[Unpaired, ...]]:
+    """Follow every weight through the steps.
+
+    Args:
+        steps: The snapshots.
+        base: Whose names the layers get; None to take those of the gradients.
+
+    Returns:
+        The matrices, in natural order of their names, and the tensors that are none or that ``base`` does not have.
+
+    Raises:
+        InputError: One weight has two gradients in one step, or gradients of two shapes.
+    """
+    snapshots: dict[str, list[Snapshot]] = {}
+    shapes: dict[str, tuple[int, int]] = {}
+    unpaired: dict[str, Unpaired] = {}
+    for step in steps:
+        found, rest = _located(step.checkpoint, base)
+        unpaired = rest | unpaired
+        for layer, shape, side in found:
+            taken = snapshots.setdefault(layer, [])
+            if taken and taken[-1].step == step.step:
+                raise InputError(
+                    f"{step.checkpoint.path}: {taken[-1].side.name} and {side.name} are both gradients of {layer}"
+                )
+            if shapes.setdefault(layer, shape) != shape:
+                raise InputError(
+                    f"{step.checkpoint.path}: {side.name} is {list(shape)}, and {list(shapes[layer])} in "
+                    f"{taken[-1].side.checkpoint.path}; these are gradients of different models"
+                )
+            taken.append(Snapshot(step.step, side))
+    ordered = sorted(snapshots, key=natural_order)
+    followed = tuple(History(layer, shapes[layer], tuple(snapshots[layer])) for layer in ordered)
+    return followed, tuple(unpaired[name] for name in sorted(unpaired, key=natural_order))
+
+
+def _located(
+    stored: Checkpoint, base: Checkpoint | None
+) -> tuple[list[tuple[str, tuple[int, int], Side]], dict[str, Unpaired]]:
+    """Return layer, shape and place of every matrix in one snapshot; and what is none."""
+    unpaired: dict[str, Unpaired] = {}
+    wanted: dict[str, tuple[int, ...]] = {}
+    for name in stored:
+        info = stored[name]
+        if info.dtype not in FLOAT_DTYPES:
+            unpaired[name] = Unpaired(name, info.shape, "not_float", f"a gradient stored as {info.dtype}")
+        elif info.numel == 0:
+            unpaired[name] = Unpaired(name, info.shape, "empty", "has no entries")
+        elif len(info.shape) < 2:
+            unpaired[name] = Unpaired(name, info.shape, "vector", "1-D: a gradient without rank")
+        else:
+            wanted[name] = info.shape
+    if base is None:
+        return [item for name in wanted for item in _whole(stored, name)], unpaired
+    places, missing = match_names(wanted, base)
+    for name, why in missing.items():
+        unpaired[name] = Unpaired(name, wanted[name], "not_in_base", f"a gradient of no weight of BASE: {why}")
+    return [_placed(stored, name, place) for name in places for place in places[name]], unpaired
+
+
+def _whole(stored: Checkpoint, name: str) -> list[tuple[str, tuple[int, int], Side]]:
+    parts = matrices(name, stored[name].shape)
+    return [(layer, shape, Side(stored, name, i * shape[0] * shape[1])) for i, (layer, shape) in enumerate(parts)]
+
+
+def _placed(stored: Checkpoint, name: str, place: Place) -> tuple[str, tuple[int, int], Side]:
+    """Return the rows of a stored gradient that belong to one weight of BASE."""
+    shape = stored[name].shape
+    columns = place.shape[-1]
+    row = place.index * (shape[1] if len(shape) == 3 else 0) + (place.rows[0] if place.rows else 0)
+    return place.layer, (place.shape[0], columns), Side(stored, name, row * columns)

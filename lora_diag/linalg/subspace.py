@@ -1,0 +1,100 @@
+"""Which part of a matrix lies in given subspaces, from products with thin matrices alone.
+
+With orthonormal U (m × r) and V (n × r), the projection of G on the tangent space of the rank-r matrices at U·Σ·Vᵀ is
+P(G) = UUᵀG + GVVᵀ − UUᵀGVVᵀ (Koch and Lubich 2007, *Dynamical low-rank approximation*, SIAM J. Matrix Anal. Appl. 29,
+lemma 4.1; Vandereycken 2013, *Low-rank matrix completion by Riemannian optimization*, SIAM J. Optim. 23, §2.1). Its
+three parts UUᵀG(I − VVᵀ), (I − UUᵀ)GVVᵀ and UUᵀGVVᵀ are orthogonal to each other, so
+
+    ‖P(G)‖² = ‖UᵀG‖² + ‖GV‖² − ‖UᵀGV‖²,
+
+and nothing of the size of G is formed. No digits are lost in the difference: ‖UᵀGV‖ is at most the smaller of the other
+two. The first r columns of larger U and V give every smaller rank at once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lora_diag.linalg.difference import first_non_finite, norm
+
+
+@dataclass(frozen=True, slots=True)
+class Shares:
+    """Norms of the parts of G over ‖G‖_F; one value for each rank asked for.
+
+    Args:
+        fro: ‖G‖_F.
+        both: ‖UᵀGV‖_F / ‖G‖_F.
+        left: ‖UᵀG‖_F / ‖G‖_F.
+        right: ‖GV‖_F / ‖G‖_F.
+        tangent: ‖P(G)‖_F / ‖G‖_F.
+    """
+
+    fro: float
+    both: tuple[float, ...]
+    left: tuple[float, ...]
+    right: tuple[float, ...]
+    tangent: tuple[float, ...]
+
+
+def orthonormal(vectors: Tensor) -> Tensor:
+    """Return float64 columns, orthonormal to rounding, of which the first k span what the first k given ones do.
+
+    Args:
+        vectors: ``(m, r)``, r ≤ m, linearly independent.
+    """
+    columns: Tensor = torch.linalg.qr(vectors.to(torch.float64))[0]
+    return columns
+
+
+def shares(blocks: Iterable[Tensor], u: Tensor, v: Tensor, ranks: Sequence[int]) -> Shares | str:
+    """Measure which part of G lies in the subspaces of the first r columns of U and V.
+
+    Args:
+        blocks: The rows of G, ``(rows, n)`` each, any floating dtype, from the first row to the last.
+        u: U, ``(m, R)`` float64, orthonormal columns.
+        v: V, ``(n, R)`` likewise, on the same device.
+        ranks: The r, 1 ≤ r ≤ R each.
+
+    Returns:
+        The shares, with 0 ≤ both ≤ left, right ≤ tangent ≤ 1 and all of them 0 where G is zero; or, where an entry is
+        not finite, what and where.
+
+    Example:
+        >>> e = torch.eye(3, dtype=torch.float64)
+        >>> found = shares([torch.ones(3, 3)], e[:, :1], e[:, :1], [1])
+        >>> [round(share[0] ** 2 * 9) for share in (found.both, found.left, found.tangent)]
+        [1, 3, 5]
+    """
+    from_left = torch.zeros(u.shape[1], v.shape[0], dtype=torch.float64, device=u.device)
+    right = torch.zeros(v.shape[1], dtype=torch.float64, device=u.device)
+    fro, row = 0.0, 0
+    for stored in blocks:
+        block = stored.to(u.device, torch.float64)
+        size = norm([block])
+        if not math.isfinite(size):
+            return first_non_finite("the gradient holds", block, row) or "the norm of the gradient overflows float64"
+        fro = math.hypot(fro, size)
+        from_left.addmm_(u[row : row + len(block)].T, block)
+        right += (block @ v).square().sum(0)
+        row += len(block)
+    if fro == 0.0:
+        nothing = (0.0,) * len(ranks)
+        return Shares(0.0, nothing, nothing, nothing, nothing)
+    both = (from_left @ v).square().cumsum(0).cumsum(1).diagonal().tolist()
+    left, right_of = from_left.square().sum(1).cumsum(0).tolist(), right.cumsum(0).tolist()
+    found = [_shares(both[r - 1], left[r - 1], right_of[r - 1], fro) for r in ranks]
+    return Shares(fro, *(tuple(part) for part in zip(*found, strict=True)))
+
+
+def _shares(both: float, left: float, right: float, fro: float) -> tuple[float, float, float, float]:
+    """Return both, left, right and tangent from squares; in order, which rounding would break in the last digit."""
+    inside, columns, rows = (min(1.0, math.sqrt(square) / fro) for square in (both, left, right))
+    inside = min(inside, columns, rows)
+    tangent = min(1.0, max(columns, rows, math.sqrt(max(0.0, left + right - both)) / fro))
+    return inside, columns, rows, tangent

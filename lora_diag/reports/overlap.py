@@ -1,0 +1,184 @@
+"""The terminal's answer to ``overlap``: κ of every module type or layer over the steps, and a summary to read it by."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from statistics import mean
+
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from lora_diag.reports.columns import WIDE, Column, table_of
+from lora_diag.reports.lines import answers
+from lora_diag.reports.overlap_summary import lines
+from lora_diag.reports.text import UNKNOWN, bar, shade, short, to_text
+from lora_diag.reports.tracks import Track, middle, near, steps_of, tracks, trend
+from lora_diag.results import Overlap, Results
+from lora_diag.results.names import module_type_of, place_of
+
+# So many steps have a column of their own, in the narrow and in the wide table, and the strip of all of them so many
+# characters.
+_STEPS, _WIDE_STEPS = 5, 10
+_STRIP, _WIDE_STRIP = 8, 24
+
+# Marks a κ near its baseline.
+NEAR = "*"
+
+# Which columns go first where there is too little room.
+_SPARED = ("shape", "right (random)", "left (random)", "over steps", "n", "tangent (random)")
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    """One line of the table: a layer, or all layers of a module type."""
+
+    name: str
+    tracks: tuple[Track, ...]
+
+    def at(self, step: int) -> list[Overlap]:
+        """Return what was measured at a step."""
+        return [record for track in self.tracks for record in track.records if record.step == step]
+
+
+def overlap_table(
+    results: Results[Overlap],
+    width: int = 80,
+    color: bool = False,
+    per: str = "type",
+    then: str | None = None,
+    rank: int | None = None,
+) -> str:
+    """Return the table and the summary of an overlap run.
+
+    Args:
+        results: What was measured.
+        width: Columns of the terminal; 80 are enough, 140 are used.
+        color: Whether to shade κ with ANSI colours.
+        per: ``type`` for one row a module type (medians over its layers), ``layer`` for one row a layer.
+        then: The command that a user would run next.
+        rank: The rank to show; default 16, or the adapter's own.
+
+    Returns:
+        Lines of text, without a newline at the end.
+    """
+    shown = tracks(results, rank)
+    told = answers([*lines(results, shown), *([("Next", then)] if then else [])], _style)
+    if not shown:
+        return to_text(told, width, color)
+    ranks = sorted({track.rank for track in shown})
+    words = f"r={ranks[0]}" if len(ranks) == 1 else f"r={ranks[0]} to {ranks[-1]}"
+    title = Text(f"κ = ‖UᵀGV‖/‖G‖ at {words}, by step of training ({NEAR} near random)", style="bold")
+    return to_text(Group(title, _table(_rows(shown, per), steps_of(shown), width, per), told), width, color)
+
+
+def _style(word: str, sentence: str) -> str:
+    if word in {"Warning", "Not measured"}:
+        return "bold red"
+    return "bold yellow" if word in {"Inside?", "Resolved?"} and not sentence.startswith("yes") else ""
+
+
+def _rows(shown: Sequence[Track], per: str) -> list[_Row]:
+    if per == "layer":
+        return [_Row(short(track.layer), (track,)) for track in shown]
+    groups: dict[str, list[Track]] = {}
+    for track in shown:
+        groups.setdefault(module_type_of(track.layer), []).append(track)
+    ordered = sorted(groups.items(), key=lambda group: place_of(group[1][0].layer))
+    return [_Row(short(name), tuple(group)) for name, group in ordered]
+
+
+def _table(rows: Sequence[_Row], steps: Sequence[int], width: int, per: str) -> Table:
+    wide = width >= WIDE
+    own = _spread(steps, _WIDE_STEPS if wide else _STEPS)
+    most = max((record.kappa or 0.0 for row in rows for track in row.tracks for record in track.records), default=0.0)
+
+    def column(title: str, cell: Callable[[_Row], str | Text]) -> Column:
+        return Column(title, tuple(map(cell, rows)))
+
+    columns = [
+        column("n", lambda row: str(len(row.tracks))),
+        column("shape", _shape),
+        column("r", _rank),
+        column("random", lambda row: _share(middle([track.last.kappa_random for track in row.tracks]))),
+        *(column(f"step {step}" if step == own[0] else str(step), _kappa_at(step)) for step in own),
+        Column("over steps", tuple(_strip(row, steps, _WIDE_STRIP if wide else _STRIP, most) for row in rows), "left"),
+        Column("trend", tuple(trend(_ends(row)) for row in rows), "left"),
+        column("tangent (random)", lambda row: _beside(row, "tangent")),
+        column("left (random)", lambda row: _beside(row, "left")),
+        column("right (random)", lambda row: _beside(row, "right")),
+    ]
+    dropped = {"n"} if per == "layer" else set()
+    dropped |= {"r"} if len({track.rank for row in rows for track in row.tracks}) == 1 else set()
+    dropped |= set() if len(steps) > len(own) else {"over steps"}
+    dropped |= {"trend"} if len(steps) == 1 else set()
+    dropped |= set() if wide else {"shape", "left (random)", "right (random)"}
+    left = [column for column in columns if column.title not in dropped]
+    return table_of("module type" if per == "type" else "layer", [row.name for row in rows], left, width, _SPARED)
+
+
+def _spread(steps: Sequence[int], most: int) -> list[int]:
+    """Return at most so many of the steps, evenly spread, the first and the last among them."""
+    if len(steps) <= most:
+        return list(steps)
+    return [steps[round(i * (len(steps) - 1) / (most - 1))] for i in range(most)]
+
+
+def _shape(row: _Row) -> str:
+    shapes = {"×".join(map(str, track.last.shape)) for track in row.tracks}
+    return shapes.pop() if len(shapes) == 1 else "various"
+
+
+def _rank(row: _Row) -> str:
+    ranks = sorted({track.rank for track in row.tracks})
+    return str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]}-{ranks[-1]}"
+
+
+def _kappa_at(step: int) -> Callable[[_Row], str | Text]:
+    """Return the cell of a step: the median κ, shaded by how far it is from random to 1, marked where it is near."""
+
+    def cell(row: _Row) -> str | Text:
+        known = [record for record in row.at(step) if record.kappa is not None]
+        kappa = middle([record.kappa for record in known])
+        if kappa is None:
+            return "-"
+        random = middle([record.kappa_random for record in known]) or 0.0
+        mark = NEAR if sum(map(near, known)) > len(known) / 2 else " "
+        return Text(f"{_share(kappa)}{mark}", style=shade(max(0.0, kappa - random) / max(1e-9, 1 - random)))
+
+    return cell
+
+
+def _share(value: float | None) -> str:
+    """Return a share in four or five characters; small ones keep two digits that mean something.
+
+    >>> _share(0.4123), _share(0.0312), _share(0.00391), _share(None)
+    ('0.41', '0.031', '0.0039', '-')
+    """
+    if value is None:
+        return "-"
+    return f"{value:.2f}" if value >= 0.1 or value == 0 else f"{value:.2g}"
+
+
+def _beside(row: _Row, name: str) -> str:
+    """Show a share at the last step, and in brackets what a random subspace has."""
+    value = middle([getattr(track.last, name) for track in row.tracks])
+    random = middle([getattr(track.last, f"{name}_random") for track in row.tracks])
+    return f"{_share(value)} ({_share(random)})"
+
+
+def _ends(row: _Row) -> tuple[float, float] | None:
+    ends = [track.ends for track in row.tracks]
+    first, last = (middle([end[i] if end else None for end in ends]) for i in (0, 1))
+    return None if first is None or last is None else (first, last)
+
+
+def _strip(row: _Row, steps: Sequence[int], width: int, most: float) -> str:
+    """Draw the median κ over all steps, in bins; the full height is the largest κ of the table."""
+    kappas = [middle([record.kappa for record in row.at(step)]) for step in steps]
+    columns = min(width, len(steps))
+    edges = [round(i * len(steps) / columns) for i in range(columns + 1)]
+    bins = [[k for k in kappas[a:b] if k is not None] for a, b in pairwise(edges)]
+    return "".join(bar(mean(known) / most) if known and most else UNKNOWN for known in bins)

@@ -1,0 +1,97 @@
+"""Overlaps from thin products, against the dense projections of their definitions."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lora_diag.linalg.subspace import orthonormal, shares
+from lora_diag.metrics.overlap import chance, is_near
+
+
+def dense_overlaps(delta: np.ndarray, gradient: np.ndarray, rank: int) -> dict[str, float]:
+    """The four shares from their definitions: NumPy's SVD, projections formed in full, float64."""
+    u, _, vh = np.linalg.svd(delta.astype(np.float64))
+    g = gradient.astype(np.float64)
+    p, q = u[:, :rank] @ u[:, :rank].T, vh[:rank].T @ vh[:rank]
+    parts = {"kappa": p @ g @ q, "left": p @ g, "right": g @ q, "tangent": p @ g + g @ q - p @ g @ q}
+    return {name: float(np.sqrt((part**2).sum() / (g**2).sum())) for name, part in parts.items()}
+
+
+def random_basis(rng: np.random.Generator, m: int, r: int) -> np.ndarray:
+    return np.linalg.qr(rng.standard_normal((m, r)))[0]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 9), st.integers(1, 9), st.integers(0, 10_000), st.integers(1, 4), st.floats(1e-12, 1e12))
+def test_the_shares_are_those_of_the_dense_projections_in_order_and_whatever_the_blocks(m, n, seed, rows, scale):
+    rng = np.random.default_rng(seed)
+    delta, gradient = rng.standard_normal((m, n)), rng.standard_normal((m, n)) * scale
+    ranks = tuple(range(1, min(m, n) + 1))
+    u, _, vh = np.linalg.svd(delta)
+    u, v = torch.from_numpy(u[:, : ranks[-1]].copy()), torch.from_numpy(vh[: ranks[-1]].T.copy())
+    found = shares(torch.from_numpy(gradient).split(rows), u, v, ranks)
+    assert found.fro == pytest.approx(np.linalg.norm(gradient), rel=1e-12)
+    for at, rank in enumerate(ranks):
+        expected = dense_overlaps(delta, gradient, rank)
+        assert found.both[at] == pytest.approx(expected["kappa"], abs=1e-10)
+        assert found.left[at] == pytest.approx(expected["left"], abs=1e-10)
+        assert found.right[at] == pytest.approx(expected["right"], abs=1e-10)
+        assert found.tangent[at] == pytest.approx(expected["tangent"], abs=1e-10)
+        assert 0 <= found.both[at] <= min(found.left[at], found.right[at])
+        assert max(found.left[at], found.right[at]) <= found.tangent[at] <= 1
+
+
+def test_a_gradient_inside_the_subspaces_has_overlap_one_and_one_outside_zero():
+    rng = np.random.default_rng(0)
+    u, v = np.linalg.qr(rng.standard_normal((40, 40)))[0], np.linalg.qr(rng.standard_normal((30, 30)))[0]
+    inside, outside = u[:, :4] @ rng.standard_normal((4, 4)) @ v[:, :4].T, u[:, 4:] @ v[:, 4:20].T.repeat(3, 0)[:36]
+    left, right = torch.from_numpy(u[:, :4].copy()), torch.from_numpy(v[:, :4].copy())
+    found = shares([torch.from_numpy(inside)], left, right, [4])
+    assert (found.both[0], found.tangent[0]) == (pytest.approx(1, abs=1e-12), pytest.approx(1, abs=1e-12))
+    found = shares([torch.from_numpy(outside)], left, right, [4])
+    assert found.tangent[0] == pytest.approx(0, abs=1e-12)
+
+
+@pytest.mark.parametrize("shape", [(48, 48), (24, 80)])
+@pytest.mark.parametrize("gradient_rank", [1, 24])
+def test_random_subspaces_meet_the_baselines_within_sampling_error(shape, gradient_rank):
+    """The mean square over 400 draws, within four standard errors of the draws themselves."""
+    rng = np.random.default_rng(1)
+    m, n = shape
+    gradient = rng.standard_normal((m, gradient_rank)) @ rng.standard_normal((gradient_rank, n))
+    blocks, rank = [torch.from_numpy(gradient)], 6
+    draws = []
+    for _ in range(400):
+        u, v = torch.from_numpy(random_basis(rng, m, rank)), torch.from_numpy(random_basis(rng, n, rank))
+        found = shares(blocks, u, v, [rank])
+        draws.append([found.both[0] ** 2, found.tangent[0] ** 2, found.left[0] ** 2, found.right[0] ** 2])
+    mean, error = np.mean(draws, 0), np.std(draws, 0) / 20
+    expected = np.array(chance(shape, rank)) ** 2
+    assert (np.abs(mean - expected) < 4 * error).all(), (mean, expected, error)
+
+
+def test_an_entry_that_is_not_finite_is_named_and_a_zero_gradient_has_no_share():
+    e = torch.eye(4, dtype=torch.float64)[:, :2]
+    g = torch.ones(4, 4)
+    g[3, 1] = torch.nan
+    assert shares(g.split(2), e, e, [1, 2]) == "the gradient holds nan at [3, 1]"
+    assert shares([torch.zeros(4, 4)], e, e, [1, 2]).both == (0.0, 0.0)
+
+
+def test_bases_are_made_orthonormal_without_mixing_later_columns_into_earlier_ones():
+    rng = np.random.default_rng(2)
+    given = random_basis(rng, 20, 5) @ np.triu(rng.standard_normal((5, 5)) + 3 * np.eye(5))
+    basis = orthonormal(torch.from_numpy(given)).numpy()
+    assert np.abs(basis.T @ basis - np.eye(5)).max() < 1e-13
+    for k in range(1, 6):
+        first = basis[:, :k]
+        assert np.abs(first @ (first.T @ given[:, :k]) - given[:, :k]).max() < 1e-12
+
+
+@given(st.floats(0.001, 0.999), st.floats(0, 1))
+def test_near_is_below_a_limit_that_lies_between_the_baseline_and_one(random, overlap):
+    assert is_near(random, random)
+    assert not is_near(1.0, random)
+    assert is_near(overlap, random) == (overlap < min(2 * random, (1 + random) / 2))

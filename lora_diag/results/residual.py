@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
-from lora_diag.results.base import Record
+from lora_diag.results.base import Record, Share
 from lora_diag.results.spectrum import Resolution
 
 Limit = Literal["rank", "scale", "direction", "not adapted", "exact", "noise"]
@@ -46,8 +46,8 @@ class Agreement(Record):
     """
 
     cosines: tuple[float, ...]
-    overlap: float
-    random: float
+    overlap: Share
+    random: Share
 
 
 class Residual(Distance):
@@ -73,6 +73,7 @@ class Residual(Distance):
         resolution: What the files' rounding lets one see of D; null for a 1-D tensor.
     """
 
+    key: ClassVar[tuple[str, ...]] = ("layer", "adapter")
     record: Literal["residual"] = "residual"
     layer: str
     shape: tuple[int, ...]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from lora_diag.results.base import Record
+from lora_diag.results.base import Record, Share
 
 
 class Tail(Record):
@@ -27,7 +27,7 @@ class Resolution(Record):
         verdict: Whether the files can show this update.
     """
 
-    unchanged: float | None
+    unchanged: Share | None
     mantissa: tuple[int, int] | None
     rounding_fro: float
     noise_fro: float
@@ -68,7 +68,7 @@ class Spectrum(Record):
     complete: bool
     method: str
     energy_error: float
-    energy: dict[str, float | None]
+    energy: dict[str, Share | None]
     rank_at: dict[str, int | None]
     tail: dict[str, Tail | None]
     stable_rank: float | None
@@ -80,3 +80,13 @@ class Spectrum(Record):
     def relative(self) -> float | None:
         """‖ΔW‖_F / ‖W_base‖_F; None without a base, or where it is zero."""
         return self.fro / self.base_fro if self.base_fro else None
+
+    @property
+    def spike(self) -> Share | None:
+        """σ_1² / ‖ΔW‖_F², the energy in the largest direction alone; None for a zero update."""
+        return 1 / self.stable_rank if self.stable_rank else None
+
+    @property
+    def spike_to_base(self) -> float | None:
+        """σ_1(ΔW) / ‖W_base‖_F, a lower bound of σ_1(ΔW) / σ_1(W_base); None without a base, or where it is zero."""
+        return self.s[0] / self.base_fro if self.base_fro and self.s else None

@@ -1,0 +1,157 @@
+"""Records → a commented policy, for ``gate init``."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from lora_diag.errors import InputError
+from lora_diag.gate.evidence import Source, subjects, value_of
+from lora_diag.gate.fields import Field, find
+from lora_diag.gate.policy import SPIKE
+
+# A limit lies a quarter of the measured value away from it. Full fine-tunes of one model that differed in their seed
+# had ranks at 90% within 2 of each other, of 72 to 155; whether a quarter fits another field is for the user to say.
+MARGIN = 0.25
+
+
+@dataclass(frozen=True, slots=True)
+class Suggestion:
+    """A field to take a limit from: which end matters, and what to say when it is passed."""
+
+    name: str
+    field: str
+    worst: str
+    message: str
+    where: str = ""
+
+
+_SUGGESTIONS = (
+    Suggestion("drift", "spectrum.relative", "max", "this weight moved further than in the run the limit is from"),
+    Suggestion("rank", "spectrum.rank_at.0.9", "max", "the update needs more rank than in the run the limit is from"),
+    Suggestion("one-direction", "spectrum.spike", "max", "one direction holds more of the update than it did"),
+    Suggestion(
+        "distance", "residual.epsilon", "max", "the adapter is further from the full fine-tune", 'role = "adapter"'
+    ),
+    Suggestion("direction", "residual.cosine", "min", "the adapter points elsewhere than it did", 'role = "adapter"'),
+    Suggestion("reach", "overlap.tangent", "min", "less of the gradient lies in the adapter's reach than it did"),
+    Suggestion("budget-gap", "certificate.gap", "max", "the allocation is further from the best one than it was"),
+)
+
+
+def draft(sources: Sequence[Source], name: str = "policy.toml") -> str:
+    """Return the text of a policy with limits from measured values.
+
+    Args:
+        sources: Results of finished runs.
+        name: What its file will be called, for the comment.
+
+    Raises:
+        InputError: Nothing that was measured gives a limit.
+    """
+    given = " ".join(source.path for source in sources)
+    rules = [text for suggestion in _SUGGESTIONS if (text := _rule(suggestion, sources))]
+    if not rules:
+        raise InputError(f"{given}: no value to take a limit from: nothing moved, or the files cannot show it")
+    return "\n".join([_head(given, name), *rules, _tail(sources)])
+
+
+def _rule(suggestion: Suggestion, sources: Sequence[Source]) -> str:
+    (field,) = find(suggestion.field)
+    values = list(_values(suggestion, field, sources))
+    if not values:
+        return ""
+    worst = max(values, key=lambda pair: pair[0] if suggestion.worst == "max" else -pair[0])
+    limit = _limit(worst[0], field, suggestion.worst)
+    if limit is None:
+        return ""
+    sign = "<=" if suggestion.worst == "max" else ">="
+    middle = statistics.median(value for value, _ in values)
+    where = f"where = {{ {suggestion.where} }}\n" if suggestion.where else ""
+    highest = "highest" if suggestion.worst == "max" else "lowest"
+    at = f" in {_comment(worst[1])}" if worst[1] else ""
+    return (
+        f"# {field.name}: median {middle:.4g}, {highest} {worst[0]:.4g}{at}; the limit is {MARGIN:.0%} beyond.\n"
+        f'[[rule]]\nname = "{suggestion.name}"\nrequire = "{suggestion.field} {sign} {limit:.6g}"\n{where}'
+        f'severity = "error"\nmessage = "{suggestion.message}"\n'
+    )
+
+
+def _values(suggestion: Suggestion, field: Field, sources: Sequence[Source]) -> Iterator[tuple[float, str]]:
+    for source in sources:
+        if not source.holds(field.kind):
+            continue
+        for subject in subjects(field.kind, source):
+            if suggestion.where and getattr(subject.record, "role", None) != "adapter":
+                continue
+            value, _ = value_of(field, subject)
+            if isinstance(value, float | int):
+                yield float(value), subject.layer or ""
+
+
+def _limit(worst: float, field: Field, end: str) -> float | None:
+    """Return a limit beyond the worst value, rounded away from it; None where it would allow everything or nothing."""
+    limit = worst + MARGIN * abs(worst) * (1 if end == "max" else -1)
+    if isinstance(worst, float) and worst == int(worst) and field.path[0] == "rank_at":
+        limit = math.ceil(limit)
+    digits = 10 ** (3 - math.ceil(math.log10(abs(limit)))) if limit else 1
+    limit = (math.ceil if end == "max" else math.floor)(limit * digits) / digits
+    if field.share and not 0 < limit < 1:
+        return None
+    return limit
+
+
+def _head(given: str, name: str) -> str:
+    return f"""\
+# What has to hold before a checkpoint may ship. Limits are from {_comment(given)}
+# with a margin of {MARGIN:.0%}: check each, it is your call and not the tool's.
+#
+#     loradiag gate {_comment(name)} RESULTS...
+#
+# A rule is a condition and which layers it is about. docs/gate.md has the grammar and every field.
+#     require   field, operator, value: "relative <= 0.3"; max, min, mean, median, sum or p95 before it judges one
+#               number; "share of layers with energy.16 >= 0.9 is >= 0.95" counts layers
+#     layers, exclude, type, depth, where   which records: regex on the name, module type, [first, last] block
+#     severity  "error" fails the gate, "warning" is told
+title = "What has to hold before a checkpoint may ship"
+
+[coverage]
+by = "energy" # share of the change ‖Δ‖² that has to be judged, or "layers"
+minimum = 1.0 # a layer without a record leaves the gate inconclusive, which is never a pass
+# left_out = ["only_in_tuned"] # reasons that are fine for a tensor to have no record
+
+[checks] # built-in checks: "error", "warning" or "off"; NaN, Inf and unfinished runs always count
+mismatch = "error"      # the adapter does not fit BASE
+dead = "error"          # an adapter's update is zero; or nothing moved at all
+missing = "error"       # a layer of the baseline is gone
+unused_rank = "warning" # directions of an adapter's rank that hold nothing
+spike = "warning"       # one direction holds more than spike_above of ‖ΔW‖²
+spike_above = {SPIKE}
+unresolved = "warning"  # the files' rounding hides the update
+"""
+
+
+def _tail(sources: Sequence[Source]) -> str:
+    field = "energy.16" if any(source.holds("spectrum") for source in sources) else "epsilon"
+    worse = "lower" if field == "energy.16" else "higher"
+    return f"""\
+# To keep each layer from getting worse than it is on main: loradiag gate ... --baseline main.jsonl
+# [[baseline]]
+# field = "{field}"
+# worse = "{worse}"
+# tolerance = 0.02 # or "5%" of the stored value
+
+# To let one layer pass for a while:
+# [[waiver]]
+# rule = "drift"
+# layers = 'lm_head'
+# reason = "new tokens were added"
+# expires = 2027-01-31
+"""
+
+
+def _comment(text: str) -> str:
+    """Return text that cannot end the comment it stands in."""
+    return "".join(char if char.isprintable() else "?" for char in text)

@@ -1,0 +1,74 @@
+"""On which line of a TOML file a value stands: ``tomllib`` does not tell.
+
+A file is cut after each of its lines; the first piece that can be read and holds the value ends where the value does,
+and the value begins behind the piece before it that could be read. So every way of writing TOML is understood without
+a second parser.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import tomllib
+from typing import Any
+
+Path = tuple[str | int, ...]
+
+
+def line_of(text: str, path: Path) -> int:
+    r"""Return the line, counted from 1, on which the value at a path begins; of the longest part of it that is there.
+
+    Args:
+        text: A whole file that can be read.
+        path: Keys of tables and indices of arrays.
+
+    Example:
+        >>> line_of("a = 1\n\n[[rule]]\nname = 'x'\n", ("rule", 0, "name"))
+        4
+    """
+    document = tomllib.loads(text)
+    while path and not _holds(document, path):
+        path = path[:-1]
+    lines = text.split("\n")
+    # The value is in none of the pieces of up to ``without`` lines, and in all those of ``within`` and more.
+    without, within = 0, len(lines)
+    while within - without > 1:
+        middle = (without + within) // 2
+        number, piece = _readable(lines, middle, without)
+        if number == without:
+            number, piece = _readable_from(lines, middle, within)
+        if number == within:
+            break
+        if _holds(piece, path):
+            within = number
+        else:
+            without = number
+    return without + 1 if path else 1
+
+
+def _readable(lines: list[str], number: int, least: int) -> tuple[int, Any]:
+    """Return the longest piece of at most ``number`` lines that can be read, and what it holds."""
+    while number > least:
+        with contextlib.suppress(tomllib.TOMLDecodeError):
+            return number, tomllib.loads("\n".join(lines[:number]))
+        number -= 1
+    return least, {}
+
+
+def _readable_from(lines: list[str], number: int, most: int) -> tuple[int, Any]:
+    """Return the shortest piece of at least ``number`` lines that can be read, and what it holds."""
+    while number < most:
+        with contextlib.suppress(tomllib.TOMLDecodeError):
+            return number, tomllib.loads("\n".join(lines[:number]))
+        number += 1
+    return most, {}
+
+
+def _holds(document: Any, path: Path) -> bool:
+    for step in path:
+        if isinstance(step, int):
+            if not isinstance(document, list) or step >= len(document):
+                return False
+        elif not isinstance(document, dict) or step not in document:
+            return False
+        document = document[step]
+    return True

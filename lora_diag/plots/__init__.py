@@ -11,9 +11,12 @@ The rule on the door: the only room that imports Matplotlib; it measures nothing
     ['mlp.gate_proj', 'mlp.up_proj', 'mlp.down_proj']
 """
 
+from lora_diag.plots.allocation import allocation, budget
 from lora_diag.plots.energy import energy
 from lora_diag.plots.figures import FIGURES, FigureKind, figure, figure_named, why_not
 from lora_diag.plots.heatmap import heatmap
+from lora_diag.plots.overlap import overlap
+from lora_diag.plots.residual import residual
 from lora_diag.plots.spectrum import spectrum
 from lora_diag.plots.style import FORMATS, encoded
 
@@ -21,11 +24,15 @@ __all__ = [
     "FIGURES",
     "FORMATS",
     "FigureKind",
+    "allocation",
+    "budget",
     "encoded",
     "energy",
     "figure",
     "figure_named",
     "heatmap",
+    "overlap",
+    "residual",
     "spectrum",
     "why_not",
 ]

@@ -9,9 +9,12 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from lora_diag.errors import UsageError
+from lora_diag.plots.allocation import figure as draw_allocation
 from lora_diag.plots.energy import figure as draw_energy
 from lora_diag.plots.fields import numbers_of, value_of
 from lora_diag.plots.heatmap import figure as draw_heatmap
+from lora_diag.plots.overlap import figure as draw_overlap
+from lora_diag.plots.residual import figure as draw_residual
 from lora_diag.plots.series import Options, Series, by_adapter, series_of
 from lora_diag.plots.spectrum import figure as draw_spectrum
 from lora_diag.plots.style import CATEGORIES, Look, look_of
@@ -39,6 +42,9 @@ FIGURES = (
     FigureKind("energy", "C(r): what the best adapter of each rank keeps", "spectrum", draw_energy),
     FigureKind("spectrum", "singular values and the noise edge of the files", "spectrum", draw_spectrum),
     FigureKind("heatmap", "a field by module type and depth", "", draw_heatmap),
+    FigureKind("residual", "ε and its floor, layer by layer, by cause", "residual", draw_residual),
+    FigureKind("overlap", "κ and tangent overlap over the steps, with baselines", "overlap", draw_overlap),
+    FigureKind("allocation", "rank by layer, and energy kept against the bound", "allocation", draw_allocation),
 )
 
 

@@ -48,10 +48,16 @@ def _named(runs: Sequence[Run]) -> list[str]:
     """Name runs by what they measured, as shortly as tells them apart."""
     if len(runs) == 1:
         return [_inputs(runs[0])]
-    for names in ([_inputs(run, last=True) for run in runs], [_inputs(run) for run in runs]):
+    for names in ([_inputs(run, last=True) for run in runs], [_inputs(run) for run in runs], _settings(runs)):
         if len(set(names)) == len(names):
             return names
-    return [f"{name} ({number})" for number, name in enumerate(names, 1)]
+    return [f"{_inputs(run, last=True)} ({number})" for number, run in enumerate(runs, 1)]
+
+
+def _settings(runs: Sequence[Run]) -> list[str]:
+    """Return the settings in which runs differ, such as ``params 40000``."""
+    keys = [key for key in runs[0].settings if len({str(run.settings.get(key)) for run in runs}) > 1]
+    return [name_of(", ".join(f"{key} {run.settings.get(key)}" for key in keys)) for run in runs]
 
 
 def _inputs(run: Run, last: bool = False) -> str:

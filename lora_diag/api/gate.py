@@ -130,7 +130,14 @@ def _results(
 ) -> Results[Any]:
     """Return verdicts as the results of a run of ``gate``."""
     named = [("results", source) for source in sources] + ([("baseline", stored)] if stored else [])
-    inputs = [RunInput(role="policy", path=policy.path, kind=policy.title or "a policy", tensors=0)]
+    inputs = [
+        RunInput(
+            role="ready policy" if policy.ready else "policy",
+            path=policy.path,
+            kind=policy.title or "a policy",
+            tensors=0,
+        )
+    ]
     for role, source in named:
         layers = len({record.layer for record in source.results.layers})
         inputs.append(

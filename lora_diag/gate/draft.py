@@ -29,15 +29,44 @@ class Suggestion:
 
 
 _SUGGESTIONS = (
-    Suggestion("drift", "spectrum.relative", "max", "this weight moved further than in the run the limit is from"),
-    Suggestion("rank", "spectrum.rank_at.0.9", "max", "the update needs more rank than in the run the limit is from"),
-    Suggestion("one-direction", "spectrum.spike", "max", "one direction holds more of the update than it did"),
     Suggestion(
-        "distance", "residual.epsilon", "max", "the adapter is further from the full fine-tune", 'role = "adapter"'
+        "drift",
+        "spectrum.relative",
+        "max",
+        "this weight moved further than it used to: check the learning rate, or raise the limit knowingly",
     ),
-    Suggestion("direction", "residual.cosine", "min", "the adapter points elsewhere than it did", 'role = "adapter"'),
-    Suggestion("reach", "overlap.tangent", "min", "less of the gradient lies in the adapter's reach than it did"),
-    Suggestion("budget-gap", "certificate.gap", "max", "the allocation is further from the best one than it was"),
+    Suggestion(
+        "rank",
+        "spectrum.rank_at.0.9",
+        "max",
+        "the update needs more rank than it used to: an adapter of the usual rank misses more of it",
+    ),
+    Suggestion(
+        "one-direction",
+        "spectrum.spike",
+        "max",
+        "one direction holds more of the update than it used to: look for divergence",
+    ),
+    Suggestion(
+        "distance",
+        "residual.epsilon",
+        "max",
+        "the adapter is further from the full fine-tune than it used to be: check its scaling and its rank",
+        'role = "adapter"',
+    ),
+    Suggestion(
+        "direction",
+        "residual.cosine",
+        "min",
+        "the adapter points elsewhere than it used to: compare its data and its learning rate",
+        'role = "adapter"',
+    ),
+    Suggestion(
+        "reach", "overlap.tangent", "min", "less of the gradient lies in the reach of the adapter than it used to"
+    ),
+    Suggestion(
+        "budget-gap", "certificate.gap", "max", "the allocation is further from the best one than it used to be"
+    ),
 )
 
 

@@ -136,6 +136,7 @@ class Policy:
         by: Whether coverage is a share of ‖Δ‖² or of layers.
         minimum: Least coverage.
         left_out: Reasons for which a tensor without a record does not count against coverage.
+        ready: Whether it comes with the package, so that its lines are nobody's to change.
     """
 
     path: str
@@ -148,6 +149,7 @@ class Policy:
     by: Literal["energy", "layers"] = "energy"
     minimum: float = 1.0
     left_out: frozenset[str] = frozenset()
+    ready: bool = False
 
     def error(self, line: int, text: str) -> UsageError:
         """Return an error in this policy."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from importlib.resources import files
 
 from lora_diag.errors import UsageError
@@ -27,4 +28,4 @@ def ready_policy(name: str) -> Policy:
             f"loradiag gate {name} RESULTS"
         )
     text = files("lora_diag.gate").joinpath("policies", f"{name}.toml").read_text(encoding="utf-8")
-    return read_policy(f"{name}.toml", text)
+    return replace(read_policy(name, text), ready=True)

@@ -45,14 +45,14 @@ class Verdict(Record):
         return self.severity == "error" and self.status in {"failed", "inconclusive"}
 
 
-def outcome(verdicts: Iterable[Verdict]) -> Outcome:
+def outcome(records: Iterable[Record]) -> Outcome:
     """Return what verdicts come to: one failure fails, one thing unknown leaves it open, and nothing judged is no pass.
 
     Example:
         >>> outcome([])
         'inconclusive'
     """
-    found = list(verdicts)
+    found = [record for record in records if isinstance(record, Verdict)]
     if any(verdict.blocks and verdict.status == "failed" for verdict in found):
         return "failed"
     judged = any(verdict.status in {"passed", "warned", "waived"} for verdict in found)

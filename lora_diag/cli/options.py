@@ -39,8 +39,8 @@ Workers = Annotated[int | None, typer.Option(metavar="N", help="Layers at once; 
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no messages, no table.")]
 
 
-def parse_ranks(words: str) -> list[int]:
-    """Read ``4,8,16``.
+def parse_ranks(words: str, option: str = "--ranks") -> list[int]:
+    """Read ``4,8,16``; ``option`` is what the message names.
 
     >>> parse_ranks("4,8,16")
     [4, 8, 16]
@@ -48,4 +48,4 @@ def parse_ranks(words: str) -> list[int]:
     try:
         return [int(word) for word in words.split(",")]
     except ValueError as error:
-        raise UsageError(f"--ranks {words}: give whole numbers with commas, such as 4,8,16") from error
+        raise UsageError(f"{option} {words}: give whole numbers with commas, such as 4,8,16") from error

@@ -1,0 +1,126 @@
+"""``loradiag allocate``."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from lora_diag.cli import options
+from lora_diag.cli.output import result, terminal
+from lora_diag.errors import UsageError
+
+if TYPE_CHECKING:
+    from lora_diag.results import Allocation, Results
+
+
+def allocate(
+    results: Annotated[Path, typer.Argument(metavar="RESULTS", help="Results file of spectrum.")],
+    params: Annotated[str | None, typer.Option(metavar="N", help="Budget: trainable parameters, such as 10M.")] = None,
+    total_rank: Annotated[int | None, typer.Option(metavar="R", help="Budget: ranks in all.")] = None,
+    memory: Annotated[
+        str | None,
+        typer.Option(metavar="SIZE", help="Budget: adapter + gradients + optimizer, such as 2GB."),
+    ] = None,
+    energy: Annotated[
+        float | None, typer.Option(metavar="SHARE", help="No budget: smallest ranks that keep this share, such as 0.9.")
+    ] = None,
+    match: Annotated[
+        Path | None, typer.Option(metavar="ADAPTER", help="Budget: as many parameters as this adapter.")
+    ] = None,
+    policies: Annotated[bool, typer.Option("--policies", help="No allocation: the ranks of several rules.")] = False,
+    min_rank: Annotated[int, typer.Option(metavar="R", help="Smallest rank of a layer with any signal.")] = 0,
+    max_rank: Annotated[int | None, typer.Option(metavar="R", help="Largest rank of a layer.")] = None,
+    ranks_from: Annotated[
+        str | None, typer.Option(metavar="R,R,...", help="The only ranks a layer may have, such as 8,16,32,64.")
+    ] = None,
+    target: Annotated[
+        str | None,
+        typer.Option(
+            metavar="REGEX", help="Only layers whose name contains a match; default: no embeddings, head, routers."
+        ),
+    ] = None,
+    exclude: Annotated[str | None, typer.Option(metavar="REGEX", help="No layers whose name contains a match.")] = None,
+    weights: Annotated[Path | None, typer.Option(metavar="FILE", help="JSON: layer -> factor of its energy.")] = None,
+    relative: Annotated[bool, typer.Option("--relative", help="Count every layer's energy as 1.")] = False,
+    optimizer: Annotated[str, typer.Option(metavar="adamw|adamw8bit|sgd|sgd_momentum", help="For --memory.")] = "adamw",
+    dtype: Annotated[
+        str, typer.Option(metavar="float32|bfloat16|float16", help="Of adapter and gradients, for --memory.")
+    ] = "float32",
+    scaling: Annotated[float, typer.Option(metavar="S", help="lora_alpha / r that the PEFT config keeps.")] = 2.0,
+    rslora: Annotated[bool, typer.Option("--rslora", help="PEFT config: scaling lora_alpha / √r.")] = False,
+    allow_unfinished: Annotated[
+        bool, typer.Option("--allow-unfinished", help="Take an interrupted spectrum run for what it holds.")
+    ] = False,
+    per: options.PerRow = options.Per.type,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="FILE", help="PEFT config (.json) or records (.jsonl).")
+    ] = None,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Where should rank go? Ranks that keep the most energy within a budget, and how far from the best they are.
+
+    Example: loradiag allocate results.jsonl --params 10M -o adapter_config.json
+    """
+    from lora_diag.api.allocate import allocate as choose
+    from lora_diag.api.allocate import rank_table, write_allocation
+    from lora_diag.results import to_line
+
+    if policies:
+        if output is not None:
+            raise UsageError("--policies: shows ranks and writes none; give a budget for -o")
+        from lora_diag.reports.allocation import policies_table
+
+        found = rank_table(results, allow_unfinished)
+        result(
+            "\n".join(record.model_dump_json() for record in found)
+            if json
+            else policies_table(found, *terminal(), per=per)
+        )
+        return
+    allocation = choose(
+        results,
+        params=params,
+        total_rank=total_rank,
+        memory=memory,
+        energy=energy,
+        match=match,
+        min_rank=min_rank,
+        max_rank=max_rank,
+        ranks_from=options.parse_ranks(ranks_from, "--ranks-from") if ranks_from is not None else None,
+        target=target,
+        exclude=exclude,
+        weights=weights,
+        relative=relative,
+        optimizer=optimizer,
+        dtype=dtype,
+        allow_unfinished=allow_unfinished,
+    )
+    if output is not None:
+        write_allocation(allocation, output, scaling, rslora)
+    if json:
+        for record in allocation.records():
+            result(to_line(record))
+    elif not quiet:
+        from lora_diag.reports.allocation import allocation_table
+
+        result(allocation_table(allocation, *terminal(), per=per, then=_next(allocation, output)))
+
+
+def _next(allocation: Results[Allocation], output: Path | None) -> str:
+    """Return the command that a user would run next, as a shell takes it."""
+    if output is None:
+        again = ["loradiag", *sys.argv[1:], "-o", "adapter_config.json"]
+        return f"{shlex.join(again)}   (for training with PEFT; .jsonl for loradiag extract)"
+    if output.name == "adapter_config.json":
+        return f"peft.LoraConfig.from_pretrained({str(output.parent)!r}) is the config to train with"
+    if output.name == "adapter_config.json":
+        return f"peft.LoraConfig.from_pretrained({str(output.parent)!r}) is the config to train with"
+    if output.suffix == ".json":
+        return "rename it to adapter_config.json: PEFT reads no other name"
+    paths = [side.path for side in allocation.run.inputs if side.role in {"base", "tuned", "adapter"}]
+    return shlex.join(["loradiag", "extract", *paths, "--ranks", str(output), "-o", "adapter"])

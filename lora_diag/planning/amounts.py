@@ -1,0 +1,64 @@
+"""Budgets in words: ``10M`` parameters, ``2GB`` of memory, ``0.9`` of the energy."""
+
+from __future__ import annotations
+
+import re
+from decimal import Decimal
+
+from lora_diag.errors import UsageError
+
+_COUNTS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "G": 10**9}
+_BYTES = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12} | {
+    "KIB": 2**10,
+    "MIB": 2**20,
+    "GIB": 2**30,
+    "TIB": 2**40,
+}
+_AMOUNT = re.compile(r"(\d+(?:_\d{3})*(?:\.\d+)?)\s*([A-Za-z]*)", re.ASCII)
+
+
+def read_count(words: str, option: str) -> int:
+    """Read a number of parameters.
+
+    >>> read_count("10M", "--params"), read_count("1.5B", "--params"), read_count("8_388_608", "--params")
+    (10000000, 1500000000, 8388608)
+
+    Raises:
+        UsageError: It is not one, or not positive.
+    """
+    return _read(words, option, _COUNTS, "a number of parameters, such as 10M or 8388608")
+
+
+def read_bytes(words: str, option: str) -> int:
+    """Read a size in bytes; GB are powers of ten, GiB powers of two. A unit is required.
+
+    >>> read_bytes("2GB", "--memory"), read_bytes("1GiB", "--memory")
+    (2000000000, 1073741824)
+
+    Raises:
+        UsageError: It is not one, or not positive.
+    """
+    return _read(words, option, _BYTES, "a size with its unit, such as 2GB or 512MiB")
+
+
+def _read(words: str, option: str, units: dict[str, int], wanted: str) -> int:
+    found = _AMOUNT.fullmatch(words.strip())
+    factor = units.get(found[2].upper()) if found else None
+    amount = int(Decimal(found[1].replace("_", "")) * factor) if found and factor else 0
+    if amount < 1:
+        raise UsageError(f"{option} {words}: give {wanted}")
+    return amount
+
+
+def read_share(value: float, option: str) -> float:
+    """Check an energy share.
+
+    >>> read_share(0.9, "--energy")
+    0.9
+
+    Raises:
+        UsageError: It is not above 0 and at most 1.
+    """
+    if not 0 < value <= 1:
+        raise UsageError(f"{option} {value:g}: give a share above 0 and at most 1, such as 0.9")
+    return value

@@ -1,0 +1,216 @@
+"""Which layers may get an adapter, which share one rank, and how far each rank may go.
+
+It knows records of ``spectrum`` and constraints, and refuses to know budgets.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lora_diag.errors import UsageError
+from lora_diag.metrics import energy_curve
+from lora_diag.results import LeftOut, Spectrum
+from lora_diag.results.allocation import CappedBy
+from lora_diag.results.names import part_of
+
+# The router of a mixture of experts: a few rows, and since transformers 5 a module of its own that PEFT cannot adapt.
+ROUTER = re.compile(r"\.(gate|router|router\.layer|shared_expert_gate|mlp\.router)(\.weight)?$")
+_STACKED = re.compile(r"(.+)\[\d+\]")
+
+
+@dataclass(frozen=True)
+class Constraints:
+    """What every allocation has to keep.
+
+    Args:
+        min_rank: Smallest rank of a layer that has any signal.
+        max_rank: Largest rank of a layer.
+        ranks_from: The only ranks that a layer may have (besides 0); None for any.
+    """
+
+    min_rank: int = 0
+    max_rank: int | None = None
+    ranks_from: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse constraints that no rank can meet.
+
+        Raises:
+            UsageError: They contradict each other or make no sense.
+        """
+        if self.min_rank < 0:
+            raise UsageError(f"--min-rank {self.min_rank}: must be 0 or more")
+        if self.max_rank is not None and self.max_rank < 1:
+            raise UsageError(f"--max-rank {self.max_rank}: must be 1 or more")
+        if self.max_rank is not None and self.max_rank < self.min_rank:
+            raise UsageError(f"--min-rank {self.min_rank} is above --max-rank {self.max_rank}")
+        if self.ranks_from is not None:
+            if not self.ranks_from or min(self.ranks_from) < 1:
+                raise UsageError("--ranks-from: give ranks from 1 up, such as 8,16,32,64")
+            if not any(self.min_rank <= rank <= (self.max_rank or rank) for rank in self.ranks_from):
+                raise UsageError("--ranks-from: none of its ranks lies between --min-rank and --max-rank")
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Layers that share one rank: one layer, or a stack of experts, for which an adapter has one factor pair.
+
+    Args:
+        members: Their spectra.
+        group: The stack's name; None for a layer on its own.
+        weights: Factor of each member's energy.
+        start: The rank it has anyway.
+        allowed: The ranks above ``start`` that it may have, ascending.
+        capped_by: What set the last of them.
+    """
+
+    members: tuple[Spectrum, ...]
+    group: str | None
+    weights: tuple[float, ...]
+    start: int
+    allowed: NDArray[np.int64]
+    capped_by: CappedBy
+
+    @property
+    def cost(self) -> int:
+        """Parameters per rank: Σ (out + in)."""
+        return sum(sum(member.shape) for member in self.members)
+
+    @property
+    def cap(self) -> int:
+        """The largest rank it may have."""
+        return int(self.allowed[-1]) if len(self.allowed) else self.start
+
+    @property
+    def energy(self) -> float:
+        """Its weighted energy Σ w‖ΔW‖_F²."""
+        return sum(weight * member.fro**2 for weight, member in zip(self.weights, self.members, strict=True))
+
+    @cached_property
+    def curves(self) -> tuple[NDArray[np.float64], ...]:
+        """Each member's C(0), …, C(K), ``(K + 1,)``; zeros for a zero update."""
+        return tuple(np.concatenate([[0.0], _energy(member)]) for member in self.members)
+
+    @cached_property
+    def curve(self) -> NDArray[np.float64]:
+        """The weighted energy kept at ranks 0, …, cap: Σ_members w‖ΔW‖_F²·C(r); flat beyond the values measured."""
+        total = np.zeros(self.cap + 1)
+        for weight, member, curve in zip(self.weights, self.members, self.curves, strict=True):
+            total += weight * member.fro**2 * curve[np.minimum(np.arange(self.cap + 1), len(curve) - 1)]
+        return total
+
+
+def _energy(record: Spectrum) -> NDArray[np.float64]:
+    values = np.asarray(record.s)
+    return energy_curve(values, record.fro, record.complete) if record.fro > 0 else np.zeros(len(values))
+
+
+def split(records: Sequence[Spectrum], target: str | None, exclude: str | None) -> tuple[list[Spectrum], list[LeftOut]]:
+    """Divide layers into those that may get an adapter and those that are left out, with the reason.
+
+    Without ``target``, the matrices that adapters usually target are candidates: no embeddings, no head, no routers.
+    With it, every layer whose name contains a match.
+
+    Raises:
+        UsageError: A pattern is no regular expression, or no layer is left.
+    """
+    wanted, unwanted = _compiled(target, "--target"), _compiled(exclude, "--exclude")
+    candidates, left_out = [], []
+    for record in records:
+        why = ""
+        if wanted is not None and not wanted.search(record.layer):
+            why = "does not match --target"
+        elif unwanted is not None and unwanted.search(record.layer):
+            why = "matches --exclude"
+        elif wanted is None and part_of(record.layer) == "vocabulary":
+            why = "embeddings and head are no usual target; name it with --target to give it a rank"
+        elif wanted is None and ROUTER.search(record.layer):
+            why = "a router is no usual target; name it with --target to give it a rank"
+        if why:
+            left_out.append(_left_out(record, why))
+        else:
+            candidates.append(record)
+    if not candidates:
+        asked = f"--target {target}: matches" if target is not None else "the results hold"
+        raise UsageError(f"{asked} no layer that could get an adapter; name layers with --target")
+    return candidates, left_out
+
+
+def _compiled(pattern: str | None, option: str) -> re.Pattern[str] | None:
+    try:
+        return re.compile(pattern) if pattern is not None else None
+    except re.error as error:
+        raise UsageError(f"{option} {pattern}: is not a valid regular expression: {error}") from error
+
+
+def _left_out(record: Spectrum, why: str) -> LeftOut:
+    return LeftOut(
+        layer=record.layer,
+        shape=record.shape,
+        reason="not_selected",
+        detail=why,
+        fro=record.fro,
+        base_fro=record.base_fro,
+    )
+
+
+def units(records: Sequence[Spectrum], weights: Mapping[str, float], constraints: Constraints) -> list[Unit]:
+    """Return the units of an allocation, in the order of their first layers."""
+    groups: dict[str, list[Spectrum]] = {}
+    for record in records:
+        stacked = _STACKED.fullmatch(record.layer)
+        groups.setdefault(stacked[1] if stacked else record.layer, []).append(record)
+    return [_unit(tuple(members), name, weights, constraints) for name, members in groups.items()]
+
+
+def _unit(members: tuple[Spectrum, ...], name: str, weights: Mapping[str, float], constraints: Constraints) -> Unit:
+    soft, reason = max((_cap(member, constraints.max_rank) for member in members), key=lambda cap: cap[0])
+    hard = min(constraints.max_rank or min(members[0].shape), *members[0].shape)
+    if soft:
+        lifted = max(soft, min(constraints.min_rank, hard))
+        soft, reason = lifted, reason if lifted == soft else "shape" if lifted == hard else reason
+    start, allowed = _allowed(soft, hard, constraints)
+    last = int(allowed[-1]) if len(allowed) else start
+    return Unit(
+        members=members,
+        group=None if members[0].layer == name else name,
+        weights=tuple(weights[member.layer] for member in members),
+        start=start,
+        allowed=allowed,
+        capped_by=reason if last == soft else "ranks_from",
+    )
+
+
+def _cap(record: Spectrum, max_rank: int | None) -> tuple[int, CappedBy]:
+    """Return the largest rank with something measured to gain, and why it ends there."""
+    caps: list[tuple[int, CappedBy]] = [(min(record.shape), "shape")]
+    if record.complete:
+        caps.append((sum(value > 0 for value in record.s), "update_rank"))
+    if record.resolution.signal_rank is not None:
+        caps.append((record.resolution.signal_rank, "signal_rank"))
+    if not record.complete:
+        caps.append((len(record.s), "values_kept"))
+    if max_rank is not None:
+        caps.append((max_rank, "max_rank"))
+    return min(caps, key=lambda cap: cap[0])
+
+
+def _allowed(soft: int, hard: int, constraints: Constraints) -> tuple[int, NDArray[np.int64]]:
+    """Return the rank that a unit has anyway, and those above it that it may have.
+
+    From a list of ranks, the last one is the first that reaches ``soft``: a signal of rank 5 may take 8 of 8, 16, 32.
+    """
+    least = min(constraints.min_rank, soft)
+    if constraints.ranks_from is None:
+        return least, np.arange(least + 1, soft + 1)
+    possible = [rank for rank in sorted(set(constraints.ranks_from)) if rank <= hard]
+    enough = next((i for i, rank in enumerate(possible) if rank >= soft), len(possible) - 1)
+    possible = possible[: enough + 1] if soft else []
+    start = next((rank for rank in possible if rank >= least), possible[-1]) if possible and least else 0
+    return start, np.asarray([rank for rank in possible if rank > start], np.int64)

@@ -1,0 +1,227 @@
+"""Spend a budget on steps of falling yield: which ranks keep the most energy, and how far from the best they can be.
+
+max Σ_u G_u(r_u) subject to Σ_u cost_u·r_u ≤ B, G_u(r) = Σ_{i≤r} gain_{u,i} with falling gains. It knows gains, costs
+and a budget, and refuses to know layers, files and units of the budget.
+
+Derivation. For every price λ ≥ 0, Σ_u G_u(r_u) ≤ λB + Σ_u max_r (G_u(r) − λ·cost_u·r) for all ranks within the budget
+(weak duality). G_u is concave on the allowed ranks, so the inner maximum takes exactly the steps whose gain per cost
+exceeds λ. The right side is least where those steps just fill the budget: with all steps sorted by gain per cost, at
+the first one that does not fit. This is the greedy order, so the greedy prefix and its bound come out of one sort. What
+is left of the budget after the prefix is filled with later steps that fit; where the table of all budgets is small,
+dynamic programming then finds the optimum itself.
+
+Reference: Everett 1963, "Generalized Lagrange multiplier method"; Dantzig 1957 (the prefix); Bellman 1957 (the table).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+
+# Largest table of the exact method: about 1 s and 100 MB (2 cores of 2026; 40 M entries were filled in 0.4 s).
+MAX_TABLE, MAX_WORK = 4e7, 2e8
+
+
+@dataclass(frozen=True)
+class Steps:
+    """All steps up that units can take, in the order unit by unit, first step first.
+
+    Args:
+        gain: What each step adds to the objective, ``(n,)``; falling in ``gain / cost`` within a unit.
+        cost: What each step costs, ``(n,)``, positive.
+        unit: Which unit it belongs to, ``(n,)``, ascending.
+        rank: The unit's rank after it, ``(n,)``.
+        start: The unit's rank before its first step, ``(units,)``.
+    """
+
+    gain: Floats
+    cost: Ints
+    unit: Ints
+    rank: Ints
+    start: Ints
+
+    @property
+    def first(self) -> Ints:
+        """Index of each unit's first step; one past the end closes the last."""
+        return np.searchsorted(self.unit, np.arange(len(self.start) + 1))
+
+
+@dataclass(frozen=True)
+class Spent:
+    """Ranks within a budget.
+
+    Args:
+        ranks: By unit, ``(units,)``.
+        gain: What the steps taken add up to.
+        cost: What they cost.
+        bound: What no choice of steps within the budget can exceed.
+        price: Gain of one more unit of the budget, at the bound; 0 if the budget covers all steps.
+        optimal: True if this is the optimum, found by the exact method or because every step was taken.
+    """
+
+    ranks: Ints
+    gain: float
+    cost: int
+    bound: float
+    price: float
+    optimal: bool
+
+
+def make_steps(curves: Sequence[Floats], costs: Sequence[int], starts: Sequence[int], allowed: Sequence[Ints]) -> Steps:
+    """Return the steps from each unit's starting rank over its allowed ranks.
+
+    Args:
+        curves: By unit: G(0), …, G(cap), concave, ``(cap + 1,)``.
+        costs: By unit: what one rank costs.
+        starts: By unit: the rank it has anyway.
+        allowed: By unit: the ranks above that which it may take, ascending.
+    """
+    gain, cost, rank, sizes = [], [], [], []
+    for curve, price, start, ranks in zip(curves, costs, starts, allowed, strict=True):
+        stops = np.concatenate([[start], ranks]).astype(np.int64)
+        gain.append(np.diff(curve[stops]))
+        cost.append(np.diff(stops) * price)
+        rank.append(stops[1:])
+        sizes.append(len(ranks))
+    return Steps(
+        gain=np.concatenate([*gain, np.empty(0)]),
+        cost=np.concatenate([*cost, np.empty(0, np.int64)]),
+        unit=np.repeat(np.arange(len(sizes)), sizes),
+        rank=np.concatenate([*rank, np.empty(0, np.int64)]),
+        start=np.asarray(starts, np.int64),
+    )
+
+
+def spend(steps: Steps, budget: int, exact: bool = True) -> Spent:
+    """Choose steps within a budget.
+
+    Args:
+        steps: What can be bought.
+        budget: What may be spent on them, from 0 up.
+        exact: Whether to look for the optimum itself where its table is small.
+
+    Returns:
+        A choice whose gain is at least that of the greedy prefix, and a bound on every choice.
+
+    Example:
+        >>> curves = [np.array([0.0, 4.0, 5.0]), np.array([0.0, 3.0])]
+        >>> steps = make_steps(curves, [2, 1], [0, 0], [np.arange(1, 3), np.arange(1, 2)])
+        >>> spent = spend(steps, 3)
+        >>> spent.ranks.tolist(), spent.gain, spent.bound
+        ([1, 1], 7.0, 7.0)
+    """
+    order = _by_yield(steps)
+    total = np.cumsum(steps.cost[order])
+    fitting = int(np.searchsorted(total, budget, side="right"))
+    taken = np.bincount(steps.unit[order[:fitting]], minlength=len(steps.start)).astype(np.int64)
+    if fitting == len(order):
+        gain = math.fsum(steps.gain)
+        return Spent(_ranks(steps, taken), gain, int(total[-1]) if fitting else 0, gain, 0.0, optimal=True)
+    left = budget - int(total[fitting - 1] if fitting else 0)
+    next_step = order[fitting]
+    price = float(steps.gain[next_step] / steps.cost[next_step])
+    bound = math.fsum(steps.gain[order[:fitting]]) + left * price
+    _fill(steps, taken, left)
+    choice = _best_of(steps, taken, budget) if exact else taken
+    chosen = _chosen(steps, choice)
+    gain = math.fsum(steps.gain[chosen])
+    return Spent(
+        ranks=_ranks(steps, choice),
+        gain=gain,
+        cost=int(steps.cost[chosen].sum()),
+        bound=max(bound, gain),  # equal where the prefix fills the budget, but for the rounding of sums
+        price=price,
+        optimal=exact and (_table_fits(steps, budget) or left == 0),
+    )
+
+
+def _by_yield(steps: Steps) -> Ints:
+    """Return the steps by falling gain per cost, those of one unit in their order."""
+    density = steps.gain / steps.cost
+    for unit_first, unit_end in zip(steps.first[:-1], steps.first[1:], strict=True):
+        # Rounding of sums must not let a unit's second step overtake its first.
+        density[unit_first:unit_end] = np.minimum.accumulate(density[unit_first:unit_end])
+    return np.argsort(-density, kind="stable")
+
+
+def _fill(steps: Steps, taken: Ints, left: int) -> None:
+    """Take, while any fits, the next step of the unit that yields most per cost."""
+    first = steps.first
+    while True:
+        upcoming = first[:-1] + taken
+        open_units = np.flatnonzero(upcoming < first[1:])
+        at = upcoming[open_units]
+        fits = (steps.cost[at] <= left) & (steps.gain[at] > 0)
+        if not fits.any():
+            return
+        at, open_units = at[fits], open_units[fits]
+        best = int(np.argmax(steps.gain[at] / steps.cost[at]))
+        taken[open_units[best]] += 1
+        left -= int(steps.cost[at[best]])
+
+
+def _table(steps: Steps, budget: int) -> tuple[int, int]:
+    """Return the unit in which costs are counted exactly, and the budget in it."""
+    coarse = int(np.gcd.reduce(steps.cost))
+    return coarse, budget // coarse
+
+
+def _table_fits(steps: Steps, budget: int) -> bool:
+    _, cells = _table(steps, budget)
+    return (cells + 1) * len(steps.start) <= MAX_TABLE and (cells + 1) * len(steps.gain) <= MAX_WORK
+
+
+def _best_of(steps: Steps, taken: Ints, budget: int) -> Ints:
+    """Return how many steps of each unit are best: by dynamic programming, or ``taken`` where the table is too large.
+
+    best[b] after unit u = max over its number of steps k of best[b − cost(k)] before it + gain(k).
+    """
+    if not _table_fits(steps, budget):
+        return taken
+    coarse, cells = _table(steps, budget)
+    first = steps.first
+    best = np.zeros(cells + 1)
+    choice = np.zeros((len(steps.start), cells + 1), np.uint16)
+    for unit in range(len(steps.start)):
+        before = best.copy()
+        span = slice(first[unit], first[unit + 1])
+        for k, (gain, cost) in enumerate(
+            zip(np.cumsum(steps.gain[span]), np.cumsum(steps.cost[span]) // coarse, strict=True), 1
+        ):
+            if cost > cells:
+                break
+            candidate = before[: cells + 1 - cost] + gain
+            better = candidate > best[cost:]
+            best[cost:][better] = candidate[better]
+            choice[unit, cost:][better] = k
+    exact = np.zeros_like(taken)
+    cell = cells
+    for unit in reversed(range(len(steps.start))):
+        exact[unit] = choice[unit, cell]
+        if exact[unit]:
+            span = slice(first[unit], first[unit] + exact[unit])
+            cell -= int(steps.cost[span].sum()) // coarse
+    # Of two choices that keep the same, the greedy one: its ranks do not jump with a rounding error.
+    gains = [math.fsum(steps.gain[_chosen(steps, each)]) for each in (taken, exact)]
+    return exact if gains[1] > gains[0] else taken
+
+
+def _chosen(steps: Steps, taken: Ints) -> NDArray[np.bool_]:
+    """Return which steps are taken if each unit takes its first so many."""
+    position = np.arange(len(steps.unit)) - steps.first[steps.unit]
+    return np.asarray(position < taken[steps.unit])
+
+
+def _ranks(steps: Steps, taken: Ints) -> Ints:
+    """Return the rank of each unit after so many of its steps."""
+    ranks = steps.start.copy()
+    moved = np.flatnonzero(taken)
+    ranks[moved] = steps.rank[steps.first[moved] + taken[moved] - 1]
+    return ranks

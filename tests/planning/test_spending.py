@@ -1,0 +1,119 @@
+"""The spending of a budget against enumeration: kept ≤ optimum ≤ bound, and the optimum where the table is small."""
+
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lora_diag.planning import spending
+from lora_diag.planning.spending import make_steps, spend
+
+UNITS = st.lists(
+    st.tuples(st.lists(st.floats(0.01, 10), min_size=1, max_size=4), st.integers(1, 12), st.integers(0, 1)),
+    min_size=1,
+    max_size=4,
+)
+
+
+def problem(units, step=1):
+    """Return steps, and everything that enumeration needs: curves, costs, starts, allowed ranks."""
+    curves = [np.concatenate([[0.0], np.cumsum(sorted(gains, reverse=True))]) for gains, _, _ in units]
+    costs = [cost for _, cost, _ in units]
+    starts = [min(start, len(curve) - 1) for curve, (_, _, start) in zip(curves, units, strict=True)]
+    allowed = [
+        np.array([r for r in range(start + 1, len(curve)) if (r - start) % step == 0], np.int64)
+        for start, curve in zip(starts, curves, strict=True)
+    ]
+    return make_steps(curves, costs, starts, allowed), (curves, costs, starts, allowed)
+
+
+def optimum(curves, costs, starts, allowed, budget):
+    """Try every combination of ranks."""
+    best = 0.0
+    for ranks in itertools.product(*[[start, *ranks] for start, ranks in zip(starts, allowed, strict=True)]):
+        spent = sum((r - s) * c for r, s, c in zip(ranks, starts, costs, strict=True))
+        if spent <= budget:
+            best = max(best, sum(g[r] - g[s] for g, r, s in zip(curves, ranks, starts, strict=True)))
+    return best
+
+
+@settings(max_examples=150, deadline=None)
+@given(UNITS, st.integers(0, 60), st.sampled_from([1, 2]))
+def test_the_exact_method_finds_the_optimum_and_the_bound_holds(units, budget, step):
+    steps, everything = problem(units, step)
+    best = optimum(*everything, budget)
+    found = spend(steps, budget)
+    assert found.optimal
+    assert found.cost <= budget
+    assert found.gain == pytest.approx(best, abs=1e-9)
+    assert found.bound >= best - 1e-9
+
+
+@settings(max_examples=150, deadline=None)
+@given(UNITS, st.integers(0, 60), st.sampled_from([1, 2]))
+def test_without_it_the_certificate_still_holds(units, budget, step):
+    steps, everything = problem(units, step)
+    best = optimum(*everything, budget)
+    found = spend(steps, budget, exact=False)
+    assert found.cost <= budget
+    assert found.gain <= best + 1e-9 <= found.bound + 2e-9
+    if found.optimal:
+        assert found.gain == pytest.approx(best, abs=1e-9)
+    # what the ranks say is what was counted
+    curves, costs, starts, _ = everything
+    ranks = found.ranks.tolist()
+    assert found.cost == sum((r - s) * c for r, s, c in zip(ranks, starts, costs, strict=True))
+    assert found.gain == pytest.approx(sum(g[r] - g[s] for g, r, s in zip(curves, ranks, starts, strict=True)))
+
+
+@settings(max_examples=60, deadline=None)
+@given(UNITS, st.integers(0, 50))
+def test_a_larger_budget_never_keeps_less(units, budget):
+    steps, _ = problem(units)
+    assert spend(steps, budget + 1).gain >= spend(steps, budget).gain - 1e-12
+
+
+@settings(max_examples=60, deadline=None)
+@given(UNITS, st.integers(0, 20))
+def test_where_all_costs_are_equal_greedy_is_optimal(units, budget):
+    """The article's rule for a budget of ranks: the next unit where σ² is largest."""
+    steps, everything = problem([(gains, 1, start) for gains, _, start in units])
+    found = spend(steps, budget, exact=False)
+    assert found.gain == pytest.approx(optimum(*everything, budget), abs=1e-9)
+    assert found.gain == pytest.approx(found.bound, abs=1e-9)
+
+
+def test_the_price_is_what_one_more_unit_of_the_budget_is_worth_at_most():
+    curves = [np.array([0.0, 4.0, 6.0]), np.array([0.0, 3.0])]
+    steps = make_steps(curves, [2, 3], [0, 0], [np.arange(1, 3), np.arange(1, 2)])
+    found = spend(steps, 3)
+    assert found.price == 1.0
+    assert found.bound == 5.0
+    assert spend(steps, 100).price == 0.0
+
+
+def test_greedy_stops_short_where_the_exact_method_does_not():
+    """A step that fits badly: greedy takes the dense one and has no room for the large one."""
+    curves = [np.array([0.0, 3.0]), np.array([0.0, 10.0])]
+    steps = make_steps(curves, [2, 10], [0, 0], [np.arange(1, 2), np.arange(1, 2)])
+    assert spend(steps, 10, exact=False).gain == 3.0
+    assert spend(steps, 10).ranks.tolist() == [0, 1]
+
+
+def test_a_table_that_is_too_large_is_not_filled(monkeypatch):
+    steps, _ = problem([([5.0, 3.0], 7, 0), ([4.0], 3, 0)])
+    assert spend(steps, 9).optimal
+    monkeypatch.setattr(spending, "MAX_TABLE", 1)
+    assert not spend(steps, 9).optimal
+
+
+def test_many_layers_take_seconds():
+    rng = np.random.default_rng(0)
+    layers, kept = 20_000, 64
+    curves = [np.concatenate([[0.0], np.cumsum(np.sort(rng.exponential(size=kept))[::-1])]) for _ in range(layers)]
+    allowed = [np.arange(1, kept + 1)] * layers
+    steps = make_steps(curves, rng.choice([8192, 15104, 5120], layers).tolist(), [0] * layers, allowed)
+    found = spend(steps, layers * 16 * 8000)
+    assert 0 <= 1 - found.gain / found.bound < 1e-5

@@ -63,7 +63,7 @@ LIBRARIES = {
     "pydantic": {"results"},
     "rich": {"reports", "cli"},
     "typer": {"cli"},
-    "pandas": {"results"},
+    "pandas": {"reports", "results"},
     "huggingface_hub": {"checkpoints"},
     "safetensors": set(),
     "click": set(),

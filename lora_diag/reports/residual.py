@@ -57,7 +57,7 @@ def residual_table(
     for name, records in _by_adapter(results):
         parts += [Text(f"{name}, {records[0].role}, against TUNED", style="bold")]
         parts += [_table(_rows(records, per), width, per)]
-    parts.append(answers([*_lines(results), *([("Next", then)] if then else [])], _style))
+    parts.append(answers([*residual_lines(results), *([("Next", then)] if then else [])], _style))
     return to_text(Group(*parts), width, color)
 
 
@@ -162,7 +162,7 @@ def _style(word: str, sentence: str) -> str:
     return "bold yellow" if word == "Resolved?" and not sentence.startswith("yes") else ""
 
 
-def _lines(results: Results[Residual]) -> list[tuple[str, str]]:
+def residual_lines(results: Results[Residual]) -> list[tuple[str, str]]:
     """Return word and sentence for each line of the summary."""
     lines = [("Compared", "\n".join([*inputs(results.run), *notes(results.run)]))]
     groups = _by_adapter(results)

@@ -1,0 +1,240 @@
+r"""Records → one HTML page that opens from disk, without a network, and says everything without JavaScript.
+
+Jinja2 escapes every word; the records are embedded as JSON in which ``<``, ``>``, ``&`` and ``'`` are spelled
+``\u003c`` and so on, so that no layer's name can end the script element it stands in. plotly.js draws the interactive
+charts: it is embedded compressed, which takes 2.0 MB of the page where plain text would take 4.8 MB. The page's policy
+forbids every connection. Refuses to know how anything was measured.
+"""
+
+from __future__ import annotations
+
+import base64
+import gzip
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from lora_diag.errors import InputError
+from lora_diag.metrics.thinning import curve_at, thinned_ranks
+from lora_diag.planning.evidence import Evidence, Source
+from lora_diag.reports.fields import Field, fields_of, layers_of
+from lora_diag.reports.subject import ENERGY, EPSILON, certificates, judged, labels, subject_of
+from lora_diag.reports.tables import table
+from lora_diag.reports.text import number, safe, short
+from lora_diag.reports.tracks import tracks
+from lora_diag.results import Overlap, Spectrum
+from lora_diag.results.names import depth_of
+
+TEMPLATES = Path(__file__).parent / "templates"
+
+# Points of all spectra together: 256 a layer up to 2,000 layers, and 7 at 70,000, where the page stays below 30 MB.
+POINTS, MOST_POINTS, FEWEST_POINTS = 500_000, 256, 6
+# From so many layers on, numbers have six digits and not all.
+LARGE, DIGITS = 5_000, 6
+# Without JavaScript the table ends here.
+PLAIN_ROWS = 200
+# Points of one overlap curve.
+STEPS = 60
+# Columns of the terminal whose tables the page shows.
+TERMINAL = 118
+# Verdicts of a gate that are listed.
+VERDICTS = 50
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """A static figure, for readers without JavaScript.
+
+    Args:
+        title: What it shows.
+        alt: The same for who cannot see it.
+        data: A ``data:`` address.
+    """
+
+    title: str
+    alt: str
+    data: str
+
+
+def html_report(evidence: Evidence, pictures: Sequence[Picture] = (), made: str = "") -> str:
+    """Return the page.
+
+    Args:
+        evidence: The runs.
+        pictures: Static figures, shown until the interactive ones are there.
+        made: When the page was made, in words; the records do not know.
+
+    Raises:
+        InputError: Jinja2 or plotly is not installed.
+    """
+    try:
+        from jinja2 import Environment, FileSystemLoader, StrictUndefined
+        from plotly.offline import get_plotlyjs
+    except ImportError as error:
+        raise InputError(f"an HTML report needs {error.name}: pip install 'loradiag[report]'") from error
+    templates = Environment(
+        loader=FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    templates.filters |= {"safe_text": safe, "short": short, "cell": _cell}
+    # Plain JSON: the filter of Jinja2 escapes it for a script element.
+    templates.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":"), "ensure_ascii": False}
+    layers = layers_of(evidence)
+    columns = fields_of(evidence, layers)
+    outcome, verdicts = judged(evidence)
+    return templates.get_template("report.html").render(
+        subject=subject_of(evidence),
+        sources=evidence.sources,
+        shown=list(map(_shown, evidence.sources)),
+        certificates=certificates(evidence),
+        outcome=outcome,
+        verdicts=verdicts[:VERDICTS],
+        verdicts_more=max(0, len(verdicts) - VERDICTS),
+        layers=layers,
+        columns=columns,
+        plain=[column for column in columns if column.main],
+        plain_rows=min(PLAIN_ROWS, len(layers)),
+        pictures=pictures,
+        made=made,
+        thinning=_thinning(evidence, layers),
+        epsilon=EPSILON,
+        energy=ENERGY,
+        data=_data(evidence, layers, columns),
+        plotly=base64.b64encode(gzip.compress(get_plotlyjs().encode(), 9, mtime=0)).decode(),
+    )
+
+
+def _shown(source: Source) -> str:
+    """Return the table and summary that a terminal shows of a run; nothing for a command that has none."""
+    try:
+        return table(source.results, TERMINAL)
+    except InputError:
+        return ""
+
+
+def _data(evidence: Evidence, layers: Sequence[str], columns: Sequence[Field]) -> dict[str, Any]:
+    """Return what the page's script works on (``templates/report.js``); layers are numbers from here on."""
+    from lora_diag.plots.groups import Types
+
+    types = Types(layers)
+    row = {name: place for place, name in enumerate(types.names)}
+    place = {layer: i for i, layer in enumerate(layers)}
+    value = _rounded if len(layers) >= LARGE else _unchanged
+    return {
+        "layers": [safe(layer) for layer in layers],
+        "types": [safe(name) for name in types.names],
+        "type": [row[types.of(layer)] for layer in layers],
+        "depth": [depth_of(layer) for layer in layers],
+        "fields": [
+            {
+                "id": column.id,
+                "title": column.title,
+                "about": column.about,
+                "group": column.group,
+                "share": column.share,
+                "main": column.main,
+                "number": column.is_number,
+                "values": [value(entry) for entry in column.values],
+            }
+            for column in columns
+        ],
+        "spectra": _spectra(evidence, place, value),
+        "overlaps": _overlaps(evidence, place, value),
+    }
+
+
+def _spectra(evidence: Evidence, place: Mapping[str, int], value: Callable[[Any], Any]) -> list[dict[str, Any]]:
+    """Return σ and C(r) of every layer at the ranks of ``thinned_ranks``; these are listed once for each length."""
+    points = _points(evidence)
+    found = []
+    sources = list(evidence.of(Spectrum))
+    for source, label in zip(sources, labels([source.name for source in sources]), strict=True):
+        ranks: dict[int, list[int]] = {}
+        curves = []
+        for record in source.results:
+            at = ranks.setdefault(len(record.s), thinned_ranks(len(record.s), points))
+            energy = curve_at(record.s, record.fro, record.complete, at) if record.fro > 0 else [None] * len(at)
+            curves.append(
+                {
+                    "layer": place[record.layer],
+                    "kept": len(record.s),
+                    "s": [value(record.s[rank - 1]) for rank in at],
+                    "c": [_rounded(share) for share in energy],
+                    "edge": value(record.resolution.edge),
+                }
+            )
+        found.append({"label": label, "ranks": ranks, "curves": curves})
+    return found
+
+
+def _overlaps(evidence: Evidence, place: Mapping[str, int], value: Callable[[Any], Any]) -> list[dict[str, Any]]:
+    """Return the overlaps over the steps, a row (step, κ, its baseline, tangent, its baseline) each."""
+    found = []
+    for source in evidence.of(Overlap):
+        curves = [
+            {
+                "layer": place[track.layer],
+                "rank": track.rank,
+                "rows": [
+                    [value(x) for x in (r.step, r.kappa, r.kappa_random, r.tangent, r.tangent_random)]
+                    for r in _some(track.records, STEPS)
+                ],
+            }
+            for track in tracks(source.results)
+        ]
+        found.append({"curves": curves})
+    return found
+
+
+def _points(evidence: Evidence) -> int:
+    """Return how many points a spectrum is drawn with."""
+    spectra = sum(len(source.results) for source in evidence.of(Spectrum))
+    return max(FEWEST_POINTS, min(MOST_POINTS, POINTS // max(1, spectra)))
+
+
+def _thinning(evidence: Evidence, layers: Sequence[str]) -> list[str]:
+    """Say what the page does not hold of the records."""
+    said = []
+    points = _points(evidence)
+    longest = max((len(r.s) for source in evidence.of(Spectrum) for r in source.results), default=0)
+    if longest > points:
+        said.append(
+            f"Spectra and energy curves are drawn with up to {points} of up to {longest} points: the first "
+            f"{points // 2} ranks and log-spaced ones beyond. Each point is a value of the results file."
+        )
+    if len(layers) >= LARGE:
+        said.append(f"With {len(layers)} layers, numbers are given to {DIGITS} digits.")
+    steps = max((len({r.step for r in source.results}) for source in evidence.of(Overlap)), default=0)
+    if steps > STEPS:
+        said.append(f"Overlap curves show {STEPS} of {steps} steps, evenly chosen.")
+    return said
+
+
+def _some(items: Sequence[T], most: int) -> list[T]:
+    """Return evenly chosen items with the first and the last.
+
+    >>> _some([0, 1, 2, 3, 4], 3)
+    [0, 2, 4]
+    """
+    if len(items) <= most:
+        return list(items)
+    return [items[round(i * (len(items) - 1) / (most - 1))] for i in range(most)]
+
+
+def _rounded(value: Any) -> Any:
+    return float(f"{value:.{DIGITS}g}") if isinstance(value, float) else value
+
+
+def _unchanged(value: Any) -> Any:
+    return value
+
+
+def _cell(value: Any) -> str:
+    """Return a value of the plain table."""
+    return "" if value is None else number(value) if isinstance(value, float) else str(value)

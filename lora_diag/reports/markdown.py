@@ -1,0 +1,177 @@
+"""Records → GitHub-flavoured Markdown for a pull request or a model card, below 60 KB.
+
+Names from files are code spans or have their markup spelled out: they neither link, mention nor format anything.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from statistics import median
+
+from lora_diag.planning.evidence import Evidence
+from lora_diag.reports.fields import Field, fields_of, layers_of
+from lora_diag.reports.subject import ENERGY, Subject, certificates, judged, subject_of
+from lora_diag.reports.text import crop, number, safe, short
+from lora_diag.results.names import module_type_of, place_of
+
+# GitHub takes 65,536 characters of a comment.
+MOST_BYTES = 60_000
+# Rows of a table, layers or verdicts named, characters of a name.
+ROWS, NAMED, NAME = 40, 10, 90
+
+
+def markdown_report(evidence: Evidence) -> str:
+    """Return the report: three answers, a table by module type, what to do next, failure modes, what was measured."""
+    subject = subject_of(evidence)
+    parts = [
+        f"# {_text(crop(subject.title, 200))}",
+        *(f"**{answer.question}** {_text(answer.says)}" + _more(answer.more) for answer in subject.answers),
+        *_table(evidence),
+        *_advice(subject),
+        *_findings(subject),
+        *_gate(evidence),
+        *(f"**Allocation** {_text(label)} {_text(said)}" for label, said in certificates(evidence)),
+        _measured(evidence),
+    ]
+    return _fitting([part for part in parts if part])
+
+
+def _fitting(parts: Sequence[str]) -> str:
+    """Join the parts that fit, and say where some do not."""
+    kept: list[str] = []
+    room = MOST_BYTES - 200
+    for part in parts:
+        room -= len(part.encode()) + 2
+        if room < 0:
+            kept.append("*Cut here to stay below 60 KB; `loradiag report --format html` shows everything.*")
+            break
+        kept.append(part)
+    return "\n\n".join(kept) + "\n"
+
+
+def _more(lines: Sequence[str]) -> str:
+    return "".join(f"\n- {_text(line)}" for line in lines)
+
+
+def _table(evidence: Evidence) -> list[str]:
+    """Return medians by module type of the main columns."""
+    layers = sorted(layers_of(evidence), key=place_of)
+    groups: dict[str, list[int]] = {}
+    for place, layer in enumerate(layers):
+        groups.setdefault(module_type_of(layer), []).append(place)
+    columns = [field for field in fields_of(evidence, layers) if field.main]
+    if not columns:
+        return []
+    heads = [_text(f"{field.title} {crop(field.group, 30)}".strip()) for field in columns]
+    rows = ["| module type | n | " + " | ".join(heads) + " |", "|---|--:|" + "--:|" * len(columns)]
+    for name, places in list(groups.items())[:ROWS]:
+        cells = [_middle(field, places) for field in columns]
+        rows.append(f"| {code(name)} | {len(places)} | " + " | ".join(cells) + " |")
+    more = f"\n\n*and {len(groups) - ROWS} module types more*" if len(groups) > ROWS else ""
+    return ["## By module type", "\n".join(rows) + more + "\n\nMedians; of words, the most frequent."]
+
+
+def _middle(field: Field, places: Sequence[int]) -> str:
+    known = [value for place in places if (value := field.values[place]) is not None]
+    if not known:
+        return ""
+    if all(isinstance(value, int) for value in known):
+        # As the table of ``spectrum``: a rank that is missing lies beyond the values kept.
+        ordered = sorted(known) + [None] * (len(places) - len(known))
+        return str(ordered[len(places) // 2] or "beyond")
+    if field.is_number:
+        return number(median(value for value in known if isinstance(value, float | int)))
+    return _text(str(max(sorted(set(known), key=str), key=known.count)))
+
+
+def _advice(subject: Subject) -> list[str]:
+    parts = ["## What to do next"]
+    if subject.about:
+        parts.append(f"About {_text(subject.about)}. {_text(ENERGY)}")
+    for place, step in enumerate(subject.advice, 1):
+        parts.append(
+            f"{place}. **{_text(step.do)}.** {_text(step.because)}\n   {code(step.command, 1000)}\n   "
+            f"Rule: {_text(step.condition)} ({_text(step.source)})."
+        )
+    if not subject.advice:
+        parts.append("No step is supported by these records.")
+    parts += [f"- not measured: {_text(what)}{f': {code(how, 1000)}' if how else ''}" for what, how in subject.missing]
+    return parts
+
+
+def _findings(subject: Subject) -> list[str]:
+    if not subject.findings:
+        return []
+    return [
+        "## Failure modes seen",
+        *(
+            f"- **{found.name}.** {_text(found.seen)} {_text(found.means)} "
+            f"Rule: {_text(found.condition)} ({_text(found.source)})."
+            + (f" Layers: {_named(found.layers)}." if found.layers else "")
+            for found in subject.findings
+        ),
+    ]
+
+
+def _gate(evidence: Evidence) -> list[str]:
+    outcome, verdicts = judged(evidence)
+    if not outcome:
+        return []
+    rows = [
+        f"| {verdict.status} | {code(verdict.rule)} | {code(short(verdict.layer)) if verdict.layer else 'all'} "
+        f"| {_text(_shown(verdict.measured))} | {_text(verdict.allowed)} |"
+        for verdict in verdicts[:ROWS]
+    ]
+    head = ["| status | rule | layer | measured | allowed |", "|---|---|---|--:|---|"]
+    more = f"\n\n*and {len(verdicts) - ROWS} more*" if len(verdicts) > ROWS else ""
+    return ["## Gate", f"{_text(outcome)}.", *(["\n".join([*head, *rows]) + more] if rows else [])]
+
+
+def _shown(value: float | str | None) -> str:
+    return "" if value is None else number(value) if isinstance(value, float) else value
+
+
+def _measured(evidence: Evidence) -> str:
+    lines = ["## Measured", ""]
+    for source in evidence.sources:
+        run = source.results.run
+        sides = ", ".join(f"{_text(side.role)} {code(side.path)}" for side in run.inputs)
+        state = "" if source.results.end is not None else "; the run did not finish"
+        written = f"; written {source.written}" if source.written else ""
+        lines.append(
+            f"- {code(source.name)}: loradiag {_text(run.command)} {_text(run.version)}: {sides}; "
+            f"{len(source.results)} records{written}{state}"
+        )
+    return "\n".join(lines)
+
+
+def _named(layers: Sequence[str]) -> str:
+    shown = ", ".join(code(short(layer)) for layer in layers[:NAMED])
+    return f"{shown} and {len(layers) - NAMED} more" if len(layers) > NAMED else shown
+
+
+def code(text: str, most: int = NAME) -> str:
+    r"""Return a code span that a table can hold, whatever the text: a fence longer than any run of backticks in it.
+
+    >>> code("q_proj"), code("a`b|c")
+    ('`q_proj`', '``a`b\\|c``')
+    """
+    shown = crop(safe(text), most).replace("|", "\\|")
+    fence = "`" * (1 + max((len(run) for run in re.findall("`+", shown)), default=0))
+    pad = " " if shown.startswith("`") or shown.endswith("`") or not shown.strip() else ""
+    return f"{fence}{pad}{shown}{pad}{fence}"
+
+
+def _text(text: str) -> str:
+    """Return text in which nothing is markup, a mention, an issue or a link.
+
+    >>> _text("<b>|@me #1 https://x *y*")
+    '&#60;b&#62;&#124;&#64;me &#35;1 https&#58;//x &#42;y&#42;'
+    >>> _text("self_attn.q_proj _x_")
+    'self_attn.q_proj &#95;x&#95;'
+    """
+    neutral = re.sub(
+        r"[\\`*{}\[\]<>#|~&@!^$]|:(?=//)|(?<!\w)_|_(?!\w)|(?<=www)\.", lambda m: f"&#{ord(m[0])};", safe(text)
+    )
+    return neutral.strip()

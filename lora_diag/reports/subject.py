@@ -1,0 +1,186 @@
+"""What a report says before any table: what was compared, three answers, what to do next, what failed.
+
+HTML and Markdown say the same because both take it from here. Names and paths come out ``safe``; escaping for a page is
+left to the page.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, TypeVar
+
+from lora_diag.planning.advice import Advice, advice
+from lora_diag.planning.evidence import Evidence
+from lora_diag.planning.findings import Finding, findings
+from lora_diag.reports.overlap_summary import lines
+from lora_diag.reports.residual import residual_lines
+from lora_diag.reports.summary import summary_lines
+from lora_diag.reports.text import number, percent, safe
+from lora_diag.reports.tracks import tracks
+from lora_diag.results import Certificate, Overlap, Residual, Spectrum, Verdict
+
+# What has to be said wherever ε is shown.
+EPSILON = (
+    "ε is the distance to one full fine-tune, never a quality: on real data it rises with rank while the loss falls, "
+    "and two full fine-tunes from two seeds are ε ≈ 1 apart."
+)
+# What has to be said wherever a rank is advised.
+ENERGY = (
+    "Energy says what a rank could carry of this one full fine-tune. An adapter trained at that rank may do better or "
+    "worse: held-out loss decides."
+)
+
+T = TypeVar("T", Advice, Finding)
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """One question of the top of the page.
+
+    Args:
+        question: As a user asks it.
+        says: The answer, with its numbers.
+        more: What stands below it.
+        measured: False where nothing was measured that answers it.
+    """
+
+    question: str
+    says: str
+    more: tuple[str, ...] = ()
+    measured: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """Everything a report says in words."""
+
+    title: str
+    answers: tuple[Answer, ...]
+    advice: tuple[Advice, ...]
+    findings: tuple[Finding, ...]
+    missing: tuple[tuple[str, str], ...]
+    about: str
+
+
+def subject_of(evidence: Evidence) -> Subject:
+    """Return what the records of several runs say together."""
+    return Subject(
+        title=_title(evidence),
+        answers=(_low_rank(evidence), _resolved(evidence), _limits(evidence)),
+        advice=tuple(map(_safe, advice(evidence))),
+        findings=tuple(map(_safe, findings(evidence))),
+        missing=tuple((safe(what), safe(how)) for what, how in evidence.missing()),
+        about=_about(evidence),
+    )
+
+
+def labels(paths: Sequence[str]) -> list[str]:
+    """Return how runs and adapters are called in columns and legends: the last parts of their paths that differ.
+
+    >>> labels(["runs/full.jsonl"]), labels(["a/x/adapter", "b/y/adapter"]), labels(["a", "a"])
+    (['full'], ['x/adapter', 'y/adapter'], ['a', 'a'])
+    """
+    parts = [path.removesuffix(".jsonl").replace("\\", "/").rstrip("/").split("/") for path in paths]
+    longest = max(map(len, parts), default=1)
+    for last in range(1, longest + 1):
+        found = ["/".join(part[-last:]) for part in parts]
+        if len(set(found)) == len(set(paths)):
+            break
+    return [safe(label) or "run" for label in found] if parts else []
+
+
+def _safe(item: T) -> T:
+    """Return advice or a finding whose sentences are safe to show; its ``layers`` stay as the file has them."""
+    said: dict[str, Any] = {field.name: getattr(item, field.name) for field in fields(item)}
+    changes: dict[str, Any] = {name: safe(value) for name, value in said.items() if isinstance(value, str)}
+    return replace(item, **changes)
+
+
+def _title(evidence: Evidence) -> str:
+    source = evidence.update or evidence.audit or next(iter(evidence.sources), None)
+    inputs = source.results.run.inputs if source else ()
+    paths = {side.role: safe(side.path) for side in reversed(inputs)}
+    tuned = paths.get("tuned") or paths.get("adapter")
+    if tuned and "base" in paths:
+        return f"{tuned} against {paths['base']}"
+    return tuned or (labels([source.name])[0] if source else "nothing")
+
+
+def _about(evidence: Evidence) -> str:
+    parts = [f"the update in {safe(evidence.update.name)}"] if evidence.update is not None else []
+    if evidence.adapter is not None:
+        parts.append(f"the adapter {safe(evidence.adapter)}")
+    adapters = {r.adapter for source in evidence.of(Residual) for r in source.results if r.role == "adapter"}
+    first = "; of several adapters, the one that was named first" if len(adapters) > 1 else ""
+    return " and ".join(parts) + first
+
+
+def _low_rank(evidence: Evidence) -> Answer:
+    question = "Is the update low-rank?"
+    said = dict(summary_lines(evidence.update.results)) if evidence.update is not None else {}
+    if "Low-rank?" in said:
+        first, *more = said["Low-rank?"].splitlines()
+        return Answer(question, first, (*more, *(f"rank at 90%: {line}" for line in said["Rank at 90%"].splitlines())))
+    if said:
+        return Answer(question, said["Moved"].splitlines()[0])
+    for source in evidence.of(Spectrum):
+        used = dict(summary_lines(source.results)).get("Rank used")
+        if used is not None:
+            return Answer(question, used, ("An adapter's rank is a setting: this is how much of it is used.",))
+    if evidence.audit is not None:
+        return Answer(
+            question, dict(residual_lines(evidence.audit.results)).get("Low rank?", "nothing was held against it")
+        )
+    return Answer(question, "not measured: loradiag spectrum BASE FULL_FT answers it", measured=False)
+
+
+def _resolved(evidence: Evidence) -> Answer:
+    question = "Can the files show it?"
+    source = evidence.update or next(evidence.of(Spectrum), None)
+    if source is not None:
+        said = dict(summary_lines(source.results)).get("Resolved?", "nothing moved in the matrices")
+        return Answer(question, said.splitlines()[0], tuple(said.splitlines()[1:]))
+    if evidence.audit is not None:
+        return Answer(question, dict(residual_lines(evidence.audit.results)).get("Resolved?", "nothing was judged"))
+    return Answer(question, "not measured: loradiag spectrum BASE FULL_FT answers it", measured=False)
+
+
+def _limits(evidence: Evidence) -> Answer:
+    question = "What limits the adapter?"
+    if evidence.adapter is not None and evidence.audit is not None:
+        said = dict(residual_lines(evidence.audit.results))
+        first, *others = said["Limited by"].splitlines()
+        return Answer(question, first, (*others, *said["Distance"].splitlines(), EPSILON))
+    for source in evidence.of(Overlap):
+        said = dict(lines(source.results, tracks(source.results)))
+        first, *others = said["Inside?"].splitlines()
+        return Answer(
+            question, first, (*others, *said.get("Reach", "").splitlines(), "Overlap shows direction, not quality.")
+        )
+    return Answer(question, "not measured: loradiag residual BASE FULL_FT ADAPTER answers it", measured=False)
+
+
+def certificates(evidence: Evidence) -> list[tuple[str, str]]:
+    """Return one sentence for each allocation: what it spends, keeps, and how far from the best it can be."""
+    said = []
+    for source in evidence.sources:
+        for record in source.results.whole:
+            if isinstance(record, Certificate):
+                budget = f" of {number(record.budget)}" if record.budget is not None else ""
+                others = "; ".join(f"{safe(b.name)} keeps {percent(b.kept)}" for b in record.baselines)
+                keeps = (
+                    f"spends {number(record.spent)}{budget} ({record.unit.replace('_', ' ')}) and keeps "
+                    f"{percent(record.kept)} of the energy; under the same constraints none can keep more than "
+                    f"{percent(record.bound)}{f'. Beside it: {others}' if others else ''}."
+                )
+                said.append((labels([source.name])[0], keeps))
+    return said
+
+
+def judged(evidence: Evidence) -> tuple[str, list[Verdict]]:
+    """Return the gates' outcome in words, and the verdicts that did not pass."""
+    counts = Counter(verdict.status for verdict in evidence.verdicts)
+    words = ", ".join(f"{times} {status}" for status, times in counts.most_common())
+    return words, [verdict for verdict in evidence.verdicts if verdict.status not in {"passed", "waived"}]

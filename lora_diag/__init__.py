@@ -15,9 +15,11 @@ from lora_diag.errors import InputError, LoradiagError, NothingComparedError, Us
 from lora_diag.version import __version__
 
 if TYPE_CHECKING:
+    from lora_diag.api.allocate import allocate
     from lora_diag.api.extract import extract
     from lora_diag.api.inspect import inspect
-    from lora_diag.api.overlap import overlap
+    from lora_diag.api.overlap import overlap, subspaces
+    from lora_diag.api.plot import plot
     from lora_diag.api.residual import residual
     from lora_diag.api.spectrum import spectrum
     from lora_diag.api.verify_merge import verify_merge
@@ -26,12 +28,15 @@ if TYPE_CHECKING:
 # Public name -> module that defines it.
 _LAZY = {
     "Results": "lora_diag.results",
+    "allocate": "lora_diag.api.allocate",
     "extract": "lora_diag.api.extract",
     "inspect": "lora_diag.api.inspect",
     "overlap": "lora_diag.api.overlap",
+    "plot": "lora_diag.api.plot",
     "read_results": "lora_diag.results",
     "residual": "lora_diag.api.residual",
     "spectrum": "lora_diag.api.spectrum",
+    "subspaces": "lora_diag.api.overlap",
     "verify_merge": "lora_diag.api.verify_merge",
 }
 
@@ -42,12 +47,15 @@ __all__ = [
     "Results",
     "UsageError",
     "__version__",
+    "allocate",
     "extract",
     "inspect",
     "overlap",
+    "plot",
     "read_results",
     "residual",
     "spectrum",
+    "subspaces",
     "verify_merge",
 ]
 

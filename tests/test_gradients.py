@@ -1,8 +1,8 @@
 """Snapshots: their steps, their files, their names."""
 
 import json
-import os
 import resource
+from pathlib import Path
 
 import pytest
 import torch
@@ -109,7 +109,7 @@ def test_without_base_the_names_are_those_of_the_gradients(tmp_path):
 def test_one_weight_has_one_gradient_a_step_and_one_shape(tmp_path):
     base = open_checkpoint(save_model(tmp_path / "base", {"model.a.weight": torch.zeros(4, 3)}))
     twice = {"a.weight": torch.ones(4, 3), "module.a.weight": torch.ones(4, 3)}
-    with pytest.raises(InputError, match="both gradients of model.a.weight"):
+    with pytest.raises(InputError, match=r"both gradients of model\.a\.weight"):
         histories(open_steps([save_step(tmp_path / "g1.safetensors", twice)]), base)
     steps = open_steps(
         [
@@ -128,7 +128,7 @@ def test_more_steps_than_files_that_may_be_open(tmp_path, prefix):
     followed, _ = histories(open_steps([tmp_path / "g"]), None)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     try:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 4, hard))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (len(list(Path("/proc/self/fd").iterdir())) + 4, hard))
         read = [torch.cat(list(snapshot.blocks((4, 3)))) for snapshot in followed[0].snapshots]
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))

@@ -20,14 +20,16 @@ from lora_diag.api.measuring import (
     without_rank,
 )
 from lora_diag.checkpoints import Checkpoint, open_checkpoint
-from lora_diag.deltas import Delta, Pairing, Unpaired, selector
+from lora_diag.deltas import Delta, Pairing, Unpaired, footprint, selector
 from lora_diag.diagnostics.overlap import RANKS, Followed, OverlapSettings, size
 from lora_diag.diagnostics.overlap import overlap as measure
-from lora_diag.engines import Layout, layout_for
+from lora_diag.diagnostics.overlap import subspaces as spaces_of
+from lora_diag.engines import Layout, layout_for, run_local
 from lora_diag.errors import NothingComparedError, UsageError
 from lora_diag.gradients import History, Step, histories, open_steps
 from lora_diag.linalg import check_request, resolve_device
 from lora_diag.results import AnyRecord, LeftOut, Overlap, Results, ResultsWriter, Run, RunInput
+from lora_diag.training.reference import Reference
 from lora_diag.version import __version__
 
 
@@ -131,6 +133,63 @@ def overlap(
             size,
             Watch(on_progress, on_record),
         )
+
+
+def subspaces(
+    base: Path | str,
+    tuned: Path | str,
+    *,
+    ranks: Sequence[int] = (16,),
+    layers: str | None = None,
+    exclude: str | None = None,
+    allow_unmatched: bool = False,
+    method: str = "auto",
+    device: str = "auto",
+    seed: int = 0,
+    workers: int | None = None,
+) -> Reference:
+    """Compute the top singular subspaces of ΔW, for a ``GradientRecorder`` to hold gradients against.
+
+    Args:
+        base: The checkpoint before.
+        tuned: The checkpoint after a pilot run; or an adapter, whose own subspaces are taken.
+        ranks: Ranks at which overlaps will be measured.
+        layers: Regular expression; only weights whose name contains a match.
+        exclude: Regular expression; no weights whose name contains a match.
+        allow_unmatched: Leave out what an adapter changes and ``base`` does not have, instead of stopping.
+        method: ``auto``, ``exact``, ``gram`` or ``krylov``.
+        device: Where to compute and to leave them; they move to the gradients' device as these come.
+        seed: Of the random starts of ``krylov``.
+        workers: Layers at once.
+
+    Returns:
+        The subspaces, 8·r·(out + in) bytes a layer with r the largest rank.
+
+    Raises:
+        UsageError: An option makes no sense.
+        InputError: An input cannot be read.
+        NothingComparedError: The checkpoints have no weight in common.
+
+    Example:
+        >>> found = subspaces("sample_checkpoints/base", "sample_checkpoints/lora_r4")
+        >>> len(found.layers), found.layers["model.layers.0.mlp.up_proj.weight"].u.shape
+        (28, torch.Size([384, 4]))
+    """
+    settings = OverlapSettings(checked_ranks(ranks), method, seed, device)
+    check_running(workers, seed)
+    check_request(method, settings.ranks[-1], 0.5)
+    on = resolve_device(device)
+    compared = compare(base, tuned, layers, exclude, allow_unmatched)
+    matrices = [delta for delta in compared.pairing.deltas if delta.is_matrix]
+    layout = layout_for(max((math.prod(delta.shape) for delta in matrices), default=0), workers, on.type)
+    found = list(run_local(partial(spaces_of, settings=settings, device=on), matrices, layout, footprint))
+    return Reference(
+        base=_base_of(compared.pairing) or open_checkpoint(base),
+        layers={item.layer: item for item in found if not isinstance(item, LeftOut)},
+        inputs=compared.inputs,
+        settings={"ranks": list(settings.ranks), "method": method, "seed": seed},
+        left_out=tuple(item for item in found if isinstance(item, LeftOut)),
+    )
 
 
 def describe_steps(paths: Sequence[Path | str], steps: Sequence[Step]) -> RunInput:

@@ -1,0 +1,187 @@
+"""The weights of a model in training whose gradient can be had, and how.
+
+A weight that is trained has a gradient of its own. One that is frozen under a LoRA has none: autograd only goes
+through it. But with y = W·x + s·B·A·x + b the gradient of the loss with respect to W, were it trained, is
+
+    G = Σ_tokens δy xᵀ,    δy = ∂L/∂y,
+
+and both are at hand: x goes into the adapted layer and δy comes back to its output. From G follow those of the factors,
+∂L/∂B = s·G·Aᵀ and ∂L/∂A = s·Bᵀ·G (Hu et al. 2021, *LoRA*, eq. 3, differentiated).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from lora_diag.checkpoints.names import plain_names
+from lora_diag.errors import UsageError
+
+# What PEFT puts into the names of the weights it wraps.
+_PEFT = re.compile(r"^base_model\.model\.|\.modules_to_save\.[^.]+(?=\.)")
+
+
+@dataclass
+class Trained:
+    """A weight with a gradient of its own.
+
+    Args:
+        name: Its name, as it is without wrappers and adapters.
+        parameter: The weight.
+    """
+
+    name: str
+    parameter: nn.Parameter
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """As it is stored."""
+        return tuple(self.parameter.shape)
+
+    def gradient(self) -> Tensor | None:
+        """Return what autograd has accumulated; None before any backward pass."""
+        return self.parameter.grad
+
+
+@dataclass
+class Frozen:
+    """A frozen weight under a LoRA; its gradient is summed up from the inputs and output gradients of its layer.
+
+    Args:
+        name: Its name, as it is without wrappers and adapters.
+        module: The LoRA layer around it.
+        active: Whether the running step is to be recorded; else nothing is computed or held.
+    """
+
+    name: str
+    module: Any
+    active: bool = False
+    _sum: Tensor | None = field(default=None, repr=False)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """As it is stored; that of a quantized weight before it was quantized."""
+        base = self.module.get_base_layer()
+        if isinstance(base, nn.Linear):
+            return base.out_features, base.in_features
+        return tuple(base.weight.shape)
+
+    def gradient(self) -> Tensor | None:
+        """Return the sum over the backward passes of this step, float32; None if there was none."""
+        return self._sum
+
+    def start(self, active: bool) -> None:
+        """Forget the last step, and say whether the next one counts."""
+        self.active, self._sum = active, None
+
+    def hook(self) -> Callable[[], None]:
+        """Listen to the layer; return a function that stops it."""
+        stop: Callable[[], None] = self.module.register_forward_hook(self._forward, with_kwargs=True).remove
+        return stop
+
+    def _forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+        if self.active and torch.is_grad_enabled() and output.requires_grad:
+            inputs = (args[0] if args else next(iter(kwargs.values()))).detach()
+            output.register_hook(lambda gradient: self._add(inputs, gradient.detach()))  # type: ignore[no-untyped-call]
+
+    def _add(self, x: Tensor, dy: Tensor) -> None:
+        """Add Σ δy xᵀ of one backward pass."""
+        if self._sum is None:
+            self._sum = torch.zeros(self.shape, dtype=torch.float32, device=dy.device)
+        base = self.module.get_base_layer()
+        with torch.autocast(dy.device.type, enabled=False):
+            rows = dy.reshape(-1, dy.shape[-1]).float()
+            if isinstance(base, nn.Embedding):
+                ids = x.reshape(-1)
+                counted = (
+                    torch.ones_like(ids, dtype=torch.bool) if base.padding_idx is None else ids != base.padding_idx
+                )
+                self._sum.index_add_(0, ids[counted], rows[counted])
+            elif isinstance(base, Conv1D):  # stores its weight as (in, out)
+                self._sum.addmm_(x.reshape(-1, x.shape[-1]).float().T, rows)
+            else:
+                self._sum.addmm_(rows.T, x.reshape(-1, x.shape[-1]).float())
+
+
+Weight = Trained | Frozen
+
+
+def weights_of(model: nn.Module, chosen: Callable[[str], bool]) -> tuple[list[Weight], dict[str, str]]:
+    """Return the matrices whose gradient can be had, in order of their names, and why others cannot.
+
+    Args:
+        model: Plain, wrapped for data parallelism, or with PEFT adapters.
+        chosen: Whether a name is wanted.
+
+    Raises:
+        UsageError: The weights are sharded over processes, so that no process sees a whole gradient.
+    """
+    found: list[Weight] = []
+    unread: dict[str, str] = {}
+    for name, module, parameter in _named(model):
+        if not chosen(name):
+            continue
+        if parameter is not None:
+            _refuse_sharded(name, parameter)
+            if parameter.ndim >= 2 and parameter.requires_grad:
+                found.append(Trained(name, parameter))
+        elif (why := _why_not(module)) is None:
+            found.append(Frozen(name, module))
+        else:
+            unread[name] = why
+    return sorted(found, key=lambda weight: weight.name), unread
+
+
+def _named(model: nn.Module) -> Iterator[tuple[str, Any, nn.Parameter | None]]:
+    """Yield every weight by its plain name: with its parameter, or with the adapter's layer if it is frozen in one."""
+    inside: tuple[str, ...] = ()
+    rows: list[tuple[str, Any, nn.Parameter | None]] = []
+    for path, module in model.named_modules():
+        if path.startswith(inside) and inside:
+            continue
+        if isinstance(module, BaseTunerLayer):
+            inside = (*inside, f"{path}.")
+            weight = getattr(module.get_base_layer(), "weight", None)
+            trained = isinstance(weight, nn.Parameter) and weight.requires_grad
+            rows.append((f"{path}.weight", module, weight if trained else None))
+        else:
+            rows += [(f"{path}.{name}", module, p) for name, p in module.named_parameters(recurse=False)]
+    names = plain_names([name.removeprefix(".") for name, _, _ in rows])
+    for name, (_, module, parameter) in zip(names, rows, strict=True):
+        yield _PEFT.sub("", name), module, parameter
+
+
+def _why_not(module: Any) -> str | None:
+    """Return why the gradient of a frozen weight cannot be had exactly; None if it can."""
+    base = module.get_base_layer()
+    if not isinstance(module, LoraLayer):
+        return f"a {type(module).__name__} is no LoRA: its output is not W·x plus an update"
+    if module.lora_variant or any(module.use_dora.values()):
+        kind = next((type(v).__name__ for v in module.lora_variant.values()), "DoRA")
+        return f"with {kind} the output is not W·x plus an update"
+    if isinstance(base, nn.Embedding) and hasattr(base, "embed_scale"):
+        return "a scaled embedding"
+    if not isinstance(base, (nn.Linear, nn.Embedding, Conv1D)):
+        return f"a {type(base).__name__} under a LoRA"
+    return None
+
+
+def _refuse_sharded(name: str, parameter: nn.Parameter) -> None:
+    """Refuse weights of which this process holds a part.
+
+    Raises:
+        UsageError: FSDP or DeepSpeed ZeRO-3 has sharded them.
+    """
+    if hasattr(parameter, "ds_id") or hasattr(parameter.data, "device_mesh") or "_flat_param" in name:
+        raise UsageError(
+            f"{name}: is sharded over processes (FSDP, ZeRO-3), so no process sees its whole gradient; record with "
+            "plain data parallelism or on one device"
+        )

@@ -360,13 +360,15 @@ def test_a_gradient_that_is_not_finite_is_left_out_with_its_step(tmp_path):
 
 def test_an_exception_leaves_the_records_without_an_end_and_the_model_without_hooks(tmp_path):
     model = with_lora(llama())
-    with (
-        pytest.raises(ZeroDivisionError),
-        GradientRecorder(tmp_path / "o.jsonl", every=1, reference="live").attach(model) as recorder,
-    ):
-        accumulated(model)
-        recorder.step()
-        raise ZeroDivisionError
+
+    def broken():
+        with GradientRecorder(tmp_path / "o.jsonl", every=1, reference="live").attach(model) as recorder:
+            accumulated(model)
+            recorder.step()
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        broken()
     found = read_results(tmp_path / "o.jsonl")
     assert found.end is None
     assert len(found) == 4

@@ -35,7 +35,7 @@ def _annotation(kind: str, verdict: Verdict, policy: str | None) -> str:
     where = f"file={_property(policy)},line={verdict.line}," if verdict.line and policy else ""
     said = f" {verdict.message}" if verdict.message else ""
     text = f"{place(verdict)}: {verdict.status}, measured {measured(verdict)}, allowed {verdict.allowed}.{said}"
-    return f"::{kind} {where}title={_property(f'loradiag gate: {verdict.rule}')}::{_data(text)}"
+    return f"::{kind} {where}title={_property(f'loradiag gate: {verdict.rule}')}::{_data(safe(text))}"
 
 
 def _data(text: str) -> str:

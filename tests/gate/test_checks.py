@@ -1,0 +1,79 @@
+"""Built-in checks: each finds its fault, and nothing else does."""
+
+from datetime import date
+
+import pytest
+
+from lora_diag.api.gate import gate
+from lora_diag.gate.reading import read_policy
+from lora_diag.results.verdict import outcome
+from tests.gate.making import LAYERS, left_out, residual, spectrum, write
+
+TODAY = date(2026, 11, 25)
+ADAPTER = (("base", "b"), ("adapter", "a"))
+
+
+def found(path, policy="[checks]\n"):
+    verdicts = gate(read_policy("p.toml", policy), path, today=TODAY).whole
+    bad = [(v.rule, v.layer, v.status) for v in verdicts if v.status != "passed"]
+    return outcome(verdicts), bad
+
+
+def test_sound_results_pass_every_check(tmp_path):
+    path = write(tmp_path / "r.jsonl", [spectrum(name, method="factored") for name in LAYERS], inputs=ADAPTER)
+    assert found(path) == ("passed", [])
+
+
+@pytest.mark.parametrize(
+    ("name", "record", "lost", "inputs", "comes_to"),
+    [
+        ("non_finite", None, left_out("x.weight", "non_finite"), (), "failed"),
+        ("mismatch", None, left_out("x.weight", "not_in_base"), ADAPTER, "failed"),
+        ("mismatch", None, left_out("x.weight", "shape_differs"), ADAPTER, "failed"),
+        ("mismatch", None, left_out("x.weight", "needs_base"), ADAPTER, "failed"),
+        ("dead", spectrum("x.weight", s=(0.0, 0.0)), None, ADAPTER, "failed"),
+        ("dead", residual("x.weight", "a", 1.0, adapter_fro=0.0), None, ADAPTER, "failed"),
+        ("unused_rank", spectrum("x.weight", s=(4.0, 3.0, 1e-7), method="factored"), None, ADAPTER, "passed"),
+        ("spike", spectrum("x.weight", s=(9.0, 1.0)), None, (), "passed"),
+        ("spike", spectrum("x.weight", base_fro=3.9), None, (), "passed"),
+        ("unresolved", spectrum("x.weight", verdict="unresolved"), None, (), "passed"),
+    ],
+)
+def test_each_fault_is_found_by_its_check_alone(tmp_path, name, record, lost, inputs, comes_to):
+    records = [record] if record else []
+    if not record or record["record"] == "spectrum":
+        records = [spectrum(LAYERS[0], method="factored"), *records]
+    path = write(
+        tmp_path / "r.jsonl", records, [lost] if lost else [], inputs=inputs or (("base", "b"), ("tuned", "t"))
+    )
+    status = "failed" if comes_to == "failed" else "warned"
+    assert found(path) == (comes_to, [(name, "x.weight", status)])
+    if name not in {"non_finite", "finished"}:
+        assert found(path, f'[checks]\n{name} = "off"') == ("passed", [])
+        assert found(path, f'[checks]\n{name} = "error"')[0] == "failed"
+
+
+def test_what_is_no_fault(tmp_path):
+    """A frozen layer of a full fine-tune, a rank-1 adapter, an adapter that leaves a layer alone."""
+    pair = [spectrum(LAYERS[0]), spectrum(LAYERS[1], s=(0.0, 0.0))]
+    assert found(write(tmp_path / "a.jsonl", pair)) == ("passed", [])
+    one = [spectrum(LAYERS[0], s=(4.0,), method="factored")]
+    assert found(write(tmp_path / "b.jsonl", one, inputs=ADAPTER)) == ("passed", [])
+    alone = [residual(LAYERS[0], "a", 1.0, rank=0, adapter_fro=0.0)]
+    assert found(write(tmp_path / "c.jsonl", alone, inputs=ADAPTER)) == ("passed", [])
+
+
+def test_a_pair_in_which_nothing_moved_fails(tmp_path):
+    path = write(tmp_path / "r.jsonl", [spectrum(name, s=(0.0, 0.0)) for name in LAYERS])
+    assert found(path) == ("failed", [("dead", None, "failed")])
+
+
+def test_the_limit_of_a_spike_is_the_policys(tmp_path):
+    path = write(tmp_path / "r.jsonl", [spectrum(LAYERS[0], s=(2.0, 1.0))])  # 0.8
+    assert found(path)[1] == []
+    assert found(path, "[checks]\nspike_above = 0.79")[1] == [("spike", LAYERS[0], "warned")]
+
+
+def test_an_unfinished_run_is_open_whatever_the_policy_says(tmp_path):
+    path = write(tmp_path / "r.jsonl", [spectrum(LAYERS[0])], finished=False)
+    assert found(path) == ("inconclusive", [("finished", None, "inconclusive")])

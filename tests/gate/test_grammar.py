@@ -1,0 +1,133 @@
+"""Conditions: read as written, refused where they could not fail or not be met."""
+
+import contextlib
+import math
+import statistics
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lora_diag.gate.fields import KINDS, find
+from lora_diag.gate.grammar import ConditionError, parse
+
+SIGNS = {
+    "<=": lambda a, b: a <= b,
+    "<": lambda a, b: a < b,
+    ">=": lambda a, b: a >= b,
+    ">": lambda a, b: a > b,
+    "==": lambda a, b: a == b,
+    "!=": lambda a, b: a != b,
+}
+numbers = st.floats(-1e6, 1e6).map(lambda x: float(f"{x:.6g}"))
+
+
+@given(st.sampled_from(sorted(SIGNS)), numbers, numbers)
+def test_a_condition_holds_as_its_operator_says(sign, limit, value):
+    condition = parse(f"epsilon {sign} {limit!r}")
+    assert condition.per_layer
+    assert condition.test.holds(value) == SIGNS[sign](value, limit)
+
+
+@given(st.lists(numbers, min_size=1, max_size=30), st.integers(1, 99))
+def test_aggregates_are_those_of_the_definitions(values, percent):
+    wanted = {
+        "max": max(values),
+        "min": min(values),
+        "mean": math.fsum(values) / len(values),
+        "median": statistics.median(values),
+        "sum": math.fsum(values),
+    }
+    for word, expected in wanted.items():
+        assert parse(f"{word} epsilon <= 1").measure(values) == pytest.approx(expected, rel=1e-12, abs=1e-9)
+    found = parse(f"p{percent} epsilon <= 1").measure(values)
+    below = [value for value in values if value <= found]
+    assert found in values
+    assert 100 * len(below) >= percent * len(values)
+    smaller = [value for value in values if value < found]
+    assert 100 * len(smaller) < percent * len(values)
+
+
+@given(st.lists(st.sampled_from(["rank", "scale", "noise"]), min_size=1, max_size=20))
+def test_the_share_of_layers_counts_them(words):
+    condition = parse("share of layers with limited_by in (rank, scale) is >= 0.5")
+    share = sum(word != "noise" for word in words) / len(words)
+    assert condition.measure(words) == share
+    assert condition.holds(share) == (share >= 0.5)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "write a field"),
+        ("epsilon", "an operator"),
+        ("epsilon <=", "an operator"),
+        ("<= 3", "write a field"),
+        ("epsilon <= 3 4", "what is '4'"),
+        ("epsilon <= 3x", "cannot be read"),
+        ("epsilon <= 0.3.1", "cannot be read"),
+        ("epsilon =< 3", "cannot be read"),
+        ("epsilon <= nan", "is a number"),
+        ("epsilon <= inf", "is a number"),
+        ("epsilon <= 1e999", "too large"),
+        ("epsilon <= '0.3'", "is a number"),
+        ("epsilom <= 3", "did you mean 'epsilon'"),
+        ("energy <= 0.5", "not one value"),
+        ("tail.8 <= 0.5", "not one value"),
+        ("s <= 0.5", "not one value"),
+        ("nothing.like.it <= 1", "no record has a field"),
+        ("energy.16 >= 1.2", "between 0 and 1"),
+        ("energy.16 >= -0.1", "between 0 and 1"),
+        ("energy.16 >= 90", "between 0 and 1"),
+        ("energy.16 >= 0", "always true"),
+        ("energy.16 <= 1", "always true"),
+        ("energy.16 > 1", "never true"),
+        ("max energy.16 < 0", "never true"),
+        ("share of layers with energy.16 >= 2 is >= 0.5", "between 0 and 1"),
+        ("share of layers with energy.16 >= 0.5 is >= 0", "always true"),
+        ("share of layers with energy.16 >= 0.5 is >= 50", "between 0 and 1"),
+        ("share of layers with energy.16 >= 0.5 >= 0.9", "comes 'is"),
+        ("share of layers with energy.16 >= 0.5", "comes 'is"),
+        ("resolution.verdict <= resolved", "==, != or in"),
+        ("resolution.verdict == resolvd", "never 'resolvd'"),
+        ("resolution.verdict == 1", "is a word"),
+        ("resolution.verdict in (resolved, floor-limited, unresolved)", "judges nothing"),
+        ("max resolution.verdict == resolved", "no number"),
+        ("limited_by in rank", "an operator"),
+        ("limited_by in ()", "after 'in'"),
+        ("limited_by in (rank", "after 'in'"),
+        ("limited_by in (rank scale)", "after 'in'"),
+        ("complete == 1", "true or false"),
+        ("p100 epsilon <= 1", "an operator"),
+        ("__import__('os').system('x') == 1", "cannot be read"),
+        ("epsilon <= 1; import os", "cannot be read"),
+        ("record == spectrum", "not one value"),
+    ],
+)
+def test_what_makes_no_sense_is_refused_with_its_reason(text, said):
+    with pytest.raises(ConditionError) as error:
+        parse(text)
+    assert said in str(error.value), str(error.value)
+
+
+@given(st.text(max_size=40))
+def test_any_text_is_read_or_refused(text):
+    with contextlib.suppress(ConditionError):
+        assert find(parse(text).name)
+
+
+def test_every_kind_of_record_has_fields_and_they_are_found():
+    for kind, cls in KINDS.items():
+        plain = [name for name, info in cls.model_fields.items() if info.annotation in {int, float, str}]
+        assert plain
+        for name in plain:
+            assert [field.kind for field in find(f"{kind}.{name}")] == [kind]
+
+
+def test_derived_values_are_fields():
+    for name in ("relative", "spike", "spike_to_base"):
+        assert find(name)[0].kind == "spectrum"
+    assert find("spike")[0].share
+    assert find("tail.8.fro")[0].leaf == "number"
+    assert find("end.left_out")[0].kind == "end"
+    assert find("merge.status")[0].options

@@ -1,0 +1,126 @@
+"""Policies: each kind of mistake is one message with its line."""
+
+import re
+
+import pytest
+
+from lora_diag.errors import UsageError
+from lora_diag.gate import READY, ready_policy
+from lora_diag.gate.reading import read_policy
+
+GOOD = """\
+title = "x"
+
+[[rule]]
+name = "drift"
+require = "relative <= 0.3"
+"""
+
+
+def refused(text: str) -> str:
+    with pytest.raises(UsageError) as error:
+        read_policy("p.toml", text)
+    return str(error.value)
+
+
+def test_a_good_policy_is_read():
+    policy = read_policy("p.toml", GOOD)
+    assert [rule.name for rule in policy.rules] == ["drift"]
+    assert (policy.by, policy.minimum, policy.rules[0].line) == ("energy", 1.0, 3)
+
+
+@pytest.mark.parametrize(
+    ("line", "said", "text"),
+    [
+        (6, "unknown key 'requir'", GOOD + 'requir = "x"'),
+        (6, "did you mean 'layers'", GOOD + 'layer = "x"'),
+        (6, "unknown key 'rules'", GOOD.replace("title", "#") + "[[rules]]\nname = 'x'"),
+        (6, "severity is", GOOD + 'severity = "fatal"'),
+        (6, "no regular expression", GOOD + 'layers = "("'),
+        (6, "no regular expression", GOOD + 'exclude = "*"'),
+        (6, "layers is text", GOOD + "layers = 3"),
+        (6, "the first and the last block", GOOD + "depth = [1]"),
+        (6, "selects nothing", GOOD + "depth = [3, 1]"),
+        (6, "the first and the last block", GOOD + "depth = [-1, 1]"),
+        (6, "a number from 0 to 1", GOOD + "coverage = 90"),
+        (6, "a number from 0 to 1", GOOD + "coverage = nan"),
+        (6, "a number from 0 to 1", GOOD + "coverage = true"),
+        (6, "floor is", GOOD + 'floor = "x"'),
+        (6, "no record has a field 'rol'", GOOD + 'where = {rol = "adapter"}'),
+        (6, "never 'adaptor'", GOOD + 'where = {role = "adaptor"}'),
+        (6, "where is a table", GOOD + 'where = "adapter"'),
+        (5, "always true", GOOD.replace("relative <= 0.3", "energy.16 <= 1")),
+        (5, "did you mean", GOOD.replace("relative", "relativ")),
+        (5, "require is text", GOOD.replace('"relative <= 0.3"', "0.3")),
+        (3, "'require' is missing", GOOD.replace("require", "message")),
+        (3, "'name' is missing", GOOD.replace('name = "drift"', "")),
+        (4, "a name is", GOOD.replace("drift", "dr ift")),
+        (4, "built in", GOOD.replace("drift", "spike")),
+        (4, "built in", GOOD.replace("drift", "baseline.x")),
+        (7, "second rule", GOOD + GOOD.replace('title = "x"\n\n', "")),
+        (1, "no [[rule]]", "title = 'x'"),
+        (1, "no [[rule]]", ""),
+        (1, "list of tables", "rule = 3\n" + "[checks]"),
+        (6, "list of tables", "[checks]\n\n\n\n\n[rule]\nname = 'x'"),
+        (7, "spike is", GOOD + "[checks]\nspike = 'never'"),
+        (7, "unknown key 'spikes'", GOOD + "[checks]\nspikes = 'off'"),
+        (7, "always an error", GOOD + "[checks]\nnon_finite = 'off'"),
+        (7, "always an error", GOOD + "[checks]\nfinished = 'warning'"),
+        (7, "says nothing", GOOD + "[checks]\nspike_above = 1"),
+        (7, "by is", GOOD + "[coverage]\nby = 'size'"),
+        (7, "a number from 0 to 1", GOOD + "[coverage]\nminimum = 100"),
+        (7, "a list out of", GOOD + "[coverage]\nleft_out = ['because']"),
+        (7, "cannot be left out", GOOD + "[coverage]\nleft_out = ['non_finite']"),
+        (7, "no record has a field", GOOD + "[[baseline]]\nfield = 'enrgy'\nworse = 'lower'"),
+        (7, "is no number", GOOD + "[[baseline]]\nfield = 'limited_by'\nworse = 'lower'"),
+        (6, "'worse' is missing", GOOD + "[[baseline]]\nfield = 'epsilon'"),
+        (9, "a tolerance is", GOOD + "[[baseline]]\nfield = 'epsilon'\nworse = 'higher'\ntolerance = -1"),
+        (9, "a tolerance is", GOOD + "[[baseline]]\nfield = 'epsilon'\nworse = 'higher'\ntolerance = '5'"),
+        (7, "no rule is called 'drft'; did you mean 'drift'", GOOD + "[[waiver]]\nrule = 'drft'"),
+        (7, "cannot be waived", GOOD + "[[waiver]]\nrule = 'finished'"),
+        (6, "'layers' is missing", GOOD + "[[waiver]]\nrule = 'drift'"),
+        (8, "waives every layer", GOOD + "[[waiver]]\nrule = 'drift'\nlayers = ''\nreason = 'x'\nexpires = 2030-01-01"),
+        (9, "needs its reason", GOOD + "[[waiver]]\nrule = 'drift'\nlayers = 'x'\nreason = ' '\nexpires = 2030-01-01"),
+        (10, "a date", GOOD + "[[waiver]]\nrule = 'drift'\nlayers = 'x'\nreason = 'y'\nexpires = '2030-01-01'"),
+        (10, "a date", GOOD + "[[waiver]]\nrule = 'drift'\nlayers = 'x'\nreason = 'y'\nexpires = 2030-01-01T00:00:00"),
+        (6, "'expires' is missing", GOOD + "[[waiver]]\nrule = 'drift'\nlayers = 'x'\nreason = 'y'"),
+        (6, "is not TOML", GOOD + "layers = "),
+        (4, "is not TOML", "title = 'x'\n\n[[rule]]\nname drift"),
+        (6, "value of the whole run", GOOD.replace("relative <= 0.3", "certificate.gap <= 0.1") + "layers = 'x'"),
+    ],
+)
+def test_a_mistake_is_told_with_its_line(line, said, text):
+    message = refused(text)
+    found = re.match(r"p\.toml: line (\d+): (.*)", message, re.DOTALL)
+    assert found, message
+    assert said in found[2], message
+    assert int(found[1]) == line, message
+
+
+def test_files_that_are_no_policy(tmp_path):
+    for path, content in (("absent.toml", None), ("folder", "dir"), ("latin.toml", b"title = '\xe9'")):
+        file = tmp_path / path
+        if content == "dir":
+            file.mkdir()
+        elif content is not None:
+            file.write_bytes(content)
+        with pytest.raises(UsageError, match="cannot be read as a policy"):
+            read_policy(file)
+
+
+def test_windows_line_ends_and_a_policy_without_a_last_newline(tmp_path):
+    (tmp_path / "p.toml").write_bytes(GOOD.replace("\n", "\r\n").rstrip().encode())
+    assert read_policy(tmp_path / "p.toml").rules[0].line == 3
+
+
+@pytest.mark.parametrize("name", READY)
+def test_every_ready_policy_is_valid_and_says_what_to_do(name):
+    policy = ready_policy(name)
+    assert policy.title
+    assert all(rule.message for rule in policy.rules)
+    assert any(rule.severity == "error" for rule in policy.rules)
+
+
+def test_an_unknown_ready_policy_names_those_there_are():
+    with pytest.raises(UsageError, match="adapter-basic"):
+        ready_policy("../secrets")

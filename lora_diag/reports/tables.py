@@ -12,6 +12,7 @@ from lora_diag.reports.merge import merge_table
 from lora_diag.reports.overlap import overlap_table
 from lora_diag.reports.residual import residual_table
 from lora_diag.reports.table import spectrum_table
+from lora_diag.reports.verdict import verdict_table
 from lora_diag.results import Results
 
 # The command of a run, and the table that shows its results. One line a command.
@@ -22,6 +23,7 @@ TABLES: tuple[tuple[str, Callable[..., str]], ...] = (
     ("overlap", overlap_table),
     ("allocate", allocation_table),
     ("verify-merge", merge_table),
+    ("gate", verdict_table),
 )
 
 

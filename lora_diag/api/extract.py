@@ -15,6 +15,7 @@ from lora_diag.api.extract_plan import plan
 from lora_diag.api.extract_ranks import Asked, ranks_for
 from lora_diag.api.inputs import compare
 from lora_diag.api.measuring import Progress, Watch, check_running, measure_layers
+from lora_diag.api.spectrum import spectrum
 from lora_diag.checkpoints import open_checkpoint
 from lora_diag.deltas import footprint
 from lora_diag.diagnostics.extraction import DTYPES, ExtractionSettings, Layer
@@ -23,7 +24,7 @@ from lora_diag.engines import layout_for
 from lora_diag.errors import InputError, LoradiagError, NothingComparedError, UsageError
 from lora_diag.linalg import check_request, resolve_device
 from lora_diag.reports.extraction import model_card
-from lora_diag.results import AnyRecord, Extraction, LeftOut, Results, ResultsWriter, Run
+from lora_diag.results import AnyRecord, Extraction, LeftOut, Results, ResultsWriter, Run, Spectrum
 from lora_diag.version import __version__
 
 Split = Literal["both", "b"]
@@ -48,7 +49,7 @@ def extract(
     exclude: str | None = None,
     allow_unmatched: bool = False,
     method: str = "auto",
-    tol: float = 1e-6,
+    tol: float = 1e-4,
     device: str = "auto",
     seed: int = 0,
     workers: int | None = None,
@@ -117,7 +118,24 @@ def extract(
     folder = OutputFolder(Path(output), overwrite, resume)
     compared = compare(base, tuned, layers, exclude, allow_unmatched)
     planned = plan(open_checkpoint(base), tuned, compared.pairing, rest == "save")
-    rules = ranks_for(asked, planned.targets)
+
+    def spectra() -> Results[Spectrum]:
+        folder.open()
+        return spectrum(
+            base,
+            tuned,
+            layers=layers,
+            exclude=exclude,
+            allow_unmatched=allow_unmatched,
+            device=device,
+            seed=seed,
+            workers=workers,
+            output=folder.spectra,
+            resume=folder.spectra.exists(),
+            on_progress=on_progress,
+        )
+
+    rules = ranks_for(asked, planned.targets, spectra)
     tasks = [
         Layer(delta, target.module, target.kind, target.transposed, rules[delta.layer])
         for delta in compared.pairing.deltas

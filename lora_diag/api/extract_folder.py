@@ -13,7 +13,7 @@ from pathlib import Path
 from lora_diag.errors import InputError, UsageError
 
 WEIGHTS, CONFIG, CARD, RECORDS = "adapter_model.safetensors", "adapter_config.json", "README.md", "extraction.jsonl"
-FACTORS = "factors"
+FACTORS, SPECTRA = "factors", "spectra.jsonl"
 OURS = frozenset({WEIGHTS, CONFIG, CARD, RECORDS})
 
 
@@ -62,15 +62,21 @@ class OutputFolder:
         """The results file, while the folder grows."""
         return self.work / RECORDS
 
+    @property
+    def spectra(self) -> Path:
+        """Where the spectra lie that a budget is spent on, while the folder grows."""
+        return self.work / SPECTRA
+
     def factors(self, index: int) -> Path:
         """Return the file for the factors of one layer."""
         return self.work / FACTORS / f"{index:06d}.safetensors"
 
     def open(self) -> None:
-        """Create the folder beside the target."""
+        """Create the folder beside the target, if this was not done before."""
         try:
             if self.work.exists() and not self._resume:
                 shutil.rmtree(self.work)
+            self._resume = True
             (self.work / FACTORS).mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise InputError(f"{self.work}: cannot be written: {error.strerror}") from error
@@ -85,6 +91,7 @@ class OutputFolder:
         try:
             (self.work / CARD).write_text(card, encoding="utf-8")
             shutil.rmtree(self.work / FACTORS)
+            self.spectra.unlink(missing_ok=True)
             if self.final.exists():
                 self.final.rename(old)
             self.work.rename(self.final)
@@ -97,6 +104,6 @@ class OutputFolder:
 
 def _check_ours(folder: Path) -> None:
     """Refuse to replace a folder with anything in it that this command does not write."""
-    foreign = sorted(path.name for path in folder.iterdir() if path.name not in OURS and path.name != FACTORS)
+    foreign = sorted(path.name for path in folder.iterdir() if path.name not in OURS | {FACTORS, SPECTRA})
     if foreign:
         raise UsageError(f"{folder}: holds {foreign[0]}, which is not of an extraction; choose another folder")

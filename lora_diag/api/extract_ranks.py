@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lora_diag.adapters.writing_ranks import ranks_of_config
 from lora_diag.adapters.writing_targets import Target
+from lora_diag.api.allocate import allocate
 from lora_diag.diagnostics.extraction import Rank
 from lora_diag.errors import InputError, UsageError
-from lora_diag.results import Allocation, is_results_file, read_results_of
+from lora_diag.results import Allocation, Results, Spectrum, is_results_file, read_results_of
 
 WAYS = "--rank R, --energy SHARE, --params N, --ranks ALLOCATION or --signal"
 
@@ -61,20 +62,28 @@ class Asked:
         return f"--{name} {value}"
 
 
-def ranks_for(asked: Asked, targets: Mapping[str, Target]) -> dict[str, Rank]:
+def ranks_for(asked: Asked, targets: Mapping[str, Target], spectra: Callable[[], Results[Spectrum]]) -> dict[str, Rank]:
     """Return how the rank of every layer is found.
 
     Args:
-        asked: What the user said; not ``params``.
+        asked: What the user said.
         targets: What each layer is to PEFT.
+        spectra: Measures the spectra of all layers; called if a budget has to be spent on them.
 
     Raises:
         InputError: The file of ranks cannot be read, or does not belong to these layers.
+        UsageError: The budget is too small.
     """
-    if asked.ranks is None:
-        rule = Rank(asked.rank, asked.energy, asked.signal)
-        return dict.fromkeys(targets, rule)
-    given = _read(Path(asked.ranks), targets)
+    if asked.params is not None:
+        measured = spectra()
+        reachable = tuple(record for record in measured if record.layer in targets)
+        given = {
+            record.layer: record.rank for record in allocate(replace(measured, layers=reachable), params=asked.params)
+        }
+    elif asked.ranks is not None:
+        given = _read(Path(asked.ranks), targets)
+    else:
+        return dict.fromkeys(targets, Rank(asked.rank, asked.energy, asked.signal))
     return {layer: Rank(given.get(layer, 0)) for layer in targets}
 
 

@@ -49,7 +49,7 @@ def extract(
     exclude: options.Exclude = None,
     allow_unmatched: options.AllowUnmatched = False,
     method: options.Method = "auto",
-    tol: options.Tol = 1e-6,
+    tol: options.Tol = 1e-4,
     device: options.Device = "auto",
     seed: options.Seed = 0,
     workers: options.Workers = None,

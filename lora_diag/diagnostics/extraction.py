@@ -63,7 +63,7 @@ class ExtractionSettings:
     dtype: str = "float32"
     split: Literal["both", "b"] = "both"
     method: str = "auto"
-    tol: float = 1e-6
+    tol: float = 1e-4
     seed: int = 0
     device: str = "auto"
 

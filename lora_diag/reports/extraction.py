@@ -237,13 +237,20 @@ def _price(results: Results[Extraction]) -> str:
         dtype = results.layers[0].dtype
         lines.append(f"{number(floor)} is the smallest ε at these ranks; rounding to {dtype} adds the rest")
     else:
-        lines.append("no adapter of these ranks comes nearer (Eckart-Young)")
+        lines.append(f"no adapter of these ranks keeps more than {_bound(results)} (Eckart-Young)")
     if len(results) > 1:
         worst = max(results, key=lambda record: record.epsilon)
         best = min(results, key=lambda record: record.epsilon)
         lines.append(f"most {number(worst.epsilon)} in {short(worst.layer)} (rank {worst.rank})")
         lines.append(f"least {number(best.epsilon)} in {short(best.layer)} (rank {best.rank})")
     return "\n".join(lines)
+
+
+def _bound(results: Results[Extraction]) -> str:
+    """Return by how much more the best adapter could keep: what the solver's bound leaves open."""
+    norm = _norm(results.layers)
+    error = sum(record.energy_error * (record.fro / norm) ** 2 for record in results)
+    return f"{100 * error:.1g}% of the energy more" if error > 1e-7 else "that"
 
 
 def _resolved(results: Results[Extraction]) -> str:

@@ -1,4 +1,4 @@
-"""Adapters that ``extract`` writes, loaded and merged by the installed PEFT: W_base + the best rank-r ΔW, everywhere."""
+"""Adapters that ``extract`` writes, loaded and merged by the installed PEFT: W_base + the best rank-r ΔW."""
 
 import copy
 import json

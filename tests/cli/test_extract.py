@@ -1,0 +1,268 @@
+"""``loradiag extract`` as a user runs it."""
+
+import importlib
+import json
+import sys
+
+import numpy as np
+import pytest
+from safetensors.torch import load_file, save_file
+
+from tests.conftest import SHARED, Ran, save_model
+from tests.oracles import best_approximation
+
+
+@pytest.fixture
+def loradiag(monkeypatch, tmp_path, capsys):
+    """Run the command in this process: a new one takes two seconds to import torch."""
+    main = importlib.import_module("lora_diag.cli.main")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "80")
+
+    def run(*words):
+        monkeypatch.setattr(sys, "argv", ["loradiag", *map(str, words)])
+        capsys.readouterr()
+        code = main._run()
+        shown = capsys.readouterr()
+        return Ran(code, shown.out, shown.err)
+
+    return run
+
+
+def change_of(before, after, name):
+    return after[name].double().numpy() - before[name].double().numpy()
+
+
+def test_the_adapter_the_table_and_the_card(loradiag, pair_of_models, tmp_path):
+    base, tuned, before, after = pair_of_models
+    ran = loradiag("extract", base, tuned, "--rank", "3", "-o", "adapter")
+    assert ran.code == 0, ran.err
+    assert sorted(path.name for path in (tmp_path / "adapter").iterdir()) == [
+        "README.md", "adapter_config.json", "adapter_model.safetensors", "extraction.jsonl"
+    ]  # fmt: skip
+    assert not (tmp_path / "adapter.part").exists()
+    factors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    name = "model.layers.1.mlp.up_proj"
+    b, a = (factors[f"base_model.model.{name}.lora_{part}.weight"].double().numpy() for part in "BA")
+    change = change_of(before, after, f"{name}.weight")
+    assert np.linalg.norm(b @ a - best_approximation(change, 3)) < 1e-6 * np.linalg.norm(change)
+    assert "Price" in ran.out
+    assert "loradiag residual" in ran.out
+    whole = [change_of(before, after, key) for key in before if before[key].ndim == 2]
+    gap = sum(np.linalg.norm(change - best_approximation(change, 3)) ** 2 for change in whole)
+    epsilon = np.sqrt(gap / sum(np.linalg.norm(change) ** 2 for change in whole))
+    assert f"ε = {epsilon:.3g}" in ran.out
+    card = (tmp_path / "adapter" / "README.md").read_text()
+    assert card.startswith("---\nbase_model: ")
+    assert f"ε = {epsilon:.3g}" in card
+    assert "loradiag extract" in card
+
+
+def test_extract_then_spectrum_then_residual(loradiag, pair_of_models, tmp_path):
+    """The adapter's singular values are the r largest of the update, and its distance is the smallest possible."""
+    base, tuned, *_ = pair_of_models
+    assert loradiag("extract", base, tuned, "--rank", "4", "-o", "adapter", "-q").code == 0
+    full = {r["layer"]: r for r in loradiag("spectrum", base, tuned, "--json").records if r["record"] == "spectrum"}
+    kept = {r["layer"]: r for r in loradiag("spectrum", base, "adapter", "--json").records if r["record"] == "spectrum"}
+    assert kept.keys() == full.keys()
+    for layer, record in kept.items():
+        assert record["s"] == pytest.approx(full[layer]["s"][:4], rel=1e-5)
+    residual = [r for r in loradiag("residual", base, tuned, "adapter", "--json").records if r["record"] == "residual"]
+    matrices = [record for record in residual if record["layer"] in full]
+    assert len(matrices) == len(full)
+    for record in matrices:
+        assert record["epsilon"] == pytest.approx(record["epsilon_min"], abs=1e-5)
+
+
+def test_the_same_command_gives_the_same_bytes(loradiag, pair_of_models, tmp_path):
+    base, tuned, *_ = pair_of_models
+    for name, workers in (("one", "1"), ("two", "2")):
+        words = ("--energy", "0.8", "-o", name, "--workers", workers, "-q")
+        assert loradiag("extract", base, tuned, *words).code == 0
+    for file in ("adapter_model.safetensors", "adapter_config.json", "extraction.jsonl"):
+        assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes(), file
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "says"),
+    [
+        ([], 2, "exactly one option"),
+        (["--rank", "4", "--signal"], 2, "exactly one option"),
+        (["--rank", "0"], 2, "from 1 up"),
+        (["--energy", "90"], 2, "share of the energy"),
+        (["--energy", "nan"], 2, "share of the energy"),
+        (["--params", "ten"], 2, "--params"),
+        (["--rank", "4", "--split", "a"], 2, "--split a: use both, b"),
+        (["--rank", "4", "--dtype", "int8"], 2, "--dtype int8: use float32"),
+        (["--rank", "4", "--rest", "keep"], 2, "--rest keep"),
+        (["--ranks", "missing.json"], 3, "missing.json"),
+        (["--rank", "4", "--layers", "nothing-here"], 4, "nothing was compared"),
+    ],
+)
+def test_what_makes_no_sense_is_one_message_and_leaves_nothing(loradiag, pair_of_models, tmp_path, words, code, says):
+    base, tuned, *_ = pair_of_models
+    before = sorted(path.name for path in tmp_path.iterdir())
+    ran = loradiag("extract", base, tuned, *words, "-o", "adapter")
+    assert (ran.code, ran.out) == (code, "")
+    assert says in ran.err
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+def test_an_output_that_would_be_lost_is_left_alone(loradiag, pair_of_models, tmp_path):
+    base, tuned, *_ = pair_of_models
+    words = ("extract", base, tuned, "--rank", "2", "-q")
+    assert "name the adapter folder" in loradiag(*words).err
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "thesis.tex").write_text("ten years")
+    (tmp_path / "file").write_text("x")
+    for output, more in (
+        ("notes", ()),
+        ("notes", ("--overwrite",)),
+        ("file", ("--overwrite",)),
+        (".", ("--overwrite",)),
+    ):
+        ran = loradiag(*words, "-o", output, *more)
+        assert ran.code == 2, ran.err
+    assert (tmp_path / "notes" / "thesis.tex").read_text() == "ten years"
+    assert loradiag(*words, "-o", "no/such/folder").code == 3
+    assert loradiag(*words, "-o", "adapter").code == 0
+    assert "--overwrite" in loradiag(*words, "-o", "adapter").err
+    assert loradiag("extract", base, tuned, "--rank", "5", "-q", "-o", "adapter", "--overwrite").code == 0
+    assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["r"] == 5
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base", "file", "notes", "tuned"]
+
+
+def test_a_layer_that_is_not_finite_is_named_and_not_written(loradiag, pair_of_models, tmp_path):
+    base, _, _, after = pair_of_models
+    name = "model.layers.0.mlp.up_proj.weight"
+    after[name][2, 3] = float("nan")
+    tuned = save_model(tmp_path / "broken", after)
+    ran = loradiag("extract", base, tuned, "--rank", "2", "-o", "adapter")
+    assert ran.code == 3
+    assert f"{name}: TUNED holds nan at [2, 3]; the layer is not in the adapter" in ran.err
+    keys = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert len(keys) == 18
+    assert not any("layers.0.mlp.up_proj" in key for key in keys)
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert "up_proj" not in config["target_modules"]
+    assert "model.layers.1.mlp.up_proj" in config["target_modules"]
+
+
+def test_nothing_to_write_is_an_error_and_leaves_nothing(loradiag, pair_of_models, tmp_path):
+    base, _, before, after = pair_of_models
+    ran = loradiag("extract", base, base, "--rank", "2", "-o", "adapter")
+    assert ran.code == 4
+    assert "its update is zero" in ran.err
+    for tensor in after.values():
+        tensor.fill_(float("inf"))
+    ran = loradiag("extract", base, save_model(tmp_path / "inf", after), "--rank", "2", "-o", "adapter")
+    assert ran.code == 3
+    assert "TUNED holds inf" in ran.err
+    assert not list(tmp_path.glob("adapter*"))
+
+
+def test_layers_that_did_not_move_get_no_adapter(loradiag, pair_of_models, tmp_path):
+    base, _, before, after = pair_of_models
+    frozen = {name: before[name] if "layers.0" in name else value for name, value in after.items()}
+    ran = loradiag("extract", base, save_model(tmp_path / "half", frozen), "--rank", "2", "-o", "adapter")
+    assert ran.code == 0
+    assert "4 of rank 0" in ran.out
+    targets = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["target_modules"]
+    assert "q_proj" not in targets
+    assert "model.layers.1.self_attn.q_proj" in targets
+
+
+def test_an_interrupted_extraction_is_resumed(pair_of_models, loradiag, tmp_path):
+    base, tuned, *_ = pair_of_models
+    words = ("extract", base, tuned, "--rank", "3", "-q")
+    assert loradiag(*words, "-o", "whole").code == 0
+    (tmp_path / "whole").rename(tmp_path / "expected")
+    # What a crash after four layers leaves behind: their factors and records.
+    assert loradiag(*words, "-o", "adapter").code == 0
+    part = tmp_path / "adapter.part"
+    lines = (tmp_path / "adapter" / "extraction.jsonl").read_text().splitlines(keepends=True)
+    (part / "factors").mkdir(parents=True)
+    (part / "extraction.jsonl").write_text("".join(lines[:5]) + lines[5][:40])
+    kept = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    for index, line in enumerate(lines[1:5]):
+        record = json.loads(line)
+        key = f"base_model.model.{record['module']}.lora_"
+        names = ("embedding_A", "embedding_B") if record["kind"] == "embedding" else ("A.weight", "B.weight")
+        a, b = (kept[key + name] for name in names)
+        save_file({"A": a, "B": b}, part / "factors" / f"{index:06d}.safetensors")
+    for path in (tmp_path / "adapter").iterdir():
+        path.unlink()
+    refused = loradiag(*words, "-o", "adapter")
+    assert refused.code == 2
+    assert "--resume" in refused.err
+    other = loradiag("extract", base, tuned, "--rank", "4", "-q", "-o", "adapter", "--resume")
+    assert other.code == 2
+    assert loradiag(*words, "-o", "adapter", "--resume").code == 0
+    for file in ("adapter_model.safetensors", "adapter_config.json", "extraction.jsonl"):
+        assert (tmp_path / "adapter" / file).read_bytes() == (tmp_path / "expected" / file).read_bytes(), file
+
+
+def test_factors_that_changed_while_it_was_interrupted_are_noticed(pair_of_models, loradiag, tmp_path):
+    """A record without its factors, or with others, is no adapter: the error it states is not that of the file."""
+    base, tuned, *_ = pair_of_models
+    assert loradiag("extract", base, tuned, "--rank", "3", "-q", "-o", "adapter").code == 0
+    part = tmp_path / "adapter.part"
+    (part / "factors").mkdir(parents=True)
+    (tmp_path / "adapter" / "extraction.jsonl").rename(part / "extraction.jsonl")
+    ran = loradiag("extract", base, tuned, "--rank", "3", "-q", "-o", "adapter", "--resume", "--overwrite")
+    assert ran.code == 3
+    assert "factors" in ran.err
+
+
+def test_a_budget_is_not_exceeded(loradiag, pair_of_models, tmp_path):
+    base, tuned, *_ = pair_of_models
+    ran = loradiag("extract", base, tuned, "--params", "400", "-o", "adapter", "--json")
+    assert ran.code == 0, ran.err
+    spent = sum(record["params"] for record in ran.records if record["record"] == "extraction")
+    assert 300 < spent <= 400
+    tensors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert sum(tensor.numel() for tensor in tensors.values()) == spent
+    assert not list(tmp_path.glob("*.part"))
+
+
+def test_ranks_of_another_model_are_refused(loradiag, pair_of_models, tmp_path):
+    base, tuned, *_ = pair_of_models
+    config = {"peft_type": "LORA", "r": 4, "target_modules": ["c_attn"]}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    ran = loradiag("extract", base, tuned, "--ranks", "adapter_config.json", "-o", "adapter")
+    assert ran.code == 3
+    assert "none of its target_modules is a layer here" in ran.err
+    config |= {"target_modules": ["q_proj", "up_proj"], "rank_pattern": {"layers.1.mlp.up_proj": 2}}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    ran = loradiag("extract", base, tuned, "--ranks", "adapter_config.json", "-o", "adapter", "--json")
+    ranks = {r["layer"]: r["rank"] for r in ran.records if r["record"] == "extraction"}
+    assert ranks == {
+        "model.layers.0.self_attn.q_proj.weight": 4, "model.layers.1.self_attn.q_proj.weight": 4,
+        "model.layers.0.mlp.up_proj.weight": 4, "model.layers.1.mlp.up_proj.weight": 2,
+    }  # fmt: skip
+
+
+def test_inspect_shows_it_again(loradiag, pair_of_models, tmp_path):
+    base, tuned, *_ = pair_of_models
+    ran = loradiag("extract", base, tuned, "--rank", "3", "-o", "adapter")
+    shown = loradiag("inspect", "adapter/extraction.jsonl")
+    assert shown.code == 0, shown.err
+    assert ran.out.splitlines()[:5] == shown.out.splitlines()[:5]
+    assert "PEFT LoRA, r=3" in loradiag("inspect", "adapter").out
+
+
+@pytest.mark.skipif(not (SHARED / "cases").is_dir(), reason="the cases are not beside the repository")
+@pytest.mark.parametrize("case", ["full-ft", "moe-full-ft", "vocab-resized", "bitfit-like", "sharded-base"])
+def test_cases(loradiag, case, tmp_path):
+    folder = SHARED / "cases" / case
+    tuned = next((folder / name for name in ("merged", "tuned", "adapter") if (folder / name).is_dir()))
+    ran = loradiag("extract", folder / "base", tuned, "--rank", "100", "--rest", "save", "-o", "adapter", "--json")
+    if case == "bitfit-like":
+        assert (ran.code, "its update is zero" in ran.err) == (4, True)
+        return
+    assert ran.code == 0, ran.err
+    truth = json.loads((folder / "truth.json").read_text())
+    for record in ran.records:
+        if record["record"] == "extraction":
+            assert record["epsilon"] < 1e-5
+            assert record["fro"] == pytest.approx(truth[record["layer"]]["fro"], rel=1e-4)

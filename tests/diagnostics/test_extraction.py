@@ -1,0 +1,130 @@
+"""The factors of one layer, held against a singular value decomposition in float64 NumPy."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+
+from lora_diag.checkpoints import open_checkpoint
+from lora_diag.deltas import FactoredDelta, pair
+from lora_diag.diagnostics.extraction import ExtractionSettings, Layer, Rank, extract
+from lora_diag.errors import InputError
+from tests.oracles import best_approximation, with_spectrum
+
+
+def layer_of(change, tmp_path, rank, transposed=False):
+    rng = np.random.default_rng(0)
+    base = (rng.standard_normal(change.shape) * 0.02).astype(np.float32)
+    for name, weight in (("base", base), ("tuned", (base + change).astype(np.float32))):
+        save_file({"q_proj.weight": torch.tensor(weight)}, tmp_path / f"{name}.safetensors")
+    deltas = pair(*(open_checkpoint(tmp_path / f"{name}.safetensors") for name in ("base", "tuned"))).deltas
+    real = (base + change).astype(np.float32).astype(np.float64) - base.astype(np.float64)
+    return Layer(deltas[0], "q_proj", "linear", transposed, rank), real
+
+
+class Kept:
+    """A store that keeps the factors in memory, as they would be in a file."""
+
+    def __call__(self, b, a):
+        self.b, self.a = b.clone(), a.clone()
+        return self.b, self.a
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    rows=st.integers(1, 14), columns=st.integers(1, 14), rank=st.integers(1, 20), transposed=st.booleans(),
+    split=st.sampled_from(["both", "b"]), seed=st.integers(0, 1000),
+)  # fmt: skip
+def test_the_best_update_of_a_rank_and_its_error(tmp_path_factory, rows, columns, rank, transposed, split, seed):
+    change = np.random.default_rng(seed).standard_normal((rows, columns)) * 0.1
+    layer, real = layer_of(change, tmp_path_factory.mktemp("x"), Rank(rank), transposed)
+    kept = Kept()
+    record = extract(layer, ExtractionSettings(split=split), kept)
+    s = np.linalg.svd(real, compute_uv=False)
+    r = min(rank, rows, columns)
+    b, a = kept.b.double().numpy(), kept.a.double().numpy()
+    product = (b @ a).T if transposed else b @ a
+    assert np.linalg.norm(product - best_approximation(real, r)) <= 1e-5 * np.linalg.norm(real)
+    assert record.rank == r
+    assert record.params == r * (rows + columns)
+    assert record.epsilon == pytest.approx(np.linalg.norm(real - product) / np.linalg.norm(real), rel=1e-6, abs=3e-7)
+    assert record.epsilon_min == pytest.approx(np.sqrt((s[r:] ** 2).sum() / (s**2).sum()), rel=1e-6, abs=3e-7)
+    assert record.kept == pytest.approx((s[:r] ** 2).sum() / (s**2).sum(), abs=3e-7)
+    if split == "both":
+        assert np.allclose(np.linalg.norm(b, axis=0), np.linalg.norm(a, axis=1), rtol=1e-4)
+    else:
+        assert np.allclose(a @ a.T, np.eye(r), atol=1e-5)
+
+
+@settings(max_examples=30, deadline=None)
+@given(share=st.floats(0.05, 1.0), seed=st.integers(0, 1000))
+def test_energy_takes_the_smallest_rank_that_keeps_the_share(tmp_path_factory, share, seed):
+    change = np.random.default_rng(seed).standard_normal((12, 9)) * 0.1
+    layer, real = layer_of(change, tmp_path_factory.mktemp("x"), Rank(energy=share))
+    record = extract(layer, ExtractionSettings(), Kept())
+    energy = np.linalg.svd(real, compute_uv=False) ** 2
+    curve = np.cumsum(energy) / energy.sum()
+    assert curve[record.rank - 1] >= share - 1e-12
+    assert record.rank == 1 or curve[record.rank - 2] < share + 1e-12
+
+
+def test_signal_takes_what_stands_above_the_rounding_of_the_files(tmp_path):
+    rng = torch.Generator().manual_seed(0)
+    base = (torch.randn(256, 192, generator=rng) * 0.02).bfloat16()
+    planted = torch.tensor(with_spectrum(np.array([0.5, 0.4, 0.3]), 256, 192, seed=0), dtype=torch.float32)
+    for name, weight in (("base", base), ("tuned", (base.float() + planted).bfloat16())):
+        save_file({"q_proj.weight": weight}, tmp_path / f"{name}.safetensors")
+    delta = pair(*(open_checkpoint(tmp_path / f"{name}.safetensors") for name in ("base", "tuned"))).deltas[0]
+    record = extract(Layer(delta, "q_proj", "linear", False, Rank(signal=True)), ExtractionSettings(), Kept())
+    assert record.rank == 3
+    assert record.resolution.signal_rank == 3
+
+
+def test_the_error_is_that_of_what_was_stored(tmp_path):
+    """ε comes from what the store returns, in its dtype: bfloat16 factors are farther away, a damaged file is seen."""
+    layer, real = layer_of(with_spectrum(np.array([1.0, 0.5, 0.25]), 20, 16, seed=0), tmp_path, Rank(2))
+    coarse = Kept()
+    record = extract(layer, ExtractionSettings(dtype="bfloat16"), coarse)
+    product = (coarse.b.double() @ coarse.a.double()).numpy()
+    assert coarse.b.dtype == torch.bfloat16
+    assert record.epsilon == pytest.approx(np.linalg.norm(real - product) / np.linalg.norm(real), rel=1e-6)
+    assert record.epsilon > record.epsilon_min * (1 + 1e-6)
+    zeros = extract(layer, ExtractionSettings(), lambda b, a: (torch.zeros_like(b), a))
+    assert zeros.epsilon == pytest.approx(1.0)
+
+
+def test_factors_are_compressed_without_forming_their_product(tmp_path):
+    """A 200,000 × 100,000 update could not be formed: 80 GB in float32."""
+    rng = torch.Generator().manual_seed(0)
+    b = torch.linalg.qr(torch.randn(200_000, 3, generator=rng, dtype=torch.float64))[0]
+    a = torch.linalg.qr(torch.randn(100_000, 3, generator=rng, dtype=torch.float64))[0].T
+    s = torch.tensor([2.0, 1.0, 0.5], dtype=torch.float64)
+    delta = FactoredDelta("q_proj.weight", (200_000, 100_000), lambda: (b * s, a), (None, "float64"))
+    record = extract(Layer(delta, "q_proj", "linear", False, Rank(2)), ExtractionSettings(), Kept())
+    assert record.epsilon == pytest.approx(0.5 / np.sqrt(5.25), rel=1e-5)
+    assert record.method == "factored"
+    wide = extract(Layer(delta, "q_proj", "linear", False, Rank(64)), ExtractionSettings(), Kept())
+    assert wide.rank == 3
+    assert wide.epsilon < 1e-6
+
+
+@pytest.mark.parametrize("rank", [Rank(4), Rank(energy=0.9), Rank(signal=True)])
+def test_a_zero_update_gets_no_factors(tmp_path, rank):
+    layer, _ = layer_of(np.zeros((6, 5)), tmp_path, rank)
+    left_out = extract(layer, ExtractionSettings(), Kept())
+    assert (left_out.reason, left_out.detail, left_out.fro) == ("rank_0", "its update is zero", 0.0)
+
+
+def test_rank_0_keeps_the_norm_of_what_is_lost(tmp_path):
+    layer, real = layer_of(np.ones((6, 5)), tmp_path, Rank(0))
+    left_out = extract(layer, ExtractionSettings(), Kept())
+    assert left_out.reason == "rank_0"
+    assert left_out.fro == pytest.approx(np.linalg.norm(real))
+
+
+def test_a_dtype_that_cannot_hold_the_factors_is_refused(tmp_path):
+    layer, _ = layer_of(np.full((6, 5), 1e10), tmp_path, Rank(1))
+    with pytest.raises(InputError, match="float16 cannot hold"):
+        extract(layer, ExtractionSettings(dtype="float16", split="b"), Kept())

@@ -18,7 +18,6 @@ from lora_diag.planning.amounts import read_bytes, read_count, read_share
 from lora_diag.planning.candidates import Constraints
 from lora_diag.planning.memory import Training
 from lora_diag.planning.peft_config import Scaling, peft_config
-from lora_diag.planning.policies import policies as rank_policies
 from lora_diag.results import Allocation, Results, Run, RunInput, Spectrum, is_results_file, read_results_of, totals
 from lora_diag.results.allocation import Policies
 from lora_diag.version import __version__
@@ -124,6 +123,8 @@ def rank_table(results: Results[Spectrum] | Path | str, allow_unfinished: bool =
     Raises:
         InputError: The results cannot be read or are unfinished.
     """
+    from lora_diag.planning.policies import policies as rank_policies  # SciPy's integrals, which nothing else needs
+
     spectra, _ = _spectra(results, allow_unfinished)
     return tuple(rank_policies(record) for record in spectra)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import entropy
+from scipy.special import entr
 
 
 def stable_rank(s: NDArray[np.float64], fro: float) -> float:
@@ -31,4 +31,5 @@ def effective_rank(s: NDArray[np.float64]) -> float:
         >>> effective_rank(np.array([1.0, 1.0, 0.0])).__round__(6)
         2.0
     """
-    return float(np.exp(entropy(np.square(s / s[0]))))
+    energy = np.square(s / s[0])
+    return float(np.exp(entr(energy / energy.sum()).sum()))

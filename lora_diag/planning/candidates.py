@@ -15,12 +15,10 @@ from numpy.typing import NDArray
 
 from lora_diag.errors import UsageError
 from lora_diag.metrics import energy_curve
+from lora_diag.planning.targets import compiled, why_no_target
 from lora_diag.results import LeftOut, Spectrum
 from lora_diag.results.allocation import CappedBy
-from lora_diag.results.names import part_of
 
-# The router of a mixture of experts: a few rows, and since transformers 5 a module of its own that PEFT cannot adapt.
-ROUTER = re.compile(r"\.(gate|router|router\.layer|shared_expert_gate|mlp\.router)(\.weight)?$")
 _STACKED = re.compile(r"(.+)\[\d+\]")
 
 
@@ -120,19 +118,10 @@ def split(records: Sequence[Spectrum], target: str | None, exclude: str | None) 
     Raises:
         UsageError: A pattern is no regular expression, or no layer is left.
     """
-    wanted, unwanted = _compiled(target, "--target"), _compiled(exclude, "--exclude")
+    wanted, unwanted = compiled(target, "--target"), compiled(exclude, "--exclude")
     candidates, left_out = [], []
     for record in records:
-        why = ""
-        if wanted is not None and not wanted.search(record.layer):
-            why = "does not match --target"
-        elif unwanted is not None and unwanted.search(record.layer):
-            why = "matches --exclude"
-        elif wanted is None and part_of(record.layer) == "vocabulary":
-            why = "embeddings and head are no usual target; name it with --target to give it a rank"
-        elif wanted is None and ROUTER.search(record.layer):
-            why = "a router is no usual target; name it with --target to give it a rank"
-        if why:
+        if why := why_no_target(record.layer, wanted, unwanted):
             left_out.append(_left_out(record, why))
         else:
             candidates.append(record)
@@ -140,13 +129,6 @@ def split(records: Sequence[Spectrum], target: str | None, exclude: str | None) 
         asked = f"--target {target}: matches" if target is not None else "the results hold"
         raise UsageError(f"{asked} no layer that could get an adapter; name layers with --target")
     return candidates, left_out
-
-
-def _compiled(pattern: str | None, option: str) -> re.Pattern[str] | None:
-    try:
-        return re.compile(pattern) if pattern is not None else None
-    except re.error as error:
-        raise UsageError(f"{option} {pattern}: is not a valid regular expression: {error}") from error
 
 
 def _left_out(record: Spectrum, why: str) -> LeftOut:

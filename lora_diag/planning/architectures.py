@@ -1,0 +1,250 @@
+"""A model's ``config.json`` → the names and shapes of its weights, for common decoders.
+
+It knows how these architectures follow from their sizes, in the names that transformers gives them in memory (experts
+fused into stacks, as since version 5). It opens no checkpoint; what it does not know it refuses by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from lora_diag.errors import InputError
+
+Shape = tuple[int, ...]
+Weights = Iterator[tuple[str, Shape]]
+
+MAX_BLOCKS = 10_000
+
+
+@dataclass(frozen=True)
+class Reader:
+    """Sizes out of one ``config.json``.
+
+    Args:
+        values: Its content.
+        where: What to call it in messages.
+    """
+
+    values: Mapping[str, Any]
+    where: str
+
+    def size(self, *keys: str, default: int | None = None) -> int:
+        """Return the first of these keys that is there.
+
+        Raises:
+            InputError: None is there and there is no default, or it is not a positive whole number.
+        """
+        value = next((self.values[key] for key in keys if self.values.get(key) is not None), default)
+        if value is None:
+            raise InputError(f"{self.where}: says nothing of {keys[0]}; give the checkpoint itself")
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise InputError(f"{self.where}: {keys[0]} must be a whole number from 1 up, not {value!r}")
+        return value
+
+    def blocks(self, *keys: str) -> int:
+        """Return the number of blocks.
+
+        Raises:
+            InputError: As ``size``; or there are more than any model has, and listing them would take forever.
+        """
+        if (number := self.size(*keys)) > MAX_BLOCKS:
+            raise InputError(f"{self.where}: {keys[0]} is {number:,}; no model has more than {MAX_BLOCKS:,} blocks")
+        return number
+
+    def flag(self, key: str, default: bool) -> bool:
+        """Return a yes or no."""
+        value = self.values.get(key)
+        return default if value is None else bool(value)
+
+
+@dataclass(frozen=True)
+class Llama:
+    """What one of Llama's many relatives does differently.
+
+    Args:
+        tied: Whether the head is the embedding, unless the config says.
+        qkv_bias: Whether the query, key and value projections have biases, unless the config says.
+        qk_norm: Norms on queries and keys: of one head, of all, or none.
+        norms: Norms of a block.
+        fused: Whether query, key, value are one matrix, and gate and up another.
+        head_dim: Width of a head where the config says nothing of it; None for hidden_size / heads.
+    """
+
+    tied: bool = False
+    qkv_bias: bool = False
+    qk_norm: str = ""
+    norms: tuple[str, ...] = ("input_layernorm", "post_attention_layernorm")
+    fused: bool = False
+    head_dim: int | None = None
+
+
+_GEMMA = ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm")
+
+# model_type -> what it does differently.
+LLAMAS = {
+    "llama": Llama(),
+    "mistral": Llama(),
+    "qwen2": Llama(qkv_bias=True),
+    "qwen3": Llama(qk_norm="head", head_dim=128),
+    "gemma": Llama(tied=True, head_dim=256),
+    "gemma2": Llama(tied=True, norms=_GEMMA, head_dim=256),
+    "gemma3_text": Llama(tied=True, norms=_GEMMA, qk_norm="head", head_dim=256),
+    "olmo2": Llama(qk_norm="all", norms=_GEMMA[1::2]),
+    "phi3": Llama(fused=True),
+    "smollm3": Llama(tied=True),
+    "mixtral": Llama(),
+    "olmoe": Llama(qk_norm="all"),
+    "qwen2_moe": Llama(qkv_bias=True),
+    "qwen3_moe": Llama(qk_norm="head"),
+}
+
+
+def weights_of(config: Mapping[str, Any], where: str) -> list[tuple[str, Shape]]:
+    """Return the name and shape of every weight, in the order of the model.
+
+    Args:
+        config: Content of ``config.json``; of a vision-language model, its ``text_config`` is read.
+        where: What to call it in messages.
+
+    Raises:
+        InputError: The architecture is not one of those known, or a size is missing.
+
+    Example:
+        >>> config = {"model_type": "llama", "hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1,
+        ...           "num_attention_heads": 2, "vocab_size": 32}
+        >>> weights_of(config, "config.json")[1]
+        ('model.layers.0.self_attn.q_proj.weight', (8, 8))
+    """
+    inner = config.get("text_config")
+    reader = Reader(inner if isinstance(inner, Mapping) else config, where)
+    kind = reader.values.get("model_type")
+    build = BUILDERS.get(kind) if isinstance(kind, str) else None
+    if build is None:
+        known = ", ".join(BUILDERS)
+        raise InputError(
+            f"{where}: model_type {kind!r} is none of those whose shapes follow from the config ({known}); give the "
+            "checkpoint itself, of which only headers are read"
+        )
+    return list(build(reader))
+
+
+def _llama(reader: Reader) -> Weights:
+    kind = LLAMAS[reader.values["model_type"]]
+    hidden, vocabulary = reader.size("hidden_size"), reader.size("vocab_size")
+    yield "model.embed_tokens.weight", (vocabulary, hidden)
+    for index in range(reader.blocks("num_hidden_layers")):
+        prefix = f"model.layers.{index}."
+        yield from _attention(reader, kind, hidden, prefix + "self_attn.")
+        yield from _mlp(reader, kind, hidden, prefix + "mlp.", index)
+        yield from ((f"{prefix}{norm}.weight", (hidden,)) for norm in kind.norms)
+    yield "model.norm.weight", (hidden,)
+    if not reader.flag("tie_word_embeddings", kind.tied):
+        yield "lm_head.weight", (vocabulary, hidden)
+
+
+def _attention(reader: Reader, kind: Llama, hidden: int, prefix: str) -> Weights:
+    heads = reader.size("num_attention_heads")
+    pairs = reader.size("num_key_value_heads", default=heads)
+    width = reader.size("head_dim", default=kind.head_dim or hidden // heads)
+    wide, narrow = heads * width, pairs * width
+    every = reader.flag("attention_bias", False)
+    biased = every or reader.flag("qkv_bias", kind.qkv_bias)
+    if kind.fused:
+        yield prefix + "qkv_proj.weight", (wide + 2 * narrow, hidden)
+    else:
+        for name, rows in (("q_proj", wide), ("k_proj", narrow), ("v_proj", narrow)):
+            yield f"{prefix}{name}.weight", (rows, hidden)
+            if biased:
+                yield f"{prefix}{name}.bias", (rows,)
+    yield prefix + "o_proj.weight", (hidden, wide)
+    if every and not kind.fused:
+        yield prefix + "o_proj.bias", (hidden,)
+    if kind.qk_norm:
+        yield prefix + "q_norm.weight", (width if kind.qk_norm == "head" else wide,)
+        yield prefix + "k_norm.weight", (width if kind.qk_norm == "head" else narrow,)
+
+
+def _mlp(reader: Reader, kind: Llama, hidden: int, prefix: str, index: int) -> Weights:
+    model = reader.values["model_type"]
+    if model not in {"mixtral", "olmoe", "qwen2_moe", "qwen3_moe"} or _is_dense(reader, index):
+        yield from _dense(reader, kind, hidden, prefix, reader.size("intermediate_size"))
+        return
+    experts = reader.size("num_local_experts", "num_experts")
+    inner = reader.size("moe_intermediate_size", "intermediate_size")
+    yield prefix + "gate.weight", (experts, hidden)
+    yield prefix + "experts.gate_up_proj", (experts, 2 * inner, hidden)
+    yield prefix + "experts.down_proj", (experts, hidden, inner)
+    if model == "qwen2_moe":
+        shared = reader.size("shared_expert_intermediate_size")
+        yield from _dense(reader, kind, hidden, prefix + "shared_expert.", shared)
+        yield prefix + "shared_expert_gate.weight", (1, hidden)
+
+
+def _is_dense(reader: Reader, index: int) -> bool:
+    """Say whether a block of a mixture of experts has none (Qwen: ``mlp_only_layers``, ``decoder_sparse_step``)."""
+    step = reader.size("decoder_sparse_step", default=1)
+    return index in (reader.values.get("mlp_only_layers") or []) or (index + 1) % step > 0
+
+
+def _dense(reader: Reader, kind: Llama, hidden: int, prefix: str, inner: int) -> Weights:
+    biased = reader.flag("mlp_bias", False)
+    parts = [("gate_up_proj", (2 * inner, hidden))] if kind.fused else [("gate_proj", (inner, hidden))]
+    parts += [] if kind.fused else [("up_proj", (inner, hidden))]
+    for name, shape in (*parts, ("down_proj", (hidden, inner))):
+        yield f"{prefix}{name}.weight", shape
+        if biased:
+            yield f"{prefix}{name}.bias", shape[:1]
+
+
+def _gpt2(reader: Reader) -> Weights:
+    """GPT-2, whose Conv1D stores ``(in, out)``; the head is the embedding."""
+    hidden, vocabulary = reader.size("n_embd", "hidden_size"), reader.size("vocab_size")
+    inner = reader.size("n_inner", default=4 * hidden)
+    yield "transformer.wte.weight", (vocabulary, hidden)
+    yield "transformer.wpe.weight", (reader.size("n_positions"), hidden)
+    for index in range(reader.blocks("n_layer", "num_hidden_layers")):
+        prefix = f"transformer.h.{index}."
+        for norm in ("ln_1", "ln_2"):
+            yield from ((f"{prefix}{norm}.{part}", (hidden,)) for part in ("weight", "bias"))
+        for name, before, after in (
+            ("attn.c_attn", hidden, 3 * hidden),
+            ("attn.c_proj", hidden, hidden),
+            ("mlp.c_fc", hidden, inner),
+            ("mlp.c_proj", inner, hidden),
+        ):
+            yield f"{prefix}{name}.weight", (before, after)
+            yield f"{prefix}{name}.bias", (after,)
+    yield from ((f"transformer.ln_f.{part}", (hidden,)) for part in ("weight", "bias"))
+    if not reader.flag("tie_word_embeddings", True):
+        yield "lm_head.weight", (vocabulary, hidden)
+
+
+def _gpt_neox(reader: Reader) -> Weights:
+    hidden, vocabulary = reader.size("hidden_size"), reader.size("vocab_size")
+    inner = reader.size("intermediate_size")
+    yield "gpt_neox.embed_in.weight", (vocabulary, hidden)
+    for index in range(reader.blocks("num_hidden_layers")):
+        prefix = f"gpt_neox.layers.{index}."
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            yield from ((f"{prefix}{norm}.{part}", (hidden,)) for part in ("weight", "bias"))
+        for name, after, before in (
+            ("attention.query_key_value", 3 * hidden, hidden),
+            ("attention.dense", hidden, hidden),
+            ("mlp.dense_h_to_4h", inner, hidden),
+            ("mlp.dense_4h_to_h", hidden, inner),
+        ):
+            yield f"{prefix}{name}.weight", (after, before)
+            if reader.flag("attention_bias", True) or name.startswith("mlp"):
+                yield f"{prefix}{name}.bias", (after,)
+    yield from ((f"gpt_neox.final_layer_norm.{part}", (hidden,)) for part in ("weight", "bias"))
+    if not reader.flag("tie_word_embeddings", False):
+        yield "lm_head.weight", (vocabulary, hidden)
+
+
+BUILDERS: dict[str, Callable[[Reader], Weights]] = {
+    **dict.fromkeys(LLAMAS, _llama),
+    "gpt2": _gpt2,
+    "gpt_neox": _gpt_neox,
+}

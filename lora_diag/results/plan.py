@@ -1,0 +1,104 @@
+"""Records of ``plan``, which are printed and not kept in a file."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from lora_diag.results.base import Record
+
+
+class PlanType(Record):
+    """All weights of one module type and shape.
+
+    Args:
+        name: The module type, such as ``self_attn.q_proj``.
+        shape: ``(out, in)`` of each matrix as it is stored.
+        matrices: How many there are; experts of a stack count each.
+        params: Their entries: what full fine-tuning trains.
+        per_rank: What LoRA trains for each rank: matrices · (out + in).
+        targeted: Whether LoRA is put on them.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    matrices: int
+    params: int
+    per_rank: int
+    targeted: bool
+
+
+class PlanRank(Record):
+    """LoRA of one rank on every targeted matrix.
+
+    Args:
+        rank: r.
+        params: Σ r(d_in + d_out).
+        rho: params / entries of the targeted matrices; of one matrix r(d_in + d_out)/(d_in·d_out).
+        of_model: params / parameters of the model.
+        bytes: By optimizer: what the trainable parameters take, with gradients and state.
+        flops: Multiply-adds per token that the unmerged adapter adds / those of the model's matrices.
+    """
+
+    rank: int
+    params: int
+    rho: float
+    of_model: float
+    bytes: dict[str, int]
+    flops: float
+
+
+class PlanFit(Record):
+    """What a budget of parameters allows.
+
+    Args:
+        asked: The option as given.
+        budget: Parameters that it comes to.
+        rank: Largest rank that all targeted matrices can have; 0 if not even 1 fits.
+        spent: What that takes.
+        left: What it leaves.
+        listed: Largest of the ranks asked about that fits; null if none does.
+        listed_left: What that leaves; null likewise.
+        doubled: How many blocks can have twice that rank out of the rest.
+        blocks: How many blocks have targeted matrices.
+    """
+
+    asked: str
+    budget: int
+    rank: int
+    spent: int
+    left: int
+    listed: int | None
+    listed_left: int | None
+    doubled: int
+    blocks: int
+
+
+class Plan(Record):
+    """What full fine-tuning and LoRA of a model cost, from headers or a config alone.
+
+    Args:
+        path: What was read.
+        kind: What it is, in words.
+        notes: What a careful reader should know.
+        params: Parameters of the model.
+        targeted: Entries of the matrices that LoRA is put on.
+        base_bytes: What the model takes as it is stored; null if its dtype is not known.
+        dtype: Of the trainable parameters and their gradients.
+        full_bytes: By optimizer: what training every parameter takes, with gradients and state.
+        types: The module types.
+        ranks: LoRA by rank.
+        fit: What the budget allows; null without one.
+    """
+
+    record: Literal["plan"] = "plan"
+    path: str
+    kind: str
+    notes: tuple[str, ...]
+    params: int
+    targeted: int
+    base_bytes: int | None
+    dtype: str
+    full_bytes: dict[str, int]
+    types: tuple[PlanType, ...]
+    ranks: tuple[PlanRank, ...]
+    fit: PlanFit | None = None

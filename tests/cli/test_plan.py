@@ -1,0 +1,68 @@
+"""``loradiag plan`` as a user runs it."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from tests.conftest import ROOT
+
+BASE = ROOT / "sample_checkpoints/base"
+
+
+@pytest.mark.parametrize("columns", ["80", "140"])
+def test_the_tables_fit_the_terminal(loradiag, columns):
+    ran = loradiag("plan", BASE, "--params", "100k", env={"COLUMNS": columns})
+    assert (ran.code, ran.err) == (0, "")
+    assert max(map(len, ran.out.splitlines())) <= int(columns)
+    for word in ("q_proj", "full fine-tune", "LoRA r=16", "AdamW", "+ FLOPs", "Budget", "allow r ≤ 10", "Next"):
+        assert word in ran.out
+
+
+def test_json_is_one_record(loradiag):
+    ran = loradiag("plan", BASE, "--json", "--ranks", "2", "--target", "q_proj")
+    record = json.loads(ran.out)
+    assert record["record"] == "plan"
+    assert record["ranks"][0]["params"] == 2 * 4 * 256
+    assert record["fit"] is None
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "message"),
+    [
+        (["--params", "1 million"], 2, "--params 1 million"),
+        (["--params", "1M", "--memory", "1GB"], 2, "not both"),
+        (["--target", "zzz"], 2, "--target zzz"),
+        (["--ranks", "x"], 2, "--ranks x"),
+    ],
+)
+def test_usage_errors(loradiag, words, code, message):
+    ran = loradiag("plan", BASE, *words)
+    assert (ran.code, ran.out) == (code, "")
+    assert message in ran.err
+
+
+def test_an_unknown_architecture_names_the_way_out(loradiag, tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "mamba"}')
+    ran = loradiag("plan", "config.json")
+    assert ran.code == 3
+    assert "give the checkpoint itself" in ran.err
+
+
+def test_a_name_in_a_file_cannot_move_the_cursor(loradiag, tmp_path):
+    from tests.conftest import save_model, weights
+
+    name = "model.layers.0.bad\x1b[2J_proj.weight"
+    save_model(tmp_path / "evil", {name: weights(0)["lm_head.weight"]})
+    ran = loradiag("plan", "evil")
+    assert ran.code == 0
+    assert "\x1b" not in ran.out
+
+
+def test_no_torch_is_imported():
+    code = (
+        f"import sys; sys.argv = ['loradiag', 'plan', {str(BASE)!r}]\nfrom lora_diag.cli import main\n"
+        "try:\n    main()\nexcept SystemExit as stop:\n    assert not stop.code\nassert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)

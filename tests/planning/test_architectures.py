@@ -1,0 +1,61 @@
+"""Names and shapes from a config against the models that transformers builds from it."""
+
+import pytest
+
+from lora_diag.errors import InputError
+from lora_diag.planning.architectures import BUILDERS, weights_of
+
+SMALL = {
+    "vocab_size": 20, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "pad_token_id": None, "bos_token_id": None, "eos_token_id": None,
+}  # fmt: skip
+MOE = {"num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 10}
+CASES = [
+    *[(kind, {}) for kind in BUILDERS if kind not in {"gpt2", "gpt_neox"}],
+    ("llama", {"head_dim": 6, "tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True}),
+    ("mixtral", {"num_local_experts": 3}),
+    ("qwen2_moe", {**MOE, "shared_expert_intermediate_size": 12, "mlp_only_layers": [0]}),
+    ("qwen3_moe", {**MOE, "decoder_sparse_step": 2, "head_dim": 4}),
+    ("gpt2", {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 12, "vocab_size": 20}),
+    ("gpt2", {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_inner": 40, "tie_word_embeddings": False}),
+    ("gpt_neox", {}),
+]
+
+
+@pytest.mark.parametrize(("kind", "more"), CASES, ids=lambda value: value if isinstance(value, str) else len(value))
+def test_names_and_shapes_are_those_of_transformers(kind, more):
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers", minversion="5")
+    sizes = more if kind == "gpt2" else {**SMALL, **more}
+    config = transformers.AutoConfig.for_model(kind, **sizes)
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config)
+    wanted = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    assert dict(weights_of(config.to_dict(), "config.json")) == wanted
+    # what a config.json may leave out, because it is the default of the class
+    diff = {"model_type": kind, **config.to_diff_dict()}
+    try:
+        assert dict(weights_of(diff, "config.json")) == wanted
+    except InputError as error:
+        assert "says nothing of" in str(error)  # noqa: PT017  (a refusal is right, a guess is not)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({}, "model_type None is none of"),
+        ({"model_type": "mamba"}, "model_type 'mamba' is none of"),
+        ({"model_type": "llama", "hidden_size": 8}, "says nothing of vocab_size"),
+        ({"model_type": "llama", "hidden_size": -8}, "hidden_size must be a whole number"),
+        ({"model_type": "llama", "hidden_size": True}, "hidden_size must be a whole number"),
+        ({"model_type": ["llama"]}, "is none of"),
+        ({"model_type": "llama", **SMALL, "num_hidden_layers": 10**9}, "more than 10,000 blocks"),
+    ],
+)
+def test_a_config_that_says_too_little_is_refused(config, message):
+    with pytest.raises(InputError, match=message):
+        weights_of(config, "config.json")
+
+
+def test_the_text_part_of_a_larger_model_is_read():
+    inner = {"model_type": "llama", **SMALL}
+    assert weights_of({"model_type": "llava", "text_config": inner}, "c") == weights_of(inner, "c")

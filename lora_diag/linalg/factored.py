@@ -31,8 +31,9 @@ def decompose_factored(b: Tensor, a: Tensor, top: int | None = None, vectors: bo
     b, a = b.to(torch.float64), a.to(torch.float64)
     scale = (norm([b]) or 1.0, norm([a]) or 1.0)  # the product of the factors' norms may underflow or overflow
     b, a = b / scale[0], a / scale[1]
-    q_b, r_b = torch.linalg.qr(b)
-    q_a, r_a = torch.linalg.qr(a.T)
+    mode = "reduced" if vectors else "r"  # forming Q takes twice as long as R
+    q_b, r_b = torch.linalg.qr(b, mode=mode)
+    q_a, r_a = torch.linalg.qr(a.T, mode=mode)
     core = svd(r_b @ r_a.T, vectors)
     s = core.s
     energy = float((s**2).sum())

@@ -21,7 +21,6 @@ from tests.benchmarks.shapes import llama_layer
 FOLDER = Path(".bench")
 LORADIAG = [sys.executable, "-m", "lora_diag", "spectrum"]
 SCRIPT = [sys.executable, "-m", "tests.benchmarks.scripts"]
-PEERS = ("modeldelta", "mergekit", "weightwatcher")
 
 
 def made(what: str, *arguments: Any) -> Any:
@@ -118,28 +117,34 @@ def adapters(peers: bool) -> None:
         "import torch": [sys.executable, "-c", "import torch"],
         "loradiag spectrum ADAPTER": [*LORADIAG, path, "-q"],
     }
+    if peers:
+        commands["gradience audit"] = [
+            peer("gradience") / "gradience",
+            "audit",
+            "--peft-dir",
+            path,
+            "--json",
+            "--layers",
+        ]
     print(table(in_turn(commands, 3), "loradiag spectrum ADAPTER"))
 
 
 def fleet(peers: bool) -> None:
-    """200 rank-16 adapters of a 1 B model (112 pairs each; 10 different ones, 20 times), one process."""
+    """200 rank-16 adapters of a 1 B model (112 pairs each; 10 different ones, 20 times), one process a tool."""
     import torch
-
-    import lora_diag
 
     shape = (2048, 5632, 256, 16)
     paths = [made("make_adapter", FOLDER / "fleet" / str(seed), *shape, 16, seed) for seed in range(10)]
-    start = time.perf_counter()
-    for path in paths * 20:
-        lora_diag.spectrum(path)
-    ours = (time.perf_counter() - start) / 200
+    commands = {"lora_diag.spectrum(ADAPTER)": [*SCRIPT, "loradiag_fleet", *paths]}
+    if peers:
+        script = [peer("gradience") / "python", "tests/benchmarks/scripts.py", "gradience_fleet"]
+        commands["gradience, audit_lora_peft_dir"] = [*script, *paths]
+    print(table(in_turn(commands, 1), "lora_diag.spectrum(ADAPTER)"), flush=True)
     start = time.perf_counter()
     for _, rows, columns in llama_layer(*shape[:3]):
         torch.linalg.svdvals(torch.randn(rows, 16) @ torch.randn(16, columns))
     plain = (time.perf_counter() - start) * shape[3]
-    print("| work | s an adapter | ratio |\n|---|---:|---:|")
-    print(f"| lora_diag.spectrum(ADAPTER), factored | {ours:.2f} | 1 |")
-    print(f"| torch.linalg.svdvals(B @ A), from one of 16 layers | {plain:.0f} | {plain / ours:.0f} |")
+    print(f"\ntorch.linalg.svdvals(B @ A), from one of 16 layers: {plain:.0f} s for one adapter")
 
 
 def rounding(peers: bool) -> None:
@@ -149,22 +154,25 @@ def rounding(peers: bool) -> None:
     print(rounding_table())
 
 
+def peer(name: str) -> Path:
+    """Install another tool in an environment of its own, once, and say where its commands are."""
+    home = FOLDER.resolve() / "peers" / name
+    if not (home / "done").exists():
+        subprocess.run([sys.executable, "-m", "venv", home], check=True)
+        pip = [home / "bin" / "python", "-m", "pip", "install", "--quiet"]
+        subprocess.run([*pip, name, "torch", "safetensors"], check=True)
+        (home / "done").touch()
+    return home / "bin"
+
+
 def peer_commands(base: Path, tuned: Path) -> dict[str, Sequence[str]]:
-    """Install the peers, each in an environment of its own, and say how they are run."""
-    for peer in PEERS:
-        home = FOLDER / "peers" / peer
-        if not (home / "done").exists():
-            subprocess.run([sys.executable, "-m", "venv", home], check=True)
-            pip = [home / "bin" / "python", "-m", "pip", "install", "--quiet"]
-            subprocess.run([*pip, peer, "torch", "safetensors"], check=True)
-            (home / "done").touch()
-    here = {peer: FOLDER.resolve() / "peers" / peer / "bin" for peer in PEERS}
+    """Say how the tools are run that compare checkpoints."""
     extract = ["--model", tuned, "--base-model", base, "--out-path", FOLDER.resolve() / "extracted", "--max-rank", "8"]
     return {
-        "modeldelta": [here["modeldelta"] / "python", "-m", "modeldelta", base, tuned, "-q", "-o", FOLDER / "m.json"],
-        "mergekit-extract-lora, r=8": [here["mergekit"] / "mergekit-extract-lora", *extract],
+        "modeldelta": [peer("modeldelta") / "python", "-m", "modeldelta", base, tuned, "-q", "-o", FOLDER / "m.json"],
+        "mergekit-extract-lora, r=8": [peer("mergekit") / "mergekit-extract-lora", *extract],
         "WeightWatcher, deltas": [
-            here["weightwatcher"] / "python",
+            peer("weightwatcher") / "python",
             "tests/benchmarks/scripts.py",
             "weightwatcher",
             base,

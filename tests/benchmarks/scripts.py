@@ -1,4 +1,4 @@
-"""What loradiag is measured beside: plain loops, run as ``python -m tests.benchmarks.scripts NAME BASE TUNED``."""
+"""What loradiag is measured beside: plain loops, run as ``python -m tests.benchmarks.scripts NAME PATH...``."""
 
 import sys
 from collections.abc import Iterator
@@ -35,6 +35,24 @@ def weightwatcher(base: Path, tuned: Path) -> None:
     ww.WeightWatcher(model=str(tuned), base_model=str(base)).analyze()
 
 
+def loradiag_fleet(*adapters: Path) -> None:
+    """Twenty rounds over the adapters, in one process."""
+    import lora_diag
+
+    for adapter in adapters * 20:
+        lora_diag.spectrum(adapter)
+
+
+def gradience_fleet(*adapters: Path) -> None:
+    """The same with gradience's audit."""
+    from gradience.vnext.audit import audit_lora_peft_dir
+
+    for adapter in adapters * 20:
+        audit_lora_peft_dir(adapter, compute_udr=False)
+
+
+SCRIPTS = {script.__name__: script for script in (floor, svdvals, weightwatcher, loradiag_fleet, gradience_fleet)}
+
 if __name__ == "__main__":
-    name, base, tuned = sys.argv[1:4]
-    {"floor": floor, "svdvals": svdvals, "weightwatcher": weightwatcher}[name](Path(base), Path(tuned))
+    name, *paths = sys.argv[1:]
+    SCRIPTS[name](*map(Path, paths))

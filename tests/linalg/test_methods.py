@@ -251,6 +251,52 @@ def test_eigenvalues_in_place_are_the_same(monkeypatch):
         assert torch.allclose(found.s, plain.s, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("shape", [(N, N), (N, 700), (700, N)], ids=str)
+@pytest.mark.parametrize("spectrum", ADVERSARIAL)
+def test_the_largest_vectors_without_the_others(monkeypatch, spectrum, shape):
+    monkeypatch.setattr(gram, "SUBSET_FROM", 1)
+    monkeypatch.setattr(gram, "ALL_CORES", torch.get_num_threads())
+    whole = torch.linalg.eigh
+    calls = []
+    monkeypatch.setattr(torch.linalg, "eigh", lambda *args, **options: calls.append(1) or whole(*args, **options))
+    matrix = oracles.with_spectrum(ADVERSARIAL[spectrum], *shape, seed=6)
+    for top in (1, K):
+        factors = decompose(torch.from_numpy(matrix), "gram", top, vectors=True)
+        check(factors, matrix)
+        check_vectors(factors, matrix)
+        u, vh = factors.u.numpy(), factors.vh.numpy()
+        assert max(np.abs(q.T @ q - np.eye(top)).max() for q in (u, vh.T)) < 1e-10
+        core = u.T @ matrix @ vh.T
+        assert np.abs(core - np.diag(factors.s.numpy())).max() <= 1e-7 * factors.s.max()
+    assert len(calls) == 0 or spectrum == "flat"  # of 600 equal values bisection may find fewer than asked for
+
+
+def test_beside_other_work_all_vectors_are_computed(monkeypatch):
+    monkeypatch.setattr(gram, "SUBSET_FROM", 1)
+    monkeypatch.setattr(gram, "ALL_CORES", torch.get_num_threads() + 1)
+    monkeypatch.setattr(gram, "_largest", lambda *args: pytest.fail("takes every core"))
+    matrix = oracles.with_spectrum(SPECTRA["power law"], 40, 60, seed=2)
+    check_vectors(decompose(torch.from_numpy(matrix), "gram", 5, vectors=True), matrix)
+
+
+@pytest.mark.parametrize("failure", ["raises", "finds fewer"])
+def test_all_vectors_where_the_largest_cannot_be_had(monkeypatch, failure):
+    monkeypatch.setattr(gram, "SUBSET_FROM", 1)
+    monkeypatch.setattr(gram, "ALL_CORES", torch.get_num_threads())
+
+    def fails(a, **options):
+        if failure == "raises":
+            raise gram.scipy.linalg.LinAlgError("did not converge")
+        return np.ones(3), np.ones((len(a), 3))
+
+    monkeypatch.setattr(gram.scipy.linalg, "eigh", fails)
+    matrix = oracles.with_spectrum(SPECTRA["power law"], 40, 60, seed=2)
+    factors = decompose(torch.from_numpy(matrix), "gram", 5, vectors=True)
+    check(factors, matrix)
+    check_vectors(factors, matrix)
+    assert len(factors.s) == 5
+
+
 def test_auto_takes_the_cheapest_method_that_fits():
     rng = np.random.default_rng(0)
     decaying = torch.from_numpy(oracles.with_spectrum(1 / INDEX, N, N, 0))

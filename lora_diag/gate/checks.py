@@ -88,9 +88,15 @@ def _dead(policy: Policy, sources: Sequence[Source], baseline: Stored | None) ->
                     yield Alarm(record.layer, 0.0, "the adapter changes nothing here: it was not trained, or not saved")
         elif spectra and all(record.fro == 0 for record in spectra):
             yield Alarm(None, 0.0, "nothing moved: ΔW is zero in every matrix; is this the checkpoint you meant?")
+    moved: dict[str, bool] = {}
     for item in _layers(sources, Residual):
-        if item.role == "adapter" and item.rank != 0 and item.adapter_fro == 0:
-            yield Alarm(item.layer, 0.0, f"the adapter {item.adapter} changes nothing here: it was not trained")
+        if item.role == "adapter":
+            moved[item.adapter] = moved.get(item.adapter, False) or item.adapter_fro > 0
+            if item.rank and item.adapter_fro == 0:
+                yield Alarm(item.layer, 0.0, f"the adapter {item.adapter} changes nothing here: it was not trained")
+    for adapter, anything in moved.items():
+        if not anything:
+            yield Alarm(None, 0.0, f"the adapter {adapter} changes nothing at all")
 
 
 def _unused_rank(policy: Policy, sources: Sequence[Source], baseline: Stored | None) -> Iterator[Alarm]:

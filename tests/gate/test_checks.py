@@ -32,7 +32,6 @@ def test_sound_results_pass_every_check(tmp_path):
         ("mismatch", None, left_out("x.weight", "shape_differs"), ADAPTER, "failed"),
         ("mismatch", None, left_out("x.weight", "needs_base"), ADAPTER, "failed"),
         ("dead", spectrum("x.weight", s=(0.0, 0.0)), None, ADAPTER, "failed"),
-        ("dead", residual("x.weight", "a", 1.0, adapter_fro=0.0), None, ADAPTER, "failed"),
         ("unused_rank", spectrum("x.weight", s=(4.0, 3.0, 1e-7), method="factored"), None, ADAPTER, "passed"),
         ("spike", spectrum("x.weight", s=(9.0, 1.0)), None, (), "passed"),
         ("spike", spectrum("x.weight", base_fro=3.9), None, (), "passed"),
@@ -53,13 +52,25 @@ def test_each_fault_is_found_by_its_check_alone(tmp_path, name, record, lost, in
         assert found(path, f'[checks]\n{name} = "error"')[0] == "failed"
 
 
+def test_a_dead_adapter_among_residuals_is_found(tmp_path):
+    """A layer that has factors and no update; an adapter without factors (IA3, norms) only where it changes nothing."""
+    alive = residual(LAYERS[0], "a", 0.5)
+    for dead, wanted in (
+        (residual(LAYERS[1], "a", 1.0, adapter_fro=0.0), [("dead", LAYERS[1], "failed")]),
+        (residual(LAYERS[1], "a", 1.0, adapter_fro=0.0, rank=None), []),
+    ):
+        assert found(write(tmp_path / "r.jsonl", [alive, dead], inputs=ADAPTER))[1] == wanted
+    nothing = [residual(name, "a", 1.0, adapter_fro=0.0, rank=None) for name in LAYERS]
+    assert found(write(tmp_path / "r.jsonl", nothing, inputs=ADAPTER)) == ("failed", [("dead", None, "failed")])
+
+
 def test_what_is_no_fault(tmp_path):
     """A frozen layer of a full fine-tune, a rank-1 adapter, an adapter that leaves a layer alone."""
     pair = [spectrum(LAYERS[0]), spectrum(LAYERS[1], s=(0.0, 0.0))]
     assert found(write(tmp_path / "a.jsonl", pair)) == ("passed", [])
     one = [spectrum(LAYERS[0], s=(4.0,), method="factored")]
     assert found(write(tmp_path / "b.jsonl", one, inputs=ADAPTER)) == ("passed", [])
-    alone = [residual(LAYERS[0], "a", 1.0, rank=0, adapter_fro=0.0)]
+    alone = [residual(LAYERS[0], "a", 1.0, rank=0, adapter_fro=0.0), residual(LAYERS[1], "a", 0.5)]
     assert found(write(tmp_path / "c.jsonl", alone, inputs=ADAPTER)) == ("passed", [])
 
 

@@ -1,0 +1,229 @@
+"""``loradiag gate`` as a user runs it, on the sample checkpoints and on results made by hand."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from xml.etree import ElementTree
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from tests.conftest import ROOT
+from tests.gate.making import LAYERS, left_out, residual, spectrum, write
+
+SAMPLES = ROOT / "sample_checkpoints"
+POLICY = '[[rule]]\nname = "drift"\nrequire = "relative <= {limit}"\nmessage = "look at the learning rate"\n'
+
+
+@pytest.fixture
+def results(tmp_path):
+    return write(tmp_path / "r.jsonl", [spectrum(name, s=(4.0 + i, 1.0)) for i, name in enumerate(LAYERS)])
+
+
+@pytest.fixture
+def policy(tmp_path):
+    def make(limit=0.2, more=""):
+        (tmp_path / "p.toml").write_text(POLICY.format(limit=limit) + more)
+        return "p.toml"
+
+    return make
+
+
+@pytest.mark.parametrize(("limit", "code", "word"), [(0.2, 0, "PASSED"), (0.08, 1, "FAILED")])
+def test_exit_code_and_words_agree(loradiag, results, policy, limit, code, word):
+    ran = loradiag("gate", policy(limit), "r.jsonl")
+    assert (ran.code, ran.err) == (code, "")
+    assert f"  {word}" in ran.out
+    assert max(map(len, ran.out.splitlines())) <= 80
+    assert "Next " in ran.out
+
+
+def test_a_failure_shows_layer_measured_allowed_and_what_to_do(loradiag, results, policy):
+    ran = loradiag("gate", policy(0.08), "r.jsonl")
+    row = next(line for line in ran.out.splitlines() if "model.layers.2.mlp.up_proj" in line)
+    assert row.split() == ["failed", "drift", "model.layers.2.mlp.up_proj", "0.0906", "relative", "<=", "0.08"]
+    assert "look at the learning rate" in ran.out
+
+
+def test_each_kind_of_trouble_has_its_exit_code(loradiag, results, policy, tmp_path):
+    write(tmp_path / "u.jsonl", [spectrum(LAYERS[0])], finished=False)
+    write(tmp_path / "none.jsonl", [])
+    (tmp_path / "cut.jsonl").write_bytes(results.read_bytes()[:40])
+    lacking = results.read_text().splitlines(keepends=True)
+    (tmp_path / "lacking.jsonl").write_text("".join(lacking[:2] + lacking[3:]))
+    name = policy()
+    for code, words, said in (
+        (2, ["absent.toml", "r.jsonl"], "absent.toml: cannot be read as a policy"),
+        (2, [name], "give results files"),
+        (2, ["--policy", "nope", "r.jsonl"], "adapter-basic"),
+        (2, [name, "r.jsonl", "--base", "x"], "leave out the results file"),
+        (2, [name, "--tuned", "x"], "need --base"),
+        (2, [name, "r.jsonl", "--json", "--github"], "both write"),
+        (2, [name, "r.jsonl", "--ratchet"], "--baseline"),
+        (2, [name, "r.jsonl", "-o", "r.jsonl"], "read or written already"),
+        (2, [name, "r.jsonl", "--junit", "x.xml", "--sarif", "./x.xml"], "read or written already"),
+        (2, ["init", "r.jsonl", "--junit", "x.xml"], "nothing else"),
+        (2, ["init"], "give the results"),
+        (3, [name, "absent.jsonl"], "absent.jsonl"),
+        (3, [name, "cut.jsonl"], "not a results file"),
+        (3, [name, "lacking.jsonl"], "holds 5 layers where its last line says 6"),
+        (3, [name, "r.jsonl", "--junit", "no/such/folder.xml"], "cannot be written"),
+        (4, [name, "none.jsonl"], "no records"),
+        (5, [name, "u.jsonl"], ""),
+    ):
+        ran = loradiag("gate", *words)
+        assert (ran.code, words) == (code, words), ran.err + ran.out
+        assert said in ran.err
+        assert ran.err.count("\n") == (1 if said else 0)
+    assert not list(tmp_path.glob("*.xml"))
+
+
+def test_a_mistake_in_the_policy_is_one_line_with_its_place(loradiag, results, policy):
+    ran = loradiag("gate", policy(more='\n[[rule]]\nname = "x"\nrequire = "energy.16 >= 90"\n'), "r.jsonl")
+    assert ran.code == 2
+    assert re.fullmatch(r"error: p\.toml: line 8: 'energy\.16 >= 90': .* between 0 and 1.*\n", ran.err)
+
+
+def test_json_is_verdicts_alone_and_equals_the_file_and_inspect_shows_it_again(loradiag, results, policy, tmp_path):
+    name = policy(0.08)
+    ran = loradiag("gate", name, "r.jsonl", "--json", "-o", "v.jsonl")
+    assert ran.code == 1
+    assert ran.out == (tmp_path / "v.jsonl").read_text()
+    assert [ran.records[0]["command"], ran.records[-1]["record"]] == ["gate", "end"]
+    verdicts = [record for record in ran.records if record["record"] == "verdict"]
+    assert {v["layer"] for v in verdicts if v["rule"] == "drift"} == set(LAYERS)
+    live = loradiag("gate", name, "r.jsonl").out
+    again = loradiag("inspect", "v.jsonl")
+    assert again.code == 0
+    assert again.out.strip() == live[: live.index("Next")].strip()
+
+
+def test_verdicts_can_be_judged_themselves(loradiag, results, policy, tmp_path):
+    loradiag("gate", policy(0.08), "r.jsonl", "-q", "-o", "v.jsonl")
+    (tmp_path / "q.toml").write_text('[[rule]]\nname = "r"\nrequire = "verdict.status != failed"\n')
+    assert loradiag("gate", "q.toml", "v.jsonl").code == 1
+
+
+def test_quiet_says_nothing_and_keeps_its_exit_code(loradiag, results, policy):
+    ran = loradiag("gate", policy(0.08), "r.jsonl", "-q")
+    assert (ran.code, ran.out, ran.err) == (1, "", "")
+
+
+def test_reports_are_written_and_a_model_card_is_kept(loradiag, results, policy, tmp_path):
+    (tmp_path / "README.md").write_text("# My model\n")
+    words = ["--junit", "j.xml", "--sarif", "s.json", "--model-card", "README.md"]
+    assert loradiag("gate", policy(0.08), "r.jsonl", *words).code == 1
+    root = ElementTree.fromstring((tmp_path / "j.xml").read_text())
+    assert (root.get("failures"), root.find(".//failure").get("type")) == ("2", "failed")
+    assert json.loads((tmp_path / "s.json").read_text())["runs"][0]["results"]
+    card = (tmp_path / "README.md").read_text()
+    assert card.startswith("# My model\n")
+    assert "FAILED" in card
+    assert loradiag("gate", policy(0.2), "r.jsonl", *words).code == 0
+    card = (tmp_path / "README.md").read_text()
+    assert "PASSED" in card
+    assert "FAILED" not in card
+    assert {path.name for path in tmp_path.iterdir()} == {"README.md", "j.xml", "p.toml", "r.jsonl", "s.json"}
+
+
+def test_github_mode_stops_commands_in_names_and_writes_the_step_summary(loradiag, tmp_path, policy):
+    write(tmp_path / "r.jsonl", [spectrum("::error::forged.weight"), *(spectrum(n, s=(4.0, 2.0)) for n in LAYERS)])
+    (tmp_path / "summary.md").write_text("earlier\n")
+    env = {"GITHUB_STEP_SUMMARY": str(tmp_path / "summary.md")}
+    ran = loradiag("gate", policy(0.03), "r.jsonl", "--github", env=env)
+    assert ran.code == 1
+    first, *lines = ran.out.splitlines()
+    token = re.fullmatch(r"::stop-commands::(\w{32})", first)[1]
+    end = lines.index(f"::{token}::")
+    assert any("forged" in line for line in lines[:end])
+    assert len(lines[end + 1 :]) == 7
+    assert all(
+        re.match(r"::error file=p\.toml,line=1,title=loradiag gate%3A drift::", line) for line in lines[end + 1 :]
+    )
+    summary = (tmp_path / "summary.md").read_text()
+    assert summary.startswith("earlier\n## loradiag gate: FAILED")
+    assert "more are in" not in summary
+
+
+def test_the_baseline_tightens_and_fails(loradiag, tmp_path):
+    (tmp_path / "p.toml").write_text('[[baseline]]\nfield = "residual.epsilon"\nworse = "higher"\ntolerance = "10%"\n')
+    inputs = (("base", "b"), ("adapter", "a"))
+    write(tmp_path / "main.jsonl", [residual(LAYERS[0], "a", 0.5)], inputs=inputs)
+    write(tmp_path / "good.jsonl", [residual(LAYERS[0], "a", 0.4)], inputs=inputs)
+    write(tmp_path / "bad.jsonl", [residual(LAYERS[0], "a", 0.45)], inputs=inputs)
+    gate = ["gate", "p.toml", "--baseline", "main.jsonl"]
+    assert loradiag(*gate, "bad.jsonl").code == 0
+    assert loradiag(*gate, "good.jsonl", "--ratchet").code == 0
+    assert loradiag(*gate, "bad.jsonl").code == 1
+    (tmp_path / "p.toml").write_text(POLICY.format(limit=1))
+    assert loradiag(*gate, "good.jsonl").code == 2
+
+
+def test_init_writes_a_policy_that_passes_and_overwrites_nothing(loradiag, results, tmp_path):
+    ran = loradiag("gate", "init", "r.jsonl", "-o", "p.toml")
+    assert (ran.code, ran.err) == (0, "")
+    assert "loradiag gate p.toml r.jsonl" in ran.out
+    assert loradiag("gate", "p.toml", "r.jsonl").code == 0
+    printed = loradiag("gate", "init", "r.jsonl").out
+    assert printed.replace("policy.toml", "p.toml") == (tmp_path / "p.toml").read_text()
+    content = (tmp_path / "p.toml").read_bytes()
+    assert loradiag("gate", "init", "r.jsonl", "-o", "p.toml").code == 2
+    assert (tmp_path / "p.toml").read_bytes() == content
+
+
+def test_a_policy_called_init_is_named_with_its_folder(loradiag, results, tmp_path):
+    (tmp_path / "init").write_text(POLICY.format(limit=0.2))
+    assert loradiag("gate", "./init", "r.jsonl").code == 0
+
+
+def test_measuring_first_gives_what_the_measured_file_gives(loradiag, tmp_path):
+    base, adapter = SAMPLES / "base", SAMPLES / "lora_r4"
+    assert loradiag("spectrum", base, adapter, "-o", "s.jsonl", "-q").code == 0
+    assert loradiag("gate", "--policy", "adapter-basic", "s.jsonl", "-q", "-o", "a.jsonl").code == 0
+    words = ["--base", base, "--adapter", adapter]
+    assert loradiag("gate", "--policy", "adapter-basic", *words, "-q", "-o", "b.jsonl").code == 0
+    a, b = ((tmp_path / name).read_text().splitlines()[1:] for name in ("a.jsonl", "b.jsonl"))
+    assert len(a) > 30
+    assert a == b
+
+
+def test_an_adapter_is_measured_against_base_and_fine_tune(loradiag, tmp_path):
+    (tmp_path / "p.toml").write_text(
+        '[[rule]]\nname = "far"\nrequire = "residual.epsilon <= 1"\nlayers = "q_proj"\nwhere = {role = "adapter"}\n'
+        '[[rule]]\nname = "near"\nrequire = "spectrum.relative <= 1"\n'
+    )
+    words = ["--base", SAMPLES / "base", "--tuned", SAMPLES / "full_ft", "--adapter", SAMPLES / "lora_r4"]
+    ran = loradiag("gate", "p.toml", *words, "--json")
+    statuses = {(record["rule"], record["status"]) for record in ran.records if record.get("layer")}
+    assert ran.code == 1
+    assert statuses == {("far", "failed"), ("near", "passed")}
+
+
+def test_a_dead_adapter_does_not_ship(loradiag, tmp_path):
+    dead = shutil.copytree(SAMPLES / "lora_r4", tmp_path / "dead")
+    weights = load_file(dead / "adapter_model.safetensors")
+    weights = {name: value * 0 if "lora_B" in name else value for name, value in weights.items()}
+    save_file(weights, dead / "adapter_model.safetensors")
+    ran = loradiag("gate", "--policy", "adapter-basic", "--base", SAMPLES / "base", "--adapter", dead)
+    assert ran.code == 1
+    assert "dead, 28 layers: the adapter changes nothing here" in ran.out
+
+
+def test_layers_with_nan_fail(loradiag, policy, tmp_path):
+    write(tmp_path / "r.jsonl", [spectrum(LAYERS[0])], [left_out(LAYERS[1], "non_finite")])
+    ran = loradiag("gate", policy(), "r.jsonl")
+    assert ran.code == 1
+    assert "no NaN or Inf" in ran.out
+
+
+def test_judging_results_imports_neither_torch_nor_numpy(results, policy, tmp_path):
+    code = (
+        f"import sys; sys.argv = ['loradiag', 'gate', {policy()!r}, 'r.jsonl', '--junit', 'j.xml', '--sarif', 's']\n"
+        "from lora_diag.cli import main\n"
+        "try:\n    main()\nexcept SystemExit as stop:\n    assert not stop.code, stop.code\n"
+        "heavy = {'torch', 'numpy', 'scipy', 'pandas'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path, capture_output=True)

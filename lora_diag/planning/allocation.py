@@ -94,10 +94,7 @@ def allocate(
     candidates, left_out = split(records, target, exclude)
     factors = {record.layer: _factor(record, weights, relative) for record in candidates}
     parts = units(candidates, factors, constraints)
-    if not any(part.cap for part in parts):
-        raise UsageError(
-            f"{len(candidates)} layers could get an adapter, but no update stands above the rounding noise"
-        )
+    _refuse_nothing(parts)
     steps = make_steps(
         [part.curve for part in parts],
         [budget.cost_of(part) for part in parts],
@@ -117,6 +114,24 @@ def allocate(
         certificate=_certificate(parts, steps, budget, fixed, chosen, found),
         left_out=tuple(left_out),
     )
+
+
+def _refuse_nothing(parts: Sequence[Unit]) -> None:
+    """Refuse layers of which none can get a rank.
+
+    Raises:
+        UsageError: There is none that can.
+    """
+    if any(part.cap and part.energy for part in parts):
+        return
+    moved = [member for part in parts for member in part.members if member.fro > 0]
+    if not moved:
+        raise UsageError("ΔW is zero in every layer that could get an adapter; there is nothing to keep")
+    if not any(part.energy for part in parts):
+        raise UsageError("every layer that moved has weight 0; there is nothing to keep")
+    if all(member.resolution.signal_rank == 0 for member in moved):
+        raise UsageError("no update stands above the rounding noise of the files; there is nothing to keep but noise")
+    raise UsageError("every layer is smaller than the smallest rank that is allowed")
 
 
 def _factor(record: Spectrum, weights: Mapping[str, float] | None, relative: bool) -> float:

@@ -143,12 +143,13 @@ def spend(steps: Steps, budget: int, exact: bool = True) -> Spent:
 
 
 def _by_yield(steps: Steps) -> Ints:
-    """Return the steps by falling gain per cost, those of one unit in their order."""
+    """Return the steps that gain anything by falling gain per cost, those of one unit in their order."""
     density = steps.gain / steps.cost
     for unit_first, unit_end in zip(steps.first[:-1], steps.first[1:], strict=True):
         # Rounding of sums must not let a unit's second step overtake its first.
         density[unit_first:unit_end] = np.minimum.accumulate(density[unit_first:unit_end])
-    return np.argsort(-density, kind="stable")
+    order = np.argsort(-density, kind="stable")
+    return order[steps.gain[order] > 0]
 
 
 def _fill(steps: Steps, taken: Ints, left: int) -> None:

@@ -137,6 +137,10 @@ def test_layers_get_no_rank_from_noise():
     assert found.layers[2].kept is None
     with pytest.raises(UsageError, match="stands above the rounding noise"):
         allocate(spectra[1:3], params(10**6))
+    with pytest.raises(UsageError, match="ΔW is zero"):
+        allocate(spectra[2:3], params(10**6))
+    with pytest.raises(UsageError, match="smaller than the smallest rank"):
+        allocate(spectra, params(10**6), Constraints(ranks_from=(64,)))
 
 
 def test_a_truncated_spectrum_caps_at_the_values_kept_and_its_error_is_told():

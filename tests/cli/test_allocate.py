@@ -1,0 +1,122 @@
+"""``loradiag allocate`` as a user runs it."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+import lora_diag
+from tests.conftest import ROOT
+from tests.planning.records import llama, record, results
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    """A results file of the sample checkpoints."""
+    path = tmp_path_factory.mktemp("spectrum") / "s.jsonl"
+    lora_diag.spectrum(ROOT / "sample_checkpoints/base", ROOT / "sample_checkpoints/full_ft", output=path)
+    return path
+
+
+@pytest.mark.parametrize("columns", ["80", "140"])
+@pytest.mark.parametrize("per", ["type", "layer"])
+def test_the_table_fits_the_terminal_and_says_what_is_kept(loradiag, measured, columns, per):
+    ran = loradiag("allocate", measured, "--params", "50k", "--per", per, env={"COLUMNS": columns})
+    assert (ran.code, ran.err) == (0, "")
+    assert max(map(len, ran.out.splitlines())) <= int(columns)
+    for word in ("by uniform", "Budget", "49,984 of 50,000", "Keeps", "29.17%", "ε_min", "uniform r=5", "+3.38 points"):
+        assert word in " ".join(ran.out.split())
+    assert "adapter_config.json" in ran.out
+
+
+def test_a_small_gain_is_called_one(loradiag, tmp_path):
+    spectra = results(*(record(f"l.{i}.q_proj.weight", (16, 16), [1.0 + i / 1000] * 16) for i in range(4)))
+    spectra.write(tmp_path / "s.jsonl")
+    assert ", hardly a gain" in " ".join(loradiag("allocate", "s.jsonl", "--total-rank", "32").out.split())
+
+
+def test_config_records_and_json_agree(loradiag, measured, tmp_path):
+    ran = loradiag("allocate", measured, "--energy", "0.5", "-o", "adapter_config.json", "--json")
+    assert ran.code == 0
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    ranks = {record["layer"]: record["rank"] for record in ran.records if record["record"] == "allocation"}
+    assert config["r"] in ranks.values()
+    assert ran.records[-2]["record"] == "left_out"
+    assert [record["record"] for record in ran.records].count("certificate") == 1
+    assert loradiag("allocate", measured, "--energy", "0.5", "-o", "a.jsonl", "-q").out == ""
+    assert (tmp_path / "a.jsonl").read_text() == ran.out
+    again = loradiag("inspect", "a.jsonl").out
+    live = loradiag("allocate", measured, "--energy", "0.5").out
+    assert again.strip() == live[: live.index("Next")].strip()
+
+
+def test_the_next_command_extracts_these_ranks(loradiag, measured):
+    ran = loradiag("allocate", measured, "--params", "50k", "-o", "ranks.jsonl")
+    next_words = " ".join(ran.out[ran.out.index("Next") :].split())
+    assert "loradiag extract" in next_words
+    assert next_words.endswith("--ranks ranks.jsonl -o adapter")
+
+
+def test_policies_are_shown_side_by_side(loradiag, measured):
+    ran = loradiag("allocate", measured, "--policies", env={"COLUMNS": "80"})
+    assert ran.code == 0
+    for word in ("knee", "Gavish–Donoho", "signal", "Disagree", "by a factor of 2 or more"):
+        assert word in ran.out
+    assert max(map(len, ran.out.splitlines())) <= 80
+    assert {record["record"] for record in loradiag("allocate", measured, "--policies", "--json").records} == {
+        "policies"
+    }
+    assert loradiag("allocate", measured, "--policies", "-o", "x.json").code == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "give one budget"),
+        (["--params", "1M", "--total-rank", "3"], "give one budget"),
+        (["--params", "ten"], "--params ten"),
+        (["--params", "100"], "92 parameters more than the budget"),
+        (["--params", "50k", "--min-rank", "6"], "8,368 parameters more than the budget"),
+        (["--params", "50k", "--ranks-from", "8,x"], "--ranks-from 8,x"),
+        (["--params", "50k", "--ranks-from", "8", "--max-rank", "4"], "--ranks-from"),
+        (["--params", "50k", "--target", "zzz"], "--target zzz"),
+        (["--memory", "2"], "--memory 2"),
+        (["--memory", "2GB", "--optimizer", "lion"], "--optimizer lion"),
+        (["--energy", "90"], "--energy 90"),
+        (["--params", "50k", "--scaling", "0", "-o", "adapter_config.json"], "--scaling 0"),
+        (["--params", "50k", "-o", "ranks.txt"], ".jsonl"),
+    ],
+)
+def test_usage_errors_exit_2_and_write_nothing(loradiag, measured, tmp_path, words, message):
+    ran = loradiag("allocate", measured, *words)
+    assert (ran.code, ran.out) == (2, "")
+    assert message in ran.err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_that_is_no_spectrum_exits_3(loradiag, tmp_path):
+    (tmp_path / "x.jsonl").write_text("hello\n")
+    assert loradiag("allocate", "x.jsonl", "--params", "1k").code == 3
+
+
+def test_warnings_of_noise_and_gradients(loradiag, tmp_path):
+    spectra = [
+        record("a.q_proj.weight", (8, 8), [3, 2, *[1] * 6], signal=2, verdict="unresolved", source="gradients"),
+        record("b.q_proj.weight", (8, 8), [1] * 8, signal=0, verdict="unresolved", source="gradients"),
+    ]
+    results(*spectra).write(tmp_path / "s.jsonl")
+    out = " ".join(loradiag("allocate", "s.jsonl", "--params", "1M").out.split())
+    for word in ("spectra of gradients", "mostly rounding noise", "1 show only rounding noise", "by their signal rank"):
+        assert word in out
+
+
+def test_no_torch_is_imported(tmp_path):
+    results(*llama(2)).write(tmp_path / "s.jsonl")
+    words = ["loradiag", "allocate", str(tmp_path / "s.jsonl"), "--params", "1k", "-o", str(tmp_path / "c.json")]
+    code = (
+        f"import sys; sys.argv = {words!r}\nfrom lora_diag.cli import main\n"
+        "try:\n    main()\nexcept SystemExit as stop:\n    assert not stop.code\nassert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+    assert json.loads((tmp_path / "c.json").read_text())["peft_type"] == "LORA"

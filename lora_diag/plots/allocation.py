@@ -17,7 +17,7 @@ from lora_diag.plots.panel import panel_axes
 from lora_diag.plots.series import Options, Series
 from lora_diag.plots.sheet import Key, Words, sheet
 from lora_diag.plots.strip import Slot, label_height, slot_axis, slots
-from lora_diag.plots.style import CATEGORIES, INK, Look, category, cropped, name_of, styled, width_of
+from lora_diag.plots.style import CATEGORIES, INK, Look, category, cut, name_of, styled, width_of
 from lora_diag.results import Allocation, Certificate
 
 BARS, UNIFORM, BOUND = CATEGORIES[0], CATEGORIES[1], INK
@@ -28,7 +28,6 @@ _UNITS = {
     "bytes": "bytes of adapter, gradients and optimizer",
     "energy": "adapter parameters Σ r (out + in)",
 }
-_SHORT = {"params": "{} parameters", "total_rank": "Σ r = {}", "bytes": "{} bytes", "energy": "{} parameters"}
 
 
 def allocation(records: Iterable[Allocation], ax: Axes | None = None, *, per: str = "layer") -> Axes:
@@ -125,8 +124,8 @@ def _rules(ax: Axes, item: Certificate, look: Look | None, inches: float) -> Non
     most = 0.62 * inches
     texts = []
     for name, kept, spent, _ in rules:
-        found = f": {kept:.1%} with {_SHORT[item.unit].format(_count(spent))}"
-        texts.append(cropped(name, most - width_of(found, size), size) + found)
+        found = f": {kept:.1%} ({_count(spent)})"
+        texts.append(cut(name, most - width_of(found, size), size) + found)
     # The texts begin right of the bound, so that they cross nothing; the bars have what is left.
     pad = 0.6 * size / 72
     needed = max(width_of(text, size) for text in texts) + 2 * pad
@@ -134,13 +133,20 @@ def _rules(ax: Axes, item: Certificate, look: Look | None, inches: float) -> Non
     ax.set_xlim(0, scale * inches / max(inches - needed, 0.2 * inches))
     for place, (text, (_, kept, _, color)) in enumerate(zip(texts, rules, strict=True)):
         ax.barh(place, kept, height=0.66, color=color, lw=0)
-        offset = {"xytext": (72 * pad, 0), "textcoords": "offset points"}
-        ax.annotate(text, (scale, place), va="center", size=size, parse_math=False, **offset)
+        ax.annotate(
+            text,
+            (scale, place),
+            xytext=(72 * pad, 0),
+            textcoords="offset points",
+            va="center",
+            size=size,
+            parse_math=False,
+        )
     ax.axvline(item.bound, color=BOUND, lw=look.line if look else 1.2, ls=(0, (4, 2)), label="_bound")
     ax.set_yticks([])
     ax.set_ylim(len(rules) - 0.4, -0.6)
-    ax.set_xlabel("energy share kept")
-    ax.xaxis.set_major_locator(MaxNLocator(nbins=4, steps=[1, 2, 5, 10]))
+    ax.set_xlabel(f"energy share kept (and {_UNITS[item.unit]})")
+    ax.set_xticks([tick for tick in MaxNLocator(4, steps=[1, 2, 5, 10]).tick_values(0, scale) if tick <= scale])
 
 
 def _over_cost(ax: Axes, certificates: Sequence[Certificate], look: Look | None) -> None:

@@ -15,10 +15,11 @@ from lora_diag.plots.fields import numbers_of, value_of
 from lora_diag.plots.heatmap import figure as draw_heatmap
 from lora_diag.plots.overlap import figure as draw_overlap
 from lora_diag.plots.residual import figure as draw_residual
-from lora_diag.plots.series import Options, Series, by_adapter, series_of
+from lora_diag.plots.series import Options, Series, by_adapter, by_step, series_of
+from lora_diag.plots.sheet import MAX_PANELS
 from lora_diag.plots.spectrum import figure as draw_spectrum
 from lora_diag.plots.style import CATEGORIES, Look, look_of
-from lora_diag.results import Results, Spectrum
+from lora_diag.results import Results
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,19 +31,21 @@ class FigureKind:
         shows: One line.
         needs: The command whose records it draws; empty for any.
         draw: Series of such records, a page and options → the figure.
+        by_color: Whether runs are told apart by colour, so that there is an end to how many.
     """
 
     name: str
     shows: str
     needs: str
     draw: Callable[[Sequence[Series[Any]], Look, Options], Figure]
+    by_color: bool = True
 
 
 FIGURES = (
     FigureKind("energy", "C(r): what the best adapter of each rank keeps", "spectrum", draw_energy),
     FigureKind("spectrum", "singular values and the noise edge of the files", "spectrum", draw_spectrum),
-    FigureKind("heatmap", "a field by module type and depth", "", draw_heatmap),
-    FigureKind("residual", "ε and its floor, layer by layer, by cause", "residual", draw_residual),
+    FigureKind("heatmap", "a field by module type and depth", "", draw_heatmap, by_color=False),
+    FigureKind("residual", "ε and its floor, layer by layer, by cause", "residual", draw_residual, by_color=False),
     FigureKind("overlap", "κ and tangent overlap over the steps, with baselines", "overlap", draw_overlap),
     FigureKind("allocation", "rank by layer, and energy kept against the bound", "allocation", draw_allocation),
 )
@@ -84,19 +87,44 @@ def figure(
     Raises:
         UsageError: No such figure, width or field, or the results do not have what it needs.
     """
+    kind, look = figure_named(name), look_of(width)
+    series, options = _asked(results, labels, per, field, rank)
+    if reason := _why_not(kind, series, options):
+        raise UsageError(f"{name}: {reason}")
+    return kind.draw(_usable(kind, series, options), look, options)
+
+
+def why_not(
+    name: str,
+    results: Results[Any] | Sequence[Results[Any]],
+    *,
+    labels: Sequence[str] = (),
+    width: str = "slide",
+    per: str = "layer",
+    field: str | None = None,
+    rank: int | None = None,
+) -> str | None:
+    """Say why ``figure`` cannot draw some results; None if it can.
+
+    Raises:
+        UsageError: No such figure or width.
+    """
+    look_of(width)
+    return _why_not(figure_named(name), *_asked(results, labels, per, field, rank))
+
+
+def _asked(
+    results: Results[Any] | Sequence[Results[Any]], labels: Sequence[str], per: str, field: str | None, rank: int | None
+) -> tuple[tuple[Series[Any], ...], Options]:
     runs = [results] if isinstance(results, Results) else list(results)
     if labels and len(labels) != len(runs):
         raise UsageError(f"{len(labels)} labels for {len(runs)} results: give one label each, in their order")
     if per not in {"layer", "type"}:
         raise UsageError(f"per {per}: choose layer or type")
-    kind, look, options = figure_named(name), look_of(width), Options(per, field, rank)
-    series = usable(kind, series_of(runs, labels), options)
-    if reason := why_not(kind, series, options):
-        raise UsageError(f"{name}: {reason}")
-    return kind.draw(series, look, options)
+    return series_of(runs, labels), Options(per, field, rank)
 
 
-def usable(kind: FigureKind, series: Sequence[Series[Any]], options: Options) -> tuple[Series[Any], ...]:
+def _usable(kind: FigureKind, series: Sequence[Series[Any]], options: Options) -> tuple[Series[Any], ...]:
     """Return the series whose records a figure can draw; of a heat map, those of the first kind that has its field."""
     filled = [one for one in series if one.records]
     if kind.needs:
@@ -105,25 +133,32 @@ def usable(kind: FigureKind, series: Sequence[Series[Any]], options: Options) ->
     field = options.field
     having = [k for k in kinds if field is None or _has(field, [o for o in filled if type(o.records[0]) is k])]
     chosen = tuple(one for one in filled if having and type(one.records[0]) is having[0])
-    return by_adapter(chosen) if chosen and chosen[0].records[0].record == "residual" else chosen
+    if chosen and chosen[0].records[0].record == "residual":
+        return by_adapter(chosen)
+    return by_step(chosen, options.rank) if chosen and chosen[0].records[0].record == "overlap" else chosen
 
 
 def _has(field: str, series: Sequence[Series[Any]]) -> bool:
     return any(value_of(record, field) is not None for one in series for record in one.records)
 
 
-def why_not(kind: FigureKind, series: Sequence[Series[Any]], options: Options) -> str | None:
-    """Say why a figure cannot be drawn of some series; None if it can."""
-    fitting = usable(kind, series, options)
+def _why_not(kind: FigureKind, series: Sequence[Series[Any]], options: Options) -> str | None:
+    fitting = _usable(kind, series, options)
     if not fitting:
         if options.field and not kind.needs and any(one.records for one in series):
             return f"no record has a number {options.field}; there are {_fields(series)}"
         return f"no {f'{kind.needs} ' if kind.needs else ''}records"
-    if len(fitting) > len(CATEGORIES):
-        return f"{len(fitting)} runs at once; {len(CATEGORIES)} colours can be told apart: give fewer results"
+    most = len(CATEGORIES) if kind.by_color else MAX_PANELS
+    if len(fitting) > most:
+        return f"{len(fitting)} runs at once are not told apart: give {most} results at most"
     records: list[Any] = [record for one in fitting for record in one.records]
-    if kind.needs == Spectrum.model_fields["record"].default and not any(record.fro for record in records):
+    if kind.needs == "spectrum" and not any(record.fro for record in records):
         return "ΔW = 0 in every matrix"
+    if kind.needs == "overlap" and options.rank not in {None, *(record.rank for record in records)}:
+        ranks = sorted({record.rank for record in records})
+        return f"rank {options.rank} was not measured; there are {', '.join(map(str, ranks))}"
+    if kind.needs == "residual" and all(len(record.shape) == 1 for record in records):
+        return "no records of matrices"
     return None
 
 

@@ -177,7 +177,10 @@ def draw_cells(ax: Axes, shown: Cells, norm: Normalize, look: Look | None, inche
         column = np.ma.masked_invalid(shown.values[:, number : number + 1])
         missing = np.isnan(shown.values[:, number]) & (shown.layers[:, number] > 0)
         rows = np.arange(len(shown.types) + 1) - 0.5
-        ax.pcolormesh(edges, rows, column, norm=norm, cmap=SHARES, edgecolors="white", lw=0.4 if look else 0.8)
+        # Cells with white between them; where they are thin, it would be all that is seen.
+        wide = len(shown.depths) <= 40
+        between: dict[str, Any] = {"edgecolors": "white" if wide else "face", "lw": 0.5 if wide else 0.1}
+        ax.pcolormesh(edges, rows, column, norm=norm, cmap=SHARES, **between)
         for row in np.flatnonzero(missing):
             ax.add_patch(_unknown(left[depth], row - 0.5, width[depth]))
     _scale(ax, shown, left, width, look, size)
@@ -221,7 +224,7 @@ def _scale(
     if blocks:
         ticks = [t for t in MaxNLocator(nbins=8, integer=True).tick_values(min(blocks), max(blocks)) if t in blocks]
     if None in left:
-        ax.set_xticks([left[None] + width[None] / 2, *ticks], ["none", *(f"{t:.0f}" for t in ticks)])
+        ax.set_xticks([left[None] + width[None] / 2, *ticks], ["–", *(f"{t:.0f}" for t in ticks)])
     else:
         ax.set_xticks(ticks, [f"{t:.0f}" for t in ticks])
     ax.tick_params(length=0)
@@ -230,4 +233,6 @@ def _scale(
 
 
 def _xlabel(shown: Cells) -> str:
-    return "depth (block)" if any(depth is not None for depth in shown.depths) else ""
+    if None not in shown.depths:
+        return "depth (block)"
+    return "depth (block); –: outside the blocks" if len(shown.depths) > 1 else "outside the blocks"

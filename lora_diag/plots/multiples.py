@@ -117,7 +117,7 @@ def _about(series: Sequence[Series[Spectrum]], records: Sequence[Spectrum]) -> s
     """Say of what the figure is."""
     layers = len({record.layer for record in records})
     what = "gradients" if any(record.source == "gradients" for record in records) else "updates ΔW"
-    whose = ", ".join(one.label for one in series if one.label)
+    whose = series[0].label if len(series) == 1 else ""
     return f"{f'{whose}: ' if whose else ''}{what} of {layers} {'matrix' if layers == 1 else 'matrices'}"
 
 

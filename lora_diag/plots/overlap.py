@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +26,9 @@ MEASURES = (
     ("κ", "kappa", "kappa_random", CATEGORIES[0], (0, ())),
     ("tangent", "tangent", "tangent_random", CATEGORIES[1], (0, (3, 1.2))),
 )
+
+# More lines than these in one panel are drawn as their range.
+SINGLE = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +79,7 @@ def overlap(records: Iterable[Overlap], ax: Axes | None = None, *, rank: int | N
         records: Of ``overlap``.
         ax: Where to draw; a new figure's if not given.
         rank: Of the subspaces, where several were measured; 8 if it was, else the smallest.
-        per: ``layer`` for a thin line a layer, ``type`` for their range; the thick line is their median.
+        per: ``layer`` for a thin line a layer (of up to 16), ``type`` for their range; the thick line is their median.
 
     Returns:
         The Axes drawn on.
@@ -88,7 +92,7 @@ def overlap(records: Iterable[Overlap], ax: Axes | None = None, *, rank: int | N
         steps = sorted({record.step for record in shown})
         _step_axis(axes, steps, float(axes.get_window_extent().width) / axes.figure.dpi, look)
         axes.set(xlabel="training step", ylabel=f"share of ‖G‖_F, r = {chosen}", ylim=(0, _top(shown)))
-        keys = _keys((Series("", shown),), per, look)
+        keys = _keys((Series("", shown),), per, look, len({record.layer for record in shown}))
         axes.legend([key.handle for key in keys], [key.label for key in keys], fontsize="small")
     return axes
 
@@ -110,8 +114,9 @@ def figure(series: Sequence[Series[Any]], look: Look, options: Options) -> Figur
     rows, columns = grid_of(len(names), look)
     inches = (look.width * 0.97 - 3.4 * look.text / 72) / columns - 1.2 * look.text / 72
     steps = sorted({record.step for record in records})
+    most = max(Counter(types.of(layer) for layer in {record.layer for record in records}).values())
     with styled(look):
-        words = _words(shown, everything, rank, options.per, len(types.names) - len(names), look)
+        words = _words(shown, everything, rank, options.per, len(types.names) - len(names), most, look)
         figure, axes = sheet(look, words, rows, columns)
         titles = cropped_all(names, inches, look.text)
         for name, ax in zip(names, axes, strict=False):
@@ -135,10 +140,12 @@ def _draw(ax: Axes, series: Sequence[Series[Overlap]], per: str, look: Look | No
             several = len(series) > 1
             color = category(number) if several else color
             marker: dict[str, Any] = {"marker": "o", "markersize": 2.6 * width}
-            if per == "type" and not several:
+            layers = list(dict.fromkeys(record.layer for record in one.records))
+            banded = per == "type" or len(layers) > SINGLE
+            if banded and not several:
                 ax.fill_between(found.steps, found.low, found.high, color=color, alpha=0.2, lw=0)
             elif not several:
-                for layer in dict.fromkeys(record.layer for record in one.records):
+                for layer in layers:
                     own = course([record for record in one.records if record.layer == layer], field, random)
                     ax.plot(own.steps, own.middle, color=color, lw=0.5 * width, alpha=0.45, label=f"_{name} of {layer}")
             line: dict[str, Any] = {"color": color, "lw": 1.5 * width, "ls": dashes if several else "-"}
@@ -174,7 +181,7 @@ def _step_axis(ax: Axes, steps: Sequence[int], inches: float, look: Look | None)
     ax.xaxis.set_major_formatter(lambda value, _: f"{value:.0f}")
 
 
-def _keys(series: Sequence[Series[Overlap]], per: str, look: Look | None) -> tuple[Key, ...]:
+def _keys(series: Sequence[Series[Overlap]], per: str, look: Look | None, most: int) -> tuple[Key, ...]:
     width = look.line if look else 1.2
     several = len(series) > 1
     found = []
@@ -185,14 +192,21 @@ def _keys(series: Sequence[Series[Overlap]], per: str, look: Look | None) -> tup
         line = Line2D([], [], color=color, lw=1.5 * width, ls=dashes if several else "-")
         found.append(Key(line, f"{name}, median layer"))
     if not several:
-        what = "range of the layers" if per == "type" else "single layers"
-        found.append(Key(Line2D([], [], color=QUIET, lw=0.5 * width if per == "layer" else 4 * width, alpha=0.5), what))
+        banded = per == "type" or most > SINGLE
+        what, thick = ("range of the layers", 4.0) if banded else ("single layers", 0.5)
+        found.append(Key(Line2D([], [], color=QUIET, lw=thick * width, alpha=0.4), what))
     found.append(Key(Line2D([], [], color=QUIET, lw=1.2 * width, ls=(0, (1, 1.5))), "random subspaces"))
     return tuple(found)
 
 
 def _words(
-    series: Sequence[Series[Overlap]], everything: Sequence[Overlap], rank: int, per: str, missing: int, look: Look
+    series: Sequence[Series[Overlap]],
+    everything: Sequence[Overlap],
+    rank: int,
+    per: str,
+    missing: int,
+    most: int,
+    look: Look,
 ) -> Words:
     layers = len({record.layer for one in series for record in one.records})
     whose = f"{series[0].label}: " if len(series) == 1 and series[0].label else ""
@@ -209,5 +223,5 @@ def _words(
         f"{whose}{layers} {'matrix' if layers == 1 else 'matrices'}; κ\xa0=\xa0‖UᵀGV‖_F\xa0/\xa0‖G‖_F, "
         "tangent\xa0=\xa0‖P_T\xa0G‖_F\xa0/\xa0‖G‖_F",
         (" ".join(notes),) if notes else (),
-        _keys(series, per, look),
+        _keys(series, per, look, most),
     )

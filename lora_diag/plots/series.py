@@ -88,3 +88,18 @@ def by_adapter(series: Sequence[Series[Any]]) -> tuple[Series[Any], ...]:
         replace(one, label=f"{one.label} ({number})") if counts[one.label] > 1 else one
         for number, one in enumerate(found, 1)
     )
+
+
+def by_step(series: Sequence[Series[Any]], rank: int | None) -> tuple[Series[Any], ...]:
+    """Split series of ``overlap`` by step, at one rank: where there are many, the first, the middle and the last."""
+    found = []
+    for one in series:
+        ranks = sorted({record.rank for record in one.records})
+        chosen = rank if rank is not None else 8 if 8 in ranks else ranks[0]
+        steps = sorted({record.step for record in one.records})
+        shown = steps if len(steps) <= 4 else [steps[0], steps[len(steps) // 2], steps[-1]]
+        for step in shown:
+            records = tuple(record for record in one.records if record.step == step and record.rank == chosen)
+            whose = f"{one.label}, " if len(series) > 1 else ""
+            found.append(Series(f"{whose}step {step}, r = {chosen}", records))
+    return tuple(part for part in found if part.records)

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from matplotlib.transforms import Bbox
 
-from lora_diag.plots.style import DEPTH, INK, QUIET, Look, width_of, wrapped
+from lora_diag.plots.style import DEPTH, INK, QUIET, Look, cut, width_of, wrapped
 
 # Height of a line of text over its size in points; the gap between blocks of text in lines.
 LEADING, GAP = 1.28, 0.55
@@ -163,8 +163,9 @@ def _key_rows(keys: Sequence[Key], width: float, look: Look) -> list[list[Key]]:
     """Break the legend into rows that fit."""
     rows: list[list[Key]] = []
     left = 0.0
-    for key in keys:
-        needed = width_of(key.label, look.ticks) + 4.2 * look.ticks / 72
+    handle = 4.2 * look.ticks / 72
+    for key in (Key(key.handle, cut(key.label, width - handle, look.ticks)) for key in keys):
+        needed = width_of(key.label, look.ticks) + handle
         if not rows or needed > left:
             rows.append([])
             left = width

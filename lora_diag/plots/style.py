@@ -5,13 +5,14 @@ Nothing here touches Matplotlib's global settings beyond a ``with`` block, and n
 
 from __future__ import annotations
 
+import bisect
 import io
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, lru_cache
-from typing import Any, Literal
+from typing import Any
 
 import matplotlib as mpl
 from matplotlib.colors import Colormap, ListedColormap
@@ -20,8 +21,7 @@ from matplotlib.font_manager import FontProperties, findfont, get_font
 
 from lora_diag.errors import UsageError
 
-Format = Literal["png", "svg", "pdf"]
-FORMATS: tuple[Format, ...] = ("png", "svg", "pdf")
+FORMATS = ("png", "svg", "pdf")
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,15 +146,16 @@ def _tick(look: Look) -> dict[str, Any]:
     }
 
 
-def encoded(figure: Figure, kind: Format, look: Look = SLIDE) -> bytes:
+def encoded(figure: Figure, kind: str, width: str = "slide") -> bytes:
     """Return a figure as the bytes of a file; the same figure gives the same bytes.
 
     Args:
         figure: What was drawn.
         kind: ``png``, ``svg`` (text stays text) or ``pdf`` (fonts embedded).
-        look: Its page, which sets the resolution of a PNG.
+        width: Of its page, which sets the resolution of a PNG.
     """
-    metadata: dict[str, None] = {"png": {}, "svg": {"Date": None}, "pdf": {"CreationDate": None}}[kind]
+    look = look_of(width)
+    metadata: dict[str, None] = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(kind, {})
     buffer = io.BytesIO()
     with styled(look):
         figure.savefig(buffer, format=kind, dpi=look.dpi, metadata=metadata)
@@ -219,9 +220,18 @@ def _width(line: str) -> float:
 
 def cropped(text: str, inches: float, size: float) -> str:
     """Cut a name at its beginning until it fits: its end tells more."""
-    while len(text) > 4 and width_of(text, size) > inches:
-        text = "…" + text[2:]
-    return text
+    return _longest([text, *("…" + text[start:] for start in range(2, max(3, len(text) - 3)))], inches, size)
+
+
+def cut(text: str, inches: float, size: float) -> str:
+    """Cut a sentence at its end until it fits."""
+    return _longest([text, *(text[:end] + "…" for end in range(len(text) - 2, 3, -1))], inches, size)
+
+
+def _longest(texts: Sequence[str], inches: float, size: float) -> str:
+    """Return the first of ever shorter texts that fits, the shortest if none does."""
+    found = bisect.bisect_left(range(len(texts)), True, key=lambda n: width_of(texts[n], size) <= inches)
+    return texts[min(found, len(texts) - 1)]
 
 
 def cropped_all(names: Sequence[str], inches: float, size: float) -> dict[str, str]:

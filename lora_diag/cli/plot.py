@@ -1,0 +1,131 @@
+"""``loradiag plot``."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from lora_diag.cli import options
+from lora_diag.cli.output import result, terminal
+
+if TYPE_CHECKING:
+    from lora_diag.api.plot import Drawn
+
+# How the records of each command are made; to be typed by whoever lacks them.
+_MADE_BY = {
+    "spectrum": "loradiag spectrum BASE TUNED -o spectrum.jsonl",
+    "residual": "loradiag residual BASE TUNED ADAPTER -o residual.jsonl",
+    "overlap": "loradiag overlap BASE TUNED GRADIENTS -o overlap.jsonl",
+    "allocation": "loradiag allocate spectrum.jsonl --params 10M -o allocation.jsonl",
+}
+
+
+class Figure(StrEnum):
+    """What is drawn."""
+
+    all = "all"
+    energy = "energy"
+    spectrum = "spectrum"
+    heatmap = "heatmap"
+    residual = "residual"
+    overlap = "overlap"
+    allocation = "allocation"
+
+
+class Width(StrEnum):
+    """The page that a figure is for."""
+
+    column = "column"
+    slide = "slide"
+
+
+class Format(StrEnum):
+    """What figures in a folder are written as."""
+
+    png = "png"
+    svg = "svg"
+    pdf = "pdf"
+
+
+def plot(
+    results: Annotated[list[Path], typer.Argument(metavar="RESULTS", help="Results files of any commands.")],
+    output: Annotated[
+        Path,
+        typer.Option("--output", "-o", metavar="FILE|FOLDER", help="One .png, .svg or .pdf, or a folder for all."),
+    ] = Path("figures"),
+    figure: Annotated[
+        Figure | None,
+        typer.Option(help="Which one; default all into a folder, the first that can be drawn into a file."),
+    ] = None,
+    label: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="What each of RESULTS is called, in their order.")
+    ] = None,
+    field: Annotated[
+        str | None, typer.Option(metavar="FIELD", help="Of the heat map: any number, such as energy.16 or fro.")
+    ] = None,
+    rank: Annotated[int | None, typer.Option(metavar="R", help="Of overlap, where several were measured.")] = None,
+    per: Annotated[
+        options.Per, typer.Option(help="One line or bar a layer, or all layers of a module type together.")
+    ] = options.Per.layer,
+    width: Annotated[Width, typer.Option(help="A paper's column (3.3 in) or a slide (10 in).")] = Width.slide,
+    format: Annotated[Format | None, typer.Option(help="Of the files in a folder.  [default: png]")] = None,
+    layers: options.Layers = None,
+    quiet: options.Quiet = False,
+) -> None:
+    """Figures for a paper or a slide: energy curves, spectra, heat maps, residuals, overlap, allocation.
+
+    Example: loradiag plot a.jsonl b.jsonl --label "full" --label "LoRA" --figure energy -o energy.pdf
+    """
+    from lora_diag.api.plot import plot as draw
+
+    drawn = draw(
+        *results,
+        output=output,
+        figure=figure.value if figure else None,
+        labels=label or (),
+        field=field,
+        rank=rank,
+        per=per.value,
+        width=width.value,
+        format=format.value if format else None,
+        layers=layers,
+    )
+    if not quiet:
+        result(_table(drawn, f"{shlex.join(['loradiag', 'report', *map(str, results)])}   (all of it on one page)"))
+
+
+def _table(drawn: Sequence[Drawn], then: str) -> str:
+    """Say what was drawn, and what was not and why."""
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    from lora_diag.reports.text import safe, to_text
+
+    made, grid = Table.grid(padding=(0, 2)), Table.grid(padding=(0, 2))
+    for table in (made, grid):
+        table.add_column(style="bold", no_wrap=True)
+        table.add_column(overflow="fold")
+    made.add_column(overflow="fold", style="dim")
+    for one in drawn:
+        if one.path is not None:
+            made.add_row(one.name, Text(safe(str(one.path))), one.shows)
+    reasons: dict[str, list[str]] = {}
+    for one in drawn:
+        if one.path is None:
+            reasons.setdefault(_why(one), []).append(one.name)
+    if reasons:
+        grid.add_row("Not drawn", Text("\n".join(f"{', '.join(names)}: {safe(why)}" for why, names in reasons.items())))
+    grid.add_row("Next", Text(then))
+    return to_text(Group(made, "", grid), *terminal())
+
+
+def _why(one: Drawn) -> str:
+    """Give the reason, and the command whose records are missing."""
+    makes = _MADE_BY.get(one.needs, "")
+    return f"{one.reason}: {makes}" if makes and one.reason.startswith("no ") else one.reason

@@ -1,0 +1,159 @@
+"""Figures rendered and measured: no text touches another or leaves the page, whatever the model and its names."""
+
+import itertools
+import xml.etree.ElementTree as ElementTree
+
+import numpy as np
+import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+from lora_diag import plots
+from tests.plots import making
+
+HOSTILE = (
+    "a$b$c.0.$\\frac{1}{0}$.weight",
+    "x\x1b[2J\n.1.q_proj.weight",
+    "日本.2.<script>alert(1)</script>.weight",
+    f"{'t' * 300}.0.{'u' * 300}",
+    "_private.3._x.weight",
+    "a.0.\\alpha_{}^{^}.weight",
+    "..weight",
+    "",
+)
+VOCABULARY = [making.spectrum(name, making.decay(3)) for name in ("lm_head.weight", "model.embed_tokens.weight")]
+EXPERTS = tuple(f"block_sparse_moe.experts.{expert}.w{part}" for expert in range(4) for part in (1, 2, 3))
+
+
+def models():
+    """Yield (name of the case, name of the figure, results, options)."""
+    for blocks in (1, 28, 126):
+        spectra = making.model(blocks, edge=0.05, signal=20) + VOCABULARY
+        for name in ("energy", "spectrum", "heatmap") if blocks < 100 else ("energy", "heatmap"):
+            yield f"{blocks} blocks", name, making.results(spectra), {}
+        adapters = making.residuals(blocks) + making.residuals(blocks, adapter="runs/another_adapter_r64")
+        yield f"{blocks} blocks", "residual", making.results(adapters), {}
+        yield f"{blocks} blocks", "overlap", making.results(making.overlaps(blocks)), {}
+        allocated = making.results(making.allocations(blocks), [making.certificate()])
+        yield f"{blocks} blocks", "allocation", allocated, {}
+    types = tuple(f"module_{number}.with_a_long_name" for number in range(40))
+    yield "40 types", "energy", making.results(making.model(2, types)), {"per": "type"}
+    yield "40 types", "residual", making.results(making.residuals(2, types)), {"per": "type"}
+    yield "experts", "heatmap", making.results(making.model(4, EXPERTS)), {"field": "fro"}
+    evil = [making.spectrum(layer, making.decay(i)) for i, layer in enumerate(HOSTILE)]
+    for name in ("energy", "heatmap"):
+        yield "hostile", name, making.results(evil, name="$ev^il\x00<b>"), {}
+    yield "hostile", "residual", making.results([making.residual(n, 1, 2, 0.3, 0.4) for n in HOSTILE]), {}
+    one = making.results([making.spectrum("w", [1.0])])
+    for name in ("energy", "spectrum", "heatmap"):
+        yield "one value", name, one, {}
+    yield "one step", "overlap", making.results(making.overlaps(2, steps=(7,))), {}
+    runs = [making.results(making.model(3), name=f"run_with_a_long_name_{i}") for i in range(5)]
+    yield "five runs", "energy", runs, {"labels": ["A", "B " * 40, "C", "D", "$E_$"]}
+    budgets = [making.results(making.allocations(3), [making.certificate(1000 * i, 0.2 * i, 0.2 * i)]) for i in (1, 2)]
+    yield "two budgets", "allocation", budgets, {}
+
+
+CASES = list(models())
+SYMBOLS = {"energy": "C(r)", "spectrum": "σᵢ", "heatmap": "by module", "residual": "ε", "overlap": "κ"}
+SYMBOLS["allocation"] = "rank r"
+
+
+@pytest.fixture(params=CASES, ids=lambda case: f"{case[1]}-{case[0]}")
+def case(request):
+    return request.param
+
+
+def shown_texts(figure):
+    """Return (text, the corners of its box) of all that a reader sees."""
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    figure.draw_without_rendering()
+    found = list(figure.texts)
+    for legend in figure.legends:
+        found += legend.get_texts()
+    for ax in figure.axes:
+        found += [ax.title, ax._left_title, ax._right_title, ax.xaxis.label, ax.yaxis.label, *ax.texts]
+        for axis in (ax.xaxis, ax.yaxis):
+            found += [tick.label1 for tick in axis._update_ticks()] + [tick.label2 for tick in axis._update_ticks()]
+    shown = [text for text in found if text.get_visible() and text.get_text().strip()]
+    return [(text, corners(text, renderer)) for text in shown]
+
+
+def corners(text, renderer):
+    """Return the box of a text, turned as the text is, a tenth of its height taken off at both long sides.
+
+    Boxes have room for descenders that a line may not have.
+    """
+    angle = text.get_rotation()
+    box = text.get_window_extent(renderer)
+    if angle % 90 == 0:
+        thin = 0.1 * min(box.width, box.height)
+        (x, y) = (thin, 1) if angle % 180 else (1, thin)
+        return np.array(
+            [[box.x0 + x, box.y0 + y], [box.x1 - x, box.y0 + y], [box.x1 - x, box.y1 - y], [box.x0 + x, box.y1 - y]]
+        )
+    assert (text.get_ha(), text.get_va(), text.get_rotation_mode()) == ("right", "top", "anchor")
+    text.set_rotation(0)
+    flat = text.get_window_extent(renderer)
+    text.set_rotation(angle)
+    turn = np.array(
+        [
+            [np.cos(np.radians(angle)), -np.sin(np.radians(angle))],
+            [np.sin(np.radians(angle)), np.cos(np.radians(angle))],
+        ]
+    )
+    thin = 0.1 * flat.height
+    frame = np.array([[-flat.width, -thin], [0, -thin], [0, thin - flat.height], [-flat.width, thin - flat.height]])
+    return text.get_transform().transform(text.get_position()) + frame @ turn.T
+
+
+def touch(one, other):
+    """Say whether two convex shapes overlap: unless some side of one separates them."""
+    for shape in (one, other):
+        for side in np.roll(shape, -1, axis=0) - shape:
+            normal = np.array([-side[1], side[0]])
+            a, b = one @ normal, other @ normal
+            if a.max() <= b.min() or b.max() <= a.min():
+                return False
+    return True
+
+
+@pytest.mark.parametrize("width", ["column", "slide"])
+def test_no_text_touches_another_leaves_the_page_or_is_too_small(case, width):
+    _, name, results, options = case
+    figure = plots.figure(name, results, width=width, **options)
+    texts = shown_texts(figure)
+    assert len(texts) > 3
+    assert figure.get_figwidth() == {"column": 3.3, "slide": 10}[width]
+    # A journal prints no smaller; on a slide 10 inches wide the last row reads 11 points.
+    assert min(text.get_fontsize() for text, _ in texts) >= {"column": 5.5, "slide": 9.9}[width]
+    for text, box in texts:
+        inside = box.min() > -2 and (box.max(axis=0) < np.array(figure.bbox.size) + 2).all()
+        assert inside, f"{text.get_text()!r} leaves the page"
+    for (one, box), (other, its) in itertools.combinations(texts, 2):
+        assert not touch(box, its), f"{one.get_text()!r} touches {other.get_text()!r}"
+
+
+def test_the_measure_itself_sees_texts_that_touch():
+    figure = plots.figure("energy", making.results(making.model(2)), width="column")
+    ax = figure.axes[0]
+    ax.text(0.02, 0.99, "over the title", transform=ax.transAxes)
+    boxes = [box for _, box in shown_texts(figure)]
+    assert any(touch(one, other) for one, other in itertools.combinations(boxes, 2))
+
+
+@pytest.mark.parametrize(
+    "case", [case for case in CASES if case[0] in {"1 blocks", "hostile"}], ids=lambda case: f"{case[1]}-{case[0]}"
+)
+def test_an_svg_is_well_formed_and_its_text_is_text(case):
+    _, name, results, options = case
+    content = plots.encoded(plots.figure(name, results, **options), "svg")
+    root = ElementTree.fromstring(content)
+    words = "".join(root.itertext())
+    assert {"energy": "C(r)", "spectrum": "σᵢ", "residual": "ε", "overlap": "κ", "allocation": "rank r"}.get(
+        name, ""
+    ) in words
+    assert "alert(1)" not in "".join(element.tag for element in root.iter())
+
+
+def test_the_contract_covers_every_figure():
+    assert {name for _, name, *_ in CASES} == {kind.name for kind in plots.FIGURES}

@@ -24,6 +24,7 @@ from lora_diag.planning.findings import (
     scale_mismatch,
     shares_at,
 )
+from lora_diag.results import Spectrum
 from lora_diag.results.names import module_type_of
 
 # Ranks that are tried and that servers take.
@@ -92,24 +93,32 @@ def raise_rank(evidence: Evidence) -> Advice | None:
     if not short:
         return None
     few = 2 * len(short) <= len(capacities)
-    target = _target(evidence, short if few else capacities, at_least=1.0 if few else 0.5)
-    if target is None:
-        return None
-    now = ranks([item.rank for item in short])
+    measured = {record.layer: record for record in evidence.readable}
+    known = all(item.layer in measured for item in capacities)
+    target = _target(measured, short if few else capacities, at_least=1.0 if few else 0.5) if known else None
+    if known and target is None and (not few or train_fully(evidence) is not None):
+        return None  # no usual rank mends these layers, which is for ``train_fully`` to say
+    now, worst = ranks([item.rank for item in short]), min(short, key=lambda item: item.kept)
     many = f"{len(short)} of {len(capacities)} matrices"
     where = f"in {many}: {named([item.layer for item in short])}" if few else "everywhere"
-    worst = min(short, key=lambda item: item.kept)
+    if not known:
+        to, mends = "", "How much it takes, the spectrum of the full fine-tune says."
+    elif target is None:
+        to, mends = f" to {LADDER[-1]}", f"Not even r={LADDER[-1]} carries that in each of them."
+    else:
+        to, mends = f" to {target}", f"r={target} carries that in {'each of them' if few else 'the median one'}."
     return Advice(
         "raise rank in named layers" if few else "raise rank everywhere",
-        f"Raise the rank from {now} to {target} {where}",
+        f"Raise the rank from {now}{to} {where}",
         f"At rank {now}, {many} can carry less than {SHORT:.0%} of their energy (at worst {worst.kept:.0%} in "
-        f"{named([worst.layer])}); r={target} carries at least that in {'each of them' if few else 'the median one'}."
-        f"{_limits(evidence)}",
+        f"{named([worst.layer])}). {mends}{_limits(evidence)}",
         f"C(r) < {SHORT} in at most half of the resolved matrices"
         if few
         else f"C(r) < {SHORT} in more than half of the resolved matrices; a rank up to {LADDER[-1]} mends the median",
         "Article, rank selection step 5.1; Eckart & Young 1936",
-        _allocate(evidence, sum(item.rank for item in capacities) if few else target * len(capacities)),
+        _allocate(evidence, sum(item.rank for item in capacities) if few else (target or 0) * len(capacities))
+        if known
+        else f"loradiag spectrum {_both(evidence)} -o spectrum.jsonl",
         tuple(item.layer for item in short),
     )
 
@@ -224,22 +233,19 @@ def sweep(evidence: Evidence) -> Advice | None:
     return Advice(
         "sweep",
         "Let the held-out loss decide: train two or three ranks",
-        f"Rank {rank} keeps between {min(kept):.0%} and {max(kept):.0%} of the energy: nowhere less than half, not "
-        f"everywhere {ENOUGH:.0%}.",
+        f"Rank {rank} keeps between {min(kept):.0%} and {max(kept):.0%} of the energy, {median(kept):.0%} in the "
+        "median matrix: no rule above settles whether that is enough.",
         "no other rule speaks",
         "Article, diagnostic 3 (rank sweep)",
         "loradiag probe sweep --help",
     )
 
 
-def _target(evidence: Evidence, items: Sequence[Capacity], at_least: float) -> int | None:
-    """Return the smallest usual rank that keeps half of the energy in a share of the layers; None if none is known."""
-    by_layer = {record.layer: record for record in evidence.readable}
-    if any(item.layer not in by_layer for item in items):
-        return None
+def _target(measured: Mapping[str, Spectrum], items: Sequence[Capacity], at_least: float) -> int | None:
+    """Return the smallest usual rank that keeps half of the energy in a share of the layers; None if none does."""
     for rank in LADDER:
-        kept = [kept_at(by_layer[item.layer], rank) or 0.0 for item in items]
-        if rank > max(item.rank for item in items) and sum(k >= SHORT for k in kept) >= at_least * len(kept):
+        kept = [kept_at(measured[item.layer], rank) or 0.0 for item in items]
+        if rank > min(item.rank for item in items) and sum(k >= SHORT for k in kept) >= at_least * len(kept):
             return rank
     return None
 
@@ -276,10 +282,12 @@ def _allocate(evidence: Evidence, total: int) -> str:
 
 
 def _extract(evidence: Evidence, more: str, rank: int = 8) -> str:
-    both = f"{_input(evidence, 'base', 'BASE')} {_input(evidence, 'tuned', 'TUNED')}"
-    return f"loradiag extract {both} --rank {rank}{f' {more}' if more else ''} -o adapter/"
+    return f"loradiag extract {_both(evidence)} --rank {rank}{f' {more}' if more else ''} -o adapter/"
 
 
 def _audit_again(evidence: Evidence) -> str:
-    both = f"{_input(evidence, 'base', 'BASE')} {_input(evidence, 'tuned', 'TUNED')}"
-    return f"loradiag residual {both} {shlex.quote(evidence.adapter or 'ADAPTER')}"
+    return f"loradiag residual {_both(evidence)} {shlex.quote(evidence.adapter or 'ADAPTER')}"
+
+
+def _both(evidence: Evidence) -> str:
+    return f"{_input(evidence, 'base', 'BASE')} {_input(evidence, 'tuned', 'TUNED')}"

@@ -187,7 +187,10 @@ def out_of_reach(evidence: Evidence) -> Finding | None:
         record
         for source in evidence.of(Overlap)
         for record in source.results
-        if record.kappa is not None and record.tangent is not None and part_of(record.layer) == "matrices"
+        if record.kappa is not None
+        and record.tangent is not None
+        and record.verdict == "resolved"
+        and part_of(record.layer) == "matrices"
     ]
     if not records:
         return None

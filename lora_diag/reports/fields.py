@@ -6,7 +6,7 @@ A field's values are those of the records, unrounded; the few that are computed 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from lora_diag.planning.evidence import Evidence, Source
@@ -81,7 +81,10 @@ def _spectrum_fields(evidence: Evidence, layers: Sequence[str]) -> Iterable[Fiel
     sources = list(evidence.of(Spectrum))
     for place, source in enumerate(sources):
         records = {record.layer: record for record in source.results if isinstance(record, Spectrum)}
-        yield from _columns(f"s{place}", _group(sources, source), _spectrum_kinds(source), records, layers)
+        kinds = _spectrum_kinds(source)
+        if evidence.update is not None and source is not evidence.update:
+            kinds = [replace(kind, main=False) for kind in kinds]
+        yield from _columns(f"s{place}", _group(sources, source), kinds, records, layers)
 
 
 def _spectrum_kinds(source: Source) -> list[_Kind]:

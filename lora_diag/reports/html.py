@@ -119,7 +119,7 @@ def _shown(source: Source) -> str:
 
 
 def _data(evidence: Evidence, layers: Sequence[str], columns: Sequence[Field]) -> dict[str, Any]:
-    """Return what the page's script works on (``templates/report.js``); layers are numbers from here on."""
+    """Return what the page's script works on (``templates/page.js``); layers are numbers from here on."""
     from lora_diag.plots.groups import Types
 
     types = Types(layers)

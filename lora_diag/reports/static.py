@@ -7,10 +7,6 @@ import base64
 from lora_diag.errors import InputError
 from lora_diag.planning.evidence import Evidence
 from lora_diag.reports.html import Picture
-from lora_diag.reports.subject import labels
-
-# Bytes from which on an SVG gives way to a PNG.
-LARGE = 400_000
 
 
 def pictures_of(evidence: Evidence) -> list[Picture]:
@@ -20,24 +16,16 @@ def pictures_of(evidence: Evidence) -> list[Picture]:
         InputError: Matplotlib is not installed.
     """
     try:
-        from lora_diag.plots.figures import FIGURES, usable, why_not
-        from lora_diag.plots.series import Options, series_of
-        from lora_diag.plots.style import SLIDE, encoded
+        from lora_diag import plots
     except ImportError as error:
-        raise InputError(f"an HTML report needs {error.name}: pip install 'loradiag[report]'") from error
-    names = labels([source.name for source in evidence.sources])
-    series = series_of([source.results for source in evidence.sources], names)
-    options = Options("layer", None, None)
+        if (error.name or "").split(".")[0] != "matplotlib":
+            raise
+        raise InputError("an HTML report needs Matplotlib: pip install 'loradiag[report]'") from error
+    runs = [source.results for source in evidence.sources]
     pictures = []
-    for kind in FIGURES:
-        if why_not(kind, series, options) is None:
-            figure = kind.draw(usable(kind, series, options), SLIDE, options)
-            drawn, form = encoded(figure, "svg", SLIDE), "svg+xml"
-            if len(drawn) > LARGE:
-                drawn, form = encoded(figure, "png", SLIDE), "png"
-            pictures.append(Picture(kind.shows, f"Figure of {kind.name}: {kind.shows}.", _address(drawn, form)))
+    for kind in plots.FIGURES:
+        if plots.why_not(kind.name, runs) is None:
+            drawn = plots.encoded(plots.figure(kind.name, runs), "svg")
+            address = f"data:image/svg+xml;base64,{base64.b64encode(drawn).decode()}"
+            pictures.append(Picture(kind.shows, f"Figure of {kind.name}: {kind.shows}.", address))
     return pictures
-
-
-def _address(drawn: bytes, form: str) -> str:
-    return f"data:image/{form};base64,{base64.b64encode(drawn).decode()}"

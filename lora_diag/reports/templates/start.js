@@ -1,0 +1,94 @@
+// What the reader does, and the start.
+
+function drawAll() {
+  $("field").value = state.field;
+  $("filter").value = state.filter;
+  $("all").checked = state.all;
+  drawChosen();
+  drawTable();
+  drawCharts();
+}
+
+function say() {
+  const [row, col] = state.at, layers = cells[row][col], field = fields.get(state.field);
+  if (!field) return;
+  const where = `${data.types[row]}, ${depths[col] === null ? "outside the blocks" : "block " + depths[col]}`;
+  const sorted = known(layers, field);
+  const what = sorted.length ? `${heading(field)} = ${show(field.values[middle(sorted)])}` : "no value";
+  $("cursor").textContent = `${where}: ${what}${layers.length > 1 ? `, median of ${layers.length} matrices` : ""}`;
+}
+
+function choose(row, col) {
+  state.at = [row, col];
+  say();
+  if (cells[row][col].length) toggle(representatives(cells[row][col], fields.get(state.field)));
+}
+
+function onKey(event) {
+  const moves = { ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1] };
+  const [row, col] = state.at;
+  if (moves[event.key]) {
+    const keep = (value, most) => Math.max(0, Math.min(most - 1, value));
+    const shown = rowsOf(fields.get(state.field));
+    state.at = [shown[keep(shown.indexOf(row) + moves[event.key][0], shown.length)],
+      keep(col + moves[event.key][1], depths.length)];
+    say();
+    drawHeat();
+  } else if (event.key === "Enter" || event.key === " ") choose(row, col);
+  else return;
+  event.preventDefault();
+}
+
+function listen() {
+  $("field").append(...numeric.map((field) => { const option = element("option", heading(field)); option.value = field.id; return option; }));
+  $("field").addEventListener("change", (event) => { state.field = event.target.value; writeAddress(); drawCharts(); });
+  $("filter").addEventListener("input", (event) => { Object.assign(state, { filter: event.target.value, page: 0 }); writeAddress(); drawTable(); });
+  $("all").addEventListener("change", (event) => { state.all = event.target.checked; writeAddress(); drawTable(); });
+  $("before").addEventListener("click", () => { state.page -= 1; drawTable(); });
+  $("after").addEventListener("click", () => { state.page += 1; drawTable(); });
+  $("chosen").addEventListener("click", (event) => {
+    const drop = event.target.dataset.drop;
+    if (drop === undefined) return;
+    Object.assign(state, { layers: state.layers.filter((layer) => layer !== Number(drop)), chosen: true });
+    changed();
+  });
+  $("table").addEventListener("click", (event) => {
+    const { sort, layer } = event.target.dataset;
+    if (sort) {
+      Object.assign(state, { down: state.sort === sort && !state.down, sort, page: 0 });
+      writeAddress();
+      drawTable();
+      $("table").querySelector(`button[data-sort="${CSS.escape(sort)}"]`).focus();
+    } else if (layer !== undefined) {
+      toggle([Number(layer)]);
+      $("table").querySelector(`button[data-layer="${layer}"]`).focus();
+    }
+  });
+  $("heat").addEventListener("keydown", onKey);
+  $("heat").addEventListener("focus", () => { say(); if (window.Plotly) drawHeat(); });
+  $("heat").addEventListener("blur", () => { if (window.Plotly) drawHeat(); });
+  window.addEventListener("hashchange", () => { readAddress(); drawAll(); });
+  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", drawAll);
+  matchMedia("print").addEventListener("change", drawAll);
+}
+
+async function loadPlotly() {
+  const packed = Uint8Array.from(atob($("plotly").textContent), (char) => char.charCodeAt(0));
+  const unpacked = new Blob([packed]).stream().pipeThrough(new DecompressionStream("gzip"));
+  const script = element("script", await new Response(unpacked).text());
+  document.head.append(script);
+}
+
+for (const run of [...data.spectra, ...data.overlaps]) run.byLayer = new Map(run.curves.map((curve) => [curve.layer, curve]));
+readAddress();
+listen();
+document.documentElement.classList.add("js");
+drawAll();
+loadPlotly().then(() => {
+  document.documentElement.classList.add("live");
+  drawCharts();
+  $("heat").on("plotly_click", (event) => choose(rowsOf(fields.get(state.field))[event.points[0].y], event.points[0].x));
+  document.documentElement.dataset.ready = "1";
+}).catch(() => {
+  $("chosen").replaceChildren(element("p", "The charts need a browser of 2023 or later; the figures and the table stand without them."));
+});

@@ -1,0 +1,152 @@
+"""Records made on the spot, for what is shown, advised and found: no checkpoint, no torch."""
+
+import numpy as np
+
+from lora_diag.results import End, LeftOut, Overlap, Residual, Resolution, Results, Run, RunInput, Spectrum, Tail
+
+RANKS = (4, 8, 16, 32, 64)
+TYPES = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
+MLP = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+
+
+def names(blocks: int, types=TYPES + MLP) -> list[str]:
+    return [f"model.layers.{block}.{kind}.weight" for block in range(blocks) for kind in types]
+
+
+def decay(size: int, power: float, scale: float = 1.0) -> np.ndarray:
+    """Return σ_i = scale · i^−power, to the 9 digits of a record."""
+    return np.array([float(f"{value:.9g}") for value in scale * np.arange(1.0, size + 1) ** -power])
+
+
+def flat_to(rank: int, size: int) -> np.ndarray:
+    """Return ``rank`` ones and then zeros."""
+    return np.array([1.0] * rank + [0.0] * (size - rank))
+
+
+def resolution(verdict: str = "resolved", signal: int | None = None) -> Resolution:
+    return Resolution(
+        unchanged=0.0,
+        mantissa=(23, 23),
+        rounding_fro=1e-6,
+        noise_fro=1e-7,
+        edge=1e-6,
+        signal_rank=signal,
+        verdict=verdict,
+    )
+
+
+def spectrum(layer: str, s: np.ndarray, verdict: str = "resolved", shape=None, method: str = "gram") -> Spectrum:
+    """Return the record of a layer with these singular values, all of them."""
+    energy = np.square(s)
+    total = float(energy.sum())
+    curve = np.cumsum(energy) / total if total else np.zeros(len(s))
+    shape = shape or (len(s), len(s))
+    return Spectrum(
+        layer=layer,
+        shape=shape,
+        dtypes=("float32", "float32"),
+        fro=total**0.5,
+        base_fro=100.0,
+        s=tuple(map(float, s)),
+        complete=True,
+        method=method,
+        energy_error=1e-9,
+        energy={str(r): (float(min(1.0, curve[min(r, len(s)) - 1])) if total else None) for r in RANKS},
+        rank_at={t: int(np.searchsorted(curve, float(t) - 1e-12)) + 1 if total else 0 for t in ("0.9", "0.95", "0.99")},
+        tail={
+            str(r): Tail(fro=float(energy[r:].sum() ** 0.5), spectral=float(s[r]) if r < len(s) else 0.0) for r in RANKS
+        },
+        stable_rank=total / float(energy[0]) if total else None,
+        effective_rank=3.0 if total else None,
+        resolution=resolution(verdict, len(s)),
+    )
+
+
+def run(command: str, *inputs: tuple[str, str], **settings) -> Run:
+    sides = tuple(RunInput(role=role, path=path, kind="safetensors file", tensors=9) for role, path in inputs)
+    return Run(command=command, version="0.1.0", inputs=sides, settings={"ranks": list(RANKS), **settings})
+
+
+def spectra(records, left_out=(), inputs=(("base", "base"), ("tuned", "full_ft"))) -> Results:
+    records = tuple(records)
+    end = End(layers=len(records), left_out=len(left_out), fro=1.0, base_fro=1.0)
+    return Results(run("spectrum", *inputs), records, tuple(left_out), end)
+
+
+def vector(layer: str, fro: float) -> LeftOut:
+    return LeftOut(layer=layer, shape=(8,), reason="vector", detail="one-dimensional", fro=fro, base_fro=1.0)
+
+
+def residual(
+    layer: str,
+    rank: int | None = 8,
+    kept: float = 0.5,
+    *,
+    scale: float = 1.0,
+    cosine: float | None = None,
+    fro: float = 1.0,
+    limited_by: str = "rank",
+    adapter: str = "lora",
+    verdict: str = "resolved",
+) -> Residual:
+    """Return a layer's record for an adapter that would be nearest at ``scale`` times its scale."""  # fmt: skip
+    cosine = kept**0.5 if cosine is None else cosine
+    ratio = cosine / scale if rank else 0.0
+    epsilon = (1 - 2 * ratio * cosine + ratio**2) ** 0.5
+    return Residual(
+        layer=layer,
+        shape=(128, 128),
+        adapter=adapter,
+        role="adapter",
+        rank=rank,
+        fro=fro,
+        base_fro=1.0,
+        adapter_fro=ratio * fro,
+        method="gram",
+        energy_error=1e-9,
+        column_space=None,
+        row_space=None,
+        data=None,
+        limited_by=limited_by if rank else "not adapted",
+        resolution=resolution(verdict),
+        epsilon=epsilon,
+        epsilon_min=(1 - kept) ** 0.5 if rank else 1.0,
+        excess=epsilon**2 - (1 - kept),
+        norm_ratio=ratio,
+        cosine=cosine if rank else None,
+        best_scale=scale if rank else None,
+        epsilon_best_scale=(1 - cosine**2) ** 0.5 if rank else None,
+    )
+
+
+def residuals(records, adapters=("lora",)) -> Results:
+    records = tuple(records)
+    end = End(layers=len(records), left_out=0, fro=1.0, base_fro=1.0)
+    inputs = (("base", "base"), ("tuned", "full_ft"), *(("adapter", name) for name in adapters))
+    return Results(run("residual", *inputs), records, (), end)
+
+
+def overlap(layer: str, step: int, kappa: float, tangent: float, rank: int = 16, verdict: str = "resolved") -> Overlap:
+    return Overlap(
+        layer=layer, shape=(512, 512), step=step, rank=rank, kappa=kappa, kappa_random=rank / 512, tangent=tangent,
+        tangent_random=(2 * rank / 512 - (rank / 512) ** 2) ** 0.5, left=tangent, left_random=(rank / 512) ** 0.5,
+        right=tangent, right_random=(rank / 512) ** 0.5, gradient_fro=1.0, method="exact", verdict=verdict,
+    )  # fmt: skip
+
+
+def overlaps(records) -> Results:
+    records = tuple(records)
+    end = End(layers=len({record.layer for record in records}), left_out=0, fro=None, base_fro=None)
+    return Results(run("overlap", ("base", "base"), ("tuned", "full_ft"), ("gradients", "grads")), records, (), end)
+
+
+def seven_billion(blocks: int = 32, values: int = 4096) -> Results:
+    """Return what ``spectrum`` gives for a Llama of 7 B: 7 matrices in each of 32 blocks, 4,096 values each."""
+    rng = np.random.default_rng(0)
+    shapes = {"mlp.gate_proj": (11008, 4096), "mlp.up_proj": (11008, 4096), "mlp.down_proj": (4096, 11008)}
+    records = []
+    for layer in names(blocks):
+        kind = layer.split(".", 3)[3].removesuffix(".weight")
+        s = decay(values, rng.uniform(0.3, 1.0), rng.uniform(0.5, 2.0))
+        records.append(spectrum(layer, s, shape=shapes.get(kind, (4096, 4096))))
+    return spectra(records)

@@ -1,0 +1,233 @@
+"""The page without a browser: its numbers are the records', names stay text, nothing is loaded; its size and time."""
+
+import html.parser
+import json
+import re
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lora_diag.metrics.thinning import thinned_ranks
+from lora_diag.planning.evidence import Evidence, Source
+from lora_diag.reports.html import PLAIN_ROWS, _some, html_report
+from lora_diag.reports.static import pictures_of
+from lora_diag.reports.subject import labels
+from tests.reports.making import (
+    decay,
+    names,
+    overlap,
+    overlaps,
+    residual,
+    residuals,
+    seven_billion,
+    spectra,
+    spectrum,
+    vector,
+)
+
+HOSTILE = (
+    "</script><script>alert(1)</script>.weight",
+    "<img src=x onerror=alert(2)>",
+    "\"'`${alert(3)}{{7*7}}{% raw %}\\u003c",
+    "a\u202eb\x1b[31m\u2028\u2029\x00.weight",
+    "<!--<script>",
+    "javascript:alert(4)//|**bold**@me",
+)
+
+
+def evidence(*results) -> Evidence:
+    return Evidence(tuple(Source(f"{item.run.command}{i}.jsonl", item) for i, item in enumerate(results)))
+
+
+def small():
+    layers = names(2)
+    rng = np.random.default_rng(1)
+    return (
+        spectra([spectrum(n, decay(300, rng.uniform(0.2, 1.2))) for n in layers], [vector("model.norm.weight", 0.1)]),
+        residuals([residual(n, 8, rng.uniform(0.3, 0.9), scale=rng.uniform(0.3, 3)) for n in layers]),
+        overlaps([overlap(n, step, rng.uniform(0, 0.3), rng.uniform(0.3, 1)) for n in layers for step in (0, 50, 99)]),
+    )
+
+
+class Elements(html.parser.HTMLParser):
+    """Every element with its attributes, and the text of scripts by id."""
+
+    def __init__(self, page: str):
+        super().__init__()
+        self.seen, self.scripts, self.words, self._in = [], {}, [], None
+        self.feed(page)
+        self.close()
+
+    def handle_starttag(self, tag, attrs):
+        self.seen.append((tag, dict(attrs)))
+        self._in = (tag, dict(attrs).get("id", "")) if tag in {"script", "style"} else None
+
+    def handle_endtag(self, tag):
+        self._in = None
+
+    def handle_data(self, text):
+        if self._in is None:
+            self.words.append(text)
+        else:
+            self.scripts[self._in[1] or self._in[0]] = self.scripts.get(self._in[1] or self._in[0], "") + text
+
+
+def embedded(page: str) -> dict:
+    return json.loads(Elements(page).scripts["data"])
+
+
+def test_every_number_in_the_page_is_that_of_the_record():
+    runs = small()
+    spectrum_run, residual_run, overlap_run = runs
+    data = embedded(html_report(evidence(*runs)))
+    place = {layer: i for i, layer in enumerate(data["layers"])}
+    fields = {field["id"]: field["values"] for field in data["fields"]}
+    for record in spectrum_run:
+        i = place[record.layer]
+        said = {"fro": record.fro, "c8": record.energy["8"], "c64": record.energy["64"], "r90": record.rank_at["0.9"],
+                "r99": record.rank_at["0.99"], "stable": record.stable_rank, "signal": record.resolution.signal_rank,
+                "relative": record.fro / record.base_fro, "verdict": record.resolution.verdict}  # fmt: skip
+        assert {name: fields[f"s0.{name}"][i] for name in said} == said
+    for record in residual_run:
+        i = place[record.layer]
+        said = {"epsilon": record.epsilon, "floor": record.epsilon_min, "cosine": record.cosine,
+                "scale": record.best_scale, "ratio": record.norm_ratio, "limit": record.limited_by}  # fmt: skip
+        assert {name: fields[f"a0.{name}"][i] for name in said} == said
+    (drawn,) = data["spectra"]
+    assert len(drawn["curves"]) == len(spectrum_run)
+    for curve in drawn["curves"]:
+        record = spectrum_run[data["layers"][curve["layer"]]]
+        ranks = drawn["ranks"][str(curve["kept"])]
+        assert curve["s"] == [record.s[r - 1] for r in ranks]
+        energy = np.cumsum(np.square(record.s)) / np.sum(np.square(record.s))
+        assert curve["c"] == pytest.approx([energy[r - 1] for r in ranks], rel=1e-5)
+        assert (ranks[0], ranks[-1]) == (1, 300)
+    (drawn,) = data["overlaps"]
+    rows = {(data["layers"][c["layer"]], row[0]): row[1:] for c in drawn["curves"] for row in c["rows"]}
+    assert rows == {
+        (r.layer, r.step): [r.kappa, r.kappa_random, r.tangent, r.tangent_random] for r in overlap_run
+    }  # fmt: skip
+
+
+def test_the_plain_table_says_the_same():
+    runs = small()
+    page = html_report(evidence(*runs))
+    rows = re.findall(r'<tr><th scope="row" class="name">(.*?)</th>(.*?)</tr>', page)
+    assert [name for name, _ in rows] == [record.layer.removesuffix(".weight") for record in runs[0]]
+    for (_, cells), record in zip(rows, runs[0], strict=True):
+        assert f"<td>{record.rank_at['0.9']}</td>" in cells
+        assert f"<td>{record.energy['8']:.3g}</td>" in cells
+
+
+@pytest.mark.parametrize("name", HOSTILE, ids=range(len(HOSTILE)))
+def test_hostile_names_stay_text(name):
+    plain = Elements(html_report(evidence(*small())))
+    layers = [name, f"model.layers.0.{name}"]
+    runs = (
+        spectra(
+            [spectrum(n, decay(64, 0.1)) for n in layers], [vector(name, 9.0)], inputs=(("base", name), ("tuned", name))
+        ),
+        residuals([residual(n, 8, 0.2, adapter=name) for n in layers], adapters=[name]),
+        overlaps([overlap(n, 0, 0.01, 0.2) for n in layers]),
+    )
+    page = html_report(Evidence(tuple(Source(name, run, name) for run in runs)), pictures_of(evidence(*runs)), "now")
+    found = Elements(page)
+    tags = {tag for tag, _ in found.seen}
+    assert tags <= {tag for tag, _ in plain.seen} | {"img", "figure", "figcaption"}
+    assert len([tag for tag, _ in found.seen if tag == "script"]) == len([t for t, _ in plain.seen if t == "script"])
+    assert not [attr for _, attrs in found.seen for attr in attrs if attr.startswith("on")]
+    assert all(attrs["src"].startswith("data:image/svg+xml;base64,") for tag, attrs in found.seen if tag == "img")
+    assert not re.search("[\x00-\x08\x0e-\x1f\u202e]", page)
+    shown = json.loads(found.scripts["data"])["layers"]
+    assert len(shown) == 2
+    assert "<" not in found.scripts["data"]
+    assert "49" not in "".join(word for word in found.words if "alert(3)" in word)
+
+
+def test_the_page_asks_nobody_for_anything():
+    page = html_report(evidence(*small()))
+    parsed = Elements(page)
+    (policy,) = [a["content"] for tag, a in parsed.seen if a.get("http-equiv") == "Content-Security-Policy"]
+    assert "default-src 'none'" in policy
+    assert "connect-src" not in policy
+    assert not [a for tag, a in parsed.seen if tag in {"link", "iframe", "object", "embed", "base"} or "src" in a]
+    assert all(a.get("href", "#").startswith("#") for _, a in parsed.seen)
+
+
+def test_what_the_page_leaves_out_is_said():
+    layers = names(1, ("q_proj",)) + [f"model.layers.{i}.x.weight" for i in range(PLAIN_ROWS)]
+    page = html_report(evidence(spectra([spectrum(n, decay(1000, 1)) for n in layers])))
+    assert f"The first {PLAIN_ROWS} of {PLAIN_ROWS + 1} layers" in page
+    assert "up to 256 of up to 1000 points" in page
+    assert "points" not in " ".join(Elements(html_report(evidence(spectra([spectrum("a", decay(99, 1))])))).words)
+
+
+def test_epsilon_is_never_shown_without_its_warning():
+    page = html_report(evidence(small()[1]))
+    assert Elements(page).words
+    assert page.count("the distance to one full fine-tune, never a quality") >= 3  # answer, chart, column
+
+
+def test_an_unfinished_run_is_called_so():
+    run = small()[0]
+    assert "The run did not finish" in html_report(evidence(replace(run, end=None)))
+    assert "The run did not finish" not in html_report(evidence(run))
+
+
+def test_a_run_without_layers_has_a_page():
+    page = html_report(evidence(spectra([])))
+    assert "No step is supported by these records" in page
+    assert "<script" not in page
+
+
+def test_zero_updates_and_missing_values_are_empty_cells():
+    run = spectra([spectrum("a.weight", np.zeros(16)), spectrum("b.weight", decay(16, 1))])
+    data = embedded(html_report(evidence(run)))
+    assert {f["id"]: f["values"][0] for f in data["fields"]}["s0.c8"] is None
+    assert data["spectra"][0]["curves"][0]["c"] == [None] * 16
+
+
+def test_a_7b_model_is_made_quickly_and_stays_small(tmp_path):
+    """224 layers of 4,096 values; under 10 s of processor time, so that a busy machine does not fail."""
+    results = seven_billion()
+    runs = evidence(results)
+    begun = time.process_time()
+    page = html_report(runs, pictures_of(runs))
+    assert time.process_time() - begun < 10
+    assert len(page.encode()) < 8e6
+    data = embedded(page)
+    assert len(data["layers"]) == 224
+    assert data["fields"][1]["values"] == [record.fro for record in results]
+
+
+def test_many_matrices_get_fewer_points_and_digits():
+    shared = spectrum("x", decay(128, 0.5))
+    layers = [f"model.layers.{i // 600}.experts.{i % 600}.up.weight" for i in range(6_000)]
+    page = html_report(evidence(spectra([shared.model_copy(update={"layer": layer}) for layer in layers])))
+    assert "With 6000 layers, numbers are given to 6 digits" in page
+    data = embedded(page)
+    assert [len(curve["s"]) for curve in data["spectra"][0]["curves"][:3]] == [83, 83, 83]
+
+
+@given(st.integers(1, 5000), st.integers(2, 300))
+def test_thinned_ranks_are_ascending_and_end_at_the_last(values, points):
+    ranks = thinned_ranks(values, points)
+    assert ranks == sorted(set(ranks))
+    assert (ranks[0], ranks[-1]) == (1, values)
+    assert len(ranks) <= points or values <= points
+
+
+@given(st.lists(st.integers(), min_size=2, max_size=300), st.integers(2, 50))
+def test_some_keeps_the_first_and_the_last(items, most):
+    kept = _some(items, most)
+    assert len(kept) == min(most, len(items))
+    assert (kept[0], kept[-1]) == (items[0], items[-1])
+
+
+@given(st.lists(st.text("ab/", min_size=1), min_size=1, max_size=5, unique=True))
+def test_labels_are_one_each(paths):
+    assert len(labels(paths)) == len(paths)

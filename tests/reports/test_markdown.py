@@ -1,0 +1,109 @@
+"""Markdown for a pull request: escaped, below 60 KB, and with the numbers of the records."""
+
+import re
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from markdown_it import MarkdownIt
+
+from lora_diag.planning.evidence import Evidence, Source
+from lora_diag.reports.markdown import MOST_BYTES, _text, code, markdown_report
+from lora_diag.results import Verdict
+from tests.reports.making import decay, names, residual, residuals, spectra, spectrum, vector
+from tests.reports.test_html import HOSTILE, evidence, small
+
+GITHUB = MarkdownIt("commonmark").enable("table")
+
+
+def rendered(text: str) -> str:
+    return GITHUB.render(text)
+
+
+def test_the_table_has_the_medians_of_the_records():
+    run = small()[0]
+    rows = re.findall(
+        r"<tr>\s*<td><code>(.*?)</code></td>\s*<td.*?>(\d+)</td>(.*?)</tr>",
+        rendered(markdown_report(evidence(run))),
+        re.S,
+    )
+    assert [name for name, *_ in rows[:2]] == ["self_attn.q_proj", "self_attn.k_proj"]
+    _, count, cells = rows[0]
+    records = [record for record in run if "q_proj" in record.layer]
+    assert int(count) == len(records)
+    shown = re.findall(r">([^<>]+)</td>", cells)
+    assert shown[1] == f"{np.median([record.energy['8'] for record in records]):.3g}"
+
+
+def test_ranks_beyond_the_values_kept_are_not_hidden():
+    cut = [spectrum(n, decay(64, 0.5)).model_copy(update={"rank_at": {"0.9": None, "0.95": None, "0.99": None}})
+           for n in names(3, ("q_proj",))[:2]]  # fmt: skip
+    known = spectrum(names(3, ("q_proj",))[2], decay(64, 0.5))
+    assert "| beyond |" in markdown_report(evidence(spectra([*cut, known])))
+
+
+def test_every_part_is_there():
+    text = markdown_report(evidence(*small()))
+    for part in ("Is the update low-rank?", "Can the files show it?", "What limits the adapter?", "## By module type",
+                 "## What to do next", "## Measured", "never a quality"):  # fmt: skip
+        assert part in text
+
+
+@pytest.mark.parametrize("name", HOSTILE, ids=range(len(HOSTILE)))
+def test_hostile_names_stay_text(name):
+    runs = (
+        spectra(
+            [spectrum(f"model.layers.0.{name}", decay(64, 0.1))],
+            [vector(name, 99.0)],
+            inputs=(("base", name), ("tuned", name)),
+        ),
+        residuals([residual(f"model.layers.0.{name}", 8, 0.2, adapter=name)], adapters=[name]),
+    )
+    page = rendered(markdown_report(Evidence(tuple(Source(name, run) for run in runs))))
+    assert not re.search(r"<(script|img|!--|b|a)\b", page)
+    assert not re.search("[\x00-\x08\x0e-\x1f\u202e]", page)
+
+
+@given(st.text(st.sampled_from("`|\\<>*_@#[]()!&a \n:/"), max_size=40))
+def test_text_renders_as_itself(text):
+    page = rendered(f"x{_text(text)}x")
+    plain = re.sub(r"<[^>]+>", "", page)
+    assert "<" not in re.sub(r"</?p>", "", page)
+    import html
+
+    wanted = "".join(char if char.isprintable() else "\\n" for char in text).strip()
+    assert re.sub(r"\s+", " ", html.unescape(plain)).strip() == re.sub(r"\s+", " ", f"x{wanted}x")
+
+
+@given(st.text(min_size=1, max_size=40))
+def test_code_is_one_span_in_one_cell(text):
+    page = rendered(f"| a | b |\n|---|---|\n| {code(text)} | end |\n")
+    assert page.count("<td>") == 2
+    assert page.count("<code>") == 1
+    assert "<td>end</td>" in page
+
+
+def test_below_60_kb_whatever_comes():
+    layers = [f"model.layers.{i}.{'x' * 300}{i}.weight" for i in range(3000)]
+    run = spectra([spectrum("x", decay(16, 0.1)).model_copy(update={"layer": layer}) for layer in layers])
+    verdicts = tuple(
+        Verdict(
+            rule="r" * 500,
+            layer=layer,
+            measured=1.0,
+            allowed="x" * 500,
+            status="failed",
+            severity="error",
+            message="m" * 999,
+        )
+        for layer in layers
+    )
+    text = markdown_report(evidence(replace(run, whole=verdicts)))
+    assert len(text.encode()) < MOST_BYTES
+    assert "and 2960 more" in text
+    few = spectra(run.layers[:1], inputs=(("base", "b" * 300), ("tuned", "t" * 300)))
+    text = markdown_report(evidence(*[few] * 250))
+    assert len(text.encode()) < MOST_BYTES
+    assert "Cut here" in text

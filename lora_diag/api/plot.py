@@ -81,6 +81,8 @@ def plot(
         figure = "heatmap"
     _check_options(figure, field, rank)
     runs = [_selected(one if isinstance(one, Results) else read_results(one), layers) for one in results]
+    if not any(len(run) for run in runs):
+        raise NothingComparedError(f"no layer left to draw{f': no name matches {layers}' if layers else ''}")
     options: dict[str, Any] = {"labels": labels, "width": width, "per": per, "field": field, "rank": rank}
     wanted = plots.FIGURES if figure in {None, "all"} else (plots.figure_named(str(figure)),)
     made: list[Drawn] = []

@@ -1,0 +1,83 @@
+"""``loradiag plot`` as a user runs it."""
+
+import subprocess
+import sys
+
+import pytest
+
+from tests.plots import making
+
+
+@pytest.fixture
+def spectra(tmp_path):
+    making.results(making.model(2)).write(tmp_path / "spectrum.jsonl")
+    return "spectrum.jsonl"
+
+
+@pytest.fixture
+def adapters(tmp_path):
+    making.results(making.residuals(2)).write(tmp_path / "residual.jsonl")
+    return "residual.jsonl"
+
+
+def test_plot_draws_what_the_records_allow_and_says_what_is_missing(loradiag, spectra, adapters, tmp_path):
+    ran = loradiag("plot", spectra, adapters)
+    assert (ran.code, ran.err) == (0, "")
+    made = sorted(path.name for path in (tmp_path / "figures").iterdir())
+    assert made == ["energy.png", "heatmap.png", "residual.png", "spectrum.png"]
+    assert all(f"figures/{name}" in ran.out for name in made)
+    assert "overlap: no overlap records: loradiag overlap BASE TUNED GRADIENTS" in " ".join(ran.out.split())
+    assert "Next       loradiag report spectrum.jsonl residual.jsonl" in ran.out
+    assert max(map(len, ran.out.splitlines())) <= 80
+
+
+@pytest.mark.parametrize(("suffix", "begins"), [("png", b"\x89PNG"), ("svg", b"<?xml"), ("pdf", b"%PDF")])
+def test_one_file_takes_one_figure(loradiag, spectra, tmp_path, suffix, begins):
+    ran = loradiag("plot", spectra, "-o", f"one.{suffix}", "--figure", "spectrum", "--width", "column")
+    assert ran.code == 0
+    assert (tmp_path / f"one.{suffix}").read_bytes().startswith(begins)
+    assert [path.name for path in tmp_path.glob("*one*")] == [f"one.{suffix}"]
+
+
+def test_a_file_without_a_figure_takes_the_first_that_can_be_drawn(loradiag, adapters, tmp_path):
+    assert "heatmap  x.svg" in loradiag("plot", adapters, "-o", "x.svg").out
+    assert "residual  y.svg" in loradiag("plot", adapters, "-o", "y.svg", "--figure", "residual").out
+    assert "heatmap  z.svg" in loradiag("plot", adapters, "-o", "z.svg", "--field", "norm_ratio").out
+    assert "‖X‖_F / ‖ΔW‖_F, by module type and depth" in (tmp_path / "z.svg").read_text()
+
+
+def test_two_runs_are_overlaid_under_their_labels(loradiag, spectra, tmp_path):
+    making.results(making.model(2, values=20), name="other").write(tmp_path / "b.jsonl")
+    ran = loradiag("plot", spectra, "b.jsonl", "--label", "full", "--label", "$E=mc^2$", "-o", "o.svg")
+    assert ran.code == 0
+    text = (tmp_path / "o.svg").read_text()
+    assert "full: median layer" in text
+    assert "$E=mc^2$: median layer" in text
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "message"),
+    [
+        (["--figure", "overlap"], 2, "loradiag overlap measures them"),
+        (["--figure", "heatmap", "--field", "nope"], 2, "there are fro, base_fro"),
+        (["-o", "x.gif"], 2, "png, svg, pdf"),
+        (["--label", "a", "--label", "b"], 2, "2 labels for 1 results"),
+        (["--layers", "nothing at all"], 4, "no layer left to draw: no name matches nothing at all"),
+    ],
+)
+def test_what_cannot_be_done_is_one_message(loradiag, spectra, tmp_path, words, code, message):
+    ran = loradiag("plot", spectra, *words)
+    assert (ran.code, ran.out) == (code, "")
+    assert message in ran.err
+    assert ran.err.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["spectrum.jsonl"]
+
+
+def test_plotting_imports_no_torch(spectra, tmp_path):
+    code = (
+        "import sys; sys.argv = ['loradiag', 'plot', 'spectrum.jsonl', '-o', 'x.png']\n"
+        "from lora_diag.cli import main\n"
+        "try:\n    main()\nexcept SystemExit as stop:\n    assert not stop.code\n"
+        "assert not {'torch', 'matplotlib.pyplot'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, cwd=tmp_path)

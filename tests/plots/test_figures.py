@@ -1,0 +1,323 @@
+"""The numbers in the figures, held against NumPy in float64; what a notebook keeps; what cannot be drawn."""
+
+import re
+import subprocess
+import sys
+
+import matplotlib as mpl
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+
+import lora_diag
+from lora_diag import plots
+from lora_diag.errors import InputError, NothingComparedError, UsageError
+from tests.plots import making
+
+
+def lines(ax, label):
+    """Return the points of a layer's line, its grey continuation after it."""
+    parts = [line for line in ax.lines if line.get_label() in {label, f"_floor of {label}"}]
+    parts.sort(key=lambda line: line.get_xdata()[0])
+    points = {}
+    for line in parts:
+        points |= dict(zip(line.get_xdata(), line.get_ydata(), strict=True))
+    return np.array(list(points)), np.array(list(points.values()))
+
+
+@pytest.mark.parametrize("values", [1, 7, 300])
+@pytest.mark.parametrize("signal", [0, 5, None])
+def test_an_energy_curve_is_the_cumulated_energy(values, signal):
+    s = making.decay(4, values)
+    record = making.spectrum("model.layers.0.q_proj.weight", s, signal=signal)
+    ranks, shares = lines(plots.energy([record]), record.layer)
+    assert (ranks[0], ranks[-1]) == (1, values)
+    assert {rank for rank in (8, 16, 64) if rank <= values} <= set(ranks)
+    np.testing.assert_allclose(shares, [np.sum(s[:r] ** 2) / np.sum(s**2) for r in ranks], rtol=1e-12)
+
+
+def test_a_curve_is_coloured_up_to_the_signal_rank_and_grey_beyond():
+    records = making.model(2, ("q_proj",), signal=6)
+    ax = plots.energy(records)
+    for record in records:
+        (clear,) = [line for line in ax.lines if line.get_label() == record.layer]
+        (floor,) = [line for line in ax.lines if line.get_label() == f"_floor of {record.layer}"]
+        assert (clear.get_xdata()[-1], floor.get_xdata()[0]) == (6, 6)
+        assert mpl.colors.to_rgb(floor.get_color()) != mpl.colors.to_rgb(clear.get_color())
+    unresolved = making.spectrum("h.0.q.weight", making.decay(1), verdict="unresolved")
+    assert [line.get_label() for line in plots.energy([unresolved]).lines if "h.0" in line.get_label()] == [
+        "_floor of h.0.q.weight"
+    ]
+
+
+def test_a_truncated_curve_divides_by_the_whole_norm_and_ends_where_the_values_do():
+    s = making.decay(2, 12)
+    record = making.spectrum("h.0.q.weight", s, fro=9.0, complete=False)
+    ranks, shares = lines(plots.energy([record]), record.layer)
+    assert ranks[-1] == 12
+    np.testing.assert_allclose(shares, np.cumsum(s**2)[ranks - 1] / 81, rtol=1e-12)
+
+
+def test_experts_of_a_block_are_one_line_their_pointwise_median():
+    spectra = [making.decay(n, 20) for n in (3, 9, 31)]
+    records = [making.spectrum(f"h.0.experts.{i}.w1.weight", s) for i, s in enumerate(spectra)]
+    ranks, shares = lines(plots.energy(records), records[0].layer)
+    curves = [np.cumsum(s**2) / np.sum(s**2) for s in spectra]
+    np.testing.assert_allclose(shares, np.median(curves, axis=0)[ranks - 1], rtol=1e-12)
+    words = " ".join(text.get_text() for text in plots.figure("energy", making.results(records)).texts)
+    assert "several matrices of a type (up to 3)" in words.replace("\n", " ")
+
+
+def test_two_runs_are_bands_of_median_and_range():
+    runs = [making.results(making.model(5, ("q_proj",)), name=name) for name in ("a", "b")]
+    ax = plots.figure("energy", runs, labels=["first", "second"]).axes[0]
+    (middle,) = [line for line in ax.lines if line.get_label() == "first"]
+    ranks = middle.get_xdata()
+    curves = [np.cumsum(np.square(record.s)) / np.sum(np.square(record.s)) for record in runs[0]]
+    np.testing.assert_allclose(middle.get_ydata(), np.median(curves, axis=0)[ranks - 1], rtol=1e-12)
+    vertices = ax.collections[0].get_paths()[0].vertices
+    at_8 = vertices[vertices[:, 0] == 8][:, 1]
+    np.testing.assert_allclose([at_8.min(), at_8.max()], [np.min(curves, 0)[7], np.max(curves, 0)[7]], rtol=1e-12)
+
+
+def test_a_spectrum_is_the_singular_values_with_the_median_edge():
+    records = [making.spectrum(f"h.{i}.q.weight", making.decay(i), edge=0.1 * (i + 1), signal=9) for i in range(3)]
+    ax = plots.spectrum(records)
+    for record in records:
+        ranks, values = lines(ax, record.layer)
+        np.testing.assert_array_equal(values, np.array(record.s)[ranks - 1])
+    (edge,) = [line for line in ax.lines if line.get_label() == "_edge"]
+    assert edge.get_ydata()[0] == pytest.approx(0.2)
+    assert (ax.get_xscale(), ax.get_yscale()) == ("log", "log")
+
+
+@pytest.mark.parametrize(
+    ("field", "of"),
+    [
+        ("energy.16", lambda r: r.energy["16"]),
+        ("rank_at.0.9", lambda r: r.rank_at["0.9"]),
+        ("resolution.edge", lambda r: r.resolution.edge),
+        ("fro", lambda r: r.fro),
+        ("relative", lambda r: r.fro / r.base_fro),
+    ],
+)
+def test_the_cells_of_a_heat_map_are_the_fields_of_the_records(field, of):
+    records = [*making.model(3, edge=0.5), making.spectrum("lm_head.weight", making.decay(1))]
+    ax = plots.heatmap(records, field=field)
+    columns = [np.asarray(mesh.get_array()).ravel() for mesh in ax.collections]
+    rows = [label.get_text() for label in ax.get_yticklabels()]
+    assert rows == [*making.TYPES, "lm_head"]
+    by_name = {record.layer: of(record) for record in records}
+    for block in range(3):
+        expected = [by_name[f"model.layers.{block}.{name}.weight"] for name in making.TYPES]
+        np.testing.assert_array_equal(columns[1 + block][:7], expected)
+    assert columns[0][7] == by_name["lm_head.weight"]
+
+
+def test_a_null_is_hatched_and_no_cell():
+    records = [making.spectrum("h.0.q.weight", making.decay(1, 4)), making.spectrum("h.1.q.weight", making.decay(1))]
+    ax = plots.heatmap(records, field="energy.8")
+    assert [patch.get_hatch() for patch in ax.patches] == ["////"]
+    figure = plots.figure("heatmap", making.results(records), field="energy.8")
+    assert "null" in figure.legends[0].get_texts()[0].get_text()
+
+
+def test_the_bands_of_a_residual_are_the_floor_the_best_scale_and_epsilon():
+    rng = np.random.default_rng(0)
+    delta, other = rng.normal(size=(2, 9, 6))
+    s = np.linalg.svd(delta, compute_uv=False)
+    fro, norm = np.linalg.norm(delta), np.linalg.norm(other)
+    cosine = float((delta * other).sum() / fro / norm)
+    floor = float(np.sqrt(np.sum(s[2:] ** 2)) / fro)
+    record = making.residual("h.0.q.weight", fro, norm, cosine, floor, rank=2)
+    ax = plots.residual([record])
+    tops = [float(patch.get_data().values[0]) for patch in ax.patches]
+    bases = [float(np.ravel(patch.get_data().baseline)[0]) for patch in ax.patches]
+    scale = (delta * other).sum() / norm**2
+    best = np.linalg.norm(delta - scale * other) / fro
+    np.testing.assert_allclose(tops, [floor, best, np.linalg.norm(delta - other) / fro], rtol=1e-9)
+    np.testing.assert_allclose(bases, [0, floor, best], rtol=1e-9)
+
+
+def test_experts_are_pooled_by_their_norms():
+    records = [
+        making.residual("h.0.experts.0.w1.weight", 3.0, 1.0, 0.2, 0.4),
+        making.residual("h.0.experts.1.w1.weight", 1.0, 2.0, 0.1, 0.4),
+    ]
+    gaps = [9 + 1 - 2 * 0.2 * 3, 1 + 4 - 2 * 0.1 * 2]
+    top = float(plots.residual(records).patches[-1].get_data().values[0])
+    assert top == pytest.approx(np.sqrt(sum(gaps) / 10))
+
+
+def test_a_layer_that_is_not_adapted_has_one_grey_bar_up_to_one():
+    (bar,) = plots.residual([making.residual("h.0.q.weight", 2.0, 0.0, 0.0, 1.0, rank=0)]).patches
+    assert (float(bar.get_data().values[0]), mpl.colors.to_hex(bar.get_facecolor())) == (1.0, "#bdbdbd")
+
+
+def test_one_panel_of_residual_takes_one_adapter():
+    with pytest.raises(UsageError, match="2 adapters"):
+        plots.residual(making.residuals(2) + making.residuals(2, adapter="other"))
+
+
+def test_overlap_shows_medians_beside_their_baselines():
+    records = making.overlaps(5, ("q_proj",))
+    ax = plots.overlap(records)
+    drawn = {line.get_label(): line for line in ax.lines}
+    for name, field in (("κ", "kappa"), ("tangent", "tangent")):
+        for step in (0, 40, 200):
+            found = [getattr(r, field) for r in records if r.step == step and r.rank == 8]
+            line = drawn[f"_{name}"]
+            assert line.get_ydata()[list(line.get_xdata()).index(step)] == pytest.approx(np.median(found))
+    assert set(drawn["_random κ"].get_ydata()) == {8 / np.sqrt(32 * 64)}
+    assert len([label for label in drawn if label.startswith("_κ of")]) == 5
+    assert plots.overlap(records, rank=4).get_ylabel().endswith("r = 4")
+
+
+def test_an_allocation_shows_its_ranks_and_the_uniform_rule():
+    records = making.allocations(4, ("q_proj",))
+    bars, uniform = plots.allocation(records).patches
+    assert list(bars.get_data().values) == [record.rank for record in records]
+    assert set(uniform.get_data().values) == {8}
+
+
+def test_what_is_kept_stands_beside_the_bound():
+    ax = plots.budget([making.certificate(kept=0.5, bound=0.51)])
+    assert [bar.get_width() for bar in ax.patches] == pytest.approx([0.5, 0.45])
+    assert [line.get_xdata()[0] for line in ax.lines] == [0.51]
+    several = plots.budget([making.certificate(1000, 0.3, 0.3), making.certificate(2000, 0.5, 0.52)])
+    drawn = {line.get_label(): np.array(line.get_xydata()) for line in several.lines}
+    np.testing.assert_allclose(drawn["_bound"], [[1000, 0.3], [2000, 0.52]])
+    np.testing.assert_allclose(drawn["_kept"], [[1000, 0.3], [2000, 0.5]])
+
+
+PANELS = {
+    "energy": lambda **more: plots.energy(making.model(2), **more),
+    "spectrum": lambda **more: plots.spectrum(making.model(2), **more),
+    "heatmap": lambda **more: plots.heatmap(making.model(2), **more),
+    "residual": lambda **more: plots.residual(making.residuals(2), **more),
+    "overlap": lambda **more: plots.overlap(making.overlaps(2), **more),
+    "allocation": lambda **more: plots.allocation(making.allocations(2), **more),
+    "budget": lambda **more: plots.budget([making.certificate()], **more),
+}
+
+
+@pytest.mark.parametrize("name", PANELS)
+def test_a_panel_draws_where_it_is_told_and_leaves_the_notebook_alone(name):
+    # Asking for the backend would make Matplotlib choose one, and import pyplot to do so.
+    keys = set(mpl.rcParams) - {"backend", "backend_fallback"}
+    before = {key: mpl.rcParams[key] for key in keys}
+    theirs = Figure().subplots()
+    assert PANELS[name](ax=theirs) is theirs
+    mine = PANELS[name]()
+    mine.figure.draw_without_rendering()
+    assert {key: mpl.rcParams[key] for key in keys} == before
+
+
+def test_every_figure_has_its_panel():
+    assert {kind.name for kind in plots.FIGURES} <= set(PANELS)
+
+
+@pytest.mark.parametrize("kind", plots.FORMATS)
+def test_the_same_records_give_the_same_bytes(kind):
+    made = [plots.encoded(plots.figure("energy", making.results(making.model(2))), kind) for _ in range(2)]
+    assert made[0] == made[1]
+    assert b"2026" not in made[0] or kind == "png"
+
+
+def test_a_users_settings_do_not_change_a_page():
+    results = making.results(making.model(2))
+    page = plots.encoded(plots.figure("energy", results), "svg")
+    with mpl.rc_context({"font.size": 30, "axes.grid": True, "lines.linewidth": 9, "svg.fonttype": "path"}):
+        assert plots.encoded(plots.figure("energy", results), "svg") == page
+
+
+def test_what_cannot_be_drawn_says_why():
+    spectra, zero = making.results(making.model(2)), [making.spectrum("h.0.q.weight", np.zeros(4))]
+    assert plots.why_not("energy", spectra) is None
+    assert "no residual records" in plots.why_not("residual", spectra)
+    assert "ΔW = 0 in every matrix" in plots.why_not("energy", making.results(zero))
+    assert "there are fro, base_fro" in plots.why_not("heatmap", spectra, field="nope")
+    assert "rank 5 was not measured; there are 4, 8" in plots.why_not(
+        "overlap", making.results(making.overlaps(1)), rank=5
+    )
+    assert "6 results at most" in plots.why_not("energy", [spectra] * 7)
+    for wrong in ({"width": "poster"}, {"per": "head"}, {"labels": ["a", "b"]}):
+        with pytest.raises(UsageError):
+            plots.figure("energy", spectra, **wrong)
+    with pytest.raises(UsageError, match="there are energy, spectrum, heatmap"):
+        plots.figure("pie", spectra)
+
+
+def test_a_zero_update_has_no_curve_and_is_counted():
+    records = [*making.model(1), making.spectrum("h.0.z.weight", np.zeros(4))]
+    figure = plots.figure("energy", making.results(records))
+    assert "z" not in [ax.get_title(loc="left") for ax in figure.axes]
+    assert any("Δ = 0 in 1 matrix" in text.get_text() for text in figure.texts)
+
+
+def test_too_many_types_share_a_panel_and_nothing_is_lost():
+    types = tuple(f"type_{number}" for number in range(40))
+    figure = plots.figure("energy", making.results(making.model(1, types)))
+    titles = [ax.get_title(loc="left") for ax in figure.axes]
+    assert "17 other types" in titles
+    assert len([title for title in titles if title]) == 24
+
+
+def test_towers_do_not_share_a_panel():
+    layers = [f"{tower}.layers.{i}.q_proj.weight" for tower in ("vision", "language") for i in range(2)]
+    figure = plots.figure("energy", making.results([making.spectrum(layer, making.decay(1)) for layer in layers]))
+    assert [ax.get_title(loc="left") for ax in figure.axes][:2] == ["vision: q_proj", "language: q_proj"]
+
+
+def test_plot_writes_all_that_can_be_drawn(tmp_path):
+    drawn = lora_diag.plot(making.results(making.model(2)), output=tmp_path / "figures", format="svg")
+    assert [one.name for one in drawn if one.path] == ["energy", "spectrum", "heatmap"]
+    assert sorted(path.name for path in (tmp_path / "figures").iterdir()) == [
+        "energy.svg",
+        "heatmap.svg",
+        "spectrum.svg",
+    ]
+    assert all(one.reason for one in drawn if not one.path)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"output": "x.jpg"},
+        {"output": "x.png", "figure": "all"},
+        {"output": "x.png", "format": "svg"},
+        {"output": "x.png", "figure": "energy", "field": "fro"},
+        {"output": "x.png", "figure": "energy", "rank": 4},
+        {"output": "x.png", "figure": "residual"},
+        {"output": "x", "format": "gif"},
+        {"output": "x", "layers": "("},
+        {"output": "x", "labels": ["a", "b"]},
+    ],
+    ids=str,
+)
+def test_a_request_that_makes_no_sense_is_refused_and_nothing_written(wrong, tmp_path):
+    output = tmp_path / wrong.pop("output")
+    with pytest.raises(UsageError):
+        lora_diag.plot(making.results(making.model(1)), output=output, **wrong)
+    assert not list(tmp_path.iterdir())
+
+
+def test_no_record_to_draw_and_no_place_to_write(tmp_path):
+    zero = making.results([making.spectrum("h.0.q.weight", np.zeros(4))])
+    with pytest.raises(NothingComparedError, match="no layer left"):
+        lora_diag.plot(zero.filter("nothing"), output=tmp_path / "x")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="cannot be written"):
+        lora_diag.plot(making.results(making.model(1)), output=tmp_path / "file" / "x.png")
+
+
+def test_without_matplotlib_the_message_says_how_to_get_it(tmp_path):
+    making.results(making.model(1)).write(tmp_path / "r.jsonl")
+    code = (
+        "import sys; sys.modules['matplotlib'] = None\n"
+        "import lora_diag\n"
+        f"try:\n    lora_diag.plot({str(tmp_path / 'r.jsonl')!r}, output='x')\n"
+        "except lora_diag.UsageError as error:\n    print(error)"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert re.search(r"pip install 'loradiag\[plot\]'", ran.stdout)

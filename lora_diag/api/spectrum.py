@@ -7,21 +7,24 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
+from lora_diag.api.covariance import gradient_spectrum
 from lora_diag.api.inputs import compare
 from lora_diag.api.measuring import Progress, Watch, check_running, checked_ranks, measure_layers, without_rank
 from lora_diag.deltas import Delta, footprint
 from lora_diag.diagnostics.spectrum import RANKS, SpectrumSettings
 from lora_diag.diagnostics.spectrum import spectrum as measure
 from lora_diag.engines import layout_for
+from lora_diag.errors import UsageError
 from lora_diag.linalg import check_request, resolve_device
 from lora_diag.results import AnyRecord, LeftOut, Results, ResultsWriter, Run, Spectrum
 from lora_diag.version import __version__
 
 
 def spectrum(
-    base: Path | str,
+    base: Path | str | None = None,
     tuned: Path | str | None = None,
     *,
+    gradients: Sequence[Path | str] = (),
     ranks: Sequence[int] = RANKS,
     layers: str | None = None,
     exclude: str | None = None,
@@ -42,8 +45,10 @@ def spectrum(
     Layers are read one by one, as many at a time as cores and memory have room for.
 
     Args:
-        base: The checkpoint before: a file, a folder, or a shard index.
+        base: The checkpoint before: a file, a folder, or a shard index; None only with ``gradients``.
         tuned: The checkpoint after, or an adapter; None if ``base`` is an adapter to be measured alone.
+        gradients: Snapshots as ``overlap`` takes them. The spectrum is then that of the gradients of all steps,
+            stacked: what a first-order pilot would show before any update exists. ``base`` only gives the names.
         ranks: Ranks r at which C(r) and the truncation errors are given.
         layers: Regular expression; only weights whose name contains a match.
         exclude: Regular expression; no weights whose name contains a match.
@@ -76,6 +81,13 @@ def spectrum(
     check_running(workers, seed)
     check_request(method, top, tol)
     on = resolve_device(device)
+    if gradients:
+        if tuned is not None:
+            raise UsageError("--gradients: are measured instead of an update; name BASE alone beside them, or nothing")
+        watch = Watch(on_progress, on_record)
+        return gradient_spectrum(base, gradients, settings, layers, exclude, workers, output, resume, watch)
+    if base is None:
+        raise UsageError("spectrum: name BASE and TUNED, an adapter, or gradients with --gradients")
     compared = compare(base, tuned, layers, exclude, allow_unmatched)
     pairing = compared.pairing
     run = Run(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 from pathlib import Path
+from typing import Annotated
 
 import typer
 
@@ -14,8 +15,12 @@ from lora_diag.errors import UNREADABLE, UsageError
 
 
 def spectrum(
-    base: options.Base,
+    base: Annotated[Path | None, typer.Argument(metavar="BASE", help="Checkpoint before, or an adapter alone.")] = None,
     tuned: options.Tuned = None,
+    gradients: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="GRADIENTS...", help="Measure gradients instead, those of all steps together."),
+    ] = None,
     ranks: options.Ranks = "4,8,16,32,64",
     layers: options.Layers = None,
     exclude: options.Exclude = None,
@@ -35,6 +40,8 @@ def spectrum(
     """Is the update low-rank, layer by layer? Singular values of ΔW = W_tuned - W_base.
 
     Example: loradiag spectrum base/ full_ft/ --ranks 8,16,64 -o results.jsonl
+
+    Example: loradiag spectrum base/ --gradients gradients/
     """
     if resume and output is None:
         raise UsageError("--resume: give the results file of the interrupted run with -o")
@@ -47,6 +54,7 @@ def spectrum(
         results = measure(
             base,
             tuned,
+            gradients=gradients or (),
             ranks=options.parse_ranks(ranks),
             layers=layers,
             exclude=exclude,

@@ -22,7 +22,7 @@ from lora_diag.metrics import (
     stable_rank,
     truncation_error,
 )
-from lora_diag.results import LeftOut, Spectrum, Tail
+from lora_diag.results import LeftOut, Resolution, Spectrum, Tail
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -65,26 +65,51 @@ def spectrum(delta: Delta, settings: SpectrumSettings) -> Spectrum | LeftOut:
     (change, factors), fallback = on_device(partial(_compute, delta, settings), resolve_device(settings.device))
     if factors is None:
         return not_finite(delta, change)
+    factors = replace(factors, method=factors.method + fallback)
+    seen = resolution(change.rounding, delta.shape, factors.s.numpy(), factors.fro, factors.complete)
+    return record_of(delta.layer, delta.shape, delta.dtypes, change.base_fro, factors, settings.ranks, seen)
+
+
+def record_of(
+    layer: str,
+    shape: tuple[int, int],
+    dtypes: tuple[str | None, str],
+    base_fro: float | None,
+    factors: Factors,
+    ranks: tuple[int, ...],
+    seen: Resolution,
+) -> Spectrum:
+    """Return the record of a matrix whose singular values are known.
+
+    Args:
+        layer: Its name.
+        shape: ``(out, in)``.
+        dtypes: As in the record.
+        base_fro: ‖W_base‖_F; None if it is not known.
+        factors: The singular values.
+        ranks: At which C(r) and the truncation errors are given.
+        seen: What the rounding of the files lets one see.
+    """
     fro = factors.fro
     s = _nine_digits(factors.s.numpy())
     zero = fro == 0.0
     curve = np.zeros(len(s)) if zero else energy_curve(s, fro, factors.complete)
     return Spectrum(
-        layer=delta.layer,
-        shape=delta.shape,
-        dtypes=delta.dtypes,
+        layer=layer,
+        shape=shape,
+        dtypes=dtypes,
         fro=fro,
-        base_fro=change.base_fro,
+        base_fro=base_fro,
         s=tuple(s.tolist()),
         complete=factors.complete,
-        method=factors.method + fallback,
+        method=factors.method,
         energy_error=factors.energy_error,
-        energy={str(r): None if zero else _at(curve, r, factors.complete) for r in settings.ranks},
+        energy={str(r): None if zero else _at(curve, r, factors.complete) for r in ranks},
         rank_at={str(share): 0 if zero else rank_at(curve, share) for share in THRESHOLDS},
-        tail={str(r): _tail(s, fro, r, factors.complete) for r in settings.ranks},
+        tail={str(r): _tail(s, fro, r, factors.complete) for r in ranks},
         stable_rank=None if zero else stable_rank(s, fro),
         effective_rank=effective_rank(s) if factors.complete and not zero else None,
-        resolution=resolution(change.rounding, delta.shape, s, fro, factors.complete),
+        resolution=seen,
     )
 
 

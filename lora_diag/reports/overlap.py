@@ -19,9 +19,10 @@ from lora_diag.reports.tracks import Track, middle, near, steps_of, tracks, tren
 from lora_diag.results import Overlap, Results
 from lora_diag.results.names import module_type_of, place_of
 
-# So many steps have a column of their own, in the narrow and in the wide table, and the strip of all of them so many
-# characters.
+# Up to so many steps have a column of their own each, in the narrow and in the wide table. Of more steps, so many have
+# one, and a strip of so many characters shows all.
 _STEPS, _WIDE_STEPS = 5, 10
+_SOME, _WIDE_SOME = 3, 6
 _STRIP, _WIDE_STRIP = 8, 24
 
 # Marks a κ near its baseline.
@@ -92,8 +93,10 @@ def _rows(shown: Sequence[Track], per: str) -> list[_Row]:
 
 def _table(rows: Sequence[_Row], steps: Sequence[int], width: int, per: str) -> Table:
     wide = width >= WIDE
-    own = _spread(steps, _WIDE_STEPS if wide else _STEPS)
-    most = max((record.kappa or 0.0 for row in rows for track in row.tracks for record in track.records), default=0.0)
+    most, some = (_WIDE_STEPS, _WIDE_SOME) if wide else (_STEPS, _SOME)
+    own = _spread(steps, some if len(steps) > most else most)
+    highest = max(record.kappa or 0.0 for row in rows for track in row.tracks for record in track.records)
+    strips = tuple(_strip(row, steps, _WIDE_STRIP if wide else _STRIP, highest) for row in rows)
 
     def column(title: str, cell: Callable[[_Row], str | Text]) -> Column:
         return Column(title, tuple(map(cell, rows)))
@@ -104,7 +107,7 @@ def _table(rows: Sequence[_Row], steps: Sequence[int], width: int, per: str) -> 
         column("r", _rank),
         column("random", lambda row: _share(middle([track.last.kappa_random for track in row.tracks]))),
         *(column(f"step {step}" if step == own[0] else str(step), _kappa_at(step)) for step in own),
-        Column("over steps", tuple(_strip(row, steps, _WIDE_STRIP if wide else _STRIP, most) for row in rows), "left"),
+        Column("over steps", strips, "left"),
         Column("trend", tuple(trend(_ends(row)) for row in rows), "left"),
         column("tangent (random)", lambda row: _beside(row, "tangent")),
         column("left (random)", lambda row: _beside(row, "left")),

@@ -9,6 +9,7 @@ from statistics import median
 
 from rich.table import Table
 
+from lora_diag.reports.gradients import gradient_lines
 from lora_diag.reports.lines import REASONS, answers, inputs, left_out_line, not_measured, notes
 from lora_diag.reports.text import count, middle_rank, number, percent, safe, short
 from lora_diag.results import Results, Spectrum
@@ -32,10 +33,15 @@ def _style(word: str, sentence: str) -> str:
 
 def summary_lines(results: Results[Spectrum]) -> list[tuple[str, str]]:
     """Return the summary's words and the sentences that answer them."""
-    moved = _moving(results)
-    lines = [("Compared", _compared(results)), ("Moved", _moved(results, moved))]
-    if moved:
-        lines += _ranks_used(moved) if _is_factored(moved) else _ranks_needed(moved, results.run.settings["ranks"])
+    moved, ranks = _moving(results), results.run.settings["ranks"]
+    lines = [("Compared", _compared(results))]
+    if stacked := [record for record in moved if record.stack is not None]:
+        lines += gradient_lines(stacked)
+        lines += [line for line in _ranks_needed(moved, ranks) if not line[1].startswith("yes: rounding")]
+    else:
+        lines.append(("Moved", _moved(results, moved)))
+        if moved:
+            lines += _ranks_used(moved) if _is_factored(moved) else _ranks_needed(moved, ranks)
     if coverage := _coverage(results):
         lines.append(("Where", coverage))
     lines.append(("Left out", left_out_line(results.left_out)))
@@ -239,4 +245,5 @@ def _coverage(results: Results[Spectrum]) -> str:
     words = {"matrices": "the matrices", "vocabulary": "embeddings and head", "vectors": "norms and biases"}
     shares = ", ".join(f"{percent((norms[part] / total) ** 2)} in {words[part]}" for part in words if norms[part])
     selected = any(item.reason == "not_selected" for item in results.left_out)
-    return f"of the whole change ‖Δ‖²{' in what was selected' if selected else ''}, {shares}"
+    whole = "Σ‖G‖²" if any(record.stack for record in results) else "the whole change ‖Δ‖²"
+    return f"of {whole}{' in what was selected' if selected else ''}, {shares}"

@@ -89,6 +89,7 @@ def _columns(rows: Sequence[_Row], ranks: Sequence[int], wide: bool, per: str) -
     ]
     left_out = set() if wide else {"shape", "r@95%", "r@99%", "stable", "eff."}
     left_out |= {"n", columns[-1].title} if per == "layer" else set()
+    left_out |= {"‖ΔW‖/‖W‖"} if any(record.stack for row in rows for record in row.records) else set()
     return [column for column in columns if column.title not in left_out]
 
 

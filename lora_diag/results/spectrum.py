@@ -36,6 +36,23 @@ class Resolution(Record):
     verdict: Literal["resolved", "floor-limited", "unresolved"]
 
 
+class Stack(Record):
+    """What the spectrum of gradients is one of: G_t of several steps, on top of or beside each other.
+
+    Args:
+        steps: The steps t.
+        side: ``right`` if ``s`` are the roots of the eigenvalues of ΣG_tᵀG_t (in × in), ``left`` of ΣG_tG_tᵀ (out × out):
+            the smaller of the two.
+        other_energy: Energy shares of the other side; null where it was not computed. With one step both are the same.
+        other_rank_at: Ranks at the thresholds, likewise.
+    """
+
+    steps: tuple[int, ...]
+    side: Literal["left", "right"]
+    other_energy: dict[str, Share | None] | None
+    other_rank_at: dict[str, int | None] | None
+
+
 class Spectrum(Record):
     """The singular values of one ΔW and what follows from them.
 
@@ -55,7 +72,8 @@ class Spectrum(Record):
         stable_rank: ‖ΔW‖_F² / σ_1²; null for a zero update.
         effective_rank: exp of the entropy of p_i = σ_i²/Σσ²; null for a zero update or an incomplete spectrum.
         resolution: What the files' rounding lets one see.
-        source: ``update``; or ``gradients``, where ΔW stands for what a first-order pilot would learn.
+        source: ``update``; or ``gradients``, where ΔW stands for the gradients of several steps, stacked.
+        stack: Which gradients; null for an update.
     """
 
     record: Literal["spectrum"] = "spectrum"
@@ -75,6 +93,7 @@ class Spectrum(Record):
     effective_rank: float | None
     resolution: Resolution
     source: Literal["update", "gradients"] = "update"
+    stack: Stack | None = None
 
     @property
     def relative(self) -> float | None:

@@ -1,0 +1,87 @@
+"""``spectrum --gradients``: what a first-order pilot would show before any update exists."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+from lora_diag.api.inputs import describe
+from lora_diag.api.measuring import Watch, measure_layers, not_paired
+from lora_diag.api.overlap import describe_steps
+from lora_diag.checkpoints import open_checkpoint
+from lora_diag.deltas import Pairing, Unpaired, selector
+from lora_diag.diagnostics.covariance import covariance, size
+from lora_diag.diagnostics.spectrum import SpectrumSettings
+from lora_diag.engines import layout_for
+from lora_diag.errors import NothingComparedError, UsageError
+from lora_diag.gradients import History, histories, open_steps
+from lora_diag.linalg import resolve_device
+from lora_diag.results import LeftOut, Results, ResultsWriter, Run, Spectrum
+from lora_diag.version import __version__
+
+NOT_SELECTED = "left out by --layers or --exclude"
+
+
+def gradient_spectrum(
+    base: Path | str | None,
+    gradients: Sequence[Path | str],
+    settings: SpectrumSettings,
+    layers: str | None,
+    exclude: str | None,
+    workers: int | None,
+    output: Path | str | None,
+    resume: bool,
+    watch: Watch,
+) -> Results[Spectrum]:
+    """Measure the spectrum of the gradients of every matrix; see ``spectrum``.
+
+    Raises:
+        UsageError: A method was asked for that does not apply.
+        InputError: An input cannot be read.
+        NothingComparedError: There is no gradient of a matrix, or none is selected.
+    """
+    if settings.method not in {"auto", "gram"}:
+        raise UsageError(f"--method {settings.method}: gradients are summed up as Gram matrices; use auto or gram")
+    chosen, on = selector(layers, exclude), resolve_device(settings.device)
+    steps = open_steps(gradients)
+    stored = open_checkpoint(base) if base is not None else None
+    followed, rest = histories(steps, stored)
+    tasks = [history for history in followed if chosen(history.layer)]
+    if not tasks:
+        raise NothingComparedError("no gradient of a matrix of BASE was found, or none is selected")
+    named = {item.layer: item.shape for item in followed} | {item.layer: item.shape for item in rest}
+    unpaired = [
+        *(item for item in rest if chosen(item.layer)),
+        *(Unpaired(name, shape, "not_selected", NOT_SELECTED) for name, shape in named.items() if not chosen(name)),
+    ]
+    run = Run(
+        command="spectrum",
+        version=__version__,
+        inputs=(*([describe("base", stored)] if stored is not None else []), describe_steps(gradients, steps)),
+        settings={
+            "ranks": list(settings.ranks),
+            "source": "gradients",
+            "layers": layers,
+            "exclude": exclude,
+            "top": settings.top,
+            "device": on.type,
+        },
+    )
+    layout = layout_for(max(math.prod(history.shape) for history in tasks), workers, on.type)
+    writer: ResultsWriter[Spectrum]
+    with ResultsWriter(Path(output) if output is not None else None, run, resume) as writer:
+        return measure_layers(
+            writer,
+            tasks,
+            partial(_one_layer, settings=settings),
+            lambda: not_paired(Pairing((), tuple(unpaired)), layout, settings.device),
+            layout,
+            size,
+            watch,
+        )
+
+
+def _one_layer(history: History, settings: SpectrumSettings) -> tuple[Spectrum | LeftOut]:
+    return (covariance(history, settings),)

@@ -1,0 +1,119 @@
+"""``loradiag overlap`` and ``spectrum --gradients`` as a user runs them."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import lora_diag
+from lora_diag.reports.overlap import overlap_table
+from lora_diag.results import read_results
+from tests.conftest import save_model, weights
+from tests.test_gradients import save_step
+
+
+@pytest.fixture
+def inputs(tmp_path):
+    before, change = weights(1), weights(2)
+    save_model(tmp_path / "base", before)
+    save_model(tmp_path / "tuned", {name: value + change[name] for name, value in before.items()})
+    for step in (0, 10, 20):
+        save_step(tmp_path / "g" / f"{step}.safetensors", weights(step + 3), step)
+    return "base", "tuned", "g"
+
+
+def test_the_table_fits_and_the_summary_answers(loradiag, inputs):
+    ran = loradiag("overlap", *inputs, "--ranks", "2,4")
+    assert (ran.code, ran.err) == (0, "")
+    assert max(map(len, ran.out.splitlines())) <= 80
+    for word in ("step 0", "random", "tangent", "Inside?", "Reach", "Trend", "By rank", "Suggests", "Left out", "Next"):
+        assert word in ran.out, word
+
+
+def test_json_is_the_file_and_inspect_shows_it_again(loradiag, inputs, tmp_path):
+    ran = loradiag("overlap", *inputs, "--ranks", "2", "--json", "-o", "o.jsonl")
+    assert ran.code == 0
+    assert ran.out == (tmp_path / "o.jsonl").read_text()
+    assert {record["record"] for record in ran.records} == {"run", "overlap", "left_out", "end"}
+    again = loradiag("inspect", "o.jsonl", env={"COLUMNS": "140"}).out
+    assert again.strip() == overlap_table(read_results(tmp_path / "o.jsonl"), 140).strip()
+
+
+def test_a_rank_to_show_is_measured_and_layers_may_be_rows(loradiag, inputs):
+    ran = loradiag("overlap", *inputs, "--ranks", "2", "--rank", "3", "--per", "layer")
+    assert "at r=3" in ran.out
+    assert "model.layers.1.mlp.up_proj" in ran.out
+
+
+def test_files_given_one_by_one_are_the_same_as_their_folder(inputs, tmp_path):
+    base, tuned, folder = (tmp_path / name for name in inputs)
+    files = [folder / f"{step}.safetensors" for step in (20, 0, 10)]
+    one, two = (lora_diag.overlap(base, tuned, paths, ranks=[2]) for paths in (files, [folder]))
+    assert one.layers == two.layers
+
+
+def test_a_gradient_that_is_not_finite_exits_3_after_the_rest(loradiag, inputs, tmp_path):
+    file = tmp_path / "g" / "10.safetensors"
+    bad = load_file(file)
+    bad["lm_head.weight"][0, 1] = torch.inf
+    save_file(bad, file, {"step": "10"})
+    ran = loradiag("overlap", *inputs, "--ranks", "2", "-o", "o.jsonl")
+    assert ran.code == 3
+    assert ran.err == "error: lm_head.weight: step 10: the gradient holds inf at [0, 1]; left out\n"
+    assert "Not measured" in ran.out
+    assert json.loads((tmp_path / "o.jsonl").read_text().splitlines()[-1])["layers"] == 10
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        (["--rank", "0"], 2, "--rank"),
+        (["--resume"], 2, "--resume"),
+        (["--layers", "nowhere"], 4, "compared"),
+        (["g/10.safetensors"], 3, "is of step 10"),
+    ],
+)
+def test_errors_are_one_message_and_write_nothing(loradiag, inputs, tmp_path, words, code, said):
+    ran = loradiag("overlap", *inputs, *words, *([] if words == ["--resume"] else ["-o", "o.jsonl"]))
+    assert ran.code == code
+    assert said in ran.err
+    assert not (tmp_path / "o.jsonl").exists()
+
+
+def test_names_from_files_cannot_move_the_cursor(loradiag, inputs, tmp_path):
+    name = "evil\x1b[2J.weight"
+    for folder, scale in (("base", 0.0), ("tuned", 1.0)):
+        tensors = load_file(tmp_path / folder / "model.safetensors")
+        save_model(tmp_path / folder, tensors | {name: scale * torch.ones(4, 4)})
+    save_step(tmp_path / "g" / "30.safetensors", {name: torch.full((4, 4), torch.nan)}, 30)
+    ran = loradiag("overlap", *inputs, "--ranks", "2")
+    assert ran.code == 3
+    assert "\x1b" not in ran.out + ran.err
+
+
+@pytest.mark.parametrize("named", [["--gradients", "g"], ["base", "--gradients", "g"]])
+def test_the_spectrum_of_gradients_with_and_without_base(loradiag, inputs, tmp_path, named):
+    ran = loradiag("spectrum", *named, "-o", "s.jsonl")
+    assert (ran.code, ran.err) == (0, "")
+    records = [json.loads(line) for line in (tmp_path / "s.jsonl").read_text().splitlines()]
+    assert {record["source"] for record in records if record["record"] == "spectrum"} == {"gradients"}
+    assert "Gradients" in ran.out
+    assert "ΔW" not in ran.out
+
+
+def test_the_gradients_option_takes_every_word_up_to_the_next_option(loradiag, inputs):
+    files = [f"g/{step}.safetensors" for step in (0, 10, 20)]
+    ran = loradiag("spectrum", "base", "--gradients", *files, "--json")
+    stacks = [record["stack"] for record in ran.records if record["record"] == "spectrum"]
+    assert [stack["steps"] for stack in stacks] == [[0, 10, 20]] * 10
+    assert loradiag("spectrum", "base", "tuned", "--gradients", *files).code == 2
+
+
+def test_ranks_are_allocated_from_gradients(loradiag, inputs):
+    assert loradiag("spectrum", "base", "--gradients", "g", "-q", "-o", "s.jsonl").code == 0
+    ran = loradiag("allocate", "s.jsonl", "--total-rank", "12", "--json")
+    assert ran.code == 0, ran.err
+    allocated = [record for record in ran.records if record["record"] == "allocation"]
+    assert sum(record["rank"] for record in allocated) <= 12
+    assert {record["source"] for record in allocated} == {"gradients"}

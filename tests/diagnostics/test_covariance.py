@@ -1,0 +1,165 @@
+"""Spectra of stacked gradients, against NumPy on the stack itself."""
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import lora_diag
+from lora_diag.diagnostics import covariance as module
+from lora_diag.errors import InputError, NothingComparedError, UsageError
+from lora_diag.linalg.stack import decompose_stack
+from tests.conftest import ROOT, SHARED, as_numpy, save_model, weights
+from tests.test_gradients import save_step
+
+SAMPLES = ROOT / "sample_checkpoints"
+
+
+def both_sides(gradients: list[np.ndarray]) -> dict[str, np.ndarray]:
+    """Singular values of the gradients beside each other and on top of each other."""
+    return {
+        "left": np.linalg.svd(np.concatenate(gradients, 1), compute_uv=False),
+        "right": np.linalg.svd(np.concatenate(gradients, 0), compute_uv=False),
+    }
+
+
+def curve(s):
+    return np.cumsum(s**2) / (s**2).sum()
+
+
+@pytest.mark.parametrize("where", ["samples", "cases"])
+def test_every_number_is_that_of_the_stack(where):
+    base, folder = SAMPLES / "base", SAMPLES / "gradients"
+    if where == "cases":
+        base, folder = (SHARED / "cases" / "gradients" / name for name in ("base", "grads"))
+        if not base.exists():
+            pytest.skip("the shared cases are not here")
+    taken = [load_file(file) for file in sorted(folder.glob("*.safetensors"))]
+    found = lora_diag.spectrum(base, gradients=[folder], ranks=[2, 8])
+    assert {record.layer for record in found} == {name for name, value in taken[0].items() if value.ndim == 2}
+    for record in found:
+        sides = both_sides([as_numpy(step[record.layer]) for step in taken])
+        m, n = record.shape
+        own, other = ("left", "right") if m < n else ("right", "left")
+        s = sides[own][: min(m, n)]
+        assert (record.source, record.stack.side, record.complete, record.base_fro) == ("gradients", own, True, None)
+        assert np.allclose(record.s, s, rtol=1e-6, atol=1e-7 * s[0])
+        assert record.fro == pytest.approx(np.sqrt((s**2).sum()), rel=1e-9)
+        for rank in (2, 8):
+            assert record.energy[str(rank)] == pytest.approx(curve(sides[own])[rank - 1], abs=1e-7)
+            assert record.stack.other_energy[str(rank)] == pytest.approx(curve(sides[other])[rank - 1], abs=1e-7)
+        assert record.rank_at["0.9"] == int((curve(sides[own]) < 0.9).sum()) + 1
+        assert record.stack.other_rank_at["0.9"] == int((curve(sides[other]) < 0.9).sum()) + 1
+        assert record.resolution.verdict == "resolved"
+
+
+def test_one_gradient_is_its_own_spectrum_on_both_sides(tmp_path):
+    path = save_step(tmp_path / "g5.safetensors", {"a.weight": torch.randn(9, 4)})
+    (record,) = lora_diag.spectrum(gradients=[path], ranks=[2])
+    s = np.linalg.svd(as_numpy(load_file(path)["a.weight"]), compute_uv=False)
+    assert np.allclose(record.s, s, rtol=1e-6)
+    assert record.stack.steps == (5,)
+    assert record.stack.other_energy == record.energy
+
+
+def test_gradients_of_low_rank_on_one_side_differ_between_the_sides(tmp_path):
+    """One column space for all steps, a new row space at each: rank 2 on the left, 6 on the right."""
+    rng = np.random.default_rng(0)
+    u = np.linalg.qr(rng.standard_normal((20, 2)))[0]
+    for step in range(3):
+        g = u @ rng.standard_normal((2, 24))
+        save_step(tmp_path / "g" / f"{step}.safetensors", {"a.weight": torch.from_numpy(g)})
+    (record,) = lora_diag.spectrum(gradients=[tmp_path / "g"], ranks=[2, 6])
+    assert record.stack.side == "left"
+    assert record.energy["2"] == pytest.approx(1, abs=1e-9)
+    assert record.stack.other_energy["2"] < 0.7
+    assert record.stack.other_energy["6"] == pytest.approx(1, abs=1e-9)
+
+
+def test_a_large_other_side_is_not_computed(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "OTHER_UP_TO", 10)
+    for step in range(2):
+        save_step(tmp_path / "g" / f"{step}.safetensors", {"a.weight": torch.randn(12, 4)})
+    (record,) = lora_diag.spectrum(gradients=[tmp_path / "g"])
+    assert (record.stack.other_energy, record.stack.other_rank_at) == (None, None)
+
+
+def test_rounding_is_that_of_the_stored_gradients(tmp_path):
+    g = {"a.weight": torch.randn(16, 16)}
+    save_step(tmp_path / "half" / "0.safetensors", {name: value.to(torch.bfloat16) for name, value in g.items()})
+    save_step(tmp_path / "half" / "1.safetensors", {name: value.to(torch.bfloat16) for name, value in g.items()})
+    (record,) = lora_diag.spectrum(gradients=[tmp_path / "half"])
+    stored = as_numpy(load_file(tmp_path / "half" / "0.safetensors")["a.weight"])
+    ulp = 2.0 ** (np.floor(np.log2(np.abs(stored))) - 7)
+    assert record.resolution.rounding_fro == pytest.approx(np.sqrt(2 * (ulp**2).sum()) / 2)
+    assert record.dtypes == (None, "bfloat16")
+
+
+def test_zero_gradients_and_entries_that_are_not_finite(tmp_path):
+    bad = torch.ones(4, 4)
+    bad[2, 1] = torch.nan
+    save_step(tmp_path / "g" / "3.safetensors", {"zero.weight": torch.zeros(4, 4), "bad.weight": bad})
+    found = lora_diag.spectrum(gradients=[tmp_path / "g"], ranks=[1])
+    (zero,) = found
+    assert (zero.layer, zero.fro, zero.energy["1"], zero.stack.other_energy["1"]) == ("zero.weight", 0.0, None, None)
+    (item,) = found.left_out
+    assert (item.layer, item.reason, item.detail) == (
+        "bad.weight",
+        "non_finite",
+        "step 3: the gradient holds nan at [2, 1]",
+    )
+
+
+def test_top_keeps_that_many_and_says_so(tmp_path):
+    save_step(tmp_path / "g" / "3.safetensors", {"a.weight": torch.randn(6, 5)})
+    (record,) = lora_diag.spectrum(gradients=[tmp_path / "g"], ranks=[1, 4], top=2)
+    assert (len(record.s), record.complete, record.energy["4"]) == (2, False, None)
+
+
+def test_requests_that_make_no_sense(tmp_path):
+    base = save_model(tmp_path / "base", weights(1))
+    path = save_step(tmp_path / "g" / "3.safetensors", weights(2))
+    with pytest.raises(UsageError, match="name BASE alone"):
+        lora_diag.spectrum(base, base, gradients=[path])
+    with pytest.raises(UsageError, match="name BASE and TUNED"):
+        lora_diag.spectrum()
+    with pytest.raises(UsageError, match="--method exact"):
+        lora_diag.spectrum(gradients=[path], method="exact")
+    with pytest.raises(NothingComparedError):
+        lora_diag.spectrum(base, gradients=[path], layers="nowhere")
+    with pytest.raises(InputError, match="of which step"):
+        lora_diag.spectrum(gradients=[base])
+
+
+def test_what_is_left_out_is_listed(tmp_path):
+    base = save_model(tmp_path / "base", weights(1))
+    path = save_step(tmp_path / "g" / "3.safetensors", weights(2) | {"new.weight": torch.ones(3, 3)})
+    found = lora_diag.spectrum(base, gradients=[path], exclude="lm_head")
+    reasons = {item.layer: item.reason for item in found.left_out}
+    assert reasons["lm_head.weight"] == "not_selected"
+    assert reasons["new.weight"] == "not_in_base"
+    assert reasons["model.layers.0.input_layernorm.weight"] == "vector"
+    assert len(found) == 9
+
+
+def test_a_stack_needs_no_more_rows_than_it_has_values():
+    """Fewer rows in all than columns: only so many values can differ from zero."""
+    found = decompose_stack([torch.tensor([[1.0, 0, 0]]), torch.tensor([[0, 2.0, 0]])])
+    assert found.s.tolist() == [2.0, 1.0]
+    assert found.complete
+
+
+def test_on_the_samples_gradients_order_the_layers_as_the_update_does_and_show_it_too_low_rank():
+    """What docs/overlap.md says."""
+    from scipy.stats import spearmanr
+
+    update = lora_diag.spectrum(SAMPLES / "base", SAMPLES / "full_ft", layers="_proj")
+    found = lora_diag.spectrum(SAMPLES / "base", gradients=[SAMPLES / "gradients"], layers="_proj")
+    first = [SAMPLES / "gradients" / "grad_step000000.safetensors"]
+    at_start = lora_diag.spectrum(SAMPLES / "base", gradients=first, layers="_proj")
+    true_c, true_r = [r.energy["8"] for r in update], [r.rank_at["0.9"] for r in update]
+    for results, rho, ratio in ((found, 0.956, 1.66), (at_start, 0.928, 1.86)):
+        c, r = [record.energy["8"] for record in results], [record.rank_at["0.9"] for record in results]
+        assert spearmanr(true_c, c).statistic == pytest.approx(rho, abs=0.01)
+        assert spearmanr(true_r, r).statistic > 0.93
+        assert np.median(np.array(c) / true_c) == pytest.approx(ratio, abs=0.01)

@@ -1,0 +1,111 @@
+"""What the overlap table and its summary say, from records made by hand."""
+
+import pytest
+
+from lora_diag.metrics.overlap import chance
+from lora_diag.reports.overlap import overlap_table
+from lora_diag.reports.tracks import tracks
+from lora_diag.results import End, LeftOut, Overlap, Results, Run, RunInput
+
+
+def record(layer, step, kappa, rank=16, tangent=None, **more):
+    random = chance((512, 512), rank)
+    return Overlap(
+        layer=layer, shape=(512, 512), step=step, rank=rank, kappa=kappa, kappa_random=random.kappa,
+        tangent=min(1.0, kappa + 0.2) if tangent is None and kappa is not None else tangent,
+        tangent_random=random.tangent, left=kappa, left_random=random.left, right=kappa, right_random=random.right,
+        gradient_fro=0.0 if kappa is None else 1.0, method="gram", **{"verdict": "resolved", **more},
+    )  # fmt: skip
+
+
+def results(records, role="tuned", left_out=(), end=True, ranks=(16,)):
+    roles = ("base", role, "gradients")
+    sides = tuple(RunInput(role=name, path=f"{name}/", kind="a file", tensors=1) for name in roles)
+    last = End(layers=1, left_out=0, fro=None, base_fro=None) if end else None
+    run = Run(command="overlap", version="0", inputs=sides, settings={"ranks": list(ranks)})
+    return Results(run, tuple(records), tuple(left_out), last)
+
+
+def flat(found, **options):
+    return " ".join(overlap_table(found, 200, **options).split())
+
+
+A, B = "model.layers.0.self_attn.q_proj.weight", "model.layers.1.mlp.up_proj.weight"
+
+
+def test_a_layer_that_fell_to_its_baseline_is_named_with_the_step_since_when():
+    kappas = {0: 0.4, 10: 0.05, 20: 0.3, 30: 0.06, 40: 0.05}
+    found = results([record(A, t, k, tangent=0.26) for t, k in kappas.items()] + [record(B, t, 0.5) for t in kappas])
+    said = flat(found)
+    assert "Inside? partly" in said
+    assert "layers.0.self_attn.q_proj: 0.05, since step 30" in said
+    assert "falls in 1, is steady in 1 of 2 matrices" in said
+    assert "lie elsewhere than this update's directions" in said
+
+
+def test_all_inside_all_outside_and_none_known():
+    assert "Inside? yes" in flat(results([record(A, 0, 0.5), record(A, 1, 0.5)]))
+    assert "nothing to change" in flat(results([record(A, 0, 0.5)]))
+    out = flat(results([record(A, 0, 0.04, tangent=0.25)], role="adapter"))
+    assert "Inside? no" in out
+    assert "at every step" in out
+    assert "than the adapter's directions" in out
+    assert "every gradient is zero" in flat(results([record(A, 0, None)]))
+
+
+def test_a_higher_rank_that_helps_and_one_side_that_fits_are_told_apart():
+    raised = [record(A, 0, 0.05, tangent=0.26), record(A, 0, 0.6, rank=64, tangent=0.7)]
+    assert "κ leaves the baseline by r=64: raise the rank there" in flat(results(raised, ranks=(16, 64)))
+    one_side = [record(A, 0, 0.05, tangent=0.7), record(A, 0, 0.1, rank=64, tangent=0.8)]
+    assert "still reaches 0.7 of ‖G‖ (random 0.248); leave it" in flat(results(one_side, ranks=(16, 64)))
+
+
+def test_an_adapter_is_shown_at_its_own_rank_and_a_checkpoint_at_16():
+    records = [record(A, 0, 0.5, rank) for rank in (8, 16, 32)]
+    assert tracks(results(records))[0].rank == 16
+    assert tracks(results(records, role="adapter"))[0].rank == 32
+    assert tracks(results(records), rank=8)[0].rank == 8
+    assert tracks(results(records[:1] + records[2:]))[0].rank == 32
+
+
+def test_records_in_the_order_of_training_are_joined_by_layer():
+    found = results([record(layer, step, 0.5) for step in (20, 0, 10) for layer in (A, B)])
+    assert [(track.layer, [r.step for r in track.records]) for track in tracks(found)] == [
+        (A, [0, 10, 20]),
+        (B, [0, 10, 20]),
+    ]
+
+
+def test_many_steps_are_binned_and_the_table_still_fits():
+    found = results([record(A, step, 0.1 + step / 2000) for step in range(0, 1000, 5)])
+    for width in (60, 80, 140):
+        text = overlap_table(found, width)
+        assert max(map(len, text.splitlines())) <= width
+        assert "995" in text
+    assert "over steps" in overlap_table(found, 80)
+    assert "rises" in overlap_table(found, 80)
+
+
+def test_what_was_not_measured_is_said():
+    left_out = [LeftOut(layer=B, shape=(2, 2), reason="non_finite", detail="step 3: the gradient holds nan at [0, 0]")]
+    said = flat(results([record(A, 0, 0.5)], left_out=left_out, end=False, ranks=(16, 600)))
+    assert "step 3: the gradient holds nan" in said
+    assert "the run did not finish" in said
+    assert "exceed min(out, in): r=600 in 1" in said
+
+
+@pytest.mark.parametrize(("verdict", "said"), [("unresolved", "of 1 matrix 1 unresolved"), ("resolved", "")])
+def test_subspaces_of_rounding_noise_are_flagged(verdict, said):
+    text = flat(results([record(A, 0, 0.05, verdict=verdict)]))
+    assert ("Resolved?" in text) == bool(said)
+    assert said in text
+
+
+def test_embeddings_are_shown_and_not_judged():
+    said = flat(results([record(A, 0, 0.5), record("model.embed_tokens.weight", 0, 0.03)]))
+    assert "Inside? yes" in said
+    assert "embed_tokens" in said
+
+
+def test_colour_shades_by_distance_from_random():
+    assert "\x1b[" in overlap_table(results([record(A, 0, 0.5)]), 80, color=True)

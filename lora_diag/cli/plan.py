@@ -54,5 +54,6 @@ def plan(
         return
     budget = ["--params", params] if params else ["--memory", memory] if memory else ["--params", "10M"]
     pilot = shlex.join(["loradiag", "spectrum", str(base), "TUNED", "-o", "results.jsonl"])
-    then = f"{pilot}, then {shlex.join(['loradiag', 'allocate', 'results.jsonl', *budget])}"
+    chosen = [word for option in (("--target", target), ("--exclude", exclude)) if option[1] for word in option]
+    then = f"{pilot}, then {shlex.join(['loradiag', 'allocate', 'results.jsonl', *budget, *map(str, chosen)])}"
     result(plan_table(found, *terminal(), then=then))

@@ -9,10 +9,14 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
+from lora_diag.cli.allocate import allocate
 from lora_diag.cli.extract import extract
+from lora_diag.cli.gate import gate
 from lora_diag.cli.inspect import inspect
 from lora_diag.cli.output import ReaderGoneError, forget_output, message
 from lora_diag.cli.overlap import overlap
+from lora_diag.cli.plan import plan
+from lora_diag.cli.plot import plot
 from lora_diag.cli.residual import residual
 from lora_diag.cli.report import report
 from lora_diag.cli.spectrum import spectrum
@@ -20,7 +24,7 @@ from lora_diag.cli.verify_merge import verify_merge
 from lora_diag.errors import DONE, UNREADABLE, LoradiagError
 from lora_diag.version import __version__
 
-COMMANDS = (spectrum, residual, overlap, verify_merge, extract, inspect, report)
+COMMANDS = (spectrum, residual, overlap, verify_merge, allocate, plan, extract, gate, inspect, plot, report)
 
 # What a shell reports of a program that Ctrl-C ended: 128 + SIGINT.
 INTERRUPTED = 130
@@ -29,14 +33,24 @@ INTERRUPTED = 130
 class _Command(TyperCommand):
     """A command whose usage line calls BASE what the help below calls it; newer typer writes ``{BASE}``."""
 
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Let ``--gradients`` take every word up to the next option, as a shell writes ``grads/*``."""
+        spread: list[str] = []
+        for at, word in enumerate(args):
+            before = args[at - 1] if at else ""
+            follows = spread[-2:-1] == ["--gradients"] and before != "--gradients" and not word.startswith("-")
+            spread += ["--gradients", word] if follows else [word]
+        return super().parse_args(ctx, spread)
+
     def collect_usage_pieces(self, ctx: Any) -> list[str]:
-        return [piece.strip("{}") for piece in super().collect_usage_pieces(ctx)]
+        return [piece.replace("{", "").replace("}", "") for piece in super().collect_usage_pieces(ctx)]
 
 
 app = typer.Typer(
     name="loradiag",
     help="Rank diagnostics for fine-tuned models: is the update low-rank, and can the files show it?",
-    epilog="Exit codes: 0 done, 2 usage, 3 could not measure, 4 nothing was compared.",
+    epilog="Exit codes: 0 done or passed, 1 a gate failed, 2 usage, 3 could not measure, 4 nothing was compared, "
+    "5 inconclusive.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import shlex
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Literal, get_args
@@ -13,11 +14,12 @@ from lora_diag.adapters.writing import store_factors
 from lora_diag.api.extract_folder import OutputFolder
 from lora_diag.api.extract_plan import plan
 from lora_diag.api.extract_ranks import Asked, ranks_for
+from lora_diag.api.fingerprint import legible
 from lora_diag.api.inputs import compare
 from lora_diag.api.measuring import Progress, Watch, check_running, measure_layers
 from lora_diag.api.spectrum import spectrum
 from lora_diag.checkpoints import open_checkpoint
-from lora_diag.deltas import footprint
+from lora_diag.deltas import Delta, FactoredDelta, footprint
 from lora_diag.diagnostics.extraction import DTYPES, ExtractionSettings, Layer
 from lora_diag.diagnostics.extraction import extract as factor
 from lora_diag.engines import layout_for
@@ -137,7 +139,7 @@ def extract(
 
     rules = ranks_for(asked, planned.targets, spectra)
     tasks = [
-        Layer(delta, target.module, target.kind, target.transposed, rules[delta.layer])
+        Layer(_without_base(delta), target.module, target.kind, target.transposed, rules[delta.layer])
         for delta in compared.pairing.deltas
         if (target := planned.targets.get(delta.layer)) is not None
     ]
@@ -175,10 +177,10 @@ def extract(
     if not results.layers:
         folder.discard()
         raise _nothing(tuned, results)
-    name = str(base_name or base)
+    name = base_name or legible(Path(base).parent if Path(base).is_file() else base)
     planned.write(folder.work, results, files, name)
-    words = ["loradiag", "extract", str(base), str(tuned), "-o", str(output), *shlex.split(asked.words())]
-    folder.finish(model_card(results, name, shlex.join(words)))
+    command = [*map(legible, ("loradiag", "extract", base, tuned)), *asked.words().split(" ", 1), *_options(run)]
+    folder.finish(model_card(results, name, shlex.join([*command, "-o", legible(output)])))
     return results
 
 
@@ -192,6 +194,22 @@ def _check_words(split: str, dtype: str, rest: str) -> None:
     for option, word, words in allowed:
         if word not in words:
             raise UsageError(f"{option} {word}: use {', '.join(words)}")
+
+
+def _options(run: Run) -> list[str]:
+    """Return the settings that are not the usual ones, as they are typed."""
+    usual = {"split": "both", "dtype": "float32", "rest": "list", "method": "auto", "tol": 1e-4, "seed": 0}
+    usual |= {"layers": None, "exclude": None}
+    return [word for key, value in usual.items() if run.settings[key] != value for word in _typed(key, run)]
+
+
+def _typed(key: str, run: Run) -> tuple[str, str]:
+    return f"--{key}", str(run.settings[key])
+
+
+def _without_base(delta: Delta) -> Delta:
+    """Return an update that its factors tell, without the weight it changes: reading W_base would take minutes."""
+    return replace(delta, base=None) if isinstance(delta, FactoredDelta) else delta
 
 
 def _one_layer(task: Layer, files: Mapping[str, Path], settings: ExtractionSettings) -> tuple[Extraction | LeftOut]:

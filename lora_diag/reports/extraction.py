@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import median
@@ -18,6 +19,9 @@ from lora_diag.results.names import module_type_of
 
 # Which columns go first where there is too little room.
 _SPARED = ("solver", "signal", "kind", "‖ΔW‖/‖W‖", "params")
+
+# Why a layer has no factors if ΔW = 0, as the diagnostic says it.
+ZERO = "its update is zero"
 
 # So many names are given in a line.
 _NAMED = 3
@@ -75,6 +79,7 @@ def model_card(results: Results[Extraction], base_name: str, command: str) -> st
         for row in _rows(results, "type")
     ]
     missing = [f"- {line}" for line in _missing(results, tip="")]
+    in_full = [f"- {line}" for line in _in_full(results)]
     return "\n".join(
         [
             "---",
@@ -95,6 +100,7 @@ def model_card(results: Results[Extraction], base_name: str, command: str) -> st
             "",
             *table,
             "",
+            *(["Beside the factors:", "", *in_full, ""] if in_full else []),
             *(["Not in it:", "", *missing, ""] if missing else []),
             "```python",
             "from peft import PeftModel",
@@ -143,6 +149,7 @@ def _table(rows: Sequence[_Row], per: str, width: int) -> Table:
         column("solver", lambda row: ", ".join(sorted({record.method.partition(":")[0] for record in row.records}))),
     ]
     dropped = {"n"} if per == "layer" else set()
+    dropped |= {column.title for column in columns if set(column.cells) == {"-"}}
     dropped |= set() if width >= WIDE else {"kind", "solver"}
     shown = [column for column in columns if column.title not in dropped]
     return table_of("module type" if per == "type" else "layer", [row.name for row in rows], shown, width, _SPARED)
@@ -219,12 +226,30 @@ def _wrote(results: Results[Extraction], folder: str | None) -> str:
     dtype = results.layers[0].dtype
     to = f"{safe(folder)}: " if folder else ""
     tables = sum(record.kind == "embedding" for record in results)
-    more = f" ({tables} of them embeddings, on which servers take no adapter)" if tables else ""
-    saved = sum(item.reason == "saved" for item in results.left_out)
-    whole = f"\nand {saved} tensors in full" if saved else ""
+    more = f" ({tables} of them embeddings)" if tables else ""
+    whole = "".join(f"\n{line}" for line in _in_full(results))
     return (
         f"{to}{len(results)} weights{more}, rank {_span(ranks)}, {count(_params(results))} parameters in {dtype}{whole}"
     )
+
+
+def _in_full(results: Results[Extraction]) -> list[str]:
+    """Say what is stored in full, and what has to be done to the base model before that can be loaded."""
+    rows: Counter[str] = Counter()  # of a table, those that both sides have and those that were added
+    resized = set()
+    for item in results.left_out:
+        if item.reason == "saved":
+            rows[item.layer] += item.shape[0]
+            resized |= {item.layer} if "vocabulary" in item.detail else set()
+    names = sorted(rows)
+    if not names:
+        return []
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    lines = [f"stored in full: {', '.join(map(short, names[:_NAMED]))}{more}"]
+    if resized:
+        sizes = ", ".join(str(size) for size in sorted({rows[name] for name in resized}))
+        lines.append(f"before it is loaded: base_model.resize_token_embeddings({sizes})")
+    return lines
 
 
 def _price(results: Results[Extraction]) -> str:
@@ -261,6 +286,8 @@ def _resolved(results: Results[Extraction]) -> str:
         for record in results
         if record.resolution.signal_rank is not None and record.rank > record.resolution.signal_rank
     ]
+    if all(record.method == "factored" for record in results):
+        return "yes: the factors are the update; no rounding of merged weights comes between"
     if not beyond and not noisy:
         return "yes: every direction in the adapter stands above the rounding of the files"
     share = f"{len(beyond)} of {len(results)} weights have more directions than stand above the files' rounding noise"
@@ -296,11 +323,18 @@ def _missing(results: Results[Extraction], tip: str = "; --rest save stores them
     for (reason, why), items in groups.items():
         moved = math.hypot(*(item.fro or 0.0 for item in items))
         share = f", {percent((moved / total) ** 2)} of ‖Δ‖²" if moved else ""
+        if why == ZERO:
+            lines.append(f"{len(items)} that did not move: {_names(items)}")
+            continue
         line = f"{len(items)} {REASONS[reason]}{share}"
         if reason == "vector":
             line += (tip if listed else "") if moved else " that did not move"
         elif reason != "not_selected":
-            more = f" and {len(items) - _NAMED} more" if len(items) > _NAMED else ""
-            line += f": {', '.join(short(item.layer) for item in items[:_NAMED])}{more}"
+            line += f": {_names(items)}"
         lines.append(f"{line} ({why})" if why else line)
     return lines
+
+
+def _names(items: Sequence[LeftOut]) -> str:
+    more = f" and {len(items) - _NAMED} more" if len(items) > _NAMED else ""
+    return f"{', '.join(short(item.layer) for item in items[:_NAMED])}{more}"

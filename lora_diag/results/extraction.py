@@ -23,7 +23,7 @@ class Extraction(Record):
         epsilon: ‖ΔW − B·A‖_F / ‖ΔW‖_F of the factors as they are in the file, in their dtype.
         epsilon_min: √(1 − C(r)), the smallest ε of any update of this rank (Eckart–Young).
         fro: ‖ΔW‖_F.
-        base_fro: ‖W_base‖_F.
+        base_fro: ‖W_base‖_F; null for an update known by its factors, for which W_base is not read.
         dtype: In which the factors are stored.
         method: What computed the singular vectors.
         resolution: What the files' rounding lets one see of ΔW.

@@ -2,13 +2,14 @@
 
 import importlib
 import json
+import re
 import sys
 
 import numpy as np
 import pytest
 from safetensors.torch import load_file, save_file
 
-from tests.conftest import SHARED, Ran, save_model
+from tests.conftest import ROOT, SHARED, Ran, save_model
 from tests.oracles import best_approximation
 
 
@@ -149,7 +150,7 @@ def test_a_layer_that_is_not_finite_is_named_and_not_written(loradiag, pair_of_m
 
 
 def test_nothing_to_write_is_an_error_and_leaves_nothing(loradiag, pair_of_models, tmp_path):
-    base, _, before, after = pair_of_models
+    base, _, _, after = pair_of_models
     ran = loradiag("extract", base, base, "--rank", "2", "-o", "adapter")
     assert ran.code == 4
     assert "its update is zero" in ran.err
@@ -166,7 +167,7 @@ def test_layers_that_did_not_move_get_no_adapter(loradiag, pair_of_models, tmp_p
     frozen = {name: before[name] if "layers.0" in name else value for name, value in after.items()}
     ran = loradiag("extract", base, save_model(tmp_path / "half", frozen), "--rank", "2", "-o", "adapter")
     assert ran.code == 0
-    assert "4 of rank 0" in ran.out
+    assert "4 that did not move" in ran.out
     targets = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["target_modules"]
     assert "q_proj" not in targets
     assert "model.layers.1.self_attn.q_proj" in targets
@@ -255,7 +256,7 @@ def test_inspect_shows_it_again(loradiag, pair_of_models, tmp_path):
 @pytest.mark.parametrize("case", ["full-ft", "moe-full-ft", "vocab-resized", "bitfit-like", "sharded-base"])
 def test_cases(loradiag, case, tmp_path):
     folder = SHARED / "cases" / case
-    tuned = next((folder / name for name in ("merged", "tuned", "adapter") if (folder / name).is_dir()))
+    tuned = next(folder / name for name in ("merged", "tuned", "adapter") if (folder / name).is_dir())
     ran = loradiag("extract", folder / "base", tuned, "--rank", "100", "--rest", "save", "-o", "adapter", "--json")
     if case == "bitfit-like":
         assert (ran.code, "its update is zero" in ran.err) == (4, True)
@@ -266,3 +267,12 @@ def test_cases(loradiag, case, tmp_path):
         if record["record"] == "extraction":
             assert record["epsilon"] < 1e-5
             assert record["fro"] == pytest.approx(truth[record["layer"]]["fro"], rel=1e-4)
+
+
+def test_the_docs_show_what_is_printed(loradiag, tmp_path):
+    """docs/refresh.py runs commands in the repository; this one writes, so it runs here."""
+    page = (ROOT / "docs" / "extract.md").read_text(encoding="utf-8")
+    words, shown = re.search(r"<!-- shown: (.*?) -->\n(.*?)<!-- end -->", page, re.DOTALL).groups()
+    (tmp_path / "sample_checkpoints").symlink_to(ROOT / "sample_checkpoints")
+    printed = loradiag(*words.split()).out.strip("\n")
+    assert shown == f"```console\n$ loradiag {words}\n{printed}\n```\n"

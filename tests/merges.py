@@ -1,4 +1,4 @@
-"""Merges made on the spot by the installed PEFT on tiny models: base, adapter and merged checkpoint, ready to be spoilt."""
+"""Merges made on the spot by the installed PEFT on tiny models: base, adapter and merged checkpoint, to be spoilt."""
 
 import copy
 import json

@@ -1,8 +1,8 @@
 """What went wrong with a layer that is no merge of W and ΔW: the usual faults, each tried in turn.
 
 A fault is a hypothesis "M is W + D', rounded" with another D' than the adapter's ΔW: c·ΔW, ΔWᵀ, another expert's ΔW.
-It is believed if ‖M − W − D'‖ is no more than rounding and 5% of ‖D'‖; of several, the one that comes nearest. That a
-layer fails was decided before, entry by entry; what is said here is the likely cause.
+It is believed if it explains all but one entry in a thousand, or if ‖M − W − D'‖ is no more than rounding and 5% of
+‖D'‖. That a layer fails was decided before, entry by entry; what is said here is the likely cause.
 """
 
 from __future__ import annotations
@@ -25,9 +25,16 @@ UNEXPLAINED = 1e-3
 # Besides rounding, a fault may leave so much of ‖D'‖ unexplained.
 NEAR = 0.05
 
+# Where fewer entries than this share are wrong, the rest is held to be right.
+FEW = 0.05
+
+# The cosine from which on a layer is held to have moved along another's ΔW.
+CLEAR = 0.5
+
 # Weights whose two halves are two layers, so that they can be put together in the wrong order.
 HALVES = ("gate_up", "gate_and_up", "up_gate", "w13", "kv_proj", "input_linear")
 
+TWICE = "it was added twice"
 UNCHANGED = "MERGED holds BASE's weight: the update was not added"
 
 # How many ranges of rows a message names.
@@ -59,6 +66,7 @@ class Look:
         rounding: How a correct merge may have rounded.
         found: What the check with ΔW found.
         recheck: The same check with another D' or another rounding.
+        recheck_on_top: The check with ΔW of a MERGED that had W + ΔW, rounded, before.
         observed: Takes first and last row, returns these rows of O = M − W.
         scale: s of the adapter; None if it is not known.
         rank: r of the adapter; None if it is not known.
@@ -73,6 +81,7 @@ class Look:
     rounding: Rounding
     found: Check
     recheck: Callable[[Addend, Rounding], Check]
+    recheck_on_top: Callable[[], Check]
     observed: Callable[[int, int], Tensor]
     scale: float | None
     rank: int | None
@@ -85,9 +94,7 @@ def find_fault(look: Look) -> Fault:
     found = look.found
     if found.moved == 0:
         return Fault("dropped", UNCHANGED)
-    if fault := _coarse(look) or _partial(look) or _best(look) or _rounded_base(look):
-        return fault
-    return _by_numbers(look)
+    return _coarse(look) or _partial(look) or _best(look) or _few(look) or _rounded_base(look) or _by_numbers(look)
 
 
 def _coarse(look: Look) -> Fault | None:
@@ -111,34 +118,36 @@ def _partial(look: Look) -> Fault | None:
 
 
 def _best(look: Look) -> Fault | None:
-    """Try every usual fault; return the nearest of those that explain the layer."""
-    how = replace(look.rounding, more=1.0)
-    fitting: list[tuple[float, Fault]] = []
-    for fault, addend in _hypotheses(look):
-        check = look.recheck(addend, how)
-        if check.residual <= min(_near(check.expected, check.allowed), look.found.residual):
-            fitting.append((check.residual, fault))
-    return min(fitting, key=lambda item: item[0])[1] if fitting else None
+    """Try every usual fault; of those that explain the layer, return the one that leaves fewest entries and least."""
+    fitting: list[tuple[int, float, Fault]] = []
+    for fault, check in _hypotheses(look):
+        near = check.residual <= min(_near(check.expected, check.allowed), look.found.residual / 2)
+        if near or check.count <= min(UNEXPLAINED * check.entries, look.found.count / 2):
+            fitting.append((check.count, check.residual, fault))
+    return min(fitting, key=lambda item: item[:2])[2] if fitting else None
 
 
 def _near(squares: float, allowed: float) -> float:
     """Return how large ‖M − W − D'‖² may be for D' to explain a layer: 5% of ‖D'‖ and the noise of two roundings.
 
-    ``allowed`` is Σ(½ulp + ½ulp)² or more; each rounding is expected to add a variance of ulp²/12.
+    ``allowed`` is Σ(ulp/2)² or more; each rounding is expected to add a variance of ulp²/12.
     """
-    return NEAR**2 * squares + allowed / 4
+    return NEAR**2 * squares + allowed * 2 / 3
 
 
-def _hypotheses(look: Look) -> Iterator[tuple[Fault, Addend]]:
+def _hypotheses(look: Look) -> Iterator[tuple[Fault, Check]]:
+    how = look.rounding
+    yield Fault("wrong scale", f"ΔW was added times 2: {TWICE}, one after the other"), look.recheck_on_top()
     for factor, why in scales(look.scale, look.rank).items():
-        yield Fault("wrong scale", f"ΔW was added times {factor:.4g}: {why}"), look.addend.times(factor)
+        check = look.recheck(look.addend.times(factor), how)
+        yield Fault("wrong scale", f"ΔW was added times {factor:.4g}: {why}"), check
     if look.is_matrix and look.shape[0] == look.shape[1]:
-        yield Fault("transposed", "ΔWᵀ was added in the place of ΔW"), look.addend.transposed()
+        yield Fault("transposed", "ΔWᵀ was added in the place of ΔW"), look.recheck(look.addend.transposed(), how)
     if look.shape[0] % 2 == 0 and any(word in look.layer for word in HALVES):
         why = "ΔW was added with its upper and lower half in each other's place"
-        yield Fault("wrong order", why), look.addend.halves_swapped()
+        yield Fault("wrong order", why), look.recheck(look.addend.halves_swapped(), how)
     if name := _nearest_other(look):
-        yield Fault("wrong order", f"the ΔW of {name} was added here"), look.load_other(name)
+        yield Fault("wrong order", f"the ΔW of {name} was added here"), look.recheck(look.load_other(name), how)
 
 
 def scales(s: float | None, rank: int | None) -> dict[float, str]:
@@ -152,7 +161,7 @@ def scales(s: float | None, rank: int | None) -> dict[float, str]:
         >>> sorted(scales(2.0, 16))
         [-1.0, 0.25, 0.5, 2.0, 4.0]
     """
-    causes: list[tuple[float, str]] = [(2.0, "it was added twice"), (-1.0, "it was subtracted")]
+    causes: list[tuple[float, str]] = [(2.0, TWICE), (-1.0, "it was subtracted")]
     if s:
         causes += [(1 / s, f"the scaling s = {s:.4g} (lora_alpha) was left out"), (s, f"s = {s:.4g} was applied twice")]
     if rank is not None and rank > 1:
@@ -171,18 +180,23 @@ def scales(s: float | None, rank: int | None) -> dict[float, str]:
 
 
 def _nearest_other(look: Look) -> str | None:
-    """Return the layer whose ΔW points most nearly where this one moved, if that is clear."""
-    best, nearest = 0.5, None
+    """Return the layer whose ΔW points most nearly where this one moved, if that is clear; told by the first rows."""
+    span = next(row_spans(look.shape))
+    observed = look.observed(*span)
+    best, nearest = CLEAR * float(torch.linalg.vector_norm(observed)), None
     for name in look.others:
-        other = look.load_other(name)
-        inner = norm = 0.0
-        for span in row_spans(look.shape):
-            inner += other.inner(look.observed(*span), *span)
-            norm += float((other.rows(*span) ** 2).sum())
-        cosine = inner / math.sqrt(norm * look.found.observed) if norm and look.found.observed else 0.0
-        if cosine > best:
-            best, nearest = cosine, name
+        rows = look.load_other(name).rows(*span)
+        along = float((observed * rows).sum()) / (float(torch.linalg.vector_norm(rows)) or 1.0)
+        if along > best:
+            best, nearest = along, name
     return nearest
+
+
+def _few(look: Look) -> Fault | None:
+    found = look.found
+    if found.count >= FEW * found.entries:
+        return None
+    return Fault("other", f"{found.count} entries differ {_where(look)}, the others are right")
 
 
 def _rounded_base(look: Look) -> Fault | None:
@@ -203,7 +217,7 @@ def _by_numbers(look: Look) -> Fault:
         return Fault("other", f"the adapter's update is zero here, but MERGED differs from BASE {_where(look)}")
     c = found.inner / found.expected
     apart = found.observed - c * c * found.expected
-    if abs(c - 1) > NEAR and apart <= _near(c * c * found.expected, found.allowed):
+    if abs(c - 1) > NEAR and apart <= min(_near(c * c * found.expected, found.allowed), found.observed / 2):
         return Fault("wrong scale", f"ΔW was added times {c:.3g}, which is none of the usual mistakes")
     rest = math.sqrt(found.residual)
     doubt = 4 * rest / math.sqrt(found.expected * found.entries)  # of c, if the rest has nothing to do with ΔW
@@ -211,8 +225,8 @@ def _by_numbers(look: Look) -> Fault:
         share = rest / math.sqrt(found.base) if found.base else math.inf
         return Fault(
             "other base",
-            f"ΔW is in it (c = {c:.2f}), but so is something else, of {share:.2g} ‖W‖: perhaps merged into another base "
-            "(a quantized copy?), or trained on",
+            f"ΔW is in it (c = {c:.2f}), but so is something else, of {share:.2g} ‖W‖: perhaps another base, such as a "
+            "quantized one, or further training",
         )
     cosine = found.inner / math.sqrt(found.expected * found.observed)
     return Fault("other", f"MERGED moved elsewhere {_where(look)}: cosine {cosine:.2f} with ΔW, c = {c:.2f}")

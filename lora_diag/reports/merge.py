@@ -11,7 +11,7 @@ from typing import Literal
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from lora_diag.reports.columns import Column, table_of
+from lora_diag.reports.columns import WIDE, Column, table_of
 from lora_diag.reports.lines import answers, inputs, left_out_line, not_measured, notes
 from lora_diag.reports.text import count, number, percent, safe, short, to_text
 from lora_diag.results import Merge, Results
@@ -44,7 +44,7 @@ LOST = 0.9
 SHOWN = 3
 
 # Which columns go first where there is too little room.
-_SPARED = ("shape", "dtype", "max ulp", "residual", "n")
+_SPARED = ("shape", "dtype", "max ulp", "residual", "unchanged", "n")
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +75,7 @@ def merge_table(
     if len(results):
         rows = _rows(results, per)
         title = "module type" if per == "type" else "layer"
-        parts.append(table_of(title, [row.name for row in rows], _columns(rows, per), width, _SPARED))
+        parts.append(table_of(title, [row.name for row in rows], _columns(rows, width, per), width, _SPARED))
     parts.append(answers([*_lines(results), *([("Next", then)] if then else [])], _style))
     return to_text(Group(*parts), width, color)
 
@@ -96,7 +96,7 @@ def _rows(results: Results[Merge], per: str) -> list[_Row]:
     return sorted(rows, key=order)
 
 
-def _columns(rows: Sequence[_Row], per: str) -> list[Column]:
+def _columns(rows: Sequence[_Row], width: int, per: str) -> list[Column]:
     def column(title: str, cell: Callable[[_Row], str | Text], justify: Literal["left", "right"] = "right") -> Column:
         return Column(title, tuple(map(cell, rows)), justify)
 
@@ -111,7 +111,9 @@ def _columns(rows: Sequence[_Row], per: str) -> list[Column]:
         column("arrived c", lambda row: _middle([record.scale for record in row.records])),
         column("residual", lambda row: _middle([record.residual for record in row.records])),
     ]
-    return [column for column in columns if per == "type" or column.title != "n"]
+    left_out = set() if width >= WIDE else {"shape", "dtype", "max ulp"}
+    left_out |= {"n"} if per == "layer" else set()
+    return [column for column in columns if column.title not in left_out]
 
 
 def _shade(status: MergeStatus) -> str:
@@ -267,13 +269,15 @@ def _kept(share: float) -> str:
 
 
 def _lost(results: Results[Merge]) -> str:
-    lost = [record for record in _right(results) if record.retained is not None and record.retained < LOST]
+    right = [record for record in _right(results) if record.retained is not None and record.residual is not None]
+    lost = [record for record in right if (record.retained or 0.0) < LOST or (record.residual or 0.0) > 1]
     if not lost:
         return ""
     lost.sort(key=lambda record: record.retained or 0.0)
     return (
-        f"rounding took more than {percent(1 - LOST)} of ΔW in {_layers(len(lost))}: {_names(lost)}. The merge is "
-        "right, its dtype is too coarse for this adapter: serve the adapter unmerged, or merge into float32"
+        f"rounding took more than {1 - LOST:.0%} of ΔW, or added more noise than ‖ΔW‖, in {_layers(len(lost))}: "
+        f"{_names(lost)}. The merge is right, its dtype is too coarse for this adapter: serve the adapter unmerged, or "
+        "merge into float32"
     )
 
 

@@ -1,0 +1,184 @@
+"""``loradiag verify-merge`` as a user runs it: exit codes, table, records, resume."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.adapters.making import adapter, base, normal, write
+from tests.oracles import bf16
+
+NAMES = [f"model.layers.{block}.self_attn.{module}.weight" for block in (0, 1) for module in ("q_proj", "v_proj")]
+
+
+@pytest.fixture
+def files(tmp_path):
+    """A base, an adapter on four of its six weights, and a right bf16 merge, rounded by its bits."""
+    tensors = {name: bf16(normal(12, 12, seed=i) * 0.02).astype(float) for i, name in enumerate(NAMES)}
+    tensors |= {
+        "model.norm.weight": bf16(normal(12)).astype(float),
+        "lm_head.weight": bf16(normal(20, 12)).astype(float),
+    }
+    factors, merged = {}, dict(tensors)
+    for i, name in enumerate(NAMES):
+        a, b = normal(2, 12, seed=10 + i) * 0.1, normal(12, 2, seed=20 + i) * 0.1
+        a, b = a.astype("float32").astype(float), b.astype("float32").astype(float)
+        factors |= {name.replace(".weight", ".lora_A.weight"): a, name.replace(".weight", ".lora_B.weight"): b}
+        merged[name] = bf16((tensors[name] + 1.5 * b @ a).astype("float32")).astype(float)
+    write_bf16 = {"base": tensors, "merged": merged}
+    base(tmp_path, tensors)
+    adapter(tmp_path, factors)
+    for folder, content in write_bf16.items():
+        save(tmp_path / folder, content)
+    return tmp_path
+
+
+def save(folder, tensors):
+    path = write(folder / "model.safetensors", tensors)
+    from safetensors.torch import save_file
+
+    save_file({name: value.bfloat16() for name, value in load_file(path).items()}, path)
+    return folder
+
+
+def spoilt(files, change, name="spoilt"):
+    before = load_file(files / "base" / "model.safetensors")
+    after = load_file(files / "merged" / "model.safetensors")
+    change(before, after)
+    return save(files / name, {key: value.double().numpy() for key, value in after.items()})
+
+
+def test_a_right_merge_passes(files, loradiag):
+    ran = loradiag("verify-merge", "base", "adapter", "merged")
+    assert (ran.code, ran.err) == (0, "")
+    assert "yes: all 4 layers adapted are W + ΔW" in " ".join(ran.out.split())
+    assert "all 2 are BASE's" in ran.out
+    assert "verify-merge base adapter merged -o merge.jsonl" in " ".join(ran.out.split())
+
+
+def test_a_wrong_one_fails_and_its_faults_come_first(files, loradiag):
+    def change(before, after):
+        after[NAMES[0]] = before[NAMES[0]]
+        after["model.norm.weight"] += 1
+        del after[NAMES[3]]
+
+    spoilt(files, change)
+    ran = loradiag("verify-merge", "base", "adapter", "spoilt")
+    assert (ran.code, ran.err) == (1, "")
+    words = " ".join(ran.out.split())
+    assert "no: 2 of 4 layers adapted are not W + ΔW and 1 that the adapter does not touch changed" in words
+    rows = [line for line in ran.out.splitlines() if "proj" in line or "norm" in line][:5]
+    for row, status in zip(rows, ("missing", "dropped", "changed", "ok", "ok"), strict=True):
+        assert f" {status} " in row
+    assert "Dropped" in ran.out
+    assert "→ merge again" in ran.out
+    assert "--per layer" in words
+
+
+@pytest.mark.parametrize("columns", [60, 80, 140])
+@pytest.mark.parametrize("per", ["type", "layer"])
+def test_the_table_fits_the_terminal(files, loradiag, columns, per):
+    ran = loradiag("verify-merge", "base", "adapter", "merged", "--per", per, env={"COLUMNS": str(columns)})
+    assert max(map(len, ran.out.splitlines())) <= columns
+    assert ran.out.count(".q_proj") >= (2 if per == "layer" else 1)
+
+
+def test_records_and_the_file_they_are_kept_in(files, loradiag):
+    ran = loradiag("verify-merge", "base", "adapter", "merged", "--json", "-o", "merge.jsonl")
+    assert ran.code == 0
+    run, *layers, end = ran.records
+    assert [item["role"] for item in run["inputs"]] == ["base", "adapter", "merged"]
+    assert {record["record"] for record in layers} == {"merge"}
+    assert [record["layer"] for record in layers] == ["lm_head.weight", *NAMES, "model.norm.weight"]
+    assert {record["status"] for record in layers} == {"ok"}
+    assert end["layers"] == 6
+    assert (files / "merge.jsonl").read_text() == ran.out
+    shown = loradiag("inspect", "merge.jsonl", "--per", "layer")
+    assert shown.code == 0
+    assert "layers.0.self_attn.v_proj" in shown.out
+    assert "yes: all 4 layers" in shown.out
+
+
+def test_an_interrupted_run_goes_on(files, loradiag):
+    whole = loradiag("verify-merge", "base", "adapter", "merged", "-o", "whole.jsonl", "-q")
+    assert (whole.code, whole.out) == (0, "")
+    lines = (files / "whole.jsonl").read_bytes().splitlines(keepends=True)
+    (files / "cut.jsonl").write_bytes(b"".join(lines[:4]) + lines[4][:20])
+    assert loradiag("verify-merge", "base", "adapter", "merged", "-o", "cut.jsonl").code == 2
+    assert loradiag("verify-merge", "base", "adapter", "merged", "-o", "cut.jsonl", "--resume", "-q").code == 0
+    assert (files / "cut.jsonl").read_bytes() == (files / "whole.jsonl").read_bytes()
+    assert loradiag("verify-merge", "base", "adapter", "merged", "--resume").code == 2
+
+
+def test_exit_codes(files, loradiag):
+    assert loradiag("verify-merge", "base", "merged", "adapter").code == 2
+    assert loradiag("verify-merge", "base", "adapter", "nowhere").code == 3
+    assert loradiag("verify-merge", "base", "adapter", "merged", "--layers", "norm").code == 4
+    assert loradiag("verify-merge", "base", "adapter", "merged", "--layers", "(").code == 2
+
+    def nan(before, after):
+        before[NAMES[0]][0, 0] = float("nan")
+
+    before = load_file(files / "base" / "model.safetensors")
+    before[NAMES[0]][0, 0] = float("nan")
+    save(files / "broken", {key: value.double().numpy() for key, value in before.items()})
+    ran = loradiag("verify-merge", "broken", "adapter", "merged")
+    assert (ran.code, ran.err.count("\n")) == (3, 1)
+    assert "BASE holds nan at [0, 0]; the layer was not checked" in ran.err
+
+
+def test_a_merge_that_shows_nothing_is_inconclusive(files, loradiag):
+    path = files / "adapter" / "adapter_model.safetensors"
+    write(path, {name: value.double().numpy() * 1e-6 for name, value in load_file(path).items()})
+    ran = loradiag("verify-merge", "base", "adapter", "base")
+    assert ran.code == 5
+    assert "cannot tell: MERGED is BASE in every adapted layer" in " ".join(ran.out.split())
+    assert "serve the adapter unmerged" in " ".join(ran.out.split())
+
+
+def test_a_merge_that_lost_the_adapter_to_rounding_passes_with_a_warning(files, loradiag):
+    path = files / "adapter" / "adapter_model.safetensors"
+    write(path, {name: value.double().numpy() * 0.02 for name, value in load_file(path).items()})
+    before, factors = load_file(files / "base" / "model.safetensors"), load_file(path)
+    after = {}
+    for name, w in before.items():
+        key = f"base_model.model.{name.removesuffix('.weight')}.lora_"
+        d = factors[f"{key}B.weight"].double() @ factors[f"{key}A.weight"].double() * 1.5 if name in NAMES else 0.0
+        after[name] = bf16((w.double() + d).float().numpy()).astype(float)
+    save(files / "small", after)
+    ran = loradiag("verify-merge", "base", "adapter", "small")
+    assert ran.code == 0
+    words = " ".join(ran.out.split())
+    assert "Lost rounding took more than 10% of ΔW" in words
+    assert "serve the adapter unmerged, or merge into float32" in words
+
+
+def test_names_cannot_move_the_cursor(files, loradiag):
+    def change(before, after):
+        after["evil\x1b[2J.weight"] = torch.ones(3)
+
+    spoilt(files, change)
+    ran = loradiag("verify-merge", "base", "adapter", "spoilt")
+    assert ran.code == 0
+    assert "\x1b" not in ran.out
+    assert "only in MERGED" in ran.out
+
+
+def test_help_imports_no_torch():
+    code = (
+        "import sys; sys.argv = ['loradiag', 'verify-merge', '--help']\nfrom lora_diag.cli import main\n"
+        "try:\n    main()\nexcept SystemExit as stop:\n    assert not stop.code\n"
+        "assert not {'torch', 'numpy'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_the_python_api(files):
+    import lora_diag
+
+    results = lora_diag.verify_merge(files / "base", files / "adapter", files / "merged", workers=1)
+    assert results[NAMES[0]].status == "ok"
+    assert json.loads(results[NAMES[0]].model_dump_json())["record"] == "merge"

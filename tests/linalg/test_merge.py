@@ -1,0 +1,199 @@
+"""The entrywise check of a merge against roundings made in NumPy, bit by bit."""
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lora_diag.linalg.merge import Product, Rounding, Whole, check_merge, held_dtype, ulp
+from tests.oracles import bf16
+
+# dtype -> NumPy's rounding to it (as float64), unit roundoff, smallest number.
+ROUND = {
+    torch.float32: (lambda x: x.astype(np.float32).astype(np.float64), 2.0**-24, 2.0**-149),
+    torch.float16: (lambda x: x.astype(np.float16).astype(np.float64), 2.0**-11, 2.0**-24),
+}
+
+
+def bf16_of_float64(x: np.ndarray) -> np.ndarray:
+    """Round float64 to bfloat16 in one step: to odd in float32 first, so that no tie is rounded twice."""
+    nearest = x.astype(np.float32)
+    wrong_side = np.abs(nearest.astype(np.float64)) > np.abs(x)
+    toward_zero = np.where(wrong_side, np.nextafter(nearest, np.float32(0)), nearest)
+    inexact = toward_zero.astype(np.float64) != x
+    odd = (toward_zero.view(np.uint32) | inexact.astype(np.uint32)).view(np.float32)
+    return bf16(odd).astype(np.float64)
+
+
+ROUND[torch.bfloat16] = (bf16_of_float64, 2.0**-8, 2.0**-133)
+
+
+def tensors(*arrays: np.ndarray) -> list[torch.Tensor]:
+    return [torch.from_numpy(np.ascontiguousarray(array)) for array in arrays]
+
+
+@st.composite
+def problems(draw):
+    """W, B, A of random sizes over many orders of magnitude, W already in the dtype."""
+    rng = np.random.default_rng(draw(st.integers(0, 2**32)))
+    m, n, r = draw(st.integers(1, 12)), draw(st.integers(1, 12)), draw(st.integers(1, 4))
+    dtype = draw(st.sampled_from([*ROUND]))
+    to = ROUND[dtype][0]
+    w = to(rng.standard_normal((m, n)) * 0.02)
+    b = (rng.standard_normal((m, r)) * 10.0 ** draw(st.integers(-5, -1))).astype(np.float32).astype(np.float64)
+    a = (rng.standard_normal((r, n)) * 0.1).astype(np.float32).astype(np.float64)
+    return dtype, w, b, a
+
+
+def merged(path: str, dtype, w, b, a, s):
+    """Merge as a real merger does, rounding in NumPy; B without its scaling s."""
+    to = ROUND[dtype][0]
+    single = ROUND[torch.float32][0]
+    if path == "exact":
+        return to(w + s * (b @ a))
+    if path == "float32 product":
+        return to(single(w + single(single(b @ a) * s)))
+    if path == "rounded twice":
+        return to(w + to(single(single(b @ a) * s)))
+    if path == "scaled in the dtype":
+        return to(w + to(to(single(b @ a)) * s))
+    assert path == "factors cast"
+    return to(w + to(to(to(b) @ to(a)) * s))
+
+
+PATHS = ("exact", "float32 product", "rounded twice", "scaled in the dtype", "factors cast")
+
+
+def rounding_of(dtype, s=1.0) -> Rounding:
+    return Rounding(dtype, ROUND[dtype][1], cast=dtype != torch.float32, scale=s)
+
+
+def counted(dtype, w, m, b, a, s=1.0):
+    stored_w, stored_m, left, right = tensors(w, m, b * s, a)
+    block = (stored_w.to(dtype), stored_m.to(dtype), None)
+    return check_merge([block], tuple(w.shape), Product(left, right), rounding_of(dtype, s))
+
+
+@settings(deadline=None, max_examples=150)
+@given(problems(), st.sampled_from(PATHS), st.sampled_from([0.5, 1.0, 2.0, 2.5, 11.313708498984761]))
+def test_every_documented_way_to_merge_is_right(problem, path, s):
+    dtype, w, b, a = problem
+    m = merged(path, dtype, w, b, a, s)
+    found = counted(dtype, w, m, b, a, s)
+    assert found.count == 0
+
+
+@settings(deadline=None, max_examples=150)
+@given(
+    problems(),
+    st.sampled_from(["exact", "rounded twice"]),
+    st.sampled_from([0.0, 2.0, -1.0, 0.5, 4.0, 0.9]),
+    st.sampled_from([1.0, 2.0]),
+)
+def test_no_wrong_scale_above_the_rounding_passes(problem, path, factor, s):
+    dtype, w, b, a = problem
+    m = merged(path, dtype, w, b * factor, a, s)
+    change = s * (b @ a)
+    u, small = ROUND[dtype][1], ROUND[dtype][2]
+    product = s * (np.abs(b) @ np.abs(a))
+    grain = 2 * u * np.maximum.reduce([np.abs(w), np.abs(m), np.abs(change)]) + small
+    # Half a spacing for each of the two roundings of M that could hide it, and all that ΔW itself may be off by.
+    above = np.abs((factor - 1) * change) > grain + 1.02 * (2 * u * np.abs(change) + (6 * u + 2.0**-20) * product)
+    above &= np.abs((factor - 1) * change) > 20 * small * (2 + s + np.abs(b).sum() + np.abs(a).sum())
+    found = counted(dtype, w, m, b, a, s)
+    assert found.count >= int(above.sum()) > 0 or not above.any()
+
+
+def test_what_it_counts_is_counted():
+    """Planted errors of one spacing, so many as were planted, where they were planted."""
+    rng = np.random.default_rng(0)
+    w = bf16_of_float64(rng.standard_normal((40, 30)) * 0.02)
+    b, a = rng.standard_normal((40, 3)) * 1e-4, rng.standard_normal((3, 30)) * 0.1
+    m = bf16_of_float64(w + b @ a)
+    at = [(3, 4), (3, 5), (17, 29)]
+    for row, column in at:
+        m[row, column] += 2 * float(ulp(torch.tensor(m[row, column]), torch.bfloat16))
+    found = counted(torch.bfloat16, w, m, b, a)
+    assert found.count == 3
+    assert found.beyond[0].nonzero().flatten().tolist() == [3, 17]
+    assert found.beyond[1].nonzero().flatten().tolist() == [4, 5, 29]
+    assert 1.5 < found.worst < 2.5
+
+
+def test_its_sums_are_those_of_numpy():
+    rng = np.random.default_rng(1)
+    w = bf16_of_float64(rng.standard_normal((50, 700)) * 0.02)
+    b, a = rng.standard_normal((50, 3)) * 3e-3, rng.standard_normal((3, 700)) * 0.1
+    m, d = bf16_of_float64(w + b @ a), b @ a
+    stored_w, stored_m, left, right = tensors(w, m, b, a)
+    blocks = [(stored_w[i:j].bfloat16(), stored_m[i:j].bfloat16(), None) for i, j in pairwise([0, 7, 30, 50])]
+    found = check_merge(blocks, (50, 700), Product(left, right), rounding_of(torch.bfloat16))
+    o = m - w
+    expected = [(o * d).sum(), (d**2).sum(), (o**2).sum(), ((o - d) ** 2).sum(), (w**2).sum()]
+    ours = [found.inner, found.expected, found.observed, found.residual, found.base]
+    assert np.allclose(ours, expected, rtol=1e-12)
+    assert (found.unchanged, found.entries) == (int((m == w).sum()), m.size)
+    assert 0.99 * (m != w).sum() < found.moved <= (m != w).sum()  # tiny entries may move within ½ulp(M)
+
+
+def test_an_update_below_the_grain_must_still_be_rounded_where_it_rounds():
+    """ΔW = 0.6 spacings everywhere: every entry must move. A tolerance of one ulp would let a dropped merge pass."""
+    w = np.full((8, 8), 1.0)
+    b, a = np.full((8, 1), 0.6 * 2.0**-7), np.ones((1, 8))
+    assert counted(torch.bfloat16, w, bf16_of_float64(w + b @ a), b, a).count == 0
+    assert counted(torch.bfloat16, w, w, b, a).count == 64
+
+
+def test_a_base_rounded_to_the_dtype_of_the_merge_is_allowed_and_no_other():
+    rng = np.random.default_rng(2)
+    w = (rng.standard_normal((16, 16)) * 0.02).astype(np.float32).astype(np.float64)
+    b, a = rng.standard_normal((16, 2)) * 0.01, rng.standard_normal((2, 16)) * 0.1
+    m = bf16_of_float64(bf16_of_float64(w) + b @ a)
+    stored_w, stored_m, left, right = tensors(w, m, b, a)
+    block = (stored_w.float(), stored_m.bfloat16(), None)
+    how = rounding_of(torch.bfloat16)
+    assert check_merge([block], (16, 16), Product(left, right), how).count > 0
+    how = Rounding(torch.bfloat16, how.roundoff, True, bases=(torch.bfloat16,))
+    assert check_merge([block], (16, 16), Product(left, right), how).count == 0
+
+
+@pytest.mark.parametrize(("dtype", "kind"), [(torch.float32, np.float32), (torch.float16, np.float16)])
+def test_the_spacing_is_that_of_numpy(dtype, kind):
+    values = np.concatenate([np.random.default_rng(3).standard_normal(500) * 10.0**k for k in range(-7, 4)])
+    values = np.concatenate([values, [0.0, 1.0, -2.0, 2.0**-24, 6e-8]]).astype(kind)
+    assert ulp(torch.from_numpy(values.astype(np.float64)), dtype).tolist() == np.spacing(np.abs(values)).tolist()
+
+
+def test_products_and_whole_matrices_agree_on_everything_but_the_tolerance():
+    torch.manual_seed(0)
+    product = Product(torch.randn(6, 2, dtype=torch.float64), torch.randn(2, 6, dtype=torch.float64))
+    matrix = product.rows(0, 6)
+    whole = Whole((6, 6), lambda first, last: matrix[first:last])
+    for left, right in (
+        (product, whole),
+        (product.times(2.0), whole.times(2.0)),
+        (product.transposed(), whole.transposed()),
+        (product.halves_swapped(), whole.halves_swapped()),
+    ):
+        assert torch.allclose(left.rows(1, 5), right.rows(1, 5))
+    assert torch.equal(product.halves_swapped().rows(0, 6), torch.cat([matrix[3:], matrix[:3]]))
+
+
+def test_numbers_of_a_shorter_dtype_are_recognised():
+    values = torch.randn(1000)
+    assert held_dtype(values) == torch.float32
+    assert held_dtype(values.bfloat16().float()) == torch.bfloat16
+    assert held_dtype(values.half().float()) == torch.float16
+    assert held_dtype(values.half()) == torch.float16
+
+
+@pytest.mark.parametrize(("side", "bad"), [("BASE", 0), ("MERGED", 1)])
+def test_an_entry_that_is_not_finite_is_named(side, bad):
+    sides = [torch.ones(2, 3), torch.ones(2, 3)]
+    sides[bad][1, 2] = float("nan")
+    empty = Product(torch.zeros(2, 0, dtype=torch.float64), torch.zeros(0, 3, dtype=torch.float64))
+    found = check_merge([(*sides, None)], (2, 3), empty, rounding_of(torch.float32))
+    assert found.non_finite == f"{side} holds nan at [1, 2]"

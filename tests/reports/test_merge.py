@@ -1,0 +1,118 @@
+"""The table of ``verify-merge`` is a function of its records."""
+
+import pytest
+
+from lora_diag.reports.merge import ORDER, WAYS_OUT, merge_table
+from lora_diag.results import End, LeftOut, Merge, Results, Run, RunInput, read_results
+from lora_diag.results.merge import CORRECT, outcome
+
+RIGHT = {
+    "layer": "model.layers.0.self_attn.q_proj.weight", "shape": (12, 12), "adapted": True, "status": "ok",
+    "dtype": "bfloat16", "differing": 0, "differing_share": 0.0, "max_ulp": 0.5, "scale": 0.99, "retained": 0.99,
+    "residual": 0.1, "unchanged": 0.05, "expected_fro": 1.0, "observed_fro": 1.0, "base_fro": 10.0, "cause": "",
+}  # fmt: skip
+
+
+def record(**changes) -> Merge:
+    return Merge(**(RIGHT | changes))
+
+
+def wrong(status: str, **changes) -> Merge:
+    return record(**({"status": status, "retained": None, "differing": 144, "differing_share": 1.0} | changes))
+
+
+def results(*records: Merge, left_out=(), finished=True) -> Results:
+    inputs = tuple(RunInput(role=role, path=role, kind="a file", tensors=1) for role in ("base", "adapter", "merged"))
+    run = Run(command="verify-merge", version="0", inputs=inputs, settings={})
+    end = End(layers=len(records), left_out=len(left_out), fro=None, base_fro=None) if finished else None
+    return Results(run, records, tuple(left_out), end)
+
+
+def words(found: Results, **options) -> str:
+    return " ".join(merge_table(found, **options).split())
+
+
+@pytest.mark.parametrize(
+    ("records", "expected"),
+    [
+        ([record()], "correct"),
+        ([record(), record(layer="b", status="coarse")], "correct"),
+        ([record(), wrong("dropped", layer="b")], "failed"),
+        ([record(), wrong("changed", layer="b", adapted=False)], "failed"),
+        ([record(), wrong("missing", layer="b", unchanged=None)], "failed"),
+        ([record(), record(layer="b", status="inconclusive")], "inconclusive"),
+        ([wrong("dropped", layer="b"), record(layer="c", status="inconclusive")], "failed"),
+        ([record(unchanged=1.0, scale=0.0, retained=0.0)], "inconclusive"),
+        ([record(expected_fro=0.0, scale=None, retained=None)], "inconclusive"),
+        ([record(adapted=False, expected_fro=0.0)], "inconclusive"),
+        ([], "inconclusive"),
+    ],
+)
+def test_what_the_layers_say_together(records, expected):
+    assert outcome(records) == expected
+
+
+def test_every_status_that_fails_has_a_way_out_and_stands_before_those_that_do_not():
+    failing = [status for status in ORDER if record(status=status).failed]
+    assert set(WAYS_OUT) == set(failing)
+    assert list(ORDER[: len(failing)]) == failing
+    assert set(ORDER) >= CORRECT
+
+
+def test_failures_come_first_whatever_their_place_in_the_model():
+    found = results(
+        *(record(layer=f"model.layers.{i}.mlp.up_proj.weight") for i in range(3)), wrong("dropped", layer="z")
+    )
+    rows = [line.split() for line in merge_table(found).splitlines()[3:5]]
+    assert [row[:2] for row in rows] == [["z", "dropped"], ["mlp.up_proj", "ok"]]
+
+
+def test_one_cause_is_told_once_with_the_layers_it_struck():
+    layers = [wrong("wrong scale", layer=f"l.{i}.w", cause="twice") for i in range(5)]
+    found = words(results(*layers), width=140)
+    assert "Wrong scale l.0.w, l.1.w, l.2.w and 2 more: twice" in found
+    assert found.count("twice") == 1
+    assert "no: 5 of 5 layers adapted are not W + ΔW" in found
+
+
+def test_many_causes_are_counted():
+    layers = [wrong("wrong order", layer=f"l.{i}.w", cause=f"the ΔW of {i + 1}") for i in range(9)]
+    assert "and 6 layers more" in words(results(*layers))
+
+
+def test_one_layer_is_said_in_the_singular():
+    assert "1 layer adapted, 0 not" in words(results(record()))
+
+
+def test_lost_to_rounding():
+    assert "Lost" not in words(results(record()))
+    kept = results(record(), record(layer="b", retained=0.2, scale=0.2), record(layer="c"))
+    assert "Lost rounding took more than 10% of ΔW, or added more noise than ‖ΔW‖, in 1 layer: b." in words(kept)
+    assert "99% of ΔW arrived at the median, least 20% in b" in words(kept)
+    assert "in 1 layer: c." in words(results(record(), record(layer="c", residual=3.0)))
+
+
+def test_layers_that_changed_without_the_adapter():
+    changed = wrong("changed", adapted=False, layer="model.norm.weight", scale=None, residual=None, cause="not its own")
+    found = words(results(record(), record(adapted=False, layer="b"), changed))
+    assert "Not adapted 1 of 2 changed, 50% of their entries; most in model.norm" in found
+    assert "1 that the adapter does not touch changed" in found
+
+
+def test_what_could_not_be_read_or_finished_is_said():
+    bad = LeftOut(layer="x", shape=(2,), reason="non_finite", detail="BASE holds nan at [0]")
+    found = words(results(record(), left_out=[bad], finished=False))
+    assert "Not measured x: BASE holds nan at [0]" in found
+    assert "the run did not finish" in found
+
+
+def test_names_and_causes_from_files_are_spelled_out():
+    evil = wrong("dropped", layer="q\x1b[2J", cause="\x1b[31m")
+    assert "\x1b" not in merge_table(results(evil), per="layer")
+
+
+def test_what_was_written_is_read(tmp_path):
+    found = results(record(), wrong("missing", layer="b", dtype=None, unchanged=None, scale=None))
+    found.write(tmp_path / "r.jsonl")
+    assert read_results(tmp_path / "r.jsonl") == found
+    assert merge_table(read_results(tmp_path / "r.jsonl")) == merge_table(found)

@@ -261,6 +261,8 @@ def _rounding(results: Results[Merge]) -> str:
     )
     if len(kept) == 1 or kept[least] > 0.995:
         arrived = f"{_kept(kept[least])} of ΔW arrived{' in every layer' if len(kept) > 1 else ''}"
+    if any(record.failed for record in results if record.adapted):
+        arrived = f"where the merge is right, {arrived}"
     return f"{arrived}; it added noise of {number(noise)} ‖ΔW‖ and left {percent(still)} of the entries as they were"
 
 

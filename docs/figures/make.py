@@ -1,4 +1,4 @@
-"""Draw the figures of the README and the docs: what a colour terminal shows, as SVG.
+"""Draw the figures of the README and the docs from the sample checkpoints: terminals and plots, as SVG.
 
 Run from the repository root: ``python docs/figures/make.py``.
 """
@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 from rich.console import Console
@@ -17,6 +18,24 @@ FOLDER = Path(__file__).parent
 SAMPLES = "sample_checkpoints"
 FIGURES = {"spectrum": ["spectrum", f"{SAMPLES}/base", f"{SAMPLES}/full_ft"]}
 WIDTH = 80
+
+# Results file -> the command that measures it; then figure of docs/plot.md -> what is drawn of which results.
+MEASURED = {
+    "spectrum": ["spectrum", f"{SAMPLES}/base", f"{SAMPLES}/full_ft"],
+    "lora_r16": ["spectrum", f"{SAMPLES}/base", f"{SAMPLES}/lora_r16"],
+    "residual": ["residual", f"{SAMPLES}/base", f"{SAMPLES}/full_ft", f"{SAMPLES}/lora_r4", f"{SAMPLES}/lora_r16"],
+    "overlap": ["overlap", f"{SAMPLES}/base", f"{SAMPLES}/full_ft", f"{SAMPLES}/gradients"],
+    "allocation": ["allocate", "{spectrum}", "--params", "80k"],
+}
+PLOTS = {
+    "plot-energy": ["{spectrum}", "--figure", "energy"],
+    "plot-runs": ["{spectrum}", "{lora_r16}", "--figure", "energy", "--width", "column"],
+    "plot-spectrum": ["{spectrum}", "--figure", "spectrum"],
+    "plot-heatmap": ["{spectrum}", "--figure", "heatmap", "--field", "rank_at.0.9"],
+    "plot-residual": ["{residual}", "--figure", "residual"],
+    "plot-overlap": ["{overlap}", "--figure", "overlap"],
+    "plot-allocation": ["{allocation}", "--figure", "allocation"],
+}
 
 
 def terminal(words: list[str]) -> str:
@@ -35,6 +54,17 @@ def svg(words: list[str]) -> str:
     return re.sub(r"@font-face \{.*?\}\s*", "", picture, flags=re.DOTALL)  # fonts from a network: not needed
 
 
+def plots(folder: Path) -> None:
+    """Measure the sample checkpoints into a folder, and draw the figures of docs/plot.md from the results."""
+    files = {name: str(folder / f"{name}.jsonl") for name in MEASURED}
+    for name, words in MEASURED.items():
+        terminal([*(word.format(**files) for word in words), "-o", files[name], "-q"])
+    for name, words in PLOTS.items():
+        terminal(["plot", *(word.format(**files) for word in words), "-o", str(FOLDER / f"{name}.svg"), "-q"])
+
+
 if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as temporary:
+        plots(Path(temporary))
     for name, words in FIGURES.items():
         (FOLDER / f"{name}.svg").write_text(svg(words), encoding="utf-8")

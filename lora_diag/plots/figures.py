@@ -16,9 +16,9 @@ from lora_diag.plots.heatmap import figure as draw_heatmap
 from lora_diag.plots.overlap import figure as draw_overlap
 from lora_diag.plots.residual import figure as draw_residual
 from lora_diag.plots.series import Options, Series, by_adapter, by_step, series_of
-from lora_diag.plots.sheet import MAX_PANELS
+from lora_diag.plots.sheet import MAX_PANELS, settle
 from lora_diag.plots.spectrum import figure as draw_spectrum
-from lora_diag.plots.style import CATEGORIES, Look, look_of
+from lora_diag.plots.style import CATEGORIES, Look, look_of, styled
 from lora_diag.results import Results
 
 
@@ -91,7 +91,8 @@ def figure(
     series, options = _asked(results, labels, per, field, rank)
     if reason := _why_not(kind, series, options):
         raise UsageError(f"{name}: {reason}")
-    return kind.draw(_usable(kind, series, options), look, options)
+    with styled(look):
+        return settle(kind.draw(_usable(kind, series, options), look, options))
 
 
 def why_not(

@@ -217,3 +217,17 @@ def depth_bar(figure: Figure, axes: Sequence[Axes], deepest: int, look: Look) ->
     bar.outline.set_visible(False)
     bar.locator = MaxNLocator(nbins=6, integer=True)
     bar.update_ticks()
+
+
+def settle(figure: Figure) -> Figure:
+    """Lay a figure out once and for all.
+
+    The solver's result differs in its last bits from run to run (it orders by address), and with them the bytes of an
+    SVG, whose clip paths are named by a hash of their bounds. A millionth of the page is not seen.
+    """
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")
+    for ax in figure.axes:
+        place = ax.get_position(original=True)
+        ax.set_position(Bbox(np.round(place.get_points(), 6)))
+    return figure

@@ -54,6 +54,15 @@ def test_a_gradient_inside_the_subspaces_has_overlap_one_and_one_outside_zero():
     assert found.tangent[0] == pytest.approx(0, abs=1e-12)
 
 
+def test_at_the_best_adapter_of_its_rank_nothing_of_the_gradient_is_in_reach():
+    """L = ½‖BA − M‖² with BA the truncated SVD of M: the gradient BA − M is orthogonal to the tangent space at BA."""
+    rng = np.random.default_rng(3)
+    u, s, vh = np.linalg.svd(rng.standard_normal((30, 20)), full_matrices=False)
+    gradient = -(u[:, 5:] * s[5:]) @ vh[5:]
+    left, right = torch.from_numpy(u[:, :5].copy()), torch.from_numpy(vh[:5].T.copy())
+    assert shares([torch.from_numpy(gradient)], left, right, [5]).tangent[0] == pytest.approx(0, abs=1e-12)
+
+
 @pytest.mark.parametrize("shape", [(48, 48), (24, 80)])
 @pytest.mark.parametrize("gradient_rank", [1, 24])
 def test_random_subspaces_meet_the_baselines_within_sampling_error(shape, gradient_rank):

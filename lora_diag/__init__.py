@@ -17,9 +17,12 @@ from lora_diag.version import __version__
 if TYPE_CHECKING:
     from lora_diag.api.allocate import allocate
     from lora_diag.api.extract import extract
+    from lora_diag.api.gate import gate
     from lora_diag.api.inspect import inspect
     from lora_diag.api.overlap import overlap, subspaces
+    from lora_diag.api.plan import plan
     from lora_diag.api.plot import plot
+    from lora_diag.api.report import report
     from lora_diag.api.residual import residual
     from lora_diag.api.spectrum import spectrum
     from lora_diag.api.verify_merge import verify_merge
@@ -30,10 +33,13 @@ _LAZY = {
     "Results": "lora_diag.results",
     "allocate": "lora_diag.api.allocate",
     "extract": "lora_diag.api.extract",
+    "gate": "lora_diag.api.gate",
     "inspect": "lora_diag.api.inspect",
     "overlap": "lora_diag.api.overlap",
+    "plan": "lora_diag.api.plan",
     "plot": "lora_diag.api.plot",
     "read_results": "lora_diag.results",
+    "report": "lora_diag.api.report",
     "residual": "lora_diag.api.residual",
     "spectrum": "lora_diag.api.spectrum",
     "subspaces": "lora_diag.api.overlap",
@@ -49,10 +55,13 @@ __all__ = [
     "__version__",
     "allocate",
     "extract",
+    "gate",
     "inspect",
     "overlap",
+    "plan",
     "plot",
     "read_results",
+    "report",
     "residual",
     "spectrum",
     "subspaces",

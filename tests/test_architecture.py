@@ -114,7 +114,17 @@ def test_only_cli_prints_or_exits():
     assert not wrong
 
 
-@pytest.mark.parametrize("words", [["--help"], ["spectrum", "--help"], ["inspect", "--help"], ["--version"]])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--help"],
+        ["spectrum", "--help"],
+        ["inspect", "--help"],
+        ["gate", "--help"],
+        ["report", "--help"],
+        ["--version"],
+    ],
+)
 def test_help_and_version_import_no_torch(words):
     code = (
         f"import sys; sys.argv = ['loradiag', *{words!r}]\n"

@@ -65,9 +65,7 @@ class Page:
         if not javascript:
             self.call("Emulation.setScriptExecutionDisabled", value=True)
         if dark:
-            self.call(
-                "Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": "dark"}]
-            )
+            self.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": "dark"}])
 
     def __enter__(self):
         return self
@@ -113,14 +111,18 @@ class Page:
             self.problems.append(params["entry"]["text"])
         elif event == "Page.javascriptDialogOpening":
             self.problems.append(f"dialog: {params['message']}")
-        elif event == "Network.requestWillBeSent" and not params["request"]["url"].startswith(("file:", "data:", "blob:")):
+        elif event == "Network.requestWillBeSent" and not params["request"]["url"].startswith(
+            ("file:", "data:", "blob:")
+        ):
             self.requests.append(params["request"]["url"])
 
     def size(self, width: int, height: int = 900, mobile: bool = False) -> None:
         """Set the size of the window."""
         self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=mobile)
 
-    def open(self, path: Path, fragment: str = "", ready: str = "document.documentElement?.dataset.ready === '1'") -> float:
+    def open(
+        self, path: Path, fragment: str = "", ready: str = "document.documentElement?.dataset.ready === '1'"
+    ) -> float:
         """Open a file and return the seconds until it is ready."""
         begun = time.monotonic()
         self.call("Page.navigate", url="about:blank")

@@ -15,7 +15,8 @@ function draw(id, traces, more, says) {
   const there = traces.length > 0;
   if ($(id + "-figure")) $(id + "-figure").hidden = !there;
   if (!there) return;
-  Plotly.react($(id), traces, layout(more), { displayModeBar: false, responsive: true });
+  Plotly.react($(id), traces, layout(more), { displayModeBar: false, responsive: true,
+    doubleClick: id === "heat" ? false : "reset" });
   if (says) $(id).setAttribute("aria-label", says);
 }
 

@@ -1,0 +1,314 @@
+"""The page in headless Chromium: opened from disk, with no network, as a reader uses it."""
+
+import os
+import re
+import shutil
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lora_diag.planning.evidence import Evidence, Source
+from lora_diag.reports.html import html_report
+from lora_diag.reports.static import pictures_of
+from tests.browser.chromium import Page, find_chromium
+from tests.reports.making import decay, names, residual, residuals, seven_billion, spectra, spectrum
+from tests.reports.test_html import HOSTILE, evidence, small
+
+pytestmark = pytest.mark.skipif(find_chromium() is None, reason="no Chromium here (apt-get install chromium)")
+
+# Where the screenshots go, for who wants to look at them.
+KEEP = os.environ.get("LORADIAG_SCREENSHOTS")
+
+
+@pytest.fixture(scope="module")
+def tab(tmp_path_factory):
+    with Page(tmp_path_factory.mktemp("profile")) as page:
+        page.size(1280)
+        yield page
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("report") / "report.html"
+    runs = evidence(*small())
+    path.write_text(html_report(runs, pictures_of(runs), "today"), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def page(tab, report):
+    """Return the tab with the report open; nothing may have gone wrong in it when a test ends."""
+    tab.open(report)
+    yield tab
+    assert (tab.problems, tab.requests) == ([], [])
+
+
+def curves(page) -> list[str]:
+    return page.js("document.getElementById('energy').data.map((trace) => trace.name)")
+
+
+def column(page, place: int) -> list[str]:
+    return page.js(f"[...document.querySelectorAll('#table tbody tr')].map((row) => row.cells[{place}].textContent)")
+
+
+def center(page, selector: str) -> tuple[float, float]:
+    box = page.js(
+        f"(() => {{ const e = document.querySelector({selector!r}); e.scrollIntoView({{block: 'center'}}); "
+        "const b = e.getBoundingClientRect(); return [b.x + b.width / 2, b.y + b.height / 2]; })()"
+    )
+    return box[0], box[1]
+
+
+def cell(page, row: int, col: int) -> tuple[float, float]:
+    """Return where a cell of the heat map is on the screen."""
+    x, y = page.js(
+        "(() => { const g = document.getElementById('heat'); g.scrollIntoView({block: 'center'}); "
+        "const b = g.getBoundingClientRect(), f = g._fullLayout; "
+        f"return [b.x + f.xaxis._offset + f.xaxis.d2p({col}), b.y + f.yaxis._offset + f.yaxis.d2p({row})]; }})()"
+    )
+    return x, y
+
+
+def click_cell(page, row: int, col: int) -> None:
+    """Click a cell once the chart knows that the mouse is there, as it does for a hand."""
+    x, y = cell(page, row, col)
+    page.call("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
+    page.wait(
+        "(() => { const at = (document.getElementById('heat')._hoverdata || [])[0]; "
+        f"return Boolean(at) && at.x === {col} && at.y === {row}; }})()"
+    )
+    page.click(x, y)
+
+
+def put(page, element: str, value: str, event: str) -> None:
+    """Give an input its value, as a hand does."""
+    page.js(
+        f"(() => {{ const e = document.getElementById('{element}'); e.value = {value!r}; "
+        f"e.dispatchEvent(new Event('{event}')); }})()"
+    )
+
+
+def test_it_opens_and_draws(page):
+    assert len(curves(page)) == 2
+    assert page.js("document.querySelectorAll('#heat .heatmaplayer image, #heat .heatmaplayer .hm').length") > 0
+    assert page.js("getComputedStyle(document.querySelector('.static-figures')).display") == "none"
+    assert page.js("document.documentElement.scrollWidth") <= 1280
+
+
+def test_clicking_a_cell_changes_the_curves(page):
+    before = curves(page)
+    click_cell(page, 3, 1)
+    page.wait("document.getElementById('energy').data.length === 1")
+    assert curves(page) == ["self_attn.o_proj 1"]
+    click_cell(page, 0, 0)
+    page.wait("document.getElementById('energy').data.length === 2")
+    assert curves(page) == ["self_attn.o_proj 1", "self_attn.q_proj 0"] != before
+    click_cell(page, 3, 1)
+    page.wait("document.getElementById('energy').data.length === 1")
+    assert curves(page) == ["self_attn.q_proj 0"]
+
+
+def test_the_curves_are_those_of_the_record(page):
+    click_cell(page, 0, 0)
+    page.wait("document.getElementById('spectrum').data.length === 1")
+    record = small()[0]["model.layers.0.self_attn.q_proj.weight"]
+    ranks, values = page.js("(() => { const t = document.getElementById('spectrum').data[0]; return [t.x, t.y]; })()")
+    assert values == [record.s[rank - 1] for rank in ranks]
+    assert page.js("document.getElementById('residual').data[0].y") == [small()[1][record.layer].epsilon]
+
+
+def test_the_keyboard_is_enough(page):
+    page.js("document.getElementById('heat').focus()")
+    for key in ("ArrowDown", "ArrowDown", "ArrowRight"):
+        page.key(key)
+    assert page.js("document.getElementById('cursor').textContent").startswith("self_attn.v_proj, block 1: C(8) = 0.")
+    page.key("Enter")
+    page.wait("document.getElementById('energy').data.length === 1")
+    assert curves(page) == ["self_attn.v_proj 1"]
+    for _ in range(20):
+        page.key("ArrowLeft")
+        page.key("ArrowUp")
+    page.key("Enter")
+    assert curves(page) == ["self_attn.v_proj 1", "self_attn.q_proj 0"]
+    order = "[...document.querySelectorAll('select, input, button:not([disabled]), summary, [tabindex=\"0\"]')]"
+    assert page.js(f"{order}.filter((e) => e.tabIndex < 0).length") == 0
+
+
+def test_sorting_sorts(page):
+    wanted = sorted((record.rank_at["0.9"], record.layer) for record in small()[0])
+    titles = page.js("[...document.querySelectorAll('#table thead th')].map((cell) => cell.textContent)")
+    place = titles.index("r@90%")
+    for down in (False, True):
+        page.click(*center(page, "#table button[data-sort='s0.r90']"))
+        page.wait(f"document.querySelector('[aria-sort={'descending' if down else 'ascending'}]') !== null")
+        found = [int(text) for text in column(page, place)]
+        assert found == sorted(found, reverse=down)
+        assert sorted(found) == [rank for rank, _ in wanted]
+    page.key("Enter")
+    assert [int(text) for text in column(page, place)] == [rank for rank, _ in wanted]
+
+
+@pytest.mark.parametrize(
+    ("asked", "kept"),
+    [
+        ("O_PROJ", lambda record: "o_proj" in record.layer),
+        ("C(8) < 0.5", lambda record: record.energy["8"] < 0.5),
+        ("r@90% >= 100", lambda record: record.rank_at["0.9"] >= 100),
+        ("files = resolved", lambda record: True),
+        ("no such", lambda record: False),
+    ],
+)
+def test_filtering_filters(page, asked, kept):
+    put(page, "filter", asked, "input")
+    wanted = [record.layer.removesuffix(".weight") for record in small()[0] if kept(record)]
+    assert column(page, 0) == wanted
+    assert page.js("document.getElementById('count').textContent") == f"{len(wanted)} of 14 layers"
+
+
+def test_a_row_can_be_chosen(page):
+    page.click(*center(page, "#table button[data-layer='5']"))
+    page.wait("document.getElementById('energy').data.length === 1")
+    assert page.js("document.querySelector('#table tr.on button').getAttribute('aria-pressed')") == "true"
+    page.click(*center(page, "#chosen button"))
+    page.wait("document.getElementById('energy-figure').hidden")
+
+
+def test_the_address_brings_back_what_was_shown(page, report):
+    put(page, "field", "a0.epsilon", "change")
+    click_cell(page, 1, 1)
+    page.click(*center(page, "#table button[data-sort='s0.c8']"))
+    page.wait("location.hash.includes('sort=s0.c8')")
+    fragment, shown, rows = page.js("location.hash"), curves(page), column(page, 0)
+    page.open(report, fragment)
+    assert (curves(page), column(page, 0)) == (shown, rows)
+    assert page.js("document.getElementById('field').value") == "a0.epsilon"
+    page.open(report, "#layer=no%20such&field=nor%20this&sort=<b>")
+    assert len(curves(page)) == 2
+
+
+def test_hostile_names_are_text_on_the_screen(tab, tmp_path):
+    layers = [*HOSTILE, *(f"model.layers.0.{name}" for name in HOSTILE)]
+    rng = np.random.default_rng(0)
+    runs = (
+        spectra(
+            [spectrum(n, decay(64, rng.uniform(0.2, 1))) for n in layers],
+            inputs=(("base", HOSTILE[0]), ("tuned", HOSTILE[1])),
+        ),
+        residuals([residual(n, 8, 0.2, adapter=HOSTILE[1]) for n in layers], adapters=[HOSTILE[1]]),
+    )
+    path = tmp_path / "hostile.html"
+    path.write_text(html_report(Evidence(tuple(Source(HOSTILE[0], run) for run in runs))), encoding="utf-8")
+    tab.open(path)
+    tab.js(f"for (const i of Array({len(layers)}).keys()) document.querySelector(`[data-layer='${{i}}']`).click()")
+    tab.wait("document.getElementById('energy').data.length === 8")
+    x, y = cell(tab, 0, 0)
+    tab.call("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
+    time.sleep(0.3)
+    assert (tab.problems, tab.requests) == ([], [])
+    assert (
+        tab.js("document.querySelectorAll('main img, main svg a, main svg image[href^=\"http\"], main script').length")
+        == 0
+    )
+    assert tab.js("document.querySelectorAll('svg b, svg i, tspan[style*=bold]').length") == 0
+    assert tab.js("document.querySelector('#table button[data-layer=\"1\"]').textContent") == HOSTILE[1]
+    assert any(
+        "<img" in text
+        for text in tab.js("[...document.querySelectorAll('#energy .legendtext')].map((e) => e.textContent)")
+    )
+
+
+def test_without_javascript_figures_and_table_are_there(report, tmp_path):
+    with Page(tmp_path, javascript=False) as page:
+        page.size(1280)
+        page.open(report, ready="document.readyState === 'complete'")
+        assert (
+            page.js("[...document.querySelectorAll('.static-figures img')].every((i) => i.naturalWidth > 300 && i.alt)")
+            is True
+        )
+        assert page.js("document.querySelectorAll('.static-figures img').length") >= 4
+        assert len(column(page, 0)) == 14
+        assert page.js("getComputedStyle(document.querySelector('.charts-only')).display") == "none"
+        assert (page.problems, page.requests) == ([], [])
+
+
+CONTRAST = """(() => {
+  const channel = (v) => (v /= 255) <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4;
+  const light = (color) => {
+    const [r, g, b] = color.match(/[\\d.]+/g).map(Number);
+    return 0.2126 * channel(r) + 0.7152 * channel(g) + 0.0722 * channel(b);
+  };
+  const ground = (e) => {
+    for (; e; e = e.parentElement) {
+      const color = getComputedStyle(e).backgroundColor;
+      if (!color.endsWith(", 0)")) return color;
+    }
+  };
+  const hasText = (e) => [...e.childNodes].some((n) => n.nodeType === 3 && n.textContent.trim());
+  const low = [];
+  for (const e of document.querySelectorAll('main *')) {
+    if (!hasText(e) || !e.offsetParent || e.closest('svg') || e.disabled) continue;
+    const [a, b] = [light(getComputedStyle(e).color), light(ground(e))].sort((x, y) => y - x);
+    if ((a + 0.05) / (b + 0.05) < 4.5) low.push(`${e.tagName} ${e.className} ${e.textContent.slice(0, 30)}`);
+  }
+  return low;
+})()"""
+
+
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+def test_text_has_the_contrast_of_wcag_aa(report, tmp_path, dark):
+    with Page(tmp_path, dark=dark) as page:
+        page.size(1280)
+        page.open(report)
+        ground = page.js("getComputedStyle(document.documentElement).backgroundColor")
+        assert (ground == "rgb(255, 255, 255)") != dark
+        assert page.js(CONTRAST) == []
+
+
+def test_everything_has_a_name_for_those_who_cannot_see_it(page):
+    nameless = (
+        "[...document.querySelectorAll('select, input, button, img, [role]')]"
+        ".filter((e) => !(e.labels && e.labels.length) && !e.textContent.trim() && !e.alt)"
+        ".filter((e) => !e.getAttribute('aria-label') && !e.getAttribute('aria-labelledby'))"
+        ".map((e) => e.outerHTML.slice(0, 80))"
+    )
+    assert page.js(nameless) == []
+    levels = page.js("[...document.querySelectorAll('h1, h2, h3')].map((e) => Number(e.tagName[1]))")
+    assert levels[0] == 1
+    assert levels.count(1) == 1
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+def test_nothing_sticks_out(page, report, width, tmp_path):
+    page.size(width, 900, mobile=width < 500)
+    page.open(report)
+    assert page.js("document.documentElement.scrollWidth") <= width
+    page.size(width, page.js("document.documentElement.scrollHeight"), mobile=width < 500)
+    time.sleep(0.3)
+    shot = tmp_path / f"report-{width}.png"
+    page.screenshot(shot)
+    if KEEP:
+        shutil.copy(shot, KEEP)
+    overlapping = (
+        "[...document.querySelectorAll('main > *, .answers li, .charts figure')]"
+        ".flatMap((a, i, all) => all.slice(i + 1).filter((b) => !a.contains(b) && !b.contains(a))"
+        ".filter((b) => { const [p, q] = [a, b].map((e) => "
+        "e.getBoundingClientRect()); return p.width && q.width && p.left < q.right - 1 && q.left < p.right - 1 && "
+        "p.top < q.bottom - 1 && q.top < p.bottom - 1; })).length"
+    )
+    assert page.js(overlapping) == 0
+    page.size(1280)
+
+
+def test_a_7b_model_opens_in_two_seconds(tab, tmp_path):
+    """The best of several tries, so that a busy machine does not fail."""
+    path = tmp_path / "7b.html"
+    runs = evidence(seven_billion())
+    path.write_text(html_report(runs, pictures_of(runs)), encoding="utf-8")
+    assert min(tab.open(path) for _ in range(4)) < 2
+    assert len(column(tab, 0)) == 100
+    tab.click(*center(tab, "#after"))
+    tab.wait("document.getElementById('page').textContent === 'page 2 of 3'")
+    assert column(tab, 0)[0] == names(32)[100].removesuffix(".weight")
+    assert re.fullmatch(r"224 of 224 layers", tab.js("document.getElementById('count').textContent"))

@@ -1,0 +1,103 @@
+"""``loradiag report`` as a user runs it."""
+
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+
+import lora_diag
+from tests.conftest import ROOT
+from tests.reports.test_html import small
+
+SAMPLES = ROOT / "sample_checkpoints"
+
+
+@pytest.fixture
+def files(tmp_path):
+    """Return the names of three results files in the working folder."""
+    names = ("spectrum.jsonl", "residual.jsonl", "overlap.jsonl")
+    for name, results in zip(names, small(), strict=True):
+        results.write(tmp_path / name)
+    return names
+
+
+def test_a_page_with_a_name_and_one_without(loradiag, files, tmp_path):
+    ran = loradiag("report", *files)
+    assert (ran.code, ran.out) == (0, "")
+    assert re.fullmatch(r"report\.html: \d\.\d MB, opens in any browser without a network\n", ran.err)
+    ran = loradiag("report", *files, "-o", "my page.html", "-q")
+    assert (ran.code, ran.out, ran.err) == (0, "", "")
+    one, two = ((tmp_path / name).read_text() for name in ("report.html", "my page.html"))
+    assert re.sub(r"made \S+ \S+ UTC", "", one) == re.sub(r"made \S+ \S+ UTC", "", two)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*files, "report.html", "my page.html"])
+
+
+def test_markdown_and_csv_go_to_standard_output_or_a_file(loradiag, files, tmp_path):
+    for form, begins in (("md", "# full_ft against base\n"), ("csv", "results,record,layer,")):
+        ran = loradiag("report", *files, "--format", form)
+        assert (ran.code, ran.err) == (0, "")
+        assert ran.out.startswith(begins)
+        assert loradiag("report", *files, "-o", f"r.{form}").code == 0
+        assert (tmp_path / f"r.{form}").read_text().replace("\r", "").strip() == ran.out.replace("\r", "").strip()
+
+
+def test_the_real_samples_and_the_advice_runs(loradiag, tmp_path):
+    base, tuned = SAMPLES / "base", SAMPLES / "full_ft"
+    assert loradiag("spectrum", base, tuned, "-o", "s.jsonl", "-q").code == 0
+    assert loradiag("residual", base, tuned, SAMPLES / "lora_r4", "-o", "r.jsonl", "-q").code == 0
+    text = loradiag("report", "s.jsonl", "r.jsonl", "--format", "md").out
+    assert "**Raise the rank from 4 to 16 everywhere.**" in text
+    (command,) = re.findall(r"`(loradiag allocate .*?)`", text)
+    assert loradiag(*shlex.split(command)[1:]).code == 0
+    assert loradiag("report", "s.jsonl", "r.jsonl").code == 0
+
+
+def test_no_torch(files, tmp_path):
+    code = (
+        f"import sys; sys.argv = ['loradiag', 'report', *{files!r}, '-o', 'x.html']\n"
+        "from lora_diag.cli import main\n"
+        "try:\n    main()\nexcept SystemExit as stop:\n    assert not stop.code\n"
+        "assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, cwd=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "told"),
+    [
+        (["spectrum.jsonl", "-o", "r.pdf"], 2, "--format"),
+        (["spectrum.jsonl", "--format", "pdf"], 2, "pdf"),
+        (["spectrum.jsonl", "--format", "parquet"], 2, "give a file with -o"),
+        (["spectrum.jsonl", "--format", "md", "-o", "spectrum.jsonl"], 2, "is one of the results files"),
+        (["spectrum.jsonl", "--format", "md", "-o", "link.md"], 2, "is one of the results files"),
+        (["nothing.jsonl"], 3, "nothing.jsonl: cannot be read"),
+        (["broken.jsonl"], 3, "broken.jsonl: line 1 is not JSON"),
+        (["spectrum.jsonl", "-o", "no/such/folder/r.html"], 3, "cannot be written"),
+        ([], 2, "RESULTS"),
+    ],
+)
+def test_what_cannot_be_done_is_one_message(loradiag, files, tmp_path, words, code, told):
+    (tmp_path / "broken.jsonl").write_text("<html>\n")
+    (tmp_path / "link.md").symlink_to("spectrum.jsonl")
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    ran = loradiag("report", *words)
+    assert (ran.code, ran.out) == (code, "") if words else ran.code == code
+    assert told in ran.err + ran.out
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_results_in_memory_give_the_same_report(files, tmp_path):
+    live = lora_diag.report(*small(), format="csv")
+    read = lora_diag.report(*(tmp_path / name for name in files), format="csv")
+    assert re.sub(r"^\S*?(\w+\.jsonl),", r"\1,", read, flags=re.M) == live
+    page = lora_diag.report(*small(), output=tmp_path / "page.htm")
+    assert (tmp_path / "page.htm").read_text() == page
+
+
+def test_a_hostile_path_moves_no_cursor(loradiag, files, tmp_path):
+    (tmp_path / "a\x1b[2J.jsonl").write_bytes((tmp_path / files[0]).read_bytes())
+    ran = loradiag("report", "a\x1b[2J.jsonl", "--format", "md")
+    assert ran.code == 0
+    assert "\x1b" not in ran.out + ran.err

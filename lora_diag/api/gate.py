@@ -8,10 +8,23 @@ from pathlib import Path
 from typing import Any
 
 from lora_diag.errors import InputError, UsageError
-from lora_diag.gate import Policy, Source, Stored, checked, draft, judge, read_policy, read_source, tightened
+from lora_diag.gate import (
+    Policy,
+    Source,
+    Stored,
+    checked,
+    draft,
+    judge,
+    read_policy,
+    read_source,
+    ready_policy,
+    tightened,
+)
 from lora_diag.results import End, Results, Run, RunInput, Verdict
 from lora_diag.results.verdict import outcome
 from lora_diag.version import __version__
+
+__all__ = ["gate", "gate_init", "measure", "ready_policy"]
 
 
 def gate(

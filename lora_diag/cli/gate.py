@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import secrets
 import shlex
 import sys
 from contextlib import suppress
@@ -78,7 +77,7 @@ def gate(
         _init(given[1:], output, quiet)
         return
     from lora_diag.api.gate import gate as judge
-    from lora_diag.gate import ready_policy
+    from lora_diag.api.gate import ready_policy
     from lora_diag.results.verdict import outcome
 
     if policy is None and not given:
@@ -117,8 +116,12 @@ def _init(given: list[str], output: Path | None, quiet: bool) -> None:
         return
     _write(output, text)
     if not quiet:
+        from lora_diag.api.gate import gate as judge
+        from lora_diag.reports.verdict import headline
+
         rules = text.count("\n[[rule]]")
         result(f"{output}: {rules} {'rule' if rules == 1 else 'rules'}; read it: every limit says what it is from")
+        result(f"These results under it: {headline(judge(output, *given))}")
         result(f"Next  {shlex.join(['loradiag', 'gate', str(output), *given])}")
 
 
@@ -181,9 +184,13 @@ def _show(results: Results[Any], github: bool, then: str) -> None:
     from lora_diag.reports.verdict import verdict_table
 
     text = verdict_table(results, *terminal(), then=then)
-    # A layer's name may begin like a workflow command; between these lines none is obeyed.
-    token = secrets.token_hex(16)
-    result(f"::stop-commands::{token}\n{text}\n::{token}::" if github else text)
+    if github:
+        import secrets
+
+        # A layer's name may begin like a workflow command; between these lines none is obeyed.
+        token = secrets.token_hex(16)
+        text = f"::stop-commands::{token}\n{text}\n::{token}::"
+    result(text)
 
 
 def _tell_github(results: Results[Any]) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from lora_diag.errors import InputError
-from lora_diag.gate.evidence import Source, subjects, value_of
+from lora_diag.gate.evidence import Source, Subject, subjects, value_of
 from lora_diag.gate.fields import Field, find
 from lora_diag.gate.policy import SPIKE
 
@@ -89,35 +89,46 @@ def draft(sources: Sequence[Source], name: str = "policy.toml") -> str:
 
 def _rule(suggestion: Suggestion, sources: Sequence[Source]) -> str:
     (field,) = find(suggestion.field)
-    values = list(_values(suggestion, field, sources))
+    found = list(_subjects(suggestion, field, sources))
+    values = [(float(value), s.layer or "") for s in found if isinstance(value := value_of(field, s)[0], float | int)]
     if not values:
         return ""
     worst = max(values, key=lambda pair: pair[0] if suggestion.worst == "max" else -pair[0])
     limit = _limit(worst[0], field, suggestion.worst)
-    if limit is None:
-        return ""
-    sign = "<=" if suggestion.worst == "max" else ">="
+    kept = max(len(getattr(subject.record, "s", ())) for subject in found)
+    if limit is None or (field.path[0] == "rank_at" and limit >= kept):
+        return ""  # such as the rank of an adapter: its updates cannot need more than it has
+    sign, end = ("<=", "highest") if suggestion.worst == "max" else (">=", "lowest")
     middle = statistics.median(value for value, _ in values)
     where = f"where = {{ {suggestion.where} }}\n" if suggestion.where else ""
-    highest = "highest" if suggestion.worst == "max" else "lowest"
     at = f" in {_comment(worst[1])}" if worst[1] else ""
     return (
-        f"# {field.name}: median {middle:.4g}, {highest} {worst[0]:.4g}{at}; the limit is {MARGIN:.0%} beyond.\n"
+        f"# {field.name}: median {middle:.4g}, {end} {worst[0]:.4g}{at}; the limit is {MARGIN:.0%} beyond.\n"
         f'[[rule]]\nname = "{suggestion.name}"\nrequire = "{suggestion.field} {sign} {limit:.6g}"\n{where}'
-        f'severity = "error"\nmessage = "{suggestion.message}"\n'
+        f'severity = "error"\nmessage = "{suggestion.message}"\n{_coverage(field, found)}'
     )
 
 
-def _values(suggestion: Suggestion, field: Field, sources: Sequence[Source]) -> Iterator[tuple[float, str]]:
+def _coverage(field: Field, found: Sequence[Subject]) -> str:
+    """Return the coverage that a field can have where records have no value of it, such as the cosine of no update."""
+    none = [subject for subject in found if subject.record is not None and field.of(subject.record) is None]
+    if not none or any(subject.fro is None for subject in found):
+        return ""
+    energy = math.fsum((subject.fro or 0.0) ** 2 for subject in found)
+    lost = math.fsum((subject.fro or 0.0) ** 2 for subject in none)
+    if not lost:
+        return ""
+    share = math.floor(100 * (1 - lost / energy)) / 100
+    return (
+        f"coverage = {share} # of ‖Δ‖²: {len(none)} of {len(found)} layers have no {field.name}, which is null there\n"
+    )
+
+
+def _subjects(suggestion: Suggestion, field: Field, sources: Sequence[Source]) -> Iterator[Subject]:
     for source in sources:
-        if not source.holds(field.kind):
-            continue
-        for subject in subjects(field.kind, source):
-            if suggestion.where and getattr(subject.record, "role", None) != "adapter":
-                continue
-            value, _ = value_of(field, subject)
-            if isinstance(value, float | int):
-                yield float(value), subject.layer or ""
+        if source.holds(field.kind):
+            found = subjects(field.kind, source)
+            yield from (s for s in found if not suggestion.where or getattr(s.record, "role", "adapter") == "adapter")
 
 
 def _limit(worst: float, field: Field, end: str) -> float | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from itertools import groupby
 from typing import Any
@@ -16,8 +17,8 @@ from lora_diag.reports.text import crop, number, safe, short, to_text
 from lora_diag.results import Results, Verdict
 from lora_diag.results.verdict import outcome
 
-# So many rows of verdicts are shown; --output has all.
-ROWS = 20
+# So many rows of verdicts are shown, and so many of one rule where several have some; --output has all.
+ROWS, ROWS_OF_A_RULE = 20, 6
 
 # How bad a status is: what comes first in every report.
 _ORDER = ("failed", "inconclusive", "warned", "waived", "not judged", "passed")
@@ -97,7 +98,8 @@ def _how_many(verdicts: Sequence[Verdict]) -> str:
 def why(verdicts: Sequence[Verdict]) -> str:
     """Return what is said of the verdicts of one rule that came out alike: where, and what to do."""
     messages = list(dict.fromkeys(verdict.message for verdict in verdicts if verdict.message))
-    more = f" (and {len(messages) - 1} other reasons)" if len(messages) > 1 else ""
+    others = len(messages) - 1
+    more = f" (and {others} other {'reason' if others == 1 else 'reasons'})" if others > 0 else ""
     return (safe(messages[0]) if messages else f"allowed is {safe(verdicts[0].allowed)}") + more
 
 
@@ -119,31 +121,54 @@ def verdict_table(
         per: Not used: a failure is always told by its layer.
         then: The command that a user would run next.
     """
-    shown = [verdict for verdict in verdicts_of(results) if verdict.status in _STYLE]
-    told = answers([*_lines(results, len(shown)), *([("Next", then)] if then else [])], _style)
-    return to_text(Group(_table(shown[:ROWS], width), told) if shown else told, width, color)
+    bad = [verdict for verdict in verdicts_of(results) if verdict.status in _STYLE]
+    shown = _shown(bad)
+    told = answers([*_lines(results, shown, bad), *([("Next", then)] if then else [])], _style)
+    return to_text(Group(_table(shown, width), told) if shown else told, width, color)
+
+
+def _shown(bad: Sequence[Verdict]) -> list[Verdict]:
+    """Choose the rows: the worst of each rule, so that one rule with many failures does not hide the others."""
+    several = len({verdict.rule for verdict in bad}) > 1
+    most = ROWS_OF_A_RULE if several else ROWS
+    seen: Counter[tuple[str, str]] = Counter()
+    chosen = []
+    for verdict in bad:
+        seen[verdict.rule, verdict.status] += 1
+        if seen[verdict.rule, verdict.status] <= most:
+            chosen.append(verdict)
+    return chosen[:ROWS]
 
 
 def _table(shown: Sequence[Verdict], width: int) -> Table:
+    groups = {verdict.group for verdict in shown if verdict.layer is not None}
+    names = [_layer(verdict, len(groups) > 1) for verdict in shown]
     rules = min(max(8, width // 5), max(len(verdict.rule) for verdict in shown))
     values = max(len("measured"), *(len(measured(verdict)) for verdict in shown))
-    allowed = min(max(len(verdict.allowed) for verdict in shown), width // 3)
-    places = max(len(place(verdict)) for verdict in shown)
+    allowed = min(max(len(verdict.allowed) for verdict in shown), width // 4)
     statuses = max(len(verdict.status) for verdict in shown)
-    room = max(12, min(places, width - statuses - rules - values - allowed - 6))
+    room = max(12, min(max(map(len, names)), width - statuses - rules - values - allowed - 6))
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=0, header_style="bold")
     table.add_column("status", no_wrap=True)
     table.add_column("rule", no_wrap=True, width=max(rules, len("rule")))
     table.add_column("layer", no_wrap=True, width=room)
     table.add_column("measured", justify="right", no_wrap=True)
     table.add_column("allowed", overflow="fold", width=allowed)
-    for verdict in shown:
+    before = ("", "")
+    for verdict, name in zip(shown, names, strict=True):
         status = Text(verdict.status, style=_STYLE[verdict.status])
-        allowed_text = Text(safe(verdict.allowed))
-        table.add_row(
-            status, crop(safe(verdict.rule), rules), crop(place(verdict), room), measured(verdict), allowed_text
-        )
+        # The condition of a rule is said once.
+        condition = Text("" if before == (verdict.rule, verdict.allowed) else safe(verdict.allowed))
+        table.add_row(status, crop(safe(verdict.rule), rules), crop(name, room), measured(verdict), condition)
+        before = (verdict.rule, verdict.allowed)
     return table
+
+
+def _layer(verdict: Verdict, tell: bool) -> str:
+    """Return a row's layer, and which of its records if that differs from row to row: the end of a name is kept."""
+    if verdict.layer is None:
+        return place(verdict)
+    return f"{safe(verdict.group)}: {short(verdict.layer)}" if tell and verdict.group else short(verdict.layer)
 
 
 def _style(word: str, sentence: str) -> str:
@@ -152,8 +177,11 @@ def _style(word: str, sentence: str) -> str:
     return ""
 
 
-def _lines(results: Results[Any], shown: int) -> list[tuple[str, str]]:
-    lines = [("Shown", f"{ROWS} of {shown}; -o FILE keeps them all")] if shown > ROWS else []
+def _lines(results: Results[Any], shown: Sequence[Verdict], bad: Sequence[Verdict]) -> list[tuple[str, str]]:
+    lines = [("Shown", f"{len(shown)} of {len(bad)}; -o FILE keeps them all")] if len(shown) < len(bad) else []
+    groups = {verdict.group for verdict in shown if verdict.layer is not None}
+    if len(groups) == 1 and "" not in groups:
+        lines.append(("About", safe(groups.pop())))
     lines.append(("Gate", headline(results)))
     for word, status in (("Failed", "failed"), ("Unknown", "inconclusive"), ("Warned", "warned"), ("Waived", "waived")):
         told = [f"{_named(rule, found)}: {why(found)}" for rule, found in by_rule(results, status)]

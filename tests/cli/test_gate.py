@@ -10,6 +10,7 @@ from xml.etree import ElementTree
 import pytest
 from safetensors.torch import load_file, save_file
 
+from lora_diag.gate.reading import read_policy
 from tests.conftest import ROOT
 from tests.gate.making import LAYERS, left_out, residual, spectrum, write
 
@@ -209,6 +210,18 @@ def test_a_dead_adapter_does_not_ship(loradiag, tmp_path):
     ran = loradiag("gate", "--policy", "adapter-basic", "--base", SAMPLES / "base", "--adapter", dead)
     assert ran.code == 1
     assert "dead, 28 layers: the adapter changes nothing here" in ran.out
+
+
+def test_the_page_shows_a_failure_as_it_is_printed_and_its_policies_are_valid(loradiag, tmp_path):
+    page = (ROOT / "docs" / "gate.md").read_text(encoding="utf-8")
+    small, whole = re.findall(r"^```toml\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
+    assert len(read_policy("p.toml", whole).rules) == 3
+    (tmp_path / "policy.toml").write_text(small)
+    loradiag("spectrum", SAMPLES / "base", SAMPLES / "full_ft", "-q", "-o", "results.jsonl")
+    ran = loradiag("gate", "policy.toml", "results.jsonl", env={"COLUMNS": "80"})
+    assert ran.code == 1
+    printed = ran.out.strip("\n")
+    assert f"```console\n$ loradiag gate policy.toml results.jsonl\n{printed}\n```" in page
 
 
 def test_layers_with_nan_fail(loradiag, policy, tmp_path):

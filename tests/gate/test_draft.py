@@ -26,7 +26,7 @@ def files(tmp_path, scale=1.0):
 
 def test_a_drafted_policy_passes_where_it_is_from_and_fails_beyond_its_margin(tmp_path):
     policy = read_policy("p.toml", gate_init(*files(tmp_path)))
-    assert {rule.name for rule in policy.rules} == {"drift", "rank", "one-direction", "distance", "direction"}
+    assert {rule.name for rule in policy.rules} == {"drift", "one-direction", "distance", "direction"}
 
     def failed(scale):
         verdicts = gate(policy, *files(tmp_path, scale), today=TODAY).whole
@@ -45,6 +45,21 @@ def test_a_draft_says_what_each_limit_is_from(tmp_path):
     assert re.search(r"# relative: median 0\.03742, highest 0\.03742 in .*; the limit is 25% beyond", text)
     limit = float(re.search(r"spectrum\.relative <= (\S+)\"", text)[1])
     assert 1.25 <= limit / (14**0.5 / 100) <= 1.26
+
+
+def test_a_value_that_some_layers_do_not_have_lowers_the_coverage_it_asks_for(tmp_path):
+    records = [residual(LAYERS[0], "a", 0.4, cosine=0.9, fro=3.0), residual(LAYERS[1], "a", 1.0, fro=4.0, rank=0)]
+    path = write(tmp_path / "r.jsonl", records, inputs=ADAPTER)
+    text = gate_init(path)
+    assert "coverage = 0.36 # of ‖Δ‖²: 1 of 2 layers have no cosine" in text
+    assert outcome(gate(read_policy("p.toml", text), path, today=TODAY).whole) == "passed"
+
+
+def test_no_rank_that_an_adapter_cannot_exceed_is_a_limit(tmp_path):
+    path = write(tmp_path / "r.jsonl", [spectrum(LAYERS[0], s=(1.0,) * 8, method="factored")])
+    assert "rank_at" not in gate_init(path)
+    wide = write(tmp_path / "w.jsonl", [spectrum(LAYERS[0], s=(1.0, 1.0) + (0.01,) * 6)])
+    assert "rank_at.0.9 <= 3" in gate_init(wide)
 
 
 def test_hostile_names_stay_in_their_comment(tmp_path):

@@ -28,11 +28,12 @@ _NOT_OF_THIS_BASE = frozenset({"not_in_base", "shape_differs", "needs_base", "on
 
 @dataclass(frozen=True, slots=True)
 class Alarm:
-    """One thing that a check found."""
+    """One thing that a check found, and the limit that it broke where the check has several."""
 
     layer: str | None
     measured: float | str | None
     message: str
+    allowed: str = ""
 
 
 Check = Callable[[Policy, Sequence[Source], Stored | None], Iterator[Alarm]]
@@ -52,7 +53,7 @@ def run_checks(policy: Policy, sources: Sequence[Source], baseline: Stored | Non
                     "rule": name,
                     "layer": alarm.layer if alarm else None,
                     "measured": alarm.measured if alarm else None,
-                    "allowed": allowed,
+                    "allowed": (alarm.allowed if alarm else "") or allowed,
                     "status": bad if alarm else "passed",
                     "severity": severity,
                     "message": alarm.message if alarm else "",
@@ -114,10 +115,10 @@ def _spike(policy: Policy, sources: Sequence[Source], baseline: Stored | None) -
             continue
         if record.spike > policy.spike:
             text = f"one direction holds {record.spike:.3g} of ‖ΔW‖²; from {policy.spike:g} on, look for divergence"
-            yield Alarm(record.layer, record.spike, text)
+            yield Alarm(record.layer, record.spike, text, f"spike <= {policy.spike:g}")
         elif record.spike_to_base is not None and record.spike_to_base > 1:
             text = "σ_1(ΔW) exceeds ‖W_base‖_F: this layer was overwritten, not tuned"
-            yield Alarm(record.layer, record.spike_to_base, text)
+            yield Alarm(record.layer, record.spike_to_base, text, "spike_to_base <= 1")
 
 
 def _unresolved(policy: Policy, sources: Sequence[Source], baseline: Stored | None) -> Iterator[Alarm]:

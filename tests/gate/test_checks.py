@@ -83,6 +83,9 @@ def test_the_limit_of_a_spike_is_the_policys(tmp_path):
     path = write(tmp_path / "r.jsonl", [spectrum(LAYERS[0], s=(2.0, 1.0))])  # 0.8
     assert found(path)[1] == []
     assert found(path, "[checks]\nspike_above = 0.79")[1] == [("spike", LAYERS[0], "warned")]
+    verdicts = gate(read_policy("p.toml", "[checks]\nspike_above = 0.79"), path, today=TODAY).whole
+    (spike,) = [v for v in verdicts if v.rule == "spike"]
+    assert (spike.measured, spike.allowed) == (pytest.approx(0.8), "spike <= 0.79")
 
 
 def test_an_unfinished_run_is_open_whatever_the_policy_says(tmp_path):

@@ -7,7 +7,7 @@ below turn one into the other; the names of a PEFT adapter that is compressed ag
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -29,7 +29,7 @@ CONV1D_MODELS = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transform
 # Models that transformers 5 keeps with fused experts in memory and stores expert by expert:
 # ``conversion_mapping`` of transformers 5.24, the types of its patterns "mixtral" and "qwen2_moe".
 FUSED_MODELS = frozenset({
-    "mixtral", "minimax", "minimax_m2", "qwen2_moe", "qwen3_moe", "qwen3_next", "deepseek_v2", "deepseek_v3",
+    "mixtral", "minimax", "minimax_m2", "phimoe", "qwen2_moe", "qwen3_moe", "qwen3_next", "deepseek_v2", "deepseek_v3",
     "deepseek_v32", "dots1", "ernie4_5_moe", "glm4_moe", "glm4_moe_lite", "glm4v_moe", "glm_moe_dsa", "longcat_flash",
     "solar_open", "hunyuan_v1_moe", "flex_olmo", "olmoe", "exaone_moe", "afmoe", "cohere2_moe",
 })  # fmt: skip
@@ -42,12 +42,39 @@ FUSED_LEAVES = {
 }  # fmt: skip
 HALVES = {"gate_up_proj": 2, "down_proj": 1}
 
+# Leaves that PEFT 0.21 takes for those of single experts wherever they stand in such a model, and turns into targets of
+# the fused parameter (``_convert_peft_config_moe``). As parameters, dense layers and shared experts can be reached.
+TAKEN_FOR_EXPERTS = frozenset({*FUSED_LEAVES, "gate"})
+
+# What PEFT refuses to adapt, by model type (``_check_lora_target_modules_mamba``).
+MAMBA_MODELS = frozenset({"falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"})
+REFUSED_IN_MAMBA = frozenset({"out_proj", "conv1d"})
+
 # A router beside experts, which transformers 5 makes a module of its own; as a parameter it can be reached either way.
 ROUTER = re.compile(r"(?P<owner>.+)\.(gate|router)\.weight$")
+BESIDE_EXPERTS = re.compile(r"(?P<owner>.+)\.experts\.")
 
 # What transformers puts before the names of files that were saved from the model without its head.
 HEADLESS = {"gpt2": "transformer", "bloom": "transformer", "opt": "model"}
 BARE_MODEL = re.compile(r"(?<!Head)Model$")
+
+# A regular expression and what takes its place, as re.sub knows it.
+Rename = tuple[str, str | Callable[[re.Match[str]], str]]
+
+# Names on disk -> in memory, in this order.
+VIT: tuple[Rename, ...] = (
+    (r"(^|\.)encoder\.layer\.", r"\1layers."),
+    (r"\.attention\.attention\.(query|key|value)\.", lambda found: f".attention.{found[1][0]}_proj."),
+    (r"\.attention\.output\.dense\.", ".attention.o_proj."),
+    (r"\.intermediate\.dense\.", ".mlp.fc1."),
+    (r"\.output\.dense\.", ".mlp.fc2."),
+)
+GRANITE_MOE = (
+    (r"\.block_sparse_moe\.input_linear\.weight$", ".block_sparse_moe.experts.gate_up_proj"),
+    (r"\.block_sparse_moe\.output_linear\.weight$", ".block_sparse_moe.experts.down_proj"),
+    (r"\.block_sparse_moe\.router\.layer\.", ".block_sparse_moe.router."),
+)
+PHI_MOE = ((r"\.block_sparse_moe\.gate\.", ".mlp.router."), (r"\.block_sparse_moe\.", ".mlp."))
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +130,7 @@ class Model:
         self._renames = _renames(base, self.type)
         self._orientation = Orientation(base, {}, self.type in CONV1D_MODELS)
         self._experts = _count_experts(base) if self.type in FUSED_MODELS else {}
+        self._mixtures = {found["owner"] for name in base if (found := BESIDE_EXPERTS.match(self.parameter(name)))}
 
     def in_memory(self, name: str) -> str:
         """Return the name that a weight has in memory."""
@@ -112,41 +140,47 @@ class Model:
             name = re.sub(pattern, replacement, name)
         return name
 
+    def parameter(self, name: str) -> str:
+        """Return the parameter in memory that a tensor of BASE is, or is a part of."""
+        found = EXPERT.fullmatch(name)
+        if found and found["owner"] in self._experts and found["leaf"] in FUSED_LEAVES:
+            leaf, _ = FUSED_LEAVES[found["leaf"]]
+            return self.in_memory(f"{found['owner']}.{leaf}")
+        return self.in_memory(name)
+
     def target(self, delta: Delta) -> Target | str:
         """Return where the factors of a matrix go, or why nowhere."""
         name = delta.base.name if delta.base is not None else delta.layer
         if HEAD.search(delta.layer) and name != delta.layer:
             return "BASE ties it to the embedding: what PEFT adds to the one is added to both"
         stored = self._base[name].shape
-        memory = self.in_memory(name)
+        memory = self.parameter(name)
         module = memory.removesuffix(".weight")
+        leaf = module.rpartition(".")[2]
         if name.endswith("in_proj_weight") or f"{name.rpartition('.out_proj.')[0]}.in_proj_weight" in self._base:
             return "part of an nn.MultiheadAttention, whose update PEFT applies in its own way"
-        if len(stored) == 3 and EXPERTS.search(name):
+        if self.type in MAMBA_MODELS and leaf in REFUSED_IN_MAMBA:
+            return "PEFT refuses to adapt it in a Mamba model"
+        if len(stored) == 3 and EXPERTS.search(memory):
             index = int(delta.layer.rpartition("[")[2].rstrip("]")) if delta.layer.endswith("]") else 0
             in_out = (self.type in TRANSPOSED_MODELS) != (self.type in FLIPPED_ON_DISK)
             return Target(delta.layer, delta.shape, memory, "parameter", in_out, expert=(index, stored[0]))
         if (found := EXPERT.fullmatch(name)) and found["owner"] in self._experts and found["leaf"] in FUSED_LEAVES:
-            return self._fused(delta, found)
+            half = FUSED_LEAVES[found["leaf"]][1], HALVES[leaf]
+            expert = int(found["index"]), self._experts[found["owner"]]
+            return Target(delta.layer, delta.shape, memory, "parameter", expert=expert, half=half)
         if not memory.endswith(".weight"):
             return "a bare parameter, not the weight of a layer"
         if len(stored) > 2:
             return _convolution(delta, module, stored, name)
-        if (router := ROUTER.match(name)) and any(n.startswith(f"{router['owner']}.experts.") for n in self._base):
+        router = ROUTER.match(memory)
+        if (router and router["owner"] in self._mixtures) or (self.type in FUSED_MODELS and leaf in TAKEN_FOR_EXPERTS):
             return Target(delta.layer, delta.shape, memory, "parameter")
-        if TABLE.search(name):
+        if TABLE.search(name) and not HEAD.search(memory):
             return Target(delta.layer, delta.shape, module, "embedding", transposed=True)
         if self._orientation.in_out(name, (None, None), stored):
             return Target(delta.layer, delta.shape, module, "conv1d", transposed=True)
         return Target(delta.layer, delta.shape, module, "linear")
-
-    def _fused(self, delta: Delta, found: re.Match[str]) -> Target:
-        """Return the part of a fused parameter that one expert's own matrix is."""
-        leaf, half = FUSED_LEAVES[found["leaf"]]
-        owner = found["owner"].replace(".block_sparse_moe.", ".mlp.")
-        expert = (int(found["index"]), self._experts[found["owner"]])
-        module = self.in_memory(f"{owner}.{leaf}")
-        return Target(delta.layer, delta.shape, module, "parameter", expert=expert, half=(half, HALVES[leaf]))
 
 
 def _convolution(delta: Delta, module: str, stored: tuple[int, ...], name: str) -> Target | str:
@@ -166,7 +200,7 @@ def _count_experts(base: Checkpoint) -> dict[str, int]:
     return counts
 
 
-def _renames(base: Checkpoint, model_type: str) -> tuple[tuple[str, str], ...]:
+def _renames(base: Checkpoint, model_type: str) -> tuple[Rename, ...]:
     """Return the regular expressions that make names on disk those in memory, in their order."""
     names = list(base)
     if any(name.startswith("language_model.model.") for name in names):  # LLaVA and its kin
@@ -179,6 +213,12 @@ def _renames(base: Checkpoint, model_type: str) -> tuple[tuple[str, str], ...]:
         return (r"^model\.", "model.language_model."), (r"^visual\.", "model.visual.")
     if model_type == "gpt_neox":
         return ((r"^embed_out\.", "lm_head."),)
+    if any(".attention.attention.query." in name for name in names):  # ViT, DeiT, BEiT
+        return VIT
+    if any(name.endswith(".block_sparse_moe.input_linear.weight") for name in names):
+        return GRANITE_MOE
+    if model_type == "phimoe":
+        return PHI_MOE
     if model_type in FUSED_MODELS:
         return ((r"\.block_sparse_moe\.(gate|experts)\.", r".mlp.\1."),)
     prefix = HEADLESS.get(model_type)

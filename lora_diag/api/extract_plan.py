@@ -86,13 +86,24 @@ class Plan:
     def _described(self, base_name: str) -> Described:
         classes = self.base.config.get("architectures")
         first = classes[0] if isinstance(classes, list) and classes else ""
-        names = (self.model.in_memory(name) for name in self.base if name.endswith(".weight"))
+        modules = {self.model.in_memory(name).rpartition(".")[0] for name in self.base}
         return Described(
             base_name=base_name,
             architecture=first if isinstance(first, str) else "",
-            modules=frozenset(name.removesuffix(".weight") for name in names),
-            parameters=frozenset(t.module for t in self.targets.values() if t.kind == "parameter"),
+            modules=frozenset(owner for module in modules for owner in _with_owners(module)),
+            parameters=frozenset(self.model.parameter(name) for name in self.base),
         )
+
+
+def _with_owners(module: str) -> Iterator[str]:
+    """Yield a module and those it is in: ``blocks.0`` is one, too, and a target ``0`` would mean it.
+
+    >>> list(_with_owners("visual.blocks.0"))
+    ['visual.blocks.0', 'visual.blocks', 'visual']
+    """
+    while module:
+        yield module
+        module = module.rpartition(".")[0]
 
 
 def plan(base: Checkpoint, tuned: Path | str, pairing: Pairing, save: bool) -> Plan:

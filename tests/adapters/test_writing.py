@@ -12,8 +12,14 @@ from torch import nn
 
 import lora_diag
 from lora_diag.adapters import open_adapter
+from lora_diag.adapters.writing import Described, Part, store_factors, write_adapter
+from lora_diag.adapters.writing_check import check_written
+from lora_diag.adapters.writing_targets import Target
 from lora_diag.checkpoints import open_checkpoint
+from lora_diag.errors import InputError
 from tests.adapters.dense import dense
+from tests.adapters.making import adapter, normal
+from tests.adapters.making import base as write_base
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
@@ -275,9 +281,6 @@ def test_a_grown_vocabulary_is_saved_in_full(tmp_path):
 
 def test_an_adapter_is_compressed_under_its_own_names(tmp_path):
     """LLaVA-like: the file says ``language_model.model``, the module in memory and the adapter say otherwise."""
-    from tests.adapters.making import adapter, normal
-    from tests.adapters.making import base as write_base
-
     name = "language_model.model.layers.0.self_attn.q_proj.weight"
     on = write_base(tmp_path, {name: normal(12, 10)})
     b, a = normal(12, 4, seed=1), normal(4, 10, seed=2)
@@ -289,3 +292,20 @@ def test_an_adapter_is_compressed_under_its_own_names(tmp_path):
     pairing, _ = open_adapter(tmp_path / "small").pair(open_checkpoint(on))
     expected = best(2 * b @ a, 2)
     assert np.linalg.norm(dense(pairing.deltas[0]) - expected) < 1e-6 * np.linalg.norm(expected)
+
+
+def test_an_adapter_that_reads_back_otherwise_is_refused(tmp_path):
+    """The errors that were measured must be those of the file."""
+    torch.manual_seed(0)
+    base = open_checkpoint(write_base(tmp_path, {"q_proj.weight": np.zeros((6, 5))}))
+    target = Target("q_proj.weight", (6, 5), "q_proj", "linear")
+    part = Part(target, 2, tmp_path / "factors.safetensors")
+    store_factors(part.file, torch.randn(6, 2), torch.randn(2, 5))
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    write_adapter(folder, [part], [], Described("base", "", frozenset({"q_proj"}), frozenset()))
+    check_written(folder, base, [part])
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(config | {"lora_alpha": 4}))
+    with pytest.raises(InputError, match=r"q_proj\.weight read back otherwise"):
+        check_written(folder, base, [part])

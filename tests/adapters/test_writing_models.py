@@ -1,0 +1,121 @@
+"""Model by model: the whole update, written as an adapter, loaded and merged by PEFT, is the fine-tune again.
+
+What a model is called in memory differs from its files, and PEFT treats mixtures of experts in its own way; a name that
+PEFT does not find is dropped without a word, so only the merged weights tell.
+"""
+
+import numpy as np
+import pytest
+import torch
+
+import lora_diag
+from tests.adapters.test_writing import SMALL, merged_by_peft, perturbed, saved, state
+
+peft = pytest.importorskip("peft")
+transformers = pytest.importorskip("transformers")
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+BLOCKS = {"num_hidden_layers": 2}
+EXPERTS = {"num_local_experts": 3, "num_experts_per_tok": 2}
+OLD = {"vocab_size": 24, "hidden_size": 16, "intermediate_size": 20, "num_attention_heads": 2} | BLOCKS
+VISION = {
+    "hidden_size": 16,
+    "intermediate_size": 20,
+    "num_attention_heads": 2,
+    "image_size": 8,
+    "patch_size": 4,
+} | BLOCKS
+
+
+def llava():
+    vision, text = transformers.CLIPVisionConfig(**VISION), transformers.LlamaConfig(**SMALL | BLOCKS)
+    return transformers.LlavaConfig(vision_config=vision, text_config=text)
+
+
+def qwen2_vl():
+    text = SMALL | BLOCKS | {"rope_scaling": {"type": "mrope", "mrope_section": [1, 1, 2]}}
+    vision = {"depth": 2, "embed_dim": 16, "hidden_size": 16, "num_heads": 2, "mlp_ratio": 2}
+    return transformers.Qwen2VLConfig(text_config=text, vision_config=vision)
+
+
+def deepseek():
+    latent = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8}
+    mixture = {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1}
+    dense = {"first_k_dense_replace": 1, "moe_intermediate_size": 12}
+    return transformers.DeepseekV3Config(**SMALL | BLOCKS | latent | mixture | dense)
+
+
+def qwen2_moe():
+    mixture = {"num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 12}
+    return transformers.Qwen2MoeConfig(
+        **SMALL | BLOCKS | mixture, shared_expert_intermediate_size=12, mlp_only_layers=[1]
+    )
+
+
+def small(name, **more):
+    return lambda: getattr(transformers, name)(**SMALL | BLOCKS | more)
+
+
+MODELS = {
+    "LlavaForConditionalGeneration": llava,
+    "Qwen2VLForConditionalGeneration": qwen2_vl,
+    "GPTNeoXForCausalLM": lambda: transformers.GPTNeoXConfig(**OLD),
+    "BertForSequenceClassification": lambda: transformers.BertConfig(**OLD),
+    "ViTForImageClassification": lambda: transformers.ViTConfig(**VISION),
+    "T5ForConditionalGeneration": lambda: transformers.T5Config(
+        vocab_size=24, d_model=16, d_ff=20, d_kv=8, num_layers=2, num_heads=2
+    ),
+    "DeepseekV3ForCausalLM": deepseek,
+    "Qwen2MoeForCausalLM": qwen2_moe,
+    "PhimoeForCausalLM": small("PhimoeConfig", **EXPERTS),
+    "GraniteMoeForCausalLM": small("GraniteMoeConfig", **EXPERTS),
+    "OlmoeForCausalLM": small("OlmoeConfig", num_experts=3, num_experts_per_tok=2),
+    "Gemma3ForCausalLM": small("Gemma3TextConfig", head_dim=8),
+    "Phi3ForCausalLM": small("Phi3Config", pad_token_id=0),
+    "MambaForCausalLM": lambda: transformers.MambaConfig(
+        vocab_size=24, hidden_size=16, state_size=4, num_hidden_layers=2
+    ),
+}
+
+# What has no factors, with the reason that is given.
+LEFT_OUT = {
+    "ViTForImageClassification": {"cls_token": "a bare parameter", "position_embeddings": "a bare parameter"},
+    "MambaForCausalLM": {
+        "A_log": "a bare parameter", "conv1d.weight": "PEFT refuses", "out_proj.weight": "PEFT refuses"
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_peft_merges_the_whole_update(tmp_path, name):
+    if not hasattr(transformers, name):
+        pytest.skip(f"this transformers has no {name}")
+    torch.manual_seed(0)
+    model = getattr(transformers, name)(MODELS[name]())
+    tuned = perturbed(model)
+    results = lora_diag.extract(*saved(model, tuned, tmp_path), tmp_path / "adapter", rank=64)
+    merged, before, after = merged_by_peft(model, tmp_path / "adapter"), state(model), state(tuned)
+    reasons = LEFT_OUT.get(name, {})
+    for weight, value in merged.items():
+        as_it_was = value.ndim < 2 or weight.endswith(tuple(reasons) or "nothing")
+        expected = before[weight] if as_it_was else after[weight]
+        assert np.linalg.norm(value - expected) <= 3e-6 * np.linalg.norm(expected), weight
+    for item in results.left_out:
+        if item.reason != "vector":
+            leaf = next(leaf for leaf in reasons if leaf in item.layer)
+            assert item.detail.startswith(reasons[leaf])
+
+
+def test_experts_that_are_left_out_are_not_targets(tmp_path):
+    """``experts.gate_up_proj`` would mean those of the layer without factors, too."""
+    torch.manual_seed(0)
+    model = transformers.MixtralForCausalLM(transformers.MixtralConfig(**SMALL | BLOCKS | EXPERTS))
+    tuned = perturbed(model)
+    lora_diag.extract(*saved(model, tuned, tmp_path), tmp_path / "adapter", rank=64, exclude=r"layers\.0\..*experts")
+    merged, before, after = merged_by_peft(model, tmp_path / "adapter"), state(model), state(tuned)
+    for weight, value in merged.items():
+        as_it_was = value.ndim < 2 or "layers.0.mlp.experts" in weight
+        expected = before[weight] if as_it_was else after[weight]
+        assert np.linalg.norm(value - expected) <= 3e-6 * np.linalg.norm(expected), weight
+    wrapped = peft.PeftModel.from_pretrained(model, tmp_path / "adapter")
+    assert not any("layers.0.mlp.experts" in key and "lora" in key for key in wrapped.state_dict())

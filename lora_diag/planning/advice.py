@@ -20,6 +20,7 @@ from lora_diag.planning.findings import (
     VECTORS,
     heavy_vectors,
     named,
+    percent,
     ranks,
     scale_mismatch,
     shares_at,
@@ -110,7 +111,7 @@ def raise_rank(evidence: Evidence) -> Advice | None:
     return Advice(
         "raise rank in named layers" if few else "raise rank everywhere",
         f"Raise the rank from {now}{to} {where}",
-        f"At rank {now}, {many} can carry less than {SHORT:.0%} of their energy (at worst {worst.kept:.0%} in "
+        f"At rank {now}, {many} can carry less than {SHORT:.0%} of their energy (at worst {percent(worst.kept)} in "
         f"{named([worst.layer])}). {mends}{_limits(evidence)}",
         f"C(r) < {SHORT} in at most half of the resolved matrices"
         if few
@@ -140,7 +141,7 @@ def widen_placement(evidence: Evidence) -> Advice | None:
     return Advice(
         "widen placement",
         f"Adapt {', '.join(sorted(shares, key=lambda name: -shares[name]))} too",
-        f"{missed:.0%} of ‖ΔW‖² lies in matrices that {evidence.adapter} leaves alone: {_listed(shares)}.",
+        f"{percent(missed)} of ‖ΔW‖² lies in matrices that {evidence.adapter} leaves alone: {_listed(shares)}.",
         f"share of ‖ΔW‖² in matrices without an adapter ≥ {PLACEMENT}",
         "Article, rank selection step 5.2",
         f"loradiag allocate {_spectrum_file(evidence)} --match {shlex.quote(evidence.adapter or 'ADAPTER')}",
@@ -156,7 +157,7 @@ def train_vocabulary(evidence: Evidence) -> Advice | None:
     return Advice(
         "train embeddings and head",
         "Train embeddings and head too (PEFT: modules_to_save), or check that the task needs them unchanged",
-        f"{share:.0%} of the whole change ‖Δ‖² lies there; an adapter on the other matrices cannot reach it.",
+        f"{percent(share)} of the whole change ‖Δ‖² lies there; an adapter on the other matrices cannot reach it.",
         f"share of ‖Δ‖² in embeddings and head ≥ {PLACEMENT}",
         "Article, rank selection step 5.2 (placement), carried over to tables",
         _extract(evidence, "--rest save"),
@@ -170,7 +171,9 @@ def hybrid(evidence: Evidence) -> Advice | None:
         return None
     return Advice(
         "hybrid",
-        "Unfreeze norms and biases beside the adapter (PEFT: bias='all', modules_to_save for norms)",
+        "Unfreeze norms and biases beside the adapter (PEFT: bias='all', modules_to_save for norms)"
+        if evidence.spectra
+        else "Train norms and biases alone: no matrix outside embeddings and head moved",
         f"{found.seen} Most in {named(found.layers)}.",
         f"share of ‖Δ‖² in norms and biases ≥ {VECTORS}",
         "Article, rank selection step 5.3; BitFit (Ben Zaken et al. 2022)",
@@ -194,7 +197,7 @@ def train_fully(evidence: Evidence) -> Advice | None:
     return Advice(
         "full fine-tuning" if every else "partial fine-tuning",
         "Fine-tune fully, or accept a low-rank bias" if every else f"Unfreeze {', '.join(slow)}; adapters on the rest",
-        f"Even r={rank} keeps {kept:.0%} of the energy in the median matrix of "
+        f"Even r={rank} keeps {percent(kept)} of the energy in the median matrix of "
         f"{'every type' if every else f'these types, {len(slow)} of {len(by_type)}'}.",
         f"C({rank}) < {SHORT} in at least {MOST:.0%} of a type's resolved matrices with both sizes ≥ {SIZEABLE * rank}",
         "Article, rank selection step 5.4; Biderman et al. 2024 (arXiv 2405.09673) measure 10 to 100 times usual ranks",
@@ -211,13 +214,15 @@ def enough(evidence: Evidence) -> Advice | None:
     for rank in LADDER[:-1]:
         kept = [kept_at(record, rank) for record in evidence.readable]
         known = [share for share in kept if share is not None]
-        if known and len(known) == len(kept) == len(evidence.spectra) and min(known) >= ENOUGH:
+        small = [record for record in evidence.readable if min(record.shape) >= SIZEABLE * rank]
+        if len(known) == len(evidence.spectra) <= 2 * len(small) and small and min(known) >= ENOUGH:
             return Advice(
                 "enough",
                 f"Nothing: r={rank} is enough",
-                f"r={rank} keeps at least {min(known):.0%} of the energy in each of {len(known)} matrices, and nothing "
-                "that was measured lies where an adapter does not reach.",
-                f"C({rank}) ≥ {ENOUGH} in every matrix outside embeddings and head, all resolved; no other rule speaks",
+                f"r={rank} keeps {percent(min(known))} of the energy in the worst of {len(known)} matrices, and "
+                "nothing that was measured lies where an adapter does not reach.",
+                f"C({rank}) ≥ {ENOUGH} in every matrix outside embeddings and head, all resolved, half of them "
+                f"{SIZEABLE * rank} or more wide; no other rule speaks",
                 "Article, rank sweep (fast saturation); Eckart & Young 1936",
                 _extract(evidence, "", rank),
             )
@@ -233,8 +238,8 @@ def sweep(evidence: Evidence) -> Advice | None:
     return Advice(
         "sweep",
         "Let the held-out loss decide: train two or three ranks",
-        f"Rank {rank} keeps between {min(kept):.0%} and {max(kept):.0%} of the energy, {median(kept):.0%} in the "
-        "median matrix: no rule above settles whether that is enough.",
+        f"Rank {rank} keeps between {percent(min(kept))} and {percent(max(kept))} of the energy, "
+        f"{percent(median(kept))} in the median matrix: no rule above settles whether that is enough.",
         "no other rule speaks",
         "Article, diagnostic 3 (rank sweep)",
         "loradiag probe sweep --help",
@@ -263,7 +268,7 @@ def _limits(evidence: Evidence) -> str:
 
 
 def _listed(shares: Mapping[str, float]) -> str:
-    return ", ".join(f"{shares[name]:.0%} in {name}" for name in sorted(shares, key=lambda name: -shares[name]))
+    return ", ".join(f"{percent(shares[name])} in {name}" for name in sorted(shares, key=lambda name: -shares[name]))
 
 
 def _input(evidence: Evidence, role: str, otherwise: str) -> str:

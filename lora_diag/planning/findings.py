@@ -27,6 +27,8 @@ USUAL_RANK = 16
 FEWEST = 4
 # The rank at 90% energy of a Gaussian matrix is 0.51 of a square one's size and 0.76 of a 1:4 one's (256² to 1024²).
 FLAT = 0.5
+# Of smaller matrices a usual rank is a large part whatever they are, so a flat spectrum means nothing there.
+SIZEABLE = 4 * USUAL_RANK
 # A factor within these of 1 changes ε² by less than 6% of ‖X‖²: (1 − 1/1.25)² = 0.04, (1.25 − 1)² = 0.0625.
 SCALE = 1.25
 # Below this cosine the adapter's direction carries less than a quarter of ‖D‖², and no scale is worth a word.
@@ -80,7 +82,7 @@ def slow_decay(evidence: Evidence) -> Finding | None:
     return Finding(
         "Slow spectral decay everywhere",
         f"r={USUAL_RANK} keeps less than {SHORT:.0%} of the energy in {len(slow)} of {len(shares)} matrices; "
-        f"{median(shares.values()):.0%} in the median one.",
+        f"{percent(median(shares.values()))} in the median one.",
         "The article's sign of a large distribution shift. A task of several independent skills looks the same in the "
         "weights, and so does a high learning rate: compare with a second full fine-tune before you blame the data.",
         f"C({USUAL_RANK}) < {SHORT} in at least {MOST:.0%} of the resolved matrices larger than that, and these are "
@@ -104,9 +106,9 @@ def under_ranked(evidence: Evidence) -> Finding | None:
     return Finding(
         "Under-ranked critical layers",
         f"{named([item.layer for item in short])}: rank {ranks([item.rank for item in short])} can carry less than "
-        f"{SHORT:.0%} of the energy there (at worst {worst.kept:.0%}), against "
-        f"{median(item.kept for item in capacities):.0%} in the median layer. Together they hold {share:.0%} of ‖ΔW‖² "
-        f"in these {len(capacities)} matrices.",
+        f"{SHORT:.0%} of the energy there (at worst {percent(worst.kept)}), against "
+        f"{percent(median(item.kept for item in capacities))} in the median layer. "
+        f"Together they hold {percent(share)} of ‖ΔW‖² in these {len(capacities)} matrices.",
         "One rank for all layers is too little for these. Energy is not loss: a layer's share says how far it moved, "
         "not how much the task needs it.",
         f"C(r) < {SHORT} at the layer's rank, at least {SHORT} in the median layer; ‖ΔW‖ at least the median",
@@ -119,13 +121,14 @@ def flat_projections(evidence: Evidence) -> Finding | None:
     """Find projections whose spectrum is as flat as that of a random matrix."""
     flatness: dict[str, list[tuple[str, float]]] = {}
     for record in evidence.readable:
-        if _PROJECTION.search(name := module_type_of(record.layer)) and (share := _flatness(record)) is not None:
+        name, share = module_type_of(record.layer), _flatness(record)
+        if _PROJECTION.search(name) and share is not None and min(record.shape) >= SIZEABLE:
             flatness.setdefault(name, []).append((record.layer, share))
     flat = {name: rows for name, rows in flatness.items() if median(share for _, share in rows) >= FLAT}
     if not flat:
         return None
     told = "; ".join(
-        f"{name} needs {median(share for _, share in rows):.0%} of its directions in the median of {len(rows)}"
+        f"{name} needs {percent(median(share for _, share in rows))} of its directions in the median of {len(rows)}"
         for name, rows in flat.items()
     )
     return Finding(
@@ -133,7 +136,7 @@ def flat_projections(evidence: Evidence) -> Finding | None:
         f"For 90% of the energy, {told}.",
         "As flat as a random square matrix (51%): no small rank is close to this update. Where the projection joins "
         "two modalities, the article expects it.",
-        f"median over a projection's layers of (rank at 90% energy)/min(out, in) ≥ {FLAT}",
+        f"median over a projection's layers of (rank at 90% energy)/min(out, in) ≥ {FLAT}, min(out, in) ≥ {SIZEABLE}",
         "Article, failure mode 3",
         tuple(layer for rows in flat.values() for layer, _ in rows),
     )
@@ -172,7 +175,7 @@ def heavy_vectors(evidence: Evidence) -> Finding | None:
     moved = [item for item in evidence.vectors if item.fro]
     return Finding(
         "Norm- or bias-heavy update",
-        f"{share:.0%} of the whole change ‖Δ‖² lies in {len(moved)} norms and biases.",
+        f"{percent(share)} of the whole change ‖Δ‖² lies in {len(moved)} norms and biases.",
         f"No low-rank adapter on matrices reaches them: one that were perfect elsewhere would stay "
         f"{math.sqrt(share):.2f}·‖Δ‖ away.",
         f"share of ‖Δ‖² in one-dimensional tensors ≥ {VECTORS}",
@@ -225,6 +228,17 @@ def shares_at(rank: int, records: Sequence[Spectrum]) -> dict[str, float]:
     """Return C(rank) by layer, of the layers that are larger than the rank and kept enough values."""
     found = {record.layer: kept_at(record, rank) for record in records if min(record.shape) > rank}
     return {layer: share for layer, share in found.items() if share is not None}
+
+
+def percent(share: float) -> str:
+    """Return a share as a percentage that is never rounded up to 100 or down to 0.
+
+    >>> percent(0.414), percent(0.9996), percent(1.0), percent(0.001)
+    ('41%', '>99%', '100%', '<1%')
+    """
+    if 0.995 <= share < 1:
+        return ">99%"
+    return "<1%" if 0 < share < 0.005 else f"{share:.0%}"
 
 
 def named(layers: Sequence[str], most: int = 3) -> str:

@@ -58,7 +58,7 @@ def model(s=EASY, blocks=4, verdict="resolved", special=None, left_out=()):
 def test_a_small_rank_that_carries_everything_is_enough():
     (step,) = advice(evidence(model(EASY)))
     assert (step.rule, step.do) == ("enough", "Nothing: r=4 is enough")
-    assert "100% of the energy in each of 28 matrices" in step.because
+    assert "100% of the energy in the worst of 28 matrices" in step.because
     assert findings(evidence(model(EASY))) == []
 
 
@@ -66,6 +66,23 @@ def test_enough_is_the_smallest_usual_rank_that_keeps_nine_tenths_of_every_layer
     results = model(flat_to(8, 512), special={"layers.2.mlp.up_proj": flat_to(16, 512)})
     (step,) = advice(evidence(results))
     assert step.do == "Nothing: r=16 is enough"  # at 8, one layer keeps a half
+
+
+def test_a_rank_as_large_as_the_matrix_is_not_called_enough():
+    assert told(model(flat_to(4, 16))) == ["enough"]  # r=4 of 16
+    assert told(model(flat_to(9, 16))) == ["sweep"]  # r=16 of 16 keeps all of anything
+
+
+def test_shares_are_never_rounded_up_to_all():
+    nearly = np.sqrt(np.array([0.999, 0.0, 0.0, 0.0, 0.001, *[0.0] * 507]))
+    (step,) = advice(evidence(model(nearly)))
+    assert "r=4 keeps >99% of the energy" in step.because
+
+
+def test_norms_alone_need_no_adapter():
+    zero = spectra([spectrum(n, np.zeros(16)) for n in names(1)], [vector("norm.weight", 1.0)])
+    (step,) = advice(evidence(zero))
+    assert step.do.startswith("Train norms and biases alone")
 
 
 def test_few_short_layers_are_named_and_their_rank_is_raised():

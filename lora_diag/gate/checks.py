@@ -26,6 +26,10 @@ UNUSED = 1e-6
 _NOT_OF_THIS_BASE = frozenset({"not_in_base", "shape_differs", "needs_base", "only_in_adapter"})
 
 
+# Checks that look at records of updates.
+_OF_UPDATES = frozenset({"dead", "unused_rank", "spike", "unresolved"})
+
+
 @dataclass(frozen=True, slots=True)
 class Alarm:
     """One thing that a check found, and the limit that it broke where the check has several."""
@@ -45,20 +49,29 @@ def run_checks(policy: Policy, sources: Sequence[Source], baseline: Stored | Non
         severity = policy.checks[name]
         if severity == "off" or (name == "missing" and baseline is None):
             continue
-        alarms: list[Alarm | None] = [*check(policy, sources, baseline)]
-        bad = "inconclusive" if name == "finished" else "failed" if severity == "error" else "warned"
-        for alarm in alarms or [None]:
+        alarms = list(check(policy, sources, baseline))
+        idle = Alarm(None, None, "no spectrum or residual record to look at")
+        if alarms:
+            status = "inconclusive" if name == "finished" else "failed" if severity == "error" else "warned"
+        else:
+            status = "not judged" if name in _OF_UPDATES and not has_updates(sources) else "passed"
+        for alarm in alarms or [idle if status == "not judged" else Alarm(None, None, "")]:
             yield Verdict.model_validate(
                 {
                     "rule": name,
-                    "layer": alarm.layer if alarm else None,
-                    "measured": alarm.measured if alarm else None,
-                    "allowed": (alarm.allowed if alarm else "") or allowed,
-                    "status": bad if alarm else "passed",
+                    "layer": alarm.layer,
+                    "measured": alarm.measured,
+                    "allowed": alarm.allowed or allowed,
+                    "status": status,
                     "severity": severity,
-                    "message": alarm.message if alarm else "",
+                    "message": alarm.message,
                 }
             )
+
+
+def has_updates(sources: Sequence[Source]) -> bool:
+    """Say whether there is a record of an update, which most checks look at."""
+    return any(isinstance(record, Spectrum | Residual) for source in sources for record in source.results.layers)
 
 
 def _finished(policy: Policy, sources: Sequence[Source], baseline: Stored | None) -> Iterator[Alarm]:

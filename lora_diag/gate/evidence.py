@@ -21,6 +21,7 @@ _COMMANDS = {
     "certificate": "allocate",
     "extraction": "extract",
     "merge": "verify-merge",
+    "union": "interference",
     "verdict": "gate",
 }
 

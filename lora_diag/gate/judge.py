@@ -13,7 +13,7 @@ from itertools import groupby
 
 from lora_diag.errors import NothingComparedError
 from lora_diag.gate.baseline import Stored
-from lora_diag.gate.checks import run_checks
+from lora_diag.gate.checks import has_updates, run_checks
 from lora_diag.gate.evidence import Source, Subject, command_for, subjects, value_of
 from lora_diag.gate.fields import LAYER_KINDS, Field, find
 from lora_diag.gate.grammar import problem_with
@@ -49,7 +49,7 @@ def judge(policy: Policy, sources: Sequence[Source], baseline: Source | None, to
         UsageError: A rule selects nothing that is in the results, or needs a baseline and there is none.
         NothingComparedError: The results have no record at all.
     """
-    _check_something(sources)
+    _check_something(policy, sources)
     _check_selectors(policy, sources)
     waivers = Waivers(policy, today)
     stored = Stored(baseline) if baseline is not None else None
@@ -61,7 +61,12 @@ def judge(policy: Policy, sources: Sequence[Source], baseline: Source | None, to
     return (*found, *waivers.reports())
 
 
-def _check_something(sources: Sequence[Source]) -> None:
+def _check_something(policy: Policy, sources: Sequence[Source]) -> None:
+    """Refuse results in which there is nothing to judge.
+
+    Raises:
+        NothingComparedError: They are such.
+    """
     empty = [
         source.path
         for source in sources
@@ -72,6 +77,16 @@ def _check_something(sources: Sequence[Source]) -> None:
     ]
     if empty:
         raise NothingComparedError(f"{empty[0]}: has no records to judge")
+    if not policy.rules and not policy.regressions and not empty and not _looked_at(sources):
+        raise NothingComparedError(
+            f"{sources[0].path}: has no spectrum or residual record, and {policy.path} has no rule for anything else"
+        )
+
+
+def _looked_at(sources: Sequence[Source]) -> bool:
+    """Say whether built-in checks alone have something to say of the results."""
+    told = any(item.reason == "non_finite" for source in sources for item in source.results.left_out)
+    return told or has_updates(sources) or any(source.results.end is None for source in sources)
 
 
 def _check_selectors(policy: Policy, sources: Sequence[Source]) -> None:

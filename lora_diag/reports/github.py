@@ -7,6 +7,7 @@ step summary of more than 1 MiB, so this one ends before.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from typing import Any
 
 from lora_diag.reports.text import safe
@@ -25,10 +26,20 @@ def workflow_commands(results: Results[Any]) -> list[str]:
     warnings = [v for v in found if v.status in {"warned", "inconclusive"} and not v.blocks]
     lines = []
     for kind, told in (("error", errors), ("warning", warnings)):
-        lines += [_annotation(kind, verdict, policy) for verdict in told[:ANNOTATIONS]]
+        lines += [_annotation(kind, verdict, policy) for verdict in _spread(told)[:ANNOTATIONS]]
         if len(told) > ANNOTATIONS:
             lines.append(f"::{kind} title=loradiag gate::{len(told) - ANNOTATIONS} more, see the step summary")
     return lines
+
+
+def _spread(told: list[Verdict]) -> list[Verdict]:
+    """Put the worst of every rule before the second of any."""
+    seen: Counter[str] = Counter()
+    turns = []
+    for verdict in told:
+        turns.append(seen[verdict.rule])
+        seen[verdict.rule] += 1
+    return [verdict for _, verdict in sorted(zip(turns, told, strict=True), key=lambda pair: pair[0])]
 
 
 def _annotation(kind: str, verdict: Verdict, policy: str | None) -> str:

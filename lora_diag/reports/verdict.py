@@ -188,7 +188,10 @@ def _lines(results: Results[Any], shown: Sequence[Verdict], bad: Sequence[Verdic
         if told:
             lines.append((word, "\n".join(told)))
     if spared := by_rule(results, "not judged"):
-        lines.append(("Not judged", "\n".join(f"{_named(rule, found)}: {why(found)}" for rule, found in spared)))
+        own = [f"{_named(rule, found)}: {why(found)}" for rule, found in spared if found[0].line]
+        idle = [(rule, found) for rule, found in spared if not found[0].line]
+        idly = [f"built-in checks {', '.join(rule for rule, _ in idle)}: {why(idle[0][1])}"] if idle else []
+        lines.append(("Not judged", "\n".join([*own, *idly])))
     lines.append(("Passed", _passed(results)))
     lines.append(("Judged", "\n".join(_inputs(results))))
     return lines

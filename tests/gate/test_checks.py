@@ -5,6 +5,7 @@ from datetime import date
 import pytest
 
 from lora_diag.api.gate import gate
+from lora_diag.errors import NothingComparedError
 from lora_diag.gate.reading import read_policy
 from lora_diag.results.verdict import outcome
 from tests.gate.making import LAYERS, left_out, residual, spectrum, write
@@ -91,3 +92,18 @@ def test_the_limit_of_a_spike_is_the_policys(tmp_path):
 def test_an_unfinished_run_is_open_whatever_the_policy_says(tmp_path):
     path = write(tmp_path / "r.jsonl", [spectrum(LAYERS[0])], finished=False)
     assert found(path) == ("inconclusive", [("finished", None, "inconclusive")])
+
+
+def test_checks_alone_do_not_pass_results_that_they_do_not_look_at(tmp_path):
+    """A file of overlaps, say, given by mistake: exit code 4, and with a rule for it the checks say nothing."""
+    record = {"record": "overlap", "layer": LAYERS[0], "shape": [4, 4], "step": 0, "rank": 2, "gradient_fro": 1.0}
+    record |= dict.fromkeys(("kappa", "tangent", "left", "right"), 0.5)
+    record |= dict.fromkeys(("kappa_random", "tangent_random", "left_random", "right_random"), 0.1)
+    path = write(tmp_path / "o.jsonl", [record | {"method": "exact", "verdict": "resolved"}])
+    with pytest.raises(NothingComparedError, match="no rule for anything else"):
+        found(path)
+    came_to, bad = found(path, '[[rule]]\nname = "k"\nrequire = "kappa >= 0.4"')
+    assert came_to == "passed"
+    assert {(rule, status) for rule, _, status in bad} == {
+        (rule, "not judged") for rule in ("dead", "unused_rank", "spike", "unresolved")
+    }

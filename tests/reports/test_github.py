@@ -52,6 +52,12 @@ def test_at_most_ten_of_a_kind_and_the_tenth_counts_the_rest():
     assert not any("more" in text for _, _, text in nine)
 
 
+def test_no_rule_hides_behind_the_many_failures_of_another():
+    many = [verdict(layer=f"l{i}.weight") for i in range(25)] + [verdict(rule="rank", layer="x.weight")]
+    titles = [parsed(line)[1]["title"] for line in workflow_commands(results(*many))]
+    assert titles[:2] == ["loradiag gate: drift", "loradiag gate: rank"]
+
+
 @given(st.text(), st.text(min_size=1))
 def test_no_text_breaks_out_of_its_command(text, path):
     lines = workflow_commands(results(verdict(layer=text, message=text, group=text), path=path))

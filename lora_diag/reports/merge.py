@@ -34,7 +34,7 @@ WAYS_OUT: dict[MergeStatus, str] = {
     "wrong order": "merge again with versions of peft and transformers that agree on the order of experts and halves",
     "other base": "give the BASE that was merged into, or merge again into this one",
     "changed": "merge again from BASE, or find what else wrote to these weights",
-    "other": "merge again from BASE with peft's merge_and_unload()",
+    "other": "see that this is the adapter that was merged; else merge again from BASE (peft's merge_and_unload())",
 }
 
 # A correct merge that kept less than this of ΔW somewhere is warned about.

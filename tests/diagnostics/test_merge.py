@@ -351,6 +351,17 @@ def test_a_merge_into_a_quantized_base(tmp_path, dtype, dequantized):
     assert statuses(verify_merge(base, merged.adapter, write(tmp_path / "m2", after))) == {Q: "wrong scale"}
 
 
+def test_a_quantized_base_whose_scale_was_rounded_too(tmp_path):
+    merged = peft_merge(tmp_path, llama(), 0.0005)
+    after = {name: value.bfloat16() for name, value in merged.after.items()}
+    for name in (Q, UP):
+        codes, scale = float8(merged.before[name])
+        w = codes.bfloat16() * scale.bfloat16()
+        after[name] = (w.double() + merged.delta(name)).bfloat16()
+    base = quantized(tmp_path / "fp8", merged.before, {Q, UP})
+    assert statuses(verify_merge(base, merged.adapter, write(tmp_path / "m", after))) == {}
+
+
 def test_a_merge_that_was_quantized(tmp_path):
     merged = peft_merge(tmp_path, llama(), 0.05)
     right = quantized(tmp_path / "right", merged.after, {Q, UP})

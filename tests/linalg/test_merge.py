@@ -160,6 +160,15 @@ def test_a_base_rounded_to_the_dtype_of_the_merge_is_allowed_and_no_other():
     assert check_merge([block], (16, 16), Product(left, right), how).count == 0
 
 
+def test_a_sum_rounded_to_float32_on_the_way_may_lose_a_tie():
+    """W lies between two bf16 numbers and ΔW pushes it past the middle by less than float32 can hold."""
+    w, delta = torch.tensor([[1 + 2.0**-8]]), torch.tensor([[2.0**-30]], dtype=torch.float64)
+    m = (w + delta.float()).bfloat16()
+    assert m.item() == 1.0 != bf16_of_float64((w.double() + delta).numpy()).item()
+    addend = Product(torch.ones(1, 1, dtype=torch.float64), delta)
+    assert check_merge([(w, m, None)], (1, 1), addend, rounding_of(torch.bfloat16)).count == 0
+
+
 @pytest.mark.parametrize(("dtype", "kind"), [(torch.float32, np.float32), (torch.float16, np.float16)])
 def test_the_spacing_is_that_of_numpy(dtype, kind):
     values = np.concatenate([np.random.default_rng(3).standard_normal(500) * 10.0**k for k in range(-7, 4)])

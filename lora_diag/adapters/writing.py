@@ -35,8 +35,8 @@ WEIGHTS = "adapter_model.safetensors"
 # The first PEFT that lays out stacked experts as they are written here (huggingface/peft#3165).
 PEFT_VERSION = "0.19.1"
 
-# What a class of transformers is for, as far as PEFT need not add modules of its own for it.
-TASKS = ((re.compile(r"(ForCausalLM|LMHeadModel)$"), "CAUSAL_LM"),)
+# Classes of transformers whose task PEFT is told; for some others it would add modules of its own.
+CAUSAL = re.compile(r"(ForCausalLM|LMHeadModel)$")
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,13 +234,12 @@ def adapter_config(
     adapted = [module for module in ranks if kinds[module] != "parameter"]
     parameters = [module for module in ranks if kinds[module] == "parameter"]
     rank, pattern = rank_pattern(ranks)
-    task = next((task for words, task in TASKS if words.search(described.architecture)), None)
     saved = sorted({value.module for value in values if value.module})
     return {
         "base_model_name_or_path": described.base_name,
         "peft_type": "LORA",
         "peft_version": PEFT_VERSION,
-        "task_type": task,
+        "task_type": "CAUSAL_LM" if CAUSAL.search(described.architecture) else None,
         "r": rank,
         "lora_alpha": rank,
         "rank_pattern": pattern,

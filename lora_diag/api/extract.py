@@ -26,7 +26,7 @@ from lora_diag.engines import layout_for
 from lora_diag.errors import InputError, LoradiagError, NothingComparedError, UsageError
 from lora_diag.linalg import check_request, resolve_device
 from lora_diag.reports.extraction import model_card
-from lora_diag.results import AnyRecord, Extraction, LeftOut, Results, ResultsWriter, Run, Spectrum
+from lora_diag.results import AnyRecord, Extraction, LeftOut, Results, ResultsWriter, Run, RunInput, Spectrum
 from lora_diag.version import __version__
 
 Split = Literal["both", "b"]
@@ -147,7 +147,7 @@ def extract(
     run = Run(
         command="extract",
         version=__version__,
-        inputs=compared.inputs,
+        inputs=(*compared.inputs[:-1], _with_notes(compared.inputs[-1], planned.notes())),
         settings={
             "ranks": asked.words(),
             "split": split,
@@ -194,6 +194,10 @@ def _check_words(split: str, dtype: str, rest: str) -> None:
     for option, word, words in allowed:
         if word not in words:
             raise UsageError(f"{option} {word}: use {', '.join(words)}")
+
+
+def _with_notes(described: RunInput, notes: tuple[str, ...]) -> RunInput:
+    return described.model_copy(update={"notes": (*described.notes, *notes)})
 
 
 def _options(run: Run) -> list[str]:

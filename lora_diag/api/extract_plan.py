@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lora_diag.adapters import is_adapter, open_adapter
-from lora_diag.adapters.writing import Described, Part, Value, write_adapter
+from lora_diag.adapters.writing import CAUSAL, Described, Part, Value, write_adapter
 from lora_diag.adapters.writing_check import check_written
 from lora_diag.adapters.writing_rest import can_be_saved, full_values
 from lora_diag.adapters.writing_targets import Model, Target, names_in_memory
 from lora_diag.api.measuring import without_rank
 from lora_diag.checkpoints import Checkpoint, locate
-from lora_diag.deltas import Delta, Pairing
+from lora_diag.deltas import Delta, Pairing, stored_name
 from lora_diag.diagnostics.extraction import left_out_matrix
 from lora_diag.engines import Layout
 from lora_diag.results import Extraction, LeftOut, Results
@@ -40,6 +40,14 @@ class Plan:
     targets: Mapping[str, Target]
     refused: Mapping[str, str]
     save: bool
+
+    def notes(self) -> tuple[str, ...]:
+        """Return what someone who loads the adapter should know."""
+        table = stored_name(self.base, "lm_head.weight")
+        target = self.targets.get(table or "")
+        if target is None or target.kind != "embedding" or not CAUSAL.search(self._architecture()):
+            return ()
+        return (f"{table} is tied to the head: only merged does its update reach the head, too",)
 
     def left_out(self, layout: Layout, device: str) -> Iterator[LeftOut]:
         """Yield the records of everything without factors, with the norm of its change where it has one."""
@@ -83,13 +91,16 @@ class Plan:
         adapted = {part.target.module for part in parts if part.target.kind != "parameter"}
         return full_values(sorted(names), deltas, self.base, self.model, adapted)
 
-    def _described(self, base_name: str) -> Described:
+    def _architecture(self) -> str:
         classes = self.base.config.get("architectures")
         first = classes[0] if isinstance(classes, list) and classes else ""
+        return first if isinstance(first, str) else ""
+
+    def _described(self, base_name: str) -> Described:
         modules = {self.model.in_memory(name).rpartition(".")[0] for name in self.base}
         return Described(
             base_name=base_name,
-            architecture=first if isinstance(first, str) else "",
+            architecture=self._architecture(),
             modules=frozenset(owner for module in modules for owner in _with_owners(module)),
             parameters=frozenset(self.model.parameter(name) for name in self.base),
         )

@@ -262,7 +262,7 @@ def _price(results: Results[Extraction]) -> str:
         dtype = results.layers[0].dtype
         lines.append(f"{number(floor)} is the smallest ε at these ranks; rounding to {dtype} adds the rest")
     else:
-        lines.append(f"no adapter of these ranks keeps more than {_bound(results)} (Eckart-Young)")
+        lines.append(f"no adapter of these ranks keeps more{_bound(results)} (Eckart-Young)")
     if len(results) > 1:
         worst = max(results, key=lambda record: record.epsilon)
         best = min(results, key=lambda record: record.epsilon)
@@ -275,7 +275,7 @@ def _bound(results: Results[Extraction]) -> str:
     """Return by how much more the best adapter could keep: what the solver's bound leaves open."""
     norm = _norm(results.layers)
     error = sum(record.energy_error * (record.fro / norm) ** 2 for record in results)
-    return f"{100 * error:.1g}% of the energy more" if error > 1e-7 else "that"
+    return f" than {100 * error:.1g}% of it beyond that" if error > 1e-7 else ""
 
 
 def _resolved(results: Results[Extraction]) -> str:

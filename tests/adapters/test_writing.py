@@ -7,7 +7,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import lora_diag
@@ -146,7 +146,24 @@ def test_gpt2_in_the_names_of_the_hub(tmp_path):
 
 
 def test_tied_embeddings_are_changed_once(tmp_path):
-    check(llama(tie_word_embeddings=True), tmp_path, rank=2)
+    results, _ = check(llama(tie_word_embeddings=True), tmp_path, rank=2)
+    assert results.run.inputs[-1].notes == (
+        "model.embed_tokens.weight is tied to the head: only merged does its update reach the head, too",
+    )
+
+
+def test_a_head_of_its_own_cannot_be_added_to_a_tied_one(tmp_path):
+    """TUNED untied the head that BASE ties: PEFT would add its update to the embedding as well."""
+    model = llama(tie_word_embeddings=True)
+    base, after = saved(model, perturbed(model), tmp_path)
+    tensors = load_file(after / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + 1
+    save_file(tensors, after / "model.safetensors")
+    results = lora_diag.extract(base, after, tmp_path / "adapter", rank=2)
+    (head,) = (item for item in results.left_out if item.layer == "lm_head.weight")
+    assert head.reason == "no_factors"
+    assert head.fro > 19
+    assert "lm_head" not in json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["target_modules"]
 
 
 class Toy(nn.Module):

@@ -17,7 +17,7 @@ from lora_diag.planning.allocation import allocate as plan_ranks
 from lora_diag.planning.amounts import read_bytes, read_count, read_share
 from lora_diag.planning.candidates import Constraints
 from lora_diag.planning.memory import Training
-from lora_diag.planning.peft_config import Scaling, peft_config
+from lora_diag.planning.peft_config import Scaling, compare, peft_config
 from lora_diag.results import Allocation, Results, Run, RunInput, Spectrum, is_results_file, read_results_of, totals
 from lora_diag.results.allocation import Policies
 from lora_diag.version import __version__
@@ -130,7 +130,11 @@ def rank_table(results: Results[Spectrum] | Path | str, allow_unfinished: bool =
 
 
 def write_allocation(
-    results: Results[Allocation], path: Path | str, scaling: float = 2.0, rslora: bool = False
+    results: Results[Allocation],
+    path: Path | str,
+    scaling: float = 2.0,
+    rslora: bool = False,
+    check: Path | str | None = None,
 ) -> None:
     """Write an allocation: as a PEFT config (``.json``) or as records (``.jsonl``), beside the target, then renamed.
 
@@ -140,15 +144,19 @@ def write_allocation(
         scaling: Of the config: lora_alpha / r of every layer; with ``rslora`` that of the layers with the usual rank
             is scaling · √r, and every layer has this lora_alpha.
         rslora: Of the config: whether PEFT is to scale by lora_alpha / √r.
+        check: A model, or its ``config.json``: it is built without weights and the config put in by PEFT, and every
+            rank and scaling compared before anything is written. Needs ``pip install loradiag[train]``.
 
     Raises:
-        UsageError: The name says neither, or something else lies there.
+        UsageError: The name says neither, or something else lies there; there is nothing to check.
         InputError: It cannot be written, or PEFT cannot be told these ranks.
     """
     path = Path(path)
     if path.suffix not in {".json", ".jsonl"}:
         raise UsageError(f"-o {path}: name it .json for a PEFT adapter_config, or .jsonl for the records")
     if path.suffix == ".jsonl":
+        if check is not None:
+            raise UsageError(f"--check: is for a PEFT config, and {path} gets records; name it adapter_config.json")
         if path.exists() and not is_results_file(path):
             raise UsageError(f"{path}: exists and is not a results file, so it is left as it is; choose another name")
         results.write(path)
@@ -156,6 +164,10 @@ def write_allocation(
     config = peft_config(results, Scaling(scaling, rslora))
     if path.exists() and "peft_type" not in _object_or_empty(path):
         raise UsageError(f"{path}: exists and is not an adapter's config, so it is left as it is; choose another name")
+    if check is not None:
+        from lora_diag.training.peft_check import adapted_by_peft  # transformers takes seconds to import
+
+        compare(results, adapted_by_peft(config, locate(check)), Scaling(scaling, rslora))
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         beside.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

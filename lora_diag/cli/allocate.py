@@ -52,6 +52,10 @@ def allocate(
     ] = "float32",
     scaling: Annotated[float, typer.Option(metavar="S", help="lora_alpha / r that the PEFT config keeps.")] = 2.0,
     rslora: Annotated[bool, typer.Option("--rslora", help="PEFT config: scaling lora_alpha / √r.")] = False,
+    check: Annotated[
+        Path | None,
+        typer.Option(metavar="BASE", help="PEFT config: build this model without weights and compare every rank."),
+    ] = None,
     allow_unfinished: Annotated[
         bool, typer.Option("--allow-unfinished", help="Take an interrupted spectrum run for what it holds.")
     ] = False,
@@ -82,6 +86,8 @@ def allocate(
             else policies_table(found, *terminal(), per=per)
         )
         return
+    if check is not None and output is None:
+        raise UsageError("--check: there is no config to check; write one with -o adapter_config.json")
     allocation = choose(
         results,
         params=params,
@@ -101,7 +107,7 @@ def allocate(
         allow_unfinished=allow_unfinished,
     )
     if output is not None:
-        write_allocation(allocation, output, scaling, rslora)
+        write_allocation(allocation, output, scaling, rslora, check)
     if json:
         for record in allocation.records():
             result(to_line(record))

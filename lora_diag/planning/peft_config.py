@@ -133,6 +133,34 @@ def check(
             raise InputError(f"adapter_config.json: rank_pattern gives {path} rank {sorted(claimed)}, not {rank}")
 
 
+def compare(results: Results[Allocation], found: Mapping[str, tuple[int, float]], scaling: Scaling) -> None:
+    """Hold an allocation against what PEFT made of its config.
+
+    Args:
+        results: The allocation.
+        found: Rank and scaling by module or parameter of the model in memory.
+        scaling: What was asked for.
+
+    Raises:
+        InputError: A layer has another rank or scaling, is missing, or was not meant.
+    """
+    modules, parameters = _targets(results)
+    wanted = modules | parameters
+    usual = _most_common(wanted.values())
+    unmet = dict(found)
+    for path, rank in wanted.items():
+        names = [name for name in unmet if _ends_in(name, _WRAPPERS.sub("", path))]
+        name = next((name for name in names if name == path), names[0] if len(names) == 1 else None)
+        if name is None:
+            raise InputError(f"--check: the model has no module {path} that PEFT could adapt")
+        got = unmet.pop(name)
+        factor = scaling.alpha(rank, usual) / (math.sqrt(rank) if scaling.rslora else rank)
+        if got[0] != rank or not math.isclose(got[1], factor):
+            raise InputError(f"--check: PEFT gives {name} rank {got[0]}, scaling {got[1]:g}; meant {rank}, {factor:g}")
+    if unmet:
+        raise InputError(f"--check: PEFT also adapts {min(unmet)}, which was not meant")
+
+
 def module_of(layer: str) -> str:
     """Return the path of the module or parameter that holds a weight, as transformers names it in memory.
 

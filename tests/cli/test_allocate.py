@@ -58,6 +58,24 @@ def test_the_next_command_extracts_these_ranks(loradiag, measured):
     assert next_words.endswith("--ranks ranks.jsonl -o adapter")
 
 
+def test_the_config_is_checked_by_building_the_model(loradiag, measured, tmp_path):
+    pytest.importorskip("transformers")
+    pytest.importorskip("peft")
+    words = ["allocate", measured, "--params", "50k", "-q"]
+    checked = loradiag(*words, "-o", "adapter_config.json", "--check", ROOT / "sample_checkpoints/base")
+    assert (checked.code, checked.out) == (0, "")
+    assert (tmp_path / "adapter_config.json").exists()
+    config = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "n_embd": 8, "n_layer": 1, "n_head": 1}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "adapter_config.json").unlink()
+    other = loradiag(*words, "-o", "adapter_config.json", "--check", "config.json")
+    assert other.code == 3
+    assert "PEFT does not take these ranks" in other.err
+    assert not (tmp_path / "adapter_config.json").exists()
+    assert loradiag(*words, "--check", "config.json").code == 2
+    assert loradiag(*words, "-o", "a.jsonl", "--check", "config.json").code == 2
+
+
 def test_policies_are_shown_side_by_side(loradiag, measured):
     ran = loradiag("allocate", measured, "--policies", env={"COLUMNS": "80"})
     assert ran.code == 0

@@ -102,12 +102,15 @@ def test_a_budget_of_bytes_counts_every_copy_of_a_parameter():
     assert ranks_of(by_bytes) == ranks_of(by_params)
     assert by_bytes.certificate.spent == 16 * by_params.certificate.spent <= 16_015
     assert by_bytes.certificate.price == pytest.approx(by_params.certificate.price / 16)
+    one = [record("a.weight", (16, 16), np.ones(16))]
+    for amount, rank in ((16 * 64, 2), (16 * 64 - 1, 1)):
+        assert allocate(one, Budget("bytes", amount, "--memory", 16.0)).layers[0].rank == rank
 
 
 def test_uniform_rank_is_the_largest_that_fits():
     spectra = llama(2, 3)
     per_rank = sum(map(cost, spectra))
-    found = allocate(spectra, params(5 * per_rank + 7))
+    found = allocate(spectra, params(5 * per_rank + per_rank // 2))
     uniform = found.certificate.baselines[0]
     assert uniform.name == "uniform r=5"
     assert uniform.spent == 5 * per_rank

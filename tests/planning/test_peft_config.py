@@ -10,7 +10,7 @@ import pytest
 from lora_diag.errors import InputError, UsageError
 from lora_diag.planning.allocation import Budget, allocate
 from lora_diag.planning.candidates import Constraints
-from lora_diag.planning.peft_config import Scaling, check, module_of, peft_config
+from lora_diag.planning.peft_config import Scaling, check, compare, module_of, peft_config
 from lora_diag.results import LeftOut, Results, totals
 from tests.conftest import ROOT
 from tests.planning.records import llama, record, results
@@ -205,6 +205,22 @@ def test_peft_builds_a_mixture_of_experts_as_allocated(tmp_path):
     found = allocation(spectra, 600, tensors=6)
     assert len({r.rank for r in found}) > 1
     assert built(peft_config(found), config, tmp_path) == wanted(found)
+
+
+def test_what_peft_made_of_it_is_held_against_what_was_meant():
+    found = allocation(llama(2), 1000)
+    good = {f"wrapped.{name}": value for name, value in wanted(found).items()}
+    compare(found, good, Scaling(2.0))
+    first = next(iter(good))
+    rank, scaling = good[first]
+    for wrong, message in (
+        ({**good, first: (rank + 1, scaling)}, "PEFT gives"),
+        ({**good, first: (rank, 1.0)}, "scaling 1; meant"),
+        ({name: value for name, value in good.items() if name != first}, "has no module"),
+        ({**good, "wrapped.other": (2, 2.0)}, "also adapts wrapped.other"),
+    ):
+        with pytest.raises(InputError, match=message):
+            compare(found, wrong, Scaling(2.0))
 
 
 def test_nothing_to_adapt():

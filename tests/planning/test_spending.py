@@ -68,6 +68,19 @@ def test_without_it_the_certificate_still_holds(units, budget, step):
     assert found.gain == pytest.approx(sum(g[r] - g[s] for g, r, s in zip(curves, ranks, starts, strict=True)))
 
 
+def test_where_greedy_and_the_optimum_differ_the_exact_method_finds_it():
+    rng = np.random.default_rng(0)
+    differing = 0
+    for _ in range(150):
+        units = [(rng.exponential(size=3).tolist(), int(rng.integers(5, 30)), 0) for _ in range(3)]
+        steps, everything = problem(units)
+        budget = int(rng.integers(20, 120))
+        best = optimum(*everything, budget)
+        assert spend(steps, budget).gain == pytest.approx(best)
+        differing += spend(steps, budget, exact=False).gain < best - 1e-9
+    assert differing > 10
+
+
 @settings(max_examples=60, deadline=None)
 @given(UNITS, st.integers(0, 50))
 def test_a_larger_budget_never_keeps_less(units, budget):

@@ -1,0 +1,58 @@
+"""What PEFT makes of an adapter's config: the model built without weights, the adapter put in, its ranks read off."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lora_diag.errors import InputError, UsageError
+
+
+def adapted_by_peft(config: Mapping[str, Any], base: Path) -> dict[str, tuple[int, float]]:
+    """Build a model on the meta device, put an adapter in, and return what each module got.
+
+    Args:
+        config: Content of ``adapter_config.json``.
+        base: The model's folder or its ``config.json``; weights are not read, code of its own is not run.
+
+    Returns:
+        Rank and scaling by module, or by parameter where that is no module's weight.
+
+    Raises:
+        UsageError: transformers or peft is not installed.
+        InputError: transformers cannot build the model, or PEFT refuses the config.
+    """
+    try:
+        import peft
+        import torch
+        import transformers
+    except ImportError as error:
+        raise UsageError(f"--check: needs {error.name}: pip install 'loradiag[train]'") from error
+    folder = base if base.is_dir() else base.parent
+    with warnings.catch_warnings(), torch.device("meta"):
+        warnings.simplefilter("ignore")  # of names that match nothing: the ranks that are missing say it
+        try:
+            known = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+            kind = getattr(transformers, (known.architectures or [""])[0], None)
+            by_type: Any = transformers.AutoModelForCausalLM
+            model = kind(known) if kind else by_type.from_config(known)
+        except (OSError, ValueError, KeyError, AttributeError, ImportError) as error:
+            raise InputError(f"{base}: transformers cannot build this model: {error}") from error
+        try:
+            options = {key: value for key, value in config.items() if key != "peft_type"}
+            wrapped = peft.get_peft_model(model, peft.LoraConfig(**options))
+        except (ValueError, TypeError, AttributeError) as error:
+            raise InputError(f"{base}: PEFT does not take these ranks for this model: {error}") from error
+    return {
+        _path(name, module): (module.r["default"], module.scaling["default"])
+        for name, module in wrapped.named_modules()
+        if hasattr(module, "lora_A") and "default" in module.r
+    }
+
+
+def _path(name: str, module: Any) -> str:
+    path = name.removeprefix("base_model.model.").replace(".base_layer", "")
+    parameter = getattr(module, "parameter_name", None)
+    return path if parameter in {None, "weight"} else f"{path}.{parameter}"

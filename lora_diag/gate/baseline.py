@@ -23,7 +23,13 @@ class Stored:
         """Return all subjects of a kind."""
         if kind not in self.subjects:
             found = subjects(kind, self.source) if self.source.holds(kind) else []
-            self.subjects[kind] = {(subject.layer, *subject.key): subject for subject in found}
+            self.subjects[kind] = {}
+            for subject in found:
+                place = (subject.layer, *subject.key)
+                # Of two records in one place nobody can say which one a new record is compared with.
+                twice = place in self.subjects[kind] and subject.record is not None
+                ambiguous = replace(subject, record=None, why="several records of it, told apart by nothing")
+                self.subjects[kind][place] = ambiguous if twice else subject
         return self.subjects[kind]
 
     def value(self, field: Field, subject: Subject, floor: str) -> tuple[float | None, str]:

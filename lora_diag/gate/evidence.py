@@ -179,7 +179,7 @@ def value_of(field: Field, subject: Subject, floor: str = "inconclusive") -> tup
 
 def floor_of(record: Record) -> str:
     """Return whether the files can show the update of a record; ``resolved`` where it does not say."""
-    resolution = getattr(record, "resolution", None)
+    resolution = getattr(record, "resolution", None) or getattr(getattr(record, "spectrum", None), "resolution", None)
     found = getattr(resolution, "verdict", None) or getattr(record, "verdict", None)
     return found if isinstance(found, str) else "resolved"
 

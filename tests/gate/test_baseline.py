@@ -75,6 +75,16 @@ def test_nulls_on_either_side_are_open(tmp_path):
         assert outcome(compare(tmp_path, now, before).whole) == "inconclusive"
 
 
+def test_a_baseline_with_two_records_in_one_place_is_open(tmp_path):
+    """The worse of the two last: comparing with it would let a regression pass."""
+    new = file(tmp_path / "new.jsonl", [0.7])
+    twice = [residual(LAYERS[0], "a", 0.5), residual(LAYERS[0], "a", 0.9)]
+    main = write(tmp_path / "main.jsonl", twice, inputs=INPUTS)
+    results = gate(policy(), new, baseline=main, today=TODAY)
+    assert outcome(results.whole) == "inconclusive"
+    assert any("told apart by nothing" in verdict.message for verdict in results.whole)
+
+
 def test_a_policy_with_a_baseline_needs_one_and_the_other_way_round(tmp_path):
     new = file(tmp_path / "new.jsonl", [0.5])
     assert outcome(gate(policy(), new, today=TODAY).whole) == "inconclusive"

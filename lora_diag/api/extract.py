@@ -117,7 +117,7 @@ def extract(
     settings = ExtractionSettings(dtype, split, method, tol, seed, device)
     check_running(workers, seed)
     on = resolve_device(device)
-    folder = OutputFolder(Path(output), overwrite, resume)
+    folder = OutputFolder(Path(output), (base, tuned), overwrite, resume)
     compared = compare(base, tuned, layers, exclude, allow_unmatched)
     planned = plan(open_checkpoint(base), tuned, compared.pairing, rest == "save")
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 from lora_diag.errors import InputError, UsageError
@@ -22,6 +23,7 @@ class OutputFolder:
 
     Args:
         final: Where the adapter will be.
+        inputs: What it is made of.
         overwrite: Whether an adapter that is there may be replaced.
         resume: Whether to go on with what an interrupted extraction left beside it.
 
@@ -30,10 +32,12 @@ class OutputFolder:
         InputError: The folder cannot be created.
     """
 
-    def __init__(self, final: Path, overwrite: bool, resume: bool) -> None:
-        self.final = Path(os.path.abspath(final))  # noqa: PTH100  (like "out/..", without following links)
+    def __init__(self, final: Path, inputs: Sequence[Path | str], overwrite: bool, resume: bool) -> None:
+        self.final = Path(os.path.realpath(final))
         self.work = self.final.with_name(f"{self.final.name}.part")
         self._overwrite, self._resume = overwrite, resume
+        if any(os.path.realpath(path) == str(self.final) for path in inputs):
+            raise UsageError(f"{final}: is an input; give -o another folder")
         self._check_final()
         if self.work.exists() and not resume:
             if not overwrite:
@@ -103,7 +107,12 @@ class OutputFolder:
 
 
 def _check_ours(folder: Path) -> None:
-    """Refuse to replace a folder with anything in it that this command does not write."""
-    foreign = sorted(path.name for path in folder.iterdir() if path.name not in OURS | {FACTORS, SPECTRA})
-    if foreign:
+    """Refuse to replace a folder that this command did not write, or with anything else in it.
+
+    An adapter that somebody trained has files of the same names, but not the records and not the factors by layer.
+    """
+    names = {path.name for path in folder.iterdir()}
+    if not names & {RECORDS, FACTORS}:
+        raise UsageError(f"{folder}: is not an extraction, so it is not replaced; choose another folder")
+    if foreign := sorted(names - OURS - {FACTORS, SPECTRA}):
         raise UsageError(f"{folder}: holds {foreign[0]}, which is not of an extraction; choose another folder")

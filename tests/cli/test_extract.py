@@ -125,12 +125,19 @@ def test_an_output_that_would_be_lost_is_left_alone(loradiag, pair_of_models, tm
         ran = loradiag(*words, "-o", output, *more)
         assert ran.code == 2, ran.err
     assert (tmp_path / "notes" / "thesis.tex").read_text() == "ten years"
+    trained = tmp_path / "trained"
+    trained.mkdir()
+    for name in ("README.md", "adapter_config.json", "adapter_model.safetensors"):
+        (trained / name).write_text("a week on eight GPUs")
+    assert "is not an extraction" in loradiag(*words, "-o", "trained", "--overwrite").err
+    assert (trained / "adapter_model.safetensors").read_text() == "a week on eight GPUs"
+    assert "is an input" in loradiag(*words, "-o", tuned, "--overwrite").err
     assert loradiag(*words, "-o", "no/such/folder").code == 3
     assert loradiag(*words, "-o", "adapter").code == 0
     assert "--overwrite" in loradiag(*words, "-o", "adapter").err
     assert loradiag("extract", base, tuned, "--rank", "5", "-q", "-o", "adapter", "--overwrite").code == 0
     assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["r"] == 5
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base", "file", "notes", "tuned"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base", "file", "notes", "trained", "tuned"]
 
 
 def test_a_layer_that_is_not_finite_is_named_and_not_written(loradiag, pair_of_models, tmp_path):
@@ -203,16 +210,17 @@ def test_an_interrupted_extraction_is_resumed(pair_of_models, loradiag, tmp_path
         assert (tmp_path / "adapter" / file).read_bytes() == (tmp_path / "expected" / file).read_bytes(), file
 
 
-def test_factors_that_changed_while_it_was_interrupted_are_noticed(pair_of_models, loradiag, tmp_path):
-    """A record without its factors, or with others, is no adapter: the error it states is not that of the file."""
+def test_factors_that_are_gone_when_it_is_resumed_are_noticed(pair_of_models, loradiag, tmp_path):
+    """A record without its factors is no adapter."""
     base, tuned, *_ = pair_of_models
     assert loradiag("extract", base, tuned, "--rank", "3", "-q", "-o", "adapter").code == 0
     part = tmp_path / "adapter.part"
     (part / "factors").mkdir(parents=True)
-    (tmp_path / "adapter" / "extraction.jsonl").rename(part / "extraction.jsonl")
+    (part / "extraction.jsonl").write_bytes((tmp_path / "adapter" / "extraction.jsonl").read_bytes())
     ran = loradiag("extract", base, tuned, "--rank", "3", "-q", "-o", "adapter", "--resume", "--overwrite")
     assert ran.code == 3
-    assert "factors" in ran.err
+    assert "adapter.part/factors/000000.safetensors" in ran.err
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
 
 
 def test_a_budget_is_not_exceeded(loradiag, pair_of_models, tmp_path):

@@ -77,7 +77,7 @@ def allocate(
     if policies:
         if output is not None:
             raise UsageError("--policies: shows ranks and writes none; give a budget for -o")
-        from lora_diag.reports.allocation import policies_table
+        from lora_diag.reports.policies import policies_table
 
         found = rank_table(results, allow_unfinished)
         result(

@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from statistics import median
 
 from rich.console import Group
 from rich.table import Table
@@ -16,7 +15,6 @@ from lora_diag.reports.columns import Column, table_of
 from lora_diag.reports.lines import answers, left_out_line, notes
 from lora_diag.reports.text import bar, count, number, percent, safe, short, to_text
 from lora_diag.results import Allocation, Baseline, Certificate, Results
-from lora_diag.results.allocation import Policies
 from lora_diag.results.names import module_type_of, part_of
 
 # Which columns go first where there is too little room.
@@ -69,75 +67,6 @@ def allocation_table(
     rows = _rows(results, per)
     told = answers([*_lines(results), *([("Next", then)] if then else [])], _style)
     return to_text(Group(_table(rows, per, width), told), width, color)
-
-
-def policies_table(records: Sequence[Policies], width: int = 80, color: bool = False, per: str = "type") -> str:
-    """Return the ranks of several rules side by side, and where they disagree.
-
-    Args:
-        records: One a layer.
-        width: Columns of the terminal.
-        color: Whether to use ANSI colours.
-        per: ``type`` for medians over a module type, ``layer`` for one row a layer.
-    """
-    groups: dict[str, list[Policies]] = {}
-    for record in records:
-        name = module_type_of(record.layer) if per == "type" else record.layer
-        groups.setdefault(name, []).append(record)
-    names = list(records[0].ranks)
-
-    def cell(name: str, group: Sequence[Policies]) -> str:
-        known = [rank for record in group if (rank := record.ranks[name]) is not None]
-        return f"{median(known):.0f}" if len(known) == len(group) else "-"
-
-    columns = [Column(name, tuple(cell(name, group) for group in groups.values())) for name in names]
-    columns.insert(0, Column("of", tuple(_one([min(r.shape) for r in group]) for group in groups.values())))
-    title = "module type" if per == "type" else "layer"
-    table = table_of(title, [short(name) for name in groups], columns, width, ("of",))
-    return to_text(Group(table, answers(_disagreements(records))), width, color)
-
-
-def _disagreements(records: Sequence[Policies]) -> list[tuple[str, str]]:
-    """Say in how many layers the rules are far apart, where most, and which cannot be applied."""
-    spread = {}
-    for record in records:
-        known = {name: rank for name, rank in record.ranks.items() if rank and name != "signal"}
-        if len(known) > 1:
-            low, high = min(known, key=known.__getitem__), max(known, key=known.__getitem__)
-            spread[record.layer] = (known[high] / known[low], f"{low} {known[low]}, {high} {known[high]}")
-    lines = []
-    if spread:
-        far = [layer for layer, (ratio, _) in spread.items() if ratio >= 2]
-        worst = sorted(spread, key=lambda layer: -spread[layer][0])[:_NAMED]
-        told = [f"{short(layer)}: {spread[layer][1]}" for layer in worst]
-        head = f"by a factor of 2 or more in {len(far)} of {len(records)} layers; most in"
-        lines.append(("Disagree", "\n".join([head, *told])))
-    if noisy := [record for record in records if _beyond_signal(record)]:
-        told_noise = (
-            f"90% of the energy needs more than the signal rank in {len(noisy)} layers: there it counts rounding"
-        )
-        lines.append(("Noise", told_noise))
-    meanings = [
-        "energy 90%: smallest r that keeps 90% of Σσ²; knee: where the curve C(r) rises highest above its chord",
-        "effective: exp of the entropy of the energy; signal: values above the rounding noise of the files, a cap",
-        "Gavish–Donoho: values above a threshold for spectra that are mostly noise, which a full update is not",
-    ]
-    lines.append(("Rules", "\n".join(meanings)))
-    if lacking := sum(None in record.ranks.values() for record in records):
-        told_lacking = (
-            f"- in {lacking} layers: the rule needs all min(out, in) singular values, or more than --top kept"
-        )
-        lines.append(("Not known", told_lacking))
-    return lines
-
-
-def _beyond_signal(record: Policies) -> bool:
-    energy, signal = record.ranks["energy 90%"], record.ranks["signal"]
-    return energy is not None and signal is not None and energy > signal
-
-
-def _one(sizes: Sequence[int]) -> str:
-    return str(sizes[0]) if len(set(sizes)) == 1 else f"{min(sizes)}-{max(sizes)}"
 
 
 def _rows(results: Results[Allocation], per: str) -> list[_Row]:

@@ -170,6 +170,8 @@ def _moved(row: _Row) -> str:
 
 def _signal(row: _Row) -> str:
     """Show the median number of singular values above the rounding noise, and a mark by the worst verdict."""
+    if all(record.method == "factored" for record in row.records):
+        return "-"  # no rounding of merged weights comes between
     found = [record.resolution.signal_rank for record in row.records]
     beyond = [rank for rank in found if rank is not None]
     verdicts = {record.resolution.verdict for record in row.records}

@@ -10,6 +10,7 @@ import torch
 
 import lora_diag
 from tests.adapters.test_writing import SMALL, merged_by_peft, perturbed, saved, state
+from tests.conftest import ROOT
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
@@ -119,3 +120,20 @@ def test_experts_that_are_left_out_are_not_targets(tmp_path):
         assert np.linalg.norm(value - expected) <= 3e-6 * np.linalg.norm(expected), weight
     wrapped = peft.PeftModel.from_pretrained(model, tmp_path / "adapter")
     assert not any("layers.0.mlp.experts" in key and "lora" in key for key in wrapped.state_dict())
+
+
+def test_the_sample_with_all_its_rank_answers_like_the_fine_tune(tmp_path):
+    """Full rank and the rest in full: the logits are those of TUNED, merged or not."""
+    samples = ROOT / "sample_checkpoints"
+    lora_diag.extract(samples / "base", samples / "full_ft", tmp_path / "adapter", rank=128, rest="save")
+    models = [
+        transformers.AutoModelForCausalLM.from_pretrained(samples / side, dtype=torch.float32).eval()
+        for side in ("base", "full_ft")
+    ]
+    adapted = peft.PeftModel.from_pretrained(models[0], tmp_path / "adapter").eval()
+    tokens = torch.arange(1, 40)[None]
+    with torch.no_grad():
+        expected, apart = models[1](tokens).logits, adapted(tokens).logits
+        merged = adapted.merge_and_unload()(tokens).logits
+    assert (apart - expected).norm() < 1e-5 * expected.norm()
+    assert (merged - expected).norm() < 1e-5 * expected.norm()

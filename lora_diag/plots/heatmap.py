@@ -21,7 +21,7 @@ from lora_diag.plots.groups import Types
 from lora_diag.plots.panel import panel_axes
 from lora_diag.plots.series import Options, Series
 from lora_diag.plots.sheet import Key, Words, sheet
-from lora_diag.plots.style import INK, QUIET, SHARES, UNKNOWN, Look, cropped, log_label, styled, width_of
+from lora_diag.plots.style import INK, QUIET, SHARES, UNKNOWN, Look, cropped, cropped_all, log_label, styled, width_of
 from lora_diag.results import LayerRecord
 from lora_diag.results.names import depth_of
 
@@ -215,7 +215,7 @@ def _scale(
 ) -> None:
     most = 0.3 * look.width if look else 2
     ax.set_yticks(
-        range(len(shown.types)), [cropped(name, most, size) for name in shown.types], parse_math=False, size=size
+        range(len(shown.types)), list(cropped_all(shown.types, most, size).values()), parse_math=False, size=size
     )
     ax.set_ylim(len(shown.types) - 0.5, -0.5)
     ax.set_xlim(min(left.values()), max(left[depth] + width[depth] for depth in shown.depths))

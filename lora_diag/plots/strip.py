@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from lora_diag.plots.groups import Types, by_depth
 from lora_diag.plots.sheet import MAX_PANELS
-from lora_diag.plots.style import cropped, width_of
+from lora_diag.plots.style import cropped_all, width_of
 from lora_diag.results import LayerRecord
 
 R = TypeVar("R", bound=LayerRecord)
@@ -106,7 +106,7 @@ def _written(drawn: Sequence[Slot[R]], inches: float, size: float) -> tuple[list
     """Return the names as they fit, and by how many degrees they are turned."""
     places = [round(float(slot.edges.mean())) for slot in drawn]
     room = inches / (max(places) - min(places) + 1)
-    names = [cropped(slot.name, 1.5, size) for slot in drawn]
+    names = list(cropped_all([slot.name for slot in drawn], 1.5, size).values())
     if max(width_of(name, size) for name in names) < 0.94 * room:
         return names, 0
     return names, 90 if room < 1.75 * size / 72 else 45

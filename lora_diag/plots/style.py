@@ -235,17 +235,16 @@ def _longest(texts: Sequence[str], inches: float, size: float) -> str:
 
 
 def cropped_all(names: Sequence[str], inches: float, size: float) -> dict[str, str]:
-    """Shorten names to where they fit: those of one family at the same dot if all then differ, else anywhere."""
+    """Shorten names to where they fit: those of one family at the same dot, else where all then differ."""
     families: dict[str, list[str]] = {}
     for name in names:
         families.setdefault(name.split(".")[0], []).append(name)
     shown = {}
     for family in families.values():
-        cut = next((n for n in range(4) if all(width_of(_from(name, n), size) <= inches for name in family)), 0)
-        shown.update({name: cropped(_from(name, cut), inches, size) for name in family})
-    if len(set(shown.values())) == len(set(names)):
-        return shown
-    return {name: cropped(name, inches, size) for name in names}
+        dot = next((n for n in range(4) if all(width_of(_from(name, n), size) <= inches for name in family)), 0)
+        shown.update({name: cropped(_from(name, dot), inches, size) for name in family})
+    ends, starts = ({name: short(name, inches, size) for name in names} for short in (cropped, cut))
+    return next((found for found in (shown, ends, starts) if len(set(found.values())) == len(set(names))), ends)
 
 
 def _from(name: str, dot: int) -> str:

@@ -321,3 +321,12 @@ def test_without_matplotlib_the_message_says_how_to_get_it(tmp_path):
     )
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert re.search(r"pip install 'loradiag\[plot\]'", ran.stdout)
+
+
+def test_names_too_long_for_their_place_stay_different():
+    types = tuple(f"module_{number}_whose_names_all_end_in_the_same_long_way" for number in range(5))
+    for name, results in (("energy", making.model(2, types)), ("heatmap", making.model(2, types))):
+        page = plots.figure(name, making.results(results), width="column")
+        shown = [ax.get_title(loc="left") for ax in page.axes[:5]]
+        shown = shown if name == "energy" else [label.get_text() for label in page.axes[0].get_yticklabels()]
+        assert len(set(shown)) == 5, shown

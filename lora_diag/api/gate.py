@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_diag.errors import InputError, UsageError
-from lora_diag.gate import (
+from lora_diag.gating import (
     Policy,
     Source,
     Stored,
@@ -53,7 +53,7 @@ def gate(
 
     Example:
         >>> import lora_diag
-        >>> from lora_diag.gate import ready_policy
+        >>> from lora_diag.gating import ready_policy
         >>> measured = lora_diag.spectrum("sample_checkpoints/base", "sample_checkpoints/full_ft")
         >>> verdicts = gate(ready_policy("full-ft-drift"), measured)
         >>> outcome(verdicts.whole)

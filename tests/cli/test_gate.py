@@ -10,9 +10,10 @@ from xml.etree import ElementTree
 import pytest
 from safetensors.torch import load_file, save_file
 
-from lora_diag.gate.reading import read_policy
+import lora_diag
+from lora_diag.gating.reading import read_policy
 from tests.conftest import ROOT
-from tests.gate.making import LAYERS, left_out, residual, spectrum, write
+from tests.gating.making import LAYERS, left_out, residual, spectrum, write
 
 SAMPLES = ROOT / "sample_checkpoints"
 POLICY = '[[rule]]\nname = "drift"\nrequire = "relative <= {limit}"\nmessage = "look at the learning rate"\n'
@@ -222,6 +223,14 @@ def test_the_page_shows_a_failure_as_it_is_printed_and_its_policies_are_valid(lo
     assert ran.code == 1
     printed = ran.out.strip("\n")
     assert f"```console\n$ loradiag gate policy.toml results.jsonl\n{printed}\n```" in page
+
+
+def test_the_function_has_the_name_of_the_command_whatever_was_imported_before(tmp_path):
+    """No room may have the name of a function: once imported, it would stand in its place."""
+    path = write(tmp_path / "r.jsonl", [spectrum(LAYERS[0])])
+    (tmp_path / "p.toml").write_text(POLICY.format(limit=0.2))
+    for _ in range(2):
+        assert lora_diag.gate(tmp_path / "p.toml", path).whole
 
 
 def test_layers_with_nan_fail(loradiag, policy, tmp_path):

@@ -7,9 +7,9 @@ import pytest
 
 from lora_diag.api.gate import gate, gate_init
 from lora_diag.errors import InputError
-from lora_diag.gate.reading import read_policy
+from lora_diag.gating.reading import read_policy
 from lora_diag.results.verdict import outcome
-from tests.gate.making import LAYERS, residual, spectrum, write
+from tests.gating.making import LAYERS, residual, spectrum, write
 
 TODAY = date(2026, 11, 25)
 ADAPTER = (("base", "b"), ("adapter", "a"))

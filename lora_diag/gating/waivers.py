@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from datetime import date
 
-from lora_diag.gate.policy import Policy, Waiver
+from lora_diag.gating.policy import Policy, Waiver
 from lora_diag.results.verdict import Verdict
 
 

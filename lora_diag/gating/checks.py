@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from lora_diag.gate.baseline import Stored
-from lora_diag.gate.evidence import Source
-from lora_diag.gate.policy import CHECKS, Policy
+from lora_diag.gating.baseline import Stored
+from lora_diag.gating.evidence import Source
+from lora_diag.gating.policy import CHECKS, Policy
 from lora_diag.results import LeftOut, Residual, Spectrum
 from lora_diag.results.base import Record
 from lora_diag.results.verdict import Verdict

@@ -5,8 +5,8 @@ import re
 import pytest
 
 from lora_diag.errors import UsageError
-from lora_diag.gate import READY, ready_policy
-from lora_diag.gate.reading import read_policy
+from lora_diag.gating import READY, ready_policy
+from lora_diag.gating.reading import read_policy
 
 GOOD = """\
 title = "x"

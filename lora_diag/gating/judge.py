@@ -12,13 +12,13 @@ from datetime import date
 from itertools import groupby
 
 from lora_diag.errors import NothingComparedError
-from lora_diag.gate.baseline import Stored
-from lora_diag.gate.checks import has_updates, run_checks
-from lora_diag.gate.evidence import Source, Subject, command_for, subjects, value_of
-from lora_diag.gate.fields import LAYER_KINDS, Field, find
-from lora_diag.gate.grammar import problem_with
-from lora_diag.gate.policy import Demand, Policy, Regression, Rule
-from lora_diag.gate.waivers import Waivers
+from lora_diag.gating.baseline import Stored
+from lora_diag.gating.checks import has_updates, run_checks
+from lora_diag.gating.evidence import Source, Subject, command_for, subjects, value_of
+from lora_diag.gating.fields import LAYER_KINDS, Field, find
+from lora_diag.gating.grammar import problem_with
+from lora_diag.gating.policy import Demand, Policy, Regression, Rule
+from lora_diag.gating.waivers import Waivers
 from lora_diag.results.verdict import Verdict
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_diag.errors import InputError
-from lora_diag.gate.fields import KINDS, LAYER_KINDS, Field
+from lora_diag.gating.fields import KINDS, LAYER_KINDS, Field
 from lora_diag.results import Results, read_results, totals
 from lora_diag.results.base import Record
 

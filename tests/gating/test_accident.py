@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 
 from lora_diag.api.gate import gate
 from lora_diag.errors import LoradiagError
-from lora_diag.gate.reading import read_policy
+from lora_diag.gating.reading import read_policy
 from lora_diag.results.verdict import outcome
-from tests.gate.making import LAYERS, left_out, lines, spectrum
+from tests.gating.making import LAYERS, left_out, lines, spectrum
 
 TODAY = date(2026, 11, 25)
 POLICY = """

@@ -8,9 +8,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from lora_diag.errors import InputError
-from lora_diag.gate.evidence import Source, Subject, subjects, value_of
-from lora_diag.gate.fields import Field, find
-from lora_diag.gate.policy import SPIKE
+from lora_diag.gating.evidence import Source, Subject, subjects, value_of
+from lora_diag.gating.fields import Field, find
+from lora_diag.gating.policy import SPIKE
 
 # A limit lies a quarter of the measured value away from it. Full fine-tunes of one model that differed in their seed
 # had ranks at 90% within 2 of each other, of 72 to 155; whether a quarter fits another field is for the user to say.

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 import lora_diag
 from lora_diag.api.gate import gate
 from lora_diag.errors import InputError, UsageError
-from lora_diag.gate.reading import read_policy
+from lora_diag.gating.reading import read_policy
 from lora_diag.results.verdict import outcome
-from tests.gate.making import LAYERS, residual, write
+from tests.gating.making import LAYERS, residual, write
 
 TODAY = date(2026, 11, 25)
 INPUTS = (("base", "b"), ("adapter", "a"))

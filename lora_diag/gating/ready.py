@@ -6,8 +6,8 @@ from dataclasses import replace
 from importlib.resources import files
 
 from lora_diag.errors import UsageError
-from lora_diag.gate.policy import Policy
-from lora_diag.gate.reading import read_policy
+from lora_diag.gating.policy import Policy
+from lora_diag.gating.reading import read_policy
 
 READY = ("adapter-basic", "full-ft-drift", "merge")
 
@@ -27,5 +27,5 @@ def ready_policy(name: str) -> Policy:
             f"--policy {name}: there are {', '.join(READY)}; a policy file is named without --policy: "
             f"loradiag gate {name} RESULTS"
         )
-    text = files("lora_diag.gate").joinpath("policies", f"{name}.toml").read_text(encoding="utf-8")
+    text = files("lora_diag.gating").joinpath("policies", f"{name}.toml").read_text(encoding="utf-8")
     return replace(read_policy(name, text), ready=True)

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any, cast, get_args
 
 from lora_diag.errors import UsageError
-from lora_diag.gate.fields import LAYER_KINDS, find
-from lora_diag.gate.grammar import ConditionError, Value, parse
-from lora_diag.gate.lines import line_of
-from lora_diag.gate.policy import CHECKS, FIXED, SPIKE, Policy, Regression, Rule, Selector, Waiver
-from lora_diag.gate.tables import Table, is_finite
+from lora_diag.gating.fields import LAYER_KINDS, find
+from lora_diag.gating.grammar import ConditionError, Value, parse
+from lora_diag.gating.lines import line_of
+from lora_diag.gating.policy import CHECKS, FIXED, SPIKE, Policy, Regression, Rule, Selector, Waiver
+from lora_diag.gating.tables import Table, is_finite
 from lora_diag.results.run import Reason
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")

@@ -6,9 +6,9 @@ import pytest
 
 from lora_diag.api.gate import gate
 from lora_diag.errors import NothingComparedError
-from lora_diag.gate.reading import read_policy
+from lora_diag.gating.reading import read_policy
 from lora_diag.results.verdict import outcome
-from tests.gate.making import LAYERS, left_out, residual, spectrum, write
+from tests.gating.making import LAYERS, left_out, residual, spectrum, write
 
 TODAY = date(2026, 11, 25)
 ADAPTER = (("base", "b"), ("adapter", "a"))

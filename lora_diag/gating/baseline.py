@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from lora_diag.gate.evidence import Source, Subject, subjects, value_of
-from lora_diag.gate.fields import KINDS, LAYER_KINDS, Field, find
-from lora_diag.gate.policy import Regression
+from lora_diag.gating.evidence import Source, Subject, subjects, value_of
+from lora_diag.gating.fields import KINDS, LAYER_KINDS, Field, find
+from lora_diag.gating.policy import Regression
 from lora_diag.results import Results, totals
 
 

@@ -5,9 +5,9 @@ from datetime import date
 import pytest
 
 from lora_diag.api.gate import gate
-from lora_diag.gate.reading import read_policy
+from lora_diag.gating.reading import read_policy
 from lora_diag.results.verdict import outcome
-from tests.gate.making import LAYERS, left_out, spectrum, write
+from tests.gating.making import LAYERS, left_out, spectrum, write
 
 RULE = '[[rule]]\nname = "drift"\nrequire = "{require}"\n'
 WAIVER = '[[waiver]]\nrule = "{rule}"\nlayers = \'{layers}\'\nreason = "new tokens"\nexpires = {expires}\n'

@@ -8,7 +8,7 @@ from datetime import date
 from typing import Literal
 
 from lora_diag.errors import UsageError
-from lora_diag.gate.grammar import Condition, Value
+from lora_diag.gating.grammar import Condition, Value
 from lora_diag.results.names import depth_of, module_type_of
 
 Severity = Literal["error", "warning"]

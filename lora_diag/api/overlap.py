@@ -20,7 +20,7 @@ from lora_diag.api.measuring import (
     without_rank,
 )
 from lora_diag.checkpoints import Checkpoint, open_checkpoint
-from lora_diag.deltas import Delta, Pairing, Unpaired, footprint, selector
+from lora_diag.deltas import Delta, Pairing, StoredDelta, Unpaired, footprint, selector
 from lora_diag.diagnostics.overlap import RANKS, Followed, OverlapSettings, size
 from lora_diag.diagnostics.overlap import overlap as measure
 from lora_diag.diagnostics.overlap import subspaces as spaces_of
@@ -98,6 +98,7 @@ def overlap(
     if not gradients:
         raise UsageError("overlap: name the gradients, a folder with one safetensors file a step")
     compared = compare(base, tuned, layers, exclude, allow_unmatched)
+    _refuse_gradient(compared.pairing, tuned)
     steps = open_steps(gradients)
     # The layers of a BASE that was compared are named as in its files, so those are what gradients are matched to.
     stored = _base_of(compared.pairing) or open_checkpoint(base)
@@ -202,9 +203,29 @@ def describe_steps(paths: Sequence[Path | str], steps: Sequence[Step]) -> RunInp
         path=f"{legible(paths[0])}{more}",
         kind=f"{span}, each a {legible(steps[0].checkpoint.kind)}",
         tensors=sum(len(step.checkpoint) for step in steps),
-        notes=tuple(dict.fromkeys(legible(note) for step in steps for note in step.checkpoint.notes)),
+        notes=tuple(dict.fromkeys(legible(note) for step in steps for note in _notes(step))),
         fingerprint=found.hexdigest()[:16],
     )
+
+
+def _notes(step: Step) -> tuple[str, ...]:
+    if not step.checkpoint.config:
+        return step.checkpoint.notes
+    return (
+        *step.checkpoint.notes,
+        f"step {step.step} lies beside a config.json: are these gradients, or a checkpoint?",
+    )
+
+
+def _refuse_gradient(pairing: Pairing, tuned: Path | str) -> None:
+    """Refuse gradients in the place of TUNED, which every number would make sense for.
+
+    Raises:
+        UsageError: Its metadata say that they are such.
+    """
+    stored = next((delta.tuned.checkpoint for delta in pairing.deltas if isinstance(delta, StoredDelta)), None)
+    if stored is not None and any(file.metadata.get("kind") == "gradient" for file in stored.files):
+        raise UsageError(f"{tuned}: holds gradients; name BASE, then TUNED or an adapter, then the gradients")
 
 
 def _base_of(pairing: Pairing) -> Checkpoint | None:

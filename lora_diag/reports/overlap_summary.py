@@ -89,7 +89,7 @@ def _since(track: Track, first: int) -> str:
 
 
 def _in_layers(some: Sequence[Track]) -> str:
-    return f"in {len(some)} of them" if len(some) > 1 else f"in {short(some[0].layer)}"
+    return f"in {len(some)} of the layers near random" if len(some) > 1 else f"in {short(some[0].layer)}"
 
 
 def _matrices(number_of: int) -> str:

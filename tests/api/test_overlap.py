@@ -227,6 +227,17 @@ def test_a_reference_below_the_rounding_floor_says_so(tmp_path, model):
     assert "unresolved" in {record.verdict for record in found} <= {"unresolved", "floor-limited"}
 
 
+def test_gradients_in_the_place_of_tuned_are_refused_and_checkpoints_in_theirs_noted(model, tmp_path):
+    base, tuned, _ = model
+    first = SAMPLES / "gradients" / "grad_step000000.safetensors"
+    with pytest.raises(UsageError, match="holds gradients; name BASE, then TUNED"):
+        lora_diag.overlap(SAMPLES / "base", first, [SAMPLES / "gradients"])
+    (tuned / "config.json").write_text('{"model_type": "llama"}')
+    named = tuned.rename(tmp_path / "checkpoint-40")
+    found = lora_diag.overlap(base, named, [named], ranks=[2])
+    assert found.run.inputs[2].notes == ("step 40 lies beside a config.json: are these gradients, or a checkpoint?",)
+
+
 def test_the_run_record_names_steps_and_gradients(model, tmp_path):
     base, tuned, grads = model
     lora_diag.overlap(base, tuned, [grads], output=tmp_path / "r.jsonl", ranks=[2])

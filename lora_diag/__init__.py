@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from lora_diag.api.extract import extract
     from lora_diag.api.gate import gate
     from lora_diag.api.inspect import inspect
+    from lora_diag.api.interference import interference
     from lora_diag.api.overlap import overlap, subspaces
     from lora_diag.api.plan import plan
     from lora_diag.api.plot import plot
@@ -35,6 +36,7 @@ _LAZY = {
     "extract": "lora_diag.api.extract",
     "gate": "lora_diag.api.gate",
     "inspect": "lora_diag.api.inspect",
+    "interference": "lora_diag.api.interference",
     "overlap": "lora_diag.api.overlap",
     "plan": "lora_diag.api.plan",
     "plot": "lora_diag.api.plot",
@@ -57,6 +59,7 @@ __all__ = [
     "extract",
     "gate",
     "inspect",
+    "interference",
     "overlap",
     "plan",
     "plot",

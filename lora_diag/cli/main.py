@@ -13,18 +13,32 @@ from lora_diag.cli.allocate import allocate
 from lora_diag.cli.extract import extract
 from lora_diag.cli.gate import gate
 from lora_diag.cli.inspect import inspect
+from lora_diag.cli.interference import interference
 from lora_diag.cli.output import ReaderGoneError, forget_output, message
 from lora_diag.cli.overlap import overlap
 from lora_diag.cli.plan import plan
 from lora_diag.cli.plot import plot
-from lora_diag.cli.residual import residual
 from lora_diag.cli.report import report
+from lora_diag.cli.residual import residual
 from lora_diag.cli.spectrum import spectrum
 from lora_diag.cli.verify_merge import verify_merge
 from lora_diag.errors import DONE, UNREADABLE, LoradiagError
 from lora_diag.version import __version__
 
-COMMANDS = (spectrum, residual, overlap, verify_merge, allocate, plan, extract, gate, inspect, plot, report)
+COMMANDS = (
+    spectrum,
+    residual,
+    overlap,
+    interference,
+    verify_merge,
+    allocate,
+    plan,
+    extract,
+    gate,
+    inspect,
+    plot,
+    report,
+)
 
 # What a shell reports of a program that Ctrl-C ended: 128 + SIGINT.
 INTERRUPTED = 130

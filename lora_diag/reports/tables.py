@@ -8,6 +8,7 @@ from typing import Any
 from lora_diag.errors import InputError
 from lora_diag.reports.allocation import allocation_table
 from lora_diag.reports.extraction import extraction_table
+from lora_diag.reports.interference import interference_table
 from lora_diag.reports.merge import merge_table
 from lora_diag.reports.overlap import overlap_table
 from lora_diag.reports.residual import residual_table
@@ -21,6 +22,7 @@ TABLES: tuple[tuple[str, Callable[..., str]], ...] = (
     ("residual", residual_table),
     ("extract", extraction_table),
     ("overlap", overlap_table),
+    ("interference", interference_table),
     ("allocate", allocation_table),
     ("verify-merge", merge_table),
     ("gate", verdict_table),

@@ -14,6 +14,7 @@ from pydantic import Field
 from lora_diag.results.allocation import Allocation, Baseline, Certificate
 from lora_diag.results.base import SCHEMA, Record
 from lora_diag.results.extraction import Extraction
+from lora_diag.results.interference import Interference, Union
 from lora_diag.results.inventory import AdaptedWeight, Inventory, StoredTensor
 from lora_diag.results.merge import Merge
 from lora_diag.results.overlap import Overlap
@@ -23,7 +24,7 @@ from lora_diag.results.spectrum import Resolution, Spectrum, Tail
 from lora_diag.results.verdict import Verdict
 
 # What a diagnostic says of one layer, and what is said of a run as a whole.
-LayerRecord = Spectrum | Residual | Overlap | Allocation | Merge | Extraction
+LayerRecord = Spectrum | Residual | Overlap | Allocation | Merge | Extraction | Interference | Union
 WholeRecord = Certificate | Verdict
 
 AnyRecord = Annotated[Run | LayerRecord | WholeRecord | LeftOut | End, Field(discriminator="record")]
@@ -39,6 +40,7 @@ __all__ = [
     "Distance",
     "End",
     "Extraction",
+    "Interference",
     "Inventory",
     "LayerRecord",
     "LeftOut",
@@ -53,6 +55,7 @@ __all__ = [
     "Spectrum",
     "StoredTensor",
     "Tail",
+    "Union",
     "Verdict",
     "WholeRecord",
 ]

@@ -1,0 +1,109 @@
+"""``loradiag interference``."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lora_diag.cli import options
+from lora_diag.cli.output import message, progress_bar, result, terminal
+from lora_diag.errors import UNREADABLE, UsageError
+
+Inputs = Annotated[
+    list[Path],
+    typer.Argument(metavar="[BASE] TUNED...", help="BASE and two or more updates of it; adapters alone need no BASE."),
+]
+Weights = Annotated[
+    str | None, typer.Option(metavar="W,W,...", help="Weight of each update in the sum, all 1 by default.")
+]
+Ranks = Annotated[str, typer.Option(metavar="R,R,...", help="Ranks at which spaces are compared and merges cut.")]
+Density = Annotated[
+    float, typer.Option(metavar="D", help="Share of the entries that TIES keeps; 0: no TIES, no sign conflicts.")
+]
+SpectrumFile = Annotated[
+    Path | None, typer.Option("--spectrum", metavar="FILE", help="Write the spectra of the sums here, for allocate.")
+]
+
+
+def interference(
+    inputs: Inputs,
+    weights: Weights = None,
+    ranks: Ranks = "4,8,16,32,64",
+    density: Density = 0.2,
+    layers: options.Layers = None,
+    exclude: options.Exclude = None,
+    allow_unmatched: options.AllowUnmatched = False,
+    method: options.Method = "auto",
+    tol: options.Tol = 1e-4,
+    device: options.Device = "auto",
+    seed: options.Seed = 0,
+    workers: options.Workers = None,
+    per: options.PerRow = options.Per.type,
+    output: options.Output = None,
+    spectrum: SpectrumFile = None,
+    json: options.Json = False,
+    resume: options.Resume = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Do several updates fight? Their overlaps, the rank that all of them need, and what merging them loses.
+
+    Example: loradiag interference lora_sql/ lora_chat/ lora_code/ -o interference.jsonl --spectrum union.jsonl
+    """
+    if resume and output is None:
+        raise UsageError("--resume: give the results file of the interrupted run with -o")
+    # torch comes with it: not before it is needed
+    from lora_diag.api.interference import check_spectrum_file, split_base, union_spectra
+    from lora_diag.api.interference import interference as measure
+    from lora_diag.reports.interference import interference_table
+    from lora_diag.results import to_line
+
+    if spectrum is not None:
+        check_spectrum_file(spectrum)
+    base, updates = split_base(inputs)
+    with progress_bar(quiet) as on_progress:
+        results = measure(
+            updates,
+            base=base,
+            weights=_numbers(weights) if weights is not None else None,
+            ranks=options.parse_ranks(ranks),
+            density=density,
+            layers=layers,
+            exclude=exclude,
+            allow_unmatched=allow_unmatched,
+            method=method,
+            tol=tol,
+            device=device,
+            seed=seed,
+            workers=workers,
+            output=output,
+            resume=resume,
+            on_progress=on_progress,
+            on_record=(lambda record: result(to_line(record))) if json else None,
+        )
+    if spectrum is not None:
+        union_spectra(results).write(spectrum)
+    if not json and not quiet:
+        result(interference_table(results, *terminal(), per=per, then=_next(inputs, spectrum)))
+    not_finite = [item for item in results.left_out if item.reason == "non_finite"]
+    for item in not_finite:
+        message(f"error: {item.layer}: {item.detail}; the layer was left out")
+    if not_finite:
+        raise typer.Exit(UNREADABLE)
+
+
+def _numbers(words: str) -> list[float]:
+    try:
+        return [float(word) for word in words.split(",")]
+    except ValueError as error:
+        raise UsageError(f"--weights {words}: give numbers with commas, such as 1,0.5") from error
+
+
+def _next(inputs: list[Path], spectrum: Path | None) -> str:
+    if spectrum is not None:
+        words = shlex.join(["loradiag", "allocate", str(spectrum), "--energy", "0.9"])
+        return f"{words}   (the rank of each layer that carries the sum)"
+    words = shlex.join(["loradiag", "interference", *map(str, inputs), "--spectrum", "union.jsonl"])
+    return f"{words}   (then allocate union.jsonl: a rank for each layer)"

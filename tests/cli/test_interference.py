@@ -1,0 +1,115 @@
+"""``loradiag interference`` as a user runs it."""
+
+import json
+import math
+
+import pytest
+
+from tests.conftest import ROOT
+
+BASE, TUNED, R4, R16 = (ROOT / "sample_checkpoints" / name for name in ("base", "full_ft", "lora_r4", "lora_r16"))
+ONE = "--layers", r"layers\.0\.(mlp\.up|self_attn\.q)"
+
+
+def test_adapters_alone_tables_and_a_summary_of_the_records(loradiag, tmp_path):
+    ran = loradiag("interference", R4, R16, "-o", "i.jsonl", "--spectrum", "u.jsonl")
+    assert ran.code == 0, ran.err
+    assert max(map(len, ran.out.splitlines())) <= 80
+    records = [json.loads(line) for line in (tmp_path / "i.jsonl").read_text().splitlines()]
+    pairs = [record for record in records if record["record"] == "interference"]
+    unions = [record for record in records if record["record"] == "union"]
+    assert len(pairs) == len(unions) == 28
+    said = " ".join(ran.out.split())
+    along = sum(r["cosine"] * r["first_fro"] * r["second_fro"] for r in pairs)
+    norms = [math.sqrt(sum(r[key] ** 2 for r in pairs)) for key in ("first_fro", "second_fro")]
+    assert f"cosine {along / norms[0] / norms[1]:.3g}" in said
+    together = sum(r["spectrum"]["rank_at"]["0.9"] for r in unions)
+    apart = sum(r["parts_rank_at"]["0.9"] for r in unions)
+    assert f"takes Σr = {together}, {together / apart:.3g} of the {apart} of the updates apart" in said
+    energy = sum(r["fro"] ** 2 for r in unions)
+    lost = sum((r["recompressed"]["8"] * r["fro"]) ** 2 for r in unions) / energy
+    assert f"{lost:.0%} at r = 8" in said
+    assert "loradiag allocate u.jsonl" in said
+    shown = loradiag("inspect", "i.jsonl").out
+    assert shown == ran.out[: ran.out.index("\nNext ")] + "\n"
+
+
+def test_allocate_gives_the_sum_its_ranks(loradiag, tmp_path):
+    assert loradiag("interference", R4, R16, "-q", "--spectrum", "u.jsonl").code == 0
+    ran = loradiag("allocate", "u.jsonl", "--energy", "0.9", "-o", "a.jsonl")
+    assert ran.code == 0, ran.err
+    ranks = {
+        record["layer"]: record["rank"]
+        for record in map(json.loads, (tmp_path / "a.jsonl").read_text().splitlines())
+        if record["record"] == "allocation"
+    }
+    spectra = [json.loads(line) for line in (tmp_path / "u.jsonl").read_text().splitlines()]
+    assert ranks == {r["layer"]: r["rank_at"]["0.9"] for r in spectra if r["record"] == "spectrum"}
+    assert loradiag("inspect", "u.jsonl").code == 0
+
+
+def test_mixed_updates_need_the_base_first(loradiag):
+    ran = loradiag("interference", BASE, R4, TUNED, *ONE, "--json")
+    assert ran.code == 0, ran.err
+    assert [record["record"] for record in ran.records].count("interference") == 2
+    wrong = loradiag("interference", R4, BASE, TUNED)
+    assert wrong.code == 2
+    assert "give BASE first" in wrong.err
+
+
+def test_an_interrupted_run_goes_on(loradiag, tmp_path):
+    words = "interference", BASE, R4, R16, TUNED, *ONE, "-o", "i.jsonl"
+    whole = loradiag(*words)
+    assert whole.code == 0
+    text = (tmp_path / "i.jsonl").read_text()
+    lines = text.splitlines(keepends=True)
+    for cut in (3, 6):
+        (tmp_path / "i.jsonl").write_text("".join(lines[:cut]))
+        again = loradiag(*words, "--resume")
+        assert again.code == 0, again.err
+        assert (tmp_path / "i.jsonl").read_text() == text
+
+
+def test_the_gate_judges_it(loradiag, tmp_path):
+    assert loradiag("interference", R4, R16, "-q", "-o", "i.jsonl").code == 0
+    for rule, code in (
+        ("cosine >= 0", 0),
+        ("cosine >= 0.9", 1),
+        ("relation != cancel", 0),
+        ("merges.ties_dense.residual <= 0.9", 0),
+        ("recompressed.8 <= 0.1", 1),
+        ("union.spectrum.rank_at.0.9 <= 64", 0),
+        ("columns.8.overlap <= 0.9", 0),
+    ):
+        (tmp_path / "p.toml").write_text(f'[[rule]]\nname = "r"\nrequire = "{rule}"\n')
+        ran = loradiag("gate", "p.toml", "i.jsonl")
+        assert ran.code == code, rule + ran.out + ran.err
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "told"),
+    [
+        ((R4,), 2, "at least two updates"),
+        ((R4, R4), 2, "named twice"),
+        ((BASE, TUNED), 2, "at least two updates"),
+        ((R4, R16, "--weights", "1"), 2, "1 weights for 2"),
+        ((R4, R16, "--weights", "1,x"), 2, "--weights"),
+        ((R4, R16, "--density", "2"), 2, "--density"),
+        ((R4, R16, "--resume"), 2, "-o"),
+        ((R4, R16, "--spectrum", "no/u.jsonl"), 3, "no folder"),
+        ((R4, "nowhere"), 3, "nowhere"),
+    ],
+)
+def test_one_message_and_an_exit_code(loradiag, tmp_path, words, code, told):
+    ran = loradiag("interference", *words)
+    assert ran.code == code, ran.err
+    assert told in ran.err
+    assert len(ran.err.splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_spectrum_file_never_overwrites_something_else(loradiag, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    ran = loradiag("interference", R4, R16, "--spectrum", "notes.txt")
+    assert ran.code == 2
+    assert (tmp_path / "notes.txt").read_text() == "mine"

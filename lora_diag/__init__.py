@@ -20,9 +20,11 @@ if TYPE_CHECKING:
     from lora_diag.api.gate import gate
     from lora_diag.api.inspect import inspect
     from lora_diag.api.interference import interference
+    from lora_diag.api.intruders import intruders
     from lora_diag.api.overlap import overlap, subspaces
     from lora_diag.api.plan import plan
     from lora_diag.api.plot import plot
+    from lora_diag.api.probe import probe_truncation
     from lora_diag.api.report import report
     from lora_diag.api.residual import residual
     from lora_diag.api.spectrum import spectrum
@@ -37,9 +39,11 @@ _LAZY = {
     "gate": "lora_diag.api.gate",
     "inspect": "lora_diag.api.inspect",
     "interference": "lora_diag.api.interference",
+    "intruders": "lora_diag.api.intruders",
     "overlap": "lora_diag.api.overlap",
     "plan": "lora_diag.api.plan",
     "plot": "lora_diag.api.plot",
+    "probe_truncation": "lora_diag.api.probe",
     "read_results": "lora_diag.results",
     "report": "lora_diag.api.report",
     "residual": "lora_diag.api.residual",
@@ -60,9 +64,11 @@ __all__ = [
     "gate",
     "inspect",
     "interference",
+    "intruders",
     "overlap",
     "plan",
     "plot",
+    "probe_truncation",
     "read_results",
     "report",
     "residual",

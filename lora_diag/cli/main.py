@@ -14,10 +14,12 @@ from lora_diag.cli.extract import extract
 from lora_diag.cli.gate import gate
 from lora_diag.cli.inspect import inspect
 from lora_diag.cli.interference import interference
+from lora_diag.cli.intruders import intruders
 from lora_diag.cli.output import ReaderGoneError, forget_output, message
 from lora_diag.cli.overlap import overlap
 from lora_diag.cli.plan import plan
 from lora_diag.cli.plot import plot
+from lora_diag.cli.probe import PROBES
 from lora_diag.cli.report import report
 from lora_diag.cli.residual import residual
 from lora_diag.cli.spectrum import spectrum
@@ -30,6 +32,7 @@ COMMANDS = (
     residual,
     overlap,
     interference,
+    intruders,
     verify_merge,
     allocate,
     plan,
@@ -72,6 +75,10 @@ app = typer.Typer(
 )
 for command in COMMANDS:
     app.command(cls=_Command, no_args_is_help=True)(command)
+probe = typer.Typer(name="probe", help="What does the loss say? Diagnostics that run the model.", no_args_is_help=True)
+for command in PROBES:
+    probe.command(cls=_Command, no_args_is_help=True)(command)
+app.add_typer(probe, rich_help_panel=None)
 
 
 def _version(asked: bool) -> None:

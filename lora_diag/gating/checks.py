@@ -1,7 +1,7 @@
 """What every gate looks for, whatever its policy asks.
 
-Intruder dimensions and σ_1(ΔW)/σ_1(W_base) are not among it: no record holds them. ``spike`` judges the second by its
-lower bound σ_1(ΔW)/‖W_base‖_F.
+Intruder dimensions are not among it: a rule such as ``intruders <= 2`` judges the records of ``loradiag intruders``.
+Nor is σ_1(ΔW)/σ_1(W_base), which no record holds: ``spike`` judges it by its lower bound σ_1(ΔW)/‖W_base‖_F.
 """
 
 from __future__ import annotations

@@ -9,8 +9,10 @@ from lora_diag.errors import InputError
 from lora_diag.reports.allocation import allocation_table
 from lora_diag.reports.extraction import extraction_table
 from lora_diag.reports.interference import interference_table
+from lora_diag.reports.intruders import intruders_table
 from lora_diag.reports.merge import merge_table
 from lora_diag.reports.overlap import overlap_table
+from lora_diag.reports.probe import truncation_table
 from lora_diag.reports.residual import residual_table
 from lora_diag.reports.table import spectrum_table
 from lora_diag.reports.verdict import verdict_table
@@ -23,7 +25,9 @@ TABLES: tuple[tuple[str, Callable[..., str]], ...] = (
     ("extract", extraction_table),
     ("overlap", overlap_table),
     ("interference", interference_table),
+    ("intruders", intruders_table),
     ("allocate", allocation_table),
+    ("probe truncation", truncation_table),
     ("verify-merge", merge_table),
     ("gate", verdict_table),
 )

@@ -15,17 +15,19 @@ from lora_diag.results.allocation import Allocation, Baseline, Certificate
 from lora_diag.results.base import SCHEMA, Record
 from lora_diag.results.extraction import Extraction
 from lora_diag.results.interference import Interference, Union
+from lora_diag.results.intruders import Direction, Intruders
 from lora_diag.results.inventory import AdaptedWeight, Inventory, StoredTensor
 from lora_diag.results.merge import Merge
 from lora_diag.results.overlap import Overlap
+from lora_diag.results.probe import Probe
 from lora_diag.results.residual import Agreement, Distance, Residual
 from lora_diag.results.run import End, LeftOut, Reason, Run, RunInput
 from lora_diag.results.spectrum import Resolution, Spectrum, Tail
 from lora_diag.results.verdict import Verdict
 
 # What a diagnostic says of one layer, and what is said of a run as a whole.
-LayerRecord = Spectrum | Residual | Overlap | Allocation | Merge | Extraction | Interference | Union
-WholeRecord = Certificate | Verdict
+LayerRecord = Spectrum | Residual | Overlap | Allocation | Merge | Extraction | Interference | Union | Intruders
+WholeRecord = Certificate | Verdict | Probe
 
 AnyRecord = Annotated[Run | LayerRecord | WholeRecord | LeftOut | End, Field(discriminator="record")]
 
@@ -37,15 +39,18 @@ __all__ = [
     "AnyRecord",
     "Baseline",
     "Certificate",
+    "Direction",
     "Distance",
     "End",
     "Extraction",
     "Interference",
+    "Intruders",
     "Inventory",
     "LayerRecord",
     "LeftOut",
     "Merge",
     "Overlap",
+    "Probe",
     "Reason",
     "Record",
     "Residual",

@@ -1,0 +1,88 @@
+"""``loradiag intruders``."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lora_diag.cli import options
+from lora_diag.cli.output import message, progress_bar, result, terminal
+from lora_diag.errors import UNREADABLE, UsageError
+
+Tuned = Annotated[Path, typer.Argument(metavar="TUNED", help="Checkpoint after, or an adapter.")]
+Top = Annotated[int, typer.Option(metavar="K", help="Look at the K largest directions of each weight.")]
+Epsilon = Annotated[float, typer.Option(metavar="E", help="Similarity below which a direction is not one of BASE.")]
+Window = Annotated[
+    float, typer.Option(metavar="W", help="Singular values of BASE within this share count as equal: they may rotate.")
+]
+
+
+def intruders(
+    base: options.Base,
+    tuned: Tuned,
+    top: Top = 10,
+    epsilon: Epsilon = 0.5,
+    window: Window = 0.1,
+    layers: options.Layers = None,
+    exclude: options.Exclude = None,
+    allow_unmatched: options.AllowUnmatched = False,
+    method: options.Method = "auto",
+    tol: options.Tol = 1e-4,
+    device: options.Device = "auto",
+    seed: options.Seed = 0,
+    workers: options.Workers = None,
+    per: options.PerRow = options.Per.type,
+    output: options.Output = None,
+    json: options.Json = False,
+    resume: options.Resume = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Which of the largest directions of the tuned weights are new? Intruder dimensions, as LoRA makes them.
+
+    Example: loradiag intruders base/ lora_r8/ -o intruders.jsonl
+    """
+    if resume and output is None:
+        raise UsageError("--resume: give the results file of the interrupted run with -o")
+    # torch comes with it: not before it is needed
+    from lora_diag.api.intruders import intruders as measure
+    from lora_diag.reports.intruders import intruders_table
+    from lora_diag.results import to_line
+
+    with progress_bar(quiet) as on_progress:
+        results = measure(
+            base,
+            tuned,
+            top=top,
+            epsilon=epsilon,
+            window=window,
+            layers=layers,
+            exclude=exclude,
+            allow_unmatched=allow_unmatched,
+            method=method,
+            tol=tol,
+            device=device,
+            seed=seed,
+            workers=workers,
+            output=output,
+            resume=resume,
+            on_progress=on_progress,
+            on_record=(lambda record: result(to_line(record))) if json else None,
+        )
+    if not json and not quiet:
+        result(intruders_table(results, *terminal(), per=per, then=_next(base, tuned, output)))
+    not_finite = [item for item in results.left_out if item.reason == "non_finite"]
+    for item in not_finite:
+        message(f"error: {item.layer}: {item.detail}; the layer was left out")
+    if not_finite:
+        raise typer.Exit(UNREADABLE)
+
+
+def _next(base: Path, tuned: Path, output: Path | None) -> str:
+    if output is None:
+        words = shlex.join(["loradiag", "intruders", str(base), str(tuned), "--per", "layer"])
+        return f"{words}   (where they are; -o FILE keeps the records for loradiag gate)"
+    words = shlex.join(["loradiag", "gate", "init", str(output), "-o", "policy.toml"])
+    return f'{words}   (a rule such as require = "intruders <= 2")'

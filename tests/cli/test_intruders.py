@@ -1,0 +1,60 @@
+"""``loradiag intruders`` as a user runs it."""
+
+import json
+
+import pytest
+
+from tests.conftest import ROOT
+
+BASE, TUNED, R4 = (ROOT / "sample_checkpoints" / name for name in ("base", "full_ft", "lora_r4"))
+ONE = "--layers", r"layers\.0"
+
+
+def test_a_table_and_a_summary_of_the_records(loradiag, tmp_path):
+    ran = loradiag("intruders", BASE, R4, "-o", "i.jsonl")
+    assert ran.code == 0, ran.err
+    assert max(map(len, ran.out.splitlines())) <= 80
+    records = [json.loads(line) for line in (tmp_path / "i.jsonl").read_text().splitlines()]
+    layers = [record for record in records if record["record"] == "intruders"]
+    said = " ".join(ran.out.split())
+    found = sum(record["intruders"] for record in layers)
+    hit = sum(record["intruders"] > 0 for record in layers)
+    assert found > 0
+    assert f"Intruders? {found} of 280 directions, in {hit} of 28 layers" in said
+    assert f"The published count, {sum(record['count'] for record in layers)}," in said
+    assert "a random direction has a similarity of about" in said
+    assert loradiag("inspect", "i.jsonl").out == ran.out[: ran.out.index("\nNext ")] + "\n"
+    for rule, code in (("intruders <= 10", 0), ("intruders <= 2", 1), ("median intruders.share <= 0.9", 0)):
+        (tmp_path / "p.toml").write_text(f'[[rule]]\nname = "r"\nrequire = "{rule}"\n')
+        judged = loradiag("gate", "p.toml", "i.jsonl")
+        assert judged.code == code, rule + judged.out + judged.err
+
+
+def test_json_and_resume(loradiag, tmp_path):
+    words = "intruders", BASE, TUNED, *ONE
+    ran = loradiag(*words, "--json", "-o", "i.jsonl")
+    assert ran.code == 0, ran.err
+    text = (tmp_path / "i.jsonl").read_text()
+    assert ran.out == text
+    (tmp_path / "i.jsonl").write_text("".join(text.splitlines(keepends=True)[:4]))
+    assert loradiag(*words, "-o", "i.jsonl", "--resume", "-q").code == 0
+    assert (tmp_path / "i.jsonl").read_text() == text
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "told"),
+    [
+        ((BASE, TUNED, "--epsilon", "1"), 2, "--epsilon"),
+        ((BASE, TUNED, "--window", "-1"), 2, "--window"),
+        ((BASE, TUNED, "--top", "0"), 2, "--top"),
+        ((BASE, TUNED, "--resume"), 2, "-o"),
+        ((R4, BASE), 2, "give BASE first"),
+        ((BASE, "nowhere"), 3, "nowhere"),
+    ],
+)
+def test_one_message_and_an_exit_code(loradiag, tmp_path, words, code, told):
+    ran = loradiag("intruders", *words)
+    assert ran.code == code, ran.err
+    assert told in ran.err
+    assert len(ran.err.splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []

@@ -83,7 +83,8 @@ def click_cell(page, row: int, col: int) -> None:
 
 
 def put(page, element: str, value: str, event: str) -> None:
-    """Give an input its value, as a hand does."""
+    """Give an input that can be seen its value, as a hand does."""
+    assert page.js(f"document.getElementById('{element}').offsetParent !== null")
     page.js(
         f"(() => {{ const e = document.getElementById('{element}'); e.value = {value!r}; "
         f"e.dispatchEvent(new Event('{event}')); }})()"
@@ -214,7 +215,7 @@ def test_hostile_names_are_text_on_the_screen(tab, tmp_path):
     assert tab.js("document.querySelectorAll('svg b, svg i, tspan[style*=bold]').length") == 0
     assert tab.js("document.querySelector('#table button[data-layer=\"1\"]').textContent") == HOSTILE[1]
     assert any(
-        "<img" in text
+        "</a>" in text
         for text in tab.js("[...document.querySelectorAll('#energy .legendtext')].map((e) => e.textContent)")
     )
 

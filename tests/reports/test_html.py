@@ -35,6 +35,7 @@ HOSTILE = (
     "\"'`${alert(3)}{{7*7}}{% raw %}\\u003c",
     "a\u202eb\x1b[31m\u2028\u2029\x00.weight",
     "<!--<script>",
+    '<b>bold</b><a href="https://x.example">y</a>',
     "javascript:alert(4)//|**bold**@me",
 )
 

@@ -22,6 +22,9 @@ function draw(id, traces, more, says) {
 
 const color = (place) => css("--series").split(" ")[place % MOST];
 
+// Whether the reader moves in the heat map by keys.
+const onKeys = () => $("heat").matches(":focus-visible");
+
 function drawHeat() {
   const field = fields.get(state.field);
   if (!field) return;
@@ -42,7 +45,7 @@ function drawHeat() {
   };
   const chosen = state.layers.flatMap((layer, place) =>
     box([data.type[layer], column.get(data.depth[layer])], { color: color(place), width: 3 }));
-  const cursor = document.activeElement === $("heat") ? box(state.at, { color: css("--text"), width: 3, dash: "dot" }) : [];
+  const cursor = onKeys() ? box(state.at, { color: css("--text"), width: 3, dash: "dot" }) : [];
   const trace = { type: "heatmap", z: shown.map((type) => cells[type].map(value)),
     text: shown.map((type) => cells[type].map(told)),
     hovertemplate: "%{text}<extra></extra>", colorscale: "Cividis", xgap: 1, ygap: 1, hoverongaps: false,

@@ -65,11 +65,28 @@ function listen() {
     }
   });
   $("heat").addEventListener("keydown", onKey);
-  $("heat").addEventListener("focus", () => { say(); if (window.Plotly) drawHeat(); });
+  // Not on the focus that a click brings: drawing between press and release would lose the click.
+  $("heat").addEventListener("focus", () => { if (onKeys()) { say(); if (window.Plotly) drawHeat(); } });
   $("heat").addEventListener("blur", () => { if (window.Plotly) drawHeat(); });
   window.addEventListener("hashchange", () => { readAddress(); drawAll(); });
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", drawAll);
   matchMedia("print").addEventListener("change", drawAll);
+}
+
+// Plotly forgets what is under the mouse, and with it the click, where a hover that it has put off comes between press and
+// release, as on a busy machine. So what was under it at the press is remembered here.
+function listenToHeat() {
+  let under = null, pressed = false;
+  $("heat").on("plotly_hover", (event) => { under = [event.points[0].y, event.points[0].x]; });
+  $("heat").on("plotly_unhover", () => { if (!pressed) under = null; });
+  $("heat").addEventListener("pointerdown", () => { pressed = true; }, true);
+  window.addEventListener("click", (event) => {
+    // Plotly sends a second click after the browser's.
+    if (event.isTrusted && pressed && under && $("heat").contains(event.target)) {
+      choose(rowsOf(fields.get(state.field))[under[0]], under[1]);
+    }
+    if (event.isTrusted) pressed = false;
+  });
 }
 
 async function loadPlotly() {
@@ -87,7 +104,7 @@ drawAll();
 loadPlotly().then(() => {
   document.documentElement.classList.add("live");
   drawCharts();
-  $("heat").on("plotly_click", (event) => choose(rowsOf(fields.get(state.field))[event.points[0].y], event.points[0].x));
+  listenToHeat();
   document.documentElement.dataset.ready = "1";
 }).catch(() => {
   $("chosen").replaceChildren(element("p", "The charts need a browser of 2023 or later; the figures and the table stand without them."));

@@ -76,9 +76,9 @@ app = typer.Typer(
 for command in COMMANDS:
     app.command(cls=_Command, no_args_is_help=True)(command)
 probe = typer.Typer(name="probe", help="What does the loss say? Diagnostics that run the model.", no_args_is_help=True)
-for command in PROBES:
-    probe.command(cls=_Command, no_args_is_help=True)(command)
-app.add_typer(probe, rich_help_panel=None)
+for one in PROBES:
+    probe.command(cls=_Command, no_args_is_help=True)(one)
+app.add_typer(probe)
 
 
 def _version(asked: bool) -> None:

@@ -1,0 +1,133 @@
+"""``loradiag probe``: the diagnostics that run a model."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from lora_diag.cli import options
+from lora_diag.cli.output import message, result, terminal
+from lora_diag.errors import UsageError
+from lora_diag.reports.text import safe
+
+Base = Annotated[Path, typer.Argument(metavar="BASE", help="The model before: a folder for transformers, or a Hub id.")]
+Eval = Annotated[list[Path] | None, typer.Option("--eval", metavar="FILE", help="Held-out text or JSONL; repeatable.")]
+Shifted = Annotated[list[Path] | None, typer.Option(metavar="FILE", help="Text of another kind; repeatable.")]
+Length = Annotated[int | None, typer.Option(metavar="N", help="Tokens of a sequence; default 512 or the model's most.")]
+Batch = Annotated[int, typer.Option(metavar="N", help="Sequences in a batch.")]
+MaxSequences = Annotated[int | None, typer.Option(metavar="N", help="Use the first N sequences of each file.")]
+Tokenizer = Annotated[str, typer.Option(metavar="auto|bytes|DIR", help="Of BASE; UTF-8 bytes; or of a folder.")]
+Dtype = Annotated[str, typer.Option(metavar="float32|bfloat16|float16", help="Of the weights while they run.")]
+Device = Annotated[str, typer.Option(metavar="auto|cpu|cuda[:i]", help="Where to run the model.")]
+
+
+def truncation(
+    base: Base,
+    tuned: Annotated[Path, typer.Argument(metavar="TUNED", help="The model after, or an adapter.")],
+    eval_: Eval = None,
+    shifted: Shifted = None,
+    ranks: Annotated[str, typer.Option(metavar="R,R,...", help="Ranks; 0 is BASE there.")] = "0,1,2,4,8,16,32,64",
+    per: Annotated[str, typer.Option(metavar="all|layer|type", help="Truncate all together, or each alone.")] = "all",
+    rest: Annotated[
+        str, typer.Option(metavar="tuned|base", help="What norms, biases, embeddings and head are as.")
+    ] = "tuned",
+    layers: Annotated[str | None, typer.Option(metavar="REGEX", help="Truncate only weights that match.")] = None,
+    exclude: Annotated[str | None, typer.Option(metavar="REGEX", help="Truncate no weights that match.")] = None,
+    length: Length = None,
+    batch: Batch = 8,
+    max_sequences: MaxSequences = None,
+    tokenizer: Tokenizer = "auto",
+    dtype: Dtype = "float32",
+    device: Device = "auto",
+    output: options.Output = None,
+    json: options.Json = False,
+    resume: options.Resume = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """What does each rank of the update keep of the loss? W_0 + the best rank-r part of ΔW, measured; no training.
+
+    Example: loradiag probe truncation base/ full_ft/ --eval held_out.txt --ranks 0,4,16,64 -o truncation.jsonl
+    """
+    _resumable(resume, output)
+    asked = options.parse_ranks(ranks)
+    # torch comes with it: not before it is needed
+    from lora_diag.api.probe import probe_truncation
+    from lora_diag.reports.probe import truncation_table
+
+    with _progress(quiet) as on_progress:
+        results = probe_truncation(
+            base,
+            tuned,
+            evaluate=eval_ or (),
+            shifted=shifted or (),
+            ranks=asked,
+            per=per,
+            rest=rest,
+            layers=layers,
+            exclude=exclude,
+            length=length,
+            batch=batch,
+            max_sequences=max_sequences,
+            tokenizer=tokenizer,
+            dtype=dtype,
+            device=device,
+            output=output,
+            resume=resume,
+            on_progress=on_progress,
+            on_record=_told(json),
+            on_note=_noted(quiet),
+        )
+    if not json and not quiet:
+        then = shlex.join(["loradiag", "spectrum", str(base), str(tuned)]) + "   (C(r) layer by layer, no model run)"
+        result(truncation_table(results, *terminal(), then=_next(output, then)))
+
+
+PROBES = (truncation,)
+
+
+def _resumable(resume: bool, output: Path | None) -> None:
+    if resume and output is None:
+        raise UsageError("--resume: give the results file of the interrupted run with -o")
+
+
+def _told(json: bool) -> Callable[[Any], None] | None:
+    from lora_diag.results import to_line
+
+    return (lambda record: result(to_line(record))) if json else None
+
+
+def _noted(quiet: bool) -> Callable[[str], None] | None:
+    return None if quiet else message
+
+
+def _next(output: Path | None, then: str) -> str:
+    """Return the command that a user would run next, as a shell takes it."""
+    if output is not None:
+        return then
+    return f"{shlex.join(['loradiag', *sys.argv[1:], '-o', 'probe.jsonl'])}   (keeps these numbers)"
+
+
+@contextmanager
+def _progress(quiet: bool) -> Iterator[Callable[[str, int, int], None] | None]:
+    """Give a function that shows how far a run is; nothing where standard error is not a terminal."""
+    if quiet or sys.stderr is None or not sys.stderr.isatty():
+        yield None
+        return
+    from rich import progress
+    from rich.console import Console
+
+    columns = (
+        progress.TextColumn("{task.completed}/{task.total}"),
+        progress.BarColumn(bar_width=20),
+        progress.TimeRemainingColumn(),
+        progress.TextColumn("{task.description}", markup=False),
+    )
+    with progress.Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("", total=None)
+        yield lambda label, done, total: bar.update(task, description=safe(label), completed=done, total=total)

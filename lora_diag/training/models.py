@@ -1,0 +1,271 @@
+"""A transformers model, opened to be measured: its weights by the names of its checkpoint, and its tokens.
+
+Knows transformers; refuses to know what is measured with it. Code that comes with a checkpoint is never run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from lora_diag.checkpoints import hub, locate
+from lora_diag.errors import InputError, UsageError
+
+Kind = Literal["causal", "classifier"]
+
+# Without --length: what a CPU evaluates in seconds, and long enough for a loss to mean something.
+LENGTH = 512
+
+# Text that no tokenizer with a vocabulary turns into one and the same token.
+_SAMPLE = "The year 1936."
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Turns text into token ids.
+
+    Args:
+        ids: Of a text, without special tokens.
+        first: What every sequence starts with, such as the id of ``<s>``.
+        last: What a classifier's sequences end with.
+        pad: Fills up the shorter sequences of a batch; never looked at.
+        about: What it is, in words.
+    """
+
+    ids: Callable[[str], list[int]]
+    first: tuple[int, ...]
+    last: tuple[int, ...]
+    pad: int
+    about: str
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model on its device, in evaluation mode.
+
+    Args:
+        module: The model.
+        kind: What it predicts.
+        tokens: Its tokenizer.
+        length: Tokens of a sequence.
+        device: Where it is.
+        labels: Of a classifier, the index of a class by its name.
+    """
+
+    module: Any
+    kind: Kind
+    tokens: Tokens
+    length: int
+    device: torch.device
+    labels: Mapping[str, int]
+
+
+def open_model(
+    base: Path | str, device: torch.device, dtype: str = "float32", length: int | None = None, tokenizer: str = "auto"
+) -> Model:
+    """Open a causal language model or a sequence classifier.
+
+    Args:
+        base: A folder that transformers can open, or a Hub id.
+        device: Where to put it.
+        dtype: Of its weights.
+        length: Tokens of a sequence; by default 512, or fewer where the model has fewer positions.
+        tokenizer: ``auto`` for the one in ``base``, ``bytes`` for UTF-8 bytes as token ids, or a folder.
+
+    Raises:
+        UsageError: An option makes no sense, or transformers is not installed.
+        InputError: transformers cannot open it, it is quantized, or of a kind that is not supported.
+    """
+    transformers = _transformers()
+    if dtype not in DTYPES:
+        raise UsageError(f"--dtype {dtype}: use {', '.join(DTYPES)}")
+    where, options = _where(base)
+    with _quietly(transformers):
+        try:
+            config = transformers.AutoConfig.from_pretrained(where, trust_remote_code=False, **options)
+        except (OSError, ValueError, KeyError) as error:
+            raise InputError(f"{base}: transformers cannot open this model: {_first_line(error)}") from error
+        kind = _kind(base, config)
+        if getattr(config, "quantization_config", None) is not None:
+            raise InputError(f"{base}: is quantized, and its weights cannot be swapped; give the unquantized BASE")
+        opener: Any = transformers.AutoModelForCausalLM
+        if kind == "classifier":
+            opener = transformers.AutoModelForSequenceClassification
+        try:
+            module, info = opener.from_pretrained(
+                where, dtype=getattr(torch, dtype), trust_remote_code=False, output_loading_info=True, **options
+            )
+        except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+            raise InputError(f"{base}: transformers cannot open this model: {_first_line(error)}") from error
+        if missing := sorted(info["missing_keys"]):
+            raise InputError(
+                f"{base}: has no weights for {', '.join(missing[:3])}{' and others' if missing[3:] else ''}; "
+                "random numbers would be measured"
+            )
+        tokens = _tokens(transformers, base, where, options, config, tokenizer, kind)
+    positions = getattr(config, "max_position_embeddings", None) or LENGTH
+    if length is not None and not 2 <= length <= positions:
+        raise UsageError(f"--length {length}: from 2 up to the {positions} positions that this model has")
+    module.eval().requires_grad_(False).to(device)
+    if kind == "classifier" and config.pad_token_id is None:
+        module.config.pad_token_id = tokens.pad  # by which models that read the last token find it
+    labels = {str(name): int(index) for name, index in (getattr(config, "label2id", None) or {}).items()}
+    return Model(module, kind, tokens, length or min(LENGTH, positions), device, labels)
+
+
+def _transformers() -> Any:
+    try:
+        import transformers
+    except ImportError as error:
+        raise UsageError(f"probe: runs a model and needs {error.name}: pip install 'loradiag[train]'") from error
+    return transformers
+
+
+@contextlib.contextmanager
+def _quietly(transformers: Any) -> Any:
+    """Keep transformers from talking: what it would say is asked for and told in one message."""
+    verbosity = transformers.utils.logging.get_verbosity()
+    bars = transformers.utils.logging.is_progress_bar_enabled()
+    transformers.utils.logging.set_verbosity(transformers.logging.CRITICAL)
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        transformers.utils.logging.set_verbosity(verbosity)
+        if bars:
+            transformers.utils.logging.enable_progress_bar()
+
+
+def _where(base: Path | str) -> tuple[str, dict[str, Any]]:
+    """Return what transformers takes for a path or a Hub id."""
+    local = locate(base)
+    if local == Path(base):
+        if not local.is_dir():
+            raise InputError(f"{base}: is a file; to run the model, give the folder with its config.json")
+        return str(local), {"local_files_only": True}
+    hub_id = hub.parse(Path(base).as_posix())
+    assert hub_id is not None
+    return hub_id.repo, {"revision": hub_id.revision or "main", "subfolder": hub_id.subfolder}
+
+
+def _kind(base: Path | str, config: Any) -> Kind:
+    name = (getattr(config, "architectures", None) or [""])[0]
+    if name.endswith("ForSequenceClassification"):
+        return "classifier"
+    if name.endswith(("ForCausalLM", "LMHeadModel")):
+        return "causal"
+    raise InputError(
+        f"{base}: is a {name or 'model without architectures in its config.json'}; probe runs causal language models "
+        "(…ForCausalLM) and sequence classifiers (…ForSequenceClassification)"
+    )
+
+
+def _tokens(
+    transformers: Any, base: Path | str, where: str, options: dict[str, Any], config: Any, asked: str, kind: Kind
+) -> Tokens:
+    vocabulary = getattr(config, "vocab_size", 0)
+    if asked == "bytes":
+        if vocabulary < 256:
+            raise UsageError(f"--tokenizer bytes: needs a vocabulary of at least 256; this model has {vocabulary}")
+        return _bytes("--tokenizer bytes")
+    if asked != "auto":
+        where, options = asked, {"local_files_only": True}
+    try:
+        found = transformers.AutoTokenizer.from_pretrained(where, trust_remote_code=False, **options)
+        # For some families transformers makes one without a vocabulary where there are no files.
+        if len(set(found(_SAMPLE, add_special_tokens=False)["input_ids"])) < 2:
+            raise ValueError("it has no vocabulary")
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        if asked == "auto" and vocabulary == 256:
+            return _bytes("no tokenizer in BASE and a vocabulary of 256")
+        named = base if asked == "auto" else asked
+        raise InputError(
+            f"{named}: transformers cannot open a tokenizer: {_first_line(error)}; name a folder with --tokenizer"
+        ) from error
+
+    def ids(text: str) -> list[int]:
+        return list(found(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+    # What the tokenizer itself puts around a text: found out, because every family has its own rule.
+    around, inside = list(found("a")["input_ids"]), ids("a")
+    begin = next((i for i in range(len(around)) if around[i : i + len(inside)] == inside), 0)
+    last = tuple(around[begin + len(inside) :]) if kind == "classifier" else ()
+    return Tokens(ids, tuple(around[:begin]), last, found.pad_token_id or 0, f"tokenizer of {where}")
+
+
+def _bytes(why: str) -> Tokens:
+    return Tokens(lambda text: list(text.encode()), (), (), 0, f"UTF-8 bytes are the token ids ({why})")
+
+
+def _first_line(error: Exception) -> str:
+    """Return the first line of what transformers says; the rest is about other models."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(":")
+
+
+class Weights:
+    """The weights of a model by the names that its checkpoint has for them.
+
+    Args:
+        module: The model.
+
+    A checkpoint may leave out the prefix of the inner model (``transformer.``), or a model may; one expert of a stack
+    is ``name[3]``.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._named = dict(module.named_parameters(remove_duplicate=False))
+        self._prefix = f"{getattr(module, 'base_model_prefix', '')}."
+
+    def find(self, layer: str) -> Tensor | None:
+        """Return the tensor of a layer, or the part of it that the layer is; None if the model has none."""
+        name, _, index = layer.partition("[")
+        for candidate in (name, f"{self._prefix}{name}", name.removeprefix(self._prefix)):
+            if candidate in self._named:
+                stored = self._named[candidate].data
+                return stored[int(index.rstrip("]"))] if index else stored
+        return None
+
+    def place(self, layers: Mapping[str, tuple[int, int]]) -> dict[str, Tensor]:
+        """Return the tensors of those layers that the model has, viewed ``(out, in)``.
+
+        Args:
+            layers: Shapes by names.
+
+        Raises:
+            InputError: A layer has another shape in the model, or two layers are one weight there.
+        """
+        found: dict[str, Tensor] = {}
+        taken: dict[int, str] = {}
+        for layer, shape in layers.items():
+            if (tensor := self.find(layer)) is None:
+                continue
+            if tensor.numel() != shape[0] * shape[1]:
+                raise InputError(f"{layer}: is {list(shape)} in BASE and {list(tensor.shape)} in transformers' model")
+            if (other := taken.setdefault(tensor.data_ptr(), layer)) != layer:
+                raise InputError(
+                    f"{layer}: is one weight with {other} in the model, and both are stored: they cannot be told apart"
+                )
+            found[layer] = tensor.view(shape)
+        return found
+
+
+def padded(sequences: Sequence[Sequence[int]], value: int) -> Tensor:
+    """Return sequences as one tensor ``(n, longest)``, filled up at the end."""
+    longest = max(map(len, sequences))
+    return torch.tensor([[*ids, *([value] * (longest - len(ids)))] for ids in sequences])
+
+
+def in_batches(count: int, size: int) -> Iterable[range]:
+    """Yield the indices of each batch."""
+    return (range(first, min(count, first + size)) for first in range(0, count, size))

@@ -1,0 +1,61 @@
+"""``loradiag probe`` as a user runs it, on models of a few thousand weights."""
+
+import json
+
+import pytest
+
+from lora_diag.results import read_results
+from tests.training.making import gpt2, moved, some_text
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    base = gpt2(folder / "base")
+    return base, moved(base, folder / "tuned"), some_text(folder), some_text(folder, "english", source="shifted")
+
+
+def test_truncation_prints_a_table_a_summary_and_what_it_costs(loradiag, pair, tmp_path):
+    base, tuned, text, shifted = pair
+    words = ("probe", "truncation", base, tuned, "--eval", text, "--shifted", shifted, "--ranks", "0,2,8")
+    ran = loradiag(*words, "-o", "t.jsonl")
+    assert ran.code == 0
+    for word in ("C(r)", "to TUNED", "r=2", "On held_out", "shifted: loss", "Read it so", "Left out", "Next"):
+        assert word in ran.out
+    assert max(map(len, ran.out.splitlines())) <= 80
+    assert ran.err.startswith("about ")
+    assert len(ran.err.splitlines()) == 1
+    results = read_results(tmp_path / "t.jsonl")
+    assert {record.set for record in results.whole} == {"held_out", "english"}
+    again = loradiag("inspect", "t.jsonl").out
+    assert again.strip() == ran.out[: ran.out.index("Next")].strip()
+
+
+def test_json_is_records_and_nothing_else(loradiag, pair, tmp_path):
+    base, tuned, text, _ = pair
+    ran = loradiag("probe", "truncation", base, tuned, "--eval", text, "--ranks", "1", "--json", "-q", "-o", "t.jsonl")
+    assert (ran.code, ran.err) == (0, "")
+    assert ran.out == (tmp_path / "t.jsonl").read_text()
+    kinds = [json.loads(line)["record"] for line in ran.out.splitlines()]
+    assert kinds == ["run", "probe", "probe", "probe", "end"]
+
+
+@pytest.mark.parametrize(
+    ("words", "code"),
+    [(["--ranks", "x"], 2), (["--resume"], 2), (["--per", "planet"], 2), (["--eval", "nowhere.txt"], 3)],
+    ids=str,
+)
+def test_mistakes_end_in_one_message_and_their_exit_code(loradiag, pair, words, code):
+    base, tuned, text, _ = pair
+    given = [] if "--eval" in words else ["--eval", text]
+    ran = loradiag("probe", "truncation", base, tuned, *given, *words)
+    assert ran.code == code
+    assert words[-1] in ran.err
+    assert ran.out == ""
+
+
+def test_help_names_every_probe(loradiag):
+    ran = loradiag("probe", "--help")
+    assert ran.code == 0
+    assert "truncation" in ran.out
+    assert "Example: loradiag probe truncation" in loradiag("probe", "truncation", "--help").out

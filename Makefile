@@ -15,7 +15,7 @@ test: .venv/test ## set up, then lint, types and the whole test suite
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy --strict lora_diag
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto
 
 samples: .venv/train ## train the sample checkpoints again
 	$(BIN)/python sample_checkpoints/make.py

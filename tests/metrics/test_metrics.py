@@ -51,7 +51,7 @@ def test_errors_of_an_incomplete_spectrum(s, top, rank):
         assert found is None
         return
     exact, _ = truncation_error(s, fro, rank, complete=True)
-    assert found[0] == pytest.approx(exact, abs=2e-8 * fro)
+    assert found[0] == pytest.approx(exact, abs=1e-7 * fro)  # √ of a few rounding errors in ‖A‖² and in what is kept
     assert found[1] == (s[rank] if rank < min(top, len(s)) else None)
 
 

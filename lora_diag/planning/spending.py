@@ -122,7 +122,7 @@ def spend(steps: Steps, budget: int, exact: bool = True) -> Spent:
     fitting = int(np.searchsorted(total, budget, side="right"))
     taken = np.bincount(steps.unit[order[:fitting]], minlength=len(steps.start)).astype(np.int64)
     if fitting == len(order):
-        gain = math.fsum(steps.gain)
+        gain = math.fsum(steps.gain[order])
         return Spent(_ranks(steps, taken), gain, int(total[-1]) if fitting else 0, gain, 0.0, optimal=True)
     left = budget - int(total[fitting - 1] if fitting else 0)
     next_step = order[fitting]
@@ -149,7 +149,7 @@ def _by_yield(steps: Steps) -> Ints:
         # Rounding of sums must not let a unit's second step overtake its first.
         density[unit_first:unit_end] = np.minimum.accumulate(density[unit_first:unit_end])
     order = np.argsort(-density, kind="stable")
-    return order[steps.gain[order] > 0]
+    return order[density[order] > 0]
 
 
 def _fill(steps: Steps, taken: Ints, left: int) -> None:

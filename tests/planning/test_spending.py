@@ -130,3 +130,13 @@ def test_many_layers_take_seconds():
     steps = make_steps(curves, rng.choice([8192, 15104, 5120], layers).tolist(), [0] * layers, allowed)
     found = spend(steps, layers * 16 * 8000)
     assert 0 <= 1 - found.gain / found.bound < 1e-5
+
+
+def test_the_budget_holds_where_rounding_puts_a_gain_behind_a_step_without_one():
+    # A numerically low-rank adapter: squares of its last values are lost in the sum, and the curve ends at exactly 1.
+    curve = np.array([0.0, 0.9, 1 - 1e-10, 1 - 1e-10, 1 - 1e-10, 1.0])
+    steps = make_steps([curve], [10], [0], [np.array([2, 4, 5])])
+    for exact in (True, False):
+        found = spend(steps, 35, exact=exact)
+        assert found.cost == 10 * found.ranks[0] <= 35
+        assert found.gain == pytest.approx(curve[found.ranks[0]], abs=1e-12)

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from lora_diag.api.plan import plan
     from lora_diag.api.plot import plot
     from lora_diag.api.probe import probe_truncation
+    from lora_diag.api.probe_activations import probe_activations
     from lora_diag.api.report import report
     from lora_diag.api.residual import residual
     from lora_diag.api.spectrum import spectrum
@@ -43,6 +44,7 @@ _LAZY = {
     "overlap": "lora_diag.api.overlap",
     "plan": "lora_diag.api.plan",
     "plot": "lora_diag.api.plot",
+    "probe_activations": "lora_diag.api.probe_activations",
     "probe_truncation": "lora_diag.api.probe",
     "read_results": "lora_diag.results",
     "report": "lora_diag.api.report",
@@ -68,6 +70,7 @@ __all__ = [
     "overlap",
     "plan",
     "plot",
+    "probe_activations",
     "probe_truncation",
     "read_results",
     "report",

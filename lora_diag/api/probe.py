@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from lora_diag.api.fingerprint import legible
 from lora_diag.api.inputs import compare
-from lora_diag.api.measuring import not_paired
-from lora_diag.deltas import Pairing
-from lora_diag.engines import Layout
+from lora_diag.api.probing import (
+    Kept,
+    Watch,
+    batches_of,
+    check,
+    counted,
+    described,
+    estimate,
+    left_out,
+    read_sets,
+    run_of,
+)
 from lora_diag.errors import UsageError
 from lora_diag.linalg import resolve_device
-from lora_diag.results import AnyRecord, LeftOut, Probe, Results, ResultsWriter, Run, RunInput, totals
-from lora_diag.training.data import Texts, check_names, read_texts
-from lora_diag.training.losses import measure
-from lora_diag.training.models import Model, open_model
+from lora_diag.results import AnyRecord, Results, ResultsWriter
+from lora_diag.training.models import open_model
 from lora_diag.training.swapping import Swapped
 from lora_diag.training.truncation import cells_of, truncated_layers, truncation
-from lora_diag.version import __version__
 
 RANKS = (0, 1, 2, 4, 8, 16, 32, 64)
 PER = ("all", "layer", "type")
@@ -88,7 +92,7 @@ def probe_truncation(
     Reference:
         Eckart and Young 1936, "The approximation of one matrix by another of lower rank".
     """
-    _check(batch, max_sequences, per=(per, PER), rest=(rest, REST))
+    check(batch, max_sequences, per=(per, PER), rest=(rest, REST))
     if not ranks or min(ranks) < 0:
         raise UsageError(f"--ranks {','.join(map(str, ranks))}: ranks must be whole numbers from 0 up")
     on = resolve_device(device)
@@ -97,173 +101,20 @@ def probe_truncation(
     chosen = truncated_layers(deltas, layers, exclude)
     cells = cells_of(chosen, sorted(set(ranks)), per)
     model = open_model(base, on, dtype, length, tokenizer)
-    texts = _texts(model, evaluate, shifted, max_sequences)
+    texts = read_sets(model, evaluate, shifted, max_sequences)
     swapped = Swapped(model, deltas, max(ranks))
     settings = {"ranks": sorted(set(ranks)), "per": per, "rest": rest, "layers": layers, "exclude": exclude}
-    run = _run("probe truncation", (*compared.inputs, *map(_described, texts)), settings, model, batch, dtype)
+    run = run_of("probe truncation", (*compared.inputs, *map(described, texts)), settings, model, batch, dtype)
 
-    watch = _Watch(on_progress, on_record, on_note)
+    watch = Watch(on_progress, on_record, on_note)
     with ResultsWriter[Any](Path(output) if output is not None else None, run, resume) as writer:
-        writer_has = _Kept(writer, watch)
-        if writer_has.finished is not None:
-            return writer_has.finished
-        todo = [cell for cell in cells if not writer_has.all_of(texts, cell)]
-        batches = sum(-(-len(each.sequences) // batch) for each in texts)
-        watch.total = (len(todo) + 2) * batches
-        svds = f", and the SVD of {_count(len(chosen), 'matrix', 'matrices')}"
-        _estimate(model, texts, batch, watch, f"{len(todo) + 2} losses on {_count(len(texts), 'set', 'sets')}", svds)
+        kept = Kept(writer, watch)
+        if kept.finished is not None:
+            return kept.finished
+        todo = [cell for cell in cells if not kept.has(texts, **cell.fields)]
+        watch.total = (len(todo) + 2) * batches_of(texts, batch)
+        svds = f", and the SVD of {counted(len(chosen), 'matrix', 'matrices')}"
+        estimate(model, texts[0], batch, watch, f"{len(todo) + 2} losses on {counted(len(texts), 'set', 'sets')}", svds)
         for record in truncation(model, swapped, texts, todo, list(chosen), rest, batch, watch.batch):
-            writer_has.put(record)
-        return writer_has.end(_left_out(compared.pairing, swapped))
-
-
-class _Watch:
-    """Counts batches and tells who wants to know."""
-
-    def __init__(
-        self,
-        on_progress: Callable[[str, int, int], None] | None,
-        on_record: Callable[[AnyRecord], None] | None,
-        on_note: Callable[[str], None] | None,
-    ) -> None:
-        self._on_progress = on_progress or (lambda label, done, total: None)
-        self.record = on_record or (lambda record: None)
-        self.note = on_note or (lambda text: None)
-        self.done, self.total = 0, 0
-
-    def batch(self, label: str) -> None:
-        """One batch more is done."""
-        self.done += 1
-        self._on_progress(label, self.done, self.total)
-
-
-class _Kept:
-    """The records of a run, those of an interrupted one first."""
-
-    def __init__(self, writer: ResultsWriter[Any], watch: _Watch) -> None:
-        self._writer, self._watch = writer, watch
-        earlier = writer.earlier
-        self.finished = earlier if earlier.end is not None else None
-        self._records = [record for record in earlier.whole if isinstance(record, Probe)]
-        self._left_out = list(earlier.left_out)
-        self._keys = set(map(_key, self._records))
-        for record in earlier.records():
-            watch.record(record)
-
-    def all_of(self, texts: Sequence[Texts], cell: Any) -> bool:
-        """Say whether a truncation was measured on every set."""
-        names = {each.name for each in texts}
-        have = {
-            record.set
-            for record in self._records
-            if record.subject == cell.subject
-            and (record.rank, record.layer, record.module_type) == (cell.rank, cell.layer, cell.module_type)
-        }
-        return names <= have
-
-    def put(self, record: Probe) -> None:
-        """Write a record that is not there yet, and tell it."""
-        if _key(record) not in self._keys:
-            self._keys.add(_key(record))
-            self._records.append(record)
-            self._writer.append(record)
-            self._watch.record(record)
-
-    def end(self, left_out: Iterable[LeftOut]) -> Results[Any]:
-        """Write the rest, and return everything."""
-        for item in list(left_out)[len(self._left_out) :]:
-            self._left_out.append(item)
-            self._writer.append(item)
-            self._watch.record(item)
-        last = totals([], self._left_out)
-        self._writer.append(last)
-        self._watch.record(last)
-        return Results(self._writer.run, (), tuple(self._left_out), last, tuple(self._records))
-
-
-def _key(record: Probe) -> tuple[Any, ...]:
-    return tuple(getattr(record, name) for name in Probe.key)
-
-
-def _check(batch: int, max_sequences: int | None, **words: tuple[str, tuple[str, ...]]) -> None:
-    """Refuse numbers and words that make no sense.
-
-    Raises:
-        UsageError: There are such.
-    """
-    for option, value in (("--batch", batch), ("--max-sequences", max_sequences)):
-        if value is not None and value < 1:
-            raise UsageError(f"{option} {value}: must be at least 1")
-    for option, (word, known) in words.items():
-        if word not in known:
-            raise UsageError(f"--{option} {word}: use {', '.join(known)}")
-
-
-def _texts(
-    model: Model, evaluate: Sequence[Path | str], shifted: Sequence[Path | str], most: int | None
-) -> list[Texts]:
-    if not evaluate:
-        raise UsageError("--eval: name at least one file of held-out text")
-    texts = [read_texts(path, model, most) for path in evaluate]
-    texts += [read_texts(path, model, most, shifted=True) for path in shifted]
-    check_names(texts)
-    return texts
-
-
-def _described(texts: Texts) -> RunInput:
-    return RunInput(
-        role="shifted" if texts.shifted else "eval",
-        path=legible(texts.path),
-        kind=texts.about,
-        tensors=len(texts.sequences),
-        notes=texts.notes,
-        fingerprint=texts.hash,
-    )
-
-
-def _run(
-    command: str, inputs: tuple[RunInput, ...], settings: dict[str, Any], model: Model, batch: int, dtype: str
-) -> Run:
-    """Return the run record: what every probe was done with."""
-    running = {
-        "length": model.length,
-        "batch": batch,
-        "dtype": dtype,
-        "device": model.device.type,
-        "tokens": legible(model.tokens.about),
-    }
-    return Run(command=command, version=__version__, inputs=inputs, settings={**settings, **running})
-
-
-def _left_out(pairing: Pairing, swapped: Swapped) -> list[LeftOut]:
-    """Return what could not be paired, and what the model does not use."""
-    detail = "the model that transformers builds of BASE has no such weight"
-    return [
-        *not_paired(pairing, Layout(1, 1), "cpu"),
-        *(LeftOut(layer=d.layer, shape=d.shape, reason="not_in_model", detail=detail) for d in swapped.absent),
-    ]
-
-
-def _count(number: int, one: str, many: str) -> str:
-    return f"{number} {one if number == 1 else many}"
-
-
-def _estimate(model: Model, texts: Sequence[Texts], batch: int, watch: _Watch, what: str, more: str = "") -> None:
-    """Time one batch and tell what the run will take."""
-    first = texts[0].first(batch)
-    measure(model, first, batch)  # the first pass also sets things up
-    start = time.perf_counter()
-    measure(model, first, batch)
-    took = time.perf_counter() - start
-    watch.note(f"about {duration(took * watch.total)}: {what}, {watch.total} batches of {took:.2g} s each{more}")
-
-
-def duration(seconds: float) -> str:
-    """Return a time in words.
-
-    >>> duration(0.4), duration(75), duration(7300)
-    ('1 s', '75 s', '2.0 h')
-    """
-    if seconds < 120:
-        return f"{max(1, round(seconds))} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+            kept.put(record)
+        return kept.end(left_out(compared.pairing, swapped.absent))

@@ -72,3 +72,48 @@ class Probe(Record):
     kl: float | None = None
     agreement: Share | None = None
     train_loss: float | None = None
+
+
+class LayerInput(Record):
+    """What reached one linear layer while a model read a text.
+
+    Args:
+        layer: The weight's name in BASE.
+        size: How many numbers one input x has.
+        rows: How many inputs there were.
+        square: E‖x‖², the trace of C = E[xxᵀ].
+        directions: tr(C)²/‖C‖_F², between 1 and ``size``: in how many directions the inputs lie, roughly.
+        shares: The layer that is given the same input, and has the same C; null if none before it is.
+    """
+
+    layer: str
+    size: int
+    rows: int
+    square: float
+    directions: float
+    shares: str | None = None
+
+
+class Activations(Record):
+    """What ``probe activations`` wrote; printed and not kept in a results file.
+
+    Args:
+        path: The safetensors file.
+        model: Whose inputs these are.
+        text: The file that was read.
+        about: What it was read as.
+        notes: What a careful reader should know.
+        tokens: How many tokens were read.
+        layers: What is in the file.
+        left_out: Weights of the model that are not in it, each with its reason.
+    """
+
+    record: Literal["activations"] = "activations"
+    path: str
+    model: str
+    text: str
+    about: str
+    notes: tuple[str, ...]
+    tokens: int
+    layers: tuple[LayerInput, ...]
+    left_out: dict[str, str]

@@ -227,14 +227,18 @@ class Weights:
         self._named = dict(module.named_parameters(remove_duplicate=False))
         self._prefix = f"{getattr(module, 'base_model_prefix', '')}."
 
+    def name(self, stored: str) -> str | None:
+        """Return what the model calls a tensor of the checkpoint; None if it has none."""
+        candidates = (stored, f"{self._prefix}{stored}", stored.removeprefix(self._prefix))
+        return next((candidate for candidate in candidates if candidate in self._named), None)
+
     def find(self, layer: str) -> Tensor | None:
         """Return the tensor of a layer, or the part of it that the layer is; None if the model has none."""
-        name, _, index = layer.partition("[")
-        for candidate in (name, f"{self._prefix}{name}", name.removeprefix(self._prefix)):
-            if candidate in self._named:
-                stored = self._named[candidate].data
-                return stored[int(index.rstrip("]"))] if index else stored
-        return None
+        stored, _, index = layer.partition("[")
+        name = self.name(stored)
+        if name is None:
+            return None
+        return self._named[name].data[int(index.rstrip("]"))] if index else self._named[name].data
 
     def place(self, layers: Mapping[str, tuple[int, int]]) -> dict[str, Tensor]:
         """Return the tensors of those layers that the model has, viewed ``(out, in)``.

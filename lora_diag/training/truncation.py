@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from lora_diag.deltas import Delta, selector
 from lora_diag.errors import NothingComparedError
@@ -37,6 +38,11 @@ class Cell:
     layers: tuple[str, ...] = ()
     layer: str | None = None
     module_type: str | None = None
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """By which its records are told from others."""
+        return {name: getattr(self, name) for name in ("subject", "rank", "layer", "module_type")}
 
     @property
     def label(self) -> str:

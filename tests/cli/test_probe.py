@@ -59,3 +59,14 @@ def test_help_names_every_probe(loradiag):
     assert ran.code == 0
     assert "truncation" in ran.out
     assert "Example: loradiag probe truncation" in loradiag("probe", "truncation", "--help").out
+
+
+def test_activations_are_recorded_and_read_by_residual(loradiag, pair, tmp_path):
+    base, _, text, _ = pair
+    ran = loradiag("probe", "activations", base, "--data", text, "-o", "a.safetensors")
+    assert ran.code == 0
+    for word in ("attn.c_attn", "E‖x‖²", "directions", "96 tokens", "Left out", "--activations a.safetensors"):
+        assert word in ran.out
+    assert max(map(len, ran.out.splitlines())) <= 80 + len(str(base))
+    again = loradiag("probe", "activations", base, "--data", text, "-o", "a.safetensors")
+    assert (again.code, "is there already" in again.err) == (2, True)

@@ -17,6 +17,7 @@ from lora_diag.version import __version__
 if TYPE_CHECKING:
     from lora_diag.api.allocate import allocate
     from lora_diag.api.extract import extract
+    from lora_diag.api.fleet import fleet
     from lora_diag.api.gate import gate
     from lora_diag.api.inspect import inspect
     from lora_diag.api.interference import interference
@@ -37,6 +38,7 @@ _LAZY = {
     "Results": "lora_diag.results",
     "allocate": "lora_diag.api.allocate",
     "extract": "lora_diag.api.extract",
+    "fleet": "lora_diag.api.fleet",
     "gate": "lora_diag.api.gate",
     "inspect": "lora_diag.api.inspect",
     "interference": "lora_diag.api.interference",
@@ -63,6 +65,7 @@ __all__ = [
     "__version__",
     "allocate",
     "extract",
+    "fleet",
     "gate",
     "inspect",
     "interference",

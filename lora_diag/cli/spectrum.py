@@ -13,6 +13,13 @@ from lora_diag.cli import options
 from lora_diag.cli.output import message, progress_bar, result, terminal
 from lora_diag.errors import UNREADABLE, UsageError
 
+Adapters = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="GLOB", help="Many adapters in one pass, such as 'runs/**'; - reads a list from standard input."
+    ),
+]
+
 
 def spectrum(
     base: Annotated[Path | None, typer.Argument(metavar="BASE", help="Checkpoint before, or an adapter alone.")] = None,
@@ -21,6 +28,7 @@ def spectrum(
         list[Path] | None,
         typer.Option(metavar="GRADIENTS...", help="Measure gradients instead, those of all steps together."),
     ] = None,
+    adapters: Adapters = None,
     ranks: options.Ranks = "4,8,16,32,64",
     layers: options.Layers = None,
     exclude: options.Exclude = None,
@@ -42,9 +50,16 @@ def spectrum(
     Example: loradiag spectrum base/ full_ft/ --ranks 8,16,64 -o results.jsonl
 
     Example: loradiag spectrum base/ --gradients gradients/
+
+    Example: loradiag spectrum --adapters 'adapters/**' -o fleet.jsonl
     """
     if resume and output is None:
         raise UsageError("--resume: give the results file of the interrupted run with -o")
+    if adapters:
+        if tuned is not None or gradients:
+            raise UsageError("--adapters: measures adapters, with BASE alone beside them, or nothing")
+        _fleet(base, adapters, layers, exclude, device, workers, per, output, json, resume, quiet)
+        return
     # torch comes with it: not before it is needed
     from lora_diag.api.spectrum import spectrum as measure
     from lora_diag.reports.table import spectrum_table
@@ -76,6 +91,47 @@ def spectrum(
     for item in not_finite:
         message(f"error: {item.layer}: {item.detail}; the layer was left out")
     if not_finite:
+        raise typer.Exit(UNREADABLE)
+
+
+def _fleet(
+    base: Path | None,
+    adapters: list[str],
+    layers: str | None,
+    exclude: str | None,
+    device: str,
+    workers: int | None,
+    per: options.Per,
+    output: Path | None,
+    json: bool,
+    resume: bool,
+    quiet: bool,
+) -> None:
+    """Measure many adapters in one pass."""
+    from lora_diag.api.fleet import fleet, unreadable
+    from lora_diag.reports.fleet import fleet_table
+    from lora_diag.results import to_line
+
+    listed = [line.rstrip("\n") for line in sys.stdin if line.strip()] if "-" in adapters else []
+    with progress_bar(quiet) as on_progress:
+        results = fleet(
+            [*(word for word in adapters if word != "-"), *listed],
+            base=base,
+            layers=layers,
+            exclude=exclude,
+            device=device,
+            workers=workers,
+            output=output,
+            resume=resume,
+            on_progress=on_progress,
+            on_record=(lambda record: result(to_line(record))) if json else None,
+        )
+    if not json and not quiet:
+        result(fleet_table(results, *terminal(), per=per, then=_next(output)))
+    failed = unreadable(results)
+    for item in failed:
+        message(f"error: {item.layer}: {item.detail}; the adapter was left out")
+    if failed:
         raise typer.Exit(UNREADABLE)
 
 

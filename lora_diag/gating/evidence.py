@@ -22,6 +22,7 @@ _COMMANDS = {
     "extraction": "extract",
     "merge": "verify-merge",
     "union": "interference",
+    "fleet": "spectrum --adapters",
     "verdict": "gate",
 }
 

@@ -33,6 +33,7 @@ REASONS = {
     "rank_0": "of rank 0",
     "no_factors": "that no factors can carry",
     "saved": "saved in full",
+    "unreadable": "unreadable",
     "not_in_model": "that the model does not use",
 }
 

@@ -8,6 +8,7 @@ from typing import Any
 from lora_diag.errors import InputError
 from lora_diag.reports.allocation import allocation_table
 from lora_diag.reports.extraction import extraction_table
+from lora_diag.reports.fleet import fleet_table
 from lora_diag.reports.interference import interference_table
 from lora_diag.reports.intruders import intruders_table
 from lora_diag.reports.merge import merge_table
@@ -26,6 +27,7 @@ TABLES: tuple[tuple[str, Callable[..., str]], ...] = (
     ("overlap", overlap_table),
     ("interference", interference_table),
     ("intruders", intruders_table),
+    ("spectrum --adapters", fleet_table),
     ("allocate", allocation_table),
     ("probe truncation", truncation_table),
     ("verify-merge", merge_table),

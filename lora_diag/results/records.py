@@ -14,6 +14,7 @@ from pydantic import Field
 from lora_diag.results.allocation import Allocation, Baseline, Certificate
 from lora_diag.results.base import SCHEMA, Record
 from lora_diag.results.extraction import Extraction
+from lora_diag.results.fleet import Fleet
 from lora_diag.results.interference import Interference, Union
 from lora_diag.results.intruders import Direction, Intruders
 from lora_diag.results.inventory import AdaptedWeight, Inventory, StoredTensor
@@ -26,7 +27,7 @@ from lora_diag.results.spectrum import Resolution, Spectrum, Tail
 from lora_diag.results.verdict import Verdict
 
 # What a diagnostic says of one layer, and what is said of a run as a whole.
-LayerRecord = Spectrum | Residual | Overlap | Allocation | Merge | Extraction | Interference | Union | Intruders
+LayerRecord = Spectrum | Residual | Overlap | Allocation | Merge | Extraction | Interference | Union | Intruders | Fleet
 WholeRecord = Certificate | Verdict | Probe
 
 AnyRecord = Annotated[Run | LayerRecord | WholeRecord | LeftOut | End, Field(discriminator="record")]
@@ -43,6 +44,7 @@ __all__ = [
     "Distance",
     "End",
     "Extraction",
+    "Fleet",
     "Interference",
     "Intruders",
     "Inventory",

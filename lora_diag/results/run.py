@@ -27,6 +27,7 @@ Reason = Literal[
     "rank_0",
     "no_factors",
     "saved",
+    "unreadable",
     "not_in_model",
 ]
 

@@ -1,0 +1,89 @@
+"""Which adapters of a fleet stand out, and which are alike."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+# |cosine| of two updates from which they are the same, and nearly the same; overlap from which two column spaces are.
+SAME, NEAR, SAME_SPACE = 0.999, 0.95, 0.9
+
+# An adapter uses little of its rank where 99% of its energy needs at most this share of it; one direction holds nearly
+# all of it from this share on.
+USED, SPIKED = 0.5, 0.9
+
+# Norms stand out that are so many robust standard deviations from the median of the logarithms, and a factor of two.
+DEVIATIONS, FACTOR = 3.5, 2.0
+_TO_SIGMA = 1.4826
+
+
+@dataclass(frozen=True, slots=True)
+class Alike:
+    """Two adapters that are nearly one.
+
+    Args:
+        first: Index of the one.
+        second: Index of the other.
+        cosine: Of their updates, estimated.
+        overlap: Of their column spaces, estimated.
+        word: ``same``, ``near`` (nearly the same) or ``space`` (another update in the same column spaces).
+    """
+
+    first: int
+    second: int
+    cosine: float
+    overlap: float
+    word: str
+
+
+def alike(updates: Sequence[Sequence[float]], spaces: Sequence[Sequence[float]]) -> list[Alike]:
+    """Return the pairs that are alike, the most alike first.
+
+    Args:
+        updates: Sketches of the updates.
+        spaces: Sketches of the column spaces.
+
+    Example:
+        >>> [(pair.first, pair.second, pair.word) for pair in alike([[1, 0], [2, 0], [0, 1]], [[1, 0], [1, 0], [0, 1]])]
+        [(0, 1, 'same')]
+    """
+    if len(updates) < 2:
+        return []
+    cosines, overlaps = (_cosines(np.asarray(rows, dtype=np.float64)) for rows in (updates, spaces))
+    found = (np.abs(cosines) >= NEAR) | (overlaps >= SAME_SPACE)
+    pairs = []
+    for i, j in zip(*np.nonzero(np.triu(found, 1)), strict=True):
+        cosine = float(cosines[i, j])
+        word = "same" if abs(cosine) >= SAME else "near" if abs(cosine) >= NEAR else "space"
+        pairs.append(Alike(int(i), int(j), cosine, float(overlaps[i, j]), word))
+    return sorted(pairs, key=lambda pair: (-abs(pair.cosine), pair.first, pair.second))
+
+
+def _cosines(
+    rows: np.ndarray[tuple[int, int], np.dtype[np.float64]],
+) -> np.ndarray[tuple[int, int], np.dtype[np.float64]]:
+    norms = np.linalg.norm(rows, axis=1)
+    unit = rows / np.where(norms > 0, norms, 1.0)[:, None]
+    return np.clip(unit @ unit.T, -1.0, 1.0)
+
+
+def norm_outliers(norms: Sequence[float]) -> list[float | None]:
+    """Return for each norm its ratio to the median where it stands out, else None; zero norms are none of this.
+
+    Example:
+        >>> norm_outliers([1.0, 1.1, 0.9, 1.0, 30.0, 0.0])
+        [None, None, None, None, 30.0, None]
+    """
+    logs = [math.log(norm) for norm in norms if norm > 0]
+    if len(logs) < 3:
+        return [None] * len(norms)
+    middle = float(np.median(logs))
+    spread = _TO_SIGMA * float(np.median(np.abs(np.array(logs) - middle)))
+    limit = max(DEVIATIONS * spread, math.log(FACTOR))
+    return [
+        round(math.exp(math.log(norm) - middle), 6) if norm > 0 and abs(math.log(norm) - middle) > limit else None
+        for norm in norms
+    ]

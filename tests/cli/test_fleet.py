@@ -1,0 +1,60 @@
+"""``loradiag spectrum --adapters`` as a user runs it."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+from tests.conftest import ROOT
+
+SAMPLES = ROOT / "sample_checkpoints"
+
+
+def test_a_pattern_a_table_and_the_gate(loradiag, tmp_path):
+    shutil.copytree(SAMPLES / "lora_r4", tmp_path / "fleet" / "one")
+    shutil.copytree(SAMPLES / "lora_r4", tmp_path / "fleet" / "copy")
+    shutil.copytree(SAMPLES / "lora_r16", tmp_path / "fleet" / "other")
+    ran = loradiag("spectrum", "--adapters", "fleet/**", "-o", "f.jsonl")
+    assert ran.code == 0, ran.err
+    assert max(map(len, ran.out.splitlines())) <= 80
+    said = " ".join(ran.out.split())
+    assert "copy × one 1.000 1.00 the same update" in said
+    assert "1 pair: the same update" in said
+    assert "r = 4 to 16" in said
+    text = (tmp_path / "f.jsonl").read_text()
+    assert [json.loads(line)["record"] for line in text.splitlines()] == ["run", "fleet", "fleet", "fleet", "end"]
+    assert loradiag("inspect", "f.jsonl").out == ran.out[: ran.out.index("\nNext ")] + "\n"
+    (tmp_path / "f.jsonl").write_text("".join(text.splitlines(keepends=True)[:2]))
+    assert loradiag("spectrum", "--adapters", "fleet/**", "-o", "f.jsonl", "--resume", "-q").code == 0
+    assert (tmp_path / "f.jsonl").read_text() == text
+    for rule, code in (("dead <= 0", 0), ("used <= 0.5", 1)):
+        (tmp_path / "p.toml").write_text(f'[[rule]]\nname = "r"\nrequire = "{rule}"\n')
+        judged = loradiag("gate", "p.toml", "f.jsonl")
+        assert judged.code == code, rule + judged.out + judged.err
+
+
+def test_a_list_on_standard_input(tmp_path):
+    listed = "".join(f"{SAMPLES / name}\n" for name in ("lora_r4", "lora_r16"))
+    done = subprocess.run(
+        [sys.executable, "-m", "lora_diag", "spectrum", "--adapters", "-", "--json"],
+        input=listed.encode(),
+        capture_output=True,
+        cwd=tmp_path,
+        check=True,
+    )
+    records = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [record["adapter"] for record in records if record["record"] == "fleet"] == listed.split()
+
+
+def test_messages(loradiag, tmp_path):
+    none = loradiag("spectrum", "--adapters", "nowhere/**")
+    assert none.code == 4
+    assert "no adapter is at" in none.err
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "adapter_config.json").write_text("{")
+    ran = loradiag("spectrum", "--adapters", SAMPLES / "lora_r4", "--adapters", "bad")
+    assert ran.code == 3
+    assert ran.err.startswith("error: bad:")
+    assert "Not measured" in ran.out
+    both = loradiag("spectrum", SAMPLES / "base", SAMPLES / "full_ft", "--adapters", "x")
+    assert both.code == 2

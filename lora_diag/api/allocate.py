@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from lora_diag.api.fingerprint import legible
 from lora_diag.checkpoints import locate
 from lora_diag.checkpoints.documents import MAX_CONFIG_BYTES, read_object
 from lora_diag.errors import InputError, UsageError
+from lora_diag.files import write_whole
 from lora_diag.planning.allocation import Budget
 from lora_diag.planning.allocation import allocate as plan_ranks
 from lora_diag.planning.amounts import read_bytes, read_count, read_share
@@ -168,13 +168,7 @@ def write_allocation(
         from lora_diag.training.peft_check import adapted_by_peft  # transformers takes seconds to import
 
         compare(results, adapted_by_peft(config, locate(check)), Scaling(scaling, rslora))
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        beside.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        beside.replace(path)
-    except OSError as error:
-        beside.unlink(missing_ok=True)
-        raise InputError(f"{path}: cannot be written: {error.strerror}") from error
+    write_whole(path, json.dumps(config, indent=2) + "\n")
 
 
 def _object_or_empty(path: Path) -> dict[str, object]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_diag.errors import InputError, NothingComparedError, UsageError
+from lora_diag.files import write_whole
 from lora_diag.results import Results, read_results
 
 
@@ -157,13 +156,9 @@ def _way_out(needs: str, reason: str) -> str:
 
 
 def _write(path: Path, content: bytes) -> None:
-    """Write a figure beside its place, then rename it."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    """Write a figure, into a folder that need not be there."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        beside.write_bytes(content)
-        beside.replace(path)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            beside.unlink(missing_ok=True)
         raise InputError(f"{path}: cannot be written: {error.strerror}") from error
+    write_whole(path, content)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from lora_diag.errors import InputError, UsageError
+from lora_diag.errors import UsageError
+from lora_diag.files import write_whole
 from lora_diag.planning.evidence import Evidence, Source
 from lora_diag.results import Results, read_results
 
@@ -50,7 +49,7 @@ def report(
         _spare_the_inputs(Path(output), [item for item in results if not isinstance(item, Results)])
     made = render(Evidence(tuple(map(_source, results))))
     if output is not None:
-        _write(Path(output), made if isinstance(made, bytes) else made.encode("utf-8", "backslashreplace"))
+        write_whole(Path(output), made if isinstance(made, bytes) else made.encode("utf-8", "backslashreplace"))
     return made
 
 
@@ -119,19 +118,3 @@ def _spare_the_inputs(output: Path, inputs: Sequence[Path | str]) -> None:
     for path in map(Path, inputs):
         if output == path or (output.exists() and path.exists() and output.samefile(path)):
             raise UsageError(f"{output}: is one of the results files: give the report another name")
-
-
-def _write(output: Path, content: bytes) -> None:
-    """Write beside the target, then rename.
-
-    Raises:
-        InputError: It cannot be written.
-    """
-    beside = output.with_name(f".{output.name}.{os.getpid()}")
-    try:
-        beside.write_bytes(content)
-        beside.replace(output)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            beside.unlink(missing_ok=True)
-        raise InputError(f"{output}: cannot be written: {error.strerror}") from error

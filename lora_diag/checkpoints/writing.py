@@ -7,17 +7,15 @@ Reference: https://github.com/huggingface/safetensors#format
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lora_diag.checkpoints.safetensors import DTYPES
 from lora_diag.checkpoints.tensors import TensorInfo
-from lora_diag.errors import InputError
+from lora_diag.files import replacing
 
 if TYPE_CHECKING:
     import torch
@@ -45,18 +43,10 @@ def write_safetensors(
         InputError: The file cannot be written.
     """
     order = sorted(tensors, key=lambda name: (-CODES[tensors[name].dtype][1], name))
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with beside.open("wb") as file:
-            file.write(_header([(name, tensors[name]) for name in order], metadata))
-            for name in order:
-                file.write(_content(name, tensors[name], read(name)))
-        beside.replace(path)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written: {error.strerror}") from error
-    finally:
-        with contextlib.suppress(OSError):
-            beside.unlink(missing_ok=True)
+    with replacing(path) as beside, beside.open("wb") as file:
+        file.write(_header([(name, tensors[name]) for name in order], metadata))
+        for name in order:
+            file.write(_content(name, tensors[name], read(name)))
 
 
 def _header(tensors: list[tuple[str, TensorInfo]], metadata: Mapping[str, str]) -> bytes:

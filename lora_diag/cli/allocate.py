@@ -124,8 +124,6 @@ def _next(allocation: Results[Allocation], output: Path | None) -> str:
         return f"{shlex.join(again)}   (for training with PEFT; .jsonl for loradiag extract)"
     if output.name == "adapter_config.json":
         return f"peft.LoraConfig.from_pretrained({str(output.parent)!r}) is the config to train with"
-    if output.name == "adapter_config.json":
-        return f"peft.LoraConfig.from_pretrained({str(output.parent)!r}) is the config to train with"
     if output.suffix == ".json":
         return "rename it to adapter_config.json: PEFT reads no other name"
     paths = [side.path for side in allocation.run.inputs if side.role in {"base", "tuned", "adapter"}]

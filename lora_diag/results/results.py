@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from lora_diag.errors import InputError
+from lora_diag.files import write_whole
 from lora_diag.results.records import AnyRecord, End, LayerRecord, LeftOut, Run, WholeRecord
 
 L = TypeVar("L", bound=LayerRecord)
@@ -77,15 +75,7 @@ class Results(Generic[L]):
 
     def write(self, path: Path | str) -> None:
         """Write a results file: beside the target, then renamed over it."""
-        path = Path(path)
-        beside = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
-            beside.write_text("".join(f"{to_line(record)}\n" for record in self.records()), encoding="utf-8")
-            beside.replace(path)
-        except OSError as error:
-            with contextlib.suppress(OSError):
-                beside.unlink(missing_ok=True)
-            raise InputError(f"{path}: cannot be written: {error.strerror}") from error
+        write_whole(Path(path), "".join(f"{to_line(record)}\n" for record in self.records()))
 
     def to_pandas(self) -> Any:
         """Return a ``pandas.DataFrame``, one row a layer; ``energy.8``, ``rank_at.0.9`` and so on are columns.

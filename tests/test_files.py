@@ -1,0 +1,49 @@
+"""A file is there as a whole or not at all, whatever goes wrong and whatever lies in its place."""
+
+import pytest
+
+from lora_diag.errors import InputError
+from lora_diag.files import replacing, write_whole
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_what_is_written_replaces_what_was_there(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("old")
+    write_whole(path, "naïve\n")
+    assert path.read_bytes() == "naïve\n".encode()
+    write_whole(path, b"\xff")
+    assert path.read_bytes() == b"\xff"
+    assert names(tmp_path) == ["a.txt"]
+
+
+def test_a_link_stays_a_link(tmp_path):
+    (tmp_path / "there").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "there" / "file")
+    write_whole(tmp_path / "link", "new")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "there" / "file").read_text() == "new"
+    assert names(tmp_path / "there") == ["file"]
+
+
+@pytest.mark.parametrize("name", ["missing/a.txt", "file/a.txt", "folder", "a" * 300])
+def test_what_cannot_be_written_is_one_message_and_leaves_nothing(tmp_path, name):
+    (tmp_path / "file").write_text("old")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(InputError, match="cannot be written: "):
+        write_whole(tmp_path / name, "new")
+    assert names(tmp_path) == ["file", "folder"]
+    assert (tmp_path / "file").read_text() == "old"
+
+
+def test_an_interrupted_writer_leaves_the_old_file(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("old")
+    with pytest.raises(KeyboardInterrupt), replacing(path) as beside:
+        beside.write_text("half")
+        raise KeyboardInterrupt
+    assert path.read_text() == "old"
+    assert names(tmp_path) == ["a.txt"]

@@ -16,10 +16,10 @@ from lora_diag.api.measuring import Progress, Watch, check_running, measure_laye
 from lora_diag.deltas import Delta, Pairing, StoredDelta, Unpaired
 from lora_diag.diagnostics.residual import Layer, Other, ResidualSettings, size
 from lora_diag.diagnostics.residual import residual as measure
-from lora_diag.engines import layout_for
+from lora_diag.engines import Layout, layout_for
 from lora_diag.errors import UsageError
 from lora_diag.linalg import check_request, resolve_device
-from lora_diag.results import AnyRecord, Residual, Results, ResultsWriter, Run
+from lora_diag.results import AnyRecord, LeftOut, Residual, Results, ResultsWriter, Run
 from lora_diag.version import __version__
 
 
@@ -127,11 +127,31 @@ def residual(
             writer,
             tasks,
             partial(measure, settings=settings),
-            lambda: not_paired(left_out, layout, device),
+            lambda: _rest(left_out, layout, device, tasks, writer.earlier, settings),
             layout,
             size,
             Watch(on_progress, on_record),
         )
+
+
+def _rest(
+    left_out: Pairing,
+    layout: Layout,
+    device: str,
+    tasks: Sequence[Layer],
+    earlier: Results[Residual],
+    settings: ResidualSettings,
+) -> Iterator[LeftOut]:
+    """Yield what is left out besides what was found while measuring; after a resumed run, what was found then, too."""
+    yield from not_paired(left_out, layout, device)
+    done: dict[str, set[str]] = {}
+    for record in earlier:
+        done.setdefault(record.layer, set()).add(record.adapter)
+    for task in tasks:
+        lost = tuple(other for other in task.others if other.name not in done.get(task.layer, {other.name}))
+        if lost:
+            again = measure(replace(task, others=lost), settings)
+            yield from (record for record in again if isinstance(record, LeftOut))
 
 
 def _check_names(tuned: Path | str, others: Sequence[Path | str]) -> None:

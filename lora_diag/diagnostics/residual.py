@@ -124,6 +124,7 @@ def _residual(layer: Layer, settings: ResidualSettings, device: torch.device) ->
     for other in layer.others:
         change = thin.get(other.name) or (load_change(other.delta, device) if other.delta is not None else None)
         record = _record(layer, other, change, weights, data, settings)
+        del change  # a dense X: its place is needed by the next
         if isinstance(record, str):
             left_out = not_finite(layer.tuned, replace(full, non_finite=record))
             records.append(left_out.model_copy(update={"detail": f"{other.name}: {left_out.detail}"}))

@@ -1,6 +1,7 @@
 """Residuals against float64 NumPy, their laws, and inputs that they cannot be taken from."""
 
 import json
+import weakref
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from safetensors.torch import load_file, save_file
 import lora_diag
 from lora_diag.adapters import open_adapter
 from lora_diag.checkpoints import open_checkpoint
+from lora_diag.diagnostics import residual as module
 from lora_diag.errors import InputError, UsageError
 from lora_diag.metrics import distances, limit, pooled
 from tests import oracles
@@ -285,6 +287,36 @@ def test_resume_measures_a_layer_again_whose_records_were_cut(tmp_path, cut):
     results = lora_diag.residual(*words, layers=r"layers\.[01]\..*(q|k)_proj|norm", output=path, resume=True)
     assert path.read_bytes() == whole
     assert results == lora_diag.read_results(path)
+
+
+@pytest.mark.parametrize("cut", [1, 2, 3, 4, 5, 6])
+def test_resume_keeps_that_an_adapter_was_not_finite(model, tmp_path, cut):
+    base, tuned, layer, d = model
+    path = tmp_path / "r.jsonl"
+    good = lora(tmp_path / "good", {layer: (d[:, :2], np.ones((2, 12)))})
+    bad = lora(tmp_path / "bad", {layer: (np.full((16, 2), np.nan), np.ones((2, 12)))})
+    lora_diag.residual(base, tuned, [good, bad], layers=r"layers\.0\.", output=path)
+    whole = path.read_bytes()
+    path.write_bytes(b"".join(whole.splitlines(keepends=True)[:cut]))
+    lora_diag.residual(base, tuned, [good, bad], layers=r"layers\.0\.", output=path, resume=True)
+    assert path.read_bytes() == whole
+
+
+def test_one_update_at_a_time_is_held_beside_the_fine_tune(model, tmp_path, monkeypatch):
+    base, tuned, layer, _ = model
+    merged = [save_model(tmp_path / f"m{i}", {k: v.double() for k, v in weights(i).items()}) for i in (3, 4, 5)]
+    held, load = [], module.load_change
+
+    def watched(*words):
+        alive.append(sum(matrix() is not None for matrix in held))
+        change = load(*words)
+        held.append(weakref.ref(change.matrix))
+        return change
+
+    alive = []
+    monkeypatch.setattr(module, "load_change", watched)
+    lora_diag.residual(base, tuned, merged, layers=layer)
+    assert alive == [0, 1, 1, 1]
 
 
 @settings(max_examples=40, deadline=None)

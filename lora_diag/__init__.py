@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from lora_diag.api.plot import plot
     from lora_diag.api.probe import probe_truncation
     from lora_diag.api.probe_activations import probe_activations
+    from lora_diag.api.probe_outputs import probe_outputs
     from lora_diag.api.report import report
     from lora_diag.api.residual import residual
     from lora_diag.api.spectrum import spectrum
@@ -47,6 +48,7 @@ _LAZY = {
     "plan": "lora_diag.api.plan",
     "plot": "lora_diag.api.plot",
     "probe_activations": "lora_diag.api.probe_activations",
+    "probe_outputs": "lora_diag.api.probe_outputs",
     "probe_truncation": "lora_diag.api.probe",
     "read_results": "lora_diag.results",
     "report": "lora_diag.api.report",
@@ -74,6 +76,7 @@ __all__ = [
     "plan",
     "plot",
     "probe_activations",
+    "probe_outputs",
     "probe_truncation",
     "read_results",
     "report",

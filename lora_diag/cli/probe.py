@@ -135,7 +135,64 @@ def activations(
         result(activations_table(recorded, *terminal(), per=per, then=then))
 
 
-PROBES = (truncation, activations)
+def outputs(
+    base: Base,
+    tuned: Annotated[Path, typer.Argument(metavar="TUNED", help="The full fine-tune.")],
+    adapters: Annotated[
+        list[Path] | None, typer.Argument(metavar="ADAPTER", help="Adapters, or checkpoints with one merged in.")
+    ] = None,
+    reference: Annotated[
+        Path | None, typer.Option(metavar="TUNED2", help="Another full fine-tune, such as another seed, to judge by.")
+    ] = None,
+    eval_: Eval = None,
+    shifted: Shifted = None,
+    length: Length = None,
+    batch: Batch = 8,
+    max_sequences: MaxSequences = None,
+    tokenizer: Tokenizer = "auto",
+    dtype: Dtype = "float32",
+    device: Device = "auto",
+    output: options.Output = None,
+    json: options.Json = False,
+    resume: options.Resume = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Do the adapters say what the fine-tune says? Held-out losses first, then logits, KL and agreement.
+
+    Example: loradiag probe outputs base/ full_ft/ lora_r8/ lora_r64/ --eval held_out.txt -o outputs.jsonl
+    """
+    _resumable(resume, output)
+    # torch comes with it: not before it is needed
+    from lora_diag.api.probe_outputs import probe_outputs
+    from lora_diag.reports.probe_outputs import outputs_table
+
+    with _progress(quiet) as on_progress:
+        results = probe_outputs(
+            base,
+            tuned,
+            adapters or (),
+            reference=reference,
+            evaluate=eval_ or (),
+            shifted=shifted or (),
+            length=length,
+            batch=batch,
+            max_sequences=max_sequences,
+            tokenizer=tokenizer,
+            dtype=dtype,
+            device=device,
+            output=output,
+            resume=resume,
+            on_progress=on_progress,
+            on_record=_told(json),
+            on_note=_noted(quiet),
+        )
+    if not json and not quiet:
+        others = list(map(str, adapters or []))
+        then = shlex.join(["loradiag", "residual", str(base), str(tuned), *others]) + "   (where in the weights)"
+        result(outputs_table(results, *terminal(), then=_next(output, then)))
+
+
+PROBES = (truncation, activations, outputs)
 
 
 def _resumable(resume: bool, output: Path | None) -> None:

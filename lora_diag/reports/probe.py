@@ -134,7 +134,7 @@ def _verdict(together: Sequence[Probe], alone: Sequence[Probe]) -> str:
     if len(ends) < 2:
         return "not measured yet"
     base, tuned = ends["base"], ends["tuned"]
-    lines = [f"loss {base.loss:.3f} of BASE → {tuned.loss:.3f} of TUNED{_noise(base)}"]
+    lines = [f"loss {base.loss:.3f} of BASE → {tuned.loss:.3f} of TUNED{noise(base)}"]
     ranks = sorted((record for record in together if record.rank is not None), key=lambda record: record.rank or 0)
     if ranks:
         lines += _by_rank(ranks, tuned.loss < base.loss)
@@ -143,7 +143,7 @@ def _verdict(together: Sequence[Probe], alone: Sequence[Probe]) -> str:
     return "\n".join(lines)
 
 
-def _noise(base: Probe) -> str:
+def noise(base: Probe) -> str:
     """Warn where the fine-tune's own effect is within its error."""
     if base.gap is None or base.gap_error is None or abs(base.gap) > 2 * base.gap_error:
         return ""
@@ -155,11 +155,11 @@ def _by_rank(ranks: Sequence[Probe], gains: bool) -> list[str]:
     word = "gain" if gains else "rise of the loss"
     lines = []
     if enough := next((r for r in ranks if r.kept is not None and r.kept >= ENOUGH), None):
-        lines.append(f"r={enough.rank} keeps {_kept(enough)} of the {word}, and C({enough.rank}) = {_energy(enough)}")
+        lines.append(f"r={enough.rank} keeps {share(enough)} of the {word}, and C({enough.rank}) = {_energy(enough)}")
     else:
         last = ranks[-1]
         lines.append(
-            f"no rank measured keeps {ENOUGH:.0%} of the {word}: r={last.rank} {_kept(last)}, C = {_energy(last)}"
+            f"no rank measured keeps {ENOUGH:.0%} of the {word}: r={last.rank} {share(last)}, C = {_energy(last)}"
         )
     same = next((r for r in ranks if r.gap is not None and r.gap_error and abs(r.gap) <= 2 * r.gap_error), None)
     lines.append(
@@ -168,11 +168,12 @@ def _by_rank(ranks: Sequence[Probe], gains: bool) -> list[str]:
         else f"at every rank, r={ranks[-1].rank} too, the gap to TUNED is more than two standard errors"
     )
     if ranks[0].rank == 0:
-        lines.append(f"r=0, what is not truncated, {'gives' if gains else 'brings'} {_kept(ranks[0])} by itself")
+        lines.append(f"r=0, what is not truncated, {'gives' if gains else 'brings'} {share(ranks[0])} by itself")
     return lines
 
 
-def _kept(record: Probe) -> str:
+def share(record: Probe) -> str:
+    """Return the share of TUNED's change of the loss that is there."""
     if record.kept is None:
         return "-"
     if abs(record.kept) > 1:

@@ -14,6 +14,7 @@ from lora_diag.reports.intruders import intruders_table
 from lora_diag.reports.merge import merge_table
 from lora_diag.reports.overlap import overlap_table
 from lora_diag.reports.probe import truncation_table
+from lora_diag.reports.probe_outputs import outputs_table
 from lora_diag.reports.residual import residual_table
 from lora_diag.reports.table import spectrum_table
 from lora_diag.reports.verdict import verdict_table
@@ -30,6 +31,7 @@ TABLES: tuple[tuple[str, Callable[..., str]], ...] = (
     ("spectrum --adapters", fleet_table),
     ("allocate", allocation_table),
     ("probe truncation", truncation_table),
+    ("probe outputs", outputs_table),
     ("verify-merge", merge_table),
     ("gate", verdict_table),
 )

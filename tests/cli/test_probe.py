@@ -70,3 +70,18 @@ def test_activations_are_recorded_and_read_by_residual(loradiag, pair, tmp_path)
     assert max(map(len, ran.out.splitlines())) <= 80 + len(str(base))
     again = loradiag("probe", "activations", base, "--data", text, "-o", "a.safetensors")
     assert (again.code, "is there already" in again.err) == (2, True)
+
+
+def test_outputs_tell_losses_first_and_that_distance_needs_a_yardstick(loradiag, pair, tmp_path):
+    base, tuned, text, _ = pair
+    other, third = moved(base, tmp_path / "other", seed=3), moved(base, tmp_path / "third", seed=4)
+    ran = loradiag("probe", "outputs", base, tuned, other, "--eval", text, "-o", "o.jsonl")
+    assert ran.code == 0
+    for word in ("On held_out", "to TUNED", "distance", "agree", "other: ", "Yardstick", "Read it so"):
+        assert word in ran.out
+    again = loradiag("inspect", "o.jsonl").out
+    assert again.strip() == ran.out[: ran.out.index("Next")].strip()
+    judged = loradiag("probe", "outputs", base, tuned, other, "--reference", third, "--eval", text).out
+    assert "third (reference)" in judged
+    assert "as near to TUNED as the reference is" in judged
+    assert "Yardstick" not in judged

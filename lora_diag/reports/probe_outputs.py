@@ -1,0 +1,121 @@
+"""The terminal's answer to ``probe outputs``: the loss of every model first, then how far its outputs are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from lora_diag.reports.columns import Column, table_of
+from lora_diag.reports.lines import answers, called, inputs, notes
+from lora_diag.reports.probe import ending, gap, measured, names_of, noise, probes, share
+from lora_diag.reports.text import number, percent, short, to_text
+from lora_diag.results import Probe, Results
+
+# For runs without a reference: what was measured elsewhere (docs/probe.md).
+_NONE = (
+    "none for the distances: give another full fine-tune with --reference; two seeds of one were 0.39 apart on the one "
+    "model where that was measured"
+)
+
+
+def outputs_table(
+    results: Results[Any], width: int = 80, color: bool = False, per: str = "type", then: str | None = None
+) -> str:
+    """Return a table for each set, one row a model, and the summary.
+
+    Args:
+        results: What was measured.
+        width: Columns of the terminal.
+        color: Whether to use ANSI colours.
+        per: Not used: a row is a model.
+        then: The command that a user would run next.
+    """
+    records = probes(results)
+    names = _names(records)
+    parts: list[RenderableType] = []
+    told = [("Compared", "\n".join([*inputs(results.run), *notes(results.run)])), ("Measured", measured(results.run))]
+    for name in names_of(records):
+        mine = [record for record in records if record.set == name]
+        parts += [Text(f"On {short(name)}{' (shifted)' if mine[0].shifted else ''}"), _table(mine, names, width)]
+        told.append((f"On {short(name)}", _verdict(mine, names)))
+    if not any(record.subject == "reference" for record in records):
+        told.append(("Yardstick", _NONE))
+    told += [("Read it so", _READING), *ending(results), *([("Next", then)] if then else [])]
+    return to_text(Group(*parts, answers(told)), width, color)
+
+
+_READING = (
+    "the loss says which model is better; distance and KL say how alike they are, which is no quality: on one real "
+    "triple the adapter nearest in logits had the worst loss. Runs that saw their batches in one order come out closer "
+    "than they are (0.35 against 0.42 to 0.44 there)"
+)
+
+
+def _names(records: Sequence[Probe]) -> dict[str, str]:
+    """Return what each adapter and reference is called."""
+    paths = list(dict.fromkeys(record.name for record in records if record.name))
+    return dict(zip(paths, called(paths), strict=True))
+
+
+def _name(record: Probe, names: dict[str, str]) -> str:
+    if not record.name:
+        return record.subject.upper()
+    return f"{names[record.name]} (reference)" if record.subject == "reference" else names[record.name]
+
+
+def _table(mine: Sequence[Probe], names: dict[str, str], width: int) -> Table:
+    columns = [
+        Column("loss", tuple(f"{record.loss:.4f}" for record in mine)),
+        Column("to TUNED", tuple(map(gap, mine))),
+        Column("kept", tuple("-" if record.kept is None else f"{record.kept:.2f}" for record in mine)),
+        Column("distance", tuple("-" if record.distance is None else f"{record.distance:.3f}" for record in mine)),
+        Column("KL", tuple("-" if record.kl is None else number(record.kl) for record in mine)),
+        Column("agree", tuple("-" if record.agreement is None else percent(record.agreement) for record in mine)),
+    ]
+    return table_of("model", [_name(record, names) for record in mine], columns, width, ("kept", "agree"))
+
+
+def _verdict(mine: Sequence[Probe], names: dict[str, str]) -> str:
+    base = next(record for record in mine if record.subject == "base")
+    tuned = next(record for record in mine if record.subject == "tuned")
+    lines = [f"loss {base.loss:.3f} of BASE → {tuned.loss:.3f} of TUNED{noise(base)}"]
+    adapters = [record for record in mine if record.subject == "adapter"]
+    lines += [f"{_name(record, names)}: {_against(record)}" for record in adapters]
+    reference = next((record for record in mine if record.subject == "reference"), None)
+    lines += _distances(adapters, reference, names)
+    return "\n".join(lines)
+
+
+def _against(record: Probe) -> str:
+    """Say whether a model is better or worse than TUNED, or cannot be told from it."""
+    if record.gap is None or record.gap_error is None:
+        return "one sequence has no error"
+    if abs(record.gap) <= 2 * record.gap_error:
+        return f"cannot be told from TUNED ({gap(record)})"
+    kept = "" if record.kept is None else f", {share(record)} of TUNED's change"
+    return f"{'worse' if record.gap > 0 else 'better'} than TUNED by {gap(record)}{kept}"
+
+
+def _distances(adapters: Sequence[Probe], reference: Probe | None, names: dict[str, str]) -> list[str]:
+    known = [record for record in adapters if record.distance is not None]
+    if not known:
+        return []
+    lines = []
+    if reference is not None and reference.distance is not None:
+        near = [record for record in known if (record.distance or 0.0) <= reference.distance]
+        lines.append(
+            f"{len(near)} of {len(known)} adapters are as near to TUNED as the reference is ({reference.distance:.2f})"
+        )
+    nearest = min(known, key=lambda record: record.distance or 0.0)
+    best = min(known, key=lambda record: record.loss)
+    if len(known) > 1:
+        same = "is also" if nearest is best else f"is not the best in loss, which {_name(best, names)} is:"
+        lines.append(
+            f"nearest is {_name(nearest, names)} ({nearest.distance:.2f}); it {same}"
+            + (" the best in loss" if nearest is best else " distance is no quality")
+        )
+    return lines

@@ -14,7 +14,7 @@ from lora_diag.errors import UNREADABLE, UsageError
 
 Inputs = Annotated[
     list[Path],
-    typer.Argument(metavar="[BASE] TUNED...", help="BASE and two or more updates of it; adapters alone need no BASE."),
+    typer.Argument(metavar="[BASE] TUNED", help="BASE and two or more updates of it; adapters alone need no BASE."),
 ]
 Weights = Annotated[
     str | None, typer.Option(metavar="W,W,...", help="Weight of each update in the sum, all 1 by default.")

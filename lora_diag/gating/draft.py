@@ -67,6 +67,19 @@ _SUGGESTIONS = (
     Suggestion(
         "budget-gap", "certificate.gap", "max", "the allocation is further from the best one than it used to be"
     ),
+    Suggestion(
+        "intruders",
+        "intruders.share",
+        "max",
+        "more of the largest directions are new than used to be: check on older data whether it forgot",
+    ),
+    Suggestion(
+        "union-rank",
+        "union.spectrum.rank_at.0.9",
+        "max",
+        "the sum of the updates needs more rank than it used to: a merge of the usual rank loses more of it",
+    ),
+    Suggestion("fleet-rank", "fleet.used", "min", "this adapter uses less of its rank than the fleet used to"),
 )
 
 

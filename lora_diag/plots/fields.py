@@ -23,7 +23,10 @@ _NAMES = {
     "epsilon_min": "ε_min = √(1 − C(r)), least ε at this rank",
     "excess": "excess ε² − ε_min²",
     "norm_ratio": "‖X‖_F / ‖ΔW‖_F",
-    "cosine": "cosine of ΔW and X (Frobenius)",
+    "cosine": "cosine of the two updates (Frobenius)",
+    "additive_effective": "effective rank of the sum over those of the updates",
+    "energy_ratio": "‖ΣΔW_k‖² / Σ‖ΔW_k‖²",
+    "intruders": "intruder dimensions",
     "kappa": "κ = ‖UᵀGV‖_F / ‖G‖_F",
     "tangent": "tangent overlap ‖P_T G‖_F / ‖G‖_F",
     "gradient_fro": "‖G‖_F of the gradient",
@@ -44,6 +47,8 @@ def title_of(field: str) -> str:
         return f"energy share C({rest})"
     if head == "rank_at" and rest:
         return f"rank at {_percent(rest)} of the energy"
+    if head == "additive" and rest:
+        return f"rank of the sum over ranks of the updates, at {_percent(rest)}"
     if head == "tail" and rest.endswith(".fro"):
         return f"tail of rank {rest.removesuffix('.fro')}: √Σᵢ﹥ᵣσᵢ²"
     return _NAMES.get(field, field)

@@ -15,7 +15,7 @@ from lora_diag.plots.fields import numbers_of, value_of
 from lora_diag.plots.heatmap import figure as draw_heatmap
 from lora_diag.plots.overlap import figure as draw_overlap
 from lora_diag.plots.residual import figure as draw_residual
-from lora_diag.plots.series import Options, Series, by_adapter, by_step, series_of
+from lora_diag.plots.series import Options, Series, by_adapter, by_pair, by_step, series_of
 from lora_diag.plots.sheet import MAX_PANELS, settle
 from lora_diag.plots.spectrum import figure as draw_spectrum
 from lora_diag.plots.style import CATEGORIES, Look, look_of, styled
@@ -127,7 +127,8 @@ def _asked(
 
 def _usable(kind: FigureKind, series: Sequence[Series[Any]], options: Options) -> tuple[Series[Any], ...]:
     """Return the series whose records a figure can draw; of a heat map, those of the first kind that has its field."""
-    filled = [one for one in series if one.records]
+    # The records of a fleet are of adapters, which have no depth and no module type.
+    filled = [one for one in series if one.records and one.records[0].record != "fleet"]
     if kind.needs:
         return tuple(one for one in filled if one.records[0].record == kind.needs)
     kinds = dict.fromkeys(type(one.records[0]) for one in filled)
@@ -136,6 +137,8 @@ def _usable(kind: FigureKind, series: Sequence[Series[Any]], options: Options) -
     chosen = tuple(one for one in filled if having and type(one.records[0]) is having[0])
     if chosen and chosen[0].records[0].record == "residual":
         return by_adapter(chosen)
+    if chosen and chosen[0].records[0].record == "interference":
+        return by_pair(chosen)
     return by_step(chosen, options.rank) if chosen and chosen[0].records[0].record == "overlap" else chosen
 
 

@@ -144,7 +144,7 @@ def default_field(records: Sequence[LayerRecord]) -> str:
     """Return the field that says most of the records of their kind."""
     fields = numbers_of(records[:1])
     energies = [name for name in fields if name.startswith("energy.")]
-    for name in ("energy.8", *energies[:1], "epsilon", "kappa", "rank"):
+    for name in ("energy.8", *energies[:1], "epsilon", "kappa", "intruders", "cosine", "rank"):
         if name in fields:
             return name
     return fields[0] if fields else "fro"

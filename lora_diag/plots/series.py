@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import PurePath
 from typing import Any, Generic, TypeVar
@@ -39,9 +39,13 @@ class Options:
 
 
 def series_of(results: Sequence[Results[Any]], labels: Sequence[str] = ()) -> tuple[Series[Any], ...]:
-    """Return one series a results file, named as asked or by what was compared."""
+    """Return one series a results file and kind of record in it, named as asked or by what was compared."""
     names = [name_of(label) for label in labels] or _named([one.run for one in results])
-    return tuple(Series(name, one.layers, one.whole) for name, one in zip(names, results, strict=True))
+    return tuple(
+        Series(name, tuple(record for record in one.layers if type(record) is kind), one.whole)
+        for name, one in zip(names, results, strict=True)
+        for kind in dict.fromkeys(map(type, one.layers)) or [None]
+    )
 
 
 def _named(runs: Sequence[Run]) -> list[str]:
@@ -65,6 +69,8 @@ def _inputs(run: Run, last: bool = False) -> str:
     names = [base_name(side.path) for side in run.inputs]
     if not names:
         return name_of(run.command)
+    if run.command == "interference":
+        return " + ".join(base_name(side.path) for side in run.inputs if side.role != "base")
     return names[-1] if last or len(names) > 3 else " → ".join(names)
 
 
@@ -75,12 +81,23 @@ def base_name(path: str) -> str:
 
 def by_adapter(series: Sequence[Series[Any]]) -> tuple[Series[Any], ...]:
     """Split series of ``residual`` by the adapters that were held against the update."""
+    return _split(series, lambda record: (record.adapter,))
+
+
+def by_pair(series: Sequence[Series[Any]]) -> tuple[Series[Any], ...]:
+    """Split series of ``interference`` by the two updates."""
+    return _split(series, lambda record: (record.first, record.second))
+
+
+def _split(series: Sequence[Series[Any]], paths_of: Callable[[Any], tuple[str, ...]]) -> tuple[Series[Any], ...]:
+    """Split series by the inputs that their records name."""
     found = []
     for one in series:
-        adapters = dict.fromkeys(record.adapter for record in one.records)
         parts = [
-            Series(base_name(adapter), tuple(record for record in one.records if record.adapter == adapter))
-            for adapter in adapters
+            Series(
+                " × ".join(map(base_name, paths)), tuple(record for record in one.records if paths_of(record) == paths)
+            )
+            for paths in dict.fromkeys(map(paths_of, one.records))
         ]
         found += [replace(part, label=f"{one.label}: {part.label}") for part in parts] if len(series) > 1 else parts
     counts = Counter(one.label for one in found)

@@ -25,6 +25,7 @@ from lora_diag.diagnostics.extraction import extract as factor
 from lora_diag.engines import layout_for
 from lora_diag.errors import InputError, LoradiagError, NothingComparedError, UsageError
 from lora_diag.linalg import check_request, resolve_device
+from lora_diag.planning.amounts import read_count
 from lora_diag.reports.extraction import model_card
 from lora_diag.results import AnyRecord, Extraction, LeftOut, Results, ResultsWriter, Run, RunInput, Spectrum
 from lora_diag.version import __version__
@@ -40,7 +41,7 @@ def extract(
     *,
     rank: int | None = None,
     energy: float | None = None,
-    params: int | None = None,
+    params: int | str | None = None,
     ranks: Path | str | None = None,
     signal: bool = False,
     split: Split = "both",
@@ -71,7 +72,7 @@ def extract(
         output: Adapter folder to write. It grows as ``NAME.part`` and takes its place when it is whole.
         rank: r of every layer; less where a matrix is smaller.
         energy: The smallest r of each layer with C(r) ≥ this share.
-        params: Parameters of the whole adapter, spent as ``allocate`` would.
+        params: Parameters of the whole adapter, such as ``"10M"``, spent as ``allocate`` would.
         ranks: Results file of ``allocate``, or an ``adapter_config.json``.
         signal: r is the number of singular values above the files' rounding noise.
         split: ``both`` for B = U√Σ and A = √Σ·Vᵀ; ``b`` for B = UΣ and A = Vᵀ.
@@ -110,7 +111,7 @@ def extract(
 
     Reference: Eckart and Young 1936, "The approximation of one matrix by another of lower rank", Psychometrika 1.
     """
-    asked = Asked(rank, energy, params, ranks, signal)
+    asked = Asked(rank, energy, read_count(str(params), "--params") if params is not None else None, ranks, signal)
     asked.check()
     _check_words(split, dtype, rest)
     check_request(method, 1, tol)

@@ -47,8 +47,6 @@ class Asked:
             raise UsageError(f"--rank {self.rank}: must be a whole number from 1 up")
         if self.energy is not None and not 0 < self.energy <= 1:
             raise UsageError(f"--energy {self.energy}: is a share of the energy, above 0 and up to 1")
-        if self.params is not None and self.params < 1:
-            raise UsageError(f"--params {self.params}: must be at least 1")
 
     def words(self) -> str:
         """Return the option as it was typed."""

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import shlex
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from lora_diag.cli import options
-from lora_diag.cli.output import result, terminal
+from lora_diag.cli.output import again, result, terminal
 from lora_diag.errors import UsageError
 
 if TYPE_CHECKING:
@@ -120,8 +119,7 @@ def allocate(
 def _next(allocation: Results[Allocation], output: Path | None) -> str:
     """Return the command that a user would run next, as a shell takes it."""
     if output is None:
-        again = ["loradiag", *sys.argv[1:], "-o", "adapter_config.json"]
-        return f"{shlex.join(again)}   (for training with PEFT; .jsonl for loradiag extract)"
+        return f"{again('-o', 'adapter_config.json')}   (for training with PEFT; .jsonl for loradiag extract)"
     if output.name == "adapter_config.json":
         return f"peft.LoraConfig.from_pretrained({str(output.parent)!r}) is the config to train with"
     if output.suffix == ".json":

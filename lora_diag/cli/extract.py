@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shlex
 from pathlib import Path
 from typing import Annotated, Any, cast
@@ -10,7 +9,7 @@ from typing import Annotated, Any, cast
 import typer
 
 from lora_diag.cli import options
-from lora_diag.cli.output import message, progress_bar, result, terminal
+from lora_diag.cli.output import as_lines, progress_bar, result, tell_unmeasured, terminal
 from lora_diag.errors import UNREADABLE, UsageError
 
 Folder = Annotated[Path | None, typer.Option("--output", "-o", metavar="ADAPTER", help="Adapter folder to write.")]
@@ -68,7 +67,6 @@ def extract(
     # torch comes with it: not before it is needed
     from lora_diag.api.extract import extract as write
     from lora_diag.reports.extraction import extraction_table
-    from lora_diag.results import to_line
 
     with progress_bar(quiet) as on_progress:
         results = write(
@@ -77,7 +75,7 @@ def extract(
             output,
             rank=rank,
             energy=energy,
-            params=parse_count(params) if params is not None else None,
+            params=params,
             ranks=ranks,
             signal=signal,
             split=cast(Any, split),
@@ -95,27 +93,11 @@ def extract(
             overwrite=overwrite,
             resume=resume,
             on_progress=on_progress,
-            on_record=(lambda record: result(to_line(record))) if json else None,
+            on_record=as_lines(json),
         )
     if not json and not quiet:
         then = shlex.join(["loradiag", "residual", str(base), str(tuned), str(output)])
         then += "   (this adapter held against TUNED)"
         result(extraction_table(results, *terminal(), per=per, then=then, folder=str(output)))
-    not_finite = [item for item in results.left_out if item.reason == "non_finite"]
-    for item in not_finite:
-        message(f"error: {item.layer}: {item.detail}; the layer is not in the adapter")
-    if not_finite:
+    if tell_unmeasured(results.non_finite, "the layer is not in the adapter"):
         raise typer.Exit(UNREADABLE)
-
-
-def parse_count(words: str) -> int:
-    """Read a number of parameters.
-
-    >>> parse_count("10M"), parse_count("1.5k"), parse_count("2_000")
-    (10000000, 1500, 2000)
-    """
-    found = re.fullmatch(r"([\d_]+(?:\.\d+)?)([kMBG]?)", words)
-    if found is None:
-        raise UsageError(f"--params {words}: give a number, such as 10M or 2500000")
-    factor = {"": 1, "k": 10**3, "M": 10**6, "B": 10**9, "G": 10**9}[found[2]]
-    return round(float(found[1].replace("_", "")) * factor)

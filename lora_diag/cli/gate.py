@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import os
 import shlex
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from lora_diag.cli import options
-from lora_diag.cli.output import result, terminal
+from lora_diag.cli.output import again, result, terminal
 from lora_diag.errors import DONE, GATE_FAILED, INCONCLUSIVE, InputError, UsageError
 from lora_diag.files import write_whole
 
@@ -213,10 +212,7 @@ def _next(results: Results[Any], given: list[str], output: Path | None) -> str:
     if outcome(results.whole) != "passed" and given:
         return f"{shlex.join(['loradiag', 'inspect', given[0], '--per', 'layer'])}   (the numbers behind this)"
     if output is None:
-        words = sys.argv[1:]
-        end = words.index("--") if "--" in words else len(words)
-        again = ["loradiag", *words[:end], "-o", "verdicts.jsonl", *words[end:]]
-        return f"{shlex.join(again)}   (keeps these verdicts)"
+        return f"{again('-o', 'verdicts.jsonl')}   (keeps these verdicts)"
     return f"{shlex.join(['loradiag', 'inspect', str(output)])}   (these verdicts again)"
 
 

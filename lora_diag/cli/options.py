@@ -39,6 +39,16 @@ Workers = Annotated[int | None, typer.Option(metavar="N", help="Layers at once; 
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no messages, no table.")]
 
 
+def check_resume(resume: bool, output: Path | None) -> None:
+    """Refuse to go on with a run that was not kept.
+
+    Raises:
+        UsageError: That was asked.
+    """
+    if resume and output is None:
+        raise UsageError("--resume: give the results file of the interrupted run with -o")
+
+
 def parse_ranks(words: str, option: str = "--ranks") -> list[int]:
     """Read ``4,8,16``; ``option`` is what the message names.
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,7 @@ from lora_diag.reports.text import safe
 
 if TYPE_CHECKING:
     from lora_diag.api.measuring import Progress
+    from lora_diag.results import AnyRecord, LeftOut
 
 
 class ReaderGoneError(Exception):
@@ -44,6 +46,27 @@ def result(text: str) -> None:
         raise ReaderGoneError from error
     except OSError as error:
         raise InputError(f"standard output: cannot be written: {error.strerror}") from error
+
+
+def as_lines(json: bool) -> Callable[[AnyRecord], None] | None:
+    """Return what prints each record as it is measured, as ``--json`` asks; None without."""
+    from lora_diag.results import to_line
+
+    return (lambda record: result(to_line(record))) if json else None
+
+
+def tell_unmeasured(items: Sequence[LeftOut], then: str) -> bool:
+    """Name what could not be measured, where, and what became of it; return whether there is any."""
+    for item in items:
+        message(f"error: {item.layer}: {item.detail}; {then}")
+    return bool(items)
+
+
+def again(*more: str) -> str:
+    """Return the command that is running with more options, as a shell takes it."""
+    words = sys.argv[1:]
+    end = words.index("--") if "--" in words else len(words)
+    return shlex.join(["loradiag", *words[:end], *more, *words[end:]])
 
 
 def forget_output() -> None:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import shlex
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from lora_diag.cli import options
-from lora_diag.cli.output import message, progress_bar, result, terminal
-from lora_diag.errors import UNREADABLE, UsageError
+from lora_diag.cli.output import again, as_lines, progress_bar, result, tell_unmeasured, terminal
+from lora_diag.errors import UNREADABLE
 
 
 def overlap(
@@ -39,13 +38,11 @@ def overlap(
 
     Example: loradiag overlap base/ full_ft/ gradients/ --ranks 8,16 -o overlap.jsonl
     """
-    if resume and output is None:
-        raise UsageError("--resume: give the results file of the interrupted run with -o")
+    options.check_resume(resume, output)
     asked = options.parse_ranks(ranks)
     # torch comes with it: not before it is needed
     from lora_diag.api.overlap import overlap as measure
     from lora_diag.reports.overlap import overlap_table
-    from lora_diag.results import to_line
 
     with progress_bar(quiet) as on_progress:
         results = measure(
@@ -63,22 +60,18 @@ def overlap(
             output=output,
             resume=resume,
             on_progress=on_progress,
-            on_record=(lambda record: result(to_line(record))) if json else None,
+            on_record=as_lines(json),
         )
     if not json and not quiet:
         result(overlap_table(results, *terminal(), per=per, rank=rank, then=_next(output, per)))
-    not_finite = [item for item in results.left_out if item.reason == "non_finite"]
-    for item in not_finite:
-        message(f"error: {item.layer}: {item.detail}; left out")
-    if not_finite:
+    if tell_unmeasured(results.non_finite, "left out"):
         raise typer.Exit(UNREADABLE)
 
 
 def _next(output: Path | None, per: str) -> str:
     """Return the command that a user would run next, as a shell takes it."""
-    words = ["loradiag", *sys.argv[1:]]
     if per == "type":
-        return f"{shlex.join([*words, '--per', 'layer'])}   (layer by layer)"
+        return f"{again('--per', 'layer')}   (layer by layer)"
     if output is None:
-        return f"{shlex.join([*words, '-o', 'overlap.jsonl'])}   (keeps these numbers)"
+        return f"{again('-o', 'overlap.jsonl')}   (keeps these numbers)"
     return f"loradiag inspect {shlex.quote(str(output))}   (this table without measuring again)"

@@ -9,8 +9,8 @@ from typing import Annotated
 import typer
 
 from lora_diag.cli import options
-from lora_diag.cli.output import message, progress_bar, result, terminal
-from lora_diag.errors import UNREADABLE, UsageError
+from lora_diag.cli.output import as_lines, progress_bar, result, tell_unmeasured, terminal
+from lora_diag.errors import UNREADABLE
 
 Adapters = Annotated[
     list[Path] | None, typer.Argument(metavar="ADAPTER", help="Adapters, or checkpoints with one merged in.")
@@ -47,12 +47,10 @@ def residual(
 
     Example: loradiag residual base/ full_ft/ lora_r8/ lora_r64/ -o residual.jsonl
     """
-    if resume and output is None:
-        raise UsageError("--resume: give the results file of the interrupted run with -o")
+    options.check_resume(resume, output)
     # torch comes with it: not before it is needed
     from lora_diag.api.residual import residual as measure
     from lora_diag.reports.residual import residual_table
-    from lora_diag.results import to_line
 
     with progress_bar(quiet) as on_progress:
         results = measure(
@@ -72,13 +70,10 @@ def residual(
             output=output,
             resume=resume,
             on_progress=on_progress,
-            on_record=(lambda record: result(to_line(record))) if json else None,
+            on_record=as_lines(json),
         )
     if not json and not quiet:
         then = shlex.join(["loradiag", "spectrum", str(base), str(tuned)]) + "   (which rank the update needs)"
         result(residual_table(results, *terminal(), per=per, then=then))
-    not_finite = [item for item in results.left_out if item.reason == "non_finite"]
-    for item in not_finite:
-        message(f"error: {item.layer}: {item.detail}; the layer was left out")
-    if not_finite:
+    if tell_unmeasured(results.non_finite, "the layer was left out"):
         raise typer.Exit(UNREADABLE)

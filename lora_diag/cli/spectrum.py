@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from lora_diag.cli import options
-from lora_diag.cli.output import message, progress_bar, result, terminal
+from lora_diag.cli.output import again, as_lines, progress_bar, result, tell_unmeasured, terminal
 from lora_diag.errors import UNREADABLE, UsageError
 
 Adapters = Annotated[
@@ -53,8 +53,7 @@ def spectrum(
 
     Example: loradiag spectrum --adapters 'adapters/**' -o fleet.jsonl
     """
-    if resume and output is None:
-        raise UsageError("--resume: give the results file of the interrupted run with -o")
+    options.check_resume(resume, output)
     if adapters:
         if tuned is not None or gradients:
             raise UsageError("--adapters: measures adapters, with BASE alone beside them, or nothing")
@@ -63,7 +62,6 @@ def spectrum(
     # torch comes with it: not before it is needed
     from lora_diag.api.spectrum import spectrum as measure
     from lora_diag.reports.table import spectrum_table
-    from lora_diag.results import to_line
 
     with progress_bar(quiet) as on_progress:
         results = measure(
@@ -83,14 +81,11 @@ def spectrum(
             output=output,
             resume=resume,
             on_progress=on_progress,
-            on_record=(lambda record: result(to_line(record))) if json else None,
+            on_record=as_lines(json),
         )
     if not json and not quiet:
         result(spectrum_table(results, *terminal(), per=per, then=_next(output)))
-    not_finite = [item for item in results.left_out if item.reason == "non_finite"]
-    for item in not_finite:
-        message(f"error: {item.layer}: {item.detail}; the layer was left out")
-    if not_finite:
+    if tell_unmeasured(results.non_finite, "the layer was left out"):
         raise typer.Exit(UNREADABLE)
 
 
@@ -110,7 +105,6 @@ def _fleet(
     """Measure many adapters in one pass."""
     from lora_diag.api.fleet import fleet, unreadable
     from lora_diag.reports.fleet import fleet_table
-    from lora_diag.results import to_line
 
     listed = [line.rstrip("\n") for line in sys.stdin if line.strip()] if "-" in adapters else []
     with progress_bar(quiet) as on_progress:
@@ -124,23 +118,17 @@ def _fleet(
             output=output,
             resume=resume,
             on_progress=on_progress,
-            on_record=(lambda record: result(to_line(record))) if json else None,
+            on_record=as_lines(json),
         )
     if not json and not quiet:
         result(fleet_table(results, *terminal(), per=per, then=_next(output)))
-    failed = unreadable(results)
-    for item in failed:
-        message(f"error: {item.layer}: {item.detail}; the adapter was left out")
-    if failed:
+    if tell_unmeasured(unreadable(results), "the adapter was left out"):
         raise typer.Exit(UNREADABLE)
 
 
 def _next(output: Path | None) -> str:
     """Return the command that a user would run next, as a shell takes it."""
     if output is None:
-        words = sys.argv[1:]
-        end = words.index("--") if "--" in words else len(words)
-        again = ["loradiag", *words[:end], "-o", "results.jsonl", *words[end:]]
-        return f"{shlex.join(again)}   (keeps these numbers)"
-    again = ["loradiag", "inspect", str(output), "--per", "layer"]
-    return f"{shlex.join(again)}   (this table layer by layer, without measuring again)"
+        return f"{again('-o', 'results.jsonl')}   (keeps these numbers)"
+    words = ["loradiag", "inspect", str(output), "--per", "layer"]
+    return f"{shlex.join(words)}   (this table layer by layer, without measuring again)"

@@ -53,6 +53,11 @@ class Results(Generic[L]):
                 return record
         raise KeyError(layer)
 
+    @property
+    def non_finite(self) -> tuple[LeftOut, ...]:
+        """What could not be measured, because of an entry that is not a finite number."""
+        return tuple(item for item in self.left_out if item.reason == "non_finite")
+
     def filter(self, layers: str) -> Results[L]:
         """Return the results of the layers whose name contains a match of a regular expression.
 

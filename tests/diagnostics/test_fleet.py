@@ -111,6 +111,13 @@ def test_a_product_and_its_matrix_have_one_sketch():
     assert not torch.allclose(sketch((b, a), "x"), sketch((b, a), "y"))
 
 
+def test_sketches_of_orthogonal_spaces_are_orthogonal():
+    """g and h are independent also where the matrix is square: else every projector would look like every other."""
+    q = np.linalg.qr(np.random.default_rng(6).standard_normal((64, 32)))[0]
+    first, second = (sketch((torch.tensor(u), torch.tensor(u.T.copy())), "x") for u in (q[:, :16], q[:, 16:]))
+    assert abs(float(first @ second / first.norm() / second.norm())) < 4 / math.sqrt(LENGTH)
+
+
 def test_norms_stand_out_by_a_factor_of_two_at_least():
     assert norm_outliers([1.0, 1.01, 0.99, 1.0, 1.5]) == [None] * 5
     assert norm_outliers([1.0, 1.01, 0.99, 1.0, 0.1])[-1] == pytest.approx(0.1)

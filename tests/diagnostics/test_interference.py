@@ -14,6 +14,7 @@ import lora_diag
 from lora_diag.api.interference import union_spectra
 from lora_diag.checkpoints import open_checkpoint
 from lora_diag.errors import InputError, NothingComparedError, UsageError
+from lora_diag.linalg.ties import merged
 from lora_diag.metrics.interference import near_chance, task_interference_at_random
 from lora_diag.results import Interference, Union
 from tests import oracles
@@ -331,6 +332,15 @@ def test_near_chance_has_few_false_alarms_and_sees_a_planted_overlap():
 
 
 # ---- PEFT's own merges
+
+
+def test_a_tie_of_signs_is_positive_as_in_peft():
+    merge_utils = pytest.importorskip("peft.utils.merge_utils")
+    x, y = torch.tensor([[1.0, -2.0, 3.0]]), torch.tensor([[-1.0, 2.0, -1.0]])
+    truth = merge_utils.ties([x, y], torch.ones(2), density=0.99999)  # 2 of 3 entries: -2, 3 and 2, one of ±1
+    full = merged(torch.stack([x, y]).double(), torch.ones(2))
+    assert full.tolist() == [[1.0, 2.0, 3.0]]
+    assert truth[0, 1:].tolist() == [2.0, 3.0]
 
 
 @pytest.mark.parametrize("kind", ["linear", "cat", "svd", "ties", "ties_svd"])

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
 from lora_diag.api.inputs import describe
-from lora_diag.api.measuring import Watch, measure_layers, not_paired
+from lora_diag.api.measuring import Watch, layout_of, measure_layers, not_paired
 from lora_diag.api.overlap import describe_steps
 from lora_diag.checkpoints import open_checkpoint
 from lora_diag.deltas import Pairing, Unpaired, selector
 from lora_diag.diagnostics.covariance import covariance, size
 from lora_diag.diagnostics.spectrum import SpectrumSettings
-from lora_diag.engines import layout_for
 from lora_diag.errors import NothingComparedError, UsageError
 from lora_diag.gradients import History, histories, open_steps
 from lora_diag.linalg import resolve_device
@@ -69,9 +67,8 @@ def gradient_spectrum(
             "device": on.type,
         },
     )
-    layout = layout_for(max(math.prod(history.shape) for history in tasks), workers, on.type)
-    writer: ResultsWriter[Spectrum]
-    with ResultsWriter(Path(output) if output is not None else None, run, resume) as writer:
+    layout = layout_of(tasks, workers, on.type)
+    with ResultsWriter[Spectrum](output, run, resume) as writer:
         return measure_layers(
             writer,
             tasks,

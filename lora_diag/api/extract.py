@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -16,13 +15,12 @@ from lora_diag.api.extract_plan import plan
 from lora_diag.api.extract_ranks import Asked, ranks_for
 from lora_diag.api.fingerprint import legible
 from lora_diag.api.inputs import compare
-from lora_diag.api.measuring import Progress, Watch, check_running, measure_layers
+from lora_diag.api.measuring import Progress, Watch, check_running, layout_of, measure_layers
 from lora_diag.api.spectrum import spectrum
 from lora_diag.checkpoints import open_checkpoint
 from lora_diag.deltas import Delta, FactoredDelta, footprint
 from lora_diag.diagnostics.extraction import DTYPES, ExtractionSettings, Layer
 from lora_diag.diagnostics.extraction import extract as factor
-from lora_diag.engines import layout_for
 from lora_diag.errors import InputError, LoradiagError, NothingComparedError, UsageError
 from lora_diag.linalg import check_request, resolve_device
 from lora_diag.planning.amounts import read_count
@@ -162,10 +160,9 @@ def extract(
             "seed": seed,
         },
     )
-    layout = layout_for(max((math.prod(task.shape) for task in tasks), default=0), workers, on.type)
+    layout = layout_of(tasks, workers, on.type)
     folder.open()
-    writer: ResultsWriter[Extraction]
-    with ResultsWriter(folder.records, run, resume) as writer:
+    with ResultsWriter[Extraction](folder.records, run, resume) as writer:
         results = measure_layers(
             writer,
             tasks,
@@ -223,8 +220,8 @@ def _one_layer(task: Layer, files: Mapping[str, Path], settings: ExtractionSetti
 
 def _nothing(tuned: Path | str, results: Results[Extraction]) -> LoradiagError:
     """Return the error of an extraction that gave no factors."""
-    bad = next((item for item in results.left_out if item.reason == "non_finite"), None)
-    if bad is not None:
+    if results.non_finite:
+        bad = results.non_finite[0]
         return InputError(f"{tuned}: {bad.layer}: {bad.detail}; no other layer gets factors, so nothing was written")
     reasons = sorted({item.detail for item in results.left_out if item.reason in {"rank_0", "no_factors"}})
     why = f" ({'; '.join(reasons[:3])})" if reasons else ""

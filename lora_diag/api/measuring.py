@@ -10,7 +10,7 @@ from typing import Any, Protocol, TypeVar
 
 from lora_diag.deltas import Pairing, footprint, natural_order
 from lora_diag.diagnostics.left_out import left_out_rows, left_out_vector
-from lora_diag.engines import Layout, run_local
+from lora_diag.engines import Layout, layout_for, run_local
 from lora_diag.errors import UsageError
 from lora_diag.linalg import resolve_device
 from lora_diag.results import AnyRecord, LayerRecord, LeftOut, Results, ResultsWriter, totals
@@ -75,6 +75,17 @@ class Watch:
         """Tell one record."""
         if self.on_record is not None:
             self.on_record(record)
+
+
+def layout_of(tasks: Sequence[Task], workers: int | None, device: str) -> Layout:
+    """Return how this machine is shared among layers, which goes by the largest.
+
+    Args:
+        tasks: One for each layer; there may be none.
+        workers: Layers at once, or None to choose.
+        device: Where matrices are computed, such as ``cuda``.
+    """
+    return layout_for(max((math.prod(task.shape) for task in tasks), default=0), workers, device)
 
 
 def measure_layers(

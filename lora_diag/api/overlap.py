@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -15,6 +14,7 @@ from lora_diag.api.measuring import (
     Watch,
     check_running,
     checked_ranks,
+    layout_of,
     measure_layers,
     not_paired,
     without_rank,
@@ -24,7 +24,7 @@ from lora_diag.deltas import Delta, Pairing, StoredDelta, Unpaired, footprint, s
 from lora_diag.diagnostics.overlap import RANKS, Followed, OverlapSettings, size
 from lora_diag.diagnostics.overlap import overlap as measure
 from lora_diag.diagnostics.overlap import subspaces as spaces_of
-from lora_diag.engines import Layout, layout_for, run_local
+from lora_diag.engines import Layout, run_local
 from lora_diag.errors import NothingComparedError, UsageError
 from lora_diag.gradients import History, Step, histories, open_steps
 from lora_diag.linalg import check_request, resolve_device
@@ -122,9 +122,8 @@ def overlap(
             "seed": seed,
         },
     )
-    layout = layout_for(max(math.prod(task.shape) for task in tasks), workers, on.type)
-    writer: ResultsWriter[Overlap]
-    with ResultsWriter(Path(output) if output is not None else None, run, resume) as writer:
+    layout = layout_of(tasks, workers, on.type)
+    with ResultsWriter[Overlap](output, run, resume) as writer:
         return measure_layers(
             writer,
             tasks,
@@ -182,7 +181,7 @@ def subspaces(
     on = resolve_device(device)
     compared = compare(base, tuned, layers, exclude, allow_unmatched)
     matrices = [delta for delta in compared.pairing.deltas if delta.is_matrix]
-    layout = layout_for(max((math.prod(delta.shape) for delta in matrices), default=0), workers, on.type)
+    layout = layout_of(matrices, workers, on.type)
     found = list(run_local(partial(spaces_of, settings=settings, device=on), matrices, layout, footprint))
     return Reference(
         base=_base_of(compared.pairing) or open_checkpoint(base),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -12,11 +11,11 @@ from typing import Literal
 
 from lora_diag.api.activations import second_moments
 from lora_diag.api.inputs import Comparison, compare
-from lora_diag.api.measuring import Progress, Watch, check_running, measure_layers, not_paired
+from lora_diag.api.measuring import Progress, Watch, check_running, layout_of, measure_layers, not_paired
 from lora_diag.deltas import Delta, Pairing, StoredDelta, Unpaired
 from lora_diag.diagnostics.residual import Layer, Other, ResidualSettings, size
 from lora_diag.diagnostics.residual import residual as measure
-from lora_diag.engines import Layout, layout_for
+from lora_diag.engines import Layout
 from lora_diag.errors import UsageError
 from lora_diag.linalg import check_request, resolve_device
 from lora_diag.results import AnyRecord, LeftOut, Residual, Results, ResultsWriter, Run
@@ -120,9 +119,8 @@ def residual(
         },
     )
     left_out = Pairing((), (*full.pairing.unpaired, *_more_left_out(full.pairing, others)))
-    layout = layout_for(max(math.prod(delta.shape) for delta in full.pairing.deltas), workers, on.type)
-    writer: ResultsWriter[Residual]
-    with ResultsWriter(Path(output) if output is not None else None, run, resume) as writer:
+    layout = layout_of(full.pairing.deltas, workers, on.type)
+    with ResultsWriter[Residual](output, run, resume) as writer:
         return measure_layers(
             writer,
             tasks,

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
 from lora_diag.api.covariance import gradient_spectrum
 from lora_diag.api.inputs import compare
-from lora_diag.api.measuring import Progress, Watch, check_running, checked_ranks, measure_layers, without_rank
+from lora_diag.api.measuring import (
+    Progress,
+    Watch,
+    check_running,
+    checked_ranks,
+    layout_of,
+    measure_layers,
+    without_rank,
+)
 from lora_diag.deltas import Delta, footprint
 from lora_diag.diagnostics.spectrum import RANKS, SpectrumSettings
 from lora_diag.diagnostics.spectrum import spectrum as measure
-from lora_diag.engines import layout_for
 from lora_diag.errors import UsageError
 from lora_diag.linalg import check_request, resolve_device
 from lora_diag.results import AnyRecord, LeftOut, Results, ResultsWriter, Run, Spectrum
@@ -106,9 +112,8 @@ def spectrum(
         },
     )
     matrices = [delta for delta in pairing.deltas if delta.is_matrix]
-    layout = layout_for(max((math.prod(delta.shape) for delta in matrices), default=0), workers, on.type)
-    writer: ResultsWriter[Spectrum]
-    with ResultsWriter(Path(output) if output is not None else None, run, resume) as writer:
+    layout = layout_of(matrices, workers, on.type)
+    with ResultsWriter[Spectrum](output, run, resume) as writer:
         return measure_layers(
             writer,
             matrices,

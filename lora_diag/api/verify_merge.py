@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -10,11 +9,10 @@ from pathlib import Path
 
 from lora_diag.adapters import is_adapter
 from lora_diag.api.inputs import Comparison, compare
-from lora_diag.api.measuring import Progress, Watch, check_running, measure_layers, not_paired
+from lora_diag.api.measuring import Progress, Watch, check_running, layout_of, measure_layers, not_paired
 from lora_diag.checkpoints import locate
 from lora_diag.deltas import Delta, FactoredDelta, Pairing, StoredDelta, Unpaired, natural_order, selector
 from lora_diag.diagnostics.merge import MergedLayer, verify
-from lora_diag.engines import layout_for
 from lora_diag.errors import InputError, NothingComparedError, UsageError
 from lora_diag.results import AnyRecord, LeftOut, Merge, Results, ResultsWriter, Run, RunInput
 from lora_diag.version import __version__
@@ -88,10 +86,9 @@ def verify_merge(
         inputs=_inputs(said, done),
         settings={"layers": layers, "exclude": exclude, "allow_unmatched": allow_unmatched},
     )
-    layout = layout_for(max(math.prod(task.shape) for task in tasks), workers, "cpu")
+    layout = layout_of(tasks, workers, "cpu")
     rest = Pairing((), unpaired)
-    writer: ResultsWriter[Merge]
-    with ResultsWriter(Path(output) if output is not None else None, run, resume) as writer:
+    with ResultsWriter[Merge](output, run, resume) as writer:
         return measure_layers(
             writer,
             tasks,

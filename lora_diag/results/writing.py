@@ -41,14 +41,15 @@ class ResultsWriter(Generic[L]):
         InputError: It cannot be read or written.
     """
 
-    def __init__(self, path: Path | None, run: Run, resume: bool = False) -> None:
-        self.path = path
+    def __init__(self, path: Path | str | None, run: Run, resume: bool = False) -> None:
+        self.path: Path | None = None
         self.run = run
         self.earlier: Results[L] = Results(run, ())
         self._kept = 0
         self._file: IO[bytes] | None = None
         if path is None:
             return
+        path = Path(path)
         self._final = Path(os.path.realpath(path)) if os.path.islink(path) else path  # noqa: PTH114  (as in _state)
         part = self._final.with_name(f"{self._final.name}.part")
         state, part_state = _state(self._final), _state(part)

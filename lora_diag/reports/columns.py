@@ -2,21 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol, TypeVar
 
 from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from lora_diag.reports.text import crop
+from lora_diag.reports.text import crop, short
+from lora_diag.results.names import module_type_of, place_of
 
 # From this many columns of the terminal on, the wide table is shown.
 WIDE = 120
 
 # The length of a name that columns have to make room for, in the narrow and in the wide table.
 _NAME, _WIDE_NAME = 12, 32
+
+
+class OfLayer(Protocol):
+    """What is known of one layer."""
+
+    @property
+    def layer(self) -> str:
+        """The weight's name in BASE."""
+        ...
+
+
+R = TypeVar("R", bound=OfLayer)
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +44,26 @@ class Column:
     def width(self) -> int:
         """Characters of its longest cell or its title."""
         return max(len(self.title), *map(len, self.cells), 0)
+
+
+def rows_of(records: Iterable[R], per: str) -> list[tuple[str, tuple[R, ...]]]:
+    """Return the rows of a table: a name as it is shown, and its records in the order of the file.
+
+    Args:
+        records: Records of layers.
+        per: ``layer`` for one row a layer; ``type`` for one row a module type, attention before MLP before vocabulary
+            tables.
+    """
+    groups: dict[str, list[R]] = {}
+    for record in records:
+        groups.setdefault(module_type_of(record.layer) if per == "type" else record.layer, []).append(record)
+    found = [(short(name), tuple(group)) for name, group in groups.items()]
+    return sorted(found, key=lambda row: place_of(row[1][0].layer)) if per == "type" else found
+
+
+def title_of(per: str) -> str:
+    """Return what the column of names is called."""
+    return "module type" if per == "type" else "layer"
 
 
 def table_of(

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from rich.table import Table
 from rich.text import Text
 
-from lora_diag.reports.text import safe, short
-from lora_diag.results import LeftOut, Run
+from lora_diag.reports.text import named, safe, short
+from lora_diag.results import LeftOut, Results, Run
 
 # So many layers that could not be measured are named.
 NAMED = 5
@@ -38,17 +39,22 @@ REASONS = {
 }
 
 
-def answers(lines: Sequence[tuple[str, str]], style: Callable[[str, str], str] = lambda word, sentence: "") -> Table:
+def answers(
+    lines: Sequence[tuple[str, str]],
+    style: Callable[[str, str], str] = lambda word, sentence: "",
+    then: str | None = None,
+) -> Table:
     """Return a summary as a two-column grid: a word, and the sentence that answers it.
 
     Args:
         lines: Word and sentence; a sentence may have several lines.
         style: Gives the rich style of a sentence.
+        then: The command that a user would run next, said last.
     """
     grid = Table.grid(padding=(0, 2))
     grid.add_column(style="bold", no_wrap=True)
     grid.add_column(overflow="fold")
-    for word, sentence in lines:
+    for word, sentence in [*lines, *([("Next", then)] if then else [])]:
         grid.add_row(word, Text(sentence, style=style(word, sentence)))
     return grid
 
@@ -87,9 +93,9 @@ def left_out_line(left_out: Sequence[LeftOut]) -> str:
     counts = Counter(item.reason for item in left_out)
     parts = []
     for reason, number_of in counts.items():
-        names = [short(item.layer) for item in left_out if item.reason == reason]
+        names = [item.layer for item in left_out if item.reason == reason]
         quiet = reason in {"vector", "not_selected"}
-        shown = "" if quiet else f": {', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}"
+        shown = "" if quiet else f": {named(names)}"
         parts.append(f"{number_of} {REASONS[reason]}{shown}")
     return "; ".join(parts)
 
@@ -98,3 +104,16 @@ def not_measured(failed: Sequence[LeftOut]) -> str:
     """Name the layers with entries that are not finite, and where the first such entry is."""
     lines = [f"{short(item.layer)}: {item.detail}" for item in failed[:NAMED]]
     return "\n".join([*lines, *([f"and {len(failed) - NAMED} more"] if len(failed) > NAMED else [])])
+
+
+def last_lines(results: Results[Any], so_far: str = "layers measured so far") -> list[tuple[str, str]]:
+    """Return the lines that end a summary: what could not be measured, and that the run did not finish."""
+    failed = [("Not measured", not_measured(results.non_finite))] if results.non_finite else []
+    return [*failed, *([("Warning", f"the run did not finish: these are the {so_far}")] if results.end is None else [])]
+
+
+def usual_style(word: str, sentence: str) -> str:
+    """Return the style of a sentence: red for what went wrong, yellow for what the files cannot show."""
+    if word in {"Warning", "Not measured"}:
+        return "bold red"
+    return "bold yellow" if word == "Resolved?" and not sentence.startswith("yes") else ""

@@ -11,9 +11,9 @@ from typing import Literal
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from lora_diag.reports.columns import WIDE, Column, table_of
-from lora_diag.reports.lines import answers, inputs, left_out_line, not_measured, notes
-from lora_diag.reports.text import count, number, percent, safe, short, to_text
+from lora_diag.reports.columns import WIDE, Column, table_of, title_of
+from lora_diag.reports.lines import answers, inputs, last_lines, left_out_line, notes
+from lora_diag.reports.text import count, middle, named, number, percent, safe, shape_of, short, shown, to_text
 from lora_diag.results import Merge, Results
 from lora_diag.results.merge import MergeStatus, outcome
 from lora_diag.results.names import module_type_of, place_of
@@ -40,7 +40,7 @@ WAYS_OUT: dict[MergeStatus, str] = {
 # A correct merge that kept less than this of ΔW somewhere is warned about.
 LOST = 0.9
 
-# So many layers are named in a line.
+# So many causes of a fault are told.
 SHOWN = 3
 
 # Which columns go first where there is too little room.
@@ -74,9 +74,8 @@ def merge_table(
     parts: list[RenderableType] = []
     if len(results):
         rows = _rows(results, per)
-        title = "module type" if per == "type" else "layer"
-        parts.append(table_of(title, [row.name for row in rows], _columns(rows, width, per), width, _SPARED))
-    parts.append(answers([*_lines(results), *([("Next", then)] if then else [])], _style))
+        parts.append(table_of(title_of(per), [row.name for row in rows], _columns(rows, width, per), width, _SPARED))
+    parts.append(answers(_lines(results), _style, then))
     return to_text(Group(*parts), width, color)
 
 
@@ -103,13 +102,13 @@ def _columns(rows: Sequence[_Row], width: int, per: str) -> list[Column]:
     columns = [
         column("status", lambda row: Text(row.status, style=_shade(row.status)), "left"),
         column("n", lambda row: str(len(row.records))),
-        column("shape", _shape),
+        column("shape", lambda row: shape_of(record.shape for record in row.records)),
         column("dtype", lambda row: "/".join(sorted({record.dtype or "-" for record in row.records}))),
         column("differing", _differing),
-        column("max ulp", lambda row: _most([record.max_ulp for record in row.records])),
-        column("unchanged", lambda row: _share([record.unchanged for record in row.records])),
-        column("arrived c", lambda row: _middle([record.scale for record in row.records])),
-        column("residual", lambda row: _middle([record.residual for record in row.records])),
+        column("max ulp", lambda row: shown(_most(row))),
+        column("unchanged", lambda row: shown(middle([record.unchanged for record in row.records]), percent)),
+        column("arrived c", lambda row: shown(middle([record.scale for record in row.records]))),
+        column("residual", lambda row: shown(middle([record.residual for record in row.records]))),
     ]
     left_out = set() if width >= WIDE else {"shape", "dtype", "max ulp"}
     left_out |= {"n"} if per == "layer" else set()
@@ -122,11 +121,6 @@ def _shade(status: MergeStatus) -> str:
     return "bold yellow" if status in {"coarse", "inconclusive"} else "bold red"
 
 
-def _shape(row: _Row) -> str:
-    shapes = {"×".join(map(str, record.shape)) for record in row.records}
-    return shapes.pop() if len(shapes) == 1 else "various"
-
-
 def _differing(row: _Row) -> str:
     """Show the share of entries that no rounding explains, over all layers of a row."""
     known = [(record.differing, math.prod(record.shape)) for record in row.records if record.differing is not None]
@@ -134,19 +128,8 @@ def _differing(row: _Row) -> str:
     return percent(sum(differing for differing, _ in known) / total) if total else "-"
 
 
-def _share(values: Sequence[float | None]) -> str:
-    known = [value for value in values if value is not None]
-    return percent(median(known)) if known else "-"
-
-
-def _middle(values: Sequence[float | None]) -> str:
-    known = [value for value in values if value is not None]
-    return number(median(known)) if known else "-"
-
-
-def _most(values: Sequence[float | None]) -> str:
-    known = [value for value in values if value is not None]
-    return number(max(known)) if known else "-"
+def _most(row: _Row) -> float | None:
+    return max((record.max_ulp for record in row.records if record.max_ulp is not None), default=None)
 
 
 def _style(word: str, sentence: str) -> str:
@@ -166,11 +149,7 @@ def _lines(results: Results[Merge]) -> list[tuple[str, str]]:
         if untouched := [record for record in results if not record.adapted]:
             lines.append(("Not adapted", _untouched(untouched)))
     lines.append(("Left out", left_out_line(results.left_out).replace("TUNED", "MERGED")))
-    if failed := [item for item in results.left_out if item.reason == "non_finite"]:
-        lines.append(("Not measured", not_measured(failed)))
-    if results.end is None:
-        lines.append(("Warning", "the run did not finish: these are the layers checked so far"))
-    return lines
+    return [*lines, *last_lines(results, "layers checked so far")]
 
 
 def _measured(results: Results[Merge]) -> list[str]:
@@ -239,8 +218,7 @@ def _faults(results: Results[Merge]) -> list[tuple[str, str]]:
 
 
 def _names(records: Sequence[Merge]) -> str:
-    shown = ", ".join(short(record.layer) for record in records[:SHOWN])
-    return f"{shown} and {len(records) - SHOWN} more" if len(records) > SHOWN else shown
+    return named([record.layer for record in records])
 
 
 def _right(results: Results[Merge]) -> list[Merge]:

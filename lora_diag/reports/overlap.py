@@ -4,20 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
-from statistics import mean
 
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from lora_diag.reports.columns import WIDE, Column, table_of
+from lora_diag.reports.columns import WIDE, Column, rows_of, table_of, title_of
 from lora_diag.reports.lines import answers
 from lora_diag.reports.overlap_summary import lines
-from lora_diag.reports.text import UNKNOWN, bar, shade, short, to_text
-from lora_diag.reports.tracks import Track, middle, near, steps_of, tracks, trend
+from lora_diag.reports.text import middle, shade, shape_of, span, strip, to_text
+from lora_diag.reports.tracks import Track, near, steps_of, tracks, trend
 from lora_diag.results import Overlap, Results
-from lora_diag.results.names import module_type_of, place_of
 
 # Up to so many steps have a column of their own each, in the narrow and in the wide table. Of more steps, so many have
 # one, and a strip of so many characters shows all.
@@ -65,30 +62,21 @@ def overlap_table(
     Returns:
         Lines of text, without a newline at the end.
     """
-    shown = tracks(results, rank)
-    told = answers([*lines(results, shown), *([("Next", then)] if then else [])], _style)
-    if not shown:
+    tracked = tracks(results, rank)
+    told = answers(lines(results, tracked), _style, then)
+    if not tracked:
         return to_text(told, width, color)
-    ranks = sorted({track.rank for track in shown})
+    ranks = sorted({track.rank for track in tracked})
     words = f"r={ranks[0]}" if len(ranks) == 1 else f"r={ranks[0]} to {ranks[-1]}"
     title = Text(f"κ = ‖UᵀGV‖/‖G‖ at {words}, by step of training ({NEAR} near random)", style="bold")
-    return to_text(Group(title, _table(_rows(shown, per), steps_of(shown), width, per), told), width, color)
+    rows = [_Row(*row) for row in rows_of(tracked, per)]
+    return to_text(Group(title, _table(rows, steps_of(tracked), width, per), told), width, color)
 
 
 def _style(word: str, sentence: str) -> str:
     if word in {"Warning", "Not measured"}:
         return "bold red"
     return "bold yellow" if word in {"Inside?", "Resolved?"} and not sentence.startswith("yes") else ""
-
-
-def _rows(shown: Sequence[Track], per: str) -> list[_Row]:
-    if per == "layer":
-        return [_Row(short(track.layer), (track,)) for track in shown]
-    groups: dict[str, list[Track]] = {}
-    for track in shown:
-        groups.setdefault(module_type_of(track.layer), []).append(track)
-    ordered = sorted(groups.items(), key=lambda group: place_of(group[1][0].layer))
-    return [_Row(short(name), tuple(group)) for name, group in ordered]
 
 
 def _table(rows: Sequence[_Row], steps: Sequence[int], width: int, per: str) -> Table:
@@ -103,8 +91,8 @@ def _table(rows: Sequence[_Row], steps: Sequence[int], width: int, per: str) -> 
 
     columns = [
         column("n", lambda row: str(len(row.tracks))),
-        column("shape", _shape),
-        column("r", _rank),
+        column("shape", lambda row: shape_of(track.last.shape for track in row.tracks)),
+        column("r", lambda row: span(track.rank for track in row.tracks)),
         column("random", lambda row: _share(middle([track.last.kappa_random for track in row.tracks]))),
         *(column(f"step {step}" if step == own[0] else str(step), _kappa_at(step)) for step in own),
         Column("over steps", strips, "left"),
@@ -119,7 +107,7 @@ def _table(rows: Sequence[_Row], steps: Sequence[int], width: int, per: str) -> 
     dropped |= {"trend"} if len(steps) == 1 else set()
     dropped |= set() if wide else {"shape", "left (random)", "right (random)"}
     left = [column for column in columns if column.title not in dropped]
-    return table_of("module type" if per == "type" else "layer", [row.name for row in rows], left, width, _SPARED)
+    return table_of(title_of(per), [row.name for row in rows], left, width, _SPARED)
 
 
 def _spread(steps: Sequence[int], most: int) -> list[int]:
@@ -127,16 +115,6 @@ def _spread(steps: Sequence[int], most: int) -> list[int]:
     if len(steps) <= most:
         return list(steps)
     return [steps[round(i * (len(steps) - 1) / (most - 1))] for i in range(most)]
-
-
-def _shape(row: _Row) -> str:
-    shapes = {"×".join(map(str, track.last.shape)) for track in row.tracks}
-    return shapes.pop() if len(shapes) == 1 else "various"
-
-
-def _rank(row: _Row) -> str:
-    ranks = sorted({track.rank for track in row.tracks})
-    return str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]}-{ranks[-1]}"
 
 
 def _kappa_at(step: int) -> Callable[[_Row], str | Text]:
@@ -181,7 +159,4 @@ def _ends(row: _Row) -> tuple[float, float] | None:
 def _strip(row: _Row, steps: Sequence[int], width: int, most: float) -> str:
     """Draw the median κ over all steps, in bins; the full height is the largest κ of the table."""
     kappas = [middle([record.kappa for record in row.at(step)]) for step in steps]
-    columns = min(width, len(steps))
-    edges = [round(i * len(steps) / columns) for i in range(columns + 1)]
-    bins = [[k for k in kappas[a:b] if k is not None] for a, b in pairwise(edges)]
-    return "".join(bar(mean(known) / most) if known and most else UNKNOWN for known in bins)
+    return strip([None if kappa is None or not most else kappa / most for kappa in kappas], width)

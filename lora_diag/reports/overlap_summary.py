@@ -6,9 +6,9 @@ from collections import Counter
 from collections.abc import Sequence
 
 from lora_diag.metrics.overlap import NEAR
-from lora_diag.reports.lines import inputs, left_out_line, not_measured, notes
-from lora_diag.reports.text import number, short
-from lora_diag.reports.tracks import Track, middle, near, reference_is_adapter, trend
+from lora_diag.reports.lines import inputs, last_lines, left_out_line, notes
+from lora_diag.reports.text import middle, number, short
+from lora_diag.reports.tracks import Track, near, reference_is_adapter, trend
 from lora_diag.results import Overlap, Results
 from lora_diag.results.names import part_of
 
@@ -46,11 +46,7 @@ def lines(results: Results[Overlap], shown: Sequence[Track]) -> list[tuple[str, 
     told.append(("Left out", left_out_line(results.left_out)))
     if skipped := _skipped(results):
         told.append(("Ranks", skipped))
-    if failed := [item for item in results.left_out if item.reason == "non_finite"]:
-        told.append(("Not measured", not_measured(failed)))
-    if results.end is None:
-        told.append(("Warning", "the run did not finish: these are the records so far"))
-    return told
+    return [*told, *last_lines(results, "records so far")]
 
 
 def _measured(results: Results[Overlap]) -> list[str]:

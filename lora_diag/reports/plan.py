@@ -28,7 +28,7 @@ def plan_table(plan: Plan, width: int = 80, color: bool = False, then: str | Non
     Returns:
         Lines of text, without a newline at the end.
     """
-    told = answers([*_lines(plan), *([("Next", then)] if then else [])])
+    told = answers(_lines(plan), then=then)
     return to_text(Group(_types(plan, width), _ranks(plan, width), told), width, color)
 
 

@@ -10,7 +10,7 @@ from statistics import median
 from rich.table import Table
 
 from lora_diag.reports.gradients import gradient_lines
-from lora_diag.reports.lines import REASONS, answers, inputs, left_out_line, not_measured, notes
+from lora_diag.reports.lines import REASONS, answers, inputs, last_lines, left_out_line, notes
 from lora_diag.reports.text import count, middle_rank, number, percent, safe, short
 from lora_diag.results import Results, Spectrum
 from lora_diag.results.names import part_of
@@ -22,7 +22,7 @@ LOW_RANK, PARTLY = 0.9, 0.5
 
 def summary(results: Results[Spectrum], then: str | None = None) -> Table:
     """Return the summary as a two-column grid: a word, and the sentence that answers it."""
-    return answers([*summary_lines(results), *([("Next", then)] if then else [])], _style)
+    return answers(summary_lines(results), _style, then)
 
 
 def _style(word: str, sentence: str) -> str:
@@ -45,11 +45,7 @@ def summary_lines(results: Results[Spectrum]) -> list[tuple[str, str]]:
     if coverage := _coverage(results):
         lines.append(("Where", coverage))
     lines.append(("Left out", left_out_line(results.left_out)))
-    if failed := [item for item in results.left_out if item.reason == "non_finite"]:
-        lines.append(("Not measured", not_measured(failed)))
-    if results.end is None:
-        lines.append(("Warning", "the run did not finish: these are the layers measured so far"))
-    return lines
+    return [*lines, *last_lines(results)]
 
 
 def _moving(results: Results[Spectrum]) -> list[Spectrum]:

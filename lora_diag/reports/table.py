@@ -12,11 +12,10 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from lora_diag.reports.columns import WIDE, Column, table_of
+from lora_diag.reports.columns import WIDE, Column, rows_of, table_of, title_of
 from lora_diag.reports.summary import summary
-from lora_diag.reports.text import fraction, middle_rank, number, shade, short, spark, strip, to_text
+from lora_diag.reports.text import fraction, middle, middle_rank, shade, shape_of, shown, spark, strip, to_text
 from lora_diag.results import Results, Spectrum
-from lora_diag.results.names import module_type_of, place_of
 
 # Which columns go first where there is too little room; after these, C(r) at all but the smallest rank.
 _SPARED = ("eff.", "stable", "r@95%", "r@99%", "shape", "by depth", "σ decay", "signal")
@@ -45,7 +44,7 @@ def spectrum_table(
     Returns:
         Lines of text, without a newline at the end.
     """
-    rows = _types(results) if per == "type" else [_Row(short(record.layer), (record,)) for record in results]
+    rows = [_Row(*row) for row in rows_of(results, per)]
     told = summary(results, then)
     return to_text(Group(_table(rows, results.run.settings["ranks"], width, per), told) if rows else told, width, color)
 
@@ -53,39 +52,29 @@ def spectrum_table(
 def _table(rows: Sequence[_Row], ranks: Sequence[int], width: int, per: str) -> Table:
     columns = _columns(rows, ranks, width >= WIDE, per)
     energies = [column.title for column in columns if column.title.endswith(")")]
-    title = "module type" if per == "type" else "layer"
-    return table_of(title, [row.name for row in rows], columns, width, (*_SPARED, *reversed(energies[1:])))
-
-
-def _types(results: Results[Spectrum]) -> list[_Row]:
-    """Group the layers by module type, attention before MLP before vocabulary tables."""
-    groups: dict[str, list[Spectrum]] = {}
-    for record in results:
-        groups.setdefault(module_type_of(record.layer), []).append(record)
-    ordered = sorted(groups.items(), key=lambda group: place_of(group[1][0].layer))
-    return [_Row(short(name), tuple(records)) for name, records in ordered]
+    return table_of(title_of(per), [row.name for row in rows], columns, width, (*_SPARED, *reversed(energies[1:])))
 
 
 def _columns(rows: Sequence[_Row], ranks: Sequence[int], wide: bool, per: str) -> list[Column]:
     usual = [rank for rank in ranks if rank in {8, 16, 64}] or sorted({ranks[0], ranks[len(ranks) // 2], ranks[-1]})
-    shown = list(ranks)[:8] if wide else usual
+    at = list(ranks)[:8] if wide else usual
 
     def column(title: str, cell: Callable[[_Row], str | Text], justify: Literal["left", "right"] = "right") -> Column:
         return Column(title, tuple(map(cell, rows)), justify)
 
     columns = [
         column("n", lambda row: str(len(row.records))),
-        column("shape", _shape),
+        column("shape", lambda row: shape_of(record.shape for record in row.records)),
         column("‖ΔW‖/‖W‖", _moved),
-        *(column(f"C({rank})", partial(_energy, rank)) for rank in shown),
+        *(column(f"C({rank})", partial(_energy, rank)) for rank in at),
         column("r@90%", partial(_rank_at, "0.9")),
         column("signal", _signal),
         column("r@95%", partial(_rank_at, "0.95")),
         column("r@99%", partial(_rank_at, "0.99")),
-        column("stable", lambda row: _middle([record.stable_rank for record in row.records])),
-        column("eff.", lambda row: _middle([record.effective_rank for record in row.records])),
+        column("stable", lambda row: shown(middle([record.stable_rank for record in row.records]))),
+        column("eff.", lambda row: shown(middle([record.effective_rank for record in row.records]))),
         column("σ decay", _spark, "left"),
-        column(f"C({shown[0]}) by depth" if wide else "by depth", _by_depth(shown[0], 24 if wide else 8), "left"),
+        column(f"C({at[0]}) by depth" if wide else "by depth", _by_depth(at[0], 24 if wide else 8), "left"),
     ]
     left_out = set() if wide else {"shape", "r@95%", "r@99%", "stable", "eff."}
     left_out |= {"n", columns[-1].title} if per == "layer" else set()
@@ -93,13 +82,8 @@ def _columns(rows: Sequence[_Row], ranks: Sequence[int], wide: bool, per: str) -
     return [column for column in columns if column.title not in left_out]
 
 
-def _shape(row: _Row) -> str:
-    shapes = {"×".join(map(str, record.shape)) for record in row.records}
-    return shapes.pop() if len(shapes) == 1 else "various"
-
-
 def _moved(row: _Row) -> str:
-    return _middle([record.relative for record in row.records])
+    return shown(middle([record.relative for record in row.records]))
 
 
 def _energy(rank: int, row: _Row) -> str | Text:
@@ -121,11 +105,6 @@ def _signal(row: _Row) -> str:
 def _kept(row: _Row) -> int:
     """Return how many singular values were kept of a layer."""
     return max(len(record.s) for record in row.records)
-
-
-def _middle(values: Sequence[float | None]) -> str:
-    known = [value for value in values if value is not None]
-    return number(median(known)) if known else "-"
 
 
 def _spark(row: _Row) -> str:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
+from statistics import median
 
 from rich.console import Console, RenderableType
 
@@ -59,6 +60,16 @@ def short(layer: str) -> str:
     return safe(layer.removesuffix(".weight"))
 
 
+def named(layers: Sequence[str], most: int = 3) -> str:
+    """Return the first names as they are shown, and how many more there are.
+
+    >>> named(["a.weight", "b", "c", "d", "e"])
+    'a, b, c and 2 more'
+    """
+    first = ", ".join(map(short, layers[:most]))
+    return f"{first} and {len(layers) - most} more" if len(layers) > most else first
+
+
 def crop(text: str, width: int) -> str:
     """Cut text at its beginning: the end of a layer's name tells more.
 
@@ -103,14 +114,49 @@ def fraction(share: float) -> str:
     return f"{share if share >= 1 - 5e-7 else min(share, 0.99):.2f}"
 
 
+def middle(values: Sequence[float | None]) -> float | None:
+    """Return the median of what is known; None if nothing is."""
+    known = [value for value in values if value is not None]
+    return median(known) if known else None
+
+
+def shown(value: float | None, how: Callable[[float], str] = number) -> str:
+    """Return a value as it is written in a table; a dash where there is none.
+
+    >>> shown(0.5), shown(0.5, percent), shown(None)
+    ('0.5', '50%', '-')
+    """
+    return "-" if value is None else how(value)
+
+
+def span(values: Iterable[int]) -> str:
+    """Return a number that all have in common, or from which to which they go.
+
+    >>> span([8, 8]), span([16, 4]), span([])
+    ('8', '4-16', '-')
+    """
+    ordered = sorted(set(values))
+    return "-".join(map(str, dict.fromkeys((ordered[0], ordered[-1])))) if ordered else "-"
+
+
+def shape_of(shapes: Iterable[Sequence[int]]) -> str:
+    """Return the shape that all have in common.
+
+    >>> shape_of([(8, 4), (8, 4)]), shape_of([(8, 4), (4, 8)])
+    ('8×4', 'various')
+    """
+    found = {"×".join(map(str, shape)) for shape in shapes}
+    return found.pop() if len(found) == 1 else "various"
+
+
 def middle_rank(ranks: Sequence[int | None], kept: int) -> str:
     """Return the median of ranks, of which those beyond the values kept are None.
 
     >>> middle_rank([3, None, 5], kept=8), middle_rank([3, None, None], kept=8)
     ('5', '> 8')
     """
-    middle = sorted(kept + 1 if rank is None else rank for rank in ranks)[len(ranks) // 2]
-    return f"> {kept}" if middle > kept else str(middle)
+    found = sorted(kept + 1 if rank is None else rank for rank in ranks)[len(ranks) // 2]
+    return f"> {kept}" if found > kept else str(found)
 
 
 def percent(share: float) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import mean, median
+from statistics import mean
 
 from lora_diag.metrics.overlap import TREND, is_near
 from lora_diag.results import Overlap, Results
@@ -104,9 +104,3 @@ def _usual(results: Results[Overlap]) -> int:
 def steps_of(some: Sequence[Track]) -> list[int]:
     """Return all steps, ascending."""
     return sorted({record.step for track in some for record in track.records})
-
-
-def middle(values: Sequence[float | None]) -> float | None:
-    """Return the median of what is known; None if nothing is."""
-    known = [value for value in values if value is not None]
-    return median(known) if known else None

@@ -123,7 +123,7 @@ def verdict_table(
     """
     bad = [verdict for verdict in verdicts_of(results) if verdict.status in _STYLE]
     shown = _shown(bad)
-    told = answers([*_lines(results, shown, bad), *([("Next", then)] if then else [])], _style)
+    told = answers(_lines(results, shown, bad), _style, then)
     return to_text(Group(_table(shown, width), told) if shown else told, width, color)
 
 

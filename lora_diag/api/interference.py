@@ -14,8 +14,9 @@ from lora_diag.api.inputs import Comparison, compare
 from lora_diag.api.measuring import Progress, Watch, check_running, checked_ranks, measure_layers, without_rank
 from lora_diag.checkpoints import locate
 from lora_diag.deltas import Delta, Pairing, StoredDelta, Unpaired, natural_order
-from lora_diag.diagnostics.interference import RANKS, InterferenceSettings, Several, Update, size
 from lora_diag.diagnostics.interference import interference as measure
+from lora_diag.diagnostics.interference import size
+from lora_diag.diagnostics.parts import RANKS, InterferenceSettings, Several, Update
 from lora_diag.engines import layout_for
 from lora_diag.errors import InputError, NothingComparedError, UsageError
 from lora_diag.linalg import check_request, resolve_device

@@ -109,7 +109,7 @@ class Part:
 
     @property
     def curve(self) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
-        """Energy shares C(1), C(2), …"""
+        """Energy shares C(r) of every rank."""
         return energy_curve(self.factors.s.numpy(), self.factors.fro, self.factors.complete)
 
     @property

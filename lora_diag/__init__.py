@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from lora_diag.api.probe import probe_truncation
     from lora_diag.api.probe_activations import probe_activations
     from lora_diag.api.probe_outputs import probe_outputs
+    from lora_diag.api.probe_sweep import probe_sweep
     from lora_diag.api.report import report
     from lora_diag.api.residual import residual
     from lora_diag.api.spectrum import spectrum
@@ -49,6 +50,7 @@ _LAZY = {
     "plot": "lora_diag.api.plot",
     "probe_activations": "lora_diag.api.probe_activations",
     "probe_outputs": "lora_diag.api.probe_outputs",
+    "probe_sweep": "lora_diag.api.probe_sweep",
     "probe_truncation": "lora_diag.api.probe",
     "read_results": "lora_diag.results",
     "report": "lora_diag.api.report",
@@ -77,6 +79,7 @@ __all__ = [
     "plot",
     "probe_activations",
     "probe_outputs",
+    "probe_sweep",
     "probe_truncation",
     "read_results",
     "report",

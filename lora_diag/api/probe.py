@@ -12,6 +12,7 @@ from lora_diag.api.probing import (
     Watch,
     batches_of,
     check,
+    check_files,
     counted,
     described,
     estimate,
@@ -95,6 +96,7 @@ def probe_truncation(
     check(batch, max_sequences, per=(per, PER), rest=(rest, REST))
     if not ranks or min(ranks) < 0:
         raise UsageError(f"--ranks {','.join(map(str, ranks))}: ranks must be whole numbers from 0 up")
+    check_files(evaluate, *shifted)
     on = resolve_device(device)
     compared = compare(base, tuned)
     deltas = compared.pairing.deltas

@@ -13,6 +13,7 @@ from lora_diag.api.probing import (
     Watch,
     batches_of,
     check,
+    check_files,
     counted,
     described,
     estimate,
@@ -83,6 +84,7 @@ def probe_outputs(
     check(batch, max_sequences)
     others = [*((path, "adapter") for path in adapters), *([(reference, "reference")] if reference else [])]
     _distinct(tuned, [path for path, _ in others])
+    check_files(evaluate, *shifted)
     on = resolve_device(device)
     full, compared = compare(base, tuned), [compare(base, path) for path, _ in others]
     model = open_model(base, on, dtype, length, tokenizer)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -11,7 +12,7 @@ from lora_diag.api.fingerprint import legible
 from lora_diag.api.measuring import not_paired
 from lora_diag.deltas import Delta, Pairing
 from lora_diag.engines import Layout
-from lora_diag.errors import UsageError
+from lora_diag.errors import InputError, UsageError
 from lora_diag.results import AnyRecord, LeftOut, Probe, Results, ResultsWriter, Run, RunInput, totals
 from lora_diag.training.data import Texts, check_names, read_texts
 from lora_diag.training.losses import measure
@@ -49,29 +50,36 @@ class Watch:
 
 
 class Kept:
-    """The records of a run, those of an interrupted one first."""
+    """The records of a run, those of an interrupted one first.
+
+    Attributes:
+        records: So far.
+        finished: The run, if it was finished before.
+    """
 
     def __init__(self, writer: ResultsWriter[Any], watch: Watch) -> None:
         self._writer, self._watch = writer, watch
         earlier = writer.earlier
         self.finished = earlier if earlier.end is not None else None
-        self._records = [record for record in earlier.whole if isinstance(record, Probe)]
+        self.records = [record for record in earlier.whole if isinstance(record, Probe)]
         self._left_out = list(earlier.left_out)
-        self._keys = set(map(key_of, self._records))
+        self._keys = set(map(key_of, self.records))
         for record in earlier.records():
             watch.record(record)
 
     def has(self, texts: Sequence[Texts], **fields: Any) -> bool:
         """Say whether there is a record with these fields on every set."""
-        have = {r.set for r in self._records if all(getattr(r, name) == value for name, value in fields.items())}
+        have = {r.set for r in self.records if all(getattr(r, name) == value for name, value in fields.items())}
         return {each.name for each in texts} <= have
 
-    def put(self, record: Probe) -> None:
-        """Write a record that is not there yet, and tell it."""
-        if key_of(record) not in self._keys:
+    def put(self, *records: Probe) -> None:
+        """Write those records that are not there yet, in one go, and tell them."""
+        new = [record for record in records if key_of(record) not in self._keys]
+        if new:
+            self._writer.append(*new)
+        for record in new:
             self._keys.add(key_of(record))
-            self._records.append(record)
-            self._writer.append(record)
+            self.records.append(record)
             self._watch.record(record)
 
     def end(self, left_out: Iterable[LeftOut]) -> Results[Any]:
@@ -83,7 +91,7 @@ class Kept:
         last = totals([], self._left_out)
         self._writer.append(last)
         self._watch.record(last)
-        return Results(self._writer.run, (), tuple(self._left_out), last, tuple(self._records))
+        return Results(self._writer.run, (), tuple(self._left_out), last, tuple(self.records))
 
 
 def key_of(record: Probe) -> tuple[Any, ...]:
@@ -105,27 +113,39 @@ def check(batch: int, max_sequences: int | None, **words: tuple[str, tuple[str, 
             raise UsageError(f"--{option} {word}: use {', '.join(known)}")
 
 
+def check_files(evaluate: Sequence[Path | str], *others: Path | str) -> None:
+    """Refuse texts that are not there before a model is opened.
+
+    Raises:
+        UsageError: No evaluation set is named.
+        InputError: A file is not there.
+    """
+    if not evaluate:
+        raise UsageError("--eval: name at least one file of held-out text")
+    for path in (*evaluate, *others):
+        if not os.path.isfile(path):  # noqa: PTH113  (unlike Path.is_file(), takes any name)
+            raise InputError(f"{path}: no such file")
+
+
 def read_sets(
     model: Model, evaluate: Sequence[Path | str], shifted: Sequence[Path | str], most: int | None
 ) -> list[Texts]:
     """Read all evaluation sets.
 
     Raises:
-        UsageError: There is none, or two have one name.
+        UsageError: Two have one name.
         InputError: One cannot be read.
     """
-    if not evaluate:
-        raise UsageError("--eval: name at least one file of held-out text")
     texts = [read_texts(path, model, most) for path in evaluate]
     texts += [read_texts(path, model, most, shifted=True) for path in shifted]
     check_names(texts)
     return texts
 
 
-def described(texts: Texts) -> RunInput:
+def described(texts: Texts, role: str | None = None) -> RunInput:
     """Return what the run record says of a set."""
     return RunInput(
-        role="shifted" if texts.shifted else "eval",
+        role=role or ("shifted" if texts.shifted else "eval"),
         path=legible(texts.path),
         kind=texts.about,
         tensors=len(texts.sequences),

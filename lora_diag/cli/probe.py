@@ -7,12 +7,12 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from lora_diag.cli import options
-from lora_diag.cli.output import message, result, terminal
+from lora_diag.cli.output import again, as_lines, message, result, terminal
 from lora_diag.errors import UsageError
 from lora_diag.reports.text import safe
 
@@ -54,7 +54,7 @@ def truncation(
 
     Example: loradiag probe truncation base/ full_ft/ --eval held_out.txt --ranks 0,4,16,64 -o truncation.jsonl
     """
-    _resumable(resume, output)
+    options.check_resume(resume, output)
     asked = options.parse_ranks(ranks)
     # torch comes with it: not before it is needed
     from lora_diag.api.probe import probe_truncation
@@ -80,7 +80,7 @@ def truncation(
             output=output,
             resume=resume,
             on_progress=on_progress,
-            on_record=_told(json),
+            on_record=as_lines(json),
             on_note=_noted(quiet),
         )
     if not json and not quiet:
@@ -161,7 +161,7 @@ def outputs(
 
     Example: loradiag probe outputs base/ full_ft/ lora_r8/ lora_r64/ --eval held_out.txt -o outputs.jsonl
     """
-    _resumable(resume, output)
+    options.check_resume(resume, output)
     # torch comes with it: not before it is needed
     from lora_diag.api.probe_outputs import probe_outputs
     from lora_diag.reports.probe_outputs import outputs_table
@@ -183,7 +183,7 @@ def outputs(
             output=output,
             resume=resume,
             on_progress=on_progress,
-            on_record=_told(json),
+            on_record=as_lines(json),
             on_note=_noted(quiet),
         )
     if not json and not quiet:
@@ -192,18 +192,79 @@ def outputs(
         result(outputs_table(results, *terminal(), then=_next(output, then)))
 
 
-PROBES = (truncation, activations, outputs)
+def sweep(
+    base: Base,
+    data: Annotated[Path, typer.Option("--data", metavar="FILE", help="Text or JSONL to train on.")],
+    eval_: Eval = None,
+    shifted: Shifted = None,
+    ranks: Annotated[str, typer.Option(metavar="R,R,...", help="Ranks to train at.")] = "4,8,16,32,64",
+    lr: Annotated[str, typer.Option(metavar="X,X,...", help="Peak learning rates.")] = "1e-4,3e-4,1e-3,3e-3",
+    steps: Annotated[int, typer.Option(metavar="N", help="Updates of a run.")] = 100,
+    seeds: Annotated[int, typer.Option(metavar="N", help="Runs of each rank at its best rate.")] = 2,
+    seed: Annotated[int, typer.Option(metavar="N", help="Of the data's order, and the first of the seeds.")] = 0,
+    tolerance: Annotated[float, typer.Option(metavar="X", help="Share of the gain a smaller rank may lose.")] = 0.02,
+    target: Annotated[
+        str | None, typer.Option(metavar="NAME,NAME", help="Modules to adapt; default all linear layers but the head.")
+    ] = None,
+    length: Length = None,
+    batch: Batch = 8,
+    max_sequences: MaxSequences = None,
+    tokenizer: Tokenizer = "auto",
+    dtype: Dtype = "float32",
+    device: Device = "auto",
+    output: options.Output = None,
+    json: options.Json = False,
+    resume: options.Resume = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Which rank is enough? LoRA trained at each, on the same batches, the learning rate tuned for each rank.
+
+    Example: loradiag probe sweep base/ --data train.txt --eval held_out.txt --steps 200 -o sweep.jsonl
+    """
+    options.check_resume(resume, output)
+    asked, rates = options.parse_ranks(ranks), _numbers(lr, "--lr")
+    # torch comes with it: not before it is needed
+    from lora_diag.api.probe_sweep import probe_sweep
+    from lora_diag.reports.probe_sweep import sweep_table
+
+    with _progress(quiet) as on_progress:
+        results = probe_sweep(
+            base,
+            data=data,
+            evaluate=eval_ or (),
+            shifted=shifted or (),
+            ranks=asked,
+            rates=rates,
+            steps=steps,
+            seeds=seeds,
+            seed=seed,
+            tolerance=tolerance,
+            targets=target.split(",") if target else (),
+            length=length,
+            batch=batch,
+            max_sequences=max_sequences,
+            tokenizer=tokenizer,
+            dtype=dtype,
+            device=device,
+            output=output,
+            resume=resume,
+            on_progress=on_progress,
+            on_record=as_lines(json),
+            on_note=_noted(quiet),
+        )
+    if not json and not quiet:
+        then = f"loradiag plan {shlex.quote(str(base))}   (what each rank costs in parameters and memory)"
+        result(sweep_table(results, *terminal(), then=_next(output, then)))
 
 
-def _resumable(resume: bool, output: Path | None) -> None:
-    if resume and output is None:
-        raise UsageError("--resume: give the results file of the interrupted run with -o")
+PROBES = (truncation, activations, outputs, sweep)
 
 
-def _told(json: bool) -> Callable[[Any], None] | None:
-    from lora_diag.results import to_line
-
-    return (lambda record: result(to_line(record))) if json else None
+def _numbers(words: str, option: str) -> list[float]:
+    try:
+        return [float(word) for word in words.split(",")]
+    except ValueError as error:
+        raise UsageError(f"{option} {words}: give numbers with commas, such as 1e-4,1e-3") from error
 
 
 def _noted(quiet: bool) -> Callable[[str], None] | None:
@@ -214,7 +275,7 @@ def _next(output: Path | None, then: str) -> str:
     """Return the command that a user would run next, as a shell takes it."""
     if output is not None:
         return then
-    return f"{shlex.join(['loradiag', *sys.argv[1:], '-o', 'probe.jsonl'])}   (keeps these numbers)"
+    return f"{again('-o', 'probe.jsonl')}   (keeps these numbers)"
 
 
 @contextmanager

@@ -81,7 +81,7 @@ def _losses(rows: Sequence[_Row], sets: Sequence[str], width: int) -> Table:
         columns.append(Column("C(r)", tuple("-" if row.energy is None else fraction(row.energy) for row in rows)))
     for name in sets:
         columns += [
-            Column(short(name), _cells(rows, name, lambda record: f"{record.loss:.4f}")),
+            Column(short(name), _cells(rows, name, lambda record: f"{record.nats:.4f}")),
             Column("to TUNED", _cells(rows, name, gap)),
             Column("kept", _cells(rows, name, lambda record: "-" if record.kept is None else f"{record.kept:.2f}")),
         ]
@@ -134,10 +134,10 @@ def _verdict(together: Sequence[Probe], alone: Sequence[Probe]) -> str:
     if len(ends) < 2:
         return "not measured yet"
     base, tuned = ends["base"], ends["tuned"]
-    lines = [f"loss {base.loss:.3f} of BASE → {tuned.loss:.3f} of TUNED{noise(base)}"]
+    lines = [f"loss {base.nats:.3f} of BASE → {tuned.nats:.3f} of TUNED{noise(base)}"]
     ranks = sorted((record for record in together if record.rank is not None), key=lambda record: record.rank or 0)
     if ranks:
-        lines += _by_rank(ranks, tuned.loss < base.loss)
+        lines += _by_rank(ranks, tuned.nats < base.nats)
     if alone:
         lines.append(_most_hurt(alone))
     return "\n".join(lines)

@@ -69,7 +69,7 @@ def _name(record: Probe, names: dict[str, str]) -> str:
 
 def _table(mine: Sequence[Probe], names: dict[str, str], width: int) -> Table:
     columns = [
-        Column("loss", tuple(f"{record.loss:.4f}" for record in mine)),
+        Column("loss", tuple(f"{record.nats:.4f}" for record in mine)),
         Column("to TUNED", tuple(map(gap, mine))),
         Column("kept", tuple("-" if record.kept is None else f"{record.kept:.2f}" for record in mine)),
         Column("distance", tuple("-" if record.distance is None else f"{record.distance:.3f}" for record in mine)),
@@ -82,7 +82,7 @@ def _table(mine: Sequence[Probe], names: dict[str, str], width: int) -> Table:
 def _verdict(mine: Sequence[Probe], names: dict[str, str]) -> str:
     base = next(record for record in mine if record.subject == "base")
     tuned = next(record for record in mine if record.subject == "tuned")
-    lines = [f"loss {base.loss:.3f} of BASE → {tuned.loss:.3f} of TUNED{noise(base)}"]
+    lines = [f"loss {base.nats:.3f} of BASE → {tuned.nats:.3f} of TUNED{noise(base)}"]
     adapters = [record for record in mine if record.subject == "adapter"]
     lines += [f"{_name(record, names)}: {_against(record)}" for record in adapters]
     reference = next((record for record in mine if record.subject == "reference"), None)
@@ -111,7 +111,7 @@ def _distances(adapters: Sequence[Probe], reference: Probe | None, names: dict[s
             f"{len(near)} of {len(known)} adapters are as near to TUNED as the reference is ({reference.distance:.2f})"
         )
     nearest = min(known, key=lambda record: record.distance or 0.0)
-    best = min(known, key=lambda record: record.loss)
+    best = min(known, key=lambda record: record.nats)
     if len(known) > 1:
         same = "is also" if nearest is best else f"is not the best in loss, which {_name(best, names)} is:"
         lines.append(

@@ -27,7 +27,7 @@ class Probe(Record):
         seed: Of the run: of a sweep's factors; elsewhere of nothing random but kept for the reader.
         tokens: Predictions that the loss is the mean of.
         data: Hash of the evaluation file.
-        loss: In nats.
+        loss: In nats; null where a sweep's run diverged.
         gap: Loss minus that of TUNED (``truncation``, ``outputs``), on the same tokens; null where that is not known.
         gap_error: Standard error of ``gap``, from the paired differences of sequences taken as independent.
         kept: (loss_base − loss) / (loss_base − loss_tuned), the share of TUNED's change of the loss that is there;
@@ -63,7 +63,7 @@ class Probe(Record):
     seed: int = 0
     tokens: int
     data: str
-    loss: float
+    loss: float | None
     gap: float | None = None
     gap_error: float | None = None
     kept: float | None = None
@@ -72,6 +72,12 @@ class Probe(Record):
     kl: float | None = None
     agreement: Share | None = None
     train_loss: float | None = None
+
+    @property
+    def nats(self) -> float:
+        """The loss of a run that has one."""
+        assert self.loss is not None
+        return self.loss
 
 
 class LayerInput(Record):

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from lora_diag.errors import InputError
 from lora_diag.training.data import IGNORED, Sequence, Texts
 from lora_diag.training.models import Model, in_batches, padded
 
@@ -28,8 +29,19 @@ class Losses:
     counts: Tensor
 
     @property
+    def is_finite(self) -> bool:
+        """Whether every sequence has a loss."""
+        return bool(torch.isfinite(self.sums).all())
+
+    @property
     def mean(self) -> float:
-        """Per prediction."""
+        """Per prediction.
+
+        Raises:
+            InputError: It is not finite.
+        """
+        if not self.is_finite:
+            raise InputError("the loss is not a finite number: the weights are broken, or --dtype is too small")
         return float(self.sums.sum() / self.counts.sum())
 
     @property

@@ -42,7 +42,7 @@ def test_json_is_records_and_nothing_else(loradiag, pair, tmp_path):
 
 @pytest.mark.parametrize(
     ("words", "code"),
-    [(["--ranks", "x"], 2), (["--resume"], 2), (["--per", "planet"], 2), (["--eval", "nowhere.txt"], 3)],
+    [(["--ranks", "x"], 2), (["--resume"], 2), (["--eval", "nowhere.txt"], 3)],
     ids=str,
 )
 def test_mistakes_end_in_one_message_and_their_exit_code(loradiag, pair, words, code):
@@ -81,7 +81,26 @@ def test_outputs_tell_losses_first_and_that_distance_needs_a_yardstick(loradiag,
         assert word in ran.out
     again = loradiag("inspect", "o.jsonl").out
     assert again.strip() == ran.out[: ran.out.index("Next")].strip()
+    rule = '[[rule]]\nname = "kept"\nrequire = "probe.kept >= {}"\nwhere = {{ subject = "adapter" }}\n'
+    for limit, code in ((-1e6, 0), (1e6, 1)):
+        (tmp_path / "policy.toml").write_text(rule.format(limit))
+        assert loradiag("gate", "policy.toml", "o.jsonl").code == code
     judged = loradiag("probe", "outputs", base, tuned, other, "--reference", third, "--eval", text).out
     assert "third (reference)" in judged
     assert "as near to TUNED as the reference is" in judged
     assert "Yardstick" not in judged
+
+
+def test_a_sweep_prints_its_cost_first_and_a_verdict_with_the_spread(loradiag, pair, tmp_path):
+    base, _, text, shifted = pair
+    words = ("--ranks", "1,2", "--lr", "1e-2,3e-2", "--steps", "4", "-o", "s.jsonl")
+    ran = loradiag("probe", "sweep", base, "--data", text, "--eval", shifted, *words)
+    assert ran.code == 0
+    assert ran.err.startswith("about ")
+    assert len(ran.err.splitlines()) == 1
+    for word in ("min to max", "lr 0.01", "On english", "Rates", "all runs see their", "loradiag plan"):
+        assert word in ran.out
+    again = loradiag("inspect", "s.jsonl").out
+    assert again.strip() == ran.out[: ran.out.index("Next")].strip()
+    wrong = loradiag("probe", "sweep", base, "--data", text, "--eval", shifted, "--lr", "x")
+    assert (wrong.code, "--lr x" in wrong.err) == (2, True)

@@ -14,7 +14,6 @@ from lora_diag.errors import UsageError
 from lora_diag.results import read_results
 from tests.training.making import SAMPLES, gpt2, moved, some_text
 
-
 # PEFT asks transformers for what it calls otherwise by now.
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
 

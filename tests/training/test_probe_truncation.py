@@ -210,7 +210,7 @@ def test_names_with_and_without_the_prefix_of_the_inner_model(tmp_path):
         ({"dtype": "int8"}, UsageError, "--dtype int8"),
         ({"tokenizer": "nowhere"}, InputError, "nowhere: transformers cannot open a tokenizer"),
         ({"evaluate": []}, UsageError, "--eval"),
-        ({"evaluate": ["missing.txt"]}, InputError, r"missing\.txt: cannot be read"),
+        ({"evaluate": ["missing.txt"]}, InputError, r"missing\.txt: no such file"),
         ({"layers": "nothing"}, NothingComparedError, "nothing to truncate"),
         ({"layers": "("}, UsageError, "--layers"),
     ],

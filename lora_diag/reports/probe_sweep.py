@@ -1,0 +1,144 @@
+"""The terminal's answer to ``probe sweep``: the loss at every rank and learning rate, and which rank is enough."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from lora_diag.planning.sweep import AtRank, SweepVerdict, best_rates, by_rank, judge
+from lora_diag.reports.columns import Column, table_of
+from lora_diag.reports.lines import answers, inputs, notes
+from lora_diag.reports.probe import ending, measured, names_of, probes
+from lora_diag.reports.text import number, short, to_text
+from lora_diag.results import Probe, Results
+
+
+def sweep_table(
+    results: Results[Any], width: int = 80, color: bool = False, per: str = "type", then: str | None = None
+) -> str:
+    """Return a table for each set, one row a rank, and the summary.
+
+    Args:
+        results: What was measured.
+        width: Columns of the terminal.
+        color: Whether to use ANSI colours.
+        per: Not used: a row is a rank.
+        then: The command that a user would run next.
+    """
+    records, settings = probes(results), results.run.settings
+    sets = names_of(records)
+    rates = best_rates(records, sets[0], settings["seed"]) if sets else {}
+    parts: list[RenderableType] = []
+    verdicts: dict[str, SweepVerdict] = {}
+    bases: dict[str, Probe] = {}
+    for name in sets:
+        mine = [record for record in records if record.set == name]
+        rows = by_rank(mine, name, rates)
+        bases.update((name, record) for record in mine if record.subject == "base")
+        parts += [Text(f"On {short(name)}{' (shifted)' if mine[0].shifted else ''}"), _table(mine, rows, width)]
+        if name in bases and (loss := bases[name].loss) is not None:
+            verdicts[name] = judge(rows, loss, settings["tolerance"])
+    told = [("Compared", "\n".join([*inputs(results.run), *notes(results.run)])), ("Measured", measured(results.run))]
+    told.append(("Trained", _trained(settings)))
+    told += [(f"On {short(name)}", _said(verdict, bases[name])) for name, verdict in verdicts.items()]
+    told += _agreement(verdicts, bases)
+    told += [("Rates", _rates(by_rank(records, sets[0], rates) if sets else [], records))]
+    told += [("Read it so", _READING), *ending(results), *([("Next", then)] if then else [])]
+    return to_text(Group(*parts, answers(told)), width, color)
+
+
+_READING = (
+    "the rate of each rank was chosen on the first set, so losses there are a little too low; all runs see their "
+    "batches in one order, so seeds differ by less than independent runs would; with fewer steps than you will train, "
+    "small ranks may look better than they are"
+)
+
+
+def _table(mine: Sequence[Probe], rows: Sequence[AtRank], width: int) -> Table:
+    """Return the loss by rank: over seeds at the rank's own rate, and of the first seed at every rate."""
+    base = next((record for record in mine if record.subject == "base"), None)
+    tried = sorted({record.lr for record in mine if record.lr is not None})
+    first = min((record.seed for record in mine if record.subject == "lora"), default=0)
+    at = {(r.rank, r.lr): r for r in mine if r.subject == "lora" and r.seed == first}
+    names = ["BASE", *(f"r={row.rank}" for row in rows)]
+    columns = [
+        Column("lr", ("", *(f"{row.lr:g}" for row in rows))),
+        Column("seeds", ("", *(str(len(row.losses)) for row in rows))),
+        Column("loss", (_loss(base), *(f"{row.mean:.4f}" for row in rows))),
+        Column("min to max", ("", *(_range(row) for row in rows))),
+        *(Column(f"lr {lr:g}", ("", *(_loss(at.get((row.rank, lr))) for row in rows))) for lr in tried),
+    ]
+    return table_of("rank", names, columns, width, tuple(f"lr {lr:g}" for lr in tried))
+
+
+def _loss(record: Probe | None) -> str:
+    if record is None:
+        return "-"
+    return "diverged" if record.loss is None else f"{record.loss:.4f}"
+
+
+def _range(row: AtRank) -> str:
+    return f"{min(row.losses):.4f}-{max(row.losses):.4f}" if len(row.losses) > 1 else "-"
+
+
+def _trained(settings: dict[str, Any]) -> str:
+    targets = settings["targets"] if isinstance(settings["targets"], str) else ", ".join(settings["targets"])
+    return (
+        f"LoRA on {targets}, alpha = {settings['alpha_over_rank']}r, {settings['steps']} steps of {settings['batch']} "
+        f"sequences; {settings['optimizer']}"
+    )
+
+
+def _said(verdict: SweepVerdict, base: Probe) -> str:
+    if verdict.word == "no verdict":
+        why = "one seed shows no spread" if verdict.best is not None and verdict.noise is None else "too few runs"
+        return f"no verdict: {why}; lowest loss at r={verdict.best}"
+    if verdict.word == "no gain":
+        by = number(-verdict.gain)
+        return f"no gain: every rank is worse than BASE ({number(base.nats)}), r={verdict.best} least, by {by}"
+    noise = f"seeds allow to tell apart {number(verdict.noise or 0)} nats"
+    ranks = f"ranks differ by {number(verdict.spread)}"
+    if verdict.word == "noisy":
+        return f"noisy: {noise}, {ranks} and the tolerance is less; more --seeds or --steps"
+    return (
+        f"{verdict.word}: r={verdict.rank} is the smallest rank within {number(verdict.tolerance)} nats of the best "
+        f"(r={verdict.best}); {ranks}, {noise}"
+    )
+
+
+def _agreement(verdicts: dict[str, SweepVerdict], bases: dict[str, Probe]) -> list[tuple[str, str]]:
+    """Say whether shifted sets ask for another rank."""
+    shifted = [name for name in verdicts if bases[name].shifted]
+    own = [name for name in verdicts if not bases[name].shifted]
+    if not shifted or not own:
+        return []
+    first = verdicts[own[0]]
+    lines = []
+    for name in shifted:
+        other = verdicts[name]
+        if other.word == "no gain":
+            lines.append(f"no: training raises the loss on {short(name)} at every rank, least at r={other.best}")
+        elif first.rank is None or other.rank is None:
+            lines.append(f"not known on {short(name)}: {other.word if other.rank is None else first.word}")
+        elif other.rank == first.rank:
+            lines.append(f"yes: r={other.rank} is enough on {short(name)}, too")
+        else:
+            lines.append(f"no: r={first.rank} is enough on {short(own[0])}, r={other.rank} on {short(name)}")
+    return [("Shifted agrees?", "\n".join(lines))]
+
+
+def _rates(rows: Sequence[AtRank], records: Sequence[Probe]) -> str:
+    if not rows:
+        return "no run is finished yet"
+    told = ", ".join(f"r={row.rank} {row.lr:g}" for row in rows)
+    told = f"lowest loss of the first seed: {told}"
+    if edge := [row for row in rows if row.edge]:
+        told += f"\nat the edge of the grid for r={', '.join(str(row.rank) for row in edge)}: extend --lr there"
+    if len({record.lr for record in records if record.lr is not None}) == 1:
+        told += "\none rate for all ranks: rank and rate cannot be told apart"
+    diverged = sum(record.loss is None for record in records)
+    return told + (f"\n{diverged} losses are not finite: those runs diverged" if diverged else "")

@@ -105,12 +105,12 @@ def _table(drawn: Sequence[Drawn], then: str) -> str:
     from rich.table import Table
     from rich.text import Text
 
+    from lora_diag.reports.lines import answers
     from lora_diag.reports.text import safe, to_text
 
-    made, grid = Table.grid(padding=(0, 2)), Table.grid(padding=(0, 2))
-    for table in (made, grid):
-        table.add_column(style="bold", no_wrap=True)
-        table.add_column(overflow="fold")
+    made = Table.grid(padding=(0, 2))
+    made.add_column(style="bold", no_wrap=True)
+    made.add_column(overflow="fold")
     made.add_column(overflow="fold", style="dim")
     for one in drawn:
         if one.path is not None:
@@ -119,10 +119,8 @@ def _table(drawn: Sequence[Drawn], then: str) -> str:
     for one in drawn:
         if one.path is None:
             reasons.setdefault(_why(one), []).append(one.name)
-    if reasons:
-        grid.add_row("Not drawn", Text("\n".join(f"{', '.join(names)}: {safe(why)}" for why, names in reasons.items())))
-    grid.add_row("Next", Text(then))
-    return to_text(Group(made, "", grid), *terminal())
+    told = "\n".join(f"{', '.join(names)}: {safe(why)}" for why, names in reasons.items())
+    return to_text(Group(made, "", answers([("Not drawn", told)] if told else [], then=then)), *terminal())
 
 
 def _why(one: Drawn) -> str:

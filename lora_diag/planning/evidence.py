@@ -12,7 +12,7 @@ from functools import cached_property
 from itertools import islice
 from typing import Any
 
-from lora_diag.results import Allocation, LeftOut, Overlap, Residual, Results, Spectrum, Verdict
+from lora_diag.results import LeftOut, Overlap, Residual, Results, Spectrum, Verdict
 from lora_diag.results.names import part_of
 
 # The rank that is asked about where no adapter was measured: the default of PEFT, and the article's first step.
@@ -179,11 +179,6 @@ class Evidence:
                 ("no gradients", "loradiag overlap BASE FULL_FT GRADIENTS -o overlap.jsonl"),
             )
         return lacking
-
-    @property
-    def allocation(self) -> Source | None:
-        """The first allocation."""
-        return next(self.of(Allocation), None)
 
     @property
     def verdicts(self) -> tuple[Verdict, ...]:

@@ -12,18 +12,9 @@ from lora_diag.metrics.thresholds import gavish_donoho, knee
 from lora_diag.results import Spectrum
 from lora_diag.results.allocation import Policies
 
-# The order of the columns, and what each rule is.
-RULES = {
-    "energy 90%": "smallest r with C(r) ≥ 0.9",
-    "knee": "where C(r) is highest above its chord",
-    "effective": "exp of the entropy of σ²/Σσ², rounded up",
-    "Gavish–Donoho": "values above ω(β)·median(σ): assumes that most of them are noise",
-    "signal": "values above the rounding noise of the files",
-}
-
 
 def policies(record: Spectrum) -> Policies:
-    """Return the rank of one layer by every rule of ``RULES``.
+    """Return the rank of one layer by every rule.
 
     Args:
         record: Its spectrum. Knee, effective rank and Gavish–Donoho are null unless it holds all min(out, in) values:
@@ -42,7 +33,7 @@ def policies(record: Spectrum) -> Policies:
     return Policies(
         layer=record.layer,
         shape=record.shape,
-        ranks={name: ranks[name] for name in RULES},
+        ranks=ranks,
         complete=record.complete,
         verdict=record.resolution.verdict,
     )

@@ -15,7 +15,7 @@ from lora_diag.diagnostics.change import Change, load_change, on_device
 from lora_diag.diagnostics.left_out import not_finite
 from lora_diag.diagnostics.resolution import resolution
 from lora_diag.gradients import Snapshot
-from lora_diag.linalg import resolve_device
+from lora_diag.linalg import numerical_rank, resolve_device
 from lora_diag.linalg.subspace import orthonormal, shares
 from lora_diag.metrics.overlap import chance
 from lora_diag.metrics.resolution import Verdict
@@ -35,8 +35,8 @@ class OverlapSettings:
     """What is asked of every layer.
 
     Args:
-        ranks: Ranks r of the subspaces. Those beyond min(out, in), or beyond an adapter's rank, are left out; an
-            adapter's own rank is always measured.
+        ranks: Ranks r of the subspaces. Those beyond the rank of ΔW or of an adapter are left out; an adapter's own
+            rank is always measured.
         method: ``auto``, ``exact``, ``gram`` or ``krylov``, for the singular vectors of ΔW.
         seed: Of random starting vectors.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:1``.
@@ -149,8 +149,7 @@ def subspaces(delta: Delta, settings: OverlapSettings, device: torch.device) -> 
         return not_finite(delta, change)
     ranks = _ranks(delta, change, settings.ranks)
     if not ranks:
-        detail = f"has fewer directions than {min(settings.ranks)}, the smallest of the ranks asked for"
-        return LeftOut(layer=delta.layer, shape=delta.shape, reason="no_reference", detail=detail)
+        return _too_few(delta, settings)
     factors = change.decompose(settings.method, ranks[-1], True, TOL, settings.seed)
     if not math.isfinite(factors.fro):
         return not_finite(delta, replace(change, non_finite="the product of its factors overflows float64"))
@@ -159,10 +158,24 @@ def subspaces(delta: Delta, settings: OverlapSettings, device: torch.device) -> 
         return LeftOut(layer=delta.layer, shape=delta.shape, reason="no_reference", detail=detail)
     assert factors.u is not None
     assert factors.vh is not None
+    directions = numerical_rank(factors)
+    if directions < ranks[-1]:  # the vectors beyond point anywhere
+        own = {directions} if isinstance(delta, FactoredDelta) else set[int]()
+        ranks = tuple(sorted({*(rank for rank in ranks if rank <= directions), *own}))
+        factors = replace(factors, u=factors.u[:, :directions], vh=factors.vh[:directions])
+    if not ranks:
+        return _too_few(delta, settings)
+    assert factors.u is not None
+    assert factors.vh is not None
     seen = resolution(change.rounding, delta.shape, factors.s.numpy(), factors.fro, factors.complete)
     return Subspaces(
         delta.layer, orthonormal(factors.u), orthonormal(factors.vh.T), ranks, factors.method, seen.verdict
     )
+
+
+def _too_few(delta: Delta, settings: OverlapSettings) -> LeftOut:
+    detail = f"has fewer directions than {min(settings.ranks)}, the smallest of the ranks asked for"
+    return LeftOut(layer=delta.layer, shape=delta.shape, reason="no_reference", detail=detail)
 
 
 def _ranks(delta: Delta, change: Change, asked: tuple[int, ...]) -> tuple[int, ...]:

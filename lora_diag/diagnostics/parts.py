@@ -12,16 +12,12 @@ from torch import Tensor
 from lora_diag.deltas import Delta
 from lora_diag.diagnostics.change import Change, load_change
 from lora_diag.diagnostics.resolution import resolution
-from lora_diag.linalg import Factors
+from lora_diag.linalg import Factors, numerical_rank
 from lora_diag.linalg.stacked import Matrix
 from lora_diag.metrics import effective_rank, energy_curve
 from lora_diag.results import Resolution
 
 RANKS = (4, 8, 16, 32, 64)
-
-# Singular values below this share of the largest are rounding, and their vectors have no place in a space: of products
-# of factors in float64, and of differences of stored matrices in float32.
-ZERO_FACTORED, ZERO_DENSE = 1e-10, 1e-7
 
 OVERFLOW = "the product of its factors overflows float64"
 
@@ -129,12 +125,7 @@ def read_part(update: Update, settings: InterferenceSettings, device: torch.devi
     matrix = change.factors if change.factors is not None else change.matrix
     assert matrix is not None
     seen = resolution(change.rounding, update.delta.shape, factors.s.numpy(), factors.fro, factors.complete)
-    return Part(update, change, matrix, factors, _numerical_rank(factors, matrix), seen)
-
-
-def _numerical_rank(factors: Factors, matrix: Matrix) -> int:
-    zero = ZERO_FACTORED if isinstance(matrix, tuple) else ZERO_DENSE
-    return int((factors.s > zero * factors.s[0]).sum()) if factors.fro > 0 else 0
+    return Part(update, change, matrix, factors, numerical_rank(factors), seen)
 
 
 def within(u: Tensor, part: Part, rows: bool = False) -> float:

@@ -15,7 +15,7 @@ from lora_diag.diagnostics.change import Change, load_change, on_device
 from lora_diag.diagnostics.left_out import not_finite
 from lora_diag.diagnostics.metric import Metric, Moments, read_root, times
 from lora_diag.diagnostics.resolution import resolution
-from lora_diag.linalg import Factors, principal_cosines, resolve_device
+from lora_diag.linalg import Factors, numerical_rank, principal_cosines, resolve_device
 from lora_diag.metrics import limit
 from lora_diag.results import Agreement, Distance, LeftOut, Residual, Resolution
 
@@ -23,9 +23,6 @@ from lora_diag.results import Agreement, Distance, LeftOut, Residual, Resolution
 SUBSPACE = 8
 
 OVERFLOW = "the product of its factors overflows float64"
-
-# Directions of an adapter below this share of its largest value are rounding, and have no place in its spaces.
-NUMERICALLY_ZERO = 1e-10
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,15 +209,11 @@ def _agreements(
     assert full.vh is not None
     assert other.u is not None
     assert other.vh is not None
-    k, j = _numerical_rank(full.s[:wanted]), _numerical_rank(other.s)
+    k, j = min(wanted, numerical_rank(full)), numerical_rank(other)
     return (
         _agreement(full.u[:, :k], other.u[:, :j], weights.shape[0]),
         _agreement(full.vh[:k].T, other.vh[:j].T, weights.shape[1]),
     )
-
-
-def _numerical_rank(s: Tensor) -> int:
-    return int((s > NUMERICALLY_ZERO * s[0]).sum())
 
 
 def _agreement(u: Tensor, v: Tensor, dimension: int) -> Agreement:

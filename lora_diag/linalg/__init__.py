@@ -9,7 +9,7 @@ from lora_diag.linalg.devices import resolve_device
 from lora_diag.linalg.difference import Difference, difference, first_non_finite, norm
 from lora_diag.linalg.distance import Products, principal_cosines, products, root
 from lora_diag.linalg.factored import decompose_factored
-from lora_diag.linalg.factors import Factors
+from lora_diag.linalg.factors import Factors, numerical_rank
 
 __all__ = [
     "METHODS",
@@ -22,6 +22,7 @@ __all__ = [
     "difference",
     "first_non_finite",
     "norm",
+    "numerical_rank",
     "principal_cosines",
     "products",
     "resolve_device",

@@ -31,6 +31,26 @@ class Factors:
     vh: Tensor | None = None
 
 
+# Singular values below this share of the largest are rounding, and their vectors point anywhere: of factors, which are
+# decomposed in float64, and of a dense ΔW, whose entries are float32 and whose Gram matrix loses half the digits.
+ZERO_FACTORED, ZERO_DENSE = 1e-10, 1e-7
+
+
+def numerical_rank(factors: Factors) -> int:
+    """Return how many singular values are not rounding.
+
+    Args:
+        factors: What a decomposition gave.
+
+    Example:
+        >>> import torch
+        >>> numerical_rank(Factors(torch.tensor([2.0, 1.0, 1e-9]), True, "gram", 0.0, 5**0.5))
+        2
+    """
+    zero = ZERO_FACTORED if factors.method == "factored" else ZERO_DENSE
+    return int((factors.s > zero * factors.s[:1]).sum())
+
+
 def fix_signs(u: Tensor, vh: Tensor) -> tuple[Tensor, Tensor]:
     """Make singular vectors the same from run to run: the largest entry of every left vector is positive.
 

@@ -355,3 +355,20 @@ def test_real_merges_are_their_adapters(case):
     for record in moved:
         assert record.epsilon < 1e-4, record.layer  # the merge is rounded to float32
         assert record.limited_by == "exact"
+
+
+def test_directions_beyond_an_updates_rank_have_no_place_in_its_spaces(tmp_path):
+    rng = np.random.default_rng(3)
+    d = np.zeros((200, 150))
+    d[:5] = rng.standard_normal((5, 150))  # five rows moved, as in a table of positions
+    zero = {"w.weight": torch.zeros(200, 150)}
+    base = save_model(tmp_path / "base", zero)
+    tuned = save_model(tmp_path / "tuned", {"w.weight": torch.tensor(d, dtype=torch.float32)})
+    u, s, vh = np.linalg.svd(d, full_matrices=False)
+    adapter = lora(tmp_path / "a", {"w.weight": (u[:, :5] * s[:5], vh[:5])}, rank=5)
+    record = lora_diag.residual(base, tuned, [adapter])["w.weight"]
+    assert len(record.column_space.cosines) == 5
+    assert record.column_space.overlap == pytest.approx(1)
+    gradient = tmp_path / "g.safetensors"
+    save_file({"w.weight": torch.randn(200, 150)}, gradient, {"step": "0"})
+    assert {found.rank for found in lora_diag.overlap(base, tuned, [gradient], ranks=(4, 5, 8, 64))} == {4, 5}

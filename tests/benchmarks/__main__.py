@@ -109,6 +109,17 @@ def model(peers: bool) -> None:
         print(f"\n{layers} layers\n\n{table(in_turn(commands, 1), 'loradiag spectrum')}", flush=True)
 
 
+def residual(peers: bool) -> None:
+    """Three adapters held against a 1 B-parameter full fine-tune, beside its spectrum alone; whole processes."""
+    base, tuned = made("make_pair", FOLDER / "model16", 2048, 8192, 512, 16)
+    three = [made("make_adapter", FOLDER / f"adapter16_r{r}", 2048, 8192, 512, 16, r, r) for r in (8, 16, 64)]
+    commands: dict[str, Sequence[str]] = {
+        "loradiag spectrum": [*LORADIAG, base, tuned, "-q"],
+        "loradiag residual, 3 adapters": [*LORADIAG[:-1], "residual", base, tuned, *three, "-q"],
+    }
+    print(table(in_turn(commands, 1), "loradiag spectrum"))
+
+
 def adapters(peers: bool) -> None:
     """A rank-16 adapter on all 224 matrices of a 7B model."""
     path = made("make_adapter", FOLDER / "adapter", 4096, 11008, 4096, 32, 16, 0)
@@ -181,7 +192,7 @@ def peer_commands(base: Path, tuned: Path) -> dict[str, Sequence[str]]:
     }
 
 
-PARTS = {part.__name__: part for part in (kernels, matrix, model, adapters, fleet, rounding)}
+PARTS = {part.__name__: part for part in (kernels, matrix, model, residual, adapters, fleet, rounding)}
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -29,7 +29,9 @@ def read_object(path: Path, words: str, limit: int) -> dict[str, Any]:
         if path.stat().st_size > limit:
             raise InputError(f"{path}: is larger than {limit:,} bytes, so it is not a {words}")
         content = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: is not a readable {words}: {error}") from error
     if not isinstance(content, dict):
         raise InputError(f"{path}: is not a {words}: it holds a {type(content).__name__}, not an object")

@@ -16,7 +16,7 @@ def plan(
     base: Annotated[
         Path, typer.Argument(metavar="BASE", help="A checkpoint (headers are read), or a model's config.json.")
     ],
-    ranks: options.Ranks = "4,8,16,64",
+    ranks: Annotated[str, typer.Option(metavar="R,R,...", help="Ranks whose cost is shown.")] = "4,8,16,64",
     target: Annotated[
         str | None,
         typer.Option(metavar="REGEX", help="LoRA on weights whose name contains a match, such as 'q_proj|v_proj'."),

@@ -39,6 +39,8 @@ def read_policy(path: Path | str, content: str | None = None) -> Policy:
         except (OSError, ValueError) as error:
             why = getattr(error, "strerror", None) or "is not UTF-8 text"
             raise UsageError(f"{path}: cannot be read as a policy: {why}") from error
+    if content.startswith('{"record"'):
+        raise UsageError(f"{path}: holds results and is no policy; the order is: loradiag gate POLICY RESULTS...")
     content = content.replace("\r\n", "\n")
     try:
         document = tomllib.loads(content)

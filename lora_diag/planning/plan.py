@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lora_diag.planning.memory import STATE, Training
-from lora_diag.results.names import depth_of, module_type_of, part_of
+from lora_diag.results.names import depth_of, module_type_of, part_of, place_of
 from lora_diag.results.plan import PlanFit, PlanRank, PlanType
 
 _HEAD = re.compile(r"(^|\.)(lm_head|embed_out|output)(\.weight)?$")
@@ -53,7 +53,7 @@ def types_of(matrices: Sequence[Matrix], targeted: frozenset[str]) -> tuple[Plan
         targeted: Names of those that LoRA is put on.
     """
     groups: dict[tuple[str, tuple[int, int], bool], list[Matrix]] = {}
-    for matrix in matrices:
+    for matrix in sorted(matrices, key=lambda matrix: place_of(matrix.name)):
         groups.setdefault((module_type_of(matrix.name), matrix.shape, matrix.name in targeted), []).append(matrix)
     return tuple(
         PlanType(

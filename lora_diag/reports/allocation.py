@@ -11,11 +11,11 @@ from itertools import pairwise
 from rich.console import Group
 from rich.table import Table
 
-from lora_diag.reports.columns import Column, table_of
+from lora_diag.reports.columns import Column, rows_of, table_of, title_of
 from lora_diag.reports.lines import answers, left_out_line, notes
-from lora_diag.reports.text import bar, count, number, percent, safe, short, to_text
+from lora_diag.reports.text import bar, count, named, number, percent, safe, shape_of, short, span, to_text
 from lora_diag.results import Allocation, Baseline, Certificate, Results
-from lora_diag.results.names import module_type_of, part_of
+from lora_diag.results.names import part_of
 
 # Which columns go first where there is too little room.
 _SPARED = ("shape", "cap", "by depth", "n", "params")
@@ -64,16 +64,9 @@ def allocation_table(
     Returns:
         Lines of text, without a newline at the end.
     """
-    rows = _rows(results, per)
-    told = answers([*_lines(results), *([("Next", then)] if then else [])], _style)
+    rows = [_Row(*row) for row in rows_of(results, per)]
+    told = answers(_lines(results), _style, then)
     return to_text(Group(_table(rows, per, width), told), width, color)
-
-
-def _rows(results: Results[Allocation], per: str) -> list[_Row]:
-    groups: dict[str, list[Allocation]] = {}
-    for record in results:
-        groups.setdefault(module_type_of(record.layer) if per == "type" else record.layer, []).append(record)
-    return [_Row(short(name), tuple(group)) for name, group in groups.items()]
 
 
 def _table(rows: Sequence[_Row], per: str, width: int) -> Table:
@@ -84,10 +77,10 @@ def _table(rows: Sequence[_Row], per: str, width: int) -> Table:
 
     columns = [
         column("n", lambda row: str(len(row.records))),
-        column("shape", lambda row: _same(["×".join(map(str, record.shape)) for record in row.records])),
-        column("rank", lambda row: _range([record.rank for record in row.records])),
-        column("uniform", lambda row: _range([record.uniform_rank for record in row.records])),
-        column("cap", lambda row: _range([record.cap for record in row.records])),
+        column("shape", lambda row: shape_of(record.shape for record in row.records)),
+        column("rank", lambda row: span([record.rank for record in row.records])),
+        column("uniform", lambda row: span([record.uniform_rank for record in row.records])),
+        column("cap", lambda row: span([record.cap for record in row.records])),
         column("params", lambda row: count(sum(record.params for record in row.records))),
         column("kept", lambda row: _share(row, "kept")),
         column("by uniform", lambda row: _share(row, "uniform_kept")),
@@ -95,15 +88,7 @@ def _table(rows: Sequence[_Row], per: str, width: int) -> Table:
     ]
     dropped = {"n", "by depth"} if per == "layer" else set()
     columns = [column for column in columns if column.title not in dropped]
-    return table_of("module type" if per == "type" else "layer", [row.name for row in rows], columns, width, _SPARED)
-
-
-def _same(words: Sequence[str]) -> str:
-    return words[0] if len(set(words)) == 1 else "various"
-
-
-def _range(ranks: Sequence[int]) -> str:
-    return str(ranks[0]) if len(set(ranks)) == 1 else f"{min(ranks)}-{max(ranks)}"
+    return table_of(title_of(per), [row.name for row in rows], columns, width, _SPARED)
 
 
 def _share(row: _Row, field: str) -> str:
@@ -154,16 +139,14 @@ def _mind(results: Results[Allocation]) -> str:
 
 def _allocated(results: Results[Allocation]) -> str:
     given = [record for record in results if record.rank]
-    lines = [
-        f"{len(given)} of {len(results)} layers get a rank, {_range([r.rank for r in given])}" if given else "none"
-    ]
+    lines = [f"{len(given)} of {len(results)} layers get a rank, {span([r.rank for r in given])}" if given else "none"]
     if none := [record for record in results if not record.rank]:
-        named = ", ".join(short(record.layer) for record in none[:_NAMED])
-        more = f" and {len(none) - _NAMED} more" if len(none) > _NAMED else ""
         still = sum(record.fro == 0 for record in none)
         noise = sum(record.cap == 0 and record.fro > 0 for record in none)
         why = [f"{still} did not move" if still else "", f"{noise} show only rounding noise" if noise else ""]
-        lines.append(f"rank 0: {named}{more}{''.join(f'; {word}' for word in why if word)}")
+        lines.append(
+            f"rank 0: {named([record.layer for record in none])}{''.join(f'; {word}' for word in why if word)}"
+        )
     lines += [f"{side.role} {safe(side.path)} ({side.kind})" for side in results.run.inputs if side.path]
     return "\n".join([*lines, *notes(results.run)])
 
@@ -250,7 +233,9 @@ def _left_out(results: Results[Allocation]) -> str:
     tables = [short(item.layer) for item in chosen if part_of(item.layer) == "vocabulary"]
     if outside and inside + outside:
         share = percent(outside / (inside + outside))
-        told += f"\n{share} of the whole change ‖Δ‖² lies there, out of this adapter's reach"
+        unknown = any(item.reason == "not_selected" and item.fro is None for item in results.left_out)
+        measured = " in what was measured" if unknown else ""
+        told += f"\n{share} of the whole change ‖Δ‖²{measured} lies there, out of this adapter's reach"
     if tables:
         told += f"\nname {' or '.join(tables[:_NAMED])} with --target to give it a rank"
     return told

@@ -11,20 +11,16 @@ from statistics import median
 from rich.console import Group
 from rich.table import Table
 
-from lora_diag.reports.columns import WIDE, Column, table_of
-from lora_diag.reports.lines import REASONS, answers, inputs, not_measured, notes
-from lora_diag.reports.text import count, number, percent, safe, short, to_text
+from lora_diag.reports.columns import WIDE, Column, rows_of, table_of, title_of
+from lora_diag.reports.lines import REASONS, answers, inputs, last_lines, notes, usual_style
+from lora_diag.reports.text import count, middle, named, number, percent, safe, short, shown, span, to_text
 from lora_diag.results import Extraction, LeftOut, Results
-from lora_diag.results.names import module_type_of
 
 # Which columns go first where there is too little room.
 _SPARED = ("solver", "signal", "kind", "‖ΔW‖/‖W‖", "params")
 
 # Why a layer has no factors if ΔW = 0, as the diagnostic says it.
 ZERO = "its update is zero"
-
-# So many names are given in a line.
-_NAMED = 3
 
 # ε above the floor by more than this share of it is said to be the price of the dtype.
 _VISIBLE = 1e-3
@@ -59,7 +55,7 @@ def extraction_table(
     Returns:
         Lines of text, without a newline at the end.
     """
-    told = answers([*_lines(results, folder), *([("Next", then)] if then else [])], _style)
+    told = answers(_lines(results, folder), usual_style, then)
     return to_text(Group(_table(_rows(results, per), per, width), told) if len(results) else told, width, color)
 
 
@@ -93,7 +89,7 @@ def model_card(results: Results[Extraction], base_name: str, command: str) -> st
             f"# LoRA adapter extracted from {_code(results.run.inputs[-1].path)}",
             "",
             f"The truncated singular value decomposition of ΔW = W_tuned − W_base, {len(results)} weights of "
-            f"{_code(base_name)}, rank {_span(ranks)}, {count(_params(results))} parameters, scaling 1. It keeps "
+            f"{_code(base_name)}, rank {span(ranks)}, {count(_params(results))} parameters, scaling 1. It keeps "
             f"{percent(_kept(results.layers))} of the energy ‖ΔW‖² of these weights and is ε = "
             f"{number(_epsilon(results.layers))} away from them (‖ΔW − BA‖ / ‖ΔW‖, measured on the factors in the "
             f"file); no adapter of these ranks comes nearer than {number(_floor(results.layers))}.",
@@ -126,10 +122,7 @@ def _code(text: str) -> str:
 
 
 def _rows(results: Results[Extraction], per: str) -> list[_Row]:
-    groups: dict[str, list[Extraction]] = {}
-    for record in results:
-        groups.setdefault(module_type_of(record.layer) if per == "type" else record.layer, []).append(record)
-    return [_Row(short(name), tuple(group)) for name, group in groups.items()]
+    return [_Row(*row) for row in rows_of(results, per)]
 
 
 def _table(rows: Sequence[_Row], per: str, width: int) -> Table:
@@ -151,21 +144,16 @@ def _table(rows: Sequence[_Row], per: str, width: int) -> Table:
     dropped = {"n"} if per == "layer" else set()
     dropped |= {column.title for column in columns if set(column.cells) == {"-"}}
     dropped |= set() if width >= WIDE else {"kind", "solver"}
-    shown = [column for column in columns if column.title not in dropped]
-    return table_of("module type" if per == "type" else "layer", [row.name for row in rows], shown, width, _SPARED)
-
-
-def _span(ranks: Sequence[int]) -> str:
-    return str(ranks[0]) if ranks[0] == ranks[-1] else f"{ranks[0]}-{ranks[-1]}"
+    left = [column for column in columns if column.title not in dropped]
+    return table_of(title_of(per), [row.name for row in rows], left, width, _SPARED)
 
 
 def _ranks(row: _Row) -> str:
-    return _span(sorted(record.rank for record in row.records))
+    return span(record.rank for record in row.records)
 
 
 def _moved(row: _Row) -> str:
-    ratios = [record.fro / record.base_fro for record in row.records if record.base_fro]
-    return number(median(ratios)) if ratios else "-"
+    return shown(middle([record.fro / record.base_fro for record in row.records if record.base_fro]))
 
 
 def _signal(row: _Row) -> str:
@@ -202,12 +190,6 @@ def _params(results: Results[Extraction]) -> int:
     return sum(record.params for record in results)
 
 
-def _style(word: str, sentence: str) -> str:
-    if word in {"Warning", "Not measured"}:
-        return "bold red"
-    return "bold yellow" if word == "Resolved?" and not sentence.startswith("yes") else ""
-
-
 def _lines(results: Results[Extraction], folder: str | None) -> list[tuple[str, str]]:
     """Return word and sentence for each line of the summary."""
     lines = [("Compared", "\n".join([*inputs(results.run), *notes(results.run)]))]
@@ -216,11 +198,7 @@ def _lines(results: Results[Extraction], folder: str | None) -> list[tuple[str, 
     if where := _where(results):
         lines.append(("Where", where))
     lines.append(("Not in it", "\n".join(_missing(results)) or "nothing: every tensor that moved is in the adapter"))
-    if failed := [item for item in results.left_out if item.reason == "non_finite"]:
-        lines.append(("Not measured", not_measured(failed)))
-    if results.end is None:
-        lines.append(("Warning", "the run did not finish: these are the layers measured so far"))
-    return lines
+    return [*lines, *last_lines(results)]
 
 
 def _wrote(results: Results[Extraction], folder: str | None) -> str:
@@ -231,7 +209,7 @@ def _wrote(results: Results[Extraction], folder: str | None) -> str:
     more = f" ({tables} of them embeddings)" if tables else ""
     whole = "".join(f"\n{line}" for line in _in_full(results))
     return (
-        f"{to}{len(results)} weights{more}, rank {_span(ranks)}, {count(_params(results))} parameters in {dtype}{whole}"
+        f"{to}{len(results)} weights{more}, rank {span(ranks)}, {count(_params(results))} parameters in {dtype}{whole}"
     )
 
 
@@ -246,8 +224,7 @@ def _in_full(results: Results[Extraction]) -> list[str]:
     names = sorted(rows)
     if not names:
         return []
-    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
-    lines = [f"stored in full: {', '.join(map(short, names[:_NAMED]))}{more}"]
+    lines = [f"stored in full: {named(names)}"]
     if resized:
         sizes = ", ".join(str(size) for size in sorted({rows[name] for name in resized}))
         lines.append(f"before it is loaded: base_model.resize_token_embeddings({sizes})")
@@ -309,7 +286,8 @@ def _where(results: Results[Extraction]) -> str:
     if total == 0:
         return ""
     shares = ", ".join(f"{percent(min(1.0, (norm / total) ** 2))} {words}" for words, norm in norms.items() if norm)
-    return f"of the whole change ‖Δ‖², {shares}"
+    selected = any(item.reason == "not_selected" and item.fro is None for item in results.left_out)
+    return f"of the whole change ‖Δ‖²{' in what was selected' if selected else ''}, {shares}"
 
 
 def _missing(results: Results[Extraction], tip: str = "; --rest save stores them") -> list[str]:
@@ -338,5 +316,4 @@ def _missing(results: Results[Extraction], tip: str = "; --rest save stores them
 
 
 def _names(items: Sequence[LeftOut]) -> str:
-    more = f" and {len(items) - _NAMED} more" if len(items) > _NAMED else ""
-    return f"{', '.join(short(item.layer) for item in items[:_NAMED])}{more}"
+    return named([item.layer for item in items])

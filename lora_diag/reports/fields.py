@@ -7,9 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
+from lora_diag.metrics import pooled
 from lora_diag.planning.evidence import Evidence, Source
+from lora_diag.reports.residual import limits_of
 from lora_diag.reports.subject import EPSILON, labels
 from lora_diag.reports.tracks import tracks
 from lora_diag.results import Allocation, Overlap, Residual, Spectrum
@@ -32,6 +35,8 @@ class Field:
         values: One a layer; None where it does not exist.
         share: Whether it lies in [0, 1].
         main: Whether it is shown before anybody asks for all columns.
+        together: Gives the value of several layers taken as one, by their places, as the command's own table does; None
+            where a median does.
     """
 
     id: str
@@ -41,6 +46,7 @@ class Field:
     values: tuple[Value, ...]
     share: bool = False
     main: bool = False
+    together: Callable[[Sequence[int]], Value] | None = None
 
     @property
     def is_number(self) -> bool:
@@ -58,6 +64,7 @@ class _Kind:
     value: Callable[[Any], Value]
     share: bool = False
     main: bool = False
+    together: Callable[[Sequence[Any]], Value] | None = None
 
 
 def layers_of(evidence: Evidence) -> tuple[str, ...]:
@@ -116,22 +123,22 @@ def _energy(rank: int, main: bool) -> _Kind:
 
 _RESIDUAL = (
     _Kind("rank", "rank", "columns of the adapter's factors; 0 where it leaves the layer alone", lambda r: r.rank),
-    _Kind("epsilon", "ε", f"‖ΔW − X‖/‖ΔW‖. {EPSILON}", lambda r: r.epsilon, main=True),
-    _Kind(
-        "floor",
-        "ε floor",
-        "√(1 − C(r)): the smallest ε that any update of this rank has",
-        lambda r: r.epsilon_min,
-        main=True,
-    ),
+    _Kind("epsilon", "ε", f"‖ΔW − X‖/‖ΔW‖. {EPSILON}", lambda r: r.epsilon, main=True,
+          together=lambda rs: pooled(rs).epsilon),
+    _Kind("floor", "ε floor", "√(1 − C(r)): the smallest ε that any update of this rank has", lambda r: r.epsilon_min,
+          main=True, together=lambda rs: pooled(rs).epsilon_min if _ranked(rs) else None),
     _Kind("excess", "excess", "ε² − floor²: what direction and scale cost", lambda r: r.excess),
-    _Kind(
-        "cosine", "cosine", "of the angle between the adapter's update and the full one", lambda r: r.cosine, main=True
-    ),
+    _Kind("cosine", "cosine", "of the angle between the adapter's update and the full one", lambda r: r.cosine,
+          main=True, together=lambda rs: pooled(rs).cosine),
     _Kind("ratio", "‖X‖/‖ΔW‖", "norm of the adapter's update over that of the full one", lambda r: r.norm_ratio),
     _Kind("scale", "best scale", "factor by which the adapter would come nearest", lambda r: r.best_scale),
-    _Kind("limit", "limited by", "what ε is mostly made of", lambda r: r.limited_by, main=True),
-)
+    _Kind("limit", "limited by", "what ε is mostly made of", lambda r: r.limited_by, main=True, together=limits_of),
+)  # fmt: skip
+
+
+def _ranked(records: Sequence[Residual]) -> bool:
+    """Whether any rank is known: else there is no floor."""
+    return any(record.epsilon_min is not None for record in records)
 
 
 def _residual_fields(evidence: Evidence, layers: Sequence[str]) -> Iterable[Field]:
@@ -186,7 +193,15 @@ def _columns(
 ) -> Iterable[Field]:
     for kind in kinds:
         values = tuple(kind.value(records[layer]) if layer in records else None for layer in layers)
-        yield Field(f"{prefix}.{kind.id}", kind.title, kind.about, group, values, kind.share, kind.main)
+        together = partial(_together, kind.together, records, layers) if kind.together else None
+        yield Field(f"{prefix}.{kind.id}", kind.title, kind.about, group, values, kind.share, kind.main, together)
+
+
+def _together(
+    pool: Callable[[Sequence[Any]], Value], records: Mapping[str, Any], layers: Sequence[str], places: Sequence[int]
+) -> Value:
+    found = [records[layers[place]] for place in places if layers[place] in records]
+    return pool(found) if found else None
 
 
 def _group(sources: Sequence[Source], source: Source) -> str:

@@ -55,7 +55,7 @@ def _more(lines: Sequence[str]) -> str:
 
 
 def _table(evidence: Evidence) -> list[str]:
-    """Return medians by module type of the main columns."""
+    """Return the main columns by module type: ε and cosine of its layers taken together, else medians."""
     layers = sorted(layers_of(evidence), key=place_of)
     groups: dict[str, list[int]] = {}
     for place, layer in enumerate(layers):
@@ -69,17 +69,28 @@ def _table(evidence: Evidence) -> list[str]:
         cells = [_middle(field, places) for field in columns]
         rows.append(f"| {code(name)} | {len(places)} | " + " | ".join(cells) + " |")
     more = f"\n\n*and {len(groups) - ROWS} module types more*" if len(groups) > ROWS else ""
-    return ["## By module type", "\n".join(rows) + more + "\n\nMedians; of words, the most frequent."]
+    return ["## By module type", "\n".join(rows) + more + _how(columns)]
+
+
+def _how(columns: Sequence[Field]) -> str:
+    """Say what a row's values are."""
+    pooled = [field.title for field in columns if field.together is not None and field.is_number]
+    together = f"{', '.join(dict.fromkeys(pooled))}: of all layers of the type taken together. " if pooled else ""
+    return f"\n\n{together}{'Other numbers: medians' if pooled else 'Medians'}; of words, the most frequent."
 
 
 def _middle(field: Field, places: Sequence[int]) -> str:
+    if field.together is not None:
+        value = field.together(places)
+        return "" if value is None else number(value) if isinstance(value, float) else _text(str(value))
     known = [value for place in places if (value := field.values[place]) is not None]
     if not known:
         return ""
     if all(isinstance(value, int) for value in known):
         # As the table of ``spectrum``: a rank that is missing lies beyond the values kept.
         ordered = sorted(known) + [None] * (len(places) - len(known))
-        return str(ordered[len(places) // 2] or "beyond")
+        middle = ordered[len(places) // 2]
+        return "beyond" if middle is None else str(middle)
     if field.is_number:
         return number(median(value for value in known if isinstance(value, float | int)))
     return _text(str(max(sorted(set(known), key=str), key=known.count)))

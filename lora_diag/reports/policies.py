@@ -7,11 +7,10 @@ from statistics import median
 
 from rich.console import Group
 
-from lora_diag.reports.columns import Column, table_of
+from lora_diag.reports.columns import Column, rows_of, table_of, title_of
 from lora_diag.reports.lines import answers
-from lora_diag.reports.text import short, to_text
+from lora_diag.reports.text import short, span, to_text
 from lora_diag.results.allocation import Policies
-from lora_diag.results.names import module_type_of
 
 # So many layers are named in a sentence.
 _NAMED = 3
@@ -26,20 +25,16 @@ def policies_table(records: Sequence[Policies], width: int = 80, color: bool = F
         color: Whether to use ANSI colours.
         per: ``type`` for medians over a module type, ``layer`` for one row a layer.
     """
-    groups: dict[str, list[Policies]] = {}
-    for record in records:
-        name = module_type_of(record.layer) if per == "type" else record.layer
-        groups.setdefault(name, []).append(record)
-    names = list(records[0].ranks)
+    rows = rows_of(records, per)
+    rules = list(records[0].ranks)
 
-    def cell(name: str, group: Sequence[Policies]) -> str:
-        known = [rank for record in group if (rank := record.ranks[name]) is not None]
+    def cell(rule: str, group: Sequence[Policies]) -> str:
+        known = [rank for record in group if (rank := record.ranks[rule]) is not None]
         return f"{median(known):.0f}" if len(known) == len(group) else "-"
 
-    columns = [Column(name, tuple(cell(name, group) for group in groups.values())) for name in names]
-    columns.insert(0, Column("of", tuple(_one([min(r.shape) for r in group]) for group in groups.values())))
-    title = "module type" if per == "type" else "layer"
-    table = table_of(title, [short(name) for name in groups], columns, width, ("of",))
+    columns = [Column(rule, tuple(cell(rule, group) for _, group in rows)) for rule in rules]
+    columns.insert(0, Column("of", tuple(span(min(record.shape) for record in group) for _, group in rows)))
+    table = table_of(title_of(per), [name for name, _ in rows], columns, width, ("of",))
     return to_text(Group(table, answers(_disagreements(records))), width, color)
 
 
@@ -80,7 +75,3 @@ def _disagreements(records: Sequence[Policies]) -> list[tuple[str, str]]:
 def _beyond_signal(record: Policies) -> bool:
     energy, signal = record.ranks["energy 90%"], record.ranks["signal"]
     return energy is not None and signal is not None and energy > signal
-
-
-def _one(sizes: Sequence[int]) -> str:
-    return str(sizes[0]) if len(set(sizes)) == 1 else f"{min(sizes)}-{max(sizes)}"

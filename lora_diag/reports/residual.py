@@ -13,20 +13,16 @@ from rich.table import Table
 from rich.text import Text
 
 from lora_diag.metrics import Distances, pooled
-from lora_diag.reports.columns import Column, table_of
-from lora_diag.reports.lines import answers, called, inputs, left_out_line, not_measured, notes
-from lora_diag.reports.text import number, percent, short, to_text
+from lora_diag.reports.columns import Column, rows_of, table_of, title_of
+from lora_diag.reports.lines import answers, called, inputs, last_lines, left_out_line, notes, usual_style
+from lora_diag.reports.text import middle, named, percent, safe, shown, span, to_text
 from lora_diag.results import Agreement, Residual, Results
-from lora_diag.results.names import module_type_of
 
 # What limits a layer, in the order of the table.
 _LIMITS = ("rank", "scale", "direction", "noise", "exact", "not adapted", None)
 
 # Which columns go first where there is too little room.
 _SPARED = ("ε at best", "best scale", "row space", "col space", "C^½ floor", "in C^½", "n")
-
-# So many layers are named in a sentence.
-_NAMED = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +53,7 @@ def residual_table(
     for name, records in _by_adapter(results):
         parts += [Text(f"{name}, {records[0].role}, against TUNED", style="bold")]
         parts += [_table(_rows(records, per), width, per)]
-    parts.append(answers([*residual_lines(results), *([("Next", then)] if then else [])], _style))
+    parts.append(answers(residual_lines(results), usual_style, then))
     return to_text(Group(*parts), width, color)
 
 
@@ -70,10 +66,7 @@ def _by_adapter(results: Results[Residual]) -> list[tuple[str, list[Residual]]]:
 
 
 def _rows(records: Sequence[Residual], per: str) -> list[_Row]:
-    groups: dict[str, list[Residual]] = {}
-    for record in records:
-        groups.setdefault(module_type_of(record.layer) if per == "type" else record.layer, []).append(record)
-    rows = [_Row(short(name), tuple(group), pooled(group)) for name, group in groups.items()]
+    rows = [_Row(name, group, pooled(group)) for name, group in rows_of(records, per)]
     return sorted(rows, key=lambda row: (_LIMITS.index(_most(row.records)), -_gap(row.records)))
 
 
@@ -92,7 +85,7 @@ def _most(records: Sequence[Residual]) -> str | None:
 def _table(rows: Sequence[_Row], width: int, per: str) -> Table:
     total = math.hypot(*(_gap(row.records) for row in rows)) or 1.0
     columns = _columns(rows, total, per)
-    return table_of("module type" if per == "type" else "layer", [row.name for row in rows], columns, width, _SPARED)
+    return table_of(title_of(per), [row.name for row in rows], columns, width, _SPARED)
 
 
 def _columns(rows: Sequence[_Row], total: float, per: str) -> list[Column]:
@@ -102,18 +95,18 @@ def _columns(rows: Sequence[_Row], total: float, per: str) -> list[Column]:
     columns = [
         column("n", lambda row: str(len(row.records))),
         column("r", _rank),
-        column("ε", lambda row: _shown(row.found.epsilon)),
-        column("floor", lambda row: _shown(row.found.epsilon_min if _has_floor(row) else None)),
-        column("cosine", lambda row: _shown(row.found.cosine)),
-        column("‖X‖/‖ΔW‖", lambda row: _shown(row.found.norm_ratio)),
+        column("ε", lambda row: shown(row.found.epsilon)),
+        column("floor", lambda row: shown(row.found.epsilon_min if _has_floor(row) else None)),
+        column("cosine", lambda row: shown(row.found.cosine)),
+        column("‖X‖/‖ΔW‖", lambda row: shown(row.found.norm_ratio)),
         column("of ε²", lambda row: percent((_gap(row.records) / total) ** 2)),
         column("col space", lambda row: _agreement([r.column_space for r in row.records])),
         column("row space", lambda row: _agreement([r.row_space for r in row.records])),
-        column("best scale", lambda row: _shown(row.found.best_scale)),
-        column("ε at best", lambda row: _shown(row.found.epsilon_best_scale)),
-        column("ε in C^½", lambda row: _middle([r.data.epsilon for r in row.records if r.data])),
-        column("C^½ floor", lambda row: _middle([r.data.epsilon_min for r in row.records if r.data])),
-        Column("limited by", tuple(_limits(row) for row in rows), "left"),
+        column("best scale", lambda row: shown(row.found.best_scale)),
+        column("ε at best", lambda row: shown(row.found.epsilon_best_scale)),
+        column("ε in C^½", lambda row: shown(middle([r.data.epsilon for r in row.records if r.data]))),
+        column("C^½ floor", lambda row: shown(middle([r.data.epsilon_min for r in row.records if r.data]))),
+        Column("limited by", tuple(limits_of(row.records) for row in rows), "left"),
     ]
     without_data = all(record.data is None for row in rows for record in row.records)
     dropped = {"n"} if per == "layer" else set()
@@ -121,24 +114,12 @@ def _columns(rows: Sequence[_Row], total: float, per: str) -> list[Column]:
     return [column for column in columns if column.title not in dropped]
 
 
-def _shown(value: float | None) -> str:
-    return "-" if value is None else number(value)
-
-
-def _middle(values: Sequence[float | None]) -> str:
-    known = [value for value in values if value is not None]
-    return number(median(known)) if known else "-"
-
-
 def _has_floor(row: _Row) -> bool:
     return any(record.epsilon_min is not None for record in row.records)
 
 
 def _rank(row: _Row) -> str:
-    ranks = sorted({record.rank for record in row.records if record.rank is not None})
-    if not ranks:
-        return "-"
-    return str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]}-{ranks[-1]}"
+    return span(record.rank for record in row.records if record.rank is not None)
 
 
 def _agreement(spaces: Sequence[Agreement | None]) -> str:
@@ -149,22 +130,20 @@ def _agreement(spaces: Sequence[Agreement | None]) -> str:
     return f"{median(s.overlap for s in known):.2f} ({median(s.random for s in known):.2f})"
 
 
-def _limits(row: _Row) -> str:
-    counts = Counter(record.limited_by or "-" for record in row.records)
+def limits_of(records: Sequence[Residual]) -> str:
+    """Say what limits several layers: the word, or each with its number of layers where they differ."""
+    counts = Counter(record.limited_by or "-" for record in records)
     if len(counts) == 1:
         return next(iter(counts))
     return ", ".join(f"{word} {number_of}" for word, number_of in counts.most_common())
 
 
-def _style(word: str, sentence: str) -> str:
-    if word in {"Warning", "Not measured"}:
-        return "bold red"
-    return "bold yellow" if word == "Resolved?" and not sentence.startswith("yes") else ""
-
-
 def residual_lines(results: Results[Residual]) -> list[tuple[str, str]]:
     """Return word and sentence for each line of the summary."""
     lines = [("Compared", "\n".join([*inputs(results.run), *notes(results.run)]))]
+    if len(results.run.inputs) > 1 and (tuned := results.run.inputs[1]).role == "adapter":
+        against = f"{safe(tuned.path)}, which stands in the place of TUNED, is an adapter and no full fine-tune"
+        lines.append(("Mind", f"{against}: ε is measured against its update. The order is BASE TUNED ADAPTER..."))
     groups = _by_adapter(results)
     adapters = [(name, records) for name, records in groups if records[0].role == "adapter"]
     if adapters:
@@ -174,11 +153,7 @@ def residual_lines(results: Results[Residual]) -> list[tuple[str, str]]:
     if groups:
         lines += [("Resolved?", _resolved(groups[0][1])), ("Read it so", _reading(groups))]
     lines.append(("Left out", left_out_line(results.left_out)))
-    if failed := [item for item in results.left_out if item.reason == "non_finite"]:
-        lines.append(("Not measured", not_measured(failed)))
-    if results.end is None:
-        lines.append(("Warning", "the run did not finish: these are the layers measured so far"))
-    return lines
+    return [*lines, *last_lines(results)]
 
 
 def _distance(records: Sequence[Residual]) -> str:
@@ -189,10 +164,10 @@ def _distance(records: Sequence[Residual]) -> str:
     if not acting:
         return "changes nothing that TUNED changes: ε = 1"
     there = pooled(acting)
-    parts = [f"ε = {_shown(whole.epsilon)} for the whole model"]
+    parts = [f"ε = {shown(whole.epsilon)} for the whole model"]
     if len(acting) < len(records) and there.epsilon is not None:
-        parts.append(f"{_shown(there.epsilon)} where it acts")
-    parts.append(f"it moves {_shown(there.norm_ratio)} times as far there, with cosine {_shown(there.cosine)}")
+        parts.append(f"{shown(there.epsilon)} where it acts")
+    parts.append(f"it moves {shown(there.norm_ratio)} times as far there, with cosine {shown(there.cosine)}")
     return "; ".join(parts)
 
 
@@ -224,10 +199,8 @@ def _low_rank(records: Sequence[Residual]) -> str:
     if not bound:
         return f"rank limits no layer, though {out_of_reach} of ‖ΔW‖² is beyond the rank that its layers have"
     cost = percent((math.hypot(*(record.floor for record in bound)) / total) ** 2)
-    worst = sorted(bound, key=lambda record: -record.floor)[:_NAMED]
-    named = ", ".join(short(record.layer) for record in worst)
-    more = f" and {len(bound) - len(worst)} more" if len(bound) > len(worst) else ""
-    return f"dominates in {len(bound)} of {len(ranked)} layers, at the cost of {cost} of ‖ΔW‖²: {named}{more}"
+    worst = named([record.layer for record in sorted(bound, key=lambda record: -record.floor)])
+    return f"dominates in {len(bound)} of {len(ranked)} layers, at the cost of {cost} of ‖ΔW‖²: {worst}"
 
 
 def _resolved(records: Sequence[Residual]) -> str:
@@ -253,8 +226,8 @@ def _reading(groups: Sequence[tuple[str, list[Residual]]]) -> str:
             found = pooled(records)
             spaces = [record.column_space for record in records], [record.row_space for record in records]
             lines.append(
-                f"another full fine-tune, {name}, is ε = {_shown(found.epsilon)} away with cosine "
-                f"{_shown(found.cosine)}; its top directions overlap {_agreement(spaces[0])} in the column space "
+                f"another full fine-tune, {name}, is ε = {shown(found.epsilon)} away with cosine "
+                f"{shown(found.cosine)}; its top directions overlap {_agreement(spaces[0])} in the column space "
                 f"and {_agreement(spaces[1])} in the row space (in brackets: random ones)"
             )
             lines += [_judged(other, pooled(theirs), found) for other, theirs in groups if theirs[0].role == "adapter"]
@@ -272,4 +245,4 @@ def _judged(name: str, adapter: Distances, reference: Distances) -> str:
         return f"{name} has no distance to judge"
     nearer = "no farther away than that" if adapter.epsilon <= reference.epsilon else "farther away than that"
     turned = "no more turned" if adapter.cosine >= reference.cosine else "more turned"
-    return f"{name} is {nearer} (ε = {_shown(adapter.epsilon)}) and {turned} (cosine {_shown(adapter.cosine)})"
+    return f"{name} is {nearer} (ε = {shown(adapter.epsilon)}) and {turned} (cosine {shown(adapter.cosine)})"

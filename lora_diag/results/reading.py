@@ -87,7 +87,8 @@ def read_lines(path: Path) -> tuple[list[AnyRecord], int]:
     """
     try:
         if os.path.exists(path) and not path.is_file():  # noqa: PTH110  (unlike Path.exists(), takes any name)
-            raise InputError(f"{path}: is not a regular file")
+            what = "is a folder" if path.is_dir() else "is not a regular file"
+            raise InputError(f"{path}: {what}; a results file is wanted here, as -o FILE writes it")
         content = path.read_bytes()
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from error

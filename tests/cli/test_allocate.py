@@ -25,9 +25,19 @@ def test_the_table_fits_the_terminal_and_says_what_is_kept(loradiag, measured, c
     ran = loradiag("allocate", measured, "--params", "50k", "--per", per, env={"COLUMNS": columns})
     assert (ran.code, ran.err) == (0, "")
     assert max(map(len, ran.out.splitlines())) <= int(columns)
+    if per == "type":
+        places = [ran.out.index(f" {name} ") for name in ("self_attn.q_proj", "self_attn.o_proj", "mlp.down_proj")]
+        assert places == sorted(places)
     for word in ("by uniform", "Budget", "49,984 of 50,000", "Keeps", "29.17%", "ε_min", "uniform r=5", "+3.38 points"):
         assert word in " ".join(ran.out.split())
     assert "adapter_config.json" in ran.out
+
+
+def test_a_share_of_what_was_not_measured_is_not_claimed(loradiag, tmp_path):
+    base, tuned = ROOT / "sample_checkpoints/base", ROOT / "sample_checkpoints/full_ft"
+    lora_diag.spectrum(base, tuned, exclude="lm_head", output=tmp_path / "s.jsonl")
+    told = " ".join(loradiag("allocate", "s.jsonl", "--params", "50k").out.split())
+    assert "of the whole change ‖Δ‖² in what was measured lies there" in told
 
 
 def test_a_small_gain_is_called_one(loradiag, tmp_path):

@@ -59,6 +59,16 @@ def test_the_adapter_the_table_and_the_card(loradiag, pair_of_models, tmp_path):
     assert "loradiag extract" in card
 
 
+def test_rows_stand_as_in_every_table_and_shares_are_of_what_was_selected(loradiag, pair_of_models):
+    base, tuned, *_ = pair_of_models
+    shown = loradiag("extract", base, tuned, "--rank", "3", "-o", "all").out
+    places = [shown.index(f"\n {name} ") for name in ("self_attn.q_proj", "self_attn.k_proj", "mlp.up_proj", "lm_head")]
+    assert places == sorted(places)
+    assert "of the whole change ‖Δ‖², " in " ".join(shown.split())
+    some = " ".join(loradiag("extract", base, tuned, "--rank", "3", "--layers", "q_proj", "-o", "some").out.split())
+    assert "of the whole change ‖Δ‖² in what was selected, " in some
+
+
 def test_extract_then_spectrum_then_residual(loradiag, pair_of_models, tmp_path):
     """The adapter's singular values are the r largest of the update, and its distance is the smallest possible."""
     base, tuned, *_ = pair_of_models

@@ -88,6 +88,12 @@ def test_a_mistake_in_the_policy_is_one_line_with_its_place(loradiag, results, p
     assert re.fullmatch(r"error: p\.toml: line 8: 'energy\.16 >= 90': .* between 0 and 1.*\n", ran.err)
 
 
+def test_results_in_the_place_of_the_policy_are_called_so(loradiag, results):
+    ran = loradiag("gate", "r.jsonl", "r.jsonl")
+    assert (ran.code, ran.out) == (2, "")
+    assert "r.jsonl: holds results and is no policy; the order is: loradiag gate POLICY RESULTS..." in ran.err
+
+
 def test_json_is_verdicts_alone_and_equals_the_file_and_inspect_shows_it_again(loradiag, results, policy, tmp_path):
     name = policy(0.08)
     ran = loradiag("gate", name, "r.jsonl", "--json", "-o", "v.jsonl")

@@ -16,6 +16,8 @@ def test_the_tables_fit_the_terminal(loradiag, columns):
     ran = loradiag("plan", BASE, "--params", "100k", env={"COLUMNS": columns})
     assert (ran.code, ran.err) == (0, "")
     assert max(map(len, ran.out.splitlines())) <= int(columns)
+    places = [ran.out.index(f" {name} ") for name in ("self_attn.q_proj", "mlp.gate_proj", "mlp.down_proj", "lm_head")]
+    assert places == sorted(places)
     for word in ("q_proj", "full fine-tune", "LoRA r=16", "AdamW", "+ FLOPs", "Budget", "allow r ≤ 10", "Next"):
         assert word in ran.out
 

@@ -37,6 +37,13 @@ def test_inspect_shows_it_again_and_json_is_records(loradiag, tmp_path):
     assert "layers.0.mlp.up_proj " in loradiag("inspect", "r.jsonl", "--per", "layer", env={"COLUMNS": "140"}).out
 
 
+def test_an_adapter_in_the_place_of_the_fine_tune_is_told(loradiag):
+    told = " ".join(loradiag("residual", BASE, R4, TUNED, "--layers", r"layers\.0\..*q_proj").out.split())
+    assert "lora_r4, which stands in the place of TUNED, is an adapter and no full fine-tune" in told
+    assert "The order is BASE TUNED ADAPTER" in told
+    assert "The order" not in loradiag("residual", BASE, TUNED, R4, "--layers", r"layers\.0\..*q_proj").out
+
+
 def test_rows_stand_in_the_order_of_what_limits_them(loradiag):
     out = loradiag("residual", BASE, TUNED, R4).out
     limits = [line.split()[-1] for line in out.splitlines() if re.match(r" \S+ +\d+ ", line)]

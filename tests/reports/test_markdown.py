@@ -44,6 +44,29 @@ def test_ranks_beyond_the_values_kept_are_not_hidden():
     assert "| beyond |" in markdown_report(evidence(spectra([*cut, known])))
 
 
+def test_a_rank_of_zero_is_zero():
+    silent = spectrum(names(1, ("q_proj",))[0], decay(64, 0.5))
+    silent = silent.model_copy(update={"resolution": silent.resolution.model_copy(update={"signal_rank": 0})})
+    text = markdown_report(evidence(spectra([silent])))
+    assert "| 0 | resolved |" in text
+    assert "beyond" not in text
+
+
+def test_the_adapter_is_told_of_all_layers_of_a_type_together_as_residual_tells_it():
+    far = residual("model.layers.0.q_proj.weight", 8, 0.9, fro=9.0, scale=0.5, limited_by="scale")
+    near = residual("model.layers.1.q_proj.weight", 8, 0.2, fro=1.0)
+    whole = far.fro**2 + near.fro**2
+    epsilon, floor = (
+        (sum((getattr(record, name) * record.fro) ** 2 for record in (far, near)) / whole) ** 0.5
+        for name in ("epsilon", "epsilon_min")
+    )
+    inner = sum(record.cosine * record.norm_ratio * record.fro**2 for record in (far, near))
+    cosine = inner / (whole * sum(record.adapter_fro**2 for record in (far, near))) ** 0.5
+    text = markdown_report(evidence(residuals([far, near])))
+    assert f"| `q_proj` | 2 | {epsilon:.3g} | {floor:.3g} | {cosine:.3g} | scale 1, rank 1 |" in text
+    assert "ε, ε floor, cosine: of all layers of the type taken together" in text
+
+
 def test_every_part_is_there():
     text = markdown_report(evidence(*small()))
     for part in ("Is the update low-rank?", "Can the files show it?", "What limits the adapter?", "## By module type",

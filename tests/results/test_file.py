@@ -307,3 +307,8 @@ def test_a_pipe_is_refused_and_not_waited_for(tmp_path):
     assert not is_results_file(tmp_path / "pipe.jsonl")
     with pytest.raises(InputError, match="not a regular file"):
         read_results(tmp_path / "pipe.jsonl")
+
+
+def test_a_folder_in_the_place_of_results_is_called_one(tmp_path):
+    with pytest.raises(InputError, match="is a folder; a results file is wanted here"):
+        read_results(tmp_path)

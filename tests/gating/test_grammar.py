@@ -72,7 +72,7 @@ def test_the_share_of_layers_counts_them(words):
         ("epsilon <= 1e999", "too large"),
         ("epsilon <= '0.3'", "is a number"),
         ("epsilom <= 3", "did you mean 'epsilon'"),
-        ("energy <= 0.5", "not one value"),
+        ("rank_at <= 64", "not one value"),
         ("tail.8 <= 0.5", "not one value"),
         ("s <= 0.5", "not one value"),
         ("nothing.like.it <= 1", "no record has a field"),

@@ -231,6 +231,17 @@ def test_a_planted_fault_is_found_and_named(merges, name, dtype, size):
     assert re.search(words, results[layer].cause), results[layer].cause
 
 
+def test_one_entry_off_by_what_coarse_arithmetic_allows_is_not_right(merges):
+    merged = merges(torch.float32, 0.02)
+    sizes = merged.delta(UP).abs().view(-1)
+
+    def change(before, after):
+        after[UP].view(-1)[sizes.argmax()].add_(0.005 * float(sizes.max()))
+
+    record = verified(merged, merged.spoil(change, "one entry a little"))[UP]
+    assert (record.status, record.differing) == ("other", 1)
+
+
 def test_another_base_is_told_from_a_wrong_update(merges):
     merged = merges(torch.bfloat16, 0.02)
     torch.manual_seed(0)

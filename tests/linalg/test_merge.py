@@ -206,3 +206,27 @@ def test_an_entry_that_is_not_finite_is_named(side, bad):
     empty = Product(torch.zeros(2, 0, dtype=torch.float64), torch.zeros(0, 3, dtype=torch.float64))
     found = check_merge([(*sides, None)], (2, 3), empty, rounding_of(torch.float32))
     assert found.non_finite == f"{side} holds nan at [1, 2]"
+
+
+@pytest.mark.parametrize("factor", [1.0, 1.05, 0.95])
+def test_a_scale_that_every_single_entry_allows_is_told_from_all_of_them(factor):
+    """With r = 512, |B||A| is 14 times |ΔW|, and the bound for factors that were cast lets 5% pass everywhere."""
+    rng = np.random.default_rng(0)
+    w = bf16_of_float64(rng.standard_normal((96, 96)) * 0.02)
+    b, a = rng.standard_normal((96, 512)) * 0.05, rng.standard_normal((512, 96)) * 0.1
+    for change in (b @ a, bf16_of_float64(b) @ bf16_of_float64(a)):
+        found = counted(torch.bfloat16, w, bf16_of_float64(w + factor * change), b, a)
+        assert found.count == 0
+        assert found.drifted == (factor != 1.0)
+
+
+@settings(deadline=None, max_examples=100)
+@given(problems(), st.sampled_from(PATHS), st.sampled_from([0.5, 1.0, 2.5, 11.313708498984761]))
+def test_no_right_merge_drifts(problem, path, s):
+    dtype, w, b, a = problem
+    assert not counted(dtype, w, merged(path, dtype, w, b, a, s), b, a, s).drifted
+
+
+def test_numbers_below_the_normal_ones_do_not_say_which_dtype_was_merged_in():
+    small = (torch.randn(1000, generator=torch.Generator().manual_seed(0)) * 1e-7).half()
+    assert held_dtype(small) == torch.float16

@@ -10,7 +10,8 @@ from lora_diag.results.base import Record, Share
 class Overlap(Record):
     """Which part of one layer's gradient G lies in the top-r singular subspaces (U, V) of an update.
 
-    Every share is of ‖G‖_F, lies in [0, 1] and is null for a zero gradient; 0 ≤ κ ≤ one-sided ≤ tangent ≤ 1.
+    Every share is of ‖G‖_F, lies in [0, 1] and is null for a zero gradient; 0 ≤ κ ≤ one-sided ≤ tangent ≤ 1. U and V
+    are sides of the matrix as stored: where that is ``(in, out)`` (GPT-2's Conv1D), A and B below change places.
 
     Args:
         layer: The weight's name in BASE.

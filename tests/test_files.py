@@ -42,8 +42,13 @@ def test_what_cannot_be_written_is_one_message_and_leaves_nothing(tmp_path, name
 def test_an_interrupted_writer_leaves_the_old_file(tmp_path):
     path = tmp_path / "a.txt"
     path.write_text("old")
-    with pytest.raises(KeyboardInterrupt), replacing(path) as beside:
-        beside.write_text("half")
-        raise KeyboardInterrupt
+
+    def interrupted():
+        with replacing(path) as beside:
+            beside.write_text("half")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
     assert path.read_text() == "old"
     assert names(tmp_path) == ["a.txt"]

@@ -41,9 +41,9 @@ class Stack(Record):
 
     Args:
         steps: The steps t.
-        side: ``right`` if ``s`` are the roots of the eigenvalues of ΣG_tᵀG_t (in × in), ``left`` of ΣG_tG_tᵀ (out × out):
-            the smaller of the two.
-        other_energy: Energy shares of the other side; null where it was not computed. With one step both are the same.
+        side: ``right`` if ``s`` are the roots of the eigenvalues of ΣG_tᵀG_t (in × in), ``left`` if of ΣG_tG_tᵀ
+            (out × out): the smaller of the two.
+        other_energy: Energy shares of the other side; null where it was not computed. With one step both are equal.
         other_rank_at: Ranks at the thresholds, likewise.
     """
 

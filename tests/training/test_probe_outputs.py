@@ -11,6 +11,7 @@ import transformers
 import lora_diag
 import lora_diag.training.outputs
 from lora_diag.errors import UsageError
+from lora_diag.reports.tables import table
 from lora_diag.results import read_results
 from tests.training.making import SAMPLES, gpt2, moved, some_text
 
@@ -111,6 +112,18 @@ def test_a_set_that_is_finished_is_not_run_again(tmp_path):
     assert len(run(cut, resume=True)) == 3
     assert cut.read_text() == whole.read_text()
     assert read_results(cut).end is not None
+
+
+def test_a_reference_is_the_yardstick_of_distances(tmp_path):
+    base, text = gpt2(tmp_path / "base"), some_text(tmp_path)
+    tuned = moved(base, tmp_path / "tuned")
+    near, far, third = (
+        moved(tuned, tmp_path / name, size) for name, size in (("near", 0.01), ("far", 0.5), ("third", 0.1))
+    )
+    shown = table(lora_diag.probe_outputs(base, tuned, [near, far], reference=third, evaluate=[text]))
+    assert "third (reference)" in shown
+    assert "1 of 2 adapters are as near to TUNED as the reference is" in " ".join(shown.split())
+    assert "Yardstick" not in shown
 
 
 def test_nothing_to_compare_or_one_thing_twice_is_refused(tmp_path):

@@ -13,7 +13,7 @@ from lora_diag.deltas import FactoredDelta
 from lora_diag.diagnostics.merging import Pair, factor_merges, ties_merge
 from lora_diag.diagnostics.parts import InterferenceSettings, Part, Several, within
 from lora_diag.diagnostics.spectrum import THRESHOLDS, record_of
-from lora_diag.linalg import Factors, decompose, decompose_factored
+from lora_diag.linalg import Factors, decompose, decompose_factored, numerical_rank
 from lora_diag.linalg.factors import ZERO_DENSE, ZERO_FACTORED
 from lora_diag.linalg.stacked import Matrix, total
 from lora_diag.metrics import energy_curve, noise_edge, rank_at, signal_rank, verdict
@@ -135,7 +135,8 @@ def _together(
     for part in moved:
         core = ((factors.u.T @ part.u) * part.s.to(factors.u.device)) @ (part.v.T @ factors.vh.T)
         kept.append((core**2).cumsum(0).cumsum(1).diagonal().cpu() / (part.s**2).sum())
-    weakest = torch.stack(kept).min(0).values.clamp(max=1.0).numpy()
+    # Beyond the rank of S its vectors point anywhere, and an adapter for S has no columns.
+    weakest = torch.stack(kept).min(0).values.clamp(max=1.0).numpy()[: numerical_rank(factors)]
     aligned = _alignment_rank(factors)
     alignments = [math.sqrt(within(factors.u[:, :aligned], part)) for part in moved]
     return {

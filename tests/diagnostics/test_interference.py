@@ -287,6 +287,24 @@ def test_opposite_updates_cancel_and_no_rank_keeps_both(tmp_path):
 # ---- chance
 
 
+def test_a_sum_whose_directions_do_not_hold_every_update_has_no_rank_for_all(tmp_path):
+    """Stored side by side in one row space each: the sum is u(a + b)ᵀ, and beyond it its vectors are rounding."""
+    rng = np.random.default_rng(5)
+    u, a, b = orthonormal(rng, 24, 1), *np.split(orthonormal(rng, 20, 2), 2, axis=1)
+    zero = {LAYER: np.zeros((24, 20))}
+    folders = [
+        save_model(tmp_path / name, {key: torch.tensor(value, dtype=torch.float32) for key, value in held.items()})
+        for name, held in (("base", zero), ("one", {LAYER: u @ a.T}), ("two", {LAYER: u @ b.T}))
+    ]
+    for found in (
+        lora_diag.interference(folders[1:], base=folders[0]),
+        lora_diag.interference(adapters(tmp_path, [(u, a.T), (u, b.T)])),
+    ):
+        ((record,),) = records(found)[1:]
+        assert record.rank_for_all == {"0.9": None, "0.95": None, "0.99": None}
+        assert record.weakest_kept["0.9"] == pytest.approx(0.5, abs=1e-6)
+
+
 def test_random_updates_meet_their_baselines(tmp_path):
     """Means over 60 pairs of random directions, within four standard errors of what is said of chance."""
     rng = np.random.default_rng(7)

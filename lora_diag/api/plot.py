@@ -12,6 +12,9 @@ from lora_diag.errors import InputError, NothingComparedError, UsageError
 from lora_diag.files import write_whole
 from lora_diag.results import Results, read_results
 
+# The command of a kind of record, where they are not called the same.
+_COMMANDS = {"allocation": "allocate", "union": "interference", "fleet": "spectrum --adapters"}
+
 
 @dataclass(frozen=True, slots=True)
 class Drawn:
@@ -22,7 +25,7 @@ class Drawn:
         shows: One line on what it shows.
         path: Its file; None if it was not drawn.
         reason: Why it was not drawn; empty if it was.
-        needs: The command whose records it draws; empty for any.
+        needs: The kind of record it draws; empty for any.
     """
 
     name: str
@@ -52,7 +55,7 @@ def plot(
         figure: Which one; ``all``, or None for all into a folder and into a file the first that the records allow.
         labels: What each of ``results`` is called.
         field: Of the heat map: the dotted name of any number in the records, such as ``energy.16``.
-        rank: Of ``overlap``, where several ranks were measured.
+        rank: Of ``overlap`` and ``angles``, where several ranks were measured.
         per: ``layer``, or ``type`` for all layers of a module type together.
         width: ``column`` (3.3 in, 7 pt) or ``slide`` (10 in, 12.5 pt).
         format: Of the files in a folder: ``png`` (the default), ``svg`` or ``pdf``.
@@ -138,8 +141,8 @@ def _check_options(figure: str | None, field: str | None, rank: int | None) -> N
     """
     if field is not None and figure not in {None, "all", "heatmap"}:
         raise UsageError(f"field {field}: is for the heat map; {figure} has its own quantity")
-    if rank is not None and figure not in {None, "all", "overlap", "heatmap"}:
-        raise UsageError(f"rank {rank}: is for overlap; {figure} shows the ranks that it finds")
+    if rank is not None and figure not in {None, "all", "overlap", "angles", "heatmap"}:
+        raise UsageError(f"rank {rank}: is for overlap and angles; {figure} shows the ranks that it finds")
 
 
 def _selected(results: Results[Any], layers: str | None) -> Results[Any]:
@@ -152,7 +155,8 @@ def _selected(results: Results[Any], layers: str | None) -> Results[Any]:
 
 
 def _way_out(needs: str, reason: str) -> str:
-    return f"; loradiag {needs} measures them" if needs and reason.startswith("no ") else ""
+    made_by = _COMMANDS.get(needs, needs)
+    return f"; loradiag {made_by} measures them" if needs and reason.endswith(f"{needs} records") else ""
 
 
 def _write(path: Path, content: bytes) -> None:

@@ -22,6 +22,9 @@ _MADE_BY = {
     "residual": "loradiag residual BASE TUNED ADAPTER -o residual.jsonl",
     "overlap": "loradiag overlap BASE TUNED GRADIENTS -o overlap.jsonl",
     "allocation": "loradiag allocate spectrum.jsonl --params 10M -o allocation.jsonl",
+    "interference": "loradiag interference BASE TUNED TUNED -o interference.jsonl",
+    "union": "loradiag interference BASE TUNED TUNED -o interference.jsonl",
+    "fleet": "loradiag spectrum --adapters 'adapters/**' -o fleet.jsonl",
 }
 
 
@@ -35,6 +38,9 @@ class Figure(StrEnum):
     residual = "residual"
     overlap = "overlap"
     allocation = "allocation"
+    angles = "angles"
+    union = "union"
+    fleet = "fleet"
 
 
 class Width(StrEnum):
@@ -68,7 +74,9 @@ def plot(
     field: Annotated[
         str | None, typer.Option(metavar="FIELD", help="Of the heat map: any number, such as energy.16 or fro.")
     ] = None,
-    rank: Annotated[int | None, typer.Option(metavar="R", help="Of overlap, where several were measured.")] = None,
+    rank: Annotated[
+        int | None, typer.Option(metavar="R", help="Of overlap and angles, where several were measured.")
+    ] = None,
     per: Annotated[
         options.Per, typer.Option(help="One line or bar a layer, or all layers of a module type together.")
     ] = options.Per.layer,
@@ -77,7 +85,7 @@ def plot(
     layers: options.Layers = None,
     quiet: options.Quiet = False,
 ) -> None:
-    """Figures for a paper or a slide: energy curves, spectra, heat maps, residuals, overlap, allocation.
+    """Figures for a paper or a slide: energy curves, spectra, heat maps, residuals, overlap, allocation, fleets.
 
     Example: loradiag plot a.jsonl b.jsonl --label "full" --label "LoRA" --figure energy -o energy.pdf
     """

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal, Protocol
 
 import numpy as np
 
@@ -18,6 +19,37 @@ USED, SPIKED = 0.5, 0.9
 # Norms stand out that are so many robust standard deviations from the median of the logarithms, and a factor of two.
 DEVIATIONS, FACTOR = 3.5, 2.0
 _TO_SIGMA = 1.4826
+
+Oddity = Literal["dead", "over-ranked", "spiked", "norm"]
+
+
+class Adapter(Protocol):
+    """What has to be known of an adapter to say whether it stands out: as the record ``Fleet`` has it."""
+
+    @property
+    def dead(self) -> int:
+        """How many of its updates are zero."""
+        ...
+
+    @property
+    def rank(self) -> int | None:
+        """The largest rank of its factors."""
+        ...
+
+    @property
+    def fro(self) -> float:
+        """Its norm."""
+        ...
+
+    @property
+    def used(self) -> float | None:
+        """Which share of its rank 99% of the energy needs."""
+        ...
+
+    @property
+    def spike(self) -> float | None:
+        """Which share of the energy is in the largest directions."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,3 +119,18 @@ def norm_outliers(norms: Sequence[float]) -> list[float | None]:
         round(math.exp(math.log(norm) - middle), 6) if norm > 0 and abs(math.log(norm) - middle) > limit else None
         for norm in norms
     ]
+
+
+def oddities(adapters: Sequence[Adapter]) -> list[tuple[Oddity, ...]]:
+    """Return in what each adapter stands out from what an adapter should be, or from the others."""
+    ratios = norm_outliers([adapter.fro for adapter in adapters])
+    found = []
+    for adapter, ratio in zip(adapters, ratios, strict=True):
+        told: dict[Oddity, bool] = {
+            "dead": adapter.dead > 0,
+            "over-ranked": adapter.used is not None and adapter.fro > 0 and adapter.used <= USED,
+            "spiked": adapter.spike is not None and adapter.spike >= SPIKED and adapter.rank != 1,
+            "norm": ratio is not None,
+        }
+        found.append(tuple(word for word, so in told.items() if so))
+    return found

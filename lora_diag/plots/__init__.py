@@ -12,27 +12,33 @@ The rule on the door: the only room that imports Matplotlib; it measures nothing
 """
 
 from lora_diag.plots.allocation import allocation, budget
+from lora_diag.plots.angles import angles
 from lora_diag.plots.energy import energy
 from lora_diag.plots.figures import FIGURES, FigureKind, figure, figure_named, why_not
+from lora_diag.plots.fleet import fleet
 from lora_diag.plots.heatmap import heatmap
 from lora_diag.plots.overlap import overlap
 from lora_diag.plots.residual import residual
 from lora_diag.plots.spectrum import spectrum
 from lora_diag.plots.style import FORMATS, encoded
+from lora_diag.plots.union import union
 
 __all__ = [
     "FIGURES",
     "FORMATS",
     "FigureKind",
     "allocation",
+    "angles",
     "budget",
     "encoded",
     "energy",
     "figure",
     "figure_named",
+    "fleet",
     "heatmap",
     "overlap",
     "residual",
     "spectrum",
+    "union",
     "why_not",
 ]

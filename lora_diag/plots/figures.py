@@ -10,8 +10,11 @@ from matplotlib.figure import Figure
 
 from lora_diag.errors import UsageError
 from lora_diag.plots.allocation import figure as draw_allocation
+from lora_diag.plots.angles import figure as draw_angles
+from lora_diag.plots.angles import ranks_of
 from lora_diag.plots.energy import figure as draw_energy
 from lora_diag.plots.fields import numbers_of, value_of
+from lora_diag.plots.fleet import figure as draw_fleet
 from lora_diag.plots.heatmap import figure as draw_heatmap
 from lora_diag.plots.overlap import figure as draw_overlap
 from lora_diag.plots.residual import figure as draw_residual
@@ -19,6 +22,8 @@ from lora_diag.plots.series import Options, Series, by_adapter, by_pair, by_step
 from lora_diag.plots.sheet import MAX_PANELS, settle
 from lora_diag.plots.spectrum import figure as draw_spectrum
 from lora_diag.plots.style import CATEGORIES, Look, look_of, styled
+from lora_diag.plots.union import figure as draw_union
+from lora_diag.plots.union import shared
 from lora_diag.results import Results
 
 
@@ -29,7 +34,7 @@ class FigureKind:
     Args:
         name: As users call it.
         shows: One line.
-        needs: The command whose records it draws; empty for any.
+        needs: The kind of record it draws; empty for any.
         draw: Series of such records, a page and options → the figure.
         by_color: Whether runs are told apart by colour, so that there is an end to how many.
     """
@@ -48,6 +53,9 @@ FIGURES = (
     FigureKind("residual", "ε and its floor, layer by layer, by cause", "residual", draw_residual, by_color=False),
     FigureKind("overlap", "κ and tangent overlap over the steps, with baselines", "overlap", draw_overlap),
     FigureKind("allocation", "rank by layer, and energy kept against the bound", "allocation", draw_allocation),
+    FigureKind("angles", "principal angles between updates, beside chance", "interference", draw_angles, False),
+    FigureKind("union", "rank of the sum of updates, against the sum of ranks", "union", draw_union, by_color=False),
+    FigureKind("fleet", "many adapters: norm, and rank used; who stands out", "fleet", draw_fleet),
 )
 
 
@@ -82,7 +90,7 @@ def figure(
         width: ``column`` (3.3 in, 7 pt) or ``slide`` (10 in, 12.5 pt).
         per: ``layer``, or ``type`` for all layers of a module type together.
         field: Of a heat map: the dotted name of any number in the records.
-        rank: Of ``overlap``, where several were measured.
+        rank: Of ``overlap`` and ``angles``, where several were measured.
 
     Raises:
         UsageError: No such figure, width or field, or the results do not have what it needs.
@@ -127,10 +135,11 @@ def _asked(
 
 def _usable(kind: FigureKind, series: Sequence[Series[Any]], options: Options) -> tuple[Series[Any], ...]:
     """Return the series whose records a figure can draw; of a heat map, those of the first kind that has its field."""
-    # The records of a fleet are of adapters, which have no depth and no module type.
-    filled = [one for one in series if one.records and one.records[0].record != "fleet"]
+    filled = [one for one in series if one.records]
     if kind.needs:
         return tuple(one for one in filled if one.records[0].record == kind.needs)
+    # The records of a fleet are of adapters, which have no depth and no module type.
+    filled = [one for one in filled if one.records[0].record != "fleet"]
     kinds = dict.fromkeys(type(one.records[0]) for one in filled)
     field = options.field
     having = [k for k in kinds if field is None or _has(field, [o for o in filled if type(o.records[0]) is k])]
@@ -161,6 +170,12 @@ def _why_not(kind: FigureKind, series: Sequence[Series[Any]], options: Options) 
     if kind.needs == "overlap" and options.rank not in {None, *(record.rank for record in records)}:
         ranks = sorted({record.rank for record in records})
         return f"rank {options.rank} was not measured; there are {', '.join(map(str, ranks))}"
+    if kind.needs == "interference" and options.rank not in {None, *ranks_of(records)}:
+        return f"rank {options.rank} was not measured; there are {', '.join(map(str, ranks_of(records)))}"
+    if kind.needs == "union" and not shared(records):
+        return "no layer is changed by two updates"
+    if kind.needs == "fleet" and all(record.used is None for record in records):
+        return "no adapter has a rank"
     if kind.needs == "residual" and all(len(record.shape) == 1 for record in records):
         return "no records of matrices"
     return None

@@ -10,7 +10,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from lora_diag.metrics.fleet import NEAR, SAME_SPACE, SPIKED, USED, Alike, alike, norm_outliers
+from lora_diag.metrics.fleet import NEAR, SAME_SPACE, SPIKED, USED, Alike, Oddity, alike, norm_outliers, oddities
 from lora_diag.reports.columns import Column, table_of
 from lora_diag.reports.lines import answers
 from lora_diag.reports.text import number, percent, safe, to_text
@@ -74,17 +74,12 @@ def remarks(records: Sequence[Fleet]) -> list[list[str]]:
     """Return in words what is wrong with, or rare about, each adapter."""
     ratios = norm_outliers([record.fro for record in records])
     found = []
-    for record, ratio in zip(records, ratios, strict=True):
-        words = []
-        if record.dead:
-            words.append("dead" if record.dead == record.modules else f"{record.dead} of {record.modules} dead")
-        if record.used is not None and record.fro and record.used <= USED:
-            words.append("over-ranked")
-        if record.spike is not None and record.spike >= SPIKED and record.rank != 1:
-            words.append("spiked")
-        if ratio is not None:
-            words.append(f"norm {number(ratio)}× the median")
-        found.append(words)
+    for record, ratio, odd in zip(records, ratios, oddities(records), strict=True):
+        words: dict[Oddity, str] = {
+            "dead": "dead" if record.dead == record.modules else f"{record.dead} of {record.modules} dead",
+            "norm": f"norm {number(ratio or 0.0)}× the median",
+        }
+        found.append([words.get(word, word) for word in odd])
     return found
 
 

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lora_diag.metrics import effective_rank, energy_curve, rank_at, stable_rank, truncation_error
+from lora_diag.metrics.angles import random_angles
 from tests import oracles
 
 values = st.lists(st.floats(1e-6, 1e6), min_size=1, max_size=40).map(lambda v: np.sort(np.array(v))[::-1])
@@ -83,3 +84,25 @@ def test_equal_values_have_all_ranks_equal_to_their_number():
     assert effective_rank(s) == pytest.approx(6)
     assert stable_rank(s, math.sqrt(6) * 0.3) == pytest.approx(6)
     assert rank_at(energy_curve(s, math.sqrt(6) * 0.3, complete=True), 0.5) == 3
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "dimension"),
+    [(8, 8, 128), (4, 16, 128), (64, 64, 384), (60, 50, 100), (8, 8, 16), (8, 1, 128), (9, 9, 9)],
+)
+def test_the_angles_of_random_subspaces_follow_their_law(first, second, dimension):
+    """Against simulated subspaces; and exactly in the mean squared cosine, max(p, q)/m."""
+    rng = np.random.default_rng(dimension)
+    found = []
+    for _ in range(80):
+        u, v = (np.linalg.qr(rng.normal(size=(dimension, k)))[0] for k in (first, second))
+        found += list(np.clip(np.linalg.svd(u.T @ v, compute_uv=False), 0, 1))
+    grid = np.linspace(0, 1, 4001)
+    shares = random_angles(grid, first, second, dimension)
+    assert shares[-1] == 1
+    assert np.all(np.diff(shares) >= 0)
+    simulated = np.searchsorted(np.sort(found), grid[:-1], side="right") / len(found)
+    # Small spaces spread beyond the edges of the law, by about 1/√(p·q) of its mass.
+    assert np.abs(shares[:-1] - simulated).max() < 0.05 + 0.3 / np.sqrt(first * second)
+    mean = float(np.sum(np.diff(shares) * (grid[1:] ** 2 + grid[:-1] ** 2) / 2))
+    assert mean == pytest.approx(max(first, second) / dimension, abs=3e-4)

@@ -3,10 +3,13 @@
 import numpy as np
 
 from lora_diag.results import (
+    Agreement,
     Allocation,
     Baseline,
     Certificate,
     End,
+    Fleet,
+    Interference,
     Overlap,
     Residual,
     Resolution,
@@ -14,7 +17,13 @@ from lora_diag.results import (
     Run,
     RunInput,
     Spectrum,
+    Union,
 )
+from lora_diag.results.fleet import FleetLayer
+from lora_diag.results.interference import EnergyOverlap
+
+# The command of a kind of record, where they are not called the same.
+COMMANDS = {"allocation": "allocate", "union": "interference", "fleet": "spectrum --adapters"}
 
 TYPES = (
     "self_attn.q_proj",
@@ -184,10 +193,134 @@ def certificate(spent=1000, kept=0.5, bound=0.51):
     )
 
 
+def agreement(cosines, larger, dimension):
+    """Return what principal angles with these cosines say, between spaces of as many and of ``larger`` dimensions."""
+    cosines = tuple(sorted(map(float, cosines), reverse=True))
+    return Agreement(cosines=cosines, overlap=float(np.mean(np.square(cosines))), random=larger / dimension)
+
+
+def interference(layer, columns, rows, first="runs/sql", second="runs/chat", shape=(32, 64)):
+    """Return a pair whose spaces have these cosines, by rank."""
+    return Interference(
+        layer=layer,
+        shape=shape,
+        first=first,
+        second=second,
+        first_fro=1.0,
+        second_fro=2.0,
+        cosine=0.1,
+        cosine_random=0.02,
+        columns={str(r): agreement(c, r, shape[0]) for r, c in columns.items()},
+        rows={str(r): agreement(c, r, shape[1]) for r, c in rows.items()},
+        energy={
+            str(r): EnergyOverlap(second_in_first=0.3, first_in_second=0.2, random_first=0.1, random_second=0.1)
+            for r in columns
+        },
+        relation="share",
+    )
+
+
+def interferences(blocks, types=TYPES, updates=("runs/sql", "runs/chat"), ranks=(4, 8)):
+    rng = np.random.default_rng(blocks)
+    return [
+        interference(
+            f"model.layers.{block}.{name}.weight",
+            *({r: rng.random(r) for r in ranks} for _ in range(2)),
+            first=first,
+            second=second,
+        )
+        for block in range(blocks)
+        for name in types
+        for i, first in enumerate(updates)
+        for second in updates[i + 1 :]
+    ]
+
+
+def union(layer, together, apart, every, updates=("runs/sql", "runs/chat")):
+    """Return the sum of some updates by its rank at 90%, theirs, and that which keeps 90% of each."""
+    summed = spectrum(layer, decay(1))
+    several = len(updates) > 1
+    return Union(
+        layer=layer,
+        shape=summed.shape,
+        updates=updates,
+        ranks=(None,) * len(updates),
+        fro=summed.fro,
+        parts_fro=(1.0,) * len(updates),
+        spectrum=summed.model_copy(update={"rank_at": {"0.9": together, "0.95": together, "0.99": together}}),
+        parts_rank_at={"0.9": apart, "0.95": apart, "0.99": apart},
+        additive={"0.9": together / apart if several and together and apart else None, "0.95": None, "0.99": None},
+        parts_effective_rank=3.0,
+        additive_effective=0.5 if several else None,
+        rank_for_all={"0.9": every, "0.95": None, "0.99": None} if several else {},
+        weakest_kept={"0.9": 0.7, "0.95": None, "0.99": None} if several else {},
+        energy_ratio=1.1 if several else None,
+        sti=None,
+        sti_relative=None,
+        sti_random=None,
+        alignment=None,
+        alignments=(),
+        alignment_rank=None,
+        alignment_random=None,
+        sign_conflicts=None,
+        sign_conflicts_random=None,
+        trimmed_conflicts=None,
+        trimmed_conflicts_random=None,
+        merges={},
+        recompressed={},
+    )
+
+
+def unions(blocks, types=TYPES):
+    rng = np.random.default_rng(blocks)
+    return [
+        union(f"model.layers.{block}.{name}.weight", int(rng.integers(1, 20)), 20, int(rng.integers(20, 30)))
+        for block in range(blocks)
+        for name in types
+    ]
+
+
+def adapter(path, fro=1.0, used=0.8, *, dead=0, spike=0.3, rank=8, sketch=(1.0, 0.0)):
+    """Return an adapter of ten layers that uses so much of its rank."""
+    ranked = rank is not None
+    return Fleet(
+        adapter=path,
+        kind="PEFT LoRA",
+        modules=10,
+        dead=dead,
+        rank=rank,
+        fro=fro,
+        total_rank=10 * rank if ranked else None,
+        total_rank_99=round(10 * rank * used) if ranked else 40,
+        used=used if ranked else None,
+        spike=spike if fro else None,
+        layers={"model.layers.0.q_proj.weight": FleetLayer(fro=fro, rank=rank, rank_99=3, spike=0.3)},
+        update=tuple(sketch),
+        space=tuple(sketch),
+    )
+
+
+def adapters(count, folder="runs"):
+    """Return a fleet in which some stand out: dead, loud, spiked, over-ranked."""
+    rng = np.random.default_rng(count)
+    plain = [
+        adapter(
+            f"{folder}/{i}/lora", float(rng.uniform(0.9, 1.1)), float(rng.uniform(0.6, 1)), sketch=rng.normal(size=64)
+        )
+        for i in range(count)
+    ]
+    return [
+        *plain,
+        adapter(f"{folder}/dead/lora", 0.0, 0.0, dead=10, sketch=np.zeros(64)),
+        adapter(f"{folder}/loud/lora", 50.0, sketch=rng.normal(size=64)),
+        adapter(f"{folder}/spiked/lora", 1.1, 0.3, spike=0.95, sketch=rng.normal(size=64)),
+    ]
+
+
 def results(records, whole=(), name="tuned", settings=None):
     kind = records[0].record if records else "spectrum"
     run = Run(
-        command="allocate" if kind == "allocation" else kind,
+        command=COMMANDS.get(kind, kind),
         version="0",
         inputs=(
             RunInput(role="base", path="models/base", kind="", tensors=1),

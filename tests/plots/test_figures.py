@@ -190,6 +190,84 @@ def test_what_is_kept_stands_beside_the_bound():
     np.testing.assert_allclose(drawn["_kept"], [[1000, 0.3], [2000, 0.5]])
 
 
+def test_the_angles_of_all_layers_are_one_distribution_and_chance_is_that_of_random_spaces():
+    rng = np.random.default_rng(0)
+    spaces = [[np.linalg.qr(rng.normal(size=(m, 8)))[0] for _ in range(2)] for m in (64, 128)]
+    cosines = [np.clip(np.linalg.svd(u.T @ v, compute_uv=False), 0, 1) for u, v in spaces]
+    records = [
+        making.interference(f"h.{i}.q.weight", {8: c}, {8: np.ones(8)}, shape=(len(u), 32))
+        for i, (c, (u, _)) in enumerate(zip(cosines, spaces, strict=True))
+    ]
+    drawn = {line.get_label(): line for line in plots.angles(records).lines}
+    found = np.sort(np.concatenate(cosines))
+    np.testing.assert_array_equal(drawn["_sql × chat"].get_xdata(), [0, *found, 1])
+    np.testing.assert_allclose(drawn["_sql × chat"].get_ydata(), [0, *np.arange(1, 17) / 16, 1])
+    many = []
+    for m in (64, 128):
+        for _ in range(100):
+            u, v = (np.linalg.qr(rng.normal(size=(m, 8)))[0] for _ in range(2))
+            many += list(np.linalg.svd(u.T @ v, compute_uv=False))
+    chance = drawn["_random sql × chat"]
+    simulated = [np.mean(np.array(many) <= x) for x in chance.get_xdata()]
+    np.testing.assert_allclose(chance.get_ydata(), simulated, atol=0.05)
+    rows = {line.get_label(): line for line in plots.angles(records, side="rows").lines}
+    np.testing.assert_array_equal(rows["_sql × chat"].get_xdata(), [0, *np.ones(16), 1])
+
+
+def test_of_many_pairs_those_with_most_in_common_are_drawn():
+    names = tuple(f"runs/{name}" for name in "abcde")
+    records = making.interferences(3, updates=names)
+    figure = plots.figure("angles", making.results(records), rank=4)
+    drawn = [text.get_text() for legend in figure.legends for text in legend.get_texts()][:6]
+    mean = {
+        f"{first[-1]} × {second[-1]}": np.mean(
+            [np.square(r.columns["4"].cosines).mean() for r in records if (r.first, r.second) == (first, second)]
+        )
+        for i, first in enumerate(names)
+        for second in names[i + 1 :]
+    }
+    assert drawn == sorted(mean, key=mean.__getitem__, reverse=True)[:6]
+    assert "Not drawn: 4 pairs" in " ".join(text.get_text() for text in figure.texts).replace("\n", " ")
+    assert "rank 5 was not measured; there are 4, 8" in plots.why_not("angles", making.results(records), rank=5)
+
+
+def test_the_sum_s_rank_stands_against_the_ranks_added_and_the_share_below():
+    records = [making.union(f"h.{i}.q.weight", *ranks) for i, ranks in enumerate([(3, 6, 5), (4, 5, None), (2, 8, 9)])]
+    lone = making.union("h.3.q.weight", 7, 7, None, updates=("runs/sql",))
+    bars, every, apart = plots.union([*records, lone]).patches
+    assert list(bars.get_data().values) == [3, 4, 2]
+    np.testing.assert_array_equal(every.get_data().values, [5, np.nan, 9])
+    assert list(apart.get_data().values) == [6, 5, 8]
+    figure = plots.figure("union", making.results([*records, lone]))
+    ranks, shares = figure.axes
+    assert "Σr = 9 of 19, share 0.47" in ranks.get_title(loc="left")
+    np.testing.assert_allclose(shares.patches[0].get_data().values, [3 / 6, 4 / 5, 2 / 8])
+    assert [line.get_ydata()[0] for line in shares.lines] == [1, 0.5]
+    words = " ".join(text.get_text() for text in figure.texts).replace("\n", " ")
+    assert "1 layer that fewer than two updates change" in words
+    assert "No green line" in words
+    assert plots.why_not("union", making.results([lone])) == "no layer is changed by two updates"
+
+
+def test_a_fleet_is_a_point_an_adapter_and_who_stands_out_is_named():
+    ax = plots.fleet(making.adapters(20))
+    points = {line.get_label(): np.array(line.get_xydata()) for line in ax.lines}
+    alive = [record for record in making.adapters(20) if record.fro]
+    np.testing.assert_allclose(points["_adapters"], [(record.used, record.fro) for record in alive])
+    np.testing.assert_allclose(points["_dead"], [(0, min(record.fro for record in alive) / 2)])
+    page = plots.figure("fleet", making.results(making.adapters(20))).axes[0]
+    assert sorted(text.get_text() for text in page.texts) == [
+        "dead/lora: dead",
+        "loud/lora: norm",
+        "spiked/lora: over-ranked, spiked",
+    ]
+    ends = [line.get_xydata()[0].tolist() for line in ax.lines if line.get_label() == "_to a name"]
+    assert [0.8, 50.0] in ends
+    rankless = making.results([making.adapter("a"), making.adapter("b", rank=None)])
+    assert "Not drawn: 1 without a rank" in " ".join(t.get_text() for t in plots.figure("fleet", rankless).texts)
+    assert plots.why_not("fleet", making.results([making.adapter("b", rank=None)])) == "no adapter has a rank"
+
+
 PANELS = {
     "energy": lambda **more: plots.energy(making.model(2), **more),
     "spectrum": lambda **more: plots.spectrum(making.model(2), **more),
@@ -197,6 +275,9 @@ PANELS = {
     "residual": lambda **more: plots.residual(making.residuals(2), **more),
     "overlap": lambda **more: plots.overlap(making.overlaps(2), **more),
     "allocation": lambda **more: plots.allocation(making.allocations(2), **more),
+    "angles": lambda **more: plots.angles(making.interferences(2), **more),
+    "union": lambda **more: plots.union(making.unions(2), **more),
+    "fleet": lambda **more: plots.fleet(making.adapters(9), **more),
     "budget": lambda **more: plots.budget([making.certificate()], **more),
 }
 

@@ -38,6 +38,15 @@ def models():
             yield f"{blocks} blocks", "overlap", making.results(making.overlaps(blocks)), {}
         allocated = making.results(making.allocations(blocks), [making.certificate()])
         yield f"{blocks} blocks", "allocation", allocated, {}
+        yield f"{blocks} blocks", "angles", making.results(making.interferences(blocks)), {}
+        yield f"{blocks} blocks", "union", making.results(making.unions(blocks)), {}
+    nine = tuple(f"runs/{name}_{'x' * 40}" for name in "abcdefghi")
+    yield "36 pairs", "angles", making.results(making.interferences(2, updates=nine)), {}
+    yield "3 adapters", "fleet", making.results(making.adapters(0)), {}
+    crowd = making.adapters(40) + [making.adapter(f"runs/over-ranked-{i}{'y' * 60}", 1, 0.2) for i in range(30)]
+    yield "a crowd", "fleet", making.results(crowd), {}
+    yield "one adapter", "fleet", making.results([making.adapter("x")]), {}
+    yield "all dead", "fleet", making.results([making.adapter(f"runs/{i}", 0, 0, dead=10) for i in range(9)]), {}
     types = tuple(f"module_{number}.with_a_long_name" for number in range(40))
     yield "40 types", "energy", making.results(making.model(1, types)), {"per": "type"}
     yield "40 types", "residual", making.results(making.residuals(2, types)), {"per": "type"}
@@ -46,11 +55,23 @@ def models():
     for name in ("energy", "heatmap"):
         yield "hostile", name, making.results(evil, name="$ev^il\x00<b>"), {}
     yield "hostile", "residual", making.results([making.residual(n, 1, 2, 0.3, 0.4) for n in HOSTILE]), {}
+    yield "hostile", "angles", making.results(making.interferences(1, ("q",), updates=HOSTILE[:3])), {}
+    yield "hostile", "union", making.results([making.union(n, 3, 5, 6) for n in HOSTILE]), {}
+    yield (
+        "hostile",
+        "fleet",
+        making.results([making.adapter(n, 1 + 99 * (i == 1), 0.2) for i, n in enumerate(HOSTILE)]),
+        {},
+    )
     one = making.results([making.spectrum("w", [1.0])])
     for name in ("energy", "spectrum", "heatmap"):
         yield "one value", name, one, {}
     yield "one step", "overlap", making.results(making.overlaps(2, steps=(7,))), {}
     runs = [making.results(making.model(3), name=f"run_with_a_long_name_{i}") for i in range(5)]
+    fleets = [making.results(making.adapters(9), name=name) for name in "ab"]
+    yield "two fleets", "fleet", fleets, {}
+    sums = [making.results(making.unions(3), name=name) for name in "ab"]
+    yield "two sums", "union", sums, {}
     yield "five runs", "energy", runs, {"labels": ["A", "B " * 40, "C", "D", "$E_$"]}
     budgets = [making.results(making.allocations(3), [making.certificate(1000 * i, 0.2 * i, 0.2 * i)]) for i in (1, 2)]
     yield "two budgets", "allocation", budgets, {}

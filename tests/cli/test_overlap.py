@@ -85,7 +85,7 @@ def test_names_from_files_cannot_move_the_cursor(loradiag, inputs, tmp_path):
     name = "evil\x1b[2J.weight"
     for folder, scale in (("base", 0.0), ("tuned", 1.0)):
         tensors = load_file(tmp_path / folder / "model.safetensors")
-        save_model(tmp_path / folder, tensors | {name: scale * torch.ones(4, 4)})
+        save_model(tmp_path / folder, tensors | {name: scale * torch.eye(4)})
     save_step(tmp_path / "g" / "30.safetensors", {name: torch.full((4, 4), torch.nan)}, 30)
     ran = loradiag("overlap", *inputs, "--ranks", "2")
     assert ran.code == 3

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
@@ -134,3 +135,15 @@ def oddities(adapters: Sequence[Adapter]) -> list[tuple[Oddity, ...]]:
         }
         found.append(tuple(word for word, so in told.items() if so))
     return found
+
+
+def rarest_first(told: Sequence[tuple[Oddity, ...]]) -> list[int]:
+    """Return the indices of those that stand out: what few others have first, so that a crowd hides nobody.
+
+    Example:
+        >>> rarest_first([("spiked",), (), ("spiked", "over-ranked"), ("spiked",), ("dead",)])
+        [2, 4, 0, 3]
+    """
+    times = Counter(word for words in told for word in words)
+    odd = [i for i, words in enumerate(told) if words]
+    return sorted(odd, key=lambda i: (min(times[word] for word in told[i]), -len(told[i]), i))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from lora_diag.metrics.fleet import USED, oddities
+from lora_diag.metrics.fleet import USED, Oddity, oddities, rarest_first
 from lora_diag.plots.panel import panel_axes
 from lora_diag.plots.series import Options, Series
 from lora_diag.plots.sheet import Key, Words, sheet
@@ -36,7 +35,7 @@ class _Point:
     """
 
     name: str
-    told: tuple[str, ...]
+    told: tuple[Oddity, ...]
     used: float
     fro: float
     run: int
@@ -136,11 +135,7 @@ def _draw(ax: Axes, points: Sequence[_Point], look: Look | None, width: float, h
 
 def _named(points: Sequence[_Point], height: float, size: float) -> list[_Point]:
     """Return the adapters that are named: of those that stand out the rarest, as many as there are lines."""
-    times = Counter(word for point in points for word in point.told)
-    odd = sorted(
-        (point for point in points if point.told),
-        key=lambda point: (min(times[word] for word in point.told), -len(point.told), point.name),
-    )
+    odd = [points[i] for i in rarest_first([point.told for point in points])]
     return sorted(odd[: min(_NAMES, int(height * 72 / (1.5 * size)))], key=lambda point: (point.fro, point.used))
 
 

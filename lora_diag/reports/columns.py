@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal, Protocol, TypeVar
 
 from rich import box
+from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
@@ -44,6 +45,35 @@ class Column:
     def width(self) -> int:
         """Characters of its longest cell or its title."""
         return max(len(self.title), *map(len, self.cells), 0)
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """A table before it is shown anywhere.
+
+    Args:
+        caption: What it is of; empty where that needs no words.
+        title: Of the column of names.
+        names: One a row.
+        columns: The others.
+        spared: Ends of the titles of columns that a narrow terminal may leave out, the first to go first.
+    """
+
+    caption: str
+    title: str
+    names: tuple[str, ...]
+    columns: tuple[Column, ...]
+    spared: tuple[str, ...] = ()
+
+    def shown(self, width: int) -> list[RenderableType]:
+        """Return what a terminal of so many characters shows."""
+        table = table_of(self.title, self.names, self.columns, width, self.spared)
+        return [*([Text(self.caption, style="bold")] if self.caption else []), table]
+
+    def rows(self) -> list[tuple[str, list[str]]]:
+        """Return the name and the cells of each row."""
+        cells = zip(*(column.cells for column in self.columns), strict=True)
+        return [(name, [str(cell) for cell in row]) for name, row in zip(self.names, cells, strict=True)]
 
 
 def rows_of(records: Iterable[R], per: str) -> list[tuple[str, tuple[R, ...]]]:

@@ -15,7 +15,7 @@ from lora_diag.planning.evidence import Evidence, Source
 from lora_diag.reports.residual import limits_of
 from lora_diag.reports.subject import EPSILON, labels
 from lora_diag.reports.tracks import tracks
-from lora_diag.results import Allocation, Overlap, Residual, Spectrum
+from lora_diag.results import Allocation, Fleet, Intruders, Overlap, Residual, Spectrum, Union
 
 Value = float | int | str | None
 
@@ -68,8 +68,12 @@ class _Kind:
 
 
 def layers_of(evidence: Evidence) -> tuple[str, ...]:
-    """Return the names of all layers of all runs, each once, in the order of the files."""
-    return tuple(dict.fromkeys(record.layer for source in evidence.sources for record in source.results))
+    """Return the names of all layers of all runs, each once, in the order of the files; an adapter is none."""
+    return tuple(
+        dict.fromkeys(
+            record.layer for source in evidence.sources for record in source.results if not isinstance(record, Fleet)
+        )
+    )
 
 
 def fields_of(evidence: Evidence, layers: Sequence[str]) -> list[Field]:
@@ -79,6 +83,8 @@ def fields_of(evidence: Evidence, layers: Sequence[str]) -> list[Field]:
         *_residual_fields(evidence, layers),
         *_overlap_fields(evidence, layers),
         *_allocation_fields(evidence, layers),
+        *_union_fields(evidence, layers),
+        *_intruder_fields(evidence, layers),
         *_gate_fields(evidence, layers),
     ]
     return [field for field in found if any(value is not None for value in field.values)]
@@ -178,6 +184,40 @@ def _allocation_fields(evidence: Evidence, layers: Sequence[str]) -> Iterable[Fi
     )
     for place, source in enumerate(sources):
         yield from _columns(f"r{place}", _group(sources, source), kinds, {r.layer: r for r in source.results}, layers)
+
+
+_UNION = (
+    _Kind("sum", "sum r@90%", "rank at which the sum of the updates has 90% of its energy",
+          lambda r: r.spectrum.rank_at["0.9"], main=True),
+    _Kind("additive", "additive", "that over the sum of the updates' own ranks: 1 if every direction is needed",
+          lambda r: r.additive["0.9"], main=True),
+    _Kind("every", "every r@90%", "rank at which the sum, cut to it, keeps 90% of every update; empty if none does",
+          lambda r: r.rank_for_all.get("0.9")),
+    _Kind("ratio", "‖S‖²/Σ‖ΔW‖²", "1 for orthogonal updates, above if they reinforce, below if they cancel",
+          lambda r: r.energy_ratio),
+)  # fmt: skip
+
+
+def _union_fields(evidence: Evidence, layers: Sequence[str]) -> Iterable[Field]:
+    sources = list(evidence.of(Union))
+    for place, source in enumerate(sources):
+        records = {record.layer: record for record in source.results if isinstance(record, Union)}
+        yield from _columns(f"u{place}", _group(sources, source), _UNION, records, layers)
+
+
+_INTRUDERS = (
+    _Kind("count", "intruders", "of the largest directions, those that the base does not have",
+          lambda r: r.intruders, main=True),
+    _Kind("lowest", "similarity", "of the direction that is least like any of the base", lambda r: r.similarity_lowest,
+          share=True),
+)  # fmt: skip
+
+
+def _intruder_fields(evidence: Evidence, layers: Sequence[str]) -> Iterable[Field]:
+    sources = list(evidence.of(Intruders))
+    for place, source in enumerate(sources):
+        records = {record.layer: record for record in source.results if isinstance(record, Intruders)}
+        yield from _columns(f"i{place}", _group(sources, source), _INTRUDERS, records, layers)
 
 
 def _gate_fields(evidence: Evidence, layers: Sequence[str]) -> Iterable[Field]:

@@ -6,12 +6,21 @@ from collections import Counter
 from collections.abc import Sequence
 from statistics import median
 
-from rich.console import Group, RenderableType
-from rich.table import Table
-from rich.text import Text
+from rich.console import Group
 
-from lora_diag.metrics.fleet import NEAR, SAME_SPACE, SPIKED, USED, Alike, Oddity, alike, norm_outliers, oddities
-from lora_diag.reports.columns import Column, table_of
+from lora_diag.metrics.fleet import (
+    NEAR,
+    SAME_SPACE,
+    SPIKED,
+    USED,
+    Alike,
+    Oddity,
+    alike,
+    norm_outliers,
+    oddities,
+    rarest_first,
+)
+from lora_diag.reports.columns import Column, Grid
 from lora_diag.reports.lines import answers
 from lora_diag.reports.text import number, percent, safe, to_text
 from lora_diag.results import Fleet, Results
@@ -41,20 +50,26 @@ def fleet_table(
     Returns:
         Lines of text, without a newline at the end.
     """
+    pairs = pairs_of(results)
+    tables = [part for grid in fleet_grids(results, pairs, per) for part in grid.shown(width)]
+    return to_text(Group(*tables, answers(fleet_lines(results, pairs), _style, then)), width, color)
+
+
+def pairs_of(results: Results[Fleet]) -> list[Alike]:
+    """Return the adapters that are alike, two by two."""
+    return alike([record.update for record in results], [record.space for record in results])
+
+
+def fleet_grids(results: Results[Fleet], pairs: Sequence[Alike], per: str = "type") -> list[Grid]:
+    """Return the tables: what stands out, or every adapter; and what is alike."""
     records = list(results)
     names, told = short_names([record.adapter for record in records]), remarks(records)
-    shown = [i for i in range(len(records)) if per == "layer" or told[i]]
-    shown.sort(key=lambda i: -len(told[i]))
-    pairs = alike([record.update for record in records], [record.space for record in records])
-    parts: list[RenderableType] = []
-    if shown:
-        most = len(shown) if per == "layer" else _ROWS
-        parts += [Text("every adapter" if per == "layer" else "what stands out", style="bold")]
-        parts += [_table(records, names, told, shown[:most], width)]
-    if pairs:
-        parts += [Text("what is alike", style="bold"), _alike(names, pairs[:_ROWS], width)]
-    parts.append(answers([*fleet_lines(results, pairs), *([("Next", then)] if then else [])], _style))
-    return to_text(Group(*parts), width, color)
+    odd = rarest_first(oddities(records))
+    shown = [*odd, *(i for i in range(len(records)) if not told[i])] if per == "layer" else odd
+    most = len(shown) if per == "layer" else _ROWS
+    caption = "every adapter" if per == "layer" else "what stands out"
+    found = [_adapters(caption, records, names, told, shown[:most])] if shown else []
+    return [*found, _alike(names, pairs[:_ROWS])] if pairs else found
 
 
 def short_names(paths: Sequence[str]) -> list[str]:
@@ -83,11 +98,11 @@ def remarks(records: Sequence[Fleet]) -> list[list[str]]:
     return found
 
 
-def _table(
-    records: Sequence[Fleet], names: Sequence[str], told: Sequence[list[str]], shown: Sequence[int], width: int
-) -> Table:
+def _adapters(
+    caption: str, records: Sequence[Fleet], names: Sequence[str], told: Sequence[list[str]], shown: Sequence[int]
+) -> Grid:
     rows = [records[i] for i in shown]
-    columns = [
+    columns = (
         Column("layers", tuple(str(r.modules) for r in rows)),
         Column("r", tuple(str(r.rank) if r.rank is not None else "-" for r in rows)),
         Column("r at 99%", tuple(number(r.total_rank_99 / r.modules) if r.modules else "-" for r in rows)),
@@ -95,18 +110,19 @@ def _table(
         Column("spike", tuple(percent(r.spike) if r.spike is not None else "-" for r in rows)),
         Column("‖ΔW‖", tuple(number(r.fro) for r in rows)),
         Column("remark", tuple(", ".join(told[i]) or "-" for i in shown), "left"),
-    ]
-    return table_of("adapter", [names[i] for i in shown], columns, width, ("layers", "spike", "‖ΔW‖", "r at 99%"))
+    )
+    spared = ("layers", "spike", "‖ΔW‖", "r at 99%")
+    return Grid(caption, "adapter", tuple(names[i] for i in shown), columns, spared)
 
 
-def _alike(names: Sequence[str], pairs: Sequence[Alike], width: int) -> Table:
-    columns = [
+def _alike(names: Sequence[str], pairs: Sequence[Alike]) -> Grid:
+    columns = (
         Column("cosine", tuple(f"{pair.cosine:.3f}" for pair in pairs)),
         Column("col space", tuple(f"{max(0.0, pair.overlap):.2f}" for pair in pairs)),
         Column("is", tuple(_WORDS[pair.word] for pair in pairs), "left"),
-    ]
-    titles = [f"{names[pair.first]} × {names[pair.second]}" for pair in pairs]
-    return table_of("pair", titles, columns, width, ("col space",))
+    )
+    titles = tuple(f"{names[pair.first]} × {names[pair.second]}" for pair in pairs)
+    return Grid("what is alike", "pair", titles, columns, ("col space",))
 
 
 def _style(word: str, sentence: str) -> str:

@@ -19,6 +19,7 @@ from lora_diag.errors import InputError
 from lora_diag.metrics.thinning import curve_at, thinned_ranks
 from lora_diag.planning.evidence import Evidence, Source
 from lora_diag.reports.fields import Field, fields_of, layers_of
+from lora_diag.reports.several import sections_of
 from lora_diag.reports.subject import ENERGY, EPSILON, certificates, judged, labels, subject_of
 from lora_diag.reports.tables import table
 from lora_diag.reports.text import number, safe, short
@@ -38,8 +39,8 @@ PLAIN_ROWS = 200
 STEPS = 60
 # Columns of the terminal whose tables the page shows.
 TERMINAL = 118
-# Verdicts of a gate that are listed.
-VERDICTS = 50
+# Verdicts of a gate, and inputs of a run (a fleet has thousands), that are listed.
+VERDICTS, INPUTS = 50, 20
 
 T = TypeVar("T")
 
@@ -49,11 +50,13 @@ class Picture:
     """A static figure, for readers without JavaScript.
 
     Args:
+        name: Of the figure.
         title: What it shows.
         alt: The same for who cannot see it.
         data: A ``data:`` address.
     """
 
+    name: str
     title: str
     alt: str
     data: str
@@ -88,6 +91,8 @@ def html_report(evidence: Evidence, pictures: Sequence[Picture] = (), made: str 
     layers = layers_of(evidence)
     columns = fields_of(evidence, layers)
     outcome, verdicts = judged(evidence)
+    sections = sections_of(evidence)
+    own = {name for section in sections for name in section.figures}
     return templates.get_template("report.html").render(
         subject=subject_of(evidence),
         sources=evidence.sources,
@@ -100,7 +105,10 @@ def html_report(evidence: Evidence, pictures: Sequence[Picture] = (), made: str 
         columns=columns,
         plain=[column for column in columns if column.main],
         plain_rows=min(PLAIN_ROWS, len(layers)),
-        pictures=pictures,
+        sections=sections,
+        pictures=[picture for picture in pictures if picture.name not in own],
+        own_pictures=[picture for picture in pictures if picture.name in own],
+        most_inputs=INPUTS,
         made=made,
         thinning=_thinning(evidence, layers),
         epsilon=EPSILON,

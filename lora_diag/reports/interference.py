@@ -9,11 +9,9 @@ from dataclasses import dataclass
 from statistics import median
 from typing import TypeVar
 
-from rich.console import Group, RenderableType
-from rich.table import Table
-from rich.text import Text
+from rich.console import Group
 
-from lora_diag.reports.columns import Column, table_of
+from lora_diag.reports.columns import Column, Grid, title_of
 from lora_diag.reports.lines import answers, called, inputs, left_out_line, not_measured, notes
 from lora_diag.reports.text import number, percent, short, to_text
 from lora_diag.results import Agreement, Interference, Results, Union
@@ -68,14 +66,18 @@ def interference_table(
     Returns:
         Lines of text, without a newline at the end.
     """
+    tables = [part for grid in interference_grids(results, per) for part in grid.shown(width)]
+    return to_text(Group(*tables, answers(interference_lines(results), _style, then)), width, color)
+
+
+def interference_grids(results: Results[Interference | Union], per: str = "type") -> list[Grid]:
+    """Return the tables: of each pair, or one of all; of what the sum needs; of what merges lose."""
     pairs, unions = pairs_of(results), shared(results)
-    parts = [*_pair_tables(pairs, width, per)]
+    grids = _pair_grids(pairs, per)
     if unions:
         rows = [_Sums(short(name), tuple(group)) for name, group in _grouped(unions, per)]
-        parts += [Text("the sum of all", style="bold"), _union_table(rows, width, per)]
-        parts += [Text("merges: ‖sum − merge‖ / ‖sum‖", style="bold"), _merge_table(rows, width, per)]
-    parts.append(answers([*interference_lines(results), *([("Next", then)] if then else [])], _style))
-    return to_text(Group(*parts), width, color)
+        grids += [_union_grid(rows, per), _merge_grid(rows, per)]
+    return grids
 
 
 def pairs_of(results: Results[Interference | Union]) -> list[tuple[str, str, list[Interference]]]:
@@ -103,19 +105,17 @@ def _grouped(records: Iterable[R], per: str) -> list[tuple[str, list[R]]]:
     return list(groups.items())
 
 
-def _pair_tables(pairs: Sequence[tuple[str, str, list[Interference]]], width: int, per: str) -> list[RenderableType]:
+def _pair_grids(pairs: Sequence[tuple[str, str, list[Interference]]], per: str) -> list[Grid]:
     if len(pairs) > _TABLES:
         names = [f"{first} × {second}" for first, second, _ in pairs]
-        return [Text("pairs", style="bold"), _pair_table("pair", names, [found for *_, found in pairs], width, False)]
-    parts: list[RenderableType] = []
+        return [_pair_grid("pairs", "pair", names, [found for *_, found in pairs], False)]
+    grids = []
     for first, second, found in pairs:
         rows = _grouped(found, per)
         rows.sort(key=lambda row: -abs(pooled_cosine(row[1])))
-        parts.append(Text(f"1 {first}, 2 {second}", style="bold"))
-        title = "module type" if per == "type" else "layer"
-        groups = [group for _, group in rows]
-        parts.append(_pair_table(title, [short(name) for name, _ in rows], groups, width, per == "layer"))
-    return parts
+        names, groups = [short(name) for name, _ in rows], [group for _, group in rows]
+        grids.append(_pair_grid(f"1 {first}, 2 {second}", title_of(per), names, groups, per == "layer"))
+    return grids
 
 
 def pooled_cosine(records: Sequence[Interference]) -> float:
@@ -125,9 +125,9 @@ def pooled_cosine(records: Sequence[Interference]) -> float:
     return along / first / second
 
 
-def _pair_table(
-    title: str, names: Sequence[str], groups: Sequence[Sequence[Interference]], width: int, alone: bool
-) -> Table:
+def _pair_grid(
+    caption: str, title: str, names: Sequence[str], groups: Sequence[Sequence[Interference]], alone: bool
+) -> Grid:
     rank = shown_rank([record for group in groups for record in group])
 
     def column(name: str, cell: Callable[[Sequence[Interference]], str]) -> Column:
@@ -143,7 +143,8 @@ def _pair_table(
         Column("relation", tuple(map(_relations, groups)), "left"),
     ]
     spared = [name if name != "row space" else f"row space {rank}" for name in _SPARED_PAIRS]
-    return table_of(title, names, [c for c in columns if not (alone and c.title == "n")], width, spared)
+    kept = tuple(column for column in columns if not (alone and column.title == "n"))
+    return Grid(caption, title, tuple(names), kept, tuple(spared))
 
 
 V = TypeVar("V")
@@ -171,7 +172,7 @@ def _relations(group: Sequence[Interference]) -> str:
     return ", ".join(f"{word} {number_of}" for word, number_of in counts.most_common())
 
 
-def _union_table(rows: Sequence[_Sums], width: int, per: str) -> Table:
+def _union_grid(rows: Sequence[_Sums], per: str) -> Grid:
     def column(name: str, cell: Callable[[Sequence[Union]], str]) -> Column:
         return Column(name, tuple(cell(row.records) for row in rows))
 
@@ -187,10 +188,10 @@ def _union_table(rows: Sequence[_Sums], width: int, per: str) -> Table:
         column("aligned", lambda group: _against([(r.alignment, r.alignment_random) for r in group])),
         column("STI", lambda group: _against([(r.sti_relative, r.sti_random) for r in group])),
     ]
-    return _rows(rows, columns, width, per, _SPARED_UNION)
+    return _grid("the sum of all", rows, columns, per, _SPARED_UNION)
 
 
-def _merge_table(rows: Sequence[_Sums], width: int, per: str) -> Table:
+def _merge_grid(rows: Sequence[_Sums], per: str) -> Grid:
     ranks = _lossy_ranks([record for row in rows for record in row.records])
     columns = [Column("n", tuple(str(len(row.records)) for row in rows))]
     for key, title in MERGES.items():
@@ -200,13 +201,13 @@ def _merge_table(rows: Sequence[_Sums], width: int, per: str) -> Table:
     columns += [
         Column(f"svd {rank}", tuple(number(recompressed_residual(row.records, rank)) for row in rows)) for rank in ranks
     ]
-    return _rows(rows, columns, width, per, ("n", *(f"svd {rank}" for rank in reversed(ranks))))
+    spared = ("n", *(f"svd {rank}" for rank in reversed(ranks)))
+    return _grid("merges: ‖sum − merge‖ / ‖sum‖", rows, columns, per, spared)
 
 
-def _rows(rows: Sequence[_Sums], columns: Sequence[Column], width: int, per: str, spared: Sequence[str]) -> Table:
-    title = "module type" if per == "type" else "layer"
-    kept = [column for column in columns if per == "type" or column.title != "n"]
-    return table_of(title, [row.name for row in rows], kept, width, spared)
+def _grid(caption: str, rows: Sequence[_Sums], columns: Sequence[Column], per: str, spared: Sequence[str]) -> Grid:
+    kept = tuple(column for column in columns if per == "type" or column.title != "n")
+    return Grid(caption, title_of(per), tuple(row.name for row in rows), kept, tuple(spared))
 
 
 def merge_residual(records: Sequence[Union], merge: str) -> float | None:
@@ -233,10 +234,12 @@ def _lossy_ranks(records: Sequence[Union]) -> list[int]:
 
 
 def _middle(values: Sequence[float | None], whole: bool = False) -> str:
-    known = [value for value in values if value is not None]
-    if not known:
-        return "-"
-    return f"{sorted(known)[len(known) // 2]:.0f}" if whole else number(median(known))
+    known = sorted(value for value in values if value is not None)
+    if whole:
+        # A rank that does not exist lies beyond all that do.
+        middle = len(values) // 2
+        return f"{known[middle]:.0f}" if middle < len(known) else "-"
+    return number(median(known)) if known else "-"
 
 
 def _against(values: Sequence[tuple[float | None, float | None]]) -> str:

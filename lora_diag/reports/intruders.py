@@ -3,30 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from statistics import median
 
 from rich.console import Group
-from rich.table import Table
 
-from lora_diag.reports.columns import Column, table_of
+from lora_diag.reports.columns import Column, Grid, rows_of, title_of
 from lora_diag.reports.lines import answers, inputs, left_out_line, not_measured, notes
 from lora_diag.reports.text import number, short, to_text
 from lora_diag.results import Intruders, Results
-from lora_diag.results.names import module_type_of
 
 # So many layers are named in a sentence.
 _NAMED = 3
 
 _SPARED = ("σ/σ_1", "first at", "by chance", "of", "n")
-
-
-@dataclass(frozen=True, slots=True)
-class _Row:
-    """One line of the table: a layer, or all layers of a module type."""
-
-    name: str
-    records: tuple[Intruders, ...]
 
 
 def intruders_table(
@@ -44,18 +33,16 @@ def intruders_table(
     Returns:
         Lines of text, without a newline at the end.
     """
-    groups: dict[str, list[Intruders]] = {}
-    for record in results:
-        groups.setdefault(module_type_of(record.layer) if per == "type" else record.layer, []).append(record)
-    rows = [_Row(short(name), tuple(group)) for name, group in groups.items()]
-    rows.sort(key=lambda row: -sum(record.intruders for record in row.records))
-    lines = answers([*intruders_lines(results), *([("Next", then)] if then else [])], _style)
-    return to_text(Group(_table(rows, width, per), lines), width, color)
+    (grid,) = intruders_grids(results, per)
+    return to_text(Group(*grid.shown(width), answers(intruders_lines(results), _style, then)), width, color)
 
 
-def _table(rows: Sequence[_Row], width: int, per: str) -> Table:
+def intruders_grids(results: Results[Intruders], per: str = "type") -> list[Grid]:
+    """Return the table, those with the most intruders first."""
+    rows = sorted(rows_of(results, per), key=lambda row: -sum(record.intruders for record in row[1]))
+
     def column(title: str, cell: Callable[[Sequence[Intruders]], str]) -> Column:
-        return Column(title, tuple(cell(row.records) for row in rows))
+        return Column(title, tuple(cell(group) for _, group in rows))
 
     columns = [
         column("n", lambda group: str(len(group))),
@@ -67,8 +54,8 @@ def _table(rows: Sequence[_Row], width: int, per: str) -> Table:
         column("first at", _first),
         column("σ/σ_1", _largest),
     ]
-    kept = [c for c in columns if per == "type" or c.title != "n"]
-    return table_of("module type" if per == "type" else "layer", [row.name for row in rows], kept, width, _SPARED)
+    kept = tuple(c for c in columns if per == "type" or c.title != "n")
+    return [Grid("", title_of(per), tuple(name for name, _ in rows), kept, _SPARED)]
 
 
 def _lowest(group: Sequence[Intruders]) -> str:
@@ -125,7 +112,7 @@ def _intruders(records: Sequence[Intruders]) -> str:
     first = records[0]
     asked = f"the {first.k} largest directions of each weight, similarity below {number(first.epsilon)}"
     still = sum(record.fro == 0 for record in records)
-    beside = f"; {still} weights did not change" if still else ""
+    beside = f"; {still} {'weight' if still == 1 else 'weights'} did not change" if still else ""
     if not found:
         return f"none in {len(records)} layers ({asked}){beside}"
     hit = sorted((r for r in records if r.intruders), key=lambda r: (-r.intruders, r.similarity_lowest or 0.0))

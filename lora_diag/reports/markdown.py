@@ -11,6 +11,7 @@ from statistics import median
 
 from lora_diag.planning.evidence import Evidence
 from lora_diag.reports.fields import Field, fields_of, layers_of
+from lora_diag.reports.several import sections_of
 from lora_diag.reports.subject import ENERGY, Subject, certificates, judged, subject_of
 from lora_diag.reports.text import crop, number, safe, short
 from lora_diag.results.names import module_type_of, place_of
@@ -27,8 +28,9 @@ def markdown_report(evidence: Evidence) -> str:
     parts = [
         f"# {_text(crop(subject.title, 200))}",
         *(f"**{answer.question}** {_text(answer.says)}" + _more(answer.more) for answer in subject.answers),
+        *_several(evidence),
         *_table(evidence),
-        *_advice(subject),
+        *(_advice(subject) if subject.update else ()),
         *_findings(subject),
         *_gate(evidence),
         *(f"**Allocation** {_text(label)} {_text(said)}" for label, said in certificates(evidence)),
@@ -96,6 +98,25 @@ def _middle(field: Field, places: Sequence[int]) -> str:
     return _text(str(max(sorted(set(known), key=str), key=known.count)))
 
 
+def _several(evidence: Evidence) -> list[str]:
+    """Return a part for each run on several updates, intruders or a fleet: its summary and its tables."""
+    parts = []
+    for section in sections_of(evidence):
+        said = "\n".join(f"- **{word}** {_text('; '.join(text.splitlines()))}" for word, text in section.lines)
+        parts += [f"## {_text(crop(section.title, 200))}", said]
+        for grid in section.grids:
+            rows = grid.rows()
+            marks = "".join("--:|" if column.justify == "right" else "---|" for column in grid.columns)
+            lines = [
+                f"| {grid.title} | {' | '.join(_text(column.title) for column in grid.columns)} |",
+                f"|---|{marks}",
+            ]
+            lines += [f"| {code(name)} | {' | '.join(map(_text, cells))} |" for name, cells in rows[:ROWS]]
+            more = f"\n\n*and {len(rows) - ROWS} more*" if len(rows) > ROWS else ""
+            parts.append((f"**{_text(grid.caption)}**\n\n" if grid.caption else "") + "\n".join(lines) + more)
+    return parts
+
+
 def _advice(subject: Subject) -> list[str]:
     parts = ["## What to do next"]
     if subject.about:
@@ -147,7 +168,8 @@ def _measured(evidence: Evidence) -> str:
     lines = ["## Measured", ""]
     for source in evidence.sources:
         run = source.results.run
-        sides = ", ".join(f"{_text(side.role)} {code(side.path)}" for side in run.inputs)
+        sides = ", ".join(f"{_text(side.role)} {code(side.path)}" for side in run.inputs[:NAMED])
+        sides += f" and {len(run.inputs) - NAMED} more" if len(run.inputs) > NAMED else ""
         state = "" if source.results.end is not None else "; the run did not finish"
         written = f"; written {source.written}" if source.written else ""
         lines.append(

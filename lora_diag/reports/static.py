@@ -23,9 +23,12 @@ def pictures_of(evidence: Evidence) -> list[Picture]:
         raise InputError("an HTML report needs Matplotlib: pip install 'loradiag[report]'") from error
     runs = [source.results for source in evidence.sources]
     pictures = []
-    for kind in plots.FIGURES:
-        if plots.why_not(kind.name, runs) is None:
-            drawn = plots.encoded(plots.figure(kind.name, runs), "svg")
+    # Name in the page, figure, what it shows, field of a heat map.
+    asked: list[tuple[str, str, str, str | None]] = [(kind.name, kind.name, kind.shows, None) for kind in plots.FIGURES]
+    asked.append(("intruders", "heatmap", "intruder dimensions by module type and depth", "intruders"))
+    for name, kind, shows, field in asked:
+        if plots.why_not(kind, runs, field=field) is None:
+            drawn = plots.encoded(plots.figure(kind, runs, field=field), "svg")
             address = f"data:image/svg+xml;base64,{base64.b64encode(drawn).decode()}"
-            pictures.append(Picture(kind.shows, f"Figure of {kind.name}: {kind.shows}.", address))
+            pictures.append(Picture(name, shows, f"Figure of {name}: {shows}.", address))
     return pictures

@@ -7,7 +7,7 @@ left to the page.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, TypeVar
 
@@ -16,6 +16,7 @@ from lora_diag.planning.evidence import Evidence
 from lora_diag.planning.findings import Finding, findings
 from lora_diag.reports.overlap_summary import lines
 from lora_diag.reports.residual import residual_lines
+from lora_diag.reports.several import SEVERAL, named_of, sections_of
 from lora_diag.reports.summary import summary_lines
 from lora_diag.reports.text import number, percent, safe
 from lora_diag.reports.tracks import tracks
@@ -54,7 +55,17 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """Everything a report says in words."""
+    """Everything a report says in words.
+
+    Args:
+        title: What was compared.
+        answers: To the first questions.
+        advice: What to do next.
+        findings: Failure modes.
+        missing: What was not measured, and what would measure it.
+        about: What the advice is about.
+        update: Whether anything was measured of one update, or there is nothing else: else there is no advice to give.
+    """
 
     title: str
     answers: tuple[Answer, ...]
@@ -62,18 +73,42 @@ class Subject:
     findings: tuple[Finding, ...]
     missing: tuple[tuple[str, str], ...]
     about: str
+    update: bool
 
 
 def subject_of(evidence: Evidence) -> Subject:
     """Return what the records of several runs say together."""
+    others = tuple(_several(evidence))
+    usual = (_low_rank(evidence), _resolved(evidence), _limits(evidence))
+    update = any(answer.measured for answer in usual) or not others
     return Subject(
         title=_title(evidence),
-        answers=(_low_rank(evidence), _resolved(evidence), _limits(evidence)),
+        answers=(*(usual if update else ()), *others),
         advice=tuple(map(_safe, advice(evidence))),
         findings=tuple(map(_safe, findings(evidence))),
         missing=tuple((safe(what), safe(how)) for what, how in evidence.missing()),
         about=_about(evidence),
+        update=update,
     )
+
+
+# The lines of a summary that answer a first question, and the question.
+_ASKED = {
+    "Interfere?": "Do the updates interfere?",
+    "Rank needed": "What rank do all of them need?",
+    "Intruders?": "Are there intruder dimensions?",
+    "Stand out": "Which adapters stand out?",
+    "Alike": "Which adapters are alike?",
+}
+
+
+def _several(evidence: Evidence) -> Iterator[Answer]:
+    """Yield what is asked first of several updates, of intruders and of fleets."""
+    for section in sections_of(evidence):
+        for word, sentence in section.lines:
+            if word in _ASKED:
+                first, *more = sentence.splitlines()
+                yield Answer(_ASKED[word], first, tuple(more))
 
 
 def labels(paths: Sequence[str]) -> list[str]:
@@ -101,6 +136,8 @@ def _safe(item: T) -> T:
 def _title(evidence: Evidence) -> str:
     source = evidence.update or evidence.audit or next(iter(evidence.sources), None)
     inputs = source.results.run.inputs if source else ()
+    if source is not None and source.results.run.command in SEVERAL:
+        return named_of(source)
     paths = {side.role: safe(side.path) for side in reversed(inputs)}
     tuned = paths.get("tuned") or paths.get("adapter")
     if tuned and "base" in paths:

@@ -1,0 +1,166 @@
+"""Several updates, intruders and fleets in the report: any mix of runs, hostile names, the numbers of the records."""
+
+import itertools
+import json
+import re
+
+import numpy as np
+import pytest
+from markdown_it import MarkdownIt
+
+from lora_diag.planning.evidence import Evidence, Source
+from lora_diag.reports.html import html_report
+from lora_diag.reports.markdown import markdown_report
+from lora_diag.reports.static import pictures_of
+from lora_diag.reports.tabular import to_csv
+from lora_diag.results import End, Intruders, Results, Run, RunInput
+from lora_diag.results.intruders import Direction
+from tests.plots import making
+from tests.reports.test_html import HOSTILE, Elements, evidence, small
+
+GITHUB = MarkdownIt("commonmark").enable("table")
+
+
+def run(command, records, *inputs, left_out=()):
+    sides = tuple(RunInput(role=role, path=path, kind="PEFT LoRA", tensors=9) for role, path in inputs)
+    end = End(layers=len(records), left_out=len(left_out), fro=None, base_fro=None)
+    return Results(Run(command=command, version="0", inputs=sides, settings={}), tuple(records), tuple(left_out), end)
+
+
+def interference(
+    names=("runs/sql", "runs/chat"), layers=("model.layers.0.q_proj.weight", "model.layers.1.q_proj.weight")
+):
+    pairs = [
+        making.interference(layer, {8: [0.5] * 8}, {8: [0.2] * 8}, first=first, second=second)
+        for layer in layers
+        for first, second in itertools.combinations(names, 2)
+    ]
+    sums = [making.union(layer, 7 + i, 12, 13, updates=tuple(names)) for i, layer in enumerate(layers)]
+    return run("interference", [*pairs, *sums], *(("adapter", name) for name in names))
+
+
+def intruders(layers=("model.layers.0.q_proj.weight",), base="base", tuned="tuned"):
+    directions = [
+        Direction(sigma=s, similarity=c, nearest=1, window=1, projection=c, projection_random=0.1, kind=kind)
+        for s, c, kind in ((3.0, 0.9, "kept"), (2.0, 0.1, "intruder"))
+    ]
+    records = [
+        Intruders(
+            layer=layer,
+            shape=(32, 64),
+            k=2,
+            epsilon=0.5,
+            window=0.1,
+            fro=1.0,
+            base_fro=9.0,
+            count=1,
+            rotated=0,
+            intruders=1,
+            share=0.5,
+            similarity_lowest=0.1,
+            similarity_random=0.3,
+            count_random=2.0,
+            directions=tuple(directions),
+            method="exact",
+        )
+        for layer in layers
+    ]
+    return run("intruders", records, ("base", base), ("tuned", tuned))
+
+
+def fleet(names=("runs/a", "runs/b", "runs/c")):
+    rng = np.random.default_rng(0)
+    same = rng.normal(size=64)
+    records = [
+        making.adapter(name, 1.0, 0.9, sketch=same if i < 2 else rng.normal(size=64)) for i, name in enumerate(names)
+    ]
+    records[0] = making.adapter(names[0], 1.0, 0.25, sketch=same)
+    return run("spectrum --adapters", records, *(("adapter", name) for name in names))
+
+
+KINDS = {"interference": interference, "intruders": intruders, "fleet": fleet}
+MIXES = [mix for size in (1, 2, 3) for mix in itertools.combinations(KINDS, size)]
+
+
+@pytest.mark.parametrize("also", [False, True], ids=["alone", "with an update"])
+@pytest.mark.parametrize("mix", MIXES, ids="-".join)
+def test_any_mix_has_a_page_a_text_and_a_table(mix, also):
+    runs = evidence(*(KINDS[name]() for name in mix), *(small() if also else ()))
+    page = html_report(runs, pictures_of(runs), "now")
+    text = markdown_report(runs)
+    for said in (Elements(page).words, [text]):
+        shown = " ".join(said)
+        assert ("Is the update low-rank?" in shown) == also
+        assert ("What to do next" in shown) == also
+        assert ("Do the updates interfere?" in shown) == ("interference" in mix)
+        assert ("Are there intruder dimensions?" in shown) == ("intruders" in mix)
+        assert ("Which adapters stand out?" in shown) == ("fleet" in mix)
+    figures = {a["alt"].split(":")[0] for tag, a in Elements(page).seen if tag == "img"}
+    wanted = {"interference": {"angles", "union"}, "intruders": {"intruders"}, "fleet": {"fleet"}}
+    for name, own in wanted.items():
+        assert {f"Figure of {each}" for each in own} <= figures if name in mix else not own & figures
+    assert len(to_csv(runs).splitlines()) > len(mix)
+
+
+def test_a_section_has_the_lines_of_the_terminal_and_its_figures_stay_with_javascript():
+    page = html_report(evidence(interference()), pictures_of(evidence(interference())))
+    shown = " ".join(Elements(page).words)
+    assert "90% of the sum's energy takes Σr = 15, 0.625 of the 24 of the updates apart" in shown
+    assert "weights alone do not say whether skills fight" in shown
+    body = page[: page.index('<div class="static-figures">')]
+    assert body.count("<img") == 2
+    data = json.loads(Elements(page).scripts["data"])
+    fields = {field["title"]: field["values"] for field in data["fields"]}
+    assert fields["sum r@90%"] == [7, 8]
+    assert fields["additive"] == [7 / 12, 8 / 12]
+
+
+def test_a_fleet_s_page_lists_who_stands_out_and_what_is_alike_and_no_layers():
+    page = html_report(evidence(fleet()))
+    rows = re.findall(r'<tr><th scope="row" class="name">(.*?)</th>(.*?)</tr>', page)
+    assert [name for name, _ in rows] == ["a", "a × b"]
+    assert "<td>over-ranked</td>" in rows[0][1]
+    assert "<td>the same update, up to scale</td>" in rows[1][1]
+    assert "Layer by layer" not in page
+    assert "<script" not in page
+    rendered = GITHUB.render(markdown_report(evidence(fleet())))
+    assert "<td><code>a</code></td>" in rendered
+    assert "<td>the same update, up to scale</td>" in " ".join(re.findall(r"<td.*?</td>", rendered)).replace(
+        ' style="text-align:left"', ""
+    )
+
+
+def test_a_thousand_adapters_are_not_a_thousand_lines():
+    names = [f"runs/adapter-{i:04}" for i in range(1000)]
+    rng = np.random.default_rng(0)
+    many = run(
+        "spectrum --adapters",
+        [making.adapter(name, float(rng.uniform(0.9, 1.1)), 0.2, sketch=rng.normal(size=64)) for name in names],
+        *(("adapter", name) for name in names),
+    )
+    page = html_report(evidence(many), pictures_of(evidence(many)))
+    assert "and 980 more" in page
+    assert len(page) < 3e6
+    assert len(markdown_report(evidence(many))) < 10_000
+
+
+@pytest.mark.parametrize("name", HOSTILE, ids=range(len(HOSTILE)))
+def test_hostile_names_stay_text(name):
+    runs = (
+        interference((name, f"x/{name}", "plain"), (name, f"model.layers.0.{name}")),
+        intruders((f"model.layers.0.{name}",), name, name),
+        fleet((f"{name}/a", f"{name}b", "c")),
+    )
+    plain = html_report(evidence(interference(), intruders(), fleet(), *small()), pictures_of(evidence(*small())))
+    hostile = Evidence(tuple(Source(name, item) for item in runs))
+    page = html_report(hostile, pictures_of(hostile), "now")
+    found = Elements(page)
+    assert {tag for tag, _ in found.seen} <= {tag for tag, _ in Elements(plain).seen} | {"br"}
+    scripts = [tag for tag, _ in Elements(plain).seen if tag == "script"]
+    assert len([tag for tag, _ in found.seen if tag == "script"]) == len(scripts)
+    assert not [attr for _, attrs in found.seen for attr in attrs if attr.startswith("on")]
+    assert all(attrs["src"].startswith("data:image/svg+xml;base64,") for tag, attrs in found.seen if tag == "img")
+    assert not re.search("[\x00-\x08\x0e-\x1f\u202e]", page)
+    text = GITHUB.render(markdown_report(hostile))
+    assert not re.search(r"<(script|img|!--|b|a)\b", text)
+    assert not re.search("[\x00-\x08\x0e-\x1f\u202e]", text)

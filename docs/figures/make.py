@@ -25,6 +25,7 @@ MEASURED = {
     "lora_r16": ["spectrum", f"{SAMPLES}/base", f"{SAMPLES}/lora_r16"],
     "residual": ["residual", f"{SAMPLES}/base", f"{SAMPLES}/full_ft", f"{SAMPLES}/lora_r4", f"{SAMPLES}/lora_r16"],
     "overlap": ["overlap", f"{SAMPLES}/base", f"{SAMPLES}/full_ft", f"{SAMPLES}/gradients"],
+    "interference": ["interference", f"{SAMPLES}/lora_r4", f"{SAMPLES}/lora_r16"],
     "allocation": ["allocate", "{spectrum}", "--params", "80k"],
 }
 PLOTS = {
@@ -35,6 +36,9 @@ PLOTS = {
     "plot-residual": ["{residual}", "--figure", "residual"],
     "plot-overlap": ["{overlap}", "--figure", "overlap"],
     "plot-allocation": ["{allocation}", "--figure", "allocation"],
+    "plot-angles": ["{interference}", "--figure", "angles"],
+    "plot-union": ["{interference}", "--figure", "union"],
+    "plot-fleet": ["{fleet}", "--figure", "fleet"],
 }
 
 
@@ -54,11 +58,47 @@ def svg(words: list[str]) -> str:
     return re.sub(r"@font-face \{.*?\}\s*", "", picture, flags=re.DOTALL)  # fonts from a network: not needed
 
 
+def fleet(folder: Path) -> str:
+    """Write 40 adapters of random factors in a folder, four of them odd, and measure them.
+
+    Returns:
+        The results file.
+    """
+    import json
+
+    import torch
+    from safetensors.torch import save_file
+
+    odd = {"sql-v2": 40.0, "chat-untrained": 0.0, "code-v3": None, "law-high-rate": None}
+    generator = torch.Generator().manual_seed(0)
+    for name in [*(f"task-{i:02}" for i in range(36)), *odd]:
+        decay = torch.linspace(0, -0.6 * float(torch.rand(1, generator=generator)), 16)
+        if name == "code-v3":
+            decay = torch.linspace(0, -3, 16)
+        elif name == "law-high-rate":
+            decay = torch.tensor([1.0, *[0.0] * 15])
+        scale = (10**decay) * (1.0 if odd.get(name) is None else odd[name])
+        tensors = {}
+        for layer in range(4):
+            key = f"base_model.model.model.layers.{layer}.self_attn.q_proj"
+            tensors[f"{key}.lora_A.weight"] = torch.randn(16, 64, generator=generator)
+            tensors[f"{key}.lora_B.weight"] = torch.randn(64, 16, generator=generator) * scale
+        where = folder / "fleet" / name
+        where.mkdir(parents=True)
+        save_file(tensors, where / "adapter_model.safetensors")
+        config = {"peft_type": "LORA", "r": 16, "lora_alpha": 16, "target_modules": ["q_proj"]}
+        (where / "adapter_config.json").write_text(json.dumps(config))
+    file = str(folder / "fleet.jsonl")
+    terminal(["spectrum", "--adapters", str(folder / "fleet" / "*"), "-o", file, "-q"])
+    return file
+
+
 def plots(folder: Path) -> None:
     """Measure the sample checkpoints into a folder, and draw the figures of docs/plot.md from the results."""
     files = {name: str(folder / f"{name}.jsonl") for name in MEASURED}
     for name, words in MEASURED.items():
         terminal([*(word.format(**files) for word in words), "-o", files[name], "-q"])
+    files["fleet"] = fleet(folder)
     for name, words in PLOTS.items():
         terminal(["plot", *(word.format(**files) for word in words), "-o", str(FOLDER / f"{name}.svg"), "-q"])
 

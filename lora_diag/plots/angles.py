@@ -137,9 +137,9 @@ def _words(
     drawn = {record.layer for record in records if str(rank) in record.columns}
     notes = ["The further right of its dotted line a curve lies, the more two updates have in common."]
     if missing := len(pairs) - len(shown):
-        notes.append(f"Not drawn: {missing} pairs that have less in common.")
+        notes.append(f"Not drawn: {missing} of the pairs, with less in common.")
     if small := len({record.layer for record in records} - drawn):
-        notes.append(f"Not drawn: {small} layers without {rank} directions.")
+        notes.append(f"Not drawn: {small} {'layer' if small == 1 else 'layers'} without {rank} directions.")
     if others := [each for each in ranks_of(records) if each != rank]:
         notes.append(f"Also measured: r = {', '.join(map(str, others))} (--rank).")
     return Words(

@@ -104,11 +104,14 @@ _ASKED = {
 
 def _several(evidence: Evidence) -> Iterator[Answer]:
     """Yield what is asked first of several updates, of intruders and of fleets."""
-    for section in sections_of(evidence):
+    sections = sections_of(evidence)
+    asked = Counter(word for section in sections for word, _ in section.lines)
+    for section in sections:
         for word, sentence in section.lines:
             if word in _ASKED:
                 first, *more = sentence.splitlines()
-                yield Answer(_ASKED[word], first, tuple(more))
+                # Of several such runs each answer says whose it is.
+                yield Answer(_ASKED[word], first, (*more, *([section.title] if asked[word] > 1 else ())))
 
 
 def labels(paths: Sequence[str]) -> list[str]:

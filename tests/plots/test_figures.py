@@ -227,7 +227,7 @@ def test_of_many_pairs_those_with_most_in_common_are_drawn():
         for second in names[i + 1 :]
     }
     assert drawn == sorted(mean, key=mean.__getitem__, reverse=True)[:6]
-    assert "Not drawn: 4 pairs" in " ".join(text.get_text() for text in figure.texts).replace("\n", " ")
+    assert "Not drawn: 4 of the pairs" in " ".join(text.get_text() for text in figure.texts).replace("\n", " ")
     assert "rank 5 was not measured; there are 4, 8" in plots.why_not("angles", making.results(records), rank=5)
 
 

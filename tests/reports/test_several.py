@@ -119,8 +119,8 @@ def test_a_fleet_s_page_lists_who_stands_out_and_what_is_alike_and_no_layers():
     page = html_report(evidence(fleet()))
     rows = re.findall(r'<tr><th scope="row" class="name">(.*?)</th>(.*?)</tr>', page)
     assert [name for name, _ in rows] == ["a", "a × b"]
-    assert "<td>over-ranked</td>" in rows[0][1]
-    assert "<td>the same update, up to scale</td>" in rows[1][1]
+    assert '<td class="left">over-ranked</td>' in rows[0][1]
+    assert '<td class="left">the same update, up to scale</td>' in rows[1][1]
     assert "Layer by layer" not in page
     assert "<script" not in page
     rendered = GITHUB.render(markdown_report(evidence(fleet())))
@@ -128,6 +128,13 @@ def test_a_fleet_s_page_lists_who_stands_out_and_what_is_alike_and_no_layers():
     assert "<td>the same update, up to scale</td>" in " ".join(re.findall(r"<td.*?</td>", rendered)).replace(
         ' style="text-align:left"', ""
     )
+
+
+def test_of_two_such_runs_each_answer_says_whose_it_is():
+    text = markdown_report(evidence(interference(), interference(("runs/x", "runs/y"))))
+    assert text.count("- Several updates: sql + chat\n") == 2
+    assert "- Several updates: x + y\n" in text
+    assert "- Several updates" not in markdown_report(evidence(interference(), fleet()))
 
 
 def test_a_thousand_adapters_are_not_a_thousand_lines():

@@ -84,7 +84,7 @@ def plot(
     _check_options(figure, field, rank)
     runs = [_selected(one if isinstance(one, Results) else read_results(one), layers) for one in results]
     if not any(len(run) for run in runs):
-        raise NothingComparedError(f"no layer left to draw{f': no name matches {layers}' if layers else ''}")
+        raise NothingComparedError(f"no layer left to draw: {_why_no_layer(runs, layers)}")
     options: dict[str, Any] = {"labels": labels, "width": width, "per": per, "field": field, "rank": rank}
     wanted = plots.FIGURES if figure in {None, "all"} else (plots.figure_named(str(figure)),)
     made: list[Drawn] = []
@@ -143,6 +143,13 @@ def _check_options(figure: str | None, field: str | None, rank: int | None) -> N
         raise UsageError(f"field {field}: is for the heat map; {figure} has its own quantity")
     if rank is not None and figure not in {None, "all", "overlap", "angles", "heatmap"}:
         raise UsageError(f"rank {rank}: is for overlap and angles; {figure} shows the ranks that it finds")
+
+
+def _why_no_layer(runs: Sequence[Results[Any]], layers: str | None) -> str:
+    if layers is not None:
+        return f"no name matches {layers}"
+    commands = ", ".join(dict.fromkeys(run.run.command for run in runs))
+    return f"the results of loradiag {commands} have no records of layers; loradiag inspect shows what they have"
 
 
 def _selected(results: Results[Any], layers: str | None) -> Results[Any]:

@@ -5,6 +5,7 @@ import sys
 
 import pytest
 
+from lora_diag.results import End, Results, Run
 from tests.plots import making
 
 
@@ -81,3 +82,12 @@ def test_plotting_imports_no_torch(spectra, tmp_path):
         "assert not {'torch', 'matplotlib.pyplot'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, cwd=tmp_path)
+
+
+def test_results_without_layers_say_what_shows_them(loradiag, tmp_path):
+    run = Run(command="probe truncation", version="0", inputs=(), settings={})
+    Results(run, (), end=End(layers=0, left_out=0, fro=None, base_fro=None)).write(tmp_path / "probe.jsonl")
+    ran = loradiag("plot", "probe.jsonl", "-o", "figures")
+    assert ran.code == 4
+    assert "loradiag probe truncation have no records of layers; loradiag inspect" in ran.err
+    assert not (tmp_path / "figures").exists()

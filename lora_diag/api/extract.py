@@ -136,7 +136,12 @@ def extract(
             on_progress=on_progress,
         )
 
-    rules = ranks_for(asked, planned.targets, spectra)
+    try:
+        rules = ranks_for(asked, planned.targets, spectra)
+    except UsageError as error:
+        if not folder.spectra.exists():
+            raise
+        raise UsageError(f"{error}; the spectra are kept in {folder.work}: --resume with another budget") from error
     tasks = [
         Layer(_without_base(delta), target.module, target.kind, target.transposed, rules[delta.layer])
         for delta in compared.pairing.deltas

@@ -294,3 +294,13 @@ def test_the_docs_show_what_is_printed(loradiag, tmp_path):
     (tmp_path / "sample_checkpoints").symlink_to(ROOT / "sample_checkpoints")
     printed = loradiag(*words.split()).out.strip("\n")
     assert shown == f"```console\n$ loradiag {words}\n{printed}\n```\n"
+
+
+def test_a_budget_that_is_too_small_keeps_the_spectra_for_the_next(loradiag, pair_of_models, tmp_path):
+    base, tuned, *_ = pair_of_models
+    ran = loradiag("extract", base, tuned, "--params", "3", "-o", "adapter")
+    assert ran.code == 2
+    assert "the spectra are kept in" in ran.err
+    assert "--resume with another budget" in ran.err
+    assert loradiag("extract", base, tuned, "--params", "400", "-o", "adapter", "--resume").code == 0
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith("adapter")] == ["adapter"]

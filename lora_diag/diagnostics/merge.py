@@ -109,6 +109,8 @@ def verify(task: MergedLayer) -> Merge | LeftOut:
         if found.non_finite.startswith("BASE"):
             return _left_out(task, found.non_finite)
         return _record(task, None, rounding, "other", _as_vector(task, found.non_finite))
+    if not math.isfinite(found.expected + abs(found.inner)):
+        return _left_out(task, "the squares of its entries overflow float64")
     if found.count == 0 and not found.drifted:
         ambiguous = ambiguous or task.merged.is_quantized or isinstance(addend, Whole)
         if ambiguous and found.moved <= UNEXPLAINED * found.entries and found.expected > 0:

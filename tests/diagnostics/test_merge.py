@@ -433,3 +433,20 @@ def test_a_base_that_is_not_finite_is_left_out(merges, tmp_path):
     assert [(item.layer, item.reason, item.detail) for item in results.left_out] == [
         (Q, "non_finite", "BASE holds inf at [0, 1]")
     ]
+
+
+def test_squares_that_overflow_are_left_out_and_no_crash(tmp_path):
+    huge = {"w.weight": torch.full((4, 4), 1e200, dtype=torch.float64)}
+    for side in ("base", "merged"):
+        (tmp_path / side).mkdir()
+        save_file(huge, tmp_path / side / "model.safetensors")
+    shapes = {"lora_A": (1, 4), "lora_B": (4, 1)}
+    factors = {key: torch.full(shape, 1e100, dtype=torch.float64) for key, shape in shapes.items()}
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    save_file({f"base_model.model.w.{k}.weight": v for k, v in factors.items()}, adapter / "adapter_model.safetensors")
+    (adapter / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 1, "lora_alpha": 1}))
+    results = verify_merge(tmp_path / "base", adapter, tmp_path / "merged")
+    (item,) = results.left_out
+    assert (item.layer, item.reason) == ("w.weight", "non_finite")
+    assert "overflow float64" in item.detail

@@ -135,6 +135,11 @@ def _by_rank(results: Results[Overlap], judged: Sequence[Track]) -> str:
     return f"κ (random): {', '.join(parts)}"
 
 
+def _leaves_chance(record: Overlap) -> bool:
+    """Say whether κ is well above its baseline; never where the subspaces are all there is, and both are 1."""
+    return record.kappa_random < 1 and not near(record)
+
+
 def _suggests(results: Results[Overlap], judged: Sequence[Track]) -> str:
     """Say what to do about the layers near their baseline."""
     out = [track for track in judged if track.near_since is not None]
@@ -142,7 +147,7 @@ def _suggests(results: Results[Overlap], judged: Sequence[Track]) -> str:
         return "nothing to change: in every layer these subspaces see more of the gradient than chance would"
     reached = [track for track in out if _reaches(track.last)]
     largest = {track.layer: max((r for r in results if r.layer == track.layer), key=_rank_then_step) for track in out}
-    helped = [track for track in out if track not in reached and not near(largest[track.layer])]
+    helped = [track for track in out if track not in reached and _leaves_chance(largest[track.layer])]
     lost = [track for track in out if track not in reached and track not in helped]
     told = []
     if reached:

@@ -233,6 +233,19 @@ def test_zero_updates_have_no_distance(model, tmp_path):
     assert (record.epsilon, record.rank, record.limited_by) == (1.0, 2, "not adapted")
 
 
+def test_what_an_adapter_moves_where_the_fine_tune_did_not_counts_for_the_whole(model, tmp_path):
+    base, _, layer, _ = model
+    before = load_file(base / "model.safetensors")
+    other = "model.layers.1.mlp.up_proj.weight"
+    after = save_model(tmp_path / "after", before | {other: before[other] + 1})
+    b = np.ones((16, 2), dtype=np.float32)
+    adapter = lora(tmp_path / "a", {layer: (b, np.ones((2, 12), dtype=np.float32))})
+    whole = pooled(lora_diag.residual(base, after, [adapter]).layers)
+    d, x = np.ones(16 * 12), 2 * np.ones(16 * 12)  # in different layers
+    assert whole.epsilon == pytest.approx(np.sqrt((d**2).sum() + (x**2).sum()) / np.linalg.norm(d), rel=1e-9)
+    assert whole.cosine == 0
+
+
 def test_an_unresolved_fine_tune_is_called_noise(tmp_path):
     base = {"w.weight": torch.full((64, 64), 1.0, dtype=torch.bfloat16)}
     rng = torch.Generator().manual_seed(0)

@@ -60,6 +60,15 @@ def test_a_higher_rank_that_helps_and_one_side_that_fits_are_told_apart():
     assert "still reaches 0.7 of ‖G‖ (random 0.248); leave it" in flat(results(one_side, ranks=(16, 64)))
 
 
+def test_subspaces_that_are_everything_suggest_no_rank():
+    """At full rank κ and its baseline are both 1, which says nothing of a higher rank."""
+    near, full = record(A, 0, 0.031), record(A, 0, 1.0, rank=512, tangent=1.0)
+    assert full.kappa_random == 1
+    said = flat(results([near.model_copy(update={"tangent": 0.26}), full], ranks=(16, 512)))
+    assert "raise the rank" not in said
+    assert "the gradients lie elsewhere" in said
+
+
 def test_an_adapter_is_shown_at_its_own_rank_and_a_checkpoint_at_16():
     records = [record(A, 0, 0.5, rank) for rank in (8, 16, 32)]
     assert tracks(results(records))[0].rank == 16

@@ -11,13 +11,20 @@ from pathlib import Path
 
 from lora_diag.adapters import is_adapter
 from lora_diag.api.inputs import Comparison, compare
-from lora_diag.api.measuring import Progress, Watch, check_running, checked_ranks, measure_layers, without_rank
+from lora_diag.api.measuring import (
+    Progress,
+    Watch,
+    check_running,
+    checked_ranks,
+    layout_of,
+    measure_layers,
+    without_rank,
+)
 from lora_diag.checkpoints import locate
 from lora_diag.deltas import Delta, Pairing, StoredDelta, Unpaired, natural_order
 from lora_diag.diagnostics.interference import interference as measure
 from lora_diag.diagnostics.interference import size
 from lora_diag.diagnostics.parts import RANKS, InterferenceSettings, Several, Update
-from lora_diag.engines import layout_for
 from lora_diag.errors import InputError, NothingComparedError, UsageError
 from lora_diag.linalg import check_request, resolve_device
 from lora_diag.results import (
@@ -119,9 +126,9 @@ def interference(
             "seed": seed,
         },
     )
-    layout = layout_for(max(math.prod(task.shape) for task in tasks), workers, on.type)
+    layout = layout_of(tasks, workers, on.type)
     writer: ResultsWriter[Interference | Union]
-    with ResultsWriter(Path(output) if output is not None else None, run, resume) as writer:
+    with ResultsWriter(output, run, resume) as writer:
         return measure_layers(
             writer,
             tasks,

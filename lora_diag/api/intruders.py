@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 from lora_diag.api.inputs import compare
-from lora_diag.api.measuring import Progress, Watch, check_running, measure_layers, without_rank
+from lora_diag.api.measuring import Progress, Watch, check_running, layout_of, measure_layers, without_rank
 from lora_diag.diagnostics.intruders import IntruderSettings, size
 from lora_diag.diagnostics.intruders import intruders as measure
-from lora_diag.engines import layout_for
 from lora_diag.errors import UsageError
 from lora_diag.linalg import check_request, resolve_device
 from lora_diag.results import AnyRecord, Intruders, Results, ResultsWriter, Run
@@ -98,9 +96,9 @@ def intruders(
             "seed": seed,
         },
     )
-    layout = layout_for(max((math.prod(delta.shape) for delta in matrices), default=0), workers, on.type)
+    layout = layout_of(matrices, workers, on.type)
     writer: ResultsWriter[Intruders]
-    with ResultsWriter(Path(output) if output is not None else None, run, resume) as writer:
+    with ResultsWriter(output, run, resume) as writer:
         return measure_layers(
             writer,
             matrices,

@@ -9,8 +9,8 @@ from typing import Annotated
 import typer
 
 from lora_diag.cli import options
-from lora_diag.cli.output import message, progress_bar, result, terminal
-from lora_diag.errors import UNREADABLE, UsageError
+from lora_diag.cli.output import as_lines, progress_bar, result, tell_unmeasured, terminal
+from lora_diag.errors import UNREADABLE
 
 Inputs = Annotated[
     list[Path],
@@ -52,13 +52,11 @@ def interference(
 
     Example: loradiag interference lora_sql/ lora_chat/ lora_code/ -o interference.jsonl --spectrum union.jsonl
     """
-    if resume and output is None:
-        raise UsageError("--resume: give the results file of the interrupted run with -o")
+    options.check_resume(resume, output)
     # torch comes with it: not before it is needed
     from lora_diag.api.interference import check_spectrum_file, split_base, union_spectra
     from lora_diag.api.interference import interference as measure
     from lora_diag.reports.interference import interference_table
-    from lora_diag.results import to_line
 
     if spectrum is not None:
         check_spectrum_file(spectrum)
@@ -67,7 +65,7 @@ def interference(
         results = measure(
             updates,
             base=base,
-            weights=_numbers(weights) if weights is not None else None,
+            weights=options.parse_numbers(weights, "--weights", "1,0.5") if weights is not None else None,
             ranks=options.parse_ranks(ranks),
             density=density,
             layers=layers,
@@ -81,24 +79,14 @@ def interference(
             output=output,
             resume=resume,
             on_progress=on_progress,
-            on_record=(lambda record: result(to_line(record))) if json else None,
+            on_record=as_lines(json),
         )
     if spectrum is not None:
         union_spectra(results).write(spectrum)
     if not json and not quiet:
         result(interference_table(results, *terminal(), per=per, then=_next(inputs, spectrum)))
-    not_finite = [item for item in results.left_out if item.reason == "non_finite"]
-    for item in not_finite:
-        message(f"error: {item.layer}: {item.detail}; the layer was left out")
-    if not_finite:
+    if tell_unmeasured(results.non_finite, "the layer was left out"):
         raise typer.Exit(UNREADABLE)
-
-
-def _numbers(words: str) -> list[float]:
-    try:
-        return [float(word) for word in words.split(",")]
-    except ValueError as error:
-        raise UsageError(f"--weights {words}: give numbers with commas, such as 1,0.5") from error
 
 
 def _next(inputs: list[Path], spectrum: Path | None) -> str:

@@ -9,8 +9,8 @@ from typing import Annotated
 import typer
 
 from lora_diag.cli import options
-from lora_diag.cli.output import message, progress_bar, result, terminal
-from lora_diag.errors import UNREADABLE, UsageError
+from lora_diag.cli.output import as_lines, progress_bar, result, tell_unmeasured, terminal
+from lora_diag.errors import UNREADABLE
 
 Tuned = Annotated[Path, typer.Argument(metavar="TUNED", help="Checkpoint after, or an adapter.")]
 Top = Annotated[int, typer.Option(metavar="K", help="Look at the K largest directions of each weight.")]
@@ -44,12 +44,10 @@ def intruders(
 
     Example: loradiag intruders base/ lora_r8/ -o intruders.jsonl
     """
-    if resume and output is None:
-        raise UsageError("--resume: give the results file of the interrupted run with -o")
+    options.check_resume(resume, output)
     # torch comes with it: not before it is needed
     from lora_diag.api.intruders import intruders as measure
     from lora_diag.reports.intruders import intruders_table
-    from lora_diag.results import to_line
 
     with progress_bar(quiet) as on_progress:
         results = measure(
@@ -69,14 +67,11 @@ def intruders(
             output=output,
             resume=resume,
             on_progress=on_progress,
-            on_record=(lambda record: result(to_line(record))) if json else None,
+            on_record=as_lines(json),
         )
     if not json and not quiet:
         result(intruders_table(results, *terminal(), per=per, then=_next(base, tuned, output)))
-    not_finite = [item for item in results.left_out if item.reason == "non_finite"]
-    for item in not_finite:
-        message(f"error: {item.layer}: {item.detail}; the layer was left out")
-    if not_finite:
+    if tell_unmeasured(results.non_finite, "the layer was left out"):
         raise typer.Exit(UNREADABLE)
 
 

@@ -59,3 +59,15 @@ def parse_ranks(words: str, option: str = "--ranks") -> list[int]:
         return [int(word) for word in words.split(",")]
     except ValueError as error:
         raise UsageError(f"{option} {words}: give whole numbers with commas, such as 4,8,16") from error
+
+
+def parse_numbers(words: str, option: str, such: str) -> list[float]:
+    """Read numbers with commas between them; a message gives ``such`` as an example.
+
+    >>> parse_numbers("1,0.5", "--weights", "1,0.5")
+    [1.0, 0.5]
+    """
+    try:
+        return [float(word) for word in words.split(",")]
+    except ValueError as error:
+        raise UsageError(f"{option} {words}: give numbers with commas, such as {such}") from error

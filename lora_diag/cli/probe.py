@@ -13,7 +13,6 @@ import typer
 
 from lora_diag.cli import options
 from lora_diag.cli.output import again, as_lines, message, result, terminal
-from lora_diag.errors import UsageError
 from lora_diag.reports.text import safe
 
 Base = Annotated[Path, typer.Argument(metavar="BASE", help="The model before: a folder for transformers, or a Hub id.")]
@@ -222,7 +221,7 @@ def sweep(
     Example: loradiag probe sweep base/ --data train.txt --eval held_out.txt --steps 200 -o sweep.jsonl
     """
     options.check_resume(resume, output)
-    asked, rates = options.parse_ranks(ranks), _numbers(lr, "--lr")
+    asked, rates = options.parse_ranks(ranks), options.parse_numbers(lr, "--lr", "1e-4,1e-3")
     # torch comes with it: not before it is needed
     from lora_diag.api.probe_sweep import probe_sweep
     from lora_diag.reports.probe_sweep import sweep_table
@@ -258,13 +257,6 @@ def sweep(
 
 
 PROBES = (truncation, activations, outputs, sweep)
-
-
-def _numbers(words: str, option: str) -> list[float]:
-    try:
-        return [float(word) for word in words.split(",")]
-    except ValueError as error:
-        raise UsageError(f"{option} {words}: give numbers with commas, such as 1e-4,1e-3") from error
 
 
 def _noted(quiet: bool) -> Callable[[str], None] | None:

@@ -14,9 +14,6 @@ from lora_diag.linalg.ties import Conflicts, ties_blocks, ties_factor
 from lora_diag.metrics import distances
 from lora_diag.results.interference import MergeLoss
 
-# Of ‖S‖: the products behind cosine and scale are exact to about that.
-ROUNDING = 1e-12
-
 
 @dataclass(frozen=True, slots=True)
 class Pair:

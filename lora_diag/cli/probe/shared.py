@@ -1,0 +1,56 @@
+"""The options that the probes share, what they tell while they run, and what to run next."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lora_diag.cli.output import again, message
+from lora_diag.reports.text import safe
+
+Base = Annotated[Path, typer.Argument(metavar="BASE", help="The model before: a folder for transformers, or a Hub id.")]
+Eval = Annotated[list[Path] | None, typer.Option("--eval", metavar="FILE", help="Held-out text or JSONL; repeatable.")]
+Shifted = Annotated[list[Path] | None, typer.Option(metavar="FILE", help="Text of another kind; repeatable.")]
+Length = Annotated[int | None, typer.Option(metavar="N", help="Tokens of a sequence; default 512 or the model's most.")]
+Batch = Annotated[int, typer.Option(metavar="N", help="Sequences in a batch.")]
+MaxSequences = Annotated[int | None, typer.Option(metavar="N", help="Use the first N sequences of each file.")]
+Tokenizer = Annotated[str, typer.Option(metavar="auto|bytes|DIR", help="Of BASE; UTF-8 bytes; or of a folder.")]
+Dtype = Annotated[str, typer.Option(metavar="float32|bfloat16|float16", help="Of the weights while they run.")]
+Device = Annotated[str, typer.Option(metavar="auto|cpu|cuda[:i]", help="Where to run the model.")]
+
+
+def noted(quiet: bool) -> Callable[[str], None] | None:
+    """Return who is told what a careful reader should know before it takes time."""
+    return None if quiet else message
+
+
+def next_step(output: Path | None, then: str) -> str:
+    """Return the command that a user would run next, as a shell takes it."""
+    if output is not None:
+        return then
+    return f"{again('-o', 'probe.jsonl')}   (keeps these numbers)"
+
+
+@contextmanager
+def progress(quiet: bool) -> Iterator[Callable[[str, int, int], None] | None]:
+    """Give a function that shows how far a run is; nothing where standard error is not a terminal."""
+    if quiet or sys.stderr is None or not sys.stderr.isatty():
+        yield None
+        return
+    from rich import progress as bars
+    from rich.console import Console
+
+    columns = (
+        bars.TextColumn("{task.completed}/{task.total}"),
+        bars.BarColumn(bar_width=20),
+        bars.TimeRemainingColumn(),
+        bars.TextColumn("{task.description}", markup=False),
+    )
+    with bars.Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("", total=None)
+        yield lambda label, done, total: bar.update(task, description=safe(label), completed=done, total=total)

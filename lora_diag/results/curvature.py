@@ -89,16 +89,16 @@ class LossBound(Record):
         tokens: Predictions that the loss is the mean of.
         rank: r.
         along: t, how far on the way from TUNED (0) to the truncated update (1).
-        tail: ‖E‖² = t²·Σ_{i>r}σ_i² over all truncated layers.
+        tail_energy: ‖E‖² = t²·Σ_{i>r}σ_i² over all truncated layers.
         linear: ⟨∇L, E⟩.
         quadratic: ½⟨E, HE⟩.
-        bound: (λ/2)‖E‖², λ the joint largest eigenvalue at TUNED.
+        upper: (λ/2)‖E‖², λ the joint largest eigenvalue at TUNED.
         lower: (μ/2)‖E‖² with μ the smallest eigenvalue where that is positive; else null.
         curvature: ⟨E, H'E⟩/‖E‖² with H' the Hessian at W_tuned + E.
         loss: L(W_tuned + E), measured.
         gap: L(W_tuned + E) − L(W_tuned), measured.
         gap_error: Its standard error as a gap on other text of the kind; it has none on this set.
-        holds: Whether ``gap`` ≤ ``linear`` + ``bound``.
+        holds: Whether ``gap`` ≤ ``linear`` + ``upper``.
     """
 
     key: ClassVar[tuple[str, ...]] = ("set", "rank", "along")
@@ -108,10 +108,10 @@ class LossBound(Record):
     tokens: int
     rank: int
     along: float
-    tail: float
+    tail_energy: float
     linear: float
     quadratic: float
-    bound: float
+    upper: float
     lower: float | None
     curvature: float
     loss: float

@@ -20,7 +20,7 @@ class Intrinsic(Record):
         rank: r of a LoRA; null elsewhere.
         params: Numbers that were trained; 0 for BASE.
         lr: Peak learning rate as Adam was given it; null for BASE.
-        pace: Of ``full`` and ``subspace``: the rate of full fine-tuning that moves the weights as far in a step, lr·√(d/D);
+        pace: Of ``full`` and ``subspace``: the rate at which full fine-tuning moves as far in a step, lr·√(d/D);
             null elsewhere.
         seed: Of the projection, of LoRA's factors, and of dropout where BASE has some.
         loss: In nats; null where the run diverged.

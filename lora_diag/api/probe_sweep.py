@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +28,18 @@ from lora_diag.errors import UsageError
 from lora_diag.linalg import resolve_device
 from lora_diag.planning.sweep import best_rates
 from lora_diag.results import AnyRecord, Results, ResultsWriter
+from lora_diag.results.probe import Subject
 from lora_diag.training.data import Texts, read_texts
 from lora_diag.training.losses import measure
+from lora_diag.training.methods import Lora, inner_layers
 from lora_diag.training.models import Model, open_model
-from lora_diag.training.sweep import ALPHA_OVER_RANK, CLIP_NORM, WARMUP, Cell, Training, record_of, run_cell
+from lora_diag.training.rounding import GRIDS, rounded
+from lora_diag.training.sweep import CLIP_NORM, WARMUP, Cell, Training, record_of, run_cell
 
 RANKS = (4, 8, 16, 32, 64)
 RATES = (1e-4, 3e-4, 1e-3, 3e-3)
+# LoRA's best rate is about ten times that of full fine-tuning (Schulman et al. 2025, LoRA Without Regret).
+FULL_RATES = (1e-5, 3e-5, 1e-4, 3e-4)
 
 
 def probe_sweep(
@@ -43,6 +50,12 @@ def probe_sweep(
     shifted: Sequence[Path | str] = (),
     ranks: Sequence[int] = RANKS,
     rates: Sequence[float] = RATES,
+    full: bool = False,
+    full_rates: Sequence[float] = FULL_RATES,
+    bitfit: bool = False,
+    dora: bool = False,
+    rslora: bool = False,
+    quantized: str | None = None,
     steps: int = 100,
     seeds: int = 2,
     seed: int = 0,
@@ -71,7 +84,14 @@ def probe_sweep(
         evaluate: Held-out files of the same kind; the first decides on the learning rate.
         shifted: Files of another kind.
         ranks: Ranks r.
-        rates: Peak learning rates.
+        rates: Peak learning rates, of LoRA and of BitFit.
+        full: Fully fine-tune BASE, too: every parameter, embeddings and head included.
+        full_rates: Peak learning rates of that.
+        bitfit: Train its biases and norms alone, too.
+        dora: Train DoRA: a magnitude for each output beside the factors.
+        rslora: Scale factors by alpha/√r, alpha = 16 at every rank.
+        quantized: ``nf4`` or ``int8``: LoRA is trained on BASE's linear layers as rounded to that grid. They are
+            rounded and not packed: the numbers of a quantized base without the memory that it saves.
         steps: Updates of a run.
         seeds: Runs of each rank at its best rate; they differ in the factors' initial values, not in the data's order.
         seed: Of the data's order, and the first of the seeds.
@@ -96,46 +116,153 @@ def probe_sweep(
         UsageError: An option makes no sense, a text is trained on and evaluated, or the extra ``train`` is missing.
         InputError: An input cannot be read, or the model cannot be opened or adapted.
     """
-    check(batch, max_sequences)
-    _check(ranks, rates, steps, seeds, seed, tolerance)
+    check(batch, max_sequences, **({"quantized": (quantized, GRIDS)} if quantized is not None else {}))
+    _check(ranks, rates, full_rates, steps, seeds, seed, tolerance)
+    if (full or bitfit) and dtype != "float32":
+        raise UsageError(
+            f"--dtype {dtype}: rounds most steps of {'--full' if full else '--bitfit'} away, while LoRA's factors stay "
+            "float32; use --dtype float32"
+        )
     check_files(evaluate, *shifted, data)
     model = open_model(base, resolve_device(device), dtype, length, tokenizer)
     sets = read_sets(model, evaluate, shifted, max_sequences)
-    training = Training(read_texts(data, model), steps, batch, seed, tuple(targets) or None)
+    kind = Lora(tuple(targets) or None, dora, rslora)
+    training = Training(read_texts(data, model), steps, batch, seed, kind)
     if same := next((each for each in sets if each.hash == training.texts.hash), None):
         raise UsageError(f"{same.path}: is the text that is trained on; give one that is held out")
     settings = {
         "ranks": sorted(set(ranks)),
         "rates": sorted(set(rates)),
+        "full_rates": sorted(set(full_rates)) if full else None,
+        "bitfit": bitfit,
+        "kind": kind.about,
+        "quantized": quantized,
         "steps": steps,
         "seeds": seeds,
         "seed": seed,
         "tolerance": tolerance,
         "targets": list(targets) or "all-linear",
-        "alpha_over_rank": ALPHA_OVER_RANK,
         "optimizer": f"AdamW, no weight decay, gradient norm {CLIP_NORM:g}, warm-up {WARMUP:g}, cosine to 0",
     }
     inputs = (describe("base", open_checkpoint(base)), described(training.texts, "data"), *map(described, sets))
     run = run_of("probe sweep", inputs, settings, model, batch, dtype)
     watch = Watch(on_progress, on_record, on_note)
+    arms = [_Arm("lora", tuple(sorted(set(ranks))), tuple(sorted(set(rates))), quantized)]
+    arms += [_Arm("full", (None,), tuple(sorted(set(full_rates))))] if full else []
+    arms += [_Arm("bitfit", (None,), tuple(sorted(set(rates))))] if bitfit else []
     with ResultsWriter[Any](Path(output) if output is not None else None, run, resume) as writer:
         kept = Kept(writer, watch)
         if kept.finished is not None:
             return kept.finished
-        first = [Cell(rank, lr, seed) for rank in sorted(set(ranks)) for lr in sorted(set(rates))]
-        runs = len(first) + (seeds - 1) * len(set(ranks))
-        done = sum(kept.has(sets, **cell.fields) for cell in first) + _more_done(kept, sets, seed)
-        _tell_cost(model, training, sets, runs - done, max(ranks), watch)
-        for each in [] if kept.has(sets, subject="base") else sets:
-            kept.put(record_of(each, measure(model, each, batch, lambda: watch.batch("BASE"))))
-        _run(model, first, training, sets, kept, watch)
-        chosen = best_rates(kept.records, sets[0].name, seed)
-        more = [Cell(rank, lr, seed + i) for i in range(1, seeds) for rank, lr in chosen.items()]
-        _run(model, more, training, sets, kept, watch)
+        sweep = _Sweep(model, training, sets, seeds, kept, watch)
+        sweep.tell_cost(arms)
+        sweep.measure_base("")
+        for arm in arms:
+            with arm.base(model):
+                sweep.run(arm)
         return kept.end([])
 
 
-def _check(ranks: Sequence[int], rates: Sequence[float], steps: int, seeds: int, seed: int, tolerance: float) -> None:
+@dataclass(frozen=True, slots=True)
+class _Arm:
+    """What is trained at a grid of ranks and rates."""
+
+    subject: Subject
+    ranks: tuple[int | None, ...]
+    rates: tuple[float, ...]
+    grid: str | None = None
+
+    def first(self, seed: int) -> list[Cell]:
+        """Return the runs of the first seed: every rate at every rank."""
+        return [Cell(rank, lr, seed, self.subject) for rank in self.ranks for lr in self.rates]
+
+    def base(self, model: Model) -> AbstractContextManager[None]:
+        """Return BASE as it is trained on."""
+        return rounded(inner_layers(model.module).values(), self.grid) if self.grid else nullcontext()
+
+
+@dataclass(frozen=True, slots=True)
+class _Sweep:
+    """A sweep as far as it is."""
+
+    model: Model
+    training: Training
+    sets: Sequence[Texts]
+    seeds: int
+    kept: Kept
+    watch: Watch
+
+    def measure_base(self, grid: str) -> None:
+        """Measure BASE, rounded to a grid if there is one."""
+        size = self.training.batch
+        for each in [] if self.kept.has(self.sets, subject="base", name=grid) else self.sets:
+            losses = measure(self.model, each, size, lambda: self.watch.batch("BASE"))
+            self.kept.put(record_of(each, losses, name=grid))
+
+    def run(self, arm: _Arm) -> None:
+        """Run all rates with the first seed, and the best rate of each rank with the others."""
+        seed = self.training.order
+        if arm.grid:
+            self.measure_base(arm.grid)
+        self._run(arm.first(seed))
+        chosen = best_rates(self.kept.records, self.sets[0].name, seed, arm.subject)
+        self._run([Cell(rank, lr, seed + i, arm.subject) for i in range(1, self.seeds) for rank, lr in chosen.items()])
+
+    def _run(self, cells: Sequence[Cell]) -> None:
+        for cell in cells:
+            if not self.kept.has(self.sets, **cell.fields):
+                after = partial(self.watch.batch, cell.label)
+                self.kept.put(*run_cell(self.model, cell, self.training, self.sets, self.training.batch, after))
+
+    def tell_cost(self, arms: Sequence[_Arm]) -> None:
+        """Time one step of what is trained and one batch of an evaluation, and tell what the sweep will take."""
+        batches = batches_of(self.sets, self.training.batch)
+        grids = {"", *(arm.grid or "" for arm in arms)}
+        bases = sum(not self.kept.has(self.sets, subject="base", name=grid) for grid in grids)
+        seconds, told, evaluation = 0.0, [], 0.0
+        self.watch.total = bases * batches
+        for arm in arms:
+            step, evaluation = self._timed(arm)
+            runs = len(arm.ranks) * (len(arm.rates) + self.seeds - 1) - self._done(arm)
+            seconds += runs * (self.training.steps * step + batches * evaluation)
+            self.watch.total += runs * (self.training.steps + batches)
+            what = {"full": " of full fine-tuning", "bitfit": " of BitFit"}.get(arm.subject, "")
+            told.append(f"{counted(runs, 'run', 'runs')}{what} of {self.training.steps} steps of {step:.2g} s at most")
+        self.watch.note(
+            f"about {duration(seconds + bases * batches * evaluation)}: {', '.join(told)}, each evaluated on "
+            f"{counted(len(self.sets), 'set', 'sets')}{self._copies(arms)}"
+        )
+
+    def _timed(self, arm: _Arm) -> tuple[float, float]:
+        """Return the seconds of a step, at the largest rank, and of a batch of an evaluation."""
+        once, first = replace(self.training, steps=2), self.sets[0].first(self.training.batch)
+        ticks = [time.perf_counter()]
+        cell = Cell(arm.ranks[-1], 1e-6, 0, arm.subject)
+        run_cell(self.model, cell, once, [first], self.training.batch, lambda: ticks.append(time.perf_counter()))
+        return ticks[2] - ticks[1], ticks[3] - ticks[2]
+
+    def _done(self, arm: _Arm) -> int:
+        """Count the runs that are finished already."""
+        runs = {(r.rank, r.lr, r.seed) for r in self.kept.records if r.subject == arm.subject}
+        return sum(self.kept.has(self.sets, **Cell(*run, arm.subject).fields) for run in runs if run[1] is not None)
+
+    def _copies(self, arms: Sequence[_Arm]) -> str:
+        """Say what memory a full fine-tune takes beside BASE: copy, gradients and AdamW's two moments."""
+        if not any(arm.subject == "full" for arm in arms):
+            return ""
+        size = sum(each.numel() * each.element_size() for each in self.model.module.parameters()) / 2**30
+        return f"; a full fine-tune takes {4 * size:.1f} GiB beside BASE" if 4 * size >= 0.1 else ""
+
+
+def _check(
+    ranks: Sequence[int],
+    rates: Sequence[float],
+    full_rates: Sequence[float],
+    steps: int,
+    seeds: int,
+    seed: int,
+    tolerance: float,
+) -> None:
     """Refuse numbers that make no sense.
 
     Raises:
@@ -143,8 +270,10 @@ def _check(ranks: Sequence[int], rates: Sequence[float], steps: int, seeds: int,
     """
     if not ranks or min(ranks) < 1:
         raise UsageError(f"--ranks {','.join(map(str, ranks))}: ranks must be whole numbers from 1 up")
-    if not rates or not all(0 < rate < 10 for rate in rates):
-        raise UsageError(f"--lr {','.join(f'{rate:g}' for rate in rates)}: learning rates must lie between 0 and 10")
+    for option, given in (("--lr", rates), ("--full-lr", full_rates)):
+        if not given or not all(0 < rate < 10 for rate in given):
+            shown = ",".join(f"{rate:g}" for rate in given)
+            raise UsageError(f"{option} {shown}: learning rates must lie between 0 and 10")
     for option, value in (("--steps", steps), ("--seeds", seeds)):
         if value < 1:
             raise UsageError(f"{option} {value}: must be at least 1")
@@ -152,34 +281,3 @@ def _check(ranks: Sequence[int], rates: Sequence[float], steps: int, seeds: int,
         raise UsageError(f"--seed {seed}: must be a whole number from 0 to 2^31 - 1")
     if not 0 < tolerance < 1:
         raise UsageError(f"--tolerance {tolerance}: must lie between 0 and 1")
-
-
-def _more_done(kept: Kept, sets: Sequence[Texts], seed: int) -> int:
-    """Count the finished runs of other seeds than the first."""
-    cells = {(r.rank, r.lr, r.seed) for r in kept.records if r.subject == "lora" and r.seed != seed}
-    return sum(kept.has(sets, subject="lora", rank=rank, lr=lr, seed=other) for rank, lr, other in cells)
-
-
-def _run(
-    model: Model, cells: Sequence[Cell], training: Training, sets: Sequence[Texts], kept: Kept, watch: Watch
-) -> None:
-    for cell in cells:
-        if not kept.has(sets, **cell.fields):
-            label = f"r={cell.rank} lr={cell.lr:g} seed {cell.seed}"
-            records = run_cell(model, cell, training, sets, training.batch, lambda label=label: watch.batch(label))  # type: ignore[misc]
-            kept.put(*records)
-
-
-def _tell_cost(model: Model, training: Training, sets: Sequence[Texts], runs: int, rank: int, watch: Watch) -> None:
-    """Time one step at the largest rank and one batch of an evaluation, and tell what the sweep will take."""
-    once, first = replace(training, steps=2), sets[0].first(training.batch)
-    ticks = [time.perf_counter()]
-    run_cell(model, Cell(rank, 1e-6, 0), once, [first], training.batch, lambda: ticks.append(time.perf_counter()))
-    step, evaluation = ticks[2] - ticks[1], ticks[3] - ticks[2]
-    batches = batches_of(sets, training.batch)
-    watch.total = runs * (training.steps + batches) + batches
-    seconds = runs * training.steps * step + (runs + 1) * batches * evaluation
-    watch.note(
-        f"about {duration(seconds)}: {counted(runs, 'run', 'runs')} of {training.steps} steps of {step:.2g} s at most, "
-        f"each evaluated on {counted(len(sets), 'set', 'sets')}"
-    )

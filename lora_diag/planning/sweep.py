@@ -15,22 +15,23 @@ from typing import Literal
 from scipy.special import stdtrit
 
 from lora_diag.results import Probe
+from lora_diag.results.probe import Subject
 
 Word = Literal["fast saturation", "gradual decline", "noisy", "no gain", "no verdict"]
 
 
 @dataclass(frozen=True, slots=True)
 class AtRank:
-    """The runs of one rank at its best learning rate.
+    """The runs of one rank, or of a reference line, at its best learning rate.
 
     Args:
-        rank: r.
+        rank: r; None for full fine-tuning and BitFit.
         lr: The learning rate with the lowest loss at the first seed.
         losses: Of all seeds at that rate.
         edge: Whether the rate is the lowest or the highest tried, so that a better one may lie beyond.
     """
 
-    rank: int
+    rank: int | None
     lr: float
     losses: tuple[float, ...]
     edge: bool
@@ -67,32 +68,99 @@ class SweepVerdict:
     gain: float
 
 
-def best_rates(records: Sequence[Probe], choose: str, seed: int) -> dict[int, float]:
+@dataclass(frozen=True, slots=True)
+class Versus:
+    """The best rank beside a reference line.
+
+    Args:
+        best: The rank with the lowest mean loss.
+        other: The reference line.
+        gap: Mean loss of the best rank minus that of the line.
+        noise: Half the 95% interval of ``gap``; None where one seed shows no spread.
+    """
+
+    best: AtRank
+    other: AtRank
+    gap: float
+    noise: float | None
+
+    @property
+    def word(self) -> Literal["as good", "better", "worse", "no verdict"]:
+        """What LoRA is, as far as seeds can tell."""
+        if self.noise is None:
+            return "no verdict"
+        if abs(self.gap) <= self.noise:
+            return "as good"
+        return "better" if self.gap < 0 else "worse"
+
+
+def versus(rows: Sequence[AtRank], other: AtRank) -> Versus | None:
+    """Return how the best rank compares with a reference line; None where no rank has a loss.
+
+    The standard error is √(s²/n + s_o²/n_o), s² the variance over seeds pooled over ranks and s_o² that of the line;
+    its degrees of freedom are Welch and Satterthwaite's. A line of which nothing depends on the seed has s_o = 0.
+
+    Args:
+        rows: One for each rank.
+        other: The line.
+
+    Reference: Welch 1947, "The generalization of Student's problem", equation 28.
+
+    Example:
+        >>> found = versus([AtRank(4, 1e-3, (1.00, 1.01), False)], AtRank(None, 1e-4, (0.80, 0.81), False))
+        >>> found.word, round(found.gap, 3), round(found.noise, 3)
+        ('worse', 0.2, 0.03)
+    """
+    if not rows:
+        return None
+    best = min(rows, key=lambda row: row.mean)
+    pooled, runs = _pooled(rows)
+    gap = best.mean - other.mean
+    if not runs or len(best.losses) < 2 or len(other.losses) < 2:
+        return Versus(best, other, gap, None)
+    own, its = pooled / len(best.losses), variance(other.losses) / len(other.losses)
+    if own + its == 0:
+        return Versus(best, other, gap, 0.0)
+    freedom = (own + its) ** 2 / (own**2 / runs + its**2 / (len(other.losses) - 1))
+    return Versus(best, other, gap, float(stdtrit(freedom, 0.975)) * math.sqrt(own + its))
+
+
+def best_rates(records: Sequence[Probe], choose: str, seed: int, subject: Subject = "lora") -> dict[int | None, float]:
     """Return, for every rank, the learning rate whose run of the first seed has the lowest loss on one set.
 
     Args:
         records: Of a sweep.
         choose: The set that decides.
         seed: The first seed.
+        subject: ``lora``; or ``full`` or ``bitfit``, whose rank is None.
     """
-    found: dict[int, tuple[float, float]] = {}
+    found: dict[int | None, tuple[float, float]] = {}
     for record in records:
-        if record.subject == "lora" and record.set == choose and record.seed == seed and record.loss is not None:
-            assert record.rank is not None
+        if record.subject == subject and record.set == choose and record.seed == seed and record.loss is not None:
             assert record.lr is not None
             found[record.rank] = min(found.get(record.rank, (math.inf, 0.0)), (record.loss, record.lr))
-    return {rank: lr for rank, (_, lr) in sorted(found.items())}
+    return {rank: lr for rank, (_, lr) in sorted(found.items(), key=lambda item: item[0] or 0)}
 
 
-def by_rank(records: Sequence[Probe], name: str, rates: dict[int, float]) -> list[AtRank]:
-    """Return the runs of each rank at its rate, on one set."""
-    tried = sorted({record.lr for record in records if record.lr is not None})
+def by_rank(
+    records: Sequence[Probe], name: str, rates: dict[int | None, float], subject: Subject = "lora"
+) -> list[AtRank]:
+    """Return the runs of each rank, or of a reference line, at its rate, on one set."""
+    mine = [record for record in records if record.subject == subject]
+    tried = sorted({record.lr for record in mine if record.lr is not None})
     rows = []
     for rank, lr in rates.items():
-        runs = [r for r in records if (r.rank, r.lr, r.set) == (rank, lr, name) and r.loss is not None]
+        runs = [r for r in mine if (r.rank, r.lr, r.set) == (rank, lr, name) and r.loss is not None]
         if losses := tuple(r.loss for r in sorted(runs, key=lambda r: r.seed) if r.loss is not None):
             rows.append(AtRank(rank, lr, losses, len(tried) > 1 and lr in {tried[0], tried[-1]}))
     return rows
+
+
+def _pooled(rows: Sequence[AtRank]) -> tuple[float, int]:
+    """Return the variance over seeds, pooled over rows, and its degrees of freedom."""
+    repeated = [row for row in rows if len(row.losses) > 1]
+    runs = sum(len(row.losses) - 1 for row in repeated)
+    return sum(variance(row.losses) * (len(row.losses) - 1) for row in repeated) / max(1, runs), runs
 
 
 def judge(rows: Sequence[AtRank], base: float, share: float) -> SweepVerdict:
@@ -113,16 +181,14 @@ def judge(rows: Sequence[AtRank], base: float, share: float) -> SweepVerdict:
         return SweepVerdict("no verdict", None, rows[0].rank if rows else None, 0.0, None, 0.0, 0.0)
     best = min(rows, key=lambda row: row.mean)
     spread, gain = max(row.mean for row in rows) - best.mean, base - best.mean
-    repeated = [row for row in rows if len(row.losses) > 1]
+    pooled, runs = _pooled(rows)
     asked = max(0.0, share * gain)
     if gain <= 0:
         return SweepVerdict("no gain", None, best.rank, asked, None, spread, gain)
-    if not repeated:
+    if not runs:
         return SweepVerdict("no verdict", None, best.rank, asked, None, spread, gain)
-    runs = sum(len(row.losses) - 1 for row in repeated)
-    pooled = math.sqrt(sum(variance(row.losses) * (len(row.losses) - 1) for row in repeated) / runs)
     # Student's t, because few seeds say little about their own spread: 4.3 with two ranks of two seeds, not 2.
-    noise = float(stdtrit(runs, 0.975)) * pooled * math.sqrt(2 / min(len(row.losses) for row in rows))
+    noise = float(stdtrit(runs, 0.975)) * math.sqrt(pooled) * math.sqrt(2 / min(len(row.losses) for row in rows))
     tolerance = max(asked, noise)
     enough = next(row for row in rows if row.mean <= best.mean + tolerance)
     if noise > asked and noise >= spread:

@@ -9,12 +9,13 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from lora_diag.planning.sweep import AtRank, SweepVerdict, best_rates, by_rank, judge
+from lora_diag.planning.sweep import AtRank, SweepVerdict, best_rates, by_rank, judge, versus
 from lora_diag.reports.columns import Column, table_of
 from lora_diag.reports.lines import answers, inputs, notes
 from lora_diag.reports.probe import ending, measured, names_of, probes
 from lora_diag.reports.text import number, short, to_text
 from lora_diag.results import Probe, Results
+from lora_diag.results.probe import Subject
 
 
 def sweep_table(
@@ -32,24 +33,31 @@ def sweep_table(
     records, settings = probes(results), results.run.settings
     sets = names_of(records)
     rates = best_rates(records, sets[0], settings["seed"]) if sets else {}
+    beside = _references(records, sets, settings["seed"])
     parts: list[RenderableType] = []
     verdicts: dict[str, SweepVerdict] = {}
     bases: dict[str, Probe] = {}
     for name in sets:
         mine = [record for record in records if record.set == name]
         rows = by_rank(mine, name, rates)
-        bases.update((name, record) for record in mine if record.subject == "base")
-        parts += [Text(f"On {short(name)}{' (shifted)' if mine[0].shifted else ''}"), _table(mine, rows, width)]
+        bases.update((name, record) for record in mine if record.subject == "base" and not record.name)
+        lines = [(subject, row) for subject, of_set, row in beside if of_set == name]
+        parts += [Text(f"On {short(name)}{' (shifted)' if mine[0].shifted else ''}"), _table(mine, rows, lines, width)]
         if name in bases and (loss := bases[name].loss) is not None:
             verdicts[name] = judge(rows, loss, settings["tolerance"])
     told = [("Compared", "\n".join([*inputs(results.run), *notes(results.run)])), ("Measured", measured(results.run))]
     told.append(("Trained", _trained(settings)))
     told += [(f"On {short(name)}", _said(verdict, bases[name])) for name, verdict in verdicts.items()]
     told += _agreement(verdicts, bases)
-    told += [("Rates", _rates(by_rank(records, sets[0], rates) if sets else [], records))]
-    told += [("Read it so", _READING), *ending(results), *([("Next", then)] if then else [])]
+    told += _against(records, sets, rates, beside)
+    own = [(subject, row) for subject, of_set, row in beside if of_set == sets[0]] if sets else []
+    told += [("Rates", _rates(by_rank(records, sets[0], rates) if sets else [], own, records))]
+    told += [("Read it so", _reading(settings)), *ending(results), *([("Next", then)] if then else [])]
     return to_text(Group(*parts, answers(told)), width, color)
 
+
+# What a reference line is called.
+_LINES: dict[Subject, str] = {"full": "full", "bitfit": "BitFit"}
 
 _READING = (
     "the rate of each rank was chosen on the first set, so losses there are a little too low; all runs see their "
@@ -58,19 +66,68 @@ _READING = (
 )
 
 
-def _table(mine: Sequence[Probe], rows: Sequence[AtRank], width: int) -> Table:
+def _reading(settings: dict[str, Any]) -> str:
+    """Return what a reader should know before believing the table."""
+    more = []
+    if settings.get("full_rates"):
+        more.append(
+            "full trains every parameter, embeddings and head too, and only dropout in it depends on the seed; LoRA's "
+            "best rank was chosen among several, which flatters it a little"
+        )
+    if settings.get("quantized"):
+        more.append(
+            f"BASE's linear layers are rounded to {settings['quantized']} and not packed: the numbers of a quantized "
+            "base, not its memory or speed; reference lines are trained on BASE as it is"
+        )
+    return "; ".join([_READING, *more])
+
+
+def _references(records: Sequence[Probe], sets: Sequence[str], seed: int) -> list[tuple[Subject, str, AtRank]]:
+    """Return the runs of each reference line at its best rate, on every set."""
+    found = []
+    for subject in _LINES:
+        rates = best_rates(records, sets[0], seed, subject) if sets else {}
+        found += [(subject, name, row) for name in sets for row in by_rank(records, name, rates, subject)]
+    return found
+
+
+def _against(
+    records: Sequence[Probe],
+    sets: Sequence[str],
+    rates: dict[int | None, float],
+    beside: Sequence[tuple[Subject, str, AtRank]],
+) -> list[tuple[str, str]]:
+    """Hold the best rank against each reference line, on every set."""
+    said: dict[Subject, list[str]] = {}
+    for subject, name, row in beside:
+        found = versus(by_rank(records, name, rates), row)
+        if found is not None:
+            where = f"on {short(name)}: " if len(sets) > 1 else ""
+            both = f"r={found.best.rank} {found.best.mean:.4f}, {_LINES[subject]} {row.mean:.4f}"
+            tell = "one seed shows no spread" if found.noise is None else f"seeds allow to tell apart {found.noise:.2g}"
+            word = "no verdict" if found.noise is None else f"LoRA is {found.word}"
+            said.setdefault(subject, []).append(f"{where}{word}: {both} ({found.gap:+.4f}); {tell}")
+    return [(f"To {_LINES[subject]}", "\n".join(lines)) for subject, lines in said.items()]
+
+
+def _table(
+    mine: Sequence[Probe], ranks: Sequence[AtRank], lines: Sequence[tuple[Subject, AtRank]], width: int
+) -> Table:
     """Return the loss by rank: over seeds at the rank's own rate, and of the first seed at every rate."""
-    base = next((record for record in mine if record.subject == "base"), None)
+    bases = [record for record in mine if record.subject == "base"]
     tried = sorted({record.lr for record in mine if record.lr is not None})
-    first = min((record.seed for record in mine if record.subject == "lora"), default=0)
-    at = {(r.rank, r.lr): r for r in mine if r.subject == "lora" and r.seed == first}
-    names = ["BASE", *(f"r={row.rank}" for row in rows)]
+    first = min((record.seed for record in mine if record.lr is not None), default=0)
+    at = {(r.subject, r.rank, r.lr): r for r in mine if r.lr is not None and r.seed == first}
+    rows: list[tuple[Subject, AtRank]] = [*(("lora", row) for row in ranks), *lines]
+    names = [f"BASE {record.name}".rstrip() for record in bases]
+    names += [_LINES.get(subject, f"r={row.rank}") for subject, row in rows]
+    blank = [""] * len(bases)
     columns = [
-        Column("lr", ("", *(f"{row.lr:g}" for row in rows))),
-        Column("seeds", ("", *(str(len(row.losses)) for row in rows))),
-        Column("loss", (_loss(base), *(f"{row.mean:.4f}" for row in rows))),
-        Column("min to max", ("", *(_range(row) for row in rows))),
-        *(Column(f"lr {lr:g}", ("", *(_loss(at.get((row.rank, lr))) for row in rows))) for lr in tried),
+        Column("lr", (*blank, *(f"{row.lr:g}" for _, row in rows))),
+        Column("seeds", (*blank, *(str(len(row.losses)) for _, row in rows))),
+        Column("loss", (*map(_loss, bases), *(f"{row.mean:.4f}" for _, row in rows))),
+        Column("min to max", (*blank, *(_range(row) for _, row in rows))),
+        *(Column(f"lr {lr:g}", (*blank, *(_loss(at.get((who, row.rank, lr))) for who, row in rows))) for lr in tried),
     ]
     return table_of("rank", names, columns, width, tuple(f"lr {lr:g}" for lr in tried))
 
@@ -87,10 +144,10 @@ def _range(row: AtRank) -> str:
 
 def _trained(settings: dict[str, Any]) -> str:
     targets = settings["targets"] if isinstance(settings["targets"], str) else ", ".join(settings["targets"])
-    return (
-        f"LoRA on {targets}, alpha = {settings['alpha_over_rank']}r, {settings['steps']} steps of {settings['batch']} "
-        f"sequences; {settings['optimizer']}"
-    )
+    grid = settings.get("quantized")
+    kind, on = settings.get("kind", "LoRA, alpha = 2r"), f"{targets}{f' rounded to {grid}' if grid else ''}"
+    steps = f"{settings['steps']} steps of {settings['batch']} sequences"
+    return f"{kind}, on {on}; {steps}; {settings['optimizer']}"
 
 
 def _said(verdict: SweepVerdict, base: Probe) -> str:
@@ -131,14 +188,19 @@ def _agreement(verdicts: dict[str, SweepVerdict], bases: dict[str, Probe]) -> li
     return [("Shifted agrees?", "\n".join(lines))]
 
 
-def _rates(rows: Sequence[AtRank], records: Sequence[Probe]) -> str:
+def _rates(rows: Sequence[AtRank], lines: Sequence[tuple[Subject, AtRank]], records: Sequence[Probe]) -> str:
     if not rows:
         return "no run is finished yet"
     told = ", ".join(f"r={row.rank} {row.lr:g}" for row in rows)
+    told += "".join(f", {_LINES[subject]} {row.lr:g}" for subject, row in lines)
     told = f"lowest loss of the first seed: {told}"
     if edge := [row for row in rows if row.edge]:
         told += f"\nat the edge of the grid for r={', '.join(str(row.rank) for row in edge)}: extend --lr there"
-    if len({record.lr for record in records if record.lr is not None}) == 1:
+    for subject, row in lines:
+        if row.edge:
+            option = "--full-lr" if subject == "full" else "--lr"
+            told += f"\nat the edge of the grid for {_LINES[subject]}: extend {option} there"
+    if len({record.lr for record in records if record.subject == "lora"}) == 1:
         told += "\none rate for all ranks: rank and rate cannot be told apart"
     diverged = sum(record.loss is None for record in records)
     return told + (f"\n{diverged} losses are not finite: those runs diverged" if diverged else "")

@@ -6,7 +6,7 @@ from typing import ClassVar, Literal
 
 from lora_diag.results.base import Record, Share
 
-Subject = Literal["base", "tuned", "truncated", "reference", "adapter", "lora"]
+Subject = Literal["base", "tuned", "truncated", "reference", "adapter", "lora", "full", "bitfit"]
 
 
 class Probe(Record):
@@ -18,8 +18,9 @@ class Probe(Record):
         probe: Which probe measured it.
         set: The evaluation set, by its file's name.
         shifted: Whether the user named it as shifted.
-        subject: Whose loss it is: ``base``, ``tuned``, ``truncated``, ``reference``, ``adapter`` or ``lora``.
-        name: Of an adapter or a reference, its path; else empty.
+        subject: Whose loss it is: ``base``, ``tuned``, ``truncated``, ``reference``, ``adapter``; of a sweep's
+            run ``lora``, or ``full`` and ``bitfit`` for the reference lines.
+        name: Of an adapter or a reference, its path; of BASE the grid that it is rounded to, if any; else empty.
         layer: The layer that was truncated alone; null for all together.
         module_type: The module type that was truncated alone; null for all types together.
         rank: r; null where none applies.
@@ -110,6 +111,7 @@ class Activations(Record):
         about: What it was read as.
         notes: What a careful reader should know.
         tokens: How many tokens were read.
+        gradients: Whose labels the loss was taken against, if E[ggᵀ] of the outputs' gradients is in the file, too.
         layers: What is in the file.
         left_out: Weights of the model that are not in it, each with its reason.
     """
@@ -121,5 +123,6 @@ class Activations(Record):
     about: str
     notes: tuple[str, ...]
     tokens: int
+    gradients: Literal["data", "model"] | None = None
     layers: tuple[LayerInput, ...]
     left_out: dict[str, str]

@@ -1,30 +1,30 @@
-"""LoRA trained at several ranks, learning rates and seeds on the same batches in the same order, for as many steps.
+"""Runs of training on the same batches in the same order, for as many steps: LoRA at some rank, or a reference line.
 
-A run is a cell: rank, peak learning rate, seed of the factors. BASE is never changed: PEFT's factors come and go.
+A run is a cell: what is trained, rank, peak learning rate, seed. BASE is the same after every run.
 """
 
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lora_diag.errors import InputError, UsageError
 from lora_diag.results import Probe
+from lora_diag.results.probe import Subject
 from lora_diag.training.data import Sequence as Tokens
 from lora_diag.training.data import Texts
 from lora_diag.training.losses import Losses, counted, logits_of, measure, nll
+from lora_diag.training.methods import Lora, in_place, with_lora
 from lora_diag.training.models import Model
 
 # Share of the steps over which the learning rate rises; it then falls to zero along a cosine.
 WARMUP = 0.05
 CLIP_NORM = 1.0
-ALPHA_OVER_RANK = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,19 +32,27 @@ class Cell:
     """One run.
 
     Args:
-        rank: r of every factor pair.
+        rank: r of every factor pair; None for ``full`` and ``bitfit``.
         lr: Peak learning rate.
         seed: Of the factors' initial values, and of dropout where BASE has some.
+        subject: What is trained: the factors (``lora``), all of BASE (``full``), its biases and norms (``bitfit``).
     """
 
-    rank: int
+    rank: int | None
     lr: float
     seed: int
+    subject: Subject = "lora"
 
     @property
     def fields(self) -> dict[str, Any]:
         """By which its records are told from others."""
-        return {"subject": "lora", "rank": self.rank, "lr": self.lr, "seed": self.seed}
+        return {"subject": self.subject, "rank": self.rank, "lr": self.lr, "seed": self.seed}
+
+    @property
+    def label(self) -> str:
+        """What is being run, in words."""
+        what = self.subject if self.rank is None else f"r={self.rank}"
+        return f"{what} lr={self.lr:g} seed {self.seed}"
 
 
 @dataclass(frozen=True)
@@ -56,14 +64,14 @@ class Training:
         steps: Updates of a run.
         batch: Sequences of an update.
         order: Seed of the order in which sequences are taken; each once before any comes again.
-        targets: Names of modules, as PEFT takes them; None for all linear layers but the head.
+        kind: Of LoRA.
     """
 
     texts: Texts
     steps: int
     batch: int
     order: int
-    targets: tuple[str, ...] | None = None
+    kind: Lora = field(default_factory=Lora)
 
     def batches(self) -> Iterator[list[Tokens]]:
         """Yield the batch of every step, the same at every call."""
@@ -91,7 +99,7 @@ def rate_at(step: int, steps: int, peak: float) -> float:
 def run_cell(
     model: Model, cell: Cell, training: Training, sets: Sequence[Texts], size: int, after: Callable[[], None]
 ) -> list[Probe]:
-    """Train one LoRA and return its losses, one record a set; without a loss where training diverged.
+    """Train one cell and return its losses, one record a set; without a loss where training diverged.
 
     Args:
         model: BASE; the same after as before.
@@ -101,50 +109,31 @@ def run_cell(
         size: Sequences in a batch of an evaluation.
         after: Called after every step and every batch.
     """
-    torch.manual_seed(cell.seed)
-    wrapped = with_lora(model, cell.rank, training.targets)
-    tuned = replace(model, module=wrapped)
-    try:
-        path = train(tuned, cell, training, after)
-        wrapped.eval()
-        found = [measure(tuned, each, size, after) for each in sets]
-    finally:
-        wrapped.unload()
-        model.module.eval().requires_grad_(False)
-    last = path[-max(1, len(path) // 10) :]
-    train_loss = sum(last) / len(last)
+    found, train_loss = losses_after(model, cell, training, sets, size, after)
     return [record_of(each, losses, cell, train_loss) for each, losses in zip(sets, found, strict=True)]
 
 
-def with_lora(model: Model, rank: int, targets: tuple[str, ...] | None) -> Any:
-    """Return BASE with fresh LoRA factors, alpha = 2r, on the layers that are adapted.
+def losses_after(
+    model: Model, cell: Cell, training: Training, sets: Sequence[Texts], size: int, after: Callable[[], None]
+) -> tuple[list[Losses], float]:
+    """Train one cell and return its losses on every set, and the mean loss of its last tenth of steps."""
+    torch.manual_seed(cell.seed)
+    with _trainable(model, cell, training.kind) as tuned:
+        path = train(tuned, cell, training, after)
+        tuned.module.eval()
+        found = [measure(tuned, each, size, after) for each in sets]
+    last = path[-max(1, len(path) // 10) :]
+    return found, sum(last) / len(last)
 
-    Raises:
-        UsageError: peft is not installed.
-        InputError: PEFT finds no such module.
-    """
-    try:
-        import peft
-    except ImportError as error:
-        raise UsageError(f"probe sweep: needs {error.name}: pip install 'loradiag[train]'") from error
-    transposed = any(type(layer).__name__ == "Conv1D" for layer in model.module.modules())
-    config = peft.LoraConfig(
-        r=rank,
-        lora_alpha=ALPHA_OVER_RANK * rank,
-        lora_dropout=0.0,
-        target_modules=list(targets) if targets else "all-linear",
-        fan_in_fan_out=transposed,
-    )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            return peft.get_peft_model(model.module, config)
-        except ValueError as error:
-            raise InputError(f"--target: PEFT cannot adapt this model: {error}") from error
+
+def _trainable(model: Model, cell: Cell, kind: Lora) -> AbstractContextManager[Model]:
+    if cell.rank is None:
+        return in_place(model, only_vectors=cell.subject == "bitfit")
+    return with_lora(model, cell.rank, kind)
 
 
 def train(model: Model, cell: Cell, training: Training, after: Callable[[], None]) -> list[float]:
-    """Train the parameters that can be, and return the loss of every step; ends where it is not finite."""
+    """Train the parameters that can be, and return the loss of every step; one that is not finite changes nothing."""
     parameters = [parameter for parameter in model.module.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, weight_decay=0.0)
     model.module.train()
@@ -171,14 +160,17 @@ def mean_loss(model: Model, batch: list[Tokens]) -> Tensor:
     return total / sum(len(wanted) for _, wanted in pairs)
 
 
-def record_of(texts: Texts, losses: Losses, cell: Cell | None = None, train_loss: float | None = None) -> Probe:
-    """Return the record of a run on one set; of BASE without a run."""
+def record_of(
+    texts: Texts, losses: Losses, cell: Cell | None = None, train_loss: float | None = None, name: str = ""
+) -> Probe:
+    """Return the record of a run on one set; of BASE without a run, rounded to a grid if that is its name."""
     trained = train_loss if train_loss is not None and math.isfinite(train_loss) else None
     return Probe(
         probe="sweep",
         set=texts.name,
         shifted=texts.shifted,
-        subject="lora" if cell else "base",
+        subject=cell.subject if cell else "base",
+        name=name,
         rank=cell.rank if cell else None,
         lr=cell.lr if cell else None,
         seed=cell.seed if cell else 0,

@@ -1,8 +1,9 @@
 """The verdict of a sweep on losses made up so that it is known."""
 
 import pytest
+from scipy.stats import ttest_ind
 
-from lora_diag.planning.sweep import AtRank, best_rates, by_rank, judge
+from lora_diag.planning.sweep import AtRank, best_rates, by_rank, judge, versus
 from lora_diag.results import Probe
 
 
@@ -57,3 +58,26 @@ def test_each_rank_has_the_rate_of_its_lowest_loss_on_the_deciding_set_at_the_fi
     four, eight = by_rank(records, "own", rates)
     assert (four.losses, four.edge) == ((1.0, 1.1), True)
     assert (eight.losses, eight.edge) == ((0.9,), False)
+
+
+def test_the_best_rank_is_held_against_a_line_by_welch():
+    """As scipy's t-test of unequal variances where there is one rank."""
+    line = AtRank(None, 1e-4, (0.91, 0.99, 0.94), False)
+    best = (0.90, 0.95, 0.85, 0.93)
+    found = versus(rows((1.5,), best), line)
+    truth = ttest_ind(best, line.losses, equal_var=False).confidence_interval(0.95)
+    assert found.gap - found.noise == pytest.approx(truth.low)
+    assert found.gap + found.noise == pytest.approx(truth.high)
+    assert found.word == "as good"
+
+
+@pytest.mark.parametrize(
+    ("line", "word"), [((0.5, 0.5), "worse"), ((1.5, 1.5), "better"), ((1.0, 1.0), "as good"), ((0.5,), "no verdict")]
+)
+def test_what_lora_is_beside_a_line(line, word):
+    found = versus(rows((1.3, 1.31), (1.0, 1.01)), AtRank(None, 1e-4, line, False))
+    assert (found.word, found.best.rank) == (word, 8)
+
+
+def test_nothing_is_held_against_a_line_without_ranks():
+    assert versus([], AtRank(None, 1e-4, (1.0, 1.1), False)) is None

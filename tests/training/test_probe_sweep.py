@@ -1,18 +1,24 @@
 """A sweep against a training loop written without the package, and what interrupting one leaves."""
 
+import hashlib
 import json
 import math
 
+import numpy as np
 import peft
 import pytest
 import torch
 import transformers
 
 import lora_diag
+import lora_diag.api.probe_sweep
 import lora_diag.training.sweep
 from lora_diag.errors import InputError, UsageError
 from lora_diag.reports.tables import table
 from lora_diag.results import read_results
+from lora_diag.training.methods import Lora, with_lora
+from lora_diag.training.models import open_model
+from lora_diag.training.rounding import rounded, to_int8, to_nf4
 from tests.training.making import bert, gpt2, some_text
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
@@ -34,15 +40,18 @@ def ids_of(text, length=32):
     return ids[: len(ids) // length * length].view(-1, length)
 
 
-def trained(base, train, held, rank, lr, seed, steps, batch, order):
-    """The loss after training, by a plain loop."""
+def trained(base, train, held, rank, lr, seed, steps, batch, order, change=lambda model: None, **options):
+    """The loss after training, by a plain loop; of all that ``rank`` names where that is no number."""
     windows = ids_of(train)
     model = transformers.GPT2LMHeadModel.from_pretrained(base)
+    change(model)
     torch.manual_seed(seed)
-    config = peft.LoraConfig(
-        r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules="all-linear", fan_in_fan_out=True
-    )
-    model = peft.get_peft_model(model, config)
+    if isinstance(rank, int):
+        model.requires_grad_(False)
+        options = {"r": rank, "lora_alpha": 2 * rank, "lora_dropout": 0.0, "fan_in_fan_out": True, **options}
+        model = peft.get_peft_model(model, peft.LoraConfig(target_modules="all-linear", **options))
+    for name, parameter in model.named_parameters() if not isinstance(rank, int) else ():
+        parameter.requires_grad_(rank == "full" or name.endswith(".bias") or ".ln_" in name)
     weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=lr, weight_decay=0.0)
     generator, pool = torch.Generator().manual_seed(order), []
@@ -174,6 +183,9 @@ def test_a_classifier_can_be_swept(tmp_path):
         ({"steps": 0}, UsageError, "--steps 0"),
         ({"seeds": 0}, UsageError, "--seeds 0"),
         ({"tolerance": 1.0}, UsageError, "--tolerance 1"),
+        ({"full_rates": ()}, UsageError, "--full-lr"),
+        ({"quantized": "fp4"}, UsageError, "--quantized fp4: use nf4, int8"),
+        ({"full": True, "dtype": "bfloat16"}, UsageError, "rounds most steps of --full away"),
         ({"targets": ("nobody",)}, InputError, "--target: PEFT cannot adapt"),
     ],
     ids=str,
@@ -189,3 +201,146 @@ def test_evaluating_what_was_trained_on_is_refused(case):
     base, train, *_ = case
     with pytest.raises(UsageError, match="is the text that is trained on"):
         lora_diag.probe_sweep(base, data=train, evaluate=[train])
+
+
+def state_of(model):
+    content = b"".join(value.numpy().tobytes() for value in model.state_dict().values())
+    return hashlib.sha256(content).hexdigest()
+
+
+def test_the_reference_lines_have_the_losses_of_a_plain_loop_and_leave_base_as_it_was(case, monkeypatch):
+    base, train, held, _ = case
+    opened = []
+    real = lora_diag.api.probe_sweep.open_model
+    monkeypatch.setattr(lora_diag.api.probe_sweep, "open_model", lambda *a: opened.append(real(*a)) or opened[0])
+    found = lora_diag.probe_sweep(
+        base,
+        data=train,
+        evaluate=[held],
+        ranks=(2,),
+        rates=(1e-2,),
+        full=True,
+        full_rates=(1e-3, 1e-2),
+        bitfit=True,
+        quantized="int8",
+        steps=5,
+        batch=2,
+        seed=3,
+    )
+    lines = [record for record in found.whole if record.subject in {"full", "bitfit"}]
+    assert sorted((r.subject, r.lr, r.seed) for r in lines)[:2] == [("bitfit", 1e-2, 3), ("bitfit", 1e-2, 4)]
+    assert len(lines) == 2 + 3
+    for record in lines:
+        truth = trained(base, train, held, record.subject, record.lr, record.seed, 5, 2, 3)
+        assert record.loss == pytest.approx(truth, abs=1e-4)
+        assert record.rank is None
+    module = opened[0].module
+    assert state_of(module) == state_of(transformers.GPT2LMHeadModel.from_pretrained(base))
+    assert not any(parameter.requires_grad for parameter in module.parameters())
+    shown = table(found, 100)
+    assert "To full" in shown
+    assert "BASE int8" in shown
+
+
+NF4 = json.loads(
+    "[-1.0,-0.6961928009986877,-0.5250730514526367,-0.39491748809814453,-0.28444138169288635,-0.18477343022823334,"
+    "-0.09105003625154495,0.0,0.07958029955625534,0.16093020141124725,0.24611230194568634,0.33791524171829224,"
+    "0.44070982933044434,0.5626170039176941,0.7229568362236023,1.0]"
+)
+
+
+def rounded_nf4(weight):
+    """Nearest level, entry by entry."""
+    flat = weight.double().numpy().reshape(-1)
+    out = np.empty_like(flat)
+    for start in range(0, len(flat), 64):
+        block = flat[start : start + 64]
+        largest = np.abs(block).max()
+        levels = np.array(NF4) * largest
+        out[start : start + 64] = [levels[np.abs(levels - value).argmin()] for value in block]
+    return torch.from_numpy(out.reshape(weight.shape)).float()
+
+
+def rounded_int8(weight):
+    """Round half to even of 127·w over the largest magnitude of its row."""
+    rows = weight.double().numpy()
+    largest = np.abs(rows).max(1, keepdims=True)
+    return torch.from_numpy(np.round(127 * rows / largest) * largest / 127).float()
+
+
+@pytest.mark.parametrize(("grid", "oracle"), [("nf4", rounded_nf4), ("int8", rounded_int8)])
+def test_rounded_weights_are_the_nearest_of_the_grid_and_come_back(grid, oracle):
+    torch.manual_seed(0)
+    layers = [torch.nn.Linear(37, 11), torch.nn.Linear(64, 3)]
+    before = [layer.weight.detach().clone() for layer in layers]
+    with rounded(layers, grid):
+        for layer, weight in zip(layers, before, strict=True):
+            torch.testing.assert_close(layer.weight.detach(), oracle(weight), rtol=1e-6, atol=0)
+    assert all(torch.equal(layer.weight, weight) for layer, weight in zip(layers, before, strict=True))
+
+
+def test_a_row_of_zeros_rounds_to_zeros():
+    for to_grid in (to_nf4, to_int8):
+        assert torch.equal(to_grid(torch.zeros(2, 64)), torch.zeros(2, 64))
+
+
+@pytest.mark.parametrize(
+    ("options", "of_peft"),
+    [
+        ({"dora": True}, {"use_dora": True}),
+        ({"rslora": True}, {"use_rslora": True, "lora_alpha": 16}),
+        ({"quantized": "nf4"}, {}),
+    ],
+    ids=str,
+)
+def test_kinds_of_lora_are_those_of_peft(case, options, of_peft):
+    base, train, held, _ = case
+    found = lora_diag.probe_sweep(
+        base, data=train, evaluate=[held], ranks=(2,), rates=(1e-2,), steps=4, batch=2, seeds=1, **options
+    )
+
+    def change(model):
+        for module in model.modules() if options.get("quantized") else ():
+            if type(module).__name__ == "Conv1D":
+                module.weight.data = rounded_nf4(module.weight.data.T.contiguous()).T.contiguous()
+
+    truth = trained(base, train, held, 2, 1e-2, 0, 4, 2, 0, change, **of_peft)
+    record = found.whole[-1]
+    assert record.loss == pytest.approx(truth, abs=1e-4)
+    plain = trained(base, train, held, 2, 1e-2, 0, 4, 2, 0)
+    assert abs(plain - truth) > 1e-3 or options.get("quantized") or options.get("dora")
+    if "quantized" in options:
+        model = transformers.GPT2LMHeadModel.from_pretrained(base)
+        change(model)
+        with torch.no_grad():
+            assert found.whole[1].loss == pytest.approx(model(ids_of(held), labels=ids_of(held)).loss.item(), abs=1e-5)
+        assert (found.whole[1].subject, found.whole[1].name) == ("base", "nf4")
+
+
+def test_what_is_trained_is_part_of_what_may_be_resumed(case, tmp_path):
+    base, train, held, _ = case
+    options = {"data": train, "evaluate": [held], "ranks": (1,), "rates": (1e-2,), "steps": 2, "full": True}
+    options |= {"full_rates": (1e-3,), "output": tmp_path / "s.jsonl"}
+
+    def stop(label, done, total):
+        if label.startswith("full"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        lora_diag.probe_sweep(base, on_progress=stop, **options)
+    for change in ({"dora": True}, {"rslora": True}, {"quantized": "nf4"}, {"bitfit": True}, {"full": False}):
+        with pytest.raises(UsageError, match="was begun with another settings"):
+            lora_diag.probe_sweep(base, resume=True, **(options | change))
+    labels = []
+    lora_diag.probe_sweep(base, resume=True, on_progress=lambda label, *_: labels.append(label), **options)
+    assert {label.split()[0] for label in labels} == {"full"}
+    whole = lora_diag.probe_sweep(base, **(options | {"output": None}))
+    assert read_results(tmp_path / "s.jsonl").whole == whole.whole
+
+
+def test_lora_leaves_the_head_of_a_classifier_alone(tmp_path):
+    model = open_model(bert(tmp_path / "base"), torch.device("cpu"))
+    with with_lora(model, 1, Lora()) as adapted:
+        names = {name for name, _ in adapted.module.named_modules() if name.endswith(".lora_A")}
+    assert any("pooler.dense" in name for name in names)
+    assert not any("classifier" in name for name in names)

@@ -20,6 +20,16 @@ def sweep(
     shifted: shared.Shifted = None,
     ranks: Annotated[str, typer.Option(metavar="R,R,...", help="Ranks to train at.")] = "4,8,16,32,64",
     lr: Annotated[str, typer.Option(metavar="X,X,...", help="Peak learning rates.")] = "1e-4,3e-4,1e-3,3e-3",
+    full: Annotated[bool, typer.Option("--full", help="A reference line: full fine-tuning.")] = False,
+    full_lr: Annotated[
+        str, typer.Option(metavar="X,X,...", help="Peak learning rates of --full.")
+    ] = "1e-5,3e-5,1e-4,3e-4",
+    bitfit: Annotated[bool, typer.Option("--bitfit", help="A reference line: biases and norms alone.")] = False,
+    dora: Annotated[bool, typer.Option("--dora", help="Train DoRA.")] = False,
+    rslora: Annotated[bool, typer.Option("--rslora", help="Scale by alpha / √r, alpha = 16.")] = False,
+    quantized: Annotated[
+        str | None, typer.Option(metavar="nf4|int8", help="Round the frozen weights as QLoRA stores them.")
+    ] = None,
     steps: Annotated[int, typer.Option(metavar="N", help="Updates of a run.")] = 100,
     seeds: Annotated[int, typer.Option(metavar="N", help="Runs of each rank at its best rate.")] = 2,
     seed: Annotated[int, typer.Option(metavar="N", help="Of the data's order, and the first of the seeds.")] = 0,
@@ -44,6 +54,7 @@ def sweep(
     """
     options.check_resume(resume, output)
     asked, rates = options.parse_ranks(ranks), options.parse_numbers(lr, "--lr", "1e-4,1e-3")
+    full_rates = options.parse_numbers(full_lr, "--full-lr", "1e-5,1e-4")
     # torch comes with it: not before it is needed
     from lora_diag.api.probe_sweep import probe_sweep
     from lora_diag.reports.probe_sweep import sweep_table
@@ -56,6 +67,12 @@ def sweep(
             shifted=shifted or (),
             ranks=asked,
             rates=rates,
+            full=full,
+            full_rates=full_rates,
+            bitfit=bitfit,
+            dora=dora,
+            rslora=rslora,
+            quantized=quantized,
             steps=steps,
             seeds=seeds,
             seed=seed,

@@ -1,21 +1,29 @@
-"""A file is written beside its place and then renamed, so that it is never half there.
+"""A file is written beside its place and then renamed, so that it is never half there; and one process writes it.
 
 Knows nothing of what is written. Results files that grow line by line have their own way (``results/writing.py``).
 """
 
 from __future__ import annotations
 
+import errno
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from lora_diag.errors import InputError
+from lora_diag.errors import InputError, UsageError
+
+_LOG = logging.getLogger(__name__)
+
+# How a file system says that it cannot do what was asked: some NFS mounts have no locks, some FUSE mounts no fsync.
+_CANNOT = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOLCK, errno.EBADF}
+_TAKEN = {errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES}
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Give a file to write to, which takes the place of ``path`` once it is whole.
+    """Give a file to write to, which takes the place of ``path`` once it is whole and on the disk.
 
     Whatever goes wrong, what was at ``path`` is still there and nothing is left beside it. A symbolic link stays one:
     the file that it points to is replaced.
@@ -27,7 +35,9 @@ def replacing(path: Path) -> Iterator[Path]:
     beside = place.with_name(f".{place.name}.{os.getpid()}")
     try:
         yield beside
+        sync(beside)
         beside.replace(place)
+        sync(place.parent)
     except OSError as error:
         raise InputError(f"{path}: cannot be written: {error.strerror}") from error
     finally:
@@ -43,3 +53,76 @@ def write_whole(path: Path, content: str | bytes) -> None:
     """
     with replacing(path) as beside:
         beside.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, would outlive a loss of power.
+
+    A file system that has no such thing is let be.
+
+    Raises:
+        OSError: The disk took what was written and cannot keep it: it is full or broken.
+    """
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        sync_descriptor(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_descriptor(descriptor: int) -> None:
+    """Do the same for an open file.
+
+    Raises:
+        OSError: As ``sync``.
+    """
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _CANNOT:
+            raise
+
+
+def lock(path: Path) -> int:
+    """Open a file or folder and keep every other process from locking it, until it is closed or this process ends.
+
+    A file that is not there is created, empty. The lock is the system's own (``flock``): it ends with the process,
+    however that ends, and nothing is left to clean up. Where the file system has no locks, that is said once, and two
+    processes are then not kept apart.
+
+    Returns:
+        The descriptor to close.
+
+    Raises:
+        UsageError: Another process has it.
+        OSError: It cannot be opened.
+    """
+    while True:
+        descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            _flock(descriptor, path)
+            # Another process may have replaced the file between the two calls: this is then the lock of the old one.
+            with suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(descriptor), path.stat()):
+                    return descriptor
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)
+
+
+def _flock(descriptor: int, path: Path) -> None:
+    try:
+        import fcntl  # here: not every system has it
+
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except ImportError:
+        return
+    except OSError as error:
+        if error.errno in _TAKEN:
+            raise UsageError(
+                f"{path}: another process is writing it now; wait until that has ended, or write to another place"
+            ) from error
+        if error.errno not in _CANNOT:
+            raise
+        _LOG.warning("%s: its file system has no locks: see to it that no other process writes it", path)

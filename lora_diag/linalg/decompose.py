@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 
 from lora_diag.errors import UsageError
@@ -66,8 +67,9 @@ def decompose(
     if fro is None:
         fro = norm([matrix])
     if fro and abs(math.log2(fro)) > MODERATE:
-        # The methods form products of two and four A's. A power of two rounds nothing.
-        scale = 2.0 ** round(math.log2(fro))
+        # The methods form products of two and four A's. A power of two rounds nothing, if the dtype has it.
+        most = math.frexp(torch.finfo(matrix.dtype).max)[1] - 1
+        scale = 2.0 ** max(1 - most, min(most, round(math.log2(fro))))
         scaled = decompose(matrix / scale, method, top, fro / scale, vectors, tol, seed)
         return replace(scaled, s=scaled.s * scale, fro=fro)
     smaller = min(matrix.shape)

@@ -39,7 +39,8 @@ def read_results(path: Path | str) -> Results[Any]:
         path: A file written by ``-o``, by ``Results.write`` or from ``--json``.
 
     Returns:
-        The records. A half-written last line, as a crash leaves it, is dropped; ``end`` is then None.
+        The records. A half-written last line, as a crash leaves it, is dropped, and so is what follows a zero byte, as
+        a loss of power leaves it; ``end`` is then None.
 
     Raises:
         InputError: It is no results file, is damaged, holds several runs, or its schema is newer than this version of
@@ -92,6 +93,8 @@ def read_lines(path: Path) -> tuple[list[AnyRecord], int]:
         content = path.read_bytes()
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from error
+    # JSON has no zero bytes: they stand where a loss of power kept the disk from writing, and nothing behind is sure.
+    content = content.partition(b"\0")[0]
     *lines, rest = content.split(b"\n")
     records: list[AnyRecord] = []
     for number, line in enumerate(lines, 1):

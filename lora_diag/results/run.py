@@ -29,6 +29,7 @@ Reason = Literal[
     "saved",
     "unreadable",
     "not_in_model",
+    "no_activations",
 ]
 
 
@@ -42,6 +43,7 @@ class RunInput(Record):
         tensors: How many it holds.
         notes: What a careful reader should know.
         fingerprint: By which ``--resume`` notices that the input changed; empty if it was not taken.
+        sha256: Of every byte of its files, with ``--verify``; else empty.
     """
 
     role: str
@@ -50,6 +52,7 @@ class RunInput(Record):
     tensors: int
     notes: tuple[str, ...] = ()
     fingerprint: str = ""
+    sha256: str = ""
 
 
 class Run(Record):

@@ -1,0 +1,65 @@
+"""``python -m tests.robustness``: damage inputs at random and see what the commands make of them; ``make fuzz``."""
+
+import argparse
+import collections
+import json
+import sys
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from tests.robustness.children import run_batch, until
+from tests.robustness.kinds import KINDS
+from tests.robustness.material import make
+
+# Figures and pages take a hundred times as long as the rest.
+SHARE = {"pages": 10, "words": 2}
+
+
+def main() -> int:
+    """Try inputs for a time, or a number of each kind; print counts and findings."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--minutes", type=float, default=0.0)
+    parser.add_argument("--inputs", type=int, default=100, help="of each kind, each time round")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--kinds", nargs="*", default=list(KINDS))
+    parser.add_argument("--only", type=int, help="this number of one kind alone, to see a finding again")
+    parser.add_argument("--log", type=Path, help="append counts and findings to this file after every round")
+    asked = parser.parse_args()
+    torch.set_num_threads(1)
+    # Imported here, once, so that no child pays for it.
+    import lora_diag.api.extract
+    import lora_diag.api.overlap
+    import lora_diag.api.verify_merge
+    import lora_diag.plots
+    import lora_diag.reports.html  # noqa: F401
+
+    tried: collections.Counter[str] = collections.Counter()
+    findings = []
+    with tempfile.TemporaryDirectory() as folder:
+        whole = make(Path(folder))
+        for turn in until(asked.minutes) if asked.minutes else range(1):
+            for kind in asked.kinds:
+                size = max(1, asked.inputs // SHARE.get(kind, 1))
+                numbers = range(turn * size, (turn + 1) * size)
+                if asked.only is not None:
+                    numbers = range(asked.only, asked.only + 1)
+                done, found = run_batch(kind, numbers, asked.seed, whole)
+                tried[kind] += done
+                findings += found
+                if asked.log:
+                    with asked.log.open("a") as log:
+                        log.writelines(json.dumps(asdict(one)) + "\n" for one in found)
+            if asked.log:
+                with asked.log.open("a") as log:
+                    log.write(json.dumps({"tried": tried, "all": tried.total(), "findings": len(findings)}) + "\n")
+    for one in findings[:20]:
+        sys.stdout.write(f"\n{one.kind} {one.number} (seed {asked.seed}): {' '.join(one.words)}\n{one.problem}\n")
+    sys.stdout.write(json.dumps({"tried": tried, "all": tried.total(), "findings": len(findings)}) + "\n")
+    return 1 if findings else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,303 @@
+"""What is damaged, and the command that is given it.
+
+A kind takes a random generator, the folder of whole inputs and an empty folder, writes a damaged input into the latter
+and returns the words of a command. Paths in them are relative to the empty folder, except those of whole inputs.
+"""
+
+import os
+import random
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from tests.robustness.mutate import (
+    JUNK,
+    damaged_bytes,
+    damaged_json,
+    damaged_results,
+    damaged_safetensors,
+    damaged_toml,
+)
+
+Kind = Callable[[random.Random, Path, Path], list[str]]
+
+
+def _copy(source: Path, target: Path) -> Path:
+    """Copy a folder of small files."""
+    return Path(shutil.copytree(source, target))
+
+
+def _damage(path: Path, how: Callable[[bytes, random.Random], bytes], rng: random.Random) -> None:
+    path.write_bytes(how(path.read_bytes(), rng))
+
+
+def _read_as(rng: random.Random, whole: Path, path: str, base: str) -> list[str]:
+    """Return a command that reads a checkpoint, or an adapter on ``base``."""
+    on = str(whole / base)
+    return rng.choice(
+        [
+            ["inspect", path],
+            ["spectrum", on, path, "-q", "-o", "out.jsonl"],
+            ["spectrum", path, on, "-q", "--allow-unmatched"],
+            ["plan", path],
+            ["intruders", on, path, "--json"],
+        ]
+    )
+
+
+def safetensors(rng: random.Random, whole: Path, at: Path) -> list[str]:
+    """A checkpoint in one file."""
+    folder = _copy(whole / "tuned", at / "m")
+    _damage(folder / "model.safetensors", damaged_safetensors, rng)
+    return _read_as(rng, whole, "m", "base")
+
+
+def sharded(rng: random.Random, whole: Path, at: Path) -> list[str]:
+    """A shard index, or one of its shards."""
+    suffix = rng.choice(["safetensors", "bin"])
+    folder = _copy(whole / ("sharded" if suffix == "safetensors" else "bins"), at / "m")
+    files = sorted(folder.iterdir())
+    index = next(file for file in files if file.name.endswith(".index.json"))
+    match rng.randrange(4):
+        case 0:
+            rng.choice(files).unlink()
+        case 1:
+            shard = rng.choice([file for file in files if file != index])
+            _damage(shard, damaged_safetensors if suffix == "safetensors" else damaged_bytes, rng)
+        case _:
+            _damage(index, damaged_json, rng)
+    return _read_as(rng, whole, "m", "base")
+
+
+def torch_file(rng: random.Random, whole: Path, at: Path) -> list[str]:
+    """A torch file: a zip, the legacy format, or a pickle that wants to run code."""
+    name = rng.choice(["zip.pt", "zip.pt", "legacy.bin", "runs.pt"])
+    (at / name).write_bytes(damaged_bytes((whole / name).read_bytes(), rng))
+    return _read_as(rng, whole, name, "base")
+
+
+def quantized(rng: random.Random, whole: Path, at: Path) -> list[str]:
+    """A quantized checkpoint, or its configuration."""
+    name = rng.choice(["nf4", "int8", "fp8", "rows"])
+    folder = _copy(whole / name, at / "m")
+    if name == "fp8" and rng.random() < 0.5:
+        _damage(folder / "config.json", damaged_json, rng)
+    else:
+        _damage(folder / "model.safetensors", damaged_safetensors, rng)
+    return _read_as(rng, whole, "m", name)
+
+
+def configuration(rng: random.Random, whole: Path, at: Path) -> list[str]:
+    """``config.json`` beside whole weights."""
+    folder = _copy(whole / "base", at / "m")
+    _damage(folder / "config.json", damaged_json, rng)
+    return _read_as(rng, whole, "m", "tuned")
+
+
+def adapter(rng: random.Random, whole: Path, at: Path) -> list[str]:
+    """An adapter of any family: PEFT's, kohya's, LoHa, LoKr, diffusers', MLX's."""
+    family = rng.choice(sorted((whole / "adapters").iterdir()))
+    folder = _copy(family, at / "m")
+    config = folder / "adapter_config.json"
+    if config.exists() and rng.random() < 0.5:
+        _damage(config, damaged_json, rng)
+    else:
+        _damage(next(folder.glob("*.safetensors")), damaged_safetensors, rng)
+    base = str(whole / "fc")
+    return rng.choice(
+        [
+            ["inspect", "m"],
+            ["spectrum", "m", "-q"],
+            ["spectrum", base, "m", "-q", "-o", "out.jsonl"],
+            ["spectrum", "--adapters", "m", "-q"],
+            ["extract", base, "m", "--rank", "1", "-q", "-o", "new"],
+            ["verify-merge", base, "m", base, "-q"],
+        ]
+    )
+
+
+def adapter_config(rng: random.Random, whole: Path, at: Path) -> list[str]:
+    """``adapter_config.json`` of a LoRA, read by every command that takes one."""
+    folder = _copy(whole / "lora", at / "m")
+    _damage(folder / "adapter_config.json", damaged_json, rng)
+    base, tuned, other = (str(whole / name) for name in ("base", "tuned", "lora2"))
+    return rng.choice(
+        [
+            ["spectrum", base, "m", "-q"],
+            ["residual", base, tuned, "m", "-q", "-o", "out.jsonl"],
+            ["interference", base, "m", other, "-q", "-o", "out.jsonl"],
+            ["verify-merge", base, "m", tuned, "-q"],
+            ["extract", base, tuned, "--ranks", "m/adapter_config.json", "-q", "-o", "new"],
+            ["overlap", base, "m", str(whole / "gradients"), "-q"],
+        ]
+    )
+
+
+def gradients(rng: random.Random, whole: Path, at: Path) -> list[str]:
+    """A gradient snapshot."""
+    folder = _copy(whole / "gradients", at / "g")
+    _damage(next(folder.iterdir()), damaged_safetensors, rng)
+    base, tuned = str(whole / "base"), str(whole / "tuned")
+    return rng.choice(
+        [["overlap", base, tuned, "g", "-q", "-o", "out.jsonl"], ["spectrum", base, "--gradients", "g", "-q"]]
+    )
+
+
+def gguf(rng: random.Random, whole: Path, at: Path) -> list[str]:
+    """GGUF, which is refused; by its name or, under another name, by its bytes."""
+    name = rng.choice(["m.gguf", "m.safetensors", "m.bin", "m.pt", "m", "m.json"])
+    (at / name).write_bytes(damaged_bytes((whole / "gguf.gguf").read_bytes(), rng))
+    return _read_as(rng, whole, name, "base")
+
+
+def policy(rng: random.Random, whole: Path, at: Path) -> list[str]:
+    """A policy."""
+    name = rng.choice(["policy", "policy", "adapter-basic", "merge", "full-ft-drift"])
+    (at / "p.toml").write_bytes(damaged_toml((whole / f"{name}.toml").read_bytes(), rng))
+    runs = [str(whole / "runs" / f"{run}.jsonl") for run in rng.sample(["spectrum", "residual", "overlap", "merge"], 2)]
+    runs = [run.replace("merge.jsonl", "verify-merge.jsonl") for run in runs]
+    more = rng.choice([[], ["--junit", "j.xml"], ["--sarif", "s.json"], ["--model-card", "c.md"], ["-o", "out.jsonl"]])
+    return ["gate", "p.toml", *runs, *more]
+
+
+def results(rng: random.Random, whole: Path, at: Path) -> list[str]:
+    """A results file, read by every command that takes one."""
+    name = rng.choice(sorted((whole / "runs").iterdir()))
+    (at / "r.jsonl").write_bytes(damaged_results(name.read_bytes(), rng))
+    base, tuned = str(whole / "base"), str(whole / "tuned")
+    commands = [
+        ["inspect", "r.jsonl"],
+        ["inspect", "r.jsonl", "--per", "layer"],
+        ["inspect", "r.jsonl", "--json"],
+        ["report", "r.jsonl", "--format", "md"],
+        ["report", "r.jsonl", "--format", "csv"],
+        ["gate", str(whole / "policy.toml"), "r.jsonl"],
+        ["gate", "--policy", rng.choice(["adapter-basic", "merge", "full-ft-drift"]), "r.jsonl"],
+        ["gate", "init", "r.jsonl"],
+        ["allocate", "r.jsonl", "--params", "300", "-o", "out.jsonl"],
+        ["allocate", "r.jsonl", "--energy", "0.9"],
+        ["extract", base, tuned, "--ranks", "r.jsonl", "-q", "-o", "new"],
+    ]
+    if name.stem == "spectrum":
+        commands += [["spectrum", base, tuned, "-q", "-o", "r.jsonl", "--resume"]] * 3
+    return rng.choice(commands)
+
+
+def pages(rng: random.Random, whole: Path, at: Path) -> list[str]:
+    """A results file, drawn and made a page; slow, so few of them."""
+    name = rng.choice(sorted((whole / "runs").iterdir()))
+    (at / "r.jsonl").write_bytes(damaged_results(name.read_bytes(), rng))
+    return rng.choice([["plot", "r.jsonl", "-o", "figures"], ["report", "r.jsonl", "-o", "out.html", "-q"]])
+
+
+OPTIONS = [
+    "--layers",
+    "--exclude",
+    "--ranks",
+    "--top",
+    "--tol",
+    "--method",
+    "--device",
+    "--seed",
+    "--workers",
+    "--per",
+    "-o",
+    "--json",
+    "--resume",
+    "--verify",
+    "-q",
+    "--rank",
+    "--energy",
+    "--params",
+    "--total-rank",
+    "--weights",
+    "--density",
+    "--epsilon",
+    "--window",
+    "--reference",
+    "--allow-unmatched",
+    "--",
+    "--help",
+    "--policy",
+    "--baseline",
+    "--ratchet",
+    "--junit",
+    "--figure",
+    "--format",
+    "--label",
+    "--adapters",
+    "--gradients",
+    "--nope",
+    "--overwrite",
+    "--split",
+    "--dtype",
+    "--rest",
+    "--signal",
+]
+COMMANDS = [
+    *[
+        "spectrum",
+        "residual",
+        "overlap",
+        "interference",
+        "intruders",
+        "verify-merge",
+        "allocate",
+        "plan",
+        "extract",
+        "gate",
+    ],
+    *("inspect", "plot", "report", "probe", "nope", ""),
+]
+VALUES = [
+    "4,8",
+    "auto",
+    "cpu",
+    "exact",
+    "krylov",
+    "(",
+    "q_proj",
+    "out.jsonl",
+    "0.9",
+    "10M",
+    "2",
+    "type",
+    "layer",
+    "init",
+    "-",
+]
+
+
+def words(rng: random.Random, whole: Path, at: Path) -> list[str]:
+    """Words that nobody meant: options of other commands, values of other options, paths of other kinds."""
+    paths = [str(whole / name) for name in ("base", "tuned", "lora", "gradients", "policy.toml", "zip.pt", "nowhere")]
+    paths += [str(whole / "runs" / f"{name}.jsonl") for name in ("spectrum", "residual", "gate")]
+    pool = [*OPTIONS, *VALUES, *paths, *paths, *(str(junk) for junk in JUNK if isinstance(junk, str | int | float))]
+    chosen = [rng.choice(COMMANDS), *(rng.choice(pool) for _ in range(rng.randrange(7)))]
+    # What an argument of a program cannot hold is no finding; and this machine's own files are not written to.
+    chosen = [word.replace("\0", "").encode("utf-8", "ignore").decode() for word in chosen]
+    return [word for word in chosen if not word.startswith(("..", "/dev"))]
+
+
+KINDS: dict[str, Kind] = {
+    "safetensors": safetensors,
+    "sharded": sharded,
+    "torch file": torch_file,
+    "quantized": quantized,
+    "configuration": configuration,
+    "adapter": adapter,
+    "adapter config": adapter_config,
+    "gradients": gradients,
+    "gguf": gguf,
+    "policy": policy,
+    "results": results,
+    "pages": pages,
+    "words": words,
+}
+
+
+def prepare(kind: str, number: int, seed: int, whole: Path, at: Path) -> list[str]:
+    """Make the damaged input of a number; the same for the same numbers."""
+    at.mkdir()
+    os.chdir(at)
+    return KINDS[kind](random.Random(f"{seed} {kind} {number}"), whole, at)

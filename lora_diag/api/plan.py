@@ -19,7 +19,7 @@ from lora_diag.planning.architectures import weights_of
 from lora_diag.planning.memory import BYTES, Training
 from lora_diag.planning.plan import Matrix, fit, memory_of, rank_costs, types_of
 from lora_diag.planning.targets import compiled, why_no_target
-from lora_diag.results.plan import Plan
+from lora_diag.results.plan import Plan, PlanCost, PlanRates
 
 RANKS = (4, 8, 16, 64)
 
@@ -34,6 +34,7 @@ class _Model:
         size: Bytes as it is stored; None if that is not known.
         config: Its ``config.json``; empty without one.
         notes: What a careful reader should know.
+        is_derived: Whether shapes come from the config alone.
     """
 
     kind: str
@@ -41,6 +42,7 @@ class _Model:
     size: int | None
     config: Mapping[str, Any]
     notes: tuple[str, ...] = ()
+    is_derived: bool = False
 
 
 def plan(
@@ -53,6 +55,8 @@ def plan(
     memory: int | str | None = None,
     optimizer: str = "adamw",
     dtype: str = "float32",
+    cost: bool = False,
+    top: int = 64,
 ) -> Plan:
     """Return what full fine-tuning and LoRA of a model cost, and what a budget allows.
 
@@ -65,6 +69,8 @@ def plan(
         memory: Budget of bytes for the adapter, its gradients and its optimizer's state, such as ``"2GB"``.
         optimizer: That of ``memory``: ``adamw``, ``adamw8bit``, ``sgd`` or ``sgd_momentum``.
         dtype: Of the trainable parameters and their gradients.
+        cost: Whether to estimate what ``spectrum`` takes on this machine, whose speed is measured for some seconds.
+        top: How many of the largest values the second of two estimates is for.
 
     Raises:
         UsageError: An option makes no sense, or no matrix is targeted.
@@ -90,6 +96,7 @@ def plan(
         raise UsageError(f"{asked}: there is no matrix to put LoRA on")
     total = sum(math.prod(shape) for shape in model.shapes.values())
     active, notes = _active(model.config, matrices)
+    rates, estimates = _costs(model, matrices, top) if cost else (None, ())
     return Plan(
         path=legible(base),
         kind=legible(model.kind),
@@ -102,7 +109,28 @@ def plan(
         types=types_of(matrices, targeted),
         ranks=tuple(rank_costs(matrices, targeted, total, rank, dtype, active) for rank in asked_ranks),
         fit=_fit(matrices, targeted, asked_ranks, params, memory, training),
+        rates=rates,
+        costs=estimates,
     )
+
+
+def _costs(model: _Model, matrices: Sequence[Matrix], top: int) -> tuple[PlanRates, tuple[PlanCost, ...]]:
+    """Estimate a run of ``spectrum``; experts whose shapes a config gave are apart, as checkpoints store them."""
+    # torch comes with it: not before it is needed
+    from lora_diag.api.cost import costs
+
+    if top < 1:
+        raise UsageError(f"--top {top}: must be at least 1")
+    stored = [each for matrix in matrices for each in (_apart(matrix) if model.is_derived else [matrix])]
+    return costs(stored, model.size, top)
+
+
+def _apart(matrix: Matrix) -> list[Matrix]:
+    """Return gate and up of a stack of experts, which transformers holds as one."""
+    if matrix.count == 1 or not matrix.name.endswith("gate_up_proj"):
+        return [matrix]
+    half = (matrix.shape[0] // 2, matrix.shape[1])
+    return [Matrix(matrix.name.replace("gate_up", part), half, matrix.count) for part in ("gate", "up")]
 
 
 def _fit(
@@ -136,7 +164,9 @@ def _model(base: Path | str) -> _Model:
         config = read_object(path, "model configuration", MAX_CONFIG_BYTES)
         shapes = dict(weights_of(config, str(path)))
         note = "only the language model: its text_config" if isinstance(config.get("text_config"), Mapping) else ""
-        return _Model("config.json, shapes derived", shapes, _size(shapes, config), config, (note,) if note else ())
+        return _Model(
+            "config.json, shapes derived", shapes, _size(shapes, config), config, (note,) if note else (), True
+        )
     if is_adapter(path):
         raise UsageError(f"{base}: is an adapter; give the model it belongs to")
     checkpoint = open_checkpoint(base)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -14,7 +13,7 @@ from lora_diag.cli.output import result, terminal
 
 def plan(
     base: Annotated[
-        Path, typer.Argument(metavar="BASE", help="A checkpoint (headers are read), or a model's config.json.")
+        str, typer.Argument(metavar="BASE", help="A checkpoint (headers are read), or a model's config.json.")
     ],
     ranks: Annotated[str, typer.Option(metavar="R,R,...", help="Ranks whose cost is shown.")] = "4,8,16,64",
     target: Annotated[
@@ -30,6 +29,11 @@ def plan(
     dtype: Annotated[
         str, typer.Option(metavar="float32|bfloat16|float16", help="Of trainable weights and gradients.")
     ] = "float32",
+    cost: Annotated[
+        bool,
+        typer.Option("--cost", help="Also how long spectrum would take here; times the machine for seconds."),
+    ] = False,
+    top: Annotated[int, typer.Option(metavar="K", help="For --cost: also of the K largest values alone.")] = 64,
     json: options.Json = False,
 ) -> None:
     """What does LoRA cost on this model? Parameters, memory and FLOPs of each rank, beside full fine-tuning.
@@ -48,6 +52,8 @@ def plan(
         memory=memory,
         optimizer=optimizer,
         dtype=dtype,
+        cost=cost,
+        top=top,
     )
     if json:
         result(found.model_dump_json())

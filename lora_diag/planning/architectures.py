@@ -243,8 +243,54 @@ def _gpt_neox(reader: Reader) -> Weights:
         yield "lm_head.weight", (vocabulary, hidden)
 
 
+def _deepseek(reader: Reader) -> Weights:
+    """DeepSeek V3: queries, keys and values through narrow matrices (MLA), and a mixture behind the first blocks."""
+    hidden, vocabulary = reader.size("hidden_size"), reader.size("vocab_size")
+    yield "model.embed_tokens.weight", (vocabulary, hidden)
+    for index in range(reader.blocks("num_hidden_layers")):
+        prefix = f"model.layers.{index}."
+        yield from _latent_attention(reader, hidden, prefix + "self_attn.")
+        if index < reader.size("first_k_dense_replace"):
+            yield from _dense(reader, Llama(), hidden, prefix + "mlp.", reader.size("intermediate_size"))
+        else:
+            experts, inner = reader.size("n_routed_experts"), reader.size("moe_intermediate_size")
+            yield prefix + "mlp.gate.weight", (experts, hidden)
+            yield prefix + "mlp.experts.gate_up_proj", (experts, 2 * inner, hidden)
+            yield prefix + "mlp.experts.down_proj", (experts, hidden, inner)
+            shared = inner * reader.size("n_shared_experts")
+            yield from _dense(reader, Llama(), hidden, prefix + "mlp.shared_experts.", shared)
+        yield from ((f"{prefix}{norm}.weight", (hidden,)) for norm in Llama().norms)
+    yield "model.norm.weight", (hidden,)
+    if not reader.flag("tie_word_embeddings", False):
+        yield "lm_head.weight", (vocabulary, hidden)
+
+
+def _latent_attention(reader: Reader, hidden: int, prefix: str) -> Weights:
+    heads, values = reader.size("num_attention_heads"), reader.size("v_head_dim")
+    turned, plain = reader.size("qk_rope_head_dim"), reader.size("qk_nope_head_dim")
+    narrow, biased = reader.size("kv_lora_rank"), reader.flag("attention_bias", False)
+    if reader.values.get("q_lora_rank", 0) is None:  # as in the smaller ones: queries are not narrowed
+        yield prefix + "q_proj.weight", (heads * (plain + turned), hidden)
+    else:
+        rank = reader.size("q_lora_rank")
+        yield prefix + "q_a_proj.weight", (rank, hidden)
+        if biased:
+            yield prefix + "q_a_proj.bias", (rank,)
+        yield prefix + "q_a_layernorm.weight", (rank,)
+        yield prefix + "q_b_proj.weight", (heads * (plain + turned), rank)
+    yield prefix + "kv_a_proj_with_mqa.weight", (narrow + turned, hidden)
+    if biased:
+        yield prefix + "kv_a_proj_with_mqa.bias", (narrow + turned,)
+    yield prefix + "kv_a_layernorm.weight", (narrow,)
+    yield prefix + "kv_b_proj.weight", (heads * (plain + values), narrow)
+    yield prefix + "o_proj.weight", (hidden, heads * values)
+    if biased:
+        yield prefix + "o_proj.bias", (hidden,)
+
+
 BUILDERS: dict[str, Callable[[Reader], Weights]] = {
     **dict.fromkeys(LLAMAS, _llama),
+    "deepseek_v3": _deepseek,
     "gpt2": _gpt2,
     "gpt_neox": _gpt_neox,
 }

@@ -10,7 +10,7 @@ from rich.table import Table
 from lora_diag.reports.columns import Column, table_of
 from lora_diag.reports.lines import answers
 from lora_diag.reports.text import count, percent, safe, short, to_text
-from lora_diag.results.plan import Plan, PlanFit, PlanRank, PlanType
+from lora_diag.results.plan import Plan, PlanFit, PlanRank, PlanRates, PlanType
 
 # Optimizers by their column.
 _OPTIMIZERS = {"AdamW": "adamw", "8-bit Adam": "adamw8bit", "SGD": "sgd", "SGD+momentum": "sgd_momentum"}
@@ -29,7 +29,8 @@ def plan_table(plan: Plan, width: int = 80, color: bool = False, then: str | Non
         Lines of text, without a newline at the end.
     """
     told = answers(_lines(plan), then=then)
-    return to_text(Group(_types(plan, width), _ranks(plan, width), told), width, color)
+    tables = [_types(plan, width), _ranks(plan, width), *([_costs(plan, width)] if plan.costs else [])]
+    return to_text(Group(*tables, told), width, color)
 
 
 def _types(plan: Plan, width: int) -> Table:
@@ -72,6 +73,32 @@ def _ranks(plan: Plan, width: int) -> Table:
     return table_of("", names, columns, width, ("SGD+momentum",))
 
 
+def _costs(plan: Plan, width: int) -> Table:
+    columns = [Column("core time", tuple(duration(each.core_seconds) for each in plan.costs))]
+    for machines in plan.costs[0].seconds:
+        title = "this machine" if machines == 1 else f"{machines} such"
+        columns.append(Column(title, tuple(duration(each.seconds[machines]) for each in plan.costs)))
+    if plan.costs[0].bytes is not None:
+        speeds = (f"{_bytes(round((each.bytes or 0) / each.seconds[1]))}/s" for each in plan.costs)
+        columns.append(Column("one reads", tuple(speeds)))
+    names = ["all values" if each.top is None else f"--top {each.top}" for each in plan.costs]
+    return table_of("loradiag spectrum", names, columns, width)
+
+
+def duration(seconds: float) -> str:
+    """Return a time in the unit that a reader thinks in.
+
+    >>> duration(0.4), duration(95), duration(8000), duration(400_000)
+    ('<1 s', '95 s', '2.2 h', '4.6 days')
+    """
+    if seconds < 1:
+        return "<1 s"
+    for most, unit, name in ((120, 1, "s"), (7200, 60, "min"), (172_800, 3600, "h")):
+        if seconds < most:
+            return f"{seconds / unit:.{0 if seconds / unit >= 10 else 1}f} {name}"
+    return f"{seconds / 86_400:.1f} days"
+
+
 def _column(title: str, full: str, ranks: Sequence[PlanRank], cell: Callable[[PlanRank], str]) -> Column:
     return Column(title, (full, *map(cell, ranks)))
 
@@ -96,6 +123,8 @@ def _lines(plan: Plan) -> list[tuple[str, str]]:
             "what an unmerged adapter adds to the multiply-adds of the model's matrices; merged, it adds none",
         ),
     ]
+    if plan.rates is not None:
+        lines.append(("Time", _time(plan, plan.rates)))
     if plan.fit is not None:
         lines.append(("Budget", _fit(plan.fit)))
     too_large = [row for row in plan.ranks if row.rho >= 1]
@@ -104,6 +133,20 @@ def _lines(plan: Plan) -> list[tuple[str, str]]:
             ("Mind", f"r={too_large[0].rank} trains more than the matrices themselves hold: LoRA saves nothing")
         )
     return lines
+
+
+def _time(plan: Plan, rates: PlanRates) -> str:
+    """Say what the estimate stands on."""
+    lines = [
+        f"an estimate for {rates.cores} cores, from the speed of this machine measured just now: what else it was busy "
+        "with counts; start-up is not in it",
+        "storage is taken to keep up: one machine reads as fast as the last column says, many that many times as fast",
+    ]
+    if len(plan.costs) > 1:
+        lines.append(f"--top {plan.costs[1].top} is for spectra that decay; a flat one costs as much as all values")
+    if any(seconds <= cost.longest for cost in plan.costs for seconds in cost.seconds.values()):
+        lines.append("no number of machines is faster than one is on the largest matrix")
+    return "\n".join(lines)
 
 
 def _frozen(plan: Plan) -> str:

@@ -73,6 +73,44 @@ class PlanFit(Record):
     blocks: int
 
 
+class PlanRates(Record):
+    """How fast this machine was just now, in core-seconds: t seconds on p cores are p·t.
+
+    Args:
+        cores: It has.
+        entry: For an entry of a matrix: both sides read from memory, subtracted, norms taken.
+        product: For one multiply-add of the Gram product of order n with n rows, n³ of them.
+        eigen: For the eigenvalues of a matrix, by its order.
+        few: For an entry, of the K largest values of a decaying spectrum, by order; empty where krylov is not taken.
+        few_from: Order from which it is.
+    """
+
+    cores: int
+    entry: float
+    product: float
+    eigen: dict[int, float]
+    few: dict[int, float]
+    few_from: int
+
+
+class PlanCost(Record):
+    """What a run of ``spectrum`` takes; an estimate.
+
+    Args:
+        top: K of ``--top``; null for all values.
+        core_seconds: In all.
+        longest: Seconds of the largest matrix by itself: no number of machines is faster.
+        seconds: By the number of machines like this one.
+        bytes: Read from both sides; null if the dtype is not known.
+    """
+
+    top: int | None
+    core_seconds: float
+    longest: float
+    seconds: dict[int, float]
+    bytes: int | None
+
+
 class Plan(Record):
     """What full fine-tuning and LoRA of a model cost, from headers or a config alone.
 
@@ -88,6 +126,8 @@ class Plan(Record):
         types: The module types.
         ranks: LoRA by rank.
         fit: What the budget allows; null without one.
+        rates: This machine's speed; null if that was not asked.
+        costs: Of the spectra of all matrices on it; empty likewise.
     """
 
     record: Literal["plan"] = "plan"
@@ -102,3 +142,5 @@ class Plan(Record):
     types: tuple[PlanType, ...]
     ranks: tuple[PlanRank, ...]
     fit: PlanFit | None = None
+    rates: PlanRates | None = None
+    costs: tuple[PlanCost, ...] = ()

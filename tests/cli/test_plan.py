@@ -68,3 +68,43 @@ def test_no_torch_is_imported():
         "try:\n    main()\nexcept SystemExit as stop:\n    assert not stop.code\nassert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+@pytest.mark.parametrize("columns", ["80", "140"])
+def test_the_time_of_a_run_is_told_from_what_was_measured(loradiag, columns):
+    ran = loradiag("plan", BASE, "--cost", env={"COLUMNS": columns})
+    assert (ran.code, ran.err) == (0, "")
+    assert max(map(len, ran.out.splitlines())) <= int(columns)
+    for word in ("core time", "this machine", "64 such", "all values", "an estimate for"):
+        assert word in ran.out
+    assert "--top" not in ran.out.split("Next")[0]  # krylov is not taken in matrices so small
+
+
+def test_the_record_of_a_cost_adds_up(loradiag):
+    from lora_diag.planning.cost import Speed
+    from lora_diag.results.plan import Plan
+
+    found = Plan.model_validate_json(loradiag("plan", BASE, "--cost", "--json").out)
+    assert found.rates is not None
+    assert min(found.rates.entry, found.rates.product, *found.rates.eigen.values()) > 0
+    total = sum(row.matrices * Speed(found.rates).core_seconds(row.shape, None) for row in found.types)
+    assert [each.core_seconds for each in found.costs] == [pytest.approx(total)]
+    assert found.costs[0].bytes == 2 * found.base_bytes
+
+
+def test_experts_of_a_config_cost_what_they_do_in_a_checkpoint():
+    """transformers holds gate and up as one matrix; files have two, with half the rows."""
+    from lora_diag.api.plan import _apart
+    from lora_diag.planning.plan import Matrix
+
+    fused = Matrix("model.layers.0.mlp.experts.gate_up_proj", (4096, 7168), 256)
+    assert [(each.shape, each.count) for each in _apart(fused)] == [((2048, 7168), 256)] * 2
+    assert _apart(Matrix("model.layers.0.mlp.gate_up_proj.weight", (8, 4))) == [
+        Matrix("model.layers.0.mlp.gate_up_proj.weight", (8, 4))
+    ]
+
+
+def test_a_top_that_makes_no_sense_is_refused(loradiag):
+    ran = loradiag("plan", BASE, "--cost", "--top", "0")
+    assert (ran.code, ran.out) == (2, "")
+    assert "--top 0: must be at least 1" in ran.err

@@ -10,8 +10,16 @@ SMALL = {
     "num_key_value_heads": 2, "pad_token_id": None, "bos_token_id": None, "eos_token_id": None,
 }  # fmt: skip
 MOE = {"num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 10}
+LATENT = {
+    "moe_intermediate_size": 10, "n_routed_experts": 4, "n_shared_experts": 2, "q_lora_rank": 6, "kv_lora_rank": 5,
+    "qk_rope_head_dim": 4, "qk_nope_head_dim": 3, "v_head_dim": 7, "first_k_dense_replace": 1, "n_group": 2,
+    "topk_group": 1, "num_experts_per_tok": 2, "num_key_value_heads": 4,
+}  # fmt: skip
 CASES = [
-    *[(kind, {}) for kind in BUILDERS if kind not in {"gpt2", "gpt_neox"}],
+    *[(kind, {}) for kind in BUILDERS if kind not in {"gpt2", "gpt_neox", "deepseek_v3"}],
+    ("deepseek_v3", LATENT),
+    ("deepseek_v3", {**LATENT, "q_lora_rank": None, "attention_bias": True, "tie_word_embeddings": True}),
+    ("deepseek_v3", {**LATENT, "attention_bias": True}),
     ("llama", {"head_dim": 6, "tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True}),
     ("mixtral", {"num_local_experts": 3}),
     ("qwen2_moe", {**MOE, "shared_expert_intermediate_size": 12, "mlp_only_layers": [0]}),

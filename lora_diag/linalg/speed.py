@@ -1,0 +1,72 @@
+"""How long the kernels of the spectral methods take on this machine, on matrices made for the purpose.
+
+It times what the methods call and refuses to know models and budgets: what a whole run costs is ``planning.cost``.
+"""
+
+from __future__ import annotations
+
+import time
+
+import torch
+from torch import Tensor
+
+from lora_diag.linalg.decompose import decompose
+from lora_diag.linalg.difference import difference
+from lora_diag.linalg.gram import gram_matrix
+
+# Entries of a row block, as they are read.
+BLOCK_ENTRIES = 2**20
+
+# σ_i ∝ i^-DECAY, as the benchmark's updates have: krylov's work depends on it.
+DECAY = 0.7
+
+
+def time_full(order: int) -> tuple[float, float]:
+    """Return the seconds of a Gram product ``(n, n)`` × ``(n, n)`` and of its eigenvalues.
+
+    Args:
+        order: n.
+    """
+    matrix = torch.randn(order, order, generator=torch.Generator().manual_seed(0))
+    start = time.perf_counter()
+    gram = gram_matrix(matrix)
+    between = time.perf_counter()
+    torch.linalg.eigvalsh(gram)
+    return between - start, time.perf_counter() - between
+
+
+def time_few(order: int, top: int) -> float:
+    """Return the seconds that the ``top`` largest values of an ``(n, n)`` matrix of decaying spectrum take.
+
+    Args:
+        order: n.
+        top: K.
+    """
+    matrix = decaying(order)
+    start = time.perf_counter()
+    decompose(matrix, top=top)
+    return time.perf_counter() - start
+
+
+def time_pass(order: int) -> float:
+    """Return the seconds of the pass over two bf16 matrices ``(n, n)``: copy, subtract, take the norms.
+
+    Args:
+        order: n.
+    """
+    update = decaying(order)
+    base = torch.full((order, order), 0.02, dtype=torch.bfloat16)
+    tuned = (base + update).to(torch.bfloat16)
+    rows = max(1, BLOCK_ENTRIES // order)
+    start = time.perf_counter()
+    # a copy of a block stands for reading it from a file that the system has in memory
+    blocks = ((b.clone(), t.clone()) for b, t in zip(torch.split(base, rows), torch.split(tuned, rows), strict=True))
+    difference(blocks, (order, order), torch.device("cpu"))
+    return time.perf_counter() - start
+
+
+def decaying(order: int) -> Tensor:
+    """Return an ``(n, n)`` float32 matrix with singular values near i^-0.7."""
+    generator = torch.Generator().manual_seed(0)
+    left, right = (torch.randn(order, order, generator=generator) for _ in range(2))
+    return (left * torch.arange(1, order + 1) ** -DECAY) @ right / order

@@ -1,0 +1,20 @@
+"""The kernels that are timed are those that the methods call, on matrices of the kind they say."""
+
+import torch
+
+from lora_diag.linalg.speed import DECAY, decaying, time_few, time_full, time_pass
+
+
+def test_times_grow_with_the_work():
+    """Of 27 times the multiply-adds and 9 times the entries, on whatever machine."""
+    small, large = time_full(160), time_full(1440)
+    assert 0 < small[0] < large[0]
+    assert 0 < small[1] < large[1]
+    assert 0 < min(time_pass(64) for _ in range(3)) < time_pass(2048)
+    assert time_few(600, 8) > 0
+
+
+def test_the_matrix_of_few_values_decays():
+    s = torch.linalg.svdvals(decaying(300).double())
+    slope = torch.log(s[80] / s[4]) / torch.log(torch.tensor(81.0 / 5.0))
+    assert abs(float(slope) + DECAY) < 0.25

@@ -27,16 +27,19 @@ if TYPE_CHECKING:
     from lora_diag.api.plot import plot
     from lora_diag.api.probe import probe_truncation
     from lora_diag.api.probe_activations import probe_activations
+    from lora_diag.api.probe_curvature import probe_curvature
     from lora_diag.api.probe_outputs import probe_outputs
     from lora_diag.api.probe_sweep import probe_sweep
     from lora_diag.api.report import report
     from lora_diag.api.residual import residual
     from lora_diag.api.spectrum import spectrum
     from lora_diag.api.verify_merge import verify_merge
+    from lora_diag.engines import Ray
     from lora_diag.results import Results, read_results
 
 # Public name -> module that defines it.
 _LAZY = {
+    "Ray": "lora_diag.engines",
     "Results": "lora_diag.results",
     "allocate": "lora_diag.api.allocate",
     "extract": "lora_diag.api.extract",
@@ -49,6 +52,7 @@ _LAZY = {
     "plan": "lora_diag.api.plan",
     "plot": "lora_diag.api.plot",
     "probe_activations": "lora_diag.api.probe_activations",
+    "probe_curvature": "lora_diag.api.probe_curvature",
     "probe_outputs": "lora_diag.api.probe_outputs",
     "probe_sweep": "lora_diag.api.probe_sweep",
     "probe_truncation": "lora_diag.api.probe",
@@ -64,6 +68,7 @@ __all__ = [
     "InputError",
     "LoradiagError",
     "NothingComparedError",
+    "Ray",
     "Results",
     "UsageError",
     "__version__",
@@ -78,6 +83,7 @@ __all__ = [
     "plan",
     "plot",
     "probe_activations",
+    "probe_curvature",
     "probe_outputs",
     "probe_sweep",
     "probe_truncation",

@@ -14,6 +14,7 @@ from lora_diag.reports.intruders import intruders_table
 from lora_diag.reports.merge import merge_table
 from lora_diag.reports.overlap import overlap_table
 from lora_diag.reports.probe import truncation_table
+from lora_diag.reports.probe_curvature import curvature_table
 from lora_diag.reports.probe_outputs import outputs_table
 from lora_diag.reports.probe_sweep import sweep_table
 from lora_diag.reports.residual import residual_table
@@ -32,6 +33,7 @@ TABLES: tuple[tuple[str, Callable[..., str]], ...] = (
     ("spectrum --adapters", fleet_table),
     ("allocate", allocation_table),
     ("probe truncation", truncation_table),
+    ("probe curvature", curvature_table),
     ("probe outputs", outputs_table),
     ("probe sweep", sweep_table),
     ("verify-merge", merge_table),

@@ -1,10 +1,11 @@
 """``loradiag probe``: the diagnostics that run a model; one file each."""
 
 from lora_diag.cli.probe.activations import activations
+from lora_diag.cli.probe.curvature import curvature
 from lora_diag.cli.probe.outputs import outputs
 from lora_diag.cli.probe.sweep import sweep
 from lora_diag.cli.probe.truncation import truncation
 
-PROBES = (truncation, activations, outputs, sweep)
+PROBES = (truncation, activations, outputs, sweep, curvature)
 
 __all__ = ["PROBES"]

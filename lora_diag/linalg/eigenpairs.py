@@ -1,0 +1,131 @@
+"""The eigenpairs at one end of a symmetric operator that is known only by its products with vectors.
+
+ARPACK's implicitly restarted Lanczos (Lehoucq, Sorensen and Yang 1998) by SciPy: memory is that of its basis, whatever
+the number of products. A Ritz value never lies beyond the true end of the spectrum, and within ‖Hv − λv‖ of an
+eigenvalue; that a whole eigenvalue beyond it was missed takes a random start orthogonal to its eigenvector.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh
+from torch import Tensor
+
+from lora_diag.errors import InputError
+
+# An operator this small is written out: one product a column is what Lanczos would take, too.
+DENSE = 64
+
+# Relative tolerance of ARPACK. Its bound is on the residual; the eigenvalue's error goes with its square.
+TOLERANCE = 1e-3
+
+# Vectors of the basis, and restarts of it before it is given up.
+BASIS, RESTARTS = 20, 30
+
+
+@dataclass(frozen=True, slots=True)
+class Eigenpairs:
+    """Some eigenpairs of a symmetric operator.
+
+    Args:
+        values: ``(k,)`` float64, the outermost first.
+        vectors: ``(n, k)``, of norm 1.
+        residual: ‖Hv − λv‖ of the outermost.
+        products: Products that it took, that for the residual included.
+    """
+
+    values: Tensor
+    vectors: Tensor
+    residual: float
+    products: int
+
+
+def basis_size(size: int, count: int) -> int:
+    """Return how many vectors are held at once.
+
+    >>> basis_size(10**6, 1), basis_size(10**6, 30), basis_size(100, 60)
+    (20, 61, 100)
+    """
+    return min(size, max(2 * count + 1, BASIS))
+
+
+def eigenpairs(
+    product: Callable[[Tensor], Tensor],
+    size: int,
+    count: int,
+    end: Literal["largest", "smallest"],
+    seed: int,
+    device: torch.device,
+) -> Eigenpairs:
+    """Return the largest or the smallest eigenvalues, by their signs, and their vectors.
+
+    Args:
+        product: H·x for x ``(n,)`` float32 on the device.
+        size: n.
+        count: How many; fewer where the operator has fewer.
+        end: Which.
+        seed: Of the random start.
+        device: Where x is.
+
+    Raises:
+        InputError: Lanczos did not converge, or a product is not finite.
+
+    Reference:
+        Lehoucq, Sorensen and Yang 1998, ARPACK Users' Guide.
+
+    Example:
+        >>> h = torch.diag(torch.arange(-3.0, 97.0))
+        >>> found = eigenpairs(lambda x: h @ x, 100, 2, "largest", 0, torch.device("cpu"))
+        >>> found.values.round(decimals=3).tolist()
+        [96.0, 95.0]
+    """
+    calls = 0
+
+    def times(x: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        y = product(torch.as_tensor(x, dtype=torch.float32).reshape(-1).to(device))
+        if not bool(torch.isfinite(y).all()):
+            raise InputError("a Hessian-vector product is not finite: the weights are broken, or the loss overflows")
+        return y.cpu().numpy()
+
+    if size <= max(DENSE, count + 1):
+        values, vectors = _dense(times, size, count, end)
+    else:
+        values, vectors = _lanczos(times, size, count, end, seed)
+    first = vectors[:, 0]
+    rest = torch.from_numpy(times(first.numpy())).double() - values[0] * first.double()
+    return Eigenpairs(values, vectors.to(device), float(rest.norm()), calls)
+
+
+def _dense(times: Callable[[Any], Any], size: int, count: int, end: str) -> tuple[Tensor, Tensor]:
+    columns = torch.stack([torch.from_numpy(times(unit.numpy())) for unit in torch.eye(size)], 1).double()
+    values, vectors = torch.linalg.eigh((columns + columns.T) / 2)
+    if end == "largest":
+        values, vectors = values.flip(0), vectors.flip(1)
+    return values[:count], vectors[:, :count].float()
+
+
+def _lanczos(times: Callable[[Any], Any], size: int, count: int, end: str, seed: int) -> tuple[Tensor, Tensor]:
+    start = torch.randn(size, generator=torch.Generator().manual_seed(seed))
+    operator = LinearOperator((size, size), matvec=times, dtype="float32")
+    try:
+        values, vectors = eigsh(
+            operator,
+            k=count,
+            which="LA" if end == "largest" else "SA",
+            v0=start.numpy(),
+            ncv=basis_size(size, count),
+            tol=TOLERANCE,
+            maxiter=RESTARTS,
+        )
+    except ArpackNoConvergence as error:
+        raise InputError(
+            f"the {end} eigenvalues did not converge in {RESTARTS} restarts of Lanczos; ask for fewer with --top"
+        ) from error
+    order = torch.argsort(torch.from_numpy(values), descending=end == "largest")
+    return torch.from_numpy(values).double()[order], torch.from_numpy(vectors)[:, order]

@@ -23,10 +23,10 @@ ALLOWED = {
     "adapters": {"checkpoints", "deltas", "results"},
     "gradients": {"adapters", "checkpoints", "deltas"},
     "diagnostics": {"deltas", "gradients", "linalg", "metrics", "results"},
-    "engines": {"diagnostics", "results"},
+    "engines": {"checkpoints", "diagnostics", "results"},
     "planning": {"results", "metrics"},
     "gating": {"results", "metrics"},
-    "plots": {"results", "metrics"},
+    "plots": {"planning", "results", "metrics"},
     "reports": {"gating", "planning", "plots", "results", "metrics"},
     "training": {"adapters", "checkpoints", "deltas", "diagnostics", "linalg", "results"},
     "api": {
@@ -45,7 +45,7 @@ ALLOWED = {
         "training",
     },
     "cli": {"api", "results", "reports"},
-    "__init__": {"api", "results"},
+    "__init__": {"api", "engines", "results"},
     "__main__": {"cli"},
 }
 

@@ -12,9 +12,6 @@ from lora_diag.errors import InputError, NothingComparedError, UsageError
 from lora_diag.files import write_whole
 from lora_diag.results import Results, read_results
 
-# The command of a kind of record, where they are not called the same.
-_COMMANDS = {"allocation": "allocate", "union": "interference", "fleet": "spectrum --adapters"}
-
 
 @dataclass(frozen=True, slots=True)
 class Drawn:
@@ -25,14 +22,14 @@ class Drawn:
         shows: One line on what it shows.
         path: Its file; None if it was not drawn.
         reason: Why it was not drawn; empty if it was.
-        needs: The kind of record it draws; empty for any.
+        made_by: The command that makes the records it draws; empty where any will do.
     """
 
     name: str
     shows: str
     path: Path | None
     reason: str = ""
-    needs: str = ""
+    made_by: str = ""
 
 
 def plot(
@@ -83,7 +80,7 @@ def plot(
         figure = "heatmap"
     _check_options(figure, field, rank)
     runs = [_selected(one if isinstance(one, Results) else read_results(one), layers) for one in results]
-    if not any(len(run) for run in runs):
+    if not any(map(plots.drawn, runs)):
         raise NothingComparedError(f"no layer left to draw: {_why_no_layer(runs, layers)}")
     options: dict[str, Any] = {"labels": labels, "width": width, "per": per, "field": field, "rank": rank}
     wanted = plots.FIGURES if figure in {None, "all"} else (plots.figure_named(str(figure)),)
@@ -91,14 +88,14 @@ def plot(
     for one in wanted:
         reason = plots.why_not(one.name, runs, **options)
         if reason and figure not in {None, "all"}:
-            raise UsageError(f"{one.name}: {reason}{_way_out(one.needs, reason)}")
+            raise UsageError(f"{one.name}: {reason}{_way_out(one.made_by, reason)}")
         if reason or (single and any(drawn.path for drawn in made)):
             why = reason or f"{path} takes one figure: choose with --figure, or give a folder"
-            made.append(Drawn(one.name, one.shows, None, why, one.needs))
+            made.append(Drawn(one.name, one.shows, None, why, one.made_by))
             continue
         target = path if single else path / f"{one.name}.{kind}"
         _write(target, plots.encoded(plots.figure(one.name, runs, **options), kind, width))
-        made.append(Drawn(one.name, one.shows, target, needs=one.needs))
+        made.append(Drawn(one.name, one.shows, target, made_by=one.made_by))
     if not any(drawn.path for drawn in made):
         raise NothingComparedError("no figure can be drawn: " + "; ".join(f"{d.name}: {d.reason}" for d in made))
     return tuple(made)
@@ -161,9 +158,8 @@ def _selected(results: Results[Any], layers: str | None) -> Results[Any]:
         raise UsageError(f"layers {layers}: is not a regular expression: {error}") from error
 
 
-def _way_out(needs: str, reason: str) -> str:
-    made_by = _COMMANDS.get(needs, needs)
-    return f"; loradiag {made_by} measures them" if needs and reason.endswith(f"{needs} records") else ""
+def _way_out(made_by: str, reason: str) -> str:
+    return f"; {made_by} measures them" if made_by and reason.endswith(" records") else ""
 
 
 def _write(path: Path, content: bytes) -> None:

@@ -16,17 +16,6 @@ from lora_diag.cli.output import result, terminal
 if TYPE_CHECKING:
     from lora_diag.api.plot import Drawn
 
-# How the records of each command are made; to be typed by whoever lacks them.
-_MADE_BY = {
-    "spectrum": "loradiag spectrum BASE TUNED -o spectrum.jsonl",
-    "residual": "loradiag residual BASE TUNED ADAPTER -o residual.jsonl",
-    "overlap": "loradiag overlap BASE TUNED GRADIENTS -o overlap.jsonl",
-    "allocation": "loradiag allocate spectrum.jsonl --params 10M -o allocation.jsonl",
-    "interference": "loradiag interference BASE TUNED TUNED -o interference.jsonl",
-    "union": "loradiag interference BASE TUNED TUNED -o interference.jsonl",
-    "fleet": "loradiag spectrum --adapters 'adapters/**' -o fleet.jsonl",
-}
-
 
 class Figure(StrEnum):
     """What is drawn."""
@@ -41,6 +30,8 @@ class Figure(StrEnum):
     angles = "angles"
     union = "union"
     fleet = "fleet"
+    sweep = "sweep"
+    truncation = "truncation"
 
 
 class Width(StrEnum):
@@ -85,7 +76,7 @@ def plot(
     layers: options.Layers = None,
     quiet: options.Quiet = False,
 ) -> None:
-    """Figures for a paper or a slide: energy curves, spectra, heat maps, residuals, overlap, allocation, fleets.
+    """Figures for a paper or a slide: energy curves, spectra, heat maps, residuals, overlap, allocation, losses.
 
     Example: loradiag plot a.jsonl b.jsonl --label "full" --label "LoRA" --figure energy -o energy.pdf
     """
@@ -133,5 +124,4 @@ def _table(drawn: Sequence[Drawn], then: str) -> str:
 
 def _why(one: Drawn) -> str:
     """Give the reason, and the command whose records are missing."""
-    makes = _MADE_BY.get(one.needs, "")
-    return f"{one.reason}: {makes}" if makes and one.reason.startswith("no ") else one.reason
+    return f"{one.reason}: {one.made_by}" if one.made_by and one.reason.startswith("no ") else one.reason

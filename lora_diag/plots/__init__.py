@@ -19,8 +19,11 @@ from lora_diag.plots.fleet import fleet
 from lora_diag.plots.heatmap import heatmap
 from lora_diag.plots.overlap import overlap
 from lora_diag.plots.residual import residual
+from lora_diag.plots.series import drawn
 from lora_diag.plots.spectrum import spectrum
 from lora_diag.plots.style import FORMATS, encoded
+from lora_diag.plots.sweep import sweep
+from lora_diag.plots.truncation import truncation
 from lora_diag.plots.union import union
 
 __all__ = [
@@ -30,6 +33,7 @@ __all__ = [
     "allocation",
     "angles",
     "budget",
+    "drawn",
     "encoded",
     "energy",
     "figure",
@@ -39,6 +43,8 @@ __all__ = [
     "overlap",
     "residual",
     "spectrum",
+    "sweep",
+    "truncation",
     "union",
     "why_not",
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,13 +18,17 @@ from lora_diag.plots.fleet import figure as draw_fleet
 from lora_diag.plots.heatmap import figure as draw_heatmap
 from lora_diag.plots.overlap import figure as draw_overlap
 from lora_diag.plots.residual import figure as draw_residual
-from lora_diag.plots.series import Options, Series, by_adapter, by_pair, by_step, series_of
+from lora_diag.plots.series import Options, Series, by_adapter, by_pair, by_step, kind_of, series_of
 from lora_diag.plots.sheet import MAX_PANELS, settle
 from lora_diag.plots.spectrum import figure as draw_spectrum
 from lora_diag.plots.style import CATEGORIES, Look, look_of, styled
+from lora_diag.plots.sweep import figure as draw_sweep
+from lora_diag.plots.sweep import lacks as sweep_lacks
+from lora_diag.plots.truncation import figure as draw_truncation
+from lora_diag.plots.truncation import lacks as truncation_lacks
 from lora_diag.plots.union import figure as draw_union
 from lora_diag.plots.union import shared
-from lora_diag.results import Results
+from lora_diag.results import LayerRecord, Results
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,28 +38,117 @@ class FigureKind:
     Args:
         name: As users call it.
         shows: One line.
-        needs: The kind of record it draws; empty for any.
+        needs: The kind of record it draws, of a probe which one; empty for any of layers.
         draw: Series of such records, a page and options → the figure.
+        made_by: The command whose records these are, as a user types it.
         by_color: Whether runs are told apart by colour, so that there is an end to how many.
+        lacks: Says of such records why they cannot be drawn with the options; None if they can.
     """
 
     name: str
     shows: str
     needs: str
     draw: Callable[[Sequence[Series[Any]], Look, Options], Figure]
+    made_by: str = ""
     by_color: bool = True
+    lacks: Callable[[Sequence[Any], Options], str | None] = lambda records, options: None
 
 
+def _nothing_moved(records: Sequence[Any], options: Options) -> str | None:
+    return None if any(record.fro for record in records) else "ΔW = 0 in every matrix"
+
+
+def _rank_absent(known: Collection[int], options: Options) -> str | None:
+    if options.rank is None or options.rank in known:
+        return None
+    return f"rank {options.rank} was not measured; there are {', '.join(map(str, sorted(known)))}"
+
+
+# One line a figure.
 FIGURES = (
-    FigureKind("energy", "C(r): what the best adapter of each rank keeps", "spectrum", draw_energy),
-    FigureKind("spectrum", "singular values and the noise edge of the files", "spectrum", draw_spectrum),
+    FigureKind(
+        "energy",
+        "C(r): what the best adapter of each rank keeps",
+        "spectrum",
+        draw_energy,
+        "loradiag spectrum BASE TUNED -o spectrum.jsonl",
+        lacks=_nothing_moved,
+    ),
+    FigureKind(
+        "spectrum",
+        "singular values and the noise edge of the files",
+        "spectrum",
+        draw_spectrum,
+        "loradiag spectrum BASE TUNED -o spectrum.jsonl",
+        lacks=_nothing_moved,
+    ),
     FigureKind("heatmap", "a field by module type and depth", "", draw_heatmap, by_color=False),
-    FigureKind("residual", "ε and its floor, layer by layer, by cause", "residual", draw_residual, by_color=False),
-    FigureKind("overlap", "κ and tangent overlap over the steps, with baselines", "overlap", draw_overlap),
-    FigureKind("allocation", "rank by layer, and energy kept against the bound", "allocation", draw_allocation),
-    FigureKind("angles", "principal angles between updates, beside chance", "interference", draw_angles, False),
-    FigureKind("union", "rank of the sum of updates, against the sum of ranks", "union", draw_union, by_color=False),
-    FigureKind("fleet", "many adapters: norm, and rank used; who stands out", "fleet", draw_fleet),
+    FigureKind(
+        "residual",
+        "ε and its floor, layer by layer, by cause",
+        "residual",
+        draw_residual,
+        "loradiag residual BASE TUNED ADAPTER -o residual.jsonl",
+        by_color=False,
+        lacks=lambda records, _: None if any(len(r.shape) > 1 for r in records) else "no records of matrices",
+    ),
+    FigureKind(
+        "overlap",
+        "κ and tangent overlap over the steps, with baselines",
+        "overlap",
+        draw_overlap,
+        "loradiag overlap BASE TUNED GRADIENTS -o overlap.jsonl",
+        lacks=lambda records, options: _rank_absent({record.rank for record in records}, options),
+    ),
+    FigureKind(
+        "allocation",
+        "rank by layer, and energy kept against the bound",
+        "allocation",
+        draw_allocation,
+        "loradiag allocate spectrum.jsonl --params 10M -o allocation.jsonl",
+    ),
+    FigureKind(
+        "angles",
+        "principal angles between updates, beside chance",
+        "interference",
+        draw_angles,
+        "loradiag interference BASE TUNED TUNED -o interference.jsonl",
+        by_color=False,
+        lacks=lambda records, options: _rank_absent(ranks_of(records), options),
+    ),
+    FigureKind(
+        "union",
+        "rank of the sum of updates, against the sum of ranks",
+        "union",
+        draw_union,
+        "loradiag interference BASE TUNED TUNED -o interference.jsonl",
+        by_color=False,
+        lacks=lambda records, _: None if shared(records) else "no layer is changed by two updates",
+    ),
+    FigureKind(
+        "fleet",
+        "many adapters: norm, and rank used; who stands out",
+        "fleet",
+        draw_fleet,
+        "loradiag spectrum --adapters 'adapters/**' -o fleet.jsonl",
+        lacks=lambda records, _: "no adapter has a rank" if all(r.used is None for r in records) else None,
+    ),
+    FigureKind(
+        "sweep",
+        "held-out loss of LoRA trained at each rank",
+        "sweep",
+        draw_sweep,
+        "loradiag probe sweep BASE --data FILE --eval FILE -o sweep.jsonl",
+        lacks=sweep_lacks,
+    ),
+    FigureKind(
+        "truncation",
+        "held-out loss of the update truncated to each rank",
+        "truncation",
+        draw_truncation,
+        "loradiag probe truncation BASE TUNED --eval FILE -o truncation.jsonl",
+        lacks=truncation_lacks,
+    ),
 )
 
 
@@ -137,9 +230,9 @@ def _usable(kind: FigureKind, series: Sequence[Series[Any]], options: Options) -
     """Return the series whose records a figure can draw; of a heat map, those of the first kind that has its field."""
     filled = [one for one in series if one.records]
     if kind.needs:
-        return tuple(one for one in filled if one.records[0].record == kind.needs)
-    # The records of a fleet are of adapters, which have no depth and no module type.
-    filled = [one for one in filled if one.records[0].record != "fleet"]
+        return tuple(one for one in filled if kind_of(one.records[0]) == kind.needs)
+    # The records of a fleet are of adapters, which have no depth and no module type; those of probes are of whole runs.
+    filled = [one for one in filled if isinstance(one.records[0], LayerRecord) and one.records[0].record != "fleet"]
     kinds = dict.fromkeys(type(one.records[0]) for one in filled)
     field = options.field
     having = [k for k in kinds if field is None or _has(field, [o for o in filled if type(o.records[0]) is k])]
@@ -165,20 +258,7 @@ def _why_not(kind: FigureKind, series: Sequence[Series[Any]], options: Options) 
     if len(fitting) > most:
         return f"{len(fitting)} runs at once are not told apart: give {most} results at most"
     records: list[Any] = [record for one in fitting for record in one.records]
-    if kind.needs == "spectrum" and not any(record.fro for record in records):
-        return "ΔW = 0 in every matrix"
-    if kind.needs == "overlap" and options.rank not in {None, *(record.rank for record in records)}:
-        ranks = sorted({record.rank for record in records})
-        return f"rank {options.rank} was not measured; there are {', '.join(map(str, ranks))}"
-    if kind.needs == "interference" and options.rank not in {None, *ranks_of(records)}:
-        return f"rank {options.rank} was not measured; there are {', '.join(map(str, ranks_of(records)))}"
-    if kind.needs == "union" and not shared(records):
-        return "no layer is changed by two updates"
-    if kind.needs == "fleet" and all(record.used is None for record in records):
-        return "no adapter has a rank"
-    if kind.needs == "residual" and all(len(record.shape) == 1 for record in records):
-        return "no records of matrices"
-    return None
+    return kind.lacks(records, options)
 
 
 def _fields(series: Sequence[Series[Any]]) -> str:

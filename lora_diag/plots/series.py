@@ -9,9 +9,12 @@ from pathlib import PurePath
 from typing import Any, Generic, TypeVar
 
 from lora_diag.plots.style import name_of
-from lora_diag.results import LayerRecord, Results, Run, WholeRecord
+from lora_diag.results import Certificate, LayerRecord, Probe, Results, Run, Verdict, WholeRecord
 
-R = TypeVar("R", bound=LayerRecord)
+R = TypeVar("R", bound=LayerRecord | WholeRecord)
+
+# Roles of inputs that a probe reads; what it is of are the models.
+_TEXTS = {"data", "eval", "shifted"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +24,7 @@ class Series(Generic[R]):
     label: str
     records: tuple[R, ...]
     whole: tuple[WholeRecord, ...] = ()
+    run: Run | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,10 +46,20 @@ def series_of(results: Sequence[Results[Any]], labels: Sequence[str] = ()) -> tu
     """Return one series a results file and kind of record in it, named as asked or by what was compared."""
     names = [name_of(label) for label in labels] or _named([one.run for one in results])
     return tuple(
-        Series(name, tuple(record for record in one.layers if type(record) is kind), one.whole)
+        Series(name, tuple(record for record in drawn(one) if kind_of(record) == kind), one.whole, one.run)
         for name, one in zip(names, results, strict=True)
-        for kind in dict.fromkeys(map(type, one.layers)) or [None]
+        for kind in dict.fromkeys(map(kind_of, drawn(one))) or [None]
     )
+
+
+def drawn(results: Results[Any]) -> tuple[Any, ...]:
+    """Return the records that figures are made of: those of layers, and those of probes."""
+    return (*results.layers, *(one for one in results.whole if not isinstance(one, Certificate | Verdict)))
+
+
+def kind_of(record: LayerRecord | WholeRecord) -> str:
+    """Return the kind of a record as figures ask for it: of a probe's, which probe."""
+    return record.probe if isinstance(record, Probe) else record.record
 
 
 def _named(runs: Sequence[Run]) -> list[str]:
@@ -66,7 +80,7 @@ def _settings(runs: Sequence[Run]) -> list[str]:
 
 def _inputs(run: Run, last: bool = False) -> str:
     """Return the names of what was compared, such as ``base → full_ft``."""
-    names = [base_name(side.path) for side in run.inputs]
+    names = [base_name(side.path) for side in run.inputs if side.role not in _TEXTS]
     if not names:
         return name_of(run.command)
     if run.command == "interference":

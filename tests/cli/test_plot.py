@@ -59,7 +59,8 @@ def test_two_runs_are_overlaid_under_their_labels(loradiag, spectra, tmp_path):
 @pytest.mark.parametrize(
     ("words", "code", "message"),
     [
-        (["--figure", "overlap"], 2, "loradiag overlap measures them"),
+        (["--figure", "overlap"], 2, "loradiag overlap BASE TUNED GRADIENTS -o overlap.jsonl measures them"),
+        (["--figure", "sweep"], 2, "loradiag probe sweep BASE --data FILE --eval FILE -o sweep.jsonl measures them"),
         (["--figure", "heatmap", "--field", "nope"], 2, "there are fro, base_fro"),
         (["-o", "x.gif"], 2, "png, svg, pdf"),
         (["--label", "a", "--label", "b"], 2, "2 labels for 1 results"),
@@ -91,3 +92,18 @@ def test_results_without_layers_say_what_shows_them(loradiag, tmp_path):
     assert ran.code == 4
     assert "loradiag probe truncation have no records of layers; loradiag inspect" in ran.err
     assert not (tmp_path / "figures").exists()
+
+
+def test_every_figure_can_be_asked_for_by_name():
+    from lora_diag import plots
+    from lora_diag.cli.plot import Figure
+
+    assert [figure.value for figure in Figure] == ["all", *(kind.name for kind in plots.FIGURES)]
+
+
+def test_probe_results_are_drawn_though_they_have_no_layers(loradiag, spectra, tmp_path):
+    making.probed(making.swept()).write(tmp_path / "sweep.jsonl")
+    ran = loradiag("plot", "sweep.jsonl", "-o", "figures")
+    assert ran.code == 0
+    assert [path.name for path in (tmp_path / "figures").iterdir()] == ["sweep.png"]
+    assert loradiag("plot", "sweep.jsonl", spectra, "-o", "x.png", "--figure", "sweep").code == 0

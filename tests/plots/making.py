@@ -11,6 +11,7 @@ from lora_diag.results import (
     Fleet,
     Interference,
     Overlap,
+    Probe,
     Residual,
     Resolution,
     Results,
@@ -330,3 +331,47 @@ def results(records, whole=(), name="tuned", settings=None):
     )
     end = End(layers=len(records), left_out=0, fro=None, base_fro=None)
     return Results(run, tuple(records), (), end, tuple(whole))
+
+
+def probe(probe, subject, loss, *, name="held_out", shifted=False, **more):
+    return Probe(probe=probe, set=name, shifted=shifted, subject=subject, tokens=5000, data="0" * 16, loss=loss, **more)
+
+
+def swept(ranks=(4, 8, 16, 64), seeds=3, sets=("held_out", "other"), base=1.8, rates=(1e-4, 1e-3)):
+    """Return the records of a sweep: the higher rate is the better one, all seeds there and one elsewhere."""
+    found = []
+    for place, name in enumerate(sets):
+        where = {"name": name, "shifted": place > 0}
+        found.append(probe("sweep", "base", base + 0.1 * place, **where))
+        for rank in ranks:
+            for lr in rates:
+                for seed in range(seeds if lr == max(rates) else 1):
+                    loss = 1.5 + 0.15 / rank + 0.004 * seed + 0.05 * (lr < max(rates))
+                    found.append(probe("sweep", "lora", loss, rank=rank, lr=lr, seed=seed, **where))
+    return found
+
+
+def truncated(ranks=(0, 1, 4, 16, 64), sets=("held_out", "other"), base=2.0, tuned=1.2, error=0.02, **alone):
+    """Return the records of a truncation: with the rank the loss goes from BASE's to TUNED's."""
+    found = []
+    for place, name in enumerate(sets):
+        where = {"name": name, "shifted": place > 0}
+        ends = (base, tuned) if place == 0 else (tuned, base)
+        for subject, loss in zip(("base", "tuned"), ends, strict=True):
+            found.append(probe("truncation", subject, loss, gap=loss - ends[1], gap_error=error, **where))
+        for rank in ranks:
+            kept = rank / (rank + 4)
+            loss = ends[0] + kept * (ends[1] - ends[0])
+            more = {"rank": rank, "gap": loss - ends[1], "gap_error": error * (1 - kept), "kept": kept}
+            found.append(probe("truncation", "truncated", loss, energy=kept**2, **more, **where, **alone))
+    return found
+
+
+def probed(records, name="tuned", command="probe sweep", **settings):
+    """Return a run that has these probe records."""
+    inputs = [
+        RunInput(role=role, path=f"models/{path}", kind="", tensors=1)
+        for role, path in (("base", "base"), ("tuned", name), ("eval", "held_out.txt"))
+    ]
+    run = Run(command=command, version="0", inputs=tuple(inputs), settings={"tolerance": 0.02, "steps": 9, **settings})
+    return Results(run, (), (), End(layers=0, left_out=0, fro=None, base_fro=None), tuple(records))

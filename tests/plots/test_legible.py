@@ -75,6 +75,31 @@ def models():
     yield "five runs", "energy", runs, {"labels": ["A", "B " * 40, "C", "D", "$E_$"]}
     budgets = [making.results(making.allocations(3), [making.certificate(1000 * i, 0.2 * i, 0.2 * i)]) for i in (1, 2)]
     yield "two budgets", "allocation", budgets, {}
+    yield from probes()
+
+
+def probes():
+    """Yield the same of probe records."""
+    many = tuple(range(1, 17))
+    for case, records in (
+        ("two sets", making.swept()),
+        ("one rank", making.swept(ranks=(8,), seeds=1, rates=(1e-3,), sets=("shifted",))),
+        ("many ranks", making.swept(ranks=many, sets=("a", "b", "c", "d", "e"))),
+        ("far base", [*making.swept(base=90.0), making.probe("sweep", "lora", None, rank=4, lr=1.0)]),
+        ("hostile", making.swept(sets=HOSTILE[:3])),
+    ):
+        yield case, "sweep", making.probed(records), {}
+    yield "two runs", "sweep", [making.probed(making.swept(), name=n, steps=i) for i, n in enumerate("ab")], {}
+    for case, records in (
+        ("two sets", making.truncated()),
+        ("one rank", making.truncated(ranks=(8,), sets=("shifted",))),
+        ("many ranks", making.truncated(ranks=many, sets=("a", "b", "c", "d", "e"))),
+        ("nothing gained", making.truncated(tuned=2.0)),
+        ("hostile", making.truncated(sets=HOSTILE[:3])),
+    ):
+        yield case, "truncation", making.probed(records, rest="tuned"), {}
+    runs = [making.probed(making.truncated(), name=n, rest=n) for n in ("tuned", "base")]
+    yield "two runs", "truncation", runs, {"labels": ["whole", "$\\frac$" * 20]}
 
 
 CASES = list(models())

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from lora_diag.api.probe_activations import probe_activations
     from lora_diag.api.probe_curvature import probe_curvature
     from lora_diag.api.probe_outputs import probe_outputs
+    from lora_diag.api.probe_sensitivity import probe_sensitivity
     from lora_diag.api.probe_sweep import probe_sweep
     from lora_diag.api.report import report
     from lora_diag.api.residual import residual
@@ -54,6 +55,7 @@ _LAZY = {
     "probe_activations": "lora_diag.api.probe_activations",
     "probe_curvature": "lora_diag.api.probe_curvature",
     "probe_outputs": "lora_diag.api.probe_outputs",
+    "probe_sensitivity": "lora_diag.api.probe_sensitivity",
     "probe_sweep": "lora_diag.api.probe_sweep",
     "probe_truncation": "lora_diag.api.probe",
     "read_results": "lora_diag.results",
@@ -85,6 +87,7 @@ __all__ = [
     "probe_activations",
     "probe_curvature",
     "probe_outputs",
+    "probe_sensitivity",
     "probe_sweep",
     "probe_truncation",
     "read_results",

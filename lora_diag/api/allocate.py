@@ -58,7 +58,8 @@ def allocate(
         ranks_from: The only ranks a layer may have (besides 0), such as ``[8, 16, 32, 64]``.
         target: Only layers whose name contains a match; None for matrices other than embeddings, head and routers.
         exclude: No layers whose name contains a match.
-        weights: Factor of each layer's energy, by name (``default`` for the others), or a JSON file of such.
+        weights: Factor of each layer's energy, by name (``default`` for the others), or a JSON file of such; or what
+            ``probe sensitivity`` measured: the gain of each layer alone per energy that the rank trained captures.
         relative: Count every layer's energy as 1: maximise Σ C(r) and not Σ‖ΔW‖²C(r).
         optimizer: ``adamw``, ``adamw8bit``, ``sgd`` or ``sgd_momentum``; for ``memory``.
         dtype: Of the adapter and its gradients; for ``memory``.
@@ -82,11 +83,12 @@ def allocate(
     budget = _budget(params, total_rank, memory, energy, match, training)
     constraints = Constraints(min_rank, max_rank, tuple(sorted(set(ranks_from))) if ranks_from is not None else None)
     spectra, described = _spectra(results, allow_unfinished)
+    factors, of_weights = _factors(weights, spectra, allow_unfinished)
     chosen = plan_ranks(
         spectra.layers,
         budget,
         constraints,
-        _weights(weights, spectra),
+        factors,
         relative,
         target,
         exclude,
@@ -94,7 +96,7 @@ def allocate(
     run = Run(
         command="allocate",
         version=__version__,
-        inputs=(described, *spectra.run.inputs),
+        inputs=(described, *spectra.run.inputs, *of_weights),
         settings={
             "budget": budget.option,
             "energy": energy,
@@ -245,6 +247,23 @@ def _spectra(results: Results[Spectrum] | Path | str, allow_unfinished: bool) ->
         raise InputError(f"{path or 'these results'}: hold no layer")
     notes = () if spectra.end is not None else ("the run did not finish: layers are missing",)
     return spectra, RunInput(role="results", path=path, kind="results of spectrum", tensors=len(spectra), notes=notes)
+
+
+def _factors(
+    given: Mapping[str, float] | Path | str | None, spectra: Results[Spectrum], allow_unfinished: bool
+) -> tuple[dict[str, float] | None, tuple[RunInput, ...]]:
+    """Return the factor of every layer, and what it was made of if that is a results file.
+
+    Raises:
+        UsageError: See ``_weights``.
+        InputError: The file cannot be read, or is unfinished.
+    """
+    if given is None or isinstance(given, Mapping) or not is_results_file(given):
+        return _weights(given, spectra), ()
+    from lora_diag.api.measured_weights import measured_weights  # NumPy, which the other weights do not need
+
+    found, described = measured_weights(Path(given), spectra, allow_unfinished)
+    return found, (described,)
 
 
 def _weights(given: Mapping[str, float] | Path | str | None, spectra: Results[Spectrum]) -> dict[str, float] | None:

@@ -28,7 +28,7 @@ def allocate(
         float | None, typer.Option(metavar="SHARE", help="No budget: smallest ranks that keep this share, such as 0.9.")
     ] = None,
     match: Annotated[
-        Path | None, typer.Option(metavar="ADAPTER", help="Budget: as many parameters as this adapter.")
+        str | None, typer.Option(metavar="ADAPTER", help="Budget: as many parameters as this adapter.")
     ] = None,
     policies: Annotated[bool, typer.Option("--policies", help="No allocation: the ranks of several rules.")] = False,
     min_rank: Annotated[int, typer.Option(metavar="R", help="Smallest rank of a layer with any signal.")] = 0,
@@ -43,7 +43,9 @@ def allocate(
         ),
     ] = None,
     exclude: Annotated[str | None, typer.Option(metavar="REGEX", help="No layers whose name contains a match.")] = None,
-    weights: Annotated[Path | None, typer.Option(metavar="FILE", help="JSON: layer -> factor of its energy.")] = None,
+    weights: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Factors of energies: JSON, or of probe sensitivity.")
+    ] = None,
     relative: Annotated[bool, typer.Option("--relative", help="Count every layer's energy as 1.")] = False,
     optimizer: Annotated[str, typer.Option(metavar="adamw|adamw8bit|sgd|sgd_momentum", help="For --memory.")] = "adamw",
     dtype: Annotated[

@@ -16,6 +16,7 @@ from lora_diag.reports.overlap import overlap_table
 from lora_diag.reports.probe import truncation_table
 from lora_diag.reports.probe_curvature import curvature_table
 from lora_diag.reports.probe_outputs import outputs_table
+from lora_diag.reports.probe_sensitivity import sensitivity_table
 from lora_diag.reports.probe_sweep import sweep_table
 from lora_diag.reports.residual import residual_table
 from lora_diag.reports.table import spectrum_table
@@ -36,6 +37,7 @@ TABLES: tuple[tuple[str, Callable[..., str]], ...] = (
     ("probe curvature", curvature_table),
     ("probe outputs", outputs_table),
     ("probe sweep", sweep_table),
+    ("probe sensitivity", sensitivity_table),
     ("verify-merge", merge_table),
     ("gate", verdict_table),
 )

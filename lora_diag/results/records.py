@@ -25,12 +25,13 @@ from lora_diag.results.overlap import Overlap
 from lora_diag.results.probe import Probe
 from lora_diag.results.residual import Agreement, Distance, Residual
 from lora_diag.results.run import End, LeftOut, Reason, Run, RunInput
+from lora_diag.results.sensitivity import FirstOrder, Sensitivity
 from lora_diag.results.spectrum import Resolution, Spectrum, Tail
 from lora_diag.results.verdict import Verdict
 
 # What a diagnostic says of one layer, and what is said of a run as a whole.
 LayerRecord = Spectrum | Residual | Overlap | Allocation | Merge | Extraction | Interference | Union | Intruders | Fleet
-WholeRecord = Certificate | Verdict | Probe | Curvature | LossBound | Intrinsic
+WholeRecord = Certificate | Verdict | Probe | Curvature | LossBound | Intrinsic | Sensitivity | FirstOrder
 
 AnyRecord = Annotated[Run | LayerRecord | WholeRecord | LeftOut | End, Field(discriminator="record")]
 
@@ -47,6 +48,7 @@ __all__ = [
     "Distance",
     "End",
     "Extraction",
+    "FirstOrder",
     "Fleet",
     "Interference",
     "Intrinsic",
@@ -64,6 +66,7 @@ __all__ = [
     "Resolution",
     "Run",
     "RunInput",
+    "Sensitivity",
     "Spectrum",
     "StoredTensor",
     "Tail",

@@ -3,9 +3,10 @@
 from lora_diag.cli.probe.activations import activations
 from lora_diag.cli.probe.curvature import curvature
 from lora_diag.cli.probe.outputs import outputs
+from lora_diag.cli.probe.sensitivity import sensitivity
 from lora_diag.cli.probe.sweep import sweep
 from lora_diag.cli.probe.truncation import truncation
 
-PROBES = (truncation, activations, outputs, sweep, curvature)
+PROBES = (truncation, activations, outputs, sweep, sensitivity, curvature)
 
 __all__ = ["PROBES"]

@@ -1,0 +1,109 @@
+"""Rank correlation of two scores, with an interval and a p-value that need no normal scores."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.special import ndtri
+
+Array = NDArray[np.float64]
+
+# So many permutations tell a p-value of 0.05 from one of 0.06, and take milliseconds.
+PERMUTATIONS = 9999
+
+
+def spearman(x: Sequence[float], y: Sequence[float], groups: Sequence[Hashable] | None = None) -> float | None:
+    """Return Spearman's ρ: Pearson's correlation of the ranks, ties given their mean rank.
+
+    Args:
+        x: Scores.
+        y: Other scores of the same things.
+        groups: Only compare things within a group: ranks are those within it, less their mean.
+
+    Returns:
+        ρ in [−1, 1]; None where all ranks of one side are the same.
+
+    Example:
+        >>> spearman([1.0, 2.0, 3.0, 4.0], [10.0, 30.0, 20.0, 40.0])
+        0.8
+    """
+    return _correlation(_ranks(x, groups), _ranks(y, groups))
+
+
+def p_value(
+    x: Sequence[float], y: Sequence[float], groups: Sequence[Hashable] | None = None, seed: int = 0
+) -> float | None:
+    """Return the share of random pairings whose ρ is as far from zero: a two-sided permutation test.
+
+    Things are taken as exchangeable (within their group), which layers of one model are only roughly.
+
+    Args:
+        x: Scores.
+        y: Other scores of the same things.
+        groups: Only pair anew within a group.
+        seed: Of the pairings.
+
+    Reference: Phipson and Smyth 2010, "Permutation p-values should never be zero", equation 3.
+
+    Example:
+        >>> p_value([1.0, 2.0, 3.0], [1.0, 2.0, 3.0]) > 0.3
+        True
+    """
+    first, second = _ranks(x, groups), _ranks(y, groups)
+    found = _correlation(first, second)
+    if found is None:
+        return None
+    random = np.random.default_rng(seed)
+    labels = [0] * len(x) if groups is None else list(groups)
+    members = [np.array([i for i, label in enumerate(labels) if label == group]) for group in dict.fromkeys(labels)]
+    norm = float(np.linalg.norm(first) * np.linalg.norm(second))
+    shuffled, as_far = second.copy(), 0
+    for _ in range(PERMUTATIONS):
+        for each in members:
+            shuffled[each] = second[random.permutation(each)]
+        as_far += abs(float(first @ shuffled)) >= (abs(found) - 1e-12) * norm
+    return (as_far + 1) / (PERMUTATIONS + 1)
+
+
+def interval(rho: float, n: int) -> tuple[float, float] | None:
+    """Return the 95% interval of Spearman's ρ: tanh(artanh ρ ± 1.96·√((1 + ρ²/2)/(n − 3))).
+
+    Args:
+        rho: ρ.
+        n: How many things were ranked, taken as independent.
+
+    Returns:
+        None for fewer than five things, or |ρ| = 1.
+
+    Reference: Bonett and Wright 2000, "Sample size requirements for estimating Pearson, Kendall and Spearman
+    correlations", equation 3.
+
+    Example:
+        >>> [round(end, 2) for end in interval(0.5, 28)]
+        [0.14, 0.75]
+    """
+    if n < 5 or abs(rho) >= 1:
+        return None
+    reach = float(ndtri(0.975)) * math.sqrt((1 + rho**2 / 2) / (n - 3))
+    return math.tanh(math.atanh(rho) - reach), math.tanh(math.atanh(rho) + reach)
+
+
+def _ranks(values: Sequence[float], groups: Sequence[Hashable] | None) -> Array:
+    """Return ranks within groups, less their mean."""
+    array = np.asarray(values, dtype=np.float64)
+    labels = [0] * len(values) if groups is None else list(groups)
+    ranks = np.empty(len(array))
+    for group in set(labels):
+        mine = np.array([i for i, label in enumerate(labels) if label == group])
+        _, place, counts = np.unique(array[mine], return_inverse=True, return_counts=True)
+        ranks[mine] = (np.cumsum(counts) - (counts - 1) / 2)[place]
+        ranks[mine] -= ranks[mine].mean()
+    return ranks
+
+
+def _correlation(x: Array, y: Array) -> float | None:
+    norm = float(np.linalg.norm(x) * np.linalg.norm(y))
+    return min(1.0, max(-1.0, float(x @ y) / norm)) if norm else None

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from lora_diag.checkpoints import Checkpoint, open_checkpoint
+from lora_diag.checkpoints import Checkpoint, as_path, open_checkpoint
 from lora_diag.checkpoints.documents import MAX_CONFIG_BYTES, read_object
 from lora_diag.checkpoints.folder import WEIGHTS
 from lora_diag.errors import InputError
@@ -163,7 +163,7 @@ class Source:
 
 def is_adapter(path: Path | str) -> bool:
     """Say whether a path holds an adapter and not a full checkpoint, by file names and tensor names alone."""
-    path = Path(path)
+    path = as_path(path)
     if path.is_dir():
         if (path / CONFIG).is_file() or any((path / name).is_file() for name in ADAPTER_WEIGHTS):
             return True
@@ -185,7 +185,7 @@ def open_source(path: Path | str) -> Source:
     Raises:
         InputError: Nothing readable is there.
     """
-    path = Path(path)
+    path = as_path(path)
     if not path.exists():
         raise InputError(f"{path}: no such file or folder")
     file = _weights_in(path) if path.is_dir() else path

@@ -9,7 +9,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from lora_diag.checkpoints import Checkpoint
+from lora_diag.checkpoints import Checkpoint, shown
+from lora_diag.checkpoints.remote import RemotePath
 from lora_diag.deltas import natural_order
 from lora_diag.errors import InputError
 
@@ -22,10 +23,12 @@ SAMPLE_BYTES = 4096
 def legible(text: Path | str) -> str:
     r"""Return a path, or words that hold one, as text that UTF-8 can write; other bytes are spelled out.
 
+    What an address carries besides the place, such as a signature, is left out.
+
     >>> legible("caf\udce9.safetensors")
     'caf\\xe9.safetensors'
     """
-    return str(text).encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    return shown(text).encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def fingerprint(checkpoint: Checkpoint, settings: Mapping[str, Any] | None = None) -> str:
@@ -61,9 +64,15 @@ def _files(path: Path) -> list[Path]:
 
 
 def _sampled(file: Path) -> Iterator[bytes]:
-    """Yield a file's size and pages spread evenly over it, the first and the last among them."""
+    """Yield a file's size and pages spread evenly over it, the first and the last among them.
+
+    A store's own word for the version of a file, its ETag, stands for the pages: they would be a request each.
+    """
+    if isinstance(file, RemotePath) and file.facts().version:
+        yield f"{file.facts().size};{file.facts().version}".encode()
+        return
     with file.open("rb") as stream:
-        size = os.fstat(stream.fileno()).st_size
+        size = os.fstat(stream.fileno()).st_size if not isinstance(file, RemotePath) else file.facts().size
         yield f"{size};".encode()
         last = max(0, size - SAMPLE_BYTES)
         for start in sorted({last * sample // (SAMPLES - 1) for sample in range(SAMPLES)}):

@@ -6,6 +6,7 @@ range on request. A format is one file here and one line in ``FORMATS``.
 """
 
 from lora_diag.checkpoints.folder import FORMATS, locate, open_checkpoint
+from lora_diag.checkpoints.remote import as_path, shown
 from lora_diag.checkpoints.tensors import Checkpoint, TensorFile, TensorInfo
 
-__all__ = ["FORMATS", "Checkpoint", "TensorFile", "TensorInfo", "locate", "open_checkpoint"]
+__all__ = ["FORMATS", "Checkpoint", "TensorFile", "TensorInfo", "as_path", "locate", "open_checkpoint", "shown"]

@@ -14,7 +14,9 @@ from lora_diag.checkpoints.pickled import TorchFile
 from lora_diag.checkpoints.pieces import PATTERN as PIECES
 from lora_diag.checkpoints.pieces import PiecesFolder
 from lora_diag.checkpoints.quantized import dequantized
+from lora_diag.checkpoints.ranges import side_by_side
 from lora_diag.checkpoints.refused import quantization, refuse_integer_weights, refuse_packed, refuse_unmerged
+from lora_diag.checkpoints.remote import RemotePath, as_path
 from lora_diag.checkpoints.safetensors import SafetensorsFile
 from lora_diag.checkpoints.tensors import Checkpoint, TensorFile
 from lora_diag.errors import InputError
@@ -37,7 +39,8 @@ def open_checkpoint(path: Path | str) -> Checkpoint:
     """Open a checkpoint by its headers; no weight is read.
 
     Args:
-        path: A file, a ``*.index.json``, a folder that holds either, or a Hugging Face Hub id.
+        path: A file, a ``*.index.json``, a folder that holds either, a Hugging Face Hub id, or an address
+            (``s3://``, ``gs://``, ``hf://``, ``https://``) of one of the first three.
 
     Returns:
         The checkpoint, with at least one tensor.
@@ -45,7 +48,8 @@ def open_checkpoint(path: Path | str) -> Checkpoint:
     Raises:
         InputError: Nothing readable is there; the message says what was looked for or what to convert.
     """
-    path, local = Path(path), locate(path)
+    local = locate(path)
+    path = local if isinstance(local, RemotePath) else Path(path)
     source = _weights_in(local) if local.is_dir() else local
     files, kind, notes = _open(source)
     files, renamed = without_wrappers(files)
@@ -57,18 +61,24 @@ def open_checkpoint(path: Path | str) -> Checkpoint:
     refuse_packed(stored, quantization(config))
     files, dequantizing = dequantized(stored, quantization(config))
     fetched = (f"is {local} in the Hugging Face cache",) if local != path else ()
+    if isinstance(local, RemotePath) and local.store.note:
+        fetched = (local.store.note,)
     checkpoint = Checkpoint(path, kind, files, (*fetched, *notes, *renamed, *dequantizing), config)
     refuse_integer_weights(checkpoint)
     return checkpoint
 
 
 def locate(path: Path | str) -> Path:
-    """Return where a path lies on this machine: itself if it exists, else the folder of a Hub id, fetched if need be.
+    """Return where a path lies: itself if it exists, else the folder of a Hub id, fetched if need be.
 
     Raises:
-        InputError: It is neither, a pipe or a device, or the Hub or its cache cannot give it.
+        InputError: It is neither, a pipe or a device, or the Hub, its cache or a store cannot give it.
     """
-    path = Path(path)
+    path = as_path(path)
+    if isinstance(path, RemotePath):
+        if not path.exists():
+            raise InputError(f"{path}: no such file or folder")
+        return path
     if os.path.exists(path):  # noqa: PTH110  (unlike Path.exists(), False also for names that no file can have)
         if not (path.is_file() or path.is_dir()):
             raise InputError(f"{path}: is neither a file nor a folder; a pipe or device cannot be read from the middle")
@@ -136,14 +146,18 @@ def _open_file(path: Path) -> SafetensorsFile | TorchFile:
 def _open_shards(index: Path) -> tuple[list[SafetensorsFile | TorchFile], tuple[str, ...]]:
     """Open the shards that an index names, holding the index against what they contain."""
     weight_map = _weight_map(index)
-    files: dict[str, SafetensorsFile | TorchFile] = {}
+    paths: dict[str, Path] = {}
     for shard in sorted(set(weight_map.values())):
         # The *name* must be plain; a plain name may still be a link into a hub cache.
         if shard in {"", ".", ".."} or "/" in shard or "\\" in shard or "\0" in shard:
             raise InputError(f"{index}: the shard {shard!r} is not a plain file name inside the folder; refused")
         if not (index.parent / shard).is_file():
             raise InputError(f"{index}: the shard {shard} is missing from {index.parent}; copy or download it again")
-        files[shard] = _open_file(index.parent / shard)
+        paths[shard] = index.parent / shard
+    opened = (
+        side_by_side(_open_file, paths.values()) if isinstance(index, RemotePath) else map(_open_file, paths.values())
+    )
+    files = dict(zip(paths, opened, strict=True))
     for name, shard in weight_map.items():
         if name not in files[shard].tensors:
             raise InputError(f"{index}: says that {name} is in {shard}, but it is not there")

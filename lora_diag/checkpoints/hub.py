@@ -131,7 +131,7 @@ def _downloaded(hub_id: HubId) -> Get:
     try:
         info = HfApi().model_info(hub_id.repo, revision=hub_id.revision)
     except Exception as error:  # a dozen kinds, of two HTTP libraries
-        raise _unreachable(hub_id, error) from error
+        raise unreachable(hub_id, error) from error
     files = {sibling.rfilename for sibling in info.siblings or ()}
 
     def get(name: str) -> Path | None:
@@ -141,7 +141,7 @@ def _downloaded(hub_id: HubId) -> Get:
             # At the commit that was listed, so that all files are of one.
             return Path(hf_hub_download(hub_id.repo, _inside(hub_id, name), revision=info.sha or hub_id.revision))
         except Exception as error:
-            raise _unreachable(hub_id, error) from error
+            raise unreachable(hub_id, error) from error
 
     return get
 
@@ -150,7 +150,8 @@ def _inside(hub_id: HubId, name: str) -> str:
     return f"{hub_id.subfolder}/{name}" if hub_id.subfolder else name
 
 
-def _unreachable(hub_id: HubId, error: Exception) -> InputError:
+def unreachable(hub_id: HubId, error: Exception, said: str = "") -> InputError:
+    """Return what a failure of the Hub means; ``said`` is the address if it was one."""
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
     match error:
@@ -161,7 +162,6 @@ def _unreachable(hub_id: HubId, error: Exception) -> InputError:
         case RevisionNotFoundError():
             reason = f"the model has no revision {hub_id.revision}"
         case _:
-            reason = "it is not in the Hugging Face cache, and the Hub cannot be reached: " + (
-                str(error).splitlines()[0] if str(error) else type(error).__name__
-            )
-    return InputError(f"{hub_id}: no such file or folder, and as a Hub id: {reason}")
+            why = str(error).splitlines()[0] if str(error) else type(error).__name__
+            reason = ("" if said else "it is not in the Hugging Face cache, and ") + f"the Hub cannot be reached: {why}"
+    return InputError(f"{said}: {reason}" if said else f"{hub_id}: no such file or folder, and as a Hub id: {reason}")

@@ -11,10 +11,13 @@ import ctypes
 import mmap
 import pickle
 import sys
+import warnings
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lora_diag.checkpoints.remote import RemotePath
 from lora_diag.checkpoints.tensors import TensorInfo
 from lora_diag.errors import InputError
 
@@ -75,7 +78,11 @@ class TorchFile:
         try:
             with self.path.open("rb") as file:
                 self._mapped = file.read(4) == ZIP
-            loaded = torch.load(self.path, map_location="cpu", weights_only=True, mmap=self._mapped)
+            # What is mapped stays readable when the copy is gone.
+            whole = self.path.downloaded() if isinstance(self.path, RemotePath) else nullcontext(self.path)
+            with whole as local, warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of a protocol that no pickle has: what follows is refused or read
+                loaded = torch.load(local, map_location="cpu", weights_only=True, mmap=self._mapped)
         except OSError as error:
             raise InputError(f"{self.path}: cannot be read: {error.strerror}") from error
         except pickle.UnpicklingError as error:
@@ -83,6 +90,8 @@ class TorchFile:
                 f"{self.path}: holds more than tensors, and reading it could run code, so it is not read; "
                 "save the weights alone: safetensors.torch.save_file(model.state_dict(), 'model.safetensors')"
             ) from error
+        except InputError:
+            raise
         except Exception as error:  # torch raises many kinds, down to a bare EOFError, on damaged files
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise InputError(f"{self.path}: is not a readable torch file: {reason}") from error
@@ -90,6 +99,9 @@ class TorchFile:
         self.metadata: Mapping[str, str] = {}
         if not self._mapped:
             self.notes = (f"{self.path.name} is in torch's legacy format and was loaded whole",)
+        if isinstance(self.path, RemotePath):
+            size = self.path.facts().size
+            self.notes += (f"{self.path.name} is a torch file and was downloaded whole, {size:,} bytes",)
         self.tensors: Mapping[str, TensorInfo] = {
             name: TensorInfo(name, tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
             for name, tensor in self._state.items()

@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lora_diag.checkpoints.remote import RemotePath
 from lora_diag.checkpoints.tensors import TensorInfo
 from lora_diag.errors import InputError
 
@@ -74,6 +75,8 @@ class SafetensorsFile:
         self._start = {name: data_start + begin for name, (begin, _) in spans.items()}
         self._bytes = {name: end - begin for name, (begin, end) in spans.items()}
         self._descriptor: int | None = None
+        if isinstance(path, RemotePath) and not path.facts().version:
+            self.notes = (f"the server names no version of {path.name}: if it changes meanwhile, that goes unnoticed",)
 
     @staticmethod
     def matches(path: Path) -> bool:
@@ -100,6 +103,9 @@ class SafetensorsFile:
         return bytes(content)
 
     def _fill(self, buffer: memoryview, offset: int, name: str) -> None:
+        if isinstance(self.path, RemotePath):
+            self.path.read_into(buffer, offset)
+            return
         done = 0
         try:
             if self._descriptor is None:
@@ -189,7 +195,7 @@ def _tensor(name: str, entry: Any, path: Path) -> tuple[TensorInfo, tuple[int, i
         code, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
     except (TypeError, KeyError, ValueError) as error:
         raise InputError(f"{path}: the header entry of {name} lacks dtype, shape or data_offsets") from error
-    if code not in DTYPES:
+    if not isinstance(code, str) or code not in DTYPES:
         raise InputError(f"{path}: {name} has the unknown dtype {code!r}")
     if not isinstance(shape, list) or not all(map(is_size, [*shape, begin, end])) or begin > end:
         raise InputError(f"{path}: the header entry of {name} has an impossible shape or offset")

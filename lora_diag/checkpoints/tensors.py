@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+from lora_diag.checkpoints.ranges import READ_AHEAD, side_by_side
+from lora_diag.checkpoints.remote import RemotePath
 
 if TYPE_CHECKING:
     import torch
@@ -124,6 +127,23 @@ class Checkpoint:
             InputError: The file ended early or could not be read.
         """
         return self._home[name].read(name, start, self[name].numel if stop is None else stop)
+
+    def read_each(self, name: str, spans: Iterable[tuple[int, int]]) -> Iterator[torch.Tensor]:
+        """Yield ranges of a tensor's entries one after another; the next of a remote file are fetched meanwhile.
+
+        Args:
+            name: A name in this checkpoint.
+            spans: First entry and one past the last of each range.
+
+        Raises:
+            InputError: The file ended early or could not be read.
+        """
+        file = self._home[name]
+        if isinstance(file.path, RemotePath):
+            yield from side_by_side(lambda span: file.read(name, *span), spans, READ_AHEAD)
+            return
+        for start, stop in spans:
+            yield file.read(name, start, stop)
 
     def read_steps(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor | None:
         """Read how coarsely a range of a tensor's entries is stored.

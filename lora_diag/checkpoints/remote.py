@@ -1,0 +1,224 @@
+"""Addresses of object storage: what of one may be shown, and a path that the readers can ask as they ask a ``Path``.
+
+Knows the grammar of addresses and nothing of any protocol (``stores`` does). What an address carries besides the place,
+a password or the signature of a presigned URL, stays in the store that makes the requests: the text of a path is safe
+to print and to record. Nothing is imported for local paths.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from pathlib import Path, PurePosixPath
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, cast
+from urllib.parse import unquote
+
+from lora_diag.errors import InputError
+
+if TYPE_CHECKING:
+    from lora_diag.checkpoints.stores import Facts, Store
+
+# One slash, too: that is what a ``Path`` makes of the two.
+ADDRESS = re.compile(r"(s3|gs|hf|https?):/{1,2}([^/].*)", re.IGNORECASE | re.DOTALL)
+ANY = re.compile(r"[A-Za-z][\w+.-]*://[^\s'\"<>]+", re.ASCII)
+WEB = ("http", "https")
+
+# How much a file is read ahead while its header is looked at.
+BUFFER_BYTES = 2**16
+
+
+def shown(words: Path | str) -> str:
+    """Return what of an address, or of text with addresses in it, may be printed: no password, no query.
+
+    >>> shown("https://user:secret@host/model.safetensors?X-Amz-Signature=0123")
+    'https://host/model.safetensors'
+    >>> shown("cannot reach https://host/x?sig=1: timeout")
+    'cannot reach https://host/x timeout'
+    """
+    text = str(words)
+    if found := ADDRESS.fullmatch(text):
+        return _without_secrets(found[1].lower(), found[2])
+    if "://" not in text:
+        return text
+    return ANY.sub(lambda part: _without_secrets(*part[0].split("://", 1)), text)
+
+
+def _without_secrets(scheme: str, rest: str) -> str:
+    place = re.split(r"[?#]" if scheme in WEB else r"\?", rest, maxsplit=1)[0]
+    authority, slash, key = place.partition("/")
+    return f"{scheme}://{authority.rpartition('@')[2]}{slash}{key}"
+
+
+@dataclass(frozen=True, order=True)
+class RemotePath:
+    """A file or folder on object storage, with as much of ``pathlib.Path`` as the readers use.
+
+    Args:
+        address: As it may be shown, without a slash at its end.
+        store: Who makes the requests, and remembers for all paths of one command what it was told.
+    """
+
+    address: str
+    store: Store = field(repr=False, compare=False)
+
+    def __str__(self) -> str:
+        return self.address
+
+    def __fspath__(self) -> str:
+        return self.address
+
+    def __truediv__(self, name: str) -> RemotePath:
+        return RemotePath(self.store.join(self.address, name), self.store)
+
+    @property
+    def name(self) -> str:
+        """The last part; empty for a bucket or a host itself."""
+        last = self.address.partition("://")[2].partition("/")[2].rpartition("/")[2]
+        return unquote(last) if self.address.startswith(WEB) else last
+
+    @property
+    def suffix(self) -> str:
+        """The ending of the name, with its dot."""
+        return PurePosixPath(self.name).suffix
+
+    @property
+    def parent(self) -> RemotePath:
+        """The folder around it; of a bucket or a host, itself."""
+        return RemotePath(self.address.rpartition("/")[0], self.store) if self.name else self
+
+    def as_posix(self) -> str:
+        """Return the address."""
+        return self.address
+
+    def match(self, pattern: str) -> bool:
+        """Say whether the name matches a pattern."""
+        return fnmatchcase(self.name, pattern)
+
+    def is_file(self) -> bool:
+        """Say whether a file is there."""
+        return self.store.is_file(self.address)
+
+    def is_dir(self) -> bool:
+        """Say whether it is a folder; of a web server, which has none, whether it can only be meant as one."""
+        return self.store.is_folder(self.address)
+
+    def exists(self) -> bool:
+        """Say whether anything is there."""
+        return self.is_file() or self.is_dir()
+
+    def iterdir(self) -> Iterator[RemotePath]:
+        """Yield what is in a folder; nothing where the server cannot tell."""
+        yield from (RemotePath(address, self.store) for address in self.store.children(self.address))
+
+    def glob(self, pattern: str) -> Iterator[RemotePath]:
+        """Yield what in the folder has a name that matches a pattern."""
+        yield from (path for path in self.iterdir() if path.match(pattern))
+
+    def facts(self) -> Facts:
+        """Return size and version.
+
+        Raises:
+            InputError: Nothing is there.
+        """
+        found = self.store.facts(self.address)
+        if found is None:
+            raise InputError(f"{self}: no such file")
+        return found
+
+    def stat(self) -> Any:
+        """Return the size, as ``st_size``."""
+        return SimpleNamespace(st_size=self.facts().size)
+
+    def read_into(self, buffer: memoryview, offset: int) -> None:
+        """Fill a buffer with the bytes from ``offset`` on.
+
+        Raises:
+            InputError: They cannot be read, the file has changed since it was opened, or the server answers something
+                else than it was asked.
+        """
+        from lora_diag.checkpoints.ranges import fill
+
+        fill(self.store, self.address, buffer, offset, self.facts())
+
+    def read_bytes(self) -> bytes:
+        """Return the whole content."""
+        content = bytearray(self.facts().size)
+        self.read_into(memoryview(content), 0)
+        return bytes(content)
+
+    def open(self, mode: str = "rb") -> io.BufferedReader:
+        """Open it for reading bytes."""
+        assert mode == "rb"
+        return io.BufferedReader(_Raw(self), BUFFER_BYTES)
+
+    @contextmanager
+    def downloaded(self) -> Iterator[str]:
+        """Give the whole file as a local one, for formats that cannot be read by ranges; it is removed afterwards.
+
+        Raises:
+            InputError: The disk for temporary files (``TMPDIR``) has no room for it, or it cannot be read.
+        """
+        size, free = self.facts().size, shutil.disk_usage(tempfile.gettempdir()).free
+        if size > free:
+            raise InputError(
+                f"{self}: this format is read whole, and its {size:,} bytes do not fit into {tempfile.gettempdir()} "
+                f"({free:,} free); set TMPDIR to a larger disk, or convert it to safetensors, which is read by ranges"
+            )
+        with tempfile.NamedTemporaryFile(prefix="loradiag-") as copy:
+            buffer = memoryview(bytearray(min(size, 2**26)))
+            for start in range(0, size, 2**26):
+                part = buffer[: min(2**26, size - start)]
+                self.read_into(part, start)
+                copy.write(part)
+            copy.flush()
+            yield copy.name
+
+
+class _Raw(io.RawIOBase):
+    """A remote file as a stream that can seek."""
+
+    def __init__(self, path: RemotePath) -> None:
+        self._path, self._at, self._size = path, 0, path.facts().size
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._at = max(0, offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence])
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        count = max(0, min(len(buffer), self._size - self._at))
+        if count:
+            self._path.read_into(memoryview(buffer)[:count], self._at)
+        self._at += count
+        return count
+
+
+def as_path(words: Path | str) -> Path:
+    """Return a path: of an address a ``RemotePath``, which answers what the readers ask of a ``Path``.
+
+    One that is given stays as it is, with what its store knows already: so a command makes paths of its words once.
+
+    Raises:
+        InputError: The address is not complete, or what reads it is not installed.
+    """
+    if isinstance(words, RemotePath):
+        return cast(Path, words)
+    found = ADDRESS.fullmatch(str(words))
+    if found is None:
+        return Path(words)
+    from lora_diag.checkpoints.stores import open_store
+
+    root = shown(words).rstrip("/")
+    return cast(Path, RemotePath(root, open_store(found[1].lower(), found[2], root)))

@@ -1,0 +1,143 @@
+"""Files in buckets, through the file systems of fsspec: ``s3://`` by s3fs, ``gs://`` by gcsfs.
+
+A folder is listed once, and what the listing says of a file is what its ranges are held against.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from lora_diag.checkpoints.ranges import MayPassError, retried
+from lora_diag.checkpoints.stores import CHANGED, PASSING, Facts, Store, filesystem, words_of
+from lora_diag.errors import InputError
+
+
+class BucketStore(Store):
+    """Files in buckets, through the file systems of fsspec.
+
+    Args:
+        scheme: ``s3`` or ``gs``.
+    """
+
+    def __init__(self, scheme: str) -> None:
+        super().__init__()
+        self._scheme = scheme
+        self._listed: dict[str, dict[str, Any]] = {}
+
+    def is_folder(self, address: str) -> bool:
+        """Say whether anything lies under an address."""
+        return bool(self._entries(address))
+
+    def children(self, address: str) -> Iterable[str]:
+        """Return the addresses of what is in a folder."""
+        return list(self._entries(address))
+
+    def read_range(self, address: str, start: int, buffer: memoryview, facts: Facts) -> None:
+        """Fill a buffer by one request, held to the version of the file: S3 checks it, of others it is asked after."""
+        stop = start + len(buffer)
+        if self._scheme == "s3":
+            content = self._call(address, self._read_s3, address, start, stop, facts)
+        else:
+            content = self._call(address, self._fs.cat_file, _key(address), start=start, end=stop)
+            now = self._call(address, self._fs.info, _key(address))
+            if content is None or now is None or _facts(now) != facts:
+                raise InputError(f"{address}: {CHANGED}")
+        if len(content) > len(buffer):
+            raise InputError(f"{address}: the store sent more bytes than it was asked for")
+        buffer[: len(content)] = content
+        if len(content) < len(buffer):
+            raise MayPassError("the answer was cut short", len(content))
+
+    def _find(self, address: str) -> Facts | None:
+        parent = address.rpartition("/")[0]
+        if parent.endswith(":/"):
+            return None  # a bucket
+        try:
+            entry = self._entries(parent).get(address)
+        except _DeniedError:  # a key may let one read and not list
+            entry = retried(address, lambda: self._call(address, self._fs.info, _key(address)))
+        return _facts(entry) if entry is not None and entry.get("type") == "file" else None
+
+    def _entries(self, folder: str) -> dict[str, Any]:
+        """Return what is in a folder by its address, asking once."""
+        if folder not in self._listed:
+            self._open()
+            found = retried(folder, lambda: self._call(folder, self._fs.ls, _key(folder), detail=True, refresh=True))
+            named = {f"{self._scheme}://{entry['name'].strip('/')}": entry for entry in found or ()}
+            self._listed[folder] = {name: entry for name, entry in named.items() if name.startswith(f"{folder}/")}
+        return self._listed[folder]
+
+    def _open(self) -> None:
+        if self._fs is None:
+            # Trying again is done here, where it is counted.
+            options = {"config_kwargs": {"retries": {"max_attempts": 0}}} if self._scheme == "s3" else {}
+            self._fs = filesystem(self._scheme, use_listings_cache=False, **options)
+            if self._scheme == "s3":
+                self._fs.retries = 1
+
+    def _call(self, address: str, function: Callable[..., Any], *words: Any, **options: Any) -> Any:
+        """Call a file system, and say what its many errors mean."""
+        self._open()
+        try:
+            return function(*words, **options)
+        except FileNotFoundError:
+            return None
+        except (InputError, MayPassError):
+            raise
+        except PermissionError as error:
+            raise _DeniedError(f"{address}: access is denied: {words_of(error)}") from error
+        except Exception as error:  # of fsspec, of aiohttp, of two cloud libraries
+            if "credentials" in type(error).__name__.lower() or "token" in type(error).__name__.lower():
+                raise InputError(f"{address}: no credentials: {words_of(error)}") from error
+            if isinstance(error, OSError) or "botocore" in type(error).__module__:
+                raise MayPassError(words_of(error)) from error
+            raise InputError(f"{address}: cannot be read: {words_of(error)}") from error
+
+    def _read_s3(self, address: str, start: int, stop: int, facts: Facts) -> bytes:
+        from fsspec.asyn import sync
+
+        return bytes(sync(self._fs.loop, self._get_s3, address, start, stop, facts))
+
+    async def _get_s3(self, address: str, start: int, stop: int, facts: Facts) -> bytes:
+        from botocore.exceptions import ClientError  # type: ignore[import-untyped]
+
+        await self._fs.set_session()
+        bucket, key, _ = self._fs.split_path(_key(address))
+        client = await self._fs.get_s3(bucket)
+        match = {"IfMatch": facts.version} if facts.version else {}
+        try:
+            response = await client.get_object(
+                Bucket=bucket, Key=key, Range=f"bytes={start}-{stop - 1}", **match, **self._fs.req_kw
+            )
+        except ClientError as error:
+            status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+            if status in {404, 412, 416}:
+                raise InputError(f"{address}: {CHANGED} (the store answers {status})") from error
+            if status in {401, 403}:
+                raise InputError(f"{address}: access is denied: {words_of(error)}") from error
+            if status in PASSING:
+                raise MayPassError(f"the store answers {status}") from error
+            raise InputError(f"{address}: cannot be read: {words_of(error)}") from error
+        async with response["Body"] as body:
+            if response.get("ContentRange") != f"bytes {start}-{stop - 1}/{facts.size}":
+                raise InputError(
+                    f"{address}: the store sent {response.get('ContentRange', 'no range')!r} when asked for bytes "
+                    f"{start:,} to {stop:,} of {facts.size:,}"
+                )
+            if facts.version and response.get("ETag", facts.version) != facts.version:
+                raise InputError(f"{address}: {CHANGED}")
+            return bytes(await body.read())
+
+
+class _DeniedError(InputError):
+    """Access is denied."""
+
+
+def _key(address: str) -> str:
+    return address.partition("://")[2]
+
+
+def _facts(entry: Any) -> Facts:
+    named = ("ETag", "generation", "etag", "md5Hash", "LastModified", "updated")
+    return Facts(int(entry["size"]), next((str(entry[name]) for name in named if entry.get(name)), ""))

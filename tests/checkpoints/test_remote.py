@@ -1,0 +1,281 @@
+"""Addresses, and checkpoints read by ranges from a web server: what is asked for, what comes, what is never shown."""
+
+import json
+import pickle
+import shutil
+
+import pytest
+import torch
+
+from lora_diag import inspect, spectrum
+from lora_diag.adapters import is_adapter, open_adapter
+from lora_diag.api.fingerprint import fingerprint, legible
+from lora_diag.checkpoints import as_path, locate, open_checkpoint, ranges, shown
+from lora_diag.errors import InputError
+from tests.checkpoints.web import Web, basic, large, save_large
+from tests.conftest import SHARED, save_sharded, weights
+
+HEAD = 2**16
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """base, tuned, sharded, and torch files."""
+    root = tmp_path_factory.mktemp("served")
+    save_large(root)
+    save_sharded(root / "sharded", large(1))
+    save_sharded(root / "bins", weights(1), suffix="bin")
+    return root
+
+
+@pytest.fixture
+def web(folder):
+    served = Web(folder)
+    yield served
+    served.close()
+
+
+@pytest.fixture(autouse=True)
+def soon(monkeypatch):
+    """Small chunks, so that a tensor has several; and no waiting."""
+    monkeypatch.setattr(ranges, "CHUNK_BYTES", 2**16)
+    monkeypatch.setattr(ranges, "FIRST_WAIT", 0.001)
+
+
+# Addresses.
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        ("s3://bucket/models/base/", "s3://bucket/models/base"),
+        ("s3:/bucket/base", "s3://bucket/base"),
+        ("s3://bucket//twice/base", "s3://bucket//twice/base"),
+        ("gs://bucket", "gs://bucket"),
+        ("HTTPS://host/a%20b/model.safetensors", "https://host/a%20b/model.safetensors"),
+        ("https://user:p%40ss@host:8000/x?X-Amz-Signature=1#part", "https://host:8000/x"),
+        ("https://host?sig=1", "https://host"),
+    ],
+)
+def test_an_address_is_shown_without_its_secrets(words, text):
+    path = as_path(words)
+    for seen in (str(path), repr(path), shown(path), legible(words).rstrip("/"), f"{path!r:>9}"):
+        assert text in seen
+        assert "ss@" not in seen
+        assert "sig" not in seen.lower()
+    assert as_path(path) is path
+    assert as_path(str(path)) == path
+    assert hash(as_path(str(path))) == hash(path)
+
+
+def test_addresses_inside_a_message_are_shown_without_their_secrets():
+    text = "cannot reach 'https://u:p@h/x?sig=1' nor s3://bucket/key, http://h/y#frag."
+    assert shown(text) == "cannot reach 'https://h/x' nor s3://bucket/key, http://h/y"
+    assert shown("a plain: text / with // slashes @ and ?") == "a plain: text / with // slashes @ and ?"
+
+
+def test_a_path_of_an_address_answers_as_a_path():
+    path = as_path("https://host/models/base/model.safetensors")
+    assert (path.name, path.suffix, str(path.parent)) == (
+        "model.safetensors",
+        ".safetensors",
+        "https://host/models/base",
+    )
+    assert str(path.parent / "config.json") == "https://host/models/base/config.json"
+    assert path.match("*.safetensors")
+    assert not path.match("*.bin")
+    root = as_path("s3://bucket")
+    assert (root.name, root.parent) == ("", root)
+    assert sorted([root / "b", root / "a"]) == [root / "a", root / "b"]
+    assert str(as_path("s3://bucket/a?b".replace("?", "#")) / "50%") == "s3://bucket/a#b/50%"
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ("s3://key:secret@bucket/x", "takes no password"),
+        ("s3://bucket/x?token=secret", "takes no password and no query"),
+        ("gs://me@bucket/x", "takes no password"),
+        ("https://?secret", "names no host"),
+        ("hf://name", "is not hf://org/name"),
+        ("hf://org/name/../../secret", "is not hf://org/name"),
+    ],
+)
+def test_addresses_that_are_refused(words, says):
+    with pytest.raises(InputError, match=says) as caught:
+        as_path(words)
+    assert ":secret" not in str(caught.value)
+    assert "=secret" not in str(caught.value)
+
+
+# Reading.
+
+
+@pytest.mark.parametrize(
+    "name", ["base", "sharded", "bins", "base/model.safetensors", "sharded/model.safetensors.index.json"]
+)
+def test_a_checkpoint_is_the_same_from_a_server(web, folder, name):
+    far, near = (
+        open_checkpoint(f"{web.url}/{name}/" if "." not in name else f"{web.url}/{name}"),
+        open_checkpoint(folder / name),
+    )
+    assert set(far) == set(near)
+    assert (far.kind, far.config) == (near.kind, near.config)
+    assert str(far.path) == f"{web.url}/{name}"
+    for tensor in near:
+        assert far[tensor] == near[tensor]
+        assert torch.equal(far.read(tensor), near.read(tensor))
+        some = (near[tensor].numel // 3, near[tensor].numel // 2)
+        assert torch.equal(far.read(tensor, *some), near.read(tensor, *some))
+    spans = [(0, 7), (7, 7), (5, near[tensor].numel)]
+    for one, other in zip(far.read_each(tensor, spans), near.read_each(tensor, spans), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_only_the_header_and_the_tensor_are_read(web):
+    size = 4 * 256 * 256
+    spectrum(f"{web.url}/base", f"{web.url}/tuned", layers=r"layers\.2\.")
+    data = [asked for asked in web.asked if asked.status == 206 and asked.range[0] > 0]
+    assert sum(asked.sent for asked in data) == 2 * size
+    # Besides, the first bytes of each file, and of the small ones all.
+    assert web.sent <= 2 * size + 2 * (HEAD + 1000)
+    keys = [(asked.path, asked.range) for asked in web.asked]
+    assert len(keys) == len(set(keys)), "asked twice"
+
+
+def test_looking_reads_headers_alone(web):
+    inspect(f"{web.url}/sharded")
+    assert not [asked for asked in web.asked if asked.range[0] > 0]
+    assert len(web.asked) <= 20
+
+
+def test_records_are_those_of_the_local_run(web, folder):
+    far = spectrum(f"{web.url}/base", f"{web.url}/tuned")
+    near = spectrum(folder / "base", folder / "tuned")
+    assert far.layers == near.layers
+    assert far.left_out == near.left_out
+    assert far.end == near.end
+    assert far.run.settings == near.run.settings
+    assert [side.path for side in far.run.inputs] == [f"{web.url}/base", f"{web.url}/tuned"]
+    for one, other in zip(far.run.inputs, near.run.inputs, strict=True):
+        assert (one.role, one.kind, one.tensors, one.notes) == (other.role, other.kind, other.tensors, other.notes)
+
+
+def test_a_large_tensor_comes_over_several_connections(web):
+    checkpoint = open_checkpoint(f"{web.url}/base")
+    name = next(iter(checkpoint))
+    web.asked.clear()
+    checkpoint.read(name)
+    assert sorted(asked.range[1] + 1 - asked.range[0] for asked in web.asked) == [2**16] * 4
+
+
+def test_a_copy_in_another_process_opens_its_own_connections(web, folder):
+    checkpoint = open_checkpoint(f"{web.url}/base")
+    copy = pickle.loads(pickle.dumps(checkpoint))
+    name = next(iter(copy))
+    assert torch.equal(copy.read(name), open_checkpoint(folder / "base").read(name))
+    assert len(pickle.dumps(checkpoint)) < HEAD  # the first bytes stay behind
+
+
+def test_a_torch_file_is_downloaded_whole_and_says_so(web, tmp_path, monkeypatch):
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", None)
+    notes = open_checkpoint(f"{web.url}/bins").notes
+    assert sum("was downloaded whole" in note for note in notes) == 3
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: type("Usage", (), {"free": 100}))
+    with pytest.raises(InputError, match="do not fit"):
+        open_checkpoint(f"{web.url}/bins")
+
+
+def test_what_is_not_there(web):
+    with pytest.raises(InputError, match=r"/nothing: no weights found; looked for model\.safetensors"):
+        open_checkpoint(f"{web.url}/nothing")
+    with pytest.raises(InputError, match=r"/base/other\.safetensors: no such file"):
+        open_checkpoint(f"{web.url}/base/other.safetensors")
+    assert not is_adapter(locate(f"{web.url}/base"))
+
+
+def test_a_shard_stays_in_the_folder(web, folder):
+    """``%2e%2e%2f`` is a plain name here, and must not become ``../`` there."""
+    index = json.dumps({"weight_map": {"w": "%2e%2e%2fbase%2fmodel.safetensors"}})
+    bad = folder / "bad"
+    bad.mkdir()
+    try:
+        (bad / "model.safetensors.index.json").write_text(index)
+        with pytest.raises(InputError, match="is missing from"):
+            open_checkpoint(f"{web.url}/bad")
+        assert web.asked[-1].path == "/bad/%252e%252e%252fbase%252fmodel.safetensors"
+        (bad / "model.safetensors.index.json").write_text(
+            json.dumps({"weight_map": {"w": "../base/model.safetensors"}})
+        )
+        with pytest.raises(InputError, match="not a plain file name"):
+            open_checkpoint(f"{web.url}/bad")
+    finally:
+        shutil.rmtree(bad)
+
+
+def test_a_header_that_claims_too_much_is_not_read(web, folder):
+    file = folder / "claims.safetensors"
+    file.write_bytes((99_999_999).to_bytes(8, "little") + bytes(2**17))
+    try:
+        with pytest.raises(InputError, match="not a whole safetensors file"):
+            open_checkpoint(f"{web.url}/claims.safetensors")
+        assert web.sent == HEAD
+    finally:
+        file.unlink()
+
+
+def test_the_fingerprint_follows_the_version(web, folder):
+    def now():
+        return fingerprint(open_checkpoint(f"{web.url}/sharded"))
+
+    before, first = now(), folder / "sharded" / "model-00001-of-00003.safetensors"
+    assert before == now()
+    content = first.read_bytes()
+    try:
+        first.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        assert now() != before
+    finally:
+        first.write_bytes(content)
+    assert now() == before
+    # Without versions, pages of the file stand for it, as of a local one.
+    web.names_versions = False
+    assert now() == fingerprint(open_checkpoint(folder / "sharded"))
+    assert "goes unnoticed" in open_checkpoint(f"{web.url}/sharded").notes[0]
+
+
+def test_a_name_a_password_and_a_query_go_to_the_server_and_nowhere_else(web):
+    web.user = basic("me", "p@ss")
+    address = f"http://me:p%40ss@{web.host}/base"
+    inventory = inspect(address)
+    assert "p%40ss" not in inventory.model_dump_json()
+    assert inventory.path == f"{web.url}/base"
+    with pytest.raises(InputError, match=r"answers 401: it is not public") as caught:
+        open_checkpoint(f"{web.url}/base")
+    web.user = None
+    found = spectrum(f"{web.url}/base/model.safetensors?sig=a%2Fb", f"{web.url}/tuned/model.safetensors?sig=c%2Fd")
+    assert {asked.query for asked in web.asked if asked.query} == {"sig=a%2Fb", "sig=c%2Fd"}
+    assert "sig" not in found.run.model_dump_json()
+    # The signature is for one file: nothing beside it is asked for.
+    assert all(asked.path.endswith("model.safetensors") for asked in web.asked if asked.query)
+    assert "401" in str(caught.value)
+
+
+CASES = SHARED / "cases"
+
+
+@pytest.mark.skipif(not CASES.is_dir(), reason="needs the cases")
+@pytest.mark.parametrize("case", ["llama-lora", "llama-rslora", "llama-dora", "kohya-lora", "ia3", "llama-pissa"])
+def test_adapters_that_others_made(case):
+    web = Web(CASES)
+    try:
+        found = next(path for path in sorted((CASES / case).rglob("*.safetensors")) if is_adapter(path))
+        place = found.parent if (found.parent / "adapter_config.json").exists() else found
+        far, near = open_adapter(locate(f"{web.url}/{place.relative_to(CASES)}")), open_adapter(place)
+        assert far.weights() == near.weights()
+        assert (far.kind, far.reading.scaling, far.notes) == (near.kind, near.reading.scaling, near.notes)
+        for name in near.checkpoint:
+            assert torch.equal(far.checkpoint.read(name), near.checkpoint.read(name))
+    finally:
+        web.close()

@@ -1,0 +1,289 @@
+"""Buckets: a local server that speaks S3, and Google's file system played by one in memory."""
+
+import os
+import sys
+import zlib
+
+import pytest
+import torch
+
+from lora_diag import inspect, spectrum
+from lora_diag.adapters import is_adapter, open_adapter
+from lora_diag.api.fingerprint import fingerprint
+from lora_diag.checkpoints import locate, open_checkpoint, ranges, stores
+from lora_diag.checkpoints.ranges import MayPassError
+from lora_diag.checkpoints.stores_bucket import BucketStore
+from lora_diag.errors import InputError
+from tests.checkpoints.web import large, save_large
+from tests.conftest import ROOT, save_sharded
+
+fsspec = pytest.importorskip("fsspec")
+NAME = "model.layers.1.mlp.up_proj.weight"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    root = tmp_path_factory.mktemp("served")
+    save_large(root)
+    save_sharded(root / "sharded", large(1))
+    return root
+
+
+@pytest.fixture(autouse=True)
+def soon(monkeypatch):
+    """Small chunks, so that a tensor has several; and no waiting."""
+    monkeypatch.setattr(ranges, "CHUNK_BYTES", 2**16)
+    monkeypatch.setattr(ranges, "FIRST_WAIT", 0.001)
+
+
+@pytest.fixture(scope="module")
+def server():
+    pytest.importorskip("s3fs")
+    moto = pytest.importorskip("moto.server")
+    running = moto.ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    running.start()
+    host, port = running.get_host_and_port()
+    yield f"http://{host}:{port}"
+    running.stop()
+
+
+@pytest.fixture(scope="module")
+def bucket(server, folder):
+    """A bucket with the folder's files; returns a client to change them with."""
+    import boto3
+
+    settings = {
+        "AWS_ENDPOINT_URL": server,
+        "AWS_ACCESS_KEY_ID": "key",
+        "AWS_SECRET_ACCESS_KEY": "secret",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }
+    before = {name: os.environ.get(name) for name in settings}
+    os.environ.update(settings)
+    client = boto3.client("s3")
+    client.create_bucket(Bucket="models")
+    for file in sorted(folder.rglob("*.*")):
+        client.upload_file(str(file), "models", str(file.relative_to(folder)))
+    for file in sorted((ROOT / "sample_checkpoints" / "lora_r4").iterdir()):
+        client.upload_file(str(file), "models", f"twice//lora_r4/{file.name}")
+    yield client
+    client.close()
+    for name, value in before.items():
+        os.environ.pop(name)
+        if value is not None:
+            os.environ[name] = value
+
+
+@pytest.mark.parametrize("name", ["base", "sharded", "base/model.safetensors", "sharded/model.safetensors.index.json"])
+def test_a_checkpoint_is_the_same_from_a_bucket(bucket, folder, name):
+    far, near = open_checkpoint(f"s3://models/{name}"), open_checkpoint(folder / name)
+    assert set(far) == set(near)
+    assert (far.kind, far.config, far.notes) == (near.kind, near.config, near.notes)
+    for tensor in near:
+        assert torch.equal(far.read(tensor), near.read(tensor))
+
+
+def test_records_are_those_of_the_local_run(bucket, folder):
+    words = {"layers": r"layers\.[12]\."}
+    far = spectrum("s3://models/base", "s3://models/tuned", **words)
+    near = spectrum(folder / "base", folder / "tuned", **words)
+    assert (far.layers, far.left_out, far.end) == (near.layers, near.left_out, near.end)
+
+
+def test_only_the_header_and_the_tensor_are_read(bucket, monkeypatch):
+    asked = []
+    original = BucketStore.read_range
+
+    def counted(self, address, start, buffer, facts):
+        asked.append((address, start, len(buffer)))
+        return original(self, address, start, buffer, facts)
+
+    monkeypatch.setattr(BucketStore, "read_range", counted)
+    spectrum("s3://models/base", "s3://models/tuned", layers=r"layers\.2\.")
+    assert len(asked) == len(set(asked))
+    assert sum(size for _, start, size in asked if start > 0) == 2 * 4 * 256 * 256
+    assert sum(size for _, start, size in asked if start == 0) <= 2 * (2**16 + 1000)
+
+
+def test_an_adapter_under_a_key_with_two_slashes(bucket):
+    far, near = (
+        open_adapter(locate("s3://models/twice//lora_r4")),
+        open_adapter(ROOT / "sample_checkpoints" / "lora_r4"),
+    )
+    assert far.weights() == near.weights()
+    assert is_adapter(locate("s3://models/twice//lora_r4/adapter_model.safetensors"))
+    assert inspect("s3://models/twice//lora_r4").path == "s3://models/twice//lora_r4"
+
+
+def test_a_file_that_is_replaced_meanwhile(bucket, folder):
+    content = (folder / "tuned" / "model.safetensors").read_bytes()
+    checkpoint = open_checkpoint("s3://models/tuned")
+    before = fingerprint(checkpoint)
+    try:
+        for other in (content[:-1] + b"\0", content[:-4]):
+            bucket.put_object(Bucket="models", Key="tuned/model.safetensors", Body=other)
+            with pytest.raises(InputError, match=r"^s3://models/tuned/model\.safetensors: has changed since"):
+                checkpoint.read(NAME)
+        bucket.put_object(Bucket="models", Key="tuned/model.safetensors", Body=content[:-1] + b"\0")
+        assert fingerprint(open_checkpoint("s3://models/tuned")) != before
+        bucket.delete_object(Bucket="models", Key="tuned/model.safetensors")
+        with pytest.raises(InputError, match="has changed since its header was read"):
+            checkpoint.read(NAME)
+    finally:
+        bucket.put_object(Bucket="models", Key="tuned/model.safetensors", Body=content)
+    assert fingerprint(open_checkpoint("s3://models/tuned")) == before
+
+
+@pytest.mark.parametrize(
+    "where", ["s3://models/nothing", "s3://elsewhere/base", "s3://elsewhere", "s3://models/base/x.bin"]
+)
+def test_what_is_not_there(bucket, where):
+    with pytest.raises(InputError, match=f"^{where}: no such file or folder"):
+        open_checkpoint(where)
+
+
+def test_a_folder_without_weights(bucket):
+    with pytest.raises(InputError, match=r"^s3://models: no weights found"):
+        open_checkpoint("s3://models")
+
+
+def test_failures_of_a_bucket(bucket, monkeypatch):
+    from botocore.exceptions import ClientError, NoCredentialsError
+
+    def refusing(error):
+        async def get_object(**words):
+            raise error
+
+        return get_object
+
+    def status(code):
+        return ClientError({"Error": {"Code": "X"}, "ResponseMetadata": {"HTTPStatusCode": code}}, "GetObject")
+
+    store = locate("s3://models/base/model.safetensors").store
+    facts = store.facts("s3://models/base/model.safetensors")
+    client = type("Client", (), {})()
+
+    async def get_s3(bucket):
+        return client
+
+    monkeypatch.setattr(store._fs, "get_s3", get_s3)
+    for error, kind, says in (
+        (status(503), MayPassError, "answers 503"),
+        (ConnectionResetError("reset"), MayPassError, "reset"),
+        (status(403), InputError, "access is denied"),
+        (status(412), InputError, "has changed"),
+        (status(400), InputError, "cannot be read"),
+        (NoCredentialsError(), InputError, "no credentials"),
+    ):
+        client.get_object = refusing(error)
+        with pytest.raises(kind, match=says):
+            store.read_range("s3://models/base/model.safetensors", 0, memoryview(bytearray(8)), facts)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"ContentRange": "bytes 1-8/9"}, "sent 'bytes 1-8/9' when asked for bytes 0 to 8"),
+        ({"ContentRange": None}, "when asked for"),
+        ({"ETag": '"other"'}, "has changed"),
+        ({"content": b"123456789"}, "more bytes than"),
+        ({"content": b"1234567"}, "cut short"),
+    ],
+)
+def test_a_store_that_lies(bucket, monkeypatch, change, says):
+    address = "s3://models/base/model.safetensors"
+    store = locate(address).store
+    facts = store.facts(address)
+
+    class Body:
+        content = change.get("content", b"12345678")
+
+        async def __aenter__(self):
+            return self
+
+        async def __aexit__(self, *words):
+            pass
+
+        async def read(self):
+            return self.content
+
+    async def get_object(**words):
+        return {"ContentRange": f"bytes 0-7/{facts.size}", "ETag": facts.version, "Body": Body()} | change
+
+    async def get_s3(bucket):
+        return type("Client", (), {"get_object": staticmethod(get_object)})()
+
+    monkeypatch.setattr(store._fs, "get_s3", get_s3)
+    with pytest.raises((InputError, MayPassError), match=says):
+        store.read_range(address, 0, memoryview(bytearray(8)), facts)
+
+
+# Google's, played by a file system in memory: gcsfs itself was not tried.
+
+
+@pytest.fixture
+def memory(monkeypatch, folder):
+    from fsspec.implementations.memory import MemoryFileSystem
+
+    class Played(MemoryFileSystem):
+        protocol = "gs"
+        store, pseudo_dirs = {}, [""]
+        truncated = 0
+
+        def ls(self, path, detail=True, **options):
+            """As gcsfs says it: a generation that is another one for another content."""
+            entries = super().ls(path, detail=True)
+            return [
+                entry | {"generation": str(zlib.crc32(super(Played, self).cat_file(entry["name"])))}
+                if entry["type"] == "file"
+                else entry
+                for entry in entries
+            ]
+
+        def info(self, path, **options):
+            return self.ls(path)[0]
+
+        def cat_file(self, path, start=None, end=None, **options):
+            content = super().cat_file(path, start=start, end=end, **options)
+            return content[: len(content) - self.truncated]
+
+    monkeypatch.setitem(sys.modules["fsspec.registry"]._registry, "gs", Played)
+    monkeypatch.setattr(stores, "_FILE_SYSTEMS", {})
+    place = Played()
+    place.put(str(folder / "base"), "/models/base", recursive=True)
+    return place
+
+
+def test_a_checkpoint_is_the_same_through_another_file_system(memory, folder):
+    far, near = open_checkpoint("gs://models/base"), open_checkpoint(folder / "base")
+    for tensor in near:
+        assert torch.equal(far.read(tensor), near.read(tensor))
+    assert fingerprint(far) == fingerprint(open_checkpoint("gs://models/base"))
+
+
+def test_what_another_file_system_must_not_do(memory):
+    checkpoint = open_checkpoint("gs://models/base")
+    memory.__class__.truncated = 1
+    with pytest.raises(InputError, match="cut short"):
+        checkpoint.read(NAME)
+    memory.__class__.truncated = 0
+    content = memory.cat_file("/models/base/model.safetensors")
+    memory.pipe_file("/models/base/model.safetensors", content[:-1] + b"\0")
+    with pytest.raises(InputError, match="has changed since its header was read"):
+        checkpoint.read(NAME)
+
+
+def test_what_is_not_installed_is_named(monkeypatch):
+    def missing(name, **options):
+        raise ImportError(name)
+
+    monkeypatch.setattr(fsspec, "filesystem", missing)
+    monkeypatch.setattr(stores, "_FILE_SYSTEMS", {})
+    for address, command in (
+        ("s3://b/x", "pip install 'loradiag[remote]' s3fs"),
+        ("gs://b/x", "pip install 'loradiag[remote]' gcsfs"),
+        ("https://host/x.safetensors", "pip install 'loradiag[remote]'"),
+    ):
+        with pytest.raises(InputError) as caught:
+            open_checkpoint(address)
+        assert str(caught.value).endswith(command)

@@ -1,0 +1,125 @@
+"""Servers that drop connections, fail, lie and change files: the right bytes, or one error."""
+
+import pytest
+import torch
+
+from lora_diag.checkpoints import open_checkpoint, ranges
+from lora_diag.errors import InputError
+from tests.checkpoints.web import Web, large, save_large
+
+NAME = "model.layers.1.mlp.up_proj.weight"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    root = tmp_path_factory.mktemp("served")
+    save_large(root)
+    return root
+
+
+@pytest.fixture
+def web(folder):
+    served = Web(folder)
+    yield served
+    served.close()
+
+
+@pytest.fixture(autouse=True)
+def soon(monkeypatch):
+    """Small chunks, so that a tensor has several; and no waiting."""
+    monkeypatch.setattr(ranges, "CHUNK_BYTES", 2**16)
+    monkeypatch.setattr(ranges, "FIRST_WAIT", 0.001)
+
+
+@pytest.mark.parametrize(
+    ("fault", "times"), [("drop", 3), ("drop", 30), ("500", 2), ("503", 4), ("429", 1), ("short", 3), ("short", 30)]
+)
+def test_what_passes_is_tried_again(web, fault, times):
+    """A dropped or shortened answer is gone on from, however often: every one brings some bytes."""
+    checkpoint = open_checkpoint(f"{web.url}/base")
+    web.fault, web.times = fault, times
+    assert torch.equal(checkpoint.read(NAME), large(1)[NAME].reshape(-1))
+    assert web.times == 0
+    # What came before a break is not asked for again.
+    repeated = sum(asked.sent for asked in web.asked if asked.status == 206 and asked.range[0] > 0) - 2**18
+    assert repeated == 0
+
+
+def test_the_first_request_is_tried_again_too(web):
+    for fault, times in (("500", 2), ("drop", 2), ("short", 2)):
+        web.fault, web.times, web.at_all = fault, times, True
+        assert len(open_checkpoint(f"{web.url}/base/model.safetensors")) == 4
+        assert web.times == 0
+
+
+@pytest.mark.parametrize(
+    ("fault", "says"),
+    [
+        ("500", r"cannot be read: the server answers 500; tried 5 times"),
+        ("ignore", r"sent the whole file where a range of it was asked for"),
+        ("shifted", r"the server sent bytes [\d,]+ to [\d,]+ when asked for"),
+        ("other size", r"has changed since its header was read"),
+        ("changed", r"has changed since its header was read"),
+        ("no range", r"does not say which bytes it sends"),
+        ("gzip", r"sends it as gzip"),
+        ("long", r"sent more bytes than it was asked for"),
+        ("404", r"has changed since its header was read.*404"),
+        ("412", r"has changed since its header was read.*412"),
+        ("403", r"answers 403: it is not public"),
+        ("418", r"answers 418"),
+        ("302", r"redirects to http://elsewhere\.invalid/x; redirects are not followed"),
+    ],
+)
+def test_what_does_not_pass_is_one_error_and_never_data(web, fault, says):
+    checkpoint = open_checkpoint(f"{web.url}/base")
+    web.fault = fault
+    with pytest.raises(InputError, match=says) as caught:
+        checkpoint.read(NAME)
+    assert str(caught.value).startswith(f"{web.url}/base/model.safetensors: ")
+    assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize("fault", ["shifted", "no range", "gzip", "long", "403", "302"])
+def test_the_header_is_not_taken_from_a_liar_either(web, fault):
+    web.fault, web.at_all = fault, True
+    with pytest.raises(InputError):
+        open_checkpoint(f"{web.url}/base/model.safetensors")
+
+
+def test_a_large_file_without_ranges_is_refused_before_it_is_sent(web, folder):
+    file = folder / "large.safetensors"
+    with file.open("wb") as stream:
+        stream.truncate(20_000_000)
+    web.fault, web.at_all = "ignore", True
+    with pytest.raises(InputError, match=r"ignores ranges: it would send the whole file \(20,000,000 bytes\)"):
+        open_checkpoint(f"{web.url}/large.safetensors")
+    # A small one is taken whole, once.
+    web.asked.clear()
+    assert torch.equal(open_checkpoint(f"{web.url}/base/model.safetensors").read(NAME), large(1)[NAME].reshape(-1))
+    assert [asked.status for asked in web.asked if asked.path.endswith(".safetensors")] == [200]
+
+
+def test_a_file_that_is_replaced_meanwhile(web, folder):
+    checkpoint = open_checkpoint(f"{web.url}/tuned")
+    checkpoint.read(NAME)
+    file = folder / "tuned" / "model.safetensors"
+    content = file.read_bytes()
+    file.write_bytes(content[:-1] + b"\0")
+    with pytest.raises(InputError, match="has changed since its header was read"):
+        checkpoint.read(NAME)
+    file.write_bytes(content[:-4])
+    with pytest.raises(InputError, match="has changed since its header was read"):
+        checkpoint.read(NAME)
+    file.unlink()
+    with pytest.raises(InputError, match="has changed since its header was read"):
+        checkpoint.read(NAME)
+    file.write_bytes(content)
+
+
+def test_a_server_that_is_gone(web):
+    checkpoint = open_checkpoint(f"{web.url}/base")
+    web.close()
+    with pytest.raises(InputError, match=r"cannot be read: .*; tried 5 times"):
+        checkpoint.read("model.layers.3.mlp.up_proj.weight")
+    with pytest.raises(InputError, match=r"cannot be read: .*; tried 5 times"):
+        open_checkpoint(f"{web.url}/base")

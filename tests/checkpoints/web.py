@@ -1,0 +1,161 @@
+"""A web server for tests: it gives ranges of a folder's files, counts what it sends, and fails or lies on request."""
+
+import base64
+import hashlib
+import socket
+import threading
+from contextlib import suppress
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import torch
+
+from tests.conftest import save_model
+
+
+def large(seed: int) -> dict[str, torch.Tensor]:
+    """Four matrices of 256 KiB, so that most of a file lies behind its first bytes."""
+    rng = torch.Generator().manual_seed(seed)
+    return {f"model.layers.{i}.mlp.up_proj.weight": torch.randn(256, 256, generator=rng) for i in range(4)}
+
+
+def save_large(root: Path):
+    """Write base and tuned."""
+    before = large(1)
+    after = {name: value + 0.1 * large(2)[name] for name, value in before.items()}
+    for name, tensors in (("base", before), ("tuned", after)):
+        (save_model(root / name, tensors) / "config.json").write_text('{"model_type": "llama"}')
+
+
+@dataclass
+class Asked:
+    """One request, as it came and as it was answered."""
+
+    path: str
+    query: str
+    range: tuple[int, int] | None
+    status: int
+    sent: int
+    headers: dict[str, str] = field(repr=False)
+
+
+class Web:
+    """Serves a folder on 127.0.0.1.
+
+    ``fault`` names how the data behind the first 64 KiB of a file are answered (everything, with ``at_all``), and
+    ``times`` how often before the server behaves again.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder, self.asked = folder, []
+        self.fault, self.times, self.at_all, self.user = None, 10**9, False, None
+        self.names_versions, self.is_gone = True, False
+        self._lock = threading.Lock()
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"web": self}))
+        self._server.daemon_threads = True
+        self.host = f"127.0.0.1:{self._server.server_port}"
+        self.url = f"http://{self.host}"
+        threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True).start()
+
+    def close(self):
+        self.is_gone = True
+        self._server.shutdown()
+        self._server.server_close()
+
+    @property
+    def sent(self) -> int:
+        return sum(asked.sent for asked in self.asked)
+
+    def takes_fault(self, start: int) -> str | None:
+        with self._lock:
+            if self.fault and self.times > 0 and (self.at_all or start > 0):
+                self.times -= 1
+                return self.fault
+        return None
+
+
+class _Handler(BaseHTTPRequestHandler):
+    web: Web
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *words):
+        pass
+
+    def handle(self):
+        with suppress(OSError):
+            super().handle()
+
+    def do_GET(self):
+        if self.web.is_gone:
+            self.close_connection = True
+            return
+        parts = urlsplit(self.path)
+        file = self.web.folder / unquote(parts.path).lstrip("/")
+        wanted = self.headers.get("Range")
+        span = tuple(map(int, wanted.removeprefix("bytes=").split("-"))) if wanted else None
+        asked = Asked(parts.path, parts.query, span, 0, 0, dict(self.headers))
+        self.web.asked.append(asked)
+        if self.web.user and self.headers.get("Authorization") != f"Basic {self.web.user}":
+            self.answer(asked, 401, {}, b"who are you?")
+        elif not file.is_file():
+            self.answer(asked, 404, {}, b"nothing here")
+        else:
+            self.give(asked, file.read_bytes(), span)
+
+    def give(self, asked: Asked, content: bytes, span: tuple[int, int] | None):
+        headers = {"ETag": f'"{hashlib.md5(content).hexdigest()}"'} if self.web.names_versions else {}
+        start, stop = (span[0], min(span[1] + 1, len(content))) if span else (0, len(content))
+        fault = self.web.takes_fault(start)
+        if fault == "ignore" or span is None:
+            self.answer(asked, 200, headers, content)
+            return
+        if start >= stop:
+            self.answer(asked, 416, {"Content-Range": f"bytes */{len(content)}"}, b"")
+            return
+        body = content[start:stop]
+        first, last, size = start, stop - 1, len(content)
+        if fault and fault.isdigit():
+            self.answer(asked, int(fault), {"Location": "http://elsewhere.invalid/x?token=secret"}, b"<html>")
+            return
+        if fault == "shifted":
+            first, last, body = start + 1, stop, content[start + 1 : stop + 1]
+        elif fault == "other size":
+            size += 1
+        elif fault == "no range":
+            size = None
+        elif fault == "changed":
+            headers["ETag"] = '"other"'
+        elif fault == "gzip":
+            headers["Content-Encoding"] = "gzip"
+        elif fault == "short":
+            body = body[: (len(body) + 1) // 2]
+        elif fault == "long":
+            body += b"x"
+        if size is not None:
+            headers["Content-Range"] = f"bytes {first}-{last}/{size}"
+        self.answer(asked, 206, headers, body, drop=fault == "drop")
+
+    def answer(self, asked: Asked, status: int, headers: dict, body: bytes, drop: bool = False):
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if drop:
+            body = body[: len(body) // 2]
+        asked.status, asked.sent = status, len(body)
+        try:
+            self.wfile.write(body)
+            self.wfile.flush()
+            if drop:
+                self.connection.shutdown(socket.SHUT_RDWR)
+                self.close_connection = True
+        except OSError:
+            self.close_connection = True
+
+
+def basic(user: str, password: str) -> str:
+    """Return what a browser sends for a name and a password."""
+    return base64.b64encode(f"{user}:{password}".encode()).decode()

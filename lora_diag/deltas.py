@@ -163,8 +163,9 @@ def footprint(delta: Delta) -> int:
 
 def row_blocks(side: Side, shape: tuple[int, int]) -> Iterator[torch.Tensor]:
     """Yield the rows of a stored matrix in blocks, ``(rows, in)``, in its stored dtype."""
-    for first, last in row_spans(shape):
-        yield side.read(first * shape[1], last * shape[1]).view(last - first, shape[1])
+    spans = ((side.offset + first * shape[1], side.offset + last * shape[1]) for first, last in row_spans(shape))
+    for (first, last), block in zip(row_spans(shape), side.checkpoint.read_each(side.name, spans), strict=True):
+        yield block.view(last - first, shape[1])
 
 
 def row_spans(shape: tuple[int, int]) -> Iterator[tuple[int, int]]:

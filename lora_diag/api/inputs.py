@@ -8,7 +8,7 @@ from pathlib import Path
 
 from lora_diag.adapters import Place, is_adapter, match_names, open_adapter
 from lora_diag.api.fingerprint import fingerprint, legible
-from lora_diag.checkpoints import Checkpoint, locate, open_checkpoint
+from lora_diag.checkpoints import Checkpoint, as_path, locate, open_checkpoint
 from lora_diag.checkpoints.tensors import FLOAT_DTYPES
 from lora_diag.deltas import Delta, Pairing, Side, StoredDelta, natural_order, pair
 from lora_diag.errors import InputError, UsageError
@@ -49,6 +49,7 @@ def compare(
         NothingComparedError: The sides have no weight in common.
         UsageError: There is one side, and it is no adapter; or the adapter was named first.
     """
+    base, tuned = as_path(base), as_path(tuned) if tuned is not None else None
     compared = _compare(base, tuned, layers, exclude, allow_unmatched)
     _refuse_clashes(compared.pairing.deltas)
     unpaired = tuple(replace(item, detail=legible(item.detail)) for item in compared.pairing.unpaired)

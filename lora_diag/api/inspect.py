@@ -6,7 +6,7 @@ from pathlib import Path
 
 from lora_diag.adapters import is_adapter, open_adapter
 from lora_diag.api.fingerprint import legible
-from lora_diag.checkpoints import Checkpoint, locate, open_checkpoint
+from lora_diag.checkpoints import Checkpoint, as_path, locate, open_checkpoint
 from lora_diag.deltas import natural_order, why_left_out
 from lora_diag.errors import InputError
 from lora_diag.results import Inventory, StoredTensor, is_results_file
@@ -30,6 +30,7 @@ def inspect(path: Path | str) -> Inventory:
         >>> inspect("sample_checkpoints/base").kind
         'sharded safetensors, 3 files'
     """
+    path = as_path(path)
     if is_results_file(path):
         raise InputError(f"{path}: is a results file; read it with lora_diag.read_results")
     if not is_adapter(locate(path)):

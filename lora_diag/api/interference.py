@@ -140,7 +140,7 @@ def interference(
         )
 
 
-def split_base(inputs: Sequence[Path]) -> tuple[Path | None, list[Path]]:
+def split_base(inputs: Sequence[Path | str]) -> tuple[Path | str | None, list[Path | str]]:
     """Return BASE and the updates: adapters alone have no BASE, else it comes first.
 
     Raises:

@@ -33,7 +33,7 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an extract
 
 def extract(
     base: options.Base,
-    tuned: Annotated[Path, typer.Argument(metavar="TUNED", help="Checkpoint after, or an adapter to compress.")],
+    tuned: Annotated[str, typer.Argument(metavar="TUNED", help="Checkpoint after, or an adapter to compress.")],
     output: Folder = None,
     rank: Rank = None,
     energy: Energy = None,

@@ -26,10 +26,10 @@ Words = Annotated[
 Ready = Annotated[
     str | None, typer.Option("--policy", metavar="NAME", help="A policy of the package, instead of POLICY.")
 ]
-MeasureBase = Annotated[Path | None, typer.Option("--base", metavar="BASE", help="Measure first, on this checkpoint.")]
-MeasureTuned = Annotated[Path | None, typer.Option("--tuned", metavar="TUNED", help="The full fine-tune to measure.")]
+MeasureBase = Annotated[str | None, typer.Option("--base", metavar="BASE", help="Measure first, on this checkpoint.")]
+MeasureTuned = Annotated[str | None, typer.Option("--tuned", metavar="TUNED", help="The full fine-tune to measure.")]
 MeasureAdapters = Annotated[
-    list[Path] | None, typer.Option("--adapter", metavar="ADAPTER", help="The adapter to measure; may be repeated.")
+    list[str] | None, typer.Option("--adapter", metavar="ADAPTER", help="The adapter to measure; may be repeated.")
 ]
 Baseline = Annotated[Path | None, typer.Option(metavar="FILE", help="Results to compare with, layer by layer.")]
 Ratchet = Annotated[bool, typer.Option("--ratchet", help="If passed: put what got better into --baseline.")]
@@ -124,7 +124,7 @@ def _init(given: list[str], output: Path | None, quiet: bool) -> None:
         result(f"Next  {shlex.join(['loradiag', 'gate', str(output), *given])}")
 
 
-def _measured(base: Path | None, tuned: Path | None, adapters: list[Path], given: list[str]) -> list[Results[Any]]:
+def _measured(base: str | None, tuned: str | None, adapters: list[str], given: list[str]) -> list[Results[Any]]:
     """Measure first, where that is asked."""
     if base is None:
         if tuned is not None or adapters:

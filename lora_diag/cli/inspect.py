@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -12,7 +11,7 @@ from lora_diag.cli.output import result, terminal
 
 
 def inspect(
-    path: Annotated[Path, typer.Argument(metavar="PATH", help="A checkpoint, an adapter or a results file.")],
+    path: Annotated[str, typer.Argument(metavar="PATH", help="A checkpoint, an adapter or a results file.")],
     per: options.PerRow = options.Per.type,
     json: options.Json = False,
 ) -> None:

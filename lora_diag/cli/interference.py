@@ -13,7 +13,7 @@ from lora_diag.cli.output import as_lines, progress_bar, result, tell_unmeasured
 from lora_diag.errors import UNREADABLE
 
 Inputs = Annotated[
-    list[Path],
+    list[str],
     typer.Argument(metavar="[BASE] TUNED", help="BASE and two or more updates of it; adapters alone need no BASE."),
 ]
 Weights = Annotated[
@@ -89,7 +89,7 @@ def interference(
         raise typer.Exit(UNREADABLE)
 
 
-def _next(inputs: list[Path], spectrum: Path | None) -> str:
+def _next(inputs: list[str], spectrum: Path | None) -> str:
     if spectrum is not None:
         words = shlex.join(["loradiag", "allocate", str(spectrum), "--energy", "0.9"])
         return f"{words}   (the rank of each layer that carries the sum)"

@@ -12,7 +12,7 @@ from lora_diag.cli import options
 from lora_diag.cli.output import as_lines, progress_bar, result, tell_unmeasured, terminal
 from lora_diag.errors import UNREADABLE
 
-Tuned = Annotated[Path, typer.Argument(metavar="TUNED", help="Checkpoint after, or an adapter.")]
+Tuned = Annotated[str, typer.Argument(metavar="TUNED", help="Checkpoint after, or an adapter.")]
 Top = Annotated[int, typer.Option(metavar="K", help="Look at the K largest directions of each weight.")]
 Epsilon = Annotated[float, typer.Option(metavar="E", help="Similarity below which a direction is not one of BASE.")]
 Window = Annotated[
@@ -75,7 +75,7 @@ def intruders(
         raise typer.Exit(UNREADABLE)
 
 
-def _next(base: Path, tuned: Path, output: Path | None) -> str:
+def _next(base: str, tuned: str, output: Path | None) -> str:
     if output is None:
         words = shlex.join(["loradiag", "intruders", str(base), str(tuned), "--per", "layer"])
         return f"{words}   (where they are; -o FILE keeps the records for loradiag gate)"

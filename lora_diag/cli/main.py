@@ -15,7 +15,7 @@ from lora_diag.cli.gate import gate
 from lora_diag.cli.inspect import inspect
 from lora_diag.cli.interference import interference
 from lora_diag.cli.intruders import intruders
-from lora_diag.cli.output import ReaderGoneError, forget_output, message
+from lora_diag.cli.output import ReaderGoneError, forget_output, message, public
 from lora_diag.cli.overlap import overlap
 from lora_diag.cli.plan import plan
 from lora_diag.cli.plot import plot
@@ -130,6 +130,8 @@ def _run() -> int:
         show, code = getattr(error, "show", None), getattr(error, "exit_code", None)
         if not callable(show) or not isinstance(code, int):
             raise
+        if isinstance(said := getattr(error, "message", None), str):
+            vars(error)["message"] = public(said)
         show()
     if code == INTERRUPTED:
         message("interrupted; with -o, --resume goes on from here")

@@ -18,8 +18,9 @@ class Per(StrEnum):
     layer = "layer"
 
 
-Base = Annotated[Path, typer.Argument(metavar="BASE", help="Checkpoint before: a file, a folder or a shard index.")]
-Tuned = Annotated[Path | None, typer.Argument(metavar="TUNED", help="Checkpoint after, or an adapter.")]
+# What is read is given as words: a Path would make one slash of the two in s3://.
+Base = Annotated[str, typer.Argument(metavar="BASE", help="Checkpoint before: a file, a folder or a shard index.")]
+Tuned = Annotated[str | None, typer.Argument(metavar="TUNED", help="Checkpoint after, or an adapter.")]
 Layers = Annotated[str | None, typer.Option(metavar="REGEX", help="Only weights whose name contains a match.")]
 Exclude = Annotated[str | None, typer.Option(metavar="REGEX", help="No weights whose name contains a match.")]
 AllowUnmatched = Annotated[

@@ -26,7 +26,16 @@ def message(text: str) -> None:
     """Print one line to standard error; where that is closed, nobody wants to know."""
     if sys.stderr is not None:
         with suppress(OSError, ValueError):
-            print(safe(text), file=sys.stderr)
+            print(safe(public(text)), file=sys.stderr)
+
+
+def public(text: str) -> str:
+    """Return text as it may be printed: addresses without a password or a signature."""
+    if "://" not in text:
+        return text
+    from lora_diag.api.fingerprint import legible
+
+    return legible(text)
 
 
 def result(text: str) -> None:
@@ -41,7 +50,7 @@ def result(text: str) -> None:
     encoding = sys.stdout.encoding or "utf-8"
     # Not an OSError from here on: typer makes exit code 1 of a closed pipe, which means that a gate failed.
     try:
-        print(text.encode(encoding, "replace").decode(encoding), flush=True)
+        print(public(text).encode(encoding, "replace").decode(encoding), flush=True)
     except BrokenPipeError as error:
         raise ReaderGoneError from error
     except OSError as error:

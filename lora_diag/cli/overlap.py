@@ -15,9 +15,9 @@ from lora_diag.errors import UNREADABLE
 
 def overlap(
     base: options.Base,
-    tuned: Annotated[Path, typer.Argument(metavar="TUNED", help="Checkpoint after a pilot run, or an adapter.")],
+    tuned: Annotated[str, typer.Argument(metavar="TUNED", help="Checkpoint after a pilot run, or an adapter.")],
     gradients: Annotated[
-        list[Path], typer.Argument(metavar="GRADIENTS", help="Folders or files with the gradients of a step each.")
+        list[str], typer.Argument(metavar="GRADIENTS", help="Folders or files with the gradients of a step each.")
     ],
     ranks: Annotated[str, typer.Option(metavar="R,R,...", help="Ranks r of the subspaces.")] = "4,8,16,32,64",
     rank: Annotated[int | None, typer.Option(metavar="R", help="Rank that the table shows; one of --ranks.")] = None,

@@ -13,10 +13,10 @@ from lora_diag.cli.output import as_lines, progress_bar, result, tell_unmeasured
 from lora_diag.errors import UNREADABLE
 
 Adapters = Annotated[
-    list[Path] | None, typer.Argument(metavar="ADAPTER", help="Adapters, or checkpoints with one merged in.")
+    list[str] | None, typer.Argument(metavar="ADAPTER", help="Adapters, or checkpoints with one merged in.")
 ]
 Reference = Annotated[
-    Path | None, typer.Option(metavar="TUNED2", help="Another full fine-tune, such as another seed, to judge by.")
+    str | None, typer.Option(metavar="TUNED2", help="Another full fine-tune, such as another seed, to judge by.")
 ]
 Activations = Annotated[
     Path | None, typer.Option(metavar="FILE", help="Second moments E[xx^T] of the inputs: distances in the data, too.")
@@ -25,7 +25,7 @@ Activations = Annotated[
 
 def residual(
     base: options.Base,
-    tuned: Annotated[Path, typer.Argument(metavar="TUNED", help="The full fine-tune.")],
+    tuned: Annotated[str, typer.Argument(metavar="TUNED", help="The full fine-tune.")],
     adapters: Adapters = None,
     reference: Reference = None,
     activations: Activations = None,

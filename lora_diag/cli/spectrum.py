@@ -22,10 +22,10 @@ Adapters = Annotated[
 
 
 def spectrum(
-    base: Annotated[Path | None, typer.Argument(metavar="BASE", help="Checkpoint before, or an adapter alone.")] = None,
+    base: Annotated[str | None, typer.Argument(metavar="BASE", help="Checkpoint before, or an adapter alone.")] = None,
     tuned: options.Tuned = None,
     gradients: Annotated[
-        list[Path] | None,
+        list[str] | None,
         typer.Option(metavar="GRADIENTS...", help="Measure gradients instead, those of all steps together."),
     ] = None,
     adapters: Adapters = None,
@@ -90,7 +90,7 @@ def spectrum(
 
 
 def _fleet(
-    base: Path | None,
+    base: str | None,
     adapters: list[str],
     layers: str | None,
     exclude: str | None,

@@ -12,8 +12,8 @@ from lora_diag.cli import options
 from lora_diag.cli.output import again, as_lines, progress_bar, result, tell_unmeasured, terminal
 from lora_diag.errors import DONE, GATE_FAILED, INCONCLUSIVE, UNREADABLE
 
-Adapter = Annotated[Path, typer.Argument(metavar="ADAPTER", help="The adapter that was merged.")]
-Merged = Annotated[Path, typer.Argument(metavar="MERGED", help="What the merge wrote.")]
+Adapter = Annotated[str, typer.Argument(metavar="ADAPTER", help="The adapter that was merged.")]
+Merged = Annotated[str, typer.Argument(metavar="MERGED", help="What the merge wrote.")]
 
 
 def verify_merge(

@@ -1,4 +1,4 @@
-"""``probe activations``: second moments of the layers' inputs on a user's own text, for ``residual --activations``."""
+"""``probe activations``: second moments of the layers' inputs on a user's own text, for ``--activations``."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+from lora_diag.api.activations import GRADIENTS
 from lora_diag.api.fingerprint import fingerprint, legible
 from lora_diag.api.probing import Watch, check, counted, estimate
 from lora_diag.checkpoints import Checkpoint, open_checkpoint
@@ -15,8 +16,9 @@ from lora_diag.deltas import natural_order, selector
 from lora_diag.errors import InputError, NothingComparedError, UsageError
 from lora_diag.linalg import resolve_device
 from lora_diag.results.probe import Activations, LayerInput
-from lora_diag.training.activations import Listener, Moment, equal_batches, inputs_of, linear_layers, record
+from lora_diag.training.activations import Listener, Moment, equal_batches, inputs_of, linear_layers, outputs_of, record
 from lora_diag.training.data import Texts, read_texts
+from lora_diag.training.gradients import LABELS, Draw, Labels
 from lora_diag.training.models import Model, Weights, open_model
 from lora_diag.version import __version__
 
@@ -26,6 +28,9 @@ def probe_activations(
     data: Path | str,
     output: Path | str,
     *,
+    gradients: bool = False,
+    labels: Labels = "data",
+    seed: int = 0,
     layers: str | None = None,
     exclude: str | None = None,
     length: int | None = None,
@@ -45,6 +50,10 @@ def probe_activations(
         base: The model whose inputs are recorded: a folder that transformers can open, or a Hub id.
         data: A text or JSONL file.
         output: A new safetensors file: one float32 matrix ``(in, in)`` under each weight's name in ``base``.
+        gradients: Also record G = E[ggᵀ] of the gradient of a sequence's summed loss by each output of a layer, for
+            K-FAC's metric: ``(out, out)`` under ``output_gradients.`` and the weight's name. Takes a backward pass.
+        labels: Of that loss: ``data`` for the text's own, ``model`` for labels drawn from the model.
+        seed: Of what is drawn.
         layers: Regular expression; only weights whose name contains a match.
         exclude: Regular expression; no weights whose name contains a match.
         length: Tokens of a sequence; by default 512 or what the model has room for.
@@ -64,7 +73,9 @@ def probe_activations(
         InputError: An input cannot be read, or the output cannot be written.
         NothingComparedError: No linear layer is selected.
     """
-    check(batch, max_sequences)
+    check(batch, max_sequences, labels=(labels, LABELS))
+    if labels != "data" and not gradients:
+        raise UsageError(f"--labels {labels}: is for --gradients")
     output = Path(output)
     if os.path.lexists(output):
         raise UsageError(f"{output}: is there already; delete it first, or choose another name")
@@ -79,14 +90,19 @@ def probe_activations(
     watch.total = sum(1 for _ in equal_batches(texts, batch))
     linear = linear_layers(model.module)
     wanted = {name: linear[name] for name in names}
-    size = 8 * sum(inputs_of(layer) ** 2 for layer in wanted.values()) / 2**30
+    sizes = [(inputs_of(layer), outputs_of(layer)) for layer in wanted.values()]
+    size = 8 * sum(row**2 + gradients * column**2 for row, column in sizes) / 2**30
     memory = f"; sums take up to {size:.1f} GiB" if size >= 0.1 else ""
+    memory += "; with the backward pass about three times that long" if gradients else ""
     estimate(model, texts, batch, watch, f"{counted(len(wanted), 'layer', 'layers')} on 1 set", memory)
-    heard = record(model, texts, wanted, batch, lambda: watch.batch("reading"))
+    draw = Draw(labels, seed) if gradients else None
+    heard = record(model, texts, wanted, batch, lambda: watch.batch("reading"), draw)
     moments = {names[layer]: moment for moment in heard.moments.values() for layer in moment.layers}
     left_out |= {names[layer]: "not used on this text" for layer in wanted if names[layer] not in moments}
+    moments |= {GRADIENTS + names[layer]: moment for layer, moment in heard.outputs.items()}
     tokens = sum(len(sequence.ids) for sequence in texts.sequences)
-    _write(output, moments, _metadata(stored, model, texts, tokens))
+    told = _metadata(stored, model, texts, tokens)
+    _write(output, moments, {**told, "gradients": f"of labels of the {labels}"} if gradients else told)
     return Activations(
         path=legible(output),
         model=legible(base),
@@ -94,6 +110,7 @@ def probe_activations(
         about=f"{texts.about}; {model.tokens.about}",
         notes=texts.notes,
         tokens=tokens,
+        gradients=labels if gradients else None,
         layers=tuple(_told(heard, names)),
         left_out={
             legible(name): why for name, why in sorted(left_out.items(), key=lambda item: natural_order(item[0]))

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
+from lora_diag.api.activations import SecondMoments, second_moments
 from lora_diag.api.covariance import gradient_spectrum
 from lora_diag.api.inputs import compare
 from lora_diag.api.measuring import (
@@ -15,13 +16,15 @@ from lora_diag.api.measuring import (
     checked_ranks,
     layout_of,
     measure_layers,
+    place,
     without_rank,
 )
-from lora_diag.deltas import Delta, footprint
-from lora_diag.diagnostics.spectrum import RANKS, SpectrumSettings
+from lora_diag.deltas import Pairing, Unpaired
+from lora_diag.diagnostics.spectrum import RANKS, Layer, SpectrumSettings, size
 from lora_diag.diagnostics.spectrum import spectrum as measure
+from lora_diag.engines import Ray
 from lora_diag.errors import UsageError
-from lora_diag.linalg import check_request, resolve_device
+from lora_diag.linalg import check_request
 from lora_diag.results import AnyRecord, LeftOut, Results, ResultsWriter, Run, Spectrum
 from lora_diag.version import __version__
 
@@ -31,6 +34,8 @@ def spectrum(
     tuned: Path | str | None = None,
     *,
     gradients: Sequence[Path | str] = (),
+    activations: Path | str | None = None,
+    kfac: bool = False,
     ranks: Sequence[int] = RANKS,
     layers: str | None = None,
     exclude: str | None = None,
@@ -41,6 +46,7 @@ def spectrum(
     device: str = "auto",
     seed: int = 0,
     workers: int | None = None,
+    engine: Ray | None = None,
     output: Path | str | None = None,
     resume: bool = False,
     on_progress: Callable[[Progress], None] | None = None,
@@ -55,6 +61,9 @@ def spectrum(
         tuned: The checkpoint after, or an adapter; None if ``base`` is an adapter to be measured alone.
         gradients: Snapshots as ``overlap`` takes them. The spectrum is then that of the gradients of all steps,
             stacked: what a first-order pilot would show before any update exists. ``base`` only gives the names.
+        activations: Second moments C = E[xxᵀ] of the layers' inputs, as ``probe_activations`` records them. Singular
+            values are then those of ΔW·C^½, energies E‖ΔW x‖², and layers without a C are left out.
+        kfac: Weigh the other side, too: G^½·ΔW·C^½ with G = E[ggᵀ] of the output gradients in the same file.
         ranks: Ranks r at which C(r) and the truncation errors are given.
         layers: Regular expression; only weights whose name contains a match.
         exclude: Regular expression; no weights whose name contains a match.
@@ -65,6 +74,7 @@ def spectrum(
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:1``.
         seed: Of the random starts of ``krylov``.
         workers: Layers at once; by default as many as fit into 1 GiB and four copies of the largest matrix.
+        engine: A Ray cluster to measure on; None for this machine alone.
         output: Results file, appended line by line; a finished run there is replaced when this one is finished.
         resume: Go on behind what an interrupted run left in ``output``.
         on_progress: Called at the start and after every layer.
@@ -83,47 +93,78 @@ def spectrum(
         >>> [(record.layer, record.shape) for record in results]
         [('model.layers.0.self_attn.q_proj.weight', (128, 128))]
     """
-    settings = SpectrumSettings(checked_ranks(ranks), method, top, tol, seed, device)
+    where = place(engine, device)
+    settings = SpectrumSettings(checked_ranks(ranks), method, top, tol, seed, where.tasks)
     check_running(workers, seed)
     check_request(method, top, tol)
-    on = resolve_device(device)
+    if kfac and activations is None:
+        raise UsageError("--kfac: needs --activations FILE, recorded with probe activations --gradients")
     if gradients:
+        if activations is not None:
+            raise UsageError("--activations: weighs an update, and --gradients are none; leave one of them out")
         if tuned is not None:
             raise UsageError("--gradients: are measured instead of an update; name BASE alone beside them, or nothing")
         watch = Watch(on_progress, on_record)
-        return gradient_spectrum(base, gradients, settings, layers, exclude, workers, output, resume, watch)
+        return gradient_spectrum(
+            base, gradients, settings, layers, exclude, workers, output, resume, watch, where, engine
+        )
     if base is None:
         raise UsageError("spectrum: name BASE and TUNED, an adapter, or gradients with --gradients")
     compared = compare(base, tuned, layers, exclude, allow_unmatched)
-    pairing = compared.pairing
+    pairing, moments = compared.pairing, None
+    if activations is not None:
+        if tuned is None:
+            raise UsageError("--activations: needs BASE, to tell which layer is which; name it before the adapter")
+        moments = second_moments(activations, base, pairing)
+        if kfac and not moments.gradients:
+            raise UsageError(f"--kfac: {activations} holds no output gradients; record it with --gradients")
     run = Run(
         command="spectrum",
         version=__version__,
-        inputs=compared.inputs,
+        inputs=(*compared.inputs, *((moments.described,) if moments else ())),
         settings={
             "ranks": list(settings.ranks),
+            **({"metric": "kfac" if kfac else "data"} if moments else {}),
             "layers": layers,
             "exclude": exclude,
             "method": method,
             "top": top,
             "tol": tol,
-            "device": on.type,
+            "device": where.kind,
             "seed": seed,
         },
     )
-    matrices = [delta for delta in pairing.deltas if delta.is_matrix]
-    layout = layout_of(matrices, workers, on.type)
+    pairing, matrices = _weighed(pairing, moments, kfac)
+    layout = layout_of(matrices, workers, where.kind)
     with ResultsWriter[Spectrum](output, run, resume) as writer:
         return measure_layers(
             writer,
             matrices,
             partial(_one_layer, settings=settings),
-            lambda: without_rank(pairing, layout, device),
+            lambda: without_rank(pairing, layout, where.here),
             layout,
-            footprint,
+            size,
             Watch(on_progress, on_record),
+            engine,
         )
 
 
-def _one_layer(delta: Delta, settings: SpectrumSettings) -> tuple[Spectrum | LeftOut]:
-    return (measure(delta, settings),)
+def _weighed(pairing: Pairing, moments: SecondMoments | None, kfac: bool) -> tuple[Pairing, list[Layer]]:
+    """Return the rest, with the matrices that have nothing to be weighed by; and the others with what they have."""
+    matrices = [delta for delta in pairing.deltas if delta.is_matrix]
+    if moments is None:
+        return pairing, [Layer(delta) for delta in matrices]
+    layers = [Layer(delta, moments.weighting(delta.layer, kfac)) for delta in matrices]
+    what = "second moment of its input" + (" and of its output's gradient" if kfac else "")
+    without = [
+        Unpaired(each.layer, each.shape, "no_activations", f"the file has no {what}")
+        for each in layers
+        if each.weighting is None
+    ]
+    lost = {item.layer for item in without}
+    rest = Pairing(tuple(delta for delta in pairing.deltas if delta.layer not in lost), (*pairing.unpaired, *without))
+    return rest, [each for each in layers if each.weighting is not None]
+
+
+def _one_layer(layer: Layer, settings: SpectrumSettings) -> tuple[Spectrum | LeftOut]:
+    return (measure(layer.delta, settings, layer.weighting),)

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import errno
+import os
+import signal
 import sys
+import threading
+from contextlib import suppress
 from typing import Annotated, Any
 
 import typer
@@ -52,6 +56,8 @@ class _Command(TyperCommand):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Let ``--gradients`` take every word up to the next option, as a shell writes ``grads/*``."""
+        if not any(each.name == "gradients" and each.multiple for each in self.params):
+            return super().parse_args(ctx, args)
         spread: list[str] = []
         for at, word in enumerate(args):
             before = args[at - 1] if at else ""
@@ -99,7 +105,11 @@ def _main(
 def main() -> None:
     """Run the command line; every error meant for the user becomes one message and an exit code."""
     code = _run()
+    with suppress(ValueError):  # not the main thread: then Ctrl-C is not for us
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # all is said and written: what Python tidies up now is no work
     forget_output()
+    if code == INTERRUPTED and any(thread.name.startswith("layer") for thread in threading.enumerate()):
+        os._exit(code)  # Python would wait for the matrices that are being measured, minutes each where they are large
     sys.exit(code)
 
 

@@ -13,6 +13,12 @@ from lora_diag.cli import options
 from lora_diag.cli.output import again, as_lines, progress_bar, result, tell_unmeasured, terminal
 from lora_diag.errors import UNREADABLE, UsageError
 
+Activations = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE", help="Second moments by probe activations: energy is then output change on that text."
+    ),
+]
 Adapters = Annotated[
     list[str] | None,
     typer.Option(
@@ -29,6 +35,10 @@ def spectrum(
         typer.Option(metavar="GRADIENTS...", help="Measure gradients instead, those of all steps together."),
     ] = None,
     adapters: Adapters = None,
+    activations: Activations = None,
+    kfac: Annotated[
+        bool, typer.Option("--kfac", help="With --activations: weigh by the gradients of the outputs, too.")
+    ] = False,
     ranks: options.Ranks = "4,8,16,32,64",
     layers: options.Layers = None,
     exclude: options.Exclude = None,
@@ -39,6 +49,9 @@ def spectrum(
     device: options.Device = "auto",
     seed: options.Seed = 0,
     workers: options.Workers = None,
+    engine: options.On = options.Engine.local,
+    ray_address: options.RayAddress = None,
+    gpus_per_task: options.GpusPerTask = 0.0,
     per: options.PerRow = options.Per.type,
     output: options.Output = None,
     json: options.Json = False,
@@ -49,6 +62,8 @@ def spectrum(
 
     Example: loradiag spectrum base/ full_ft/ --ranks 8,16,64 -o results.jsonl
 
+    Example: loradiag spectrum base/ full_ft/ --activations activations.safetensors
+
     Example: loradiag spectrum base/ --gradients gradients/
 
     Example: loradiag spectrum --adapters 'adapters/**' -o fleet.jsonl
@@ -57,6 +72,10 @@ def spectrum(
     if adapters:
         if tuned is not None or gradients:
             raise UsageError("--adapters: measures adapters, with BASE alone beside them, or nothing")
+        if activations is not None or kfac:
+            raise UsageError("--activations: measures one update at a time; leave --adapters out")
+        if engine is not options.Engine.local:
+            raise UsageError("--engine ray: not with --adapters, which take longer to hand out than to measure")
         _fleet(base, adapters, layers, exclude, device, workers, per, output, json, resume, quiet)
         return
     # torch comes with it: not before it is needed
@@ -68,6 +87,8 @@ def spectrum(
             base,
             tuned,
             gradients=gradients or (),
+            activations=activations,
+            kfac=kfac,
             ranks=options.parse_ranks(ranks),
             layers=layers,
             exclude=exclude,
@@ -78,6 +99,7 @@ def spectrum(
             device=device,
             seed=seed,
             workers=workers,
+            engine=options.cluster(engine, ray_address, gpus_per_task),
             output=output,
             resume=resume,
             on_progress=on_progress,

@@ -1,40 +1,94 @@
-"""The norm in which two updates are compared: Frobenius's, or the one that the layer's own inputs give.
+"""The norm in which updates are measured: Frobenius's, or the one that the layer's own inputs (and gradients) give.
 
 With C = E[xxᵀ] the second moment of the inputs, ‖D·C^½‖_F² = E‖Dx‖² is the mean square of what an update changes in the
 layer's output. D·L with L·Lᵀ = C has the same norm and the same singular values, so everything that holds for D holds
-for D·L, the Eckart–Young floor included.
+for D·L, the Eckart–Young floor included. With G = E[ggᵀ] of the loss's gradient by the output, ‖G^½·D·C^½‖_F² is
+K-FAC's estimate of E⟨∇ℓ, D⟩² (Martens and Grosse 2015): what the update changes in the loss, squared.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from lora_diag.deltas import Side
+from lora_diag.deltas import Delta, Side, row_blocks
 from lora_diag.diagnostics.change import Change
 from lora_diag.errors import InputError
-from lora_diag.linalg import Factors, first_non_finite, norm, products, root
+from lora_diag.linalg import Factors, decompose_factored, first_non_finite, norm, products, root
 from lora_diag.metrics import Distances, distances, truncation_error
 
 # A second moment may be this far from symmetric or positive semidefinite: sums of many products in float32 are.
 MOMENT_ERROR = 1e-4
 
+# Unit roundoff of the dtypes a second moment may be stored in.
+_ROUNDOFF = {"float64": 2.0**-53, "float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
+
 
 @dataclass(frozen=True, slots=True)
 class Moments:
-    """Where the second moment C = E[xxᵀ] of a layer's input lies.
+    """Where a second moment of a layer lies: C = E[xxᵀ] of its input, or G = E[ggᵀ] of the gradient by its output.
 
     Args:
         side: The stored matrix.
         size: Its order.
-        on_rows: Whether the layer is stored ``(in, out)``, so that C belongs to its rows.
+        on_rows: Whether it belongs to the rows of the stored weight: C where that is ``(in, out)``, G where it is not.
     """
 
     side: Side
     size: int
     on_rows: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Weighting:
+    """What a layer is weighed by: C, and G where both sides are."""
+
+    inputs: Moments
+    gradients: Moments | None = None
+
+    @property
+    def order(self) -> int:
+        """The larger of the orders of the matrices."""
+        return max(self.inputs.size, self.gradients.size if self.gradients else 0)
+
+
+@dataclass(frozen=True, slots=True)
+class Root:
+    """L with L·Lᵀ = C.
+
+    Args:
+        lower: L, float64.
+        on_rows: Whether it belongs to the rows of the stored weight.
+        error: Bound on ‖L·Lᵀ − C‖_2, with the rounding of the stored C.
+        fro: ‖L‖_F = √tr(C).
+        spectral: ‖L‖_2 = √λ_1(C).
+    """
+
+    lower: Tensor
+    on_rows: bool
+    error: float
+    fro: float
+    spectral: float
+
+
+@dataclass(frozen=True, slots=True)
+class Weighed:
+    """An update in the metric of the data: ΔW·L, or KᵀΔW·L with K·Kᵀ = G; stored ``(in, out)`` alike, transposed.
+
+    Args:
+        change: The product.
+        error: Bound on the error of every energy fraction that C, its root and the product bring.
+        plain_fro: ‖ΔW‖_F.
+        gains: ‖·‖_F and ‖·‖_2 of what stands left of ΔW, and of what stands right.
+    """
+
+    change: Change
+    error: float
+    plain_fro: float
+    gains: tuple[tuple[float, float], tuple[float, float]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +127,58 @@ class Metric:
         return None if error is None else error[0] / self.factors.fro
 
 
+def weigh(change: Change, delta: Delta, weighting: Weighting, device: torch.device) -> Weighed:
+    """Return an update, and its base, in the metric of the data.
+
+    The bound: the energies are eigenvalues of D·C·Dᵀ. With Ĉ = L·Lᵀ and ‖Ĉ − C‖_2 ≤ c the sum of the r largest moves by
+    no more than ‖D(Ĉ − C)Dᵀ‖_* ≤ c‖D‖_F² (Fan 1949), with G by c‖KᵀD‖_F² + g‖D·L‖_F² + c·g‖D‖_F². Rounding of a product
+    with n terms a sum is at most n·ε·‖D‖_F‖L‖_F. A fraction has such an error above and below its line.
+
+    Args:
+        change: ΔW, finite.
+        delta: Where it is from.
+        weighting: C, and G.
+        device: Where to compute.
+
+    Raises:
+        InputError: A second moment is none.
+    """
+    roots = [read_root(moments, device) for moments in (weighting.inputs, weighting.gradients) if moments is not None]
+    plain, base_fro = fro_of(change), None
+    alone = [fro_of(times(change, each.lower, each.on_rows)) for each in roots]
+    weighed = change
+    for each in roots:
+        weighed = times(weighed, each.lower, each.on_rows)
+    if delta.base is not None:
+        base = Change(None, None, matrix=torch.cat(list(row_blocks(delta.base, delta.shape))).to(device, torch.float64))
+        for each in roots:
+            base = times(base, each.lower, each.on_rows)
+        base_fro = base.fro
+    weighed = replace(weighed, base_fro=base_fro)
+    fro = fro_of(weighed)
+    left, right = (math.sqrt(delta.shape[0]), 1.0), (math.sqrt(delta.shape[1]), 1.0)
+    for each in roots:
+        if each.on_rows:
+            left = (each.fro, each.spectral)
+        else:
+            right = (each.fro, each.spectral)
+    rounding = 2 * max(delta.shape) * torch.finfo(torch.float64).eps * plain * math.prod(each.fro for each in roots)
+    moved = roots[0].error * plain**2
+    if len(roots) > 1:
+        c, g = (each.error for each in roots)
+        moved = c * alone[1] ** 2 + g * alone[0] ** 2 + c * g * plain**2
+    error = 2 * (moved / fro**2 + 2 * rounding / fro + (rounding / fro) ** 2) if fro else 0.0
+    return Weighed(weighed, min(1.0, error), plain, (left, right))
+
+
+def fro_of(change: Change) -> float:
+    """Return ‖·‖_F, of factors without forming their product."""
+    if change.fro is not None:
+        return change.fro
+    assert change.factors is not None
+    return decompose_factored(*change.factors).fro
+
+
 def times(change: Change, lower: Tensor, on_rows: bool) -> Change:
     """Return ΔW·L, or Lᵀ·ΔW where the layer is stored ``(in, out)``; in factored form where there are factors."""
     if change.factors is not None:
@@ -84,8 +190,8 @@ def times(change: Change, lower: Tensor, on_rows: bool) -> Change:
     return replace(change, matrix=product, fro=norm([product]))
 
 
-def read_root(moments: Moments, device: torch.device) -> Tensor:
-    """Read C, check it, and return L with L·Lᵀ = C.
+def read_root(moments: Moments, device: torch.device) -> Root:
+    """Read C (or G), check it, and return L with L·Lᵀ = C.
 
     Raises:
         InputError: C is not finite, not symmetric, or not positive semidefinite.
@@ -95,9 +201,12 @@ def read_root(moments: Moments, device: torch.device) -> Tensor:
     c = side.read(0, moments.size**2).view(moments.size, moments.size).to(device, torch.float64)
     if problem := first_non_finite(f"{where}: holds", c):
         raise InputError(problem)
-    if norm([c - c.T]) > MOMENT_ERROR * norm([c]):
-        raise InputError(f"{where}: is not symmetric, so it is no second moment E[xxᵀ]")
+    size = norm([c])
+    if norm([c - c.T]) > MOMENT_ERROR * size:
+        raise InputError(f"{where}: is not symmetric, so it is no second moment such as E[xxᵀ]")
     lower, negative = root((c + c.T) / 2)
     if negative > MOMENT_ERROR:
-        raise InputError(f"{where}: has negative eigenvalues, so it is no second moment E[xxᵀ]")
-    return lower
+        raise InputError(f"{where}: has negative eigenvalues, so it is no second moment such as E[xxᵀ]")
+    error = norm([lower @ lower.T - c]) + _ROUNDOFF[side.checkpoint[side.name].dtype] * size
+    spectral = float((lower**2).sum(0).max().sqrt()) if moments.size else 0.0
+    return Root(lower, moments.on_rows, error, norm([lower]), spectral)

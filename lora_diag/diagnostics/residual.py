@@ -174,7 +174,7 @@ def _in_data_metric(layer: Layer, full: Change, top: int, settings: ResidualSett
     """Return D·L, with L·Lᵀ = C."""
     assert layer.moments is not None
     where = layer.moments.on_rows
-    lower = read_root(layer.moments, device)
+    lower = read_root(layer.moments, device).lower
     weighed = times(full, lower, where)
     return Metric(weighed, _decompose(weighed, top, settings, vectors=False), layer.shape, lower, where)
 

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from lora_diag.deltas import Delta
+from lora_diag.deltas import Delta, footprint
 from lora_diag.diagnostics.change import Change, load_change, on_device
 from lora_diag.diagnostics.left_out import not_finite
+from lora_diag.diagnostics.metric import Weighed, Weighting, weigh
 from lora_diag.diagnostics.resolution import resolution
 from lora_diag.linalg import Factors, resolve_device
 from lora_diag.metrics import (
@@ -52,22 +53,53 @@ class SpectrumSettings:
     device: str = "auto"
 
 
-def spectrum(delta: Delta, settings: SpectrumSettings) -> Spectrum | LeftOut:
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """One layer's update, and what it is weighed by; None for the plain metric."""
+
+    delta: Delta
+    weighting: Weighting | None = None
+
+    @property
+    def layer(self) -> str:
+        """The weight's name in BASE."""
+        return self.delta.layer
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``(out, in)``."""
+        return self.delta.shape
+
+
+def size(layer: Layer) -> int:
+    """Return about how many bytes measuring a layer takes: ΔW, and what the metric of the data adds."""
+    order = layer.weighting.order if layer.weighting else 0
+    return footprint(layer.delta) + 8 * order * (4 * order + 3 * max(layer.shape))
+
+
+def spectrum(delta: Delta, settings: SpectrumSettings, weighting: Weighting | None = None) -> Spectrum | LeftOut:
     """Measure one ΔW.
 
     Args:
         delta: The layer.
         settings: What is asked.
+        weighting: Second moments of the layer's input, and of the gradient by its output; None for the plain metric.
 
     Returns:
         Its spectrum, or, where ΔW is not finite, a ``left_out`` record with the place of the first bad entry.
     """
-    (change, factors), fallback = on_device(partial(_compute, delta, settings), resolve_device(settings.device))
+    compute = partial(_compute, delta, settings, weighting)
+    (change, factors, weighed), fallback = on_device(compute, resolve_device(settings.device))
     if factors is None:
         return not_finite(delta, change)
     factors = replace(factors, method=factors.method + fallback)
-    seen = resolution(change.rounding, delta.shape, factors.s.numpy(), factors.fro, factors.complete)
-    return record_of(delta.layer, delta.shape, delta.dtypes, change.base_fro, factors, settings.ranks, seen)
+    gains = weighed.gains if weighed else None
+    seen = resolution(change.rounding, delta.shape, factors.s.numpy(), factors.fro, factors.complete, gains)
+    record = record_of(delta.layer, delta.shape, delta.dtypes, change.base_fro, factors, settings.ranks, seen)
+    if weighed is None or weighting is None:
+        return record
+    metric = "kfac" if weighting.gradients else "data"
+    return record.model_copy(update={"metric": metric, "weights_fro": weighed.plain_fro})
 
 
 def record_of(
@@ -113,15 +145,22 @@ def record_of(
     )
 
 
-def _compute(delta: Delta, settings: SpectrumSettings, device: torch.device) -> tuple[Change, Factors | None]:
-    """Read ΔW and compute its singular values; None if it is not finite."""
-    change = load_change(delta, device)
+def _compute(
+    delta: Delta, settings: SpectrumSettings, weighting: Weighting | None, device: torch.device
+) -> tuple[Change, Factors | None, Weighed | None]:
+    """Read ΔW, weigh it, and compute its singular values; None if it is not finite."""
+    change, weighed = load_change(delta, device), None
     if change.non_finite is not None:
-        return change, None
+        return change, None, None
+    if weighting is not None:
+        weighed = weigh(change, delta, weighting, device)
+        change = weighed.change
     factors = change.decompose(settings.method, settings.top, tol=settings.tol, seed=settings.seed)
     if not math.isfinite(factors.fro):
-        return replace(change, non_finite="the product of its factors overflows float64"), None
-    return change, factors
+        return replace(change, non_finite="the product of its factors overflows float64"), None, None
+    if weighed is not None:
+        factors = replace(factors, energy_error=min(1.0, factors.energy_error + weighed.error))
+    return change, factors, weighed
 
 
 def _nine_digits(s: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -7,11 +7,12 @@ torch, no names and no files.
 from lora_diag.metrics.distance import Distances, distances, limit, pooled
 from lora_diag.metrics.effective_rank import effective_rank, stable_rank
 from lora_diag.metrics.energy import energy_curve, rank_at
-from lora_diag.metrics.resolution import noise_edge, signal_rank, verdict
+from lora_diag.metrics.resolution import Gain, noise_edge, signal_rank, verdict
 from lora_diag.metrics.truncation import truncation_error
 
 __all__ = [
     "Distances",
+    "Gain",
     "distances",
     "effective_rank",
     "energy_curve",

@@ -17,16 +17,24 @@ Verdict = Literal["resolved", "floor-limited", "unresolved"]
 RESOLVED, UNRESOLVED = 0.01, 0.5
 
 
-def noise_edge(variance: float, shape: tuple[int, int]) -> float:
+Gain = tuple[float, float]
+
+
+def noise_edge(variance: float, shape: tuple[int, int], gains: tuple[Gain, Gain] | None = None) -> float:
     """Return σ̄(√m + √n): where the singular values of an m×n matrix of independent errors of variance σ̄² end.
 
-    Reference: Davidson and Szarek 2001, theorem II.13 (Gaussian entries; the same limit for any, Bai and Yin 1993).
+    Between two matrices S and T, of which ``gains`` are ‖·‖_F and ‖·‖_2, the errors SET end by σ̄(‖S‖_2‖T‖_F +
+    ‖S‖_F‖T‖_2) in expectation (Chevet 1978): an upper bound, sharp for S = T = 1.
+
+    Reference: Davidson and Szarek 2001, theorem II.13 (Gaussian entries; the same limit for any, Bai and Yin 1993);
+    Vershynin 2018, High-Dimensional Probability, theorem 8.7.1 (Chevet's inequality).
 
     Example:
-        >>> noise_edge(4.0, (9, 16))
-        14.0
+        >>> noise_edge(4.0, (9, 16)), noise_edge(4.0, (9, 16), ((3.0, 1.0), (2.0, 0.5)))
+        (14.0, 7.0)
     """
-    return math.sqrt(variance) * (math.sqrt(shape[0]) + math.sqrt(shape[1]))
+    (s_fro, s_top), (t_fro, t_top) = gains or ((math.sqrt(shape[0]), 1.0), (math.sqrt(shape[1]), 1.0))
+    return math.sqrt(variance) * (s_top * t_fro + s_fro * t_top)
 
 
 def signal_rank(s: NDArray[np.float64], edge: float, complete: bool) -> int | None:

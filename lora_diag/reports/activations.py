@@ -53,6 +53,9 @@ def _lines(recorded: Activations) -> list[tuple[str, str]]:
             f"{sums} of them are given an input of their own, the others share one",
         ),
     ]
+    if recorded.gradients:
+        whose = {"data": "the text's own labels", "model": "labels drawn from the model"}[recorded.gradients]
+        told.append(("Gradients", f"G = E[ggᵀ] of the loss's gradient by each output is in it, too; {whose}"))
     if few:
         told.append(("Warning", _too_few(few)))
     told.append(("Read it so", "directions = tr(C)²/‖C‖_F²: few where a mean or an outlier makes up most of ‖x‖²"))

@@ -36,6 +36,7 @@ REASONS = {
     "saved": "saved in full",
     "unreadable": "unreadable",
     "not_in_model": "that the model does not use",
+    "no_activations": "without activations",
 }
 
 

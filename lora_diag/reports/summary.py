@@ -20,6 +20,21 @@ from lora_diag.results.names import part_of
 LOW_RANK, PARTLY = 0.9, 0.5
 
 
+METRICS = {
+    "data": "the data's, not the weights': energies are those of ΔW·C^½ with C = E[xxᵀ] of each layer's input, so "
+    "Σσ² = E‖ΔW x‖², the mean square change of the layer's output on that text",
+    "kfac": "K-FAC's, not the weights': energies are those of G^½·ΔW·C^½ with C = E[xxᵀ] of each layer's input and G = "
+    "E[ggᵀ] of the loss's gradient by its output, so Σσ² estimates E⟨∇ℓ, ΔW⟩²",
+}
+
+# What ‖ΔW‖ and ‖W‖ are called in each metric.
+NORMS = {
+    "weights": ("‖ΔW‖", "‖W‖"),
+    "data": ("‖ΔW·C^½‖", "‖W·C^½‖"),
+    "kfac": ("‖G^½·ΔW·C^½‖", "‖G^½·W·C^½‖"),
+}
+
+
 def summary(results: Results[Spectrum], then: str | None = None) -> Table:
     """Return the summary as a two-column grid: a word, and the sentence that answers it."""
     return answers(summary_lines(results), _style, then)
@@ -35,6 +50,8 @@ def summary_lines(results: Results[Spectrum]) -> list[tuple[str, str]]:
     """Return the summary's words and the sentences that answer them."""
     moved, ranks = _moving(results), results.run.settings["ranks"]
     lines = [("Compared", _compared(results))]
+    if metric := METRICS.get(next((record.metric for record in results), "weights")):
+        lines.append(("Metric", metric))
     if stacked := [record for record in moved if record.stack is not None]:
         lines += gradient_lines(stacked)
         lines += [line for line in _ranks_needed(moved, ranks) if not line[1].startswith("yes: rounding")]
@@ -42,7 +59,7 @@ def summary_lines(results: Results[Spectrum]) -> list[tuple[str, str]]:
         lines.append(("Moved", _moved(results, moved)))
         if moved:
             lines += _ranks_used(moved) if _is_factored(moved) else _ranks_needed(moved, ranks)
-    if coverage := _coverage(results):
+    if not metric and (coverage := _coverage(results)):
         lines.append(("Where", coverage))
     lines.append(("Left out", left_out_line(results.left_out)))
     return [*lines, *last_lines(results)]
@@ -100,10 +117,11 @@ def _nothing_moved(results: Results[Spectrum]) -> str:
 def _how_far(records: Sequence[Spectrum], over: str) -> str:
     total = math.hypot(*(record.fro for record in records))
     ratios = {record.layer: ratio for record in records if (ratio := record.relative) is not None}
+    update, weights = NORMS[records[0].metric]
     if not ratios:
-        return f"‖ΔW‖ = {number(total)} {over}"
+        return f"{update} = {number(total)} {over}"
     base = math.hypot(*(record.base_fro or 0.0 for record in records))
-    lines = [f"‖ΔW‖/‖W‖ = {number(total / base)} {over}"]
+    lines = [f"{update}/{weights} = {number(total / base)} {over}"]
     if len(ratios) > 1:
         most, least = max(ratios, key=ratios.__getitem__), min(ratios, key=ratios.__getitem__)
         lines.append(f"most {number(ratios[most])} in {short(most)}")
@@ -150,14 +168,14 @@ def _files(moved: Sequence[Spectrum]) -> str:
     counts: Counter[str] = Counter(record.resolution.verdict for record in moved)
     shares = [(record.resolution.noise_fro / record.fro) ** 2 for record in moved]
     if counts["resolved"] == len(moved):
-        return f"yes: rounding makes up {percent(max(shares))} of ‖ΔW‖² at most"
+        return f"yes: rounding makes up {percent(max(shares))} of {NORMS[moved[0].metric][0]}² at most"
     word = "no" if counts["unresolved"] > len(moved) / 2 else "partly" if counts["resolved"] else "limited"
     unchanged = max(record.resolution.unchanged or 0.0 for record in moved)
     still = f", up to {percent(unchanged)} of the entries are unchanged" if unchanged >= 0.01 else ""
     return (
         f"{word}: {_not_resolved(counts)}: rounding is expected to make up "
-        f"{percent(min(1.0, median(shares)))} of the median ‖ΔW‖²{still}; ranks beyond the signal rank count noise. "
-        "Measure the adapter, not its merge, or save the fine-tune in float32"
+        f"{percent(min(1.0, median(shares)))} of the median {NORMS[moved[0].metric][0]}²{still}; "
+        "ranks beyond the signal rank count noise. Measure the adapter, not its merge, or save the fine-tune in float32"
     )
 
 

@@ -59,13 +59,16 @@ def _columns(rows: Sequence[_Row], ranks: Sequence[int], wide: bool, per: str) -
     usual = [rank for rank in ranks if rank in {8, 16, 64}] or sorted({ranks[0], ranks[len(ranks) // 2], ranks[-1]})
     at = list(ranks)[:8] if wide else usual
 
+    weighed = any(record.metric != "weights" for row in rows for record in row.records)
+    moved = "moved" if weighed else "‖ΔW‖/‖W‖"
+
     def column(title: str, cell: Callable[[_Row], str | Text], justify: Literal["left", "right"] = "right") -> Column:
         return Column(title, tuple(map(cell, rows)), justify)
 
     columns = [
         column("n", lambda row: str(len(row.records))),
         column("shape", lambda row: shape_of(record.shape for record in row.records)),
-        column("‖ΔW‖/‖W‖", _moved),
+        column(moved, _moved),
         *(column(f"C({rank})", partial(_energy, rank)) for rank in at),
         column("r@90%", partial(_rank_at, "0.9")),
         column("signal", _signal),
@@ -78,7 +81,7 @@ def _columns(rows: Sequence[_Row], ranks: Sequence[int], wide: bool, per: str) -
     ]
     left_out = set() if wide else {"shape", "r@95%", "r@99%", "stable", "eff."}
     left_out |= {"n", columns[-1].title} if per == "layer" else set()
-    left_out |= {"‖ΔW‖/‖W‖"} if any(record.stack for row in rows for record in row.records) else set()
+    left_out |= {moved} if any(record.stack for row in rows for record in row.records) else set()
     return [column for column in columns if column.title not in left_out]
 
 

@@ -35,6 +35,8 @@ class Probe(Record):
             not clamped; null where TUNED's loss is that of BASE.
         energy: Share of ‖ΔW‖² of the truncated layers that rank r keeps, C(r) over all of them; null elsewhere.
         distance: ‖z_tuned − z‖ / ‖z_tuned − z_base‖ over all logits z.
+        hidden: The same of the hidden states of every token at each depth: the embeddings, then behind each block, as
+            transformers gives them; null at a depth where BASE and TUNED agree, and where none were taken.
         kl: Mean KL(p_tuned ‖ p) over the predictions, in nats.
         agreement: Share of the predictions whose most likely token is TUNED's.
         train_loss: Mean loss over the last tenth of a sweep's steps.
@@ -73,6 +75,7 @@ class Probe(Record):
     kl: float | None = None
     agreement: Share | None = None
     train_loss: float | None = None
+    hidden: tuple[float | None, ...] | None = None
 
     @property
     def nats(self) -> float:

@@ -53,8 +53,11 @@ class Stack(Record):
     other_rank_at: dict[str, int | None] | None
 
 
+Metric = Literal["weights", "data", "kfac"]
+
+
 class Spectrum(Record):
-    """The singular values of one ΔW and what follows from them.
+    """The singular values of one ΔW and what follows from them; of ΔW·C^½ or G^½·ΔW·C^½ in another ``metric``.
 
     Args:
         layer: The weight's name in BASE; one matrix of a stack is ``name[3]``.
@@ -74,6 +77,11 @@ class Spectrum(Record):
         resolution: What the files' rounding lets one see.
         source: ``update``; or ``gradients``, where ΔW stands for the gradients of several steps, stacked.
         stack: Which gradients; null for an update.
+        metric: What an energy means. ``weights``: ‖ΔW‖_F². ``data``: E‖ΔW x‖² = ‖ΔW·C^½‖_F² with C = E[xxᵀ] of the
+            layer's input, the mean square of what the update changes in the layer's output. ``kfac``:
+            ‖G^½·ΔW·C^½‖_F² with G = E[ggᵀ] of the loss's gradient by that output. All fields are in this metric: s,
+            fro, base_fro (‖W_base·C^½‖_F), tail and the norms of ``resolution``.
+        weights_fro: ‖ΔW‖_F in another metric than ``weights``; null in that.
     """
 
     record: Literal["spectrum"] = "spectrum"
@@ -94,10 +102,12 @@ class Spectrum(Record):
     resolution: Resolution
     source: Literal["update", "gradients"] = "update"
     stack: Stack | None = None
+    metric: Metric = "weights"
+    weights_fro: float | None = None
 
     @property
     def relative(self) -> float | None:
-        """‖ΔW‖_F / ‖W_base‖_F; None without a base, or where it is zero."""
+        """‖ΔW‖ / ‖W_base‖ in the metric; None without a base, or where it is zero."""
         return self.fro / self.base_fro if self.base_fro else None
 
     @property

@@ -1,6 +1,7 @@
 """Second moments C = E[xxᵀ] of the inputs of linear layers, summed up while a model reads a text.
 
-Sums are float64. Layers that are given one and the same tensor, such as query, key and value, share one sum.
+Sums are float64. Layers that are given one and the same tensor, such as query, key and value, share one sum. With
+gradients, G = E[ggᵀ] of the gradient g of a sequence's loss by each output of a layer, too.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from lora_diag.errors import InputError
 from lora_diag.training.data import Sequence, Texts
+from lora_diag.training.gradients import Draw, backward
 from lora_diag.training.losses import logits_of
 from lora_diag.training.models import Model
 
@@ -58,23 +60,36 @@ def inputs_of(layer: nn.Module) -> int:
     return weight.shape[1] if isinstance(layer, nn.Linear) else weight.shape[0]
 
 
+def outputs_of(layer: nn.Module) -> int:
+    """Return how many numbers an output of a linear layer has."""
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    return weight.shape[0] if isinstance(layer, nn.Linear) else weight.shape[1]
+
+
 class Listener:
     """Adds up xxᵀ of every input of chosen layers.
 
     Args:
         layers: By name.
+        gradients: Whether to add up ggᵀ of the gradient by every output, too.
 
     Attributes:
         moments: What was added up, by the name of the first layer that shares it.
+        outputs: Σ ggᵀ, by the name of the layer.
     """
 
-    def __init__(self, layers: dict[str, nn.Module]) -> None:
+    def __init__(self, layers: dict[str, nn.Module], gradients: bool = False) -> None:
         self.moments: dict[str, Moment] = {}
+        self.outputs: dict[str, Moment] = {}
         self._leader: dict[str, str] = {}
         self._input: dict[str, Any] = {}
         self._hooks = [
             layer.register_forward_pre_hook(self._hook(name), with_kwargs=True) for name, layer in layers.items()
         ]
+
+        if gradients:
+            self._hooks += [layer.register_forward_hook(self._output_hook(name)) for name, layer in layers.items()]
 
     def close(self) -> None:
         """Stop listening."""
@@ -90,6 +105,21 @@ class Listener:
             self._take(name, args[0] if args else next(iter(kwargs.values())))
 
         return hook
+
+    def _output_hook(self, name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+            if output.requires_grad:
+                output.register_hook(lambda gradient: self._take_gradient(name, gradient))  # type: ignore[no-untyped-call]
+
+        return hook
+
+    def _take_gradient(self, name: str, gradient: Tensor) -> None:
+        size = gradient.shape[-1]
+        if name not in self.outputs:
+            self.outputs[name] = Moment([name], torch.zeros(size, size, dtype=torch.float64, device=gradient.device))
+        rows = gradient.detach().reshape(-1, size).to(torch.float64)
+        self.outputs[name].total.addmm_(rows.T, rows)
+        self.outputs[name].rows += len(rows)
 
     def _take(self, name: str, x: Tensor) -> None:
         if name not in self._leader:
@@ -110,8 +140,14 @@ class Listener:
         self.moments[name].rows += len(rows)
 
 
-@torch.no_grad()
-def record(model: Model, texts: Texts, layers: dict[str, nn.Module], size: int, after: Callable[[], None]) -> Listener:
+def record(
+    model: Model,
+    texts: Texts,
+    layers: dict[str, nn.Module],
+    size: int,
+    after: Callable[[], None],
+    draw: Draw | None = None,
+) -> Listener:
     """Let a model read a text and return the second moments of its layers' inputs.
 
     Args:
@@ -120,12 +156,17 @@ def record(model: Model, texts: Texts, layers: dict[str, nn.Module], size: int, 
         layers: Of ``linear_layers``, those wanted.
         size: Sequences in a batch.
         after: Called after every batch.
+        draw: Also add up the gradients by the outputs, of the loss against these labels.
     """
-    listener = Listener(layers)
+    listener = Listener(layers, draw is not None)
     try:
         for chosen in equal_batches(texts, size):
             listener.next_batch()
-            logits_of(model, chosen)
+            if draw is None:
+                with torch.no_grad():
+                    logits_of(model, chosen)
+            else:
+                backward(model, chosen, draw)
             after()
     finally:
         listener.close()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, cast
 
 import typer
 
@@ -17,6 +17,11 @@ def activations(
     base: shared.Base,
     data: Annotated[Path, typer.Option("--data", metavar="FILE", help="Text or JSONL of the kind the model will see.")],
     output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="New safetensors file.")],
+    gradients: Annotated[
+        bool, typer.Option("--gradients", help="Also E[gg^T] of the outputs' gradients, for spectrum --kfac.")
+    ] = False,
+    labels: shared.Labels = "data",
+    seed: shared.LabelSeed = 0,
     layers: options.Layers = None,
     exclude: options.Exclude = None,
     length: shared.Length = None,
@@ -29,7 +34,7 @@ def activations(
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Which inputs do the layers get on your text? C = E[xx^T] of each, which residual --activations measures in.
+    """Which inputs do the layers get on your text? C = E[xx^T] of each, for the --activations of other commands.
 
     Example: loradiag probe activations base/ --data text.txt -o activations.safetensors
     """
@@ -42,6 +47,9 @@ def activations(
             base,
             data,
             output,
+            gradients=gradients,
+            labels=cast(Any, labels),
+            seed=seed,
             layers=layers,
             exclude=exclude,
             length=length,
@@ -56,5 +64,6 @@ def activations(
     if json:
         result(recorded.model_dump_json())
     elif not quiet:
-        then = f"loradiag residual {shlex.quote(str(base))} TUNED ADAPTER --activations {shlex.quote(str(output))}"
+        kfac = " --kfac" if gradients else ""
+        then = f"loradiag spectrum {shlex.quote(str(base))} TUNED --activations {shlex.quote(str(output))}{kfac}"
         result(activations_table(recorded, *terminal(), per=per, then=then))

@@ -22,6 +22,8 @@ MaxSequences = Annotated[int | None, typer.Option(metavar="N", help="Use the fir
 Tokenizer = Annotated[str, typer.Option(metavar="auto|bytes|DIR", help="Of BASE; UTF-8 bytes; or of a folder.")]
 Dtype = Annotated[str, typer.Option(metavar="float32|bfloat16|float16", help="Of the weights while they run.")]
 Device = Annotated[str, typer.Option(metavar="auto|cpu|cuda[:i]", help="Where to run the model.")]
+Labels = Annotated[str, typer.Option(metavar="data|model", help="Of the loss: the text's own, or the model's draws.")]
+LabelSeed = Annotated[int, typer.Option("--seed", metavar="N", help="Seed of labels drawn from the model.")]
 
 
 def noted(quiet: bool) -> Callable[[str], None] | None:

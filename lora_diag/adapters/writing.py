@@ -25,7 +25,7 @@ from lora_diag.adapters.source import CONFIG
 from lora_diag.adapters.writing_targets import Target
 from lora_diag.checkpoints import TensorInfo, open_checkpoint
 from lora_diag.checkpoints.writing import write_safetensors
-from lora_diag.errors import InputError
+from lora_diag.files import write_whole
 
 if TYPE_CHECKING:
     import torch
@@ -120,11 +120,7 @@ def write_adapter(folder: Path, parts: Sequence[Part], values: Sequence[Value], 
         tensors[key], readers[key] = TensorInfo(key, value.info.shape, value.info.dtype), value.read
     config = adapter_config({module: module_rank(group) for module, group in groups.items()}, parts, values, described)
     write_safetensors(folder / WEIGHTS, tensors, lambda key: readers[key](), {"format": "pt"})
-    try:
-        text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False)
-        (folder / CONFIG).write_text(text + "\n", encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"{folder / CONFIG}: cannot be written: {error.strerror}") from error
+    write_whole(folder / CONFIG, json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
 
 
 def store_factors(file: Path, b: torch.Tensor, a: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -15,14 +15,16 @@ from lora_diag.api.extract_plan import plan
 from lora_diag.api.extract_ranks import Asked, ranks_for
 from lora_diag.api.fingerprint import legible
 from lora_diag.api.inputs import compare
-from lora_diag.api.measuring import Progress, Watch, check_running, layout_of, measure_layers
+from lora_diag.api.measuring import Progress, Watch, check_running, layout_of, measure_layers, place
 from lora_diag.api.spectrum import spectrum
-from lora_diag.checkpoints import open_checkpoint
+from lora_diag.checkpoints import as_path, open_checkpoint
+from lora_diag.checkpoints.hub import loadable
 from lora_diag.deltas import Delta, FactoredDelta, footprint
 from lora_diag.diagnostics.extraction import DTYPES, ExtractionSettings, Layer
 from lora_diag.diagnostics.extraction import extract as factor
+from lora_diag.engines import Ray
 from lora_diag.errors import InputError, LoradiagError, NothingComparedError, UsageError
-from lora_diag.linalg import check_request, resolve_device
+from lora_diag.linalg import check_request
 from lora_diag.planning.amounts import read_count
 from lora_diag.reports.extraction import model_card
 from lora_diag.results import AnyRecord, Extraction, LeftOut, Results, ResultsWriter, Run, RunInput, Spectrum
@@ -54,6 +56,7 @@ def extract(
     device: str = "auto",
     seed: int = 0,
     workers: int | None = None,
+    engine: Ray | None = None,
     overwrite: bool = False,
     resume: bool = False,
     on_progress: Callable[[Progress], None] | None = None,
@@ -85,6 +88,7 @@ def extract(
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:1``.
         seed: Of the random starts of ``krylov``.
         workers: Layers at once; by default as many as fit into memory.
+        engine: A Ray cluster to measure on, whose workers write factors to ``output``; None for this machine alone.
         overwrite: Replace an adapter that is in ``output``.
         resume: Go on with an interrupted extraction.
         on_progress: Called at the start and after every layer.
@@ -113,9 +117,10 @@ def extract(
     asked.check()
     _check_words(split, dtype, rest)
     check_request(method, 1, tol)
-    settings = ExtractionSettings(dtype, split, method, tol, seed, device)
+    where = place(engine, device)
+    settings = ExtractionSettings(dtype, split, method, tol, seed, where.tasks)
     check_running(workers, seed)
-    on = resolve_device(device)
+    base, tuned = as_path(base), as_path(tuned)
     folder = OutputFolder(Path(output), (base, tuned), overwrite, resume)
     compared = compare(base, tuned, layers, exclude, allow_unmatched)
     planned = plan(open_checkpoint(base), tuned, compared.pairing, rest == "save")
@@ -131,13 +136,14 @@ def extract(
             device=device,
             seed=seed,
             workers=workers,
+            engine=engine,
             output=folder.spectra,
             resume=folder.spectra.exists(),
             on_progress=on_progress,
         )
 
     try:
-        rules = ranks_for(asked, planned.targets, spectra)
+        rules = {} if folder.whole else ranks_for(asked, planned.targets, spectra)
     except UsageError as error:
         if not folder.spectra.exists():
             raise
@@ -145,7 +151,7 @@ def extract(
     tasks = [
         Layer(_without_base(delta), target.module, target.kind, target.transposed, rules[delta.layer])
         for delta in compared.pairing.deltas
-        if (target := planned.targets.get(delta.layer)) is not None
+        if (target := planned.targets.get(delta.layer)) is not None and not folder.whole
     ]
     files = {task.layer: folder.factors(index) for index, task in enumerate(tasks)}
     run = Run(
@@ -161,29 +167,31 @@ def extract(
             "exclude": exclude,
             "method": method,
             "tol": tol,
-            "device": on.type,
+            "device": where.kind,
             "seed": seed,
         },
     )
-    layout = layout_of(tasks, workers, on.type)
+    layout = layout_of(tasks, workers, where.kind)
     folder.open()
     with ResultsWriter[Extraction](folder.records, run, resume) as writer:
         results = measure_layers(
             writer,
             tasks,
             partial(_one_layer, files=files, settings=settings),
-            lambda: planned.left_out(layout, device),
+            lambda: planned.left_out(layout, where.here),
             layout,
             lambda task: footprint(task.delta),
             Watch(on_progress, on_record),
+            engine,
         )
-    if not results.layers:
-        folder.discard()
-        raise _nothing(tuned, results)
-    name = base_name or legible(Path(base).parent if Path(base).is_file() else base)
-    planned.write(folder.work, results, files, name)
-    command = [*map(legible, ("loradiag", "extract", base, tuned)), *asked.words().split(" ", 1), *_options(run)]
-    folder.finish(model_card(results, name, shlex.join([*command, "-o", legible(output)])))
+        if not results.layers:
+            folder.discard()
+            raise _nothing(tuned, results)
+        name = base_name or loadable(legible(base.parent if base.is_file() else base))
+        if not folder.whole:
+            planned.write(folder.work, results, files, name)
+        command = [*map(legible, ("loradiag", "extract", str(base), str(tuned))), *asked.words().split(" ", 1), *_options(run)]
+        folder.finish(model_card(results, name, shlex.join([*command, "-o", legible(output)])))
     return results
 
 

@@ -1,7 +1,8 @@
 """Where ``extract`` writes: a folder that grows beside the target and takes its place when it is whole.
 
 While it grows, ``NAME.part`` holds the records measured so far and the factors of each layer in a file of its own, so
-that an interrupted extraction goes on behind the last layer. Nothing that this command did not write is ever removed.
+that an interrupted extraction goes on behind the last layer. The model card comes last: with it, the adapter is whole.
+Nothing that this command did not write is ever removed.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lora_diag.errors import InputError, UsageError
+from lora_diag.files import lock, sync, write_whole
 
 WEIGHTS, CONFIG, CARD, RECORDS = "adapter_model.safetensors", "adapter_config.json", "README.md", "extraction.jsonl"
 FACTORS, SPECTRA = "factors", "spectra.jsonl"
@@ -27,6 +29,10 @@ class OutputFolder:
         overwrite: Whether an adapter that is there may be replaced.
         resume: Whether to go on with what an interrupted extraction left beside it.
 
+    Attributes:
+        finished: It was interrupted when all was done: only its records are to be told.
+        whole: Its files are all written, if perhaps not yet in their place.
+
     Raises:
         UsageError: Something is there that would be lost.
         InputError: The folder cannot be created.
@@ -36,6 +42,10 @@ class OutputFolder:
         self.final = Path(os.path.realpath(final))
         self.work = self.final.with_name(f"{self.final.name}.part")
         self._overwrite, self._resume = overwrite, resume
+        self.finished = resume and not overwrite and not self.work.exists() and (self.final / RECORDS).is_file()
+        if self.finished:
+            self.work = self.final
+        self.whole = resume and (self.work / CARD).is_file() and (self.work / RECORDS).is_file()
         if any(os.path.realpath(path) == str(self.final) for path in inputs):
             raise UsageError(f"{final}: is an input; give -o another folder")
         self._check_final()
@@ -56,7 +66,7 @@ class OutputFolder:
             return
         if not self.final.is_dir():
             raise UsageError(f"{self.final}: is a file; give -o the name of a folder for the adapter")
-        if any(self.final.iterdir()):
+        if any(self.final.iterdir()) and not self.finished:
             if not self._overwrite:
                 raise UsageError(f"{self.final}: is not empty; choose another folder, or replace it with --overwrite")
             _check_ours(self.final)
@@ -76,9 +86,18 @@ class OutputFolder:
         return self.work / FACTORS / f"{index:06d}.safetensors"
 
     def open(self) -> None:
-        """Create the folder beside the target, if this was not done before."""
+        """Create the folder beside the target, if this was not done before.
+
+        Raises:
+            UsageError: Another process is writing what is in the way.
+            InputError: It cannot be created.
+        """
+        if self.whole:
+            return
         try:
             if self.work.exists() and not self._resume:
+                for file in filter(Path.exists, (self.records, self.spectra)):
+                    os.close(lock(file))
                 shutil.rmtree(self.work)
             self._resume = True
             (self.work / FACTORS).mkdir(parents=True, exist_ok=True)
@@ -90,15 +109,22 @@ class OutputFolder:
         shutil.rmtree(self.work, ignore_errors=True)
 
     def finish(self, card: str) -> None:
-        """Put the finished folder in its place, without the files that only resuming needs."""
+        """Put the finished folder in its place, without the files that only resuming needs.
+
+        Raises:
+            InputError: It cannot be put there.
+        """
+        if self.finished:
+            return
         old = self.final.with_name(f".{self.final.name}.{os.getpid()}")
         try:
-            (self.work / CARD).write_text(card, encoding="utf-8")
-            shutil.rmtree(self.work / FACTORS)
+            write_whole(self.work / CARD, card)
+            shutil.rmtree(self.work / FACTORS, ignore_errors=True)
             self.spectra.unlink(missing_ok=True)
             if self.final.exists():
                 self.final.rename(old)
             self.work.rename(self.final)
+            sync(self.final.parent)
         except OSError as error:
             if old.exists() and not self.final.exists():
                 old.rename(self.final)

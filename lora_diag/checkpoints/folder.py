@@ -151,7 +151,7 @@ def _open_shards(index: Path) -> tuple[list[SafetensorsFile | TorchFile], tuple[
         # The *name* must be plain; a plain name may still be a link into a hub cache.
         if shard in {"", ".", ".."} or "/" in shard or "\\" in shard or "\0" in shard:
             raise InputError(f"{index}: the shard {shard!r} is not a plain file name inside the folder; refused")
-        if not (index.parent / shard).is_file():
+        if not _is_file(index.parent / shard):
             raise InputError(f"{index}: the shard {shard} is missing from {index.parent}; copy or download it again")
         paths[shard] = index.parent / shard
     opened = (
@@ -166,6 +166,14 @@ def _open_shards(index: Path) -> tuple[list[SafetensorsFile | TorchFile], tuple[
     for shard, file in files.items():
         file.tensors = {name: info for name, info in file.tensors.items() if weight_map.get(name) == shard}
     return list(files.values()), notes
+
+
+def _is_file(path: Path) -> bool:
+    """Say whether a file is there; False also for names that no file can have."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
 
 
 def _weight_map(index: Path) -> dict[str, str]:

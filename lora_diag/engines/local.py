@@ -11,12 +11,21 @@ from typing import TypeVar
 
 import torch
 
+from lora_diag.errors import UsageError
+
 Task = TypeVar("Task")
 Record = TypeVar("Record")
 
 # What all layers at hand may take together, besides three float32 copies of the largest: with the program itself
 # (0.35 GiB, nearly all of it torch) that stays under 1 GiB and four copies.
 FLOOR_BYTES = 640 * 2**20
+
+# What the program itself takes, nearly all of it torch: 256 MiB when it has been imported, 270 once LAPACK ran, and up
+# to 40 more that freed blocks leave behind in every layer's thread (docs/memory.md).
+PROGRAM_BYTES = 352 * 2**20
+
+# The least that is worth planning with besides: reading two blocks and a matrix of 1024².
+LEAST_BYTES = 128 * 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,11 +40,22 @@ class Layout:
         cores: Cores in all.
         budget: Bytes that all layers at hand may take together.
         workers: Layers at once, if the user says so; else None.
+        limited: Whether a layer must not take more than there is room for: it is then computed in row blocks.
     """
 
     cores: int
     budget: int
     workers: int | None = None
+    limited: bool = False
+
+    @property
+    def limit(self) -> int | None:
+        """Bytes that one layer may take; None if it may take what it needs.
+
+        >>> Layout(8, 800, limited=True).limit, Layout(8, 800, workers=2, limited=True).limit, Layout(8, 800).limit
+        (800, 400, None)
+        """
+        return self.budget // (self.workers or 1) if self.limited else None
 
     def threads(self, footprint: int) -> int:
         """Return the number of cores for a layer that takes ``footprint`` bytes.
@@ -48,16 +68,28 @@ class Layout:
         return min(self.cores, max(1, math.ceil(self.cores * footprint / self.budget)))
 
 
-def layout_for(largest: int, workers: int | None = None, device: str = "cpu") -> Layout:
+def layout_for(largest: int, workers: int | None = None, device: str = "cpu", memory: int | None = None) -> Layout:
     """Return how this machine is shared.
 
     Args:
         largest: Entries of the largest matrix.
         workers: Layers at once, or None to choose.
         device: Where matrices are computed. On a GPU two layers are at hand: one is read while one is computed.
+        memory: Bytes that the whole program may take; None for what the largest matrix needs.
+
+    Raises:
+        UsageError: So little memory that not even the program fits.
     """
     cores = torch.get_num_threads()
-    return Layout(cores, FLOOR_BYTES + 3 * 4 * largest, workers or (2 if device == "cuda" else None))
+    workers = workers or (2 if device == "cuda" else None)
+    if memory is None:
+        return Layout(cores, FLOOR_BYTES + 3 * 4 * largest, workers)
+    budget = memory - PROGRAM_BYTES
+    if budget < LEAST_BYTES * (workers or 1):
+        least = math.ceil((PROGRAM_BYTES + LEAST_BYTES * (workers or 1)) / 1e6)
+        program = f"the program alone takes {PROGRAM_BYTES / 1e6:.0f} MB"
+        raise UsageError(f"--memory {memory / 1e6:.0f}MB: {program}; give {least}MB or more")
+    return Layout(cores, budget, workers, limited=True)
 
 
 def run_local(
@@ -78,7 +110,8 @@ def run_local(
     pending: deque[Future[Record]] = deque()
     running: dict[Future[Record], int] = {}
     before = torch.get_num_threads()
-    pool = ThreadPoolExecutor(max_workers=most, thread_name_prefix="layer")
+    pool = ThreadPoolExecutor(max_workers=most, thread_name_prefix="layer")  # a name that cli/main.py knows
+    patient = True
     try:
         for task in tasks:
             threads = layout.threads(footprint(task))
@@ -92,8 +125,11 @@ def run_local(
             running[future] = threads
         while pending:
             yield pending.popleft().result()
+    except (KeyboardInterrupt, GeneratorExit):
+        patient = False  # a large matrix may take minutes more, and nobody wants it any longer
+        raise
     finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+        pool.shutdown(wait=patient, cancel_futures=True)
         torch.set_num_threads(before)
 
 

@@ -190,82 +190,45 @@ def pages(rng: random.Random, whole: Path, at: Path) -> list[str]:
     return rng.choice([["plot", "r.jsonl", "-o", "figures"], ["report", "r.jsonl", "-o", "out.html", "-q"]])
 
 
-OPTIONS = [
-    "--layers",
-    "--exclude",
+SHARED = ("--layers", "--exclude", "--device", "--workers", "--per", "-o", "--json", "--resume", "--verify", "-q")
+OF_SOME = (
     "--ranks",
     "--top",
     "--tol",
     "--method",
-    "--device",
     "--seed",
-    "--workers",
-    "--per",
-    "-o",
-    "--json",
-    "--resume",
-    "--verify",
-    "-q",
     "--rank",
     "--energy",
     "--params",
     "--total-rank",
     "--weights",
+)
+OF_ONE = (
     "--density",
     "--epsilon",
-    "--window",
     "--reference",
-    "--allow-unmatched",
-    "--",
-    "--help",
     "--policy",
-    "--baseline",
-    "--ratchet",
     "--junit",
     "--figure",
     "--format",
     "--label",
     "--adapters",
+)
+OPTIONS = (
+    *SHARED,
+    *OF_SOME,
+    *OF_ONE,
     "--gradients",
-    "--nope",
     "--overwrite",
     "--split",
     "--dtype",
-    "--rest",
     "--signal",
-]
-COMMANDS = [
-    *[
-        "spectrum",
-        "residual",
-        "overlap",
-        "interference",
-        "intruders",
-        "verify-merge",
-        "allocate",
-        "plan",
-        "extract",
-        "gate",
-    ],
-    *("inspect", "plot", "report", "probe", "nope", ""),
-]
-VALUES = [
-    "4,8",
-    "auto",
-    "cpu",
-    "exact",
-    "krylov",
-    "(",
-    "q_proj",
-    "out.jsonl",
-    "0.9",
-    "10M",
-    "2",
-    "type",
-    "layer",
-    "init",
-    "-",
-]
+    "--nope",
+    "--help",
+)
+MEASURING = ("spectrum", "residual", "overlap", "interference", "intruders", "verify-merge", "extract")
+COMMANDS = (*MEASURING, "allocate", "plan", "gate", "inspect", "plot", "report", "probe", "nope", "")
+VALUES = ("4,8", "auto", "exact", "krylov", "(", "q_proj", "out.jsonl", "0.9", "10M", "2", "type", "layer", "init", "-")
 
 
 def words(rng: random.Random, whole: Path, at: Path) -> list[str]:

@@ -99,9 +99,12 @@ def dump(value: Any) -> bytes:
 
 def damaged_json(content: bytes, rng: random.Random) -> bytes:
     """Damage a JSON file by its structure or, one time in three, by its bytes."""
+    try:
+        value = json.loads(content)
+    except ValueError:  # it was damaged before
+        return damaged_bytes(content, rng)
     if rng.random() < 0.33:
         return damaged_bytes(content, rng)
-    value = json.loads(content)
     for _ in range(rng.randint(1, 3)):
         value = damaged_value(value, rng)
     return dump(value)

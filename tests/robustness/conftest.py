@@ -1,0 +1,109 @@
+"""A command that dies of what a test asks for."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.conftest import ROOT, save_model
+from tests.robustness.material import adapters
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a command ended.
+
+    Args:
+        code: Its exit code; below zero, the signal that it died of.
+        out: Its standard output.
+        err: Its standard error.
+        steps: What it did to files.
+    """
+
+    code: int
+    out: str
+    err: str
+    steps: list[str]
+
+    def told(self, code: int) -> str:
+        """Return the one message of a command that ended with this code and nothing else to say."""
+        assert (self.code, "Traceback" in self.err) == (code, False), self
+        assert self.err.count("\n") == 1, self.err
+        return self.err
+
+
+class Commands:
+    """Runs commands in children of a process that has imported everything."""
+
+    def __init__(self, notes: Path) -> None:
+        self.notes = notes
+        self._server = subprocess.Popen(
+            [sys.executable, "-m", "tests.robustness.server"],
+            cwd=ROOT,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "NO_COLOR": "1", "COLUMNS": "100"},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def __call__(
+        self,
+        *words: Any,
+        cwd: Path,
+        at: int | None = None,
+        after: float | None = None,
+        signal: int = signal.SIGKILL,
+        **faults: Any,
+    ) -> Ended:
+        """Run a command to its end, or to the step ``at``, or for ``after`` seconds, and with faults of ``server``."""
+        assert self._server.stdin is not None
+        assert self._server.stdout is not None
+        files = {name: str(self.notes / name) for name in ("out", "err", "steps")}
+        job = {"words": [str(word) for word in words], "cwd": str(cwd), "at": at, "after": after, "signal": signal}
+        self._server.stdin.write(json.dumps({**job, **files, "faults": faults}) + "\n")
+        self._server.stdin.flush()
+        code = int(self._server.stdout.readline())
+        out, err, steps = (Path(files[name]).read_text() for name in ("out", "err", "steps"))
+        return Ended(code, out, err, steps.splitlines())
+
+    def close(self) -> None:
+        """Let the process end."""
+        self._server.communicate()
+
+
+@pytest.fixture(scope="session")
+def command(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Commands]:
+    commands = Commands(tmp_path_factory.mktemp("notes"))
+    yield commands
+    commands.close()
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with base, tuned, two adapters and gradients, where some numbers are not finite."""
+    folder = tmp_path_factory.mktemp("model")
+    rng = torch.Generator().manual_seed(0)
+    names = {f"model.layers.{index}.self_attn.q_proj.weight": (10, 8) for index in range(3)}
+    names |= {"model.norm.weight": (8,), "model.layers.3.self_attn.q_proj.weight": (10, 8)}
+    before = {name: torch.randn(shape, generator=rng) for name, shape in names.items()}
+    after = {name: value + 0.1 * torch.randn(value.shape, generator=rng) for name, value in before.items()}
+    save_model(folder / "base", before)
+    save_model(folder / "fine", after)
+    after["model.layers.3.self_attn.q_proj.weight"][0, 0] = float("nan")
+    save_model(folder / "tuned", after)
+    adapters(folder, before)
+    for step in (1, 2):
+        gradients = {name: torch.randn(shape, generator=rng) for name, shape in names.items() if len(shape) == 2}
+        if step == 2:
+            gradients["model.layers.1.self_attn.q_proj.weight"][2, 2] = float("inf")
+        saved = save_model(folder / "gradients", gradients) / "model.safetensors"
+        saved.rename(folder / "gradients" / f"grad_step{step}.safetensors")
+    return folder

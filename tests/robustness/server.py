@@ -1,0 +1,195 @@
+"""``python -m tests.robustness.server``: runs the command in children, each with a fault, as a test asks.
+
+Everything is imported once here; a child is a process of its own that runs ``main()`` to its end and dies of what is
+asked: SIGKILL or Ctrl-C at a step or after a time, a disk that is full, a file that cannot be read. Steps are what a
+process does to files below its folder: every opening for writing, renaming, removing, creating, truncating and locking,
+and every write to a results file, before it, in its middle and after it.
+"""
+
+import errno
+import fcntl
+import json
+import os
+import resource
+import signal
+import sys
+import threading
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import lora_diag.api.extract
+import lora_diag.api.interference
+import lora_diag.api.overlap
+import lora_diag.api.residual
+import lora_diag.results.writing
+from lora_diag.cli.main import main
+
+EVENTS = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "fcntl.flock"}
+
+
+def serve() -> None:
+    """Answer jobs, one a line, until there are no more."""
+    torch.set_num_threads(1)
+    for line in sys.stdin:
+        job = json.loads(line)
+        child = os.fork()
+        if child == 0:
+            _be_the_command(job)
+        if job.get("after") is not None:
+            time.sleep(job["after"])
+            os.kill(child, job["signal"])
+        _, status = os.waitpid(child, 0)
+        sys.stdout.write(f"{os.waitstatus_to_exitcode(status)}\n")
+        sys.stdout.flush()
+
+
+def _be_the_command(job: dict[str, Any]) -> None:
+    os.chdir(job["cwd"])
+    for number, name in ((0, os.devnull), (1, job["out"]), (2, job["err"])):
+        os.dup2(os.open(name, os.O_RDWR | os.O_CREAT | os.O_TRUNC), number)
+    sys.stdin = open(0)  # noqa: SIM115, PTH123
+    Steps(job)
+    for fault, value in job["faults"].items():
+        FAULTS[fault](value)
+    sys.argv = ["loradiag", *job["words"]]
+    code = 1
+    try:
+        main()
+    except SystemExit as stop:
+        code = stop.code if isinstance(stop.code, int) else 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        # To take torch apart, as Python does at its end, takes 0.7 s each time.
+        os._exit(code)
+
+
+class Steps:
+    """Counts what is done to files, and sends a signal at the step that is asked for."""
+
+    def __init__(self, job: dict[str, Any]) -> None:
+        self.log = os.open(job["steps"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        self.at, self.signal, self.seen = job.get("at"), job["signal"], 0
+        self.below = str(Path.cwd())
+        sys.addaudithook(self.audit)
+        whole = lora_diag.results.writing._write
+
+        def write(file: Any, content: bytes) -> None:
+            self.step("write")
+            if self.at == self.seen + 1:
+                file.write(content[: len(content) // 2])
+            self.step("half")
+            whole(file, content)
+            self.step("written")
+
+        lora_diag.results.writing._write = write
+
+    def audit(self, event: str, arguments: tuple[Any, ...]) -> None:
+        """Take part in what Python tells of itself."""
+        if event == "open":
+            path, _, flags = arguments
+            writes = flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
+            if writes and isinstance(path, str | bytes | os.PathLike) and self._ours(os.fsdecode(path)):
+                self.step("open")
+        elif event in EVENTS and (event == "fcntl.flock" or self._ours(os.fsdecode(arguments[0]))):
+            self.step(event)
+
+    def _ours(self, path: str) -> bool:
+        return os.path.abspath(path).startswith(self.below)  # noqa: PTH100
+
+    def step(self, name: str) -> None:
+        """Be at a step: note it, and die there if that is asked."""
+        self.seen += 1
+        os.write(self.log, f"{name}\n".encode())
+        if self.seen == self.at:
+            if self.signal == signal.SIGINT and threading.current_thread() is threading.main_thread():
+                signal.raise_signal(signal.SIGINT)
+            else:
+                os.kill(os.getpid(), self.signal)
+
+
+def _unreadable(call: int) -> None:
+    """Every read from the one of this number on fails, as on a broken disk."""
+    _at_read(call, lambda *_: (_ for _ in ()).throw(OSError(errno.EIO, os.strerror(errno.EIO))), lasting=True)
+
+
+def _shrinking(call: int) -> None:
+    """The file is cut when it is read for this time."""
+
+    def cut(descriptor: int, *rest: Any) -> int:
+        os.truncate(os.readlink(f"/proc/self/fd/{descriptor}"), 100)
+        return preadv(descriptor, *rest)
+
+    _at_read(call, cut)
+
+
+def _short(most: int) -> None:
+    """No read gives more than so many bytes."""
+    os.preadv = lambda descriptor, buffers, offset: preadv(descriptor, [buffers[0][:most]], offset)
+
+
+preadv = os.preadv
+
+
+def _at_read(call: int, what: Any, lasting: bool = False) -> None:
+    seen = 0
+
+    def read(*arguments: Any) -> int:
+        nonlocal seen
+        seen += 1
+        return what(*arguments) if seen == call or (lasting and seen > call) else preadv(*arguments)
+
+    os.preadv = read
+
+
+def _full(size: int) -> None:
+    """No file of this process may become larger."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+
+def _no_locks(number: int) -> None:
+    """The file system has no locks."""
+
+    def flock(*_: Any) -> None:
+        raise OSError(number, os.strerror(number))
+
+    fcntl.flock = flock
+
+
+def _no_sync(number: int) -> None:
+    """The file system cannot wait for its disk, or the disk has failed by then."""
+
+    def fsync(_: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    os.fsync = fsync
+
+
+def _backwards(step: float) -> None:
+    """All clocks run backwards."""
+    now = [time.time()]
+
+    def clock() -> float:
+        now[0] -= step
+        return now[0]
+
+    time.time = time.monotonic = clock
+
+
+FAULTS = {
+    "unreadable": _unreadable,
+    "shrinking": _shrinking,
+    "short": _short,
+    "full": _full,
+    "no_locks": _no_locks,
+    "no_sync": _no_sync,
+    "backwards": _backwards,
+}
+
+if __name__ == "__main__":
+    serve()

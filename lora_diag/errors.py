@@ -29,3 +29,7 @@ class NothingComparedError(LoradiagError):
     """Both sides were read, but no weight of one meets a weight of the other."""
 
     exit_code = NOTHING_COMPARED
+
+
+class MemoryLimitError(LoradiagError):
+    """A layer does not fit into the memory that a run may take, by any method; the others go on."""

@@ -5,15 +5,31 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from lora_diag.deltas import Delta, FactoredDelta, Side, StoredDelta, row_blocks, row_spans
-from lora_diag.linalg import Difference, Factors, decompose, decompose_factored, difference, first_non_finite, norm
+from lora_diag.deltas import Delta, DenseDelta, FactoredDelta, Side, StoredDelta, row_blocks, row_spans
+from lora_diag.errors import MemoryLimitError
+from lora_diag.linalg import (
+    Allowance,
+    Difference,
+    Factors,
+    Streamed,
+    decompose,
+    decompose_factored,
+    decompose_streamed,
+    difference,
+    first_non_finite,
+    norm,
+)
 
 T = TypeVar("T")
+
+# Bytes of an entry of an update that is computed in full (LoHa, LoKr, ...): in float64, with one factor or copy.
+_COMPUTED = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +43,8 @@ class Change:
         matrix: ΔW ``(out, in)``, or None if it is known by its factors or was not kept.
         factors: B and A, or None.
         non_finite: Where the first entry is that is not a finite number; None if all are.
+        streamed: ΔW as it is read again in row blocks, where memory does not hold it; else None.
+        limit: Bytes that computing with it may take; None for no limit.
     """
 
     fro: float | None
@@ -35,9 +53,19 @@ class Change:
     matrix: Tensor | None = None
     factors: tuple[Tensor, Tensor] | None = None
     non_finite: str | None = None
+    streamed: Streamed | None = None
+    limit: int | None = None
+
+    @property
+    def row_blocks(self) -> int | None:
+        """How many row blocks ΔW is read in again and again; None where memory holds it."""
+        return None if self.streamed is None else len(list(row_spans(self.streamed.shape)))
 
     def blocks(self, shape: tuple[int, int]) -> Iterator[Tensor]:
         """Yield ΔW in row blocks, float64; the product of factors block by block, so that it is never held whole."""
+        if self.streamed is not None:
+            yield from (block.to(torch.float64) for block in self.streamed.read())
+            return
         for first, last in row_spans(shape):
             if self.factors is not None:
                 b, a = self.factors
@@ -52,28 +80,45 @@ class Change:
         """Compute singular values, in factored form where there are factors."""
         if self.factors is not None:
             return decompose_factored(*self.factors, top=top, vectors=vectors)
+        if self.streamed is not None:
+            assert self.limit is not None
+            assert self.fro is not None
+            return decompose_streamed(self.streamed, Allowance(self.limit, method, top, vectors), self.fro, tol, seed)
         assert self.matrix is not None
         return decompose(self.matrix, method, top, self.fro, vectors, tol, seed)
 
 
-def load_change(delta: Delta, device: torch.device, keep: bool = True) -> Change:
+def load_change(delta: Delta, device: torch.device, keep: bool = True, allowance: Allowance | None = None) -> Change:
     """Read one layer's ΔW and measure its norms.
 
     Args:
         delta: The layer.
         device: Where to compute.
         keep: False to measure the norms alone.
+        allowance: What will be computed from it within how much memory; None for no limit. Of a stored ΔW that does
+            not fit the norms are measured, and whatever is computed from it reads it again in row blocks.
 
     Returns:
         ΔW; without matrix and factors if an entry is not finite.
 
     Raises:
         InputError: A file could not be read.
+        MemoryLimitError: ΔW is not stored, has to be computed in full, and does not fit.
     """
+    allowance = allowance if keep and device.type == "cpu" else None  # the limit is on the memory of the machine
     if isinstance(delta, StoredDelta):
-        change = difference(delta.blocks(), delta.shape, device, keep, delta.steps())
+        wide = torch.float64 if "float64" in delta.dtypes else torch.float32
+        fits = allowance is None or allowance.holds(delta.shape, wide.itemsize)
+        change = difference(delta.blocks(), delta.shape, device, keep and fits, delta.steps())
         matrix, change.matrix = change.matrix, None
-        return Change(change.fro, change.base_fro, change, matrix, None, change.non_finite)
+        streamed = None if fits or change.non_finite else Streamed(partial(_again, delta, wide), delta.shape, wide)
+        limit = allowance.limit if allowance else None
+        return Change(change.fro, change.base_fro, change, matrix, None, change.non_finite, streamed, limit)
+    if allowance is not None and isinstance(delta, DenseDelta) and not allowance.holds(delta.shape, _COMPUTED):
+        shape = f"{delta.shape[0]}x{delta.shape[1]}"
+        raise MemoryLimitError(
+            f"{shape}: its update is computed in full, for which --memory leaves too little; give more"
+        )
     base_fro = None
     if delta.base is not None:
         base_fro = norm(block.to(device) for block in row_blocks(delta.base, delta.shape))
@@ -87,6 +132,12 @@ def load_change(delta: Delta, device: torch.device, keep: bool = True) -> Change
     problem = first_non_finite("the update holds", matrix)
     fro = None if problem else norm([matrix])
     return Change(fro, base_fro, None, matrix if keep and not problem else None, non_finite=problem)
+
+
+def _again(delta: StoredDelta, wide: torch.dtype) -> Iterator[Tensor]:
+    """Yield the rows of ΔW, subtracted once more."""
+    for base, tuned in delta.blocks():
+        yield tuned.to(wide) - base.to(wide)
 
 
 def on_device(compute: Callable[[torch.device], T], device: torch.device) -> tuple[T, str]:

@@ -10,15 +10,20 @@ from lora_diag.linalg.difference import Difference, difference, first_non_finite
 from lora_diag.linalg.distance import Products, principal_cosines, products, root
 from lora_diag.linalg.factored import decompose_factored
 from lora_diag.linalg.factors import Factors, numerical_rank
+from lora_diag.linalg.limited import Allowance, decompose_streamed
+from lora_diag.linalg.streamed import Streamed
 
 __all__ = [
     "METHODS",
+    "Allowance",
     "Difference",
     "Factors",
     "Products",
+    "Streamed",
     "check_request",
     "decompose",
     "decompose_factored",
+    "decompose_streamed",
     "difference",
     "first_non_finite",
     "norm",

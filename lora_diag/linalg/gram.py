@@ -15,11 +15,10 @@ import torch
 from torch import Tensor
 
 from lora_diag.linalg.factors import Factors, fix_signs
+from lora_diag.linalg.streamed import ROWS, Matrix, Streamed, at_least, gram_of_rows, times_wide
 
-# Rows converted to float64 at a time, so few that they are still in the cache when they are multiplied, and the number
-# of column panels of which only the lower triangle is multiplied (16 panels leave 17/32 of the work of a full product).
+# Column panels of which only the lower triangle is multiplied (16 panels leave 17/32 of the work of a full product).
 # At 11008×4096: 1.83 s, against 2.04 s with 1024 rows and 8 panels; at 2048² no difference.
-ROWS = 256
 PANELS = 16
 
 # From this order on eigenvalues are computed in place, by SciPy's LAPACK. torch's copies the matrix first; there, five
@@ -35,7 +34,14 @@ SUBSET_FROM, SUBSET_SHARE = 2048, 1 / 8
 ALL_CORES = torch.get_num_threads()
 
 
-def decompose_gram(matrix: Tensor, fro: float, top: int | None = None, vectors: bool = False) -> Factors:
+def decompose_gram(
+    matrix: Matrix,
+    fro: float,
+    top: int | None = None,
+    vectors: bool = False,
+    held: int = 1,
+    in_place: bool = False,
+) -> Factors:
     """Compute the singular values of a matrix from its smaller Gram matrix.
 
     Args:
@@ -43,6 +49,8 @@ def decompose_gram(matrix: Tensor, fro: float, top: int | None = None, vectors: 
         fro: ‖A‖_F.
         top: Keep only so many of the largest values.
         vectors: Whether to compute singular vectors.
+        held: Row blocks to hold at a time where A comes in them and has fewer rows than columns.
+        in_place: Whether eigenvalues are to be computed without a second copy of the Gram matrix, which is slower.
 
     Returns:
         The values. Rounding of the product: |Ĝ − G| ≤ γ_k|A|ᵀ|A| entrywise with γ_k = kε/(1 − kε) and k terms a sum
@@ -56,10 +64,10 @@ def decompose_gram(matrix: Tensor, fro: float, top: int | None = None, vectors: 
     k, n = tall.shape
     u = v = None
     if vectors:
-        eigenvalues, eigenvectors = _eigenvectors(gram_matrix(tall), top)
+        eigenvalues, eigenvectors = _eigenvectors(_gram(tall, held), top)
         u, v = _left_vectors(tall, eigenvectors.flip(1))
     else:
-        eigenvalues = _eigenvalues(gram_matrix(tall))
+        eigenvalues = _eigenvalues(_gram(tall, held), in_place)
     squares = eigenvalues.clamp(min=0).flip(0).cpu()
     kept = squares[:top].sqrt()
     epsilon = torch.finfo(torch.float64).eps
@@ -69,6 +77,18 @@ def decompose_gram(matrix: Tensor, fro: float, top: int | None = None, vectors: 
         u, vh = fix_signs(v, u.T) if wide else fix_signs(u, v.T)
         return Factors(kept, len(kept) == n, "gram", error, fro, u, vh)
     return Factors(kept, len(kept) == n, "gram", error, fro)
+
+
+def _gram(tall: Matrix, held: int) -> Tensor:
+    """Return the lower triangle of AᵀA, for A in memory or in row blocks, of itself or of its transpose."""
+    if not isinstance(tall, Streamed):
+        return gram_matrix(tall)
+    if tall.transposed:
+        return gram_of_rows(tall.T, held)
+    gram = torch.zeros(tall.shape[1], tall.shape[1], dtype=torch.float64, device=tall.device)
+    for block in at_least(tall.read(), ROWS):
+        gram_matrix(block, gram)
+    return gram
 
 
 def gram_matrix(matrix: Tensor, gram: Tensor | None = None) -> Tensor:
@@ -93,10 +113,10 @@ def gram_matrix(matrix: Tensor, gram: Tensor | None = None) -> Tensor:
     return gram
 
 
-def _eigenvalues(gram: Tensor) -> Tensor:
+def _eigenvalues(gram: Tensor, in_place: bool) -> Tensor:
     """Return the eigenvalues of a symmetric matrix given by its lower triangle, which may be overwritten."""
     values: Tensor
-    if gram.is_cuda or len(gram) < IN_PLACE_FROM:
+    if gram.is_cuda or not (in_place or len(gram) >= IN_PLACE_FROM):
         values = torch.linalg.eigvalsh(gram, UPLO="L")
     else:
         # The lower triangle by rows is the upper one by columns, the order in which LAPACK works without a copy.
@@ -136,8 +156,8 @@ def _largest(gram: Tensor, top: int) -> tuple[Tensor, Tensor] | None:
     return (torch.from_numpy(values), torch.from_numpy(vectors)) if len(values) == top else None
 
 
-def _left_vectors(matrix: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+def _left_vectors(matrix: Matrix, v: Tensor) -> tuple[Tensor, Tensor]:
     """Return U and V with A·V = U·Σ. A·V has orthogonal columns; QR makes them orthonormal, also where σ is zero."""
-    u, r = torch.linalg.qr(matrix.to(torch.float64) @ v)
+    u, r = torch.linalg.qr(times_wide(matrix, v))
     signs = torch.where(r.diagonal() < 0, -1.0, 1.0)
     return u * signs, v

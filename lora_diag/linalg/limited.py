@@ -1,0 +1,173 @@
+"""Decompositions within a limit of memory: how many bytes a method takes, and which ones fit where the matrix does not.
+
+The figures are upper bounds for what is held at one time, counted from the code of each method and held against the
+resident memory of real runs (tests/linalg/test_limited.py). Lapack's workspaces are those of its documentation: 2n² for
+the eigenvectors of an n×n matrix (dsyevd), next to nothing for eigenvalues alone.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+from lora_diag.errors import MemoryLimitError
+from lora_diag.linalg.decompose import EXACT_UP_TO, KRYLOV_FROM, KRYLOV_SHARE, MODERATE, check_request
+from lora_diag.linalg.factors import Factors
+from lora_diag.linalg.gram import IN_PLACE_FROM, decompose_gram
+from lora_diag.linalg.krylov import LARGEST_BASIS, decompose_krylov, first_basis
+from lora_diag.linalg.streamed import ROWS, Streamed
+
+# Bytes that reading and subtracting a block takes: 2^20 entries of both sides as they are stored and as float32, their
+# difference, and the spacing of their values.
+READING = 48 * 2**20
+
+# Bytes of a float32 and a float64 number.
+F4, F8 = 4, 8
+
+
+@dataclass(frozen=True, slots=True)
+class Allowance:
+    """What will be computed from a matrix, and how many bytes reading and computing may take.
+
+    Args:
+        limit: The bytes.
+        method: ``auto``, ``exact``, ``gram`` or ``krylov``.
+        top: How many of the largest values; None for all.
+        vectors: Whether with singular vectors.
+    """
+
+    limit: int
+    method: str = "auto"
+    top: int | None = None
+    vectors: bool = False
+
+    def holds(self, shape: tuple[int, int], entry: int = F4) -> bool:
+        """Say whether the whole matrix fits, with what is computed from it.
+
+        Args:
+            shape: ``(m, n)``.
+            entry: Bytes of an entry in memory.
+        """
+        return whole_bytes(shape, self, entry) <= self.limit
+
+
+def whole_bytes(shape: tuple[int, int], allowance: Allowance, entry: int = F4) -> int:
+    """Return how many bytes a matrix in memory takes with its decomposition, whatever the limit.
+
+    Example:
+        >>> round(whole_bytes((4096, 4096), Allowance(0)) / 2**20)
+        384
+    """
+    small, large = sorted(shape)
+    matrix = entry * small * large
+    if allowance.method == "exact" or (allowance.method == "auto" and small <= EXACT_UP_TO):
+        vectors = 4 * F8 * small * (small + large) if allowance.vectors else 0
+        return READING + matrix + 3 * F8 * small * large + vectors
+    found = gram_bytes(shape, allowance)  # krylov may hand over to it
+    if allowance.top and _krylov_first(shape, allowance):
+        found = max(found, krylov_bytes(shape, allowance.top, int(LARGEST_BASIS * small)))
+    return READING + matrix + found
+
+
+def gram_bytes(shape: tuple[int, int], allowance: Allowance, in_place: bool = False) -> int:
+    """Return how many bytes ``gram`` takes besides the matrix: G = AᵀA, its eigenvectors with their workspace, and A·V.
+
+    Args:
+        shape: ``(m, n)``.
+        allowance: What is computed.
+        in_place: Whether its eigenvalues overwrite G.
+    """
+    small, large = sorted(shape)
+    square = F8 * small**2
+    rows = 2 * ROWS * F8 * small
+    if not allowance.vectors:
+        return rows + square * (1 if in_place or small >= IN_PLACE_FROM else 2)
+    top = small if allowance.top is None else min(allowance.top, small)
+    return rows + max(4 * square, 2 * square + 4 * F8 * large * top) + F8 * small * top
+
+
+def krylov_bytes(shape: tuple[int, int], top: int, basis: int) -> int:
+    """Return how many bytes ``krylov`` takes besides the matrix, with a basis of so many columns.
+
+    Q, Y and Z in float32, one of them while it grows; Q and Y or Q, Z and the residuals in float64; or, once the values
+    are taken, Q in float64, A·V, its QR factors and its left vectors.
+    """
+    small, large = sorted(shape)
+    held = F4 * basis * (2 * small + large)
+    growing = F4 * basis * large
+    projected = F8 * basis * max(small + large, 4 * small) + 4 * F8 * basis**2
+    values = F8 * basis * small + 4 * F8 * large * top
+    return held + max(growing, projected, values)
+
+
+def decompose_streamed(matrix: Streamed, allowance: Allowance, fro: float, tol: float = 1e-4, seed: int = 0) -> Factors:
+    """Compute the singular values of a matrix that is read in row blocks.
+
+    The methods are the same as for a matrix in memory, and so are their bounds.
+
+    Args:
+        matrix: A, ``(m, n)``, finite.
+        allowance: What to compute, and within how many bytes.
+        fro: ‖A‖_F.
+        tol: Bound to reach on the error of every energy fraction.
+        seed: Of random starting vectors.
+
+    Returns:
+        The values, what computed them, and their bound.
+
+    Raises:
+        MemoryLimitError: No method that can do what is asked fits.
+        UsageError: There is no such method, or ``top`` or ``tol`` makes no sense.
+    """
+    check_request(allowance.method, allowance.top, tol)
+    if fro and abs(math.log2(fro)) > MODERATE:
+        scale = 2.0 ** round(math.log2(fro))  # products of four A's would under- or overflow
+        scaled = decompose_streamed(matrix / scale, allowance, fro / scale, tol, seed)
+        return replace(scaled, s=scaled.s * scale, fro=fro)
+    left = allowance.limit - READING
+    in_place = gram_bytes(matrix.shape, allowance) > left
+    needed = gram_bytes(matrix.shape, allowance, in_place)
+    if allowance.top and (_krylov_first(matrix.shape, allowance) or (allowance.method == "auto" and needed > left)):
+        largest = _largest_basis(matrix.shape, allowance.top, left)
+        found = decompose_krylov(matrix, fro, allowance.top, allowance.vectors, tol, seed, largest)
+        if found is not None:
+            return found
+    if allowance.method == "exact" or needed > left:
+        raise MemoryLimitError(_why(matrix.shape, allowance))
+    # What is left holds rows of a wide matrix, so that it is read fewer times.
+    block = F4 * max(matrix.shape[1], 2**20)
+    return decompose_gram(matrix, fro, allowance.top, allowance.vectors, max(1, (left - needed) // block), in_place)
+
+
+def _krylov_first(shape: tuple[int, int], allowance: Allowance) -> bool:
+    small = min(shape)
+    few = allowance.top is not None and allowance.top <= KRYLOV_SHARE * small and small >= KRYLOV_FROM
+    return allowance.top is not None and (allowance.method == "krylov" or (allowance.method == "auto" and few))
+
+
+def _largest_basis(shape: tuple[int, int], top: int, left: int) -> int:
+    """Return how many columns a basis can have that fits."""
+    basis = int(LARGEST_BASIS * min(shape))
+    while basis > 0 and krylov_bytes(shape, top, basis) > left:
+        basis -= max(1, basis // 50)
+    return basis
+
+
+def _why(shape: tuple[int, int], allowance: Allowance) -> str:
+    """Say what would take how much, and what to do."""
+    small = min(shape)
+    what = f"{shape[0]}x{shape[1]}: --memory leaves {_size(allowance.limit)} for a layer"
+    if allowance.method == "exact":
+        return f"{what}, and exact takes {_size(whole_bytes(shape, allowance))}; --method gram reads it in row blocks"
+    needed = READING + gram_bytes(shape, allowance, in_place=True)
+    wanted = allowance.top or min(64, small)
+    few = READING + krylov_bytes(shape, wanted, first_basis(wanted))
+    if allowance.top is None and few < needed:
+        return f"{what}, and all values take {_size(needed)}; give more, or --top {wanted} ({_size(few)} if they decay)"
+    if few <= allowance.limit:
+        return f"{what}, its spectrum is too flat for krylov within that, and gram takes {_size(needed)}; give more"
+    return f"{what}, and it takes {_size(min(few, needed))} at least; give more, or fewer values with --top K"
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"

@@ -1,0 +1,173 @@
+"""Products with a matrix that is in memory, or that is not: row blocks come and go, and every product reads it once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+# Rows converted to float64 at a time, so few that they are still in the cache when they are multiplied: a product with
+# 64 columns at 8192×2048 took 57 ms, 78 ms with 1024 rows; the Gram matrix at 11008×4096 1.83 s, 2.04 s with 1024.
+ROWS = 256
+
+# Columns multiplied at a time in float64 where two row blocks meet: 128 rows of both are then still in the cache.
+COLUMNS = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Streamed:
+    """A, or Aᵀ, where A is read in row blocks.
+
+    Args:
+        read: Starts a pass: yields the rows of A from the first to the last, ``(rows, columns of A)`` each. All blocks
+            but the last have the same number of rows, and every pass gives the same numbers.
+        shape: ``(m, n)`` of what this stands for.
+        dtype: Of the blocks: float32 or float64.
+        device: Where they lie.
+        transposed: Whether this is Aᵀ.
+
+    Example:
+        >>> a = Streamed(lambda: iter([torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, 4.0]])]), (2, 2))
+        >>> a.times(torch.eye(2)).tolist(), a.T.times(torch.eye(2)).tolist()
+        ([[1.0, 2.0], [3.0, 4.0]], [[1.0, 3.0], [2.0, 4.0]])
+    """
+
+    read: Callable[[], Iterator[Tensor]]
+    shape: tuple[int, int]
+    dtype: torch.dtype = torch.float32
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    transposed: bool = False
+
+    @property
+    def T(self) -> Streamed:  # noqa: N802 (as torch calls it)
+        """Its transpose."""
+        return replace(self, shape=self.shape[::-1], transposed=not self.transposed)
+
+    def __truediv__(self, scale: float) -> Streamed:
+        """Divide it by a number."""
+        return replace(self, read=lambda: (block / scale for block in self.read()))
+
+    def times(self, x: Tensor) -> Tensor:
+        """Return its product with a thin matrix, in the dtype of that, from one pass.
+
+        Args:
+            x: X, ``(n, k)``, no shorter a dtype than that of the blocks.
+
+        Returns:
+            ``(m, k)``.
+        """
+        product = torch.zeros(self.shape[0], x.shape[1], dtype=x.dtype, device=self.device)
+        for row, block in numbered(self.read()):
+            rows = slice(row, row + len(block))
+            if self.transposed:
+                product.addmm_(block.to(x.dtype).T, x[rows])
+            else:
+                product[rows] = block.to(x.dtype) @ x
+        return product
+
+    def normal(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return M·X and Mᵀ·M·X, M being what this stands for: from one pass if that is A, from two if it is Aᵀ."""
+        if self.transposed:
+            product = self.times(x)
+            return product, self.T.times(product)
+        product = torch.empty(self.shape[0], x.shape[1], dtype=x.dtype, device=self.device)
+        back = torch.zeros_like(x)
+        for row, block in numbered(self.read()):
+            wide = block.to(x.dtype)
+            part = product[row : row + len(block)] = wide @ x
+            back.addmm_(wide.T, part)
+        return product, back
+
+
+# A matrix in memory or in a file.
+Matrix = Tensor | Streamed
+
+
+def times(a: Matrix, x: Tensor) -> Tensor:
+    """Return A·X for a thin X: in memory as (Xᵀ·Aᵀ)ᵀ, which BLAS computes faster.
+
+    At 8192×2048 on one core: 14 instead of 17 ms for 32 columns, 9 instead of 12 for 16; AᵀX likewise.
+    """
+    return a.times(x) if isinstance(a, Streamed) else (x.T @ a.T).T
+
+
+def normal(a: Matrix, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return A·X and AᵀA·X."""
+    if isinstance(a, Streamed):
+        return a.normal(x)
+    product = times(a, x)
+    return product, times(a.T, product)
+
+
+def times_wide(a: Matrix, x: Tensor) -> Tensor:
+    """Return A·X in float64, without a float64 copy of A."""
+    if isinstance(a, Streamed):
+        return a.times(x)
+    return torch.cat([times(rows.to(torch.float64), x) for rows in torch.split(a, ROWS)])
+
+
+def numbered(blocks: Iterable[Tensor]) -> Iterator[tuple[int, Tensor]]:
+    """Yield every block with the number of its first row."""
+    row = 0
+    for block in blocks:
+        yield row, block
+        row += len(block)
+
+
+def at_least(blocks: Iterable[Tensor], rows: int) -> Iterator[Tensor]:
+    """Yield the same rows in blocks of ``rows`` or more, except for the last.
+
+    Example:
+        >>> [len(block) for block in at_least(torch.zeros(5, 1).split(1), 2)]
+        [2, 2, 1]
+    """
+    held: list[Tensor] = []
+    for block in blocks:
+        held.append(block)
+        if sum(map(len, held)) >= rows:
+            yield torch.cat(held)
+            held = []
+    if held:
+        yield torch.cat(held)
+
+
+def gram_of_rows(a: Streamed, held: int) -> Tensor:
+    """Return the lower triangle of A·Aᵀ, holding so many row blocks at a time.
+
+    Every pass holds the next ``held`` blocks and multiplies each block behind them with them, so A is read
+    blocks / held times.
+
+    Args:
+        a: A, ``(m, n)``, not transposed.
+        held: Blocks to hold, at least 1.
+
+    Returns:
+        ``(m, m)`` float64; entries above the diagonal blocks are zero.
+    """
+    gram = torch.zeros(a.shape[0], a.shape[0], dtype=torch.float64, device=a.device)
+    first, more = 0, True
+    while more:
+        panel: list[tuple[int, Tensor]] = []
+        more = False
+        for index, (row, block) in enumerate(numbered(a.read())):
+            if index < first:
+                continue
+            if len(panel) < held:
+                panel.append((row, block))
+            else:
+                more = True
+            for other_row, other in panel:
+                gram[row : row + len(block), other_row : other_row + len(other)] = _outer(block, other)
+        first += held
+    return gram
+
+
+def _outer(x: Tensor, y: Tensor) -> Tensor:
+    """Return X·Yᵀ in float64."""
+    product = torch.zeros(len(x), len(y), dtype=torch.float64, device=x.device)
+    for columns in range(0, x.shape[1], COLUMNS):
+        part = slice(columns, columns + COLUMNS)
+        product.addmm_(x[:, part].to(torch.float64), y[:, part].to(torch.float64).T)
+    return product

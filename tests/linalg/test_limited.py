@@ -1,0 +1,176 @@
+"""Row blocks against the whole matrix and float64 NumPy, and what methods take against what they are said to take."""
+
+import math
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lora_diag.errors import MemoryLimitError, UsageError
+from lora_diag.linalg import Allowance, Streamed, decompose, decompose_streamed
+from lora_diag.linalg import limited as limits
+from lora_diag.linalg.streamed import at_least, gram_of_rows
+from tests import oracles
+
+PLENTY = 10**9
+
+
+def streamed(matrix: torch.Tensor, rows: int) -> Streamed:
+    return Streamed(lambda: iter(matrix.split(rows)), tuple(matrix.shape), matrix.dtype)
+
+
+def power_law(m: int, n: int, dtype=np.float32, exponent: float = 1.0) -> np.ndarray:
+    return oracles.with_spectrum(np.arange(1, min(m, n) + 1) ** -exponent, m, n, seed=3).astype(dtype)
+
+
+@given(
+    m=st.integers(1, 40),
+    n=st.integers(1, 40),
+    rows=st.integers(1, 41),
+    held=st.integers(1, 9),
+    columns=st.integers(1, 3),
+    seed=st.integers(0, 99),
+)
+def test_products_do_not_depend_on_the_blocks(m, n, rows, held, columns, seed):
+    rng = np.random.default_rng(seed)
+    a, x, y = rng.standard_normal((m, n)), rng.standard_normal((n, columns)), rng.standard_normal((m, columns))
+    blocks = streamed(torch.from_numpy(a), rows)
+    close = {"rtol": 1e-12, "atol": 1e-12 * (1 + np.abs(a).sum())}
+    assert np.allclose(blocks.times(torch.from_numpy(x)), a @ x, **close)
+    assert np.allclose(blocks.T.times(torch.from_numpy(y)), a.T @ y, **close)
+    for matrix, b, v in ((blocks, a, x), (blocks.T, a.T, y)):
+        product, back = matrix.normal(torch.from_numpy(v))
+        assert np.allclose(product, b @ v, **close)
+        assert np.allclose(back, b.T @ (b @ v), rtol=1e-10, atol=1e-10 * (1 + np.abs(a).sum() ** 2))
+    lower = np.tril(a @ a.T)
+    assert np.allclose(np.tril(gram_of_rows(blocks, held)), lower, rtol=1e-10, atol=1e-10 * (1 + np.abs(lower).sum()))
+    assert torch.equal(torch.cat(list(at_least(torch.from_numpy(a).split(rows), 7))), torch.from_numpy(a))
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    shape=st.tuples(st.integers(1, 60), st.integers(1, 60)),
+    rows=st.integers(1, 61),
+    dtype=st.sampled_from([np.float32, np.float64]),
+    scale=st.sampled_from([1e-30, 1.0, 1e20]),
+    in_place=st.booleans(),
+)
+def test_all_values_are_those_of_float64_whatever_the_blocks(shape, rows, dtype, scale, in_place):
+    matrix = (power_law(*shape) * scale).astype(dtype)
+    true = np.linalg.svd(matrix.astype(np.float64), compute_uv=False)
+    fro = math.sqrt((true**2).sum())
+    least = limits.READING + limits.gram_bytes(shape, Allowance(0), in_place)
+    found = decompose_streamed(streamed(torch.from_numpy(matrix), rows), Allowance(least), fro)
+    assert found.method == "gram"
+    assert found.complete
+    assert np.abs(found.s.numpy() - true).max() <= 1e-7 * true[0]
+    curve = np.cumsum(true**2) / fro**2
+    assert np.abs(np.cumsum(found.s.numpy() ** 2) / fro**2 - curve).max() <= found.energy_error + 1e-12
+
+
+@pytest.mark.parametrize("shape", [(700, 600), (600, 700)], ids=str)
+@pytest.mark.parametrize("rows", [11, 256, 1000])
+def test_the_top_values_are_those_of_the_whole_matrix_with_the_same_certificate(shape, rows):
+    matrix = power_law(*shape)
+    whole = decompose(torch.from_numpy(matrix), top=24, vectors=True)
+    blocks = streamed(torch.from_numpy(matrix), rows)
+    found = decompose_streamed(blocks, Allowance(PLENTY, top=24, vectors=True), whole.fro)
+    true = np.linalg.svd(matrix.astype(np.float64), compute_uv=False)[:24]
+    assert found.method == whole.method
+    assert found.method.startswith("krylov")
+    missed = (np.cumsum(true**2) - np.cumsum(found.s.numpy() ** 2)).max() / whole.fro**2
+    assert -1e-12 <= missed <= found.energy_error <= 1e-4
+    assert found.s.numpy() == pytest.approx(whole.s.numpy(), rel=1e-5)
+    core = found.u.T.numpy() @ matrix.astype(np.float64) @ found.vh.T.numpy()
+    assert np.abs(core - np.diag(found.s.numpy())).max() <= 1e-6 * true[0]
+    assert (found.u.gather(0, found.u.abs().argmax(0, keepdim=True)) > 0).all()
+
+
+def test_vectors_from_the_gram_matrix_of_row_blocks():
+    for shape in ((90, 60), (60, 90)):
+        matrix = power_law(*shape, dtype=np.float64)
+        blocks = streamed(torch.from_numpy(matrix), 7)
+        found = decompose_streamed(blocks, Allowance(PLENTY, "gram", vectors=True), float(np.linalg.norm(matrix)))
+        assert np.abs((found.u * found.s @ found.vh).numpy() - matrix).max() < 1e-12
+
+
+def test_a_flat_spectrum_hands_over_to_gram_and_without_room_for_it_says_what_to_do():
+    matrix = oracles.with_spectrum(np.ones(600), 640, 600, seed=1).astype(np.float32)
+    blocks, fro = streamed(torch.from_numpy(matrix), 100), float(np.linalg.norm(matrix.astype(np.float64)))
+    assert decompose_streamed(blocks, Allowance(PLENTY, top=24), fro).method == "gram"
+    few = limits.READING + limits.krylov_bytes(blocks.shape, 4, limits.first_basis(4))
+    assert few < limits.READING + limits.gram_bytes(blocks.shape, Allowance(0), in_place=True)
+    with pytest.raises(MemoryLimitError, match=r"640x600: --memory leaves 5\d MB .* too flat for krylov .* give more"):
+        decompose_streamed(blocks, Allowance(few, top=4), fro)
+
+
+def test_krylov_runs_where_the_gram_matrix_does_not_fit():
+    matrix = power_law(4000, 500, exponent=2.0)  # below the order from which krylov is tried first
+    blocks, fro = streamed(torch.from_numpy(matrix), 300), float(np.linalg.norm(matrix.astype(np.float64)))
+    few = limits.READING + limits.krylov_bytes(blocks.shape, 4, limits.first_basis(4))
+    assert decompose_streamed(blocks, Allowance(PLENTY, top=4), fro).method == "gram"
+    assert limits.gram_bytes(blocks.shape, Allowance(0, top=4), in_place=True) > few - limits.READING
+    assert decompose_streamed(blocks, Allowance(few, top=4), fro).method.startswith("krylov")
+
+
+def test_what_never_fits_is_said_before_anything_is_read():
+    unread = Streamed(lambda: pytest.fail("it was read"), (128256, 8192))
+    with pytest.raises(MemoryLimitError, match=r"all values take 6\d\d MB; give more, or --top 64 \(\d\d\d MB"):
+        decompose_streamed(unread, Allowance(300 * 10**6), 1.0)
+    with pytest.raises(MemoryLimitError, match=r"exact takes .* --method gram"):
+        decompose_streamed(unread, Allowance(PLENTY, "exact"), 1.0)
+    with pytest.raises(MemoryLimitError, match="at least; give more, or fewer values"):
+        decompose_streamed(unread, Allowance(100 * 10**6, top=64), 1.0)
+    with pytest.raises(UsageError, match="--top 0"):
+        decompose_streamed(unread, Allowance(PLENTY, top=0), 1.0)
+
+
+PEAK = """
+import resource, sys, torch
+from lora_diag.linalg import Allowance, Streamed, decompose_streamed
+from lora_diag.linalg import limited
+
+def resident():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+torch.set_num_threads(1)
+m, n, top, vectors, limit = map(int, sys.argv[1:])
+scale = torch.arange(1, n + 1) ** -1.0
+
+rows = 2**20 // n
+block = torch.randn(rows, n) * scale
+
+def read():  # 2^20 entries at a time, the same in every pass
+    for first in range(0, m, rows):
+        yield torch.cos(torch.arange(first, min(m, first + rows)))[:, None] * block[: m - first]
+
+warm = torch.randn(300, 300, dtype=torch.float64)
+torch.linalg.eigh(warm @ warm.T), torch.linalg.qr(warm), torch.linalg.eigvalsh(warm @ warm.T)
+fro = sum(float(block.double().square().sum()) for block in read()) ** 0.5
+before = resident()
+found = decompose_streamed(Streamed(read, (m, n)), Allowance(limit, top=top or None, vectors=bool(vectors)), fro)
+print(found.method, (resident() - before) / 2**20)
+"""
+
+
+@pytest.mark.parametrize(
+    ("shape", "top", "vectors", "limit", "method"),
+    [
+        ((24000, 1000), 0, 0, 80, "gram"),
+        ((1000, 24000), 0, 0, 80, "gram"),
+        ((24000, 1024), 24, 1, 80, "krylov"),
+        ((1024, 24000), 24, 1, 80, "krylov"),
+    ],
+)
+def test_no_more_memory_is_taken_than_allowed(shape, top, vectors, limit, method):
+    """Resident memory of a process of its own; the limit is less than the bytes of the matrix."""
+    assert limit * 2**20 < 4 * math.prod(shape)
+    words = [sys.executable, "-c", PEAK, *map(str, (*shape, top, vectors, limit * 2**20))]
+    done = subprocess.run(words, capture_output=True, text=True, check=True, env={"OMP_NUM_THREADS": "1", "PATH": ""})
+    ran, grown = done.stdout.split()
+    assert ran.split(":")[0] == method
+    assert float(grown) <= limit

@@ -130,7 +130,8 @@ class Adapter:
         rank = max((update.rank or 0 for update in self.reading.updates), default=0)
         notes = (f"rank {rank}: {CAP}",) if rank > SERVED_RANK else ()
         # The bytes of 0.0 and -0.0, whatever the dtype; so that torch is not needed to look.
-        dead = [key for key in keys if not self.checkpoint.read_bytes(key).strip(b"\0\x80")]
+        stored = zip(keys, self.checkpoint.read_bytes_each(keys), strict=True)
+        dead = [key for key, content in stored if not content.strip(b"\0\x80")]
         if not dead:
             return notes
         example = f"such as {dead[0]}"

@@ -58,6 +58,16 @@ def parse(words: str) -> HubId | None:
     return None if FILE.fullmatch(Path(words).suffix) else HubId(found[1], found[2].strip("/"), found[3])
 
 
+def loadable(words: str) -> str:
+    """Return by what transformers and PEFT find a model: of an ``hf://`` address the id in it.
+
+    >>> loadable("hf://org/name@main/merged"), loadable("runs/base")
+    ('org/name', 'runs/base')
+    """
+    found = re.match(rf"hf://({PART}/{PART})", words)
+    return found[1] if found else words
+
+
 def fetch(hub_id: HubId, weights: Sequence[str]) -> Path:
     """Return the local folder of a model or adapter, downloading what is missing of it.
 

@@ -111,7 +111,7 @@ class RemotePath:
 
     def exists(self) -> bool:
         """Say whether anything is there."""
-        return self.is_file() or self.is_dir()
+        return self.is_dir() or self.is_file()
 
     def iterdir(self) -> Iterator[RemotePath]:
         """Yield what is in a folder; nothing where the server cannot tell."""

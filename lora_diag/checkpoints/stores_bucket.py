@@ -12,6 +12,9 @@ from lora_diag.checkpoints.ranges import MayPassError, retried
 from lora_diag.checkpoints.stores import CHANGED, PASSING, Facts, Store, filesystem, words_of
 from lora_diag.errors import InputError
 
+# Errors of botocore, which is not there to be asked without s3fs, by which a connection or an answer broke.
+BROKEN = frozenset({"HTTPClientError", "ResponseStreamingError", "IncompleteReadError"})
+
 
 class BucketStore(Store):
     """Files in buckets, through the file systems of fsspec.
@@ -50,12 +53,11 @@ class BucketStore(Store):
             raise MayPassError("the answer was cut short", len(content))
 
     def _find(self, address: str) -> Facts | None:
-        parent = address.rpartition("/")[0]
-        if parent.endswith(":/"):
-            return None  # a bucket
-        try:
-            entry = self._entries(parent).get(address)
-        except _DeniedError:  # a key may let one read and not list
+        listed = self._listed.get(address.rpartition("/")[0])
+        if listed is not None:
+            entry = listed.get(address)
+        else:  # a file that was named itself: its folder may hold very many
+            self._open()
             entry = retried(address, lambda: self._call(address, self._fs.info, _key(address)))
         return _facts(entry) if entry is not None and entry.get("type") == "file" else None
 
@@ -86,13 +88,19 @@ class BucketStore(Store):
         except (InputError, MayPassError):
             raise
         except PermissionError as error:
-            raise _DeniedError(f"{address}: access is denied: {words_of(error)}") from error
+            raise InputError(f"{address}: access is denied: {words_of(error)}{self._needs()}") from error
         except Exception as error:  # of fsspec, of aiohttp, of two cloud libraries
             if "credentials" in type(error).__name__.lower() or "token" in type(error).__name__.lower():
-                raise InputError(f"{address}: no credentials: {words_of(error)}") from error
-            if isinstance(error, OSError) or "botocore" in type(error).__module__:
+                raise InputError(f"{address}: no credentials: {words_of(error)}{self._way_in()}") from error
+            if isinstance(error, OSError) or any(kind.__name__ in BROKEN for kind in type(error).__mro__):
                 raise MayPassError(words_of(error)) from error
             raise InputError(f"{address}: cannot be read: {words_of(error)}") from error
+
+    def _needs(self) -> str:
+        return "; reading needs s3:GetObject and s3:ListBucket" if self._scheme == "s3" else ""
+
+    def _way_in(self) -> str:
+        return "; for a public bucket set FSSPEC_S3_ANON=true" if self._scheme == "s3" else ""
 
     def _read_s3(self, address: str, start: int, stop: int, facts: Facts) -> bytes:
         from fsspec.asyn import sync
@@ -115,7 +123,7 @@ class BucketStore(Store):
             if status in {404, 412, 416}:
                 raise InputError(f"{address}: {CHANGED} (the store answers {status})") from error
             if status in {401, 403}:
-                raise InputError(f"{address}: access is denied: {words_of(error)}") from error
+                raise InputError(f"{address}: access is denied: {words_of(error)}{self._needs()}") from error
             if status in PASSING:
                 raise MayPassError(f"the store answers {status}") from error
             raise InputError(f"{address}: cannot be read: {words_of(error)}") from error
@@ -128,10 +136,6 @@ class BucketStore(Store):
             if facts.version and response.get("ETag", facts.version) != facts.version:
                 raise InputError(f"{address}: {CHANGED}")
             return bytes(await body.read())
-
-
-class _DeniedError(InputError):
-    """Access is denied."""
 
 
 def _key(address: str) -> str:

@@ -112,6 +112,11 @@ class Checkpoint:
         """Return the bytes of a small tensor, such as a quantizer's settings."""
         return self._home[name].read_bytes(name)
 
+    def read_bytes_each(self, names: Iterable[str]) -> Iterator[bytes]:
+        """Yield the bytes of small tensors; those of remote files come side by side."""
+        mapped = side_by_side if isinstance(self.files[0].path, RemotePath) else map
+        yield from mapped(self.read_bytes, names)
+
     def read(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
         """Read a range of a tensor's entries.
 

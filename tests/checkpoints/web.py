@@ -52,6 +52,7 @@ class Web:
         self.folder, self.asked = folder, []
         self.fault, self.times, self.at_all, self.user = None, 10**9, False, None
         self.names_versions, self.is_gone = True, False
+        self.moved = {}  # beginnings of paths, and where they are now
         self._lock = threading.Lock()
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"web": self}))
         self._server.daemon_threads = True
@@ -95,10 +96,14 @@ class _Handler(BaseHTTPRequestHandler):
         file = self.web.folder / unquote(parts.path).lstrip("/")
         wanted = self.headers.get("Range")
         span = tuple(map(int, wanted.removeprefix("bytes=").split("-"))) if wanted else None
-        asked = Asked(parts.path, parts.query, span, 0, 0, dict(self.headers))
+        asked = Asked(
+            parts.path, parts.query, span, 0, 0, {name.lower(): value for name, value in self.headers.items()}
+        )
         self.web.asked.append(asked)
         if self.web.user and self.headers.get("Authorization") != f"Basic {self.web.user}":
             self.answer(asked, 401, {}, b"who are you?")
+        elif moved := next((to for old, to in self.web.moved.items() if parts.path.startswith(old)), None):
+            self.answer(asked, 302, {"Location": f"{moved}/{parts.path.rpartition('/')[2]}?signature=secret"}, b"")
         elif not file.is_file():
             self.answer(asked, 404, {}, b"nothing here")
         else:

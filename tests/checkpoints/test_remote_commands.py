@@ -1,0 +1,208 @@
+"""Every command that opens a checkpoint or adapter takes an address, and none shows or keeps what is secret in it."""
+
+import json
+import shutil
+import sys
+from collections import Counter
+
+import pytest
+
+from lora_diag import read_results, spectrum
+from lora_diag.checkpoints import ranges
+from lora_diag.cli.main import main
+from tests.checkpoints.web import Web, basic
+from tests.conftest import ROOT, Ran
+
+SAMPLES = ROOT / "sample_checkpoints"
+QPROJ = ("--layers", r"layers\.0\.self_attn\.q_proj")
+
+
+@pytest.fixture(scope="module")
+def web():
+    served = Web(SAMPLES)
+    yield served
+    served.close()
+
+
+@pytest.fixture
+def run(capsys, monkeypatch, tmp_path):
+    """Run the command in this process, which has imported everything already."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr(ranges, "FIRST_WAIT", 0.001)
+
+    def command(*words) -> Ran:
+        monkeypatch.setattr(sys, "argv", ["loradiag", *map(str, words)])
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        told = capsys.readouterr()
+        return Ran(int(stopped.value.code or 0), told.out, told.err)
+
+    return command
+
+
+def far(words, url):
+    return [word.replace("@", f"{url}/") for word in words]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["spectrum", "@base", "@full_ft", *QPROJ],
+        ["spectrum", "@lora_r4", *QPROJ],
+        ["spectrum", "@base", "--gradients", "@gradients/grad_step000000.safetensors", *QPROJ],
+        ["spectrum", "--adapters", "@lora_r4", "--adapters", "@lora_r16", *QPROJ],
+        ["residual", "@base", "@full_ft", "@lora_r4", "@lora_r16", *QPROJ],
+        ["overlap", "@base", "@full_ft", "@gradients/grad_step000000.safetensors", *QPROJ],
+        ["interference", "@base", "@lora_r4", "@lora_r16", *QPROJ],
+        ["interference", "@lora_r4", "@lora_r16", *QPROJ],
+        ["intruders", "@base", "@lora_r4", *QPROJ],
+        ["verify-merge", "@base", "@lora_r4", "@full_ft", *QPROJ],
+        ["inspect", "@base"],
+        ["inspect", "@lora_r16", "--per", "layer"],
+        ["plan", "@base"],
+        ["plan", "@base/config.json"],
+    ],
+    ids=lambda words: " ".join(words[:4]),
+)
+def test_a_command_says_of_addresses_what_it_says_of_folders(web, run, words):
+    web.asked.clear()
+    remote = run(*far(words, web.url))
+    local = run(*far(words, SAMPLES))
+    assert (remote.code, local.code) in {(0, 0), (1, 1)}, remote.err
+    # The same text, but for the place and the blanks that its length costs.
+    assert remote.out.replace(web.url, str(SAMPLES)).split() == local.out.split()
+    assert web.asked
+    counts = Counter((asked.path, asked.range) for asked in web.asked)
+    twice = {path for (path, _), count in counts.items() if count > 1}
+    # Factors are looked at before they are measured; these two commands go over a weight several times.
+    assert all("lora" in path for path in twice) or words[0] in {"intruders", "verify-merge"}
+
+
+def test_extract_and_gate_take_addresses(web, run, tmp_path):
+    done = run("extract", f"{web.url}/base", f"{web.url}/full_ft", "--rank", "2", *QPROJ, "-o", "adapter")
+    assert done.code == 0, done.err
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == f"{web.url}/base"
+    run("residual", SAMPLES / "base", SAMPLES / "full_ft", SAMPLES / "lora_r4", "-o", "r.jsonl")
+    assert run("gate", "init", "r.jsonl", "-o", "policy.toml").code == 0
+    words = [f"{web.url}/base", "--tuned", f"{web.url}/full_ft", "--adapter", f"{web.url}/lora_r4"]
+    assert run("gate", "policy.toml", "--base", *words).code == 0
+
+
+def test_secrets_are_neither_printed_nor_kept(web, run, tmp_path):
+    web.user = basic("me", "hidden")
+    try:
+        base, tuned = (f"http://me:hidden@{web.host}/{name}" for name in ("base", "full_ft"))
+        for words in (
+            ("spectrum", base, tuned, *QPROJ, "-o", "s.jsonl"),
+            ("spectrum", base, tuned, *QPROJ),
+            ("spectrum", base, tuned, *QPROJ, "--json"),
+            ("intruders", base, tuned, *QPROJ),
+            ("residual", base, tuned, *QPROJ),
+            ("extract", base, tuned, "--rank", "2", *QPROJ, "-o", "adapter"),
+            ("verify-merge", base, tuned, base),
+            ("spectrum", base),
+            ("spectrum", base, tuned + "x?token=hidden"),
+            ("spectrum", base, tuned, "http://me:hidden@host/third?token=hidden"),
+            ("inspect", base + "/nothing.safetensors?token=hidden"),
+        ):
+            done = run(*words)
+            assert "hidden" not in done.out + done.err, words
+            assert web.host in done.out + done.err or done.code == 2, words
+        kept = [file for file in tmp_path.rglob("*") if file.is_file()]
+        assert len(kept) > 3
+        assert not [file for file in kept if b"hidden" in file.read_bytes()]
+    finally:
+        web.user = None
+
+
+def test_resume_goes_on_with_the_same_input_alone(run, tmp_path):
+    for name in ("base", "full_ft"):
+        shutil.copytree(SAMPLES / name, tmp_path / "served" / name)
+    web = Web(tmp_path / "served")
+    try:
+        words = ("spectrum", f"{web.url}/base", f"{web.url}/full_ft", "--layers", r"layers\.0", "-o", "s.jsonl")
+        assert run(*words).code == 0
+        whole = (tmp_path / "s.jsonl").read_text()
+        lines = whole.splitlines(keepends=True)
+        (tmp_path / "s.jsonl").write_text("".join(lines[:3]))
+        assert run(*words, "--resume").code == 0
+        assert (tmp_path / "s.jsonl").read_text() == whole
+        (tmp_path / "s.jsonl").write_text("".join(lines[:3]))
+        # One bit of one weight: the size is as before, and so is nearly every page.
+        file = next((tmp_path / "served" / "full_ft").glob("*.safetensors"))
+        content = bytearray(file.read_bytes())
+        content[len(content) // 3] ^= 1
+        file.write_bytes(content)
+        done = run(*words, "--resume")
+        assert done.code == 2
+        assert "full_ft changed since this run was begun" in done.err
+        assert (tmp_path / "s.jsonl").read_text() == "".join(lines[:3])
+    finally:
+        web.close()
+
+
+def test_failures_are_one_message_and_exit_code_3(web, run):
+    for words, says in (
+        (("spectrum", f"{web.url}/base", f"{web.url}/elsewhere"), "/elsewhere: no weights found"),
+        (("inspect", f"{web.url}/x.safetensors"), "/x.safetensors: no such file or folder"),
+        (("inspect", "http://127.0.0.1:9/base"), "cannot be read"),
+        (
+            ("probe", "truncation", f"{web.url}/base", f"{web.url}/full_ft", "--eval", SAMPLES / "README.md"),
+            "download it",
+        ),
+    ):
+        done = run(*words)
+        assert done.code == 3, done.err
+        assert done.err.startswith("error: http://")
+        assert says in done.err
+        assert done.err.count("\n") == 1
+
+
+@pytest.fixture
+def hub(tmp_path):
+    """The Hub, played by two local servers: one that knows repositories, one that has their files."""
+    pytest.importorskip("huggingface_hub")
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    names = [str(file.relative_to(SAMPLES)) for file in SAMPLES.rglob("*") if file.is_file()]
+    listing = {"id": "org/name", "sha": commit, "siblings": [{"rfilename": name} for name in names]}
+    place = tmp_path / "hub" / "api" / "models" / "org" / "name" / "revision" / "main"
+    place.parent.mkdir(parents=True)
+    place.write_text(json.dumps(listing))
+    files = Web(SAMPLES)
+    front = Web(tmp_path / "hub")
+    front.moved = {f"/org/name/resolve/{commit}/{folder}/": f"{files.url}/{folder}" for folder in ("base", "full_ft")}
+    yield front, files
+    front.close()
+    files.close()
+
+
+def test_the_hub(hub, loradiag, tmp_path):
+    front, files = hub
+    env = {"HF_ENDPOINT": front.url, "HF_TOKEN": "hf_hidden", "HF_HOME": str(tmp_path / "home")}
+    words = ("spectrum", "hf://org/name@main/base", "hf://org/name@main/full_ft", *QPROJ)
+    done = loradiag(*words, "-o", "s.jsonl", env=env)
+    assert done.code == 0, done.err
+    found = read_results(tmp_path / "s.jsonl")
+    assert found.layers == spectrum(SAMPLES / "base", SAMPLES / "full_ft", layers=QPROJ[1]).layers
+    assert found.run.inputs[0].path == "hf://org/name@main/base"
+    assert "at commit 0123456789abcdef" in found.run.inputs[0].notes[0]
+    # The token goes to the Hub, not to where it keeps its files; and nothing of a file is kept.
+    assert {asked.headers.get("authorization") for asked in front.asked if "/org/name" in asked.path} == {
+        "Bearer hf_hidden"
+    }
+    assert files.asked
+    assert not any("authorization" in asked.headers for asked in files.asked)
+    assert "hidden" not in done.out + done.err + (tmp_path / "s.jsonl").read_text()
+    assert not list((tmp_path / "home").rglob("*.safetensors"))
+
+
+def test_looking_at_an_address_imports_no_torch(web):
+    import subprocess
+
+    code = (
+        f"import sys; sys.argv = ['loradiag', 'inspect', '{web.url}/base']\nfrom lora_diag.cli import main\n"
+        "try:\n    main()\nexcept SystemExit as stop:\n    assert not stop.code\nassert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)

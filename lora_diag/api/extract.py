@@ -121,6 +121,7 @@ def extract(
     settings = ExtractionSettings(dtype, split, method, tol, seed, where.tasks)
     check_running(workers, seed)
     base, tuned = as_path(base), as_path(tuned)
+    base, tuned = as_path(base), as_path(tuned)
     folder = OutputFolder(Path(output), (base, tuned), overwrite, resume)
     compared = compare(base, tuned, layers, exclude, allow_unmatched)
     planned = plan(open_checkpoint(base), tuned, compared.pairing, rest == "save")

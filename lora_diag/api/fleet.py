@@ -8,10 +8,12 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lora_diag.adapters import is_adapter
+from lora_diag.adapters import is_adapter, open_adapter
 from lora_diag.api.fingerprint import legible
-from lora_diag.api.inputs import compare
+from lora_diag.api.inputs import compare, describe
 from lora_diag.api.measuring import Progress, Watch, check_running, measure_layers
+from lora_diag.checkpoints import as_path
+from lora_diag.checkpoints.remote import RemotePath
 from lora_diag.deltas import natural_order
 from lora_diag.diagnostics.fleet import fleet as measure
 from lora_diag.engines import Layout, layout_for
@@ -130,8 +132,8 @@ def expand(patterns: Iterable[Path | str]) -> list[Path]:
     words = [str(pattern) for pattern in patterns]
     found: dict[Path, None] = {}
     for word in words:
-        named = not glob.has_magic(word) or Path(word).exists()
-        for path in [Path(word)] if named else map(Path, glob.glob(word, recursive=True)):  # noqa: PTH207
+        named = not glob.has_magic(word) or as_path(word).exists()
+        for path in [as_path(word)] if named else map(Path, glob.glob(word, recursive=True)):  # noqa: PTH207
             if named or is_adapter(path):
                 found.setdefault(path)
     folders = {path for path in found if path.is_dir()}
@@ -142,7 +144,15 @@ def expand(patterns: Iterable[Path | str]) -> list[Path]:
 
 
 def _sizes(path: Path) -> str:
-    """Return by what ``--resume`` notices that an adapter changed, without opening a thousand: its files' sizes."""
+    """Return by what ``--resume`` notices that an adapter changed, without opening a thousand: its files' sizes.
+
+    One on object storage is opened: its server may not tell what is in a folder, and sizes are no cheaper there.
+    """
+    if isinstance(path, RemotePath):
+        try:
+            return describe("adapter", open_adapter(path).checkpoint).fingerprint
+        except LoradiagError:
+            return ""
     try:
         files = sorted(path.iterdir()) if path.is_dir() else [path]
         told = "\n".join(f"{file.name} {file.stat().st_size}" for file in files if file.is_file())

@@ -20,7 +20,7 @@ from lora_diag.api.measuring import (
     measure_layers,
     without_rank,
 )
-from lora_diag.checkpoints import locate
+from lora_diag.checkpoints import as_path, locate
 from lora_diag.deltas import Delta, Pairing, StoredDelta, Unpaired, natural_order
 from lora_diag.diagnostics.interference import interference as measure
 from lora_diag.diagnostics.interference import size
@@ -107,6 +107,7 @@ def interference(
         raise UsageError(f"--density {density}: must lie between 0 and 1")
     on = resolve_device(device)
     _check_names(updates)
+    base = as_path(base) if base is not None else None  # once, so that what is known of it is not asked again
     compared = [_compare(base, path, layers, exclude, allow_unmatched) for path in updates]
     tasks = _tasks(compared, settings.weights)
     rest = Pairing(tuple(_vectors(compared)), tuple(_unpaired(compared, {task.layer for task in tasks})))
@@ -146,6 +147,7 @@ def split_base(inputs: Sequence[Path | str]) -> tuple[Path | str | None, list[Pa
     Raises:
         UsageError: An adapter comes first, and what follows is not all adapters.
     """
+    inputs = [as_path(path) for path in inputs]
     adapters = [is_adapter(locate(path)) for path in inputs]
     if all(adapters):
         return None, list(inputs)

@@ -10,8 +10,9 @@ from typing import Any
 
 from lora_diag.adapters import is_adapter
 from lora_diag.api.fingerprint import legible
-from lora_diag.checkpoints import Checkpoint, locate, open_checkpoint
+from lora_diag.checkpoints import Checkpoint, as_path, locate, open_checkpoint
 from lora_diag.checkpoints.documents import MAX_CONFIG_BYTES, read_object
+from lora_diag.checkpoints.folder import WEIGHTS
 from lora_diag.deltas import CONVOLUTION, EXPERTS, natural_order
 from lora_diag.errors import UsageError
 from lora_diag.planning.amounts import read_bytes, read_count
@@ -157,6 +158,7 @@ def _model(base: Path | str) -> _Model:
         UsageError: It is an adapter.
         InputError: Neither can be read.
     """
+    base = as_path(base)
     path = locate(base)
     if path.is_dir() and (path / "config.json").is_file() and not _has_weights(path):
         path = path / "config.json"
@@ -181,6 +183,8 @@ def _model(base: Path | str) -> _Model:
 
 
 def _has_weights(folder: Path) -> bool:
+    if any((folder / name).is_file() for name in WEIGHTS):  # a web server does not list
+        return True
     return any(path.suffix in {".safetensors", ".bin", ".pt", ".pth", ".ckpt"} for path in folder.iterdir())
 
 

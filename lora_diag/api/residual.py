@@ -12,6 +12,7 @@ from typing import Literal
 from lora_diag.api.activations import second_moments
 from lora_diag.api.inputs import Comparison, compare
 from lora_diag.api.measuring import Progress, Watch, check_running, layout_of, measure_layers, not_paired
+from lora_diag.checkpoints import as_path
 from lora_diag.deltas import Delta, Pairing, StoredDelta, Unpaired
 from lora_diag.diagnostics.residual import Layer, Other, ResidualSettings, size
 from lora_diag.diagnostics.residual import residual as measure
@@ -87,6 +88,7 @@ def residual(
     check_request(method, 1, tol)
     on = resolve_device(device)
     _check_names(tuned, [*adapters, *([reference] if reference is not None else [])])
+    base = as_path(base)  # once, so that what is known of it is not asked again
     full = compare(base, tuned, layers, exclude, allow_unmatched)
     others = [_named(compare(base, path, layers, exclude, allow_unmatched), "adapter") for path in adapters]
     if reference is not None:

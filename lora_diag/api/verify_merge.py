@@ -10,7 +10,7 @@ from pathlib import Path
 from lora_diag.adapters import is_adapter
 from lora_diag.api.inputs import Comparison, compare
 from lora_diag.api.measuring import Progress, Watch, check_running, layout_of, measure_layers, not_paired
-from lora_diag.checkpoints import locate
+from lora_diag.checkpoints import as_path, locate
 from lora_diag.deltas import Delta, FactoredDelta, Pairing, StoredDelta, Unpaired, natural_order, selector
 from lora_diag.diagnostics.merge import MergedLayer, verify
 from lora_diag.errors import InputError, NothingComparedError, UsageError
@@ -73,6 +73,7 @@ def verify_merge(
         [('model.layers.0.self_attn.k_proj.weight', 'dropped'), ('model.layers.0.self_attn.q_proj.weight', 'dropped')]
     """
     check_running(workers, 0)
+    base, adapter, merged = map(as_path, (base, adapter, merged))
     if not is_adapter(locate(adapter)):
         raise UsageError(f"{adapter}: is no adapter; the order is: loradiag verify-merge BASE ADAPTER MERGED")
     if is_adapter(locate(merged)):

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_diag.checkpoints import hub, locate
+from lora_diag.checkpoints.remote import RemotePath
 from lora_diag.errors import InputError, UsageError
 
 Kind = Literal["causal", "classifier"]
@@ -150,6 +151,8 @@ def _quietly(transformers: Any) -> Any:
 def _where(base: Path | str) -> tuple[str, dict[str, Any]]:
     """Return what transformers takes for a path or a Hub id."""
     local = locate(base)
+    if isinstance(local, RemotePath):
+        raise InputError(f"{local}: a model that is run must be whole on this machine; download it first")
     if local == Path(base):
         if not local.is_dir():
             raise InputError(f"{base}: is a file; to run the model, give the folder with its config.json")

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from lora_diag.checkpoints.remote import RemotePath
 from lora_diag.errors import InputError, UsageError
 
 
@@ -30,6 +31,8 @@ def adapted_by_peft(config: Mapping[str, Any], base: Path) -> dict[str, tuple[in
         import transformers
     except ImportError as error:
         raise UsageError(f"--check: needs {error.name}: pip install 'loradiag[train]'") from error
+    if isinstance(base, RemotePath):
+        raise InputError(f"{base}: --check builds the model from its config.json, which must be on this machine")
     folder = base if base.is_dir() else base.parent
     with warnings.catch_warnings(), torch.device("meta"):
         warnings.simplefilter("ignore")  # of names that match nothing: the ranks that are missing say it

@@ -7,15 +7,15 @@ from functools import partial
 from pathlib import Path
 
 from lora_diag.api.inputs import describe
-from lora_diag.api.measuring import Watch, layout_of, measure_layers, not_paired
+from lora_diag.api.measuring import Place, Watch, layout_of, measure_layers, not_paired
 from lora_diag.api.overlap import describe_steps
 from lora_diag.checkpoints import open_checkpoint
 from lora_diag.deltas import Pairing, Unpaired, selector
 from lora_diag.diagnostics.covariance import covariance, size
 from lora_diag.diagnostics.spectrum import SpectrumSettings
+from lora_diag.engines import Ray
 from lora_diag.errors import NothingComparedError, UsageError
 from lora_diag.gradients import History, histories, open_steps
-from lora_diag.linalg import resolve_device
 from lora_diag.results import LeftOut, Results, ResultsWriter, Run, Spectrum
 from lora_diag.version import __version__
 
@@ -31,7 +31,10 @@ def gradient_spectrum(
     workers: int | None,
     output: Path | str | None,
     resume: bool,
+    verify: bool,
     watch: Watch,
+    where: Place,
+    engine: Ray | None,
 ) -> Results[Spectrum]:
     """Measure the spectrum of the gradients of every matrix; see ``spectrum``.
 
@@ -42,7 +45,7 @@ def gradient_spectrum(
     """
     if settings.method not in {"auto", "gram"}:
         raise UsageError(f"--method {settings.method}: gradients are summed up as Gram matrices; use auto or gram")
-    chosen, on = selector(layers, exclude), resolve_device(settings.device)
+    chosen = selector(layers, exclude)
     steps = open_steps(gradients)
     stored = open_checkpoint(base) if base is not None else None
     followed, rest = histories(steps, stored)
@@ -57,26 +60,30 @@ def gradient_spectrum(
     run = Run(
         command="spectrum",
         version=__version__,
-        inputs=(*([describe("base", stored)] if stored is not None else []), describe_steps(gradients, steps)),
+        inputs=(
+            *([describe("base", stored, verify=verify)] if stored is not None else []),
+            describe_steps(gradients, steps, verify),
+        ),
         settings={
             "ranks": list(settings.ranks),
             "source": "gradients",
             "layers": layers,
             "exclude": exclude,
             "top": settings.top,
-            "device": on.type,
+            "device": where.kind,
         },
     )
-    layout = layout_of(tasks, workers, on.type)
+    layout = layout_of(tasks, workers, where.kind)
     with ResultsWriter[Spectrum](output, run, resume) as writer:
         return measure_layers(
             writer,
             tasks,
             partial(_one_layer, settings=settings),
-            lambda: not_paired(Pairing((), tuple(unpaired)), layout, settings.device),
+            lambda: not_paired(Pairing((), tuple(unpaired)), layout, where.here),
             layout,
             size,
             watch,
+            engine,
         )
 
 

@@ -59,6 +59,7 @@ def extract(
     engine: Ray | None = None,
     overwrite: bool = False,
     resume: bool = False,
+    verify: bool = False,
     on_progress: Callable[[Progress], None] | None = None,
     on_record: Callable[[AnyRecord], None] | None = None,
 ) -> Results[Extraction]:
@@ -91,6 +92,7 @@ def extract(
         engine: A Ray cluster to measure on, whose workers write factors to ``output``; None for this machine alone.
         overwrite: Replace an adapter that is in ``output``.
         resume: Go on with an interrupted extraction.
+        verify: Let ``resume`` compare a SHA-256 of every byte of the inputs, not of samples.
         on_progress: Called at the start and after every layer.
         on_record: Called with every record, in the order of the file, as it comes.
 
@@ -121,9 +123,8 @@ def extract(
     settings = ExtractionSettings(dtype, split, method, tol, seed, where.tasks)
     check_running(workers, seed)
     base, tuned = as_path(base), as_path(tuned)
-    base, tuned = as_path(base), as_path(tuned)
     folder = OutputFolder(Path(output), (base, tuned), overwrite, resume)
-    compared = compare(base, tuned, layers, exclude, allow_unmatched)
+    compared = compare(base, tuned, layers, exclude, allow_unmatched, verify)
     planned = plan(open_checkpoint(base), tuned, compared.pairing, rest == "save")
 
     def spectra() -> Results[Spectrum]:
@@ -140,6 +141,7 @@ def extract(
             engine=engine,
             output=folder.spectra,
             resume=folder.spectra.exists(),
+            verify=verify,
             on_progress=on_progress,
         )
 
@@ -191,7 +193,8 @@ def extract(
         name = base_name or loadable(legible(base.parent if base.is_file() else base))
         if not folder.whole:
             planned.write(folder.work, results, files, name)
-        command = [*map(legible, ("loradiag", "extract", str(base), str(tuned))), *asked.words().split(" ", 1), *_options(run)]
+        named = map(legible, ("loradiag", "extract", str(base), str(tuned)))
+        command = [*named, *asked.words().split(" ", 1), *_options(run)]
         folder.finish(model_card(results, name, shlex.join([*command, "-o", legible(output)])))
     return results
 

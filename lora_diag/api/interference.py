@@ -18,6 +18,7 @@ from lora_diag.api.measuring import (
     checked_ranks,
     layout_of,
     measure_layers,
+    place,
     without_rank,
 )
 from lora_diag.checkpoints import as_path, locate
@@ -25,8 +26,9 @@ from lora_diag.deltas import Delta, Pairing, StoredDelta, Unpaired, natural_orde
 from lora_diag.diagnostics.interference import interference as measure
 from lora_diag.diagnostics.interference import size
 from lora_diag.diagnostics.parts import RANKS, InterferenceSettings, Several, Update
+from lora_diag.engines import Ray
 from lora_diag.errors import InputError, NothingComparedError, UsageError
-from lora_diag.linalg import check_request, resolve_device
+from lora_diag.linalg import check_request
 from lora_diag.results import (
     AnyRecord,
     Interference,
@@ -56,8 +58,10 @@ def interference(
     device: str = "auto",
     seed: int = 0,
     workers: int | None = None,
+    engine: Ray | None = None,
     output: Path | str | None = None,
     resume: bool = False,
+    verify: bool = False,
     on_progress: Callable[[Progress], None] | None = None,
     on_record: Callable[[AnyRecord], None] | None = None,
 ) -> Results[Interference | Union]:
@@ -78,8 +82,10 @@ def interference(
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:1``.
         seed: Of random starts.
         workers: Layers at once; by default as many as fit into memory.
+        engine: A Ray cluster to measure on; None for this machine alone.
         output: Results file, appended layer by layer.
         resume: Go on behind what an interrupted run left in ``output``.
+        verify: Let ``resume`` compare a SHA-256 of every byte of the inputs, not of samples.
         on_progress: Called at the start and after every layer.
         on_record: Called with every record, in the order of the file, as it comes.
 
@@ -98,17 +104,17 @@ def interference(
         >>> [record.record for record in found], found.layers[1].ranks
         (['interference', 'union'], (4, 16))
     """
+    where = place(engine, device)
     settings = InterferenceSettings(
-        checked_ranks(ranks), _weights(weights, len(updates)), density, method, tol, seed, device
+        checked_ranks(ranks), _weights(weights, len(updates)), density, method, tol, seed, where.tasks
     )
     check_running(workers, seed)
     check_request(method, 1, tol)
     if not 0 <= density <= 1:
         raise UsageError(f"--density {density}: must lie between 0 and 1")
-    on = resolve_device(device)
     _check_names(updates)
     base = as_path(base) if base is not None else None  # once, so that what is known of it is not asked again
-    compared = [_compare(base, path, layers, exclude, allow_unmatched) for path in updates]
+    compared = [_compare(base, path, layers, exclude, allow_unmatched, verify) for path in updates]
     tasks = _tasks(compared, settings.weights)
     rest = Pairing(tuple(_vectors(compared)), tuple(_unpaired(compared, {task.layer for task in tasks})))
     run = Run(
@@ -123,21 +129,22 @@ def interference(
             "exclude": exclude,
             "method": method,
             "tol": tol,
-            "device": on.type,
+            "device": where.kind,
             "seed": seed,
         },
     )
-    layout = layout_of(tasks, workers, on.type)
+    layout = layout_of(tasks, workers, where.kind)
     writer: ResultsWriter[Interference | Union]
     with ResultsWriter(output, run, resume) as writer:
         return measure_layers(
             writer,
             tasks,
             partial(measure, settings=settings),
-            lambda: without_rank(rest, layout, device),
+            lambda: without_rank(rest, layout, where.here),
             layout,
             size,
             Watch(on_progress, on_record),
+            engine,
         )
 
 
@@ -200,11 +207,16 @@ def _check_names(updates: Sequence[Path | str]) -> None:
 
 
 def _compare(
-    base: Path | str | None, path: Path | str, layers: str | None, exclude: str | None, allow_unmatched: bool
+    base: Path | str | None,
+    path: Path | str,
+    layers: str | None,
+    exclude: str | None,
+    allow_unmatched: bool,
+    verify: bool,
 ) -> Comparison:
     if base is None:
-        return compare(path, None, layers, exclude, allow_unmatched)
-    return compare(base, path, layers, exclude, allow_unmatched)
+        return compare(path, None, layers, exclude, allow_unmatched, verify)
+    return compare(base, path, layers, exclude, allow_unmatched, verify)
 
 
 def _tasks(compared: Sequence[Comparison], weights: Sequence[float]) -> list[Several]:

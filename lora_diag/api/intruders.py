@@ -7,11 +7,12 @@ from functools import partial
 from pathlib import Path
 
 from lora_diag.api.inputs import compare
-from lora_diag.api.measuring import Progress, Watch, check_running, layout_of, measure_layers, without_rank
+from lora_diag.api.measuring import Progress, Watch, check_running, layout_of, measure_layers, place, without_rank
 from lora_diag.diagnostics.intruders import IntruderSettings, size
 from lora_diag.diagnostics.intruders import intruders as measure
+from lora_diag.engines import Ray
 from lora_diag.errors import UsageError
-from lora_diag.linalg import check_request, resolve_device
+from lora_diag.linalg import check_request
 from lora_diag.results import AnyRecord, Intruders, Results, ResultsWriter, Run
 from lora_diag.version import __version__
 
@@ -31,8 +32,10 @@ def intruders(
     device: str = "auto",
     seed: int = 0,
     workers: int | None = None,
+    engine: Ray | None = None,
     output: Path | str | None = None,
     resume: bool = False,
+    verify: bool = False,
     on_progress: Callable[[Progress], None] | None = None,
     on_record: Callable[[AnyRecord], None] | None = None,
 ) -> Results[Intruders]:
@@ -52,8 +55,10 @@ def intruders(
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:1``.
         seed: Of the random starts of ``krylov``.
         workers: Layers at once; by default as many as fit into memory.
+        engine: A Ray cluster to measure on; None for this machine alone.
         output: Results file, appended layer by layer.
         resume: Go on behind what an interrupted run left in ``output``.
+        verify: Let ``resume`` compare a SHA-256 of every byte of the inputs, not of samples.
         on_progress: Called at the start and after every layer.
         on_record: Called with every record, in the order of the file, as it comes.
 
@@ -70,15 +75,15 @@ def intruders(
         >>> found.layers[0].k, found.layers[0].intruders
         (10, 0)
     """
-    settings = IntruderSettings(top, epsilon, window, method, tol, seed, device)
+    where = place(engine, device)
+    settings = IntruderSettings(top, epsilon, window, method, tol, seed, where.tasks)
     check_running(workers, seed)
     check_request(method, top, tol)
     if not 0 < epsilon < 1:
         raise UsageError(f"--epsilon {epsilon}: must lie between 0 and 1")
     if not 0 <= window < 1:
         raise UsageError(f"--window {window}: must lie between 0 and 1")
-    on = resolve_device(device)
-    compared = compare(base, tuned, layers, exclude, allow_unmatched)
+    compared = compare(base, tuned, layers, exclude, allow_unmatched, verify)
     matrices = [delta for delta in compared.pairing.deltas if delta.is_matrix]
     run = Run(
         command="intruders",
@@ -92,19 +97,20 @@ def intruders(
             "exclude": exclude,
             "method": method,
             "tol": tol,
-            "device": on.type,
+            "device": where.kind,
             "seed": seed,
         },
     )
-    layout = layout_of(matrices, workers, on.type)
+    layout = layout_of(matrices, workers, where.kind)
     writer: ResultsWriter[Intruders]
     with ResultsWriter(output, run, resume) as writer:
         return measure_layers(
             writer,
             matrices,
             partial(measure, settings=settings),
-            lambda: without_rank(compared.pairing, layout, device),
+            lambda: without_rank(compared.pairing, layout, where.here),
             layout,
             size,
             Watch(on_progress, on_record),
+            engine,
         )

@@ -10,9 +10,10 @@ from typing import Any, Protocol, TypeVar
 
 from lora_diag.deltas import Pairing, footprint, natural_order
 from lora_diag.diagnostics.left_out import left_out_rows, left_out_vector
-from lora_diag.engines import Layout, layout_for, run_local
-from lora_diag.errors import UsageError
+from lora_diag.engines import Layout, Ray, layout_for, run_local, run_ray
+from lora_diag.errors import MemoryLimitError, UsageError
 from lora_diag.linalg import resolve_device
+from lora_diag.planning.amounts import read_bytes
 from lora_diag.results import AnyRecord, LayerRecord, LeftOut, Results, ResultsWriter, totals
 
 L = TypeVar("L", bound=LayerRecord)
@@ -77,15 +78,72 @@ class Watch:
             self.on_record(record)
 
 
-def layout_of(tasks: Sequence[Task], workers: int | None, device: str) -> Layout:
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where numbers are computed.
+
+    Args:
+        tasks: The device of the layers, in the words of ``--device``.
+        kind: What the results file calls it, such as ``cuda``.
+        here: The device of what this process measures itself: norms, biases, added rows.
+    """
+
+    tasks: str
+    kind: str
+    here: str
+
+
+def place(engine: Ray | None, device: str) -> Place:
+    """Return where numbers are computed; on a cluster that follows from the GPUs which its tasks get.
+
+    Raises:
+        UsageError: The device is not there, or the cluster's tasks have none.
+    """
+    if engine is None:
+        return Place(device, resolve_device(device).type, device)
+    engine.check()
+    kind = "cuda" if engine.gpus_per_task else "cpu"
+    if device not in {"auto", kind}:
+        way = "--device cuda needs --gpus-per-task 1" if kind == "cpu" else "with --gpus-per-task it is cuda"
+        raise UsageError(f"--device {device}: on a cluster the scheduler gives out the devices, {way}")
+    return Place(kind, kind, "auto" if kind == "cuda" else "cpu")
+
+
+def layout_of(tasks: Sequence[Task], workers: int | None, device: str, memory: int | None = None) -> Layout:
     """Return how this machine is shared among layers, which goes by the largest.
 
     Args:
         tasks: One for each layer; there may be none.
         workers: Layers at once, or None to choose.
         device: Where matrices are computed, such as ``cuda``.
+        memory: Bytes that the whole program may take; None for what the largest matrix needs.
+
+    Raises:
+        UsageError: So little memory that not even the program fits.
     """
-    return layout_for(max((math.prod(task.shape) for task in tasks), default=0), workers, device)
+    return layout_for(max((math.prod(task.shape) for task in tasks), default=0), workers, device, memory)
+
+
+def read_memory(words: str | int | None, engine: Ray | None) -> int | None:
+    """Read how much memory a run may take.
+
+    Raises:
+        UsageError: It is no size, or a cluster is to be used.
+    """
+    if words is None:
+        return None
+    if engine is not None:
+        raise UsageError("--memory: plans for this machine; on a cluster Ray's scheduler knows what its nodes have")
+    return words if isinstance(words, int) else read_bytes(words, "--memory")
+
+
+def _or_left_out(measure: Callable[[T], Sequence[L | LeftOut]], task: T) -> Sequence[L | LeftOut]:
+    """Measure one layer; where it does not fit into memory, say so in its place."""
+    try:
+        return measure(task)
+    except MemoryLimitError as error:
+        detail = {"detail": str(error), "fro": error.fro, "base_fro": error.base_fro}
+        return (LeftOut(layer=task.layer, shape=task.shape, reason="memory", **detail),)
 
 
 def measure_layers(
@@ -96,6 +154,7 @@ def measure_layers(
     layout: Layout,
     size: Callable[[T], int],
     watch: Watch,
+    engine: Ray | None = None,
 ) -> Results[L]:
     """Measure what is not yet in the results file; write and tell each record in the order of the file.
 
@@ -107,6 +166,7 @@ def measure_layers(
         layout: How the machine is shared.
         size: Bytes that a task takes while it runs.
         watch: Who is told.
+        engine: A cluster to measure on; None for this machine alone.
 
     Returns:
         All records of the run, earlier ones included.
@@ -128,7 +188,8 @@ def measure_layers(
     layers, left_out = list(earlier.layers), list[LeftOut]()
     measured = {record.layer for record in layers}
     todo = [task for task in tasks if task.layer not in measured]
-    for records in _with_progress(run_local(measure, todo, layout, size), todo, watch):
+    run = partial(run_ray, on=engine) if engine is not None else run_local
+    for records in _with_progress(run(partial(_or_left_out, measure), todo, layout, size), todo, watch):
         found = [record for record in records if not isinstance(record, LeftOut)]
         left_out += [record for record in records if isinstance(record, LeftOut)]
         if found:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from lora_diag.api.fingerprint import fingerprint, legible
+from lora_diag.api.fingerprint import content_hash, files_of, fingerprint, legible
 from lora_diag.api.inputs import Comparison, compare
 from lora_diag.api.measuring import (
     Progress,
@@ -17,6 +18,7 @@ from lora_diag.api.measuring import (
     layout_of,
     measure_layers,
     not_paired,
+    place,
     without_rank,
 )
 from lora_diag.checkpoints import Checkpoint, open_checkpoint
@@ -24,7 +26,7 @@ from lora_diag.deltas import Delta, Pairing, StoredDelta, Unpaired, footprint, s
 from lora_diag.diagnostics.overlap import RANKS, Followed, OverlapSettings, size
 from lora_diag.diagnostics.overlap import overlap as measure
 from lora_diag.diagnostics.overlap import subspaces as spaces_of
-from lora_diag.engines import Layout, run_local
+from lora_diag.engines import Layout, Ray, run_local
 from lora_diag.errors import NothingComparedError, UsageError
 from lora_diag.gradients import History, Step, histories, open_steps
 from lora_diag.linalg import check_request, resolve_device
@@ -46,8 +48,10 @@ def overlap(
     device: str = "auto",
     seed: int = 0,
     workers: int | None = None,
+    engine: Ray | None = None,
     output: Path | str | None = None,
     resume: bool = False,
+    verify: bool = False,
     on_progress: Callable[[Progress], None] | None = None,
     on_record: Callable[[AnyRecord], None] | None = None,
 ) -> Results[Overlap]:
@@ -70,8 +74,10 @@ def overlap(
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:1``.
         seed: Of the random starts of ``krylov``.
         workers: Layers at once; by default as many as fit into memory.
+        engine: A Ray cluster to measure on; None for this machine alone.
         output: Results file, appended layer by layer.
         resume: Go on behind what an interrupted run left in ``output``.
+        verify: Let ``resume`` compare a SHA-256 of every byte of the inputs, not of samples.
         on_progress: Called at the start and after every layer.
         on_record: Called with every record, in the order of the file, as it comes.
 
@@ -91,13 +97,13 @@ def overlap(
         >>> [(record.step, record.rank) for record in found][:6]
         [(0, 4), (0, 8), (0, 16), (0, 32), (0, 64), (40, 4)]
     """
-    settings = OverlapSettings(checked_ranks(ranks), method, seed, device)
+    where = place(engine, device)
+    settings = OverlapSettings(checked_ranks(ranks), method, seed, where.tasks)
     check_running(workers, seed)
     check_request(method, settings.ranks[-1], 0.5)
-    on = resolve_device(device)
     if not gradients:
         raise UsageError("overlap: name the gradients, a folder with one safetensors file a step")
-    compared = compare(base, tuned, layers, exclude, allow_unmatched)
+    compared = compare(base, tuned, layers, exclude, allow_unmatched, verify)
     _refuse_gradient(compared.pairing, tuned)
     steps = open_steps(gradients)
     # The layers of a BASE that was compared are named as in its files, so those are what gradients are matched to.
@@ -111,27 +117,30 @@ def overlap(
     run = Run(
         command="overlap",
         version=__version__,
-        inputs=(*compared.inputs, describe_steps(gradients, steps)),
+        inputs=(*compared.inputs, describe_steps(gradients, steps, verify)),
         settings={
             "ranks": list(settings.ranks),
             "steps": [step.step for step in steps],
             "layers": layers,
             "exclude": exclude,
             "method": method,
-            "device": on.type,
+            "device": where.kind,
             "seed": seed,
         },
     )
-    layout = layout_of(tasks, workers, on.type)
+    layout = layout_of(tasks, workers, where.kind)
     with ResultsWriter[Overlap](output, run, resume) as writer:
         return measure_layers(
             writer,
             tasks,
             partial(measure, settings=settings),
-            lambda: _without_overlap(compared.pairing, rest, layout, device, tasks, writer.earlier, settings),
+            lambda: _without_overlap(
+                compared.pairing, rest, layout, tasks, writer.earlier, replace(settings, device=where.here)
+            ),
             layout,
             size,
             Watch(on_progress, on_record),
+            engine,
         )
 
 
@@ -192,7 +201,7 @@ def subspaces(
     )
 
 
-def describe_steps(paths: Sequence[Path | str], steps: Sequence[Step]) -> RunInput:
+def describe_steps(paths: Sequence[Path | str], steps: Sequence[Step], verify: bool) -> RunInput:
     """Return what the run record says of the gradients."""
     more = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
     span = f"{len(steps)} steps, {steps[0].step} to {steps[-1].step}" if len(steps) > 1 else f"step {steps[0].step}"
@@ -204,6 +213,7 @@ def describe_steps(paths: Sequence[Path | str], steps: Sequence[Step]) -> RunInp
         tensors=sum(len(step.checkpoint) for step in steps),
         notes=tuple(dict.fromkeys(legible(note) for step in steps for note in _notes(step))),
         fingerprint=found.hexdigest()[:16],
+        sha256=content_hash([file for step in steps for file in files_of(step.checkpoint)]) if verify else "",
     )
 
 
@@ -280,14 +290,13 @@ def _without_overlap(
     pairing: Pairing,
     rest: Sequence[Unpaired],
     layout: Layout,
-    device: str,
     tasks: Sequence[Followed],
     earlier: Results[Overlap],
     settings: OverlapSettings,
 ) -> Iterator[LeftOut]:
     """Yield what is left out besides what was found while measuring; after a resumed run, what was found then, too."""
-    yield from without_rank(pairing, layout, device)
-    yield from not_paired(Pairing((), tuple(rest)), layout, device)
+    yield from without_rank(pairing, layout, settings.device)
+    yield from not_paired(Pairing((), tuple(rest)), layout, settings.device)
     done: dict[str, set[int]] = {}
     for record in earlier:
         done.setdefault(record.layer, set()).add(record.step)

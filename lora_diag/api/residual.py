@@ -11,14 +11,14 @@ from typing import Literal
 
 from lora_diag.api.activations import second_moments
 from lora_diag.api.inputs import Comparison, compare
-from lora_diag.api.measuring import Progress, Watch, check_running, layout_of, measure_layers, not_paired
+from lora_diag.api.measuring import Progress, Watch, check_running, layout_of, measure_layers, not_paired, place
 from lora_diag.checkpoints import as_path
 from lora_diag.deltas import Delta, Pairing, StoredDelta, Unpaired
 from lora_diag.diagnostics.residual import Layer, Other, ResidualSettings, size
 from lora_diag.diagnostics.residual import residual as measure
-from lora_diag.engines import Layout
+from lora_diag.engines import Layout, Ray
 from lora_diag.errors import UsageError
-from lora_diag.linalg import check_request, resolve_device
+from lora_diag.linalg import check_request
 from lora_diag.results import AnyRecord, LeftOut, Residual, Results, ResultsWriter, Run
 from lora_diag.version import __version__
 
@@ -38,8 +38,10 @@ def residual(
     device: str = "auto",
     seed: int = 0,
     workers: int | None = None,
+    engine: Ray | None = None,
     output: Path | str | None = None,
     resume: bool = False,
+    verify: bool = False,
     on_progress: Callable[[Progress], None] | None = None,
     on_record: Callable[[AnyRecord], None] | None = None,
 ) -> Results[Residual]:
@@ -63,8 +65,10 @@ def residual(
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:1``.
         seed: Of the random starts of ``krylov``.
         workers: Layers at once; by default as many as fit into memory.
+        engine: A Ray cluster to measure on; None for this machine alone.
         output: Results file, appended layer by layer.
         resume: Go on behind what an interrupted run left in ``output``.
+        verify: Let ``resume`` compare a SHA-256 of every byte of the inputs, not of samples.
         on_progress: Called at the start and after every layer.
         on_record: Called with every record, in the order of the file, as it comes.
 
@@ -83,17 +87,17 @@ def residual(
         >>> found.layers[0].rank, found.layers[0].epsilon > found.layers[0].epsilon_min
         (16, True)
     """
-    settings = ResidualSettings(method, tol, seed, device)
+    where = place(engine, device)
+    settings = ResidualSettings(method, tol, seed, where.tasks)
     check_running(workers, seed)
     check_request(method, 1, tol)
-    on = resolve_device(device)
     _check_names(tuned, [*adapters, *([reference] if reference is not None else [])])
     base = as_path(base)  # once, so that what is known of it is not asked again
-    full = compare(base, tuned, layers, exclude, allow_unmatched)
-    others = [_named(compare(base, path, layers, exclude, allow_unmatched), "adapter") for path in adapters]
+    full = compare(base, tuned, layers, exclude, allow_unmatched, verify)
+    others = [_named(compare(base, path, layers, exclude, allow_unmatched, verify), "adapter") for path in adapters]
     if reference is not None:
-        others.append(_named(compare(base, reference, layers, exclude, allow_unmatched), "reference"))
-    moments = second_moments(activations, base, full.pairing) if activations is not None else None
+        others.append(_named(compare(base, reference, layers, exclude, allow_unmatched, verify), "reference"))
+    moments = second_moments(activations, base, full.pairing, verify) if activations is not None else None
     inputs = (*full.inputs, *(other.inputs[-1] for other in others), *((moments.described,) if moments else ()))
     by_layer = [{delta.layer: _alone(delta) for delta in other.pairing.deltas} for other in others]
     tasks = [
@@ -116,21 +120,22 @@ def residual(
             "exclude": exclude,
             "method": method,
             "tol": tol,
-            "device": on.type,
+            "device": where.kind,
             "seed": seed,
         },
     )
     left_out = Pairing((), (*full.pairing.unpaired, *_more_left_out(full.pairing, others)))
-    layout = layout_of(full.pairing.deltas, workers, on.type)
+    layout = layout_of(full.pairing.deltas, workers, where.kind)
     with ResultsWriter[Residual](output, run, resume) as writer:
         return measure_layers(
             writer,
             tasks,
             partial(measure, settings=settings),
-            lambda: _rest(left_out, layout, device, tasks, writer.earlier, settings),
+            lambda: _rest(left_out, layout, where.here, tasks, writer.earlier, replace(settings, device=where.here)),
             layout,
             size,
             Watch(on_progress, on_record),
+            engine,
         )
 
 

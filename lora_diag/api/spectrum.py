@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from lora_diag.api.measuring import (
     layout_of,
     measure_layers,
     place,
+    read_memory,
     without_rank,
 )
 from lora_diag.deltas import Pairing, Unpaired
@@ -46,9 +48,11 @@ def spectrum(
     device: str = "auto",
     seed: int = 0,
     workers: int | None = None,
+    memory: str | int | None = None,
     engine: Ray | None = None,
     output: Path | str | None = None,
     resume: bool = False,
+    verify: bool = False,
     on_progress: Callable[[Progress], None] | None = None,
     on_record: Callable[[AnyRecord], None] | None = None,
 ) -> Results[Spectrum]:
@@ -74,9 +78,12 @@ def spectrum(
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:1``.
         seed: Of the random starts of ``krylov``.
         workers: Layers at once; by default as many as fit into 1 GiB and four copies of the largest matrix.
+        memory: What the whole program may take, such as ``"8GB"`` or a number of bytes; a layer that does not fit is
+            read in row blocks. Default: what the largest matrix needs.
         engine: A Ray cluster to measure on; None for this machine alone.
         output: Results file, appended line by line; a finished run there is replaced when this one is finished.
         resume: Go on behind what an interrupted run left in ``output``.
+        verify: Let ``resume`` compare a SHA-256 of every byte of the inputs, not of samples.
         on_progress: Called at the start and after every layer.
         on_record: Called with every record, in the order of the file, as it comes.
 
@@ -95,6 +102,7 @@ def spectrum(
     """
     where = place(engine, device)
     settings = SpectrumSettings(checked_ranks(ranks), method, top, tol, seed, where.tasks)
+    limit = read_memory(memory, engine)
     check_running(workers, seed)
     check_request(method, top, tol)
     if kfac and activations is None:
@@ -102,20 +110,22 @@ def spectrum(
     if gradients:
         if activations is not None:
             raise UsageError("--activations: weighs an update, and --gradients are none; leave one of them out")
+        if limit is not None:
+            raise UsageError("--memory: plans for an update, and --gradients are none; leave one of them out")
         if tuned is not None:
             raise UsageError("--gradients: are measured instead of an update; name BASE alone beside them, or nothing")
         watch = Watch(on_progress, on_record)
         return gradient_spectrum(
-            base, gradients, settings, layers, exclude, workers, output, resume, watch, where, engine
+            base, gradients, settings, layers, exclude, workers, output, resume, verify, watch, where, engine
         )
     if base is None:
         raise UsageError("spectrum: name BASE and TUNED, an adapter, or gradients with --gradients")
-    compared = compare(base, tuned, layers, exclude, allow_unmatched)
+    compared = compare(base, tuned, layers, exclude, allow_unmatched, verify)
     pairing, moments = compared.pairing, None
     if activations is not None:
         if tuned is None:
             raise UsageError("--activations: needs BASE, to tell which layer is which; name it before the adapter")
-        moments = second_moments(activations, base, pairing)
+        moments = second_moments(activations, base, pairing, verify)
         if kfac and not moments.gradients:
             raise UsageError(f"--kfac: {activations} holds no output gradients; record it with --gradients")
     run = Run(
@@ -135,7 +145,8 @@ def spectrum(
         },
     )
     pairing, matrices = _weighed(pairing, moments, kfac)
-    layout = layout_of(matrices, workers, where.kind)
+    layout = layout_of(matrices, workers, where.kind, limit)
+    settings = replace(settings, memory=layout.limit)
     with ResultsWriter[Spectrum](output, run, resume) as writer:
         return measure_layers(
             writer,
@@ -143,7 +154,7 @@ def spectrum(
             partial(_one_layer, settings=settings),
             lambda: without_rank(pairing, layout, where.here),
             layout,
-            size,
+            partial(size, settings=settings),
             Watch(on_progress, on_record),
             engine,
         )

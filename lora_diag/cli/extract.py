@@ -52,10 +52,14 @@ def extract(
     device: options.Device = "auto",
     seed: options.Seed = 0,
     workers: options.Workers = None,
+    engine: options.On = options.Engine.local,
+    ray_address: options.RayAddress = None,
+    gpus_per_task: options.GpusPerTask = 0.0,
     per: options.PerRow = options.Per.type,
     overwrite: Overwrite = False,
     json: options.Json = False,
     resume: options.Resume = False,
+    verify: options.Verify = False,
     quiet: options.Quiet = False,
 ) -> None:
     """Write that adapter: the best one of given ranks for ΔW, in PEFT's format, with its error as it was written.
@@ -90,8 +94,10 @@ def extract(
             device=device,
             seed=seed,
             workers=workers,
+            engine=options.cluster(engine, ray_address, gpus_per_task),
             overwrite=overwrite,
             resume=resume,
+            verify=verify,
             on_progress=on_progress,
             on_record=as_lines(json),
         )

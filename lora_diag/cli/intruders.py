@@ -34,10 +34,14 @@ def intruders(
     device: options.Device = "auto",
     seed: options.Seed = 0,
     workers: options.Workers = None,
+    engine: options.On = options.Engine.local,
+    ray_address: options.RayAddress = None,
+    gpus_per_task: options.GpusPerTask = 0.0,
     per: options.PerRow = options.Per.type,
     output: options.Output = None,
     json: options.Json = False,
     resume: options.Resume = False,
+    verify: options.Verify = False,
     quiet: options.Quiet = False,
 ) -> None:
     """Which of the largest directions of the tuned weights are new? Intruder dimensions, as LoRA makes them.
@@ -64,8 +68,10 @@ def intruders(
             device=device,
             seed=seed,
             workers=workers,
+            engine=options.cluster(engine, ray_address, gpus_per_task),
             output=output,
             resume=resume,
+            verify=verify,
             on_progress=on_progress,
             on_record=as_lines(json),
         )

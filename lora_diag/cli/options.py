@@ -4,11 +4,21 @@ from __future__ import annotations
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from lora_diag.errors import UsageError
+
+if TYPE_CHECKING:
+    from lora_diag import Ray
+
+
+class Engine(StrEnum):
+    """What a command runs on."""
+
+    local = "local"
+    ray = "ray"
 
 
 class Per(StrEnum):
@@ -34,10 +44,36 @@ Ranks = Annotated[str, typer.Option(metavar="R,R,...", help="Ranks r at which C(
 Output = Annotated[Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write the records here (JSONL).")]
 Json = Annotated[bool, typer.Option("--json", help="Records on standard output, and nothing else there.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with the interrupted run in --output.")]
+Verify = Annotated[bool, typer.Option("--verify", help="Hash every byte of the inputs, for --resume to compare.")]
 Seed = Annotated[int, typer.Option(metavar="N", help="Seed of the random starts of krylov.")]
 PerRow = Annotated[Per, typer.Option(help="One row a module type, or one a layer.")]
 Workers = Annotated[int | None, typer.Option(metavar="N", help="Layers at once; default by cores and memory.")]
+On = Annotated[Engine, typer.Option("--engine", help="This machine, or a Ray cluster (docs/cluster.md).")]
+RayAddress = Annotated[
+    str | None, typer.Option(metavar="HOST:PORT", help="Ray cluster; default RAY_ADDRESS, else a Ray of its own.")
+]
+GpusPerTask = Annotated[float, typer.Option(metavar="G", help="With --engine ray: GPUs for each layer, or a share.")]
+Memory = Annotated[
+    str | None,
+    typer.Option(metavar="SIZE", help="What the program may take, such as 8GB; larger layers in row blocks."),
+]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no messages, no table.")]
+
+
+def cluster(engine: Engine, address: str | None, gpus_per_task: float) -> Ray | None:
+    """Return the cluster that was asked for; None for this machine alone.
+
+    Raises:
+        UsageError: Something is said of a cluster that is not used.
+    """
+    if engine is Engine.local:
+        if address is not None or gpus_per_task:
+            option = "--ray-address" if address is not None else "--gpus-per-task"
+            raise UsageError(f"{option}: is of a Ray cluster; add --engine ray")
+        return None
+    from lora_diag import Ray  # torch comes with it: not before it is needed
+
+    return Ray(address, gpus_per_task)
 
 
 def check_resume(resume: bool, output: Path | None) -> None:

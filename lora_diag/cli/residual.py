@@ -37,10 +37,14 @@ def residual(
     device: options.Device = "auto",
     seed: options.Seed = 0,
     workers: options.Workers = None,
+    engine: options.On = options.Engine.local,
+    ray_address: options.RayAddress = None,
+    gpus_per_task: options.GpusPerTask = 0.0,
     per: options.PerRow = options.Per.type,
     output: options.Output = None,
     json: options.Json = False,
     resume: options.Resume = False,
+    verify: options.Verify = False,
     quiet: options.Quiet = False,
 ) -> None:
     """What did the adapter miss? Its distance to a full fine-tune, and what rank alone would cost.
@@ -67,8 +71,10 @@ def residual(
             device=device,
             seed=seed,
             workers=workers,
+            engine=options.cluster(engine, ray_address, gpus_per_task),
             output=output,
             resume=resume,
+            verify=verify,
             on_progress=on_progress,
             on_record=as_lines(json),
         )

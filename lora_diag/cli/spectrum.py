@@ -49,6 +49,7 @@ def spectrum(
     device: options.Device = "auto",
     seed: options.Seed = 0,
     workers: options.Workers = None,
+    memory: options.Memory = None,
     engine: options.On = options.Engine.local,
     ray_address: options.RayAddress = None,
     gpus_per_task: options.GpusPerTask = 0.0,
@@ -56,6 +57,7 @@ def spectrum(
     output: options.Output = None,
     json: options.Json = False,
     resume: options.Resume = False,
+    verify: options.Verify = False,
     quiet: options.Quiet = False,
 ) -> None:
     """Is the update low-rank, layer by layer? Singular values of ΔW = W_tuned - W_base.
@@ -74,9 +76,13 @@ def spectrum(
             raise UsageError("--adapters: measures adapters, with BASE alone beside them, or nothing")
         if activations is not None or kfac:
             raise UsageError("--activations: measures one update at a time; leave --adapters out")
+        if memory is not None:
+            raise UsageError(
+                "--memory: adapters are thin, and their factors are all that --adapters holds; leave it out"
+            )
         if engine is not options.Engine.local:
             raise UsageError("--engine ray: not with --adapters, which take longer to hand out than to measure")
-        _fleet(base, adapters, layers, exclude, device, workers, per, output, json, resume, quiet)
+        _fleet(base, adapters, layers, exclude, device, workers, per, output, json, resume, verify, quiet)
         return
     # torch comes with it: not before it is needed
     from lora_diag.api.spectrum import spectrum as measure
@@ -99,15 +105,17 @@ def spectrum(
             device=device,
             seed=seed,
             workers=workers,
+            memory=memory,
             engine=options.cluster(engine, ray_address, gpus_per_task),
             output=output,
             resume=resume,
+            verify=verify,
             on_progress=on_progress,
             on_record=as_lines(json),
         )
     if not json and not quiet:
         result(spectrum_table(results, *terminal(), per=per, then=_next(output)))
-    if tell_unmeasured(results.non_finite, "the layer was left out"):
+    if tell_unmeasured(results.unmeasured, "the layer was left out"):
         raise typer.Exit(UNREADABLE)
 
 
@@ -122,6 +130,7 @@ def _fleet(
     output: Path | None,
     json: bool,
     resume: bool,
+    verify: bool,
     quiet: bool,
 ) -> None:
     """Measure many adapters in one pass."""
@@ -139,6 +148,7 @@ def _fleet(
             workers=workers,
             output=output,
             resume=resume,
+            verify=verify,
             on_progress=on_progress,
             on_record=as_lines(json),
         )

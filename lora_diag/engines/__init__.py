@@ -5,5 +5,6 @@ the order of the descriptors, whatever finishes first; arrays never pass through
 """
 
 from lora_diag.engines.local import Layout, layout_for, run_local
+from lora_diag.engines.ray import Ray, run_ray
 
-__all__ = ["Layout", "layout_for", "run_local"]
+__all__ = ["Layout", "Ray", "layout_for", "run_local", "run_ray"]

@@ -1,0 +1,335 @@
+"""The engine on a cluster: a real one of two nodes, whose workers and nodes die while they measure."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+import warnings
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import lora_diag
+from lora_diag import Ray
+from lora_diag.engines import ray as engine
+from lora_diag.engines.worker import Job, open_job
+from lora_diag.errors import InputError, UsageError
+from lora_diag.version import __version__
+from tests.conftest import ROOT
+from tests.engines import faulty
+
+api = sys.modules["lora_diag.api.spectrum"]  # ``lora_diag.api.spectrum`` is the module, ``lora_diag.spectrum`` not
+LAST = "model.layers.1.self_attn.q_proj.weight"
+
+
+class TwoNodes:
+    """The cluster, and how to cut its power."""
+
+    def __init__(self):
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "tests.engines.two_nodes"],
+            cwd=ROOT,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+        self.address = self.said()
+
+    def said(self) -> str:
+        line = self.process.stdout.readline().strip()
+        assert line, "the cluster did not start"
+        return line
+
+    def tell(self, word: str) -> None:
+        self.process.stdin.write(f"{word}\n")
+        self.process.stdin.flush()
+        assert self.said() == "done"
+
+    def end(self) -> None:
+        with self.process:
+            self.process.stdin.close()
+            self.process.wait(timeout=60)
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    """A cluster of two nodes with one core each, and this process connected to it."""
+    ray = engine._import_ray()
+    before = signal.getsignal(signal.SIGTERM)
+    nodes = TwoNodes()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Ray's own, of its start
+            ray.init(address=nodes.address, log_to_driver=False, logging_level="CRITICAL")
+        yield nodes
+        ray.shutdown()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        nodes.end()
+
+
+@pytest.fixture
+def pair(pair_of_models):
+    return pair_of_models[0], pair_of_models[1]
+
+
+def both(tmp_path, command, *inputs, **options):
+    """Return the bytes of the results file of one machine, and of the cluster."""
+    measure = getattr(lora_diag, command)
+    for name, on in (("local", None), ("cluster", Ray())):
+        measure(*inputs, output=tmp_path / name, engine=on, **options)
+    return (tmp_path / "local").read_bytes(), (tmp_path / "cluster").read_bytes()
+
+
+SAMPLES = ROOT / "sample_checkpoints"
+COMMANDS = {
+    "spectrum": (SAMPLES / "base", SAMPLES / "full_ft"),
+    "residual": (SAMPLES / "base", SAMPLES / "full_ft", [SAMPLES / "lora_r4", SAMPLES / "lora_r16"]),
+    "overlap": (SAMPLES / "base", SAMPLES / "full_ft", [SAMPLES / "gradients"]),
+    "interference": ([SAMPLES / "lora_r4", SAMPLES / "lora_r16"],),
+    "intruders": (SAMPLES / "base", SAMPLES / "lora_r4"),
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_diagnostic_gives_the_same_bytes_as_on_one_machine(cluster, tmp_path, command):
+    local, there = both(tmp_path, command, *COMMANDS[command], layers=r"layers\.[01]\.(self_attn\.q|mlp\.up|input)")
+    assert local == there
+    assert b'"end"' in local
+
+
+def test_extract_writes_the_same_adapter(cluster, pair, tmp_path):
+    for name, on in (("local", None), ("cluster", Ray())):
+        (tmp_path / name).mkdir()
+        lora_diag.extract(*pair, tmp_path / name / "adapter", params=400, engine=on)
+    local, there = (tmp_path / name / "adapter" for name in ("local", "cluster"))
+    assert (local / "extraction.jsonl").read_bytes() == (there / "extraction.jsonl").read_bytes()
+    assert (local / "adapter_model.safetensors").read_bytes() == (there / "adapter_model.safetensors").read_bytes()
+
+
+def test_a_worker_that_is_killed_changes_nothing(cluster, pair, tmp_path, monkeypatch):
+    lora_diag.spectrum(*pair, output=tmp_path / "local")
+    monkeypatch.setattr(api, "_one_layer", partial(faulty.kills_its_worker, tmp_path, 1, LAST))
+    lora_diag.spectrum(*pair, output=tmp_path / "cluster", engine=Ray())
+    assert (tmp_path / "killed0").exists()
+    assert (tmp_path / "local").read_bytes() == (tmp_path / "cluster").read_bytes()
+
+
+def test_a_node_that_is_killed_changes_nothing(cluster, pair, tmp_path, monkeypatch):
+    import ray
+
+    lora_diag.spectrum(*pair, output=tmp_path / "local")
+    head = ray.get_runtime_context().get_node_id()
+    monkeypatch.setattr(api, "_one_layer", partial(faulty.waits_on_the_second_node, tmp_path, head))
+
+    def cut_the_power():
+        until(tmp_path / "on the second node")
+        cluster.tell("kill")
+
+    killer = threading.Thread(target=cut_the_power)
+    killer.start()
+    lora_diag.spectrum(*pair, output=tmp_path / "cluster", engine=Ray())
+    killer.join()
+    cluster.tell("add")
+    assert (tmp_path / "on the second node").exists()
+    assert (tmp_path / "local").read_bytes() == (tmp_path / "cluster").read_bytes()
+
+
+def test_a_layer_that_kills_every_worker_is_named_and_the_rest_is_kept(cluster, pair, tmp_path, monkeypatch):
+    lora_diag.spectrum(*pair, output=tmp_path / "local")
+    monkeypatch.setattr(engine, "RETRIES", 1)
+    monkeypatch.setattr(api, "_one_layer", partial(faulty.kills_its_worker, tmp_path, 99, LAST))
+    with pytest.raises(InputError, match=rf"^{LAST}: 2 workers died"):
+        lora_diag.spectrum(*pair, output=tmp_path / "cluster", engine=Ray())
+    whole, left = ((tmp_path / name).read_bytes() for name in ("local", "cluster"))
+    assert whole.startswith(left)
+    assert left.count(b"\n") == 1 + 9  # of ten matrices
+    monkeypatch.undo()
+    lora_diag.spectrum(*pair, output=tmp_path / "cluster", resume=True)  # on this machine
+    assert (tmp_path / "cluster").read_bytes() == whole
+
+
+def test_a_run_of_one_machine_goes_on_on_a_cluster(cluster, pair, tmp_path):
+    lora_diag.spectrum(*pair, output=tmp_path / "local")
+    whole = (tmp_path / "local").read_bytes()
+    (tmp_path / "begun").write_bytes(b"".join(whole.splitlines(keepends=True)[:4]))
+    lora_diag.spectrum(*pair, output=tmp_path / "begun", resume=True, engine=Ray())
+    assert (tmp_path / "begun").read_bytes() == whole
+
+
+def test_what_cannot_be_measured_is_told_as_on_one_machine(cluster, pair, tmp_path, monkeypatch):
+    base, tuned = pair
+    tensors = load_file(tuned / "model.safetensors")
+    tensors[LAST][3, 4] = torch.nan
+    save_file(tensors, tuned / "model.safetensors")
+    local, there = both(tmp_path, "spectrum", base, tuned)
+    assert local == there
+    assert b'"non_finite"' in local
+    monkeypatch.setattr(api, "_one_layer", partial(faulty.cannot_read, LAST))
+    told = []
+    for name, on in (("local2", None), ("cluster2", Ray())):
+        with pytest.raises(InputError) as error:
+            lora_diag.spectrum(base, tuned, output=tmp_path / name, engine=on)
+        told.append((str(error.value), (tmp_path / name).read_bytes()))
+    assert told[0] == told[1]
+    assert LAST in told[0][0]
+
+
+def test_inputs_that_only_this_machine_sees_are_named(cluster, pair, tmp_path):
+    folder = os.open(pair[1], os.O_RDONLY)  # of this process alone
+    try:
+        with pytest.raises(
+            InputError, match=r"/model\.safetensors: the worker on .* cannot see it: .*storage that all"
+        ):
+            lora_diag.spectrum(pair[0], f"/proc/self/fd/{folder}", output=tmp_path / "r", engine=Ray())
+    finally:
+        os.close(folder)
+    assert not (tmp_path / "r").exists()
+
+
+def test_no_gpu_is_an_error_and_not_an_endless_wait(cluster, pair, tmp_path, monkeypatch):
+    monkeypatch.setattr(engine, "PATIENCE", 0.1)
+    monkeypatch.setattr(engine, "LOOK", 0.2)
+    with pytest.raises(InputError, match=r"no node of the cluster had 1 CPU and 0\.5 GPUs"):
+        lora_diag.spectrum(*pair, output=tmp_path / "r", engine=Ray(gpus_per_task=0.5))
+    assert not (tmp_path / "r").exists()
+
+
+def test_ctrl_c_stops_the_cluster_and_leaves_a_file_to_go_on_with(cluster, pair, tmp_path):
+    """By the command line, and with a worker killed before, of which Ray itself would tell on standard output."""
+    lora_diag.spectrum(*pair, output=tmp_path / "local")
+    first, *_ = layers = [record.layer for record in lora_diag.read_results(tmp_path / "local")]
+    words = ["spectrum", *pair, "-o", "r.jsonl", "--json", "--engine", "ray", "--ray-address", cluster.address]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tests.engines.faulty", tmp_path, first, layers[-1], *words],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    until(tmp_path / "waiting")
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert err.decode() == "interrupted; with -o, --resume goes on from here\n"
+    assert out == (tmp_path / "r.jsonl").read_bytes()
+    assert (tmp_path / "killed0").exists()
+    worker = int((tmp_path / "waiting").read_text())
+    until(lambda: not Path(f"/proc/{worker}/cmdline").exists() or not Path(f"/proc/{worker}/cmdline").read_bytes())
+    lora_diag.spectrum(*pair, output=tmp_path / "r.jsonl", resume=True)
+    assert (tmp_path / "r.jsonl").read_bytes() == (tmp_path / "local").read_bytes()
+
+
+def until(there, seconds=60):
+    """Wait for a file, or for something to be so."""
+    end = time.monotonic() + seconds
+    while not (there.exists() if isinstance(there, Path) else there()):
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.05)
+
+
+def job(**changed) -> Job:
+    return Job(**{"version": __version__, "folder": str(ROOT), "files": (), "work": b"", **changed})
+
+
+def test_a_worker_refuses_what_is_not_what_was_meant(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model").write_bytes(b"12345")
+    with pytest.raises(InputError, match=r"has loradiag .*, this is 0.0.1; install one version everywhere"):
+        open_job(job(version="0.0.1"))
+    with pytest.raises(InputError, match=r"^none: the worker on .* cannot see it: No such file"):
+        open_job(job(files=(("none", 5),), folder=str(tmp_path)))
+    with pytest.raises(InputError, match=r"^model: .* sees another file there, of 5 bytes instead of 6;"):
+        open_job(job(files=(("model", 6),), folder=str(tmp_path)))
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"address": "ray://10.0.0.1:10001"}, "--ray-address ray://10.0.0.1:10001: loradiag runs on a node"),
+        ({"gpus_per_task": -1.0}, "--gpus-per-task -1: must be"),
+        ({"gpus_per_task": float("nan")}, "--gpus-per-task nan: must be"),
+        ({"gpus_per_task": 1.5}, "--gpus-per-task 1.5: must be"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(asked, message):
+    with pytest.raises(UsageError) as error:
+        Ray(**asked).check()
+    assert str(error.value).startswith(message)
+
+
+def test_the_dashboards_address_in_the_environment_is_told_apart(monkeypatch):
+    monkeypatch.setenv("RAY_ADDRESS", "http://10.0.0.1:8265")
+    with pytest.raises(UsageError, match=r"^RAY_ADDRESS=http://10.0.0.1:8265: .*HOST:PORT.*ray job submit"):
+        Ray().check()
+
+
+def test_without_ray_the_way_out_is_said(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(UsageError, match=r"pip install 'loradiag\[ray\]'"):
+        Ray().check()
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "message"),
+    [
+        (["--ray-address", "127.0.0.1:1"], 2, "--ray-address: is of a Ray cluster; add --engine ray"),
+        (["--gpus-per-task", "1"], 2, "--gpus-per-task: is of a Ray cluster; add --engine ray"),
+        (["--engine", "ray", "--device", "cuda"], 2, "--device cuda needs --gpus-per-task 1"),
+        (["--engine", "ray", "--ray-address", "there"], 2, "--ray-address there: give HOST:PORT"),
+        (
+            ["--engine", "ray", "--ray-address", "127.0.0.1:1"],
+            3,
+            "127.0.0.1:1: no Ray cluster answers there: Connection refused",
+        ),
+    ],
+)
+def test_words_that_reach_no_cluster(loradiag, pair, tmp_path, words, code, message):
+    ran = loradiag("spectrum", *pair, "-o", "r.jsonl", *words)
+    assert (ran.code, ran.out) == (code, "")
+    assert message in ran.err
+    assert ran.err.count("\n") == 1
+    assert not (tmp_path / "r.jsonl").exists()
+
+
+def test_ray_is_not_imported_unless_it_is_asked_for():
+    code = "import sys, lora_diag.api.extract, lora_diag.cli.main; assert not {'ray'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+class FakeRay:
+    """Nodes that come and go."""
+
+    def __init__(self, *nodes):
+        self.listed = list(nodes)
+
+    def nodes(self):
+        return [{"Alive": True, "Resources": node} for node in self.listed]
+
+
+def test_a_cluster_that_lost_its_large_nodes_is_told_and_not_waited_for_for_ever(monkeypatch):
+    monkeypatch.setattr(engine, "PATIENCE", 0.05)
+    monkeypatch.setattr(engine, "LOOK", 0.02)
+    ray = FakeRay({"CPU": 8.0}, {"CPU": 2.0}, {})
+    cluster = engine._Cluster(ray, 0)
+    assert (cluster.largest, cluster.slots, cluster.room(None).cores) == (8, 10, 10)
+    ray.listed = [{"CPU": 2.0}]
+    time.sleep(0.03)
+    cluster.look(2)  # enough for what waits
+    time.sleep(0.06)
+    with pytest.raises(InputError, match="no node of the cluster had 8 CPUs"):
+        cluster.look(8)
+
+
+def test_a_gpu_brings_its_share_of_the_cores():
+    cluster = engine._Cluster(FakeRay({"CPU": 32.0, "GPU": 8.0}, {"CPU": 16.0, "GPU": 2.0}, {"CPU": 64.0}), 0.5)
+    assert cluster.slots == 20
+    assert cluster.threads(engine.Layout(4, 100))(10**9) == 2
+    assert cluster.room(None).most == 40
+    assert cluster.room(3).most == 3

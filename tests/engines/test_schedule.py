@@ -1,0 +1,118 @@
+"""Costs, batches, order and back-pressure, without a cluster."""
+
+import random
+from collections import namedtuple
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lora_diag.engines.schedule import BATCH, LEAST, Batch, Room, Waiting, batches, cost, in_order
+from lora_diag.errors import InputError
+
+Layer = namedtuple("Layer", "layer shape")
+
+SHAPES = st.lists(st.tuples(st.integers(1, 5000), st.integers(1, 5000)), max_size=40)
+
+
+def dense(task):
+    return 20 * task.shape[0] * task.shape[1]
+
+
+def layers(shapes):
+    return [Layer(str(at), shape) for at, shape in enumerate(shapes)]
+
+
+@given(SHAPES, st.integers(1, 64))
+def test_batches_hold_every_task_once_in_its_order(shapes, slots):
+    plan = batches(layers(shapes), dense, lambda size: 1 + (size > 10**8), slots)
+    assert [at for batch in plan for at in range(batch.start, batch.stop)] == list(range(len(shapes)))
+    for batch in plan:
+        own = [shapes[at] for at in range(batch.start, batch.stop)]
+        assert batch.cost == sum(m * n * min(m, n) + LEAST for m, n in own)
+        assert len(batch) == 1 or batch.cost <= BATCH
+        assert {1 + (dense(Layer("", shape)) > 10**8) for shape in own} == {batch.threads}
+
+
+def test_many_small_layers_go_in_few_batches_and_enough_for_all_slots():
+    plan = batches(layers([(64, 64)] * 10_000), dense, lambda size: 1, 8)
+    assert 32 <= len(plan) < 200
+    assert len(batches(layers([(64, 64)] * 40), dense, lambda size: 1, 8)) == 40
+
+
+def test_the_largest_within_reach_is_next():
+    plan = [Batch(at, at + 1, 1, size) for at, size in enumerate([5, 1, 9, 3, 99])]
+    waiting = Waiting(plan, 3)
+    taken = [waiting.pop(written, lambda batch: True) for written in (0, 0, 1, 2, 2, 2)]
+    assert [batch.start if batch else None for batch in taken] == [2, 0, 3, 4, 1, None]
+    assert waiting.pop(0, lambda batch: False) is None
+
+
+class Machines:
+    """Finish what they were sent in any order; some batches kill them, some tasks cannot be measured."""
+
+    def __init__(self, seed, deadly=(), broken=()):
+        self.random, self.deadly, self.broken = random.Random(seed), set(deadly), set(broken)
+        self.under_way, self.most, self.sent = [], 0, []
+
+    def send(self, batch):
+        self.under_way.append(batch)
+        self.sent.append(batch)
+        self.most = max(self.most, sum(one.threads for one in self.under_way))
+        return batch
+
+    def fetch(self, tickets):
+        assert set(tickets) == set(self.under_way)
+        assert tickets, "waits for nothing"
+        done = self.under_way.pop(self.random.randrange(len(self.under_way)))
+        yield done, self.outcomes(done)
+
+    def outcomes(self, batch):
+        if self.deadly & set(range(batch.start, batch.stop)):
+            return None
+        found = []
+        for at in range(batch.start, batch.stop):
+            if at in self.broken:
+                return [*found, InputError(f"broken {at}")]
+            found.append(at)
+        return found
+
+    def run(self, plan, room, reach=8):
+        return in_order(
+            plan, reach, lambda: room, self.send, self.fetch, lambda batch: InputError(f"lost {batch.start}")
+        )
+
+
+@given(SHAPES, st.integers(0, 99), st.integers(1, 9), st.integers(1, 12))
+def test_outcomes_come_in_order_and_never_too_much_is_under_way(shapes, seed, cores, reach):
+    plan = batches(layers(shapes), dense, lambda size: 1 + (size > 10**8) * 2, cores)
+    machines = Machines(seed)
+    assert list(machines.run(plan, Room(cores), reach)) == list(range(len(shapes)))
+    assert machines.most <= max(2 * cores, 3)
+    assert len(machines.sent) == len(plan)
+
+
+def test_as_many_are_under_way_as_workers_were_asked_for():
+    plan = [Batch(at, at + 1, 1) for at in range(50)]
+    machines = Machines(1)
+    list(machines.run(plan, Room(16, 3)))
+    assert machines.most == 3
+
+
+@given(st.integers(0, 99), st.integers(0, 59), st.integers(0, 59))
+def test_the_first_error_in_order_comes_out_behind_all_before_it(seed, deadly, broken):
+    plan = [Batch(at, at + 5, 1, 5) for at in range(0, 60, 5)]
+    machines, found = Machines(seed, [deadly], [broken]), []
+    with pytest.raises(InputError) as error:
+        found.extend(machines.run(plan, Room(2)))
+    first = min(deadly, broken)
+    assert found == list(range(first))
+    assert str(error.value) == (f"lost {first}" if first == deadly else f"broken {first}")
+    # Those around a deadly one were tried one by one; nothing is sent far behind an error.
+    assert max(batch.start for batch in machines.sent) <= first + 5 * 8 + 5
+
+
+def test_what_costs_nothing_is_nothing():
+    assert list(Machines(0).run([], Room(1))) == []
+    assert batches([], dense, lambda size: 1, 4) == []
+    assert cost((0, 5), 0) == LEAST

@@ -89,3 +89,33 @@ def test_a_sweep_prints_its_cost_first_and_a_verdict_with_the_spread(loradiag, p
     assert again.strip() == ran.out[: ran.out.index("Next")].strip()
     wrong = loradiag("probe", "sweep", base, "--data", text, "--eval", shifted, "--lr", "x")
     assert (wrong.code, "--lr x" in wrong.err) == (2, True)
+
+
+def test_a_sweep_draws_reference_lines_beside_a_kind_of_lora(loradiag, pair):
+    base, _, text, shifted = pair
+    words = ("--ranks", "1", "--lr", "1e-2", "--steps", "2", "--seeds", "1", "--full", "--full-lr", "1e-3", "--bitfit")
+    ran = loradiag("probe", "sweep", base, "--data", text, "--eval", shifted, *words, "--rslora", "--quantized", "nf4")
+    assert ran.code == 0
+    for word in ("BASE nf4", "BitFit", "To full", "rsLoRA, alpha = 16", "not its memory or speed"):
+        assert word in " ".join(ran.out.split())
+    assert "of full fine-tuning" in ran.err
+
+
+def test_sensitivities_go_from_the_model_to_the_ranks_of_a_config(loradiag, pair, tmp_path):
+    base, tuned, text, shifted = pair
+    words = ("--rank", "1", "--lr", "1e-2", "--steps", "2", "-o", "s.jsonl")
+    ran = loradiag("probe", "sensitivity", base, "--data", text, "--eval", shifted, *words)
+    assert ran.code == 0
+    assert ran.err.startswith("about ")
+    for word in ("layer alone", "On english", "Cheaper?", "permutation", "--weights s.jsonl"):
+        assert word in ran.out
+    assert loradiag("inspect", "s.jsonl").out.strip() == ran.out[: ran.out.index("Next")].strip()
+    assert loradiag("spectrum", base, tuned, "-q", "-o", "spectrum.jsonl").code == 0
+    words = ("--total-rank", "9", "--weights", "s.jsonl", "--max-rank", "4", "-o", "ranks.jsonl")
+    planned = loradiag("allocate", "spectrum.jsonl", *words)
+    assert planned.code == 0
+    assert "results of probe sensitivity, r=1 per layer" in planned.out
+    assert loradiag("extract", base, tuned, "--ranks", "ranks.jsonl", "-o", "adapter").code == 0
+    assert (tmp_path / "adapter" / "adapter_config.json").exists()
+    wrong = loradiag("allocate", "spectrum.jsonl", "--total-rank", "9", "--weights", "spectrum.jsonl")
+    assert (wrong.code, "holds results of loradiag spectrum" in wrong.err) == (3, True)

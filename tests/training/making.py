@@ -1,9 +1,11 @@
 """Tiny models of transformers, and losses computed without the package."""
 
 import json
+import math
 from pathlib import Path
 
 import numpy as np
+import peft
 import torch
 import transformers
 from safetensors.torch import load_file
@@ -85,3 +87,40 @@ def window_losses(folder: Path, weights: dict[str, np.ndarray], text: Path, leng
     windows = ids[: len(ids) // length * length].view(-1, length)
     with torch.no_grad():
         return np.array([model(input_ids=one[None], labels=one[None]).loss.item() for one in windows])
+
+
+def ids_of(text, length=32):
+    ids = torch.frombuffer(bytearray(text.read_bytes()), dtype=torch.uint8).long()
+    return ids[: len(ids) // length * length].view(-1, length)
+
+
+def trained(base, train, held, rank, lr, seed, steps, batch, order, change=lambda model: None, **options):
+    """The loss after training, by a plain loop; of all that ``rank`` names where that is no number."""
+    windows = ids_of(train)
+    model = transformers.GPT2LMHeadModel.from_pretrained(base)
+    change(model)
+    torch.manual_seed(seed)
+    if isinstance(rank, int):
+        model.requires_grad_(False)
+        options = {"r": rank, "lora_alpha": 2 * rank, "lora_dropout": 0.0, "fan_in_fan_out": True, **options}
+        model = peft.get_peft_model(model, peft.LoraConfig(**({"target_modules": "all-linear"} | options)))
+    for name, parameter in model.named_parameters() if not isinstance(rank, int) else ():
+        parameter.requires_grad_(rank == "full" or name.endswith(".bias") or ".ln_" in name)
+    weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(weights, lr=lr, weight_decay=0.0)
+    generator, pool = torch.Generator().manual_seed(order), []
+    warmup = max(1, round(0.05 * steps))
+    model.train()
+    for step in range(steps):
+        while len(pool) < batch:
+            pool += torch.randperm(len(windows), generator=generator).tolist()
+        chosen, pool = pool[:batch], pool[batch:]
+        rise, fall = (step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * (step + 1 - warmup) / (steps - warmup)))
+        optimizer.param_groups[0]["lr"] = lr * (rise if step < warmup else fall)
+        optimizer.zero_grad()
+        model(input_ids=windows[chosen], labels=windows[chosen]).loss.backward()
+        torch.nn.utils.clip_grad_norm_(weights, 1.0)
+        optimizer.step()
+    model.eval()
+    with torch.no_grad():
+        return model(input_ids=ids_of(held), labels=ids_of(held)).loss.item()

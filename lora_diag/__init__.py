@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from lora_diag.api.probe import probe_truncation
     from lora_diag.api.probe_activations import probe_activations
     from lora_diag.api.probe_curvature import probe_curvature
+    from lora_diag.api.probe_fisher import probe_fisher
+    from lora_diag.api.probe_intrinsic import probe_intrinsic
     from lora_diag.api.probe_outputs import probe_outputs
     from lora_diag.api.probe_sensitivity import probe_sensitivity
     from lora_diag.api.probe_sweep import probe_sweep
@@ -54,6 +56,8 @@ _LAZY = {
     "plot": "lora_diag.api.plot",
     "probe_activations": "lora_diag.api.probe_activations",
     "probe_curvature": "lora_diag.api.probe_curvature",
+    "probe_intrinsic": "lora_diag.api.probe_intrinsic",
+    "probe_fisher": "lora_diag.api.probe_fisher",
     "probe_outputs": "lora_diag.api.probe_outputs",
     "probe_sensitivity": "lora_diag.api.probe_sensitivity",
     "probe_sweep": "lora_diag.api.probe_sweep",
@@ -86,6 +90,8 @@ __all__ = [
     "plot",
     "probe_activations",
     "probe_curvature",
+    "probe_fisher",
+    "probe_intrinsic",
     "probe_outputs",
     "probe_sensitivity",
     "probe_sweep",

@@ -15,6 +15,8 @@ from lora_diag.reports.merge import merge_table
 from lora_diag.reports.overlap import overlap_table
 from lora_diag.reports.probe import truncation_table
 from lora_diag.reports.probe_curvature import curvature_table
+from lora_diag.reports.probe_fisher import fisher_table
+from lora_diag.reports.probe_intrinsic import intrinsic_table
 from lora_diag.reports.probe_outputs import outputs_table
 from lora_diag.reports.probe_sensitivity import sensitivity_table
 from lora_diag.reports.probe_sweep import sweep_table
@@ -35,6 +37,8 @@ TABLES: tuple[tuple[str, Callable[..., str]], ...] = (
     ("allocate", allocation_table),
     ("probe truncation", truncation_table),
     ("probe curvature", curvature_table),
+    ("probe fisher", fisher_table),
+    ("probe intrinsic", intrinsic_table),
     ("probe outputs", outputs_table),
     ("probe sweep", sweep_table),
     ("probe sensitivity", sensitivity_table),

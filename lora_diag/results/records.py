@@ -15,6 +15,7 @@ from lora_diag.results.allocation import Allocation, Baseline, Certificate
 from lora_diag.results.base import SCHEMA, Record
 from lora_diag.results.curvature import Curvature, LossBound
 from lora_diag.results.extraction import Extraction
+from lora_diag.results.fisher import Effect, Fisher
 from lora_diag.results.fleet import Fleet
 from lora_diag.results.interference import Interference, Union
 from lora_diag.results.intrinsic import Intrinsic
@@ -31,7 +32,7 @@ from lora_diag.results.verdict import Verdict
 
 # What a diagnostic says of one layer, and what is said of a run as a whole.
 LayerRecord = Spectrum | Residual | Overlap | Allocation | Merge | Extraction | Interference | Union | Intruders | Fleet
-WholeRecord = Certificate | Verdict | Probe | Curvature | LossBound | Intrinsic | Sensitivity | FirstOrder
+WholeRecord = Certificate | Verdict | Probe | Curvature | LossBound | Intrinsic | Sensitivity | FirstOrder | Fisher
 
 AnyRecord = Annotated[Run | LayerRecord | WholeRecord | LeftOut | End, Field(discriminator="record")]
 
@@ -46,9 +47,11 @@ __all__ = [
     "Curvature",
     "Direction",
     "Distance",
+    "Effect",
     "End",
     "Extraction",
     "FirstOrder",
+    "Fisher",
     "Fleet",
     "Interference",
     "Intrinsic",

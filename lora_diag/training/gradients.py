@@ -52,7 +52,7 @@ def backward(model: Model, chosen: list[Sequence], draw: Draw) -> list[int]:
 
     Args:
         model: Its weights are frozen; gradients start at the embedding of the tokens.
-        chosen: Sequences of one length.
+        chosen: Sequences; padding gets no gradient.
         draw: Which labels.
 
     Returns:

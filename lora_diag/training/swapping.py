@@ -15,6 +15,7 @@ from torch import Tensor
 from lora_diag.deltas import Delta, Side, StoredDelta, row_blocks, row_spans
 from lora_diag.diagnostics.change import Change, load_change
 from lora_diag.errors import InputError
+from lora_diag.linalg import Factors
 from lora_diag.training.models import Model, Weights
 
 # In the place of a rank: all of ΔW.
@@ -74,6 +75,10 @@ class Swapped:
         """The layers that can change."""
         return list(self._deltas)
 
+    def factors(self, layer: str) -> Factors:
+        """Return all singular values and vectors of one layer's ΔW."""
+        return _finite(self._deltas[layer]).decompose(vectors=True)
+
     def energy(self, layers: Iterable[str], rank: int) -> float | None:
         """Return Σ_ℓ Σ_{i≤r}σ² / Σ_ℓ ‖ΔW_ℓ‖² over some layers; None where none of them moved."""
         kept = total = 0.0
@@ -108,7 +113,7 @@ class Swapped:
 
     def _leading_of(self, layer: str) -> _Leading:
         if layer not in self._leading:
-            factors = _finite(self._deltas[layer]).decompose(vectors=True)
+            factors = self.factors(layer)
             assert factors.u is not None
             assert factors.vh is not None
             us, vh = (factors.u * factors.s)[:, : self._most], factors.vh[: self._most]

@@ -1,0 +1,221 @@
+"""The terminal's answer to ``probe fisher``: whose tail the loss needs, and which number would have said so."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from statistics import median
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.text import Text
+
+from lora_diag.metrics.correlation import interval, spearman
+from lora_diag.reports.columns import Column, rows_of, table_of, title_of
+from lora_diag.reports.lines import answers, inputs, notes
+from lora_diag.reports.probe import ending, measured
+from lora_diag.reports.text import count, number, percent, short, to_text
+from lora_diag.results import Effect, Fisher, Results
+from lora_diag.results.names import module_type_of
+
+Predictor = Callable[[Fisher, int], float]
+
+# What may predict the effect of truncating a layer alone, in the order of the table.
+PREDICTORS: tuple[tuple[str, Predictor], ...] = (
+    ("weight energy", lambda record, rank: record.weight[str(rank)]),
+    ("data energy", lambda record, rank: record.data[str(rank)]),
+    ("K-FAC energy", lambda record, rank: record.kfac[str(rank)]),
+    ("layer size", lambda record, rank: float(sum(record.shape))),
+    ("Fisher", lambda record, rank: record.at(rank)),
+)
+
+# Layers of fewer than so many say nothing about an order.
+FEWEST = 4
+
+# The rank whose shares the table shows, if it was asked for.
+USUAL = 8
+
+_SPARED = ("σ² tail", "K-FAC", "C tail")
+
+
+def fisher_table(
+    results: Results[Any], width: int = 80, color: bool = False, per: str = "type", then: str | None = None
+) -> str:
+    """Return the tables and the summary of ``probe fisher``.
+
+    Args:
+        results: What was measured.
+        width: Columns of the terminal.
+        color: Whether to use ANSI colours.
+        per: ``type`` for one row a module type, ``layer`` for one row a layer.
+        then: The command that a user would run next.
+    """
+    records = [record for record in results.whole if isinstance(record, Fisher)]
+    ranks = results.run.settings["ranks"]
+    rank = USUAL if USUAL in ranks else ranks[0]
+    parts: list[RenderableType] = []
+    if records:
+        parts.append(_layers(records, rank, width, per))
+    found = correlations(records, ranks)
+    if found:
+        parts += [Text(""), Text(_caption(records, found), style="bold"), _predictors(found, width)]
+    told = [("Compared", "\n".join([*inputs(results.run), *notes(results.run)])), ("Measured", measured(results.run))]
+    if records:
+        told += [("Gradients", _gradients(records)), (f"At r={rank}", _where(records, rank))]
+        told += _predicts(found, records)
+    told += [("Read it so", _reading(records)), *ending(results), *([("Next", then)] if then else [])]
+    return to_text(Group(*parts, answers(told)), width, color)
+
+
+def _effect(record: Fisher, rank: int) -> Effect | None:
+    return (record.effect or {}).get(str(rank))
+
+
+def _layers(records: Sequence[Fisher], rank: int, width: int, per: str) -> RenderableType:
+    """Return what each module type's or layer's tail is of all tails, and what its truncation does."""
+    rows = rows_of(records, per)
+    columns = [] if per == "layer" else [Column("n", tuple(str(len(row)) for _, row in rows))]
+    for title, predictor in (
+        ("σ² tail", PREDICTORS[0][1]),
+        ("C tail", PREDICTORS[1][1]),
+        ("K-FAC", PREDICTORS[2][1]),
+        (f"F({rank})", PREDICTORS[4][1]),
+    ):
+        total = sum(predictor(record, rank) for record in records)
+        sums = [sum(predictor(record, rank) for record in row) for _, row in rows]
+        columns.append(Column(title, tuple(percent(each / total) if total else "-" for each in sums)))
+    columns.append(Column("½F", tuple(number(sum(record.at(rank) for record in row) / 2) for _, row in rows)))
+    if any(_effect(record, rank) for record in records):
+        columns.append(Column("KL", tuple(_sum(row, rank, lambda effect: effect.kl) for _, row in rows)))
+        columns.append(Column("loss gap", tuple(_sum(row, rank, lambda effect: effect.gap, "+") for _, row in rows)))
+    return table_of(title_of(per), [name for name, _ in rows], columns, width, _SPARED)
+
+
+def _sum(row: Sequence[Fisher], rank: int, value: Callable[[Effect], float], sign: str = "") -> str:
+    found = [value(effect) for record in row if (effect := _effect(record, rank)) is not None]
+    if not found:
+        return "-"
+    total = sum(found)
+    return f"{total:{sign}.4f}" if sign else number(total)
+
+
+class Correlations:
+    """How each predictor orders the layers, at one rank.
+
+    Args:
+        rank: r.
+        n: Layers that rank r truncates.
+        grouped: How many of them are of a module type with more than one.
+        kl: By predictor: Spearman's ρ with the measured KL, over all layers and within module types.
+        gap: Likewise with the measured change of the loss.
+    """
+
+    def __init__(self, rank: int, records: Sequence[Fisher]) -> None:
+        kinds = [module_type_of(record.layer) for record in records]
+        repeated = [kind for kind in kinds if kinds.count(kind) > 1]
+        effects = [effect for record in records if (effect := _effect(record, rank)) is not None]
+        self.rank, self.n, self.grouped = rank, len(records), len(repeated)
+        self.kinds = len(set(repeated))
+
+        def both(values: Sequence[float], target: Sequence[float]) -> tuple[float | None, float | None]:
+            return spearman(values, target), spearman(values, target, kinds) if self.grouped >= FEWEST else None
+
+        kl, gap = [effect.kl for effect in effects], [effect.gap for effect in effects]
+        scores = {name: [predictor(record, rank) for record in records] for name, predictor in PREDICTORS}
+        self.kl = {name: both(values, kl) for name, values in scores.items()}
+        second = [record.linear[str(rank)] + record.at(rank) / 2 for record in records]
+        self.gap = {name: both(values, gap) for name, values in scores.items()}
+        self.gap["linear + ½F"] = both(second, gap)
+        ratios = [
+            record.at(rank) / 2 / effect.kl for record, effect in zip(records, effects, strict=True) if effect.kl > 0
+        ]
+        self.ratio = median(ratios) if ratios else None
+        self.ratios = (min(ratios), max(ratios)) if ratios else None
+
+
+def correlations(records: Sequence[Fisher], ranks: Sequence[int]) -> list[Correlations]:
+    """Return how the predictors order the layers at every rank with enough measured ones."""
+    found = []
+    for rank in ranks:
+        known = [record for record in records if _effect(record, rank) is not None]
+        if len(known) >= FEWEST:
+            found.append(Correlations(rank, known))
+    return found
+
+
+def _caption(records: Sequence[Fisher], found: Sequence[Correlations]) -> str:
+    sizes = sorted({each.n for each in found})
+    n = str(sizes[0]) if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]}"
+    return f"Spearman's ρ with the measured KL, n = {n} layers: over all | within module types"
+
+
+def _predictors(found: Sequence[Correlations], width: int) -> RenderableType:
+    names = [name for name, _ in PREDICTORS]
+    columns = [Column(f"r={each.rank}", tuple(_pair(each.kl[name]) for name in names)) for each in found]
+    return table_of("predictor", names, columns, width)
+
+
+def _pair(both: tuple[float | None, float | None]) -> str:
+    return " | ".join("-" if rho is None else f"{rho:.2f}" for rho in both)
+
+
+def _gradients(records: Sequence[Fisher]) -> str:
+    first = records[0]
+    whose = {"data": "the text's own labels (empirical Fisher)", "model": "labels drawn from TUNED (Fisher)"}
+    return (
+        f"one a sequence, at TUNED, {count(first.sequences)} of them over {count(first.predictions)} predictions; "
+        f"{whose[first.labels]}; F is a mean a prediction"
+    )
+
+
+def _where(records: Sequence[Fisher], rank: int) -> str:
+    total = sum(record.at(rank) for record in records)
+    energy = sum(record.weight[str(rank)] for record in records)
+    if not total or not energy:
+        return "nothing: no tail moves the loss"
+    top = sorted(records, key=lambda record: -record.at(rank))
+    named = ", ".join(
+        f"{short(record.layer.removesuffix('.weight'))} {percent(record.at(rank) / total)}" for record in top[:3]
+    )
+    half, running = 0, 0.0
+    while running < total / 2:
+        running += top[half].at(rank)
+        half += 1
+    tails = sum(record.weight[str(rank)] for record in top[:half]) / energy
+    said = f"half of ΣF lies in {half} of {len(records)} layers, which have {percent(tails)} of Σσ² beyond r"
+    return f"{said}\nmost: {named}"
+
+
+def _predicts(found: Sequence[Correlations], records: Sequence[Fisher]) -> list[tuple[str, str]]:
+    if not found:
+        return [("Predicts?", "not measured: give --measure, or --eval with held-out text")]
+    at = next((each for each in found if each.rank == USUAL), found[0])
+    lines = []
+    for place, what in ((0, "over all"), (1, "within module types")):
+        known = {name: both[place] for name, both in at.kl.items() if both[place] is not None}
+        if not known:
+            continue
+        best = max(known, key=lambda name: known[name] or 0.0)
+        rho, n = known[best] or 0.0, at.n if place == 0 else at.grouped
+        ends = interval(rho, n) if place == 0 else None
+        within = f" [{ends[0]:.2f}, {ends[1]:.2f}]" if ends else ""
+        others = ", ".join(f"{name} {value:.2f}" for name, value in known.items() if name != best)
+        lines.append(f"{what} (n={n}): {best}, ρ = {rho:.2f}{within}; {others}")
+    told = [(f"Best at r={at.rank}", "\n".join(lines))]
+    gaps = "; ".join(f"{name} {_pair(both)}" for name, both in at.gap.items())
+    told.append(("On the loss", f"ρ with the loss gap at r={at.rank}, over all | within: {gaps}"))
+    if at.ratio is not None and at.ratios is not None:
+        told.append(
+            (
+                "Calibrated?",
+                f"½F ÷ measured KL at r={at.rank}: median {number(at.ratio)}, from {number(at.ratios[0])} to "
+                f"{number(at.ratios[1])}; 1 would be exact",
+            )
+        )
+    return told
+
+
+def _reading(records: Sequence[Fisher]) -> str:
+    said = "each layer truncated alone, all else as in TUNED; what layers do together is not the sum of those"
+    if any(record.effect for record in records):
+        said += "; layers of one model are not independent, so intervals of ρ are too narrow"
+    return said

@@ -52,14 +52,15 @@ def probe_outputs(
 ) -> Results[Any]:
     r"""Measure the loss of every model on held-out text, and how far its outputs are from those of a full fine-tune.
 
-    With z the logits of a model at all predicted positions, the distance of A is ‖z_tuned − z_A‖ / ‖z_tuned − z_base‖.
+    With z the logits of a model at all predicted positions, the distance of A is ‖z_tuned − z_A‖ / ‖z_tuned − z_base‖;
+    likewise with the hidden states h of every token, at each depth.
 
     Args:
         base: The model before: a folder that transformers can open, or a Hub id.
         tuned: The full fine-tune; an adapter will do.
         adapters: Adapters of any kind that ``loradiag`` reads, or checkpoints with one merged in.
         reference: Another full fine-tune, such as another seed: how far equally good models are apart.
-        evaluate: Held-out text or JSONL files.
+        evaluate: Held-out texts: text or JSONL files, or folders that ``datasets`` saved.
         shifted: Files of another kind.
         length: Tokens of a sequence; by default 512 or what the model has room for.
         batch: Sequences in a batch.

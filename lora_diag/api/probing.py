@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -12,11 +11,12 @@ from lora_diag.api.fingerprint import legible
 from lora_diag.api.measuring import not_paired
 from lora_diag.deltas import Delta, Pairing
 from lora_diag.engines import Layout
-from lora_diag.errors import InputError, UsageError
+from lora_diag.errors import UsageError
 from lora_diag.results import AnyRecord, LeftOut, Results, ResultsWriter, Run, RunInput, WholeRecord, totals
 from lora_diag.training.data import Texts, check_names, read_texts
 from lora_diag.training.losses import measure
 from lora_diag.training.models import Model
+from lora_diag.training.rows import check_texts
 from lora_diag.version import __version__
 
 
@@ -122,13 +122,12 @@ def check_files(evaluate: Sequence[Path | str], *others: Path | str) -> None:
 
     Raises:
         UsageError: No evaluation set is named.
-        InputError: A file is not there.
+        InputError: A file is not there, or a folder holds no data set.
     """
     if not evaluate:
         raise UsageError("--eval: name at least one file of held-out text")
     for path in (*evaluate, *others):
-        if not os.path.isfile(path):  # noqa: PTH113  (unlike Path.is_file(), takes any name)
-            raise InputError(f"{path}: no such file")
+        check_texts(path)
 
 
 def read_sets(

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from rich.console import Group
-from rich.table import Table
 
-from lora_diag.reports.columns import Column, table_of
+from lora_diag.reports.columns import Column, Grid
 from lora_diag.reports.lines import answers, inputs, left_out_line, notes
 from lora_diag.reports.text import fraction, percent, short, to_text
 from lora_diag.results import Probe, Results, Run
@@ -40,11 +39,10 @@ def truncation_table(
         per: Not used: a row is what the run truncated at once.
         then: The command that a user would run next.
     """
-    records = probes(results)
-    sets = names_of(records)
-    rows = _truncation_rows(records)
-    told = answers([*_truncation_lines(results, records, sets), *([("Next", then)] if then else [])])
-    return to_text(Group(_losses(rows, sets, width), told) if rows else told, width, color)
+    told = answers([*truncation_lines(results), *([("Next", then)] if then else [])])
+    return to_text(
+        Group(*(part for grid in truncation_grids(results) for part in grid.shown(width)), told), width, color
+    )
 
 
 def probes(results: Results[Any]) -> list[Probe]:
@@ -74,8 +72,12 @@ def _truncation_rows(records: Sequence[Probe]) -> list[_Row]:
     return rows
 
 
-def _losses(rows: Sequence[_Row], sets: Sequence[str], width: int) -> Table:
+def truncation_grids(results: Results[Any]) -> list[Grid]:
     """Return the table: for every set the loss, its gap to TUNED with the standard error, and the share kept."""
+    records = probes(results)
+    sets, rows = names_of(records), _truncation_rows(records)
+    if not rows:
+        return []
     columns = []
     if any(row.energy is not None for row in rows):
         columns.append(Column("C(r)", tuple("-" if row.energy is None else fraction(row.energy) for row in rows)))
@@ -85,7 +87,7 @@ def _losses(rows: Sequence[_Row], sets: Sequence[str], width: int) -> Table:
             Column("to TUNED", _cells(rows, name, gap)),
             Column("kept", _cells(rows, name, lambda record: "-" if record.kept is None else f"{record.kept:.2f}")),
         ]
-    return table_of("truncated to", [row.name for row in rows], columns, width)
+    return [Grid("", "truncated to", tuple(row.name for row in rows), tuple(columns))]
 
 
 def _cells(rows: Sequence[_Row], name: str, cell: Callable[[Probe], str]) -> tuple[str, ...]:
@@ -100,7 +102,10 @@ def gap(record: Probe) -> str:
     return f"{record.gap:+.4f}{error}"
 
 
-def _truncation_lines(results: Results[Any], records: Sequence[Probe], sets: Sequence[str]) -> list[tuple[str, str]]:
+def truncation_lines(results: Results[Any]) -> list[tuple[str, str]]:
+    """Return the summary: set by set, which rank keeps how much of what TUNED changed."""
+    records = probes(results)
+    sets = names_of(records)
     told = [("Compared", "\n".join([*inputs(results.run), *notes(results.run)])), ("Measured", measured(results.run))]
     together = [record for record in records if record.layer is None and record.module_type is None]
     for name in sets:

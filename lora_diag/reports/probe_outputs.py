@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from rich.console import Group, RenderableType
-from rich.table import Table
-from rich.text import Text
+from rich.console import Group
 
-from lora_diag.reports.columns import Column, table_of
+from lora_diag.reports.columns import Column, Grid
 from lora_diag.reports.lines import answers, called, inputs, notes
 from lora_diag.reports.probe import ending, gap, measured, names_of, noise, probes, share
 from lora_diag.reports.text import number, percent, short, to_text
@@ -20,6 +18,9 @@ _NONE = (
     "none for the distances: give another full fine-tune with --reference; two seeds of one were 0.39 apart on the one "
     "model where that was measured"
 )
+
+# So many depths of hidden states are shown; the records have all.
+DEPTHS = 7
 
 
 def outputs_table(
@@ -34,24 +35,40 @@ def outputs_table(
         per: Not used: a row is a model.
         then: The command that a user would run next.
     """
+    grids = [part for grid in outputs_grids(results) for part in grid.shown(width)]
+    return to_text(Group(*grids, answers([*outputs_lines(results), *([("Next", then)] if then else [])])), width, color)
+
+
+def outputs_lines(results: Results[Any]) -> list[tuple[str, str]]:
+    """Return the summary: set by set, which model is better, then how alike they are."""
     records = probes(results)
     names = _names(records)
-    parts: list[RenderableType] = []
     told = [("Compared", "\n".join([*inputs(results.run), *notes(results.run)])), ("Measured", measured(results.run))]
     for name in names_of(records):
         mine = [record for record in records if record.set == name]
-        parts += [Text(f"On {short(name)}{' (shifted)' if mine[0].shifted else ''}"), _table(mine, names, width)]
         told.append((f"On {short(name)}", _verdict(mine, names)))
     if not any(record.subject == "reference" for record in records):
         told.append(("Yardstick", _NONE))
-    told += [("Read it so", _READING), *ending(results), *([("Next", then)] if then else [])]
-    return to_text(Group(*parts, answers(told)), width, color)
+    return [*told, ("Read it so", _READING), *ending(results)]
+
+
+def outputs_grids(results: Results[Any]) -> list[Grid]:
+    """Return two tables a set, one row a model: loss and outputs; hidden states by depth, if they were taken."""
+    records = probes(results)
+    names = _names(records)
+    found = []
+    for name in names_of(records):
+        mine = [record for record in records if record.set == name]
+        found += [_losses(f"On {short(name)}{' (shifted)' if mine[0].shifted else ''}", mine, names)]
+        if others := [record for record in mine if record.hidden and record.subject not in {"base", "tuned"}]:
+            found.append(_depths(f"On {short(name)}: distance of the hidden states behind block", others, names))
+    return found
 
 
 _READING = (
-    "the loss says which model is better; distance and KL say how alike they are, which is no quality: on one real "
-    "triple the adapter nearest in logits had the worst loss. Runs that saw their batches in one order come out closer "
-    "than they are (0.35 against 0.42 to 0.44 there)"
+    "the loss says which model is better; distance (of logits, of hidden states) and KL say how alike they are, which "
+    "is no quality: on one real triple the adapter nearest in logits had the worst loss. Runs that saw their batches "
+    "in one order come out closer than they are (0.35 against 0.42 to 0.44 there)"
 )
 
 
@@ -67,16 +84,28 @@ def _name(record: Probe, names: dict[str, str]) -> str:
     return f"{names[record.name]} (reference)" if record.subject == "reference" else names[record.name]
 
 
-def _table(mine: Sequence[Probe], names: dict[str, str], width: int) -> Table:
-    columns = [
+def _losses(caption: str, mine: Sequence[Probe], names: dict[str, str]) -> Grid:
+    columns = (
         Column("loss", tuple(f"{record.nats:.4f}" for record in mine)),
         Column("to TUNED", tuple(map(gap, mine))),
         Column("kept", tuple("-" if record.kept is None else f"{record.kept:.2f}" for record in mine)),
         Column("distance", tuple("-" if record.distance is None else f"{record.distance:.3f}" for record in mine)),
         Column("KL", tuple("-" if record.kl is None else number(record.kl) for record in mine)),
         Column("agree", tuple("-" if record.agreement is None else percent(record.agreement) for record in mine)),
-    ]
-    return table_of("model", [_name(record, names) for record in mine], columns, width, ("kept", "agree"))
+    )
+    return Grid(caption, "model", tuple(_name(record, names) for record in mine), columns, ("kept", "agree"))
+
+
+def _depths(caption: str, mine: Sequence[Probe], names: dict[str, str]) -> Grid:
+    """Return ‖h_TUNED − h‖ / ‖h_TUNED − h_BASE‖ at some depths, evenly chosen where there are many."""
+    last = max(len(record.hidden or ()) for record in mine) - 1
+    shown = sorted({round(i * last / (DEPTHS - 1)) for i in range(DEPTHS)})
+    columns = []
+    for depth in shown:
+        at = [(record.hidden or ())[depth] for record in mine]
+        cells = tuple("same" if value is None else f"{value:.2f}" for value in at)
+        columns.append(Column(str(depth) if depth else "0 (input)", cells))
+    return Grid(caption, "model", tuple(_name(record, names) for record in mine), tuple(columns))
 
 
 def _verdict(mine: Sequence[Probe], names: dict[str, str]) -> str:

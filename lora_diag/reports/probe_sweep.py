@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from rich.console import Group, RenderableType
-from rich.table import Table
-from rich.text import Text
+from rich.console import Group
 
 from lora_diag.planning.sweep import AtRank, SweepVerdict, best_rates, by_rank, judge, versus
-from lora_diag.reports.columns import Column, table_of
+from lora_diag.reports.columns import Column, Grid
 from lora_diag.reports.lines import answers, inputs, notes
 from lora_diag.reports.probe import ending, measured, names_of, probes
 from lora_diag.reports.text import number, short, to_text
@@ -30,21 +28,47 @@ def sweep_table(
         per: Not used: a row is a rank.
         then: The command that a user would run next.
     """
+    grids = [part for grid in sweep_grids(results) for part in grid.shown(width)]
+    return to_text(Group(*grids, answers([*sweep_lines(results), *([("Next", then)] if then else [])])), width, color)
+
+
+def sweep_grids(results: Results[Any]) -> list[Grid]:
+    """Return a table for each set, one row a rank."""
+    records, seed = probes(results), results.run.settings["seed"]
+    sets = names_of(records)
+    rates = best_rates(records, sets[0], seed) if sets else {}
+    beside = _references(records, sets, seed)
+    found = []
+    for name in sets:
+        mine = [record for record in records if record.set == name]
+        lines = [(subject, row) for subject, of_set, row in beside if of_set == name]
+        caption = f"On {short(name)}{' (shifted)' if mine[0].shifted else ''}"
+        found.append(_table(caption, mine, by_rank(mine, name, rates), lines))
+    return found
+
+
+def sweep_verdicts(results: Results[Any]) -> dict[str, tuple[SweepVerdict, Probe]]:
+    """Return what the sweep comes to on each set, with BASE's record there."""
+    records, settings = probes(results), results.run.settings
+    sets = names_of(records)
+    rates = best_rates(records, sets[0], settings["seed"]) if sets else {}
+    found = {}
+    for record in records:
+        if record.subject == "base" and not record.name and record.loss is not None:
+            rows = by_rank([each for each in records if each.set == record.set], record.set, rates)
+            found[record.set] = (judge(rows, record.loss, settings["tolerance"]), record)
+    return found
+
+
+def sweep_lines(results: Results[Any]) -> list[tuple[str, str]]:
+    """Return the summary: set by set, which rank is enough, and what that stands on."""
     records, settings = probes(results), results.run.settings
     sets = names_of(records)
     rates = best_rates(records, sets[0], settings["seed"]) if sets else {}
     beside = _references(records, sets, settings["seed"])
-    parts: list[RenderableType] = []
-    verdicts: dict[str, SweepVerdict] = {}
-    bases: dict[str, Probe] = {}
-    for name in sets:
-        mine = [record for record in records if record.set == name]
-        rows = by_rank(mine, name, rates)
-        bases.update((name, record) for record in mine if record.subject == "base" and not record.name)
-        lines = [(subject, row) for subject, of_set, row in beside if of_set == name]
-        parts += [Text(f"On {short(name)}{' (shifted)' if mine[0].shifted else ''}"), _table(mine, rows, lines, width)]
-        if name in bases and (loss := bases[name].loss) is not None:
-            verdicts[name] = judge(rows, loss, settings["tolerance"])
+    found = sweep_verdicts(results)
+    verdicts = {name: verdict for name, (verdict, _) in found.items()}
+    bases = {name: base for name, (_, base) in found.items()}
     told = [("Compared", "\n".join([*inputs(results.run), *notes(results.run)])), ("Measured", measured(results.run))]
     told.append(("Trained", _trained(settings)))
     told += [(f"On {short(name)}", _said(verdict, bases[name])) for name, verdict in verdicts.items()]
@@ -52,8 +76,7 @@ def sweep_table(
     told += _against(records, sets, rates, beside)
     own = [(subject, row) for subject, of_set, row in beside if of_set == sets[0]] if sets else []
     told += [("Rates", _rates(by_rank(records, sets[0], rates) if sets else [], own, records))]
-    told += [("Read it so", _reading(settings)), *ending(results), *([("Next", then)] if then else [])]
-    return to_text(Group(*parts, answers(told)), width, color)
+    return [*told, ("Read it so", _reading(settings)), *ending(results)]
 
 
 # What a reference line is called.
@@ -111,8 +134,8 @@ def _against(
 
 
 def _table(
-    mine: Sequence[Probe], ranks: Sequence[AtRank], lines: Sequence[tuple[Subject, AtRank]], width: int
-) -> Table:
+    caption: str, mine: Sequence[Probe], ranks: Sequence[AtRank], lines: Sequence[tuple[Subject, AtRank]]
+) -> Grid:
     """Return the loss by rank: over seeds at the rank's own rate, and of the first seed at every rate."""
     bases = [record for record in mine if record.subject == "base"]
     tried = sorted({record.lr for record in mine if record.lr is not None})
@@ -122,14 +145,14 @@ def _table(
     names = [f"BASE {record.name}".rstrip() for record in bases]
     names += [_LINES.get(subject, f"r={row.rank}") for subject, row in rows]
     blank = [""] * len(bases)
-    columns = [
+    columns = (
         Column("lr", (*blank, *(f"{row.lr:g}" for _, row in rows))),
         Column("seeds", (*blank, *(str(len(row.losses)) for _, row in rows))),
         Column("loss", (*map(_loss, bases), *(f"{row.mean:.4f}" for _, row in rows))),
         Column("min to max", (*blank, *(_range(row) for _, row in rows))),
         *(Column(f"lr {lr:g}", (*blank, *(_loss(at.get((who, row.rank, lr))) for who, row in rows))) for lr in tried),
-    ]
-    return table_of("rank", names, columns, width, tuple(f"lr {lr:g}" for lr in tried))
+    )
+    return Grid(caption, "rank", tuple(names), columns, tuple(f"lr {lr:g}" for lr in tried))
 
 
 def _loss(record: Probe | None) -> str:

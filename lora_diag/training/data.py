@@ -1,14 +1,13 @@
 """Evaluation and training texts: a file becomes sequences of token ids.
 
 Text files are cut into windows that follow each other; what is left at the end is dropped unless it is all there is.
-JSON lines give one sequence each: ``text``; ``prompt`` and ``completion``, of which only the completion is predicted;
-``text`` and ``label`` for a classifier.
+JSON lines and the rows of a data set give one sequence each: ``text``; ``prompt`` and ``completion``, of which only the
+completion is predicted; ``text`` and ``label`` for a classifier.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
+import random
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,9 +15,12 @@ from typing import Any
 
 from lora_diag.errors import InputError, UsageError
 from lora_diag.training.models import Model
+from lora_diag.training.rows import read_source
 
 # The label of a position that is not predicted, as torch's cross-entropy has it.
 IGNORED = -100
+# Of a masked model: share of the tokens that are hidden and predicted, and where the choice starts from.
+MASKED, MASK_SEED = 0.15, 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +29,8 @@ class Sequence:
 
     Args:
         ids: Of the tokens.
-        labels: As many as ``ids``, shifted by the loss as transformers does; for a classifier the one class.
+        labels: As many as ``ids``, shifted by the loss as transformers does, but not for a masked model, of which they
+            are the hidden tokens; for a classifier the one class.
     """
 
     ids: tuple[int, ...]
@@ -39,10 +42,10 @@ class Texts:
     """The sequences of one file.
 
     Args:
-        name: The file's name without its ending.
+        name: The file's name without its ending, or the folder's.
         path: As the user named it.
         sequences: In the order of the file.
-        hash: 16 hex digits of the file's SHA-256.
+        hash: 16 hex digits of the SHA-256 of the file, or of a data set's rows.
         about: What it is, in words.
         notes: What a careful reader should know.
         shifted: Whether the user named it as shifted.
@@ -62,46 +65,46 @@ class Texts:
 
 
 def read_texts(path: Path | str, model: Model, most: int | None = None, shifted: bool = False) -> Texts:
-    """Read a text or JSONL file and cut it into sequences of the model's length.
+    """Read a text and cut it into sequences of the model's length.
 
     Args:
-        path: A file; ``.jsonl`` and ``.json`` are read as JSON lines, any other as text.
+        path: A file, ``.jsonl`` and ``.json`` are read as JSON lines, any other as text; or a folder that ``datasets``
+            saved with ``save_to_disk``.
         model: Gives tokenizer, length and kind.
         most: Keep the first so many sequences.
         shifted: Whether the user named it as shifted.
 
     Raises:
+        UsageError: It is a data set, and datasets is not installed.
         InputError: It cannot be read, or nothing in it can be predicted.
     """
-    path = Path(path)
-    try:
-        content = path.read_bytes()
-        text = content.decode("utf-8")
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: is not UTF-8 text: byte {error.start}") from error
-    is_lines = path.suffix in {".jsonl", ".json"}
-    if model.kind == "classifier" and not is_lines:
-        raise InputError(f"{path}: a classifier needs JSON lines with text and label (.jsonl)")
-    found = list(_lines(path, text, model)) if is_lines else list(_windows(text, model))
+    source = read_source(path)
+    if model.kind == "classifier" and source.text is not None:
+        raise InputError(f"{path}: a classifier needs JSON lines with text and label (.jsonl), or a data set of these")
+    if source.text is not None:
+        found = list(_windows(source.text, model))
+    else:
+        found = [_of_row(item, where, model) for where, item in source.rows]
+    if model.kind == "masked":
+        found = [(_masked(sequence, number, model), cut) for number, (sequence, cut) in enumerate(found)]
     notes = []
     cut = sum(was_cut for _, was_cut in found)
-    if is_lines and cut:
-        notes.append(f"{cut} of {len(found)} lines were cut to {model.length} tokens")
+    if source.text is None and cut:
+        notes.append(f"{cut} of {len(found)} {source.unit} were cut to {model.length} tokens")
     sequences = [sequence for sequence, _ in found if _predicts(sequence, model)]
     if len(sequences) < len(found):
-        notes.append(f"{len(found) - len(sequences)} of {len(found)} lines have nothing to predict and are left out")
+        none = len(found) - len(sequences)
+        notes.append(f"{none} of {len(found)} {source.unit} have nothing to predict and are left out")
     if not sequences:
         raise InputError(f"{path}: has no token to predict")
     if most is not None and most < len(sequences):
         notes.append(f"the first {most} of {len(sequences)} sequences, by --max-sequences")
         sequences = sequences[:most]
-    form = "lines" if is_lines else f"windows of {len(sequences[0].ids)} tokens"
-    digest = hashlib.sha256(content).hexdigest()[:16]
-    return Texts(
-        path.stem, str(path), tuple(sequences), digest, f"{len(sequences)} {form}", tuple(notes), shifted=shifted
-    )
+    form = source.unit if source.text is None else f"windows of {len(sequences[0].ids)} tokens"
+    about = f"{len(sequences)} {form}"
+    if model.kind == "masked":
+        about += f", {MASKED:.0%} of the tokens replaced by the mask, seed {MASK_SEED}"
+    return Texts(source.name, str(path), tuple(sequences), source.digest, about, tuple(notes), shifted=shifted)
 
 
 def check_names(texts: list[Texts]) -> None:
@@ -119,30 +122,45 @@ def check_names(texts: list[Texts]) -> None:
 def _predicts(sequence: Sequence, model: Model) -> bool:
     if model.kind == "classifier":
         return bool(sequence.ids)
-    return any(label != IGNORED for label in sequence.labels[1:])
+    first = 0 if model.kind == "masked" else 1
+    return any(label != IGNORED for label in sequence.labels[first:])
+
+
+def _masked(sequence: Sequence, number: int, model: Model) -> Sequence:
+    """Hide some of the tokens that can be predicted; which, follows from the sequence's place in the file alone.
+
+    All chosen tokens become the mask, none a random or the same token: those of the 80/10/10 rule of BERT's training
+    (Devlin et al. 2019) ask less of a model, and add noise to the comparison of two.
+    """
+    places = [place for place, label in enumerate(sequence.labels) if label != IGNORED]
+    # Only ``random()`` is promised to stay the same from one version of Python to the next.
+    order = random.Random(f"{MASK_SEED}:{number}")
+    drawn = sorted(places, key={place: order.random() for place in places}.__getitem__)
+    hidden = set(drawn[: max(1, round(MASKED * len(places)))])
+    assert model.tokens.mask is not None
+    return Sequence(
+        tuple(model.tokens.mask if place in hidden else token for place, token in enumerate(sequence.ids)),
+        tuple(label if place in hidden else IGNORED for place, label in enumerate(sequence.labels)),
+    )
 
 
 def _windows(text: str, model: Model) -> Iterator[tuple[Sequence, bool]]:
-    """Yield windows of a text that follow each other, each with what the tokenizer puts first."""
-    ids, first = model.tokens.ids(text), model.tokens.first
-    room = model.length - len(first)
+    """Yield windows of a text that follow each other, each with what the tokenizer puts around it."""
+    tokens = model.tokens
+    ids = tokens.ids(text)
+    room = model.length - len(tokens.first) - len(tokens.last)
     for start in range(0, max(1, len(ids) - room + 1), room):
-        window = (*first, *ids[start : start + room])
-        yield Sequence(window, window), False
+        window = ids[start : start + room]
+        whole = (*tokens.first, *window, *tokens.last)
+        if model.kind == "masked":
+            before, behind = ([IGNORED] * len(around) for around in (tokens.first, tokens.last))
+            yield Sequence(whole, (*before, *window, *behind)), False
+        else:
+            yield Sequence(whole, whole), False
 
 
-def _lines(path: Path, text: str, model: Model) -> Iterator[tuple[Sequence, bool]]:
-    for number, line in enumerate(text.splitlines(), 1):
-        if not line.strip():
-            continue
-        where = f"{path}: line {number}"
-        try:
-            item = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise InputError(f"{where} is not JSON: {error}") from error
-        if not isinstance(item, dict):
-            raise InputError(f"{where} is not a JSON object with text, or prompt and completion")
-        yield _classified(item, where, model) if model.kind == "classifier" else _continued(item, where, model)
+def _of_row(item: dict[str, Any], where: str, model: Model) -> tuple[Sequence, bool]:
+    return _classified(item, where, model) if model.kind == "classifier" else _continued(item, where, model)
 
 
 def _continued(item: dict[str, Any], where: str, model: Model) -> tuple[Sequence, bool]:
@@ -156,16 +174,23 @@ def _continued(item: dict[str, Any], where: str, model: Model) -> tuple[Sequence
     else:
         raise InputError(f"{where} has neither text nor prompt and completion")
     ids, labels = [*asked, *said], [*([IGNORED] * len(asked)), *said]
-    cut = len(ids) > model.length
-    return Sequence(tuple(ids[: model.length]), tuple(labels[: model.length])), cut
+    room = model.length - len(tokens.last)
+    behind = [IGNORED] * len(tokens.last)
+    return Sequence((*ids[:room], *tokens.last), (*labels[:room], *behind)), len(ids) > room
 
 
 def _classified(item: dict[str, Any], where: str, model: Model) -> tuple[Sequence, bool]:
-    """Return the sequence of ``text`` with its ``label``, an index or the name of a class."""
+    """Return the sequence of ``text`` with its ``label``, the name of a class or an index.
+
+    The name that a data set has for a number counts before the number where the model has a class of that name.
+    """
     text, label = item.get("text"), item.get("label")
     if not isinstance(text, str) or not isinstance(label, int | str):
         raise InputError(f"{where} has no text and label")
-    index = label if isinstance(label, int) else model.labels.get(label)
+    name = label if isinstance(label, str) else item.get("label_name")
+    index = model.labels.get(name) if isinstance(name, str) else None
+    if index is None and isinstance(label, int):
+        index = label
     if index is None or not 0 <= index < max(1, len(model.labels)):
         raise InputError(f"{where}: label {label!r} is none of the model's {len(model.labels)} classes")
     tokens = model.tokens

@@ -83,12 +83,19 @@ def predictions(model: Model, texts: Texts, size: int) -> Iterator[tuple[list[Te
 
 def logits_of(model: Model, chosen: list[Sequence]) -> Tensor:
     """Return the logits of some sequences, with the gradient off or on as the caller has it."""
+    logits = forward(model, chosen).logits
+    assert isinstance(logits, Tensor)
+    return logits
+
+
+def forward(model: Model, chosen: list[Sequence], hidden: bool = False) -> Any:
+    """Return what transformers returns for some sequences, padded at the end; with ``hidden_states`` if asked for."""
     ids = padded([sequence.ids for sequence in chosen], model.tokens.pad).to(model.device)
     mask = padded([[1] * len(sequence.ids) for sequence in chosen], 0).to(model.device)
     extra: dict[str, Any] = {"use_cache": False} if model.kind == "causal" else {}
-    logits = model.module(input_ids=ids, attention_mask=mask, **extra).logits
-    assert isinstance(logits, Tensor)
-    return logits
+    if hidden:
+        extra["output_hidden_states"] = True
+    return model.module(input_ids=ids, attention_mask=mask, **extra)
 
 
 def counted(model: Model, sequence: Sequence, logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -96,6 +103,9 @@ def counted(model: Model, sequence: Sequence, logits: Tensor) -> tuple[Tensor, T
     labels = torch.tensor(sequence.labels, device=logits.device)
     if model.kind == "classifier":
         return logits[None], labels
+    if model.kind == "masked":
+        hidden = (labels != IGNORED).nonzero().squeeze(1)
+        return logits[hidden], labels[hidden]
     places = (labels[1:] != IGNORED).nonzero().squeeze(1)
     return logits[places], labels[1:][places]
 

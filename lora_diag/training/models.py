@@ -19,7 +19,7 @@ from lora_diag.checkpoints import hub, locate
 from lora_diag.checkpoints.remote import RemotePath
 from lora_diag.errors import InputError, UsageError
 
-Kind = Literal["causal", "classifier"]
+Kind = Literal["causal", "masked", "classifier"]
 
 # Without --length: what a CPU evaluates in seconds, and long enough for a loss to mean something.
 LENGTH = 512
@@ -37,9 +37,10 @@ class Tokens:
     Args:
         ids: Of a text, without special tokens.
         first: What every sequence starts with, such as the id of ``<s>``.
-        last: What a classifier's sequences end with.
+        last: What the sequences of a classifier and of a masked model end with.
         pad: Fills up the shorter sequences of a batch; never looked at.
         about: What it is, in words.
+        mask: Of a masked model, what a hidden token is replaced by.
     """
 
     ids: Callable[[str], list[int]]
@@ -47,6 +48,7 @@ class Tokens:
     last: tuple[int, ...]
     pad: int
     about: str
+    mask: int | None = None
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,7 @@ class Model:
 def open_model(
     base: Path | str, device: torch.device, dtype: str = "float32", length: int | None = None, tokenizer: str = "auto"
 ) -> Model:
-    """Open a causal language model or a sequence classifier.
+    """Open a causal or masked language model, or a sequence classifier.
 
     Args:
         base: A folder that transformers can open, or a Hub id.
@@ -98,9 +100,11 @@ def open_model(
         kind = _kind(base, config)
         if getattr(config, "quantization_config", None) is not None:
             raise InputError(f"{base}: is quantized, and its weights cannot be swapped; give the unquantized BASE")
-        opener: Any = transformers.AutoModelForCausalLM
-        if kind == "classifier":
-            opener = transformers.AutoModelForSequenceClassification
+        opener: Any = {
+            "causal": transformers.AutoModelForCausalLM,
+            "masked": transformers.AutoModelForMaskedLM,
+            "classifier": transformers.AutoModelForSequenceClassification,
+        }[kind]
         try:
             module, info = opener.from_pretrained(
                 where, dtype=getattr(torch, dtype), trust_remote_code=False, output_loading_info=True, **options
@@ -166,11 +170,13 @@ def _kind(base: Path | str, config: Any) -> Kind:
     name = (getattr(config, "architectures", None) or [""])[0]
     if name.endswith("ForSequenceClassification"):
         return "classifier"
+    if name.endswith("ForMaskedLM"):
+        return "masked"
     if name.endswith(("ForCausalLM", "LMHeadModel")):
         return "causal"
     raise InputError(
         f"{base}: is a {name or 'model without architectures in its config.json'}; probe runs causal language models "
-        "(…ForCausalLM) and sequence classifiers (…ForSequenceClassification)"
+        "(…ForCausalLM), masked ones (…ForMaskedLM) and sequence classifiers (…ForSequenceClassification)"
     )
 
 
@@ -178,6 +184,8 @@ def _tokens(
     transformers: Any, base: Path | str, where: str, options: dict[str, Any], config: Any, asked: str, kind: Kind
 ) -> Tokens:
     vocabulary = getattr(config, "vocab_size", 0)
+    if asked == "bytes" and kind == "masked":
+        raise UsageError("--tokenizer bytes: has no mask token, which a masked language model needs")
     if asked == "bytes":
         if vocabulary < 256:
             raise UsageError(f"--tokenizer bytes: needs a vocabulary of at least 256; this model has {vocabulary}")
@@ -190,7 +198,7 @@ def _tokens(
         if len(set(found(_SAMPLE, add_special_tokens=False)["input_ids"])) < 2:
             raise ValueError("it has no vocabulary")
     except (OSError, ValueError, KeyError, ImportError) as error:
-        if asked == "auto" and vocabulary == 256:
+        if asked == "auto" and vocabulary == 256 and kind != "masked":
             return _bytes("no tokenizer in BASE and a vocabulary of 256")
         named = base if asked == "auto" else asked
         raise InputError(
@@ -203,8 +211,11 @@ def _tokens(
     # What the tokenizer itself puts around a text: found out, because every family has its own rule.
     around, inside = list(found("a")["input_ids"]), ids("a")
     begin = next((i for i in range(len(around)) if around[i : i + len(inside)] == inside), 0)
-    last = tuple(around[begin + len(inside) :]) if kind == "classifier" else ()
-    return Tokens(ids, tuple(around[:begin]), last, found.pad_token_id or 0, f"tokenizer of {where}")
+    last = () if kind == "causal" else tuple(around[begin + len(inside) :])
+    mask = found.mask_token_id
+    if kind == "masked" and mask is None:
+        raise InputError(f"{where}: the tokenizer has no mask token, which a masked language model needs")
+    return Tokens(ids, tuple(around[:begin]), last, found.pad_token_id or 0, f"tokenizer of {where}", mask)
 
 
 def _bytes(why: str) -> Tokens:

@@ -1,7 +1,8 @@
 """How far a model's outputs are from a fine-tune's: logits, probabilities, choices, and before all of them the loss.
 
 An adapter is applied as its own ΔW on the weights of BASE, so any kind of adapter can be held against any other. Sets
-are taken in chunks, so that the logits of only two models and a few sequences are held at once.
+are taken in chunks, so that the outputs of only three models for a few sequences are held at once: logits of what is
+predicted, and the hidden states of every token.
 """
 
 from __future__ import annotations
@@ -16,12 +17,12 @@ from torch import Tensor
 from lora_diag.results import Probe
 from lora_diag.results.probe import Subject
 from lora_diag.training.data import Texts
-from lora_diag.training.losses import Losses, nll, predictions
-from lora_diag.training.models import Model
+from lora_diag.training.losses import Losses, counted, forward, nll
+from lora_diag.training.models import Model, in_batches
 from lora_diag.training.swapping import FULL, Swapped
 
-# What the logits of BASE and TUNED may take together.
-LOGIT_BYTES = 2**30
+# What logits and hidden states of two models may take together.
+OUTPUT_BYTES = 2**30
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,21 @@ class Contender:
     swapped: Swapped | None
 
 
+@dataclass(frozen=True)
+class _Said:
+    """What a model says of one sequence.
+
+    Args:
+        logits: Of what is predicted, ``(n, classes)`` float32.
+        labels: What is to be predicted, ``(n,)``.
+        hidden: Hidden states of every token, one ``(tokens, size)`` for each depth: embeddings, then behind each block.
+    """
+
+    logits: Tensor
+    labels: Tensor
+    hidden: tuple[Tensor, ...]
+
+
 @dataclass
 class _Sums:
     """What is added up of one contender over a set."""
@@ -48,19 +64,27 @@ class _Sums:
     squares: float = 0.0
     kl: float = 0.0
     same: int = 0
+    hidden: list[float] = field(default_factory=list)
 
     @property
     def losses(self) -> Losses:
         return Losses(torch.tensor(self.nll, dtype=torch.float64), torch.tensor(self.counts, dtype=torch.float64))
 
-    def add(self, logits: Tensor, labels: Tensor, tuned: Tensor) -> None:
-        """Add one sequence: logits ``(n, classes)``, what they predict, and TUNED's logits there."""
-        self.nll.append(float(nll(logits, labels)))
-        self.counts.append(len(labels))
-        self.squares += float((tuned.double() - logits.double()).square().sum())
-        log_p, log_q = tuned.double().log_softmax(-1), logits.double().log_softmax(-1)
+    def add(self, said: _Said, tuned: _Said) -> None:
+        """Add one sequence, beside what TUNED says of it."""
+        self.nll.append(float(nll(said.logits, said.labels)))
+        self.counts.append(len(said.labels))
+        self.squares += _squares(tuned.logits, said.logits)
+        log_p, log_q = tuned.logits.double().log_softmax(-1), said.logits.double().log_softmax(-1)
         self.kl += float((log_p.exp() * (log_p - log_q)).sum())
-        self.same += int((tuned.argmax(-1) == logits.argmax(-1)).sum())
+        self.same += int((tuned.logits.argmax(-1) == said.logits.argmax(-1)).sum())
+        self.hidden = self.hidden or [0.0] * len(said.hidden)
+        for depth, (h, h_tuned) in enumerate(zip(said.hidden, tuned.hidden, strict=True)):
+            self.hidden[depth] += _squares(h_tuned, h)
+
+
+def _squares(one: Tensor, other: Tensor) -> float:
+    return float((one.double() - other.double()).square().sum())
 
 
 @torch.no_grad()
@@ -82,33 +106,38 @@ def outputs(
     """
     sums = [_Sums() for _ in contenders]
     for chunk in chunks(model, texts, size):
-        ends = [_logits(model, contender, chunk, size, after) for contender in contenders[:2]]
+        ends = [_said(model, contender, chunk, size, after) for contender in contenders[:2]]
         for i, contender in enumerate(contenders):
-            found = ends[i] if i < 2 else _logits(model, contender, chunk, size, after)
-            for (logits, labels), (tuned, _) in zip(found, ends[1], strict=True):
-                sums[i].add(logits, labels, tuned)
+            found = ends[i] if i < 2 else _said(model, contender, chunk, size, after)
+            for said, tuned in zip(found, ends[1], strict=True):
+                sums[i].add(said, tuned)
     for contender, own in zip(contenders, sums, strict=True):
         yield _record(contender, own, sums[0], sums[1], texts)
 
 
 def chunks(model: Model, texts: Texts, size: int) -> Iterator[Texts]:
-    """Yield parts of a set, whole batches, whose logits from two models fit into ``LOGIT_BYTES``."""
-    classes = len(model.labels) if model.kind == "classifier" else getattr(model.module.config, "vocab_size", 1)
+    """Yield parts of a set, whole batches, whose outputs from two models fit into ``OUTPUT_BYTES``."""
+    config = model.module.config
+    classes = len(model.labels) if model.kind == "classifier" else getattr(config, "vocab_size", 1)
+    states = (getattr(config, "num_hidden_layers", 0) + 1) * getattr(config, "hidden_size", 0)
     longest = max(len(sequence.ids) for sequence in texts.sequences)
-    step = size * max(1, LOGIT_BYTES // (2 * 4 * longest * max(1, classes) * size))
+    step = size * max(1, OUTPUT_BYTES // (2 * 4 * longest * max(1, classes + states) * size))
     for first in range(0, len(texts.sequences), step):
         yield replace(texts, sequences=texts.sequences[first : first + step])
 
 
-def _logits(
-    model: Model, contender: Contender, chunk: Texts, size: int, after: Callable[[str], None]
-) -> list[tuple[Tensor, Tensor]]:
-    """Return logits and labels of every sequence, with the contender's weights in place meanwhile."""
+def _said(model: Model, contender: Contender, chunk: Texts, size: int, after: Callable[[str], None]) -> list[_Said]:
+    """Return what a model says of every sequence, with the contender's weights in place meanwhile."""
     if contender.swapped is not None:
         contender.swapped.arrange(dict.fromkeys(contender.swapped.layers, FULL))
     found = []
-    for logits, labels in predictions(model, chunk, size):
-        found += [(each.float(), wanted) for each, wanted in zip(logits, labels, strict=True)]
+    for batch in in_batches(len(chunk.sequences), size):
+        chosen = [chunk.sequences[i] for i in batch]
+        out = forward(model, chosen, hidden=True)
+        for i, sequence in enumerate(chosen):
+            logits, labels = counted(model, sequence, out.logits[i])
+            hidden = tuple(states[i, : len(sequence.ids)].float() for states in out.hidden_states or ())
+            found.append(_Said(logits.float(), labels, hidden))
         after(contender.name or contender.subject)
     if contender.swapped is not None:
         contender.swapped.arrange({})
@@ -134,4 +163,5 @@ def _record(contender: Contender, own: _Sums, base: _Sums, tuned: _Sums, texts: 
         distance=math.sqrt(own.squares / base.squares) if base.squares else None,
         kl=own.kl / predicted,
         agreement=own.same / predicted,
+        hidden=tuple(math.sqrt(x / b) if b else None for x, b in zip(own.hidden, base.hidden, strict=True)) or None,
     )

@@ -7,13 +7,14 @@ import peft
 import pytest
 import torch
 import transformers
+from safetensors.torch import save_file
 
 import lora_diag
 import lora_diag.training.outputs
 from lora_diag.errors import UsageError
 from lora_diag.reports.tables import table
 from lora_diag.results import read_results
-from tests.training.making import SAMPLES, gpt2, moved, some_text
+from tests.training.making import SAMPLES, gpt2, moved, some_text, tensors
 
 # PEFT asks transformers for what it calls otherwise by now.
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
@@ -33,6 +34,19 @@ def logits(folder, text, length, adapter=None):
     return found.double().numpy(), windows[:, 1:].reshape(-1).numpy(), len(windows)
 
 
+def states(folder, text, length, adapter=None):
+    """Return the hidden states (depths, tokens, size) of every token."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    if adapter is not None:
+        model = peft.PeftModel.from_pretrained(model, adapter)
+    model.eval()
+    ids = torch.frombuffer(bytearray(text.read_bytes()), dtype=torch.uint8).long()
+    windows = ids[: len(ids) // length * length].view(-1, length)
+    with torch.no_grad():
+        found = [torch.stack(model(input_ids=one[None], output_hidden_states=True).hidden_states) for one in windows]
+    return torch.cat(found, 2).squeeze(1).double().numpy()
+
+
 def log_softmax(z):
     shifted = z - z.max(1, keepdims=True)
     return shifted - np.log(np.exp(shifted).sum(1, keepdims=True))
@@ -48,7 +62,7 @@ def case(tmp_path):
 @pytest.mark.parametrize("memory", [2**30, 1])
 def test_every_number_equals_that_of_an_independent_computation(case, monkeypatch, memory):
     base, tuned, adapter, reference, text = case
-    monkeypatch.setattr(lora_diag.training.outputs, "LOGIT_BYTES", memory)  # all at once, or batch by batch
+    monkeypatch.setattr(lora_diag.training.outputs, "OUTPUT_BYTES", memory)  # all at once, or batch by batch
     found = lora_diag.probe_outputs(base, tuned, [adapter], reference=reference, evaluate=[text], length=64, batch=2)
     z = {
         "base": logits(base, text, 64),
@@ -72,6 +86,30 @@ def test_every_number_equals_that_of_an_independent_computation(case, monkeypatc
         assert record.gap == pytest.approx(each.mean(), abs=1e-5)
         assert record.gap_error == pytest.approx(each.std(ddof=1) / np.sqrt(windows), abs=1e-5)
         assert record.name == {"adapter": str(adapter), "reference": str(reference)}.get(record.subject, "")
+
+
+def test_hidden_states_are_compared_depth_by_depth(case):
+    base, tuned, adapter, _, text = case
+    found = lora_diag.probe_outputs(base, tuned, [adapter], evaluate=[text], length=64, batch=2).whole
+    h_base, h_tuned, h_own = (
+        states(*each) for each in ((base, text, 64), (tuned, text, 64), (base, text, 64, adapter))
+    )
+    change = np.linalg.norm(h_tuned - h_base, axis=(1, 2))
+    expected = np.linalg.norm(h_tuned - h_own, axis=(1, 2)) / change
+    assert len(found[2].hidden) == 5  # embeddings and four blocks
+    np.testing.assert_allclose(found[2].hidden, expected, rtol=1e-4)
+    assert (found[0].hidden, found[1].hidden) == ((1.0,) * 5, (0.0,) * 5)
+
+
+def test_a_depth_where_nothing_changed_has_no_distance(tmp_path):
+    base, text = gpt2(tmp_path / "base"), some_text(tmp_path)
+    tuned = moved(base, tmp_path / "tuned")
+    weights = tensors(base) | {k: v for k, v in tensors(tuned).items() if "h.1." in k}  # only the second block moved
+    save_file({name: torch.from_numpy(value).float() for name, value in weights.items()}, tuned / "model.safetensors")
+    other = moved(base, tmp_path / "other", seed=3)
+    found = lora_diag.probe_outputs(base, tuned, [other], evaluate=[text]).whole
+    assert found[2].hidden[:2] == (None, None)
+    assert found[2].hidden[2] > 0
 
 
 def test_adapters_have_the_losses_told_in_the_readme_of_the_samples():

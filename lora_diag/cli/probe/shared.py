@@ -14,7 +14,10 @@ from lora_diag.cli.output import again, message
 from lora_diag.reports.text import safe
 
 Base = Annotated[Path, typer.Argument(metavar="BASE", help="The model before: a folder for transformers, or a Hub id.")]
-Eval = Annotated[list[Path] | None, typer.Option("--eval", metavar="FILE", help="Held-out text or JSONL; repeatable.")]
+Eval = Annotated[
+    list[Path] | None,
+    typer.Option("--eval", metavar="FILE", help="Held-out text, JSONL or datasets folder; repeatable."),
+]
 Shifted = Annotated[list[Path] | None, typer.Option(metavar="FILE", help="Text of another kind; repeatable.")]
 Length = Annotated[int | None, typer.Option(metavar="N", help="Tokens of a sequence; default 512 or the model's most.")]
 Batch = Annotated[int, typer.Option(metavar="N", help="Sequences in a batch.")]

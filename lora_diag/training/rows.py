@@ -1,0 +1,153 @@
+"""Where texts come from: a text file, JSON lines, or a folder that Hugging Face's ``datasets`` saved.
+
+Knows files and folders; refuses to know tokens and models.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePath
+from typing import Any
+
+from lora_diag.errors import InputError, UsageError
+
+# The columns of a data set that are read; any others are not.
+COLUMNS = ("text", "label", "prompt", "completion")
+# What ``save_to_disk`` leaves in the folder of a data set, and of a set of splits.
+_STATE, _SPLITS = "state.json", "dataset_dict.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """What was read.
+
+    Args:
+        name: What the set is called: the file's name without its ending, or the folder's.
+        digest: 16 hex digits of a SHA-256: of the file; of a data set, of the rows that are read, as JSON lines.
+        text: Of a text file, its content.
+        rows: Else what each row holds and where it is, for messages.
+        unit: What a row is called.
+    """
+
+    name: str
+    digest: str
+    text: str | None = None
+    rows: tuple[tuple[str, dict[str, Any]], ...] = ()
+    unit: str = "lines"
+
+
+def check_texts(path: Path | str) -> None:
+    """Refuse what cannot be a text, before anything is opened.
+
+    Raises:
+        InputError: There is no such file, or the folder holds no data set.
+    """
+    named = os.fspath(path)
+    if not os.path.isdir(named):  # noqa: PTH112  (unlike Path.is_dir(), takes any name)
+        if not os.path.isfile(named):  # noqa: PTH113
+            raise InputError(f"{path}: no such file")
+        return
+    folder = Path(path)
+    if (folder / _SPLITS).is_file():
+        splits = _json(folder / _SPLITS).get("splits")
+        known = [str(split) for split in splits] if isinstance(splits, list) else []
+        raise InputError(
+            f"{path}: holds the splits {', '.join(known)}: name one, such as {folder / (known or ['train'])[0]}"
+        )
+    if not (folder / _STATE).is_file():
+        raise InputError(f"{path}: is a folder without a data set in it (datasets' save_to_disk writes {_STATE})")
+
+
+def read_source(path: Path | str) -> Source:
+    """Read a text file, JSON lines (``.jsonl``, ``.json``) or a folder of ``datasets``.
+
+    Raises:
+        UsageError: It is a data set, and datasets is not installed.
+        InputError: It cannot be read.
+    """
+    check_texts(path)
+    path = Path(path)
+    return _data_set(path) if path.is_dir() else _file(path)
+
+
+def _file(path: Path) -> Source:
+    try:
+        content = path.read_bytes()
+        text = content.decode("utf-8")
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: is not UTF-8 text: byte {error.start}") from error
+    digest = hashlib.sha256(content).hexdigest()[:16]
+    if path.suffix in {".jsonl", ".json"}:
+        return Source(path.stem, digest, rows=tuple(_lines(path, text)))
+    return Source(path.stem, digest, text)
+
+
+def _lines(path: Path, text: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    for number, line in enumerate(text.splitlines(), 1):
+        if not line.strip():
+            continue
+        where = f"{path}: line {number}"
+        try:
+            item = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"{where} is not JSON: {error}") from error
+        if not isinstance(item, dict):
+            raise InputError(f"{where} is not a JSON object with text, or prompt and completion")
+        yield where, item
+
+
+def _data_set(path: Path) -> Source:
+    """Read the columns that are used; a class label becomes its name, beside its number."""
+    try:
+        import datasets
+    except ImportError as error:
+        raise UsageError(f"{path}: is a folder of datasets, which needs {error.name}: pip install datasets") from error
+    _stay_inside(path)
+    try:
+        found = datasets.load_from_disk(str(path))
+    except Exception as error:  # of pyarrow, of the file system, or of a feature that this version does not know
+        said = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise InputError(f"{path}: datasets cannot open it: {said}") from error
+    columns = [name for name in COLUMNS if name in found.column_names]
+    if "text" not in columns and not {"prompt", "completion"} <= set(columns):
+        raise InputError(
+            f"{path}: has the columns {', '.join(map(str, found.column_names))}; needed are text, text and label, or "
+            "prompt and completion (rename_column)"
+        )
+    chosen = found.select_columns(columns)
+    names = getattr(chosen.features.get("label"), "names", None)
+    rows, digest = [], hashlib.sha256()
+    for number, item in enumerate(chosen):
+        digest.update(json.dumps(item, sort_keys=True, default=str).encode() + b"\n")
+        label = item.get("label")
+        if names and isinstance(label, int) and 0 <= label < len(names):
+            item = {**item, "label_name": names[label]}
+        rows.append((f"{path}: row {number}", item))
+    return Source(path.name or path.resolve().name, digest.hexdigest()[:16], rows=tuple(rows), unit="rows")
+
+
+def _stay_inside(path: Path) -> None:
+    """Refuse a data set that names files elsewhere.
+
+    Raises:
+        InputError: It does.
+    """
+    files = _json(path / _STATE).get("_data_files")
+    for file in files if isinstance(files, list) else []:
+        name = file.get("filename") if isinstance(file, dict) else None
+        if not isinstance(name, str) or PurePath(name).name != name:
+            raise InputError(f"{path / _STATE}: names {name!r}, which is not a file in this folder")
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path}: cannot be read: {error}") from error
+    return found if isinstance(found, dict) else {}

@@ -1,0 +1,338 @@
+"""``probe intrinsic``: in how few random directions training gets nearly as far as full fine-tuning."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from lora_diag.api.inputs import describe
+from lora_diag.api.probing import (
+    Kept,
+    Watch,
+    batches_of,
+    check,
+    check_files,
+    counted,
+    described,
+    duration,
+    read_sets,
+    run_of,
+)
+from lora_diag.checkpoints import open_checkpoint
+from lora_diag.errors import UsageError
+from lora_diag.linalg import resolve_device
+from lora_diag.planning.intrinsic import Subject, best_rates
+from lora_diag.results import AnyRecord, Intrinsic, Results, ResultsWriter
+from lora_diag.training.data import Texts, read_texts
+from lora_diag.training.intrinsic import SCALE_STEP, Method, Run, check_dim, rate_of, scales_of, subspace_losses
+from lora_diag.training.losses import Losses, measure
+from lora_diag.training.methods import with_lora
+from lora_diag.training.models import Model, open_model
+from lora_diag.training.sweep import CLIP_NORM, WARMUP, Cell, Training, losses_after
+
+DIMS = (10, 30, 100, 300, 1000, 3000, 10000)
+RANKS = (1, 2, 4, 8)
+PACES = (3e-4, 1e-3, 3e-3)
+FULL_RATES = (3e-5, 1e-4, 3e-4, 1e-3)
+LORA_RATES = (3e-4, 1e-3, 3e-3)
+METHODS = ("plain", "said")
+
+
+def probe_intrinsic(
+    base: Path | str,
+    *,
+    data: Path | str,
+    evaluate: Sequence[Path | str],
+    shifted: Sequence[Path | str] = (),
+    dims: Sequence[int] = DIMS,
+    method: str = "plain",
+    share: float = 0.9,
+    ranks: Sequence[int] = RANKS,
+    paces: Sequence[float] = PACES,
+    full_rates: Sequence[float] = FULL_RATES,
+    lora_rates: Sequence[float] = LORA_RATES,
+    steps: int = 100,
+    seeds: int = 2,
+    seed: int = 0,
+    length: int | None = None,
+    batch: int = 8,
+    max_sequences: int | None = None,
+    tokenizer: str = "auto",
+    device: str = "auto",
+    output: Path | str | None = None,
+    resume: bool = False,
+    on_progress: Callable[[str, int, int], None] | None = None,
+    on_record: Callable[[AnyRecord], None] | None = None,
+    on_note: Callable[[str], None] | None = None,
+) -> Results[Any]:
+    r"""Train BASE in random subspaces of d dimensions, in full, and by LoRA, and compare the losses.
+
+    θ = θ_0 + P·z with z ∈ R^d trained and P a fixed random D × d projection (Fastfood, never written out); ``said`` has
+    one trained scale a layer besides. All runs take the same batches in the same order, for as many steps. Each size
+    tries all its learning rates with the first seed; the best on the first evaluation set is run with the other seeds.
+
+    Args:
+        base: The model: a folder that transformers can open, or a Hub id.
+        data: What to train on: text or JSONL.
+        evaluate: Held-out files of the same kind; the first decides on learning rates.
+        shifted: Files of another kind.
+        dims: Dimensions d.
+        method: ``plain`` (Li et al. 2018) or ``said`` (Aghajanyan et al. 2020).
+        share: Of full fine-tuning's gain over BASE that is to be reached.
+        ranks: Ranks of the LoRAs beside it; none if empty.
+        paces: Learning rates of the subspaces as full fine-tuning would have them: z is given pace·√(D/d), at which a
+            step of Adam moves the weights as far.
+        full_rates: Learning rates of full fine-tuning.
+        lora_rates: Learning rates of LoRA.
+        steps: Updates of a run.
+        seeds: Runs of each size at its best rate; they differ in P or in the factors' initial values.
+        seed: Of the data's order, and the first of the seeds.
+        length: Tokens of a sequence; by default 512 or what the model has room for.
+        batch: Sequences in a batch, of training and of evaluation.
+        max_sequences: Use the first so many sequences of each evaluation file.
+        tokenizer: ``auto``, ``bytes`` or a folder.
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:1``.
+        output: Results file, appended run by run.
+        resume: Go on behind what an interrupted run left in ``output``; finished runs are not run again.
+        on_progress: Called with what is being done, steps and batches done, and all of them.
+        on_record: Called with every record, in the order of the file, as it comes.
+        on_note: Called with the estimate of what it will cost, before it begins.
+
+    Returns:
+        The records are in ``whole``: BASE's losses, and those of every run, set by set.
+
+    Raises:
+        UsageError: An option makes no sense, a text is trained on and evaluated, or the extra ``train`` is missing.
+        InputError: An input cannot be read, or the model cannot be opened or adapted.
+
+    Reference:
+        Li, Farkhoor, Liu and Yosinski 2018, arXiv:1804.08838; Aghajanyan, Zettlemoyer and Gupta 2020, arXiv:2012.13255.
+    """
+    check(batch, max_sequences, method=(method, METHODS))
+    kind: Method = "said" if method == "said" else "plain"
+    _check(dims, ranks, {"--lr": paces, "--full-lr": full_rates, "--lora-lr": lora_rates}, steps, seeds, seed, share)
+    check_files(evaluate, *shifted, data)
+    model = open_model(base, resolve_device(device), "float32", length, tokenizer)
+    total = sum(parameter.numel() for parameter in model.module.parameters())
+    for dim in dims:
+        check_dim(dim, total, scales_of(model.module) if method == "said" else 0)
+    sets = read_sets(model, evaluate, shifted, max_sequences)
+    training = Training(read_texts(data, model), steps, batch, seed)
+    if same := next((each for each in sets if each.hash == training.texts.hash), None):
+        raise UsageError(f"{same.path}: is the text that is trained on; give one that is held out")
+    settings = {
+        "dims": sorted(set(dims)),
+        "method": method,
+        "share": share,
+        "ranks": sorted(set(ranks)),
+        "paces": sorted(set(paces)),
+        "full_rates": sorted(set(full_rates)),
+        "lora_rates": sorted(set(lora_rates)),
+        "steps": steps,
+        "seeds": seeds,
+        "seed": seed,
+        "params": total,
+        "scale_step": SCALE_STEP if method == "said" else None,
+        "optimizer": f"AdamW, no weight decay, gradient norm {CLIP_NORM:g}, warm-up {WARMUP:g}, cosine to 0",
+    }
+    inputs = (describe("base", open_checkpoint(base)), described(training.texts, "data"), *map(described, sets))
+    run = run_of("probe intrinsic", inputs, settings, model, batch, "float32")
+    watch = Watch(on_progress, on_record, on_note)
+    with ResultsWriter[Any](Path(output) if output is not None else None, run, resume) as writer:
+        kept = Kept(writer, watch)
+        if kept.finished is not None:
+            return kept.finished
+        probe = _Probe(model, training, sets, seeds, kept, watch)
+        arms = [
+            _Arm("full", (None,), tuple(sorted(set(full_rates))), total),
+            _Arm("subspace", tuple(sorted(set(dims))), tuple(sorted(set(paces))), total, kind),
+            *([_Arm("lora", tuple(sorted(set(ranks))), tuple(sorted(set(lora_rates))), total)] if ranks else []),
+        ]
+        probe.tell_cost(arms)
+        probe.measure_base()
+        for arm in arms:
+            probe.run(arm)
+        return kept.end([])
+
+
+@dataclass(frozen=True, slots=True)
+class _Cell:
+    """One run: what is trained, d or r, the rate as Adam is given it and as full fine-tuning has it, the seed."""
+
+    subject: Subject
+    size: int | None
+    lr: float
+    pace: float | None
+    seed: int
+    method: Method
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """By which its records are told from others."""
+        dim = self.size if self.subject == "subspace" else None
+        rank = self.size if self.subject == "lora" else None
+        return {"subject": self.subject, "dim": dim, "rank": rank, "lr": self.lr, "seed": self.seed}
+
+    @property
+    def label(self) -> str:
+        """What is being run, in words."""
+        what = {"full": "full", "subspace": f"d={self.size}", "lora": f"r={self.size}"}[self.subject]
+        return f"{what} lr={self.lr:.3g} seed {self.seed}"
+
+
+@dataclass(frozen=True, slots=True)
+class _Arm:
+    """What is trained at a grid of sizes and rates."""
+
+    subject: Subject
+    sizes: tuple[int | None, ...]
+    rates: tuple[float, ...]
+    total: int
+    method: Method = "plain"
+
+    def cell(self, size: int | None, rate: float, seed: int) -> _Cell:
+        """Return a run; for a subspace ``rate`` is the pace."""
+        if self.subject == "subspace":
+            assert size is not None
+            return _Cell("subspace", size, rate_of(rate, size, self.total), rate, seed, self.method)
+        return _Cell(self.subject, size, rate, rate if self.subject == "full" else None, seed, self.method)
+
+    def first(self, seed: int) -> list[_Cell]:
+        """Return the runs of the first seed: every rate at every size."""
+        return [self.cell(size, rate, seed) for size in self.sizes for rate in self.rates]
+
+
+@dataclass(frozen=True, slots=True)
+class _Probe:
+    """A run as far as it is."""
+
+    model: Model
+    training: Training
+    sets: Sequence[Texts]
+    seeds: int
+    kept: Kept
+    watch: Watch
+
+    def measure_base(self) -> None:
+        """Measure BASE."""
+        for each in [] if self.kept.has(self.sets, subject="base") else self.sets:
+            losses = measure(self.model, each, self.training.batch, lambda: self.watch.batch("BASE"))
+            self.kept.put(_record(each, losses, None, 0, None))
+
+    def run(self, arm: _Arm) -> None:
+        """Run all rates with the first seed, and the best rate of each size with the others."""
+        seed = self.training.order
+        first = arm.first(seed)
+        self._run(first)
+        chosen = best_rates(self.kept.records, self.sets[0].name, seed, arm.subject)
+        for other in range(seed + 1, seed + self.seeds):
+            self._run([replace(cell, seed=other) for cell in first if chosen.get(cell.size) == cell.lr])
+
+    def _run(self, cells: Sequence[_Cell]) -> None:
+        for cell in cells:
+            if not self.kept.has(self.sets, **cell.fields):
+                self.kept.put(*self._trained(cell, self.training, self.sets, lambda: self.watch.batch(cell.label)))  # noqa: B023  (called in this round only)
+
+    def _trained(
+        self, cell: _Cell, training: Training, sets: Sequence[Texts], after: Callable[[], None]
+    ) -> list[Intrinsic]:
+        size = training.batch
+        if cell.subject == "subspace":
+            assert cell.size is not None
+            assert cell.pace is not None
+            one = Run(cell.size, cell.pace, cell.seed, cell.method)
+            found, last = subspace_losses(self.model, one, training, sets, size, after)
+        else:
+            other = Cell(cell.size, cell.lr, cell.seed, cell.subject)
+            found, last = losses_after(self.model, other, training, sets, size, after)
+        params = self._params(cell)
+        return [_record(each, losses, cell, params, last) for each, losses in zip(sets, found, strict=True)]
+
+    def _params(self, cell: _Cell) -> int:
+        """Count the numbers that a run trains."""
+        if cell.subject == "lora" and cell.size is not None:
+            with with_lora(self.model, cell.size, self.training.kind) as tuned:
+                return sum(each.numel() for each in tuned.module.parameters() if each.requires_grad)
+        return cell.size or sum(each.numel() for each in self.model.module.parameters())
+
+    def tell_cost(self, arms: Sequence[_Arm]) -> None:
+        """Time one step of each kind and one batch of an evaluation, and tell what everything will take."""
+        batches = batches_of(self.sets, self.training.batch)
+        base = 0 if self.kept.has(self.sets, subject="base") else batches
+        seconds, told, evaluation = 0.0, [], 0.0
+        self.watch.total = base
+        for arm in arms:
+            step, evaluation = self._timed(arm)
+            runs = len(arm.sizes) * (len(arm.rates) + self.seeds - 1) - sum(1 for _ in self._finished(arm))
+            seconds += runs * (self.training.steps * step + batches * evaluation)
+            self.watch.total += runs * (self.training.steps + batches)
+            what = {"full": "in full", "subspace": "in subspaces", "lora": "of LoRA"}[arm.subject]
+            told.append(f"{counted(runs, 'run', 'runs')} {what} of {self.training.steps} steps of {step:.2g} s")
+        self.watch.note(f"about {duration(seconds + base * evaluation)}: {', '.join(told)}, and their evaluations")
+
+    def _timed(self, arm: _Arm) -> tuple[float, float]:
+        """Return the seconds of a step, at the largest size, and of a batch of an evaluation."""
+        once, first = replace(self.training, steps=2), self.sets[0].first(self.training.batch)
+        ticks = [time.perf_counter()]
+        self._trained(arm.cell(arm.sizes[-1], 1e-6, 0), once, [first], lambda: ticks.append(time.perf_counter()))
+        return ticks[2] - ticks[1], ticks[3] - ticks[2]
+
+    def _finished(self, arm: _Arm) -> Iterator[tuple[Any, ...]]:
+        """Yield the runs that are finished already."""
+        mine = {(r.dim, r.rank, r.lr, r.seed) for r in self.kept.records if r.subject == arm.subject}
+        for dim, rank, lr, seed in mine:
+            if self.kept.has(self.sets, subject=arm.subject, dim=dim, rank=rank, lr=lr, seed=seed):
+                yield dim, rank, lr, seed
+
+
+def _record(texts: Texts, losses: Losses, cell: _Cell | None, params: int, last: float | None) -> Intrinsic:
+    finite = last is not None and abs(last) < float("inf")  # NaN compares false
+    return Intrinsic(
+        set=texts.name,
+        shifted=texts.shifted,
+        data=texts.hash,
+        tokens=losses.tokens,
+        subject=cell.subject if cell else "base",
+        dim=cell.fields["dim"] if cell else None,
+        rank=cell.fields["rank"] if cell else None,
+        params=params,
+        lr=cell.lr if cell else None,
+        pace=cell.pace if cell else None,
+        seed=cell.seed if cell else 0,
+        loss=losses.mean if losses.is_finite else None,
+        train_loss=last if finite else None,
+    )
+
+
+def _check(
+    dims: Sequence[int],
+    ranks: Sequence[int],
+    rates: dict[str, Sequence[float]],
+    steps: int,
+    seeds: int,
+    seed: int,
+    share: float,
+) -> None:
+    """Refuse numbers that make no sense.
+
+    Raises:
+        UsageError: There are such.
+    """
+    if not dims or min(dims) < 1:
+        raise UsageError(f"--dims {','.join(map(str, dims))}: dimensions must be whole numbers from 1 up")
+    if ranks and min(ranks) < 1:
+        raise UsageError(f"--ranks {','.join(map(str, ranks))}: ranks must be whole numbers from 1 up")
+    for option, given in rates.items():
+        if not given or not all(0 < rate < 10 for rate in given):
+            shown = ",".join(f"{rate:g}" for rate in given)
+            raise UsageError(f"{option} {shown}: learning rates must lie between 0 and 10")
+    for option, value in (("--steps", steps), ("--seeds", seeds)):
+        if value < 1:
+            raise UsageError(f"{option} {value}: must be at least 1")
+    if not 0 <= seed < 2**31:
+        raise UsageError(f"--seed {seed}: must be a whole number from 0 to 2^31 - 1")
+    if not 0 < share < 1:
+        raise UsageError(f"--share {share}: must lie between 0 and 1")

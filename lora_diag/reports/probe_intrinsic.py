@@ -1,0 +1,143 @@
+"""The terminal's answer to ``probe intrinsic``: what each size gains, and the smallest that is nearly enough."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from statistics import fmean
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from lora_diag.planning.intrinsic import Line, Reached, lines, reached
+from lora_diag.reports.columns import Column, table_of
+from lora_diag.reports.lines import answers, inputs, notes
+from lora_diag.reports.probe import ending, measured
+from lora_diag.reports.text import count, number, percent, short, to_text
+from lora_diag.results import Intrinsic, Results
+
+
+def intrinsic_table(
+    results: Results[Any], width: int = 80, color: bool = False, per: str = "type", then: str | None = None
+) -> str:
+    """Return a table for each set, one row a size, and the summary.
+
+    Args:
+        results: What was measured.
+        width: Columns of the terminal.
+        color: Whether to use ANSI colours.
+        per: Not used: a row is a size.
+        then: The command that a user would run next.
+    """
+    records = [record for record in results.whole if isinstance(record, Intrinsic)]
+    settings = results.run.settings
+    sets = list(dict.fromkeys(record.set for record in records))
+    parts: list[RenderableType] = []
+    said: list[tuple[str, str]] = []
+    for name in sets:
+        found = lines(records, name, sets[0], settings["seed"])
+        base = next((r for r in records if r.subject == "base" and r.set == name), None)
+        shifted = " (shifted)" if any(r.shifted for r in records if r.set == name) else ""
+        parts += [Text(f"On {short(name)}{shifted}", style="bold"), _table(base, found, width)]
+        said.append((f"On {short(name)}", _said(base, found, settings)))
+    told = [("Compared", "\n".join([*inputs(results.run), *notes(results.run)])), ("Measured", measured(results.run))]
+    told += [("Trained", _trained(settings)), *said]
+    if sets:
+        told.append(("Rates", _rates(lines(records, sets[0], sets[0], settings["seed"]), records)))
+    told += [("Read it so", _READING), *ending(results), *([("Next", then)] if then else [])]
+    return to_text(Group(*parts, answers(told)), width, color)
+
+
+_READING = (
+    "the dimension is that of this task, these steps and this share: more steps ask for other ones; rates were chosen "
+    "on the first set, so losses there are a little too low; LoRA trains no embeddings, norms, biases or head, full "
+    "fine-tuning and subspaces train all"
+)
+
+
+def _name(line: Line) -> str:
+    return {"full": "full", "subspace": f"d={line.size}", "lora": f"LoRA r={line.size}"}[line.subject]
+
+
+def _table(base: Intrinsic | None, found: Sequence[Line], width: int) -> Table:
+    names = ["BASE", *map(_name, found)]
+    columns = [
+        Column("params", ("", *(count(line.params) for line in found))),
+        Column("lr", ("", *(f"{line.lr:.2g}" for line in found))),
+        Column("pace", ("", *("" if line.pace is None else f"{line.pace:.2g}" for line in found))),
+        Column("seeds", ("", *(str(len(line.losses)) for line in found))),
+        Column("loss", (_loss(base), *(f"{fmean(line.losses):.4f}" for line in found))),
+        Column("gain", ("", *(_share(line) for line in found))),
+        Column("min to max", ("", *(_span(line) for line in found))),
+    ]
+    return table_of("trained", names, columns, width, ("pace", "seeds"))
+
+
+def _loss(base: Intrinsic | None) -> str:
+    return "-" if base is None or base.loss is None else f"{base.loss:.4f}"
+
+
+def _share(line: Line) -> str:
+    return f"{line.share:.0%}" if line.shares else "-"
+
+
+def _span(line: Line) -> str:
+    return f"{min(line.shares):.0%} to {max(line.shares):.0%}" if len(line.shares) > 1 else "-"
+
+
+def _trained(settings: dict[str, Any]) -> str:
+    scales = f", one scale a layer, {settings['scale_step']:.0%} a step" if settings["method"] == "said" else ""
+    return (
+        f"all {count(settings['params'])} parameters, or z in random subspaces of them (Fastfood, {settings['method']}"
+        f"{scales}), or LoRA on all linear layers but the head, alpha = 2r; {settings['steps']} steps of "
+        f"{settings['batch']} sequences; {settings['optimizer']}"
+    )
+
+
+def _said(base: Intrinsic | None, found: Sequence[Line], settings: dict[str, Any]) -> str:
+    full = next((line for line in found if line.subject == "full"), None)
+    if base is None or base.loss is None or full is None:
+        return "not measured yet"
+    gain = base.loss - fmean(full.losses)
+    if gain <= 0:
+        return f"no gain: full fine-tuning is worse than BASE by {number(-gain)} nats, so there is no share to reach"
+    share = settings["share"]
+    told = [f"full fine-tuning gains {number(gain)} nats; wanted is {percent(share)} of that"]
+    told.append(_answer(reached(found, "subspace", share), "d", settings))
+    if settings["ranks"]:
+        told.append(_answer(reached(found, "lora", share), "LoRA r", settings))
+    return "\n".join(told)
+
+
+def _answer(answer: Reached, what: str, settings: dict[str, Any]) -> str:
+    line, below = answer.line, answer.below
+    if line is None:
+        if below is None:
+            return f"{what}: not measured yet"
+        wanted = settings["dims"] if what == "d" else settings["ranks"]
+        return f"{what}: not reached up to {what.split()[-1]}={max(wanted)}, whose gain is {_shares(below)}"
+    told = f"{what}={line.size} is the smallest that reaches it, with {_shares(line)}"
+    if what != "d":
+        told += f" and {count(line.params)} parameters"
+    if below is not None:
+        told += f"; {what}={below.size} gains {_shares(below)}"
+    if len(line.shares) > 1 and not answer.sure:
+        told += "; not with every seed, so the next larger one is the safer answer"
+    if answer.missed:
+        told += f"; {', '.join(map(str, answer.missed))} again does not: seeds or rates decide here, not size"
+    return told
+
+
+def _shares(line: Line) -> str:
+    return f"{line.share:.0%}" + (f" ({_span(line)} over seeds)" if len(line.shares) > 1 else "")
+
+
+def _rates(found: Sequence[Line], records: Sequence[Intrinsic]) -> str:
+    told = ["each size at the rate with the lowest loss of the first seed; pace is z's rate times √(d/D)"]
+    if edge := [_name(line) for line in found if line.edge]:
+        told.append(f"at the edge of the grid for {', '.join(edge)}: extend --lr, --full-lr or --lora-lr there")
+    if any(len({r.lr for r in records if r.subject == s}) == 1 for s in ("full", "lora")):
+        told.append("only one rate for full fine-tuning or LoRA: theirs may be far from the best")
+    diverged = sum(record.loss is None for record in records)
+    return "\n".join([*told, *([f"{diverged} losses are not finite: those runs diverged"] if diverged else [])])

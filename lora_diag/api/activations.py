@@ -40,7 +40,7 @@ class SecondMoments:
         return Weighting(inputs, gradients if kfac else None)
 
 
-def second_moments(path: Path | str, base: Path | str, pairing: Pairing) -> SecondMoments:
+def second_moments(path: Path | str, base: Path | str, pairing: Pairing, verify: bool = False) -> SecondMoments:
     """Open a file of second moments by its header and match it with BASE.
 
     Args:
@@ -48,6 +48,7 @@ def second_moments(path: Path | str, base: Path | str, pairing: Pairing) -> Seco
             ``(out, out)`` under ``output_gradients.`` and its name.
         base: The checkpoint whose weights they belong to.
         pairing: What is compared.
+        verify: Whether to take a SHA-256 of every byte, too.
 
     Raises:
         InputError: It cannot be read, a matrix is not square, or none belongs to a weight that is compared.
@@ -82,4 +83,4 @@ def second_moments(path: Path | str, base: Path | str, pairing: Pairing) -> Seco
         )
     notes = [f"second moments of {len(of)} of {len(compared)} matrices"]
     notes += [f"recorded over {file.metadata['tokens']} tokens" for file in stored.files if "tokens" in file.metadata]
-    return SecondMoments(describe("activations", stored, tuple(notes)), of, gradients)
+    return SecondMoments(describe("activations", stored, tuple(notes), verify), of, gradients)

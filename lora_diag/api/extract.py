@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from lora_diag.adapters.writing import store_factors
+from lora_diag.api.activations import second_moments
 from lora_diag.api.extract_folder import OutputFolder
 from lora_diag.api.extract_plan import plan
 from lora_diag.api.extract_ranks import Asked, ranks_for
@@ -19,8 +20,8 @@ from lora_diag.api.measuring import Progress, Watch, check_running, layout_of, m
 from lora_diag.api.spectrum import spectrum
 from lora_diag.checkpoints import as_path, open_checkpoint
 from lora_diag.checkpoints.hub import loadable
-from lora_diag.deltas import Delta, FactoredDelta, footprint
-from lora_diag.diagnostics.extraction import DTYPES, ExtractionSettings, Layer
+from lora_diag.deltas import Delta, FactoredDelta
+from lora_diag.diagnostics.extraction import DTYPES, ExtractionSettings, Layer, size
 from lora_diag.diagnostics.extraction import extract as factor
 from lora_diag.engines import Ray
 from lora_diag.errors import InputError, LoradiagError, NothingComparedError, UsageError
@@ -44,6 +45,7 @@ def extract(
     params: int | str | None = None,
     ranks: Path | str | None = None,
     signal: bool = False,
+    activations: Path | str | None = None,
     split: Split = "both",
     dtype: str = "float32",
     rest: Rest = "list",
@@ -77,6 +79,9 @@ def extract(
         params: Parameters of the whole adapter, such as ``"10M"``, spent as ``allocate`` would.
         ranks: Results file of ``allocate``, or an ``adapter_config.json``.
         signal: r is the number of singular values above the files' rounding noise.
+        activations: Second moments C = E[xxᵀ] of the layers' inputs, as ``probe_activations`` records them. Factors are
+            then those with the smallest E‖(ΔW − B·A)x‖² of their rank, U_rU_rᵀΔW with U_r of ΔW·C^½, and ``energy``,
+            ``params`` and ``signal`` count in that metric. Layers without a C are factored as without this option.
         split: ``both`` for B = U√Σ and A = √Σ·Vᵀ; ``b`` for B = UΣ and A = Vᵀ.
         dtype: Of the factors: ``float32``, ``bfloat16`` or ``float16``.
         rest: ``save`` to store in full what no factor carries (norms, biases, resized tables), ``list`` to list it.
@@ -126,12 +131,14 @@ def extract(
     folder = OutputFolder(Path(output), (base, tuned), overwrite, resume)
     compared = compare(base, tuned, layers, exclude, allow_unmatched, verify)
     planned = plan(open_checkpoint(base), tuned, compared.pairing, rest == "save")
+    moments = second_moments(activations, base, compared.pairing) if activations is not None else None
 
     def spectra() -> Results[Spectrum]:
         folder.open()
         return spectrum(
             base,
             tuned,
+            activations=activations,
             layers=layers,
             exclude=exclude,
             allow_unmatched=allow_unmatched,
@@ -152,7 +159,14 @@ def extract(
             raise
         raise UsageError(f"{error}; the spectra are kept in {folder.work}: --resume with another budget") from error
     tasks = [
-        Layer(_without_base(delta), target.module, target.kind, target.transposed, rules[delta.layer])
+        Layer(
+            _without_base(delta),
+            target.module,
+            target.kind,
+            target.transposed,
+            rules[delta.layer],
+            moments.weighting(delta.layer, kfac=False) if moments is not None else None,
+        )
         for delta in compared.pairing.deltas
         if (target := planned.targets.get(delta.layer)) is not None and not folder.whole
     ]
@@ -160,7 +174,11 @@ def extract(
     run = Run(
         command="extract",
         version=__version__,
-        inputs=(*compared.inputs[:-1], _with_notes(compared.inputs[-1], planned.notes())),
+        inputs=(
+            *compared.inputs[:-1],
+            _with_notes(compared.inputs[-1], planned.notes()),
+            *((moments.described,) if moments is not None else ()),
+        ),
         settings={
             "ranks": asked.words(),
             "split": split,
@@ -183,7 +201,7 @@ def extract(
             partial(_one_layer, files=files, settings=settings),
             lambda: planned.left_out(layout, where.here),
             layout,
-            lambda task: footprint(task.delta),
+            size,
             Watch(on_progress, on_record),
             engine,
         )
@@ -195,6 +213,8 @@ def extract(
             planned.write(folder.work, results, files, name)
         named = map(legible, ("loradiag", "extract", str(base), str(tuned)))
         command = [*named, *asked.words().split(" ", 1), *_options(run)]
+        if activations is not None:
+            command += ["--activations", legible(activations)]
         folder.finish(model_card(results, name, shlex.join([*command, "-o", legible(output)])))
     return results
 

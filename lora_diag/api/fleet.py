@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lora_diag.adapters import is_adapter, open_adapter
-from lora_diag.api.fingerprint import legible
+from lora_diag.api.fingerprint import content_hash, files_of, legible
 from lora_diag.api.inputs import compare, describe
 from lora_diag.api.measuring import Progress, Watch, check_running, measure_layers
 from lora_diag.checkpoints import as_path
@@ -46,6 +46,7 @@ def fleet(
     workers: int | None = None,
     output: Path | str | None = None,
     resume: bool = False,
+    verify: bool = False,
     on_progress: Callable[[Progress], None] | None = None,
     on_record: Callable[[AnyRecord], None] | None = None,
 ) -> Results[Fleet]:
@@ -62,6 +63,7 @@ def fleet(
         workers: Adapters at once; by default as many as there are cores.
         output: Results file, appended adapter by adapter.
         resume: Go on behind what an interrupted run left in ``output``.
+        verify: Let ``resume`` compare a SHA-256 of every byte of the adapters, not the sizes of their files.
         on_progress: Called at the start and after every adapter.
         on_record: Called with every record, in the order of the file, as it comes.
 
@@ -85,7 +87,14 @@ def fleet(
         command=COMMAND,
         version=__version__,
         inputs=tuple(
-            RunInput(role="adapter", path=legible(path), kind="adapter", tensors=0, fingerprint=_sizes(path))
+            RunInput(
+                role="adapter",
+                path=legible(path),
+                kind="adapter",
+                tensors=0,
+                fingerprint=_sizes(path),
+                sha256=_content(path) if verify else "",
+            )
             for path in paths
         ),
         settings={
@@ -159,6 +168,14 @@ def _sizes(path: Path) -> str:
     except OSError:
         return ""
     return hashlib.sha256(told.encode("utf-8", "surrogateescape")).hexdigest()[:16]
+
+
+def _content(path: Path) -> str:
+    """Return the hash of an adapter's weights; empty where it cannot be read, which is told when it is measured."""
+    try:
+        return content_hash(files_of(open_adapter(path).checkpoint))
+    except LoradiagError:
+        return ""
 
 
 def unreadable(results: Results[Fleet]) -> Sequence[LeftOut]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lora_diag.adapters import Place, is_adapter, match_names, open_adapter
-from lora_diag.api.fingerprint import fingerprint, legible
+from lora_diag.api.fingerprint import content_hash, files_of, fingerprint, legible
 from lora_diag.checkpoints import Checkpoint, as_path, locate, open_checkpoint
 from lora_diag.checkpoints.tensors import FLOAT_DTYPES
 from lora_diag.deltas import Delta, Pairing, Side, StoredDelta, natural_order, pair
@@ -34,6 +34,7 @@ def compare(
     layers: str | None = None,
     exclude: str | None = None,
     allow_unmatched: bool = False,
+    verify: bool = False,
 ) -> Comparison:
     """Open both sides and pair their weights.
 
@@ -43,6 +44,7 @@ def compare(
         layers: Only weights whose name contains a match.
         exclude: No weights whose name contains a match.
         allow_unmatched: Whether to leave out what the adapter changes and BASE does not have, instead of stopping.
+        verify: Whether to take a SHA-256 of every byte, too.
 
     Raises:
         InputError: A side cannot be read, the adapter does not fit BASE, or two weights have one name.
@@ -50,28 +52,33 @@ def compare(
         UsageError: There is one side, and it is no adapter; or the adapter was named first.
     """
     base, tuned = as_path(base), as_path(tuned) if tuned is not None else None
-    compared = _compare(base, tuned, layers, exclude, allow_unmatched)
+    compared = _compare(base, tuned, layers, exclude, allow_unmatched, verify)
     _refuse_clashes(compared.pairing.deltas)
     unpaired = tuple(replace(item, detail=legible(item.detail)) for item in compared.pairing.unpaired)
     return replace(compared, pairing=replace(compared.pairing, unpaired=unpaired))
 
 
 def _compare(
-    base: Path | str, tuned: Path | str | None, layers: str | None, exclude: str | None, allow_unmatched: bool
+    base: Path | str,
+    tuned: Path | str | None,
+    layers: str | None,
+    exclude: str | None,
+    allow_unmatched: bool,
+    verify: bool,
 ) -> Comparison:
     if tuned is None:
         if not is_adapter(locate(base)):
             raise UsageError(f"{base}: is not an adapter; name the checkpoint to compare it with, BASE before TUNED")
-        return _with_adapter(None, base, layers, exclude, allow_unmatched)
+        return _with_adapter(None, base, layers, exclude, allow_unmatched, verify)
     adapter_last = is_adapter(locate(tuned))
     if not adapter_last and is_adapter(locate(base)):
         raise UsageError(f"{base}: is an adapter; give BASE first, and the adapter after it")
     before = open_checkpoint(base)
     if adapter_last:
-        return _with_adapter(before, tuned, layers, exclude, allow_unmatched)
+        return _with_adapter(before, tuned, layers, exclude, allow_unmatched, verify)
     after = open_checkpoint(tuned)
     pairing, notes = _pair_renamed(pair(before, after, layers, exclude), before, after)
-    return Comparison((describe("base", before), describe("tuned", after, notes)), pairing)
+    return Comparison((describe("base", before, verify=verify), describe("tuned", after, notes, verify)), pairing)
 
 
 def _refuse_clashes(deltas: tuple[Delta, ...]) -> None:
@@ -127,7 +134,12 @@ def _placed(base: Checkpoint, place: Place, tuned: Checkpoint, name: str) -> Sto
 
 
 def _with_adapter(
-    base: Checkpoint | None, path: Path | str, layers: str | None, exclude: str | None, allow_unmatched: bool
+    base: Checkpoint | None,
+    path: Path | str,
+    layers: str | None,
+    exclude: str | None,
+    allow_unmatched: bool,
+    verify: bool,
 ) -> Comparison:
     adapter = open_adapter(locate(path))
     pairing, notes = adapter.pair(base, layers, exclude, allow_unmatched)
@@ -139,11 +151,12 @@ def _with_adapter(
         tensors=len(adapter.checkpoint),
         notes=tuple(map(legible, notes)),
         fingerprint=fingerprint(adapter.checkpoint, config.values if config is not None else None),
+        sha256=content_hash(files_of(adapter.checkpoint)) if verify else "",
     )
-    return Comparison((described,) if base is None else (describe("base", base), described), pairing)
+    return Comparison((described,) if base is None else (describe("base", base, verify=verify), described), pairing)
 
 
-def describe(role: str, checkpoint: Checkpoint, notes: tuple[str, ...] = ()) -> RunInput:
+def describe(role: str, checkpoint: Checkpoint, notes: tuple[str, ...] = (), verify: bool = False) -> RunInput:
     """Return what the run record says of a checkpoint."""
     return RunInput(
         role=role,
@@ -152,4 +165,5 @@ def describe(role: str, checkpoint: Checkpoint, notes: tuple[str, ...] = ()) -> 
         tensors=len(checkpoint),
         notes=tuple(map(legible, (*checkpoint.notes, *notes))),
         fingerprint=fingerprint(checkpoint),
+        sha256=content_hash(files_of(checkpoint)) if verify else "",
     )

@@ -36,6 +36,7 @@ def verify_merge(
     workers: int | None = None,
     output: Path | str | None = None,
     resume: bool = False,
+    verify: bool = False,
     on_progress: Callable[[Progress], None] | None = None,
     on_record: Callable[[AnyRecord], None] | None = None,
 ) -> Results[Merge]:
@@ -54,6 +55,7 @@ def verify_merge(
         workers: Layers at once; by default as many as fit into memory.
         output: Results file, appended line by line.
         resume: Go on behind what an interrupted run left in ``output``.
+        verify: Let ``resume`` compare a SHA-256 of every byte of the inputs, not of samples.
         on_progress: Called at the start and after every layer.
         on_record: Called with every record, in the order of the file, as it comes.
 
@@ -78,8 +80,8 @@ def verify_merge(
         raise UsageError(f"{adapter}: is no adapter; the order is: loradiag verify-merge BASE ADAPTER MERGED")
     if is_adapter(locate(merged)):
         raise UsageError(f"{merged}: is an adapter; the order is: loradiag verify-merge BASE ADAPTER MERGED")
-    said = compare(base, adapter, None, None, allow_unmatched)
-    done = compare(base, merged)
+    said = compare(base, adapter, None, None, allow_unmatched, verify)
+    done = compare(base, merged, verify=verify)
     tasks, unpaired = _tasks(said.pairing, done, merged, selector(layers, exclude))
     run = Run(
         command="verify-merge",

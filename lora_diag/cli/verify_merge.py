@@ -28,6 +28,7 @@ def verify_merge(
     output: options.Output = None,
     json: options.Json = False,
     resume: options.Resume = False,
+    verify: options.Verify = False,
     quiet: options.Quiet = False,
 ) -> None:
     """Did the merge do what the adapter says? Every entry of MERGED against W + ΔW; exit code 1 if not.
@@ -51,6 +52,7 @@ def verify_merge(
             workers=workers,
             output=output,
             resume=resume,
+            verify=verify,
             on_progress=on_progress,
             on_record=as_lines(json),
         )

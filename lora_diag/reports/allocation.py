@@ -114,7 +114,7 @@ def _style(word: str, sentence: str) -> str:
 def _lines(results: Results[Allocation]) -> list[tuple[str, str]]:
     certificate = next((item for item in results.whole if isinstance(item, Certificate)), None)
     if certificate is None:
-        return [("Warning", "the file was cut short: it has no certificate, and perhaps not all layers; allocate again")]
+        return [("Warning", "the file was cut short: its certificate is missing, layers perhaps, too; allocate again")]
     lines = [
         ("Allocated", _allocated(results)),
         ("Budget", _budget(results, certificate)),

@@ -51,7 +51,7 @@ def _be_the_command(job: dict[str, Any]) -> None:
     os.chdir(job["cwd"])
     for number, name in ((0, os.devnull), (1, job["out"]), (2, job["err"])):
         os.dup2(os.open(name, os.O_RDWR | os.O_CREAT | os.O_TRUNC), number)
-    sys.stdin = open(0)  # noqa: SIM115, PTH123
+    sys.stdin = open(0)  # noqa: SIM115
     Steps(job)
     for fault, value in job["faults"].items():
         FAULTS[fault](value)

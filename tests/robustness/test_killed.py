@@ -1,6 +1,5 @@
 """A run that is killed goes on with --resume, repeats at most the layers in flight, and ends in the same bytes."""
 
-import random
 import shutil
 import signal
 from pathlib import Path

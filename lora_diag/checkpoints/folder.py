@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,6 @@ from lora_diag.checkpoints.pickled import TorchFile
 from lora_diag.checkpoints.pieces import PATTERN as PIECES
 from lora_diag.checkpoints.pieces import PiecesFolder
 from lora_diag.checkpoints.quantized import dequantized
-from lora_diag.checkpoints.ranges import side_by_side
 from lora_diag.checkpoints.refused import quantization, refuse_integer_weights, refuse_packed, refuse_unmerged
 from lora_diag.checkpoints.remote import RemotePath, as_path
 from lora_diag.checkpoints.safetensors import SafetensorsFile
@@ -151,12 +150,18 @@ def _open_shards(index: Path) -> tuple[list[SafetensorsFile | TorchFile], tuple[
         # The *name* must be plain; a plain name may still be a link into a hub cache.
         if shard in {"", ".", ".."} or "/" in shard or "\\" in shard or "\0" in shard:
             raise InputError(f"{index}: the shard {shard!r} is not a plain file name inside the folder; refused")
-        if not _is_file(index.parent / shard):
-            raise InputError(f"{index}: the shard {shard} is missing from {index.parent}; copy or download it again")
         paths[shard] = index.parent / shard
-    opened = (
-        side_by_side(_open_file, paths.values()) if isinstance(index, RemotePath) else map(_open_file, paths.values())
-    )
+
+    def open_shard(path: Path) -> SafetensorsFile | TorchFile:
+        if not _is_file(path):
+            raise InputError(f"{index}: the shard {path.name} is missing from {path.parent}; copy or download it again")
+        return _open_file(path)
+
+    opened: Iterable[SafetensorsFile | TorchFile] = map(open_shard, paths.values())
+    if isinstance(index, RemotePath):
+        from lora_diag.checkpoints.ranges import side_by_side  # here, so that local files cost nothing
+
+        opened = side_by_side(open_shard, paths.values())
     files = dict(zip(paths, opened, strict=True))
     for name, shard in weight_map.items():
         if name not in files[shard].tensors:

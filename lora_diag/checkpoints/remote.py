@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import io
 import re
-import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -165,6 +163,9 @@ class RemotePath:
         Raises:
             InputError: The disk for temporary files (``TMPDIR``) has no room for it, or it cannot be read.
         """
+        import shutil
+        import tempfile
+
         size, free = self.facts().size, shutil.disk_usage(tempfile.gettempdir()).free
         if size > free:
             raise InputError(

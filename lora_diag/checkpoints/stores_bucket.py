@@ -13,7 +13,7 @@ from lora_diag.checkpoints.stores import CHANGED, PASSING, Facts, Store, filesys
 from lora_diag.errors import InputError
 
 # Errors of botocore, which is not there to be asked without s3fs, by which a connection or an answer broke.
-BROKEN = frozenset({"HTTPClientError", "ResponseStreamingError", "IncompleteReadError"})
+BROKEN = frozenset({"ConnectionError", "HTTPClientError", "ResponseStreamingError", "IncompleteReadError"})
 
 
 class BucketStore(Store):

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
-from lora_diag.checkpoints.ranges import READ_AHEAD, side_by_side
 from lora_diag.checkpoints.remote import RemotePath
 
 if TYPE_CHECKING:
@@ -114,8 +113,12 @@ class Checkpoint:
 
     def read_bytes_each(self, names: Iterable[str]) -> Iterator[bytes]:
         """Yield the bytes of small tensors; those of remote files come side by side."""
-        mapped = side_by_side if isinstance(self.files[0].path, RemotePath) else map
-        yield from mapped(self.read_bytes, names)
+        if isinstance(self.files[0].path, RemotePath):
+            from lora_diag.checkpoints.ranges import side_by_side  # here, so that local files cost nothing
+
+            yield from side_by_side(self.read_bytes, names)
+            return
+        yield from map(self.read_bytes, names)
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
         """Read a range of a tensor's entries.
@@ -145,6 +148,8 @@ class Checkpoint:
         """
         file = self._home[name]
         if isinstance(file.path, RemotePath):
+            from lora_diag.checkpoints.ranges import READ_AHEAD, side_by_side
+
             yield from side_by_side(lambda span: file.read(name, *span), spans, READ_AHEAD)
             return
         for start, stop in spans:

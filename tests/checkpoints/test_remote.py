@@ -7,7 +7,7 @@ import shutil
 import pytest
 import torch
 
-from lora_diag import inspect, spectrum
+from lora_diag import deltas, inspect, spectrum
 from lora_diag.adapters import is_adapter, open_adapter
 from lora_diag.api.fingerprint import fingerprint, legible
 from lora_diag.checkpoints import as_path, locate, open_checkpoint, ranges, shown
@@ -167,6 +167,24 @@ def test_a_large_tensor_comes_over_several_connections(web):
     web.asked.clear()
     checkpoint.read(name)
     assert sorted(asked.range[1] + 1 - asked.range[0] for asked in web.asked) == [2**16] * 4
+
+
+def test_the_next_blocks_of_a_matrix_are_fetched_meanwhile(web, monkeypatch):
+    monkeypatch.setattr(deltas, "BLOCK_ENTRIES", 16 * 256)
+    checkpoint = open_checkpoint(f"{web.url}/base")
+    name = list(checkpoint)[-1]
+    web.asked.clear()
+    web.delay, web.most = 0.005, 0
+    blocks = list(deltas.row_blocks(deltas.Side(checkpoint, name), (256, 256)))
+    assert torch.equal(torch.cat(blocks), large(1)[name])
+    assert ranges.READ_AHEAD - 1 <= web.most <= ranges.READ_AHEAD + 1
+    assert len(web.asked) == 16
+
+
+def test_shards_are_opened_side_by_side(web, folder):
+    web.delay = 0.02
+    open_checkpoint(f"{web.url}/sharded")
+    assert web.most == 3
 
 
 def test_a_copy_in_another_process_opens_its_own_connections(web, folder):

@@ -4,7 +4,8 @@ import base64
 import hashlib
 import socket
 import threading
-from contextlib import suppress
+import time
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -52,6 +53,7 @@ class Web:
         self.folder, self.asked = folder, []
         self.fault, self.times, self.at_all, self.user = None, 10**9, False, None
         self.names_versions, self.is_gone = True, False
+        self.delay, self.now, self.most = 0.0, 0, 0  # seconds an answer takes; requests at once, now and at most
         self.moved = {}  # beginnings of paths, and where they are now
         self._lock = threading.Lock()
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"web": self}))
@@ -64,6 +66,18 @@ class Web:
         self.is_gone = True
         self._server.shutdown()
         self._server.server_close()
+
+    @contextmanager
+    def counted(self):
+        with self._lock:
+            self.now += 1
+            self.most = max(self.most, self.now)
+        try:
+            time.sleep(self.delay)
+            yield
+        finally:
+            with self._lock:
+                self.now -= 1
 
     @property
     def sent(self) -> int:
@@ -89,6 +103,10 @@ class _Handler(BaseHTTPRequestHandler):
             super().handle()
 
     def do_GET(self):
+        with self.web.counted():
+            self.respond()
+
+    def respond(self):
         if self.web.is_gone:
             self.close_connection = True
             return

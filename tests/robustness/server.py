@@ -25,6 +25,7 @@ import lora_diag.api.extract
 import lora_diag.api.interference
 import lora_diag.api.overlap
 import lora_diag.api.residual
+import lora_diag.engines.local
 import lora_diag.results.writing
 from lora_diag.cli.main import main
 
@@ -122,7 +123,7 @@ def _shrinking(call: int) -> None:
     """The file is cut when it is read for this time."""
 
     def cut(descriptor: int, *rest: Any) -> int:
-        os.truncate(os.readlink(f"/proc/self/fd/{descriptor}"), 100)
+        os.truncate(Path(f"/proc/self/fd/{descriptor}").readlink(), 100)
         return preadv(descriptor, *rest)
 
     _at_read(call, cut)
@@ -170,6 +171,17 @@ def _no_sync(number: int) -> None:
     os.fsync = fsync
 
 
+def _slow(seconds: float) -> None:
+    """Every layer takes so long."""
+    measure = lora_diag.engines.local._on_threads
+
+    def slowly(*arguments: Any) -> Any:
+        time.sleep(seconds)
+        return measure(*arguments)
+
+    lora_diag.engines.local._on_threads = slowly
+
+
 def _backwards(step: float) -> None:
     """All clocks run backwards."""
     now = [time.time()]
@@ -188,6 +200,7 @@ FAULTS = {
     "full": _full,
     "no_locks": _no_locks,
     "no_sync": _no_sync,
+    "slow": _slow,
     "backwards": _backwards,
 }
 

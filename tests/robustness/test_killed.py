@@ -1,12 +1,20 @@
 """A run that is killed goes on with --resume, repeats at most the layers in flight, and ends in the same bytes."""
 
+import os
+import random
 import shutil
 import signal
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+import lora_diag
 from lora_diag.results import read_results
+from tests.conftest import ROOT
 from tests.robustness.conftest import Commands, Ended
 
 
@@ -23,6 +31,21 @@ def words_of(name: str, model: Path) -> list[str]:
     }[name]
 
 
+CALLS: dict[str, Callable[[Path], Callable[[Path, bool], Any]]] = {
+    "residual": lambda m: (
+        lambda out, resume: lora_diag.residual(
+            m / "base", m / "tuned", [m / "lora", m / "lora2"], output=out, resume=resume
+        )
+    ),
+    "interference": lambda m: (
+        lambda out, resume: lora_diag.interference(
+            [m / "tuned", m / "lora", m / "lora2"], base=m / "base", output=out, resume=resume
+        )
+    ),
+    "overlap": lambda m: (
+        lambda out, resume: lora_diag.overlap(m / "base", m / "tuned", [m / "gradients"], output=out, resume=resume)
+    ),
+}
 COMMANDS = ["spectrum", "residual", "interference", "intruders", "overlap", "extract"]
 
 
@@ -70,14 +93,61 @@ def kept(folder: Path) -> int:
     return len({record.layer for record in results}) + len(results.left_out)
 
 
-def test_killed_at_every_step(case: Case) -> None:
-    steps = len(case.undisturbed.steps)
+def moments(case: Case, most: int) -> list[int]:
+    """Return the steps to be killed at: some of each kind, or all of them if LORADIAG_EVERY_STEP is set."""
+    steps = case.undisturbed.steps
+    if os.environ.get("LORADIAG_EVERY_STEP"):
+        return list(range(1, len(steps) + 1))
+    return sorted(random.Random(case.words[0]).sample(range(1, len(steps) + 1), most))
+
+
+def test_killed_at_a_step(case: Case) -> None:
     writes = case.undisturbed.steps.count("written")
-    # Every step of spectrum and extract, which has most kinds of them; every third elsewhere.
-    for at in range(1, steps + 1, 1 if case.words[0] == "spectrum" else 3):
+    for at in moments(case, 5):
         place = case.fresh()
         assert case.run(place, at=at).code == -signal.SIGKILL
         done = kept(case.folder / place)
         ended = case.goes_on(place)
-        if case.words[0] != "extract":  # it measures the spectra first
+        if case.words[0] != "extract":  # which counts its spectra, too
+            # Besides the layer that was being written, and whose first records are dropped with its last.
             assert ended.steps.count("written") <= writes - done + 2
+
+
+def test_killed_over_and_over_at_random_moments(command: Commands, model: Path, tmp_path: Path) -> None:
+    """Twelve layers of 10 ms, and a process that is killed after 20 to 150 ms until one gets through."""
+    case = Case("spectrum", command, model, tmp_path)
+    rng, place = random.Random(0), case.fresh()
+    codes = [case.run(place, "--resume", after=rng.uniform(0.02, 0.15), slow=0.03).code for _ in range(12)]
+    assert -signal.SIGKILL in codes
+    case.goes_on(place)
+
+
+def test_a_real_process_is_killed(model: Path, tmp_path: Path) -> None:
+    """Not a child of ours: the program as a shell starts it, killed when its third line is there."""
+    words = [sys.executable, "-m", "lora_diag", *words_of("spectrum", model), "--workers", "1", "-q"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen([*words, "-o", "cut", "--json"], cwd=tmp_path, env=environment, stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    lines = [process.stdout.readline() for _ in range(3)]
+    process.kill()
+    process.communicate()
+    assert lines[2].startswith(b'{"record":"spectrum"')
+    for output, more in (("cut", ["--resume"]), ("whole", [])):
+        run = subprocess.run([*words, "-o", output, *more], cwd=tmp_path, env=environment, check=False)
+        assert run.returncode == 3  # a layer is not finite
+    assert (tmp_path / "cut").read_bytes() == (tmp_path / "whole").read_bytes()
+
+
+@pytest.mark.parametrize("name", ["residual", "interference", "overlap"])
+def test_a_loss_of_power_anywhere_in_the_file(name: str, model: Path, tmp_path: Path) -> None:
+    """The file is cut at any byte, or its end is zeros, as some file systems leave what was not yet on the disk."""
+    run = CALLS[name](model)
+    run(tmp_path / "whole", False)
+    whole = (tmp_path / "whole").read_bytes()
+    rng = random.Random(name)
+    for _ in range(12):
+        cut = rng.randrange(len(whole))
+        tail = rng.choice([b"", b"\0" * rng.randrange(1, 5000), b"\0" * 100 + whole[cut + 100 :]])
+        (tmp_path / "cut").write_bytes(whole[:cut] + tail)
+        run(tmp_path / "cut", True)
+        assert (tmp_path / "cut").read_bytes() == whole

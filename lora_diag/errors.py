@@ -32,4 +32,12 @@ class NothingComparedError(LoradiagError):
 
 
 class MemoryLimitError(LoradiagError):
-    """A layer does not fit into the memory that a run may take, by any method; the others go on."""
+    """A layer does not fit into the memory that a run may take, by any method; the others go on.
+
+    Attributes:
+        fro: ‖ΔW‖_F, if it has been measured.
+        base_fro: ‖W_base‖_F, likewise.
+    """
+
+    fro: float | None = None
+    base_fro: float | None = None

@@ -11,7 +11,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from lora_diag.deltas import Delta, DenseDelta, FactoredDelta, Side, StoredDelta, row_blocks, row_spans
+from lora_diag.deltas import Delta, DenseDelta, FactoredDelta, Side, StoredDelta, footprint, row_blocks, row_spans
 from lora_diag.errors import MemoryLimitError
 from lora_diag.linalg import (
     Allowance,
@@ -24,6 +24,7 @@ from lora_diag.linalg import (
     difference,
     first_non_finite,
     norm,
+    whole_bytes,
 )
 
 T = TypeVar("T")
@@ -83,7 +84,12 @@ class Change:
         if self.streamed is not None:
             assert self.limit is not None
             assert self.fro is not None
-            return decompose_streamed(self.streamed, Allowance(self.limit, method, top, vectors), self.fro, tol, seed)
+            asked = Allowance(self.limit, method, top, vectors)
+            try:
+                return decompose_streamed(self.streamed, asked, self.fro, tol, seed)
+            except MemoryLimitError as error:
+                error.fro, error.base_fro = self.fro, self.base_fro
+                raise
         assert self.matrix is not None
         return decompose(self.matrix, method, top, self.fro, vectors, tol, seed)
 
@@ -132,6 +138,14 @@ def load_change(delta: Delta, device: torch.device, keep: bool = True, allowance
     problem = first_non_finite("the update holds", matrix)
     fro = None if problem else norm([matrix])
     return Change(fro, base_fro, None, matrix if keep and not problem else None, non_finite=problem)
+
+
+def bytes_of(delta: Delta, allowance: Allowance | None) -> int:
+    """Return about how many bytes measuring a layer takes; within an allowance no fewer than it does."""
+    if allowance is None or isinstance(delta, FactoredDelta):
+        return footprint(delta)
+    entry = _COMPUTED if isinstance(delta, DenseDelta) else 8 if "float64" in delta.dtypes else 4
+    return min(allowance.limit, whole_bytes(delta.shape, allowance, entry))
 
 
 def _again(delta: StoredDelta, wide: torch.dtype) -> Iterator[Tensor]:

@@ -49,10 +49,11 @@ class Weighting:
     inputs: Moments
     gradients: Moments | None = None
 
-    @property
-    def order(self) -> int:
-        """The larger of the orders of the matrices."""
-        return max(self.inputs.size, self.gradients.size if self.gradients else 0)
+
+def extra(weighting: Weighting, shape: tuple[int, int]) -> int:
+    """Return about how many bytes it takes to weigh a matrix: a root and its eigenvectors, ΔW and W_base in float64."""
+    order = max(weighting.inputs.size, weighting.gradients.size if weighting.gradients else 0)
+    return 8 * order * (4 * order + 3 * max(shape))
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,12 +84,14 @@ class Weighed:
         error: Bound on the error of every energy fraction that C, its root and the product bring.
         plain_fro: ‖ΔW‖_F.
         gains: ‖·‖_F and ‖·‖_2 of what stands left of ΔW, and of what stands right.
+        roots: L, and K.
     """
 
     change: Change
     error: float
     plain_fro: float
     gains: tuple[tuple[float, float], tuple[float, float]]
+    roots: tuple[Root, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,7 +171,7 @@ def weigh(change: Change, delta: Delta, weighting: Weighting, device: torch.devi
         c, g = (each.error for each in roots)
         moved = c * alone[1] ** 2 + g * alone[0] ** 2 + c * g * plain**2
     error = 2 * (moved / fro**2 + 2 * rounding / fro + (rounding / fro) ** 2) if fro else 0.0
-    return Weighed(weighed, min(1.0, error), plain, (left, right))
+    return Weighed(weighed, min(1.0, error), plain, (left, right), tuple(roots))
 
 
 def fro_of(change: Change) -> float:

@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from lora_diag.deltas import Delta, footprint
-from lora_diag.diagnostics.change import Change, load_change, on_device
+from lora_diag.deltas import Delta
+from lora_diag.diagnostics.change import Change, bytes_of, load_change, on_device
 from lora_diag.diagnostics.left_out import not_finite
-from lora_diag.diagnostics.metric import Weighed, Weighting, weigh
+from lora_diag.diagnostics.metric import Weighed, Weighting, extra, weigh
 from lora_diag.diagnostics.resolution import resolution
-from lora_diag.linalg import Factors, resolve_device
+from lora_diag.errors import MemoryLimitError
+from lora_diag.linalg import Allowance, Factors, resolve_device
 from lora_diag.metrics import (
     effective_rank,
     energy_curve,
@@ -43,6 +44,7 @@ class SpectrumSettings:
         tol: Bound that ``auto`` and ``krylov`` have to reach on the error of every energy fraction.
         seed: Of random starting vectors.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:1``.
+        memory: Bytes that a layer may take; None for what it needs.
     """
 
     ranks: tuple[int, ...] = RANKS
@@ -51,6 +53,12 @@ class SpectrumSettings:
     tol: float = 1e-4
     seed: int = 0
     device: str = "auto"
+    memory: int | None = None
+
+    @property
+    def allowance(self) -> Allowance | None:
+        """What is computed of a layer within how much memory."""
+        return None if self.memory is None else Allowance(self.memory, self.method, self.top)
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,10 +79,10 @@ class Layer:
         return self.delta.shape
 
 
-def size(layer: Layer) -> int:
+def size(layer: Layer, settings: SpectrumSettings) -> int:
     """Return about how many bytes measuring a layer takes: ΔW, and what the metric of the data adds."""
-    order = layer.weighting.order if layer.weighting else 0
-    return footprint(layer.delta) + 8 * order * (4 * order + 3 * max(layer.shape))
+    more = extra(layer.weighting, layer.shape) if layer.weighting is not None else 0
+    return bytes_of(layer.delta, settings.allowance) + more
 
 
 def spectrum(delta: Delta, settings: SpectrumSettings, weighting: Weighting | None = None) -> Spectrum | LeftOut:
@@ -96,6 +104,8 @@ def spectrum(delta: Delta, settings: SpectrumSettings, weighting: Weighting | No
     gains = weighed.gains if weighed else None
     seen = resolution(change.rounding, delta.shape, factors.s.numpy(), factors.fro, factors.complete, gains)
     record = record_of(delta.layer, delta.shape, delta.dtypes, change.base_fro, factors, settings.ranks, seen)
+    if change.row_blocks is not None:
+        record = record.model_copy(update={"blocks": change.row_blocks})
     if weighed is None or weighting is None:
         return record
     metric = "kfac" if weighting.gradients else "data"
@@ -149,10 +159,16 @@ def _compute(
     delta: Delta, settings: SpectrumSettings, weighting: Weighting | None, device: torch.device
 ) -> tuple[Change, Factors | None, Weighed | None]:
     """Read ΔW, weigh it, and compute its singular values; None if it is not finite."""
-    change, weighed = load_change(delta, device), None
+    allowance = settings.allowance
+    if allowance is not None and weighting is not None:
+        allowance = replace(allowance, limit=allowance.limit - extra(weighting, delta.shape))
+    change, weighed = load_change(delta, device, allowance=allowance), None
     if change.non_finite is not None:
         return change, None, None
     if weighting is not None:
+        if change.streamed is not None:
+            what = f"ΔW of {delta.shape[0]}x{delta.shape[1]}"
+            raise MemoryLimitError(f"weighing needs {what} whole, which --memory does not hold; give more")
         weighed = weigh(change, delta, weighting, device)
         change = weighed.change
     factors = change.decompose(settings.method, settings.top, tol=settings.tol, seed=settings.seed)

@@ -140,7 +140,7 @@ class Evidence:
         if self.update is None:
             return None
         results = self.update.results
-        if any(item.reason in {"not_selected", "non_finite"} for item in results.left_out):
+        if any(item.reason in {"not_selected", "non_finite", "memory"} for item in results.left_out):
             return None
         norms = {"matrices": 0.0, "vocabulary": 0.0, "vectors": 0.0}
         for record in results:
@@ -158,6 +158,10 @@ class Evidence:
     def missing(self) -> list[tuple[str, str]]:
         """Return what was not measured or cannot be read, each with what would say it."""
         lacking = []
+        if not any(record.record == "probe" for source in self.sources for record in source.results.whole):
+            lacking.append(
+                ("no held-out loss", "loradiag probe outputs BASE FULL_FT ADAPTER --eval FILE -o outputs.jsonl"),
+            )
         if self.update is None and self.audit is None:
             lacking.append(("no spectrum of a full fine-tune", "loradiag spectrum BASE FULL_FT -o spectrum.jsonl"))
         elif self.update is not None and self.spectra and not self.readable:

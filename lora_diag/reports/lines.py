@@ -37,6 +37,7 @@ REASONS = {
     "unreadable": "unreadable",
     "not_in_model": "that the model does not use",
     "no_activations": "without activations",
+    "memory": "larger than --memory",
 }
 
 
@@ -64,6 +65,12 @@ def inputs(run: Run) -> list[str]:
     """Return one line for each input: its role, its path, what it is."""
     longest = max((len(side.role) for side in run.inputs), default=0)
     return [f"{side.role:<{longest}} {safe(side.path)} ({side.kind})" for side in run.inputs]
+
+
+def subject(run: Run) -> str:
+    """Return the path of what was measured: the last input that is not what it was weighed by."""
+    paths = [side.path for side in run.inputs if side.role != "activations"]
+    return paths[-1] if paths else ""
 
 
 def notes(run: Run) -> list[str]:
@@ -102,14 +109,14 @@ def left_out_line(left_out: Sequence[LeftOut]) -> str:
 
 
 def not_measured(failed: Sequence[LeftOut]) -> str:
-    """Name the layers with entries that are not finite, and where the first such entry is."""
+    """Name the layers with entries that are not finite, or that did not fit into memory, and say where or why."""
     lines = [f"{short(item.layer)}: {item.detail}" for item in failed[:NAMED]]
     return "\n".join([*lines, *([f"and {len(failed) - NAMED} more"] if len(failed) > NAMED else [])])
 
 
 def last_lines(results: Results[Any], so_far: str = "layers measured so far") -> list[tuple[str, str]]:
     """Return the lines that end a summary: what could not be measured, and that the run did not finish."""
-    failed = [("Not measured", not_measured(results.non_finite))] if results.non_finite else []
+    failed = [("Not measured", not_measured(results.unmeasured))] if results.unmeasured else []
     return [*failed, *([("Warning", f"the run did not finish: these are the {so_far}")] if results.end is None else [])]
 
 

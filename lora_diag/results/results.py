@@ -58,6 +58,11 @@ class Results(Generic[L]):
         """What could not be measured, because of an entry that is not a finite number."""
         return tuple(item for item in self.left_out if item.reason == "non_finite")
 
+    @property
+    def unmeasured(self) -> tuple[LeftOut, ...]:
+        """What was asked for and could not be measured: entries that are not finite, or too little memory."""
+        return tuple(item for item in self.left_out if item.reason in {"non_finite", "memory"})
+
     def filter(self, layers: str) -> Results[L]:
         """Return the results of the layers whose name contains a match of a regular expression.
 

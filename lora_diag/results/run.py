@@ -29,6 +29,7 @@ Reason = Literal[
     "saved",
     "unreadable",
     "not_in_model",
+    "memory",
     "no_activations",
 ]
 

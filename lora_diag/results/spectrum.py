@@ -75,6 +75,7 @@ class Spectrum(Record):
         stable_rank: ‖ΔW‖_F² / σ_1²; null for a zero update.
         effective_rank: exp of the entropy of p_i = σ_i²/Σσ²; null for a zero update or an incomplete spectrum.
         resolution: What the files' rounding lets one see.
+        blocks: In how many row blocks ΔW was read, again and again, because memory did not hold it; null if it did.
         source: ``update``; or ``gradients``, where ΔW stands for the gradients of several steps, stacked.
         stack: Which gradients; null for an update.
         metric: What an energy means. ``weights``: ‖ΔW‖_F². ``data``: E‖ΔW x‖² = ‖ΔW·C^½‖_F² with C = E[xxᵀ] of the
@@ -100,6 +101,7 @@ class Spectrum(Record):
     stable_rank: float | None
     effective_rank: float | None
     resolution: Resolution
+    blocks: int | None = None
     source: Literal["update", "gradients"] = "update"
     stack: Stack | None = None
     metric: Metric = "weights"

@@ -287,11 +287,12 @@ def test_an_update_that_the_data_never_sees_has_no_energy(tmp_path):
 def test_what_a_layer_takes_counts_its_second_moments(pair, tmp_path):
     from lora_diag.api.activations import second_moments
     from lora_diag.api.inputs import compare
-    from lora_diag.diagnostics.spectrum import Layer
+    from lora_diag.diagnostics.spectrum import Layer, SpectrumSettings
 
     base, tuned, *_ = pair
     pairing = compare(base, tuned).pairing
     found = second_moments(store(tmp_path / "a.safetensors", **{UP: moments(12, 3)}), base, pairing)
     delta = next(delta for delta in pairing.deltas if delta.layer == UP)
-    assert size(Layer(delta, found.weighting(UP, False))) > size(Layer(delta)) + 8 * 12 * 12
+    one, other = (size(Layer(delta, by), SpectrumSettings()) for by in (found.weighting(UP, False), None))
+    assert one > other + 8 * 12 * 12
     assert found.weighting(UP, True) is None

@@ -259,8 +259,8 @@ def _measure(
         _curvatures(point, effort, per, gradient, losses, open_layers, kept)
     joint = next(record for record in kept.records if isinstance(record, Curvature) and record.layer is None)
     if point.swapped is not None:
-        assert joint.smallest is not None
-        tuned = TunedPoint(curved.weights(), gradient, losses, joint.eigenvalues[0], joint.smallest)
+        least = joint.smallest if joint.strongly_convex else None
+        tuned = TunedPoint(curved.weights(), gradient, losses, joint.eigenvalues[0], least)
         for rank in ranks:
             tick = lambda: _tick(watch, f"r={rank}")  # noqa: B023, E731  (called in this round only)
             kept.put(*loss_bounds(point.model, curved, point.swapped, tuned, rank, way, point.texts, point.batch, tick))

@@ -224,9 +224,9 @@ def _bound(bounds: Sequence[LossBound], joint: Curvature) -> str:
 
 
 def _lower(joint: Curvature) -> str:
-    if joint.smallest is None or joint.smallest <= 0:
+    if not joint.strongly_convex:
         return f"none: (μ/2)Σσ² needs μ > 0, and μ = {shown(joint.smallest)}"
-    return f"(μ/2)Σσ² with μ = {number(joint.smallest)}, if the loss is as convex on the whole way"
+    return f"(μ/2)Σσ² with μ = {shown(joint.smallest)}, if the loss is as convex on the whole way"
 
 
 def _surrogate(layers: Sequence[Curvature]) -> str:

@@ -77,6 +77,11 @@ class Curvature(Record):
     products: int = 0
     surrogate: Surrogate | None = None
 
+    @property
+    def strongly_convex(self) -> bool:
+        """Whether μ is above zero by more than rounding of float32 can make it: 1e-4 of λ."""
+        return self.smallest is not None and self.smallest > 1e-4 * abs(self.eigenvalues[0])
+
 
 class LossBound(Record):
     """What a truncation costs, by the second-order model at TUNED and as measured, on the same sequences.

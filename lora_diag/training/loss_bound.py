@@ -31,14 +31,14 @@ class TunedPoint:
         gradient: ∇L, ``(n,)``.
         losses: Of the set.
         largest: The joint largest eigenvalue λ.
-        smallest: The smallest, μ.
+        smallest: The smallest, μ; None where it is not positive.
     """
 
     weights: Tensor
     gradient: Tensor
     losses: Losses
     largest: float
-    smallest: float
+    smallest: float | None
 
 
 def inner(x: Tensor, y: Tensor) -> float:
@@ -95,7 +95,7 @@ def loss_bounds(
                 linear=t * linear,
                 quadratic=t * t * quadratic,
                 upper=upper,
-                lower=t * t * tuned.smallest / 2 * energy if tuned.smallest > 0 else None,
+                lower=None if tuned.smallest is None else t * t * tuned.smallest / 2 * energy,
                 curvature=bent,
                 loss=losses.mean,
                 gap=gap,

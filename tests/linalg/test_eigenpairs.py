@@ -1,0 +1,83 @@
+"""Both ends of a spectrum from products alone, against NumPy's dense eigenvalues."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lora_diag.errors import InputError
+from lora_diag.linalg.eigenpairs import DENSE, eigenpairs
+
+CPU = torch.device("cpu")
+
+
+def symmetric(values, seed):
+    """A symmetric matrix with these eigenvalues, float64."""
+    rng = np.random.default_rng(seed)
+    q, _ = np.linalg.qr(rng.standard_normal((len(values), len(values))))
+    return (q * np.asarray(values)) @ q.T
+
+
+def found(h, count, end, seed=0):
+    matrix = torch.from_numpy(h).float()
+    return eigenpairs(lambda x: matrix @ x, len(h), count, end, seed, CPU)
+
+
+@given(
+    st.integers(2, 2 * DENSE),
+    st.integers(1, 6),
+    st.sampled_from(["largest", "smallest"]),
+    st.sampled_from(["spread", "spikes", "repeated", "negative"]),
+    st.integers(0, 100),
+)
+@settings(max_examples=40, deadline=None)
+def test_values_and_vectors_are_those_of_a_dense_solver(size, count, end, kind, seed):
+    rng = np.random.default_rng(seed)
+    values = {
+        "spread": rng.standard_normal(size),
+        "spikes": np.r_[100.0, -50.0, rng.standard_normal(size)][:size],
+        "repeated": np.r_[np.full(min(3, size), 2.0), np.full(min(3, size), -3.0), rng.random(size)][:size],
+        "negative": -1 - rng.random(size),
+    }[kind]
+    count = min(count, size)
+    h = symmetric(values, seed)
+    truth = np.linalg.eigvalsh(h)
+    truth = truth[::-1] if end == "largest" else truth
+    answer = found(h, count, end)
+    scale = np.abs(truth).max()
+    assert len(answer.values) == count
+    np.testing.assert_allclose(answer.values.numpy(), truth[:count], atol=2e-3 * scale)
+    v = answer.vectors.double().numpy()
+    np.testing.assert_allclose(v.T @ v, np.eye(count), atol=1e-4)
+    rest = h @ v[:, 0] - answer.values[0].item() * v[:, 0]
+    assert answer.residual == pytest.approx(np.linalg.norm(rest), abs=1e-5 * scale)
+    assert np.linalg.norm(rest) <= 2e-3 * scale
+    # no unit vector bends more than the largest eigenvalue: what the loss bound stands on
+    x = rng.standard_normal((size, 20))
+    quotients = np.einsum("ij,ij->j", x, h @ x) / (x**2).sum(0)
+    outermost = answer.values[0].item()
+    assert (quotients <= outermost + 1e-3 * scale).all() if end == "largest" else True
+    assert (quotients >= outermost - 1e-3 * scale).all() if end == "smallest" else True
+
+
+def test_products_are_counted_and_one_seed_gives_one_answer():
+    h = symmetric(np.linspace(-1, 1, 200), 3)
+    matrix, calls = torch.from_numpy(h).float(), []
+
+    def product(x):
+        calls.append(x)
+        return matrix @ x
+
+    one = eigenpairs(product, 200, 3, "largest", 5, CPU)
+    assert one.products == len(calls)
+    again = eigenpairs(product, 200, 3, "largest", 5, CPU)
+    assert torch.equal(one.vectors, again.vectors)
+
+
+def test_what_is_not_finite_or_does_not_converge_is_told(monkeypatch):
+    with pytest.raises(InputError, match="not finite"):
+        eigenpairs(lambda x: x * float("nan"), 100, 1, "largest", 0, CPU)
+    monkeypatch.setattr("lora_diag.linalg.eigenpairs.RESTARTS", 1)
+    with pytest.raises(InputError, match="did not converge in 1 restarts"):
+        found(symmetric(np.linspace(0, 1, 400), 0), 8, "largest")

@@ -22,6 +22,10 @@ RanksFrom = Annotated[
     Path | None, typer.Option(metavar="ALLOCATION", help="Ranks by allocate: results or adapter_config.json.")
 ]
 Signal = Annotated[bool, typer.Option("--signal", help="As many ranks as stand above the files' rounding noise.")]
+Activations = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="Second moments by probe activations: factors best in output on that text."),
+]
 Split = Annotated[str, typer.Option(metavar="both|b", help="√Σ into both factors, or all of Σ into B.")]
 Dtype = Annotated[str, typer.Option(metavar="float32|bfloat16|float16", help="How factors are stored.")]
 Rest = Annotated[str, typer.Option(metavar="list|save", help="What no factor carries: list it, or store it in full.")]
@@ -40,6 +44,7 @@ def extract(
     params: Params = None,
     ranks: RanksFrom = None,
     signal: Signal = False,
+    activations: Activations = None,
     split: Split = "both",
     dtype: Dtype = "float32",
     rest: Rest = "list",
@@ -82,6 +87,7 @@ def extract(
             params=params,
             ranks=ranks,
             signal=signal,
+            activations=activations,
             split=cast(Any, split),
             dtype=dtype,
             rest=cast(Any, rest),

@@ -6,19 +6,24 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
-from lora_diag.deltas import Delta
+from lora_diag.deltas import Delta, footprint
 from lora_diag.diagnostics.change import Change, load_change, on_device
 from lora_diag.diagnostics.left_out import not_finite
+from lora_diag.diagnostics.metric import Weighed, Weighting, extra, times, weigh
 from lora_diag.diagnostics.resolution import resolution
 from lora_diag.errors import InputError
 from lora_diag.linalg import Factors, decompose_factored, norm, resolve_device
 from lora_diag.metrics import energy_curve, rank_at
-from lora_diag.results import Extraction, LeftOut
+from lora_diag.results import Extraction, LeftOut, OnData
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 Kind = Literal["linear", "conv1d", "embedding", "convolution", "parameter"]
 
@@ -78,6 +83,8 @@ class Layer:
         kind: What that module is.
         transposed: Whether PEFT's B·A is ΔWᵀ of what is stored.
         rank: How its rank is found.
+        weighting: Second moment of its inputs, for factors that are best in the metric of the data; None for the
+            Frobenius norm.
     """
 
     delta: Delta
@@ -85,6 +92,7 @@ class Layer:
     kind: Kind
     transposed: bool
     rank: Rank
+    weighting: Weighting | None = None
 
     @property
     def layer(self) -> str:
@@ -97,8 +105,17 @@ class Layer:
         return self.delta.shape
 
 
+def size(layer: Layer) -> int:
+    """Return about how many bytes factoring a layer takes: ΔW, and what the metric of the data adds."""
+    return footprint(layer.delta) + (extra(layer.weighting, layer.shape) if layer.weighting is not None else 0)
+
+
 def extract(layer: Layer, settings: ExtractionSettings, store: Store) -> Extraction | LeftOut:
     """Factor one ΔW by its truncated singular value decomposition, ΔW ≈ U_r Σ_r V_rᵀ = B·A.
+
+    In the metric of the data, with L·Lᵀ = C = E[xxᵀ] and U_r the left singular vectors of ΔW·L, B·A = U_rU_rᵀΔW has the
+    smallest E‖(ΔW − B·A)x‖² of its rank: (U_rU_rᵀΔW)L = (ΔW·L)_r, which no matrix of rank r is nearer to. No root of C
+    is inverted, so C may be singular and nothing is damped.
 
     Args:
         layer: The layer.
@@ -122,13 +139,19 @@ def _extract(layer: Layer, settings: ExtractionSettings, store: Store, device: t
     change = load_change(layer.delta, device)
     if change.non_finite is not None:
         return not_finite(layer.delta, change)
-    found, seen = _decompose(change, layer, settings)
-    if not math.isfinite(found.fro):
+    weighed = weigh(change, layer.delta, layer.weighting, device) if layer.weighting is not None else None
+    best, seen = _decompose(change if weighed is None else weighed.change, layer, settings, weighed)
+    if not math.isfinite(best.fro):
         return not_finite(layer.delta, replace(change, non_finite="the product of its factors overflows float64"))
-    rank = int((found.s > NUMERICALLY_ZERO * found.s[:1]).sum())
-    if rank == 0 or found.fro == 0.0:
-        return _without_factors(layer, change, found)
-    curve = energy_curve(found.s[:rank].numpy(), found.fro, found.complete and rank == len(found.s))
+    rank = int((best.s > NUMERICALLY_ZERO * best.s[:1]).sum())
+    if rank == 0 or best.fro == 0.0:
+        return _without_factors(layer, change, best.fro if weighed is None else weighed.plain_fro, best.fro)
+    plain = found = best
+    if weighed is not None:
+        assert layer.weighting is not None
+        found = _projected(change, best, rank, layer.weighting.inputs.on_rows)
+        plain = seen = change.decompose(settings.method, rank, False, settings.tol, settings.seed)
+    curve = _curve(plain, rank)
     b, a = store(
         *(part.to(dtype=getattr(torch, settings.dtype)).cpu() for part in _split(found, rank, layer, settings))
     )
@@ -144,18 +167,58 @@ def _extract(layer: Layer, settings: ExtractionSettings, store: Store, device: t
         rank=rank,
         params=rank * sum(layer.shape),
         kept=float(curve[-1]),
-        energy_error=found.energy_error,
-        epsilon=_gap(change, b.to(device), a.to(device), layer.shape) / found.fro,
+        energy_error=plain.energy_error,
+        epsilon=_gap(change, b.to(device), a.to(device), layer.shape) / plain.fro,
         epsilon_min=math.sqrt(1 - float(curve[-1])),
-        fro=found.fro,
+        fro=plain.fro,
         base_fro=change.base_fro,
         dtype=settings.dtype,
-        method=found.method,
+        method=best.method,
         resolution=resolution(change.rounding, layer.shape, seen.s.numpy(), seen.fro, seen.complete),
+        data=None if weighed is None else _on_data(weighed, best, rank, (b.to(device), a.to(device)), layer),
     )
 
 
-def _decompose(change: Change, layer: Layer, settings: ExtractionSettings) -> tuple[Factors, Factors]:
+def _curve(factors: Factors, rank: int) -> NDArray[np.float64]:
+    return energy_curve(factors.s[:rank].numpy(), factors.fro, factors.complete and rank == len(factors.s))
+
+
+def _projected(change: Change, best: Factors, rank: int, on_rows: bool) -> Factors:
+    """Return the decomposition of U_rU_rᵀΔW, or of ΔW·V_rV_rᵀ where C belongs to the rows."""
+    assert best.u is not None
+    assert best.vh is not None
+    if change.factors is not None:
+        left, right = (factor.to(torch.float64) for factor in change.factors)
+    else:
+        assert change.matrix is not None
+        left, right = change.matrix.to(torch.float64), None
+    if on_rows:
+        v = best.vh[:rank].T
+        inner = left @ (v if right is None else right @ v)
+        return decompose_factored(inner, v.T, vectors=True)
+    u = best.u[:, :rank]
+    outer = u.T @ left
+    return decompose_factored(u, outer if right is None else outer @ right, vectors=True)
+
+
+def _on_data(weighed: Weighed, best: Factors, rank: int, factors: tuple[Tensor, Tensor], layer: Layer) -> OnData:
+    """Return what the stored factors cost in the metric of the data."""
+    kept = float(_curve(best, rank)[-1])
+    (root,) = weighed.roots
+    stored = times(Change(None, None, factors=factors), root.lower, root.on_rows).factors
+    assert stored is not None
+    return OnData(
+        fro=best.fro,
+        kept=kept,
+        energy_error=min(1.0, best.energy_error + weighed.error),
+        epsilon=_gap(weighed.change, *stored, layer.shape) / best.fro,
+        epsilon_min=math.sqrt(1 - kept),
+    )
+
+
+def _decompose(
+    change: Change, layer: Layer, settings: ExtractionSettings, weighed: Weighed | None
+) -> tuple[Factors, Factors]:
     """Return the singular values and vectors that are kept, and the values from which their number follows."""
     limit = min(layer.shape)
     if layer.rank.at_most is not None:
@@ -166,7 +229,8 @@ def _decompose(change: Change, layer: Layer, settings: ExtractionSettings) -> tu
     if every.fro > 0 and layer.rank.energy is not None:
         rank = rank_at(energy_curve(every.s.numpy(), every.fro, every.complete), layer.rank.energy) or len(every.s)
     elif every.fro > 0:
-        signal = resolution(change.rounding, layer.shape, every.s.numpy(), every.fro, every.complete).signal_rank
+        gains = weighed.gains if weighed is not None else None
+        signal = resolution(change.rounding, layer.shape, every.s.numpy(), every.fro, every.complete, gains).signal_rank
         rank = len(every.s) if signal is None else signal
     return _vectors(change, rank, settings, every), every
 
@@ -226,10 +290,12 @@ def left_out_matrix(delta: Delta, detail: str, device: str) -> LeftOut:
     )
 
 
-def _without_factors(layer: Layer, change: Change, found: Factors) -> LeftOut:
-    """Say why a layer gets no factors."""
-    if found.fro == 0.0:
+def _without_factors(layer: Layer, change: Change, fro: float, measured: float) -> LeftOut:
+    """Say why a layer gets no factors, given ‖ΔW‖_F and its norm in the metric of the data."""
+    if fro == 0.0:
         detail = "its update is zero"
+    elif measured == 0.0:
+        detail = "its update changes nothing in its output on this text"
     elif layer.rank.signal:
         detail = "no singular value stands above the rounding noise of the files"
     else:
@@ -239,6 +305,6 @@ def _without_factors(layer: Layer, change: Change, found: Factors) -> LeftOut:
         shape=layer.shape,
         reason="rank_0",
         detail=detail,
-        fro=found.fro,
+        fro=fro,
         base_fro=change.base_fro,
     )

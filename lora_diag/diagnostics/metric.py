@@ -49,11 +49,15 @@ class Weighting:
     inputs: Moments
     gradients: Moments | None = None
 
+    @property
+    def order(self) -> int:
+        """The larger of the orders of the matrices."""
+        return max(self.inputs.size, self.gradients.size if self.gradients else 0)
+
 
 def extra(weighting: Weighting, shape: tuple[int, int]) -> int:
     """Return about how many bytes it takes to weigh a matrix: a root and its eigenvectors, ΔW and W_base in float64."""
-    order = max(weighting.inputs.size, weighting.gradients.size if weighting.gradients else 0)
-    return 8 * order * (4 * order + 3 * max(shape))
+    return 8 * weighting.order * (4 * weighting.order + 3 * max(shape))
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,12 +12,12 @@ from rich.console import Group
 from rich.table import Table
 
 from lora_diag.reports.columns import WIDE, Column, rows_of, table_of, title_of
-from lora_diag.reports.lines import REASONS, answers, inputs, last_lines, notes, usual_style
+from lora_diag.reports.lines import REASONS, answers, inputs, last_lines, notes, subject, usual_style
 from lora_diag.reports.text import count, middle, named, number, percent, safe, short, shown, span, to_text
-from lora_diag.results import Extraction, LeftOut, Results
+from lora_diag.results import Extraction, LeftOut, OnData, Results
 
 # Which columns go first where there is too little room.
-_SPARED = ("solver", "signal", "kind", "‖ΔW‖/‖W‖", "params")
+_SPARED = ("solver", "signal", "kind", "‖ΔW‖/‖W‖", "params", "floor data")
 
 # Why a layer has no factors if ΔW = 0, as the diagnostic says it.
 ZERO = "its update is zero"
@@ -86,14 +86,15 @@ def model_card(results: Results[Extraction], base_name: str, command: str) -> st
             "- loradiag",
             "---",
             "",
-            f"# LoRA adapter extracted from {_code(results.run.inputs[-1].path)}",
+            f"# LoRA adapter extracted from {_code(subject(results.run))}",
             "",
-            f"The truncated singular value decomposition of ΔW = W_tuned − W_base, {len(results)} weights of "
+            f"The {_what(results)} of ΔW = W_tuned − W_base, {len(results)} weights of "
             f"{_code(base_name)}, rank {span(ranks)}, {count(_params(results))} parameters, scaling 1. It keeps "
             f"{percent(_kept(results.layers))} of the energy ‖ΔW‖² of these weights and is ε = "
             f"{number(_epsilon(results.layers))} away from them (‖ΔW − BA‖ / ‖ΔW‖, measured on the factors in the "
             f"file); no adapter of these ranks comes nearer than {number(_floor(results.layers))}.",
             "",
+            *([*_data_price(results), ""] if any(record.data for record in results) else []),
             *table,
             "",
             *(["Beside the factors:", "", *in_full, ""] if in_full else []),
@@ -110,6 +111,11 @@ def model_card(results: Results[Extraction], base_name: str, command: str) -> st
             "",
         ]
     )
+
+
+def _what(results: Results[Extraction]) -> str:
+    weighed = any(record.data for record in results)
+    return "truncation in the metric of activations" if weighed else "truncated singular value decomposition"
 
 
 def _quoted(text: str) -> str:
@@ -137,6 +143,8 @@ def _table(rows: Sequence[_Row], per: str, width: int) -> Table:
         column("kept", lambda row: percent(_kept(row.records))),
         column("ε", lambda row: number(_epsilon(row.records))),
         column("floor", lambda row: number(_floor(row.records))),
+        column("ε data", lambda row: _of_data(row.records, lambda data: data.epsilon)),
+        column("floor data", lambda row: _of_data(row.records, lambda data: data.epsilon_min)),
         column("signal", _signal),
         column("kind", lambda row: ", ".join(sorted({record.kind for record in row.records}))),
         column("solver", lambda row: ", ".join(sorted({record.method.partition(":")[0] for record in row.records}))),
@@ -183,7 +191,8 @@ def _floor(records: Sequence[Extraction]) -> float:
 def _kept(records: Sequence[Extraction]) -> float:
     """Return the energy share that is kept of several layers together."""
     norm = _norm(records)
-    return min(1.0, sum(record.kept * (record.fro / norm) ** 2 for record in records))
+    shares = [record.kept if record.data is None else 1 - record.epsilon**2 for record in records]
+    return min(1.0, sum(share * (record.fro / norm) ** 2 for share, record in zip(shares, records, strict=True)))
 
 
 def _params(results: Results[Extraction]) -> int:
@@ -237,7 +246,9 @@ def _price(results: Results[Extraction]) -> str:
     lines = [
         f"ε = {number(epsilon)} over these weights: {percent(_kept(results.layers))} of their energy ‖ΔW‖² is kept"
     ]
-    if epsilon > floor * (1 + _VISIBLE) and epsilon > 1e-6:
+    if any(record.data for record in results):
+        lines += _data_price(results)
+    elif epsilon > floor * (1 + _VISIBLE) and epsilon > 1e-6:
         dtype = results.layers[0].dtype
         lines.append(f"{number(floor)} is the smallest ε at these ranks; rounding to {dtype} adds the rest")
     else:
@@ -248,6 +259,29 @@ def _price(results: Results[Extraction]) -> str:
         lines.append(f"most {number(worst.epsilon)} in {short(worst.layer)} (rank {worst.rank})")
         lines.append(f"least {number(best.epsilon)} in {short(best.layer)} (rank {best.rank})")
     return "\n".join(lines)
+
+
+def _data_price(results: Results[Extraction]) -> list[str]:
+    """Say what the factors cost in the metric for which they are the best, and which are not."""
+    weighed = [record for record in results if record.data]
+    plain = [record.layer for record in results if not record.data]
+    epsilon = _of_data(weighed, lambda data: data.epsilon)
+    floor = _of_data(weighed, lambda data: data.epsilon_min)
+    lines = [
+        f"Chosen for the outputs on the text of the activations: √(E‖(ΔW − BA)x‖² / E‖ΔW x‖²) = {epsilon} in the "
+        f"{len(weighed)} weights with activations; no adapter of these ranks is below {floor}. The price is a larger "
+        f"ε: {number(_floor(results.layers))} would be the smallest."
+    ]
+    if plain:
+        lines.append(f"Without activations, and the best for the weights: {named(plain)}.")
+    return lines
+
+
+def _of_data(records: Sequence[Extraction], share: Callable[[OnData], float]) -> str:
+    """Return an ε in the metric of the data of several layers together; a dash where none has one."""
+    found = [record.data for record in records if record.data is not None]
+    total = math.hypot(*(data.fro for data in found))
+    return number(math.hypot(*(share(data) * data.fro for data in found)) / total) if total else "-"
 
 
 def _bound(results: Results[Extraction]) -> str:

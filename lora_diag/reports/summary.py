@@ -10,7 +10,7 @@ from statistics import median
 from rich.table import Table
 
 from lora_diag.reports.gradients import gradient_lines
-from lora_diag.reports.lines import REASONS, answers, inputs, last_lines, left_out_line, notes
+from lora_diag.reports.lines import REASONS, answers, inputs, last_lines, left_out_line, notes, subject
 from lora_diag.reports.text import count, middle_rank, number, percent, safe, short
 from lora_diag.results import Results, Spectrum
 from lora_diag.results.names import part_of
@@ -110,7 +110,7 @@ def _moved(results: Results[Spectrum], moved: Sequence[Spectrum]) -> str:
 def _nothing_moved(results: Results[Spectrum]) -> str:
     if any(item.reason == "vector" and item.fro for item in results.left_out):
         return "only norms and biases: ΔW is zero in every matrix"
-    meant = f" Is {safe(results.run.inputs[-1].path)} what you meant?" if results.run.inputs else ""
+    meant = f" Is {safe(subject(results.run))} what you meant?" if results.run.inputs else ""
     return f"nothing: ΔW is zero in every matrix.{meant}"
 
 

@@ -8,6 +8,24 @@ from lora_diag.results.base import Record
 from lora_diag.results.spectrum import Resolution
 
 
+class OnData(Record):
+    """What the factors of one layer cost in the metric of the data, E‖· x‖² = ‖·C^½‖_F².
+
+    Args:
+        fro: ‖ΔW·C^½‖_F.
+        kept: Share of ‖ΔW·C^½‖_F² that the best update of this rank keeps.
+        energy_error: Bound on the error of ``kept``.
+        epsilon: ‖(ΔW − B·A)C^½‖_F / ‖ΔW·C^½‖_F of the factors as they are in the file.
+        epsilon_min: √(1 − kept), the smallest of any update of this rank; these factors reach it but for rounding.
+    """
+
+    fro: float
+    kept: float
+    energy_error: float
+    epsilon: float
+    epsilon_min: float
+
+
 class Extraction(Record):
     """The factors that were written for one layer, and what they cost.
 
@@ -27,6 +45,8 @@ class Extraction(Record):
         dtype: In which the factors are stored.
         method: What computed the singular vectors.
         resolution: What the files' rounding lets one see of ΔW.
+        data: The same in the metric of the data, for which the factors were chosen to be best; ``epsilon`` is then
+            above ``epsilon_min``. Null where they are best in the Frobenius norm.
     """
 
     record: Literal["extraction"] = "extraction"
@@ -45,3 +65,4 @@ class Extraction(Record):
     dtype: str
     method: str
     resolution: Resolution
+    data: OnData | None = None

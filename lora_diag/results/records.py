@@ -14,7 +14,7 @@ from pydantic import Field
 from lora_diag.results.allocation import Allocation, Baseline, Certificate
 from lora_diag.results.base import SCHEMA, Record
 from lora_diag.results.curvature import Curvature, LossBound
-from lora_diag.results.extraction import Extraction
+from lora_diag.results.extraction import Extraction, OnData
 from lora_diag.results.fisher import Effect, Fisher
 from lora_diag.results.fleet import Fleet
 from lora_diag.results.interference import Interference, Union
@@ -61,6 +61,7 @@ __all__ = [
     "LeftOut",
     "LossBound",
     "Merge",
+    "OnData",
     "Overlap",
     "Probe",
     "Reason",

@@ -8,7 +8,10 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import lora_diag
-from lora_diag.diagnostics.spectrum import size
+from lora_diag.api.activations import second_moments
+from lora_diag.api.inputs import compare
+from lora_diag.diagnostics.metric import extra
+from lora_diag.diagnostics.spectrum import Layer, SpectrumSettings, size
 from lora_diag.errors import InputError, UsageError
 from lora_diag.metrics import noise_edge
 from tests import oracles
@@ -285,14 +288,11 @@ def test_an_update_that_the_data_never_sees_has_no_energy(tmp_path):
 
 
 def test_what_a_layer_takes_counts_its_second_moments(pair, tmp_path):
-    from lora_diag.api.activations import second_moments
-    from lora_diag.api.inputs import compare
-    from lora_diag.diagnostics.spectrum import Layer, SpectrumSettings
-
     base, tuned, *_ = pair
     pairing = compare(base, tuned).pairing
     found = second_moments(store(tmp_path / "a.safetensors", **{UP: moments(12, 3)}), base, pairing)
-    delta = next(delta for delta in pairing.deltas if delta.layer == UP)
-    one, other = (size(Layer(delta, by), SpectrumSettings()) for by in (found.weighting(UP, False), None))
-    assert one > other + 8 * 12 * 12
     assert found.weighting(UP, True) is None
+    weighting = found.weighting(UP, False)
+    delta = next(delta for delta in pairing.deltas if delta.layer == UP)
+    plain = SpectrumSettings()
+    assert size(Layer(delta, weighting), plain) - size(Layer(delta), plain) == extra(weighting, (16, 12)) > 8 * 12 * 12

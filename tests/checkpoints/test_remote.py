@@ -6,6 +6,8 @@ import shutil
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from lora_diag import deltas, inspect, spectrum
 from lora_diag.adapters import is_adapter, open_adapter
@@ -66,6 +68,19 @@ def test_an_address_is_shown_without_its_secrets(words, text):
     assert as_path(path) is path
     assert as_path(str(path)) == path
     assert hash(as_path(str(path))) == hash(path)
+
+
+@given(
+    st.sampled_from(["https", "http", "HTTPS"]),
+    st.lists(st.text("abcxyz%40.~_-!$", min_size=1).map(lambda word: f"Zecret{word}Zecret"), min_size=2, max_size=2),
+    st.text("abcxyz=&/+%3D:@?", max_size=20),
+    st.sampled_from(["{}", "{}: cannot be read", "see '{}' and {}"]),
+)
+def test_no_secret_is_shown_however_it_is_spelled(scheme, user, query, around):
+    address = f"{scheme}://{user[0]}:{user[1]}@host/folder/m.safetensors?Zecret={query}#Zecret"
+    for told in (shown(around.replace("{}", address)), legible(around.replace("{}", address))):
+        assert "Zecret" not in told
+        assert "//host/folder/m.safetensors" in told
 
 
 def test_addresses_inside_a_message_are_shown_without_their_secrets():

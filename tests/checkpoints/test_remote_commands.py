@@ -4,6 +4,8 @@ import json
 import shutil
 import sys
 from collections import Counter
+from datetime import UTC, datetime, timedelta
+from ipaddress import ip_address
 
 import pytest
 
@@ -206,3 +208,43 @@ def test_looking_at_an_address_imports_no_torch(web):
         "try:\n    main()\nexcept SystemExit as stop:\n    assert not stop.code\nassert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_a_certificate_is_checked(web, loradiag, tmp_path):
+    certificate = self_signed(tmp_path)
+    secure = Web(SAMPLES, certificate)
+    try:
+        trusting = loradiag("inspect", f"{secure.url}/lora_r4", env={"SSL_CERT_FILE": str(certificate)})
+        assert trusting.code == 0, trusting.err
+        assert trusting.out.startswith(f"{secure.url}/lora_r4: PEFT LoRA")
+        doubting = loradiag("inspect", f"{secure.url}/lora_r4")
+        assert doubting.code == 3
+        assert "certificate verify failed" in doubting.err
+        assert doubting.err.count("\n") == 1
+    finally:
+        secure.close()
+
+
+def self_signed(folder):
+    """Write a key and its certificate for 127.0.0.1."""
+    x509 = pytest.importorskip("cryptography.x509")
+    from cryptography.hazmat.primitives import hashes, serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "127.0.0.1")])
+    now = datetime.now(UTC)
+    certificate = (
+        x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
+        .not_valid_before(now - timedelta(days=1))
+        .not_valid_after(now + timedelta(days=1))
+        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ip_address("127.0.0.1"))]), critical=False)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+        .sign(key, hashes.SHA256())
+    )
+    private = key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
+    file = folder / "certificate.pem"
+    file.write_bytes(private + certificate.public_bytes(serialization.Encoding.PEM))
+    return file

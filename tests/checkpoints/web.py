@@ -3,6 +3,7 @@
 import base64
 import hashlib
 import socket
+import ssl
 import threading
 import time
 from contextlib import contextmanager, suppress
@@ -49,7 +50,7 @@ class Web:
     ``times`` how often before the server behaves again.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, certificate: Path | None = None):
         self.folder, self.asked = folder, []
         self.fault, self.times, self.at_all, self.user = None, 10**9, False, None
         self.names_versions, self.is_gone = True, False
@@ -59,7 +60,11 @@ class Web:
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"web": self}))
         self._server.daemon_threads = True
         self.host = f"127.0.0.1:{self._server.server_port}"
-        self.url = f"http://{self.host}"
+        self.url = f"http{'s' if certificate else ''}://{self.host}"
+        if certificate:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.load_cert_chain(certificate)
+            self._server.socket = context.wrap_socket(self._server.socket, server_side=True)
         threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True).start()
 
     def close(self):

@@ -1,16 +1,35 @@
 """``python -m lora_diag``, and the command ``loradiag``: Ctrl-C ends it in one line even while it starts."""
 
+import os
+import signal
 import sys
+from types import FrameType
+
+# As in ``cli/main.py``, which is not imported yet.
+INTERRUPTED = 130
 
 
 def main() -> None:
     """Run the command line."""
-    try:
-        from lora_diag.cli import main as run
-    except KeyboardInterrupt:
-        sys.stderr.write("interrupted\n")
-        raise SystemExit(130) from None
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _interrupt)
+    from lora_diag.cli import main as run
+
     run()
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    """End at once while modules are imported, else as always.
+
+    An exception in the middle of an import comes out as another: of torch's, as a RecursionError with 900 lines. What
+    is written meanwhile is as whole as after any other sudden end.
+    """
+    specs = (getattr(module, "__spec__", None) for module in list(sys.modules.values()))
+    if any(getattr(spec, "_initializing", False) for spec in specs):
+        sys.stderr.write("interrupted\n")
+        sys.stderr.flush()
+        os._exit(INTERRUPTED)
+    raise KeyboardInterrupt
 
 
 if __name__ == "__main__":

@@ -1,0 +1,342 @@
+"""Full disks, broken disks, files that change under a reader, missing permissions, odd clocks: one message, no loss."""
+
+import errno
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import lora_diag
+from lora_diag.errors import InputError, UsageError
+from lora_diag.results import End, read_results
+from tests.conftest import ROOT, save_model
+from tests.robustness.conftest import Commands
+from tests.robustness.test_killed import Case, contents, words_of
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 64 KiB."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(place)], capture_output=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip("may not mount a disk")
+    yield place
+    subprocess.run(["umount", str(place)], check=True)
+
+
+def test_a_disk_that_is_really_full(command: Commands, model: Path, small_disk: Path, tmp_path: Path) -> None:
+    case = Case("interference", command, model, tmp_path)
+    free = os.statvfs(small_disk)
+    filler = small_disk / "filler"
+    filler.write_bytes(b"x" * (free.f_bavail * free.f_bsize - 2 * 4096))
+    ended = command(*case.words, cwd=small_disk)
+    assert (
+        "out: cannot be written: No space left on device; what was measured before is in it: go on with --resume"
+        in (ended.told(3))
+    )
+    kept = read_results(small_disk / "out")
+    assert kept.layers
+    assert kept.end is None
+    # Still full: nothing is lost by trying.
+    assert "No space left" in command(*case.words, "--resume", cwd=small_disk).told(3)
+    assert read_results(small_disk / "out") == kept
+    filler.unlink()
+    assert command(*case.words, "--resume", cwd=small_disk).code == case.undisturbed.code
+    assert contents(small_disk) == case.whole
+
+
+@pytest.mark.parametrize("size", [100, 300, 1500])
+def test_a_limit_on_the_size_of_files(command: Commands, model: Path, tmp_path: Path, size: int) -> None:
+    case = Case("spectrum", command, model, tmp_path)
+    place = case.fresh()
+    assert "cannot be written: File too large" in case.run(place, full=size).told(3)
+    if size < 1000:  # not even the first layer
+        assert contents(tmp_path / place) == {}
+    case.goes_on(place)
+
+
+def test_no_place_for_factors(command: Commands, model: Path, tmp_path: Path) -> None:
+    case = Case("extract", command, model, tmp_path)
+    place = case.fresh()
+    assert "cannot be written: File too large" in case.run(place, full=2500).told(3)
+    assert not (tmp_path / place / "out").exists()
+    case.goes_on(place)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["report", "-o", "page.html"], ["plot", "-o", "a.png"], ["allocate", "--params", "300", "-o", "a.jsonl"]],
+    ids=lambda words: words[0],
+)
+def test_no_place_for_what_is_made_of_results(command: Commands, model: Path, tmp_path: Path, words: list[str]) -> None:
+    lora_diag.spectrum(model / "base", model / "fine", output=tmp_path / "r.jsonl")
+    ended = command(words[0], "r.jsonl", *words[1:], cwd=tmp_path, full=500)
+    assert "cannot be written: File too large" in ended.told(3)
+    assert [path.name for path in tmp_path.iterdir()] == ["r.jsonl"]
+
+
+@pytest.mark.parametrize(("fault", "at"), [("unreadable", 1), ("unreadable", 5), ("shrinking", 3)])
+def test_a_file_that_fails_while_it_is_read(
+    command: Commands, model: Path, tmp_path: Path, fault: str, at: int
+) -> None:
+    case = Case("residual", command, model, tmp_path)
+    place = case.fresh()
+    for name in ("base", "tuned", "lora", "lora2"):
+        shutil.copytree(model / name, tmp_path / "copies" / name)
+    original = case.words
+    case.words = [word.replace(str(model), str(tmp_path / "copies")) for word in original]
+    err = case.run(place, **{fault: at}).told(3)
+    assert "Input/output error" in err or "the file ends inside" in err or "cut short" in err
+    assert str(tmp_path / "copies") in err
+    case.words = original
+    if "out" in contents(tmp_path / place):  # begun with the copies, which are other inputs
+        shutil.rmtree(tmp_path / place)
+        (tmp_path / place).mkdir()
+    case.goes_on(place)
+
+
+def test_reads_that_give_little_at_a_time(command: Commands, model: Path, tmp_path: Path) -> None:
+    case = Case("spectrum", command, model, tmp_path)
+    place = case.fresh()
+    assert case.run(place, short=7).code == case.undisturbed.code
+    assert contents(tmp_path / place) == case.whole
+
+
+def test_clocks_that_run_backwards_or_files_of_the_future(command: Commands, model: Path, tmp_path: Path) -> None:
+    case = Case("spectrum", command, model, tmp_path)
+    place = case.fresh()
+    for name in ("base", "tuned"):
+        shutil.copytree(model / name, tmp_path / "copies" / name)
+        for when in (2**33, -(2**33), 2**40):
+            os.utime(tmp_path / "copies" / name / "model.safetensors", (when, when))
+    assert case.run(place, backwards=1e6).code == case.undisturbed.code
+    assert contents(tmp_path / place) == case.whole
+    for when in (2**40, -(2**40)):  # no calendar goes so far
+        os.utime(tmp_path / place / "out", (when, when))
+        assert command("report", "out", "--format", "md", cwd=tmp_path / place).code == 0
+
+
+def test_a_disk_that_fails_when_it_is_waited_for(command: Commands, model: Path, tmp_path: Path) -> None:
+    case = Case("spectrum", command, model, tmp_path)
+    place = case.fresh()
+    assert "cannot be written: Input/output error" in case.run(place, no_sync=errno.EIO).told(3)
+    case.goes_on(place)
+    place = case.fresh()
+    assert case.run(place, no_sync=errno.EINVAL).code == case.undisturbed.code
+    assert contents(tmp_path / place) == case.whole
+
+
+def test_no_permission(command: Commands, model: Path, tmp_path: Path) -> None:
+    """On a disk that is mounted read-only: root, who may run this, is permitted everything else."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", str(place)], capture_output=True).returncode:
+        pytest.skip("may not mount a disk")
+    try:
+        for name in ("spectrum", "extract"):
+            ended = command(*words_of(name, model), "-o", place / "out", "-q", cwd=tmp_path)
+            assert "out: cannot be written: " in ended.told(3)
+    finally:
+        subprocess.run(["umount", str(place)], check=True)
+
+
+# --- two processes ----------------------------------------------------------------------------------------------------
+
+
+def running(model: Path, folder: Path, *more: str) -> subprocess.Popen[bytes]:
+    """Start a run and return when its first layer is in the file."""
+    words = [*words_of("spectrum", model), "-o", "out", "-q", "--json", *more]
+    server = "import sys, time, lora_diag.engines.local as e; m = e._on_threads\n"
+    server += "e._on_threads = lambda *a: (m(*a), time.sleep(30 if 's.2.' in a[2].layer else 0))[0]\n"
+    server += f"sys.argv = ['loradiag', *{words!r}, '--workers', '1']\nfrom lora_diag.cli import main\nmain()"
+    process = subprocess.Popen(
+        [sys.executable, "-c", server],
+        cwd=folder,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+    )
+    assert process.stdout is not None
+    while b'"record":"spectrum"' not in process.stdout.readline():
+        pass
+    return process
+
+
+def test_a_second_process_stops_and_a_killed_one_lets_go(command: Commands, model: Path, tmp_path: Path) -> None:
+    case = Case("spectrum", command, model, tmp_path)
+    place = case.fresh()
+    first = running(model, tmp_path / place)
+    try:
+        before = contents(tmp_path / place)
+        for more in ([], ["--resume"]):
+            assert "out: another process is writing it now" in case.run(place, *more).told(2)
+        assert contents(tmp_path / place) == before
+        # Nobody is kept from looking.
+        assert command("inspect", "out", cwd=tmp_path / place).code == 0
+    finally:
+        first.kill()
+        first.communicate()
+    case.goes_on(place)
+
+
+def test_where_a_finished_run_is_measured_again_a_second_process_stops_too(model: Path, tmp_path: Path) -> None:
+    """Records go to out.part, and the lock is that of out all the same."""
+    run = {"output": tmp_path / "out", "top": 2}
+    lora_diag.spectrum(model / "base", model / "fine", output=tmp_path / "out")
+    seen = []
+
+    def another(record: object) -> None:
+        if isinstance(record, End):  # and then all is done
+            return
+        for resume in (False, True):
+            with pytest.raises(UsageError, match="another process is writing it now"):
+                lora_diag.spectrum(model / "base", model / "fine", resume=resume, **run)
+        seen.append(record)
+
+    lora_diag.spectrum(model / "base", model / "fine", on_record=another, **run)
+    assert len(seen) > 3
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+    assert len(read_results(tmp_path / "out").layers[0].s) == 2
+
+
+def test_an_extraction_is_not_overwritten_while_it_runs(model: Path, tmp_path: Path) -> None:
+    seen = []
+
+    def another(record: object) -> None:
+        with pytest.raises(UsageError, match="another process is writing it now"):
+            lora_diag.extract(model / "base", model / "fine", tmp_path / "a", rank=2, overwrite=True)
+        with pytest.raises(UsageError, match="another process is writing it now"):
+            lora_diag.extract(model / "base", model / "fine", tmp_path / "a", rank=2, resume=True)
+        seen.append(record)
+
+    lora_diag.extract(model / "base", model / "fine", tmp_path / "a", rank=2, on_record=another)
+    assert seen
+    assert not (tmp_path / "a.part").exists()
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOTSUP])
+def test_a_file_system_without_locks_is_told_of(command: Commands, model: Path, tmp_path: Path, number: int) -> None:
+    case = Case("intruders", command, model, tmp_path)
+    place = case.fresh()
+    ended = case.run(place, no_locks=number)
+    assert ended.code == case.undisturbed.code
+    assert "out: its file system has no locks: see to it that no other process writes it" in ended.err
+    assert contents(tmp_path / place) == case.whole
+
+
+# --- Ctrl-C -----------------------------------------------------------------------------------------------------------
+
+
+def test_ctrl_c_at_a_step(command: Commands, model: Path, tmp_path: Path) -> None:
+    for name in ("spectrum", "extract"):
+        folder = tmp_path / name
+        folder.mkdir()
+        case = Case(name, command, model, folder)
+        steps = len(case.undisturbed.steps)
+        for at in range(1, steps + 1, 1 if os.environ.get("LORADIAG_EVERY_STEP") else steps // 5):
+            place = case.fresh()
+            ended = case.run(place, at=at, signal=signal.SIGINT)
+            if ended.code != case.undisturbed.code:  # in the last steps all is done
+                assert ended.told(130) == "interrupted; with -o, --resume goes on from here\n"
+            case.goes_on(place)
+
+
+@pytest.mark.parametrize("after", [0.05, 0.4, 1.2, 2.0])
+def test_ctrl_c_while_a_real_process_starts(after: float, model: Path, tmp_path: Path) -> None:
+    """In Python's own start, in the imports, while it measures: one line, or Python's own words before ours runs.
+
+    An exception amid the imports of torch came out as a RecursionError and exit code 1, which means that a gate failed.
+    """
+    words = [sys.executable, "-m", "lora_diag", *words_of("spectrum", model), "-o", "out", "-q"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(words, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    time.sleep(after)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    ours = process.returncode in {130, 3} and "Traceback" not in err
+    python = process.returncode == -signal.SIGINT and "__main__.py" not in err
+    assert ours or python, (process.returncode, err)
+
+
+# --- inputs that change -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def large(tmp_path: Path) -> Path:
+    """Files larger than all samples together, so that a change fits between two of them."""
+    import torch
+
+    weights = {f"layers.{index}.w.weight": torch.ones(200, 400) for index in range(2)}
+    save_model(tmp_path / "base", weights)
+    save_model(tmp_path / "tuned", {name: value * 1.5 for name, value in weights.items()})
+    return tmp_path
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:2]))
+
+
+def change_between_samples(folder: Path) -> None:
+    with (folder / "model.safetensors").open("r+b") as file:
+        file.seek(8000)
+        file.write(b"\0\0\0\0")
+
+
+@pytest.mark.parametrize("verify", [False, True])
+def test_a_byte_that_changes_is_seen_with_verify(large: Path, verify: bool) -> None:
+    run = {"output": large / "out", "verify": verify}
+    lora_diag.spectrum(large / "base", large / "tuned", **run)
+    cut(large / "out")
+    change_between_samples(large / "tuned")
+    if verify:
+        with pytest.raises(UsageError, match=r"the input .*tuned changed since this run was begun"):
+            lora_diag.spectrum(large / "base", large / "tuned", resume=True, **run)
+    else:
+        assert lora_diag.spectrum(large / "base", large / "tuned", resume=True, **run).end is not None
+
+
+def test_the_hash_is_that_of_sha256sum(large: Path) -> None:
+    results = lora_diag.spectrum(large / "base", large / "tuned", verify=True)
+    told = subprocess.run(["sha256sum", large / "base" / "model.safetensors"], capture_output=True, check=True).stdout
+    assert results.run.inputs[0].sha256 == told.split()[0].decode()
+    assert lora_diag.spectrum(large / "base", large / "tuned").run.inputs[0].sha256 == ""
+
+
+def test_a_run_is_resumed_as_it_was_begun(large: Path) -> None:
+    lora_diag.spectrum(large / "base", large / "tuned", output=large / "out")
+    cut(large / "out")
+    with pytest.raises(UsageError, match="begun without --verify"):
+        lora_diag.spectrum(large / "base", large / "tuned", output=large / "out", resume=True, verify=True)
+
+
+def test_a_copy_with_other_times_resumes(large: Path) -> None:
+    lora_diag.spectrum(large / "base", large / "tuned", output=large / "out", verify=True)
+    whole = (large / "out").read_bytes()
+    cut(large / "out")
+    shutil.copytree(large / "tuned", large / "moved", copy_function=shutil.copyfile)
+    shutil.rmtree(large / "tuned")
+    (large / "moved").rename(large / "tuned")
+    lora_diag.spectrum(large / "base", large / "tuned", output=large / "out", resume=True, verify=True)
+    assert (large / "out").read_bytes() == whole
+
+
+def test_an_input_that_cannot_be_hashed_is_one_message(large: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(self: Path, *_: object, **__: object) -> object:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    from lora_diag.api import fingerprint
+
+    monkeypatch.setattr(Path, "open", broken)
+    with pytest.raises(InputError, match=r"model\.safetensors: cannot be read: Input/output error"):
+        fingerprint.content_hash([large / "base" / "model.safetensors"])

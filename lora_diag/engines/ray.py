@@ -253,8 +253,8 @@ def _job(ray: Any, measure: Callable[[Any], Any], tasks: Sequence[Any]) -> Job:
     class Pickler(ray.cloudpickle.CloudPickler):  # type: ignore[misc]
         def persistent_id(self, item: Any) -> None:
             """Note the files that are seen on the way; everything is pickled as usual."""
-            if isinstance(item, FORMATS):
-                with suppress(OSError):  # what is not here is not a file of this machine
+            if isinstance(item, FORMATS) and isinstance(item.path, Path):  # not an address, which is one everywhere
+                with suppress(OSError):  # gone since it was opened: reading it will say so
                     files[str(item.path)] = item.path.stat().st_size
 
     parcel = io.BytesIO()
@@ -282,16 +282,47 @@ def _connected(ray: Any, on: Ray, cores: int) -> Iterator[None]:
 
     worker._worker_logs_enabled = False
     try:
-        ray.init(**where, log_to_driver=False, logging_level=logging.CRITICAL)
+        with _hushed():
+            ray.init(**where, log_to_driver=False, logging_level=logging.CRITICAL)
     except Exception as error:  # Ray raises many kinds
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        told = named if "num_cpus" not in where else "--engine ray: no Ray could be started here"
-        raise InputError(f"{told}: {reason}") from error
+        told = named if address else "--engine ray: no Ray could be started here"
+        raise InputError(f"{told}: {_reason(ray, error)}") from error
     try:
         yield
     finally:
         ray.shutdown()
         worker._worker_logs_enabled = True
+
+
+@contextmanager
+def _hushed() -> Iterator[None]:
+    """Keep Ray's C++ from standard error, where it tells of every second that it waits; what it says is raised, too."""
+    try:
+        kept = os.dup(2)
+    except OSError:  # there is none
+        yield
+        return
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
+
+
+def _reason(ray: Any, error: BaseException) -> str:
+    """Return why Ray could not be reached, in one line."""
+    deepest: BaseException | None = error
+    while deepest is not None:
+        if isinstance(deepest, ray.exceptions.AuthenticationError) or "AuthToken" in str(deepest):
+            return (
+                "it asks for a token: export RAY_AUTH_MODE=token here, and copy ~/.ray/auth_token of its head to this "
+                "machine"
+            )
+        deepest = deepest.__cause__ or deepest.__context__
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 def _check_answers(named: str, address: str) -> None:

@@ -30,14 +30,16 @@ MOST = 40
 # So many units are named in a sentence.
 _NAMED = 3
 _UNITS = {"layer": ("layer", "layers"), "block": ("block", "blocks"), "type": ("module type", "module types")}
-# What each score is; ‖G‖² is left out of the sentence where all layers have as many inputs, as it then orders as fresh.
+# What each score is, in the words of docs/probe-sensitivity.md.
 _SCORES = {
-    "top": "Σσ_i(G)² up to r, what any LoRA of that rank could reach",
-    "fresh": "‖P_T G‖², what a fresh one reaches",
+    "top": "Σσ_i(G)² to r",
+    "fresh": "‖P_T G‖² of a fresh LoRA",
     "adam": "Adam's first step",
     "fro²": "‖G‖²",
-    "size": "no gradient at all, the number of parameters",
+    "size": "parameters, no gradient",
 }
+# Above this p, an order is not told from chance.
+_CHANCE = 0.05
 # Which columns go first where there is too little room, by how their titles begin.
 _SPARED = ("params", "Σσ² to r", "on ", "lr", "first step", "seeds")
 
@@ -217,23 +219,40 @@ def _others(gains: dict[str, list[Gain]], sets: Sequence[str]) -> list[tuple[str
 
 
 def _cheaper(found: Sequence[Correlation]) -> str:
-    """Say how well scores from one gradient order the measured gains."""
+    """Say how well scores from one gradient order the measured gains, and whether the size of a layer does as well."""
     if not found:
         return "not known: three units at least have to be measured"
-    lines = [f"Spearman's ρ with the gains of {found[0].n}, its 95% interval, and p of a permutation test:"]
-    values = {each.score: each.rho for each in found}
-    for each in found:
-        if each.score == "fro²" and values.get("fresh") == each.rho:
-            continue
-        ends = f" [{each.ends[0]:.2f}, {each.ends[1]:.2f}]" if each.ends else ""
-        p = "" if each.p is None else f" p={each.p:.2g}"
-        inside = "" if each.within is None else f"; within a module type {_rho(each.within)} p={each.within_p:.2g}"
-        lines.append(f"{_rho(each.rho)}{ends}{p}{inside}: {_SCORES[each.score]}")
+    ordered = sorted(found, key=lambda each: -(each.rho or 0.0))
+    best, size = next(each for each in ordered if each.score != "size" or len(ordered) == 1), found[-1]
+    lines = [_verdict(best, size)]
+    inside = [each.within_p for each in found if each.within_p is not None]
+    if inside and min(inside) > _CHANCE:
+        lines.append("within a module type no score is told from chance")
+    lines.append("Spearman's ρ with the gains, 95% interval, p by permutation" + ("; within a type" if inside else ""))
+    for each in ordered:
+        ends = f" [{each.ends[0]:+.2f}, {each.ends[1]:+.2f}]" if each.ends else ""
+        p = "" if each.p is None else f" p {_p(each.p)}"
+        within = "" if each.within is None or each.within_p is None else f"; {each.within:+.2f} p {_p(each.within_p)}"
+        lines.append(f"{_rho(each.rho)}{ends}{p}{within}: {_SCORES[each.score]}")
     return "\n".join(lines)
 
 
+def _verdict(best: Correlation, size: Correlation) -> str:
+    """Say whether the best score of the gradient is worth having."""
+    name = _SCORES[best.score]
+    if best.p is None or best.rho is None or best.p > _CHANCE or best.rho <= 0:
+        return f"no: no score of one gradient orders the {best.n} better than chance"
+    if size.rho is not None and size.rho >= best.rho:
+        return f"no: parameters alone order the {best.n} as well as the gradient's best score, {name}"
+    return f"in part: {name} orders the {best.n} with ρ = {best.rho:.2f}"
+
+
+def _p(value: float) -> str:
+    return "<0.001" if value < 0.001 else f"{value:.2g}"
+
+
 def _rho(rho: float | None) -> str:
-    return "-" if rho is None else f"{rho:.2f}"
+    return "-" if rho is None else f"{rho:+.2f}"
 
 
 def _rates(gains: Sequence[Gain], records: Sequence[Sensitivity]) -> str:

@@ -15,7 +15,7 @@ from lora_diag.results import read_results
 from lora_diag.training.curvature import Curved, traces
 from lora_diag.training.data import read_texts
 from lora_diag.training.models import open_model
-from tests.training.making import best, bert, gpt2, moved, some_text, tensors
+from tests.training.making import bert, best, gpt2, moved, some_text, tensors
 
 LAYERS = {"query": "bert.encoder.layer.0.attention.self.query.weight", "head": "classifier.weight"}
 
@@ -102,9 +102,8 @@ def test_products_are_those_of_curvlinops(case, matrix):
     layers = [LAYERS["query"], LAYERS["head"], "bert.embeddings.word_embeddings.weight"]
     model, curved = curved_at(case[0], case[2], layers, matrix)
     texts = read_texts(case[2], model)
-    batches = []
-    for one in texts.sequences:  # one by one, so that nothing is padded
-        batches.append(({"ids": torch.tensor([one.ids])}, torch.tensor(one.labels)))
+    # one by one, so that nothing is padded
+    batches = [({"ids": torch.tensor([one.ids])}, torch.tensor(one.labels)) for one in texts.sequences]
 
     class Predicts(torch.nn.Module):
         def __init__(self):
@@ -156,9 +155,8 @@ def test_products_of_language_models_are_differences_of_their_gradients(tmp_path
     text = some_text(tmp_path, windows=3)
     model = open_model(base, torch.device("cpu"))
     shapes = {
-        n: tuple(p.shape) for n, p in model.module.named_parameters() if p.ndim == 2 and "mlp" in n or "attn" in n
+        n: tuple(p.shape) for n, p in model.module.named_parameters() if p.ndim == 2 and ("mlp" in n or "attn" in n)
     }
-    shapes = {n: s for n, s in shapes.items() if len(s) == 2}
     curved = Curved(model, read_texts(text, model), 2, shapes)
     x = torch.randn(curved.params, generator=torch.Generator().manual_seed(0))
     found = curved.split(curved.product(x))

@@ -35,9 +35,9 @@ from lora_diag.training.sweep import CLIP_NORM, WARMUP, Cell, Training, losses_a
 
 DIMS = (10, 30, 100, 300, 1000, 3000, 10000)
 RANKS = (1, 2, 4, 8)
-PACES = (3e-4, 1e-3, 3e-3)
-FULL_RATES = (3e-5, 1e-4, 3e-4, 1e-3)
-LORA_RATES = (3e-4, 1e-3, 3e-3)
+PACES = (1e-3, 3e-3, 1e-2)
+FULL_RATES = (1e-4, 3e-4, 1e-3)
+LORA_RATES = (1e-3, 3e-3, 1e-2)
 METHODS = ("plain", "said")
 
 

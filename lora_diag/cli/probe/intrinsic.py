@@ -25,8 +25,8 @@ def intrinsic(
     lr: Annotated[
         str, typer.Option(metavar="X,X,...", help="Rates of the subspaces, as full fine-tuning would move.")
     ] = "3e-4,1e-3,3e-3",
-    full_lr: Annotated[str, typer.Option(metavar="X,X,...", help="Of full fine-tuning.")] = "3e-5,1e-4,3e-4,1e-3",
-    lora_lr: Annotated[str, typer.Option(metavar="X,X,...", help="Of LoRA.")] = "3e-4,1e-3,3e-3",
+    full_lr: Annotated[str, typer.Option(metavar="X,X,...", help="Of full fine-tuning.")] = "1e-4,3e-4,1e-3",
+    lora_lr: Annotated[str, typer.Option(metavar="X,X,...", help="Of LoRA.")] = "1e-3,3e-3,1e-2",
     steps: Annotated[int, typer.Option(metavar="N", help="Updates of a run.")] = 100,
     seeds: Annotated[int, typer.Option(metavar="N", help="Runs of each size at its best rate.")] = 2,
     seed: Annotated[int, typer.Option(metavar="N", help="Of the data's order, and the first of the seeds.")] = 0,

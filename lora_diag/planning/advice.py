@@ -1,8 +1,9 @@
 """What to do next: the escalation path of the article, each step with its evidence and the command that begins it.
 
-Rules are read from top to bottom: the cheapest step first. A rule is silent where its evidence is missing or lies at
-the rounding floor. All of them speak of energy in weights, which says what a rank could carry of *this* full fine-tune;
-the loss of an adapter trained at that rank is another matter: it may be lower or higher.
+Rules are read from top to bottom: those on held-out losses (``loss_advice``) first, then the cheapest step first. A
+rule is silent where its evidence is missing or lies at the rounding floor. The rules here speak of energy in weights,
+which says what a rank could carry of *this* full fine-tune; the loss of an adapter trained at that rank is another
+matter: it may be lower or higher.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ from __future__ import annotations
 import math
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from statistics import median
 
 from lora_diag.planning.evidence import Capacity, Evidence, kept_at
@@ -25,6 +25,8 @@ from lora_diag.planning.findings import (
     scale_mismatch,
     shares_at,
 )
+from lora_diag.planning.loss_advice import LOSS_RULES
+from lora_diag.planning.step import Advice
 from lora_diag.results import Spectrum
 from lora_diag.results.names import module_type_of
 
@@ -38,32 +40,19 @@ PLACEMENT = 0.1
 SIZEABLE = 4
 
 
-@dataclass(frozen=True, slots=True)
-class Advice:
-    """One step.
-
-    Args:
-        rule: The name of the rule.
-        do: What to do.
-        because: The evidence, with its numbers.
-        condition: When the rule speaks.
-        source: Where it comes from.
-        command: What to run.
-        layers: The layers it is about, all of them; names as the file has them.
-    """
-
-    rule: str
-    do: str
-    because: str
-    condition: str
-    source: str
-    command: str
-    layers: tuple[str, ...] = ()
-
-
 def advice(evidence: Evidence) -> list[Advice]:
-    """Return the steps that the records support, the cheapest first; none where they support none."""
-    steps = [step for rule in RULES if (step := rule(evidence)) is not None]
+    """Return the steps that the records support, losses first, then the cheapest first; none where they support none.
+
+    Where held-out loss has settled that an adapter does as well as the full fine-tune, weights are not asked; where a
+    sweep has found the rank, they are not asked for one.
+    """
+    first = [step for rule in LOSS_RULES if (step := rule(evidence)) is not None]
+    settled = {step.rule for step in first}
+    if "keep the adapter" in settled:
+        return first
+    found = bool({"sweep: fast saturation", "sweep: gradual decline"} & settled)
+    rules = [rule for rule in RULES if not (found and rule in ABOUT_RANK)]
+    steps = [*first, *(step for rule in rules if (step := rule(evidence)) is not None)]
     if steps:
         return steps
     last = enough(evidence) or sweep(evidence)
@@ -207,6 +196,7 @@ def train_fully(evidence: Evidence) -> Advice | None:
 
 
 RULES = (set_scale, raise_rank, widen_placement, train_vocabulary, hybrid, train_fully)
+ABOUT_RANK = (raise_rank, train_fully)
 
 
 def enough(evidence: Evidence) -> Advice | None:

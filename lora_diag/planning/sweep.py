@@ -156,6 +156,23 @@ def by_rank(
     return rows
 
 
+def verdicts(records: Sequence[Probe], seed: int, share: float) -> dict[str, tuple[SweepVerdict, Probe]]:
+    """Return what a sweep comes to on each set that BASE was measured on, with BASE's record there.
+
+    Args:
+        records: Of a sweep; the first set decides on the learning rates.
+        seed: The first seed.
+        share: Tolerance as a share of the gain.
+    """
+    found = {}
+    rates = best_rates(records, records[0].set, seed) if records else {}
+    for base in records:
+        if base.subject == "base" and not base.name and base.loss is not None:
+            rows = by_rank([record for record in records if record.set == base.set], base.set, rates)
+            found[base.set] = (judge(rows, base.loss, share), base)
+    return found
+
+
 def _pooled(rows: Sequence[AtRank]) -> tuple[float, int]:
     """Return the variance over seeds, pooled over rows, and its degrees of freedom."""
     repeated = [row for row in rows if len(row.losses) > 1]

@@ -63,7 +63,17 @@ def kind_of(record: LayerRecord | WholeRecord) -> str:
 
 
 def _named(runs: Sequence[Run]) -> list[str]:
-    """Name runs by what they measured, as shortly as tells them apart."""
+    """Name runs by what they measured, as shortly as tells those of one command apart; no figure draws two commands."""
+    by_command: dict[str, list[int]] = {}
+    for place, run in enumerate(runs):
+        by_command.setdefault(run.command, []).append(place)
+    found = {}
+    for places in by_command.values():
+        found.update(zip(places, _told_apart([runs[place] for place in places]), strict=True))
+    return [found[place] for place in range(len(runs))]
+
+
+def _told_apart(runs: Sequence[Run]) -> list[str]:
     if len(runs) == 1:
         return [_inputs(runs[0])]
     for names in ([_inputs(run, last=True) for run in runs], [_inputs(run) for run in runs], _settings(runs)):

@@ -23,15 +23,15 @@ ROWS, NAMED, NAME = 40, 10, 90
 
 
 def markdown_report(evidence: Evidence) -> str:
-    """Return the report: three answers, a table by module type, what to do next, failure modes, what was measured."""
+    """Return the report: the answers, what to do next, failure modes, tables, what was measured."""
     subject = subject_of(evidence)
     parts = [
         f"# {_text(crop(subject.title, 200))}",
         *(f"**{answer.question}** {_text(answer.says)}" + _more(answer.more) for answer in subject.answers),
-        *_several(evidence),
-        *_table(evidence),
         *(_advice(subject) if subject.update else ()),
         *_findings(subject),
+        *_several(evidence),
+        *_table(evidence),
         *_gate(evidence),
         *(f"**Allocation** {_text(label)} {_text(said)}" for label, said in certificates(evidence)),
         _measured(evidence),
@@ -102,8 +102,11 @@ def _several(evidence: Evidence) -> list[str]:
     """Return a part for each run on several updates, intruders or a fleet: its summary and its tables."""
     parts = []
     for section in sections_of(evidence):
-        said = "\n".join(f"- **{word}** {_text('; '.join(text.splitlines()))}" for word, text in section.lines)
-        parts += [f"## {_text(crop(section.title, 200))}", said]
+        said = "\n".join(f"- **{_text(word)}** {_text('; '.join(text.splitlines()))}" for word, text in section.lines)
+        parts += [f"## {_text(crop(section.title, 200))}", *([said] if said else [])]
+        if section.terminal:
+            # Indented code ends at nothing that a name could hold.
+            parts.append("\n".join(f"    {line}".rstrip() for line in section.terminal.splitlines()))
         for grid in section.grids:
             rows = grid.rows()
             marks = "".join("--:|" if column.justify == "right" else "---|" for column in grid.columns)

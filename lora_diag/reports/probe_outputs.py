@@ -109,8 +109,10 @@ def _depths(caption: str, mine: Sequence[Probe], names: dict[str, str]) -> Grid:
 
 
 def _verdict(mine: Sequence[Probe], names: dict[str, str]) -> str:
-    base = next(record for record in mine if record.subject == "base")
-    tuned = next(record for record in mine if record.subject == "tuned")
+    ends = {record.subject: record for record in mine if record.subject in {"base", "tuned"}}
+    if len(ends) < 2:
+        return "not measured yet"
+    base, tuned = ends["base"], ends["tuned"]
     lines = [f"loss {base.nats:.3f} of BASE → {tuned.nats:.3f} of TUNED{noise(base)}"]
     adapters = [record for record in mine if record.subject == "adapter"]
     lines += [f"{_name(record, names)}: {_against(record)}" for record in adapters]

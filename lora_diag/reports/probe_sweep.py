@@ -7,7 +7,8 @@ from typing import Any
 
 from rich.console import Group
 
-from lora_diag.planning.sweep import AtRank, SweepVerdict, best_rates, by_rank, judge, versus
+from lora_diag.planning.sweep import AtRank, SweepVerdict, best_rates, by_rank, versus
+from lora_diag.planning.sweep import verdicts as verdicts_of
 from lora_diag.reports.columns import Column, Grid
 from lora_diag.reports.lines import answers, inputs, notes
 from lora_diag.reports.probe import ending, measured, names_of, probes
@@ -47,26 +48,13 @@ def sweep_grids(results: Results[Any]) -> list[Grid]:
     return found
 
 
-def sweep_verdicts(results: Results[Any]) -> dict[str, tuple[SweepVerdict, Probe]]:
-    """Return what the sweep comes to on each set, with BASE's record there."""
-    records, settings = probes(results), results.run.settings
-    sets = names_of(records)
-    rates = best_rates(records, sets[0], settings["seed"]) if sets else {}
-    found = {}
-    for record in records:
-        if record.subject == "base" and not record.name and record.loss is not None:
-            rows = by_rank([each for each in records if each.set == record.set], record.set, rates)
-            found[record.set] = (judge(rows, record.loss, settings["tolerance"]), record)
-    return found
-
-
 def sweep_lines(results: Results[Any]) -> list[tuple[str, str]]:
     """Return the summary: set by set, which rank is enough, and what that stands on."""
     records, settings = probes(results), results.run.settings
     sets = names_of(records)
     rates = best_rates(records, sets[0], settings["seed"]) if sets else {}
     beside = _references(records, sets, settings["seed"])
-    found = sweep_verdicts(results)
+    found = verdicts_of(records, settings["seed"], settings["tolerance"])
     verdicts = {name: verdict for name, (verdict, _) in found.items()}
     bases = {name: base for name, (_, base) in found.items()}
     told = [("Compared", "\n".join([*inputs(results.run), *notes(results.run)])), ("Measured", measured(results.run))]

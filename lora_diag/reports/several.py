@@ -1,4 +1,4 @@
-"""What a report says of several updates, of intruder dimensions and of fleets: the command's own lines and tables.
+"""What a report says of losses, of several updates, of intruder dimensions and fleets: the command's lines and tables.
 
 Both reports, HTML and Markdown, take their sections from here. Names come out ``safe``, as the terminal has them.
 """
@@ -15,6 +15,10 @@ from lora_diag.reports.fleet import fleet_grids, fleet_lines, pairs_of
 from lora_diag.reports.interference import interference_grids, interference_lines
 from lora_diag.reports.intruders import intruders_grids, intruders_lines
 from lora_diag.reports.lines import called
+from lora_diag.reports.probe import truncation_grids, truncation_lines
+from lora_diag.reports.probe_outputs import outputs_grids, outputs_lines
+from lora_diag.reports.probe_sweep import sweep_grids, sweep_lines
+from lora_diag.reports.tables import table
 from lora_diag.reports.text import safe
 from lora_diag.results import Results
 
@@ -23,6 +27,12 @@ _ELSEWHERE = {"Compared", "Left out", "Adapters"}
 
 # So many updates are named in a title.
 _NAMED = 4
+
+# Columns of the terminal whose answer stands for lines and tables.
+_TERMINAL = 118
+
+# Roles of inputs that are read and not compared.
+_TEXTS = {"data", "eval", "shifted"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,60 +44,86 @@ class Section:
         lines: Word and sentence; a sentence may have several lines.
         grids: Its tables.
         figures: Names of the figures that belong to it; of several runs of a command, to the first.
+        terminal: What the terminal shows, where that stands for lines and tables.
+        command: That measured it.
     """
 
     title: str
     lines: tuple[tuple[str, str], ...]
     grids: tuple[Grid, ...]
     figures: tuple[str, ...]
+    terminal: str = ""
+    command: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class _Kind:
-    """How the results of a command become a section."""
+    """How the results of a command become a section.
 
-    lines: Callable[[Results[Any]], list[tuple[str, str]]]
-    grids: Callable[[Results[Any]], list[Grid]]
-    figures: tuple[str, ...]
+    Args:
+        title: What they are of, in words.
+        figures: That belong to it.
+        lines: Its summary; None for what the terminal shows.
+        grids: Its tables.
+    """
+
+    title: str
+    figures: tuple[str, ...] = ()
+    lines: Callable[[Results[Any]], list[tuple[str, str]]] | None = None
+    grids: Callable[[Results[Any]], list[Grid]] = lambda results: []
 
 
-# The command of a run, and what its section has. One entry a command.
+# The command of a run, and what its section has. One line a command; losses lead.
 SEVERAL = {
-    "interference": _Kind(interference_lines, interference_grids, ("angles", "union")),
-    "intruders": _Kind(intruders_lines, intruders_grids, ("intruders",)),
+    "probe outputs": _Kind("Held-out loss and outputs", ("outputs", "depth"), outputs_lines, outputs_grids),
+    "probe sweep": _Kind("Rank sweep", ("sweep",), sweep_lines, sweep_grids),
+    "probe truncation": _Kind("Truncated update", ("truncation", "alone"), truncation_lines, truncation_grids),
+    "probe sensitivity": _Kind("Layers adapted alone"),
+    "probe curvature": _Kind("Curvature of the loss"),
+    "probe intrinsic": _Kind("Intrinsic dimension"),
+    "interference": _Kind("Several updates", ("angles", "union"), interference_lines, interference_grids),
+    "intruders": _Kind("Intruder dimensions", ("intruders",), intruders_lines, intruders_grids),
     "spectrum --adapters": _Kind(
+        "A fleet",
+        ("fleet",),
         lambda results: fleet_lines(results, pairs_of(results)),
         lambda results: fleet_grids(results, pairs_of(results)),
-        ("fleet",),
     ),
 }
 
 
 def sections_of(evidence: Evidence) -> list[Section]:
-    """Return a section for each such run, in the order in which the user named them."""
+    """Return a section for each such run, those of losses first, else in the order in which the user named them."""
     found = []
     drawn: set[str] = set()
-    for source in evidence.sources:
+    known = [source for source in evidence.sources if source.results.run.command in SEVERAL]
+    for source in sorted(known, key=lambda source: not is_of_losses(source)):
         command = source.results.run.command
-        kind = SEVERAL.get(command)
-        if kind is None:
-            continue
-        lines = tuple((word, text) for word, text in kind.lines(source.results) if word not in _ELSEWHERE)
+        kind = SEVERAL[command]
+        said = kind.lines(source.results) if kind.lines is not None else []
+        lines = tuple((word, text) for word, text in said if word not in _ELSEWHERE)
         grids = tuple(grid for grid in kind.grids(source.results) if grid.names)
-        found.append(Section(_title(source), lines, grids, () if command in drawn else kind.figures))
+        terminal = "" if kind.lines is not None else table(source.results, _TERMINAL)
+        figures = () if command in drawn else kind.figures
+        found.append(Section(_title(source), lines, grids, figures, terminal, command))
         drawn.add(command)
     return found
+
+
+def is_of_losses(source: Source) -> bool:
+    """Say whether a run measured losses of a model."""
+    return source.results.run.command.startswith("probe ")
 
 
 def named_of(source: Source) -> str:
     """Return what such a run is of: its updates, or how many adapters."""
     run = source.results.run
-    updates = [side.path for side in run.inputs if side.role != "base"]
+    compared = [side for side in run.inputs if side.role not in _TEXTS]
+    updates = [side.path for side in compared if side.role != "base"] or [side.path for side in compared]
     if run.command == "spectrum --adapters" or len(updates) > _NAMED:
         return f"{len(updates)} {'adapters' if run.command == 'spectrum --adapters' else 'updates'}"
     return " + ".join(called(updates)) or safe(source.name)
 
 
 def _title(source: Source) -> str:
-    words = {"interference": "Several updates", "intruders": "Intruder dimensions", "spectrum --adapters": "A fleet"}
-    return f"{words[source.results.run.command]}: {named_of(source)}"
+    return f"{SEVERAL[source.results.run.command].title}: {named_of(source)}"

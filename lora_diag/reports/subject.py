@@ -11,12 +11,16 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, TypeVar
 
-from lora_diag.planning.advice import Advice, advice
+from lora_diag.planning.advice import advice
 from lora_diag.planning.evidence import Evidence
 from lora_diag.planning.findings import Finding, findings
+from lora_diag.planning.step import Advice
+from lora_diag.planning.worth import Contest, contests, of
+from lora_diag.reports.lines import called
 from lora_diag.reports.overlap_summary import lines
+from lora_diag.reports.probe import gap
 from lora_diag.reports.residual import residual_lines
-from lora_diag.reports.several import SEVERAL, named_of, sections_of
+from lora_diag.reports.several import SEVERAL, is_of_losses, named_of, sections_of
 from lora_diag.reports.summary import summary_lines
 from lora_diag.reports.text import number, percent, safe
 from lora_diag.reports.tracks import tracks
@@ -78,17 +82,17 @@ class Subject:
 
 def subject_of(evidence: Evidence) -> Subject:
     """Return what the records of several runs say together."""
-    others = tuple(_several(evidence))
+    others, losses = tuple(_several(evidence)), tuple(_losses(evidence))
     usual = (_low_rank(evidence), _resolved(evidence), _limits(evidence))
-    update = any(answer.measured for answer in usual) or not others
+    weights = any(answer.measured for answer in usual) or not (others or losses)
     return Subject(
         title=_title(evidence),
-        answers=(*(usual if update else ()), *others),
+        answers=(*losses, *(usual if weights else ()), *others),
         advice=tuple(map(_safe, advice(evidence))),
         findings=tuple(map(_safe, findings(evidence))),
         missing=tuple((safe(what), safe(how)) for what, how in evidence.missing()),
         about=_about(evidence),
-        update=update,
+        update=weights or bool(losses),
     )
 
 
@@ -100,6 +104,48 @@ _ASKED = {
     "Stand out": "Which adapters stand out?",
     "Alike": "Which adapters are alike?",
 }
+
+
+# What is asked of held-out losses first, by the command that measured them.
+_LOSSES = {
+    "probe outputs": "Is the adapter as good as the full fine-tune?",
+    "probe sweep": "Which rank is enough, by training at it?",
+    "probe truncation": "What does a rank of the update keep of its gain?",
+}
+
+
+def _losses(evidence: Evidence) -> Iterator[Answer]:
+    """Yield what held-out losses say, with their paired standard errors: it leads, and weights are pointers."""
+    sections = [section for section in sections_of(evidence) if section.command in _LOSSES]
+    for command, question in _LOSSES.items():
+        of_command = [section for section in sections if section.command == command]
+        for section in of_command:
+            said = [(word, text.splitlines()) for word, text in section.lines if word.startswith("On ")]
+            if not said:
+                continue
+            # The loss of BASE and of TUNED comes first in a set's lines, and what follows from it second.
+            word, (first, *rest) = said[0]
+            lead, more = (rest[0], [first, *rest[1:]]) if rest and first.startswith("loss ") else (first, rest)
+            if command == "probe outputs" and (judged := _as_good(contests(evidence))):
+                more, lead, word = [f"{word}: {line}" for line in [first, *rest]], judged, ""
+            more += [f"{word}: {line}" for word, lines in said[1:] for line in lines]
+            more += [text for word, text in section.lines if word in {"Shifted agrees?", "Yardstick"}]
+            more += [section.title] if len(of_command) > 1 else []
+            yield Answer(question, f"{word}: {lead}" if word else lead, tuple(more))
+
+
+def _as_good(found: Sequence[Contest]) -> str:
+    """Say of the best adapter whether it does as well as the full fine-tune, and of how many it is the best."""
+    if not found:
+        return ""
+    words = {"as good": "yes", "worse": "no", "not known": "not known"}
+    word = next(word for word in words if any(contest.word == word for contest in found))
+    best = min((one for one in found if one.word == word), key=lambda one: one.worst.gap or 0.0)
+    record = best.worst
+    kept = "" if record.kept is None else f", {record.kept:.0%} of its gain"
+    others = f"; the best of {len(found)}" if len(found) > 1 else ""
+    (name,) = called([best.name])
+    return f"{words[word]}: {name} is {gap(record)} nats from it on {safe(record.set)}{kept}{others}"
 
 
 def _several(evidence: Evidence) -> Iterator[Answer]:
@@ -139,12 +185,14 @@ def _safe(item: T) -> T:
 def _title(evidence: Evidence) -> str:
     source = evidence.update or evidence.audit or next(iter(evidence.sources), None)
     inputs = source.results.run.inputs if source else ()
-    if source is not None and source.results.run.command in SEVERAL:
+    if source is not None and source.results.run.command in SEVERAL and not is_of_losses(source):
         return named_of(source)
     paths = {side.role: safe(side.path) for side in reversed(inputs)}
     tuned = paths.get("tuned") or paths.get("adapter")
     if tuned and "base" in paths:
         return f"{tuned} against {paths['base']}"
+    if source is not None and is_of_losses(source) and "base" in paths:
+        return f"{paths['base']}, trained"
     return tuned or (labels([source.name])[0] if source else "nothing")
 
 
@@ -170,9 +218,9 @@ def _low_rank(evidence: Evidence) -> Answer:
         if used is not None:
             return Answer(question, used, ("An adapter's rank is a setting: this is how much of it is used.",))
     if evidence.audit is not None:
-        return Answer(
-            question, dict(residual_lines(evidence.audit.results)).get("Low rank?", "nothing was held against it")
-        )
+        told = dict(residual_lines(evidence.audit.results)).get("Low rank?", "nothing was held against it")
+        first, *more = told.splitlines()
+        return Answer(question, first, tuple(more))
     return Answer(question, "not measured: loradiag spectrum BASE FULL_FT answers it", measured=False)
 
 
@@ -192,7 +240,7 @@ def _limits(evidence: Evidence) -> Answer:
     if evidence.adapter is not None and evidence.audit is not None:
         said = dict(residual_lines(evidence.audit.results))
         first, *others = said["Limited by"].splitlines()
-        return Answer(question, first, (*others, *said["Distance"].splitlines(), EPSILON))
+        return Answer(question, first, (*others, *said["Distance"].splitlines(), EPSILON, *_pointer(evidence)))
     for source in evidence.of(Overlap):
         said = dict(lines(source.results, tracks(source.results)))
         first, *others = said["Inside?"].splitlines()
@@ -200,6 +248,11 @@ def _limits(evidence: Evidence) -> Answer:
             question, first, (*others, *said.get("Reach", "").splitlines(), "Overlap shows direction, not quality.")
         )
     return Answer(question, "not measured: loradiag residual BASE FULL_FT ADAPTER answers it", measured=False)
+
+
+def _pointer(evidence: Evidence) -> list[str]:
+    """Say what ε is worth where the loss is known."""
+    return ["A pointer only: the held-out loss, above, decides."] if any(of(evidence, "outputs")) else []
 
 
 def certificates(evidence: Evidence) -> list[tuple[str, str]]:

@@ -1,0 +1,152 @@
+"""Planted losses: each rule speaks where its evidence is, leads those on weights, and is silent without it."""
+
+import pytest
+
+from lora_diag.planning.advice import advice
+from lora_diag.planning.worth import contests
+from lora_diag.results import End, Probe, Results, Run, RunInput
+from tests.planning.test_advice import evidence, model, told
+from tests.reports.making import flat_to
+
+
+def probe(kind, subject, loss, *, name="own", shifted=False, **more):
+    return Probe(probe=kind, set=name, shifted=shifted, subject=subject, tokens=9, data="0", loss=loss, **more)
+
+
+def run(command, records, **settings):
+    sides = (("base", "my base"), ("tuned", "full"), ("eval", "own.txt"))
+    inputs = tuple(RunInput(role=role, path=path, kind="", tensors=1) for role, path in sides)
+    end = End(layers=0, left_out=0, fro=None, base_fro=None)
+    return Results(Run(command=command, version="0", inputs=inputs, settings=settings), (), (), end, tuple(records))
+
+
+def outputs(adapters, base=2.0, tuned=1.0, error=0.01, sets=("own",), shifted=()):
+    """TUNED gains 1 nat; ``adapters`` gives the gap of each, or one a set."""
+    records = []
+    for place, name in enumerate((*sets, *shifted)):
+        where = {"name": name, "shifted": name in shifted}
+        records.append(probe("outputs", "base", base, gap=base - tuned, gap_error=0.02, **where))
+        records.append(probe("outputs", "tuned", tuned, gap=0.0, gap_error=0.0, **where))
+        for path, gaps in adapters.items():
+            gap = gaps if isinstance(gaps, float) else gaps[place]
+            more = {"gap": gap, "gap_error": error, "kept": 1 - gap / (base - tuned)}
+            record = probe("outputs", "adapter", tuned + gap, **more, **where)
+            records.append(record.model_copy(update={"name": path}))
+    return run("probe outputs", records)
+
+
+def sweep(losses, base=2.0, own=None, shifted=None, spread=0.001):
+    """``losses`` by rank, two seeds ``spread`` apart; ``shifted`` the same on a shifted set whose BASE is ``own``."""
+    records = []
+    for name, given, start in (("own", losses, base), ("other", shifted or {}, own)):
+        if given:
+            where = {"name": name, "shifted": name == "other"}
+            records.append(probe("sweep", "base", start, **where))
+            records += [
+                probe("sweep", "lora", loss + seed * spread, rank=rank, lr=1e-3, seed=seed, **where)
+                for rank, loss in given.items()
+                for seed in (0, 1)
+            ]
+    return run("probe sweep", records, seed=0, tolerance=0.02)
+
+
+def truncation(kept, base=2.0, tuned=1.0, gain_error=0.02, **settings):
+    records = [
+        probe("truncation", "base", base, gap=base - tuned, gap_error=gain_error),
+        probe("truncation", "tuned", tuned, gap=0.0, gap_error=0.0),
+    ]
+    for rank, share in kept.items():
+        loss = base - share * (base - tuned)
+        more = {"gap": loss - tuned, "gap_error": 0.01, "kept": share, "energy": share / 2}
+        records.append(probe("truncation", "truncated", loss, rank=rank, **more))
+    return run("probe truncation", records, **{"rest": "tuned", "layers": None, "exclude": None, **settings})
+
+
+def words(*results):
+    return {contest.name: contest.word for contest in contests(evidence(*results))}
+
+
+def test_an_adapter_is_as_good_where_two_errors_against_it_leave_nine_tenths_of_the_gain():
+    # TUNED gains 1.0: 0.07 + 2 × 0.01 is within a tenth of it, 0.09 + 2 × 0.01 is not.
+    assert words(outputs({"a": 0.07, "b": 0.09, "c": -0.2})) == {"a": "as good", "b": "worse", "c": "as good"}
+    assert words(outputs({"a": 0.09}, error=0.05)) == {"a": "not known"}
+    assert words(outputs({"a": 0.0}, error=0.2)) == {"a": "not known"}  # no difference seen, and none excluded
+    # On every set, but for shifted ones.
+    assert words(outputs({"a": (0.0, 0.5)}, sets=("own", "two"))) == {"a": "worse"}
+    assert words(outputs({"a": (0.0, 0.5)}, shifted=("two",))) == {"a": "as good"}
+    # Where the fine-tune itself gains nothing, nothing can be as good.
+    assert words(outputs({"a": 0.0}, base=1.01, error=0.001)) == {"a": "not known"}
+
+
+def test_an_adapter_that_does_as_well_ends_the_advice_whatever_weights_say():
+    flat = model(flat_to(40, 512))
+    assert told(flat) == ["raise rank everywhere"]
+    (step,) = advice(evidence(flat, outputs({"runs/a": 0.3, "runs/b": -0.02})))
+    assert (step.rule, step.do) == (
+        "keep the adapter",
+        "Nothing: runs/b does as well as the full fine-tune on held-out text",
+    )
+    assert "-0.0200 ± 0.01 nats from the full fine-tune on own, 102% of its gain" in step.because
+    assert step.command == "loradiag gate init 'probe outputs.jsonl' -o policy.toml"
+
+
+def test_a_gap_leads_and_weights_follow():
+    steps = advice(evidence(model(flat_to(40, 512)), outputs({"a": 0.3, "b": 0.2})))
+    assert [step.rule for step in steps] == ["close the gap", "raise rank everywhere"]
+    assert steps[0].do == "Close a gap of +0.2000 ± 0.01 nats to the full fine-tune"
+    assert "the best of 2" in steps[0].because
+    assert told(outputs({"a": 0.09}, error=0.05)) == ["measure more"]
+
+
+def test_a_sweep_names_the_rank_and_weights_are_not_asked_for_one():
+    steep = sweep({4: 1.5, 8: 1.2, 16: 1.1, 64: 1.099})
+    steps = advice(evidence(model(flat_to(40, 512)), steep))
+    assert [(step.rule, step.do) for step in steps] == [("sweep: gradual decline", "Train at r=16")]
+    assert "smallest rank of 4, 8, 16, 64 within 0.018 nats of the best (r=64)" in steps[0].because
+    assert steps[0].command == "loradiag plan 'my base'"
+    (last,) = advice(evidence(sweep({4: 1.5, 8: 1.2, 16: 1.1})))
+    assert last.do == "Train at r=16, and try higher ones: the loss still falls there"
+    (fast,) = advice(evidence(sweep({4: 1.1, 8: 1.099, 16: 1.098})))
+    assert (fast.rule, fast.do) == ("sweep: fast saturation", "Train at r=4")
+
+
+@pytest.mark.parametrize(
+    ("swept", "rule", "do"),
+    [
+        (sweep({4: 2.1, 8: 2.2}), "sweep: no gain", "Change the training before the rank"),
+        (sweep({4: 1.50, 8: 1.51}, spread=0.2), "sweep: noisy", "Sweep again with more seeds or steps"),
+    ],
+)
+def test_a_sweep_that_names_no_rank_leaves_it_to_the_weights(swept, rule, do):
+    steps = advice(evidence(model(flat_to(40, 512)), swept))
+    assert [step.rule for step in steps] == [rule, "raise rank everywhere"]
+    assert steps[0].do.startswith(do)
+
+
+def test_a_shifted_set_is_asked_apart():
+    losses = {4: 1.1, 8: 1.099, 16: 1.098}
+    worse = advice(evidence(sweep(losses, own=1.0, shifted={4: 1.2, 8: 1.3, 16: 1.4})))
+    assert [step.rule for step in worse] == ["sweep: fast saturation", "mind the shift"]
+    assert "Least at r=4, by 0.2 nats" in worse[1].because
+    more = advice(evidence(sweep(losses, own=2.0, shifted={4: 1.5, 8: 1.3, 16: 1.1})))
+    assert more[1].do == "Take r=16 if other matters: r=4 is enough on own only"
+    assert told(sweep(losses, own=2.0, shifted=losses)) == ["sweep: fast saturation"]
+
+
+def test_a_truncation_names_the_rank_that_ships_the_fine_tune_itself():
+    (step,) = advice(evidence(truncation({0: 0.2, 4: 0.5, 16: 0.93, 64: 0.99})))
+    assert (step.rule, step.do) == ("compress", "To ship the full fine-tune as an adapter, cut it to r=16; no training")
+    assert (
+        "keeps 93% of the gain on own (loss +0.0700 ± 0.01 to the full fine-tune), while C(16) = 0.47" in step.because
+    )
+    assert step.command == "loradiag extract 'my base' full --rank 16 --rest save -o adapter/"
+    (bare,) = advice(evidence(truncation({4: 0.95}, rest="base")))
+    assert "--rest" not in bare.command
+
+
+def test_silence_without_evidence():
+    assert told(truncation({4: 0.5})) == []
+    assert told(truncation({4: 0.99}, gain_error=0.9)) == []  # the fine-tune's own gain is noise
+    assert told(truncation({4: 0.99}, layers="mlp")) == []
+    assert told(sweep({4: 1.5})) == []
+    assert told(run("probe outputs", [])) == []

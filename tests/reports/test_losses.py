@@ -1,0 +1,157 @@
+"""Losses in the report: they lead, in any mix of runs; every number is a record's; names of sets stay text."""
+
+import csv
+import io
+import itertools
+
+import pytest
+from markdown_it import MarkdownIt
+
+from lora_diag.reports.html import html_report
+from lora_diag.reports.markdown import markdown_report
+from lora_diag.reports.static import pictures_of
+from lora_diag.reports.tabular import to_csv, to_parquet
+from lora_diag.results import End, Results, Run, RunInput
+from tests.plots import making
+from tests.reports.test_html import HOSTILE, Elements, evidence, small
+
+SETTINGS = {
+    "length": 32,
+    "dtype": "float32",
+    "device": "cpu",
+    "tokens": "bytes",
+    "batch": 8,
+    "steps": 9,
+    "seed": 0,
+    "tolerance": 0.02,
+    "targets": "all-linear",
+    "alpha_over_rank": 2,
+    "optimizer": "AdamW",
+    "rest": "tuned",
+    "layers": None,
+    "exclude": None,
+}
+
+
+def run(command, records, *more, base="models/base"):
+    sides = [("base", base), ("tuned", "models/full"), *more, ("eval", "held_out.txt")]
+    inputs = tuple(RunInput(role=role, path=path, kind="folder", tensors=1) for role, path in sides)
+    end = End(layers=0, left_out=0, fro=None, base_fro=None)
+    return Results(Run(command=command, version="0", inputs=inputs, settings=SETTINGS), (), (), end, tuple(records))
+
+
+def outputs(sets=("held_out", "other"), gaps=(0.3, 0.01)):
+    records = []
+    adapters = [f"runs/lora_{i}" for i in range(len(gaps))]
+    for place, name in enumerate(sets):
+        where = {"name": name, "shifted": place > 0}
+
+        def one(subject, path, gap, where=where, **more):
+            record = making.probe("outputs", subject, 1.2345 + gap, gap=gap, gap_error=0.0123, **where, **more)
+            return record.model_copy(update={"name": path})
+
+        records.append(one("base", "", 0.8, kept=0.0, distance=1.0, kl=0.5, agreement=0.4, hidden=(None, 1.0, 1.0)))
+        records.append(one("tuned", "", 0.0, kept=1.0, distance=0.0, kl=0.0, agreement=1.0, hidden=(None, 0.0, 0.0)))
+        for path, gap in zip(adapters, gaps, strict=True):
+            kept = 1 - gap / 0.8
+            more = {"kept": kept, "distance": 0.654, "kl": 0.21, "agreement": 0.83, "hidden": (None, 0.9, 0.777)}
+            records.append(one("adapter", path, gap, **more))
+    return run("probe outputs", records, *(("adapter", path) for path in adapters))
+
+
+KINDS = {
+    "outputs": outputs,
+    "sweep": lambda: run("probe sweep", making.swept()),
+    "truncation": lambda: run("probe truncation", making.truncated()),
+}
+QUESTIONS = {
+    "outputs": "Is the adapter as good as the full fine-tune?",
+    "sweep": "Which rank is enough, by training at it?",
+    "truncation": "What does a rank of the update keep of its gain?",
+}
+MIXES = [mix for size in (1, 2, 3) for mix in itertools.combinations(KINDS, size)]
+
+
+@pytest.mark.parametrize("also", [False, True], ids=["alone", "with weights"])
+@pytest.mark.parametrize("mix", MIXES, ids="-".join)
+def test_losses_lead_in_any_mix(mix, also):
+    runs = evidence(*(small() if also else ()), *(KINDS[name]() for name in mix))
+    page, text = html_report(runs, pictures_of(runs) if len(mix) == 1 else [], "now"), markdown_report(runs)
+    for shown in (" ".join(Elements(page).words), text):
+        asked = [question for question in QUESTIONS.values() if question in shown]
+        assert asked == [QUESTIONS[name] for name in KINDS if name in mix]
+        places = [shown.index(question) for question in asked]
+        assert places == sorted(places)
+        assert ("Is the update low-rank?" in shown) == also
+        if also:
+            assert places[-1] < shown.index("Is the update low-rank?")
+        assert shown.count("What to do next") == 1
+        assert "no held-out loss" not in shown
+    if len(mix) == 1 and mix[0] != "outputs":
+        assert f"Figure of {mix[0]}" in page
+    assert ("A pointer only: the held-out loss, above, decides." in text) == (also and "outputs" in mix)
+
+
+def test_without_losses_the_page_says_what_would_measure_them():
+    assert "no held-out loss" in markdown_report(evidence(*small()))
+
+
+def test_the_first_sentence_says_whether_an_adapter_does_as_well_with_its_error():
+    assert "yes: lora_1 is +0.0100 ±0.012 nats from it on held_out, 99% of its gain; the best of 2" in " ".join(
+        Elements(html_report(evidence(outputs()))).words
+    )
+    assert "no: lora_0 is +0.3000 ±0.012 nats from it" in " ".join(
+        Elements(html_report(evidence(outputs(gaps=(0.3,))))).words
+    )
+
+
+def test_the_tables_have_the_numbers_of_the_records():
+    page = html_report(evidence(outputs(), KINDS["truncation"](), KINDS["sweep"]()))
+    words = Elements(page).words
+    for record in outputs().whole:
+        assert f"{record.loss:.4f}" in words
+    for record in KINDS["truncation"]().whole:
+        assert f"{record.loss:.4f}" in words
+        assert record.energy is None or f"{record.energy:.2f}" in words
+    # The hidden states, depth by depth; where TUNED has BASE's there is no distance.
+    assert {"0 (input)", "same", "0.90", "0.78"} <= set(words)
+    assert {"0.654", "83%", "0.21"} <= set(words)
+
+
+def test_rows_of_csv_and_parquet_are_the_records_unrounded():
+    pd = pytest.importorskip("pandas")
+    pytest.importorskip("pyarrow")
+    runs = evidence(outputs(), KINDS["truncation"]())
+    rows = list(csv.DictReader(io.StringIO(to_csv(runs))))
+    records = [record for source in runs.sources for record in source.results.whole]
+    assert [float(row["loss"]) for row in rows] == [record.loss for record in records]
+    assert rows[2]["hidden"] == "[null, 0.9, 0.777]"
+    frame = pd.read_parquet(io.BytesIO(to_parquet(runs)))
+    assert frame["loss"].tolist() == [record.loss for record in records]
+    assert frame["gap_error"].tolist() == [record.gap_error for record in records]
+
+
+def test_hostile_names_of_sets_and_adapters_stay_text():
+    evil = outputs(sets=HOSTILE[:3])
+    runs = evidence(
+        evil,
+        run("probe sweep", making.swept(sets=HOSTILE[3:5])),
+        run("probe truncation", making.truncated(sets=HOSTILE)),
+    )
+    seen = Elements(html_report(runs, pictures_of(runs)))
+    assert not {"b", "a"} & {tag for tag, a in seen.seen if "href" in a and "x.example" in a["href"]}
+    assert sum(tag == "script" for tag, _ in seen.seen) == 0  # no layers, no script
+    assert not [a for tag, a in seen.seen if "onerror" in a]
+    rendered = Elements(MarkdownIt("commonmark").enable("table").render(markdown_report(runs)))
+    assert not {"script", "img", "b", "a"} & {tag for tag, _ in rendered.seen}
+    assert "".join(rendered.words).count("alert(1)") > 2
+
+
+def test_an_unfinished_run_is_shown_as_far_as_it_got():
+    whole = outputs()
+    for count in range(len(whole.whole) + 1):
+        cut = Results(whole.run, (), (), None, whole.whole[:count])
+        assert "did not finish" in " ".join(Elements(html_report(evidence(cut))).words)
+    for name in ("sweep", "truncation"):
+        cut = Results(KINDS[name]().run, (), (), None, KINDS[name]().whole[:1])
+        assert markdown_report(evidence(cut))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
@@ -155,12 +156,29 @@ def _again(delta: StoredDelta, wide: torch.dtype) -> Iterator[Tensor]:
 
 
 def on_device(compute: Callable[[torch.device], T], device: torch.device) -> tuple[T, str]:
-    """Compute on a device, and on the CPU where that is out of memory; return the result and words for the record."""
+    """Compute on a device, and on the CPU where that is out of memory; return the result and words for the record.
+
+    Raises:
+        MemoryLimitError: This machine has no memory left.
+    """
+    with _allocations_told():
+        try:
+            return compute(device), ""
+        except torch.cuda.OutOfMemoryError:
+            torch.cuda.empty_cache()
+            return compute(torch.device("cpu")), f" on the CPU: out of memory on {device}"
+
+
+@contextmanager
+def _allocations_told() -> Iterator[None]:
+    """Make a message of an allocation that fails."""
     try:
-        return compute(device), ""
-    except torch.cuda.OutOfMemoryError:
-        torch.cuda.empty_cache()
-        return compute(torch.device("cpu")), f" on the CPU: out of memory on {device}"
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
+            way = "give --memory less than this machine has, or --workers 1"
+            raise MemoryLimitError(f"there is no memory left for it; {way}") from error
+        raise
 
 
 def _in_base(side: Side, shape: tuple[int, int]) -> str:

@@ -180,7 +180,8 @@ def test_bad_entries_in_added_rows_and_in_the_base_of_an_adapter_are_named(tmp_p
     side = Side(base, "w")
     matrix = torch.zeros(4, 3)
     matrix[2, 1] = torch.inf
-    object.__setattr__(base, "read", lambda name, start, stop: matrix.reshape(-1)[start:stop])
+    spans = lambda name, each: (matrix.reshape(-1)[start:stop] for start, stop in each)  # noqa: E731
+    object.__setattr__(base, "read_each", spans)
     delta = DenseDelta("w", (4, 3), lambda: torch.ones(4, 3), (None, "float32"), side)
     assert load_change(delta, torch.device("cpu")).non_finite == "BASE holds inf at [2, 1]"
 

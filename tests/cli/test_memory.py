@@ -1,0 +1,125 @@
+"""``--memory``: under a hard limit of the system, what it says, and that the numbers are those of a run without it."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from tests.conftest import ROOT, Ran, as_numpy, save_model
+
+NAME, SMALL = "model.layers.0.mlp.up_proj.weight", "model.layers.0.self_attn.q_proj.weight"
+MEMORY = "510MB"  # 369 of them for the program; ΔW of NAME in float32 has 184, its Gram matrix and reading it 60
+
+# Prints how much address space a run takes whose matrices are small: torch alone maps hundreds of megabytes.
+PLAIN = """
+import atexit, sys
+atexit.register(lambda: print(open("/proc/self/status").read().split("VmPeak:")[1].split()[0], file=sys.stderr))
+base, tuned = "sample_checkpoints/base", "sample_checkpoints/full_ft"
+sys.argv = ["loradiag", "spectrum", base, tuned, "--layers", "layers.0", "-q"]
+from lora_diag.cli import main
+main()
+"""
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    """A bf16 pair of a large and a small matrix."""
+    folder = tmp_path_factory.mktemp("memory")
+    rng = torch.Generator().manual_seed(0)
+    before, after = {}, {}
+    for name, (m, n) in {NAME: (90000, 512), SMALL: (96, 80)}.items():
+        base = torch.randn(m, n, generator=rng) * 0.02
+        low = torch.randn(m, 12, generator=rng) @ (torch.randn(12, n, generator=rng) * 1e-3)
+        before[name], after[name] = base.bfloat16(), (base + low).bfloat16()
+    return save_model(folder / "base", before), save_model(folder / "tuned", after), before, after
+
+
+@pytest.fixture(scope="module")
+def limited():
+    """Run the command with so many MiB of address space besides what a run on nothing large has."""
+    # One arena: each thread's own would reserve 64 MiB of address space that nothing uses.
+    env = {**os.environ, "NO_COLOR": "1", "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"}
+    plain = subprocess.run([sys.executable, "-c", PLAIN], capture_output=True, text=True, cwd=ROOT, env=env, check=True)
+    size = int(plain.stderr.split()[-1])
+
+    def run(extra, *words) -> Ran:
+        command = f'ulimit -v {size + extra * 1024}; exec "$@"'
+        words = ["sh", "-c", command, "sh", sys.executable, "-m", "lora_diag", *map(str, words)]
+        done = subprocess.run(words, capture_output=True, text=True, env=env, check=False, timeout=300)
+        assert "Traceback" not in done.stderr, done.stderr
+        return Ran(done.returncode, done.stdout, done.stderr)
+
+    return run
+
+
+def test_a_matrix_larger_than_a_hard_limit_is_measured(pair, limited):
+    base, tuned, before, after = pair
+    assert 4 * before[NAME].numel() > 64 * 2**20
+    without = limited(64, "spectrum", base, tuned, "--json")
+    assert without.code == 3
+    assert f"error: {NAME}: there is no memory left for it; give --memory less" in without.err
+    ran = limited(64, "spectrum", base, tuned, "--memory", MEMORY, "--json")
+    assert ran.code == 0, ran.err
+    large, small = (next(r for r in ran.records if r.get("layer") == name) for name in (NAME, SMALL))
+    assert (large["method"], large["blocks"], large["complete"]) == ("gram", 44, True)
+    assert small["blocks"] is None
+    delta = as_numpy(after[NAME]) - as_numpy(before[NAME])
+    true = np.sqrt(np.linalg.eigvalsh(delta.T @ delta)[::-1].clip(0))
+    assert np.abs(np.array(large["s"]) - true).max() <= 1e-7 * true[0]
+    assert large["fro"] == pytest.approx(np.sqrt((true**2).sum()), rel=1e-9)
+
+
+def test_the_records_are_those_of_a_run_without_a_limit(pair, loradiag, tmp_path):
+    base, tuned, *_ = pair
+    for words in ([], ["--top", "12"]):
+        plain = loradiag("spectrum", base, tuned, "--json", *words).records
+        blocks = loradiag("spectrum", base, tuned, "--json", "--memory", MEMORY, *words).records
+        assert [r["record"] for r in plain] == [r["record"] for r in blocks]
+        for one, two in zip(plain, blocks, strict=True):
+            assert one.keys() == two.keys()
+            if one["record"] == "spectrum":
+                assert (one["method"], one["fro"], one["resolution"]["rounding_fro"]) == (
+                    two["method"],
+                    two["fro"],
+                    two["resolution"]["rounding_fro"],
+                )
+                assert two["s"] == pytest.approx(one["s"], rel=1e-5, abs=1e-7 * one["s"][0])
+                assert two["rank_at"] == one["rank_at"]
+
+
+def test_a_layer_that_fits_by_no_method_is_left_out_with_the_way_out(tmp_path, loradiag):
+    rng = torch.Generator().manual_seed(0)
+    before = {NAME: torch.randn(4500, 4200, generator=rng).bfloat16(), SMALL: torch.randn(96, 80, generator=rng)}
+    after = {name: (value.float() + 0.01).to(value.dtype) for name, value in before.items()}
+    base, tuned = save_model(tmp_path / "base", before), save_model(tmp_path / "tuned", after)
+    ran = loradiag("spectrum", base, tuned, "--memory", MEMORY, "-o", tmp_path / "r.jsonl", env={"COLUMNS": "200"})
+    assert ran.code == 3
+    assert f"error: {NAME}: 4500x4200: --memory leaves 141 MB for a layer, and all values take 2" in ran.err
+    assert "give more, or --top 64" in ran.err
+    assert "larger than --memory" in ran.out
+    records = [json.loads(line) for line in (tmp_path / "r.jsonl").read_text().splitlines()]
+    assert [r["layer"] for r in records if r["record"] == "spectrum"] == [SMALL]
+    (left,) = [r for r in records if r["record"] == "left_out"]
+    delta = as_numpy(after[NAME]) - as_numpy(before[NAME])
+    assert left["reason"] == "memory"
+    assert left["fro"] == pytest.approx(np.linalg.norm(delta), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--memory", "8"], "--memory 8: give a size with its unit, such as 2GB"),
+        (["--memory", "lots"], "--memory lots: give a size with its unit"),
+        (["--memory", "-1GB"], "--memory -1GB: give a size with its unit"),
+        (["--memory", "400MB"], "--memory 400MB: the program alone takes 369 MB; give 504MB or more"),
+        (["--memory", "1GB", "--workers", "9"], "give 1578MB or more"),
+    ],
+)
+def test_sizes_that_make_no_sense_are_refused(loradiag, words, said):
+    ran = loradiag("spectrum", "sample_checkpoints/base", "sample_checkpoints/full_ft", *words, cwd=ROOT)
+    assert ran.code == 2
+    assert said in ran.err

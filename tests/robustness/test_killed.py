@@ -4,8 +4,6 @@ import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +12,6 @@ import pytest
 
 import lora_diag
 from lora_diag.results import read_results
-from tests.conftest import ROOT
 from tests.robustness.conftest import Commands, Ended
 
 
@@ -103,7 +100,7 @@ def moments(case: Case, most: int) -> list[int]:
 
 def test_killed_at_a_step(case: Case) -> None:
     writes = case.undisturbed.steps.count("written")
-    for at in moments(case, 5):
+    for at in moments(case, 3):
         place = case.fresh()
         assert case.run(place, at=at).code == -signal.SIGKILL
         done = kept(case.folder / place)
@@ -114,28 +111,12 @@ def test_killed_at_a_step(case: Case) -> None:
 
 
 def test_killed_over_and_over_at_random_moments(command: Commands, model: Path, tmp_path: Path) -> None:
-    """Twelve layers of 10 ms, and a process that is killed after 20 to 150 ms until one gets through."""
+    """Layers of 30 ms, and processes that are killed after 20 to 150 ms."""
     case = Case("spectrum", command, model, tmp_path)
     rng, place = random.Random(0), case.fresh()
-    codes = [case.run(place, "--resume", after=rng.uniform(0.02, 0.15), slow=0.03).code for _ in range(12)]
+    codes = [case.run(place, "--resume", after=rng.uniform(0.02, 0.15), slow=0.03).code for _ in range(8)]
     assert -signal.SIGKILL in codes
     case.goes_on(place)
-
-
-def test_a_real_process_is_killed(model: Path, tmp_path: Path) -> None:
-    """Not a child of ours: the program as a shell starts it, killed when its third line is there."""
-    words = [sys.executable, "-m", "lora_diag", *words_of("spectrum", model), "--workers", "1", "-q"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen([*words, "-o", "cut", "--json"], cwd=tmp_path, env=environment, stdout=subprocess.PIPE)
-    assert process.stdout is not None
-    lines = [process.stdout.readline() for _ in range(3)]
-    process.kill()
-    process.communicate()
-    assert lines[2].startswith(b'{"record":"spectrum"')
-    for output, more in (("cut", ["--resume"]), ("whole", [])):
-        run = subprocess.run([*words, "-o", output, *more], cwd=tmp_path, env=environment, check=False)
-        assert run.returncode == 3  # a layer is not finite
-    assert (tmp_path / "cut").read_bytes() == (tmp_path / "whole").read_bytes()
 
 
 @pytest.mark.parametrize("name", ["residual", "interference", "overlap"])

@@ -1,0 +1,114 @@
+"""Damaged inputs of every kind: a result or one message, in bounded time and memory, and nothing half-written.
+
+The same inputs each time; ``make fuzz`` tries others for as long as it is told.
+"""
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT
+from tests.robustness.children import judge
+from tests.robustness.kinds import KINDS
+from tests.robustness.mutate import damaged_json, damaged_results, damaged_safetensors, damaged_toml
+
+
+def fuzz(*words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "tests.robustness", *words],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_damaged_inputs_of_every_kind() -> None:
+    done = fuzz("--inputs", "12", "--seed", "2026")
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-3000:]
+    told = json.loads(done.stdout.splitlines()[-1])
+    assert set(told["tried"]) == set(KINDS)
+    assert told["findings"] == 0
+    assert told["all"] > 130
+
+
+def test_the_same_seed_gives_the_same_inputs(tmp_path: Path) -> None:
+    for how, content in (
+        (damaged_json, b'{"a": [1, {"b": 2.5}], "c": "d"}'),
+        (damaged_results, b'{"record":"run"}\n{"record":"end"}\n'),
+        (damaged_toml, b'[[rule]]\nname = "x"\n'),
+        (damaged_safetensors, (16).to_bytes(8, "little") + b'{"w": {"x": 1}} ' + bytes(16)),
+    ):
+        made = [[how(content, random.Random(f"{seed}")) for seed in range(200)] for _ in range(2)]
+        assert made[0] == made[1]
+        assert len(set(made[0])) > 60
+
+
+# --- the judge itself, which must be able to fail --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "out", "err", "problem"),
+    [
+        (["inspect"], 1, "", "error: x", "exit code 1"),
+        (["inspect"], 3, "", "Traceback (most recent call last)", "a traceback"),
+        (["inspect"], 3, "", "", "without a word"),
+        (["inspect"], 0, "a\x1b[31mb", "", "control characters"),
+        (["inspect"], 3, "", "error: x\n", ""),
+        (["gate"], 1, "FAILED\n", "", ""),
+    ],
+)
+def test_the_judge(words: list[str], code: int, out: str, err: str, problem: str) -> None:
+    found = judge(words, code, out, err)
+    assert (problem in found) if problem else not found
+
+
+BROKEN = """
+import json, os, sys, time
+from pathlib import Path
+from tests.robustness import children
+def prepare(kind, number, seed, whole, at):
+    at.mkdir()
+    os.chdir(at)
+    return ["inspect", str(number)]
+def cli(words):
+    match int(words[1]):
+        case 0: return 0, "fine", ""
+        case 1: raise ValueError("a bug")
+        case 2: bytearray(1 << 31)
+        case 3: os.abort()
+        case 4:
+            while True: pass
+        case 5:
+            Path(".half").write_text("x")
+            return 3, "", "error: x"
+    return 0, "", ""
+children.prepare, children.cli, children.SECONDS = prepare, cli, 0.2
+children.MEMORY = 1 << 29
+os.close(2)
+done, found = children.run_batch("any", range(7), 0, Path(sys.argv[1]))
+print(json.dumps([done, [[one.number, one.problem] for one in found]]))
+"""
+
+
+def test_what_a_child_does_wrong_is_found(tmp_path: Path) -> None:
+    """A bug, too much memory, an abort, an endless loop, a half-written file; and what comes after them is tried."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    ran = subprocess.run(
+        [sys.executable, "-c", BROKEN, str(tmp_path)], cwd=ROOT, env=environment, capture_output=True, check=True
+    )
+    done, found = json.loads(ran.stdout)
+    assert done == 7
+    told = dict(found)
+    assert sorted(told) == [1, 2, 3, 4, 5]
+    assert "ValueError: a bug" in told[1]
+    assert "took more than 512 MiB" in told[2]
+    assert "SIGABRT" in told[3]
+    assert "took more than 0.2 s" in told[4]
+    assert "left .half behind" in told[5]

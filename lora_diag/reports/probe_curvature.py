@@ -155,7 +155,7 @@ def _loss(joint: Curvature) -> str:
 def _curvature(joint: Curvature) -> str:
     first, *others = joint.eigenvalues
     after = f" (then {', '.join(map(number, others[:4]))})" if others else ""
-    lines = [f"largest eigenvalue λ = {number(first)}{after}, within {number(joint.residual or 0.0)} of one"]
+    lines = [f"largest eigenvalue λ = {number(first)}{after}; residual ‖Hv − λv‖ {number(joint.residual or 0.0)}"]
     if joint.smallest is not None:
         bent = "bends down in some directions: not convex there" if joint.smallest < 0 else "is convex there"
         lines.append(f"smallest μ = {number(joint.smallest)}: the loss {bent}")

@@ -24,7 +24,7 @@ def intrinsic(
     ranks: Annotated[str, typer.Option(metavar="R,R,...", help="LoRAs beside it; '' for none.")] = "1,2,4,8",
     lr: Annotated[
         str, typer.Option(metavar="X,X,...", help="Rates of the subspaces, as full fine-tuning would move.")
-    ] = "3e-4,1e-3,3e-3",
+    ] = "1e-3,3e-3,1e-2",
     full_lr: Annotated[str, typer.Option(metavar="X,X,...", help="Of full fine-tuning.")] = "1e-4,3e-4,1e-3",
     lora_lr: Annotated[str, typer.Option(metavar="X,X,...", help="Of LoRA.")] = "1e-3,3e-3,1e-2",
     steps: Annotated[int, typer.Option(metavar="N", help="Updates of a run.")] = 100,

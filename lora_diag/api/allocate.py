@@ -59,7 +59,8 @@ def allocate(
         target: Only layers whose name contains a match; None for matrices other than embeddings, head and routers.
         exclude: No layers whose name contains a match.
         weights: Factor of each layer's energy, by name (``default`` for the others), or a JSON file of such; or what
-            ``probe sensitivity`` measured: the gain of each layer alone per energy that the rank trained captures.
+            ``probe sensitivity`` measured: the gain of each layer alone per energy that the rank trained captures; or
+            what ``probe fisher`` measured: then Σ F_ℓ(r_ℓ) is made small instead of energy large.
         relative: Count every layer's energy as 1: maximise Σ C(r) and not Σ‖ΔW‖²C(r).
         optimizer: ``adamw``, ``adamw8bit``, ``sgd`` or ``sgd_momentum``; for ``memory``.
         dtype: Of the adapter and its gradients; for ``memory``.
@@ -83,7 +84,9 @@ def allocate(
     budget = _budget(params, total_rank, memory, energy, match, training)
     constraints = Constraints(min_rank, max_rank, tuple(sorted(set(ranks_from))) if ranks_from is not None else None)
     spectra, described = _spectra(results, allow_unfinished)
-    factors, of_weights = _factors(weights, spectra, allow_unfinished)
+    factors, losses, of_weights = _factors(weights, spectra, allow_unfinished)
+    if losses is not None and relative:
+        raise UsageError("--relative: counts every layer's energy as 1, and --weights of probe fisher counts no energy")
     chosen = plan_ranks(
         spectra.layers,
         budget,
@@ -92,6 +95,7 @@ def allocate(
         relative,
         target,
         exclude,
+        losses,
     )
     run = Run(
         command="allocate",
@@ -107,6 +111,7 @@ def allocate(
             "exclude": exclude,
             "weights": weights if isinstance(weights, Mapping) else None if weights is None else legible(weights),
             "relative": relative,
+            **({"metric": metric} if (metric := spectra.layers[0].metric) != "weights" else {}),
             "optimizer": optimizer if memory is not None else None,
             "dtype": dtype if memory is not None else None,
         },
@@ -251,19 +256,19 @@ def _spectra(results: Results[Spectrum] | Path | str, allow_unfinished: bool) ->
 
 def _factors(
     given: Mapping[str, float] | Path | str | None, spectra: Results[Spectrum], allow_unfinished: bool
-) -> tuple[dict[str, float] | None, tuple[RunInput, ...]]:
-    """Return the factor of every layer, and what it was made of if that is a results file.
+) -> tuple[dict[str, float] | None, dict[str, tuple[float, ...]] | None, tuple[RunInput, ...]]:
+    """Return the factor of every layer, what takes the place of energies, and the results file that says so.
 
     Raises:
         UsageError: See ``_weights``.
         InputError: The file cannot be read, or is unfinished.
     """
     if given is None or isinstance(given, Mapping) or not is_results_file(given):
-        return _weights(given, spectra), ()
+        return _weights(given, spectra), None, ()
     from lora_diag.api.measured_weights import measured_weights  # NumPy, which the other weights do not need
 
-    found, described = measured_weights(Path(given), spectra, allow_unfinished)
-    return found, (described,)
+    found = measured_weights(Path(given), spectra, allow_unfinished)
+    return found.factors, found.losses, (found.described,)
 
 
 def _weights(given: Mapping[str, float] | Path | str | None, spectra: Results[Spectrum]) -> dict[str, float] | None:

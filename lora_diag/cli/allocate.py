@@ -44,7 +44,8 @@ def allocate(
     ] = None,
     exclude: Annotated[str | None, typer.Option(metavar="REGEX", help="No layers whose name contains a match.")] = None,
     weights: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Factors of energies: JSON, or of probe sensitivity.")
+        Path | None,
+        typer.Option(metavar="FILE", help="JSON of layer and factor, or results of probe sensitivity or fisher."),
     ] = None,
     relative: Annotated[bool, typer.Option("--relative", help="Count every layer's energy as 1.")] = False,
     optimizer: Annotated[str, typer.Option(metavar="adamw|adamw8bit|sgd|sgd_momentum", help="For --memory.")] = "adamw",

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -76,6 +76,7 @@ def allocate(
     relative: bool = False,
     target: str | None = None,
     exclude: str | None = None,
+    losses: Mapping[str, Sequence[float]] | None = None,
 ) -> Allocated:
     """Choose ranks that keep the most energy within a budget.
 
@@ -87,24 +88,24 @@ def allocate(
         relative: Whether every layer's energy counts as 1, so that Σ C_ℓ(r_ℓ) is maximised and not Σ‖ΔW‖².
         target: Only layers whose name contains a match; None for the matrices that adapters usually target.
         exclude: No layers whose name contains a match.
+        losses: F(0), F(1), … by layer, as ``probe fisher`` measures them; ranks then minimise ΣF_ℓ(r_ℓ). F need not be
+            convex, so ranks are chosen from the corners of its convex envelope, and the bound is that of all ranks.
 
     Raises:
         UsageError: The budget does not pay for what the constraints ask, or for any rank at all.
     """
     candidates, left_out = split(records, target, exclude)
     factors = {record.layer: _factor(record, weights, relative) for record in candidates}
-    parts = units(candidates, factors, constraints)
+    parts = units(candidates, factors, constraints, losses)
     _refuse_nothing(parts)
-    steps = make_steps(
-        [part.curve for part in parts],
-        [budget.cost_of(part) for part in parts],
-        [part.start for part in parts],
-        [part.allowed for part in parts],
-    )
+    every = _steps(parts, budget, [part.allowed for part in parts])
+    steps = every if losses is None else _steps(parts, budget, [part.corners for part in parts])
     fixed = sum(budget.cost_of(part) * part.start for part in parts)
-    chosen, left = _choose(parts, steps, budget, fixed)
+    chosen, left = _choose(parts, steps, every, budget, fixed)
+    if losses is not None:  # the exact method knew the corners only
+        chosen = replace(chosen, optimal=chosen.gain >= chosen.bound)
     scores = np.array([_score(part, weights) for part in parts])
-    found = rules(parts, steps, left, scores)
+    found = rules(parts, every, left, scores)
     if budget.unit == "energy":
         found.pop()  # the allocation itself
     layers = _records(parts, chosen.ranks, found[0].ranks)
@@ -114,6 +115,11 @@ def allocate(
         certificate=_certificate(parts, steps, budget, fixed, chosen, found),
         left_out=tuple(left_out),
     )
+
+
+def _steps(parts: Sequence[Unit], budget: Budget, allowed: Sequence[Ints]) -> Steps:
+    curves, starts = [part.curve for part in parts], [part.start for part in parts]
+    return make_steps(curves, [budget.cost_of(part) for part in parts], starts, allowed)
 
 
 def _refuse_nothing(parts: Sequence[Unit]) -> None:
@@ -147,10 +153,10 @@ def _score(part: Unit, weights: Mapping[str, float] | None) -> float:
     return math.fsum(moved) / len(moved)
 
 
-def _choose(parts: Sequence[Unit], steps: Steps, budget: Budget, fixed: int) -> tuple[Spent, int]:
+def _choose(parts: Sequence[Unit], steps: Steps, every: Steps, budget: Budget, fixed: int) -> tuple[Spent, int]:
     """Return the ranks, and what the steps above the starting ranks may cost."""
     if budget.unit == "energy":
-        ranks = energy_ranks(parts, steps, budget.amount)
+        ranks = energy_ranks(parts, every, budget.amount)
         left = sum(int(rank - part.start) * part.cost for rank, part in zip(ranks, parts, strict=True))
         best = spend(steps, left)
         gain = _energy(parts, ranks) - _energy(parts, steps.start)
@@ -161,6 +167,8 @@ def _choose(parts: Sequence[Unit], steps: Steps, budget: Budget, fixed: int) -> 
             f"{budget.option}: the smallest ranks that --min-rank allows take {_amount(budget, fixed)}, "
             f"{_amount(budget, -left)} more than the budget; raise it, lower --min-rank or choose layers with --target"
         )
+    if not fixed and not len(steps.gain):
+        raise UsageError(f"{budget.option}: no rank that is allowed lowers what the loss suffers; raise --max-rank")
     if not fixed and left < (least := int(steps.cost.min())):
         part = parts[int(steps.unit[np.argmin(steps.cost)])]
         raise UsageError(
@@ -193,10 +201,16 @@ def _records(parts: Sequence[Unit], ranks: Ints, uniform: Ints) -> list[Allocati
             uniform_kept=_kept(curve, other) if member.fro > 0 else None,
             group=part.group,
             source=member.source,
+            fisher=None if part.losses is None else _at(part.losses[place], rank),
         )
         for part, rank, other in zip(parts, ranks.tolist(), uniform.tolist(), strict=True)
-        for weight, member, curve in zip(part.weights, part.members, part.curves, strict=True)
+        for place, (weight, member, curve) in enumerate(zip(part.weights, part.members, part.curves, strict=True))
     ]
+
+
+def _at(loss: Floats, rank: int) -> float:
+    """Return F(r), which is 0 beyond its end."""
+    return float(loss[rank]) if rank < len(loss) else 0.0
 
 
 def _kept(curve: Floats, rank: int) -> float:
@@ -209,10 +223,12 @@ def _certificate(
 ) -> Certificate:
     total = math.fsum(part.energy for part in parts)
     at_start = _energy(parts, steps.start)
-    kept, bound = min(1.0, (at_start + chosen.gain) / total), min(1.0, (at_start + chosen.bound) / total)
+    # Losses may be larger at the smallest ranks than with none.
+    kept, bound = (min(1.0, max(0.0, at_start + gain) / total) for gain in (chosen.gain, chosen.bound))
     error = math.fsum(
         weight * member.fro**2 * member.energy_error
         for part in parts
+        if part.losses is None
         for weight, member in zip(part.weights, part.members, strict=True)
     )
     return Certificate(
@@ -231,8 +247,8 @@ def _certificate(
             Baseline(
                 name=rule.name,
                 spent=budget.told(fixed + rule.cost),
-                kept=min(1.0, _energy(parts, rule.ranks) / total),
-                equal=min(1.0, (at_start + spend(steps, rule.cost).gain) / total),
+                kept=min(1.0, max(0.0, _energy(parts, rule.ranks)) / total),
+                equal=min(1.0, max(0.0, at_start + spend(steps, rule.cost).gain) / total),
                 epsilon_min=_epsilon_min(parts, rule.ranks),
             )
             for rule in found

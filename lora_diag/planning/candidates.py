@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -66,6 +66,8 @@ class Unit:
         start: The rank it has anyway.
         allowed: The ranks above ``start`` that it may have, ascending.
         capped_by: What set the last of them.
+        losses: Each member's F(0), F(1), …: what the loss suffers when all beyond a rank is discarded, as measured;
+            None to go by energy.
     """
 
     members: tuple[Spectrum, ...]
@@ -74,6 +76,7 @@ class Unit:
     start: int
     allowed: NDArray[np.int64]
     capped_by: CappedBy
+    losses: tuple[NDArray[np.float64], ...] | None = None
 
     @property
     def cost(self) -> int:
@@ -87,8 +90,30 @@ class Unit:
 
     @property
     def energy(self) -> float:
-        """Its weighted energy Σ w‖ΔW‖_F²."""
+        """Its weighted energy Σ w‖ΔW‖_F², or ΣF(0)."""
+        if self.losses is not None:
+            return float(sum(loss[0] for loss in self.losses))
         return sum(weight * member.fro**2 for weight, member in zip(self.weights, self.members, strict=True))
+
+    @property
+    def corners(self) -> NDArray[np.int64]:
+        """The allowed ranks at which the concave envelope of ``curve`` bends, where steps yield less and less.
+
+        Between two of them no rank is better than a mixture of both, and beyond the last nothing is gained.
+        """
+        stops = np.concatenate([[self.start], self.allowed]).astype(np.int64)
+        values = self.curve[stops]
+
+        def slope(first: int, last: int) -> float:
+            return float((values[last] - values[first]) / (stops[last] - stops[first]))
+
+        kept = [0]
+        for at in range(1, len(stops)):
+            while len(kept) > 1 and slope(kept[-2], kept[-1]) <= slope(kept[-1], at):
+                kept.pop()
+            kept.append(at)
+        best = int(np.argmax(values[kept]))
+        return stops[kept[1 : best + 1]]
 
     @cached_property
     def curves(self) -> tuple[NDArray[np.float64], ...]:
@@ -97,8 +122,15 @@ class Unit:
 
     @cached_property
     def curve(self) -> NDArray[np.float64]:
-        """The weighted energy kept at ranks 0, …, cap: Σ_members w‖ΔW‖_F²·C(r); flat beyond the values measured."""
+        """The weighted energy kept at ranks 0, …, cap: Σ_members w‖ΔW‖_F²·C(r); flat beyond the values measured.
+
+        With losses ΣF(0) − F(r), which may fall where the rank rises.
+        """
         total = np.zeros(self.cap + 1)
+        for loss in self.losses or ():
+            total += loss[0] - loss[np.minimum(np.arange(self.cap + 1), len(loss) - 1)]
+        if self.losses is not None:
+            return total
         for weight, member, curve in zip(self.weights, self.members, self.curves, strict=True):
             total += weight * member.fro**2 * curve[np.minimum(np.arange(self.cap + 1), len(curve) - 1)]
         return total
@@ -142,13 +174,22 @@ def _left_out(record: Spectrum, why: str) -> LeftOut:
     )
 
 
-def units(records: Sequence[Spectrum], weights: Mapping[str, float], constraints: Constraints) -> list[Unit]:
+def units(
+    records: Sequence[Spectrum],
+    weights: Mapping[str, float],
+    constraints: Constraints,
+    losses: Mapping[str, Sequence[float]] | None = None,
+) -> list[Unit]:
     """Return the units of an allocation, in the order of their first layers."""
     groups: dict[str, list[Spectrum]] = {}
     for record in records:
         stacked = _STACKED.fullmatch(record.layer)
         groups.setdefault(stacked[1] if stacked else record.layer, []).append(record)
-    return [_unit(tuple(members), name, weights, constraints) for name, members in groups.items()]
+    found = [_unit(tuple(members), name, weights, constraints) for name, members in groups.items()]
+    if losses is None:
+        return found
+    known = {layer: np.asarray(values, np.float64) for layer, values in losses.items()}
+    return [replace(unit, losses=tuple(known.get(m.layer, np.zeros(1)) for m in unit.members)) for unit in found]
 
 
 def _unit(members: tuple[Spectrum, ...], name: str, weights: Mapping[str, float], constraints: Constraints) -> Unit:

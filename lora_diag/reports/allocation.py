@@ -133,7 +133,13 @@ def _lines(results: Results[Allocation]) -> list[tuple[str, str]]:
 
 def _mind(results: Results[Allocation]) -> str:
     """Say what energy is not."""
-    told = "energy is how far weights moved, not what the loss needs: a held-out loss decides"
+    told = {
+        "fisher": "F estimates what truncating each layer alone costs, on the text it was measured on; layers together "
+        "cost more or less than the sum: a held-out loss decides",
+        "data": "energy is what the update changes in the outputs on that text, not what the loss needs: a held-out "
+        "loss decides",
+        "kfac": "energy is K-FAC's estimate of what the update changes in the loss; a held-out loss decides",
+    }.get(_counted(results), "energy is how far weights moved, not what the loss needs: a held-out loss decides")
     if any(record.cap and not record.rank for record in results):
         told += "; a layer of rank 0 learns nothing: --min-rank gives each some, --relative counts all layers alike"
     return told
@@ -174,6 +180,9 @@ def _keeps(results: Results[Allocation], certificate: Certificate) -> str:
         best = (
             f"nothing within budget and caps keeps more than {_points(certificate.bound)}: gap {_gap(certificate.gap)}"
         )
+    if _counted(results) == "fisher":
+        left = math.fsum(record.fisher or 0.0 for record in results)
+        best += f"\nΣ½F = {number(left / 2)} nats a prediction is left beyond these ranks"
     nearest = f"ε_min = {number(certificate.epsilon_min)}: no adapter of these ranks comes closer to this update"
     told = f"{kept}{best}\n{nearest}"
     if certificate.energy_error > 1e-4:
@@ -183,10 +192,21 @@ def _keeps(results: Results[Allocation], certificate: Certificate) -> str:
 
 def _energy_of(results: Results[Allocation]) -> str:
     """Say what the shares are shares of."""
+    counted = _counted(results)
+    if counted == "fisher":
+        return "ΣF(0), the Fisher of discarding all of the update"
     weights = "weighted " if results.run.settings.get("weights") is not None else ""
     if results.run.settings.get("relative"):
         return f"the layers' {weights}energies (Σσ²), each counted as 1"
-    return f"these layers' {weights}energy (Σσ²)"
+    metric = {"data": ", in the metric of the data", "kfac": ", in K-FAC's metric"}.get(counted, "")
+    return f"these layers' {weights}energy (Σσ²{metric})"
+
+
+def _counted(results: Results[Allocation]) -> str:
+    """Return what ranks were chosen by: ``fisher``, or the metric of the energies."""
+    if any(record.fisher is not None for record in results):
+        return "fisher"
+    return str(results.run.settings.get("metric", "weights"))
 
 
 def _against(baseline: Baseline, certificate: Certificate) -> str:

@@ -32,6 +32,8 @@ class Allocation(Record):
         group: Layers that share one rank, because an adapter has one factor pair for all of them (a stack of
             experts); the layer's own name without its index, null for a layer on its own.
         source: ``gradients`` where the spectra are those of gradients and not of an update.
+        fisher: F(rank) where ranks were chosen by ``probe fisher``: half of it estimates the KL a prediction by which
+            truncating this layer alone to its rank changes the predictions.
     """
 
     record: Literal["allocation"] = "allocation"
@@ -50,6 +52,7 @@ class Allocation(Record):
     uniform_kept: Share | None = None
     group: str | None = None
     source: Literal["update", "gradients"] = "update"
+    fisher: float | None = None
 
 
 class Baseline(Record):

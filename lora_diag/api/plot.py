@@ -52,7 +52,7 @@ def plot(
         figure: Which one; ``all``, or None for all into a folder and into a file the first that the records allow.
         labels: What each of ``results`` is called.
         field: Of the heat map: the dotted name of any number in the records, such as ``energy.16``.
-        rank: Of ``overlap`` and ``angles``, where several ranks were measured.
+        rank: Of ``overlap``, ``angles`` and ``alone``, where several ranks were measured.
         per: ``layer``, or ``type`` for all layers of a module type together.
         width: ``column`` (3.3 in, 7 pt) or ``slide`` (10 in, 12.5 pt).
         format: Of the files in a folder: ``png`` (the default), ``svg`` or ``pdf``.
@@ -138,8 +138,8 @@ def _check_options(figure: str | None, field: str | None, rank: int | None) -> N
     """
     if field is not None and figure not in {None, "all", "heatmap"}:
         raise UsageError(f"field {field}: is for the heat map; {figure} has its own quantity")
-    if rank is not None and figure not in {None, "all", "overlap", "angles", "heatmap"}:
-        raise UsageError(f"rank {rank}: is for overlap and angles; {figure} shows the ranks that it finds")
+    if rank is not None and figure not in {None, "all", "overlap", "angles", "heatmap", "alone"}:
+        raise UsageError(f"rank {rank}: is for overlap, angles and alone; {figure} shows the ranks that it finds")
 
 
 def _why_no_layer(runs: Sequence[Results[Any]], layers: str | None) -> str:

@@ -32,6 +32,9 @@ class Figure(StrEnum):
     fleet = "fleet"
     sweep = "sweep"
     truncation = "truncation"
+    alone = "alone"
+    outputs = "outputs"
+    depth = "depth"
 
 
 class Width(StrEnum):
@@ -66,7 +69,7 @@ def plot(
         str | None, typer.Option(metavar="FIELD", help="Of the heat map: any number, such as energy.16 or fro.")
     ] = None,
     rank: Annotated[
-        int | None, typer.Option(metavar="R", help="Of overlap and angles, where several were measured.")
+        int | None, typer.Option(metavar="R", help="Of overlap, angles, alone: one of several measured.")
     ] = None,
     per: Annotated[
         options.Per, typer.Option(help="One line or bar a layer, or all layers of a module type together.")

@@ -12,11 +12,13 @@ The rule on the door: the only room that imports Matplotlib; it measures nothing
 """
 
 from lora_diag.plots.allocation import allocation, budget
+from lora_diag.plots.alone import alone
 from lora_diag.plots.angles import angles
 from lora_diag.plots.energy import energy
 from lora_diag.plots.figures import FIGURES, FigureKind, figure, figure_named, why_not
 from lora_diag.plots.fleet import fleet
 from lora_diag.plots.heatmap import heatmap
+from lora_diag.plots.outputs import depth, outputs
 from lora_diag.plots.overlap import overlap
 from lora_diag.plots.residual import residual
 from lora_diag.plots.series import drawn
@@ -31,8 +33,10 @@ __all__ = [
     "FORMATS",
     "FigureKind",
     "allocation",
+    "alone",
     "angles",
     "budget",
+    "depth",
     "drawn",
     "encoded",
     "energy",
@@ -40,6 +44,7 @@ __all__ = [
     "figure_named",
     "fleet",
     "heatmap",
+    "outputs",
     "overlap",
     "residual",
     "spectrum",

@@ -10,12 +10,18 @@ from matplotlib.figure import Figure
 
 from lora_diag.errors import UsageError
 from lora_diag.plots.allocation import figure as draw_allocation
+from lora_diag.plots.alone import figure as draw_alone
+from lora_diag.plots.alone import lacks as alone_lacks
 from lora_diag.plots.angles import figure as draw_angles
 from lora_diag.plots.angles import ranks_of
 from lora_diag.plots.energy import figure as draw_energy
 from lora_diag.plots.fields import numbers_of, value_of
 from lora_diag.plots.fleet import figure as draw_fleet
 from lora_diag.plots.heatmap import figure as draw_heatmap
+from lora_diag.plots.outputs import depth_figure as draw_depth
+from lora_diag.plots.outputs import figure as draw_outputs
+from lora_diag.plots.outputs import lacks as outputs_lacks
+from lora_diag.plots.outputs import lacks_depth as depth_lacks
 from lora_diag.plots.overlap import figure as draw_overlap
 from lora_diag.plots.residual import figure as draw_residual
 from lora_diag.plots.series import Options, Series, by_adapter, by_pair, by_step, kind_of, series_of
@@ -148,6 +154,32 @@ FIGURES = (
         draw_truncation,
         "loradiag probe truncation BASE TUNED --eval FILE -o truncation.jsonl",
         lacks=truncation_lacks,
+    ),
+    FigureKind(
+        "alone",
+        "what it costs to truncate one layer or module type alone",
+        "truncation",
+        draw_alone,
+        "loradiag probe truncation BASE TUNED --eval FILE --per type -o truncation.jsonl",
+        lacks=alone_lacks,
+    ),
+    FigureKind(
+        "outputs",
+        "held-out loss of each adapter against the full fine-tune's",
+        "outputs",
+        draw_outputs,
+        "loradiag probe outputs BASE TUNED ADAPTER --eval FILE -o outputs.jsonl",
+        by_color=False,
+        lacks=outputs_lacks,
+    ),
+    FigureKind(
+        "depth",
+        "how far hidden states are from the full fine-tune's, by depth",
+        "outputs",
+        draw_depth,
+        "loradiag probe outputs BASE TUNED ADAPTER --eval FILE -o outputs.jsonl",
+        by_color=False,
+        lacks=depth_lacks,
     ),
 )
 

@@ -67,7 +67,7 @@ def _named(runs: Sequence[Run]) -> list[str]:
     by_command: dict[str, list[int]] = {}
     for place, run in enumerate(runs):
         by_command.setdefault(run.command, []).append(place)
-    found = {}
+    found: dict[int, str] = {}
     for places in by_command.values():
         found.update(zip(places, _told_apart([runs[place] for place in places]), strict=True))
     return [found[place] for place in range(len(runs))]

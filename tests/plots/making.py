@@ -367,6 +367,35 @@ def truncated(ranks=(0, 1, 4, 16, 64), sets=("held_out", "other"), base=2.0, tun
     return found
 
 
+def alone(parts=("mlp.up_proj", "self_attn.q_proj"), ranks=(0, 4), kind="module_type", **more):
+    """Return the records of parts truncated alone: the later costs more, and half as much at the higher rank."""
+    found = truncated(ranks=(), **more)
+    return found + [
+        record.model_copy(update={kind: part, "gap": (0.1 + i) / (1 + j), "rank": rank})
+        for i, part in enumerate(parts)
+        for j, rank in enumerate(ranks)
+        for record in truncated(ranks=(0,), **more)
+        if record.subject == "truncated"
+    ]
+
+
+def said(adapters=("runs/r4", "runs/r16"), sets=("held_out", "other"), depths=5, base=0.8):
+    """Return the records of outputs: each adapter is worse than the one before it, and its states further away."""
+    found = []
+    for place, name in enumerate(sets):
+        where = {"name": name, "shifted": place > 0}
+        ends = (("base", base, 1.0), ("tuned", 0.0, 0.0))
+        for subject, gap, far in ends:
+            hidden = (None, *[far] * (depths - 1))
+            found.append(probe("outputs", subject, 1.2 + gap, gap=gap, gap_error=0.02, hidden=hidden, **where))
+        for i, path in enumerate(adapters):
+            hidden = (None, *[(1 + i) / (2 + depth) for depth in range(depths - 1)])
+            gap = 0.05 * i - 0.02
+            record = probe("outputs", "adapter", 1.2 + gap, gap=gap, gap_error=0.01, hidden=hidden, **where)
+            found.append(record.model_copy(update={"name": path}))
+    return found
+
+
 def probed(records, name="tuned", command="probe sweep", **settings):
     """Return a run that has these probe records."""
     inputs = [

@@ -281,6 +281,9 @@ PANELS = {
     "budget": lambda **more: plots.budget([making.certificate()], **more),
     "sweep": lambda **more: plots.sweep(making.probed(making.swept()), **more),
     "truncation": lambda **more: plots.truncation(making.probed(making.truncated()), **more),
+    "alone": lambda **more: plots.alone(making.probed(making.alone()), **more),
+    "outputs": lambda **more: plots.outputs(making.probed(making.said()), **more),
+    "depth": lambda **more: plots.depth(making.probed(making.said()), **more),
 }
 
 

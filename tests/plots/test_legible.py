@@ -98,6 +98,22 @@ def probes():
         ("hostile", making.truncated(sets=HOSTILE[:3])),
     ):
         yield case, "truncation", making.probed(records, rest="tuned"), {}
+    many = tuple(f"model.layers.{i}.{'x' * 40 * (i % 2)}.up_proj.weight" for i in range(60))
+    for case, records in (
+        ("two types", making.alone()),
+        ("many layers", making.alone(many, ranks=(8,), kind="layer", sets=("a", "b", "c"))),
+        ("hostile", making.alone(HOSTILE[:7], sets=HOSTILE[:2])),
+    ):
+        yield case, "alone", making.probed(records), {}
+    for case, records in (
+        ("two adapters", making.said()),
+        ("many adapters", making.said(many, sets=("a", "b", "c"), depths=127)),
+        ("hostile", making.said(HOSTILE[:5], sets=HOSTILE[:2], base=0.1)),
+    ):
+        yield case, "outputs", making.probed(records), {}
+        yield case, "depth", making.probed(records), {}
+    for name, records in (("alone", making.alone()), ("outputs", making.said()), ("depth", making.said())):
+        yield "two runs", name, [making.probed(records, name=n) for n in "ab"], {"labels": ["A", "$_x$ " * 20]}
     runs = [making.probed(making.truncated(), name=n, rest=n) for n in ("tuned", "base")]
     yield "two runs", "truncation", runs, {"labels": ["whole", "$\\frac$" * 20]}
 

@@ -101,3 +101,49 @@ def test_layers_truncated_alone_are_not_all_layers():
     ends = making.truncated(ranks=())
     assert "truncated together" in plots.why_not("truncation", making.probed(alone))
     assert plots.why_not("truncation", making.probed([*ends, *making.truncated()])) is None
+
+
+def bars(ax):
+    """Return (name, value, half the bar) of every row from top to bottom, by the labels and containers."""
+    names = [label.get_text() for label in ax.get_yticklabels()]
+    found = []
+    for name, (dots, _, (errors,)) in zip(names, ax.containers, strict=True):
+        (low, high) = errors.get_segments()[0]
+        found.append((name, dots.get_xdata()[0], (high[0] - low[0]) / 2))
+    return found
+
+
+def test_parts_truncated_alone_are_ranked_by_what_they_cost_with_two_errors():
+    records = making.alone()
+    error = next(r.gap_error for r in records if r.subject == "truncated")
+    drawn = bars(plots.alone(making.probed(records)))
+    assert [name for name, *_ in drawn] == ["self_attn.q_proj", "mlp.up_proj"]
+    np.testing.assert_allclose([row[1:] for row in drawn], [(1.1, 2 * error), (0.1, 2 * error)])
+    ax = plots.figure("alone", making.probed(records), rank=4).axes[0]
+    assert [value for _, value, _ in bars(ax)] == [0.55, 0.05]
+    assert "Also measured, not drawn: r = 0" in words(ax.figure)
+    assert plots.why_not("alone", making.probed(records), rank=9) == "rank 9 was not measured; there are 0, 4"
+    assert "truncated alone" in plots.why_not("alone", making.probed(making.truncated()))
+    crowd = making.alone(tuple(f"h.{i}.q.weight" for i in range(40)), kind="layer")
+    page = plots.figure("alone", making.probed(crowd))
+    assert len(page.axes[0].containers) == 24
+    assert "The 24 costliest of 40" in words(page)
+
+
+def test_adapters_stand_beside_the_full_fine_tune_with_two_errors():
+    drawn = bars(plots.outputs(making.probed(making.said())))
+    assert [name for name, *_ in drawn] == ["r16", "r4"]  # BASE, 0.8 away, would press both together
+    np.testing.assert_allclose([row[1:] for row in drawn], [(0.03, 0.02), (-0.02, 0.02)])
+    near = bars(plots.outputs(making.probed(making.said(base=0.1))))
+    assert [name for name, *_ in near] == ["BASE", "r16", "r4"]
+    assert plots.why_not("outputs", making.probed(making.said(adapters=()))) == "no model beside TUNED is finished"
+
+
+def test_hidden_states_are_drawn_at_the_depths_where_they_were_compared():
+    records = making.said()
+    drawn = {line.get_label(): np.array(line.get_xydata()) for line in plots.depth(making.probed(records)).lines}
+    for record in records[2:4]:
+        expected = [(depth, value) for depth, value in enumerate(record.hidden) if value is not None]
+        np.testing.assert_allclose(drawn[f"_{record.name.removeprefix('runs/')}"], expected)
+    without = [record.model_copy(update={"hidden": None}) for record in records]
+    assert plots.why_not("depth", making.probed(without)) == "no hidden states were compared"

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
-
-from torch import Tensor
 
 from lora_diag.api.inputs import compare, describe
 from lora_diag.api.probing import (
@@ -28,14 +26,14 @@ from lora_diag.checkpoints import open_checkpoint
 from lora_diag.deltas import selector
 from lora_diag.errors import NothingComparedError, UsageError
 from lora_diag.linalg import resolve_device
-from lora_diag.linalg.eigenpairs import Eigenpairs, basis_size
+from lora_diag.linalg.eigenpairs import basis_size
 from lora_diag.results import AnyRecord, Curvature, LeftOut, LossBound, Results, ResultsWriter, RunInput
-from lora_diag.results.curvature import Matrix, Point, Surrogate
+from lora_diag.results.curvature import Matrix
 from lora_diag.results.names import part_of
-from lora_diag.training.curvature import Curved, Trace, projected, surrogate, traces
-from lora_diag.training.data import Texts
-from lora_diag.training.loss_bound import TunedPoint, inner, loss_bounds
-from lora_diag.training.losses import Losses, measure
+from lora_diag.training.curvature import Curved
+from lora_diag.training.curvatures import Effort, Point, curvatures
+from lora_diag.training.loss_bound import TunedPoint, loss_bounds
+from lora_diag.training.losses import measure
 from lora_diag.training.models import Model, Weights, open_model
 from lora_diag.training.swapping import FULL, Swapped
 from lora_diag.training.truncation import truncated_layers
@@ -43,38 +41,6 @@ from lora_diag.training.truncation import truncated_layers
 RANKS = (0, 1, 2, 4, 8, 16, 32, 64)
 ALONG = (0.1, 1.0)
 PER = ("all", "layer")
-
-
-@dataclass(frozen=True)
-class _Point:
-    """A model at the point where curvature is measured.
-
-    Args:
-        model: The model.
-        curved: Its loss as a function of the layers.
-        swapped: Its weights, where there is a TUNED.
-        texts: The set.
-        batch: Sequences in a batch.
-        at: Which point it is.
-        matrix: Which matrix.
-    """
-
-    model: Model
-    curved: Curved
-    swapped: Swapped | None
-    texts: Texts
-    batch: int
-    at: Point
-    matrix: Matrix
-
-
-@dataclass(frozen=True, slots=True)
-class _Effort:
-    """How much is computed: eigenvalues, random vectors of the trace, the seed of both."""
-
-    top: int
-    probes: int
-    seed: int
 
 
 def probe_curvature(
@@ -174,8 +140,8 @@ def probe_curvature(
     watch = Watch(on_progress, on_record, on_note)
     matrix: Matrix = "ggn" if ggn else "hessian"
     curved = Curved(model, texts, batch, chosen, matrix, lambda: _tick(watch, "products"))
-    point = _Point(model, curved, swapped, texts, batch, "tuned" if swapped else "base", matrix)
-    effort = _Effort(top, probes, seed)
+    point = Point(model, curved, swapped, texts, batch, "tuned" if swapped else "base", matrix)
+    effort = Effort(top, probes, seed)
     with ResultsWriter[Any](Path(output) if output is not None else None, run, resume) as writer:
         kept = Kept(writer, watch)
         if kept.finished is not None:
@@ -246,108 +212,31 @@ def _tick(watch: Watch, label: str) -> None:
 
 
 def _measure(
-    point: _Point, effort: _Effort, per: str, ranks: list[int], way: list[float], kept: Kept, watch: Watch
+    point: Point, effort: Effort, per: str, ranks: list[int], way: list[float], kept: Kept, watch: Watch
 ) -> None:
     """Measure what is not in the file yet: the joint curvature, the layers, the ranks."""
     done = {record.layer: record for record in kept.records if isinstance(record, Curvature)}
-    curved, names = point.curved, list(point.curved.layers)
-    open_layers = [layer for layer in names if layer not in done]
+    curved = point.curved
+    missing = [layer for layer in curved.layers if layer not in done]
+    _tell_cost(point, effort, None in done, missing if per == "layer" else [], ranks, way, watch)
     gradient = curved.gradient()
-    _tell_cost(point, gradient, effort, None in done, open_layers if per == "layer" else [], ranks, way, watch)
     losses = measure(point.model, point.texts, point.batch, lambda: _tick(watch, "loss"))
-    if None not in done or open_layers:
-        _curvatures(point, effort, per, gradient, losses, open_layers, kept)
+    for records in curvatures(point, effort, per, gradient, losses, None not in done, missing):
+        kept.put(*records)
     joint = next(record for record in kept.records if isinstance(record, Curvature) and record.layer is None)
     if point.swapped is not None:
         least = joint.smallest if joint.strongly_convex else None
         tuned = TunedPoint(curved.weights(), gradient, losses, joint.eigenvalues[0], least)
         for rank in ranks:
-            tick = lambda: _tick(watch, f"r={rank}")  # noqa: B023, E731  (called in this round only)
-            kept.put(*loss_bounds(point.model, curved, point.swapped, tuned, rank, way, point.texts, point.batch, tick))
-
-
-def _curvatures(
-    point: _Point, effort: _Effort, per: str, gradient: Tensor, losses: Losses, open_layers: list[str], kept: Kept
-) -> None:
-    """Write the joint record, and one for each layer."""
-    curved = point.curved
-    together, alone = traces(curved, effort.probes, effort.seed)
-    parts = curved.split(gradient)
-    need_joint = not any(isinstance(record, Curvature) and record.layer is None for record in kept.records)
-    records: list[Curvature] = []
-    found: Eigenpairs | None = None
-    if need_joint or (per == "all" and open_layers):
-        found = curved.ends(effort.top, "largest", effort.seed)
-        smallest = curved.ends(1, "smallest", effort.seed)
-        held = _surrogates(point, gradient, found) if point.at == "base" else {}
-        records.append(_record(point, losses, None, gradient, together, found, smallest, held.get(None)))
-        if per == "all":
-            records += [
-                _record(point, losses, layer, part, alone[layer], surrogate=held.get(layer))
-                for layer, part in parts.items()
-            ]
-        kept.put(*records)
-    if per == "layer":
-        for layer in open_layers:
-            block = curved.only(layer)
-            own, least = block.ends(effort.top, "largest", effort.seed), block.ends(1, "smallest", effort.seed)
-            part = parts[layer].reshape(-1)
-            mine = _own_surrogate(block, part, own) if point.at == "base" else None
-            kept.put(_record(point, losses, layer, part, alone[layer], own, least, mine))
-
-
-def _surrogates(point: _Point, gradient: Tensor, found: Eigenpairs) -> dict[str | None, Surrogate]:
-    """Return what the joint eigenpairs hold of the gradient, layer by layer; None for all layers."""
-    curved = point.curved
-    coefficients, whole = projected(gradient, found.vectors)
-    squared = inner(gradient, gradient)
-    return {
-        layer: surrogate(coefficients, part, True, curved.params, squared)
-        for layer, part in curved.split(whole).items()
-    }
-
-
-def _own_surrogate(block: Curved, gradient: Tensor, found: Eigenpairs) -> Surrogate:
-    """Return what a layer's own eigenpairs hold of its gradient."""
-    coefficients, whole = projected(gradient, found.vectors)
-    (part,) = block.split(whole).values()
-    return surrogate(coefficients, part, False, block.params, inner(gradient, gradient))
-
-
-def _record(
-    point: _Point,
-    losses: Losses,
-    layer: str | None,
-    gradient: Tensor,
-    trace: Trace,
-    found: Eigenpairs | None = None,
-    smallest: Eigenpairs | None = None,
-    surrogate: Surrogate | None = None,
-) -> Curvature:
-    return Curvature(
-        set=point.texts.name,
-        data=point.texts.hash,
-        tokens=losses.tokens,
-        layer=layer,
-        at=point.at,
-        matrix=point.matrix,
-        params=gradient.numel(),
-        loss=losses.mean,
-        gradient=float(gradient.double().norm()),
-        eigenvalues=tuple(found.values.tolist()) if found else (),
-        residual=found.residual if found else None,
-        smallest=float(smallest.values[0]) if smallest else None,
-        trace=trace.mean,
-        trace_error=trace.error,
-        products=(found.products if found else 0) + (smallest.products if smallest else 0),
-        surrogate=surrogate,
-    )
+            after = partial(_tick, watch, f"r={rank}")
+            kept.put(
+                *loss_bounds(point.model, curved, point.swapped, tuned, rank, way, point.texts, point.batch, after)
+            )
 
 
 def _tell_cost(
-    point: _Point,
-    gradient: Tensor,
-    effort: _Effort,
+    point: Point,
+    effort: Effort,
     joint_done: bool,
     layers: list[str],
     ranks: list[int],
@@ -356,7 +245,7 @@ def _tell_cost(
 ) -> None:
     """Time one product, and tell what the run will take."""
     start = time.perf_counter()
-    point.curved.product(gradient)
+    point.curved.product(point.curved.weights())
     took = time.perf_counter() - start
     lanczos = 0 if joint_done else _products(effort.top) + _products(1)
     products = lanczos + effort.probes + len(layers) * (_products(effort.top) + _products(1))

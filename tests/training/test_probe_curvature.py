@@ -11,6 +11,7 @@ from torch.func import functional_call
 
 import lora_diag
 from lora_diag.errors import InputError, NothingComparedError, UsageError
+from lora_diag.reports.tables import table
 from lora_diag.results import read_results
 from lora_diag.training.curvature import Curved, traces
 from lora_diag.training.data import read_texts
@@ -261,6 +262,16 @@ def test_no_direction_bends_more_than_the_largest_eigenvalue(measured):
     for record in of_rank(measured):
         rayleigh = 2 * record.quadratic / record.tail_energy
         assert joint.smallest - 1e-3 * joint.eigenvalues[0] <= rayleigh <= joint.eigenvalues[0] * 1.001
+
+
+def test_the_lower_relation_is_there_only_where_the_loss_is_strongly_convex(measured):
+    joint = measured.whole[0]
+    assert not joint.strongly_convex
+    assert all(record.lower is None for record in of_rank(measured))
+    assert "none: (μ/2)Σσ² needs μ > 0" in " ".join(table(measured, 200).split())
+    convex = joint.model_copy(update={"smallest": joint.eigenvalues[0] / 100})
+    assert convex.strongly_convex
+    assert not convex.model_copy(update={"smallest": joint.eigenvalues[0] * 1e-5}).strongly_convex
 
 
 def test_in_a_convex_case_the_bound_holds_under_its_conditions(case, tmp_path):

@@ -23,7 +23,7 @@ from lora_diag.api.probing import (
     run_of,
 )
 from lora_diag.checkpoints import open_checkpoint
-from lora_diag.deltas import selector
+from lora_diag.deltas import natural_order, selector
 from lora_diag.errors import NothingComparedError, UsageError
 from lora_diag.linalg import resolve_device
 from lora_diag.linalg.eigenpairs import basis_size
@@ -179,7 +179,7 @@ def _matrices(base: Path | str, model: Model, layers: str | None, exclude: str |
     selected, weights, stored = selector(layers, exclude), Weights(model.module), open_checkpoint(base)
     found = {
         name: (shape[0], shape[1])
-        for name in stored
+        for name in sorted(stored, key=natural_order)
         if len(shape := stored[name].shape) == 2
         and part_of(name) == "matrices"
         and selected(name)

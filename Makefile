@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test samples bench clean help
+.PHONY: demo test samples bench fuzz sbom licences clean help
 
 help: ## what can be made
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -23,6 +23,19 @@ samples: .venv/train ## train the sample checkpoints again
 bench: .venv/test ## measure speed and memory beside the alternatives
 	$(BIN)/python -m tests.benchmarks
 
+fuzz: .venv/test ## damage inputs at random for MINUTES (10), other ones with another SEED (0)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.robustness --minutes $(or $(MINUTES),10) --seed $(or $(SEED),0)
+	OMP_NUM_THREADS=1 LORADIAG_EVERY_STEP=1 $(BIN)/pytest tests/robustness/test_killed.py tests/robustness/test_faults.py
+
+sbom: .venv/audit ## write build/sbom.json, what is installed in .venv, and look for known vulnerabilities (needs a network)
+	mkdir -p build
+	$(BIN)/cyclonedx-py environment $(BIN)/python --pyproject pyproject.toml --output-reproducible -o build/sbom.json
+	! grep -nE 'file:|"/[a-z]' build/sbom.json
+	-$(BIN)/pip-audit --progress-spinner off
+
+licences: .venv/test ## put the licences of all runtime dependencies into docs/security.md
+	$(BIN)/python -m tests.robustness.licences --write
+
 clean: ## remove what make and the tests created
 	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
@@ -36,6 +49,10 @@ $(BIN)/python:
 
 .venv/test: $(BIN)/python pyproject.toml
 	$(BIN)/python -m pip install --quiet -e '.[test]'
+	touch $@
+
+.venv/audit: $(BIN)/python pyproject.toml
+	$(BIN)/python -m pip install --quiet -e '.[audit,report,train]'
 	touch $@
 
 .venv/train: $(BIN)/python pyproject.toml

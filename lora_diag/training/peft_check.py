@@ -37,11 +37,13 @@ def adapted_by_peft(config: Mapping[str, Any], base: Path) -> dict[str, tuple[in
     with warnings.catch_warnings(), torch.device("meta"):
         warnings.simplefilter("ignore")  # of names that match nothing: the ranks that are missing say it
         try:
-            known = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
-            kind = getattr(transformers, (known.architectures or [""])[0], None)
+            known = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+            kind: Any = getattr(transformers, (known.architectures or [""])[0], None)
             by_type: Any = transformers.AutoModelForCausalLM
-            model = kind(known) if kind else by_type.from_config(known)
-        except (OSError, ValueError, KeyError, AttributeError, ImportError) as error:
+            # A name from the file: of a model, and of nothing else that transformers can do.
+            is_model = isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)
+            model = kind(known) if is_model else by_type.from_config(known)
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, ImportError) as error:
             raise InputError(f"{base}: transformers cannot build this model: {error}") from error
         try:
             options = {key: value for key, value in config.items() if key != "peft_type"}

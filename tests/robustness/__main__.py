@@ -26,7 +26,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--kinds", nargs="*", default=list(KINDS))
     parser.add_argument("--only", type=int, help="this number of one kind alone, to see a finding again")
-    parser.add_argument("--log", type=Path, help="append counts and findings to this file after every round")
+    parser.add_argument("--log", type=Path, help="append findings and counts to this file after every batch")
     asked = parser.parse_args()
     torch.set_num_threads(1)
     # Imported here, once, so that no child pays for it.
@@ -52,9 +52,7 @@ def main() -> int:
                 if asked.log:
                     with asked.log.open("a") as log:
                         log.writelines(json.dumps(asdict(one)) + "\n" for one in found)
-            if asked.log:
-                with asked.log.open("a") as log:
-                    log.write(json.dumps({"tried": tried, "all": tried.total(), "findings": len(findings)}) + "\n")
+                        log.write(json.dumps({"tried": tried, "all": tried.total(), "findings": len(findings)}) + "\n")
     for one in findings[:20]:
         sys.stdout.write(f"\n{one.kind} {one.number} (seed {asked.seed}): {' '.join(one.words)}\n{one.problem}\n")
     sys.stdout.write(json.dumps({"tried": tried, "all": tried.total(), "findings": len(findings)}) + "\n")

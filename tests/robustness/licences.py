@@ -1,0 +1,131 @@
+"""``python -m tests.robustness.licences``: every package that the program needs to run, and its licence, as Markdown.
+
+From the packages' own metadata, as they are installed; ``make licences`` puts the table into docs/security.md.
+"""
+
+import re
+import sys
+import tomllib
+from importlib.metadata import Distribution, PackageNotFoundError, distribution
+from pathlib import Path
+
+from packaging.requirements import Requirement
+
+EXTRAS = ("", "curvature", "hub", "pandas", "plot", "ray", "remote", "report", "train")
+ROOT = Path(__file__).parents[2]
+PAGE = ROOT / "docs" / "security.md"
+BEGIN, END = "<!-- licences -->\n", "<!-- end -->"
+
+# What licences are called in metadata -> SPDX. Longest first where one contains another.
+SPDX = {
+    "apache": "Apache-2.0",
+    "bsd 3-clause": "BSD-3-Clause",
+    "3-clause bsd": "BSD-3-Clause",
+    "bsd-3-clause": "BSD-3-Clause",
+    "bsd-2-clause": "BSD-2-Clause",
+    "simplified bsd": "BSD-2-Clause",
+    "bsd": "BSD",
+    "python software foundation": "PSF-2.0",
+    "psf": "PSF-2.0",
+    "mozilla public license 2.0": "MPL-2.0",
+    "mpl-2.0": "MPL-2.0",
+    "mit-cmu": "MIT-CMU",
+    "mit": "MIT",
+    "isc": "ISC",
+    "unlicense": "Unlicense",
+    "zlib": "Zlib",
+    "0bsd": "0BSD",
+}
+# None of these asks anything of a program that imports the package. MPL-2.0 asks that changed files of the package
+# itself stay open; it is weak copyleft, and is listed so that nobody is surprised.
+PERMISSIVE = {
+    *("Apache-2.0", "BSD-2-Clause", "BSD-3-Clause", "BSD", "MIT", "MIT-CMU", "ISC", "PSF-2.0", "Unlicense", "Zlib"),
+    *("0BSD", "HPND", "CC0-1.0", "MPL-2.0", "Python-2.0", "LLVM-exception", "BSL-1.0", "CNRI-Python"),
+}
+
+
+def needed(name: str, extra: str = "", seen: dict[str, Distribution] | None = None) -> dict[str, Distribution]:
+    """Return the installed packages that a package needs here, with those that they need."""
+    seen = {} if seen is None else seen
+    for text in own() if name == "loradiag" else distribution(name).requires or []:
+        requirement = Requirement(text)
+        if requirement.marker is not None and not requirement.marker.evaluate({"extra": extra}):
+            continue
+        key = re.sub(r"[-_.]+", "-", requirement.name).lower()
+        if key == "loradiag":
+            for more in requirement.extras:
+                needed(name, more, seen)
+        elif key not in seen:
+            try:
+                seen[key] = distribution(requirement.name)
+            except PackageNotFoundError:
+                continue
+            for more in ("", *requirement.extras):
+                needed(key, more, seen)
+    return seen
+
+
+def own() -> list[str]:
+    """Return what pyproject.toml asks for, in the words of a package's metadata; an installed copy may be older."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    return project["dependencies"] + [
+        f'{text}; extra == "{extra}"' for extra in EXTRAS if extra for text in extras[extra]
+    ]
+
+
+def licence(package: Distribution) -> str:
+    """Return a package's licence: its SPDX expression, or what its other metadata call it."""
+    if expression := package.metadata.get("License-Expression"):
+        return str(expression)
+    classified = [
+        text.rpartition(" :: ")[2]
+        for text in package.metadata.get_all("Classifier") or []
+        if text.startswith("License")
+    ]
+    words = [*classified, *(package.metadata.get("License") or "").splitlines()[:1]]
+    for text in words:
+        for called, spdx in SPDX.items():
+            if called in text.lower():
+                return spdx
+    return "; ".join(words) or "unknown"
+
+
+def forbidden(expression: str) -> set[str]:
+    """Return the parts of an expression that are not known to be permissive; of alternatives, one is enough.
+
+    >>> forbidden("MIT OR GPL-3.0-only"), forbidden("Apache-2.0 AND (GPL-3.0-only)")
+    (set(), {'GPL-3.0-only'})
+    """
+    alternatives = [
+        {part.strip(" ()") for part in re.split(r" AND | WITH ", choice)} - PERMISSIVE
+        for choice in expression.split(" OR ")
+    ]
+    return min(alternatives, key=len)
+
+
+def rows() -> list[tuple[str, str, str]]:
+    """Return name, licence and the extras that bring a package, those of no extra first."""
+    by_extra = {extra: needed("loradiag", extra) for extra in EXTRAS}
+    found = {name: package for packages in by_extra.values() for name, package in packages.items()}
+    table = []
+    for name, package in sorted(found.items()):
+        always = name in by_extra[""]
+        extras = [] if always else [f"[{extra}]" for extra in EXTRAS if extra and name in by_extra[extra]]
+        table.append((name, licence(package), "always" if always else " ".join(extras)))
+    return sorted(table, key=lambda row: (row[2] != "always", row[0]))
+
+
+def main() -> None:
+    """Print the table, or put it into the page if ``--write`` is given."""
+    lines = ["| package | licence | needed |", "|---|---|---|"]
+    text = "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows())]) + "\n"
+    if "--write" in sys.argv:
+        before, _, rest = PAGE.read_text().partition(BEGIN)
+        PAGE.write_text(f"{before}{BEGIN}{text}{END}{rest.partition(END)[2]}")
+    else:
+        sys.stdout.write(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -60,6 +60,7 @@ def eigenpairs(
     end: Literal["largest", "smallest"],
     seed: int,
     device: torch.device,
+    largest: float = 0.0,
 ) -> Eigenpairs:
     """Return the largest or the smallest eigenvalues, by their signs, and their vectors.
 
@@ -70,6 +71,8 @@ def eigenpairs(
         end: Which.
         seed: Of the random start.
         device: Where x is.
+        largest: The largest eigenvalue c, for the smallest: those of cI − H are sought. Tolerances are relative, and an
+            eigenvalue near zero, as a Gauss–Newton matrix has many, would never meet one of its own size.
 
     Raises:
         InputError: Lanczos did not converge, or a product is not finite.
@@ -95,8 +98,11 @@ def eigenpairs(
 
     if size <= max(DENSE, count + 1):
         values, vectors = _dense(times, size, count, end)
-    else:
+    elif end == "largest":
         values, vectors = _lanczos(times, size, count, end, seed)
+    else:
+        values, vectors = _lanczos(lambda x: largest * x.reshape(-1) - times(x), size, count, end, seed)
+        values = largest - values
     first = vectors[:, 0]
     rest = torch.from_numpy(times(first.numpy())).double() - values[0] * first.double()
     return Eigenpairs(values, vectors.to(device), float(rest.norm()), calls)
@@ -117,7 +123,7 @@ def _lanczos(times: Callable[[Any], Any], size: int, count: int, end: str, seed:
         values, vectors = eigsh(
             operator,
             k=count,
-            which="LA" if end == "largest" else "SA",
+            which="LA",
             v0=start.numpy(),
             ncv=basis_size(size, count),
             tol=TOLERANCE,
@@ -127,5 +133,5 @@ def _lanczos(times: Callable[[Any], Any], size: int, count: int, end: str, seed:
         raise InputError(
             f"the {end} eigenvalues did not converge in {RESTARTS} restarts of Lanczos; ask for fewer with --top"
         ) from error
-    order = torch.argsort(torch.from_numpy(values), descending=end == "largest")
+    order = torch.argsort(torch.from_numpy(values), descending=True)
     return torch.from_numpy(values).double()[order], torch.from_numpy(vectors)[:, order]

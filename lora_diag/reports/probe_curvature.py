@@ -117,13 +117,13 @@ def _bounds(bounds: Sequence[LossBound], width: int) -> list[RenderableType]:
     early = {record.rank: record for record in bounds if record.along == min(each.along for each in bounds)}
     columns = [
         Column("tail Σσ²", tuple(number(record.tail_energy) for record in whole)),
-        Column("⟨∇L,E⟩", tuple(f"{record.linear:+.4f}" for record in whole)),
-        Column("½⟨E,HE⟩", tuple(f"{record.quadratic:+.4f}" for record in whole)),
-        Column("model", tuple(f"{record.predicted:+.4f}" for record in whole)),
-        Column("measured", tuple(f"{record.gap:+.4f}" for record in whole)),
+        Column("⟨∇L,E⟩", tuple(_signed(record.linear) for record in whole)),
+        Column("½⟨E,HE⟩", tuple(_signed(record.quadratic) for record in whole)),
+        Column("model", tuple(_signed(record.predicted) for record in whole)),
+        Column("measured", tuple(_signed(record.gap) for record in whole)),
         Column("model÷", tuple(_times(record.predicted, record.gap) for record in whole)),
         Column("(λ/2)Σσ²", tuple(number(record.upper) for record in whole)),
-        Column("bound÷", tuple(_times(record.upper, record.gap) for record in whole)),
+        Column("bound÷", tuple(_times(record.upper, record.gap) if record.gap > 0 else "-" for record in whole)),
     ]
     if any(record.along < 1 for record in early.values()):
         share = min(record.along for record in bounds)
@@ -135,6 +135,15 @@ def _bounds(bounds: Sequence[LossBound], width: int) -> list[RenderableType]:
         Text("Loss gap of truncating to rank r, E = ΔW_r − ΔW, L measured beside its models", style="bold"),
         table_of("rank", names, columns, width, spared),
     ]
+
+
+def _signed(value: float) -> str:
+    """Return four decimals with the sign; a zero without.
+
+    >>> _signed(0.01234), _signed(-1e-9)
+    ('+0.0123', '0')
+    """
+    return "0" if abs(value) < 5e-5 else f"{value:+.4f}"
 
 
 def _times(value: float, gap: float) -> str:
@@ -157,8 +166,7 @@ def _curvature(joint: Curvature) -> str:
     after = f" (then {', '.join(map(number, others[:4]))})" if others else ""
     lines = [f"largest eigenvalue λ = {number(first)}{after}; residual ‖Hv − λv‖ {number(joint.residual or 0.0)}"]
     if joint.smallest is not None:
-        bent = "bends down in some directions: not convex there" if joint.smallest < 0 else "is convex there"
-        lines.append(f"smallest μ = {number(joint.smallest)}: the loss {bent}")
+        lines.append(f"smallest μ = {number(joint.smallest)}{_convex(joint)}")
     mean = joint.trace / joint.params
     error = "" if joint.trace_error is None else f" ± {number(joint.trace_error)}"
     lines.append(
@@ -166,6 +174,14 @@ def _curvature(joint: Curvature) -> str:
         + (f": λ is {number(first / mean)} times that" if mean > 0 else "")
     )
     return "\n".join(lines)
+
+
+def _convex(joint: Curvature) -> str:
+    if joint.matrix == "ggn":
+        return ": never below zero but for rounding, by its definition"
+    if joint.strongly_convex:
+        return ": the loss is strongly convex there"
+    return ": the loss bends down in some directions, so it is not convex there" if (joint.smallest or 0) < 0 else ""
 
 
 def _gradient(joint: Curvature, bounds: Sequence[LossBound]) -> str:
@@ -225,7 +241,8 @@ def _bound(bounds: Sequence[LossBound], joint: Curvature) -> str:
 
 def _lower(joint: Curvature) -> str:
     if not joint.strongly_convex:
-        return f"none: (μ/2)Σσ² needs μ > 0, and μ = {shown(joint.smallest)}"
+        rounding = " is rounding of zero" if (joint.smallest or 0) > 0 else ""
+        return f"none: (μ/2)Σσ² needs μ > 0, and μ = {shown(joint.smallest)}{rounding}"
     return f"(μ/2)Σσ² with μ = {shown(joint.smallest)}, if the loss is as convex on the whole way"
 
 

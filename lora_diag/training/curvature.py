@@ -11,7 +11,6 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -119,13 +118,15 @@ class Curved:
         vectors = self._spread(vector)
         return self._sum(lambda loss, logits: step(loss, logits, self._parameters, vectors))
 
-    def ends(self, count: int, end: Literal["largest", "smallest"], seed: int) -> Eigenpairs:
-        """Return the eigenpairs at one end of the spectrum; fewer than ``count`` where there are fewer.
+    def ends(self, count: int, seed: int) -> tuple[Eigenpairs, Eigenpairs]:
+        """Return the ``count`` largest eigenpairs (fewer where there are fewer), and the smallest one.
 
         Raises:
             InputError: Lanczos did not converge, or a product is not finite.
         """
-        return eigenpairs(self.product, self.params, min(count, self.params), end, seed, self._model.device)
+        n, device = self.params, self._model.device
+        top = eigenpairs(self.product, n, min(count, n), "largest", seed, device)
+        return top, eigenpairs(self.product, n, 1, "smallest", seed, device, float(top.values[0]))
 
     def _sum(self, step: Callable[[Tensor, Tensor], Sequence[Tensor]]) -> Tensor:
         """Sum what a step gives for each batch, over the number of predictions."""

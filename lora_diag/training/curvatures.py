@@ -82,10 +82,7 @@ def curvatures(
     curved, parts = point.curved, point.curved.split(gradient)
     together, alone = traces(curved, effort.probes, effort.seed)
     if joint or (per == "all" and layers):
-        found, smallest = (
-            curved.ends(effort.top, "largest", effort.seed),
-            curved.ends(1, "smallest", effort.seed),
-        )
+        found, smallest = curved.ends(effort.top, effort.seed)
         records = [_record(point, losses, None, gradient, together, found, smallest)]
         if per == "all":
             held = _held(curved, gradient, found, joint=True) if point.at == "base" else {}
@@ -95,8 +92,7 @@ def curvatures(
         yield records
     for layer in layers if per == "layer" else ():
         block, own = curved.only(layer), parts[layer].reshape(-1)
-        found = block.ends(effort.top, "largest", effort.seed)
-        smallest = block.ends(1, "smallest", effort.seed)
+        found, smallest = block.ends(effort.top, effort.seed)
         held = _held(block, own, found, joint=False) if point.at == "base" else {}
         yield [_record(point, losses, layer, own, alone[layer], found, smallest, held.get(layer))]
 

@@ -102,7 +102,11 @@ def _source(item: Path | str | Results[Any]) -> Source:
         return Source(f"{item.run.command}.jsonl", item)
     path = Path(item)
     results: Results[Any] = read_results(path)
-    return Source(str(path), results, _minute(datetime.fromtimestamp(path.stat().st_mtime, UTC)))
+    try:
+        changed = _minute(datetime.fromtimestamp(path.stat().st_mtime, UTC))
+    except (OverflowError, ValueError, OSError):
+        changed = ""  # a clock that was far off: no calendar has this time
+    return Source(str(path), results, changed)
 
 
 def _minute(time: datetime) -> str:

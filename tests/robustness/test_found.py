@@ -1,0 +1,80 @@
+"""What damaged inputs and faults brought to light, each as small as it can be."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+import lora_diag
+from lora_diag.checkpoints import open_checkpoint
+from lora_diag.errors import InputError
+from lora_diag.linalg import decompose
+from lora_diag.reports.tables import table
+from lora_diag.results import read_results
+from tests.conftest import save_model, save_sharded
+
+
+def with_header(path: Path, header: object, data: bytes = b"\0" * 4) -> Path:
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data)
+    return path
+
+
+@pytest.mark.parametrize("dtype", [["F32"], {"F32": 1}, None, 7])
+def test_a_dtype_that_is_no_word(tmp_path: Path, dtype: object) -> None:
+    """TypeError: unhashable type."""
+    path = with_header(tmp_path / "m.safetensors", {"w": {"dtype": dtype, "shape": [1], "data_offsets": [0, 4]}})
+    with pytest.raises(InputError, match="unknown dtype"):
+        open_checkpoint(path)
+
+
+@pytest.mark.parametrize("largest", [3.4028e38, 1.5e38, 2e-38, 3e-45])
+@pytest.mark.parametrize("method", ["exact", "gram"])
+def test_a_number_at_the_edge_of_float32(largest: float, method: str) -> None:
+    """All singular values were zero: the matrix was divided by 2^128, which is infinite in float32."""
+    matrix = torch.zeros(4, 3)
+    matrix[1, 2] = largest
+    factors = decompose(matrix, method)
+    assert math.isclose(float(factors.s[0]), float(matrix[1, 2]), rel_tol=1e-6)
+    assert factors.s[1:].tolist() == [0.0, 0.0]
+
+
+def test_a_shard_whose_name_no_file_can_have(tmp_path: Path) -> None:
+    """OSError: file name too long."""
+    folder = save_sharded(tmp_path / "m", {"a.weight": torch.zeros(2, 2)}, shards=1)
+    index = next(folder.glob("*.index.json"))
+    index.write_text(json.dumps({"weight_map": {"a.weight": "a" * 3000}}))
+    with pytest.raises(InputError, match="is missing from"):
+        open_checkpoint(folder)
+
+
+def test_a_pickle_of_a_protocol_that_there_is_none_of(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    """A warning of torch reached the terminal, asking for a bug report."""
+    path = tmp_path / "m.bin"
+    path.write_bytes(b"\x80\x34}q\x00.")
+    with pytest.raises(InputError):
+        open_checkpoint(path)
+    assert not recwarn.list
+
+
+def test_an_allocation_that_was_cut_short(tmp_path: Path) -> None:
+    """StopIteration: the certificate is among the last lines."""
+    base, tuned = (save_model(tmp_path / str(k), {"a.weight": torch.eye(4) * k}) for k in (1, 2))
+    spectra = lora_diag.spectrum(base, tuned)
+    lora_diag.allocate(spectra, total_rank=2).write(tmp_path / "a.jsonl")
+    lines = (tmp_path / "a.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "a.jsonl").write_text("".join(lines[:2]))
+    assert "its certificate is missing" in table(read_results(tmp_path / "a.jsonl"), 100)
+
+
+def test_a_results_file_with_zeros_in_it_is_an_unfinished_run(tmp_path: Path) -> None:
+    """After a loss of power: neither damaged nor finished."""
+    base, tuned = (save_model(tmp_path / str(k), {"a.weight": torch.eye(4) * k}) for k in (1, 2))
+    lora_diag.spectrum(base, tuned, output=tmp_path / "r.jsonl")
+    whole = (tmp_path / "r.jsonl").read_bytes()
+    last = whole.rindex(b"\n", 0, -1)
+    (tmp_path / "r.jsonl").write_bytes(whole[: last - 5] + b"\0" * 20 + whole[last:])
+    results = read_results(tmp_path / "r.jsonl")
+    assert (len(results), results.end) == (0, None)

@@ -169,11 +169,12 @@ def _curvature(joint: Curvature) -> str:
         lines.append(f"smallest μ = {number(joint.smallest)}{_convex(joint)}")
     mean = joint.trace / joint.params
     error = "" if joint.trace_error is None else f" ± {number(joint.trace_error)}"
-    lines.append(
-        f"trace {number(joint.trace)}{error}, so {number(mean)} in a mean direction"
-        + (f": λ is {number(first / mean)} times that" if mean > 0 else "")
-    )
-    return "\n".join(lines)
+    told = f"trace {number(joint.trace)}{error}"
+    if joint.trace > 2 * (joint.trace_error or 0.0):
+        told += f", so {number(mean)} in a mean direction: λ is {number(first / mean)} times that"
+    else:
+        told += ": not to be told from zero; more --probes would say"
+    return "\n".join([*lines, told])
 
 
 def _convex(joint: Curvature) -> str:
@@ -229,7 +230,7 @@ def _bound(bounds: Sequence[LossBound], joint: Curvature) -> str:
     bent = max(record.curvature for record in bounds)
     seen = "exceeds" if over else "does not exceed"
     lines.append(f"along E the curvature is {number(bent)} at most, and {seen} λ at the points measured")
-    if whole:
+    if whole and joint.trace > 2 * (joint.trace_error or 0.0):
         last = whole[-1]
         mean = joint.trace / joint.params / 2 * last.tail_energy
         lines.append(

@@ -78,7 +78,7 @@ def sensitivity_table(
         told += _marginal(more.get(sets[0], []), settings)
         told += _repeats(gains[sets[0]])
         told += _others(gains, sets)
-        told += [("Cheaper?", _cheaper(correlations(gains[sets[0]], scores)))]
+        told += [("Cheaper?", _cheaper(correlations(gains[sets[0]], scores), gains[sets[0]]))]
         told += [("Rates", _rates(gains[sets[0]], records))]
     told += [("Read it so", _READING), *ending(results), *([("Next", then)] if then else [])]
     return to_text(Group(*parts, answers(told)), width, color)
@@ -170,10 +170,10 @@ def _said(records: Sequence[Sensitivity], gains: Sequence[Gain], name: str, sett
     lines = [
         f"loss {base.loss:.4f} of BASE; alone, {better} of {len(gains)} {many if len(gains) > 1 else one} lower it by "
         f"more than two standard errors{f', {worse} raise it by that' if worse else ''}",
-        f"most: {_named(ordered[:_NAMED])}",
+        f"highest: {_named(ordered[:_NAMED])}",
     ]
     if len(ordered) > 2 * _NAMED:
-        lines.append(f"least: {_named(ordered[-_NAMED:])}")
+        lines.append(f"lowest: {_named(ordered[-_NAMED:])}")
     if base.shifted:
         lines[0] = f"shifted: {lines[0]}"
     return "\n".join(lines)
@@ -192,7 +192,7 @@ def _marginal(more: Sequence[Marginal], settings: dict[str, Any]) -> list[tuple[
     rank = settings["rank"]
     said = (
         f"from r={rank} to {rank + settings['delta']}, {up} of {len(more)} gain more than two standard errors, "
-        f"{len(clear) - up} lose as much; most: {_named(ordered[:_NAMED])}"
+        f"{len(clear) - up} lose as much; highest: {_named(ordered[:_NAMED])}"
     )
     return [("More rank", said)]
 
@@ -203,7 +203,7 @@ def _repeats(gains: Sequence[Gain]) -> list[tuple[str, str]]:
     if len(both) < 3:
         return []
     rho = spearman([seeds[0] for seeds in both], [seeds[1] for seeds in both])
-    return [("Repeats?", f"the first two seeds order the {len(both)} with ρ = {_rho(rho)}")]
+    return [("Repeats?", f"the order by the first seed and by the second: ρ = {_rho(rho)}, {len(both)} compared")]
 
 
 def _others(gains: dict[str, list[Gain]], sets: Sequence[str]) -> list[tuple[str, str]]:
@@ -214,17 +214,20 @@ def _others(gains: dict[str, list[Gain]], sets: Sequence[str]) -> list[tuple[str
         both = [(gain.gain, other[gain.unit]) for gain in gains[sets[0]] if gain.unit in other]
         if len(both) > 2:
             rho = spearman([one for one, _ in both], [two for _, two in both])
-            lines.append(f"{short(name)} orders the {len(both)} as {short(sets[0])} does with ρ = {_rho(rho)}")
+            lines.append(f"on {short(name)} and on {short(sets[0])}: ρ = {_rho(rho)}, {len(both)} compared")
     return [("Same order?", "\n".join(lines))] if lines else []
 
 
-def _cheaper(found: Sequence[Correlation]) -> str:
+def _cheaper(found: Sequence[Correlation], gains: Sequence[Gain]) -> str:
     """Say how well scores from one gradient order the measured gains, and whether the size of a layer does as well."""
     if not found:
         return "not known: three units at least have to be measured"
     ordered = sorted(found, key=lambda each: -(each.rho or 0.0))
     best, size = next(each for each in ordered if each.score != "size" or len(ordered) == 1), found[-1]
+    clear = sum(gain.is_clear for gain in gains)
     lines = [_verdict(best, size)]
+    if 2 * clear < len(gains):  # noise has no order that anything could predict
+        lines = [f"not known: {clear} of {len(gains)} gains are told from nothing; more --steps, or a longer --eval"]
     inside = [each.within_p for each in found if each.within_p is not None]
     if inside and min(inside) > _CHANCE:
         lines.append("within a module type no score is told from chance")

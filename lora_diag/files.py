@@ -63,7 +63,12 @@ def sync(path: Path) -> None:
     Raises:
         OSError: The disk took what was written and cannot keep it: it is full or broken.
     """
-    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except OSError:
+        if path.is_dir():
+            return  # one that may be written to and not listed
+        raise
     try:
         sync_descriptor(descriptor)
     finally:
@@ -83,12 +88,17 @@ def sync_descriptor(descriptor: int) -> None:
             raise
 
 
-def lock(path: Path) -> int:
-    """Open a file or folder and keep every other process from locking it, until it is closed or this process ends.
+def lock(path: Path, tries: int = 5) -> int:
+    """Open a file and keep every other process from locking it, until it is closed or this process ends.
 
-    A file that is not there is created, empty. The lock is the system's own (``flock``): it ends with the process,
-    however that ends, and nothing is left to clean up. Where the file system has no locks, that is said once, and two
-    processes are then not kept apart.
+    One that is not there is created, empty. The lock is the system's own (``flock``): it ends with the process, however
+    that ends, and nothing is left to clean up. Where the file system has no locks, that is said, and two processes are
+    not kept apart.
+
+    Args:
+        path: The file.
+        tries: How often it may turn out to have been replaced meanwhile, which is then no longer believed: a few file
+            systems never tell one file by the same number twice.
 
     Returns:
         The descriptor to close.
@@ -97,18 +107,25 @@ def lock(path: Path) -> int:
         UsageError: Another process has it.
         OSError: It cannot be opened.
     """
-    while True:
-        descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR | os.O_CREAT, 0o666)
-        try:
-            _flock(descriptor, path)
-            # Another process may have replaced the file between the two calls: this is then the lock of the old one.
-            with suppress(FileNotFoundError):
-                if os.path.samestat(os.fstat(descriptor), path.stat()):
-                    return descriptor
-        except BaseException:
-            os.close(descriptor)
-            raise
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        _flock(descriptor, path)
+        # Replaced between the two calls, it is the old one that is locked.
+        if tries <= 1 or _is_at(descriptor, path):
+            return descriptor
+    except BaseException:
         os.close(descriptor)
+        raise
+    os.close(descriptor)
+    return lock(path, tries - 1)
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    """Say whether an open file is the one of this name."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def _flock(descriptor: int, path: Path) -> None:

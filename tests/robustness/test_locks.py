@@ -1,0 +1,52 @@
+"""The lock of one file: held, let go of, and never that of a file that is gone."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from lora_diag import files
+from lora_diag.errors import UsageError
+from lora_diag.files import lock, sync
+
+
+def test_one_has_it_and_then_another(tmp_path: Path) -> None:
+    first = lock(tmp_path / "a")
+    with pytest.raises(UsageError, match="another process is writing it now"):
+        lock(tmp_path / "a")
+    os.close(first)
+    os.close(lock(tmp_path / "a"))
+    assert (tmp_path / "a").read_bytes() == b""
+
+
+def test_a_file_that_is_replaced_meanwhile_is_locked_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, replaced = tmp_path / "a", []
+    path.touch()
+    flock = files._flock
+
+    def replacing(descriptor: int, place: Path) -> None:
+        flock(descriptor, place)
+        if not replaced:
+            (tmp_path / "b").write_text("new")
+            (tmp_path / "b").replace(path)
+            replaced.append(path)
+
+    monkeypatch.setattr(files, "_flock", replacing)
+    held = lock(path)
+    assert os.path.samestat(os.fstat(held), path.stat())
+    os.close(held)
+
+
+def test_a_file_system_whose_files_never_have_the_same_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "_is_at", lambda *_: False)
+    os.close(lock(tmp_path / "a"))
+
+
+def test_a_folder_that_may_not_be_listed_is_let_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: object) -> int:
+        raise PermissionError
+
+    monkeypatch.setattr(os, "open", refused)
+    sync(tmp_path)
+    with pytest.raises(PermissionError):
+        sync(tmp_path / "file")

@@ -16,7 +16,7 @@ from lora_diag.api.extract_plan import plan
 from lora_diag.api.extract_ranks import Asked, ranks_for
 from lora_diag.api.fingerprint import legible
 from lora_diag.api.inputs import compare
-from lora_diag.api.measuring import Progress, Watch, check_running, layout_of, measure_layers, place
+from lora_diag.api.measuring import Progress, Watch, check_running, layout_of, measure_layers, place, read_memory
 from lora_diag.api.spectrum import spectrum
 from lora_diag.checkpoints import as_path, open_checkpoint
 from lora_diag.checkpoints.hub import loadable
@@ -58,6 +58,7 @@ def extract(
     device: str = "auto",
     seed: int = 0,
     workers: int | None = None,
+    memory: str | int | None = None,
     engine: Ray | None = None,
     overwrite: bool = False,
     resume: bool = False,
@@ -94,6 +95,7 @@ def extract(
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:1``.
         seed: Of the random starts of ``krylov``.
         workers: Layers at once; by default as many as fit into memory.
+        memory: What the whole program may take, such as ``"8GB"``; a layer that does not fit is read in row blocks.
         engine: A Ray cluster to measure on, whose workers write factors to ``output``; None for this machine alone.
         overwrite: Replace an adapter that is in ``output``.
         resume: Go on with an interrupted extraction.
@@ -126,6 +128,7 @@ def extract(
     check_request(method, 1, tol)
     where = place(engine, device)
     settings = ExtractionSettings(dtype, split, method, tol, seed, where.tasks)
+    limit = read_memory(memory, engine)
     check_running(workers, seed)
     base, tuned = as_path(base), as_path(tuned)
     folder = OutputFolder(Path(output), (base, tuned), overwrite, resume)
@@ -145,6 +148,7 @@ def extract(
             device=device,
             seed=seed,
             workers=workers,
+            memory=limit,
             engine=engine,
             output=folder.spectra,
             resume=folder.spectra.exists(),
@@ -192,7 +196,8 @@ def extract(
             "seed": seed,
         },
     )
-    layout = layout_of(tasks, workers, where.kind)
+    layout = layout_of(tasks, workers, where.kind, limit)
+    settings = replace(settings, memory=layout.limit)
     folder.open()
     with ResultsWriter[Extraction](folder.records, run, resume) as writer:
         results = measure_layers(
@@ -201,7 +206,7 @@ def extract(
             partial(_one_layer, files=files, settings=settings),
             lambda: planned.left_out(layout, where.here),
             layout,
-            size,
+            partial(size, settings=settings),
             Watch(on_progress, on_record),
             engine,
         )

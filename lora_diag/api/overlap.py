@@ -19,6 +19,7 @@ from lora_diag.api.measuring import (
     measure_layers,
     not_paired,
     place,
+    read_memory,
     without_rank,
 )
 from lora_diag.checkpoints import Checkpoint, open_checkpoint
@@ -48,6 +49,7 @@ def overlap(
     device: str = "auto",
     seed: int = 0,
     workers: int | None = None,
+    memory: str | int | None = None,
     engine: Ray | None = None,
     output: Path | str | None = None,
     resume: bool = False,
@@ -74,6 +76,7 @@ def overlap(
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:1``.
         seed: Of the random starts of ``krylov``.
         workers: Layers at once; by default as many as fit into memory.
+        memory: What the whole program may take, such as ``"8GB"``; a layer that does not fit is read in row blocks.
         engine: A Ray cluster to measure on; None for this machine alone.
         output: Results file, appended layer by layer.
         resume: Go on behind what an interrupted run left in ``output``.
@@ -99,6 +102,7 @@ def overlap(
     """
     where = place(engine, device)
     settings = OverlapSettings(checked_ranks(ranks), method, seed, where.tasks)
+    limit = read_memory(memory, engine)
     check_running(workers, seed)
     check_request(method, settings.ranks[-1], 0.5)
     if not gradients:
@@ -128,7 +132,8 @@ def overlap(
             "seed": seed,
         },
     )
-    layout = layout_of(tasks, workers, where.kind)
+    layout = layout_of(tasks, workers, where.kind, limit)
+    settings = replace(settings, memory=layout.limit)
     with ResultsWriter[Overlap](output, run, resume) as writer:
         return measure_layers(
             writer,
@@ -138,7 +143,7 @@ def overlap(
                 compared.pairing, rest, layout, tasks, writer.earlier, replace(settings, device=where.here)
             ),
             layout,
-            size,
+            partial(size, settings=settings),
             Watch(on_progress, on_record),
             engine,
         )

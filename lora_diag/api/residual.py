@@ -11,7 +11,16 @@ from typing import Literal
 
 from lora_diag.api.activations import second_moments
 from lora_diag.api.inputs import Comparison, compare
-from lora_diag.api.measuring import Progress, Watch, check_running, layout_of, measure_layers, not_paired, place
+from lora_diag.api.measuring import (
+    Progress,
+    Watch,
+    check_running,
+    layout_of,
+    measure_layers,
+    not_paired,
+    place,
+    read_memory,
+)
 from lora_diag.checkpoints import as_path
 from lora_diag.deltas import Delta, Pairing, StoredDelta, Unpaired
 from lora_diag.diagnostics.residual import Layer, Other, ResidualSettings, size
@@ -38,6 +47,7 @@ def residual(
     device: str = "auto",
     seed: int = 0,
     workers: int | None = None,
+    memory: str | int | None = None,
     engine: Ray | None = None,
     output: Path | str | None = None,
     resume: bool = False,
@@ -65,6 +75,7 @@ def residual(
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:1``.
         seed: Of the random starts of ``krylov``.
         workers: Layers at once; by default as many as fit into memory.
+        memory: What the whole program may take, such as ``"8GB"``; a layer that does not fit is read in row blocks.
         engine: A Ray cluster to measure on; None for this machine alone.
         output: Results file, appended layer by layer.
         resume: Go on behind what an interrupted run left in ``output``.
@@ -89,6 +100,7 @@ def residual(
     """
     where = place(engine, device)
     settings = ResidualSettings(method, tol, seed, where.tasks)
+    limit = read_memory(memory, engine)
     check_running(workers, seed)
     check_request(method, 1, tol)
     _check_names(tuned, [*adapters, *([reference] if reference is not None else [])])
@@ -125,7 +137,8 @@ def residual(
         },
     )
     left_out = Pairing((), (*full.pairing.unpaired, *_more_left_out(full.pairing, others)))
-    layout = layout_of(full.pairing.deltas, workers, where.kind)
+    layout = layout_of(full.pairing.deltas, workers, where.kind, limit)
+    settings = replace(settings, memory=layout.limit)
     with ResultsWriter[Residual](output, run, resume) as writer:
         return measure_layers(
             writer,
@@ -133,7 +146,7 @@ def residual(
             partial(measure, settings=settings),
             lambda: _rest(left_out, layout, where.here, tasks, writer.earlier, replace(settings, device=where.here)),
             layout,
-            size,
+            partial(size, settings=settings),
             Watch(on_progress, on_record),
             engine,
         )

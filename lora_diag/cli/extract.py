@@ -57,6 +57,7 @@ def extract(
     device: options.Device = "auto",
     seed: options.Seed = 0,
     workers: options.Workers = None,
+    memory: options.Memory = None,
     engine: options.On = options.Engine.local,
     ray_address: options.RayAddress = None,
     gpus_per_task: options.GpusPerTask = 0.0,
@@ -100,6 +101,7 @@ def extract(
             device=device,
             seed=seed,
             workers=workers,
+            memory=memory,
             engine=options.cluster(engine, ray_address, gpus_per_task),
             overwrite=overwrite,
             resume=resume,
@@ -111,5 +113,5 @@ def extract(
         then = shlex.join(["loradiag", "residual", str(base), str(tuned), str(output)])
         then += "   (this adapter held against TUNED)"
         result(extraction_table(results, *terminal(), per=per, then=then, folder=str(output)))
-    if tell_unmeasured(results.non_finite, "the layer is not in the adapter"):
+    if tell_unmeasured(results.unmeasured, "the layer is not in the adapter"):
         raise typer.Exit(UNREADABLE)

@@ -28,6 +28,7 @@ def overlap(
     device: options.Device = "auto",
     seed: options.Seed = 0,
     workers: options.Workers = None,
+    memory: options.Memory = None,
     engine: options.On = options.Engine.local,
     ray_address: options.RayAddress = None,
     gpus_per_task: options.GpusPerTask = 0.0,
@@ -61,6 +62,7 @@ def overlap(
             device=device,
             seed=seed,
             workers=workers,
+            memory=memory,
             engine=options.cluster(engine, ray_address, gpus_per_task),
             output=output,
             resume=resume,
@@ -70,7 +72,7 @@ def overlap(
         )
     if not json and not quiet:
         result(overlap_table(results, *terminal(), per=per, rank=rank, then=_next(output, per)))
-    if tell_unmeasured(results.non_finite, "left out"):
+    if tell_unmeasured(results.unmeasured, "left out"):
         raise typer.Exit(UNREADABLE)
 
 

@@ -37,6 +37,7 @@ def residual(
     device: options.Device = "auto",
     seed: options.Seed = 0,
     workers: options.Workers = None,
+    memory: options.Memory = None,
     engine: options.On = options.Engine.local,
     ray_address: options.RayAddress = None,
     gpus_per_task: options.GpusPerTask = 0.0,
@@ -71,6 +72,7 @@ def residual(
             device=device,
             seed=seed,
             workers=workers,
+            memory=memory,
             engine=options.cluster(engine, ray_address, gpus_per_task),
             output=output,
             resume=resume,
@@ -81,5 +83,5 @@ def residual(
     if not json and not quiet:
         then = shlex.join(["loradiag", "spectrum", str(base), str(tuned)]) + "   (which rank the update needs)"
         result(residual_table(results, *terminal(), per=per, then=then))
-    if tell_unmeasured(results.non_finite, "the layer was left out"):
+    if tell_unmeasured(results.unmeasured, "the layer was left out"):
         raise typer.Exit(UNREADABLE)

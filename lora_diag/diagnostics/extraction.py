@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
-from lora_diag.deltas import Delta, footprint
-from lora_diag.diagnostics.change import Change, load_change, on_device
+from lora_diag.deltas import Delta
+from lora_diag.diagnostics.change import Change, bytes_of, load_change, on_device
 from lora_diag.diagnostics.left_out import not_finite
 from lora_diag.diagnostics.metric import Weighed, Weighting, extra, times, weigh
 from lora_diag.diagnostics.resolution import resolution
 from lora_diag.errors import InputError
-from lora_diag.linalg import Factors, decompose_factored, norm, resolve_device
+from lora_diag.linalg import Allowance, Factors, decompose_factored, norm, resolve_device
 from lora_diag.metrics import energy_curve, rank_at
 from lora_diag.results import Extraction, LeftOut, OnData
 
@@ -63,6 +63,7 @@ class ExtractionSettings:
         tol: Bound that ``auto`` and ``krylov`` have to reach on the error of every energy fraction.
         seed: Of random starting vectors.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:1``.
+        memory: Bytes that a layer may take; None for what it needs.
     """
 
     dtype: str = "float32"
@@ -71,6 +72,7 @@ class ExtractionSettings:
     tol: float = 1e-4
     seed: int = 0
     device: str = "auto"
+    memory: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,9 +107,20 @@ class Layer:
         return self.delta.shape
 
 
-def size(layer: Layer) -> int:
+def size(layer: Layer, settings: ExtractionSettings) -> int:
     """Return about how many bytes factoring a layer takes: ΔW, and what the metric of the data adds."""
-    return footprint(layer.delta) + (extra(layer.weighting, layer.shape) if layer.weighting is not None else 0)
+    return bytes_of(layer.delta, _allowance(layer, settings)) + _weighing(layer)
+
+
+def _weighing(layer: Layer) -> int:
+    return extra(layer.weighting, layer.shape) if layer.weighting is not None else 0
+
+
+def _allowance(layer: Layer, settings: ExtractionSettings) -> Allowance | None:
+    """Return what ΔW may take; where the rank follows from all values, with as many vectors."""
+    if settings.memory is None:
+        return None
+    return Allowance(settings.memory - _weighing(layer), settings.method, layer.rank.at_most or None, vectors=True)
 
 
 def extract(layer: Layer, settings: ExtractionSettings, store: Store) -> Extraction | LeftOut:
@@ -136,7 +149,7 @@ def extract(layer: Layer, settings: ExtractionSettings, store: Store) -> Extract
 
 
 def _extract(layer: Layer, settings: ExtractionSettings, store: Store, device: torch.device) -> Extraction | LeftOut:
-    change = load_change(layer.delta, device)
+    change = load_change(layer.delta, device, allowance=_allowance(layer, settings))
     if change.non_finite is not None:
         return not_finite(layer.delta, change)
     weighed = weigh(change, layer.delta, layer.weighting, device) if layer.weighting is not None else None
@@ -174,6 +187,7 @@ def _extract(layer: Layer, settings: ExtractionSettings, store: Store, device: t
         base_fro=change.base_fro,
         dtype=settings.dtype,
         method=best.method,
+        blocks=change.row_blocks,
         resolution=resolution(change.rounding, layer.shape, seen.s.numpy(), seen.fro, seen.complete),
         data=None if weighed is None else _on_data(weighed, best, rank, (b.to(device), a.to(device)), layer),
     )

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lora_diag.deltas import Delta, Side, row_blocks
 from lora_diag.diagnostics.change import Change
-from lora_diag.errors import InputError
+from lora_diag.errors import InputError, MemoryLimitError
 from lora_diag.linalg import Factors, decompose_factored, first_non_finite, norm, products, root
 from lora_diag.metrics import Distances, distances, truncation_error
 
@@ -187,7 +187,14 @@ def fro_of(change: Change) -> float:
 
 
 def times(change: Change, lower: Tensor, on_rows: bool) -> Change:
-    """Return ΔW·L, or Lᵀ·ΔW where the layer is stored ``(in, out)``; in factored form where there are factors."""
+    """Return ΔW·L, or Lᵀ·ΔW where the layer is stored ``(in, out)``; in factored form where there are factors.
+
+    Raises:
+        MemoryLimitError: ΔW is read in row blocks.
+    """
+    if change.streamed is not None:
+        what = "x".join(map(str, change.streamed.shape))
+        raise MemoryLimitError(f"{what}: the data metric needs ΔW whole, which --memory does not hold; give more")
     if change.factors is not None:
         b, a = (factor.to(torch.float64) for factor in change.factors)
         return replace(change, factors=(lower.T @ b, a) if on_rows else (b, a @ lower))

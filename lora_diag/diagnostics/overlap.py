@@ -10,12 +10,12 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from lora_diag.deltas import Delta, FactoredDelta, StoredDelta, footprint
-from lora_diag.diagnostics.change import Change, load_change, on_device
+from lora_diag.deltas import Delta, FactoredDelta, StoredDelta
+from lora_diag.diagnostics.change import Change, bytes_of, load_change, on_device
 from lora_diag.diagnostics.left_out import not_finite
 from lora_diag.diagnostics.resolution import resolution
 from lora_diag.gradients import Snapshot
-from lora_diag.linalg import numerical_rank, resolve_device
+from lora_diag.linalg import Allowance, numerical_rank, resolve_device
 from lora_diag.linalg.subspace import orthonormal, shares
 from lora_diag.metrics.overlap import chance
 from lora_diag.metrics.resolution import Verdict
@@ -40,12 +40,14 @@ class OverlapSettings:
         method: ``auto``, ``exact``, ``gram`` or ``krylov``, for the singular vectors of ΔW.
         seed: Of random starting vectors.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:1``.
+        memory: Bytes that a layer may take; None for what it needs.
     """
 
     ranks: tuple[int, ...] = RANKS
     method: str = "auto"
     seed: int = 0
     device: str = "auto"
+    memory: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +79,7 @@ class Subspaces:
         ranks: At which overlaps are measured, ascending; the last is R.
         method: What computed them.
         verdict: Whether the files can show the update.
+        blocks: In how many row blocks ΔW was read, because memory did not hold it; None if it did.
     """
 
     layer: str
@@ -85,6 +88,7 @@ class Subspaces:
     ranks: tuple[int, ...]
     method: str
     verdict: Verdict
+    blocks: int | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -92,9 +96,15 @@ class Subspaces:
         return self.u.shape[0], self.v.shape[0]
 
 
-def size(followed: Followed) -> int:
+def size(followed: Followed, settings: OverlapSettings) -> int:
     """Return about how many bytes measuring a layer takes: its decomposition; a gradient passes through in blocks."""
-    return footprint(followed.delta)
+    return bytes_of(followed.delta, _allowance(followed.delta, settings))
+
+
+def _allowance(delta: Delta, settings: OverlapSettings) -> Allowance | None:
+    """Return what ΔW may take with the vectors of the largest rank asked for."""
+    top = max((rank for rank in settings.ranks if rank <= min(delta.shape)), default=1)
+    return None if settings.memory is None else Allowance(settings.memory, settings.method, top, vectors=True)
 
 
 def overlap(followed: Followed, settings: OverlapSettings) -> tuple[Overlap | LeftOut, ...]:
@@ -144,7 +154,7 @@ def subspaces(delta: Delta, settings: OverlapSettings, device: torch.device) -> 
     """
     if not isinstance(delta, StoredDelta):
         delta = replace(delta, base=None)  # the update is known without W_base, which would be read for its norm alone
-    change = load_change(delta, device)
+    change = load_change(delta, device, allowance=_allowance(delta, settings))
     if change.non_finite is not None:
         return not_finite(delta, change)
     ranks = _ranks(delta, change, settings.ranks)
@@ -169,7 +179,13 @@ def subspaces(delta: Delta, settings: OverlapSettings, device: torch.device) -> 
     assert factors.vh is not None
     seen = resolution(change.rounding, delta.shape, factors.s.numpy(), factors.fro, factors.complete)
     return Subspaces(
-        delta.layer, orthonormal(factors.u), orthonormal(factors.vh.T), ranks, factors.method, seen.verdict
+        delta.layer,
+        orthonormal(factors.u),
+        orthonormal(factors.vh.T),
+        ranks,
+        factors.method,
+        seen.verdict,
+        change.row_blocks,
     )
 
 
@@ -221,6 +237,7 @@ def overlaps(found: Subspaces, step: int, blocks: Iterable[Tensor]) -> tuple[Ove
                 right_random=random.right,
                 gradient_fro=parts.fro,
                 method=found.method,
+                blocks=found.blocks,
                 verdict=found.verdict,
             )
         )

@@ -15,7 +15,7 @@ from lora_diag.diagnostics.change import Change, load_change, on_device
 from lora_diag.diagnostics.left_out import not_finite
 from lora_diag.diagnostics.metric import Metric, Moments, read_root, times
 from lora_diag.diagnostics.resolution import resolution
-from lora_diag.linalg import Factors, numerical_rank, principal_cosines, resolve_device
+from lora_diag.linalg import Allowance, Factors, numerical_rank, principal_cosines, resolve_device
 from lora_diag.metrics import limit
 from lora_diag.results import Agreement, Distance, LeftOut, Residual, Resolution
 
@@ -34,12 +34,14 @@ class ResidualSettings:
         tol: Bound that ``auto`` and ``krylov`` have to reach on the error of ε_min².
         seed: Of random starting vectors.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:1``.
+        memory: Bytes that a layer may take; None for what it needs.
     """
 
     method: str = "auto"
     tol: float = 1e-4
     seed: int = 0
     device: str = "auto"
+    memory: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,11 +78,26 @@ class Layer:
         return self.tuned.shape
 
 
-def size(layer: Layer) -> int:
+def size(layer: Layer, settings: ResidualSettings) -> int:
     """Return about how many bytes measuring a layer takes: D, the largest X, and what the data metric adds."""
+    if settings.memory is not None:
+        return settings.memory  # D alone may take that, and the ranks of the others are not known before they are read
     dense = max((footprint(other.delta) for other in layer.others if other.delta), default=0)
+    return footprint(layer.tuned) + dense + _weighing(layer)
+
+
+def _weighing(layer: Layer) -> int:
     order = layer.moments.size if layer.moments else 0
-    return footprint(layer.tuned) + dense + 8 * order * (3 * order + 2 * max(layer.shape))
+    return 8 * order * (3 * order + 2 * max(layer.shape))
+
+
+def _allowance(layer: Layer, top: int, settings: ResidualSettings) -> Allowance | None:
+    """Return what D may take; and an X that is not thin, which lies beside it, as much."""
+    if settings.memory is None:
+        return None
+    beside = any(other.delta is not None and not isinstance(other.delta, FactoredDelta) for other in layer.others)
+    limit = (settings.memory - _weighing(layer)) // (2 if beside else 1)
+    return Allowance(limit, settings.method, top, vectors=True)
 
 
 def residual(layer: Layer, settings: ResidualSettings) -> tuple[Residual | LeftOut, ...]:
@@ -107,19 +124,22 @@ def residual(layer: Layer, settings: ResidualSettings) -> tuple[Residual | LeftO
 
 
 def _residual(layer: Layer, settings: ResidualSettings, device: torch.device) -> tuple[Residual | LeftOut, ...]:
-    full = load_change(layer.tuned, device)
-    if full.non_finite is not None:
-        return (not_finite(layer.tuned, full),)
     # Thin factors are all read at once, because the largest rank says how much of D is needed; the rest one by one.
     thin = {o.name: load_change(o.delta, device) for o in layer.others if isinstance(o.delta, FactoredDelta)}
     top = min(max([SUBSPACE, *map(_columns, thin.values())]), *layer.shape)
+    allowance = _allowance(layer, top, settings)
+    full = load_change(layer.tuned, device, allowance=allowance)
+    if full.non_finite is not None:
+        return (not_finite(layer.tuned, full),)
     weights = Metric(full, _decompose(full, top, settings), layer.shape)
     if not math.isfinite(weights.factors.fro):
         return (not_finite(layer.tuned, replace(full, non_finite=OVERFLOW)),)
     data = _in_data_metric(layer, full, top, settings, device) if layer.moments is not None else None
     records: list[Residual | LeftOut] = []
     for other in layer.others:
-        change = thin.get(other.name) or (load_change(other.delta, device) if other.delta is not None else None)
+        change = thin.get(other.name)
+        if change is None and other.delta is not None:
+            change = load_change(other.delta, device, allowance=allowance)
         record = _record(layer, other, change, weights, data, settings)
         del change  # a dense X: its place is needed by the next
         if isinstance(record, str):
@@ -160,6 +180,7 @@ def _record(
         base_fro=weights.change.base_fro,
         adapter_fro=norm,
         method=weights.factors.method,
+        blocks=weights.change.row_blocks,
         energy_error=weights.factors.energy_error if found.epsilon_min is not None else None,
         column_space=columns,
         row_space=rows,

@@ -15,7 +15,6 @@ from lora_diag.diagnostics.change import Change, bytes_of, load_change, on_devic
 from lora_diag.diagnostics.left_out import not_finite
 from lora_diag.diagnostics.metric import Weighed, Weighting, extra, weigh
 from lora_diag.diagnostics.resolution import resolution
-from lora_diag.errors import MemoryLimitError
 from lora_diag.linalg import Allowance, Factors, resolve_device
 from lora_diag.metrics import (
     effective_rank,
@@ -166,9 +165,6 @@ def _compute(
     if change.non_finite is not None:
         return change, None, None
     if weighting is not None:
-        if change.streamed is not None:
-            what = f"ΔW of {delta.shape[0]}x{delta.shape[1]}"
-            raise MemoryLimitError(f"weighing needs {what} whole, which --memory does not hold; give more")
         weighed = weigh(change, delta, weighting, device)
         change = weighed.change
     factors = change.decompose(settings.method, settings.top, tol=settings.tol, seed=settings.seed)

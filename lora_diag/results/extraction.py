@@ -44,6 +44,7 @@ class Extraction(Record):
         base_fro: ‖W_base‖_F; null for an update known by its factors, for which W_base is not read.
         dtype: In which the factors are stored.
         method: What computed the singular vectors.
+        blocks: In how many row blocks ΔW was read, again and again, because memory did not hold it; null if it did.
         resolution: What the files' rounding lets one see of ΔW.
         data: The same in the metric of the data, for which the factors were chosen to be best; ``epsilon`` is then
             above ``epsilon_min``. Null where they are best in the Frobenius norm.
@@ -66,3 +67,4 @@ class Extraction(Record):
     method: str
     resolution: Resolution
     data: OnData | None = None
+    blocks: int | None = None

@@ -28,6 +28,7 @@ class Overlap(Record):
         right_random: √(r/n).
         gradient_fro: ‖G‖_F.
         method: What computed U and V.
+        blocks: In how many row blocks ΔW was read, again and again, because memory did not hold it; null if it did.
         verdict: Whether the files can show the update that U and V are of.
     """
 
@@ -48,3 +49,4 @@ class Overlap(Record):
     gradient_fro: float
     method: str
     verdict: Literal["resolved", "floor-limited", "unresolved"]
+    blocks: int | None = None

@@ -63,6 +63,7 @@ class Residual(Distance):
         base_fro: ‖W_base‖_F.
         adapter_fro: ‖X‖_F.
         method: What computed the singular values of D.
+        blocks: In how many row blocks D was read, again and again, because memory did not hold it; null if it did.
         energy_error: Bound on the error of ε_min² and ``excess``.
         column_space: Agreement of the left singular vectors, of D's top ``rank`` (8 where X has no rank); null for 1-D
             tensors and where D or X is zero.
@@ -90,6 +91,7 @@ class Residual(Distance):
     data: Distance | None
     limited_by: Limit | None
     resolution: Resolution | None
+    blocks: int | None = None
 
     @property
     def gap(self) -> float:

@@ -320,9 +320,9 @@ def test_one_update_at_a_time_is_held_beside_the_fine_tune(model, tmp_path, monk
     merged = [save_model(tmp_path / f"m{i}", {k: v.double() for k, v in weights(i).items()}) for i in (3, 4, 5)]
     held, load = [], module.load_change
 
-    def watched(*words):
+    def watched(*words, **options):
         alive.append(sum(matrix() is not None for matrix in held))
-        change = load(*words)
+        change = load(*words, **options)
         held.append(weakref.ref(change.matrix))
         return change
 

@@ -1,0 +1,103 @@
+"""What commands say of layers that are read in row blocks is what they say of layers that memory holds."""
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import lora_diag
+from lora_diag import deltas
+from lora_diag.engines import local
+from lora_diag.errors import UsageError
+from lora_diag.linalg import limited
+from tests.conftest import save_model
+
+BASE, TUNED = "sample_checkpoints/base", "sample_checkpoints/full_ft"
+LAYERS = r"layers\.0\..*(up|down)_proj"
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """A program and blocks that take next to nothing: matrices of 128 columns are then too large for 2 MB."""
+    monkeypatch.setattr(local, "PROGRAM_BYTES", 0)
+    monkeypatch.setattr(local, "LEAST_BYTES", 0)
+    monkeypatch.setattr(limited, "READING", 0)
+    monkeypatch.setattr(deltas, "BLOCK_ENTRIES", 5000)
+
+
+def numbers(record, skip=("method", "blocks", "energy_error")) -> dict:
+    """Every number of a record by its path."""
+    found: dict = {}
+
+    def walk(value, path):
+        if isinstance(value, dict):
+            for key, inner in value.items():
+                walk(inner, (*path, key))
+        elif isinstance(value, list | tuple):
+            for at, inner in enumerate(value):
+                walk(inner, (*path, at))
+        elif path[0] not in skip:
+            found[path] = value
+
+    walk(record.model_dump(), ())
+    return found
+
+
+def check(plain, blocks) -> None:
+    """Hold records against each other, all of them from row blocks."""
+    assert len(plain) == len(blocks) > 0
+    for one, two in zip(plain, blocks, strict=True):
+        assert one.blocks is None
+        assert two.blocks > 1
+        a, b = numbers(one), numbers(two)
+        assert a.keys() == b.keys()
+        for path, value in a.items():
+            near = isinstance(value, float)
+            assert b[path] == (pytest.approx(value, rel=1e-6, abs=1e-6) if near else value), (one.layer, path)
+
+
+def test_spectrum(small):
+    check(
+        lora_diag.spectrum(BASE, TUNED, layers=LAYERS),
+        lora_diag.spectrum(BASE, TUNED, layers=LAYERS, memory="1MB", workers=1),
+    )
+
+
+def test_residual_with_adapters_and_another_fine_tune(small, tmp_path):
+    other = load_file(f"{TUNED}/model.safetensors")
+    generator = torch.Generator().manual_seed(0)
+    other = {name: value + torch.randn(value.shape, generator=generator) * 1e-3 for name, value in other.items()}
+    others = {"adapters": ["sample_checkpoints/lora_r16"], "reference": save_model(tmp_path / "other", other)}
+    check(
+        lora_diag.residual(BASE, TUNED, **others, layers=LAYERS),
+        lora_diag.residual(BASE, TUNED, **others, layers=LAYERS, memory="4MB", workers=1),
+    )
+
+
+@pytest.mark.parametrize("rank", [{"rank": 8}, {"energy": 0.5}], ids=str)
+def test_extract(small, tmp_path, rank):
+    check(
+        lora_diag.extract(BASE, TUNED, tmp_path / "plain", **rank, layers=LAYERS),
+        lora_diag.extract(BASE, TUNED, tmp_path / "blocks", **rank, layers=LAYERS, memory="3MB", workers=1),
+    )
+
+
+def test_overlap(small):
+    gradients = ["sample_checkpoints/gradients"]
+    check(
+        lora_diag.overlap(BASE, TUNED, gradients, ranks=[8], layers=LAYERS),
+        lora_diag.overlap(BASE, TUNED, gradients, ranks=[8], layers=LAYERS, memory="2MB", workers=1),
+    )
+
+
+def test_what_cannot_be_streamed_is_left_out_and_the_rest_goes_on(small):
+    found = lora_diag.spectrum(BASE, TUNED, layers=LAYERS, memory="1MB", workers=1, method="exact")
+    assert len(found) == 0
+    assert {item.reason for item in found.unmeasured} == {"memory"}
+    assert all("--method gram reads it in row blocks" in item.detail and item.fro > 0 for item in found.unmeasured)
+
+
+def test_memory_is_of_this_machine_and_of_updates():
+    with pytest.raises(UsageError, match="on a cluster"):
+        lora_diag.spectrum(BASE, TUNED, memory="1GB", engine=lora_diag.Ray())
+    with pytest.raises(UsageError, match="--gradients"):
+        lora_diag.spectrum(BASE, gradients=["sample_checkpoints/gradients"], memory="1GB")

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 # One slash, too: that is what a ``Path`` makes of the two.
 ADDRESS = re.compile(r"(s3|gs|hf|https?):/{1,2}([^/].*)", re.IGNORECASE | re.DOTALL)
+SCHEME = re.compile(r"[A-Za-z][\w+.-]*://", re.ASCII)
 ANY = re.compile(r"[A-Za-z][\w+.-]*://[^\s'\"<>]+", re.ASCII)
 WEB = ("http", "https")
 
@@ -218,6 +219,8 @@ def as_path(words: Path | str) -> Path:
         return cast(Path, words)
     found = ADDRESS.fullmatch(str(words))
     if found is None:
+        if SCHEME.match(str(words)) and not Path(words).exists():
+            raise InputError(f"{shown(words)}: only s3://, gs://, hf://, https:// and http:// addresses are read")
         return Path(words)
     from lora_diag.checkpoints.stores import open_store
 

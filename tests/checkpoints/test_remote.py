@@ -108,6 +108,8 @@ def test_a_path_of_an_address_answers_as_a_path():
 @pytest.mark.parametrize(
     ("words", "says"),
     [
+        ("ftp://me:secret@host/x", "ftp://host/x: only s3://"),
+        ("s3://", "only s3://"),
         ("s3://key:secret@bucket/x", "takes no password"),
         ("s3://bucket/x?token=secret", "takes no password and no query"),
         ("gs://me@bucket/x", "takes no password"),

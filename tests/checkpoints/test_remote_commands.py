@@ -148,6 +148,7 @@ def test_resume_goes_on_with_the_same_input_alone(run, tmp_path):
 def test_failures_are_one_message_and_exit_code_3(web, run):
     for words, says in (
         (("spectrum", f"{web.url}/base", f"{web.url}/elsewhere"), "/elsewhere: no weights found"),
+        (("inspect", "s3://"), "s3://: only s3://"),
         (("inspect", f"{web.url}/x.safetensors"), "/x.safetensors: no such file or folder"),
         (("inspect", "http://127.0.0.1:9/base"), "cannot be read"),
         (
@@ -157,9 +158,22 @@ def test_failures_are_one_message_and_exit_code_3(web, run):
     ):
         done = run(*words)
         assert done.code == 3, done.err
-        assert done.err.startswith("error: http://")
+        assert done.err.startswith("error: ")
         assert says in done.err
         assert done.err.count("\n") == 1
+
+
+def test_results_are_written_to_this_machine(web, run, tmp_path):
+    for words in (
+        ("-o", "s3://bucket/s.jsonl"),
+        ("--output", "https://me:hidden@host/s.jsonl"),
+        ("--output=https://host/s",),
+    ):
+        done = run("spectrum", SAMPLES / "base", SAMPLES / "full_ft", *QPROJ, *words)
+        assert done.code == 2
+        assert "is written to this machine" in done.err
+        assert "hidden" not in done.err
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.fixture

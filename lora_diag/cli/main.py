@@ -28,7 +28,7 @@ from lora_diag.cli.report import report
 from lora_diag.cli.residual import residual
 from lora_diag.cli.spectrum import spectrum
 from lora_diag.cli.verify_merge import verify_merge
-from lora_diag.errors import DONE, UNREADABLE, LoradiagError
+from lora_diag.errors import DONE, UNREADABLE, LoradiagError, UsageError
 from lora_diag.version import __version__
 
 COMMANDS = (
@@ -61,6 +61,8 @@ class _Command(TyperCommand):
         spread: list[str] = []
         for at, word in enumerate(args):
             before = args[at - 1] if at else ""
+            if "://" in word and (before in {"-o", "--output"} or word.startswith("--output=")):
+                raise UsageError(f"{word}: what -o names is written to this machine, not to an address")
             follows = spread[-2:-1] == ["--gradients"] and before != "--gradients" and not word.startswith("-")
             spread += ["--gradients", word] if follows else [word]
         return super().parse_args(ctx, spread)

@@ -42,6 +42,15 @@ CALLS: dict[str, Callable[[Path], Callable[[Path, bool], Any]]] = {
     "overlap": lambda m: (
         lambda out, resume: lora_diag.overlap(m / "base", m / "tuned", [m / "gradients"], output=out, resume=resume)
     ),
+    "gradients": lambda m: (
+        lambda out, resume: lora_diag.spectrum(m / "base", gradients=[m / "gradients"], output=out, resume=resume)
+    ),
+    "verify-merge": lambda m: (
+        lambda out, resume: lora_diag.verify_merge(m / "base", m / "lora", m / "fine", output=out, resume=resume)
+    ),
+    "fleet": lambda m: (
+        lambda out, resume: lora_diag.fleet([m / "lora", m / "base", m / "lora2"], output=out, resume=resume)
+    ),
 }
 COMMANDS = ["spectrum", "residual", "interference", "intruders", "overlap", "extract"]
 
@@ -119,14 +128,14 @@ def test_killed_over_and_over_at_random_moments(command: Commands, model: Path, 
     case.goes_on(place)
 
 
-@pytest.mark.parametrize("name", ["residual", "interference", "overlap"])
+@pytest.mark.parametrize("name", CALLS)
 def test_a_loss_of_power_anywhere_in_the_file(name: str, model: Path, tmp_path: Path) -> None:
     """The file is cut at any byte, or its end is zeros, as some file systems leave what was not yet on the disk."""
     run = CALLS[name](model)
     run(tmp_path / "whole", False)
     whole = (tmp_path / "whole").read_bytes()
     rng = random.Random(name)
-    for _ in range(12):
+    for _ in range(8):
         cut = rng.randrange(len(whole))
         tail = rng.choice([b"", b"\0" * rng.randrange(1, 5000), b"\0" * 100 + whole[cut + 100 :]])
         (tmp_path / "cut").write_bytes(whole[:cut] + tail)

@@ -4,7 +4,8 @@ The rule on the door: this is the only room with a loop over layers. An engine t
 the order of the descriptors, whatever finishes first; arrays never pass through it.
 """
 
+from lora_diag.engines.connection import Ray
 from lora_diag.engines.local import Layout, layout_for, run_local
-from lora_diag.engines.ray import Ray, run_ray
+from lora_diag.engines.ray import run_ray
 
 __all__ = ["Layout", "Ray", "layout_for", "run_local", "run_ray"]

@@ -35,13 +35,15 @@ def cannot_read(layer, task, settings):
     return real(task, settings)
 
 
-def waits_on_the_second_node(folder, head, task, settings):
-    """On another node than the head, say so and never end: the node has to die."""
+def waits_on_the_second_node(marker, head, task, settings):
+    """On another node than the head, say so and never end: the node has to die; on the head, begin only then."""
     import ray
 
     if ray.get_runtime_context().get_node_id() != head:
-        (folder / "on the second node").touch()
+        marker.touch()
         time.sleep(600)
+    while not marker.exists():
+        time.sleep(0.05)
     return real(task, settings)
 
 

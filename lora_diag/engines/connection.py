@@ -1,0 +1,194 @@
+"""A Ray cluster: which one is meant, connecting to it or starting one here, and leaving it.
+
+Knows addresses, tokens and what Ray prints on the way. It knows no task.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any
+
+from lora_diag.errors import InputError, UsageError
+
+# How often a batch is tried again on another worker before its layers are tried one by one, and then given up.
+RETRIES = 3
+# Of a Ray of this machine's own. Records are small: this is the least that Ray takes, and a container's /dev/shm is
+# often not larger.
+STORE_BYTES = 80 * 2**20
+# Seconds in which somebody has to answer at an address.
+ANSWER = 10.0
+
+# Set before Ray is imported. The last: a task of a matrix that does not fit into memory is killed and, by itself, tried
+# again for ever.
+ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_task_oom_retries": str(RETRIES),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Ray:
+    """A Ray cluster to measure on, instead of this machine alone.
+
+    Args:
+        address: Of a running cluster, such as ``10.0.0.1:6379`` or ``auto``; None for that in ``RAY_ADDRESS``, else a
+            Ray of this machine's own that ends with the run.
+        gpus_per_task: GPUs that each layer gets, or a share of one; 0 to compute on processors.
+    """
+
+    address: str | None = None
+    gpus_per_task: float = 0.0
+
+    def check(self) -> None:
+        """Refuse what makes no sense.
+
+        Raises:
+            UsageError: It does not, or Ray is not installed.
+        """
+        gpus = self.gpus_per_task
+        if not gpus >= 0 or (gpus > 1 and gpus % 1 != 0):
+            raise UsageError(f"--gpus-per-task {gpus:g}: must be a share such as 0.5, or a whole number of GPUs")
+        named, address = self.named()
+        if address and "://" in address:
+            raise UsageError(
+                f"{named}: loradiag runs on a node of the cluster and takes its address as HOST:PORT, such as "
+                "10.0.0.1:6379, or auto; from outside, send the command with ray job submit"
+            )
+        import_ray()
+
+    def named(self) -> tuple[str, str | None]:
+        """Return where the address comes from, for messages, and the address."""
+        if self.address is not None:
+            return f"--ray-address {self.address}", self.address
+        address = os.environ.get("RAY_ADDRESS") or None
+        return f"RAY_ADDRESS={address}", address
+
+
+def import_ray() -> Any:
+    """Return the module ``ray``, told to be quiet.
+
+    Raises:
+        UsageError: It is not installed.
+    """
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    try:
+        import ray
+    except ImportError as error:
+        raise UsageError("--engine ray: Ray is not installed; pip install 'loradiag[ray]'") from error
+    return ray
+
+
+@contextmanager
+def connected(ray: Any, on: Ray, cores: int) -> Iterator[None]:
+    """Connect to the cluster, or start one here; what the caller is connected to already stays as it is.
+
+    Raises:
+        InputError: The cluster cannot be reached.
+    """
+    if ray.is_initialized():
+        yield
+        return
+    named, address = on.named()
+    if address in {None, "local"}:
+        where = {"address": "local", "num_cpus": cores, "object_store_memory": STORE_BYTES, "include_dashboard": False}
+    else:
+        where = {"address": address}
+        _check_answers(named, str(address))
+    from ray._private import worker  # the only switch for what Ray prints to standard output when a worker dies
+
+    worker._worker_logs_enabled = False
+    try:
+        with _hushed(), _interruptible():
+            ray.init(**where, log_to_driver=False, logging_level=logging.CRITICAL)
+    except Exception as error:  # Ray raises many kinds
+        told = named if address else "--engine ray: no Ray could be started here"
+        raise InputError(f"{told}: {_reason(ray, error)}") from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+        worker._worker_logs_enabled = True
+
+
+@contextmanager
+def _hushed() -> Iterator[None]:
+    """Keep Ray's C++ from standard error, where it tells of every second that it waits; what it says is raised, too."""
+    try:
+        kept = os.dup(2)
+    except OSError:  # there is none
+        yield
+        return
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Let Ctrl-C end the block for sure: where Ray's start calls Python from C, the interrupt is lost."""
+    before = signal.getsignal(signal.SIGINT)
+    if before is not signal.default_int_handler or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        came.append(number)
+        signal.default_int_handler(number, frame)
+
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if came:
+        raise KeyboardInterrupt
+
+
+def _reason(ray: Any, error: BaseException) -> str:
+    """Return why Ray could not be reached, in one line."""
+    deepest: BaseException | None = error
+    while deepest is not None:
+        if isinstance(deepest, ray.exceptions.AuthenticationError) or "AuthToken" in str(deepest):
+            return (
+                "it asks for a token: export RAY_AUTH_MODE=token here, and copy ~/.ray/auth_token of its head to this "
+                "machine"
+            )
+        deepest = deepest.__cause__ or deepest.__context__
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
+def _check_answers(named: str, address: str) -> None:
+    """Refuse an address at which nobody listens: Ray would try for minutes.
+
+    Raises:
+        UsageError: It is no address.
+        InputError: Nobody does.
+    """
+    if address == "auto":
+        return
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal() or int(port) > 65535:
+        raise UsageError(f"{named}: give HOST:PORT of the head node, such as 10.0.0.1:6379, or auto")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), ANSWER).close()
+    except OSError as error:
+        raise InputError(
+            f"{named}: no Ray cluster answers there: {error.strerror or error}; start its head with "
+            f"ray start --head --port {port}"
+        ) from error

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh
+from scipy.sparse.linalg import ArpackError, ArpackNoConvergence, LinearOperator, eigsh
 from torch import Tensor
 
 from lora_diag.errors import InputError
@@ -117,7 +117,8 @@ def _dense(times: Callable[[Any], Any], size: int, count: int, end: str) -> tupl
 
 
 def _lanczos(times: Callable[[Any], Any], size: int, count: int, end: str, seed: int) -> tuple[Tensor, Tensor]:
-    start = torch.randn(size, generator=torch.Generator().manual_seed(seed))
+    generator = torch.Generator().manual_seed(seed)
+    start = torch.randn(size, generator=generator)
     operator = LinearOperator((size, size), matvec=times, dtype="float32")
     try:
         values, vectors = eigsh(
@@ -133,5 +134,12 @@ def _lanczos(times: Callable[[Any], Any], size: int, count: int, end: str, seed:
         raise InputError(
             f"the {end} eigenvalues did not converge in {RESTARTS} restarts of Lanczos; ask for fewer with --top"
         ) from error
+    except ArpackError as error:
+        # of an operator that is zero, as of a layer that the loss does not depend on
+        if times(start.numpy()).any():
+            raise InputError(f"Lanczos failed: {error}") from error
+        return torch.zeros(count, dtype=torch.float64), torch.linalg.qr(torch.randn(size, count, generator=generator))[
+            0
+        ]
     order = torch.argsort(torch.from_numpy(values), descending=True)
     return torch.from_numpy(values).double()[order], torch.from_numpy(vectors)[:, order]

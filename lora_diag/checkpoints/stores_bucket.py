@@ -128,7 +128,10 @@ class BucketStore(Store):
                 raise MayPassError(f"the store answers {status}") from error
             raise InputError(f"{address}: cannot be read: {words_of(error)}") from error
         async with response["Body"] as body:
-            if response.get("ContentRange") != f"bytes {start}-{stop - 1}/{facts.size}":
+            if (
+                response.get("ContentLength") != stop - start
+                or response.get("ContentRange") != f"bytes {start}-{stop - 1}/{facts.size}"
+            ):
                 raise InputError(
                     f"{address}: the store sent {response.get('ContentRange', 'no range')!r} when asked for bytes "
                     f"{start:,} to {stop:,} of {facts.size:,}"

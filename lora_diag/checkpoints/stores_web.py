@@ -21,6 +21,8 @@ HEAD_BYTES = 2**16
 # What a server that gives no ranges may send whole: adapters and configurations, not models.
 MAX_WHOLE_BYTES = 2**23
 
+TOO_MANY = "the server sent more bytes than it was asked for"
+
 # Seconds until a connection that says nothing counts as broken.
 CONNECT_SECONDS = 20
 READ_SECONDS = 60
@@ -122,10 +124,7 @@ class HttpStore(Store):
             _, stop, size = _content_range(address, response.headers)
             if stop != min(size, HEAD_BYTES):
                 raise InputError(f"{address}: the server sent bytes up to {stop:,} when asked for {HEAD_BYTES:,}")
-            head = await response.content.read(-1)
-            if len(head) != stop:
-                raise MayPassError("the answer was cut short")
-            return Facts(size, self.version(response.headers), head)
+            return Facts(size, self.version(response.headers), await _body(address, response, stop))
 
     async def _all(self, address: str, response: Any) -> Facts:
         """Take a small file whole from a server that ignores ranges."""
@@ -137,10 +136,7 @@ class HttpStore(Store):
                 + "for every tensor; download it and give the local file"
             )
         self._check_encoding(address, response)
-        head = await response.content.read(-1)
-        if len(head) != size:
-            raise MayPassError("the answer was cut short")
-        return Facts(size, self.version(response.headers), head, ranged=False)
+        return Facts(size, self.version(response.headers), await _body(address, response, size), ranged=False)
 
     async def _read(self, address: str, start: int, buffer: memoryview, facts: Facts) -> None:
         import aiohttp
@@ -161,7 +157,7 @@ class HttpStore(Store):
             try:
                 async for piece in response.content.iter_chunked(2**18):
                     if len(piece) > len(buffer) - done:
-                        raise InputError(f"{address}: the server sent more bytes than it was asked for")
+                        raise InputError(f"{address}: {TOO_MANY}")
                     buffer[done : done + len(piece)] = piece
                     done += len(piece)
             except (aiohttp.ClientError, TimeoutError, OSError) as error:
@@ -193,6 +189,18 @@ class HttpStore(Store):
         if self._query or self._user:
             return "what the address carries does not let you in; a signature may have run out, or be for another file"
         return "it is not public, or not there; for a private bucket give s3:// or gs://, or an address signed for you"
+
+
+async def _body(address: str, response: Any, size: int) -> bytes:
+    """Return the content of an answer of so many bytes, and never take more."""
+    content = bytearray()
+    async for piece in response.content.iter_chunked(2**16):
+        content += piece
+        if len(content) > size:
+            raise InputError(f"{address}: {TOO_MANY}")
+    if len(content) < size:
+        raise MayPassError("the answer was cut short")
+    return bytes(content)
 
 
 async def _client(**options: Any) -> Any:

@@ -185,6 +185,7 @@ def test_failures_of_a_bucket(bucket, monkeypatch):
     [
         ({"ContentRange": "bytes 1-8/9"}, "sent 'bytes 1-8/9' when asked for bytes 0 to 8"),
         ({"ContentRange": None}, "when asked for"),
+        ({"ContentLength": 10**12}, "when asked for"),
         ({"ETag": '"other"'}, "has changed"),
         ({"content": b"123456789"}, "more bytes than"),
         ({"content": b"1234567"}, "cut short"),
@@ -208,7 +209,12 @@ def test_a_store_that_lies(bucket, monkeypatch, change, says):
             return self.content
 
     async def get_object(**words):
-        return {"ContentRange": f"bytes 0-7/{facts.size}", "ETag": facts.version, "Body": Body()} | change
+        return {
+            "ContentRange": f"bytes 0-7/{facts.size}",
+            "ContentLength": 8,
+            "ETag": facts.version,
+            "Body": Body(),
+        } | change
 
     async def get_s3(bucket):
         return type("Client", (), {"get_object": staticmethod(get_object)})()

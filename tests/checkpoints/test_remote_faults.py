@@ -63,6 +63,7 @@ def test_the_first_request_is_tried_again_too(web):
         ("no range", r"does not say which bytes it sends"),
         ("gzip", r"sends it as gzip"),
         ("long", r"sent more bytes than it was asked for"),
+        ("endless", r"sent more bytes than it was asked for"),
         ("404", r"has changed since its header was read.*404"),
         ("412", r"has changed since its header was read.*412"),
         ("403", r"answers 403: it is not public"),
@@ -79,7 +80,7 @@ def test_what_does_not_pass_is_one_error_and_never_data(web, fault, says):
     assert "secret" not in str(caught.value)
 
 
-@pytest.mark.parametrize("fault", ["shifted", "no range", "gzip", "long", "403", "302"])
+@pytest.mark.parametrize("fault", ["shifted", "no range", "gzip", "long", "endless", "403", "302"])
 def test_the_header_is_not_taken_from_a_liar_either(web, fault):
     web.fault, web.at_all = fault, True
     with pytest.raises(InputError):

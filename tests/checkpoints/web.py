@@ -159,11 +159,28 @@ class _Handler(BaseHTTPRequestHandler):
             headers["Content-Encoding"] = "gzip"
         elif fault == "short":
             body = body[: (len(body) + 1) // 2]
+        elif fault == "endless":
+            self.pour(asked, headers | {"Content-Range": f"bytes {first}-{last}/{size}"})
+            return
         elif fault == "long":
             body += b"x"
         if size is not None:
             headers["Content-Range"] = f"bytes {first}-{last}/{size}"
         self.answer(asked, 206, headers, body, drop=fault == "drop")
+
+    def pour(self, asked: Asked, headers: dict):
+        """Send bytes until nobody takes them, whatever the headers promise."""
+        self.send_response(206)
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.send_header("Transfer-Encoding", "chunked")
+        self.end_headers()
+        asked.status = 206
+        with suppress(OSError):
+            while not self.web.is_gone:
+                self.wfile.write(b"10000\r\n" + bytes(2**16) + b"\r\n")
+                asked.sent += 2**16
+        self.close_connection = True
 
     def answer(self, asked: Asked, status: int, headers: dict, body: bytes, drop: bool = False):
         self.send_response(status)

@@ -25,6 +25,7 @@ from lora_diag.linalg import (
     difference,
     first_non_finite,
     norm,
+    own_stream,
     whole_bytes,
 )
 
@@ -161,7 +162,7 @@ def on_device(compute: Callable[[torch.device], T], device: torch.device) -> tup
     Raises:
         MemoryLimitError: This machine has no memory left.
     """
-    with _allocations_told():
+    with _allocations_told(), own_stream(device):
         try:
             return compute(device), ""
         except torch.cuda.OutOfMemoryError:

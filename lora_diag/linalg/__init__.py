@@ -5,7 +5,7 @@ its paper, and one line in ``METHODS``.
 """
 
 from lora_diag.linalg.decompose import METHODS, check_request, decompose
-from lora_diag.linalg.devices import resolve_device
+from lora_diag.linalg.devices import own_stream, resolve_device
 from lora_diag.linalg.difference import Difference, difference, first_non_finite, norm
 from lora_diag.linalg.distance import Products, principal_cosines, products, root
 from lora_diag.linalg.factored import decompose_factored
@@ -28,6 +28,7 @@ __all__ = [
     "first_non_finite",
     "norm",
     "numerical_rank",
+    "own_stream",
     "principal_cosines",
     "products",
     "resolve_device",

@@ -1,8 +1,13 @@
-"""Which device computes."""
+"""Which device computes, and how numbers get there while it does."""
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
+from torch import Tensor
 
 from lora_diag.errors import UsageError
 
@@ -34,3 +39,34 @@ def resolve_device(word: str) -> torch.device:
     elif device.type != "cpu":
         raise UsageError(f"--device {word}: use auto, cpu, cuda, cuda:1 or mps")
     return device
+
+
+_streams = threading.local()
+
+
+@contextmanager
+def own_stream(device: torch.device) -> Iterator[None]:
+    """Compute on a stream of this thread's own: on a GPU the copies of one layer then go on beside another's kernels.
+
+    On other devices this does nothing. What was computed is there when it ends: other threads may use it then.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    streams = vars(_streams).setdefault("by_device", {})  # one for each thread: memory freed on it is used again on it
+    stream = streams.get(device)
+    if stream is None:
+        stream = streams[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    with torch.cuda.stream(stream):
+        yield
+    stream.synchronize()
+
+
+def move(block: Tensor, device: torch.device) -> Tensor:
+    """Return a block on a device; to a GPU through pinned memory, so that the processor need not wait for the copy.
+
+    PyTorch keeps the pinned memory until the copy has been made, then gives it to the next block.
+    """
+    if device.type != "cuda" or block.is_cuda:
+        return block.to(device)
+    return block.pin_memory().to(device, non_blocking=True)

@@ -10,6 +10,7 @@ from itertools import repeat
 import torch
 from torch import Tensor
 
+from lora_diag.linalg.devices import move
 from lora_diag.linalg.rounding import LAYOUT, Spacing, rounding_bound, rounding_variance
 
 
@@ -65,7 +66,7 @@ def difference(
     same = row = 0
     spacings = repeat((None, None)) if steps is None else steps
     for (stored_base, stored_tuned), (base_step, tuned_step) in zip(blocks, spacings, strict=False):
-        base, tuned = stored_base.to(device), stored_tuned.to(device)
+        base, tuned = move(stored_base, device), move(stored_tuned, device)
         wide = torch.float64 if torch.float64 in (base.dtype, tuned.dtype) else torch.float32
         block = tuned.to(wide) - base.to(wide)
         norm, base_norm = _norm(block), _norm(base)

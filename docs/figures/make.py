@@ -19,6 +19,9 @@ SAMPLES = "sample_checkpoints"
 FIGURES = {"spectrum": ["spectrum", f"{SAMPLES}/base", f"{SAMPLES}/full_ft"]}
 WIDTH = 80
 
+TEXTS = ["--eval", f"{SAMPLES}/eval/in_domain.txt", "--shifted", f"{SAMPLES}/eval/shifted.txt", "--max-sequences", "40"]
+ADAPTERS = [f"{SAMPLES}/lora_r4", f"{SAMPLES}/lora_r16"]
+
 # Results file -> the command that measures it; then figure of docs/plot.md -> what is drawn of which results.
 MEASURED = {
     "spectrum": ["spectrum", f"{SAMPLES}/base", f"{SAMPLES}/full_ft"],
@@ -27,6 +30,8 @@ MEASURED = {
     "overlap": ["overlap", f"{SAMPLES}/base", f"{SAMPLES}/full_ft", f"{SAMPLES}/gradients"],
     "interference": ["interference", f"{SAMPLES}/lora_r4", f"{SAMPLES}/lora_r16"],
     "allocation": ["allocate", "{spectrum}", "--params", "80k"],
+    "truncation": ["probe", "truncation", f"{SAMPLES}/base", f"{SAMPLES}/full_ft", *TEXTS],
+    "outputs": ["probe", "outputs", f"{SAMPLES}/base", f"{SAMPLES}/full_ft", *ADAPTERS, *TEXTS],
 }
 PLOTS = {
     "plot-energy": ["{spectrum}", "--figure", "energy"],
@@ -39,6 +44,9 @@ PLOTS = {
     "plot-angles": ["{interference}", "--figure", "angles"],
     "plot-union": ["{interference}", "--figure", "union"],
     "plot-fleet": ["{fleet}", "--figure", "fleet"],
+    "plot-sweep": ["{sweep}", "--figure", "sweep"],
+    "plot-truncation": ["{truncation}", "--figure", "truncation"],
+    "plot-outputs": ["{outputs}", "--figure", "outputs"],
 }
 
 
@@ -93,12 +101,28 @@ def fleet(folder: Path) -> str:
     return file
 
 
+def sweep(folder: Path) -> str:
+    """Train at four ranks on the beginning of a sample text; a few minutes.
+
+    Returns:
+        The results file.
+    """
+    text = Path(SAMPLES, "eval", "in_domain.txt").read_bytes()
+    for name, part in (("train", text[:30000]), ("held_out", text[-22000:])):
+        (folder / f"{name}.txt").write_bytes(part)
+    file = str(folder / "sweep.jsonl")
+    texts = ["--data", str(folder / "train.txt"), "--eval", str(folder / "held_out.txt"), *TEXTS[2:]]
+    runs = ["--length", "128", "--ranks", "1,4,16,64", "--lr", "3e-3,1e-2,3e-2", "--steps", "30", "--seeds", "3"]
+    terminal(["probe", "sweep", f"{SAMPLES}/base", *texts, *runs, "-o", file, "-q"])
+    return file
+
+
 def plots(folder: Path) -> None:
     """Measure the sample checkpoints into a folder, and draw the figures of docs/plot.md from the results."""
     files = {name: str(folder / f"{name}.jsonl") for name in MEASURED}
     for name, words in MEASURED.items():
         terminal([*(word.format(**files) for word in words), "-o", files[name], "-q"])
-    files["fleet"] = fleet(folder)
+    files |= {"fleet": fleet(folder), "sweep": sweep(folder)}
     for name, words in PLOTS.items():
         terminal(["plot", *(word.format(**files) for word in words), "-o", str(FOLDER / f"{name}.svg"), "-q"])
 

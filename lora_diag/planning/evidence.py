@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import islice
 from typing import Any
@@ -59,9 +59,11 @@ class Evidence:
 
     Args:
         sources: The runs, in the order in which the user named them.
+        about: The adapter that is asked about; None for the first.
     """
 
     sources: tuple[Source, ...]
+    about: str | None = None
 
     def of(self, kind: type[Any]) -> Iterator[Source]:
         """Yield the runs whose layers have records of one kind."""
@@ -76,14 +78,21 @@ class Evidence:
 
     @cached_property
     def audit(self) -> Source | None:
-        """The first run of ``residual``."""
-        return next(self.of(Residual), None)
+        """The first run of ``residual``, of those that have the adapter that is asked about."""
+        runs = self.of(Residual)
+        return next((run for run in runs if self.about is None or self.about in _adapters(run)), None)
 
     @cached_property
     def adapter(self) -> str | None:
-        """The first adapter of ``audit``, by its path."""
-        records = self.audit.results if self.audit else ()
-        return next((record.adapter for record in records if record.role == "adapter"), None)
+        """The adapter that is asked about, or the first of ``audit``, by its path."""
+        return self.about or next(iter(_adapters(self.audit) if self.audit else ()), None)
+
+    def each(self) -> list[Evidence]:
+        """Return what testifies to each adapter, and to each full update but the first; the first of all first."""
+        named = list(dict.fromkeys(path for run in self.of(Residual) for path in _adapters(run)))
+        updates = [run for run in self.of(Spectrum) if _is_full_update(run.results.layers)]
+        adapters = [replace(self, about=path) for path in named[1:]]
+        return [self, *adapters, *(Evidence((run,)) for run in updates[1:])]
 
     @cached_property
     def spectra(self) -> tuple[Spectrum, ...]:
@@ -190,6 +199,12 @@ class Evidence:
         return tuple(
             record for source in self.sources for record in source.results.whole if isinstance(record, Verdict)
         )
+
+
+def _adapters(run: Source) -> list[str]:
+    """Return the adapters of a run of ``residual``, by their paths."""
+    records = (record for record in run.results if isinstance(record, Residual) and record.role == "adapter")
+    return list(dict.fromkeys(record.adapter for record in records))
 
 
 def _is_full_update(records: Sequence[Any]) -> bool:

@@ -161,8 +161,11 @@ def _suggests(results: Results[Overlap], judged: Sequence[Track]) -> str:
         told.append(f"{_in_layers(helped)} κ leaves the baseline by r={ranks}: raise the rank there")
     if lost:
         cause = "the adapter's directions" if reference_is_adapter(results) else "this update's directions"
+        # At full rank the subspaces are all there is, and nothing lies elsewhere.
+        full = any(largest[track.layer].kappa_random >= 1 for track in lost)
         told.append(
-            f"{_in_layers(lost)} the gradients lie elsewhere than {cause}, at every rank measured: start the "
+            f"{_in_layers(lost)} the gradients lie elsewhere than {cause}, at every rank measured"
+            f"{' below full rank' if full else ''}: start the "
             "adapter there from recent gradients, or move its parameters to layers that are inside"
         )
     return "\n".join(told)

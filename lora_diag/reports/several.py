@@ -81,6 +81,7 @@ SEVERAL = {
     "probe sensitivity": _Kind("Layers adapted alone"),
     "probe curvature": _Kind("Curvature of the loss"),
     "probe intrinsic": _Kind("Intrinsic dimension"),
+    "probe fisher": _Kind("Fisher of what a rank discards"),
     "interference": _Kind("Several updates", ("angles", "union"), interference_lines, interference_grids),
     "intruders": _Kind("Intruder dimensions", ("intruders",), intruders_lines, intruders_grids),
     "spectrum --adapters": _Kind(

@@ -24,7 +24,7 @@ from lora_diag.reports.several import SEVERAL, is_of_losses, named_of, sections_
 from lora_diag.reports.summary import summary_lines
 from lora_diag.reports.text import number, percent, safe
 from lora_diag.reports.tracks import tracks
-from lora_diag.results import Certificate, Overlap, Residual, Spectrum, Verdict
+from lora_diag.results import Certificate, Overlap, Spectrum, Verdict
 
 # What has to be said wherever ε is shown.
 EPSILON = (
@@ -36,6 +36,9 @@ ENERGY = (
     "Energy says what a rank could carry of this one full fine-tune. An adapter trained at that rank may do better or "
     "worse: held-out loss decides."
 )
+
+# More adapters and updates than these are not spoken of one by one.
+SPOKEN_OF = 8
 
 T = TypeVar("T", Advice, Finding)
 
@@ -58,26 +61,41 @@ class Answer:
 
 
 @dataclass(frozen=True, slots=True)
+class Steps:
+    """What to do next about one adapter and update.
+
+    Args:
+        about: What the steps are about, in words; empty where that is what all runs are about.
+        steps: The cheapest first.
+    """
+
+    about: str
+    steps: tuple[Advice, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Subject:
     """Everything a report says in words.
 
     Args:
         title: What was compared.
         answers: To the first questions.
-        advice: What to do next.
+        advice: What to do next: for each adapter and update what it adds to what was said of those before.
         findings: Failure modes.
         missing: What was not measured, and what would measure it.
-        about: What the advice is about.
+        silent: How many more adapters and updates there are than are spoken of.
         update: Whether anything was measured of one update, or there is nothing else: else there is no advice to give.
+        weights: Whether that was measured in weights, which failure modes show in.
     """
 
     title: str
     answers: tuple[Answer, ...]
-    advice: tuple[Advice, ...]
+    advice: tuple[Steps, ...]
     findings: tuple[Finding, ...]
     missing: tuple[tuple[str, str], ...]
-    about: str
+    silent: int
     update: bool
+    weights: bool
 
 
 def subject_of(evidence: Evidence) -> Subject:
@@ -88,11 +106,14 @@ def subject_of(evidence: Evidence) -> Subject:
     return Subject(
         title=_title(evidence),
         answers=(*losses, *(usual if weights else ()), *others),
-        advice=tuple(map(_safe, advice(evidence))),
-        findings=tuple(map(_safe, findings(evidence))),
+        advice=_advice(evidence.each()[:SPOKEN_OF]),
+        findings=tuple(
+            map(_safe, dict.fromkeys(one for each in evidence.each()[:SPOKEN_OF] for one in findings(each)))
+        ),
         missing=tuple((safe(what), safe(how)) for what, how in evidence.missing()),
-        about=_about(evidence),
+        silent=max(0, len(evidence.each()) - SPOKEN_OF),
         update=weights or bool(losses),
+        weights=weights,
     )
 
 
@@ -114,6 +135,10 @@ _LOSSES = {
 }
 
 
+# By what a line of ``probe outputs`` about distances is known.
+_DISTANCES = ("nearest is ", "as near to TUNED as")
+
+
 def _losses(evidence: Evidence) -> Iterator[Answer]:
     """Yield what held-out losses say, with their paired standard errors: it leads, and weights are pointers."""
     sections = [section for section in sections_of(evidence) if section.command in _LOSSES]
@@ -129,7 +154,9 @@ def _losses(evidence: Evidence) -> Iterator[Answer]:
             if command == "probe outputs" and (judged := _as_good(contests(evidence))):
                 more, lead, word = [f"{word}: {line}" for line in [first, *rest]], judged, ""
             more += [f"{word}: {line}" for word, lines in said[1:] for line in lines]
-            more += [text for word, text in section.lines if word in {"Shifted agrees?", "Yardstick"}]
+            # Distances are no quality; they stand in the section.
+            more = [line for line in more if not any(words in line for words in _DISTANCES)]
+            more += [f"{word} {text}" for word, text in section.lines if word == "Shifted agrees?"]
             more += [section.title] if len(of_command) > 1 else []
             yield Answer(question, f"{word}: {lead}" if word else lead, tuple(more))
 
@@ -200,9 +227,19 @@ def _about(evidence: Evidence) -> str:
     parts = [f"the update in {safe(evidence.update.name)}"] if evidence.update is not None else []
     if evidence.adapter is not None:
         parts.append(f"the adapter {safe(evidence.adapter)}")
-    adapters = {r.adapter for source in evidence.of(Residual) for r in source.results if r.role == "adapter"}
-    first = "; of several adapters, the one that was named first" if len(adapters) > 1 else ""
-    return " and ".join(parts) + first
+    return " and ".join(parts)
+
+
+def _advice(each: Sequence[Evidence]) -> tuple[Steps, ...]:
+    """Return the steps for each adapter and update, none of them twice."""
+    found: list[Steps] = []
+    said: set[Advice] = set()
+    for one in each:
+        steps = [step for step in advice(one) if step not in said]
+        said.update(steps)
+        if steps or not found:
+            found.append(Steps(_about(one), tuple(map(_safe, steps))))
+    return tuple(found)
 
 
 def _low_rank(evidence: Evidence) -> Answer:

@@ -13,6 +13,7 @@ from lora_diag.planning.evidence import Evidence, Source
 from lora_diag.reports.html import html_report
 from lora_diag.reports.static import pictures_of
 from tests.browser.chromium import Page, find_chromium
+from tests.reports import test_losses as losses
 from tests.reports.making import decay, names, residual, residuals, seven_billion, spectra, spectrum
 from tests.reports.test_html import HOSTILE, evidence, small
 
@@ -300,6 +301,40 @@ def test_nothing_sticks_out(page, report, width, tmp_path):
     )
     assert page.js(overlapping) == 0
     page.size(1280)
+
+
+@pytest.mark.parametrize("also", [False, True], ids=["losses alone", "with weights"])
+def test_losses_lead_the_page_read_well_at_both_widths_and_load_nothing(tab, tmp_path, also):
+    path = tmp_path / "losses.html"
+    evil = losses.outputs(sets=("held_out", HOSTILE[1]))
+    runs = evidence(*(small() if also else ()), evil, losses.KINDS["sweep"](), losses.KINDS["truncation"]())
+    path.write_text(html_report(runs, pictures_of(runs), "today"), encoding="utf-8")
+    for width in (1280, 390):
+        tab.size(width, 900, mobile=width < 500)
+        if also:
+            tab.open(path)  # waits for the charts
+        else:
+            tab.call("Page.navigate", url=path.as_uri())
+            tab.wait("document.readyState === 'complete' && document.querySelectorAll('.several').length === 3")
+        assert tab.js("document.documentElement.scrollWidth") <= width
+        tab.size(width, tab.js("document.documentElement.scrollHeight"), mobile=width < 500)
+        time.sleep(0.3)
+        shot = tmp_path / f"losses-{'with-weights-' if also else ''}{width}.png"
+        tab.screenshot(shot)
+        if KEEP:
+            shutil.copy(shot, KEEP)
+        first = tab.js("document.querySelector('.answers li').textContent")
+        assert "Is the adapter as good as the full fine-tune?" in first
+        assert "yes: lora_1 is +0.0100 ±0.012 nats from it on held_out" in first
+        hidden = (
+            "[...document.querySelectorAll('.several img')].filter((e) => !e.getBoundingClientRect().height).length"
+        )
+        assert tab.js(hidden) == 0
+        assert tab.js("document.querySelectorAll('.several img').length") == 4
+        assert tab.js("document.body.textContent").count("<img src=x onerror=alert(2)>") > 3
+    assert tab.js("document.querySelectorAll('img[src=x]').length") == 0
+    assert (tab.problems, tab.requests) == ([], [])
+    tab.size(1280)
 
 
 def test_a_7b_model_opens_in_two_seconds(tab, tmp_path):

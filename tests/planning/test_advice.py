@@ -13,6 +13,8 @@ from lora_diag.planning.advice import RULES as STEPS
 from lora_diag.planning.advice import advice
 from lora_diag.planning.evidence import Evidence, Source, kept_at
 from lora_diag.planning.findings import RULES, findings
+from lora_diag.reports.markdown import markdown_report
+from lora_diag.reports.subject import SPOKEN_OF, subject_of
 from tests.reports.making import (
     MLP,
     TYPES,
@@ -315,3 +317,34 @@ def test_the_order_of_layers_changes_no_advice(order):
     first, second = (advice(evidence(spectra([records[i] for i in o]))) for o in (range(6), order))
     assert [step.rule for step in first] == [step.rule for step in second]
     assert [set(step.layers) for step in first] == [set(step.layers) for step in second]
+
+
+def test_advice_speaks_of_every_adapter_and_update_and_says_nothing_twice():
+    layers = names(4)
+    two = residuals(
+        [residual(n, 4, 0.3, adapter="first") for n in layers] + [residual(n, 8, 0.4, adapter="second") for n in layers]
+    )
+    again = spectra([spectrum(n, flat_to(40, 512)) for n in layers])
+    runs = evidence(model(EASY), two, again)
+    assert [(each.adapter, each.update.name if each.update else "") for each in runs.each()][:2] == [
+        ("first", "spectrum.jsonl"),
+        ("second", "spectrum.jsonl"),
+    ]
+    assert [len(each.residuals) for each in runs.each()] == [28, 28, 0]
+    assert {record.rank for record in runs.each()[1].residuals} == {8}
+    groups = subject_of(runs).advice
+    assert [group.about.rsplit(" ", 1)[-1] for group in groups] == ["first", "second", "spectrum.jsonl"]
+    steps = [step for group in groups for step in group.steps]
+    assert len(steps) == len(set(steps))
+    assert [group.steps[0].do.split(" to ")[0] for group in groups] == [
+        "Raise the rank from 4",
+        "Raise the rank from 8",
+        "Raise the rank from 8",
+    ]
+
+
+def test_of_very_many_adapters_the_rest_is_counted():
+    records = [residual(n, 4, 0.3, adapter=f"a{i}") for i in range(12) for n in names(1)]
+    told = subject_of(evidence(residuals(records)))
+    assert told.silent == 12 - SPOKEN_OF
+    assert "and 4 more adapters or updates" in markdown_report(evidence(residuals(records)))

@@ -9,7 +9,9 @@ from markdown_it import MarkdownIt
 
 from lora_diag.reports.html import html_report
 from lora_diag.reports.markdown import markdown_report
+from lora_diag.reports.several import SEVERAL
 from lora_diag.reports.static import pictures_of
+from lora_diag.reports.tables import TABLES
 from lora_diag.reports.tabular import to_csv, to_parquet
 from lora_diag.results import End, Results, Run, RunInput
 from tests.plots import making
@@ -155,3 +157,8 @@ def test_an_unfinished_run_is_shown_as_far_as_it_got():
     for name in ("sweep", "truncation"):
         cut = Results(KINDS[name]().run, (), (), None, KINDS[name]().whole[:1])
         assert markdown_report(evidence(cut))
+
+
+def test_every_probe_with_a_table_has_a_section():
+    commands = {command for command, _ in TABLES if command.startswith("probe ")}
+    assert commands == {command for command in SEVERAL if command.startswith("probe ")}

@@ -271,7 +271,12 @@ class _Probe:
             self.watch.total += runs * (self.training.steps + batches)
             what = {"full": "in full", "subspace": "in subspaces", "lora": "of LoRA"}[arm.subject]
             told.append(f"{counted(runs, 'run', 'runs')} {what} of {self.training.steps} steps of {step:.2g} s")
-        self.watch.note(f"about {duration(seconds + base * evaluation)}: {', '.join(told)}, and their evaluations")
+        # copy, gradients and Adam's two moments of all weights; a subspace holds P, the weights in use, their gradients
+        size = 16 * sum(each.numel() for each in self.model.module.parameters()) / 2**30
+        memory = f"; takes {size:.1f} GiB beside BASE" if size >= 0.1 else ""
+        self.watch.note(
+            f"about {duration(seconds + base * evaluation)}: {', '.join(told)}, and their evaluations{memory}"
+        )
 
     def _timed(self, arm: _Arm) -> tuple[float, float]:
         """Return the seconds of a step, at the largest size, and of a batch of an evaluation."""

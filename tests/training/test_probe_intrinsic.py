@@ -102,6 +102,13 @@ def test_a_subspace_is_base_at_first_and_the_same_for_the_same_seed(base, method
         assert change == pytest.approx(float(one.z.detach().norm()), rel=0.2)
     else:  # two blocks, two embeddings, and the last norm's weight and bias
         assert scales_of(inner) == len(one.scales) == 6
+        generator = torch.Generator().manual_seed(3)
+        order = ["wte", "wpe", "h.0", "h.1", "ln_f.weight", "ln_f.bias"]
+        for name, weight in inner.named_parameters():
+            layer = next(i for i, word in enumerate(order) if f"transformer.{word}" in name)
+            p = Fastfood(weight.numel(), 14, sum(map(torch.Tensor.numel, inner.parameters())), generator, CPU)
+            change = (1 + 0.01 / 0.1 * layer) * p.times(one.z.detach())
+            torch.testing.assert_close(moved[name].reshape(-1), (weight.reshape(-1) + change), atol=1e-6, rtol=1e-5)
     assert all(torch.equal(value, before[name]) for name, value in inner.state_dict().items())
 
 

@@ -121,6 +121,9 @@ class OutputFolder:
             write_whole(self.work / CARD, card)
             shutil.rmtree(self.work / FACTORS, ignore_errors=True)
             self.spectra.unlink(missing_ok=True)
+            for name in OURS:
+                for left in self.work.glob(f".{name}.[0-9]*"):
+                    left.unlink()  # half-written when an earlier process was killed (files.replacing)
             if self.final.exists():
                 self.final.rename(old)
             self.work.rename(self.final)

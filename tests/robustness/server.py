@@ -27,7 +27,7 @@ import lora_diag.api.overlap
 import lora_diag.api.residual
 import lora_diag.engines.local
 import lora_diag.results.writing
-from lora_diag.cli.main import main
+from lora_diag.__main__ import main
 
 EVENTS = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "fcntl.flock"}
 
@@ -50,6 +50,7 @@ def serve() -> None:
 
 def _be_the_command(job: dict[str, Any]) -> None:
     os.chdir(job["cwd"])
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts what runs behind it without
     for number, name in ((0, os.devnull), (1, job["out"]), (2, job["err"])):
         os.dup2(os.open(name, os.O_RDWR | os.O_CREAT | os.O_TRUNC), number)
     sys.stdin = open(0)  # noqa: SIM115

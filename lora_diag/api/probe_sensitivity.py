@@ -9,8 +9,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from lora_diag.api.inputs import describe
 from lora_diag.api.probing import (
     Kept,
@@ -219,7 +217,7 @@ class _Probe:
         """The first seed."""
         return self.training.order
 
-    def score(self, layers: Mapping[str, nn.Module], names: Mapping[str, str]) -> None:
+    def score(self, layers: Mapping[str, Any], names: Mapping[str, str]) -> None:
         """Take the gradient of every layer at BASE, and keep what it says."""
         texts, batch = self._seen(), self.training.batch
         if self._scored():

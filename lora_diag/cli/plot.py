@@ -35,6 +35,7 @@ class Figure(StrEnum):
     alone = "alone"
     outputs = "outputs"
     depth = "depth"
+    sensitivity = "sensitivity"
 
 
 class Width(StrEnum):

@@ -21,6 +21,7 @@ from lora_diag.plots.heatmap import heatmap
 from lora_diag.plots.outputs import depth, outputs
 from lora_diag.plots.overlap import overlap
 from lora_diag.plots.residual import residual
+from lora_diag.plots.sensitivity import sensitivity
 from lora_diag.plots.series import drawn
 from lora_diag.plots.spectrum import spectrum
 from lora_diag.plots.style import FORMATS, encoded
@@ -47,6 +48,7 @@ __all__ = [
     "outputs",
     "overlap",
     "residual",
+    "sensitivity",
     "spectrum",
     "sweep",
     "truncation",

@@ -24,6 +24,8 @@ from lora_diag.plots.outputs import lacks as outputs_lacks
 from lora_diag.plots.outputs import lacks_depth as depth_lacks
 from lora_diag.plots.overlap import figure as draw_overlap
 from lora_diag.plots.residual import figure as draw_residual
+from lora_diag.plots.sensitivity import figure as draw_sensitivity
+from lora_diag.plots.sensitivity import lacks as sensitivity_lacks
 from lora_diag.plots.series import Options, Series, by_adapter, by_pair, by_step, kind_of, series_of
 from lora_diag.plots.sheet import MAX_PANELS, settle
 from lora_diag.plots.spectrum import figure as draw_spectrum
@@ -180,6 +182,14 @@ FIGURES = (
         "loradiag probe outputs BASE TUNED ADAPTER --eval FILE -o outputs.jsonl",
         by_color=False,
         lacks=depth_lacks,
+    ),
+    FigureKind(
+        "sensitivity",
+        "what each layer or module type gains where it is adapted alone",
+        "sensitivity",
+        draw_sensitivity,
+        "loradiag probe sensitivity BASE --data FILE --eval FILE -o sensitivity.jsonl",
+        lacks=sensitivity_lacks,
     ),
 )
 

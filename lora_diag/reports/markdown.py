@@ -180,7 +180,7 @@ def _measured(evidence: Evidence) -> str:
         written = f"; written {source.written}" if source.written else ""
         lines.append(
             f"- {code(source.name)}: loradiag {_text(run.command)} {_text(run.version)}: {sides}; "
-            f"{len(source.results)} records{written}{state}"
+            f"{len(source.results) or len(source.results.whole)} records{written}{state}"
         )
     return "\n".join(lines)
 

@@ -78,7 +78,7 @@ SEVERAL = {
     "probe outputs": _Kind("Held-out loss and outputs", ("outputs", "depth"), outputs_lines, outputs_grids),
     "probe sweep": _Kind("Rank sweep", ("sweep",), sweep_lines, sweep_grids),
     "probe truncation": _Kind("Truncated update", ("truncation", "alone"), truncation_lines, truncation_grids),
-    "probe sensitivity": _Kind("Layers adapted alone"),
+    "probe sensitivity": _Kind("Layers adapted alone", ("sensitivity",)),
     "probe curvature": _Kind("Curvature of the loss"),
     "probe intrinsic": _Kind("Intrinsic dimension"),
     "probe fisher": _Kind("Fisher of what a rank discards"),

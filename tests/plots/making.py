@@ -17,6 +17,7 @@ from lora_diag.results import (
     Results,
     Run,
     RunInput,
+    Sensitivity,
     Spectrum,
     Union,
 )
@@ -393,6 +394,24 @@ def said(adapters=("runs/r4", "runs/r16"), sets=("held_out", "other"), depths=5,
             gap = 0.05 * i - 0.02
             record = probe("outputs", "adapter", 1.2 + gap, gap=gap, gap_error=0.01, hidden=hidden, **where)
             found.append(record.model_copy(update={"name": path}))
+    return found
+
+
+def adapted(units=("mlp.up_proj", "self_attn.q_proj"), sets=("held_out", "other")):
+    """Return the records of units adapted alone, two rates each: the later gains more, and all at the higher rate."""
+    rng = np.random.default_rng(0)
+    counts = [10, 20, 30, 40]
+    found = []
+    for place, name in enumerate(sets):
+        base = np.array(counts) * 2.0
+        more = {"set": name, "shifted": place > 0, "data": "0", "tokens": sum(counts)}
+        found.append(Sensitivity(loss=2.0, nll=tuple(base), predictions=tuple(counts), **more))
+        for i, unit in enumerate(units):
+            for lr in (1e-4, 1e-3):
+                nll = base - np.array(counts) * (0.1 + 0.2 * i) * (lr > 1e-4) - rng.normal(size=4)
+                loss = float(nll.sum() / sum(counts))
+                run = {"unit": unit, "layers": (unit,), "rank": 8, "params": 64, "lr": lr, "nll": tuple(nll)}
+                found.append(Sensitivity(loss=loss, gain=2.0 - loss, gain_error=0.1, **run, **more))
     return found
 
 

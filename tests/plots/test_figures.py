@@ -283,6 +283,7 @@ PANELS = {
     "truncation": lambda **more: plots.truncation(making.probed(making.truncated()), **more),
     "alone": lambda **more: plots.alone(making.probed(making.alone()), **more),
     "outputs": lambda **more: plots.outputs(making.probed(making.said()), **more),
+    "sensitivity": lambda **more: plots.sensitivity(making.probed(making.adapted()), **more),
     "depth": lambda **more: plots.depth(making.probed(making.said()), **more),
 }
 

@@ -105,6 +105,9 @@ def probes():
         ("hostile", making.alone(HOSTILE[:7], sets=HOSTILE[:2])),
     ):
         yield case, "alone", making.probed(records), {}
+    yield "two types", "sensitivity", making.probed(making.adapted()), {}
+    yield "many layers", "sensitivity", making.probed(making.adapted(many, sets=("a", "b", "c"))), {}
+    yield "hostile", "sensitivity", making.probed(making.adapted(HOSTILE[:7], sets=HOSTILE[:2])), {}
     for case, records in (
         ("two adapters", making.said()),
         ("many adapters", making.said(many, sets=("a", "b", "c"), depths=127)),

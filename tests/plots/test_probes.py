@@ -147,3 +147,18 @@ def test_hidden_states_are_drawn_at_the_depths_where_they_were_compared():
         np.testing.assert_allclose(drawn[f"_{record.name.removeprefix('runs/')}"], expected)
     without = [record.model_copy(update={"hidden": None}) for record in records]
     assert plots.why_not("depth", making.probed(without)) == "no hidden states were compared"
+
+
+def test_what_units_gain_alone_is_ranked_at_their_best_rate():
+    records = making.adapted()
+    expected = []
+    for unit in ("self_attn.q_proj", "mlp.up_proj"):
+        base = records[0]
+        run = max((r for r in records if r.set == "held_out" and r.unit == unit), key=lambda r: r.gain)
+        d, n = np.subtract(base.nll, run.nll), np.array(base.predictions)
+        gain = d.sum() / n.sum()
+        expected.append((gain, 2 * np.sqrt(4 / 3 * ((d - gain * n) ** 2).sum()) / n.sum()))
+    drawn = bars(plots.sensitivity(making.probed(records)))
+    assert [name for name, *_ in drawn] == ["self_attn.q_proj", "mlp.up_proj"]
+    np.testing.assert_allclose([row[1:] for row in drawn], expected)
+    assert plots.why_not("sensitivity", making.probed(records[:1])) == "no unit is finished with a gain"

@@ -38,6 +38,8 @@ _SCORES = {
     "fro²": "‖G‖²",
     "size": "parameters, no gradient",
 }
+# From this ρ on, an order is called told; the number is beside the word.
+_WELL = 0.7
 # Above this p, an order is not told from chance.
 _CHANCE = 0.05
 # Which columns go first where there is too little room, by how their titles begin.
@@ -247,7 +249,8 @@ def _verdict(best: Correlation, size: Correlation) -> str:
         return f"no: no score of one gradient orders the {best.n} better than chance"
     if size.rho is not None and size.rho >= best.rho:
         return f"no: parameters alone order the {best.n} as well as the gradient's best score, {name}"
-    return f"in part: {name} orders the {best.n} with ρ = {best.rho:.2f}"
+    word = "yes" if best.rho >= _WELL else "in part"
+    return f"{word}: {name} orders the {best.n} with ρ = {best.rho:.2f}, parameters alone with {_rho(size.rho)}"
 
 
 def _p(value: float) -> str:

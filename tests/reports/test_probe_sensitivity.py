@@ -1,0 +1,56 @@
+"""What the summary says of scores, on gains made up so that it is known."""
+
+import random
+
+import pytest
+
+from lora_diag.reports.tables import table
+from lora_diag.results import FirstOrder, Results, Run, Sensitivity
+from lora_diag.results.results import totals
+
+SETTINGS = {"per": "layer", "rank": 2, "delta": None, "rates": [0.1], "steps": 1, "seeds": 1, "seed": 0, "batch": 1}
+SETTINGS |= {"kind": "LoRA", "optimizer": "AdamW", "length": 8, "dtype": "float32", "device": "cpu", "tokens": "bytes"}
+
+
+def results(gains, scores, sizes, noise=0.0):
+    """Ten sequences of one prediction each, all of which gain the same but for noise."""
+    run = Run(command="probe sensitivity", version="0", inputs=(), settings=SETTINGS)
+    rng = random.Random(0)
+    same = {"set": "own", "data": "", "tokens": 10}
+    records = [Sensitivity(**same, loss=3.0, nll=(3.0,) * 10, predictions=(1,) * 10)]
+    for i, (gain, score, size) in enumerate(zip(gains, scores, sizes, strict=True)):
+        name = f"h.{i}.q.weight"
+        first = {"layer": name, "shape": (4, 4), "rank": 2, "gradient_fro": score**0.5, "sequences": 1, "data": ""}
+        records.append(FirstOrder(**first, top=score, fresh=score / 2, adam=score))
+        nll = tuple(3.0 - gain + rng.gauss(0, noise + 1e-6) for _ in range(10))
+        unit = {"unit": name, "layers": (name,), "rank": 2, "params": size, "lr": 0.1}
+        records.append(Sensitivity(**same, **unit, loss=sum(nll) / 10, gain=3.0 - sum(nll) / 10, nll=nll))
+    return Results(run, (), (), totals([], []), tuple(records))
+
+
+RISING = [0.1 * i for i in range(1, 9)]
+MIXED = [0.4, 0.1, 0.8, 0.3, 0.6, 0.2, 0.7, 0.5]
+
+
+@pytest.mark.parametrize(
+    ("gains", "scores", "sizes", "noise", "said"),
+    [
+        (RISING, RISING, MIXED, 0.0, "yes: Σσ_i(G)² to r orders the 8 with ρ = 1.00"),
+        (RISING, RISING, RISING, 0.0, "no: parameters alone order the 8 as well"),
+        (RISING, MIXED, [1] * 8, 0.0, "no: no score of one gradient orders the 8 better than chance"),
+        (RISING, RISING, MIXED, 9.0, "not known: "),
+    ],
+    ids=["the gradient", "its size", "chance", "noise"],
+)
+def test_whether_a_gradient_would_have_done(gains, scores, sizes, noise, said):
+    shown = table(results(gains, scores, [round(100 * size) for size in sizes], noise), 120)
+    assert f"Cheaper? {said}" in " ".join(shown.split())
+
+
+def test_the_most_sensitive_come_first_and_the_rest_is_counted():
+    gains = [0.001 * i for i in range(1, 51)]
+    shown = table(results(gains, gains, [1] * 50), 80).splitlines()
+    rows = [line for line in shown if line.startswith(" h.")]
+    assert len(rows) == 40
+    assert rows[0].startswith(" h.49.q ")
+    assert "and 10 more that gain less" in "\n".join(shown)

@@ -188,6 +188,13 @@ def test_the_trace_is_unbiased_jointly_and_layer_by_layer(case):
         assert abs(alone[layer].mean - truth[layer]) <= 4 * alone[layer].error
         assert alone[layer].error < abs(truth[LAYERS["head"]])
     assert together.mean == pytest.approx(sum(each.mean for each in alone.values()), rel=1e-5)
+    generator, samples = torch.Generator().manual_seed(5), []
+    for _ in range(3):
+        signs = (torch.randint(0, 2, (curved.params,), generator=generator) * 2 - 1).float()
+        samples.append(float(signs @ curved.product(signs)))
+    three, _ = traces(curved, 3, seed=5)
+    assert three.mean == pytest.approx(np.mean(samples), rel=1e-4)
+    assert three.error == pytest.approx(np.std(samples, ddof=1) / math.sqrt(3), rel=1e-4)
     signs = (torch.randint(0, 2, (curved.params,), generator=torch.Generator().manual_seed(1)) * 2 - 1).float()
     one, _ = traces(curved, 1, seed=1)
     assert one.error is None
@@ -348,10 +355,34 @@ def test_the_gradient_at_base_is_projected_on_the_top_eigenpairs(case, at_base):
     np.testing.assert_allclose(own.eigenvalues, values[::-1][:6], atol=1e-3 * values[-1])
 
 
-def test_ctrl_c_leaves_a_file_that_goes_on_without_measuring_anything_twice(case, tmp_path):
+BOTH = {"layers": "query|key", "ranks": (0, 4), "top": 1, "probes": 2, "tokenizer": "bytes", "per": "layer"}
+
+
+@pytest.fixture(scope="module")
+def by_layer(case, tmp_path_factory):
+    """Two layers with eigenvalues of their own, and the file."""
     base, tuned, text = case
-    options = {"evaluate": [text], "layers": "query|key", "ranks": (0, 4), "top": 1, "probes": 2, "tokenizer": "bytes"}
-    lora_diag.probe_curvature(base, tuned, per="layer", output=tmp_path / "whole.jsonl", **options)
+    output = tmp_path_factory.mktemp("by_layer") / "whole.jsonl"
+    return lora_diag.probe_curvature(base, tuned, evaluate=[text], output=output, **BOTH), output
+
+
+def test_every_layer_has_the_eigenvalues_of_its_own_block(case, by_layer):
+    joint, *layers = (record for record in by_layer[0].whole if record.record == "curvature")
+    assert {record.layer for record in layers} == {LAYERS["query"], LAYERS["query"].replace("query", "key")}
+    for record in layers:
+        truth = np.linalg.eigvalsh(Dense(case[1], case[2], record.layer).hessian())
+        assert record.eigenvalues[0] == pytest.approx(truth[-1], rel=2e-3)
+        assert record.smallest == pytest.approx(truth[0], abs=2e-3 * truth[-1])
+        assert record.params == 256
+        # no block bends more than the whole (Cauchy's interlacing theorem)
+        assert record.eigenvalues[0] <= joint.eigenvalues[0] * 1.001
+    assert joint.params == 512
+    assert joint.gradient == pytest.approx(math.hypot(*(record.gradient for record in layers)), rel=1e-5)
+
+
+def test_ctrl_c_leaves_a_file_that_goes_on_without_measuring_anything_twice(case, by_layer, tmp_path):
+    base, tuned, text = case
+    options = {"evaluate": [text], **BOTH}
 
     def stop(label, done, total):
         assert done <= total
@@ -360,14 +391,13 @@ def test_ctrl_c_leaves_a_file_that_goes_on_without_measuring_anything_twice(case
 
     cut = tmp_path / "cut.jsonl"
     with pytest.raises(KeyboardInterrupt):
-        lora_diag.probe_curvature(base, tuned, per="layer", output=cut, on_progress=stop, **options)
+        lora_diag.probe_curvature(base, tuned, output=cut, on_progress=stop, **options)
     assert [r.rank for r in read_results(cut).whole if r.record == "loss_bound"] == [0, 0]
     labels = []
     said = []
     lora_diag.probe_curvature(
         base,
         tuned,
-        per="layer",
         output=cut,
         resume=True,
         on_progress=lambda label, done, total: labels.append(label),
@@ -376,7 +406,7 @@ def test_ctrl_c_leaves_a_file_that_goes_on_without_measuring_anything_twice(case
     )
     assert "r=0" not in labels
     assert said[0].startswith("about ")
-    assert cut.read_text() == (tmp_path / "whole.jsonl").read_text()
+    assert cut.read_text() == by_layer[1].read_text()
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from lora_diag.errors import UsageError
 from lora_diag.planning.intrinsic import best_rates, lines, reached
 from lora_diag.reports.tables import table
 from lora_diag.results import Intrinsic, read_results
-from lora_diag.training.intrinsic import Fastfood, Subspace, hadamard, rate_of, scales_of
+from lora_diag.training.intrinsic import Fastfood, Subspace, hadamard, scales_of
 from tests.training.making import bert, gpt2, some_text
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
@@ -176,7 +176,7 @@ def test_every_run_has_the_loss_of_a_plain_loop(base, texts, measured):
     runs = {(r.dim, r.lr, r.seed): r for r in records if r.subject == "subspace"}
     assert len(runs) == 2 * 2 + 2
     for (dim, lr, seed), record in runs.items():
-        assert lr == pytest.approx(rate_of(record.pace, dim, total))
+        assert lr == pytest.approx(record.pace * math.sqrt(total / dim))
         assert record.params == dim
         if dim == 40 or seed == 1:
             assert record.loss == pytest.approx(trained(base, train, held, 5, 3, lr, dim, seed), abs=1e-4)

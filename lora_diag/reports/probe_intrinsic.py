@@ -104,6 +104,10 @@ def _said(base: Intrinsic | None, found: Sequence[Line], settings: dict[str, Any
         return f"no gain: full fine-tuning is worse than BASE by {number(-gain)} nats, so there is no share to reach"
     share = settings["share"]
     told = [f"full fine-tuning gains {number(gain)} nats; wanted is {percent(share)} of that"]
+    if full.edge:
+        told.append("but its rate is at the edge of --full-lr: it may gain more, and every share would be smaller")
+    if any(line.shares and line.share > 1 for line in found if line.subject != "full"):
+        told.append("some gain more than it does: with these steps and rates it is no upper limit")
     told.append(_answer(reached(found, "subspace", share), "d", settings))
     if settings["ranks"]:
         told.append(_answer(reached(found, "lora", share), "LoRA r", settings))

@@ -15,7 +15,7 @@ import lora_diag
 from lora_diag.errors import UsageError
 from lora_diag.planning.intrinsic import best_rates, lines, reached
 from lora_diag.reports.tables import table
-from lora_diag.results import Intrinsic, read_results
+from lora_diag.results import Intrinsic, Results, Run, read_results
 from lora_diag.training.intrinsic import Fastfood, Subspace, hadamard, scales_of
 from tests.training.making import bert, gpt2, some_text
 
@@ -263,6 +263,30 @@ def test_what_full_fine_tuning_does_not_gain_cannot_be_reached():
     assert reached(found, "subspace", 0.9).line is None
 
 
+def shown(records):
+    settings = {"length": 8, "dtype": "float32", "device": "cpu", "tokens": "bytes", "method": "plain", "share": 0.9}
+    settings |= {"seed": 0, "params": 9, "steps": 1, "batch": 1, "optimizer": "AdamW", "dims": [10], "ranks": [2]}
+    run = Run(command="probe intrinsic", version="0", inputs=(), settings=settings)
+    return " ".join(table(Results(run, (), whole=tuple(records)), 200).split())
+
+
+def test_a_reference_that_may_be_too_weak_is_told():
+    """Full fine-tuning at its lowest rate, and a subspace that gains more than it does."""
+    records = [*planted([("subspace", 10, 0.1, (1.2, 0.89)), ("lora", 2, 0.1, (0.5, 0.4))])]
+    told = shown(records)
+    assert "full fine-tuning gains 1 nats; wanted is 90% of that" in told
+    assert "some gain more than it does" in told
+    assert "d=10 is the smallest that reaches it, with 104% (89% to 120% over seeds); not with every seed" in told
+    assert "LoRA r: not reached up to r=2, whose gain is 45% (40% to 50% over seeds)" in told
+    assert "edge of --full-lr" not in told
+    worse = next(record for record in records if record.subject == "full")
+    told = shown([*records, worse.model_copy(update={"lr": 2e-3, "loss": 2.5})])
+    assert "at the edge of --full-lr" in told
+    told = shown([r.model_copy(update={"loss": 3.5}) if r.subject == "full" else r for r in records])
+    assert "no gain: full fine-tuning is worse than BASE by 0.5 nats" in told
+    assert "the run did not finish" in told
+
+
 def test_more_dimensions_gain_more_where_the_optimum_is_in_reach(tmp_path):
     """A classifier that has to tell three letters apart: few directions are not enough, some hundreds are."""
     base = bert(tmp_path / "base")
@@ -285,9 +309,9 @@ def test_more_dimensions_gain_more_where_the_optimum_is_in_reach(tmp_path):
     assert shares[0] < shares[1] < shares[2]
     assert shares[0] < 0.3
     assert shares[2] > 0.7
-    shown = table(found, 80)
-    assert "full fine-tuning gains" in shown
-    assert all(len(line) <= 80 for line in shown.splitlines())
+    text = table(found, 80)
+    assert "full fine-tuning gains" in text
+    assert all(len(line) <= 80 for line in text.splitlines())
 
 
 @pytest.mark.parametrize(

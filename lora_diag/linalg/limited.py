@@ -163,10 +163,18 @@ def _why(shape: tuple[int, int], allowance: Allowance) -> str:
     wanted = allowance.top or min(64, small)
     few = READING + krylov_bytes(shape, wanted, first_basis(wanted))
     if allowance.top is None and few < needed:
-        return f"{what}, and all values take {_size(needed)}; give more, or --top {wanted} ({_size(few)} if they decay)"
+        more = _more(needed, allowance)
+        return f"{what}, and all values take {_size(needed)}; {more}, or --top {wanted} ({_size(few)} if they decay)"
     if few <= allowance.limit:
-        return f"{what}, its spectrum is too flat for krylov within that, and gram takes {_size(needed)}; give more"
-    return f"{what}, and it takes {_size(min(few, needed))} at least; give more, or fewer values with --top K"
+        flat = "its spectrum is too flat for krylov within that"
+        return f"{what}, {flat}, and gram takes {_size(needed)}; {_more(needed, allowance)}"
+    least = min(few, needed)
+    return f"{what}, and it takes {_size(least)} at least; {_more(least, allowance)}, or fewer values with --top K"
+
+
+def _more(needed: int, allowance: Allowance) -> str:
+    """Say how much is lacking; with ``--workers N``, N times that, for what a layer gets is an Nth."""
+    return f"give {_size(needed - allowance.limit + 10**6)} more (times --workers)"
 
 
 def _size(count: int) -> str:

@@ -99,7 +99,9 @@ def test_a_layer_that_fits_by_no_method_is_left_out_with_the_way_out(tmp_path, l
     ran = loradiag("spectrum", base, tuned, "--memory", MEMORY, "-o", tmp_path / "r.jsonl", env={"COLUMNS": "200"})
     assert ran.code == 3
     assert f"error: {NAME}: 4500x4200: --memory leaves 141 MB for a layer, and all values take 2" in ran.err
-    assert "give more, or --top 64" in ran.err
+    assert "give 69 MB more (times --workers), or --top 64" in ran.err
+    enough = loradiag("spectrum", base, tuned, "--memory", "580MB", "--quiet")
+    assert enough.code == 0, enough.err
     assert "larger than --memory" in ran.out
     records = [json.loads(line) for line in (tmp_path / "r.jsonl").read_text().splitlines()]
     assert [r["layer"] for r in records if r["record"] == "spectrum"] == [SMALL]

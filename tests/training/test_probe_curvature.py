@@ -179,6 +179,23 @@ def test_products_of_language_models_are_differences_of_their_gradients(tmp_path
         assert (found[name] - truth).abs().max() <= 1e-3 * truth.abs().max()
 
 
+def test_one_matrix_of_a_stack_has_its_block_of_the_hessian(tmp_path):
+    """As experts are stored: ``name[3]`` is a part of a parameter, here a row of one."""
+    model, text = open_model(gpt2(tmp_path / "base"), torch.device("cpu")), some_text(tmp_path, windows=2)
+    texts, name = read_texts(text, model), "transformer.h.0.attn.c_attn.weight"
+    whole = Curved(model, texts, 2, {name: (16, 48)})
+    parts = Curved(model, texts, 2, {f"{name}[3]": (1, 48), f"{name}[5]": (1, 48)})
+    x = torch.randn(96, generator=torch.Generator().manual_seed(0))
+    spread = torch.zeros(16, 48)
+    spread[[3, 5]] = x.view(2, 48)
+    truth = whole.product(spread.reshape(-1)).view(16, 48)[[3, 5]].reshape(-1)
+    torch.testing.assert_close(parts.product(x), truth, atol=1e-6, rtol=1e-4)
+    before = whole.weights()
+    parts.put(parts.weights() + 1)
+    changed = (whole.weights() - before).view(16, 48)
+    assert set(changed.abs().sum(1).nonzero().flatten().tolist()) == {3, 5}
+
+
 def test_the_trace_is_unbiased_jointly_and_layer_by_layer(case):
     layers = [LAYERS["query"], LAYERS["head"]]
     _, curved = curved_at(case[0], case[2], layers)

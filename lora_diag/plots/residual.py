@@ -151,6 +151,14 @@ def _finding(one: Series[Any]) -> str:
     return f"{one.label}{rank}: {', '.join(found)}"
 
 
+def _astray(records: Sequence[Residual]) -> bool:
+    """Say whether layers are limited by direction while most of their ε² is length."""
+    found = levels([record for record in records if record.limited_by == "direction"])
+    if found is None:
+        return False
+    return found.epsilon**2 - found.direction**2 > found.direction**2 - found.floor**2
+
+
 def _keys(look: Look | None) -> tuple[Key, ...]:
     line = Line2D([], [], color=INK, lw=0.8 * (look.line if look else 1), ls=(0, (4, 2)))
     return (
@@ -167,6 +175,10 @@ def _words(shown: Sequence[Series[Any]], drawn: Sequence[Sequence[Slot[Residual]
     vectors = len({r.layer for one in shown for r in one.records if len(r.shape) == 1})
     zero = len({r.layer for one in shown for r in one.records if r.fro == 0})
     notes = ["In squares: ε² = ε_min² + direction + length. ε is the distance to this one fine-tune and no quality."]
+    if any(_astray(_matrices(one.records)) for one in shown):
+        notes.append(
+            "A large band of length over a small one of direction: X is long and points elsewhere, so no scale helps."
+        )
     if joined > 1:
         notes.append(f"A bar stands for up to {joined} layers, pooled by Σ‖ΔW − X‖² / Σ‖ΔW‖².")
     if vectors:

@@ -139,6 +139,13 @@ def test_the_bands_of_a_residual_are_the_floor_the_best_scale_and_epsilon():
     np.testing.assert_allclose(bases, [0, floor, best], rtol=1e-9)
 
 
+@pytest.mark.parametrize(("length", "told"), [(3.0, True), (0.2, False)])
+def test_a_long_update_that_points_elsewhere_is_explained(length, told):
+    record = making.residual("h.0.q.weight", 1.0, length, 0.2, 0.5)  # limited by direction, says the record
+    text = " ".join(text.get_text() for text in plots.figure("residual", making.results([record])).texts)
+    assert ("points elsewhere, so no scale helps" in text.replace("\n", " ")) == told
+
+
 def test_experts_are_pooled_by_their_norms():
     records = [
         making.residual("h.0.experts.0.w1.weight", 3.0, 1.0, 0.2, 0.4),

@@ -51,11 +51,11 @@ def between(costs: Mapping[int, float], order: int, beyond: int) -> float:
     above = min((n for n in costs if n >= order), default=None)
     if below is None or above is None:
         nearest = below or above or 1
-        return costs[nearest] * (order / nearest) ** beyond
+        return costs[nearest] * math.pow(order / nearest, beyond)
     if below == above:
         return costs[below]
     steepness = math.log(costs[above] / costs[below]) / math.log(above / below)
-    return costs[below] * (order / below) ** steepness
+    return costs[below] * math.pow(order / below, steepness)
 
 
 def cost_of(matrices: Sequence[Matrix], size: int | None, speed: Speed, top: int | None) -> PlanCost:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import secrets
 import signal
 import socket
 import threading
@@ -99,7 +100,10 @@ def connected(ray: Any, on: Ray, cores: int) -> Iterator[None]:
         yield
         return
     named, address = on.named()
+    own_token = ""
     if address in {None, "local"}:
+        if not {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & set(os.environ):
+            os.environ["RAY_AUTH_TOKEN"] = own_token = secrets.token_hex(32)  # else Ray leaves one in the home folder
         where = {"address": "local", "num_cpus": cores, "object_store_memory": STORE_BYTES, "include_dashboard": False}
     else:
         where = {"address": address}
@@ -118,6 +122,8 @@ def connected(ray: Any, on: Ray, cores: int) -> Iterator[None]:
     finally:
         ray.shutdown()
         worker._worker_logs_enabled = True
+        if own_token:
+            os.environ.pop("RAY_AUTH_TOKEN", None)
 
 
 @contextmanager

@@ -14,7 +14,7 @@ import lora_diag.training.outputs
 from lora_diag.errors import UsageError
 from lora_diag.reports.tables import table
 from lora_diag.results import read_results
-from tests.training.making import SAMPLES, gpt2, moved, some_text, tensors
+from tests.training.making import SAMPLES, bert, gpt2, moved, some_text, tensors
 
 # PEFT asks transformers for what it calls otherwise by now.
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
@@ -110,6 +110,26 @@ def test_a_depth_where_nothing_changed_has_no_distance(tmp_path):
     found = lora_diag.probe_outputs(base, tuned, [other], evaluate=[text]).whole
     assert found[2].hidden[:2] == (None, None)
     assert found[2].hidden[2] > 0
+
+
+def test_padding_is_no_hidden_state(tmp_path):
+    base = bert(tmp_path / "base")
+    tuned, other = (moved(base, tmp_path / name, 0.05, seed) for name, seed in (("tuned", 1), ("other", 3)))
+    texts = ["abc" * (i + 1) for i in range(6)]
+    file = tmp_path / "x.jsonl"
+    file.write_text("".join(json.dumps({"text": text, "label": i % 3}) + "\n" for i, text in enumerate(texts)))
+
+    def hidden(folder):
+        model = transformers.BertForSequenceClassification.from_pretrained(folder).eval()
+        with torch.no_grad():
+            ids = [torch.tensor([list(text.encode())]) for text in texts]
+            found = [torch.stack(model(input_ids=one, output_hidden_states=True).hidden_states)[:, 0] for one in ids]
+        return torch.cat(found, 1).double().numpy()
+
+    h_base, h_tuned, h_other = map(hidden, (base, tuned, other))
+    expected = np.linalg.norm(h_tuned - h_other, axis=(1, 2)) / np.linalg.norm(h_tuned - h_base, axis=(1, 2))
+    found = lora_diag.probe_outputs(base, tuned, [other], evaluate=[file], tokenizer="bytes", batch=4).whole
+    np.testing.assert_allclose(found[2].hidden, expected, rtol=1e-4)
 
 
 def test_adapters_have_the_losses_told_in_the_readme_of_the_samples():

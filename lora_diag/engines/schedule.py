@@ -14,8 +14,8 @@ from typing import Protocol, TypeVar
 
 from lora_diag.errors import LoradiagError
 
-# Multiplications of one batch, see ``cost``. One core does 7 to 9·10⁹ of them a second (spectra of bf16 pairs of 384² and
-# 1024²), a task of Ray costs the program that sends it 0.4 ms: a batch of 2^32 takes half a second.
+# Multiplications of one batch, see ``cost``. One core does 7 to 9·10⁹ of them a second (spectra of bf16 pairs of 384²
+# and 1024²), a task of Ray costs the program that sends it 0.4 ms: a batch of 2^32 takes half a second.
 BATCH = 2**32
 # What any layer costs besides: spectra of 64² take 0.5 ms each.
 LEAST = 2**22

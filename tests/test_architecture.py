@@ -61,7 +61,7 @@ LIBRARIES = {
     "peft": {"training"},
     "accelerate": {"training"},
     "datasets": {"training"},
-    "curvlinops": {"training"},
+    "curvlinops": set(),
     "fsspec": {"checkpoints"},
     "ray": {"engines"},
     "pydantic": {"results"},

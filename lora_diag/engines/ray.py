@@ -29,6 +29,9 @@ Record = TypeVar("Record")
 # Seconds: between two looks at the cluster; without a node that could go on.
 LOOK, PATIENCE = 2.0, 60.0
 
+# How Ray begins to tell that a worker does not have what it is to run; it has no type for that.
+NO_IMPORT = "The remote function failed to import on the worker"
+
 
 def run_ray(
     measure: Callable[[Task], Record],
@@ -165,6 +168,12 @@ class _Run:
         try:
             outcomes: Sequence[Any] = self._ray.get(ticket)
         except self._ray.exceptions.RayTaskError as error:
+            said = str(error.cause).strip().splitlines()
+            if said and said[0].startswith(NO_IMPORT):
+                raise InputError(
+                    f"--engine ray: a worker cannot import loradiag: {said[-1]}; install the same loradiag on "
+                    "every node: pip install 'loradiag[ray]'"
+                ) from error
             raise error.cause from error  # a bug: its traceback is shown
         except self._ray.exceptions.RayError:
             return None

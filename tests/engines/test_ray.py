@@ -348,6 +348,23 @@ def test_ray_is_only_imported_inside_of_functions():
             assert not {name.split(".")[0] for name in names} & {"ray"}, file
 
 
+def test_a_worker_without_loradiag_is_told():
+    class RayTaskError(Exception):
+        cause = RuntimeError(f"{engine.NO_IMPORT}. This may be\n\nTraceback:\nModuleNotFoundError: No module\n\n")
+
+    def get(ticket):
+        raise RayTaskError
+
+    ray = SimpleNamespace(get=get, exceptions=SimpleNamespace(RayTaskError=RayTaskError))
+    run = object.__new__(engine._Run)
+    run._ray = ray
+    with pytest.raises(InputError, match="a worker cannot import loradiag: ModuleNotFoundError: No module; install"):
+        run._outcomes(0)
+    RayTaskError.cause = ZeroDivisionError("division by zero")
+    with pytest.raises(ZeroDivisionError):
+        run._outcomes(0)
+
+
 class FakeRay:
     """Nodes that come and go."""
 

@@ -29,7 +29,9 @@ class Per(StrEnum):
 
 
 # What is read is given as words: a Path would make one slash of the two in s3://.
-Base = Annotated[str, typer.Argument(metavar="BASE", help="Checkpoint before: a file, a folder or a shard index.")]
+Base = Annotated[
+    str, typer.Argument(metavar="BASE", help="Checkpoint before: file, folder, index or address (docs/remote.md).")
+]
 Tuned = Annotated[str | None, typer.Argument(metavar="TUNED", help="Checkpoint after, or an adapter.")]
 Layers = Annotated[str | None, typer.Option(metavar="REGEX", help="Only weights whose name contains a match.")]
 Exclude = Annotated[str | None, typer.Option(metavar="REGEX", help="No weights whose name contains a match.")]

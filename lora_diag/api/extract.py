@@ -46,6 +46,7 @@ def extract(
     ranks: Path | str | None = None,
     signal: bool = False,
     activations: Path | str | None = None,
+    kfac: bool = False,
     split: Split = "both",
     dtype: str = "float32",
     rest: Rest = "list",
@@ -83,6 +84,8 @@ def extract(
         activations: Second moments C = E[xxᵀ] of the layers' inputs, as ``probe_activations`` records them. Factors are
             then those with the smallest E‖(ΔW − B·A)x‖² of their rank, U_rU_rᵀΔW with U_r of ΔW·C^½, and ``energy``,
             ``params`` and ``signal`` count in that metric. Layers without a C are factored as without this option.
+        kfac: Make ‖G^½(ΔW − B·A)C^½‖ smallest instead, with G = E[ggᵀ] of the output gradients in the same file:
+            K-FAC's estimate of what the factors miss of the loss.
         split: ``both`` for B = U√Σ and A = √Σ·Vᵀ; ``b`` for B = UΣ and A = Vᵀ.
         dtype: Of the factors: ``float32``, ``bfloat16`` or ``float16``.
         rest: ``save`` to store in full what no factor carries (norms, biases, resized tables), ``list`` to list it.
@@ -135,6 +138,8 @@ def extract(
     compared = compare(base, tuned, layers, exclude, allow_unmatched, verify)
     planned = plan(open_checkpoint(base), tuned, compared.pairing, rest == "save")
     moments = second_moments(activations, base, compared.pairing) if activations is not None else None
+    if kfac and (moments is None or not moments.gradients):
+        raise UsageError("--kfac: needs --activations FILE, recorded with probe activations --gradients")
 
     def spectra() -> Results[Spectrum]:
         folder.open()
@@ -142,6 +147,7 @@ def extract(
             base,
             tuned,
             activations=activations,
+            kfac=kfac,
             layers=layers,
             exclude=exclude,
             allow_unmatched=allow_unmatched,
@@ -169,7 +175,7 @@ def extract(
             target.kind,
             target.transposed,
             rules[delta.layer],
-            moments.weighting(delta.layer, kfac=False) if moments is not None else None,
+            moments.weighting(delta.layer, kfac) if moments is not None else None,
         )
         for delta in compared.pairing.deltas
         if (target := planned.targets.get(delta.layer)) is not None and not folder.whole
@@ -194,6 +200,7 @@ def extract(
             "tol": tol,
             "device": where.kind,
             "seed": seed,
+            **({"metric": "kfac" if kfac else "data"} if moments is not None else {}),
         },
     )
     layout = layout_of(tasks, workers, where.kind, limit)
@@ -219,7 +226,7 @@ def extract(
         named = map(legible, ("loradiag", "extract", str(base), str(tuned)))
         command = [*named, *asked.words().split(" ", 1), *_options(run)]
         if activations is not None:
-            command += ["--activations", legible(activations)]
+            command += ["--activations", legible(activations), *(["--kfac"] if kfac else [])]
         folder.finish(model_card(results, name, shlex.join([*command, "-o", legible(output)])))
     return results
 

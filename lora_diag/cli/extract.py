@@ -26,6 +26,7 @@ Activations = Annotated[
     Path | None,
     typer.Option(metavar="FILE", help="Second moments by probe activations: factors best in output on that text."),
 ]
+KFac = Annotated[bool, typer.Option("--kfac", help="With --activations: best by K-FAC, with the gradients in it.")]
 Split = Annotated[str, typer.Option(metavar="both|b", help="√Σ into both factors, or all of Σ into B.")]
 Dtype = Annotated[str, typer.Option(metavar="float32|bfloat16|float16", help="How factors are stored.")]
 Rest = Annotated[str, typer.Option(metavar="list|save", help="What no factor carries: list it, or store it in full.")]
@@ -45,6 +46,7 @@ def extract(
     ranks: RanksFrom = None,
     signal: Signal = False,
     activations: Activations = None,
+    kfac: KFac = False,
     split: Split = "both",
     dtype: Dtype = "float32",
     rest: Rest = "list",
@@ -89,6 +91,7 @@ def extract(
             ranks=ranks,
             signal=signal,
             activations=activations,
+            kfac=kfac,
             split=cast(Any, split),
             dtype=dtype,
             rest=cast(Any, rest),

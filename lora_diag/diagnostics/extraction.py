@@ -128,7 +128,8 @@ def extract(layer: Layer, settings: ExtractionSettings, store: Store) -> Extract
 
     In the metric of the data, with L·Lᵀ = C = E[xxᵀ] and U_r the left singular vectors of ΔW·L, B·A = U_rU_rᵀΔW has the
     smallest E‖(ΔW − B·A)x‖² of its rank: (U_rU_rᵀΔW)L = (ΔW·L)_r, which no matrix of rank r is nearer to. No root of C
-    is inverted, so C may be singular and nothing is damped.
+    is inverted, so C may be singular and nothing is damped. With K·Kᵀ = G on the other side, B·A = K^{-T}U_rU_rᵀKᵀΔW with
+    U_r of KᵀΔW·L has the smallest ‖G^½(ΔW − B·A)C^½‖; K is inverted on the eigenvalues of G above 1e-7 of the largest.
 
     Args:
         layer: The layer.
@@ -161,8 +162,7 @@ def _extract(layer: Layer, settings: ExtractionSettings, store: Store, device: t
         return _without_factors(layer, change, best.fro if weighed is None else weighed.plain_fro, best.fro)
     plain = found = best
     if weighed is not None:
-        assert layer.weighting is not None
-        found = _projected(change, best, rank, layer.weighting.inputs.on_rows)
+        found = _projected(change, best, rank, weighed)
         plain = seen = change.decompose(settings.method, rank, False, settings.tol, settings.seed)
     curve = _curve(plain, rank)
     b, a = store(
@@ -197,31 +197,40 @@ def _curve(factors: Factors, rank: int) -> NDArray[np.float64]:
     return energy_curve(factors.s[:rank].numpy(), factors.fro, factors.complete and rank == len(factors.s))
 
 
-def _projected(change: Change, best: Factors, rank: int, on_rows: bool) -> Factors:
-    """Return the decomposition of U_rU_rᵀΔW, or of ΔW·V_rV_rᵀ where C belongs to the rows."""
+def _projected(change: Change, best: Factors, rank: int, weighed: Weighed) -> Factors:
+    """Return the decomposition of U_rU_rᵀΔW, or of ΔW·V_rV_rᵀ where C belongs to the rows.
+
+    With K·Kᵀ = G on the other side, of K^{-T}U_rU_rᵀKᵀΔW, or of ΔW·K·V_rV_rᵀK^{-1}.
+    """
     assert best.u is not None
     assert best.vh is not None
+    on_rows = weighed.roots[0].on_rows
+    vectors = best.vh[:rank].T if on_rows else best.u[:, :rank]
+    inside = outside = vectors
+    for k in weighed.roots[1:]:
+        inside, outside = k.lower @ vectors, k.inverse @ vectors
     if change.factors is not None:
         left, right = (factor.to(torch.float64) for factor in change.factors)
     else:
         assert change.matrix is not None
         left, right = change.matrix.to(torch.float64), None
     if on_rows:
-        v = best.vh[:rank].T
-        inner = left @ (v if right is None else right @ v)
-        return decompose_factored(inner, v.T, vectors=True)
-    u = best.u[:, :rank]
-    outer = u.T @ left
-    return decompose_factored(u, outer if right is None else outer @ right, vectors=True)
+        inner = left @ (inside if right is None else right @ inside)
+        return decompose_factored(inner, outside.T, vectors=True)
+    outer = inside.T @ left
+    return decompose_factored(outside, outer if right is None else outer @ right, vectors=True)
 
 
 def _on_data(weighed: Weighed, best: Factors, rank: int, factors: tuple[Tensor, Tensor], layer: Layer) -> OnData:
     """Return what the stored factors cost in the metric of the data."""
     kept = float(_curve(best, rank)[-1])
-    (root,) = weighed.roots
-    stored = times(Change(None, None, factors=factors), root.lower, root.on_rows).factors
+    written = Change(None, None, factors=factors)
+    for root in weighed.roots:
+        written = times(written, root.lower, root.on_rows)
+    stored = written.factors
     assert stored is not None
     return OnData(
+        metric="data" if len(weighed.roots) == 1 else "kfac",
         fro=best.fro,
         kept=kept,
         energy_error=min(1.0, best.energy_error + weighed.error),

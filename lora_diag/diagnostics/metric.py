@@ -23,6 +23,9 @@ from lora_diag.metrics import Distances, distances, truncation_error
 # A second moment may be this far from symmetric or positive semidefinite: sums of many products in float32 are.
 MOMENT_ERROR = 1e-4
 
+# Where a second moment is inverted: eigenvalues below this share of the largest are the rounding of float32.
+SMALLEST = 1e-7
+
 # Unit roundoff of the dtypes a second moment may be stored in.
 _ROUNDOFF = {"float64": 2.0**-53, "float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
 
@@ -77,6 +80,13 @@ class Root:
     error: float
     fro: float
     spectral: float
+
+    @property
+    def inverse(self) -> Tensor:
+        """The transposed pseudo-inverse of L: eigenvalues of C below ``SMALLEST`` of the largest count as zero."""
+        eigenvalues = (self.lower**2).sum(0)
+        kept = eigenvalues > SMALLEST * self.spectral**2
+        return torch.where(kept, self.lower / torch.where(kept, eigenvalues, 1.0), 0.0)
 
 
 @dataclass(frozen=True, slots=True)

@@ -267,10 +267,12 @@ def _data_price(results: Results[Extraction]) -> list[str]:
     plain = [record.layer for record in results if not record.data]
     epsilon = _of_data(weighed, lambda data: data.epsilon)
     floor = _of_data(weighed, lambda data: data.epsilon_min)
+    chosen, norm = "the outputs on the text of the activations", "√(E‖(ΔW − BA)x‖² / E‖ΔW x‖²)"
+    if any(record.data and record.data.metric == "kfac" for record in weighed):
+        chosen, norm = "the loss on that text, by K-FAC", "‖G^½(ΔW − BA)C^½‖ / ‖G^½·ΔW·C^½‖"
     lines = [
-        f"Chosen for the outputs on the text of the activations: √(E‖(ΔW − BA)x‖² / E‖ΔW x‖²) = {epsilon} in the "
-        f"{len(weighed)} weights with activations; no adapter of these ranks is below {floor}. The price is a larger "
-        f"ε: {number(_floor(results.layers))} would be the smallest."
+        f"Chosen for {chosen}: {norm} = {epsilon} in the {len(weighed)} weights with activations; no adapter of these "
+        f"ranks is below {floor}. The price is a larger ε: {number(_floor(results.layers))} would be the smallest."
     ]
     if plain:
         lines.append(f"Without activations, and the best for the weights: {named(plain)}.")

@@ -9,9 +9,10 @@ from lora_diag.results.spectrum import Resolution
 
 
 class OnData(Record):
-    """What the factors of one layer cost in the metric of the data, E‖· x‖² = ‖·C^½‖_F².
+    """What the factors of one layer cost in the metric of the data, E‖· x‖² = ‖·C^½‖_F², or in that of K-FAC.
 
     Args:
+        metric: ``data``; or ``kfac``, where every ‖·C^½‖ here is ‖G^½·C^½‖.
         fro: ‖ΔW·C^½‖_F.
         kept: Share of ‖ΔW·C^½‖_F² that the best update of this rank keeps.
         energy_error: Bound on the error of ``kept``.
@@ -19,6 +20,7 @@ class OnData(Record):
         epsilon_min: √(1 − kept), the smallest of any update of this rank; these factors reach it but for rounding.
     """
 
+    metric: Literal["data", "kfac"] = "data"
     fro: float
     kept: float
     energy_error: float

@@ -14,6 +14,7 @@ from lora_diag.checkpoints import open_checkpoint
 from lora_diag.deltas import Side
 from lora_diag.diagnostics.extraction import ExtractionSettings, Rank, extract
 from lora_diag.diagnostics.metric import Moments, Weighting
+from lora_diag.errors import UsageError
 from tests import oracles
 from tests.conftest import ROOT
 from tests.diagnostics.test_extraction import Kept, layer_of
@@ -141,6 +142,26 @@ def test_the_adapter_that_is_written_is_the_one_that_is_told(tmp_path, loradiag)
             assert record.data.epsilon == pytest.approx(gap, rel=1e-4)
 
 
+def test_k_fac_needs_recorded_gradients_and_says_what_it_did(tmp_path, loradiag):
+    base, file = gpt2(tmp_path / "base"), tmp_path / "a.safetensors"
+    tuned, text = moved(base, tmp_path / "tuned"), some_text(tmp_path)
+    lora_diag.probe_activations(tuned, text, file)
+    for more in ({}, {"activations": file}):
+        with pytest.raises(UsageError, match="--kfac: needs --activations FILE"):
+            lora_diag.extract(base, tuned, tmp_path / "out", rank=2, kfac=True, **more)
+    both = tmp_path / "b.safetensors"
+    lora_diag.probe_activations(tuned, text, both, gradients=True)
+    ran = loradiag("extract", base, tuned, "--rank", 2, "--activations", both, "--kfac", "-o", tmp_path / "new")
+    assert ran.code == 0, ran.err
+    assert "by K-FAC" in ran.out
+    assert "--kfac" in (tmp_path / "new" / "README.md").read_text()
+    records = lora_diag.read_results(tmp_path / "new" / "extraction.jsonl").layers
+    assert {record.data.metric for record in records if record.data} == {"kfac"}
+    for record in records:
+        if record.data:
+            assert record.data.epsilon == pytest.approx(record.data.epsilon_min, rel=1e-3)
+
+
 def test_an_update_that_the_text_never_sees_gets_no_factors(tmp_path):
     layer, _ = layer_of(np.eye(6)[:, :1] @ np.eye(6)[:1], tmp_path, Rank(2))
     x = np.ones((6, 3))
@@ -150,3 +171,38 @@ def test_an_update_that_the_text_never_sees_gets_no_factors(tmp_path):
     assert left_out.reason == "rank_0"
     assert "changes nothing in its output" in left_out.detail
     assert left_out.fro == pytest.approx(1, rel=1e-5)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    rows=st.integers(1, 8),
+    columns=st.integers(1, 8),
+    rank=st.integers(1, 4),
+    seen=st.integers(1, 12),
+    on_rows=st.booleans(),
+    seed=st.integers(0, 999),
+)
+def test_no_factors_of_a_rank_are_nearer_by_k_fac(tmp_path_factory, rows, columns, rank, seen, on_rows, seed):
+    folder, rng = tmp_path_factory.mktemp("x"), np.random.default_rng(seed)
+    layer, real = layer_of(rng.standard_normal((rows, columns)), folder, Rank(rank))
+    x, g = (rng.standard_normal((n, seen)) for n in ((rows, columns) if on_rows else (columns, rows)))
+    save_file({"g": torch.tensor(g @ g.T / seen)}, folder / "g.safetensors")
+    inputs = weighting(folder, x, on_rows).inputs
+    gradients = Moments(Side(open_checkpoint(folder / "g.safetensors"), "g"), len(g), not on_rows)
+    kept = Kept()
+    record = extract(replace(layer, weighting=Weighting(inputs, gradients)), ExtractionSettings(), kept)
+    c, k = oracles.square_root(x @ x.T / seen), oracles.square_root(g @ g.T / seen)
+
+    def gap(product):
+        d = real - product
+        return np.linalg.norm(c @ d @ k if on_rows else k @ d @ c)
+
+    s = np.linalg.svd(c @ real @ k if on_rows else k @ real @ c, compute_uv=False)
+    product = kept.b.double().numpy() @ kept.a.double().numpy()
+    floor = np.sqrt((s[rank:] ** 2).sum())
+    assert record.data.metric == "kfac"
+    assert gap(product) == pytest.approx(floor, rel=1e-3, abs=1e-4 * s[0])
+    assert record.data.epsilon * record.data.fro == pytest.approx(gap(product), rel=1e-3, abs=1e-5 * s[0])
+    for _ in range(3):
+        other = rng.standard_normal((rows, rank)) @ rng.standard_normal((rank, columns))
+        assert gap(other) >= floor - 1e-9

@@ -128,8 +128,9 @@ def extract(layer: Layer, settings: ExtractionSettings, store: Store) -> Extract
 
     In the metric of the data, with L·Lᵀ = C = E[xxᵀ] and U_r the left singular vectors of ΔW·L, B·A = U_rU_rᵀΔW has the
     smallest E‖(ΔW − B·A)x‖² of its rank: (U_rU_rᵀΔW)L = (ΔW·L)_r, which no matrix of rank r is nearer to. No root of C
-    is inverted, so C may be singular and nothing is damped. With K·Kᵀ = G on the other side, B·A = K^{-T}U_rU_rᵀKᵀΔW with
-    U_r of KᵀΔW·L has the smallest ‖G^½(ΔW − B·A)C^½‖; K is inverted on the eigenvalues of G above 1e-7 of the largest.
+    is inverted, so C may be singular and nothing is damped. With K·Kᵀ = G on the other side, B·A =
+    K^{-T}U_rU_rᵀKᵀΔW with U_r of KᵀΔW·L has the smallest ‖G^½(ΔW − B·A)C^½‖; K is inverted on the eigenvalues of G
+    above 1e-7 of the largest.
 
     Args:
         layer: The layer.

@@ -254,7 +254,7 @@ def test_ctrl_c_at_a_step(command: Commands, model: Path, tmp_path: Path) -> Non
         folder.mkdir()
         case = Case(name, command, model, folder)
         steps = len(case.undisturbed.steps)
-        for at in range(1, steps + 1, 1 if os.environ.get("LORADIAG_EVERY_STEP") else steps // 4):
+        for at in range(1, steps + 1, 1 if os.environ.get("LORADIAG_EVERY_STEP") else steps // 3):
             place = case.fresh()
             ended = case.run(place, at=at, signal=signal.SIGINT)
             if ended.code != case.undisturbed.code:  # in the last steps all is done

@@ -109,7 +109,7 @@ def moments(case: Case, most: int) -> list[int]:
 
 def test_killed_at_a_step(case: Case) -> None:
     writes = case.undisturbed.steps.count("written")
-    for at in moments(case, 3):
+    for at in moments(case, 2):
         place = case.fresh()
         assert case.run(place, at=at).code == -signal.SIGKILL
         done = kept(case.folder / place)

@@ -15,7 +15,7 @@ test: .venv/test ## set up, then lint, types and the whole test suite
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy --strict lora_diag
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist loadgroup
 
 samples: .venv/train ## train the sample checkpoints again
 	$(BIN)/python sample_checkpoints/make.py

@@ -34,6 +34,9 @@ api = sys.modules["lora_diag.api.spectrum"]  # ``lora_diag.api.spectrum`` is the
 LAST = "model.layers.1.self_attn.q_proj.weight"
 
 
+pytestmark = pytest.mark.xdist_group("ray")  # with --dist loadgroup, one process has all of them, and one cluster
+
+
 class TwoNodes:
     """The cluster, and how to cut its power."""
 

@@ -11,8 +11,10 @@ from pathlib import Path
 
 from packaging.requirements import Requirement
 
-EXTRAS = ("", "curvature", "hub", "pandas", "plot", "ray", "remote", "report", "train")
 ROOT = Path(__file__).parents[2]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+# Those that users install; "" is what comes without any.
+EXTRAS = ("", *(extra for extra in PROJECT["optional-dependencies"] if extra not in {"audit", "test"}))
 PAGE = ROOT / "docs" / "security.md"
 BEGIN, END = "<!-- licences -->\n", "<!-- end -->"
 
@@ -67,9 +69,8 @@ def needed(name: str, extra: str = "", seen: dict[str, Distribution] | None = No
 
 def own() -> list[str]:
     """Return what pyproject.toml asks for, in the words of a package's metadata; an installed copy may be older."""
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    extras = project["optional-dependencies"]
-    return project["dependencies"] + [
+    extras = PROJECT["optional-dependencies"]
+    return PROJECT["dependencies"] + [
         f'{text}; extra == "{extra}"' for extra in EXTRAS if extra for text in extras[extra]
     ]
 

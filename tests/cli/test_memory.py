@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -9,6 +10,8 @@ import numpy as np
 import pytest
 import torch
 
+import lora_diag
+from lora_diag.errors import UsageError
 from tests.conftest import ROOT, Ran, as_numpy, save_model
 
 NAME, SMALL = "model.layers.0.mlp.up_proj.weight", "model.layers.0.self_attn.q_proj.weight"
@@ -73,34 +76,27 @@ def test_a_matrix_larger_than_a_hard_limit_is_measured(pair, limited):
     assert large["fro"] == pytest.approx(np.sqrt((true**2).sum()), rel=1e-9)
 
 
-def test_the_records_are_those_of_a_run_without_a_limit(pair, loradiag, tmp_path):
+@pytest.mark.parametrize("top", [None, 12])
+def test_the_records_are_those_of_a_run_without_a_limit(pair, top):
     base, tuned, *_ = pair
-    for words in ([], ["--top", "12"]):
-        plain = loradiag("spectrum", base, tuned, "--json", *words).records
-        blocks = loradiag("spectrum", base, tuned, "--json", "--memory", MEMORY, *words).records
-        assert [r["record"] for r in plain] == [r["record"] for r in blocks]
-        for one, two in zip(plain, blocks, strict=True):
-            assert one.keys() == two.keys()
-            if one["record"] == "spectrum":
-                assert (one["method"], one["fro"], one["resolution"]["rounding_fro"]) == (
-                    two["method"],
-                    two["fro"],
-                    two["resolution"]["rounding_fro"],
-                )
-                assert two["s"] == pytest.approx(one["s"], rel=1e-5, abs=1e-7 * one["s"][0])
-                assert two["rank_at"] == one["rank_at"]
+    plain = lora_diag.spectrum(base, tuned, top=top, layers="up_proj")[NAME]
+    blocks = lora_diag.spectrum(base, tuned, top=top, layers="up_proj", memory=MEMORY)[NAME]
+    assert (plain.blocks, blocks.blocks) == (None, 44)
+    for field in ("method", "fro", "base_fro", "resolution", "complete", "rank_at"):
+        assert getattr(plain, field) == getattr(blocks, field)
+    assert blocks.s == pytest.approx(plain.s, rel=1e-5, abs=1e-7 * plain.s[0])
 
 
 def test_a_layer_that_fits_by_no_method_is_left_out_with_the_way_out(tmp_path, loradiag):
     rng = torch.Generator().manual_seed(0)
-    before = {NAME: torch.randn(4500, 4200, generator=rng).bfloat16(), SMALL: torch.randn(96, 80, generator=rng)}
+    before = {NAME: torch.randn(3650, 3600, generator=rng).bfloat16(), SMALL: torch.randn(96, 80, generator=rng)}
     after = {name: (value.float() + 0.01).to(value.dtype) for name, value in before.items()}
     base, tuned = save_model(tmp_path / "base", before), save_model(tmp_path / "tuned", after)
     ran = loradiag("spectrum", base, tuned, "--memory", MEMORY, "-o", tmp_path / "r.jsonl", env={"COLUMNS": "200"})
     assert ran.code == 3
-    assert f"error: {NAME}: 4500x4200: --memory leaves 141 MB for a layer, and all values take 2" in ran.err
-    assert "give 69 MB more (times --workers), or --top 64" in ran.err
-    enough = loradiag("spectrum", base, tuned, "--memory", "580MB", "--quiet")
+    assert f"error: {NAME}: 3650x3600: --memory leaves 141 MB for a layer, and all values take 169 MB" in ran.err
+    assert "give 29 MB more (times --workers), or --top 64" in ran.err
+    enough = loradiag("spectrum", base, tuned, "--memory", "540MB", "--quiet")
     assert enough.code == 0, enough.err
     assert "larger than --memory" in ran.out
     records = [json.loads(line) for line in (tmp_path / "r.jsonl").read_text().splitlines()]
@@ -111,17 +107,22 @@ def test_a_layer_that_fits_by_no_method_is_left_out_with_the_way_out(tmp_path, l
     assert left["fro"] == pytest.approx(np.linalg.norm(delta), rel=1e-6)
 
 
+def test_a_size_that_makes_no_sense_ends_the_command(loradiag):
+    ran = loradiag("spectrum", "sample_checkpoints/base", "sample_checkpoints/full_ft", "--memory", "8", cwd=ROOT)
+    assert ran.code == 2
+    assert "--memory 8: give a size with its unit, such as 2GB" in ran.err
+
+
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("memory", "workers", "said"),
     [
-        (["--memory", "8"], "--memory 8: give a size with its unit, such as 2GB"),
-        (["--memory", "lots"], "--memory lots: give a size with its unit"),
-        (["--memory", "-1GB"], "--memory -1GB: give a size with its unit"),
-        (["--memory", "400MB"], "--memory 400MB: the program alone takes 369 MB; give 504MB or more"),
-        (["--memory", "1GB", "--workers", "9"], "give 1578MB or more"),
+        ("lots", None, "--memory lots: give a size with its unit"),
+        ("-1GB", None, "--memory -1GB: give a size with its unit"),
+        ("400MB", None, "--memory 400MB: the program alone takes 369 MB; give 504MB or more"),
+        (400 * 10**6, None, "--memory 400MB: the program alone takes"),
+        ("1GB", 9, "give 1578MB or more"),
     ],
 )
-def test_sizes_that_make_no_sense_are_refused(loradiag, words, said):
-    ran = loradiag("spectrum", "sample_checkpoints/base", "sample_checkpoints/full_ft", *words, cwd=ROOT)
-    assert ran.code == 2
-    assert said in ran.err
+def test_sizes_that_make_no_sense_are_refused(memory, workers, said):
+    with pytest.raises(UsageError, match=re.escape(said)):
+        lora_diag.spectrum("sample_checkpoints/base", "sample_checkpoints/full_ft", memory=memory, workers=workers)

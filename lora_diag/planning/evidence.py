@@ -6,6 +6,7 @@ Knows records only. It refuses to know how anything is shown, and gives no rank 
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -14,6 +15,7 @@ from typing import Any
 
 from lora_diag.results import LeftOut, Overlap, Residual, Results, Spectrum, Verdict
 from lora_diag.results.names import part_of
+from lora_diag.results.spectrum import METRIC_NAMES, metric_of
 
 # The rank that is asked about where no adapter was measured: the default of PEFT, and the article's first step.
 DEFAULT_RANK = 8
@@ -73,8 +75,16 @@ class Evidence:
 
     @cached_property
     def update(self) -> Source | None:
-        """The first spectrum of a full update; an adapter's own rank is a setting and testifies to nothing."""
+        """The first spectrum of a full update, in the weights' metric.
+
+        An adapter's own rank is a setting and testifies to nothing; nor does the data's metric to norms and placement.
+        """
         return next((source for source in self.of(Spectrum) if _is_full_update(source.results.layers)), None)
+
+    @cached_property
+    def weighed(self) -> tuple[Source, ...]:
+        """The spectra in another metric than the weights'."""
+        return tuple(source for source in self.of(Spectrum) if metric_of(source.results.layers) != "weights")
 
     @cached_property
     def audit(self) -> Source | None:
@@ -172,7 +182,13 @@ class Evidence:
                 ("no held-out loss", "loradiag probe outputs BASE FULL_FT ADAPTER --eval FILE -o outputs.jsonl"),
             )
         if self.update is None and self.audit is None:
-            lacking.append(("no spectrum of a full fine-tune", "loradiag spectrum BASE FULL_FT -o spectrum.jsonl"))
+            said = ", ".join(f"{run.name} is in {METRIC_NAMES[metric_of(run.results.layers)]}" for run in self.weighed)
+            lacking.append(
+                (
+                    f"no spectrum of a full fine-tune{f' in the weights: {said}' if said else ''}",
+                    measure_weights(self.weighed[0]) if said else "loradiag spectrum BASE FULL_FT -o spectrum.jsonl",
+                )
+            )
         elif self.update is not None and self.spectra and not self.readable:
             lacking.append(
                 (
@@ -209,7 +225,15 @@ def _adapters(run: Source) -> list[str]:
 
 def _is_full_update(records: Sequence[Any]) -> bool:
     spectra = [record for record in records if isinstance(record, Spectrum)]
-    return any(record.method != "factored" and record.source == "update" for record in spectra)
+    return any(
+        record.method != "factored" and record.source == "update" and record.metric == "weights" for record in spectra
+    )
+
+
+def measure_weights(weighed: Source) -> str:
+    """Return the command that measures in the weights what a run measured in another metric."""
+    paths = [shlex.quote(s.path) for s in weighed.results.run.inputs if s.role in {"base", "tuned", "adapter"}]
+    return f"loradiag spectrum {' '.join(paths)} -o spectrum.jsonl"
 
 
 def kept_at(record: Spectrum, rank: int) -> float | None:

@@ -16,11 +16,14 @@ from lora_diag.reports.residual import limits_of
 from lora_diag.reports.subject import EPSILON, labels
 from lora_diag.reports.tracks import tracks
 from lora_diag.results import Allocation, Fleet, Intruders, Overlap, Residual, Spectrum, Union
+from lora_diag.results.spectrum import METRIC_NAMES, NORMS, metric_of
 
 Value = float | int | str | None
 
 # From worst to best, so that a layer shows the worst of its verdicts.
 _STATUS = ("failed", "inconclusive", "warned", "waived", "passed")
+# What tells columns in another metric than the weights' from those in it.
+_METRIC = {"data": "data", "kfac": "K-FAC"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,23 +100,29 @@ def _spectrum_fields(evidence: Evidence, layers: Sequence[str]) -> Iterable[Fiel
         kinds = _spectrum_kinds(source)
         if evidence.update is not None and source is not evidence.update:
             kinds = [replace(kind, main=False) for kind in kinds]
-        yield from _columns(f"s{place}", _group(sources, source), kinds, records, layers)
+        metric = metric_of(source.results)
+        group = filter(None, (_group(sources, source), _METRIC.get(metric)))
+        yield from _columns(f"s{place}", ", ".join(group), kinds, records, layers)
 
 
 def _spectrum_kinds(source: Source) -> list[_Kind]:
+    metric = metric_of(source.results)
+    update, weights = NORMS[metric]
+    of = "" if metric == "weights" else f" in {METRIC_NAMES[metric]}, {update}"
     ranks = source.results.run.settings["ranks"]
     return [
-        _Kind("relative", "‖ΔW‖/‖W‖", "Frobenius norm of the update over that of the base weight (computed)",
+        _Kind("relative", f"{update}/{weights}",
+              f"Frobenius norm of the update over that of the base weight (computed){of}",
               lambda r: r.relative, main=True),
-        _Kind("fro", "‖ΔW‖", "Frobenius norm of the update", lambda r: r.fro),
-        *(_energy(rank, main=rank in {8, 16, 64} or len(ranks) < 4) for rank in ranks),
-        _Kind("r90", "r@90%", "smallest rank that keeps 90% of the energy; empty beyond the values kept",
+        _Kind("fro", update, f"Frobenius norm of the update{of}", lambda r: r.fro),
+        *(_energy(rank, of, main=rank in {8, 16, 64} or len(ranks) < 4) for rank in ranks),
+        _Kind("r90", "r@90%", f"smallest rank that keeps 90% of the energy{of}; empty beyond the values kept",
               lambda r: r.rank_at["0.9"], main=True),
-        _Kind("r95", "r@95%", "smallest rank that keeps 95% of the energy", lambda r: r.rank_at["0.95"]),
-        _Kind("r99", "r@99%", "smallest rank that keeps 99% of the energy; the first to count rounding noise",
+        _Kind("r95", "r@95%", f"smallest rank that keeps 95% of the energy{of}", lambda r: r.rank_at["0.95"]),
+        _Kind("r99", "r@99%", f"smallest rank that keeps 99% of the energy{of}; the first to count rounding noise",
               lambda r: r.rank_at["0.99"]),
-        _Kind("stable", "stable rank", "‖ΔW‖_F²/σ_1²", lambda r: r.stable_rank),
-        _Kind("effective", "effective rank", "exp of the entropy of σ_i²/Σσ²", lambda r: r.effective_rank),
+        _Kind("stable", "stable rank", f"{update}_F²/σ_1²", lambda r: r.stable_rank),
+        _Kind("effective", "effective rank", f"exp of the entropy of σ_i²/Σσ²{of}", lambda r: r.effective_rank),
         _Kind("signal", "signal", "singular values above the rounding noise of the files",
               lambda r: r.resolution.signal_rank, main=True),
         _Kind("unchanged", "unchanged", "share of the entries that are bit-identical in both files",
@@ -122,8 +131,10 @@ def _spectrum_kinds(source: Source) -> list[_Kind]:
     ]  # fmt: skip
 
 
-def _energy(rank: int, main: bool) -> _Kind:
-    about = f"share of the energy Σσ² in the {rank} largest singular values: the most a rank-{rank} update could carry"
+def _energy(rank: int, of: str, main: bool) -> _Kind:
+    about = (
+        f"share of the energy Σσ²{of} in the {rank} largest singular values: the most a rank-{rank} update could carry"
+    )
     return _Kind(f"c{rank}", f"C({rank})", about, lambda r: r.energy[str(rank)], share=True, main=main)
 
 

@@ -20,12 +20,13 @@ from lora_diag.metrics.thinning import curve_at, thinned_ranks
 from lora_diag.planning.evidence import Evidence, Source
 from lora_diag.reports.fields import Field, fields_of, layers_of
 from lora_diag.reports.several import sections_of
-from lora_diag.reports.subject import ENERGY, EPSILON, certificates, judged, labels, subject_of
+from lora_diag.reports.subject import ENERGY, EPSILON, certificates, judged, labels, metrics_said, subject_of
 from lora_diag.reports.tables import table
 from lora_diag.reports.text import number, safe, short
 from lora_diag.reports.tracks import tracks
 from lora_diag.results import Overlap, Spectrum
 from lora_diag.results.names import depth_of
+from lora_diag.results.spectrum import METRIC_NAMES, NORMS, metric_of
 
 TEMPLATES = Path(__file__).parent / "templates"
 
@@ -110,7 +111,9 @@ def html_report(evidence: Evidence, pictures: Sequence[Picture] = (), made: str 
         own_pictures=[picture for picture in pictures if picture.name in own],
         most_inputs=INPUTS,
         made=made,
-        thinning=_thinning(evidence, layers),
+        thinning=[*metrics_said(evidence), *_thinning(evidence, layers)],
+        of=" or ".join(dict.fromkeys(NORMS[metric_of(run.results)][0].strip("‖") for run in evidence.of(Spectrum)))
+        or "ΔW",
         epsilon=EPSILON,
         energy=ENERGY,
         data=_data(evidence, layers, columns),
@@ -177,7 +180,14 @@ def _spectra(evidence: Evidence, place: Mapping[str, int], value: Callable[[Any]
                     "edge": value(record.resolution.edge),
                 }
             )
-        found.append({"label": label, "ranks": ranks, "curves": curves})
+        metric = metric_of(source.results)
+        found.append(
+            {
+                "label": label if metric == "weights" else f"{label}, in {METRIC_NAMES[metric]}",
+                "ranks": ranks,
+                "curves": curves,
+            }
+        )
     return found
 
 

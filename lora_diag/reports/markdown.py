@@ -12,7 +12,7 @@ from statistics import median
 from lora_diag.planning.evidence import Evidence
 from lora_diag.reports.fields import Field, fields_of, layers_of
 from lora_diag.reports.several import sections_of
-from lora_diag.reports.subject import ENERGY, Subject, certificates, judged, subject_of
+from lora_diag.reports.subject import ENERGY, Subject, certificates, judged, metrics_said, subject_of
 from lora_diag.reports.text import crop, number, safe, short
 from lora_diag.results.names import module_type_of, place_of
 
@@ -71,7 +71,7 @@ def _table(evidence: Evidence) -> list[str]:
         cells = [_middle(field, places) for field in columns]
         rows.append(f"| {code(name)} | {len(places)} | " + " | ".join(cells) + " |")
     more = f"\n\n*and {len(groups) - ROWS} module types more*" if len(groups) > ROWS else ""
-    return ["## By module type", "\n".join(rows) + more + _how(columns)]
+    return ["## By module type", "\n".join(rows) + more + _how(columns), *map(_text, metrics_said(evidence))]
 
 
 def _how(columns: Sequence[Field]) -> str:

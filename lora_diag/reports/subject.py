@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, TypeVar
 
 from lora_diag.planning.advice import advice
-from lora_diag.planning.evidence import Evidence
+from lora_diag.planning.evidence import Evidence, Source, measure_weights
 from lora_diag.planning.findings import Finding, findings
 from lora_diag.planning.step import Advice
 from lora_diag.planning.worth import Contest, contests, of
@@ -21,10 +21,11 @@ from lora_diag.reports.overlap_summary import lines
 from lora_diag.reports.probe import gap
 from lora_diag.reports.residual import residual_lines
 from lora_diag.reports.several import SEVERAL, is_of_losses, named_of, sections_of
-from lora_diag.reports.summary import summary_lines
+from lora_diag.reports.summary import METRICS, summary_lines
 from lora_diag.reports.text import number, percent, safe
 from lora_diag.reports.tracks import tracks
 from lora_diag.results import Certificate, Overlap, Spectrum, Verdict
+from lora_diag.results.spectrum import METRIC_NAMES, metric_of
 
 # What has to be said wherever ε is shown.
 EPSILON = (
@@ -101,7 +102,7 @@ class Subject:
 def subject_of(evidence: Evidence) -> Subject:
     """Return what the records of several runs say together."""
     others, losses = tuple(_several(evidence)), tuple(_losses(evidence))
-    usual = (_low_rank(evidence), _resolved(evidence), _limits(evidence))
+    usual = (_low_rank(evidence), *_weighed(evidence), _resolved(evidence), _limits(evidence))
     weights = any(answer.measured for answer in usual) or not (others or losses)
     return Subject(
         title=_title(evidence),
@@ -113,7 +114,7 @@ def subject_of(evidence: Evidence) -> Subject:
         missing=tuple((safe(what), safe(how)) for what, how in evidence.missing()),
         silent=max(0, len(evidence.each()) - SPOKEN_OF),
         update=weights or bool(losses),
-        weights=weights,
+        weights=weights and not (evidence.weighed and evidence.update is None and evidence.audit is None),
     )
 
 
@@ -250,7 +251,7 @@ def _low_rank(evidence: Evidence) -> Answer:
         return Answer(question, first, (*more, *(f"rank at 90%: {line}" for line in said["Rank at 90%"].splitlines())))
     if said:
         return Answer(question, said["Moved"].splitlines()[0])
-    for source in evidence.of(Spectrum):
+    for source in _in_weights(evidence):
         used = dict(summary_lines(source.results)).get("Rank used")
         if used is not None:
             return Answer(question, used, ("An adapter's rank is a setting: this is how much of it is used.",))
@@ -258,12 +259,38 @@ def _low_rank(evidence: Evidence) -> Answer:
         told = dict(residual_lines(evidence.audit.results)).get("Low rank?", "nothing was held against it")
         first, *more = told.splitlines()
         return Answer(question, first, tuple(more))
+    if evidence.weighed:
+        how = safe(measure_weights(evidence.weighed[0]))
+        return Answer(question, f"not measured in the weights: {how} answers it", measured=False)
     return Answer(question, "not measured: loradiag spectrum BASE FULL_FT answers it", measured=False)
+
+
+def _in_weights(evidence: Evidence) -> list[Source]:
+    return [source for source in evidence.of(Spectrum) if source not in evidence.weighed]
+
+
+def _weighed(evidence: Evidence) -> Iterator[Answer]:
+    """Yield what spectra in another metric say: it is true of the outputs or of the loss, and not of the weights."""
+    for source in evidence.weighed[:SPOKEN_OF]:
+        said = dict(summary_lines(source.results))
+        first, *more = (said.get("Low-rank?") or said.get("Rank used") or said.get("Moved", "")).splitlines() or [""]
+        more += [f"rank at 90%: {line}" for line in said.get("Rank at 90%", "").splitlines()]
+        more += [f"The metric is {said['Metric']}"]
+        more += [safe(source.name)] if len(evidence.weighed) > 1 else []
+        yield Answer(f"Is it low-rank in {METRIC_NAMES[metric_of(source.results)]}?", first, tuple(more))
+
+
+def metrics_said(evidence: Evidence) -> list[str]:
+    """Return a sentence for each other metric that columns and curves are in."""
+    found = dict.fromkeys(metric_of(source.results) for source in evidence.weighed)
+    return [f"The metric is {METRICS[metric]}." for metric in found]
 
 
 def _resolved(evidence: Evidence) -> Answer:
     question = "Can the files show it?"
-    source = evidence.update or next(evidence.of(Spectrum), None)
+    source = evidence.update or next(iter(_in_weights(evidence)), None)
+    if source is None and evidence.audit is None:
+        source = next(iter(evidence.weighed), None)
     if source is not None:
         said = dict(summary_lines(source.results)).get("Resolved?", "nothing moved in the matrices")
         return Answer(question, said.splitlines()[0], tuple(said.splitlines()[1:]))

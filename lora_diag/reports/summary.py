@@ -14,6 +14,7 @@ from lora_diag.reports.lines import REASONS, answers, inputs, last_lines, left_o
 from lora_diag.reports.text import count, middle_rank, number, percent, safe, short
 from lora_diag.results import Results, Spectrum
 from lora_diag.results.names import part_of
+from lora_diag.results.spectrum import NORMS
 
 # A median C(16) from here on is called low-rank, and from there on partly so. Words, not measurements: they are
 # printed with the number they stand on.
@@ -25,13 +26,6 @@ METRICS = {
     "Σσ² = E‖ΔW x‖², the mean square change of the layer's output on that text",
     "kfac": "K-FAC's, not the weights': energies are those of G^½·ΔW·C^½ with C = E[xxᵀ] of each layer's input and G = "
     "E[ggᵀ] of the loss's gradient by its output, so Σσ² estimates E⟨∇ℓ, ΔW⟩²",
-}
-
-# What ‖ΔW‖ and ‖W‖ are called in each metric.
-NORMS = {
-    "weights": ("‖ΔW‖", "‖W‖"),
-    "data": ("‖ΔW·C^½‖", "‖W·C^½‖"),
-    "kfac": ("‖G^½·ΔW·C^½‖", "‖G^½·W·C^½‖"),
 }
 
 

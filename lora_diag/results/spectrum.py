@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Literal
 
 from lora_diag.results.base import Record, Share
@@ -54,6 +55,14 @@ class Stack(Record):
 
 
 Metric = Literal["weights", "data", "kfac"]
+
+# What ‖ΔW‖ and ‖W‖ are called in each metric, and it itself.
+NORMS = {
+    "weights": ("‖ΔW‖", "‖W‖"),
+    "data": ("‖ΔW·C^½‖", "‖W·C^½‖"),
+    "kfac": ("‖G^½·ΔW·C^½‖", "‖G^½·W·C^½‖"),
+}
+METRIC_NAMES = {"weights": "the weights' metric", "data": "the data's metric", "kfac": "K-FAC's metric"}
 
 
 class Spectrum(Record):
@@ -121,3 +130,8 @@ class Spectrum(Record):
     def spike_to_base(self) -> float | None:
         """σ_1(ΔW) / ‖W_base‖_F, a lower bound of σ_1(ΔW) / σ_1(W_base); None without a base, or where it is zero."""
         return self.s[0] / self.base_fro if self.base_fro and self.s else None
+
+
+def metric_of(records: Iterable[object]) -> Metric:
+    """Return the metric of the spectra among some records of one run, which mixes none; ``weights`` without any."""
+    return next((record.metric for record in records if isinstance(record, Spectrum)), "weights")

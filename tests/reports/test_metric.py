@@ -1,0 +1,83 @@
+"""Spectra in the metric of the data are told as such: never as those of the weights."""
+
+import json
+
+import pytest
+
+from lora_diag.planning.advice import advice
+from lora_diag.planning.findings import findings
+from lora_diag.reports.html import html_report
+from lora_diag.reports.markdown import _text, markdown_report
+from lora_diag.reports.subject import subject_of
+from tests.reports.making import decay, names, residual, residuals, spectra, spectrum, vector
+from tests.reports.test_html import embedded, evidence
+
+INPUTS = (("base", "base"), ("tuned", "full ft"), ("activations", "act.safetensors"))
+
+
+def plain(power: float = 0.3):
+    """Slow decay, a head that holds most of the change and a heavy norm: three rules have something to say."""
+    head = spectrum("lm_head.weight", decay(128, 0.3, scale=20.0))
+    return spectra([*(spectrum(n, decay(128, power)) for n in names(2)), head], [vector("model.norm.weight", 90.0)])
+
+
+def weighed(metric: str = "data", power: float = 0.3):
+    run = plain(power)
+    layers = tuple(record.model_copy(update={"metric": metric, "weights_fro": 1.0}) for record in run.layers)
+    return spectra(layers, run.left_out, INPUTS)
+
+
+def test_the_rules_on_weights_do_not_speak_of_another_metric():
+    assert advice(evidence(plain()))
+    assert findings(evidence(plain()))
+    assert advice(evidence(weighed())) == []
+    assert findings(evidence(weighed())) == []
+    command = "loradiag spectrum base 'full ft' -o spectrum.jsonl"
+    (said,) = [how for what, how in evidence(weighed()).missing() if "in the weights" in what]
+    assert said == command
+    assert f"`{command}`" in markdown_report(evidence(weighed()))
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_with_both_each_is_evidence_of_its_own(order):
+    runs = [plain(), weighed("kfac", power=3.0)]
+    both = evidence(*(runs[i] for i in order))
+    assert both.update is not None
+    assert both.update.results is runs[0]
+    assert [source.results for source in both.weighed] == [runs[1]]
+    assert [step.because for step in advice(both)] == [step.because for step in advice(evidence(plain()))]
+    said = {answer.question: answer.says for answer in subject_of(both).answers}
+    assert said["Is the update low-rank?"].startswith("no")
+    assert said["Is it low-rank in K-FAC's metric?"].startswith("yes")
+    assert "‖ΔW‖²" in said["Can the files show it?"]
+
+
+def test_an_adapter_that_was_measured_still_testifies():
+    audit = residuals([residual(n, 8, 0.3) for n in names(2)])
+    assert [step.rule for step in advice(evidence(weighed(), audit))] == [step.rule for step in advice(evidence(audit))]
+
+
+@pytest.mark.parametrize(("metric", "norms"), [("data", "‖ΔW·C^½‖/‖W·C^½‖"), ("kfac", "‖G^½·ΔW·C^½‖/‖G^½·W·C^½‖")])
+def test_headings_captions_and_curves_name_the_metric(metric, norms):
+    told = markdown_report(evidence(weighed(metric)))
+    assert f"| {_text(norms)} " in told
+    assert "‖ΔW‖/‖W‖" not in told
+    assert "whole change" not in told
+    assert "not the weights'" in told
+    page = html_report(evidence(weighed(metric)))
+    of = norms.partition("/")[0].strip("‖")
+    assert f"Singular values σ<sub>i</sub> of {of}; dotted" in page
+    assert "Failure modes seen" not in page
+    data = embedded(page)
+    assert {field["group"] for field in data["fields"]} == {{"data": "data", "kfac": "K-FAC"}[metric]}
+    (energy,) = [field["about"] for field in data["fields"] if field["title"] == "C(8)"]
+    assert f"‖{of}‖" in energy
+    (curves,) = data["spectra"]
+    assert curves["label"].endswith({"data": "in the data's metric", "kfac": "in K-FAC's metric"}[metric])
+
+
+def test_a_report_of_the_weights_speaks_of_no_metric():
+    told = markdown_report(evidence(plain()))
+    assert "metric" not in told
+    assert "| ‖ΔW‖/‖W‖ |" in told
+    assert "C^½" not in json.dumps(embedded(html_report(evidence(plain()))), ensure_ascii=False)

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from lora_diag.metrics import energy_curve
 from lora_diag.plots.curves import MARKED, Quantity
+from lora_diag.plots.fields import changes_of
 from lora_diag.plots.multiples import small_multiples
 from lora_diag.plots.panel import draw_series, panel_axes
 from lora_diag.plots.series import Options, Series
@@ -50,25 +51,29 @@ def energy(
         >>> [float(line.get_ydata()[-1]) for line in ax.lines if "q_proj" in line.get_label()]
         [1.0, 1.0, 1.0, 1.0]
     """
+    records = tuple(records)
     with panel_axes(ax) as (axes, look):
-        draw_series(axes, (Series("", tuple(records)),), SHARE, ranks, per, look)
+        draw_series(axes, (Series("", records),), SHARE, ranks, per, look)
         _scale(axes)
-        axes.set(xlabel="rank r", ylabel="energy share C(r)")
+        of = changes_of(records)
+        axes.set(xlabel="rank r", ylabel=f"energy share C(r){'' if of == 'ΔW' else f' of {of}'}")
     return axes
 
 
 def figure(series: Sequence[Series[Spectrum]], look: Look, options: Options) -> Figure:
     """Return C(r) by module type, one panel each."""
+    of = changes_of(record for one in series for record in one.records)
+    total = "Σσ²" if " and " in of else f"‖{of}‖_F²"
     with styled(look):
         return small_multiples(
             series,
             SHARE,
             look,
             options.per,
-            title="Energy share C(r) of ΔW: what the best adapter of rank r keeps",
+            title=f"Energy share C(r) of {of}: what the best adapter of rank r keeps",
             xlabel="rank r",
             ylabel="C(r)",
-            formula="C(r)\xa0=\xa0(σ₁²\xa0+\xa0…\xa0+\xa0σᵣ²)\xa0/\xa0‖ΔW‖_F²",
+            formula=f"C(r)\xa0=\xa0(σ₁²\xa0+\xa0…\xa0+\xa0σᵣ²)\xa0/\xa0{total}",
             scale=_scale,
         )
 

@@ -6,8 +6,9 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
-from lora_diag.results import LayerRecord
+from lora_diag.results import LayerRecord, Spectrum
 from lora_diag.results.base import Record
+from lora_diag.results.spectrum import METRIC_NAMES, NORMS
 
 # How fields are called; what is not here keeps its own name.
 _NAMES = {
@@ -34,6 +35,33 @@ _NAMES = {
     "rank": "rank r",
     "params": "adapter parameters r (out + in)",
 }
+
+# Fields of spectra whose name says nothing of whose they are.
+_OF_ENERGY = ("energy.", "rank_at.", "tail.", "effective_rank")
+
+
+def changes_of(records: Iterable[LayerRecord]) -> str:
+    """Return what the values of spectra are of: ``ΔW``, or in another metric ``ΔW·C^½``; of several, all of them."""
+    found = dict.fromkeys(record.metric for record in records if isinstance(record, Spectrum))
+    return " and ".join(NORMS[metric][0].strip("‖") for metric in found) or "ΔW"
+
+
+def metric_said(records: Iterable[LayerRecord]) -> str:
+    """Return words to put behind what all records are, in another metric than the weights'."""
+    found = {record.metric for record in records if isinstance(record, Spectrum)} or {"weights"}
+    return f", in {METRIC_NAMES[found.pop()]}" if len(found) == 1 and found != {"weights"} else ""
+
+
+def title_in(field: str, records: Iterable[LayerRecord]) -> str:
+    """Return what a field is called on an axis, in the metric of the records."""
+    records = tuple(records)
+    title, of = title_of(field), changes_of(records)
+    if of == "ΔW":
+        return title
+    if "ΔW" in title or "W_base" in title:
+        each = of.split(" and ")
+        return " and ".join(title.replace("ΔW", one).replace("W_base", one.replace("ΔW", "W_base")) for one in each)
+    return f"{title} of {of}" if field.startswith(_OF_ENERGY) else title
 
 
 def title_of(field: str) -> str:

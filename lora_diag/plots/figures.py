@@ -37,6 +37,7 @@ from lora_diag.plots.truncation import lacks as truncation_lacks
 from lora_diag.plots.union import figure as draw_union
 from lora_diag.plots.union import shared
 from lora_diag.results import LayerRecord, Results
+from lora_diag.results.spectrum import METRIC_NAMES
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +67,15 @@ def _nothing_moved(records: Sequence[Any], options: Options) -> str | None:
     return None if any(record.fro for record in records) else "ΔW = 0 in every matrix"
 
 
+def _no_one_unit(records: Sequence[Any], options: Options) -> str | None:
+    """Refuse σ of several metrics on one axis: they have different units. Shares of energy have none."""
+    metrics = dict.fromkeys(record.metric for record in records)
+    if len(metrics) > 1:
+        named = " and ".join(METRIC_NAMES[metric] for metric in metrics)
+        return f"singular values in {named} have no common axis: draw them apart"
+    return _nothing_moved(records, options)
+
+
 def _rank_absent(known: Collection[int], options: Options) -> str | None:
     if options.rank is None or options.rank in known:
         return None
@@ -88,7 +98,7 @@ FIGURES = (
         "spectrum",
         draw_spectrum,
         "loradiag spectrum BASE TUNED -o spectrum.jsonl",
-        lacks=_nothing_moved,
+        lacks=_no_one_unit,
     ),
     FigureKind("heatmap", "a field by module type and depth", "", draw_heatmap, by_color=False),
     FigureKind(

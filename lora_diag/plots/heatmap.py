@@ -16,7 +16,7 @@ from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
-from lora_diag.plots.fields import numbers_of, title_of, value_of, written
+from lora_diag.plots.fields import metric_said, numbers_of, title_in, value_of, written
 from lora_diag.plots.groups import Types
 from lora_diag.plots.panel import panel_axes
 from lora_diag.plots.series import Options, Series
@@ -88,7 +88,7 @@ def heatmap(records: Iterable[LayerRecord], ax: Axes | None = None, *, field: st
         norm = norm_of([shown])
         draw_cells(axes, shown, norm, look, inches=None)
         bar = axes.figure.colorbar(ScalarMappable(norm, SHARES), ax=axes)
-        bar.set_label(title_of(field), parse_math=False)
+        bar.set_label(title_in(field, records), parse_math=False)
         _finish_bar(bar, norm)
         axes.set_xlabel(_xlabel(shown))
     return axes
@@ -118,14 +118,15 @@ def figure(series: Sequence[Series[Any]], look: Look, options: Options) -> Figur
 
 def _words(series: Sequence[Series[Any]], shown: Sequence[Cells], field: str) -> Words:
     """Return the text around the panels."""
-    title = title_of(field)
+    records = [record for one in series for record in one.records]
+    title = title_in(field, records)
     layers = len({record.layer for one in series for record in one.records})
     whose = f"{series[0].label}: " if len(series) == 1 and series[0].label else ""
     count = max(int(one.layers.max(initial=0)) for one in shown)
     unknown = any((np.isnan(one.values) & (one.layers > 0)).any() for one in shown)
     return Words(
         f"{title[0].upper() if title[1:2].islower() else title[0]}{title[1:]}, by module type and depth",
-        f"{whose}{layers} {'matrix' if layers == 1 else 'matrices'}",
+        f"{whose}{layers} {'matrix' if layers == 1 else 'matrices'}{metric_said(records)}",
         (f"Where a block has several matrices of a type (up to {count}), the cell is their median.",)
         if count > 1
         else (),

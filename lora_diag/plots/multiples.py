@@ -12,6 +12,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from lora_diag.plots.curves import MARKED, Quantity, has_floor, largest_rank
+from lora_diag.plots.fields import changes_of, metric_said
 from lora_diag.plots.groups import Types, by_depth, deepest
 from lora_diag.plots.panel import draw_series
 from lora_diag.plots.series import Series
@@ -116,9 +117,10 @@ def _panels(series: Sequence[Series[Spectrum]]) -> tuple[Panel, ...]:
 def _about(series: Sequence[Series[Spectrum]], records: Sequence[Spectrum]) -> str:
     """Say of what the figure is."""
     layers = len({record.layer for record in records})
-    what = "gradients" if any(record.source == "gradients" for record in records) else "updates ΔW"
+    what = "gradients" if any(record.source == "gradients" for record in records) else f"updates {changes_of(records)}"
     whose = series[0].label if len(series) == 1 else ""
-    return f"{f'{whose}: ' if whose else ''}{what} of {layers} {'matrix' if layers == 1 else 'matrices'}"
+    many = f"{layers} {'matrix' if layers == 1 else 'matrices'}{metric_said(records)}"
+    return f"{f'{whose}: ' if whose else ''}{what} of {many}"
 
 
 def _keys(

@@ -10,11 +10,12 @@ from typing import Any, Generic, TypeVar
 
 from lora_diag.plots.style import name_of
 from lora_diag.results import Certificate, LayerRecord, Probe, Results, Run, Verdict, WholeRecord
+from lora_diag.results.spectrum import METRIC_NAMES, metric_of
 
 R = TypeVar("R", bound=LayerRecord | WholeRecord)
 
-# Roles of inputs that a probe reads; what it is of are the models.
-_TEXTS = {"data", "eval", "shifted"}
+# Roles of inputs that are texts or stand for one; what a run is of are the models.
+_TEXTS = {"data", "eval", "shifted", "activations"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +45,13 @@ class Options:
 
 def series_of(results: Sequence[Results[Any]], labels: Sequence[str] = ()) -> tuple[Series[Any], ...]:
     """Return one series a results file and kind of record in it, named as asked or by what was compared."""
-    names = [name_of(label) for label in labels] or _named([one.run for one in results])
+    metrics = [metric_of(one) for one in results]
+    own = {
+        metric: _named([one.run for one in results if metric_of(one) == metric]) for metric in dict.fromkeys(metrics)
+    }
+    names = [name_of(label) for label in labels] or [own[metric].pop(0) for metric in metrics]
+    if len(own) > 1:
+        names = [f"{name}, {METRIC_NAMES[metric]}" for name, metric in zip(names, metrics, strict=True)]
     return tuple(
         Series(name, tuple(record for record in drawn(one) if kind_of(record) == kind), one.whole, one.run)
         for name, one in zip(names, results, strict=True)
@@ -84,8 +91,10 @@ def _told_apart(runs: Sequence[Run]) -> list[str]:
 
 def _settings(runs: Sequence[Run]) -> list[str]:
     """Return the settings in which runs differ, such as ``params 40000``."""
-    keys = [key for key in runs[0].settings if len({str(run.settings.get(key)) for run in runs}) > 1]
-    return [name_of(", ".join(f"{key} {run.settings.get(key)}" for key in keys)) for run in runs]
+    named = dict.fromkeys(key for run in runs for key in run.settings)
+    keys = [key for key in named if len({str(run.settings.get(key)) for run in runs}) > 1]
+    told = [[(key, run.settings.get(key)) for key in keys] for run in runs]
+    return [name_of(", ".join(f"{k} {v}" for k, v in pairs if v is not None) or "as by default") for pairs in told]
 
 
 def _inputs(run: Run, last: bool = False) -> str:

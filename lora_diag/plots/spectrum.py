@@ -12,6 +12,7 @@ from matplotlib.lines import Line2D
 from numpy.typing import NDArray
 
 from lora_diag.plots.curves import MARKED, Quantity, resolved_to
+from lora_diag.plots.fields import changes_of
 from lora_diag.plots.multiples import small_multiples
 from lora_diag.plots.panel import draw_series, panel_axes
 from lora_diag.plots.series import Options, Series
@@ -52,7 +53,7 @@ def spectrum(
         draw_series(axes, (Series("", records),), SIGMA, ranks, per, look)
         _scale(axes, records)
         _edge(axes, records, look)
-        axes.set(xlabel="index i", ylabel="singular value σᵢ of ΔW")
+        axes.set(xlabel="index i", ylabel=f"singular value σᵢ of {changes_of(records)}")
     return axes
 
 
@@ -65,7 +66,7 @@ def figure(series: Sequence[Series[Spectrum]], look: Look, options: Options) -> 
             SIGMA,
             look,
             options.per,
-            title="Singular values σᵢ of ΔW: how fast the update decays",
+            title=f"Singular values σᵢ of {changes_of(everything)}: how fast the update decays",
             xlabel="index i",
             ylabel="σᵢ",
             scale=lambda ax: _scale(ax, everything),

@@ -1,0 +1,71 @@
+"""Figures of spectra in another metric than the weights' say so, and σ of two metrics never share an axis."""
+
+import pytest
+
+from lora_diag import plots
+from lora_diag.errors import UsageError
+from lora_diag.plots.fields import title_in
+from lora_diag.results import End, Results, Run, RunInput
+from tests.plots.making import TYPES, spectrum
+
+OF = {"data": "ΔW·C^½", "kfac": "G^½·ΔW·C^½"}
+
+
+def results(metric: str = "weights", tuned: str = "full_ft") -> Results:
+    records = tuple(
+        spectrum(f"model.layers.{i}.{name}.weight", [1 / i for i in range(1, 33)]).model_copy(update={"metric": metric})
+        for i in range(2)
+        for name in TYPES
+    )
+    roles = [("base", "base"), ("tuned", tuned), *([("activations", "act.safetensors")] if metric != "weights" else [])]
+    inputs = tuple(RunInput(role=role, path=path, kind="safetensors file", tensors=9) for role, path in roles)
+    run = Run(command="spectrum", version="0.1.0", inputs=inputs, settings={"ranks": [8, 16], "method": metric})
+    return Results(run, records, (), End(layers=len(records), left_out=0, fro=1.0, base_fro=1.0))
+
+
+def words(figure) -> str:
+    artists = figure.findobj(lambda artist: hasattr(artist, "get_text"))
+    return " ".join(" ".join(artist.get_text() for artist in artists).split())
+
+
+@pytest.mark.parametrize("metric", OF)
+@pytest.mark.parametrize("width", ["slide", "column"])
+def test_titles_and_axes_name_the_metric(metric, width):
+    for name, said in (
+        ("energy", f"Energy share C(r) of {OF[metric]}"),
+        ("spectrum", f"σᵢ of {OF[metric]}"),
+        ("heatmap", f"C(8) of {OF[metric]}"),
+    ):
+        told = words(plots.figure(name, results(metric), width=width))
+        assert said in told
+        assert {"data": "in the data's metric", "kfac": "in K-FAC's metric"}[metric] in told
+    assert f"‖{OF[metric]}‖_F²" in words(plots.figure("energy", results(metric))).replace("\xa0", " ")
+    assert OF[metric] in plots.spectrum(results(metric)).get_ylabel()
+    assert OF[metric] in plots.energy(results(metric)).get_ylabel()
+
+
+def test_a_figure_of_weights_speaks_of_no_metric():
+    for name in ("energy", "spectrum", "heatmap"):
+        told = words(plots.figure(name, results()))
+        assert "metric" not in told
+        assert "C^½" not in told
+    assert plots.energy(results()).get_ylabel() == "energy share C(r)"
+
+
+def test_shares_of_two_metrics_are_labelled_and_singular_values_refused():
+    both = [results(), results("data")]
+    told = words(plots.figure("energy", both))
+    assert "full_ft, the weights' metric" in told
+    assert "full_ft, the data's metric" in told
+    assert "‖ΔW‖_F²" not in told
+    assert "mine, the data's metric" in words(plots.figure("energy", both, labels=["yours", "mine"]))
+    with pytest.raises(UsageError, match="the weights' metric and the data's metric have no common axis"):
+        plots.figure("spectrum", both)
+    assert plots.why_not("spectrum", [results("data"), results("data", "other")]) is None
+
+
+def test_norms_are_named_in_their_metric():
+    assert title_in("fro", results("data").layers) == "‖ΔW·C^½‖_F"
+    assert title_in("relative", results("kfac").layers) == "‖G^½·ΔW·C^½‖_F / ‖G^½·W_base·C^½‖_F"
+    assert title_in("fro", (*results().layers, *results("data").layers)) == "‖ΔW‖_F and ‖ΔW·C^½‖_F"
+    assert title_in("fro", results().layers) == "‖ΔW‖_F"

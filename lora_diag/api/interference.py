@@ -19,6 +19,7 @@ from lora_diag.api.measuring import (
     layout_of,
     measure_layers,
     place,
+    read_memory,
     without_rank,
 )
 from lora_diag.checkpoints import as_path, locate
@@ -58,6 +59,7 @@ def interference(
     device: str = "auto",
     seed: int = 0,
     workers: int | None = None,
+    memory: str | int | None = None,
     engine: Ray | None = None,
     output: Path | str | None = None,
     resume: bool = False,
@@ -82,6 +84,7 @@ def interference(
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:1``.
         seed: Of random starts.
         workers: Layers at once; by default as many as fit into memory.
+        memory: What the whole program may take, such as ``"8GB"``; a layer that does not fit is left out.
         engine: A Ray cluster to measure on; None for this machine alone.
         output: Results file, appended layer by layer.
         resume: Go on behind what an interrupted run left in ``output``.
@@ -108,6 +111,7 @@ def interference(
     settings = InterferenceSettings(
         checked_ranks(ranks), _weights(weights, len(updates)), density, method, tol, seed, where.tasks
     )
+    limit = read_memory(memory, engine)
     check_running(workers, seed)
     check_request(method, 1, tol)
     if not 0 <= density <= 1:
@@ -133,7 +137,8 @@ def interference(
             "seed": seed,
         },
     )
-    layout = layout_of(tasks, workers, where.kind)
+    layout = layout_of(tasks, workers, where.kind, limit)
+    settings = replace(settings, memory=layout.limit)
     writer: ResultsWriter[Interference | Union]
     with ResultsWriter(output, run, resume) as writer:
         return measure_layers(
@@ -142,7 +147,7 @@ def interference(
             partial(measure, settings=settings),
             lambda: without_rank(rest, layout, where.here),
             layout,
-            size,
+            partial(size, settings=settings),
             Watch(on_progress, on_record),
             engine,
         )

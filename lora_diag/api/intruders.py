@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 from lora_diag.api.inputs import compare
-from lora_diag.api.measuring import Progress, Watch, check_running, layout_of, measure_layers, place, without_rank
+from lora_diag.api.measuring import (
+    Progress,
+    Watch,
+    check_running,
+    layout_of,
+    measure_layers,
+    place,
+    read_memory,
+    without_rank,
+)
 from lora_diag.diagnostics.intruders import IntruderSettings, size
 from lora_diag.diagnostics.intruders import intruders as measure
 from lora_diag.engines import Ray
@@ -32,6 +42,7 @@ def intruders(
     device: str = "auto",
     seed: int = 0,
     workers: int | None = None,
+    memory: str | int | None = None,
     engine: Ray | None = None,
     output: Path | str | None = None,
     resume: bool = False,
@@ -55,6 +66,7 @@ def intruders(
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:1``.
         seed: Of the random starts of ``krylov``.
         workers: Layers at once; by default as many as fit into memory.
+        memory: What the whole program may take, such as ``"8GB"``; a layer that does not fit is left out.
         engine: A Ray cluster to measure on; None for this machine alone.
         output: Results file, appended layer by layer.
         resume: Go on behind what an interrupted run left in ``output``.
@@ -77,6 +89,7 @@ def intruders(
     """
     where = place(engine, device)
     settings = IntruderSettings(top, epsilon, window, method, tol, seed, where.tasks)
+    limit = read_memory(memory, engine)
     check_running(workers, seed)
     check_request(method, top, tol)
     if not 0 < epsilon < 1:
@@ -101,7 +114,8 @@ def intruders(
             "seed": seed,
         },
     )
-    layout = layout_of(matrices, workers, where.kind)
+    layout = layout_of(matrices, workers, where.kind, limit)
+    settings = replace(settings, memory=layout.limit)
     writer: ResultsWriter[Intruders]
     with ResultsWriter(output, run, resume) as writer:
         return measure_layers(
@@ -110,7 +124,7 @@ def intruders(
             partial(measure, settings=settings),
             lambda: without_rank(compared.pairing, layout, where.here),
             layout,
-            size,
+            partial(size, settings=settings),
             Watch(on_progress, on_record),
             engine,
         )

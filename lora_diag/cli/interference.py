@@ -41,6 +41,7 @@ def interference(
     device: options.Device = "auto",
     seed: options.Seed = 0,
     workers: options.Workers = None,
+    memory: options.WholeMemory = None,
     engine: options.On = options.Engine.local,
     ray_address: options.RayAddress = None,
     gpus_per_task: options.GpusPerTask = 0.0,
@@ -80,6 +81,7 @@ def interference(
             device=device,
             seed=seed,
             workers=workers,
+            memory=memory,
             engine=options.cluster(engine, ray_address, gpus_per_task),
             output=output,
             resume=resume,
@@ -91,7 +93,7 @@ def interference(
         union_spectra(results).write(spectrum)
     if not json and not quiet:
         result(interference_table(results, *terminal(), per=per, then=_next(inputs, spectrum)))
-    if tell_unmeasured(results.non_finite, "the layer was left out"):
+    if tell_unmeasured(results.unmeasured, "the layer was left out"):
         raise typer.Exit(UNREADABLE)
 
 

@@ -34,6 +34,7 @@ def intruders(
     device: options.Device = "auto",
     seed: options.Seed = 0,
     workers: options.Workers = None,
+    memory: options.WholeMemory = None,
     engine: options.On = options.Engine.local,
     ray_address: options.RayAddress = None,
     gpus_per_task: options.GpusPerTask = 0.0,
@@ -68,6 +69,7 @@ def intruders(
             device=device,
             seed=seed,
             workers=workers,
+            memory=memory,
             engine=options.cluster(engine, ray_address, gpus_per_task),
             output=output,
             resume=resume,
@@ -77,7 +79,7 @@ def intruders(
         )
     if not json and not quiet:
         result(intruders_table(results, *terminal(), per=per, then=_next(base, tuned, output)))
-    if tell_unmeasured(results.non_finite, "the layer was left out"):
+    if tell_unmeasured(results.unmeasured, "the layer was left out"):
         raise typer.Exit(UNREADABLE)
 
 

@@ -59,6 +59,10 @@ Memory = Annotated[
     str | None,
     typer.Option(metavar="SIZE", help="What the program may take, such as 8GB; larger layers in row blocks."),
 ]
+WholeMemory = Annotated[
+    str | None,
+    typer.Option("--memory", metavar="SIZE", help="What the program may take, such as 8GB; others are left out."),
+]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no messages, no table.")]
 
 

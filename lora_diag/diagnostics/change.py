@@ -32,7 +32,7 @@ from lora_diag.linalg import (
 T = TypeVar("T")
 
 # Bytes of an entry of an update that is computed in full (LoHa, LoKr, ...): in float64, with one factor or copy.
-_COMPUTED = 16
+COMPUTED = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +122,7 @@ def load_change(delta: Delta, device: torch.device, keep: bool = True, allowance
         streamed = None if fits or change.non_finite else Streamed(partial(_again, delta, wide), delta.shape, wide)
         limit = allowance.limit if allowance else None
         return Change(change.fro, change.base_fro, change, matrix, None, change.non_finite, streamed, limit)
-    if allowance is not None and isinstance(delta, DenseDelta) and not allowance.holds(delta.shape, _COMPUTED):
+    if allowance is not None and isinstance(delta, DenseDelta) and not allowance.holds(delta.shape, COMPUTED):
         shape = f"{delta.shape[0]}x{delta.shape[1]}"
         raise MemoryLimitError(
             f"{shape}: its update is computed in full, for which --memory leaves too little; give more"
@@ -146,7 +146,7 @@ def bytes_of(delta: Delta, allowance: Allowance | None) -> int:
     """Return about how many bytes measuring a layer takes; within an allowance no fewer than it does."""
     if allowance is None or isinstance(delta, FactoredDelta):
         return footprint(delta)
-    entry = _COMPUTED if isinstance(delta, DenseDelta) else 8 if "float64" in delta.dtypes else 4
+    entry = COMPUTED if isinstance(delta, DenseDelta) else 8 if "float64" in delta.dtypes else 4
     return min(allowance.limit, whole_bytes(delta.shape, allowance, entry))
 
 

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from functools import partial
 from itertools import combinations
 
 import torch
 from torch import Tensor
 
-from lora_diag.deltas import FactoredDelta, footprint
-from lora_diag.diagnostics.change import Change, on_device
+from lora_diag.deltas import Delta, DenseDelta, FactoredDelta, footprint
+from lora_diag.diagnostics.change import COMPUTED, Change, on_device
 from lora_diag.diagnostics.left_out import not_finite
 from lora_diag.diagnostics.parts import InterferenceSettings, Part, Several, read_part, within
 from lora_diag.diagnostics.union import union
-from lora_diag.linalg import resolve_device
+from lora_diag.linalg import Allowance, require, resolve_device, whole_bytes
 from lora_diag.linalg.distance import principal_cosines
 from lora_diag.linalg.stacked import inner
 from lora_diag.metrics.interference import near_chance, relation
@@ -24,9 +25,17 @@ from lora_diag.results.interference import EnergyOverlap
 # The rank at which two updates are called apart or not: the asked one that is nearest to this.
 RELATION_RANK = 8
 
+# Bytes of an entry whose magnitude is sorted (itself twice and its place), and of one that TIES compares in a block.
+_SORTED, _COMPARED = 16, 96
 
-def size(task: Several) -> int:
-    """Return about how many bytes measuring a layer takes: every update and its vectors, and the sum."""
+
+def size(task: Several, settings: InterferenceSettings) -> int:
+    """Return about how many bytes measuring a layer takes: every update and its vectors, and the sum.
+
+    Within a limit it is no fewer than it takes, and no more than there are.
+    """
+    if settings.memory is not None:
+        return min(settings.memory, most_bytes(task, settings))
     dense = [u for u in task.updates if not isinstance(u.delta, FactoredDelta)]
     vectors = 8 * min(task.shape) * sum(task.shape)
     return (
@@ -34,6 +43,52 @@ def size(task: Several) -> int:
         + (len(dense) + 1) * vectors * bool(dense)
         + 4 * math.prod(task.shape)
     )
+
+
+def most_bytes(task: Several, settings: InterferenceSettings) -> int:
+    """Return how many bytes a layer takes at most: what is held of every update, and the step that takes most.
+
+    Of an update without factors ΔW and all singular vectors are held. The steps are decomposing one, decomposing their
+    sum in float64, products of the sum's vectors with theirs, and TIES, which sorts the entries of one at a time.
+    """
+    entries, small = math.prod(task.shape), min(task.shape)
+    vectors = 8 * small * sum(task.shape)
+    dense = [update.delta for update in task.updates if not isinstance(update.delta, FactoredDelta)]
+    held = sum(footprint(u.delta) for u in task.updates if isinstance(u.delta, FactoredDelta))
+    held += sum(entries * _entry(delta) + vectors for delta in dense)
+    asked = Allowance(0, settings.method, None, vectors=True)
+    steps = [whole_bytes(task.shape, asked, _loading(delta)) for delta in dense]
+    beside = 0
+    if dense:
+        beside = 8 * entries + vectors
+        steps += [whole_bytes(task.shape, asked, 8), beside + 6 * 8 * small**2]
+    if settings.density > 0:
+        sorting = _SORTED * entries * (settings.density < 1)
+        steps.append(beside + sorting + _COMPARED * min(2**20, entries) * len(task.updates))
+    return held + max(steps, default=0)
+
+
+def _entry(delta: Delta) -> int:
+    return 8 if isinstance(delta, DenseDelta) or "float64" in delta.dtypes else 4
+
+
+def _loading(delta: Delta) -> int:
+    return COMPUTED if isinstance(delta, DenseDelta) else _entry(delta)
+
+
+def _check_room(task: Several, settings: InterferenceSettings) -> None:
+    """Refuse a layer that does not fit.
+
+    Raises:
+        MemoryLimitError: So it is; the message says whether it would without TIES.
+    """
+    if settings.memory is None:
+        return
+    needed, without = most_bytes(task, settings), most_bytes(task, replace(settings, density=0.0))
+    way = "--density 0, which leaves out TIES and sign conflicts" if without <= settings.memory else "--exclude it"
+    factored = all(isinstance(update.delta, FactoredDelta) for update in task.updates)
+    what = "the entries of its updates, for TIES," if factored else "its updates with all their singular vectors"
+    require(needed, settings.memory, task.shape, f"{what} take", way)
 
 
 def interference(task: Several, settings: InterferenceSettings) -> tuple[Interference | Union | LeftOut, ...]:
@@ -67,6 +122,8 @@ def _on_the_cpu(record: Interference | Union | LeftOut, words: str) -> Interfere
 def _measure(
     task: Several, settings: InterferenceSettings, device: torch.device
 ) -> tuple[Interference | Union | LeftOut, ...]:
+    if device.type == "cpu":  # the limit is on the memory of the machine
+        _check_room(task, settings)
     parts: list[Part] = []
     for update in task.updates:
         part = read_part(update, settings, device)

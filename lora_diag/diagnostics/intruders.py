@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -9,10 +10,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from lora_diag.deltas import Delta, StoredDelta, row_blocks
-from lora_diag.diagnostics.change import Change, load_change, on_device
+from lora_diag.deltas import Delta, DenseDelta, StoredDelta, row_blocks
+from lora_diag.diagnostics.change import COMPUTED, Change, load_change, on_device
 from lora_diag.diagnostics.left_out import not_finite
-from lora_diag.linalg import Factors, decompose, norm, resolve_device
+from lora_diag.linalg import Allowance, Factors, decompose, norm, require, resolve_device, whole_bytes
 from lora_diag.metrics.intruders import below_at_random, kind, similarity_at_random
 from lora_diag.results import Direction, Intruders, LeftOut
 
@@ -31,6 +32,7 @@ class IntruderSettings:
         tol: Bound to reach on the error of every energy fraction.
         seed: Of random starting vectors.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:1``.
+        memory: Bytes that a layer may take; None for what it needs.
     """
 
     k: int = 10
@@ -40,13 +42,36 @@ class IntruderSettings:
     tol: float = 1e-4
     seed: int = 0
     device: str = "auto"
+    memory: int | None = None
 
 
-def size(delta: Delta) -> int:
-    """Return about how many bytes measuring a layer takes: both weights, and all singular vectors of W_base."""
+def size(delta: Delta, settings: IntruderSettings) -> int:
+    """Return about how many bytes measuring a layer takes: both weights, and all singular vectors of W_base.
+
+    Within a limit it is no fewer than it takes, and no more than there are.
+    """
+    if settings.memory is not None:
+        return min(settings.memory, most_bytes(delta, settings))
     rows, columns = delta.shape
     smaller = min(rows, columns)
     return 3 * 4 * rows * columns + 8 * smaller * (2 * smaller + rows + columns)
+
+
+def most_bytes(delta: Delta, settings: IntruderSettings) -> int:
+    """Return how many bytes a layer takes at most: ΔW and both weights, and W_base's vectors beside W_tuned's.
+
+    Example:
+        >>> from lora_diag.deltas import FactoredDelta
+        >>> delta = FactoredDelta("w", (4096, 4096), lambda: None, ("bfloat16", "bfloat16"))
+        >>> round(most_bytes(delta, IntruderSettings()) / 2**20)
+        1152
+    """
+    entry = 8 if "float64" in delta.dtypes else 4
+    update = math.prod(delta.shape) * (COMPUTED if isinstance(delta, DenseDelta) else entry)
+    base = whole_bytes(delta.shape, Allowance(0, vectors=True), entry)
+    vectors = 8 * min(delta.shape) * sum(delta.shape)
+    top = whole_bytes(delta.shape, Allowance(0, settings.method, min(settings.k, *delta.shape), True), entry)
+    return update + math.prod(delta.shape) * entry + max(base, vectors + top)
 
 
 def intruders(delta: Delta, settings: IntruderSettings) -> tuple[Intruders | LeftOut]:
@@ -71,6 +96,9 @@ def intruders(delta: Delta, settings: IntruderSettings) -> tuple[Intruders | Lef
 
 
 def _measure(delta: Delta, settings: IntruderSettings, device: torch.device) -> Intruders | LeftOut:
+    if settings.memory is not None and device.type == "cpu":  # the limit is on the memory of the machine
+        what = "both weights with all singular vectors of BASE take"
+        require(most_bytes(delta, settings), settings.memory, delta.shape, what, "--exclude it")
     change = load_change(delta, device)
     if change.non_finite is not None:
         return not_finite(delta, change)

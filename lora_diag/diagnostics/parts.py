@@ -35,6 +35,7 @@ class InterferenceSettings:
         tol: Bound to reach on the error of every energy fraction.
         seed: Of random starting vectors.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:1``.
+        memory: Bytes that a layer may take; None for what it needs.
     """
 
     ranks: tuple[int, ...] = RANKS
@@ -44,6 +45,7 @@ class InterferenceSettings:
     tol: float = 1e-4
     seed: int = 0
     device: str = "auto"
+    memory: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

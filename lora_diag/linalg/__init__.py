@@ -10,7 +10,7 @@ from lora_diag.linalg.difference import Difference, difference, first_non_finite
 from lora_diag.linalg.distance import Products, principal_cosines, products, root
 from lora_diag.linalg.factored import decompose_factored
 from lora_diag.linalg.factors import Factors, numerical_rank
-from lora_diag.linalg.limited import Allowance, decompose_streamed, whole_bytes
+from lora_diag.linalg.limited import Allowance, decompose_streamed, require, whole_bytes
 from lora_diag.linalg.streamed import Streamed
 
 __all__ = [
@@ -31,6 +31,7 @@ __all__ = [
     "own_stream",
     "principal_cosines",
     "products",
+    "require",
     "resolve_device",
     "root",
     "whole_bytes",

@@ -139,6 +139,27 @@ def decompose_streamed(matrix: Streamed, allowance: Allowance, fro: float, tol: 
     return decompose_gram(matrix, fro, allowance.top, allowance.vectors, max(1, (left - needed) // block), in_place)
 
 
+def require(needed: int, limit: int, shape: tuple[int, int], what: str, way: str) -> None:
+    """Refuse what has to be in memory whole and does not fit.
+
+    Args:
+        needed: Bytes that it takes.
+        limit: Bytes that there are.
+        shape: ``(m, n)``.
+        what: Of what, with its verb.
+        way: What else to do than to give more.
+
+    Raises:
+        MemoryLimitError: It does not fit.
+
+    Example:
+        >>> require(10**9, 10**9, (4096, 4096), "both weights take", "--exclude it")
+    """
+    if needed > limit:
+        left = f"{shape[0]}x{shape[1]}: --memory leaves {_size(limit)} for a layer"
+        raise MemoryLimitError(f"{left}, and {what} {_size(needed)}; {_more(needed, Allowance(limit))}, or {way}")
+
+
 def _krylov_first(shape: tuple[int, int], allowance: Allowance) -> bool:
     small = min(shape)
     few = allowance.top is not None and allowance.top <= KRYLOV_SHARE * small and small >= KRYLOV_FROM

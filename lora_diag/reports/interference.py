@@ -266,10 +266,11 @@ def interference_lines(results: Results[Interference | Union]) -> list[tuple[str
         lines += [("Rank needed", _rank_needed(unions)), ("Merge", "\n".join(_merge(unions)))]
         lines.append(("Resolved?", _resolved(unions)))
     else:
-        lines.append(("Interfere?", "no layer is changed by two updates"))
+        why = "not measured: no layer is left" if results.unmeasured else "no layer is changed by two updates"
+        lines.append(("Interfere?", why))
     lines.append(("Read it so", "weights alone do not say whether skills fight: a held-out loss of each task does"))
     lines.append(("Left out", left_out_line(results.left_out)))
-    if failed := [item for item in results.left_out if item.reason == "non_finite"]:
+    if failed := results.unmeasured:
         lines.append(("Not measured", not_measured(failed)))
     if results.end is None:
         lines.append(("Warning", "the run did not finish: these are the layers measured so far"))

@@ -99,7 +99,7 @@ def intruders_lines(results: Results[Intruders]) -> list[tuple[str, str]]:
         )
     )
     lines.append(("Left out", left_out_line(results.left_out)))
-    if failed := [item for item in results.left_out if item.reason == "non_finite"]:
+    if failed := results.unmeasured:
         lines.append(("Not measured", not_measured(failed)))
     if results.end is None:
         lines.append(("Warning", "the run did not finish: these are the layers measured so far"))

@@ -132,8 +132,10 @@ def record_of(
         seen: What the rounding of the files lets one see.
     """
     fro = factors.fro
-    s = _nine_digits(factors.s.numpy())
+    exact = factors.s.numpy()
+    s = _nine_digits(exact)
     zero = fro == 0.0
+    rounding = 0.0 if zero else float((np.abs(s - exact) / fro * ((s + exact) / fro)).sum())
     curve = np.zeros(len(s)) if zero else energy_curve(s, fro, factors.complete)
     return Spectrum(
         layer=layer,
@@ -144,7 +146,7 @@ def record_of(
         s=tuple(s.tolist()),
         complete=factors.complete,
         method=factors.method,
-        energy_error=factors.energy_error,
+        energy_error=min(1.0, factors.energy_error + rounding),
         energy={str(r): None if zero else _at(curve, r, factors.complete) for r in ranks},
         rank_at={str(share): 0 if zero else rank_at(curve, share) for share in THRESHOLDS},
         tail={str(r): _tail(s, fro, r, factors.complete) for r in ranks},
@@ -176,7 +178,7 @@ def _compute(
 
 
 def _nine_digits(s: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Round to 9 significant digits: half the size of a results file, and below every error bound that matters."""
+    """Round to 9 significant digits: half the size of a results file, for some 1e-9 of the energy."""
     return np.array([float(f"{value:.9g}") for value in s.tolist()])
 
 

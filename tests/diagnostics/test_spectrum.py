@@ -155,6 +155,21 @@ def test_top_values_of_a_large_layer_are_certified(tmp_path):
     assert record.rank_at["0.9"] == oracles.rank_at(s, 0.9)
 
 
+@pytest.mark.parametrize("method", ["exact", "gram"])
+def test_the_bound_holds_for_the_digits_of_the_record(tmp_path, method):
+    """Nine digits of each value are coarser than the methods' own bounds."""
+    base = np.zeros((60, 48))
+    tuned = oracles.with_spectrum(1.0 + np.pi * np.arange(48) / 500, 60, 48, seed=2)
+    one, two = {"w": torch.from_numpy(base)}, {"w": torch.from_numpy(tuned)}
+    folders = save_model(tmp_path / "a", one), save_model(tmp_path / "b", two)
+    (record,) = lora_diag.spectrum(*folders, ranks=range(1, 48), method=method)
+    s = oracles.spectrum(base, tuned)["s"]
+    written = np.cumsum(np.array(record.s) ** 2) / record.fro**2
+    errors = [abs(written[r - 1] - oracles.energy_at(s, r)) for r in range(1, 48)]
+    errors += [abs(record.energy[str(r)] - oracles.energy_at(s, r)) for r in range(1, 48)]
+    assert 1e-12 < max(errors) <= record.energy_error < 1e-8
+
+
 def test_the_resolution_of_a_bf16_pair(tmp_path):
     rng = np.random.default_rng(0)
     base = torch.from_numpy(rng.standard_normal((96, 80)) * 0.02).bfloat16()

@@ -1,4 +1,4 @@
-"""What holds all singular vectors of several matrices takes no more memory than planned, and says where there is too little."""
+"""What holds all singular vectors of several matrices takes no more memory than planned, and says where that lacks."""
 
 import subprocess
 import sys

@@ -10,6 +10,7 @@ from lora_diag.gating.evidence import Source, Subject, subjects, value_of
 from lora_diag.gating.fields import KINDS, LAYER_KINDS, Field, find
 from lora_diag.gating.policy import Regression
 from lora_diag.results import Results, totals
+from lora_diag.results.spectrum import METRIC_NAMES
 
 
 class Stored:
@@ -37,6 +38,9 @@ class Stored:
         stored = self.of_kind(field.kind).get((subject.layer, *subject.key))
         if stored is None:
             return None, "not in the baseline: measure the baseline anew to compare it from now on"
+        now, then = _metric(subject), _metric(stored)
+        if stored.record is not None and now != then:
+            return None, f"the baseline is in {METRIC_NAMES[then]} and this in {METRIC_NAMES[now]}: no comparison"
         value, reason = value_of(field, stored, floor)
         if not isinstance(value, float | int):
             return None, f"in the baseline: {reason}"
@@ -83,7 +87,13 @@ def tightened(regressions: Sequence[Regression], stored: Stored, sources: Sequen
     return replace(results, layers=layers, end=totals(layers, results.left_out))
 
 
+def _metric(subject: Subject) -> str:
+    return getattr(subject.record, "metric", "weights")
+
+
 def _better(new: Subject, old: Subject, fields: Sequence[tuple[Regression, Field]]) -> bool:
+    if _metric(new) != _metric(old):
+        return False
     gains = []
     for demand, field in fields:
         if new.layer is None or not demand.selector.takes(new.layer):

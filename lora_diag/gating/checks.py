@@ -15,6 +15,7 @@ from lora_diag.gating.evidence import Source
 from lora_diag.gating.policy import CHECKS, Policy
 from lora_diag.results import LeftOut, Residual, Spectrum
 from lora_diag.results.base import Record
+from lora_diag.results.spectrum import METRIC_NAMES
 from lora_diag.results.verdict import Verdict
 
 K = TypeVar("K", bound=Record)
@@ -28,6 +29,8 @@ _NOT_OF_THIS_BASE = frozenset({"not_in_base", "shape_differs", "needs_base", "on
 
 # Checks that look at records of updates.
 _OF_UPDATES = frozenset({"dead", "unused_rank", "spike", "unresolved"})
+# Of these, what spectra in another metric do not show: there, one direction tells how inputs lie.
+_IN_WEIGHTS = frozenset({"unused_rank", "spike"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,11 +53,11 @@ def run_checks(policy: Policy, sources: Sequence[Source], baseline: Stored | Non
         if severity == "off" or (name == "missing" and baseline is None):
             continue
         alarms = list(check(policy, sources, baseline))
-        idle = Alarm(None, None, "no spectrum or residual record to look at")
+        idle = Alarm(None, None, _why_idle(name, sources))
         if alarms:
             status = "inconclusive" if name == "finished" else "failed" if severity == "error" else "warned"
         else:
-            status = "not judged" if name in _OF_UPDATES and not has_updates(sources) else "passed"
+            status = "not judged" if idle.message else "passed"
         for alarm in alarms or [idle if status == "not judged" else Alarm(None, None, "")]:
             yield Verdict.model_validate(
                 {
@@ -67,6 +70,16 @@ def run_checks(policy: Policy, sources: Sequence[Source], baseline: Stored | Non
                     "message": alarm.message,
                 }
             )
+
+
+def _why_idle(name: str, sources: Sequence[Source]) -> str:
+    """Say why a check has nothing to look at; nothing where it has."""
+    if name in _OF_UPDATES and not has_updates(sources):
+        return "no spectrum or residual record to look at"
+    metrics = dict.fromkeys(record.metric for record in _layers(sources, Spectrum))
+    if name in _IN_WEIGHTS and metrics and "weights" not in metrics:
+        return f"every spectrum is in {' or '.join(METRIC_NAMES[metric] for metric in metrics)}, not in the weights'"
+    return ""
 
 
 def has_updates(sources: Sequence[Source]) -> bool:
@@ -98,9 +111,9 @@ def _dead(policy: Policy, sources: Sequence[Source], baseline: Stored | None) ->
         spectra = [record for record in source.results.layers if isinstance(record, Spectrum)]
         if _of_adapter(source):
             for record in spectra:
-                if record.fro == 0:
+                if _is_still(record):
                     yield Alarm(record.layer, 0.0, "the adapter changes nothing here: it was not trained, or not saved")
-        elif spectra and all(record.fro == 0 for record in spectra):
+        elif spectra and all(map(_is_still, spectra)):
             yield Alarm(None, 0.0, "nothing moved: ΔW is zero in every matrix; is this the checkpoint you meant?")
     moved: dict[str, bool] = {}
     for item in _layers(sources, Residual):
@@ -114,7 +127,7 @@ def _dead(policy: Policy, sources: Sequence[Source], baseline: Stored | None) ->
 
 
 def _unused_rank(policy: Policy, sources: Sequence[Source], baseline: Stored | None) -> Iterator[Alarm]:
-    for record in _layers(sources, Spectrum):
+    for record in _in_weights(sources):
         if record.method == "factored" and record.complete and record.fro > 0:
             used = sum(value > UNUSED * record.s[0] for value in record.s)
             if used < len(record.s):
@@ -123,7 +136,7 @@ def _unused_rank(policy: Policy, sources: Sequence[Source], baseline: Stored | N
 
 
 def _spike(policy: Policy, sources: Sequence[Source], baseline: Stored | None) -> Iterator[Alarm]:
-    for record in _layers(sources, Spectrum):
+    for record in _in_weights(sources):
         if record.spike is None or len(record.s) < 2:
             continue
         if record.spike > policy.spike:
@@ -152,6 +165,15 @@ def _missing(policy: Policy, sources: Sequence[Source], baseline: Stored | None)
 def _layers(sources: Sequence[Source], kind: type[K]) -> Iterator[K]:
     for source in sources:
         yield from (record for record in source.results.layers if isinstance(record, kind))
+
+
+def _in_weights(sources: Sequence[Source]) -> Iterator[Spectrum]:
+    return (record for record in _layers(sources, Spectrum) if record.metric == "weights")
+
+
+def _is_still(record: Spectrum) -> bool:
+    """Say whether ΔW = 0, whatever the metric."""
+    return (record.fro if record.weights_fro is None else record.weights_fro) == 0
 
 
 def _left_out(sources: Sequence[Source]) -> Iterator[LeftOut]:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lora_diag.errors import InputError
 from lora_diag.gating.evidence import Source, Subject, subjects, value_of
 from lora_diag.gating.fields import Field, find
 from lora_diag.gating.policy import SPIKE
+from lora_diag.results.spectrum import metric_of
 
 # A limit lies a quarter of the measured value away from it. Full fine-tunes of one model that differed in their seed
 # had ranks at 90% within 2 of each other, of 72 to 155; whether a quarter fits another field is for the user to say.
@@ -94,10 +95,29 @@ def draft(sources: Sequence[Source], name: str = "policy.toml") -> str:
         InputError: Nothing that was measured gives a limit.
     """
     given = " ".join(source.path for source in sources)
-    rules = [text for suggestion in _SUGGESTIONS if (text := _rule(suggestion, sources))]
+    rules = [text for own, of in _by_metric(sources) for suggestion in own if (text := _rule(suggestion, of))]
     if not rules:
         raise InputError(f"{given}: no value to take a limit from: nothing moved, or the files cannot show it")
-    return "\n".join([_head(given, name), *rules, _tail(sources)])
+    spared = any(item.reason == "no_activations" for source in sources for item in source.results.left_out)
+    return "\n".join([_head(given, name, spared), *rules, _tail(sources)])
+
+
+def _by_metric(sources: Sequence[Source]) -> Iterator[tuple[Sequence[Suggestion], Sequence[Source]]]:
+    """Pair suggestions with what they are taken from: those on spectra once for each metric, which the rule names."""
+    metrics = dict.fromkeys(metric_of(source.results.layers) for source in sources if source.holds("spectrum"))
+    if not {*metrics} - {"weights"}:
+        yield _SUGGESTIONS, sources
+        return
+    for metric in metrics:
+        yield (
+            [
+                replace(one, name=f"{one.name}-{metric}", where=f'metric = "{metric}"')
+                for one in _SUGGESTIONS
+                if one.field.startswith("spectrum.")
+            ],
+            [source for source in sources if source.holds("spectrum") and metric_of(source.results.layers) == metric],
+        )
+    yield [one for one in _SUGGESTIONS if not one.field.startswith("spectrum.")], sources
 
 
 def _rule(suggestion: Suggestion, sources: Sequence[Source]) -> str:
@@ -156,7 +176,12 @@ def _limit(worst: float, field: Field, end: str) -> float | None:
     return limit
 
 
-def _head(given: str, name: str) -> str:
+def _head(given: str, name: str, spared: bool) -> str:
+    left_out = (
+        'left_out = ["no_activations"] # embeddings have none; nor is any other layer missed that was not recorded'
+        if spared
+        else '# left_out = ["only_in_tuned"] # reasons that are fine for a tensor to have no record'
+    )
     return f"""\
 # What has to hold before a checkpoint may ship. Limits are from {_comment(given)}
 # with a margin of {MARGIN:.0%}: check each, it is your call and not the tool's.
@@ -173,7 +198,7 @@ title = "What has to hold before a checkpoint may ship"
 [coverage]
 by = "energy" # share of the change ‖Δ‖² that has to be judged, or "layers"
 minimum = 1.0 # a layer without a record leaves the gate inconclusive, which is never a pass
-# left_out = ["only_in_tuned"] # reasons that are fine for a tensor to have no record
+{left_out}
 
 [checks] # built-in checks: "error", "warning" or "off"; NaN, Inf and unfinished runs always count
 mismatch = "error"      # the adapter does not fit BASE

@@ -11,6 +11,7 @@ from lora_diag.errors import InputError
 from lora_diag.gating.fields import KINDS, LAYER_KINDS, Field
 from lora_diag.results import Results, read_results, totals
 from lora_diag.results.base import Record
+from lora_diag.results.spectrum import METRIC_NAMES, metric_of
 
 # Tensors left out that no record was to be expected of: 1-D ones have no rank, and of the others the rest is measured.
 NO_CANDIDATES = frozenset({"vector", "added_rows", "removed_rows", "empty"})
@@ -100,7 +101,9 @@ def subjects(kind: str, source: Source, left_out: frozenset[str] = frozenset(), 
         tell: Name the file in the groups, because there are several.
     """
     results, cls = source.results, KINDS[kind]
-    prefix = (source.path,) if tell else ()
+    prefix = [source.path] if tell else []
+    if kind == "spectrum" and (metric := metric_of(results.layers)) != "weights":
+        prefix.append(f"in {METRIC_NAMES[metric]}")
     if kind == "end":
         return [Subject(None, ", ".join(prefix), (), results.end, "" if results.end else "the run did not finish")]
     if kind not in LAYER_KINDS:

@@ -9,7 +9,7 @@ from pathlib import PurePath
 from typing import Any, Generic, TypeVar
 
 from lora_diag.plots.style import name_of
-from lora_diag.results import Certificate, LayerRecord, Probe, Results, Run, Verdict, WholeRecord
+from lora_diag.results import Certificate, LayerRecord, Probe, Results, Run, Spectrum, Verdict, WholeRecord
 from lora_diag.results.spectrum import METRIC_NAMES, metric_of
 
 R = TypeVar("R", bound=LayerRecord | WholeRecord)
@@ -45,13 +45,16 @@ class Options:
 
 def series_of(results: Sequence[Results[Any]], labels: Sequence[str] = ()) -> tuple[Series[Any], ...]:
     """Return one series a results file and kind of record in it, named as asked or by what was compared."""
-    metrics = [metric_of(one) for one in results]
-    own = {
-        metric: _named([one.run for one in results if metric_of(one) == metric]) for metric in dict.fromkeys(metrics)
-    }
-    names = [name_of(label) for label in labels] or [own[metric].pop(0) for metric in metrics]
-    if len(own) > 1:
-        names = [f"{name}, {METRIC_NAMES[metric]}" for name, metric in zip(names, metrics, strict=True)]
+    metrics = [metric_of(one) if any(isinstance(r, Spectrum) for r in one) else "" for one in results]
+    if len({*metrics} - {""}) > 1:
+        own = {
+            metric: _named([r.run for r, m in zip(results, metrics, strict=True) if m == metric]) for metric in metrics
+        }
+        names = [name_of(label) for label in labels] or [own[metric].pop(0) for metric in metrics]
+        told = (f", {METRIC_NAMES[metric]}" if metric else "" for metric in metrics)
+        names = [f"{name}{metric}" for name, metric in zip(names, told, strict=True)]
+    else:
+        names = [name_of(label) for label in labels] or _named([one.run for one in results])
     return tuple(
         Series(name, tuple(record for record in drawn(one) if kind_of(record) == kind), one.whole, one.run)
         for name, one in zip(names, results, strict=True)
@@ -71,9 +74,10 @@ def kind_of(record: LayerRecord | WholeRecord) -> str:
 
 def _named(runs: Sequence[Run]) -> list[str]:
     """Name runs by what they measured, as shortly as tells those of one command apart; no figure draws two commands."""
-    by_command: dict[str, list[int]] = {}
+    by_command: dict[tuple[str, object], list[int]] = {}
     for place, run in enumerate(runs):
-        by_command.setdefault(run.command, []).append(place)
+        metric = run.settings.get("metric") if run.command == "spectrum" else None  # ``series_of`` adds it to the name
+        by_command.setdefault((run.command, metric), []).append(place)
     found: dict[int, str] = {}
     for places in by_command.values():
         found.update(zip(places, _told_apart([runs[place] for place in places]), strict=True))

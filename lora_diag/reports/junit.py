@@ -24,7 +24,8 @@ def junit(results: Results[Any]) -> str:
     for record in results.whole:
         if isinstance(record, Verdict):
             suites.setdefault(record.rule, {}).setdefault(_case(record), []).append(record)
-    root = Element("testsuites", name="loradiag gate")
+    metric = results.run.settings.get("metric")
+    root = Element("testsuites", name=safe(f"loradiag gate{f', spectra in {metric}' if metric else ''}"))
     for rule, cases in suites.items():
         suite = SubElement(root, "testsuite", name=safe(rule))
         for name, found in cases.items():

@@ -73,7 +73,12 @@ def place(verdict: Verdict) -> str:
 
 
 def headline(results: Results[Any]) -> str:
-    """Return the outcome and what it rests on, in one sentence."""
+    """Return the outcome and what it rests on, in one sentence; and if that is spectra in another metric, in which."""
+    metric = results.run.settings.get("metric")
+    return _headline(results) + (f" (spectra in {safe(str(metric))})" if metric else "")
+
+
+def _headline(results: Results[Any]) -> str:
     found = verdicts_of(results)
     came_to = outcome(found)
     if came_to == "failed":

@@ -108,7 +108,7 @@ def probe_curvature(
         NothingComparedError: No matrix is selected.
 
     Reference:
-        Pearlmutter 1994, "Fast exact multiplication by the Hessian"; Yao et al. 2021, PyHessian.
+        Pearlmutter 1994, "Fast exact multiplication by the Hessian"; Yao et al. 2020, PyHessian.
     """
     check(batch, max_sequences, per=(per, PER))
     way = _check(ranks, along, top, probes, seed)

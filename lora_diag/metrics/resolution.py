@@ -24,10 +24,10 @@ def noise_edge(variance: float, shape: tuple[int, int], gains: tuple[Gain, Gain]
     """Return σ̄(√m + √n): where the singular values of an m×n matrix of independent errors of variance σ̄² end.
 
     Between two matrices S and T, of which ``gains`` are ‖·‖_F and ‖·‖_2, the errors SET end by σ̄(‖S‖_2‖T‖_F +
-    ‖S‖_F‖T‖_2) in expectation (Chevet 1978): an upper bound, sharp for S = T = 1.
+    ‖S‖_F‖T‖_2) in expectation (Chevet 1978): an upper bound where entries are normal, sharp for S = T = 1.
 
     Reference: Davidson and Szarek 2001, theorem II.13 (Gaussian entries; the same limit for any, Bai and Yin 1993);
-    Vershynin 2018, High-Dimensional Probability, theorem 8.7.1 (Chevet's inequality).
+    Vershynin 2018, High-Dimensional Probability, section 8.7 (Chevet's inequality; a constant for other entries).
 
     Example:
         >>> noise_edge(4.0, (9, 16)), noise_edge(4.0, (9, 16), ((3.0, 1.0), (2.0, 0.5)))

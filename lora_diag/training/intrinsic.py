@@ -77,7 +77,7 @@ class Fastfood:
         device: Where they are kept.
 
     Reference:
-        Le, Sarlós and Smola 2013, "Fastfood", equation 6; Aghajanyan et al. 2020, section 3.2.
+        Le, Sarlós and Smola 2013, "Fastfood"; Aghajanyan et al. 2020, section 3.
     """
 
     def __init__(self, size: int, dim: int, total: int, generator: torch.Generator, device: torch.device) -> None:

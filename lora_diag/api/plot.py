@@ -97,7 +97,7 @@ def plot(
         _write(target, plots.encoded(plots.figure(one.name, runs, **options), kind, width))
         made.append(Drawn(one.name, one.shows, target, made_by=one.made_by))
     if not any(drawn.path for drawn in made):
-        raise NothingComparedError("no figure can be drawn: " + "; ".join(f"{d.name}: {d.reason}" for d in made))
+        raise NothingComparedError(f"no figure can be drawn: {_why_none(runs, made)}")
     return tuple(made)
 
 
@@ -147,6 +147,13 @@ def _why_no_layer(runs: Sequence[Results[Any]], layers: str | None) -> str:
         return f"no name matches {layers}"
     commands = ", ".join(dict.fromkeys(run.run.command for run in runs))
     return f"the results of loradiag {commands} have no records of layers; loradiag inspect shows what they have"
+
+
+def _why_none(runs: Sequence[Results[Any]], made: Sequence[Drawn]) -> str:
+    """Give what is in the way of the figures whose records are there, or say that none is of these results."""
+    own = [f"{one.name}: {one.reason}" for one in made if not re.fullmatch("no (.+ )?records", one.reason)]
+    commands = ", ".join(dict.fromkeys(run.run.command for run in runs))
+    return "; ".join(own) or f"none is of results of {commands}; loradiag inspect and loradiag report show them"
 
 
 def _selected(results: Results[Any], layers: str | None) -> Results[Any]:

@@ -31,6 +31,8 @@ def read_object(path: Path, words: str, limit: int) -> dict[str, Any]:
         content = json.loads(path.read_bytes())
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: is not a readable {words}: it holds no text") from error
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: is not a readable {words}: {error}") from error
     if not isinstance(content, dict):

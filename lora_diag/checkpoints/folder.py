@@ -139,7 +139,10 @@ def _open_file(path: Path) -> SafetensorsFile | TorchFile:
                 return file_format(path)
         except OSError as error:
             raise InputError(f"{path}: cannot be read: {error.strerror}") from error
-    raise InputError(f"{path}: unknown format; known are .safetensors files and torch files (.bin, .pt, .pth, .ckpt)")
+    results = "; results files are for inspect, report, plot, allocate and gate" if path.suffix == ".jsonl" else ""
+    raise InputError(
+        f"{path}: unknown format; known are .safetensors files and torch files (.bin, .pt, .pth, .ckpt){results}"
+    )
 
 
 def _open_shards(index: Path) -> tuple[list[SafetensorsFile | TorchFile], tuple[str, ...]]:

@@ -128,4 +128,7 @@ def _next(allocation: Results[Allocation], output: Path | None) -> str:
     if output.suffix == ".json":
         return "rename it to adapter_config.json: PEFT reads no other name"
     paths = [side.path for side in allocation.run.inputs if side.role in {"base", "tuned", "adapter"}]
-    return shlex.join(["loradiag", "extract", *paths, "--ranks", str(output), "-o", "adapter"])
+    weighed = [side.path for side in allocation.run.inputs if side.role == "activations"]
+    metric = [word for path in weighed for word in ("--activations", path)]
+    metric += ["--kfac"] if allocation.run.settings.get("metric") == "kfac" else []
+    return shlex.join(["loradiag", "extract", *paths, "--ranks", str(output), *metric, "-o", "adapter"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import signal
 import sys
 import threading
@@ -52,7 +53,7 @@ INTERRUPTED = 130
 
 
 class _Command(TyperCommand):
-    """A command whose usage line calls BASE what the help below calls it; newer typer writes ``{BASE}``."""
+    """A command whose help calls BASE just that; newer typer writes ``{BASE}``, and ``BASE <str>`` or ``<path>``."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Let ``--gradients`` take every word up to the next option, as a shell writes ``grads/*``."""
@@ -67,8 +68,22 @@ class _Command(TyperCommand):
             spread += ["--gradients", word] if follows else [word]
         return super().parse_args(ctx, spread)
 
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        written = formatter.write_dl
+
+        def write(rows: Any, *more: Any, **named: Any) -> None:
+            written([(re.sub(r" <(?:(.+\|.+)|.*)>$", _choices, name), told) for name, told in rows], *more, **named)
+
+        formatter.write_dl = write
+        super().format_options(ctx, formatter)
+
     def collect_usage_pieces(self, ctx: Any) -> list[str]:
         return [piece.replace("{", "").replace("}", "") for piece in super().collect_usage_pieces(ctx)]
+
+
+def _choices(kind: re.Match[str]) -> str:
+    """Return the words that an option takes, as our own metavars have them; nothing of a Python type."""
+    return f" {kind[1]}" if kind[1] else ""
 
 
 app = typer.Typer(

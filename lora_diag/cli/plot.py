@@ -38,6 +38,9 @@ class Figure(StrEnum):
     sensitivity = "sensitivity"
 
 
+_FIGURES = f"One of {', '.join(Figure)}; default all into a folder, the first that can be drawn into a file."
+
+
 class Width(StrEnum):
     """The page that a figure is for."""
 
@@ -61,7 +64,7 @@ def plot(
     ] = Path("figures"),
     figure: Annotated[
         Figure | None,
-        typer.Option(help="Which one; default all into a folder, the first that can be drawn into a file."),
+        typer.Option(metavar="FIGURE", help=_FIGURES),
     ] = None,
     label: Annotated[
         list[str] | None, typer.Option(metavar="NAME", help="What each of RESULTS is called, in their order.")

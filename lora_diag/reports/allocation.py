@@ -247,13 +247,16 @@ def _limits(results: Results[Allocation]) -> str:
 
 
 def _left_out(results: Results[Allocation]) -> str:
-    """Count what has no rank, and say which share of the whole change an adapter cannot reach so."""
+    """Count what has no rank, and say which share of the whole change an adapter cannot reach so.
+
+    In another metric than the weights' there is no such share: norms, biases and tables have no energy in it.
+    """
     inside = math.fsum(record.fro**2 for record in results)
     outside = math.fsum(item.fro**2 for item in results.left_out if item.fro is not None)
     told = left_out_line(results.left_out)
     chosen = [item for item in results.left_out if item.reason == "not_selected" and item.fro]
     tables = [short(item.layer) for item in chosen if part_of(item.layer) == "vocabulary"]
-    if outside and inside + outside:
+    if outside and results.run.settings.get("metric", "weights") == "weights":
         share = percent(outside / (inside + outside))
         unknown = any(item.reason == "not_selected" and item.fro is None for item in results.left_out)
         measured = " in what was measured" if unknown else ""

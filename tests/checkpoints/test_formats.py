@@ -268,6 +268,9 @@ def test_what_is_not_there_or_not_readable(tmp_path):
     (tmp_path / "notes.txt").write_text("hello")
     with pytest.raises(InputError, match="unknown format"):
         open_checkpoint(tmp_path / "notes.txt")
+    (tmp_path / "results.jsonl").write_text("{}")
+    with pytest.raises(InputError, match=r"unknown format.*results files are for inspect"):
+        open_checkpoint(tmp_path / "results.jsonl")
 
 
 @pytest.mark.parametrize(

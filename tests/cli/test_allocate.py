@@ -7,6 +7,7 @@ import sys
 import pytest
 
 import lora_diag
+from lora_diag.results import LeftOut, Results, RunInput
 from tests.conftest import ROOT
 from tests.planning.records import llama, record, results
 
@@ -66,6 +67,19 @@ def test_the_next_command_extracts_these_ranks(loradiag, measured):
     next_words = " ".join(ran.out[ran.out.index("Next") :].split())
     assert "loradiag extract" in next_words
     assert next_words.endswith("--ranks ranks.jsonl -o adapter")
+
+
+@pytest.mark.parametrize(("metric", "more"), [("data", ""), ("kfac", "--kfac ")])
+def test_ranks_in_another_metric_are_extracted_in_it_and_norms_are_not_added_up(loradiag, tmp_path, metric, more):
+    vector = LeftOut(layer="l.0.norm.weight", shape=(8,), reason="vector", detail="", fro=2.0)
+    spectra = results(record("l.0.q_proj.weight", (8, 8), [2.0, 1.0], metric=metric, complete=True), left_out=[vector])
+    recorded = RunInput(role="activations", path="a.safetensors", kind="safetensors file", tensors=1)
+    run = spectra.run.model_copy(update={"inputs": (*spectra.run.inputs, recorded)})
+    Results(run, spectra.layers, spectra.left_out, spectra.end).write(tmp_path / "s.jsonl")
+    told = " ".join(loradiag("allocate", "s.jsonl", "--total-rank", "1", "-o", "r.jsonl").out.split())
+    assert f"extract base tuned --ranks r.jsonl --activations a.safetensors {more}-o adapter" in told
+    assert "whole change" not in told
+    assert "1 one-dimensional" in told
 
 
 def test_the_config_is_checked_by_building_the_model(loradiag, measured, tmp_path):
@@ -137,6 +151,12 @@ def test_warnings_of_noise_and_gradients(loradiag, tmp_path):
     out = " ".join(loradiag("allocate", "s.jsonl", "--params", "1M").out.split())
     for word in ("spectra of gradients", "mostly rounding noise", "1 show only rounding noise", "by their signal rank"):
         assert word in out
+
+
+def test_weights_that_are_no_text_are_refused_without_a_codec(loradiag, measured, tmp_path):
+    (tmp_path / "w.safetensors").write_bytes(b"\x96\xff")
+    ran = loradiag("allocate", measured, "--params", "50k", "--weights", "w.safetensors")
+    assert (ran.code, ran.err) == (3, "error: w.safetensors: is not a readable file of weights: it holds no text\n")
 
 
 def test_no_torch_is_imported(tmp_path):

@@ -234,6 +234,10 @@ def test_next_is_the_command_that_was_typed(loradiag, pair_of_models, tmp_path):
 def test_the_usage_line_and_the_exit_codes_that_exist(loradiag):
     assert loradiag("spectrum", "--help").out.splitlines()[0].endswith(" spectrum [OPTIONS] [BASE] [TUNED]")
     assert loradiag("inspect", "--help").out.splitlines()[0].endswith(" inspect [OPTIONS] PATH")
+    for command in (("plot",), ("residual",), ("probe", "outputs"), ("probe", "fisher")):
+        shown = loradiag(*command, "--help", env={"COLUMNS": "80"}).out
+        assert not re.search(r"<(str|path|list|type|png)\b", shown)
+        assert max(map(len, shown.splitlines())) <= 80
     words = " ".join(loradiag("--help").out.split())
     assert "0 done or passed, 1 a gate failed, 2 usage, 3 could not measure, 4 nothing was compared, 5" in words
 

@@ -5,6 +5,7 @@ import sys
 
 import pytest
 
+from lora_diag.api.plot import Drawn, _why_none
 from lora_diag.results import End, Results, Run
 from tests.plots import making
 
@@ -30,6 +31,13 @@ def test_plot_draws_what_the_records_allow_and_says_what_is_missing(loradiag, sp
     assert "overlap: no overlap records: loradiag overlap BASE TUNED GRADIENTS" in " ".join(ran.out.split())
     assert "Next       loradiag report spectrum.jsonl residual.jsonl" in ran.out
     assert max(map(len, ran.out.splitlines())) <= 80
+
+
+def test_where_nothing_can_be_drawn_records_that_nobody_gave_are_not_listed():
+    runs = [making.results(making.model(1))]
+    missing = [Drawn("fleet", "", None, "no fleet records"), Drawn("heatmap", "", None, "no records")]
+    assert _why_none(runs, missing) == "none is of results of spectrum; loradiag inspect and loradiag report show them"
+    assert _why_none(runs, [*missing, Drawn("energy", "", None, "ΔW = 0")]) == "energy: ΔW = 0"
 
 
 @pytest.mark.parametrize(("suffix", "begins"), [("png", b"\x89PNG"), ("svg", b"<?xml"), ("pdf", b"%PDF")])

@@ -12,6 +12,8 @@ from matplotlib.figure import Figure
 import lora_diag
 from lora_diag import plots
 from lora_diag.errors import InputError, NothingComparedError, UsageError
+from lora_diag.plots.series import series_of
+from lora_diag.results import Results, RunInput
 from tests.plots import making
 
 
@@ -291,6 +293,9 @@ PANELS = {
     "alone": lambda **more: plots.alone(making.probed(making.alone()), **more),
     "outputs": lambda **more: plots.outputs(making.probed(making.said()), **more),
     "sensitivity": lambda **more: plots.sensitivity(making.probed(making.adapted()), **more),
+    "curvature": lambda **more: plots.curvature(making.probed(making.curved()), **more),
+    "intrinsic": lambda **more: plots.intrinsic(making.probed(making.reached()), **more),
+    "fisher": lambda **more: plots.fisher(making.probed(making.fishers()), **more),
     "depth": lambda **more: plots.depth(making.probed(making.said()), **more),
 }
 
@@ -316,6 +321,18 @@ def test_the_same_records_give_the_same_bytes(kind):
     made = [plots.encoded(plots.figure("energy", making.results(making.model(2))), kind) for _ in range(2)]
     assert made[0] == made[1]
     assert b"2026" not in made[0] or kind == "png"
+
+
+def test_runs_are_told_apart_by_the_settings_that_they_have_and_never_by_activations():
+    recorded = RunInput(role="activations", path="a.safetensors", kind="safetensors file", tensors=1)
+    runs = []
+    for settings in ({"top": 8}, {"layers": "q_proj"}, {}):
+        one = making.results(making.model(1))
+        inputs = (*one.run.inputs, recorded)
+        run = one.run.model_copy(update={"inputs": inputs, "settings": {**one.run.settings, **settings}})
+        runs.append(Results(run, one.layers, one.left_out, one.end))
+    assert [one.label for one in series_of(runs, ())] == ["top 8", "layers q_proj", "as by default"]
+    assert "a.safetensors" not in series_of(runs[:1], ())[0].label
 
 
 def test_a_users_settings_do_not_change_a_page():

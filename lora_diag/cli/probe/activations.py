@@ -65,5 +65,5 @@ def activations(
         result(recorded.model_dump_json())
     elif not quiet:
         kfac = " --kfac" if gradients else ""
-        then = f"loradiag spectrum {shlex.quote(str(base))} TUNED --activations {shlex.quote(str(output))}{kfac}"
+        then = f"loradiag spectrum BASE TUNED --activations {shlex.quote(str(output))}{kfac}"
         result(activations_table(recorded, *terminal(), per=per, then=then))

@@ -19,6 +19,7 @@ from lora_diag.plots.sheet import Key, Words, sheet
 from lora_diag.plots.strip import Slot, label_height, slot_axis, slots
 from lora_diag.plots.style import CATEGORIES, INK, Look, category, cut, name_of, styled, width_of
 from lora_diag.results import Allocation, Certificate
+from lora_diag.results.spectrum import METRIC_NAMES
 
 BARS, UNIFORM, BOUND = CATEGORIES[0], CATEGORIES[1], INK
 
@@ -220,7 +221,11 @@ def _words(
         (one,) = certificates
         gap = "the best possible" if one.optimal or one.gap == 0 else f"at most {one.gap:.2%} below the best"
         about += f"; {one.params:,} parameters keep {one.kept:.1%} of the energy, {gap}"
-    notes = ["Energy is Σσ² as measured; in each module type blocks from left to right."]
+    metrics = {one.run.settings.get("metric", "weights") if one.run else "weights" for one in series}
+    told = " and ".join(METRIC_NAMES[metric] for metric in sorted(metrics)) if metrics != {"weights"} else ""
+    notes = [
+        f"Energy is Σσ² as measured{f', in {told}' if told else ''}; in each module type blocks from left to right."
+    ]
     joined = max((slot.joined for part in drawn for slot in part), default=1)
     if joined > 1:
         notes.append(f"A bar stands for up to {joined} layers: their median rank.")

@@ -326,10 +326,12 @@ def certificates(evidence: Evidence) -> list[tuple[str, str]]:
         for record in source.results.whole:
             if isinstance(record, Certificate):
                 budget = f" of {number(record.budget)}" if record.budget is not None else ""
+                metric = source.results.run.settings.get("metric", "weights")
+                of = "" if metric == "weights" else f" in {METRIC_NAMES[metric]}"
                 others = "; ".join(f"{safe(b.name)} keeps {percent(b.kept)}" for b in record.baselines)
                 keeps = (
                     f"spends {number(record.spent)}{budget} ({record.unit.replace('_', ' ')}) and keeps "
-                    f"{percent(record.kept)} of the energy; under the same constraints none can keep more than "
+                    f"{percent(record.kept)} of the energy{of}; under the same constraints none can keep more than "
                     f"{percent(record.bound)}{f'. Beside it: {others}' if others else ''}."
                 )
                 said.append((labels([source.name])[0], keeps))

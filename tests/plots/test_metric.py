@@ -1,11 +1,16 @@
 """Figures of spectra in another metric than the weights' say so, and σ of two metrics never share an axis."""
 
+from dataclasses import replace
+
 import pytest
 
 from lora_diag import plots
 from lora_diag.errors import UsageError
+from lora_diag.planning.evidence import Evidence, Source
 from lora_diag.plots.fields import title_in
+from lora_diag.reports.subject import certificates
 from lora_diag.results import End, Results, Run, RunInput
+from tests.plots import making
 from tests.plots.making import TYPES, spectrum
 
 OF = {"data": "ΔW·C^½", "kfac": "G^½·ΔW·C^½"}
@@ -69,3 +74,13 @@ def test_norms_are_named_in_their_metric():
     assert title_in("relative", results("kfac").layers) == "‖G^½·ΔW·C^½‖_F / ‖G^½·W_base·C^½‖_F"
     assert title_in("fro", (*results().layers, *results("data").layers)) == "‖ΔW‖_F and ‖ΔW·C^½‖_F"
     assert title_in("fro", results().layers) == "‖ΔW‖_F"
+
+
+def test_an_allocation_says_in_which_metric_its_energy_is():
+    allocated = making.results(making.allocations(2), [making.certificate()])
+    run = allocated.run.model_copy(update={"settings": {**allocated.run.settings, "metric": "kfac"}})
+    weighed = replace(allocated, run=run)
+    assert "Energy is Σσ² as measured, in K-FAC's metric;" in words(plots.figure("allocation", weighed))
+    assert "metric" not in words(plots.figure("allocation", allocated))
+    (said,) = certificates(Evidence((Source("a.jsonl", weighed),)))
+    assert "of the energy in K-FAC's metric; under" in said[1]

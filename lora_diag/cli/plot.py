@@ -36,6 +36,9 @@ class Figure(StrEnum):
     outputs = "outputs"
     depth = "depth"
     sensitivity = "sensitivity"
+    curvature = "curvature"
+    intrinsic = "intrinsic"
+    fisher = "fisher"
 
 
 _FIGURES = f"One of {', '.join(Figure)}; default all into a folder, the first that can be drawn into a file."

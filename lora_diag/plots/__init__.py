@@ -14,10 +14,13 @@ The rule on the door: the only room that imports Matplotlib; it measures nothing
 from lora_diag.plots.allocation import allocation, budget
 from lora_diag.plots.alone import alone
 from lora_diag.plots.angles import angles
+from lora_diag.plots.curvature import curvature
 from lora_diag.plots.energy import energy
 from lora_diag.plots.figures import FIGURES, FigureKind, figure, figure_named, why_not
+from lora_diag.plots.fisher import fisher
 from lora_diag.plots.fleet import fleet
 from lora_diag.plots.heatmap import heatmap
+from lora_diag.plots.intrinsic import intrinsic
 from lora_diag.plots.outputs import depth, outputs
 from lora_diag.plots.overlap import overlap
 from lora_diag.plots.residual import residual
@@ -37,14 +40,17 @@ __all__ = [
     "alone",
     "angles",
     "budget",
+    "curvature",
     "depth",
     "drawn",
     "encoded",
     "energy",
     "figure",
     "figure_named",
+    "fisher",
     "fleet",
     "heatmap",
+    "intrinsic",
     "outputs",
     "overlap",
     "residual",

@@ -14,10 +14,15 @@ from lora_diag.plots.alone import figure as draw_alone
 from lora_diag.plots.alone import lacks as alone_lacks
 from lora_diag.plots.angles import figure as draw_angles
 from lora_diag.plots.angles import ranks_of
+from lora_diag.plots.curvature import figure as draw_curvature
 from lora_diag.plots.energy import figure as draw_energy
 from lora_diag.plots.fields import numbers_of, value_of
+from lora_diag.plots.fisher import figure as draw_fisher
+from lora_diag.plots.fisher import lacks as fisher_lacks
 from lora_diag.plots.fleet import figure as draw_fleet
 from lora_diag.plots.heatmap import figure as draw_heatmap
+from lora_diag.plots.intrinsic import figure as draw_intrinsic
+from lora_diag.plots.intrinsic import lacks as intrinsic_lacks
 from lora_diag.plots.outputs import depth_figure as draw_depth
 from lora_diag.plots.outputs import figure as draw_outputs
 from lora_diag.plots.outputs import lacks as outputs_lacks
@@ -200,6 +205,30 @@ FIGURES = (
         draw_sensitivity,
         "loradiag probe sensitivity BASE --data FILE --eval FILE -o sensitivity.jsonl",
         lacks=sensitivity_lacks,
+    ),
+    FigureKind(
+        "curvature",
+        "loss gap of truncations: measured, second order, bound",
+        "curvature",
+        draw_curvature,
+        "loradiag probe curvature BASE TUNED --eval FILE -o curvature.jsonl",
+    ),
+    FigureKind(
+        "intrinsic",
+        "share of full fine-tuning's gain by trained parameters",
+        "intrinsic",
+        draw_intrinsic,
+        "loradiag probe intrinsic BASE --data FILE --eval FILE -o intrinsic.jsonl",
+        lacks=intrinsic_lacks,
+    ),
+    FigureKind(
+        "fisher",
+        "which number predicts what cutting a layer costs",
+        "fisher",
+        draw_fisher,
+        "loradiag probe fisher BASE TUNED --data FILE --measure -o fisher.jsonl",
+        by_color=False,
+        lacks=fisher_lacks,
     ),
 )
 

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, MaxNLocator, NullFormatter, NullLocator
 
 from lora_diag.plots.style import INK, Look, name_of, width_of
-from lora_diag.results import Probe, Results, Sensitivity
+from lora_diag.results import Intrinsic, Probe, Results, Sensitivity
 
 # What a line of text takes of a panel's height.
 TEXT = 0.13
@@ -22,7 +22,7 @@ def probes(results: Results[Any] | Iterable[Any], probe: str) -> tuple[Probe, ..
     return tuple(record for record in records if isinstance(record, Probe) and record.probe == probe)
 
 
-def sets_of(records: Iterable[Probe | Sensitivity]) -> dict[str, str]:
+def sets_of(records: Iterable[Probe | Sensitivity | Intrinsic]) -> dict[str, str]:
     """Return the evaluation sets in the order of the run, each with what it is called in a figure."""
     found: dict[str, str] = {}
     for record in records:

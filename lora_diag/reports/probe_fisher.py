@@ -3,33 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from statistics import median
 from typing import Any
 
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from lora_diag.metrics.correlation import interval, spearman
+from lora_diag.metrics.correlation import interval
+from lora_diag.planning.fisher import PREDICTORS, Correlations, correlations, effect_at
 from lora_diag.reports.columns import Column, rows_of, table_of, title_of
 from lora_diag.reports.lines import answers, inputs, notes
 from lora_diag.reports.probe import ending, measured
 from lora_diag.reports.text import count, number, percent, short, to_text
 from lora_diag.results import Effect, Fisher, Results
-from lora_diag.results.names import module_type_of
-
-Predictor = Callable[[Fisher, int], float]
-
-# What may predict the effect of truncating a layer alone, in the order of the table.
-PREDICTORS: tuple[tuple[str, Predictor], ...] = (
-    ("weight energy", lambda record, rank: record.weight[str(rank)]),
-    ("data energy", lambda record, rank: record.data[str(rank)]),
-    ("K-FAC energy", lambda record, rank: record.kfac[str(rank)]),
-    ("layer size", lambda record, rank: float(sum(record.shape))),
-    ("Fisher", lambda record, rank: record.at(rank)),
-)
-
-# Layers of fewer than so many say nothing about an order.
-FEWEST = 4
 
 # ½F is called too high from this multiple of the KL on; the sample model reads 2.0 with own labels, 1.0 with drawn.
 HIGH = 1.5
@@ -69,10 +54,6 @@ def fisher_table(
     return to_text(Group(*parts, answers(told)), width, color)
 
 
-def _effect(record: Fisher, rank: int) -> Effect | None:
-    return (record.effect or {}).get(str(rank))
-
-
 def _layers(records: Sequence[Fisher], rank: int, width: int, per: str) -> RenderableType:
     """Return what each module type's or layer's tail is of all tails, and what its truncation does."""
     rows = rows_of(records, per)
@@ -87,62 +68,18 @@ def _layers(records: Sequence[Fisher], rank: int, width: int, per: str) -> Rende
         sums = [sum(predictor(record, rank) for record in row) for _, row in rows]
         columns.append(Column(title, tuple(percent(each / total) if total else "-" for each in sums)))
     columns.append(Column("½F", tuple(number(sum(record.at(rank) for record in row) / 2) for _, row in rows)))
-    if any(_effect(record, rank) for record in records):
+    if any(effect_at(record, rank) for record in records):
         columns.append(Column("KL", tuple(_sum(row, rank, lambda effect: effect.kl) for _, row in rows)))
         columns.append(Column("loss gap", tuple(_sum(row, rank, lambda effect: effect.gap, "+") for _, row in rows)))
     return table_of(title_of(per), [name for name, _ in rows], columns, width, _SPARED)
 
 
 def _sum(row: Sequence[Fisher], rank: int, value: Callable[[Effect], float], sign: str = "") -> str:
-    found = [value(effect) for record in row if (effect := _effect(record, rank)) is not None]
+    found = [value(effect) for record in row if (effect := effect_at(record, rank)) is not None]
     if not found:
         return "-"
     total = sum(found)
     return f"{total:{sign}.4f}" if sign else number(total)
-
-
-class Correlations:
-    """How each predictor orders the layers, at one rank.
-
-    Args:
-        rank: r.
-        n: Layers that rank r truncates.
-        grouped: How many of them are of a module type with more than one.
-        kl: By predictor: Spearman's ρ with the measured KL, over all layers and within module types.
-        gap: Likewise with the measured change of the loss.
-    """
-
-    def __init__(self, rank: int, records: Sequence[Fisher]) -> None:
-        kinds = [module_type_of(record.layer) for record in records]
-        repeated = [kind for kind in kinds if kinds.count(kind) > 1]
-        effects = [effect for record in records if (effect := _effect(record, rank)) is not None]
-        self.rank, self.n, self.grouped = rank, len(records), len(repeated)
-        self.kinds = len(set(repeated))
-
-        def both(values: Sequence[float], target: Sequence[float]) -> tuple[float | None, float | None]:
-            return spearman(values, target), spearman(values, target, kinds) if self.grouped >= FEWEST else None
-
-        kl, gap = [effect.kl for effect in effects], [effect.gap for effect in effects]
-        scores = {name: [predictor(record, rank) for record in records] for name, predictor in PREDICTORS}
-        self.kl = {name: both(values, kl) for name, values in scores.items()}
-        second = [record.linear[str(rank)] + record.at(rank) / 2 for record in records]
-        self.gap = {name: both(values, gap) for name, values in scores.items()}
-        self.gap["linear + ½F"] = both(second, gap)
-        ratios = [
-            record.at(rank) / 2 / effect.kl for record, effect in zip(records, effects, strict=True) if effect.kl > 0
-        ]
-        self.ratio = median(ratios) if ratios else None
-        self.ratios = (min(ratios), max(ratios)) if ratios else None
-
-
-def correlations(records: Sequence[Fisher], ranks: Sequence[int]) -> list[Correlations]:
-    """Return how the predictors order the layers at every rank with enough measured ones."""
-    found = []
-    for rank in ranks:
-        known = [record for record in records if _effect(record, rank) is not None]
-        if len(known) >= FEWEST:
-            found.append(Correlations(rank, known))
-    return found
 
 
 def _caption(records: Sequence[Fisher], found: Sequence[Correlations]) -> str:

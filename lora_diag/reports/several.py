@@ -79,9 +79,9 @@ SEVERAL = {
     "probe sweep": _Kind("Rank sweep", ("sweep",), sweep_lines, sweep_grids),
     "probe truncation": _Kind("Truncated update", ("truncation", "alone"), truncation_lines, truncation_grids),
     "probe sensitivity": _Kind("Layers adapted alone", ("sensitivity",)),
-    "probe curvature": _Kind("Curvature of the loss"),
-    "probe intrinsic": _Kind("Intrinsic dimension"),
-    "probe fisher": _Kind("Fisher of what a rank discards"),
+    "probe curvature": _Kind("Curvature of the loss", ("curvature",)),
+    "probe intrinsic": _Kind("Intrinsic dimension", ("intrinsic",)),
+    "probe fisher": _Kind("Fisher of what a rank discards", ("fisher",)),
     "interference": _Kind("Several updates", ("angles", "union"), interference_lines, interference_grids),
     "intruders": _Kind("Intruder dimensions", ("intruders",), intruders_lines, intruders_grids),
     "spectrum --adapters": _Kind(

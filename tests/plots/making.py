@@ -7,9 +7,14 @@ from lora_diag.results import (
     Allocation,
     Baseline,
     Certificate,
+    Curvature,
+    Effect,
     End,
+    Fisher,
     Fleet,
     Interference,
+    Intrinsic,
+    LossBound,
     Overlap,
     Probe,
     Residual,
@@ -423,3 +428,56 @@ def probed(records, name="tuned", command="probe sweep", **settings):
     ]
     run = Run(command=command, version="0", inputs=tuple(inputs), settings={"tolerance": 0.02, "steps": 9, **settings})
     return Results(run, (), (), End(layers=0, left_out=0, fro=None, base_fro=None), tuple(records))
+
+
+def curved(layers=("model.layers.0.mlp.up_proj.weight", "model.layers.1.mlp.up_proj.weight"), **how):
+    """Return the records of curvature at TUNED, or at BASE without ``ranks``; the gap is 1/(1 + r) nats."""
+    ranks, sets = how.get("ranks", (0, 4, 16)), how.get("sets", ("held_out",))
+    more = {"set": sets[0], "data": "0", "tokens": 10, "at": "tuned" if ranks else "base", "matrix": "hessian"}
+    more |= {"loss": 1.0, "gradient": 1.0}
+    top = {"eigenvalues": (50.0, 2.0), "residual": 1e-3, "smallest": -1.0}
+    found = [Curvature(layer=None, params=100, trace=9.0, trace_error=1.0, **top, **more)]
+    for place, layer in enumerate(layers):
+        own = {"eigenvalues": (2.0 + place,), "residual": 1e-3} if how.get("eigen", True) else {}
+        found.append(Curvature(layer=layer, params=10, trace=float(place - 1), trace_error=None, **own, **more))
+    for name in sets:
+        for rank in ranks:
+            for along in (0.1, 1.0):
+                gap = how.get("gap", 1.0) * along / (1 + rank)
+                more = {"tail_energy": 1.0, "linear": 0.1 * gap, "quadratic": 0.8 * gap, "upper": 100 / (1 + rank)}
+                more |= {"lower": None, "curvature": 1.0, "loss": 1 + gap, "gap": gap, "gap_error": 0.3 * abs(gap)}
+                where = {"set": name, "data": "0", "tokens": 10, "rank": rank, "along": along}
+                found.append(LossBound(holds=True, **where, **more))
+    return found
+
+
+def reached(dims=(10, 100, 1000), ranks=(1, 8), sets=("held_out", "shifted"), full=1.0):
+    """Return the runs of ``probe intrinsic``, two seeds and rates each; ``shifted`` gains nothing."""
+    sizes = [("full", None, None, 10**6, full)]
+    sizes += [("subspace", d, None, d, 2 - 0.3 * np.log10(d)) for d in dims]
+    sizes += [("lora", None, r, 500 * r, 1.3 - 0.02 * r) for r in ranks]
+    found = []
+    for name in sets:
+        more = {"set": name, "shifted": name == "shifted", "data": "0", "tokens": 10}
+        found.append(Intrinsic(subject="base", params=0, loss=2.0 if name != "shifted" else 0.5, **more))
+        for subject, dim, rank, params, loss in sizes:
+            for lr, seed, worse in ((1e-3, 0, 0.0), (1e-2, 0, 0.2), (1e-3, 1, 0.04)):
+                run = {"subject": subject, "dim": dim, "rank": rank, "params": params, "lr": lr, "seed": seed}
+                found.append(Intrinsic(loss=loss + worse, **run, **more))
+    return found
+
+
+def fishers(types=("mlp.up_proj", "self_attn.q_proj"), blocks=4, ranks=(4, 8), measured=True, values=32):
+    """Return the records of ``probe fisher``: the KL has the order of F, the other way round than σ²."""
+    found = []
+    for place, kind in enumerate(types):
+        for block in range(blocks):
+            number = place * blocks + block + 1
+            curve = tuple(float(number) * (1 - r / values) for r in range(values))
+            at = {str(r): curve[r] for r in ranks}
+            effect = {r: Effect(loss=1.0, gap=f / 2, gap_error=None, kl=f / 2) for r, f in at.items()}
+            more = {"set": "text", "labels": "model", "sequences": 2, "predictions": 10, "tokens": 10, "fro": 1.0}
+            sums = {"linear": at, "weight": {r: -f for r, f in at.items()}, "data": at, "kfac": at}
+            more |= {"fisher": curve, "on": "held_out" if measured else None, "effect": effect if measured else None}
+            found.append(Fisher(layer=f"model.layers.{block}.{kind}.weight", shape=(8, 8 * number), **sums, **more))
+    return found

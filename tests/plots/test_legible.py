@@ -108,6 +108,16 @@ def probes():
     yield "two types", "sensitivity", making.probed(making.adapted()), {}
     yield "many layers", "sensitivity", making.probed(making.adapted(many, sets=("a", "b", "c"))), {}
     yield "hostile", "sensitivity", making.probed(making.adapted(HOSTILE[:7], sets=HOSTILE[:2])), {}
+    yield "per layer", "curvature", making.probed(making.curved()), {}
+    yield "many layers", "curvature", making.probed(making.curved(many, ranks=(), eigen=False)), {}
+    yield "hostile", "curvature", making.probed(making.curved(HOSTILE[:7], sets=HOSTILE[:3], gap=1e-9)), {}
+    yield "two runs", "curvature", [making.probed(making.curved(), name=n, top=i) for i, n in enumerate("ab")], {}
+    yield "two sets", "intrinsic", making.probed(making.reached()), {}
+    yield "one size", "intrinsic", making.probed(making.reached((5,), (), HOSTILE[:3], full=1.9)), {}
+    yield "two runs", "intrinsic", [making.probed(making.reached(), name=n, steps=i) for i, n in enumerate("ab")], {}
+    yield "measured", "fisher", making.probed(making.fishers()), {}
+    yield "not measured", "fisher", making.probed(making.fishers(measured=False)), {}
+    yield "hostile", "fisher", making.probed(making.fishers(HOSTILE[:9])), {"per": "type"}
     for case, records in (
         ("two adapters", making.said()),
         ("many adapters", making.said(many, sets=("a", "b", "c"), depths=127)),

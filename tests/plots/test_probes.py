@@ -162,3 +162,77 @@ def test_what_units_gain_alone_is_ranked_at_their_best_rate():
     assert [name for name, *_ in drawn] == ["self_attn.q_proj", "mlp.up_proj"]
     np.testing.assert_allclose([row[1:] for row in drawn], expected)
     assert plots.why_not("sensitivity", making.probed(records[:1])) == "no unit is finished with a gain"
+
+
+def error_bars(ax):
+    return [np.array(segment) for collection in ax.collections for segment in collection.get_segments()]
+
+
+def test_curvature_holds_model_and_bound_against_the_measured_gap_of_the_whole_truncation():
+    records = making.curved()
+    ax = plots.curvature(making.probed(records))
+    gaps = {0: 1.0, 4: 1 / 5, 16: 1 / 17}
+    assert ax.get_yscale() == "log"
+    # The measured line is part of a bar, which has no name of its own.
+    np.testing.assert_allclose(next(iter(ax.containers)).lines[0].get_xydata(), list(gaps.items()))
+    np.testing.assert_allclose(lines(ax, "_predicted")[0][:, 1], [0.9 * gap for gap in gaps.values()])
+    np.testing.assert_allclose(lines(ax, "_bound")[0][:, 1], [100.1 * gap for gap in gaps.values()])
+    np.testing.assert_allclose([bar[:, 1] for bar in error_bars(ax)], [[0.4 * gap, 1.6 * gap] for gap in gaps.values()])
+    assert ax.get_title(loc="left") == "held_out: model 0.9, bound 100 times the measured gap"
+    both = plots.figure("curvature", making.probed(records))
+    named = [label.get_text() for label in both.axes[1].get_yticklabels()]
+    assert [name.split(".")[-1] for name in named] == ["all jointly", "up_proj", "up_proj"]
+    assert "1.mlp" in named[1]
+    rows = [float(line.lines[0].get_xdata()[0]) for line in both.axes[1].containers]
+    assert rows == [50.0, 3.0, 2.0]
+    assert len(plots.figure("curvature", making.probed(making.curved(eigen=False))).axes) == 1
+
+
+def test_curvature_at_base_shows_the_layers_and_a_gap_below_zero_is_told():
+    ax = plots.curvature(making.curved(ranks=(), eigen=False))
+    assert ax.get_xlabel() == "tr(H) (nats)"
+    assert "at 3 ranks" in words(plots.figure("curvature", making.probed(making.curved(gap=-1.0))))
+
+
+def test_the_gauss_newton_matrix_bounds_nothing():
+    told = words(plots.figure("curvature", making.probed(making.curved())))
+    assert "and its bound" in told
+    newton = [r.model_copy(update={"matrix": "ggn"}) if r.record == "curvature" else r for r in making.curved()]
+    page = plots.figure("curvature", making.probed(newton))
+    assert "and its bound" not in words(page)
+    assert "bounds nothing" in words(page)
+    keys = [text.get_text() for legend in page.legends for text in legend.get_texts()]
+    assert keys == ["measured", "linear + quadratic model", "λ term, no bound"]
+    assert "λ term 100 times" in page.axes[0].get_title(loc="left").replace("\n", " ")
+
+
+def test_intrinsic_shows_shares_of_full_s_gain_at_the_best_rate_and_leaves_out_a_set_without_a_gain():
+    ax = plots.intrinsic(making.probed(making.reached(), share=0.9))
+    gain = 2.0 - (1.0 + 1.04) / 2
+    found = {d: (2 - (2 - 0.3 * np.log10(d) + 0.02)) / gain for d in (10, 100, 1000)}
+    np.testing.assert_allclose(lines(ax, "_subspace")[0], list(found.items()))
+    np.testing.assert_allclose(lines(ax, "_lora")[0], [[500, 0.7 / gain], [4000, 0.84 / gain]])
+    assert lines(ax, "_share")[0][0, 1] == 0.9
+    assert sum(map(len, lines(ax, "_seeds"))) == 10
+    assert "d = 1\u202f000 comes to 89.8%, LoRA r = 8 comes to 86%" in ax.get_title(loc="left").replace("\xa0", " ")
+    page = plots.figure("intrinsic", making.probed(making.reached()))
+    assert len(page.axes) == 1
+    assert "gains nothing there: shifted" in words(page)
+    none = plots.why_not("intrinsic", making.probed(making.reached(sets=("shifted",))))
+    assert none == "no set on which full fine-tuning gains, and a subspace or a LoRA is finished"
+
+
+def test_fisher_shows_the_order_of_each_predictor_and_the_tails_where_nothing_was_measured():
+    page = plots.figure("fisher", making.probed(making.fishers()))
+    assert [ax.get_title(loc="left").split(" (")[0] for ax in page.axes] == ["over all layers", "within module types"]
+    for ax in page.axes:
+        for name, rho in (("Fisher", 1.0), ("weight energy", -1.0), ("K-FAC energy", 1.0), ("layer size", 1.0)):
+            np.testing.assert_allclose(lines(ax, f"_{name}")[0], [[4, rho], [8, rho]])
+    for ax in (
+        plots.fisher(making.fishers(measured=False)),
+        plots.figure("fisher", making.probed(making.fishers()), per="type").axes[0],
+    ):
+        (tail,) = lines(ax, "_mlp.up_proj")
+        np.testing.assert_allclose(tail[:-1], [[r, sum(range(1, 5)) * (1 - r / 32) / 2] for r in range(1, 32)])
+    still = [record.model_copy(update={"fisher": (0.0,)}) for record in making.fishers()]
+    assert plots.why_not("fisher", making.probed(still)) == "no tail moves the loss"

@@ -14,6 +14,9 @@ from lora_diag.deltas import Delta, Pairing, Side, StoredDelta, natural_order, p
 from lora_diag.errors import InputError, UsageError
 from lora_diag.results import RunInput
 
+# What ``probe activations`` says that its file is: under the names of weights, so it would pair with them.
+MOMENTS = "second moments of layers' inputs"
+
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
@@ -77,6 +80,9 @@ def _compare(
     if adapter_last:
         return _with_adapter(before, tuned, layers, exclude, allow_unmatched, verify)
     after = open_checkpoint(tuned)
+    for side in (before, after):
+        if any(file.metadata.get("kind") == MOMENTS for file in side.files):
+            raise UsageError(f"{side.path}: holds {MOMENTS} and is no checkpoint; it is what --activations takes")
     pairing, notes = _pair_renamed(pair(before, after, layers, exclude), before, after)
     return Comparison((describe("base", before, verify=verify), describe("tuned", after, notes, verify)), pairing)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from lora_diag.api.activations import GRADIENTS
 from lora_diag.api.fingerprint import fingerprint, legible
+from lora_diag.api.inputs import MOMENTS
 from lora_diag.api.probing import Watch, check, counted, estimate
 from lora_diag.checkpoints import Checkpoint, open_checkpoint
 from lora_diag.checkpoints.tensors import TensorInfo
@@ -134,7 +135,7 @@ def _chosen(model: Model, stored: Checkpoint, selected: Callable[[str], bool]) -
 
 def _metadata(stored: Checkpoint, model: Model, texts: Texts, tokens: int) -> dict[str, str]:
     return {
-        "kind": "second moments of layers' inputs",
+        "kind": MOMENTS,
         "tokens": str(tokens),
         "set": legible(texts.name),
         "data": texts.hash,

@@ -137,8 +137,9 @@ def _lines(plan: Plan) -> list[tuple[str, str]]:
 
 def _time(plan: Plan, rates: PlanRates) -> str:
     """Say what the estimate stands on."""
+    cores = "1 core" if rates.cores == 1 else f"{rates.cores} cores"
     lines = [
-        f"an estimate for {rates.cores} cores, from the speed of this machine measured just now: what else it was busy "
+        f"an estimate for {cores}, from the speed of this machine measured just now: what else it was busy "
         "with counts; start-up is not in it",
         "storage is taken to keep up: one machine reads as fast as the last column says, many that many times as fast",
     ]

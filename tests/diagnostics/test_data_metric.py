@@ -118,6 +118,8 @@ def test_recorded_gradients_and_spectra_in_them_equal_what_autograd_gives(tmp_pa
     for name in names:
         g = outputs[name]
         assert np.abs(stored[PREFIX + name] - g.T @ g / len(g)).max() <= 1e-4 * np.abs(g.T @ g / len(g)).max()
+    with pytest.raises(UsageError, match="is no checkpoint; it is what --activations takes"):
+        lora_diag.spectrum(base, file)
     found = lora_diag.spectrum(base, tuned, activations=file, layers=chosen)
     both = lora_diag.spectrum(base, tuned, activations=file, kfac=True, layers=chosen)
     before, after = tensors(base), tensors(tuned)

@@ -77,7 +77,8 @@ class Spectrum(Record):
         s: Singular values of ΔW, descending, to 9 significant digits.
         complete: True if ``s`` holds all min(out, in) of them, or all that can differ from zero (an adapter's r).
         method: What computed them, such as ``gram`` or ``exact``.
-        energy_error: Bound on the absolute error of every energy fraction in this record; the digits of ``s`` count.
+        energy_error: Bound on the absolute error of every energy fraction in this record, the digits of ``s`` included,
+            for ΔW as it was subtracted: in float32, unless a file is float64, for 2.4e-7 more at the very most.
         energy: C(r) = Σ_{i≤r}σ_i² / ‖ΔW‖_F² by r; null for a zero update and for r beyond the values kept.
         rank_at: Smallest r with C(r) ≥ the threshold; null if it is beyond the values kept, 0 for a zero update.
         tail: Errors of the best rank-r approximation, by r.

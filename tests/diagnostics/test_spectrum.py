@@ -170,6 +170,19 @@ def test_the_bound_holds_for_the_digits_of_the_record(tmp_path, method):
     assert 1e-12 < max(errors) <= record.energy_error < 1e-8
 
 
+@pytest.mark.parametrize("n", [3, 8, 40])
+def test_what_subtracting_in_float32_does_to_an_energy(tmp_path, n):
+    """Entries that are not within a factor of 2 of each other: beyond ``energy_error``, within what the page says."""
+    rng = np.random.default_rng(n)
+    base, tuned = (rng.standard_normal((n, n)).astype(np.float32) for _ in range(2))
+    folders = [save_model(tmp_path / str(i), {"w": torch.from_numpy(w)}) for i, w in enumerate((base, tuned))]
+    (record,) = lora_diag.spectrum(*folders, ranks=range(1, n))
+    s = oracles.spectrum(base.astype(np.float64), tuned.astype(np.float64))["s"]
+    errors = [abs(record.energy[str(r)] - oracles.energy_at(s, r)) for r in range(1, n)]
+    assert 1e-12 < max(errors) <= record.energy_error + 4 * 2.0**-24
+    assert record.fro == pytest.approx(np.linalg.norm(tuned.astype(np.float64) - base), rel=2.0**-24)
+
+
 def test_the_resolution_of_a_bf16_pair(tmp_path):
     rng = np.random.default_rng(0)
     base = torch.from_numpy(rng.standard_normal((96, 80)) * 0.02).bfloat16()

@@ -146,7 +146,14 @@ def _with_error(gain: float, error: float | None) -> str:
 
 
 def _range(seeds: Sequence[float]) -> str:
-    return f"{min(seeds):.4f}-{max(seeds):.4f}" if len(seeds) > 1 else "-"
+    """Return the span of the gains; a minus sign beside a dash is not to be read.
+
+    >>> _range([0.25, 0.125]), _range([0.25, -0.125]), _range([0.25])
+    ('0.1250-0.2500', '-0.1250 to 0.2500', '-')
+    """
+    if len(seeds) < 2:
+        return "-"
+    return f"{min(seeds):.4f}{' to ' if min(seeds) < 0 else '-'}{max(seeds):.4f}"
 
 
 def _score(scores: dict[str, float], name: str) -> str:

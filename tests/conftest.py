@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -14,6 +15,10 @@ from safetensors.torch import save_file
 
 # Matrices here are small, and several threads on a busy machine spin for each other: one is fastest.
 torch.set_num_threads(1)
+
+# A shell starts what runs behind it without Ctrl-C, and children inherit that: the tests that send one need it.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared"

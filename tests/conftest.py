@@ -16,12 +16,18 @@ from safetensors.torch import save_file
 # Matrices here are small, and several threads on a busy machine spin for each other: one is fastest.
 torch.set_num_threads(1)
 
-# A shell starts what runs behind it without Ctrl-C, and children inherit that: the tests that send one need it.
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared"
+
+
+@pytest.fixture(autouse=True)
+def ctrl_c():
+    """Let the commands that a test starts be interrupted.
+
+    Children inherit whether Ctrl-C is ignored: a shell starts so what runs behind it, and ``main`` ends so, also where
+    a test calls it in this process.
+    """
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @dataclass

@@ -20,14 +20,16 @@ NAME, SMALL = "model.layers.0.mlp.up_proj.weight", "model.layers.0.self_attn.q_p
 SAMPLE = ROOT / "sample_checkpoints"
 
 PEAK = """
-import resource, sys, torch
+import re, sys, torch
+from pathlib import Path
 from tests.diagnostics.test_memory import needed_and_measured
 
 torch.set_num_threads(1)
 warm = torch.randn(300, 300, dtype=torch.float64)
 torch.linalg.eigh(warm @ warm.T), torch.linalg.qr(warm), torch.linalg.svdvals(warm)
 needed, measure = needed_and_measured(*sys.argv[1:])
-resident = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+# not getrusage, which begins with what the parent took
+resident = lambda: 1024 * int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
 before = resident()
 measure()
 print(needed, resident() - before)

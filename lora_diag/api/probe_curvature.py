@@ -17,7 +17,6 @@ from lora_diag.api.probing import (
     check_files,
     counted,
     described,
-    duration,
     left_out,
     read_sets,
     run_of,
@@ -27,6 +26,7 @@ from lora_diag.deltas import natural_order, selector
 from lora_diag.errors import NothingComparedError, UsageError
 from lora_diag.linalg import resolve_device
 from lora_diag.linalg.eigenpairs import basis_size
+from lora_diag.reports.text import duration
 from lora_diag.results import AnyRecord, Curvature, LeftOut, LossBound, Results, ResultsWriter, RunInput
 from lora_diag.results.curvature import Matrix
 from lora_diag.results.names import part_of

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,21 +17,22 @@ from lora_diag.api.probing import (
     check_files,
     counted,
     described,
-    duration,
     read_sets,
     run_of,
 )
+from lora_diag.api.training_runs import check_training, read_training, timed
 from lora_diag.checkpoints import open_checkpoint
 from lora_diag.errors import UsageError
 from lora_diag.linalg import resolve_device
 from lora_diag.planning.intrinsic import Subject, best_rates
+from lora_diag.reports.text import duration
 from lora_diag.results import AnyRecord, Intrinsic, Results, ResultsWriter
-from lora_diag.training.data import Texts, read_texts
+from lora_diag.training.data import Texts
 from lora_diag.training.intrinsic import SCALE_STEP, Method, Run, check_dim, rate_of, scales_of, subspace_losses
 from lora_diag.training.losses import Losses, measure
 from lora_diag.training.methods import with_lora
 from lora_diag.training.models import Model, open_model
-from lora_diag.training.sweep import CLIP_NORM, WARMUP, Cell, Training, losses_after
+from lora_diag.training.sweep import RECIPE, Cell, Training, losses_after
 
 DIMS = (10, 30, 100, 300, 1000, 3000, 10000)
 RANKS = (1, 2, 4, 8)
@@ -120,9 +121,7 @@ def probe_intrinsic(
     for dim in dims:
         check_dim(dim, total, scales_of(model.module) if method == "said" else 0)
     sets = read_sets(model, evaluate, shifted, max_sequences)
-    training = Training(read_texts(data, model), steps, batch, seed)
-    if same := next((each for each in sets if each.hash == training.texts.hash), None):
-        raise UsageError(f"{same.path}: is the text that is trained on; give one that is held out")
+    training = Training(read_training(data, model, sets), steps, batch, seed)
     settings = {
         "dims": sorted(set(dims)),
         "method": method,
@@ -136,7 +135,7 @@ def probe_intrinsic(
         "seed": seed,
         "params": total,
         "scale_step": SCALE_STEP if method == "said" else None,
-        "optimizer": f"AdamW, no weight decay, gradient norm {CLIP_NORM:g}, warm-up {WARMUP:g}, cosine to 0",
+        "optimizer": RECIPE,
     }
     inputs = (describe("base", open_checkpoint(base)), described(training.texts, "data"), *map(described, sets))
     run = run_of("probe intrinsic", inputs, settings, model, batch, "float32")
@@ -280,10 +279,7 @@ class _Probe:
 
     def _timed(self, arm: _Arm) -> tuple[float, float]:
         """Return the seconds of a step, at the largest size, and of a batch of an evaluation."""
-        once, first = replace(self.training, steps=2), self.sets[0].first(self.training.batch)
-        ticks = [time.perf_counter()]
-        self._trained(arm.cell(arm.sizes[-1], 1e-6, 0), once, [first], lambda: ticks.append(time.perf_counter()))
-        return ticks[2] - ticks[1], ticks[3] - ticks[2]
+        return timed(self.training, self.sets, partial(self._trained, arm.cell(arm.sizes[-1], 1e-6, 0)))
 
     def _finished(self, arm: _Arm) -> Iterator[tuple[Any, ...]]:
         """Yield the runs that are finished already."""
@@ -330,14 +326,6 @@ def _check(
         raise UsageError(f"--dims {','.join(map(str, dims))}: dimensions must be whole numbers from 1 up")
     if ranks and min(ranks) < 1:
         raise UsageError(f"--ranks {','.join(map(str, ranks))}: ranks must be whole numbers from 1 up")
-    for option, given in rates.items():
-        if not given or not all(0 < rate < 10 for rate in given):
-            shown = ",".join(f"{rate:g}" for rate in given)
-            raise UsageError(f"{option} {shown}: learning rates must lie between 0 and 10")
-    for option, value in (("--steps", steps), ("--seeds", seeds)):
-        if value < 1:
-            raise UsageError(f"{option} {value}: must be at least 1")
-    if not 0 <= seed < 2**31:
-        raise UsageError(f"--seed {seed}: must be a whole number from 0 to 2^31 - 1")
+    check_training(rates, {"--steps": steps, "--seeds": seeds}, seed)
     if not 0 < share < 1:
         raise UsageError(f"--share {share}: must lie between 0 and 1")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -18,18 +17,19 @@ from lora_diag.api.probing import (
     check_files,
     counted,
     described,
-    duration,
     read_sets,
     run_of,
 )
+from lora_diag.api.training_runs import check_training, read_training, timed
 from lora_diag.checkpoints import Checkpoint, open_checkpoint
 from lora_diag.deltas import selector
-from lora_diag.errors import NothingComparedError, UsageError
+from lora_diag.errors import NothingComparedError
 from lora_diag.linalg import resolve_device
 from lora_diag.planning.sensitivity import best_rate
+from lora_diag.reports.text import duration
 from lora_diag.results import AnyRecord, FirstOrder, LeftOut, Results, ResultsWriter, Sensitivity
 from lora_diag.training.activations import linear_layers
-from lora_diag.training.data import Texts, read_texts
+from lora_diag.training.data import Texts
 from lora_diag.training.losses import Losses, measure
 from lora_diag.training.methods import Lora, inner_layers
 from lora_diag.training.models import Model, Weights, open_model
@@ -42,7 +42,7 @@ from lora_diag.training.sensitivity import (
     shape_of,
     units_of,
 )
-from lora_diag.training.sweep import CLIP_NORM, WARMUP, Cell, Training
+from lora_diag.training.sweep import RECIPE, Cell, Training
 
 PER = ("layer", "block", "type")
 RATES = (1e-3, 1e-2)
@@ -117,15 +117,14 @@ def probe_sensitivity(
         NothingComparedError: No linear layer is selected.
     """
     check(batch, max_sequences, per=(per, PER))
-    _check(rank, delta, rates, steps, seeds, seed)
+    counts = {"--rank": rank, "--delta": delta, "--steps": steps, "--seeds": seeds}
+    check_training({"--lr": rates}, counts, seed)
     check_files(evaluate, *shifted, data)
     selected = selector(layers, exclude)
     stored = open_checkpoint(base)
     model = open_model(base, resolve_device(device), dtype, length, tokenizer)
     sets = read_sets(model, evaluate, shifted, max_sequences)
-    training = Training(read_texts(data, model), steps, batch, seed, Lora())
-    if same := next((each for each in sets if each.hash == training.texts.hash), None):
-        raise UsageError(f"{same.path}: is the text that is trained on; give one that is held out")
+    training = Training(read_training(data, model, sets), steps, batch, seed, Lora())
     names, left_out = _chosen(model, stored, selected)
     linear = {name: layer for name, layer in linear_layers(model.module).items() if name in names}
     settings = {
@@ -139,7 +138,7 @@ def probe_sensitivity(
         "layers": layers,
         "exclude": exclude,
         "kind": training.kind.about,
-        "optimizer": f"AdamW, no weight decay, gradient norm {CLIP_NORM:g}, warm-up {WARMUP:g}, cosine to 0",
+        "optimizer": RECIPE,
     }
     inputs = (describe("base", stored), described(training.texts, "data"), *map(described, sets))
     run = run_of("probe sensitivity", inputs, settings, model, batch, dtype)
@@ -157,21 +156,6 @@ def probe_sensitivity(
         for unit in units:
             probe.run(unit, bases)
         return kept.end(left_out)
-
-
-def _check(rank: int, delta: int | None, rates: Sequence[float], steps: int, seeds: int, seed: int) -> None:
-    """Refuse numbers that make no sense.
-
-    Raises:
-        UsageError: There are such.
-    """
-    for option, value in (("--rank", rank), ("--delta", delta), ("--steps", steps), ("--seeds", seeds)):
-        if value is not None and value < 1:
-            raise UsageError(f"{option} {value}: must be at least 1")
-    if not rates or not all(0 < rate < 10 for rate in rates):
-        raise UsageError(f"--lr {','.join(f'{rate:g}' for rate in rates)}: learning rates must lie between 0 and 10")
-    if not 0 <= seed < 2**31:
-        raise UsageError(f"--seed {seed}: must be a whole number from 0 to 2^31 - 1")
 
 
 def _chosen(model: Model, stored: Checkpoint, selected: Callable[[str], bool]) -> tuple[dict[str, str], list[LeftOut]]:
@@ -248,11 +232,7 @@ class _Probe:
             self.kept.put(*adapted_alone(self.model, unit, cell, self.training, self.sets, bases, after))
 
     def _has(self, unit: str, cell: Cell) -> bool:
-        key = (unit, cell.rank, cell.lr, cell.seed)
-        have = {
-            r.set for r in self.kept.records if isinstance(r, Sensitivity) and (r.unit, r.rank, r.lr, r.seed) == key
-        }
-        return {each.name for each in self.sets} <= have
+        return self.kept.has(self.sets, record="sensitivity", unit=unit, rank=cell.rank, lr=cell.lr, seed=cell.seed)
 
     def _scored(self) -> bool:
         return any(isinstance(record, FirstOrder) for record in self.kept.records)
@@ -264,12 +244,13 @@ class _Probe:
 
     def tell_cost(self) -> None:
         """Time one step of the first unit, through which gradients go farthest, and tell what all will take."""
-        ticks, first = [time.perf_counter()], self.sets[0].first(self.training.batch)
-        once, cell = replace(self.training, steps=2), Cell(self.ranks[-1], 1e-6, 0)
+        first, cell = self.sets[0].first(self.training.batch), Cell(self.ranks[-1], 1e-6, 0)
         bases = {first.name: measure(self.model, first, self.training.batch)}
-        ticks = [time.perf_counter()]
-        adapted_alone(self.model, self.units[0], cell, once, [first], bases, lambda: ticks.append(time.perf_counter()))
-        step, evaluation = ticks[2] - ticks[1], ticks[3] - ticks[2]
+        step, evaluation = timed(
+            self.training,
+            self.sets,
+            lambda once, sets, after: adapted_alone(self.model, self.units[0], cell, once, sets, bases, after),
+        )
         batches = batches_of(self.sets, self.training.batch)
         runs = len(self.units) * len(self.ranks) * (len(self.rates) + self.seeds - 1) - self._done()
         passes = 0 if self._scored() else batches_of([self._seen()], self.training.batch)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,22 +18,23 @@ from lora_diag.api.probing import (
     check_files,
     counted,
     described,
-    duration,
     read_sets,
     run_of,
 )
+from lora_diag.api.training_runs import check_training, read_training, timed
 from lora_diag.checkpoints import open_checkpoint
 from lora_diag.errors import UsageError
 from lora_diag.linalg import resolve_device
 from lora_diag.planning.sweep import best_rates
+from lora_diag.reports.text import duration
 from lora_diag.results import AnyRecord, Results, ResultsWriter
 from lora_diag.results.probe import Subject
-from lora_diag.training.data import Texts, read_texts
+from lora_diag.training.data import Texts
 from lora_diag.training.losses import measure
 from lora_diag.training.methods import Lora, inner_layers
 from lora_diag.training.models import Model, open_model
 from lora_diag.training.rounding import GRIDS, rounded
-from lora_diag.training.sweep import CLIP_NORM, WARMUP, Cell, Training, record_of, run_cell
+from lora_diag.training.sweep import RECIPE, Cell, Training, record_of, run_cell
 
 RANKS = (4, 8, 16, 32, 64)
 RATES = (1e-4, 3e-4, 1e-3, 3e-3)
@@ -127,9 +127,7 @@ def probe_sweep(
     model = open_model(base, resolve_device(device), dtype, length, tokenizer)
     sets = read_sets(model, evaluate, shifted, max_sequences)
     kind = Lora(tuple(targets) or None, dora, rslora)
-    training = Training(read_texts(data, model), steps, batch, seed, kind)
-    if same := next((each for each in sets if each.hash == training.texts.hash), None):
-        raise UsageError(f"{same.path}: is the text that is trained on; give one that is held out")
+    training = Training(read_training(data, model, sets), steps, batch, seed, kind)
     settings = {
         "ranks": sorted(set(ranks)),
         "rates": sorted(set(rates)),
@@ -142,7 +140,7 @@ def probe_sweep(
         "seed": seed,
         "tolerance": tolerance,
         "targets": list(targets) or "all-linear",
-        "optimizer": f"AdamW, no weight decay, gradient norm {CLIP_NORM:g}, warm-up {WARMUP:g}, cosine to 0",
+        "optimizer": RECIPE,
     }
     inputs = (describe("base", open_checkpoint(base)), described(training.texts, "data"), *map(described, sets))
     run = run_of("probe sweep", inputs, settings, model, batch, dtype)
@@ -235,11 +233,10 @@ class _Sweep:
 
     def _timed(self, arm: _Arm) -> tuple[float, float]:
         """Return the seconds of a step, at the largest rank, and of a batch of an evaluation."""
-        once, first = replace(self.training, steps=2), self.sets[0].first(self.training.batch)
-        ticks = [time.perf_counter()]
-        cell = Cell(arm.ranks[-1], 1e-6, 0, arm.subject)
-        run_cell(self.model, cell, once, [first], self.training.batch, lambda: ticks.append(time.perf_counter()))
-        return ticks[2] - ticks[1], ticks[3] - ticks[2]
+        cell, size = Cell(arm.ranks[-1], 1e-6, 0, arm.subject), self.training.batch
+        return timed(
+            self.training, self.sets, lambda once, first, after: run_cell(self.model, cell, once, first, size, after)
+        )
 
     def _done(self, arm: _Arm) -> int:
         """Count the runs that are finished already."""
@@ -270,14 +267,6 @@ def _check(
     """
     if not ranks or min(ranks) < 1:
         raise UsageError(f"--ranks {','.join(map(str, ranks))}: ranks must be whole numbers from 1 up")
-    for option, given in (("--lr", rates), ("--full-lr", full_rates)):
-        if not given or not all(0 < rate < 10 for rate in given):
-            shown = ",".join(f"{rate:g}" for rate in given)
-            raise UsageError(f"{option} {shown}: learning rates must lie between 0 and 10")
-    for option, value in (("--steps", steps), ("--seeds", seeds)):
-        if value < 1:
-            raise UsageError(f"{option} {value}: must be at least 1")
-    if not 0 <= seed < 2**31:
-        raise UsageError(f"--seed {seed}: must be a whole number from 0 to 2^31 - 1")
+    check_training({"--lr": rates, "--full-lr": full_rates}, {"--steps": steps, "--seeds": seeds}, seed)
     if not 0 < tolerance < 1:
         raise UsageError(f"--tolerance {tolerance}: must lie between 0 and 1")

@@ -12,6 +12,7 @@ from lora_diag.api.measuring import not_paired
 from lora_diag.deltas import Delta, Pairing
 from lora_diag.engines import Layout
 from lora_diag.errors import UsageError
+from lora_diag.reports.text import duration
 from lora_diag.results import AnyRecord, LeftOut, Results, ResultsWriter, Run, RunInput, WholeRecord, totals
 from lora_diag.training.data import Texts, check_names, read_texts
 from lora_diag.training.losses import measure
@@ -72,8 +73,8 @@ class Kept:
             watch.record(record)
 
     def has(self, texts: Sequence[Texts], **fields: Any) -> bool:
-        """Say whether there is a record with these fields on every set."""
-        have = {r.set for r in self.records if all(getattr(r, name) == value for name, value in fields.items())}
+        """Say whether there is a record with these fields on every set; ``record`` goes first where kinds are mixed."""
+        have = {r.set for r in self.records if all(getattr(r, name, ...) == value for name, value in fields.items())}
         return {each.name for each in texts} <= have
 
     def put(self, *records: WholeRecord) -> None:
@@ -198,14 +199,3 @@ def estimate(model: Model, texts: Texts, batch: int, watch: Watch, what: str, mo
     measure(model, first, batch)
     took = time.perf_counter() - start
     watch.note(f"about {duration(took * watch.total)}: {what}, {watch.total} batches of {took:.2g} s each{more}")
-
-
-def duration(seconds: float) -> str:
-    """Return a time in words.
-
-    >>> duration(0.4), duration(75), duration(7300)
-    ('1 s', '75 s', '2.0 h')
-    """
-    if seconds < 120:
-        return f"{max(1, round(seconds))} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

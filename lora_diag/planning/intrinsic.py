@@ -5,12 +5,12 @@ Knows records only. Every size counts at its own best learning rate.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Literal
 
+from lora_diag.planning.rates import lowest
 from lora_diag.results import Intrinsic
 
 Subject = Literal["full", "subspace", "lora"]
@@ -72,11 +72,8 @@ def best_rates(records: Iterable[Intrinsic], choose: str, seed: int, subject: Su
         seed: The first seed.
         subject: Of which runs.
     """
-    found: dict[int | None, tuple[float, float]] = {}
-    for r in records:
-        if r.subject == subject and r.set == choose and r.seed == seed and r.loss is not None and r.lr is not None:
-            found[size_of(r)] = min(found.get(size_of(r), (math.inf, 0.0)), (r.loss, r.lr))
-    return {size: lr for size, (_, lr) in found.items()}
+    key = (subject, choose, seed)
+    return lowest((size_of(r), r.loss, r.lr) for r in records if (r.subject, r.set, r.seed) == key)
 
 
 def size_of(record: Intrinsic) -> int | None:

@@ -13,6 +13,7 @@ from statistics import fmean
 import numpy as np
 
 from lora_diag.metrics.correlation import interval, p_value, spearman
+from lora_diag.planning.rates import lowest
 from lora_diag.results import FirstOrder, Sensitivity, Spectrum
 from lora_diag.results.names import module_type_of
 
@@ -93,12 +94,7 @@ class Correlation:
 def best_rate(records: Sequence[Sensitivity], unit: str, rank: int, choose: str, seed: int) -> float | None:
     """Return the rate of a unit's lowest loss on the deciding set at the first seed; None where all runs diverged."""
     key = (unit, rank, choose, seed)
-    found = [
-        (r.loss, r.lr)
-        for r in records
-        if (r.unit, r.rank, r.set, r.seed) == key and r.loss is not None and r.lr is not None
-    ]
-    return min(found)[1] if found else None
+    return lowest((unit, r.loss, r.lr) for r in records if (r.unit, r.rank, r.set, r.seed) == key).get(unit)
 
 
 def gains_of(records: Sequence[Sensitivity], name: str, choose: str, rank: int, seed: int) -> list[Gain]:

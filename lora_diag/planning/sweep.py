@@ -14,6 +14,7 @@ from typing import Literal
 
 from scipy.special import stdtrit
 
+from lora_diag.planning.rates import lowest
 from lora_diag.results import Probe
 from lora_diag.results.probe import Subject
 
@@ -134,12 +135,9 @@ def best_rates(records: Sequence[Probe], choose: str, seed: int, subject: Subjec
         seed: The first seed.
         subject: ``lora``; or ``full`` or ``bitfit``, whose rank is None.
     """
-    found: dict[int | None, tuple[float, float]] = {}
-    for record in records:
-        if record.subject == subject and record.set == choose and record.seed == seed and record.loss is not None:
-            assert record.lr is not None
-            found[record.rank] = min(found.get(record.rank, (math.inf, 0.0)), (record.loss, record.lr))
-    return {rank: lr for rank, (_, lr) in sorted(found.items(), key=lambda item: item[0] or 0)}
+    key = (subject, choose, seed)
+    found = lowest((r.rank, r.loss, r.lr) for r in records if (r.subject, r.set, r.seed) == key)
+    return dict(sorted(found.items(), key=lambda item: item[0] or 0))
 
 
 def by_rank(

@@ -9,7 +9,7 @@ from rich.table import Table
 
 from lora_diag.reports.columns import Column, table_of
 from lora_diag.reports.lines import answers
-from lora_diag.reports.text import count, percent, safe, short, to_text
+from lora_diag.reports.text import count, duration, percent, safe, short, to_text
 from lora_diag.results.plan import Plan, PlanFit, PlanRank, PlanRates, PlanType
 
 # Optimizers by their column.
@@ -74,10 +74,10 @@ def _ranks(plan: Plan, width: int) -> Table:
 
 
 def _costs(plan: Plan, width: int) -> Table:
-    columns = [Column("core time", tuple(duration(each.core_seconds) for each in plan.costs))]
+    columns = [Column("core time", tuple(_time_of(each.core_seconds) for each in plan.costs))]
     for machines in plan.costs[0].seconds:
         title = "this machine" if machines == 1 else f"{machines} such"
-        columns.append(Column(title, tuple(duration(each.seconds[machines]) for each in plan.costs)))
+        columns.append(Column(title, tuple(_time_of(each.seconds[machines]) for each in plan.costs)))
     if plan.costs[0].bytes is not None:
         speeds = (f"{_bytes(round((each.bytes or 0) / each.seconds[1]))}/s" for each in plan.costs)
         columns.append(Column("one reads", tuple(speeds)))
@@ -85,18 +85,8 @@ def _costs(plan: Plan, width: int) -> Table:
     return table_of("loradiag spectrum", names, columns, width)
 
 
-def duration(seconds: float) -> str:
-    """Return a time in the unit that a reader thinks in.
-
-    >>> duration(0.4), duration(95), duration(8000), duration(400_000)
-    ('<1 s', '95 s', '2.2 h', '4.6 days')
-    """
-    if seconds < 1:
-        return "<1 s"
-    for most, unit, name in ((120, 1, "s"), (7200, 60, "min"), (172_800, 3600, "h")):
-        if seconds < most:
-            return f"{seconds / unit:.{0 if seconds / unit >= 10 else 1}f} {name}"
-    return f"{seconds / 86_400:.1f} days"
+def _time_of(seconds: float) -> str:
+    return "<1 s" if seconds < 1 else duration(seconds)
 
 
 def _column(title: str, full: str, ranks: Sequence[PlanRank], cell: Callable[[PlanRank], str]) -> Column:

@@ -208,3 +208,17 @@ def strip(shares: Sequence[float | None], width: int) -> str:
     edges = [round(i * len(shares) / columns) for i in range(columns + 1)] if columns else []
     bins = [[share for share in shares[a:b] if share is not None] for a, b in pairwise(edges)]
     return "".join(bar(sum(known) / len(known)) if known else UNKNOWN for known in bins)
+
+
+def duration(seconds: float) -> str:
+    """Return a time in the unit that a reader thinks in.
+
+    >>> duration(0.4), duration(75), duration(160), duration(8000), duration(400_000)
+    ('1 s', '75 s', '2.7 min', '2.2 h', '4.6 days')
+    """
+    if seconds < 120:
+        return f"{max(1, round(seconds))} s"
+    for most, unit, name in ((7200, 60, "min"), (172_800, 3600, "h")):
+        if seconds < most:
+            return f"{seconds / unit:.{0 if seconds / unit >= 10 else 1}f} {name}"
+    return f"{seconds / 86_400:.1f} days"

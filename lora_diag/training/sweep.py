@@ -25,6 +25,8 @@ from lora_diag.training.models import Model
 # Share of the steps over which the learning rate rises; it then falls to zero along a cosine.
 WARMUP = 0.05
 CLIP_NORM = 1.0
+# What a run record says of all that.
+RECIPE = f"AdamW, no weight decay, gradient norm {CLIP_NORM:g}, warm-up {WARMUP:g}, cosine to 0"
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from lora_diag.plots.panel import panel_axes
 from lora_diag.plots.probing import probes, sets_of
 from lora_diag.plots.ranked import Row, draw_rows, figure_of
-from lora_diag.plots.series import Options, Series
+from lora_diag.plots.series import Options, Series, owner_of, subject_of
 from lora_diag.plots.sheet import Words
 from lora_diag.plots.style import Look, category, name_of
 from lora_diag.results import Probe, Results
@@ -61,7 +61,7 @@ def figure(series: Sequence[Series[Any]], look: Look, options: Options) -> Figur
     for name, called in sets_of(records).items():
         rows = []
         for number, one in enumerate(series):
-            whose = f"{one.label}: " if len(series) > 1 else ""
+            whose = owner_of(one, series)
             rows += _rows([record for record in one.records if record.set == name], rank, whose, number)
         if rows:
             panels.append((called, sorted(rows, key=lambda row: -row.value)[:ROWS]))
@@ -71,7 +71,7 @@ def figure(series: Sequence[Series[Any]], look: Look, options: Options) -> Figur
         notes.append(f"The {ROWS} costliest of {most}.")
     if others := [other for other in _ranks(records) if other != rank]:
         notes.append(f"Also measured, not drawn: r = {', '.join(map(str, others))}.")
-    about = f"{series[0].label}; " if len(series) == 1 and series[0].label else ""
+    about = subject_of(series)
     words = Words(
         f"What it costs to truncate one part alone to r\xa0=\xa0{rank}",
         f"{about}held-out loss minus that of TUNED, nats; to the right of the line is worse",

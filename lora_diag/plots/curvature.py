@@ -13,7 +13,7 @@ from matplotlib.lines import Line2D
 from lora_diag.plots.panel import panel_axes
 from lora_diag.plots.probing import measured_axis, panel_width
 from lora_diag.plots.ranked import NAMES, Row, draw_rows
-from lora_diag.plots.series import Options, Series
+from lora_diag.plots.series import Options, Series, subject_of
 from lora_diag.plots.sheet import Key, Words, sheet
 from lora_diag.plots.style import (
     CATEGORIES,
@@ -204,7 +204,7 @@ def _words(
 ) -> Words:
     first = next(record for record in records if isinstance(record, Curvature))
     matrix = "Hessian" if first.matrix == "hessian" else "Gauss–Newton matrix"
-    about = f"{series[0].label}; " if len(series) == 1 and series[0].label else ""
+    about = subject_of(series)
     if not truncated:
         return Words(
             f"Curvature of the loss at {first.at.upper()}: the {matrix} of each layer",

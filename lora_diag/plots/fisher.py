@@ -13,7 +13,7 @@ from matplotlib.lines import Line2D
 from lora_diag.planning.fisher import PREDICTORS, Correlations, correlations
 from lora_diag.plots.panel import panel_axes, rank_axis
 from lora_diag.plots.probing import loss_axis, measured_axis, panel_width, panels_of
-from lora_diag.plots.series import Options, Series
+from lora_diag.plots.series import Options, Series, owner_of, subject_of
 from lora_diag.plots.sheet import Key, Words, sheet
 from lora_diag.plots.style import CATEGORIES, INK, QUIET, Look, category, log_label, name_of, styled, wrapped
 from lora_diag.results import Fisher, Results
@@ -71,7 +71,7 @@ def figure(series: Sequence[Series[Any]], look: Look, options: Options) -> Figur
         words = _words(series, found, types, look)
         figure, axes = sheet(look, words, rows, columns, panel=1.9 * look.panel, share=False)
         for (one, known, place), ax in zip(panels, axes, strict=False):
-            whose = f"{one.label}: " if len(series) > 1 else ""
+            whose = owner_of(one, series)
             if known:
                 _draw_correlations(ax, known, place, inches, look)
                 ax.set_title(wrapped(f"{whose}{_finding(known, place)}", inches, look.text), parse_math=False)
@@ -182,5 +182,5 @@ def _words(
     ]
     if rest := [kind for kind, color in types.items() if color == QUIET]:
         keys.append(Key(Line2D([], [], color=QUIET, lw=1.4 * width), f"{len(rest)} other types"))
-    about = f"{series[0].label}; " if len(series) == 1 and series[0].label else ""
+    about = subject_of(series)
     return Words(title, f"{about}{what}", (" ".join(notes),), tuple(keys))

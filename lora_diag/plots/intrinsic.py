@@ -13,7 +13,7 @@ from matplotlib.ticker import LogLocator, NullFormatter, PercentFormatter
 from lora_diag.planning.intrinsic import Line, lines, reached
 from lora_diag.plots.panel import panel_axes
 from lora_diag.plots.probing import levels, limits, loss_axis, panel_width, panels_of, sets_of
-from lora_diag.plots.series import Options, Series
+from lora_diag.plots.series import Options, Series, subject_of
 from lora_diag.plots.sheet import Key, Words, sheet
 from lora_diag.plots.style import CATEGORIES, INK, QUIET, Look, category, log_label, styled, wrapped
 from lora_diag.results import Intrinsic, Results
@@ -167,7 +167,7 @@ def _words(series: Sequence[Series[Any]], share: float, without: Sequence[str], 
     ]
     if not single:
         keys += [Key(Line2D([], [], color=category(i), lw=1.6 * width), one.label) for i, one in enumerate(series)]
-    about = f"{series[0].label}; " if single and series[0].label else ""
+    about = subject_of(series)
     run = series[0].run
     if single and run is not None and "steps" in run.settings:
         about += f"{run.settings['steps']} steps, "

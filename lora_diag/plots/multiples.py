@@ -15,7 +15,7 @@ from lora_diag.plots.curves import MARKED, Quantity, has_floor, largest_rank
 from lora_diag.plots.fields import changes_of, metric_said
 from lora_diag.plots.groups import Types, by_depth, deepest
 from lora_diag.plots.panel import draw_series
-from lora_diag.plots.series import Series
+from lora_diag.plots.series import Series, owner_of
 from lora_diag.plots.sheet import MAX_PANELS, Key, Words, depth_bar, finish_grid, grid_of, sheet
 from lora_diag.plots.style import FLOOR, INK, Look, category, cropped_all
 from lora_diag.results import Spectrum
@@ -130,7 +130,7 @@ def _keys(
     found = []
     if bands:
         for number, one in enumerate(series):
-            who = f"{one.label}: " if len(series) > 1 else ""
+            who = owner_of(one, series)
             found.append(Key(Patch(facecolor=category(number), alpha=0.7), f"{who}median layer, range"))
     elif deepest(record.layer for record in records) == 0:
         found.append(Key(Line2D([], [], color=INK, lw=look.line), "one line a layer"))

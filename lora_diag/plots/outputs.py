@@ -12,9 +12,9 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from lora_diag.plots.panel import panel_axes
-from lora_diag.plots.probing import limits, panel_width, panels_of, probes, sets_of
+from lora_diag.plots.probing import limits, one_set, panel_width, panels_of, sets_of
 from lora_diag.plots.ranked import Row, draw_rows, figure_of
-from lora_diag.plots.series import Options, Series
+from lora_diag.plots.series import Options, Series, owner_of, subject_of
 from lora_diag.plots.sheet import Key, Words, sheet
 from lora_diag.plots.style import CATEGORIES, INK, QUIET, Look, category, name_of, styled, wrapped
 from lora_diag.results import Probe, Results
@@ -47,14 +47,12 @@ def outputs(results: Results[Any] | Iterable[Probe], ax: Axes | None = None, *, 
     Returns:
         The Axes drawn on.
     """
-    records = probes(results, "outputs")
-    sets = sets_of(records)
-    chosen = name if name is not None else next(iter(sets))
-    rows = _rows([record for record in records if record.set == chosen], "")
+    records, called = one_set(results, "outputs", name)
+    rows = _rows(records, "")
     with panel_axes(ax) as (axes, look):
         draw_rows(axes, rows, [row.name for row in rows], look)
         axes.set_xlabel("loss minus TUNED's (nats)")
-        axes.set_title(sets[chosen], parse_math=False, loc="left")
+        axes.set_title(called, parse_math=False, loc="left")
     return axes
 
 
@@ -69,10 +67,8 @@ def depth(results: Results[Any] | Iterable[Probe], ax: Axes | None = None, *, na
     Returns:
         The Axes drawn on.
     """
-    records = probes(results, "outputs")
-    sets = sets_of(records)
-    chosen = name if name is not None else next(iter(sets))
-    lines = _lines([record for record in records if record.set == chosen], "")
+    records, _ = one_set(results, "outputs", name)
+    lines = _lines(records, "")
     with panel_axes(ax) as (axes, look):
         _draw_depth(axes, lines, look)
         axes.set(xlabel="block (0: embeddings)", ylabel="distance of hidden states")
@@ -87,12 +83,12 @@ def figure(series: Sequence[Series[Any]], look: Look, options: Options) -> Figur
     for name, called in sets.items():
         rows = []
         for one in series:
-            rows += _rows([r for r in one.records if r.set == name], f"{one.label}: " if len(series) > 1 else "")
+            rows += _rows([r for r in one.records if r.set == name], owner_of(one, series))
         panels.append((called, sorted(rows, key=lambda row: -row.value)[:ROWS]))
     most = max(sum(record.set == name for one in series for record in _others(one.records)) for name in sets)
     notes = ["Bars are two paired standard errors, by sequence: one that crosses zero cannot be told from TUNED."]
     notes.append(f"The {ROWS} largest gaps of {most}." if most > ROWS else "")
-    about = f"{series[0].label}; " if len(series) == 1 and series[0].label else ""
+    about = subject_of(series)
     words = Words(
         "Held-out loss of each model, less that of the full fine-tune",
         f"{about}mean negative log-likelihood, nats; to the left of the line is better than TUNED",
@@ -108,15 +104,13 @@ def depth_figure(series: Sequence[Series[Any]], look: Look, options: Options) ->
     inches = panel_width(look, columns)
     by_set = {
         name: [
-            line
-            for one in series
-            for line in _lines([r for r in one.records if r.set == name], f"{one.label}: " if len(series) > 1 else "")
+            line for one in series for line in _lines([r for r in one.records if r.set == name], owner_of(one, series))
         ]
         for name in sets
     }
     names = list(dict.fromkeys(name for lines in by_set.values() for name, _ in lines))
     with styled(look):
-        about = f"{series[0].label}; " if len(series) == 1 and series[0].label else ""
+        about = subject_of(series)
         words = Words(
             "Distance of the hidden states from those of the full fine-tune",
             f"{about}‖h_TUNED − h‖ / ‖h_TUNED − h_BASE‖ over all tokens; BASE is 1, TUNED 0",

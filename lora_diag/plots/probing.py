@@ -31,6 +31,14 @@ def sets_of(records: Iterable[Probe | Sensitivity | Intrinsic]) -> dict[str, str
     return found
 
 
+def one_set(results: Results[Any] | Iterable[Any], probe: str, name: str | None) -> tuple[list[Probe], str]:
+    """Return the records of one probe on one set, the first if none is named, and what the set is called."""
+    records = probes(results, probe)
+    sets = sets_of(records)
+    chosen = name if name is not None else next(iter(sets))
+    return [record for record in records if record.set == chosen], sets[chosen]
+
+
 def panels_of(number: int, look: Look) -> tuple[int, int]:
     """Return rows and columns of panels that are each as wide as a reader needs: one below the other in a column."""
     columns = 1 if look.columns < 3 else min(number, 2 if number in {2, 4} else 3)

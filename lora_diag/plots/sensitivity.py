@@ -12,7 +12,7 @@ from lora_diag.planning.sensitivity import gains_of
 from lora_diag.plots.panel import panel_axes
 from lora_diag.plots.probing import sets_of
 from lora_diag.plots.ranked import Row, draw_rows, figure_of
-from lora_diag.plots.series import Options, Series
+from lora_diag.plots.series import Options, Series, owner_of, subject_of
 from lora_diag.plots.sheet import Words
 from lora_diag.plots.style import Look, category, name_of
 from lora_diag.results import Results, Sensitivity
@@ -56,7 +56,7 @@ def figure(series: Sequence[Series[Any]], look: Look, options: Options) -> Figur
     for name, called in sets_of(record for one in series for record in one.records).items():
         rows = []
         for number, one in enumerate(series):
-            rows += _rows(one.records, name, f"{one.label}: " if len(series) > 1 else "", number)
+            rows += _rows(one.records, name, owner_of(one, series), number)
         most = max(most, len(rows))
         panels.append((called, sorted(rows, key=lambda row: -row.value)[:ROWS]))
     ranks = sorted({_rank(one.records) for one in series})
@@ -64,7 +64,7 @@ def figure(series: Sequence[Series[Any]], look: Look, options: Options) -> Figur
         "Bars are two standard errors, paired by sequence. What a part gains alone is not its share of what all gain."
     ]
     notes += [f"The {ROWS} highest of {most}."] if most > ROWS else []
-    about = f"{series[0].label}; " if len(series) == 1 and series[0].label else ""
+    about = subject_of(series)
     words = Words(
         f"What each part gains where it is adapted alone, r\xa0=\xa0{', '.join(map(str, ranks))}",
         f"{about}loss of BASE minus loss on held-out text, nats; to the right of the line is better",

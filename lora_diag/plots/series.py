@@ -157,3 +157,13 @@ def by_step(series: Sequence[Series[Any]], rank: int | None) -> tuple[Series[Any
             whose = f"{one.label}, " if len(series) > 1 else ""
             found.append(Series(f"{whose}step {step}, r = {chosen}", records))
     return tuple(part for part in found if part.records)
+
+
+def subject_of(series: Sequence[Series[Any]]) -> str:
+    """Return how a subtitle begins: with the run's name, if it is one and has one."""
+    return f"{series[0].label}; " if len(series) == 1 and series[0].label else ""
+
+
+def owner_of(one: Series[Any], series: Sequence[Series[Any]]) -> str:
+    """Return what is put before a name of one of several runs."""
+    return f"{one.label}: " if len(series) > 1 else ""

@@ -14,7 +14,7 @@ from matplotlib.patches import Patch
 from lora_diag.planning.sweep import AtRank, SweepVerdict, best_rates, by_rank, judge
 from lora_diag.plots.panel import panel_axes
 from lora_diag.plots.probing import levels, limits, loss_axis, measured_axis, panel_width, panels_of, probes, sets_of
-from lora_diag.plots.series import Options, Series
+from lora_diag.plots.series import Options, Series, subject_of
 from lora_diag.plots.sheet import Key, Words, sheet
 from lora_diag.plots.style import FLOOR, INK, QUIET, Look, category, styled, wrapped
 from lora_diag.results import Probe, Results
@@ -205,7 +205,7 @@ def _words(series: Sequence[Series[Any]], sets: dict[str, str], look: Look) -> W
     keys.append(Key(Line2D([], [], color=color, ls="", **ring), "smallest rank within tolerance"))
     if single:
         keys.append(Key(Patch(facecolor=FLOOR, alpha=0.5), "within tolerance of the best"))
-    about = f"{series[0].label}; " if single and series[0].label else ""
+    about = subject_of(series)
     run = series[0].run
     if single and run is not None and "steps" in run.settings:
         about += f"{run.settings['steps']} steps, "

@@ -11,8 +11,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from lora_diag.plots.panel import panel_axes
-from lora_diag.plots.probing import levels, limits, loss_axis, measured_axis, panel_width, panels_of, probes, sets_of
-from lora_diag.plots.series import Options, Series
+from lora_diag.plots.probing import levels, limits, loss_axis, measured_axis, one_set, panel_width, panels_of, sets_of
+from lora_diag.plots.series import Options, Series, subject_of
 from lora_diag.plots.sheet import Key, Words, sheet
 from lora_diag.plots.style import CATEGORIES, INK, QUIET, Look, category, styled, wrapped
 from lora_diag.results import Probe, Results
@@ -48,15 +48,13 @@ def truncation(results: Results[Any] | Iterable[Probe], ax: Axes | None = None, 
     Returns:
         The Axes drawn on.
     """
-    records = together(probes(results, "truncation"))
-    sets = sets_of(records)
-    chosen = name if name is not None else next(iter(sets))
+    records, called = one_set(results, "truncation", name)
+    mine = together(records)
     with panel_axes(ax) as (axes, look):
         inches = float(axes.get_window_extent().width) / axes.figure.dpi
-        mine = [record for record in records if record.set == chosen]
         _draw_losses(axes, mine, inches, look)
         axes.set(xlabel="rank r of the update", ylabel="loss (nats)")
-        axes.set_title(_finding(sets[chosen], mine), parse_math=False, loc="left")
+        axes.set_title(_finding(called, mine), parse_math=False, loc="left")
     return axes
 
 
@@ -194,7 +192,7 @@ def _words(series: Sequence[Series[Any]], look: Look) -> Words:
         ]
         keys.append(Key(Line2D([], [], color=QUIET, **dots), "its energy share C(r)"))
     keys.append(Key(Line2D([], [], color=INK, lw=0.8 * width, ls=(0, (4, 2))), "BASE, TUNED"))
-    about = f"{series[0].label}; " if single and series[0].label else ""
+    about = subject_of(series)
     about += "mean negative log-likelihood of held-out predictions; nothing is trained"
     rest = {one.run.settings.get("rest") for one in series if one.run is not None}
     notes = ["Share of the change: 0 at BASE, 1 at TUNED. Errors are those of the gap to TUNED, paired by sequence."]

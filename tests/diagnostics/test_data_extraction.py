@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 
 import lora_diag
 from lora_diag.checkpoints import open_checkpoint
-from lora_diag.deltas import Side
-from lora_diag.diagnostics.extraction import ExtractionSettings, Rank, extract
+from lora_diag.deltas import Side, pair
+from lora_diag.diagnostics.extraction import ExtractionSettings, Layer, Rank, extract
 from lora_diag.diagnostics.metric import Moments, Weighting
 from lora_diag.errors import UsageError
 from tests import oracles
@@ -71,6 +71,19 @@ def test_no_factors_of_a_rank_have_a_smaller_error_in_the_output(
         nearby = product + 0.01 * rng.standard_normal(product.shape)
         others.append(oracles.best_approximation(nearby, rank))
     assert all(loss(real, other, x, on_rows) >= found - 1e-6 * whole for other in others)
+
+
+def test_signal_holds_the_update_against_the_rounding_in_the_same_metric(tmp_path):
+    """With C = α²·1 both sizes shrink by α, so that as many singular values stand above the edge as without C."""
+    rng = torch.Generator().manual_seed(0)
+    base = (torch.randn(128, 96, generator=rng) * 0.02).bfloat16()
+    planted = torch.tensor(oracles.with_spectrum(np.array([0.5, 0.4, 0.3]), 128, 96, seed=0), dtype=torch.float32)
+    for name, weight in (("base", base), ("tuned", (base.float() + planted).bfloat16())):
+        save_file({"q_proj.weight": weight}, tmp_path / f"{name}.safetensors")
+    delta = pair(*(open_checkpoint(tmp_path / f"{name}.safetensors") for name in ("base", "tuned"))).deltas[0]
+    small = weighting(tmp_path, np.eye(96) * 1e-3, on_rows=False)
+    layer = Layer(delta, "q_proj", "linear", False, Rank(signal=True), weighting=small)
+    assert extract(layer, ExtractionSettings(), Kept()).rank == 3
 
 
 def test_the_error_of_a_real_layer_is_what_was_predicted(tmp_path):

@@ -221,7 +221,24 @@ def test_rounding_in_the_metric_of_the_data_is_what_rounding_changes_there(tmp_p
     assert np.linalg.norm(error) < record.resolution.rounding_fro
     assert np.linalg.svd(error, compute_uv=False)[0] < record.resolution.edge
     plain = lora_diag.spectrum(base, tuned).layers[0]
+    spectral = np.sqrt(np.linalg.eigvalsh(as_stored(file)[layer])[-1])
+    assert record.resolution.rounding_fro == pytest.approx(plain.resolution.rounding_fro * spectral, rel=1e-6)
     assert plain.resolution.noise_fro != pytest.approx(record.resolution.noise_fro, rel=0.1)
+
+
+def test_the_bound_covers_what_storing_the_moments_in_bf16_changes(pair, tmp_path):
+    base, tuned, before, after = pair
+    c, g = moments(12, 3), moments(16, 4)
+    matrices = {UP: torch.tensor(c).bfloat16(), PREFIX + UP: torch.tensor(g).bfloat16()}
+    save_file(matrices, tmp_path / "a.safetensors")
+    d = as_numpy(after[UP] - before[UP])
+    for kfac, left in ((False, np.eye(16)), (True, oracles.square_root(g))):
+        record = lora_diag.spectrum(
+            base, tuned, activations=tmp_path / "a.safetensors", ranks=(1, 3), layers="mlp", kfac=kfac
+        )[UP]
+        s = np.linalg.svd(left @ d @ oracles.square_root(c), compute_uv=False)
+        moved = max(abs(share - oracles.energy_at(s, int(rank))) for rank, share in record.energy.items())
+        assert 1e-6 < moved <= record.energy_error < 0.2
 
 
 def test_without_weights_beside_it_the_edge_is_the_plain_one():

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from lora_diag.errors import MemoryLimitError, UsageError
 from lora_diag.linalg import Allowance, Streamed, decompose, decompose_streamed
 from lora_diag.linalg import limited as limits
-from lora_diag.linalg.streamed import at_least, gram_of_rows
+from lora_diag.linalg.streamed import COLUMNS, at_least, gram_of_rows
 from tests import oracles
 
 PLENTY = 10**9
@@ -49,6 +49,12 @@ def test_products_do_not_depend_on_the_blocks(m, n, rows, held, columns, seed):
     lower = np.tril(a @ a.T)
     assert np.allclose(np.tril(gram_of_rows(blocks, held)), lower, rtol=1e-10, atol=1e-10 * (1 + np.abs(lower).sum()))
     assert torch.equal(torch.cat(list(at_least(torch.from_numpy(a).split(rows), 7))), torch.from_numpy(a))
+
+
+def test_products_of_rows_longer_than_a_part_of_the_columns():
+    a = np.random.default_rng(5).standard_normal((7, 2 * COLUMNS + 3))
+    gram = gram_of_rows(streamed(torch.from_numpy(a), 3), 1)
+    assert np.allclose(np.tril(gram), np.tril(a @ a.T), rtol=0, atol=1e-10)
 
 
 @settings(max_examples=30, deadline=None)

@@ -231,6 +231,19 @@ def test_the_bound_sees_what_the_basis_missed(monkeypatch):
         assert missed <= factors.energy_error
 
 
+def test_what_is_taken_for_the_energy_outside_the_basis_is_above_it(monkeypatch):
+    """The probe's Ritz value lies below λ_max(N), whatever the matrix; μ has to lie above it."""
+    s = np.concatenate([4.0 ** -np.arange(4.0), np.linspace(0.003, 0.001, 236)])
+    seen = []
+    outside, bound = krylov._largest_outside, krylov._bound
+    monkeypatch.setattr(krylov, "_largest_outside", lambda a, q, probe: seen.append((a, q)) or outside(a, q, probe))
+    monkeypatch.setattr(krylov, "_bound", lambda *words: seen.append(words[4]) or bound(*words))
+    matrix = torch.from_numpy(oracles.with_spectrum(s, 300, 240, 3))
+    assert krylov.decompose_krylov(matrix, float(matrix.norm()), top=4) is not None
+    (a, q), mu = seen
+    assert np.linalg.norm((a - a @ q @ q.T).numpy(), 2) ** 2 <= mu
+
+
 def test_krylov_repeats_itself_and_other_seeds_agree_within_the_bound():
     matrix = torch.from_numpy(oracles.with_spectrum(ADVERSARIAL["power law 1"], N, N, 3).astype(np.float32))
     one, two = (decompose(matrix, "krylov", top=K, seed=4) for _ in range(2))

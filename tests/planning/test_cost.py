@@ -32,6 +32,11 @@ def test_few_values_cost_less_only_where_krylov_is_taken():
     assert speed.core_seconds((700, 2000), 64) == speed.core_seconds((700, 2000), None)
 
 
+def test_beyond_the_orders_measured_eigenvalues_cost_as_a_cube():
+    cost = Speed(RATES).core_seconds((2048, 2048), None)
+    assert cost == pytest.approx(1e-8 * 2048**2 + 2e-11 * 2048**3 + 8 * 0.1)
+
+
 @given(orders, st.dictionaries(st.integers(2, 10**4), st.floats(1e-6, 1e3), min_size=1), st.integers(0, 3))
 def test_a_cost_between_two_orders_lies_between_their_costs(order, costs, beyond):
     found = between(costs, order, beyond)

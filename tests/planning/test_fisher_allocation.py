@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 import lora_diag
 from lora_diag.errors import InputError, UsageError
 from lora_diag.planning.allocation import Budget, allocate
-from lora_diag.planning.candidates import Constraints
+from lora_diag.planning.candidates import Constraints, units
 from lora_diag.reports.allocation import allocation_table
 from lora_diag.results import Fisher, ResultsWriter, Run, totals
 from tests.planning.records import record, results
@@ -53,6 +53,13 @@ def check(chosen, losses, budget, allowed):
     assert not certificate.optimal or kept >= best - 1e-9
     for layer in chosen.layers:
         assert layer.fisher == losses[layer.layer][layer.rank]
+
+
+def test_no_corner_lies_behind_the_best_rank_and_an_unmeasured_layer_weighs_nothing():
+    weights = dict.fromkeys(LAYERS, 1.0)
+    known, unknown, _ = units(spectra(), weights, Constraints(), {LAYERS[0]: (1.0, 0.4, 0.0, 0.3, 0.1)})
+    assert known.corners.tolist() == [1, 2]
+    assert (known.energy, unknown.energy) == (1.0, 0.0)
 
 
 @settings(max_examples=60, deadline=None)

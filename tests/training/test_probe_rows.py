@@ -11,6 +11,7 @@ import lora_diag
 from lora_diag.errors import InputError, UsageError
 from lora_diag.training.data import read_texts
 from lora_diag.training.models import open_model
+from lora_diag.training.rows import read_source
 from tests.training.making import bert, gpt2, moved
 
 CPU = torch.device("cpu")
@@ -40,6 +41,13 @@ def test_a_data_set_is_read_as_its_rows_are_from_json_lines(tmp_path, rows):
     # The hash is that of what is read, however it is stored.
     assert one.hash == read_texts(saved(rows, tmp_path / "other"), model).hash
     assert one.hash != read_texts(saved(rows[:1], tmp_path / "less"), model).hash
+
+
+def test_only_a_line_feed_ends_a_json_line(tmp_path):
+    rows = [{"text": "one\u2028two\u2029three\u0085four"}, {"text": "five"}]
+    path = tmp_path / "x.jsonl"
+    path.write_bytes("\r\n".join(json.dumps(row, ensure_ascii=False) for row in rows).encode())
+    assert read_source(path).rows == ((f"{path}: line 1", rows[0]), (f"{path}: line 2", rows[1]))
 
 
 def test_a_class_is_found_by_its_name_and_else_by_its_number(tmp_path):

@@ -126,10 +126,19 @@ def _table(drawn: Sequence[Drawn], then: str) -> str:
             made.add_row(one.name, Text(safe(str(one.path))), one.shows)
     reasons: dict[str, list[str]] = {}
     for one in drawn:
-        if one.path is None:
+        if one.path is None and not _unmeasured(one):
             reasons.setdefault(_why(one), []).append(one.name)
-    told = "\n".join(f"{', '.join(names)}: {safe(why)}" for why, names in reasons.items())
+    lines = [f"{', '.join(names)}: {safe(why)}" for why, names in reasons.items()]
+    absent = [one.name for one in drawn if one.path is None and _unmeasured(one)]
+    if absent:
+        lines.append(f"no records for {', '.join(absent)}; --figure NAME tells the command that writes them")
+    told = "\n".join(lines)
     return to_text(Group(made, "", answers([("Not drawn", told)] if told else [], then=then)), *terminal())
+
+
+def _unmeasured(one: Drawn) -> bool:
+    """Whether only the records are missing: so many figures are that a reason for each would hide what was drawn."""
+    return one.reason.startswith("no ") and one.reason.endswith(" records")
 
 
 def _why(one: Drawn) -> str:

@@ -25,7 +25,7 @@ from lora_diag.planning.findings import (
     scale_mismatch,
     shares_at,
 )
-from lora_diag.planning.loss_advice import LOSS_RULES
+from lora_diag.planning.loss_advice import LOSS_RULES, sweep_of
 from lora_diag.planning.step import Advice
 from lora_diag.results import Spectrum
 from lora_diag.results.names import module_type_of
@@ -232,7 +232,7 @@ def sweep(evidence: Evidence) -> Advice | None:
         f"{percent(median(kept))} in the median matrix: no rule above settles whether that is enough.",
         "no other rule speaks",
         "Article, diagnostic 3 (rank sweep)",
-        "loradiag probe sweep --help",
+        sweep_of(evidence),
     )
 
 

@@ -10,7 +10,7 @@ import shlex
 
 from lora_diag.planning.evidence import Evidence, Source
 from lora_diag.planning.step import Advice
-from lora_diag.planning.worth import ERRORS, KEPT, Contest, compressed, contests, swept
+from lora_diag.planning.worth import ERRORS, KEPT, Contest, compressed, contests, of, swept
 from lora_diag.results import Probe
 
 _PAIRED = "paired standard error by sequence (Cochran 1977, section 2.11)"
@@ -48,7 +48,7 @@ def close_gap(evidence: Evidence) -> Advice | None:
         f"every adapter worse by more than {ERRORS:.0f} standard errors on some set, and with as many against it "
         f"keeping less than {KEPT:.0%} of the gain",
         f"Article, rank selection step 5 (escalation); {_PAIRED}",
-        "loradiag probe sweep --help",
+        sweep_of(evidence),
     )
 
 
@@ -58,13 +58,15 @@ def measure_more(evidence: Evidence) -> Advice | None:
     unknown = [contest for contest in found if contest.word == "not known"]
     if not unknown or any(contest.word == "as good" for contest in found):
         return None
+    source, _ = next(of(evidence, "outputs"))
     return Advice(
         "measure more",
         "Measure the loss on more held-out text",
         f"{_told(unknown[0])}: too little to tell whether it does as well as the full fine-tune.",
         f"neither within {1 - KEPT:.0%} of the gain nor worse, with {ERRORS:.0f} standard errors either way",
         _PAIRED,
-        "loradiag probe outputs --help",
+        f"loradiag probe outputs {_model(source, 'base')} {_model(source, 'tuned')} {shlex.quote(unknown[0].name)} "
+        "--eval MORE_TEXT -o outputs.jsonl",
     )
 
 
@@ -73,10 +75,11 @@ def train_at_rank(evidence: Evidence) -> Advice | None:
     found = swept(evidence)
     if found is None or found.verdict.word == "no verdict":
         return None
-    verdict, base = found.verdict, found.base
+    verdict, base, again = found.verdict, found.base, " --seeds 4"
     many = ", ".join(map(str, found.ranks))
     if verdict.word == "no gain":
         do = "Change the training before the rank: every rank is worse than BASE"
+        again = " --lr 1e-6,1e-5,1e-4"
         because = f"On {found.set}, the best of r = {many} is {-verdict.gain:.3g} nats above BASE's {base.nats:.4g}."
     elif verdict.word == "noisy":
         do = "Sweep again with more seeds or steps: no rank can be named"
@@ -99,7 +102,7 @@ def train_at_rank(evidence: Evidence) -> Advice | None:
         because,
         "smallest rank whose mean loss over seeds is within tolerance of the best's, each at its best learning rate",
         "Article, diagnostic 3 (rank sweep)",
-        f"loradiag plan {base_path}" if verdict.rank is not None else f"loradiag probe sweep {base_path} --help",
+        f"loradiag plan {base_path}" if verdict.rank is not None else sweep_of(evidence, again),
     )
 
 
@@ -111,10 +114,12 @@ def mind_the_shift(evidence: Evidence) -> Advice | None:
     for name, other in found.shifted.items():
         if other.word == "no gain" and found.verdict.gain > 0:
             do = f"Decide what {name} is worth to you: training makes every rank worse there"
+            command = sweep_of(evidence, data="MIXED_TEXT")
             gain = f"for a gain of {found.verdict.gain:.3g} on {found.set}"
             because = f"Least at r={other.best}, by {-other.gain:.3g} nats, {gain}."
         elif other.rank is not None and found.verdict.rank is not None and other.rank > found.verdict.rank:
             do = f"Take r={other.rank} if {name} matters: r={found.verdict.rank} is enough on {found.set} only"
+            command = f"loradiag plan {_model(found.source, 'base')} --ranks {found.verdict.rank},{other.rank}"
             because = f"On {name}, r={other.rank} is the smallest rank within {other.tolerance:.3g} nats of the best."
         else:
             continue
@@ -124,7 +129,7 @@ def mind_the_shift(evidence: Evidence) -> Advice | None:
             because,
             "on a shifted set no rank is better than BASE, or the smallest rank within tolerance is higher",
             "Article, diagnostic 3 (in-domain and shifted sets); Biderman et al. 2024 (arXiv 2405.09673)",
-            f"loradiag probe sweep {_model(found.source, 'base')} --help",
+            command,
         )
     return None
 
@@ -171,6 +176,30 @@ def _gap(record: Probe) -> str:
 def _file(evidence: Evidence, command: str) -> str:
     names = [source.name for source in evidence.sources if source.results.run.command == command]
     return shlex.quote(names[0]) if names else "outputs.jsonl"
+
+
+def sweep_of(evidence: Evidence, more: str = "", data: str | None = None) -> str:
+    """Return the command of a rank sweep on the inputs that the records name; what they do not is in capitals."""
+    found = swept(evidence)
+    texts = [
+        f"--{role} {shlex.quote(side.path)}"
+        for side in (found.source.results.run.inputs if found else ())
+        for role in ("eval", "shifted")
+        if side.role == role
+    ]
+    base = _model(found.source, "base") if found else _any(evidence, "base")
+    trained = data or (_model(found.source, "data") if found else "TRAIN_TEXT")
+    held_out = " ".join(texts) or "--eval HELD_OUT_TEXT"
+    if found:
+        more += f" --ranks {','.join(map(str, found.ranks))}"
+        more += f" --steps {steps}" if (steps := found.source.results.run.settings.get("steps")) else ""
+    return f"loradiag probe sweep {base} --data {trained} {held_out}{more} -o {'sweep-2' if found else 'sweep'}.jsonl"
+
+
+def _any(evidence: Evidence, role: str) -> str:
+    """Return the first input of a role in any of the runs."""
+    named = (word for source in evidence.sources if (word := _model(source, role)) != role.upper())
+    return next(named, role.upper())
 
 
 def _model(source: Source, role: str) -> str:

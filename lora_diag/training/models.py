@@ -202,7 +202,8 @@ def _tokens(
             return _bytes("no tokenizer in BASE and a vocabulary of 256")
         named = base if asked == "auto" else asked
         raise InputError(
-            f"{named}: transformers cannot open a tokenizer: {_first_line(error)}; name a folder with --tokenizer"
+            f"{named}: transformers cannot open a tokenizer: {_first_line(error)}; --tokenizer DIR takes that of "
+            f"another folder{_or_bytes(vocabulary, kind)}"
         ) from error
 
     def ids(text: str) -> list[int]:
@@ -222,9 +223,22 @@ def _bytes(why: str) -> Tokens:
     return Tokens(lambda text: list(text.encode()), (), (), 0, f"UTF-8 bytes are the token ids ({why})")
 
 
+def _or_bytes(vocabulary: int, kind: Kind) -> str:
+    """Say whether bytes are a way out for a model without a tokenizer."""
+    if kind == "masked":
+        return ""
+    if vocabulary < 256:
+        return f" (--tokenizer bytes needs a vocabulary of 256 or more; this model has {vocabulary})"
+    return ", and --tokenizer bytes takes UTF-8 bytes as the token ids"
+
+
 def _first_line(error: Exception) -> str:
-    """Return the first line of what transformers says; the rest is about other models."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(":")
+    """Return the first line of what transformers says; the rest is about other models.
+
+    Where it is the heading of a list of ways to get a tokenizer, no file of one is there.
+    """
+    line = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(": ")
+    return "it has no tokenizer files" if line.endswith("one of") else line
 
 
 class Weights:

@@ -28,7 +28,9 @@ def test_plot_draws_what_the_records_allow_and_says_what_is_missing(loradiag, sp
     made = sorted(path.name for path in (tmp_path / "figures").iterdir())
     assert made == ["energy.png", "heatmap.png", "residual.png", "spectrum.png"]
     assert all(f"figures/{name}" in ran.out for name in made)
-    assert "overlap: no overlap records: loradiag overlap BASE TUNED GRADIENTS" in " ".join(ran.out.split())
+    assert "no records for overlap, allocation, angles" in " ".join(ran.out.split())
+    assert "loradiag overlap BASE TUNED GRADIENTS" in loradiag("plot", spectra, "--figure", "overlap").err
+    assert len(ran.out.splitlines()) <= 16, "what was drawn is not lost among what was not"
     assert "Next       loradiag report spectrum.jsonl residual.jsonl" in ran.out
     assert max(map(len, ran.out.splitlines())) <= 80
 

@@ -133,7 +133,9 @@ def test_in_between_only_the_loss_can_tell():
     s = decay(512, 0.75)
     kept = np.cumsum(s**2) / np.sum(s**2)
     assert (kept[7] > 0.5, kept[31] < 0.9) == (True, True)
-    assert told(model(s)) == ["sweep"]
+    (step,) = advice(evidence(model(s)))
+    assert step.rule == "sweep"
+    assert step.command.endswith(" --data TRAIN_TEXT --eval HELD_OUT_TEXT -o sweep.jsonl")
 
 
 def test_norms_and_biases_that_moved_ask_for_a_hybrid():

@@ -95,7 +95,11 @@ def test_a_gap_leads_and_weights_follow():
     assert [step.rule for step in steps] == ["close the gap", "raise rank everywhere"]
     assert steps[0].do == "Close a gap of +0.2000 ± 0.01 nats to the full fine-tune"
     assert "the best of 2" in steps[0].because
-    assert told(outputs({"a": 0.09}, error=0.05)) == ["measure more"]
+    command = "loradiag probe sweep base --data TRAIN_TEXT --eval HELD_OUT_TEXT -o sweep.jsonl"
+    assert steps[0].command == command
+    (more,) = advice(evidence(outputs({"a b": 0.09}, error=0.05)))
+    assert more.rule == "measure more"
+    assert more.command == "loradiag probe outputs 'my base' full 'a b' --eval MORE_TEXT -o outputs.jsonl"
 
 
 def test_a_sweep_names_the_rank_and_weights_are_not_asked_for_one():
@@ -111,16 +115,18 @@ def test_a_sweep_names_the_rank_and_weights_are_not_asked_for_one():
 
 
 @pytest.mark.parametrize(
-    ("swept", "rule", "do"),
+    ("swept", "rule", "do", "again"),
     [
-        (sweep({4: 2.1, 8: 2.2}), "sweep: no gain", "Change the training before the rank"),
-        (sweep({4: 1.50, 8: 1.51}, spread=0.2), "sweep: noisy", "Sweep again with more seeds or steps"),
+        (sweep({4: 2.1, 8: 2.2}), "sweep: no gain", "Change the training before the rank", "--lr 1e-6,1e-5,1e-4"),
+        (sweep({4: 1.50, 8: 1.51}, spread=0.2), "sweep: noisy", "Sweep again with more seeds or steps", "--seeds 4"),
     ],
 )
-def test_a_sweep_that_names_no_rank_leaves_it_to_the_weights(swept, rule, do):
+def test_a_sweep_that_names_no_rank_leaves_it_to_the_weights(swept, rule, do, again):
     steps = advice(evidence(model(flat_to(40, 512)), swept))
     assert [step.rule for step in steps] == [rule, "raise rank everywhere"]
     assert steps[0].do.startswith(do)
+    sweeps = "loradiag probe sweep 'my base' --data DATA --eval own.txt"
+    assert steps[0].command == f"{sweeps} {again} --ranks 4,8 -o sweep-2.jsonl"
 
 
 def test_a_shifted_set_is_asked_apart():
@@ -128,8 +134,10 @@ def test_a_shifted_set_is_asked_apart():
     worse = advice(evidence(sweep(losses, own=1.0, shifted={4: 1.2, 8: 1.3, 16: 1.4})))
     assert [step.rule for step in worse] == ["sweep: fast saturation", "mind the shift"]
     assert "Least at r=4, by 0.2 nats" in worse[1].because
+    assert "--data MIXED_TEXT --eval own.txt --ranks 4,8,16" in worse[1].command
     more = advice(evidence(sweep(losses, own=2.0, shifted={4: 1.5, 8: 1.3, 16: 1.1})))
     assert more[1].do == "Take r=16 if other matters: r=4 is enough on own only"
+    assert more[1].command == "loradiag plan 'my base' --ranks 4,16"
     assert told(sweep(losses, own=2.0, shifted=losses)) == ["sweep: fast saturation"]
 
 

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+import transformers
 
 import lora_diag
 from lora_diag.errors import InputError, NothingComparedError, UsageError
@@ -205,7 +206,11 @@ def test_names_with_and_without_the_prefix_of_the_inner_model(tmp_path):
         ({"batch": 0}, UsageError, "--batch 0"),
         ({"length": 1000}, UsageError, "--length 1000.*32 positions"),
         ({"dtype": "int8"}, UsageError, "--dtype int8"),
-        ({"tokenizer": "nowhere"}, InputError, "nowhere: transformers cannot open a tokenizer"),
+        (
+            {"tokenizer": "nowhere"},
+            InputError,
+            "nowhere: transformers cannot open a tokenizer.*--tokenizer bytes takes",
+        ),
         ({"evaluate": []}, UsageError, "--eval"),
         ({"evaluate": ["missing.txt"]}, InputError, r"missing\.txt: no such file"),
         ({"layers": "nothing"}, NothingComparedError, "nothing to truncate"),
@@ -273,3 +278,22 @@ def test_models_that_cannot_be_probed_are_named(tmp_path, config, message):
     file.write_text(json.dumps(json.loads(file.read_text()) | config))
     with pytest.raises(InputError, match=message):
         lora_diag.probe_truncation(base, base, evaluate=[some_text(tmp_path)])
+
+
+@pytest.mark.parametrize(
+    ("vocabulary", "way_out"),
+    [
+        (40, r"\(--tokenizer bytes needs a vocabulary of 256 or more; this model has 40\)"),
+        (300, ", and --tokenizer bytes"),
+    ],
+)
+def test_a_model_without_a_tokenizer_is_told_the_way_out(tmp_path, vocabulary, way_out):
+    config = transformers.LlamaConfig(
+        vocab_size=vocabulary, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
+    )
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "base")
+    why = (
+        r"base: transformers cannot open a tokenizer: it has no tokenizer files; --tokenizer DIR takes that of another"
+    )
+    with pytest.raises(InputError, match=f"{why} folder ?{way_out}"):
+        lora_diag.probe_truncation(tmp_path / "base", tmp_path / "base", evaluate=[some_text(tmp_path)])

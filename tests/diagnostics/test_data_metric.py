@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 import lora_diag
 from lora_diag.api.activations import second_moments
 from lora_diag.api.inputs import compare
-from lora_diag.diagnostics.metric import extra
+from lora_diag.diagnostics.metric import Root, extra
 from lora_diag.diagnostics.spectrum import Layer, SpectrumSettings, size
 from lora_diag.errors import InputError, UsageError
 from lora_diag.metrics import noise_edge
@@ -118,6 +118,7 @@ def test_recorded_gradients_and_spectra_in_them_equal_what_autograd_gives(tmp_pa
     for name in names:
         g = outputs[name]
         assert np.abs(stored[PREFIX + name] - g.T @ g / len(g)).max() <= 1e-4 * np.abs(g.T @ g / len(g)).max()
+    assert any("is no checkpoint" in note for note in lora_diag.inspect(file).notes)
     with pytest.raises(UsageError, match="is no checkpoint; it is what --activations takes"):
         lora_diag.spectrum(base, file)
     found = lora_diag.spectrum(base, tuned, activations=file, layers=chosen)
@@ -239,6 +240,13 @@ def test_the_bound_covers_what_storing_the_moments_in_bf16_changes(pair, tmp_pat
         s = np.linalg.svd(left @ d @ oracles.square_root(c), compute_uv=False)
         moved = max(abs(share - oracles.energy_at(s, int(rank))) for rank, share in record.energy.items())
         assert 1e-6 < moved <= record.energy_error < 0.2
+
+
+def test_directions_that_are_float32_rounding_are_not_inverted():
+    lower = torch.diag(torch.tensor([2.0, 1e-3, 1e-4], dtype=torch.float64))  # C's eigenvalues: 4, 1e-6 and 1e-8
+    root = Root(lower, on_rows=False, error=0.0, fro=2.0, spectral=2.0)
+    assert torch.allclose(root.inverse, torch.diag(torch.tensor([0.5, 1e3, 0.0], dtype=torch.float64)))
+    assert Root(lower * 0, False, 0.0, 0.0, 0.0).inverse.eq(0).all()
 
 
 def test_without_weights_beside_it_the_edge_is_the_plain_one():

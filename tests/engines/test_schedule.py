@@ -116,3 +116,40 @@ def test_what_costs_nothing_is_nothing():
     assert list(Machines(0).run([], Room(1))) == []
     assert batches([], dense, lambda size: 1, 4) == []
     assert cost((0, 5), 0) == LEAST
+
+
+def test_neighbours_that_get_other_numbers_of_cores_are_not_sent_together():
+    plan = batches(layers([(64, 64), (65, 65)] * 400), dense, lambda size: 1 + (size > dense(Layer("", (64, 64)))), 1)
+    assert [(batch.start, len(batch), batch.threads) for batch in plan[:3]] == [(0, 1, 1), (1, 1, 2), (2, 1, 1)]
+    assert len(plan) == 800
+
+
+class InTurn(Machines):
+    """Finish batches in an order that is given, by their first tasks."""
+
+    def __init__(self, turns, deadly=(), broken=()):
+        super().__init__(0, deadly, broken)
+        self.turns = iter(turns)
+
+    def fetch(self, tickets):
+        assert tickets, "waits for nothing"
+        turn = next(self.turns)
+        done = next(batch for batch in self.under_way if batch.start == turn)
+        self.under_way.remove(done)
+        yield done, self.outcomes(done)
+
+
+def test_tasks_around_a_deadly_one_are_tried_again_in_their_order():
+    machines = InTurn([0, 0, 1, 2, 3], deadly=[3])
+    with pytest.raises(InputError, match="lost 3"):
+        list(machines.run([Batch(0, 5, 1, 5)], Room(1)))
+    assert [batch.start for batch in machines.sent] == [0, 0, 1, 2, 3, 4]
+
+
+def test_a_later_error_neither_hides_an_earlier_one_nor_has_more_sent():
+    plan = [Batch(at, at + 5, 1, 5) for at in range(0, 60, 5)]
+    machines, found = InTurn([5, 10, 0], broken=[6, 11]), []
+    with pytest.raises(InputError, match="broken 6"):
+        found.extend(machines.run(plan, Room(2, most=3), reach=3))
+    assert found == list(range(6))
+    assert [batch.start for batch in machines.sent] == [0, 5, 10]

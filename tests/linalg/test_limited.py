@@ -57,6 +57,30 @@ def test_products_of_rows_longer_than_a_part_of_the_columns():
     assert np.allclose(np.tril(gram), np.tril(a @ a.T), rtol=0, atol=1e-10)
 
 
+@pytest.mark.parametrize("shape", [(2048, 2048), (4096, 14336), (14336, 4096)], ids=str)
+@pytest.mark.parametrize("basis", [96, 512])
+def test_krylov_plans_for_its_basis_and_the_products_in_both_precisions(shape, basis):
+    """Q, Y = A·Q and Z = Aᵀ·Y are there in float32 all the time, and Q and Y in float64 for the Ritz values."""
+    small, large = sorted(shape)
+    q, y, z = basis * small, basis * large, basis * small
+    least = 4 * (q + y + z) + 8 * (q + y)
+    assert least <= limits.krylov_bytes(shape, 32, basis) <= 3 * least
+
+
+@pytest.mark.parametrize("shape", [(2048, 2048), (512, 14336)], ids=str)
+def test_exact_plans_for_copies_in_float64_and_lapacks_vectors(shape):
+    """A in float64 and the copy that Lapack destroys; of vectors U, Vᵀ and what fixing their signs copies."""
+    small, large = sorted(shape)
+    matrix = 4 * small * large + limits.READING
+    values = limits.whole_bytes(shape, Allowance(0, "exact"))
+    both = limits.whole_bytes(shape, Allowance(0, "exact", vectors=True))
+    assert values >= matrix + 16 * small * large
+    assert both - values > 16 * small * (small + large)
+    for needed, asked in ((values, {}), (both, {"vectors": True})):
+        assert Allowance(needed, "exact", **asked).holds(shape)
+        assert not Allowance(needed - 1, "exact", **asked).holds(shape)
+
+
 @settings(max_examples=30, deadline=None)
 @given(
     shape=st.tuples(st.integers(1, 60), st.integers(1, 60)),

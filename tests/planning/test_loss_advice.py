@@ -87,7 +87,7 @@ def test_an_adapter_that_does_as_well_ends_the_advice_whatever_weights_say():
         "Nothing: runs/b does as well as the full fine-tune on held-out text",
     )
     assert "-0.0200 ± 0.01 nats from the full fine-tune on own, 102% of its gain" in step.because
-    assert step.command == "loradiag gate init 'probe outputs.jsonl' -o policy.toml"
+    assert step.command == "loradiag gate --policy adapter-basic --base 'my base' --tuned runs/b"
 
 
 def test_a_gap_leads_and_weights_follow():
@@ -158,3 +158,23 @@ def test_silence_without_evidence():
     assert told(truncation({4: 0.99}, layers="mlp")) == []
     assert told(sweep({4: 1.5})) == []
     assert told(run("probe outputs", [])) == []
+
+
+def test_the_rank_that_is_shipped_is_one_and_its_worst_set_is_told():
+    (step,) = advice(evidence(truncation({0: 0.95, 4: 0.96})))
+    assert "cut it to r=4;" in step.do
+    runs = truncation({4: 0.99}), truncation({4: 0.93})
+    two = [
+        record.model_copy(update={"set": name}) for name, one in zip("ab", runs, strict=True) for record in one.whole
+    ]
+    (step,) = advice(evidence(run("probe truncation", two, rest="base")))
+    assert "It keeps 93% of the gain on b " in step.because
+    # Where norms, biases, embeddings and head bring nothing, they need not be saved.
+    (step,) = advice(evidence(truncation({0: 0.0, 4: 0.95})))
+    assert "--rest" not in step.command
+
+
+def test_more_text_and_shifts_are_no_matter_where_the_main_question_has_another_answer():
+    assert told(outputs({"a": (0.09, 0.09), "b": (0.0, 0.0)}, error=0.04, sets=("own", "two"))) == ["keep the adapter"]
+    no_gain = sweep({4: 2.1, 8: 2.2}, own=1.0, shifted={4: 1.2, 8: 1.3})
+    assert told(no_gain) == ["sweep: no gain"]

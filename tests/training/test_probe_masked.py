@@ -1,6 +1,8 @@
 """Masked language models: which tokens are hidden, and losses against a script of transformers alone."""
 
 import json
+import random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,7 +12,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 import lora_diag
 from lora_diag.errors import InputError, UsageError
-from lora_diag.training.data import read_texts
+from lora_diag.training.data import Sequence, _predicts, read_texts
 from lora_diag.training.models import open_model
 from tests.training.making import EVAL, best, moved, tensors
 
@@ -90,6 +92,23 @@ def test_the_mask_depends_on_nothing_but_the_place_in_the_file(case):
     assert sequences(base, text).sequences == sequences(tuned, text).sequences
     model = open_model(base, torch.device("cpu"), length=LENGTH)
     assert read_texts(text, model, 3).sequences == sequences(base, text).sequences[:3]
+
+
+def test_the_mask_is_that_of_seed_0_and_of_the_line_whatever_the_version(case, tmp_path):
+    base, _, text, _ = case
+    file = tmp_path / "x.jsonl"
+    file.write_text((json.dumps({"text": " ".join(text.read_text().split()[:20])}) + "\n") * 3)
+    for number, found in enumerate(sequences(base, file).sequences):
+        order, count = random.Random(f"0:{number}"), len(found.ids) - 2
+        draws = [order.random() for _ in range(count)]
+        hidden = [place for place, label in enumerate(found.labels, -1) if label != -100]
+        assert hidden == sorted(np.argsort(draws)[: max(1, round(0.15 * count))].tolist())
+
+
+def test_a_text_whose_first_token_alone_is_hidden_is_kept():
+    sequence = Sequence((MASK,), (7,))
+    assert _predicts(sequence, SimpleNamespace(kind="masked"))
+    assert not _predicts(sequence, SimpleNamespace(kind="causal"))
 
 
 def test_only_completions_are_hidden_and_a_cut_line_keeps_its_end(case, tmp_path):

@@ -1,6 +1,7 @@
 """Distances of outputs against logits of transformers and PEFT themselves, in float64 NumPy."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import peft
@@ -14,6 +15,7 @@ import lora_diag.training.outputs
 from lora_diag.errors import UsageError
 from lora_diag.reports.tables import table
 from lora_diag.results import read_results
+from lora_diag.training.data import Sequence, Texts
 from tests.training.making import SAMPLES, bert, gpt2, moved, some_text, tensors
 
 # PEFT asks transformers for what it calls otherwise by now.
@@ -85,7 +87,19 @@ def test_every_number_equals_that_of_an_independent_computation(case, monkeypatc
         each = (losses[record.subject] - losses["tuned"]).reshape(windows, -1).mean(1)
         assert record.gap == pytest.approx(each.mean(), abs=1e-5)
         assert record.gap_error == pytest.approx(each.std(ddof=1) / np.sqrt(windows), abs=1e-5)
+        mean = {name: each.mean() for name, each in losses.items()}
+        share = (mean["base"] - mean[record.subject]) / (mean["base"] - mean["tuned"])
+        assert record.kept == pytest.approx(share, abs=1e-4)
         assert record.name == {"adapter": str(adapter), "reference": str(reference)}.get(record.subject, "")
+
+
+def test_outputs_of_two_models_fit_into_what_a_chunk_may_take(monkeypatch):
+    config = SimpleNamespace(vocab_size=100, num_hidden_layers=3, hidden_size=5)
+    model = SimpleNamespace(kind="causal", module=SimpleNamespace(config=config))
+    texts = Texts("x", "x", (Sequence((1,) * 7, (1,) * 7),) * 10, "0", "")
+    each = 2 * 4 * 7 * (100 + 4 * 5)  # float32 numbers of every token: logits, embeddings and three blocks; two models
+    monkeypatch.setattr(lora_diag.training.outputs, "OUTPUT_BYTES", 6 * each)
+    assert [len(chunk.sequences) for chunk in lora_diag.training.outputs.chunks(model, texts, 2)] == [6, 4]
 
 
 def test_hidden_states_are_compared_depth_by_depth(case):

@@ -2,6 +2,8 @@
 
 import json
 import math
+from dataclasses import replace
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -13,8 +15,10 @@ import lora_diag
 from lora_diag.errors import InputError, NothingComparedError, UsageError
 from lora_diag.reports.tables import table
 from lora_diag.results import read_results
+from lora_diag.training import loss_bound
 from lora_diag.training.curvature import Curved, traces
-from lora_diag.training.data import read_texts
+from lora_diag.training.data import Texts, read_texts
+from lora_diag.training.losses import Losses
 from lora_diag.training.models import open_model
 from tests.training.making import bert, best, gpt2, moved, some_text, tensors
 
@@ -286,6 +290,47 @@ def test_no_direction_bends_more_than_the_largest_eigenvalue(measured):
     for record in of_rank(measured):
         rayleigh = 2 * record.quadratic / record.tail_energy
         assert joint.smallest - 1e-3 * joint.eigenvalues[0] <= rayleigh <= joint.eigenvalues[0] * 1.001
+
+
+TEXTS = Texts("x", "x", (), "0", "")
+
+
+class Bowl:
+    """L(w) = ½wᵀHw, in the place of a model, of its loss as a function of weights, and of what swaps these."""
+
+    layers: ClassVar = {"a": (1, 2)}
+
+    def __init__(self, h, start, end):
+        self.h, self.w, self.end = h, start, end
+        self.put, self.weights = lambda w: setattr(self, "w", w.clone()), lambda: self.w.clone()
+
+    def arrange(self, ranks):
+        assert ranks == {"a": 1}
+        self.w = self.end.clone()
+
+    def product(self, x):
+        return self.h @ x
+
+    def losses(self, *words):
+        return Losses(0.5 * (self.w @ self.h @ self.w)[None], torch.ones(1, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("way", [0, 1])
+def test_on_a_parabola_the_bounds_are_met_along_the_eigenvectors(monkeypatch, way):
+    h = torch.diag(torch.tensor([2.0, 0.5], dtype=torch.float64))
+    start, change = torch.tensor([1.0, -3.0], dtype=torch.float64), torch.eye(2, dtype=torch.float64)[way] * 0.7
+    bowl = Bowl(h, start, start + change)
+    monkeypatch.setattr(loss_bound, "measure", bowl.losses)
+    point = loss_bound.TunedPoint(start, h @ start, bowl.losses(), 2.0, 0.5)
+    for record in loss_bound.loss_bounds(bowl, bowl, bowl, point, 1, (0.5, 1.0), TEXTS, 1, lambda: None):
+        assert record.gap == pytest.approx(record.linear + record.quadratic)
+        assert record.gap == pytest.approx(record.linear + (record.lower if way else record.upper))
+        assert record.upper == pytest.approx(4 * record.lower)
+        assert record.holds
+    assert torch.equal(bowl.w, bowl.end)
+    flatter = replace(point, largest=h[way, way].item() * 0.9)
+    low = loss_bound.loss_bounds(bowl, bowl, bowl, flatter, 1, (1.0,), TEXTS, 1, lambda: None)
+    assert not low[0].holds  # the loss bends more on the way than λ allows
 
 
 def test_the_lower_relation_is_there_only_where_the_loss_is_strongly_convex(measured):

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from lora_diag.adapters import is_adapter, open_adapter
 from lora_diag.api.fingerprint import legible
+from lora_diag.api.inputs import MOMENTS
 from lora_diag.checkpoints import Checkpoint, as_path, locate, open_checkpoint
 from lora_diag.deltas import natural_order, why_left_out
 from lora_diag.errors import InputError
@@ -35,10 +36,12 @@ def inspect(path: Path | str) -> Inventory:
         raise InputError(f"{path}: is a results file; read it with lora_diag.read_results")
     if not is_adapter(locate(path)):
         checkpoint = open_checkpoint(path)
+        moments = any(file.metadata.get("kind") == MOMENTS for file in checkpoint.files)
+        told = (f"holds {MOMENTS} and is no checkpoint; it is what --activations takes",) if moments else ()
         return Inventory(
             path=legible(checkpoint.path),
             kind=legible(checkpoint.kind),
-            notes=tuple(map(legible, checkpoint.notes)),
+            notes=tuple(map(legible, (*checkpoint.notes, *told))),
             tensors=_tensors(checkpoint),
         )
     adapter = open_adapter(locate(path))

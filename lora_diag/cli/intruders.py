@@ -87,5 +87,6 @@ def _next(base: str, tuned: str, output: Path | None) -> str:
     if output is None:
         words = shlex.join(["loradiag", "intruders", str(base), str(tuned), "--per", "layer"])
         return f"{words}   (where they are; -o FILE keeps the records for loradiag gate)"
-    words = shlex.join(["loradiag", "gate", "init", str(output), "-o", "policy.toml"])
-    return f'{words}   (a rule such as require = "intruders <= 2")'
+    # Not gate init: where no layer has an intruder, or one has little else, there is no limit to take from them.
+    words = shlex.join(["loradiag", "inspect", str(output), "--per", "layer"])
+    return f'{words}   (where they are; loradiag gate takes a rule such as require = "intruders <= 2")'

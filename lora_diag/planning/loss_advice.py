@@ -23,6 +23,7 @@ def keep_adapter(evidence: Evidence) -> Advice | None:
         return None
     best = min(good, key=lambda contest: contest.worst.gap or 0.0)
     others = ", ".join(_told(contest) for contest in good if contest is not best)
+    source, _ = next(of(evidence, "outputs"))
     return Advice(
         "keep the adapter",
         f"Nothing: {best.name} does as well as the full fine-tune on held-out text",
@@ -30,7 +31,7 @@ def keep_adapter(evidence: Evidence) -> Advice | None:
         f"loss + {ERRORS:.0f} standard errors within {1 - KEPT:.0%} of the full fine-tune's gain on every set that is "
         "not shifted, and that gain more than two of its own",
         f"Article, diagnostic 3 (validation loss); {_PAIRED}",
-        f"loradiag gate init {_file(evidence, 'probe outputs')} -o policy.toml",
+        f"loradiag gate --policy adapter-basic --base {_model(source, 'base')} --tuned {shlex.quote(best.name)}",
     )
 
 
@@ -171,11 +172,6 @@ def _told(contest: Contest) -> str:
 def _gap(record: Probe) -> str:
     error = "" if record.gap_error is None else f" ± {record.gap_error:.2g}"
     return f"{record.gap or 0.0:+.4f}{error}"
-
-
-def _file(evidence: Evidence, command: str) -> str:
-    names = [source.name for source in evidence.sources if source.results.run.command == command]
-    return shlex.quote(names[0]) if names else "outputs.jsonl"
 
 
 def sweep_of(evidence: Evidence, more: str = "", data: str | None = None) -> str:

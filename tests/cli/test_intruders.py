@@ -24,6 +24,8 @@ def test_a_table_and_a_summary_of_the_records(loradiag, tmp_path):
     assert f"The published count, {sum(record['count'] for record in layers)}," in said
     assert "a random direction has a similarity of about" in said
     assert loradiag("inspect", "i.jsonl").out == ran.out[: ran.out.index("\nNext ")] + "\n"
+    assert "Next loradiag inspect i.jsonl --per layer" in said
+    assert loradiag("inspect", "i.jsonl", "--per", "layer").code == 0
     for rule, code in (("intruders <= 10", 0), ("intruders <= 2", 1), ("median intruders.share <= 0.9", 0)):
         (tmp_path / "p.toml").write_text(f'[[rule]]\nname = "r"\nrequire = "{rule}"\n')
         judged = loradiag("gate", "p.toml", "i.jsonl")

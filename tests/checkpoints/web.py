@@ -149,6 +149,8 @@ class _Handler(BaseHTTPRequestHandler):
             return
         if fault == "shifted":
             first, last, body = start + 1, stop, content[start + 1 : stop + 1]
+        elif fault == "less":
+            last, body = first + len(body) // 2 - 1, body[: len(body) // 2]
         elif fault == "other size":
             size += 1
         elif fault == "no range":

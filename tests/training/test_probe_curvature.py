@@ -322,7 +322,7 @@ def test_on_a_parabola_the_bounds_are_met_along_the_eigenvectors(monkeypatch, wa
     bowl = Bowl(h, start, start + change)
     monkeypatch.setattr(loss_bound, "measure", bowl.losses)
     point = loss_bound.TunedPoint(start, h @ start, bowl.losses(), 2.0, 0.5)
-    for record in loss_bound.loss_bounds(bowl, bowl, bowl, point, 1, (0.5, 1.0), TEXTS, 1, lambda: None):
+    for record in loss_bound.loss_bounds(bowl, bowl, bowl, point, 1, (1.0, 0.5), TEXTS, 1, lambda: None):
         assert record.gap == pytest.approx(record.linear + record.quadratic)
         assert record.gap == pytest.approx(record.linear + (record.lower if way else record.upper))
         assert record.upper == pytest.approx(4 * record.lower)

@@ -4,6 +4,8 @@ import pytest
 import torch
 
 from lora_diag.checkpoints import open_checkpoint, ranges
+from lora_diag.checkpoints.ranges import fill
+from lora_diag.checkpoints.stores import Facts
 from lora_diag.errors import InputError
 from tests.checkpoints.web import Web, large, save_large
 
@@ -86,6 +88,17 @@ def test_the_header_is_not_taken_from_a_liar_either(web, fault):
     web.fault, web.at_all = fault, True
     with pytest.raises(InputError):
         open_checkpoint(f"{web.url}/base/model.safetensors")
+
+
+def test_a_header_that_is_less_than_asked_for_is_refused_at_once(web):
+    web.fault, web.times, web.at_all = "less", 1, True
+    with pytest.raises(InputError, match=r"the server sent bytes up to [\d,]+ when asked for 65,536"):
+        open_checkpoint(f"{web.url}/base/model.safetensors")
+
+
+def test_what_lies_behind_the_end_of_a_file_is_not_asked_for():
+    with pytest.raises(InputError, match=r"a: ends at byte 10, before what its header promises"):
+        fill(None, "a", memoryview(bytearray(5)), 6, Facts(10, "version"))
 
 
 def test_a_large_file_without_ranges_is_refused_before_it_is_sent(web, folder):

@@ -150,6 +150,6 @@ def test_a_later_error_neither_hides_an_earlier_one_nor_has_more_sent():
     plan = [Batch(at, at + 5, 1, 5) for at in range(0, 60, 5)]
     machines, found = InTurn([5, 10, 0], broken=[6, 11]), []
     with pytest.raises(InputError, match="broken 6"):
-        found.extend(machines.run(plan, Room(2, most=3), reach=3))
+        found.extend(machines.run(plan, Room(2, most=3), reach=4))
     assert found == list(range(6))
     assert [batch.start for batch in machines.sent] == [0, 5, 10]

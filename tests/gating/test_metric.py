@@ -107,6 +107,8 @@ def test_a_draft_asks_for_the_metric_that_its_limits_are_from(tmp_path):
         gate(policy, files[0], today=TODAY)
     both = read_policy("p.toml", gate_init(*files))
     assert {rule.name for rule in both.rules} >= {"drift-weights", "drift-data"}
+    alone = {rule.name: rule.condition for rule in policy.rules}
+    assert {rule.name: rule.condition for rule in both.rules if rule.name in alone} == alone
     assert outcome(gate(both, *files, today=TODAY).whole) == "passed"
     plain = gate_init(files[0])
     assert "metric" not in plain

@@ -8,7 +8,7 @@ import torch
 
 import lora_diag
 from lora_diag.errors import InputError, UsageError
-from lora_diag.results import is_results_file, read_results
+from lora_diag.results import is_results_file, read_results, writing
 from tests.conftest import save_model
 
 
@@ -37,6 +37,14 @@ def test_the_lines_are_the_documented_ones(written):
     assert set(fields.split()) <= set(lines[1])
     assert set(lines[1]["energy"]) == {"4", "8", "16", "32", "64"}
     assert set(lines[1]["rank_at"]) == {"0.9", "0.95", "0.99"}
+
+
+def test_the_last_line_is_waited_for_until_it_is_on_the_disk(pair_of_models, tmp_path, monkeypatch):
+    base, tuned, *_ = pair_of_models
+    path, kept = tmp_path / "r.jsonl", []
+    monkeypatch.setattr(writing, "sync_descriptor", lambda _: kept.append(path.read_bytes()))
+    lora_diag.spectrum(base, tuned, output=path)
+    assert kept[-1] == path.read_bytes()
 
 
 def test_filter_and_look_up(written):

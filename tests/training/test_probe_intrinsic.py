@@ -16,7 +16,11 @@ from lora_diag.errors import UsageError
 from lora_diag.planning.intrinsic import best_rates, lines, reached
 from lora_diag.reports.tables import table
 from lora_diag.results import Intrinsic, Results, Run, read_results
+from lora_diag.training import intrinsic
+from lora_diag.training.data import read_texts
 from lora_diag.training.intrinsic import Fastfood, Subspace, hadamard, scales_of
+from lora_diag.training.models import open_model
+from lora_diag.training.sweep import Training
 from tests.training.making import bert, gpt2, some_text
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
@@ -166,6 +170,22 @@ def measured(base, texts, tmp_path_factory):
     output = tmp_path_factory.mktemp("whole") / "whole.jsonl"
     found = lora_diag.probe_intrinsic(base, data=train, evaluate=[held], steps=5, batch=3, output=output, **OPTIONS)
     return found, output
+
+
+def test_the_training_loss_is_that_of_the_last_tenth_and_base_is_never_left_in_training(base, texts, monkeypatch):
+    model = open_model(base, CPU)
+    words = intrinsic.Run(5, 1e-3, 0, "plain"), Training(read_texts(texts[1], model), 20, 1, 0), [], 1, lambda: None
+    monkeypatch.setattr(intrinsic, "train", lambda *_: [float(step) for step in range(20)])
+    assert intrinsic.subspace_losses(model, *words) == ([], 18.5)
+
+    def stopped(tuned, *_):
+        tuned.module.train()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(intrinsic, "train", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        intrinsic.subspace_losses(model, *words)
+    assert not any(module.training for module in model.module.modules())
 
 
 def test_every_run_has_the_loss_of_a_plain_loop(base, texts, measured):

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import numpy as np
 import pytest
@@ -13,6 +14,12 @@ import lora_diag.training.sweep
 from lora_diag.errors import InputError, NothingComparedError, UsageError
 from lora_diag.reports.tables import table
 from lora_diag.results import FirstOrder, Sensitivity, read_results
+from lora_diag.training import sensitivity
+from lora_diag.training.activations import linear_layers
+from lora_diag.training.data import read_texts
+from lora_diag.training.losses import Losses
+from lora_diag.training.models import open_model
+from lora_diag.training.sweep import Cell
 from tests.training.making import bert, gpt2, ids_of, moved, some_text, tensors, trained
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
@@ -128,6 +135,25 @@ def test_first_order_scores_are_those_of_the_gradient_in_float64(case, tmp_path)
             fallen.append(np.abs(2 * gradient @ a.T).sum())  # scaling 2; Adam's first step is the sign of this
         assert record.fresh == pytest.approx(np.mean(reached), rel=0.08)
         assert record.adam == pytest.approx(np.mean(fallen), rel=0.08)
+
+
+def test_gradients_leave_base_frozen_and_are_finite_or_an_error(case):
+    model = open_model(case[0], torch.device("cpu"))
+    texts = read_texts(case[1], model, 2)
+    layers = {name: layer for name, layer in linear_layers(model.module).items() if "c_attn" in name}
+    sensitivity.gradients(model, layers, texts, 2, lambda: None)
+    assert all(not weight.requires_grad and weight.grad is None for weight in model.module.parameters())
+    next(iter(layers.values())).weight.fill_(float("inf"))
+    with pytest.raises(InputError, match="its gradient is not finite"):
+        sensitivity.gradients(model, layers, texts, 2, lambda: None)
+
+
+def test_a_unit_of_several_layers_has_the_parameters_of_all(case):
+    texts = read_texts(case[1], open_model(case[0], torch.device("cpu")), 2)
+    losses = Losses(torch.tensor([3.0, 5.0]), torch.tensor([2.0, 2.0]))
+    unit = sensitivity.Unit("h.0", ("a", "b"), ("a", "b"), (32, 80))
+    assert [name for name in ("a", "b", "c") if re.fullmatch(unit.kind.targets, name)] == ["a", "b"]
+    assert sensitivity.record_of(texts, losses, unit, Cell(4, 1e-3, 0), losses).params == 4 * (32 + 80)
 
 
 def test_ctrl_c_leaves_a_file_that_goes_on_without_running_anything_twice(case, measured, tmp_path):

@@ -109,6 +109,8 @@ def test_a_draft_asks_for_the_metric_that_its_limits_are_from(tmp_path):
     assert {rule.name for rule in both.rules} >= {"drift-weights", "drift-data"}
     alone = {rule.name: rule.condition for rule in policy.rules}
     assert {rule.name: rule.condition for rule in both.rules if rule.name in alone} == alone
+    in_weights = {f"{rule.name}-weights": rule.condition for rule in read_policy("p.toml", gate_init(files[0])).rules}
+    assert {rule.name: rule.condition for rule in both.rules if rule.name in in_weights} == in_weights
     assert outcome(gate(both, *files, today=TODAY).whole) == "passed"
     plain = gate_init(files[0])
     assert "metric" not in plain

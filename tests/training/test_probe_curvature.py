@@ -238,6 +238,21 @@ def measured(case):
     )
 
 
+def test_the_products_told_are_those_of_both_ends(case, monkeypatch):
+    base, tuned, text = case
+    spent, ends = [], Curved.ends
+
+    def counted(curved, *words):
+        found = ends(curved, *words)
+        spent.extend(each.products for each in found)
+        return found
+
+    monkeypatch.setattr(Curved, "ends", counted)
+    asked = {"evaluate": [text], "layers": "query", "ranks": (2,), "top": 1, "tokenizer": "bytes"}
+    found = lora_diag.probe_curvature(base, tuned, along=(), probes=1, **asked).whole
+    assert next(record for record in found if record.record == "curvature").products == sum(spent[:2]) > spent[0]
+
+
 def of_rank(measured):
     return [record for record in measured.whole if record.record == "loss_bound"]
 

@@ -73,6 +73,14 @@ def test_no_factors_of_a_rank_have_a_smaller_error_in_the_output(
     assert all(loss(real, other, x, on_rows) >= found - 1e-6 * whole for other in others)
 
 
+def test_the_bound_has_the_rounding_of_the_stored_moments(tmp_path):
+    layer, _ = layer_of(np.random.default_rng(0).standard_normal((8, 6)), tmp_path, Rank(2))
+    save_file({"q_proj.weight": torch.eye(6).bfloat16()}, tmp_path / "c.safetensors")
+    moments = Moments(Side(open_checkpoint(tmp_path / "c.safetensors"), "q_proj.weight"), 6, False)
+    record = extract(replace(layer, weighting=Weighting(moments)), ExtractionSettings(), Kept())
+    assert 2**-8 < record.data.energy_error < 0.1  # bf16's roundoff times ‖C‖_F, above and below the line
+
+
 def test_signal_holds_the_update_against_the_rounding_in_the_same_metric(tmp_path):
     """With C = α²·1 both sizes shrink by α, so that as many singular values stand above the edge as without C."""
     rng = torch.Generator().manual_seed(0)

@@ -169,6 +169,10 @@ def test_the_rank_that_is_shipped_is_one_and_its_worst_set_is_told():
     ]
     (step,) = advice(evidence(run("probe truncation", two, rest="base")))
     assert "It keeps 93% of the gain on b " in step.because
+    # A rank that was measured on one set only says nothing of the other.
+    more = [record for record in truncation({2: 0.97}).whole if record.rank == 2]
+    (step,) = advice(evidence(run("probe truncation", [*two, more[0].model_copy(update={"set": "a"})], rest="base")))
+    assert "cut it to r=4;" in step.do
     # Where norms, biases, embeddings and head bring nothing, they need not be saved.
     (step,) = advice(evidence(truncation({0: 0.0, 4: 0.95})))
     assert "--rest" not in step.command

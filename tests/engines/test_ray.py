@@ -237,6 +237,7 @@ def test_ctrl_c_stops_the_cluster_and_leaves_a_file_to_go_on_with(cluster, pair,
         stderr=subprocess.PIPE,
     )
     until(tmp_path / "waiting")
+    until(lambda: (tmp_path / "r.jsonl").exists() and (tmp_path / "r.jsonl").read_bytes().count(b"\n") > 1)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,6 @@ from lora_diag.api.inputs import describe
 from lora_diag.api.probing import (
     Kept,
     Watch,
-    batches_of,
     check,
     check_files,
     counted,
@@ -20,11 +19,11 @@ from lora_diag.api.probing import (
     read_sets,
     run_of,
 )
-from lora_diag.api.training_runs import check_training, read_training, timed
+from lora_diag.api.training_runs import Arm, Trial, Walk, check_training, read_training
 from lora_diag.checkpoints import open_checkpoint
 from lora_diag.errors import UsageError
 from lora_diag.linalg import resolve_device
-from lora_diag.planning.intrinsic import Subject, best_rates
+from lora_diag.planning.intrinsic import Subject
 from lora_diag.reports.text import duration
 from lora_diag.results import AnyRecord, Intrinsic, Results, ResultsWriter
 from lora_diag.training.data import Texts
@@ -144,36 +143,58 @@ def probe_intrinsic(
         kept = Kept(writer, watch)
         if kept.finished is not None:
             return kept.finished
-        probe = _Probe(model, training, sets, seeds, kept, watch)
-        arms = [
-            _Arm("full", (None,), tuple(sorted(set(full_rates))), total),
-            _Arm("subspace", tuple(sorted(set(dims))), tuple(sorted(set(paces))), total, kind),
-            *([_Arm("lora", tuple(sorted(set(ranks))), tuple(sorted(set(lora_rates))), total)] if ranks else []),
-        ]
+        probe = _Probe(model, kind, total, Walk(training, sets, seeds, kept, watch))
+        arms = {
+            "in full": probe.arm("full", [None], full_rates),
+            "in subspaces": probe.arm("subspace", sorted(set(dims)), paces),
+            **({"of LoRA": probe.arm("lora", sorted(set(ranks)), lora_rates)} if ranks else {}),
+        }
         probe.tell_cost(arms)
         probe.measure_base()
-        for arm in arms:
-            probe.run(arm)
+        for arm in arms.values():
+            probe.walk.run(arm)
         return kept.end([])
 
 
 @dataclass(frozen=True, slots=True)
 class _Cell:
-    """One run: what is trained, d or r, the rate as Adam is given it and as full fine-tuning has it, the seed."""
+    """One run.
+
+    Args:
+        subject: What is trained: all weights (``full``), z in a ``subspace``, or ``lora``'s factors.
+        size: d or r; None for all weights.
+        rate: Learning rate; of a subspace as full fine-tuning would have it, its pace.
+        seed: Of P, of the factors' initial values, and of dropout where BASE has some.
+        method: Of the subspace.
+        total: Parameters of BASE.
+    """
 
     subject: Subject
     size: int | None
-    lr: float
-    pace: float | None
+    rate: float
     seed: int
     method: Method
+    total: int
+
+    @property
+    def dim(self) -> int | None:
+        """Dimension of a subspace; None for the others."""
+        return self.size if self.subject == "subspace" else None
+
+    @property
+    def rank(self) -> int | None:
+        """Rank of a LoRA; None for the others."""
+        return self.size if self.subject == "lora" else None
+
+    @property
+    def lr(self) -> float:
+        """The rate as Adam is given it."""
+        return self.rate if self.dim is None else rate_of(self.rate, self.dim, self.total)
 
     @property
     def fields(self) -> dict[str, Any]:
         """By which its records are told from others."""
-        dim = self.size if self.subject == "subspace" else None
-        rank = self.size if self.subject == "lora" else None
-        return {"subject": self.subject, "dim": dim, "rank": rank, "lr": self.lr, "seed": self.seed}
+        return {"subject": self.subject, "dim": self.dim, "rank": self.rank, "lr": self.lr, "seed": self.seed}
 
     @property
     def label(self) -> str:
@@ -183,110 +204,66 @@ class _Cell:
 
 
 @dataclass(frozen=True, slots=True)
-class _Arm:
-    """What is trained at a grid of sizes and rates."""
-
-    subject: Subject
-    sizes: tuple[int | None, ...]
-    rates: tuple[float, ...]
-    total: int
-    method: Method = "plain"
-
-    def cell(self, size: int | None, rate: float, seed: int) -> _Cell:
-        """Return a run; for a subspace ``rate`` is the pace."""
-        if self.subject == "subspace":
-            assert size is not None
-            return _Cell("subspace", size, rate_of(rate, size, self.total), rate, seed, self.method)
-        return _Cell(self.subject, size, rate, rate if self.subject == "full" else None, seed, self.method)
-
-    def first(self, seed: int) -> list[_Cell]:
-        """Return the runs of the first seed: every rate at every size."""
-        return [self.cell(size, rate, seed) for size in self.sizes for rate in self.rates]
-
-
-@dataclass(frozen=True, slots=True)
 class _Probe:
     """A run as far as it is."""
 
     model: Model
-    training: Training
-    sets: Sequence[Texts]
-    seeds: int
-    kept: Kept
-    watch: Watch
+    method: Method
+    total: int
+    walk: Walk
 
-    def measure_base(self) -> None:
-        """Measure BASE."""
-        for each in [] if self.kept.has(self.sets, subject="base") else self.sets:
-            losses = measure(self.model, each, self.training.batch, lambda: self.watch.batch("BASE"))
-            self.kept.put(_record(each, losses, None, 0, None))
+    def arm(self, subject: Subject, sizes: Sequence[int | None], rates: Sequence[float]) -> Arm:
+        """Return what is trained at a grid of sizes and rates."""
+        return Arm(tuple(sizes), tuple(sorted(set(rates))), partial(self._trial, subject))
 
-    def run(self, arm: _Arm) -> None:
-        """Run all rates with the first seed, and the best rate of each size with the others."""
-        seed = self.training.order
-        first = arm.first(seed)
-        self._run(first)
-        chosen = best_rates(self.kept.records, self.sets[0].name, seed, arm.subject)
-        for other in range(seed + 1, seed + self.seeds):
-            self._run([replace(cell, seed=other) for cell in first if chosen.get(cell.size) == cell.lr])
-
-    def _run(self, cells: Sequence[_Cell]) -> None:
-        for cell in cells:
-            if not self.kept.has(self.sets, **cell.fields):
-                self.kept.put(*self._trained(cell, self.training, self.sets, lambda: self.watch.batch(cell.label)))  # noqa: B023  (called in this round only)
+    def _trial(self, subject: Subject, size: int | None, rate: float, seed: int) -> Trial:
+        cell = _Cell(subject, size, rate, seed, self.method, self.total)
+        return Trial(cell.fields, cell.label, partial(self._trained, cell))
 
     def _trained(
         self, cell: _Cell, training: Training, sets: Sequence[Texts], after: Callable[[], None]
     ) -> list[Intrinsic]:
-        size = training.batch
-        if cell.subject == "subspace":
-            assert cell.size is not None
-            assert cell.pace is not None
-            one = Run(cell.size, cell.pace, cell.seed, cell.method)
-            found, last = subspace_losses(self.model, one, training, sets, size, after)
+        if cell.dim is not None:
+            one = Run(cell.dim, cell.rate, cell.seed, cell.method)
+            found, last = subspace_losses(self.model, one, training, sets, after)
         else:
-            other = Cell(cell.size, cell.lr, cell.seed, cell.subject)
-            found, last = losses_after(self.model, other, training, sets, size, after)
+            other = Cell(cell.rank, cell.lr, cell.seed, "full" if cell.rank is None else "lora")
+            found, last = losses_after(self.model, other, training, sets, after)
         params = self._params(cell)
         return [_record(each, losses, cell, params, last) for each, losses in zip(sets, found, strict=True)]
 
     def _params(self, cell: _Cell) -> int:
         """Count the numbers that a run trains."""
-        if cell.subject == "lora" and cell.size is not None:
-            with with_lora(self.model, cell.size, self.training.kind) as tuned:
+        if cell.rank is not None:
+            with with_lora(self.model, cell.rank, self.walk.training.kind) as tuned:
                 return sum(each.numel() for each in tuned.module.parameters() if each.requires_grad)
-        return cell.size or sum(each.numel() for each in self.model.module.parameters())
+        return cell.dim or self.total
 
-    def tell_cost(self, arms: Sequence[_Arm]) -> None:
+    def measure_base(self) -> None:
+        """Measure BASE."""
+        walk = self.walk
+        for each in [] if walk.kept.has(walk.sets, subject="base") else walk.sets:
+            losses = measure(self.model, each, walk.training.batch, lambda: walk.watch.batch("BASE"))
+            walk.kept.put(_record(each, losses, None, 0, None))
+
+    def tell_cost(self, arms: Mapping[str, Arm]) -> None:
         """Time one step of each kind and one batch of an evaluation, and tell what everything will take."""
-        batches = batches_of(self.sets, self.training.batch)
-        base = 0 if self.kept.has(self.sets, subject="base") else batches
+        walk = self.walk
+        base = 0 if walk.kept.has(walk.sets, subject="base") else walk.batches
         seconds, told, evaluation = 0.0, [], 0.0
-        self.watch.total = base
-        for arm in arms:
-            step, evaluation = self._timed(arm)
-            runs = len(arm.sizes) * (len(arm.rates) + self.seeds - 1) - sum(1 for _ in self._finished(arm))
-            seconds += runs * (self.training.steps * step + batches * evaluation)
-            self.watch.total += runs * (self.training.steps + batches)
-            what = {"full": "in full", "subspace": "in subspaces", "lora": "of LoRA"}[arm.subject]
-            told.append(f"{counted(runs, 'run', 'runs')} {what} of {self.training.steps} steps of {step:.2g} s")
+        walk.watch.total = base
+        for what, arm in arms.items():
+            step, evaluation = walk.timed(arm)
+            runs = walk.left(arm)
+            seconds += runs * (walk.training.steps * step + walk.batches * evaluation)
+            walk.expect(runs)
+            told.append(f"{counted(runs, 'run', 'runs')} {what} of {walk.training.steps} steps of {step:.2g} s")
         # copy, gradients and Adam's two moments of all weights; a subspace holds P, the weights in use, their gradients
-        size = 16 * sum(each.numel() for each in self.model.module.parameters()) / 2**30
+        size = 16 * self.total / 2**30
         memory = f"; takes {size:.1f} GiB beside BASE" if size >= 0.1 else ""
-        self.watch.note(
+        walk.watch.note(
             f"about {duration(seconds + base * evaluation)}: {', '.join(told)}, and their evaluations{memory}"
         )
-
-    def _timed(self, arm: _Arm) -> tuple[float, float]:
-        """Return the seconds of a step, at the largest size, and of a batch of an evaluation."""
-        return timed(self.training, self.sets, partial(self._trained, arm.cell(arm.sizes[-1], 1e-6, 0)))
-
-    def _finished(self, arm: _Arm) -> Iterator[tuple[Any, ...]]:
-        """Yield the runs that are finished already."""
-        mine = {(r.dim, r.rank, r.lr, r.seed) for r in self.kept.records if r.subject == arm.subject}
-        for dim, rank, lr, seed in mine:
-            if self.kept.has(self.sets, subject=arm.subject, dim=dim, rank=rank, lr=lr, seed=seed):
-                yield dim, rank, lr, seed
 
 
 def _record(texts: Texts, losses: Losses, cell: _Cell | None, params: int, last: float | None) -> Intrinsic:
@@ -297,11 +274,11 @@ def _record(texts: Texts, losses: Losses, cell: _Cell | None, params: int, last:
         data=texts.hash,
         tokens=losses.tokens,
         subject=cell.subject if cell else "base",
-        dim=cell.fields["dim"] if cell else None,
-        rank=cell.fields["rank"] if cell else None,
+        dim=cell.dim if cell else None,
+        rank=cell.rank if cell else None,
         params=params,
         lr=cell.lr if cell else None,
-        pace=cell.pace if cell else None,
+        pace=cell.rate if cell and cell.rank is None else None,
         seed=cell.seed if cell else 0,
         loss=losses.mean if losses.is_finite else None,
         train_loss=last if finite else None,

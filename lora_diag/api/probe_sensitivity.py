@@ -20,12 +20,11 @@ from lora_diag.api.probing import (
     read_sets,
     run_of,
 )
-from lora_diag.api.training_runs import check_training, read_training, timed
+from lora_diag.api.training_runs import Arm, Trial, Walk, check_training, read_training
 from lora_diag.checkpoints import Checkpoint, open_checkpoint
 from lora_diag.deltas import selector
 from lora_diag.errors import NothingComparedError
 from lora_diag.linalg import resolve_device
-from lora_diag.planning.sensitivity import best_rate
 from lora_diag.reports.text import duration
 from lora_diag.results import AnyRecord, FirstOrder, LeftOut, Results, ResultsWriter, Sensitivity
 from lora_diag.training.activations import linear_layers
@@ -148,13 +147,11 @@ def probe_sensitivity(
         if kept.finished is not None:
             return kept.finished
         ranks = (rank, rank + delta) if delta is not None else (rank,)
-        units = units_of(linear, names, per)
-        probe = _Probe(model, units, training, sets, ranks, tuple(sorted(set(rates))), seeds, kept, watch)
+        walk = Walk(training, sets, seeds, kept, watch)
+        probe = _Probe(model, units_of(linear, names, per), ranks, tuple(sorted(set(rates))), walk)
         probe.tell_cost()
         probe.score(linear, names)
-        bases = probe.measure_base()
-        for unit in units:
-            probe.run(unit, bases)
+        probe.run(probe.measure_base())
         return kept.end(left_out)
 
 
@@ -188,83 +185,69 @@ class _Probe:
 
     model: Model
     units: Sequence[Unit]
-    training: Training
-    sets: Sequence[Texts]
     ranks: tuple[int, ...]
     rates: tuple[float, ...]
-    seeds: int
-    kept: Kept
-    watch: Watch
+    walk: Walk
 
-    @property
-    def seed(self) -> int:
-        """The first seed."""
-        return self.training.order
+    def arm(self, unit: Unit, rank: int, bases: Mapping[str, Losses]) -> Arm:
+        """Return one unit at one rank, at every rate; its gains are over the losses of BASE, by set."""
+        return Arm((rank,), self.rates, partial(self._trial, unit, bases))
+
+    def _trial(self, unit: Unit, bases: Mapping[str, Losses], rank: int | None, lr: float, seed: int) -> Trial:
+        cell = Cell(rank, lr, seed)
+        fields = {"record": "sensitivity", "unit": unit.name, "rank": rank, "lr": lr, "seed": seed}
+
+        def train(training: Training, sets: Sequence[Texts], after: Callable[[], None]) -> list[Sensitivity]:
+            return adapted_alone(self.model, unit, cell, training, sets, bases, after)
+
+        return Trial(fields, f"{unit.name} {cell.label}", train)
 
     def score(self, layers: Mapping[str, Any], names: Mapping[str, str]) -> None:
         """Take the gradient of every layer at BASE, and keep what it says."""
-        texts, batch = self._seen(), self.training.batch
         if self._scored():
             return
-        found = gradients(self.model, layers, texts, batch, partial(self.watch.batch, "gradient"))
-        self.kept.put(*(first_order(names[name], each, self.ranks[0], texts) for name, each in found.items()))
+        texts, walk = self._seen(), self.walk
+        found = gradients(self.model, layers, texts, walk.training.batch, partial(walk.watch.batch, "gradient"))
+        walk.kept.put(*(first_order(names[name], each, self.ranks[0], texts) for name, each in found.items()))
 
     def measure_base(self) -> dict[str, Losses]:
         """Measure BASE; again after an interruption, because errors need its losses sequence by sequence."""
-        after, batch = partial(self.watch.batch, "BASE"), self.training.batch
-        bases = {each.name: measure(self.model, each, batch, after) for each in self.sets}
-        self.kept.put(*(record_of(each, bases[each.name]) for each in self.sets))
+        walk = self.walk
+        after = partial(walk.watch.batch, "BASE")
+        bases = {each.name: measure(self.model, each, walk.training.batch, after) for each in walk.sets}
+        walk.kept.put(*(record_of(each, bases[each.name]) for each in walk.sets))
         return bases
 
-    def run(self, unit: Unit, bases: Mapping[str, Losses]) -> None:
-        """Adapt one unit at every rank: all rates with the first seed, the best with the others."""
-        for rank in self.ranks:
-            for lr in self.rates:
-                self._run(unit, Cell(rank, lr, self.seed), bases)
-            records = [record for record in self.kept.records if isinstance(record, Sensitivity)]
-            best = best_rate(records, unit.name, rank, self.sets[0].name, self.seed)
-            for more in range(1, self.seeds if best is not None else 1):
-                self._run(unit, Cell(rank, best or 0.0, self.seed + more), bases)
-
-    def _run(self, unit: Unit, cell: Cell, bases: Mapping[str, Losses]) -> None:
-        if not self._has(unit.name, cell):
-            after = partial(self.watch.batch, f"{unit.name} {cell.label}")
-            self.kept.put(*adapted_alone(self.model, unit, cell, self.training, self.sets, bases, after))
-
-    def _has(self, unit: str, cell: Cell) -> bool:
-        return self.kept.has(self.sets, record="sensitivity", unit=unit, rank=cell.rank, lr=cell.lr, seed=cell.seed)
+    def run(self, bases: Mapping[str, Losses]) -> None:
+        """Adapt every unit at every rank."""
+        for unit in self.units:
+            for rank in self.ranks:
+                self.walk.run(self.arm(unit, rank, bases))
 
     def _scored(self) -> bool:
-        return any(isinstance(record, FirstOrder) for record in self.kept.records)
+        return any(isinstance(record, FirstOrder) for record in self.walk.kept.records)
 
     def _seen(self) -> Texts:
         """Return the sequences that a run sees, each once, in that order."""
-        seen = dict.fromkeys(sequence for batch in self.training.batches() for sequence in batch)
-        return replace(self.training.texts, sequences=tuple(seen))
+        training = self.walk.training
+        seen = dict.fromkeys(sequence for batch in training.batches() for sequence in batch)
+        return replace(training.texts, sequences=tuple(seen))
 
     def tell_cost(self) -> None:
         """Time one step of the first unit, through which gradients go farthest, and tell what all will take."""
-        first, cell = self.sets[0].first(self.training.batch), Cell(self.ranks[-1], 1e-6, 0)
-        bases = {first.name: measure(self.model, first, self.training.batch)}
-        step, evaluation = timed(
-            self.training,
-            self.sets,
-            lambda once, sets, after: adapted_alone(self.model, self.units[0], cell, once, sets, bases, after),
-        )
-        batches = batches_of(self.sets, self.training.batch)
-        runs = len(self.units) * len(self.ranks) * (len(self.rates) + self.seeds - 1) - self._done()
-        passes = 0 if self._scored() else batches_of([self._seen()], self.training.batch)
-        self.watch.total = runs * (self.training.steps + batches) + batches + passes
-        seconds = (runs * self.training.steps + passes) * step + (runs + 1) * batches * evaluation
+        walk, steps = self.walk, self.walk.training.steps
+        first = walk.sets[0].first(walk.training.batch)
+        bases = {first.name: measure(self.model, first, walk.training.batch)}
+        step, evaluation = walk.timed(self.arm(self.units[0], self.ranks[-1], bases))
+        runs = sum(walk.left(self.arm(unit, rank, bases)) for unit in self.units for rank in self.ranks)
+        passes = 0 if self._scored() else batches_of([self._seen()], walk.training.batch)
+        walk.watch.total = walk.batches + passes
+        walk.expect(runs)
+        seconds = (runs * steps + passes) * step + (runs + 1) * walk.batches * evaluation
         sizes = sum(shape_of(layer)[0] * shape_of(layer)[1] for layer in inner_layers(self.model.module).values())
         memory = f"; gradients take {4 * sizes / 2**30:.1f} GiB" if passes and 4 * sizes >= 2**30 / 10 else ""
-        self.watch.note(
-            f"about {duration(seconds)}: {counted(runs, 'run', 'runs')} of {self.training.steps} steps of {step:.2g} s "
+        walk.watch.note(
+            f"about {duration(seconds)}: {counted(runs, 'run', 'runs')} of {steps} steps of {step:.2g} s "
             f"at most ({counted(len(self.units), 'unit', 'units')}), each evaluated on "
-            f"{counted(len(self.sets), 'set', 'sets')}{memory}"
+            f"{counted(len(walk.sets), 'set', 'sets')}{memory}"
         )
-
-    def _done(self) -> int:
-        """Count the runs that are finished already."""
-        runs = {(r.unit, r.rank, r.lr, r.seed) for r in self.kept.records if isinstance(r, Sensitivity) and r.unit}
-        return sum(self._has(unit, Cell(rank, lr, seed)) for unit, rank, lr, seed in runs if lr is not None)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,7 +13,6 @@ from lora_diag.api.inputs import describe
 from lora_diag.api.probing import (
     Kept,
     Watch,
-    batches_of,
     check,
     check_files,
     counted,
@@ -21,15 +20,13 @@ from lora_diag.api.probing import (
     read_sets,
     run_of,
 )
-from lora_diag.api.training_runs import check_training, read_training, timed
+from lora_diag.api.training_runs import Arm, Trial, Walk, check_training, read_training
 from lora_diag.checkpoints import open_checkpoint
 from lora_diag.errors import UsageError
 from lora_diag.linalg import resolve_device
-from lora_diag.planning.sweep import best_rates
 from lora_diag.reports.text import duration
 from lora_diag.results import AnyRecord, Results, ResultsWriter
 from lora_diag.results.probe import Subject
-from lora_diag.training.data import Texts
 from lora_diag.training.losses import measure
 from lora_diag.training.methods import Lora, inner_layers
 from lora_diag.training.models import Model, open_model
@@ -145,38 +142,34 @@ def probe_sweep(
     inputs = (describe("base", open_checkpoint(base)), described(training.texts, "data"), *map(described, sets))
     run = run_of("probe sweep", inputs, settings, model, batch, dtype)
     watch = Watch(on_progress, on_record, on_note)
-    arms = [_Arm("lora", tuple(sorted(set(ranks))), tuple(sorted(set(rates))), quantized)]
-    arms += [_Arm("full", (None,), tuple(sorted(set(full_rates))))] if full else []
-    arms += [_Arm("bitfit", (None,), tuple(sorted(set(rates))))] if bitfit else []
     with ResultsWriter[Any](Path(output) if output is not None else None, run, resume) as writer:
         kept = Kept(writer, watch)
         if kept.finished is not None:
             return kept.finished
-        sweep = _Sweep(model, training, sets, seeds, kept, watch)
+        sweep = _Sweep(model, Walk(training, sets, seeds, kept, watch))
+        arms = [sweep.arm("lora", sorted(set(ranks)), rates, quantized)]
+        arms += [sweep.arm("full", [None], full_rates, None)] if full else []
+        arms += [sweep.arm("bitfit", [None], rates, None)] if bitfit else []
         sweep.tell_cost(arms)
         sweep.measure_base("")
         for arm in arms:
-            with arm.base(model):
-                sweep.run(arm)
+            sweep.run(arm)
         return kept.end([])
 
 
 @dataclass(frozen=True, slots=True)
 class _Arm:
-    """What is trained at a grid of ranks and rates."""
+    """What is trained, and on which BASE.
+
+    Args:
+        subject: LoRA, or a reference line.
+        runs: Its ranks and rates.
+        grid: What BASE's linear layers are rounded to; None for as they are.
+    """
 
     subject: Subject
-    ranks: tuple[int | None, ...]
-    rates: tuple[float, ...]
+    runs: Arm
     grid: str | None = None
-
-    def first(self, seed: int) -> list[Cell]:
-        """Return the runs of the first seed: every rate at every rank."""
-        return [Cell(rank, lr, seed, self.subject) for rank in self.ranks for lr in self.rates]
-
-    def base(self, model: Model) -> AbstractContextManager[None]:
-        """Return BASE as it is trained on."""
-        return rounded(inner_layers(model.module).values(), self.grid) if self.grid else nullcontext()
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,64 +177,49 @@ class _Sweep:
     """A sweep as far as it is."""
 
     model: Model
-    training: Training
-    sets: Sequence[Texts]
-    seeds: int
-    kept: Kept
-    watch: Watch
+    walk: Walk
+
+    def arm(self, subject: Subject, ranks: Sequence[int | None], rates: Sequence[float], grid: str | None) -> _Arm:
+        """Return what is trained at a grid of ranks and rates."""
+        return _Arm(subject, Arm(tuple(ranks), tuple(sorted(set(rates))), partial(self._trial, subject)), grid)
+
+    def _trial(self, subject: Subject, rank: int | None, lr: float, seed: int) -> Trial:
+        cell = Cell(rank, lr, seed, subject)
+        return Trial(cell.fields, cell.label, partial(run_cell, self.model, cell))
 
     def measure_base(self, grid: str) -> None:
         """Measure BASE, rounded to a grid if there is one."""
-        size = self.training.batch
-        for each in [] if self.kept.has(self.sets, subject="base", name=grid) else self.sets:
-            losses = measure(self.model, each, size, lambda: self.watch.batch("BASE"))
-            self.kept.put(record_of(each, losses, name=grid))
+        walk = self.walk
+        for each in [] if walk.kept.has(walk.sets, subject="base", name=grid) else walk.sets:
+            losses = measure(self.model, each, walk.training.batch, lambda: walk.watch.batch("BASE"))
+            walk.kept.put(record_of(each, losses, name=grid))
 
     def run(self, arm: _Arm) -> None:
-        """Run all rates with the first seed, and the best rate of each rank with the others."""
-        seed = self.training.order
-        if arm.grid:
-            self.measure_base(arm.grid)
-        self._run(arm.first(seed))
-        chosen = best_rates(self.kept.records, self.sets[0].name, seed, arm.subject)
-        self._run([Cell(rank, lr, seed + i, arm.subject) for i in range(1, self.seeds) for rank, lr in chosen.items()])
-
-    def _run(self, cells: Sequence[Cell]) -> None:
-        for cell in cells:
-            if not self.kept.has(self.sets, **cell.fields):
-                after = partial(self.watch.batch, cell.label)
-                self.kept.put(*run_cell(self.model, cell, self.training, self.sets, self.training.batch, after))
+        """Train everything of an arm."""
+        layers = inner_layers(self.model.module).values()
+        with rounded(layers, arm.grid) if arm.grid else nullcontext():
+            if arm.grid:
+                self.measure_base(arm.grid)
+            self.walk.run(arm.runs)
 
     def tell_cost(self, arms: Sequence[_Arm]) -> None:
         """Time one step of what is trained and one batch of an evaluation, and tell what the sweep will take."""
-        batches = batches_of(self.sets, self.training.batch)
+        walk = self.walk
         grids = {"", *(arm.grid or "" for arm in arms)}
-        bases = sum(not self.kept.has(self.sets, subject="base", name=grid) for grid in grids)
+        bases = sum(not walk.kept.has(walk.sets, subject="base", name=grid) for grid in grids)
         seconds, told, evaluation = 0.0, [], 0.0
-        self.watch.total = bases * batches
+        walk.watch.total = bases * walk.batches
         for arm in arms:
-            step, evaluation = self._timed(arm)
-            runs = len(arm.ranks) * (len(arm.rates) + self.seeds - 1) - self._done(arm)
-            seconds += runs * (self.training.steps * step + batches * evaluation)
-            self.watch.total += runs * (self.training.steps + batches)
+            step, evaluation = walk.timed(arm.runs)
+            runs = walk.left(arm.runs)
+            seconds += runs * (walk.training.steps * step + walk.batches * evaluation)
+            walk.expect(runs)
             what = {"full": " of full fine-tuning", "bitfit": " of BitFit"}.get(arm.subject, "")
-            told.append(f"{counted(runs, 'run', 'runs')}{what} of {self.training.steps} steps of {step:.2g} s at most")
-        self.watch.note(
-            f"about {duration(seconds + bases * batches * evaluation)}: {', '.join(told)}, each evaluated on "
-            f"{counted(len(self.sets), 'set', 'sets')}{self._copies(arms)}"
+            told.append(f"{counted(runs, 'run', 'runs')}{what} of {walk.training.steps} steps of {step:.2g} s at most")
+        walk.watch.note(
+            f"about {duration(seconds + bases * walk.batches * evaluation)}: {', '.join(told)}, each evaluated on "
+            f"{counted(len(walk.sets), 'set', 'sets')}{self._copies(arms)}"
         )
-
-    def _timed(self, arm: _Arm) -> tuple[float, float]:
-        """Return the seconds of a step, at the largest rank, and of a batch of an evaluation."""
-        cell, size = Cell(arm.ranks[-1], 1e-6, 0, arm.subject), self.training.batch
-        return timed(
-            self.training, self.sets, lambda once, first, after: run_cell(self.model, cell, once, first, size, after)
-        )
-
-    def _done(self, arm: _Arm) -> int:
-        """Count the runs that are finished already."""
-        runs = {(r.rank, r.lr, r.seed) for r in self.kept.records if r.subject == arm.subject}
-        return sum(self.kept.has(self.sets, **Cell(*run, arm.subject).fields) for run in runs if run[1] is not None)
 
     def _copies(self, arms: Sequence[_Arm]) -> str:
         """Say what memory a full fine-tune takes beside BASE: copy, gradients and AdamW's two moments."""

@@ -1,16 +1,134 @@
-"""What the probes that train have in common: numbers that make sense, a text that is held out from, a timed step."""
+"""What the probes that train have in common: numbers that make sense, a held-out text, and the walk over their runs.
+
+The walk: every size at every learning rate with the first seed, then the best rate of each size with the other seeds.
+It knows what is finished, so that nothing is run twice, and refuses to know what is trained.
+"""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
+from lora_diag.api.probing import Kept, Watch, batches_of
 from lora_diag.errors import UsageError
+from lora_diag.planning.rates import lowest
+from lora_diag.results import WholeRecord
 from lora_diag.training.data import Texts, read_texts
 from lora_diag.training.models import Model
 from lora_diag.training.sweep import Training
+
+Train = Callable[[Training, Sequence[Texts], Callable[[], None]], Sequence[WholeRecord]]
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """One run.
+
+    Args:
+        fields: By which its records are told from others.
+        label: What it is called while it runs.
+        train: Trains as told, evaluates on these sets, and calls its last argument after every step and every batch;
+            gives one record a set.
+    """
+
+    fields: Mapping[str, Any]
+    label: str
+    train: Train
+
+
+@dataclass(frozen=True, slots=True)
+class Arm:
+    """What is trained at a grid of sizes and learning rates.
+
+    Args:
+        sizes: Ranks or dimensions, ascending; None for what has no size.
+        rates: Learning rates, ascending.
+        trial: The run of a size, a rate and a seed.
+    """
+
+    sizes: tuple[int | None, ...]
+    rates: tuple[float, ...]
+    trial: Callable[[int | None, float, int], Trial]
+
+
+@dataclass(frozen=True, slots=True)
+class Walk:
+    """The runs of a probe, as far as they are.
+
+    Args:
+        training: What all have in common.
+        sets: Evaluation sets; the first decides on learning rates.
+        seeds: Runs of each size at its best rate.
+        kept: The records.
+        watch: Who is told.
+    """
+
+    training: Training
+    sets: Sequence[Texts]
+    seeds: int
+    kept: Kept
+    watch: Watch
+
+    @property
+    def batches(self) -> int:
+        """Batches of an evaluation on all sets."""
+        return batches_of(self.sets, self.training.batch)
+
+    def run(self, arm: Arm) -> None:
+        """Run all rates with the first seed, and the best rate of each size with the others."""
+        first = self.training.order
+        for size in arm.sizes:
+            for rate in arm.rates:
+                self._finish(arm.trial(size, rate, first))
+        best = {size: self._best(arm, size) for size in arm.sizes}
+        for seed in range(first + 1, first + self.seeds):
+            for size, chosen in best.items():
+                if chosen is not None:
+                    self._finish(arm.trial(size, chosen, seed))
+
+    def left(self, arm: Arm) -> int:
+        """Count the runs that are not finished."""
+        first, left = self.training.order, 0
+        for size in arm.sizes:
+            best = self._best(arm, size)
+            runs = [arm.trial(size, rate, first) for rate in arm.rates]
+            others = range(first + 1, first + self.seeds)
+            runs += [arm.trial(size, arm.rates[0] if best is None else best, seed) for seed in others]
+            left += sum(not self._has(run) for run in runs)
+        return left
+
+    def expect(self, runs: int) -> None:
+        """Tell who watches of so many runs more."""
+        self.watch.total += runs * (self.training.steps + self.batches)
+
+    def timed(self, arm: Arm) -> tuple[float, float]:
+        """Return the seconds of one step at the largest size, the second of two, and of one batch of an evaluation."""
+        ticks = [time.perf_counter()]
+        first = self.sets[0].first(self.training.batch)
+        trial = arm.trial(arm.sizes[-1], 1e-6, 0)
+        trial.train(replace(self.training, steps=2), [first], lambda: ticks.append(time.perf_counter()))
+        return ticks[2] - ticks[1], ticks[3] - ticks[2]
+
+    def _finish(self, trial: Trial) -> None:
+        if not self._has(trial):
+            self.kept.put(*trial.train(self.training, self.sets, lambda: self.watch.batch(trial.label)))
+
+    def _has(self, trial: Trial) -> bool:
+        return self.kept.has(self.sets, **trial.fields)
+
+    def _best(self, arm: Arm, size: int | None) -> float | None:
+        """Return the rate of a size whose run of the first seed has the lowest loss on the first set, so far."""
+        runs = ((size, self._loss(arm.trial(size, rate, self.training.order)), rate) for rate in arm.rates)
+        return lowest(runs).get(size)
+
+    def _loss(self, trial: Trial) -> float | None:
+        """Return the loss of a run on the first set; None where it diverged or is not finished."""
+        fields = {**trial.fields, "set": self.sets[0].name}
+        mine = (r for r in self.kept.records if all(getattr(r, name, ...) == value for name, value in fields.items()))
+        return next((record.loss for record in mine), None)
 
 
 def check_training(rates: Mapping[str, Sequence[float]], counts: Mapping[str, int | None], seed: int) -> None:
@@ -46,19 +164,3 @@ def read_training(data: Path | str, model: Model, sets: Sequence[Texts]) -> Text
     if same := next((each for each in sets if each.hash == texts.hash), None):
         raise UsageError(f"{same.path}: is the text that is trained on; give one that is held out")
     return texts
-
-
-def timed(
-    training: Training, sets: Sequence[Texts], run: Callable[[Training, list[Texts], Callable[[], None]], object]
-) -> tuple[float, float]:
-    """Return the seconds of one step, the second of two, and of one batch of an evaluation.
-
-    Args:
-        training: What all runs have in common.
-        sets: Evaluation sets; the first gives the batch.
-        run: Trains, then evaluates, and calls its last argument after every step and every batch.
-    """
-    ticks = [time.perf_counter()]
-    first = sets[0].first(training.batch)
-    run(replace(training, steps=2), [first], lambda: ticks.append(time.perf_counter()))
-    return ticks[2] - ticks[1], ticks[3] - ticks[2]

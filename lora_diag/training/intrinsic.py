@@ -200,7 +200,7 @@ class Run:
 
 
 def subspace_losses(
-    model: Model, run: Run, training: Training, sets: Sequence[Texts], size: int, after: Callable[[], None]
+    model: Model, run: Run, training: Training, sets: Sequence[Texts], after: Callable[[], None]
 ) -> tuple[list[Losses], float]:
     """Train in a subspace; return the losses on every set, and the mean loss of the last tenth of the steps.
 
@@ -208,8 +208,7 @@ def subspace_losses(
         model: BASE; the same after as before.
         run: Dimension, rate, seed.
         training: What all runs have in common.
-        sets: Evaluation sets.
-        size: Sequences in a batch of an evaluation.
+        sets: Evaluation sets, in batches of as many sequences as an update.
         after: Called after every step and every batch.
     """
     torch.manual_seed(run.seed)
@@ -221,7 +220,7 @@ def subspace_losses(
         path = train(tuned, Cell(None, lr, run.seed, "full"), training, after)
         module.eval()
         module.fix()
-        found = [measure(tuned, each, size, after) for each in sets]
+        found = [measure(tuned, each, training.batch, after) for each in sets]
     finally:
         model.module.eval()
     last = path[-max(1, len(path) // 10) :]

@@ -106,7 +106,7 @@ def adapted_alone(
         after: Called after every step and every batch.
     """
     alone = replace(training, kind=replace(training.kind, targets=unit.kind.targets))
-    found, train_loss = losses_after(model, cell, alone, sets, training.batch, after)
+    found, train_loss = losses_after(model, cell, alone, sets, after)
     return [
         record_of(each, losses, unit, cell, bases[each.name], train_loss)
         for each, losses in zip(sets, found, strict=True)

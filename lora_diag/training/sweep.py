@@ -99,7 +99,7 @@ def rate_at(step: int, steps: int, peak: float) -> float:
 
 
 def run_cell(
-    model: Model, cell: Cell, training: Training, sets: Sequence[Texts], size: int, after: Callable[[], None]
+    model: Model, cell: Cell, training: Training, sets: Sequence[Texts], after: Callable[[], None]
 ) -> list[Probe]:
     """Train one cell and return its losses, one record a set; without a loss where training diverged.
 
@@ -107,23 +107,22 @@ def run_cell(
         model: BASE; the same after as before.
         cell: The run.
         training: What all runs have in common.
-        sets: Evaluation sets.
-        size: Sequences in a batch of an evaluation.
+        sets: Evaluation sets, in batches of as many sequences as an update.
         after: Called after every step and every batch.
     """
-    found, train_loss = losses_after(model, cell, training, sets, size, after)
+    found, train_loss = losses_after(model, cell, training, sets, after)
     return [record_of(each, losses, cell, train_loss) for each, losses in zip(sets, found, strict=True)]
 
 
 def losses_after(
-    model: Model, cell: Cell, training: Training, sets: Sequence[Texts], size: int, after: Callable[[], None]
+    model: Model, cell: Cell, training: Training, sets: Sequence[Texts], after: Callable[[], None]
 ) -> tuple[list[Losses], float]:
     """Train one cell and return its losses on every set, and the mean loss of its last tenth of steps."""
     torch.manual_seed(cell.seed)
     with _trainable(model, cell, training.kind) as tuned:
         path = train(tuned, cell, training, after)
         tuned.module.eval()
-        found = [measure(tuned, each, size, after) for each in sets]
+        found = [measure(tuned, each, training.batch, after) for each in sets]
     last = path[-max(1, len(path) // 10) :]
     return found, sum(last) / len(last)
 

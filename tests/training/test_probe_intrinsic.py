@@ -174,7 +174,7 @@ def measured(base, texts, tmp_path_factory):
 
 def test_the_training_loss_is_that_of_the_last_tenth_and_base_is_never_left_in_training(base, texts, monkeypatch):
     model = open_model(base, CPU)
-    words = intrinsic.Run(5, 1e-3, 0, "plain"), Training(read_texts(texts[1], model), 20, 1, 0), [], 1, lambda: None
+    words = intrinsic.Run(5, 1e-3, 0, "plain"), Training(read_texts(texts[1], model), 20, 1, 0), [], lambda: None
     monkeypatch.setattr(intrinsic, "train", lambda *_: [float(step) for step in range(20)])
     assert intrinsic.subspace_losses(model, *words) == ([], 18.5)
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +47,7 @@ def read_results(path: Path | str) -> Results[Any]:
             loradiag.
     """
     path = Path(path)
-    records, _ = read_lines(path)
+    records = list(each_line(path))
     if not records or not isinstance(records[0], Run):
         raise InputError(f"{path}: is not a results file: its first line must be a run record")
     return Results(
@@ -80,43 +80,57 @@ def read_results_of(kind: type[L], path: Path | str) -> Results[L]:
     return results
 
 
-def read_lines(path: Path) -> tuple[list[AnyRecord], int]:
-    """Return the whole records of a file, checked one against the other, and how many bytes they take.
+def each_line(path: Path) -> Iterator[AnyRecord]:
+    """Yield the whole records of a file, checked one against the other; what a crash left behind them is no error.
 
     Raises:
         InputError: It cannot be read, or a line is not a record or cannot stand where it stands.
+    """
+    first: AnyRecord | None = None
+    last: AnyRecord | None = None
+    for number, line in enumerate(_lines(path), 1):
+        try:
+            record = _parse(line.removesuffix(b"\n"), number, path)
+            _check_place(record, first, last, f"{path}: line {number}")
+        except InputError:
+            if line.endswith(b"\n"):
+                raise
+            return  # cut short by a crash; a record that only lacks its newline is taken
+        first, last = record if first is None else first, record
+        yield record
+
+
+def _lines(path: Path) -> Iterator[bytes]:
+    """Yield lines with their newlines, which the last may lack: a file of many layers is not held as text as well.
+
+    JSON has no zero bytes: they stand where a loss of power kept the disk from writing, and nothing behind is sure.
     """
     try:
         if os.path.exists(path) and not path.is_file():  # noqa: PTH110  (unlike Path.exists(), takes any name)
             what = "is a folder" if path.is_dir() else "is not a regular file"
             raise InputError(f"{path}: {what}; a results file is wanted here, as -o FILE writes it")
-        content = path.read_bytes()
+        with path.open("rb") as file:
+            for line in file:
+                before, zero, _ = line.partition(b"\0")
+                yield before
+                if zero:
+                    return
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from error
-    # JSON has no zero bytes: they stand where a loss of power kept the disk from writing, and nothing behind is sure.
-    content = content.partition(b"\0")[0]
-    *lines, rest = content.split(b"\n")
-    records: list[AnyRecord] = []
-    for number, line in enumerate(lines, 1):
-        record = _parse(line, number, path)
-        _check_place(record, records, number, path)
-        records.append(record)
-    # After the last newline: nothing, what a crash cut short, or a record that only lacks its newline.
-    with contextlib.suppress(InputError):
-        record = _parse(rest, len(lines) + 1, path)
-        _check_place(record, records, len(lines) + 1, path)
-        return [*records, record], len(content)
-    return records, len(content) - len(rest)
 
 
-def _check_place(record: AnyRecord, before: Sequence[AnyRecord], number: int, path: Path) -> None:
+def bytes_of(path: Path, records: int) -> int:
+    """Return how many bytes the first so many records of a file take, without the newline of the last."""
+    return sum(len(line.removesuffix(b"\n")) + 1 for line in islice(_lines(path), records)) - 1
+
+
+def _check_place(record: AnyRecord, first: AnyRecord | None, last: AnyRecord | None, where: str) -> None:
     """Refuse a record that cannot stand where it stands, or lacks what the run record promises.
 
     Raises:
         InputError: It cannot.
     """
-    where = f"{path}: line {number}"
-    if not before:
+    if first is None:
         if isinstance(record, Run) and record.command == "spectrum":
             ranks = record.settings.get("ranks")
             if not isinstance(ranks, list) or not ranks or not all(type(r) is int and r > 0 for r in ranks):
@@ -124,9 +138,8 @@ def _check_place(record: AnyRecord, before: Sequence[AnyRecord], number: int, pa
         return
     if isinstance(record, Run):
         raise InputError(f"{where} begins a second run: one file holds one run; split it there")
-    if isinstance(before[-1], End):
+    if isinstance(last, End):
         raise InputError(f"{where} comes after the end record of the run")
-    first = before[0]
     if isinstance(record, Spectrum) and isinstance(first, Run):
         asked = [str(r) for r in first.settings.get("ranks", [])]
         lacking = [f"energy.{r}" for r in asked if r not in record.energy]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections import deque
 from contextlib import suppress
 from dataclasses import replace
 from io import FileIO
@@ -19,7 +20,7 @@ from typing import Any, Generic, Literal, Self
 
 from lora_diag.errors import InputError, UsageError
 from lora_diag.files import lock, sync, sync_descriptor
-from lora_diag.results.reading import is_results_file, read_lines, read_results
+from lora_diag.results.reading import bytes_of, each_line, is_results_file, read_results
 from lora_diag.results.records import AnyRecord, End, Run
 from lora_diag.results.results import L, Results, to_line
 
@@ -120,9 +121,8 @@ class ResultsWriter(Generic[L]):
         """Open the file behind what is kept of it."""
         if not self._kept:
             return FileIO(path, "w")
-        lines = path.read_bytes().split(b"\n")[: self._kept]
         file = FileIO(path, "r+")
-        file.truncate(sum(len(line) + 1 for line in lines) - 1)
+        file.truncate(bytes_of(path, self._kept))
         file.seek(0, os.SEEK_END)
         _write(file, b"\n")
         return file
@@ -205,8 +205,8 @@ def _state(path: Path) -> Literal["absent", "empty", "unfinished", "finished"]:
     if not os.path.exists(path):  # noqa: PTH110  (as in _check_ours)
         return "absent"
     try:
-        records, _ = read_lines(path)
-        return ("finished" if isinstance(records[-1], End) else "unfinished") if records else "empty"
+        last = deque(each_line(path), maxlen=1)
+        return ("finished" if isinstance(last[0], End) else "unfinished") if last else "empty"
     except InputError as error:
         raise UsageError(f"{error}; the file is left as it is: delete it first, or choose another name") from error
 

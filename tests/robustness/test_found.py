@@ -78,3 +78,14 @@ def test_a_results_file_with_zeros_in_it_is_an_unfinished_run(tmp_path: Path) ->
     (tmp_path / "r.jsonl").write_bytes(whole[: last - 5] + b"\0" * 20 + whole[last:])
     results = read_results(tmp_path / "r.jsonl")
     assert (len(results), results.end) == (0, None)
+
+
+def test_zeros_in_the_place_of_a_newline_do_not_hide_what_is_written_behind_them(tmp_path: Path) -> None:
+    """The last record is whole and is kept, the zeros stayed: nothing behind them was ever read again."""
+    base, tuned = (save_model(tmp_path / str(k), {"a.weight": torch.eye(4) * k}) for k in (1, 2))
+    lora_diag.spectrum(base, tuned, output=tmp_path / "r.jsonl")
+    whole = (tmp_path / "r.jsonl").read_bytes()
+    for newline in (whole.index(b"\n"), whole.rindex(b"\n", 0, -1)):
+        (tmp_path / "r.jsonl").write_bytes(whole[:newline] + b"\0" * 20)
+        lora_diag.spectrum(base, tuned, output=tmp_path / "r.jsonl", resume=True)
+        assert (tmp_path / "r.jsonl").read_bytes() == whole

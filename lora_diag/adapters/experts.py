@@ -18,6 +18,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from lora_diag.adapters.keys import Modules
+from lora_diag.adapters.patterns import is_target, module_targets
 from lora_diag.adapters.source import Config, Source
 from lora_diag.adapters.updates import Site, Update, read
 from lora_diag.checkpoints import Checkpoint
@@ -68,10 +69,14 @@ def split(modules: Modules, config: Config) -> tuple[list[Stack], Modules]:
         InputError: It is not clear which parameter the factors belong to.
     """
     targets = config.names("target_parameters")
+    if not targets:
+        return [], modules
+    by_module = module_targets(config, modules)
     nested: dict[str, list[str]] = {}
     for module in modules:
         owner = re.sub(r"(\.base_layer)+$", "", module)
-        if _parameters(owner, targets):
+        # PEFT refuses to adapt a module and its parameter: what is a target as a module is none as a parameter.
+        if _parameters(owner, targets) and not is_target(owner, by_module, config.path):
             nested.setdefault(owner, []).append(module)
     stacks = [stack for owner, keys in nested.items() for stack in _stacks(owner, keys, targets, modules, config)]
     taken = {stack.module for stack in stacks}
@@ -88,8 +93,20 @@ def _parameters(owner: str, targets: list[str]) -> list[str]:
     ]
 
 
+def _leaves(owner: str, targets: list[str], count: int) -> list[str]:
+    """Return the parameters of a module that its pairs of factors belong to.
+
+    ``gate_up_proj`` alone may be anyone's, ``gate.weight`` is the router's: as PEFT 0.21 writes it where ``all-linear``
+    or ``gate_proj`` was asked of a mixture of experts.
+    """
+    every = _parameters(owner, targets)
+    named = _parameters(owner, [target for target in targets if "." in target])
+    ways = every, named, [leaf for leaf in every if leaf not in named]
+    return next((leaves for leaves in ways if len(leaves) == count), every)
+
+
 def _stacks(owner: str, keys: list[str], targets: list[str], modules: Modules, config: Config) -> list[Stack]:
-    leaves = _parameters(owner, targets)
+    leaves = _leaves(owner, targets, len(keys))
     outermost_first = sorted(keys, key=len)
     known = all(leaf in REGISTERED for leaf in leaves) or len(leaves) == 1
     if len(leaves) != len(keys) or not known:

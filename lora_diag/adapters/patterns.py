@@ -12,6 +12,7 @@ import re
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 from lora_diag.adapters.source import Config, is_number
 from lora_diag.errors import InputError
@@ -134,3 +135,40 @@ def worst_case(text: str, length: int) -> float:
             unbounded += 1
             choice[-1] = True
     return math.comb(length + unbounded, unbounded) * ways * alternatives[0]
+
+
+def is_target(module: str, names: str | list[str], path: Path) -> bool:
+    """Say whether PEFT takes a module for one of its targets: equal to a name, or ending in ``.`` and one of them.
+
+    Args:
+        module: Its path.
+        names: ``target_modules``: a list, one regular expression for the whole path, or ``all-linear``.
+        path: The config, for the message.
+
+    Raises:
+        InputError: It is not a regular expression.
+    """
+    if not isinstance(names, str):
+        return any(module == name or module.endswith(f".{name}") for name in names)
+    try:
+        return names == "all-linear" or re.fullmatch(names, module) is not None
+    except re.error as error:
+        raise InputError(f"{path}: target_modules is not a valid regular expression: {error}") from error
+
+
+def module_targets(config: Config, modules: Iterable[str]) -> str | list[str]:
+    """Return ``target_modules``, safe to be matched with these modules.
+
+    Raises:
+        InputError: They are none, or could take too long to match.
+    """
+    names = config.values.get("target_modules") or []
+    if not isinstance(names, str):
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise InputError(f"{config.path}: target_modules must be names or one regular expression, not {names!r}")
+        return names
+    if sum(worst_case(names, len(module)) for module in modules) > MAX_STEPS:
+        raise InputError(
+            f"{config.path}: target_modules could take too long to match; write it more simply, or as a list"
+        )
+    return names

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from lora_diag.adapters.patterns import MAX_STEPS, read_pattern, worst_case
+from lora_diag.adapters.patterns import is_target, module_targets, read_pattern
 from lora_diag.adapters.source import Config
 from lora_diag.adapters.writing_targets import Target
 from lora_diag.checkpoints.documents import MAX_CONFIG_BYTES, read_object
@@ -24,17 +23,13 @@ def ranks_of_config(path: Path, targets: Mapping[str, Target]) -> dict[str, int]
         InputError: It is no LoRA config, a rank is none, or none of its modules is a layer here.
     """
     config = Config(path, read_object(path, "adapter config", MAX_CONFIG_BYTES))
-    names = config.values.get("target_modules") or []
-    if not isinstance(names, str) and not all(isinstance(name, str) for name in names):
-        raise InputError(f"{path}: target_modules must be names or one regular expression, not {names!r}")
-    if isinstance(names, str) and sum(worst_case(names, len(t.module)) for t in targets.values()) > MAX_STEPS:
-        raise InputError(f"{path}: target_modules could take too long to match; write it more simply, or as a list")
+    names = module_targets(config, [target.module for target in targets.values()])
     parameters = config.names("target_parameters")
     pattern = read_pattern(config, "rank_pattern", [target.module for target in targets.values()])
     ranks: dict[str, int] = {}
     for layer, target in targets.items():
         wanted = parameters if target.kind == "parameter" else names
-        if not _is_target(target.module, wanted, path):
+        if not is_target(target.module, wanted, path):
             continue
         found = pattern.matches(target.module)
         rank = found[0][1] if found else config.integer("r")
@@ -48,12 +43,3 @@ def ranks_of_config(path: Path, targets: Mapping[str, Target]) -> dict[str, int]
             f"{next(iter(targets.values())).module if targets else '(none)'}"
         )
     return ranks
-
-
-def _is_target(module: str, names: str | list[str], path: Path) -> bool:
-    if not isinstance(names, str):
-        return any(module == name or module.endswith(f".{name}") for name in names)
-    try:
-        return names == "all-linear" or re.fullmatch(names, module) is not None
-    except re.error as error:
-        raise InputError(f"{path}: target_modules is not a valid regular expression: {error}") from error

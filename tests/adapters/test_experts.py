@@ -2,6 +2,8 @@
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from lora_diag.errors import InputError
 from tests.adapters.making import adapter, base, changes, close, normal
@@ -50,6 +52,28 @@ def test_one_parameter_alone_is_not_nested(tmp_path):
         folder_of(tmp_path, ["experts.down_proj"], [down]), base(tmp_path, {f"{OWNER}.down_proj": normal(E, 8, 5)})
     )
     close(found[f"{OWNER}.down_proj[2]"], oracle(*down, 1.5)[2])
+
+
+@pytest.mark.parametrize("by_name", [["q_proj"], r".*\.q_proj"])
+def test_bare_names_of_parameters_speak_for_the_module_that_nests_as_many(tmp_path, by_name):
+    """What PEFT 0.21 writes for ``all-linear`` on a mixture: the router by its path, the experts by their leaves."""
+    up, down, router, query = factors(8, 10), factors(5, 8, seed=4), normal(R, 8), normal(R, 8, seed=3)
+    folder = folder_of(tmp_path, ["gate.weight", "gate_up_proj", "down_proj"], [up, down], target_modules=by_name)
+    layer = OWNER.removesuffix(".mlp.experts")
+    more = {f"{layer}.mlp.gate": (router, normal(E, R)), f"{layer}.self_attn.q_proj": (query, normal(6, R))}
+    file = folder / "adapter_model.safetensors"
+    tensors = load_file(file) | {
+        f"base_model.model.{module}.lora_{part}.weight": torch.tensor(value, dtype=torch.float32)
+        for module, pair in more.items()
+        for part, value in zip("AB", pair, strict=True)
+    }
+    save_file(tensors, file)
+    found, _ = changes(folder, None)
+    for module, (a, b) in more.items():
+        close(found[f"{module}.weight"], 1.5 * b @ a)
+    for e in range(E):
+        close(found[f"{OWNER}.gate_up_proj[{e}]"], oracle(*up, 1.5)[e])
+        close(found[f"{OWNER}.down_proj[{e}]"], oracle(*down, 1.5)[e])
 
 
 def test_rank_and_alpha_are_looked_up_by_the_parameter_s_path(tmp_path):

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from lora_diag.cli import options
-from lora_diag.cli.output import as_lines, progress_bar, result, tell_unmeasured, terminal
+from lora_diag.cli.output import progress_bar, result, tell_unmeasured, terminal
 from lora_diag.errors import UNREADABLE
 
 Inputs = Annotated[
@@ -28,36 +28,24 @@ SpectrumFile = Annotated[
 ]
 
 
+@options.spread
 def interference(
     inputs: Inputs,
     weights: Weights = None,
     ranks: Ranks = "4,8,16,32,64",
     density: Density = 0.2,
-    layers: options.Layers = None,
-    exclude: options.Exclude = None,
-    allow_unmatched: options.AllowUnmatched = False,
-    method: options.Method = "auto",
+    *,
+    compared: options.Compared,
     tol: options.Tol = 1e-4,
-    device: options.Device = "auto",
-    seed: options.Seed = 0,
-    workers: options.Workers = None,
-    memory: options.WholeMemory = None,
-    engine: options.On = options.Engine.local,
-    ray_address: options.RayAddress = None,
-    gpus_per_task: options.GpusPerTask = 0.0,
+    computed: options.ComputedWhole,
     per: options.PerRow = options.Per.type,
-    output: options.Output = None,
     spectrum: SpectrumFile = None,
-    json: options.Json = False,
-    resume: options.Resume = False,
-    verify: options.Verify = False,
-    quiet: options.Quiet = False,
+    written: options.Verifiable,
 ) -> None:
     """Do several updates fight? Their overlaps, the rank that all of them need, and what merging them loses.
 
     Example: loradiag interference lora_sql/ lora_chat/ lora_code/ -o interference.jsonl --spectrum union.jsonl
     """
-    options.check_resume(resume, output)
     # torch comes with it: not before it is needed
     from lora_diag.api.interference import check_spectrum_file, split_base, union_spectra
     from lora_diag.api.interference import interference as measure
@@ -66,32 +54,22 @@ def interference(
     if spectrum is not None:
         check_spectrum_file(spectrum)
     base, updates = split_base(inputs)
-    with progress_bar(quiet) as on_progress:
+    with progress_bar(written.quiet) as on_progress:
         results = measure(
             updates,
             base=base,
             weights=options.parse_numbers(weights, "--weights", "1,0.5") if weights is not None else None,
             ranks=options.parse_ranks(ranks),
             density=density,
-            layers=layers,
-            exclude=exclude,
-            allow_unmatched=allow_unmatched,
-            method=method,
             tol=tol,
-            device=device,
-            seed=seed,
-            workers=workers,
-            memory=memory,
-            engine=options.cluster(engine, ray_address, gpus_per_task),
-            output=output,
-            resume=resume,
-            verify=verify,
+            **vars(compared),
+            **computed.arguments(),
+            **written.arguments(),
             on_progress=on_progress,
-            on_record=as_lines(json),
         )
     if spectrum is not None:
         union_spectra(results).write(spectrum)
-    if not json and not quiet:
+    if written.table:
         result(interference_table(results, *terminal(), per=per, then=_next(inputs, spectrum)))
     if tell_unmeasured(results.unmeasured, "the layer was left out"):
         raise typer.Exit(UNREADABLE)

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from lora_diag.cli import options
-from lora_diag.cli.output import as_lines, progress_bar, result, tell_unmeasured, terminal
+from lora_diag.cli.output import progress_bar, result, tell_unmeasured, terminal
 from lora_diag.errors import UNREADABLE
 
 Tuned = Annotated[str, typer.Argument(metavar="TUNED", help="Checkpoint after, or an adapter.")]
@@ -20,65 +20,43 @@ Window = Annotated[
 ]
 
 
+@options.spread
 def intruders(
     base: options.Base,
     tuned: Tuned,
     top: Top = 10,
     epsilon: Epsilon = 0.5,
     window: Window = 0.1,
-    layers: options.Layers = None,
-    exclude: options.Exclude = None,
-    allow_unmatched: options.AllowUnmatched = False,
-    method: options.Method = "auto",
+    *,
+    compared: options.Compared,
     tol: options.Tol = 1e-4,
-    device: options.Device = "auto",
-    seed: options.Seed = 0,
-    workers: options.Workers = None,
-    memory: options.WholeMemory = None,
-    engine: options.On = options.Engine.local,
-    ray_address: options.RayAddress = None,
-    gpus_per_task: options.GpusPerTask = 0.0,
+    computed: options.ComputedWhole,
     per: options.PerRow = options.Per.type,
-    output: options.Output = None,
-    json: options.Json = False,
-    resume: options.Resume = False,
-    verify: options.Verify = False,
-    quiet: options.Quiet = False,
+    written: options.Verifiable,
 ) -> None:
     """Which of the largest directions of the tuned weights are new? Intruder dimensions, as LoRA makes them.
 
     Example: loradiag intruders base/ lora_r8/ -o intruders.jsonl
     """
-    options.check_resume(resume, output)
     # torch comes with it: not before it is needed
     from lora_diag.api.intruders import intruders as measure
     from lora_diag.reports.intruders import intruders_table
 
-    with progress_bar(quiet) as on_progress:
+    with progress_bar(written.quiet) as on_progress:
         results = measure(
             base,
             tuned,
             top=top,
             epsilon=epsilon,
             window=window,
-            layers=layers,
-            exclude=exclude,
-            allow_unmatched=allow_unmatched,
-            method=method,
             tol=tol,
-            device=device,
-            seed=seed,
-            workers=workers,
-            memory=memory,
-            engine=options.cluster(engine, ray_address, gpus_per_task),
-            output=output,
-            resume=resume,
-            verify=verify,
+            **vars(compared),
+            **computed.arguments(),
+            **written.arguments(),
             on_progress=on_progress,
-            on_record=as_lines(json),
         )
-    if not json and not quiet:
-        result(intruders_table(results, *terminal(), per=per, then=_next(base, tuned, output)))
+    if written.table:
+        result(intruders_table(results, *terminal(), per=per, then=_next(base, tuned, written.output)))
     if tell_unmeasured(results.unmeasured, "the layer was left out"):
         raise typer.Exit(UNREADABLE)
 

@@ -1,13 +1,24 @@
-"""The options that several commands share, and how their words are read."""
+"""The options that several commands share, alone and in groups, and how their words are read.
+
+A command takes a group as one parameter, by name, and ``spread`` shows typer the options in it::
+
+    @spread
+    def residual(base: Base, tuned: Tuned, *, compared: Compared, written: Verifiable) -> None: ...
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields, is_dataclass
 from enum import StrEnum
+from functools import wraps
+from inspect import Parameter, Signature, signature
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
+from lora_diag.cli.output import as_lines
 from lora_diag.errors import UsageError
 
 if TYPE_CHECKING:
@@ -35,61 +46,160 @@ Base = Annotated[
 Tuned = Annotated[str | None, typer.Argument(metavar="TUNED", help="Checkpoint after, or an adapter.")]
 Layers = Annotated[str | None, typer.Option(metavar="REGEX", help="Only weights whose name contains a match.")]
 Exclude = Annotated[str | None, typer.Option(metavar="REGEX", help="No weights whose name contains a match.")]
-AllowUnmatched = Annotated[
-    bool, typer.Option("--allow-unmatched", help="Leave out what an adapter changes and BASE lacks, not stop.")
-]
-Device = Annotated[str, typer.Option(metavar="auto|cpu|cuda[:i]|mps", help="Where to compute.")]
 Method = Annotated[str, typer.Option(metavar="auto|exact|gram|krylov", help="How to compute singular values.")]
-Top = Annotated[int | None, typer.Option(metavar="K", help="Keep only the K largest singular values.")]
 Tol = Annotated[float, typer.Option(metavar="T", help="Bound to reach on the error of every energy fraction.")]
-Ranks = Annotated[str, typer.Option(metavar="R,R,...", help="Ranks r at which C(r) and the errors are given.")]
-Output = Annotated[Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write the records here (JSONL).")]
 Json = Annotated[bool, typer.Option("--json", help="Records on standard output, and nothing else there.")]
-Resume = Annotated[bool, typer.Option("--resume", help="Go on with the interrupted run in --output.")]
-Verify = Annotated[bool, typer.Option("--verify", help="Hash every byte of the inputs, for --resume to compare.")]
-Seed = Annotated[int, typer.Option(metavar="N", help="Seed of the random starts of krylov.")]
 PerRow = Annotated[Per, typer.Option(help="One row a module type, or one a layer.")]
 Workers = Annotated[int | None, typer.Option(metavar="N", help="Layers at once; default by cores and memory.")]
-On = Annotated[Engine, typer.Option("--engine", help="This machine, or a Ray cluster (docs/cluster.md).")]
-RayAddress = Annotated[
-    str | None, typer.Option(metavar="HOST:PORT", help="Ray cluster; default RAY_ADDRESS, else a Ray of its own.")
-]
-GpusPerTask = Annotated[float, typer.Option(metavar="G", help="With --engine ray: GPUs for each layer, or a share.")]
-Memory = Annotated[
-    str | None,
-    typer.Option(metavar="SIZE", help="What the program may take, such as 8GB; larger layers in row blocks."),
-]
-WholeMemory = Annotated[
-    str | None,
-    typer.Option("--memory", metavar="SIZE", help="What the program may take, such as 8GB; others are left out."),
-]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no messages, no table.")]
 
 
-def cluster(engine: Engine, address: str | None, gpus_per_task: float) -> Ray | None:
-    """Return the cluster that was asked for; None for this machine alone.
+@dataclass(frozen=True)
+class Selected:
+    """Which weights."""
+
+    layers: Layers = None
+    exclude: Exclude = None
+
+
+@dataclass(frozen=True)
+class Compared(Selected):
+    """Which weights of two sides."""
+
+    allow_unmatched: Annotated[
+        bool, typer.Option("--allow-unmatched", help="Leave out what an adapter changes and BASE lacks, not stop.")
+    ] = False
+
+
+@dataclass(frozen=True)
+class Computed:
+    """How, on what and with how much of it."""
+
+    method: Method = "auto"
+    device: Annotated[str, typer.Option(metavar="auto|cpu|cuda[:i]|mps", help="Where to compute.")] = "auto"
+    seed: Annotated[int, typer.Option(metavar="N", help="Seed of the random starts of krylov.")] = 0
+    workers: Workers = None
+    memory: Annotated[
+        str | None,
+        typer.Option(metavar="SIZE", help="What the program may take, such as 8GB; larger layers in row blocks."),
+    ] = None
+    engine: Annotated[Engine, typer.Option(help="This machine, or a Ray cluster (docs/cluster.md).")] = Engine.local
+    ray_address: Annotated[
+        str | None, typer.Option(metavar="HOST:PORT", help="Ray cluster; default RAY_ADDRESS, else a Ray of its own.")
+    ] = None
+    gpus_per_task: Annotated[
+        float, typer.Option(metavar="G", help="With --engine ray: GPUs for each layer, or a share.")
+    ] = 0.0
+
+    def arguments(self) -> dict[str, Any]:
+        """Return what a function of the API takes.
+
+        Raises:
+            UsageError: Something is said of a cluster that is not used.
+        """
+        given = dict(vars(self), engine=self._cluster())
+        del given["ray_address"], given["gpus_per_task"]
+        return given
+
+    def _cluster(self) -> Ray | None:
+        """Return the cluster that was asked for; None for this machine alone."""
+        if self.engine is Engine.local:
+            if self.ray_address is not None or self.gpus_per_task:
+                option = "--ray-address" if self.ray_address is not None else "--gpus-per-task"
+                raise UsageError(f"{option}: is of a Ray cluster; add --engine ray")
+            return None
+        from lora_diag import Ray  # torch comes with it: not before it is needed
+
+        return Ray(self.ray_address, self.gpus_per_task)
+
+
+@dataclass(frozen=True)
+class ComputedWhole(Computed):
+    """The same where a layer is held whole."""
+
+    memory: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="What the program may take, such as 8GB; others are left out.")
+    ] = None
+
+
+@dataclass(frozen=True)
+class Written:
+    """Where records go, and what else is said.
 
     Raises:
-        UsageError: Something is said of a cluster that is not used.
+        UsageError: A run that was not kept should go on.
     """
-    if engine is Engine.local:
-        if address is not None or gpus_per_task:
-            option = "--ray-address" if address is not None else "--gpus-per-task"
-            raise UsageError(f"{option}: is of a Ray cluster; add --engine ray")
-        return None
-    from lora_diag import Ray  # torch comes with it: not before it is needed
 
-    return Ray(address, gpus_per_task)
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write the records here (JSONL).")
+    ] = None
+    json: Json = False
+    quiet: Quiet = False
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the interrupted run in --output.")] = False
+
+    def __post_init__(self) -> None:
+        if self.resume and self.output is None:
+            raise UsageError("--resume: give the results file of the interrupted run with -o")
+
+    @property
+    def table(self) -> bool:
+        """Whether a table is shown."""
+        return not (self.json or self.quiet)
+
+    def arguments(self) -> dict[str, Any]:
+        """Return what a function of the API takes."""
+        return {"output": self.output, "resume": self.resume, "on_record": as_lines(self.json)}
 
 
-def check_resume(resume: bool, output: Path | None) -> None:
-    """Refuse to go on with a run that was not kept.
+@dataclass(frozen=True)
+class Verifiable(Written):
+    """The same where the inputs are files that can be hashed."""
 
-    Raises:
-        UsageError: That was asked.
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Hash every byte of the inputs, for --resume to compare.")
+    ] = False
+
+    def arguments(self) -> dict[str, Any]:
+        """Return what a function of the API takes."""
+        return {**super().arguments(), "verify": self.verify}
+
+
+def spread(command: Callable[..., None]) -> Callable[..., None]:
+    """Return a command whose groups are spread: typer sees their options, and the command gets the groups.
+
+    >>> @spread
+    ... def command(base: str, *, selected: Selected) -> None:
+    ...     print(base, selected)
+    >>> ", ".join(signature(command).parameters)
+    'base, layers, exclude'
+    >>> command(base="base/", layers="q_proj", exclude=None)
+    base/ Selected(layers='q_proj', exclude=None)
     """
-    if resume and output is None:
-        raise UsageError("--resume: give the results file of the interrupted run with -o")
+    parameters = signature(command, eval_str=True).parameters
+    groups: dict[str, Any] = {
+        name: each.annotation for name, each in parameters.items() if is_dataclass(each.annotation)
+    }
+
+    @wraps(command)
+    def gathered(**words: Any) -> None:
+        for name, group in groups.items():
+            words[name] = group(**{each.name: words.pop(each.name) for each in fields(group)})
+        command(**words)
+
+    shown = [each for parameter in parameters.values() for each in _options(parameter)]
+    gathered.__signature__ = Signature(shown)  # type: ignore[attr-defined]
+    return gathered
+
+
+def _options(parameter: Parameter) -> Iterator[Parameter]:
+    """Give the parameters of a group, or the one that is no group; all by name, as typer calls."""
+    group = parameter.annotation
+    if not is_dataclass(group):
+        yield parameter.replace(kind=Parameter.KEYWORD_ONLY)
+        return
+    kinds = get_type_hints(group, include_extras=True)
+    for each in fields(group):
+        yield Parameter(each.name, Parameter.KEYWORD_ONLY, default=each.default, annotation=kinds[each.name])
 
 
 def parse_ranks(words: str, option: str = "--ranks") -> list[int]:

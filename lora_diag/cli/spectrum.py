@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from lora_diag.cli import options
-from lora_diag.cli.output import again, as_lines, progress_bar, result, tell_unmeasured, terminal
+from lora_diag.cli.output import again, progress_bar, result, tell_unmeasured, terminal
 from lora_diag.errors import UNREADABLE, UsageError
 
 Activations = Annotated[
@@ -27,6 +27,7 @@ Adapters = Annotated[
 ]
 
 
+@options.spread
 def spectrum(
     base: Annotated[str | None, typer.Argument(metavar="BASE", help="Checkpoint before, or an adapter alone.")] = None,
     tuned: options.Tuned = None,
@@ -39,26 +40,16 @@ def spectrum(
     kfac: Annotated[
         bool, typer.Option("--kfac", help="With --activations: weigh by the gradients of the outputs, too.")
     ] = False,
-    ranks: options.Ranks = "4,8,16,32,64",
-    layers: options.Layers = None,
-    exclude: options.Exclude = None,
-    allow_unmatched: options.AllowUnmatched = False,
-    method: options.Method = "auto",
-    top: options.Top = None,
+    ranks: Annotated[
+        str, typer.Option(metavar="R,R,...", help="Ranks r at which C(r) and the errors are given.")
+    ] = "4,8,16,32,64",
+    top: Annotated[int | None, typer.Option(metavar="K", help="Keep only the K largest singular values.")] = None,
+    *,
+    compared: options.Compared,
     tol: options.Tol = 1e-4,
-    device: options.Device = "auto",
-    seed: options.Seed = 0,
-    workers: options.Workers = None,
-    memory: options.Memory = None,
-    engine: options.On = options.Engine.local,
-    ray_address: options.RayAddress = None,
-    gpus_per_task: options.GpusPerTask = 0.0,
+    computed: options.Computed,
     per: options.PerRow = options.Per.type,
-    output: options.Output = None,
-    json: options.Json = False,
-    resume: options.Resume = False,
-    verify: options.Verify = False,
-    quiet: options.Quiet = False,
+    written: options.Verifiable,
 ) -> None:
     """Is the update low-rank, layer by layer? Singular values of ΔW = W_tuned - W_base.
 
@@ -70,25 +61,24 @@ def spectrum(
 
     Example: loradiag spectrum --adapters 'adapters/**' -o fleet.jsonl
     """
-    options.check_resume(resume, output)
     if adapters:
         if tuned is not None or gradients:
             raise UsageError("--adapters: measures adapters, with BASE alone beside them, or nothing")
         if activations is not None or kfac:
             raise UsageError("--activations: measures one update at a time; leave --adapters out")
-        if memory is not None:
+        if computed.memory is not None:
             raise UsageError(
                 "--memory: adapters are thin, and their factors are all that --adapters holds; leave it out"
             )
-        if engine is not options.Engine.local:
+        if computed.engine is not options.Engine.local:
             raise UsageError("--engine ray: not with --adapters, which take longer to hand out than to measure")
-        _fleet(base, adapters, layers, exclude, device, workers, per, output, json, resume, verify, quiet)
+        _fleet(base, adapters, compared, computed, per, written)
         return
     # torch comes with it: not before it is needed
     from lora_diag.api.spectrum import spectrum as measure
     from lora_diag.reports.table import spectrum_table
 
-    with progress_bar(quiet) as on_progress:
+    with progress_bar(written.quiet) as on_progress:
         results = measure(
             base,
             tuned,
@@ -96,25 +86,15 @@ def spectrum(
             activations=activations,
             kfac=kfac,
             ranks=options.parse_ranks(ranks),
-            layers=layers,
-            exclude=exclude,
-            allow_unmatched=allow_unmatched,
-            method=method,
             top=top,
             tol=tol,
-            device=device,
-            seed=seed,
-            workers=workers,
-            memory=memory,
-            engine=options.cluster(engine, ray_address, gpus_per_task),
-            output=output,
-            resume=resume,
-            verify=verify,
+            **vars(compared),
+            **computed.arguments(),
+            **written.arguments(),
             on_progress=on_progress,
-            on_record=as_lines(json),
         )
-    if not json and not quiet:
-        result(spectrum_table(results, *terminal(), per=per, then=_next(output)))
+    if written.table:
+        result(spectrum_table(results, *terminal(), per=per, then=_next(written.output)))
     if tell_unmeasured(results.unmeasured, "the layer was left out"):
         raise typer.Exit(UNREADABLE)
 
@@ -122,38 +102,29 @@ def spectrum(
 def _fleet(
     base: str | None,
     adapters: list[str],
-    layers: str | None,
-    exclude: str | None,
-    device: str,
-    workers: int | None,
+    compared: options.Compared,
+    computed: options.Computed,
     per: options.Per,
-    output: Path | None,
-    json: bool,
-    resume: bool,
-    verify: bool,
-    quiet: bool,
+    written: options.Verifiable,
 ) -> None:
     """Measure many adapters in one pass."""
     from lora_diag.api.fleet import fleet, unreadable
     from lora_diag.reports.fleet import fleet_table
 
     listed = [line.rstrip("\n") for line in sys.stdin if line.strip()] if "-" in adapters else []
-    with progress_bar(quiet) as on_progress:
+    with progress_bar(written.quiet) as on_progress:
         results = fleet(
             [*(word for word in adapters if word != "-"), *listed],
             base=base,
-            layers=layers,
-            exclude=exclude,
-            device=device,
-            workers=workers,
-            output=output,
-            resume=resume,
-            verify=verify,
+            layers=compared.layers,
+            exclude=compared.exclude,
+            device=computed.device,
+            workers=computed.workers,
+            **written.arguments(),
             on_progress=on_progress,
-            on_record=as_lines(json),
         )
-    if not json and not quiet:
-        result(fleet_table(results, *terminal(), per=per, then=_next(output)))
+    if written.table:
+        result(fleet_table(results, *terminal(), per=per, then=_next(written.output)))
     if tell_unmeasured(unreadable(results), "the adapter was left out"):
         raise typer.Exit(UNREADABLE)
 

@@ -9,56 +9,46 @@ from typing import Annotated
 import typer
 
 from lora_diag.cli import options
-from lora_diag.cli.output import again, as_lines, progress_bar, result, tell_unmeasured, terminal
+from lora_diag.cli.output import again, progress_bar, result, tell_unmeasured, terminal
 from lora_diag.errors import DONE, GATE_FAILED, INCONCLUSIVE, UNREADABLE
 
 Adapter = Annotated[str, typer.Argument(metavar="ADAPTER", help="The adapter that was merged.")]
 Merged = Annotated[str, typer.Argument(metavar="MERGED", help="What the merge wrote.")]
 
 
+@options.spread
 def verify_merge(
     base: options.Base,
     adapter: Adapter,
     merged: Merged,
-    layers: options.Layers = None,
-    exclude: options.Exclude = None,
-    allow_unmatched: options.AllowUnmatched = False,
+    *,
+    compared: options.Compared,
     workers: options.Workers = None,
     per: options.PerRow = options.Per.type,
-    output: options.Output = None,
-    json: options.Json = False,
-    resume: options.Resume = False,
-    verify: options.Verify = False,
-    quiet: options.Quiet = False,
+    written: options.Verifiable,
 ) -> None:
     """Did the merge do what the adapter says? Every entry of MERGED against W + ΔW; exit code 1 if not.
 
     Example: loradiag verify-merge base/ lora_r16/ merged/
     """
-    options.check_resume(resume, output)
     # torch comes with it: not before it is needed
     from lora_diag.api.verify_merge import verify_merge as measure
     from lora_diag.reports.merge import merge_table
     from lora_diag.results.merge import outcome
 
-    with progress_bar(quiet) as on_progress:
+    with progress_bar(written.quiet) as on_progress:
         results = measure(
             base,
             adapter,
             merged,
-            layers=layers,
-            exclude=exclude,
-            allow_unmatched=allow_unmatched,
             workers=workers,
-            output=output,
-            resume=resume,
-            verify=verify,
+            **vars(compared),
+            **written.arguments(),
             on_progress=on_progress,
-            on_record=as_lines(json),
         )
     found = outcome(results)
-    if not json and not quiet:
-        result(merge_table(results, *terminal(), per=per, then=_next(output, per, found == "correct")))
+    if written.table:
+        result(merge_table(results, *terminal(), per=per, then=_next(written.output, per, found == "correct")))
     unread = tell_unmeasured(results.non_finite, "the layer was not checked")
     code = {"correct": UNREADABLE if unread else DONE, "failed": GATE_FAILED, "inconclusive": INCONCLUSIVE}[found]
     if code != DONE:

@@ -13,6 +13,7 @@ from lora_diag.cli.output import result, terminal
 from lora_diag.cli.probe import shared
 
 
+@options.spread
 def activations(
     base: shared.Base,
     data: Annotated[Path, typer.Option("--data", metavar="FILE", help="Text or JSONL of the kind the model will see.")],
@@ -22,14 +23,9 @@ def activations(
     ] = False,
     labels: shared.Labels = "data",
     seed: shared.LabelSeed = 0,
-    layers: options.Layers = None,
-    exclude: options.Exclude = None,
-    length: shared.Length = None,
-    batch: shared.Batch = 8,
-    max_sequences: shared.MaxSequences = None,
-    tokenizer: shared.Tokenizer = "auto",
-    dtype: shared.Dtype = "float32",
-    device: shared.Device = "auto",
+    *,
+    selected: options.Selected,
+    run: shared.RunIn,
     per: options.PerRow = options.Per.type,
     json: options.Json = False,
     quiet: options.Quiet = False,
@@ -50,14 +46,8 @@ def activations(
             gradients=gradients,
             labels=cast(Any, labels),
             seed=seed,
-            layers=layers,
-            exclude=exclude,
-            length=length,
-            batch=batch,
-            max_sequences=max_sequences,
-            tokenizer=tokenizer,
-            dtype=dtype,
-            device=device,
+            **vars(selected),
+            **vars(run),
             on_progress=on_progress,
             on_note=shared.noted(quiet),
         )

@@ -9,10 +9,11 @@ from typing import Annotated
 import typer
 
 from lora_diag.cli import options
-from lora_diag.cli.output import as_lines, result, terminal
+from lora_diag.cli.output import result, terminal
 from lora_diag.cli.probe import shared
 
 
+@options.spread
 def curvature(
     base: shared.Base,
     tuned: Annotated[
@@ -25,30 +26,22 @@ def curvature(
     probes: Annotated[int, typer.Option(metavar="N", help="Random vectors of the trace.")] = 10,
     ggn: Annotated[bool, typer.Option("--ggn", help="Gauss-Newton matrix instead of the Hessian.")] = False,
     per: Annotated[str, typer.Option(metavar="all|layer", help="Eigenvalues jointly, or of every layer, too.")] = "all",
-    layers: options.Layers = None,
-    exclude: options.Exclude = None,
+    *,
+    selected: options.Selected,
     seed: Annotated[int, typer.Option(metavar="N", help="Of Lanczos' start and of the trace.")] = 0,
-    length: shared.Length = None,
-    batch: shared.Batch = 8,
-    max_sequences: shared.MaxSequences = None,
-    tokenizer: shared.Tokenizer = "auto",
-    device: shared.Device = "auto",
-    output: options.Output = None,
-    json: options.Json = False,
-    resume: options.Resume = False,
-    quiet: options.Quiet = False,
+    run: shared.Run,
+    written: options.Written,
 ) -> None:
     """How does the loss bend, and does curvature foretell what truncating costs? Beside the loss bound, measured.
 
     Example: loradiag probe curvature base/ full_ft/ --eval held_out.txt --max-sequences 16 --length 128
     """
-    options.check_resume(resume, output)
     asked, way = options.parse_ranks(ranks), options.parse_numbers(along, "--along", "0.1,1")
     # torch comes with it: not before it is needed
     from lora_diag.api.probe_curvature import probe_curvature
     from lora_diag.reports.probe_curvature import curvature_table
 
-    with shared.progress(quiet) as on_progress:
+    with shared.progress(written.quiet) as on_progress:
         results = probe_curvature(
             base,
             tuned,
@@ -59,21 +52,14 @@ def curvature(
             probes=probes,
             ggn=ggn,
             per=per,
-            layers=layers,
-            exclude=exclude,
+            **vars(selected),
             seed=seed,
-            length=length,
-            batch=batch,
-            max_sequences=max_sequences,
-            tokenizer=tokenizer,
-            device=device,
-            output=output,
-            resume=resume,
+            **vars(run),
+            **written.arguments(),
             on_progress=on_progress,
-            on_record=as_lines(json),
-            on_note=shared.noted(quiet),
+            on_note=shared.noted(written.quiet),
         )
-    if not json and not quiet:
+    if written.table:
         text = str(eval_[0]) if eval_ else ""
         then = shlex.join(["loradiag", "probe", "truncation", str(base), str(tuned), "--eval", text])
         why = "   (the gap at every rank, on more text)"
@@ -81,4 +67,4 @@ def curvature(
             then = shlex.join(["loradiag", "probe", "sweep", str(base), "--data", "TEXT", "--eval", text])
             why = "   (which rank training needs)"
         rows = "layer" if per == "layer" else "type"
-        result(curvature_table(results, *terminal(), per=rows, then=shared.next_step(output, then + why)))
+        result(curvature_table(results, *terminal(), per=rows, then=shared.next_step(written.output, then + why)))

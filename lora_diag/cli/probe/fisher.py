@@ -9,10 +9,11 @@ from typing import Annotated, Any, cast
 import typer
 
 from lora_diag.cli import options
-from lora_diag.cli.output import as_lines, result, terminal
+from lora_diag.cli.output import result, terminal
 from lora_diag.cli.probe import shared
 
 
+@options.spread
 def fisher(
     base: shared.Base,
     tuned: Annotated[Path, typer.Argument(metavar="TUNED", help="The model after, or an adapter.")],
@@ -26,31 +27,22 @@ def fisher(
     ranks: Annotated[str, typer.Option(metavar="R,R,...", help="Ranks to tell, and to measure.")] = "4,8,16,32,64",
     labels: shared.Labels = "data",
     seed: shared.LabelSeed = 0,
-    layers: options.Layers = None,
-    exclude: options.Exclude = None,
-    length: shared.Length = None,
-    batch: shared.Batch = 8,
-    max_sequences: shared.MaxSequences = None,
-    tokenizer: shared.Tokenizer = "auto",
-    dtype: shared.Dtype = "float32",
-    device: shared.Device = "auto",
+    *,
+    selected: options.Selected,
+    run: shared.RunIn,
     per: options.PerRow = options.Per.type,
-    output: options.Output = None,
-    json: options.Json = False,
-    resume: options.Resume = False,
-    quiet: options.Quiet = False,
+    written: options.Written,
 ) -> None:
     """Which layers' tails does the loss need? E<grad, ΔW - ΔW_r>^2 of each, exact, in one pass; beside weight energy.
 
     Example: loradiag probe fisher base/ full_ft/ --data text.txt --eval held_out.txt --ranks 8,16 -o fisher.jsonl
     """
-    options.check_resume(resume, output)
     asked = options.parse_ranks(ranks)
     # torch comes with it: not before it is needed
     from lora_diag.api.probe_fisher import probe_fisher
     from lora_diag.reports.probe_fisher import fisher_table
 
-    with shared.progress(quiet) as on_progress:
+    with shared.progress(written.quiet) as on_progress:
         results = probe_fisher(
             base,
             tuned,
@@ -60,21 +52,13 @@ def fisher(
             ranks=asked,
             labels=cast(Any, labels),
             seed=seed,
-            layers=layers,
-            exclude=exclude,
-            length=length,
-            batch=batch,
-            max_sequences=max_sequences,
-            tokenizer=tokenizer,
-            dtype=dtype,
-            device=device,
-            output=output,
-            resume=resume,
+            **vars(selected),
+            **vars(run),
+            **written.arguments(),
             on_progress=on_progress,
-            on_record=as_lines(json),
-            on_note=shared.noted(quiet),
+            on_note=shared.noted(written.quiet),
         )
-    if not json and not quiet:
-        weights = shlex.quote(str(output)) if output is not None else ""
+    if written.table:
+        weights = shlex.quote(str(written.output)) if written.output is not None else ""
         then = f"loradiag allocate SPECTRUM.jsonl --params 10M --weights {weights}   (ranks where the loss needs them)"
-        result(fisher_table(results, *terminal(), per=per, then=shared.next_step(output, then)))
+        result(fisher_table(results, *terminal(), per=per, then=shared.next_step(written.output, then)))

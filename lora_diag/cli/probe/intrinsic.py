@@ -9,15 +9,16 @@ from typing import Annotated
 import typer
 
 from lora_diag.cli import options
-from lora_diag.cli.output import as_lines, result, terminal
+from lora_diag.cli.output import result, terminal
 from lora_diag.cli.probe import shared
 
 
+@options.spread
 def intrinsic(
     base: shared.Base,
     data: Annotated[Path, typer.Option("--data", metavar="FILE", help="Text or JSONL to train on.")],
-    eval_: shared.Eval = None,
-    shifted: shared.Shifted = None,
+    *,
+    held_out: shared.HeldOut,
     dims: Annotated[str, typer.Option(metavar="D,D,...", help="Dimensions d.")] = "10,30,100,300,1000,3000,10000",
     method: Annotated[str, typer.Option(metavar="plain|said", help="said: and one scale a layer.")] = "plain",
     share: Annotated[float, typer.Option(metavar="X", help="Share of full fine-tuning's gain to reach.")] = 0.9,
@@ -30,21 +31,13 @@ def intrinsic(
     steps: Annotated[int, typer.Option(metavar="N", help="Updates of a run.")] = 100,
     seeds: Annotated[int, typer.Option(metavar="N", help="Runs of each size at its best rate.")] = 2,
     seed: Annotated[int, typer.Option(metavar="N", help="Of the data's order, and the first of the seeds.")] = 0,
-    length: shared.Length = None,
-    batch: shared.Batch = 8,
-    max_sequences: shared.MaxSequences = None,
-    tokenizer: shared.Tokenizer = "auto",
-    device: shared.Device = "auto",
-    output: options.Output = None,
-    json: options.Json = False,
-    resume: options.Resume = False,
-    quiet: options.Quiet = False,
+    run: shared.Run,
+    written: options.Written,
 ) -> None:
     """In how few random directions does training get as far? The intrinsic dimension, beside the smallest LoRA.
 
     Example: loradiag probe intrinsic base/ --data train.txt --eval held_out.txt --dims 100,1000,10000 -o dims.jsonl
     """
-    options.check_resume(resume, output)
     sizes = options.parse_ranks(dims, "--dims")
     beside = options.parse_ranks(ranks) if ranks else []
     such = "1e-4,1e-3"
@@ -54,12 +47,11 @@ def intrinsic(
     from lora_diag.api.probe_intrinsic import probe_intrinsic
     from lora_diag.reports.probe_intrinsic import intrinsic_table
 
-    with shared.progress(quiet) as on_progress:
+    with shared.progress(written.quiet) as on_progress:
         results = probe_intrinsic(
             base,
             data=data,
-            evaluate=eval_ or (),
-            shifted=shifted or (),
+            **held_out.arguments(),
             dims=sizes,
             method=method,
             share=share,
@@ -70,17 +62,11 @@ def intrinsic(
             steps=steps,
             seeds=seeds,
             seed=seed,
-            length=length,
-            batch=batch,
-            max_sequences=max_sequences,
-            tokenizer=tokenizer,
-            device=device,
-            output=output,
-            resume=resume,
+            **vars(run),
+            **written.arguments(),
             on_progress=on_progress,
-            on_record=as_lines(json),
-            on_note=shared.noted(quiet),
+            on_note=shared.noted(written.quiet),
         )
-    if not json and not quiet:
+    if written.table:
         then = f"loradiag plan {shlex.quote(str(base))}   (what each rank costs in parameters and memory)"
-        result(intrinsic_table(results, *terminal(), then=shared.next_step(output, then)))
+        result(intrinsic_table(results, *terminal(), then=shared.next_step(written.output, then)))

@@ -5,8 +5,9 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -18,15 +19,42 @@ Eval = Annotated[
     list[Path] | None,
     typer.Option("--eval", metavar="FILE", help="Held-out text, JSONL or datasets folder; repeatable."),
 ]
-Shifted = Annotated[list[Path] | None, typer.Option(metavar="FILE", help="Text of another kind; repeatable.")]
 Length = Annotated[int | None, typer.Option(metavar="N", help="Tokens of a sequence; default 512 or the model's most.")]
-Batch = Annotated[int, typer.Option(metavar="N", help="Sequences in a batch.")]
 MaxSequences = Annotated[int | None, typer.Option(metavar="N", help="Use the first N sequences of each file.")]
 Tokenizer = Annotated[str, typer.Option(metavar="auto|bytes|DIR", help="Of BASE; UTF-8 bytes; or of a folder.")]
 Dtype = Annotated[str, typer.Option(metavar="float32|bfloat16|float16", help="Of the weights while they run.")]
-Device = Annotated[str, typer.Option(metavar="auto|cpu|cuda[:i]", help="Where to run the model.")]
 Labels = Annotated[str, typer.Option(metavar="data|model", help="Of the loss: the text's own, or the model's draws.")]
 LabelSeed = Annotated[int, typer.Option("--seed", metavar="N", help="Seed of labels drawn from the model.")]
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Which texts tell the loss."""
+
+    eval_: Eval = None
+    shifted: Annotated[list[Path] | None, typer.Option(metavar="FILE", help="Text of another kind; repeatable.")] = None
+
+    def arguments(self) -> dict[str, Any]:
+        """Return what a function of the API takes."""
+        return {"evaluate": self.eval_ or (), "shifted": self.shifted or ()}
+
+
+@dataclass(frozen=True)
+class Run:
+    """How the model runs on them."""
+
+    length: Length = None
+    batch: Annotated[int, typer.Option(metavar="N", help="Sequences in a batch.")] = 8
+    max_sequences: MaxSequences = None
+    tokenizer: Tokenizer = "auto"
+    device: Annotated[str, typer.Option(metavar="auto|cpu|cuda[:i]", help="Where to run the model.")] = "auto"
+
+
+@dataclass(frozen=True)
+class RunIn(Run):
+    """The same in a precision of choice."""
+
+    dtype: Dtype = "float32"
 
 
 def noted(quiet: bool) -> Callable[[str], None] | None:

@@ -9,15 +9,16 @@ from typing import Annotated
 import typer
 
 from lora_diag.cli import options
-from lora_diag.cli.output import as_lines, result, terminal
+from lora_diag.cli.output import result, terminal
 from lora_diag.cli.probe import shared
 
 
+@options.spread
 def sweep(
     base: shared.Base,
     data: Annotated[Path, typer.Option("--data", metavar="FILE", help="Text or JSONL to train on.")],
-    eval_: shared.Eval = None,
-    shifted: shared.Shifted = None,
+    *,
+    held_out: shared.HeldOut,
     ranks: Annotated[str, typer.Option(metavar="R,R,...", help="Ranks to train at.")] = "4,8,16,32,64",
     lr: Annotated[str, typer.Option(metavar="X,X,...", help="Peak learning rates.")] = "1e-4,3e-4,1e-3,3e-3",
     full: Annotated[bool, typer.Option("--full", help="A reference line: full fine-tuning.")] = False,
@@ -37,34 +38,24 @@ def sweep(
     target: Annotated[
         str | None, typer.Option(metavar="NAME,NAME", help="Modules to adapt; default all linear layers but the head.")
     ] = None,
-    length: shared.Length = None,
-    batch: shared.Batch = 8,
-    max_sequences: shared.MaxSequences = None,
-    tokenizer: shared.Tokenizer = "auto",
-    dtype: shared.Dtype = "float32",
-    device: shared.Device = "auto",
-    output: options.Output = None,
-    json: options.Json = False,
-    resume: options.Resume = False,
-    quiet: options.Quiet = False,
+    run: shared.RunIn,
+    written: options.Written,
 ) -> None:
     """Which rank is enough? LoRA trained at each, on the same batches, the learning rate tuned for each rank.
 
     Example: loradiag probe sweep base/ --data train.txt --eval held_out.txt --steps 200 -o sweep.jsonl
     """
-    options.check_resume(resume, output)
     asked, rates = options.parse_ranks(ranks), options.parse_numbers(lr, "--lr", "1e-4,1e-3")
     full_rates = options.parse_numbers(full_lr, "--full-lr", "1e-5,1e-4")
     # torch comes with it: not before it is needed
     from lora_diag.api.probe_sweep import probe_sweep
     from lora_diag.reports.probe_sweep import sweep_table
 
-    with shared.progress(quiet) as on_progress:
+    with shared.progress(written.quiet) as on_progress:
         results = probe_sweep(
             base,
             data=data,
-            evaluate=eval_ or (),
-            shifted=shifted or (),
+            **held_out.arguments(),
             ranks=asked,
             rates=rates,
             full=full,
@@ -78,18 +69,11 @@ def sweep(
             seed=seed,
             tolerance=tolerance,
             targets=target.split(",") if target else (),
-            length=length,
-            batch=batch,
-            max_sequences=max_sequences,
-            tokenizer=tokenizer,
-            dtype=dtype,
-            device=device,
-            output=output,
-            resume=resume,
+            **vars(run),
+            **written.arguments(),
             on_progress=on_progress,
-            on_record=as_lines(json),
-            on_note=shared.noted(quiet),
+            on_note=shared.noted(written.quiet),
         )
-    if not json and not quiet:
+    if written.table:
         then = f"loradiag plan {shlex.quote(str(base))}   (what each rank costs in parameters and memory)"
-        result(sweep_table(results, *terminal(), then=shared.next_step(output, then)))
+        result(sweep_table(results, *terminal(), then=shared.next_step(written.output, then)))

@@ -66,10 +66,7 @@ def decompose(
     check_request(method, top, tol)
     if fro is None:
         fro = norm([matrix])
-    if fro and abs(math.log2(fro)) > MODERATE:
-        # The methods form products of two and four A's. A power of two rounds nothing, if the dtype has it.
-        most = math.frexp(torch.finfo(matrix.dtype).max)[1] - 1
-        scale = 2.0 ** max(1 - most, min(most, round(math.log2(fro))))
+    if (scale := scale_of(fro, matrix.dtype)) != 1.0:
         scaled = decompose(matrix / scale, method, top, fro / scale, vectors, tol, seed)
         return replace(scaled, s=scaled.s * scale, fro=fro)
     smaller = min(matrix.shape)
@@ -81,6 +78,25 @@ def decompose(
         if found is not None:
             return found
     return decompose_gram(matrix, fro, top, vectors)
+
+
+def scale_of(fro: float, dtype: torch.dtype) -> float:
+    """Return by what A is divided first: the methods form products of two and four A's, which could leave the range.
+
+    It is a power of two, which rounds nothing, and one that the dtype has.
+
+    Args:
+        fro: ‖A‖_F.
+        dtype: Of its entries.
+
+    Example:
+        >>> scale_of(8.0, torch.float32), scale_of(2.0**40, torch.float32), scale_of(1e40, torch.float32) == 2.0**127
+        (1.0, 1099511627776.0, True)
+    """
+    if not fro or abs(math.log2(fro)) <= MODERATE:
+        return 1.0
+    most = math.frexp(torch.finfo(dtype).max)[1] - 1
+    return float(2.0 ** max(1 - most, min(most, round(math.log2(fro)))))
 
 
 def check_request(method: str, top: int | None, tol: float) -> None:

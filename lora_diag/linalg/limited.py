@@ -7,11 +7,10 @@ the eigenvectors of an n×n matrix (dsyevd), next to nothing for eigenvalues alo
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 
 from lora_diag.errors import MemoryLimitError
-from lora_diag.linalg.decompose import EXACT_UP_TO, KRYLOV_FROM, KRYLOV_SHARE, MODERATE, check_request
+from lora_diag.linalg.decompose import EXACT_UP_TO, KRYLOV_FROM, KRYLOV_SHARE, check_request, scale_of
 from lora_diag.linalg.factors import Factors
 from lora_diag.linalg.gram import IN_PLACE_FROM, decompose_gram
 from lora_diag.linalg.krylov import LARGEST_BASIS, decompose_krylov, first_basis
@@ -120,8 +119,7 @@ def decompose_streamed(matrix: Streamed, allowance: Allowance, fro: float, tol: 
         UsageError: There is no such method, or ``top`` or ``tol`` makes no sense.
     """
     check_request(allowance.method, allowance.top, tol)
-    if fro and abs(math.log2(fro)) > MODERATE:
-        scale = 2.0 ** round(math.log2(fro))  # products of four A's would under- or overflow
+    if (scale := scale_of(fro, matrix.dtype)) != 1.0:
         scaled = decompose_streamed(matrix / scale, allowance, fro / scale, tol, seed)
         return replace(scaled, s=scaled.s * scale, fro=fro)
     left = allowance.limit - READING

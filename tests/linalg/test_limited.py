@@ -102,6 +102,15 @@ def test_all_values_are_those_of_float64_whatever_the_blocks(shape, rows, dtype,
     assert np.abs(np.cumsum(found.s.numpy() ** 2) / fro**2 - curve).max() <= found.energy_error + 1e-12
 
 
+def test_entries_whose_norm_float32_does_not_hold():
+    matrix = (np.random.default_rng(4).uniform(-1, 1, (60, 50)) * 1e38).astype(np.float32)
+    true = np.linalg.svd(matrix.astype(np.float64), compute_uv=False)
+    fro = math.sqrt((true**2).sum())
+    assert fro > float(np.finfo(np.float32).max)
+    found = decompose_streamed(streamed(torch.from_numpy(matrix), 20), Allowance(PLENTY, "gram"), fro)
+    np.testing.assert_allclose(found.s, true, rtol=1e-9)
+
+
 @pytest.mark.parametrize("shape", [(700, 600), (600, 700)], ids=str)
 @pytest.mark.parametrize("rows", [11, 256, 1000])
 def test_the_top_values_are_those_of_the_whole_matrix_with_the_same_certificate(shape, rows):

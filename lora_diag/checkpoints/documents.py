@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,24 @@ from lora_diag.errors import InputError
 # bytes a tensor.
 MAX_CONFIG_BYTES = 10_000_000
 MAX_INDEX_BYTES = 100_000_000
+
+
+def loads(content: bytes, pairs: Callable[[list[tuple[str, Any]]], Any] | None = None) -> Any:
+    r"""Parse JSON whose strings are text: half a character (``\ud800``), which Python lets pass, is none.
+
+    Names are written into results and adapters, where it could not stand.
+
+    Args:
+        content: The JSON.
+        pairs: Makes an object of its pairs; None for a dictionary.
+
+    Raises:
+        ValueError: It is not JSON, or a string is not text.
+    """
+    value = json.loads(content, object_pairs_hook=pairs)
+    if b"\\ud" in content.lower():
+        json.dumps(value, ensure_ascii=False).encode()
+    return value
 
 
 def read_object(path: Path, words: str, limit: int) -> dict[str, Any]:
@@ -28,7 +47,7 @@ def read_object(path: Path, words: str, limit: int) -> dict[str, Any]:
     try:
         if path.stat().st_size > limit:
             raise InputError(f"{path}: is larger than {limit:,} bytes, so it is not a {words}")
-        content = json.loads(path.read_bytes())
+        content = loads(path.read_bytes())
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:

@@ -129,6 +129,10 @@ def _state_dict(loaded: Any, path: Path) -> dict[str, torch.Tensor]:
                 raise InputError(
                     f"{path}: {sorted(tensors.keys() - dense.keys())[0]} is a sparse tensor; save it dense"
                 )
+            try:
+                "".join(dense).encode()
+            except UnicodeEncodeError as error:  # half a character, which could stand in no results file
+                raise InputError(f"{path}: the name of a tensor is no text: {error}") from error
             return dense
         for key in WRAPPERS:
             if isinstance(loaded.get(key), dict):

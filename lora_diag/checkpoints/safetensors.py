@@ -9,13 +9,13 @@ Reference: https://github.com/huggingface/safetensors#format
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lora_diag.checkpoints.documents import loads
 from lora_diag.checkpoints.remote import RemotePath
 from lora_diag.checkpoints.tensors import TensorInfo
 from lora_diag.errors import InputError
@@ -143,7 +143,7 @@ def _read_header(path: Path) -> tuple[dict[str, Any], int, int]:
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from error
     try:
-        header = json.loads(raw, object_pairs_hook=_unique)
+        header = loads(raw, _unique)
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: the safetensors header is not valid: {error}") from error
     if not isinstance(header, dict):

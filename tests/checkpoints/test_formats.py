@@ -161,6 +161,8 @@ BAD_HEADERS = {
     ),
     "metadata of numbers": (b'{"__metadata__":{"a":1}}', b"", None, "__metadata__"),
     "deep nesting": (b'{"w":' + b"[" * 100_000, b"", None, "not valid"),
+    "half a character in a name": (json.dumps({"\ud800": entry()}).encode(), bytes(8), None, "not valid"),
+    "half a character beside them": (rb'{"__metadata__":{"step":"\uDfff"}}', b"", None, "not valid"),
 }
 
 
@@ -217,6 +219,18 @@ def test_torch_files_without_named_tensors(tmp_path, content):
     torch.save(content, tmp_path / "a.bin")
     with pytest.raises(InputError, match="no tensors by name"):
         open_checkpoint(tmp_path / "a.bin")
+
+
+def test_a_name_with_half_a_character_in_a_torch_file(tmp_path):
+    torch.save({"w\ud800": torch.ones(2)}, tmp_path / "a.bin")
+    with pytest.raises(InputError, match="no text"):
+        open_checkpoint(tmp_path / "a.bin")
+
+
+def test_a_whole_character_of_two_halves_is_text(tmp_path):
+    header = json.dumps({"w\U0001f600": entry()}).encode()
+    assert rb"\ud83d\ude00" in header
+    assert list(open_checkpoint(raw(tmp_path / "a.safetensors", header, bytes(8)))) == ["w\U0001f600"]
 
 
 # Folders and indexes.

@@ -36,7 +36,21 @@ DIALECTS = (
     ((".block_sparse_moe.experts.gate_up_proj", ".block_sparse_moe.input_linear.weight"),),
     ((".block_sparse_moe.experts.down_proj", ".block_sparse_moe.output_linear.weight"),),
     (("lm_head.", "embed_out."),),  # GPT-NeoX
-    (  # ViT, DeiT, BEiT, DINOv2
+    (  # Swin
+        (".attention.q_proj.", ".attention.self.query."),
+        (".attention.k_proj.", ".attention.self.key."),
+        (".attention.v_proj.", ".attention.self.value."),
+        (".attention.o_proj.", ".attention.output.dense."),
+        (".mlp.fc1.", ".intermediate.dense."),
+        (".mlp.fc2.", ".output.dense."),
+    ),
+    (  # DINOv2
+        (".attention.q_proj.", ".attention.attention.query."),
+        (".attention.k_proj.", ".attention.attention.key."),
+        (".attention.v_proj.", ".attention.attention.value."),
+        (".attention.o_proj.", ".attention.output.dense."),
+    ),
+    (  # ViT, DeiT, BEiT
         ("layers.", "encoder.layer."),
         (".attention.q_proj.", ".attention.attention.query."),
         (".attention.k_proj.", ".attention.attention.key."),

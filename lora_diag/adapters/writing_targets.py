@@ -21,18 +21,24 @@ from lora_diag.deltas import CONVOLUTION, EXPERTS, HEAD, Delta
 Kind = Literal["linear", "conv1d", "embedding", "convolution", "parameter"]
 
 # Modules that look their rows up by index: nn.Embedding.
-TABLE = re.compile(r"(^|\.)(embed_\w+|tok_embeddings|wte|wpe|\w*embeddings?|shared|relative_attention_bias)\.weight$")
+TABLE = re.compile(
+    r"(^|\.)(embed_\w+|pos_embed|tok_embeddings|wte|wpe|\w*embeddings?|shared|relative_attention_bias)\.weight$"
+)
 
 # GPT-2 and its kin, whose Conv1D stores (in, out); asked only where biases do not tell.
 CONV1D_MODELS = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer"})
 
 # Models that transformers 5 keeps with fused experts in memory and stores expert by expert:
-# ``conversion_mapping`` of transformers 5.24, the types of its patterns "mixtral" and "qwen2_moe".
+# ``conversion_mapping`` of transformers 5.24, the types of its patterns "mixtral" and "qwen2_moe", and three of their own.
 FUSED_MODELS = frozenset({
     "mixtral", "minimax", "minimax_m2", "phimoe", "qwen2_moe", "qwen3_moe", "qwen3_next", "deepseek_v2", "deepseek_v3",
     "deepseek_v32", "dots1", "ernie4_5_moe", "glm4_moe", "glm4_moe_lite", "glm4v_moe", "glm_moe_dsa", "longcat_flash",
     "solar_open", "hunyuan_v1_moe", "flex_olmo", "olmoe", "exaone_moe", "afmoe", "cohere2_moe",
+    "jamba", "lfm2_moe", "nemotron_h",
 })  # fmt: skip
+
+# Models whose experts have no gate: what goes up is a parameter of its own.
+UNGATED_MODELS = frozenset({"nemotron_h"})
 
 # One expert's matrix on disk -> the fused parameter, and which of its rows: the first or the second half.
 FUSED_LEAVES = {
@@ -40,7 +46,7 @@ FUSED_LEAVES = {
     "w3": ("gate_up_proj", 1), "up_proj": ("gate_up_proj", 1),
     "w2": ("down_proj", 0), "down_proj": ("down_proj", 0),
 }  # fmt: skip
-HALVES = {"gate_up_proj": 2, "down_proj": 1}
+HALVES = {"gate_up_proj": 2, "up_proj": 1, "down_proj": 1}
 
 # Leaves that PEFT 0.21 takes for those of single experts wherever they stand in such a model, and turns into targets of
 # the fused parameter (``_convert_peft_config_moe``). As parameters, dense layers and shared experts can be reached.
@@ -54,6 +60,9 @@ REFUSED_IN_MAMBA = frozenset({"out_proj", "conv1d"})
 ROUTER = re.compile(r"(?P<owner>.+)\.(gate|router)\.weight$")
 BESIDE_EXPERTS = re.compile(r"(?P<owner>.+)\.experts\.")
 
+# Models with ``language_model.model.`` in memory, too; LLaVA and its kin have ``model.language_model.`` there.
+NESTED_IN_MEMORY = frozenset({"llama4", "blip-2", "instructblip", "instructblipvideo"})
+
 # What transformers puts before the names of files that were saved from the model without its head.
 HEADLESS = {"gpt2": "transformer", "bloom": "transformer", "opt": "model"}
 BARE_MODEL = re.compile(r"(?<!Head)Model$")
@@ -62,13 +71,18 @@ BARE_MODEL = re.compile(r"(?<!Head)Model$")
 Rename = tuple[str, str | Callable[[re.Match[str]], str]]
 
 # Names on disk -> in memory, in this order.
-VIT: tuple[Rename, ...] = (
-    (r"(^|\.)encoder\.layer\.", r"\1layers."),
-    (r"\.attention\.attention\.(query|key|value)\.", lambda found: f".attention.{found[1][0]}_proj."),
+DINO: tuple[Rename, ...] = (
+    (r"\.attention\.(attention|self)\.(query|key|value)\.", lambda found: f".attention.{found[2][0]}_proj."),
     (r"\.attention\.output\.dense\.", ".attention.o_proj."),
-    (r"\.intermediate\.dense\.", ".mlp.fc1."),
-    (r"\.output\.dense\.", ".mlp.fc2."),
 )
+SWIN = (*DINO, (r"\.intermediate\.dense\.", ".mlp.fc1."), (r"\.output\.dense\.", ".mlp.fc2."))
+VIT = ((r"(^|\.)encoder\.layer\.", r"\1layers."), *SWIN)
+NEMOTRON_H = ((r"^backbone\.", "model."),)
+VISION_MODELS = {
+    "dinov2": DINO, "dinov2_with_registers": DINO, "swin": SWIN,
+    **dict.fromkeys(("vit", "deit", "beit", "vit_mae", "vit_msn", "vivit", "ijepa"), VIT),
+    "audio-spectrogram-transformer": VIT,
+}  # fmt: skip
 GRANITE_MOE = (
     (r"\.block_sparse_moe\.input_linear\.weight$", ".block_sparse_moe.experts.gate_up_proj"),
     (r"\.block_sparse_moe\.output_linear\.weight$", ".block_sparse_moe.experts.down_proj"),
@@ -144,9 +158,27 @@ class Model:
         """Return the parameter in memory that a tensor of BASE is, or is a part of."""
         found = EXPERT.fullmatch(name)
         if found and found["owner"] in self._experts and found["leaf"] in FUSED_LEAVES:
-            leaf, _ = FUSED_LEAVES[found["leaf"]]
+            leaf, _ = self._fused(found["leaf"])
             return self.in_memory(f"{found['owner']}.{leaf}")
         return self.in_memory(name)
+
+    def _fused(self, leaf: str) -> tuple[str, int]:
+        """Return the parameter that one expert's matrix is a part of, and which half of it."""
+        if self.type in UNGATED_MODELS and leaf == "up_proj":
+            return leaf, 0
+        return FUSED_LEAVES[leaf]
+
+    def _flipped(self, leaf: str, stored: tuple[int, ...]) -> bool:
+        """Say whether experts are stored the other way round than they are in memory.
+
+        transformers turns them when it loads them if their shape is not that of the parameter: the hub has them one
+        way, a model saved by transformers 5 the other. Without the width in the config, the hub's way is assumed.
+        """
+        text = self._base.config.get("text_config")
+        width = (text if isinstance(text, dict) else self._base.config).get("hidden_size")
+        if self.type not in FLIPPED_ON_DISK or stored[1] == stored[2]:
+            return False
+        return bool(stored[2 if leaf == "gate_up_proj" else 1] != width)
 
     def target(self, delta: Delta) -> Target | str:
         """Return where the factors of a matrix go, or why nowhere."""
@@ -163,10 +195,10 @@ class Model:
             return "PEFT refuses to adapt it in a Mamba model"
         if len(stored) == 3 and EXPERTS.search(memory):
             index = int(delta.layer.rpartition("[")[2].rstrip("]")) if delta.layer.endswith("]") else 0
-            in_out = (self.type in TRANSPOSED_MODELS) != (self.type in FLIPPED_ON_DISK)
+            in_out = (self.type in TRANSPOSED_MODELS) != self._flipped(leaf, stored)
             return Target(delta.layer, delta.shape, memory, "parameter", in_out, expert=(index, stored[0]))
         if (found := EXPERT.fullmatch(name)) and found["owner"] in self._experts and found["leaf"] in FUSED_LEAVES:
-            half = FUSED_LEAVES[found["leaf"]][1], HALVES[leaf]
+            half = self._fused(found["leaf"])[1], HALVES[leaf]
             expert = int(found["index"]), self._experts[found["owner"]]
             return Target(delta.layer, delta.shape, memory, "parameter", expert=expert, half=half)
         if not memory.endswith(".weight"):
@@ -203,6 +235,8 @@ def _count_experts(base: Checkpoint) -> dict[str, int]:
 def _renames(base: Checkpoint, model_type: str) -> tuple[Rename, ...]:
     """Return the regular expressions that make names on disk those in memory, in their order."""
     names = list(base)
+    if model_type in NESTED_IN_MEMORY:
+        return ()
     if any(name.startswith("language_model.model.") for name in names):  # LLaVA and its kin
         return (
             (r"^language_model\.lm_head\.", "lm_head."),
@@ -213,8 +247,10 @@ def _renames(base: Checkpoint, model_type: str) -> tuple[Rename, ...]:
         return (r"^model\.", "model.language_model."), (r"^visual\.", "model.visual.")
     if model_type == "gpt_neox":
         return ((r"^embed_out\.", "lm_head."),)
-    if any(".attention.attention.query." in name for name in names):  # ViT, DeiT, BEiT
-        return VIT
+    if model_type in VISION_MODELS and any(".query." in name for name in names):
+        return VISION_MODELS[model_type]
+    if model_type == "nemotron_h":
+        return NEMOTRON_H
     if any(name.endswith(".block_sparse_moe.input_linear.weight") for name in names):
         return GRANITE_MOE
     if model_type == "phimoe":

@@ -46,6 +46,37 @@ def deepseek():
     return transformers.DeepseekV3Config(**SMALL | BLOCKS | latent | mixture | dense)
 
 
+def qwen3_vl_moe():
+    rotary = {"rope_type": "default", "mrope_section": [1, 1, 2]}
+    mixture = {"num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 12, "head_dim": 8}
+    vision = {
+        "depth": 1, "hidden_size": 16, "out_hidden_size": 16, "num_heads": 2, "intermediate_size": 20,
+        "deepstack_visual_indexes": [0], "num_position_embeddings": 16,
+    }  # fmt: skip
+    return transformers.Qwen3VLMoeConfig(
+        text_config=SMALL | BLOCKS | mixture | {"rope_scaling": rotary}, vision_config=vision
+    )
+
+
+def llama4():
+    text = SMALL | BLOCKS | {"head_dim": 8, "intermediate_size_mlp": 20, "num_local_experts": 3, "pad_token_id": 0}
+    vision = VISION | {"vision_output_dim": 16, "projector_input_dim": 16, "projector_output_dim": 16}
+    return transformers.Llama4Config(text_config=text, vision_config=vision)
+
+
+def jamba():
+    layout = {"expert_layer_period": 2, "expert_layer_offset": 1, "attn_layer_period": 2, "attn_layer_offset": 1}
+    mixture = {"num_experts": 3, "num_experts_per_tok": 2, "mamba_d_state": 4}
+    return transformers.JambaConfig(**SMALL | BLOCKS | layout | mixture)
+
+
+def nemotron_h():
+    mamba = {"mamba_num_heads": 2, "mamba_head_dim": 8, "ssm_state_size": 4, "n_groups": 1}
+    mixture = {"n_routed_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 12}
+    layers = {"layers_block_type": ["mamba", "moe"], "moe_shared_expert_intermediate_size": 12, "head_dim": 8}
+    return transformers.NemotronHConfig(**SMALL | mamba | mixture | layers)
+
+
 def qwen2_moe():
     mixture = {"num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 12}
     return transformers.Qwen2MoeConfig(
@@ -76,14 +107,33 @@ MODELS = {
     "MambaForCausalLM": lambda: transformers.MambaConfig(
         vocab_size=24, hidden_size=16, state_size=4, num_hidden_layers=2
     ),
+    "Dinov2ForImageClassification": lambda: transformers.Dinov2Config(
+        hidden_size=16, mlp_ratio=2, num_attention_heads=2, image_size=8, patch_size=4, num_hidden_layers=2
+    ),
+    "SwinForImageClassification": lambda: transformers.SwinConfig(
+        image_size=16, patch_size=4, embed_dim=8, depths=[1, 1], num_heads=[2, 2], window_size=2
+    ),
+    "Qwen3VLMoeForConditionalGeneration": qwen3_vl_moe,
+    "Llama4ForConditionalGeneration": llama4,
+    "JambaForCausalLM": jamba,
+    "NemotronHForCausalLM": nemotron_h,
 }
+
+BARE = "a bare parameter"
 
 # What has no factors, with the reason that is given.
 LEFT_OUT = {
-    "ViTForImageClassification": {"cls_token": "a bare parameter", "position_embeddings": "a bare parameter"},
+    "ViTForImageClassification": {"cls_token": BARE, "position_embeddings": BARE},
     "MambaForCausalLM": {
-        "A_log": "a bare parameter", "conv1d.weight": "PEFT refuses", "out_proj.weight": "PEFT refuses"
+        "A_log": BARE, "conv1d.weight": "PEFT refuses", "out_proj.weight": "PEFT refuses"
     },
+    "Dinov2ForImageClassification": {
+        "cls_token": BARE, "position_embeddings": BARE, "mask_token": BARE
+    },
+    "SwinForImageClassification": {"relative_position_bias_table": BARE},
+    "Llama4ForConditionalGeneration": {"positional_embedding_vlm": BARE},
+    "JambaForCausalLM": {"A_log": BARE, "conv1d.weight": "a convolution in groups"},
+    "NemotronHForCausalLM": {"conv1d.weight": "PEFT refuses", "out_proj.weight": "PEFT refuses"},
 }  # fmt: skip
 
 

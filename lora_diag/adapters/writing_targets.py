@@ -29,7 +29,7 @@ TABLE = re.compile(
 CONV1D_MODELS = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer"})
 
 # Models that transformers 5 keeps with fused experts in memory and stores expert by expert:
-# ``conversion_mapping`` of transformers 5.24, the types of its patterns "mixtral" and "qwen2_moe", and three of their own.
+# ``conversion_mapping`` of transformers 5.24, the types of its patterns "mixtral" and "qwen2_moe", and three more.
 FUSED_MODELS = frozenset({
     "mixtral", "minimax", "minimax_m2", "phimoe", "qwen2_moe", "qwen3_moe", "qwen3_next", "deepseek_v2", "deepseek_v3",
     "deepseek_v32", "dots1", "ernie4_5_moe", "glm4_moe", "glm4_moe_lite", "glm4v_moe", "glm_moe_dsa", "longcat_flash",

@@ -1,8 +1,9 @@
-"""DoRA: the direction from W + s·B·A, the length of every row from a trained vector.
+"""DoRA: the direction from W + ΔW, the length of every row from a trained vector.
 
-V = W + s·B·A, ΔW = (m / ‖V‖_row) ⊙ V − W. In general of full rank, so it is computed in full and needs W.
+V = W + D with D = s·B·A, or in LyCORIS that of a LoHa or LoKr; ΔW = (m / ‖V‖_row) ⊙ V − W. In general of full rank, so
+it is computed in full and needs W.
 
-Reference: Liu et al. 2024, https://arxiv.org/abs/2402.09353; ``peft.tuners.lora.dora``.
+Reference: Liu et al. 2024, https://arxiv.org/abs/2402.09353; ``peft.tuners.lora.dora``; LyCORIS ``weight_decompose``.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 from lora_diag.adapters.source import Source
 from lora_diag.adapters.updates import Site, Update, read
@@ -24,37 +25,46 @@ if TYPE_CHECKING:
     from lora_diag.adapters.updates import Factors
 
 
-def from_factors(update: Update, source: Source, magnitude: str, by_column: bool) -> Update:
-    """Turn a low-rank update with a magnitude vector into DoRA's.
+def with_lengths(update: Update, source: Source, magnitude: str, by_column: bool) -> Update:
+    """Turn an update with a magnitude vector into DoRA's.
 
     Args:
-        update: The low-rank update.
+        update: D.
         source: The adapter.
         magnitude: Name of m in the file.
-        by_column: Whether m holds the lengths of columns (an embedding's dimensions) and not of rows.
+        by_column: Whether m holds the lengths of columns (an embedding's dimensions, a layer's inputs) and not of rows.
+            Of a convolution, a column is all of an input's kernels.
 
     Raises:
         InputError: m has another length than the weight has rows (or columns).
     """
     wanted = update.shape[1 if by_column else 0]
     shape = source.checkpoint[magnitude].shape
-    if math.prod(shape) != wanted:
+    size = math.prod(shape)
+    of_kernels = by_column and len(shape) > 2 and wanted is not None and size and wanted % size == 0
+    if size != wanted and not of_kernels:
         raise InputError(f"{source.checkpoint.path}: {magnitude} has the shape {list(shape)}; {wanted} entries are due")
-    factors = cast("Callable[[Site], Factors]", update.load)
-    load = partial(delta, factors, source.checkpoint, magnitude, by_column)
+    load = partial(delta, update.load, source.checkpoint, magnitude, by_column)
     return replace(update, load=load, factored=False, needs_weight="DoRA", zero_if="")
 
 
 def delta(
-    factors: Callable[[Site], Factors], checkpoint: Checkpoint, magnitude: str, by_column: bool, site: Site
+    change: Callable[[Site], Factors | torch.Tensor],
+    checkpoint: Checkpoint,
+    magnitude: str,
+    by_column: bool,
+    site: Site,
 ) -> torch.Tensor:
     """Return (m / n) ⊙ V − W, n the norms of V's rows (columns)."""
     import torch
 
-    w, (b, a) = site.weight(), factors(site)
-    v = w + b @ a
-    axis = 0 if by_column else 1
-    lengths = torch.linalg.vector_norm(v, dim=axis, keepdim=True)
-    m = read(checkpoint, magnitude).reshape(lengths.shape)
-    change: torch.Tensor = m / lengths * v - w
-    return change
+    w, found = site.weight(), change(site)
+    v = w + (found[0] @ found[1] if isinstance(found, tuple) else found)
+    m = read(checkpoint, magnitude).reshape(-1)
+    if by_column:
+        kernels = v.reshape(len(v), len(m), -1)
+        ratio = (m / torch.linalg.vector_norm(kernels, dim=(0, 2))).repeat_interleave(kernels.shape[2])
+    else:
+        ratio = (m / torch.linalg.vector_norm(v, dim=1))[:, None]
+    tuned: torch.Tensor = ratio * v
+    return tuned - w

@@ -122,12 +122,7 @@ def _factored(source: Source, module: str, parts: dict[str, str]) -> Update:
     if not shape:
         raise InputError(f"{source.path}: {parts['dora_scale']} is one number; a vector is due")
     by_column = shape[0] == 1 and len(shape) > 1 and math.prod(shape) == shape[1] != 1
-    if not update.factored or (by_column and len(shape) > 2):
-        raise InputError(
-            f"{source.path}: {parts['dora_scale']} on a module of this kind is not read; merge it with the tool that "
-            "made it and pass the merged checkpoint"
-        )
-    return dora.from_factors(update, source, parts["dora_scale"], by_column)
+    return dora.with_lengths(update, source, parts["dora_scale"], by_column)
 
 
 def _lora(source: Source, module: str, parts: dict[str, str]) -> Update:

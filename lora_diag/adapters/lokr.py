@@ -42,7 +42,8 @@ def read_lokr(source: Source) -> Reading:
         rank = scaling.rank(module)
         seen = rank_of(source, parts)
         check_rank(source, module, seen if seen is not None else rank, rank, seen if seen is not None else rank)
-        updates.append(kronecker(source, f"{module}.weight", parts, Scale(scaling.alpha(module, "alpha") / rank)))
+        scale = Scale(scaling.alpha(module, "alpha") / rank)
+        updates.append(kronecker(source, f"{module}.weight", parts, scale, as_peft=True))
     values, extra, ignored = stored_values(source, rest)
     kind = f"PEFT LoKr, {scaling_words(source.settings, 'alpha')}, {len(modules)} modules"
     return Reading(
@@ -58,8 +59,15 @@ def rank_of(source: Source, parts: dict[str, str]) -> int | None:
     return None
 
 
-def kronecker(source: Source, weight: str, parts: dict[str, str], scale: Scale) -> Update:
+def kronecker(source: Source, weight: str, parts: dict[str, str], scale: Scale, as_peft: bool = False) -> Update:
     """Return the update of one weight.
+
+    Args:
+        source: The adapter.
+        weight: Its name.
+        parts: Its tensors.
+        scale: s.
+        as_peft: Whether PEFT multiplies the sides, and not LyCORIS.
 
     Raises:
         InputError: A side is incomplete.
@@ -67,7 +75,7 @@ def kronecker(source: Source, weight: str, parts: dict[str, str], scale: Scale) 
     left, right = (_side_shape(source, weight, parts, side) for side in ("lokr_w1", "lokr_w2"))
     shape = (left[0] * right[0], left[1] * math.prod(right[1:]))
     key = parts.get("lokr_w1") or parts["lokr_w1_a"]
-    load = partial(delta, source.checkpoint, dict(parts), scale)
+    load = partial(delta, source.checkpoint, dict(parts), scale, as_peft)
     return Update(
         weight, shape, load, False, source.checkpoint[key].dtype, rank=rank_of(source, parts), scale=scale.known
     )
@@ -89,12 +97,15 @@ def _side_shape(source: Source, weight: str, parts: dict[str, str], side: str) -
     return (a[1], b[1], *core[2:]) if tucker else (a[0], b[1])
 
 
-def delta(checkpoint: Checkpoint, parts: dict[str, str], scale: Scale, site: Site) -> torch.Tensor:
+def delta(checkpoint: Checkpoint, parts: dict[str, str], scale: Scale, as_peft: bool, site: Site) -> torch.Tensor:
     """Return s·(w1 ⊗ w2), laid out as W."""
     import torch
 
     w1, w2 = _side(checkpoint, parts, "lokr_w1"), _side(checkpoint, parts, "lokr_w2")
-    w1 = w1.reshape(*w1.shape, *[1] * (w2.ndim - 2))
+    # PEFT 0.21.2 lets the sides of a Conv1d meet at their ends: w1's columns are multiplied into the kernel. Its model
+    # is trained with that and its merge agrees, so that is what the adapter does.
+    if not (as_peft and w2.ndim == 3):
+        w1 = w1.reshape(*w1.shape, *[1] * (w2.ndim - 2))
     return torch.kron(w1, w2.contiguous()).reshape(site.shape) * scale_of(checkpoint, scale)
 
 

@@ -196,7 +196,7 @@ def _module(source: Source, scaling: Scaling, owner: Owner, parts: dict[str, str
     )
     update = residual.from_base(update, scaling.config, scale, rank)
     if "lora_magnitude_vector" in parts:
-        update = dora.from_factors(update, source, parts["lora_magnitude_vector"], embedding)
+        update = dora.with_lengths(update, source, parts["lora_magnitude_vector"], embedding)
     if "lora_B.bias" not in parts:
         return [update]
     key = parts["lora_B.bias"]

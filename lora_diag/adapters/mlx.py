@@ -64,7 +64,7 @@ def _update(source: Source, module: str, parts: dict[str, str], scale: float, se
     key = parts["lora_b"]
     dtype = source.checkpoint[key].dtype
     update = Update(f"{module}.weight", (b[1], a[0]), load, True, dtype, zero_if=key, rank=a[1], scale=scale)
-    return dora.from_factors(update, source, parts["m"], by_column=False) if "m" in parts else update
+    return dora.with_lengths(update, source, parts["m"], by_column=False) if "m" in parts else update
 
 
 def factors(checkpoint: Checkpoint, b_key: str, a_key: str, scale: float, site: Site) -> Factors:

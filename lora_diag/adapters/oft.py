@@ -1,4 +1,4 @@
-"""OFT: the inputs of a layer are rotated, W_tuned = W·Rᵀ, with R orthogonal and block-diagonal.
+"""OFT: the inputs of a layer are rotated, W_tuned = W·Rᵀ, with R orthogonal and block-diagonal; of an embedding W·R.
 
 Each block is made of a skew-symmetric Q, whose upper triangle is stored: the Cayley transform (I − Q)(I + Q)⁻¹, or the
 first terms of the Neumann series I + 2Q + 2Q² + … of its inverse (I + Q)(I − Q)⁻¹; PEFT uses both with the same R.
@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     import torch
 
 
+# What a rotation is called in a layer and in an embedding.
+LAYER, TABLE = "oft_R", "oft_embedding_R"
+
 # PEFT's default is 5; each term is a product of all blocks.
 MAX_TERMS = 1000
 
@@ -42,16 +45,17 @@ def read_oft(source: Source) -> Reading:
     config = source.settings
     if config.flag("coft"):
         raise InputError(f"{source.path}: constrained OFT (coft=true) is not read: {MERGE}")
-    modules, rest = by_module(source.checkpoint, ("oft_R",), source.path)
+    modules, rest = by_module(source.checkpoint, (LAYER, TABLE), source.path)
     terms = config.integer("num_cayley_neumann_terms", 5) if config.values.get("use_cayley_neumann", True) else 0
     if terms > MAX_TERMS:
         raise InputError(f"{config.path}: num_cayley_neumann_terms {terms} is beyond {MAX_TERMS}")
-    updates = [_update(source, module, parts["oft_R"], terms) for module, parts in modules.items()]
+    updates = [_update(source, module, parts, terms) for module, parts in modules.items()]
     values, extra, ignored = stored_values(source, rest)
     return Reading(f"PEFT OFT, {len(modules)} modules", (*updates, *extra), values, (), ignored)
 
 
-def _update(source: Source, module: str, key: str, terms: int) -> Update:
+def _update(source: Source, module: str, parts: dict[str, str], terms: int) -> Update:
+    (part, key), *_ = parts.items()
     shape = source.shape(key, 2)
     size = (1 + math.isqrt(1 + 8 * shape[-1])) // 2
     if size * (size - 1) // 2 != shape[1]:
@@ -64,12 +68,12 @@ def _update(source: Source, module: str, key: str, terms: int) -> Update:
             f"{source.checkpoint.path}: {key} has {shape[0]} blocks, but block_share says that all are one"
         )
     wanted: Shape = (None, None if source.settings.flag("block_share") else shape[0] * size)
-    load = partial(delta, source.checkpoint, key, size, terms)
+    load = partial(delta, source.checkpoint, key, size, terms, part == TABLE)
     return Update(f"{module}.weight", wanted, load, False, source.checkpoint[key].dtype, "OFT")
 
 
-def delta(checkpoint: Checkpoint, key: str, size: int, terms: int, site: Site) -> torch.Tensor:
-    """Return W·Rᵀ − W, block by block of W's columns."""
+def delta(checkpoint: Checkpoint, key: str, size: int, terms: int, table: bool, site: Site) -> torch.Tensor:
+    """Return W·Rᵀ − W, of a table W·R − W, block by block of W's columns."""
     import torch
 
     upper = read(checkpoint, key)
@@ -78,6 +82,8 @@ def delta(checkpoint: Checkpoint, key: str, size: int, terms: int, site: Site) -
     q[:, rows, columns] = upper
     q = q - q.transpose(1, 2)
     change = _cayley(q, terms) - torch.eye(size, dtype=torch.float64)
+    if table:
+        change = change.transpose(1, 2)
     w = site.weight()
     if w.shape[1] % size:
         raise InputError(f"{checkpoint.path}: {key}: blocks of {size} do not divide the {w.shape[1]} columns of BASE")

@@ -31,7 +31,7 @@ ADAPTER_WEIGHTS = (
 # What is in a tensor's name only if it belongs to an adapter.
 MARKS = re.compile(
     r"(^|\.|_)(lora_(A|B|a|b|E|up|down|mid|embedding_A|embedding_B|magnitude_vector)|lora\.(up|down)|hada_(w1|w2|t1|t2)"
-    r"|lokr_(w1|w2|t2)|vera_lambda_[bd]|ia3_l|oft_(R|blocks|diag)|fourierft_spectrum|ln_tuning_layers"
+    r"|lokr_(w1|w2|t2)|vera_lambda_[bd]|ia3_l|oft_(R|embedding_R|blocks|diag)|fourierft_spectrum|ln_tuning_layers"
     r"|trainable_tokens_delta|prompt_embeddings|w_norm|b_norm)(\.|_|$)|^lora_(unet|te\d?|transformer)_"
 )
 

@@ -129,7 +129,7 @@ TOY = {
     "loha tucker": (
         lambda: peft.LoHaConfig(target_modules=["conv", *LINEAR], r=3, alpha=5, use_effective_conv2d=True), False
     ),
-    "lokr": (lambda: peft.LoKrConfig(target_modules=["conv", *LINEAR], r=2, alpha=5), False),
+    "lokr": (lambda: peft.LoKrConfig(target_modules=["conv", "line", *LINEAR], r=2, alpha=5), False),
     "lokr tucker": (
         lambda: peft.LoKrConfig(target_modules=["conv", *LINEAR], r=2, alpha=5, use_effective_conv2d=True), False
     ),
@@ -141,6 +141,7 @@ TOY = {
     "oft": (lambda: peft.OFTConfig(target_modules=LINEAR, oft_block_size=4), False),
     "oft exact": (lambda: peft.OFTConfig(target_modules=LINEAR, oft_block_size=4, use_cayley_neumann=False), False),
     "oft shared": (lambda: peft.OFTConfig(target_modules=LINEAR, oft_block_size=4, block_share=True), False),
+    "oft embedding": (lambda: peft.OFTConfig(target_modules=["embed_tokens", "q_proj"], oft_block_size=4), False),
     "oft conv": (lambda: peft.OFTConfig(target_modules=["conv"], oft_block_size=4), False),
     "oft 3 terms": (
         lambda: peft.OFTConfig(target_modules=LINEAR, oft_block_size=4, num_cayley_neumann_terms=3), False

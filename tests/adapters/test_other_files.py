@@ -70,13 +70,44 @@ def test_lycoris_loha_lokr_and_differences(tmp_path):
     close(found[f"{Q}.bias"], normal(8))
 
 
+LYCORIS = {
+    "lora": ({"lora_up.weight": UP, "lora_down.weight": DOWN}, UP @ DOWN),
+    "loha": (
+        {"hada_w1_a": UP, "hada_w1_b": DOWN, "hada_w2_a": UP + 1, "hada_w2_b": DOWN - 1},
+        (UP @ DOWN) * ((UP + 1) @ (DOWN - 1)),
+    ),
+    "lokr": ({"lokr_w1": normal(2, 3), "lokr_w2": normal(4, 2)}, np.kron(normal(2, 3), normal(4, 2))),
+}
+
+
 @pytest.mark.parametrize("by_column", [False, True])
-def test_lycoris_dora_measures_rows_or_columns_by_the_shape_of_its_lengths(tmp_path, by_column):
+@pytest.mark.parametrize("kind", LYCORIS)
+def test_lycoris_dora_measures_rows_or_columns_by_the_shape_of_its_lengths(tmp_path, kind, by_column):
+    parts, change = LYCORIS[kind]
     m = np.abs(normal(1, 6) if by_column else normal(8, 1)) + 0.5
-    tensors = {f"{FLAT}.lora_up.weight": UP, f"{FLAT}.lora_down.weight": DOWN, f"{FLAT}.dora_scale": m}
+    tensors = {f"{FLAT}.{part}": value for part, value in parts.items()} | {f"{FLAT}.dora_scale": m}
     found, _ = changes(*kohya(tmp_path, tensors))
-    v = W + UP @ DOWN
+    v = W + change
     close(found[f"{Q}.weight"], m / np.linalg.norm(v, axis=0 if by_column else 1, keepdims=True) * v - W)
+
+
+@pytest.mark.parametrize("shape", [(8, 1, 1, 1), (1, 6, 1, 1)], ids=str)
+def test_lycoris_dora_of_a_convolution_measures_all_kernels_of_an_output_or_an_input(tmp_path, shape):
+    w, w1, w2, m = normal(8, 6, 3, 3), normal(2, 3), normal(4, 2, 3, 3), np.abs(normal(*shape)) + 0.5
+    tensors = {f"{FLAT}.lokr_w1": w1, f"{FLAT}.lokr_w2": w2, f"{FLAT}.dora_scale": m}
+    folder = base(tmp_path, {f"{Q}.weight": w})
+    found, _ = changes(write(tmp_path / "a.safetensors", tensors), folder)
+    v = w + np.einsum("ab,cdkl->acbdkl", w1, w2).reshape(8, 6, 3, 3)
+    lengths = np.sqrt((v**2).sum(axis=tuple(i for i in range(4) if shape[i] == 1), keepdims=True))
+    close(found[f"{Q}.weight"], m / lengths * v - w)
+
+
+def test_lengths_that_fit_neither_rows_nor_columns_are_refused(tmp_path):
+    path, _ = kohya(
+        tmp_path, {f"{FLAT}.lora_up.weight": UP, f"{FLAT}.lora_down.weight": DOWN, f"{FLAT}.dora_scale": normal(5, 1)}
+    )
+    with pytest.raises(InputError, match="8 entries are due"):
+        open_adapter(path)
 
 
 def test_kohya_parts_of_other_kinds_are_refused_by_name(tmp_path):

@@ -24,9 +24,10 @@ from lora_diag.api.measuring import (
 )
 from lora_diag.checkpoints import Checkpoint, open_checkpoint
 from lora_diag.deltas import Delta, Pairing, StoredDelta, Unpaired, footprint, selector
-from lora_diag.diagnostics.overlap import RANKS, Followed, OverlapSettings, size
+from lora_diag.diagnostics.overlap import Followed, OverlapSettings, size
 from lora_diag.diagnostics.overlap import overlap as measure
 from lora_diag.diagnostics.overlap import subspaces as spaces_of
+from lora_diag.diagnostics.spectrum import RANKS
 from lora_diag.engines import Layout, Ray, run_local
 from lora_diag.errors import NothingComparedError, UsageError
 from lora_diag.gradients import History, Step, histories, open_steps

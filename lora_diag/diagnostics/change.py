@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -30,6 +30,8 @@ from lora_diag.linalg import (
 )
 
 T = TypeVar("T")
+
+OVERFLOW = "the product of its factors overflows float64"
 
 # Bytes of an entry of an update that is computed in full (LoHa, LoKr, ...): in float64, with one factor or copy.
 COMPUTED = 16
@@ -168,6 +170,14 @@ def on_device(compute: Callable[[torch.device], T], device: torch.device) -> tup
         except torch.cuda.OutOfMemoryError:
             torch.cuda.empty_cache()
             return compute(torch.device("cpu")), f" on the CPU: out of memory on {device}"
+
+
+def noted(record: T, words: str) -> T:
+    """Add words of ``on_device`` to the method of a record; return one that names no method as it is."""
+    told: Any = record
+    if not words or not hasattr(record, "method"):
+        return record
+    return told.model_copy(update={"method": told.method + words})  # type: ignore[no-any-return]
 
 
 @contextmanager

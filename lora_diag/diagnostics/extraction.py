@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 from lora_diag.deltas import Delta
-from lora_diag.diagnostics.change import Change, bytes_of, load_change, on_device
+from lora_diag.diagnostics.change import OVERFLOW, Change, bytes_of, load_change, noted, on_device
 from lora_diag.diagnostics.left_out import not_finite
-from lora_diag.diagnostics.metric import Weighed, Weighting, extra, times, weigh
+from lora_diag.diagnostics.metric import Weighed, Weighting, extra, fro_of, times, weigh
 from lora_diag.diagnostics.resolution import resolution
 from lora_diag.errors import InputError
 from lora_diag.linalg import Allowance, Factors, decompose_factored, norm, resolve_device
+from lora_diag.linalg.stacked import gap
 from lora_diag.metrics import energy_curve, rank_at
 from lora_diag.results import Extraction, LeftOut, OnData
 
@@ -144,10 +145,7 @@ def extract(layer: Layer, settings: ExtractionSettings, store: Store) -> Extract
     Raises:
         InputError: A file could not be read or written, or the dtype cannot hold the factors.
     """
-    record, fallback = on_device(partial(_extract, layer, settings, store), resolve_device(settings.device))
-    if fallback and isinstance(record, Extraction):
-        return record.model_copy(update={"method": record.method + fallback})
-    return record
+    return noted(*on_device(partial(_extract, layer, settings, store), resolve_device(settings.device)))
 
 
 def _extract(layer: Layer, settings: ExtractionSettings, store: Store, device: torch.device) -> Extraction | LeftOut:
@@ -157,7 +155,7 @@ def _extract(layer: Layer, settings: ExtractionSettings, store: Store, device: t
     weighed = weigh(change, layer.delta, layer.weighting, device) if layer.weighting is not None else None
     best, seen = _decompose(change if weighed is None else weighed.change, layer, settings, weighed)
     if not math.isfinite(best.fro):
-        return not_finite(layer.delta, replace(change, non_finite="the product of its factors overflows float64"))
+        return not_finite(layer.delta, replace(change, non_finite=OVERFLOW))
     rank = int((best.s > NUMERICALLY_ZERO * best.s[:1]).sum())
     if rank == 0 or best.fro == 0.0:
         return _without_factors(layer, change, best.fro if weighed is None else weighed.plain_fro, best.fro)
@@ -263,18 +261,9 @@ def _vectors(change: Change, rank: int, settings: ExtractionSettings, known: Fac
     """Return the ``rank`` largest singular values with their vectors; none for rank 0."""
     if rank == 0:
         empty = torch.zeros(0, dtype=torch.float64)
-        fro = known.fro if known is not None else _fro(change)
+        fro = known.fro if known is not None else fro_of(change)
         return Factors(empty, False, "none", 0.0, fro)
     return change.decompose(settings.method, rank, True, settings.tol, settings.seed)
-
-
-def _fro(change: Change) -> float:
-    return change.fro if change.fro is not None else decompose_factored(*_factors(change)).fro
-
-
-def _factors(change: Change) -> tuple[Tensor, Tensor]:
-    assert change.factors is not None
-    return change.factors
 
 
 def _split(found: Factors, rank: int, layer: Layer, settings: ExtractionSettings) -> tuple[Tensor, Tensor]:
@@ -291,16 +280,15 @@ def _split(found: Factors, rank: int, layer: Layer, settings: ExtractionSettings
 
 
 def _gap(change: Change, b: Tensor, a: Tensor, shape: tuple[int, int]) -> float:
-    """Return ‖ΔW − B·A‖_F; of two products, from their factors side by side: [B₁, −B₂]·[A₁; A₂]."""
-    b, a = b.to(torch.float64), a.to(torch.float64)
+    """Return ‖ΔW − B·A‖_F."""
     if change.factors is not None:
-        theirs = [part.to(torch.float64) for part in change.factors]
-        return decompose_factored(torch.cat([theirs[0], -b], dim=1), torch.cat([theirs[1], a])).fro
-    gap, row = 0.0, 0
+        return gap(change.factors, (b, a))
+    b, a = b.to(torch.float64), a.to(torch.float64)
+    apart, row = 0.0, 0
     for block in change.blocks(shape):
-        gap = math.hypot(gap, norm([block - b[row : row + len(block)] @ a]))
+        apart = math.hypot(apart, norm([block - b[row : row + len(block)] @ a]))
         row += len(block)
-    return gap
+    return apart
 
 
 def left_out_matrix(delta: Delta, detail: str, device: str) -> LeftOut:
@@ -308,9 +296,13 @@ def left_out_matrix(delta: Delta, detail: str, device: str) -> LeftOut:
     change = load_change(delta, resolve_device(device), keep=False)
     if change.non_finite is not None:
         return not_finite(delta, change)
-    fro = _fro(change)
     return LeftOut(
-        layer=delta.layer, shape=delta.shape, reason="no_factors", detail=detail, fro=fro, base_fro=change.base_fro
+        layer=delta.layer,
+        shape=delta.shape,
+        reason="no_factors",
+        detail=detail,
+        fro=fro_of(change),
+        base_fro=change.base_fro,
     )
 
 

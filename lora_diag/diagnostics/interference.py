@@ -11,15 +11,14 @@ import torch
 from torch import Tensor
 
 from lora_diag.deltas import Delta, DenseDelta, FactoredDelta, footprint
-from lora_diag.diagnostics.change import COMPUTED, Change, on_device
+from lora_diag.diagnostics.change import COMPUTED, Change, noted, on_device
 from lora_diag.diagnostics.left_out import not_finite
-from lora_diag.diagnostics.parts import InterferenceSettings, Part, Several, read_part, within
+from lora_diag.diagnostics.parts import InterferenceSettings, Part, Several, agreement, read_part, within
 from lora_diag.diagnostics.union import union
 from lora_diag.linalg import Allowance, require, resolve_device, whole_bytes
-from lora_diag.linalg.distance import principal_cosines
 from lora_diag.linalg.stacked import inner
 from lora_diag.metrics.interference import near_chance, relation
-from lora_diag.results import Agreement, Interference, LeftOut, Union
+from lora_diag.results import Interference, LeftOut, Union
 from lora_diag.results.interference import EnergyOverlap
 
 # The rank at which two updates are called apart or not: the asked one that is nearest to this.
@@ -106,16 +105,11 @@ def interference(task: Several, settings: InterferenceSettings) -> tuple[Interfe
         InputError: A file could not be read.
     """
     records, fallback = on_device(partial(_measure, task, settings), resolve_device(settings.device))
-    if not fallback:
-        return records
-    return tuple(_on_the_cpu(record, fallback) for record in records)
-
-
-def _on_the_cpu(record: Interference | Union | LeftOut, words: str) -> Interference | Union | LeftOut:
-    if not isinstance(record, Union):
-        return record
-    return record.model_copy(
-        update={"spectrum": record.spectrum.model_copy(update={"method": record.spectrum.method + words})}
+    return tuple(
+        record.model_copy(update={"spectrum": noted(record.spectrum, fallback)})
+        if isinstance(record, Union)
+        else record
+        for record in records
     )
 
 
@@ -156,19 +150,10 @@ def _pair(task: Several, first: Part, second: Part, settings: InterferenceSettin
         second_fro=second.factors.fro,
         cosine=cosine,
         cosine_random=by_chance,
-        columns={str(r): _agreement(first.u[:, :r], second.u[:, :r]) for r in ranks},
-        rows={str(r): _agreement(first.v[:, :r], second.v[:, :r]) for r in ranks},
+        columns={str(r): agreement(first.u[:, :r], second.u[:, :r]) for r in ranks},
+        rows={str(r): agreement(first.v[:, :r], second.v[:, :r]) for r in ranks},
         energy=energy,
         relation="noise" if noise else relation(near, cosine, by_chance),
-    )
-
-
-def _agreement(u: Tensor, v: Tensor) -> Agreement:
-    cosines = principal_cosines(u, v)
-    return Agreement(
-        cosines=tuple(round(cosine, 6) for cosine in cosines.tolist()),
-        overlap=min(1.0, float((cosines**2).mean())),
-        random=max(u.shape[1], v.shape[1]) / len(u),
     )
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lora_diag.deltas import Delta, DenseDelta, StoredDelta, row_blocks
-from lora_diag.diagnostics.change import COMPUTED, Change, load_change, on_device
+from lora_diag.diagnostics.change import COMPUTED, Change, load_change, noted, on_device
 from lora_diag.diagnostics.left_out import not_finite
 from lora_diag.linalg import Allowance, Factors, decompose, norm, require, resolve_device, whole_bytes
 from lora_diag.metrics.intruders import below_at_random, kind, similarity_at_random
@@ -89,10 +89,7 @@ def intruders(delta: Delta, settings: IntruderSettings) -> tuple[Intruders | Lef
     """
     if delta.base is None:
         return (LeftOut(layer=delta.layer, shape=delta.shape, reason="not_in_base", detail=NEEDS_BASE),)
-    record, fallback = on_device(partial(_measure, delta, settings), resolve_device(settings.device))
-    return (
-        record.model_copy(update={"method": record.method + fallback}) if isinstance(record, Intruders) else record,
-    )
+    return (noted(*on_device(partial(_measure, delta, settings), resolve_device(settings.device))),)
 
 
 def _measure(delta: Delta, settings: IntruderSettings, device: torch.device) -> Intruders | LeftOut:
@@ -111,8 +108,8 @@ def _measure(delta: Delta, settings: IntruderSettings, device: torch.device) -> 
     k = min(settings.k, *delta.shape)
     if fro == 0.0:
         return _record(delta, settings, k, 0.0, norm([before]), (), "none: ΔW is zero")
-    base = decompose(before, "auto", None, None, True)
-    top = decompose(after, settings.method, k, None, True, settings.tol, settings.seed)
+    base = decompose(before, vectors=True)
+    top = decompose(after, settings.method, k, vectors=True, tol=settings.tol, seed=settings.seed)
     directions = _directions(base, top, settings)
     return _record(delta, settings, k, fro, base.fro, directions, f"{base.method}, {top.method}")
 

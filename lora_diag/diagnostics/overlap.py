@@ -11,17 +11,16 @@ import torch
 from torch import Tensor
 
 from lora_diag.deltas import Delta, FactoredDelta, StoredDelta
-from lora_diag.diagnostics.change import Change, bytes_of, load_change, on_device
+from lora_diag.diagnostics.change import OVERFLOW, Change, bytes_of, load_change, noted, on_device
 from lora_diag.diagnostics.left_out import not_finite
 from lora_diag.diagnostics.resolution import resolution
+from lora_diag.diagnostics.spectrum import RANKS
 from lora_diag.gradients import Snapshot
 from lora_diag.linalg import Allowance, numerical_rank, resolve_device
 from lora_diag.linalg.subspace import orthonormal, shares
 from lora_diag.metrics.overlap import chance
 from lora_diag.metrics.resolution import Verdict
 from lora_diag.results import LeftOut, Overlap
-
-RANKS = (4, 8, 16, 32, 64)
 
 # Bound on energy fractions that ``krylov`` has to reach before its vectors are used; else all of them are computed.
 # Measured at 1024² and 2048×1024, r up to 64, spectra i^-1 to i^-3 and planted ranks: where it meets this bound, κ and
@@ -122,12 +121,7 @@ def overlap(followed: Followed, settings: OverlapSettings) -> tuple[Overlap | Le
         InputError: A file could not be read.
     """
     records, fallback = on_device(partial(_overlap, followed, settings), resolve_device(settings.device))
-    if not fallback:
-        return records
-    return tuple(
-        record.model_copy(update={"method": record.method + fallback}) if isinstance(record, Overlap) else record
-        for record in records
-    )
+    return tuple(noted(record, fallback) for record in records)
 
 
 def _overlap(followed: Followed, settings: OverlapSettings, device: torch.device) -> tuple[Overlap | LeftOut, ...]:
@@ -162,7 +156,7 @@ def subspaces(delta: Delta, settings: OverlapSettings, device: torch.device) -> 
         return _too_few(delta, settings)
     factors = change.decompose(settings.method, ranks[-1], True, TOL, settings.seed)
     if not math.isfinite(factors.fro):
-        return not_finite(delta, replace(change, non_finite="the product of its factors overflows float64"))
+        return not_finite(delta, replace(change, non_finite=OVERFLOW))
     if factors.fro == 0.0:
         detail = "ΔW is zero, so it has no singular subspaces"
         return LeftOut(layer=delta.layer, shape=delta.shape, reason="no_reference", detail=detail)

@@ -8,21 +8,19 @@ from functools import partial
 from typing import Literal
 
 import torch
-from torch import Tensor
 
 from lora_diag.deltas import Delta, FactoredDelta, footprint
-from lora_diag.diagnostics.change import Change, load_change, on_device
+from lora_diag.diagnostics.change import OVERFLOW, Change, load_change, noted, on_device
 from lora_diag.diagnostics.left_out import not_finite
 from lora_diag.diagnostics.metric import Metric, Moments, read_root, times
+from lora_diag.diagnostics.parts import agreement
 from lora_diag.diagnostics.resolution import resolution
-from lora_diag.linalg import Allowance, Factors, numerical_rank, principal_cosines, resolve_device
+from lora_diag.linalg import Allowance, Factors, numerical_rank, resolve_device
 from lora_diag.metrics import limit
 from lora_diag.results import Agreement, Distance, LeftOut, Residual, Resolution
 
 # Singular vectors compared where no adapter says how many.
 SUBSPACE = 8
-
-OVERFLOW = "the product of its factors overflows float64"
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,12 +113,7 @@ def residual(layer: Layer, settings: ResidualSettings) -> tuple[Residual | LeftO
         InputError: A file could not be read, or a second moment is none.
     """
     records, fallback = on_device(partial(_residual, layer, settings), resolve_device(settings.device))
-    if not fallback:
-        return records
-    return tuple(
-        record.model_copy(update={"method": record.method + fallback}) if isinstance(record, Residual) else record
-        for record in records
-    )
+    return tuple(noted(record, fallback) for record in records)
 
 
 def _residual(layer: Layer, settings: ResidualSettings, device: torch.device) -> tuple[Residual | LeftOut, ...]:
@@ -232,15 +225,6 @@ def _agreements(
     assert other.vh is not None
     k, j = min(wanted, numerical_rank(full)), numerical_rank(other)
     return (
-        _agreement(full.u[:, :k], other.u[:, :j], weights.shape[0]),
-        _agreement(full.vh[:k].T, other.vh[:j].T, weights.shape[1]),
-    )
-
-
-def _agreement(u: Tensor, v: Tensor, dimension: int) -> Agreement:
-    cosines = principal_cosines(u, v)
-    return Agreement(
-        cosines=tuple(round(cosine, 6) for cosine in cosines.tolist()),
-        overlap=float((cosines**2).mean()),
-        random=max(u.shape[1], v.shape[1]) / dimension,
+        agreement(full.u[:, :k], other.u[:, :j]),
+        agreement(full.vh[:k].T, other.vh[:j].T),
     )

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from lora_diag.deltas import Delta
-from lora_diag.diagnostics.change import Change, bytes_of, load_change, on_device
+from lora_diag.diagnostics.change import OVERFLOW, Change, bytes_of, load_change, on_device
 from lora_diag.diagnostics.left_out import not_finite
 from lora_diag.diagnostics.metric import Weighed, Weighting, extra, weigh
 from lora_diag.diagnostics.resolution import resolution
@@ -171,7 +171,7 @@ def _compute(
         change = weighed.change
     factors = change.decompose(settings.method, settings.top, tol=settings.tol, seed=settings.seed)
     if not math.isfinite(factors.fro):
-        return replace(change, non_finite="the product of its factors overflows float64"), None, None
+        return replace(change, non_finite=OVERFLOW), None, None
     if weighed is not None:
         factors = replace(factors, energy_error=min(1.0, factors.energy_error + weighed.error))
     return change, factors, weighed

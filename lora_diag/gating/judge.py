@@ -6,7 +6,7 @@ the layer is inconclusive, unless the rest covers as much as the policy demands.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import date
 from itertools import groupby
@@ -53,7 +53,7 @@ def judge(policy: Policy, sources: Sequence[Source], baseline: Source | None, to
     _check_selectors(policy, sources)
     waivers = Waivers(policy, today)
     stored = Stored(baseline) if baseline is not None else None
-    found = [waivers.apply(verdict) for verdict in run_checks(policy, sources, stored)]
+    found = [*_judge_subject(policy, sources), *map(waivers.apply, run_checks(policy, sources, stored))]
     for rule in policy.rules:
         found += _judge_rule(policy, rule, sources, waivers)
     for regression in policy.regressions:
@@ -102,6 +102,23 @@ def _check_selectors(policy: Policy, sources: Sequence[Source]) -> None:
         selector, of_layers = demand.selector, any(field.kind in LAYER_KINDS for field in find(demand.field))
         if names and of_layers and not any(selector.takes(name) for name in names):
             raise policy.error(demand.line, f"{demand.name}: selects none of the {len(names)} tensors in the results")
+
+
+def _judge_subject(policy: Policy, sources: Sequence[Source]) -> Iterator[Verdict]:
+    """Yield whether any of the results is of what the policy is about, where it says that."""
+    if policy.about is None:
+        return
+    there = any(given.role == policy.about for source in sources for given in source.results.run.inputs)
+    name, word = {"adapter": ("an adapter", "ADAPTER"), "tuned": ("a full fine-tune", "TUNED")}[policy.about]
+    yield Verdict(
+        rule="about",
+        layer=None,
+        measured=None,
+        allowed=f"results of {name}",
+        status="passed" if there else "inconclusive",
+        severity="error",
+        message="" if there else f"no results of {name} were given: loradiag spectrum BASE {word} measures one",
+    )
 
 
 def _judge_rule(policy: Policy, rule: Rule, sources: Sequence[Source], waivers: Waivers) -> list[Verdict]:

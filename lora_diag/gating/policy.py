@@ -137,6 +137,7 @@ class Policy:
         minimum: Least coverage.
         left_out: Reasons for which a tensor without a record does not count against coverage.
         ready: Whether it comes with the package, so that its lines are nobody's to change.
+        about: What some of the results must be of: an ``adapter`` or, ``tuned``, a full fine-tune; None: anything.
     """
 
     path: str
@@ -150,6 +151,7 @@ class Policy:
     minimum: float = 1.0
     left_out: frozenset[str] = frozenset()
     ready: bool = False
+    about: Literal["adapter", "tuned"] | None = None
 
     def error(self, line: int, text: str) -> UsageError:
         """Return an error in this policy."""

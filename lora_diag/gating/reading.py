@@ -66,6 +66,7 @@ class _Reader:
     def policy(self, document: dict[str, Any]) -> Policy:
         top = Table(document, (), self.error)
         title = top.word("title", "")
+        about = top.choice("about", ("adapter", "tuned"), None)
         rules = tuple(self.rule(table) for table in top.tables("rule"))
         regressions = tuple(self.regression(table) for table in top.tables("baseline"))
         checks, spike = self.checks(top.table("checks"))
@@ -84,7 +85,19 @@ class _Reader:
             )
         if "non_finite" in left_out:
             raise self.error(("coverage", "left_out"), "non_finite layers cannot be left out; waive them by name")
-        return Policy(self.path, title, rules, regressions, waivers, checks, spike, by, minimum, frozenset(left_out))
+        return Policy(
+            path=self.path,
+            title=title,
+            rules=rules,
+            regressions=regressions,
+            waivers=waivers,
+            checks=checks,
+            spike=spike,
+            by=by,
+            minimum=minimum,
+            left_out=frozenset(left_out),
+            about=about,
+        )
 
     def rule(self, table: Table) -> Rule:
         name = self.name(table)
@@ -140,7 +153,7 @@ class _Reader:
         name = table.word("name")
         if not _NAME.fullmatch(name):
             raise table.error("name", f"'{name}': a name is letters, digits, '.', '_' and '-'")
-        if name in CHECKS or name.startswith("baseline.") or name == "waiver":
+        if name in CHECKS or name.startswith("baseline.") or name in {"about", "waiver"}:
             raise table.error("name", f"'{name}' is the name of something built in; choose another")
         return name
 

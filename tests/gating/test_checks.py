@@ -7,6 +7,7 @@ import pytest
 from lora_diag.api.gate import gate
 from lora_diag.errors import NothingComparedError
 from lora_diag.gating.reading import read_policy
+from lora_diag.gating.ready import ready_policy
 from lora_diag.results.verdict import outcome
 from tests.gating.making import LAYERS, left_out, residual, spectrum, write
 
@@ -23,6 +24,25 @@ def found(path, policy="[checks]\n"):
 def test_sound_results_pass_every_check(tmp_path):
     path = write(tmp_path / "r.jsonl", [spectrum(name, method="factored") for name in LAYERS], inputs=ADAPTER)
     assert found(path) == ("passed", [])
+
+
+@pytest.mark.parametrize(("about", "role"), [("adapter", "tuned"), ("tuned", "adapter")])
+def test_a_policy_is_open_without_results_of_what_it_is_about(tmp_path, about, role):
+    records = [spectrum(name, method="factored") for name in LAYERS]
+    others = write(tmp_path / "others.jsonl", records, inputs=(("base", "b"), (role, "x")))
+    policy = f'about = "{about}"\n[checks]\n'
+    assert found(others, policy) == ("inconclusive", [("about", None, "inconclusive")])
+    own = write(tmp_path / "own.jsonl", records, inputs=(("base", "b"), (about, "x")))
+    assert found(own, policy) == ("passed", [])
+    assert outcome(gate(read_policy("p.toml", policy), others, own, today=TODAY).whole) == "passed"
+
+
+def test_a_full_fine_tune_is_no_sound_adapter(tmp_path):
+    """The ready policy asks for an adapter; among its rules alone, those of a good fine-tune all hold."""
+    records = [spectrum(name) for name in LAYERS]
+    verdicts = gate(ready_policy("adapter-basic"), write(tmp_path / "r.jsonl", records), today=TODAY).whole
+    assert {v.rule for v in verdicts if v.blocks} == {"about"}
+    assert outcome(verdicts) == "inconclusive"
 
 
 @pytest.mark.parametrize(

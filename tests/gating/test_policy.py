@@ -33,6 +33,7 @@ def test_a_good_policy_is_read():
     ("line", "said", "text"),
     [
         (6, "unknown key 'requir'", GOOD + 'requir = "x"'),
+        (1, 'about is "adapter" or "tuned"', 'about = "base"\n' + GOOD),
         (6, "did you mean 'layers'", GOOD + 'layer = "x"'),
         (6, "unknown key 'rules'", GOOD.replace("title", "#") + "[[rules]]\nname = 'x'"),
         (6, "severity is", GOOD + 'severity = "fatal"'),

@@ -57,6 +57,7 @@ class Grid:
         names: One a row.
         columns: The others.
         spared: Ends of the titles of columns that a narrow terminal may leave out, the first to go first.
+        about: What one reads from it, for a page; a terminal's summary says that.
     """
 
     caption: str
@@ -64,6 +65,7 @@ class Grid:
     names: tuple[str, ...]
     columns: tuple[Column, ...]
     spared: tuple[str, ...] = ()
+    about: str = ""
 
     def shown(self, width: int) -> list[RenderableType]:
         """Return what a terminal of so many characters shows."""

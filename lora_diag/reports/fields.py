@@ -15,13 +15,13 @@ from lora_diag.planning.evidence import Evidence, Source
 from lora_diag.reports.residual import limits_of
 from lora_diag.reports.subject import EPSILON, labels
 from lora_diag.reports.tracks import tracks
+from lora_diag.reports.verdict import WORST_FIRST
 from lora_diag.results import Allocation, Fleet, Intruders, Overlap, Residual, Spectrum, Union
 from lora_diag.results.spectrum import METRIC_NAMES, NORMS, metric_of
+from lora_diag.results.verdict import Status
 
 Value = float | int | str | None
 
-# From worst to best, so that a layer shows the worst of its verdicts.
-_STATUS = ("failed", "inconclusive", "warned", "waived", "passed")
 # What tells columns in another metric than the weights' from those in it.
 _METRIC = {"data": "data", "kfac": "K-FAC"}
 
@@ -232,10 +232,11 @@ def _intruder_fields(evidence: Evidence, layers: Sequence[str]) -> Iterable[Fiel
 
 
 def _gate_fields(evidence: Evidence, layers: Sequence[str]) -> Iterable[Field]:
-    worst: dict[str, str] = {}
+    worst: dict[str, Status] = {}
     for verdict in evidence.verdicts:
         if verdict.layer is not None:
-            worst[verdict.layer] = min(worst.get(verdict.layer, "passed"), verdict.status, key=_STATUS.index)
+            known = worst.get(verdict.layer, verdict.status)
+            worst[verdict.layer] = min(known, verdict.status, key=WORST_FIRST.index)
     yield Field("g", "gate", "worst verdict of the gate on this layer", "", tuple(map(worst.get, layers)), main=True)
 
 

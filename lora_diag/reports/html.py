@@ -12,6 +12,7 @@ import base64
 import gzip
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,8 +20,8 @@ from lora_diag.errors import InputError
 from lora_diag.metrics.thinning import curve_at, thinned_ranks
 from lora_diag.planning.evidence import Evidence, Source
 from lora_diag.reports.fields import Field, fields_of, layers_of
-from lora_diag.reports.several import sections_of
-from lora_diag.reports.subject import ENERGY, EPSILON, certificates, judged, labels, metrics_said, subject_of
+from lora_diag.reports.several import SEVERAL, Section, sections_of
+from lora_diag.reports.subject import ENERGY, EPSILON, Subject, certificates, judged, labels, metrics_said, subject_of
 from lora_diag.reports.tables import table
 from lora_diag.reports.text import number, safe, short
 from lora_diag.reports.tracks import tracks
@@ -92,10 +93,10 @@ def html_report(evidence: Evidence, pictures: Sequence[Picture] = (), made: str 
     layers = layers_of(evidence)
     columns = fields_of(evidence, layers)
     outcome, verdicts = judged(evidence)
-    sections = sections_of(evidence)
+    subject, sections = subject_of(evidence), sections_of(evidence)
     own = {name for section in sections for name in section.figures}
     return templates.get_template("report.html").render(
-        subject=subject_of(evidence),
+        subject=subject,
         sources=evidence.sources,
         shown=list(map(_shown, evidence.sources)),
         certificates=certificates(evidence),
@@ -112,13 +113,37 @@ def html_report(evidence: Evidence, pictures: Sequence[Picture] = (), made: str 
         most_inputs=INPUTS,
         made=made,
         thinning=[*metrics_said(evidence), *_thinning(evidence, layers)],
-        of=" or ".join(dict.fromkeys(NORMS[metric_of(run.results)][0].strip("‖") for run in evidence.of(Spectrum)))
-        or "ΔW",
+        metrics=_metrics(evidence),
+        parts=_parts(subject, outcome, evidence, sections, layers),
         epsilon=EPSILON,
         energy=ENERGY,
         data=_data(evidence, layers, columns),
-        plotly=base64.b64encode(gzip.compress(get_plotlyjs().encode(), 9, mtime=0)).decode(),
+        plotly=_packed(get_plotlyjs) if layers else "",
     )
+
+
+def _parts(
+    subject: Subject, outcome: str, evidence: Evidence, sections: Sequence[Section], layers: Sequence[str]
+) -> list[tuple[str, str]]:
+    """Return the parts of the page that are there, as their ids and titles; of two runs of a command the whole ones."""
+    kinds = [SEVERAL[section.command].title for section in sections]
+    titles = [kind if kinds.count(kind) == 1 else each.title for kind, each in zip(kinds, sections, strict=True)]
+    there = (
+        ("next", "Next steps", subject.update),
+        ("failures", "Failure modes", subject.update and subject.weights),
+        ("gate", "Gate", outcome),
+        ("allocation", "Allocation", certificates(evidence)),
+        *((f"several{place}", title, True) for place, title in enumerate(titles, 1)),
+        ("explore", "Layer by layer", layers),
+        ("runs", "What was measured", True),
+    )
+    return [(id, title) for id, title, has in there if has]
+
+
+@cache
+def _packed(read: Callable[[], str]) -> str:
+    """Return a script, compressed; plotly.js takes half a second of the processor, so once a process."""
+    return base64.b64encode(gzip.compress(read().encode(), 9, mtime=0)).decode()
 
 
 def _shown(source: Source) -> str:
@@ -155,6 +180,7 @@ def _data(evidence: Evidence, layers: Sequence[str], columns: Sequence[Field]) -
             }
             for column in columns
         ],
+        "metrics": _metrics(evidence),
         "spectra": _spectra(evidence, place, value),
         "overlaps": _overlaps(evidence, place, value),
     }
@@ -180,15 +206,14 @@ def _spectra(evidence: Evidence, place: Mapping[str, int], value: Callable[[Any]
                     "edge": value(record.resolution.edge),
                 }
             )
-        metric = metric_of(source.results)
-        found.append(
-            {
-                "label": label if metric == "weights" else f"{label}, in {METRIC_NAMES[metric]}",
-                "ranks": ranks,
-                "curves": curves,
-            }
-        )
+        found.append({"label": label, "metric": metric_of(source.results), "ranks": ranks, "curves": curves})
     return found
+
+
+def _metrics(evidence: Evidence) -> list[dict[str, str]]:
+    """Return the metrics that spectra are in, the weights' first: curves of one are never drawn beside another's."""
+    found = {metric_of(source.results) for source in evidence.of(Spectrum)}
+    return [{"id": m, "name": METRIC_NAMES[m], "of": NORMS[m][0].strip("‖")} for m in METRIC_NAMES if m in found]
 
 
 def _overlaps(evidence: Evidence, place: Mapping[str, int], value: Callable[[Any], Any]) -> list[dict[str, Any]]:

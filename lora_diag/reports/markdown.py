@@ -104,9 +104,6 @@ def _several(evidence: Evidence) -> list[str]:
     for section in sections_of(evidence):
         said = "\n".join(f"- **{_text(word)}** {_text('; '.join(text.splitlines()))}" for word, text in section.lines)
         parts += [f"## {_text(crop(section.title, 200))}", *([said] if said else [])]
-        if section.terminal:
-            # Indented code ends at nothing that a name could hold.
-            parts.append("\n".join(f"    {line}".rstrip() for line in section.terminal.splitlines()))
         for grid in section.grids:
             rows = grid.rows()
             marks = "".join("--:|" if column.justify == "right" else "---|" for column in grid.columns)
@@ -116,7 +113,8 @@ def _several(evidence: Evidence) -> list[str]:
             ]
             lines += [f"| {code(name)} | {' | '.join(map(_text, cells))} |" for name, cells in rows[:ROWS]]
             more = f"\n\n*and {len(rows) - ROWS} more*" if len(rows) > ROWS else ""
-            parts.append((f"**{_text(grid.caption)}**\n\n" if grid.caption else "") + "\n".join(lines) + more)
+            about = f"\n\n{_text(grid.about)}" if grid.about else ""
+            parts.append((f"**{_text(grid.caption)}**\n\n" if grid.caption else "") + "\n".join(lines) + more + about)
     return parts
 
 

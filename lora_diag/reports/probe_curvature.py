@@ -6,10 +6,9 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from rich.console import Group, RenderableType
-from rich.text import Text
+from rich.console import Group
 
-from lora_diag.reports.columns import Column, table_of, title_of
+from lora_diag.reports.columns import Column, Grid, title_of
 from lora_diag.reports.lines import answers, inputs, notes
 from lora_diag.reports.probe import ending, measured
 from lora_diag.reports.text import count, middle, middle_rank, number, percent, short, shown, to_text
@@ -35,15 +34,13 @@ def curvature_table(
         per: One row a module ``type`` or one a ``layer``, below that of all jointly.
         then: The command that a user would run next.
     """
-    found = [record for record in results.whole if isinstance(record, Curvature)]
-    joint = next((record for record in found if record.layer is None), None)
-    layers = [record for record in found if record.layer is not None]
-    bounds = [record for record in results.whole if isinstance(record, LossBound)]
-    parts: list[RenderableType] = []
-    if joint is not None:
-        parts += _curvatures(joint, layers, width, per)
-    if bounds:
-        parts += _bounds(bounds, width)
+    grids = [part for grid in curvature_grids(results, per) for part in grid.shown(width)]
+    return to_text(Group(*grids, answers(curvature_lines(results), then=then)), width, color)
+
+
+def curvature_lines(results: Results[Any]) -> list[tuple[str, str]]:
+    """Return the summary: how the loss bends, and what the model and the bound of a truncation are worth."""
+    joint, layers, bounds = _parts(results)
     told = [("Compared", "\n".join([*inputs(results.run), *notes(results.run)])), ("Measured", measured(results.run))]
     if joint is not None:
         told += [("Loss", _loss(joint)), ("Curvature", _curvature(joint)), ("Gradient", _gradient(joint, bounds))]
@@ -51,11 +48,27 @@ def curvature_table(
         if bounds:
             told += [("Model", _model(bounds)), ("Bound", _bound(bounds, joint)), ("Lower", _lower(joint))]
         told += [("Read it so", _reading(joint))]
-    told += [*ending(results), *([("Next", then)] if then else [])]
-    return to_text(Group(*parts, answers(told)), width, color)
+    return [*told, *ending(results)]
 
 
-def _curvatures(joint: Curvature, layers: Sequence[Curvature], width: int, per: str) -> list[RenderableType]:
+def curvature_grids(results: Results[Any], per: str = "type") -> list[Grid]:
+    """Return the table of curvatures, one row a module ``type`` or a ``layer``, and that of the bounds by rank."""
+    joint, layers, bounds = _parts(results)
+    return [
+        *([_curvatures(joint, layers, per)] if joint is not None else []),
+        *([_bounds(bounds)] if bounds else []),
+    ]
+
+
+def _parts(results: Results[Any]) -> tuple[Curvature | None, list[Curvature], list[LossBound]]:
+    """Return the record of all layers jointly, those of single layers, and those of truncations."""
+    found = [record for record in results.whole if isinstance(record, Curvature)]
+    joint = next((record for record in found if record.layer is None), None)
+    layers = [record for record in found if record.layer is not None]
+    return joint, layers, [record for record in results.whole if isinstance(record, LossBound)]
+
+
+def _curvatures(joint: Curvature, layers: Sequence[Curvature], per: str) -> Grid:
     groups = [("all jointly", [joint]), *_groups(layers, per)]
     columns = [
         Column("params", tuple(count(sum(each.params for each in group)) for _, group in groups)),
@@ -76,8 +89,20 @@ def _curvatures(joint: Curvature, layers: Sequence[Curvature], width: int, per: 
         ]
     empty = {column.title for column in columns if all(cell == "-" for cell in column.cells[1:])} - {"trace", "±"}
     kept = [column for column in columns if column.title not in empty or column.cells[0] != "-"]
-    where = f"Curvature of the loss at {joint.at.upper()} ({_matrix(joint)})"
-    return [Text(where, style="bold"), table_of(title_of(per), [name for name, _ in groups], kept, width, ("±",))]
+    about = (
+        "λ max is how sharply the loss bends in its steepest direction, the trace the sum over all directions, with "
+        "its standard error: a step of one length costs most where λ is large."
+    )
+    if joint.at == "base":
+        about += " Held is the share of the gradient in the top eigenpairs, rank 90% that of the part they hold."
+    return Grid(
+        f"Curvature of the loss at {joint.at.upper()} ({_matrix(joint)})",
+        title_of(per),
+        tuple(name for name, _ in groups),
+        tuple(kept),
+        ("±",),
+        about,
+    )
 
 
 def _groups(layers: Sequence[Curvature], per: str) -> list[tuple[str, list[Curvature]]]:
@@ -112,7 +137,7 @@ def _matrix(joint: Curvature) -> str:
     return "Hessian" if joint.matrix == "hessian" else "generalised Gauss-Newton"
 
 
-def _bounds(bounds: Sequence[LossBound], width: int) -> list[RenderableType]:
+def _bounds(bounds: Sequence[LossBound]) -> Grid:
     whole = [record for record in bounds if record.along == 1]
     early = {record.rank: record for record in bounds if record.along == min(each.along for each in bounds)}
     columns = [
@@ -129,12 +154,15 @@ def _bounds(bounds: Sequence[LossBound], width: int) -> list[RenderableType]:
         share = min(record.along for record in bounds)
         cells = tuple(_times(early[r.rank].predicted, early[r.rank].gap) if r.rank in early else "-" for r in whole)
         columns.insert(6, Column(f"at {share:g}", cells))
-    names = [f"r={record.rank}" for record in whole]
-    spared = ("tail Σσ²", "⟨∇L,E⟩", "½⟨E,HE⟩")
-    return [
-        Text("Loss gap of truncating to rank r, E = ΔW_r − ΔW, L measured beside its models", style="bold"),
-        table_of("rank", names, columns, width, spared),
-    ]
+    return Grid(
+        "Loss gap of truncating to rank r, E = ΔW_r − ΔW, L measured beside its models",
+        "rank",
+        tuple(f"r={record.rank}" for record in whole),
+        tuple(columns),
+        ("tail Σσ²", "⟨∇L,E⟩", "½⟨E,HE⟩"),
+        "The columns with ÷ are the second-order model and the bound (λ/2)Σσ² over the measured gap: a model near 1 "
+        "may stand for measuring, a bound of many times the gap cannot choose a rank.",
+    )
 
 
 def _signed(value: float) -> str:

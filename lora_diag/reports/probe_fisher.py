@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from rich.console import Group, RenderableType
-from rich.text import Text
+from rich.console import Group
 
 from lora_diag.metrics.correlation import interval
 from lora_diag.planning.fisher import PREDICTORS, Correlations, correlations, effect_at
-from lora_diag.reports.columns import Column, rows_of, table_of, title_of
+from lora_diag.reports.columns import Column, Grid, rows_of, title_of
 from lora_diag.reports.lines import answers, inputs, notes
 from lora_diag.reports.probe import ending, measured
 from lora_diag.reports.text import count, number, percent, short, to_text
@@ -37,24 +36,40 @@ def fisher_table(
         per: ``type`` for one row a module type, ``layer`` for one row a layer.
         then: The command that a user would run next.
     """
-    records = [record for record in results.whole if isinstance(record, Fisher)]
-    ranks = results.run.settings["ranks"]
-    rank = USUAL if USUAL in ranks else ranks[0]
-    parts: list[RenderableType] = []
-    if records:
-        parts.append(_layers(records, rank, width, per))
-    found = correlations(records, ranks)
-    if found:
-        parts += [Text(_caption(records, found), style="bold"), _predictors(found, width)]
+    grids = [part for grid in fisher_grids(results, per) for part in grid.shown(width)]
+    return to_text(Group(*grids, answers(fisher_lines(results), then=then)), width, color)
+
+
+def fisher_lines(results: Results[Any]) -> list[tuple[str, str]]:
+    """Return the summary: where the tails that the loss needs are, and which number would have said so."""
+    records, rank = _records(results), _rank(results)
     told = [("Compared", "\n".join([*inputs(results.run), *notes(results.run)])), ("Measured", measured(results.run))]
     if records:
         told += [("Gradients", _gradients(records)), (f"At r={rank}", _where(records, rank))]
-        told += _predicts(found, records)
-    told += [("Read it so", _reading(records)), *ending(results), *([("Next", then)] if then else [])]
-    return to_text(Group(*parts, answers(told)), width, color)
+        told += _predicts(correlations(records, results.run.settings["ranks"]), records)
+    return [*told, ("Read it so", _reading(records)), *ending(results)]
 
 
-def _layers(records: Sequence[Fisher], rank: int, width: int, per: str) -> RenderableType:
+def fisher_grids(results: Results[Any], per: str = "type") -> list[Grid]:
+    """Return the table of tails, one row a module ``type`` or a ``layer``, and that of how predictors order them."""
+    records = _records(results)
+    found = correlations(records, results.run.settings["ranks"])
+    return [
+        *([_layers(records, _rank(results), per)] if records else []),
+        *([_predictors(records, found)] if found else []),
+    ]
+
+
+def _records(results: Results[Any]) -> list[Fisher]:
+    return [record for record in results.whole if isinstance(record, Fisher)]
+
+
+def _rank(results: Results[Any]) -> int:
+    ranks: list[int] = results.run.settings["ranks"]
+    return USUAL if USUAL in ranks else ranks[0]
+
+
+def _layers(records: Sequence[Fisher], rank: int, per: str) -> Grid:
     """Return what each module type's or layer's tail is of all tails, and what its truncation does."""
     rows = rows_of(records, per)
     columns = [] if per == "layer" else [Column("n", tuple(str(len(row)) for _, row in rows))]
@@ -68,10 +83,16 @@ def _layers(records: Sequence[Fisher], rank: int, width: int, per: str) -> Rende
         sums = [sum(predictor(record, rank) for record in row) for _, row in rows]
         columns.append(Column(title, tuple(percent(each / total) if total else "-" for each in sums)))
     columns.append(Column("½F", tuple(number(sum(record.at(rank) for record in row) / 2) for _, row in rows)))
-    if any(effect_at(record, rank) for record in records):
+    known = any(effect_at(record, rank) for record in records)
+    if known:
         columns.append(Column("KL", tuple(_sum(row, rank, lambda effect: effect.kl) for _, row in rows)))
         columns.append(Column("loss gap", tuple(_sum(row, rank, lambda effect: effect.gap, "+") for _, row in rows)))
-    return table_of(title_of(per), [name for name, _ in rows], columns, width, _SPARED)
+    about = (
+        f"Each tail beyond r={rank} as a share of all layers': where F({rank}) is far above the tail of σ², energy "
+        "makes too little of what the loss needs there. ½F is the mean KL a prediction, in nats, that truncating each "
+        f"layer alone is expected to cost{', beside the measured KL and loss gap' if known else ''}."
+    )
+    return Grid("", title_of(per), tuple(name for name, _ in rows), tuple(columns), _SPARED, about)
 
 
 def _sum(row: Sequence[Fisher], rank: int, value: Callable[[Effect], float], sign: str = "") -> str:
@@ -88,10 +109,14 @@ def _caption(records: Sequence[Fisher], found: Sequence[Correlations]) -> str:
     return f"Spearman's ρ with the measured KL, n = {n} layers: over all | within module types"
 
 
-def _predictors(found: Sequence[Correlations], width: int) -> RenderableType:
-    names = [name for name, _ in PREDICTORS]
-    columns = [Column(f"r={each.rank}", tuple(_pair(each.kl[name]) for name in names)) for each in found]
-    return table_of("predictor", names, columns, width)
+def _predictors(records: Sequence[Fisher], found: Sequence[Correlations]) -> Grid:
+    names = tuple(name for name, _ in PREDICTORS)
+    columns = tuple(Column(f"r={each.rank}", tuple(_pair(each.kl[name]) for name in names)) for each in found)
+    about = (
+        "1 is the order of the measured cost and 0 is chance; a number that is high over all and low within module "
+        "types knows types and not layers."
+    )
+    return Grid(_caption(records, found), "predictor", names, columns, about=about)
 
 
 def _pair(both: tuple[float | None, float | None]) -> str:

@@ -6,12 +6,10 @@ from collections.abc import Sequence
 from statistics import fmean
 from typing import Any
 
-from rich.console import Group, RenderableType
-from rich.table import Table
-from rich.text import Text
+from rich.console import Group
 
 from lora_diag.planning.intrinsic import Line, Reached, lines, reached
-from lora_diag.reports.columns import Column, table_of
+from lora_diag.reports.columns import Column, Grid
 from lora_diag.reports.lines import answers, inputs, notes
 from lora_diag.reports.probe import ending, measured
 from lora_diag.reports.text import count, number, percent, short, to_text
@@ -30,23 +28,46 @@ def intrinsic_table(
         per: Not used: a row is a size.
         then: The command that a user would run next.
     """
-    records = [record for record in results.whole if isinstance(record, Intrinsic)]
-    settings = results.run.settings
-    sets = list(dict.fromkeys(record.set for record in records))
-    parts: list[RenderableType] = []
-    said: list[tuple[str, str]] = []
+    grids = [part for grid in intrinsic_grids(results) for part in grid.shown(width)]
+    return to_text(Group(*grids, answers(intrinsic_lines(results), then=then)), width, color)
+
+
+def intrinsic_lines(results: Results[Any]) -> list[tuple[str, str]]:
+    """Return the summary: set by set, the smallest subspace and LoRA that gain nearly as much."""
+    records, settings = _records(results), results.run.settings
+    sets = _sets(records)
+    told = [("Compared", "\n".join([*inputs(results.run), *notes(results.run)])), ("Measured", measured(results.run))]
+    told.append(("Trained", _trained(settings)))
     for name in sets:
         found = lines(records, name, sets[0], settings["seed"])
-        base = next((r for r in records if r.subject == "base" and r.set == name), None)
-        shifted = " (shifted)" if any(r.shifted for r in records if r.set == name) else ""
-        parts += [Text(f"On {short(name)}{shifted}", style="bold"), _table(base, found, width)]
-        said.append((f"On {short(name)}", _said(base, found, settings)))
-    told = [("Compared", "\n".join([*inputs(results.run), *notes(results.run)])), ("Measured", measured(results.run))]
-    told += [("Trained", _trained(settings)), *said]
+        told.append((f"On {short(name)}", _said(_base(records, name), found, settings)))
     if sets:
         told.append(("Rates", _rates(lines(records, sets[0], sets[0], settings["seed"]), records)))
-    told += [("Read it so", _READING), *ending(results), *([("Next", then)] if then else [])]
-    return to_text(Group(*parts, answers(told)), width, color)
+    return [*told, ("Read it so", _READING), *ending(results)]
+
+
+def intrinsic_grids(results: Results[Any]) -> list[Grid]:
+    """Return a table for each set, one row a size."""
+    records, settings = _records(results), results.run.settings
+    sets = _sets(records)
+    found = []
+    for name in sets:
+        shifted = " (shifted)" if any(r.shifted for r in records if r.set == name) else ""
+        rows = lines(records, name, sets[0], settings["seed"])
+        found.append(_grid(f"On {short(name)}{shifted}", _base(records, name), rows, settings["share"]))
+    return found
+
+
+def _records(results: Results[Any]) -> list[Intrinsic]:
+    return [record for record in results.whole if isinstance(record, Intrinsic)]
+
+
+def _sets(records: Sequence[Intrinsic]) -> list[str]:
+    return list(dict.fromkeys(record.set for record in records))
+
+
+def _base(records: Sequence[Intrinsic], name: str) -> Intrinsic | None:
+    return next((r for r in records if r.subject == "base" and r.set == name), None)
 
 
 _READING = (
@@ -60,9 +81,8 @@ def _name(line: Line) -> str:
     return {"full": "full", "subspace": f"d={line.size}", "lora": f"LoRA r={line.size}"}[line.subject]
 
 
-def _table(base: Intrinsic | None, found: Sequence[Line], width: int) -> Table:
-    names = ["BASE", *map(_name, found)]
-    columns = [
+def _grid(caption: str, base: Intrinsic | None, found: Sequence[Line], share: float) -> Grid:
+    columns = (
         Column("params", ("", *(count(line.params) for line in found))),
         Column("lr", ("", *(f"{line.lr:.2g}" for line in found))),
         Column("pace", ("", *("" if line.pace is None else f"{line.pace:.2g}" for line in found))),
@@ -70,8 +90,13 @@ def _table(base: Intrinsic | None, found: Sequence[Line], width: int) -> Table:
         Column("loss", (_loss(base), *(f"{fmean(line.losses):.4f}" for line in found))),
         Column("gain", ("", *(_share(line) for line in found))),
         Column("min to max", ("", *(_span(line) for line in found))),
-    ]
-    return table_of("trained", names, columns, width, ("pace", "seeds"))
+    )
+    about = (
+        f"Gain is the share of full fine-tuning's fall of the loss, in the mean over seeds: the first d whose gain is "
+        f"{percent(share)} or more is the intrinsic dimension, the first such r the LoRA that is as good; where min to "
+        "max crosses that share, seeds decide."
+    )
+    return Grid(caption, "trained", ("BASE", *map(_name, found)), columns, ("pace", "seeds"), about)
 
 
 def _loss(base: Intrinsic | None) -> str:

@@ -19,13 +19,13 @@ from lora_diag.planning.sensitivity import (
     marginals_of,
     scores_of,
 )
-from lora_diag.reports.columns import WIDE, Column, table_of
+from lora_diag.reports.columns import WIDE, Column, Grid, table_of
 from lora_diag.reports.lines import answers, inputs, notes
 from lora_diag.reports.probe import ending, measured
 from lora_diag.reports.text import count, number, short, to_text
 from lora_diag.results import FirstOrder, Results, Sensitivity
 
-# More rows than these are in the file only.
+# More rows than these are in the file and on a page only.
 MOST = 40
 # So many units are named in a sentence.
 _NAMED = 3
@@ -58,32 +58,53 @@ def sensitivity_table(
         per: Not used: a row is what the run adapted alone.
         then: The command that a user would run next.
     """
-    settings = results.run.settings
-    records = [record for record in results.whole if isinstance(record, Sensitivity)]
-    scores = {record.layer: record for record in results.whole if isinstance(record, FirstOrder)}
-    sets = list(dict.fromkeys(record.set for record in records))
-    rank, seed = settings["rank"], settings["seed"]
-    gains = {name: gains_of(records, name, sets[0], rank, seed) for name in sets}
-    more: dict[str, list[Marginal]] = {}
-    if settings["delta"]:
-        for name in sets:
-            higher = gains_of(records, name, sets[0], rank + settings["delta"], seed)
-            more[name] = marginals_of(records, name, gains[name], higher)
-    parts: list[RenderableType] = []
-    if sets and gains[sets[0]]:
-        parts += _table(gains, more, scores, sets, settings, width)
+    grids = [part for grid in sensitivity_grids(results) for part in _fitted(grid, width)]
+    return to_text(Group(*grids, answers(sensitivity_lines(results), then=then)), width, color)
+
+
+def sensitivity_lines(results: Results[Any]) -> list[tuple[str, str]]:
+    """Return the summary: set by set who gains, whether more rank does, and whether one gradient would have said so."""
+    settings, records = results.run.settings, _records(results)
+    gains = _gains(results)
     told = [("Compared", "\n".join([*inputs(results.run), *notes(results.run)])), ("Measured", measured(results.run))]
     told.append(("Trained", _trained(settings)))
-    for name in sets:
-        told += [(f"On {short(name)}", _said(records, gains[name], name, settings))]
-    if sets and gains[sets[0]]:
-        told += _marginal(more.get(sets[0], []), settings)
-        told += _repeats(gains[sets[0]])
-        told += _others(gains, sets)
-        told += [("Cheaper?", _cheaper(correlations(gains[sets[0]], scores), gains[sets[0]]))]
-        told += [("Rates", _rates(gains[sets[0]], records))]
-    told += [("Read it so", _READING), *ending(results), *([("Next", then)] if then else [])]
-    return to_text(Group(*parts, answers(told)), width, color)
+    told += [(f"On {short(name)}", _said(records, gains[name], name, settings)) for name in gains]
+    first = next(iter(gains.values()), [])
+    if first:
+        told += _marginal(next(iter(_marginals(results, gains).values())), settings)
+        told += _repeats(first)
+        told += _others(gains, list(gains))
+        told += [("Cheaper?", _cheaper(correlations(first, _scores_of(results)), first))]
+        told += [("Rates", _rates(first, records))]
+    return [*told, ("Read it so", _READING), *ending(results)]
+
+
+def _records(results: Results[Any]) -> list[Sensitivity]:
+    return [record for record in results.whole if isinstance(record, Sensitivity)]
+
+
+def _scores_of(results: Results[Any]) -> dict[str, FirstOrder]:
+    return {record.layer: record for record in results.whole if isinstance(record, FirstOrder)}
+
+
+def _gains(results: Results[Any]) -> dict[str, list[Gain]]:
+    """Return the gains by set, the one that decides first."""
+    records, settings = _records(results), results.run.settings
+    sets = list(dict.fromkeys(record.set for record in records))
+    return {name: gains_of(records, name, sets[0], settings["rank"], settings["seed"]) for name in sets}
+
+
+def _marginals(results: Results[Any], gains: dict[str, list[Gain]]) -> dict[str, list[Marginal]]:
+    """Return what the higher rank gains by set; nothing where only one rank was trained."""
+    records, settings = _records(results), results.run.settings
+    rank = settings["rank"] + (settings["delta"] or 0)
+    if rank == settings["rank"]:
+        return {name: [] for name in gains}
+    choose = next(iter(gains), "")
+    return {
+        name: marginals_of(records, name, lower, gains_of(records, name, choose, rank, settings["seed"]))
+        for name, lower in gains.items()
+    }
 
 
 _READING = (
@@ -93,51 +114,63 @@ _READING = (
 )
 
 
-def _table(
-    gains: dict[str, list[Gain]],
-    more: dict[str, list[Marginal]],
-    scores: dict[str, FirstOrder],
-    sets: Sequence[str],
-    settings: dict[str, Any],
-    width: int,
-) -> list[RenderableType]:
-    """Return one row a unit, the most sensitive first."""
-    ordered = sorted(gains[sets[0]], key=lambda gain: -gain.gain)
-    rows = ordered[:MOST]
+def sensitivity_grids(results: Results[Any]) -> list[Grid]:
+    """Return one row a unit, the most sensitive first; no table before a run is finished."""
+    gains, scores, settings = _gains(results), _scores_of(results), results.run.settings
+    more = _marginals(results, gains)
+    rows = sorted(next(iter(gains.values()), []), key=lambda gain: -gain.gain)
+    if not rows:
+        return []
     first = [scores_of(row, scores) for row in rows]
     columns = [Column("gain", tuple(_with_error(row.gain, row.error) for row in rows))]
     if any(len(row.seeds) > 1 for row in rows):
         columns.append(Column("seeds", tuple(_range(row.seeds) for row in rows)))
     rank, delta = settings["rank"], settings["delta"]
-    for name in sets:
-        by_unit = {each.unit: each for each in more.get(name, [])}
-        other = {each.unit: each for each in gains[name]}
-        if name != sets[0]:
-            cells = tuple(
-                _with_error(other[r.unit].gain, other[r.unit].error) if r.unit in other else "-" for r in rows
-            )
-            columns.append(Column(f"on {short(name)}", cells))
+    for place, name in enumerate(gains):
+        if place:
+            columns.append(Column(f"on {short(name)}", _cells(rows, gains[name])))
         elif delta:
-            cells = tuple(
-                _with_error(by_unit[r.unit].gain, by_unit[r.unit].error) if r.unit in by_unit else "-" for r in rows
-            )
-            columns.append(Column(f"g({rank}→{rank + delta})", cells))
+            columns.append(Column(f"g({rank}→{rank + delta})", _cells(rows, more[name])))
     columns += [
         Column("lr", tuple(f"{row.lr:g}" for row in rows)),
         Column("params", tuple(count(row.params) for row in rows)),
         Column("Σσ² to r", tuple(_score(each, "top") for each in first)),
         Column("first step", tuple(_score(each, "adam") for each in first)),
     ]
-    title = f"{_UNITS[settings['per']][0]} alone"
-    names = [short(row.unit.removesuffix(".weight")) for row in rows]
+    names = tuple(short(row.unit.removesuffix(".weight")) for row in rows)
+    return [Grid("", f"{_UNITS[settings['per']][0]} alone", names, tuple(columns), about=_about(settings))]
+
+
+def _cells(rows: Sequence[Gain], of: Sequence[Gain] | Sequence[Marginal]) -> tuple[str, ...]:
+    by_unit = {each.unit: each for each in of}
+    return tuple(
+        _with_error(by_unit[row.unit].gain, by_unit[row.unit].error) if row.unit in by_unit else "-" for row in rows
+    )
+
+
+def _about(settings: dict[str, Any]) -> str:
+    """Say what one reads from the table."""
+    rank, delta = settings["rank"], settings["delta"]
+    more = f"; g({rank}→{rank + delta}) is what {delta} more ranks gain there" if delta else ""
+    return (
+        f"Gain is by how much a LoRA of r={rank} on this {_UNITS[settings['per']][0]} alone lowers the held-out loss, "
+        "in nats, beside its standard error over sequences: a gain of less than twice that is not told from none"
+        f"{more}. Σσ² to r and first step are what one gradient at BASE would have said for less."
+    )
+
+
+def _fitted(grid: Grid, width: int) -> list[RenderableType]:
+    """Return what a terminal shows: the first rows, in a narrow one without columns for which names would be cut."""
+    names = grid.names[:MOST]
+    columns = [Column(column.title, column.cells[:MOST], column.justify) for column in grid.columns]
     if width < WIDE:  # names that are cut at their beginning lose their block
-        room = width - max(map(len, [title, *names])) - 2
+        room = width - max(map(len, [grid.title, *names])) - 2
         for spared in _SPARED:
             if sum(column.width + 1 for column in columns) > room:
                 columns = [column for column in columns if not column.title.startswith(spared)]
-    shown: list[RenderableType] = [table_of(title, names, columns, width)]
-    if len(ordered) > MOST:
-        shown.append(Text(f"and {len(ordered) - MOST} more that gain less"))
+    shown: list[RenderableType] = [table_of(grid.title, names, columns, width)]
+    if len(grid.names) > MOST:
+        shown.append(Text(f"and {len(grid.names) - MOST} more that gain less"))
     return shown
 
 

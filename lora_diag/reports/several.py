@@ -16,9 +16,12 @@ from lora_diag.reports.interference import interference_grids, interference_line
 from lora_diag.reports.intruders import intruders_grids, intruders_lines
 from lora_diag.reports.lines import called
 from lora_diag.reports.probe import truncation_grids, truncation_lines
+from lora_diag.reports.probe_curvature import curvature_grids, curvature_lines
+from lora_diag.reports.probe_fisher import fisher_grids, fisher_lines
+from lora_diag.reports.probe_intrinsic import intrinsic_grids, intrinsic_lines
 from lora_diag.reports.probe_outputs import outputs_grids, outputs_lines
+from lora_diag.reports.probe_sensitivity import sensitivity_grids, sensitivity_lines
 from lora_diag.reports.probe_sweep import sweep_grids, sweep_lines
-from lora_diag.reports.tables import table
 from lora_diag.reports.text import safe
 from lora_diag.results import Results
 
@@ -27,9 +30,6 @@ _ELSEWHERE = {"Compared", "Left out", "Adapters"}
 
 # So many updates are named in a title.
 _NAMED = 4
-
-# Columns of the terminal whose answer stands for lines and tables.
-_TERMINAL = 118
 
 # Roles of inputs that are read and not compared.
 _TEXTS = {"data", "eval", "shifted"}
@@ -44,7 +44,6 @@ class Section:
         lines: Word and sentence; a sentence may have several lines.
         grids: Its tables.
         figures: Names of the figures that belong to it; of several runs of a command, to the first.
-        terminal: What the terminal shows, where that stands for lines and tables.
         command: That measured it.
     """
 
@@ -52,7 +51,6 @@ class Section:
     lines: tuple[tuple[str, str], ...]
     grids: tuple[Grid, ...]
     figures: tuple[str, ...]
-    terminal: str = ""
     command: str = ""
 
 
@@ -63,14 +61,14 @@ class _Kind:
     Args:
         title: What they are of, in words.
         figures: That belong to it.
-        lines: Its summary; None for what the terminal shows.
+        lines: Its summary.
         grids: Its tables.
     """
 
     title: str
-    figures: tuple[str, ...] = ()
-    lines: Callable[[Results[Any]], list[tuple[str, str]]] | None = None
-    grids: Callable[[Results[Any]], list[Grid]] = lambda results: []
+    figures: tuple[str, ...]
+    lines: Callable[[Results[Any]], list[tuple[str, str]]]
+    grids: Callable[[Results[Any]], list[Grid]]
 
 
 # The command of a run, and what its section has. One line a command; losses lead.
@@ -78,10 +76,14 @@ SEVERAL = {
     "probe outputs": _Kind("Held-out loss and outputs", ("outputs", "depth"), outputs_lines, outputs_grids),
     "probe sweep": _Kind("Rank sweep", ("sweep",), sweep_lines, sweep_grids),
     "probe truncation": _Kind("Truncated update", ("truncation", "alone"), truncation_lines, truncation_grids),
-    "probe sensitivity": _Kind("Layers adapted alone", ("sensitivity",)),
-    "probe curvature": _Kind("Curvature of the loss", ("curvature",)),
-    "probe intrinsic": _Kind("Intrinsic dimension", ("intrinsic",)),
-    "probe fisher": _Kind("Fisher of what a rank discards", ("fisher",)),
+    "probe sensitivity": _Kind("Layers adapted alone", ("sensitivity",), sensitivity_lines, sensitivity_grids),
+    "probe curvature": _Kind(
+        "Curvature of the loss", ("curvature",), curvature_lines, lambda results: curvature_grids(results, "layer")
+    ),
+    "probe intrinsic": _Kind("Intrinsic dimension", ("intrinsic",), intrinsic_lines, intrinsic_grids),
+    "probe fisher": _Kind(
+        "Fisher of what a rank discards", ("fisher",), fisher_lines, lambda results: fisher_grids(results, "layer")
+    ),
     "interference": _Kind("Several updates", ("angles", "union"), interference_lines, interference_grids),
     "intruders": _Kind("Intruder dimensions", ("intruders",), intruders_lines, intruders_grids),
     "spectrum --adapters": _Kind(
@@ -94,19 +96,17 @@ SEVERAL = {
 
 
 def sections_of(evidence: Evidence) -> list[Section]:
-    """Return a section for each such run, those of losses first, else in the order in which the user named them."""
+    """Return a section for each such run, in the order of ``SEVERAL``; of one command as the user named them."""
     found = []
     drawn: set[str] = set()
     known = [source for source in evidence.sources if source.results.run.command in SEVERAL]
-    for source in sorted(known, key=lambda source: not is_of_losses(source)):
+    for source in sorted(known, key=lambda source: list(SEVERAL).index(source.results.run.command)):
         command = source.results.run.command
         kind = SEVERAL[command]
-        said = kind.lines(source.results) if kind.lines is not None else []
-        lines = tuple((word, text) for word, text in said if word not in _ELSEWHERE)
+        lines = tuple((word, text) for word, text in kind.lines(source.results) if word not in _ELSEWHERE)
         grids = tuple(grid for grid in kind.grids(source.results) if grid.names)
-        terminal = "" if kind.lines is not None else table(source.results, _TERMINAL)
         figures = () if command in drawn else kind.figures
-        found.append(Section(_title(source), lines, grids, figures, terminal, command))
+        found.append(Section(_title(source), lines, grids, figures, command))
         drawn.add(command)
     return found
 

@@ -24,8 +24,10 @@ from lora_diag.reports.several import SEVERAL, is_of_losses, named_of, sections_
 from lora_diag.reports.summary import METRICS, summary_lines
 from lora_diag.reports.text import number, percent, safe
 from lora_diag.reports.tracks import tracks
+from lora_diag.reports.verdict import WORST_FIRST
 from lora_diag.results import Certificate, Overlap, Spectrum, Verdict
 from lora_diag.results.spectrum import METRIC_NAMES, metric_of
+from lora_diag.results.verdict import outcome
 
 # What has to be said wherever ε is shown.
 EPSILON = (
@@ -339,7 +341,9 @@ def certificates(evidence: Evidence) -> list[tuple[str, str]]:
 
 
 def judged(evidence: Evidence) -> tuple[str, list[Verdict]]:
-    """Return the gates' outcome in words, and the verdicts that did not pass."""
-    counts = Counter(verdict.status for verdict in evidence.verdicts)
-    words = ", ".join(f"{times} {status}" for status, times in counts.most_common())
-    return words, [verdict for verdict in evidence.verdicts if verdict.status not in {"passed", "waived"}]
+    """Return the gates' outcome in words, and the verdicts that did not pass, the worst first; no words without any."""
+    found = sorted(evidence.verdicts, key=lambda verdict: WORST_FIRST.index(verdict.status))
+    counts = Counter(verdict.status for verdict in found)
+    words = ", ".join(f"{times} {status}" for status, times in counts.items())
+    quiet = {"passed", "waived", "not judged"}
+    return f"{outcome(found).upper()}: {words}" if found else "", [v for v in found if v.status not in quiet]

@@ -15,13 +15,13 @@ from rich.text import Text
 from lora_diag.reports.lines import answers
 from lora_diag.reports.text import crop, number, safe, short, to_text
 from lora_diag.results import Results, Verdict
-from lora_diag.results.verdict import outcome
+from lora_diag.results.verdict import Status, outcome
 
 # So many rows of verdicts are shown, and so many of one rule where several have some; --output has all.
 ROWS, ROWS_OF_A_RULE = 20, 6
 
 # How bad a status is: what comes first in every report.
-_ORDER = ("failed", "inconclusive", "warned", "waived", "not judged", "passed")
+WORST_FIRST: tuple[Status, ...] = ("failed", "inconclusive", "warned", "waived", "not judged", "passed")
 _STYLE = {"failed": "bold red", "inconclusive": "bold yellow", "warned": "yellow"}
 
 
@@ -29,7 +29,7 @@ def verdicts_of(results: Results[Any]) -> list[Verdict]:
     """Return the verdicts of a run of ``gate``, the worst first, those of one rule together."""
     found = [record for record in results.whole if isinstance(record, Verdict)]
     rules = list(dict.fromkeys(verdict.rule for verdict in found))
-    return sorted(found, key=lambda v: (_ORDER.index(v.status), not v.blocks, rules.index(v.rule), _distance(v)))
+    return sorted(found, key=lambda v: (WORST_FIRST.index(v.status), not v.blocks, rules.index(v.rule), _distance(v)))
 
 
 def _distance(verdict: Verdict) -> float:

@@ -66,14 +66,18 @@ def test_headings_captions_and_curves_name_the_metric(metric, norms):
     assert "not the weights'" in told
     page = html_report(evidence(weighed(metric)))
     of = norms.partition("/")[0].strip("‖")
-    assert f"Singular values σ<sub>i</sub> of {of}; dotted" in page
+    assert f'Singular values σ<sub>i</sub> of <span class="of">{of}</span>; dotted' in page
     assert "Failure modes seen" not in page
     data = embedded(page)
     assert {field["group"] for field in data["fields"]} == {{"data": "data", "kfac": "K-FAC"}[metric]}
     (energy,) = [field["about"] for field in data["fields"] if field["title"] == "C(8)"]
     assert f"‖{of}‖" in energy
     (curves,) = data["spectra"]
-    assert curves["label"].endswith({"data": "in the data's metric", "kfac": "in K-FAC's metric"}[metric])
+    assert curves["metric"] == metric
+    assert data["metrics"] == [
+        {"id": metric, "name": {"data": "the data's metric", "kfac": "K-FAC's metric"}[metric], "of": of}
+    ]
+    assert "Curves in" not in page
 
 
 def test_a_report_of_the_weights_speaks_of_no_metric():

@@ -122,7 +122,7 @@ def test_a_fleet_s_page_lists_who_stands_out_and_what_is_alike_and_no_layers():
     assert '<td class="left">over-ranked</td>' in rows[0][1]
     assert '<td class="left">the same update, up to scale</td>' in rows[1][1]
     assert "Layer by layer" not in page
-    assert "<script" not in page
+    assert list(Elements(page).scripts) == ["style", "script"]  # no data, no plotly: what sorts the tables is enough
     rendered = GITHUB.render(markdown_report(evidence(fleet())))
     assert "<td><code>a</code></td>" in rendered
     assert "<td>the same update, up to scale</td>" in " ".join(re.findall(r"<td.*?</td>", rendered)).replace(

@@ -1,9 +1,14 @@
-"""The terminal's answer to a gate: failures first, all of it in the width there is."""
+"""The answer to a gate, in a terminal and in reports: failures first, all of it in the width there is."""
+
+import re
 
 import pytest
 
+from lora_diag.reports.html import html_report
+from lora_diag.reports.markdown import markdown_report
 from lora_diag.reports.verdict import headline, measured, verdict_table
 from tests.reports.gated import HOSTILE, ONE_OF_EACH, results, verdict
+from tests.reports.test_html import embedded, evidence, small
 
 
 @pytest.mark.parametrize("width", [60, 80, 140])
@@ -56,3 +61,21 @@ def test_a_hostile_name_stays_text():
     assert "\x1b" not in text
     assert "\u202e" not in text
     text.encode("utf-8")
+
+
+def test_a_report_takes_verdicts_of_every_status_the_worst_first():
+    runs = evidence(results(*ONE_OF_EACH), *small())
+    page, text = html_report(runs), markdown_report(runs)
+    assert "FAILED: 2 failed, 1 inconclusive, 1 warned, 1 waived, 1 not judged, 2 passed." in page
+    assert re.findall(r"<tr><td><b>(.*?)</b></td>", page) == ["failed", "failed", "inconclusive", "warned"]
+    assert re.findall(r"\| (failed|inconclusive|warned|waived|not judged|passed) \| `", text) == [
+        "failed",
+        "failed",
+        "inconclusive",
+        "warned",
+    ]
+    data = embedded(page)
+    (column,) = [field["values"] for field in data["fields"] if field["id"] == "g"]
+    by_layer = dict(zip(data["layers"], column, strict=True))
+    assert by_layer["model.layers.0.self_attn.q_proj.weight"] == "not judged"
+    assert by_layer["model.layers.1.mlp.up_proj.weight"] == "passed"

@@ -60,11 +60,12 @@ function drawHeat() {
 }
 
 function spectrumTraces(of) {
-  return state.layers.flatMap((layer, place) => data.spectra.flatMap((run, dash) => {
+  const runs = data.spectra.filter((run) => run.metric === state.metric);
+  return state.layers.flatMap((layer, place) => runs.flatMap((run, dash) => {
     const curve = run.byLayer.get(layer);
     if (!curve || !curve.kept) return [];
     const ranks = run.ranks[curve.kept];
-    const name = plain(label(layer) + (data.spectra.length > 1 ? ` · ${run.label}` : ""));
+    const name = plain(label(layer) + (runs.length > 1 ? ` · ${run.label}` : ""));
     return of(curve, ranks, { type: "scatter", mode: ranks.length < 20 ? "lines+markers" : "lines", name,
       line: { color: color(place), dash: DASHES[dash % DASHES.length], width: 2 } });
   }));
@@ -78,7 +79,9 @@ function drawSpectra() {
       mode: "lines", showlegend: false, name: "noise edge", hovertemplate: "noise edge %{y:.4g}",
       line: { ...look.line, width: 1, dash: "dot" } }] : []),
   ]);
-  const names = state.layers.map(short).join(", ");
+  const { of = "ΔW" } = data.metrics.find((metric) => metric.id === state.metric) || {};
+  const names = `${of} of ${state.layers.map(short).join(", ")}`;
+  document.querySelectorAll(".of").forEach((span) => { span.textContent = of; });
   draw("spectrum", spectra, { xaxis: { type: "log", title: { text: "i" }, dtick: 1 }, yaxis: { type: "log", title: { text: "σ" },
     exponentformat: "power", dtick: 1 } }, `Singular values of ${names}`);
   const energy = spectrumTraces((curve, ranks, look) => curve.c[0] === null ? [] :

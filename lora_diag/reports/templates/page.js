@@ -50,13 +50,13 @@ const representatives = (layers, field) => {
 
 // ---- state, and its place in the address
 
-const state = { field: preferred && preferred.id, layers: [], chosen: false, sort: "", down: false, filter: "", all: false,
+const state = { metric: data.metrics[0]?.id, field: preferred && preferred.id, layers: [], chosen: false, sort: "", down: false, filter: "", all: false,
   page: 0, at: [0, 0] };
 
 function start() {
   const sorted = preferred ? known(data.layers.map((_, layer) => layer), preferred) : [];
   const ends = sorted.length ? [sorted[0], sorted[sorted.length - 1]] : [0];
-  Object.assign(state, { field: preferred && preferred.id, layers: [...new Set(ends)], chosen: false, sort: "", down: false,
+  Object.assign(state, { metric: data.metrics[0]?.id, field: preferred && preferred.id, layers: [...new Set(ends)], chosen: false, sort: "", down: false,
     filter: "", all: false, page: 0 });
 }
 
@@ -65,6 +65,8 @@ function readAddress() {
   const said = new URLSearchParams(location.hash.slice(1));
   const field = fields.get(said.get("field"));
   if (field && field.number) state.field = field.id;
+  const metric = data.metrics.find((each) => each.id === said.get("metric"));
+  if (metric) state.metric = metric.id;
   const layers = said.getAll("layer").map((name) => data.layers.indexOf(name)).filter((layer) => layer >= 0);
   if (layers.length) Object.assign(state, { layers: layers.slice(0, MOST), chosen: true });
   const sort = said.get("sort") || "";
@@ -76,6 +78,7 @@ function readAddress() {
 function writeAddress() {
   const said = new URLSearchParams();
   if (preferred && state.field !== preferred.id) said.set("field", state.field);
+  if (data.metrics.length && state.metric !== data.metrics[0].id) said.set("metric", state.metric);
   if (state.chosen) state.layers.forEach((layer) => said.append("layer", data.layers[layer]));
   if (state.sort) said.set("sort", state.sort);
   if (state.sort && state.down) said.set("down", "1");

@@ -2,6 +2,7 @@
 
 function drawAll() {
   $("field").value = state.field;
+  if ($("metric")) $("metric").value = state.metric;
   $("filter").value = state.filter;
   $("all").checked = state.all;
   drawChosen();
@@ -42,6 +43,7 @@ function onKey(event) {
 function listen() {
   $("field").append(...numeric.map((field) => { const option = element("option", heading(field)); option.value = field.id; return option; }));
   $("field").addEventListener("change", (event) => { state.field = event.target.value; writeAddress(); drawCharts(); });
+  $("metric")?.addEventListener("change", (event) => { state.metric = event.target.value; writeAddress(); drawCharts(); });
   $("filter").addEventListener("input", (event) => { Object.assign(state, { filter: event.target.value, page: 0 }); writeAddress(); drawTable(); });
   $("all").addEventListener("change", (event) => { state.all = event.target.checked; writeAddress(); drawTable(); });
   $("before").addEventListener("click", () => { state.page -= 1; drawTable(); });
@@ -68,7 +70,12 @@ function listen() {
   // Not on the focus that a click brings: drawing between press and release would lose the click.
   $("heat").addEventListener("focus", () => { if (onKeys()) { say(); if (window.Plotly) drawHeat(); } });
   $("heat").addEventListener("blur", () => { if (window.Plotly) drawHeat(); });
-  window.addEventListener("hashchange", () => { readAddress(); drawAll(); });
+  // A link to a part of the page has been followed by now; the address goes back to what is shown.
+  window.addEventListener("hashchange", () => {
+    if (document.getElementById(location.hash.slice(1))) return writeAddress();
+    readAddress();
+    drawAll();
+  });
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", drawAll);
   matchMedia("print").addEventListener("change", drawAll);
 }

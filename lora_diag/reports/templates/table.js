@@ -50,7 +50,7 @@ function headRow(columns) {
     cell.title = about;
     if (group) cell.append(element("small", group));
     const sorted = state.sort === id;
-    const button = element("button", title + (sorted ? (state.down ? " ▾" : " ▴") : ""));
+    const button = element("button", title);
     button.type = "button";
     button.dataset.sort = id;
     cell.setAttribute("aria-sort", sorted ? (state.down ? "descending" : "ascending") : "none");

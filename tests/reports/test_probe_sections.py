@@ -1,0 +1,117 @@
+"""Sensitivity, curvature, intrinsic dimension and Fisher in the report: tables of the records' numbers."""
+
+import re
+from statistics import fmean
+
+import pytest
+
+from lora_diag.reports.html import html_report
+from lora_diag.reports.markdown import markdown_report
+from lora_diag.reports.static import pictures_of
+from tests.plots import making
+from tests.reports.test_html import HOSTILE, Elements, evidence
+from tests.reports.test_losses import SETTINGS, run
+from tests.reports.test_several import GITHUB
+
+MORE = {
+    "probe sensitivity": {"rank": 8, "delta": None, "per": "type", "kind": "LoRA"},
+    "probe curvature": {"ranks": [0, 4, 16]},
+    "probe intrinsic": {"ranks": [1, 8], "dims": [10, 100, 1000], "share": 0.9, "method": "plain", "params": 10**6},
+    "probe fisher": {"ranks": [4, 8]},
+}
+RECORDS = {
+    "probe sensitivity": lambda name, set: making.adapted(units=(f"{name}.up", "self_attn.q_proj"), sets=(set, "b")),
+    "probe curvature": lambda name, set: making.curved(layers=(f"layers.0.{name}", "layers.1.up"), sets=(set,)),
+    "probe intrinsic": lambda name, set: making.reached(sets=(set, f"{name} other")),
+    "probe fisher": lambda name, set: making.fishers(types=(name, "self_attn.q_proj")),
+}
+QUESTIONS = {
+    "probe sensitivity": "On held_out",
+    "probe curvature": "largest eigenvalue λ = 50",
+    "probe intrinsic": "d=1000",
+    "probe fisher": "half of ΣF",
+}
+
+
+def probed(command, name="mlp.up_proj", set="held_out"):
+    found = run(command, RECORDS[command](name, set))
+    return type(found)(
+        found.run.model_copy(update={"settings": {**SETTINGS, **MORE[command]}}), (), (), found.end, found.whole
+    )
+
+
+def cells(page):
+    """Return the rows of the sections' tables by their names: of one name the last one's cells follow."""
+    found = {}
+    for name, row in re.findall(r'<tr><th scope="row" class="name">(.*?)</th>(.*?)</tr>', page):
+        found.setdefault(name, []).extend(re.findall(r"<td[^>]*>(.*?)</td>", row))
+    return found
+
+
+@pytest.mark.parametrize("command", MORE)
+def test_each_alone_is_tables_and_sentences_on_the_page_and_in_markdown(command):
+    runs = evidence(probed(command))
+    page, text = html_report(runs, pictures_of(runs)), markdown_report(runs)
+    section = page[page.index('<section class="several"') : page.index('<h2 id="runs">')]
+    assert "<pre" not in section
+    assert section.count("<table") >= 1
+    assert section.count('<p class="note">') >= section.count("<table") - 1  # what one reads from each
+    assert "<img" in section
+    assert QUESTIONS[command] in section
+    rendered = GITHUB.render(text)
+    assert rendered.count("<table>") == section.count("<table")
+    for name, row in cells(section).items():
+        assert f"<td><code>{name}</code></td>" in rendered
+        assert all(cell.replace("&lt;", "") in rendered.replace("&lt;", "") for cell in row)
+
+
+def test_the_numbers_are_those_of_the_records():
+    found = cells(html_report(evidence(probed("probe sensitivity"))))
+    records = [r for r in probed("probe sensitivity").whole if r.set == "held_out" and r.unit and r.lr == 1e-3]
+    for record in records:
+        assert found[record.unit][0].startswith(f"{record.gain:+.4f} ±")
+
+    found = cells(html_report(evidence(probed("probe curvature"))))
+    _, *layers = [r for r in probed("probe curvature").whole if r.record == "curvature"]
+    assert found["all jointly"][2:6] == ["50", "-1", "9", "1"]
+    assert [found[r.layer][2] for r in layers] == ["2", "3"]
+    for bound in (r for r in probed("probe curvature").whole if r.record == "loss_bound" and r.along == 1):
+        assert f"{bound.gap:+.4f}" in found[f"r={bound.rank}"]
+        assert f"{bound.linear + bound.quadratic:+.4f}" in found[f"r={bound.rank}"]
+
+    found = cells(html_report(evidence(probed("probe intrinsic"))))
+    for dim in (10, 100, 1000):
+        losses = [r.loss for r in probed("probe intrinsic").whole if (r.set, r.dim, r.lr) == ("held_out", dim, 1e-3)]
+        assert f"{fmean(losses):.4f}" in found[f"d={dim}"]
+        assert f"{(2 - fmean(losses)) / (2 - 1.02):.0%}" in found[f"d={dim}"]
+
+    found = cells(html_report(evidence(probed("probe fisher"))))
+    records = probed("probe fisher").whole
+    for record in records:
+        row = found[record.layer.removesuffix(".weight")]
+        share = record.fisher[8] / sum(r.fisher[8] for r in records)
+        assert abs(float(row[3].rstrip("%")) / 100 - share) < 0.005
+        assert float(row[4]) == pytest.approx(record.fisher[8] / 2, rel=0.005)
+        assert float(row[5]) == pytest.approx(record.effect["8"].kl, rel=0.005)
+    assert found["Fisher"] == ["1.00 | 1.00", "1.00 | 1.00"]
+
+
+@pytest.mark.parametrize("command", MORE)
+def test_hostile_names_stay_text(command):
+    for name in HOSTILE[::3]:
+        runs = evidence(probed(command, name, name))
+        page = html_report(runs, pictures_of(runs))
+        seen = Elements(page)
+        assert sum(tag == "script" for tag, _ in seen.seen) == 1
+        assert not {"b", "a"} & {tag for tag, a in seen.seen if "x.example" in a.get("href", "")}
+        assert not [a for _, a in seen.seen if "onerror" in a or a.get("src", "data:")[:5] != "data:"]
+        assert not re.search("[\x00-\x08\x0e-\x1f\u202e]", page)
+        assert not re.search(r"<(script|img|!--|b|a)\b", GITHUB.render(markdown_report(runs)))
+
+
+@pytest.mark.parametrize("command", MORE)
+def test_an_unfinished_run_is_shown_as_far_as_it_got(command):
+    whole = probed(command)
+    for count in range(0, len(whole.whole), 3):
+        cut = type(whole)(whole.run, (), (), None, whole.whole[:count])
+        assert "did not finish" in markdown_report(evidence(cut))

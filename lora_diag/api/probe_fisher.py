@@ -22,7 +22,7 @@ from lora_diag.api.probing import (
     run_of,
 )
 from lora_diag.checkpoints import open_checkpoint
-from lora_diag.errors import InputError, NothingComparedError
+from lora_diag.errors import InputError, NothingComparedError, UsageError
 from lora_diag.linalg import resolve_device
 from lora_diag.results import AnyRecord, Effect, Fisher, LeftOut, Results, ResultsWriter
 from lora_diag.training.activations import linear_layers
@@ -45,7 +45,7 @@ def probe_fisher(
     tuned: Path | str,
     *,
     data: Path | str,
-    evaluate: Path | str | None = None,
+    evaluate: Sequence[Path | str] = (),
     measure: bool = False,
     ranks: Sequence[int] = RANKS,
     labels: Labels = "data",
@@ -73,7 +73,7 @@ def probe_fisher(
         base: The model before: a folder that transformers can open, or a Hub id.
         tuned: The model after, or an adapter.
         data: Text or JSONL whose loss is differentiated.
-        evaluate: Held-out text on which every layer is truncated alone, to hold the estimates against; implies
+        evaluate: One held-out file on which every layer is truncated alone, to hold the estimates against; implies
             ``measure``.
         measure: Truncate every layer alone and measure, on ``evaluate``, or without it on ``data``.
         ranks: Ranks r of what is measured, and of the other estimates; F is given for all.
@@ -107,13 +107,15 @@ def probe_fisher(
     """
     check(batch, max_sequences, labels=(labels, LABELS))
     asked = checked_ranks(ranks)
-    check_files([data, *([evaluate] if evaluate is not None else [])])
+    if len(evaluate) > 1:
+        raise UsageError("--eval: one order of the layers is held against F; name one file")
+    check_files([data, *evaluate])
     compared = compare(base, tuned)
     deltas = compared.pairing.deltas
     chosen = truncated_layers(deltas, layers, exclude)
     model = open_model(base, resolve_device(device), dtype, length, tokenizer)
     texts = read_texts(data, model, max_sequences)
-    held_out = read_texts(evaluate, model, max_sequences) if evaluate is not None else texts if measure else None
+    held_out = read_texts(evaluate[0], model, max_sequences) if evaluate else texts if measure else None
     swapped = Swapped(model, deltas, max(asked))
     modules, rest = _modules(model, chosen)
     if not modules:

@@ -55,12 +55,14 @@ def probe_intrinsic(
     full_rates: Sequence[float] = FULL_RATES,
     lora_rates: Sequence[float] = LORA_RATES,
     steps: int = 100,
+    widen: int = 2,
     seeds: int = 2,
     seed: int = 0,
     length: int | None = None,
     batch: int = 8,
     max_sequences: int | None = None,
     tokenizer: str = "auto",
+    dtype: str = "float32",
     device: str = "auto",
     output: Path | str | None = None,
     resume: bool = False,
@@ -87,6 +89,7 @@ def probe_intrinsic(
             step of Adam moves the weights as far.
         full_rates: Learning rates of full fine-tuning.
         lora_rates: Learning rates of LoRA.
+        widen: So many rates more, one step of the grid further each, where the best is the lowest or the highest tried.
         steps: Updates of a run.
         seeds: Runs of each size at its best rate; they differ in P or in the factors' initial values.
         seed: Of the data's order, and the first of the seeds.
@@ -94,6 +97,7 @@ def probe_intrinsic(
         batch: Sequences in a batch, of training and of evaluation.
         max_sequences: Use the first so many sequences of each evaluation file.
         tokenizer: ``auto``, ``bytes`` or a folder.
+        dtype: ``float32``; others are refused, because they round the steps of full fine-tuning away.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:1``.
         output: Results file, appended run by run.
         resume: Go on behind what an interrupted run left in ``output``; finished runs are not run again.
@@ -113,9 +117,15 @@ def probe_intrinsic(
     """
     check(batch, max_sequences, method=(method, METHODS))
     kind: Method = "said" if method == "said" else "plain"
-    _check(dims, ranks, {"--lr": paces, "--full-lr": full_rates, "--lora-lr": lora_rates}, steps, seeds, seed, share)
+    _check(dims, ranks, share)
+    grids = {"--lr": paces, "--full-lr": full_rates, "--lora-lr": lora_rates}
+    check_training(grids, {"--steps": steps, "--seeds": seeds}, widen, seed)
+    if dtype != "float32":
+        raise UsageError(
+            f"--dtype {dtype}: rounds most steps of full fine-tuning away, by which all else is measured; use float32"
+        )
     check_files(evaluate, *shifted, data)
-    model = open_model(base, resolve_device(device), "float32", length, tokenizer)
+    model = open_model(base, resolve_device(device), dtype, length, tokenizer)
     total = sum(parameter.numel() for parameter in model.module.parameters())
     for dim in dims:
         check_dim(dim, total, scales_of(model.module) if method == "said" else 0)
@@ -129,6 +139,7 @@ def probe_intrinsic(
         "paces": sorted(set(paces)),
         "full_rates": sorted(set(full_rates)),
         "lora_rates": sorted(set(lora_rates)),
+        "widen": widen,
         "steps": steps,
         "seeds": seeds,
         "seed": seed,
@@ -137,13 +148,13 @@ def probe_intrinsic(
         "optimizer": RECIPE,
     }
     inputs = (describe("base", open_checkpoint(base)), described(training.texts, "data"), *map(described, sets))
-    run = run_of("probe intrinsic", inputs, settings, model, batch, "float32")
+    run = run_of("probe intrinsic", inputs, settings, model, batch, dtype)
     watch = Watch(on_progress, on_record, on_note)
     with ResultsWriter[Any](Path(output) if output is not None else None, run, resume) as writer:
         kept = Kept(writer, watch)
         if kept.finished is not None:
             return kept.finished
-        probe = _Probe(model, kind, total, Walk(training, sets, seeds, kept, watch))
+        probe = _Probe(model, kind, total, Walk(training, sets, seeds, widen, kept, watch))
         arms = {
             "in full": probe.arm("full", [None], full_rates),
             "in subspaces": probe.arm("subspace", sorted(set(dims)), paces),
@@ -262,7 +273,8 @@ class _Probe:
         size = 16 * self.total / 2**30
         memory = f"; takes {size:.1f} GiB beside BASE" if size >= 0.1 else ""
         walk.watch.note(
-            f"about {duration(seconds + base * evaluation)}: {', '.join(told)}, and their evaluations{memory}"
+            f"about {duration(seconds + base * evaluation)}: {', '.join(told)}, and their evaluations"
+            f"{walk.more(list(arms.values()))}{memory}"
         )
 
 
@@ -285,15 +297,7 @@ def _record(texts: Texts, losses: Losses, cell: _Cell | None, params: int, last:
     )
 
 
-def _check(
-    dims: Sequence[int],
-    ranks: Sequence[int],
-    rates: dict[str, Sequence[float]],
-    steps: int,
-    seeds: int,
-    seed: int,
-    share: float,
-) -> None:
+def _check(dims: Sequence[int], ranks: Sequence[int], share: float) -> None:
     """Refuse numbers that make no sense.
 
     Raises:
@@ -303,6 +307,5 @@ def _check(
         raise UsageError(f"--dims {','.join(map(str, dims))}: dimensions must be whole numbers from 1 up")
     if ranks and min(ranks) < 1:
         raise UsageError(f"--ranks {','.join(map(str, ranks))}: ranks must be whole numbers from 1 up")
-    check_training(rates, {"--steps": steps, "--seeds": seeds}, seed)
     if not 0 < share < 1:
         raise UsageError(f"--share {share}: must lie between 0 and 1")

@@ -44,7 +44,7 @@ from lora_diag.training.sensitivity import (
 from lora_diag.training.sweep import RECIPE, Cell, Training
 
 PER = ("layer", "block", "type")
-RATES = (1e-3, 1e-2)
+RATES = (3e-3, 1e-2)
 
 
 def probe_sensitivity(
@@ -58,6 +58,7 @@ def probe_sensitivity(
     per: str = "layer",
     rates: Sequence[float] = RATES,
     steps: int = 50,
+    widen: int = 2,
     seeds: int = 1,
     seed: int = 0,
     layers: str | None = None,
@@ -89,6 +90,7 @@ def probe_sensitivity(
         delta: δ: train at r + δ, too, for the marginal gain L_ℓ(r) − L_ℓ(r + δ).
         per: What is adapted alone: each ``layer``, the layers of a ``block``, or of a module ``type``.
         rates: Peak learning rates.
+        widen: So many rates more, one step of the grid further each, where the best is the lowest or the highest tried.
         steps: Updates of a run.
         seeds: Runs of each unit at its best rate; they differ in the factors' initial values.
         seed: Of the data's order, and the first of the seeds.
@@ -117,7 +119,7 @@ def probe_sensitivity(
     """
     check(batch, max_sequences, per=(per, PER))
     counts = {"--rank": rank, "--delta": delta, "--steps": steps, "--seeds": seeds}
-    check_training({"--lr": rates}, counts, seed)
+    check_training({"--lr": rates}, counts, widen, seed)
     check_files(evaluate, *shifted, data)
     selected = selector(layers, exclude)
     stored = open_checkpoint(base)
@@ -131,6 +133,7 @@ def probe_sensitivity(
         "rank": rank,
         "delta": delta,
         "rates": sorted(set(rates)),
+        "widen": widen,
         "steps": steps,
         "seeds": seeds,
         "seed": seed,
@@ -147,7 +150,7 @@ def probe_sensitivity(
         if kept.finished is not None:
             return kept.finished
         ranks = (rank, rank + delta) if delta is not None else (rank,)
-        walk = Walk(training, sets, seeds, kept, watch)
+        walk = Walk(training, sets, seeds, widen, kept, watch)
         probe = _Probe(model, units_of(linear, names, per), ranks, tuple(sorted(set(rates))), walk)
         probe.tell_cost()
         probe.score(linear, names)
@@ -239,7 +242,8 @@ class _Probe:
         first = walk.sets[0].first(walk.training.batch)
         bases = {first.name: measure(self.model, first, walk.training.batch)}
         step, evaluation = walk.timed(self.arm(self.units[0], self.ranks[-1], bases))
-        runs = sum(walk.left(self.arm(unit, rank, bases)) for unit in self.units for rank in self.ranks)
+        arms = [self.arm(unit, rank, bases) for unit in self.units for rank in self.ranks]
+        runs = sum(map(walk.left, arms))
         passes = 0 if self._scored() else batches_of([self._seen()], walk.training.batch)
         walk.watch.total = walk.batches + passes
         walk.expect(runs)
@@ -249,5 +253,5 @@ class _Probe:
         walk.watch.note(
             f"about {duration(seconds)}: {counted(runs, 'run', 'runs')} of {steps} steps of {step:.2g} s "
             f"at most ({counted(len(self.units), 'unit', 'units')}), each evaluated on "
-            f"{counted(len(walk.sets), 'set', 'sets')}{memory}"
+            f"{counted(len(walk.sets), 'set', 'sets')}{walk.more(arms)}{memory}"
         )

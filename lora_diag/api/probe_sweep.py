@@ -54,6 +54,7 @@ def probe_sweep(
     rslora: bool = False,
     quantized: str | None = None,
     steps: int = 100,
+    widen: int = 2,
     seeds: int = 2,
     seed: int = 0,
     tolerance: float = 0.02,
@@ -89,6 +90,7 @@ def probe_sweep(
         rslora: Scale factors by alpha/√r, alpha = 16 at every rank.
         quantized: ``nf4`` or ``int8``: LoRA is trained on BASE's linear layers as rounded to that grid. They are
             rounded and not packed: the numbers of a quantized base without the memory that it saves.
+        widen: So many rates more, one step of the grid further each, where the best is the lowest or the highest tried.
         steps: Updates of a run.
         seeds: Runs of each rank at its best rate; they differ in the factors' initial values, not in the data's order.
         seed: Of the data's order, and the first of the seeds.
@@ -114,7 +116,8 @@ def probe_sweep(
         InputError: An input cannot be read, or the model cannot be opened or adapted.
     """
     check(batch, max_sequences, **({"quantized": (quantized, GRIDS)} if quantized is not None else {}))
-    _check(ranks, rates, full_rates, steps, seeds, seed, tolerance)
+    _check(ranks, tolerance)
+    check_training({"--lr": rates, "--full-lr": full_rates}, {"--steps": steps, "--seeds": seeds}, widen, seed)
     if (full or bitfit) and dtype != "float32":
         raise UsageError(
             f"--dtype {dtype}: rounds most steps of {'--full' if full else '--bitfit'} away, while LoRA's factors stay "
@@ -132,6 +135,7 @@ def probe_sweep(
         "bitfit": bitfit,
         "kind": kind.about,
         "quantized": quantized,
+        "widen": widen,
         "steps": steps,
         "seeds": seeds,
         "seed": seed,
@@ -146,7 +150,7 @@ def probe_sweep(
         kept = Kept(writer, watch)
         if kept.finished is not None:
             return kept.finished
-        sweep = _Sweep(model, Walk(training, sets, seeds, kept, watch))
+        sweep = _Sweep(model, Walk(training, sets, seeds, widen, kept, watch))
         arms = [sweep.arm("lora", sorted(set(ranks)), rates, quantized)]
         arms += [sweep.arm("full", [None], full_rates, None)] if full else []
         arms += [sweep.arm("bitfit", [None], rates, None)] if bitfit else []
@@ -218,7 +222,7 @@ class _Sweep:
             told.append(f"{counted(runs, 'run', 'runs')}{what} of {walk.training.steps} steps of {step:.2g} s at most")
         walk.watch.note(
             f"about {duration(seconds + bases * walk.batches * evaluation)}: {', '.join(told)}, each evaluated on "
-            f"{counted(len(walk.sets), 'set', 'sets')}{self._copies(arms)}"
+            f"{counted(len(walk.sets), 'set', 'sets')}{walk.more([arm.runs for arm in arms])}{self._copies(arms)}"
         )
 
     def _copies(self, arms: Sequence[_Arm]) -> str:
@@ -229,15 +233,7 @@ class _Sweep:
         return f"; a full fine-tune takes {4 * size:.1f} GiB beside BASE" if 4 * size >= 0.1 else ""
 
 
-def _check(
-    ranks: Sequence[int],
-    rates: Sequence[float],
-    full_rates: Sequence[float],
-    steps: int,
-    seeds: int,
-    seed: int,
-    tolerance: float,
-) -> None:
+def _check(ranks: Sequence[int], tolerance: float) -> None:
     """Refuse numbers that make no sense.
 
     Raises:
@@ -245,6 +241,5 @@ def _check(
     """
     if not ranks or min(ranks) < 1:
         raise UsageError(f"--ranks {','.join(map(str, ranks))}: ranks must be whole numbers from 1 up")
-    check_training({"--lr": rates, "--full-lr": full_rates}, {"--steps": steps, "--seeds": seeds}, seed)
     if not 0 < tolerance < 1:
         raise UsageError(f"--tolerance {tolerance}: must lie between 0 and 1")

@@ -1,20 +1,21 @@
 """What the probes that train have in common: numbers that make sense, a held-out text, and the walk over their runs.
 
-The walk: every size at every learning rate with the first seed, then the best rate of each size with the other seeds.
-It knows what is finished, so that nothing is run twice, and refuses to know what is trained.
+The walk: every size at every learning rate with the first seed, and beyond them where the best is at their edge; then
+the best rate of each size with the other seeds. It knows what is finished, so that nothing is run twice, and refuses to
+know what is trained.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from lora_diag.api.probing import Kept, Watch, batches_of
+from lora_diag.api.probing import Kept, Watch, batches_of, counted
 from lora_diag.errors import UsageError
-from lora_diag.planning.rates import lowest
+from lora_diag.planning.rates import MOST, beyond, lowest
 from lora_diag.results import WholeRecord
 from lora_diag.training.data import Texts, read_texts
 from lora_diag.training.models import Model
@@ -62,6 +63,7 @@ class Walk:
         training: What all have in common.
         sets: Evaluation sets; the first decides on learning rates.
         seeds: Runs of each size at its best rate.
+        widen: So many rates more where the best of a size is the lowest or the highest tried.
         kept: The records.
         watch: Who is told.
     """
@@ -69,6 +71,7 @@ class Walk:
     training: Training
     sets: Sequence[Texts]
     seeds: int
+    widen: int
     kept: Kept
     watch: Watch
 
@@ -80,25 +83,36 @@ class Walk:
     def run(self, arm: Arm) -> None:
         """Run all rates with the first seed, and the best rate of each size with the others."""
         first = self.training.order
+        best = {}
         for size in arm.sizes:
-            for rate in arm.rates:
-                self._finish(arm.trial(size, rate, first))
-        best = {size: self._best(arm, size) for size in arm.sizes}
+            tried = []
+            for rate in self._rates(arm, size):
+                trial = arm.trial(size, rate, first)
+                if rate not in arm.rates and not self._has(trial):
+                    self.expect(1)
+                self._finish(trial)
+                tried.append(rate)
+            best[size] = self._best(arm, size, tried)
         for seed in range(first + 1, first + self.seeds):
             for size, chosen in best.items():
                 if chosen is not None:
                     self._finish(arm.trial(size, chosen, seed))
 
     def left(self, arm: Arm) -> int:
-        """Count the runs that are not finished."""
+        """Count the runs that are not finished, but for those beyond the grid, of which nothing is known before."""
         first, left = self.training.order, 0
         for size in arm.sizes:
-            best = self._best(arm, size)
+            best = self._best(arm, size, list(self._rates(arm, size)))
             runs = [arm.trial(size, rate, first) for rate in arm.rates]
             others = range(first + 1, first + self.seeds)
             runs += [arm.trial(size, arm.rates[0] if best is None else best, seed) for seed in others]
             left += sum(not self._has(run) for run in runs)
         return left
+
+    def more(self, arms: Sequence[Arm]) -> str:
+        """Say how many runs the edges of the grids may add."""
+        most = self.widen * sum(len(arm.sizes) for arm in arms if len(arm.rates) > 1)
+        return f"; up to {counted(most, 'run', 'runs')} more where the best rate is at the edge" if most else ""
 
     def expect(self, runs: int) -> None:
         """Tell who watches of so many runs more."""
@@ -119,9 +133,21 @@ class Walk:
     def _has(self, trial: Trial) -> bool:
         return self.kept.has(self.sets, **trial.fields)
 
-    def _best(self, arm: Arm, size: int | None) -> float | None:
+    def _rates(self, arm: Arm, size: int | None) -> Iterator[float]:
+        """Yield the rates to try, each to be finished before the next is asked for: the grid, then beyond its edge."""
+        tried = list(arm.rates)
+        yield from tried
+        for _ in range(self.widen):
+            best = self._best(arm, size, tried)
+            further = beyond(tried, min(tried) if best is None else best)  # what always diverged needs smaller steps
+            if further is None:
+                return
+            yield further
+            tried.append(further)
+
+    def _best(self, arm: Arm, size: int | None, rates: Sequence[float]) -> float | None:
         """Return the rate of a size whose run of the first seed has the lowest loss on the first set, so far."""
-        runs = ((size, self._loss(arm.trial(size, rate, self.training.order)), rate) for rate in arm.rates)
+        runs = ((size, self._loss(arm.trial(size, rate, self.training.order)), rate) for rate in rates)
         return lowest(runs).get(size)
 
     def _loss(self, trial: Trial) -> float | None:
@@ -131,24 +157,29 @@ class Walk:
         return next((record.loss for record in mine), None)
 
 
-def check_training(rates: Mapping[str, Sequence[float]], counts: Mapping[str, int | None], seed: int) -> None:
+def check_training(
+    rates: Mapping[str, Sequence[float]], counts: Mapping[str, int | None], widen: int, seed: int
+) -> None:
     """Refuse numbers that make no sense.
 
     Args:
         rates: Learning rates by their option.
         counts: Whole numbers from 1 up, by their option; None where it was not given.
+        widen: Rates to try beyond an edge.
         seed: Of the data's order.
 
     Raises:
         UsageError: There are such.
     """
     for option, given in rates.items():
-        if not given or not all(0 < rate < 10 for rate in given):
+        if not given or not all(0 < rate < MOST for rate in given):
             shown = ",".join(f"{rate:g}" for rate in given)
-            raise UsageError(f"{option} {shown}: learning rates must lie between 0 and 10")
+            raise UsageError(f"{option} {shown}: learning rates must lie between 0 and {MOST:g}")
     for option, value in counts.items():
         if value is not None and value < 1:
             raise UsageError(f"{option} {value}: must be at least 1")
+    if widen < 0:
+        raise UsageError(f"--widen {widen}: must be 0 or more")
     if not 0 <= seed < 2**31:
         raise UsageError(f"--seed {seed}: must be a whole number from 0 to 2^31 - 1")
 

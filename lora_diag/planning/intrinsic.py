@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Literal
 
-from lora_diag.planning.rates import lowest
+from lora_diag.planning.rates import edge, lowest
 from lora_diag.results import Intrinsic
 
 Subject = Literal["full", "subspace", "lora"]
@@ -108,12 +108,11 @@ def _lines(records: Sequence[Intrinsic], name: str, choose: str, seed: int, subj
     mine = [r for r in records if r.subject == subject and r.set == name]
     rows = []
     for size, lr in sorted(best_rates(records, choose, seed, subject).items(), key=lambda item: item[0] or 0):
-        tried = sorted({r.lr for r in mine if size_of(r) == size and r.lr is not None})
+        tried = {r.lr for r in mine if size_of(r) == size and r.lr is not None}
         runs = sorted((r for r in mine if size_of(r) == size and r.lr == lr), key=lambda r: r.seed)
         losses = tuple(r.loss for r in runs if r.loss is not None)
         if losses:
-            edge = len(tried) > 1 and lr in {tried[0], tried[-1]}
-            rows.append(Line(subject, size, runs[0].params, lr, runs[0].pace, losses, edge))
+            rows.append(Line(subject, size, runs[0].params, lr, runs[0].pace, losses, edge(tried, lr) != 0))
     return rows
 
 

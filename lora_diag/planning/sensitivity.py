@@ -13,7 +13,7 @@ from statistics import fmean
 import numpy as np
 
 from lora_diag.metrics.correlation import interval, p_value, spearman
-from lora_diag.planning.rates import lowest
+from lora_diag.planning.rates import edge, lowest
 from lora_diag.results import FirstOrder, Sensitivity, Spectrum
 from lora_diag.results.names import module_type_of
 
@@ -108,7 +108,6 @@ def gains_of(records: Sequence[Sensitivity], name: str, choose: str, rank: int, 
         seed: The first seed.
     """
     base = next((r for r in records if not r.unit and r.set == name), None)
-    tried = sorted({r.lr for r in records if r.lr is not None and r.rank == rank})
     found = []
     for unit in dict.fromkeys(r.unit for r in records if r.unit and r.rank == rank):
         lr = best_rate(records, unit, rank, choose, seed)
@@ -117,9 +116,9 @@ def gains_of(records: Sequence[Sensitivity], name: str, choose: str, rank: int, 
             continue
         nll = tuple(fmean(each) for each in zip(*(r.nll for r in runs), strict=True))
         gain, error = paired(base.nll, nll, base.predictions)
-        edge = 0 if len(tried) < 2 else -1 if lr == tried[0] else int(lr == tried[-1])
+        tried = {r.lr for r in records if (r.unit, r.rank) == (unit, rank) and r.lr is not None}
         seeds = tuple(r.gain for r in sorted(runs, key=lambda r: r.seed) if r.gain is not None)
-        found.append(Gain(unit, runs[0].layers, runs[0].params, lr, gain, error, seeds, nll, edge))
+        found.append(Gain(unit, runs[0].layers, runs[0].params, lr, gain, error, seeds, nll, edge(tried, lr)))
     return found
 
 

@@ -14,7 +14,7 @@ from typing import Literal
 
 from scipy.special import stdtrit
 
-from lora_diag.planning.rates import lowest
+from lora_diag.planning.rates import edge, lowest
 from lora_diag.results import Probe
 from lora_diag.results.probe import Subject
 
@@ -145,12 +145,12 @@ def by_rank(
 ) -> list[AtRank]:
     """Return the runs of each rank, or of a reference line, at its rate, on one set."""
     mine = [record for record in records if record.subject == subject]
-    tried = sorted({record.lr for record in mine if record.lr is not None})
     rows = []
     for rank, lr in rates.items():
+        tried = {record.lr for record in mine if record.rank == rank and record.lr is not None}
         runs = [r for r in mine if (r.rank, r.lr, r.set) == (rank, lr, name) and r.loss is not None]
         if losses := tuple(r.loss for r in sorted(runs, key=lambda r: r.seed) if r.loss is not None):
-            rows.append(AtRank(rank, lr, losses, len(tried) > 1 and lr in {tried[0], tried[-1]}))
+            rows.append(AtRank(rank, lr, losses, edge(tried, lr) != 0))
     return rows
 
 

@@ -496,6 +496,7 @@ def test_ctrl_c_leaves_a_file_that_goes_on_without_measuring_anything_twice(case
         ({"probes": 0}, UsageError, "--probes 0"),
         ({"per": "type"}, UsageError, "--per type"),
         ({"seed": -1}, UsageError, "--seed -1"),
+        ({"dtype": "bfloat16"}, UsageError, "--dtype bfloat16: Hessian-vector products in it"),
         ({"layers": "nobody"}, NothingComparedError, "no matrix"),
         ({"evaluate": ["a", "b"]}, InputError, "no such file"),
     ],

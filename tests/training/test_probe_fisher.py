@@ -112,7 +112,7 @@ def test_effects_are_those_of_a_model_with_the_truncated_weights(models, tmp_pat
     base, tuned, text = models
     held_out = some_text(tmp_path, "other", windows=3, source="shifted")
     layers = r"h\.1\.(attn\.c_attn|mlp\.c_fc)"
-    asked = {"data": text, "evaluate": held_out, "ranks": (1, 3, 16), "layers": layers, "batch": 2}
+    asked = {"data": text, "evaluate": [held_out], "ranks": (1, 3, 16), "layers": layers, "batch": 2}
     results = lora_diag.probe_fisher(base, tuned, **asked)
     before, after = tensors(base), tensors(tuned)
     content = held_out.read_bytes()
@@ -138,7 +138,7 @@ def test_effects_are_those_of_a_model_with_the_truncated_weights(models, tmp_pat
             assert found.gap_error == pytest.approx(np.std(gaps, ddof=1) * np.sqrt(3) / 93, abs=1e-5)
             assert found.kl == pytest.approx(float((whole.exp() * (whole - changed)).sum()) / 93, rel=1e-2, abs=1e-7)
             assert found.loss == pytest.approx(-float(changed.gather(-1, targets).sum()) / 93, abs=1e-5)
-    alone = lora_diag.probe_fisher(base, tuned, **{**asked, "evaluate": None})
+    alone = lora_diag.probe_fisher(base, tuned, **{**asked, "evaluate": []})
     assert [record.fisher for record in alone.whole] == [record.fisher for record in results.whole]
 
 
@@ -208,6 +208,8 @@ def test_what_makes_no_sense_is_refused(models, tmp_path):
         lora_diag.probe_fisher(base, tuned, data=text, labels="mine")
     with pytest.raises(UsageError, match="--ranks"):
         lora_diag.probe_fisher(base, tuned, data=text, ranks=(0,))
+    with pytest.raises(UsageError, match="name one file"):
+        lora_diag.probe_fisher(base, tuned, data=text, evaluate=[text, text])
     with pytest.raises(InputError, match="no such file"):
         lora_diag.probe_fisher(base, tuned, data=tmp_path / "none.txt")
     with pytest.raises(NothingComparedError):

@@ -162,6 +162,7 @@ def trained(base, train, held, steps, batch, lr, dim=None, seed=0):
 
 
 OPTIONS = {"dims": (5, 40), "paces": (3e-3, 1e-2), "full_rates": (3e-3,), "ranks": (1,), "lora_rates": (1e-2,)}
+OPTIONS["widen"] = 0
 
 
 @pytest.fixture(scope="module")
@@ -349,6 +350,8 @@ def test_more_dimensions_gain_more_where_the_optimum_is_in_reach(tmp_path):
         ({"seeds": 0}, "--seeds 0"),
         ({"seed": -1}, "--seed -1"),
         ({"share": 1.0}, "--share 1"),
+        ({"widen": -1}, "--widen -1"),
+        ({"dtype": "bfloat16"}, "--dtype bfloat16: rounds most steps"),
     ],
     ids=str,
 )

@@ -52,6 +52,7 @@ def measured(case, tmp_path_factory):
         rank=2,
         delta=1,
         rates=RATES,
+        widen=0,
         steps=STEPS,
         batch=2,
         seeds=2,
@@ -159,7 +160,7 @@ def test_a_unit_of_several_layers_has_the_parameters_of_all(case):
 def test_ctrl_c_leaves_a_file_that_goes_on_without_running_anything_twice(case, measured, tmp_path):
     base, train, held, shifted = case
     options = {"data": train, "evaluate": [held], "shifted": [shifted], "rank": 2, "delta": 1, "rates": RATES}
-    options |= {"steps": STEPS, "batch": 2, "seeds": 2, "seed": SEED, "layers": r"h\.1\.(attn|mlp)\.c_proj"}
+    options |= {"widen": 0, "steps": STEPS, "batch": 2, "seeds": 2, "seed": SEED, "layers": r"h\.1\.(attn|mlp)\.c_proj"}
     steps = []
 
     def stop(label, done, total):
@@ -209,7 +210,7 @@ def test_a_run_that_diverges_is_kept_without_a_loss_and_base_is_as_it_was(case, 
     monkeypatch.setattr(
         lora_diag.training.sweep, "rate_at", lambda s, n, peak: math.nan if peak == 0.5 else real(s, n, peak)
     )
-    options = {"data": train, "evaluate": [held], "steps": 3, "layers": r"h\.0\.attn"}
+    options = {"data": train, "evaluate": [held], "widen": 0, "steps": 3, "layers": r"h\.0\.attn"}
     found = lora_diag.probe_sensitivity(base, rates=(0.5, 1e-2), **options)
     lost = [record for record in runs_of(found) if record.unit and record.loss is None]
     assert {(r.lr, r.gain, r.nll) for r in lost} == {(0.5, None, ())}

@@ -36,19 +36,21 @@ def case(tmp_path):
 
 def test_every_run_has_the_loss_of_a_plain_training_loop(case):
     base, train, held, shifted = case
-    found = lora_diag.probe_sweep(
-        base, data=train, evaluate=[held], shifted=[shifted], ranks=(1, 3), rates=(1e-3, 3e-2), steps=6, batch=2, seed=5
-    )
+    options = {"data": train, "evaluate": [held], "shifted": [shifted], "ranks": (1, 3), "rates": (1e-3, 3e-2)}
+    found = lora_diag.probe_sweep(base, widen=1, steps=6, batch=2, seed=5, **options)
     by_cell = {(r.rank, r.lr, r.seed, r.set): r.loss for r in found.whole}
     runs = {key[:3] for key in by_cell if key[0] is not None}
-    assert len(runs) == 2 * 2 + 2
+    assert len(runs) == 2 * (2 + 1 + 1)
     assert {seed for _, _, seed in runs} == {5, 6}
     for rank, lr, seed in runs:
         for text in (held, shifted):
             truth = trained(base, train, text, rank, lr, seed, 6, 2, 5)
             assert by_cell[rank, lr, seed, text.stem] == pytest.approx(truth, abs=1e-4)
     for rank in (1, 3):
-        best = min((1e-3, 3e-2), key=lambda lr: by_cell[rank, lr, 5, "held_out"])
+        of_grid = min((1e-3, 3e-2), key=lambda lr: by_cell[rank, lr, 5, "held_out"])
+        tried = {1e-3, 3e-2, 3e-4 if of_grid == 1e-3 else 0.1}
+        assert {lr for r, lr, seed in runs if (r, seed) == (rank, 5)} == tried
+        best = min(tried, key=lambda lr: by_cell[rank, lr, 5, "held_out"])
         assert (rank, best, 6) in runs
     model = transformers.GPT2LMHeadModel.from_pretrained(base)
     with torch.no_grad():
@@ -59,7 +61,7 @@ def test_every_run_has_the_loss_of_a_plain_training_loop(case):
 
 def test_ctrl_c_leaves_a_file_that_goes_on_without_running_anything_twice(case, tmp_path):
     base, train, held, _ = case
-    options = {"data": train, "evaluate": [held], "ranks": (1, 2), "rates": (1e-2, 3e-2), "steps": 3}
+    options = {"data": train, "evaluate": [held], "ranks": (1, 2), "rates": (1e-2, 3e-2), "steps": 3, "widen": 0}
     lora_diag.probe_sweep(base, output=tmp_path / "whole.jsonl", **options)
 
     def stop_in_the_third_run(label, done, total):
@@ -110,7 +112,8 @@ def test_a_run_that_diverges_is_told_and_the_rest_goes_on(case, monkeypatch):
         return math.nan if peak == 0.5 else real(step, steps, peak)
 
     monkeypatch.setattr(lora_diag.training.sweep, "rate_at", rate_at)
-    found = lora_diag.probe_sweep(base, data=train, evaluate=[held], ranks=(1, 2), rates=(1e-2, 0.5), steps=3)
+    options = {"ranks": (1, 2), "rates": (1e-2, 0.5), "widen": 0, "steps": 3}
+    found = lora_diag.probe_sweep(base, data=train, evaluate=[held], **options)
     assert {r.lr for r in found.whole if r.subject == "lora" and r.loss is None} == {0.5}
     assert {r.lr for r in found.whole if r.seed == 1} == {1e-2}
     shown = table(found, 80)
@@ -144,6 +147,7 @@ def test_a_classifier_can_be_swept(tmp_path):
         ({"rates": (math.nan,)}, UsageError, "--lr nan"),
         ({"steps": 0}, UsageError, "--steps 0"),
         ({"seeds": 0}, UsageError, "--seeds 0"),
+        ({"widen": -1}, UsageError, "--widen -1"),
         ({"tolerance": 1.0}, UsageError, "--tolerance 1"),
         ({"full_rates": ()}, UsageError, "--full-lr"),
         ({"quantized": "fp4"}, UsageError, "--quantized fp4: use nf4, int8"),
@@ -183,6 +187,7 @@ def test_the_reference_lines_have_the_losses_of_a_plain_loop_and_leave_base_as_i
         rates=(1e-2,),
         full=True,
         full_rates=(1e-3, 1e-2),
+        widen=0,
         bitfit=True,
         quantized="int8",
         steps=5,

@@ -25,7 +25,7 @@ def activations(
     seed: shared.LabelSeed = 0,
     *,
     selected: options.Selected,
-    run: shared.RunIn,
+    run: shared.Run,
     per: options.PerRow = options.Per.type,
     json: options.Json = False,
     quiet: options.Quiet = False,

@@ -19,7 +19,7 @@ def curvature(
     tuned: Annotated[
         Path | None, typer.Argument(metavar="TUNED", help="The model after, or an adapter; without it, at BASE.")
     ] = None,
-    eval_: shared.Eval = None,
+    eval_: shared.OneEval = None,
     ranks: Annotated[str, typer.Option(metavar="R,R,...", help="Ranks to truncate to.")] = "0,1,2,4,8,16,32,64",
     along: Annotated[str, typer.Option(metavar="T,T,...", help="Shares of the way to the truncated update.")] = "0.1,1",
     top: Annotated[int, typer.Option(metavar="K", help="Largest eigenvalues.")] = 5,

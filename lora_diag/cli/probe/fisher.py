@@ -18,18 +18,17 @@ def fisher(
     base: shared.Base,
     tuned: Annotated[Path, typer.Argument(metavar="TUNED", help="The model after, or an adapter.")],
     data: Annotated[Path, typer.Option("--data", metavar="FILE", help="Text or JSONL whose loss is differentiated.")],
-    eval_: Annotated[
-        Path | None, typer.Option("--eval", metavar="FILE", help="Held-out text for --measure, which it implies.")
-    ] = None,
+    eval_: shared.OneEval = None,
     measure: Annotated[
-        bool, typer.Option("--measure", help="Truncate each layer alone, too, and hold the estimates against that.")
+        bool,
+        typer.Option("--measure", help="Truncate each layer alone, too, to hold F against; --eval implies it."),
     ] = False,
     ranks: Annotated[str, typer.Option(metavar="R,R,...", help="Ranks to tell, and to measure.")] = "4,8,16,32,64",
     labels: shared.Labels = "data",
     seed: shared.LabelSeed = 0,
     *,
     selected: options.Selected,
-    run: shared.RunIn,
+    run: shared.Run,
     per: options.PerRow = options.Per.type,
     written: options.Written,
 ) -> None:
@@ -47,7 +46,7 @@ def fisher(
             base,
             tuned,
             data=data,
-            evaluate=eval_,
+            evaluate=eval_ or (),
             measure=measure,
             ranks=asked,
             labels=cast(Any, labels),

@@ -25,7 +25,7 @@ def outputs(
     ] = None,
     *,
     held_out: shared.HeldOut,
-    run: shared.RunIn,
+    run: shared.Run,
     written: options.Written,
 ) -> None:
     """Do the adapters say what the fine-tune says? Held-out losses first, then logits, KL and agreement.

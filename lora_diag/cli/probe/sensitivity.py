@@ -24,12 +24,13 @@ def sensitivity(
         int | None, typer.Option(metavar="D", help="Train at R + D, too, for the marginal gain g(R → R + D).")
     ] = None,
     per: Annotated[str, typer.Option(metavar="layer|block|type", help="What is adapted alone.")] = "layer",
-    lr: Annotated[str, typer.Option(metavar="X,X,...", help="Peak learning rates; each takes its best.")] = "1e-3,1e-2",
-    steps: Annotated[int, typer.Option(metavar="N", help="Updates of a run.")] = 50,
+    lr: Annotated[str, typer.Option(metavar="X,X,...", help="Peak learning rates; each takes its best.")] = "3e-3,1e-2",
+    widen: shared.Widen = 2,
+    steps: shared.Steps = 50,
     seeds: Annotated[int, typer.Option(metavar="N", help="Runs of each at its best rate.")] = 1,
-    seed: Annotated[int, typer.Option(metavar="N", help="Of the data's order, and the first of the seeds.")] = 0,
+    seed: shared.Seed = 0,
     selected: options.Selected,
-    run: shared.RunIn,
+    run: shared.Run,
     written: options.Written,
 ) -> None:
     """Which layers gain most? A LoRA trained on each alone, beside what one gradient pass would have said.
@@ -50,6 +51,7 @@ def sensitivity(
             delta=delta,
             per=per,
             rates=rates,
+            widen=widen,
             steps=steps,
             seeds=seeds,
             seed=seed,

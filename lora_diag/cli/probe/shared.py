@@ -19,10 +19,18 @@ Eval = Annotated[
     list[Path] | None,
     typer.Option("--eval", metavar="FILE", help="Held-out text, JSONL or datasets folder; repeatable."),
 ]
+OneEval = Annotated[
+    list[Path] | None, typer.Option("--eval", metavar="FILE", help="Held-out text, JSONL or datasets folder; one.")
+]
 Length = Annotated[int | None, typer.Option(metavar="N", help="Tokens of a sequence; default 512 or the model's most.")]
 MaxSequences = Annotated[int | None, typer.Option(metavar="N", help="Use the first N sequences of each file.")]
 Tokenizer = Annotated[str, typer.Option(metavar="auto|bytes|DIR", help="Of BASE; UTF-8 bytes; or of a folder.")]
 Dtype = Annotated[str, typer.Option(metavar="float32|bfloat16|float16", help="Of the weights while they run.")]
+Widen = Annotated[
+    int, typer.Option(metavar="N", help="Rates to try beyond a grid where the best is its last; 0 for none.")
+]
+Steps = Annotated[int, typer.Option("--steps", "--max-steps", metavar="N", help="Updates of a run.")]
+Seed = Annotated[int, typer.Option(metavar="N", help="Of the data's order, and the first of the seeds.")]
 Labels = Annotated[str, typer.Option(metavar="data|model", help="Of the loss: the text's own, or the model's draws.")]
 LabelSeed = Annotated[int, typer.Option("--seed", metavar="N", help="Seed of labels drawn from the model.")]
 
@@ -47,14 +55,8 @@ class Run:
     batch: Annotated[int, typer.Option(metavar="N", help="Sequences in a batch.")] = 8
     max_sequences: MaxSequences = None
     tokenizer: Tokenizer = "auto"
-    device: Annotated[str, typer.Option(metavar="auto|cpu|cuda[:i]", help="Where to run the model.")] = "auto"
-
-
-@dataclass(frozen=True)
-class RunIn(Run):
-    """The same in a precision of choice."""
-
     dtype: Dtype = "float32"
+    device: Annotated[str, typer.Option(metavar="auto|cpu|cuda[:i]", help="Where to run the model.")] = "auto"
 
 
 def noted(quiet: bool) -> Callable[[str], None] | None:

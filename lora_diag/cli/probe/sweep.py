@@ -31,14 +31,15 @@ def sweep(
     quantized: Annotated[
         str | None, typer.Option(metavar="nf4|int8", help="Round the frozen weights as QLoRA stores them.")
     ] = None,
-    steps: Annotated[int, typer.Option(metavar="N", help="Updates of a run.")] = 100,
+    widen: shared.Widen = 2,
+    steps: shared.Steps = 100,
     seeds: Annotated[int, typer.Option(metavar="N", help="Runs of each rank at its best rate.")] = 2,
-    seed: Annotated[int, typer.Option(metavar="N", help="Of the data's order, and the first of the seeds.")] = 0,
+    seed: shared.Seed = 0,
     tolerance: Annotated[float, typer.Option(metavar="X", help="Share of the gain a smaller rank may lose.")] = 0.02,
     target: Annotated[
         str | None, typer.Option(metavar="NAME,NAME", help="Modules to adapt; default all linear layers but the head.")
     ] = None,
-    run: shared.RunIn,
+    run: shared.Run,
     written: options.Written,
 ) -> None:
     """Which rank is enough? LoRA trained at each, on the same batches, the learning rate tuned for each rank.
@@ -64,6 +65,7 @@ def sweep(
             dora=dora,
             rslora=rslora,
             quantized=quantized,
+            widen=widen,
             steps=steps,
             seeds=seeds,
             seed=seed,

@@ -26,7 +26,7 @@ def truncation(
     ] = "tuned",
     layers: Annotated[str | None, typer.Option(metavar="REGEX", help="Truncate only weights that match.")] = None,
     exclude: Annotated[str | None, typer.Option(metavar="REGEX", help="Truncate no weights that match.")] = None,
-    run: shared.RunIn,
+    run: shared.Run,
     written: options.Written,
 ) -> None:
     """What does each rank of the update keep of the loss? W_0 + the best rank-r part of ΔW, measured; no training.

@@ -1,0 +1,97 @@
+"""The walk over sizes, rates and seeds: on made-up losses, whose best rate is known."""
+
+import math
+
+import pytest
+
+from lora_diag.api.probing import Kept, Watch
+from lora_diag.api.training_runs import Arm, Trial, Walk
+from lora_diag.results import Probe, ResultsWriter, Run
+from lora_diag.training.data import Texts
+from lora_diag.training.sweep import Training
+
+HELD = Texts("held", "held.txt", (), "0", "text")
+
+
+def loss_of(size, rate, best):
+    """A valley over the logarithm of the rate; far above its floor training diverges."""
+    return None if rate > 30 * best else 1 / size + math.log(rate / best) ** 2
+
+
+class Case:
+    """Runs of made-up losses, with the rate at which each size is best."""
+
+    def __init__(self, best, widen, seeds=2, stop_after=None):
+        self.best, self.ran, self.stop_after, self.ticks = best, [], stop_after, []
+        run = Run(command="probe sweep", version="0", inputs=(), settings={})
+        watch = Watch(lambda *words: self.ticks.append(words), None, None)
+        kept = Kept(ResultsWriter(None, run, False), watch)
+        self.walk = Walk(Training(HELD, 3, 1, 7), [HELD], seeds, widen, kept, watch)
+
+    def arm(self, rates):
+        return Arm(tuple(self.best), rates, self.trial)
+
+    def trial(self, size, rate, seed):
+        fields = {"subject": "lora", "rank": size, "lr": rate, "seed": seed}
+
+        def train(training, sets, after):
+            if len(self.ran) == self.stop_after:
+                raise KeyboardInterrupt
+            self.ran.append((size, rate, seed))
+            for _ in range(training.steps):
+                after()
+            loss = loss_of(size, rate, self.best[size])
+            return [Probe(probe="sweep", set="held", data="0", tokens=1, loss=loss, **fields)]
+
+        return Trial(fields, f"r={size} lr={rate:g}", train)
+
+
+@pytest.mark.parametrize(
+    ("best", "widen", "tried"),
+    [
+        (3e-3, 2, [1e-3, 3e-3, 1e-2]),
+        (3e-2, 0, [1e-3, 3e-3, 1e-2]),
+        (1e-2, 2, [1e-3, 3e-3, 1e-2, 0.033]),
+        (3e-2, 2, [1e-3, 3e-3, 1e-2, 0.033, 0.11]),
+        (9.0, 2, [1e-3, 3e-3, 1e-2, 0.033, 0.11]),
+        (1e-4, 9, [1e-3, 3e-3, 1e-2, 3.3e-4, 1.1e-4, 3.7e-5]),
+        (1e-6, 1, [1e-3, 3e-3, 1e-2, 3.3e-4]),
+    ],
+)
+def test_rates_go_on_beyond_the_edge_until_the_best_lies_inside(best, widen, tried):
+    case = Case({4: best}, widen)
+    arm = case.arm((1e-3, 3e-3, 1e-2))
+    case.walk.expect(case.walk.left(arm))
+    case.walk.run(arm)
+    lost = [rate for rate in tried if loss_of(4, rate, best) is None]
+    assert [rate for _, rate, seed in case.ran if seed == 7] == pytest.approx(tried)
+    chosen = min((rate for rate in tried if rate not in lost), key=lambda rate: loss_of(4, rate, best), default=None)
+    assert [rate for _, rate, seed in case.ran if seed == 8] == ([] if chosen is None else [pytest.approx(chosen)])
+    if chosen is not None:  # what was told before the last run is what was done
+        assert case.ticks[-1][1:] == (3 * len(case.ran), 3 * len(case.ran))
+
+
+def test_one_rate_alone_is_taken_as_it_is_and_steps_beyond_coarse_grids_are_short():
+    case = Case({4: 1.0}, 5)
+    case.walk.run(case.arm((1e-3,)))
+    assert [rate for _, rate, _ in case.ran] == [1e-3, 1e-3]
+    case = Case({4: 1.0}, 1)
+    case.walk.run(case.arm((1e-3, 1e-1)))
+    assert [rate for _, rate, _ in case.ran] == [1e-3, 1e-1, pytest.approx(0.33), pytest.approx(0.33)]
+
+
+@pytest.mark.parametrize("stop_after", range(9))
+def test_wherever_it_is_stopped_the_rest_is_run_once_and_counted(stop_after):
+    best, rates = {2: 1e-2, 4: 2e-3}, (1e-3, 3e-3, 1e-2)
+    whole = Case(best, 2)
+    whole.walk.run(whole.arm(rates))
+    assert len(whole.ran) == 2 * 3 + 1 + 2
+    case = Case(best, 2, stop_after=stop_after)
+    with pytest.raises(KeyboardInterrupt):
+        case.walk.run(case.arm(rates))
+    case.stop_after = None
+    arm = case.arm(rates)
+    beyond = sum(run[1] not in rates and run[2] == 7 for run in whole.ran[stop_after:])
+    assert case.walk.left(arm) == len(whole.ran) - stop_after - beyond
+    case.walk.run(arm)
+    assert case.ran == whole.ran

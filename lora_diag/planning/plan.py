@@ -131,7 +131,8 @@ def fit(matrices: Sequence[Matrix], targeted: frozenset[str], ranks: Sequence[in
     """
     chosen = [matrix for matrix in matrices if matrix.name in targeted]
     per_rank = sum(matrix.per_rank for matrix in chosen)
-    rank = budget // per_rank
+    full_rank = max(min(matrix.shape) for matrix in chosen)
+    rank = min(budget // per_rank, full_rank)
     listed = max((each for each in ranks if each <= rank), default=None)
     blocks: dict[int | None, int] = {}
     for matrix in chosen:
@@ -147,6 +148,7 @@ def fit(matrices: Sequence[Matrix], targeted: frozenset[str], ranks: Sequence[in
         asked=asked,
         budget=budget,
         rank=rank,
+        full_rank=full_rank,
         spent=rank * per_rank,
         left=budget - rank * per_rank,
         listed=listed,

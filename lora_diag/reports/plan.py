@@ -116,7 +116,7 @@ def _lines(plan: Plan) -> list[tuple[str, str]]:
     if plan.rates is not None:
         lines.append(("Time", _time(plan, plan.rates)))
     if plan.fit is not None:
-        lines.append(("Budget", _fit(plan.fit)))
+        lines.append(("Budget", _fit(plan, plan.fit)))
     too_large = [row for row in plan.ranks if row.rho >= 1]
     if too_large:
         lines.append(
@@ -144,11 +144,20 @@ def _frozen(plan: Plan) -> str:
     return "" if plan.base_bytes is None else f", {_bytes(plan.base_bytes)} as it is stored"
 
 
-def _fit(fit: PlanFit) -> str:
+def _fit(plan: Plan, fit: PlanFit) -> str:
     if fit.rank == 0:
-        return f"{safe(fit.asked)}: not even r=1 fits, it takes {-fit.left + fit.budget:,}"
+        least = sum(row.per_rank for row in plan.types if row.targeted)
+        return f"{safe(fit.asked)}: not even r=1 fits, it takes {least:,}"
+    if fit.rank == fit.full_rank:
+        used = f"{fit.spent:,} of {fit.budget:,} parameters, {percent(fit.spent / fit.budget)},"
+        return (
+            f"{safe(fit.asked)}: {used} give every matrix full rank, r={fit.rank}: more buys nothing, and full "
+            f"fine-tuning of these matrices trains {plan.targeted:,}"
+        )
     allowed = f"{fit.budget:,} parameters allow r ≤ {fit.rank} everywhere, {fit.spent:,}; {fit.left:,} are left"
     lines = [f"{safe(fit.asked)}: {allowed}"]
+    if fit.spent >= plan.targeted:
+        lines.append(f"that saves nothing: full fine-tuning of these matrices trains {plan.targeted:,}")
     if fit.listed is not None and fit.listed_left is not None and fit.listed != fit.rank:
         lines.append(f"of the ranks asked about, r={fit.listed} fits and leaves {fit.listed_left:,}")
     if fit.listed is not None and fit.doubled:

@@ -53,7 +53,8 @@ class PlanFit(Record):
     Args:
         asked: The option as given.
         budget: Parameters that it comes to.
-        rank: Largest rank that all targeted matrices can have; 0 if not even 1 fits.
+        rank: Largest rank that all targeted matrices can have, up to ``full_rank``; 0 if not even 1 fits.
+        full_rank: max of min(out, in) over them: no update of any of them has a higher rank.
         spent: What that takes.
         left: What it leaves.
         listed: Largest of the ranks asked about that fits; null if none does.
@@ -65,6 +66,7 @@ class PlanFit(Record):
     asked: str
     budget: int
     rank: int
+    full_rank: int
     spent: int
     left: int
     listed: int | None

@@ -6,6 +6,8 @@ import sys
 
 import pytest
 
+import lora_diag
+from lora_diag.reports.plan import plan_table
 from tests.conftest import ROOT
 
 BASE = ROOT / "sample_checkpoints/base"
@@ -20,6 +22,18 @@ def test_the_tables_fit_the_terminal(loradiag, columns):
     assert places == sorted(places)
     for word in ("q_proj", "full fine-tune", "LoRA r=16", "AdamW", "+ FLOPs", "Budget", "allow r ≤ 10", "Next"):
         assert word in ran.out
+
+
+@pytest.mark.parametrize(
+    ("params", "told"),
+    [
+        ("9727", "not even r=1 fits, it takes 9,728"),
+        ("800k", "that saves nothing: full fine-tuning of these matrices trains 786,432"),
+        ("1G", "1,245,184 of 1,000,000,000 parameters, 0.1%, give every matrix full rank, r=128: more buys nothing"),
+    ],
+)
+def test_budgets_that_allow_too_little_or_too_much(params, told):
+    assert told in " ".join(plan_table(lora_diag.plan(BASE, params=params)).split())
 
 
 def test_json_is_one_record(loradiag):

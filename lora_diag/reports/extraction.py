@@ -305,6 +305,8 @@ def _resolved(results: Results[Extraction]) -> str:
         return "yes: the factors are the update; no rounding of merged weights comes between"
     if not beyond and not noisy:
         return "yes: every direction in the adapter stands above the rounding of the files"
+    if all(record.resolution.signal_rank == 0 for record in results):
+        return "no: no direction stands above the files' rounding noise; save the fine-tune in float32, if you can"
     share = f"{len(beyond)} of {len(results)} weights have more directions than stand above the files' rounding noise"
     return f"partly: {share}; --signal writes only those that do" if beyond else f"no: {len(noisy)} are rounding noise"
 

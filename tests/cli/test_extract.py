@@ -7,6 +7,7 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from tests.conftest import ROOT, SHARED, Ran, save_model
@@ -177,6 +178,20 @@ def test_nothing_to_write_is_an_error_and_leaves_nothing(loradiag, pair_of_model
     assert ran.code == 3
     assert "TUNED holds inf" in ran.err
     assert not list(tmp_path.glob("adapter*"))
+
+
+def test_an_update_that_rounding_swallowed_is_said_so_and_signal_is_not_offered(loradiag, tmp_path):
+    torch.manual_seed(0)
+    before = {f"layer.{i}.weight": (torch.randn(48, 64) * 0.02).bfloat16() for i in range(2)}
+    change = torch.randn(48, 2) @ torch.randn(2, 64) * 1e-5
+    save_model(tmp_path / "base", before)
+    save_model(tmp_path / "tuned", {name: (w.float() + change).bfloat16() for name, w in before.items()})
+    ran = loradiag("extract", "base", "tuned", "--rank", "2", "-o", "adapter")
+    assert ran.code == 0, ran.err
+    assert "Resolved?  no: no direction stands above the files' rounding noise" in ran.out
+    assert "--signal" not in ran.out
+    ran = loradiag("extract", "base", "tuned", "--signal", "-o", "other")
+    assert (ran.code, (tmp_path / "other").exists()) == (4, False)
 
 
 def test_layers_that_did_not_move_get_no_adapter(loradiag, pair_of_models, tmp_path):

@@ -8,8 +8,7 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING
 
-from lora_diag.adapters.keys import by_module
-from lora_diag.adapters.lora import check_rank, pair_of
+from lora_diag.adapters.keys import by_module, check_rank, pair_of
 from lora_diag.adapters.source import Source
 from lora_diag.adapters.updates import Reading, Site, Update, read
 from lora_diag.adapters.values import stored_values

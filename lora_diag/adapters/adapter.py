@@ -103,7 +103,7 @@ class Adapter:
         """Return the weights it changes, in natural order of their names."""
         changed = [
             AdaptedWeight(
-                layer=update.weight if update.expert is None else f"{update.weight}[{update.expert[0]}]",
+                layer=update.layer,
                 shape=update.shape,
                 form="factored" if update.factored else "dense",
                 dtype=update.dtype,

@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lora_diag.adapters.kohya import factors
+from lora_diag.adapters.kohya import factors, shapes_of
 from lora_diag.adapters.patterns import read_pattern
 from lora_diag.adapters.scales import Scale
 from lora_diag.adapters.source import Config, Source
@@ -58,14 +58,9 @@ def read_diffusers(source: Source) -> Reading:
     updates = [_update(source, module, parts, settings) for module, parts in modules.items()]
     silent = [module for module, parts in modules.items() if "alpha" not in parts and not _component(module, settings)]
     notes = [f"{len(silent)} modules give no alpha, such as {silent[0]}; diffusers then takes s = 1"] if silent else []
-    ranks = sorted({update_rank(source, parts) for parts in modules.values()})
+    ranks = sorted({update.rank or 0 for update in updates})
     kind = f"diffusers LoRA, r={'-'.join(map(str, ranks[:: max(1, len(ranks) - 1)]))}, {len(modules)} modules"
     return Reading(kind, tuple(updates), (), tuple(notes), scaling="alpha / r, from the file or its metadata")
-
-
-def update_rank(source: Source, parts: dict[str, str]) -> int:
-    """Return the rank of a module's factors; 0 if they are incomplete."""
-    return (*source.checkpoint[parts["down"]].shape, 0)[0] if "down" in parts else 0
 
 
 def _module_of(module: str, old: bool) -> str:
@@ -98,9 +93,7 @@ def _component(module: str, settings: dict[str, Any]) -> dict[str, Any]:
 def _update(source: Source, module: str, parts: dict[str, str], settings: dict[str, Any]) -> Update:
     if "up" not in parts or "down" not in parts:
         raise InputError(f"{source.path}: {module} has only one of its two factors; the file is incomplete")
-    up, down = (source.checkpoint[parts[part]].shape for part in ("up", "down"))
-    if len(up) < 2 or len(down) < 2 or math.prod(up[1:]) != down[0] or 0 in (*up, *down):
-        raise InputError(f"{source.path}: {module}: up {list(up)} and down {list(down)} do not fit together")
+    up, down = shapes_of(source, module, parts["up"], parts["down"])
     if "alpha" in parts and source.checkpoint[parts["alpha"]].numel != 1:
         raise InputError(f"{source.path}: {parts['alpha']} must be one number")
     scale = Scale(1.0, parts.get("alpha", ""), down[0])

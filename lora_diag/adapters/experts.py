@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
-from lora_diag.adapters.keys import Modules
+from lora_diag.adapters.keys import Modules, is_named, pair_of
 from lora_diag.adapters.patterns import is_target, module_targets
 from lora_diag.adapters.source import Config, Source
 from lora_diag.adapters.updates import Site, Update, read
@@ -86,11 +86,7 @@ def split(modules: Modules, config: Config) -> tuple[list[Stack], Modules]:
 def _parameters(owner: str, targets: list[str]) -> list[str]:
     """Return the parameters of a module that the config targets, by PEFT's rule: equal, or ending in ``.target``."""
     leaves = dict.fromkeys(target.rpartition(".")[2] for target in targets)
-    return [
-        leaf
-        for leaf in leaves
-        if any(f"{owner}.{leaf}" == target or f"{owner}.{leaf}".endswith(f".{target}") for target in targets)
-    ]
+    return [leaf for leaf in leaves if any(is_named(f"{owner}.{leaf}", target) for target in targets)]
 
 
 def _leaves(owner: str, targets: list[str], count: int) -> list[str]:
@@ -132,8 +128,6 @@ def updates(
     Raises:
         InputError: The factors do not fit together or do not hold a whole number of experts.
     """
-    from lora_diag.adapters.lora import pair_of
-
     a_key, b_key = pair_of(source, stack.module, stack.parts)
     a, b = source.shape(a_key, 2), source.shape(b_key, 2)
     rank, scale = rank_of(stack.parameter), scale_of(stack.parameter)

@@ -11,7 +11,7 @@ import math
 from functools import partial
 from typing import TYPE_CHECKING
 
-from lora_diag.adapters.keys import by_module
+from lora_diag.adapters.keys import by_module, is_named
 from lora_diag.adapters.source import Source
 from lora_diag.adapters.updates import Reading, Shape, Site, Update, read
 from lora_diag.adapters.values import stored_values
@@ -62,8 +62,7 @@ def scaled(source: Source, module: str, key: str) -> list[Update]:
 
 
 def _is_feedforward(source: Source, module: str) -> bool:
-    names = source.settings.names("feedforward_modules")
-    return any(module == name or module.endswith(f".{name}") for name in names)
+    return any(is_named(module, name) for name in source.settings.names("feedforward_modules"))
 
 
 def delta(checkpoint: Checkpoint, key: str, by_row: bool, site: Site) -> torch.Tensor:

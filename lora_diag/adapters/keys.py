@@ -1,4 +1,7 @@
-"""How PEFT names the tensors of an adapter file: ``base_model.model.MODULE.PART[.ADAPTER][.weight]``."""
+"""How PEFT names the tensors of an adapter file: ``base_model.model.MODULE.PART[.ADAPTER][.weight]``.
+
+What belongs to one module is found by that, and held against each other and the config.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
+from lora_diag.adapters.source import Source
 from lora_diag.errors import InputError
 
 PREFIX = "base_model.model."
@@ -62,3 +66,49 @@ def by_module(names: Iterable[str], parts: tuple[str, ...], path: Path) -> tuple
         shown = ", ".join(sorted(name or "(no name)" for name in adapters))
         raise InputError(f"{path}: holds several adapters ({shown}); save one of them alone")
     return modules, rest
+
+
+def is_named(module: str, name: str) -> bool:
+    """Say whether a config that names a module means this one: the same, or one that ends in ``.name``.
+
+    >>> is_named("h.0.q_proj", "q_proj"), is_named("h.0.q_proj", "proj")
+    (True, False)
+    """
+    return module == name or module.endswith(f".{name}")
+
+
+def pair_of(source: Source, module: str, parts: dict[str, str], prefix: str = "lora_") -> tuple[str, str]:
+    """Return the names of A and B of a module.
+
+    Raises:
+        InputError: One is missing, or is not the matrix that it must be.
+    """
+    for part in ("A", "B"):
+        if prefix + part not in parts:
+            other = parts.get(prefix + ("B" if part == "A" else "A"), module)
+            raise InputError(
+                f"{source.checkpoint.path}: {module} has no {prefix}{part} beside {other}; the file is incomplete: "
+                "save the adapter again"
+            )
+        shape = source.checkpoint[parts[prefix + part]].shape
+        if len(shape) < 2 or 0 in shape:
+            raise InputError(
+                f"{source.checkpoint.path}: {parts[prefix + part]} has the shape {list(shape)}; it was saved under "
+                "DeepSpeed ZeRO-3 or FSDP without gathering the shards: save the adapter again, gathered"
+            )
+    return parts[prefix + "A"], parts[prefix + "B"]
+
+
+def check_rank(source: Source, module: str, of_a: int, wanted: int, of_b: int) -> None:
+    """Hold the ranks of a module's factors against each other and against the config.
+
+    Raises:
+        InputError: They differ; the scaling would be wrong, so nothing is assumed.
+    """
+    if of_a != of_b:
+        raise InputError(f"{source.checkpoint.path}: {module}: A has rank {of_a}, B has rank {of_b}")
+    if of_a != wanted:
+        raise InputError(
+            f"{source.checkpoint.path}: {module} has rank {of_a}, but {source.settings.path.name} says {wanted}; "
+            "r and the scaling would be wrong: give the config this adapter was trained with"
+        )

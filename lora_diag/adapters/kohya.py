@@ -129,10 +129,8 @@ def _lora(source: Source, module: str, parts: dict[str, str]) -> Update:
     for part in LORA[:2]:
         if part not in parts:
             raise InputError(f"{source.path}: {module} has no {part} beside {next(iter(parts.values()))}")
-    up, down = (source.checkpoint[parts[part]].shape for part in LORA[:2])
+    up, down = shapes_of(source, module, parts[LORA[0]], parts[LORA[1]])
     mid = parts.get(LORA[2])
-    if len(up) < 2 or len(down) < 2 or math.prod(up[1:]) != down[0] or 0 in (*up, *down):
-        raise InputError(f"{source.path}: {module}: up {list(up)} and down {list(down)} do not fit together")
     core = source.checkpoint[mid].shape if mid else ()
     if mid and (core[:2] != (up[1], down[0]) or math.prod(down[2:]) != 1):
         raise InputError(f"{source.path}: {module}: its lora_mid {list(core)} does not fit up and down")
@@ -143,6 +141,18 @@ def _lora(source: Source, module: str, parts: dict[str, str]) -> Update:
     load = partial(factors, source.checkpoint, keys, scale)
     dtype = source.checkpoint[keys[0]].dtype
     return Update(f"{module}.weight", shape, load, True, dtype, zero_if=keys[0], rank=down[0], scale=scale.known)
+
+
+def shapes_of(source: Source, module: str, up_key: str, down_key: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return the shapes of two factors, ``(out, r, 1, …)`` and ``(r, in, …)``.
+
+    Raises:
+        InputError: They do not fit together.
+    """
+    up, down = source.checkpoint[up_key].shape, source.checkpoint[down_key].shape
+    if len(up) < 2 or len(down) < 2 or math.prod(up[1:]) != down[0] or 0 in (*up, *down):
+        raise InputError(f"{source.path}: {module}: up {list(up)} and down {list(down)} do not fit together")
+    return up, down
 
 
 def factors(checkpoint: Checkpoint, keys: tuple[str, str, str | None], scale: Scale, site: Site) -> Factors:

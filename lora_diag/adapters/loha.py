@@ -11,9 +11,8 @@ import math
 from functools import partial
 from typing import TYPE_CHECKING
 
-from lora_diag.adapters.keys import by_module
-from lora_diag.adapters.lora import Scaling, check_rank, scaling_words
-from lora_diag.adapters.scales import Scale, scale_of
+from lora_diag.adapters.keys import by_module, check_rank
+from lora_diag.adapters.scales import Scale, Scaling, scale_of, scaling_words
 from lora_diag.adapters.source import Source
 from lora_diag.adapters.updates import Reading, Shape, Site, Update, read
 from lora_diag.adapters.values import stored_values

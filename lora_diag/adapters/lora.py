@@ -6,17 +6,16 @@ https://arxiv.org/abs/2312.03732; ``peft.tuners.lora``.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
 from lora_diag.adapters import dora, experts, residual
-from lora_diag.adapters.keys import Modules, by_module
-from lora_diag.adapters.patterns import Pattern, read_pattern
+from lora_diag.adapters.keys import Modules, by_module, check_rank, pair_of
 from lora_diag.adapters.refused import refuse_lora_variants
 from lora_diag.adapters.replication import replicated
+from lora_diag.adapters.scales import Scaling, scaling_words
 from lora_diag.adapters.source import Config, Source
 from lora_diag.adapters.updates import Reading, Site, Update, flat, read
 from lora_diag.adapters.values import stored_values
@@ -66,60 +65,6 @@ def _owner(module: str, attentions: set[str]) -> Owner:
     return Owner(module, module, f"{module}.weight", f"{module}.bias")
 
 
-@dataclass(frozen=True)
-class Scaling:
-    """How much each module's B·A counts.
-
-    Args:
-        config: The adapter's config.
-        ranks: ``rank_pattern``.
-        alphas: ``alpha_pattern``.
-    """
-
-    config: Config
-    ranks: Pattern
-    alphas: Pattern
-
-    @staticmethod
-    def of(config: Config, modules: list[str]) -> Scaling:
-        """Read it from the config.
-
-        Raises:
-            InputError: A pattern is not valid.
-        """
-        return Scaling(
-            config, read_pattern(config, "rank_pattern", modules), read_pattern(config, "alpha_pattern", modules)
-        )
-
-    def rank(self, module: str) -> int:
-        """Return r of a module."""
-        found = self.ranks.matches(module)
-        if not found:
-            return self.config.integer("r")
-        key, value = found[0]
-        if value < 1 or value != int(value):
-            raise InputError(f"{self.config.path}: rank_pattern[{key!r}] must be a whole number from 1 up, not {value}")
-        return int(value)
-
-    def alpha(self, module: str, key: str = "lora_alpha") -> float:
-        """Return α of a module."""
-        found = self.alphas.matches(module)
-        return found[0][1] if found else self.config.number(key)
-
-    def of_module(self, module: str) -> float:
-        """Return s of a module."""
-        rank = self.rank(module)
-        return self.alpha(module) / (math.sqrt(rank) if self.config.flag("use_rslora") else rank)
-
-    def words(self, alpha: str = "lora_alpha") -> str:
-        """Say how s is made and where that is said."""
-        return f"{alpha} / {'√r (use_rslora)' if self.config.flag('use_rslora') else 'r'}, from {self.config.path.name}"
-
-    def notes(self, modules: list[str]) -> list[str]:
-        """Say what is doubtful about the patterns."""
-        return self.ranks.notes(modules) + self.alphas.notes(modules)
-
-
 def is_lora(source: Source) -> bool:
     """Say whether this family reads the adapter."""
     return source.peft_type == "LORA"
@@ -160,13 +105,6 @@ def _variant(config: Config) -> str:
     name = next((word for key, word in words.items() if config.flag(key)), "LoRA")
     name = residual.name_of(config) or name
     return f"{name} (rsLoRA)" if config.flag("use_rslora") else name
-
-
-def scaling_words(config: Config, alpha: str = "lora_alpha") -> str:
-    """Return r and α in words, and whether patterns change them."""
-    patterns = [key for key in ("rank_pattern", "alpha_pattern") if config.values.get(key)]
-    words = f"r={config.values.get('r')}, alpha={config.values.get(alpha)}"
-    return f"{words} (and {', '.join(patterns)})" if patterns else words
 
 
 def _attention_notes(modules: Modules) -> list[str]:
@@ -232,43 +170,6 @@ def _linear(source: Source, module: str, parts: dict[str, str], rank: int, scale
 def _zero_factor(config: Config, a_key: str, b_key: str) -> str:
     """Return the factor that starts at zero: B, but A for MiCA, which trains A alone."""
     return a_key if config.text("init_lora_weights").lower() == "mica" else b_key
-
-
-def pair_of(source: Source, module: str, parts: dict[str, str], prefix: str = "lora_") -> tuple[str, str]:
-    """Return the names of A and B of a module.
-
-    Raises:
-        InputError: One is missing, or is not the matrix that it must be.
-    """
-    for part in ("A", "B"):
-        if prefix + part not in parts:
-            other = parts.get(prefix + ("B" if part == "A" else "A"), module)
-            raise InputError(
-                f"{source.checkpoint.path}: {module} has no {prefix}{part} beside {other}; the file is incomplete: "
-                "save the adapter again"
-            )
-        shape = source.checkpoint[parts[prefix + part]].shape
-        if len(shape) < 2 or 0 in shape:
-            raise InputError(
-                f"{source.checkpoint.path}: {parts[prefix + part]} has the shape {list(shape)}; it was saved under "
-                "DeepSpeed ZeRO-3 or FSDP without gathering the shards: save the adapter again, gathered"
-            )
-    return parts[prefix + "A"], parts[prefix + "B"]
-
-
-def check_rank(source: Source, module: str, of_a: int, wanted: int, of_b: int) -> None:
-    """Hold the ranks of a module's factors against each other and against the config.
-
-    Raises:
-        InputError: They differ; the scaling would be wrong, so nothing is assumed.
-    """
-    if of_a != of_b:
-        raise InputError(f"{source.checkpoint.path}: {module}: A has rank {of_a}, B has rank {of_b}")
-    if of_a != wanted:
-        raise InputError(
-            f"{source.checkpoint.path}: {module} has rank {of_a}, but {source.settings.path.name} says {wanted}; "
-            "r and the scaling would be wrong: give the config this adapter was trained with"
-        )
 
 
 def linear_factors(

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from lora_diag.adapters.updates import Shape, flat
 from lora_diag.checkpoints import Checkpoint
-from lora_diag.deltas import matrices
+from lora_diag.deltas import HEAD, matrices
 from lora_diag.results.names import RESIZABLE
 
 # First parts of names that only say in what a model is wrapped.
@@ -68,7 +68,6 @@ FUSED = {
     "up_proj": (("up_proj",),),
 }
 EXPERT = re.compile(r"(?P<owner>.+\.experts)\.(?P<index>\d+)\.(?P<leaf>\w+)\.weight")
-HEADS = re.compile(r"(^|\.)(lm_head|embed_out)\.weight$")
 EMBEDDINGS = re.compile(r"(^|\.)(embed_tokens|wte|tok_embeddings|word_embeddings|shared|embed_in)\.weight$")
 
 
@@ -212,7 +211,7 @@ def _find(name: str, shape: Shape, index: _Index, transposed: bool, parts: bool)
             return problem
     if places := _expert_places(name, shape, index) or (_part_of_stack(name, shape, index) if parts else ()):
         return places
-    if HEADS.search(name) and not any(HEADS.search(stored) for stored in index.base):
+    if HEAD.search(name) and not any(HEAD.search(stored) for stored in index.base):
         tables = [stored for stored in index.base if EMBEDDINGS.search(stored)]
         fitting = [stored for stored in tables if _fits(stored, shape, index.base[stored].shape, False)]
         if len(fitting) == 1:

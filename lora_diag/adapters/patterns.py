@@ -14,6 +14,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from lora_diag.adapters.keys import is_named
 from lora_diag.adapters.source import Config, is_number
 from lora_diag.errors import InputError
 
@@ -149,7 +150,7 @@ def is_target(module: str, names: str | list[str], path: Path) -> bool:
         InputError: It is not a regular expression.
     """
     if not isinstance(names, str):
-        return any(module == name or module.endswith(f".{name}") for name in names)
+        return any(is_named(module, name) for name in names)
     try:
         return names == "all-linear" or re.fullmatch(names, module) is not None
     except re.error as error:

@@ -27,7 +27,7 @@ from lora_diag.deltas import (
     selector,
 )
 from lora_diag.errors import InputError, NothingComparedError
-from lora_diag.results.records import Reason
+from lora_diag.results.run import Reason
 
 if TYPE_CHECKING:
     import torch
@@ -121,7 +121,7 @@ def _alone(source: Source, reading: Reading) -> tuple[list[Delta], list[Unpaired
     deltas: list[Delta] = []
     unpaired: list[Unpaired] = []
     for update in reading.updates:
-        layer = update.weight if update.expert is None else f"{update.weight}[{update.expert[0]}]"
+        layer = update.layer
         shape = tuple(size for size in update.shape if size is not None)
         if update.needs_weight or len(shape) < len(update.shape):
             why = f"{update.needs_weight or reading.kind.partition(',')[0]} changes it in terms of the base weight"

@@ -1,11 +1,15 @@
-"""A scaling that is known from headers, or lies as a number in the file beside the factors."""
+"""By what updates are multiplied: as a PEFT config says it, or as a number in the file beside the factors."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
+from lora_diag.adapters.patterns import Pattern, read_pattern
+from lora_diag.adapters.source import Config
 from lora_diag.adapters.updates import read
 from lora_diag.checkpoints import Checkpoint
+from lora_diag.errors import InputError
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,3 +38,73 @@ def scale_of(checkpoint: Checkpoint, scale: Scale) -> float:
         return scale.factor
     alpha = float(read(checkpoint, scale.alpha).reshape(-1)[0])
     return scale.factor * (alpha / scale.rank if alpha else 1.0)
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """How much each module's B·A counts.
+
+    Args:
+        config: The adapter's config.
+        ranks: ``rank_pattern``.
+        alphas: ``alpha_pattern``.
+    """
+
+    config: Config
+    ranks: Pattern
+    alphas: Pattern
+
+    @staticmethod
+    def of(config: Config, modules: list[str]) -> Scaling:
+        """Read it from the config.
+
+        Raises:
+            InputError: A pattern is not valid.
+        """
+        return Scaling(
+            config, read_pattern(config, "rank_pattern", modules), read_pattern(config, "alpha_pattern", modules)
+        )
+
+    def rank(self, module: str) -> int:
+        """Return r of a module."""
+        return rank_of(self.config, self.ranks, module)
+
+    def alpha(self, module: str, key: str = "lora_alpha") -> float:
+        """Return α of a module."""
+        found = self.alphas.matches(module)
+        return found[0][1] if found else self.config.number(key)
+
+    def of_module(self, module: str) -> float:
+        """Return s of a module."""
+        rank = self.rank(module)
+        return self.alpha(module) / (math.sqrt(rank) if self.config.flag("use_rslora") else rank)
+
+    def words(self, alpha: str = "lora_alpha") -> str:
+        """Say how s is made and where that is said."""
+        return f"{alpha} / {'√r (use_rslora)' if self.config.flag('use_rslora') else 'r'}, from {self.config.path.name}"
+
+    def notes(self, modules: list[str]) -> list[str]:
+        """Say what is doubtful about the patterns."""
+        return self.ranks.notes(modules) + self.alphas.notes(modules)
+
+
+def rank_of(config: Config, ranks: Pattern, module: str) -> int:
+    """Return r of a module, given ``rank_pattern``.
+
+    Raises:
+        InputError: It is no whole number from 1 up.
+    """
+    found = ranks.matches(module)
+    if not found:
+        return config.integer("r")
+    key, value = found[0]
+    if value < 1 or value != int(value):
+        raise InputError(f"{config.path}: rank_pattern[{key!r}] must be a whole number from 1 up, not {value:g}")
+    return int(value)
+
+
+def scaling_words(config: Config, alpha: str = "lora_alpha") -> str:
+    """Return r and α in words, and whether patterns change them."""
+    patterns = [key for key in ("rank_pattern", "alpha_pattern") if config.values.get(key)]
+    words = f"r={config.values.get('r')}, alpha={config.values.get(alpha)}"
+    return f"{words} (and {', '.join(patterns)})" if patterns else words

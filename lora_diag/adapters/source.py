@@ -57,6 +57,15 @@ class Config:
     path: Path
     values: Mapping[str, Any]
 
+    @staticmethod
+    def read(path: Path) -> Config:
+        """Read a file.
+
+        Raises:
+            InputError: It cannot be read or holds no settings.
+        """
+        return Config(path, read_object(path, "adapter config", MAX_CONFIG_BYTES))
+
     def __contains__(self, key: str) -> bool:
         return self.values.get(key) is not None
 
@@ -190,11 +199,7 @@ def open_source(path: Path | str) -> Source:
         raise InputError(f"{path}: no such file or folder")
     file = _weights_in(path) if path.is_dir() else path
     config_path = file.parent / CONFIG
-    config = (
-        Config(config_path, read_object(config_path, "adapter config", MAX_CONFIG_BYTES))
-        if config_path.is_file()
-        else None
-    )
+    config = Config.read(config_path) if config_path.is_file() else None
     checkpoint = open_checkpoint(file)
     for name in checkpoint:
         info = checkpoint[name]

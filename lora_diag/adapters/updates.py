@@ -93,6 +93,11 @@ class Update:
     optional: bool = False
 
     @property
+    def layer(self) -> str:
+        """The adapter's name for the matrix: of stacked experts, with the index of one."""
+        return self.weight if self.expert is None else f"{self.weight}[{self.expert[0]}]"
+
+    @property
     def wanted(self) -> tuple[str, Shape]:
         """Name and shape of the tensor to look for in BASE."""
         shape = self.shape if self.expert is None else (self.expert[1], *self.shape)

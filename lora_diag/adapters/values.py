@@ -8,11 +8,21 @@ also saves every ``input_layernorm``, and only the file tells.
 from __future__ import annotations
 
 import re
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
-from lora_diag.adapters.keys import strip
-from lora_diag.adapters.source import Source
-from lora_diag.adapters.tokens import PART, token_update
-from lora_diag.adapters.updates import NewValue, Update
+from lora_diag.adapters.keys import is_named, strip
+from lora_diag.adapters.source import Config, Source
+from lora_diag.adapters.updates import NewValue, Site, Update, read
+from lora_diag.checkpoints import Checkpoint
+from lora_diag.errors import InputError
+
+if TYPE_CHECKING:
+    from lora_diag.adapters.updates import Factors
+
+# Some rows of an embedding.
+ROWS = "trainable_tokens_delta"
+TOKENS = f".token_adapter.{ROWS}"
 
 # Names inside PEFT's wrappers, as dumps made by hand have them.
 SAVED = re.compile(r"\.modules_to_save\.[^.]+(?=\.)")
@@ -35,11 +45,53 @@ def stored_values(source: Source, names: list[str]) -> tuple[tuple[NewValue, ...
     values, updates, ignored = [], [], []
     for key in names:
         name = SAVED.sub("", strip(key))
-        if name.endswith(f".token_adapter.{PART}"):
-            updates.append(token_update(source, key))
+        if name.endswith(TOKENS):
+            indices = source.settings.values.get("trainable_token_indices")
+            updates.append(rows_update(source, strip(key).removesuffix(TOKENS), key, indices))
         elif ORIGINAL.search(name):
             ignored.append(key)
         else:
             is_copy = name.endswith(".base_layer.weight")
             values.append(NewValue(name.replace(".base_layer.", "."), key, is_copy))
     return tuple(values), updates, tuple(ignored)
+
+
+def rows_update(source: Source, module: str, key: str, indices: Any) -> Update:
+    """Return the update that replaces rows of a table.
+
+    Despite its name, ``trainable_tokens_delta`` ``(n, dim)`` holds the new values: ΔW[i] = value − W[i] for the trained
+    rows i, else 0. As S·(value − W[i]) with S ``(vocab, n)`` picking the rows, the update has rank at most n and stays
+    in factored form.
+
+    Raises:
+        InputError: There is not one index per row.
+    """
+    rows = _rows(source.settings, module, indices)
+    shape = source.checkpoint[key].shape
+    if len(shape) != 2 or not rows or len(rows) != shape[0] or len(set(rows)) != len(rows):
+        raise InputError(
+            f"{source.checkpoint.path}: {key} has the shape {list(shape)}, but {source.settings.path.name} gives "
+            f"{len(set(rows))} token indices for it"
+        )
+    load = partial(factors, source.checkpoint, key, rows)
+    return Update(f"{module}.weight", (None, shape[1]), load, True, source.checkpoint[key].dtype, "trainable tokens")
+
+
+def _rows(config: Config, module: str, indices: Any) -> list[int]:
+    """Return the indices of one table, from a list for the only one or from a mapping by module."""
+    if isinstance(indices, dict):
+        indices = next((rows for name, rows in indices.items() if is_named(module, name)), None)
+    if not isinstance(indices, list) or not all(type(row) is int and row >= 0 for row in indices):
+        raise InputError(f"{config.path}: there are no token indices for {module}, which the adapter trained")
+    return indices
+
+
+def factors(checkpoint: Checkpoint, key: str, rows: list[int], site: Site) -> Factors:
+    """Return S ``(vocab, n)`` and value − W[rows] ``(n, dim)``."""
+    import torch
+
+    if max(rows) >= site.shape[0]:
+        raise InputError(f"{checkpoint.path}: token {max(rows)} is beyond the {site.shape[0]} rows of BASE's table")
+    picks = torch.zeros(site.shape[0], len(rows), dtype=torch.float64)
+    picks[rows, range(len(rows))] = 1.0
+    return picks, read(checkpoint, key) - site.rows(rows)

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_diag.adapters.experts import REGISTERED
-from lora_diag.adapters.keys import PREFIX
+from lora_diag.adapters.keys import PREFIX, is_named
 from lora_diag.adapters.source import CONFIG
 from lora_diag.adapters.writing_targets import Target
 from lora_diag.checkpoints import TensorInfo, open_checkpoint
@@ -289,7 +289,7 @@ def target_modules(adapted: Collection[str], modules: Iterable[str]) -> list[str
     """
     known = {*modules, *adapted}
     names = _shortest(adapted, known)
-    matched = {module for module in known if any(module == name or module.endswith(f".{name}") for name in names)}
+    matched = {module for module in known if any(is_named(module, name) for name in names)}
     return names if matched == set(adapted) else "|".join(re.escape(module) for module in sorted(adapted))
 
 

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from lora_diag.adapters.patterns import is_target, module_targets, read_pattern
+from lora_diag.adapters.scales import rank_of
 from lora_diag.adapters.source import Config
 from lora_diag.adapters.writing_targets import Target
-from lora_diag.checkpoints.documents import MAX_CONFIG_BYTES, read_object
 from lora_diag.errors import InputError
 
 
@@ -22,7 +22,7 @@ def ranks_of_config(path: Path, targets: Mapping[str, Target]) -> dict[str, int]
     Raises:
         InputError: It is no LoRA config, a rank is none, or none of its modules is a layer here.
     """
-    config = Config(path, read_object(path, "adapter config", MAX_CONFIG_BYTES))
+    config = Config.read(path)
     names = module_targets(config, [target.module for target in targets.values()])
     parameters = config.names("target_parameters")
     pattern = read_pattern(config, "rank_pattern", [target.module for target in targets.values()])
@@ -31,12 +31,8 @@ def ranks_of_config(path: Path, targets: Mapping[str, Target]) -> dict[str, int]
         wanted = parameters if target.kind == "parameter" else names
         if not is_target(target.module, wanted, path):
             continue
-        found = pattern.matches(target.module)
-        rank = found[0][1] if found else config.integer("r")
-        if rank < 1 or rank != int(rank):
-            raise InputError(f"{path}: rank_pattern[{found[0][0]!r}] must be a whole number from 1 up, not {rank:g}")
         # A fused parameter has one rank; its halves are factored by themselves and share it.
-        ranks[layer] = max(1, int(rank) // target.half[1])
+        ranks[layer] = max(1, rank_of(config, pattern, target.module) // target.half[1])
     if not ranks:
         raise InputError(
             f"{path}: none of its target_modules is a layer here; layers here are modules like "

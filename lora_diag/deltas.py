@@ -217,7 +217,6 @@ def pair(base: Checkpoint, tuned: Checkpoint, layers: str | None = None, exclude
 
     Raises:
         UsageError: A regular expression is not valid.
-        NothingComparedError: The sides have no name in common, or none is selected.
     """
     selected = selector(layers, exclude)
     deltas: list[Delta] = []
@@ -232,9 +231,17 @@ def pair(base: Checkpoint, tuned: Checkpoint, layers: str | None = None, exclude
             unpaired.append(Unpaired(name, tuned[name].shape, "only_in_tuned", f"only in {tuned.path}"))
         else:
             _pair_tensor(name, Side(base, before), Side(tuned, after), deltas, unpaired)
-    if not deltas:
-        raise NothingComparedError(_why_nothing(base, tuned, unpaired))
     return Pairing(tuple(deltas), tuple(unpaired))
+
+
+def refuse_empty(pairing: Pairing, base: Checkpoint, tuned: Checkpoint) -> None:
+    """Refuse a pairing in which nothing is compared.
+
+    Raises:
+        NothingComparedError: The sides have no name in common, or none is selected.
+    """
+    if not pairing.deltas:
+        raise NothingComparedError(_why_nothing(base, tuned, pairing.unpaired))
 
 
 def stored_name(checkpoint: Checkpoint, name: str) -> str | None:
@@ -354,12 +361,12 @@ def _regex(pattern: str | None, option: str) -> re.Pattern[str] | None:
         raise UsageError(f"{option} {pattern!r} is not a valid regular expression: {error}") from error
 
 
-def _why_nothing(base: Checkpoint, tuned: Checkpoint, unpaired: list[Unpaired]) -> str:
+def _why_nothing(base: Checkpoint, tuned: Checkpoint, unpaired: tuple[Unpaired, ...]) -> str:
     names = [name for name in base if name in tuned]
     if not names:
         return (
             f"no weight name of {base.path} is in {tuned.path}, so nothing was compared. "
-            f"BASE has names like {min(base)}; TUNED has names like {min(tuned)}"
+            f"BASE has names like {min(base)}; TUNED has names like {min(tuned)}. Are they one model, saved alike?"
         )
     reasons = sorted({item.reason for item in unpaired if item.layer in names})
     return f"nothing was compared: all {len(names)} names that both sides have are left out ({', '.join(reasons)})"

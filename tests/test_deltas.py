@@ -6,17 +6,19 @@ import pytest
 import torch
 
 from lora_diag.checkpoints import open_checkpoint
-from lora_diag.deltas import matrices, natural_order, pair
+from lora_diag.deltas import matrices, natural_order, pair, refuse_empty
 from lora_diag.errors import NothingComparedError, UsageError
 from tests.conftest import save_model
 
 
 def pairing(tmp_path, before, after, **options):
-    return pair(
+    sides = (
         open_checkpoint(save_model(tmp_path / "base", before)),
         open_checkpoint(save_model(tmp_path / "tuned", after)),
-        **options,
     )
+    found = pair(*sides, **options)
+    refuse_empty(found, *sides)
+    return found
 
 
 def ones(*shape, dtype=torch.float32):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from lora_diag.adapters import Place, is_adapter, match_names, open_adapter
 from lora_diag.api.fingerprint import content_hash, files_of, fingerprint, legible
 from lora_diag.checkpoints import Checkpoint, as_path, locate, open_checkpoint
 from lora_diag.checkpoints.tensors import FLOAT_DTYPES
-from lora_diag.deltas import Delta, Pairing, Side, StoredDelta, natural_order, pair
+from lora_diag.deltas import Delta, Pairing, Side, StoredDelta, natural_order, pair, refuse_empty
 from lora_diag.errors import InputError, UsageError
 from lora_diag.results import RunInput
 
@@ -84,6 +85,7 @@ def _compare(
         if any(file.metadata.get("kind") == MOMENTS for file in side.files):
             raise UsageError(f"{side.path}: holds {MOMENTS} and is no checkpoint; it is what --activations takes")
     pairing, notes = _pair_renamed(pair(before, after, layers, exclude), before, after)
+    refuse_empty(pairing, before, after)
     return Comparison((describe("base", before, verify=verify), describe("tuned", after, notes, verify)), pairing)
 
 
@@ -102,7 +104,11 @@ def _refuse_clashes(deltas: tuple[Delta, ...]) -> None:
 
 
 def _pair_renamed(pairing: Pairing, base: Checkpoint, tuned: Checkpoint) -> tuple[Pairing, tuple[str, ...]]:
-    """Pair what TUNED stores under another name than BASE, such as fused experts that BASE stores one by one."""
+    """Pair what TUNED stores under another name than BASE, such as fused experts that BASE stores one by one.
+
+    Two sides without a name in common may be one model, saved with and without its head or inside a wrapper. They are
+    taken for that if half of either side finds its other name, and no config says that they are two.
+    """
     free = {item.layer for item in pairing.unpaired if item.reason == "only_in_base"}
     wanted = {item.layer: item.shape for item in pairing.unpaired if item.reason == "only_in_tuned"}
     found, _ = match_names(wanted, base)
@@ -112,7 +118,7 @@ def _pair_renamed(pairing: Pairing, base: Checkpoint, tuned: Checkpoint) -> tupl
         if all(place.name in free and place.into is None and place.shape == _own_shape(base, place) for place in places)
         and {tuned[name].dtype, *(base[place.name].dtype for place in places)} <= FLOAT_DTYPES
     }
-    if not renamed:
+    if not renamed or not (pairing.deltas or _is_one_model(base, tuned, renamed)):
         return pairing, ()
     taken = {*renamed, *(delta.base.name for deltas in renamed.values() for delta in deltas)}
     deltas = sorted(
@@ -122,6 +128,13 @@ def _pair_renamed(pairing: Pairing, base: Checkpoint, tuned: Checkpoint) -> tupl
     name, first = min((name, deltas[0].layer) for name, deltas in renamed.items())
     note = f"{len(renamed)} tensors are stored under other names than in BASE, such as {name} for {first}"
     return Pairing(tuple(deltas), rest), (note,)
+
+
+def _is_one_model(base: Checkpoint, tuned: Checkpoint, renamed: Mapping[str, Sequence[StoredDelta]]) -> bool:
+    """Say whether two sides without a name in common are one model, by what of TUNED was found under other names."""
+    types = {base.config.get("model_type"), tuned.config.get("model_type")} - {None}
+    found = {delta.base.name for deltas in renamed.values() for delta in deltas}
+    return len(types) < 2 and (2 * len(renamed) >= len(tuned) or 2 * len(found) >= len(base))
 
 
 def _own_shape(base: Checkpoint, place: Place) -> tuple[int, ...]:

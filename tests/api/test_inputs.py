@@ -59,10 +59,40 @@ def test_a_shape_that_does_not_fit_stays_unpaired(tmp_path):
     assert len(reasons) == EXPERTS
 
 
-def test_names_with_nothing_in_common_are_not_guessed_at(tmp_path):
-    one, two = {"layers.0.w": torch.ones(2, 2)}, {"model.layers.0.w": torch.ones(2, 2)}
-    with pytest.raises(NothingComparedError):
-        lora_diag.spectrum(save_model(tmp_path / "a", one), save_model(tmp_path / "b", two))
+@pytest.mark.parametrize("prefix", ["model.", "base_model.model.", "bert.", "transformer."])
+@pytest.mark.parametrize("on_base", [False, True])
+def test_a_prefix_that_one_side_lacks_is_looked_through(tmp_path, prefix, on_base):
+    plain, tuned = weights(1), weights(2)
+    sides = [plain, tuned] if on_base else [tuned, plain]
+    sides[0] = {prefix + name: value for name, value in sides[0].items()}
+    before, after = sides if on_base else reversed(sides)
+    expected = lora_diag.spectrum(save_model(tmp_path / "a", plain), save_model(tmp_path / "b", tuned))
+    found = lora_diag.spectrum(save_model(tmp_path / "c", before), save_model(tmp_path / "d", after))
+    assert [layer.s for layer in found.layers] == [layer.s for layer in expected.layers]
+    assert [layer.layer.removeprefix(prefix if on_base else "") for layer in found.layers] == [
+        layer.layer for layer in expected.layers
+    ]
+    assert {item.reason for item in found.left_out} == {"vector"}
+    assert "12 tensors are stored under other names than in BASE" in found.run.inputs[1].notes[0]
+
+
+def test_names_of_two_models_with_nothing_in_common_are_not_guessed_at(tmp_path):
+    sides = {"bert": weights(1), "roberta": {f"roberta.{name}": value for name, value in weights(2).items()}}
+    for kind, tensors in sides.items():
+        (save_model(tmp_path / kind, tensors) / "config.json").write_text(f'{{"model_type": "{kind}"}}')
+    with pytest.raises(NothingComparedError, match="one model, saved alike"):
+        lora_diag.spectrum(tmp_path / "bert", tmp_path / "roberta")
+    with pytest.raises(NothingComparedError, match=r"a\.weight.*b\.weight"):
+        lora_diag.spectrum(
+            save_model(tmp_path / "a", {"a.weight": torch.ones(2, 2)}),
+            save_model(tmp_path / "b", {"b.weight": torch.ones(2, 2)}),
+        )
+    blocks = {name.replace("layers", "h"): value for name, value in weights(2).items()}
+    with pytest.raises(NothingComparedError):  # only the two tables of twelve tensors would find their other name
+        lora_diag.spectrum(
+            save_model(tmp_path / "layers", weights(1)),
+            save_model(tmp_path / "h", {f"transformer.{name}": value for name, value in blocks.items()}),
+        )
 
 
 def test_one_side_alone_must_be_an_adapter(tmp_path):

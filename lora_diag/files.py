@@ -45,12 +45,51 @@ def replacing(path: Path) -> Iterator[Path]:
             beside.unlink(missing_ok=True)
 
 
+def check_place(path: Path) -> None:
+    """Refuse, before any work, a file that ``replacing`` could not write; create nothing.
+
+    Raises:
+        UsageError: Something that is no file is there.
+        InputError: It could not be written.
+    """
+    check_folder_of(path)
+    if path.exists() and not path.is_file():
+        raise UsageError(f"{path}: is not a file; choose another name")
+
+
+def check_folder_of(path: Path, in_place: bool = False) -> None:
+    """Refuse, before any work, what nothing could be written to: folders are not made of a typo in a path.
+
+    Args:
+        path: A file, or a folder that is to be made.
+        in_place: A file that is there is written to, not replaced.
+
+    Raises:
+        InputError: There is no such folder, or nothing may be written there.
+    """
+    try:
+        place = Path(os.path.realpath(path)) if path.is_symlink() else path
+        exists = place.lstat() is not None
+    except FileNotFoundError:
+        exists = False
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise InputError(f"{path}: cannot be written: {reason}") from error
+    folder = place.parent
+    if not folder.is_dir():
+        raise InputError(f"{path}: cannot be written: there is no folder {folder}; create it first")
+    if not (os.access(place, os.W_OK) if exists and in_place else os.access(folder, os.W_OK | os.X_OK)):
+        raise InputError(f"{path}: cannot be written: permission denied")
+
+
 def write_whole(path: Path, content: str | bytes) -> None:
     """Write a file, or leave everything as it was.
 
     Raises:
+        UsageError: Something that is no file is there.
         InputError: It cannot be written.
     """
+    check_place(path)
     with replacing(path) as beside:
         beside.write_bytes(content.encode() if isinstance(content, str) else content)
 

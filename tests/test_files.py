@@ -2,8 +2,8 @@
 
 import pytest
 
-from lora_diag.errors import InputError
-from lora_diag.files import replacing, write_whole
+from lora_diag.errors import InputError, UsageError
+from lora_diag.files import check_place, replacing, write_whole
 
 
 def names(folder):
@@ -29,12 +29,21 @@ def test_a_link_stays_a_link(tmp_path):
     assert names(tmp_path / "there") == ["file"]
 
 
-@pytest.mark.parametrize("name", ["missing/a.txt", "file/a.txt", "folder", "a" * 300])
-def test_what_cannot_be_written_is_one_message_and_leaves_nothing(tmp_path, name):
+@pytest.mark.parametrize(
+    ("name", "kind", "why"),
+    [
+        ("missing/a.txt", InputError, "cannot be written: there is no folder .*missing; create it first"),
+        ("file/a.txt", InputError, "cannot be written: "),
+        ("folder", UsageError, "is not a file; choose another name"),
+        ("a" * 300, InputError, "cannot be written: File name too long"),
+    ],
+)
+def test_what_cannot_be_written_is_one_message_and_leaves_nothing(tmp_path, name, kind, why):
     (tmp_path / "file").write_text("old")
     (tmp_path / "folder").mkdir()
-    with pytest.raises(InputError, match="cannot be written: "):
-        write_whole(tmp_path / name, "new")
+    for refuse in (check_place, lambda path: write_whole(path, "new")):
+        with pytest.raises(kind, match=why):
+            refuse(tmp_path / name)
     assert names(tmp_path) == ["file", "folder"]
     assert (tmp_path / "file").read_text() == "old"
 

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lora_diag.errors import InputError, UsageError
-from lora_diag.files import lock, sync, write_whole
+from lora_diag.files import check_folder_of, lock, sync, write_whole
 
 WEIGHTS, CONFIG, CARD, RECORDS = "adapter_model.safetensors", "adapter_config.json", "README.md", "extraction.jsonl"
 FACTORS, SPECTRA = "factors", "spectra.jsonl"
@@ -39,6 +39,7 @@ class OutputFolder:
     """
 
     def __init__(self, final: Path, inputs: Sequence[Path | str], overwrite: bool, resume: bool) -> None:
+        check_folder_of(final)
         self.final = Path(os.path.realpath(final))
         self.work = self.final.with_name(f"{self.final.name}.part")
         self._overwrite, self._resume = overwrite, resume
@@ -55,11 +56,6 @@ class OutputFolder:
                     f"{self.work}: holds an unfinished extraction; continue it with --resume, or delete it first"
                 )
             _check_ours(self.work)
-        parent = self.final.parent
-        if not parent.is_dir():
-            raise InputError(f"{final}: cannot be written: there is no folder {parent}; create it first")
-        if not os.access(parent, os.W_OK | os.X_OK):
-            raise InputError(f"{final}: cannot be written: permission denied")
 
     def _check_final(self) -> None:
         if not self.final.exists():

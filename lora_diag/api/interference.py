@@ -29,6 +29,7 @@ from lora_diag.diagnostics.interference import size
 from lora_diag.diagnostics.parts import RANKS, InterferenceSettings, Several, Update
 from lora_diag.engines import Ray
 from lora_diag.errors import InputError, NothingComparedError, UsageError
+from lora_diag.files import check_place
 from lora_diag.linalg import check_request
 from lora_diag.results import (
     AnyRecord,
@@ -184,12 +185,11 @@ def check_spectrum_file(path: Path) -> None:
 
     Raises:
         UsageError: It holds something else than results.
-        InputError: Its folder is not there.
+        InputError: It could not be written.
     """
+    check_place(path)
     if path.exists() and not is_results_file(path):
         raise UsageError(f"--spectrum {path}: exists and is not a results file, so it is left as it is")
-    if not path.parent.is_dir():
-        raise InputError(f"{path}: cannot be written: there is no folder {path.parent}; create it first")
 
 
 def _weights(given: Sequence[float] | None, number: int) -> tuple[float, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_diag.errors import InputError, NothingComparedError, UsageError
-from lora_diag.files import write_whole
+from lora_diag.files import check_folder_of, check_place, write_whole
 from lora_diag.results import Results, read_results
 
 
@@ -72,8 +73,10 @@ def plot(
     if labels and len(labels) != len(results):
         raise UsageError(f"{len(labels)} labels for {len(results)} results: give one --label each, in their order")
     path = Path(output)
-    single = path.suffix.lower().removeprefix(".") in plots.FORMATS and not path.is_dir()
+    there = os.path.isdir(path)  # noqa: PTH112  (unlike Path.is_dir(), False also for names that no file can have)
+    single = path.suffix.lower().removeprefix(".") in plots.FORMATS and not there
     kind = _format(path, single, format, plots.FORMATS)
+    _check_output(path, single, there)
     if single and figure == "all":
         raise UsageError(f"{path}: is one file, and all figures are several: give a folder, or one --figure")
     if single and figure is None and field is not None:
@@ -130,6 +133,21 @@ def _format(path: Path, single: bool, asked: str | None, formats: Sequence[str])
     return asked or "png"
 
 
+def _check_output(path: Path, single: bool, there: bool) -> None:
+    """Refuse, before anything is drawn, where figures could not be written; a folder of them is made, not its parents.
+
+    Raises:
+        UsageError: What is there is no file, or no folder.
+        InputError: They could not be written.
+    """
+    if single:
+        check_place(path)
+        return
+    check_folder_of(path / "figure" if there else path)
+    if path.exists() and not there:
+        raise UsageError(f"{path}: is no folder; give one, or a name that ends in .png, .svg or .pdf")
+
+
 def _check_options(figure: str | None, field: str | None, rank: int | None) -> None:
     """Refuse an option that the figure asked for has no use of.
 
@@ -170,9 +188,9 @@ def _way_out(made_by: str, reason: str) -> str:
 
 
 def _write(path: Path, content: bytes) -> None:
-    """Write a figure, into a folder that need not be there."""
+    """Write a figure, into a folder of figures that need not be there."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(exist_ok=True)
     except OSError as error:
         raise InputError(f"{path}: cannot be written: {error.strerror}") from error
     write_whole(path, content)

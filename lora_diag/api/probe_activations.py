@@ -14,7 +14,8 @@ from lora_diag.checkpoints import Checkpoint, open_checkpoint
 from lora_diag.checkpoints.tensors import TensorInfo
 from lora_diag.checkpoints.writing import write_safetensors
 from lora_diag.deltas import natural_order, selector
-from lora_diag.errors import InputError, NothingComparedError, UsageError
+from lora_diag.errors import NothingComparedError, UsageError
+from lora_diag.files import check_place
 from lora_diag.linalg import resolve_device
 from lora_diag.results.probe import Activations, LayerInput
 from lora_diag.training.activations import Listener, Moment, equal_batches, inputs_of, linear_layers, outputs_of, record
@@ -80,8 +81,7 @@ def probe_activations(
     output = Path(output)
     if os.path.lexists(output):
         raise UsageError(f"{output}: is there already; delete it first, or choose another name")
-    if not output.parent.is_dir():
-        raise InputError(f"{output}: cannot be written: there is no folder {output.parent}; create it first")
+    check_place(output)
     selected = selector(layers, exclude)
     stored = open_checkpoint(base)
     model = open_model(base, resolve_device(device), dtype, length, tokenizer)

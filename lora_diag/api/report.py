@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_diag.errors import UsageError
-from lora_diag.files import write_whole
+from lora_diag.files import check_place, write_whole
 from lora_diag.planning.evidence import Evidence, Source
 from lora_diag.results import Results, read_results
 
@@ -46,6 +46,7 @@ def report(
         raise UsageError("no results: give one results file or more")
     render = _RENDERERS[_format_of(output, format)]
     if output is not None:
+        check_place(Path(output))
         _spare_the_inputs(Path(output), [item for item in results if not isinstance(item, Results)])
     made = render(Evidence(tuple(map(_source, results))))
     if output is not None:

@@ -11,6 +11,7 @@ import typer
 from lora_diag.cli import options
 from lora_diag.cli.output import again, result, terminal
 from lora_diag.errors import UsageError
+from lora_diag.files import check_place
 
 if TYPE_CHECKING:
     from lora_diag.results import Allocation, Results
@@ -90,6 +91,8 @@ def allocate(
         return
     if check is not None and output is None:
         raise UsageError("--check: there is no config to check; write one with -o adapter_config.json")
+    if output is not None:
+        check_place(output)
     allocation = choose(
         results,
         params=params,

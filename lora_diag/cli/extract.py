@@ -47,6 +47,7 @@ class Folder(options.Verifiable):
     def __post_init__(self) -> None:
         if self.output is None:
             raise UsageError("extract: name the adapter folder to write with -o")
+        super().__post_init__()
 
     def arguments(self) -> dict[str, Any]:
         """Return what a function of the API takes."""

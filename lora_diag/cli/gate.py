@@ -12,7 +12,7 @@ import typer
 from lora_diag.cli import options
 from lora_diag.cli.output import again, result, terminal
 from lora_diag.errors import DONE, GATE_FAILED, INCONCLUSIVE, InputError, UsageError
-from lora_diag.files import write_whole
+from lora_diag.files import check_place, write_whole
 
 if TYPE_CHECKING:
     from lora_diag.results import Results
@@ -113,7 +113,7 @@ def _init(given: list[str], output: Path | None, quiet: bool) -> None:
     if output is None:
         result(text.rstrip("\n"))
         return
-    _write(output, text)
+    write_whole(output, text)
     if not quiet:
         from lora_diag.api.gate import gate as judge
         from lora_diag.reports.verdict import headline
@@ -141,10 +141,11 @@ def _measured(base: str | None, tuned: str | None, adapters: list[str], given: l
 
 
 def _spare(inputs: list[Path], outputs: list[Path | None]) -> None:
-    """Refuse to write over an input, or two reports into one file.
+    """Refuse to write over an input, two reports into one file, or where nothing can be written.
 
     Raises:
         UsageError: That was asked.
+        InputError: There is no such folder, or it may not be written to.
     """
     taken = {os.path.realpath(path) for path in inputs}
     for path in outputs:
@@ -152,6 +153,7 @@ def _spare(inputs: list[Path], outputs: list[Path | None]) -> None:
             continue
         if os.path.realpath(path) in taken:
             raise UsageError(f"{path}: is read or written already by this command; choose another name")
+        check_place(path)
         taken.add(os.path.realpath(path))
 
 
@@ -168,15 +170,15 @@ def _write_reports(results: Results[Any], junit: Path | None, sarif: Path | None
     if junit is not None:
         from lora_diag.reports.junit import junit as as_junit
 
-        _write(junit, as_junit(results))
+        write_whole(junit, as_junit(results))
     if sarif is not None:
         from lora_diag.reports.sarif import sarif as as_sarif
 
-        _write(sarif, as_sarif(results))
+        write_whole(sarif, as_sarif(results))
     if card is not None:
         from lora_diag.reports.model_card import model_card
 
-        _write(card, model_card(results, _read(card) if card.exists() else ""))
+        write_whole(card, model_card(results, _read(card) if card.exists() else ""))
 
 
 def _show(results: Results[Any], github: bool, then: str) -> None:
@@ -221,15 +223,3 @@ def _read(path: Path) -> str:
         return path.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
-
-
-def _write(path: Path, text: str) -> None:
-    """Write a file.
-
-    Raises:
-        UsageError: Something that is no file is there.
-        InputError: It cannot be written.
-    """
-    if path.exists() and not path.is_file():
-        raise UsageError(f"{path}: is not a file; choose another name")
-    write_whole(path, text)

@@ -20,6 +20,7 @@ import typer
 
 from lora_diag.cli.output import as_lines
 from lora_diag.errors import UsageError
+from lora_diag.files import check_folder_of
 
 if TYPE_CHECKING:
     from lora_diag import Ray
@@ -128,6 +129,7 @@ class Written:
 
     Raises:
         UsageError: A run that was not kept should go on.
+        InputError: Nothing could be written there.
     """
 
     output: Annotated[
@@ -140,6 +142,8 @@ class Written:
     def __post_init__(self) -> None:
         if self.resume and self.output is None:
             raise UsageError("--resume: give the results file of the interrupted run with -o")
+        if self.output is not None:
+            check_folder_of(self.output, in_place=True)  # now: a model may take minutes to load
 
     @property
     def table(self) -> bool:

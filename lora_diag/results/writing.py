@@ -19,7 +19,7 @@ from types import TracebackType
 from typing import Any, Generic, Literal, Self
 
 from lora_diag.errors import InputError, UsageError
-from lora_diag.files import lock, sync, sync_descriptor
+from lora_diag.files import check_folder_of, lock, sync, sync_descriptor
 from lora_diag.results.reading import bytes_of, each_line, is_results_file, read_results
 from lora_diag.results.records import AnyRecord, End, Run
 from lora_diag.results.results import L, Results, to_line
@@ -63,7 +63,7 @@ class ResultsWriter(Generic[L]):
         path = Path(path)
         self._final = Path(os.path.realpath(path)) if os.path.islink(path) else path  # noqa: PTH114  (as in _state)
         _check_ours(self._final)
-        _check_writable(self._final)
+        check_folder_of(self._final, in_place=True)
         self._lock = _lock(self._final)
         try:
             self._begin(resume)
@@ -86,7 +86,7 @@ class ResultsWriter(Generic[L]):
         if resume and (part_state if behind_part else state) in {"unfinished", "finished"}:
             self.earlier = _whole_layers(_same_run(read_results(self.path), self.run, self.path))
             self._kept = sum(1 for _ in self.earlier.records())
-        _check_writable(self.path)
+        check_folder_of(self.path, in_place=True)
         if self.earlier.end is not None and behind_part:
             self._replace()
 
@@ -209,26 +209,6 @@ def _state(path: Path) -> Literal["absent", "empty", "unfinished", "finished"]:
         return ("finished" if isinstance(last[0], End) else "unfinished") if last else "empty"
     except InputError as error:
         raise UsageError(f"{error}; the file is left as it is: delete it first, or choose another name") from error
-
-
-def _check_writable(path: Path) -> None:
-    """Refuse, before anything is measured, a file that could not be written; create nothing.
-
-    Raises:
-        InputError: It could not.
-    """
-    folder = path.parent
-    try:
-        exists = path.lstat() is not None
-    except FileNotFoundError:
-        exists = False
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else str(error)
-        raise InputError(f"{path}: cannot be written: {reason}") from error
-    if not folder.is_dir():
-        raise InputError(f"{path}: cannot be written: there is no folder {folder}; create it first")
-    if not (os.access(path, os.W_OK) if exists else os.access(folder, os.W_OK | os.X_OK)):
-        raise InputError(f"{path}: cannot be written: permission denied")
 
 
 def _whole_layers(earlier: Results[Any]) -> Results[Any]:

@@ -1,0 +1,75 @@
+"""Where output goes is looked at before any work, by one rule for all commands: folders are not made of a typo."""
+
+import sys
+
+import pytest
+
+import lora_diag
+from lora_diag.cli import main
+from tests.conftest import ROOT
+
+SAMPLES = ROOT / "sample_checkpoints"
+PAIR = [str(SAMPLES / "base"), str(SAMPLES / "lora_r4")]
+WRITERS = [
+    ["spectrum", *PAIR, "-o", "{}.jsonl"],
+    ["interference", PAIR[1], PAIR[1], "--spectrum", "{}.jsonl"],
+    ["extract", *PAIR, "--rank", "2", "-o", "{}"],
+    ["allocate", "r.jsonl", "--energy", "0.9", "-o", "{}.json"],
+    ["gate", "--policy", "adapter-basic", "r.jsonl", "-o", "{}.jsonl"],
+    ["gate", "--policy", "adapter-basic", "--base", PAIR[0], "--adapter", PAIR[1], "--junit", "{}.xml"],
+    ["gate", "--policy", "adapter-basic", "r.jsonl", "--sarif", "{}.sarif"],
+    ["gate", "--policy", "adapter-basic", "r.jsonl", "--model-card", "{}.md"],
+    ["gate", "init", "r.jsonl", "-o", "{}.toml"],
+    ["report", "r.jsonl", "-o", "{}.html"],
+    ["plot", "r.jsonl", "-o", "{}.png"],
+    ["plot", "r.jsonl", "-o", "{}"],
+    ["probe", "activations", PAIR[0], "--data", str(SAMPLES / "eval" / "in_domain.txt"), "-o", "{}.safetensors"],
+    ["probe", "truncation", *PAIR, "--eval", str(SAMPLES / "eval" / "in_domain.txt"), "-o", "{}.jsonl"],
+]
+
+
+@pytest.fixture
+def told(monkeypatch, capsys, tmp_path):
+    """Run a command in this process, beside results; return its exit code and what it said."""
+    monkeypatch.chdir(tmp_path)
+    lora_diag.spectrum(*PAIR, layers="o_proj", output="r.jsonl")
+
+    def run(*words):
+        monkeypatch.setattr(sys, "argv", ["loradiag", *words])
+        with pytest.raises(SystemExit) as stop:
+            main()
+        return stop.value.code, capsys.readouterr().err
+
+    return run
+
+
+@pytest.mark.parametrize("words", WRITERS, ids=lambda words: " ".join(words[:2] + words[-2:]).replace(str(SAMPLES), ""))
+def test_a_folder_that_is_not_there_is_told_and_not_made(told, tmp_path, words):
+    place = words[-1].format("typo/deeper")
+    code, err = told(*words[:-1], place)
+    assert (code, err) == (3, f"error: {place}: cannot be written: there is no folder typo; create it first\n")
+    assert [path.name for path in tmp_path.iterdir()] == ["r.jsonl"]
+
+
+@pytest.mark.parametrize("words", WRITERS, ids=lambda words: " ".join(words[:2] + words[-2:]).replace(str(SAMPLES), ""))
+def test_names_that_no_file_can_have(told, tmp_path, words):
+    code, err = told(*words[:-1], words[-1].format("n" * 300))
+    assert code == 3
+    assert err.endswith(": cannot be written: File name too long\n")
+
+
+@pytest.mark.parametrize("words", [["report", "r.jsonl", "--format", "html"], ["gate", "init", "r.jsonl"]])
+def test_a_device_is_not_replaced_by_a_file(told, tmp_path, words):
+    """As root, renaming onto /dev/null would take it from the whole machine; here a link stands for it."""
+    (tmp_path / "null").symlink_to("/dev/null")
+    code, err = told(*words, "-o", "null")
+    assert code == 2
+    assert "null: is" in err
+    assert (tmp_path / "null").is_char_device()
+
+
+def test_the_folder_of_figures_is_made_and_nothing_above_it(told, tmp_path):
+    pytest.importorskip("matplotlib")
+    code, _ = told("plot", "r.jsonl", "--figure", "energy", "-o", "figures")
+    assert code == 0
+    assert [path.name for path in (tmp_path / "figures").iterdir()] == ["energy.png"]

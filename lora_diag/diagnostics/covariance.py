@@ -13,9 +13,11 @@ from torch import Tensor
 from lora_diag.diagnostics.change import on_device
 from lora_diag.diagnostics.spectrum import SpectrumSettings, record_of
 from lora_diag.gradients import History
-from lora_diag.linalg import Factors, first_non_finite, norm, resolve_device
+from lora_diag.linalg import Factors, first_non_finite, norm, require, resolve_device
+from lora_diag.linalg.gram import decompose_stack
+from lora_diag.linalg.gram import ROWS
+from lora_diag.linalg.limited import READING
 from lora_diag.linalg.rounding import Spacing
-from lora_diag.linalg.stack import decompose_stack
 from lora_diag.metrics import noise_edge, signal_rank, verdict
 from lora_diag.results import LeftOut, Resolution, Spectrum
 from lora_diag.results.spectrum import Stack
@@ -28,11 +30,31 @@ class _NotFiniteError(Exception):
     """A gradient holds an entry that is not finite; says which and where."""
 
 
-def size(history: History) -> int:
-    """Return about how many bytes measuring a layer takes: one gradient, and a Gram matrix with its copy."""
+def size(history: History, settings: SpectrumSettings) -> int:
+    """Return about how many bytes measuring a layer takes: one gradient, and a Gram matrix with its copy.
+
+    Within a limit it is no fewer than it takes, and no more than there are.
+    """
+    if settings.memory is not None:
+        return min(settings.memory, most_bytes(history))
     rows, columns = history.shape
-    orders = [min(rows, columns), *([max(rows, columns)] if max(rows, columns) <= OTHER_UP_TO else [])]
-    return 4 * rows * columns + 16 * max(orders) ** 2
+    return 4 * rows * columns + 16 * _largest_order(history.shape) ** 2
+
+
+def most_bytes(history: History) -> int:
+    """Return how many bytes a layer takes at most: one gradient, and a Gram matrix of the larger side that is computed.
+
+    Example:
+        >>> round(most_bytes(History("w", (4096, 4096), ())) / 2**20)
+        560
+    """
+    order = _largest_order(history.shape)
+    entry = 8 if "float64" in history.dtypes else 4
+    return READING + entry * math.prod(history.shape) + 16 * order * (order + ROWS)
+
+
+def _largest_order(shape: tuple[int, int]) -> int:
+    return max(shape) if max(shape) <= OTHER_UP_TO else min(shape)
 
 
 def covariance(history: History, settings: SpectrumSettings) -> Spectrum | LeftOut:
@@ -81,6 +103,9 @@ class _Found:
 
 def _compute(history: History, settings: SpectrumSettings, device: torch.device) -> _Found:
     """Read the gradients, once for each side: two Gram matrices at a time would take twice the memory."""
+    if settings.memory is not None and device.type == "cpu":  # the limit is on the memory of the machine
+        what = "a gradient and its Gram matrix take"
+        require(most_bytes(history), settings.memory, history.shape, what, "--exclude it")
     spacing = Spacing()
     left = history.shape[0] < history.shape[1]
     side = decompose_stack(_gradients(history, device, left, spacing), settings.top)

@@ -9,11 +9,13 @@ float64 it is 1e-8, and the bound is 1e-9.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import scipy.linalg
 import torch
 from torch import Tensor
 
+from lora_diag.linalg.difference import norm
 from lora_diag.linalg.factors import Factors, fix_signs
 from lora_diag.linalg.streamed import ROWS, Matrix, Streamed, at_least, gram_of_rows, times_wide
 
@@ -70,13 +72,49 @@ def decompose_gram(
         eigenvalues = _eigenvalues(_gram(tall, held), in_place)
     squares = eigenvalues.clamp(min=0).flip(0).cpu()
     kept = squares[:top].sqrt()
-    epsilon = torch.finfo(torch.float64).eps
-    gamma = k * epsilon / (1 - k * epsilon)
-    error = math.sqrt(len(kept)) * gamma + len(kept) * n * epsilon * float(squares[0]) / fro**2 if fro else 0.0
+    error = _energy_error(k, squares, len(kept), fro)
     if u is not None and v is not None:
         u, vh = fix_signs(v, u.T) if wide else fix_signs(u, v.T)
         return Factors(kept, len(kept) == n, "gram", error, fro, u, vh)
     return Factors(kept, len(kept) == n, "gram", error, fro)
+
+
+def decompose_stack(matrices: Iterable[Tensor], top: int | None = None) -> Factors:
+    """Compute the singular values of S = [A_1; A_2; …], one A in memory at a time.
+
+    SᵀS = ΣA_tᵀA_t, so they are the roots of the eigenvalues of that sum.
+
+    Args:
+        matrices: The A_t, ``(k_t, n)`` each, finite; at least one.
+        top: Keep only so many of the largest values.
+
+    Returns:
+        The values, min(Σk_t, n) of them at most. Their bound is that of ``decompose_gram`` for a matrix of Σk_t rows.
+
+    Example:
+        >>> decompose_stack([torch.tensor([[3.0, 0.0]]), torch.tensor([[0.0, 4.0]])]).s.tolist()
+        [4.0, 3.0]
+    """
+    gram: Tensor | None = None
+    fro, rows = 0.0, 0
+    for matrix in matrices:
+        gram = gram_matrix(matrix, gram)
+        fro, rows = math.hypot(fro, norm([matrix])), rows + len(matrix)
+    if gram is None:
+        raise ValueError("a stack of at least one matrix is needed")
+    squares = torch.linalg.eigvalsh(gram, UPLO="L").clamp_(min=0).flip(0).cpu()
+    possible = min(len(gram), rows)
+    kept = squares[:possible][:top].sqrt()
+    return Factors(kept, len(kept) == possible, "gram", _energy_error(rows, squares, len(kept), fro), fro)
+
+
+def _energy_error(terms: int, squares: Tensor, kept: int, fro: float) -> float:
+    """Return the bound of ``decompose_gram`` for the ``kept`` largest of all σ², k terms being in a sum."""
+    if not fro:
+        return 0.0
+    epsilon = torch.finfo(torch.float64).eps
+    gamma = terms * epsilon / (1 - terms * epsilon)
+    return math.sqrt(kept) * gamma + kept * len(squares) * epsilon * float(squares[0]) / fro**2
 
 
 def _gram(tall: Matrix, held: int) -> Tensor:

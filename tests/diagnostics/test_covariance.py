@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 import lora_diag
 from lora_diag.diagnostics import covariance as module
 from lora_diag.errors import InputError, NothingComparedError, UsageError
-from lora_diag.linalg.stack import decompose_stack
+from lora_diag.linalg.gram import decompose_stack
 from tests.conftest import ROOT, SHARED, as_numpy, save_model, weights
 from tests.test_gradients import save_step
 

@@ -19,7 +19,7 @@ from lora_diag.adapters.mlx import is_mlx, read_mlx
 from lora_diag.adapters.oft import is_oft, read_oft
 from lora_diag.adapters.placing import place
 from lora_diag.adapters.refused import refuse_unread
-from lora_diag.adapters.source import Source, open_source
+from lora_diag.adapters.source import Source, open_source, refuse_integers
 from lora_diag.adapters.tokens import is_trainable_tokens, read_trainable_tokens
 from lora_diag.adapters.updates import Reading
 from lora_diag.adapters.vera import is_vera, read_vera
@@ -161,6 +161,7 @@ def open_adapter(path: Path | str) -> Adapter:
     source = open_source(path)
     for family in FAMILIES:
         if family.claims(source):
+            refuse_integers(source)
             return Adapter(source, _checked(source, family.read(source)))
     refuse_unread(source)
     raise InputError(f"{source.path}: is no adapter that is known")

@@ -201,11 +201,20 @@ def open_source(path: Path | str) -> Source:
     config_path = file.parent / CONFIG
     config = Config.read(config_path) if config_path.is_file() else None
     checkpoint = open_checkpoint(file)
-    for name in checkpoint:
-        info = checkpoint[name]
-        if not info.dtype.startswith(("float", "bfloat")) and len(info.shape) > 0:
-            raise InputError(f"{file}: {name} is stored as {info.dtype}; an adapter's tensors are floats")
     return Source(path, checkpoint, config, checkpoint.files[0].metadata)
+
+
+def refuse_integers(source: Source) -> None:
+    """Refuse tensors that are no floats: those of every family that is read are.
+
+    Raises:
+        InputError: There is one.
+    """
+    for name in source.checkpoint:
+        info = source.checkpoint[name]
+        if not info.dtype.startswith(("float", "bfloat")) and len(info.shape) > 0:
+            path = source.checkpoint.path
+            raise InputError(f"{path}: {name} is stored as {info.dtype}; an adapter's tensors are floats")
 
 
 def _single_file(folder: Path) -> Path | None:

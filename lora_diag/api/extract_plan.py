@@ -16,6 +16,7 @@ from lora_diag.checkpoints import Checkpoint, locate
 from lora_diag.deltas import Delta, Pairing, stored_name
 from lora_diag.diagnostics.extraction import left_out_matrix
 from lora_diag.engines import Layout
+from lora_diag.errors import InputError
 from lora_diag.results import Extraction, LeftOut, Results
 
 RESIZED = "its vocabulary was resized"
@@ -125,6 +126,9 @@ def plan(base: Checkpoint, tuned: Path | str, pairing: Pairing, save: bool) -> P
         tuned: The checkpoint after or an adapter, whose own names of modules are kept.
         pairing: What is compared.
         save: Whether to store in full what no factor carries.
+
+    Raises:
+        InputError: Two updates change one weight of BASE, as with ``layer_replication``.
     """
     own = names_in_memory(open_adapter(locate(tuned)), base) if is_adapter(locate(tuned)) else {}
     model = Model(base, own)
@@ -139,4 +143,16 @@ def plan(base: Checkpoint, tuned: Path | str, pairing: Pairing, save: bool) -> P
             targets[delta.layer] = found
         else:
             refused[delta.layer] = found
+    _refuse_repeated(tuned, targets)
     return Plan(base, model, pairing, targets, refused, save)
+
+
+def _refuse_repeated(tuned: Path | str, targets: Mapping[str, Target]) -> None:
+    first: dict[tuple[str, tuple[int, int], tuple[int, int]], str] = {}
+    for layer, target in targets.items():
+        other = first.setdefault((target.module, target.expert, target.half), layer)
+        if other != layer:
+            raise InputError(
+                f"{tuned}: {other} and {layer} change one weight of BASE, as layer_replication makes them, and no adapter "
+                "of BASE holds both: use this adapter as it is, or leave one of them out with --exclude"
+            )

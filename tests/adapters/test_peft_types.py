@@ -2,6 +2,8 @@
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from lora_diag.adapters import FAMILIES, open_adapter
 from lora_diag.adapters.refused import CHANGES_NO_WEIGHT, DEPENDS_ON_INPUT, MERGE_FIRST
@@ -115,6 +117,16 @@ def test_ln_tuning(tmp_path):
 def test_what_is_not_read_is_refused_by_its_name(tmp_path, name):
     with pytest.raises(InputError, match=name):
         open_adapter(adapter(tmp_path, {"x": normal(2)}, peft_type=name))
+
+
+def test_a_type_with_integers_in_its_file_is_refused_by_its_name_too(tmp_path):
+    path = adapter(tmp_path, {"x": normal(2)}, peft_type="SHIRA")
+    save_file({"q_proj.shira_indices": torch.ones(2, 3, dtype=torch.int32)}, path / "adapter_model.safetensors")
+    with pytest.raises(InputError, match="SHIRA is not read: merge it"):
+        open_adapter(path)
+    (path / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 2, "lora_alpha": 2}')
+    with pytest.raises(InputError, match=r"shira_indices is stored as int32; an adapter's tensors are floats"):
+        open_adapter(path)
 
 
 def test_one_family_claims_an_adapter(tmp_path):

@@ -311,6 +311,17 @@ def test_an_adapter_is_compressed_under_its_own_names(tmp_path):
     assert np.linalg.norm(dense(pairing.deltas[0]) - expected) < 1e-6 * np.linalg.norm(expected)
 
 
+def test_updates_of_one_weight_that_is_used_twice_have_no_adapter(tmp_path):
+    name = "model.layers.{}.mlp.up_proj"
+    tensors = {f"{name.format(i)}.lora_{part}.weight": normal(*shape) for i in (0, 1) for part, shape in
+               (("A", (2, 6)), ("B", (8, 2)))}  # fmt: skip
+    model = write_base(tmp_path, {f"{name.format(0)}.weight": normal(8, 6)})
+    replicated = adapter(tmp_path, tensors, layer_replication=[[0, 1], [0, 1]])
+    with pytest.raises(InputError, match=r"layers\.0.* and .*layers\.1.* change one weight of BASE"):
+        lora_diag.extract(model, replicated, tmp_path / "again", rank=2)
+    assert not list(tmp_path.glob("again*"))
+
+
 def test_an_adapter_that_reads_back_otherwise_is_refused(tmp_path):
     """The errors that were measured must be those of the file."""
     torch.manual_seed(0)

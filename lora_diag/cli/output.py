@@ -8,7 +8,8 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING
+from textwrap import fill
+from typing import TYPE_CHECKING, TextIO
 
 from lora_diag.errors import InputError
 from lora_diag.reports.text import safe
@@ -18,15 +19,35 @@ if TYPE_CHECKING:
     from lora_diag.results import AnyRecord, LeftOut
 
 
+# Columns below which nothing is made to fit.
+MINIMUM = 60
+
+
 class ReaderGoneError(Exception):
     """The reader of standard output has seen enough (``| head``)."""
 
 
 def message(text: str) -> None:
-    """Print one line to standard error; where that is closed, nobody wants to know."""
+    """Print a message to standard error; where that is closed, nobody wants to know.
+
+    It is one line, which a log keeps together; on a terminal it is wrapped between words, so that paths can be copied.
+    """
     if sys.stderr is not None:
         with suppress(OSError, ValueError):
-            print(safe(public(text)), file=sys.stderr)
+            line = safe(public(text))
+            print(_wrapped(line, _columns(sys.stderr)) if sys.stderr.isatty() else line, file=sys.stderr)
+
+
+def _wrapped(line: str, width: int) -> str:
+    return fill(line, width, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
+
+
+def _columns(stream: TextIO) -> int:
+    """Return how wide the terminal of a stream is; of the other stream nothing is known where that goes into a pipe."""
+    try:
+        return max(MINIMUM, int(os.environ.get("COLUMNS") or os.get_terminal_size(stream.fileno()).columns))
+    except (OSError, ValueError):
+        return 80
 
 
 def public(text: str) -> str:
@@ -93,7 +114,7 @@ def terminal() -> tuple[int, bool]:
     """Return the width of standard output and whether it takes colours (https://no-color.org)."""
     tty = sys.stdout is not None and sys.stdout.isatty()
     color = (tty or bool(os.environ.get("FORCE_COLOR"))) and not os.environ.get("NO_COLOR")
-    return max(60, shutil.get_terminal_size((80, 24)).columns), bool(color and os.environ.get("TERM") != "dumb")
+    return max(MINIMUM, shutil.get_terminal_size((80, 24)).columns), bool(color and os.environ.get("TERM") != "dumb")
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from lora_diag.checkpoints import Checkpoint, TensorInfo
 from lora_diag.checkpoints.tensors import FLOAT_DTYPES
 from lora_diag.errors import NothingComparedError, UsageError
 from lora_diag.results.names import RESIZABLE
-from lora_diag.results.records import Reason
+from lora_diag.results.run import Reason
 
 if TYPE_CHECKING:
     import torch

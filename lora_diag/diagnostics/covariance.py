@@ -15,9 +15,9 @@ from lora_diag.diagnostics.spectrum import SpectrumSettings, record_of
 from lora_diag.gradients import History
 from lora_diag.linalg import Factors, first_non_finite, norm, require, resolve_device
 from lora_diag.linalg.gram import decompose_stack
-from lora_diag.linalg.gram import ROWS
 from lora_diag.linalg.limited import READING
 from lora_diag.linalg.rounding import Spacing
+from lora_diag.linalg.streamed import ROWS
 from lora_diag.metrics import noise_edge, signal_rank, verdict
 from lora_diag.results import LeftOut, Resolution, Spectrum
 from lora_diag.results.spectrum import Stack

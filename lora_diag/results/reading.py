@@ -12,8 +12,11 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from lora_diag.errors import InputError
-from lora_diag.results.records import SCHEMA, AnyRecord, End, LayerRecord, LeftOut, Run, Spectrum, WholeRecord
+from lora_diag.results.base import SCHEMA
+from lora_diag.results.records import AnyRecord, LayerRecord, WholeRecord
 from lora_diag.results.results import L, Results
+from lora_diag.results.run import End, LeftOut, Run
+from lora_diag.results.spectrum import Spectrum
 
 _LINE: TypeAdapter[AnyRecord] = TypeAdapter(AnyRecord)
 

@@ -11,23 +11,21 @@ from typing import Annotated
 
 from pydantic import Field
 
-from lora_diag.results.allocation import Allocation, Baseline, Certificate
-from lora_diag.results.base import SCHEMA, Record
+from lora_diag.results.allocation import Allocation, Certificate
 from lora_diag.results.curvature import Curvature, LossBound
-from lora_diag.results.extraction import Extraction, OnData
-from lora_diag.results.fisher import Effect, Fisher
+from lora_diag.results.extraction import Extraction
+from lora_diag.results.fisher import Fisher
 from lora_diag.results.fleet import Fleet
 from lora_diag.results.interference import Interference, Union
 from lora_diag.results.intrinsic import Intrinsic
-from lora_diag.results.intruders import Direction, Intruders
-from lora_diag.results.inventory import AdaptedWeight, Inventory, StoredTensor
+from lora_diag.results.intruders import Intruders
 from lora_diag.results.merge import Merge
 from lora_diag.results.overlap import Overlap
 from lora_diag.results.probe import Probe
-from lora_diag.results.residual import Agreement, Distance, Residual
-from lora_diag.results.run import End, LeftOut, Reason, Run, RunInput
+from lora_diag.results.residual import Residual
+from lora_diag.results.run import End, LeftOut, Run
 from lora_diag.results.sensitivity import FirstOrder, Sensitivity
-from lora_diag.results.spectrum import Resolution, Spectrum, Tail
+from lora_diag.results.spectrum import Spectrum
 from lora_diag.results.verdict import Verdict
 
 # What a diagnostic says of one layer, and what is said of a run as a whole.
@@ -35,46 +33,3 @@ LayerRecord = Spectrum | Residual | Overlap | Allocation | Merge | Extraction | 
 WholeRecord = Certificate | Verdict | Probe | Curvature | LossBound | Intrinsic | Sensitivity | FirstOrder | Fisher
 
 AnyRecord = Annotated[Run | LayerRecord | WholeRecord | LeftOut | End, Field(discriminator="record")]
-
-__all__ = [
-    "SCHEMA",
-    "AdaptedWeight",
-    "Agreement",
-    "Allocation",
-    "AnyRecord",
-    "Baseline",
-    "Certificate",
-    "Curvature",
-    "Direction",
-    "Distance",
-    "Effect",
-    "End",
-    "Extraction",
-    "FirstOrder",
-    "Fisher",
-    "Fleet",
-    "Interference",
-    "Intrinsic",
-    "Intruders",
-    "Inventory",
-    "LayerRecord",
-    "LeftOut",
-    "LossBound",
-    "Merge",
-    "OnData",
-    "Overlap",
-    "Probe",
-    "Reason",
-    "Record",
-    "Residual",
-    "Resolution",
-    "Run",
-    "RunInput",
-    "Sensitivity",
-    "Spectrum",
-    "StoredTensor",
-    "Tail",
-    "Union",
-    "Verdict",
-    "WholeRecord",
-]

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from lora_diag.files import write_whole
-from lora_diag.results.records import AnyRecord, End, LayerRecord, LeftOut, Run, WholeRecord
+from lora_diag.results.records import AnyRecord, LayerRecord, WholeRecord
+from lora_diag.results.run import End, LeftOut, Run
 
 L = TypeVar("L", bound=LayerRecord)
 

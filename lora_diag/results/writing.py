@@ -21,8 +21,9 @@ from typing import Any, Generic, Literal, Self
 from lora_diag.errors import InputError, UsageError
 from lora_diag.files import check_folder_of, lock, sync, sync_descriptor
 from lora_diag.results.reading import bytes_of, each_line, is_results_file, read_results
-from lora_diag.results.records import AnyRecord, End, Run
+from lora_diag.results.records import AnyRecord
 from lora_diag.results.results import L, Results, to_line
+from lora_diag.results.run import End, Run
 
 # Between two waits for the disk, which take 7 ms each (file and folder, ext4 on a virtual disk): 0.15% of a run.
 SYNC_SECONDS = 5.0

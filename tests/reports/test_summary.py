@@ -7,8 +7,7 @@ import pytest
 
 import lora_diag
 from lora_diag.reports.table import spectrum_table
-from lora_diag.results import End, LeftOut, Results, Run, RunInput, Spectrum
-from lora_diag.results.records import Resolution
+from lora_diag.results import End, LeftOut, Resolution, Results, Run, RunInput, Spectrum
 from tests.conftest import ROOT, save_model, weights
 
 SAMPLE = (ROOT / "sample_checkpoints" / "base", ROOT / "sample_checkpoints" / "full_ft")
@@ -96,7 +95,7 @@ def test_every_reason_has_words():
     from typing import get_args
 
     from lora_diag.reports.summary import REASONS
-    from lora_diag.results.records import Reason
+    from lora_diag.results.run import Reason
 
     assert set(REASONS) == set(get_args(Reason))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -29,6 +30,7 @@ def gradient_spectrum(
     layers: str | None,
     exclude: str | None,
     workers: int | None,
+    memory: int | None,
     output: Path | str | None,
     resume: bool,
     verify: bool,
@@ -73,7 +75,8 @@ def gradient_spectrum(
             "device": where.kind,
         },
     )
-    layout = layout_of(tasks, workers, where.kind)
+    layout = layout_of(tasks, workers, where.kind, memory)
+    settings = replace(settings, memory=layout.limit)
     with ResultsWriter[Spectrum](output, run, resume) as writer:
         return measure_layers(
             writer,
@@ -81,7 +84,7 @@ def gradient_spectrum(
             partial(_one_layer, settings=settings),
             lambda: not_paired(Pairing((), tuple(unpaired)), layout, where.here),
             layout,
-            size,
+            partial(size, settings=settings),
             watch,
             engine,
         )

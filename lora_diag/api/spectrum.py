@@ -110,13 +110,11 @@ def spectrum(
     if gradients:
         if activations is not None:
             raise UsageError("--activations: weighs an update, and --gradients are none; leave one of them out")
-        if limit is not None:
-            raise UsageError("--memory: plans for an update, and --gradients are none; leave one of them out")
         if tuned is not None:
             raise UsageError("--gradients: are measured instead of an update; name BASE alone beside them, or nothing")
         watch = Watch(on_progress, on_record)
         return gradient_spectrum(
-            base, gradients, settings, layers, exclude, workers, output, resume, verify, watch, where, engine
+            base, gradients, settings, layers, exclude, workers, limit, output, resume, verify, watch, where, engine
         )
     if base is None:
         raise UsageError("spectrum: name BASE and TUNED, an adapter, or gradients with --gradients")

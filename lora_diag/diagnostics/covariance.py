@@ -46,7 +46,7 @@ def most_bytes(history: History) -> int:
 
     Example:
         >>> round(most_bytes(History("w", (4096, 4096), ())) / 2**20)
-        560
+        384
     """
     order = _largest_order(history.shape)
     entry = 8 if "float64" in history.dtypes else 4

@@ -6,6 +6,7 @@ from safetensors.torch import load_file
 
 import lora_diag
 from lora_diag import deltas
+from lora_diag.diagnostics import covariance
 from lora_diag.engines import local
 from lora_diag.errors import UsageError
 from lora_diag.linalg import limited
@@ -96,8 +97,19 @@ def test_what_cannot_be_streamed_is_left_out_and_the_rest_goes_on(small):
     assert all("--method gram reads it in row blocks" in item.detail and item.fro > 0 for item in found.unmeasured)
 
 
-def test_memory_is_of_this_machine_and_of_updates():
+def test_gradients_are_planned_and_what_does_not_fit_is_left_out(small, monkeypatch):
+    monkeypatch.setattr(covariance, "READING", 0)
+    asked = {"gradients": ["sample_checkpoints/gradients"], "layers": r"layers\.0\.(mlp\.up|self_attn\.q)"}
+    plain = {record.layer: record for record in lora_diag.spectrum(BASE, **asked)}
+    found = lora_diag.spectrum(BASE, **asked, memory="2MB", workers=1)  # 128x128 take 0.9 MB, 384x128 4.1
+    assert [numbers(record) for record in found] == [numbers(plain[record.layer]) for record in found]
+    assert [record.shape for record in found] == [(128, 128)]
+    (left,) = found.unmeasured
+    assert (left.reason, left.shape) == ("memory", (384, 128))
+    assert "a gradient and its Gram matrix take 4 MB; give 3 MB more (times --workers), or --exclude it" in left.detail
+    assert len(lora_diag.spectrum(BASE, **asked, memory="5MB", workers=1)) == 2
+
+
+def test_memory_is_of_this_machine():
     with pytest.raises(UsageError, match="on a cluster"):
         lora_diag.spectrum(BASE, TUNED, memory="1GB", engine=lora_diag.Ray())
-    with pytest.raises(UsageError, match="--gradients"):
-        lora_diag.spectrum(BASE, gradients=["sample_checkpoints/gradients"], memory="1GB")

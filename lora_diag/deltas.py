@@ -305,7 +305,7 @@ def _pair_tensor(name: str, base: Side, tuned: Side, deltas: list[Delta], unpair
         unpaired.append(Unpaired(name, before.shape, *problem))
         return
     if before.shape != after.shape:
-        unpaired.append(_added_rows(name, base, tuned))
+        unpaired.append(added_rows(name, base, tuned))
     if len(before.shape) < 2:
         deltas.append(StoredDelta(name, (1, before.numel), base, tuned, is_matrix=False))
         return
@@ -330,8 +330,8 @@ def _not_comparable(before: TensorInfo, after: TensorInfo) -> tuple[Reason, str]
     return None
 
 
-def _added_rows(name: str, base: Side, tuned: Side) -> Unpaired:
-    """Describe the vocabulary rows that only one side has."""
+def added_rows(name: str, base: Side, tuned: Side) -> Unpaired:
+    """Describe the vocabulary rows that only one side of a table has."""
     before, after = base.info.shape, tuned.info.shape
     first, last = sorted((before[0], after[0]))
     added = after[0] > before[0]

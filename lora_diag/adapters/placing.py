@@ -22,6 +22,7 @@ from lora_diag.deltas import (
     Side,
     StoredDelta,
     Unpaired,
+    added_rows,
     natural_order,
     row_blocks,
     selector,
@@ -144,7 +145,7 @@ def _on_base(source: Source, reading: Reading, base: Checkpoint) -> tuple[list[D
     layers: dict[str, list[Piece]] = {}
     for piece in pieces:
         layers.setdefault(piece.place.layer, []).append(piece)
-        unpaired += _added_rows(piece, source)
+        unpaired += _added_rows(piece)
     deltas: list[Delta] = []
     for layer, found in layers.items():
         _refuse_overlap(source, layer, found)
@@ -296,7 +297,7 @@ def load_dense(pieces: list[Piece], plus: Callable[[Site], torch.Tensor] | None)
     return total.float().reshape(total.shape if total.ndim == 2 else (1, -1))
 
 
-def _added_rows(piece: Piece, source: Source) -> Iterator[Unpaired]:
+def _added_rows(piece: Piece) -> Iterator[Unpaired]:
     """Say which vocabulary rows only the adapter or only BASE has."""
     wanted, spot = piece.update.shape[0], piece.place
     if piece.update.expert is not None or spot.rows is None or wanted is None:
@@ -364,18 +365,7 @@ def _new_values(source: Source, values: list[NewValue], base: Checkpoint) -> tup
                 deltas.append(StoredDelta(spot.layer, (1, spot.shape[0]), before, after, is_matrix=False))
             else:
                 deltas.append(StoredDelta(spot.layer, (spot.shape[0], spot.shape[1]), before, after))
-                unpaired += _value_rows(source, value, spot, base)
+                if spot.rows is not None:
+                    unpaired.append(added_rows(spot.layer, before, after))
             offset += math.prod(spot.shape)
     return deltas, unpaired
-
-
-def _value_rows(source: Source, value: NewValue, spot: Place, base: Checkpoint) -> list[Unpaired]:
-    """Return the vocabulary rows that only one side of a new value has."""
-    before, after = base[spot.name].shape, source.checkpoint[value.key].shape
-    if spot.rows is None or len(after) != 2 or before[0] == after[0]:
-        return []
-    first, last = sorted((before[0], after[0]))
-    added = after[0] > before[0]
-    detail = f"vocabulary rows {first}-{last - 1} are only in {'TUNED' if added else 'BASE'}; the others are compared"
-    rows = Side(source.checkpoint, value.key, first * after[1]) if added else Side(base, spot.name, first * after[1])
-    return [Unpaired(spot.layer, (last - first, after[1]), "added_rows" if added else "removed_rows", detail, rows)]

@@ -126,9 +126,7 @@ def _state_dict(loaded: Any, path: Path) -> dict[str, torch.Tensor]:
         if tensors:
             dense = {name: value for name, value in tensors.items() if value.layout == torch.strided}
             if len(dense) < len(tensors):
-                raise InputError(
-                    f"{path}: {sorted(tensors.keys() - dense.keys())[0]} is a sparse tensor; save it dense"
-                )
+                raise InputError(f"{path}: {min(tensors.keys() - dense.keys())} is a sparse tensor; save it dense")
             try:
                 "".join(dense).encode()
             except UnicodeEncodeError as error:  # half a character, which could stand in no results file

@@ -1,9 +1,9 @@
 """What to do next: the escalation path of the article, each step with its evidence and the command that begins it.
 
-Rules are read from top to bottom: those on held-out losses (``loss_advice``) first, then the cheapest step first. A
-rule is silent where its evidence is missing or lies at the rounding floor. The rules here speak of energy in weights,
-which says what a rank could carry of *this* full fine-tune; the loss of an adapter trained at that rank is another
-matter: it may be lower or higher.
+Rules are read from top to bottom: those on held-out losses (``loss_advice``), those on probes of parts
+(``advice_probes``), then those here, the cheapest step first. A rule is silent where its evidence is missing or lies at
+the rounding floor. The rules here speak of energy in weights, which says what a rank could carry of *this* full
+fine-tune; the loss of an adapter trained at that rank is another matter: it may be lower or higher.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from statistics import median
 
+from lora_diag.planning.advice_probes import PROBE_RULES, fit_rank
 from lora_diag.planning.evidence import Capacity, Evidence, kept_at
 from lora_diag.planning.findings import (
     MOST,
@@ -51,12 +52,12 @@ def advice(evidence: Evidence) -> list[Advice]:
     if "keep the adapter" in settled:
         return first
     found = bool({"sweep: fast saturation", "sweep: gradual decline"} & settled)
-    rules = [rule for rule in RULES if not (found and rule in ABOUT_RANK)]
-    steps = [*first, *(step for rule in rules if (step := rule(evidence)) is not None)]
-    if steps:
-        return steps
-    last = enough(evidence) or sweep(evidence)
-    return [last] if last is not None else []
+    parts, weights = (
+        [step for rule in rules if not (found and rule in ABOUT_RANK) and (step := rule(evidence)) is not None]
+        for rules in (PROBE_RULES, RULES)
+    )
+    last = None if first or weights else enough(evidence) or sweep(evidence)
+    return [*first, *parts, *weights, *([last] if last is not None else [])]
 
 
 def set_scale(evidence: Evidence) -> Advice | None:
@@ -196,7 +197,7 @@ def train_fully(evidence: Evidence) -> Advice | None:
 
 
 RULES = (set_scale, raise_rank, widen_placement, train_vocabulary, hybrid, train_fully)
-ABOUT_RANK = (raise_rank, train_fully)
+ABOUT_RANK = (fit_rank, raise_rank, train_fully)
 
 
 def enough(evidence: Evidence) -> Advice | None:

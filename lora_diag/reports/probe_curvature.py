@@ -8,6 +8,7 @@ from typing import Any
 
 from rich.console import Group
 
+from lora_diag.planning.advice_probes import LOOSE
 from lora_diag.reports.columns import Column, Grid, title_of
 from lora_diag.reports.lines import answers, inputs, notes
 from lora_diag.reports.probe import ending, measured
@@ -17,9 +18,6 @@ from lora_diag.results.names import module_type_of, place_of
 
 # A second-order model that is this near to the measured gap is called right.
 NEAR = 0.1
-
-# A bound that is this many times the measured gap says nothing about it.
-LOOSE = 100
 
 
 def curvature_table(

@@ -90,6 +90,13 @@ def test_numbers_of_full_precision_are_left_alone(dtype):
     assert torch.equal(rest, values.reshape(-1))
 
 
+def test_one_column_does_not_speak_for_the_others():
+    values = torch.randn(256, 4096).bfloat16().float()
+    values[:, 0] = torch.rand(256)
+    short, rest = split_by_precision(values)
+    assert (short.dtype, len(rest)) == (torch.bfloat16, 256)
+
+
 def test_a_quantized_side_counts_with_the_step_of_its_format():
     base, tuned = torch.randn(6, 5), torch.randn(6, 5)
     step = torch.rand(6, 5)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -115,6 +115,20 @@ def truncation_lines(results: Results[Any]) -> list[tuple[str, str]]:
         told.append((f"On {short(name)}", shifted + _verdict(mine, alone)))
     told.append(("Read it so", _reading(results.run)))
     return [*told, *ending(results)]
+
+
+def beyond_grid(tried: Iterable[float | None], grid: Sequence[float] | None, option: str) -> list[str]:
+    """Say which learning rates were tried beyond those that were asked for, because the best was at their edge.
+
+    >>> beyond_grid([None, 1e-3, 1e-2, 3.3e-2], [1e-3, 1e-2], "--lr")
+    ['beyond --lr, whose edge was the best somewhere, 0.033 was tried, too']
+    """
+    further = sorted({rate for rate in tried if rate is not None} - set(grid)) if grid else []
+    if not further:
+        return []
+    listed = ", ".join(f"{rate:g}" for rate in further)
+    verb = "were" if len(further) > 1 else "was"
+    return [f"beyond {option}, whose edge was the best somewhere, {listed} {verb} tried, too"]
 
 
 def ending(results: Results[Any]) -> list[tuple[str, str]]:

@@ -11,7 +11,7 @@ from rich.console import Group
 from lora_diag.planning.intrinsic import Line, Reached, lines, reached
 from lora_diag.reports.columns import Column, Grid
 from lora_diag.reports.lines import answers, inputs, notes
-from lora_diag.reports.probe import ending, measured
+from lora_diag.reports.probe import beyond_grid, ending, measured
 from lora_diag.reports.text import count, number, percent, short, to_text
 from lora_diag.results import Intrinsic, Results
 
@@ -42,7 +42,7 @@ def intrinsic_lines(results: Results[Any]) -> list[tuple[str, str]]:
         found = lines(records, name, sets[0], settings["seed"])
         told.append((f"On {short(name)}", _said(_base(records, name), found, settings)))
     if sets:
-        told.append(("Rates", _rates(lines(records, sets[0], sets[0], settings["seed"]), records)))
+        told.append(("Rates", _rates(lines(records, sets[0], sets[0], settings["seed"]), records, settings)))
     return [*told, ("Read it so", _READING), *ending(results)]
 
 
@@ -162,10 +162,17 @@ def _shares(line: Line) -> str:
     return f"{line.share:.0%}" + (f" ({_span(line)} over seeds)" if len(line.shares) > 1 else "")
 
 
-def _rates(found: Sequence[Line], records: Sequence[Intrinsic]) -> str:
+# Whose learning rates were asked for by which setting, and by which option.
+_GRIDS = (("full", "full_rates", "--full-lr"), ("subspace", "paces", "--lr"), ("lora", "lora_rates", "--lora-lr"))
+
+
+def _rates(found: Sequence[Line], records: Sequence[Intrinsic], settings: dict[str, Any]) -> str:
     told = ["each size at the rate with the lowest loss of the first seed; pace is z's rate times √(d/D)"]
+    for subject, grid, option in _GRIDS:
+        mine = {r.lr if subject == "lora" else r.pace for r in records if r.subject == subject}
+        told += beyond_grid(mine, settings.get(grid), option)
     if edge := [_name(line) for line in found if line.edge]:
-        told.append(f"at the edge of the grid for {', '.join(edge)}: extend --lr, --full-lr or --lora-lr there")
+        told.append(f"at the edge of what was tried for {', '.join(edge)}: extend --lr, --full-lr or --lora-lr there")
     if any(len({r.lr for r in records if r.subject == s}) == 1 for s in ("full", "lora")):
         told.append("only one rate for full fine-tuning or LoRA: theirs may be far from the best")
     diverged = sum(record.loss is None for record in records)

@@ -21,7 +21,7 @@ from lora_diag.planning.sensitivity import (
 )
 from lora_diag.reports.columns import WIDE, Column, Grid, table_of
 from lora_diag.reports.lines import answers, inputs, notes
-from lora_diag.reports.probe import ending, measured
+from lora_diag.reports.probe import beyond_grid, ending, measured
 from lora_diag.reports.text import count, number, short, to_text
 from lora_diag.results import FirstOrder, Results, Sensitivity
 
@@ -75,7 +75,7 @@ def sensitivity_lines(results: Results[Any]) -> list[tuple[str, str]]:
         told += _repeats(first)
         told += _others(gains, list(gains))
         told += [("Cheaper?", _cheaper(correlations(first, _scores_of(results)), first))]
-        told += [("Rates", _rates(first, records))]
+        told += [("Rates", _rates(first, records, settings))]
     return [*told, ("Read it so", _READING), *ending(results)]
 
 
@@ -301,15 +301,15 @@ def _rho(rho: float | None) -> str:
     return "-" if rho is None else f"{rho:+.2f}"
 
 
-def _rates(gains: Sequence[Gain], records: Sequence[Sensitivity]) -> str:
+def _rates(gains: Sequence[Gain], records: Sequence[Sensitivity], settings: dict[str, Any]) -> str:
     counts = Counter(gain.lr for gain in gains)
     told = "lowest loss of the first seed at " + ", ".join(f"{lr:g} for {n}" for lr, n in sorted(counts.items()))
+    told = "\n".join([told, *beyond_grid({record.lr for record in records}, settings.get("rates"), "--lr")])
     low, high = (sum(gain.edge == end for gain in gains) for end in (-1, 1))
     if len({record.lr for record in records if record.lr is not None}) == 1:
         told += "\none rate for all: what suits some better than others cannot be told from what they could gain"
-    elif high > low and high == len(gains):
-        told += "\nthe highest rate for all: extend --lr upwards"
-    elif low == len(gains):
-        told += "\nthe lowest rate for all: extend --lr downwards"
+    elif low or high:
+        ways = [f"{n} at the {end} rate tried" for n, end in ((low, "lowest"), (high, "highest")) if n]
+        told += f"\nof {len(gains)}, {' and '.join(ways)}: they may gain more with a wider --lr"
     diverged = sum(record.loss is None for record in records)
     return told + (f"\n{diverged} losses are not finite: those runs diverged" if diverged else "")

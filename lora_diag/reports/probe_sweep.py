@@ -11,7 +11,7 @@ from lora_diag.planning.sweep import AtRank, SweepVerdict, best_rates, by_rank, 
 from lora_diag.planning.sweep import verdicts as verdicts_of
 from lora_diag.reports.columns import Column, Grid
 from lora_diag.reports.lines import answers, inputs, notes
-from lora_diag.reports.probe import ending, measured, names_of, probes
+from lora_diag.reports.probe import beyond_grid, ending, measured, names_of, probes
 from lora_diag.reports.text import number, short, to_text
 from lora_diag.results import Probe, Results
 from lora_diag.results.probe import Subject
@@ -63,7 +63,7 @@ def sweep_lines(results: Results[Any]) -> list[tuple[str, str]]:
     told += _agreement(verdicts, bases)
     told += _against(records, sets, rates, beside)
     own = [(subject, row) for subject, of_set, row in beside if of_set == sets[0]] if sets else []
-    told += [("Rates", _rates(by_rank(records, sets[0], rates) if sets else [], own, records))]
+    told += [("Rates", _rates(by_rank(records, sets[0], rates) if sets else [], own, records, settings))]
     return [*told, ("Read it so", _reading(settings)), *ending(results)]
 
 
@@ -199,18 +199,27 @@ def _agreement(verdicts: dict[str, SweepVerdict], bases: dict[str, Probe]) -> li
     return [("Shifted agrees?", "\n".join(lines))]
 
 
-def _rates(rows: Sequence[AtRank], lines: Sequence[tuple[Subject, AtRank]], records: Sequence[Probe]) -> str:
+def _rates(
+    rows: Sequence[AtRank],
+    lines: Sequence[tuple[Subject, AtRank]],
+    records: Sequence[Probe],
+    settings: dict[str, Any],
+) -> str:
     if not rows:
         return "no run is finished yet"
     told = ", ".join(f"r={row.rank} {row.lr:g}" for row in rows)
     told += "".join(f", {_LINES[subject]} {row.lr:g}" for subject, row in lines)
     told = f"lowest loss of the first seed: {told}"
+    tried = {record.lr for record in records if record.subject != "full"}
+    beyond = beyond_grid(tried, settings.get("rates"), "--lr")
+    beyond += beyond_grid({r.lr for r in records if r.subject == "full"}, settings.get("full_rates"), "--full-lr")
+    told = "\n".join([told, *beyond])
     if edge := [row for row in rows if row.edge]:
-        told += f"\nat the edge of the grid for r={', '.join(str(row.rank) for row in edge)}: extend --lr there"
+        told += f"\nat the edge of what was tried for r={', '.join(str(row.rank) for row in edge)}: extend --lr there"
     for subject, row in lines:
         if row.edge:
             option = "--full-lr" if subject == "full" else "--lr"
-            told += f"\nat the edge of the grid for {_LINES[subject]}: extend {option} there"
+            told += f"\nat the edge of what was tried for {_LINES[subject]}: extend {option} there"
     if len({record.lr for record in records if record.subject == "lora"}) == 1:
         told += "\none rate for all ranks: rank and rate cannot be told apart"
     diverged = sum(record.loss is None for record in records)

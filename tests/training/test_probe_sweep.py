@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import re
 
 import numpy as np
 import pytest
@@ -41,6 +42,7 @@ def test_every_run_has_the_loss_of_a_plain_training_loop(case):
     by_cell = {(r.rank, r.lr, r.seed, r.set): r.loss for r in found.whole}
     runs = {key[:3] for key in by_cell if key[0] is not None}
     assert len(runs) == 2 * (2 + 1 + 1)
+    told = " ".join(table(found, 200).split())
     assert {seed for _, _, seed in runs} == {5, 6}
     for rank, lr, seed in runs:
         for text in (held, shifted):
@@ -50,6 +52,8 @@ def test_every_run_has_the_loss_of_a_plain_training_loop(case):
         of_grid = min((1e-3, 3e-2), key=lambda lr: by_cell[rank, lr, 5, "held_out"])
         tried = {1e-3, 3e-2, 3e-4 if of_grid == 1e-3 else 0.1}
         assert {lr for r, lr, seed in runs if (r, seed) == (rank, 5)} == tried
+        further = f"{(tried - {1e-3, 3e-2}).pop():g}"
+        assert re.search(rf"beyond --lr, whose edge was the best somewhere, [^b]*{further}[^b]* tried, too", told)
         best = min(tried, key=lambda lr: by_cell[rank, lr, 5, "held_out"])
         assert (rank, best, 6) in runs
     model = transformers.GPT2LMHeadModel.from_pretrained(base)

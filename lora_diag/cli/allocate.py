@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lora_diag.cli import options
-from lora_diag.cli.output import again, result, terminal
+from lora_diag.cli.output import again, result, spare, terminal
 from lora_diag.errors import UsageError
-from lora_diag.files import check_place
 
 if TYPE_CHECKING:
     from lora_diag.results import Allocation, Results
@@ -91,8 +90,7 @@ def allocate(
         return
     if check is not None and output is None:
         raise UsageError("--check: there is no config to check; write one with -o adapter_config.json")
-    if output is not None:
-        check_place(output)
+    spare([results, *([weights] if weights else [])], [output])
     allocation = choose(
         results,
         params=params,

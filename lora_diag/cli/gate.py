@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lora_diag.cli import options
-from lora_diag.cli.output import again, result, terminal
+from lora_diag.cli.output import again, result, spare, terminal
 from lora_diag.errors import DONE, GATE_FAILED, INCONCLUSIVE, InputError, UsageError
-from lora_diag.files import check_place, write_whole
+from lora_diag.files import write_whole
 
 if TYPE_CHECKING:
     from lora_diag.results import Results
@@ -83,7 +83,7 @@ def gate(
         raise UsageError("gate: give a policy file and results, or --policy NAME and results")
     rules = ready_policy(policy) if policy is not None else Path(given.pop(0))
     inputs = [rules] if isinstance(rules, Path) else []
-    _spare([*inputs, *map(Path, given), *([baseline] if baseline else [])], [output, *reports])
+    spare([*inputs, *given, *([baseline] if baseline else [])], [output, *reports])
     measured = _measured(base, tuned, adapter or [], given)
     results = judge(rules, *given, *measured, baseline=baseline, ratchet=ratchet)
     if output is not None:
@@ -138,23 +138,6 @@ def _measured(base: str | None, tuned: str | None, adapters: list[str], given: l
     from lora_diag.api.gate import measure
 
     return measure(base, tuned, adapters)
-
-
-def _spare(inputs: list[Path], outputs: list[Path | None]) -> None:
-    """Refuse to write over an input, two reports into one file, or where nothing can be written.
-
-    Raises:
-        UsageError: That was asked.
-        InputError: There is no such folder, or it may not be written to.
-    """
-    taken = {os.path.realpath(path) for path in inputs}
-    for path in outputs:
-        if path is None:
-            continue
-        if os.path.realpath(path) in taken:
-            raise UsageError(f"{path}: is read or written already by this command; choose another name")
-        check_place(path)
-        taken.add(os.path.realpath(path))
 
 
 def _keep(results: Results[Any], output: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from lora_diag.cli import options
-from lora_diag.cli.output import progress_bar, result, tell_unmeasured, terminal
+from lora_diag.cli.output import progress_bar, result, spare, tell_unmeasured, terminal
 from lora_diag.errors import UNREADABLE
 
 Inputs = Annotated[
@@ -52,6 +52,7 @@ def interference(
     from lora_diag.reports.interference import interference_table
 
     if spectrum is not None:
+        spare([written.output] if written.output else [], [spectrum])
         check_spectrum_file(spectrum)
     base, updates = split_base(inputs)
     with progress_bar(written.quiet) as on_progress:

@@ -6,12 +6,14 @@ import os
 import shlex
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from textwrap import fill
 from typing import TYPE_CHECKING, TextIO
 
-from lora_diag.errors import InputError
+from lora_diag.errors import InputError, UsageError
+from lora_diag.files import check_place
 from lora_diag.reports.text import safe
 
 if TYPE_CHECKING:
@@ -76,6 +78,23 @@ def result(text: str) -> None:
         raise ReaderGoneError from error
     except OSError as error:
         raise InputError(f"standard output: cannot be written: {error.strerror}") from error
+
+
+def spare(inputs: Iterable[Path | str], outputs: Iterable[Path | None]) -> None:
+    """Refuse to write over an input, two things into one file, or where nothing can be written.
+
+    Raises:
+        UsageError: That was asked.
+        InputError: There is no such folder, or it may not be written to.
+    """
+    taken = {os.path.realpath(path) for path in inputs}
+    for path in outputs:
+        if path is None:
+            continue
+        if os.path.realpath(path) in taken:
+            raise UsageError(f"{path}: is read or written already by this command; choose another name")
+        check_place(path)
+        taken.add(os.path.realpath(path))
 
 
 def as_lines(json: bool) -> Callable[[AnyRecord], None] | None:

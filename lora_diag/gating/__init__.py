@@ -7,9 +7,9 @@ from lora_diag.gating.baseline import Stored, tightened
 from lora_diag.gating.draft import draft
 from lora_diag.gating.evidence import Source, checked, read_source
 from lora_diag.gating.judge import judge
-from lora_diag.gating.policy import Policy
+from lora_diag.gating.policy import READY, Policy
 from lora_diag.gating.reading import read_policy
-from lora_diag.gating.ready import READY, ready_policy
+from lora_diag.gating.ready import ready_policy
 
 __all__ = [
     "READY",

@@ -13,6 +13,8 @@ from lora_diag.results.names import depth_of, module_type_of
 
 Severity = Literal["error", "warning"]
 
+# Policies that come with the package.
+READY = ("adapter-basic", "full-ft-drift", "merge")
 # Built-in checks with their usual severity; ``finished`` and ``non_finite`` cannot be turned down.
 CHECKS: dict[str, Literal["error", "warning", "off"]] = {
     "finished": "error",

@@ -16,7 +16,7 @@ from lora_diag.errors import UsageError
 from lora_diag.gating.fields import LAYER_KINDS, find
 from lora_diag.gating.grammar import ConditionError, Value, parse
 from lora_diag.gating.lines import line_of
-from lora_diag.gating.policy import CHECKS, FIXED, SPIKE, Policy, Regression, Rule, Selector, Waiver
+from lora_diag.gating.policy import CHECKS, FIXED, READY, SPIKE, Policy, Regression, Rule, Selector, Waiver
 from lora_diag.gating.tables import Table, is_finite
 from lora_diag.results.run import Reason
 
@@ -38,7 +38,8 @@ def read_policy(path: Path | str, content: str | None = None) -> Policy:
             content = Path(path).read_bytes().decode("utf-8")
         except (OSError, ValueError) as error:
             why = getattr(error, "strerror", None) or "is not UTF-8 text"
-            raise UsageError(f"{path}: cannot be read as a policy: {why}") from error
+            own = f"; the package has one of this name: --policy {path}" if str(path) in READY else ""
+            raise UsageError(f"{path}: cannot be read as a policy: {why}{own}") from error
     if content.startswith('{"record"'):
         raise UsageError(f"{path}: holds results and is no policy; the order is: loradiag gate POLICY RESULTS...")
     content = content.replace("\r\n", "\n")

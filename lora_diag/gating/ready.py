@@ -6,10 +6,8 @@ from dataclasses import replace
 from importlib.resources import files
 
 from lora_diag.errors import UsageError
-from lora_diag.gating.policy import Policy
+from lora_diag.gating.policy import READY, Policy
 from lora_diag.gating.reading import read_policy
-
-READY = ("adapter-basic", "full-ft-drift", "merge")
 
 
 def ready_policy(name: str) -> Policy:

@@ -52,7 +52,8 @@ def read_results(path: Path | str) -> Results[Any]:
     path = Path(path)
     records = list(each_line(path))
     if not records or not isinstance(records[0], Run):
-        raise InputError(f"{path}: is not a results file: its first line must be a run record")
+        why = "its first line must be a run record" if path.stat().st_size else "it is empty"
+        raise InputError(f"{path}: is not a results file: {why}")
     return Results(
         records[0],
         tuple(record for record in records if isinstance(record, LayerRecord)),

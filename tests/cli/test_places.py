@@ -68,6 +68,36 @@ def test_a_device_is_not_replaced_by_a_file(told, tmp_path, words):
     assert (tmp_path / "null").is_char_device()
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["allocate", "r.jsonl", "--energy", "0.9", "-o", "./r.jsonl"],
+        ["allocate", "r.jsonl", "--energy", "0.9", "--weights", "w.jsonl", "-o", "w.jsonl"],
+        ["interference", PAIR[1], PAIR[1], "-o", "new.jsonl", "--spectrum", "./new.jsonl"],
+        ["gate", "--policy", "adapter-basic", "r.jsonl", "-o", "r.jsonl"],
+        ["report", "r.jsonl", "--format", "html", "-o", "r.jsonl"],
+    ],
+)
+def test_no_input_is_written_over_and_no_file_twice(told, tmp_path, words):
+    """What was measured for hours is not replaced by what is made of it."""
+    (tmp_path / "w.jsonl").write_bytes((tmp_path / "r.jsonl").read_bytes())
+    before = (tmp_path / "r.jsonl").read_bytes()
+    code, err = told(*words)
+    assert code == 2
+    assert "another name" in err
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"r.jsonl": before, "w.jsonl": before}
+
+
+@pytest.mark.parametrize(
+    "words", [["report", "e.jsonl"], ["allocate", "e.jsonl", "--energy", "1"], ["inspect", "e.jsonl"]]
+)
+def test_an_empty_file_is_called_that(told, tmp_path, words):
+    (tmp_path / "e.jsonl").write_bytes(b"")
+    code, err = told(*words)
+    assert code == 3
+    assert "empty" in err
+
+
 def test_the_folder_of_figures_is_made_and_nothing_above_it(told, tmp_path):
     pytest.importorskip("matplotlib")
     code, _ = told("plot", "r.jsonl", "--figure", "energy", "-o", "figures")

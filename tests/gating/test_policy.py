@@ -125,3 +125,5 @@ def test_every_ready_policy_is_valid_and_says_what_to_do(name):
 def test_an_unknown_ready_policy_names_those_there_are():
     with pytest.raises(UsageError, match="adapter-basic"):
         ready_policy("../secrets")
+    with pytest.raises(UsageError, match="No such file or directory; the package has one of this name: --policy merge"):
+        read_policy("merge")

@@ -9,6 +9,7 @@ from typing import Any
 
 from lora_diag.checkpoints.documents import MAX_INDEX_BYTES, read_config, read_object
 from lora_diag.checkpoints.foreign import refuse_foreign
+from lora_diag.checkpoints.names import without_wrappers
 from lora_diag.checkpoints.pickled import TorchFile
 from lora_diag.checkpoints.pieces import PATTERN as PIECES
 from lora_diag.checkpoints.pieces import PiecesFolder
@@ -17,7 +18,6 @@ from lora_diag.checkpoints.refused import quantization, refuse_integer_weights, 
 from lora_diag.checkpoints.remote import RemotePath, as_path
 from lora_diag.checkpoints.safetensors import SafetensorsFile
 from lora_diag.checkpoints.tensors import Checkpoint, TensorFile
-from lora_diag.checkpoints.wrappers import without_wrappers
 from lora_diag.errors import InputError
 
 # The formats, in the order in which they are asked whether a file is theirs.

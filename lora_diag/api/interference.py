@@ -26,7 +26,8 @@ from lora_diag.checkpoints import as_path, locate
 from lora_diag.deltas import Delta, Pairing, StoredDelta, Unpaired, natural_order
 from lora_diag.diagnostics.interference import interference as measure
 from lora_diag.diagnostics.interference import size
-from lora_diag.diagnostics.parts import RANKS, InterferenceSettings, Several, Update
+from lora_diag.diagnostics.parts import InterferenceSettings, Several, Update
+from lora_diag.diagnostics.spectrum import RANKS
 from lora_diag.engines import Ray
 from lora_diag.errors import InputError, NothingComparedError, UsageError
 from lora_diag.files import check_place

@@ -12,12 +12,11 @@ from torch import Tensor
 from lora_diag.deltas import Delta
 from lora_diag.diagnostics.change import OVERFLOW, Change, load_change
 from lora_diag.diagnostics.resolution import resolution
+from lora_diag.diagnostics.spectrum import RANKS
 from lora_diag.linalg import Factors, numerical_rank, principal_cosines
 from lora_diag.linalg.stacked import Matrix
 from lora_diag.metrics import effective_rank, energy_curve
 from lora_diag.results import Agreement, Resolution
-
-RANKS = (4, 8, 16, 32, 64)
 
 
 @dataclass(frozen=True, slots=True)

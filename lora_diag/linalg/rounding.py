@@ -76,8 +76,8 @@ def split_by_precision(values: Tensor) -> tuple[Tensor, Tensor]:
         (torch.bfloat16, True)
     """
     flat = values.reshape(-1)
-    # Only values that may be short pay for the whole comparison. The step is odd: with 4096 of them, a block of rows of
-    # 4096 would be told by its first column alone.
+    # Only values that may be short pay for the whole comparison. The step is odd: by every 4096th entry, a block with
+    # 4096 columns would be told by the first of them alone.
     sample = flat[:: len(flat) // 256 | 1]
     for dtype in SHORTER[values.dtype]:
         if _fits(sample, dtype).float().mean() > 0.5 and (fits := _fits(flat, dtype)).float().mean() > 0.5:

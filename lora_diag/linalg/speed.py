@@ -13,9 +13,7 @@ from torch import Tensor
 from lora_diag.linalg.decompose import decompose
 from lora_diag.linalg.difference import difference
 from lora_diag.linalg.gram import gram_matrix
-
-# Entries of a row block, as they are read.
-BLOCK_ENTRIES = 2**20
+from lora_diag.linalg.stacked import BLOCK_ENTRIES
 
 # σ_i ∝ i^-DECAY, as the benchmark's updates have: krylov's work depends on it.
 DECAY = 0.7

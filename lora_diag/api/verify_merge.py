@@ -5,14 +5,25 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from lora_diag.adapters import is_adapter
 from lora_diag.api.inputs import Comparison, compare
-from lora_diag.api.measuring import Progress, Watch, check_running, layout_of, measure_layers, not_paired
+from lora_diag.api.measuring import (
+    Progress,
+    Watch,
+    check_running,
+    layout_of,
+    measure_layers,
+    not_paired,
+    place,
+    read_memory,
+)
 from lora_diag.checkpoints import as_path, locate
 from lora_diag.deltas import Delta, FactoredDelta, Pairing, StoredDelta, Unpaired, natural_order, selector
 from lora_diag.diagnostics.merge import MergedLayer, verify
+from lora_diag.engines import Ray
 from lora_diag.errors import InputError, NothingComparedError, UsageError
 from lora_diag.results import AnyRecord, LeftOut, Merge, Results, ResultsWriter, Run, RunInput
 from lora_diag.version import __version__
@@ -34,6 +45,8 @@ def verify_merge(
     exclude: str | None = None,
     allow_unmatched: bool = False,
     workers: int | None = None,
+    memory: str | int | None = None,
+    engine: Ray | None = None,
     output: Path | str | None = None,
     resume: bool = False,
     verify: bool = False,
@@ -53,6 +66,9 @@ def verify_merge(
         exclude: Regular expression; no weights whose name contains a match.
         allow_unmatched: Leave out what the adapter changes and ``base`` does not have, instead of stopping.
         workers: Layers at once; by default as many as fit into memory.
+        memory: What the whole program may take, such as ``"8GB"``. Layers are read in row blocks anyway; one whose
+            update is no product of thin factors, and does not fit whole, is left out.
+        engine: A Ray cluster to check on; None for this machine alone. Its tasks need no GPUs.
         output: Results file, appended line by line.
         resume: Go on behind what an interrupted run left in ``output``.
         verify: Let ``resume`` compare a SHA-256 of every byte of the inputs, not of samples.
@@ -74,6 +90,10 @@ def verify_merge(
         >>> [(record.layer, record.status) for record in results]  # doctest: +NORMALIZE_WHITESPACE
         [('model.layers.0.self_attn.k_proj.weight', 'dropped'), ('model.layers.0.self_attn.q_proj.weight', 'dropped')]
     """
+    limit = read_memory(memory, engine)
+    if engine is not None and engine.gpus_per_task:
+        raise UsageError("--gpus-per-task: verify-merge compares files on processors; leave it out")
+    place(engine, "cpu")
     check_running(workers, 0)
     base, adapter, merged = map(as_path, (base, adapter, merged))
     if not is_adapter(locate(adapter)):
@@ -89,22 +109,27 @@ def verify_merge(
         inputs=_inputs(said, done),
         settings={"layers": layers, "exclude": exclude, "allow_unmatched": allow_unmatched},
     )
-    layout = layout_of(tasks, workers, "cpu")
+    layout = layout_of(tasks, workers, "cpu", limit)
     rest = Pairing((), unpaired)
     with ResultsWriter[Merge](output, run, resume) as writer:
         return measure_layers(
             writer,
             tasks,
-            _one_layer,
+            partial(_one_layer, memory=layout.limit),
             lambda: not_paired(rest, layout, "cpu"),
             layout,
-            lambda task: task.footprint,
+            partial(_size, memory=layout.limit),
             Watch(on_progress, on_record),
+            engine,
         )
 
 
-def _one_layer(task: MergedLayer) -> Sequence[Merge | LeftOut]:
-    return (verify(task),)
+def _one_layer(task: MergedLayer, memory: int | None) -> Sequence[Merge | LeftOut]:
+    return (verify(task, memory),)
+
+
+def _size(task: MergedLayer, memory: int | None) -> int:
+    return task.footprint if memory is None else min(memory, task.footprint)
 
 
 def _inputs(said: Comparison, done: Comparison) -> tuple[RunInput, ...]:
@@ -163,8 +188,9 @@ def _by_target(said: Pairing, done: Pairing) -> tuple[dict[str, tuple[Delta, ...
     return updates, rest
 
 
-def _task(delta: StoredDelta, updates: tuple[Delta, ...], siblings: dict[str, list[FactoredDelta]]) -> MergedLayer:
-    same = siblings.get(_kind(delta.layer), []) if updates else []
+def _task(
+    delta: StoredDelta, updates: tuple[Delta, ...], siblings: dict[str, tuple[FactoredDelta, ...]]
+) -> MergedLayer:
     return MergedLayer(
         layer=delta.layer,
         shape=delta.shape,
@@ -173,7 +199,7 @@ def _task(delta: StoredDelta, updates: tuple[Delta, ...], siblings: dict[str, li
         deltas=updates,
         is_matrix=delta.is_matrix,
         adapted=bool(updates),
-        others=tuple(other for other in same if other.layer != delta.layer and other.shape == delta.shape),
+        others=siblings.get(_kind(delta.layer), ()) if updates else (),
     )
 
 
@@ -190,13 +216,13 @@ def _missing(delta: Delta, done: Comparison, merged: Path | str) -> MergedLayer:
     return MergedLayer(delta.layer, delta.shape, delta.base, None, (delta,), delta.is_matrix, missing=detail)
 
 
-def _siblings(said: Pairing) -> dict[str, list[FactoredDelta]]:
+def _siblings(said: Pairing) -> dict[str, tuple[FactoredDelta, ...]]:
     """Group factored updates by what could be mistaken for another: experts of a block, or the same layer of others."""
     groups: dict[str, list[FactoredDelta]] = {}
     for delta in said.deltas:
         if isinstance(delta, FactoredDelta):
             groups.setdefault(_kind(delta.layer), []).append(delta)
-    return groups
+    return {kind: tuple(group) for kind, group in groups.items()}
 
 
 def _kind(layer: str) -> str:

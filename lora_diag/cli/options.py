@@ -73,12 +73,9 @@ class Compared(Selected):
 
 
 @dataclass(frozen=True)
-class Computed:
-    """How, on what and with how much of it."""
+class Shared:
+    """How layers share this machine, or a cluster."""
 
-    method: Method = "auto"
-    device: Annotated[str, typer.Option(metavar="auto|cpu|cuda[:i]|mps", help="Where to compute.")] = "auto"
-    seed: Annotated[int, typer.Option(metavar="N", help="Seed of the random starts of krylov.")] = 0
     workers: Workers = None
     memory: Annotated[
         str | None,
@@ -112,6 +109,15 @@ class Computed:
         from lora_diag import Ray  # torch comes with it: not before it is needed
 
         return Ray(self.ray_address, self.gpus_per_task)
+
+
+@dataclass(frozen=True)
+class Computed(Shared):
+    """How, on what and with how much of it."""
+
+    method: Method = "auto"
+    device: Annotated[str, typer.Option(metavar="auto|cpu|cuda[:i]|mps", help="Where to compute.")] = "auto"
+    seed: Annotated[int, typer.Option(metavar="N", help="Seed of the random starts of krylov.")] = 0
 
 
 @dataclass(frozen=True)

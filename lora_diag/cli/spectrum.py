@@ -70,8 +70,6 @@ def spectrum(
             raise UsageError(
                 "--memory: adapters are thin, and their factors are all that --adapters holds; leave it out"
             )
-        if computed.engine is not options.Engine.local:
-            raise UsageError("--engine ray: not with --adapters, which take longer to hand out than to measure")
         _fleet(base, adapters, compared, computed, per, written)
         return
     # torch comes with it: not before it is needed
@@ -120,6 +118,7 @@ def _fleet(
             exclude=compared.exclude,
             device=computed.device,
             workers=computed.workers,
+            engine=computed.arguments()["engine"],
             **written.arguments(),
             on_progress=on_progress,
         )

@@ -23,7 +23,7 @@ def verify_merge(
     merged: Merged,
     *,
     compared: options.Compared,
-    workers: options.Workers = None,
+    shared: options.Shared,
     per: options.PerRow = options.Per.type,
     written: options.Verifiable,
 ) -> None:
@@ -41,15 +41,15 @@ def verify_merge(
             base,
             adapter,
             merged,
-            workers=workers,
             **vars(compared),
+            **shared.arguments(),
             **written.arguments(),
             on_progress=on_progress,
         )
     found = outcome(results)
     if written.table:
         result(merge_table(results, *terminal(), per=per, then=_next(written.output, per, found == "correct")))
-    unread = tell_unmeasured(results.non_finite, "the layer was not checked")
+    unread = tell_unmeasured(results.unmeasured, "the layer was not checked")
     code = {"correct": UNREADABLE if unread else DONE, "failed": GATE_FAILED, "inconclusive": INCONCLUSIVE}[found]
     if code != DONE:
         raise typer.Exit(code)

@@ -159,11 +159,16 @@ def _hypotheses(look: Look) -> Iterator[tuple[Fault, Check]]:
         yield Fault("wrong scale", f"ΔW was added times {factor:.4g}: {why}"), check
     if look.is_matrix and look.shape[0] == look.shape[1]:
         yield Fault("transposed", "ΔWᵀ was added in the place of ΔW"), look.recheck(look.addend.transposed(), how)
-    if look.shape[0] % 2 == 0 and any(word in look.layer for word in HALVES):
+    if has_halves(look.layer, look.shape):
         why = "ΔW was added with its upper and lower half in each other's place"
         yield Fault("wrong order", why), look.recheck(look.addend.halves_swapped(), how)
     if name := _nearest_other(look):
         yield Fault("wrong order", f"the ΔW of {name} was added here"), look.recheck(look.load_other(name), how)
+
+
+def has_halves(layer: str, shape: tuple[int, int]) -> bool:
+    """Say whether a weight is made of two, by its name."""
+    return shape[0] % 2 == 0 and any(word in layer for word in HALVES)
 
 
 def scales(s: float | None, rank: int | None) -> dict[float, str]:

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lora_diag.api.verify_merge import verify_merge
+from lora_diag.engines import local
 from lora_diag.errors import InputError, NothingComparedError, UsageError
 from lora_diag.results.merge import outcome
 from tests.conftest import SHARED, save_sharded
@@ -283,6 +284,24 @@ def test_faults_of_updates_that_are_not_products(tmp_path, dtype):
     assert statuses(verified(merged, dropped)) == {Q: "dropped", head: "dropped"}
     twice = merged.spoil(lambda b, a: a.update({Q: (2 * a[Q].double() - b[Q].double()).to(dtype)}), "twice")
     assert statuses(verified(merged, twice)) == {Q: "wrong scale"}
+
+
+def test_an_update_that_is_held_whole_and_does_not_fit_is_left_out(tmp_path, monkeypatch):
+    monkeypatch.setattr(local, "PROGRAM_BYTES", 0)
+    monkeypatch.setattr(local, "LEAST_BYTES", 0)
+    merged = peft_merge(tmp_path, llama(torch.bfloat16), 0.02, use_dora=True, modules_to_save=["lm_head"])
+    plain = verified(merged)
+    m, n = plain[Q].shape
+    assert m == n
+    found = verified(merged, memory=(72 + 16 + 16) * m * n - 1, workers=1)
+    left = {item.layer: item for item in found.unmeasured}
+    assert {Q, Q1} <= set(left)
+    assert left[Q].reason == "memory"
+    assert "and its update, which is held whole, takes" in left[Q].detail
+    assert [record for record in plain if record.layer not in left] == list(found)
+    assert "lm_head.weight" in {record.layer for record in found}
+    assert Q in {record.layer for record in verified(merged, memory=(72 + 16 + 16) * m * n, workers=1)}
+    assert list(verified(merged, memory="1MB", workers=1)) == list(plain)
 
 
 def test_conv1d_transposed(tmp_path):

@@ -8,16 +8,36 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import hypothesis
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 
+from tests.served import PATIENCE, ROOT, Server
+
 # Matrices here are small, and several threads on a busy machine spin for each other: one is fastest.
 torch.set_num_threads(1)
 
-ROOT = Path(__file__).parents[1]
+# Every run tries the same examples, and none fails because a machine is slow; ``make fuzz`` tries others.
+PATIENT = hypothesis.settings(deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.register_profile("same", PATIENT, derandomize=True)
+hypothesis.settings.register_profile("others", PATIENT, print_blob=True)
+hypothesis.settings.load_profile("same")
+
+# What whoever runs the tests has set for other programs; and no proxy reaches the servers that they start here.
+FOREIGN = {"COLUMNS", "LINES", "FORCE_COLOR", "PY_COLORS", "GITHUB_ACTIONS", "GITHUB_STEP_SUMMARY", "RAY_ADDRESS"}
+for name in FOREIGN & set(os.environ):
+    del os.environ[name]
+os.environ["NO_PROXY"] = os.environ["no_proxy"] = "127.0.0.1,localhost"
+
 SHARED = ROOT.parent / "shared"
+
+
+@pytest.fixture(autouse=True)
+def same_numbers():
+    """Begin every test with the same random numbers, whatever ran before it in this process."""
+    torch.manual_seed(0)
 
 
 @pytest.fixture(autouse=True)
@@ -41,20 +61,36 @@ class Ran:
         return [json.loads(line) for line in self.out.splitlines()]
 
 
-@pytest.fixture
-def loradiag(tmp_path):
-    """Run the command in a process of its own; a traceback is always a failure."""
+@pytest.fixture(scope="session")
+def server(tmp_path_factory):
+    """Runs commands in processes of their own that need not start anew."""
+    running = Server(tmp_path_factory.mktemp("printed"))
+    yield running
+    running.close()
 
-    def run(*words, cwd=tmp_path, env=None) -> Ran:
-        done = subprocess.run(
-            [sys.executable, "-m", "lora_diag", *map(str, words)],
-            capture_output=True,
-            cwd=cwd,
-            env={**os.environ, "NO_COLOR": "1", "OMP_NUM_THREADS": "1", **(env or {})},
-            check=False,
-            timeout=300,
-        )
-        ran = Ran(done.returncode, done.stdout.decode(), done.stderr.decode())
+
+@pytest.fixture
+def loradiag(tmp_path, server):
+    """Run the command in a process of its own; a traceback is always a failure.
+
+    ``anew`` starts Python anew, for what it reads of its environment only when it starts.
+    """
+
+    def run(*words, cwd=tmp_path, env=None, anew=False) -> Ran:
+        env = {**os.environ, "NO_COLOR": "1", "OMP_NUM_THREADS": "1", **(env or {})}
+        if anew:
+            done = subprocess.run(
+                [sys.executable, "-m", "lora_diag", *map(str, words)],
+                capture_output=True,
+                cwd=cwd,
+                env=env,
+                check=False,
+                timeout=PATIENCE,
+            )
+            code, out, err = done.returncode, done.stdout, done.stderr
+        else:
+            code, out, err = server.run(words, cwd, environment=env)
+        ran = Ran(code, out.decode(), err.decode())
         assert "Traceback" not in ran.err, ran.err
         return ran
 

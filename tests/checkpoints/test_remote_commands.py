@@ -198,7 +198,7 @@ def test_the_hub(hub, loradiag, tmp_path):
     front, files = hub
     env = {"HF_ENDPOINT": front.url, "HF_TOKEN": "hf_hidden", "HF_HOME": str(tmp_path / "home")}
     words = ("spectrum", "hf://org/name@main/base", "hf://org/name@main/full_ft", *QPROJ)
-    done = loradiag(*words, "-o", "s.jsonl", env=env)
+    done = loradiag(*words, "-o", "s.jsonl", env=env, anew=True)
     assert done.code == 0, done.err
     found = read_results(tmp_path / "s.jsonl")
     assert found.layers == spectrum(SAMPLES / "base", SAMPLES / "full_ft", layers=QPROJ[1]).layers
@@ -228,7 +228,7 @@ def test_a_certificate_is_checked(web, loradiag, tmp_path):
     certificate = self_signed(tmp_path)
     secure = Web(SAMPLES, certificate)
     try:
-        trusting = loradiag("inspect", f"{secure.url}/lora_r4", env={"SSL_CERT_FILE": str(certificate)})
+        trusting = loradiag("inspect", f"{secure.url}/lora_r4", env={"SSL_CERT_FILE": str(certificate)}, anew=True)
         assert trusting.code == 0, trusting.err
         assert trusting.out.startswith(f"{secure.url}/lora_r4: PEFT LoRA")
         doubting = loradiag("inspect", f"{secure.url}/lora_r4")

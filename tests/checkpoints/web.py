@@ -54,9 +54,10 @@ class Web:
         self.folder, self.asked = folder, []
         self.fault, self.times, self.at_all, self.user = None, 10**9, False, None
         self.names_versions, self.is_gone = True, False
-        self.delay, self.now, self.most = 0.0, 0, 0  # seconds an answer takes; requests at once, now and at most
+        self.now, self.most = 0, 0  # requests at once, now and at most
+        self.together, self.held = 0, ""  # how many are waited for before one that asks for such a path is answered
         self.moved = {}  # beginnings of paths, and where they are now
-        self._lock = threading.Lock()
+        self._lock = threading.Condition()
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"web": self}))
         self._server.daemon_threads = True
         self.host = f"127.0.0.1:{self._server.server_port}"
@@ -73,12 +74,15 @@ class Web:
         self._server.server_close()
 
     @contextmanager
-    def counted(self):
+    def counted(self, path: str):
         with self._lock:
             self.now += 1
             self.most = max(self.most, self.now)
+            self._lock.notify_all()
+            if self.most < self.together and self.held in path:
+                self._lock.wait_for(lambda: self.most >= self.together, 300)
+                time.sleep(0.02)  # for more, of whom there may be none
         try:
-            time.sleep(self.delay)
             yield
         finally:
             with self._lock:
@@ -108,7 +112,7 @@ class _Handler(BaseHTTPRequestHandler):
             super().handle()
 
     def do_GET(self):
-        with self.web.counted():
+        with self.web.counted(self.path):
             self.respond()
 
     def respond(self):

@@ -8,13 +8,12 @@ import shlex
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
 
 import lora_diag
-from tests.conftest import ROOT, SHARED, save_model, weights
+from tests.conftest import PATIENCE, ROOT, SHARED, save_model, weights
 
 
 def test_spectrum_prints_a_table_and_a_summary(loradiag, pair_of_models):
@@ -169,7 +168,7 @@ COMMAND = f"{shlex.quote(sys.executable)} -m lora_diag"
 
 
 def shell(line: str, cwd) -> subprocess.CompletedProcess:
-    return subprocess.run(["bash", "-c", line], capture_output=True, cwd=cwd, text=True, check=False, timeout=300)
+    return subprocess.run(["bash", "-c", line], capture_output=True, cwd=cwd, text=True, check=False, timeout=PATIENCE)
 
 
 @pytest.mark.parametrize("words", ["spectrum base tuned --json", "spectrum base tuned", "inspect base", "--help"])
@@ -193,7 +192,10 @@ def test_an_output_that_takes_nothing_is_one_message(pair_of_models, tmp_path, w
 
 
 def test_ctrl_c_says_how_to_go_on(tmp_path):
-    """A real SIGINT to a real run, once its first layer is written."""
+    """A real SIGINT to a real run, once its first layer is written.
+
+    It cannot end before: its records take 400 KB, a pipe that nobody reads 64.
+    """
     rng = torch.Generator().manual_seed(0)
     names = [f"layers.{index}.w.weight" for index in range(60)]
     base = {name: torch.randn(300, 300, generator=rng) for name in names}
@@ -206,11 +208,11 @@ def test_ctrl_c_says_how_to_go_on(tmp_path):
     )
     assert [b"run" in process.stdout.readline(), b"spectrum" in process.stdout.readline()] == [True, True]
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=120)
+    _, err = process.communicate(timeout=PATIENCE)
     assert err.decode() == "interrupted; with -o, --resume goes on from here\n"
     assert process.returncode == 130
     assert lora_diag.read_results(tmp_path / "r.jsonl").end is None
-    done = subprocess.run([*words, "--resume", "-q"], cwd=tmp_path, env=environment, check=False, timeout=300)
+    done = subprocess.run([*words, "--resume", "-q"], cwd=tmp_path, env=environment, check=False, timeout=PATIENCE)
     assert done.returncode == 0
     assert len(lora_diag.read_results(tmp_path / "r.jsonl")) == 60
 
@@ -272,14 +274,12 @@ def test_names_that_are_not_utf8(loradiag, pair_of_models, tmp_path):
 
 
 def test_pipes_are_refused_and_not_waited_for(loradiag, pair_of_models, tmp_path):
-    begun = time.monotonic()
     for name in ("ff.safetensors", "ff.jsonl"):
         os.mkfifo(tmp_path / name)
         for words in (["inspect", name], ["spectrum", "base", name]):
             ran = loradiag(*words)
             assert ran.code == 3
             assert re.fullmatch(rf"error: {re.escape(name)}: .*\n", ran.err)
-    assert time.monotonic() - begun < 120
 
 
 def test_output_names_that_no_file_can_have(loradiag, pair_of_models, tmp_path):

@@ -23,13 +23,14 @@ def test_records_come_in_the_order_of_the_tasks():
 @pytest.mark.parametrize(("workers", "size", "at_once"), [(None, 1, 4), (None, 100, 1), (None, 40, 2), (3, 100, 3)])
 def test_large_tasks_run_alone_and_small_ones_side_by_side(workers, size, at_once):
     running = most = 0
-    lock = threading.Lock()
+    lock, together = threading.Lock(), threading.Barrier(at_once)
 
     def measure(task):
         nonlocal running, most
         with lock:
             running += 1
             most = max(most, running)
+        together.wait(300)  # for so many at once; and then for more, of whom there must be none
         time.sleep(0.02)
         with lock:
             running -= 1

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 import lora_diag
 from lora_diag import Ray
+from lora_diag.api.fleet import Seen
 from lora_diag.api.measuring import Place, place
 from lora_diag.cli import options
 from lora_diag.engines import connection
@@ -27,7 +28,7 @@ from lora_diag.engines.worker import Job, open_job
 from lora_diag.errors import InputError, UsageError
 from lora_diag.version import __version__
 from tests.checkpoints.web import Web
-from tests.conftest import ROOT
+from tests.conftest import PATIENCE, ROOT
 from tests.engines import faulty
 
 api = sys.modules["lora_diag.api.spectrum"]  # ``lora_diag.api.spectrum`` is the module, ``lora_diag.spectrum`` not
@@ -64,7 +65,7 @@ class TwoNodes:
     def end(self) -> None:
         with self.process:
             self.process.stdin.close()
-            self.process.wait(timeout=60)
+            self.process.wait(timeout=PATIENCE)
 
 
 @pytest.fixture(scope="module")
@@ -104,6 +105,8 @@ COMMANDS = {
     "overlap": (SAMPLES / "base", SAMPLES / "full_ft", [SAMPLES / "gradients"]),
     "interference": ([SAMPLES / "lora_r4", SAMPLES / "lora_r16"],),
     "intruders": (SAMPLES / "base", SAMPLES / "lora_r4"),
+    "verify_merge": (SAMPLES / "base", SAMPLES / "lora_r4", SAMPLES / "full_ft"),
+    "fleet": ([SAMPLES / "*"],),
 }
 
 
@@ -239,7 +242,7 @@ def test_ctrl_c_stops_the_cluster_and_leaves_a_file_to_go_on_with(cluster, pair,
     until(tmp_path / "waiting")
     until(lambda: (tmp_path / "r.jsonl").exists() and (tmp_path / "r.jsonl").read_bytes().count(b"\n") > 1)
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=PATIENCE)
     assert process.returncode == 130
     assert err.decode() == "interrupted; with -o, --resume goes on from here\n"
     assert (tmp_path / "r.jsonl").read_bytes().startswith(out)  # the interrupt may come between file and output
@@ -251,9 +254,9 @@ def test_ctrl_c_stops_the_cluster_and_leaves_a_file_to_go_on_with(cluster, pair,
     assert (tmp_path / "r.jsonl").read_bytes() == (tmp_path / "local").read_bytes()
 
 
-def until(there, seconds=60):
+def until(there):
     """Wait for a file, or for something to be so."""
-    end = time.monotonic() + seconds
+    end = time.monotonic() + PATIENCE
     while not (there.exists() if isinstance(there, Path) else there()):
         assert time.monotonic() < end, "waited in vain"
         time.sleep(0.05)
@@ -274,6 +277,17 @@ def test_a_worker_refuses_what_is_not_what_was_meant(tmp_path, monkeypatch):
         open_job(job(files=(("model", 6),), folder=str(tmp_path)))
 
 
+def test_a_worker_refuses_adapters_that_it_does_not_see(tmp_path):
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"12345")
+    seen = Seen.now(tmp_path)
+    (tmp_path / "training.log").write_bytes(b"what is beside it may grow")
+    seen.check()
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"1234")
+    for path in (tmp_path, tmp_path / "none"):
+        with pytest.raises(InputError, match=r"the worker on .* sees other files there, or none; adapters"):
+            Seen(path, seen.files).check()
+
+
 @pytest.mark.parametrize(
     ("asked", "message"),
     [
@@ -288,6 +302,13 @@ def test_what_makes_no_sense_is_refused(asked, message):
     with pytest.raises(UsageError) as error:
         Ray(**asked).check()
     assert str(error.value).startswith(message)
+
+
+def test_a_comparison_of_files_takes_no_gpu(monkeypatch):
+    monkeypatch.setattr(connection, "import_ray", lambda: None)
+    files = [SAMPLES / name for name in ("base", "lora_r4", "full_ft")]
+    with pytest.raises(UsageError, match="--gpus-per-task: verify-merge compares files on processors; leave it out"):
+        lora_diag.verify_merge(*files, engine=Ray(gpus_per_task=1))
 
 
 def test_the_dashboards_address_in_the_environment_is_told_apart(monkeypatch):

@@ -6,8 +6,18 @@
 import os
 import sys
 
-os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
+os.environ |= {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    # A node that answers late is not dead, and one that is dead is looked for often.
+    "RAY_health_check_timeout_ms": "120000",
+    "RAY_health_check_period_ms": "1000",
+    "RAY_worker_register_timeout_seconds": "600",
+    "RAY_raylet_start_wait_time_s": "600",
+    "RAY_NUM_REDIS_GET_RETRIES": "600",
+}
 
+from ray._private.node import Node
 from ray.cluster_utils import Cluster
 
 # Of each node: as little as Ray takes.
@@ -16,16 +26,22 @@ SECOND = {**NODE, "num_gpus": 1}  # a GPU in name alone
 
 
 def main() -> None:
-    cluster = Cluster(initialize_head=True, head_node_args={**NODE, "include_dashboard": False})
-    second = cluster.add_node(**SECOND)
+    cluster = Cluster(initialize_head=True, head_node_args={**NODE, "include_dashboard": False, "wait": False})
+    second = added(cluster)
     tell(cluster.address)
     for line in sys.stdin:
         if line.strip() == "add":
-            second = cluster.add_node(**SECOND)
+            second = added(cluster)
         else:
             cluster.remove_node(second, allow_graceful=False)
         tell("done")
     cluster.shutdown()
+
+
+def added(cluster: Cluster) -> Node:
+    second = cluster.add_node(**SECOND, wait=False)  # which would wait for no more than 30 s
+    cluster.wait_for_nodes(timeout=600)
+    return second
 
 
 def tell(words: str) -> None:

@@ -1,10 +1,7 @@
 """A command that dies of what a test asks for."""
 
-import json
 import os
 import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from tests.conftest import ROOT, save_model
+from tests.conftest import save_model
 from tests.robustness.material import adapters
+from tests.served import Server
 
 
 @dataclass(frozen=True)
@@ -45,14 +43,8 @@ class Commands:
 
     def __init__(self, notes: Path) -> None:
         self.notes = notes
-        self._server = subprocess.Popen(
-            [sys.executable, "-m", "tests.robustness.server"],
-            cwd=ROOT,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "NO_COLOR": "1", "COLUMNS": "100"},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
+        self._server = Server(notes, "tests.robustness.server")
+        self._environment = {**os.environ, "NO_COLOR": "1", "COLUMNS": "100"}
 
     def __call__(
         self,
@@ -64,19 +56,13 @@ class Commands:
         **faults: Any,
     ) -> Ended:
         """Run a command to its end, or to the step ``at``, or for ``after`` seconds, and with faults of ``server``."""
-        assert self._server.stdin is not None
-        assert self._server.stdout is not None
-        files = {name: str(self.notes / name) for name in ("out", "err", "steps")}
-        job = {"words": [str(word) for word in words], "cwd": str(cwd), "at": at, "after": after, "signal": signal}
-        self._server.stdin.write(json.dumps({**job, **files, "faults": faults}) + "\n")
-        self._server.stdin.flush()
-        code = int(self._server.stdout.readline())
-        out, err, steps = (Path(files[name]).read_text() for name in ("out", "err", "steps"))
-        return Ended(code, out, err, steps.splitlines())
+        job = {"at": at, "after": after, "signal": signal, "steps": str(self.notes / "steps"), "faults": faults}
+        code, out, err = self._server.run(words, cwd, environment=self._environment, **job)
+        return Ended(code, out.decode(), err.decode(), (self.notes / "steps").read_text().splitlines())
 
     def close(self) -> None:
         """Let the process end."""
-        self._server.communicate()
+        self._server.close()
 
 
 @pytest.fixture(scope="session")

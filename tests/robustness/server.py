@@ -8,18 +8,14 @@ and every write to a results file, before it, in its middle and after it.
 
 import errno
 import fcntl
-import json
 import os
 import resource
 import signal
 import sys
 import threading
 import time
-import traceback
 from pathlib import Path
 from typing import Any
-
-import torch
 
 import lora_diag.api.extract
 import lora_diag.api.interference
@@ -27,48 +23,16 @@ import lora_diag.api.overlap
 import lora_diag.api.residual
 import lora_diag.engines.local
 import lora_diag.results.writing
-from lora_diag.__main__ import main
+from tests.served import serve
 
 EVENTS = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "fcntl.flock"}
 
 
-def serve() -> None:
-    """Answer jobs, one a line, until there are no more."""
-    torch.set_num_threads(1)
-    for line in sys.stdin:
-        job = json.loads(line)
-        child = os.fork()
-        if child == 0:
-            _be_the_command(job)
-        if job.get("after") is not None:
-            time.sleep(job["after"])
-            os.kill(child, job["signal"])
-        _, status = os.waitpid(child, 0)
-        sys.stdout.write(f"{os.waitstatus_to_exitcode(status)}\n")
-        sys.stdout.flush()
-
-
-def _be_the_command(job: dict[str, Any]) -> None:
-    os.chdir(job["cwd"])
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts what runs behind it without
-    for number, name in ((0, os.devnull), (1, job["out"]), (2, job["err"])):
-        os.dup2(os.open(name, os.O_RDWR | os.O_CREAT | os.O_TRUNC), number)
-    sys.stdin = open(0)  # noqa: SIM115
+def prepare(job: dict[str, Any]) -> None:
+    """Be ready to die of what is asked."""
     Steps(job)
     for fault, value in job["faults"].items():
         FAULTS[fault](value)
-    sys.argv = ["loradiag", *job["words"]]
-    code = 1
-    try:
-        main()
-    except SystemExit as stop:
-        code = stop.code if isinstance(stop.code, int) else 0
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        # To take torch apart, as Python does at its end, takes 0.7 s each time.
-        os._exit(code)
 
 
 class Steps:
@@ -172,13 +136,13 @@ def _no_sync(number: int) -> None:
     os.fsync = fsync
 
 
-def _slow(seconds: float) -> None:
-    """Every layer takes so long."""
+def _slow(endless: str) -> None:
+    """Every layer takes 30 ms, and the one of this name for ever."""
     measure = lora_diag.engines.local._on_threads
 
-    def slowly(*arguments: Any) -> Any:
-        time.sleep(seconds)
-        return measure(*arguments)
+    def slowly(threads: int, one: Any, task: Any) -> Any:
+        time.sleep(1e6 if task.layer == endless else 0.03)
+        return measure(threads, one, task)
 
     lora_diag.engines.local._on_threads = slowly
 
@@ -206,4 +170,4 @@ FAULTS = {
 }
 
 if __name__ == "__main__":
-    serve()
+    serve(prepare)

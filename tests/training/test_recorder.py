@@ -28,7 +28,7 @@ import lora_diag
 from lora_diag.errors import UsageError
 from lora_diag.results import read_results
 from lora_diag.training import GradientRecorder
-from tests.conftest import ROOT, as_numpy
+from tests.conftest import PATIENCE, ROOT, as_numpy
 from tests.linalg.test_subspace import dense_overlaps
 
 VOCABULARY = 24
@@ -425,7 +425,7 @@ def test_two_processes_record_the_gradient_of_the_whole_batch_once(tmp_path):
     words = [sys.executable, "-W", "ignore", "-c", script]
     running = [subprocess.Popen([*words, str(rank), str(tmp_path)], cwd=ROOT) for rank in (0, 1)]
     try:
-        assert [process.wait(timeout=120) for process in running] == [0, 0]
+        assert [process.wait(timeout=PATIENCE) for process in running] == [0, 0]
     finally:
         for process in running:
             process.kill()

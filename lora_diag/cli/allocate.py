@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lora_diag.cli import options
-from lora_diag.cli.output import again, result, spare, terminal
+from lora_diag.cli.output import again, line, result, spare, terminal
 from lora_diag.errors import UsageError
 
 if TYPE_CHECKING:
@@ -82,11 +82,10 @@ def allocate(
         from lora_diag.reports.policies import policies_table
 
         found = rank_table(results, allow_unfinished)
-        result(
-            "\n".join(record.model_dump_json() for record in found)
-            if json
-            else policies_table(found, *terminal(), per=per)
-        )
+        for row in found if json else ():
+            line(row.model_dump_json())
+        if not json:
+            result(policies_table(found, *terminal(), per=per))
         return
     if check is not None and output is None:
         raise UsageError("--check: there is no config to check; write one with -o adapter_config.json")
@@ -113,7 +112,7 @@ def allocate(
         write_allocation(allocation, output, scaling, rslora, check)
     if json:
         for record in allocation.records():
-            result(to_line(record))
+            line(to_line(record))
     elif not quiet:
         from lora_diag.reports.allocation import allocation_table
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lora_diag.cli import options
-from lora_diag.cli.output import again, result, spare, terminal
+from lora_diag.cli.output import again, line, result, spare, terminal
 from lora_diag.errors import DONE, GATE_FAILED, INCONCLUSIVE, InputError, UsageError
 from lora_diag.files import write_whole
 
@@ -93,7 +93,7 @@ def gate(
         from lora_diag.results import to_line
 
         for record in results.records():
-            result(to_line(record))
+            line(to_line(record))
     elif not quiet:
         _show(results, github, _next(results, given, output))
     if github:
@@ -180,8 +180,8 @@ def _show(results: Results[Any], github: bool, then: str) -> None:
 def _tell_github(results: Results[Any]) -> None:
     from lora_diag.reports.github import step_summary, workflow_commands
 
-    for line in workflow_commands(results):
-        result(line)
+    for command in workflow_commands(results):
+        result(command)
     if summary := os.environ.get("GITHUB_STEP_SUMMARY"):
         try:
             with Path(summary).open("a", encoding="utf-8") as file:

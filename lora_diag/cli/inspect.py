@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from lora_diag.cli import options
-from lora_diag.cli.output import result, terminal
+from lora_diag.cli.output import line, result, terminal
 
 
 def inspect(
@@ -26,7 +26,7 @@ def inspect(
 
         results = read_results(path)
         for record in results.records() if json else ():
-            result(to_line(record))
+            line(to_line(record))
         if not json:
             result(table(results, *terminal(), per=per))
         return
@@ -35,4 +35,7 @@ def inspect(
     from lora_diag.reports.inventory import inventory_table
 
     inventory = look(path)
-    result(inventory.model_dump_json() if json else inventory_table(inventory, *terminal()))
+    if json:
+        line(inventory.model_dump_json())
+    else:
+        result(inventory_table(inventory, *terminal()))

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from json import dumps
 from pathlib import Path
 from textwrap import fill
 from typing import TYPE_CHECKING, TextIO
 
 from lora_diag.errors import InputError, UsageError
 from lora_diag.files import check_place
-from lora_diag.reports.text import safe
+from lora_diag.reports.text import encodable, safe
 
 if TYPE_CHECKING:
     from lora_diag.api.measuring import Progress
@@ -70,14 +72,21 @@ def result(text: str) -> None:
     """
     if sys.stdout is None or sys.stdout.closed:
         raise InputError("standard output: cannot be written: it is closed")
-    encoding = sys.stdout.encoding or "utf-8"
+    text = encodable(public(text), sys.stdout.encoding or "utf-8")
     # Not an OSError from here on: typer makes exit code 1 of a closed pipe, which means that a gate failed.
     try:
-        print(public(text).encode(encoding, "replace").decode(encoding), flush=True)
+        print(text, flush=True)
     except BrokenPipeError as error:
         raise ReaderGoneError from error
     except OSError as error:
         raise InputError(f"standard output: cannot be written: {error.strerror}") from error
+
+
+def line(json: str) -> None:
+    """Print a line of JSON; a sign that standard output's encoding may lack is escaped, as JSON has it."""
+    if (getattr(sys.stdout, "encoding", None) or "utf-8").lower() != "utf-8":
+        json = re.sub(r"[^\x00-\x7f]", lambda sign: dumps(sign[0])[1:-1], json)
+    result(json)
 
 
 def spare(inputs: Iterable[Path | str], outputs: Iterable[Path | None]) -> None:
@@ -101,7 +110,7 @@ def as_lines(json: bool) -> Callable[[AnyRecord], None] | None:
     """Return what prints each record as it is measured, as ``--json`` asks; None without."""
     from lora_diag.results import to_line
 
-    return (lambda record: result(to_line(record))) if json else None
+    return (lambda record: line(to_line(record))) if json else None
 
 
 def tell_unmeasured(items: Sequence[LeftOut], then: str) -> bool:

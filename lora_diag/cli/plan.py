@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from lora_diag.cli import options
-from lora_diag.cli.output import result, terminal
+from lora_diag.cli.output import line, result, terminal
 
 
 def plan(
@@ -56,7 +56,7 @@ def plan(
         top=top,
     )
     if json:
-        result(found.model_dump_json())
+        line(found.model_dump_json())
         return
     budget = ["--params", params] if params else ["--memory", memory] if memory else ["--params", "10M"]
     pilot = shlex.join(["loradiag", "spectrum", str(base), "TUNED", "-o", "results.jsonl"])

@@ -14,6 +14,12 @@ BARS = "▁▂▃▄▅▆▇█"
 # Where a bar would stand if its value had been computed.
 UNKNOWN = "·"
 
+# What stands for a sign where a terminal lacks it: as wide in the cells of a table, and what a reader knows elsewhere.
+_ASCII = str.maketrans("▁▂▃▄▅▆▇█·─×−–…→‖Δσεℓ⟨⟩÷", ".:-=+%#@*-x--~>|dsel<>/") | str.maketrans(
+    {"²": "^2", "½": "1/2", "ᵀ": "^T", "√": "sqrt ", "Σ": "sum ", "≥": ">=", "≤": "<=", "≈": "~", "±": "+-"}
+    | {"λ": "lambda", "ρ": "rho", "κ": "kappa", "α": "alpha", "μ": "mu", "∇": "grad "}
+)
+
 # Background and foreground by share, light to dark blue: ordered also in grey and for the colour-blind (xterm colours).
 SHADES = (
     ("#f7fbff", "#000000"),
@@ -40,6 +46,19 @@ def to_text(renderable: RenderableType, width: int, color: bool) -> str:
         legacy_windows=False,
     ).print(renderable)
     return "\n".join(line.rstrip() for line in buffer.getvalue().splitlines())
+
+
+def encodable(text: str, encoding: str) -> str:
+    """Return text as a terminal of an encoding can show it: where it lacks a sign of ours, all of them in ASCII.
+
+    >>> encodable("‖ΔW‖ ≥ 2 ▁▅█", "ascii"), encodable("‖ΔW‖", "utf-8"), encodable("a/文", "latin-1")
+    ('|dW| >= 2 .+@', '‖ΔW‖', 'a/?')
+    """
+    try:
+        text.encode(encoding)
+    except UnicodeError:
+        return text.translate(_ASCII).encode(encoding, "replace").decode(encoding)
+    return text
 
 
 def safe(text: str) -> str:

@@ -1,11 +1,12 @@
-"""What is said on standard error: one line for a log, wrapped between words on a terminal."""
+"""How text is made to fit: messages for a log or a terminal, and signs that a terminal lacks."""
 
 import io
+import json
 import sys
 
 import pytest
 
-from lora_diag.cli.output import message
+from lora_diag.cli.output import line, message, result
 
 PATH = "runs/a-folder-with-hyphens/and-a-name-that-is-longer-than-a-narrow-terminal-is-wide/model.safetensors"
 LINE = f"about 4 min: 128 batches of 2 s each, and evaluation of what was trained on {PATH}: take fewer sequences"
@@ -31,3 +32,16 @@ def test_a_log_gets_one_line(monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "60")
     message(LINE)
     assert capsys.readouterr().err == f"{LINE}\n"
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252", "utf-8"])
+def test_a_terminal_without_utf_8_gets_signs_that_it_has_and_json_loses_nothing(monkeypatch, encoding):
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding, newline="\n"))
+    result("q_proj 128×64 ‖ΔW‖ ≥ 2 ▁▅█··")
+    record = {"layer": "café.文.\U0001f600", "unit": "‖ΔW‖²"}
+    line(json.dumps(record, ensure_ascii=False))
+    table, written = raw.getvalue().decode(encoding).splitlines()
+    wanted = "q_proj 128×64 ‖ΔW‖ ≥ 2 ▁▅█··" if encoding == "utf-8" else "q_proj 128x64 |dW| >= 2 .+@**"
+    assert table == wanted
+    assert json.loads(written) == record

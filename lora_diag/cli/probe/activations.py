@@ -9,7 +9,7 @@ from typing import Annotated, Any, cast
 import typer
 
 from lora_diag.cli import options
-from lora_diag.cli.output import result, terminal
+from lora_diag.cli.output import line, result, terminal
 from lora_diag.cli.probe import shared
 
 
@@ -52,7 +52,7 @@ def activations(
             on_note=shared.noted(quiet),
         )
     if json:
-        result(recorded.model_dump_json())
+        line(recorded.model_dump_json())
     elif not quiet:
         kfac = " --kfac" if gradients else ""
         then = f"loradiag spectrum BASE TUNED --activations {shlex.quote(str(output))}{kfac}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import io
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -49,16 +50,21 @@ def to_text(renderable: RenderableType, width: int, color: bool) -> str:
 
 
 def encodable(text: str, encoding: str) -> str:
-    """Return text as a terminal of an encoding can show it: where it lacks a sign of ours, all of them in ASCII.
+    """Return text as a terminal of an encoding can show it, with something in ASCII for every sign that it lacks.
 
-    >>> encodable("‖ΔW‖ ≥ 2 ▁▅█", "ascii"), encodable("‖ΔW‖", "utf-8"), encodable("a/文", "latin-1")
-    ('|dW| >= 2 .+@', '‖ΔW‖', 'a/?')
+    >>> encodable("‖ΔW‖ ≥ 2 ▁▅█", "ascii"), encodable("‖ΔW‖", "utf-8"), encodable("4×4 文", "latin-1")
+    ('|dW| >= 2 .+@', '‖ΔW‖', '4×4 ?')
     """
-    try:
-        text.encode(encoding)
-    except UnicodeError:
-        return text.translate(_ASCII).encode(encoding, "replace").decode(encoding)
-    return text
+    return text.encode(encoding, "ascii signs").decode(encoding)
+
+
+def _in_ascii(error: UnicodeError) -> tuple[str, int]:
+    assert isinstance(error, UnicodeEncodeError)
+    signs = error.object[error.start : error.end].translate(_ASCII)
+    return signs.encode("ascii", "replace").decode(), error.end
+
+
+codecs.register_error("ascii signs", _in_ascii)
 
 
 def safe(text: str) -> str:

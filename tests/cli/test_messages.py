@@ -38,10 +38,9 @@ def test_a_log_gets_one_line(monkeypatch, capsys):
 def test_a_terminal_without_utf_8_gets_signs_that_it_has_and_json_loses_nothing(monkeypatch, encoding):
     raw = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding, newline="\n"))
-    result("q_proj 128×64 ‖ΔW‖ ≥ 2 ▁▅█··")
+    result("q_proj ‖ΔW‖ ≥ 2 ▁▅█ \udce9")
     record = {"layer": "café.文.\U0001f600", "unit": "‖ΔW‖²"}
     line(json.dumps(record, ensure_ascii=False))
     table, written = raw.getvalue().decode(encoding).splitlines()
-    wanted = "q_proj 128×64 ‖ΔW‖ ≥ 2 ▁▅█··" if encoding == "utf-8" else "q_proj 128x64 |dW| >= 2 .+@**"
-    assert table == wanted
+    assert table == ("q_proj ‖ΔW‖ ≥ 2 ▁▅█ ?" if encoding == "utf-8" else "q_proj |dW| >= 2 .+@ ?")
     assert json.loads(written) == record

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 from lora_diag.adapters.keys import Modules, is_named, pair_of
 from lora_diag.adapters.patterns import is_target, module_targets
 from lora_diag.adapters.source import Config, Source
-from lora_diag.adapters.updates import Site, Update, read
+from lora_diag.adapters.updates import Site, Update, as_float64
 from lora_diag.checkpoints import Checkpoint
 from lora_diag.errors import InputError
 
@@ -160,10 +160,12 @@ def factors(
     checkpoint: Checkpoint, b_key: str, a_key: str, scale: float, index: int, count: int, site: Site
 ) -> Factors:
     """Return s·B_e ``(out, r)`` and A_e ``(r, in)`` of one expert."""
-    b, a = read(checkpoint, b_key), read(checkpoint, a_key)
-    b_e = b.reshape(b.shape[0], -1, count)[:, :, index]
-    a_e = a.reshape(count, -1, a.shape[1])[index]
-    return b_e * scale, a_e
+    rows, columns = checkpoint[a_key].shape
+    rank = rows // count
+    # Only what belongs to the expert is read, or, of B, where that is all over the rows, converted.
+    a_e = checkpoint.read(a_key, index * rank * columns, (index + 1) * rank * columns).view(rank, columns)
+    b_e = checkpoint.read(b_key).view(-1, rank, count)[:, :, index]
+    return as_float64(b_e) * scale, as_float64(a_e)
 
 
 def stored_in_out(peft_version: str, model_type: str) -> bool:

@@ -208,7 +208,7 @@ FIGURES = (
     ),
     FigureKind(
         "curvature",
-        "loss gap of truncations: measured, second order, bound",
+        "curvature of the loss, and what it says of truncations beside their measured gaps",
         "curvature",
         draw_curvature,
         "loradiag probe curvature BASE TUNED --eval FILE -o curvature.jsonl",

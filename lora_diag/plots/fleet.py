@@ -106,7 +106,7 @@ def _draw(ax: Axes, points: Sequence[_Point], look: Look | None, width: float, h
     ax.set_ylim(low, high)
     ax.set_xlim(-0.03, 1 / _PLOT)
     ax.set_xticks([0, 0.5, 1], ["0", "0.5", "1"])
-    ax.yaxis.set_major_locator(LogLocator(numticks=6))
+    ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low < 100 else (1,), numticks=6))
     ax.yaxis.set_major_formatter(_plain if high / low < 100 else log_label)
     ax.yaxis.set_minor_formatter(NullFormatter())
     ax.set_xlabel("rank at 99% of the energy / r", loc="left")
@@ -118,6 +118,8 @@ def _draw(ax: Axes, points: Sequence[_Point], look: Look | None, width: float, h
     for dead in (False, True):
         for run in {point.run for point in points}:
             some = [point for point in points if point.run == run and (point.fro == 0) == dead]
+            if not some:  # a line without points would count in the layout, at the corner of the page
+                continue
             ax.plot(
                 [point.used for point in some],
                 [point.fro or low for point in some],
@@ -181,7 +183,7 @@ def _names(
 
 
 def _plain(value: float, _: object = None) -> str:
-    return f"{value:.3g}"
+    return f"{value:,.0f}".replace(",", "\u202f") if 1000 <= value < 1e7 else f"{value:.3g}"
 
 
 def _words(series: Sequence[Series[Any]], points: Sequence[_Point], look: Look) -> Words:

@@ -160,8 +160,8 @@ def norm_of(shown: Sequence[Cells]) -> Normalize:
     low, high = float(values.min()), float(values.max())
     if low > 0 and high / low >= _LOG_FROM:
         return LogNorm(low, high)
-    if low == high:
-        return Normalize(low - 0.5 * (abs(low) or 1), high + 0.5 * (abs(high) or 1))
+    if low == high:  # one colour, and a scale from nothing to it
+        return Normalize(min(0.0, low), max(0.0, high) if high else 1.0)
     return Normalize(low, high)
 
 

@@ -12,7 +12,7 @@ from matplotlib.ticker import LogLocator, NullFormatter, PercentFormatter
 
 from lora_diag.planning.intrinsic import Line, lines, reached
 from lora_diag.plots.panel import panel_axes
-from lora_diag.plots.probing import levels, limits, loss_axis, panel_width, panels_of, sets_of
+from lora_diag.plots.probing import GROUND, levels, limits, loss_axis, panel_width, panels_of, sets_of
 from lora_diag.plots.series import Options, Series, subject_of
 from lora_diag.plots.sheet import Key, Words, sheet
 from lora_diag.plots.style import CATEGORIES, INK, QUIET, Look, category, log_label, styled, wrapped
@@ -110,6 +110,7 @@ def _draw(ax: Axes, runs: Sequence[Sequence[Line]], share: float, look: Look | N
                     size=size,
                     color=color,
                     va="top",
+                    bbox=GROUND,
                 )
     ax.set_ylim(limits(shown))
     levels(ax, [("full fine-tuning", 1.0, INK)], look)

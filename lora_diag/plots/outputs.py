@@ -78,13 +78,13 @@ def depth(results: Results[Any] | Iterable[Probe], ax: Axes | None = None, *, na
 
 def figure(series: Sequence[Series[Any]], look: Look, options: Options) -> Figure:
     """Return the gaps, one panel a set."""
-    panels = []
+    panels: list[tuple[str, list[Row]]] = []
     sets = sets_of(record for one in series for record in one.records)
     for name, called in sets.items():
         rows = []
         for one in series:
             rows += _rows([r for r in one.records if r.set == name], owner_of(one, series))
-        panels.append((called, sorted(rows, key=lambda row: -row.value)[:ROWS]))
+        panels.append((called, _ordered(rows, panels[0][1] if panels else ())))
     most = max(sum(record.set == name for one in series for record in _others(one.records)) for name in sets)
     notes = ["Bars are two paired standard errors, by sequence: one that crosses zero cannot be told from TUNED."]
     notes.append(f"The {ROWS} largest gaps of {most}." if most > ROWS else "")
@@ -154,6 +154,13 @@ def _rows(mine: Sequence[Probe], whose: str) -> list[Row]:
         ),
         key=lambda row: -row.value,
     )
+
+
+def _ordered(rows: Sequence[Row], first: Sequence[Row]) -> list[Row]:
+    """Return the largest gaps of a panel, in the order of the first one where they are in it."""
+    place = {row.name: number for number, row in enumerate(first)}
+    largest = sorted(rows, key=lambda row: -row.value)[:ROWS]
+    return sorted(largest, key=lambda row: place.get(row.name, len(place)))
 
 
 def _called(record: Probe) -> str:

@@ -89,6 +89,10 @@ def _rank(place: float) -> float:
     return place if place < 1 else 2.0 ** (place - 1)
 
 
+# What is behind the name of a line: lets through where other lines go, and keeps the name readable.
+GROUND: dict[str, Any] = {"facecolor": "white", "alpha": 0.75, "lw": 0, "pad": 0.6}
+
+
 def levels(ax: Axes, named: Sequence[tuple[str, float, str]], look: Look | None, lowest_below: bool = False) -> None:
     """Draw horizontal lines, each with its name at its right end; lines that nearly touch share one line of names.
 
@@ -123,6 +127,8 @@ def levels(ax: Axes, named: Sequence[tuple[str, float, str]], look: Look | None,
             color=group[-1][2] if len(group) == 1 else INK,
             parse_math=False,
             annotation_clip=False,
+            bbox=GROUND,
+            zorder=1.9,
         )
 
 

@@ -108,7 +108,9 @@ def _inputs(run: Run, last: bool = False) -> str:
         return name_of(run.command)
     if run.command == "interference":
         return " + ".join(base_name(side.path) for side in run.inputs if side.role != "base")
-    return names[-1] if last or len(names) > 3 else " → ".join(names)
+    if len(names) > 3 and not last:  # of several adapters, what they are held against
+        names = [base_name(side.path) for side in run.inputs if side.role in {"base", "tuned"}] or names[-1:]
+    return names[-1] if last else " → ".join(names)
 
 
 def base_name(path: str) -> str:

@@ -158,8 +158,9 @@ def _levels(ax: Axes, found: Sequence[Course], losses: Sequence[float], look: Lo
     span = max(losses) - min(losses) or abs(max(losses)) * 0.05
     low, high = min(losses) - FAR * span, max(losses) + FAR * span
     near = {(word, loss): color for (word, loss), color in named.items() if low <= loss <= high}
-    ax.set_ylim(limits([*losses, *(loss for _, loss in near)]))
-    levels(ax, [(f"{word} {loss:.3f}", loss, color) for (word, loss), color in near.items()], look)
+    under = bool(near) and min(loss for _, loss in near) <= min(losses) + 0.05 * span
+    ax.set_ylim(limits([*losses, *(loss for _, loss in near)], below=0.14 if under else 0.08))
+    levels(ax, [(f"{word} {loss:.3f}", loss, color) for (word, loss), color in near.items()], look, under)
     for up, arrow in ((True, "↑"), (False, "↓")):
         told = [f"{word} {loss:.3f} {arrow}" for word, loss in named if (loss > high if up else loss < low)]
         if told:

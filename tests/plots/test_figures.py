@@ -1,5 +1,6 @@
 """The numbers in the figures, held against NumPy in float64; what a notebook keeps; what cannot be drawn."""
 
+import dataclasses
 import re
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from matplotlib.figure import Figure
 import lora_diag
 from lora_diag import plots
 from lora_diag.errors import InputError, NothingComparedError, UsageError
+from lora_diag.plots.heatmap import cells, norm_of
 from lora_diag.plots.series import series_of
 from lora_diag.results import Results, RunInput
 from tests.plots import making
@@ -441,3 +443,21 @@ def test_names_too_long_for_their_place_stay_different():
         shown = [ax.get_title(loc="left") for ax in page.axes[:5]]
         shown = shown if name == "energy" else [label.get_text() for label in page.axes[0].get_yticklabels()]
         assert len(set(shown)) == 5, shown
+
+
+def test_a_fleet_in_which_nobody_stands_out_fills_its_page_and_names_its_scale():
+    alike = [making.adapter(f"runs/{i}/lora", 2e5 * (1 + 0.01 * i), sketch=np.eye(64)[i]) for i in range(9)]
+    (quiet,) = plots.figure("fleet", making.results(alike)).axes
+    (loud,) = plots.figure("fleet", making.results(making.adapters(9))).axes
+    assert quiet.get_position().y0 == pytest.approx(loud.get_position().y0, abs=0.01)
+    low, high = quiet.get_ylim()
+    shown = [t.get_text() for t, at in zip(quiet.get_yticklabels(), quiet.get_yticks(), strict=True) if low < at < high]
+    assert "200\u202f000" in shown
+
+
+@pytest.mark.parametrize(("value", "ends"), [(0.0, (0.0, 1.0)), (3.0, (0.0, 3.0)), (-2.0, (-2.0, 0.0))])
+def test_a_heat_map_of_one_value_has_a_scale_from_nothing(value, ends):
+    shown = cells([making.spectrum(f"l.{i}.q.weight", [1.0]) for i in range(2)], "fro")
+    shown = dataclasses.replace(shown, values=np.full_like(shown.values, value))
+    norm = norm_of([shown])
+    assert (norm.vmin, norm.vmax) == ends

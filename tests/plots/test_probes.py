@@ -1,5 +1,7 @@
 """Figures of probe records: every point is a record's, and the finding in a title is the verdict's."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -236,3 +238,18 @@ def test_fisher_shows_the_order_of_each_predictor_and_the_tails_where_nothing_wa
         np.testing.assert_allclose(tail[:-1], [[r, sum(range(1, 5)) * (1 - r / 32) / 2] for r in range(1, 32)])
     still = [record.model_copy(update={"fisher": (0.0,)}) for record in making.fishers()]
     assert plots.why_not("fisher", making.probed(still)) == "no tail moves the loss"
+
+
+def test_outputs_of_several_adapters_are_called_by_what_they_are_held_against_and_keep_their_order():
+    records = making.said()
+    turned = [
+        record.model_copy(update={"gap": -record.gap}) if record.set == "other" and record.name else record
+        for record in records
+    ]
+    run = making.probed(turned, command="probe outputs")
+    adapters = [run.run.inputs[1].model_copy(update={"role": "adapter", "path": f"runs/r{r}"}) for r in (4, 16)]
+    run = dataclasses.replace(run, run=run.run.model_copy(update={"inputs": (*run.run.inputs, *adapters)}))
+    page = plots.figure("outputs", run)
+    assert words(page).startswith("Held-out loss of each model, less that of the full fine-tune base → tuned; ")
+    first, second = ([label.get_text() for label in ax.get_yticklabels()] for ax in page.axes)
+    assert first == second == ["r16", "r4"]

@@ -64,7 +64,12 @@ def _update(source: Source, module: str, parts: dict[str, str], scale: float, se
     key = parts["lora_b"]
     dtype = source.checkpoint[key].dtype
     update = Update(f"{module}.weight", (b[1], a[0]), load, True, dtype, zero_if=key, rank=a[1], scale=scale)
-    return dora.with_lengths(update, source, parts["m"], by_column=False) if "m" in parts else update
+    if "m" not in parts:
+        return update
+    of_table = (
+        source.checkpoint[parts["m"]].numel == a[0] != b[1]
+    )  # an embedding is (vocab, dim), and m its rows' lengths
+    return dora.with_lengths(update, source, parts["m"], by_column=of_table)
 
 
 def factors(checkpoint: Checkpoint, b_key: str, a_key: str, scale: float, site: Site) -> Factors:

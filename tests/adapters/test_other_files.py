@@ -174,3 +174,18 @@ def test_mlx_dora(tmp_path):
     v = W + 10 * UP @ DOWN
     found, _ = changes(path, base(tmp_path, {"q.weight": W}))
     close(found["q.weight"], (m / np.linalg.norm(v, axis=1))[:, None] * v - W)
+
+
+def test_mlx_embeddings_are_adapted_row_by_row(tmp_path):
+    table, a, b, m = normal(9, 6), normal(9, 2), normal(2, 6), np.abs(normal(9)) + 0.5
+    folder = base(tmp_path, {"model.embed_tokens.weight": table})
+    found, _ = changes(mlx(tmp_path, {"embed_tokens.lora_a": a, "embed_tokens.lora_b": b}), folder)
+    close(found["model.embed_tokens.weight"], 10 * a @ b)
+    path = mlx(
+        tmp_path, {"embed_tokens.lora_a": a, "embed_tokens.lora_b": b, "embed_tokens.m": m}, fine_tune_type="dora"
+    )
+    v = table + 10 * a @ b
+    close(
+        changes(path, folder)[0]["model.embed_tokens.weight"],
+        (m / np.linalg.norm(v, axis=1))[:, None] * v - table,
+    )

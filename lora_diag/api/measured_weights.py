@@ -74,9 +74,11 @@ def measured_weights(path: Path, spectra: Results[Spectrum], allow_unfinished: b
     if not any(found.factors.values()):
         raise UsageError(f"--weights {path}: no layer that moved lowers the loss on {first} alone: all weights are 0")
     what = f"results of probe sensitivity, r={settings['rank']} per {settings['per']}, gains on {legible(first)}"
-    described = RunInput(
-        role="weights", path=legible(path), kind=what, tensors=len(found.factors), notes=tuple(_notes(found))
-    )
+    notes = _notes(found)
+    if settings["delta"]:
+        more = f"r={settings['rank']} to {settings['rank'] + settings['delta']}"
+        notes.append(f"gains from {more} are not used: ranks by them trained no better (docs/probe-sensitivity.md)")
+    described = RunInput(role="weights", path=legible(path), kind=what, tensors=len(found.factors), notes=tuple(notes))
     return Measured(described, factors=found.factors)
 
 

@@ -273,6 +273,7 @@ def test_gains_become_the_weights_of_an_allocation(case, measured, tmp_path):
     weights = plan.run.inputs[-1]
     assert weights.role == "weights"
     assert any("6 of them were not adapted alone" in note for note in weights.notes)
+    assert any("gains from r=2 to 3 are not used" in note for note in weights.notes)
 
 
 def test_weights_of_what_is_no_sensitivity_or_unfinished_are_refused(case, measured, tmp_path):

@@ -9,6 +9,7 @@ import signal
 import sys
 import threading
 from contextlib import suppress
+from inspect import signature
 from typing import Annotated, Any
 
 import typer
@@ -161,8 +162,15 @@ def _run() -> int:
             vars(error)["message"] = public(said)
         show()
     if code == INTERRUPTED:
-        message("interrupted; with -o, --resume goes on from here")
+        message("interrupted; with -o, --resume goes on from here" if _resumes(sys.argv[1:3]) else "interrupted")
     return code if isinstance(code, int) else DONE
+
+
+def _resumes(words: list[str]) -> bool:
+    """Say whether the command of these words has ``--resume``."""
+    commands, words = (PROBES, words[1:]) if words[:1] == ["probe"] else (COMMANDS, words)
+    named = [one for one in commands if one.__name__.replace("_", "-") in words[:1]]
+    return any("resume" in signature(one).parameters for one in named)
 
 
 def _is_of_a_stream(error: OSError) -> bool:

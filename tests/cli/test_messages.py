@@ -44,3 +44,25 @@ def test_a_terminal_without_utf_8_gets_signs_that_it_has_and_json_loses_nothing(
     table, written = raw.getvalue().decode(encoding).splitlines()
     assert table == ("q_proj ‖ΔW‖ ≥ 2 ▁▅█ ?" if encoding == "utf-8" else "q_proj |dW| >= 2 .+@ ?")
     assert json.loads(written) == record
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["spectrum", "base", "tuned"], "interrupted; with -o, --resume goes on from here"),
+        (["verify-merge", "base", "lora", "merged"], "interrupted; with -o, --resume goes on from here"),
+        (["probe", "sweep", "base"], "interrupted; with -o, --resume goes on from here"),
+        (["probe", "activations", "base"], "interrupted"),
+        (["report", "spectrum"], "interrupted"),
+    ],
+)
+def test_ctrl_c_names_resume_where_the_command_has_it(monkeypatch, capsys, words, told):
+    def interrupted(**_):
+        raise KeyboardInterrupt
+
+    module = sys.modules["lora_diag.cli.main"]
+    monkeypatch.setattr(module, "app", interrupted)
+    monkeypatch.setattr(sys, "argv", ["loradiag", *words])
+    with pytest.raises(SystemExit) as stop:
+        module.main()
+    assert (stop.value.code, capsys.readouterr().err) == (130, f"{told}\n")

@@ -15,7 +15,7 @@ test: .venv/test ## set up, then lint, types and the whole test suite
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy --strict lora_diag
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist loadgroup
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist loadfile
 
 samples: .venv/train ## train the sample checkpoints again
 	$(BIN)/python sample_checkpoints/make.py
@@ -26,6 +26,7 @@ bench: .venv/test ## measure speed and memory beside the alternatives
 fuzz: .venv/test ## damage inputs at random for MINUTES (10), other ones with another SEED (0)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.robustness --minutes $(or $(MINUTES),10) --seed $(or $(SEED),0)
 	OMP_NUM_THREADS=1 LORADIAG_EVERY_STEP=1 $(BIN)/pytest tests/robustness/test_killed.py tests/robustness/test_faults.py
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist loadfile -m hypothesis --hypothesis-profile others --hypothesis-seed $(or $(SEED),0)
 
 sbom: .venv/audit ## write build/sbom.json, what is installed in .venv, and look for known vulnerabilities (needs a network)
 	mkdir -p build

@@ -35,9 +35,6 @@ api = sys.modules["lora_diag.api.spectrum"]  # ``lora_diag.api.spectrum`` is the
 LAST = "model.layers.1.self_attn.q_proj.weight"
 
 
-pytestmark = pytest.mark.xdist_group("ray")  # with --dist loadgroup, one process has all of them, and one cluster
-
-
 class TwoNodes:
     """The cluster, and how to cut its power."""
 
@@ -341,7 +338,7 @@ def test_what_is_no_address_is_told(address):
 @pytest.mark.parametrize("option", [("127.0.0.1:1", 0.0), (None, 1.0)])
 def test_options_of_a_cluster_without_one_are_refused(option):
     with pytest.raises(UsageError, match="is of a Ray cluster; add --engine ray"):
-        options.cluster(options.Engine.local, *option)
+        options.Shared(ray_address=option[0], gpus_per_task=option[1]).arguments()
 
 
 def test_devices_of_a_cluster_follow_from_its_gpus(monkeypatch):

@@ -71,6 +71,7 @@ def probe_sensitivity(
     device: str = "auto",
     output: Path | str | None = None,
     resume: bool = False,
+    verify: bool = False,
     on_progress: Callable[[str, int, int], None] | None = None,
     on_record: Callable[[AnyRecord], None] | None = None,
     on_note: Callable[[str], None] | None = None,
@@ -104,6 +105,7 @@ def probe_sensitivity(
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:1``.
         output: Results file, appended run by run.
         resume: Go on behind what an interrupted run left in ``output``; finished runs are not run again.
+        verify: Let ``resume`` compare a SHA-256 of every byte of the models; of texts it does so anyway.
         on_progress: Called with what is being done, steps and batches done, and all of them.
         on_record: Called with every record, in the order of the file, as it comes.
         on_note: Called with the estimate of what it will cost, before it begins.
@@ -137,12 +139,13 @@ def probe_sensitivity(
         "steps": steps,
         "seeds": seeds,
         "seed": seed,
+        "order": training.order_hash,
         "layers": layers,
         "exclude": exclude,
         "kind": training.kind.about,
         "optimizer": RECIPE,
     }
-    inputs = (describe("base", stored), described(training.texts, "data"), *map(described, sets))
+    inputs = (describe("base", stored, verify=verify), described(training.texts, "data"), *map(described, sets))
     run = run_of("probe sensitivity", inputs, settings, model, batch, dtype)
     watch = Watch(on_progress, on_record, on_note)
     with ResultsWriter[Any](Path(output) if output is not None else None, run, resume) as writer:

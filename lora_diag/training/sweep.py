@@ -5,6 +5,7 @@ A run is a cell: what is trained, rank, peak learning rate, seed. BASE is the sa
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -75,15 +76,24 @@ class Training:
     order: int
     kind: Lora = field(default_factory=Lora)
 
+    @property
+    def order_hash(self) -> str:
+        """16 hex digits of the SHA-256 of the order: the places in the file of every step's sequences."""
+        return hashlib.sha256(repr(list(self._places())).encode()).hexdigest()[:16]
+
     def batches(self) -> Iterator[list[Tokens]]:
         """Yield the batch of every step, the same at every call."""
+        for places in self._places():
+            yield [self.texts.sequences[place] for place in places]
+
+    def _places(self) -> Iterator[list[int]]:
         generator = torch.Generator().manual_seed(self.order)
         pool: list[int] = []
         for _ in range(self.steps):
             while len(pool) < self.batch:
                 pool += torch.randperm(len(self.texts.sequences), generator=generator).tolist()
             chosen, pool = pool[: self.batch], pool[self.batch :]
-            yield [self.texts.sequences[i] for i in chosen]
+            yield chosen
 
 
 def rate_at(step: int, steps: int, peak: float) -> float:

@@ -43,6 +43,10 @@ def test_every_run_has_the_loss_of_a_plain_training_loop(case):
     runs = {key[:3] for key in by_cell if key[0] is not None}
     assert len(runs) == 2 * (2 + 1 + 1)
     told = " ".join(table(found, 200).split())
+    generator = torch.Generator().manual_seed(5)
+    order = [place for _ in range(2) for place in torch.randperm(7, generator=generator).tolist()][:12]
+    steps = repr([order[first : first + 2] for first in range(0, 12, 2)])
+    assert found.run.settings["order"] == hashlib.sha256(steps.encode()).hexdigest()[:16]
     assert {seed for _, _, seed in runs} == {5, 6}
     for rank, lr, seed in runs:
         for text in (held, shifted):

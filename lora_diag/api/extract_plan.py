@@ -153,6 +153,6 @@ def _refuse_repeated(tuned: Path | str, targets: Mapping[str, Target]) -> None:
         other = first.setdefault((target.module, target.expert, target.half), layer)
         if other != layer:
             raise InputError(
-                f"{tuned}: {other} and {layer} change one weight of BASE, as layer_replication makes them, and no adapter "
-                "of BASE holds both: use this adapter as it is, or leave one of them out with --exclude"
+                f"{tuned}: {other} and {layer} change one weight of BASE, as layer_replication makes them, and no "
+                "adapter of BASE holds both: use this adapter as it is, or leave one of them out with --exclude"
             )

@@ -149,8 +149,9 @@ def compare(results: Results[Allocation], found: Mapping[str, tuple[int, float]]
     usual = _most_common(wanted.values())
     unmet = dict(found)
     for path, rank in wanted.items():
-        names = [name for name in unmet if _ends_in(name, _WRAPPERS.sub("", path))]
-        name = next((name for name in names if name == path), names[0] if len(names) == 1 else None)
+        module = path.removesuffix(".weight")  # a parameter is told by its module there
+        names = [name for name in unmet if _ends_in(name, _WRAPPERS.sub("", module))]
+        name = next((name for name in names if name == module), names[0] if len(names) == 1 else None)
         if name is None:
             raise InputError(f"--check: the model has no module {path} that PEFT could adapt")
         got = unmet.pop(name)
@@ -191,7 +192,9 @@ def _targets(results: Results[Allocation]) -> tuple[dict[str, int], dict[str, in
 
 
 def _universe(results: Results[Allocation]) -> set[str]:
-    return {module_of(layer) for layer in _names(results)}
+    """Return every module and parameter, and what they are in: a target ``0`` means ``blocks.0``, too."""
+    paths = {module_of(layer) for layer in _names(results)}
+    return paths | {path[: dot.start()] for path in paths for dot in re.finditer(r"\.", path)}
 
 
 def _names(results: Results[Allocation]) -> list[str]:
@@ -211,13 +214,18 @@ def _is_complete(results: Results[Allocation]) -> bool:
 def _suffixes(targets: Mapping[str, int], every: set[str], complete: bool) -> list[str]:
     """Return the shortest names that reach these modules and no other."""
     names = []
-    for leaf in sorted({path.rpartition(".")[2] for path in targets}):
+    for leaf in sorted({_leaf(path) for path in targets}):
         reached = {path for path in every if _ends_in(path, leaf)}
         if complete and reached <= set(targets):
             names.append(leaf)
         else:
-            names += [_short(path, every) for path in targets if path.rpartition(".")[2] == leaf]
+            names += [_short(path, every) for path in targets if _leaf(path) == leaf]
     return names
+
+
+def _leaf(path: str) -> str:
+    """Return the last part of a path; of a parameter called ``weight``, which every module has, the last two."""
+    return ".".join(path.split(".")[-2 if path.endswith(".weight") else -1 :])
 
 
 def _patterns(ranks: Mapping[str, int], usual: int) -> dict[str, int]:

@@ -17,7 +17,9 @@ RESIZABLE = re.compile(
     r"|^output\.weight$"
 )
 # Other tables, such as those of positions. An adapter's usual placement reaches neither kind.
-_TABLES = re.compile(r"(^|\.)(embed_\w+|wpe|\w+_embeddings|embeddings)(\.\w+)?$")
+_TABLES = re.compile(
+    r"(^|\.)(embed_\w+|pos_embed|wpe|(?!patch_)\w*embeddings?|relative_attention_bias)(\.\w+)?(\[\d+\])?$"
+)
 _NUMBER = re.compile(r"(?:\.|^)(\d+)(?=\.|$)")
 
 # In which order people expect the types of one block; what is not here comes after, in the order of the file.
@@ -57,6 +59,8 @@ def part_of(layer: str) -> Part:
     ('vocabulary', 'matrices')
     >>> part_of("gpt_neox.embed_in.weight"), part_of("output.weight"), part_of("layer.0.attention.output.weight")
     ('vocabulary', 'vocabulary', 'matrices')
+    >>> part_of("model.visual.pos_embed.weight"), part_of("text_model.embeddings.token_embedding.weight")
+    ('vocabulary', 'vocabulary')
     """
     return "vocabulary" if RESIZABLE.search(layer) or _TABLES.search(layer) else "matrices"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -49,12 +50,17 @@ def adapted_by_peft(config: Mapping[str, Any], base: Path) -> dict[str, tuple[in
             options = {key: value for key, value in config.items() if key != "peft_type"}
             wrapped = peft.get_peft_model(model, peft.LoraConfig(**options))
         except (ValueError, TypeError, AttributeError) as error:
-            raise InputError(f"{base}: PEFT does not take these ranks for this model: {error}") from error
+            raise InputError(f"{base}: PEFT does not take these ranks for this model: {_short(error)}") from error
     return {
         _path(name, module): (module.r["default"], module.scaling["default"])
         for name, module in wrapped.named_modules()
         if hasattr(module, "lora_A") and "default" in module.r
     }
+
+
+def _short(error: Exception) -> str:
+    """Return PEFT's reason without the module's whole inside, which it prints."""
+    return re.sub(r"\(\n.*\n\)", "", str(error), flags=re.DOTALL).strip()
 
 
 def _path(name: str, module: Any) -> str:

@@ -67,6 +67,24 @@ def test_names_are_as_short_as_they_can_be_and_no_shorter():
     assert peft_config(allocation(spectra, 10**6, 5))["target_modules"][0] == "layers.0.mlp.a"
 
 
+def test_a_name_that_also_means_a_module_around_layers_is_written_out():
+    """``merger.mlp.0`` ends in ``0``, and so does ``blocks.0``, which is no layer and which PEFT refuses."""
+    names = ["visual.blocks.0.attn.qkv", "visual.blocks.0.mlp.fc1", "visual.merger.mlp.0"]
+    spectra = [record(f"{name}.weight", (8, 8), np.ones(8)) for name in names]
+    assert peft_config(allocation(spectra, 10**6))["target_modules"] == ["visual.merger.mlp.0", "fc1", "qkv"]
+
+
+def test_stacks_that_are_weights_of_modules_are_targeted_by_their_modules():
+    """``weight`` alone would be a parameter of every module."""
+    names = ["mlp.input_linear.weight[0]", "mlp.input_linear.weight[1]", "attn.q_proj.weight"]
+    spectra = [record(f"model.layers.0.{name}", (8, 8), np.ones(8)) for name in names]
+    found = allocation(spectra, 10**6, 2)
+    config = peft_config(found)
+    assert (config["target_modules"], config["target_parameters"]) == (["q_proj"], ["input_linear.weight"])
+    ranks = {"model.layers.0.mlp.input_linear": (8, 2.0), "model.layers.0.attn.q_proj": (8, 2.0)}
+    compare(found, ranks, Scaling(2.0))
+
+
 def test_one_key_for_a_kind_of_module_that_agrees():
     spectra = [
         record(f"model.layers.{i}.{name}.weight", (8, 8), np.ones(rank), fro=math.sqrt(rank), complete=False)

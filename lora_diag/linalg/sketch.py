@@ -9,13 +9,14 @@ signs of its own, so that products of different layers are zero on average.
 
 from __future__ import annotations
 
+import math
 import zlib
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from lora_diag.linalg.stacked import Matrix
+from lora_diag.linalg.stacked import Matrix, shape_of
 
 # Numbers in a sketch.
 LENGTH = 256
@@ -40,10 +41,18 @@ def sketch(matrix: Matrix, name: str) -> Tensor:
         matrix: X, ``(m, n)``, dense or B and A.
         name: Of the layer: gives the signs.
     """
-    left, right = (matrix[0], matrix[1]) if isinstance(matrix, tuple) else (None, matrix)
-    m, n = (left.shape[0] if left is not None else right.shape[0]), right.shape[1]
+    m, n = shape_of(matrix)
+    scaled = [_in_range(part) for part in (matrix if isinstance(matrix, tuple) else (matrix,))]
+    *left, right = (part for part, _ in scaled)
     g, h = _normals(m, 0).to(right.device), _normals(n, 1).to(right.device)
-    rows = g @ left.to(torch.float32) if left is not None else g @ right.to(torch.float32)
-    columns = h @ right.to(torch.float32).T if left is not None else h
-    found: Tensor = (rows * columns).sum(1).to(torch.float64).cpu() * _signs(name) / LENGTH**0.5
+    rows, columns = (g @ left[0], h @ right.T) if left else (g @ right, h)
+    products = (rows * columns).sum(1).to(torch.float64).cpu() * _signs(name) / LENGTH**0.5
+    found: Tensor = products * math.prod(scale for _, scale in scaled)
     return found
+
+
+def _in_range(matrix: Tensor) -> tuple[Tensor, float]:
+    """Return a matrix in float32 with entries up to 2, and the power of two that it has to be multiplied with."""
+    largest = float(matrix.abs().max())
+    scale = float(2.0 ** max(math.frexp(largest)[1] - 1, -126))
+    return (matrix / scale).to(torch.float32), scale

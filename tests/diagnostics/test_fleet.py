@@ -111,6 +111,15 @@ def test_a_product_and_its_matrix_have_one_sketch():
     assert not torch.allclose(sketch((b, a), "x"), sketch((b, a), "y"))
 
 
+@pytest.mark.parametrize("scale", [2.0**120, 2.0**-100])
+def test_a_sketch_is_as_large_as_its_matrix_beyond_what_float32_holds(scale):
+    b, a = torch.randn(12, 3), torch.randn(3, 20)
+    plain = sketch((b, a), "x") * scale * scale
+    assert torch.equal(sketch((b * scale, a * scale), "x"), plain)
+    assert torch.isfinite(plain).all()
+    assert plain.abs().min() > 0
+
+
 def test_sketches_of_orthogonal_spaces_are_orthogonal():
     """g and h are independent also where the matrix is square: else every projector would look like every other."""
     q = np.linalg.qr(np.random.default_rng(6).standard_normal((64, 32)))[0]

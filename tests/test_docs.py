@@ -11,11 +11,16 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 @pytest.fixture
-def refresh(monkeypatch):
-    monkeypatch.chdir(ROOT)
+def refresh(loradiag):
+    def output(words: str) -> str:
+        ran = loradiag(*words.split(), cwd=ROOT, env={"COLUMNS": "80"})
+        assert ran.code == 0, ran.err
+        return ran.out.strip("\n")
+
     spec = importlib.util.spec_from_file_location("refresh", ROOT / "docs" / "refresh.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    module.output = output  # by a process that need not start anew
     return module
 
 

@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from lora_diag.adapters import is_adapter
 from lora_diag.checkpoints import hub, locate
 from lora_diag.checkpoints.remote import RemotePath
 from lora_diag.errors import InputError, UsageError
@@ -96,6 +97,8 @@ def open_model(
         try:
             config = transformers.AutoConfig.from_pretrained(where, trust_remote_code=False, **options)
         except (OSError, ValueError, KeyError) as error:
+            if is_adapter(locate(base)):
+                raise UsageError(f"{base}: is an adapter; give the model it belongs to") from error
             raise InputError(f"{base}: transformers cannot open this model: {_first_line(error)}") from error
         kind = _kind(base, config)
         if getattr(config, "quantization_config", None) is not None:

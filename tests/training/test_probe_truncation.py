@@ -280,6 +280,12 @@ def test_models_that_cannot_be_probed_are_named(tmp_path, config, message):
         lora_diag.probe_truncation(base, base, evaluate=[some_text(tmp_path)])
 
 
+def test_an_adapter_in_the_place_of_a_model_is_called_that(tmp_path):
+    adapter = SAMPLES / "lora_r4"
+    with pytest.raises(UsageError, match="lora_r4: is an adapter; give the model it belongs to"):
+        lora_diag.probe_sweep(adapter, data=some_text(tmp_path), evaluate=[some_text(tmp_path)])
+
+
 @pytest.mark.parametrize(
     ("vocabulary", "way_out"),
     [

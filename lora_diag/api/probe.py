@@ -51,6 +51,7 @@ def probe_truncation(
     device: str = "auto",
     output: Path | str | None = None,
     resume: bool = False,
+    verify: bool = False,
     on_progress: Callable[[str, int, int], None] | None = None,
     on_record: Callable[[AnyRecord], None] | None = None,
     on_note: Callable[[str], None] | None = None,
@@ -78,6 +79,7 @@ def probe_truncation(
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:1``.
         output: Results file, appended record by record.
         resume: Go on behind what an interrupted run left in ``output``.
+        verify: Let ``resume`` compare a SHA-256 of every byte of the models; of texts it does so anyway.
         on_progress: Called with what is being measured, batches done and batches in all.
         on_record: Called with every record, in the order of the file, as it comes.
         on_note: Called with the estimate of what the run will cost, before it begins.
@@ -98,7 +100,7 @@ def probe_truncation(
         raise UsageError(f"--ranks {','.join(map(str, ranks))}: ranks must be whole numbers from 0 up")
     check_files(evaluate, *shifted)
     on = resolve_device(device)
-    compared = compare(base, tuned)
+    compared = compare(base, tuned, verify=verify)
     deltas = compared.pairing.deltas
     chosen = truncated_layers(deltas, layers, exclude)
     cells = cells_of(chosen, sorted(set(ranks)), per)

@@ -65,6 +65,7 @@ def probe_curvature(
     device: str = "auto",
     output: Path | str | None = None,
     resume: bool = False,
+    verify: bool = False,
     on_progress: Callable[[str, int, int], None] | None = None,
     on_record: Callable[[AnyRecord], None] | None = None,
     on_note: Callable[[str], None] | None = None,
@@ -97,6 +98,7 @@ def probe_curvature(
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:1``.
         output: Results file, appended record by record.
         resume: Go on behind what an interrupted run left in ``output``.
+        verify: Let ``resume`` compare a SHA-256 of every byte of the models; of texts it does so anyway.
         on_progress: Called with what is being measured, batches done and (roughly) batches in all.
         on_record: Called with every record, in the order of the file, as it comes.
         on_note: Called with the estimate of what the run will cost, before it begins.
@@ -122,7 +124,7 @@ def probe_curvature(
     if len(evaluate) > 1:
         raise UsageError("--eval: curvature is that of one loss; name one file")
     on = resolve_device(device)
-    compared = compare(base, tuned) if tuned is not None else None
+    compared = compare(base, tuned, verify=verify) if tuned is not None else None
     deltas = compared.pairing.deltas if compared is not None else ()
     chosen = truncated_layers(deltas, layers, exclude) if compared is not None else {}
     model = open_model(base, on, dtype, length, tokenizer)
@@ -130,7 +132,9 @@ def probe_curvature(
     swapped = Swapped(model, deltas, max(ranks)) if compared is not None else None
     if compared is None:
         chosen = _matrices(base, model, layers, exclude)
-    inputs: tuple[RunInput, ...] = compared.inputs if compared else (describe("base", open_checkpoint(base)),)
+    inputs: tuple[RunInput, ...] = (
+        compared.inputs if compared else (describe("base", open_checkpoint(base), verify=verify),)
+    )
     settings = {
         "ranks": sorted(set(ranks)) if swapped else [],
         "along": way if swapped else [],

@@ -60,6 +60,7 @@ def probe_fisher(
     device: str = "auto",
     output: Path | str | None = None,
     resume: bool = False,
+    verify: bool = False,
     on_progress: Callable[[str, int, int], None] | None = None,
     on_record: Callable[[AnyRecord], None] | None = None,
     on_note: Callable[[str], None] | None = None,
@@ -89,6 +90,7 @@ def probe_fisher(
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:1``.
         output: Results file, appended layer by layer.
         resume: Go on behind what an interrupted run left in ``output``.
+        verify: Let ``resume`` compare a SHA-256 of every byte of the models; of texts it does so anyway.
         on_progress: Called with what is being done, batches done and batches in all.
         on_record: Called with every record, in the order of the file, as it comes.
         on_note: Called with the estimate of what the run will cost, before it begins.
@@ -110,7 +112,7 @@ def probe_fisher(
     if len(evaluate) > 1:
         raise UsageError("--eval: one order of the layers is held against F; name one file")
     check_files([data, *evaluate])
-    compared = compare(base, tuned)
+    compared = compare(base, tuned, verify=verify)
     deltas = compared.pairing.deltas
     chosen = truncated_layers(deltas, layers, exclude)
     model = open_model(base, resolve_device(device), dtype, length, tokenizer)

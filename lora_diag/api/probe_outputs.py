@@ -46,6 +46,7 @@ def probe_outputs(
     device: str = "auto",
     output: Path | str | None = None,
     resume: bool = False,
+    verify: bool = False,
     on_progress: Callable[[str, int, int], None] | None = None,
     on_record: Callable[[AnyRecord], None] | None = None,
     on_note: Callable[[str], None] | None = None,
@@ -70,6 +71,7 @@ def probe_outputs(
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:1``.
         output: Results file, appended set by set.
         resume: Go on behind what an interrupted run left in ``output``; finished sets are not run again.
+        verify: Let ``resume`` compare a SHA-256 of every byte of the models; of texts it does so anyway.
         on_progress: Called with what is being measured, batches done and batches in all.
         on_record: Called with every record, in the order of the file, as it comes.
         on_note: Called with the estimate of what the run will cost, before it begins.
@@ -87,7 +89,7 @@ def probe_outputs(
     _distinct(tuned, [path for path, _ in others])
     check_files(evaluate, *shifted)
     on = resolve_device(device)
-    full, compared = compare(base, tuned), [compare(base, path) for path, _ in others]
+    full, compared = compare(base, tuned, verify=verify), [compare(base, path, verify=verify) for path, _ in others]
     model = open_model(base, on, dtype, length, tokenizer)
     texts = read_sets(model, evaluate, shifted, max_sequences)
     contenders = [Contender("base", "", None), Contender("tuned", "", Swapped(model, full.pairing.deltas, 0))]

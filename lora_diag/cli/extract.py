@@ -36,7 +36,7 @@ BaseName = Annotated[
 
 
 @dataclass(frozen=True)
-class Folder(options.Verifiable):
+class Folder(options.Written):
     """Where the adapter goes."""
 
     output: Annotated[

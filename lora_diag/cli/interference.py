@@ -40,7 +40,7 @@ def interference(
     computed: options.ComputedWhole,
     per: options.PerRow = options.Per.type,
     spectrum: SpectrumFile = None,
-    written: options.Verifiable,
+    written: options.Written,
 ) -> None:
     """Do several updates fight? Their overlaps, the rank that all of them need, and what merging them loses.
 
@@ -71,7 +71,8 @@ def interference(
     if spectrum is not None:
         union_spectra(results).write(spectrum)
     if written.table:
-        result(interference_table(results, *terminal(), per=per, then=_next(inputs, spectrum)))
+        then = _next(inputs, spectrum) if results.layers else None
+        result(interference_table(results, *terminal(), per=per, then=then))
     if tell_unmeasured(results.unmeasured, "the layer was left out"):
         raise typer.Exit(UNREADABLE)
 

@@ -32,7 +32,7 @@ def intruders(
     tol: options.Tol = 1e-4,
     computed: options.ComputedWhole,
     per: options.PerRow = options.Per.type,
-    written: options.Verifiable,
+    written: options.Written,
 ) -> None:
     """Which of the largest directions of the tuned weights are new? Intruder dimensions, as LoRA makes them.
 
@@ -56,7 +56,8 @@ def intruders(
             on_progress=on_progress,
         )
     if written.table:
-        result(intruders_table(results, *terminal(), per=per, then=_next(base, tuned, written.output)))
+        then = _next(base, tuned, written.output) if results.layers else None
+        result(intruders_table(results, *terminal(), per=per, then=then))
     if tell_unmeasured(results.unmeasured, "the layer was left out"):
         raise typer.Exit(UNREADABLE)
 

@@ -3,7 +3,7 @@
 A command takes a group as one parameter, by name, and ``spread`` shows typer the options in it::
 
     @spread
-    def residual(base: Base, tuned: Tuned, *, compared: Compared, written: Verifiable) -> None: ...
+    def residual(base: Base, tuned: Tuned, *, compared: Compared, written: Written) -> None: ...
 """
 
 from __future__ import annotations
@@ -144,6 +144,9 @@ class Written:
     json: Json = False
     quiet: Quiet = False
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the interrupted run in --output.")] = False
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Hash every byte of the inputs, for --resume to compare.")
+    ] = False
 
     def __post_init__(self) -> None:
         if self.resume and self.output is None:
@@ -158,20 +161,8 @@ class Written:
 
     def arguments(self) -> dict[str, Any]:
         """Return what a function of the API takes."""
-        return {"output": self.output, "resume": self.resume, "on_record": as_lines(self.json)}
-
-
-@dataclass(frozen=True)
-class Verifiable(Written):
-    """The same where the inputs are files that can be hashed."""
-
-    verify: Annotated[
-        bool, typer.Option("--verify", help="Hash every byte of the inputs, for --resume to compare.")
-    ] = False
-
-    def arguments(self) -> dict[str, Any]:
-        """Return what a function of the API takes."""
-        return {**super().arguments(), "verify": self.verify}
+        given = {"output": self.output, "resume": self.resume, "verify": self.verify}
+        return {**given, "on_record": as_lines(self.json)}
 
 
 def spread(command: Callable[..., None]) -> Callable[..., None]:

@@ -26,7 +26,7 @@ def overlap(
     compared: options.Compared,
     computed: options.Computed,
     per: options.PerRow = options.Per.type,
-    written: options.Verifiable,
+    written: options.Written,
 ) -> None:
     """Is training still inside the adapter's reach? Overlap of gradients with the subspaces of an update.
 

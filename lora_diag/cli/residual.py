@@ -35,7 +35,7 @@ def residual(
     tol: options.Tol = 1e-4,
     computed: options.Computed,
     per: options.PerRow = options.Per.type,
-    written: options.Verifiable,
+    written: options.Written,
 ) -> None:
     """What did the adapter miss? Its distance to a full fine-tune, and what rank alone would cost.
 

@@ -49,7 +49,7 @@ def spectrum(
     tol: options.Tol = 1e-4,
     computed: options.Computed,
     per: options.PerRow = options.Per.type,
-    written: options.Verifiable,
+    written: options.Written,
 ) -> None:
     """Is the update low-rank, layer by layer? Singular values of ΔW = W_tuned - W_base.
 
@@ -92,7 +92,8 @@ def spectrum(
             on_progress=on_progress,
         )
     if written.table:
-        result(spectrum_table(results, *terminal(), per=per, then=_next(written.output)))
+        then = _next(written.output) if results.layers else None  # where there is nothing, its way out is said last
+        result(spectrum_table(results, *terminal(), per=per, then=then))
     if tell_unmeasured(results.unmeasured, "the layer was left out"):
         raise typer.Exit(UNREADABLE)
 
@@ -103,7 +104,7 @@ def _fleet(
     compared: options.Compared,
     computed: options.Computed,
     per: options.Per,
-    written: options.Verifiable,
+    written: options.Written,
 ) -> None:
     """Measure many adapters in one pass."""
     from lora_diag.api.fleet import fleet, unreadable

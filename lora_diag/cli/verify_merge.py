@@ -25,7 +25,7 @@ def verify_merge(
     compared: options.Compared,
     shared: options.Shared,
     per: options.PerRow = options.Per.type,
-    written: options.Verifiable,
+    written: options.Written,
 ) -> None:
     """Did the merge do what the adapter says? Every entry of MERGED against W + ΔW; exit code 1 if not.
 

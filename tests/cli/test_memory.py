@@ -105,6 +105,8 @@ def test_a_layer_that_fits_by_no_method_is_left_out_with_the_way_out(tmp_path, l
     records = [json.loads(line) for line in (tmp_path / "r.jsonl").read_text().splitlines()]
     assert [r["layer"] for r in records if r["record"] == "spectrum"] == [SMALL]
     (left,) = [r for r in records if r["record"] == "left_out"]
+    nothing = loradiag("spectrum", base, tuned, "--memory", MEMORY, "--layers", "up_proj", env={"COLUMNS": "200"})
+    assert "give 29 MB more" in nothing.out.splitlines()[-1]  # no command that would keep nothing
     delta = as_numpy(after[NAME]) - as_numpy(before[NAME])
     assert left["reason"] == "memory"
     assert left["fro"] == pytest.approx(np.linalg.norm(delta), rel=1e-6)

@@ -1,8 +1,12 @@
 """``loradiag probe`` as a user runs it, on models of a few thousand weights."""
 
+import ast
+import hashlib
+
 import pytest
 
 from lora_diag.results import read_results
+from tests.conftest import ROOT
 from tests.training.making import gpt2, moved, some_text
 
 
@@ -16,8 +20,11 @@ def pair(tmp_path_factory):
 def test_truncation_gives_records_and_nothing_else_tells_its_cost_and_is_shown_again(loradiag, pair, tmp_path):
     base, tuned, text, shifted = pair
     words = ("probe", "truncation", base, tuned, "--eval", text, "--shifted", shifted, "--ranks", "0,2,8")
-    ran = loradiag(*words, "--json", "-o", "t.jsonl")
+    ran = loradiag(*words, "--json", "-o", "t.jsonl", "--verify")
     assert ran.code == 0
+    sides = {item["role"]: item["sha256"] for item in ran.records[0]["inputs"]}
+    for role, folder in (("base", base), ("tuned", tuned)):
+        assert sides[role] == hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
     assert ran.out == (tmp_path / "t.jsonl").read_text()
     assert [record["record"] for record in ran.records] == ["run", *["probe"] * 10, "end"]
     assert ran.err.startswith("about ")
@@ -27,6 +34,15 @@ def test_truncation_gives_records_and_nothing_else_tells_its_cost_and_is_shown_a
         assert word in shown
     assert max(map(len, shown.splitlines())) <= 80
     assert {record.set for record in read_results(tmp_path / "t.jsonl").whole} == {"held_out", "english"}
+
+
+def test_every_probe_hands_on_that_its_models_are_to_be_hashed():
+    for file in (ROOT / "lora_diag" / "api").glob("probe_*.py"):
+        calls = [node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Call)]
+        opening = [call for call in calls if getattr(call.func, "id", "") in {"compare", "describe"}]
+        assert opening or file.stem == "probe_activations", file
+        for call in opening:
+            assert "verify" in {word.arg for word in call.keywords}, (file.name, call.lineno)
 
 
 @pytest.mark.parametrize(

@@ -90,17 +90,17 @@ class Shared:
     ] = 0.0
 
     def arguments(self) -> dict[str, Any]:
-        """Return what a function of the API takes.
-
-        Raises:
-            UsageError: Something is said of a cluster that is not used.
-        """
-        given = dict(vars(self), engine=self._cluster())
+        """Return what a function of the API takes."""
+        given = dict(vars(self), engine=self.cluster())
         del given["ray_address"], given["gpus_per_task"]
         return given
 
-    def _cluster(self) -> Ray | None:
-        """Return the cluster that was asked for; None for this machine alone."""
+    def cluster(self) -> Ray | None:
+        """Return the cluster that was asked for; None for this machine alone.
+
+        Raises:
+            UsageError: Something is said of one that is not used.
+        """
         if self.engine is Engine.local:
             if self.ray_address is not None or self.gpus_per_task:
                 option = "--ray-address" if self.ray_address is not None else "--gpus-per-task"

@@ -26,6 +26,8 @@ Adapters = Annotated[
     ),
 ]
 
+RANKS, TOL = "4,8,16,32,64", 1e-4
+
 
 @options.spread
 def spectrum(
@@ -42,11 +44,11 @@ def spectrum(
     ] = False,
     ranks: Annotated[
         str, typer.Option(metavar="R,R,...", help="Ranks r at which C(r) and the errors are given.")
-    ] = "4,8,16,32,64",
+    ] = RANKS,
     top: Annotated[int | None, typer.Option(metavar="K", help="Keep only the K largest singular values.")] = None,
     *,
     compared: options.Compared,
-    tol: options.Tol = 1e-4,
+    tol: options.Tol = TOL,
     computed: options.Computed,
     per: options.PerRow = options.Per.type,
     written: options.Written,
@@ -64,12 +66,17 @@ def spectrum(
     if adapters:
         if tuned is not None or gradients:
             raise UsageError("--adapters: measures adapters, with BASE alone beside them, or nothing")
-        if activations is not None or kfac:
-            raise UsageError("--activations: measures one update at a time; leave --adapters out")
-        if computed.memory is not None:
-            raise UsageError(
-                "--memory: adapters are thin, and their factors are all that --adapters holds; leave it out"
-            )
+        exact = "the factors of an adapter give all of its singular values, exactly"
+        for option, given, why in (
+            ("--activations", activations is not None or kfac, "it measures one update at a time"),
+            ("--memory", computed.memory is not None, "adapters are thin, and their factors are all that is held"),
+            ("--ranks", ranks != RANKS, "a fleet's records hold no C(r)"),
+            ("--top", top is not None, exact),
+            ("--tol", tol != TOL, exact),
+            ("--method", computed.method != "auto", exact),
+        ):
+            if given:
+                raise UsageError(f"{option}: not with --adapters: {why}; leave it out")
         _fleet(base, adapters, compared, computed, per, written)
         return
     # torch comes with it: not before it is needed
@@ -119,7 +126,7 @@ def _fleet(
             exclude=compared.exclude,
             device=computed.device,
             workers=computed.workers,
-            engine=computed.arguments()["engine"],
+            engine=computed.cluster(),
             **written.arguments(),
             on_progress=on_progress,
         )

@@ -89,7 +89,7 @@ def cli(words):
             Path(".half").write_text("x")
             return 3, "", "error: x"
     return 0, "", ""
-children.prepare, children.cli, children.SECONDS = prepare, cli, 0.2
+children.prepare, children.cli, children.SECONDS = prepare, cli, 0.5
 children.MEMORY = 1 << 29
 os.close(2)
 done, found = children.run_batch("any", range(7), 0, Path(sys.argv[1]))
@@ -110,5 +110,5 @@ def test_what_a_child_does_wrong_is_found(tmp_path: Path) -> None:
     assert "ValueError: a bug" in told[1]
     assert "took more than 512 MiB" in told[2]
     assert "SIGABRT" in told[3]
-    assert "took more than 0.2 s" in told[4]
+    assert "took more than 0.5 s" in told[4]
     assert "left .half behind" in told[5]

@@ -423,7 +423,8 @@ def test_two_processes_record_the_gradient_of_the_whole_batch_once(tmp_path):
     script = "import sys; from pathlib import Path; from tests.training.test_recorder import one_of_two\n"
     script += "one_of_two(int(sys.argv[1]), Path(sys.argv[2]))"
     words = [sys.executable, "-W", "ignore", "-c", script]
-    running = [subprocess.Popen([*words, str(rank), str(tmp_path)], cwd=ROOT) for rank in (0, 1)]
+    environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo"}  # what the name of the machine resolves to may not answer
+    running = [subprocess.Popen([*words, str(rank), str(tmp_path)], cwd=ROOT, env=environment) for rank in (0, 1)]
     try:
         assert [process.wait(timeout=PATIENCE) for process in running] == [0, 0]
     finally:

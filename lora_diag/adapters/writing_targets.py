@@ -63,6 +63,21 @@ BESIDE_EXPERTS = re.compile(r"(?P<owner>.+)\.experts\.")
 # Models with ``language_model.model.`` in memory, too; LLaVA and its kin have ``model.language_model.`` there.
 NESTED_IN_MEMORY = frozenset({"llama4", "blip-2", "instructblip", "instructblipvideo"})
 
+# Models whose adapter PEFT 0.21 was seen to load and to merge under transformers 5.24, every matrix of it.
+TRIED_MODELS = frozenset({
+    "albert", "bamba", "bart", "beit", "bert", "blip-2", "bloom", "clip", "codegen", "cohere2", "convnext",
+    "data2vec-vision", "deberta-v2", "deepseek_v3", "deit", "dinov2", "distilbert", "electra", "ernie4_5_moe",
+    "falcon", "falcon_h1", "gemma", "gemma2", "gemma3", "gemma3_text", "gemma3n_text", "glm4_moe", "gpt2",
+    "gpt_bigcode", "gpt_neo", "gpt_neox", "gpt_oss", "gptj", "granite", "granitemoe", "granitemoehybrid", "hubert",
+    "hunyuan_v1_moe", "idefics3", "internvl", "jamba", "jetmoe", "lfm2", "lfm2_moe", "llama", "llama4",
+    "llama4_text", "llava", "llava_next", "m2m_100", "mamba", "mamba2", "minimax_m2", "mistral", "mistral3",
+    "mixtral", "mllama", "modernbert", "mpnet", "mpt", "nemotron_h", "nllb-moe", "olmo2", "olmo3", "olmoe", "opt",
+    "paligemma", "pegasus", "phi", "phi3", "phimoe", "qwen2", "qwen2_5_vl", "qwen2_audio", "qwen2_moe", "qwen2_vl",
+    "qwen3", "qwen3_moe", "qwen3_next", "qwen3_vl", "qwen3_vl_moe", "recurrent_gemma", "resnet", "roberta", "rwkv",
+    "siglip", "smollm3", "smolvlm", "stablelm", "starcoder2", "swin", "swinv2", "switch_transformers", "t5", "vit",
+    "wav2vec2", "whisper", "xlm-roberta",
+})  # fmt: skip
+
 # What transformers puts before the names of files that were saved from the model without its head.
 HEADLESS = {"gpt2": "transformer", "bloom": "transformer", "opt": "model"}
 BARE_MODEL = re.compile(r"(?<!Head)Model$")
@@ -241,7 +256,7 @@ def _renames(base: Checkpoint, model_type: str) -> tuple[Rename, ...]:
         return (
             (r"^language_model\.lm_head\.", "lm_head."),
             (r"^language_model\.model\.", "model.language_model."),
-            (r"^(vision_tower|multi_modal_projector|vision_model)\.", r"model.\1."),
+            (r"^(vision_tower|audio_tower|multi_modal_projector|vision_model)\.", r"model.\1."),
         )
     if model_type in {"qwen2_vl", "qwen2_5_vl"} and any(name.startswith("visual.") for name in names):
         return (r"^model\.", "model.language_model."), (r"^visual\.", "model.visual.")

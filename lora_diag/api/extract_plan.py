@@ -10,7 +10,7 @@ from lora_diag.adapters import is_adapter, open_adapter
 from lora_diag.adapters.writing import CAUSAL, Described, Part, Value, write_adapter
 from lora_diag.adapters.writing_check import check_written
 from lora_diag.adapters.writing_rest import can_be_saved, full_values
-from lora_diag.adapters.writing_targets import Model, Target, names_in_memory
+from lora_diag.adapters.writing_targets import TRIED_MODELS, Model, Target, names_in_memory
 from lora_diag.api.measuring import without_rank
 from lora_diag.checkpoints import Checkpoint, locate
 from lora_diag.deltas import Delta, Pairing, stored_name
@@ -44,6 +44,14 @@ class Plan:
 
     def notes(self) -> tuple[str, ...]:
         """Return what someone who loads the adapter should know."""
+        untried = self.model.type and self.model.type not in TRIED_MODELS
+        note = (
+            f"model type {self.model.type!r} has not been tried with PEFT: its names on disk are taken for those in "
+            "memory, and PEFT drops what it does not find; watch for missing adapter keys when it loads the adapter"
+        )
+        return ((note,) if untried else ()) + self._tied()
+
+    def _tied(self) -> tuple[str, ...]:
         table = stored_name(self.base, "lm_head.weight")
         target = self.targets.get(table or "")
         if target is None or target.kind != "embedding" or not CAUSAL.search(self._architecture()):

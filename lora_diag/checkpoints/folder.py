@@ -33,6 +33,9 @@ WEIGHTS = (
     "diffusion_pytorch_model.safetensors.index.json",
 )
 
+# Beside it, a config.json is that of the adapter's base.
+ADAPTER_CONFIG = "adapter_config.json"
+
 
 def open_checkpoint(path: Path | str) -> Checkpoint:
     """Open a checkpoint by its headers; no weight is read.
@@ -93,7 +96,7 @@ def locate(path: Path | str) -> Path:
 def _config_of(source: Path) -> dict[str, Any]:
     """Return what ``config.json`` says of these weights; empty if it is of another model, an adapter's base."""
     folder = source if source.is_dir() else source.parent
-    of_base = source.name not in WEIGHTS and (folder / "adapter_config.json").is_file()
+    of_base = source.name not in WEIGHTS and (folder / ADAPTER_CONFIG).is_file()
     return {} if of_base else read_config(folder)
 
 
@@ -123,10 +126,17 @@ def _weights_in(folder: Path) -> Path:
     single = sorted(folder.glob("*.safetensors"))
     if len(single) == 1:
         return single[0]
-    raise InputError(
-        f"{folder}: no weights found; looked for {', '.join(WEIGHTS)}"
-        + (f"; it holds {len(single)} other .safetensors files: name one of them" if single else "")
-    )
+    more = f"; it holds {len(single)} other .safetensors files: name one of them" if single else _inside(folder)
+    raise InputError(f"{folder}: no weights found; looked for {', '.join(WEIGHTS)}{more}")
+
+
+def _inside(folder: Path) -> str:
+    """Say which subfolders hold weights or an adapter: the checkpoints of a training run, the adapters of a model."""
+    if isinstance(folder, RemotePath):
+        return ""
+    names = sorted({path.parent.name for file in (*WEIGHTS, ADAPTER_CONFIG) for path in folder.glob(f"*/{file}")})
+    shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    return f"; name one of its subfolders: {shown}" if names else ""
 
 
 def _open_file(path: Path) -> SafetensorsFile | TorchFile:

@@ -311,6 +311,15 @@ def test_an_adapter_is_compressed_under_its_own_names(tmp_path):
     assert np.linalg.norm(dense(pairing.deltas[0]) - expected) < 1e-6 * np.linalg.norm(expected)
 
 
+def test_a_model_type_that_was_never_tried_is_told(tmp_path):
+    for kind, told in (("llama", 0), ("segformer", 1)):
+        tensors = {"stages.0.q_proj.weight": normal(8, 6)}
+        model = write_base(tmp_path / kind, tensors, {"model_type": kind})
+        tuned = write_base(tmp_path / kind / "tuned", {name: value + 1 for name, value in tensors.items()})
+        run = lora_diag.extract(model, tuned, tmp_path / kind / "adapter", rank=1).run
+        assert sum("'segformer' has not been tried with PEFT" in note for note in run.inputs[1].notes) == told
+
+
 def test_updates_of_one_weight_that_is_used_twice_have_no_adapter(tmp_path):
     name = "model.layers.{}.mlp.up_proj"
     tensors = {f"{name.format(i)}.lora_{part}.weight": normal(*shape) for i in (0, 1) for part, shape in

@@ -311,6 +311,16 @@ def test_foreign_folders_are_refused_with_the_way_out(tmp_path, files, words):
                 open_checkpoint(path)
 
 
+def test_a_run_s_folder_names_the_checkpoints_and_adapters_in_it(tmp_path):
+    for step in (2, 4, 6):
+        save_model(tmp_path / f"checkpoint-{step}", {"a.weight": torch.ones(2, 2)})
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
+    (tmp_path / "logs").mkdir()
+    with pytest.raises(InputError, match=r"its subfolders: adapter, checkpoint-2, checkpoint-4 and 1 more$"):
+        open_checkpoint(tmp_path)
+
+
 def test_packed_weights_are_refused_by_name(tmp_path):
     packed = {"model.layers.0.mlp.up_proj.qweight": torch.zeros(4, 4, dtype=torch.int32)}
     with pytest.raises(InputError, match="GPTQ"):

@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 # Columns below which nothing is made to fit.
 MINIMUM = 60
 
+# Layers of which it is said one by one that they could not be measured; a large model has 70,000.
+NAMED = 20
+
 
 class ReaderGoneError(Exception):
     """The reader of standard output has seen enough (``| head``)."""
@@ -115,8 +118,10 @@ def as_lines(json: bool) -> Callable[[AnyRecord], None] | None:
 
 def tell_unmeasured(items: Sequence[LeftOut], then: str) -> bool:
     """Name what could not be measured, where, and what became of it; return whether there is any."""
-    for item in items:
+    for item in items[:NAMED]:
         message(f"error: {item.layer}: {item.detail}; {then}")
+    if len(items) > NAMED:
+        message(f"error: and {len(items) - NAMED} more like these; the records name every one (--json, or -o FILE)")
     return bool(items)
 
 

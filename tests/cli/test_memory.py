@@ -11,7 +11,9 @@ import pytest
 import torch
 
 import lora_diag
+from lora_diag.cli.output import tell_unmeasured
 from lora_diag.errors import UsageError
+from lora_diag.results import LeftOut
 from tests.conftest import PATIENCE, ROOT, Ran, as_numpy, save_model
 
 NAME, SMALL = "model.layers.0.mlp.up_proj.weight", "model.layers.0.self_attn.q_proj.weight"
@@ -131,3 +133,11 @@ def test_a_size_that_makes_no_sense_ends_the_command(loradiag):
 def test_sizes_that_make_no_sense_are_refused(memory, workers, said):
     with pytest.raises(UsageError, match=re.escape(said)):
         lora_diag.spectrum("sample_checkpoints/base", "sample_checkpoints/full_ft", memory=memory, workers=workers)
+
+
+def test_a_large_model_that_does_not_fit_does_not_fill_the_terminal(capsys):
+    left = [LeftOut(layer=f"layer{n}", shape=(2, 2), reason="memory", detail="too large") for n in range(70000)]
+    assert tell_unmeasured(left, "the layer was left out")
+    *named, rest = capsys.readouterr().err.splitlines()
+    assert named == [f"error: layer{n}: too large; the layer was left out" for n in range(20)]
+    assert rest == "error: and 69980 more like these; the records name every one (--json, or -o FILE)"

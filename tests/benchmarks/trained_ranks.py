@@ -3,7 +3,7 @@
     python -m tests.benchmarks.trained_ranks            ten seeds of factors and data order, 30k and 90k parameters
     python -m tests.benchmarks.trained_ranks 2          two of them
 
-LoRA on the sample model at the ranks of each rule, every rate for every seed (320 runs); a rule counts at its best rate.
+LoRA on the sample model at the ranks of each rule, every rate for every seed (320 runs); a rule counts at its best one.
 The losses are of held-out sequences other than those on which gains were measured (docs/probe-sensitivity.md).
 """
 

@@ -12,7 +12,7 @@ from rich.console import Group
 from rich.table import Table
 
 from lora_diag.reports.columns import WIDE, Column, rows_of, table_of, title_of
-from lora_diag.reports.lines import REASONS, answers, inputs, last_lines, notes, subject, usual_style
+from lora_diag.reports.lines import REASONS, answers, inputs, last_lines, notes, subject, usual_style, within
 from lora_diag.reports.text import count, middle, named, number, percent, safe, short, shown, span, to_text
 from lora_diag.results import Extraction, LeftOut, OnData, Results
 
@@ -324,8 +324,7 @@ def _where(results: Results[Extraction]) -> str:
     if total == 0:
         return ""
     shares = ", ".join(f"{percent(min(1.0, (norm / total) ** 2))} {words}" for words, norm in norms.items() if norm)
-    selected = any(item.reason == "not_selected" and item.fro is None for item in results.left_out)
-    return f"of the whole change ‖Δ‖²{' in what was selected' if selected else ''}, {shares}"
+    return f"of the whole change ‖Δ‖²{within(results.left_out)}, {shares}"
 
 
 def _missing(results: Results[Extraction], tip: str = "; --rest save stores them") -> list[str]:

@@ -108,6 +108,14 @@ def left_out_line(left_out: Sequence[LeftOut]) -> str:
     return "; ".join(parts)
 
 
+def within(left_out: Sequence[LeftOut]) -> str:
+    """Return in words what shares of the change are shares of, where some of it was not measured."""
+    if any(item.reason == "not_selected" and item.fro is None for item in left_out):
+        return " in what was selected"
+    unknown = {"shape_differs", "non_finite", "memory", "unreadable"}
+    return " in what was measured" if any(item.reason in unknown for item in left_out) else ""
+
+
 def not_measured(failed: Sequence[LeftOut]) -> str:
     """Name the layers with entries that are not finite, or that did not fit into memory, and say where or why."""
     lines = [f"{short(item.layer)}: {item.detail}" for item in failed[:NAMED]]

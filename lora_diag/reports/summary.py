@@ -10,7 +10,7 @@ from statistics import median
 from rich.table import Table
 
 from lora_diag.reports.gradients import gradient_lines
-from lora_diag.reports.lines import REASONS, answers, inputs, last_lines, left_out_line, notes, subject
+from lora_diag.reports.lines import REASONS, answers, inputs, last_lines, left_out_line, notes, subject, within
 from lora_diag.reports.text import count, middle_rank, number, percent, safe, short
 from lora_diag.results import Results, Spectrum
 from lora_diag.results.names import part_of
@@ -252,6 +252,5 @@ def _coverage(results: Results[Spectrum]) -> str:
         return ""
     words = {"matrices": "the matrices", "vocabulary": "embeddings and head", "vectors": "norms and biases"}
     shares = ", ".join(f"{percent((norms[part] / total) ** 2)} in {words[part]}" for part in words if norms[part])
-    selected = any(item.reason == "not_selected" for item in results.left_out)
     whole = "Σ‖G‖²" if any(record.stack for record in results) else "the whole change ‖Δ‖²"
-    return f"of {whole}{' in what was selected' if selected else ''}, {shares}"
+    return f"of {whole}{within(results.left_out)}, {shares}"

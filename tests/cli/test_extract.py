@@ -159,6 +159,7 @@ def test_a_layer_that_is_not_finite_is_named_and_not_written(loradiag, pair_of_m
     ran = loradiag("extract", base, tuned, "--rank", "2", "-o", "adapter")
     assert ran.code == 3
     assert f"{name}: TUNED holds nan at [2, 3]; the layer is not in the adapter" in ran.err
+    assert "of the whole change ‖Δ‖² in what was measured, " in " ".join(ran.out.split())
     keys = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     assert len(keys) == 18
     assert not any("layers.0.mlp.up_proj" in key for key in keys)

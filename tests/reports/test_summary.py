@@ -91,6 +91,12 @@ def test_no_measured_matrix_is_not_a_change_of_zero():
     assert "0 matrices" not in text
 
 
+def test_shares_are_of_what_was_measured_where_a_change_is_unknown():
+    cut = LeftOut(layer="q.weight", shape=(3, 3), reason="shape_differs", detail="[3, 3] in BASE against [2, 3]")
+    assert "of the whole change ‖Δ‖² in what was measured, 100% in the matrices" in said(results_of([record()], [cut]))
+    assert "of the whole change ‖Δ‖², 100% in the matrices" in said(results_of([record()]))
+
+
 def test_every_reason_has_words():
     from typing import get_args
 

@@ -33,6 +33,9 @@ T = TypeVar("T")
 
 OVERFLOW = "the product of its factors overflows float64"
 
+# Norms of updates that are held against each other: squares of their quotients are still float64 numbers.
+LEAST, MOST = 1e-75, 1e75
+
 # Bytes of an entry of an update that is computed in full (LoHa, LoKr, ...): in float64, with one factor or copy.
 COMPUTED = 16
 
@@ -170,6 +173,15 @@ def on_device(compute: Callable[[torch.device], T], device: torch.device) -> tup
         except torch.cuda.OutOfMemoryError:
             torch.cuda.empty_cache()
             return compute(torch.device("cpu")), f" on the CPU: out of memory on {device}"
+
+
+def why_not_comparable(fro: float) -> str | None:
+    """Return why an update of this norm is not held against another; None if it is."""
+    if not math.isfinite(fro):
+        return OVERFLOW
+    if fro == 0.0 or LEAST <= fro <= MOST:
+        return None
+    return f"its norm is {fro:.2g}: float64 does not hold the squares of its quotients with others"
 
 
 def noted(record: T, words: str) -> T:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lora_diag.deltas import Delta, Side, row_blocks
-from lora_diag.diagnostics.change import Change
+from lora_diag.diagnostics.change import Change, why_not_comparable
 from lora_diag.errors import InputError, MemoryLimitError
 from lora_diag.linalg import Factors, decompose_factored, first_non_finite, norm, products, root
 from lora_diag.metrics import Distances, distances, truncation_error
@@ -127,13 +127,18 @@ class Metric:
     on_rows: bool = False
 
     def distances(self, other: Change | None, rank: int | None) -> tuple[Distances, float]:
-        """Return how far X, given in the plain metric, is from D, and ‖X‖; None stands for X = 0."""
+        """Return how far X, given in the plain metric, is from D, and ‖X‖; None stands for X = 0.
+
+        There are no distances where ‖X‖ is not comparable.
+        """
         fro, gap, norm, inner = self.factors.fro, self.factors.fro, 0.0, 0.0
         if other is not None:
             if self.root is not None:
                 other = times(other, self.root, self.on_rows)
             pairs = zip(self.change.blocks(self.shape), other.blocks(self.shape), strict=True)
             gap, norm, inner = products(pairs)
+        if why_not_comparable(norm):
+            return Distances(), norm
         return distances(fro, norm, gap, inner, self._floor(rank)), norm
 
     def _floor(self, rank: int | None) -> float | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lora_diag.deltas import Delta
-from lora_diag.diagnostics.change import OVERFLOW, Change, load_change
+from lora_diag.diagnostics.change import Change, load_change, why_not_comparable
 from lora_diag.diagnostics.resolution import resolution
 from lora_diag.diagnostics.spectrum import RANKS
 from lora_diag.linalg import Factors, numerical_rank, principal_cosines
@@ -119,8 +118,8 @@ def read_part(update: Update, settings: InterferenceSettings, device: torch.devi
     if change.non_finite is not None:
         return change
     factors = change.decompose(settings.method, None, True, settings.tol, settings.seed)
-    if not math.isfinite(factors.fro):
-        return replace(change, non_finite=OVERFLOW)
+    if problem := why_not_comparable(factors.fro):
+        return replace(change, non_finite=problem)
     matrix = change.factors if change.factors is not None else change.matrix
     assert matrix is not None
     seen = resolution(change.rounding, update.delta.shape, factors.s.numpy(), factors.fro, factors.complete)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Literal
@@ -10,7 +9,7 @@ from typing import Literal
 import torch
 
 from lora_diag.deltas import Delta, FactoredDelta, footprint
-from lora_diag.diagnostics.change import OVERFLOW, Change, load_change, noted, on_device
+from lora_diag.diagnostics.change import Change, load_change, noted, on_device, why_not_comparable
 from lora_diag.diagnostics.left_out import not_finite
 from lora_diag.diagnostics.metric import Metric, Moments, read_root, times
 from lora_diag.diagnostics.parts import agreement
@@ -125,8 +124,8 @@ def _residual(layer: Layer, settings: ResidualSettings, device: torch.device) ->
     if full.non_finite is not None:
         return (not_finite(layer.tuned, full),)
     weights = Metric(full, _decompose(full, top, settings), layer.shape)
-    if not math.isfinite(weights.factors.fro):
-        return (not_finite(layer.tuned, replace(full, non_finite=OVERFLOW)),)
+    if problem := why_not_comparable(weights.factors.fro):
+        return (not_finite(layer.tuned, replace(full, non_finite=problem)),)
     data = _in_data_metric(layer, full, top, settings, device) if layer.moments is not None else None
     records: list[Residual | LeftOut] = []
     for other in layer.others:
@@ -156,8 +155,8 @@ def _record(
         return change.non_finite
     rank = _rank(other.delta, change) if layer.tuned.is_matrix else None
     found, norm = weights.distances(change, rank)
-    if not math.isfinite(norm):
-        return OVERFLOW
+    if problem := why_not_comparable(norm):
+        return problem
     columns, rows = None, None
     if layer.tuned.is_matrix and change is not None and norm > 0 and weights.factors.fro > 0:
         columns, rows = _agreements(weights, change, rank, settings)

@@ -330,6 +330,16 @@ def test_random_updates_meet_their_baselines(tmp_path):
     assert sum(pair.relation == "apart" for pair in pairs) >= 0.9 * runs
 
 
+@pytest.mark.parametrize("scale", [1e150, 1e-160])
+def test_updates_of_norms_beyond_comparison_are_left_out(tmp_path, scale):
+    rng = np.random.default_rng(0)
+    pairs = [(rng.standard_normal((12, 2)) * scale, rng.standard_normal((2, 9)) * scale) for _ in range(2)]
+    found = lora_diag.interference(adapters(tmp_path, pairs))
+    assert not found.layers
+    (item,) = found.left_out
+    assert "its norm is" in item.detail
+
+
 def test_the_baselines_of_three_updates():
     s, owner = np.ones(6), np.array([0, 0, 1, 1, 2, 2])
     assert task_interference_at_random(s, owner, (100, 100)) == pytest.approx(

@@ -269,6 +269,14 @@ def test_what_is_not_finite_is_left_out_alone(model, tmp_path):
     assert item.detail == f"{bad}: lora_B holds nan at [0, 0]"
 
 
+def test_an_update_too_large_to_be_compared_is_left_out_alone(model, tmp_path):
+    base, tuned, layer, _ = model
+    huge = lora(tmp_path / "huge", {layer: (np.full((16, 2), 3e38), np.full((2, 12), 3e38))})
+    results = lora_diag.residual(base, tuned, [huge], layers=r"layers\.0\.mlp\.up")
+    (item,) = [item for item in results.left_out if item.reason == "non_finite"]
+    assert item.detail.startswith(f"{huge}: its norm is 2.5e+78")
+
+
 def test_what_only_an_adapter_has_is_listed(model, tmp_path):
     base, tuned, layer, d = model
     tensors = load_file(tuned / "model.safetensors")

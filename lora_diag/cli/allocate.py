@@ -79,6 +79,9 @@ def allocate(
     if policies:
         if output is not None:
             raise UsageError("--policies: shows ranks and writes none; give a budget for -o")
+        chosen = (params, total_rank, memory, energy, match, max_rank, ranks_from, target, exclude, weights, check)
+        if any(one is not None for one in chosen) or min_rank or relative:
+            raise UsageError("--policies: shows what several rules give every layer; leave out budgets and limits")
         from lora_diag.reports.policies import policies_table
 
         found = rank_table(results, allow_unfinished)

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from lora_diag.cli import options
-from lora_diag.cli.output import again, progress_bar, result, tell_unmeasured, terminal
+from lora_diag.cli.output import again, message, progress_bar, result, tell_unmeasured, terminal
 from lora_diag.errors import UNREADABLE
 
 
@@ -49,6 +49,8 @@ def overlap(
             on_progress=on_progress,
         )
     if written.table:
+        if rank is not None and all(record.rank != rank for record in results.layers):
+            message(f"--rank {rank}: no layer and no adapter here has so many; another rank is shown")
         result(overlap_table(results, *terminal(), per=per, rank=rank, then=_next(written.output, per)))
     if tell_unmeasured(results.unmeasured, "left out"):
         raise typer.Exit(UNREADABLE)

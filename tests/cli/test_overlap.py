@@ -44,6 +44,9 @@ def test_a_rank_to_show_is_measured_and_layers_may_be_rows(loradiag, inputs):
     ran = loradiag("overlap", *inputs, "--ranks", "2", "--rank", "3", "--per", "layer")
     assert "at r=3" in ran.out
     assert "model.layers.1.mlp.up_proj" in ran.out
+    ran = loradiag("overlap", *inputs, "--ranks", "2", "--rank", "70000", "--layers", "q_proj")
+    assert "at r=2" in ran.out
+    assert ran.err == "--rank 70000: no layer and no adapter here has so many; another rank is shown\n"
 
 
 def test_files_given_one_by_one_are_the_same_as_their_folder(inputs, tmp_path):

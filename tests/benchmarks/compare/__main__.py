@@ -11,12 +11,12 @@ results.
 import argparse
 from pathlib import Path
 
-from tests.benchmarks.compare.adapters import adapters
+from tests.benchmarks.compare.adapters import adapters, damaged
 from tests.benchmarks.compare.layouts import broken, layouts
 from tests.benchmarks.compare.pairs import decay, floor
 from tests.benchmarks.compare.tools import version
 
-PARTS = {part.__name__: part for part in (floor, decay, adapters, layouts, broken)}
+PARTS = {part.__name__: part for part in (floor, decay, adapters, damaged, layouts, broken)}
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

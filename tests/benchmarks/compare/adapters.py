@@ -1,11 +1,25 @@
-"""A LoRA adapter that uses fewer directions than it has: what rank tools name, and what their smaller adapter is."""
+"""A LoRA adapter that uses fewer directions than it has: what rank tools name, and what their smaller adapter is.
 
+And adapters that are damaged.
+"""
+
+import sys
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 
 from tests.benchmarks.compare import tools
-from tests.benchmarks.compare.inputs import EFFECTIVE_FOUR, Weights, best, make_adapter, make_pair, planted, singular
+from tests.benchmarks.compare.inputs import (
+    EFFECTIVE_FOUR,
+    Weights,
+    best,
+    kohya_name,
+    make_adapter,
+    make_pair,
+    planted,
+    singular,
+)
 from tests.benchmarks.compare.output import fresh, spread, table, worst
 
 Row = tuple[str, str, str, str]
@@ -41,8 +55,7 @@ def gradience(home: Path, adapter: Path, truth: Weights) -> Row:
     audit = tools.gradience_audit(adapter)
     ranks = {name: f"{policy['uniform_median']:g}" for name, policy in audit["policy_global_suggestions"].items()}
     norms = {f"base_model.model.{n.removesuffix('.weight')}": float(torch.linalg.norm(t)) for n, t in truth.items()}
-    layers = audit["policies"]["per_layer"]
-    ratio = spread(layer["importance_metrics"]["frobenius_norm"] / norms[layer["layer_name"]] for layer in layers)
+    ratio = spread(row["delta_fro_norm"] / norms[row["name"]] for row in audit["layer_data"]["layer_rows"])
     out = home / f"gradience-{adapter.name}"
     tools.done(tools.gradience_truncate(adapter, out, 4))
     error = f"{worst(tools.merged(home / 'base', out), truth):.4f}"
@@ -65,3 +78,52 @@ def resized(kohya: Path, adapter: Path, truth: Weights) -> list[Row]:
         error = f"{worst(tools.kohya_updates(out, truth), truth):.4f}"
         rows.append((f"kohya resize {method} {value}", spread(tools.kohya_ranks(out, truth).values()), "-", error))
     return rows
+
+
+VICTIM = "model.layers.0.self_attn.q_proj.weight"
+CONVERT = """
+import sys
+from pathlib import Path
+from tests.benchmarks.compare.tools import peft_convert
+peft_convert(Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]), 4)
+"""
+
+
+def damaged(kohya: Path | None) -> None:
+    """An adapter with one NaN in one lora_B; one whose lora_B has a column less than its lora_A has rows."""
+    for what in ("nan", "shape"):
+        home = fresh(f"damaged-{what}")
+        truth = make_pair(home, "llama", planted(EFFECTIVE_FOUR, 1e-3), torch.float32)
+        base, adapter, flat = home / "base", home / "adapter", home / "adapter.kohya.safetensors"
+        make_adapter(adapter, truth, 16, 32)
+        module = VICTIM.removesuffix(".weight")
+        spoil(adapter / "adapter_model.safetensors", f"base_model.model.{module}.lora_B.weight", what)
+        spoil(flat, f"{kohya_name(VICTIM)}.lora_up.weight", what)
+        out = {name: home / name for name in ("ours", "gradience", "peft", "kohya.safetensors")}
+        runs = {
+            "loradiag spectrum": (tools.loradiag("spectrum", adapter), None),
+            "loradiag extract": (tools.loradiag("extract", base, adapter, "--rank", 4, "-o", out["ours"]), "ours"),
+            "gradience audit": (tools.audited(adapter), None),
+            "gradience truncate": (tools.gradience_truncate(adapter, out["gradience"], 4), "gradience"),
+            "PEFT save_as_lora": (tools.run([sys.executable, "-c", CONVERT, base, adapter, out["peft"]]), "peft"),
+        }
+        if kohya:
+            file = out["kohya.safetensors"]
+            runs["kohya resize"] = tools.kohya_resize(kohya, flat, file, 4), "kohya.safetensors"
+        print(f"{what} in lora_B of {module}, one of {len(truth)}\n")
+        rows = []
+        for name, (ran, folder) in runs.items():
+            (home / f"{name}.txt").write_text(ran.text)
+            left = "-" if not folder else "an adapter" if any(out[folder].rglob("*.safetensors")) else "nothing"
+            left = "an adapter" if folder and out[folder].is_file() else left
+            rows.append((name, ran.code, "yes" if "q_proj" in ran.text else "no", left, ran.last[:120]))
+        table("tool | exit code | prints the name | leaves | last line", rows)
+
+
+def spoil(file: Path, name: str, what: str) -> None:
+    tensors = load_file(file)
+    if what == "nan":
+        tensors[name][3, 5] = float("nan")
+    else:
+        tensors[name] = tensors[name][:, :-1].contiguous()
+    save_file(tensors, file, {"format": "pt"})

@@ -92,13 +92,18 @@ def mergekit(base: Path, tuned: Path, out: Path, rank: int, *more: object) -> Ra
     return run([peer("mergekit") / "mergekit-extract-lora", *words, "--max-rank", rank, *more])
 
 
-def gradience_audit(adapter: Path) -> dict[str, Any]:
-    """Run ``gradience audit --json`` with all its policies; a line of prose comes before the JSON."""
+def audited(adapter: Path) -> Ran:
+    """Run ``gradience audit --json`` with all its policies."""
     policies = "energy@0.90,energy@0.95,knee,erank,oht"
     words = ["--peft-dir", adapter, "--json", "--layers", "--no-udr", "--rank-policies", policies]
-    ran = run([peer("gradience") / "gradience", "audit", *words])
+    return run([peer("gradience") / "gradience", "audit", *words])
+
+
+def gradience_audit(adapter: Path) -> dict[str, Any]:
+    """Return what the audit says; messages are on standard error, which comes behind its JSON here."""
+    ran = audited(adapter)
     done(ran)
-    return dict(json.JSONDecoder().raw_decode(ran.text[ran.text.index("\n{") + 1 :])[0])
+    return dict(json.JSONDecoder().raw_decode(ran.text[ran.text.index("{") :])[0])
 
 
 def gradience_truncate(adapter: Path, out: Path, rank: int, *more: object) -> Ran:

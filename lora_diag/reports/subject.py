@@ -15,12 +15,11 @@ from lora_diag.planning.advice import advice
 from lora_diag.planning.evidence import Evidence, Source, measure_weights
 from lora_diag.planning.findings import Finding, findings
 from lora_diag.planning.step import Advice
-from lora_diag.planning.worth import Contest, contests, of
-from lora_diag.reports.lines import called
+from lora_diag.planning.worth import of
+from lora_diag.reports.asked import Answer, losses, parts, several
 from lora_diag.reports.overlap_summary import lines
-from lora_diag.reports.probe import gap
 from lora_diag.reports.residual import residual_lines
-from lora_diag.reports.several import SEVERAL, is_of_losses, named_of, sections_of
+from lora_diag.reports.several import SEVERAL, is_of_losses, named_of
 from lora_diag.reports.summary import METRICS, summary_lines
 from lora_diag.reports.text import number, percent, safe
 from lora_diag.reports.tracks import tracks
@@ -44,23 +43,6 @@ ENERGY = (
 SPOKEN_OF = 8
 
 T = TypeVar("T", Advice, Finding)
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """One question of the top of the page.
-
-    Args:
-        question: As a user asks it.
-        says: The answer, with its numbers.
-        more: What stands below it.
-        measured: False where nothing was measured that answers it.
-    """
-
-    question: str
-    says: str
-    more: tuple[str, ...] = ()
-    measured: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,91 +85,21 @@ class Subject:
 
 def subject_of(evidence: Evidence) -> Subject:
     """Return what the records of several runs say together."""
-    others, losses = tuple(_several(evidence)), tuple(_losses(evidence))
+    others, probed = tuple(several(evidence)), (*losses(evidence), *parts(evidence))
     usual = (_low_rank(evidence), *_weighed(evidence), _resolved(evidence), _limits(evidence))
-    weights = any(answer.measured for answer in usual) or not (others or losses)
+    weights = any(answer.measured for answer in usual) or not (others or probed)
     return Subject(
         title=_title(evidence),
-        answers=(*losses, *(usual if weights else ()), *others),
+        answers=(*probed, *(usual if weights else ()), *others),
         advice=_advice(evidence.each()[:SPOKEN_OF]),
         findings=tuple(
             map(_safe, dict.fromkeys(one for each in evidence.each()[:SPOKEN_OF] for one in findings(each)))
         ),
         missing=tuple((safe(what), safe(how)) for what, how in evidence.missing()),
         silent=max(0, len(evidence.each()) - SPOKEN_OF),
-        update=weights or bool(losses),
+        update=weights or bool(probed),
         weights=weights and not (evidence.weighed and evidence.update is None and evidence.audit is None),
     )
-
-
-# The lines of a summary that answer a first question, and the question.
-_ASKED = {
-    "Interfere?": "Do the updates interfere?",
-    "Rank needed": "What rank do all of them need?",
-    "Intruders?": "Are there intruder dimensions?",
-    "Stand out": "Which adapters stand out?",
-    "Alike": "Which adapters are alike?",
-}
-
-
-# What is asked of held-out losses first, by the command that measured them.
-_LOSSES = {
-    "probe outputs": "Is the adapter as good as the full fine-tune?",
-    "probe sweep": "Which rank is enough, by training at it?",
-    "probe truncation": "What does a rank of the update keep of its gain?",
-}
-
-
-# By what a line of ``probe outputs`` about distances is known.
-_DISTANCES = ("nearest is ", "as near to TUNED as")
-
-
-def _losses(evidence: Evidence) -> Iterator[Answer]:
-    """Yield what held-out losses say, with their paired standard errors: it leads, and weights are pointers."""
-    sections = [section for section in sections_of(evidence) if section.command in _LOSSES]
-    for command, question in _LOSSES.items():
-        of_command = [section for section in sections if section.command == command]
-        for section in of_command:
-            said = [(word, text.splitlines()) for word, text in section.lines if word.startswith("On ")]
-            if not said:
-                continue
-            # The loss of BASE and of TUNED comes first in a set's lines, and what follows from it second.
-            word, (first, *rest) = said[0]
-            lead, more = (rest[0], [first, *rest[1:]]) if rest and first.startswith("loss ") else (first, rest)
-            if command == "probe outputs" and (judged := _as_good(contests(evidence))):
-                more, lead, word = [f"{word}: {line}" for line in [first, *rest]], judged, ""
-            more += [f"{word}: {line}" for word, lines in said[1:] for line in lines]
-            # Distances are no quality; they stand in the section.
-            more = [line for line in more if not any(words in line for words in _DISTANCES)]
-            more += [f"{word} {text}" for word, text in section.lines if word == "Shifted agrees?"]
-            more += [section.title] if len(of_command) > 1 else []
-            yield Answer(question, f"{word}: {lead}" if word else lead, tuple(more))
-
-
-def _as_good(found: Sequence[Contest]) -> str:
-    """Say of the best adapter whether it does as well as the full fine-tune, and of how many it is the best."""
-    if not found:
-        return ""
-    words = {"as good": "yes", "worse": "no", "not known": "not known"}
-    word = next(word for word in words if any(contest.word == word for contest in found))
-    best = min((one for one in found if one.word == word), key=lambda one: one.worst.gap or 0.0)
-    record = best.worst
-    kept = "" if record.kept is None else f", {record.kept:.0%} of its gain"
-    others = f"; the best of {len(found)}" if len(found) > 1 else ""
-    (name,) = called([best.name])
-    return f"{words[word]}: {name} is {gap(record)} nats from it on {safe(record.set)}{kept}{others}"
-
-
-def _several(evidence: Evidence) -> Iterator[Answer]:
-    """Yield what is asked first of several updates, of intruders and of fleets."""
-    sections = sections_of(evidence)
-    asked = Counter(word for section in sections for word, _ in section.lines)
-    for section in sections:
-        for word, sentence in section.lines:
-            if word in _ASKED:
-                first, *more = sentence.splitlines()
-                # Of several such runs each answer says whose it is.
-                yield Answer(_ASKED[word], first, (*more, *([section.title] if asked[word] > 1 else ())))
 
 
 def labels(paths: Sequence[str]) -> list[str]:

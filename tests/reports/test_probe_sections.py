@@ -1,5 +1,6 @@
 """Sensitivity, curvature, intrinsic dimension and Fisher in the report: tables of the records' numbers."""
 
+import html
 import re
 from statistics import fmean
 
@@ -25,11 +26,16 @@ RECORDS = {
     "probe intrinsic": lambda name, set: making.reached(sets=(set, f"{name} other")),
     "probe fisher": lambda name, set: making.fishers(types=(name, "self_attn.q_proj")),
 }
-QUESTIONS = {
-    "probe sensitivity": "On held_out",
-    "probe curvature": "largest eigenvalue λ = 50",
-    "probe intrinsic": "d=1000",
-    "probe fisher": "half of ΣF",
+# What stands in the section, what is asked at the top, and how the answer begins.
+SAID = {
+    "probe sensitivity": ("On held_out", "Which layers gain most where each is adapted alone?", "highest: self_attn"),
+    "probe curvature": (
+        "largest eigenvalue λ = 50",
+        "What is the loss bound of a truncation worth?",
+        "(λ/2)Σσ² is 100",
+    ),
+    "probe intrinsic": ("d=1000", "In how few directions does training get as far?", "d: not reached up to d=1000"),
+    "probe fisher": ("half of ΣF", "Which layers' tails does the loss need?", "half of ΣF lies in"),
 }
 
 
@@ -57,7 +63,13 @@ def test_each_alone_is_tables_and_sentences_on_the_page_and_in_markdown(command)
     assert section.count("<table") >= 1
     assert section.count('<p class="note">') >= section.count("<table") - 1  # what one reads from each
     assert "<img" in section
-    assert QUESTIONS[command] in section
+    there, question, answer = SAID[command]
+    assert there in section
+    first = page[: page.index("</ol>")]
+    assert html.escape(question, quote=True).replace("&#x27;", "&#39;") in first
+    assert f'<p class="says">{answer}' in first
+    assert "low-rank" not in page  # nothing was measured in weights, and nothing is said of them
+    assert "Failure modes" not in page
     rendered = GITHUB.render(text)
     assert rendered.count("<table>") == section.count("<table")
     for name, row in cells(section).items():

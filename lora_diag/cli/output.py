@@ -41,8 +41,8 @@ def message(text: str) -> None:
     """
     if sys.stderr is not None:
         with suppress(OSError, ValueError):
-            line = safe(public(text))
-            print(_wrapped(line, _columns(sys.stderr)) if sys.stderr.isatty() else line, file=sys.stderr)
+            said = safe(public(text))
+            print(_wrapped(said, _columns(sys.stderr)) if sys.stderr.isatty() else said, file=sys.stderr)
 
 
 def _wrapped(line: str, width: int) -> str:

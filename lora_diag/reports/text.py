@@ -16,8 +16,8 @@ BARS = "▁▂▃▄▅▆▇█"
 UNKNOWN = "·"
 
 # What stands for a sign where a terminal lacks it: as wide in the cells of a table, and what a reader knows elsewhere.
-_ASCII = str.maketrans("▁▂▃▄▅▆▇█·─×−–…→‖Δσεℓ⟨⟩÷", ".:-=+%#@*-x--~>|dsel<>/") | str.maketrans(
-    {"²": "^2", "½": "1/2", "ᵀ": "^T", "√": "sqrt ", "Σ": "sum ", "≥": ">=", "≤": "<=", "≈": "~", "±": "+-"}
+_ASCII = str.maketrans("▁▂▃▄▅▆▇█·─×−–…‖Δσεℓ⟨⟩÷", ".:-=+%#@*-x--~|dsel<>/") | str.maketrans(
+    {"²": "^2", "½": "1/2", "ᵀ": "^T", "√": "sqrt ", "Σ": "sum ", "≥": ">=", "≤": "<=", "≈": "~", "±": "+-", "→": "->"}
     | {"λ": "lambda", "ρ": "rho", "κ": "kappa", "α": "alpha", "μ": "mu", "∇": "grad "}
 )
 

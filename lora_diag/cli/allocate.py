@@ -119,15 +119,18 @@ def allocate(
     elif not quiet:
         from lora_diag.reports.allocation import allocation_table
 
-        result(allocation_table(allocation, *terminal(), per=per, then=_next(allocation, output)))
+        result(allocation_table(allocation, *terminal(), per=per, then=_next(allocation, output, check)))
 
 
-def _next(allocation: Results[Allocation], output: Path | None) -> str:
+def _next(allocation: Results[Allocation], output: Path | None, check: Path | None) -> str:
     """Return the command that a user would run next, as a shell takes it."""
     if output is None:
         return f"{again('-o', 'adapter_config.json')}   (for training with PEFT; .jsonl for loradiag extract)"
     if output.name == "adapter_config.json":
-        return f"peft.LoraConfig.from_pretrained({str(output.parent)!r}) is the config to train with"
+        config = f"peft.LoraConfig.from_pretrained({str(output.parent)!r}) is the config to train with"
+        base = next((side.path for side in allocation.run.inputs if side.role == "base"), None)
+        unchecked = f"; PEFT skips names that the model in memory lacks, so once: {again('--check', base or 'BASE')}"
+        return config if check is not None else config + unchecked
     if output.suffix == ".json":
         return "rename it to adapter_config.json: PEFT reads no other name"
     paths = [side.path for side in allocation.run.inputs if side.role in {"base", "tuned", "adapter"}]

@@ -48,6 +48,8 @@ def test_a_small_gain_is_called_one(loradiag, tmp_path):
 
 
 def test_config_records_and_json_agree(loradiag, measured, tmp_path):
+    told = loradiag("allocate", measured, "--energy", "0.5", "-o", "adapter_config.json").out
+    assert "PEFT skips names that the model in memory lacks, so once: loradiag allocate" in " ".join(told.split())
     ran = loradiag("allocate", measured, "--energy", "0.5", "-o", "adapter_config.json", "--json")
     assert ran.code == 0
     config = json.loads((tmp_path / "adapter_config.json").read_text())

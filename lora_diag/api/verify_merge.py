@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -102,7 +102,7 @@ def verify_merge(
         raise UsageError(f"{merged}: is an adapter; the order is: loradiag verify-merge BASE ADAPTER MERGED")
     said = compare(base, adapter, None, None, allow_unmatched, verify)
     done = compare(base, merged, verify=verify)
-    tasks, unpaired = _tasks(said.pairing, done, merged, selector(layers, exclude))
+    tasks, unpaired = _tasks(said.pairing, done.pairing, merged, selector(layers, exclude))
     run = Run(
         command="verify-merge",
         version=__version__,
@@ -139,19 +139,19 @@ def _inputs(said: Comparison, done: Comparison) -> tuple[RunInput, ...]:
 
 
 def _tasks(
-    said: Pairing, compared: Comparison, merged: Path | str, selected: Callable[[str], bool]
+    said: Pairing, done: Pairing, merged: Path | str, selected: Callable[[str], bool]
 ) -> tuple[list[MergedLayer], tuple[Unpaired, ...]]:
     """Align what the adapter says with what MERGED holds, by the layers of BASE.
 
     Returns:
         One task a layer, in natural order of their names; and what neither side can tell anything of.
     """
-    done = compared.pairing
     updates, rest = _by_target(said, done)
     siblings = _siblings(said)
     stored = [delta for delta in done.deltas if isinstance(delta, StoredDelta)]
     tasks = [_task(delta, updates.get(delta.layer, ()), siblings) for delta in stored]
-    tasks += [_missing(delta, compared, merged) for delta in rest if selected(delta.layer)]
+    lacking = {item.layer: item for item in done.unpaired if item.reason in _LACKING}
+    tasks += [_missing(delta, lacking, merged) for delta in rest if selected(delta.layer)]
     added, unpaired = _added_rows(said, done)
     tasks += added
     gone = {task.layer for task in tasks if task.missing}
@@ -203,10 +203,9 @@ def _task(
     )
 
 
-def _missing(delta: Delta, done: Comparison, merged: Path | str) -> MergedLayer:
+def _missing(delta: Delta, lacking: Mapping[str, Unpaired], merged: Path | str) -> MergedLayer:
     """Return the task of a layer that the adapter changes and MERGED does not have, with the reason."""
-    names = {delta.layer, delta.base.name if delta.base is not None else delta.layer}
-    why = next((item for item in done.pairing.unpaired if item.layer in names and item.reason in _LACKING), None)
+    why = lacking.get(delta.layer) or (lacking.get(delta.base.name) if delta.base is not None else None)
     if delta.base is None or (why is not None and why.reason == "not_float"):
         detail = why.detail if why is not None else "BASE stores it as other than plain numbers"
         raise InputError(f"{merged}: {delta.layer}: {detail}; merge into plain numbers, or leave it out with --exclude")

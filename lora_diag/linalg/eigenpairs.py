@@ -2,7 +2,8 @@
 
 ARPACK's implicitly restarted Lanczos (Lehoucq, Sorensen and Yang 1998) by SciPy: memory is that of its basis, whatever
 the number of products. A Ritz value never lies beyond the true end of the spectrum, and within ‖Hv − λv‖ of an
-eigenvalue; that a whole eigenvalue beyond it was missed takes a random start orthogonal to its eigenvector.
+eigenvalue; that a whole eigenvalue beyond it was missed takes a random start orthogonal to its eigenvector. Behind
+the outermost, one that is there several times or has near neighbours may be passed over, and the next told instead.
 """
 
 from __future__ import annotations

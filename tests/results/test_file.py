@@ -129,7 +129,7 @@ def test_nothing_is_created_by_a_run_that_fails_at_its_inputs(pair_of_models, tm
     [
         (lambda lines: ["hello", *lines], "line 1 is not JSON"),
         (lambda lines: lines[1:], "first line"),
-        (lambda lines: [], "first line"),
+        (lambda lines: [], "it is empty"),
         (lambda lines: [lines[0].replace('"schema":1', '"schema":2'), *lines[1:]], "schema 2"),
         (lambda lines: [*lines[:3], '{"record":"magic"}', *lines[3:]], "line 4"),
         (lambda lines: [*lines[:3], lines[3].replace('"fro":', '"fro":"x","was":'), *lines[4:]], "line 4.*fro"),

@@ -182,7 +182,7 @@ def scales(s: float | None, rank: int | None) -> dict[float, str]:
         >>> sorted(scales(2.0, 16))
         [-1.0, 0.25, 0.5, 2.0, 4.0]
     """
-    causes: list[tuple[float, str]] = [(2.0, TWICE), (-1.0, "it was subtracted")]
+    causes: list[tuple[float, str]] = [(2.0, TWICE), (-1.0, "it was subtracted, or BASE and MERGED are swapped")]
     if s:
         causes += [(1 / s, f"the scaling s = {s:.4g} (lora_alpha) was left out"), (s, f"s = {s:.4g} was applied twice")]
     if rank is not None and rank > 1:

@@ -184,7 +184,7 @@ FAULTS = {
         "wrong scale",
         "times 2: it was added twice",
     ),
-    "subtracted": (Q, lambda m, b, a: again(m, a, Q, -m.delta(Q)), "wrong scale", "subtracted"),
+    "subtracted": (Q, lambda m, b, a: again(m, a, Q, -m.delta(Q)), "wrong scale", "subtracted, or BASE and MERGED"),
     "alpha left out": (Q, lambda m, b, a: again(m, a, Q, m.delta(Q) / 2.5), "wrong scale", r"times 0\.4: .*lora_alpha"),
     "over √r": (Q, lambda m, b, a: again(m, a, Q, m.delta(Q) * 2), "wrong scale", r"α/√r where the adapter says α/r"),
     "over r": (Q, lambda m, b, a: again(m, a, Q, m.delta(Q) / 2), "wrong scale", r"rsLoRA \(r = 4\)"),

@@ -69,7 +69,7 @@ def spectrum(
         exact = "the factors of an adapter give all of its singular values, exactly"
         for option, given, why in (
             ("--activations", activations is not None or kfac, "it measures one update at a time"),
-            ("--memory", computed.memory is not None, "each worker holds one layer of an adapter, so --workers bounds it"),
+            ("--memory", computed.memory is not None, "a worker holds one layer of an adapter; --workers bounds it"),
             ("--ranks", ranks != RANKS, "a fleet's records hold no C(r)"),
             ("--top", top is not None, exact),
             ("--tol", tol != TOL, exact),

@@ -63,7 +63,7 @@ BESIDE_EXPERTS = re.compile(r"(?P<owner>.+)\.experts\.")
 # Models with ``language_model.model.`` in memory, too; LLaVA and its kin have ``model.language_model.`` there.
 NESTED_IN_MEMORY = frozenset({"llama4", "blip-2", "instructblip", "instructblipvideo"})
 
-# Models whose adapter PEFT 0.21 was seen to load and to merge under transformers 5.24, every matrix of it.
+# Models for which PEFT 0.21 was seen to find and to merge every factor that was written, under transformers 5.24.
 TRIED_MODELS = frozenset({
     "albert", "bamba", "bart", "beit", "bert", "blip-2", "bloom", "clip", "codegen", "cohere2", "convnext",
     "data2vec-vision", "deberta-v2", "deepseek_v3", "deit", "dinov2", "distilbert", "electra", "ernie4_5_moe",

@@ -32,6 +32,7 @@ from lora_diag.linalg import (
 T = TypeVar("T")
 
 OVERFLOW = "the product of its factors overflows float64"
+COARSE = "the squares of the spacing of its numbers overflow float64"
 
 # Norms of updates that are held against each other: squares of their quotients are still float64 numbers.
 LEAST, MOST = 1e-75, 1e75
@@ -123,6 +124,8 @@ def load_change(delta: Delta, device: torch.device, keep: bool = True, allowance
         wide = torch.float64 if "float64" in delta.dtypes else torch.float32
         fits = allowance is None or allowance.holds(delta.shape, wide.itemsize)
         change = difference(delta.blocks(), delta.shape, device, keep and fits, delta.steps())
+        if change.non_finite is None and not math.isfinite(change.rounding_variance):
+            change.non_finite = COARSE
         matrix, change.matrix = change.matrix, None
         streamed = None if fits or change.non_finite else Streamed(partial(_again, delta, wide), delta.shape, wide)
         limit = allowance.limit if allowance else None

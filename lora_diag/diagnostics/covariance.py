@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lora_diag.diagnostics.change import on_device
+from lora_diag.diagnostics.change import COARSE, on_device
 from lora_diag.diagnostics.spectrum import SpectrumSettings, record_of
 from lora_diag.gradients import History
 from lora_diag.linalg import Factors, first_non_finite, norm, require, resolve_device
@@ -109,6 +109,8 @@ def _compute(history: History, settings: SpectrumSettings, device: torch.device)
     spacing = Spacing()
     left = history.shape[0] < history.shape[1]
     side = decompose_stack(_gradients(history, device, left, spacing), settings.top)
+    if not math.isfinite(spacing.squares):
+        raise _NotFiniteError(COARSE)
     other = None
     if len(history.snapshots) == 1:
         other = side

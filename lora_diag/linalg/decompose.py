@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 
-import torch
 from torch import Tensor
 
 from lora_diag.errors import UsageError
 from lora_diag.linalg.difference import norm
 from lora_diag.linalg.exact import decompose_exact
-from lora_diag.linalg.factors import Factors
+from lora_diag.linalg.factors import Factors, scale_of
 from lora_diag.linalg.gram import decompose_gram
 from lora_diag.linalg.krylov import decompose_krylov
 
@@ -19,9 +17,6 @@ METHODS = ("exact", "gram", "krylov")
 
 # Up to this many rows or columns LAPACK is as fast as the Gram matrix, and more accurate in the smallest values.
 EXACT_UP_TO = 128
-
-# log₂‖A‖_F beyond which A is scaled first: up to here AᵀA stays far from the ends of float32's range.
-MODERATE = 30
 
 # Krylov is tried first where at most this share of the values is asked for, in matrices larger than that: below, its
 # smallest basis (2K + 32 columns, and the probes) is no small part of the matrix.
@@ -78,25 +73,6 @@ def decompose(
         if found is not None:
             return found
     return decompose_gram(matrix, fro, top, vectors)
-
-
-def scale_of(fro: float, dtype: torch.dtype) -> float:
-    """Return by what A is divided first: the methods form products of two and four A's, which could leave the range.
-
-    It is a power of two, which rounds nothing, and one that the dtype has.
-
-    Args:
-        fro: ‖A‖_F.
-        dtype: Of its entries.
-
-    Example:
-        >>> scale_of(8.0, torch.float32), scale_of(2.0**40, torch.float32), scale_of(1e40, torch.float32) == 2.0**127
-        (1.0, 1099511627776.0, True)
-    """
-    if not fro or abs(math.log2(fro)) <= MODERATE:
-        return 1.0
-    most = math.frexp(torch.finfo(dtype).max)[1] - 1
-    return float(2.0 ** max(1 - most, min(most, round(math.log2(fro)))))
 
 
 def check_request(method: str, top: int | None, tol: float) -> None:

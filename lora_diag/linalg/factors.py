@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 
@@ -43,7 +45,6 @@ def numerical_rank(factors: Factors) -> int:
         factors: What a decomposition gave.
 
     Example:
-        >>> import torch
         >>> numerical_rank(Factors(torch.tensor([2.0, 1.0, 1e-9]), True, "gram", 0.0, 5**0.5))
         2
     """
@@ -62,9 +63,31 @@ def fix_signs(u: Tensor, vh: Tensor) -> tuple[Tensor, Tensor]:
         Both, with the signs of some pairs flipped together.
 
     Example:
-        >>> import torch
         >>> fix_signs(torch.tensor([[-2.0], [1.0]]), torch.tensor([[3.0]]))[0].tolist()
         [[2.0], [-1.0]]
     """
     signs = u.gather(0, u.abs().argmax(0, keepdim=True)).sign()
     return u * signs, vh * signs.T
+
+
+# log₂‖A‖_F beyond which A is scaled first: up to here AᵀA stays far from the ends of float32's range.
+MODERATE = 30
+
+
+def scale_of(fro: float, dtype: torch.dtype) -> float:
+    """Return by what A is divided first: the methods form products of two and four A's, which could leave the range.
+
+    It is a power of two, which rounds nothing, and one that the dtype has.
+
+    Args:
+        fro: ‖A‖_F.
+        dtype: Of its entries.
+
+    Example:
+        >>> scale_of(8.0, torch.float32), scale_of(2.0**40, torch.float32), scale_of(1e40, torch.float32) == 2.0**127
+        (1.0, 1099511627776.0, True)
+    """
+    if not fro or abs(math.log2(fro)) <= MODERATE:
+        return 1.0
+    most = math.frexp(torch.finfo(dtype).max)[1] - 1
+    return float(2.0 ** max(1 - most, min(most, round(math.log2(fro)))))

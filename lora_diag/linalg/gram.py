@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lora_diag.linalg.difference import norm
-from lora_diag.linalg.factors import Factors, fix_signs
+from lora_diag.linalg.factors import Factors, fix_signs, scale_of
 from lora_diag.linalg.streamed import ROWS, Matrix, Streamed, at_least, gram_of_rows, times_wide
 
 # Column panels of which only the lower triangle is multiplied (16 panels leave 17/32 of the work of a full product).
@@ -96,16 +96,20 @@ def decompose_stack(matrices: Iterable[Tensor], top: int | None = None) -> Facto
         [4.0, 3.0]
     """
     gram: Tensor | None = None
-    fro, rows = 0.0, 0
+    fro, rows, scale = 0.0, 0, 0.0
     for matrix in matrices:
-        gram = gram_matrix(matrix, gram)
-        fro, rows = math.hypot(fro, norm([matrix])), rows + len(matrix)
+        size = norm([matrix])
+        scale = scale or (scale_of(size, matrix.dtype) if size else 0.0)  # that of the first one that is not zero
+        gram = gram_matrix(matrix / scale if scale not in {0.0, 1.0} else matrix, gram)
+        fro, rows = math.hypot(fro, size), rows + len(matrix)
     if gram is None:
         raise ValueError("a stack of at least one matrix is needed")
+    scale = scale or 1.0
     squares = torch.linalg.eigvalsh(gram, UPLO="L").clamp_(min=0).flip(0).cpu()
     possible = min(len(gram), rows)
     kept = squares[:possible][:top].sqrt()
-    return Factors(kept, len(kept) == possible, "gram", _energy_error(rows, squares, len(kept), fro), fro)
+    error = _energy_error(rows, squares, len(kept), fro / scale)
+    return Factors(kept * scale, len(kept) == possible, "gram", error, fro)
 
 
 def _energy_error(terms: int, squares: Tensor, kept: int, fro: float) -> float:

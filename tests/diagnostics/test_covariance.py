@@ -149,6 +149,15 @@ def test_a_stack_needs_no_more_rows_than_it_has_values():
     assert found.complete
 
 
+@pytest.mark.parametrize("scale", [1e-170, 1e150])
+def test_gradients_in_float64_of_any_size(scale):
+    matrices = np.random.default_rng(0).standard_normal((3, 6, 5))
+    found = decompose_stack([torch.zeros(6, 5).double(), *torch.from_numpy(matrices * scale)])
+    true = np.linalg.svd(matrices.reshape(18, 5), compute_uv=False)
+    np.testing.assert_allclose(found.s / scale, true, rtol=1e-9)
+    assert found.energy_error < 1e-6
+
+
 def test_on_the_samples_gradients_order_the_layers_as_the_update_does_and_show_it_too_low_rank():
     """What docs/overlap.md says."""
     from scipy.stats import spearmanr

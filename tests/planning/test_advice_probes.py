@@ -91,7 +91,7 @@ def test_gains_that_all_count_but_differ_ask_for_ranks_by_gain_and_equal_ones_fo
         sensitivity([0.5, 0.4, 0.3, *[0.0] * 7], noise=5.0),  # nothing is told from nothing
         sensitivity([0.3, 0.25, 0.2, 0.15, 0.1], noise=0.7),  # the best is, but not from the others
         sensitivity([0.5, 0.4, 0.3, 0.0]),  # four have no order
-        sensitivity([0.018, *[0.0] * 19]),  # 2.5 standard errors: one of 20 does that by chance
+        sensitivity([0.021, *[0.0] * 18, -0.01]),  # 2.9 standard errors: one of 20 does that by chance
         sensitivity([-0.2] * 6),
         run("probe sensitivity", sensitivity([0.5]).whole[:1], rank=8, seed=0, delta=None, per="layer"),
         run("probe sensitivity", sensitivity([0.5, 0.4, *[0.0] * 7]).whole, rank=8, seed=0, delta=None, layers="mlp"),

@@ -31,7 +31,7 @@ def keep_adapter(evidence: Evidence) -> Advice | None:
         f"loss + {ERRORS:.0f} standard errors within {1 - KEPT:.0%} of the full fine-tune's gain on every set that is "
         "not shifted, and that gain more than two of its own",
         f"Article, diagnostic 3 (validation loss); {_PAIRED}",
-        f"loradiag gate --policy adapter-basic --base {_model(source, 'base')} --tuned {shlex.quote(best.name)}",
+        f"loradiag gate --policy adapter-basic --base {_model(source, 'base')} --adapter {shlex.quote(best.name)}",
     )
 
 

@@ -87,7 +87,7 @@ def test_an_adapter_that_does_as_well_ends_the_advice_whatever_weights_say():
         "Nothing: runs/b does as well as the full fine-tune on held-out text",
     )
     assert "-0.0200 ± 0.01 nats from the full fine-tune on own, 102% of its gain" in step.because
-    assert step.command == "loradiag gate --policy adapter-basic --base 'my base' --tuned runs/b"
+    assert step.command == "loradiag gate --policy adapter-basic --base 'my base' --adapter runs/b"
 
 
 def test_a_gap_leads_and_weights_follow():

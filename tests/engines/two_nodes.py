@@ -13,7 +13,6 @@ os.environ |= {
     "RAY_health_check_timeout_ms": "120000",
     "RAY_health_check_period_ms": "1000",
     "RAY_worker_register_timeout_seconds": "600",
-    "RAY_agent_register_timeout_ms": "600000",
     "RAY_raylet_start_wait_time_s": "600",
     "RAY_NUM_REDIS_GET_RETRIES": "600",
 }

@@ -20,13 +20,14 @@ os.environ |= {
 from ray._private.node import Node
 from ray.cluster_utils import Cluster
 
+TIMES = 5
 # Of each node: as little as Ray takes.
 NODE = {"num_cpus": 1, "object_store_memory": 80 * 2**20, "include_log_monitor": False}
 SECOND = {**NODE, "num_gpus": 1}  # a GPU in name alone
 
 
 def main() -> None:
-    cluster = Cluster(initialize_head=True, head_node_args={**NODE, "include_dashboard": False, "wait": False})
+    cluster = started()
     second = added(cluster)
     tell(cluster.address)
     for line in sys.stdin:
@@ -38,10 +39,34 @@ def main() -> None:
     cluster.shutdown()
 
 
+def started() -> Cluster:
+    """A cluster whose head is there; a raylet gives up where its agent takes more than 15 s to start, so try again."""
+    for _ in range(TIMES):
+        cluster = Cluster(initialize_head=True, head_node_args={**NODE, "include_dashboard": False, "wait": False})
+        if stands(cluster, cluster.head_node):
+            return cluster
+        cluster.shutdown()
+    raise SystemExit("Ray's head died at its start again and again")
+
+
 def added(cluster: Cluster) -> Node:
-    second = cluster.add_node(**SECOND, wait=False)  # which would wait for no more than 30 s
-    cluster.wait_for_nodes(timeout=600)
-    return second
+    for _ in range(TIMES):
+        second = cluster.add_node(**SECOND, wait=False)  # which would wait for no more than 30 s
+        if stands(cluster, second):
+            return second
+        cluster.remove_node(second, allow_graceful=False)
+    raise SystemExit("Ray's second node died at its start again and again")
+
+
+def stands(cluster: Cluster, node: Node) -> bool:
+    """Wait until a node is there, or one of its processes died."""
+    while node.remaining_processes_alive():
+        try:
+            cluster.wait_for_nodes(timeout=1)
+        except TimeoutError:
+            continue
+        return node.remaining_processes_alive()
+    return False
 
 
 def tell(words: str) -> None:

@@ -107,7 +107,8 @@ def each_line(path: Path) -> Iterator[AnyRecord]:
 def _lines(path: Path) -> Iterator[bytes]:
     """Yield lines with their newlines, which the last may lack: a file of many layers is not held as text as well.
 
-    JSON has no zero bytes: they stand where a loss of power kept the disk from writing, and nothing behind is sure.
+    JSON has no zero bytes: they stand where a loss of power kept the disk from writing, and nothing behind is sure. Nor
+    is what another process writes behind a line without a newline while this one reads.
     """
     try:
         if os.path.exists(path) and not path.is_file():  # noqa: PTH110  (unlike Path.exists(), takes any name)
@@ -115,9 +116,9 @@ def _lines(path: Path) -> Iterator[bytes]:
             raise InputError(f"{path}: {what}; a results file is wanted here, as -o FILE writes it")
         with path.open("rb") as file:
             for line in file:
-                before, zero, _ = line.partition(b"\0")
+                before, _, _ = line.partition(b"\0")
                 yield before
-                if zero:
+                if not before.endswith(b"\n"):
                     return
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from error

@@ -235,6 +235,12 @@ def _same_run(earlier: Results[Any], run: Run, path: Path) -> Results[Any]:
     then, wanted = earlier.run.model_dump(), run.model_dump()
     differing = [key for key in wanted if then[key] != wanted[key]]
     differing += [f"settings.{key}" for key, value in run.settings.items() if earlier.run.settings.get(key) != value]
+    lacking = [f"settings.{key}" for key in run.settings if key not in earlier.run.settings]
+    if lacking and set(differing) == {"settings", *lacking}:
+        raise UsageError(
+            f"{path}: tells no {', '.join(lacking)}: was begun by an older loradiag or with other options; "
+            "resume with what began it, or write to another file"
+        )
     if differing:
         raise UsageError(
             f"{path}: was begun with another {', '.join(k for k in differing if k != 'settings')}; "

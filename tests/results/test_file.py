@@ -9,6 +9,7 @@ import torch
 import lora_diag
 from lora_diag.errors import InputError, UsageError
 from lora_diag.results import is_results_file, read_results, writing
+from lora_diag.results.reading import each_line
 from tests.conftest import save_model
 
 
@@ -101,6 +102,30 @@ def test_resume_refuses_other_settings_and_inputs(written, pair_of_models):
         lora_diag.spectrum(base, tuned, output=path, resume=True, top=3)
     with pytest.raises(UsageError, match="inputs"):
         lora_diag.spectrum(base, base, output=path, resume=True)
+
+
+def test_a_run_of_a_version_that_kept_fewer_settings_is_told_from_other_options(written, pair_of_models):
+    _, path = written
+    base, tuned, *_ = pair_of_models
+    begun, *rest = path.read_text().splitlines(keepends=True)
+    run = json.loads(begun)
+    del run["settings"]["seed"]
+    path.write_text("".join([json.dumps(run) + "\n", *rest[:3]]))
+    with pytest.raises(UsageError, match=r"tells no settings\.seed: was begun by an older loradiag or with other"):
+        lora_diag.spectrum(base, tuned, output=path, resume=True)
+    with pytest.raises(UsageError, match=r"was begun with another settings\.top, settings\.seed; resume with the same"):
+        lora_diag.spectrum(base, tuned, output=path, resume=True, top=3)
+
+
+def test_what_is_written_behind_a_torn_line_while_a_file_is_read_is_left_alone(written, tmp_path):
+    """A record that lacked its newline, then the newline: it was called a line that is not JSON."""
+    lines = written[1].read_bytes().splitlines(keepends=True)
+    (tmp_path / "growing").write_bytes(b"".join(lines[:3])[:-1])
+    reading = each_line(tmp_path / "growing")
+    found = [next(reading) for _ in range(3)]
+    with (tmp_path / "growing").open("ab") as file:
+        file.write(b"\n" + lines[3])
+    assert [*found, *reading] == list(read_results(written[1]).records())[:3]
 
 
 def test_a_finished_run_is_replaced_and_anything_else_is_left(written, pair_of_models, tmp_path):

@@ -6,9 +6,20 @@ here and one line in ``FAMILIES``; what is not read is named in ``refused``.
 """
 
 from lora_diag.adapters.adapter import FAMILIES, Adapter, open_adapter
-from lora_diag.adapters.names import Place, match_names
+from lora_diag.adapters.names import Place, bare, is_same_part, match_names
 from lora_diag.adapters.orientation import Orientation
 from lora_diag.adapters.source import is_adapter
 from lora_diag.adapters.updates import Shape
 
-__all__ = ["FAMILIES", "Adapter", "Orientation", "Place", "Shape", "is_adapter", "match_names", "open_adapter"]
+__all__ = [
+    "FAMILIES",
+    "Adapter",
+    "Orientation",
+    "Place",
+    "Shape",
+    "bare",
+    "is_adapter",
+    "is_same_part",
+    "match_names",
+    "open_adapter",
+]

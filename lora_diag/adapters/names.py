@@ -28,6 +28,11 @@ WRAPPERS = frozenset({
 # The same inside a name, where a tower of a larger model is wrapped once more.
 INNER_WRAPPERS = WRAPPERS | {"vision_model"}
 
+# Those that name a kind of model or one of its towers; the others say nothing of what they wrap.
+TELLING_WRAPPERS = INNER_WRAPPERS - {
+    "model", "transformer", "base_model", "module", "_orig_mod", "_fsdp_wrapped_module", "backbone",
+}  # fmt: skip
+
 # In memory -> on disk, by model type: all replacements of a line together.
 DIALECTS = (
     ((".mlp.", ".block_sparse_moe."),),  # Mixtral and its kin
@@ -141,6 +146,23 @@ def bare(name: str) -> str:
     'vision_tower.encoder.layers.0.mlp.fc1.weight'
     """
     return ".".join(part for part in name.split(".") if part not in INNER_WRAPPERS)
+
+
+def is_same_part(one: str, other: str, alone: bool) -> bool:
+    """Say whether two names that are alike without their wrappers mean the same part of one model.
+
+    Args:
+        one: A name.
+        other: The name on the other side.
+        alone: Whether nothing else there is called the same without its wrappers.
+
+    >>> is_same_part("text_model.fc.weight", "vision_model.fc.weight", alone=True)
+    False
+    >>> is_same_part("fc.weight", "vision_model.fc.weight", alone=True)
+    True
+    """
+    ours, theirs = (TELLING_WRAPPERS.intersection(name.split(".")) for name in (one, other))
+    return ours == theirs or (alone and (ours <= theirs or theirs <= ours))
 
 
 def flattened(name: str) -> str:

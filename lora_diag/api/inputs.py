@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from lora_diag.adapters import Place, is_adapter, match_names, open_adapter
+from lora_diag.adapters import Place, bare, is_adapter, is_same_part, match_names, open_adapter
 from lora_diag.api.fingerprint import content_hash, files_of, fingerprint, legible
 from lora_diag.checkpoints import Checkpoint, as_path, locate, open_checkpoint
 from lora_diag.checkpoints.tensors import FLOAT_DTYPES
@@ -109,16 +110,17 @@ def _pair_renamed(pairing: Pairing, base: Checkpoint, tuned: Checkpoint) -> tupl
     Two sides without a name in common may be one model, saved with and without its head or inside a wrapper. They are
     taken for that if half of either side finds its other name, and no config says that they are two.
     """
+    places = _other_names(base, tuned)
+    if not places or not (pairing.deltas or _is_one_model(base, tuned, places)):
+        return pairing, ()
     free = {item.layer for item in pairing.unpaired if item.reason == "only_in_base"}
-    wanted = {item.layer: item.shape for item in pairing.unpaired if item.reason == "only_in_tuned"}
-    found, _ = match_names(wanted, base)
+    wanted = {item.layer for item in pairing.unpaired if item.reason == "only_in_tuned"}
     renamed = {
-        name: [_placed(base, place, tuned, name) for place in places]
-        for name, places in found.items()
-        if all(place.name in free and place.into is None and place.shape == _own_shape(base, place) for place in places)
-        and {tuned[name].dtype, *(base[place.name].dtype for place in places)} <= FLOAT_DTYPES
+        name: [_placed(base, place, tuned, name) for place in places[name]]
+        for name in places
+        if name in wanted and all(place.name in free for place in places[name])
     }
-    if not renamed or not (pairing.deltas or _is_one_model(base, tuned, renamed)):
+    if not renamed:
         return pairing, ()
     taken = {*renamed, *(delta.base.name for deltas in renamed.values() for delta in deltas)}
     deltas = sorted(
@@ -130,11 +132,32 @@ def _pair_renamed(pairing: Pairing, base: Checkpoint, tuned: Checkpoint) -> tupl
     return Pairing(tuple(deltas), rest), (note,)
 
 
-def _is_one_model(base: Checkpoint, tuned: Checkpoint, renamed: Mapping[str, Sequence[StoredDelta]]) -> bool:
-    """Say whether two sides without a name in common are one model, by what of TUNED was found under other names."""
+def _other_names(base: Checkpoint, tuned: Checkpoint) -> dict[str, tuple[Place, ...]]:
+    """Find in BASE what only TUNED has by name, whatever is selected of it.
+
+    Of two towers that are alike inside (text and vision), none stands for the other, nor does a model that is called
+    BERT for one called RoBERTa.
+    """
+    found, _ = match_names({name: tuned[name].shape for name in tuned if name not in base}, base)
+    alike = Counter((bare(name), base[name].shape) for name in base)
+    usable = {
+        name: places
+        for name, places in found.items()
+        if all(place.name not in tuned and place.into is None for place in places)
+        and all(place.shape == _own_shape(base, place) for place in places)
+        and {tuned[name].dtype, *(base[place.name].dtype for place in places)} <= FLOAT_DTYPES
+        and all(is_same_part(name, p.name, alike[bare(p.name), base[p.name].shape] == 1) for p in places)
+    }
+    meant = Counter(place.layer for places in usable.values() for place in places)
+    return {name: places for name, places in usable.items() if all(meant[place.layer] == 1 for place in places)}
+
+
+def _is_one_model(base: Checkpoint, tuned: Checkpoint, renamed: Mapping[str, Sequence[Place]]) -> bool:
+    """Say whether two sides of which nothing pairs by name are one model, by what of them has another name there."""
     types = {base.config.get("model_type"), tuned.config.get("model_type")} - {None}
-    found = {delta.base.name for deltas in renamed.values() for delta in deltas}
-    return len(types) < 2 and (2 * len(renamed) >= len(tuned) or 2 * len(found) >= len(base))
+    common = {name for name in base if name in tuned}
+    found = common | {place.name for places in renamed.values() for place in places}
+    return len(types) < 2 and (2 * (len(common) + len(renamed)) >= len(tuned) or 2 * len(found) >= len(base))
 
 
 def _own_shape(base: Checkpoint, place: Place) -> tuple[int, ...]:

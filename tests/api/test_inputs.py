@@ -95,6 +95,47 @@ def test_names_of_two_models_with_nothing_in_common_are_not_guessed_at(tmp_path)
         )
 
 
+def towers(seed: int, *names: str) -> dict[str, torch.Tensor]:
+    """A model with towers that are alike inside."""
+    rng = torch.Generator().manual_seed(seed)
+    return {f"{name}encoder.layers.{i}.fc.weight": torch.randn(4, 6, generator=rng) for name in names for i in range(3)}
+
+
+@pytest.mark.parametrize(
+    ("of_base", "of_tuned"),
+    [
+        (["text_model.", "vision_model."], [""]),  # of which tower is this?
+        ([""], ["text_model.", "vision_model."]),
+        (["text_model."], ["vision_model."]),
+        (["bert."], ["roberta."]),
+    ],
+)
+def test_a_tower_or_a_model_is_not_taken_for_another(tmp_path, of_base, of_tuned):
+    base, tuned = save_model(tmp_path / "base", towers(1, *of_base)), save_model(tmp_path / "t", towers(2, *of_tuned))
+    with pytest.raises(NothingComparedError, match="one model, saved alike"):
+        lora_diag.spectrum(base, tuned)
+
+
+def test_two_towers_behind_a_wrapper_are_told_apart(tmp_path):
+    names = ["text_model.", "vision_model."]
+    base, tuned = save_model(tmp_path / "base", towers(1, *names)), save_model(tmp_path / "tuned", towers(2, *names))
+    wrapped = save_model(tmp_path / "wrapped", {f"model.{name}": value for name, value in towers(2, *names).items()})
+    assert lora_diag.spectrum(base, wrapped).layers == lora_diag.spectrum(base, tuned).layers
+
+
+@pytest.mark.parametrize("layers", ["embed_tokens", r"layers\.0\.", "lm_head"])
+def test_what_is_selected_does_not_decide_whether_two_are_one_model(tmp_path, layers):
+    base = save_model(tmp_path / "base", weights(1))
+    wrapped = save_model(tmp_path / "wrapped", {f"bert.{name}": value for name, value in weights(2).items()})
+    plain = save_model(tmp_path / "plain", weights(2))
+    assert (
+        lora_diag.spectrum(base, wrapped, layers=layers).layers == lora_diag.spectrum(base, plain, layers=layers).layers
+    )
+    blocks = {f"transformer.{name.replace('layers', 'h')}": value for name, value in weights(2).items()}
+    with pytest.raises(NothingComparedError):
+        lora_diag.spectrum(base, save_model(tmp_path / "h", blocks), layers=layers)
+
+
 def test_one_side_alone_must_be_an_adapter(tmp_path):
     with pytest.raises(UsageError, match="BASE before TUNED"):
         lora_diag.spectrum(save_model(tmp_path / "m", weights(1)))

@@ -59,7 +59,7 @@ def test_a_shape_that_does_not_fit_stays_unpaired(tmp_path):
     assert len(reasons) == EXPERTS
 
 
-@pytest.mark.parametrize("prefix", ["model.", "base_model.model.", "bert.", "transformer."])
+@pytest.mark.parametrize("prefix", ["model.", "base_model.model.", "bert.", "transformer.", "mpnet.", "swin."])
 @pytest.mark.parametrize("on_base", [False, True])
 def test_a_prefix_that_one_side_lacks_is_looked_through(tmp_path, prefix, on_base):
     plain, tuned = weights(1), weights(2)

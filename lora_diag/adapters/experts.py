@@ -36,9 +36,6 @@ REGISTERED = (
 # Models whose experts are stored (E, in, out): ``is_transposed=True`` in transformers 5.24.
 TRANSPOSED_MODELS = frozenset({"gpt_oss", "aria", "aria_text", "openai_privacy_filter"})
 
-# Models that transformers keeps the other way round in memory than on disk.
-FLIPPED_ON_DISK = frozenset({"qwen3_vl_moe", "qwen3_vl_moe_text"})
-
 
 @dataclass(frozen=True)
 class Stack:
@@ -72,6 +69,8 @@ def split(modules: Modules, config: Config) -> tuple[list[Stack], Modules]:
     if not targets:
         return [], modules
     by_module = module_targets(config, modules)
+    if by_module == "all-linear":
+        by_module = []  # linear layers, and none whose parameters are targets
     nested: dict[str, list[str]] = {}
     for module in modules:
         owner = re.sub(r"(\.base_layer)+$", "", module)
@@ -179,7 +178,6 @@ def stored_in_out(peft_version: str, model_type: str) -> bool:
     """
     transposed = model_type in TRANSPOSED_MODELS
     version = tuple(int(part) for part in re.findall(r"\d+", peft_version)[:3])
-    in_out = transposed or version < (0, 19, 0)
     if version == (0, 19, 0):
-        in_out = not transposed
-    return in_out != (model_type in FLIPPED_ON_DISK)
+        return not transposed
+    return transposed or version < (0, 19, 0)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from lora_diag.adapters.adapter import Adapter
-from lora_diag.adapters.experts import FLIPPED_ON_DISK, TRANSPOSED_MODELS
+from lora_diag.adapters.experts import TRANSPOSED_MODELS
 from lora_diag.adapters.names import EXPERT, match_names
 from lora_diag.adapters.orientation import Orientation
 from lora_diag.checkpoints import Checkpoint
@@ -36,6 +36,10 @@ FUSED_MODELS = frozenset({
     "solar_open", "hunyuan_v1_moe", "flex_olmo", "olmoe", "exaone_moe", "afmoe", "cohere2_moe",
     "jamba", "lfm2_moe", "nemotron_h",
 })  # fmt: skip
+
+# Models that transformers keeps the other way round in memory than on disk, except where experts are square: it turns
+# those whose shape is not that of the parameter.
+FLIPPED_ON_DISK = frozenset({"qwen3_vl_moe", "qwen3_vl_moe_text"})
 
 # Models whose experts have no gate: what goes up is a parameter of its own.
 UNGATED_MODELS = frozenset({"nemotron_h"})

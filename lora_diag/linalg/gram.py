@@ -99,7 +99,10 @@ def decompose_stack(matrices: Iterable[Tensor], top: int | None = None) -> Facto
     fro, rows, scale = 0.0, 0, 0.0
     for matrix in matrices:
         size = norm([matrix])
-        scale = scale or (scale_of(size, matrix.dtype) if size else 0.0)  # that of the first one that is not zero
+        larger = max(scale, scale_of(size, matrix.dtype)) if size else scale  # what is larger must not overflow
+        if gram is not None and larger > scale > 0:
+            gram *= (scale / larger) ** 2
+        scale = larger
         gram = gram_matrix(matrix / scale if scale not in {0.0, 1.0} else matrix, gram)
         fro, rows = math.hypot(fro, size), rows + len(matrix)
     if gram is None:

@@ -101,6 +101,13 @@ def test_experts_stored_in_by_out_are_told_by_their_shape(tmp_path):
     close(found[f"{OWNER}.gate_up_proj[1]"], oracle(*up, 1.5)[1].T)
 
 
+def test_all_linear_left_in_a_config_means_no_module_of_parameters(tmp_path):
+    down = factors(5, 8)
+    folder = folder_of(tmp_path, ["down_proj"], [down], target_modules="all-linear")
+    found, _ = changes(folder, base(tmp_path, {f"{OWNER}.down_proj": normal(E, 8, 5)}))
+    close(found[f"{OWNER}.down_proj[2]"], oracle(*down, 1.5)[2])
+
+
 @pytest.mark.parametrize(
     ("model_type", "version", "in_out"),
     [
@@ -112,8 +119,8 @@ def test_experts_stored_in_by_out_are_told_by_their_shape(tmp_path):
         ("gpt_oss", "0.21.2", True),
         ("gpt_oss", "0.19.0", False),
         ("gpt_oss", "0.18.0", True),
-        ("qwen3_vl_moe", "0.21.2", True),
-        ("qwen3_vl_moe", "0.18.0", False),
+        ("qwen3_vl_moe", "0.21.2", False),
+        ("qwen3_vl_moe", "0.18.0", True),
     ],
 )
 def test_square_experts_are_told_by_model_and_version(tmp_path, model_type, version, in_out):

@@ -142,6 +142,15 @@ def test_what_is_left_out_is_listed(tmp_path):
     assert len(found) == 9
 
 
+@pytest.mark.parametrize(("first", "second", "dtype"), [(1e-38, 1e2, np.float32), (1e-200, 1e150, np.float64)])
+def test_a_stack_whose_first_gradient_is_next_to_nothing(first, second, dtype):
+    rng = np.random.default_rng(0)
+    parts = [(rng.standard_normal((9, 7)) * scale).astype(dtype) for scale in (first, second, first)]
+    found = decompose_stack([torch.from_numpy(part) for part in parts])
+    expected = np.linalg.svd(np.concatenate(parts).astype(np.float64), compute_uv=False)
+    np.testing.assert_allclose(found.s.numpy(), expected, rtol=1e-12)
+
+
 def test_a_stack_needs_no_more_rows_than_it_has_values():
     """Fewer rows in all than columns: only so many values can differ from zero."""
     found = decompose_stack([torch.tensor([[1.0, 0, 0]]), torch.tensor([[0, 2.0, 0]])])

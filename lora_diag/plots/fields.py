@@ -114,14 +114,18 @@ def value_of(record: LayerRecord, field: str) -> float | None:
     return float(found) if isinstance(found, int | float) and not isinstance(found, bool) else None
 
 
-def numbers_of(records: Iterable[LayerRecord]) -> list[str]:
-    """Return the names of all fields that are a number in some record."""
+def numbers_of(records: Iterable[Record]) -> list[str]:
+    """Return the names of all fields that are a number in some record.
+
+    What is computed from fields is among them for layers only: a run that diverged has no loss to compute from.
+    """
     names: dict[str, None] = {}
     for record in records:
         content = {key: getattr(record, key) for key in type(record).model_fields}
         names.update(dict.fromkeys(_numbers(content, "")))
-        properties = [key for key, found in vars(type(record)).items() if isinstance(found, property)]
-        names.update((key, None) for key in properties if value_of(record, key) is not None)
+        if isinstance(record, LayerRecord):
+            properties = [key for key, found in vars(type(record)).items() if isinstance(found, property)]
+            names.update((key, None) for key in properties if value_of(record, key) is not None)
     return list(names)
 
 

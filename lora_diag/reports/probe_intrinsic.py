@@ -122,8 +122,10 @@ def _trained(settings: dict[str, Any]) -> str:
 
 def _said(base: Intrinsic | None, found: Sequence[Line], settings: dict[str, Any]) -> str:
     full = next((line for line in found if line.subject == "full"), None)
-    if base is None or base.loss is None or full is None:
+    if base is None or base.loss is None:
         return "not measured yet"
+    if full is None:
+        return "no run of full fine-tuning is finished with a finite loss"
     gain = base.loss - fmean(full.losses)
     if gain <= 0:
         return f"no gain: full fine-tuning is worse than BASE by {number(-gain)} nats, so there is no share to reach"
@@ -143,7 +145,7 @@ def _answer(answer: Reached, what: str, settings: dict[str, Any]) -> str:
     line, below = answer.line, answer.below
     if line is None:
         if below is None:
-            return f"{what}: not measured yet"
+            return f"{what}: no run is finished with a finite loss"
         wanted = settings["dims"] if what == "d" else settings["ranks"]
         return f"{what}: not reached up to {what.split()[-1]}={max(wanted)}, whose gain is {_shares(below)}"
     told = f"{what}={line.size} is the smallest that reaches it, with {_shares(line)}"

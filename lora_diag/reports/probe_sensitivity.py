@@ -204,7 +204,7 @@ def _trained(settings: dict[str, Any]) -> str:
 def _said(records: Sequence[Sensitivity], gains: Sequence[Gain], name: str, settings: dict[str, Any]) -> str:
     base = next(record for record in records if record.set == name and not record.unit)
     if not gains:
-        return f"loss {base.loss:.4f} of BASE; no run is finished yet"
+        return f"loss {base.loss:.4f} of BASE; no run is finished with a finite loss"
     one, many = _UNITS[settings["per"]]
     better = sum(gain.is_clear and gain.gain > 0 for gain in gains)
     worse = sum(gain.is_clear and gain.gain < 0 for gain in gains)

@@ -163,7 +163,9 @@ def _trained(settings: dict[str, Any]) -> str:
 
 def _said(verdict: SweepVerdict, base: Probe) -> str:
     if verdict.word == "no verdict":
-        why = "one seed shows no spread" if verdict.best is not None and verdict.noise is None else "too few runs"
+        if verdict.best is None:
+            return "no verdict: no run is finished with a finite loss"
+        why = "one seed shows no spread" if verdict.noise is None else "too few runs"
         return f"no verdict: {why}; lowest loss at r={verdict.best}"
     if verdict.word == "no gain":
         by = number(-verdict.gain)
@@ -205,8 +207,10 @@ def _rates(
     records: Sequence[Probe],
     settings: dict[str, Any],
 ) -> str:
+    diverged = sum(record.loss is None for record in records)
+    lost = f"{diverged} losses are not finite: those runs diverged" if diverged else ""
     if not rows:
-        return "no run is finished yet"
+        return lost or "no run is finished yet"
     told = ", ".join(f"r={row.rank} {row.lr:g}" for row in rows)
     told += "".join(f", {_LINES[subject]} {row.lr:g}" for subject, row in lines)
     told = f"lowest loss of the first seed: {told}"
@@ -222,5 +226,4 @@ def _rates(
             told += f"\nat the edge of what was tried for {_LINES[subject]}: extend {option} there"
     if len({record.lr for record in records if record.subject == "lora"}) == 1:
         told += "\none rate for all ranks: rank and rate cannot be told apart"
-    diverged = sum(record.loss is None for record in records)
-    return told + (f"\n{diverged} losses are not finite: those runs diverged" if diverged else "")
+    return f"{told}\n{lost}" if lost else told

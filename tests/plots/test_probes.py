@@ -60,6 +60,12 @@ def test_runs_that_diverged_are_told_and_none_that_did_not_is_refused():
     assert plots.why_not("sweep", making.probed([base, diverged])) == "no run of the sweep is finished with a loss"
 
 
+def test_a_run_that_diverged_does_not_keep_a_heat_map_from_being_refused():
+    """A report asks for every figure: one diverged run of a sweep was a traceback."""
+    runs = making.probed([making.probe("sweep", "lora", None, rank=4, lr=1.0), *making.swept()])
+    assert "no record has a number nope; there are" in plots.why_not("heatmap", runs, field="nope")
+
+
 def test_a_truncation_shows_loss_errors_ends_and_energy_on_the_scale_of_the_change():
     records = making.truncated()
     ax = plots.truncation(making.probed(records))

@@ -127,3 +127,15 @@ def test_an_unfinished_run_is_shown_as_far_as_it_got(command):
     for count in range(0, len(whole.whole), 3):
         cut = type(whole)(whole.run, (), (), None, whole.whole[:count])
         assert "did not finish" in markdown_report(evidence(cut))
+
+
+@pytest.mark.parametrize("command", ["probe sensitivity", "probe intrinsic", "probe sweep"])
+def test_where_every_run_diverged_that_is_said(command):
+    """It was called a run that is not finished, and of a sweep the lowest loss was at r=None."""
+    whole = run(command, making.swept()) if command == "probe sweep" else probed(command)
+    lost = {"loss": None, "gain": None} if command == "probe sensitivity" else {"loss": None}
+    records = [r.model_copy(update=lost) if getattr(r, "lr", None) else r for r in whole.whole]
+    said = markdown_report(evidence(type(whole)(whole.run, (), (), whole.end, tuple(records))))
+    assert "is finished with a finite loss" in said
+    assert "not measured yet" not in said
+    assert "None" not in said

@@ -365,7 +365,7 @@ def _new_values(source: Source, values: list[NewValue], base: Checkpoint) -> tup
                 deltas.append(StoredDelta(spot.layer, (1, spot.shape[0]), before, after, is_matrix=False))
             else:
                 deltas.append(StoredDelta(spot.layer, (spot.shape[0], spot.shape[1]), before, after))
-                if spot.rows is not None:
+                if spot.rows is not None and len(shape) == 2:  # of experts they are those of one matrix in the stack
                     unpaired.append(added_rows(spot.layer, before, after))
             offset += math.prod(spot.shape)
     return deltas, unpaired

@@ -165,6 +165,11 @@ class Model:
         self._experts = _count_experts(base) if self.type in FUSED_MODELS else {}
         self._mixtures = {found["owner"] for name in base if (found := BESIDE_EXPERTS.match(self.parameter(name)))}
 
+    @property
+    def names_are_told(self) -> bool:
+        """Whether an adapter tells names in memory, which are then not taken from the files."""
+        return bool(self._own)
+
     def in_memory(self, name: str) -> str:
         """Return the name that a weight has in memory."""
         if name in self._own:

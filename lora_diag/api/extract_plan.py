@@ -44,7 +44,7 @@ class Plan:
 
     def notes(self) -> tuple[str, ...]:
         """Return what someone who loads the adapter should know."""
-        untried = self.model.type and self.model.type not in TRIED_MODELS
+        untried = self.model.type and self.model.type not in TRIED_MODELS and not self.model.names_are_told
         note = (
             f"model type {self.model.type!r} has not been tried with PEFT: its names on disk are taken for those in "
             "memory, and PEFT drops what it does not find; watch for missing adapter keys when it loads the adapter"

@@ -5,6 +5,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from lora_diag.adapters import open_adapter
+from lora_diag.checkpoints import open_checkpoint
 from lora_diag.errors import InputError
 from tests.adapters.making import adapter, base, changes, close, normal
 
@@ -91,6 +93,19 @@ def test_experts_stored_one_by_one_get_their_rows(tmp_path):
     for e in range(E):
         close(found[f"{disk}.{e}.w1.weight"], oracle(*up, 1.5)[e][:5])
         close(found[f"{disk}.{e}.w3.weight"], oracle(*up, 1.5)[e][5:])
+
+
+def test_experts_that_an_adapter_holds_in_full_leave_no_rows_out(tmp_path):
+    disk = "model.layers.0.block_sparse_moe.experts"
+    one_by_one = {f"{disk}.{e}.{name}.weight": normal(5, 8) for e in range(E) for name in ("w1", "w3")}
+    values = normal(E, 10, 8, seed=4)
+    q_proj = "model.layers.0.self_attn.q_proj"
+    factors_of_q = {f"{q_proj}.lora_A.weight": normal(R, 8), f"{q_proj}.lora_B.weight": normal(6, R)}
+    path = adapter(tmp_path, factors_of_q | {f"{OWNER}.gate_up_proj": values}, r=R)
+    on = open_checkpoint(base(tmp_path, one_by_one | {f"{q_proj}.weight": normal(6, 8)}))
+    pairing, _ = open_adapter(path).pair(on)
+    assert len(pairing.deltas) == 2 * E + 1
+    assert not pairing.unpaired
 
 
 def test_experts_stored_in_by_out_are_told_by_their_shape(tmp_path):

@@ -318,6 +318,8 @@ def test_a_model_type_that_was_never_tried_is_told(tmp_path):
         tuned = write_base(tmp_path / kind / "tuned", {name: value + 1 for name, value in tensors.items()})
         run = lora_diag.extract(model, tuned, tmp_path / kind / "adapter", rank=1).run
         assert sum("'segformer' has not been tried with PEFT" in note for note in run.inputs[1].notes) == told
+    smaller = lora_diag.extract(model, tmp_path / "segformer" / "adapter", tmp_path / "smaller", rank=1).run
+    assert smaller.inputs[1].notes == ("adapts 1 of 1 tensors of BASE",)  # that adapter tells the names
 
 
 def test_updates_of_one_weight_that_is_used_twice_have_no_adapter(tmp_path):

@@ -104,12 +104,17 @@ def _be_the_command(job: dict[str, Any], prepare: Callable[[dict[str, Any]], Non
 
         sys.argv = ["loradiag", *job["words"]]
         main()
-    except SystemExit as stop:
-        code = stop.code if isinstance(stop.code, int) else 0
+        code = 0
+    except SystemExit as stop:  # with words, Python prints them and ends with 1
+        if stop.code is not None and not isinstance(stop.code, int):
+            sys.stderr.write(f"{stop.code}\n")
+        else:
+            code = stop.code or 0
     except BaseException:
         traceback.print_exc()
     finally:
         sys.stdout.flush()
+        threading._shutdown()  # as Python does: it waits for what is still computed
         os._exit(code)
 
 

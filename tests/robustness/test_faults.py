@@ -18,6 +18,7 @@ from lora_diag.results import End, read_results
 from tests.conftest import ROOT, save_model
 from tests.robustness.conftest import Commands
 from tests.robustness.test_killed import Case, contents, words_of
+from tests.served import PATIENCE
 
 
 @pytest.fixture
@@ -164,10 +165,11 @@ def test_no_permission(command: Commands, model: Path, tmp_path: Path) -> None:
 
 
 def running(model: Path, folder: Path, *more: str) -> subprocess.Popen[bytes]:
-    """Start a run and return when its first two layers are in the file; the third takes until its input ends."""
+    """Start a run and return when its first two layers are in the file and it is at the third, until its input ends."""
     words = [*words_of("spectrum", model), "-o", "out", "-q", "--json", *more]
     server = "import sys, lora_diag.engines.local as e; m = e._on_threads\n"
-    server += "e._on_threads = lambda *a: (m(*a), sys.stdin.read() if 's.2.' in a[2].layer else '')[0]\n"
+    server += "def third(): print('third', flush=True); sys.stdin.read()\n"
+    server += "e._on_threads = lambda *a: (m(*a), third() if 's.2.' in a[2].layer else '')[0]\n"
     server += f"sys.argv = ['loradiag', *{words!r}, '--workers', '1']\nfrom lora_diag.cli import main\nmain()"
     process = subprocess.Popen(
         [sys.executable, "-c", server],
@@ -178,9 +180,8 @@ def running(model: Path, folder: Path, *more: str) -> subprocess.Popen[bytes]:
         stderr=subprocess.DEVNULL,
     )
     assert process.stdout is not None
-    for _ in range(2):
-        while b'"record":"spectrum"' not in (line := process.stdout.readline()):
-            assert line, "it has ended"
+    while (line := process.stdout.readline()) != b"third\n":
+        assert line, "it has ended"
     return process
 
 
@@ -261,6 +262,14 @@ def test_ctrl_c_at_a_step(command: Commands, model: Path, tmp_path: Path) -> Non
             if ended.code != case.undisturbed.code:  # in the last steps all is done
                 assert ended.told(130) == "interrupted; with -o, --resume goes on from here\n"
             case.goes_on(place)
+
+
+def test_ctrl_c_does_not_wait_for_the_layer_at_hand(model: Path, tmp_path: Path) -> None:
+    """Python would: for a large matrix, minutes; for this one, until its input ends."""
+    process = running(model, tmp_path)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(PATIENCE) == 130
+    process.communicate()
 
 
 # Sends itself Ctrl-C when a module is about to be imported, wherever that is.

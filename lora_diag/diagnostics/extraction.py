@@ -168,7 +168,8 @@ def _extract(layer: Layer, settings: ExtractionSettings, store: Store, device: t
         *(part.to(dtype=getattr(torch, settings.dtype)).cpu() for part in _split(found, rank, layer, settings))
     )
     if not (torch.isfinite(b).all() and torch.isfinite(a).all()):
-        raise InputError(f"{layer.layer}: {settings.dtype} cannot hold its factors; use --dtype float32")
+        way_out = "leave it out with --exclude" if settings.dtype == "float32" else "use --dtype float32"
+        raise InputError(f"{layer.layer}: {settings.dtype} cannot hold its factors; {way_out}")
     if layer.transposed:
         b, a = a.T, b.T
     return Extraction(

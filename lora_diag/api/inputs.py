@@ -154,7 +154,7 @@ def _other_names(base: Checkpoint, tuned: Checkpoint) -> dict[str, tuple[Place, 
 
 def _is_one_model(base: Checkpoint, tuned: Checkpoint, renamed: Mapping[str, Sequence[Place]]) -> bool:
     """Say whether two sides of which nothing pairs by name are one model, by what of them has another name there."""
-    types = {base.config.get("model_type"), tuned.config.get("model_type")} - {None}
+    types = {str(kind) for side in (base, tuned) if (kind := side.config.get("model_type"))}
     common = {name for name in base if name in tuned}
     found = common | {place.name for places in renamed.values() for place in places}
     return len(types) < 2 and (2 * (len(common) + len(renamed)) >= len(tuned) or 2 * len(found) >= len(base))

@@ -116,6 +116,12 @@ def test_a_tower_or_a_model_is_not_taken_for_another(tmp_path, of_base, of_tuned
         lora_diag.spectrum(base, tuned)
 
 
+def test_a_model_type_that_is_no_word(tmp_path):
+    base, tuned = save_model(tmp_path / "base", towers(1, "")), save_model(tmp_path / "tuned", towers(2, "bert."))
+    (base / "config.json").write_text('{"model_type": ["bert"]}')
+    assert len(lora_diag.spectrum(base, tuned)) == 3
+
+
 def test_two_towers_behind_a_wrapper_are_told_apart(tmp_path):
     names = ["text_model.", "vision_model."]
     base, tuned = save_model(tmp_path / "base", towers(1, *names)), save_model(tmp_path / "tuned", towers(2, *names))

@@ -123,10 +123,13 @@ def parts(evidence: Evidence) -> Iterator[Answer]:
     asked = Counter(section.command for section in found)
     for section in found:
         for question, begins, leads in _PARTS[section.command]:
-            said = next((text.splitlines() for word, text in section.lines if word.startswith(begins)), None)
-            if said is None:
+            told = next(((word, text.splitlines()) for word, text in section.lines if word.startswith(begins)), None)
+            if told is None:
                 continue
+            word, said = told
             lead = next((line for line in said if line.startswith(leads)), said[0])
             more = [line for line in said if line is not lead]
-            yield Answer(question, lead, (*more, *([section.title] if asked[section.command] > 1 else ())))
+            # A word that ends in a set or a rank says of which the answer is.
+            says = lead if word == begins else f"{word}: {lead}"
+            yield Answer(question, says, (*more, *([section.title] if asked[section.command] > 1 else ())))
             break

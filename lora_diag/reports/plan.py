@@ -147,7 +147,7 @@ def _frozen(plan: Plan) -> str:
 def _fit(plan: Plan, fit: PlanFit) -> str:
     if fit.rank == 0:
         least = sum(row.per_rank for row in plan.types if row.targeted)
-        return f"{safe(fit.asked)}: not even r=1 fits, it takes {least:,}"
+        return f"{safe(fit.asked)}: not even r=1 fits, it takes {least:,} parameters"
     if fit.rank == fit.full_rank:
         used = f"{fit.spent:,} of {fit.budget:,} parameters, {percent(fit.spent / fit.budget)},"
         return (

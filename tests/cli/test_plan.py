@@ -27,7 +27,7 @@ def test_the_tables_fit_the_terminal(loradiag, columns):
 @pytest.mark.parametrize(
     ("params", "told"),
     [
-        ("9727", "not even r=1 fits, it takes 9,728"),
+        ("9727", "not even r=1 fits, it takes 9,728 parameters"),
         ("800k", "that saves nothing: full fine-tuning of these matrices trains 786,432"),
         ("1G", "1,245,184 of 1,000,000,000 parameters, 0.1%, give every matrix full rank, r=128: more buys nothing"),
     ],

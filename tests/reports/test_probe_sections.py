@@ -28,14 +28,18 @@ RECORDS = {
 }
 # What stands in the section, what is asked at the top, and how the answer begins.
 SAID = {
-    "probe sensitivity": ("On held_out", "Which layers gain most where each is adapted alone?", "highest: self_attn"),
+    "probe sensitivity": (
+        "On held_out",
+        "Which layers gain most where each is adapted alone?",
+        "On held_out: highest: self_attn",
+    ),
     "probe curvature": (
         "largest eigenvalue λ = 50",
         "What is the loss bound of a truncation worth?",
         "(λ/2)Σσ² is 100",
     ),
-    "probe intrinsic": ("d=1000", "In how few directions does training get as far?", "d: not reached up to d=1000"),
-    "probe fisher": ("half of ΣF", "Which layers' tails does the loss need?", "half of ΣF lies in"),
+    "probe intrinsic": ("d=1000", "In how few directions does training get as far?", "On held_out: d: not reached"),
+    "probe fisher": ("half of ΣF", "Which layers' tails does the loss need?", "At r=8: half of ΣF lies in"),
 }
 
 

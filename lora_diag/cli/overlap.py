@@ -49,9 +49,10 @@ def overlap(
             on_progress=on_progress,
         )
     if written.table:
-        if rank is not None and all(record.rank != rank for record in results.layers):
+        if rank is not None and results.layers and all(record.rank != rank for record in results.layers):
             message(f"--rank {rank}: no layer and no adapter here has so many; another rank is shown")
-        result(overlap_table(results, *terminal(), per=per, rank=rank, then=_next(written.output, per)))
+        then = _next(written.output, per) if results.layers else None
+        result(overlap_table(results, *terminal(), per=per, rank=rank, then=then))
     if tell_unmeasured(results.unmeasured, "left out"):
         raise typer.Exit(UNREADABLE)
 

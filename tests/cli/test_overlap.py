@@ -49,6 +49,15 @@ def test_a_rank_to_show_is_measured_and_layers_may_be_rows(loradiag, inputs):
     assert ran.err == "--rank 70000: no layer and no adapter here has so many; another rank is shown\n"
 
 
+def test_where_nothing_is_measured_no_rank_is_called_too_high_and_nothing_is_next(loradiag, inputs, tmp_path):
+    broken = {name: torch.full_like(value, torch.nan) for name, value in weights(3).items()}
+    save_model(tmp_path / "tuned", broken)
+    ran = loradiag("overlap", *inputs, "--rank", "2", "--layers", "layers.0.*q_proj")
+    assert ran.code == 3
+    assert ran.err.startswith("error: model.layers.0.self_attn.q_proj.weight: TUNED holds nan")
+    assert "Next" not in ran.out
+
+
 def test_files_given_one_by_one_are_the_same_as_their_folder(inputs, tmp_path):
     base, tuned, folder = (tmp_path / name for name in inputs)
     files = [folder / f"{step}.safetensors" for step in (20, 0, 10)]

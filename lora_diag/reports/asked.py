@@ -36,6 +36,7 @@ class Answer:
 
 # The lines of a summary that answer a first question, and the question.
 _ASKED = {
+    "Correct?": "Did the merge do what the adapter says?",
     "Interfere?": "Do the updates interfere?",
     "Rank needed": "What rank do all of them need?",
     "Intruders?": "Are there intruder dimensions?",
@@ -93,7 +94,7 @@ def _as_good(found: Sequence[Contest]) -> str:
 
 
 def several(evidence: Evidence) -> Iterator[Answer]:
-    """Yield what is asked first of several updates, of intruders and of fleets."""
+    """Yield what is asked first of merges, of several updates, of intruders and of fleets."""
     sections = sections_of(evidence)
     asked = Counter(word for section in sections for word, _ in section.lines)
     for section in sections:

@@ -12,11 +12,12 @@ from typing import Any
 
 from lora_diag.metrics import pooled
 from lora_diag.planning.evidence import Evidence, Source
+from lora_diag.reports.merge import ORDER
 from lora_diag.reports.residual import limits_of
 from lora_diag.reports.subject import EPSILON, labels
 from lora_diag.reports.tracks import tracks
 from lora_diag.reports.verdict import WORST_FIRST
-from lora_diag.results import Allocation, Fleet, Intruders, Overlap, Residual, Spectrum, Union
+from lora_diag.results import Allocation, Fleet, Intruders, Merge, Overlap, Residual, Spectrum, Union
 from lora_diag.results.spectrum import METRIC_NAMES, NORMS, metric_of
 from lora_diag.results.verdict import Status
 
@@ -88,6 +89,7 @@ def fields_of(evidence: Evidence, layers: Sequence[str]) -> list[Field]:
         *_allocation_fields(evidence, layers),
         *_union_fields(evidence, layers),
         *_intruder_fields(evidence, layers),
+        *_merge_fields(evidence, layers),
         *_gate_fields(evidence, layers),
     ]
     return [field for field in found if any(value is not None for value in field.values)]
@@ -229,6 +231,23 @@ def _intruder_fields(evidence: Evidence, layers: Sequence[str]) -> Iterable[Fiel
     for place, source in enumerate(sources):
         records = {record.layer: record for record in source.results if isinstance(record, Intruders)}
         yield from _columns(f"i{place}", _group(sources, source), _INTRUDERS, records, layers)
+
+
+_MERGE = (
+    _Kind("status", "merge", "whether MERGED holds W + ΔW there; of several layers the worst", lambda r: r.status,
+          main=True, together=lambda records: min((r.status for r in records), key=ORDER.index)),
+    _Kind("differing", "differing", "share of the entries that no rounding of W + ΔW explains",
+          lambda r: r.differing_share, share=True, main=True),
+    _Kind("scale", "arrived c", "how much of ΔW arrived: ⟨M − W, ΔW⟩/‖ΔW‖²", lambda r: r.scale, main=True),
+    _Kind("unchanged", "unchanged", "share of the entries with M = W", lambda r: r.unchanged, share=True),
+)  # fmt: skip
+
+
+def _merge_fields(evidence: Evidence, layers: Sequence[str]) -> Iterable[Field]:
+    sources = list(evidence.of(Merge))
+    for place, source in enumerate(sources):
+        records = {record.layer: record for record in source.results if isinstance(record, Merge)}
+        yield from _columns(f"m{place}", _group(sources, source), _MERGE, records, layers)
 
 
 def _gate_fields(evidence: Evidence, layers: Sequence[str]) -> Iterable[Field]:

@@ -92,6 +92,8 @@ def html_report(evidence: Evidence, pictures: Sequence[Picture] = (), made: str 
     templates.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":"), "ensure_ascii": False}
     layers = layers_of(evidence)
     columns = fields_of(evidence, layers)
+    if not any(column.is_number for column in columns):
+        layers, columns = (), []  # nothing to colour cells by: the runs' own summaries say all there is
     outcome, verdicts = judged(evidence)
     subject, sections = subject_of(evidence), sections_of(evidence)
     own = {name for section in sections for name in section.figures}

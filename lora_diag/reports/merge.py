@@ -1,4 +1,4 @@
-"""The terminal's answer to ``verify-merge``: what failed first, what it probably is, and what to do about it."""
+"""The answer to ``verify-merge``: what failed first, what it probably is, and what to do about it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Literal
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from lora_diag.reports.columns import WIDE, Column, table_of, title_of
+from lora_diag.reports.columns import WIDE, Column, Grid, table_of, title_of
 from lora_diag.reports.lines import answers, inputs, last_lines, left_out_line, notes
 from lora_diag.reports.text import count, middle, named, number, percent, safe, shape_of, short, shown, to_text
 from lora_diag.results import Merge, Results
@@ -43,6 +43,9 @@ LOST = 0.9
 # So many causes of a fault are told.
 SHOWN = 3
 
+# Columns that only a wide terminal shows.
+_OF_WIDE = {"shape", "dtype", "max ulp"}
+
 # Which columns go first where there is too little room.
 _SPARED = ("shape", "dtype", "max ulp", "residual", "unchanged", "n")
 
@@ -72,11 +75,19 @@ def merge_table(
         Lines of text, without a newline at the end.
     """
     parts: list[RenderableType] = []
-    if len(results):
-        rows = _rows(results, per)
-        parts.append(table_of(title_of(per), [row.name for row in rows], _columns(rows, width, per), width, _SPARED))
-    parts.append(answers(_lines(results), _style, then))
+    for grid in merge_grids(results, per):
+        columns = [column for column in grid.columns if width >= WIDE or column.title not in _OF_WIDE]
+        parts.append(table_of(grid.title, grid.names, columns, width, grid.spared))
+    parts.append(answers(merge_lines(results), _style, then))
     return to_text(Group(*parts), width, color)
+
+
+def merge_grids(results: Results[Merge], per: str = "type") -> list[Grid]:
+    """Return the table, the worst first; none where no layer was looked at."""
+    if not len(results):
+        return []
+    rows = _rows(results, per)
+    return [Grid("", title_of(per), tuple(row.name for row in rows), tuple(_columns(rows, per)), _SPARED)]
 
 
 def _rows(results: Results[Merge], per: str) -> list[_Row]:
@@ -95,7 +106,7 @@ def _rows(results: Results[Merge], per: str) -> list[_Row]:
     return sorted(rows, key=order)
 
 
-def _columns(rows: Sequence[_Row], width: int, per: str) -> list[Column]:
+def _columns(rows: Sequence[_Row], per: str) -> list[Column]:
     def column(title: str, cell: Callable[[_Row], str | Text], justify: Literal["left", "right"] = "right") -> Column:
         return Column(title, tuple(map(cell, rows)), justify)
 
@@ -110,9 +121,7 @@ def _columns(rows: Sequence[_Row], width: int, per: str) -> list[Column]:
         column("arrived c", lambda row: shown(middle([record.scale for record in row.records]))),
         column("residual", lambda row: shown(middle([record.residual for record in row.records]))),
     ]
-    left_out = set() if width >= WIDE else {"shape", "dtype", "max ulp"}
-    left_out |= {"n"} if per == "layer" else set()
-    return [column for column in columns if column.title not in left_out]
+    return [column for column in columns if per == "type" or column.title != "n"]
 
 
 def _shade(status: MergeStatus) -> str:
@@ -138,7 +147,8 @@ def _style(word: str, sentence: str) -> str:
     return "bold yellow" if word in {"Lost", "Warning"} else "bold red" if word == "Not measured" else ""
 
 
-def _lines(results: Results[Merge]) -> list[tuple[str, str]]:
+def merge_lines(results: Results[Merge]) -> list[tuple[str, str]]:
+    """Return the summary: word and sentence."""
     lines = [("Compared", "\n".join([*inputs(results.run), *_measured(results), *notes(results.run)]))]
     if len(results):
         lines.append(("Correct?", _correct(results)))

@@ -1,4 +1,4 @@
-"""What a report says of losses, of several updates, of intruder dimensions and fleets: the command's lines and tables.
+"""What a report says of losses, merges, several updates, intruder dimensions and fleets: the commands' summaries.
 
 Both reports, HTML and Markdown, take their sections from here. Names come out ``safe``, as the terminal has them.
 """
@@ -15,6 +15,7 @@ from lora_diag.reports.fleet import fleet_grids, fleet_lines, pairs_of
 from lora_diag.reports.interference import interference_grids, interference_lines
 from lora_diag.reports.intruders import intruders_grids, intruders_lines
 from lora_diag.reports.lines import called
+from lora_diag.reports.merge import merge_grids, merge_lines
 from lora_diag.reports.probe import truncation_grids, truncation_lines
 from lora_diag.reports.probe_curvature import curvature_grids, curvature_lines
 from lora_diag.reports.probe_fisher import fisher_grids, fisher_lines
@@ -84,6 +85,7 @@ SEVERAL = {
     "probe fisher": _Kind(
         "Fisher of what a rank discards", ("fisher",), fisher_lines, lambda results: fisher_grids(results, "layer")
     ),
+    "verify-merge": _Kind("Merge", (), merge_lines, merge_grids),
     "interference": _Kind("Several updates", ("angles", "union"), interference_lines, interference_grids),
     "intruders": _Kind("Intruder dimensions", ("intruders",), intruders_lines, intruders_grids),
     "spectrum --adapters": _Kind(
@@ -123,7 +125,8 @@ def named_of(source: Source) -> str:
     updates = [side.path for side in compared if side.role != "base"] or [side.path for side in compared]
     if run.command == "spectrum --adapters" or len(updates) > _NAMED:
         return f"{len(updates)} {'adapters' if run.command == 'spectrum --adapters' else 'updates'}"
-    return " + ".join(called(updates)) or safe(source.name)
+    between = " in " if run.command == "verify-merge" else " + "
+    return between.join(called(updates)) or safe(source.name)
 
 
 def _title(source: Source) -> str:

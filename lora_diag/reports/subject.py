@@ -87,7 +87,8 @@ def subject_of(evidence: Evidence) -> Subject:
     """Return what the records of several runs say together."""
     others, probed = tuple(several(evidence)), (*losses(evidence), *parts(evidence))
     usual = (_low_rank(evidence), *_weighed(evidence), _resolved(evidence), _limits(evidence))
-    weights = any(answer.measured for answer in usual) or not (others or probed)
+    measured = any(answer.measured for answer in usual)
+    weights = measured or not (others or probed)
     return Subject(
         title=_title(evidence),
         answers=(*probed, *(usual if weights else ()), *others),
@@ -98,7 +99,7 @@ def subject_of(evidence: Evidence) -> Subject:
         missing=tuple((safe(what), safe(how)) for what, how in evidence.missing()),
         silent=max(0, len(evidence.each()) - SPOKEN_OF),
         update=weights or bool(probed),
-        weights=weights and not (evidence.weighed and evidence.update is None and evidence.audit is None),
+        weights=measured and not (evidence.weighed and evidence.update is None and evidence.audit is None),
     )
 
 

@@ -8,16 +8,20 @@ import numpy as np
 import pytest
 from markdown_it import MarkdownIt
 
+import lora_diag
 from lora_diag.planning.evidence import Evidence, Source
 from lora_diag.reports.html import html_report
 from lora_diag.reports.markdown import markdown_report
 from lora_diag.reports.static import pictures_of
 from lora_diag.reports.tabular import to_csv
-from lora_diag.results import End, Intruders, Results, Run, RunInput
+from lora_diag.results import End, Intruders, Merge, Results, Run, RunInput, read_results
 from lora_diag.results.intruders import Direction
+from tests.conftest import ROOT
 from tests.plots import making
 from tests.reports.test_html import HOSTILE, Elements, evidence, small
+from tests.reports.test_merge import RIGHT
 
+SAMPLES = ROOT / "sample_checkpoints"
 GITHUB = MarkdownIt("commonmark").enable("table")
 
 
@@ -179,3 +183,40 @@ def test_hostile_names_stay_text(name, plain):
     text = GITHUB.render(markdown_report(hostile))
     assert not re.search(r"<(script|img|!--|b|a)\b", text)
     assert not re.search("[\x00-\x08\x0e-\x1f\u202e]", text)
+
+
+def merged(*statuses):
+    layers = [f"model.layers.{i}.self_attn.q_proj.weight" for i in range(len(statuses))]
+    records = [
+        Merge(**RIGHT | {"layer": layer, "status": status, "differing_share": i / 8, "scale": 1 - i / 4})
+        for i, (layer, status) in enumerate(zip(layers, statuses, strict=True))
+    ]
+    return run("verify-merge", records, ("base", "base"), ("adapter", "runs/a"), ("merged", "runs/m"))
+
+
+def test_a_merge_is_asked_for_first_and_one_wrong_layer_is_not_outvoted():
+    runs = evidence(merged("ok", "dropped", "ok"))
+    page, text = html_report(runs, pictures_of(runs)), markdown_report(runs)
+    for said in (" ".join(Elements(page).words), text):
+        assert "Did the merge do what the adapter says?" in said
+        assert "no: 1 of 3 layers adapted are not W + ΔW" in said
+        assert "Merge: a in m" in said
+        assert "Is the update low-rank?" not in said
+        assert "Failure modes" not in said
+    fields = {field["title"]: field["values"] for field in json.loads(Elements(page).scripts["data"])["fields"]}
+    assert fields["merge"] == ["ok", "dropped", "ok"]
+    assert fields["differing"] == [0, 0.125, 0.25]
+    assert fields["arrived c"] == [1, 0.75, 0.5]
+    by_type = text[text.index("## By module type") :]
+    assert "| `self_attn.q_proj` | 3 | dropped |" in by_type
+    assert "yes: all 2 layers adapted are W + ΔW" in markdown_report(evidence(merged("ok", "ok")))
+
+
+def test_layers_without_a_number_have_no_charts_that_would_stay_empty(tmp_path):
+    lora_diag.extract(SAMPLES / "base", SAMPLES / "full_ft", tmp_path / "adapter", rank=2, layers="0.*o_proj")
+    page = html_report(evidence(read_results(tmp_path / "adapter" / "extraction.jsonl")))
+    assert "Layer by layer" not in page
+    assert "Skip to the layers" not in page
+    assert not {"data", "plotly"} & set(Elements(page).scripts)
+    assert "None of those that weights can show" not in page
+    assert "no adapter of these ranks keeps more" in page

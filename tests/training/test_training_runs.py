@@ -1,11 +1,13 @@
 """The walk over sizes, rates and seeds: on made-up losses, whose best rate is known."""
 
 import math
+from dataclasses import replace
 
 import pytest
 
 from lora_diag.api.probing import Kept, Watch
-from lora_diag.api.training_runs import Arm, Trial, Walk
+from lora_diag.api.training_runs import Arm, Trial, Walk, check_training
+from lora_diag.errors import UsageError
 from lora_diag.results import Probe, ResultsWriter, Run
 from lora_diag.training.data import Texts
 from lora_diag.training.sweep import Training
@@ -96,5 +98,76 @@ def test_wherever_it_is_stopped_the_rest_is_run_once_and_counted(stop_after):
     arm = case.arm(rates)
     beyond = sum(run[1] not in rates and run[2] == 7 for run in whole.ran[stop_after:])
     assert case.walk.left(arm) == len(whole.ran) - stop_after - beyond
+    case.walk.watch.done = case.walk.watch.total = 0
+    case.walk.expect(case.walk.left(arm))
     case.walk.run(arm)
     assert case.ran == whole.ran
+    assert case.ticks[-1][1:] == (3 * (len(whole.ran) - stop_after),) * 2  # what is finished is no work to come
+
+
+def test_the_first_set_decides_on_rates_and_the_others_are_only_told():
+    case = Case({4: 1e-3}, 0)
+    case.walk = replace(case.walk, sets=[HELD, replace(HELD, name="other")])
+
+    def trial(size, rate, seed):
+        plain = case.trial(size, rate, seed)
+
+        def train(*how):
+            (held,) = plain.train(*how)
+            return [held, held.model_copy(update={"set": "other", "loss": -held.loss})]
+
+        return replace(plain, train=train)
+
+    case.walk.run(replace(case.arm((1e-3, 3e-3)), trial=trial))
+    assert case.ran == [(4, 1e-3, 7), (4, 3e-3, 7), (4, 1e-3, 8)]
+
+
+def test_a_second_step_of_the_largest_size_tells_the_time(monkeypatch):
+    """The first step of a run also warms the machine up: it is not the time of the others."""
+    case, clock, ran = Case({2: 1e-3, 4: 1e-3}, 2), [100.0], []
+    monkeypatch.setattr("lora_diag.api.training_runs.time.perf_counter", lambda: clock[0])
+
+    def trial(size, rate, seed):
+        def train(training, sets, after):
+            ran.append((size, training.steps))
+            for seconds in (50.0, 2.0, 5.0):
+                clock[0] += seconds
+                after()
+            return []
+
+        return Trial({}, "", train)
+
+    assert case.walk.timed(replace(case.arm((1e-3, 1e-2)), trial=trial)) == (2.0, 5.0)
+    assert ran == [(4, 2)]
+    assert case.ran == []
+
+
+def test_what_the_edges_may_add_is_told_where_there_are_edges():
+    case = Case({2: 1e-3, 4: 1e-3}, 2)
+    one, several = case.arm((1e-3,)), case.arm((1e-3, 1e-2))
+    assert case.walk.more([one]) == ""
+    assert case.walk.more([one, several]) == "; up to 4 runs more where the best rate is at the edge"
+    assert replace(case.walk, widen=0).more([several]) == ""
+
+
+@pytest.mark.parametrize(
+    ("words", "refused"),
+    [
+        ({"rate": 0.0}, "--lr 0: learning rates must lie between 0 and 10"),
+        ({"rate": 10.0}, "--lr 10: learning rates must lie between 0 and 10"),
+        ({"rate": 9.9, "steps": 1, "widen": 0, "seed": 0}, ""),
+        ({"steps": 0}, "--steps 0: must be at least 1"),
+        ({"widen": -1}, "--widen -1: must be 0 or more"),
+        ({"seed": -1}, "--seed -1: must be a whole number from 0 to 2^31 - 1"),
+        ({"seed": 2**31}, "--seed 2147483648: must be a whole number from 0 to 2^31 - 1"),
+        ({"seed": 2**31 - 1}, ""),
+    ],
+)
+def test_numbers_at_their_limits(words, refused):
+    given = {"rate": 1e-3, "steps": 3, "widen": 2, "seed": 0} | words
+    told = ""
+    try:
+        check_training({"--lr": [given["rate"]]}, {"--steps": given["steps"]}, given["widen"], given["seed"])
+    except UsageError as error:
+        told = str(error)
+    assert told == refused

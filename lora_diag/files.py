@@ -69,7 +69,8 @@ def check_folder_of(path: Path, in_place: bool = False) -> None:
     """
     try:
         place = Path(os.path.realpath(path)) if path.is_symlink() else path
-        exists = place.lstat() is not None
+        place.lstat()
+        exists = True
     except FileNotFoundError:
         exists = False
     except (OSError, ValueError) as error:

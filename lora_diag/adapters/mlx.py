@@ -66,9 +66,8 @@ def _update(source: Source, module: str, parts: dict[str, str], scale: float, se
     update = Update(f"{module}.weight", (b[1], a[0]), load, True, dtype, zero_if=key, rank=a[1], scale=scale)
     if "m" not in parts:
         return update
-    of_table = (
-        source.checkpoint[parts["m"]].numel == a[0] != b[1]
-    )  # an embedding is (vocab, dim), and m its rows' lengths
+    # An embedding is (vocab, dim), and m its rows' lengths.
+    of_table = source.checkpoint[parts["m"]].numel == a[0] != b[1]
     return dora.with_lengths(update, source, parts["m"], by_column=of_table)
 
 

@@ -21,7 +21,7 @@ from lora_diag.planning.fisher import Correlations, correlations
 from lora_diag.planning.intrinsic import Line, lines, reached
 from lora_diag.planning.sensitivity import Gain, gains_of, paired
 from lora_diag.planning.step import Advice
-from lora_diag.planning.worth import of
+from lora_diag.planning.worth import ERRORS, main_sets, of
 from lora_diag.results import Fisher, Intrinsic, LossBound, Sensitivity
 
 # The level that the units of a run share.
@@ -36,8 +36,6 @@ FEWEST = 5
 LOOSE = 100.0
 # Energy whose order of the layers is surely below this ρ with the Fisher's knows another order.
 APART = 0.7
-# A gap counts from so many standard errors on.
-ERRORS = 2.0
 
 
 def place_by_gain(evidence: Evidence) -> Advice | None:
@@ -59,7 +57,7 @@ def place_by_gain(evidence: Evidence) -> Advice | None:
         idle = [gain for gain in known if gain.gain + errors * (gain.error or 0.0) <= IDLE * floor]
         if not idle and not _uneven(records, name, known, errors):
             continue
-        most = f"{named([gain.unit for gain in clear])}" if idle else named([gain.unit for gain in known[:3]])
+        most = named([gain.unit for gain in (clear if idle else known[:3])])
         lowest = (idle or known)[-1]
         return Advice(
             "place by gain",
@@ -86,7 +84,7 @@ def fit_rank(evidence: Evidence) -> Advice | None:
         return None
     for source, records in _runs(evidence, Intrinsic):
         settings = source.results.run.settings
-        name, share = _main(records), settings["share"]
+        name, share = main_sets(records)[0], settings["share"]
         found = lines(records, name, records[0].set, settings["seed"])
         full = next((line for line in found if line.subject == "full"), None)
         repeated = [line for line in found if line.subject == "lora" and len(line.shares) > 1]
@@ -113,8 +111,8 @@ def fit_rank(evidence: Evidence) -> Advice | None:
             f"the smallest LoRA with ≥ {percent(share)} of full fine-tuning's gain at every seed has a lower rank than "
             "the adapter; or no LoRA of its rank or more comes to that at any seed, at a rate inside the grid",
             "Aghajanyan et al. 2020 (arXiv 2012.13255), d for 90% of full fine-tuning, carried over to ranks",
-            f"loradiag probe sweep {_input(source, 'base')} --data {_input(source, 'data')} --eval "
-            f"{_input(source, 'eval')} --ranks {','.join(map(str, tried))} -o sweep.jsonl",
+            f"loradiag probe sweep {source.given('base')} --data {source.given('data', 'TEXT')} --eval "
+            f"{source.given('eval', 'HELD_OUT_TEXT')} --ranks {','.join(map(str, tried))} -o sweep.jsonl",
         )
     return None
 
@@ -153,7 +151,7 @@ def _apart(source: Source, records: Sequence[Fisher], rank: int) -> Advice | Non
     rho = _rho(spearman([one for one, _ in both], [two for _, two in both]), len(both)) if both else None
     if rho is None or rho[2] >= APART:
         return None
-    base, tuned, data = (_input(source, role) for role in ("base", "tuned", "data"))
+    base, tuned, data = source.given("base"), source.given("tuned"), source.given("data", "TEXT")
     return Advice(
         "rank by Fisher",
         "Measure whether energy or Fisher knows what cutting a layer costs, before a rank is chosen by energy",
@@ -173,7 +171,7 @@ def mind_the_bound(evidence: Evidence) -> Advice | None:
         times = [record.upper / record.gap for record in whole]
         if len(times) < 2 or min(times) < LOOSE:
             continue
-        base, tuned, text = (_input(source, role) for role in ("base", "tuned", "eval"))
+        base, tuned, text = source.given("base"), source.given("tuned"), source.given("eval", "HELD_OUT_TEXT")
         return Advice(
             "mind the bound",
             "Choose no rank by the loss bound (λ/2)Σσ²: measure the loss of the truncated update",
@@ -197,14 +195,8 @@ def _runs(evidence: Evidence, kind: type[Any]) -> Iterator[tuple[Source, list[An
             yield source, records
 
 
-def _main(records: Sequence[Any]) -> str:
-    """Return the set that decides: the first that is not shifted, or the first."""
-    names: list[str] = [record.set for record in records if not record.shifted] or [records[0].set]
-    return names[0]
-
-
 def _gains(source: Source, records: Sequence[Sensitivity]) -> tuple[str, list[Gain]]:
-    settings, name = source.results.run.settings, _main(records)
+    settings, name = source.results.run.settings, main_sets(records)[0]
     return name, gains_of(records, name, records[0].set, settings["rank"], settings["seed"])
 
 
@@ -248,14 +240,9 @@ def _told(rho: tuple[float, float, float]) -> str:
     return f"{rho[0]:.2f} [{rho[1]:.2f}, {rho[2]:.2f}]"
 
 
-def _input(source: Source, role: str) -> str:
-    paths = [side.path for side in source.results.run.inputs if side.role == role]
-    return shlex.quote(paths[0]) if paths else {"eval": "HELD_OUT_TEXT", "data": "TEXT"}.get(role, role.upper())
-
-
 def _allocate(evidence: Evidence, weights: Source) -> str:
     """Return the command that spends the usual rank by these weights; without a spectrum, the one that measures it."""
     if evidence.update is None:
-        return f"loradiag spectrum {_input(weights, 'base')} {_input(weights, 'tuned')} -o spectrum.jsonl"
+        return f"loradiag spectrum {weights.given('base')} {weights.given('tuned')} -o spectrum.jsonl"
     spectrum, by = shlex.quote(evidence.update.name), shlex.quote(weights.name)
     return f"loradiag allocate {spectrum} --total-rank {DEFAULT_RANK * len(evidence.spectra)} --weights {by}"

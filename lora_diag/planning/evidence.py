@@ -35,6 +35,11 @@ class Source:
     results: Results[Any]
     written: str = ""
 
+    def given(self, role: str, unnamed: str = "") -> str:
+        """Return the first input of a role as a command takes it; without one, in capitals, what it would be."""
+        paths = [side.path for side in self.results.run.inputs if side.role == role]
+        return shlex.quote(paths[0]) if paths else unnamed or role.upper()
+
 
 @dataclass(frozen=True, slots=True)
 class Capacity:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import shlex
 
-from lora_diag.planning.evidence import Evidence, Source
+from lora_diag.planning.evidence import Evidence
 from lora_diag.planning.step import Advice
 from lora_diag.planning.worth import ERRORS, KEPT, Contest, compressed, contests, of, swept
 from lora_diag.results import Probe
@@ -31,7 +31,7 @@ def keep_adapter(evidence: Evidence) -> Advice | None:
         f"loss + {ERRORS:.0f} standard errors within {1 - KEPT:.0%} of the full fine-tune's gain on every set that is "
         "not shifted, and that gain more than two of its own",
         f"Article, diagnostic 3 (validation loss); {_PAIRED}",
-        f"loradiag gate --policy adapter-basic --base {_model(source, 'base')} --adapter {shlex.quote(best.name)}",
+        f"loradiag gate --policy adapter-basic --base {source.given('base')} --adapter {shlex.quote(best.name)}",
     )
 
 
@@ -66,7 +66,7 @@ def measure_more(evidence: Evidence) -> Advice | None:
         f"{_told(unknown[0])}: too little to tell whether it does as well as the full fine-tune.",
         f"neither within {1 - KEPT:.0%} of the gain nor worse, with {ERRORS:.0f} standard errors either way",
         _PAIRED,
-        f"loradiag probe outputs {_model(source, 'base')} {_model(source, 'tuned')} {shlex.quote(unknown[0].name)} "
+        f"loradiag probe outputs {source.given('base')} {source.given('tuned')} {shlex.quote(unknown[0].name)} "
         "--eval MORE_TEXT -o outputs.jsonl",
     )
 
@@ -96,7 +96,7 @@ def train_at_rank(evidence: Evidence) -> Advice | None:
             f"(r={verdict.best}), whose gain over BASE is {verdict.gain:.3g}; seeds allow to tell apart "
             f"{verdict.noise or 0:.3g}."
         )
-    base_path = _model(found.source, "base")
+    base_path = found.source.given("base")
     return Advice(
         f"sweep: {verdict.word}",
         do,
@@ -120,7 +120,7 @@ def mind_the_shift(evidence: Evidence) -> Advice | None:
             because = f"Least at r={other.best}, by {-other.gain:.3g} nats, {gain}."
         elif other.rank is not None and found.verdict.rank is not None and other.rank > found.verdict.rank:
             do = f"Take r={other.rank} if {name} matters: r={found.verdict.rank} is enough on {found.set} only"
-            command = f"loradiag plan {_model(found.source, 'base')} --ranks {found.verdict.rank},{other.rank}"
+            command = f"loradiag plan {found.source.given('base')} --ranks {found.verdict.rank},{other.rank}"
             because = f"On {name}, r={other.rank} is the smallest rank within {other.tolerance:.3g} nats of the best."
         else:
             continue
@@ -155,7 +155,7 @@ def compress(evidence: Evidence) -> Advice | None:
         f"smallest rank measured that keeps ≥ {KEPT:.0%} of the gain on every set that is not shifted; that gain more "
         "than two of its standard errors",
         "Eckart & Young 1936; measured, not bounded",
-        f"loradiag extract {_model(source, 'base')} {_model(source, 'tuned')} --rank {found.rank}{rest} -o adapter/",
+        f"loradiag extract {source.given('base')} {source.given('tuned')} --rank {found.rank}{rest} -o adapter/",
     )
 
 
@@ -183,8 +183,8 @@ def sweep_of(evidence: Evidence, more: str = "", data: str | None = None) -> str
         for role in ("eval", "shifted")
         if side.role == role
     ]
-    base = _model(found.source, "base") if found else _any(evidence, "base")
-    trained = data or (_model(found.source, "data") if found else "TRAIN_TEXT")
+    base = found.source.given("base") if found else _any(evidence, "base")
+    trained = data or (found.source.given("data") if found else "TRAIN_TEXT")
     held_out = " ".join(texts) or "--eval HELD_OUT_TEXT"
     if found:
         more += f" --ranks {','.join(map(str, found.ranks))}"
@@ -194,10 +194,5 @@ def sweep_of(evidence: Evidence, more: str = "", data: str | None = None) -> str
 
 def _any(evidence: Evidence, role: str) -> str:
     """Return the first input of a role in any of the runs."""
-    named = (word for source in evidence.sources if (word := _model(source, role)) != role.upper())
+    named = (word for source in evidence.sources if (word := source.given(role)) != role.upper())
     return next(named, role.upper())
-
-
-def _model(source: Source, role: str) -> str:
-    paths = [side.path for side in source.results.run.inputs if side.role == role]
-    return shlex.quote(paths[0]) if paths else role.upper()

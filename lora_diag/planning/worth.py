@@ -6,9 +6,9 @@ Sets that the user named as shifted are another question and are asked apart.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 from lora_diag.planning.evidence import Evidence, Source
 from lora_diag.planning.sweep import SweepVerdict, verdicts
@@ -87,7 +87,21 @@ def of(evidence: Evidence, probe: str) -> Iterator[tuple[Source, list[Probe]]]:
             yield source, records
 
 
-def main_sets(records: list[Probe]) -> list[str]:
+class OnSet(Protocol):
+    """What was measured on one text."""
+
+    @property
+    def set(self) -> str:
+        """Its name."""
+        ...
+
+    @property
+    def shifted(self) -> bool:
+        """Whether it is of another kind than what was trained on."""
+        ...
+
+
+def main_sets(records: Sequence[OnSet]) -> list[str]:
     """Return the sets that decide: those that are not shifted, or all where there is no other."""
     names = list(dict.fromkeys(record.set for record in records if not record.shifted))
     return names or list(dict.fromkeys(record.set for record in records))

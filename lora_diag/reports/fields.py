@@ -86,10 +86,7 @@ def fields_of(evidence: Evidence, layers: Sequence[str]) -> list[Field]:
         *_spectrum_fields(evidence, layers),
         *_residual_fields(evidence, layers),
         *_overlap_fields(evidence, layers),
-        *_allocation_fields(evidence, layers),
-        *_union_fields(evidence, layers),
-        *_intruder_fields(evidence, layers),
-        *_merge_fields(evidence, layers),
+        *_plain_fields(evidence, layers),
         *_gate_fields(evidence, layers),
     ]
     return [field for field in found if any(value is not None for value in field.values)]
@@ -188,16 +185,11 @@ def _overlap_fields(evidence: Evidence, layers: Sequence[str]) -> Iterable[Field
         yield from _columns(f"o{place}", _group(sources, source), kinds, records, layers)
 
 
-def _allocation_fields(evidence: Evidence, layers: Sequence[str]) -> Iterable[Field]:
-    sources = list(evidence.of(Allocation))
-    kinds = (
-        _Kind("rank", "rank given", "by the allocation", lambda r: r.rank, main=True),
-        _Kind("kept", "kept", "share of the layer's energy that this rank can carry", lambda r: r.kept, share=True),
-        _Kind("params", "parameters", "r·(out + in)", lambda r: r.params),
-    )
-    for place, source in enumerate(sources):
-        yield from _columns(f"r{place}", _group(sources, source), kinds, {r.layer: r for r in source.results}, layers)
-
+_ALLOCATION = (
+    _Kind("rank", "rank given", "by the allocation", lambda r: r.rank, main=True),
+    _Kind("kept", "kept", "share of the layer's energy that this rank can carry", lambda r: r.kept, share=True),
+    _Kind("params", "parameters", "r·(out + in)", lambda r: r.params),
+)
 
 _UNION = (
     _Kind("sum", "sum r@90%", "rank at which the sum of the updates has 90% of its energy",
@@ -210,28 +202,12 @@ _UNION = (
           lambda r: r.energy_ratio),
 )  # fmt: skip
 
-
-def _union_fields(evidence: Evidence, layers: Sequence[str]) -> Iterable[Field]:
-    sources = list(evidence.of(Union))
-    for place, source in enumerate(sources):
-        records = {record.layer: record for record in source.results if isinstance(record, Union)}
-        yield from _columns(f"u{place}", _group(sources, source), _UNION, records, layers)
-
-
 _INTRUDERS = (
     _Kind("count", "intruders", "of the largest directions, those that the base does not have",
           lambda r: r.intruders, main=True),
     _Kind("lowest", "similarity", "of the direction that is least like any of the base", lambda r: r.similarity_lowest,
           share=True),
 )  # fmt: skip
-
-
-def _intruder_fields(evidence: Evidence, layers: Sequence[str]) -> Iterable[Field]:
-    sources = list(evidence.of(Intruders))
-    for place, source in enumerate(sources):
-        records = {record.layer: record for record in source.results if isinstance(record, Intruders)}
-        yield from _columns(f"i{place}", _group(sources, source), _INTRUDERS, records, layers)
-
 
 _MERGE = (
     _Kind("status", "merge", "whether MERGED holds W + ΔW there; of several layers the worst", lambda r: r.status,
@@ -243,11 +219,21 @@ _MERGE = (
 )  # fmt: skip
 
 
-def _merge_fields(evidence: Evidence, layers: Sequence[str]) -> Iterable[Field]:
-    sources = list(evidence.of(Merge))
-    for place, source in enumerate(sources):
-        records = {record.layer: record for record in source.results if isinstance(record, Merge)}
-        yield from _columns(f"m{place}", _group(sources, source), _MERGE, records, layers)
+# Records whose columns are always the same: the first letter of the columns' ids, and the columns.
+_PLAIN: dict[type[Any], tuple[str, tuple[_Kind, ...]]] = {
+    Allocation: ("r", _ALLOCATION),
+    Union: ("u", _UNION),
+    Intruders: ("i", _INTRUDERS),
+    Merge: ("m", _MERGE),
+}
+
+
+def _plain_fields(evidence: Evidence, layers: Sequence[str]) -> Iterable[Field]:
+    for record, (letter, kinds) in _PLAIN.items():
+        sources = list(evidence.of(record))
+        for place, source in enumerate(sources):
+            records = {each.layer: each for each in source.results if isinstance(each, record)}
+            yield from _columns(f"{letter}{place}", _group(sources, source), kinds, records, layers)
 
 
 def _gate_fields(evidence: Evidence, layers: Sequence[str]) -> Iterable[Field]:

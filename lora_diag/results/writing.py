@@ -234,8 +234,9 @@ def _same_run(earlier: Results[Any], run: Run, path: Path) -> Results[Any]:
             )
     then, wanted = earlier.run.model_dump(), run.model_dump()
     differing = [key for key in wanted if then[key] != wanted[key]]
-    differing += [f"settings.{key}" for key, value in run.settings.items() if earlier.run.settings.get(key) != value]
-    lacking = [f"settings.{key}" for key in run.settings if key not in earlier.run.settings]
+    told, asked = earlier.run.settings, run.settings
+    differing += [f"settings.{key}" for key in {**asked, **told} if told.get(key, ...) != asked.get(key, ...)]
+    lacking = [f"settings.{key}" for key in asked if key not in told]
     if lacking and set(differing) == {"settings", *lacking}:
         raise UsageError(
             f"{path}: tells no {', '.join(lacking)}: was begun by an older loradiag or with other options; "

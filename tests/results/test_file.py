@@ -117,6 +117,36 @@ def test_a_run_of_a_version_that_kept_fewer_settings_is_told_from_other_options(
         lora_diag.spectrum(base, tuned, output=path, resume=True, top=3)
 
 
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda settings: settings.pop("top"), r"tells no settings\.top: was begun by an older loradiag or with other"),
+        (lambda settings: settings.update(later=1), r"was begun with another settings\.later; resume with the same"),
+    ],
+)
+def test_a_setting_that_only_one_of_two_runs_has_is_named(written, pair_of_models, change, told):
+    """One that was not asked for is null, and a run that does not know it is told from that."""
+    _, path = written
+    base, tuned, *_ = pair_of_models
+    begun, *rest = path.read_text().splitlines(keepends=True)
+    run = json.loads(begun)
+    assert run["settings"]["top"] is None
+    change(run["settings"])
+    path.write_text("".join([json.dumps(run) + "\n", *rest[:3]]))
+    with pytest.raises(UsageError, match=told):
+        lora_diag.spectrum(base, tuned, output=path, resume=True)
+
+
+def test_a_run_goes_on_in_a_file_that_may_be_written_where_no_new_one_may(written, pair_of_models, monkeypatch):
+    results, path = written
+    base, tuned, *_ = pair_of_models
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:3]))
+    monkeypatch.setattr("os.access", lambda place, mode: str(place) == str(path))  # root may write anywhere
+    with pytest.raises(InputError, match="permission denied"):
+        lora_diag.spectrum(base, tuned, output=path.with_name("new.jsonl"))
+    assert lora_diag.spectrum(base, tuned, output=path, resume=True) == results
+
+
 def test_what_is_written_behind_a_torn_line_while_a_file_is_read_is_left_alone(written, tmp_path):
     """A record that lacked its newline, then the newline: it was called a line that is not JSON."""
     lines = written[1].read_bytes().splitlines(keepends=True)

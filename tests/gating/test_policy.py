@@ -58,6 +58,8 @@ def test_a_good_policy_is_read():
         (4, "a name is", GOOD.replace("drift", "dr ift")),
         (4, "built in", GOOD.replace("drift", "spike")),
         (4, "built in", GOOD.replace("drift", "baseline.x")),
+        (4, "built in", GOOD.replace("drift", "about")),
+        (4, "built in", GOOD.replace("drift", "waiver")),
         (7, "second rule", GOOD + GOOD.replace('title = "x"\n\n', "")),
         (1, "no [[rule]]", "title = 'x'"),
         (1, "no [[rule]]", ""),

@@ -13,15 +13,18 @@ UNITS = [f"model.layers.{i}.mlp.up_proj.weight" for i in range(20)]
 
 
 def sensitivity(gains, noise=0.05, sequences=50, set="own"):
-    """Each unit gains so much in every sequence, and a number of its own there with this standard deviation."""
+    """Each unit gains so much in every sequence, and a number of its own there with this standard deviation.
+
+    That is one for all units, or one each.
+    """
     rng = np.random.default_rng(0)
     counts = np.full(sequences, 10)
     base = counts * 2.0 + rng.normal(size=sequences)
     more = {"set": set, "data": "0", "tokens": 10 * sequences}
     records = [Sensitivity(loss=2.0, nll=tuple(base), predictions=tuple(counts.tolist()), **more)]
-    for unit, gain in zip(UNITS, gains, strict=False):
+    for unit, gain, spread in zip(UNITS, gains, np.broadcast_to(noise, len(gains)), strict=False):
         own = rng.normal(size=sequences)
-        nll = base - counts * (gain + noise * (own - own.mean()))
+        nll = base - counts * (gain + spread * (own - own.mean()))
         how = {"unit": unit, "layers": (unit,), "rank": 8, "params": 64, "lr": 1e-3, "nll": tuple(nll)}
         records.append(Sensitivity(loss=2.0 - gain, gain=gain, gain_error=0.1, **how, **more))
     return run("probe sensitivity", records, rank=8, seed=0, delta=None, per="layer")
@@ -54,9 +57,10 @@ def intrinsic(shares, rates=(1e-4, 1e-3, 1e-2), best=1e-3, full_best=1e-3):
     """Full fine-tuning gains 1 nat; ``shares`` by rank, one a seed. The best rate lies inside the grid if not asked."""
     found = [Intrinsic(set="own", data="0", tokens=9, subject="base", params=0, loss=2.0)]
     for subject, rank, seeds in (("full", None, (1.0, 1.0)), *(("lora", r, s) for r, s in shares.items())):
+        at = full_best if rank is None else best if isinstance(best, float) else best[rank]
         for lr in rates:
-            for seed, share in enumerate(seeds if lr == (best if rank else full_best) else seeds[:1]):
-                loss = 2.0 - share + 0.5 * (lr != (best if rank else full_best))
+            for seed, share in enumerate(seeds if lr == at else seeds[:1]):
+                loss = 2.0 - share + 0.5 * (lr != at)
                 more = {"subject": subject, "rank": rank, "params": 9, "lr": lr, "seed": seed, "loss": loss}
                 found.append(Intrinsic(set="own", data="0", tokens=9, **more))
     return run("probe intrinsic", found, seed=0, share=0.9, ranks=list(shares), dims=[10])
@@ -79,6 +83,24 @@ def test_what_gains_is_named_and_what_surely_does_not_is_left_out():
     assert steps[0].command == spend
 
 
+def test_a_unit_is_named_or_left_out_only_where_its_own_error_allows_it():
+    """Errors are 0.0072 nats, 2.8 of them 0.020, and a tenth of what the best surely gains is 0.048."""
+    (step,) = advice(evidence(sensitivity([0.5, 0.4, 0.3, 0.015, *[0.0] * 6])))
+    assert "3 of 10 gain for sure, 7 at most" in step.because  # two errors are not enough for one of ten
+    (step,) = advice(evidence(sensitivity([0.5, 0.4, 0.3, 0.04, *[0.0] * 6])))
+    assert "4 of 10 gain for sure, 6 at most" in step.because  # less than a tenth, but not surely
+    # The best is 0.5 ± 0.07, which is 0.3 for sure: 0.04 is more than a tenth of that, and nobody is left out.
+    (step,) = advice(evidence(sensitivity([0.5, 0.4, 0.3, *[0.04] * 7], noise=[0.5, *[0.01] * 9])))
+    assert step.do.startswith("Spend rank by what each gains alone")
+
+
+def test_what_is_paired_is_of_the_set_that_decides():
+    own, other = sensitivity([0.5, 0.4, 0.3, 0.2, 0.2]), sensitivity([0.5] * 5, sequences=30, set="other")
+    shifted = [record.model_copy(update={"shifted": True}) for record in other.whole]
+    both = run("probe sensitivity", [*shifted, *own.whole], rank=8, seed=0, delta=None, per="layer")
+    assert told(both) == told(own) == ["place by gain"]
+
+
 def test_gains_that_all_count_but_differ_ask_for_ranks_by_gain_and_equal_ones_for_nothing():
     (step,) = advice(evidence(sensitivity([0.5, 0.4, 0.3, 0.2, 0.2])))
     assert step.do.startswith("Spend rank by what each gains alone: most in model.layers.0.mlp.up_proj, ")
@@ -95,8 +117,9 @@ def test_gains_that_all_count_but_differ_ask_for_ranks_by_gain_and_equal_ones_fo
         sensitivity([-0.2] * 6),
         run("probe sensitivity", sensitivity([0.5]).whole[:1], rank=8, seed=0, delta=None, per="layer"),
         run("probe sensitivity", sensitivity([0.5, 0.4, *[0.0] * 7]).whole, rank=8, seed=0, delta=None, layers="mlp"),
+        run("probe sensitivity", sensitivity([0.5, 0.4, *[0.0] * 7]).whole, rank=8, seed=0, delta=None, exclude="mlp"),
     ],
-    ids=["noise", "overlap", "few", "chance", "worse", "unfinished", "selection"],
+    ids=["noise", "overlap", "few", "chance", "worse", "unfinished", "selection", "exclusion"],
 )
 def test_gains_within_noise_say_nothing(silent):
     assert told(silent) == []
@@ -122,6 +145,8 @@ def test_two_orders_without_a_measured_cost_ask_for_one():
         "loradiag probe fisher 'my base' full --data TEXT --eval HELD_OUT_TEXT --ranks 8 -o fisher-2.jsonl"
     )
     assert told(fisher(cost, cost, measured=False)) == []
+    nothing = [0] * 20  # layers of a lower rank, of which r = 8 cuts nothing, have no place in either order
+    assert told(fisher(cost[::-1] + nothing, cost + nothing, measured=False)) == ["rank by Fisher"]
     assert told(fisher([3, 1, 2, 5, 4], [1, 2, 3, 4, 5], measured=False)) == []  # five that may well agree
 
 
@@ -133,6 +158,10 @@ def test_a_bound_far_above_what_it_bounds_chooses_no_rank():
     assert told(bounds(20.0)) == []
     assert told(bounds(700.0, error=0.6)) == []  # the gap itself is noise
     assert "mind the bound" not in told(bounds(700.0), truncation({4: 0.5}))
+    far, near = bounds(700.0).whole, bounds(20.0).whole
+    assert told(run("probe curvature", [*far[:2], near[2]])) == []  # at one rank it says something
+    early = [record.model_copy(update={"along": 0.1}) for record in far]
+    assert told(run("probe curvature", [*early, far[0]])) == []  # one rank; the others are of a tenth of the way
 
 
 def adapter(rank):
@@ -162,11 +191,19 @@ def test_the_chosen_rank_is_held_against_the_smallest_that_came_as_far():
         (16, intrinsic({2: (0.5, 0.6), 8: (0.7, 0.75)})),  # nothing was trained at r=16
         (8, intrinsic({2: (0.5, 0.6), 8: (0.7, 0.75)}, best=1e-2)),  # a better rate may lie beyond
         (8, intrinsic({2: (0.5, 0.6), 8: (0.85, 0.95)})),  # one seed comes to it
+        (8, intrinsic({2: (0.5, 0.6), 8: (0.8, 0.95)})),  # one seed does, though not their mean
+        (4, intrinsic({4: (0.5, 0.6), 8: (0.7, 0.75)}, best={4: 1e-3, 8: 1e-2})),  # the higher one may gain more
     ],
 )
 def test_a_rank_that_fits_or_was_not_settled_is_left_alone(rank, found):
     assert "fit the rank" not in told(adapter(rank), found)
     assert told(found) == []  # no adapter, no rank
+
+
+def test_an_adapter_of_several_ranks_is_held_against_its_highest():
+    several = residuals([residual(n, rank, 0.95) for n, rank in zip(names(2), [4, 16] * 7, strict=True)])
+    assert "fit the rank" not in told(several, intrinsic({8: (0.5, 0.6)}))
+    assert "fit the rank" in told(several, intrinsic({16: (0.5, 0.6)}))
 
 
 def test_losses_of_the_whole_come_first_and_may_end_it():

@@ -60,6 +60,16 @@ def test_each_rank_has_the_rate_of_its_lowest_loss_on_the_deciding_set_at_the_fi
     assert (eight.losses, eight.edge) == ((0.9,), False)
 
 
+def test_the_edge_of_a_rank_is_that_of_its_own_rates():
+    """Beyond the grid only some ranks are tried: a rate that others went past is still their last."""
+    records = [record(4, 1e-3, 0, 1.5), record(4, 1e-2, 0, 1.0), record(8, 1e-3, 0, 1.5), record(8, 1e-2, 0, 1.2)]
+    records += [record(8, 0.033, 0, 1.0), record(8, 0.11, 0, 1.1)]
+    assert [(row.lr, row.edge) for row in by_rank(records, "own", best_rates(records, "own", 0))] == [
+        (1e-2, True),
+        (0.033, False),
+    ]
+
+
 def test_the_best_rank_is_held_against_a_line_by_welch():
     """As scipy's t-test of unequal variances where there is one rank."""
     line = AtRank(None, 1e-4, (0.91, 0.99, 0.94), False)

@@ -1,9 +1,11 @@
 """What the summary says of scores, on gains made up so that it is known."""
 
 import random
+from dataclasses import replace
 
 import pytest
 
+from lora_diag.planning.sensitivity import gains_of
 from lora_diag.reports.tables import table
 from lora_diag.results import FirstOrder, Results, Run, Sensitivity
 from lora_diag.results.results import totals
@@ -54,3 +56,17 @@ def test_the_most_sensitive_come_first_and_the_rest_is_counted():
     assert len(rows) == 40
     assert rows[0].startswith(" h.49.q ")
     assert "and 10 more that gain less" in "\n".join(shown)
+
+
+def test_the_edge_of_a_unit_is_that_of_its_own_rates():
+    """Beyond the grid only some units are tried: a rate that others went past is still their last."""
+    found = results([0.3, 0.3], [1, 1], [1, 1])
+    base, first, second = (record for record in found.whole if isinstance(record, Sensitivity))
+    worse = {"loss": 2.9, "nll": (2.9,) * 10, "gain": 0.1}
+    records = [base, first, second]
+    records += [unit.model_copy(update={"lr": 0.01, **worse}) for unit in (first, second)]
+    records.append(second.model_copy(update={"lr": 0.33, **worse}))
+    gains = gains_of(records, "own", "own", 2, 0)
+    assert [(gain.unit, gain.lr, gain.edge) for gain in gains] == [("h.0.q.weight", 0.1, 1), ("h.1.q.weight", 0.1, 0)]
+    said = " ".join(table(replace(found, whole=tuple(records)), 120).split())
+    assert "of 2, 1 at the highest rate tried: they may gain more with a wider --lr" in said

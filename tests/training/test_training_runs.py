@@ -80,6 +80,9 @@ def test_one_rate_alone_is_taken_as_it_is_and_steps_beyond_coarse_grids_are_shor
     case = Case({4: 1.0}, 1)
     case.walk.run(case.arm((1.04e-2, 1.041e-2)))  # the next step would be written as 0.01
     assert [rate for _, rate, _ in case.ran] == [1.04e-2, 1.041e-2, 1.041e-2]
+    case = Case({4: 5.0}, 1)
+    case.walk.run(case.arm((2.5, 5.0)))  # the next would be 10, which --lr refuses
+    assert [rate for _, rate, _ in case.ran] == [2.5, 5.0, 5.0]
     case = Case({4: 1.0}, 1)
     case.walk.run(case.arm((1e-3, 1e-1)))
     assert [rate for _, rate, _ in case.ran] == [1e-3, 1e-1, pytest.approx(0.33), pytest.approx(0.33)]

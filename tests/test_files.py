@@ -3,7 +3,7 @@
 import pytest
 
 from lora_diag.errors import InputError, UsageError
-from lora_diag.files import check_place, replacing, write_whole
+from lora_diag.files import check_folder_of, check_place, replacing, write_whole
 
 
 def names(folder):
@@ -46,6 +46,19 @@ def test_what_cannot_be_written_is_one_message_and_leaves_nothing(tmp_path, name
             refuse(tmp_path / name)
     assert names(tmp_path) == ["file", "folder"]
     assert (tmp_path / "file").read_text() == "old"
+
+
+def test_what_is_replaced_needs_its_folder_and_what_is_gone_on_with_needs_itself(tmp_path, monkeypatch):
+    path = tmp_path / "a.txt"
+    path.write_text("old")
+    monkeypatch.setattr("os.access", lambda place, mode: place == path)  # root may write anywhere
+    check_folder_of(path, in_place=True)
+    with pytest.raises(InputError, match="permission denied"):
+        check_place(path)
+    monkeypatch.setattr("os.access", lambda place, mode: place == tmp_path)
+    check_place(path)
+    with pytest.raises(InputError, match="permission denied"):
+        check_folder_of(path, in_place=True)
 
 
 def test_an_interrupted_writer_leaves_the_old_file(tmp_path):

@@ -7,6 +7,8 @@ import pytest
 
 import lora_diag
 from lora_diag.cli import main
+from lora_diag.cli.options import Written
+from lora_diag.errors import InputError
 from tests.conftest import ROOT
 
 SAMPLES = ROOT / "sample_checkpoints"
@@ -102,6 +104,15 @@ def test_an_empty_file_is_called_that(told, tmp_path, words):
     code, err = told(*words)
     assert code == 3
     assert "empty" in err
+
+
+def test_records_go_on_in_a_file_that_may_be_written_where_no_new_one_may(monkeypatch, tmp_path):
+    file = tmp_path / "r.jsonl"
+    file.touch()
+    monkeypatch.setattr("os.access", lambda place, mode: place == file)  # root may write anywhere
+    assert Written(output=file, resume=True).output == file
+    with pytest.raises(InputError, match="permission denied"):
+        Written(output=tmp_path / "new.jsonl")
 
 
 def test_the_folder_of_figures_is_made_and_nothing_above_it(told, tmp_path):

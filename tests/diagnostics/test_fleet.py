@@ -1,6 +1,7 @@
 """Many adapters: each against float64 NumPy, planted oddities, and pairs that are alike."""
 
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ import torch
 import lora_diag
 from lora_diag.api.fleet import expand
 from lora_diag.api.inputs import compare
-from lora_diag.errors import NothingComparedError
+from lora_diag.errors import NothingComparedError, UsageError
 from lora_diag.linalg.sketch import LENGTH, sketch
 from lora_diag.metrics.fleet import alike, norm_outliers
 from lora_diag.reports.fleet import remarks
@@ -120,6 +121,12 @@ def test_a_sketch_is_as_large_as_its_matrix_beyond_what_float32_holds(scale):
     assert plain.abs().min() > 0
 
 
+@pytest.mark.parametrize("scale", [2.0**500, 2.0**-100])
+def test_a_sketch_of_float64_entries_beyond_those_of_float32(scale):
+    matrix = torch.randn(12, 20).double()
+    assert torch.equal(sketch(matrix * scale, "x"), sketch(matrix, "x") * scale)
+
+
 def test_sketches_of_orthogonal_spaces_are_orthogonal():
     """g and h are independent also where the matrix is square: else every projector would look like every other."""
     q = np.linalg.qr(np.random.default_rng(6).standard_normal((64, 32)))[0]
@@ -154,3 +161,22 @@ def test_one_that_cannot_be_read_does_not_stop_the_others(tmp_path):
     assert [record.adapter for record in found] == [str(good)]
     assert {item.layer for item in found.left_out} == {str(bad), str(nan), str(tmp_path / "missing")}
     assert {item.reason for item in found.left_out} == {"unreadable"}
+
+
+@pytest.mark.parametrize("verify", [False, True])
+def test_a_run_does_not_go_on_with_an_adapter_that_changed(tmp_path, verify):
+    """Sizes tell one of another rank; every byte, where that was asked, one of the same size."""
+    rng = np.random.default_rng(7)
+    for name in ("a", "b"):
+        lora(tmp_path / name, {LAYERS[0]: factors(rng)})
+    output = tmp_path / "f.jsonl"
+    whole = lora_diag.fleet([tmp_path / "*"], output=output, verify=verify)
+    assert all(bool(side.sha256) == verify for side in whole.run.inputs)
+    output.write_text("".join(output.read_text().splitlines(keepends=True)[:2]))
+    (tmp_path / "a" / "training.log").write_text("what is beside it may grow")
+    assert lora_diag.fleet([tmp_path / "*"], output=output, resume=True, verify=verify) == whole
+    output.write_text("".join(output.read_text().splitlines(keepends=True)[:2]))
+    shutil.rmtree(tmp_path / "a")
+    lora(tmp_path / "a", {LAYERS[0]: factors(rng, r=4 if verify else 5)})
+    with pytest.raises(UsageError, match=r"the input .*a changed since this run was begun"):
+        lora_diag.fleet([tmp_path / "*"], output=output, resume=True, verify=verify)

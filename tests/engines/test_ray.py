@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 import warnings
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 import lora_diag
 from lora_diag import Ray
-from lora_diag.api.fleet import Seen
+from lora_diag.api.fleet import Member, Seen, _on_a_worker
 from lora_diag.api.measuring import Place, place
 from lora_diag.cli import options
 from lora_diag.engines import connection
@@ -283,6 +284,25 @@ def test_a_worker_refuses_adapters_that_it_does_not_see(tmp_path):
     for path in (tmp_path, tmp_path / "none"):
         with pytest.raises(InputError, match=r"the worker on .* sees other files there, or none; adapters"):
             Seen(path, seen.files).check()
+    assert Seen.now(tmp_path / "none").files == ""
+
+
+@pytest.mark.parametrize("other", ["lora_r4", "base", "none of them"])
+def test_a_worker_looks_at_the_adapter_and_at_its_base(other):
+    """Another adapter, or another base, under the same path would be measured as if it were the one that was meant."""
+    seen = {name: Seen.now(SAMPLES / name) for name in ("lora_r4", "base")}
+    if other in seen:
+        seen[other] = replace(seen[other], files="0123456789abcdef")
+    member = Member("one", seen["lora_r4"])
+
+    def work():
+        return _on_a_worker(member, seen["base"], r"layers\.0\..*q_proj", None, "cpu")
+
+    if other in seen:
+        with pytest.raises(InputError, match=rf"{other}: the worker on .* sees other files there"):
+            work()
+    else:
+        assert work()[0].adapter == "one"
 
 
 @pytest.mark.parametrize(

@@ -106,6 +106,7 @@ def test_the_first_sentence_says_whether_an_adapter_does_as_well_with_its_error(
     assert "no: lora_0 is +0.3000 ±0.012 nats from it" in " ".join(
         Elements(html_report(evidence(outputs(gaps=(0.3,))))).words
     )
+    assert "yes: lora_0 is -0.0200 ±0.012 nats from it" in markdown_report(evidence(outputs(gaps=(-0.02, 0.01, 0.0))))
 
 
 def test_the_tables_have_the_numbers_of_the_records():

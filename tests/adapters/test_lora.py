@@ -122,6 +122,15 @@ def test_dora(tmp_path):
     close(found["fc.weight"], (m / np.linalg.norm(v, axis=1))[:, None] * v - W)
 
 
+def test_dora_that_hardly_turned_anything_keeps_its_digits(tmp_path):
+    """ΔW is 1e-5 of W here: lengths in float32 would leave three digits of it."""
+    w = normal(8, 12, seed=3)
+    m = (np.linalg.norm(w, axis=1) * (1 + 1e-5 * normal(8))).astype(np.float32).astype(np.float64)
+    tensors = PAIR | {"fc.lora_B.weight": 0 * B, "fc.lora_magnitude_vector": m}
+    found, _ = changes(adapter(tmp_path, tensors, use_dora=True), base(tmp_path, {"fc.weight": w}))
+    close(found["fc.weight"], (m / np.linalg.norm(w, axis=1) - 1)[:, None] * w)
+
+
 def test_pissa_olora_and_kasa_count_what_they_took_out_of_the_base(tmp_path):
     folder = base(tmp_path, {"fc.weight": W})
     u, s, vh = np.linalg.svd(W, full_matrices=False)
@@ -196,6 +205,13 @@ def test_trainable_tokens_are_new_rows(tmp_path):
     close(found["embed_tokens.weight"], expected)
 
 
+def test_a_token_right_behind_the_table_is_refused(tmp_path):
+    tensors = {"embed_tokens.token_adapter.trainable_tokens_delta": normal(1, 6)}
+    path = adapter(tmp_path, tensors, trainable_token_indices={"embed_tokens": [20]})
+    with pytest.raises(InputError, match="token 20 is beyond the 20 rows"):
+        changes(path, base(tmp_path, {"embed_tokens.weight": normal(20, 6)}))
+
+
 def test_layer_replication(tmp_path):
     tensors = {
         f"layers.{layer}.fc.lora_{part}.weight": value for layer in range(3) for part, value in (("A", A), ("B", B))
@@ -237,6 +253,13 @@ def test_bin_files_and_an_adapter_s_name_in_the_keys_are_read(tmp_path):
         (PAIR, {"lora_alpha": "16"}, "lora_alpha must be a finite number"),
         (PAIR, {"rank_pattern": {"(": 2}}, r"rank_pattern: the key '\(' is not a valid regular expression"),
         (PAIR, {"rank_pattern": {"(x+)+y": 2}}, "could take too long"),
+        (PAIR, {"rank_pattern": {"fc": 0}}, "must be a whole number from 1 up, not 0"),
+        (PAIR, {"rank_pattern": {"fc": 2.5}}, "must be a whole number from 1 up, not 2.5"),
+        (
+            {"wte.token_adapter.trainable_tokens_delta": A},
+            {"trainable_token_indices": {"wte": [3, 3]}},
+            "gives 1 token indices",
+        ),
         (PAIR, {"rank_pattern": ["fc"]}, "rank_pattern must map names to values"),
         (PAIR, {"init_lora_weights": "corda"}, "CorDA"),
         (PAIR, {"init_lora_weights": "pissa_niter_4"}, "randomised SVD"),
@@ -247,6 +270,7 @@ def test_bin_files_and_an_adapter_s_name_in_the_keys_are_read(tmp_path):
         (PAIR, {"peft_type": "NEWTHING"}, "unknown adapter type NEWTHING"),
         (PAIR, {"peft_type": None}, "no peft_type"),
         ({"fc.lora_A.weight": np.zeros(0), "fc.lora_B.weight": B}, {}, "ZeRO-3"),
+        ({"fc.lora_A.weight": np.zeros((0, 6)), "fc.lora_B.weight": B}, {}, "ZeRO-3"),
         (PAIR | {"fc.lora_A.other.weight": A}, {}, "several adapters"),
         (PAIR, {"layer_replication": [[3, 1]]}, "impossible range"),
         (PAIR, {"use_bdlora": {"nblocks": 3, "target_modules_bd_b": ["fc"]}}, "do not divide"),

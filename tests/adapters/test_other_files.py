@@ -4,6 +4,8 @@ import json
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from lora_diag.adapters import is_adapter, open_adapter
 from lora_diag.checkpoints import open_checkpoint
@@ -110,6 +112,42 @@ def test_lengths_that_fit_neither_rows_nor_columns_are_refused(tmp_path):
         open_adapter(path)
 
 
+@pytest.mark.parametrize("shape", [(1, 3), (1, 2)], ids=str)
+def test_lengths_of_some_columns_of_a_matrix_are_not_taken_for_those_of_kernels(tmp_path, shape):
+    tensors = {f"{FLAT}.lora_up.weight": UP, f"{FLAT}.lora_down.weight": DOWN, f"{FLAT}.dora_scale": normal(*shape)}
+    with pytest.raises(InputError, match="6 entries are due"):
+        open_adapter(kohya(tmp_path, tensors)[0])
+
+
+def test_one_length_is_that_of_the_only_row(tmp_path):
+    w, up, m = normal(1, 6, seed=3), normal(1, 2), np.array([[0.7]])
+    tensors = {f"{FLAT}.lora_up.weight": up, f"{FLAT}.lora_down.weight": DOWN, f"{FLAT}.dora_scale": m}
+    found, _ = changes(write(tmp_path / "a.safetensors", tensors), base(tmp_path, {f"{Q}.weight": w}))
+    v = w + up @ DOWN
+    close(found[f"{Q}.weight"], 0.7 * v / np.linalg.norm(v) - w)
+
+
+def test_lycoris_lokr_of_a_conv1d_multiplies_outputs_and_inputs(tmp_path):
+    w1, w2 = normal(2, 3), normal(4, 2, 3)
+    path = write(tmp_path / "a.safetensors", {f"{FLAT}.lokr_w1": w1, f"{FLAT}.lokr_w2": w2})
+    found, _ = changes(path, base(tmp_path, {f"{Q}.weight": normal(8, 6, 3)}))
+    close(found[f"{Q}.weight"], np.einsum("ab,cdk->acbdk", w1, w2).reshape(8, 6, 3))
+
+
+@pytest.mark.parametrize(("up", "down"), [((8, 2), (2, 0)), ((8, 2), (2,)), ((8,), (2, 6)), ((0, 2), (2, 6))], ids=str)
+def test_factors_that_are_no_matrices_are_refused(tmp_path, up, down):
+    path, _ = kohya(tmp_path, {f"{FLAT}.lora_up.weight": np.ones(up), f"{FLAT}.lora_down.weight": np.ones(down)})
+    with pytest.raises(InputError, match="do not fit together"):
+        open_adapter(path)
+
+
+def test_an_alpha_that_is_stored_as_an_integer_counts(tmp_path):
+    path, folder = kohya(tmp_path, {})
+    factors = {f"{FLAT}.lora_up.weight": torch.tensor(UP), f"{FLAT}.lora_down.weight": torch.tensor(DOWN)}
+    save_file(factors | {f"{FLAT}.alpha": torch.tensor(3)}, path)
+    close(changes(path, folder)[0][f"{Q}.weight"], 1.5 * UP @ DOWN)
+
+
 def test_kohya_parts_of_other_kinds_are_refused_by_name(tmp_path):
     path, _ = kohya(tmp_path, {f"{FLAT}.lora_up.weight": UP, f"{FLAT}.oft_blocks": normal(2, 4, 4)})
     with pytest.raises(InputError, match="oft_blocks"):
@@ -144,6 +182,14 @@ def test_diffusers(tmp_path, metadata, extra, scale, names):
     assert any("s = 1" in note for note in notes) == (scale == 1.0)
 
 
+def test_diffusers_tells_the_least_and_the_largest_rank(tmp_path):
+    tensors = {}
+    for module, rank in (("a.to_q", 4), ("b.to_q", 2), ("c.to_q", 3)):
+        tensors |= {f"unet.{module}.lora_B.weight": normal(8, rank), f"unet.{module}.lora_A.weight": normal(rank, 6)}
+    kind = open_adapter(write(tmp_path / "pytorch_lora_weights.safetensors", tensors)).reading.kind
+    assert kind == "diffusers LoRA, r=2-4, 3 modules"
+
+
 def test_diffusers_before_peft(tmp_path):
     stem = "unet.down_blocks.0.attn1.processor.to_q_lora"
     path = write(tmp_path / "pytorch_lora_weights.safetensors", {f"{stem}.up.weight": UP, f"{stem}.down.weight": DOWN})
@@ -174,6 +220,15 @@ def test_mlx_dora(tmp_path):
     v = W + 10 * UP @ DOWN
     found, _ = changes(path, base(tmp_path, {"q.weight": W}))
     close(found["q.weight"], (m / np.linalg.norm(v, axis=1))[:, None] * v - W)
+
+
+def test_mlx_dora_of_a_square_weight_measures_its_rows(tmp_path):
+    w, a, b, m = normal(6, 6), normal(6, 2), normal(2, 6, seed=1), np.abs(normal(6)) + 0.5
+    path = mlx(tmp_path, {"q.lora_a": a, "q.lora_b": b, "q.m": m}, fine_tune_type="dora")
+    v = w + 10 * (a @ b).T
+    close(
+        changes(path, base(tmp_path, {"q.weight": w}))[0]["q.weight"], (m / np.linalg.norm(v, axis=1))[:, None] * v - w
+    )
 
 
 def test_mlx_embeddings_are_adapted_row_by_row(tmp_path):

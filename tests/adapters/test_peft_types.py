@@ -44,6 +44,18 @@ def test_lokr_takes_its_rank_from_the_config(tmp_path):
     close(changes(path, base(tmp_path, {"fc.weight": W}))[0]["fc.weight"], 1.5 * np.kron(w1, w2))
 
 
+def test_lokr_of_a_convolution_multiplies_outputs_and_inputs_but_of_a_conv1d_ends(tmp_path):
+    """PEFT 0.21.2 multiplies the sides of a Conv1d as ``torch.kron`` lays them: w1's columns into the kernel."""
+    w1, w2 = normal(2, 3), normal(4, 2, 3, 3)
+    path = adapter(tmp_path, {"fc.lokr_w1": w1, "fc.lokr_w2": w2}, peft_type="LOKR", r=4, alpha=6)
+    found, _ = changes(path, base(tmp_path, {"fc.weight": normal(8, 6, 3, 3)}))
+    close(found["fc.weight"], 1.5 * np.einsum("ab,cdkl->acbdkl", w1, w2))
+    w2 = normal(4, 2, 5)
+    path = adapter(tmp_path, {"fc.lokr_w1": w1, "fc.lokr_w2": w2}, peft_type="LOKR", r=4, alpha=6)
+    found, _ = changes(path, base(tmp_path, {"fc.weight": normal(8, 6, 5)}))
+    close(found["fc.weight"], 1.5 * np.kron(w1, w2))
+
+
 def vera(tmp_path, **more):
     a, b = normal(3, 10), normal(12, 3)
     tensors = {"base_model.vera_A": a, "base_model.vera_B": b} | more

@@ -14,8 +14,10 @@ import lora_diag
 from lora_diag.adapters import open_adapter
 from lora_diag.adapters.writing import Described, Part, store_factors, write_adapter
 from lora_diag.adapters.writing_check import check_written
-from lora_diag.adapters.writing_targets import Target
+from lora_diag.adapters.writing_ranks import ranks_of_config
+from lora_diag.adapters.writing_targets import Model, Target
 from lora_diag.checkpoints import open_checkpoint
+from lora_diag.deltas import pair
 from lora_diag.errors import InputError
 from tests.adapters.dense import dense
 from tests.adapters.making import adapter, normal
@@ -348,3 +350,29 @@ def test_an_adapter_that_reads_back_otherwise_is_refused(tmp_path):
     (folder / "adapter_config.json").write_text(json.dumps(config | {"lora_alpha": 4}))
     with pytest.raises(InputError, match=r"q_proj\.weight read back otherwise"):
         check_written(folder, base, [part])
+
+
+def test_ranks_of_a_config_are_shared_by_the_halves_of_a_fused_parameter(tmp_path):
+    target = Target("experts.0.w1.weight", (5, 8), "experts.gate_up_proj", "parameter", half=(0, 2))
+    path = tmp_path / "adapter_config.json"
+    for rank, each in ((6, 3), (1, 1)):
+        path.write_text(json.dumps({"peft_type": "LORA", "r": rank, "target_parameters": ["gate_up_proj"]}))
+        assert ranks_of_config(path, {target.layer: target}) == {target.layer: each}
+    for names in (3, {"q_proj": 1}, ["q_proj", 1]):
+        path.write_text(json.dumps({"peft_type": "LORA", "r": 2, "target_modules": names}))
+        with pytest.raises(InputError, match="must be names or one regular expression"):
+            ranks_of_config(path, {target.layer: target})
+
+
+def test_square_experts_are_never_turned_and_every_tower_has_its_name_in_memory(tmp_path):
+    experts = "model.language_model.layers.0.mlp.experts.down_proj"
+    base = open_checkpoint(write_base(tmp_path, {experts: normal(2, 6, 6)}, {"model_type": "qwen3_vl_moe"}))
+    targets = [Model(base).target(delta) for delta in pair(base, base).deltas]
+    assert [(target.expert, target.transposed) for target in targets] == [((0, 2), False), ((1, 2), False)]
+    towers = ("audio_tower", "vision_tower", "multi_modal_projector")
+    names = ["language_model.model.fc.weight", *(f"{tower}.fc.weight" for tower in towers)]
+    model = Model(open_checkpoint(write_base(tmp_path / "qwen2_audio", {name: normal(4, 6) for name in names})))
+    assert [model.in_memory(name) for name in names] == [
+        "model.language_model.fc.weight",
+        *(f"model.{tower}.fc.weight" for tower in towers),
+    ]

@@ -321,6 +321,24 @@ def test_a_run_s_folder_names_the_checkpoints_and_adapters_in_it(tmp_path):
         open_checkpoint(tmp_path)
 
 
+@pytest.mark.parametrize("count", [1, 3, 4])
+def test_three_subfolders_are_named_and_the_others_counted(tmp_path, count):
+    for step in range(count):
+        save_model(tmp_path / f"checkpoint-{step}", {"a.weight": torch.ones(2, 2)})
+    names = ", ".join(f"checkpoint-{step}" for step in range(min(count, 3))) + (" and 1 more" if count == 4 else "")
+    with pytest.raises(InputError, match=f"its subfolders: {names}$"):
+        open_checkpoint(tmp_path)
+
+
+def test_a_config_beside_an_adapter_is_the_model_s_and_not_the_adapter_s(tmp_path):
+    folder = save_model(tmp_path / "model", {"a.weight": torch.ones(2, 2)})
+    save_file({"a.lora_A.weight": torch.ones(2, 2)}, folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text("{}")
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    assert open_checkpoint(folder).config == {"model_type": "llama"}
+    assert open_checkpoint(folder / "adapter_model.safetensors").config == {}
+
+
 def test_packed_weights_are_refused_by_name(tmp_path):
     packed = {"model.layers.0.mlp.up_proj.qweight": torch.zeros(4, 4, dtype=torch.int32)}
     with pytest.raises(InputError, match="GPTQ"):

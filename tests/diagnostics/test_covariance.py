@@ -8,7 +8,8 @@ from safetensors.torch import load_file
 import lora_diag
 from lora_diag.diagnostics import covariance as module
 from lora_diag.errors import InputError, NothingComparedError, UsageError
-from lora_diag.linalg.gram import decompose_stack
+from lora_diag.gradients import histories, open_steps
+from lora_diag.linalg.gram import decompose_gram, decompose_stack
 from tests.conftest import ROOT, SHARED, as_numpy, save_model, weights
 from tests.test_gradients import save_step
 
@@ -165,6 +166,31 @@ def test_gradients_in_float64_of_any_size(scale):
     true = np.linalg.svd(matrices.reshape(18, 5), compute_uv=False)
     np.testing.assert_allclose(found.s / scale, true, rtol=1e-9)
     assert found.energy_error < 1e-6
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.0**40])
+def test_a_stack_is_bounded_as_the_matrix_that_it_is(scale):
+    parts = [torch.randn(9, 7).double() * scale for _ in range(5)]
+    matrix = torch.cat(parts)
+    found, whole = decompose_stack(parts), decompose_gram(matrix, float(torch.linalg.matrix_norm(matrix)))
+    assert found.energy_error == pytest.approx(whole.energy_error, rel=1e-9)
+    assert found.energy_error > 7**0.5 * 45 * 2.0**-52
+
+
+def test_gradients_that_are_spaced_too_coarsely_are_left_out(tmp_path):
+    for step in range(2):
+        save_step(tmp_path / "g" / f"{step}.safetensors", {"a.weight": torch.randn(4, 4).double() * 1e200})
+    found = lora_diag.spectrum(gradients=[tmp_path / "g"])
+    assert [(item.reason, "spacing of its numbers" in item.detail) for item in found.left_out] == [("non_finite", True)]
+
+
+def test_a_gradient_in_float64_takes_twice_the_memory(tmp_path):
+    sizes = []
+    for dtype in (torch.float32, torch.float64):
+        path = save_step(tmp_path / f"{dtype}" / "0.safetensors", {"a.weight": torch.randn(6, 10).to(dtype)})
+        ((history,), _) = histories(open_steps([path]), None)
+        sizes.append(module.most_bytes(history))
+    assert sizes[1] - sizes[0] == 4 * 60
 
 
 def test_on_the_samples_gradients_order_the_layers_as_the_update_does_and_show_it_too_low_rank():

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
+from lora_diag import deltas
 from lora_diag.checkpoints import open_checkpoint
 from lora_diag.deltas import FactoredDelta, pair
 from lora_diag.diagnostics.extraction import ExtractionSettings, Layer, Rank, extract
@@ -56,6 +57,14 @@ def test_the_best_update_of_a_rank_and_its_error(tmp_path_factory, rows, columns
         assert np.allclose(np.linalg.norm(b, axis=0), np.linalg.norm(a, axis=1), rtol=1e-4)
     else:
         assert np.allclose(a @ a.T, np.eye(r), atol=1e-5)
+
+
+def test_the_error_of_a_matrix_in_several_blocks(tmp_path, monkeypatch):
+    monkeypatch.setattr(deltas, "BLOCK_ENTRIES", 27)
+    layer, real = layer_of(np.random.default_rng(1).standard_normal((11, 9)) * 0.1, tmp_path, Rank(3))
+    s = np.linalg.svd(real, compute_uv=False)
+    record = extract(layer, ExtractionSettings(), Kept())
+    assert record.epsilon == pytest.approx(np.sqrt((s[3:] ** 2).sum() / (s**2).sum()), rel=1e-6)
 
 
 @settings(max_examples=30, deadline=None)

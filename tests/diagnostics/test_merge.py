@@ -1,6 +1,7 @@
 """Merges by the installed PEFT: none that is right fails, and every fault planted in one is found and named."""
 
 import json
+import math
 import re
 from dataclasses import dataclass
 
@@ -10,9 +11,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lora_diag.api.verify_merge import verify_merge
+from lora_diag.checkpoints import open_checkpoint
+from lora_diag.deltas import BLOCK_ENTRIES, DenseDelta, Side
+from lora_diag.diagnostics.merge import BLOCK, MergedLayer, verify
 from lora_diag.engines import local
 from lora_diag.errors import InputError, NothingComparedError, UsageError
 from lora_diag.results.merge import outcome
+from tests.adapters import making
 from tests.conftest import SHARED, save_sharded
 from tests.merges import Merged, gpt2, llama, mixtral, peft_merge, write
 
@@ -469,3 +474,39 @@ def test_squares_that_overflow_are_left_out_and_no_crash(tmp_path):
     (item,) = results.left_out
     assert (item.layer, item.reason) == ("w.weight", "non_finite")
     assert "overflow float64" in item.detail
+
+
+def test_another_layer_of_the_kind_but_not_of_the_shape_was_not_added_here(tmp_path):
+    name = "model.layers.{}.mlp.up_proj"
+    shapes = {name.format(0): (8, 6), name.format(1): (10, 7)}
+    weights = {f"{module}.weight": making.normal(*shape) for module, shape in shapes.items()}
+    tensors = {}
+    for module, (m, n) in shapes.items():
+        tensors |= {f"{module}.lora_A.weight": making.normal(2, n), f"{module}.lora_B.weight": making.normal(m, 2)}
+    wrong = {key: value + making.normal(*value.shape, seed=9) for key, value in weights.items()}
+    base, adapter = making.base(tmp_path, weights), making.adapter(tmp_path, tensors)
+    found = verify_merge(base, adapter, making.base(tmp_path / "merged", wrong))
+    assert {record.layer: record.status for record in found} == dict.fromkeys(weights, "other")
+
+
+def test_what_is_checked_by_rows_needs_no_room_for_more(tmp_path):
+    weight = Side(open_checkpoint(making.base(tmp_path, {"w.weight": making.normal(4, 6)})), "w.weight")
+    task = MergedLayer("w.weight", (4, 6), weight, weight, adapted=False)
+    assert (task.held, verify(task, memory=1).status) == (0, "ok")
+    wide = MergedLayer("w.weight", (2, 2 * BLOCK_ENTRIES), weight, weight)
+    assert wide.footprint == BLOCK * 2 * BLOCK_ENTRIES  # a block is one row at least
+
+
+def test_an_update_that_is_held_whole_counts_with_every_copy_of_it(tmp_path):
+    def held(layer, shape, *deltas):
+        return MergedLayer(layer, shape, deltas[0].base, None, deltas).held / math.prod(shape)
+
+    def dense(*shape):
+        return DenseDelta("w", shape, lambda: pytest.fail("it was computed"), (None, "float32"))
+
+    assert held("w", (4, 6), dense(4, 6)) == 16
+    assert held("w", (4, 6), dense(4, 6), dense(4, 6)) == 16 + 8  # their sum
+    assert held("w", (4, 6), dense(3, 6)) == 16 + 8  # at its place
+    assert held("w", (6, 6), dense(6, 6)) == 16 + 16  # transposed
+    assert held("gate_up_proj", (4, 6), dense(4, 6)) == 16 + 16  # its halves in each other's place
+    assert held("gate_up_proj", (3, 6), dense(3, 6)) == 16  # of which there are none

@@ -277,6 +277,28 @@ def test_an_update_too_large_to_be_compared_is_left_out_alone(model, tmp_path):
     assert item.detail.startswith(f"{huge}: its norm is 2.5e+78")
 
 
+@pytest.mark.parametrize(("size", "words"), [(1e-40, "1.4e-79"), (1e100, "1.4e+201")])
+def test_a_norm_whose_square_float64_does_not_hold_is_left_out(model, tmp_path, size, words):
+    base, tuned, layer, _ = model
+    path = lora(tmp_path / "a", {layer: (np.ones((16, 1)), np.ones((1, 12)))})
+    tensors = load_file(path / "adapter_model.safetensors")
+    save_file(
+        {k: torch.full_like(v, size, dtype=torch.float64) for k, v in tensors.items()},
+        path / "adapter_model.safetensors",
+    )
+    results = lora_diag.residual(base, tuned, [path], layers=r"layers\.0\.mlp\.up")
+    (item,) = [item for item in results.left_out if item.reason == "non_finite"]
+    assert item.detail.startswith(f"{path}: its norm is {words}")
+
+
+def test_an_adapter_of_lower_rank_than_it_could_have_has_so_many_directions(model, tmp_path):
+    base, tuned, layer, d = model
+    path = lora(tmp_path / "a", {layer: (np.tile(d[:, :2], 2), np.random.default_rng(0).standard_normal((4, 12)))})
+    record = lora_diag.residual(base, tuned, [path])[layer]
+    for space in (record.column_space, record.row_space):
+        assert len(space.cosines) == 2
+
+
 def test_what_only_an_adapter_has_is_listed(model, tmp_path):
     base, tuned, layer, d = model
     tensors = load_file(tuned / "model.safetensors")

@@ -127,6 +127,14 @@ def test_ranks_beyond_the_values_kept_are_null_and_beyond_the_matrix_are_one(tmp
     assert record.tail["99"].fro == 0
 
 
+def test_weights_that_are_spaced_too_coarsely_are_left_out(tmp_path):
+    sides = [{"w.weight": torch.randn(4, 4).double() * 1e200} for _ in range(2)]
+    paths = [save_model(tmp_path / name, side) for name, side in zip(("base", "tuned"), sides, strict=True)]
+    (item,) = lora_diag.spectrum(*paths).left_out
+    assert (item.layer, item.reason) == ("w.weight", "non_finite")
+    assert "the squares of the spacing of its numbers overflow float64" in item.detail
+
+
 def test_a_layer_that_is_not_finite_is_named_and_the_rest_measured(tmp_path, pair_of_models):
     base, _, _, after = pair_of_models
     after["model.layers.1.mlp.up_proj.weight"][3, 4] = torch.nan

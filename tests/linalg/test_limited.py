@@ -109,6 +109,7 @@ def test_entries_whose_norm_float32_does_not_hold():
     assert fro > float(np.finfo(np.float32).max)
     found = decompose_streamed(streamed(torch.from_numpy(matrix), 20), Allowance(PLENTY, "gram"), fro)
     np.testing.assert_allclose(found.s, true, rtol=1e-9)
+    assert found.fro == fro
 
 
 @pytest.mark.parametrize("shape", [(700, 600), (600, 700)], ids=str)

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from lora_diag.errors import InputError, UsageError
 from lora_diag.linalg import METHODS, Factors, decompose, decompose_factored, exact, gram, krylov
+from lora_diag.linalg.factors import scale_of
 from tests import oracles
 
 FULL = [method for method in METHODS if method != "krylov"]
@@ -391,3 +392,13 @@ def test_requests_that_make_no_sense():
         decompose(matrix, tol=0)
     with pytest.raises(ValueError, match="matrix"):
         decompose(torch.ones(0, 3))
+
+
+def test_what_a_matrix_is_divided_by_is_a_power_of_two_that_its_dtype_has():
+    for fro, dtype, exponent in (
+        (1e-40, torch.float32, -126),
+        (1e39, torch.float32, 127),
+        (1e-40, torch.float64, -133),
+    ):
+        assert scale_of(fro, dtype) == 2.0**exponent
+    assert scale_of(2.0**30, torch.float32) == scale_of(2.0**-30, torch.float32) == scale_of(0.0, torch.float32) == 1

@@ -10,6 +10,7 @@ from lora_diag.metrics.thresholds import gavish_donoho, hard_threshold, knee
 from lora_diag.planning.amounts import read_bytes, read_count, read_share
 from lora_diag.planning.memory import Training
 from lora_diag.planning.policies import policies
+from lora_diag.planning.targets import why_no_target
 from tests.oracles import effective_rank
 from tests.planning.records import record
 
@@ -87,3 +88,19 @@ def test_policies_of_a_full_spectrum_and_what_a_truncated_one_does_not_say():
     assert (cut["knee"], cut["effective"], cut["Gavish–Donoho"], cut["signal"]) == (None, None, None, None)
     still = policies(record("a.weight", (8, 8), np.zeros(8), signal=0)).ranks
     assert (still["energy 90%"], still["knee"], still["Gavish–Donoho"]) == (0, None, None)
+
+
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("visual.register_tokens", "not the weight of a layer"),
+        ("visual.attn.relative_position_bias_table", "not the weight of a layer"),
+        ("model.layers.0.temporal_block.conv_1d.weight", "a convolution in groups"),
+        ("model.layers.0.conv.conv.weight", "a convolution in groups"),
+        ("model.layers.0.conv.in_proj.weight", ""),
+    ],
+)
+def test_what_is_no_usual_target(name, why):
+    told = why_no_target(name, None, None)
+    assert told.startswith(why)
+    assert bool(told) == bool(why)

@@ -1,16 +1,19 @@
 """What commands say of layers that are read in row blocks is what they say of layers that memory holds."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from safetensors.torch import load_file
 
 import lora_diag
 from lora_diag import deltas
+from lora_diag.api import fleet, verify_merge
 from lora_diag.diagnostics import covariance
 from lora_diag.engines import local
 from lora_diag.errors import UsageError
 from lora_diag.linalg import limited
-from tests.conftest import save_model
+from tests.conftest import ROOT, save_model
 
 BASE, TUNED = "sample_checkpoints/base", "sample_checkpoints/full_ft"
 LAYERS = r"layers\.0\..*(up|down)_proj"
@@ -113,3 +116,16 @@ def test_gradients_are_planned_and_what_does_not_fit_is_left_out(small, monkeypa
 def test_memory_is_of_this_machine():
     with pytest.raises(UsageError, match="on a cluster"):
         lora_diag.spectrum(BASE, TUNED, memory="1GB", engine=lora_diag.Ray())
+
+
+@pytest.mark.parametrize(("footprint", "limit", "size"), [(100, None, 100), (100, 60, 60), (100, 200, 100)])
+def test_a_layer_of_a_merge_counts_as_what_it_takes_up_to_what_it_may(footprint, limit, size):
+    """Counted as more, layers that fit beside each other would wait; counted as less, too many would run at once."""
+    assert verify_merge._size(SimpleNamespace(footprint=footprint), limit) == size
+
+
+def test_a_fleet_keeps_to_the_workers_that_were_asked_for(monkeypatch):
+    asked, layout_for = [], fleet.layout_for
+    monkeypatch.setattr(fleet, "layout_for", lambda *words: asked.append(words) or layout_for(*words))
+    lora_diag.fleet([ROOT / "sample_checkpoints" / "lora_r4"], device="cpu", workers=3)
+    assert asked == [(1, 3, "cpu")]

@@ -3,11 +3,16 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from lora_diag.api.verify_merge import _missing
+from lora_diag.deltas import Unpaired
+from lora_diag.errors import InputError
 from tests.adapters.making import adapter, base, normal, write
 from tests.oracles import bf16
 
@@ -182,3 +187,14 @@ def test_the_python_api(files):
     results = lora_diag.verify_merge(files / "base", files / "adapter", files / "merged", workers=1)
     assert results[NAMES[0]].status == "ok"
     assert json.loads(results[NAMES[0]].model_dump_json())["record"] == "merge"
+
+
+@pytest.mark.parametrize(("reason", "told"), [("shape_differs", "in another shape: 4×4"), ("only_in_base", "no such")])
+def test_why_an_expert_is_missing_stands_at_the_stack_that_holds_it(reason, told):
+    """MERGED tells of whole stored weights, the adapter of the experts in them."""
+    stack = SimpleNamespace(name="mlp.experts.up_proj")
+    expert = SimpleNamespace(layer="mlp.experts.up_proj[1]", base=stack, shape=(8, 4), is_matrix=True)
+    why = Unpaired(stack.name, (2, 8, 4), reason, "4×4")
+    assert told in _missing(expert, {stack.name: why}, "merged").missing
+    with pytest.raises(InputError, match=r"^merged: mlp\.experts\.up_proj\[1\]: packed; merge into plain numbers"):
+        _missing(expert, {stack.name: replace(why, reason="not_float", detail="packed")}, "merged")

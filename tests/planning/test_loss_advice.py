@@ -1,5 +1,7 @@
 """Planted losses: each rule speaks where its evidence is, leads those on weights, and is silent without it."""
 
+from dataclasses import replace
+
 import pytest
 
 from lora_diag.planning.advice import advice
@@ -139,6 +141,10 @@ def test_a_shifted_set_is_asked_apart():
     assert more[1].do == "Take r=16 if other matters: r=4 is enough on own only"
     assert more[1].command == "loradiag plan 'my base' --ranks 4,16"
     assert told(sweep(losses, own=2.0, shifted=losses)) == ["sweep: fast saturation"]
+    again = sweep({4: 2.1, 8: 2.2}, own=2.0, shifted={4: 2.1, 8: 2.2})
+    other = RunInput(role="shifted", path="other.txt", kind="", tensors=1)
+    again = replace(again, run=again.run.model_copy(update={"inputs": (*again.run.inputs, other)}))
+    assert "--data DATA --eval own.txt --shifted other.txt" in advice(evidence(again))[0].command
 
 
 def test_a_truncation_names_the_rank_that_ships_the_fine_tune_itself():

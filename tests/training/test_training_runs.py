@@ -108,6 +108,15 @@ def test_wherever_it_is_stopped_the_rest_is_run_once_and_counted(stop_after):
     assert case.ticks[-1][1:] == (3 * (len(whole.ran) - stop_after),) * 2  # what is finished is no work to come
 
 
+def test_a_record_of_another_kind_is_not_the_run_that_is_asked_for():
+    case = Case({4: 1e-3}, 0, seeds=1)
+    case.walk.run(case.arm((1e-3,)))
+    done = {"subject": "lora", "rank": 4, "lr": 1e-3, "seed": 7}
+    assert case.walk.kept.has([HELD], **done)
+    assert not case.walk.kept.has([HELD], **done, unit="model.layers.0.q_proj.weight")
+    assert not case.walk.kept.has([HELD, replace(HELD, name="other")], **done)
+
+
 def test_the_first_set_decides_on_rates_and_the_others_are_only_told():
     case = Case({4: 1e-3}, 0)
     case.walk = replace(case.walk, sets=[HELD, replace(HELD, name="other")])

@@ -84,6 +84,12 @@ def test_rows_of_a_grown_vocabulary_are_listed_and_the_common_ones_compared(tmp_
     pairing, _ = open_adapter(path).pair(open_checkpoint(base(tmp_path, {"embed_tokens.weight": normal(17, 6)})))
     assert [delta.shape for delta in pairing.deltas] == [(17, 6)]
     assert [(item.reason, item.shape) for item in pairing.unpaired] == [("added_rows", (3, 6))]
+    saved = adapter(tmp_path, PAIR | {"embed_tokens.weight": normal(20, 6)})
+    on = base(tmp_path, {"embed_tokens.weight": normal(17, 6), "fc.weight": W})
+    pairing, _ = open_adapter(saved).pair(open_checkpoint(on))
+    assert [(item.layer, item.reason, item.shape) for item in pairing.unpaired] == [
+        ("embed_tokens.weight", "added_rows", (3, 6))
+    ]
 
 
 def test_a_copy_of_the_base_s_embedding_is_no_change(tmp_path):

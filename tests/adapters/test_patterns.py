@@ -2,12 +2,13 @@
 
 import re
 import time
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lora_diag.adapters.patterns import read_pattern, worst_case
+from lora_diag.adapters.patterns import MAX_STEPS, is_target, module_targets, read_pattern, worst_case
 from lora_diag.adapters.source import Config
 from lora_diag.errors import InputError
 
@@ -60,3 +61,16 @@ def test_the_bound_is_one(n):
     for stars in range(3):
         ways = sum(1 for _ in re.finditer("a", "a" * n)) ** stars
         assert worst_case("a*" * stars + "!", n) >= ways / max(1, stars)
+
+
+def test_an_expression_of_targets_is_matched_with_whole_paths_and_within_the_steps_of_all():
+    path = Path("adapter_config.json")
+    assert is_target("h.0.q_proj", r".*\.q_proj", path)
+    assert not is_target("h.0.q_proj.inner", r".*\.q_proj", path)
+    assert not is_target("x.h.0.q_proj", r"h\.\d+\.q_proj", path)
+    names = r".*\d+.*q_proj"
+    config = Config(path, {"target_modules": names})
+    count = int(MAX_STEPS // worst_case(names, len(MODULES[0])))
+    assert module_targets(config, MODULES[:1] * count) == names
+    with pytest.raises(InputError, match="could take too long"):
+        module_targets(config, MODULES[:1] * (count + 1))

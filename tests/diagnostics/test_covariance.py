@@ -7,6 +7,7 @@ from safetensors.torch import load_file
 
 import lora_diag
 from lora_diag.diagnostics import covariance as module
+from lora_diag.diagnostics.spectrum import SpectrumSettings
 from lora_diag.errors import InputError, NothingComparedError, UsageError
 from lora_diag.gradients import histories, open_steps
 from lora_diag.linalg.gram import decompose_gram, decompose_stack
@@ -191,6 +192,9 @@ def test_a_gradient_in_float64_takes_twice_the_memory(tmp_path):
         ((history,), _) = histories(open_steps([path]), None)
         sizes.append(module.most_bytes(history))
     assert sizes[1] - sizes[0] == 4 * 60
+    most = module.most_bytes(history)
+    for memory, taken in ((most + 1, most), (most - 1, most - 1)):
+        assert module.size(history, SpectrumSettings(memory=memory)) == taken
 
 
 def test_on_the_samples_gradients_order_the_layers_as_the_update_does_and_show_it_too_low_rank():

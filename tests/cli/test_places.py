@@ -83,6 +83,7 @@ def test_a_device_is_not_replaced_by_a_file(told, tmp_path, words):
         ["allocate", "r.jsonl", "--energy", "0.9", "--weights", "w.jsonl", "-o", "w.jsonl"],
         ["interference", PAIR[1], PAIR[1], "-o", "new.jsonl", "--spectrum", "./new.jsonl"],
         ["gate", "--policy", "adapter-basic", "r.jsonl", "-o", "r.jsonl"],
+        ["gate", "--policy", "adapter-basic", "r.jsonl", "--junit", "new.xml", "--sarif", "./new.xml"],
         ["report", "r.jsonl", "--format", "html", "-o", "r.jsonl"],
     ],
 )

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 import lora_diag
+import lora_diag.diagnostics.interference as diagnostic
 from lora_diag.api.interference import union_spectra
 from lora_diag.checkpoints import open_checkpoint
 from lora_diag.errors import InputError, NothingComparedError, UsageError
@@ -487,3 +488,15 @@ def test_without_entries_there_are_no_signs(tmp_path):
     assert union.merges["ties_dense"] is None
     assert union.merges["ties"] is None
     assert union.merges["linear"] is not None
+
+
+def test_a_layer_that_moved_to_the_cpu_says_so(tmp_path, monkeypatch):
+    def moved(compute, device):
+        return compute(device), " on the CPU: out of memory on cuda:0"
+
+    monkeypatch.setattr(diagnostic, "on_device", moved)
+    rng = np.random.default_rng(0)
+    paths = adapters(tmp_path, [(rng.standard_normal((9, 2)), rng.standard_normal((2, 7))) for _ in range(2)])
+    ((pair,), (union,)) = records(lora_diag.interference(paths, workers=1))
+    assert union.spectrum.method.endswith(" on the CPU: out of memory on cuda:0")
+    assert pair.cosine is not None

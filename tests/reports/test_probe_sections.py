@@ -6,12 +6,14 @@ from statistics import fmean
 
 import pytest
 
+from lora_diag.reports.asked import losses, parts
 from lora_diag.reports.html import html_report
 from lora_diag.reports.markdown import markdown_report
+from lora_diag.reports.several import sections_of
 from lora_diag.reports.static import pictures_of
 from tests.plots import making
 from tests.reports.test_html import HOSTILE, Elements, evidence
-from tests.reports.test_losses import SETTINGS, run
+from tests.reports.test_losses import KINDS, SETTINGS, run
 from tests.reports.test_several import GITHUB
 
 MORE = {
@@ -143,3 +145,13 @@ def test_where_every_run_diverged_that_is_said(command):
     assert "is finished with a finite loss" in said
     assert "not measured yet" not in said
     assert "None" not in said
+
+
+@pytest.mark.parametrize("command", [*MORE, "probe outputs", "probe sweep", "probe truncation"])
+def test_of_two_runs_of_a_probe_each_answer_says_whose_it_is(command):
+    one = probed(command) if command in MORE else KINDS[command.removeprefix("probe ")]()
+    answers = parts if command in MORE else losses
+    (alone,), both = list(answers(evidence(one))), list(answers(evidence(one, one)))
+    titles = [section.title for section in sections_of(evidence(one, one))]
+    assert [answer.more[-1] for answer in both] == titles
+    assert [answer.more[:-1] for answer in both] == [alone.more] * 2

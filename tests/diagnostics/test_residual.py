@@ -295,8 +295,9 @@ def test_an_adapter_of_lower_rank_than_it_could_have_has_so_many_directions(mode
     base, tuned, layer, d = model
     path = lora(tmp_path / "a", {layer: (np.tile(d[:, :2], 2), np.random.default_rng(0).standard_normal((4, 12)))})
     record = lora_diag.residual(base, tuned, [path])[layer]
-    for space in (record.column_space, record.row_space):
+    for space, size in ((record.column_space, 16), (record.row_space, 12)):
         assert len(space.cosines) == 2
+        assert space.random == pytest.approx(4 / size)  # four of the fine-tune's, of which two are to be near these
 
 
 def test_what_only_an_adapter_has_is_listed(model, tmp_path):

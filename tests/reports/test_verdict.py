@@ -4,6 +4,7 @@ import re
 
 import pytest
 
+from lora_diag.reports.fields import fields_of
 from lora_diag.reports.html import html_report
 from lora_diag.reports.markdown import markdown_report
 from lora_diag.reports.verdict import headline, measured, verdict_table
@@ -79,3 +80,15 @@ def test_a_report_takes_verdicts_of_every_status_the_worst_first():
     by_layer = dict(zip(data["layers"], column, strict=True))
     assert by_layer["model.layers.0.self_attn.q_proj.weight"] == "not judged"
     assert by_layer["model.layers.1.mlp.up_proj.weight"] == "passed"
+
+
+@pytest.mark.parametrize(
+    ("statuses", "worst"),
+    [(("passed", "failed", "warned"), "failed"), (("not judged", "passed"), "not judged"), (("passed",), "passed")],
+)
+def test_a_layer_shows_the_worst_of_its_verdicts(statuses, worst):
+    layer = "model.layers.1.mlp.up_proj.weight"
+    for order in (statuses, statuses[::-1]):
+        found = results(*(verdict(status, f"rule{place}", layer) for place, status in enumerate(order)))
+        (column,) = (field for field in fields_of(evidence(found), [layer]) if field.id == "g")
+        assert column.values == (worst,)

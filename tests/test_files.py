@@ -27,6 +27,9 @@ def test_a_link_stays_a_link(tmp_path):
     assert (tmp_path / "link").is_symlink()
     assert (tmp_path / "there" / "file").read_text() == "new"
     assert names(tmp_path / "there") == ["file"]
+    (tmp_path / "broken").symlink_to(tmp_path / "gone" / "file")
+    with pytest.raises(InputError, match=r"broken: cannot be written: there is no folder .*gone; create it first"):
+        check_place(tmp_path / "broken")
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,8 @@
 
 import pytest
 
-from lora_diag.reports.merge import ORDER, WAYS_OUT, merge_table
+from lora_diag.reports.columns import WIDE
+from lora_diag.reports.merge import ORDER, WAYS_OUT, merge_grids, merge_table
 from lora_diag.results import End, LeftOut, Merge, Results, Run, RunInput, read_results
 from lora_diag.results.merge import CORRECT, outcome
 
@@ -116,3 +117,11 @@ def test_what_was_written_is_read(tmp_path):
     found.write(tmp_path / "r.jsonl")
     assert read_results(tmp_path / "r.jsonl") == found
     assert merge_table(read_results(tmp_path / "r.jsonl")) == merge_table(found)
+
+
+def test_a_wide_terminal_shows_all_columns_and_a_type_how_many_layers_it_has():
+    found = results(record(), record(layer="model.layers.1.self_attn.q_proj.weight"))
+    assert [column.title for column in merge_grids(found, "type")[0].columns if column.title == "n"] == ["n"]
+    assert [column.title for column in merge_grids(found, "layer")[0].columns if column.title == "n"] == []
+    for width, shown in ((WIDE - 1, False), (WIDE, True)):
+        assert all((title in merge_table(found, width)) == shown for title in ("shape", "dtype", "max ulp"))

@@ -69,7 +69,7 @@ def losses(evidence: Evidence) -> Iterator[Answer]:
             # The loss of BASE and of TUNED comes first in a set's lines, and what follows from it second.
             word, (first, *rest) = said[0]
             lead, more = (rest[0], [first, *rest[1:]]) if rest and first.startswith("loss ") else (first, rest)
-            if command == "probe outputs" and (judged := _as_good(contests(evidence))):
+            if command == "probe outputs" and (judged := _as_good(contests(Evidence((section.source,))))):
                 more, lead, word = [f"{word}: {line}" for line in [first, *rest]], judged, ""
             more += [f"{word}: {line}" for word, lines in said[1:] for line in lines]
             # Distances are no quality; they stand in the section.

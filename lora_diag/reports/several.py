@@ -45,14 +45,19 @@ class Section:
         lines: Word and sentence; a sentence may have several lines.
         grids: Its tables.
         figures: Names of the figures that belong to it; of several runs of a command, to the first.
-        command: That measured it.
+        source: The run.
     """
 
     title: str
     lines: tuple[tuple[str, str], ...]
     grids: tuple[Grid, ...]
     figures: tuple[str, ...]
-    command: str = ""
+    source: Source
+
+    @property
+    def command(self) -> str:
+        """The command that measured it."""
+        return self.source.results.run.command
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +113,7 @@ def sections_of(evidence: Evidence) -> list[Section]:
         lines = tuple((word, text) for word, text in kind.lines(source.results) if word not in _ELSEWHERE)
         grids = tuple(grid for grid in kind.grids(source.results) if grid.names)
         figures = () if command in drawn else kind.figures
-        found.append(Section(_title(source), lines, grids, figures, command))
+        found.append(Section(_title(source), lines, grids, figures, source))
         drawn.add(command)
     return found
 

@@ -107,6 +107,9 @@ def test_the_first_sentence_says_whether_an_adapter_does_as_well_with_its_error(
         Elements(html_report(evidence(outputs(gaps=(0.3,))))).words
     )
     assert "yes: lora_0 is -0.0200 ±0.012 nats from it" in markdown_report(evidence(outputs(gaps=(-0.02, 0.01, 0.0))))
+    both = markdown_report(evidence(outputs(), outputs(gaps=(-0.02,))))  # of two runs each answer is of its own
+    assert "yes: lora_1 is +0.0100 ±0.012 nats from it" in both
+    assert "yes: lora_0 is -0.0200 ±0.012 nats from it" in both
 
 
 def test_the_tables_have_the_numbers_of_the_records():

@@ -15,59 +15,59 @@ from lora_diag.errors import InputError, LoradiagError, NothingComparedError, Us
 from lora_diag.version import __version__
 
 if TYPE_CHECKING:
-    from lora_diag.api.allocate import allocate
-    from lora_diag.api.extract import extract
-    from lora_diag.api.fleet import fleet
-    from lora_diag.api.gate import gate
-    from lora_diag.api.inspect import inspect
-    from lora_diag.api.interference import interference
-    from lora_diag.api.intruders import intruders
-    from lora_diag.api.overlap import overlap, subspaces
-    from lora_diag.api.plan import plan
-    from lora_diag.api.plot import plot
-    from lora_diag.api.probe import probe_truncation
-    from lora_diag.api.probe_activations import probe_activations
-    from lora_diag.api.probe_curvature import probe_curvature
-    from lora_diag.api.probe_fisher import probe_fisher
-    from lora_diag.api.probe_intrinsic import probe_intrinsic
-    from lora_diag.api.probe_outputs import probe_outputs
-    from lora_diag.api.probe_sensitivity import probe_sensitivity
-    from lora_diag.api.probe_sweep import probe_sweep
-    from lora_diag.api.report import report
-    from lora_diag.api.residual import residual
-    from lora_diag.api.spectrum import spectrum
-    from lora_diag.api.verify_merge import verify_merge
-    from lora_diag.engines import Ray
-    from lora_diag.results import Results, read_results
+    from lora_diag.decisions.allocate.run import allocate
+    from lora_diag.decisions.extract.run import extract
+    from lora_diag.decisions.gate.run import gate
+    from lora_diag.decisions.plan.run import plan
+    from lora_diag.diagnostics.fleet.run import fleet
+    from lora_diag.diagnostics.interference.run import interference
+    from lora_diag.diagnostics.intruders.run import intruders
+    from lora_diag.diagnostics.overlap.run import overlap, subspaces
+    from lora_diag.diagnostics.residual.run import residual
+    from lora_diag.diagnostics.spectrum.run import spectrum
+    from lora_diag.diagnostics.verify_merge.run import verify_merge
+    from lora_diag.inspection.run import inspect
+    from lora_diag.plots.run import plot
+    from lora_diag.probes.activations.run import probe_activations
+    from lora_diag.probes.curvature.run import probe_curvature
+    from lora_diag.probes.fisher.run import probe_fisher
+    from lora_diag.probes.intrinsic.run import probe_intrinsic
+    from lora_diag.probes.outputs.run import probe_outputs
+    from lora_diag.probes.sensitivity.run import probe_sensitivity
+    from lora_diag.probes.sweep.run import probe_sweep
+    from lora_diag.probes.truncation.run import probe_truncation
+    from lora_diag.records import Results, read_results
+    from lora_diag.reports.run import report
+    from lora_diag.running.engines import Ray
 
 # Public name -> module that defines it.
 _LAZY = {
-    "Ray": "lora_diag.engines",
-    "Results": "lora_diag.results",
-    "allocate": "lora_diag.api.allocate",
-    "extract": "lora_diag.api.extract",
-    "fleet": "lora_diag.api.fleet",
-    "gate": "lora_diag.api.gate",
-    "inspect": "lora_diag.api.inspect",
-    "interference": "lora_diag.api.interference",
-    "intruders": "lora_diag.api.intruders",
-    "overlap": "lora_diag.api.overlap",
-    "plan": "lora_diag.api.plan",
-    "plot": "lora_diag.api.plot",
-    "probe_activations": "lora_diag.api.probe_activations",
-    "probe_curvature": "lora_diag.api.probe_curvature",
-    "probe_intrinsic": "lora_diag.api.probe_intrinsic",
-    "probe_fisher": "lora_diag.api.probe_fisher",
-    "probe_outputs": "lora_diag.api.probe_outputs",
-    "probe_sensitivity": "lora_diag.api.probe_sensitivity",
-    "probe_sweep": "lora_diag.api.probe_sweep",
-    "probe_truncation": "lora_diag.api.probe",
-    "read_results": "lora_diag.results",
-    "report": "lora_diag.api.report",
-    "residual": "lora_diag.api.residual",
-    "spectrum": "lora_diag.api.spectrum",
-    "subspaces": "lora_diag.api.overlap",
-    "verify_merge": "lora_diag.api.verify_merge",
+    "Ray": "lora_diag.running.engines",
+    "Results": "lora_diag.records",
+    "allocate": "lora_diag.decisions.allocate.run",
+    "extract": "lora_diag.decisions.extract.run",
+    "fleet": "lora_diag.diagnostics.fleet.run",
+    "gate": "lora_diag.decisions.gate.run",
+    "inspect": "lora_diag.inspection.run",
+    "interference": "lora_diag.diagnostics.interference.run",
+    "intruders": "lora_diag.diagnostics.intruders.run",
+    "overlap": "lora_diag.diagnostics.overlap.run",
+    "plan": "lora_diag.decisions.plan.run",
+    "plot": "lora_diag.plots.run",
+    "probe_activations": "lora_diag.probes.activations.run",
+    "probe_curvature": "lora_diag.probes.curvature.run",
+    "probe_intrinsic": "lora_diag.probes.intrinsic.run",
+    "probe_fisher": "lora_diag.probes.fisher.run",
+    "probe_outputs": "lora_diag.probes.outputs.run",
+    "probe_sensitivity": "lora_diag.probes.sensitivity.run",
+    "probe_sweep": "lora_diag.probes.sweep.run",
+    "probe_truncation": "lora_diag.probes.truncation.run",
+    "read_results": "lora_diag.records",
+    "report": "lora_diag.reports.run",
+    "residual": "lora_diag.diagnostics.residual.run",
+    "spectrum": "lora_diag.diagnostics.spectrum.run",
+    "subspaces": "lora_diag.diagnostics.overlap.run",
+    "verify_merge": "lora_diag.diagnostics.verify_merge.run",
 }
 
 __all__ = [

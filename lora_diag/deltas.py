@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 from lora_diag.checkpoints import Checkpoint, TensorInfo
 from lora_diag.checkpoints.tensors import FLOAT_DTYPES
 from lora_diag.errors import NothingComparedError, UsageError
-from lora_diag.results.names import RESIZABLE
-from lora_diag.results.run import Reason
+from lora_diag.records.names import RESIZABLE
+from lora_diag.records.run import Reason
 
 if TYPE_CHECKING:
     import torch

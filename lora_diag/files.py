@@ -1,6 +1,6 @@
 """A file is written beside its place and then renamed, so that it is never half there; and one process writes it.
 
-Knows nothing of what is written. Results files that grow line by line have their own way (``results/writing.py``).
+Knows nothing of what is written. Results files that grow line by line have their own way (``records/writing.py``).
 """
 
 from __future__ import annotations

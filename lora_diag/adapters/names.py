@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from lora_diag.adapters.updates import Shape, flat
 from lora_diag.checkpoints import Checkpoint
 from lora_diag.deltas import HEAD, matrices
-from lora_diag.results.names import RESIZABLE
+from lora_diag.records.names import RESIZABLE
 
 # First parts of names that only say in what a model is wrapped.
 WRAPPERS = frozenset({

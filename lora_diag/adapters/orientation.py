@@ -11,7 +11,7 @@ from collections.abc import Mapping
 
 from lora_diag.adapters.updates import Shape
 from lora_diag.checkpoints import Checkpoint
-from lora_diag.results.names import depth_of
+from lora_diag.records.names import depth_of
 
 
 class Orientation:

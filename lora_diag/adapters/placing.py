@@ -28,7 +28,7 @@ from lora_diag.deltas import (
     selector,
 )
 from lora_diag.errors import InputError, NothingComparedError
-from lora_diag.results.run import Reason
+from lora_diag.records.run import Reason
 
 if TYPE_CHECKING:
     import torch

@@ -15,22 +15,22 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from lora_diag.cli.allocate import allocate
-from lora_diag.cli.extract import extract
-from lora_diag.cli.gate import gate
-from lora_diag.cli.inspect import inspect
-from lora_diag.cli.interference import interference
-from lora_diag.cli.intruders import intruders
 from lora_diag.cli.output import ReaderGoneError, forget_output, message, public
-from lora_diag.cli.overlap import overlap
-from lora_diag.cli.plan import plan
-from lora_diag.cli.plot import plot
 from lora_diag.cli.probe import PROBES
-from lora_diag.cli.report import report
-from lora_diag.cli.residual import residual
-from lora_diag.cli.spectrum import spectrum
-from lora_diag.cli.verify_merge import verify_merge
+from lora_diag.decisions.allocate.command import allocate
+from lora_diag.decisions.extract.command import extract
+from lora_diag.decisions.gate.command import gate
+from lora_diag.decisions.plan.command import plan
+from lora_diag.diagnostics.interference.command import interference
+from lora_diag.diagnostics.intruders.command import intruders
+from lora_diag.diagnostics.overlap.command import overlap
+from lora_diag.diagnostics.residual.command import residual
+from lora_diag.diagnostics.spectrum.command import spectrum
+from lora_diag.diagnostics.verify_merge.command import verify_merge
 from lora_diag.errors import DONE, UNREADABLE, LoradiagError, UsageError
+from lora_diag.inspection.command import inspect
+from lora_diag.plots.command import plot
+from lora_diag.reports.command import report
 from lora_diag.version import __version__
 
 COMMANDS = (

@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, TextIO
 
 from lora_diag.errors import InputError, UsageError
 from lora_diag.files import check_place
-from lora_diag.reports.text import encodable, safe
+from lora_diag.rendering.text import encodable, safe
 
 if TYPE_CHECKING:
-    from lora_diag.api.measuring import Progress
-    from lora_diag.results import AnyRecord, LeftOut
+    from lora_diag.records import AnyRecord, LeftOut
+    from lora_diag.running.measuring import Progress
 
 
 # Columns below which nothing is made to fit.
@@ -61,7 +61,7 @@ def public(text: str) -> str:
     """Return text as it may be printed: addresses without a password or a signature."""
     if "://" not in text:
         return text
-    from lora_diag.api.fingerprint import legible
+    from lora_diag.running.fingerprint import legible
 
     return legible(text)
 
@@ -111,7 +111,7 @@ def spare(inputs: Iterable[Path | str], outputs: Iterable[Path | None]) -> None:
 
 def as_lines(json: bool) -> Callable[[AnyRecord], None] | None:
     """Return what prints each record as it is measured, as ``--json`` asks; None without."""
-    from lora_diag.results import to_line
+    from lora_diag.records import to_line
 
     return (lambda record: line(to_line(record))) if json else None
 

@@ -11,26 +11,26 @@ The rule on the door: the only room that imports Matplotlib; it measures nothing
     ['mlp.gate_proj', 'mlp.up_proj', 'mlp.down_proj']
 """
 
-from lora_diag.plots.allocation import allocation, budget
-from lora_diag.plots.alone import alone
-from lora_diag.plots.angles import angles
-from lora_diag.plots.curvature import curvature
-from lora_diag.plots.energy import energy
+from lora_diag.decisions.allocate.figures import allocation, budget
+from lora_diag.diagnostics.fleet.figures import fleet
+from lora_diag.diagnostics.interference.figure_union import union
+from lora_diag.diagnostics.interference.figures import angles
+from lora_diag.diagnostics.overlap.figures import overlap
+from lora_diag.diagnostics.residual.figures import residual
+from lora_diag.diagnostics.spectrum.figure_energy import energy
+from lora_diag.diagnostics.spectrum.figures import spectrum
 from lora_diag.plots.figures import FIGURES, FigureKind, figure, figure_named, why_not
-from lora_diag.plots.fisher import fisher
-from lora_diag.plots.fleet import fleet
 from lora_diag.plots.heatmap import heatmap
-from lora_diag.plots.intrinsic import intrinsic
-from lora_diag.plots.outputs import depth, outputs
-from lora_diag.plots.overlap import overlap
-from lora_diag.plots.residual import residual
-from lora_diag.plots.sensitivity import sensitivity
-from lora_diag.plots.series import drawn
-from lora_diag.plots.spectrum import spectrum
-from lora_diag.plots.style import FORMATS, encoded
-from lora_diag.plots.sweep import sweep
-from lora_diag.plots.truncation import truncation
-from lora_diag.plots.union import union
+from lora_diag.probes.curvature.figures import curvature
+from lora_diag.probes.fisher.figures import fisher
+from lora_diag.probes.intrinsic.figures import intrinsic
+from lora_diag.probes.outputs.figures import depth, outputs
+from lora_diag.probes.sensitivity.figures import sensitivity
+from lora_diag.probes.sweep.figures import sweep
+from lora_diag.probes.truncation.figure_alone import alone
+from lora_diag.probes.truncation.figures import truncation
+from lora_diag.rendering.figures.series import drawn
+from lora_diag.rendering.figures.style import FORMATS, encoded
 
 __all__ = [
     "FIGURES",

@@ -8,41 +8,41 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from lora_diag.decisions.allocate.figures import figure as draw_allocation
+from lora_diag.diagnostics.fleet.figures import figure as draw_fleet
+from lora_diag.diagnostics.interference.figure_union import figure as draw_union
+from lora_diag.diagnostics.interference.figure_union import shared
+from lora_diag.diagnostics.interference.figures import figure as draw_angles
+from lora_diag.diagnostics.interference.figures import ranks_of
+from lora_diag.diagnostics.overlap.figures import figure as draw_overlap
+from lora_diag.diagnostics.residual.figures import figure as draw_residual
+from lora_diag.diagnostics.spectrum.figure_energy import figure as draw_energy
+from lora_diag.diagnostics.spectrum.figures import figure as draw_spectrum
 from lora_diag.errors import UsageError
-from lora_diag.plots.allocation import figure as draw_allocation
-from lora_diag.plots.alone import figure as draw_alone
-from lora_diag.plots.alone import lacks as alone_lacks
-from lora_diag.plots.angles import figure as draw_angles
-from lora_diag.plots.angles import ranks_of
-from lora_diag.plots.curvature import figure as draw_curvature
-from lora_diag.plots.energy import figure as draw_energy
-from lora_diag.plots.fields import numbers_of, value_of
-from lora_diag.plots.fisher import figure as draw_fisher
-from lora_diag.plots.fisher import lacks as fisher_lacks
-from lora_diag.plots.fleet import figure as draw_fleet
 from lora_diag.plots.heatmap import figure as draw_heatmap
-from lora_diag.plots.intrinsic import figure as draw_intrinsic
-from lora_diag.plots.intrinsic import lacks as intrinsic_lacks
-from lora_diag.plots.outputs import depth_figure as draw_depth
-from lora_diag.plots.outputs import figure as draw_outputs
-from lora_diag.plots.outputs import lacks as outputs_lacks
-from lora_diag.plots.outputs import lacks_depth as depth_lacks
-from lora_diag.plots.overlap import figure as draw_overlap
-from lora_diag.plots.residual import figure as draw_residual
-from lora_diag.plots.sensitivity import figure as draw_sensitivity
-from lora_diag.plots.sensitivity import lacks as sensitivity_lacks
-from lora_diag.plots.series import Options, Series, by_adapter, by_pair, by_step, kind_of, series_of
-from lora_diag.plots.sheet import MAX_PANELS, settle
-from lora_diag.plots.spectrum import figure as draw_spectrum
-from lora_diag.plots.style import CATEGORIES, Look, look_of, styled
-from lora_diag.plots.sweep import figure as draw_sweep
-from lora_diag.plots.sweep import lacks as sweep_lacks
-from lora_diag.plots.truncation import figure as draw_truncation
-from lora_diag.plots.truncation import lacks as truncation_lacks
-from lora_diag.plots.union import figure as draw_union
-from lora_diag.plots.union import shared
-from lora_diag.results import LayerRecord, Results
-from lora_diag.results.spectrum import METRIC_NAMES
+from lora_diag.probes.curvature.figures import figure as draw_curvature
+from lora_diag.probes.fisher.figures import figure as draw_fisher
+from lora_diag.probes.fisher.figures import lacks as fisher_lacks
+from lora_diag.probes.intrinsic.figures import figure as draw_intrinsic
+from lora_diag.probes.intrinsic.figures import lacks as intrinsic_lacks
+from lora_diag.probes.outputs.figures import depth_figure as draw_depth
+from lora_diag.probes.outputs.figures import figure as draw_outputs
+from lora_diag.probes.outputs.figures import lacks as outputs_lacks
+from lora_diag.probes.outputs.figures import lacks_depth as depth_lacks
+from lora_diag.probes.sensitivity.figures import figure as draw_sensitivity
+from lora_diag.probes.sensitivity.figures import lacks as sensitivity_lacks
+from lora_diag.probes.sweep.figures import figure as draw_sweep
+from lora_diag.probes.sweep.figures import lacks as sweep_lacks
+from lora_diag.probes.truncation.figure_alone import figure as draw_alone
+from lora_diag.probes.truncation.figure_alone import lacks as alone_lacks
+from lora_diag.probes.truncation.figures import figure as draw_truncation
+from lora_diag.probes.truncation.figures import lacks as truncation_lacks
+from lora_diag.records import LayerRecord, Results
+from lora_diag.records.spectrum import METRIC_NAMES
+from lora_diag.rendering.figures.fields import numbers_of, value_of
+from lora_diag.rendering.figures.series import Options, Series, by_adapter, by_pair, by_step, kind_of, series_of
+from lora_diag.rendering.figures.sheet import MAX_PANELS, settle
+from lora_diag.rendering.figures.style import CATEGORIES, Look, look_of, styled
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,14 +16,25 @@ from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
-from lora_diag.plots.fields import metric_said, numbers_of, title_in, value_of, written
-from lora_diag.plots.groups import Types
-from lora_diag.plots.panel import panel_axes
-from lora_diag.plots.series import Options, Series
-from lora_diag.plots.sheet import Key, Words, sheet
-from lora_diag.plots.style import INK, QUIET, SHARES, UNKNOWN, Look, cropped, cropped_all, log_label, styled, width_of
-from lora_diag.results import LayerRecord
-from lora_diag.results.names import depth_of
+from lora_diag.records import LayerRecord
+from lora_diag.records.names import depth_of
+from lora_diag.rendering.figures.fields import metric_said, numbers_of, title_in, value_of, written
+from lora_diag.rendering.figures.groups import Types
+from lora_diag.rendering.figures.panel import panel_axes
+from lora_diag.rendering.figures.series import Options, Series
+from lora_diag.rendering.figures.sheet import Key, Words, sheet
+from lora_diag.rendering.figures.style import (
+    INK,
+    QUIET,
+    SHARES,
+    UNKNOWN,
+    Look,
+    cropped,
+    cropped_all,
+    log_label,
+    styled,
+    width_of,
+)
 
 # From this ratio of the largest to the smallest value on, colours are logarithmic.
 _LOG_FROM = 50

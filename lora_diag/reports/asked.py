@@ -9,12 +9,12 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from lora_diag.planning.evidence import Evidence
-from lora_diag.planning.worth import Contest, contests
-from lora_diag.reports.lines import called
-from lora_diag.reports.probe import gap
+from lora_diag.probes.truncation.summary import gap
+from lora_diag.rendering.lines import called
+from lora_diag.rendering.text import safe
+from lora_diag.reports.evidence import Evidence
 from lora_diag.reports.several import sections_of
-from lora_diag.reports.text import safe
+from lora_diag.reports.worth import Contest, contests
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,16 +10,16 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+from lora_diag.decisions.gate.summary import WORST_FIRST
+from lora_diag.diagnostics.overlap.tracks import tracks
+from lora_diag.diagnostics.residual.summary import limits_of
+from lora_diag.diagnostics.verify_merge.summary import ORDER
 from lora_diag.metrics import pooled
-from lora_diag.planning.evidence import Evidence, Source
-from lora_diag.reports.merge import ORDER
-from lora_diag.reports.residual import limits_of
+from lora_diag.records import Allocation, Fleet, Intruders, Merge, Overlap, Residual, Spectrum, Union
+from lora_diag.records.spectrum import METRIC_NAMES, NORMS, metric_of
+from lora_diag.records.verdict import Status
+from lora_diag.reports.evidence import Evidence, Source
 from lora_diag.reports.subject import EPSILON, labels
-from lora_diag.reports.tracks import tracks
-from lora_diag.reports.verdict import WORST_FIRST
-from lora_diag.results import Allocation, Fleet, Intruders, Merge, Overlap, Residual, Spectrum, Union
-from lora_diag.results.spectrum import METRIC_NAMES, NORMS, metric_of
-from lora_diag.results.verdict import Status
 
 Value = float | int | str | None
 

@@ -16,18 +16,18 @@ from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
+from lora_diag.diagnostics.overlap.tracks import tracks
 from lora_diag.errors import InputError
+from lora_diag.inspection.tables import table
 from lora_diag.metrics.thinning import curve_at, thinned_ranks
-from lora_diag.planning.evidence import Evidence, Source
+from lora_diag.records import Overlap, Spectrum
+from lora_diag.records.names import depth_of
+from lora_diag.records.spectrum import METRIC_NAMES, NORMS, metric_of
+from lora_diag.rendering.text import number, safe, short
+from lora_diag.reports.evidence import Evidence, Source
 from lora_diag.reports.fields import Field, fields_of, layers_of
 from lora_diag.reports.several import SEVERAL, Section, sections_of
 from lora_diag.reports.subject import ENERGY, EPSILON, Subject, certificates, judged, labels, metrics_said, subject_of
-from lora_diag.reports.tables import table
-from lora_diag.reports.text import number, safe, short
-from lora_diag.reports.tracks import tracks
-from lora_diag.results import Overlap, Spectrum
-from lora_diag.results.names import depth_of
-from lora_diag.results.spectrum import METRIC_NAMES, NORMS, metric_of
 
 TEMPLATES = Path(__file__).parent / "templates"
 
@@ -158,7 +158,7 @@ def _shown(source: Source) -> str:
 
 def _data(evidence: Evidence, layers: Sequence[str], columns: Sequence[Field]) -> dict[str, Any]:
     """Return what the page's script works on (``templates/page.js``); layers are numbers from here on."""
-    from lora_diag.plots.groups import Types
+    from lora_diag.rendering.figures.groups import Types
 
     types = Types(layers)
     row = {name: place for place, name in enumerate(types.names)}

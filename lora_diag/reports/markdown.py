@@ -9,12 +9,12 @@ import re
 from collections.abc import Sequence
 from statistics import median
 
-from lora_diag.planning.evidence import Evidence
+from lora_diag.records.names import module_type_of, place_of
+from lora_diag.rendering.text import crop, number, safe, short
+from lora_diag.reports.evidence import Evidence
 from lora_diag.reports.fields import Field, fields_of, layers_of
 from lora_diag.reports.several import sections_of
 from lora_diag.reports.subject import ENERGY, Subject, certificates, judged, metrics_said, subject_of
-from lora_diag.reports.text import crop, number, safe, short
-from lora_diag.results.names import module_type_of, place_of
 
 # GitHub takes 65,536 characters of a comment.
 MOST_BYTES = 60_000

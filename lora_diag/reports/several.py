@@ -9,22 +9,22 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from lora_diag.planning.evidence import Evidence, Source
-from lora_diag.reports.columns import Grid
-from lora_diag.reports.fleet import fleet_grids, fleet_lines, pairs_of
-from lora_diag.reports.interference import interference_grids, interference_lines
-from lora_diag.reports.intruders import intruders_grids, intruders_lines
-from lora_diag.reports.lines import called
-from lora_diag.reports.merge import merge_grids, merge_lines
-from lora_diag.reports.probe import truncation_grids, truncation_lines
-from lora_diag.reports.probe_curvature import curvature_grids, curvature_lines
-from lora_diag.reports.probe_fisher import fisher_grids, fisher_lines
-from lora_diag.reports.probe_intrinsic import intrinsic_grids, intrinsic_lines
-from lora_diag.reports.probe_outputs import outputs_grids, outputs_lines
-from lora_diag.reports.probe_sensitivity import sensitivity_grids, sensitivity_lines
-from lora_diag.reports.probe_sweep import sweep_grids, sweep_lines
-from lora_diag.reports.text import safe
-from lora_diag.results import Results
+from lora_diag.diagnostics.fleet.summary import fleet_grids, fleet_lines, pairs_of
+from lora_diag.diagnostics.interference.summary import interference_grids, interference_lines
+from lora_diag.diagnostics.intruders.summary import intruders_grids, intruders_lines
+from lora_diag.diagnostics.verify_merge.summary import merge_grids, merge_lines
+from lora_diag.probes.curvature.summary import curvature_grids, curvature_lines
+from lora_diag.probes.fisher.summary import fisher_grids, fisher_lines
+from lora_diag.probes.intrinsic.summary import intrinsic_grids, intrinsic_lines
+from lora_diag.probes.outputs.summary import outputs_grids, outputs_lines
+from lora_diag.probes.sensitivity.summary import sensitivity_grids, sensitivity_lines
+from lora_diag.probes.sweep.summary import sweep_grids, sweep_lines
+from lora_diag.probes.truncation.summary import truncation_grids, truncation_lines
+from lora_diag.records import Results
+from lora_diag.rendering.columns import Grid
+from lora_diag.rendering.lines import called
+from lora_diag.rendering.text import safe
+from lora_diag.reports.evidence import Evidence, Source
 
 # What the list of runs says anyway.
 _ELSEWHERE = {"Compared", "Left out", "Adapters"}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 
 from lora_diag.errors import InputError
-from lora_diag.planning.evidence import Evidence
+from lora_diag.reports.evidence import Evidence
 from lora_diag.reports.html import Picture
 
 

@@ -11,22 +11,22 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, TypeVar
 
-from lora_diag.planning.advice import advice
-from lora_diag.planning.evidence import Evidence, Source, measure_weights
-from lora_diag.planning.findings import Finding, findings
-from lora_diag.planning.step import Advice
-from lora_diag.planning.worth import of
+from lora_diag.decisions.gate.summary import WORST_FIRST
+from lora_diag.diagnostics.overlap.summary import lines
+from lora_diag.diagnostics.overlap.tracks import tracks
+from lora_diag.diagnostics.residual.summary import residual_lines
+from lora_diag.diagnostics.spectrum.summary import METRICS, summary_lines
+from lora_diag.records import Certificate, Overlap, Spectrum, Verdict
+from lora_diag.records.spectrum import METRIC_NAMES, metric_of
+from lora_diag.records.verdict import outcome
+from lora_diag.rendering.text import number, percent, safe
+from lora_diag.reports.advice import advice
 from lora_diag.reports.asked import Answer, losses, parts, several
-from lora_diag.reports.overlap_summary import lines
-from lora_diag.reports.residual import residual_lines
+from lora_diag.reports.evidence import Evidence, Source, measure_weights
+from lora_diag.reports.findings import Finding, findings
 from lora_diag.reports.several import SEVERAL, is_of_losses, named_of
-from lora_diag.reports.summary import METRICS, summary_lines
-from lora_diag.reports.text import number, percent, safe
-from lora_diag.reports.tracks import tracks
-from lora_diag.reports.verdict import WORST_FIRST
-from lora_diag.results import Certificate, Overlap, Spectrum, Verdict
-from lora_diag.results.spectrum import METRIC_NAMES, metric_of
-from lora_diag.results.verdict import outcome
+from lora_diag.reports.step import Advice
+from lora_diag.reports.worth import of
 
 # What has to be said wherever ε is shown.
 EPSILON = (

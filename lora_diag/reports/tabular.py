@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from lora_diag.errors import InputError
-from lora_diag.planning.evidence import Evidence
+from lora_diag.reports.evidence import Evidence
 
 # A spreadsheet takes a cell for a formula that begins so (OWASP, "CSV injection").
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")

@@ -190,7 +190,7 @@ def test_resume_notices_another_adapter_config(tmp_path):
 
 
 def test_inspect_is_a_function_like_the_command(tmp_path):
-    import lora_diag.api.inspect as module  # whose import must not take the function's name
+    import lora_diag.inspection.run as module  # whose import must not take the function's name
 
     model = save_model(tmp_path / "m", weights(1))
     assert lora_diag.inspect is module.inspect

@@ -8,11 +8,12 @@ from safetensors.torch import load_file
 
 import lora_diag
 from lora_diag import deltas
-from lora_diag.api import fleet, verify_merge
-from lora_diag.diagnostics import covariance
-from lora_diag.engines import local
+from lora_diag.diagnostics.fleet import run as fleet
+from lora_diag.diagnostics.spectrum import gradients as covariance
+from lora_diag.diagnostics.verify_merge import run as verify_merge
 from lora_diag.errors import UsageError
 from lora_diag.linalg import limited
+from lora_diag.running.engines import local
 from tests.conftest import ROOT, save_model
 
 BASE, TUNED = "sample_checkpoints/base", "sample_checkpoints/full_ft"

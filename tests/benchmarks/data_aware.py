@@ -16,9 +16,9 @@ import torch
 from safetensors.torch import load_file
 
 import lora_diag
-from lora_diag.training.data import read_texts
-from lora_diag.training.losses import measure
-from lora_diag.training.models import Weights, open_model
+from lora_diag.models.data import read_texts
+from lora_diag.models.losses import measure
+from lora_diag.models.opening import Weights, open_model
 
 RANKS, BUDGET = (4, 8, 16), 8
 PREFIX = "output_gradients."

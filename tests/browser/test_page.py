@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lora_diag.planning.evidence import Evidence, Source
+from lora_diag.reports.evidence import Evidence, Source
 from lora_diag.reports.html import html_report
 from lora_diag.reports.static import pictures_of
 from tests.browser.chromium import Page, find_chromium

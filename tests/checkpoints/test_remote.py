@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from lora_diag import deltas, inspect, spectrum
 from lora_diag.adapters import is_adapter, open_adapter
-from lora_diag.api.fingerprint import fingerprint, legible
 from lora_diag.checkpoints import as_path, locate, open_checkpoint, ranges, shown
 from lora_diag.errors import InputError
+from lora_diag.running.fingerprint import fingerprint, legible
 from tests.checkpoints.web import Web, basic, large, save_large
 from tests.conftest import SHARED, save_sharded, weights
 

@@ -9,11 +9,11 @@ import torch
 
 from lora_diag import inspect, spectrum
 from lora_diag.adapters import is_adapter, open_adapter
-from lora_diag.api.fingerprint import fingerprint
 from lora_diag.checkpoints import locate, open_checkpoint, ranges, stores
 from lora_diag.checkpoints.ranges import MayPassError
 from lora_diag.checkpoints.stores_bucket import BucketStore
 from lora_diag.errors import InputError
+from lora_diag.running.fingerprint import fingerprint
 from tests.checkpoints.web import large, save_large
 from tests.conftest import ROOT, save_sharded
 

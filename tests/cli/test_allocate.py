@@ -7,7 +7,7 @@ import sys
 import pytest
 
 import lora_diag
-from lora_diag.results import LeftOut, Results, RunInput
+from lora_diag.records import LeftOut, Results, RunInput
 from tests.conftest import ROOT
 from tests.planning.records import llama, record, results
 

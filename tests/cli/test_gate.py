@@ -11,7 +11,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 import lora_diag
-from lora_diag.gating.reading import read_policy
+from lora_diag.decisions.gate.reading import read_policy
 from tests.conftest import ROOT
 from tests.gating.making import LAYERS, left_out, residual, spectrum, write
 

@@ -13,7 +13,7 @@ import torch
 import lora_diag
 from lora_diag.cli.output import tell_unmeasured
 from lora_diag.errors import UsageError
-from lora_diag.results import LeftOut
+from lora_diag.records import LeftOut
 from tests.conftest import PATIENCE, ROOT, Ran, as_numpy, save_model
 
 NAME, SMALL = "model.layers.0.mlp.up_proj.weight", "model.layers.0.self_attn.q_proj.weight"

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 import lora_diag
-from lora_diag.reports.plan import plan_table
+from lora_diag.decisions.plan.summary import plan_table
 from tests.conftest import ROOT
 
 BASE = ROOT / "sample_checkpoints/base"
@@ -95,8 +95,8 @@ def test_the_time_of_a_run_is_told_from_what_was_measured(loradiag, columns):
 
 
 def test_the_record_of_a_cost_adds_up(loradiag):
-    from lora_diag.planning.cost import Speed
-    from lora_diag.results.plan import Plan
+    from lora_diag.decisions.plan.cost import Speed
+    from lora_diag.records.plan import Plan
 
     found = Plan.model_validate_json(loradiag("plan", BASE, "--cost", "--json").out)
     assert found.rates is not None
@@ -108,8 +108,8 @@ def test_the_record_of_a_cost_adds_up(loradiag):
 
 def test_experts_of_a_config_cost_what_they_do_in_a_checkpoint():
     """transformers holds gate and up as one matrix; files have two, with half the rows."""
-    from lora_diag.api.plan import _apart
-    from lora_diag.planning.plan import Matrix
+    from lora_diag.decisions.plan.measure import Matrix
+    from lora_diag.decisions.plan.run import _apart
 
     fused = Matrix("model.layers.0.mlp.experts.gate_up_proj", (4096, 7168), 256)
     assert [(each.shape, each.count) for each in _apart(fused)] == [((2048, 7168), 256)] * 2

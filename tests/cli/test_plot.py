@@ -5,8 +5,8 @@ import sys
 
 import pytest
 
-from lora_diag.api.plot import Drawn, _why_none
-from lora_diag.results import End, Results, Run
+from lora_diag.plots.run import Drawn, _why_none
+from lora_diag.records import End, Results, Run
 from tests.plots import making
 
 
@@ -106,7 +106,7 @@ def test_results_without_layers_say_what_shows_them(loradiag, tmp_path):
 
 def test_every_figure_can_be_asked_for_by_name():
     from lora_diag import plots
-    from lora_diag.cli.plot import Figure
+    from lora_diag.plots.command import Figure
 
     assert [figure.value for figure in Figure] == ["all", *(kind.name for kind in plots.FIGURES)]
 

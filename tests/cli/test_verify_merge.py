@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lora_diag.api.verify_merge import _missing
 from lora_diag.deltas import Unpaired
+from lora_diag.diagnostics.verify_merge.run import _missing
 from lora_diag.errors import InputError
 from tests.adapters.making import adapter, base, normal, write
 from tests.oracles import bf16

@@ -11,10 +11,10 @@ from safetensors.torch import load_file, save_file
 
 import lora_diag
 from lora_diag.checkpoints import open_checkpoint
+from lora_diag.decisions.extract.measure import ExtractionSettings, Layer, Rank, extract
 from lora_diag.deltas import Side, pair
-from lora_diag.diagnostics.extraction import ExtractionSettings, Layer, Rank, extract
-from lora_diag.diagnostics.metric import Moments, Weighting
 from lora_diag.errors import UsageError
+from lora_diag.layers.metric import Moments, Weighting
 from tests import oracles
 from tests.conftest import ROOT
 from tests.diagnostics.test_extraction import Kept, layer_of

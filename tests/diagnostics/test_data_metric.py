@@ -8,12 +8,12 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import lora_diag
-from lora_diag.api.activations import second_moments
-from lora_diag.api.inputs import compare
-from lora_diag.diagnostics.metric import Root, extra
-from lora_diag.diagnostics.spectrum import Layer, SpectrumSettings, size
+from lora_diag.diagnostics.spectrum.measure import Layer, SpectrumSettings, size
 from lora_diag.errors import InputError, UsageError
+from lora_diag.layers.metric import Root, extra
 from lora_diag.metrics import noise_edge
+from lora_diag.running.activations import second_moments
+from lora_diag.running.inputs import compare
 from tests import oracles
 from tests.conftest import ROOT, as_numpy, save_model, weights
 from tests.diagnostics.test_residual import lora
@@ -96,7 +96,7 @@ def test_an_adapter_is_weighed_by_its_factors(tmp_path, monkeypatch, rank):
     adapter = lora(tmp_path / "adapter", {UP: (b, a)}, target_modules=["up_proj"])
     file = store(tmp_path / "a.safetensors", **{UP: moments(12, 3)})
     b, a = (value.astype(np.float32).astype(np.float64) for value in (b, a))
-    monkeypatch.setattr("lora_diag.diagnostics.change.decompose", None)  # what is dense would need it
+    monkeypatch.setattr("lora_diag.layers.change.decompose", None)  # what is dense would need it
     record = lora_diag.spectrum(base, adapter, activations=file, ranks=(1, 3, 5))[UP]
     assert record.method == "factored"
     check(record, b @ a, as_numpy(weights(1)[UP]), np.eye(16), oracles.square_root(as_stored(file)[UP]))
@@ -180,8 +180,8 @@ def test_labels_drawn_from_the_model_are_another_loss_and_repeat_with_the_seed(t
 )
 def test_nothing_of_a_rank_is_nearer_in_output_than_the_truncated_product(m, n, seen, rank, seed):
     """Σ_{i>r}σ_i² of ΔW·C^½ is min E‖(ΔW − X)x‖² over rank r, C singular or not; U_rU_rᵀΔW reaches it."""
-    from lora_diag.diagnostics.change import Change
-    from lora_diag.diagnostics.metric import fro_of, times
+    from lora_diag.layers.change import Change
+    from lora_diag.layers.metric import fro_of, times
     from lora_diag.linalg import root
 
     rng = np.random.default_rng(seed)

@@ -9,8 +9,8 @@ from safetensors.torch import save_file
 
 from lora_diag import deltas
 from lora_diag.checkpoints import open_checkpoint
+from lora_diag.decisions.extract.measure import ExtractionSettings, Layer, Rank, extract
 from lora_diag.deltas import FactoredDelta, pair
-from lora_diag.diagnostics.extraction import ExtractionSettings, Layer, Rank, extract
 from lora_diag.errors import InputError
 from tests.oracles import best_approximation, with_spectrum
 

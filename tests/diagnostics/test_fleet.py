@@ -8,12 +8,12 @@ import pytest
 import torch
 
 import lora_diag
-from lora_diag.api.fleet import expand
-from lora_diag.api.inputs import compare
+from lora_diag.diagnostics.fleet.run import expand
+from lora_diag.diagnostics.fleet.summary import remarks
 from lora_diag.errors import NothingComparedError, UsageError
 from lora_diag.linalg.sketch import LENGTH, sketch
 from lora_diag.metrics.fleet import alike, norm_outliers
-from lora_diag.reports.fleet import remarks
+from lora_diag.running.inputs import compare
 from tests import oracles
 from tests.adapters.dense import dense
 from tests.conftest import ROOT

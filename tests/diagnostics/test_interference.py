@@ -11,13 +11,13 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 import lora_diag
-import lora_diag.diagnostics.interference as diagnostic
-from lora_diag.api.interference import union_spectra
+import lora_diag.diagnostics.interference.measure as diagnostic
 from lora_diag.checkpoints import open_checkpoint
+from lora_diag.diagnostics.interference.run import union_spectra
 from lora_diag.errors import InputError, NothingComparedError, UsageError
 from lora_diag.linalg.ties import merged
 from lora_diag.metrics.interference import near_chance, task_interference_at_random
-from lora_diag.results import Interference, Union
+from lora_diag.records import Interference, Union
 from tests import oracles
 from tests.adapters.dense import dense
 from tests.conftest import ROOT, save_model, weights
@@ -157,7 +157,7 @@ def test_the_samples_against_numpy():
     paths = [SAMPLES / name for name in ("lora_r4", "lora_r16", "full_ft")]
     found = lora_diag.interference(paths, base=SAMPLES / "base", layers=r"layers\.1\.(mlp.down|self_attn.k)")
     base, tuned = open_checkpoint(SAMPLES / "base"), open_checkpoint(SAMPLES / "full_ft")
-    opened = [lora_diag.api.inputs.compare(path, None) for path in paths[:2]]
+    opened = [lora_diag.running.inputs.compare(path, None) for path in paths[:2]]
     known = [{d.layer: dense(d) for d in side.pairing.deltas} for side in opened]
     pairs, unions = records(found)
     assert (len(pairs), len(unions)) == (6, 2)

@@ -7,8 +7,8 @@ import time
 from functools import partial
 from pathlib import Path
 
-from lora_diag.api import spectrum
 from lora_diag.cli import main
+from lora_diag.diagnostics.spectrum import run as spectrum
 from lora_diag.errors import InputError
 
 

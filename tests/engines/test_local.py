@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import lora_diag
-from lora_diag.engines import Layout, layout_for, run_local
 from lora_diag.errors import InputError
+from lora_diag.running.engines import Layout, layout_for, run_local
 
 
 def test_records_come_in_the_order_of_the_tasks():

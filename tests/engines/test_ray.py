@@ -19,20 +19,21 @@ from safetensors.torch import load_file, save_file
 
 import lora_diag
 from lora_diag import Ray
-from lora_diag.api.fleet import Member, Seen, _on_a_worker
-from lora_diag.api.measuring import Place, place
 from lora_diag.cli import options
-from lora_diag.engines import connection
-from lora_diag.engines import ray as engine
-from lora_diag.engines.connection import import_ray
-from lora_diag.engines.worker import Job, open_job
+from lora_diag.diagnostics.fleet.run import Member, Seen, _on_a_worker
 from lora_diag.errors import InputError, UsageError
+from lora_diag.running.engines import connection
+from lora_diag.running.engines import ray as engine
+from lora_diag.running.engines.connection import import_ray
+from lora_diag.running.engines.worker import Job, open_job
+from lora_diag.running.measuring import Place, place
 from lora_diag.version import __version__
 from tests.checkpoints.web import Web
 from tests.conftest import PATIENCE, ROOT
 from tests.engines import faulty
 
-api = sys.modules["lora_diag.api.spectrum"]  # ``lora_diag.api.spectrum`` is the module, ``lora_diag.spectrum`` not
+# The module: ``lora_diag.spectrum`` is the function.
+api = sys.modules["lora_diag.diagnostics.spectrum.run"]
 LAST = "model.layers.1.self_attn.q_proj.weight"
 
 

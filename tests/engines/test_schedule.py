@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lora_diag.engines.schedule import BATCH, LEAST, Batch, Room, Waiting, batches, cost, in_order
 from lora_diag.errors import InputError
+from lora_diag.running.engines.schedule import BATCH, LEAST, Batch, Room, Waiting, batches, cost, in_order
 
 Layer = namedtuple("Layer", "layer shape")
 

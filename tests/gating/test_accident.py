@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lora_diag.api.gate import gate
+from lora_diag.decisions.gate.reading import read_policy
+from lora_diag.decisions.gate.run import gate
 from lora_diag.errors import LoradiagError
-from lora_diag.gating.reading import read_policy
-from lora_diag.results.verdict import outcome
+from lora_diag.records.verdict import outcome
 from tests.gating.making import LAYERS, left_out, lines, spectrum
 
 TODAY = date(2026, 11, 25)

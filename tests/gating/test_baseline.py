@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lora_diag
-from lora_diag.api.gate import gate
+from lora_diag.decisions.gate.reading import read_policy
+from lora_diag.decisions.gate.run import gate
 from lora_diag.errors import InputError, UsageError
-from lora_diag.gating.reading import read_policy
-from lora_diag.results.verdict import outcome
+from lora_diag.records.verdict import outcome
 from tests.gating.making import LAYERS, residual, write
 
 TODAY = date(2026, 11, 25)

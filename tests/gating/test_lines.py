@@ -4,7 +4,7 @@ import tomllib
 
 import pytest
 
-from lora_diag.gating.lines import line_of
+from lora_diag.decisions.gate.lines import line_of
 
 TEXT = '''# a comment
 title = "x"

@@ -4,9 +4,10 @@ import re
 
 import pytest
 
+from lora_diag.decisions.gate.policy import READY
+from lora_diag.decisions.gate.reading import read_policy
+from lora_diag.decisions.gate.ready import ready_policy
 from lora_diag.errors import UsageError
-from lora_diag.gating import READY, ready_policy
-from lora_diag.gating.reading import read_policy
 
 GOOD = """\
 title = "x"

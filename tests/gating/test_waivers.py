@@ -4,9 +4,9 @@ from datetime import date
 
 import pytest
 
-from lora_diag.api.gate import gate
-from lora_diag.gating.reading import read_policy
-from lora_diag.results.verdict import outcome
+from lora_diag.decisions.gate.reading import read_policy
+from lora_diag.decisions.gate.run import gate
+from lora_diag.records.verdict import outcome
 from tests.gating.making import LAYERS, left_out, spectrum, write
 
 RULE = '[[rule]]\nname = "drift"\nrequire = "{require}"\n'

@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from lora_diag.diagnostics.change import on_device
 from lora_diag.errors import UsageError
+from lora_diag.layers.change import on_device
 from lora_diag.linalg import devices
 
 GPU, CPU = torch.device("cuda:0"), torch.device("cpu")

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from lora_diag.results import Resolution, Results, Run, RunInput, Spectrum, totals
+from lora_diag.records import Resolution, Results, Run, RunInput, Spectrum, totals
 
 
 def record(

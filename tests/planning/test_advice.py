@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lora_diag.planning.advice import RULES as STEPS
-from lora_diag.planning.advice import advice
-from lora_diag.planning.evidence import Evidence, Source, kept_at
-from lora_diag.planning.findings import RULES, findings
+from lora_diag.reports.advice import RULES as STEPS
+from lora_diag.reports.advice import advice
+from lora_diag.reports.evidence import Evidence, Source, kept_at
+from lora_diag.reports.findings import RULES, findings
 from lora_diag.reports.markdown import markdown_report
 from lora_diag.reports.subject import SPOKEN_OF, subject_of
 from tests.reports.making import (

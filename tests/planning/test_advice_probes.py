@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from lora_diag.planning.advice import advice
-from lora_diag.results import Effect, Fisher, Intrinsic, LossBound, Sensitivity
+from lora_diag.records import Effect, Fisher, Intrinsic, LossBound, Sensitivity
+from lora_diag.reports.advice import advice
 from tests.planning.test_advice import evidence, model, told
 from tests.planning.test_loss_advice import outputs, run, sweep, truncation
 from tests.reports.making import names, residual, residuals

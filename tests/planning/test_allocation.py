@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lora_diag.decisions.allocate.allocation import Budget, allocate
+from lora_diag.decisions.allocate.candidates import Constraints
 from lora_diag.errors import UsageError
-from lora_diag.planning.allocation import Budget, allocate
-from lora_diag.planning.candidates import Constraints
 from tests.planning.records import llama, record
 
 

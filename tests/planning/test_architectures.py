@@ -2,8 +2,8 @@
 
 import pytest
 
+from lora_diag.decisions.plan.architectures import BUILDERS, weights_of
 from lora_diag.errors import InputError
-from lora_diag.planning.architectures import BUILDERS, weights_of
 
 SMALL = {
     "vocab_size": 20, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3, "num_attention_heads": 4,

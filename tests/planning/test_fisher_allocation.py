@@ -9,11 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lora_diag
+from lora_diag.decisions.allocate.allocation import Budget, allocate
+from lora_diag.decisions.allocate.candidates import Constraints, units
+from lora_diag.decisions.allocate.summary import allocation_table
 from lora_diag.errors import InputError, UsageError
-from lora_diag.planning.allocation import Budget, allocate
-from lora_diag.planning.candidates import Constraints, units
-from lora_diag.reports.allocation import allocation_table
-from lora_diag.results import Fisher, ResultsWriter, Run, totals
+from lora_diag.records import Fisher, ResultsWriter, Run, totals
 from tests.planning.records import record, results
 
 LAYERS = tuple(f"model.layers.{i}.mlp.up_proj.weight" for i in range(3))

@@ -4,9 +4,9 @@ from dataclasses import replace
 
 import pytest
 
-from lora_diag.planning.advice import advice
-from lora_diag.planning.worth import contests
-from lora_diag.results import End, Probe, Results, Run, RunInput
+from lora_diag.records import End, Probe, Results, Run, RunInput
+from lora_diag.reports.advice import advice
+from lora_diag.reports.worth import contests
 from tests.planning.test_advice import evidence, model, told
 from tests.reports.making import flat_to
 

@@ -7,11 +7,11 @@ import re
 import numpy as np
 import pytest
 
+from lora_diag.decisions.allocate.allocation import Budget, allocate
+from lora_diag.decisions.allocate.candidates import Constraints
+from lora_diag.decisions.allocate.peft_config import Scaling, check, compare, module_of, peft_config
 from lora_diag.errors import InputError, UsageError
-from lora_diag.planning.allocation import Budget, allocate
-from lora_diag.planning.candidates import Constraints
-from lora_diag.planning.peft_config import Scaling, check, compare, module_of, peft_config
-from lora_diag.results import LeftOut, Results, totals
+from lora_diag.records import LeftOut, Results, totals
 from tests.conftest import ROOT
 from tests.planning.records import llama, record, results
 

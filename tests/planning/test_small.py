@@ -5,12 +5,12 @@ import math
 import numpy as np
 import pytest
 
+from lora_diag.decisions.allocate.policies import policies
+from lora_diag.decisions.memory import Training
+from lora_diag.decisions.targets import why_no_target
 from lora_diag.errors import UsageError
 from lora_diag.metrics.thresholds import gavish_donoho, hard_threshold, knee
-from lora_diag.planning.amounts import read_bytes, read_count, read_share
-from lora_diag.planning.memory import Training
-from lora_diag.planning.policies import policies
-from lora_diag.planning.targets import why_no_target
+from lora_diag.running.amounts import read_bytes, read_count, read_share
 from tests.oracles import effective_rank
 from tests.planning.records import record
 

@@ -3,8 +3,8 @@
 import pytest
 from scipy.stats import ttest_ind
 
-from lora_diag.planning.sweep import AtRank, best_rates, by_rank, judge, versus
-from lora_diag.results import Probe
+from lora_diag.probes.sweep.verdict import AtRank, best_rates, by_rank, judge, versus
+from lora_diag.records import Probe
 
 
 def rows(*losses):

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from lora_diag.results import (
+from lora_diag.records import (
     Agreement,
     Allocation,
     Baseline,
@@ -26,8 +26,8 @@ from lora_diag.results import (
     Spectrum,
     Union,
 )
-from lora_diag.results.fleet import FleetLayer
-from lora_diag.results.interference import EnergyOverlap
+from lora_diag.records.fleet import FleetLayer
+from lora_diag.records.interference import EnergyOverlap
 
 # The command of a kind of record, where they are not called the same.
 COMMANDS = {"allocation": "allocate", "union": "interference", "fleet": "spectrum --adapters"}

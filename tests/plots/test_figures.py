@@ -14,8 +14,8 @@ import lora_diag
 from lora_diag import plots
 from lora_diag.errors import InputError, NothingComparedError, UsageError
 from lora_diag.plots.heatmap import cells, norm_of
-from lora_diag.plots.series import series_of
-from lora_diag.results import Results, RunInput
+from lora_diag.records import Results, RunInput
+from lora_diag.rendering.figures.series import series_of
 from tests.plots import making
 
 

@@ -6,10 +6,10 @@ import pytest
 
 from lora_diag import plots
 from lora_diag.errors import UsageError
-from lora_diag.planning.evidence import Evidence, Source
-from lora_diag.plots.fields import title_in
+from lora_diag.records import End, Results, Run, RunInput
+from lora_diag.rendering.figures.fields import title_in
+from lora_diag.reports.evidence import Evidence, Source
 from lora_diag.reports.subject import certificates
-from lora_diag.results import End, Results, Run, RunInput
 from tests.plots import making
 from tests.plots.making import TYPES, spectrum
 

@@ -5,8 +5,8 @@ import re
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lora_diag.reports.github import step_summary, workflow_commands
-from lora_diag.reports.model_card import BEGIN, END, model_card
+from lora_diag.decisions.gate.github import step_summary, workflow_commands
+from lora_diag.decisions.gate.model_card import BEGIN, END, model_card
 from tests.reports.gated import HOSTILE, ONE_OF_EACH, results, verdict
 
 UNESCAPED = (("%3A", ":"), ("%2C", ","), ("%0D", "\r"), ("%0A", "\n"), ("%25", "%"))

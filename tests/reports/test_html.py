@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lora_diag.metrics.thinning import thinned_ranks
-from lora_diag.planning.evidence import Evidence, Source
+from lora_diag.reports.evidence import Evidence, Source
 from lora_diag.reports.html import PLAIN_ROWS, _some, html_report
 from lora_diag.reports.static import pictures_of
 from lora_diag.reports.subject import labels

@@ -5,7 +5,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from lora_diag.reports.junit import junit
+from lora_diag.decisions.gate.junit import junit
 from tests.reports.gated import HOSTILE, ONE_OF_EACH, results, verdict
 
 

@@ -7,13 +7,13 @@ import itertools
 import pytest
 from markdown_it import MarkdownIt
 
+from lora_diag.inspection.tables import TABLES
+from lora_diag.records import End, Results, Run, RunInput
 from lora_diag.reports.html import html_report
 from lora_diag.reports.markdown import markdown_report
 from lora_diag.reports.several import SEVERAL
 from lora_diag.reports.static import pictures_of
-from lora_diag.reports.tables import TABLES
 from lora_diag.reports.tabular import to_csv, to_parquet
-from lora_diag.results import End, Results, Run, RunInput
 from tests.plots import making
 from tests.reports.test_html import HOSTILE, Elements, evidence, small
 

@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
-from lora_diag.planning.evidence import Evidence, Source
+from lora_diag.records import Verdict
+from lora_diag.reports.evidence import Evidence, Source
 from lora_diag.reports.markdown import MOST_BYTES, _text, code, markdown_report
-from lora_diag.results import Verdict
 from tests.reports.making import decay, names, residual, residuals, spectra, spectrum, vector
 from tests.reports.test_html import HOSTILE, evidence, small
 

@@ -2,10 +2,10 @@
 
 import pytest
 
-from lora_diag.reports.columns import WIDE
-from lora_diag.reports.merge import ORDER, WAYS_OUT, merge_grids, merge_table
-from lora_diag.results import End, LeftOut, Merge, Results, Run, RunInput, read_results
-from lora_diag.results.merge import CORRECT, outcome
+from lora_diag.diagnostics.verify_merge.summary import ORDER, WAYS_OUT, merge_grids, merge_table
+from lora_diag.records import End, LeftOut, Merge, Results, Run, RunInput, read_results
+from lora_diag.records.merge import CORRECT, outcome
+from lora_diag.rendering.columns import WIDE
 
 RIGHT = {
     "layer": "model.layers.0.self_attn.q_proj.weight", "shape": (12, 12), "adapted": True, "status": "ok",

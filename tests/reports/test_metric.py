@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from lora_diag.planning.advice import advice
-from lora_diag.planning.findings import findings
+from lora_diag.reports.advice import advice
+from lora_diag.reports.findings import findings
 from lora_diag.reports.html import html_report
 from lora_diag.reports.markdown import _text, markdown_report
 from lora_diag.reports.subject import subject_of

@@ -2,10 +2,10 @@
 
 import pytest
 
+from lora_diag.diagnostics.overlap.table import overlap_table
+from lora_diag.diagnostics.overlap.tracks import tracks
 from lora_diag.metrics.overlap import chance
-from lora_diag.reports.overlap import overlap_table
-from lora_diag.reports.tracks import tracks
-from lora_diag.results import End, LeftOut, Overlap, Results, Run, RunInput
+from lora_diag.records import End, LeftOut, Overlap, Results, Run, RunInput
 
 
 def record(layer, step, kappa, rank=16, tangent=None, **more):

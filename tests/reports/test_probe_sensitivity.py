@@ -5,10 +5,10 @@ from dataclasses import replace
 
 import pytest
 
-from lora_diag.planning.sensitivity import gains_of
-from lora_diag.reports.tables import table
-from lora_diag.results import FirstOrder, Results, Run, Sensitivity
-from lora_diag.results.results import totals
+from lora_diag.inspection.tables import table
+from lora_diag.probes.sensitivity.gains import gains_of
+from lora_diag.records import FirstOrder, Results, Run, Sensitivity
+from lora_diag.records.results import totals
 
 SETTINGS = {"per": "layer", "rank": 2, "delta": None, "rates": [0.1], "steps": 1, "seeds": 1, "seed": 0, "batch": 1}
 SETTINGS |= {"kind": "LoRA", "optimizer": "AdamW", "length": 8, "dtype": "float32", "device": "cpu", "tokens": "bytes"}

@@ -2,7 +2,7 @@
 
 import json
 
-from lora_diag.reports.sarif import sarif
+from lora_diag.decisions.gate.sarif import sarif
 from tests.reports.gated import HOSTILE, ONE_OF_EACH, results, verdict
 
 

@@ -9,13 +9,13 @@ import pytest
 from markdown_it import MarkdownIt
 
 import lora_diag
-from lora_diag.planning.evidence import Evidence, Source
+from lora_diag.records import End, Intruders, Merge, Results, Run, RunInput, read_results
+from lora_diag.records.intruders import Direction
+from lora_diag.reports.evidence import Evidence, Source
 from lora_diag.reports.html import html_report
 from lora_diag.reports.markdown import markdown_report
 from lora_diag.reports.static import pictures_of
 from lora_diag.reports.tabular import to_csv
-from lora_diag.results import End, Intruders, Merge, Results, Run, RunInput, read_results
-from lora_diag.results.intruders import Direction
 from tests.conftest import ROOT
 from tests.plots import making
 from tests.reports.test_html import HOSTILE, Elements, evidence, small

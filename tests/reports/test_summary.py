@@ -6,8 +6,8 @@ import re
 import pytest
 
 import lora_diag
-from lora_diag.reports.table import spectrum_table
-from lora_diag.results import End, LeftOut, Resolution, Results, Run, RunInput, Spectrum
+from lora_diag.diagnostics.spectrum.table import spectrum_table
+from lora_diag.records import End, LeftOut, Resolution, Results, Run, RunInput, Spectrum
 from tests.conftest import ROOT, save_model, weights
 
 SAMPLE = (ROOT / "sample_checkpoints" / "base", ROOT / "sample_checkpoints" / "full_ft")
@@ -100,8 +100,8 @@ def test_shares_are_of_what_was_measured_where_a_change_is_unknown():
 def test_every_reason_has_words():
     from typing import get_args
 
-    from lora_diag.reports.summary import REASONS
-    from lora_diag.results.run import Reason
+    from lora_diag.diagnostics.spectrum.summary import REASONS
+    from lora_diag.records.run import Reason
 
     assert set(REASONS) == set(get_args(Reason))
 

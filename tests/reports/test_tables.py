@@ -6,9 +6,9 @@ import pytest
 import torch
 
 import lora_diag
-from lora_diag.reports.inventory import inventory_table
-from lora_diag.reports.table import spectrum_table
-from lora_diag.reports.text import fraction
+from lora_diag.diagnostics.spectrum.table import spectrum_table
+from lora_diag.inspection.table import inventory_table
+from lora_diag.rendering.text import fraction
 from tests.conftest import ROOT, save_model, weights
 
 
@@ -123,7 +123,7 @@ def test_hostile_names_stay_text(tmp_path):
         text = spectrum_table(lora_diag.spectrum(base, tuned), 140, per=per)
         assert "\x1b" not in text
         assert r"\x1b[2J\n<script>[red]x[/red]" in text
-    from lora_diag.api.inspect import inspect
+    from lora_diag.inspection.run import inspect
 
     text = inventory_table(inspect(base), 140)
     assert "\x1b" not in text
@@ -131,7 +131,7 @@ def test_hostile_names_stay_text(tmp_path):
 
 
 def test_inventory_lists_every_kind_of_tensor(tmp_path):
-    from lora_diag.api.inspect import inspect
+    from lora_diag.inspection.run import inspect
 
     model = save_model(tmp_path / "m", {**weights(1), "ids": torch.arange(4), "half": torch.ones(2, 2).half()})
     text = inventory_table(inspect(model), 80)
@@ -212,7 +212,7 @@ def test_columns_are_as_wide_as_their_titles():
 
 
 def test_one_pattern_knows_tables_of_vocabulary_entries():
-    from lora_diag.results.names import RESIZABLE, part_of
+    from lora_diag.records.names import RESIZABLE, part_of
 
     tables = (
         "gpt_neox.embed_in.weight",

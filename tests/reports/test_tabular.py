@@ -9,8 +9,8 @@ import sys
 import pytest
 
 from lora_diag.errors import InputError
+from lora_diag.records import Verdict
 from lora_diag.reports.tabular import to_csv, to_parquet
-from lora_diag.results import Verdict
 from tests.reports.making import decay, spectra, spectrum
 from tests.reports.test_html import evidence, small
 

@@ -4,10 +4,10 @@ import re
 
 import pytest
 
+from lora_diag.decisions.gate.summary import headline, measured, verdict_table
 from lora_diag.reports.fields import fields_of
 from lora_diag.reports.html import html_report
 from lora_diag.reports.markdown import markdown_report
-from lora_diag.reports.verdict import headline, measured, verdict_table
 from tests.reports.gated import HOSTILE, ONE_OF_EACH, results, verdict
 from tests.reports.test_html import embedded, evidence, small
 

@@ -8,8 +8,8 @@ import torch
 
 import lora_diag
 from lora_diag.errors import InputError, UsageError
-from lora_diag.results import is_results_file, read_results, writing
-from lora_diag.results.reading import each_line
+from lora_diag.records import is_results_file, read_results, writing
+from lora_diag.records.reading import each_line
 from tests.conftest import save_model
 
 

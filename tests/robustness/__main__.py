@@ -30,9 +30,9 @@ def main() -> int:
     asked = parser.parse_args()
     torch.set_num_threads(1)
     # Imported here, once, so that no child pays for it.
-    import lora_diag.api.extract
-    import lora_diag.api.overlap
-    import lora_diag.api.verify_merge
+    import lora_diag.decisions.extract.run
+    import lora_diag.diagnostics.overlap.run
+    import lora_diag.diagnostics.verify_merge.run
     import lora_diag.plots
     import lora_diag.reports.html  # noqa: F401
 

@@ -17,12 +17,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-import lora_diag.api.extract
-import lora_diag.api.interference
-import lora_diag.api.overlap
-import lora_diag.api.residual
-import lora_diag.engines.local
-import lora_diag.results.writing
+import lora_diag.decisions.extract.run
+import lora_diag.diagnostics.interference.run
+import lora_diag.diagnostics.overlap.run
+import lora_diag.diagnostics.residual.run
+import lora_diag.records.writing
+import lora_diag.running.engines.local
 from tests.served import serve
 
 EVENTS = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "fcntl.flock"}
@@ -43,7 +43,7 @@ class Steps:
         self.at, self.signal, self.seen = job.get("at"), job["signal"], 0
         self.below = str(Path.cwd())
         sys.addaudithook(self.audit)
-        whole = lora_diag.results.writing._write
+        whole = lora_diag.records.writing._write
 
         def write(file: Any, content: bytes) -> None:
             self.step("write")
@@ -53,7 +53,7 @@ class Steps:
             whole(file, content)
             self.step("written")
 
-        lora_diag.results.writing._write = write
+        lora_diag.records.writing._write = write
 
     def audit(self, event: str, arguments: tuple[Any, ...]) -> None:
         """Take part in what Python tells of itself."""
@@ -138,13 +138,13 @@ def _no_sync(number: int) -> None:
 
 def _slow(endless: str) -> None:
     """Every layer takes 30 ms, and the one of this name for ever."""
-    measure = lora_diag.engines.local._on_threads
+    measure = lora_diag.running.engines.local._on_threads
 
     def slowly(threads: int, one: Any, task: Any) -> Any:
         time.sleep(1e6 if task.layer == endless else 0.03)
         return measure(threads, one, task)
 
-    lora_diag.engines.local._on_threads = slowly
+    lora_diag.running.engines.local._on_threads = slowly
 
 
 def _backwards(step: float) -> None:

@@ -14,7 +14,7 @@ import pytest
 
 import lora_diag
 from lora_diag.errors import InputError, UsageError
-from lora_diag.results import End, read_results
+from lora_diag.records import End, read_results
 from tests.conftest import ROOT, save_model
 from tests.robustness.conftest import Commands
 from tests.robustness.test_killed import Case, contents, words_of
@@ -167,7 +167,7 @@ def test_no_permission(command: Commands, model: Path, tmp_path: Path) -> None:
 def running(model: Path, folder: Path, *more: str) -> subprocess.Popen[bytes]:
     """Start a run and return when its first two layers are in the file and it is at the third, until its input ends."""
     words = [*words_of("spectrum", model), "-o", "out", "-q", "--json", *more]
-    server = "import sys, lora_diag.engines.local as e; m = e._on_threads\n"
+    server = "import sys, lora_diag.running.engines.local as e; m = e._on_threads\n"
     server += "def third(): print('third', flush=True); sys.stdin.read()\n"
     server += "e._on_threads = lambda *a: (m(*a), third() if 's.2.' in a[2].layer else '')[0]\n"
     server += f"sys.argv = ['loradiag', *{words!r}, '--workers', '1']\nfrom lora_diag.cli import main\nmain()"
@@ -285,7 +285,9 @@ runpy.run_module("lora_diag", run_name="__main__", alter_sys=True)
 """
 
 
-@pytest.mark.parametrize("module", ["typer", "torch", "torch.nn", "torch.cuda", "lora_diag.diagnostics.spectrum"])
+@pytest.mark.parametrize(
+    "module", ["typer", "torch", "torch.nn", "torch.cuda", "lora_diag.diagnostics.spectrum.measure"]
+)
 def test_ctrl_c_while_a_real_process_starts(module: str, model: Path, tmp_path: Path) -> None:
     """An exception amid the imports of torch came out as a RecursionError and exit code 1: that of a failed gate."""
     words = [sys.executable, "-c", AT_AN_IMPORT, module, *words_of("spectrum", model), "-o", "out", "-q"]
@@ -359,7 +361,7 @@ def test_an_input_that_cannot_be_hashed_is_one_message(large: Path, monkeypatch:
     def broken(self: Path, *_: object, **__: object) -> object:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-    from lora_diag.api import fingerprint
+    from lora_diag.running import fingerprint
 
     monkeypatch.setattr(Path, "open", broken)
     with pytest.raises(InputError, match=r"model\.safetensors: cannot be read: Input/output error"):

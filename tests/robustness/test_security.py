@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from lora_diag.errors import InputError
-from lora_diag.training.models import open_model
-from lora_diag.training.peft_check import adapted_by_peft
+from lora_diag.models.opening import open_model
+from lora_diag.models.peft_check import adapted_by_peft
 from tests.conftest import save_model
 
 

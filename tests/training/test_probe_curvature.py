@@ -13,13 +13,13 @@ from torch.func import functional_call
 
 import lora_diag
 from lora_diag.errors import InputError, NothingComparedError, UsageError
-from lora_diag.reports.tables import table
-from lora_diag.results import read_results
-from lora_diag.training import loss_bound
-from lora_diag.training.curvature import Curved, traces
-from lora_diag.training.data import Texts, read_texts
-from lora_diag.training.losses import Losses
-from lora_diag.training.models import open_model
+from lora_diag.inspection.tables import table
+from lora_diag.models.data import Texts, read_texts
+from lora_diag.models.losses import Losses
+from lora_diag.models.opening import open_model
+from lora_diag.probes.curvature import loss_bound
+from lora_diag.probes.curvature.measure import Curved, traces
+from lora_diag.records import read_results
 from tests.training.making import bert, best, gpt2, moved, some_text, tensors
 
 LAYERS = {"query": "bert.encoder.layer.0.attention.self.query.weight", "head": "classifier.weight"}

@@ -6,8 +6,8 @@ import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from lora_diag.errors import InputError
-from lora_diag.training.data import read_texts
-from lora_diag.training.models import open_model
+from lora_diag.models.data import read_texts
+from lora_diag.models.opening import open_model
 from tests.training.making import bert, gpt2
 
 WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "purred"]

@@ -9,8 +9,8 @@ import transformers
 
 import lora_diag
 from lora_diag.errors import InputError, NothingComparedError, UsageError
-from lora_diag.results import Fisher
-from lora_diag.training.fisher import Tail
+from lora_diag.probes.fisher.measure import Tail
+from lora_diag.records import Fisher
 from tests.training.making import bert, best, gpt2, moved, some_text, tensors
 
 RANKS = (1, 3, 8)
@@ -161,7 +161,7 @@ def test_layers_that_do_not_fit_into_one_pass_get_another_and_the_same_labels(mo
     base, tuned, text = models
     asked = {"data": text, "ranks": (2,), "labels": "model", "seed": 3}
     one = lora_diag.probe_fisher(base, tuned, **asked)
-    monkeypatch.setattr("lora_diag.training.fisher.groups_of.__defaults__", (1,))
+    monkeypatch.setattr("lora_diag.probes.fisher.measure.groups_of.__defaults__", (1,))
     many = lora_diag.probe_fisher(base, tuned, **asked)
     assert [record.fisher for record in one.whole] == [record.fisher for record in many.whole]
     other = lora_diag.probe_fisher(base, tuned, **{**asked, "seed": 4})

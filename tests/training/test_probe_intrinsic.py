@@ -13,14 +13,14 @@ from scipy.linalg import hadamard as dense_hadamard
 
 import lora_diag
 from lora_diag.errors import UsageError
-from lora_diag.planning.intrinsic import best_rates, lines, reached
-from lora_diag.reports.tables import table
-from lora_diag.results import Intrinsic, Results, Run, read_results
-from lora_diag.training import intrinsic
-from lora_diag.training.data import read_texts
-from lora_diag.training.intrinsic import Fastfood, Subspace, hadamard, scales_of
-from lora_diag.training.models import open_model
-from lora_diag.training.sweep import Training
+from lora_diag.inspection.tables import table
+from lora_diag.models.data import read_texts
+from lora_diag.models.opening import open_model
+from lora_diag.models.training import Training
+from lora_diag.probes.intrinsic import measure as intrinsic
+from lora_diag.probes.intrinsic.lines import best_rates, lines, reached
+from lora_diag.probes.intrinsic.measure import Fastfood, Subspace, hadamard, scales_of
+from lora_diag.records import Intrinsic, Results, Run, read_results
 from tests.training.making import bert, gpt2, some_text
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")

@@ -12,8 +12,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 import lora_diag
 from lora_diag.errors import InputError, UsageError
-from lora_diag.training.data import Sequence, _predicts, read_texts
-from lora_diag.training.models import open_model
+from lora_diag.models.data import Sequence, _predicts, read_texts
+from lora_diag.models.opening import open_model
 from tests.training.making import EVAL, best, moved, tensors
 
 LENGTH, PAD, CLS, SEP, MASK = 24, 0, 1, 2, 3

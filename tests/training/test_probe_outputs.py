@@ -11,11 +11,11 @@ import transformers
 from safetensors.torch import save_file
 
 import lora_diag
-import lora_diag.training.outputs
+import lora_diag.probes.outputs.measure
 from lora_diag.errors import UsageError
-from lora_diag.reports.tables import table
-from lora_diag.results import read_results
-from lora_diag.training.data import Sequence, Texts
+from lora_diag.inspection.tables import table
+from lora_diag.models.data import Sequence, Texts
+from lora_diag.records import read_results
 from tests.training.making import SAMPLES, bert, gpt2, moved, some_text, tensors
 
 # PEFT asks transformers for what it calls otherwise by now.
@@ -64,7 +64,7 @@ def case(tmp_path):
 @pytest.mark.parametrize("memory", [2**30, 1])
 def test_every_number_equals_that_of_an_independent_computation(case, monkeypatch, memory):
     base, tuned, adapter, reference, text = case
-    monkeypatch.setattr(lora_diag.training.outputs, "OUTPUT_BYTES", memory)  # all at once, or batch by batch
+    monkeypatch.setattr(lora_diag.probes.outputs.measure, "OUTPUT_BYTES", memory)  # all at once, or batch by batch
     found = lora_diag.probe_outputs(base, tuned, [adapter], reference=reference, evaluate=[text], length=64, batch=2)
     z = {
         "base": logits(base, text, 64),
@@ -98,8 +98,8 @@ def test_outputs_of_two_models_fit_into_what_a_chunk_may_take(monkeypatch):
     model = SimpleNamespace(kind="causal", module=SimpleNamespace(config=config))
     texts = Texts("x", "x", (Sequence((1,) * 7, (1,) * 7),) * 10, "0", "")
     each = 2 * 4 * 7 * (100 + 4 * 5)  # float32 numbers of every token: logits, embeddings and three blocks; two models
-    monkeypatch.setattr(lora_diag.training.outputs, "OUTPUT_BYTES", 6 * each)
-    assert [len(chunk.sequences) for chunk in lora_diag.training.outputs.chunks(model, texts, 2)] == [6, 4]
+    monkeypatch.setattr(lora_diag.probes.outputs.measure, "OUTPUT_BYTES", 6 * each)
+    assert [len(chunk.sequences) for chunk in lora_diag.probes.outputs.measure.chunks(model, texts, 2)] == [6, 4]
 
 
 def test_hidden_states_are_compared_depth_by_depth(case):

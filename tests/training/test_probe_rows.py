@@ -9,9 +9,9 @@ import torch
 
 import lora_diag
 from lora_diag.errors import InputError, UsageError
-from lora_diag.training.data import read_texts
-from lora_diag.training.models import open_model
-from lora_diag.training.rows import read_source
+from lora_diag.models.data import read_texts
+from lora_diag.models.opening import open_model
+from lora_diag.models.rows import read_source
 from tests.training.making import bert, gpt2, moved
 
 CPU = torch.device("cpu")

@@ -10,16 +10,16 @@ import torch
 import transformers
 
 import lora_diag
-import lora_diag.training.sweep
+import lora_diag.models.training
 from lora_diag.errors import InputError, NothingComparedError, UsageError
-from lora_diag.reports.tables import table
-from lora_diag.results import FirstOrder, Sensitivity, read_results
-from lora_diag.training import sensitivity
-from lora_diag.training.activations import linear_layers
-from lora_diag.training.data import read_texts
-from lora_diag.training.losses import Losses
-from lora_diag.training.models import open_model
-from lora_diag.training.sweep import Cell
+from lora_diag.inspection.tables import table
+from lora_diag.models.activations import linear_layers
+from lora_diag.models.data import read_texts
+from lora_diag.models.losses import Losses
+from lora_diag.models.opening import open_model
+from lora_diag.models.training import Cell
+from lora_diag.probes.sensitivity import measure as sensitivity
+from lora_diag.records import FirstOrder, Sensitivity, read_results
 from tests.training.making import bert, gpt2, ids_of, moved, some_text, tensors, trained
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
@@ -206,9 +206,9 @@ def test_what_one_unit_needs_is_known_before_the_first_step(case):
 
 def test_a_run_that_diverges_is_kept_without_a_loss_and_base_is_as_it_was(case, monkeypatch):
     base, train, held, _ = case
-    real = lora_diag.training.sweep.rate_at
+    real = lora_diag.models.training.rate_at
     monkeypatch.setattr(
-        lora_diag.training.sweep, "rate_at", lambda s, n, peak: math.nan if peak == 0.5 else real(s, n, peak)
+        lora_diag.models.training, "rate_at", lambda s, n, peak: math.nan if peak == 0.5 else real(s, n, peak)
     )
     options = {"data": train, "evaluate": [held], "widen": 0, "steps": 3, "layers": r"h\.0\.attn"}
     found = lora_diag.probe_sensitivity(base, rates=(0.5, 1e-2), **options)

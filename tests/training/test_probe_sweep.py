@@ -11,14 +11,14 @@ import torch
 import transformers
 
 import lora_diag
-import lora_diag.api.probe_sweep
-import lora_diag.training.sweep
+import lora_diag.models.training
+import lora_diag.probes.sweep.run
 from lora_diag.errors import InputError, UsageError
-from lora_diag.reports.tables import table
-from lora_diag.results import read_results
-from lora_diag.training.methods import Lora, with_lora
-from lora_diag.training.models import open_model
-from lora_diag.training.rounding import rounded, to_int8, to_nf4
+from lora_diag.inspection.tables import table
+from lora_diag.models.methods import Lora, with_lora
+from lora_diag.models.opening import open_model
+from lora_diag.probes.sweep.rounding import rounded, to_int8, to_nf4
+from lora_diag.records import read_results
 from tests.training.making import bert, gpt2, ids_of, some_text, trained
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
@@ -114,12 +114,12 @@ def test_the_whole_bill_is_known_before_the_first_step(case):
 
 def test_a_run_that_diverges_is_told_and_the_rest_goes_on(case, monkeypatch):
     base, train, held, _ = case
-    real = lora_diag.training.sweep.rate_at
+    real = lora_diag.models.training.rate_at
 
     def rate_at(step, steps, peak):
         return math.nan if peak == 0.5 else real(step, steps, peak)
 
-    monkeypatch.setattr(lora_diag.training.sweep, "rate_at", rate_at)
+    monkeypatch.setattr(lora_diag.models.training, "rate_at", rate_at)
     options = {"ranks": (1, 2), "rates": (1e-2, 0.5), "widen": 0, "steps": 3}
     found = lora_diag.probe_sweep(base, data=train, evaluate=[held], **options)
     assert {r.lr for r in found.whole if r.subject == "lora" and r.loss is None} == {0.5}
@@ -185,8 +185,8 @@ def state_of(model):
 def test_the_reference_lines_have_the_losses_of_a_plain_loop_and_leave_base_as_it_was(case, monkeypatch):
     base, train, held, _ = case
     opened = []
-    real = lora_diag.api.probe_sweep.open_model
-    monkeypatch.setattr(lora_diag.api.probe_sweep, "open_model", lambda *a: opened.append(real(*a)) or opened[0])
+    real = lora_diag.probes.sweep.run.open_model
+    monkeypatch.setattr(lora_diag.probes.sweep.run, "open_model", lambda *a: opened.append(real(*a)) or opened[0])
     found = lora_diag.probe_sweep(
         base,
         data=train,

@@ -5,12 +5,12 @@ from dataclasses import replace
 
 import pytest
 
-from lora_diag.api.probing import Kept, Watch
-from lora_diag.api.training_runs import Arm, Trial, Walk, check_training
 from lora_diag.errors import UsageError
-from lora_diag.results import Probe, ResultsWriter, Run
-from lora_diag.training.data import Texts
-from lora_diag.training.sweep import Training
+from lora_diag.models.data import Texts
+from lora_diag.models.training import Training
+from lora_diag.records import Probe, ResultsWriter, Run
+from lora_diag.running.probing import Kept, Watch
+from lora_diag.running.training_runs import Arm, Trial, Walk, check_training
 
 HELD = Texts("held", "held.txt", (), "0", "text")
 
@@ -137,7 +137,7 @@ def test_the_first_set_decides_on_rates_and_the_others_are_only_told():
 def test_a_second_step_of_the_largest_size_tells_the_time(monkeypatch):
     """The first step of a run also warms the machine up: it is not the time of the others."""
     case, clock, ran = Case({2: 1e-3, 4: 1e-3}, 2), [100.0], []
-    monkeypatch.setattr("lora_diag.api.training_runs.time.perf_counter", lambda: clock[0])
+    monkeypatch.setattr("lora_diag.running.training_runs.time.perf_counter", lambda: clock[0])
 
     def trial(size, rate, seed):
         def train(training, sets, after):

@@ -1,0 +1,1 @@
+"""Decisions from records: one folder a command."""

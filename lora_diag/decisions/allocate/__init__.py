@@ -1,0 +1,1 @@
+"""``allocate``: ranks under a budget, with a certificate."""

@@ -1,0 +1,272 @@
+"""A budget spent over layers, with a certificate of how far from the best that can be.
+
+It joins candidates, steps and baselines, and turns what they give into records. It opens and measures nothing.
+
+Reference: The article, "Multi-Layer Allocation": min Σ_ℓ Σ_{i>r_ℓ} σ_{ℓ,i}²; its rule, the next rank unit to the layer
+with the largest σ²_{ℓ,r+1}, is the greedy order for a budget of ranks. For a budget of parameters the order is that of
+σ²/(d_in + d_out).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from lora_diag.decisions.allocate.baselines import Rule, energy_ranks, rules
+from lora_diag.decisions.allocate.candidates import Constraints, Unit, split, units
+from lora_diag.decisions.allocate.spending import Floats, Ints, Spent, Steps, make_steps, spend
+from lora_diag.errors import UsageError
+from lora_diag.records import Allocation, Baseline, Certificate, LeftOut, Spectrum
+from lora_diag.records.allocation import Unit as BudgetUnit
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What may be spent.
+
+    Args:
+        unit: What is counted; ``energy`` is no budget but a share that every layer has to keep.
+        amount: How much of it.
+        option: The words of the option, for messages.
+        bytes_per_param: Bytes that one trainable parameter takes, for a budget of bytes.
+    """
+
+    unit: BudgetUnit
+    amount: float
+    option: str
+    bytes_per_param: float = 1.0
+
+    def cost_of(self, unit: Unit) -> int:
+        """Return what one rank of a unit costs, in whole numbers: ranks, or parameters."""
+        return len(unit.members) if self.unit == "total_rank" else unit.cost
+
+    @property
+    def whole(self) -> int:
+        """The budget in what ``cost_of`` counts."""
+        return math.floor(self.amount / self.bytes_per_param) if self.unit == "bytes" else int(self.amount)
+
+    def told(self, cost: int) -> float:
+        """Return a cost in the unit of the budget."""
+        return cost * self.bytes_per_param if self.unit == "bytes" else float(cost)
+
+
+@dataclass(frozen=True)
+class Allocated:
+    """What became of the layers of a spectrum run.
+
+    Args:
+        layers: Those that could get an adapter, with their ranks.
+        certificate: How good the ranks are.
+        left_out: Those that could not.
+    """
+
+    layers: tuple[Allocation, ...]
+    certificate: Certificate
+    left_out: tuple[LeftOut, ...]
+
+
+def allocate(
+    records: Sequence[Spectrum],
+    budget: Budget,
+    constraints: Constraints = Constraints(),  # noqa: B008  (frozen)
+    weights: Mapping[str, float] | None = None,
+    relative: bool = False,
+    target: str | None = None,
+    exclude: str | None = None,
+    losses: Mapping[str, Sequence[float]] | None = None,
+) -> Allocated:
+    """Choose ranks that keep the most energy within a budget.
+
+    Args:
+        records: Spectra, one a layer.
+        budget: What may be spent.
+        constraints: What the ranks have to keep.
+        weights: Factor of each layer's energy, by name; None for 1.
+        relative: Whether every layer's energy counts as 1, so that Σ C_ℓ(r_ℓ) is maximised and not Σ‖ΔW‖².
+        target: Only layers whose name contains a match; None for the matrices that adapters usually target.
+        exclude: No layers whose name contains a match.
+        losses: F(0), F(1), … by layer, as ``probe fisher`` measures them; ranks then minimise ΣF_ℓ(r_ℓ). F need not be
+            convex, so ranks are chosen from the corners of its convex envelope, and the bound is that of all ranks.
+
+    Raises:
+        UsageError: The budget does not pay for what the constraints ask, or for any rank at all.
+    """
+    candidates, left_out = split(records, target, exclude)
+    factors = {record.layer: _factor(record, weights, relative) for record in candidates}
+    parts = units(candidates, factors, constraints, losses)
+    _refuse_nothing(parts)
+    every = _steps(parts, budget, [part.allowed for part in parts])
+    steps = every if losses is None else _steps(parts, budget, [part.corners for part in parts])
+    fixed = sum(budget.cost_of(part) * part.start for part in parts)
+    chosen, left = _choose(parts, steps, every, budget, fixed)
+    if losses is not None:  # the exact method knew the corners only
+        chosen = replace(chosen, optimal=chosen.gain >= chosen.bound)
+    scores = np.array([_score(part, weights) for part in parts])
+    found = rules(parts, every, left, scores)
+    if budget.unit == "energy":
+        found.pop()  # the allocation itself
+    layers = _records(parts, chosen.ranks, found[0].ranks)
+    order = {record.layer: i for i, record in enumerate(records)}
+    return Allocated(
+        layers=tuple(sorted(layers, key=lambda record: order[record.layer])),
+        certificate=_certificate(parts, steps, budget, fixed, chosen, found),
+        left_out=tuple(left_out),
+    )
+
+
+def _steps(parts: Sequence[Unit], budget: Budget, allowed: Sequence[Ints]) -> Steps:
+    curves, starts = [part.curve for part in parts], [part.start for part in parts]
+    return make_steps(curves, [budget.cost_of(part) for part in parts], starts, allowed)
+
+
+def _refuse_nothing(parts: Sequence[Unit]) -> None:
+    """Refuse layers of which none can get a rank.
+
+    Raises:
+        UsageError: There is none that can.
+    """
+    if any(part.cap and part.energy for part in parts):
+        return
+    moved = [member for part in parts for member in part.members if member.fro > 0]
+    if not moved:
+        raise UsageError("ΔW is zero in every layer that could get an adapter; there is nothing to keep")
+    if not any(part.energy for part in parts):
+        raise UsageError("every layer that moved has weight 0; there is nothing to keep")
+    if all(member.resolution.signal_rank == 0 for member in moved):
+        raise UsageError("no update stands above the rounding noise of the files; there is nothing to keep but noise")
+    raise UsageError("every layer is smaller than the smallest rank that is allowed")
+
+
+def _factor(record: Spectrum, weights: Mapping[str, float] | None, relative: bool) -> float:
+    weight = 1.0 if weights is None else weights[record.layer]
+    return weight / record.fro**2 if relative and record.fro > 0 else weight
+
+
+def _score(part: Unit, weights: Mapping[str, float] | None) -> float:
+    """Return the sensitivity for the prior: the weights given, else how far the layers moved, ‖ΔW‖/‖W‖ (or ‖ΔW‖)."""
+    if weights is not None:
+        return math.fsum(weights[member.layer] for member in part.members) / len(part.members)
+    moved = [member.fro if member.relative is None else member.relative for member in part.members]
+    return math.fsum(moved) / len(moved)
+
+
+def _choose(parts: Sequence[Unit], steps: Steps, every: Steps, budget: Budget, fixed: int) -> tuple[Spent, int]:
+    """Return the ranks, and what the steps above the starting ranks may cost."""
+    if budget.unit == "energy":
+        ranks = energy_ranks(parts, every, budget.amount)
+        left = sum(int(rank - part.start) * part.cost for rank, part in zip(ranks, parts, strict=True))
+        best = spend(steps, left)
+        gain = _energy(parts, ranks) - _energy(parts, steps.start)
+        return Spent(ranks, gain, left, max(best.bound, gain), best.price, optimal=False), left
+    left = budget.whole - fixed
+    if left < 0:
+        raise UsageError(
+            f"{budget.option}: the smallest ranks that --min-rank allows take {_amount(budget, fixed)}, "
+            f"{_amount(budget, -left)} more than the budget; raise it, lower --min-rank or choose layers with --target"
+        )
+    if not fixed and not len(steps.gain):
+        raise UsageError(f"{budget.option}: no rank that is allowed lowers what the loss suffers; raise --max-rank")
+    if not fixed and left < (least := int(steps.cost.min())):
+        part = parts[int(steps.unit[np.argmin(steps.cost)])]
+        raise UsageError(
+            f"{budget.option}: even the cheapest rank, one of {part.group or part.members[0].layer}, takes "
+            f"{_amount(budget, least)}, {_amount(budget, least - left)} more than the budget"
+        )
+    return spend(steps, left), left
+
+
+def _amount(budget: Budget, cost: int) -> str:
+    words = {"params": "parameters", "total_rank": "ranks", "bytes": "bytes"}
+    return f"{budget.told(cost):,.0f} {words[budget.unit]}"
+
+
+def _records(parts: Sequence[Unit], ranks: Ints, uniform: Ints) -> list[Allocation]:
+    return [
+        Allocation(
+            layer=member.layer,
+            shape=member.shape,
+            rank=rank,
+            params=rank * sum(member.shape),
+            kept=_kept(curve, rank) if member.fro > 0 else None,
+            fro=member.fro,
+            base_fro=member.base_fro,
+            weight=weight,
+            cap=part.cap,
+            capped_by=part.capped_by,
+            verdict=member.resolution.verdict,
+            uniform_rank=other,
+            uniform_kept=_kept(curve, other) if member.fro > 0 else None,
+            group=part.group,
+            source=member.source,
+            fisher=None if part.losses is None else _at(part.losses[place], rank),
+        )
+        for part, rank, other in zip(parts, ranks.tolist(), uniform.tolist(), strict=True)
+        for place, (weight, member, curve) in enumerate(zip(part.weights, part.members, part.curves, strict=True))
+    ]
+
+
+def _at(loss: Floats, rank: int) -> float:
+    """Return F(r), which is 0 beyond its end."""
+    return float(loss[rank]) if rank < len(loss) else 0.0
+
+
+def _kept(curve: Floats, rank: int) -> float:
+    """Return C(rank) of a layer, as far as its values were measured."""
+    return float(curve[min(rank, len(curve) - 1)])
+
+
+def _certificate(
+    parts: Sequence[Unit], steps: Steps, budget: Budget, fixed: int, chosen: Spent, found: Sequence[Rule]
+) -> Certificate:
+    total = math.fsum(part.energy for part in parts)
+    at_start = _energy(parts, steps.start)
+    # Losses may be larger at the smallest ranks than with none.
+    kept, bound = (min(1.0, max(0.0, at_start + gain) / total) for gain in (chosen.gain, chosen.bound))
+    error = math.fsum(
+        weight * member.fro**2 * member.energy_error
+        for part in parts
+        if part.losses is None
+        for weight, member in zip(part.weights, part.members, strict=True)
+    )
+    return Certificate(
+        unit=budget.unit,
+        budget=None if budget.unit == "energy" else budget.amount,
+        spent=budget.told(fixed + chosen.cost),
+        params=sum(rank * part.cost for part, rank in zip(parts, chosen.ranks.tolist(), strict=True)),
+        kept=kept,
+        bound=bound,
+        gap=max(0.0, (bound - kept) / bound) if bound > 0 else 0.0,
+        optimal=chosen.optimal,
+        energy_error=min(1.0, error / total),
+        epsilon_min=_epsilon_min(parts, chosen.ranks),
+        price=chosen.price / total / budget.bytes_per_param,
+        baselines=tuple(
+            Baseline(
+                name=rule.name,
+                spent=budget.told(fixed + rule.cost),
+                kept=min(1.0, max(0.0, _energy(parts, rule.ranks)) / total),
+                equal=min(1.0, max(0.0, at_start + spend(steps, rule.cost).gain) / total),
+                epsilon_min=_epsilon_min(parts, rule.ranks),
+            )
+            for rule in found
+        ),
+    )
+
+
+def _energy(parts: Sequence[Unit], ranks: Ints) -> float:
+    """Return the weighted energy that ranks keep."""
+    return math.fsum(float(part.curve[rank]) for part, rank in zip(parts, ranks.tolist(), strict=True))
+
+
+def _epsilon_min(parts: Sequence[Unit], ranks: Ints) -> float:
+    """Return √(Σ tail energy / Σ energy) over the candidates, unweighted."""
+    total = math.fsum(member.fro**2 for part in parts for member in part.members)
+    lost = math.fsum(
+        member.fro**2 * (1.0 - _kept(curve, rank))
+        for part, rank in zip(parts, ranks.tolist(), strict=True)
+        for member, curve in zip(part.members, part.curves, strict=True)
+    )
+    return math.sqrt(max(0.0, lost) / total)

@@ -1,0 +1,239 @@
+"""Which layers may get an adapter, which share one rank, and how far each rank may go.
+
+It knows records of ``spectrum`` and constraints, and refuses to know budgets.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lora_diag.decisions.targets import compiled, why_no_target
+from lora_diag.errors import UsageError
+from lora_diag.metrics import energy_curve
+from lora_diag.records import LeftOut, Spectrum
+from lora_diag.records.allocation import CappedBy
+
+_STACKED = re.compile(r"(.+)\[\d+\]")
+
+
+@dataclass(frozen=True)
+class Constraints:
+    """What every allocation has to keep.
+
+    Args:
+        min_rank: Smallest rank of a layer that has any signal.
+        max_rank: Largest rank of a layer.
+        ranks_from: The only ranks that a layer may have (besides 0); None for any.
+    """
+
+    min_rank: int = 0
+    max_rank: int | None = None
+    ranks_from: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse constraints that no rank can meet.
+
+        Raises:
+            UsageError: They contradict each other or make no sense.
+        """
+        if self.min_rank < 0:
+            raise UsageError(f"--min-rank {self.min_rank}: must be 0 or more")
+        if self.max_rank is not None and self.max_rank < 1:
+            raise UsageError(f"--max-rank {self.max_rank}: must be 1 or more")
+        if self.max_rank is not None and self.max_rank < self.min_rank:
+            raise UsageError(f"--min-rank {self.min_rank} is above --max-rank {self.max_rank}")
+        if self.ranks_from is not None:
+            if not self.ranks_from or min(self.ranks_from) < 1:
+                raise UsageError("--ranks-from: give ranks from 1 up, such as 8,16,32,64")
+            if not any(self.min_rank <= rank <= (self.max_rank or rank) for rank in self.ranks_from):
+                raise UsageError("--ranks-from: none of its ranks lies between --min-rank and --max-rank")
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Layers that share one rank: one layer, or a stack of experts, for which an adapter has one factor pair.
+
+    Args:
+        members: Their spectra.
+        group: The stack's name; None for a layer on its own.
+        weights: Factor of each member's energy.
+        start: The rank it has anyway.
+        allowed: The ranks above ``start`` that it may have, ascending.
+        capped_by: What set the last of them.
+        losses: Each member's F(0), F(1), …: what the loss suffers when all beyond a rank is discarded, as measured;
+            None to go by energy.
+    """
+
+    members: tuple[Spectrum, ...]
+    group: str | None
+    weights: tuple[float, ...]
+    start: int
+    allowed: NDArray[np.int64]
+    capped_by: CappedBy
+    losses: tuple[NDArray[np.float64], ...] | None = None
+
+    @property
+    def cost(self) -> int:
+        """Parameters per rank: Σ (out + in)."""
+        return sum(sum(member.shape) for member in self.members)
+
+    @property
+    def cap(self) -> int:
+        """The largest rank it may have."""
+        return int(self.allowed[-1]) if len(self.allowed) else self.start
+
+    @property
+    def energy(self) -> float:
+        """Its weighted energy Σ w‖ΔW‖_F², or ΣF(0)."""
+        if self.losses is not None:
+            return float(sum(loss[0] for loss in self.losses))
+        return sum(weight * member.fro**2 for weight, member in zip(self.weights, self.members, strict=True))
+
+    @property
+    def corners(self) -> NDArray[np.int64]:
+        """The allowed ranks at which the concave envelope of ``curve`` bends, where steps yield less and less.
+
+        Between two of them no rank is better than a mixture of both, and beyond the last nothing is gained.
+        """
+        stops = np.concatenate([[self.start], self.allowed]).astype(np.int64)
+        values = self.curve[stops]
+
+        def slope(first: int, last: int) -> float:
+            return float((values[last] - values[first]) / (stops[last] - stops[first]))
+
+        kept = [0]
+        for at in range(1, len(stops)):
+            while len(kept) > 1 and slope(kept[-2], kept[-1]) <= slope(kept[-1], at):
+                kept.pop()
+            kept.append(at)
+        best = int(np.argmax(values[kept]))
+        return stops[kept[1 : best + 1]]
+
+    @cached_property
+    def curves(self) -> tuple[NDArray[np.float64], ...]:
+        """Each member's C(0), …, C(K), ``(K + 1,)``; zeros for a zero update."""
+        return tuple(np.concatenate([[0.0], _energy(member)]) for member in self.members)
+
+    @cached_property
+    def curve(self) -> NDArray[np.float64]:
+        """The weighted energy kept at ranks 0, …, cap: Σ_members w‖ΔW‖_F²·C(r); flat beyond the values measured.
+
+        With losses ΣF(0) − F(r), which may fall where the rank rises.
+        """
+        total = np.zeros(self.cap + 1)
+        for loss in self.losses or ():
+            total += loss[0] - loss[np.minimum(np.arange(self.cap + 1), len(loss) - 1)]
+        if self.losses is not None:
+            return total
+        for weight, member, curve in zip(self.weights, self.members, self.curves, strict=True):
+            total += weight * member.fro**2 * curve[np.minimum(np.arange(self.cap + 1), len(curve) - 1)]
+        return total
+
+
+def _energy(record: Spectrum) -> NDArray[np.float64]:
+    values = np.asarray(record.s)
+    return energy_curve(values, record.fro, record.complete) if record.fro > 0 else np.zeros(len(values))
+
+
+def split(records: Sequence[Spectrum], target: str | None, exclude: str | None) -> tuple[list[Spectrum], list[LeftOut]]:
+    """Divide layers into those that may get an adapter and those that are left out, with the reason.
+
+    Without ``target``, the matrices that adapters usually target are candidates: no embeddings, no head, no routers.
+    With it, every layer whose name contains a match.
+
+    Raises:
+        UsageError: A pattern is no regular expression, or no layer is left.
+    """
+    wanted, unwanted = compiled(target, "--target"), compiled(exclude, "--exclude")
+    candidates, left_out = [], []
+    for record in records:
+        if why := why_no_target(record.layer, wanted, unwanted):
+            left_out.append(_left_out(record, why))
+        else:
+            candidates.append(record)
+    if not candidates:
+        asked = f"--target {target}: matches" if target is not None else "the results hold"
+        raise UsageError(f"{asked} no layer that could get an adapter; name layers with --target")
+    return candidates, left_out
+
+
+def _left_out(record: Spectrum, why: str) -> LeftOut:
+    return LeftOut(
+        layer=record.layer,
+        shape=record.shape,
+        reason="not_selected",
+        detail=why,
+        fro=record.fro,
+        base_fro=record.base_fro,
+    )
+
+
+def units(
+    records: Sequence[Spectrum],
+    weights: Mapping[str, float],
+    constraints: Constraints,
+    losses: Mapping[str, Sequence[float]] | None = None,
+) -> list[Unit]:
+    """Return the units of an allocation, in the order of their first layers."""
+    groups: dict[str, list[Spectrum]] = {}
+    for record in records:
+        stacked = _STACKED.fullmatch(record.layer)
+        groups.setdefault(stacked[1] if stacked else record.layer, []).append(record)
+    found = [_unit(tuple(members), name, weights, constraints) for name, members in groups.items()]
+    if losses is None:
+        return found
+    known = {layer: np.asarray(values, np.float64) for layer, values in losses.items()}
+    return [replace(unit, losses=tuple(known.get(m.layer, np.zeros(1)) for m in unit.members)) for unit in found]
+
+
+def _unit(members: tuple[Spectrum, ...], name: str, weights: Mapping[str, float], constraints: Constraints) -> Unit:
+    soft, reason = max((_cap(member, constraints.max_rank) for member in members), key=lambda cap: cap[0])
+    hard = min(constraints.max_rank or min(members[0].shape), *members[0].shape)
+    if soft:
+        lifted = max(soft, min(constraints.min_rank, hard))
+        soft, reason = lifted, reason if lifted == soft else "shape" if lifted == hard else reason
+    start, allowed = _allowed(soft, hard, constraints)
+    last = int(allowed[-1]) if len(allowed) else start
+    return Unit(
+        members=members,
+        group=None if members[0].layer == name else name,
+        weights=tuple(weights[member.layer] for member in members),
+        start=start,
+        allowed=allowed,
+        capped_by=reason if last == soft else "ranks_from",
+    )
+
+
+def _cap(record: Spectrum, max_rank: int | None) -> tuple[int, CappedBy]:
+    """Return the largest rank with something measured to gain, and why it ends there."""
+    caps: list[tuple[int, CappedBy]] = [(min(record.shape), "shape")]
+    if record.complete:
+        caps.append((sum(value > 0 for value in record.s), "update_rank"))
+    if record.resolution.signal_rank is not None:
+        caps.append((record.resolution.signal_rank, "signal_rank"))
+    if not record.complete:
+        caps.append((len(record.s), "values_kept"))
+    if max_rank is not None:
+        caps.append((max_rank, "max_rank"))
+    return min(caps, key=lambda cap: cap[0])
+
+
+def _allowed(soft: int, hard: int, constraints: Constraints) -> tuple[int, NDArray[np.int64]]:
+    """Return the rank that a unit has anyway, and those above it that it may have.
+
+    From a list of ranks, the last one is the first that reaches ``soft``: a signal of rank 5 may take 8 of 8, 16, 32.
+    """
+    least = min(constraints.min_rank, soft)
+    if constraints.ranks_from is None:
+        return least, np.arange(least + 1, soft + 1)
+    possible = [rank for rank in sorted(set(constraints.ranks_from)) if rank <= hard]
+    enough = next((i for i, rank in enumerate(possible) if rank >= soft), len(possible) - 1)
+    possible = possible[: enough + 1] if soft else []
+    start = next((rank for rank in possible if rank >= least), possible[-1]) if possible and least else 0
+    return start, np.asarray([rank for rank in possible if rank > start], np.int64)

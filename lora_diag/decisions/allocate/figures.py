@@ -1,0 +1,241 @@
+"""`allocation`: which rank each layer gets beside the uniform rule, and what that keeps beside what it could."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+from matplotlib.ticker import MaxNLocator
+
+from lora_diag.records import Allocation, Certificate
+from lora_diag.records.spectrum import METRIC_NAMES
+from lora_diag.rendering.figures.groups import Types
+from lora_diag.rendering.figures.panel import panel_axes
+from lora_diag.rendering.figures.series import Options, Series
+from lora_diag.rendering.figures.sheet import Key, Words, sheet
+from lora_diag.rendering.figures.strip import Slot, label_height, slot_axis, slots
+from lora_diag.rendering.figures.style import CATEGORIES, INK, Look, category, cut, name_of, styled, width_of
+
+BARS, UNIFORM, BOUND = CATEGORIES[0], CATEGORIES[1], INK
+
+_UNITS = {
+    "params": "adapter parameters Σ r (out + in)",
+    "total_rank": "total rank Σ r",
+    "bytes": "bytes of adapter, gradients and optimizer",
+    "energy": "adapter parameters Σ r (out + in)",
+}
+
+
+def allocation(records: Iterable[Allocation], ax: Axes | None = None, *, per: str = "layer") -> Axes:
+    """Draw the rank that each layer gets as bars, and what the uniform rule gives it as a line.
+
+    Args:
+        records: Of ``allocate``.
+        ax: Where to draw; a new figure's if not given.
+        per: ``layer`` for one bar a layer (of experts in one block: the median), ``type`` for one bar a module type.
+
+    Returns:
+        The Axes drawn on.
+    """
+    records = tuple(records)
+    with panel_axes(ax) as (axes, look):
+        drawn = slots(records, per)
+        _ranks(axes, [drawn], look)
+        slot_axis(axes, drawn, float(axes.get_window_extent().width) / axes.figure.dpi, look.ticks if look else 9)
+        axes.set_ylabel("rank r")
+        axes.legend([Patch(facecolor=BARS), Line2D([], [], color=UNIFORM)], ["allocated", "uniform"], fontsize="small")
+    return axes
+
+
+def budget(certificates: Sequence[Certificate], ax: Axes | None = None) -> Axes:
+    """Draw the energy share that an allocation keeps beside other rules and the bound; of several, over their cost.
+
+    Args:
+        certificates: Of one allocation, or of several of the same update with budgets in the same unit.
+        ax: Where to draw; a new figure's if not given.
+
+    Returns:
+        The Axes drawn on.
+    """
+    with panel_axes(ax) as (axes, look):
+        _kept(axes, certificates, look, float(axes.get_window_extent().width) / axes.figure.dpi)
+        keys = _budget_keys(certificates, look)
+        axes.legend([key.handle for key in keys], [key.label for key in keys], fontsize="small")
+    return axes
+
+
+def figure(series: Sequence[Series[Any]], look: Look, options: Options) -> Figure:
+    """Return the ranks of the layers, and below what each allocation keeps at what it spends."""
+    types = Types(record.layer for one in series for record in one.records)
+    certificates = [item for one in series for item in one.whole if isinstance(item, Certificate)]
+    # One axis takes one unit; what is in another is said to be missing.
+    alike = [item for item in certificates if item.unit == certificates[0].unit]
+    with styled(look):
+        drawn = [slots(one.records, options.per, types) for one in series]
+        words = _words(series, drawn, alike, len(certificates) - len(alike), look)
+        inches = look.width - 6 * look.text / 72
+        everything = list({slot.name: slot for part in drawn for slot in part}.values())
+        heights = [1.3 * look.panel + label_height(everything, inches, look.ticks)]
+        if alike:
+            bars = (len(alike[0].baselines) + 1) * 1.6 * look.text / 72
+            heights.append((1.3 * look.panel if len(alike) > 1 else bars) + 3.5 * look.text / 72)
+        panel = sum(heights) / len(heights)
+        figure, axes = sheet(look, words, len(heights), 1, panel=panel, ratios=heights, share=False, low=True)
+        _ranks(axes[0], drawn, look)
+        slot_axis(axes[0], everything, inches, look.ticks)
+        axes[0].set_ylabel("rank r")
+        if alike:
+            _kept(axes[1], alike, look, inches)
+    return figure
+
+
+def _ranks(ax: Axes, drawn: Sequence[Sequence[Slot[Allocation]]], look: Look | None) -> None:
+    width = look.line if look else 1.2
+    for number, part in enumerate(drawn):
+        for slot in part:
+            ranks = np.array([float(np.median([record.rank for record in bar])) for bar in slot.bars])
+            if len(drawn) > 1:
+                ax.stairs(ranks, slot.edges, baseline=None, color=category(number), lw=1.5 * width, label="_ranks")
+                continue
+            uniform = np.array([float(np.median([record.uniform_rank for record in bar])) for bar in slot.bars])
+            ax.stairs(ranks, slot.edges, fill=True, color=BARS, lw=0, label="_ranks")
+            ax.stairs(uniform, slot.edges, baseline=None, color=UNIFORM, lw=1.3 * width, label="_uniform")
+    ax.set_ylim(bottom=0)
+    ax.yaxis.set_major_locator(MaxNLocator(nbins=4, integer=True))
+
+
+def _kept(ax: Axes, certificates: Sequence[Certificate], look: Look | None, inches: float) -> None:
+    """Draw what is kept: of one allocation rule by rule, of several over what they spend."""
+    if len(certificates) == 1:
+        _rules(ax, certificates[0], look, inches)
+    else:
+        _over_cost(ax, certificates, look)
+
+
+def _rules(ax: Axes, item: Certificate, look: Look | None, inches: float) -> None:
+    """Draw one bar a rule, what it keeps and spends beside it, and the bound that none of them can pass."""
+    rules = [("this allocation", item.kept, _spent(item), BARS)]
+    rules += [(name_of(base.name), base.kept, base.spent, UNIFORM) for base in item.baselines]
+    size = look.ticks if look else 8
+    most = 0.62 * inches
+    texts = []
+    for name, kept, spent, _ in rules:
+        found = f": {kept:.1%} ({_count(spent)})"
+        texts.append(cut(name, most - width_of(found, size), size) + found)
+    # The texts begin right of the bound, so that they cross nothing; the bars have what is left.
+    pad = 0.6 * size / 72
+    needed = max(width_of(text, size) for text in texts) + 2 * pad
+    scale = max(item.bound, *(kept for _, kept, *_ in rules)) or 1.0
+    ax.set_xlim(0, scale * inches / max(inches - needed, 0.2 * inches))
+    for place, (text, (_, kept, _, color)) in enumerate(zip(texts, rules, strict=True)):
+        ax.barh(place, kept, height=0.66, color=color, lw=0)
+        ax.annotate(
+            text,
+            (scale, place),
+            xytext=(72 * pad, 0),
+            textcoords="offset points",
+            va="center",
+            size=size,
+            parse_math=False,
+        )
+    ax.axvline(item.bound, color=BOUND, lw=look.line if look else 1.2, ls=(0, (4, 2)), label="_bound")
+    ax.set_yticks([])
+    ax.set_ylim(len(rules) - 0.4, -0.6)
+    ax.set_xlabel(f"energy share kept (and {_UNITS[item.unit]})")
+    ax.set_xticks([tick for tick in MaxNLocator(4, steps=[1, 2, 5, 10]).tick_values(0, scale) if tick <= scale])
+
+
+def _over_cost(ax: Axes, certificates: Sequence[Certificate], look: Look | None) -> None:
+    width = look.line if look else 1.2
+    ordered = sorted(certificates, key=_spent)
+    limits = [item.budget if item.budget is not None and item.unit != "energy" else _spent(item) for item in ordered]
+    uniform = [(base.spent, base.kept) for item in ordered for base in item.baselines if _is_uniform(base.name)]
+    ax.plot(limits, [item.bound for item in ordered], color=BOUND, lw=width, ls=(0, (4, 2)), label="_bound")
+    for points, color, marker, name in (
+        (uniform, UNIFORM, "s", "_uniform"),
+        ([(_spent(item), item.kept) for item in ordered], BARS, "o", "_kept"),
+    ):
+        if points:
+            ax.plot(*zip(*points, strict=True), color=color, marker=marker, lw=1.2 * width, ms=4.5 * width, label=name)
+    ax.set_xlim(0, 1.06 * max([*limits, *(x for x, _ in uniform)]))
+    ax.set_ylim(0, min(1.02, 1.15 * max([*(item.bound for item in ordered), *(y for _, y in uniform)])))
+    ax.set_xlabel(_UNITS[ordered[0].unit])
+    ax.set_ylabel("energy kept")
+    ax.xaxis.set_major_locator(MaxNLocator(nbins=4))
+    ax.yaxis.set_major_locator(MaxNLocator(nbins=4))
+    ax.xaxis.set_major_formatter(lambda value, _: _count(value))
+
+
+def _is_uniform(name: str) -> bool:
+    return name.startswith("uniform")
+
+
+def _spent(item: Certificate) -> float:
+    return float(item.params) if item.unit == "energy" else item.spent
+
+
+def _count(value: float) -> str:
+    """Return an amount as an axis has room for it.
+
+    >>> _count(40), _count(12_500), _count(2_000_000), _count(3.2e9)
+    ('40', '12.5k', '2M', '3.2G')
+    """
+    for factor, unit in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
+        if abs(value) >= factor:
+            return f"{value / (1e3 if unit == 'k' else factor):.4g}{unit}"
+    return f"{value:.4g}"
+
+
+def _budget_keys(certificates: Sequence[Certificate], look: Look | None) -> tuple[Key, ...]:
+    width = look.line if look else 1.2
+    bound = Key(Line2D([], [], color=BOUND, lw=width, ls=(0, (4, 2))), "bound: nothing within the budget keeps more")
+    if len(certificates) == 1:
+        return (bound,)
+    kept = Line2D([], [], color=BARS, marker="o", ms=4.5 * width, lw=1.2 * width)
+    uniform = Line2D([], [], color=UNIFORM, marker="s", ms=4.5 * width, lw=1.2 * width)
+    return Key(kept, "kept by the allocation"), Key(uniform, "kept by the uniform rule"), bound
+
+
+def _words(
+    series: Sequence[Series[Any]],
+    drawn: Sequence[Sequence[Slot[Allocation]]],
+    certificates: Sequence[Certificate],
+    missing: int,
+    look: Look,
+) -> Words:
+    keys: list[Key] = []
+    if len(series) == 1:
+        keys.append(Key(Patch(facecolor=BARS), "rank allocated"))
+        keys.append(Key(Line2D([], [], color=UNIFORM, lw=1.3 * look.line), "uniform rule, same budget"))
+    else:
+        keys += [Key(Line2D([], [], color=category(n), lw=1.5 * look.line), one.label) for n, one in enumerate(series)]
+    records = [record for one in series for record in one.records]
+    layers = len({record.layer for record in records})
+    about = f"{layers} {'matrix' if layers == 1 else 'matrices'}"
+    if len(certificates) == 1:
+        (one,) = certificates
+        gap = "the best possible" if one.optimal or one.gap == 0 else f"at most {one.gap:.2%} below the best"
+        about += f"; {one.params:,} parameters keep {one.kept:.1%} of the energy, {gap}"
+    metrics = {one.run.settings.get("metric", "weights") if one.run else "weights" for one in series}
+    told = " and ".join(METRIC_NAMES[metric] for metric in sorted(metrics)) if metrics != {"weights"} else ""
+    notes = [
+        f"Energy is Σσ² as measured{f', in {told}' if told else ''}; in each module type blocks from left to right."
+    ]
+    joined = max((slot.joined for part in drawn for slot in part), default=1)
+    if joined > 1:
+        notes.append(f"A bar stands for up to {joined} layers: their median rank.")
+    if any(record.weight != 1 for record in records):
+        notes.append("Shares are of the weighted energy.")
+    if missing:
+        notes.append(f"Not drawn: {missing} certificates whose budget is in another unit.")
+    return Words(
+        "Allocation: rank r by layer, and the energy kept",
+        about,
+        (" ".join(notes),),
+        (*keys, *(_budget_keys(certificates, look) if certificates else ())),
+    )

@@ -1,0 +1,125 @@
+"""``allocate --weights`` of a results file: what ``probe sensitivity`` or ``probe fisher`` measured of the layers.
+
+Gains become factors of energies; tails take the place of energies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lora_diag.errors import InputError, UsageError
+from lora_diag.probes.sensitivity.gains import Weights, gains_of, weights_of
+from lora_diag.records import Fisher, Results, RunInput, Sensitivity, Spectrum, read_results
+from lora_diag.records.names import part_of
+from lora_diag.running.fingerprint import legible
+
+# So many layers are named in a note.
+_NAMED = 3
+
+
+# ‖ΔW‖_F of two measurements of one update differ by no more than this share.
+_SAME = 1e-3
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """What a results file says of the layers.
+
+    Args:
+        described: For the run record.
+        factors: Of the layers' energies.
+        losses: What takes the place of their energies, F(0), F(1), … by layer.
+    """
+
+    described: RunInput
+    factors: dict[str, float] | None = None
+    losses: dict[str, tuple[float, ...]] | None = None
+
+
+def measured_weights(path: Path, spectra: Results[Spectrum], allow_unfinished: bool) -> Measured:
+    """Return w_ℓ = max(0, ΔL_ℓ) / Σ_{i≤r}σ_{ℓ,i}² by layer, or F_ℓ(r), and what the run record says of them.
+
+    Args:
+        path: Results of ``probe sensitivity``, of which the first set decides; or of ``probe fisher``.
+        spectra: Of the update that is to be allocated.
+        allow_unfinished: Take an interrupted run for what it holds.
+
+    Raises:
+        UsageError: No layer of the spectra was measured, or none gains.
+        InputError: It cannot be read, is of another command, or is unfinished.
+    """
+    results = read_results(path)
+    if results.run.command not in {"probe sensitivity", "probe fisher"}:
+        raise InputError(
+            f"--weights {path}: holds results of loradiag {results.run.command}; it takes those of probe sensitivity "
+            "or probe fisher, or a JSON object of layer and factor"
+        )
+    if results.end is None and not allow_unfinished:
+        raise InputError(
+            f"--weights {path}: the run did not finish, and layers it lacks would get no rank; finish it with "
+            f"loradiag {results.run.command} ... --resume, or go on with --allow-unfinished"
+        )
+    if results.run.command == "probe fisher":
+        return _tails(path, results, spectra)
+    records = [record for record in results.whole if isinstance(record, Sensitivity)]
+    settings = results.run.settings
+    first = records[0].set if records else ""
+    gains = gains_of(records, first, first, settings["rank"], settings["seed"])
+    found = weights_of(gains, settings["rank"], spectra.layers)
+    if not any(layer in found.factors for gain in gains for layer in gain.layers):
+        raise UsageError(f"--weights {path}: adapted no layer of these spectra; both must be of one BASE")
+    if not any(found.factors.values()):
+        raise UsageError(f"--weights {path}: no layer that moved lowers the loss on {first} alone: all weights are 0")
+    what = f"results of probe sensitivity, r={settings['rank']} per {settings['per']}, gains on {legible(first)}"
+    notes = _notes(found)
+    if settings["delta"]:
+        more = f"r={settings['rank']} to {settings['rank'] + settings['delta']}"
+        notes.append(f"gains from {more} are not used: ranks by them trained no better (docs/probe-sensitivity.md)")
+    described = RunInput(role="weights", path=legible(path), kind=what, tensors=len(found.factors), notes=tuple(notes))
+    return Measured(described, factors=found.factors)
+
+
+def _tails(path: Path, results: Results[Any], spectra: Results[Spectrum]) -> Measured:
+    """Return the tails of ``probe fisher``.
+
+    Raises:
+        UsageError: No layer of the spectra was measured.
+        InputError: They are those of another update.
+    """
+    records = {record.layer: record for record in results.whole if isinstance(record, Fisher)}
+    both = [record for record in spectra if record.layer in records]
+    if not both:
+        raise UsageError(f"--weights {path}: measured no layer of these spectra; both must be of one BASE and TUNED")
+    for record in both:
+        fro = record.fro if record.weights_fro is None else record.weights_fro
+        if abs(records[record.layer].fro - fro) > _SAME * fro:
+            raise InputError(
+                f"--weights {path}: ‖ΔW‖ of {record.layer} is {records[record.layer].fro:.4g} there and {fro:.4g} in "
+                "the spectra: they are of different updates"
+            )
+    lacking = [r.layer for r in spectra if r.layer not in records and part_of(r.layer) == "matrices"]
+    notes = [f"{len(lacking)} layers were not measured and get no rank: {_listed(lacking)}"] if lacking else []
+    first = records[both[0].layer]
+    what = f"results of probe fisher, {first.sequences} gradients on {legible(first.set)}, labels of the {first.labels}"
+    described = RunInput(role="weights", path=legible(path), kind=what, tensors=len(both), notes=tuple(notes))
+    return Measured(described, losses={record.layer: records[record.layer].fisher for record in both})
+
+
+def _notes(found: Weights) -> list[str]:
+    """Say which layers get weight 0, and which gains are no more than noise."""
+    lacking = [layer for layer in found.lacking if part_of(layer) == "matrices"]
+    said = [
+        (found.negative, "gain nothing alone and get weight 0, so no rank"),
+        (lacking, "were not adapted alone and get weight 0, so no rank"),
+        (found.unclear, "gain less than two standard errors, and count with what they gain"),
+        (found.short, "have fewer values than the rank that was trained: measure spectra with a larger --top"),
+    ]
+    return [f"{len(names)} of them {what}: {_listed(names)}" for names, what in said if names]
+
+
+def _listed(names: Sequence[str]) -> str:
+    shown = ", ".join(legible(name) for name in names[:_NAMED])
+    return f"{shown} and {len(names) - _NAMED} more" if len(names) > _NAMED else shown

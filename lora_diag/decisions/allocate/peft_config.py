@@ -1,0 +1,289 @@
+r"""An allocation as a PEFT ``LoraConfig``: the file ``adapter_config.json`` that training starts from.
+
+It knows how PEFT reads names. ``target_modules`` and ``target_parameters``: an entry speaks for every module that has
+this name or ends in ``.`` and this name. ``rank_pattern`` and ``alpha_pattern``: a key k speaks for module m iff
+``re.match(rf"(.*\.)?({k})$", m)``, the first key winning (``peft.utils.other.get_pattern_key``); a key that matches
+nothing is ignored. So every name written here is resolved by those rules against all names of the run first. It refuses
+to know models: whether the names on disk are those in memory can only be seen by building the model.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from lora_diag.errors import InputError, UsageError
+from lora_diag.records import Allocation, Results
+
+# What wraps a model and is not part of every name by which it is known: left off where the rest is still unambiguous.
+_WRAPPERS = re.compile(r"^(?:(?:base_model|module|model|transformer)\.)+")
+_STACKED = re.compile(r"(.+)\[\d+\]")
+# Experts that BASE stores one by one. transformers 5 fuses them into two parameters when it loads the model.
+_EXPERT = re.compile(r"\.experts\.\d+\.")
+# Projections of GPT-2 whose outputs outnumber its inputs: stored with fewer rows than columns only by its Conv1D.
+_WIDENING = re.compile(r"\.(c_attn|c_fc)(\.weight)?$")
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """By what PEFT multiplies B·A.
+
+    Args:
+        factor: lora_alpha / r of every layer; or, with rsLoRA, lora_alpha / √r of the layers with the usual rank.
+        rslora: lora_alpha is one number for all, and the scaling lora_alpha / √r.
+    """
+
+    factor: float = 2.0
+    rslora: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse a factor that would silence the adapter or is no number.
+
+        Raises:
+            UsageError: It is not above 0 and finite.
+        """
+        if not 0 < self.factor < math.inf:
+            raise UsageError(f"--scaling {self.factor:g}: must be a number above 0")
+
+    def alpha(self, rank: int, usual: int) -> float:
+        """Return lora_alpha for a layer, where most layers have rank ``usual``.
+
+        >>> Scaling(2.0).alpha(16, 8), Scaling(2.0, rslora=True).alpha(16, 4)
+        (32.0, 4.0)
+        """
+        return self.factor * (math.sqrt(usual) if self.rslora else rank)
+
+
+def peft_config(results: Results[Allocation], scaling: Scaling = Scaling()) -> dict[str, Any]:
+    """Return the config of an adapter with these ranks.
+
+    Args:
+        results: An allocation.
+        scaling: By what PEFT is to multiply B·A.
+
+    Returns:
+        The content of ``adapter_config.json``: ``r`` is the most common rank, the others are in ``rank_pattern``.
+
+    Raises:
+        InputError: No layer has a rank, or a name cannot be written so that PEFT reads it as it is meant.
+    """
+    modules, parameters = _targets(results)
+    ranks = modules | parameters
+    if not ranks:
+        raise InputError("every layer has rank 0: there is no adapter to configure")
+    usual = _most_common(ranks.values())
+    others = _patterns(ranks, usual)
+    alphas = {key: scaling.alpha(rank, usual) for key, rank in others.items()}
+    every = _universe(results)
+    config: dict[str, Any] = {
+        "peft_type": "LORA",
+        "task_type": None,
+        "base_model_name_or_path": None,
+        "r": usual,
+        "lora_alpha": _plain(scaling.alpha(usual, usual)),
+        "rank_pattern": others,
+        "alpha_pattern": {} if scaling.rslora else {key: _plain(alpha) for key, alpha in alphas.items()},
+        "target_modules": _suffixes(modules, every, _is_complete(results)),
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": any(_WIDENING.search(each.layer) and each.shape[0] < each.shape[1] for each in results),
+        "use_rslora": scaling.rslora,
+        "init_lora_weights": True,
+        "inference_mode": False,
+    }
+    if parameters:
+        config["target_parameters"] = _suffixes(parameters, every, _is_complete(results))
+    check(config, modules, parameters, every)
+    return config
+
+
+def check(
+    config: Mapping[str, Any], modules: Mapping[str, int], parameters: Mapping[str, int], every: set[str]
+) -> None:
+    """Resolve every name of a config as PEFT would, against the names of a model.
+
+    Args:
+        config: Content of ``adapter_config.json``.
+        modules: Rank by module that is to be adapted.
+        parameters: Rank by parameter (stacks of experts) that is to be adapted.
+        every: All names of the model, those included.
+
+    Raises:
+        InputError: A name matches nothing, or another layer than it should, or two keys clash.
+    """
+    for option, wanted in (("target_modules", modules), ("target_parameters", parameters)):
+        entries = config.get(option) or []
+        found = {name: [path for path in every if _ends_in(path, name)] for name in entries}
+        if unmatched := [name for name, paths in found.items() if not paths]:
+            raise InputError(f"adapter_config.json: {option} {unmatched[0]!r} matches no layer")
+        reached = {path for paths in found.values() for path in paths}
+        if differing := reached ^ set(wanted):
+            raise InputError(f"adapter_config.json: {option} cannot tell {min(differing)} from other layers")
+    targets = {**modules, **parameters}
+    matches = _matches(config["rank_pattern"], targets)
+    if empty := set(config["rank_pattern"]) - {key for keys in matches.values() for key in keys}:
+        raise InputError(f"adapter_config.json: rank_pattern {min(empty)!r} matches no layer")
+    for path, rank in targets.items():
+        claimed = {config["rank_pattern"][key] for key in matches[path]} or {config["r"]}
+        if claimed != {rank}:
+            raise InputError(f"adapter_config.json: rank_pattern gives {path} rank {sorted(claimed)}, not {rank}")
+
+
+def compare(results: Results[Allocation], found: Mapping[str, tuple[int, float]], scaling: Scaling) -> None:
+    """Hold an allocation against what PEFT made of its config.
+
+    Args:
+        results: The allocation.
+        found: Rank and scaling by module or parameter of the model in memory.
+        scaling: What was asked for.
+
+    Raises:
+        InputError: A layer has another rank or scaling, is missing, or was not meant.
+    """
+    modules, parameters = _targets(results)
+    wanted = modules | parameters
+    usual = _most_common(wanted.values())
+    unmet = dict(found)
+    for path, rank in wanted.items():
+        module = path.removesuffix(".weight")  # a parameter is told by its module there
+        names = [name for name in unmet if _ends_in(name, _WRAPPERS.sub("", module))]
+        name = next((name for name in names if name == module), names[0] if len(names) == 1 else None)
+        if name is None:
+            raise InputError(f"--check: the model has no module {path} that PEFT could adapt")
+        got = unmet.pop(name)
+        factor = scaling.alpha(rank, usual) / (math.sqrt(rank) if scaling.rslora else rank)
+        if got[0] != rank or not math.isclose(got[1], factor):
+            raise InputError(f"--check: PEFT gives {name} rank {got[0]}, scaling {got[1]:g}; meant {rank}, {factor:g}")
+    if unmet:
+        raise InputError(f"--check: PEFT also adapts {min(unmet)}, which was not meant")
+
+
+def module_of(layer: str) -> str:
+    """Return the path of the module or parameter that holds a weight, as transformers names it in memory.
+
+    >>> module_of("model.layers.0.self_attn.q_proj.weight"), module_of("model.layers.0.mlp.experts.down_proj[3]")
+    ('model.layers.0.self_attn.q_proj', 'model.layers.0.mlp.experts.down_proj')
+    >>> module_of("language_model.model.layers.0.mlp.up_proj.weight")  # as vision-language models store it
+    'language_model.layers.0.mlp.up_proj'
+    """
+    stacked = _STACKED.fullmatch(layer)
+    path = stacked[1] if stacked else layer.removesuffix(".weight")
+    return path.replace("language_model.model.", "language_model.").replace("language_model.lm_head", "lm_head")
+
+
+def _targets(results: Results[Allocation]) -> tuple[dict[str, int], dict[str, int]]:
+    """Return ranks by module, and by parameter that is no ``weight`` of one: stacks of experts, ``in_proj_weight``."""
+    chosen = [record for record in results if record.rank]
+    if apart := [record.layer for record in chosen if _EXPERT.search(record.layer)]:
+        raise InputError(
+            f"{len(apart)} matrices are experts that BASE stores one by one, such as {apart[0]}: PEFT cannot be told "
+            "their ranks, because transformers 5 fuses them when it loads the model. Leave them out with --exclude "
+            "experts, measure a model that transformers 5 saved fused, or write the allocation as .jsonl"
+        )
+    modules = {module_of(record.layer): record.rank for record in chosen if record.layer.endswith(".weight")}
+    parameters = {module_of(record.layer): record.rank for record in chosen if not record.layer.endswith(".weight")}
+    if len(modules) + len(parameters) != len({record.group or record.layer for record in chosen}):
+        raise InputError("two layers have the same name as modules of one model; choose layers with --target")
+    return modules, parameters
+
+
+def _universe(results: Results[Allocation]) -> set[str]:
+    """Return every module and parameter, and what they are in: a target ``0`` means ``blocks.0``, too."""
+    paths = {module_of(layer) for layer in _names(results)}
+    return paths | {path[: dot.start()] for path in paths for dot in re.finditer(r"\.", path)}
+
+
+def _names(results: Results[Allocation]) -> list[str]:
+    return [record.layer for record in results.layers] + [item.layer for item in results.left_out]
+
+
+def _is_complete(results: Results[Allocation]) -> bool:
+    """Say whether the results name every tensor of BASE, so that a short name is known to match nothing else.
+
+    Those of an adapter do not: what it leaves alone has no record.
+    """
+    base = [side.tensors for side in results.run.inputs if side.role == "base"]
+    stored = {re.sub(r"\[\d+\]$", "", layer) for layer in _names(results)}
+    return bool(base) and len(stored) >= base[0]
+
+
+def _suffixes(targets: Mapping[str, int], every: set[str], complete: bool) -> list[str]:
+    """Return the shortest names that reach these modules and no other."""
+    names = []
+    for leaf in sorted({_leaf(path) for path in targets}):
+        reached = {path for path in every if _ends_in(path, leaf)}
+        if complete and reached <= set(targets):
+            names.append(leaf)
+        else:
+            names += [_short(path, every) for path in targets if _leaf(path) == leaf]
+    return names
+
+
+def _leaf(path: str) -> str:
+    """Return the last part of a path; of a parameter called ``weight``, which every module has, the last two."""
+    return ".".join(path.split(".")[-2 if path.endswith(".weight") else -1 :])
+
+
+def _patterns(ranks: Mapping[str, int], usual: int) -> dict[str, int]:
+    """Return keys for the modules whose rank is not the usual one: one for a kind of module that agrees, else each."""
+    patterns: dict[str, int] = {}
+    kinds: dict[str, dict[str, int]] = {}
+    for path, rank in ranks.items():
+        kinds.setdefault(path.rpartition(".")[2], {})[path] = rank
+    for leaf, members in kinds.items():
+        agreed = set(members.values())
+        reached = [path for path in ranks if _ends_in(path, leaf)]
+        if agreed == {usual}:
+            continue
+        if len(agreed) == 1 and len(reached) == len(members) > 1:
+            patterns[_key(leaf)] = agreed.pop()
+        else:
+            patterns |= {_key(_short(path, set(ranks))): rank for path, rank in members.items() if rank != usual}
+    return patterns
+
+
+def _short(path: str, every: Iterable[str]) -> str:
+    """Return a path without its wrappers, if no other path ends so."""
+    rest = _WRAPPERS.sub("", path)
+    return path if any(other != path and _ends_in(other, rest) for other in every) else rest
+
+
+def _key(name: str) -> str:
+    """Return a name as a regular expression; its dots stay plain, as everyone writes them, and ``check`` sees to it."""
+    return re.escape(name).replace(r"\.", ".").replace(r"\-", "-")
+
+
+def _ends_in(path: str, name: str) -> bool:
+    """Say whether PEFT takes a module for one that an entry of ``target_modules`` names."""
+    return path == name or path.endswith(f".{name}")
+
+
+def _matches(keys: Iterable[str], paths: Iterable[str]) -> dict[str, list[str]]:
+    """Return by path the keys that speak for it. Only a key whose last part ends the path can, so few are tried."""
+    by_leaf: dict[str, list[tuple[str, re.Pattern[str]]]] = {}
+    for key in keys:
+        by_leaf.setdefault(key.rpartition(".")[2], []).append((key, re.compile(rf"(.*\.)?({key})$")))
+    return {
+        path: [
+            key
+            for leaf, group in by_leaf.items()
+            if path.endswith(leaf.replace("\\", ""))
+            for key, compiled in group
+            if compiled.match(path)
+        ]
+        for path in paths
+    }
+
+
+def _most_common(ranks: Iterable[int]) -> int:
+    """Return the most common rank; of several, the smallest."""
+    counts = Counter(ranks)
+    return min(counts, key=lambda rank: (-counts[rank], rank))
+
+
+def _plain(value: float) -> float | int:
+    return int(value) if value == int(value) else value

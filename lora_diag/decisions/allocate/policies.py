@@ -1,0 +1,39 @@
+"""The rank of one layer by each of the rules that people use, side by side.
+
+It knows one spectrum. Rules that need every singular value say nothing about a truncated one.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from lora_diag.metrics import energy_curve
+from lora_diag.metrics.thresholds import gavish_donoho, knee
+from lora_diag.records import Spectrum
+from lora_diag.records.allocation import Policies
+
+
+def policies(record: Spectrum) -> Policies:
+    """Return the rank of one layer by every rule.
+
+    Args:
+        record: Its spectrum. Knee, effective rank and Gavish–Donoho are null unless it holds all min(out, in) values:
+            those of an adapter are the ranks of its factors, and no noise is left to tell signal from.
+    """
+    s = np.asarray(record.s)
+    full = record.complete and len(s) == min(record.shape)
+    moved = record.fro > 0
+    ranks = {
+        "energy 90%": record.rank_at["0.9"],
+        "knee": knee(energy_curve(s, record.fro, True)) if full and moved else None,
+        "effective": int(np.ceil(record.effective_rank)) if record.effective_rank is not None else None,
+        "Gavish–Donoho": gavish_donoho(s, record.shape) if full and moved else None,
+        "signal": record.resolution.signal_rank,
+    }
+    return Policies(
+        layer=record.layer,
+        shape=record.shape,
+        ranks=ranks,
+        complete=record.complete,
+        verdict=record.resolution.verdict,
+    )

@@ -1,0 +1,77 @@
+"""The terminal's answer to ``allocate --policies``: the ranks of several rules side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from statistics import median
+
+from rich.console import Group
+
+from lora_diag.records.allocation import Policies
+from lora_diag.rendering.columns import Column, rows_of, table_of, title_of
+from lora_diag.rendering.lines import answers
+from lora_diag.rendering.text import short, span, to_text
+
+# So many layers are named in a sentence.
+_NAMED = 3
+
+
+def policies_table(records: Sequence[Policies], width: int = 80, color: bool = False, per: str = "type") -> str:
+    """Return the ranks of several rules side by side, and where they disagree.
+
+    Args:
+        records: One a layer.
+        width: Columns of the terminal.
+        color: Whether to use ANSI colours.
+        per: ``type`` for medians over a module type, ``layer`` for one row a layer.
+    """
+    rows = rows_of(records, per)
+    rules = list(records[0].ranks)
+
+    def cell(rule: str, group: Sequence[Policies]) -> str:
+        known = [rank for record in group if (rank := record.ranks[rule]) is not None]
+        return f"{median(known):.0f}" if len(known) == len(group) else "-"
+
+    columns = [Column(rule, tuple(cell(rule, group) for _, group in rows)) for rule in rules]
+    columns.insert(0, Column("of", tuple(span(min(record.shape) for record in group) for _, group in rows)))
+    table = table_of(title_of(per), [name for name, _ in rows], columns, width, ("of",))
+    return to_text(Group(table, answers(_disagreements(records))), width, color)
+
+
+def _disagreements(records: Sequence[Policies]) -> list[tuple[str, str]]:
+    """Say in how many layers the rules are far apart, where most, and which cannot be applied."""
+    spread = {}
+    for record in records:
+        known = {name: rank for name, rank in record.ranks.items() if rank and name != "signal"}
+        if len(known) > 1:
+            low, high = min(known, key=known.__getitem__), max(known, key=known.__getitem__)
+            spread[record.layer] = (known[high] / known[low], f"{low} {known[low]}, {high} {known[high]}")
+    lines = []
+    if spread:
+        far = [layer for layer, (ratio, _) in spread.items() if ratio >= 2]
+        worst = sorted(spread, key=lambda layer: -spread[layer][0])[:_NAMED]
+        told = [f"{short(layer)}: {spread[layer][1]}" for layer in worst]
+        head = f"by a factor of 2 or more in {len(far)} of {len(records)} layers; most in"
+        lines.append(("Disagree", "\n".join([head, *told])))
+    if noisy := [record for record in records if _beyond_signal(record)]:
+        told_noise = (
+            f"90% of the energy needs more than the signal rank in {len(noisy)} layers: there it counts rounding"
+        )
+        lines.append(("Noise", told_noise))
+    meanings = [
+        "energy 90%: smallest r that keeps 90% of Σσ²; knee: where the curve C(r) rises highest above its chord",
+        "effective: exp of the entropy of the energy; signal: values above the rounding noise of the files, a cap",
+        "Gavish–Donoho: values above a threshold for spectra that are mostly noise, which a full update is not",
+    ]
+    lines.append(("Rules", "\n".join(meanings)))
+    if lacking := sum(None in record.ranks.values() for record in records):
+        told_lacking = (
+            f"- in {lacking} layers: the rule needs all min(out, in) singular values, or more than --top kept"
+        )
+        lines.append(("Not known", told_lacking))
+    return lines
+
+
+def _beyond_signal(record: Policies) -> bool:
+    energy, signal = record.ranks["energy 90%"], record.ranks["signal"]
+    return energy is not None and signal is not None and energy > signal

@@ -1,0 +1,303 @@
+"""``allocate``: where should rank go, and how far from the best is it?"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from lora_diag.adapters import open_adapter
+from lora_diag.checkpoints import locate
+from lora_diag.checkpoints.documents import MAX_CONFIG_BYTES, read_object
+from lora_diag.decisions.allocate.allocation import Budget
+from lora_diag.decisions.allocate.allocation import allocate as plan_ranks
+from lora_diag.decisions.allocate.candidates import Constraints
+from lora_diag.decisions.allocate.peft_config import Scaling, compare, peft_config
+from lora_diag.decisions.memory import Training
+from lora_diag.errors import InputError, UsageError
+from lora_diag.files import write_whole
+from lora_diag.records import Allocation, Results, Run, RunInput, Spectrum, is_results_file, read_results_of, totals
+from lora_diag.records.allocation import Policies
+from lora_diag.running.amounts import read_bytes, read_count, read_share
+from lora_diag.running.fingerprint import legible
+from lora_diag.version import __version__
+
+
+def allocate(
+    results: Results[Spectrum] | Path | str,
+    *,
+    params: int | str | None = None,
+    total_rank: int | None = None,
+    memory: int | str | None = None,
+    energy: float | None = None,
+    match: Path | str | None = None,
+    min_rank: int = 0,
+    max_rank: int | None = None,
+    ranks_from: Sequence[int] | None = None,
+    target: str | None = None,
+    exclude: str | None = None,
+    weights: Mapping[str, float] | Path | str | None = None,
+    relative: bool = False,
+    optimizer: str = "adamw",
+    dtype: str = "float32",
+    allow_unfinished: bool = False,
+) -> Results[Allocation]:
+    """Choose the rank of each layer so that the adapter keeps as much of Σσ² as a budget allows.
+
+    Exactly one budget is given.
+
+    Args:
+        results: What ``spectrum`` measured, or the file it wrote.
+        params: Budget: trainable parameters Σ r(d_in + d_out), such as ``10_000_000`` or ``"10M"``.
+        total_rank: Budget: Σ r over the layers.
+        memory: Budget: bytes of the adapter, its gradients and its optimizer's state, such as ``"2GB"``.
+        energy: No budget: the smallest rank of each layer with C(r) ≥ this share.
+        match: Budget: as many parameters as this adapter has.
+        min_rank: Smallest rank of a layer with any signal.
+        max_rank: Largest rank of a layer.
+        ranks_from: The only ranks a layer may have (besides 0), such as ``[8, 16, 32, 64]``.
+        target: Only layers whose name contains a match; None for matrices other than embeddings, head and routers.
+        exclude: No layers whose name contains a match.
+        weights: Factor of each layer's energy, by name (``default`` for the others), or a JSON file of such; or what
+            ``probe sensitivity`` measured: the gain of each layer alone per energy that the rank trained captures; or
+            what ``probe fisher`` measured: then Σ F_ℓ(r_ℓ) is made small instead of energy large.
+        relative: Count every layer's energy as 1: maximise Σ C(r) and not Σ‖ΔW‖²C(r).
+        optimizer: ``adamw``, ``adamw8bit``, ``sgd`` or ``sgd_momentum``; for ``memory``.
+        dtype: Of the adapter and its gradients; for ``memory``.
+        allow_unfinished: Take an interrupted run for what it holds.
+
+    Returns:
+        One ``Allocation`` a layer, and in ``whole`` the ``Certificate``.
+
+    Raises:
+        UsageError: No budget or several; the budget does not pay for what was asked; an option makes no sense.
+        InputError: The results cannot be read or are unfinished.
+
+    Example:
+        >>> import lora_diag
+        >>> spectra = lora_diag.spectrum("sample_checkpoints/base", "sample_checkpoints/full_ft", layers="q_proj")
+        >>> plan = allocate(spectra, params="8k")
+        >>> [record.rank for record in plan], plan.whole[0].spent
+        ([6, 9, 9, 7], 7936.0)
+    """
+    training = Training(optimizer, dtype)
+    budget = _budget(params, total_rank, memory, energy, match, training)
+    constraints = Constraints(min_rank, max_rank, tuple(sorted(set(ranks_from))) if ranks_from is not None else None)
+    spectra, described = _spectra(results, allow_unfinished)
+    factors, losses, of_weights = _factors(weights, spectra, allow_unfinished)
+    if losses is not None and relative:
+        raise UsageError("--relative: counts every layer's energy as 1, and --weights of probe fisher counts no energy")
+    chosen = plan_ranks(
+        spectra.layers,
+        budget,
+        constraints,
+        factors,
+        relative,
+        target,
+        exclude,
+        losses,
+    )
+    run = Run(
+        command="allocate",
+        version=__version__,
+        inputs=(described, *spectra.run.inputs, *of_weights),
+        settings={
+            "budget": budget.option,
+            "energy": energy,
+            "min_rank": min_rank,
+            "max_rank": max_rank,
+            "ranks_from": list(constraints.ranks_from) if constraints.ranks_from else None,
+            "target": target,
+            "exclude": exclude,
+            "weights": weights if isinstance(weights, Mapping) else None if weights is None else legible(weights),
+            "relative": relative,
+            **({"metric": metric} if (metric := spectra.layers[0].metric) != "weights" else {}),
+            "optimizer": optimizer if memory is not None else None,
+            "dtype": dtype if memory is not None else None,
+        },
+    )
+    left_out = (*chosen.left_out, *spectra.left_out)
+    return Results(run, chosen.layers, left_out, totals(chosen.layers, left_out), (chosen.certificate,))
+
+
+def rank_table(results: Results[Spectrum] | Path | str, allow_unfinished: bool = False) -> tuple[Policies, ...]:
+    """Return the ranks that different rules would give each layer: energy, knee, effective rank, thresholds.
+
+    Args:
+        results: What ``spectrum`` measured, or the file it wrote.
+        allow_unfinished: Take an interrupted run for what it holds.
+
+    Raises:
+        InputError: The results cannot be read or are unfinished.
+    """
+    from lora_diag.decisions.allocate.policies import (
+        policies as rank_policies,  # SciPy's integrals, which nothing else needs
+    )
+
+    spectra, _ = _spectra(results, allow_unfinished)
+    return tuple(rank_policies(record) for record in spectra)
+
+
+def write_allocation(
+    results: Results[Allocation],
+    path: Path | str,
+    scaling: float = 2.0,
+    rslora: bool = False,
+    check: Path | str | None = None,
+) -> None:
+    """Write an allocation: as a PEFT config (``.json``) or as records (``.jsonl``), beside the target, then renamed.
+
+    Args:
+        results: The allocation.
+        path: Its suffix says which of the two.
+        scaling: Of the config: lora_alpha / r of every layer; with ``rslora`` that of the layers with the usual rank
+            is scaling · √r, and every layer has this lora_alpha.
+        rslora: Of the config: whether PEFT is to scale by lora_alpha / √r.
+        check: A model, or its ``config.json``: it is built without weights and the config put in by PEFT, and every
+            rank and scaling compared before anything is written. Needs ``pip install loradiag[train]``.
+
+    Raises:
+        UsageError: The name says neither, or something else lies there; there is nothing to check.
+        InputError: It cannot be written, or PEFT cannot be told these ranks.
+    """
+    path = Path(path)
+    if path.suffix not in {".json", ".jsonl"}:
+        raise UsageError(f"-o {path}: name it .json for a PEFT adapter_config, or .jsonl for the records")
+    if path.suffix == ".jsonl":
+        if check is not None:
+            raise UsageError(f"--check: is for a PEFT config, and {path} gets records; name it adapter_config.json")
+        if path.exists() and not is_results_file(path):
+            raise UsageError(f"{path}: exists and is not a results file, so it is left as it is; choose another name")
+        results.write(path)
+        return
+    config = peft_config(results, Scaling(scaling, rslora))
+    if path.exists() and "peft_type" not in _object_or_empty(path):
+        raise UsageError(f"{path}: exists and is not an adapter's config, so it is left as it is; choose another name")
+    if check is not None:
+        from lora_diag.models.peft_check import adapted_by_peft  # transformers takes seconds to import
+
+        compare(results, adapted_by_peft(config, locate(check)), Scaling(scaling, rslora))
+    write_whole(path, json.dumps(config, indent=2) + "\n")
+
+
+def _object_or_empty(path: Path) -> dict[str, object]:
+    try:
+        return read_object(path, "adapter config", MAX_CONFIG_BYTES)
+    except InputError:
+        return {}
+
+
+def _budget(
+    params: int | str | None,
+    total_rank: int | None,
+    memory: int | str | None,
+    energy: float | None,
+    match: Path | str | None,
+    training: Training,
+) -> Budget:
+    """Return the one budget that was given.
+
+    Raises:
+        UsageError: There is none, or more than one, or its amount makes no sense.
+        InputError: The adapter to match cannot be read.
+    """
+    given = {
+        "--params": params,
+        "--total-rank": total_rank,
+        "--memory": memory,
+        "--energy": energy,
+        "--match": match,
+    }
+    named = [option for option, value in given.items() if value is not None]
+    if len(named) != 1:
+        raise UsageError(f"give one budget of {', '.join(given)}{f', not {len(named)}' if named else ''}")
+    option = f"{named[0]} {legible(str(given[named[0]]))}"
+    if params is not None:
+        return Budget("params", read_count(str(params), "--params"), option)
+    if total_rank is not None:
+        if total_rank < 1:
+            raise UsageError(f"{option}: must be 1 or more")
+        return Budget("total_rank", total_rank, option)
+    if memory is not None:
+        size = read_bytes(f"{memory}B" if isinstance(memory, int) else memory, "--memory")
+        return Budget("bytes", size, option, training.bytes_per_param)
+    if energy is not None:
+        return Budget("energy", read_share(energy, "--energy"), option)
+    assert match is not None
+    return Budget("params", _params_of(match), option)
+
+
+def _params_of(path: Path | str) -> int:
+    """Return how many parameters the factors of an adapter have.
+
+    Raises:
+        InputError: It is no adapter that has factors of known size.
+    """
+    total = 0
+    for weight in open_adapter(locate(path)).weights():
+        sizes = [size for size in weight.shape if size is not None]
+        if weight.form != "factored" or weight.rank is None or len(sizes) != 2:
+            raise InputError(f"{path}: --match needs an adapter with factors; {weight.layer} has none of known size")
+        total += weight.rank * sum(sizes)
+    return total
+
+
+def _spectra(results: Results[Spectrum] | Path | str, allow_unfinished: bool) -> tuple[Results[Spectrum], RunInput]:
+    spectra = results if isinstance(results, Results) else read_results_of(Spectrum, results)
+    path = "" if isinstance(results, Results) else legible(results)
+    if spectra.end is None and not allow_unfinished:
+        raise InputError(
+            f"{path or 'these results'}: the run did not finish, and layers it lacks would get no rank; finish it with "
+            "loradiag spectrum ... --resume, or go on with --allow-unfinished"
+        )
+    if not spectra.layers:
+        raise InputError(f"{path or 'these results'}: hold no layer")
+    notes = () if spectra.end is not None else ("the run did not finish: layers are missing",)
+    return spectra, RunInput(role="results", path=path, kind="results of spectrum", tensors=len(spectra), notes=notes)
+
+
+def _factors(
+    given: Mapping[str, float] | Path | str | None, spectra: Results[Spectrum], allow_unfinished: bool
+) -> tuple[dict[str, float] | None, dict[str, tuple[float, ...]] | None, tuple[RunInput, ...]]:
+    """Return the factor of every layer, what takes the place of energies, and the results file that says so.
+
+    Raises:
+        UsageError: See ``_weights``.
+        InputError: The file cannot be read, or is unfinished.
+    """
+    if given is None or isinstance(given, Mapping) or not is_results_file(given):
+        return _weights(given, spectra), None, ()
+    from lora_diag.decisions.allocate.measured_weights import (
+        measured_weights,  # NumPy, which the other weights do not need
+    )
+
+    found = measured_weights(Path(given), spectra, allow_unfinished)
+    return found.factors, found.losses, (found.described,)
+
+
+def _weights(given: Mapping[str, float] | Path | str | None, spectra: Results[Spectrum]) -> dict[str, float] | None:
+    """Return the factor of every layer; names may leave off ``.weight``.
+
+    Raises:
+        UsageError: A name is that of no layer, a layer has no weight, or a weight is not a number from 0 up.
+        InputError: The file cannot be read.
+    """
+    if given is None:
+        return None
+    table = dict(given) if isinstance(given, Mapping) else read_object(Path(given), "file of weights", MAX_CONFIG_BYTES)
+    where = "--weights" if isinstance(given, Mapping) else f"--weights {given}"
+    for name, value in table.items():
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf"):
+            raise UsageError(f"{where}: the weight of {name} must be a number from 0 up, not {value!r}")
+    default = table.pop("default", None)
+    short = {record.layer.removesuffix(".weight"): record.layer for record in spectra}
+    full = {record.layer for record in spectra}
+    if unknown := [name for name in table if name not in short and name not in full]:
+        raise UsageError(f"{where}: {unknown[0]} is no layer of these results")
+    found = {short.get(name, name): float(value) for name, value in table.items()}
+    if default is None and (lacking := [layer for layer in full if layer not in found]):
+        raise UsageError(
+            f"{where}: {len(lacking)} layers have no weight, such as {min(lacking)}; "
+            'name them, or give all others one under "default"'
+        )
+    return {layer: found.get(layer, default if default is not None else 0.0) for layer in full}

@@ -1,0 +1,293 @@
+"""The terminal's answer to ``allocate``: which rank where, what that keeps, and how far from the best it can be."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from rich.console import Group
+from rich.table import Table
+
+from lora_diag.records import Allocation, Baseline, Certificate, Results
+from lora_diag.records.names import part_of
+from lora_diag.rendering.columns import Column, rows_of, table_of, title_of
+from lora_diag.rendering.lines import answers, left_out_line, notes
+from lora_diag.rendering.text import bar, count, named, number, percent, safe, shape_of, short, span, to_text
+
+# Which columns go first where there is too little room.
+_SPARED = ("shape", "cap", "by depth", "n", "params")
+
+# Differences of energy shares below these are called what they are. Words, not measurements: the number is beside them.
+_HARDLY, _SMALL = 0.005, 0.02
+
+# So many layers are named in a sentence.
+_NAMED = 3
+
+_CAPS = {
+    "signal_rank": "by their signal rank: what is beyond is rounding noise",
+    "values_kept": "by the values that --top kept: measure with a larger --top, or without",
+    "update_rank": "by the rank of their own update",
+    "shape": "by their shape",
+    "max_rank": "by --max-rank",
+    "ranks_from": "by the ranks of --ranks-from",
+}
+_UNITS = {"params": "parameters", "total_rank": "ranks", "bytes": "bytes", "energy": "parameters"}
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    """One line of the table: a layer, or all layers of a module type."""
+
+    name: str
+    records: tuple[Allocation, ...]
+
+    @property
+    def fro2(self) -> float:
+        return math.fsum(record.fro**2 for record in self.records)
+
+
+def allocation_table(
+    results: Results[Allocation], width: int = 80, color: bool = False, per: str = "type", then: str | None = None
+) -> str:
+    """Return the table and the summary of an allocation.
+
+    Args:
+        results: An allocation and its certificate.
+        width: Columns of the terminal; 80 are enough, 140 are used.
+        color: Whether to use ANSI colours.
+        per: ``type`` for one row a module type, ``layer`` for one row a layer.
+        then: The command that a user would run next.
+
+    Returns:
+        Lines of text, without a newline at the end.
+    """
+    rows = [_Row(*row) for row in rows_of(results, per)]
+    told = answers(_lines(results), _style, then)
+    return to_text(Group(_table(rows, per, width), told), width, color)
+
+
+def _table(rows: Sequence[_Row], per: str, width: int) -> Table:
+    largest = max((record.rank for row in rows for record in row.records), default=0)
+
+    def column(title: str, cell: Callable[[_Row], str]) -> Column:
+        return Column(title, tuple(map(cell, rows)))
+
+    columns = [
+        column("n", lambda row: str(len(row.records))),
+        column("shape", lambda row: shape_of(record.shape for record in row.records)),
+        column("rank", lambda row: span([record.rank for record in row.records])),
+        column("uniform", lambda row: span([record.uniform_rank for record in row.records])),
+        column("cap", lambda row: span([record.cap for record in row.records])),
+        column("params", lambda row: count(sum(record.params for record in row.records))),
+        column("kept", lambda row: _share(row, "kept")),
+        column("by uniform", lambda row: _share(row, "uniform_kept")),
+        Column("by depth", tuple(_by_depth(row, largest) for row in rows), "left"),
+    ]
+    dropped = {"n", "by depth"} if per == "layer" else set()
+    columns = [column for column in columns if column.title not in dropped]
+    return table_of(title_of(per), [row.name for row in rows], columns, width, _SPARED)
+
+
+def _share(row: _Row, field: str) -> str:
+    """Show the share of the row's energy that is kept."""
+    if row.fro2 == 0:
+        return "-"
+    return percent(min(1.0, math.fsum(r.fro**2 * (getattr(r, field) or 0.0) for r in row.records) / row.fro2))
+
+
+def _by_depth(row: _Row, largest: int) -> str:
+    """Draw the ranks from the first to the last layer, averaged where there are more than 24."""
+    ranks = [record.rank for record in row.records]
+    bins = min(len(ranks), 24)
+    edges = [round(i * len(ranks) / bins) for i in range(bins + 1)]
+    means = [sum(ranks[a:b]) / (b - a) for a, b in pairwise(edges)]
+    return "".join("·" if mean == 0 else bar(mean / largest) for mean in means)
+
+
+def _style(word: str, sentence: str) -> str:
+    return "bold red" if word == "Warning" else ""
+
+
+def _lines(results: Results[Allocation]) -> list[tuple[str, str]]:
+    certificate = next((item for item in results.whole if isinstance(item, Certificate)), None)
+    if certificate is None:
+        return [("Warning", "the file was cut short: its certificate is missing, layers perhaps, too; allocate again")]
+    lines = [
+        ("Allocated", _allocated(results)),
+        ("Budget", _budget(results, certificate)),
+        ("Keeps", _keeps(results, certificate)),
+    ]
+    if certificate.price:
+        lines.append(("Against", "\n".join(_against(baseline, certificate) for baseline in certificate.baselines)))
+        lines.append(("More", _price(certificate)))
+    if limits := _limits(results):
+        lines.append(("Limits", limits))
+    lines.append(("Mind", _mind(results)))
+    lines.append(("Left out", _left_out(results)))
+    lines += [("Warning", warning) for warning in _warnings(results)]
+    return lines
+
+
+def _mind(results: Results[Allocation]) -> str:
+    """Say what energy is not."""
+    told = {
+        "fisher": "F estimates what truncating each layer alone costs, on the text it was measured on; layers together "
+        "cost more or less than the sum: a held-out loss decides",
+        "data": "energy is what the update changes in the outputs on that text, not what the loss needs: a held-out "
+        "loss decides",
+        "kfac": "energy is K-FAC's estimate of what the update changes in the loss; a held-out loss decides",
+    }.get(_counted(results), "energy is how far weights moved, not what the loss needs: a held-out loss decides")
+    if any(record.cap and not record.rank for record in results):
+        told += "; a layer of rank 0 learns nothing: --min-rank gives each some, --relative counts all layers alike"
+    return told
+
+
+def _allocated(results: Results[Allocation]) -> str:
+    given = [record for record in results if record.rank]
+    lines = [f"{len(given)} of {len(results)} layers get a rank, {span([r.rank for r in given])}" if given else "none"]
+    if none := [record for record in results if not record.rank]:
+        still = sum(record.fro == 0 for record in none)
+        noise = sum(record.cap == 0 and record.fro > 0 for record in none)
+        why = [f"{still} did not move" if still else "", f"{noise} show only rounding noise" if noise else ""]
+        lines.append(
+            f"rank 0: {named([record.layer for record in none])}{''.join(f'; {word}' for word in why if word)}"
+        )
+    lines += [f"{side.role} {safe(side.path)} ({side.kind})" for side in results.run.inputs if side.path]
+    return "\n".join([*lines, *notes(results.run)])
+
+
+def _budget(results: Results[Allocation], certificate: Certificate) -> str:
+    asked, unit = safe(str(results.run.settings.get("budget", ""))), _UNITS[certificate.unit]
+    if certificate.budget is None:
+        return f"{asked}: takes {certificate.params:,} parameters"
+    left = certificate.budget - certificate.spent
+    told = f"{asked}: {certificate.spent:,.0f} of {certificate.budget:,.0f} {unit} spent, {left:,.0f} left"
+    if not certificate.price:
+        told += "; every layer is at its cap, so the rest buys nothing"
+    return told if certificate.unit == "params" else f"{told}; {certificate.params:,} parameters"
+
+
+def _keeps(results: Results[Allocation], certificate: Certificate) -> str:
+    kept = f"{_points(certificate.kept)} of {_energy_of(results)}; "
+    if certificate.unit == "energy":
+        best = f"as many parameters, spent freely, could keep {_points(certificate.bound)} at most"
+    elif certificate.optimal:
+        best = "nothing within budget and caps keeps more"
+    else:
+        best = (
+            f"nothing within budget and caps keeps more than {_points(certificate.bound)}: gap {_gap(certificate.gap)}"
+        )
+    if _counted(results) == "fisher":
+        left = math.fsum(record.fisher or 0.0 for record in results)
+        best += f"\nΣ½F = {number(left / 2)} nats a prediction is left beyond these ranks"
+    nearest = f"ε_min = {number(certificate.epsilon_min)}: no adapter of these ranks comes closer to this update"
+    told = f"{kept}{best}\n{nearest}"
+    if certificate.energy_error > 1e-4:
+        told += f"\nthe measured spectra are good to ±{percent(certificate.energy_error)}"
+    return told
+
+
+def _energy_of(results: Results[Allocation]) -> str:
+    """Say what the shares are shares of."""
+    counted = _counted(results)
+    if counted == "fisher":
+        return "ΣF(0), the Fisher of discarding all of the update"
+    weights = "weighted " if results.run.settings.get("weights") is not None else ""
+    if results.run.settings.get("relative"):
+        return f"the layers' {weights}energies (Σσ²), each counted as 1"
+    metric = {"data": ", in the metric of the data", "kfac": ", in K-FAC's metric"}.get(counted, "")
+    return f"these layers' {weights}energy (Σσ²{metric})"
+
+
+def _counted(results: Results[Allocation]) -> str:
+    """Return what ranks were chosen by: ``fisher``, or the metric of the energies."""
+    if any(record.fisher is not None for record in results):
+        return "fisher"
+    return str(results.run.settings.get("metric", "weights"))
+
+
+def _against(baseline: Baseline, certificate: Certificate) -> str:
+    """Compare another rule with the best ranks for exactly what it spent."""
+    if not baseline.kept:
+        return f"{baseline.name}: no rank of this rule fits the budget"
+    gain = baseline.equal - baseline.kept
+    size = (
+        ", no gain" if gain <= 0 else ", hardly a gain" if gain < _HARDLY else ", a small gain" if gain < _SMALL else ""
+    )
+    return (
+        f"{baseline.name} keeps {_points(baseline.kept)} (ε_min {number(baseline.epsilon_min)}); the best ranks for as "
+        f"much, {baseline.spent:,.0f}, keep {_points(baseline.equal)}: {gain * 100:+.2f} points{size}"
+    )
+
+
+def _price(certificate: Certificate) -> str:
+    """Say what a further part of the budget would keep: a part small against what is spent, so that the price holds."""
+    if certificate.unit == "total_rank":
+        return f"one more rank in all keeps another {_points(certificate.price or 0.0)} at most, and less and less"
+    part = 10 ** math.floor(math.log10(max(certificate.spent, 100) / 10))
+    unit = "bytes" if certificate.unit == "bytes" else "parameters"
+    gain = min(1 - certificate.kept, (certificate.price or 0.0) * part)
+    return f"{part:,.0f} more {unit} keep another {_points(gain)} at most, and less and less"
+
+
+def _limits(results: Results[Allocation]) -> str:
+    counts = Counter(record.capped_by for record in results if record.rank == record.cap and record.fro > 0)
+    told = [f"{number_of} layers end at a cap set {_CAPS[reason]}" for reason, number_of in counts.most_common()]
+    share = results.run.settings.get("energy")
+    if isinstance(share, float):
+        short_of = [record for record in results if record.kept is not None and record.kept < share - 1e-6]
+        if short_of:
+            told.append(
+                f"{len(short_of)} layers do not reach {percent(share)} at their cap, such as {short(short_of[0].layer)}"
+            )
+    return "\n".join(told)
+
+
+def _left_out(results: Results[Allocation]) -> str:
+    """Count what has no rank, and say which share of the whole change an adapter cannot reach so.
+
+    In another metric than the weights' there is no such share: norms, biases and tables have no energy in it.
+    """
+    inside = math.fsum(record.fro**2 for record in results)
+    outside = math.fsum(item.fro**2 for item in results.left_out if item.fro is not None)
+    told = left_out_line(results.left_out)
+    chosen = [item for item in results.left_out if item.reason == "not_selected" and item.fro]
+    tables = [short(item.layer) for item in chosen if part_of(item.layer) == "vocabulary"]
+    if outside and results.run.settings.get("metric", "weights") == "weights":
+        share = percent(outside / (inside + outside))
+        unknown = any(item.reason == "not_selected" and item.fro is None for item in results.left_out)
+        measured = " in what was measured" if unknown else ""
+        told += f"\n{share} of the whole change ‖Δ‖²{measured} lies there, out of this adapter's reach"
+    if tables:
+        told += f"\nname {' or '.join(tables[:_NAMED])} with --target to give it a rank"
+    return told
+
+
+def _warnings(results: Results[Allocation]) -> list[str]:
+    told = []
+    if any(record.source == "gradients" for record in results):
+        told.append("these are spectra of gradients: ranks for what a first-order step would learn, not for an update")
+    if unresolved := [r for r in results if r.verdict == "unresolved" and r.fro > 0]:
+        told.append(
+            f"{len(unresolved)} layers are mostly rounding noise: their ranks stop at the signal, and their energy is "
+            "not that of the update; measure the adapter or a float32 fine-tune"
+        )
+    if any("did not finish" in note for side in results.run.inputs for note in side.notes):
+        told.append("the spectrum run did not finish: layers that it lacks have no rank")
+    return told
+
+
+def _points(share: float) -> str:
+    """Return a share as a percentage with two decimals: allocations differ in the second.
+
+    >>> _points(0.353812), _points(1.0)
+    ('35.38%', '100.00%')
+    """
+    return f"{share * 100:.2f}%"
+
+
+def _gap(gap: float) -> str:
+    return "below 0.01%" if gap < 1e-4 else f"{gap * 100:.2f}%"

@@ -1,0 +1,1 @@
+"""``extract``: the best adapter of given ranks, written in PEFT's format."""

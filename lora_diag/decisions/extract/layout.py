@@ -1,0 +1,166 @@
+"""What ``extract`` does with each tensor of a pair: factors, the whole of it, or a line that says why neither."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from lora_diag.adapters import is_adapter, open_adapter
+from lora_diag.adapters.writing import CAUSAL, Described, Part, Value, write_adapter
+from lora_diag.adapters.writing_check import check_written
+from lora_diag.adapters.writing_rest import can_be_saved, full_values
+from lora_diag.adapters.writing_targets import TRIED_MODELS, Model, Target, names_in_memory
+from lora_diag.checkpoints import Checkpoint, locate
+from lora_diag.decisions.extract.measure import left_out_matrix
+from lora_diag.deltas import Delta, Pairing, stored_name
+from lora_diag.errors import InputError
+from lora_diag.records import Extraction, LeftOut, Results
+from lora_diag.running.engines import Layout
+from lora_diag.running.measuring import without_rank
+
+RESIZED = "its vocabulary was resized"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Where everything goes.
+
+    Args:
+        base: The checkpoint before.
+        model: Its names in memory.
+        pairing: What is compared, and what is not.
+        targets: What each layer with factors is to PEFT.
+        refused: Why the other matrices have none.
+        save: Whether to store in full what no factor carries.
+    """
+
+    base: Checkpoint
+    model: Model
+    pairing: Pairing
+    targets: Mapping[str, Target]
+    refused: Mapping[str, str]
+    save: bool
+
+    def notes(self) -> tuple[str, ...]:
+        """Return what someone who loads the adapter should know."""
+        untried = self.model.type and self.model.type not in TRIED_MODELS and not self.model.names_are_told
+        note = (
+            f"model type {self.model.type!r} has not been tried with PEFT: its names on disk are taken for those in "
+            "memory, and PEFT drops what it does not find; watch for missing adapter keys when it loads the adapter"
+        )
+        return ((note,) if untried else ()) + self._tied()
+
+    def _tied(self) -> tuple[str, ...]:
+        table = stored_name(self.base, "lm_head.weight")
+        target = self.targets.get(table or "")
+        if target is None or target.kind != "embedding" or not CAUSAL.search(self._architecture()):
+            return ()
+        return (f"{table} is tied to the head: only merged does its update reach the head, too",)
+
+    def left_out(self, layout: Layout, device: str) -> Iterator[LeftOut]:
+        """Yield the records of everything without factors, with the norm of its change where it has one."""
+        for record in without_rank(self.pairing, layout, device):
+            yield self._saved(record)
+        for delta in self.pairing.deltas:
+            if delta.layer in self.refused:
+                yield self._saved(left_out_matrix(delta, self.refused[delta.layer], device))
+
+    def _saved(self, record: LeftOut) -> LeftOut:
+        """Return a record as it is, or as that of a tensor that is stored in full."""
+        if not self.save or not record.fro or record.reason not in {"vector", "no_factors", "added_rows"}:
+            return record
+        if not can_be_saved(self._name(record.layer), self.base, self.model):
+            return record
+        return record.model_copy(update={"reason": "saved", "detail": f"{record.detail}; stored in full"})
+
+    def _name(self, layer: str) -> str:
+        """Return the tensor of BASE that a layer is."""
+        return next((delta.base.name for delta in self.pairing.deltas if delta.layer == layer and delta.base), layer)
+
+    def write(self, folder: Path, results: Results[Extraction], files: Mapping[str, Path], base_name: str) -> None:
+        """Write the adapter's two files, and hold what is in them against what was measured.
+
+        Args:
+            folder: It is there.
+            results: The ranks, and what is saved in full.
+            files: The factors of every layer.
+            base_name: For the config.
+
+        Raises:
+            InputError: They cannot be written, or read back as something else.
+        """
+        parts = [Part(self.targets[record.layer], record.rank, files[record.layer]) for record in results]
+        write_adapter(folder, parts, self._values(results, parts), self._described(base_name))
+        check_written(folder, self.base, parts)
+
+    def _values(self, results: Results[Extraction], parts: list[Part]) -> list[Value]:
+        names = {self._name(record.layer) for record in results.left_out if record.reason == "saved"}
+        deltas: dict[str, Delta] = {delta.base.name: delta for delta in self.pairing.deltas if delta.base}
+        adapted = {part.target.module for part in parts if part.target.kind != "parameter"}
+        return full_values(sorted(names), deltas, self.base, self.model, adapted)
+
+    def _architecture(self) -> str:
+        classes = self.base.config.get("architectures")
+        first = classes[0] if isinstance(classes, list) and classes else ""
+        return first if isinstance(first, str) else ""
+
+    def _described(self, base_name: str) -> Described:
+        modules = {self.model.in_memory(name).rpartition(".")[0] for name in self.base}
+        return Described(
+            base_name=base_name,
+            architecture=self._architecture(),
+            modules=frozenset(owner for module in modules for owner in _with_owners(module)),
+            parameters=frozenset(self.model.parameter(name) for name in self.base),
+        )
+
+
+def _with_owners(module: str) -> Iterator[str]:
+    """Yield a module and those it is in: ``blocks.0`` is one, too, and a target ``0`` would mean it.
+
+    >>> list(_with_owners("visual.blocks.0"))
+    ['visual.blocks.0', 'visual.blocks', 'visual']
+    """
+    while module:
+        yield module
+        module = module.rpartition(".")[0]
+
+
+def plan(base: Checkpoint, tuned: Path | str, pairing: Pairing, save: bool) -> Plan:
+    """Say where everything goes.
+
+    Args:
+        base: The checkpoint before.
+        tuned: The checkpoint after or an adapter, whose own names of modules are kept.
+        pairing: What is compared.
+        save: Whether to store in full what no factor carries.
+
+    Raises:
+        InputError: Two updates change one weight of BASE, as with ``layer_replication``.
+    """
+    own = names_in_memory(open_adapter(locate(tuned)), base) if is_adapter(locate(tuned)) else {}
+    model = Model(base, own)
+    resized = {item.layer for item in pairing.unpaired if item.reason in {"added_rows", "removed_rows"}}
+    targets: dict[str, Target] = {}
+    refused: dict[str, str] = {}
+    for delta in pairing.deltas:
+        if not delta.is_matrix:
+            continue
+        found = RESIZED if save and delta.layer in resized else model.target(delta)
+        if isinstance(found, Target):
+            targets[delta.layer] = found
+        else:
+            refused[delta.layer] = found
+    _refuse_repeated(tuned, targets)
+    return Plan(base, model, pairing, targets, refused, save)
+
+
+def _refuse_repeated(tuned: Path | str, targets: Mapping[str, Target]) -> None:
+    first: dict[tuple[str, tuple[int, int], tuple[int, int]], str] = {}
+    for layer, target in targets.items():
+        other = first.setdefault((target.module, target.expert, target.half), layer)
+        if other != layer:
+            raise InputError(
+                f"{tuned}: {other} and {layer} change one weight of BASE, as layer_replication makes them, and no "
+                "adapter of BASE holds both: use this adapter as it is, or leave one of them out with --exclude"
+            )

@@ -1,0 +1,327 @@
+"""One layer's ΔW → the factors of its best update of a rank, and their error as they were stored."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor
+
+from lora_diag.deltas import Delta
+from lora_diag.errors import InputError
+from lora_diag.layers.change import OVERFLOW, Change, bytes_of, load_change, noted, on_device
+from lora_diag.layers.left_out import not_finite
+from lora_diag.layers.metric import Weighed, Weighting, extra, fro_of, times, weigh
+from lora_diag.layers.resolution import resolution
+from lora_diag.linalg import Allowance, Factors, decompose_factored, norm, resolve_device
+from lora_diag.linalg.stacked import gap
+from lora_diag.metrics import energy_curve, rank_at
+from lora_diag.records import Extraction, LeftOut, OnData
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+Kind = Literal["linear", "conv1d", "embedding", "convolution", "parameter"]
+
+# Singular values below this share of the largest are those of a matrix of lower rank, and get no column.
+NUMERICALLY_ZERO = 1e-10
+
+# Dtypes that PEFT reads.
+DTYPES = ("float32", "bfloat16", "float16")
+
+# Takes B and A, stores them, and returns them as they are stored.
+Store = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True, slots=True)
+class Rank:
+    """How the rank of a layer is found; one of the three.
+
+    Args:
+        at_most: r itself, or less where the matrix or its rank is smaller.
+        energy: The smallest r with C(r) ≥ this share.
+        signal: Whether r is the number of singular values above the rounding noise of the files.
+    """
+
+    at_most: int | None = None
+    energy: float | None = None
+    signal: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class ExtractionSettings:
+    """How factors are computed and stored.
+
+    Args:
+        dtype: Of the factors: ``float32``, ``bfloat16`` or ``float16``.
+        split: ``both`` for B = U√Σ and A = √Σ·Vᵀ; ``b`` for B = UΣ and A = Vᵀ.
+        method: ``auto``, ``exact``, ``gram`` or ``krylov``.
+        tol: Bound that ``auto`` and ``krylov`` have to reach on the error of every energy fraction.
+        seed: Of random starting vectors.
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:1``.
+        memory: Bytes that a layer may take; None for what it needs.
+    """
+
+    dtype: str = "float32"
+    split: Literal["both", "b"] = "both"
+    method: str = "auto"
+    tol: float = 1e-4
+    seed: int = 0
+    device: str = "auto"
+    memory: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """One matrix, and what PEFT takes it for.
+
+    Args:
+        delta: Its ΔW.
+        module: PEFT's name.
+        kind: What that module is.
+        transposed: Whether PEFT's B·A is ΔWᵀ of what is stored.
+        rank: How its rank is found.
+        weighting: Second moment of its inputs, for factors that are best in the metric of the data; None for the
+            Frobenius norm.
+    """
+
+    delta: Delta
+    module: str
+    kind: Kind
+    transposed: bool
+    rank: Rank
+    weighting: Weighting | None = None
+
+    @property
+    def layer(self) -> str:
+        """The weight's name in BASE."""
+        return self.delta.layer
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``(out, in)`` as it is stored."""
+        return self.delta.shape
+
+
+def size(layer: Layer, settings: ExtractionSettings) -> int:
+    """Return about how many bytes factoring a layer takes: ΔW, and what the metric of the data adds."""
+    return bytes_of(layer.delta, _allowance(layer, settings)) + _weighing(layer)
+
+
+def _weighing(layer: Layer) -> int:
+    return extra(layer.weighting, layer.shape) if layer.weighting is not None else 0
+
+
+def _allowance(layer: Layer, settings: ExtractionSettings) -> Allowance | None:
+    """Return what ΔW may take; where the rank follows from all values, with as many vectors."""
+    if settings.memory is None:
+        return None
+    return Allowance(settings.memory - _weighing(layer), settings.method, layer.rank.at_most or None, vectors=True)
+
+
+def extract(layer: Layer, settings: ExtractionSettings, store: Store) -> Extraction | LeftOut:
+    """Factor one ΔW by its truncated singular value decomposition, ΔW ≈ U_r Σ_r V_rᵀ = B·A.
+
+    In the metric of the data, with L·Lᵀ = C = E[xxᵀ] and U_r the left singular vectors of ΔW·L, B·A = U_rU_rᵀΔW has the
+    smallest E‖(ΔW − B·A)x‖² of its rank: (U_rU_rᵀΔW)L = (ΔW·L)_r, which no matrix of rank r is nearer to. No root of C
+    is inverted, so C may be singular and nothing is damped. With K·Kᵀ = G on the other side, B·A =
+    K^{-T}U_rU_rᵀKᵀΔW with U_r of KᵀΔW·L has the smallest ‖G^½(ΔW − B·A)C^½‖; K is inverted on the eigenvalues of G
+    above 1e-7 of the largest.
+
+    Args:
+        layer: The layer.
+        settings: How.
+        store: Puts B ``(out, r)`` and A ``(r, in)``, in PEFT's orientation, into a file, and returns them as they are
+            there.
+
+    Returns:
+        The record, with ε of what was stored; or why there are no factors: an entry that is not finite, rank 0.
+
+    Raises:
+        InputError: A file could not be read or written, or the dtype cannot hold the factors.
+    """
+    return noted(*on_device(partial(_extract, layer, settings, store), resolve_device(settings.device)))
+
+
+def _extract(layer: Layer, settings: ExtractionSettings, store: Store, device: torch.device) -> Extraction | LeftOut:
+    change = load_change(layer.delta, device, allowance=_allowance(layer, settings))
+    if change.non_finite is not None:
+        return not_finite(layer.delta, change)
+    weighed = weigh(change, layer.delta, layer.weighting, device) if layer.weighting is not None else None
+    best, seen = _decompose(change if weighed is None else weighed.change, layer, settings, weighed)
+    if not math.isfinite(best.fro):
+        return not_finite(layer.delta, replace(change, non_finite=OVERFLOW))
+    rank = int((best.s > NUMERICALLY_ZERO * best.s[:1]).sum())
+    if rank == 0 or best.fro == 0.0:
+        return _without_factors(layer, change, best.fro if weighed is None else weighed.plain_fro, best.fro)
+    plain = found = best
+    if weighed is not None:
+        found = _projected(change, best, rank, weighed)
+        plain = seen = change.decompose(settings.method, rank, False, settings.tol, settings.seed)
+    curve = _curve(plain, rank)
+    b, a = store(
+        *(part.to(dtype=getattr(torch, settings.dtype)).cpu() for part in _split(found, rank, layer, settings))
+    )
+    if not (torch.isfinite(b).all() and torch.isfinite(a).all()):
+        way_out = "leave it out with --exclude" if settings.dtype == "float32" else "use --dtype float32"
+        raise InputError(f"{layer.layer}: {settings.dtype} cannot hold its factors; {way_out}")
+    if layer.transposed:
+        b, a = a.T, b.T
+    return Extraction(
+        layer=layer.layer,
+        shape=layer.shape,
+        module=layer.module,
+        kind=layer.kind,
+        rank=rank,
+        params=rank * sum(layer.shape),
+        kept=float(curve[-1]),
+        energy_error=plain.energy_error,
+        epsilon=_gap(change, b.to(device), a.to(device), layer.shape) / plain.fro,
+        epsilon_min=math.sqrt(1 - float(curve[-1])),
+        fro=plain.fro,
+        base_fro=change.base_fro,
+        dtype=settings.dtype,
+        method=best.method,
+        blocks=change.row_blocks,
+        resolution=resolution(change.rounding, layer.shape, seen.s.numpy(), seen.fro, seen.complete),
+        data=None if weighed is None else _on_data(weighed, best, rank, (b.to(device), a.to(device)), layer),
+    )
+
+
+def _curve(factors: Factors, rank: int) -> NDArray[np.float64]:
+    return energy_curve(factors.s[:rank].numpy(), factors.fro, factors.complete and rank == len(factors.s))
+
+
+def _projected(change: Change, best: Factors, rank: int, weighed: Weighed) -> Factors:
+    """Return the decomposition of U_rU_rᵀΔW, or of ΔW·V_rV_rᵀ where C belongs to the rows.
+
+    With K·Kᵀ = G on the other side, of K^{-T}U_rU_rᵀKᵀΔW, or of ΔW·K·V_rV_rᵀK^{-1}.
+    """
+    assert best.u is not None
+    assert best.vh is not None
+    on_rows = weighed.roots[0].on_rows
+    vectors = best.vh[:rank].T if on_rows else best.u[:, :rank]
+    inside = outside = vectors
+    for k in weighed.roots[1:]:
+        inside, outside = k.lower @ vectors, k.inverse @ vectors
+    if change.factors is not None:
+        left, right = (factor.to(torch.float64) for factor in change.factors)
+    else:
+        assert change.matrix is not None
+        left, right = change.matrix.to(torch.float64), None
+    if on_rows:
+        inner = left @ (inside if right is None else right @ inside)
+        return decompose_factored(inner, outside.T, vectors=True)
+    outer = inside.T @ left
+    return decompose_factored(outside, outer if right is None else outer @ right, vectors=True)
+
+
+def _on_data(weighed: Weighed, best: Factors, rank: int, factors: tuple[Tensor, Tensor], layer: Layer) -> OnData:
+    """Return what the stored factors cost in the metric of the data."""
+    kept = float(_curve(best, rank)[-1])
+    written = Change(None, None, factors=factors)
+    for root in weighed.roots:
+        written = times(written, root.lower, root.on_rows)
+    stored = written.factors
+    assert stored is not None
+    return OnData(
+        metric="data" if len(weighed.roots) == 1 else "kfac",
+        fro=best.fro,
+        kept=kept,
+        energy_error=min(1.0, best.energy_error + weighed.error),
+        epsilon=_gap(weighed.change, *stored, layer.shape) / best.fro,
+        epsilon_min=math.sqrt(1 - kept),
+    )
+
+
+def _decompose(
+    change: Change, layer: Layer, settings: ExtractionSettings, weighed: Weighed | None
+) -> tuple[Factors, Factors]:
+    """Return the singular values and vectors that are kept, and the values from which their number follows."""
+    limit = min(layer.shape)
+    if layer.rank.at_most is not None:
+        found = _vectors(change, min(layer.rank.at_most, limit), settings)
+        return found, found
+    every = change.decompose(settings.method if settings.method != "krylov" else "auto", seed=settings.seed)
+    rank = 0
+    if every.fro > 0 and layer.rank.energy is not None:
+        rank = rank_at(energy_curve(every.s.numpy(), every.fro, every.complete), layer.rank.energy) or len(every.s)
+    elif every.fro > 0:
+        gains = weighed.gains if weighed is not None else None
+        signal = resolution(change.rounding, layer.shape, every.s.numpy(), every.fro, every.complete, gains).signal_rank
+        rank = len(every.s) if signal is None else signal
+    return _vectors(change, rank, settings, every), every
+
+
+def _vectors(change: Change, rank: int, settings: ExtractionSettings, known: Factors | None = None) -> Factors:
+    """Return the ``rank`` largest singular values with their vectors; none for rank 0."""
+    if rank == 0:
+        empty = torch.zeros(0, dtype=torch.float64)
+        fro = known.fro if known is not None else fro_of(change)
+        return Factors(empty, False, "none", 0.0, fro)
+    return change.decompose(settings.method, rank, True, settings.tol, settings.seed)
+
+
+def _split(found: Factors, rank: int, layer: Layer, settings: ExtractionSettings) -> tuple[Tensor, Tensor]:
+    """Return B and A in PEFT's orientation, float64."""
+    assert found.u is not None
+    assert found.vh is not None
+    left, right = found.u[:, :rank], found.vh[:rank]
+    if layer.transposed:
+        left, right = right.T, left.T
+    s = found.s[:rank].to(left.device)
+    if settings.split == "b":
+        return left * s, right
+    return left * s.sqrt(), s.sqrt()[:, None] * right
+
+
+def _gap(change: Change, b: Tensor, a: Tensor, shape: tuple[int, int]) -> float:
+    """Return ‖ΔW − B·A‖_F."""
+    if change.factors is not None:
+        return gap(change.factors, (b, a))
+    b, a = b.to(torch.float64), a.to(torch.float64)
+    apart, row = 0.0, 0
+    for block in change.blocks(shape):
+        apart = math.hypot(apart, norm([block - b[row : row + len(block)] @ a]))
+        row += len(block)
+    return apart
+
+
+def left_out_matrix(delta: Delta, detail: str, device: str) -> LeftOut:
+    """Return the record of a matrix that no factors can carry, with the norm of its change."""
+    change = load_change(delta, resolve_device(device), keep=False)
+    if change.non_finite is not None:
+        return not_finite(delta, change)
+    return LeftOut(
+        layer=delta.layer,
+        shape=delta.shape,
+        reason="no_factors",
+        detail=detail,
+        fro=fro_of(change),
+        base_fro=change.base_fro,
+    )
+
+
+def _without_factors(layer: Layer, change: Change, fro: float, measured: float) -> LeftOut:
+    """Say why a layer gets no factors, given ‖ΔW‖_F and its norm in the metric of the data."""
+    if fro == 0.0:
+        detail = "its update is zero"
+    elif measured == 0.0:
+        detail = "its update changes nothing in its output on this text"
+    elif layer.rank.signal:
+        detail = "no singular value stands above the rounding noise of the files"
+    else:
+        detail = "rank 0 was given to it"
+    return LeftOut(
+        layer=layer.layer,
+        shape=layer.shape,
+        reason="rank_0",
+        detail=detail,
+        fro=fro,
+        base_fro=change.base_fro,
+    )

@@ -1,0 +1,100 @@
+"""Which rank each layer gets: one number for all, a rule, or what ``allocate`` decided."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from lora_diag.adapters.writing_ranks import ranks_of_config
+from lora_diag.adapters.writing_targets import Target
+from lora_diag.decisions.allocate.run import allocate
+from lora_diag.decisions.extract.measure import Rank
+from lora_diag.errors import InputError, UsageError
+from lora_diag.records import Allocation, Results, Spectrum, is_results_file, read_results_of
+
+WAYS = "--rank R, --energy SHARE, --params N, --ranks ALLOCATION or --signal"
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """How ranks were asked for; one of the five.
+
+    Args:
+        rank: The same for every layer.
+        energy: Share of each layer's energy to keep.
+        params: Parameters of the whole adapter.
+        ranks: File with the rank of every layer.
+        signal: As many as stand above the files' rounding noise.
+    """
+
+    rank: int | None = None
+    energy: float | None = None
+    params: int | None = None
+    ranks: Path | str | None = None
+    signal: bool = False
+
+    def check(self) -> None:
+        """Refuse what makes no sense.
+
+        Raises:
+            UsageError: None or several are given, or a number is out of range.
+        """
+        given = [value for value in (self.rank, self.energy, self.params, self.ranks) if value is not None]
+        if len(given) + self.signal != 1:
+            raise UsageError(f"extract: say with exactly one option how ranks are chosen: {WAYS}")
+        if self.rank is not None and self.rank < 1:
+            raise UsageError(f"--rank {self.rank}: must be a whole number from 1 up")
+        if self.energy is not None and not 0 < self.energy <= 1:
+            raise UsageError(f"--energy {self.energy}: is a share of the energy, above 0 and up to 1")
+
+    def words(self) -> str:
+        """Return the option as it was typed."""
+        if self.signal:
+            return "--signal"
+        name, value = next(
+            (name, value)
+            for name in ("rank", "energy", "params", "ranks")
+            if (value := getattr(self, name)) is not None
+        )
+        return f"--{name} {value}"
+
+
+def ranks_for(asked: Asked, targets: Mapping[str, Target], spectra: Callable[[], Results[Spectrum]]) -> dict[str, Rank]:
+    """Return how the rank of every layer is found.
+
+    Args:
+        asked: What the user said.
+        targets: What each layer is to PEFT.
+        spectra: Measures the spectra of all layers; called if a budget has to be spent on them.
+
+    Raises:
+        InputError: The file of ranks cannot be read, or does not belong to these layers.
+        UsageError: The budget is too small.
+    """
+    if asked.params is not None:
+        measured = spectra()
+        reachable = tuple(record for record in measured if record.layer in targets)
+        given = {
+            record.layer: record.rank for record in allocate(replace(measured, layers=reachable), params=asked.params)
+        }
+    elif asked.ranks is not None:
+        given = _read(Path(asked.ranks), targets)
+    else:
+        return dict.fromkeys(targets, Rank(asked.rank, asked.energy, asked.signal))
+    return {layer: Rank(given.get(layer, 0)) for layer in targets}
+
+
+def _read(path: Path, targets: Mapping[str, Target]) -> dict[str, int]:
+    """Read the ranks of layers from a results file of ``allocate`` or from a PEFT config."""
+    if not is_results_file(path):
+        return ranks_of_config(path / "adapter_config.json" if path.is_dir() else path, targets)
+    ranks = {record.layer: record.rank for record in read_results_of(Allocation, path)}
+    unknown = sorted(layer for layer, rank in ranks.items() if rank and layer not in targets)
+    if unknown:
+        raise InputError(
+            f"{path}: gives a rank to {len(unknown)} layers that are not here, such as {unknown[0]}; layers here have "
+            f"names like {next(iter(targets), '(none)')}. Was it made for another pair, or are --layers and --exclude "
+            "not the same?"
+        )
+    return ranks

@@ -1,0 +1,277 @@
+"""``extract``: the best adapter of given ranks for an update, written as PEFT reads it."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Literal, get_args
+
+from lora_diag.adapters.writing import store_factors
+from lora_diag.checkpoints import as_path, open_checkpoint
+from lora_diag.checkpoints.hub import loadable
+from lora_diag.decisions.extract.folder import OutputFolder
+from lora_diag.decisions.extract.layout import plan
+from lora_diag.decisions.extract.measure import DTYPES, ExtractionSettings, Layer, size
+from lora_diag.decisions.extract.measure import extract as factor
+from lora_diag.decisions.extract.ranks import Asked, ranks_for
+from lora_diag.decisions.extract.summary import model_card
+from lora_diag.deltas import Delta, FactoredDelta
+from lora_diag.diagnostics.spectrum.run import spectrum
+from lora_diag.errors import InputError, LoradiagError, NothingComparedError, UsageError
+from lora_diag.linalg import check_request
+from lora_diag.records import AnyRecord, Extraction, LeftOut, Results, ResultsWriter, Run, RunInput, Spectrum
+from lora_diag.running.activations import second_moments
+from lora_diag.running.amounts import read_count
+from lora_diag.running.engines import Ray
+from lora_diag.running.fingerprint import legible
+from lora_diag.running.inputs import compare
+from lora_diag.running.measuring import Progress, Watch, check_running, layout_of, measure_layers, place, read_memory
+from lora_diag.version import __version__
+
+Split = Literal["both", "b"]
+Rest = Literal["list", "save"]
+
+
+def extract(
+    base: Path | str,
+    tuned: Path | str,
+    output: Path | str,
+    *,
+    rank: int | None = None,
+    energy: float | None = None,
+    params: int | str | None = None,
+    ranks: Path | str | None = None,
+    signal: bool = False,
+    activations: Path | str | None = None,
+    kfac: bool = False,
+    split: Split = "both",
+    dtype: str = "float32",
+    rest: Rest = "list",
+    base_name: str | None = None,
+    layers: str | None = None,
+    exclude: str | None = None,
+    allow_unmatched: bool = False,
+    method: str = "auto",
+    tol: float = 1e-4,
+    device: str = "auto",
+    seed: int = 0,
+    workers: int | None = None,
+    memory: str | int | None = None,
+    engine: Ray | None = None,
+    overwrite: bool = False,
+    resume: bool = False,
+    verify: bool = False,
+    on_progress: Callable[[Progress], None] | None = None,
+    on_record: Callable[[AnyRecord], None] | None = None,
+) -> Results[Extraction]:
+    r"""Write the best low-rank adapter for ΔW = W_tuned − W_base: its truncated SVD, as a PEFT adapter.
+
+    In every layer B·A = U_r Σ_r V_rᵀ, the nearest matrix of rank r to ΔW in the Frobenius and the spectral norm (Eckart
+    and Young 1936). ε = ‖ΔW − B·A‖_F / ‖ΔW‖_F is computed from the factors as they are in the file, in their dtype.
+
+    Args:
+        base: The checkpoint before.
+        tuned: The checkpoint after; or an adapter, which is compressed again without ever forming B·A.
+        output: Adapter folder to write. It grows as ``NAME.part`` and takes its place when it is whole.
+        rank: r of every layer; less where a matrix is smaller.
+        energy: The smallest r of each layer with C(r) ≥ this share.
+        params: Parameters of the whole adapter, such as ``"10M"``, spent as ``allocate`` would.
+        ranks: Results file of ``allocate``, or an ``adapter_config.json``.
+        signal: r is the number of singular values above the files' rounding noise.
+        activations: Second moments C = E[xxᵀ] of the layers' inputs, as ``probe_activations`` records them. Factors are
+            then those with the smallest E‖(ΔW − B·A)x‖² of their rank, U_rU_rᵀΔW with U_r of ΔW·C^½, and ``energy``,
+            ``params`` and ``signal`` count in that metric. Layers without a C are factored as without this option.
+        kfac: Make ‖G^½(ΔW − B·A)C^½‖ smallest instead, with G = E[ggᵀ] of the output gradients in the same file:
+            K-FAC's estimate of what the factors miss of the loss.
+        split: ``both`` for B = U√Σ and A = √Σ·Vᵀ; ``b`` for B = UΣ and A = Vᵀ.
+        dtype: Of the factors: ``float32``, ``bfloat16`` or ``float16``.
+        rest: ``save`` to store in full what no factor carries (norms, biases, resized tables), ``list`` to list it.
+        base_name: The base model's name for config and model card; by default ``base`` as it was given.
+        layers: Regular expression; only weights whose name contains a match.
+        exclude: Regular expression; no weights whose name contains a match.
+        allow_unmatched: Leave out what an adapter changes and ``base`` does not have, instead of stopping.
+        method: ``auto``, ``exact``, ``gram`` or ``krylov``.
+        tol: Bound to reach on the error of every energy fraction.
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:1``.
+        seed: Of the random starts of ``krylov``.
+        workers: Layers at once; by default as many as fit into memory.
+        memory: What the whole program may take, such as ``"8GB"``; a layer that does not fit is read in row blocks.
+        engine: A Ray cluster to measure on, whose workers write factors to ``output``; None for this machine alone.
+        overwrite: Replace an adapter that is in ``output``.
+        resume: Go on with an interrupted extraction.
+        verify: Let ``resume`` compare a SHA-256 of every byte of the inputs, not of samples.
+        on_progress: Called at the start and after every layer.
+        on_record: Called with every record, in the order of the file, as it comes.
+
+    Returns:
+        The records that are also in ``extraction.jsonl`` of the folder. Layers whose entries are not finite are in
+        ``left_out`` and not in the adapter.
+
+    Raises:
+        UsageError: An option makes no sense, or ``output`` holds something that would be lost.
+        InputError: An input cannot be read, or the adapter cannot be written.
+        NothingComparedError: The sides have no weight in common, or no layer gets factors.
+
+    Example:
+        >>> import tempfile
+        >>> pair = ("sample_checkpoints/base", "sample_checkpoints/full_ft")
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     found = extract(*pair, f"{folder}/adapter", rank=8, layers=r"layers\.0\..*q_proj")
+        >>> found.layers[0].rank, found.layers[0].epsilon - found.layers[0].epsilon_min < 1e-6
+        (8, True)
+
+    Reference: Eckart and Young 1936, "The approximation of one matrix by another of lower rank", Psychometrika 1.
+    """
+    asked = Asked(rank, energy, read_count(str(params), "--params") if params is not None else None, ranks, signal)
+    asked.check()
+    _check_words(split, dtype, rest)
+    check_request(method, 1, tol)
+    where = place(engine, device)
+    settings = ExtractionSettings(dtype, split, method, tol, seed, where.tasks)
+    limit = read_memory(memory, engine)
+    check_running(workers, seed)
+    base, tuned = as_path(base), as_path(tuned)
+    folder = OutputFolder(Path(output), (base, tuned), overwrite, resume)
+    compared = compare(base, tuned, layers, exclude, allow_unmatched, verify)
+    planned = plan(open_checkpoint(base), tuned, compared.pairing, rest == "save")
+    moments = second_moments(activations, base, compared.pairing) if activations is not None else None
+    if kfac and (moments is None or not moments.gradients):
+        raise UsageError("--kfac: needs --activations FILE, recorded with probe activations --gradients")
+
+    def spectra() -> Results[Spectrum]:
+        folder.open()
+        return spectrum(
+            base,
+            tuned,
+            activations=activations,
+            kfac=kfac,
+            layers=layers,
+            exclude=exclude,
+            allow_unmatched=allow_unmatched,
+            device=device,
+            seed=seed,
+            workers=workers,
+            memory=limit,
+            engine=engine,
+            output=folder.spectra,
+            resume=folder.spectra.exists(),
+            verify=verify,
+            on_progress=on_progress,
+        )
+
+    try:
+        rules = {} if folder.whole else ranks_for(asked, planned.targets, spectra)
+    except UsageError as error:
+        if not folder.spectra.exists():
+            raise
+        raise UsageError(f"{error}; the spectra are kept in {folder.work}: --resume with another budget") from error
+    tasks = [
+        Layer(
+            _without_base(delta),
+            target.module,
+            target.kind,
+            target.transposed,
+            rules[delta.layer],
+            moments.weighting(delta.layer, kfac) if moments is not None else None,
+        )
+        for delta in compared.pairing.deltas
+        if (target := planned.targets.get(delta.layer)) is not None and not folder.whole
+    ]
+    files = {task.layer: folder.factors(index) for index, task in enumerate(tasks)}
+    run = Run(
+        command="extract",
+        version=__version__,
+        inputs=(
+            *compared.inputs[:-1],
+            _with_notes(compared.inputs[-1], planned.notes()),
+            *((moments.described,) if moments is not None else ()),
+        ),
+        settings={
+            "ranks": asked.words(),
+            "split": split,
+            "dtype": dtype,
+            "rest": rest,
+            "layers": layers,
+            "exclude": exclude,
+            "method": method,
+            "tol": tol,
+            "device": where.kind,
+            "seed": seed,
+            **({"metric": "kfac" if kfac else "data"} if moments is not None else {}),
+        },
+    )
+    layout = layout_of(tasks, workers, where.kind, limit)
+    settings = replace(settings, memory=layout.limit)
+    folder.open()
+    with ResultsWriter[Extraction](folder.records, run, resume) as writer:
+        results = measure_layers(
+            writer,
+            tasks,
+            partial(_one_layer, files=files, settings=settings),
+            lambda: planned.left_out(layout, where.here),
+            layout,
+            partial(size, settings=settings),
+            Watch(on_progress, on_record),
+            engine,
+        )
+        if not results.layers:
+            folder.discard()
+            raise _nothing(tuned, results)
+        name = base_name or loadable(legible(base.parent if base.is_file() else base))
+        if not folder.whole:
+            planned.write(folder.work, results, files, name)
+        named = map(legible, ("loradiag", "extract", str(base), str(tuned)))
+        command = [*named, *asked.words().split(" ", 1), *_options(run)]
+        if activations is not None:
+            command += ["--activations", legible(activations), *(["--kfac"] if kfac else [])]
+        folder.finish(model_card(results, name, shlex.join([*command, "-o", legible(output)])))
+    return results
+
+
+def _check_words(split: str, dtype: str, rest: str) -> None:
+    """Refuse words that mean nothing.
+
+    Raises:
+        UsageError: One of them.
+    """
+    allowed = (("--split", split, get_args(Split)), ("--dtype", dtype, DTYPES), ("--rest", rest, get_args(Rest)))
+    for option, word, words in allowed:
+        if word not in words:
+            raise UsageError(f"{option} {word}: use {', '.join(words)}")
+
+
+def _with_notes(described: RunInput, notes: tuple[str, ...]) -> RunInput:
+    return described.model_copy(update={"notes": (*described.notes, *notes)})
+
+
+def _options(run: Run) -> list[str]:
+    """Return the settings that are not the usual ones, as they are typed."""
+    usual = {"split": "both", "dtype": "float32", "rest": "list", "method": "auto", "tol": 1e-4, "seed": 0}
+    usual |= {"layers": None, "exclude": None}
+    return [word for key, value in usual.items() if run.settings[key] != value for word in _typed(key, run)]
+
+
+def _typed(key: str, run: Run) -> tuple[str, str]:
+    return f"--{key}", str(run.settings[key])
+
+
+def _without_base(delta: Delta) -> Delta:
+    """Return an update that its factors tell, without the weight it changes: reading W_base would take minutes."""
+    return replace(delta, base=None) if isinstance(delta, FactoredDelta) else delta
+
+
+def _one_layer(task: Layer, files: Mapping[str, Path], settings: ExtractionSettings) -> tuple[Extraction | LeftOut]:
+    return (factor(task, settings, partial(store_factors, files[task.layer])),)
+
+
+def _nothing(tuned: Path | str, results: Results[Extraction]) -> LoradiagError:
+    """Return the error of an extraction that gave no factors."""
+    if results.non_finite:
+        bad = results.non_finite[0]
+        return InputError(f"{tuned}: {bad.layer}: {bad.detail}; no other layer gets factors, so nothing was written")
+    reasons = sorted({item.detail for item in results.left_out if item.reason in {"rank_0", "no_factors"}})
+    why = f" ({'; '.join(reasons[:3])})" if reasons else ""
+    return NothingComparedError(f"{tuned}: no layer gets factors{why}, so nothing was written")

@@ -1,0 +1,110 @@
+"""An earlier results file that a run may not fall behind, and that it may tighten."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from lora_diag.decisions.gate.evidence import Source, Subject, subjects, value_of
+from lora_diag.decisions.gate.fields import KINDS, LAYER_KINDS, Field, find
+from lora_diag.decisions.gate.policy import Regression
+from lora_diag.records import Results, totals
+from lora_diag.records.spectrum import METRIC_NAMES
+
+
+class Stored:
+    """The records of a baseline, found again by layer and by the place of their adapter, step or rank in the file."""
+
+    def __init__(self, source: Source) -> None:
+        self.source = source
+        self.subjects: dict[str, dict[tuple[Any, ...], Subject]] = {}
+
+    def of_kind(self, kind: str) -> dict[tuple[Any, ...], Subject]:
+        """Return all subjects of a kind."""
+        if kind not in self.subjects:
+            found = subjects(kind, self.source) if self.source.holds(kind) else []
+            self.subjects[kind] = {}
+            for subject in found:
+                place = (subject.layer, *subject.key)
+                # Of two records in one place nobody can say which one a new record is compared with.
+                twice = place in self.subjects[kind] and subject.record is not None
+                ambiguous = replace(subject, record=None, why="several records of it, told apart by nothing")
+                self.subjects[kind][place] = ambiguous if twice else subject
+        return self.subjects[kind]
+
+    def value(self, field: Field, subject: Subject, floor: str) -> tuple[float | None, str]:
+        """Return what the baseline has for a field of a subject, or None and why it has nothing."""
+        stored = self.of_kind(field.kind).get((subject.layer, *subject.key))
+        if stored is None:
+            return None, "not in the baseline: measure the baseline anew to compare it from now on"
+        now, then = _metric(subject), _metric(stored)
+        if stored.record is not None and now != then:
+            return None, f"the baseline is in {METRIC_NAMES[then]} and this in {METRIC_NAMES[now]}: no comparison"
+        value, reason = value_of(field, stored, floor)
+        if not isinstance(value, float | int):
+            return None, f"in the baseline: {reason}"
+        return float(value), ""
+
+    def limit(self, demand: Regression, before: float) -> tuple[float, str]:
+        """Return how bad a value may be, given that of the baseline, and the sentence that says so."""
+        room = demand.tolerance * abs(before) if demand.relative else demand.tolerance
+        limit, sign = (before + room, "<=") if demand.worse == "higher" else (before - room, ">=")
+        return limit, f"{demand.field} {sign} {limit:.6g} ({before:.6g} in the baseline)"
+
+    def layers(self) -> list[str]:
+        """Return the names of its layers."""
+        return list(dict.fromkeys(record.layer for record in self.source.results.layers))
+
+
+def tightened(regressions: Sequence[Regression], stored: Stored, sources: Sequence[Source]) -> Results[Any] | None:
+    """Return a baseline in which records that got better have taken the place of the stored ones; None if none did.
+
+    A record is better if no compared field is worse than stored, tolerance or not, and one is better. Whole records
+    are exchanged, never single values, so that each is one that was measured.
+    """
+    better: dict[int, Any] = {}
+    for kind in sorted(LAYER_KINDS):
+        fields = [(demand, field) for demand in regressions for field in find(demand.field) if field.kind == kind]
+        holding = [source for source in sources if source.holds(kind)]
+        if not fields or len(holding) != 1:
+            continue
+        for subject in subjects(kind, holding[0]):
+            old = stored.of_kind(kind).get((subject.layer, *subject.key))
+            if (
+                old is not None
+                and old.record is not None
+                and subject.record is not None
+                and _better(subject, old, fields)
+            ):
+                better[id(old.record)] = subject.record
+    if not better:
+        return None
+    results = stored.source.results
+    layers = tuple(
+        _renamed(better[id(record)], record) if id(record) in better else record for record in results.layers
+    )
+    return replace(results, layers=layers, end=totals(layers, results.left_out))
+
+
+def _metric(subject: Subject) -> str:
+    return getattr(subject.record, "metric", "weights")
+
+
+def _better(new: Subject, old: Subject, fields: Sequence[tuple[Regression, Field]]) -> bool:
+    if _metric(new) != _metric(old):
+        return False
+    gains = []
+    for demand, field in fields:
+        if new.layer is None or not demand.selector.takes(new.layer):
+            continue
+        now, before = value_of(field, new, demand.floor)[0], value_of(field, old, demand.floor)[0]
+        if not isinstance(now, float | int) or not isinstance(before, float | int):
+            return False
+        gains.append(before - now if demand.worse == "higher" else now - before)
+    return bool(gains) and min(gains) >= 0 and max(gains) > 0
+
+
+def _renamed(record: Any, old: Any) -> Any:
+    """Return a record under the key of the one whose place it takes, such as the path of its adapter."""
+    return record.model_copy(update={name: getattr(old, name) for name in KINDS[record.record].key})

@@ -1,0 +1,198 @@
+"""What every gate looks for, whatever its policy asks.
+
+Intruder dimensions are not among it: a rule such as ``intruders <= 2`` judges the records of ``loradiag intruders``.
+Nor is σ_1(ΔW)/σ_1(W_base), which no record holds: ``spike`` judges it by its lower bound σ_1(ΔW)/‖W_base‖_F.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+from lora_diag.decisions.gate.baseline import Stored
+from lora_diag.decisions.gate.evidence import Source
+from lora_diag.decisions.gate.policy import CHECKS, Policy
+from lora_diag.records import LeftOut, Residual, Spectrum
+from lora_diag.records.base import Record
+from lora_diag.records.spectrum import METRIC_NAMES
+from lora_diag.records.verdict import Verdict
+
+K = TypeVar("K", bound=Record)
+
+# Below this part of σ_1 a direction of an adapter counts as unused: ten times float32's spacing, in which the smallest
+# values of a product of float32 factors drown.
+UNUSED = 1e-6
+
+_NOT_OF_THIS_BASE = frozenset({"not_in_base", "shape_differs", "needs_base", "only_in_adapter"})
+
+
+# Checks that look at records of updates.
+_OF_UPDATES = frozenset({"dead", "unused_rank", "spike", "unresolved"})
+# Of these, what spectra in another metric do not show: there, one direction tells how inputs lie.
+_IN_WEIGHTS = frozenset({"unused_rank", "spike"})
+
+
+@dataclass(frozen=True, slots=True)
+class Alarm:
+    """One thing that a check found, and the limit that it broke where the check has several."""
+
+    layer: str | None
+    measured: float | str | None
+    message: str
+    allowed: str = ""
+
+
+Check = Callable[[Policy, Sequence[Source], Stored | None], Iterator[Alarm]]
+
+
+def run_checks(policy: Policy, sources: Sequence[Source], baseline: Stored | None) -> Iterator[Verdict]:
+    """Yield the verdicts of all built-in checks that are not off: one if nothing is wrong, else one for each alarm."""
+    for name, (allowed, check) in _CHECKS.items():
+        severity = policy.checks[name]
+        if severity == "off" or (name == "missing" and baseline is None):
+            continue
+        alarms = list(check(policy, sources, baseline))
+        idle = Alarm(None, None, _why_idle(name, sources))
+        if alarms:
+            status = "inconclusive" if name == "finished" else "failed" if severity == "error" else "warned"
+        else:
+            status = "not judged" if idle.message else "passed"
+        for alarm in alarms or [idle if status == "not judged" else Alarm(None, None, "")]:
+            yield Verdict.model_validate(
+                {
+                    "rule": name,
+                    "layer": alarm.layer,
+                    "measured": alarm.measured,
+                    "allowed": alarm.allowed or allowed,
+                    "status": status,
+                    "severity": severity,
+                    "message": alarm.message,
+                }
+            )
+
+
+def _why_idle(name: str, sources: Sequence[Source]) -> str:
+    """Say why a check has nothing to look at; nothing where it has."""
+    if name in _OF_UPDATES and not has_updates(sources):
+        return "no spectrum or residual record to look at"
+    metrics = dict.fromkeys(record.metric for record in _layers(sources, Spectrum))
+    if name in _IN_WEIGHTS and metrics and "weights" not in metrics:
+        return f"every spectrum is in {' or '.join(METRIC_NAMES[metric] for metric in metrics)}, not in the weights'"
+    return ""
+
+
+def has_updates(sources: Sequence[Source]) -> bool:
+    """Say whether there is a record of an update, which most checks look at."""
+    return any(isinstance(record, Spectrum | Residual) for source in sources for record in source.results.layers)
+
+
+def _finished(policy: Policy, sources: Sequence[Source], baseline: Stored | None) -> Iterator[Alarm]:
+    for source in sources:
+        if source.results.end is None:
+            yield Alarm(None, None, f"{source.path}: the run did not finish; go on with --resume, or measure again")
+
+
+def _non_finite(policy: Policy, sources: Sequence[Source], baseline: Stored | None) -> Iterator[Alarm]:
+    for item in _left_out(sources):
+        if item.reason == "non_finite":
+            yield Alarm(item.layer, None, f"{item.detail}; do not ship it")
+
+
+def _mismatch(policy: Policy, sources: Sequence[Source], baseline: Stored | None) -> Iterator[Alarm]:
+    for item in _left_out([source for source in sources if _of_adapter(source)]):
+        if item.reason in _NOT_OF_THIS_BASE:
+            yield Alarm(item.layer, None, f"the adapter does not fit BASE here: {item.detail}")
+
+
+def _dead(policy: Policy, sources: Sequence[Source], baseline: Stored | None) -> Iterator[Alarm]:
+    """Name adapted layers whose update is zero; of a pair of checkpoints only whether anything moved at all."""
+    for source in sources:
+        spectra = [record for record in source.results.layers if isinstance(record, Spectrum)]
+        if _of_adapter(source):
+            for record in spectra:
+                if _is_still(record):
+                    yield Alarm(record.layer, 0.0, "the adapter changes nothing here: it was not trained, or not saved")
+        elif spectra and all(map(_is_still, spectra)):
+            yield Alarm(None, 0.0, "nothing moved: ΔW is zero in every matrix; is this the checkpoint you meant?")
+    moved: dict[str, bool] = {}
+    for item in _layers(sources, Residual):
+        if item.role == "adapter":
+            moved[item.adapter] = moved.get(item.adapter, False) or item.adapter_fro > 0
+            if item.rank and item.adapter_fro == 0:
+                yield Alarm(item.layer, 0.0, f"the adapter {item.adapter} changes nothing here: it was not trained")
+    for adapter, anything in moved.items():
+        if not anything:
+            yield Alarm(None, 0.0, f"the adapter {adapter} changes nothing at all")
+
+
+def _unused_rank(policy: Policy, sources: Sequence[Source], baseline: Stored | None) -> Iterator[Alarm]:
+    for record in _in_weights(sources):
+        if record.method == "factored" and record.complete and record.fro > 0:
+            used = sum(value > UNUSED * record.s[0] for value in record.s)
+            if used < len(record.s):
+                text = f"{used} of {len(record.s)} directions are used; the rest of the rank costs and does nothing"
+                yield Alarm(record.layer, float(used), text)
+
+
+def _spike(policy: Policy, sources: Sequence[Source], baseline: Stored | None) -> Iterator[Alarm]:
+    for record in _in_weights(sources):
+        if record.spike is None or len(record.s) < 2:
+            continue
+        if record.spike > policy.spike:
+            text = f"one direction holds {record.spike:.3g} of ‖ΔW‖²; from {policy.spike:g} on, look for divergence"
+            yield Alarm(record.layer, record.spike, text, f"spike <= {policy.spike:g}")
+        elif record.spike_to_base is not None and record.spike_to_base > 1:
+            text = "σ_1(ΔW) exceeds ‖W_base‖_F: this layer was overwritten, not tuned"
+            yield Alarm(record.layer, record.spike_to_base, text, "spike_to_base <= 1")
+
+
+def _unresolved(policy: Policy, sources: Sequence[Source], baseline: Stored | None) -> Iterator[Alarm]:
+    records: list[Spectrum | Residual] = [*_layers(sources, Spectrum), *_layers(sources, Residual)]
+    for record in records:
+        if record.resolution is not None and record.resolution.verdict == "unresolved" and record.fro > 0:
+            text = "the files' rounding hides this update: judge the adapter itself, or save in float32"
+            yield Alarm(record.layer, "unresolved", text)
+
+
+def _missing(policy: Policy, sources: Sequence[Source], baseline: Stored | None) -> Iterator[Alarm]:
+    there = {record.layer for source in sources for record in source.results.layers}
+    for layer in baseline.layers() if baseline is not None else ():
+        if layer not in there:
+            yield Alarm(layer, None, "the baseline has this layer and the results do not")
+
+
+def _layers(sources: Sequence[Source], kind: type[K]) -> Iterator[K]:
+    for source in sources:
+        yield from (record for record in source.results.layers if isinstance(record, kind))
+
+
+def _in_weights(sources: Sequence[Source]) -> Iterator[Spectrum]:
+    return (record for record in _layers(sources, Spectrum) if record.metric == "weights")
+
+
+def _is_still(record: Spectrum) -> bool:
+    """Say whether ΔW = 0, whatever the metric."""
+    return (record.fro if record.weights_fro is None else record.weights_fro) == 0
+
+
+def _left_out(sources: Sequence[Source]) -> Iterator[LeftOut]:
+    for source in sources:
+        yield from source.results.left_out
+
+
+def _of_adapter(source: Source) -> bool:
+    return any(given.role == "adapter" for given in source.results.run.inputs)
+
+
+_CHECKS: dict[str, tuple[str, Check]] = {
+    "finished": ("every run finished", _finished),
+    "non_finite": ("no NaN or Inf", _non_finite),
+    "mismatch": ("the adapter fits BASE", _mismatch),
+    "dead": ("the update is not zero", _dead),
+    "missing": ("every layer of the baseline", _missing),
+    "unused_rank": ("every direction of the rank is used", _unused_rank),
+    "spike": ("no direction dominates", _spike),
+    "unresolved": ("the files can show the update", _unresolved),
+}
+assert list(_CHECKS) == list(CHECKS)

@@ -1,0 +1,208 @@
+"""``loradiag gate`` and ``loradiag gate init``."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from lora_diag.cli import options
+from lora_diag.cli.output import again, line, result, spare, terminal
+from lora_diag.errors import DONE, GATE_FAILED, INCONCLUSIVE, InputError, UsageError
+from lora_diag.files import write_whole
+
+if TYPE_CHECKING:
+    from lora_diag.records import Results
+
+EXIT = {"passed": DONE, "failed": GATE_FAILED, "inconclusive": INCONCLUSIVE}
+
+Words = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="POLICY RESULTS...", help="A policy file and results files; or: init RESULTS..."),
+]
+Ready = Annotated[
+    str | None, typer.Option("--policy", metavar="NAME", help="A policy of the package, instead of POLICY.")
+]
+MeasureBase = Annotated[str | None, typer.Option("--base", metavar="BASE", help="Measure first, on this checkpoint.")]
+MeasureTuned = Annotated[str | None, typer.Option("--tuned", metavar="TUNED", help="The full fine-tune to measure.")]
+MeasureAdapters = Annotated[
+    list[str] | None, typer.Option("--adapter", metavar="ADAPTER", help="The adapter to measure; may be repeated.")
+]
+Baseline = Annotated[Path | None, typer.Option(metavar="FILE", help="Results to compare with, layer by layer.")]
+Ratchet = Annotated[bool, typer.Option("--ratchet", help="If passed: put what got better into --baseline.")]
+Junit = Annotated[Path | None, typer.Option(metavar="FILE", help="Write a JUnit report.")]
+Sarif = Annotated[Path | None, typer.Option(metavar="FILE", help="Write a SARIF log.")]
+Card = Annotated[Path | None, typer.Option(metavar="FILE", help="Put the outcome into this model card.")]
+Github = Annotated[bool, typer.Option("--github", help="Annotations and step summary for GitHub Actions.")]
+Output = Annotated[
+    Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write the verdicts (JSONL); of init: the policy.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Verdicts on standard output, and nothing else there.")]
+
+
+def gate(
+    words: Words = None,
+    policy: Ready = None,
+    base: MeasureBase = None,
+    tuned: MeasureTuned = None,
+    adapter: MeasureAdapters = None,
+    baseline: Baseline = None,
+    ratchet: Ratchet = False,
+    junit: Junit = None,
+    sarif: Sarif = None,
+    model_card: Card = None,
+    github: Github = False,
+    output: Output = None,
+    json: Json = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """May this checkpoint ship? Hold results against a policy; or write a policy from them: gate init.
+
+    Exit codes: 0 passed, 1 failed, 2 policy or request not valid, 3 a file cannot be read, 4 nothing to judge,
+    5 inconclusive.
+
+    Example: loradiag gate policy.toml results.jsonl --junit gate.xml
+    """
+    given = list(words or [])
+    if github and json:
+        raise UsageError("--github and --json: both write to standard output; take --github with -o FILE")
+    reports = (junit, sarif, model_card)
+    if given[:1] == ["init"] and policy is None:
+        if any((base, tuned, adapter, baseline, ratchet, github, json, *reports)):
+            raise UsageError("gate init: takes results files and -o POLICY, nothing else; a policy file is ./init")
+        _init(given[1:], output, quiet)
+        return
+    from lora_diag.decisions.gate.run import gate as judge
+    from lora_diag.decisions.gate.run import ready_policy
+    from lora_diag.records.verdict import outcome
+
+    if policy is None and not given:
+        raise UsageError("gate: give a policy file and results, or --policy NAME and results")
+    rules = ready_policy(policy) if policy is not None else Path(given.pop(0))
+    inputs = [rules] if isinstance(rules, Path) else []
+    spare([*inputs, *given, *([baseline] if baseline else [])], [output, *reports])
+    measured = _measured(base, tuned, adapter or [], given)
+    results = judge(rules, *given, *measured, baseline=baseline, ratchet=ratchet)
+    if output is not None:
+        _keep(results, output)
+    _write_reports(results, *reports)
+    if json:
+        from lora_diag.records import to_line
+
+        for record in results.records():
+            line(to_line(record))
+    elif not quiet:
+        _show(results, github, _next(results, given, output))
+    if github:
+        _tell_github(results)
+    raise typer.Exit(EXIT[outcome(results.whole)])
+
+
+def _init(given: list[str], output: Path | None, quiet: bool) -> None:
+    """Write a policy, or print it."""
+    if not given:
+        raise UsageError("gate init: give the results of a checkpoint that served well")
+    if output is not None and os.path.lexists(output):
+        raise UsageError(f"{output}: is there already; delete it first, or choose another name")
+    from lora_diag.decisions.gate.run import gate_init
+
+    text = gate_init(*given, name=str(output or "policy.toml"))
+    if output is None:
+        result(text.rstrip("\n"))
+        return
+    write_whole(output, text)
+    if not quiet:
+        from lora_diag.decisions.gate.run import gate as judge
+        from lora_diag.decisions.gate.summary import headline
+
+        rules = text.count("\n[[rule]]")
+        result(f"{output}: {rules} {'rule' if rules == 1 else 'rules'}; read it: every limit says what it is from")
+        result(f"These results under it: {headline(judge(output, *given))}")
+        result(f"Next  {shlex.join(['loradiag', 'gate', str(output), *given])}")
+
+
+def _measured(base: str | None, tuned: str | None, adapters: list[str], given: list[str]) -> list[Results[Any]]:
+    """Measure first, where that is asked."""
+    if base is None:
+        if tuned is not None or adapters:
+            raise UsageError("--tuned and --adapter: need --base, the checkpoint that they are compared with")
+        if not given:
+            raise UsageError("gate: give results files, or --base with --tuned or --adapter to measure first")
+        return []
+    if given:
+        raise UsageError(f"--base: measures first, so leave out the results file {given[0]}")
+    # torch comes with it: not before it is needed
+    from lora_diag.decisions.gate.run import measure
+
+    return measure(base, tuned, adapters)
+
+
+def _keep(results: Results[Any], output: Path) -> None:
+    """Write the verdicts as a results file."""
+    from lora_diag.records import ResultsWriter
+
+    with ResultsWriter[Any](output, results.run) as writer:
+        assert results.end is not None
+        writer.append(*results.whole, results.end)
+
+
+def _write_reports(results: Results[Any], junit: Path | None, sarif: Path | None, card: Path | None) -> None:
+    if junit is not None:
+        from lora_diag.decisions.gate.junit import junit as as_junit
+
+        write_whole(junit, as_junit(results))
+    if sarif is not None:
+        from lora_diag.decisions.gate.sarif import sarif as as_sarif
+
+        write_whole(sarif, as_sarif(results))
+    if card is not None:
+        from lora_diag.decisions.gate.model_card import model_card
+
+        write_whole(card, model_card(results, _read(card) if card.exists() else ""))
+
+
+def _show(results: Results[Any], github: bool, then: str) -> None:
+    from lora_diag.decisions.gate.summary import verdict_table
+
+    text = verdict_table(results, *terminal(), then=then)
+    if github:
+        import secrets
+
+        # A layer's name may begin like a workflow command; between these lines none is obeyed.
+        token = secrets.token_hex(16)
+        text = f"::stop-commands::{token}\n{text}\n::{token}::"
+    result(text)
+
+
+def _tell_github(results: Results[Any]) -> None:
+    from lora_diag.decisions.gate.github import step_summary, workflow_commands
+
+    for command in workflow_commands(results):
+        result(command)
+    if summary := os.environ.get("GITHUB_STEP_SUMMARY"):
+        try:
+            with Path(summary).open("a", encoding="utf-8") as file:
+                file.write(step_summary(results))
+        except OSError as error:
+            raise InputError(f"{summary}: the step summary cannot be written: {error.strerror}") from error
+
+
+def _next(results: Results[Any], given: list[str], output: Path | None) -> str:
+    """Return the command that a user would run next, as a shell takes it."""
+    from lora_diag.records.verdict import outcome
+
+    if outcome(results.whole) != "passed" and given:
+        return f"{shlex.join(['loradiag', 'inspect', given[0], '--per', 'layer'])}   (the numbers behind this)"
+    if output is None:
+        return f"{again('-o', 'verdicts.jsonl')}   (keeps these verdicts)"
+    return f"{shlex.join(['loradiag', 'inspect', str(output)])}   (these verdicts again)"
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from error

@@ -1,0 +1,235 @@
+"""Records → a commented policy, for ``gate init``."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from lora_diag.decisions.gate.evidence import Source, Subject, subjects, value_of
+from lora_diag.decisions.gate.fields import Field, find
+from lora_diag.decisions.gate.policy import SPIKE
+from lora_diag.errors import InputError
+from lora_diag.records.spectrum import metric_of
+
+# A limit lies a quarter of the measured value away from it. Full fine-tunes of one model that differed in their seed
+# had ranks at 90% within 2 of each other, of 72 to 155; whether a quarter fits another field is for the user to say.
+MARGIN = 0.25
+
+
+@dataclass(frozen=True, slots=True)
+class Suggestion:
+    """A field to take a limit from: which end matters, and what to say when it is passed."""
+
+    name: str
+    field: str
+    worst: str
+    message: str
+    where: str = ""
+
+
+_SUGGESTIONS = (
+    Suggestion(
+        "drift",
+        "spectrum.relative",
+        "max",
+        "this weight moved further than it used to: check the learning rate, or raise the limit knowingly",
+    ),
+    Suggestion(
+        "rank",
+        "spectrum.rank_at.0.9",
+        "max",
+        "the update needs more rank than it used to: an adapter of the usual rank misses more of it",
+    ),
+    Suggestion(
+        "one-direction",
+        "spectrum.spike",
+        "max",
+        "one direction holds more of the update than it used to: look for divergence",
+    ),
+    Suggestion(
+        "distance",
+        "residual.epsilon",
+        "max",
+        "the adapter is further from the full fine-tune than it used to be: check its scaling and its rank",
+        'role = "adapter"',
+    ),
+    Suggestion(
+        "direction",
+        "residual.cosine",
+        "min",
+        "the adapter points elsewhere than it used to: compare its data and its learning rate",
+        'role = "adapter"',
+    ),
+    Suggestion(
+        "reach", "overlap.tangent", "min", "less of the gradient lies in the reach of the adapter than it used to"
+    ),
+    Suggestion(
+        "budget-gap", "certificate.gap", "max", "the allocation is further from the best one than it used to be"
+    ),
+    Suggestion(
+        "intruders",
+        "intruders.share",
+        "max",
+        "more of the largest directions are new than used to be: check on older data whether it forgot",
+    ),
+    Suggestion(
+        "union-rank",
+        "union.spectrum.rank_at.0.9",
+        "max",
+        "the sum of the updates needs more rank than it used to: a merge of the usual rank loses more of it",
+    ),
+    Suggestion("fleet-rank", "fleet.used", "min", "this adapter uses less of its rank than the fleet used to"),
+)
+
+
+def draft(sources: Sequence[Source], name: str = "policy.toml") -> str:
+    """Return the text of a policy with limits from measured values.
+
+    Args:
+        sources: Results of finished runs.
+        name: What its file will be called, for the comment.
+
+    Raises:
+        InputError: Nothing that was measured gives a limit.
+    """
+    given = " ".join(source.path for source in sources)
+    rules = [text for own, of in _by_metric(sources) for suggestion in own if (text := _rule(suggestion, of))]
+    if not rules:
+        raise InputError(f"{given}: no value to take a limit from: nothing moved, or the files cannot show it")
+    spared = any(item.reason == "no_activations" for source in sources for item in source.results.left_out)
+    return "\n".join([_head(given, name, spared), *rules, _tail(sources)])
+
+
+def _by_metric(sources: Sequence[Source]) -> Iterator[tuple[Sequence[Suggestion], Sequence[Source]]]:
+    """Pair suggestions with what they are taken from: those on spectra once for each metric, which the rule names."""
+    metrics = dict.fromkeys(metric_of(source.results.layers) for source in sources if source.holds("spectrum"))
+    if not {*metrics} - {"weights"}:
+        yield _SUGGESTIONS, sources
+        return
+    for metric in metrics:
+        yield (
+            [
+                replace(one, name=f"{one.name}-{metric}", where=f'metric = "{metric}"')
+                for one in _SUGGESTIONS
+                if one.field.startswith("spectrum.")
+            ],
+            [source for source in sources if source.holds("spectrum") and metric_of(source.results.layers) == metric],
+        )
+    yield [one for one in _SUGGESTIONS if not one.field.startswith("spectrum.")], sources
+
+
+def _rule(suggestion: Suggestion, sources: Sequence[Source]) -> str:
+    (field,) = find(suggestion.field)
+    found = list(_subjects(suggestion, field, sources))
+    values = [(float(value), s.layer or "") for s in found if isinstance(value := value_of(field, s)[0], float | int)]
+    if not values:
+        return ""
+    worst = max(values, key=lambda pair: pair[0] if suggestion.worst == "max" else -pair[0])
+    limit = _limit(worst[0], field, suggestion.worst)
+    kept = max(len(getattr(subject.record, "s", ())) for subject in found)
+    if limit is None or (field.path[0] == "rank_at" and limit >= kept):
+        return ""  # such as the rank of an adapter: its updates cannot need more than it has
+    sign, end = ("<=", "highest") if suggestion.worst == "max" else (">=", "lowest")
+    middle = statistics.median(value for value, _ in values)
+    where = f"where = {{ {suggestion.where} }}\n" if suggestion.where else ""
+    at = f" in {_comment(worst[1])}" if worst[1] else ""
+    return (
+        f"# {field.name}: median {middle:.4g}, {end} {worst[0]:.4g}{at}; the limit is {MARGIN:.0%} beyond.\n"
+        f'[[rule]]\nname = "{suggestion.name}"\nrequire = "{suggestion.field} {sign} {limit:.6g}"\n{where}'
+        f'severity = "error"\nmessage = "{suggestion.message}"\n{_coverage(field, found)}'
+    )
+
+
+def _coverage(field: Field, found: Sequence[Subject]) -> str:
+    """Return the coverage that a field can have where records have no value of it, such as the cosine of no update."""
+    none = [subject for subject in found if subject.record is not None and field.of(subject.record) is None]
+    if not none or any(subject.fro is None for subject in found):
+        return ""
+    energy = math.fsum((subject.fro or 0.0) ** 2 for subject in found)
+    lost = math.fsum((subject.fro or 0.0) ** 2 for subject in none)
+    if not lost:
+        return ""
+    share = math.floor(100 * (1 - lost / energy)) / 100
+    return (
+        f"coverage = {share} # of ‖Δ‖²: {len(none)} of {len(found)} layers have no {field.name}, which is null there\n"
+    )
+
+
+def _subjects(suggestion: Suggestion, field: Field, sources: Sequence[Source]) -> Iterator[Subject]:
+    for source in sources:
+        if source.holds(field.kind):
+            found = subjects(field.kind, source)
+            yield from (s for s in found if not suggestion.where or getattr(s.record, "role", "adapter") == "adapter")
+
+
+def _limit(worst: float, field: Field, end: str) -> float | None:
+    """Return a limit beyond the worst value, rounded away from it; None where it would allow everything or nothing."""
+    limit = worst + MARGIN * abs(worst) * (1 if end == "max" else -1)
+    if isinstance(worst, float) and worst == int(worst) and field.path[0] == "rank_at":
+        limit = math.ceil(limit)
+    digits = 10 ** (3 - math.ceil(math.log10(abs(limit)))) if limit else 1
+    limit = (math.ceil if end == "max" else math.floor)(limit * digits) / digits
+    if field.share and not 0 < limit < 1:
+        return None
+    return limit
+
+
+def _head(given: str, name: str, spared: bool) -> str:
+    left_out = (
+        'left_out = ["no_activations"] # embeddings have none; nor is any other layer missed that was not recorded'
+        if spared
+        else '# left_out = ["only_in_tuned"] # reasons that are fine for a tensor to have no record'
+    )
+    return f"""\
+# What has to hold before a checkpoint may ship. Limits are from {_comment(given)}
+# with a margin of {MARGIN:.0%}: check each, it is your call and not the tool's.
+#
+#     loradiag gate {_comment(name)} RESULTS...
+#
+# A rule is a condition and which layers it is about. docs/gate.md has the grammar and every field.
+#     require   field, operator, value: "relative <= 0.3"; max, min, mean, median, sum or p95 before it judges one
+#               number; "share of layers with energy.16 >= 0.9 is >= 0.95" counts layers
+#     layers, exclude, type, depth, where   which records: regex on the name, module type, [first, last] block
+#     severity  "error" fails the gate, "warning" is told
+title = "What has to hold before a checkpoint may ship"
+
+[coverage]
+by = "energy" # share of the change ‖Δ‖² that has to be judged, or "layers"
+minimum = 1.0 # a layer without a record leaves the gate inconclusive, which is never a pass
+{left_out}
+
+[checks] # built-in checks: "error", "warning" or "off"; NaN, Inf and unfinished runs always count
+mismatch = "error"      # the adapter does not fit BASE
+dead = "error"          # an adapter's update is zero; or nothing moved at all
+missing = "error"       # a layer of the baseline is gone
+unused_rank = "warning" # directions of an adapter's rank that hold nothing
+spike = "warning"       # one direction holds more than spike_above of ‖ΔW‖²
+spike_above = {SPIKE}
+unresolved = "warning"  # the files' rounding hides the update
+"""
+
+
+def _tail(sources: Sequence[Source]) -> str:
+    field = "energy.16" if any(source.holds("spectrum") for source in sources) else "epsilon"
+    worse = "lower" if field == "energy.16" else "higher"
+    return f"""\
+# To keep each layer from getting worse than it is on main: loradiag gate ... --baseline main.jsonl
+# [[baseline]]
+# field = "{field}"
+# worse = "{worse}"
+# tolerance = 0.02 # or "5%" of the stored value
+
+# To let one layer pass for a while:
+# [[waiver]]
+# rule = "drift"
+# layers = 'lm_head'
+# reason = "new tokens were added"
+# expires = 2027-01-31
+"""
+
+
+def _comment(text: str) -> str:
+    """Return text that cannot end the comment it stands in."""
+    return "".join(char if char.isprintable() else "?" for char in text)

@@ -1,0 +1,202 @@
+"""What there is to judge: the records of results files, and what they lack."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lora_diag.decisions.gate.fields import KINDS, LAYER_KINDS, Field
+from lora_diag.errors import InputError
+from lora_diag.records import Results, read_results, totals
+from lora_diag.records.base import Record
+from lora_diag.records.spectrum import METRIC_NAMES, metric_of
+
+# Tensors left out that no record was to be expected of: 1-D ones have no rank, and of the others the rest is measured.
+NO_CANDIDATES = frozenset({"vector", "added_rows", "removed_rows", "empty"})
+
+# Kinds that a command of another name writes.
+_COMMANDS = {
+    "allocation": "allocate",
+    "certificate": "allocate",
+    "extraction": "extract",
+    "merge": "verify-merge",
+    "union": "interference",
+    "fleet": "spectrum --adapters",
+    "verdict": "gate",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A results file: its path and what is in it."""
+
+    path: str
+    results: Results[Any]
+
+    def holds(self, kind: str) -> bool:
+        """Say whether it is a place to look for records of a kind."""
+        if kind == "end" or self.results.run.command == _COMMANDS.get(kind, kind):
+            return True
+        return any(isinstance(record, KINDS[kind]) for record in (*self.results.layers, *self.results.whole))
+
+    def names(self) -> set[str]:
+        """Return the names of all tensors that it speaks of."""
+        return {record.layer for record in (*self.results.layers, *self.results.left_out)}
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """What a rule judges: one record, or the place where one is missing.
+
+    Args:
+        layer: Its layer; None for the run as a whole.
+        group: Which of several records of the layer; empty if there is one.
+        key: What tells the group from others, the same in a rerun whose adapter lies elsewhere.
+        record: The record; None if it is missing.
+        why: Why it is missing.
+        fro: ‖Δ‖_F of the layer; None if it is not known.
+    """
+
+    layer: str | None
+    group: str
+    key: tuple[Any, ...]
+    record: Record | None
+    why: str = ""
+    fro: float | None = None
+
+
+def read_source(path: Path | str) -> Source:
+    """Read a results file and check that it holds what its last line says.
+
+    Raises:
+        InputError: It cannot be read, or records are missing from it.
+    """
+    return checked(Source(str(path), read_results(path)))
+
+
+def checked(source: Source) -> Source:
+    """Return a source whose records are as many as its last line says; an unfinished run has none, and is told later.
+
+    Raises:
+        InputError: They are not.
+    """
+    results = source.results
+    if results.end is not None:
+        told, found = results.end, totals(results.layers, results.left_out)
+        for name, n, of in (("layers", found.layers, told.layers), ("left_out", found.left_out, told.left_out)):
+            if n != of:
+                raise InputError(f"{source.path}: holds {n} {name} where its last line says {of}: it was cut or edited")
+    return source
+
+
+def subjects(kind: str, source: Source, left_out: frozenset[str] = frozenset(), tell: bool = False) -> list[Subject]:
+    """Return everything of one kind that a file has or should have.
+
+    Args:
+        kind: The kind of record.
+        source: The file.
+        left_out: Reasons for which a tensor without a record is not missed.
+        tell: Name the file in the groups, because there are several.
+    """
+    results, cls = source.results, KINDS[kind]
+    prefix = [source.path] if tell else []
+    if kind == "spectrum" and (metric := metric_of(results.layers)) != "weights":
+        prefix.append(f"in {METRIC_NAMES[metric]}")
+    if kind == "end":
+        return [Subject(None, ", ".join(prefix), (), results.end, "" if results.end else "the run did not finish")]
+    if kind not in LAYER_KINDS:
+        whole = [record for record in results.whole if isinstance(record, cls)]
+        return [Subject(None, ", ".join(prefix), (i,), record) for i, record in enumerate(whole)] or [
+            Subject(None, ", ".join(prefix), (0,), None, f"the file has no {kind} record")
+        ]
+    records: list[Any] = [record for record in results.layers if isinstance(record, cls)]
+    by_group: dict[tuple[Any, ...], list[Any]] = {values: [] for values in _expected(cls, source)}
+    for record in records:
+        by_group.setdefault(_values(record), []).append(record)
+    layers = dict.fromkeys(record.layer for record in records)
+    norms = {record.layer: getattr(record, "fro", None) for record in records}
+    found: list[Subject] = []
+    for values, key in _stable(list(by_group) or [()]):
+        names = [f"{name} {value}" for name, value in zip(_group_fields(cls), values, strict=True)]
+        group = ", ".join((*prefix, *names))
+        mine = by_group.get(values, [])
+        found += [Subject(record.layer, group, key, record, fro=norms[record.layer]) for record in mine]
+        lacking = layers.keys() - {record.layer for record in mine}
+        found += [
+            Subject(layer, group, key, None, "the file has no record of it", norms[layer])
+            for layer in layers
+            if layer in lacking
+        ]
+        found += [
+            Subject(item.layer, group, key, None, f"not measured: {item.detail}", item.fro)
+            for item in results.left_out
+            if item.reason not in NO_CANDIDATES | left_out and len(item.shape) != 1 and item.layer not in layers
+        ]
+    return found
+
+
+def _group_fields(cls: type[Record]) -> tuple[str, ...]:
+    return tuple(name for name in cls.key if name != "layer")
+
+
+def _values(record: Record) -> tuple[Any, ...]:
+    return tuple(getattr(record, name) for name in _group_fields(type(record)))
+
+
+def _expected(cls: type[Record], source: Source) -> Iterator[tuple[Any, ...]]:
+    """Yield the groups that the run was to measure: its adapters have records, each."""
+    if _group_fields(cls) == ("adapter",):
+        roles = ("adapter", "reference")
+        yield from ((given.path,) for given in source.results.run.inputs if given.role in roles)
+
+
+def _stable(groups: Sequence[tuple[Any, ...]]) -> Iterator[tuple[tuple[Any, ...], tuple[Any, ...]]]:
+    """Pair each group with a key in which texts, such as paths, are replaced by their order in the file."""
+    texts = list(dict.fromkeys(value for group in groups for value in group if isinstance(value, str)))
+    for group in groups:
+        yield group, tuple(texts.index(value) if isinstance(value, str) else value for value in group)
+
+
+def value_of(field: Field, subject: Subject, floor: str = "inconclusive") -> tuple[float | str | None, str]:
+    """Return the value that a rule needs of a subject, or None and why there is none to judge.
+
+    Args:
+        field: What is judged.
+        subject: Of what.
+        floor: ``ignore`` takes values of layers that the files cannot show, too.
+    """
+    record = subject.record
+    if record is None:
+        return None, subject.why
+    value = field.of(record)
+    if value is None:
+        return None, _why_null(field, subject)
+    if value == "inconclusive":
+        return None, f"{field.name} is inconclusive in the record itself"
+    verdict = floor_of(record)
+    if verdict != "resolved" and field.doubtful_at_floor and floor != "ignore":
+        return None, f"{verdict}: {field.name} may be that of the files' rounding, not of the update"
+    return (str(value).lower() if isinstance(value, bool) else value), ""
+
+
+def floor_of(record: Record) -> str:
+    """Return whether the files can show the update of a record; ``resolved`` where it does not say."""
+    resolution = getattr(record, "resolution", None) or getattr(getattr(record, "spectrum", None), "resolution", None)
+    found = getattr(resolution, "verdict", None) or getattr(record, "verdict", None)
+    return found if isinstance(found, str) else "resolved"
+
+
+def command_for(kind: str) -> str:
+    """Return the command that writes records of a kind."""
+    return f"loradiag {_COMMANDS.get(kind, kind)}"
+
+
+def _why_null(field: Field, subject: Subject) -> str:
+    if subject.fro == 0:
+        return f"the update is zero, so {field.name} does not exist"
+    table = getattr(subject.record, field.path[0], None)
+    if isinstance(table, dict) and field.path[1] not in table:
+        return f"{field.name} was not measured; the record has {', '.join(table)}"
+    return f"{field.name} is null: it was not computed"

@@ -1,0 +1,160 @@
+"""Which values a rule can name: every number, word and flag of every kind of record.
+
+They are found in the records' own definitions, so a kind of record that is added later can be judged without a line
+here. A name is the path to the value with dots: ``epsilon``, ``energy.8``, ``rank_at.0.9``, ``tail.8.fro``,
+``resolution.verdict``; with the kind before it where several kinds have it: ``spectrum.fro``, ``end.left_out``.
+"""
+
+from __future__ import annotations
+
+import difflib
+import types
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from lora_diag.records import End, LayerRecord, WholeRecord
+from lora_diag.records.base import Record
+
+KINDS: dict[str, type[Record]] = {
+    kind.model_fields["record"].default: kind for kind in (*get_args(LayerRecord), *get_args(WholeRecord), End)
+}
+# Kinds of which a layer has records, by their name in a results file.
+LAYER_KINDS = frozenset(kind.model_fields["record"].default for kind in get_args(LayerRecord))
+
+# Said of the stored bytes or of the run, and so true whatever rounding did to the update. Every other field of a record
+# with a ``resolution`` is a statement about the update, and doubtful where the files cannot show it.
+ABOUT_THE_FILES = frozenset(
+    {"adapted", "adapter", "adapter_fro", "base_fro", "cap", "capped_by", "complete", "dtype", "fro", "gradient_fro"}
+    | {"layer", "method", "params", "rank", "relative", "resolution", "role", "source", "step", "verdict"}
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Field:
+    """One value of one kind of record.
+
+    Args:
+        kind: The kind's name in a results file.
+        path: What leads to the value: names of fields and keys of tables.
+        leaf: What it is.
+        options: The words it can be; empty if any.
+        share: Whether it is a fraction in [0, 1].
+    """
+
+    kind: str
+    path: tuple[str, ...]
+    leaf: Literal["number", "word", "flag"]
+    options: tuple[str, ...] = ()
+    share: bool = False
+
+    @property
+    def name(self) -> str:
+        """The path as a policy writes it."""
+        return ".".join(self.path)
+
+    @property
+    def doubtful_at_floor(self) -> bool:
+        """Whether rounding of the files can have made the value."""
+        return self.path[0] not in ABOUT_THE_FILES
+
+    def of(self, record: Record) -> float | str | bool | None:
+        """Return the value in a record; None if it is null or the record has no such key."""
+        value: Any = record
+        for step in self.path:
+            value = value.get(step) if isinstance(value, dict) else getattr(value, step, None)
+        assert value is None or isinstance(value, float | int | str)
+        return value
+
+
+def find(name: str) -> tuple[Field, ...]:
+    """Return the fields that a name can mean, at most one of each kind of record; empty if there is none.
+
+    >>> "residual" in [field.kind for field in find("epsilon")], [field.kind for field in find("allocation.rank")]
+    (True, ['allocation'])
+    >>> find("rank_at.0.9")[0].path, find("tail.8.fro")[0].path, find("s")
+    (('rank_at', '0.9'), ('tail', '8', 'fro'), ())
+    """
+    first, *rest = name.split(".")
+    if first in KINDS and (field := _resolve(first, KINDS[first], (), tuple(rest), False)):
+        return (field,)
+    # ``end`` counts; its norms are those of the layers' records and are named in full.
+    kinds = [kind for kind in KINDS if kind != "end"]
+    found = (_resolve(kind, KINDS[kind], (), (first, *rest), False) for kind in kinds)
+    return tuple(field for field in found if field is not None)
+
+
+def similar(name: str) -> str | None:
+    """Return the name of a field that may have been meant.
+
+    >>> similar("epsilom"), similar("enrgy.16")
+    ('epsilon', 'energy.16')
+    """
+    first, dot, rest = name.partition(".")
+    if close := difflib.get_close_matches(first, _first_names(), n=1):
+        guess = f"{close[0]}{dot}{rest}"
+        if find(guess):
+            return guess
+    close = difflib.get_close_matches(name, _first_names(), n=1)
+    return close[0] if close and find(close[0]) else None
+
+
+@cache
+def _first_names() -> tuple[str, ...]:
+    names = (name for kind in KINDS.values() for name in (*kind.model_fields, *_properties(kind)))
+    return tuple(dict.fromkeys((*KINDS, *names)))
+
+
+def _resolve(kind: str, hint: Any, done: tuple[str, ...], rest: tuple[str, ...], share: bool) -> Field | None:
+    """Follow a path through the types of the records."""
+    hint, share = _bare(hint, share)
+    if isinstance(hint, type) and issubclass(hint, Record):
+        if not rest or rest[0] == "record":
+            return None
+        step, *further = rest
+        if step in hint.model_fields:
+            info = hint.model_fields[step]
+            inner, marked = info.annotation, share or "share" in info.metadata
+        elif step in _properties(hint):
+            inner, marked = _properties(hint)[step], share
+        else:
+            return None
+        return _resolve(kind, inner, (*done, step), tuple(further), marked)
+    if get_origin(hint) is dict:
+        # A key may hold dots, as in rank_at.0.9.
+        splits: Iterator[Field | None] = (
+            _resolve(kind, get_args(hint)[1], (*done, ".".join(rest[:n])), rest[n:], share)
+            for n in range(1, len(rest) + 1)
+        )
+        return next((field for field in splits if field is not None), None)
+    return None if rest else _leaf(kind, hint, done, share)
+
+
+def _leaf(kind: str, hint: Any, path: tuple[str, ...], share: bool) -> Field | None:
+    if get_origin(hint) is Literal:
+        return Field(kind, path, "word", tuple(map(str, get_args(hint))))
+    if hint is bool:
+        return Field(kind, path, "flag")
+    if hint in {int, float}:
+        return Field(kind, path, "number", share=share)
+    return Field(kind, path, "word") if hint is str else None
+
+
+def _bare(hint: Any, share: bool) -> tuple[Any, bool]:
+    """Return a type without ``| None`` and without its marks, and whether one of them says that it is a share."""
+    if get_origin(hint) in {Union, types.UnionType}:
+        kept = [part for part in get_args(hint) if part is not type(None)]
+        return _bare(kept[0], share) if len(kept) == 1 else (None, share)
+    if get_origin(hint) is Annotated:
+        inner, *marks = get_args(hint)
+        return _bare(inner, share or "share" in marks)
+    return hint, share
+
+
+@cache
+def _properties(kind: type[Record]) -> dict[str, Any]:
+    """Return the derived values of a kind of record, such as ``relative``, with their types."""
+    found = {name: value for cls in kind.__mro__ for name, value in vars(cls).items() if isinstance(value, property)}
+    own = {name: value for name, value in found.items() if value.fget and value.fget.__module__.startswith("lora_diag")}
+    return {name: get_type_hints(value.fget, include_extras=True).get("return") for name, value in own.items()}

@@ -1,0 +1,103 @@
+"""Verdicts → what GitHub Actions shows: annotations on the policy's lines, and a step summary.
+
+GitHub shows ten annotations of a kind per step, so nine are given and a tenth says how many there are more; it drops a
+step summary of more than 1 MiB, so this one ends before.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from typing import Any
+
+from lora_diag.decisions.gate.summary import by_rule, headline, measured, place, policy_file, verdicts_of, why
+from lora_diag.records import Results, Verdict
+from lora_diag.rendering.text import safe
+
+ANNOTATIONS = 9
+SUMMARY_BYTES = 900 * 1024
+
+
+def workflow_commands(results: Results[Any]) -> list[str]:
+    """Return workflow commands: an error for each failure and what could not be judged, a warning for each warning."""
+    found = verdicts_of(results)
+    policy = policy_file(results)
+    errors = [verdict for verdict in found if verdict.blocks]
+    warnings = [v for v in found if v.status in {"warned", "inconclusive"} and not v.blocks]
+    lines = []
+    for kind, told in (("error", errors), ("warning", warnings)):
+        lines += [_annotation(kind, verdict, policy) for verdict in _spread(told)[:ANNOTATIONS]]
+        if len(told) > ANNOTATIONS:
+            lines.append(f"::{kind} title=loradiag gate::{len(told) - ANNOTATIONS} more, see the step summary")
+    return lines
+
+
+def _spread(told: list[Verdict]) -> list[Verdict]:
+    """Put the worst of every rule before the second of any."""
+    seen: Counter[str] = Counter()
+    turns = []
+    for verdict in told:
+        turns.append(seen[verdict.rule])
+        seen[verdict.rule] += 1
+    return [verdict for _, verdict in sorted(zip(turns, told, strict=True), key=lambda pair: pair[0])]
+
+
+def _annotation(kind: str, verdict: Verdict, policy: str | None) -> str:
+    where = f"file={_property(policy)},line={verdict.line}," if verdict.line and policy else ""
+    said = f" {verdict.message}" if verdict.message else ""
+    text = f"{place(verdict)}: {verdict.status}, measured {measured(verdict)}, allowed {verdict.allowed}.{said}"
+    return f"::{kind} {where}title={_property(f'loradiag gate: {verdict.rule}')}::{_data(safe(text))}"
+
+
+def _data(text: str) -> str:
+    r"""Escape the text of a workflow command (actions/toolkit, core/src/command.ts).
+
+    >>> _data("50%\n::error::x")
+    '50%25%0A::error::x'
+    """
+    return text.replace("%", "%25").replace("\r", "%0D").replace("\n", "%0A")
+
+
+def _property(text: str) -> str:
+    """Escape a property of a workflow command.
+
+    >>> _property("a:b,c")
+    'a%3Ab%2Cc'
+    """
+    return _data(text).replace(":", "%3A").replace(",", "%2C")
+
+
+def step_summary(results: Results[Any], room: int = SUMMARY_BYTES) -> str:
+    """Return the summary of a step in Markdown, of at most ``room`` bytes; what it has no room for is counted."""
+    head = f"## loradiag gate: {cell(headline(results))}\n\n"
+    told = [
+        f"- **{cell(rule)}** {status}: {cell(why(found))}\n"
+        for status in ("failed", "inconclusive", "warned", "waived")
+        for rule, found in by_rule(results, status)
+    ]
+    table = "\n| status | rule | layer | measured | allowed |\n| --- | --- | --- | ---: | --- |\n"
+    rows = [_row(verdict) for verdict in verdicts_of(results)]
+    end = "\n{} more are in the verdict records (`-o FILE`).\n"
+    left = room - len((head + table + end).encode()) - 20
+    kept = []
+    for line in (*told, table, *rows):
+        left -= len(line.encode())
+        if left < 0:
+            break
+        kept.append(line)
+    cut = len(told) + 1 + len(rows) - len(kept)
+    return head + "".join(kept) + (end.format(cut) if cut else "")
+
+
+def _row(verdict: Verdict) -> str:
+    cells = (verdict.status, verdict.rule, place(verdict), measured(verdict), verdict.allowed)
+    return f"| {' | '.join(map(cell, cells))} |\n"
+
+
+def cell(text: str) -> str:
+    r"""Return text in which nothing is Markdown or HTML any more.
+
+    >>> cell("a|b<i>"), cell("model.layers.0.mlp.up_proj")
+    ('a&#124;b&#60;i&#62;', 'model.layers.0.mlp.up_proj')
+    """
+    return re.sub(r"[&<>|`*~\[\]\\@#!$^{}]|:(?=//)", lambda found: f"&#{ord(found[0])};", safe(text))

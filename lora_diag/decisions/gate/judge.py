@@ -1,0 +1,319 @@
+"""Policy and records → verdicts.
+
+Every rule yields at least one verdict. A value that is missing, null or that of the files' rounding is never a pass:
+the layer is inconclusive, unless the rest covers as much as the policy demands.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import date
+from itertools import groupby
+
+from lora_diag.decisions.gate.baseline import Stored
+from lora_diag.decisions.gate.checks import has_updates, run_checks
+from lora_diag.decisions.gate.evidence import Source, Subject, command_for, subjects, value_of
+from lora_diag.decisions.gate.fields import LAYER_KINDS, Field, find
+from lora_diag.decisions.gate.grammar import problem_with
+from lora_diag.decisions.gate.policy import Demand, Policy, Regression, Rule
+from lora_diag.decisions.gate.waivers import Waivers
+from lora_diag.errors import NothingComparedError
+from lora_diag.records.verdict import Verdict
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """What was found of one subject: whether it is as it should be, or None and why nobody can say."""
+
+    subject: Subject
+    value: float | str | None
+    allowed: str
+    ok: bool | None
+    reason: str = ""
+
+
+def judge(policy: Policy, sources: Sequence[Source], baseline: Source | None, today: date) -> tuple[Verdict, ...]:
+    """Hold results against a policy.
+
+    Args:
+        policy: What has to hold.
+        sources: Results files, at least one.
+        baseline: An earlier results file to compare with.
+        today: By which waivers expire.
+
+    Returns:
+        One verdict for each built-in check, and for each rule and record; waivers that no longer serve at the end.
+
+    Raises:
+        UsageError: A rule selects nothing that is in the results, or needs a baseline and there is none.
+        NothingComparedError: The results have no record at all.
+    """
+    _check_something(policy, sources)
+    _check_selectors(policy, sources)
+    waivers = Waivers(policy, today)
+    stored = Stored(baseline) if baseline is not None else None
+    found = [*_judge_subject(policy, sources), *map(waivers.apply, run_checks(policy, sources, stored))]
+    for rule in policy.rules:
+        found += _judge_rule(policy, rule, sources, waivers)
+    for regression in policy.regressions:
+        found += _judge_regression(policy, regression, sources, stored, waivers)
+    return (*found, *waivers.reports())
+
+
+def _check_something(policy: Policy, sources: Sequence[Source]) -> None:
+    """Refuse results in which there is nothing to judge.
+
+    Raises:
+        NothingComparedError: They are such.
+    """
+    empty = [
+        source.path
+        for source in sources
+        if not source.results.layers
+        and not source.results.whole
+        and source.results.end is not None
+        and not any(item.reason == "non_finite" for item in source.results.left_out)
+    ]
+    if empty:
+        raise NothingComparedError(f"{empty[0]}: has no records to judge")
+    if not policy.rules and not policy.regressions and not empty and not _looked_at(sources):
+        raise NothingComparedError(
+            f"{sources[0].path}: has no spectrum or residual record, and {policy.path} has no rule for anything else"
+        )
+
+
+def _looked_at(sources: Sequence[Source]) -> bool:
+    """Say whether built-in checks alone have something to say of the results."""
+    told = any(item.reason == "non_finite" for source in sources for item in source.results.left_out)
+    return told or has_updates(sources) or any(source.results.end is None for source in sources)
+
+
+def _check_selectors(policy: Policy, sources: Sequence[Source]) -> None:
+    """Refuse rules that no name in the results can ever meet; of a run that goes on, more names may come.
+
+    Raises:
+        UsageError: There is one.
+    """
+    if any(source.results.end is None for source in sources):
+        return
+    names = set[str]().union(*(source.names() for source in sources))
+    for demand in (*policy.rules, *policy.regressions):
+        selector, of_layers = demand.selector, any(field.kind in LAYER_KINDS for field in find(demand.field))
+        if names and of_layers and not any(selector.takes(name) for name in names):
+            raise policy.error(demand.line, f"{demand.name}: selects none of the {len(names)} tensors in the results")
+
+
+def _judge_subject(policy: Policy, sources: Sequence[Source]) -> Iterator[Verdict]:
+    """Yield whether any of the results is of what the policy is about, where it says that."""
+    if policy.about is None:
+        return
+    there = any(given.role == policy.about for source in sources for given in source.results.run.inputs)
+    name, word = {"adapter": ("an adapter", "ADAPTER"), "tuned": ("a full fine-tune", "TUNED")}[policy.about]
+    yield Verdict(
+        rule="about",
+        layer=None,
+        measured=None,
+        allowed=f"results of {name}",
+        status="passed" if there else "inconclusive",
+        severity="error",
+        message="" if there else f"no results of {name} were given: loradiag spectrum BASE {word} measures one",
+    )
+
+
+def _judge_rule(policy: Policy, rule: Rule, sources: Sequence[Source], waivers: Waivers) -> list[Verdict]:
+    field, missing = _field(policy, rule, sources, rule.condition.text)
+    if field is None:
+        return missing
+    if problem := problem_with(rule.condition, field):
+        raise policy.error(rule.line, problem)
+
+    def look(subject: Subject) -> Finding:
+        value, reason = value_of(field, subject, rule.floor)
+        if value is None or not rule.condition.per_layer:
+            return Finding(subject, value, rule.condition.text, None, reason)
+        compared = value == "true" if field.leaf == "flag" else value
+        return Finding(subject, value, rule.condition.text, rule.condition.test.holds(compared))
+
+    found = [look(subject) for subject in _selected(policy, rule, field, sources)]
+    if not found:
+        return [_nothing(rule, rule.condition.text, f"selects no layer with a {field.kind} record")]
+    if rule.condition.per_layer:
+        return _each(policy, rule, found, waivers)
+    groups = groupby(found, key=lambda finding: finding.subject.group)
+    return [_aggregate(policy, rule, field, group, list(members), waivers) for group, members in groups]
+
+
+def _judge_regression(
+    policy: Policy, demand: Regression, sources: Sequence[Source], stored: Stored | None, waivers: Waivers
+) -> list[Verdict]:
+    allowed = f"{demand.field} not {demand.worse} than in the baseline"
+    if stored is None:
+        return [_nothing(demand, allowed, "no baseline was given: --baseline FILE")]
+    field, missing = _field(policy, demand, sources, allowed)
+    if field is None:
+        return missing
+
+    def look(subject: Subject) -> Finding:
+        value, reason = value_of(field, subject, demand.floor)
+        if not isinstance(value, float | int):
+            return Finding(subject, value, allowed, None, reason)
+        before, reason = stored.value(field, subject, demand.floor)
+        if before is None:
+            return Finding(subject, value, allowed, None, reason)
+        limit, text = stored.limit(demand, before)
+        return Finding(subject, value, text, value <= limit if demand.worse == "higher" else value >= limit)
+
+    found = [look(subject) for subject in _selected(policy, demand, field, sources)]
+    if not found:
+        return [_nothing(demand, allowed, f"selects no layer with a {field.kind} record")]
+    return _each(policy, demand, found, waivers)
+
+
+def _field(
+    policy: Policy, demand: Demand, sources: Sequence[Source], allowed: str
+) -> tuple[Field | None, list[Verdict]]:
+    """Return the field that is meant, by which kinds of record there are; or what is missing.
+
+    Raises:
+        UsageError: Several kinds that are there have it.
+    """
+    candidates = find(demand.field)
+    there = [field for field in candidates if any(source.holds(field.kind) for source in sources)]
+    if len(there) > 1:
+        names = " or ".join(f"{field.kind}.{field.name}" for field in there)
+        raise policy.error(demand.line, f"{demand.name}: {demand.field} is in several records here; write {names}")
+    if there:
+        return there[0], []
+    kinds = " or ".join(field.kind for field in candidates)
+    commands = " or ".join(dict.fromkeys(command_for(field.kind) for field in candidates))
+    return None, [_nothing(demand, allowed, f"needs {kinds} records: give the results of {commands}, too")]
+
+
+def _selected(policy: Policy, demand: Demand, field: Field, sources: Sequence[Source]) -> list[Subject]:
+    """Return what a rule is about.
+
+    Raises:
+        UsageError: Its ``where`` fits no record.
+    """
+    holding = [source for source in sources if source.holds(field.kind)]
+    taken: list[Subject] = []
+    for source in holding:
+        found = subjects(field.kind, source, policy.left_out, tell=len(holding) > 1)
+        taken += _where(policy, demand, field, found)
+    if demand.selector.where and not taken:
+        raise policy.error(demand.line, f"{demand.name}: no {field.kind} record is as 'where' says")
+    of_layers = field.kind in LAYER_KINDS
+    return [s for s in taken if not of_layers or s.layer is None or demand.selector.takes(s.layer)]
+
+
+def _where(policy: Policy, demand: Demand, field: Field, found: list[Subject]) -> list[Subject]:
+    """Keep the records that are as ``where`` says, and what is missing beside such records."""
+    if not demand.selector.where:
+        return found
+    tests: list[tuple[Field, object]] = []
+    for name, value in demand.selector.where:
+        own = [other for other in find(name) if other.kind == field.kind]
+        if not own:
+            raise policy.error(demand.line, f"{demand.name}: where: a {field.kind} record has no {name}")
+        tests.append((own[0], value))
+
+    def fits(subject: Subject) -> bool:
+        record = subject.record
+        return record is not None and all(other.of(record) == value for other, value in tests)
+
+    others = {s.group for s in found if s.record is not None} - {s.group for s in found if fits(s)}
+    return [s for s in found if fits(s) or (s.record is None and s.group not in others)]
+
+
+def _each(policy: Policy, demand: Demand, found: list[Finding], waivers: Waivers) -> list[Verdict]:
+    """Judge every record by itself."""
+    enough, why = _covered(policy, demand, found)
+    verdicts = []
+    for finding in found:
+        if finding.ok is None and (enough or (policy.by == "energy" and finding.subject.fro == 0)):
+            status = "not judged"
+        elif finding.ok is None:
+            status = "inconclusive"
+        else:
+            status = "passed" if finding.ok else "failed"
+        verdicts.append(waivers.apply(_verdict(demand, finding, status)))
+    if not any(finding.ok is not None for finding in found) and not any(v.status == "waived" for v in verdicts):
+        verdicts.append(_nothing(demand, found[0].allowed, why))
+    return verdicts
+
+
+def _aggregate(policy: Policy, rule: Rule, field: Field, group: str, found: list[Finding], waivers: Waivers) -> Verdict:
+    """Judge one number made of all records; waived layers are left out of it if it fails with them."""
+    verdict = _one_number(policy, rule, field, group, found)
+    if verdict.status in {"passed", "not judged"}:
+        return verdict
+    waived = {f.subject.layer: w for f in found if (w := waivers.of(rule.name, f.subject.layer))}
+    rest = [finding for finding in found if finding.subject.layer not in waived]
+    if waived and (not rest or _one_number(policy, rule, field, group, rest).status == "passed"):
+        waiver = next(iter(waived.values()))
+        waivers.used |= set(waived.values())
+        return verdict.model_copy(update={"status": "waived", "message": waivers.reason(waiver)})
+    return verdict
+
+
+def _one_number(policy: Policy, rule: Rule, field: Field, group: str, found: list[Finding]) -> Verdict:
+    judged = [finding for finding in found if not finding.reason]
+    enough, why = _covered(policy, rule, found)
+    subject = Subject(None, group, (), None)
+    if not judged or not enough:
+        reasons = [finding.reason for finding in found if finding.reason and finding.subject.fro != 0]
+        why = f"{why}; {reasons[0]}" if reasons else why
+        return _verdict(rule, Finding(subject, None, rule.condition.text, None, why), "inconclusive")
+    values = [f.value == "true" if field.leaf == "flag" else f.value for f in judged if f.value is not None]
+    measured = rule.condition.measure(values)
+    ok = rule.condition.holds(measured)
+    return _verdict(rule, Finding(subject, measured, rule.condition.text, ok), "passed" if ok else "failed")
+
+
+def _covered(policy: Policy, demand: Demand, found: list[Finding]) -> tuple[bool, str]:
+    """Say whether enough of what a rule selects has a value, and how much has."""
+    judged = [finding for finding in found if not finding.reason]
+    rest = [finding for finding in found if finding.reason]
+    minimum = policy.minimum if demand.coverage is None else demand.coverage
+    if not judged:
+        return False, f"none of the {len(found)} selected could be judged"
+    if not rest:
+        return True, ""
+    count = f"{len(judged)} of {len(found)} selected could be judged"
+    if policy.by == "layers":
+        return len(judged) >= minimum * len(found), count
+    lost = [finding.subject.fro for finding in rest]
+    unknown = [finding.subject.layer for finding in rest if finding.subject.fro is None]
+    if unknown:
+        return False, f"{count}, and how far {unknown[0]} moved is not known"
+    left = sum((fro or 0.0) ** 2 for fro in lost)
+    kept = sum((finding.subject.fro or 0.0) ** 2 for finding in judged)
+    if left == 0:
+        return True, ""
+    share = kept / (kept + left)
+    # A tiny layer must not vanish in the rounding of a sum that is held against 1.
+    return minimum < 1 and share >= minimum, f"{count}, {share:.3g} of the change ‖Δ‖²; {minimum:g} is demanded"
+
+
+def _verdict(demand: Demand, finding: Finding, status: str) -> Verdict:
+    message = {"failed": demand.message, "passed": ""}.get(status, finding.reason)
+    if status == "failed" and demand.severity == "warning":
+        status = "warned"
+    return Verdict.model_validate(
+        {
+            "rule": demand.name,
+            "layer": finding.subject.layer,
+            "group": finding.subject.group,
+            "measured": finding.value,
+            "allowed": finding.allowed,
+            "status": status,
+            "severity": demand.severity,
+            "message": message,
+            "line": demand.line,
+        }
+    )
+
+
+def _nothing(demand: Demand, allowed: str, why: str) -> Verdict:
+    return _verdict(demand, Finding(Subject(None, "", (), None), None, allowed, None, why), "inconclusive")

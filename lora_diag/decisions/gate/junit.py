@@ -1,0 +1,81 @@
+"""Verdicts → JUnit XML: one case for each rule and module type, as CI servers show them.
+
+A failure is ``failure``; inconclusive is ``error``, which no server counts as a pass; waived is ``skipped``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+from xml.etree.ElementTree import Element, SubElement, indent, tostring
+
+from lora_diag.decisions.gate.summary import measured, place
+from lora_diag.records import Results, Verdict
+from lora_diag.records.names import module_type_of
+from lora_diag.rendering.text import safe
+
+# Of one group so many layers are named.
+NAMED = 50
+
+
+def junit(results: Results[Any]) -> str:
+    """Return a JUnit report of a run of ``gate``."""
+    suites: dict[str, dict[str, list[Verdict]]] = {}
+    for record in results.whole:
+        if isinstance(record, Verdict):
+            suites.setdefault(record.rule, {}).setdefault(_case(record), []).append(record)
+    metric = results.run.settings.get("metric")
+    root = Element("testsuites", name=safe(f"loradiag gate{f', spectra in {metric}' if metric else ''}"))
+    for rule, cases in suites.items():
+        suite = SubElement(root, "testsuite", name=safe(rule))
+        for name, found in cases.items():
+            _add(SubElement(suite, "testcase", classname=safe(f"loradiag.{rule}"), name=safe(name), time="0"), found)
+        _count(suite, suite)
+    _count(root, root)
+    indent(root)
+    return '<?xml version="1.0" encoding="UTF-8"?>\n' + tostring(root, encoding="unicode") + "\n"
+
+
+def _case(verdict: Verdict) -> str:
+    kind = module_type_of(verdict.layer) if verdict.layer is not None else "all layers"
+    return f"{kind} ({verdict.group})" if verdict.group else kind
+
+
+def _add(case: Element, found: Sequence[Verdict]) -> None:
+    """Say what became of one case: its worst verdict."""
+    for status, tag in (("failed", "failure"), ("inconclusive", "error")):
+        bad = [verdict for verdict in found if verdict.status == status and verdict.blocks]
+        if bad:
+            SubElement(case, tag, type=status, message=_message(bad)).text = _details(bad)
+            return
+    waived = [verdict for verdict in found if verdict.status == "waived"]
+    if waived and not any(verdict.status == "passed" for verdict in found):
+        SubElement(case, "skipped", message=safe(waived[0].message))
+        return
+    spared = [verdict for verdict in found if verdict.status == "not judged"]
+    if len(spared) == len(found):
+        SubElement(case, "skipped", message=safe(spared[0].message))
+        return
+    told = [verdict for verdict in found if verdict.status != "passed"]
+    if told:
+        SubElement(case, "system-out").text = _details(told)
+
+
+def _message(found: Sequence[Verdict]) -> str:
+    first = found[0]
+    more = f" and {len(found) - 1} more" if len(found) > 1 else ""
+    said = f": {safe(first.message)}" if first.message else ""
+    return f"{place(first)}{more}: {measured(first)}, allowed {safe(first.allowed)}{said}"
+
+
+def _details(found: Sequence[Verdict]) -> str:
+    lines = [
+        f"{place(v)}: {v.status}, measured {measured(v)}, allowed {safe(v.allowed)}. {safe(v.message)}".strip()
+        for v in found[:NAMED]
+    ]
+    return "\n".join([*lines, *([f"and {len(found) - NAMED} more"] if len(found) > NAMED else [])])
+
+
+def _count(element: Element, within: Element) -> None:
+    for name, tag in (("tests", "testcase"), ("failures", "failure"), ("errors", "error"), ("skipped", "skipped")):
+        element.set(name, str(sum(1 for _ in within.iter(tag))))

@@ -1,0 +1,46 @@
+"""Verdicts → a block of a model card, which is put in the place of an earlier one."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+from lora_diag.decisions.gate.github import cell
+from lora_diag.decisions.gate.summary import headline, verdicts_of
+from lora_diag.records import Results, Verdict
+
+BEGIN, END = "<!-- loradiag gate: begin -->", "<!-- loradiag gate: end -->"
+
+
+def model_card(results: Results[Any], card: str = "") -> str:
+    """Return a model card with what a gate found of the model.
+
+    Args:
+        results: A run of ``gate``.
+        card: The card as it is; the block takes the place of an earlier one, or comes at the end.
+    """
+    before, found, rest = card.partition(BEGIN)
+    _, closed, after = rest.partition(END)
+    if found and closed:
+        return f"{before}{_block(results)}{after}"
+    return f"{card.rstrip()}{chr(10) * 2 if card.strip() else ''}{_block(results)}\n"
+
+
+def _block(results: Results[Any]) -> str:
+    policy = results.run.inputs[0]
+    lines = [
+        BEGIN,
+        "## Checks before release",
+        "",
+        f"`loradiag gate` {results.run.version}, {results.run.settings['today']}: {cell(headline(results))}",
+        f"(policy {cell(policy.path)}: {cell(policy.kind)}).",
+        "",
+        "| rule | allowed | outcome |",
+        "| --- | --- | --- |",
+    ]
+    for rule in dict.fromkeys(verdict.rule for verdict in results.whole if isinstance(verdict, Verdict)):
+        found = [verdict for verdict in verdicts_of(results) if verdict.rule == rule]
+        counts = Counter(verdict.status for verdict in found)
+        came_to = ", ".join(f"{number} {status}" for status, number in counts.items())
+        lines.append(f"| {cell(rule)} | {cell(found[0].allowed.partition(' (')[0])} | {came_to} |")
+    return "\n".join([*lines, END])

@@ -1,0 +1,29 @@
+"""The policies that come with the package."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from importlib.resources import files
+
+from lora_diag.decisions.gate.policy import READY, Policy
+from lora_diag.decisions.gate.reading import read_policy
+from lora_diag.errors import UsageError
+
+
+def ready_policy(name: str) -> Policy:
+    """Return a policy that comes with the package.
+
+    Raises:
+        UsageError: There is none of this name.
+
+    Example:
+        >>> ready_policy("adapter-basic").title
+        'Is this adapter sound?'
+    """
+    if name not in READY:
+        raise UsageError(
+            f"--policy {name}: there are {', '.join(READY)}; a policy file is named without --policy: "
+            f"loradiag gate {name} RESULTS"
+        )
+    text = files("lora_diag.decisions.gate").joinpath("policies", f"{name}.toml").read_text(encoding="utf-8")
+    return replace(read_policy(name, text), ready=True)

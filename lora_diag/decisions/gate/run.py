@@ -1,0 +1,160 @@
+"""``gate``: may this checkpoint ship?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+from lora_diag.decisions.gate.baseline import Stored, tightened
+from lora_diag.decisions.gate.draft import draft
+from lora_diag.decisions.gate.evidence import Source, checked, read_source
+from lora_diag.decisions.gate.judge import judge
+from lora_diag.decisions.gate.policy import Policy
+from lora_diag.decisions.gate.reading import read_policy
+from lora_diag.decisions.gate.ready import ready_policy
+from lora_diag.errors import InputError, UsageError
+from lora_diag.records import End, Results, Run, RunInput, Verdict
+from lora_diag.records.spectrum import METRIC_NAMES, metric_of
+from lora_diag.records.verdict import outcome
+from lora_diag.version import __version__
+
+__all__ = ["gate", "gate_init", "measure", "ready_policy"]
+
+
+def gate(
+    policy: Path | str | Policy,
+    *results: Path | str | Results[Any],
+    baseline: Path | str | None = None,
+    ratchet: bool = False,
+    today: date | None = None,
+) -> Results[Any]:
+    """Hold results against a policy.
+
+    Args:
+        policy: A policy file, or a policy.
+        results: Results files, or results in memory.
+        baseline: Results file of an earlier run to compare with.
+        ratchet: Where the gate passes, put what got better into the baseline; nothing there ever gets worse.
+        today: By which waivers expire; the day of the machine if it is not given.
+
+    Returns:
+        The verdicts, in ``whole``; ``lora_diag.records.verdict.outcome`` says what they come to.
+
+    Raises:
+        UsageError: The policy is not valid, or does not fit the results.
+        InputError: A file cannot be read, or lacks records.
+        NothingComparedError: There is no record to judge.
+
+    Example:
+        >>> import lora_diag
+        >>> from lora_diag.decisions.gate import ready_policy
+        >>> measured = lora_diag.spectrum("sample_checkpoints/base", "sample_checkpoints/full_ft")
+        >>> verdicts = gate(ready_policy("full-ft-drift"), measured)
+        >>> outcome(verdicts.whole)
+        'passed'
+    """
+    if not results:
+        raise UsageError("gate: give at least one results file")
+    if ratchet and baseline is None:
+        raise UsageError("--ratchet: give the file to tighten with --baseline")
+    rules = policy if isinstance(policy, Policy) else read_policy(policy)
+    if baseline is not None and not rules.regressions:
+        raise UsageError(f"{rules.path}: has no [[baseline]], so nothing would be compared with {baseline}")
+    sources = [_source(given, i) for i, given in enumerate(results, 1)]
+    stored = _baseline(baseline) if baseline is not None else None
+    day = today or date.today()
+    verdicts = judge(rules, sources, stored, day)
+    if ratchet and stored is not None and outcome(verdicts) == "passed":
+        better = tightened(rules.regressions, Stored(stored), sources)
+        if better is not None:
+            better.write(Path(stored.path).resolve())
+    return _results(rules, sources, stored, verdicts, day)
+
+
+def gate_init(*results: Path | str | Results[Any], name: str = "policy.toml") -> str:
+    """Return the text of a policy whose limits are measured values with a margin.
+
+    Args:
+        results: Results files, or results in memory, of a checkpoint that served well.
+        name: What the policy's file will be called.
+
+    Raises:
+        InputError: A file cannot be read, did not finish, or has nothing to take a limit from.
+    """
+    sources = [_source(given, i) for i, given in enumerate(results, 1)]
+    for source in sources:
+        if source.results.end is None:
+            raise InputError(f"{source.path}: the run did not finish; go on with --resume before taking limits from it")
+    return draft(sources, name)
+
+
+def measure(base: Path | str, tuned: Path | str | None, adapters: Sequence[Path | str]) -> list[Results[Any]]:
+    """Measure what a gate needs, for ``gate --base``.
+
+    Args:
+        base: The checkpoint before.
+        tuned: A full fine-tune; None if only adapters are judged.
+        adapters: Adapters on ``base``.
+
+    Returns:
+        The spectra of what would ship (the adapters, or else the fine-tune), and what the adapters miss of the
+        fine-tune where both are given.
+
+    Raises:
+        UsageError: There is nothing to measure.
+    """
+    from lora_diag.diagnostics.residual.run import residual
+    from lora_diag.diagnostics.spectrum.run import spectrum
+
+    shipped = list(adapters) or ([tuned] if tuned is not None else [])
+    if not shipped:
+        raise UsageError("--base: give what to judge, too, with --tuned or --adapter")
+    found: list[Results[Any]] = [spectrum(base, path) for path in shipped]
+    return [*found, residual(base, tuned, list(adapters))] if tuned is not None and adapters else found
+
+
+def _source(given: Path | str | Results[Any], number: int) -> Source:
+    if isinstance(given, Results):
+        shipped = given.run.inputs[-1].path if given.run.inputs else str(number)
+        return checked(Source(f"{given.run.command} of {shipped}", given))
+    return read_source(given)
+
+
+def _baseline(path: Path | str) -> Source:
+    """Read a baseline, which has to be a whole run.
+
+    Raises:
+        InputError: It cannot be read or did not finish.
+    """
+    source = read_source(path)
+    if source.results.end is None:
+        raise InputError(f"{path}: the run did not finish, so it is no baseline; go on with --resume")
+    return source
+
+
+def _results(
+    policy: Policy, sources: Sequence[Source], stored: Source | None, verdicts: tuple[Verdict, ...], day: date
+) -> Results[Any]:
+    """Return verdicts as the results of a run of ``gate``."""
+    named = [("results", source) for source in sources] + ([("baseline", stored)] if stored else [])
+    inputs = [
+        RunInput(
+            role="ready policy" if policy.ready else "policy",
+            path=policy.path,
+            kind=policy.title or "a policy",
+            tensors=0,
+        )
+    ]
+    for role, source in named:
+        layers = len({record.layer for record in source.results.layers})
+        inputs.append(
+            RunInput(role=role, path=source.path, kind=f"loradiag {source.results.run.command}", tensors=layers)
+        )
+    metrics = dict.fromkeys(metric_of(source.results.layers) for source in sources)
+    told = " and ".join(METRIC_NAMES[metric] for metric in metrics if metric != "weights")
+    settings = {"today": day.isoformat(), **({"metric": told} if told else {})}
+    run = Run(command="gate", version=__version__, inputs=tuple(inputs), settings=settings)
+    # A verdict is about a run, so the file has no layers of its own.
+    return Results(run, (), (), End(layers=0, left_out=0, fro=None, base_fro=None), verdicts)

@@ -1,0 +1,55 @@
+"""Verdicts → SARIF 2.1.0, which code-scanning services read: what is no pass, at its rule's line in the policy."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+from urllib.parse import quote
+
+from lora_diag.decisions.gate.summary import measured, place, policy_file, verdicts_of
+from lora_diag.records import Results, Verdict
+from lora_diag.rendering.text import safe
+from lora_diag.version import __version__
+
+SCHEMA = "https://json.schemastore.org/sarif-2.1.0.json"
+
+
+def sarif(results: Results[Any]) -> str:
+    """Return a SARIF log of a run of ``gate``."""
+    found = verdicts_of(results)
+    policy = policy_file(results)
+    rules = list(dict.fromkeys(verdict.rule for verdict in found))
+    driver = {
+        "name": "loradiag",
+        "version": __version__,
+        "rules": [{"id": safe(rule), "shortDescription": {"text": safe(_allowed(found, rule))}} for rule in rules],
+    }
+    told = [verdict for verdict in found if verdict.status not in {"passed", "not judged"}]
+    run = {
+        "tool": {"driver": driver},
+        "results": [_result(verdict, rules.index(verdict.rule), policy) for verdict in told],
+    }
+    return json.dumps({"$schema": SCHEMA, "version": "2.1.0", "runs": [run]}, indent=2, ensure_ascii=False) + "\n"
+
+
+def _allowed(found: list[Verdict], rule: str) -> str:
+    return next(verdict.allowed for verdict in found if verdict.rule == rule)
+
+
+def _result(verdict: Verdict, index: int, policy: str | None) -> dict[str, Any]:
+    said = f" {verdict.message}" if verdict.message else ""
+    text = f"{place(verdict)}: {verdict.status}, measured {measured(verdict)}, allowed {verdict.allowed}.{said}"
+    location: dict[str, Any] = {"logicalLocations": [{"fullyQualifiedName": safe(verdict.layer or "all layers")}]}
+    if policy is not None:
+        region = {"startLine": verdict.line or 1}
+        location["physicalLocation"] = {"artifactLocation": {"uri": quote(policy)}, "region": region}
+    result: dict[str, Any] = {
+        "ruleId": safe(verdict.rule),
+        "ruleIndex": index,
+        "level": "error" if verdict.severity == "error" else "warning",
+        "message": {"text": safe(text)},
+        "locations": [location],
+    }
+    if verdict.status == "waived":
+        result["suppressions"] = [{"kind": "external", "justification": safe(verdict.message)}]
+    return result

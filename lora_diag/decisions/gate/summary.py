@@ -1,0 +1,226 @@
+"""What a gate says: in the terminal, failures first; and the words that all its reports share."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from itertools import groupby
+from typing import Any
+
+from rich import box
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from lora_diag.records import Results, Verdict
+from lora_diag.records.verdict import Status, outcome
+from lora_diag.rendering.lines import answers
+from lora_diag.rendering.text import crop, number, safe, short, to_text
+
+# So many rows of verdicts are shown, and so many of one rule where several have some; --output has all.
+ROWS, ROWS_OF_A_RULE = 20, 6
+
+# How bad a status is: what comes first in every report.
+WORST_FIRST: tuple[Status, ...] = ("failed", "inconclusive", "warned", "waived", "not judged", "passed")
+_STYLE = {"failed": "bold red", "inconclusive": "bold yellow", "warned": "yellow"}
+
+
+def verdicts_of(results: Results[Any]) -> list[Verdict]:
+    """Return the verdicts of a run of ``gate``, the worst first, those of one rule together."""
+    found = [record for record in results.whole if isinstance(record, Verdict)]
+    rules = list(dict.fromkeys(verdict.rule for verdict in found))
+    return sorted(found, key=lambda v: (WORST_FIRST.index(v.status), not v.blocks, rules.index(v.rule), _distance(v)))
+
+
+def _distance(verdict: Verdict) -> float:
+    """Order the verdicts of one rule: the largest first where the limit is an upper one."""
+    if not isinstance(verdict.measured, float):
+        return 0.0
+    return -verdict.measured if "<" in verdict.allowed else verdict.measured
+
+
+def policy_file(results: Results[Any]) -> str | None:
+    """Return the path of the policy's file; None for one of the package."""
+    return next((given.path for given in results.run.inputs if given.role == "policy"), None)
+
+
+def measured(verdict: Verdict) -> str:
+    """Return the value found as it is shown, never rounded to the other side of what is allowed."""
+    if verdict.measured is None:
+        return "-"
+    if isinstance(verdict.measured, str):
+        return safe(verdict.measured)
+    brief, value = number(verdict.measured), verdict.measured
+    limit = _as_number(verdict.allowed.partition(" (")[0].rpartition(" ")[2])
+    return brief if limit is None or _side(float(brief), limit) == _side(value, limit) else f"{value:.9g}"
+
+
+def _side(value: float, limit: float) -> int:
+    return (value > limit) - (value < limit)
+
+
+def _as_number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None
+
+
+def place(verdict: Verdict) -> str:
+    """Return what a verdict is about."""
+    group = f" ({safe(verdict.group)})" if verdict.group else ""
+    return (short(verdict.layer) if verdict.layer is not None else "all layers") + group
+
+
+def headline(results: Results[Any]) -> str:
+    """Return the outcome and what it rests on, in one sentence; and if that is spectra in another metric, in which."""
+    metric = results.run.settings.get("metric")
+    return _headline(results) + (f" (spectra in {safe(str(metric))})" if metric else "")
+
+
+def _headline(results: Results[Any]) -> str:
+    found = verdicts_of(results)
+    came_to = outcome(found)
+    if came_to == "failed":
+        failed = [verdict for verdict in found if verdict.status == "failed"]
+        return f"FAILED: {_how_many(failed)}"
+    if came_to == "inconclusive":
+        unknown = [verdict for verdict in found if verdict.status == "inconclusive" and verdict.blocks]
+        return (
+            f"INCONCLUSIVE, which is no pass: {_how_many(unknown)}" if unknown else "INCONCLUSIVE: nothing was judged"
+        )
+    warned = [verdict for verdict in found if verdict.status == "warned"]
+    return f"PASSED{f', with warnings: {_how_many(warned)}' if warned else ''}"
+
+
+def _how_many(verdicts: Sequence[Verdict]) -> str:
+    rules = {verdict.rule for verdict in verdicts}
+    layers = {verdict.layer for verdict in verdicts if verdict.layer is not None}
+    on = f" on {len(layers)} {'layer' if len(layers) == 1 else 'layers'}" if layers else ""
+    return f"{len(rules)} {'rule' if len(rules) == 1 else 'rules'}{on}"
+
+
+def why(verdicts: Sequence[Verdict]) -> str:
+    """Return what is said of the verdicts of one rule that came out alike: where, and what to do."""
+    messages = list(dict.fromkeys(verdict.message for verdict in verdicts if verdict.message))
+    others = len(messages) - 1
+    more = f" (and {others} other {'reason' if others == 1 else 'reasons'})" if others > 0 else ""
+    return (safe(messages[0]) if messages else f"allowed is {safe(verdicts[0].allowed)}") + more
+
+
+def by_rule(results: Results[Any], *statuses: str) -> list[tuple[str, list[Verdict]]]:
+    """Return the verdicts that came out in one of some ways, rule by rule."""
+    found = [verdict for verdict in verdicts_of(results) if verdict.status in statuses]
+    return [(rule, list(group)) for rule, group in groupby(found, key=lambda verdict: verdict.rule)]
+
+
+def verdict_table(
+    results: Results[Any], width: int = 80, color: bool = False, per: str = "type", then: str | None = None
+) -> str:
+    """Return what a gate found: its failures, then a summary.
+
+    Args:
+        results: A run of ``gate``.
+        width: Columns of the terminal.
+        color: Whether to use ANSI colours.
+        per: Not used: a failure is always told by its layer.
+        then: The command that a user would run next.
+    """
+    bad = [verdict for verdict in verdicts_of(results) if verdict.status in _STYLE]
+    shown = _shown(bad)
+    told = answers(_lines(results, shown, bad), _style, then)
+    return to_text(Group(_table(shown, width), told) if shown else told, width, color)
+
+
+def _shown(bad: Sequence[Verdict]) -> list[Verdict]:
+    """Choose the rows: the worst of each rule, so that one rule with many failures does not hide the others."""
+    several = len({verdict.rule for verdict in bad}) > 1
+    most = ROWS_OF_A_RULE if several else ROWS
+    seen: Counter[tuple[str, str]] = Counter()
+    chosen = []
+    for verdict in bad:
+        seen[verdict.rule, verdict.status] += 1
+        if seen[verdict.rule, verdict.status] <= most:
+            chosen.append(verdict)
+    return chosen[:ROWS]
+
+
+def _table(shown: Sequence[Verdict], width: int) -> Table:
+    groups = {verdict.group for verdict in shown if verdict.layer is not None}
+    names = [_layer(verdict, len(groups) > 1) for verdict in shown]
+    rules = min(max(8, width // 5), max(len(verdict.rule) for verdict in shown))
+    values = max(len("measured"), *(len(measured(verdict)) for verdict in shown))
+    allowed = min(max(len(verdict.allowed) for verdict in shown), width // 4)
+    statuses = max(len(verdict.status) for verdict in shown)
+    room = max(12, min(max(map(len, names)), width - statuses - rules - values - allowed - 6))
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=0, header_style="bold")
+    table.add_column("status", no_wrap=True)
+    table.add_column("rule", no_wrap=True, width=max(rules, len("rule")))
+    table.add_column("layer", no_wrap=True, width=room)
+    table.add_column("measured", justify="right", no_wrap=True)
+    table.add_column("allowed", overflow="fold", width=allowed)
+    before = ("", "")
+    for verdict, name in zip(shown, names, strict=True):
+        status = Text(verdict.status, style=_STYLE[verdict.status])
+        # The condition of a rule is said once.
+        condition = Text("" if before == (verdict.rule, verdict.allowed) else safe(verdict.allowed))
+        table.add_row(status, crop(safe(verdict.rule), rules), crop(name, room), measured(verdict), condition)
+        before = (verdict.rule, verdict.allowed)
+    return table
+
+
+def _layer(verdict: Verdict, tell: bool) -> str:
+    """Return a row's layer, and which of its records if that differs from row to row: the end of a name is kept."""
+    if verdict.layer is None:
+        return place(verdict)
+    return f"{safe(verdict.group)}: {short(verdict.layer)}" if tell and verdict.group else short(verdict.layer)
+
+
+def _style(word: str, sentence: str) -> str:
+    if word == "Gate":
+        return "bold green" if sentence.startswith("PASSED") else "bold red"
+    return ""
+
+
+def _lines(results: Results[Any], shown: Sequence[Verdict], bad: Sequence[Verdict]) -> list[tuple[str, str]]:
+    lines = [("Shown", f"{len(shown)} of {len(bad)}; -o FILE keeps them all")] if len(shown) < len(bad) else []
+    groups = {verdict.group for verdict in shown if verdict.layer is not None}
+    if len(groups) == 1 and "" not in groups:
+        lines.append(("About", safe(groups.pop())))
+    lines.append(("Gate", headline(results)))
+    for word, status in (("Failed", "failed"), ("Unknown", "inconclusive"), ("Warned", "warned"), ("Waived", "waived")):
+        told = [f"{_named(rule, found)}: {why(found)}" for rule, found in by_rule(results, status)]
+        if told:
+            lines.append((word, "\n".join(told)))
+    if spared := by_rule(results, "not judged"):
+        own = [f"{_named(rule, found)}: {why(found)}" for rule, found in spared if found[0].line]
+        idle = [(rule, found) for rule, found in spared if not found[0].line]
+        idly = [f"built-in checks {', '.join(rule for rule, _ in idle)}: {why(idle[0][1])}"] if idle else []
+        lines.append(("Not judged", "\n".join([*own, *idly])))
+    lines.append(("Passed", _passed(results)))
+    lines.append(("Judged", "\n".join(_inputs(results))))
+    return lines
+
+
+def _named(rule: str, found: Sequence[Verdict]) -> str:
+    layers = {verdict.layer for verdict in found if verdict.layer is not None}
+    line = f" (line {found[0].line})" if found[0].line else ""
+    return f"{safe(rule)}{line}" + (f", {len(layers)} {'layer' if len(layers) == 1 else 'layers'}" if layers else "")
+
+
+def _passed(results: Results[Any]) -> str:
+    bad = {rule for rule, _ in by_rule(results, "failed", "inconclusive", "warned")}
+    good = [(rule, found) for rule, found in by_rule(results, "passed") if rule not in bad]
+    own = [_named(rule, found) for rule, found in good if found[0].line]
+    built_in = [rule for rule, found in good if not found[0].line]
+    parts = [*own, *([f"built-in checks {', '.join(built_in)}"] if built_in else [])]
+    return "; ".join(parts) or "nothing"
+
+
+def _inputs(results: Results[Any]) -> list[str]:
+    longest = max(len(given.role) for given in results.run.inputs)
+    counts = [f", {given.tensors} layers" if given.tensors else "" for given in results.run.inputs]
+    return [
+        f"{given.role:<{longest}} {safe(given.path)} ({safe(given.kind)}{count})"
+        for given, count in zip(results.run.inputs, counts, strict=True)
+    ]

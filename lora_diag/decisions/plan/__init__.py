@@ -1,0 +1,1 @@
+"""``plan``: parameters, memory and time of LoRA at each rank."""

@@ -1,0 +1,80 @@
+"""Shapes and a machine's measured speed → how long a run of ``spectrum`` takes, and what the storage must give.
+
+All times are core-seconds: a matrix that takes t seconds on p cores costs p·t, and a machine has as many core-seconds a
+second as it has cores. That leaves out what no sum shows: the last matrices, when some cores have nothing to do.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from lora_diag.decisions.plan.measure import Matrix
+from lora_diag.records.plan import PlanCost, PlanRates
+
+# Machines for which a run is told.
+MACHINES = (1, 8, 64)
+
+
+@dataclass(frozen=True, slots=True)
+class Speed:
+    """What was measured, and how a matrix between two sizes measured is read from it.
+
+    Args:
+        rates: As in the record.
+    """
+
+    rates: PlanRates
+
+    def core_seconds(self, shape: tuple[int, int], top: int | None) -> float:
+        """Return what one matrix costs.
+
+        Args:
+            shape: ``(out, in)``.
+            top: K, where only so many values are asked for and krylov is taken; None for all.
+        """
+        small, large = sorted(shape)
+        read = self.rates.entry * small * large
+        if top is not None and self.rates.few and small >= self.rates.few_from:
+            return read + between(self.rates.few, small, beyond=0) * small * large
+        return read + self.rates.product * small**2 * large + between(self.rates.eigen, small, beyond=3)
+
+
+def between(costs: Mapping[int, float], order: int, beyond: int) -> float:
+    """Return a cost by a power law between two orders that were measured, and by ``order ** beyond`` outside them.
+
+    >>> [round(between({1000: 0.1, 2000: 0.4}, n, beyond=3), 4) for n in (500, 1000, 1414, 2000, 4000)]
+    [0.0125, 0.1, 0.1999, 0.4, 3.2]
+    """
+    below = max((n for n in costs if n <= order), default=None)
+    above = min((n for n in costs if n >= order), default=None)
+    if below is None or above is None:
+        nearest = below or above or 1
+        return costs[nearest] * math.pow(order / nearest, beyond)
+    if below == above:
+        return costs[below]
+    steepness = math.log(costs[above] / costs[below]) / math.log(above / below)
+    return costs[below] * math.pow(order / below, steepness)
+
+
+def cost_of(matrices: Sequence[Matrix], size: int | None, speed: Speed, top: int | None) -> PlanCost:
+    """Return what a run of ``spectrum`` over all matrices costs.
+
+    Args:
+        matrices: Those of the model.
+        size: Bytes of one side as it is stored; None if that is not known.
+        speed: Of the machine.
+        top: K; None for all values.
+    """
+    each = [speed.core_seconds(matrix.shape, top) for matrix in matrices]
+    total = math.fsum(matrix.count * one for matrix, one in zip(matrices, each, strict=True))
+    seconds = total / speed.rates.cores
+    longest = max(each) / speed.rates.cores
+    return PlanCost(
+        top=top,
+        core_seconds=total,
+        longest=longest,
+        seconds={count: max(seconds / count, longest) for count in MACHINES},
+        bytes=None if size is None else 2 * size,
+    )

@@ -1,0 +1,158 @@
+"""Names and shapes → what LoRA costs beside full fine-tuning: parameters, memory, multiply-adds.
+
+It knows shapes, and refuses to know checkpoints and what training would reach.
+
+Reference: The article, "Parameter Count and State Complexity" and "Forward/Backward Compute Overhead".
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from lora_diag.decisions.memory import STATE, Training
+from lora_diag.records.names import depth_of, module_type_of, part_of, place_of
+from lora_diag.records.plan import PlanFit, PlanRank, PlanType
+
+_HEAD = re.compile(r"(^|\.)(lm_head|embed_out|output)(\.weight)?$")
+_EXPERT = re.compile(r"\.experts(\.|$|\[)")
+
+
+@dataclass(frozen=True, slots=True)
+class Matrix:
+    """Matrices of one tensor.
+
+    Args:
+        name: The tensor's name.
+        shape: ``(out, in)`` of each.
+        count: How many the tensor holds: the experts of a stack, else 1.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    count: int = 1
+
+    @property
+    def entries(self) -> int:
+        """Entries of all of them."""
+        return self.count * math.prod(self.shape)
+
+    @property
+    def per_rank(self) -> int:
+        """What one rank costs on all of them."""
+        return self.count * sum(self.shape)
+
+
+def types_of(matrices: Sequence[Matrix], targeted: frozenset[str]) -> tuple[PlanType, ...]:
+    """Group matrices by module type and shape.
+
+    Args:
+        matrices: All matrices of the model.
+        targeted: Names of those that LoRA is put on.
+    """
+    groups: dict[tuple[str, tuple[int, int], bool], list[Matrix]] = {}
+    for matrix in sorted(matrices, key=lambda matrix: place_of(matrix.name)):
+        groups.setdefault((module_type_of(matrix.name), matrix.shape, matrix.name in targeted), []).append(matrix)
+    return tuple(
+        PlanType(
+            name=name,
+            shape=shape,
+            matrices=sum(matrix.count for matrix in group),
+            params=sum(matrix.entries for matrix in group),
+            per_rank=sum(matrix.per_rank for matrix in group),
+            targeted=is_targeted,
+        )
+        for (name, shape, is_targeted), group in groups.items()
+    )
+
+
+def rank_costs(
+    matrices: Sequence[Matrix], targeted: frozenset[str], params: int, rank: int, dtype: str, active: float = 1.0
+) -> PlanRank:
+    """Return what LoRA of one rank costs.
+
+    Args:
+        matrices: All matrices of the model.
+        targeted: Names of those that LoRA is put on.
+        params: Parameters of the model.
+        rank: r.
+        dtype: Of the adapter and its gradients.
+        active: Share of a mixture's experts that a token passes through.
+    """
+    chosen = [matrix for matrix in matrices if matrix.name in targeted]
+    trained = rank * sum(matrix.per_rank for matrix in chosen)
+    used = {matrix.name: active if _EXPERT.search(matrix.name) else 1.0 for matrix in matrices}
+    extra = rank * math.fsum(matrix.per_rank * used[matrix.name] for matrix in chosen)
+    base = math.fsum(matrix.entries * used[matrix.name] for matrix in _multiplied(matrices))
+    return PlanRank(
+        rank=rank,
+        params=trained,
+        rho=trained / sum(matrix.entries for matrix in chosen),
+        of_model=trained / params,
+        bytes=memory_of(trained, dtype),
+        flops=extra / base,
+    )
+
+
+def _multiplied(matrices: Sequence[Matrix]) -> list[Matrix]:
+    """Return the matrices that a token is multiplied with: not the embeddings, unless one of them is the head, too."""
+    inside = [matrix for matrix in matrices if part_of(matrix.name) == "matrices"]
+    tables = [matrix for matrix in matrices if part_of(matrix.name) == "vocabulary"]
+    heads = [matrix for matrix in tables if _HEAD.search(matrix.name)]
+    return inside + (heads or sorted(tables, key=lambda matrix: -matrix.entries)[:1])
+
+
+def memory_of(params: int, dtype: str) -> dict[str, int]:
+    """Return by optimizer what trainable parameters take with their gradients and state, in bytes.
+
+    >>> memory_of(1_000_000, "float32")["adamw"]
+    16000000
+    """
+    return {name: math.ceil(params * Training(name, dtype).bytes_per_param) for name in STATE}
+
+
+def fit(matrices: Sequence[Matrix], targeted: frozenset[str], ranks: Sequence[int], asked: str, budget: int) -> PlanFit:
+    """Return what a budget of parameters allows.
+
+    Args:
+        matrices: All matrices of the model.
+        targeted: Names of those that LoRA is put on.
+        ranks: The ranks asked about.
+        asked: The option as given.
+        budget: Parameters.
+
+    Example:
+        >>> attention = [Matrix(f"layers.{i}.{name}", (4096, 4096)) for i in range(32) for name in ("q", "v")]
+        >>> found = fit(attention, frozenset(m.name for m in attention), [4, 8, 16, 64], "--params 10M", 10_000_000)
+        >>> found.rank, found.listed, found.listed_left, found.doubled
+        (19, 16, 1611392, 6)
+    """
+    chosen = [matrix for matrix in matrices if matrix.name in targeted]
+    per_rank = sum(matrix.per_rank for matrix in chosen)
+    full_rank = max(min(matrix.shape) for matrix in chosen)
+    rank = min(budget // per_rank, full_rank)
+    listed = max((each for each in ranks if each <= rank), default=None)
+    blocks: dict[int | None, int] = {}
+    for matrix in chosen:
+        depth = depth_of(matrix.name)
+        blocks[depth] = blocks.get(depth, 0) + matrix.per_rank
+    rest = budget - listed * per_rank if listed is not None else None
+    doubled, purse = 0, rest or 0
+    for cost in sorted(blocks.values()):
+        if listed is None or (purse := purse - cost * listed) < 0:
+            break
+        doubled += 1
+    return PlanFit(
+        asked=asked,
+        budget=budget,
+        rank=rank,
+        full_rank=full_rank,
+        spent=rank * per_rank,
+        left=budget - rank * per_rank,
+        listed=listed,
+        listed_left=rest,
+        doubled=doubled,
+        blocks=len(blocks),
+    )

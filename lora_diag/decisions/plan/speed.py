@@ -1,0 +1,71 @@
+"""What a run of ``spectrum`` would take on this machine, from its speed, measured here and now in some seconds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TypeVar
+
+from lora_diag.decisions.plan.cost import Speed, cost_of
+from lora_diag.decisions.plan.measure import Matrix
+from lora_diag.linalg.decompose import KRYLOV_FROM, KRYLOV_SHARE
+from lora_diag.linalg.speed import time_few, time_full, time_pass
+from lora_diag.records.plan import PlanCost, PlanRates
+from lora_diag.running.engines import Layout, layout_for, run_local
+
+T = TypeVar("T")
+
+# Orders at which the eigenvalue solver is timed, as far as the model has such matrices; it is extrapolated beyond.
+ORDERS = (256, 1024, 2048, 4096)
+
+# Up to this order a kernel takes so little that it is timed three times at least.
+QUICK = 2048
+
+# Order of the matrix on which the pass over both sides is timed.
+PASS_ORDER = 2048
+
+
+def costs(matrices: Sequence[Matrix], size: int | None, top: int) -> tuple[PlanRates, tuple[PlanCost, ...]]:
+    """Return the speed of this machine, and what the spectra of a model would take on it: all values, and the largest.
+
+    Args:
+        matrices: Those of the model.
+        size: Bytes of one side as it is stored; None if that is not known.
+        top: K of the second.
+    """
+    speed = Speed(_rates(matrices, top))
+    asked = (None, top) if speed.rates.few else (None,)
+    return speed.rates, tuple(cost_of(matrices, size, speed, each) for each in asked)
+
+
+def _rates(matrices: Sequence[Matrix], top: int) -> PlanRates:
+    """Time every kernel as a run would run it: on as many cores as its size gets, with the others as busy."""
+    layout = layout_for(max(matrix.entries // matrix.count for matrix in matrices))
+    largest = max(min(matrix.shape) for matrix in matrices)
+    orders = [order for order in ORDERS if order <= largest] or [ORDERS[0]]
+    eigen, product = dict[int, float](), 0.0
+    for order in orders:
+        threads, times = _side_by_side(partial(time_full, order), order, layout)
+        eigen[order] = threads * _middle([values for _, values in times])
+        product = threads * _middle([products for products, _ in times]) / order**3
+    few_from = max(KRYLOV_FROM, math.ceil(top / KRYLOV_SHARE))
+    few = {}
+    for order in (order for order in orders if order >= few_from):
+        threads, seconds = _side_by_side(partial(time_few, order, top), order, layout)
+        few[order] = threads * _middle(seconds) / order**2
+    threads, seconds = _side_by_side(partial(time_pass, PASS_ORDER), PASS_ORDER, layout)
+    entry = threads * _middle(seconds) / PASS_ORDER**2
+    return PlanRates(cores=layout.cores, entry=entry, product=product, eigen=eigen, few=few, few_from=few_from)
+
+
+def _side_by_side(work: Callable[[], T], order: int, layout: Layout) -> tuple[int, list[T]]:
+    """Return how many cores one matrix gets, and what each of as many runs as have room at once gave."""
+    footprint = 4 * order**2 + 16 * order**2
+    threads = layout.threads(footprint)
+    copies = range(max(1 if order > QUICK else 3, layout.cores // threads))
+    return threads, list(run_local(lambda _: work(), copies, layout, lambda _: footprint))
+
+
+def _middle(times: Sequence[float]) -> float:
+    return sorted(times)[len(times) // 2]

@@ -1,0 +1,56 @@
+"""Which weights adapters are put on: by a user's pattern, or the matrices that they usually target."""
+
+from __future__ import annotations
+
+import re
+
+from lora_diag.errors import UsageError
+from lora_diag.records.names import part_of
+
+# The router of a mixture of experts: a few rows, and since transformers 5 a module of its own that PEFT cannot adapt.
+ROUTER = re.compile(r"\.(gate|router|router\.layer|shared_expert_gate|mlp\.router)(\.weight)?$")
+
+# Parameters of modules that are no layers (tokens, positions, tables of biases, Mamba's A), told by their own names,
+# and the short convolutions of state-space models: PEFT's all-linear leaves them out, and as targets it refuses them.
+BARE = re.compile(
+    r"(^|[._])(A_log|probe|tokens?|position_embeddings|positional_embedding\w*|time_mix_\w+|bias(_table)?"
+    r"|(in|input)_(proj|projection)_weight)(\[\d+\])?$"
+)
+SHORT_CONVOLUTION = re.compile(r"\.(conv_?1d|conv\.conv)\.weight$")
+
+
+def why_no_target(name: str, target: re.Pattern[str] | None, exclude: re.Pattern[str] | None) -> str:
+    """Return why a matrix gets no adapter; empty if it may get one.
+
+    >>> why_no_target("model.layers.0.self_attn.q_proj.weight", None, None)
+    ''
+    >>> why_no_target("model.layers.0.mlp.gate.weight", None, None)
+    'a router is no usual target; name it with --target to give it a rank'
+    >>> why_no_target("vision_tower.head.probe[0]", None, None)
+    'not the weight of a layer, so no usual target; name it with --target to give it a rank'
+    >>> why_no_target("model.layers.0.mamba.conv1d.weight", None, None)
+    'a convolution in groups is no usual target; name it with --target to give it a rank'
+    """
+    if exclude is not None and exclude.search(name):
+        return "matches --exclude"
+    if target is not None:
+        return "" if target.search(name) else "does not match --target"
+    if part_of(name) == "vocabulary":
+        return "embeddings and head are no usual target; name it with --target to give it a rank"
+    if BARE.search(name):
+        return "not the weight of a layer, so no usual target; name it with --target to give it a rank"
+    if SHORT_CONVOLUTION.search(name):
+        return "a convolution in groups is no usual target; name it with --target to give it a rank"
+    return "a router is no usual target; name it with --target to give it a rank" if ROUTER.search(name) else ""
+
+
+def compiled(pattern: str | None, option: str) -> re.Pattern[str] | None:
+    """Compile a user's pattern.
+
+    Raises:
+        UsageError: It is no regular expression.
+    """
+    try:
+        return re.compile(pattern) if pattern is not None else None
+    except re.error as error:
+        raise UsageError(f"{option} {pattern}: is not a valid regular expression: {error}") from error

@@ -1,0 +1,221 @@
+"""`fleet`: how large the updates of many adapters are, and how much of their rank they use; who stands out is named."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import LogLocator, NullFormatter
+
+from lora_diag.metrics.fleet import USED, Oddity, oddities, rarest_first
+from lora_diag.records import Fleet
+from lora_diag.rendering.figures.panel import panel_axes
+from lora_diag.rendering.figures.series import Options, Series
+from lora_diag.rendering.figures.sheet import Key, Words, sheet
+from lora_diag.rendering.figures.style import (
+    INK,
+    QUIET,
+    Look,
+    category,
+    cropped,
+    log_label,
+    name_of,
+    styled,
+    width_of,
+)
+
+# The rest of the width is for names, and so many of them at most.
+_PLOT, _NAMES = 0.62, 12
+
+
+@dataclass(frozen=True, slots=True)
+class _Point:
+    """One adapter.
+
+    Args:
+        name: As it is drawn.
+        told: In what it stands out; nothing if it does not.
+        used: Where it is on the x axis.
+        fro: Where it is on the y axis; 0 for a dead one.
+        run: Of which of the runs it is.
+    """
+
+    name: str
+    told: tuple[Oddity, ...]
+    used: float
+    fro: float
+    run: int
+
+
+def fleet(records: Iterable[Fleet], ax: Axes | None = None) -> Axes:
+    """Draw ‖ΔW‖_F of every adapter over the share of its rank that 99% of the energy needs; name those that stand out.
+
+    Args:
+        records: Of ``spectrum --adapters``; adapters without a rank are left out.
+        ax: Where to draw; a new figure's if not given.
+
+    Returns:
+        The Axes drawn on.
+    """
+    with panel_axes(ax) as (axes, look):
+        _draw(axes, _points((Series("", tuple(records)),)), look, *_inches(axes))
+    return axes
+
+
+def _inches(ax: Axes) -> tuple[float, float]:
+    box = ax.get_window_extent()
+    return box.width / ax.figure.dpi, box.height / ax.figure.dpi
+
+
+def figure(series: Sequence[Series[Any]], look: Look, options: Options) -> Figure:
+    """Return the scatter of all adapters, of several runs in colours."""
+    points = _points(series)
+    with styled(look):
+        figure, (ax,) = sheet(look, _words(series, points, look), 1, 1)
+        # How high the panel is follows from the text around it: names have the room that is left.
+        _draw(ax, (), look, 1.0, 1.0)
+        figure.draw_without_rendering()
+        _draw(ax, points, look, *_inches(ax))
+    return figure
+
+
+def _points(series: Sequence[Series[Any]]) -> list[_Point]:
+    """Return the adapters that have a rank, named without what all their paths begin with."""
+    records = [(record, run) for run, one in enumerate(series) for record in one.records]
+    names = _short([record.adapter for record, _ in records])
+    odd = [words for one in series for words in oddities(one.records)]
+    return [
+        _Point(name_of(name), words, record.used, record.fro, run)
+        for (record, run), name, words in zip(records, names, odd, strict=True)
+        if record.used is not None
+    ]
+
+
+def _short(paths: Sequence[str]) -> list[str]:
+    """Return the paths without the folders that all of them are in.
+
+    >>> _short(["runs/a/lora", "runs/b/lora"]), _short(["runs/a"])
+    (['a/lora', 'b/lora'], ['a'])
+    """
+    split = [path.split("/") for path in paths]
+    shared = 0
+    while split and all(len(parts) > shared + 1 and parts[shared] == split[0][shared] for parts in split):
+        shared += 1
+    return ["/".join(parts[shared:]) for parts in split]
+
+
+def _draw(ax: Axes, points: Sequence[_Point], look: Look | None, width: float, height: float) -> None:
+    line, size = (look.line, look.ticks) if look else (1.2, 8.0)
+    norms = [point.fro for point in points if point.fro > 0] or [1.0]
+    low, high = min(norms) / 2, max(norms) * 1.6
+    ax.set_yscale("log")
+    ax.set_ylim(low, high)
+    ax.set_xlim(-0.03, 1 / _PLOT)
+    ax.set_xticks([0, 0.5, 1], ["0", "0.5", "1"])
+    ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low < 100 else (1,), numticks=6))
+    ax.yaxis.set_major_formatter(_plain if high / low < 100 else log_label)
+    ax.yaxis.set_minor_formatter(NullFormatter())
+    ax.set_xlabel("rank at 99% of the energy / r", loc="left")
+    ax.set_ylabel("‖ΔW‖_F")
+    ax.spines["bottom"].set_bounds(-0.03, 1.03)
+    if not points:
+        return
+    ax.plot([USED, USED], [low, high], color=INK, alpha=0.4, lw=0.7 * line, ls=(0, (1, 1.6)), label="_used")
+    for dead in (False, True):
+        for run in {point.run for point in points}:
+            some = [point for point in points if point.run == run and (point.fro == 0) == dead]
+            if not some:  # a line without points would count in the layout, at the corner of the page
+                continue
+            ax.plot(
+                [point.used for point in some],
+                [point.fro or low for point in some],
+                ls="",
+                marker="v" if dead else "o",
+                ms=3.4 * line,
+                mew=0,
+                color=category(run),
+                alpha=0.8,
+                clip_on=False,
+                label="_dead" if dead else "_adapters",
+            )
+    _names(ax, _named(points, height, size), low, high, width, height, size, line)
+
+
+def _named(points: Sequence[_Point], height: float, size: float) -> list[_Point]:
+    """Return the adapters that are named: of those that stand out the rarest, as many as there are lines."""
+    odd = [points[i] for i in rarest_first([point.told for point in points])]
+    return sorted(odd[: min(_NAMES, int(height * 72 / (1.5 * size)))], key=lambda point: (point.fro, point.used))
+
+
+def _names(
+    ax: Axes,
+    named: Sequence[_Point],
+    low: float,
+    high: float,
+    width: float,
+    height: float,
+    size: float,
+    line: float,
+) -> None:
+    """Write names at the right, in the order of the norms, so that none touches another, and a line to each point."""
+    step = 1.5 * size / 72 / height
+    span = (high / low) ** step
+    # From its norm each name moves up as far as the one below it asks for, and down from the top again.
+    places: list[float] = []
+    for point in named:
+        wanted = max(point.fro or low, low * span**0.5)
+        places.append(max(wanted, places[-1] * span) if places else wanted)
+    top = high / span**0.5
+    for i in reversed(range(len(places))):
+        places[i] = min(places[i], top)
+        top = places[i] / span
+    # Letters are set a little wider than they are measured.
+    room = 0.95 * (1 / _PLOT - 1.07) / (1 / _PLOT + 0.03) * width
+    for point, place in zip(named, places, strict=True):
+        told = f": {', '.join(point.told)}"
+        # A name says more than what can be seen, too.
+        text = point.name + told if width_of(point.name + told, size) <= room else cropped(point.name, room, size)
+        ax.plot(
+            [point.used, 1.03, 1.06],
+            [point.fro or low, place, place],
+            color=QUIET,
+            lw=0.5 * line,
+            alpha=0.6,
+            zorder=1,
+            clip_on=False,
+            label="_to a name",
+        )
+        ax.text(1.07, place, text, size=size, va="center", parse_math=False, in_layout=False)
+
+
+def _plain(value: float, _: object = None) -> str:
+    return f"{value:,.0f}".replace(",", "\u202f") if 1000 <= value < 1e7 else f"{value:.3g}"
+
+
+def _words(series: Sequence[Series[Any]], points: Sequence[_Point], look: Look) -> Words:
+    marker: dict[str, Any] = {"ls": "", "mew": 0, "ms": 3.4 * look.line}
+    several = len(series) > 1
+    keys = [
+        Key(Line2D([], [], color=category(n), marker="o", **marker), one.label if several else "one adapter")
+        for n, one in enumerate(series)
+    ]
+    if any(point.fro == 0 for point in points):
+        keys.append(Key(Line2D([], [], color=INK if several else category(0), marker="v", **marker), "ΔW = 0"))
+    line = Line2D([], [], color=INK, alpha=0.6, lw=0.8 * look.line, ls=(0, (1, 1.6)))
+    keys.append(Key(line, f"{USED:g}: at most that is over-ranked"))
+    odd = sum(bool(point.told) for point in points)
+    notes = [
+        f"{odd or 'None'} of them stand{'s' if odd == 1 else ''} out; the rarest are named, as far as there is room."
+    ]
+    if rankless := sum(len(one.records) for one in series) - len(points):
+        notes.append(f"Not drawn: {rankless} without a rank.")
+    return Words(
+        "A fleet of adapters: norm of the update, and how much of its rank it uses",
+        f"{len(points)} adapters; ‖ΔW‖_F over all layers; rank: Σ of the layers' ranks at 99% of the energy over Σr",
+        (" ".join(notes),),
+        tuple(keys),
+    )

@@ -1,0 +1,183 @@
+"""The terminal's answer to ``spectrum --adapters``: what stands out, what is alike, and what the fleet is like."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from statistics import median
+
+from rich.console import Group
+
+from lora_diag.metrics.fleet import (
+    NEAR,
+    SAME_SPACE,
+    SPIKED,
+    USED,
+    Alike,
+    Oddity,
+    alike,
+    norm_outliers,
+    oddities,
+    rarest_first,
+)
+from lora_diag.records import Fleet, Results
+from lora_diag.rendering.columns import Column, Grid
+from lora_diag.rendering.lines import answers
+from lora_diag.rendering.text import number, percent, safe, to_text
+
+# So many rows a table has; the records have them all.
+_ROWS, _NAMED = 20, 3
+
+_WORDS = {
+    "same": "the same update, up to scale",
+    "near": "nearly the same update",
+    "space": "same column spaces, another update",
+}
+
+
+def fleet_table(
+    results: Results[Fleet], width: int = 80, color: bool = False, per: str = "type", then: str | None = None
+) -> str:
+    """Return the tables and the summary of a fleet.
+
+    Args:
+        results: What was measured.
+        width: Columns of the terminal; 80 are enough, 140 are used.
+        color: Whether to use ANSI colours.
+        per: ``layer`` for a row for every adapter, ``type`` for those that stand out.
+        then: The command that a user would run next.
+
+    Returns:
+        Lines of text, without a newline at the end.
+    """
+    pairs = pairs_of(results)
+    tables = [part for grid in fleet_grids(results, pairs, per) for part in grid.shown(width)]
+    return to_text(Group(*tables, answers(fleet_lines(results, pairs), _style, then)), width, color)
+
+
+def pairs_of(results: Results[Fleet]) -> list[Alike]:
+    """Return the adapters that are alike, two by two."""
+    return alike([record.update for record in results], [record.space for record in results])
+
+
+def fleet_grids(results: Results[Fleet], pairs: Sequence[Alike], per: str = "type") -> list[Grid]:
+    """Return the tables: what stands out, or every adapter; and what is alike."""
+    records = list(results)
+    names, told = short_names([record.adapter for record in records]), remarks(records)
+    odd = rarest_first(oddities(records))
+    shown = [*odd, *(i for i in range(len(records)) if not told[i])] if per == "layer" else odd
+    most = len(shown) if per == "layer" else _ROWS
+    caption = "every adapter" if per == "layer" else "what stands out"
+    found = [_adapters(caption, records, names, told, shown[:most])] if shown else []
+    return [*found, _alike(names, pairs[:_ROWS])] if pairs else found
+
+
+def short_names(paths: Sequence[str]) -> list[str]:
+    """Return the paths without what all of them begin with.
+
+    >>> short_names(["runs/a/lora", "runs/b/lora"]), short_names(["runs/a"])
+    (['a/lora', 'b/lora'], ['a'])
+    """
+    split = [path.split("/") for path in paths]
+    common = 0
+    while all(len(parts) > common + 1 for parts in split) and len({tuple(parts[: common + 1]) for parts in split}) == 1:
+        common += 1
+    return [safe("/".join(parts[common:])) for parts in split]
+
+
+def remarks(records: Sequence[Fleet]) -> list[list[str]]:
+    """Return in words what is wrong with, or rare about, each adapter."""
+    ratios = norm_outliers([record.fro for record in records])
+    found = []
+    for record, ratio, odd in zip(records, ratios, oddities(records), strict=True):
+        words: dict[Oddity, str] = {
+            "dead": "dead" if record.dead == record.modules else f"{record.dead} of {record.modules} dead",
+            "norm": f"norm {number(ratio or 0.0)}× the median",
+        }
+        found.append([words.get(word, word) for word in odd])
+    return found
+
+
+def _adapters(
+    caption: str, records: Sequence[Fleet], names: Sequence[str], told: Sequence[list[str]], shown: Sequence[int]
+) -> Grid:
+    rows = [records[i] for i in shown]
+    columns = (
+        Column("layers", tuple(str(r.modules) for r in rows)),
+        Column("r", tuple(str(r.rank) if r.rank is not None else "-" for r in rows)),
+        Column("r at 99%", tuple(number(r.total_rank_99 / r.modules) if r.modules else "-" for r in rows)),
+        Column("used", tuple(percent(r.used) if r.used is not None else "-" for r in rows)),
+        Column("spike", tuple(percent(r.spike) if r.spike is not None else "-" for r in rows)),
+        Column("‖ΔW‖", tuple(number(r.fro) for r in rows)),
+        Column("remark", tuple(", ".join(told[i]) or "-" for i in shown), "left"),
+    )
+    spared = ("layers", "spike", "‖ΔW‖", "r at 99%")
+    return Grid(caption, "adapter", tuple(names[i] for i in shown), columns, spared)
+
+
+def _alike(names: Sequence[str], pairs: Sequence[Alike]) -> Grid:
+    columns = (
+        Column("cosine", tuple(f"{pair.cosine:.3f}" for pair in pairs)),
+        Column("col space", tuple(f"{max(0.0, pair.overlap):.2f}" for pair in pairs)),
+        Column("is", tuple(_WORDS[pair.word] for pair in pairs), "left"),
+    )
+    titles = tuple(f"{names[pair.first]} × {names[pair.second]}" for pair in pairs)
+    return Grid("what is alike", "pair", titles, columns, ("col space",))
+
+
+def _style(word: str, sentence: str) -> str:
+    return "bold red" if word in {"Warning", "Not measured"} else ""
+
+
+def fleet_lines(results: Results[Fleet], pairs: Sequence[Alike]) -> list[tuple[str, str]]:
+    """Return word and sentence for each line of the summary."""
+    records = list(results)
+    lines: list[tuple[str, str]] = []
+    if records:
+        kinds = Counter(record.kind.partition(",")[0] for record in records)
+        told = ", ".join(f"{number_of} {safe(kind)}" for kind, number_of in kinds.most_common(_NAMED))
+        lines += [("Adapters", f"{len(records)}: {told}"), ("Rank", _rank(records)), ("Stand out", _stand_out(records))]
+        lines.append(("Alike", _pairs(pairs)))
+    if failed := [item for item in results.left_out if item.reason == "unreadable"]:
+        named = [f"{safe(item.layer)}: {safe(item.detail)}" for item in failed[:_NAMED]]
+        more = [f"and {len(failed) - _NAMED} more"] if len(failed) > _NAMED else []
+        lines.append(("Not measured", "\n".join([*named, *more])))
+    if results.end is None:
+        lines.append(("Warning", "the run did not finish: these are the adapters measured so far"))
+    return lines
+
+
+def _rank(records: Sequence[Fleet]) -> str:
+    known = [record for record in records if record.used is not None and record.fro]
+    if not known:
+        return "no adapter has a rank"
+    ranks = sorted({record.rank for record in known if record.rank is not None})
+    span = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
+    needed = sum(record.total_rank_99 for record in known) / sum(record.total_rank or 0 for record in known)
+    middle = median(record.total_rank_99 / record.modules for record in known)
+    return f"r = {span}; 99% of the energy needs a median r of {number(middle)} a layer, {percent(needed)} of all ranks"
+
+
+def _stand_out(records: Sequence[Fleet]) -> str:
+    counts = Counter(
+        word.split()[-1] if "dead" in word else word.split()[0] for told in remarks(records) for word in told
+    )
+    words = {
+        "dead": "with dead layers (ΔW = 0)",
+        "over-ranked": f"over-ranked (99% of the energy in at most {USED:.0%} of the rank)",
+        "spiked": f"spiked (one direction a layer holds {SPIKED:.0%})",
+        "norm": "of another norm than the rest",
+    }
+    told = [f"{counts[word]} {text}" for word, text in words.items() if counts[word]]
+    return ", ".join(told) or "none"
+
+
+def _pairs(pairs: Sequence[Alike]) -> str:
+    counts = Counter(pair.word for pair in pairs)
+    told = [
+        f"{counts[word]} {'pair' if counts[word] == 1 else 'pairs'}: {text}"
+        for word, text in _WORDS.items()
+        if counts[word]
+    ]
+    how = f"|cosine| ≥ {NEAR} or column spaces with an overlap ≥ {SAME_SPACE}, both estimated from sketches"
+    return f"{', '.join(told) or 'none'} ({how})"

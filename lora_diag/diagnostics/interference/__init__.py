@@ -1,0 +1,1 @@
+"""``interference``: several updates of one base, their angles, sums and merges."""

@@ -1,0 +1,85 @@
+"""``loradiag interference``."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lora_diag.cli import options
+from lora_diag.cli.output import progress_bar, result, spare, tell_unmeasured, terminal
+from lora_diag.errors import UNREADABLE
+
+Inputs = Annotated[
+    list[str],
+    typer.Argument(metavar="[BASE] TUNED", help="BASE and two or more updates of it; adapters alone need no BASE."),
+]
+Weights = Annotated[
+    str | None, typer.Option(metavar="W,W,...", help="Weight of each update in the sum, all 1 by default.")
+]
+Ranks = Annotated[str, typer.Option(metavar="R,R,...", help="Ranks at which spaces are compared and merges cut.")]
+Density = Annotated[
+    float, typer.Option(metavar="D", help="Share of the entries that TIES keeps; 0: no TIES, no sign conflicts.")
+]
+SpectrumFile = Annotated[
+    Path | None, typer.Option("--spectrum", metavar="FILE", help="Write the spectra of the sums here, for allocate.")
+]
+
+
+@options.spread
+def interference(
+    inputs: Inputs,
+    weights: Weights = None,
+    ranks: Ranks = "4,8,16,32,64",
+    density: Density = 0.2,
+    *,
+    compared: options.Compared,
+    tol: options.Tol = 1e-4,
+    computed: options.ComputedWhole,
+    per: options.PerRow = options.Per.type,
+    spectrum: SpectrumFile = None,
+    written: options.Written,
+) -> None:
+    """Do several updates fight? Their overlaps, the rank that all of them need, and what merging them loses.
+
+    Example: loradiag interference lora_sql/ lora_chat/ lora_code/ -o interference.jsonl --spectrum union.jsonl
+    """
+    # torch comes with it: not before it is needed
+    from lora_diag.diagnostics.interference.run import check_spectrum_file, split_base, union_spectra
+    from lora_diag.diagnostics.interference.run import interference as measure
+    from lora_diag.diagnostics.interference.summary import interference_table
+
+    if spectrum is not None:
+        spare([written.output] if written.output else [], [spectrum])
+        check_spectrum_file(spectrum)
+    base, updates = split_base(inputs)
+    with progress_bar(written.quiet) as on_progress:
+        results = measure(
+            updates,
+            base=base,
+            weights=options.parse_numbers(weights, "--weights", "1,0.5") if weights is not None else None,
+            ranks=options.parse_ranks(ranks),
+            density=density,
+            tol=tol,
+            **vars(compared),
+            **computed.arguments(),
+            **written.arguments(),
+            on_progress=on_progress,
+        )
+    if spectrum is not None:
+        union_spectra(results).write(spectrum)
+    if written.table:
+        then = _next(inputs, spectrum) if results.layers else None
+        result(interference_table(results, *terminal(), per=per, then=then))
+    if tell_unmeasured(results.unmeasured, "the layer was left out"):
+        raise typer.Exit(UNREADABLE)
+
+
+def _next(inputs: list[str], spectrum: Path | None) -> str:
+    if spectrum is not None:
+        words = shlex.join(["loradiag", "allocate", str(spectrum), "--energy", "0.9"])
+        return f"{words}   (the rank of each layer that carries the sum)"
+    words = shlex.join(["loradiag", "interference", *map(str, inputs), "--spectrum", "union.jsonl"])
+    return f"{words}   (then allocate union.jsonl: a rank for each layer)"

@@ -1,0 +1,168 @@
+"""`union`: which rank the sum of several updates needs beside the sum of their ranks, layer by layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+from matplotlib.ticker import MaxNLocator
+from numpy.typing import NDArray
+
+from lora_diag.records import Union
+from lora_diag.rendering.figures.groups import Types
+from lora_diag.rendering.figures.panel import panel_axes
+from lora_diag.rendering.figures.series import Options, Series
+from lora_diag.rendering.figures.sheet import Key, Words, sheet
+from lora_diag.rendering.figures.strip import Slot, label_height, slot_axis, slots
+from lora_diag.rendering.figures.style import CATEGORIES, INK, Look, styled, wrapped
+
+SUM, APART, EVERY = CATEGORIES[0], CATEGORIES[1], CATEGORIES[2]
+
+# The share of the energy whose ranks are shown.
+ENERGY = "0.9"
+
+
+def union(records: Iterable[Union], ax: Axes | None = None, *, per: str = "layer") -> Axes:
+    """Draw the rank at which the sum of the updates has 90% of its energy, and the sum of the ranks of the updates.
+
+    The one over the other is the additive share: 1 where every direction is needed, 1/K for K equal updates. Green: the
+    rank at which every update keeps 90% of its energy; no line where none does.
+
+    Args:
+        records: Of ``interference``; those of layers that one update changes are left out.
+        ax: Where to draw; a new figure's if not given.
+        per: ``layer`` for one bar a layer (of experts in one block: the median), ``type`` for one bar a module type.
+
+    Returns:
+        The Axes drawn on.
+    """
+    with panel_axes(ax) as (axes, look):
+        drawn = slots(shared(records), per)
+        _ranks(axes, drawn, look)
+        slot_axis(axes, drawn, float(axes.get_window_extent().width) / axes.figure.dpi, look.ticks if look else 9)
+        axes.set_ylabel("rank at 90% of the energy")
+        keys = _keys(look, shares=False)
+        axes.legend([key.handle for key in keys], [key.label for key in keys], fontsize="small")
+    return axes
+
+
+def shared(records: Iterable[Union]) -> tuple[Union, ...]:
+    """Return those of layers that at least two updates change."""
+    return tuple(record for record in records if len(record.updates) > 1)
+
+
+def figure(series: Sequence[Series[Any]], look: Look, options: Options) -> Figure:
+    """Return the ranks of the layers and below their additive share, once for each run."""
+    shown = [(one, shared(one.records)) for one in series]
+    shown = [(one, records) for one, records in shown if records]
+    types = Types(record.layer for _, records in shown for record in records)
+    with styled(look):
+        drawn = [slots(records, options.per, types) for _, records in shown]
+        inches = look.width - 6 * look.text / 72
+        everything = list({slot.name: slot for part in drawn for slot in part}.values())
+        below = label_height(everything, inches, look.ticks) / (2 * len(shown))
+        heights = [1.25 * look.panel + below, 0.85 * look.panel + below] * len(shown)
+        figure, axes = sheet(
+            look,
+            _words(series, shown, drawn, look),
+            len(heights),
+            1,
+            panel=sum(heights) / len(heights),
+            ratios=heights,
+            share=False,
+            low=True,
+        )
+        for place, ((one, records), part) in enumerate(zip(shown, drawn, strict=True)):
+            ranks, shares = axes[2 * place : 2 * place + 2]
+            _ranks(ranks, part, look)
+            ranks.set_title(wrapped(_finding(one, records), inches, look.text), parse_math=False)
+            ranks.set_ylabel("rank")
+            _shares(shares, part, max(len(record.updates) for record in records), look)
+            shares.set_ylabel("share")
+            for ax in (ranks, shares):
+                slot_axis(ax, part, inches, look.ticks, labels=False)
+                ax.set_xlim(-0.5, len(everything) - 0.5)
+        slot_axis(axes[-1], everything, inches, look.ticks)
+    return figure
+
+
+def _ranks(ax: Axes, drawn: Sequence[Slot[Union]], look: Look | None) -> None:
+    width = look.line if look else 1.2
+    _stairs(ax, drawn, lambda record: record.spectrum.rank_at[ENERGY], "_sum", fill=True, color=SUM, lw=0)
+    _stairs(ax, drawn, lambda r: r.rank_for_all.get(ENERGY), "_every", baseline=None, color=EVERY, lw=1.3 * width)
+    _stairs(ax, drawn, lambda r: r.parts_rank_at[ENERGY], "_apart", baseline=None, color=APART, lw=1.3 * width)
+    ax.set_ylim(bottom=0)
+    ax.yaxis.set_major_locator(MaxNLocator(nbins=4, integer=True))
+
+
+def _shares(ax: Axes, drawn: Sequence[Slot[Union]], updates: int, look: Look | None) -> None:
+    width = look.line if look else 1.2
+    _stairs(ax, drawn, lambda record: record.additive[ENERGY], "_additive", fill=True, color=SUM, lw=0)
+    for share in (1.0, 1 / updates):
+        ax.axhline(share, color=INK, lw=0.8 * width, ls=(0, (4, 2)), zorder=3)
+    ax.set_ylim(0, max(1.08, 1.05 * ax.get_ylim()[1]))
+    ax.yaxis.set_major_locator(MaxNLocator(nbins=3))
+
+
+def _stairs(
+    ax: Axes, drawn: Sequence[Slot[Union]], value: Callable[[Union], float | None], label: str, **style: Any
+) -> None:
+    for slot in drawn:
+        heights = _medians(slot, value)
+        if np.isfinite(heights).any():
+            ax.stairs(heights, slot.edges, label=label, **style)
+
+
+def _medians(slot: Slot[Union], value: Callable[[Union], float | None]) -> NDArray[np.float64]:
+    """Return the median of each bar's layers; NaN where one of them has no value."""
+    found = [[value(record) for record in bar] for bar in slot.bars]
+    return np.array([np.nan if None in values else float(np.median(np.array(values, float))) for values in found])
+
+
+def _finding(one: Series[Any], records: Sequence[Union]) -> str:
+    """Name a run with what its layers need together."""
+    known = [record for record in records if record.spectrum.rank_at[ENERGY] is not None]
+    together = sum(record.spectrum.rank_at[ENERGY] or 0 for record in known)
+    apart = sum(record.parts_rank_at[ENERGY] for record in known)
+    found = f"Σr = {together} of {apart}" + (f", share {together / apart:.2f}" if apart else "")
+    return f"{one.label}: {found}" if one.label else found
+
+
+def _keys(look: Look | None, shares: bool = True) -> tuple[Key, ...]:
+    width = look.line if look else 1.2
+    line = Line2D([], [], color=INK, lw=0.8 * width, ls=(0, (4, 2)))
+    return (
+        Key(Patch(facecolor=SUM), "of the sum"),
+        Key(Line2D([], [], color=APART, lw=1.3 * width), "of the updates apart, added"),
+        Key(Line2D([], [], color=EVERY, lw=1.3 * width), "to keep 90% of every update"),
+        *((Key(line, "share 1: every direction needed; 1/K: K equal updates"),) if shares else ()),
+    )
+
+
+def _words(
+    series: Sequence[Series[Any]],
+    shown: Sequence[tuple[Series[Any], tuple[Union, ...]]],
+    drawn: Sequence[Sequence[Slot[Union]]],
+    look: Look,
+) -> Words:
+    layers = len({record.layer for _, records in shown for record in records})
+    joined = max((slot.joined for part in drawn for slot in part), default=1)
+    notes = ["In each module type blocks from left to right. Weights alone do not say whether skills fight."]
+    if joined > 1:
+        notes.append(f"A bar stands for up to {joined} layers: their median.")
+    if lone := sum(len(one.records) - len(shared(one.records)) for one in series):
+        notes.append(f"Not drawn: {lone} {'layer' if lone == 1 else 'layers'} that fewer than two updates change.")
+    if any(record.rank_for_all.get(ENERGY) is None for _, records in shown for record in records):
+        notes.append("No green line: no rank of the sum keeps 90% of every update.")
+    return Words(
+        "Rank of the sum of the updates against the sum of their ranks",
+        f"{layers} {'matrix' if layers == 1 else 'matrices'}; ranks at 90% of the energy Σσ²; below, the additive "
+        "share: the rank of the sum over the sum of the ranks",
+        (" ".join(notes),),
+        _keys(look),
+    )

@@ -1,0 +1,151 @@
+"""`angles`: how far apart the spaces of two updates lie, beside what random spaces have."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from numpy.typing import NDArray
+
+from lora_diag.metrics.angles import random_angles
+from lora_diag.records import Agreement, Interference
+from lora_diag.rendering.figures.panel import panel_axes
+from lora_diag.rendering.figures.series import Options, Series, by_pair
+from lora_diag.rendering.figures.sheet import Key, Words, sheet
+from lora_diag.rendering.figures.style import CATEGORIES, INK, Look, category, styled
+
+Side = Literal["columns", "rows"]
+SIDES: tuple[tuple[Side, str], ...] = (("columns", "column spaces"), ("rows", "row spaces"))
+
+# Points of a curve: all angles of a small model, evenly chosen ones of a large one.
+POINTS = 400
+
+
+def angles(
+    records: Iterable[Interference], ax: Axes | None = None, *, side: Side = "columns", rank: int | None = None
+) -> Axes:
+    """Draw which share of the principal angles between two updates' spaces has at most a cosine, all layers together.
+
+    Dotted: the same of random spaces of these dimensions (``metrics.angles.random_angles``).
+
+    Args:
+        records: Of ``interference``; one curve a pair.
+        ax: Where to draw; a new figure's if not given.
+        side: ``columns`` for the spaces of the left singular vectors, ``rows`` for those of the right ones.
+        rank: How many singular vectors span each space; 8 if that was measured, else the smallest.
+
+    Returns:
+        The Axes drawn on.
+    """
+    series = by_pair((Series("", tuple(records)),))
+    chosen = chosen_rank([record for one in series for record in one.records], rank)
+    with panel_axes(ax) as (axes, look):
+        _draw(axes, series, side, chosen, look)
+        axes.set(xlabel="cosine of a principal angle", ylabel=f"share of the angles, r = {chosen}")
+        keys = _keys(series, look)
+        axes.legend([key.handle for key in keys], [key.label for key in keys], fontsize="small")
+    return axes
+
+
+def chosen_rank(records: Sequence[Interference], rank: int | None) -> int:
+    """Return the rank that is drawn."""
+    ranks = ranks_of(records)
+    return rank if rank is not None else 8 if 8 in ranks else ranks[0]
+
+
+def ranks_of(records: Iterable[Interference]) -> list[int]:
+    """Return the ranks at which spaces were compared."""
+    return sorted({int(rank) for record in records for rank in record.columns})
+
+
+def figure(series: Sequence[Series[Any]], look: Look, options: Options) -> Figure:
+    """Return the angles of the column spaces and of the row spaces, one panel each."""
+    pairs = by_pair(series)
+    everything = [record for one in pairs for record in one.records]
+    rank = chosen_rank(everything, options.rank)
+    measured = [one for one in pairs if any(str(rank) in record.columns for record in one.records)]
+    shown = sorted(measured, key=lambda one: -_overlap(one.records, rank))[: len(CATEGORIES)]
+    with styled(look):
+        figure, axes = sheet(look, _words(pairs, shown, rank, look), 1, 2)
+        for (side, title), ax in zip(SIDES, axes, strict=True):
+            _draw(ax, shown, side, rank, look)
+            ax.set_title(title)
+            ax.set_xlabel("cosine")
+        axes[0].set_ylabel("share of the angles")
+    return figure
+
+
+def _overlap(records: Sequence[Interference], rank: int) -> float:
+    return float(np.mean([record.columns[str(rank)].overlap for record in records if str(rank) in record.columns]))
+
+
+def _draw(ax: Axes, series: Sequence[Series[Interference]], side: Side, rank: int, look: Look | None) -> None:
+    width = look.line if look else 1.2
+    for number, one in enumerate(series):
+        found = [(record, getattr(record, side)[str(rank)]) for record in one.records if str(rank) in record.columns]
+        if not found:
+            continue
+        cosines, shares = cumulated([cosine for _, space in found for cosine in space.cosines])
+        ax.plot(cosines, shares, color=category(number), lw=1.5 * width, drawstyle="steps-post", label=f"_{one.label}")
+        grid = np.linspace(0.0, 1.0, 201)
+        chance = by_chance(grid, [(space, record.shape[side == "rows"]) for record, space in found])
+        ax.plot(grid, chance, color=category(number), lw=width, ls=(0, (1, 1.5)), label=f"_random {one.label}")
+    ax.set_xlim(0, 1.02)
+    ax.set_ylim(0, 1.03)
+    ax.set_xticks([0, 0.5, 1], ["0", "0.5", "1"])
+    ax.set_yticks([0, 0.5, 1], ["0", "0.5", "1"])
+
+
+def cumulated(values: Sequence[float]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return the distribution of some values in [0, 1] as the corners of its steps, from (0, 0) to (1, 1)."""
+    ordered = np.sort(np.asarray(values, dtype=np.float64))
+    shares = np.arange(1, len(ordered) + 1) / len(ordered)
+    kept = np.unique(np.linspace(0, len(ordered) - 1, min(POINTS, len(ordered))).round().astype(np.int64))
+    return np.concatenate([[0.0], ordered[kept], [1.0]]), np.concatenate([[0.0], shares[kept], [1.0]])
+
+
+def by_chance(grid: NDArray[np.float64], spaces: Sequence[tuple[Agreement, int]]) -> NDArray[np.float64]:
+    """Return the same of random spaces, each with the dimensions of one that was measured."""
+    sizes = Counter(
+        (len(space.cosines), round(space.random * dimension), dimension) for space, dimension in spaces if space.cosines
+    )
+    angles_of = {size: times * size[0] for size, times in sizes.items()}
+    total = sum(angles_of.values())
+    mixed = np.zeros_like(grid)
+    for (first, second, dimension), times in angles_of.items():
+        mixed += times / total * random_angles(grid, first, second, dimension)
+    return mixed
+
+
+def _keys(series: Sequence[Series[Interference]], look: Look | None) -> tuple[Key, ...]:
+    width = look.line if look else 1.2
+    return (
+        *(Key(Line2D([], [], color=category(n), lw=2 * width), one.label) for n, one in enumerate(series)),
+        Key(Line2D([], [], color=INK, lw=width, ls=(0, (1, 1.5))), "random spaces"),
+    )
+
+
+def _words(
+    pairs: Sequence[Series[Interference]], shown: Sequence[Series[Interference]], rank: int, look: Look
+) -> Words:
+    records = [record for one in shown for record in one.records]
+    drawn = {record.layer for record in records if str(rank) in record.columns}
+    notes = ["The further right of its dotted line a curve lies, the more two updates have in common."]
+    if missing := len(pairs) - len(shown):
+        notes.append(f"Not drawn: {missing} of the pairs, with less in common.")
+    if small := len({record.layer for record in records} - drawn):
+        notes.append(f"Not drawn: {small} {'layer' if small == 1 else 'layers'} without {rank} directions.")
+    if others := [each for each in ranks_of(records) if each != rank]:
+        notes.append(f"Also measured: r = {', '.join(map(str, others))} (--rank).")
+    return Words(
+        f"Principal angles between updates: do their {rank} largest directions agree?",
+        f"{len(drawn)} {'matrix' if len(drawn) == 1 else 'matrices'}; share of the principal angles with at most this "
+        "cosine: 1 is a direction that both have, 0 one at right angles",
+        (" ".join(notes),),
+        _keys(shown, look),
+    )

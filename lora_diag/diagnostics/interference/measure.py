@@ -1,0 +1,172 @@
+"""Do several updates of one layer fight? Their spaces pair by pair, and what their sum needs."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from functools import partial
+from itertools import combinations
+
+import torch
+from torch import Tensor
+
+from lora_diag.deltas import Delta, DenseDelta, FactoredDelta, footprint
+from lora_diag.diagnostics.interference.parts import InterferenceSettings, Part, Several, agreement, read_part, within
+from lora_diag.diagnostics.interference.union import union
+from lora_diag.layers.change import COMPUTED, Change, noted, on_device
+from lora_diag.layers.left_out import not_finite
+from lora_diag.linalg import Allowance, require, resolve_device, whole_bytes
+from lora_diag.linalg.stacked import inner
+from lora_diag.metrics.interference import near_chance, relation
+from lora_diag.records import Interference, LeftOut, Union
+from lora_diag.records.interference import EnergyOverlap
+
+# The rank at which two updates are called apart or not: the asked one that is nearest to this.
+RELATION_RANK = 8
+
+# Bytes of an entry whose magnitude is sorted (itself twice and its place), and of one that TIES compares in a block.
+_SORTED, _COMPARED = 16, 96
+
+
+def size(task: Several, settings: InterferenceSettings) -> int:
+    """Return about how many bytes measuring a layer takes: every update and its vectors, and the sum.
+
+    Within a limit it is no fewer than it takes, and no more than there are.
+    """
+    if settings.memory is not None:
+        return min(settings.memory, most_bytes(task, settings))
+    dense = [u for u in task.updates if not isinstance(u.delta, FactoredDelta)]
+    vectors = 8 * min(task.shape) * sum(task.shape)
+    return (
+        sum(footprint(u.delta) for u in task.updates)
+        + (len(dense) + 1) * vectors * bool(dense)
+        + 4 * math.prod(task.shape)
+    )
+
+
+def most_bytes(task: Several, settings: InterferenceSettings) -> int:
+    """Return how many bytes a layer takes at most: what is held of every update, and the step that takes most.
+
+    Of an update without factors ΔW and all singular vectors are held. The steps are decomposing one, decomposing their
+    sum in float64, products of the sum's vectors with theirs, and TIES, which sorts the entries of one at a time.
+    """
+    entries, small = math.prod(task.shape), min(task.shape)
+    vectors = 8 * small * sum(task.shape)
+    dense = [update.delta for update in task.updates if not isinstance(update.delta, FactoredDelta)]
+    held = sum(footprint(u.delta) for u in task.updates if isinstance(u.delta, FactoredDelta))
+    held += sum(entries * _entry(delta) + vectors for delta in dense)
+    asked = Allowance(0, settings.method, None, vectors=True)
+    steps = [whole_bytes(task.shape, asked, _loading(delta)) for delta in dense]
+    beside = 0
+    if dense:
+        beside = 8 * entries + vectors
+        steps += [whole_bytes(task.shape, asked, 8), beside + 6 * 8 * small**2]
+    if settings.density > 0:
+        sorting = _SORTED * entries * (settings.density < 1)
+        steps.append(beside + sorting + _COMPARED * min(2**20, entries) * len(task.updates))
+    return held + max(steps, default=0)
+
+
+def _entry(delta: Delta) -> int:
+    return 8 if isinstance(delta, DenseDelta) or "float64" in delta.dtypes else 4
+
+
+def _loading(delta: Delta) -> int:
+    return COMPUTED if isinstance(delta, DenseDelta) else _entry(delta)
+
+
+def _check_room(task: Several, settings: InterferenceSettings) -> None:
+    """Refuse a layer that does not fit.
+
+    Raises:
+        MemoryLimitError: So it is; the message says whether it would without TIES.
+    """
+    if settings.memory is None:
+        return
+    needed, without = most_bytes(task, settings), most_bytes(task, replace(settings, density=0.0))
+    way = "--density 0, which leaves out TIES and sign conflicts" if without <= settings.memory else "--exclude it"
+    factored = all(isinstance(update.delta, FactoredDelta) for update in task.updates)
+    what = "the entries of its updates, for TIES," if factored else "its updates with all their singular vectors"
+    require(needed, settings.memory, task.shape, f"{what} take", way)
+
+
+def interference(task: Several, settings: InterferenceSettings) -> tuple[Interference | Union | LeftOut, ...]:
+    """Hold all updates of one layer against each other.
+
+    Args:
+        task: The layer.
+        settings: What is asked.
+
+    Returns:
+        One record for each pair of updates that are not zero, and one for all together; where an update is not finite,
+        one ``left_out`` record instead.
+
+    Raises:
+        InputError: A file could not be read.
+    """
+    records, fallback = on_device(partial(_measure, task, settings), resolve_device(settings.device))
+    return tuple(
+        record.model_copy(update={"spectrum": noted(record.spectrum, fallback)})
+        if isinstance(record, Union)
+        else record
+        for record in records
+    )
+
+
+def _measure(
+    task: Several, settings: InterferenceSettings, device: torch.device
+) -> tuple[Interference | Union | LeftOut, ...]:
+    if device.type == "cpu":  # the limit is on the memory of the machine
+        _check_room(task, settings)
+    parts: list[Part] = []
+    for update in task.updates:
+        part = read_part(update, settings, device)
+        if isinstance(part, Change):
+            left_out = not_finite(update.delta, part)
+            return (left_out.model_copy(update={"detail": f"{update.name}: {left_out.detail}"}),)
+        parts.append(part)
+    moved = [part for part in parts if part.fro > 0]
+    pairs = [_pair(task, first, second, settings) for first, second in combinations(moved, 2)]
+    return (*pairs, union(task, parts, moved, settings))
+
+
+def _pair(task: Several, first: Part, second: Part, settings: InterferenceSettings) -> Interference:
+    cosine = inner(first.matrix, second.matrix) / first.factors.fro / second.factors.fro
+    cosine = max(-1.0, min(1.0, cosine))
+    by_chance = 1 / math.sqrt(math.prod(task.shape))
+    # As far as either has directions; beyond that, every rank would say the same.
+    ranks = [r for r in settings.ranks if r <= max(first.rank, second.rank)] or [min(settings.ranks)]
+    energy = {str(r): _energy(task, first, second, r) for r in ranks}
+    at = min(ranks, key=lambda rank: abs(rank - RELATION_RANK))
+    near = _near(first.u, second, at) and _near(second.u, first, at)
+    near = near and _near(first.v, second, at, rows=True) and _near(second.v, first, at, rows=True)
+    noise = "unresolved" in {first.resolution.verdict, second.resolution.verdict}
+    return Interference(
+        layer=task.layer,
+        shape=task.shape,
+        first=first.update.name,
+        second=second.update.name,
+        first_fro=first.factors.fro,
+        second_fro=second.factors.fro,
+        cosine=cosine,
+        cosine_random=by_chance,
+        columns={str(r): agreement(first.u[:, :r], second.u[:, :r]) for r in ranks},
+        rows={str(r): agreement(first.v[:, :r], second.v[:, :r]) for r in ranks},
+        energy=energy,
+        relation="noise" if noise else relation(near, cosine, by_chance),
+    )
+
+
+def _energy(task: Several, first: Part, second: Part, rank: int) -> EnergyOverlap:
+    u, w = first.u[:, :rank], second.u[:, :rank]
+    return EnergyOverlap(
+        second_in_first=within(u, second),
+        first_in_second=within(w, first),
+        random_first=u.shape[1] / task.shape[0],
+        random_second=w.shape[1] / task.shape[0],
+    )
+
+
+def _near(vectors: Tensor, part: Part, rank: int, rows: bool = False) -> bool:
+    space = vectors[:, :rank]
+    return near_chance(within(space, part, rows), space.shape[1], len(space), part.effective)

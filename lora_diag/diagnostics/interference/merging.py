@@ -1,0 +1,107 @@
+"""How far merges of several updates are from their sum, without writing any of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from lora_diag.linalg.distance import products
+from lora_diag.linalg.stacked import Matrix, gap, inner, stacked
+from lora_diag.linalg.ties import Conflicts, ties_blocks, ties_factor
+from lora_diag.metrics import distances
+from lora_diag.records.interference import MergeLoss
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """The factors of one adapter as its file has them, and its scale: ΔW = scale·B·A."""
+
+    b: Tensor
+    a: Tensor
+    scale: float
+
+
+def loss(total: Matrix, fro: float, merge: tuple[Tensor, Tensor]) -> MergeLoss:
+    """Hold a merge in factored form against the sum.
+
+    Args:
+        total: S.
+        fro: ‖S‖_F > 0.
+        merge: Its B and A.
+    """
+    norm_squared, along = inner(merge, merge), inner(total, merge)
+    return as_loss(fro, math.sqrt(max(0.0, norm_squared)), gap(total, merge), along)
+
+
+def as_loss(fro: float, norm: float, apart: float, along: float) -> MergeLoss:
+    """Return ‖S‖, ‖M‖, ‖S − M‖ and ⟨S, M⟩ as a record."""
+    found = distances(fro, norm, apart, along, None)
+    assert found.epsilon is not None
+    assert found.norm_ratio is not None
+    return MergeLoss(
+        residual=found.epsilon,
+        norm_ratio=found.norm_ratio,
+        cosine=found.cosine,
+        best_scale=found.best_scale,
+        residual_best_scale=found.epsilon_best_scale,
+    )
+
+
+def factor_merges(
+    total: Matrix, fro: float, pairs: Sequence[Pair] | None, weights: Sequence[float], density: float
+) -> dict[str, MergeLoss | None]:
+    """Return the losses of merges that are made from the factors.
+
+    ``linear`` is (Σ√(w_ks_k)B_k)(Σ√(w_ks_k)A_k): its distance from S is that of its cross terms
+    Σ_{k≠l} √(w_ks_kw_ls_l)·B_kA_l. ``ties`` merges the B_k and the A_k likewise. (``peft.tuners.lora.model``,
+    ``_generalized_task_arithmetic_weighted_adapter`` of PEFT 0.21.)
+
+    Args:
+        total: S.
+        fro: ‖S‖_F > 0.
+        pairs: The factors; None where an update has none.
+        weights: The w_k > 0.
+        density: Share of the entries that ``ties`` keeps.
+    """
+    if pairs is None:
+        return {"cat": None, "linear": None, "ties": None}
+    beside = stacked(
+        [(weight * pair.scale * pair.b, pair.a) for pair, weight in zip(pairs, weights, strict=True)], _ones(pairs)
+    )
+    merges: dict[str, MergeLoss | None] = {"cat": loss(total, fro, beside), "linear": None, "ties": None}
+    roots = [math.sqrt(weight * pair.scale) for pair, weight in zip(pairs, weights, strict=True) if pair.scale > 0]
+    if len({pair.b.shape[1] for pair in pairs}) == 1 and len(roots) == len(pairs):
+        b, a = [pair.b for pair in pairs], [pair.a for pair in pairs]
+        merges["linear"] = loss(total, fro, (_weighted(b, roots), _weighted(a, roots)))
+        merges["ties"] = loss(total, fro, (ties_factor(b, roots, density), ties_factor(a, roots, density)))
+    return merges
+
+
+def ties_merge(
+    parts: Sequence[Matrix], fro: float, weights: Sequence[float], density: float
+) -> tuple[MergeLoss, Conflicts, Conflicts]:
+    """Return the loss of TIES on the updates themselves, and their sign conflicts before and after trimming.
+
+    Args:
+        parts: The ΔW_k, without weights.
+        fro: ‖Σ w_kΔW_k‖_F > 0.
+        weights: The w_k.
+        density: Share of the entries of each update to keep.
+    """
+    before, after = Conflicts(), Conflicts()
+    apart, norm, along = products(ties_blocks(parts, weights, density, before, after))
+    return as_loss(fro, norm, apart, along), before, after
+
+
+def _ones(pairs: Sequence[Pair]) -> list[float]:
+    return [1.0] * len(pairs)
+
+
+def _weighted(factors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    return sum(
+        (weight * factor.double() for factor, weight in zip(factors, weights, strict=True)),
+        start=factors[0].double() * 0,
+    )

@@ -1,0 +1,201 @@
+"""What all updates of one layer need together: the rank of their sum, their interference, what merges of them lose."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from lora_diag.deltas import FactoredDelta
+from lora_diag.diagnostics.interference.merging import Pair, factor_merges, ties_merge
+from lora_diag.diagnostics.interference.parts import InterferenceSettings, Part, Several, within
+from lora_diag.diagnostics.spectrum.measure import THRESHOLDS, record_of
+from lora_diag.linalg import Factors, decompose, decompose_factored, numerical_rank
+from lora_diag.linalg.factors import ZERO_DENSE, ZERO_FACTORED
+from lora_diag.linalg.stacked import Matrix, total
+from lora_diag.metrics import energy_curve, noise_edge, rank_at, signal_rank, verdict
+from lora_diag.metrics.interference import task_interference, task_interference_at_random
+from lora_diag.records import Resolution, Union
+from lora_diag.records.interference import MergeLoss
+
+# Share of ‖S‖_F that the directions of the subspace alignment ratio may leave (Marczak et al. 2025).
+ALIGNMENT_ERROR = 0.05
+
+
+def union(task: Several, parts: Sequence[Part], moved: Sequence[Part], settings: InterferenceSettings) -> Union:
+    """Return the record of all updates of a layer together.
+
+    Args:
+        task: The layer.
+        parts: Its updates.
+        moved: Those that are not zero.
+        settings: What is asked.
+    """
+    weights = [part.update.weight for part in parts]
+    summed = total([part.matrix for part in parts], weights)
+    if isinstance(summed, tuple):
+        factors = decompose_factored(*summed, vectors=True)
+    else:
+        factors = decompose(summed, settings.method, None, None, True, settings.tol, settings.seed)
+    # A sum that cancels leaves rounding of the parts behind, and no update.
+    largest = math.hypot(*(part.fro for part in parts))
+    if factors.fro <= (ZERO_FACTORED if isinstance(summed, tuple) else ZERO_DENSE) * largest:
+        factors = replace(factors, s=torch.zeros_like(factors.s), fro=0.0, energy_error=0.0)
+    spectrum = record_of(
+        task.layer,
+        task.shape,
+        (None, "float32" if isinstance(summed, tuple) else "float64"),
+        None,
+        factors,
+        settings.ranks,
+        _resolution(parts, factors, task.shape),
+    )
+    needed = {str(share): sum(rank_at(part.curve, share) or 0 for part in moved) for share in THRESHOLDS}
+    effective = sum(part.effective for part in moved)
+    several = len(moved) > 1 and factors.fro > 0
+    fields = _together(moved, factors, spectrum.rank_at, task.shape, settings) if several else _alone()
+    merges, conflicts = _merges(parts, summed, factors, weights, settings) if several else ({}, {})
+    return Union(
+        layer=task.layer,
+        shape=task.shape,
+        updates=tuple(part.update.name for part in moved),
+        ranks=tuple(_columns(part) for part in moved),
+        fro=factors.fro,
+        parts_fro=tuple(part.fro for part in moved),
+        spectrum=spectrum,
+        parts_rank_at=needed,
+        additive={share: _ratio(spectrum.rank_at[share], of) if several else None for share, of in needed.items()},
+        parts_effective_rank=effective,
+        additive_effective=_ratio(spectrum.effective_rank, effective) if several else None,
+        energy_ratio=factors.fro**2 / largest**2 if len(moved) > 1 else None,
+        merges=merges,
+        recompressed={str(r): _left(factors, r) for r in _recompressed(moved, settings)} if several else {},
+        **fields,
+        **{name: conflicts.get(name) for name in _CONFLICTS},
+    )
+
+
+_CONFLICTS = ("sign_conflicts", "sign_conflicts_random", "trimmed_conflicts", "trimmed_conflicts_random")
+
+
+def _columns(part: Part) -> int | None:
+    return part.matrix[0].shape[1] if isinstance(part.matrix, tuple) else None
+
+
+def _ratio(value: float | None, of: float) -> float | None:
+    return value / of if value is not None and of else None
+
+
+def _resolution(parts: Sequence[Part], factors: Factors, shape: tuple[int, int]) -> Resolution:
+    """Bound the rounding of the sum by the sum of the roundings: those of one BASE are the same in every part."""
+    noise = sum(part.update.weight * part.resolution.noise_fro for part in parts)
+    edge = noise_edge(noise**2 / math.prod(shape), shape)
+    signal = signal_rank(factors.s.numpy(), edge, factors.complete)
+    return Resolution(
+        unchanged=None,
+        mantissa=None,
+        rounding_fro=sum(part.update.weight * part.resolution.rounding_fro for part in parts),
+        noise_fro=noise,
+        edge=edge,
+        signal_rank=signal,
+        verdict=verdict(noise, factors.fro, signal),
+    )
+
+
+def _alone() -> dict[str, object]:
+    """Return the fields that need two updates, for a layer that has not."""
+    return {
+        "rank_for_all": {},
+        "weakest_kept": {},
+        "sti": None,
+        "sti_relative": None,
+        "sti_random": None,
+        "alignment": None,
+        "alignments": (),
+        "alignment_rank": None,
+        "alignment_random": None,
+    }
+
+
+def _together(
+    moved: Sequence[Part],
+    factors: Factors,
+    ranks: dict[str, int | None],
+    shape: tuple[int, int],
+    settings: InterferenceSettings,
+) -> dict[str, object]:
+    """Return what the sum needs and what its directions leave of the parts."""
+    assert factors.u is not None
+    assert factors.vh is not None
+    # C_k(r) = ‖U_rᵀΔW_kV_r‖²/‖ΔW_k‖² for every r: sums over the leading r×r blocks of UᵀΔW_kV.
+    kept = []
+    for part in moved:
+        core = ((factors.u.T @ part.u) * part.s.to(factors.u.device)) @ (part.v.T @ factors.vh.T)
+        kept.append((core**2).cumsum(0).cumsum(1).diagonal().cpu() / (part.s**2).sum())
+    # Beyond the rank of S its vectors point anywhere, and an adapter for S has no columns.
+    weakest = torch.stack(kept).min(0).values.clamp(max=1.0).numpy()[: numerical_rank(factors)]
+    aligned = _alignment_rank(factors)
+    alignments = [math.sqrt(within(factors.u[:, :aligned], part)) for part in moved]
+    return {
+        "rank_for_all": {str(share): rank_at(weakest, share * (1 - 1e-9)) for share in THRESHOLDS},
+        "weakest_kept": {share: float(weakest[r - 1]) if r else None for share, r in ranks.items()},
+        **_singular_task_interference(moved, shape, max(settings.ranks)),
+        "alignment": sum(alignments) / len(alignments),
+        "alignments": tuple(alignments),
+        "alignment_rank": aligned,
+        "alignment_random": math.sqrt(aligned / shape[0]),
+    }
+
+
+def _alignment_rank(factors: Factors) -> int:
+    """Return the smallest k with ‖S − S_k‖_F ≤ 0.05‖S‖_F (Marczak et al. 2025, arXiv 2502.04959)."""
+    curve = energy_curve(factors.s.numpy(), factors.fro, factors.complete)
+    return rank_at(curve, 1 - ALIGNMENT_ERROR**2) or len(curve)
+
+
+def _singular_task_interference(moved: Sequence[Part], shape: tuple[int, int], most: int) -> dict[str, float]:
+    u = torch.cat([part.u[:, :most] for part in moved], dim=1)
+    v = torch.cat([part.v[:, :most] for part in moved], dim=1)
+    s = torch.cat([part.s[:most] for part in moved]).numpy()
+    owner = np.repeat(np.arange(len(moved)), [min(part.rank, most) for part in moved])
+    sti, relative = task_interference((u.T @ u).cpu().numpy(), (v.T @ v).cpu().numpy(), s)
+    return {"sti": sti, "sti_relative": relative, "sti_random": task_interference_at_random(s, owner, shape)}
+
+
+def _merges(
+    parts: Sequence[Part], summed: Matrix, factors: Factors, weights: Sequence[float], settings: InterferenceSettings
+) -> tuple[dict[str, MergeLoss | None], dict[str, float | None]]:
+    """Return the losses of merges, and the sign conflicts."""
+    # A dead adapter is no update, but its A is part of PEFT's merges.
+    density = settings.density or 0.2
+    merges = factor_merges(summed, factors.fro, _pairs(parts), weights, density)
+    if settings.density == 0:
+        return {**merges, "ties": None, "ties_dense": None}, {}
+    dense, before, after = ties_merge([part.matrix for part in parts], factors.fro, weights, density)
+    found = (before.share, before.random, after.share, after.random)
+    return {**merges, "ties_dense": dense}, dict(zip(_CONFLICTS, found, strict=True))
+
+
+def _pairs(parts: Sequence[Part]) -> list[Pair] | None:
+    """Return the factors as the files have them; None where an update has none, or its scale is not known."""
+    pairs = []
+    for part in parts:
+        delta = part.update.delta
+        if not isinstance(part.matrix, tuple) or not isinstance(delta, FactoredDelta) or not delta.scale:
+            return None
+        b, a = (factor.to(torch.float64) for factor in part.matrix)
+        pairs.append(Pair(b / delta.scale, a, delta.scale))
+    return pairs
+
+
+def _recompressed(moved: Sequence[Part], settings: InterferenceSettings) -> list[int]:
+    """Return the ranks to recompress to: those asked, and PEFT's own choice, the largest of the adapters'."""
+    columns = [_columns(part) for part in moved]
+    return sorted({*settings.ranks, *(rank for rank in [max((c for c in columns if c), default=0)] if rank)})
+
+
+def _left(factors: Factors, rank: int) -> float:
+    return math.hypot(*factors.s[rank:].flip(0).tolist()) / factors.fro

@@ -1,0 +1,71 @@
+"""``loradiag intruders``."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lora_diag.cli import options
+from lora_diag.cli.output import progress_bar, result, tell_unmeasured, terminal
+from lora_diag.errors import UNREADABLE
+
+Tuned = Annotated[str, typer.Argument(metavar="TUNED", help="Checkpoint after, or an adapter.")]
+Top = Annotated[int, typer.Option(metavar="K", help="Look at the K largest directions of each weight.")]
+Epsilon = Annotated[float, typer.Option(metavar="E", help="Similarity below which a direction is not one of BASE.")]
+Window = Annotated[
+    float, typer.Option(metavar="W", help="Singular values of BASE within this share count as equal: they may rotate.")
+]
+
+
+@options.spread
+def intruders(
+    base: options.Base,
+    tuned: Tuned,
+    top: Top = 10,
+    epsilon: Epsilon = 0.5,
+    window: Window = 0.1,
+    *,
+    compared: options.Compared,
+    tol: options.Tol = 1e-4,
+    computed: options.ComputedWhole,
+    per: options.PerRow = options.Per.type,
+    written: options.Written,
+) -> None:
+    """Which of the largest directions of the tuned weights are new? Intruder dimensions, as LoRA makes them.
+
+    Example: loradiag intruders base/ lora_r8/ -o intruders.jsonl
+    """
+    # torch comes with it: not before it is needed
+    from lora_diag.diagnostics.intruders.run import intruders as measure
+    from lora_diag.diagnostics.intruders.summary import intruders_table
+
+    with progress_bar(written.quiet) as on_progress:
+        results = measure(
+            base,
+            tuned,
+            top=top,
+            epsilon=epsilon,
+            window=window,
+            tol=tol,
+            **vars(compared),
+            **computed.arguments(),
+            **written.arguments(),
+            on_progress=on_progress,
+        )
+    if written.table:
+        then = _next(base, tuned, written.output) if results.layers else None
+        result(intruders_table(results, *terminal(), per=per, then=then))
+    if tell_unmeasured(results.unmeasured, "the layer was left out"):
+        raise typer.Exit(UNREADABLE)
+
+
+def _next(base: str, tuned: str, output: Path | None) -> str:
+    if output is None:
+        words = shlex.join(["loradiag", "intruders", str(base), str(tuned), "--per", "layer"])
+        return f"{words}   (where they are; -o FILE keeps the records for loradiag gate)"
+    # Not gate init: where no layer has an intruder, or one has little else, there is no limit to take from them.
+    words = shlex.join(["loradiag", "inspect", str(output), "--per", "layer"])
+    return f'{words}   (where they are; loradiag gate takes a rule such as require = "intruders <= 2")'

@@ -1,0 +1,188 @@
+"""Which of the largest directions of a fine-tuned weight are new? W_tuned's left singular vectors against W_base's."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from lora_diag.deltas import Delta, DenseDelta, StoredDelta, row_blocks
+from lora_diag.layers.change import COMPUTED, Change, load_change, noted, on_device
+from lora_diag.layers.left_out import not_finite
+from lora_diag.linalg import Allowance, Factors, decompose, norm, require, resolve_device, whole_bytes
+from lora_diag.metrics.intruders import below_at_random, kind, similarity_at_random
+from lora_diag.records import Direction, Intruders, LeftOut
+
+NEEDS_BASE = "the weights themselves are compared, and BASE does not hold this one"
+
+
+@dataclass(frozen=True, slots=True)
+class IntruderSettings:
+    """What is asked of every layer.
+
+    Args:
+        k: How many of the largest directions of W_tuned are looked at.
+        epsilon: ε in (0, 1): a similarity below it makes an intruder.
+        window: Singular values σ_i of W_base with |σ_i − σ_j| ≤ window·σ_j count as nearly σ_j.
+        method: ``auto``, ``exact``, ``gram`` or ``krylov``, of W_tuned's largest singular vectors.
+        tol: Bound to reach on the error of every energy fraction.
+        seed: Of random starting vectors.
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:1``.
+        memory: Bytes that a layer may take; None for what it needs.
+    """
+
+    k: int = 10
+    epsilon: float = 0.5
+    window: float = 0.1
+    method: str = "auto"
+    tol: float = 1e-4
+    seed: int = 0
+    device: str = "auto"
+    memory: int | None = None
+
+
+def size(delta: Delta, settings: IntruderSettings) -> int:
+    """Return about how many bytes measuring a layer takes: both weights, and all singular vectors of W_base.
+
+    Within a limit it is no fewer than it takes, and no more than there are.
+    """
+    if settings.memory is not None:
+        return min(settings.memory, most_bytes(delta, settings))
+    rows, columns = delta.shape
+    smaller = min(rows, columns)
+    return 3 * 4 * rows * columns + 8 * smaller * (2 * smaller + rows + columns)
+
+
+def most_bytes(delta: Delta, settings: IntruderSettings) -> int:
+    """Return how many bytes a layer takes at most: ΔW and both weights, and W_base's vectors beside W_tuned's.
+
+    Example:
+        >>> from lora_diag.deltas import FactoredDelta
+        >>> delta = FactoredDelta("w", (4096, 4096), lambda: None, ("bfloat16", "bfloat16"))
+        >>> round(most_bytes(delta, IntruderSettings()) / 2**20)
+        1152
+    """
+    entry = 8 if "float64" in delta.dtypes else 4
+    update = math.prod(delta.shape) * (COMPUTED if isinstance(delta, DenseDelta) else entry)
+    base = whole_bytes(delta.shape, Allowance(0, vectors=True), entry)
+    vectors = 8 * min(delta.shape) * sum(delta.shape)
+    top = whole_bytes(delta.shape, Allowance(0, settings.method, min(settings.k, *delta.shape), True), entry)
+    return update + math.prod(delta.shape) * entry + max(base, vectors + top)
+
+
+def intruders(delta: Delta, settings: IntruderSettings) -> tuple[Intruders | LeftOut]:
+    """Hold the largest directions of one fine-tuned weight against all of its base.
+
+    Args:
+        delta: The layer.
+        settings: What is asked.
+
+    Returns:
+        One record; a ``left_out`` record where a weight is not finite or BASE has not got it.
+
+    Raises:
+        InputError: A file could not be read.
+    """
+    if delta.base is None:
+        return (LeftOut(layer=delta.layer, shape=delta.shape, reason="not_in_base", detail=NEEDS_BASE),)
+    return (noted(*on_device(partial(_measure, delta, settings), resolve_device(settings.device))),)
+
+
+def _measure(delta: Delta, settings: IntruderSettings, device: torch.device) -> Intruders | LeftOut:
+    if settings.memory is not None and device.type == "cpu":  # the limit is on the memory of the machine
+        what = "both weights with all singular vectors of BASE take"
+        require(most_bytes(delta, settings), settings.memory, delta.shape, what, "--exclude it")
+    change = load_change(delta, device)
+    if change.non_finite is not None:
+        return not_finite(delta, change)
+    assert delta.base is not None
+    before = _weight(row_blocks(delta.base, delta.shape), device)
+    after = _tuned(delta, change, before, device)
+    fro = change.fro if change.fro is not None else norm(change.blocks(delta.shape))
+    if not (after.isfinite().all() and torch.isfinite(torch.tensor(fro))):
+        return not_finite(delta, replace(change, non_finite="W_base + ΔW is not finite"))
+    k = min(settings.k, *delta.shape)
+    if fro == 0.0:
+        return _record(delta, settings, k, 0.0, norm([before]), (), "none: ΔW is zero")
+    base = decompose(before, vectors=True)
+    top = decompose(after, settings.method, k, vectors=True, tol=settings.tol, seed=settings.seed)
+    directions = _directions(base, top, settings)
+    return _record(delta, settings, k, fro, base.fro, directions, f"{base.method}, {top.method}")
+
+
+def _weight(blocks: Iterable[Tensor], device: torch.device) -> Tensor:
+    """Return a stored matrix in float32, or float64 if it is stored so."""
+    parts = [block.to(device) for block in blocks]
+    dtype = torch.float64 if parts[0].dtype == torch.float64 else torch.float32
+    return torch.cat([part.to(dtype) for part in parts])
+
+
+def _tuned(delta: Delta, change: Change, before: Tensor, device: torch.device) -> Tensor:
+    """Return W_tuned: as it is stored, or W_base + ΔW."""
+    if isinstance(delta, StoredDelta):
+        return _weight(row_blocks(delta.tuned, delta.shape), device)
+    after, row = before.clone(), 0
+    for block in change.blocks(delta.shape):
+        after[row : row + len(block)] += block.to(after.dtype)
+        row += len(block)
+    return after
+
+
+def _directions(base: Factors, top: Factors, settings: IntruderSettings) -> tuple[Direction, ...]:
+    assert base.u is not None
+    assert top.u is not None
+    products = (base.u.T @ top.u).abs().cpu()
+    found = []
+    for j, sigma in enumerate(top.s.tolist()):
+        column = products[:, j]
+        near = (base.s - sigma).abs() <= settings.window * sigma
+        similarity, at = column.max(0)
+        projection = min(1.0, float(column[near].square().sum().sqrt()))
+        by_chance = (int(near.sum()) / len(top.u)) ** 0.5
+        found.append(
+            Direction(
+                sigma=sigma,
+                similarity=min(1.0, float(similarity)),
+                nearest=int(at) + 1,
+                window=int(near.sum()),
+                projection=projection,
+                projection_random=by_chance,
+                kind=kind(float(similarity), projection, by_chance, settings.epsilon),
+            )
+        )
+    return tuple(found)
+
+
+def _record(
+    delta: Delta,
+    settings: IntruderSettings,
+    k: int,
+    fro: float,
+    base_fro: float,
+    directions: tuple[Direction, ...],
+    method: str,
+) -> Intruders:
+    rotated, new = (sum(direction.kind == word for direction in directions) for word in ("rotated", "intruder"))
+    rows, vectors = delta.shape[0], min(delta.shape)
+    return Intruders(
+        layer=delta.layer,
+        shape=delta.shape,
+        k=k,
+        epsilon=settings.epsilon,
+        window=settings.window,
+        fro=fro,
+        base_fro=base_fro,
+        count=rotated + new,
+        rotated=rotated,
+        intruders=new,
+        share=new / k,
+        similarity_lowest=min((direction.similarity for direction in directions), default=None),
+        similarity_random=similarity_at_random(rows, vectors),
+        count_random=k * below_at_random(rows, vectors, settings.epsilon),
+        directions=directions,
+        method=method,
+    )

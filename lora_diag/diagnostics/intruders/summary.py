@@ -1,0 +1,141 @@
+"""The terminal's answer to ``intruders``: how many directions are new, where, and what chance would give."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from statistics import median
+
+from rich.console import Group
+
+from lora_diag.records import Intruders, Results
+from lora_diag.rendering.columns import Column, Grid, rows_of, title_of
+from lora_diag.rendering.lines import answers, inputs, left_out_line, not_measured, notes
+from lora_diag.rendering.text import number, short, to_text
+
+# So many layers are named in a sentence.
+_NAMED = 3
+
+_SPARED = ("σ/σ_1", "first at", "by chance", "of", "n")
+
+
+def intruders_table(
+    results: Results[Intruders], width: int = 80, color: bool = False, per: str = "type", then: str | None = None
+) -> str:
+    """Return the table and the summary of an intruders run.
+
+    Args:
+        results: What was measured.
+        width: Columns of the terminal; 80 are enough, 140 are used.
+        color: Whether to use ANSI colours.
+        per: ``type`` for one row a module type, ``layer`` for one row a layer.
+        then: The command that a user would run next.
+
+    Returns:
+        Lines of text, without a newline at the end.
+    """
+    (grid,) = intruders_grids(results, per)
+    return to_text(Group(*grid.shown(width), answers(intruders_lines(results), _style, then)), width, color)
+
+
+def intruders_grids(results: Results[Intruders], per: str = "type") -> list[Grid]:
+    """Return the table, those with the most intruders first."""
+    rows = sorted(rows_of(results, per), key=lambda row: -sum(record.intruders for record in row[1]))
+
+    def column(title: str, cell: Callable[[Sequence[Intruders]], str]) -> Column:
+        return Column(title, tuple(cell(group) for _, group in rows))
+
+    columns = [
+        column("n", lambda group: str(len(group))),
+        column("of", lambda group: str(sum(r.k for r in group))),
+        column("intruders", lambda group: str(sum(r.intruders for r in group))),
+        column("rotated", lambda group: str(sum(r.rotated for r in group))),
+        column("lowest", _lowest),
+        column("by chance", lambda group: f"{median(r.similarity_random for r in group):.2f}"),
+        column("first at", _first),
+        column("σ/σ_1", _largest),
+    ]
+    kept = tuple(c for c in columns if per == "type" or c.title != "n")
+    return [Grid("", title_of(per), tuple(name for name, _ in rows), kept, _SPARED)]
+
+
+def _lowest(group: Sequence[Intruders]) -> str:
+    found = [r.similarity_lowest for r in group if r.similarity_lowest is not None]
+    return f"{min(found):.2f}" if found else "-"
+
+
+def _places(record: Intruders) -> list[int]:
+    """Return which of the directions are intruders, from 1 on."""
+    return [j for j, direction in enumerate(record.directions, 1) if direction.kind == "intruder"]
+
+
+def _first(group: Sequence[Intruders]) -> str:
+    places = [place for record in group for place in _places(record)]
+    return str(min(places)) if places else "-"
+
+
+def _largest(group: Sequence[Intruders]) -> str:
+    """Return the largest intruder's singular value over the largest of its weight."""
+    shares = [r.directions[j - 1].sigma / r.directions[0].sigma for r in group for j in _places(r)[:1]]
+    return number(max(shares)) if shares else "-"
+
+
+def _style(word: str, sentence: str) -> str:
+    if word in {"Warning", "Not measured"}:
+        return "bold red"
+    return "bold yellow" if word == "Intruders?" and not sentence.startswith("none") else ""
+
+
+def intruders_lines(results: Results[Intruders]) -> list[tuple[str, str]]:
+    """Return word and sentence for each line of the summary."""
+    lines = [("Compared", "\n".join([*inputs(results.run), *notes(results.run)]))]
+    records = list(results)
+    if records:
+        lines += [("Intruders?", _intruders(records)), ("Rotated", _rotated(records)), ("Chance", _chance(records))]
+    lines.append(
+        (
+            "Read it so",
+            "intruders were found beside forgetting (arXiv 2410.21228); a loss on data from before the fine-tune says "
+            "whether this one forgot",
+        )
+    )
+    lines.append(("Left out", left_out_line(results.left_out)))
+    if failed := results.unmeasured:
+        lines.append(("Not measured", not_measured(failed)))
+    if results.end is None:
+        lines.append(("Warning", "the run did not finish: these are the layers measured so far"))
+    return lines
+
+
+def _intruders(records: Sequence[Intruders]) -> str:
+    looked = sum(record.k for record in records)
+    found = sum(record.intruders for record in records)
+    first = records[0]
+    asked = f"the {first.k} largest directions of each weight, similarity below {number(first.epsilon)}"
+    still = sum(record.fro == 0 for record in records)
+    beside = f"; {still} {'weight' if still == 1 else 'weights'} did not change" if still else ""
+    if not found:
+        return f"none in {len(records)} layers ({asked}){beside}"
+    hit = sorted((r for r in records if r.intruders), key=lambda r: (-r.intruders, r.similarity_lowest or 0.0))
+    named = ", ".join(f"{short(r.layer)} ({r.intruders})" for r in hit[:_NAMED])
+    return f"{found} of {looked} directions, in {len(hit)} of {len(records)} layers ({asked}){beside}: {named}"
+
+
+def _rotated(records: Sequence[Intruders]) -> str:
+    """Say what the published count has on top."""
+    rotated, count = sum(record.rotated for record in records), sum(record.count for record in records)
+    near = number(records[0].window * 100)
+    if not rotated:
+        return f"none: the published count is {count}, too"
+    return (
+        f"{rotated} more have no single match, yet lie in the span of directions of BASE whose singular values are "
+        f"within {near}%: such directions turn freely. The published count, {count}, has them in"
+    )
+
+
+def _chance(records: Sequence[Intruders]) -> str:
+    similarity = median(record.similarity_random for record in records)
+    count, looked = sum(record.count_random for record in records), sum(record.k for record in records)
+    return (
+        f"a random direction has a similarity of about {similarity:.2f}, so about {count:.0f} of {looked} would count: "
+        "an intruder is a direction that BASE does not have, not one that is rarer than chance"
+    )

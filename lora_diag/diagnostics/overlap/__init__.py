@@ -1,0 +1,1 @@
+"""``overlap``: whether gradients stay in the subspaces of an update."""

@@ -1,0 +1,66 @@
+"""``loradiag overlap``."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lora_diag.cli import options
+from lora_diag.cli.output import again, message, progress_bar, result, tell_unmeasured, terminal
+from lora_diag.errors import UNREADABLE
+
+
+@options.spread
+def overlap(
+    base: options.Base,
+    tuned: Annotated[str, typer.Argument(metavar="TUNED", help="Checkpoint after a pilot run, or an adapter.")],
+    gradients: Annotated[
+        list[str], typer.Argument(metavar="GRADIENTS", help="Folders or files with the gradients of a step each.")
+    ],
+    ranks: Annotated[str, typer.Option(metavar="R,R,...", help="Ranks r of the subspaces.")] = "4,8,16,32,64",
+    rank: Annotated[int | None, typer.Option(metavar="R", help="Rank that the table shows; one of --ranks.")] = None,
+    *,
+    compared: options.Compared,
+    computed: options.Computed,
+    per: options.PerRow = options.Per.type,
+    written: options.Written,
+) -> None:
+    """Is training still inside the adapter's reach? Overlap of gradients with the subspaces of an update.
+
+    Example: loradiag overlap base/ full_ft/ gradients/ --ranks 8,16 -o overlap.jsonl
+    """
+    asked = options.parse_ranks(ranks)
+    # torch comes with it: not before it is needed
+    from lora_diag.diagnostics.overlap.run import overlap as measure
+    from lora_diag.diagnostics.overlap.table import overlap_table
+
+    with progress_bar(written.quiet) as on_progress:
+        results = measure(
+            base,
+            tuned,
+            gradients,
+            ranks=asked if rank is None else [*asked, rank],
+            **vars(compared),
+            **computed.arguments(),
+            **written.arguments(),
+            on_progress=on_progress,
+        )
+    if written.table:
+        if rank is not None and results.layers and all(record.rank != rank for record in results.layers):
+            message(f"--rank {rank}: no layer and no adapter here has so many; another rank is shown")
+        then = _next(written.output, per) if results.layers else None
+        result(overlap_table(results, *terminal(), per=per, rank=rank, then=then))
+    if tell_unmeasured(results.unmeasured, "left out"):
+        raise typer.Exit(UNREADABLE)
+
+
+def _next(output: Path | None, per: str) -> str:
+    """Return the command that a user would run next, as a shell takes it."""
+    if per == "type":
+        return f"{again('--per', 'layer')}   (layer by layer)"
+    if output is None:
+        return f"{again('-o', 'overlap.jsonl')}   (keeps these numbers)"
+    return f"loradiag inspect {shlex.quote(str(output))}   (this table without measuring again)"

@@ -1,0 +1,227 @@
+"""`overlap`: which part of the gradients an update's subspaces reach, step by step, beside chance."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FixedLocator, MaxNLocator
+from numpy.typing import NDArray
+
+from lora_diag.records import Overlap
+from lora_diag.rendering.figures.groups import Types
+from lora_diag.rendering.figures.panel import panel_axes
+from lora_diag.rendering.figures.series import Options, Series
+from lora_diag.rendering.figures.sheet import MAX_PANELS, Key, Words, finish_grid, grid_of, sheet
+from lora_diag.rendering.figures.style import CATEGORIES, INK, QUIET, Look, category, cropped_all, styled, width_of
+
+# The measures drawn: name, field, field of the baseline, colour, dashes where colour tells runs apart.
+MEASURES = (
+    ("κ", "kappa", "kappa_random", CATEGORIES[0], (0, ())),
+    ("tangent", "tangent", "tangent_random", CATEGORIES[1], (0, (3, 1.2))),
+)
+
+# More lines than these in one panel are drawn as their range.
+SINGLE = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Course:
+    """A measure over the steps, for some layers.
+
+    Args:
+        steps: At which gradients were taken.
+        middle: Median over the layers.
+        low: Smallest.
+        high: Largest.
+        random: Median of what random subspaces reach.
+    """
+
+    steps: NDArray[np.int64]
+    middle: NDArray[np.float64]
+    low: NDArray[np.float64]
+    high: NDArray[np.float64]
+    random: NDArray[np.float64]
+
+
+def course(records: Sequence[Overlap], field: str, random: str) -> Course:
+    """Return a measure over the steps at which some layer has it."""
+    values: dict[int, list[float]] = {}
+    chance: dict[int, list[float]] = {}
+    for record in records:
+        if (value := getattr(record, field)) is not None:
+            values.setdefault(record.step, []).append(value)
+            chance.setdefault(record.step, []).append(getattr(record, random))
+    steps = sorted(values)
+
+    def over_steps(of: Callable[[list[float]], Any], what: dict[int, list[float]]) -> NDArray[np.float64]:
+        return np.array([float(of(what[step])) for step in steps])
+
+    return Course(
+        np.array(steps, dtype=np.int64),
+        over_steps(np.median, values),
+        over_steps(min, values),
+        over_steps(max, values),
+        over_steps(np.median, chance),
+    )
+
+
+def overlap(records: Iterable[Overlap], ax: Axes | None = None, *, rank: int | None = None, per: str = "layer") -> Axes:
+    """Draw κ = ‖UᵀGV‖_F / ‖G‖_F and the tangent overlap ‖P_T G‖_F / ‖G‖_F over the steps, beside their baselines.
+
+    Args:
+        records: Of ``overlap``.
+        ax: Where to draw; a new figure's if not given.
+        rank: Of the subspaces, where several were measured; 8 if it was, else the smallest.
+        per: ``layer`` for a thin line a layer (of up to 16), ``type`` for their range; the thick line is their median.
+
+    Returns:
+        The Axes drawn on.
+    """
+    records = tuple(records)
+    chosen = chosen_rank(records, rank)
+    shown = tuple(record for record in records if record.rank == chosen)
+    with panel_axes(ax) as (axes, look):
+        _draw(axes, (Series("", shown),), per, look)
+        steps = sorted({record.step for record in shown})
+        _step_axis(axes, steps, float(axes.get_window_extent().width) / axes.figure.dpi, look)
+        axes.set(xlabel="training step", ylabel=f"share of ‖G‖_F, r = {chosen}", ylim=(0, _top(shown)))
+        keys = _keys((Series("", shown),), per, look, len({record.layer for record in shown}))
+        axes.legend([key.handle for key in keys], [key.label for key in keys], fontsize="small")
+    return axes
+
+
+def chosen_rank(records: Sequence[Overlap], rank: int | None) -> int:
+    """Return the rank that is drawn."""
+    ranks = sorted({record.rank for record in records})
+    return rank if rank is not None else 8 if 8 in ranks else ranks[0]
+
+
+def figure(series: Sequence[Series[Any]], look: Look, options: Options) -> Figure:
+    """Return κ and tangent by module type, one panel each."""
+    everything = [record for one in series for record in one.records]
+    rank = chosen_rank(everything, options.rank)
+    shown = [Series(one.label, tuple(r for r in one.records if r.rank == rank)) for one in series]
+    records = [record for one in shown for record in one.records]
+    types = Types(record.layer for record in records)
+    names = types.names[:MAX_PANELS]
+    rows, columns = grid_of(len(names), look)
+    inches = (look.width * 0.97 - 3.4 * look.text / 72) / columns - 1.2 * look.text / 72
+    steps = sorted({record.step for record in records})
+    most = max(Counter(types.of(layer) for layer in {record.layer for record in records}).values())
+    with styled(look):
+        words = _words(shown, everything, rank, options.per, len(types.names) - len(names), most, look)
+        figure, axes = sheet(look, words, rows, columns)
+        titles = cropped_all(names, inches, look.text)
+        for name, ax in zip(names, axes, strict=False):
+            parts = [Series(s.label, tuple(r for r in s.records if types.of(r.layer) == name)) for s in shown]
+            _draw(ax, parts, options.per, look)
+            _step_axis(ax, steps, inches, look)
+            ax.set_title(titles[name], parse_math=False)
+        axes[0].set_ylim(0, _top(records))
+        axes[0].yaxis.set_major_locator(MaxNLocator(nbins=4, steps=[1, 2, 5, 10]))
+        finish_grid(axes, len(names), columns, "training step", "share of ‖G‖_F" if rows == 1 else "share")
+    return figure
+
+
+def _draw(ax: Axes, series: Sequence[Series[Overlap]], per: str, look: Look | None) -> None:
+    width = look.line if look else 1.2
+    for number, one in enumerate(series):
+        for name, field, random, color, dashes in MEASURES:
+            found = course(one.records, field, random)
+            if not len(found.steps):
+                continue
+            several = len(series) > 1
+            color = category(number) if several else color
+            marker: dict[str, Any] = {"marker": "o", "markersize": 2.6 * width}
+            layers = list(dict.fromkeys(record.layer for record in one.records))
+            banded = per == "type" or len(layers) > SINGLE
+            if banded and not several:
+                ax.fill_between(found.steps, found.low, found.high, color=color, alpha=0.2, lw=0)
+            elif not several:
+                for layer in layers:
+                    own = course([record for record in one.records if record.layer == layer], field, random)
+                    ax.plot(own.steps, own.middle, color=color, lw=0.5 * width, alpha=0.45, label=f"_{name} of {layer}")
+            line: dict[str, Any] = {"color": color, "lw": 1.5 * width, "ls": dashes if several else "-"}
+            ax.plot(found.steps, found.middle, label=f"_{name}", **line, **marker)
+            chance: dict[str, Any] = {"color": color, "lw": 0.9 * width, "ls": (0, (1, 1.5))}
+            if len(found.steps) == 1:
+                ax.plot(found.steps, found.random, color=color, marker="_", ms=6 * width, label=f"_random {name}")
+            else:
+                ax.plot(found.steps, found.random, label=f"_random {name}", **chance)
+
+
+def _top(records: Sequence[Overlap]) -> float:
+    values = [value for record in records for value in (record.kappa, record.tangent) if value is not None]
+    return min(1.02, 1.08 * max([*values, *(record.tangent_random for record in records)], default=1.0) or 1.0)
+
+
+def _step_axis(ax: Axes, steps: Sequence[int], inches: float, look: Look | None) -> None:
+    """Make x the step, with labels at steps that were measured, where there is room for them."""
+    low, high = steps[0], steps[-1]
+    margin = 0.06 * (high - low) or 1
+    ax.set_xlim(low - margin, high + margin)
+    size = look.ticks if look else 9
+    shown: list[int] = []
+    for step in (low, high, *steps):
+        gaps = [
+            abs(step - other) / (high - low + 2 * margin) * inches
+            - (width_of(str(step), size) + width_of(str(other), size)) / 2
+            for other in shown
+        ]
+        if all(gap > 0.6 * size / 72 for gap in gaps):
+            shown.append(step)
+    ax.xaxis.set_major_locator(FixedLocator(sorted(shown)))
+    ax.xaxis.set_major_formatter(lambda value, _: f"{value:.0f}")
+
+
+def _keys(series: Sequence[Series[Overlap]], per: str, look: Look | None, most: int) -> tuple[Key, ...]:
+    width = look.line if look else 1.2
+    several = len(series) > 1
+    found = []
+    for number, one in enumerate(series if several else ()):
+        found.append(Key(Line2D([], [], color=category(number), lw=2 * width), one.label))
+    for name, _, _, color, dashes in MEASURES:
+        color = INK if several else color
+        line = Line2D([], [], color=color, lw=1.5 * width, ls=dashes if several else "-")
+        found.append(Key(line, f"{name}, median layer"))
+    if not several:
+        banded = per == "type" or most > SINGLE
+        what, thick = ("range of the layers", 4.0) if banded else ("single layers", 0.5)
+        found.append(Key(Line2D([], [], color=QUIET, lw=thick * width, alpha=0.4), what))
+    found.append(Key(Line2D([], [], color=QUIET, lw=1.2 * width, ls=(0, (1, 1.5))), "random subspaces"))
+    return tuple(found)
+
+
+def _words(
+    series: Sequence[Series[Overlap]],
+    everything: Sequence[Overlap],
+    rank: int,
+    per: str,
+    missing: int,
+    most: int,
+    look: Look,
+) -> Words:
+    layers = len({record.layer for one in series for record in one.records})
+    whose = f"{series[0].label}: " if len(series) == 1 and series[0].label else ""
+    others = sorted({record.rank for record in everything} - {rank})
+    notes = []
+    if others:
+        notes.append(f"Also measured, not drawn: r = {', '.join(map(str, others))} (--rank).")
+    if missing:
+        notes.append(f"Not drawn: {missing} more module types (--layers).")
+    if zero := sum(record.kappa is None for one in series for record in one.records):
+        notes.append(f"No point: {zero} zero gradients.")
+    return Words(
+        f"Overlap of gradients with the update's rank-{rank} subspaces: κ and tangent",
+        f"{whose}{layers} {'matrix' if layers == 1 else 'matrices'}; κ\xa0=\xa0‖UᵀGV‖_F\xa0/\xa0‖G‖_F, "
+        "tangent\xa0=\xa0‖P_T\xa0G‖_F\xa0/\xa0‖G‖_F",
+        (" ".join(notes),) if notes else (),
+        _keys(series, per, look, most),
+    )

@@ -1,0 +1,330 @@
+"""Gradients recorded while a model trains: saved as snapshots, or held against subspaces at once."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from statistics import median
+from types import TracebackType
+from typing import Any, Literal, Self
+
+import torch
+from torch import Tensor, nn
+from transformers import TrainerCallback
+
+from lora_diag.adapters import match_names
+from lora_diag.checkpoints.tensors import TensorInfo
+from lora_diag.checkpoints.writing import write_safetensors
+from lora_diag.deltas import row_spans, selector
+from lora_diag.diagnostics.overlap.live import Live
+from lora_diag.diagnostics.overlap.measure import Subspaces, overlaps
+from lora_diag.diagnostics.overlap.reference import Reference
+from lora_diag.errors import InputError, UsageError
+from lora_diag.models.processes import averaged, is_main, is_unscaled
+from lora_diag.models.weights import Frozen, Weight, weights_of
+from lora_diag.records import LeftOut, Overlap, ResultsWriter, Run, RunInput, totals
+from lora_diag.records.names import module_type_of
+from lora_diag.version import __version__
+
+_LOG = logging.getLogger(__name__)
+
+# float16 is not among them: it flushes gradients below 6e-8 to zero.
+DTYPES = ("float32", "bfloat16")
+
+
+class GradientRecorder(TrainerCallback):
+    r"""Record the gradient of every matrix each so many updates.
+
+    Give it to a transformers Trainer (``Trainer(..., callbacks=[recorder])``), or use it in a loop of your own::
+
+        with GradientRecorder("gradients", every=100).attach(model) as recorder:
+            for batch in batches:
+                loss(model, batch).backward()      # as often as gradients are accumulated
+                recorder.step(scaler)              # before clipping and before optimizer.step()
+                ...
+
+    The gradient of step t is ∂L/∂W at the weights after t updates, summed over the backward passes of one update, with
+    the loss scale of mixed precision taken out. Weights that are trained give their own; those frozen under a LoRA give
+    Σ δy xᵀ from the inputs and output gradients of their layer (``training.weights``).
+
+    Args:
+        output: Without a reference: a folder, which gets one safetensors file a step, as ``overlap`` and
+            ``spectrum --gradients`` read it. With one: a new results file for the overlap records.
+        every: Record the steps 0, ``every``, 2·``every``, ….
+        reference: Subspaces to hold gradients against, from ``lora_diag.subspaces``; or ``live`` for those of the LoRA
+            itself, as it is at each step.
+        layers: Regular expression; only weights whose name contains a match.
+        exclude: Regular expression; no weights whose name contains a match.
+        dtype: Of the saved gradients, ``float32`` or ``bfloat16``.
+        ranks: With ``live``: ranks besides the LoRA's own.
+        log: Called with a dictionary of numbers after every recorded step; ``log_to`` makes it a Trainer's.
+
+    Attributes:
+        records: The overlap records so far.
+
+    Raises:
+        UsageError: An argument makes no sense, or ``output`` is in the way.
+    """
+
+    def __init__(
+        self,
+        output: Path | str,
+        *,
+        every: int = 100,
+        reference: Reference | Literal["live"] | None = None,
+        layers: str | None = None,
+        exclude: str | None = None,
+        dtype: str = "float32",
+        ranks: Sequence[int] = (),
+        log: Callable[[dict[str, float]], None] | None = None,
+    ) -> None:
+        if every < 1:
+            raise UsageError(f"every={every}: must be at least 1")
+        if dtype not in DTYPES:
+            raise UsageError(f"dtype={dtype!r}: use {' or '.join(DTYPES)}")
+        if isinstance(reference, str) and reference != "live":
+            raise UsageError(f"reference={reference!r}: give lora_diag.subspaces(...) or 'live'")
+        self.output, self.every, self.reference, self.dtype, self.log = Path(output), every, reference, dtype, log
+        self.records: list[Overlap] = []
+        self._chosen, self._settings = selector(layers, exclude), {"layers": layers, "exclude": exclude}
+        self._live = Live(tuple(ranks)) if reference == "live" else None
+        self._weights: list[Weight] = []
+        self._stop: list[Callable[[], None]] = []
+        self._against: dict[str, list[tuple[Subspaces, int]]] = {}
+        self._writer: ResultsWriter[Overlap] | None = None
+        self._left_out: list[LeftOut] = []
+        self._step = 0
+        self._clipped = False
+
+    # --- in a loop of one's own -----------------------------------------------------------------------------------
+
+    def attach(self, model: nn.Module, step: int = 0) -> Self:
+        """Find the weights of a model and listen to those that are frozen under a LoRA.
+
+        Args:
+            model: The model, adapters and wrappers for data parallelism included.
+            step: Updates that it has seen.
+
+        Raises:
+            UsageError: Nothing in it can be recorded, or the output is in the way.
+        """
+        if self._stop or self._weights:
+            raise UsageError("the recorder is attached already; close it first")
+        self._weights, unread = weights_of(model, self._chosen)
+        for name, why in unread.items():
+            _LOG.warning("%s: its gradient is not recorded: %s", name, why)
+        if not self._weights:
+            raise UsageError("nothing to record: no selected matrix is trained or frozen under a LoRA")
+        if self.reference is not None:
+            self._prepare(self.reference)
+        self._stop = [weight.hook() for weight in self._weights if isinstance(weight, Frozen)]
+        self._begin(step)
+        return self
+
+    def step(self, scaler: Any = None) -> None:
+        """Record if it is time; call it after the last backward pass of an update, before clipping and the update.
+
+        Args:
+            scaler: The ``torch.amp.GradScaler`` of fp16 training, whose scale is taken out.
+        """
+        self._record(scaler)
+        self._begin(self._step + 1)
+
+    def close(self, finished: bool = True) -> None:
+        """Stop listening, and end the results file.
+
+        Args:
+            finished: False to leave it without its last line, as a run that was interrupted.
+        """
+        for stop in self._stop:
+            stop()
+        self._stop, self._weights, self._against = [], [], {}
+        if self._writer is not None:
+            with self._writer as writer:
+                if finished:
+                    writer.append(*self._left_out, totals(self.records, self._left_out))
+            self._writer = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close(finished=error is None)
+
+    # --- in a Trainer ---------------------------------------------------------------------------------------------
+
+    def log_to(self, trainer: Any) -> Self:
+        """Send medians over the layers to a Trainer's log, and with it to TensorBoard or W&B."""
+        self.log = trainer.log
+        return self
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        """Attach to the model."""
+        self.attach(model, state.global_step)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Begin an update; called once for all its backward passes."""
+        self._begin(state.global_step)
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
+        """Record. The Trainer has taken the loss scale out and has clipped by now."""
+        self._clipped = args.max_grad_norm > 0
+        self._record(getattr(optimizer, "scaler", None))
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Finish."""
+        self.close()
+
+    # --- what both do ---------------------------------------------------------------------------------------------
+
+    @property
+    def _due(self) -> bool:
+        return self._step % self.every == 0
+
+    def _begin(self, step: int) -> None:
+        self._step = step
+        for weight in self._weights:
+            if isinstance(weight, Frozen):
+                weight.start(self._due)
+
+    def _prepare(self, reference: Reference | Literal["live"]) -> None:
+        """Match the weights to the layers of the reference, and open the results file."""
+        if isinstance(reference, Reference):
+            found, _ = match_names({weight.name: weight.shape for weight in self._weights}, reference.base)
+            for weight in self._weights:
+                for place in found.get(weight.name, ()):
+                    if place.layer in reference.layers:
+                        first = place.index * (weight.shape[1] if len(weight.shape) == 3 else 0)
+                        start = first + (place.rows[0] if place.rows else 0)
+                        self._against.setdefault(weight.name, []).append((reference.layers[place.layer], start))
+            if not self._against:
+                raise UsageError(
+                    "no selected weight of the model is a layer of the reference, which has layers like "
+                    f"{next(iter(reference.layers), 'none')}"
+                )
+            reached = {layer.layer for layers in self._against.values() for layer, _ in layers}
+            self._left_out = [*reference.left_out]
+            self._left_out += [
+                LeftOut(layer=name, shape=layer.shape, reason="no_gradient", detail="not trained, or not selected")
+                for name, layer in reference.layers.items()
+                if name not in reached
+            ]
+        elif not any(isinstance(weight, Frozen) for weight in self._weights):
+            raise UsageError("reference='live': no selected weight is frozen under a LoRA")
+        if not is_main():
+            return
+        if self.output.exists():
+            raise UsageError(f"{self.output}: exists; give another name for the overlap records, or delete it first")
+        if isinstance(reference, Reference):
+            inputs, settings = reference.inputs, reference.settings
+        else:
+            kind = "the LoRA in training, as it was at each step"
+            inputs = (RunInput(role="adapter", path=reference, kind=kind, tensors=len(self._weights)),)
+            settings = {"ranks": list(self._live.ranks) if self._live else []}
+        settings = {**settings, **self._settings, "every": self.every}
+        run = Run(command="overlap", version=__version__, inputs=inputs, settings=settings)
+        self._writer = ResultsWriter(self.output, run)
+
+    def _record(self, scaler: Any) -> None:
+        if not self._due:
+            return
+        gradients = {weight.name: self._unscaled(weight, scaler) for weight in self._weights}
+        known = {name: gradient for name, gradient in gradients.items() if gradient is not None}
+        if not known:
+            raise UsageError(
+                f"step {self._step}: no selected weight has a gradient; call step() after backward() and before "
+                "zero_grad(); DeepSpeed keeps gradients to itself and cannot be recorded"
+            )
+        if not is_main():
+            return
+        if self.reference is None:
+            self._save(known)
+        else:
+            self._measure(known)
+
+    def _unscaled(self, weight: Weight, scaler: Any) -> Callable[[], Tensor] | None:
+        """Return what gives the gradient, averaged over processes and without the loss scale; None if there is none."""
+        gradient = weight.gradient()
+        if isinstance(weight, Frozen):
+            gradient = averaged(weight)
+        if gradient is None:
+            return None
+        scale = 1.0
+        if scaler is not None and (isinstance(weight, Frozen) or not is_unscaled(scaler)):
+            scale = float(scaler.get_scale())
+        taken = gradient.detach()
+        return lambda: taken if scale == 1.0 else taken.float() / scale
+
+    def _save(self, gradients: dict[str, Callable[[], Tensor]]) -> None:
+        """Write one snapshot, one gradient at a time."""
+        try:
+            self.output.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"{self.output}: cannot be written: {error.strerror}") from error
+        shapes = {weight.name: weight.shape for weight in self._weights}
+        write_safetensors(
+            self.output / f"grad_step{self._step:06d}.safetensors",
+            {name: TensorInfo(name, shapes[name], self.dtype) for name in gradients},
+            lambda name: gradients[name]().to(getattr(torch, self.dtype)),
+            {
+                "clipped": "trained weights: yes; weights under a LoRA: no" if self._clipped else "no",
+                "kind": "gradient",
+                "step": str(self._step),
+            },
+        )
+
+    def _measure(self, gradients: dict[str, Callable[[], Tensor]]) -> None:
+        """Hold every gradient against its subspaces; write and log what comes out."""
+        taken: list[Overlap] = []
+        for weight in self._weights:
+            if weight.name not in gradients:
+                continue
+            gradient = gradients[weight.name]()
+            layers = self._against.get(weight.name, [])
+            if self._live is not None and isinstance(weight, Frozen):
+                found = self._live.subspaces(weight, self._step)
+                self._left_out += [found] if isinstance(found, LeftOut) else []
+                layers = [] if isinstance(found, LeftOut) else [(found, 0)]
+            for layer, start in layers:
+                for record in overlaps(_near(layer, gradient), self._step, _blocks(gradient, layer.shape, start)):
+                    if isinstance(record, Overlap):
+                        taken.append(record)
+                    else:
+                        self._left_out.append(record)
+        if taken and self._writer is not None:
+            self._writer.append(*taken)
+        self.records += taken
+        if self.log is not None and taken:
+            self.log(summary_of(taken))
+
+
+def summary_of(records: Sequence[Overlap]) -> dict[str, float]:
+    """Return medians over the layers of one step, by rank and by module type, under names that sort well in a plot."""
+    found: dict[str, float] = {}
+    for rank in sorted({record.rank for record in records}):
+        known = [record for record in records if record.rank == rank and record.kappa is not None]
+        if not known:
+            continue
+        for name in ("kappa", "kappa_random", "tangent", "tangent_random"):
+            found[f"overlap/r{rank}/{name}"] = median(getattr(record, name) for record in known)
+        for kind in dict.fromkeys(module_type_of(record.layer) for record in known):
+            of_kind = [record.kappa for record in known if module_type_of(record.layer) == kind]
+            found[f"overlap/r{rank}/kappa/{kind}"] = median(kappa for kappa in of_kind if kappa is not None)
+    return found
+
+
+def _near(layer: Subspaces, gradient: Tensor) -> Subspaces:
+    """Return the subspaces on the gradient's device, if that has float64."""
+    if gradient.device == layer.u.device or gradient.device.type == "mps":
+        return layer
+    return replace(layer, u=layer.u.to(gradient.device), v=layer.v.to(gradient.device))
+
+
+def _blocks(gradient: Tensor, shape: tuple[int, int], start: int) -> list[Tensor]:
+    rows = gradient.reshape(math.prod(gradient.shape) // shape[1], shape[1])[start : start + shape[0]]
+    return [rows[first:last] for first, last in row_spans(shape)]

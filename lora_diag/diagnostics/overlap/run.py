@@ -1,0 +1,322 @@
+"""``overlap``: is training still inside the adapter's reach?"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+from lora_diag.checkpoints import Checkpoint, open_checkpoint
+from lora_diag.deltas import Delta, Pairing, StoredDelta, Unpaired, footprint, selector
+from lora_diag.diagnostics.overlap.measure import Followed, OverlapSettings, size
+from lora_diag.diagnostics.overlap.measure import overlap as measure
+from lora_diag.diagnostics.overlap.measure import subspaces as spaces_of
+from lora_diag.diagnostics.overlap.reference import Reference
+from lora_diag.diagnostics.spectrum.measure import RANKS
+from lora_diag.errors import NothingComparedError, UsageError
+from lora_diag.gradients import History, Step, histories, open_steps
+from lora_diag.linalg import check_request, resolve_device
+from lora_diag.records import AnyRecord, LeftOut, Overlap, Results, ResultsWriter, Run, RunInput
+from lora_diag.running.engines import Layout, Ray, run_local
+from lora_diag.running.fingerprint import content_hash, files_of, fingerprint, legible
+from lora_diag.running.inputs import Comparison, compare
+from lora_diag.running.measuring import (
+    Progress,
+    Watch,
+    check_running,
+    checked_ranks,
+    layout_of,
+    measure_layers,
+    not_paired,
+    place,
+    read_memory,
+    without_rank,
+)
+from lora_diag.version import __version__
+
+
+def overlap(
+    base: Path | str,
+    tuned: Path | str,
+    gradients: Sequence[Path | str],
+    *,
+    ranks: Sequence[int] = RANKS,
+    layers: str | None = None,
+    exclude: str | None = None,
+    allow_unmatched: bool = False,
+    method: str = "auto",
+    device: str = "auto",
+    seed: int = 0,
+    workers: int | None = None,
+    memory: str | int | None = None,
+    engine: Ray | None = None,
+    output: Path | str | None = None,
+    resume: bool = False,
+    verify: bool = False,
+    on_progress: Callable[[Progress], None] | None = None,
+    on_record: Callable[[AnyRecord], None] | None = None,
+) -> Results[Overlap]:
+    r"""Measure κ_t = ‖U_rᵀ G_t V_r‖_F / ‖G_t‖_F, and what an adapter there can reach, for every layer, step and rank.
+
+    U_r and V_r are the top singular vectors of ΔW = W_tuned − W_base. Gradients pass through memory in blocks of rows,
+    one layer of one step at a time for each worker.
+
+    Args:
+        base: The checkpoint before.
+        tuned: The checkpoint after, a pilot run; or an adapter, whose own subspaces are then the reference.
+        gradients: Snapshots of ∂L/∂W: folders with one safetensors file (or one folder of shards) a step, or such
+            files.
+        ranks: Ranks r. Those that a layer, or an adapter, is too small for are left out there; an adapter's own rank is
+            always measured.
+        layers: Regular expression; only weights whose name contains a match.
+        exclude: Regular expression; no weights whose name contains a match.
+        allow_unmatched: Leave out what an adapter changes and ``base`` does not have, instead of stopping.
+        method: ``auto``, ``exact``, ``gram`` or ``krylov``, for the singular vectors of ΔW.
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:1``.
+        seed: Of the random starts of ``krylov``.
+        workers: Layers at once; by default as many as fit into memory.
+        memory: What the whole program may take, such as ``"8GB"``; a layer that does not fit is read in row blocks.
+        engine: A Ray cluster to measure on; None for this machine alone.
+        output: Results file, appended layer by layer.
+        resume: Go on behind what an interrupted run left in ``output``.
+        verify: Let ``resume`` compare a SHA-256 of every byte of the inputs, not of samples.
+        on_progress: Called at the start and after every layer.
+        on_record: Called with every record, in the order of the file, as it comes.
+
+    Returns:
+        One record for each layer, step and rank. Layers without a gradient, gradients without a layer and gradients
+        that are not finite are in ``left_out``.
+
+    Raises:
+        UsageError: An option makes no sense.
+        InputError: An input cannot be read, or two snapshots are of one step.
+        NothingComparedError: No layer that changed has a gradient.
+
+    Example:
+        >>> samples = "sample_checkpoints"
+        >>> inputs = (f"{samples}/base", f"{samples}/full_ft", [f"{samples}/gradients"])
+        >>> found = overlap(*inputs, layers=r"layers\.0.*q_proj")
+        >>> [(record.step, record.rank) for record in found][:6]
+        [(0, 4), (0, 8), (0, 16), (0, 32), (0, 64), (40, 4)]
+    """
+    where = place(engine, device)
+    settings = OverlapSettings(checked_ranks(ranks), method, seed, where.tasks)
+    limit = read_memory(memory, engine)
+    check_running(workers, seed)
+    check_request(method, settings.ranks[-1], 0.5)
+    if not gradients:
+        raise UsageError("overlap: name the gradients, a folder with one safetensors file a step")
+    compared = compare(base, tuned, layers, exclude, allow_unmatched, verify)
+    _refuse_gradient(compared.pairing, tuned)
+    steps = open_steps(gradients)
+    # The layers of a BASE that was compared are named as in its files, so those are what gradients are matched to.
+    stored = _base_of(compared.pairing) or open_checkpoint(base)
+    followed, unmatched = histories(steps, stored)
+    tasks, lacking = _follow(compared.pairing, followed, unmatched, steps)
+    if not tasks:
+        raise NothingComparedError(_why_nothing(compared, followed, unmatched))
+    chosen = selector(layers, exclude)
+    rest = [*lacking, *_left_over(compared.pairing, followed, unmatched, chosen)]
+    run = Run(
+        command="overlap",
+        version=__version__,
+        inputs=(*compared.inputs, describe_steps(gradients, steps, verify)),
+        settings={
+            "ranks": list(settings.ranks),
+            "steps": [step.step for step in steps],
+            "layers": layers,
+            "exclude": exclude,
+            "method": method,
+            "device": where.kind,
+            "seed": seed,
+        },
+    )
+    layout = layout_of(tasks, workers, where.kind, limit)
+    settings = replace(settings, memory=layout.limit)
+    with ResultsWriter[Overlap](output, run, resume) as writer:
+        return measure_layers(
+            writer,
+            tasks,
+            partial(measure, settings=settings),
+            lambda: _without_overlap(
+                compared.pairing, rest, layout, tasks, writer.earlier, replace(settings, device=where.here)
+            ),
+            layout,
+            partial(size, settings=settings),
+            Watch(on_progress, on_record),
+            engine,
+        )
+
+
+def subspaces(
+    base: Path | str,
+    tuned: Path | str,
+    *,
+    ranks: Sequence[int] = (16,),
+    layers: str | None = None,
+    exclude: str | None = None,
+    allow_unmatched: bool = False,
+    method: str = "auto",
+    device: str = "auto",
+    seed: int = 0,
+    workers: int | None = None,
+) -> Reference:
+    """Compute the top singular subspaces of ΔW, for a ``GradientRecorder`` to hold gradients against.
+
+    Args:
+        base: The checkpoint before.
+        tuned: The checkpoint after a pilot run; or an adapter, whose own subspaces are taken.
+        ranks: Ranks at which overlaps will be measured.
+        layers: Regular expression; only weights whose name contains a match.
+        exclude: Regular expression; no weights whose name contains a match.
+        allow_unmatched: Leave out what an adapter changes and ``base`` does not have, instead of stopping.
+        method: ``auto``, ``exact``, ``gram`` or ``krylov``.
+        device: Where to compute and to leave them; they move to the gradients' device as these come.
+        seed: Of the random starts of ``krylov``.
+        workers: Layers at once.
+
+    Returns:
+        The subspaces, 8·r·(out + in) bytes a layer with r the largest rank.
+
+    Raises:
+        UsageError: An option makes no sense.
+        InputError: An input cannot be read.
+        NothingComparedError: The checkpoints have no weight in common.
+
+    Example:
+        >>> found = subspaces("sample_checkpoints/base", "sample_checkpoints/lora_r4")
+        >>> len(found.layers), found.layers["model.layers.0.mlp.up_proj.weight"].u.shape
+        (28, torch.Size([384, 4]))
+    """
+    settings = OverlapSettings(checked_ranks(ranks), method, seed, device)
+    check_running(workers, seed)
+    check_request(method, settings.ranks[-1], 0.5)
+    on = resolve_device(device)
+    compared = compare(base, tuned, layers, exclude, allow_unmatched)
+    matrices = [delta for delta in compared.pairing.deltas if delta.is_matrix]
+    layout = layout_of(matrices, workers, on.type)
+    found = list(run_local(partial(spaces_of, settings=settings, device=on), matrices, layout, footprint))
+    return Reference(
+        base=_base_of(compared.pairing) or open_checkpoint(base),
+        layers={item.layer: item for item in found if not isinstance(item, LeftOut)},
+        inputs=compared.inputs,
+        settings={"ranks": list(settings.ranks), "method": method, "seed": seed},
+        left_out=tuple(item for item in found if isinstance(item, LeftOut)),
+    )
+
+
+def describe_steps(paths: Sequence[Path | str], steps: Sequence[Step], verify: bool) -> RunInput:
+    """Return what the run record says of the gradients."""
+    more = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
+    span = f"{len(steps)} steps, {steps[0].step} to {steps[-1].step}" if len(steps) > 1 else f"step {steps[0].step}"
+    found = hashlib.sha256("".join(fingerprint(step.checkpoint) for step in steps).encode())
+    return RunInput(
+        role="gradients",
+        path=f"{legible(paths[0])}{more}",
+        kind=f"{span}, each a {legible(steps[0].checkpoint.kind)}",
+        tensors=sum(len(step.checkpoint) for step in steps),
+        notes=tuple(dict.fromkeys(legible(note) for step in steps for note in _notes(step))),
+        fingerprint=found.hexdigest()[:16],
+        sha256=content_hash([file for step in steps for file in files_of(step.checkpoint)]) if verify else "",
+    )
+
+
+def _notes(step: Step) -> tuple[str, ...]:
+    if not step.checkpoint.config:
+        return step.checkpoint.notes
+    return (
+        *step.checkpoint.notes,
+        f"step {step.step} lies beside a config.json: are these gradients, or a checkpoint?",
+    )
+
+
+def _refuse_gradient(pairing: Pairing, tuned: Path | str) -> None:
+    """Refuse gradients in the place of TUNED, which every number would make sense for.
+
+    Raises:
+        UsageError: Its metadata say that they are such.
+    """
+    stored = next((delta.tuned.checkpoint for delta in pairing.deltas if isinstance(delta, StoredDelta)), None)
+    if stored is not None and any(file.metadata.get("kind") == "gradient" for file in stored.files):
+        raise UsageError(f"{tuned}: holds gradients; name BASE, then TUNED or an adapter, then the gradients")
+
+
+def _base_of(pairing: Pairing) -> Checkpoint | None:
+    return next((delta.base.checkpoint for delta in pairing.deltas if delta.base is not None), None)
+
+
+def _follow(
+    pairing: Pairing, followed: Sequence[History], unmatched: Sequence[Unpaired], steps: Sequence[Step]
+) -> tuple[list[Followed], list[Unpaired]]:
+    """Join updates and gradients; return also the layers, or the steps of one, that have no gradient."""
+    by_layer = {history.layer: history for history in followed}
+    why = {item.layer: item.detail for item in unmatched}
+    tasks: list[Followed] = []
+    lacking: list[Unpaired] = []
+    for delta in (delta for delta in pairing.deltas if delta.is_matrix):
+        history = by_layer.get(delta.layer)
+        if history is None:
+            every = f"at any of the {len(steps)} steps" if len(steps) > 1 else f"at step {steps[0].step}"
+            detail = why.get(delta.layer, f"no gradient of it {every}")
+            lacking.append(Unpaired(delta.layer, delta.shape, "no_gradient", detail))
+        elif not _covers(history, delta):
+            detail = f"its gradients are {list(history.shape)}, its update is {list(delta.shape)}"
+            lacking.append(Unpaired(delta.layer, delta.shape, "shape_differs", detail))
+        else:
+            tasks.append(Followed(delta, history.snapshots))
+            have = {snapshot.step for snapshot in history.snapshots}
+            if missing := [str(step.step) for step in steps if step.step not in have]:
+                which = f"step{'s' if len(missing) > 1 else ''} {', '.join(missing[:8])}"
+                more = f" and {len(missing) - 8} more" if len(missing) > 8 else ""
+                detail = f"no gradient of it at {which}{more}; the other steps are measured"
+                lacking.append(Unpaired(delta.layer, delta.shape, "no_gradient", detail))
+    return tasks, lacking
+
+
+def _covers(history: History, delta: Delta) -> bool:
+    """Say whether gradients hold every row of an update; a vocabulary that grew has more rows than were compared."""
+    return history.shape[1] == delta.shape[1] and history.shape[0] >= delta.shape[0]
+
+
+def _left_over(
+    pairing: Pairing, followed: Sequence[History], unmatched: Sequence[Unpaired], chosen: Callable[[str], bool]
+) -> Iterator[Unpaired]:
+    """Yield the gradients that belong to no update."""
+    known = {delta.layer for delta in pairing.deltas} | {item.layer for item in pairing.unpaired}
+    for history in followed:
+        if history.layer not in known and chosen(history.layer):
+            detail = "has gradients, and TUNED does not change it"
+            yield Unpaired(history.layer, history.shape, "no_reference", detail)
+    yield from (item for item in unmatched if item.layer not in known and chosen(item.layer))
+
+
+def _without_overlap(
+    pairing: Pairing,
+    rest: Sequence[Unpaired],
+    layout: Layout,
+    tasks: Sequence[Followed],
+    earlier: Results[Overlap],
+    settings: OverlapSettings,
+) -> Iterator[LeftOut]:
+    """Yield what is left out besides what was found while measuring; after a resumed run, what was found then, too."""
+    yield from without_rank(pairing, layout, settings.device)
+    yield from not_paired(Pairing((), tuple(rest)), layout, settings.device)
+    done: dict[str, set[int]] = {}
+    for record in earlier:
+        done.setdefault(record.layer, set()).add(record.step)
+    for task in tasks:
+        lost = [item for item in task.snapshots if item.step not in done.get(task.layer, {item.step})]
+        if lost:
+            again = measure(Followed(task.delta, tuple(lost)), settings)
+            yield from (record for record in again if isinstance(record, LeftOut))
+
+
+def _why_nothing(compared: Comparison, followed: Sequence[History], unmatched: Sequence[Unpaired]) -> str:
+    changed = next((delta.layer for delta in compared.pairing.deltas if delta.is_matrix), None)
+    if changed is None:
+        return "nothing was compared: no matrix of BASE is in TUNED or selected, so there are no subspaces"
+    like = followed[0].layer if followed else unmatched[0].layer if unmatched else None
+    names = f"gradients have names like {like}" if like else "the gradients hold no tensor"
+    return f"no layer that changed has a gradient, so nothing was compared. Layers have names like {changed}; {names}"

@@ -1,0 +1,217 @@
+"""The summary of an overlap run: are the gradients inside, what is out, since when, and what that suggests."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+from lora_diag.diagnostics.overlap.tracks import Track, near, reference_is_adapter, trend
+from lora_diag.metrics.overlap import NEAR
+from lora_diag.records import Overlap, Results
+from lora_diag.records.names import part_of
+from lora_diag.rendering.lines import inputs, last_lines, left_out_line, notes
+from lora_diag.rendering.text import middle, number, short
+
+# So many layers are named in a sentence.
+_NAMED = 4
+
+_LIMIT = f"below {NEAR:g}× it, or halfway from it to 1"
+
+# Share of ‖G‖² by which tangent² exceeds its baseline where an adapter is said to reach the gradient all the same. A
+# word, not a measurement: it is printed with the numbers it stands on.
+REACHES = 0.1
+
+
+def lines(results: Results[Overlap], shown: Sequence[Track]) -> list[tuple[str, str]]:
+    """Return word and sentence for each line of the summary.
+
+    Args:
+        results: What was measured.
+        shown: Its layers at the rank of the table.
+    """
+    told = [("Compared", "\n".join([*inputs(results.run), *_measured(results), *notes(results.run)]))]
+    judged = [track for track in _judged(shown) if track.known]
+    if judged:
+        told += [
+            ("Inside?", _inside(judged, len(judged) < len(shown))),
+            ("Reach", _reach(judged)),
+            ("Trend", _trend(judged)),
+            ("By rank", _by_rank(results, judged)),
+            ("Suggests", _suggests(results, judged)),
+            *_resolved(judged),
+            ("Read it so", _reading(results)),
+        ]
+    elif shown:
+        told.append(("Inside?", "not known: every gradient is zero"))
+    told.append(("Left out", left_out_line(results.left_out)))
+    if skipped := _skipped(results):
+        told.append(("Ranks", skipped))
+    return [*told, *last_lines(results, "records so far")]
+
+
+def _measured(results: Results[Overlap]) -> list[str]:
+    layers, steps, ranks = (len({getattr(r, name) for r in results}) for name in ("layer", "step", "rank"))
+    times = f"{steps} step{'s' if steps > 1 else ''}, {ranks} rank{'s' if ranks > 1 else ''}"
+    return [f"{_matrices(layers)}, {times}"] if layers else []
+
+
+def _judged(shown: Sequence[Track]) -> list[Track]:
+    """Return the layers that adapters usually target, or else the others."""
+    return [track for track in shown if part_of(track.layer) == "matrices"] or list(shown)
+
+
+def _inside(judged: Sequence[Track], outside: bool) -> str:
+    """Say how many layers end near the baseline, and which, since when."""
+    out = sorted(
+        (t for t in judged if t.near_since is not None), key=lambda t: (t.last.kappa or 0) / t.last.kappa_random
+    )
+    word = "no" if len(out) > len(judged) / 2 else "partly" if out else "yes"
+    kappa, random = middle([t.last.kappa for t in judged]), middle([t.last.kappa_random for t in judged])
+    where = " outside embeddings and head" if outside else ""
+    head = (
+        f"{word}: at the last step κ is {number(kappa or 0)} at the median of {_matrices(len(judged))}{where}, "
+        f"random subspaces have {number(random or 0)}"
+    )
+    if not out:
+        return f"{head}; none is near random ({_LIMIT})"
+    found = [head, f"{len(out)} of them {'is' if len(out) == 1 else 'are'} near random ({_LIMIT}):"]
+    first = min(track.records[0].step for track in judged)
+    found += [f"  {short(t.layer)}: {number(t.last.kappa or 0)}, {_since(t, first)}" for t in out[:_NAMED]]
+    return "\n".join([*found, *([f"  and {len(out) - _NAMED} more"] if len(out) > _NAMED else [])])
+
+
+def _since(track: Track, first: int) -> str:
+    return "at every step" if track.near_since == first else f"since step {track.near_since}"
+
+
+def _in_layers(some: Sequence[Track]) -> str:
+    return f"in {len(some)} of the layers near random" if len(some) > 1 else f"in {short(some[0].layer)}"
+
+
+def _matrices(number_of: int) -> str:
+    return f"{number_of} {'matrix' if number_of == 1 else 'matrices'}"
+
+
+def _reach(judged: Sequence[Track]) -> str:
+    """Say what adapters reach to first order: one that lies there, and a fresh one."""
+
+    def said(name: str) -> str:
+        first, last = (middle([getattr(t.known[i], name) for t in judged]) or 0.0 for i in (0, -1))
+        random = middle([getattr(t.last, f"{name}_random") for t in judged]) or 0.0
+        went = number(last) if first == last else f"{number(first)} → {number(last)}"
+        return f"{went} of ‖G‖ (random {number(random)})"
+
+    return (
+        f"an adapter at these subspaces reaches {said('tangent')} to first order; "
+        f"a fresh one (B = 0) whose A spans V, {said('right')}"
+    )
+
+
+def _trend(judged: Sequence[Track]) -> str:
+    """Count the layers whose κ falls, rises or stays, and name where it falls most."""
+    went = {track.layer: ends for track in judged if (ends := track.ends) is not None}
+    if not went:
+        return "one step shows none; record several"
+    counts = Counter(trend(ends) for ends in went.values())
+    words = [f"{word} in {counts[word]}" for word in ("falls", "rises") if counts[word]]
+    words += [f"is steady in {counts['steady']}"] if counts["steady"] else []
+    sentence = f"κ {', '.join(words)} of {_matrices(len(went))}"
+    falling = sorted((layer for layer in went if trend(went[layer]) == "falls"), key=lambda x: went[x][1] / went[x][0])
+    if falling:
+        named = [f"{short(x)} ({number(went[x][0])} → {number(went[x][1])})" for x in falling[:2]]
+        sentence += f"; falls most in {', '.join(named)}"
+    return sentence
+
+
+def _by_rank(results: Results[Overlap], judged: Sequence[Track]) -> str:
+    """Show κ at the last step for every rank, beside its baseline: raw values rise with rank whatever the subspace."""
+    last = {track.layer: track.last.step for track in judged}
+    parts = []
+    for rank in sorted({record.rank for record in results}):
+        known = [r for r in results if r.rank == rank and last.get(r.layer) == r.step and r.kappa is not None]
+        if known:
+            kappa, random = middle([r.kappa for r in known]) or 0.0, middle([r.kappa_random for r in known]) or 0.0
+            parts.append(f"r={rank} {number(kappa)} ({number(random)})")
+    return f"κ (random): {', '.join(parts)}"
+
+
+def _leaves_chance(record: Overlap) -> bool:
+    """Say whether κ is well above its baseline; never where the subspaces are all there is, and both are 1."""
+    return record.kappa_random < 1 and not near(record)
+
+
+def _suggests(results: Results[Overlap], judged: Sequence[Track]) -> str:
+    """Say what to do about the layers near their baseline."""
+    out = [track for track in judged if track.near_since is not None]
+    if not out:
+        return "nothing to change: in every layer these subspaces see more of the gradient than chance would"
+    reached = [track for track in out if _reaches(track.last)]
+    largest = {track.layer: max((r for r in results if r.layer == track.layer), key=_rank_then_step) for track in out}
+    helped = [track for track in out if track not in reached and _leaves_chance(largest[track.layer])]
+    lost = [track for track in out if track not in reached and track not in helped]
+    told = []
+    if reached:
+        tangent, random = (middle([getattr(t.last, name) for t in reached]) for name in ("tangent", "tangent_random"))
+        told.append(
+            f"{_in_layers(reached)} one side fits: an adapter there still reaches {number(tangent or 0)} of ‖G‖ "
+            f"(random {number(random or 0)}); leave it"
+        )
+    if helped:
+        ranks = max(largest[track.layer].rank for track in helped)
+        told.append(f"{_in_layers(helped)} κ leaves the baseline by r={ranks}: raise the rank there")
+    if lost:
+        cause = "the adapter's directions" if reference_is_adapter(results) else "this update's directions"
+        # At full rank the subspaces are all there is, and nothing lies elsewhere.
+        full = any(largest[track.layer].kappa_random >= 1 for track in lost)
+        told.append(
+            f"{_in_layers(lost)} the gradients lie elsewhere than {cause}, at every rank measured"
+            f"{' below full rank' if full else ''}: start the "
+            "adapter there from recent gradients, or move its parameters to layers that are inside"
+        )
+    return "\n".join(told)
+
+
+def _reaches(record: Overlap) -> bool:
+    """Say whether an adapter reaches a good deal more of ‖G‖² than chance would let it, whatever κ is."""
+    return (record.tangent or 0.0) ** 2 - record.tangent_random**2 >= REACHES
+
+
+def _rank_then_step(record: Overlap) -> tuple[int, int]:
+    return record.rank, record.step
+
+
+def _resolved(judged: Sequence[Track]) -> list[tuple[str, str]]:
+    counts = Counter(track.last.verdict for track in judged)
+    if counts["resolved"] == len(judged):
+        return []
+    parts = [f"{counts[word]} {word}" for word in ("unresolved", "floor-limited") if counts[word]]
+    return [
+        (
+            "Resolved?",
+            f"of {_matrices(len(judged))} {' and '.join(parts)}: where the files cannot show the update, its subspaces "
+            "are those of rounding noise and κ near random says nothing",
+        )
+    ]
+
+
+def _reading(results: Results[Overlap]) -> str:
+    own = (
+        "; near a minimum over the adapter's own weights tangent goes to 0 because its reach is used up"
+        if reference_is_adapter(results)
+        else ""
+    )
+    return f"overlap shows direction, not quality, and rises with rank by itself: compare with random, not with 1{own}"
+
+
+def _skipped(results: Results[Overlap]) -> str:
+    """Say at which of the ranks asked for layers were too small."""
+    have: dict[str, set[int]] = {}
+    for record in results:
+        have.setdefault(record.layer, set()).add(record.rank)
+    asked = [rank for rank in results.run.settings.get("ranks", []) if isinstance(rank, int)]
+    too_small = {rank: sum(rank not in ranks for ranks in have.values()) for rank in asked}
+    parts = [f"{rank} in {number_of}" for rank, number_of in too_small.items() if number_of]
+    if not parts:
+        return ""
+    limit = "the adapter's rank" if reference_is_adapter(results) else "min(out, in)"
+    return f"not measured where they exceed {limit}: r={', '.join(parts)} of {_matrices(len(have))}"

@@ -1,0 +1,106 @@
+"""Overlap records, joined to what happened to each layer over the steps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import mean
+
+from lora_diag.metrics.overlap import TREND, is_near
+from lora_diag.records import Overlap, Results
+
+# The rank that is shown if the user does not say; of an adapter, its own.
+USUAL = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Track:
+    """One layer at one rank, over the steps.
+
+    Args:
+        layer: The weight's name in BASE.
+        rank: r.
+        records: In the order of the steps.
+    """
+
+    layer: str
+    rank: int
+    records: tuple[Overlap, ...]
+
+    @property
+    def known(self) -> tuple[Overlap, ...]:
+        """The records of gradients that are not zero."""
+        return tuple(record for record in self.records if record.kappa is not None)
+
+    @property
+    def last(self) -> Overlap:
+        """The record of the last step with a gradient that is not zero, if there is one."""
+        return self.known[-1] if self.known else self.records[-1]
+
+    @property
+    def near_since(self) -> int | None:
+        """From which step on κ stayed near its baseline to the end; None if it did not end there."""
+        since = None
+        for record in reversed(self.known):
+            if not near(record):
+                break
+            since = record.step
+        return since
+
+    @property
+    def ends(self) -> tuple[float, float] | None:
+        """Mean κ of the first and of the last quarter of the steps; None if there is but one."""
+        kappas = [record.kappa for record in self.known if record.kappa is not None]
+        quarter = max(1, len(kappas) // 4)
+        return (mean(kappas[:quarter]), mean(kappas[-quarter:])) if len(kappas) > 1 else None
+
+
+def near(record: Overlap) -> bool:
+    """Say whether κ is near what a random subspace has."""
+    return record.kappa is not None and is_near(record.kappa, record.kappa_random)
+
+
+def trend(ends: tuple[float, float] | None) -> str:
+    """Return a word for how κ went; empty if there is but one step.
+
+    >>> trend((0.4, 0.2)), trend((0.4, 0.39)), trend((0.2, 0.4)), trend(None)
+    ('falls', 'steady', 'rises', '')
+    """
+    if ends is None:
+        return ""
+    first, last = ends
+    return "falls" if last < TREND * first else "rises" if first < TREND * last else "steady"
+
+
+def tracks(results: Results[Overlap], rank: int | None = None) -> list[Track]:
+    """Return every layer at the rank that is shown, in the order of the file.
+
+    Args:
+        results: What was measured.
+        rank: The rank to show; default 16, or that of the adapter that is the reference. A layer too small for it is
+            shown at its largest.
+    """
+    wanted = rank if rank is not None else None if reference_is_adapter(results) else _usual(results)
+    by_layer: dict[str, dict[int, list[Overlap]]] = {}
+    for record in results:
+        by_layer.setdefault(record.layer, {}).setdefault(record.rank, []).append(record)
+    found = []
+    for layer, by_rank in by_layer.items():
+        shown = max((r for r in by_rank if wanted is None or r <= wanted), default=min(by_rank))
+        found.append(Track(layer, shown, tuple(sorted(by_rank[shown], key=lambda record: record.step))))
+    return found
+
+
+def reference_is_adapter(results: Results[Overlap]) -> bool:
+    """Say whether the subspaces are those of an adapter."""
+    return any(side.role == "adapter" for side in results.run.inputs)
+
+
+def _usual(results: Results[Overlap]) -> int:
+    ranks = sorted({record.rank for record in results})
+    return USUAL if USUAL in ranks else ranks[len(ranks) // 2] if ranks else USUAL
+
+
+def steps_of(some: Sequence[Track]) -> list[int]:
+    """Return all steps, ascending."""
+    return sorted({record.step for track in some for record in track.records})

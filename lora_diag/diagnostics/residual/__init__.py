@@ -1,0 +1,1 @@
+"""``residual``: what an adapter missed of a full fine-tune."""

@@ -1,0 +1,194 @@
+"""`residual`: how far adapters are from a full fine-tune, layer by layer, and what that is made of."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+from matplotlib.ticker import MaxNLocator
+
+from lora_diag.errors import UsageError
+from lora_diag.records import Residual
+from lora_diag.rendering.figures.groups import Types
+from lora_diag.rendering.figures.panel import panel_axes
+from lora_diag.rendering.figures.series import Options, Series, by_adapter
+from lora_diag.rendering.figures.sheet import Key, Words, sheet
+from lora_diag.rendering.figures.strip import Slot, label_height, slot_axis, slots
+from lora_diag.rendering.figures.style import CATEGORIES, FLOOR, INK, Look, styled, wrapped
+
+RANK, DIRECTION, LENGTH = CATEGORIES[0], CATEGORIES[5], CATEGORIES[1]
+
+
+@dataclass(frozen=True, slots=True)
+class Levels:
+    """Nested levels of ε, pooled over layers: √(Σ‖·‖² / Σ‖ΔW‖²).
+
+    Args:
+        floor: What no adapter of this rank could avoid; 0 where X has no rank.
+        direction: With each layer's best scale; what lies above the floor is direction.
+        epsilon: ε itself; what lies above is the length of X.
+        adapted: Whether X touches any of the layers.
+    """
+
+    floor: float
+    direction: float
+    epsilon: float
+    adapted: bool
+
+
+def levels(records: Sequence[Residual]) -> Levels | None:
+    """Return the levels of some layers together; None where ΔW = 0 in all of them."""
+    moved = [record for record in records if record.fro > 0 and record.epsilon is not None]
+    if not moved:
+        return None
+    total = math.hypot(*(record.fro for record in moved))
+    epsilon = math.hypot(*(record.gap for record in moved)) / total
+    floor = min(math.hypot(*(record.floor for record in moved)) / total, epsilon)
+    # Without a direction (X = 0) there is no scale to choose: ε is 1 at any.
+    best = [record.epsilon if record.epsilon_best_scale is None else record.epsilon_best_scale for record in moved]
+    direction = math.hypot(*(share * record.fro for share, record in zip(best, moved, strict=True) if share)) / total
+    return Levels(floor, min(max(direction, floor), epsilon), epsilon, any(record.adapter_fro > 0 for record in moved))
+
+
+def residual(records: Iterable[Residual], ax: Axes | None = None, *, per: str = "layer") -> Axes:
+    """Draw ε = ‖ΔW − X‖_F / ‖ΔW‖_F of one adapter's update X, layer by layer, as nested levels.
+
+    The lowest band ends at ε_min = √(1 − C(r)), which no adapter of the rank could avoid; the next, what direction
+    costs, at ε with the best scale; the last, what the length of X costs, at ε. ε² = ε_min² + direction + length.
+
+    Args:
+        records: Of ``residual``, for one adapter.
+        ax: Where to draw; a new figure's if not given.
+        per: ``layer`` for one bar a layer (of experts in one block: pooled), ``type`` for one bar a module type.
+
+    Returns:
+        The Axes drawn on.
+
+    Raises:
+        UsageError: The records are of several adapters.
+    """
+    records = _matrices(records)
+    adapters = list(dict.fromkeys(record.adapter for record in records))
+    if len(adapters) > 1:
+        raise UsageError(f"records of {len(adapters)} adapters: one panel shows one; keep those of one .adapter")
+    with panel_axes(ax) as (axes, look):
+        drawn = slots(records, per)
+        _draw(axes, drawn, look)
+        slot_axis(axes, drawn, float(axes.get_window_extent().width) / axes.figure.dpi, look.ticks if look else 9)
+        axes.set_ylabel("ε = ‖ΔW − X‖_F / ‖ΔW‖_F")
+        axes.legend([key.handle for key in _keys(look)], [key.label for key in _keys(look)], fontsize="small")
+    return axes
+
+
+def figure(series: Sequence[Series[Any]], look: Look, options: Options) -> Figure:
+    """Return one panel an adapter, all on the same axes."""
+    shown = by_adapter(series)
+    matrices = [_matrices(one.records) for one in shown]
+    types = Types(record.layer for records in matrices for record in records)
+    with styled(look):
+        drawn = [slots(records, options.per, types) for records in matrices]
+        inches = look.width - 5 * look.text / 72
+        everything = list({slot.name: slot for part in drawn for slot in part}.values())
+        below = label_height(everything, inches, look.ticks) / len(shown)
+        panel = 1.25 * look.panel + below
+        figure, axes = sheet(look, _words(shown, drawn, look), len(shown), 1, panel=panel, low=True)
+        for one, part, ax in zip(shown, drawn, axes, strict=True):
+            _draw(ax, part, look)
+            ax.set_title(wrapped(_finding(one), inches, look.text), parse_math=False)
+            ax.set_ylabel("ε")
+            ax.yaxis.set_major_locator(MaxNLocator(nbins=4, integer=True))
+            slot_axis(ax, part, inches, look.ticks, labels=ax is axes[-1])
+        slot_axis(axes[-1], everything, inches, look.ticks)
+        top = max(
+            (found.epsilon for part in drawn for slot in part for bar in slot.bars if (found := levels(bar))),
+            default=1.0,
+        )
+        axes[0].set_ylim(0, 1.06 * max(top, 1.0))
+    return figure
+
+
+def _matrices(records: Iterable[Residual]) -> tuple[Residual, ...]:
+    return tuple(record for record in records if len(record.shape) > 1)
+
+
+def _draw(ax: Axes, drawn: Sequence[Slot[Residual]], look: Look | None) -> None:
+    for slot in drawn:
+        found = [levels(bar) for bar in slot.bars]
+        floor, direction, epsilon = (
+            np.array([getattr(one, name) if one and one.adapted else np.nan for one in found])
+            for name in ("floor", "direction", "epsilon")
+        )
+        idle = np.array([one.epsilon if one and not one.adapted else np.nan for one in found])
+        for values, base, color in (
+            (floor, np.zeros_like(floor), RANK),
+            (direction, floor, DIRECTION),
+            (epsilon, direction, LENGTH),
+            (idle, np.zeros_like(idle), FLOOR),
+        ):
+            if np.isfinite(values).any():
+                ax.stairs(values, slot.edges, baseline=base, fill=True, color=color, lw=0, label=f"_{slot.name}")
+    ax.axhline(1, color=INK, lw=0.7 * (look.line if look else 1), ls=(0, (4, 2)), zorder=3)
+    ax.set_ylim(bottom=0)
+
+
+def _finding(one: Series[Any]) -> str:
+    """Name an adapter with what was found: its pooled ε and what limits its layers."""
+    records = _matrices(one.records)
+    ranks = sorted({record.rank for record in records if record.rank})
+    rank = f" (r={ranks[0]})" if len(ranks) == 1 else f" (r={ranks[0]} to {ranks[-1]})" if ranks else ""
+    pooled = levels(records)
+    limits = Counter(record.limited_by for record in records if record.limited_by not in {None, "not adapted"})
+    found = [f"ε = {pooled.epsilon:.2f}"] if pooled else ["ΔW = 0"]
+    found += [f"limited by {limit} in {n} of {len(records)}" for limit, n in limits.most_common()]
+    return f"{one.label}{rank}: {', '.join(found)}"
+
+
+def _astray(records: Sequence[Residual]) -> bool:
+    """Say whether layers are limited by direction while most of their ε² is length."""
+    found = levels([record for record in records if record.limited_by == "direction"])
+    if found is None:
+        return False
+    return found.epsilon**2 - found.direction**2 > found.direction**2 - found.floor**2
+
+
+def _keys(look: Look | None) -> tuple[Key, ...]:
+    line = Line2D([], [], color=INK, lw=0.8 * (look.line if look else 1), ls=(0, (4, 2)))
+    return (
+        Key(Patch(facecolor=RANK), "rank: up to ε_min"),
+        Key(Patch(facecolor=DIRECTION), "direction: up to ε at the best scale"),
+        Key(Patch(facecolor=LENGTH), "length of X: up to ε"),
+        Key(Patch(facecolor=FLOOR), "not adapted"),
+        Key(line, "ε = 1: as far as no adapter"),
+    )
+
+
+def _words(shown: Sequence[Series[Any]], drawn: Sequence[Sequence[Slot[Residual]]], look: Look) -> Words:
+    joined = max((slot.joined for part in drawn for slot in part), default=1)
+    vectors = len({r.layer for one in shown for r in one.records if len(r.shape) == 1})
+    zero = len({r.layer for one in shown for r in one.records if r.fro == 0})
+    notes = ["In squares: ε² = ε_min² + direction + length. ε is the distance to this one fine-tune and no quality."]
+    if any(_astray(_matrices(one.records)) for one in shown):
+        notes.append(
+            "A large band of length over a small one of direction: X is long and points elsewhere, so no scale helps."
+        )
+    if joined > 1:
+        notes.append(f"A bar stands for up to {joined} layers, pooled by Σ‖ΔW − X‖² / Σ‖ΔW‖².")
+    if vectors:
+        notes.append(f"Not drawn: {vectors} one-dimensional tensors.")
+    if zero:
+        notes.append(f"No bar: {zero} with ΔW = 0.")
+    return Words(
+        "Residual ε of the adapter, layer by layer, and its floor ε_min",
+        "ε\xa0=\xa0‖ΔW\xa0−\xa0X‖_F\xa0/\xa0‖ΔW‖_F, X the adapter's update; ε_min\xa0=\xa0√(1\xa0−\xa0C(r)); "
+        "in each module type blocks from left to right",
+        (" ".join(notes),),
+        _keys(look),
+    )

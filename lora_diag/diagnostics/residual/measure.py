@@ -1,0 +1,229 @@
+"""What did an adapter miss? A full fine-tune's ΔW and an adapter's, held against each other."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from typing import Literal
+
+import torch
+
+from lora_diag.deltas import Delta, FactoredDelta, footprint
+from lora_diag.diagnostics.interference.parts import agreement
+from lora_diag.layers.change import Change, load_change, noted, on_device, why_not_comparable
+from lora_diag.layers.left_out import not_finite
+from lora_diag.layers.metric import Metric, Moments, read_root, times
+from lora_diag.layers.resolution import resolution
+from lora_diag.linalg import Allowance, Factors, numerical_rank, resolve_device
+from lora_diag.metrics import limit
+from lora_diag.records import Agreement, Distance, LeftOut, Residual, Resolution
+
+# Singular vectors compared where no adapter says how many.
+SUBSPACE = 8
+
+
+@dataclass(frozen=True, slots=True)
+class ResidualSettings:
+    """What is asked of every layer.
+
+    Args:
+        method: ``auto``, ``exact``, ``gram`` or ``krylov``.
+        tol: Bound that ``auto`` and ``krylov`` have to reach on the error of ε_min².
+        seed: Of random starting vectors.
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:1``.
+        memory: Bytes that a layer may take; None for what it needs.
+    """
+
+    method: str = "auto"
+    tol: float = 1e-4
+    seed: int = 0
+    device: str = "auto"
+    memory: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Other:
+    """What is held against the full fine-tune in one layer.
+
+    Args:
+        name: The adapter's or the reference's path.
+        role: Which of the two.
+        delta: Its ΔW; None where it leaves the layer alone.
+    """
+
+    name: str
+    role: Literal["adapter", "reference"]
+    delta: Delta | None
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """One layer of a full fine-tune, and what is held against it."""
+
+    tuned: Delta
+    others: tuple[Other, ...]
+    moments: Moments | None = None
+
+    @property
+    def layer(self) -> str:
+        """The weight's name in BASE."""
+        return self.tuned.layer
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``(out, in)``."""
+        return self.tuned.shape
+
+
+def size(layer: Layer, settings: ResidualSettings) -> int:
+    """Return about how many bytes measuring a layer takes: D, the largest X, and what the data metric adds."""
+    if settings.memory is not None:
+        return settings.memory  # D alone may take that, and the ranks of the others are not known before they are read
+    dense = max((footprint(other.delta) for other in layer.others if other.delta), default=0)
+    return footprint(layer.tuned) + dense + _weighing(layer)
+
+
+def _weighing(layer: Layer) -> int:
+    order = layer.moments.size if layer.moments else 0
+    return 8 * order * (3 * order + 2 * max(layer.shape))
+
+
+def _allowance(layer: Layer, top: int, settings: ResidualSettings) -> Allowance | None:
+    """Return what D may take; and an X that is not thin, which lies beside it, as much."""
+    if settings.memory is None:
+        return None
+    beside = any(other.delta is not None and not isinstance(other.delta, FactoredDelta) for other in layer.others)
+    limit = (settings.memory - _weighing(layer)) // (2 if beside else 1)
+    return Allowance(limit, settings.method, top, vectors=True)
+
+
+def residual(layer: Layer, settings: ResidualSettings) -> tuple[Residual | LeftOut, ...]:
+    """Hold every adapter against the full fine-tune in one layer.
+
+    Args:
+        layer: The layer.
+        settings: What is asked.
+
+    Returns:
+        One record for each adapter and reference; where the fine-tune is not finite, one ``left_out`` record instead of
+        all, and where an adapter is not, one instead of its own.
+
+    Raises:
+        InputError: A file could not be read, or a second moment is none.
+    """
+    records, fallback = on_device(partial(_residual, layer, settings), resolve_device(settings.device))
+    return tuple(noted(record, fallback) for record in records)
+
+
+def _residual(layer: Layer, settings: ResidualSettings, device: torch.device) -> tuple[Residual | LeftOut, ...]:
+    # Thin factors are all read at once, because the largest rank says how much of D is needed; the rest one by one.
+    thin = {o.name: load_change(o.delta, device) for o in layer.others if isinstance(o.delta, FactoredDelta)}
+    top = min(max([SUBSPACE, *map(_columns, thin.values())]), *layer.shape)
+    allowance = _allowance(layer, top, settings)
+    full = load_change(layer.tuned, device, allowance=allowance)
+    if full.non_finite is not None:
+        return (not_finite(layer.tuned, full),)
+    weights = Metric(full, _decompose(full, top, settings), layer.shape)
+    if problem := why_not_comparable(weights.factors.fro):
+        return (not_finite(layer.tuned, replace(full, non_finite=problem)),)
+    data = _in_data_metric(layer, full, top, settings, device) if layer.moments is not None else None
+    records: list[Residual | LeftOut] = []
+    for other in layer.others:
+        change = thin.get(other.name)
+        if change is None and other.delta is not None:
+            change = load_change(other.delta, device, allowance=allowance)
+        record = _record(layer, other, change, weights, data, settings)
+        del change  # a dense X: its place is needed by the next
+        if isinstance(record, str):
+            left_out = not_finite(layer.tuned, replace(full, non_finite=record))
+            records.append(left_out.model_copy(update={"detail": f"{other.name}: {left_out.detail}"}))
+        else:
+            records.append(record)
+    return tuple(records)
+
+
+def _record(
+    layer: Layer,
+    other: Other,
+    change: Change | None,
+    weights: Metric,
+    data: Metric | None,
+    settings: ResidualSettings,
+) -> Residual | str:
+    """Return the record of one adapter; where its update is not finite, what and where."""
+    if change is not None and change.non_finite is not None:
+        return change.non_finite
+    rank = _rank(other.delta, change) if layer.tuned.is_matrix else None
+    found, norm = weights.distances(change, rank)
+    if problem := why_not_comparable(norm):
+        return problem
+    columns, rows = None, None
+    if layer.tuned.is_matrix and change is not None and norm > 0 and weights.factors.fro > 0:
+        columns, rows = _agreements(weights, change, rank, settings)
+    seen = _resolution(weights) if layer.tuned.is_matrix else None
+    unresolved = seen is not None and seen.verdict == "unresolved" and found.epsilon is not None
+    return Residual(
+        layer=layer.layer,
+        shape=layer.shape if layer.tuned.is_matrix else layer.shape[1:],
+        adapter=other.name,
+        role=other.role,
+        rank=rank,
+        fro=weights.factors.fro,
+        base_fro=weights.change.base_fro,
+        adapter_fro=norm,
+        method=weights.factors.method,
+        blocks=weights.change.row_blocks,
+        energy_error=weights.factors.energy_error if found.epsilon_min is not None else None,
+        column_space=columns,
+        row_space=rows,
+        data=None if data is None else Distance(**asdict(data.distances(change, rank)[0])),
+        limited_by="noise" if unresolved else limit(found),
+        resolution=seen,
+        **asdict(found),
+    )
+
+
+def _in_data_metric(layer: Layer, full: Change, top: int, settings: ResidualSettings, device: torch.device) -> Metric:
+    """Return D·L, with L·Lᵀ = C."""
+    assert layer.moments is not None
+    where = layer.moments.on_rows
+    lower = read_root(layer.moments, device).lower
+    weighed = times(full, lower, where)
+    return Metric(weighed, _decompose(weighed, top, settings, vectors=False), layer.shape, lower, where)
+
+
+def _decompose(change: Change, top: int, settings: ResidualSettings, vectors: bool = True) -> Factors:
+    return change.decompose(settings.method, top, vectors, settings.tol, settings.seed)
+
+
+def _columns(change: Change) -> int:
+    return change.factors[0].shape[1] if change.factors is not None else 0
+
+
+def _rank(delta: Delta | None, change: Change | None) -> int | None:
+    """Return the columns of X's factors: 0 for X = 0, None where it has none."""
+    if delta is None or change is None:
+        return 0
+    return _columns(change) if isinstance(delta, FactoredDelta) else None
+
+
+def _resolution(weights: Metric) -> Resolution:
+    factors = weights.factors
+    return resolution(weights.change.rounding, weights.shape, factors.s.numpy(), factors.fro, factors.complete)
+
+
+def _agreements(
+    weights: Metric, change: Change, rank: int | None, settings: ResidualSettings
+) -> tuple[Agreement, Agreement]:
+    """Return the agreement of the column and of the row spaces."""
+    wanted = min(rank or SUBSPACE, *weights.shape)
+    other, full = _decompose(change, wanted, settings), weights.factors
+    assert full.u is not None
+    assert full.vh is not None
+    assert other.u is not None
+    assert other.vh is not None
+    k, j = min(wanted, numerical_rank(full)), numerical_rank(other)
+    return (
+        agreement(full.u[:, :k], other.u[:, :j]),
+        agreement(full.vh[:k].T, other.vh[:j].T),
+    )

@@ -1,0 +1,211 @@
+"""``residual``: what did the adapter miss?"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+from lora_diag.checkpoints import as_path
+from lora_diag.deltas import Delta, Pairing, StoredDelta, Unpaired
+from lora_diag.diagnostics.residual.measure import Layer, Other, ResidualSettings, size
+from lora_diag.diagnostics.residual.measure import residual as measure
+from lora_diag.errors import UsageError
+from lora_diag.linalg import check_request
+from lora_diag.records import AnyRecord, LeftOut, Residual, Results, ResultsWriter, Run
+from lora_diag.running.activations import second_moments
+from lora_diag.running.engines import Layout, Ray
+from lora_diag.running.inputs import Comparison, compare
+from lora_diag.running.measuring import (
+    Progress,
+    Watch,
+    check_running,
+    layout_of,
+    measure_layers,
+    not_paired,
+    place,
+    read_memory,
+)
+from lora_diag.version import __version__
+
+
+def residual(
+    base: Path | str,
+    tuned: Path | str,
+    adapters: Sequence[Path | str] = (),
+    *,
+    reference: Path | str | None = None,
+    activations: Path | str | None = None,
+    layers: str | None = None,
+    exclude: str | None = None,
+    allow_unmatched: bool = False,
+    method: str = "auto",
+    tol: float = 1e-4,
+    device: str = "auto",
+    seed: int = 0,
+    workers: int | None = None,
+    memory: str | int | None = None,
+    engine: Ray | None = None,
+    output: Path | str | None = None,
+    resume: bool = False,
+    verify: bool = False,
+    on_progress: Callable[[Progress], None] | None = None,
+    on_record: Callable[[AnyRecord], None] | None = None,
+) -> Results[Residual]:
+    r"""Hold adapters against a full fine-tune: ε = ‖ΔW_FT − ΔW_adapter‖_F / ‖ΔW_FT‖_F, layer by layer.
+
+    Both checkpoints are read once, whatever the number of adapters.
+
+    Args:
+        base: The checkpoint before.
+        tuned: The full fine-tune D is measured from; an adapter will do.
+        adapters: Adapters, or checkpoints into which one was merged.
+        reference: Another full fine-tune, such as another seed, to tell how far equally good solutions are apart.
+        activations: Second moments C = E[xxᵀ] of the layers' inputs: a safetensors file with one ``(in, in)`` matrix
+            under each weight's name and, in its metadata, ``tokens``. Every distance is then given in the norm
+            ‖·C^½‖_F, too.
+        layers: Regular expression; only weights whose name contains a match.
+        exclude: Regular expression; no weights whose name contains a match.
+        allow_unmatched: Leave out what an adapter changes and ``base`` does not have, instead of stopping.
+        method: ``auto``, ``exact``, ``gram`` or ``krylov``, for the largest singular values of D.
+        tol: Bound to reach on the error of ε_min².
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:1``.
+        seed: Of the random starts of ``krylov``.
+        workers: Layers at once; by default as many as fit into memory.
+        memory: What the whole program may take, such as ``"8GB"``; a layer that does not fit is read in row blocks.
+        engine: A Ray cluster to measure on; None for this machine alone.
+        output: Results file, appended layer by layer.
+        resume: Go on behind what an interrupted run left in ``output``.
+        verify: Let ``resume`` compare a SHA-256 of every byte of the inputs, not of samples.
+        on_progress: Called at the start and after every layer.
+        on_record: Called with every record, in the order of the file, as it comes.
+
+    Returns:
+        One record for each layer and adapter; layers that an adapter leaves alone among them, with ε = 1, and norms and
+        biases, which have no rank.
+
+    Raises:
+        UsageError: An option makes no sense, or nothing is to be held against ``tuned``.
+        InputError: An input cannot be read.
+        NothingComparedError: The checkpoints have no weight in common, or an adapter none with them.
+
+    Example:
+        >>> base, tuned, adapter = (f"sample_checkpoints/{name}" for name in ("base", "full_ft", "lora_r16"))
+        >>> found = residual(base, tuned, [adapter], layers=r"layers\.0\..*q_proj")
+        >>> found.layers[0].rank, found.layers[0].epsilon > found.layers[0].epsilon_min
+        (16, True)
+    """
+    where = place(engine, device)
+    settings = ResidualSettings(method, tol, seed, where.tasks)
+    limit = read_memory(memory, engine)
+    check_running(workers, seed)
+    check_request(method, 1, tol)
+    _check_names(tuned, [*adapters, *([reference] if reference is not None else [])])
+    base = as_path(base)  # once, so that what is known of it is not asked again
+    full = compare(base, tuned, layers, exclude, allow_unmatched, verify)
+    others = [_named(compare(base, path, layers, exclude, allow_unmatched, verify), "adapter") for path in adapters]
+    if reference is not None:
+        others.append(_named(compare(base, reference, layers, exclude, allow_unmatched, verify), "reference"))
+    moments = second_moments(activations, base, full.pairing, verify) if activations is not None else None
+    inputs = (*full.inputs, *(other.inputs[-1] for other in others), *((moments.described,) if moments else ()))
+    by_layer = [{delta.layer: _alone(delta) for delta in other.pairing.deltas} for other in others]
+    tasks = [
+        Layer(
+            delta,
+            tuple(
+                Other(other.inputs[-1].path, _role(other), known.get(delta.layer))
+                for other, known in zip(others, by_layer, strict=True)
+            ),
+            moments.of.get(delta.layer) if moments else None,
+        )
+        for delta in full.pairing.deltas
+    ]
+    run = Run(
+        command="residual",
+        version=__version__,
+        inputs=inputs,
+        settings={
+            "layers": layers,
+            "exclude": exclude,
+            "method": method,
+            "tol": tol,
+            "device": where.kind,
+            "seed": seed,
+        },
+    )
+    left_out = Pairing((), (*full.pairing.unpaired, *_more_left_out(full.pairing, others)))
+    layout = layout_of(full.pairing.deltas, workers, where.kind, limit)
+    settings = replace(settings, memory=layout.limit)
+    with ResultsWriter[Residual](output, run, resume) as writer:
+        return measure_layers(
+            writer,
+            tasks,
+            partial(measure, settings=settings),
+            lambda: _rest(left_out, layout, where.here, tasks, writer.earlier, replace(settings, device=where.here)),
+            layout,
+            partial(size, settings=settings),
+            Watch(on_progress, on_record),
+            engine,
+        )
+
+
+def _rest(
+    left_out: Pairing,
+    layout: Layout,
+    device: str,
+    tasks: Sequence[Layer],
+    earlier: Results[Residual],
+    settings: ResidualSettings,
+) -> Iterator[LeftOut]:
+    """Yield what is left out besides what was found while measuring; after a resumed run, what was found then, too."""
+    yield from not_paired(left_out, layout, device)
+    done: dict[str, set[str]] = {}
+    for record in earlier:
+        done.setdefault(record.layer, set()).add(record.adapter)
+    for task in tasks:
+        lost = tuple(other for other in task.others if other.name not in done.get(task.layer, {other.name}))
+        if lost:
+            again = measure(replace(task, others=lost), settings)
+            yield from (record for record in again if isinstance(record, LeftOut))
+
+
+def _check_names(tuned: Path | str, others: Sequence[Path | str]) -> None:
+    """Refuse to compare nothing, or one thing with itself or twice."""
+    if not others:
+        raise UsageError("residual: name at least one ADAPTER, or another full fine-tune with --reference")
+    seen = {os.path.realpath(tuned): "TUNED itself"}
+    for path in others:
+        if (known := seen.get(os.path.realpath(path))) is not None:
+            raise UsageError(f"{path}: is {known}")
+        seen[os.path.realpath(path)] = "named twice"
+
+
+def _named(found: Comparison, role: str) -> Comparison:
+    """Return a comparison whose second input has the role it plays here."""
+    return replace(found, inputs=(*found.inputs[:-1], found.inputs[-1].model_copy(update={"role": role})))
+
+
+def _role(found: Comparison) -> Literal["adapter", "reference"]:
+    return "reference" if found.inputs[-1].role == "reference" else "adapter"
+
+
+def _alone(delta: Delta) -> Delta:
+    """Return a ΔW without its base, whose norm is known already."""
+    return delta if isinstance(delta, StoredDelta) else replace(delta, base=None)
+
+
+def _more_left_out(full: Pairing, others: Sequence[Comparison]) -> Iterator[Unpaired]:
+    """Yield what adapters have that the fine-tune cannot be held against."""
+    known = {delta.layer for delta in full.deltas} | {item.layer for item in full.unpaired}
+    for other in others:
+        path = other.inputs[-1].path
+        for delta in other.pairing.deltas:
+            if delta.layer not in known:
+                detail = f"{path} changes it, and TUNED has nothing to hold against it"
+                yield Unpaired(delta.layer, delta.shape, "only_in_adapter", detail)
+        for item in other.pairing.unpaired:
+            if item.layer not in known:
+                yield replace(item, detail=f"{path}: {item.detail}")

@@ -1,0 +1,248 @@
+"""The terminal's answer to ``residual``: one table an adapter, what limits it first, and a summary to read it by."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import median
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from lora_diag.metrics import Distances, pooled
+from lora_diag.records import Agreement, Residual, Results
+from lora_diag.rendering.columns import Column, rows_of, table_of, title_of
+from lora_diag.rendering.lines import answers, called, inputs, last_lines, left_out_line, notes, usual_style
+from lora_diag.rendering.text import middle, named, percent, safe, shown, span, to_text
+
+# What limits a layer, in the order of the table.
+_LIMITS = ("rank", "scale", "direction", "noise", "exact", "not adapted", None)
+
+# Which columns go first where there is too little room.
+_SPARED = ("ε at best", "best scale", "row space", "col space", "C^½ floor", "in C^½", "n")
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    """One line of the table: a layer, or all layers of a module type, and their distances taken together."""
+
+    name: str
+    records: tuple[Residual, ...]
+    found: Distances
+
+
+def residual_table(
+    results: Results[Residual], width: int = 80, color: bool = False, per: str = "type", then: str | None = None
+) -> str:
+    """Return the tables and the summary of a residual run.
+
+    Args:
+        results: What was measured.
+        width: Columns of the terminal; 80 are enough, 140 are used.
+        color: Whether to use ANSI colours.
+        per: ``type`` for one row a module type (its layers taken together), ``layer`` for one row a layer.
+        then: The command that a user would run next.
+
+    Returns:
+        Lines of text, without a newline at the end.
+    """
+    parts: list[RenderableType] = []
+    for name, records in _by_adapter(results):
+        parts += [Text(f"{name}, {records[0].role}, against TUNED", style="bold")]
+        parts += [_table(_rows(records, per), width, per)]
+    parts.append(answers(residual_lines(results), usual_style, then))
+    return to_text(Group(*parts), width, color)
+
+
+def _by_adapter(results: Results[Residual]) -> list[tuple[str, list[Residual]]]:
+    """Return the records of each adapter and reference by its shortest name, in the order in which they were named."""
+    groups: dict[str, list[Residual]] = {}
+    for record in results:
+        groups.setdefault(record.adapter, []).append(record)
+    return list(zip(called([*groups]), groups.values(), strict=True))
+
+
+def _rows(records: Sequence[Residual], per: str) -> list[_Row]:
+    rows = [_Row(name, group, pooled(group)) for name, group in rows_of(records, per)]
+    return sorted(rows, key=lambda row: (_LIMITS.index(_most(row.records)), -_gap(row.records)))
+
+
+def _gap(records: Sequence[Residual]) -> float:
+    return math.hypot(*(record.gap for record in records))
+
+
+def _most(records: Sequence[Residual]) -> str | None:
+    """Return what limits the layers that hold most of ‖D − X‖²."""
+    shares: Counter[str | None] = Counter()
+    for record in records:
+        shares[record.limited_by] += record.gap**2  # type: ignore[assignment]  # a Counter of floats
+    return shares.most_common(1)[0][0]
+
+
+def _table(rows: Sequence[_Row], width: int, per: str) -> Table:
+    total = math.hypot(*(_gap(row.records) for row in rows)) or 1.0
+    columns = _columns(rows, total, per)
+    return table_of(title_of(per), [row.name for row in rows], columns, width, _SPARED)
+
+
+def _columns(rows: Sequence[_Row], total: float, per: str) -> list[Column]:
+    def column(title: str, cell: Callable[[_Row], str]) -> Column:
+        return Column(title, tuple(map(cell, rows)))
+
+    columns = [
+        column("n", lambda row: str(len(row.records))),
+        column("r", _rank),
+        column("ε", lambda row: shown(row.found.epsilon)),
+        column("floor", lambda row: shown(row.found.epsilon_min if _has_floor(row) else None)),
+        column("cosine", lambda row: shown(row.found.cosine)),
+        column("‖X‖/‖ΔW‖", lambda row: shown(row.found.norm_ratio)),
+        column("of ε²", lambda row: percent((_gap(row.records) / total) ** 2)),
+        column("col space", lambda row: _agreement([r.column_space for r in row.records])),
+        column("row space", lambda row: _agreement([r.row_space for r in row.records])),
+        column("best scale", lambda row: shown(row.found.best_scale)),
+        column("ε at best", lambda row: shown(row.found.epsilon_best_scale)),
+        column("ε in C^½", lambda row: shown(middle([r.data.epsilon for r in row.records if r.data]))),
+        column("C^½ floor", lambda row: shown(middle([r.data.epsilon_min for r in row.records if r.data]))),
+        Column("limited by", tuple(limits_of(row.records) for row in rows), "left"),
+    ]
+    without_data = all(record.data is None for row in rows for record in row.records)
+    dropped = {"n"} if per == "layer" else set()
+    dropped |= {"ε in C^½", "C^½ floor"} if without_data else set()
+    return [column for column in columns if column.title not in dropped]
+
+
+def _has_floor(row: _Row) -> bool:
+    return any(record.epsilon_min is not None for record in row.records)
+
+
+def _rank(row: _Row) -> str:
+    return span(record.rank for record in row.records if record.rank is not None)
+
+
+def _agreement(spaces: Sequence[Agreement | None]) -> str:
+    """Show the median overlap, and in brackets that of random spaces."""
+    known = [space for space in spaces if space is not None]
+    if not known:
+        return "-"
+    return f"{median(s.overlap for s in known):.2f} ({median(s.random for s in known):.2f})"
+
+
+def limits_of(records: Sequence[Residual]) -> str:
+    """Say what limits several layers: the word, or each with its number of layers where they differ."""
+    counts = Counter(record.limited_by or "-" for record in records)
+    if len(counts) == 1:
+        return next(iter(counts))
+    return ", ".join(f"{word} {number_of}" for word, number_of in counts.most_common())
+
+
+def residual_lines(results: Results[Residual]) -> list[tuple[str, str]]:
+    """Return word and sentence for each line of the summary."""
+    lines = [("Compared", "\n".join([*inputs(results.run), *notes(results.run)]))]
+    if len(results.run.inputs) > 1 and (tuned := results.run.inputs[1]).role == "adapter":
+        against = f"{safe(tuned.path)}, which stands in the place of TUNED, is an adapter and no full fine-tune"
+        lines.append(("Mind", f"{against}: ε is measured against its update. The order is BASE TUNED ADAPTER..."))
+    groups = _by_adapter(results)
+    adapters = [(name, records) for name, records in groups if records[0].role == "adapter"]
+    if adapters:
+        lines.append(("Distance", "\n".join(f"{name}: {_distance(records)}" for name, records in adapters)))
+        lines.append(("Limited by", "\n".join(f"{name}: {_limited(records)}" for name, records in adapters)))
+        lines.append(("Low rank?", "\n".join(f"{name}: {_low_rank(records)}" for name, records in adapters)))
+    if groups:
+        lines += [("Resolved?", _resolved(groups[0][1])), ("Read it so", _reading(groups))]
+    lines.append(("Left out", left_out_line(results.left_out)))
+    return [*lines, *last_lines(results)]
+
+
+def _distance(records: Sequence[Residual]) -> str:
+    """Say how far the adapter is from the whole update, and from the part on which it acts."""
+    whole, acting = pooled(records), [record for record in records if record.adapter_fro > 0]
+    if whole.epsilon is None:
+        return "TUNED changes nothing, so there is no ε"
+    if not acting:
+        return "changes nothing that TUNED changes: ε = 1"
+    there = pooled(acting)
+    parts = [f"ε = {shown(whole.epsilon)} for the whole model"]
+    if len(acting) < len(records) and there.epsilon is not None:
+        parts.append(f"{shown(there.epsilon)} where it acts")
+    parts.append(f"it moves {shown(there.norm_ratio)} times as far there, with cosine {shown(there.cosine)}")
+    return "; ".join(parts)
+
+
+def _limited(records: Sequence[Residual]) -> str:
+    """Say in how many layers what limits the adapter, and what it does not reach."""
+    total = math.hypot(*(record.fro for record in records)) or 1.0
+    acting = [record for record in records if record.adapter_fro > 0]
+    counts = Counter(record.limited_by for record in acting if record.limited_by)
+    still = [record for record in records if record.adapter_fro == 0]
+    words = [f"{word} in {number_of} of {_tensors(len(acting))}" for word, number_of in counts.most_common()]
+    if still:
+        share = percent((math.hypot(*(record.fro for record in still)) / total) ** 2)
+        words.append(f"{_tensors(len(still))} not adapted, with {share} of ‖ΔW‖²")
+    return "; ".join(words)
+
+
+def _tensors(number_of: int) -> str:
+    return f"{number_of} {'tensor' if number_of == 1 else 'tensors'}"
+
+
+def _low_rank(records: Sequence[Residual]) -> str:
+    """Say where no adapter of this rank could do better, and what that costs."""
+    total = math.hypot(*(record.fro for record in records)) or 1.0
+    ranked = [record for record in records if record.rank and record.epsilon_min is not None]
+    if not ranked:
+        return "no layer with a known rank was held against TUNED"
+    out_of_reach = percent((math.hypot(*(record.floor for record in ranked)) / total) ** 2)
+    bound = [record for record in ranked if record.limited_by == "rank"]
+    if not bound:
+        return f"rank limits no layer, though {out_of_reach} of ‖ΔW‖² is beyond the rank that its layers have"
+    cost = percent((math.hypot(*(record.floor for record in bound)) / total) ** 2)
+    worst = named([record.layer for record in sorted(bound, key=lambda record: -record.floor)])
+    return f"dominates in {len(bound)} of {len(ranked)} layers, at the cost of {cost} of ‖ΔW‖²: {worst}"
+
+
+def _resolved(records: Sequence[Residual]) -> str:
+    """Say whether the files can show TUNED's update at all."""
+    seen = [record.resolution for record in records if record.resolution is not None and record.fro > 0]
+    if not seen:
+        return "no matrix of TUNED moved"
+    counts = Counter(resolution.verdict for resolution in seen)
+    if counts["resolved"] == len(seen):
+        return "yes: rounding plays no part in TUNED's update"
+    parts = [f"{counts[word]} {word}" for word in ("unresolved", "floor-limited") if counts[word]]
+    return (
+        f"of {len(seen)} matrices of TUNED {' and '.join(parts)}: ε against rounding noise means nothing there "
+        "(limited by: noise)"
+    )
+
+
+def _reading(groups: Sequence[tuple[str, list[Residual]]]) -> str:
+    """Say what ε can tell: against another full fine-tune where there is one, in general where not."""
+    lines = []
+    for name, records in groups:
+        if records[0].role == "reference":
+            found = pooled(records)
+            spaces = [record.column_space for record in records], [record.row_space for record in records]
+            lines.append(
+                f"another full fine-tune, {name}, is ε = {shown(found.epsilon)} away with cosine "
+                f"{shown(found.cosine)}; its top directions overlap {_agreement(spaces[0])} in the column space "
+                f"and {_agreement(spaces[1])} in the row space (in brackets: random ones)"
+            )
+            lines += [_judged(other, pooled(theirs), found) for other, theirs in groups if theirs[0].role == "adapter"]
+    if lines:
+        return "\n".join([*lines, "ε is a distance to one solution; the held-out loss says which is better"])
+    return (
+        "ε is the distance to this one solution and no quality: it exceeds 1 wherever ‖X‖/‖ΔW‖ > 2·cosine, and two "
+        "seeds of one full fine-tune can be ε ≈ 1 apart. --reference TUNED2 measures how far yours are; the held-out "
+        "loss says which is better"
+    )
+
+
+def _judged(name: str, adapter: Distances, reference: Distances) -> str:
+    if adapter.epsilon is None or reference.epsilon is None or adapter.cosine is None or reference.cosine is None:
+        return f"{name} has no distance to judge"
+    nearer = "no farther away than that" if adapter.epsilon <= reference.epsilon else "farther away than that"
+    turned = "no more turned" if adapter.cosine >= reference.cosine else "more turned"
+    return f"{name} is {nearer} (ε = {shown(adapter.epsilon)}) and {turned} (cosine {shown(adapter.cosine)})"

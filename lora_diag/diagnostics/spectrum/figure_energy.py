@@ -1,0 +1,84 @@
+"""`energy`: which share of an update the best adapter of each rank could carry, layer by layer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+from lora_diag.metrics import energy_curve
+from lora_diag.records import Spectrum
+from lora_diag.rendering.figures.curves import MARKED, Quantity
+from lora_diag.rendering.figures.fields import changes_of
+from lora_diag.rendering.figures.multiples import small_multiples
+from lora_diag.rendering.figures.panel import draw_series, panel_axes
+from lora_diag.rendering.figures.series import Options, Series
+from lora_diag.rendering.figures.style import Look, styled
+
+
+def _shares(record: Spectrum) -> NDArray[np.float64]:
+    return energy_curve(np.array(record.s), record.fro, record.complete)
+
+
+SHARE = Quantity(_shares, beyond=1.0)
+
+
+def energy(
+    records: Iterable[Spectrum], ax: Axes | None = None, *, ranks: Sequence[int] = MARKED, per: str = "layer"
+) -> Axes:
+    """Draw C(r) = Σ_{i≤r}σ_i² / ‖ΔW‖_F² over r, one line a layer, all in one panel.
+
+    What the files resolve is coloured by depth; from the signal rank on, where a curve counts the rounding of the
+    files, it is grey. A zero update has no curve. Blocks with several such matrices (experts) have one curve, their
+    pointwise median: give the records of one module type (``results.filter("q_proj")``) for one curve a layer.
+
+    Args:
+        records: Of ``spectrum``.
+        ax: Where to draw; a new figure's if not given (``ax.figure`` is then the figure).
+        ranks: Which are marked.
+        per: ``layer``; or ``type`` for the median and the range of all records.
+
+    Returns:
+        The Axes drawn on.
+
+    Example:
+        >>> import lora_diag
+        >>> results = lora_diag.spectrum("sample_checkpoints/base", "sample_checkpoints/full_ft", layers="q_proj")
+        >>> ax = energy(results)
+        >>> [float(line.get_ydata()[-1]) for line in ax.lines if "q_proj" in line.get_label()]
+        [1.0, 1.0, 1.0, 1.0]
+    """
+    records = tuple(records)
+    with panel_axes(ax) as (axes, look):
+        draw_series(axes, (Series("", records),), SHARE, ranks, per, look)
+        _scale(axes)
+        of = changes_of(records)
+        axes.set(xlabel="rank r", ylabel=f"energy share C(r){'' if of == 'ΔW' else f' of {of}'}")
+    return axes
+
+
+def figure(series: Sequence[Series[Spectrum]], look: Look, options: Options) -> Figure:
+    """Return C(r) by module type, one panel each."""
+    of = changes_of(record for one in series for record in one.records)
+    total = "Σσ²" if " and " in of else f"‖{of}‖_F²"
+    with styled(look):
+        return small_multiples(
+            series,
+            SHARE,
+            look,
+            options.per,
+            title=f"Energy share C(r) of {of}: what the best adapter of rank r keeps",
+            xlabel="rank r",
+            ylabel="C(r)",
+            formula=f"C(r)\xa0=\xa0(σ₁²\xa0+\xa0…\xa0+\xa0σᵣ²)\xa0/\xa0{total}",
+            scale=_scale,
+        )
+
+
+def _scale(ax: Axes) -> None:
+    ax.set_ylim(0, 1.03)
+    ax.set_yticks([0, 0.5, 1], ["0", "0.5", "1"])
+    ax.set_yticks([0.25, 0.75], minor=True)

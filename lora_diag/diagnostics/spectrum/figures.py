@@ -1,0 +1,115 @@
+"""`spectrum`: the singular values of an update, and where the rounding of the files begins."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from numpy.typing import NDArray
+
+from lora_diag.records import Spectrum
+from lora_diag.rendering.figures.curves import MARKED, Quantity, resolved_to
+from lora_diag.rendering.figures.fields import changes_of
+from lora_diag.rendering.figures.multiples import small_multiples
+from lora_diag.rendering.figures.panel import draw_series, panel_axes
+from lora_diag.rendering.figures.series import Options, Series
+from lora_diag.rendering.figures.sheet import Key
+from lora_diag.rendering.figures.style import INK, Look, log_label, styled
+
+# Decades below the largest value that are shown: float32 has no more than seven.
+DECADES = 7
+
+
+def _values(record: Spectrum) -> NDArray[np.float64]:
+    return np.array(record.s)
+
+
+SIGMA = Quantity(_values, beyond=0.0)
+
+
+def spectrum(
+    records: Iterable[Spectrum], ax: Axes | None = None, *, ranks: Sequence[int] = MARKED, per: str = "layer"
+) -> Axes:
+    """Draw the singular values σ_i of ΔW over i, log–log, one line a layer, all in one panel.
+
+    Values above the layer's noise edge are coloured by depth, those below it, which the rounding of the files could
+    have made, are grey; the dashed line is the median edge. Zeros are not drawn. Experts are joined as in ``energy``.
+
+    Args:
+        records: Of ``spectrum``.
+        ax: Where to draw; a new figure's if not given.
+        ranks: Which are marked.
+        per: ``layer``; or ``type`` for the median and the range of all records.
+
+    Returns:
+        The Axes drawn on.
+    """
+    records = tuple(records)
+    with panel_axes(ax) as (axes, look):
+        draw_series(axes, (Series("", records),), SIGMA, ranks, per, look)
+        _scale(axes, records)
+        _edge(axes, records, look)
+        axes.set(xlabel="index i", ylabel=f"singular value σᵢ of {changes_of(records)}")
+    return axes
+
+
+def figure(series: Sequence[Series[Spectrum]], look: Look, options: Options) -> Figure:
+    """Return σ_i by module type, one panel each, all on the same axes."""
+    everything = tuple(record for one in series for record in one.records)
+    with styled(look):
+        return small_multiples(
+            series,
+            SIGMA,
+            look,
+            options.per,
+            title=f"Singular values σᵢ of {changes_of(everything)}: how fast the update decays",
+            xlabel="index i",
+            ylabel="σᵢ",
+            scale=lambda ax: _scale(ax, everything),
+            also=lambda ax, records: _edge(ax, records, look),
+            keys=_edge_key(everything, look),
+        )
+
+
+def _scale(ax: Axes, records: Sequence[Spectrum]) -> None:
+    ax.set_yscale("log", nonpositive="mask")
+    ax.yaxis.set_major_formatter(log_label)
+    ax.yaxis.set_minor_formatter("")
+    low, high = _limits(records)
+    ax.set_ylim(low, high)
+
+
+def _limits(records: Sequence[Spectrum]) -> tuple[float, float]:
+    """Return what the y axis shows: all that the files resolve, and the noise edge if it lies near that."""
+    resolved = [value for record in records for value in record.s[: resolved_to(record)] if value > 0]
+    values = resolved or [value for record in records for value in record.s if value > 0] or [1.0]
+    low, high = min(values), max(values)
+    near = [edge for edge in _edges(records) if edge > low / 3]
+    low = min(low, float(np.median(near)) / 2 if near else low)
+    return max(low / 2, high * 10.0**-DECADES), high * 1.6
+
+
+def _edges(records: Sequence[Spectrum]) -> list[float]:
+    return [record.resolution.edge for record in records if record.fro > 0 and record.resolution.edge > 0]
+
+
+def _edge(ax: Axes, records: Sequence[Spectrum], look: Look | None) -> None:
+    """Mark where singular values of the files' rounding end, at the median layer."""
+    if edges := _edges(records):
+        ax.axhline(float(np.median(edges)), zorder=1.8, label="_edge", **_line(look))
+
+
+def _edge_key(records: Sequence[Spectrum], look: Look) -> tuple[Key, ...]:
+    edges = _edges(records)
+    if not edges:
+        return ()
+    below = " (all below the axis)" if max(edges) < _limits(records)[0] else ""
+    return (Key(Line2D([], [], **_line(look)), f"noise edge of the files' rounding{below}"),)
+
+
+def _line(look: Look | None) -> dict[str, Any]:
+    return {"color": INK, "lw": 0.8 * (look.line if look else 1.2), "ls": (0, (5, 2))}

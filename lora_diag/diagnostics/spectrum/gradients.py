@@ -1,0 +1,161 @@
+"""Before there is an update: the spectrum of a layer's gradients, stacked over the steps."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lora_diag.diagnostics.spectrum.measure import SpectrumSettings, record_of
+from lora_diag.gradients import History
+from lora_diag.layers.change import COARSE, on_device
+from lora_diag.linalg import Factors, first_non_finite, norm, require, resolve_device
+from lora_diag.linalg.gram import decompose_stack
+from lora_diag.linalg.limited import READING
+from lora_diag.linalg.rounding import Spacing
+from lora_diag.linalg.streamed import ROWS
+from lora_diag.metrics import noise_edge, signal_rank, verdict
+from lora_diag.records import LeftOut, Resolution, Spectrum
+from lora_diag.records.spectrum import Stack
+
+# The larger side is computed, too, up to this order: its Gram matrix takes 128 MiB and its eigenvalues 2 s there.
+OTHER_UP_TO = 4096
+
+
+class _NotFiniteError(Exception):
+    """A gradient holds an entry that is not finite; says which and where."""
+
+
+def size(history: History, settings: SpectrumSettings) -> int:
+    """Return about how many bytes measuring a layer takes: one gradient, and a Gram matrix with its copy.
+
+    Within a limit it is no fewer than it takes, and no more than there are.
+    """
+    if settings.memory is not None:
+        return min(settings.memory, most_bytes(history))
+    rows, columns = history.shape
+    return 4 * rows * columns + 16 * _largest_order(history.shape) ** 2
+
+
+def most_bytes(history: History) -> int:
+    """Return how many bytes a layer takes at most: one gradient, and a Gram matrix of the larger side that is computed.
+
+    Example:
+        >>> round(most_bytes(History("w", (4096, 4096), ())) / 2**20)
+        384
+    """
+    order = _largest_order(history.shape)
+    entry = 8 if "float64" in history.dtypes else 4
+    return READING + entry * math.prod(history.shape) + 16 * order * (order + ROWS)
+
+
+def _largest_order(shape: tuple[int, int]) -> int:
+    return max(shape) if max(shape) <= OTHER_UP_TO else min(shape)
+
+
+def covariance(history: History, settings: SpectrumSettings) -> Spectrum | LeftOut:
+    """Measure the spectrum of the gradients of one layer.
+
+    ΣG_tG_tᵀ and ΣG_tᵀG_t are the Gram matrices of the gradients beside each other, [G_1 G_2 …], and on top of each
+    other, [G_1; G_2; …]. C(r) of the first is the share of Σ‖G_t‖² that the best r-dimensional column space holds for
+    all steps, C(r) of the second that of the best row space.
+
+    Args:
+        history: The layer's gradients.
+        settings: What is asked; ``method`` and ``tol`` play no part.
+
+    Returns:
+        The spectrum of the smaller side, with the energy shares of the other one where both are small enough; or, where
+        a gradient is not finite, a ``left_out`` record.
+    """
+    try:
+        found, fallback = on_device(lambda device: _compute(history, settings, device), resolve_device(settings.device))
+    except _NotFiniteError as error:
+        return LeftOut(layer=history.layer, shape=history.shape, reason="non_finite", detail=str(error))
+    side: Literal["left", "right"] = "left" if history.shape[0] < history.shape[1] else "right"
+    seen, dtypes = _resolution(found, history), (None, "/".join(history.dtypes))
+    factors = replace(found.side, method=f"{found.side.method} of {len(history.snapshots)} gradients{fallback}")
+    record = record_of(history.layer, history.shape, dtypes, None, factors, settings.ranks, seen)
+    other = None
+    if found.other is not None:
+        other = record_of(history.layer, history.shape, dtypes, None, found.other, settings.ranks, seen)
+    stack = Stack(
+        steps=tuple(snapshot.step for snapshot in history.snapshots),
+        side=side,
+        other_energy=other.energy if other else None,
+        other_rank_at=other.rank_at if other else None,
+    )
+    return record.model_copy(update={"source": "gradients", "stack": stack})
+
+
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """The spectra of both sides, and Σulp² of the stored gradients."""
+
+    side: Factors
+    other: Factors | None
+    spacing: Spacing
+
+
+def _compute(history: History, settings: SpectrumSettings, device: torch.device) -> _Found:
+    """Read the gradients, once for each side: two Gram matrices at a time would take twice the memory."""
+    if settings.memory is not None and device.type == "cpu":  # the limit is on the memory of the machine
+        what = "a gradient and its Gram matrix take"
+        require(most_bytes(history), settings.memory, history.shape, what, "--exclude it")
+    spacing = Spacing()
+    left = history.shape[0] < history.shape[1]
+    side = decompose_stack(_gradients(history, device, left, spacing), settings.top)
+    if not math.isfinite(spacing.squares):
+        raise _NotFiniteError(COARSE)
+    other = None
+    if len(history.snapshots) == 1:
+        other = side
+    elif max(history.shape) <= OTHER_UP_TO:
+        other = decompose_stack(_gradients(history, device, not left, None), settings.top)
+    return _Found(side, other, spacing)
+
+
+def _gradients(history: History, device: torch.device, transposed: bool, spacing: Spacing | None) -> Iterator[Tensor]:
+    """Yield G_t, or its transpose, step by step; count the spacing of the stored values.
+
+    Raises:
+        _NotFiniteError: An entry is not finite.
+    """
+    for snapshot in history.snapshots:
+        gradient: Tensor | None = None
+        row = 0
+        for stored in snapshot.blocks(history.shape):
+            block = stored.to(device)
+            if not math.isfinite(norm([block])):
+                problem = first_non_finite("the gradient holds", block, row) or "the norm of the gradient overflows"
+                raise _NotFiniteError(f"step {snapshot.step}: {problem}")
+            if gradient is None:
+                gradient = torch.empty(history.shape, dtype=block.dtype, device=device)
+            gradient[row : row + len(block)] = block
+            if spacing is not None:
+                spacing.add(block)
+            row += len(block)
+        assert gradient is not None
+        yield gradient.T if transposed else gradient
+
+
+def _resolution(found: _Found, history: History) -> Resolution:
+    """Hold the gradients against the rounding of their files, as one matrix of all steps."""
+    noise_fro = math.sqrt(found.spacing.squares / 12)
+    small, large = sorted(history.shape)
+    stacked = (large * len(history.snapshots), small)
+    edge = noise_edge(found.spacing.squares / 12 / math.prod(stacked), stacked)
+    signal = signal_rank(found.side.s.numpy(), edge, found.side.complete)
+    return Resolution(
+        unchanged=None,
+        mantissa=None,
+        rounding_fro=math.sqrt(found.spacing.squares) / 2,
+        noise_fro=noise_fro,
+        edge=edge,
+        signal_rank=signal,
+        verdict=verdict(noise_fro, found.side.fro, signal),
+    )

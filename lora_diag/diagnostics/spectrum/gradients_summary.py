@@ -1,0 +1,47 @@
+"""What a summary says of a spectrum that is one of gradients."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from statistics import median
+
+from lora_diag.records import Spectrum
+from lora_diag.rendering.text import number
+
+
+def gradient_lines(records: Sequence[Spectrum]) -> list[tuple[str, str]]:
+    """Return what was stacked, and how far it tells what an update would be.
+
+    Args:
+        records: The layers that are judged, each with its stack.
+    """
+    steps = sorted({step for record in records if record.stack for step in record.stack.steps})
+    span = f"steps {steps[0]} to {steps[-1]}" if len(steps) > 1 else f"step {steps[0]}"
+    total = math.hypot(*(record.fro for record in records))
+    said = f"{len(steps)} of {span}, stacked; √Σ‖G‖² = {number(total)} over {len(records)} matrices"
+    known = _ranks(records)
+    own, other = (median(rank) for rank in zip(*known, strict=True)) if known else (0, 0)
+    if own:
+        few = "" if len(known) == len(records) else f", in the {len(known)} layers small enough for both"
+        said += (
+            f"; r@90% on each layer's smaller side, which is shown, {own:g} at the median, on the other {other:g}{few}"
+        )
+    return [
+        ("Gradients", said),
+        (
+            "Read it so",
+            "gradients order the layers much as the update will, but show it more low-rank than it becomes: compare "
+            "layers by these numbers, do not read a rank off them",
+        ),
+    ]
+
+
+def _ranks(records: Sequence[Spectrum]) -> list[tuple[int, int]]:
+    """Return the ranks at 90% on both sides, of the layers of which both are known."""
+    pairs = [
+        (record.rank_at["0.9"], record.stack.other_rank_at["0.9"])
+        for record in records
+        if record.stack and record.stack.other_rank_at
+    ]
+    return [(own, other) for own, other in pairs if own is not None and other is not None]

@@ -1,0 +1,193 @@
+"""Is this layer's update low-rank? ΔW → its singular values and what follows from them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from lora_diag.deltas import Delta
+from lora_diag.layers.change import OVERFLOW, Change, bytes_of, load_change, on_device
+from lora_diag.layers.left_out import not_finite
+from lora_diag.layers.metric import Weighed, Weighting, extra, weigh
+from lora_diag.layers.resolution import resolution
+from lora_diag.linalg import Allowance, Factors, resolve_device
+from lora_diag.metrics import (
+    effective_rank,
+    energy_curve,
+    rank_at,
+    stable_rank,
+    truncation_error,
+)
+from lora_diag.records import LeftOut, Resolution, Spectrum, Tail
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+THRESHOLDS = (0.9, 0.95, 0.99)
+RANKS = (4, 8, 16, 32, 64)
+
+
+@dataclass(frozen=True, slots=True)
+class SpectrumSettings:
+    """What is asked of every layer.
+
+    Args:
+        ranks: Ranks r at which C(r) and the truncation errors are given.
+        method: ``auto``, ``exact``, ``gram`` or ``krylov``.
+        top: Keep only so many of the largest singular values; None for all.
+        tol: Bound that ``auto`` and ``krylov`` have to reach on the error of every energy fraction.
+        seed: Of random starting vectors.
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:1``.
+        memory: Bytes that a layer may take; None for what it needs.
+    """
+
+    ranks: tuple[int, ...] = RANKS
+    method: str = "auto"
+    top: int | None = None
+    tol: float = 1e-4
+    seed: int = 0
+    device: str = "auto"
+    memory: int | None = None
+
+    @property
+    def allowance(self) -> Allowance | None:
+        """What is computed of a layer within how much memory."""
+        return None if self.memory is None else Allowance(self.memory, self.method, self.top)
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """One layer's update, and what it is weighed by; None for the plain metric."""
+
+    delta: Delta
+    weighting: Weighting | None = None
+
+    @property
+    def layer(self) -> str:
+        """The weight's name in BASE."""
+        return self.delta.layer
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``(out, in)``."""
+        return self.delta.shape
+
+
+def size(layer: Layer, settings: SpectrumSettings) -> int:
+    """Return about how many bytes measuring a layer takes: ΔW, and what the metric of the data adds."""
+    more = extra(layer.weighting, layer.shape) if layer.weighting is not None else 0
+    return bytes_of(layer.delta, settings.allowance) + more
+
+
+def spectrum(delta: Delta, settings: SpectrumSettings, weighting: Weighting | None = None) -> Spectrum | LeftOut:
+    """Measure one ΔW.
+
+    Args:
+        delta: The layer.
+        settings: What is asked.
+        weighting: Second moments of the layer's input, and of the gradient by its output; None for the plain metric.
+
+    Returns:
+        Its spectrum, or, where ΔW is not finite, a ``left_out`` record with the place of the first bad entry.
+    """
+    compute = partial(_compute, delta, settings, weighting)
+    (change, factors, weighed), fallback = on_device(compute, resolve_device(settings.device))
+    if factors is None:
+        return not_finite(delta, change)
+    factors = replace(factors, method=factors.method + fallback)
+    gains = weighed.gains if weighed else None
+    seen = resolution(change.rounding, delta.shape, factors.s.numpy(), factors.fro, factors.complete, gains)
+    record = record_of(delta.layer, delta.shape, delta.dtypes, change.base_fro, factors, settings.ranks, seen)
+    if change.row_blocks is not None:
+        record = record.model_copy(update={"blocks": change.row_blocks})
+    if weighed is None or weighting is None:
+        return record
+    metric = "kfac" if weighting.gradients else "data"
+    return record.model_copy(update={"metric": metric, "weights_fro": weighed.plain_fro})
+
+
+def record_of(
+    layer: str,
+    shape: tuple[int, int],
+    dtypes: tuple[str | None, str],
+    base_fro: float | None,
+    factors: Factors,
+    ranks: tuple[int, ...],
+    seen: Resolution,
+) -> Spectrum:
+    """Return the record of a matrix whose singular values are known.
+
+    Args:
+        layer: Its name.
+        shape: ``(out, in)``.
+        dtypes: As in the record.
+        base_fro: ‖W_base‖_F; None if it is not known.
+        factors: The singular values.
+        ranks: At which C(r) and the truncation errors are given.
+        seen: What the rounding of the files lets one see.
+    """
+    fro = factors.fro
+    exact = factors.s.numpy()
+    s = _nine_digits(exact)
+    zero = fro == 0.0
+    rounding = 0.0 if zero else float((np.abs(s - exact) / fro * ((s + exact) / fro)).sum())
+    curve = np.zeros(len(s)) if zero else energy_curve(s, fro, factors.complete)
+    return Spectrum(
+        layer=layer,
+        shape=shape,
+        dtypes=dtypes,
+        fro=fro,
+        base_fro=base_fro,
+        s=tuple(s.tolist()),
+        complete=factors.complete,
+        method=factors.method,
+        energy_error=min(1.0, factors.energy_error + rounding),
+        energy={str(r): None if zero else _at(curve, r, factors.complete) for r in ranks},
+        rank_at={str(share): 0 if zero else rank_at(curve, share) for share in THRESHOLDS},
+        tail={str(r): _tail(s, fro, r, factors.complete) for r in ranks},
+        stable_rank=None if zero else stable_rank(s, fro),
+        effective_rank=effective_rank(s) if factors.complete and not zero else None,
+        resolution=seen,
+    )
+
+
+def _compute(
+    delta: Delta, settings: SpectrumSettings, weighting: Weighting | None, device: torch.device
+) -> tuple[Change, Factors | None, Weighed | None]:
+    """Read ΔW, weigh it, and compute its singular values; None if it is not finite."""
+    allowance = settings.allowance
+    if allowance is not None and weighting is not None:
+        allowance = replace(allowance, limit=allowance.limit - extra(weighting, delta.shape))
+    change, weighed = load_change(delta, device, allowance=allowance), None
+    if change.non_finite is not None:
+        return change, None, None
+    if weighting is not None:
+        weighed = weigh(change, delta, weighting, device)
+        change = weighed.change
+    factors = change.decompose(settings.method, settings.top, tol=settings.tol, seed=settings.seed)
+    if not math.isfinite(factors.fro):
+        return replace(change, non_finite=OVERFLOW), None, None
+    if weighed is not None:
+        factors = replace(factors, energy_error=min(1.0, factors.energy_error + weighed.error))
+    return change, factors, weighed
+
+
+def _nine_digits(s: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Round to 9 significant digits: half the size of a results file, for some 1e-9 of the energy."""
+    return np.array([float(f"{value:.9g}") for value in s.tolist()])
+
+
+def _at(curve: NDArray[np.float64], rank: int, complete: bool) -> float | None:
+    if rank <= len(curve):
+        return float(curve[rank - 1])
+    return 1.0 if complete else None
+
+
+def _tail(s: NDArray[np.float64], fro: float, rank: int, complete: bool) -> Tail | None:
+    errors = truncation_error(s, fro, rank, complete)
+    return None if errors is None else Tail(fro=errors[0], spectral=errors[1])

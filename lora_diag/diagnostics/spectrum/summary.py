@@ -1,0 +1,256 @@
+"""The summary of a spectrum run: six lines, each an answer with its number."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from statistics import median
+
+from rich.table import Table
+
+from lora_diag.diagnostics.spectrum.gradients_summary import gradient_lines
+from lora_diag.records import Results, Spectrum
+from lora_diag.records.names import part_of
+from lora_diag.records.spectrum import NORMS
+from lora_diag.rendering.lines import REASONS, answers, inputs, last_lines, left_out_line, notes, subject, within
+from lora_diag.rendering.text import count, middle_rank, number, percent, safe, short
+
+# A median C(16) from here on is called low-rank, and from there on partly so. Words, not measurements: they are
+# printed with the number they stand on.
+LOW_RANK, PARTLY = 0.9, 0.5
+
+
+METRICS = {
+    "data": "the data's, not the weights': energies are those of ΔW·C^½ with C = E[xxᵀ] of each layer's input, so "
+    "Σσ² = E‖ΔW x‖², the mean square change of the layer's output on that text",
+    "kfac": "K-FAC's, not the weights': energies are those of G^½·ΔW·C^½ with C = E[xxᵀ] of each layer's input and G = "
+    "E[ggᵀ] of the loss's gradient by its output, so Σσ² estimates E⟨∇ℓ, ΔW⟩²",
+}
+
+
+def summary(results: Results[Spectrum], then: str | None = None) -> Table:
+    """Return the summary as a two-column grid: a word, and the sentence that answers it."""
+    return answers(summary_lines(results), _style, then)
+
+
+def _style(word: str, sentence: str) -> str:
+    if word in {"Warning", "Not measured"} or (word == "Resolved?" and sentence.startswith("no")):
+        return "bold red"
+    return "bold yellow" if word == "Resolved?" and not sentence.startswith("yes") else ""
+
+
+def summary_lines(results: Results[Spectrum]) -> list[tuple[str, str]]:
+    """Return the summary's words and the sentences that answer them."""
+    moved, ranks = _moving(results), results.run.settings["ranks"]
+    lines = [("Compared", _compared(results))]
+    if metric := METRICS.get(next((record.metric for record in results), "weights")):
+        lines.append(("Metric", metric))
+    if stacked := [record for record in moved if record.stack is not None]:
+        lines += gradient_lines(stacked)
+        lines += [line for line in _ranks_needed(moved, ranks) if not line[1].startswith("yes: rounding")]
+    else:
+        lines.append(("Moved", _moved(results, moved)))
+        if moved:
+            lines += _ranks_used(moved) if _is_factored(moved) else _ranks_needed(moved, ranks)
+    if not metric and (coverage := _coverage(results)):
+        lines.append(("Where", coverage))
+    lines.append(("Left out", left_out_line(results.left_out)))
+    return [*lines, *last_lines(results)]
+
+
+def _moving(results: Results[Spectrum]) -> list[Spectrum]:
+    """Return the matrices that moved: those that adapters usually target, or else the others."""
+    moved = [record for record in results if record.fro > 0]
+    return [record for record in moved if part_of(record.layer) == "matrices"] or moved
+
+
+def _compared(results: Results[Spectrum]) -> str:
+    lines = inputs(results.run)
+    if len(results):
+        lines.append(_measured(results))
+    return "\n".join([*lines, *notes(results.run)])
+
+
+def _measured(results: Results[Spectrum]) -> str:
+    entries = sum(math.prod(record.shape) for record in results)
+    vocabulary = sum(part_of(record.layer) == "vocabulary" for record in results)
+    tables = f" ({vocabulary} of them embeddings or head)" if vocabulary else ""
+    dtypes = sorted({"/".join(dict.fromkeys(filter(None, record.dtypes))) for record in results})
+    return f"{_matrices(len(results))}{tables}, {count(entries)} entries, {', '.join(dtypes)}"
+
+
+def _matrices(number_of: int) -> str:
+    return f"{number_of} {'matrix' if number_of == 1 else 'matrices'}"
+
+
+def _moved(results: Results[Spectrum], moved: Sequence[Spectrum]) -> str:
+    """Say how far the weights went, and which of them did."""
+    inside = [record for record in results if part_of(record.layer) == "matrices"]
+    if not len(results):
+        reasons = Counter(item.reason for item in results.left_out)
+        why = ", ".join(f"{number_of} {REASONS[reason]}" for reason, number_of in reasons.items())
+        return f"no matrix could be measured{f': {why}' if why else ''}"
+    if not moved:
+        return _nothing_moved(results)
+    if part_of(moved[0].layer) == "vocabulary":
+        still = f"; ΔW is zero in the {_matrices(len(inside))} outside them" if inside else ""
+        return f"only embeddings and head{still}\n" + _how_far(moved, f"over the {_matrices(len(moved))} that moved")
+    outside = " outside embeddings and head" if len(inside) < len(results) else ""
+    every = "the" if outside or len(inside) == 1 else "all"
+    return _how_far(inside, f"over {every} {_matrices(len(inside))}{outside}")
+
+
+def _nothing_moved(results: Results[Spectrum]) -> str:
+    if any(item.reason == "vector" and item.fro for item in results.left_out):
+        return "only norms and biases: ΔW is zero in every matrix"
+    meant = f" Is {safe(subject(results.run))} what you meant?" if results.run.inputs else ""
+    return f"nothing: ΔW is zero in every matrix.{meant}"
+
+
+def _how_far(records: Sequence[Spectrum], over: str) -> str:
+    total = math.hypot(*(record.fro for record in records))
+    ratios = {record.layer: ratio for record in records if (ratio := record.relative) is not None}
+    update, weights = NORMS[records[0].metric]
+    if not ratios:
+        return f"{update} = {number(total)} {over}"
+    base = math.hypot(*(record.base_fro or 0.0 for record in records))
+    lines = [f"{update}/{weights} = {number(total / base)} {over}"]
+    if len(ratios) > 1:
+        most, least = max(ratios, key=ratios.__getitem__), min(ratios, key=ratios.__getitem__)
+        lines.append(f"most {number(ratios[most])} in {short(most)}")
+        lines.append(f"least {number(ratios[least])} in {short(least)}")
+    return "\n".join(lines)
+
+
+def _is_factored(records: Sequence[Spectrum]) -> bool:
+    """Say whether these are updates of known factors, whose rank is a setting and not a finding."""
+    return all(record.method == "factored" for record in records)
+
+
+def _ranks_used(records: Sequence[Spectrum]) -> list[tuple[str, str]]:
+    """Say how much of an adapter's rank is used."""
+    ranks = [record.rank_at["0.9"] for record in records]
+    known = [rank for rank in ranks if rank is not None]
+    given = sorted({len(record.s) for record in records})
+    of = str(given[0]) if len(given) == 1 else f"{given[0]} to {given[-1]}"
+    middle = middle_rank(ranks, given[-1])
+    used = f"90% of the energy in {middle} of {of} directions at the median"
+    if not all(record.complete for record in records):
+        beyond = f"{len(ranks) - len(known)} of {len(ranks)} layers need more than the {given[-1]} that --top kept"
+        used = f"90% of the energy in {middle} directions at the median; {beyond}: measure without --top"
+    elif known:
+        used += f", from {min(known)} to {max(known)}"
+    return [
+        ("Resolved?", "yes: the factors are the update; no rounding of merged weights comes between"),
+        ("Rank used", used),
+    ]
+
+
+def _ranks_needed(moved: Sequence[Spectrum], ranks: Sequence[int]) -> list[tuple[str, str]]:
+    """Say which rank the update needs, as far as the files can show it."""
+    readable = [record for record in moved if record.resolution.verdict != "unresolved"]
+    return [
+        ("Resolved?", _files(moved)),
+        ("Low-rank?", _low_rank(readable, ranks)),
+        ("Rank at 90%", _rank_at_90(readable)),
+    ]
+
+
+def _files(moved: Sequence[Spectrum]) -> str:
+    """Say whether the files can show the update at all, before any rank is printed."""
+    counts: Counter[str] = Counter(record.resolution.verdict for record in moved)
+    shares = [(record.resolution.noise_fro / record.fro) ** 2 for record in moved]
+    if counts["resolved"] == len(moved):
+        return f"yes: rounding makes up {percent(max(shares))} of {NORMS[moved[0].metric][0]}² at most"
+    word = "no" if counts["unresolved"] > len(moved) / 2 else "partly" if counts["resolved"] else "limited"
+    unchanged = max(record.resolution.unchanged or 0.0 for record in moved)
+    still = f", up to {percent(unchanged)} of the entries are unchanged" if unchanged >= 0.01 else ""
+    return (
+        f"{word}: {_not_resolved(counts)}: rounding is expected to make up "
+        f"{percent(min(1.0, median(shares)))} of the median {NORMS[moved[0].metric][0]}²{still}; "
+        "ranks beyond the signal rank count noise. Measure the adapter, not its merge, or save the fine-tune in float32"
+    )
+
+
+def _not_resolved(counts: Counter[str]) -> str:
+    """Say how many matrices are not resolved, by verdict and the mark it has in the table."""
+    words = {"floor-limited": "floor-limited (~)", "unresolved": "unresolved (!)"}
+    parts = [f"{counts[verdict]} {shown}" for verdict, shown in words.items() if counts[verdict]]
+    if len(counts) > 1:
+        return f"of {counts.total()} matrices {' and '.join(parts)}"
+    (verdict,) = counts
+    every = f"all {counts.total()} matrices are" if counts.total() > 1 else "the matrix is"
+    return f"{every} {words[verdict]}"
+
+
+def _low_rank(records: Sequence[Spectrum], ranks: Sequence[int]) -> str:
+    """Say what each usual rank keeps at the median and at the worst layer, and put a word to it."""
+    if not records:
+        return "these files cannot tell: no matrix is resolved"
+    shown = [rank for rank in ranks if rank in {8, 16, 64}] or list(ranks)[:3]
+    found = {rank: _kept_at(rank, records) for rank in shown}
+    kept = {rank: share for rank, (share, _) in found.items() if share is not None}
+    lines = [line for _, line in found.values()]
+    if not kept:
+        return lines[0]
+    judged = 16 if 16 in kept else max(kept)
+    word = "yes" if kept[judged] >= LOW_RANK else "partly" if kept[judged] >= PARTLY else "no"
+    head = f"{word}, judged at r={judged} by the median layer's energy (Σσ²)"
+    return "\n".join([head, *lines])
+
+
+def _kept_at(rank: int, records: Sequence[Spectrum]) -> tuple[float | None, str]:
+    """Return what a rank keeps of the median layer, None if that is not known, and the line that says it.
+
+    A layer that is no larger than the rank keeps everything, whatever its update is: it does not count.
+    """
+    larger = {record.layer: record.energy[str(rank)] for record in records if min(record.shape) > rank}
+    shares = {layer: share for layer, share in larger.items() if share is not None}
+    if not larger:
+        return None, f"r={rank} says nothing: no layer is larger"
+    if len(shares) < len(larger):
+        return None, f"C({rank}) was not computed: measure with --top {rank} or more"
+    kept, worst = median(shares.values()), min(shares, key=shares.__getitem__)
+    of = ""
+    if len(larger) < len(records):
+        of = (
+            f" at the median of the {len(larger)} layers larger than r"
+            if len(larger) > 1
+            else " of the one layer larger"
+        )
+    return kept, f"r={rank} keeps {percent(kept)}{of}, at worst {percent(shares[worst])} in {short(worst)}"
+
+
+def _rank_at_90(records: Sequence[Spectrum]) -> str:
+    if not records:
+        return "not shown, for the same reason"
+    ranks = [record.rank_at["0.9"] for record in records]
+    known = [rank for rank in ranks if rank is not None]
+    kept, beyond = max(len(record.s) for record in records), len(ranks) - len(known)
+    if not known:
+        return f"beyond the {kept} values kept in each of {beyond} layers: measure without --top"
+    largest = f"> {kept}" if beyond else max(known)
+    full = sorted({min(record.shape) for record in records})
+    of = f"of {full[0]}" if len(full) == 1 else f"of {full[0]} to {full[-1]}"
+    more = (
+        f"; beyond the {kept} values kept in {beyond} of {len(ranks)} layers: measure without --top" if beyond else ""
+    )
+    return f"median {middle_rank(ranks, kept)}, from {min(known)} to {largest} {of} possible{more}"
+
+
+def _coverage(results: Results[Spectrum]) -> str:
+    """Say which share of ‖Δ‖² lies in matrices, in vocabulary tables, in norms and biases."""
+    norms = dict.fromkeys(("matrices", "vocabulary", "vectors"), 0.0)
+    for record in results:
+        norms[part_of(record.layer)] = math.hypot(norms[part_of(record.layer)], record.fro)
+    for item in results.left_out:
+        if item.fro is not None and item.reason == "vector":
+            norms["vectors"] = math.hypot(norms["vectors"], item.fro)
+    total = math.hypot(*norms.values())
+    if total == 0:
+        return ""
+    words = {"matrices": "the matrices", "vocabulary": "embeddings and head", "vectors": "norms and biases"}
+    shares = ", ".join(f"{percent((norms[part] / total) ** 2)} in {words[part]}" for part in words if norms[part])
+    whole = "Σ‖G‖²" if any(record.stack for record in results) else "the whole change ‖Δ‖²"
+    return f"of {whole}{within(results.left_out)}, {shares}"

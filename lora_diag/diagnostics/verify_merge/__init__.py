@@ -1,0 +1,1 @@
+"""``verify-merge``: whether a merged checkpoint holds what the adapter says."""

@@ -1,0 +1,65 @@
+"""``loradiag verify-merge``."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lora_diag.cli import options
+from lora_diag.cli.output import again, progress_bar, result, tell_unmeasured, terminal
+from lora_diag.errors import DONE, GATE_FAILED, INCONCLUSIVE, UNREADABLE
+
+Adapter = Annotated[str, typer.Argument(metavar="ADAPTER", help="The adapter that was merged.")]
+Merged = Annotated[str, typer.Argument(metavar="MERGED", help="What the merge wrote.")]
+
+
+@options.spread
+def verify_merge(
+    base: options.Base,
+    adapter: Adapter,
+    merged: Merged,
+    *,
+    compared: options.Compared,
+    shared: options.Shared,
+    per: options.PerRow = options.Per.type,
+    written: options.Written,
+) -> None:
+    """Did the merge do what the adapter says? Every entry of MERGED against W + ΔW; exit code 1 if not.
+
+    Example: loradiag verify-merge base/ lora_r16/ merged/
+    """
+    # torch comes with it: not before it is needed
+    from lora_diag.diagnostics.verify_merge.run import verify_merge as measure
+    from lora_diag.diagnostics.verify_merge.summary import merge_table
+    from lora_diag.records.merge import outcome
+
+    with progress_bar(written.quiet) as on_progress:
+        results = measure(
+            base,
+            adapter,
+            merged,
+            **vars(compared),
+            **shared.arguments(),
+            **written.arguments(),
+            on_progress=on_progress,
+        )
+    found = outcome(results)
+    if written.table:
+        result(merge_table(results, *terminal(), per=per, then=_next(written.output, per, found == "correct")))
+    unread = tell_unmeasured(results.unmeasured, "the layer was not checked")
+    code = {"correct": UNREADABLE if unread else DONE, "failed": GATE_FAILED, "inconclusive": INCONCLUSIVE}[found]
+    if code != DONE:
+        raise typer.Exit(code)
+
+
+def _next(output: Path | None, per: options.Per, correct: bool) -> str:
+    """Return the command that a user would run next, as a shell takes it."""
+    if output is not None:
+        words = ["loradiag", "inspect", str(output), "--per", "layer"]
+        return f"{shlex.join(words)}   (layer by layer, without reading the weights again)"
+    layers = per is options.Per.type and not correct
+    more, why = (["--per", "layer"], "layer by layer") if layers else (["-o", "merge.jsonl"], "keeps these numbers")
+    return f"{again(*more)}   ({why})"

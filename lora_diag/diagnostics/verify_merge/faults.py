@@ -1,0 +1,282 @@
+"""What went wrong with a layer that is no merge of W and ΔW: the usual faults, each tried in turn.
+
+A fault is a hypothesis "M is W + D', rounded" with another D' than the adapter's ΔW: c·ΔW, ΔWᵀ, another expert's ΔW.
+It is believed if it explains all but one entry in a thousand, or if ‖M − W − D'‖ is no more than rounding and 5% of
+‖D'‖. That a layer fails was decided before, entry by entry; what is said here is the likely cause.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from lora_diag.deltas import row_spans
+from lora_diag.linalg.merge import Addend, Check, Rounding, unit_roundoff
+from lora_diag.linalg.rounding import LAYOUT
+from lora_diag.records.merge import MergeStatus
+
+# A fault may leave so many entries unexplained: roundings that differ from those of a correct merge.
+UNEXPLAINED = 1e-3
+
+# Besides rounding, a fault may leave so much of ‖D'‖ unexplained.
+NEAR = 0.05
+
+# Where fewer entries than this share are wrong, the rest is held to be right.
+FEW = 0.05
+
+# Errors of a ΔW that was computed less precisely are of all sizes: in units of their bound their standard deviation is
+# about 0.2/√r, so that with entries beyond LARGE there are many more beyond SMALL. On products in bf16 (16² to 256²,
+# r from 1 to 64, rows of zeros among them) there were at least 1.6 times as many. Only in matrices of MANY entries, and
+# where errors are so FAR above a spacing that SMALL ones show, too.
+LARGE, SMALL, SPREAD, MANY, FAR = 1 / 8, 1 / 64, 1.25, 256, 32.0
+
+# The cosine from which on a layer is held to have moved along another's ΔW.
+CLEAR = 0.5
+
+# Weights whose two halves are two layers, so that they can be put together in the wrong order.
+HALVES = ("gate_up", "gate_and_up", "up_gate", "w13", "kv_proj", "input_linear")
+
+TWICE = "it was added twice"
+UNCHANGED = "MERGED holds BASE's weight: the update was not added"
+
+# How many ranges of rows a message names.
+SHOWN = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """What a layer suffers from.
+
+    Args:
+        status: In one word.
+        cause: In a sentence.
+    """
+
+    status: MergeStatus
+    cause: str
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """A failing layer, and how to look at it again.
+
+    Args:
+        layer: Its name.
+        is_matrix: False for 1-D tensors.
+        shape: ``(m, n)``.
+        addend: The adapter's ΔW.
+        rounding: How a correct merge may have rounded.
+        found: What the check with ΔW found.
+        recheck: The same check with another D' or another rounding.
+        recheck_on_top: The check with ΔW of a MERGED that had W + ΔW, rounded, before.
+        observed: Takes first and last row, returns these rows of O = M − W.
+        scale: s of the adapter; None if it is not known.
+        rank: r of the adapter; None if it is not known.
+        others: Names of layers of the same kind and shape.
+        load_other: Takes one of them, returns its ΔW.
+    """
+
+    layer: str
+    is_matrix: bool
+    shape: tuple[int, int]
+    addend: Addend
+    rounding: Rounding
+    found: Check
+    recheck: Callable[[Addend, Rounding], Check]
+    recheck_on_top: Callable[[], Check]
+    observed: Callable[[int, int], Tensor]
+    scale: float | None
+    rank: int | None
+    others: tuple[str, ...]
+    load_other: Callable[[str], Addend]
+
+
+def find_fault(look: Look) -> Fault:
+    """Return the fault that explains a layer best."""
+    found = look.found
+    if found.moved == 0:
+        return Fault("dropped", UNCHANGED)
+    if found.count == 0:
+        return _coarse(look) or _best(look) or _drifted(look)
+    return _coarse(look) or _partial(look) or _best(look) or _few(look) or _rounded_base(look) or _by_numbers(look)
+
+
+def _coarse(look: Look) -> Fault | None:
+    """A float32 merge whose ΔW was computed less precisely (bfloat16, TF32) is right, though not to the last bit."""
+    u = unit_roundoff(torch.bfloat16)
+    if look.rounding.roundoff >= u:
+        return None
+
+    def within(share: float) -> Check:
+        return look.recheck(look.addend, replace(look.rounding, roundoff=u * share, cast=True))
+
+    check = within(1.0)
+    if check.count or check.drifted:
+        return None
+    visible = look.found.entries >= MANY and look.found.worst > FAR
+    if visible and (large := within(LARGE).count) and within(SMALL).count < SPREAD * large:
+        return None  # a few entries far off beside others that are right to the last bit
+    apart = math.sqrt(look.found.residual / look.found.expected) if look.found.expected else 0.0
+    return Fault("coarse", f"right to {apart:.1g} of ‖ΔW‖: ΔW was computed less precisely than {_word(look)} allows")
+
+
+def _partial(look: Look) -> Fault | None:
+    """Rows (or columns) that have the update beside others that have none."""
+    for axis, word in enumerate(("rows", "columns")):
+        lacking, still = look.found.beyond[axis] > 0, look.found.beyond_base[axis] == 0
+        if lacking.any() and not (lacking & ~still).any() and (~still).any():
+            return Fault("partial", f"{word} {ranges(lacking)} of {len(lacking)} have no update, the others have it")
+    return None
+
+
+def _best(look: Look) -> Fault | None:
+    """Try every usual fault; of those that explain the layer, return the one that leaves fewest entries and least."""
+    fitting: list[tuple[int, float, Fault]] = []
+    for fault, check in _hypotheses(look):
+        near = check.residual <= min(_near(check.expected, check.allowed), look.found.residual / 2)
+        if near or check.count <= min(UNEXPLAINED * check.entries, look.found.count / 2):
+            fitting.append((check.count, check.residual, fault))
+    return min(fitting, key=lambda item: item[:2])[2] if fitting else None
+
+
+def _near(squares: float, allowed: float) -> float:
+    """Return how large ‖M − W − D'‖² may be for D' to explain a layer: 5% of ‖D'‖ and the noise of two roundings.
+
+    ``allowed`` is Σ(ulp/2)² or more; each rounding is expected to add a variance of ulp²/12.
+    """
+    return NEAR**2 * squares + allowed * 2 / 3
+
+
+def _hypotheses(look: Look) -> Iterator[tuple[Fault, Check]]:
+    how = look.rounding
+    yield Fault("wrong scale", f"ΔW was added times 2: {TWICE}, one after the other"), look.recheck_on_top()
+    for factor, why in scales(look.scale, look.rank).items():
+        check = look.recheck(look.addend.times(factor), how)
+        yield Fault("wrong scale", f"ΔW was added times {factor:.4g}: {why}"), check
+    if look.is_matrix and look.shape[0] == look.shape[1]:
+        yield Fault("transposed", "ΔWᵀ was added in the place of ΔW"), look.recheck(look.addend.transposed(), how)
+    if has_halves(look.layer, look.shape):
+        why = "ΔW was added with its upper and lower half in each other's place"
+        yield Fault("wrong order", why), look.recheck(look.addend.halves_swapped(), how)
+    if name := _nearest_other(look):
+        yield Fault("wrong order", f"the ΔW of {name} was added here"), look.recheck(look.load_other(name), how)
+
+
+def has_halves(layer: str, shape: tuple[int, int]) -> bool:
+    """Say whether a weight is made of two, by its name."""
+    return shape[0] % 2 == 0 and any(word in layer for word in HALVES)
+
+
+def scales(s: float | None, rank: int | None) -> dict[float, str]:
+    """Return the factors c that usual mistakes give, and what they are.
+
+    Args:
+        s: The adapter's scaling, α/r or α/√r; None if it is not known.
+        rank: r; None if it is not known.
+
+    Example:
+        >>> sorted(scales(2.0, 16))
+        [-1.0, 0.25, 0.5, 2.0, 4.0]
+    """
+    causes: list[tuple[float, str]] = [(2.0, TWICE), (-1.0, "it was subtracted, or BASE and MERGED are swapped")]
+    if s:
+        causes += [(1 / s, f"the scaling s = {s:.4g} (lora_alpha) was left out"), (s, f"s = {s:.4g} was applied twice")]
+    if rank is not None and rank > 1:
+        causes += [
+            (math.sqrt(rank), f"scaled by α/√r where the adapter says α/r (r = {rank})"),
+            (1 / math.sqrt(rank), f"scaled by α/r where the adapter says α/√r, rsLoRA (r = {rank})"),
+        ]
+    words: dict[float, str] = {}
+    for factor, why in causes:
+        same = next((known for known in words if math.isclose(known, factor, rel_tol=1e-6)), None)
+        if same is not None:
+            words[same] += f", or {why}"
+        elif not math.isclose(factor, 1.0, rel_tol=1e-6):
+            words[factor] = why
+    return words
+
+
+def _nearest_other(look: Look) -> str | None:
+    """Return the layer whose ΔW points most nearly where this one moved, if that is clear; told by the first rows."""
+    span = next(row_spans(look.shape))
+    observed = look.observed(*span)
+    best, nearest = CLEAR * float(torch.linalg.vector_norm(observed)), None
+    for name in look.others:
+        rows = look.load_other(name).rows(*span)
+        along = float((observed * rows).sum()) / (float(torch.linalg.vector_norm(rows)) or 1.0)
+        if along > best:
+            best, nearest = along, name
+    return nearest
+
+
+def _few(look: Look) -> Fault | None:
+    found = look.found
+    if found.count >= FEW * found.entries:
+        return None
+    return Fault("other", f"{found.count} entries differ {_where(look)}, the others are right")
+
+
+def _rounded_base(look: Look) -> Fault | None:
+    """A merge into a base that was loaded in a shorter dtype than MERGED's."""
+    for dtype in (torch.bfloat16, torch.float16):
+        if LAYOUT[dtype][2] >= LAYOUT[look.rounding.dtype][2]:
+            continue
+        how = replace(look.rounding, bases=(dtype,), roundoff=unit_roundoff(dtype), cast=True)
+        check = look.recheck(look.addend, how)
+        if check.count <= UNEXPLAINED * look.found.entries and not check.drifted:
+            return Fault("other base", f"ΔW was added to BASE rounded to {str(dtype).removeprefix('torch.')}")
+    return None
+
+
+def _by_numbers(look: Look) -> Fault:
+    """Say what the norms say where no usual fault explains every entry."""
+    found = look.found
+    if not found.expected:
+        return Fault("other", f"the adapter's update is zero here, but MERGED differs from BASE {_where(look)}")
+    c = found.inner / found.expected
+    apart = found.observed - c * c * found.expected
+    if abs(c - 1) > NEAR and apart <= min(_near(c * c * found.expected, found.allowed), found.observed / 2):
+        return Fault("wrong scale", f"ΔW was added times {c:.3g}, which is none of the usual mistakes")
+    rest = math.sqrt(found.residual)
+    doubt = 4 * rest / math.sqrt(found.expected * found.entries)  # of c, if the rest has nothing to do with ΔW
+    if abs(c - 1) <= 0.05 + doubt < 0.5:
+        share = rest / math.sqrt(found.base) if found.base else math.inf
+        return Fault(
+            "other base",
+            f"ΔW is in it (c = {c:.2f}), but so is something else, of {share:.2g} ‖W‖: perhaps another base, such as a "
+            "quantized one, or further training",
+        )
+    cosine = found.inner / math.sqrt(found.expected * found.observed)
+    return Fault("other", f"MERGED moved elsewhere {_where(look)}: cosine {cosine:.2f} with ΔW, c = {c:.2f}")
+
+
+def _drifted(look: Look) -> Fault:
+    """Name the scale where every entry could be a rounding, and all of them together could not."""
+    c = look.found.inner / look.found.expected
+    return Fault("wrong scale", f"ΔW was added times {c:.3g}: single entries could be roundings, all together are not")
+
+
+def _where(look: Look) -> str:
+    rows = look.found.beyond[0] > 0
+    return f"in rows {ranges(rows)} of {len(rows)}" if look.is_matrix and not rows.all() else "all over"
+
+
+def ranges(marked: Tensor) -> str:
+    """Return the marked indices as ranges, the first few.
+
+    >>> ranges(torch.tensor([True, True, False, True]))
+    '0-1, 3'
+    """
+    edges = torch.nn.functional.pad(marked.to(torch.int8), (1, 1)).diff()
+    starts, ends = (edges == 1).nonzero().flatten().tolist(), (edges == -1).nonzero().flatten().tolist()
+    words = [str(a) if b == a + 1 else f"{a}-{b - 1}" for a, b in zip(starts, ends, strict=True)]
+    more = f" and {len(words) - SHOWN} more ranges" if len(words) > SHOWN else ""
+    return ", ".join(words[:SHOWN]) + more
+
+
+def _word(look: Look) -> str:
+    return str(look.rounding.dtype).removeprefix("torch.")

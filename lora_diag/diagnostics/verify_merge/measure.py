@@ -1,0 +1,338 @@
+"""Did the merge do what the adapter says? One layer's W, ΔW and M → one record.
+
+It knows what a correct merge is; what an incorrect one may be is in ``merge_faults``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from lora_diag.deltas import (
+    BLOCK_ENTRIES,
+    Delta,
+    DenseDelta,
+    FactoredDelta,
+    Side,
+    StoredDelta,
+    footprint,
+    row_blocks,
+    row_spans,
+)
+from lora_diag.diagnostics.verify_merge.faults import UNCHANGED, UNEXPLAINED, Fault, Look, find_fault, has_halves
+from lora_diag.layers.change import COMPUTED
+from lora_diag.linalg import require
+from lora_diag.linalg.difference import first_non_finite
+from lora_diag.linalg.merge import (
+    Addend,
+    Block,
+    Check,
+    Product,
+    Rounding,
+    Whole,
+    check_merge,
+    held_dtype,
+    unit_roundoff,
+)
+from lora_diag.linalg.rounding import LAYOUT, SHORTER
+from lora_diag.records import LeftOut, Merge
+from lora_diag.records.merge import MergeStatus
+
+# So many entries that changed are looked at to tell which dtype's numbers MERGED holds.
+SAMPLE = 2**16
+
+# Bytes for every entry of a block: both sides, and float64 copies of them while faults are tried. Measured on
+# 4096x11008 (bfloat16, float32): 29 and 37 where a merge is right, 47 and 64 where every fault was tried in vain.
+BLOCK = 72
+
+# Where ΔW should have moved more than this share of the entries and none moved, coarse arithmetic is no excuse: its
+# errors are as often up as down, and would have moved some.
+DROPPED = 0.1
+
+
+@dataclass(frozen=True, slots=True)
+class MergedLayer:
+    """One layer of a merge, as it lies in the files.
+
+    Args:
+        layer: Its name in BASE.
+        shape: ``(out, in)``; a 1-D tensor of n entries is ``(1, n)``.
+        base: Where W lies.
+        merged: Where M lies; None if MERGED has no such layer.
+        deltas: The adapter's updates of it; several where tied weights are stored once. None at all: M must be W.
+        is_matrix: False for 1-D tensors.
+        adapted: Whether the adapter has something to say of it.
+        others: The updates of its kind, its own among them: of all experts, or in all blocks. One tuple for all these
+            layers: a list for each of 256 experts would be 65,000 entries a block.
+        missing: Why there is no M.
+    """
+
+    layer: str
+    shape: tuple[int, int]
+    base: Side
+    merged: Side | None
+    deltas: tuple[Delta, ...] = ()
+    is_matrix: bool = True
+    adapted: bool = True
+    others: tuple[FactoredDelta, ...] = ()
+    missing: str = ""
+
+    def blocks(self) -> Iterator[Block]:
+        """Yield W, M and the steps of M's format in row blocks."""
+        assert self.merged is not None
+        sides = row_blocks(self.base, self.shape), row_blocks(self.merged, self.shape)
+        for (first, last), w, m in zip(row_spans(self.shape), *sides, strict=True):
+            step = self.merged.read_steps(first * self.shape[1], last * self.shape[1])
+            yield w, m, step.view_as(m) if step is not None else None
+
+    def block(self, first: int, last: int) -> Tensor:
+        """Return rows of M − W, float64."""
+        assert self.merged is not None
+        span = first * self.shape[1], last * self.shape[1]
+        return (self.merged.read(*span).double() - self.base.read(*span).double()).view(-1, self.shape[1])
+
+    @property
+    def footprint(self) -> int:
+        """At most how many bytes checking it takes, whatever is wrong: blocks, and what is not known by rows."""
+        blocks = BLOCK * min(max(BLOCK_ENTRIES, self.shape[1]), math.prod(self.shape))
+        thin = sum(footprint(delta) for delta in self.deltas if isinstance(delta, FactoredDelta))
+        return blocks + thin + self.held
+
+    @property
+    def held(self) -> int:
+        """At most how many bytes an update takes that is no product of thin factors and is not read by rows."""
+        others = [delta for delta in self.deltas if not isinstance(delta, FactoredDelta)]
+        if not others:
+            return 0
+        computed = COMPUTED if any(isinstance(delta, DenseDelta) for delta in others) else 0
+        summed = 8 if len(self.deltas) > 1 or others[0].shape != self.shape else 0
+        copies = 16 if computed else 28  # one that the adapter holds in full is read from two files
+        turned = copies if self.shape[0] == self.shape[1] or has_halves(self.layer, self.shape) else 0
+        return (computed + summed + turned) * math.prod(self.shape)
+
+
+def verify(task: MergedLayer, memory: int | None = None) -> Merge | LeftOut:
+    """Hold one layer of MERGED against BASE and the adapter.
+
+    Args:
+        task: The layer.
+        memory: Bytes that it may take; None for what it needs.
+
+    Returns:
+        What was found; where BASE or the adapter is not finite, that nothing could be.
+
+    Raises:
+        InputError: A file could not be read.
+        MemoryLimitError: An update that is no product of thin factors does not fit.
+    """
+    if task.merged is None:
+        return _record(task, None, None, "missing", task.missing)
+    if memory is not None and task.held:
+        require(task.footprint, memory, task.shape, "its update, which is held whole, takes", "--exclude it")
+    addend, problem = load_addend(task.deltas, task.shape)
+    if problem is not None:
+        return _left_out(task, problem)
+    rounding, ambiguous = _rounding(task)
+    found = check_merge(task.blocks(), task.shape, addend, rounding)
+    if found.non_finite is not None:
+        if found.non_finite.startswith("BASE"):
+            return _left_out(task, found.non_finite)
+        return _record(task, None, rounding, "other", _as_vector(task, found.non_finite))
+    if not math.isfinite(found.expected + abs(found.inner)):
+        return _left_out(task, "the squares of its entries overflow float64")
+    if found.count == 0 and not found.drifted:
+        ambiguous = ambiguous or task.merged.is_quantized or isinstance(addend, Whole)
+        if ambiguous and found.moved <= UNEXPLAINED * found.entries and found.expected > 0:
+            return _record(task, found, rounding, *_told_sharply(task, addend, rounding))
+        return _record(task, found, rounding, "ok", "")
+    fault = _fault(task, addend, rounding, found)
+    return _record(task, found, rounding, fault.status, fault.cause)
+
+
+def _told_sharply(task: MergedLayer, addend: Addend, rounding: Rounding) -> tuple[MergeStatus, str]:
+    """Tell ΔW from nothing where the tolerance lets both pass, by supposing that ΔW was computed in float32."""
+    sharp = check_merge(task.blocks(), task.shape, addend, replace(rounding, roundoff=2.0**-24))
+    if sharp.count == 0 and sharp.moved > 0:
+        return "ok", ""
+    if sharp.unchanged == sharp.entries and sharp.count > DROPPED * sharp.entries:
+        return "dropped", UNCHANGED
+    return "inconclusive", "M is a rounding of W + ΔW and of W alone: this file is too coarse to tell"
+
+
+def _fault(task: MergedLayer, addend: Addend, rounding: Rounding, found: Check) -> Fault:
+    if not task.adapted:
+        return Fault("changed", "the adapter does not touch it, but MERGED differs from BASE")
+    if not task.deltas:
+        return Fault("other", "the rows that the adapter adds are not what it holds")
+    single = task.deltas[0] if len(task.deltas) == 1 else None
+    scale = single.scale if isinstance(single, FactoredDelta) else None
+    rank = addend.b.shape[1] if isinstance(addend, Product) and scale is not None else None
+
+    def recheck(other: Addend, how: Rounding) -> Check:
+        return check_merge(task.blocks(), task.shape, other, how)
+
+    def recheck_on_top() -> Check:
+        return check_merge(_on_top(task, addend, rounding), task.shape, addend, rounding)
+
+    others = {d.layer: d for d in task.others if d.layer != task.layer and d.shape == task.shape}
+    look = Look(
+        layer=task.layer,
+        is_matrix=task.is_matrix,
+        shape=task.shape,
+        addend=addend,
+        rounding=rounding,
+        found=found,
+        recheck=recheck,
+        recheck_on_top=recheck_on_top,
+        observed=task.block,
+        scale=scale,
+        rank=rank,
+        others=tuple(others),
+        load_other=lambda name: load_addend((others[name],), task.shape)[0],
+    )
+    return find_fault(look)
+
+
+def _on_top(task: MergedLayer, addend: Addend, rounding: Rounding) -> Iterator[Block]:
+    """Yield the blocks of a merge whose W has ΔW in it already, rounded."""
+    for span, (w, m, step) in zip(row_spans(task.shape), task.blocks(), strict=True):
+        yield (w.double() + addend.rows(*span)).to(rounding.dtype), m, step
+
+
+def load_addend(deltas: tuple[Delta, ...], shape: tuple[int, int]) -> tuple[Addend, str | None]:
+    """Return the sum of a layer's updates, and what is not finite in it.
+
+    Args:
+        deltas: The updates; none for ΔW = 0. Where they have fewer rows than the layer (a vocabulary that grew), the
+            others have none.
+        shape: ``(m, n)`` of the layer.
+    """
+    parts = [_load(delta) for delta in deltas]
+    for part in parts:
+        problem = _not_finite(part)
+        if problem is not None:
+            return part, problem
+    products = [part for part in parts if isinstance(part, Product)]
+    if len(products) == len(parts):
+        b = torch.cat([_fitted(part.b, shape[0]) for part in products] or [torch.zeros(shape[0], 0).double()], dim=1)
+        a = torch.cat([part.a for part in products] or [torch.zeros(0, shape[1]).double()])
+        return Product(b, a), None
+    if len(parts) == 1 and isinstance(parts[0], Whole) and parts[0].shape == shape:
+        return parts[0], None
+    total = torch.zeros(shape, dtype=torch.float64)
+    for part, delta in zip(parts, deltas, strict=True):
+        rows = min(shape[0], delta.shape[0])
+        total[:rows] += part.rows(0, rows)
+    return Whole(shape, lambda first, last: total[first:last]), None
+
+
+def _load(delta: Delta) -> Addend:
+    if isinstance(delta, FactoredDelta):
+        b, a = delta.load()
+        return Product(b.double(), a.double())
+    if isinstance(delta, DenseDelta):
+        matrix = delta.load()
+        return Whole(delta.shape, lambda first, last: matrix[first:last])
+    return Whole(delta.shape, _Rows(delta), exact=True)
+
+
+@dataclass(frozen=True, slots=True)
+class _Rows:
+    """Rows of the difference between a value that the adapter holds in full and BASE, read when they are needed."""
+
+    delta: StoredDelta
+
+    def __call__(self, first: int, last: int) -> Tensor:
+        columns = self.delta.shape[1]
+        span = first * columns, last * columns
+        return (self.delta.tuned.read(*span).double() - self.delta.base.read(*span).double()).view(-1, columns)
+
+
+def _not_finite(part: Addend) -> str | None:
+    if isinstance(part, Product):
+        return first_non_finite("lora_B holds", part.b) or first_non_finite("lora_A holds", part.a)
+    for span in row_spans(part.shape):
+        if problem := first_non_finite("the adapter's update holds", part.rows(*span), span[0]):
+            return problem
+    return None
+
+
+def _fitted(b: Tensor, rows: int) -> Tensor:
+    """Return B with as many rows as the layer has; new rows are zero."""
+    return torch.cat([b[:rows], b.new_zeros(max(0, rows - len(b)), b.shape[1])])
+
+
+def _rounding(task: MergedLayer) -> tuple[Rounding, bool]:
+    """Return how the merge may have rounded, and whether that is a guess because nothing moved."""
+    assert task.merged is not None
+    dtype, ambiguous = _held(task)
+    mantissa = LAYOUT[dtype][2]
+    made_of = [getattr(torch, delta.dtypes[1], dtype) for delta in task.deltas]
+    made_of = [other for other in made_of if other in LAYOUT]
+    scales = [delta.scale for delta in task.deltas if isinstance(delta, FactoredDelta) and delta.scale]
+    base = getattr(torch, task.base.dtype)
+    return Rounding(
+        dtype=dtype,
+        roundoff=max(map(unit_roundoff, [dtype, *made_of])),
+        cast=any(LAYOUT[other][2] > mantissa for other in made_of),
+        scale=max(map(abs, scales), default=1.0),
+        # a quantized base is dequantized in a dtype of the merger's choice
+        bases=tuple(other for other in SHORTER[base] if mantissa <= LAYOUT[other][2] or task.base.is_quantized),
+        dequantized=task.base.is_quantized,
+    ), ambiguous
+
+
+def _held(task: MergedLayer) -> tuple[torch.dtype, bool]:
+    """Return the dtype whose numbers MERGED holds, told by entries that moved, and whether none did."""
+    assert task.merged is not None
+    stored = getattr(torch, task.merged.dtype)
+    if task.merged.is_quantized or stored == torch.bfloat16:
+        return stored, False
+    still: Tensor | None = None
+    for w, m, _ in task.blocks():
+        moved = m[m.double() != w.double()]
+        if len(moved):
+            return held_dtype(moved[:: max(1, len(moved) // SAMPLE)]), False
+        still = m.reshape(-1)[:SAMPLE] if still is None else still
+        if not task.adapted:
+            return stored, False  # whatever the dtype, M = W so far; a block that differs is looked at by its own
+    shortest = held_dtype(still) if still is not None else stored
+    return shortest, shortest != stored
+
+
+def _left_out(task: MergedLayer, problem: str) -> LeftOut:
+    shape = task.shape if task.is_matrix else task.shape[1:]
+    return LeftOut(layer=task.layer, shape=shape, reason="non_finite", detail=_as_vector(task, problem))
+
+
+def _as_vector(task: MergedLayer, problem: str) -> str:
+    return problem if task.is_matrix else problem.replace("[0, ", "[")  # a vector was read as one row
+
+
+def _record(
+    task: MergedLayer, found: Check | None, rounding: Rounding | None, status: MergeStatus, cause: str
+) -> Merge:
+    shape = task.shape if task.is_matrix else task.shape[1:]
+    scale = found.inner / found.expected if found is not None and found.expected > 0 else None
+    return Merge(
+        layer=task.layer,
+        shape=shape,
+        adapted=task.adapted,
+        status=status,
+        dtype=str(rounding.dtype).removeprefix("torch.") if rounding is not None else None,
+        differing=found.count if found else None,
+        differing_share=found.count / max(1, found.entries) if found else None,
+        max_ulp=found.worst if found else None,
+        scale=scale,
+        retained=scale if status in {"ok", "coarse"} else None,
+        residual=math.sqrt(found.residual / found.expected) if found is not None and found.expected > 0 else None,
+        unchanged=found.unchanged / max(1, found.entries) if found else None,
+        expected_fro=math.sqrt(found.expected) if found else None,
+        observed_fro=math.sqrt(found.observed) if found else None,
+        base_fro=math.sqrt(found.base) if found else None,
+        cause=cause,
+    )

@@ -1,0 +1,251 @@
+"""``verify-merge``: did the merge do what the adapter says?"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+from lora_diag.adapters import is_adapter
+from lora_diag.checkpoints import as_path, locate
+from lora_diag.deltas import Delta, FactoredDelta, Pairing, StoredDelta, Unpaired, natural_order, selector
+from lora_diag.diagnostics.verify_merge.measure import MergedLayer, verify
+from lora_diag.errors import InputError, NothingComparedError, UsageError
+from lora_diag.records import AnyRecord, LeftOut, Merge, Results, ResultsWriter, Run, RunInput
+from lora_diag.running.engines import Ray
+from lora_diag.running.inputs import Comparison, compare
+from lora_diag.running.measuring import (
+    Progress,
+    Watch,
+    check_running,
+    layout_of,
+    measure_layers,
+    not_paired,
+    place,
+    read_memory,
+)
+from lora_diag.version import __version__
+
+# The number of an expert, stacked (``w[3]``) or by itself (``experts.3.``); and every number in a name.
+_EXPERT = re.compile(r"\[\d+\]$|(?<=experts\.)\d+(?=\.)")
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
+
+# Why MERGED lacks what BASE has.
+_LACKING = {"only_in_base", "shape_differs", "not_float"}
+
+
+def verify_merge(
+    base: Path | str,
+    adapter: Path | str,
+    merged: Path | str,
+    *,
+    layers: str | None = None,
+    exclude: str | None = None,
+    allow_unmatched: bool = False,
+    workers: int | None = None,
+    memory: str | int | None = None,
+    engine: Ray | None = None,
+    output: Path | str | None = None,
+    resume: bool = False,
+    verify: bool = False,
+    on_progress: Callable[[Progress], None] | None = None,
+    on_record: Callable[[AnyRecord], None] | None = None,
+) -> Results[Merge]:
+    r"""Hold a merged checkpoint against BASE and the adapter, entry by entry.
+
+    A layer is correct if every entry of M is a rounding of W + ΔW that a merge in M's dtype can give:
+    |M − (W + ΔW)| ≤ ulp(M)/2 + δ, with δ the rounding inside ΔW. A layer that is not is tried for the usual faults.
+
+    Args:
+        base: The checkpoint that the adapter was trained on.
+        adapter: The adapter.
+        merged: The checkpoint that a merge of the two wrote.
+        layers: Regular expression; only weights whose name contains a match.
+        exclude: Regular expression; no weights whose name contains a match.
+        allow_unmatched: Leave out what the adapter changes and ``base`` does not have, instead of stopping.
+        workers: Layers at once; by default as many as fit into memory.
+        memory: What the whole program may take, such as ``"8GB"``. Layers are read in row blocks anyway; one whose
+            update is no product of thin factors, and does not fit whole, is left out.
+        engine: A Ray cluster to check on; None for this machine alone. Its tasks need no GPUs.
+        output: Results file, appended line by line.
+        resume: Go on behind what an interrupted run left in ``output``.
+        verify: Let ``resume`` compare a SHA-256 of every byte of the inputs, not of samples.
+        on_progress: Called at the start and after every layer.
+        on_record: Called with every record, in the order of the file, as it comes.
+
+    Returns:
+        One record for every weight of ``base`` that is in ``merged``, adapted or not, and for every adapted one that
+        is not. ``results.merge.outcome`` says what they mean together.
+
+    Raises:
+        UsageError: An option makes no sense, an input is in the wrong place, or ``output`` would lose something.
+        InputError: An input cannot be read, or the adapter does not fit ``base``.
+        NothingComparedError: The three have no weight in common.
+
+    Example:
+        >>> results = verify_merge("sample_checkpoints/base", "sample_checkpoints/lora_r4", "sample_checkpoints/base",
+        ...     layers=r"layers\.0\..*(q|k)_proj")
+        >>> [(record.layer, record.status) for record in results]  # doctest: +NORMALIZE_WHITESPACE
+        [('model.layers.0.self_attn.k_proj.weight', 'dropped'), ('model.layers.0.self_attn.q_proj.weight', 'dropped')]
+    """
+    limit = read_memory(memory, engine)
+    if engine is not None and engine.gpus_per_task:
+        raise UsageError("--gpus-per-task: verify-merge compares files on processors; leave it out")
+    place(engine, "cpu")
+    check_running(workers, 0)
+    base, adapter, merged = map(as_path, (base, adapter, merged))
+    if not is_adapter(locate(adapter)):
+        raise UsageError(f"{adapter}: is no adapter; the order is: loradiag verify-merge BASE ADAPTER MERGED")
+    if is_adapter(locate(merged)):
+        raise UsageError(f"{merged}: is an adapter; the order is: loradiag verify-merge BASE ADAPTER MERGED")
+    said = compare(base, adapter, None, None, allow_unmatched, verify)
+    done = compare(base, merged, verify=verify)
+    tasks, unpaired = _tasks(said.pairing, done.pairing, merged, selector(layers, exclude))
+    run = Run(
+        command="verify-merge",
+        version=__version__,
+        inputs=_inputs(said, done),
+        settings={"layers": layers, "exclude": exclude, "allow_unmatched": allow_unmatched},
+    )
+    layout = layout_of(tasks, workers, "cpu", limit)
+    rest = Pairing((), unpaired)
+    with ResultsWriter[Merge](output, run, resume) as writer:
+        return measure_layers(
+            writer,
+            tasks,
+            partial(_one_layer, memory=layout.limit),
+            lambda: not_paired(rest, layout, "cpu"),
+            layout,
+            partial(_size, memory=layout.limit),
+            Watch(on_progress, on_record),
+            engine,
+        )
+
+
+def _one_layer(task: MergedLayer, memory: int | None) -> Sequence[Merge | LeftOut]:
+    return (verify(task, memory),)
+
+
+def _size(task: MergedLayer, memory: int | None) -> int:
+    return task.footprint if memory is None else min(memory, task.footprint)
+
+
+def _inputs(said: Comparison, done: Comparison) -> tuple[RunInput, ...]:
+    """Return BASE, ADAPTER and MERGED as the run record names them."""
+    merged = (item.model_copy(update={"role": "merged"}) for item in done.inputs if item.role == "tuned")
+    return (*said.inputs, *merged)
+
+
+def _tasks(
+    said: Pairing, done: Pairing, merged: Path | str, selected: Callable[[str], bool]
+) -> tuple[list[MergedLayer], tuple[Unpaired, ...]]:
+    """Align what the adapter says with what MERGED holds, by the layers of BASE.
+
+    Returns:
+        One task a layer, in natural order of their names; and what neither side can tell anything of.
+    """
+    updates, rest = _by_target(said, done)
+    siblings = _siblings(said)
+    stored = [delta for delta in done.deltas if isinstance(delta, StoredDelta)]
+    tasks = [_task(delta, updates.get(delta.layer, ()), siblings) for delta in stored]
+    lacking = {item.layer: item for item in done.unpaired if item.reason in _LACKING}
+    tasks += [_missing(delta, lacking, merged) for delta in rest if selected(delta.layer)]
+    added, unpaired = _added_rows(said, done)
+    tasks += added
+    gone = {task.layer for task in tasks if task.missing}
+    unpaired = [item for item in unpaired if item.layer not in gone]
+    chosen = sorted((task for task in tasks if selected(task.layer)), key=lambda task: natural_order(task.layer))
+    if not any(task.adapted for task in chosen):
+        raise NothingComparedError(
+            "nothing was compared: --layers and --exclude leave no weight that the adapter adapts"
+        )
+    dropped = [
+        Unpaired(task.layer, task.shape, "not_selected", "left out by --layers or --exclude")
+        for task in tasks
+        if not selected(task.layer)
+    ]
+    return chosen, (*(item for item in unpaired if selected(item.layer)), *dropped)
+
+
+def _by_target(said: Pairing, done: Pairing) -> tuple[dict[str, tuple[Delta, ...]], list[Delta]]:
+    """Return the updates of every layer of MERGED, and those that have none.
+
+    Tied weights are stored once: where MERGED has no head of its own, its update is part of the embedding's.
+    """
+    names = {delta.layer: delta for delta in done.deltas}
+    places = {(delta.base.name, delta.base.offset): delta.layer for delta in done.deltas if delta.base is not None}
+    updates: dict[str, tuple[Delta, ...]] = {}
+    rest: list[Delta] = []
+    for delta in said.deltas:
+        place = (delta.base.name, delta.base.offset) if delta.base is not None else None
+        target = delta.layer if delta.layer in names else places.get(place) if place is not None else None
+        if target is None or names[target].shape[1] != delta.shape[1]:
+            rest.append(delta)
+        else:
+            updates[target] = (*updates.get(target, ()), delta)
+    return updates, rest
+
+
+def _task(
+    delta: StoredDelta, updates: tuple[Delta, ...], siblings: dict[str, tuple[FactoredDelta, ...]]
+) -> MergedLayer:
+    return MergedLayer(
+        layer=delta.layer,
+        shape=delta.shape,
+        base=delta.base,
+        merged=delta.tuned,
+        deltas=updates,
+        is_matrix=delta.is_matrix,
+        adapted=bool(updates),
+        others=siblings.get(_kind(delta.layer), ()) if updates else (),
+    )
+
+
+def _missing(delta: Delta, lacking: Mapping[str, Unpaired], merged: Path | str) -> MergedLayer:
+    """Return the task of a layer that the adapter changes and MERGED does not have, with the reason."""
+    why = lacking.get(delta.layer) or (lacking.get(delta.base.name) if delta.base is not None else None)
+    if delta.base is None or (why is not None and why.reason == "not_float"):
+        detail = why.detail if why is not None else "BASE stores it as other than plain numbers"
+        raise InputError(f"{merged}: {delta.layer}: {detail}; merge into plain numbers, or leave it out with --exclude")
+    detail = "the adapter changes it, but MERGED has no such weight"
+    if why is not None and why.reason == "shape_differs":
+        detail = f"the adapter changes it, but MERGED has it in another shape: {why.detail.replace('TUNED', 'MERGED')}"
+    return MergedLayer(delta.layer, delta.shape, delta.base, None, (delta,), delta.is_matrix, missing=detail)
+
+
+def _siblings(said: Pairing) -> dict[str, tuple[FactoredDelta, ...]]:
+    """Group factored updates by what could be mistaken for another: experts of a block, or the same layer of others."""
+    groups: dict[str, list[FactoredDelta]] = {}
+    for delta in said.deltas:
+        if isinstance(delta, FactoredDelta):
+            groups.setdefault(_kind(delta.layer), []).append(delta)
+    return {kind: tuple(group) for kind, group in groups.items()}
+
+
+def _kind(layer: str) -> str:
+    """Return a name with the number of its expert, or else of its block, left open.
+
+    >>> _kind("model.layers.3.mlp.experts.down_proj[5]"), _kind("model.layers.3.mlp.up_proj.weight")
+    ('model.layers.3.mlp.experts.down_proj*', 'model.layers.*.mlp.up_proj.weight')
+    """
+    return _EXPERT.sub("*", layer) if _EXPERT.search(layer) else _NUMBER.sub("*", layer)
+
+
+def _added_rows(said: Pairing, done: Pairing) -> tuple[list[MergedLayer], list[Unpaired]]:
+    """Hold vocabulary rows that MERGED adds against those that the adapter holds in full; return the rest as well."""
+    held = {item.layer: item for item in said.unpaired if item.reason == "added_rows" and item.rows is not None}
+    tasks, rest = [], []
+    for item in done.unpaired:
+        new = held.get(item.layer)
+        if item.reason == "added_rows" and item.rows is not None and new is not None and new.shape == item.shape:
+            assert new.rows is not None
+            rows, columns = item.shape
+            name = f"{item.layer} (added rows)"
+            tasks.append(MergedLayer(name, (rows, columns), new.rows, item.rows))
+            held.pop(item.layer)
+        else:
+            rest.append(replace(item, detail=item.detail.replace("TUNED", "MERGED")))
+    rest += [item for item in said.unpaired if item.reason != "added_rows" or item.layer in held]
+    return tasks, rest

@@ -1,0 +1,281 @@
+"""The answer to ``verify-merge``: what failed first, what it probably is, and what to do about it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Literal
+
+from rich.console import Group, RenderableType
+from rich.text import Text
+
+from lora_diag.records import Merge, Results
+from lora_diag.records.merge import MergeStatus, outcome
+from lora_diag.records.names import module_type_of, place_of
+from lora_diag.rendering.columns import WIDE, Column, Grid, table_of, title_of
+from lora_diag.rendering.lines import answers, inputs, last_lines, left_out_line, notes
+from lora_diag.rendering.text import count, middle, named, number, percent, safe, shape_of, short, shown, to_text
+
+# From the worst to the best; what an engineer has to look at comes first.
+ORDER: tuple[MergeStatus, ...] = (
+    "missing", "dropped", "partial", "wrong scale", "transposed", "wrong order", "other base", "changed", "other",
+    "inconclusive", "coarse", "ok",
+)  # fmt: skip
+
+# What to do about each fault.
+WAYS_OUT: dict[MergeStatus, str] = {
+    "missing": "save the whole merged model again, under BASE's names",
+    "dropped": "merge again, and see that the merge finds these modules in the adapter (names, target_modules)",
+    "partial": "merge again from whole weights: a shard, a rank or a block of rows was left out",
+    "wrong scale": "merge again with the scaling that adapter_config.json gives, once",
+    "transposed": "merge again with the model's own class: it knows which weights are stored (in, out)",
+    "wrong order": "merge again with versions of peft and transformers that agree on the order of experts and halves",
+    "other base": "give the BASE that was merged into, or merge again into this one",
+    "changed": "merge again from BASE, or find what else wrote to these weights",
+    "other": "see that this is the adapter that was merged; else merge again from BASE (peft's merge_and_unload())",
+}
+
+# A correct merge that kept less than this of ΔW somewhere is warned about.
+LOST = 0.9
+
+# So many causes of a fault are told.
+SHOWN = 3
+
+# Columns that only a wide terminal shows.
+_OF_WIDE = {"shape", "dtype", "max ulp"}
+
+# Which columns go first where there is too little room.
+_SPARED = ("shape", "dtype", "max ulp", "residual", "unchanged", "n")
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    """One line of the table: layers of one module type and one status, or a single layer."""
+
+    name: str
+    status: MergeStatus
+    records: tuple[Merge, ...]
+
+
+def merge_table(
+    results: Results[Merge], width: int = 80, color: bool = False, per: str = "type", then: str | None = None
+) -> str:
+    """Return the table and the summary of a ``verify-merge`` run.
+
+    Args:
+        results: What was found.
+        width: Columns of the terminal.
+        color: Whether to use ANSI colours.
+        per: ``type`` for one row a status and module type, ``layer`` for one row a layer.
+        then: The command that a user would run next.
+
+    Returns:
+        Lines of text, without a newline at the end.
+    """
+    parts: list[RenderableType] = []
+    for grid in merge_grids(results, per):
+        columns = [column for column in grid.columns if width >= WIDE or column.title not in _OF_WIDE]
+        parts.append(table_of(grid.title, grid.names, columns, width, grid.spared))
+    parts.append(answers(merge_lines(results), _style, then))
+    return to_text(Group(*parts), width, color)
+
+
+def merge_grids(results: Results[Merge], per: str = "type") -> list[Grid]:
+    """Return the table, the worst first; none where no layer was looked at."""
+    if not len(results):
+        return []
+    rows = _rows(results, per)
+    return [Grid("", title_of(per), tuple(row.name for row in rows), tuple(_columns(rows, per)), _SPARED)]
+
+
+def _rows(results: Results[Merge], per: str) -> list[_Row]:
+    """Group the layers; those that the adapter does not touch and that are as they should be are one row."""
+    groups: dict[tuple[str, MergeStatus], list[Merge]] = {}
+    for record in results:
+        name = short(module_type_of(record.layer) if per == "type" else record.layer)
+        if not record.adapted and not record.failed:
+            name = "(not adapted)"
+        groups.setdefault((name, record.status), []).append(record)
+    rows = [_Row(name, status, tuple(found)) for (name, status), found in groups.items()]
+
+    def order(row: _Row) -> tuple[int, bool, tuple[bool, bool, int]]:
+        return ORDER.index(row.status), not row.records[0].adapted, place_of(row.records[0].layer)
+
+    return sorted(rows, key=order)
+
+
+def _columns(rows: Sequence[_Row], per: str) -> list[Column]:
+    def column(title: str, cell: Callable[[_Row], str | Text], justify: Literal["left", "right"] = "right") -> Column:
+        return Column(title, tuple(map(cell, rows)), justify)
+
+    columns = [
+        column("status", lambda row: Text(row.status, style=_shade(row.status)), "left"),
+        column("n", lambda row: str(len(row.records))),
+        column("shape", lambda row: shape_of(record.shape for record in row.records)),
+        column("dtype", lambda row: "/".join(sorted({record.dtype or "-" for record in row.records}))),
+        column("differing", _differing),
+        column("max ulp", lambda row: shown(_most(row))),
+        column("unchanged", lambda row: shown(middle([record.unchanged for record in row.records]), percent)),
+        column("arrived c", lambda row: shown(middle([record.scale for record in row.records]))),
+        column("residual", lambda row: shown(middle([record.residual for record in row.records]))),
+    ]
+    return [column for column in columns if per == "type" or column.title != "n"]
+
+
+def _shade(status: MergeStatus) -> str:
+    if status == "ok":
+        return ""
+    return "bold yellow" if status in {"coarse", "inconclusive"} else "bold red"
+
+
+def _differing(row: _Row) -> str:
+    """Show the share of entries that no rounding explains, over all layers of a row."""
+    known = [(record.differing, math.prod(record.shape)) for record in row.records if record.differing is not None]
+    total = sum(entries for _, entries in known)
+    return percent(sum(differing for differing, _ in known) / total) if total else "-"
+
+
+def _most(row: _Row) -> float | None:
+    return max((record.max_ulp for record in row.records if record.max_ulp is not None), default=None)
+
+
+def _style(word: str, sentence: str) -> str:
+    if word == "Correct?":
+        return "" if sentence.startswith("yes") else "bold yellow" if sentence.startswith("cannot") else "bold red"
+    return "bold yellow" if word in {"Lost", "Warning"} else "bold red" if word == "Not measured" else ""
+
+
+def merge_lines(results: Results[Merge]) -> list[tuple[str, str]]:
+    """Return the summary: word and sentence."""
+    lines = [("Compared", "\n".join([*inputs(results.run), *_measured(results), *notes(results.run)]))]
+    if len(results):
+        lines.append(("Correct?", _correct(results)))
+        lines += _faults(results)
+        lines.append(("Rounding", _rounding(results)))
+        if lost := _lost(results):
+            lines.append(("Lost", lost))
+        if untouched := [record for record in results if not record.adapted]:
+            lines.append(("Not adapted", _untouched(untouched)))
+    lines.append(("Left out", left_out_line(results.left_out).replace("TUNED", "MERGED")))
+    return [*lines, *last_lines(results, "layers checked so far")]
+
+
+def _measured(results: Results[Merge]) -> list[str]:
+    if not len(results):
+        return []
+    entries = sum(math.prod(record.shape) for record in results)
+    adapted = sum(record.adapted for record in results)
+    dtypes = sorted({record.dtype for record in results if record.adapted and record.dtype})
+    others = len(results) - adapted
+    return [
+        f"{_layers(adapted)} adapted, {others} not, {count(entries)} entries, numbers of {', '.join(dtypes) or '-'}"
+    ]
+
+
+def _layers(number_of: int) -> str:
+    return f"{number_of} {'layer' if number_of == 1 else 'layers'}"
+
+
+def _correct(results: Results[Merge]) -> str:
+    adapted = [record for record in results if record.adapted]
+    bad = [record for record in adapted if record.failed]
+    changed = sum(record.failed for record in results if not record.adapted)
+    found = outcome(results)
+    if found == "failed":
+        parts = [f"{len(bad)} of {_layers(len(adapted))} adapted are not W + ΔW"] if bad else []
+        parts += [f"{changed} that the adapter does not touch changed"] if changed else []
+        return f"no: {' and '.join(parts)}"
+    if found == "inconclusive":
+        return f"cannot tell: {_why_inconclusive(adapted)}"
+    coarse = sum(record.status == "coarse" for record in adapted)
+    but = f"; {coarse} of them not to the last bit, because ΔW was computed less precisely" if coarse else ""
+    return f"yes: all {_layers(len(adapted))} adapted are W + ΔW, every entry within what rounding allows{but}"
+
+
+def _why_inconclusive(adapted: Sequence[Merge]) -> str:
+    if all(not record.expected_fro for record in adapted):
+        return "the adapter's update is zero everywhere (was it trained?), so BASE itself is the merge"
+    unclear = [record for record in adapted if record.status == "inconclusive"]
+    if unclear:
+        return (
+            f"in {len(unclear)} of {_layers(len(adapted))} adapted MERGED is as near to BASE as to BASE + ΔW, because "
+            f"its numbers are that coarse: {_names(unclear)}; merge into a finer dtype"
+        )
+    return (
+        "MERGED is BASE in every adapted layer. Rounding alone would do that to so small an update, and so would a "
+        "merge that never happened; merge into float32, or serve the adapter unmerged"
+    )
+
+
+def _faults(results: Results[Merge]) -> list[tuple[str, str]]:
+    """Return one line for every status that fails, with its layers, its cause and the way out."""
+    lines = []
+    for status in ORDER:
+        records = [record for record in results if record.status == status and record.failed]
+        if not records:
+            continue
+        causes: dict[str, list[Merge]] = {}
+        for record in records:
+            causes.setdefault(record.cause, []).append(record)
+        told = [f"{_names(found)}: {safe(cause)}" for cause, found in list(causes.items())[:SHOWN]]
+        if len(causes) > SHOWN:
+            more = sum(len(found) for found in list(causes.values())[SHOWN:])
+            told.append(f"and {_layers(more)} more; --per layer and the records name each")
+        lines.append((status.capitalize(), "\n".join([*told, f"→ {WAYS_OUT[status]}"])))
+    return lines
+
+
+def _names(records: Sequence[Merge]) -> str:
+    return named([record.layer for record in records])
+
+
+def _right(results: Results[Merge]) -> list[Merge]:
+    return [record for record in results if record.adapted and record.retained is not None]
+
+
+def _rounding(results: Results[Merge]) -> str:
+    """Say what the dtype of MERGED left of the update where the merge is right."""
+    right = _right(results)
+    if not right:
+        return "not shown: no adapted layer is right"
+    kept = {record.layer: record.retained for record in right if record.retained is not None}
+    least = min(kept, key=kept.__getitem__)
+    noise = median(record.residual for record in right if record.residual is not None)
+    still = median(record.unchanged for record in right if record.unchanged is not None)
+    arrived = (
+        f"{_kept(median(kept.values()))} of ΔW arrived at the median, least {_kept(kept[least])} in {short(least)}"
+    )
+    if len(kept) == 1 or kept[least] > 0.995:
+        arrived = f"{_kept(kept[least])} of ΔW arrived{' in every layer' if len(kept) > 1 else ''}"
+    if any(record.failed for record in results if record.adapted):
+        arrived = f"where the merge is right, {arrived}"
+    return f"{arrived}; it added noise of {number(noise)} ‖ΔW‖ and left {percent(still)} of the entries as they were"
+
+
+def _kept(share: float) -> str:
+    return percent(1.0 if abs(share - 1) < 5e-3 else share)
+
+
+def _lost(results: Results[Merge]) -> str:
+    right = [record for record in _right(results) if record.retained is not None and record.residual is not None]
+    lost = [record for record in right if (record.retained or 0.0) < LOST or (record.residual or 0.0) > 1]
+    if not lost:
+        return ""
+    lost.sort(key=lambda record: record.retained or 0.0)
+    return (
+        f"rounding took more than {1 - LOST:.0%} of ΔW, or added more noise than ‖ΔW‖, in {_layers(len(lost))}: "
+        f"{_names(lost)}. The merge is right, its dtype is too coarse for this adapter: serve the adapter unmerged, or "
+        "merge into float32"
+    )
+
+
+def _untouched(records: Sequence[Merge]) -> str:
+    changed = [record for record in records if record.failed]
+    if not changed:
+        return f"all {len(records)} are BASE's"
+    entries = sum(math.prod(record.shape) for record in records)
+    share = sum(record.differing or 0 for record in changed) / max(1, entries)
+    most = sorted(changed, key=lambda record: -(record.observed_fro or 0.0) / (record.base_fro or 1.0))
+    return f"{len(changed)} of {len(records)} changed, {percent(share)} of their entries; most in {_names(most)}"

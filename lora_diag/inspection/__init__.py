@@ -1,0 +1,1 @@
+"""``inspect``: what a checkpoint, an adapter or a results file holds."""

@@ -1,0 +1,41 @@
+"""``loradiag inspect``."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from lora_diag.cli import options
+from lora_diag.cli.output import line, result, terminal
+
+
+def inspect(
+    path: Annotated[str, typer.Argument(metavar="PATH", help="A checkpoint, an adapter or a results file.")],
+    per: options.PerRow = options.Per.type,
+    json: options.Json = False,
+) -> None:
+    """What is in this checkpoint, adapter or results file? Reads headers only, or shows the table again.
+
+    Example: loradiag inspect results.jsonl --per layer
+    """
+    from lora_diag.records import is_results_file, read_results, to_line
+
+    if is_results_file(path):
+        from lora_diag.inspection.tables import table
+
+        results = read_results(path)
+        for record in results.records() if json else ():
+            line(to_line(record))
+        if not json:
+            result(table(results, *terminal(), per=per))
+        return
+
+    from lora_diag.inspection.run import inspect as look
+    from lora_diag.inspection.table import inventory_table
+
+    inventory = look(path)
+    if json:
+        line(inventory.model_dump_json())
+    else:
+        result(inventory_table(inventory, *terminal()))

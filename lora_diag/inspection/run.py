@@ -1,0 +1,63 @@
+"""``inspect``: what is in this checkpoint or adapter?"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lora_diag.adapters import is_adapter, open_adapter
+from lora_diag.checkpoints import Checkpoint, as_path, locate, open_checkpoint
+from lora_diag.deltas import natural_order, why_left_out
+from lora_diag.errors import InputError
+from lora_diag.records import Inventory, StoredTensor, is_results_file
+from lora_diag.running.fingerprint import legible
+from lora_diag.running.inputs import MOMENTS
+
+
+def inspect(path: Path | str) -> Inventory:
+    """Describe a checkpoint or an adapter from its headers.
+
+    No weight is read; of an adapter, only the factors that start at zero, to see whether they still are.
+
+    Args:
+        path: A file, a folder, or a shard index.
+
+    Returns:
+        Its tensors in natural order of their names; of an adapter also the weights it changes.
+
+    Raises:
+        InputError: Nothing readable is there, or a results file, which ``read_results`` reads.
+
+    Example:
+        >>> inspect("sample_checkpoints/base").kind
+        'sharded safetensors, 3 files'
+    """
+    path = as_path(path)
+    if is_results_file(path):
+        raise InputError(f"{path}: is a results file; read it with lora_diag.read_results")
+    if not is_adapter(locate(path)):
+        checkpoint = open_checkpoint(path)
+        moments = any(file.metadata.get("kind") == MOMENTS for file in checkpoint.files)
+        told = (f"holds {MOMENTS} and is no checkpoint; it is what --activations takes",) if moments else ()
+        return Inventory(
+            path=legible(checkpoint.path),
+            kind=legible(checkpoint.kind),
+            notes=tuple(map(legible, (*checkpoint.notes, *told))),
+            tensors=_tensors(checkpoint),
+        )
+    adapter = open_adapter(locate(path))
+    return Inventory(
+        path=legible(adapter.path),
+        kind=legible(adapter.kind),
+        notes=tuple(map(legible, (*adapter.notes, *adapter.warnings()))),
+        tensors=_tensors(adapter.checkpoint),
+        adapts=adapter.weights(),
+        scaling=legible(adapter.reading.scaling),
+    )
+
+
+def _tensors(checkpoint: Checkpoint) -> tuple[StoredTensor, ...]:
+    return tuple(
+        StoredTensor(layer=name, shape=info.shape, dtype=info.dtype, left_out=why_left_out(info))
+        for name in sorted(checkpoint, key=natural_order)
+        if (info := checkpoint[name])
+    )

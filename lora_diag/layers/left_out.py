@@ -1,0 +1,49 @@
+"""What has no spectrum: its norm, where it has one, and the reason."""
+
+from __future__ import annotations
+
+import torch
+
+from lora_diag.deltas import Delta, Unpaired
+from lora_diag.layers.change import Change, load_change
+from lora_diag.linalg import first_non_finite, norm
+from lora_diag.records import LeftOut
+
+
+def left_out_vector(delta: Delta, device: torch.device) -> LeftOut:
+    """Return the norm of a 1-D tensor's change: norms and biases move too, and no adapter of any rank carries them."""
+    change = load_change(delta, device, keep=False)
+    if change.non_finite is not None:
+        return not_finite(delta, change)
+    return LeftOut(
+        layer=delta.layer,
+        shape=delta.shape[1:],
+        reason="vector",
+        detail="1-D: its change has a norm but no rank",
+        fro=change.fro,
+        base_fro=change.base_fro,
+    )
+
+
+def left_out_rows(unpaired: Unpaired, device: torch.device) -> LeftOut:
+    """Return the record of what could not be compared; for rows that only one side has, with their norm."""
+    reason, detail, fro = unpaired.reason, unpaired.detail, None
+    if unpaired.rows is not None:
+        rows = unpaired.rows.read(0, unpaired.shape[0] * unpaired.shape[1]).view(unpaired.shape).to(device)
+        if problem := first_non_finite("they hold", rows):
+            reason, detail = "non_finite", f"{detail}; {problem}"
+        else:
+            fro = norm([rows])
+    return LeftOut(layer=unpaired.layer, shape=unpaired.shape, reason=reason, detail=detail, fro=fro)
+
+
+def not_finite(delta: Delta, change: Change) -> LeftOut:
+    """Return the record of a layer that cannot be measured because an entry is NaN or infinite."""
+    shape = delta.shape if delta.is_matrix else delta.shape[1:]
+    detail = change.non_finite or ""
+    return LeftOut(
+        layer=delta.layer,
+        shape=shape,
+        reason="non_finite",
+        detail=detail if delta.is_matrix else detail.replace("[0, ", "["),  # a vector was read as one row
+    )

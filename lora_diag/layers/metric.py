@@ -1,0 +1,241 @@
+"""The norm in which updates are measured: Frobenius's, or the one that the layer's own inputs (and gradients) give.
+
+With C = E[xxᵀ] the second moment of the inputs, ‖D·C^½‖_F² = E‖Dx‖² is the mean square of what an update changes in the
+layer's output. D·L with L·Lᵀ = C has the same norm and the same singular values, so everything that holds for D holds
+for D·L, the Eckart–Young floor included. With G = E[ggᵀ] of the loss's gradient by the output, ‖G^½·D·C^½‖_F² is
+K-FAC's estimate of E⟨∇ℓ, D⟩² (Martens and Grosse 2015): what the update changes in the loss, squared.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from lora_diag.deltas import Delta, Side, row_blocks
+from lora_diag.errors import InputError, MemoryLimitError
+from lora_diag.layers.change import Change, why_not_comparable
+from lora_diag.linalg import Factors, decompose_factored, first_non_finite, norm, products, root
+from lora_diag.metrics import Distances, distances, truncation_error
+
+# A second moment may be this far from symmetric or positive semidefinite: sums of many products in float32 are.
+MOMENT_ERROR = 1e-4
+
+# Where a second moment is inverted: eigenvalues below this share of the largest are the rounding of float32.
+SMALLEST = 1e-7
+
+# Unit roundoff of the dtypes a second moment may be stored in.
+_ROUNDOFF = {"float64": 2.0**-53, "float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
+
+
+@dataclass(frozen=True, slots=True)
+class Moments:
+    """Where a second moment of a layer lies: C = E[xxᵀ] of its input, or G = E[ggᵀ] of the gradient by its output.
+
+    Args:
+        side: The stored matrix.
+        size: Its order.
+        on_rows: Whether it belongs to the rows of the stored weight: C where that is ``(in, out)``, G where it is not.
+    """
+
+    side: Side
+    size: int
+    on_rows: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Weighting:
+    """What a layer is weighed by: C, and G where both sides are."""
+
+    inputs: Moments
+    gradients: Moments | None = None
+
+    @property
+    def order(self) -> int:
+        """The larger of the orders of the matrices."""
+        return max(self.inputs.size, self.gradients.size if self.gradients else 0)
+
+
+def extra(weighting: Weighting, shape: tuple[int, int]) -> int:
+    """Return about how many bytes it takes to weigh a matrix: a root and its eigenvectors, ΔW and W_base in float64."""
+    return 8 * weighting.order * (4 * weighting.order + 3 * max(shape))
+
+
+@dataclass(frozen=True, slots=True)
+class Root:
+    """L with L·Lᵀ = C.
+
+    Args:
+        lower: L, float64.
+        on_rows: Whether it belongs to the rows of the stored weight.
+        error: Bound on ‖L·Lᵀ − C‖_2, with the rounding of the stored C.
+        fro: ‖L‖_F = √tr(C).
+        spectral: ‖L‖_2 = √λ_1(C).
+    """
+
+    lower: Tensor
+    on_rows: bool
+    error: float
+    fro: float
+    spectral: float
+
+    @property
+    def inverse(self) -> Tensor:
+        """The transposed pseudo-inverse of L: eigenvalues of C below ``SMALLEST`` of the largest count as zero."""
+        eigenvalues = (self.lower**2).sum(0)
+        kept = eigenvalues > SMALLEST * self.spectral**2
+        return torch.where(kept, self.lower / torch.where(kept, eigenvalues, 1.0), 0.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Weighed:
+    """An update in the metric of the data: ΔW·L, or KᵀΔW·L with K·Kᵀ = G; stored ``(in, out)`` alike, transposed.
+
+    Args:
+        change: The product.
+        error: Bound on the error of every energy fraction that C, its root and the product bring.
+        plain_fro: ‖ΔW‖_F.
+        gains: ‖·‖_F and ‖·‖_2 of what stands left of ΔW, and of what stands right.
+        roots: L, and K.
+    """
+
+    change: Change
+    error: float
+    plain_fro: float
+    gains: tuple[tuple[float, float], tuple[float, float]]
+    roots: tuple[Root, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """D in one metric: as it is, or times a root of C.
+
+    Args:
+        change: D, or D·L.
+        factors: Its largest singular values, with vectors where they are needed.
+        shape: ``(out, in)``.
+        root: L; None in the plain metric.
+        on_rows: Whether L belongs to the rows.
+    """
+
+    change: Change
+    factors: Factors
+    shape: tuple[int, int]
+    root: Tensor | None = None
+    on_rows: bool = False
+
+    def distances(self, other: Change | None, rank: int | None) -> tuple[Distances, float]:
+        """Return how far X, given in the plain metric, is from D, and ‖X‖; None stands for X = 0.
+
+        There are no distances where ‖X‖ is not comparable.
+        """
+        fro, gap, norm, inner = self.factors.fro, self.factors.fro, 0.0, 0.0
+        if other is not None:
+            if self.root is not None:
+                other = times(other, self.root, self.on_rows)
+            pairs = zip(self.change.blocks(self.shape), other.blocks(self.shape), strict=True)
+            gap, norm, inner = products(pairs)
+        if why_not_comparable(norm):
+            return Distances(), norm
+        return distances(fro, norm, gap, inner, self._floor(rank)), norm
+
+    def _floor(self, rank: int | None) -> float | None:
+        """Return √(1 − C(r))."""
+        if rank is None or self.factors.fro == 0.0:
+            return None
+        error = truncation_error(self.factors.s.numpy(), self.factors.fro, rank, self.factors.complete)
+        return None if error is None else error[0] / self.factors.fro
+
+
+def weigh(change: Change, delta: Delta, weighting: Weighting, device: torch.device) -> Weighed:
+    """Return an update, and its base, in the metric of the data.
+
+    The bound: the energies are eigenvalues of D·C·Dᵀ. With Ĉ = L·Lᵀ and ‖Ĉ − C‖_2 ≤ c the sum of the r largest moves by
+    no more than ‖D(Ĉ − C)Dᵀ‖_* ≤ c‖D‖_F² (Fan 1949), with G by c‖KᵀD‖_F² + g‖D·L‖_F² + c·g‖D‖_F². Rounding of a product
+    with n terms a sum is at most n·ε·‖D‖_F‖L‖_F. A fraction has such an error above and below its line.
+
+    Args:
+        change: ΔW, finite.
+        delta: Where it is from.
+        weighting: C, and G.
+        device: Where to compute.
+
+    Raises:
+        InputError: A second moment is none.
+    """
+    roots = [read_root(moments, device) for moments in (weighting.inputs, weighting.gradients) if moments is not None]
+    plain, base_fro = fro_of(change), None
+    alone = [fro_of(times(change, each.lower, each.on_rows)) for each in roots]
+    weighed = change
+    for each in roots:
+        weighed = times(weighed, each.lower, each.on_rows)
+    if delta.base is not None:
+        base = Change(None, None, matrix=torch.cat(list(row_blocks(delta.base, delta.shape))).to(device, torch.float64))
+        for each in roots:
+            base = times(base, each.lower, each.on_rows)
+        base_fro = base.fro
+    weighed = replace(weighed, base_fro=base_fro)
+    fro = fro_of(weighed)
+    left, right = (math.sqrt(delta.shape[0]), 1.0), (math.sqrt(delta.shape[1]), 1.0)
+    for each in roots:
+        if each.on_rows:
+            left = (each.fro, each.spectral)
+        else:
+            right = (each.fro, each.spectral)
+    rounding = 2 * max(delta.shape) * torch.finfo(torch.float64).eps * plain * math.prod(each.fro for each in roots)
+    moved = roots[0].error * plain**2
+    if len(roots) > 1:
+        c, g = (each.error for each in roots)
+        moved = c * alone[1] ** 2 + g * alone[0] ** 2 + c * g * plain**2
+    error = 2 * (moved / fro**2 + 2 * rounding / fro + (rounding / fro) ** 2) if fro else 0.0
+    return Weighed(weighed, min(1.0, error), plain, (left, right), tuple(roots))
+
+
+def fro_of(change: Change) -> float:
+    """Return ‖·‖_F, of factors without forming their product."""
+    if change.fro is not None:
+        return change.fro
+    assert change.factors is not None
+    return decompose_factored(*change.factors).fro
+
+
+def times(change: Change, lower: Tensor, on_rows: bool) -> Change:
+    """Return ΔW·L, or Lᵀ·ΔW where the layer is stored ``(in, out)``; in factored form where there are factors.
+
+    Raises:
+        MemoryLimitError: ΔW is read in row blocks.
+    """
+    if change.streamed is not None:
+        what = "x".join(map(str, change.streamed.shape))
+        raise MemoryLimitError(f"{what}: the data metric needs ΔW whole, which --memory does not hold; give more")
+    if change.factors is not None:
+        b, a = (factor.to(torch.float64) for factor in change.factors)
+        return replace(change, factors=(lower.T @ b, a) if on_rows else (b, a @ lower))
+    assert change.matrix is not None
+    matrix = change.matrix.to(torch.float64)
+    product = lower.T @ matrix if on_rows else matrix @ lower
+    return replace(change, matrix=product, fro=norm([product]))
+
+
+def read_root(moments: Moments, device: torch.device) -> Root:
+    """Read C (or G), check it, and return L with L·Lᵀ = C.
+
+    Raises:
+        InputError: C is not finite, not symmetric, or not positive semidefinite.
+    """
+    side = moments.side
+    where = f"{side.checkpoint.file_of(side.name)}: {side.name}"
+    c = side.read(0, moments.size**2).view(moments.size, moments.size).to(device, torch.float64)
+    if problem := first_non_finite(f"{where}: holds", c):
+        raise InputError(problem)
+    size = norm([c])
+    if norm([c - c.T]) > MOMENT_ERROR * size:
+        raise InputError(f"{where}: is not symmetric, so it is no second moment such as E[xxᵀ]")
+    lower, negative = root((c + c.T) / 2)
+    if negative > MOMENT_ERROR:
+        raise InputError(f"{where}: has negative eigenvalues, so it is no second moment such as E[xxᵀ]")
+    error = norm([lower @ lower.T - c]) + _ROUNDOFF[side.checkpoint[side.name].dtype] * size
+    spectral = float((lower**2).sum(0).max().sqrt()) if moments.size else 0.0
+    return Root(lower, moments.on_rows, error, norm([lower]), spectral)

@@ -1,0 +1,182 @@
+"""Second moments C = E[xxᵀ] of the inputs of linear layers, summed up while a model reads a text.
+
+Sums are float64. Layers that are given one and the same tensor, such as query, key and value, share one sum. With
+gradients, G = E[ggᵀ] of the gradient g of a sequence's loss by each output of a layer, too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_diag.errors import InputError
+from lora_diag.models.data import Sequence, Texts
+from lora_diag.models.gradients import Draw, backward
+from lora_diag.models.losses import logits_of
+from lora_diag.models.opening import Model
+
+# transformers' name of its linear layer that stores (in, out); GPT-2 has it.
+_TRANSPOSED = "Conv1D"
+
+
+@dataclass
+class Moment:
+    """Σ xxᵀ over the inputs of one or several layers.
+
+    Args:
+        layers: Their names in the model.
+        total: ``(in, in)`` float64.
+        rows: How many inputs there were.
+    """
+
+    layers: list[str]
+    total: Tensor
+    rows: int = 0
+
+    @property
+    def mean(self) -> Tensor:
+        """C."""
+        return self.total / self.rows
+
+
+def linear_layers(module: nn.Module) -> dict[str, nn.Module]:
+    """Return the layers that multiply their input by one matrix, by the name of that matrix in the model."""
+    return {
+        f"{name}.weight": layer
+        for name, layer in module.named_modules()
+        if isinstance(layer, nn.Linear) or type(layer).__name__ == _TRANSPOSED
+    }
+
+
+def inputs_of(layer: nn.Module) -> int:
+    """Return how many numbers an input of a linear layer has."""
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    return weight.shape[1] if isinstance(layer, nn.Linear) else weight.shape[0]
+
+
+def outputs_of(layer: nn.Module) -> int:
+    """Return how many numbers an output of a linear layer has."""
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    return weight.shape[0] if isinstance(layer, nn.Linear) else weight.shape[1]
+
+
+class Listener:
+    """Adds up xxᵀ of every input of chosen layers.
+
+    Args:
+        layers: By name.
+        gradients: Whether to add up ggᵀ of the gradient by every output, too.
+
+    Attributes:
+        moments: What was added up, by the name of the first layer that shares it.
+        outputs: Σ ggᵀ, by the name of the layer.
+    """
+
+    def __init__(self, layers: dict[str, nn.Module], gradients: bool = False) -> None:
+        self.moments: dict[str, Moment] = {}
+        self.outputs: dict[str, Moment] = {}
+        self._leader: dict[str, str] = {}
+        self._input: dict[str, Any] = {}
+        self._hooks = [
+            layer.register_forward_pre_hook(self._hook(name), with_kwargs=True) for name, layer in layers.items()
+        ]
+
+        if gradients:
+            self._hooks += [layer.register_forward_hook(self._output_hook(name)) for name, layer in layers.items()]
+
+    def close(self) -> None:
+        """Stop listening."""
+        for hook in self._hooks:
+            hook.remove()
+
+    def next_batch(self) -> None:
+        """Forget the inputs of the last batch."""
+        self._input = {}
+
+    def _hook(self, name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            self._take(name, args[0] if args else next(iter(kwargs.values())))
+
+        return hook
+
+    def _output_hook(self, name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+            if output.requires_grad:
+                output.register_hook(lambda gradient: self._take_gradient(name, gradient))  # type: ignore[no-untyped-call]
+
+        return hook
+
+    def _take_gradient(self, name: str, gradient: Tensor) -> None:
+        size = gradient.shape[-1]
+        if name not in self.outputs:
+            self.outputs[name] = Moment([name], torch.zeros(size, size, dtype=torch.float64, device=gradient.device))
+        rows = gradient.detach().reshape(-1, size).to(torch.float64)
+        self.outputs[name].total.addmm_(rows.T, rows)
+        self.outputs[name].rows += len(rows)
+
+    def _take(self, name: str, x: Tensor) -> None:
+        if name not in self._leader:
+            same = next((first for first, seen in self._input.items() if seen is x), name)
+            self._leader[name] = same
+            if same == name:
+                size = x.shape[-1]
+                self.moments[name] = Moment([], torch.zeros(size, size, dtype=torch.float64, device=x.device))
+            self.moments[same].layers.append(name)
+        leader = self._leader[name]
+        if leader != name:
+            if self._input.get(leader) is not x:
+                raise InputError(f"{name}: shared its input with {leader} in an earlier batch and does no more")
+            return
+        self._input[name] = x  # held, so that no other tensor of this batch can be taken for it
+        rows = x.detach().reshape(-1, x.shape[-1]).to(torch.float64)
+        self.moments[name].total.addmm_(rows.T, rows)
+        self.moments[name].rows += len(rows)
+
+
+def record(
+    model: Model,
+    texts: Texts,
+    layers: dict[str, nn.Module],
+    size: int,
+    after: Callable[[], None],
+    draw: Draw | None = None,
+) -> Listener:
+    """Let a model read a text and return the second moments of its layers' inputs.
+
+    Args:
+        model: The model.
+        texts: The text; sequences of one length go into a batch, so that nothing is padded.
+        layers: Of ``linear_layers``, those wanted.
+        size: Sequences in a batch.
+        after: Called after every batch.
+        draw: Also add up the gradients by the outputs, of the loss against these labels.
+    """
+    listener = Listener(layers, draw is not None)
+    try:
+        for chosen in equal_batches(texts, size):
+            listener.next_batch()
+            if draw is None:
+                with torch.no_grad():
+                    logits_of(model, chosen)
+            else:
+                backward(model, chosen, draw)
+            after()
+    finally:
+        listener.close()
+        listener.next_batch()
+    return listener
+
+
+def equal_batches(texts: Texts, size: int) -> Iterator[list[Sequence]]:
+    """Yield batches of sequences of one length, in the order of the set."""
+    for _, group in groupby(texts.sequences, key=lambda sequence: len(sequence.ids)):
+        alike = list(group)
+        for first in range(0, len(alike), size):
+            yield alike[first : first + size]

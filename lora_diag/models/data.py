@@ -1,0 +1,199 @@
+"""Evaluation and training texts: a file becomes sequences of token ids.
+
+Text files are cut into windows that follow each other; what is left at the end is dropped unless it is all there is.
+JSON lines and the rows of a data set give one sequence each: ``text``; ``prompt`` and ``completion``, of which only the
+completion is predicted; ``text`` and ``label`` for a classifier.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from lora_diag.errors import InputError, UsageError
+from lora_diag.models.opening import Model
+from lora_diag.models.rows import read_source
+
+# The label of a position that is not predicted, as torch's cross-entropy has it.
+IGNORED = -100
+# Of a masked model: share of the tokens that are hidden and predicted, and where the choice starts from.
+MASKED, MASK_SEED = 0.15, 0
+
+
+@dataclass(frozen=True, slots=True)
+class Sequence:
+    """Token ids and what is predicted.
+
+    Args:
+        ids: Of the tokens.
+        labels: As many as ``ids``, shifted by the loss as transformers does, but not for a masked model, of which they
+            are the hidden tokens; for a classifier the one class.
+    """
+
+    ids: tuple[int, ...]
+    labels: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Texts:
+    """The sequences of one file.
+
+    Args:
+        name: The file's name without its ending, or the folder's.
+        path: As the user named it.
+        sequences: In the order of the file.
+        hash: 16 hex digits of the SHA-256 of the file, or of a data set's rows.
+        about: What it is, in words.
+        notes: What a careful reader should know.
+        shifted: Whether the user named it as shifted.
+    """
+
+    name: str
+    path: str
+    sequences: tuple[Sequence, ...]
+    hash: str
+    about: str
+    notes: tuple[str, ...] = ()
+    shifted: bool = False
+
+    def first(self, count: int) -> Texts:
+        """Return the same set with its first sequences only."""
+        return replace(self, sequences=self.sequences[:count])
+
+
+def read_texts(path: Path | str, model: Model, most: int | None = None, shifted: bool = False) -> Texts:
+    """Read a text and cut it into sequences of the model's length.
+
+    Args:
+        path: A file, ``.jsonl`` and ``.json`` are read as JSON lines, any other as text; or a folder that ``datasets``
+            saved with ``save_to_disk``.
+        model: Gives tokenizer, length and kind.
+        most: Keep the first so many sequences.
+        shifted: Whether the user named it as shifted.
+
+    Raises:
+        UsageError: It is a data set, and datasets is not installed.
+        InputError: It cannot be read, or nothing in it can be predicted.
+    """
+    source = read_source(path)
+    if model.kind == "classifier" and source.text is not None:
+        raise InputError(f"{path}: a classifier needs JSON lines with text and label (.jsonl), or a data set of these")
+    if source.text is not None:
+        found = list(_windows(source.text, model))
+    else:
+        found = [_of_row(item, where, model) for where, item in source.rows]
+    if model.kind == "masked":
+        found = [(_masked(sequence, number, model), cut) for number, (sequence, cut) in enumerate(found)]
+    notes = []
+    cut = sum(was_cut for _, was_cut in found)
+    if source.text is None and cut:
+        notes.append(f"{cut} of {len(found)} {source.unit} were cut to {model.length} tokens")
+    sequences = [sequence for sequence, _ in found if _predicts(sequence, model)]
+    if len(sequences) < len(found):
+        none = len(found) - len(sequences)
+        notes.append(f"{none} of {len(found)} {source.unit} have nothing to predict and are left out")
+    if not sequences:
+        raise InputError(f"{path}: has no token to predict")
+    if most is not None and most < len(sequences):
+        notes.append(f"the first {most} of {len(sequences)} sequences, by --max-sequences")
+        sequences = sequences[:most]
+    form = source.unit if source.text is None else f"windows of {len(sequences[0].ids)} tokens"
+    about = f"{len(sequences)} {form}"
+    if model.kind == "masked":
+        about += f", {MASKED:.0%} of the tokens replaced by the mask, seed {MASK_SEED}"
+    return Texts(source.name, str(path), tuple(sequences), source.digest, about, tuple(notes), shifted=shifted)
+
+
+def check_names(texts: list[Texts]) -> None:
+    """Refuse two sets of one name: records would not tell them apart.
+
+    Raises:
+        UsageError: There are such.
+    """
+    names = [each.name for each in texts]
+    for name in names:
+        if names.count(name) > 1:
+            raise UsageError(f"two evaluation sets are called {name}; give one of the files another name")
+
+
+def _predicts(sequence: Sequence, model: Model) -> bool:
+    if model.kind == "classifier":
+        return bool(sequence.ids)
+    first = 0 if model.kind == "masked" else 1
+    return any(label != IGNORED for label in sequence.labels[first:])
+
+
+def _masked(sequence: Sequence, number: int, model: Model) -> Sequence:
+    """Hide some of the tokens that can be predicted; which, follows from the sequence's place in the file alone.
+
+    All chosen tokens become the mask, none a random or the same token: those of the 80/10/10 rule of BERT's training
+    (Devlin et al. 2019) ask less of a model, and add noise to the comparison of two.
+    """
+    places = [place for place, label in enumerate(sequence.labels) if label != IGNORED]
+    # Only ``random()`` is promised to stay the same from one version of Python to the next.
+    order = random.Random(f"{MASK_SEED}:{number}")
+    drawn = sorted(places, key={place: order.random() for place in places}.__getitem__)
+    hidden = set(drawn[: max(1, round(MASKED * len(places)))])
+    assert model.tokens.mask is not None
+    return Sequence(
+        tuple(model.tokens.mask if place in hidden else token for place, token in enumerate(sequence.ids)),
+        tuple(label if place in hidden else IGNORED for place, label in enumerate(sequence.labels)),
+    )
+
+
+def _windows(text: str, model: Model) -> Iterator[tuple[Sequence, bool]]:
+    """Yield windows of a text that follow each other, each with what the tokenizer puts around it."""
+    tokens = model.tokens
+    ids = tokens.ids(text)
+    room = model.length - len(tokens.first) - len(tokens.last)
+    for start in range(0, max(1, len(ids) - room + 1), room):
+        window = ids[start : start + room]
+        whole = (*tokens.first, *window, *tokens.last)
+        if model.kind == "masked":
+            before, behind = ([IGNORED] * len(around) for around in (tokens.first, tokens.last))
+            yield Sequence(whole, (*before, *window, *behind)), False
+        else:
+            yield Sequence(whole, whole), False
+
+
+def _of_row(item: dict[str, Any], where: str, model: Model) -> tuple[Sequence, bool]:
+    return _classified(item, where, model) if model.kind == "classifier" else _continued(item, where, model)
+
+
+def _continued(item: dict[str, Any], where: str, model: Model) -> tuple[Sequence, bool]:
+    """Return the sequence of ``text``, or of ``prompt`` and ``completion``."""
+    tokens = model.tokens
+    if isinstance(item.get("prompt"), str) and isinstance(item.get("completion"), str):
+        asked = [*tokens.first, *tokens.ids(item["prompt"])]
+        said = tokens.ids(item["completion"])
+    elif isinstance(item.get("text"), str):
+        asked, said = list(tokens.first), tokens.ids(item["text"])
+    else:
+        raise InputError(f"{where} has neither text nor prompt and completion")
+    ids, labels = [*asked, *said], [*([IGNORED] * len(asked)), *said]
+    room = model.length - len(tokens.last)
+    behind = [IGNORED] * len(tokens.last)
+    return Sequence((*ids[:room], *tokens.last), (*labels[:room], *behind)), len(ids) > room
+
+
+def _classified(item: dict[str, Any], where: str, model: Model) -> tuple[Sequence, bool]:
+    """Return the sequence of ``text`` with its ``label``, the name of a class or an index.
+
+    The name that a data set has for a number counts before the number where the model has a class of that name.
+    """
+    text, label = item.get("text"), item.get("label")
+    if not isinstance(text, str) or not isinstance(label, int | str):
+        raise InputError(f"{where} has no text and label")
+    name = label if isinstance(label, str) else item.get("label_name")
+    index = model.labels.get(name) if isinstance(name, str) else None
+    if index is None and isinstance(label, int):
+        index = label
+    if index is None or not 0 <= index < max(1, len(model.labels)):
+        raise InputError(f"{where}: label {label!r} is none of the model's {len(model.labels)} classes")
+    tokens = model.tokens
+    room = model.length - len(tokens.first) - len(tokens.last)
+    ids = tokens.ids(text)
+    return Sequence((*tokens.first, *ids[:room], *tokens.last), (index,)), len(ids) > room

@@ -1,0 +1,78 @@
+"""One backward pass through a frozen model: the gradient of each sequence's loss by what its layers put out.
+
+No weight needs a gradient of its own: the inner products of ∇ℓ with an update follow from the inputs x and the output
+gradients g of its layer, ⟨Σ_t g_t x_tᵀ, T⟩ = Σ_t g_tᵀ T x_t.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from lora_diag.errors import InputError
+from lora_diag.models.data import Sequence
+from lora_diag.models.losses import counted, logits_of
+from lora_diag.models.opening import Model
+
+Labels = Literal["data", "model"]
+LABELS = ("data", "model")
+
+
+@dataclass
+class Draw:
+    """Which labels the loss is taken against.
+
+    Args:
+        labels: ``data`` for the text's own (the empirical Fisher); ``model`` for labels drawn from the model's own
+            probabilities (the Fisher itself).
+        seed: Of what is drawn.
+    """
+
+    labels: Labels = "data"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Start drawing."""
+        self._random = torch.Generator().manual_seed(self.seed)
+
+    def __call__(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Return what the loss of these logits is taken against."""
+        if self.labels == "data":
+            return labels
+        shares = logits.detach().double().softmax(-1).cpu()
+        return torch.multinomial(shares, 1, generator=self._random).squeeze(1).to(logits.device)
+
+
+def backward(model: Model, chosen: list[Sequence], draw: Draw) -> list[int]:
+    """Run one batch forward and back; hooks on the layers see the gradients.
+
+    Args:
+        model: Its weights are frozen; gradients start at the embedding of the tokens.
+        chosen: Sequences; padding gets no gradient.
+        draw: Which labels.
+
+    Returns:
+        How many predictions each sequence has. The loss of a sequence is the sum over them, so that the gradients of
+        one sequence do not depend on what else is in the batch.
+
+    Raises:
+        InputError: The loss is not finite.
+    """
+    table = model.module.get_input_embeddings()
+    hook = table.register_forward_hook(lambda module, args, output: output.detach().requires_grad_())
+    try:
+        with torch.enable_grad():
+            logits = logits_of(model, chosen)
+            kept = [counted(model, sequence, logits[i]) for i, sequence in enumerate(chosen)]
+            losses = [functional.cross_entropy(z.float(), draw(z, wanted), reduction="sum") for z, wanted in kept]
+            loss = torch.stack(losses).sum()
+            if not torch.isfinite(loss):
+                raise InputError("the loss is not a finite number: the weights are broken, or --dtype is too small")
+            loss.backward()  # type: ignore[no-untyped-call]
+    finally:
+        hook.remove()
+    return [len(wanted) for _, wanted in kept]

@@ -1,0 +1,134 @@
+"""The loss of a model on a set of sequences, sequence by sequence, and differences of such losses with their errors."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from lora_diag.errors import InputError
+from lora_diag.models.data import IGNORED, Sequence, Texts
+from lora_diag.models.opening import Model, in_batches, padded
+
+
+@dataclass(frozen=True)
+class Losses:
+    """Negative log-likelihoods of one model on one set.
+
+    Args:
+        sums: Of each sequence, in nats, float64.
+        counts: Predictions of each sequence.
+    """
+
+    sums: Tensor
+    counts: Tensor
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether every sequence has a loss."""
+        return bool(torch.isfinite(self.sums).all())
+
+    @property
+    def mean(self) -> float:
+        """Per prediction.
+
+        Raises:
+            InputError: It is not finite.
+        """
+        if not self.is_finite:
+            raise InputError("the loss is not a finite number: the weights are broken, or --dtype is too small")
+        return float(self.sums.sum() / self.counts.sum())
+
+    @property
+    def tokens(self) -> int:
+        """How many predictions there are."""
+        return int(self.counts.sum())
+
+    def minus(self, other: Losses) -> tuple[float, float | None]:
+        r"""Return the difference of two losses on the same sequences, and its standard error.
+
+        With d_i the difference of sequence i, n_i its predictions and N sequences, the gap is g = Σd_i/Σn_i and its
+        error √(N/(N−1)·Σ(d_i − g·n_i)²)/Σn_i (ratio estimator); sequences are taken as independent. None for N = 1.
+
+        Reference: Cochran 1977, Sampling Techniques, section 2.11.
+
+        Example:
+            >>> one = Losses(torch.tensor([3.0, 5.0]), torch.tensor([2.0, 2.0]))
+            >>> two = Losses(torch.tensor([2.0, 2.0]), torch.tensor([2.0, 2.0]))
+            >>> one.minus(two)
+            (1.0, 0.5)
+        """
+        difference, total = self.sums - other.sums, float(self.counts.sum())
+        gap = float(difference.sum()) / total
+        n = len(difference)
+        if n < 2:
+            return gap, None
+        spread = float(((difference - gap * self.counts) ** 2).sum())
+        return gap, math.sqrt(n / (n - 1) * spread) / total
+
+
+def predictions(model: Model, texts: Texts, size: int) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
+    """Yield, batch by batch, the logits of every sequence that count ``(n_i, classes)``, and what they predict."""
+    for batch in in_batches(len(texts.sequences), size):
+        chosen = [texts.sequences[i] for i in batch]
+        logits = logits_of(model, chosen)
+        kept = [counted(model, sequence, logits[i]) for i, sequence in enumerate(chosen)]
+        yield [each for each, _ in kept], [label for _, label in kept]
+
+
+def logits_of(model: Model, chosen: list[Sequence]) -> Tensor:
+    """Return the logits of some sequences, with the gradient off or on as the caller has it."""
+    logits = forward(model, chosen).logits
+    assert isinstance(logits, Tensor)
+    return logits
+
+
+def forward(model: Model, chosen: list[Sequence], hidden: bool = False) -> Any:
+    """Return what transformers returns for some sequences, padded at the end; with ``hidden_states`` if asked for."""
+    ids = padded([sequence.ids for sequence in chosen], model.tokens.pad).to(model.device)
+    mask = padded([[1] * len(sequence.ids) for sequence in chosen], 0).to(model.device)
+    extra: dict[str, Any] = {"use_cache": False} if model.kind == "causal" else {}
+    if hidden:
+        extra["output_hidden_states"] = True
+    return model.module(input_ids=ids, attention_mask=mask, **extra)
+
+
+def counted(model: Model, sequence: Sequence, logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the logits that count ``(n, classes)``, and the classes that they predict ``(n,)``."""
+    labels = torch.tensor(sequence.labels, device=logits.device)
+    if model.kind == "classifier":
+        return logits[None], labels
+    if model.kind == "masked":
+        hidden = (labels != IGNORED).nonzero().squeeze(1)
+        return logits[hidden], labels[hidden]
+    places = (labels[1:] != IGNORED).nonzero().squeeze(1)
+    return logits[places], labels[1:][places]
+
+
+@torch.no_grad()
+def measure(model: Model, texts: Texts, size: int, after: Callable[[], None] = lambda: None) -> Losses:
+    """Return the losses of a model on a set.
+
+    Args:
+        model: The model.
+        texts: The set.
+        size: Sequences in a batch.
+        after: Called after every batch.
+    """
+    sums, counts = list[float](), list[int]()
+    for logits, labels in predictions(model, texts, size):
+        for each, wanted in zip(logits, labels, strict=True):
+            sums.append(float(nll(each, wanted)))
+            counts.append(len(wanted))
+        after()
+    return Losses(torch.tensor(sums, dtype=torch.float64), torch.tensor(counts, dtype=torch.float64))
+
+
+def nll(logits: Tensor, wanted: Tensor) -> Tensor:
+    """Return the summed negative log-likelihood, in nats; the sum over positions in float64."""
+    return functional.cross_entropy(logits.float(), wanted, reduction="none").sum(dtype=torch.float64)

@@ -1,0 +1,142 @@
+"""Weights of a model changed in place: W_0, W_0 + ΔW, or W_0 + ΔW_r, layer by layer.
+
+Only one layer's ΔW and its decomposition are in memory at a time. What is kept between ranks are the leading singular
+triplets, as many numbers as an adapter of the largest rank has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lora_diag.deltas import Delta, Side, StoredDelta, row_blocks, row_spans
+from lora_diag.errors import InputError
+from lora_diag.layers.change import Change, load_change
+from lora_diag.linalg import Factors
+from lora_diag.models.opening import Model, Weights
+
+# In the place of a rank: all of ΔW.
+FULL = -1
+
+
+@dataclass(frozen=True)
+class _Leading:
+    """The leading singular triplets of one ΔW: U·S ``(out, k)``, Vᵀ ``(k, in)`` float32, σ² of all values, ‖ΔW‖²."""
+
+    us: Tensor
+    vh: Tensor
+    squares: Tensor
+    energy: float
+
+
+class Swapped:
+    """A model whose weights are those of BASE plus as much of an update as is asked for.
+
+    Args:
+        model: BASE as transformers opened it; changed in place.
+        deltas: ΔW of every layer that can change.
+        most: Largest rank that will be asked for.
+
+    Attributes:
+        absent: ΔW of tensors that the model does not have; no matrix is among them.
+
+    Raises:
+        InputError: A matrix is not in the model, or the model holds other numbers than BASE's file does.
+    """
+
+    def __init__(self, model: Model, deltas: Iterable[Delta], most: int) -> None:
+        given = {delta.layer: delta for delta in deltas}
+        self._tensors = Weights(model.module).place({layer: delta.shape for layer, delta in given.items()})
+        self._deltas = {layer: given[layer] for layer in self._tensors}
+        self.absent = tuple(delta for layer, delta in given.items() if layer not in self._tensors)
+        if lost := next((delta.layer for delta in self.absent if delta.is_matrix), None):
+            raise InputError(f"{lost}: the model that transformers builds of BASE has no such weight")
+        self._most = most
+        self._leading: dict[str, _Leading] = {}
+        self._state = dict.fromkeys(self._deltas, 0)
+        for layer in self._deltas:
+            self._check(layer)
+
+    def arrange(self, ranks: Mapping[str, int]) -> None:
+        """Give every layer W_0 + ΔW_r: ΔW whole for ``FULL``, nothing of it for 0 and for layers that are not named."""
+        for layer, before in self._state.items():
+            wanted = ranks.get(layer, 0)
+            if wanted >= min(self._deltas[layer].shape):
+                wanted = FULL
+            if wanted != before:
+                self._put(layer, wanted)
+                self._state[layer] = wanted
+
+    @property
+    def layers(self) -> list[str]:
+        """The layers that can change."""
+        return list(self._deltas)
+
+    def factors(self, layer: str) -> Factors:
+        """Return all singular values and vectors of one layer's ΔW."""
+        return _finite(self._deltas[layer]).decompose(vectors=True)
+
+    def energy(self, layers: Iterable[str], rank: int) -> float | None:
+        """Return Σ_ℓ Σ_{i≤r}σ² / Σ_ℓ ‖ΔW_ℓ‖² over some layers; None where none of them moved."""
+        kept = total = 0.0
+        for layer in layers:
+            found = self._leading_of(layer)
+            kept += float(found.squares[:rank].sum())
+            total += found.energy
+        return min(1.0, kept / total) if total else None
+
+    def _put(self, layer: str, rank: int) -> None:
+        delta, weight = self._deltas[layer], self._tensors[layer]
+        if rank == FULL and isinstance(delta, StoredDelta):
+            for (first, last), block in zip(row_spans(delta.shape), row_blocks(delta.tuned, delta.shape), strict=True):
+                weight[first:last].copy_(block)
+            return
+        before, update = row_blocks(_base(delta), delta.shape), self._update(layer, rank)
+        for (first, last), block, change in zip(row_spans(delta.shape), before, update, strict=True):
+            weight[first:last].copy_(block.double() + change)
+
+    def _update(self, layer: str, rank: int) -> Iterator[Tensor]:
+        """Yield ΔW_r in row blocks, float64."""
+        delta = self._deltas[layer]
+        if rank == FULL:
+            yield from _finite(delta).blocks(delta.shape)
+            return
+        found = self._leading_of(layer) if rank else None
+        for first, last in row_spans(delta.shape):
+            if found is None:
+                yield torch.zeros((), dtype=torch.float64)
+            else:
+                yield found.us[first:last, :rank].double() @ found.vh[:rank].double()
+
+    def _leading_of(self, layer: str) -> _Leading:
+        if layer not in self._leading:
+            factors = self.factors(layer)
+            assert factors.u is not None
+            assert factors.vh is not None
+            us, vh = (factors.u * factors.s)[:, : self._most], factors.vh[: self._most]
+            self._leading[layer] = _Leading(us.float().clone(), vh.float().clone(), factors.s**2, factors.fro**2)
+        return self._leading[layer]
+
+    def _check(self, layer: str) -> None:
+        delta, weight = self._deltas[layer], self._tensors[layer]
+        for (first, last), block in zip(row_spans(delta.shape), row_blocks(_base(delta), delta.shape), strict=True):
+            if not torch.equal(weight[first:last].cpu(), block.to(weight.dtype)):
+                raise InputError(
+                    f"{layer}: the model that transformers builds of BASE holds other numbers there than BASE's file, "
+                    "so it cannot be swapped"
+                )
+
+
+def _base(delta: Delta) -> Side:
+    assert delta.base is not None
+    return delta.base
+
+
+def _finite(delta: Delta) -> Change:
+    change = load_change(delta, torch.device("cpu"))
+    if change.non_finite:
+        raise InputError(f"{delta.layer}: {change.non_finite}; no loss can be measured with it")
+    return change

@@ -1,0 +1,192 @@
+"""Runs of training on the same batches in the same order, for as many steps: LoRA at some rank, or a reference line.
+
+A run is a cell: what is trained, rank, peak learning rate, seed. BASE is the same after every run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_diag.models.data import Sequence as Tokens
+from lora_diag.models.data import Texts
+from lora_diag.models.losses import Losses, counted, logits_of, measure, nll
+from lora_diag.models.methods import Lora, in_place, with_lora
+from lora_diag.models.opening import Model
+from lora_diag.records import Probe
+from lora_diag.records.probe import Subject
+
+# Share of the steps over which the learning rate rises; it then falls to zero along a cosine.
+WARMUP = 0.05
+CLIP_NORM = 1.0
+# What a run record says of all that.
+RECIPE = f"AdamW, no weight decay, gradient norm {CLIP_NORM:g}, warm-up {WARMUP:g}, cosine to 0"
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One run.
+
+    Args:
+        rank: r of every factor pair; None for ``full`` and ``bitfit``.
+        lr: Peak learning rate.
+        seed: Of the factors' initial values, and of dropout where BASE has some.
+        subject: What is trained: the factors (``lora``), all of BASE (``full``), its biases and norms (``bitfit``).
+    """
+
+    rank: int | None
+    lr: float
+    seed: int
+    subject: Subject = "lora"
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """By which its records are told from others."""
+        return {"subject": self.subject, "rank": self.rank, "lr": self.lr, "seed": self.seed}
+
+    @property
+    def label(self) -> str:
+        """What is being run, in words."""
+        what = self.subject if self.rank is None else f"r={self.rank}"
+        return f"{what} lr={self.lr:g} seed {self.seed}"
+
+
+@dataclass(frozen=True)
+class Training:
+    """What all cells have in common.
+
+    Args:
+        texts: What is trained on.
+        steps: Updates of a run.
+        batch: Sequences of an update.
+        order: Seed of the order in which sequences are taken; each once before any comes again.
+        kind: Of LoRA.
+    """
+
+    texts: Texts
+    steps: int
+    batch: int
+    order: int
+    kind: Lora = field(default_factory=Lora)
+
+    @property
+    def order_hash(self) -> str:
+        """16 hex digits of the SHA-256 of the order: the places in the file of every step's sequences."""
+        return hashlib.sha256(repr(list(self._places())).encode()).hexdigest()[:16]
+
+    def batches(self) -> Iterator[list[Tokens]]:
+        """Yield the batch of every step, the same at every call."""
+        for places in self._places():
+            yield [self.texts.sequences[place] for place in places]
+
+    def _places(self) -> Iterator[list[int]]:
+        generator = torch.Generator().manual_seed(self.order)
+        pool: list[int] = []
+        for _ in range(self.steps):
+            while len(pool) < self.batch:
+                pool += torch.randperm(len(self.texts.sequences), generator=generator).tolist()
+            chosen, pool = pool[: self.batch], pool[self.batch :]
+            yield chosen
+
+
+def rate_at(step: int, steps: int, peak: float) -> float:
+    """Return the learning rate of an update, counted from 0: linear warm-up, then a cosine to zero.
+
+    >>> [round(rate_at(step, 4, 1.0), 3) for step in range(4)]
+    [1.0, 0.75, 0.25, 0.0]
+    """
+    warmup = max(1, round(WARMUP * steps))
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    return peak * 0.5 * (1 + math.cos(math.pi * (step + 1 - warmup) / max(1, steps - warmup)))
+
+
+def run_cell(
+    model: Model, cell: Cell, training: Training, sets: Sequence[Texts], after: Callable[[], None]
+) -> list[Probe]:
+    """Train one cell and return its losses, one record a set; without a loss where training diverged.
+
+    Args:
+        model: BASE; the same after as before.
+        cell: The run.
+        training: What all runs have in common.
+        sets: Evaluation sets, in batches of as many sequences as an update.
+        after: Called after every step and every batch.
+    """
+    found, train_loss = losses_after(model, cell, training, sets, after)
+    return [record_of(each, losses, cell, train_loss) for each, losses in zip(sets, found, strict=True)]
+
+
+def losses_after(
+    model: Model, cell: Cell, training: Training, sets: Sequence[Texts], after: Callable[[], None]
+) -> tuple[list[Losses], float]:
+    """Train one cell and return its losses on every set, and the mean loss of its last tenth of steps."""
+    torch.manual_seed(cell.seed)
+    with _trainable(model, cell, training.kind) as tuned:
+        path = train(tuned, cell, training, after)
+        tuned.module.eval()
+        found = [measure(tuned, each, training.batch, after) for each in sets]
+    last = path[-max(1, len(path) // 10) :]
+    return found, sum(last) / len(last)
+
+
+def _trainable(model: Model, cell: Cell, kind: Lora) -> AbstractContextManager[Model]:
+    if cell.rank is None:
+        return in_place(model, only_vectors=cell.subject == "bitfit")
+    return with_lora(model, cell.rank, kind)
+
+
+def train(model: Model, cell: Cell, training: Training, after: Callable[[], None]) -> list[float]:
+    """Train the parameters that can be, and return the loss of every step; one that is not finite changes nothing."""
+    parameters = [parameter for parameter in model.module.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, weight_decay=0.0)
+    model.module.train()
+    path: list[float] = []
+    for step, batch in enumerate(training.batches()):
+        for group in optimizer.param_groups:
+            group["lr"] = rate_at(step, training.steps, cell.lr)
+        optimizer.zero_grad()
+        loss = mean_loss(model, batch)
+        path.append(float(loss.detach()))
+        if math.isfinite(path[-1]):
+            loss.backward()  # type: ignore[no-untyped-call]
+            nn.utils.clip_grad_norm_(parameters, CLIP_NORM)
+            optimizer.step()
+        after()
+    return path
+
+
+def mean_loss(model: Model, batch: list[Tokens]) -> Tensor:
+    """Return the mean negative log-likelihood over the predictions of a batch."""
+    logits = logits_of(model, batch)
+    pairs = [counted(model, sequence, logits[i]) for i, sequence in enumerate(batch)]
+    total = torch.stack([nll(each, wanted) for each, wanted in pairs]).sum()
+    return total / sum(len(wanted) for _, wanted in pairs)
+
+
+def record_of(
+    texts: Texts, losses: Losses, cell: Cell | None = None, train_loss: float | None = None, name: str = ""
+) -> Probe:
+    """Return the record of a run on one set; of BASE without a run, rounded to a grid if that is its name."""
+    trained = train_loss if train_loss is not None and math.isfinite(train_loss) else None
+    return Probe(
+        probe="sweep",
+        set=texts.name,
+        shifted=texts.shifted,
+        subject=cell.subject if cell else "base",
+        name=name,
+        rank=cell.rank if cell else None,
+        lr=cell.lr if cell else None,
+        seed=cell.seed if cell else 0,
+        tokens=losses.tokens,
+        data=texts.hash,
+        loss=losses.mean if losses.is_finite else None,
+        train_loss=trained,
+    )

@@ -1,0 +1,196 @@
+"""``plot``: figures of results files, one or all that their records allow."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lora_diag.errors import InputError, NothingComparedError, UsageError
+from lora_diag.files import check_folder_of, check_place, write_whole
+from lora_diag.records import Results, read_results
+
+
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """One figure: where it was written, or why it was not drawn.
+
+    Args:
+        name: Of the figure.
+        shows: One line on what it shows.
+        path: Its file; None if it was not drawn.
+        reason: Why it was not drawn; empty if it was.
+        made_by: The command that makes the records it draws; empty where any will do.
+    """
+
+    name: str
+    shows: str
+    path: Path | None
+    reason: str = ""
+    made_by: str = ""
+
+
+def plot(
+    *results: Results[Any] | Path | str,
+    output: Path | str,
+    figure: str | None = None,
+    labels: Sequence[str] = (),
+    field: str | None = None,
+    rank: int | None = None,
+    per: str = "layer",
+    width: str = "slide",
+    format: str | None = None,
+    layers: str | None = None,
+) -> tuple[Drawn, ...]:
+    """Draw results into files; ``lora_diag.plots`` has the same figures for a notebook.
+
+    Args:
+        results: Results, or the files that hold them; several runs of one command are compared.
+        output: A file whose suffix (png, svg, pdf) says the format, for one figure; else a folder.
+        figure: Which one; ``all``, or None for all into a folder and into a file the first that the records allow.
+        labels: What each of ``results`` is called.
+        field: Of the heat map: the dotted name of any number in the records, such as ``energy.16``.
+        rank: Of ``overlap``, ``angles`` and ``alone``, where several ranks were measured.
+        per: ``layer``, or ``type`` for all layers of a module type together.
+        width: ``column`` (3.3 in, 7 pt) or ``slide`` (10 in, 12.5 pt).
+        format: Of the files in a folder: ``png`` (the default), ``svg`` or ``pdf``.
+        layers: Regular expression: only layers whose name contains a match.
+
+    Returns:
+        What was drawn and what was not, in the order of ``lora_diag.plots.FIGURES``.
+
+    Raises:
+        UsageError: No such figure, field or format; or the one asked for cannot be drawn; or Matplotlib is missing.
+        InputError: A results file cannot be read, or a figure not be written.
+        NothingComparedError: No figure can be drawn of these records.
+    """
+    plots = _plots()
+    if not results:
+        raise UsageError("no results: give at least one results file")
+    if labels and len(labels) != len(results):
+        raise UsageError(f"{len(labels)} labels for {len(results)} results: give one --label each, in their order")
+    path = Path(output)
+    there = os.path.isdir(path)  # noqa: PTH112  (unlike Path.is_dir(), False also for names that no file can have)
+    single = path.suffix.lower().removeprefix(".") in plots.FORMATS and not there
+    kind = _format(path, single, format, plots.FORMATS)
+    _check_output(path, single, there)
+    if single and figure == "all":
+        raise UsageError(f"{path}: is one file, and all figures are several: give a folder, or one --figure")
+    if single and figure is None and field is not None:
+        figure = "heatmap"
+    _check_options(figure, field, rank)
+    runs = [_selected(one if isinstance(one, Results) else read_results(one), layers) for one in results]
+    if not any(map(plots.drawn, runs)):
+        raise NothingComparedError(f"no layer left to draw: {_why_no_layer(runs, layers)}")
+    options: dict[str, Any] = {"labels": labels, "width": width, "per": per, "field": field, "rank": rank}
+    wanted = plots.FIGURES if figure in {None, "all"} else (plots.figure_named(str(figure)),)
+    made: list[Drawn] = []
+    for one in wanted:
+        reason = plots.why_not(one.name, runs, **options)
+        if reason and figure not in {None, "all"}:
+            raise UsageError(f"{one.name}: {reason}{_way_out(one.made_by, reason)}")
+        if reason or (single and any(drawn.path for drawn in made)):
+            why = reason or f"{path} takes one figure: choose with --figure, or give a folder"
+            made.append(Drawn(one.name, one.shows, None, why, one.made_by))
+            continue
+        target = path if single else path / f"{one.name}.{kind}"
+        _write(target, plots.encoded(plots.figure(one.name, runs, **options), kind, width))
+        made.append(Drawn(one.name, one.shows, target, made_by=one.made_by))
+    if not any(drawn.path for drawn in made):
+        raise NothingComparedError(f"no figure can be drawn: {_why_none(runs, made)}")
+    return tuple(made)
+
+
+def _plots() -> Any:
+    try:
+        from lora_diag import plots
+    except ImportError as error:
+        if (error.name or "").split(".")[0] != "matplotlib":
+            raise
+        raise UsageError("figures need Matplotlib: pip install 'loradiag[plot]'") from error
+    return plots
+
+
+def _format(path: Path, single: bool, asked: str | None, formats: Sequence[str]) -> str:
+    """Return the format of the files.
+
+    Raises:
+        UsageError: It is none of ours, or is not that of the file's suffix.
+    """
+    suffix = path.suffix.lower().removeprefix(".")
+    if asked is not None and asked not in formats:
+        raise UsageError(f"format {asked}: choose {', '.join(formats)}")
+    if single:
+        if asked not in {None, suffix}:
+            raise UsageError(f"{path}: ends in .{suffix}, and the format asked for is {asked}")
+        return suffix
+    # A folder's name may have a dot; one that looks like a picture's is a mistake.
+    if suffix in {"jpg", "jpeg", "eps", "ps", "gif", "tif", "tiff", "webp", "html", "jsonl"} and not path.is_dir():
+        raise UsageError(f"{path}: figures are written as {', '.join(formats)}")
+    return asked or "png"
+
+
+def _check_output(path: Path, single: bool, there: bool) -> None:
+    """Refuse, before anything is drawn, where figures could not be written; a folder of them is made, not its parents.
+
+    Raises:
+        UsageError: What is there is no file, or no folder.
+        InputError: They could not be written.
+    """
+    if single:
+        check_place(path)
+        return
+    check_folder_of(path / "figure" if there else path)
+    if path.exists() and not there:
+        raise UsageError(f"{path}: is no folder; give one, or a name that ends in .png, .svg or .pdf")
+
+
+def _check_options(figure: str | None, field: str | None, rank: int | None) -> None:
+    """Refuse an option that the figure asked for has no use of.
+
+    Raises:
+        UsageError: It has none.
+    """
+    if field is not None and figure not in {None, "all", "heatmap"}:
+        raise UsageError(f"field {field}: is for the heat map; {figure} has its own quantity")
+    if rank is not None and figure not in {None, "all", "overlap", "angles", "heatmap", "alone"}:
+        raise UsageError(f"rank {rank}: is for overlap, angles and alone; {figure} shows the ranks that it finds")
+
+
+def _why_no_layer(runs: Sequence[Results[Any]], layers: str | None) -> str:
+    if layers is not None:
+        return f"no name matches {layers}"
+    commands = ", ".join(dict.fromkeys(run.run.command for run in runs))
+    return f"the results of loradiag {commands} have no records of layers; loradiag inspect shows what they have"
+
+
+def _why_none(runs: Sequence[Results[Any]], made: Sequence[Drawn]) -> str:
+    """Give what is in the way of the figures whose records are there, or say that none is of these results."""
+    own = [f"{one.name}: {one.reason}" for one in made if not re.fullmatch("no (.+ )?records", one.reason)]
+    commands = ", ".join(dict.fromkeys(run.run.command for run in runs))
+    return "; ".join(own) or f"none is of results of {commands}; loradiag inspect and loradiag report show them"
+
+
+def _selected(results: Results[Any], layers: str | None) -> Results[Any]:
+    if layers is None:
+        return results
+    try:
+        return results.filter(layers)
+    except re.error as error:
+        raise UsageError(f"layers {layers}: is not a regular expression: {error}") from error
+
+
+def _way_out(made_by: str, reason: str) -> str:
+    return f"; {made_by} measures them" if made_by and reason.endswith(" records") else ""
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Write a figure, into a folder of figures that need not be there."""
+    try:
+        path.parent.mkdir(exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written: {error.strerror}") from error
+    write_whole(path, content)

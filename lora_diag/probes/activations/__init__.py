@@ -1,0 +1,1 @@
+"""``probe activations``: second moments of the layers' inputs."""

@@ -1,0 +1,172 @@
+"""``probe activations``: second moments of the layers' inputs on a user's own text, for ``--activations``."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from lora_diag.checkpoints import Checkpoint, open_checkpoint
+from lora_diag.checkpoints.tensors import TensorInfo
+from lora_diag.checkpoints.writing import write_safetensors
+from lora_diag.deltas import natural_order, selector
+from lora_diag.errors import NothingComparedError, UsageError
+from lora_diag.files import check_place
+from lora_diag.linalg import resolve_device
+from lora_diag.models.activations import Listener, Moment, equal_batches, inputs_of, linear_layers, outputs_of, record
+from lora_diag.models.data import Texts, read_texts
+from lora_diag.models.gradients import LABELS, Draw, Labels
+from lora_diag.models.opening import Model, Weights, open_model
+from lora_diag.records.probe import Activations, LayerInput
+from lora_diag.running.activations import GRADIENTS
+from lora_diag.running.fingerprint import fingerprint, legible
+from lora_diag.running.inputs import MOMENTS
+from lora_diag.running.probing import Watch, check, counted, estimate
+from lora_diag.version import __version__
+
+
+def probe_activations(
+    base: Path | str,
+    data: Path | str,
+    output: Path | str,
+    *,
+    gradients: bool = False,
+    labels: Labels = "data",
+    seed: int = 0,
+    layers: str | None = None,
+    exclude: str | None = None,
+    length: int | None = None,
+    batch: int = 8,
+    max_sequences: int | None = None,
+    tokenizer: str = "auto",
+    dtype: str = "float32",
+    device: str = "auto",
+    on_progress: Callable[[str, int, int], None] | None = None,
+    on_note: Callable[[str], None] | None = None,
+) -> Activations:
+    r"""Record C = E[xxᵀ], the mean over tokens, of the input x of every linear layer, in one pass over a text.
+
+    With C, E‖ΔW x‖² = tr(ΔW C ΔWᵀ) = ‖ΔW C^½‖_F² is the mean square of what an update changes in the layer's output.
+
+    Args:
+        base: The model whose inputs are recorded: a folder that transformers can open, or a Hub id.
+        data: A text or JSONL file.
+        output: A new safetensors file: one float32 matrix ``(in, in)`` under each weight's name in ``base``.
+        gradients: Also record G = E[ggᵀ] of the gradient of a sequence's summed loss by each output of a layer, for
+            K-FAC's metric: ``(out, out)`` under ``output_gradients.`` and the weight's name. Takes a backward pass.
+        labels: Of that loss: ``data`` for the text's own, ``model`` for labels drawn from the model.
+        seed: Of what is drawn.
+        layers: Regular expression; only weights whose name contains a match.
+        exclude: Regular expression; no weights whose name contains a match.
+        length: Tokens of a sequence; by default 512 or what the model has room for.
+        batch: Sequences in a batch.
+        max_sequences: Read the first so many sequences.
+        tokenizer: ``auto``, ``bytes`` or a folder.
+        dtype: Of the weights while they run; sums are float64 whatever it is.
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:1``.
+        on_progress: Called with words, batches done and batches in all.
+        on_note: Called with the estimate of time and memory, before the run begins.
+
+    Returns:
+        What was recorded, layer by layer, and what was not.
+
+    Raises:
+        UsageError: An option makes no sense, or ``output`` is there already.
+        InputError: An input cannot be read, or the output cannot be written.
+        NothingComparedError: No linear layer is selected.
+    """
+    check(batch, max_sequences, labels=(labels, LABELS))
+    if labels != "data" and not gradients:
+        raise UsageError(f"--labels {labels}: is for --gradients")
+    output = Path(output)
+    if os.path.lexists(output):
+        raise UsageError(f"{output}: is there already; delete it first, or choose another name")
+    check_place(output)
+    selected = selector(layers, exclude)
+    stored = open_checkpoint(base)
+    model = open_model(base, resolve_device(device), dtype, length, tokenizer)
+    texts = read_texts(data, model, max_sequences)
+    names, left_out = _chosen(model, stored, selected)
+    watch = Watch(on_progress, None, on_note)
+    watch.total = sum(1 for _ in equal_batches(texts, batch))
+    linear = linear_layers(model.module)
+    wanted = {name: linear[name] for name in names}
+    sizes = [(inputs_of(layer), outputs_of(layer)) for layer in wanted.values()]
+    size = 8 * sum(row**2 + gradients * column**2 for row, column in sizes) / 2**30
+    memory = f"; sums take up to {size:.1f} GiB" if size >= 0.1 else ""
+    memory += "; with the backward pass about three times that long" if gradients else ""
+    estimate(model, texts, batch, watch, f"{counted(len(wanted), 'layer', 'layers')} on 1 set", memory)
+    draw = Draw(labels, seed) if gradients else None
+    heard = record(model, texts, wanted, batch, lambda: watch.batch("reading"), draw)
+    moments = {names[layer]: moment for moment in heard.moments.values() for layer in moment.layers}
+    left_out |= {names[layer]: "not used on this text" for layer in wanted if names[layer] not in moments}
+    moments |= {GRADIENTS + names[layer]: moment for layer, moment in heard.outputs.items()}
+    tokens = sum(len(sequence.ids) for sequence in texts.sequences)
+    told = _metadata(stored, model, texts, tokens)
+    _write(output, moments, {**told, "gradients": f"of labels of the {labels}"} if gradients else told)
+    return Activations(
+        path=legible(output),
+        model=legible(base),
+        text=legible(texts.path),
+        about=f"{texts.about}; {model.tokens.about}",
+        notes=texts.notes,
+        tokens=tokens,
+        gradients=labels if gradients else None,
+        layers=tuple(_told(heard, names)),
+        left_out={
+            legible(name): why for name, why in sorted(left_out.items(), key=lambda item: natural_order(item[0]))
+        },
+    )
+
+
+def _chosen(model: Model, stored: Checkpoint, selected: Callable[[str], bool]) -> tuple[dict[str, str], dict[str, str]]:
+    """Return the selected linear layers, by their names in the model, with those in BASE; and what is left out, why."""
+    weights, linear = Weights(model.module), linear_layers(model.module)
+    known = {name: stored_name for stored_name in stored if (name := weights.name(stored_name)) is not None}
+    names = {name: known[name] for name in linear if name in known and selected(known[name])}
+    left_out = {name: "not stored under a name of its own in BASE (tied)" for name in linear if name not in known}
+    for name, stored_name in known.items():
+        if name not in names and len(stored[stored_name].shape) > 1:
+            left_out[stored_name] = "not selected" if name in linear else "not a linear layer of its own"
+    if not names:
+        raise NothingComparedError(f"{stored.path}: no linear layer is selected, so there is nothing to record")
+    return names, left_out
+
+
+def _metadata(stored: Checkpoint, model: Model, texts: Texts, tokens: int) -> dict[str, str]:
+    return {
+        "kind": MOMENTS,
+        "tokens": str(tokens),
+        "set": legible(texts.name),
+        "data": texts.hash,
+        "sequences": str(len(texts.sequences)),
+        "length": str(model.length),
+        "tokenizer": legible(model.tokens.about),
+        "dtype": str(model.module.dtype).removeprefix("torch."),
+        "base": fingerprint(stored),
+        "loradiag": __version__,
+    }
+
+
+def _write(output: Path, moments: dict[str, Moment], metadata: dict[str, str]) -> None:
+    shapes = {name: TensorInfo(name, tuple(moment.total.shape), "float32") for name, moment in moments.items()}
+    write_safetensors(output, shapes, lambda name: moments[name].mean.float(), metadata)
+
+
+def _told(heard: Listener, names: dict[str, str]) -> list[LayerInput]:
+    found: list[LayerInput] = []
+    for moment in heard.moments.values():
+        c, first = moment.mean, moment.layers[0]
+        square, fro = float(c.trace()), float(c.norm())
+        found += [
+            LayerInput(
+                layer=legible(names[layer]),
+                size=len(c),
+                rows=moment.rows,
+                square=square,
+                directions=(square / fro) ** 2 if fro else 1.0,
+                shares=None if layer == first else legible(names[first]),
+            )
+            for layer in moment.layers
+        ]
+    return sorted(found, key=lambda item: natural_order(item.layer))

@@ -1,0 +1,1 @@
+"""``probe curvature``: curvature of the loss along the update."""

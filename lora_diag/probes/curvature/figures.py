@@ -1,0 +1,240 @@
+"""`curvature`: what a truncation costs, as measured, as the second-order model says, and as its bound allows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from lora_diag.records import Curvature, LossBound, Results
+from lora_diag.rendering.figures.losses import measured_axis, panel_width
+from lora_diag.rendering.figures.panel import panel_axes
+from lora_diag.rendering.figures.ranked import NAMES, Row, draw_rows
+from lora_diag.rendering.figures.series import Options, Series, subject_of
+from lora_diag.rendering.figures.sheet import Key, Words, sheet
+from lora_diag.rendering.figures.style import (
+    CATEGORIES,
+    INK,
+    QUIET,
+    Look,
+    category,
+    cropped_all,
+    log_label,
+    name_of,
+    styled,
+    wrapped,
+)
+
+MEASURED, MODEL, BOUND = CATEGORIES[0], CATEGORIES[1], QUIET
+# How the three are drawn, whatever their colour.
+STYLES: tuple[tuple[str, str, dict[str, Any]], ...] = (
+    ("gap", "measured", {"marker": "o"}),
+    ("predicted", "linear + quadratic model", {"ls": (0, (4, 2)), "marker": "s"}),
+    ("bound", "upper bound", {"ls": (0, (1, 1.5))}),
+)
+# What the third is where λ is of the Gauss–Newton matrix, which leaves out part of the Hessian and bounds nothing.
+NO_BOUND = "λ term, no bound"
+# Rows of eigenvalues.
+ROWS = 24
+
+
+def curvature(
+    results: Results[Any] | Iterable[Curvature | LossBound], ax: Axes | None = None, *, name: str | None = None
+) -> Axes:
+    """Draw the gap of each truncation on a logarithmic axis: measured, predicted, and bounded from above.
+
+    Args:
+        results: Of ``probe curvature``, or their records.
+        ax: Where to draw; a new figure's if not given.
+        name: Of the evaluation set; the first if not given.
+
+    Returns:
+        The Axes drawn on; of a run at BASE, which truncates nothing, the largest eigenvalues of the layers instead.
+    """
+    records = list(results.whole if isinstance(results, Results) else results)
+    sets = _sets(records)
+    with panel_axes(ax) as (axes, look):
+        if sets:
+            chosen = name if name is not None else sets[0]
+            _draw_gaps(axes, [_bounds(records, chosen)], float(axes.get_window_extent().width) / axes.figure.dpi, look)
+            axes.set(xlabel="rank r of the update", ylabel="loss gap (nats)")
+            axes.set_title(
+                _finding(chosen, [_bounds(records, chosen)], _is_bound(records)), parse_math=False, loc="left"
+            )
+        else:
+            rows, title, label = _rows([("", records)])
+            draw_rows(axes, rows, [row.name for row in rows], look)
+            axes.set_xlabel(label)
+            axes.set_title(title, parse_math=False, loc="left")
+    return axes
+
+
+def figure(series: Sequence[Series[Any]], look: Look, options: Options) -> Figure:
+    """Return the gaps, one panel a set, and the largest eigenvalue of each layer where they were computed."""
+    runs = [(one.label, [r for r in one.whole if isinstance(r, Curvature | LossBound)]) for one in series]
+    everything = [record for _, records in runs for record in records]
+    sets = _sets(everything)
+    eigen = any(isinstance(r, Curvature) and r.layer is not None and r.eigenvalues for r in everything)
+    rows, title, label = _rows(runs) if eigen or not sets else ([], "", "")
+    number = len(sets) + bool(rows)
+    columns = 1 if look.columns < 3 else min(number, 2)
+    inches = panel_width(look, columns)
+    if rows and (columns == 1 or number > columns):  # panels of one column start at the same place, behind the names
+        inches *= 1 - NAMES
+    short = cropped_all(sorted({row.name for row in rows}), NAMES * look.width / columns, look.ticks)
+    panel = max(1.9 * look.panel, (len(rows) + 3.5) * 1.55 * look.ticks / 72 if rows else 0)
+    with styled(look):
+        words = _words(series, everything, bool(sets), look)
+        figure, axes = sheet(look, words, -(-number // columns), columns, panel=panel, share=False)
+        for name, ax in zip(sets, axes, strict=False):
+            found = [_bounds(records, name) for _, records in runs]
+            _draw_gaps(ax, found, inches, look)
+            ax.set_title(wrapped(_finding(name, found, _is_bound(everything)), inches, look.text), parse_math=False)
+            ax.set(xlabel="rank r of the update", ylabel="loss gap (nats)")
+        if rows:
+            ax = axes[len(sets)]
+            draw_rows(ax, rows, [short[row.name] for row in rows], look)
+            ax.set_title(
+                wrapped(title, look.width / columns * (1 - NAMES) - look.text / 72, look.text), parse_math=False
+            )
+            ax.set_xlabel(label)
+        for ax in axes[number:]:
+            ax.remove()
+    return figure
+
+
+def _sets(records: Iterable[Curvature | LossBound]) -> list[str]:
+    return list(dict.fromkeys(record.set for record in records if isinstance(record, LossBound)))
+
+
+def _is_bound(records: Iterable[Curvature | LossBound]) -> bool:
+    return not any(isinstance(record, Curvature) and record.matrix == "ggn" for record in records)
+
+
+def _bounds(records: Iterable[Curvature | LossBound], name: str) -> list[LossBound]:
+    """Return the truncations of a set as far along as any was measured, by rank."""
+    mine = [record for record in records if isinstance(record, LossBound) and record.set == name]
+    along = max((record.along for record in mine), default=1.0)
+    return sorted((record for record in mine if record.along == along), key=lambda record: record.rank)
+
+
+def _values(records: Sequence[LossBound], what: str) -> np.ndarray[Any, np.dtype[np.float64]]:
+    values = [r.linear + r.upper if what == "bound" else float(getattr(r, what)) for r in records]
+    return np.array([value if value > 0 else np.nan for value in values])
+
+
+def _draw_gaps(ax: Axes, runs: Sequence[Sequence[LossBound]], inches: float, look: Look | None) -> None:
+    width = look.line if look else 1.2
+    ax.set_yscale("log")
+    shown = []
+    for number, records in enumerate(runs):
+        ranks = [record.rank for record in records]
+        for (what, _, style), color in zip(STYLES, (MEASURED, MODEL, BOUND), strict=True):
+            values = _values(records, what)
+            shown += values[np.isfinite(values)].tolist()
+            lines: dict[str, Any] = {"color": color if len(runs) == 1 else category(number), "ms": 3 * width, **style}
+            if what == "gap":
+                error = np.array([2 * (record.gap_error or 0.0) for record in records])
+                # A bar that reaches zero would have no end on this axis: it stops at a tenth of the gap.
+                bars = [np.fmin(error, 0.9 * values), error]
+                ax.errorbar(
+                    ranks, values, yerr=bars, lw=1.6 * width, elinewidth=width, zorder=2.5, label="_gap", **lines
+                )
+            else:
+                ax.plot(
+                    ranks, values, lw=1.3 * width, zorder=3 if what == "predicted" else 2, label=f"_{what}", **lines
+                )
+    low, high = min(shown, default=1.0), max(shown, default=1.0)
+    ax.set_ylim(low / 2.5, high * 2.5)
+    ax.yaxis.set_major_formatter(log_label)
+    measured_axis(ax, [record.rank for records in runs for record in records], inches, look)
+
+
+def _finding(name: str, runs: Sequence[Sequence[LossBound]], bounded: bool) -> str:
+    """Name a set with what model and bound are of the measured gap."""
+    called = name_of(name)
+    found = [record for records in runs for record in records if record.gap > 0]
+    if len(runs) > 1 or not found:
+        return called
+    model = [record.predicted / record.gap for record in found]
+    bound = [(record.linear + record.upper) / record.gap for record in found]
+    return f"{called}: model {_span(model)}, {'bound' if bounded else 'λ term'} {_span(bound)} times the measured gap"
+
+
+def _span(ratios: Sequence[float]) -> str:
+    """Return from where to where, to two digits."""
+    low, high = (_short(ratio) for ratio in (min(ratios), max(ratios)))
+    return low if low == high else f"{low} to {high}"
+
+
+def _short(ratio: float) -> str:
+    rounded = float(f"{ratio:.2g}")
+    return f"{rounded:,.0f}".replace(",", "\u202f") if abs(rounded) >= 10 else f"{rounded:g}"
+
+
+def _rows(runs: Sequence[tuple[str, Sequence[Curvature | LossBound]]]) -> tuple[list[Row], str, str]:
+    """Return the largest eigenvalues of the layers; without such their traces, and what the panel is called."""
+    found = [
+        (f"{label}: " if len(runs) > 1 else "", number, record)
+        for number, (label, records) in enumerate(runs)
+        for record in records
+        if isinstance(record, Curvature)
+    ]
+    eigen = any(record.layer is not None and record.eigenvalues for _, _, record in found)
+    rows = []
+    for whose, number, record in found:
+        called = f"{whose}{'all jointly' if record.layer is None else name_of(record.layer)}"
+        color = INK if record.layer is None else category(number)
+        if eigen and record.eigenvalues:
+            rows.append(Row(called, record.eigenvalues[0], record.residual, color))
+        elif not eigen:
+            rows.append(Row(called, record.trace, 2 * (record.trace_error or 0.0), color))
+    rows = sorted(rows, key=lambda row: -row.value)
+    most = f", the {ROWS} highest of {len(rows)}" if len(rows) > ROWS else ""
+    title = "largest eigenvalue" if eigen else "trace ± 2 standard errors"
+    return rows[:ROWS], f"{title}{most}", "λ max (nats)" if eigen else "tr(H) (nats)"
+
+
+def _words(
+    series: Sequence[Series[Any]], records: Sequence[Curvature | LossBound], truncated: bool, look: Look
+) -> Words:
+    first = next(record for record in records if isinstance(record, Curvature))
+    matrix = "Hessian" if first.matrix == "hessian" else "Gauss–Newton matrix"
+    about = subject_of(series)
+    if not truncated:
+        return Words(
+            f"Curvature of the loss at {first.at.upper()}: the {matrix} of each layer",
+            f"{about}mean negative log-likelihood of the evaluation set",
+        )
+    width = look.line
+    bounded = _is_bound(records)
+    colors = (MEASURED, MODEL, BOUND) if len(series) == 1 else (QUIET,) * 3
+    keys = [
+        Key(
+            Line2D([], [], color=color, lw=1.4 * width, ms=3 * width, **style),
+            name if bounded or what != "bound" else NO_BOUND,
+        )
+        for (what, name, style), color in zip(STYLES, colors, strict=True)
+    ]
+    if len(series) > 1:
+        keys += [Key(Line2D([], [], color=category(i), lw=1.6 * width), one.label) for i, one in enumerate(series)]
+    term = "⟨∇L, E⟩ + (λ/2)‖E‖², E what truncating all layers to r takes away, λ the largest joint eigenvalue at TUNED"
+    notes = [
+        f"Bound: {term}; it holds as long as the curvature on the way does not exceed λ."
+        if bounded
+        else f"λ term: {term}, of the Gauss–Newton matrix, which leaves out part of the Hessian and bounds nothing.",
+        "Bars: two standard errors on other text of the kind; one that would reach zero ends at a tenth of the gap.",
+    ]
+    truncations = [record for name in _sets(records) for record in _bounds(records, name)]
+    if hidden := sum(record.gap <= 0 or record.predicted <= 0 for record in truncations):
+        notes.append(f"Not drawn, for a logarithm has none: what is not above zero, at {hidden} ranks.")
+    return Words(
+        f"Loss of a truncated update: measured, by the {matrix} at {first.at.upper()}{', and its bound' * bounded}",
+        f"{about}loss of the truncated update minus that of TUNED",
+        (" ".join(notes),),
+        tuple(keys),
+    )

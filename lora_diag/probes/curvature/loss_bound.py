@@ -1,0 +1,111 @@
+"""What a truncation costs: the second-order model at the fine-tuned point, its bounds, and the loss as measured.
+
+With E = ΔW_r − ΔW over all truncated layers, L(W_tuned + E) − L(W_tuned) = ⟨∇L, E⟩ + ½⟨E, H(ξ)E⟩ for some point ξ on
+the way (Taylor). So it is at most ⟨∇L, E⟩ + (λ/2)‖E‖² if no curvature on the way exceeds λ; λ is measured at one end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from lora_diag.models.data import Texts
+from lora_diag.models.losses import Losses, measure
+from lora_diag.models.opening import Model
+from lora_diag.models.swapping import FULL, Swapped
+from lora_diag.probes.curvature.measure import Curved
+from lora_diag.records.curvature import LossBound
+
+# What rounding to float32 adds to a mean loss of order 1: two evaluations of one model in other batches differ by 1e-7.
+ROUNDING = 1e-6
+
+
+@dataclass(frozen=True)
+class TunedPoint:
+    """What is known at W_tuned.
+
+    Args:
+        weights: Of the truncated layers, ``(n,)``.
+        gradient: ∇L, ``(n,)``.
+        losses: Of the set.
+        largest: The joint largest eigenvalue λ.
+        smallest: The smallest, μ; None where it is not positive.
+    """
+
+    weights: Tensor
+    gradient: Tensor
+    losses: Losses
+    largest: float
+    smallest: float | None
+
+
+def inner(x: Tensor, y: Tensor) -> float:
+    """Return ⟨x, y⟩, summed in float64."""
+    return float(x.double() @ y.double())
+
+
+def loss_bounds(
+    model: Model,
+    curved: Curved,
+    swapped: Swapped,
+    tuned: TunedPoint,
+    rank: int,
+    along: Sequence[float],
+    texts: Texts,
+    size: int,
+    after: Callable[[], None],
+) -> list[LossBound]:
+    """Return the records of one rank: one for each point on the way from TUNED to the truncated update.
+
+    Args:
+        model: Whose weights are changed.
+        curved: Its loss as a function of the truncated layers.
+        swapped: Its weights; all layers are as in TUNED.
+        tuned: What is known there.
+        rank: r.
+        along: Shares of the way, t.
+        texts: The set.
+        size: Sequences in a batch.
+        after: Called after every batch of a loss.
+    """
+    swapped.arrange(_ranks(swapped, curved.layers, rank))
+    truncated = curved.weights()
+    change = truncated - tuned.weights
+    curved.put(tuned.weights)
+    linear = inner(tuned.gradient, change)
+    quadratic = 0.5 * inner(change, curved.product(change))
+    energy = inner(change, change)
+    records = []
+    for t in along:
+        curved.put(truncated if t == 1 else tuned.weights + t * change)
+        losses = measure(model, texts, size, after)
+        bent = inner(change, curved.product(change)) / energy if energy else 0.0
+        gap, error = losses.minus(tuned.losses)
+        upper = t * t * tuned.largest / 2 * energy
+        records.append(
+            LossBound(
+                set=texts.name,
+                data=texts.hash,
+                tokens=losses.tokens,
+                rank=rank,
+                along=t,
+                tail_energy=t * t * energy,
+                linear=t * linear,
+                quadratic=t * t * quadratic,
+                upper=upper,
+                lower=None if tuned.smallest is None else t * t * tuned.smallest / 2 * energy,
+                curvature=bent,
+                loss=losses.mean,
+                gap=gap,
+                gap_error=error,
+                holds=gap <= t * linear + upper + ROUNDING * max(1.0, losses.mean),
+            )
+        )
+    curved.put(truncated)  # as ``swapped`` believes them to be
+    return records
+
+
+def _ranks(swapped: Swapped, truncated: Mapping[str, tuple[int, int]], rank: int) -> dict[str, int]:
+    return {**dict.fromkeys(swapped.layers, FULL), **dict.fromkeys(truncated, rank)}

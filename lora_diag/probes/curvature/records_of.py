@@ -1,0 +1,137 @@
+"""The records of curvature at one point: of all layers jointly, and of every layer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from lora_diag.linalg.eigenpairs import Eigenpairs
+from lora_diag.models.data import Texts
+from lora_diag.models.losses import Losses
+from lora_diag.models.opening import Model
+from lora_diag.models.swapping import Swapped
+from lora_diag.probes.curvature.loss_bound import inner
+from lora_diag.probes.curvature.measure import Curved, Trace, projected, surrogate, traces
+from lora_diag.records.curvature import Curvature, Matrix, Surrogate
+from lora_diag.records.curvature import Point as Where
+
+
+@dataclass(frozen=True)
+class Point:
+    """A model at the point where curvature is measured.
+
+    Args:
+        model: The model.
+        curved: Its loss as a function of the layers.
+        swapped: Its weights, where there is a TUNED.
+        texts: The set.
+        batch: Sequences in a batch.
+        at: Which point it is.
+        matrix: Which matrix.
+    """
+
+    model: Model
+    curved: Curved
+    swapped: Swapped | None
+    texts: Texts
+    batch: int
+    at: Where
+    matrix: Matrix
+
+
+@dataclass(frozen=True, slots=True)
+class Effort:
+    """How much is computed.
+
+    Args:
+        top: Largest eigenvalues.
+        probes: Random vectors of the trace.
+        seed: Of both.
+    """
+
+    top: int
+    probes: int
+    seed: int
+
+
+def curvatures(
+    point: Point,
+    effort: Effort,
+    per: str,
+    gradient: Tensor,
+    losses: Losses,
+    joint: bool,
+    layers: Sequence[str],
+) -> Iterator[list[Curvature]]:
+    """Yield the records that are asked for; those of one list belong together.
+
+    Args:
+        point: Where.
+        effort: How much.
+        per: With ``all``, layers have the gradient, the trace and the joint eigenpairs' surrogate; with ``layer``,
+            eigenvalues and a surrogate of their own.
+        gradient: ∇L, ``(n,)``.
+        losses: Of the set.
+        joint: Whether the joint record is asked for.
+        layers: Of which layers records are asked for.
+    """
+    if not joint and not layers:
+        return
+    curved, parts = point.curved, point.curved.split(gradient)
+    together, alone = traces(curved, effort.probes, effort.seed)
+    if joint or (per == "all" and layers):
+        found, smallest = curved.ends(effort.top, effort.seed)
+        records = [_record(point, losses, None, gradient, together, found, smallest)]
+        if per == "all":
+            held = _held(curved, gradient, found, joint=True) if point.at == "base" else {}
+            records += [
+                _record(point, losses, layer, parts[layer], alone[layer], held=held.get(layer)) for layer in layers
+            ]
+        yield records
+    for layer in layers if per == "layer" else ():
+        block, own = curved.only(layer), parts[layer].reshape(-1)
+        found, smallest = block.ends(effort.top, effort.seed)
+        held = _held(block, own, found, joint=False) if point.at == "base" else {}
+        yield [_record(point, losses, layer, own, alone[layer], found, smallest, held.get(layer))]
+
+
+def _held(curved: Curved, gradient: Tensor, found: Eigenpairs, joint: bool) -> dict[str, Surrogate]:
+    """Return what eigenpairs hold of the gradient, layer by layer."""
+    coefficients, whole = projected(gradient, found.vectors)
+    squared = inner(gradient, gradient)
+    return {
+        layer: surrogate(coefficients, part, joint, curved.params, squared)
+        for layer, part in curved.split(whole).items()
+    }
+
+
+def _record(
+    point: Point,
+    losses: Losses,
+    layer: str | None,
+    gradient: Tensor,
+    trace: Trace,
+    found: Eigenpairs | None = None,
+    smallest: Eigenpairs | None = None,
+    held: Surrogate | None = None,
+) -> Curvature:
+    return Curvature(
+        set=point.texts.name,
+        data=point.texts.hash,
+        tokens=losses.tokens,
+        layer=layer,
+        at=point.at,
+        matrix=point.matrix,
+        params=gradient.numel(),
+        loss=losses.mean,
+        gradient=float(gradient.double().norm()),
+        eigenvalues=tuple(found.values.tolist()) if found else (),
+        residual=found.residual if found else None,
+        smallest=float(smallest.values[0]) if smallest else None,
+        trace=trace.mean,
+        trace_error=trace.error,
+        products=(found.products if found else 0) + (smallest.products if smallest else 0),
+        surrogate=held,
+    )

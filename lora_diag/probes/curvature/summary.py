@@ -1,0 +1,305 @@
+"""The terminal's answer to ``probe curvature``: how the loss bends, and what the loss bound is worth."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Group
+
+from lora_diag.probes.truncation.summary import ending, measured
+from lora_diag.records import Curvature, LossBound, Results
+from lora_diag.records.names import module_type_of, place_of
+from lora_diag.rendering.columns import Column, Grid, title_of
+from lora_diag.rendering.lines import answers, inputs, notes
+from lora_diag.rendering.text import count, middle, middle_rank, number, percent, short, shown, to_text
+from lora_diag.reports.advice_probes import LOOSE
+
+# A second-order model that is this near to the measured gap is called right.
+NEAR = 0.1
+
+
+def curvature_table(
+    results: Results[Any], width: int = 80, color: bool = False, per: str = "type", then: str | None = None
+) -> str:
+    """Return the tables and the summary of ``probe curvature``.
+
+    Args:
+        results: What was measured.
+        width: Columns of the terminal.
+        color: Whether to use ANSI colours.
+        per: One row a module ``type`` or one a ``layer``, below that of all jointly.
+        then: The command that a user would run next.
+    """
+    grids = [part for grid in curvature_grids(results, per) for part in grid.shown(width)]
+    return to_text(Group(*grids, answers(curvature_lines(results), then=then)), width, color)
+
+
+def curvature_lines(results: Results[Any]) -> list[tuple[str, str]]:
+    """Return the summary: how the loss bends, and what the model and the bound of a truncation are worth."""
+    joint, layers, bounds = _parts(results)
+    told = [("Compared", "\n".join([*inputs(results.run), *notes(results.run)])), ("Measured", measured(results.run))]
+    if joint is not None:
+        told += [("Loss", _loss(joint)), ("Curvature", _curvature(joint)), ("Gradient", _gradient(joint, bounds))]
+        told += [("Surrogate", _surrogate(layers))] if joint.at == "base" and layers else []
+        if bounds:
+            told += [("Model", _model(bounds)), ("Bound", _bound(bounds, joint)), ("Lower", _lower(joint))]
+        told += [("Read it so", _reading(joint))]
+    return [*told, *ending(results)]
+
+
+def curvature_grids(results: Results[Any], per: str = "type") -> list[Grid]:
+    """Return the table of curvatures, one row a module ``type`` or a ``layer``, and that of the bounds by rank."""
+    joint, layers, bounds = _parts(results)
+    return [
+        *([_curvatures(joint, layers, per)] if joint is not None else []),
+        *([_bounds(bounds)] if bounds else []),
+    ]
+
+
+def _parts(results: Results[Any]) -> tuple[Curvature | None, list[Curvature], list[LossBound]]:
+    """Return the record of all layers jointly, those of single layers, and those of truncations."""
+    found = [record for record in results.whole if isinstance(record, Curvature)]
+    joint = next((record for record in found if record.layer is None), None)
+    layers = [record for record in found if record.layer is not None]
+    return joint, layers, [record for record in results.whole if isinstance(record, LossBound)]
+
+
+def _curvatures(joint: Curvature, layers: Sequence[Curvature], per: str) -> Grid:
+    groups = [("all jointly", [joint]), *_groups(layers, per)]
+    columns = [
+        Column("params", tuple(count(sum(each.params for each in group)) for _, group in groups)),
+        Column("‖∇L‖", tuple(number(math.hypot(*(each.gradient for each in group))) for _, group in groups)),
+        Column("λ max", tuple(shown(_largest(group)) for _, group in groups)),
+        Column("λ min", tuple(shown(_smallest(group)) for _, group in groups)),
+        Column("trace", tuple(number(sum(each.trace for each in group)) for _, group in groups)),
+        Column("±", tuple(shown(_error(group)) for _, group in groups)),
+    ]
+    if joint.at == "base":
+        held = [[each.surrogate for each in group if each.surrogate is not None] for _, group in groups]
+        # Joint eigenpairs hold one share of the whole gradient, so it stands in the row of all.
+        shares = [held[1][:1], *([] for _ in held[1:])] if held[1:] and any(s.joint for s in held[1]) else held
+        columns += [
+            Column("held", tuple(shown(middle([s.share for s in group]), percent) for group in shares)),
+            Column("pairs", tuple(_middle([s.pairs_at for s in group]) for group in shares)),
+            Column("rank 90%", tuple(_middle([s.rank_at["0.9"] for s in group]) for group in held)),
+        ]
+    empty = {column.title for column in columns if all(cell == "-" for cell in column.cells[1:])} - {"trace", "±"}
+    kept = [column for column in columns if column.title not in empty or column.cells[0] != "-"]
+    about = (
+        "λ max is how sharply the loss bends in its steepest direction, the trace the sum over all directions, with "
+        "its standard error: a step of one length costs most where λ is large."
+    )
+    if joint.at == "base":
+        about += " Held is the share of the gradient in the top eigenpairs, rank 90% that of the part they hold."
+    return Grid(
+        f"Curvature of the loss at {joint.at.upper()} ({_matrix(joint)})",
+        title_of(per),
+        tuple(name for name, _ in groups),
+        tuple(kept),
+        ("±",),
+        about,
+    )
+
+
+def _groups(layers: Sequence[Curvature], per: str) -> list[tuple[str, list[Curvature]]]:
+    """Return the rows below the first: a name as it is shown, and its records."""
+    groups: dict[str, list[Curvature]] = {}
+    for record in layers:
+        name = record.layer or ""
+        groups.setdefault(module_type_of(name) if per == "type" else name, []).append(record)
+    found = [(short(name), group) for name, group in groups.items()]
+    return sorted(found, key=lambda row: place_of(row[1][0].layer or "")) if per == "type" else found
+
+
+def _middle(ranks: Sequence[int | None]) -> str:
+    known = [rank for rank in ranks if rank is not None]
+    return middle_rank(known, max(known)) if known else "-"
+
+
+def _largest(group: Sequence[Curvature]) -> float | None:
+    return max((each.eigenvalues[0] for each in group if each.eigenvalues), default=None)
+
+
+def _smallest(group: Sequence[Curvature]) -> float | None:
+    return min((each.smallest for each in group if each.smallest is not None), default=None)
+
+
+def _error(group: Sequence[Curvature]) -> float | None:
+    known = [each.trace_error for each in group if each.trace_error is not None]
+    return math.hypot(*known) if len(known) == len(group) else None
+
+
+def _matrix(joint: Curvature) -> str:
+    return "Hessian" if joint.matrix == "hessian" else "generalised Gauss-Newton"
+
+
+def _bounds(bounds: Sequence[LossBound]) -> Grid:
+    whole = [record for record in bounds if record.along == 1]
+    early = {record.rank: record for record in bounds if record.along == min(each.along for each in bounds)}
+    columns = [
+        Column("tail Σσ²", tuple(number(record.tail_energy) for record in whole)),
+        Column("⟨∇L,E⟩", tuple(_signed(record.linear) for record in whole)),
+        Column("½⟨E,HE⟩", tuple(_signed(record.quadratic) for record in whole)),
+        Column("model", tuple(_signed(record.predicted) for record in whole)),
+        Column("measured", tuple(_signed(record.gap) for record in whole)),
+        Column("model÷", tuple(_times(record.predicted, record.gap) for record in whole)),
+        Column("(λ/2)Σσ²", tuple(number(record.upper) for record in whole)),
+        Column("bound÷", tuple(_times(record.upper, record.gap) if record.gap > 0 else "-" for record in whole)),
+    ]
+    if any(record.along < 1 for record in early.values()):
+        share = min(record.along for record in bounds)
+        cells = tuple(_times(early[r.rank].predicted, early[r.rank].gap) if r.rank in early else "-" for r in whole)
+        columns.insert(6, Column(f"at {share:g}", cells))
+    return Grid(
+        "Loss gap of truncating to rank r, E = ΔW_r − ΔW, L measured beside its models",
+        "rank",
+        tuple(f"r={record.rank}" for record in whole),
+        tuple(columns),
+        ("tail Σσ²", "⟨∇L,E⟩", "½⟨E,HE⟩"),
+        "The columns with ÷ are the second-order model and the bound (λ/2)Σσ² over the measured gap: a model near 1 "
+        "may stand for measuring, a bound of many times the gap cannot choose a rank.",
+    )
+
+
+def _signed(value: float) -> str:
+    """Return four decimals with the sign; a zero without.
+
+    >>> _signed(0.01234), _signed(-1e-9)
+    ('+0.0123', '0')
+    """
+    return "0" if abs(value) < 5e-5 else f"{value:+.4f}"
+
+
+def _times(value: float, gap: float) -> str:
+    """Return value ÷ gap; a dash where the gap is nothing."""
+    if abs(gap) < 1e-6:
+        return "-"
+    ratio = value / gap
+    return f"{ratio:.2f}" if abs(ratio) < 100 else f"{ratio:.0f}"
+
+
+def _loss(joint: Curvature) -> str:
+    return (
+        f"{joint.loss:.4f}, the mean negative log-likelihood of {count(joint.tokens)} predictions of "
+        f"{short(joint.set)}, dropout off; that is what is differentiated"
+    )
+
+
+def _curvature(joint: Curvature) -> str:
+    first, *others = joint.eigenvalues
+    after = f" (then {', '.join(map(number, others[:4]))})" if others else ""
+    lines = [f"largest eigenvalue λ = {number(first)}{after}; residual ‖Hv − λv‖ {number(joint.residual or 0.0)}"]
+    if joint.smallest is not None:
+        lines.append(f"smallest μ = {number(joint.smallest)}{_convex(joint)}")
+    mean = joint.trace / joint.params
+    error = "" if joint.trace_error is None else f" ± {number(joint.trace_error)}"
+    told = f"trace {number(joint.trace)}{error}"
+    if joint.trace > 2 * (joint.trace_error or 0.0):
+        told += f", so {number(mean)} in a mean direction: λ is {number(first / mean)} times that"
+    else:
+        told += ": not to be told from zero; more --probes would say"
+    return "\n".join([*lines, told])
+
+
+def _convex(joint: Curvature) -> str:
+    if joint.matrix == "ggn":
+        return ": never below zero but for rounding, by its definition"
+    if joint.strongly_convex:
+        return ": the loss is strongly convex there"
+    return ": the loss bends down in some directions, so it is not convex there" if (joint.smallest or 0) < 0 else ""
+
+
+def _gradient(joint: Curvature, bounds: Sequence[LossBound]) -> str:
+    told = f"‖∇L‖ = {number(joint.gradient)}"
+    whole = [record for record in bounds if record.along == 1 and abs(record.gap) > 1e-6]
+    if not whole:
+        return told
+    last = whole[-1]
+    part = last.linear / last.gap
+    verdict = "small beside the gap" if abs(part) < NEAR else "not small: the bound's zero gradient is not given here"
+    return f"{told}; ⟨∇L, E⟩ is {part:.0%} of the measured gap at r={last.rank}: {verdict}"
+
+
+def _model(bounds: Sequence[LossBound]) -> str:
+    """Say from which rank on, and how near to TUNED, the second-order model predicts the gap."""
+    lines = []
+    for along in sorted({record.along for record in bounds}, reverse=True):
+        mine = [record for record in bounds if record.along == along and abs(record.gap) > 1e-6]
+        ratios = [record.predicted / record.gap for record in mine]
+        if not ratios:
+            continue
+        where = "at the truncated weights" if along == 1 else f"at {along:g} of the way there"
+        right = [record.rank for record, ratio in zip(mine, ratios, strict=True) if abs(ratio - 1) <= NEAR]
+        named = f"within {NEAR:.0%} at {', '.join(f'r={rank}' for rank in right)}" if right else "nowhere within 10%"
+        lines.append(f"{where} it gives {min(ratios):.2f} to {max(ratios):.2f} of the measured gap; {named}")
+    return "\n".join(lines) or "no gap is large enough to compare"
+
+
+def _bound(bounds: Sequence[LossBound], joint: Curvature) -> str:
+    broken = [record for record in bounds if not record.holds]
+    top = joint.eigenvalues[0]
+    over = [record for record in bounds if record.curvature > top]
+    whole = [record for record in bounds if record.along == 1 and record.gap > 1e-6]
+    lines = []
+    if broken:
+        named = ", ".join(f"r={record.rank} at {record.along:g}" for record in broken)
+        why = "curvature on the way exceeds λ" if over else "λ is measured at TUNED alone and does not hold on the way"
+        lines.append(f"⟨∇L, E⟩ + (λ/2)Σσ² is exceeded at {named}: {why}")
+    else:
+        lines.append(f"⟨∇L, E⟩ + (λ/2)Σσ² is at or above the gap at all {len(bounds)} points measured")
+    if whole:
+        ratios = [record.upper / record.gap for record in whole]
+        loose = ": far too loose to choose a rank by" if min(ratios) > LOOSE else ""
+        lines.append(f"(λ/2)Σσ² is {number(min(ratios))} to {number(max(ratios))} times the measured gap{loose}")
+    bent = max(record.curvature for record in bounds)
+    seen = "exceeds" if over else "does not exceed"
+    lines.append(f"along E the curvature is {number(bent)} at most, and {seen} λ at the points measured")
+    if whole and joint.trace > 2 * (joint.trace_error or 0.0):
+        last = whole[-1]
+        mean = joint.trace / joint.params / 2 * last.tail_energy
+        lines.append(
+            f"with the mean curvature, (tr H/2n)Σσ² is {number(mean)} at r={last.rank}; ½⟨E,HE⟩ is "
+            f"{number(last.quadratic)}"
+        )
+    return "\n".join(lines)
+
+
+def _lower(joint: Curvature) -> str:
+    if not joint.strongly_convex:
+        rounding = " is rounding of zero" if (joint.smallest or 0) > 0 else ""
+        return f"none: (μ/2)Σσ² needs μ > 0, and μ = {shown(joint.smallest)}{rounding}"
+    return f"(μ/2)Σσ² with μ = {shown(joint.smallest)}, if the loss is as convex on the whole way"
+
+
+def _surrogate(layers: Sequence[Curvature]) -> str:
+    """Say what the top eigenpairs hold of the gradient, and which rank that asks for."""
+    found = [(record, record.surrogate) for record in layers if record.surrogate is not None]
+    if not found:
+        return "not measured yet"
+    one = found[0][1]
+    whose = "all layers' joint" if one.joint else "each layer's own"
+    share = middle([surrogate.share for _, surrogate in found])
+    lines = [
+        f"{whose} top {one.eigenpairs} eigenpairs hold {shown(share, percent)} of the gradient"
+        + ("" if one.joint else " (median)")
+        + f"; a random space as large would hold {percent(middle([s.random for _, s in found]) or 0.0)}"
+    ]
+    ranks = sorted((s.rank_at["0.9"], short(r.layer or "")) for r, s in found if s.rank_at["0.9"] is not None)
+    if ranks:
+        (low, _), (high, name) = ranks[0], ranks[-1]
+        lines.append(f"projected on them, it has rank {low} to {high} at 90% of its energy, most in {name}")
+    return "\n".join(lines)
+
+
+def _reading(joint: Curvature) -> str:
+    told = "λ is the largest at this point; a bound needs it on the whole way, so it is an estimate"
+    if joint.matrix == "ggn":
+        told = "Gauss-Newton leaves out the model's own curvature: with its λ, (λ/2)Σσ² is no bound even near TUNED"
+    if joint.at == "base":
+        told = (
+            "the projected gradient is a surrogate of the update, from one point and few eigenpairs: what training "
+            "needs is measured by probe sweep"
+        )
+    return f"{told}; all numbers are of this set, and curvature of few tokens is not that of many"

@@ -1,0 +1,1 @@
+"""``probe fisher``: the Fisher information of what a truncation discards."""

@@ -1,0 +1,70 @@
+"""What a change of a model's weights does to its loss and its probabilities on a text, beside the model before."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lora_diag.errors import InputError
+from lora_diag.models.data import Texts
+from lora_diag.models.losses import Losses, nll, predictions
+from lora_diag.models.opening import Model
+from lora_diag.records.fisher import Effect
+
+# What the logits of the model before may take: they are kept, because every change is held against them.
+LOGIT_BYTES = 2 * 2**30
+
+
+@dataclass(frozen=True)
+class Before:
+    """A model on a text: its losses, and its logits of every sequence."""
+
+    losses: Losses
+    logits: tuple[Tensor, ...]
+
+
+@torch.no_grad()
+def read_before(model: Model, texts: Texts, size: int, after: Callable[[], None]) -> Before:
+    """Run a model on a text and keep what it says.
+
+    Raises:
+        InputError: Its logits take too much memory.
+    """
+    sums, counts, kept = list[float](), list[int](), list[Tensor]()
+    taken = 0
+    for logits, labels in predictions(model, texts, size):
+        for each, wanted in zip(logits, labels, strict=True):
+            sums.append(float(nll(each, wanted)))
+            counts.append(len(wanted))
+            kept.append(each.float())
+            taken += each.numel() * 4
+        if taken > LOGIT_BYTES:
+            raise InputError(
+                f"{texts.path}: the logits of its first {len(kept)} of {len(texts.sequences)} sequences take more than "
+                f"{LOGIT_BYTES / 2**30:.0f} GiB, and they are kept; take fewer with --max-sequences"
+            )
+        after()
+    return Before(
+        Losses(torch.tensor(sums, dtype=torch.float64), torch.tensor(counts, dtype=torch.float64)), tuple(kept)
+    )
+
+
+@torch.no_grad()
+def effect(model: Model, texts: Texts, before: Before, size: int, after: Callable[[], None]) -> Effect:
+    """Run the changed model on the same text, and return what the change did."""
+    sums = list[float]()
+    kl = 0.0
+    place = 0
+    for logits, labels in predictions(model, texts, size):
+        for each, wanted in zip(logits, labels, strict=True):
+            sums.append(float(nll(each, wanted)))
+            log_p, log_q = before.logits[place].double().log_softmax(-1), each.double().log_softmax(-1)
+            kl += float((log_p.exp() * (log_p - log_q)).sum())
+            place += 1
+        after()
+    losses = Losses(torch.tensor(sums, dtype=torch.float64), before.losses.counts)
+    gap, error = losses.minus(before.losses)
+    return Effect(loss=losses.mean, gap=gap, gap_error=error, kl=kl / losses.tokens)

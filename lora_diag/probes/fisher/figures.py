@@ -1,0 +1,196 @@
+"""`fisher`: which number orders the layers as truncating each alone does; or what each type's tail may cost."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from lora_diag.probes.fisher.correlations import PREDICTORS, Correlations, correlations
+from lora_diag.records import Fisher, Results
+from lora_diag.records.names import module_type_of
+from lora_diag.rendering.figures.losses import loss_axis, measured_axis, panel_width, panels_of
+from lora_diag.rendering.figures.panel import panel_axes, rank_axis
+from lora_diag.rendering.figures.series import Options, Series, owner_of, subject_of
+from lora_diag.rendering.figures.sheet import Key, Words, sheet
+from lora_diag.rendering.figures.style import (
+    CATEGORIES,
+    INK,
+    QUIET,
+    Look,
+    category,
+    log_label,
+    name_of,
+    styled,
+    wrapped,
+)
+
+# The colours and marks of the predictors; Fisher's is the one that the others are held against.
+MARKS = ("o", "s", "D", "v", "^")
+# Tails below this share of the largest are rounding.
+LEAST = 1e-5
+
+
+def lacks(records: Sequence[Fisher], options: Options) -> str | None:
+    """Say why there is nothing to draw; None if there is."""
+    return None if any(max(record.fisher, default=0.0) > 0 for record in records) else "no tail moves the loss"
+
+
+def fisher(
+    results: Results[Any] | Iterable[Fisher], ax: Axes | None = None, *, per: str = "layer", within: bool = False
+) -> Axes:
+    """Draw Spearman's ρ of each predictor with the measured KL, over the ranks; or ½F(r) of each module type.
+
+    Args:
+        results: Of ``probe fisher``, or their records.
+        ax: Where to draw; a new figure's if not given.
+        per: ``layer`` for the correlations over layers, where they were measured; ``type`` for the tails of types.
+        within: Whether layers are compared within their module types only.
+
+    Returns:
+        The Axes drawn on.
+    """
+    records = [r for r in (results.whole if isinstance(results, Results) else results) if isinstance(r, Fisher)]
+    found = _correlations(records) if per == "layer" else []
+    with panel_axes(ax) as (axes, look):
+        inches = float(axes.get_window_extent().width) / axes.figure.dpi
+        if found:
+            _draw_correlations(axes, found, int(within), inches, look)
+            axes.set_title(_finding(found, int(within)), parse_math=False, loc="left")
+        else:
+            _draw_tails(axes, records, _types(records), inches, look)
+    return axes
+
+
+def figure(series: Sequence[Series[Any]], look: Look, options: Options) -> Figure:
+    """Return one or two panels a run of correlations, or one of tails where nothing was measured or types are asked."""
+    found = [_correlations(one.records) if options.per == "layer" else [] for one in series]
+    panels: list[tuple[Series[Any], list[Correlations], int]] = []
+    for one, known in zip(series, found, strict=True):
+        panels.append((one, known, 0))
+        if any(rho[1] is not None for each in known for rho in each.kl.values()):
+            panels.append((one, known, 1))
+    types = _types([record for one, known, _ in panels if not known for record in one.records])
+    rows, columns = panels_of(len(panels), look)
+    inches = panel_width(look, columns)
+    with styled(look):
+        words = _words(series, found, types, look)
+        figure, axes = sheet(look, words, rows, columns, panel=1.9 * look.panel, share=False)
+        for (one, known, place), ax in zip(panels, axes, strict=False):
+            whose = owner_of(one, series)
+            if known:
+                _draw_correlations(ax, known, place, inches, look)
+                ax.set_title(wrapped(f"{whose}{_finding(known, place)}", inches, look.text), parse_math=False)
+            else:
+                _draw_tails(ax, one.records, types, inches, look)
+                ax.set_title(wrapped(one.label if whose else "", inches, look.text), parse_math=False)
+        for ax in axes[len(panels) :]:
+            ax.remove()
+    return figure
+
+
+def _correlations(records: Sequence[Fisher]) -> list[Correlations]:
+    ranks = sorted({int(rank) for record in records for rank in record.effect or {}})
+    return correlations(records, ranks)
+
+
+def _draw_correlations(ax: Axes, found: Sequence[Correlations], place: int, inches: float, look: Look | None) -> None:
+    width = look.line if look else 1.2
+    ax.axhline(0, color=INK, lw=0.8 * width, ls=(0, (4, 2)), zorder=1)
+    lowest = min(0.0, *(rho for each in found for both in each.kl.values() for rho in both if rho is not None))
+    for number, (name, _) in enumerate(PREDICTORS):
+        points = [(each.rank, rho) for each in found if (rho := each.kl[name][place]) is not None]
+        if points:
+            ax.plot(*zip(*points, strict=True), label=f"_{name}", **_mark(number, width))
+    ax.set_ylim(max(-1.08, lowest - 0.15), 1.08)
+    measured_axis(ax, [each.rank for each in found], inches, look)
+    loss_axis(ax)
+    ax.set(xlabel="rank r that each layer is cut to", ylabel="Spearman's ρ with the KL")
+
+
+def _mark(number: int, width: float) -> dict[str, Any]:
+    last = number == len(PREDICTORS) - 1
+    return {
+        "color": CATEGORIES[number],
+        "marker": MARKS[number],
+        "ms": 3.4 * width,
+        "lw": (2.0 if last else 1.2) * width,
+        "zorder": 3 if last else 2,
+    }
+
+
+def _finding(found: Sequence[Correlations], place: int) -> str:
+    """Say which predictor is best at the middle rank, and by how much the next."""
+    at = found[len(found) // 2]
+    known = sorted(((both[place], name) for name, both in at.kl.items() if both[place] is not None), reverse=True)
+    n = at.grouped if place else at.n
+    where = f"{'within module types' if place else 'over all layers'} (n\xa0=\xa0{n})"
+    if not known:
+        return where
+    then = f", then {known[1][1]} {known[1][0]:.2f}" if len(known) > 1 else ""
+    return f"{where}, r\xa0=\xa0{at.rank}: {known[0][1]} {known[0][0]:.2f}{then}"
+
+
+def _types(records: Sequence[Fisher]) -> dict[str, str]:
+    """Return the module types whose updates matter most with their colours; the others share the last."""
+    sums: dict[str, float] = {}
+    for record in records:
+        kind = module_type_of(record.layer)
+        sums[kind] = sums.get(kind, 0.0) + record.at(0)
+    ordered = sorted(sums, key=lambda kind: -sums[kind])
+    few = ordered if len(ordered) <= len(CATEGORIES) else ordered[: len(CATEGORIES) - 1]
+    return {kind: category(few.index(kind)) if kind in few else QUIET for kind in ordered}
+
+
+def _draw_tails(ax: Axes, records: Sequence[Fisher], types: dict[str, str], inches: float, look: Look | None) -> None:
+    width = look.line if look else 1.2
+    ax.set_yscale("log")
+    most = max(len(record.fisher) for record in records)
+    ranks = np.arange(1, most + 1)
+    curves = {}
+    for kind, color in types.items():
+        mine = [record for record in records if module_type_of(record.layer) == kind]
+        tail = np.array([sum(record.at(int(rank)) for record in mine) / 2 for rank in ranks])
+        curves[kind] = tail
+        if color != QUIET:
+            ax.plot(ranks, np.where(tail > 0, tail, np.nan), color=color, lw=1.4 * width, label=f"_{kind}")
+    rest = sum((curves[kind] for kind, color in types.items() if color == QUIET), start=np.zeros(most))
+    if rest.any():
+        ax.plot(ranks, np.where(rest > 0, rest, np.nan), color=QUIET, lw=1.4 * width, label="_other types")
+    high = max(float(tail.max()) for tail in curves.values())
+    seen = np.concatenate([tail[tail > LEAST * high] for tail in (*curves.values(), rest)])
+    ax.set_ylim(float(seen.min()) / 2, max(high, float(rest.max())) * 2)
+    ax.yaxis.set_major_formatter(log_label)
+    end = int(max((np.flatnonzero(tail > LEAST * high).max(initial=0) for tail in curves.values()), default=0)) + 1
+    rank_axis(ax, end, (), look, inches)
+    ax.set(xlabel="rank r that each layer is cut to", ylabel="½F(r) (nats)")
+
+
+def _words(
+    series: Sequence[Series[Any]], found: Sequence[Sequence[Correlations]], types: dict[str, str], look: Look
+) -> Words:
+    width = look.line
+    keys, notes = [], []
+    if any(found):
+        keys = [Key(Line2D([], [], **_mark(number, width)), name) for number, (name, _) in enumerate(PREDICTORS)]
+        title = "Which number orders the layers as truncating each alone does?"
+        notes.append("Each layer is cut alone, all else as in TUNED. 1: the same order; 0: none.")
+        notes.append("Layers of one model are not independent, and with few of them small differences of ρ say little.")
+        what = "Spearman's ρ of each with the measured KL on held-out text"
+    else:
+        title = "What each module type's tail is expected to cost: ½F(r)"
+        what = "second-order estimate of the mean KL a prediction, summed over the layers of a type"
+        notes.append("Each layer is cut alone, all else as in TUNED; together they cost more or less than the sum.")
+    keys += [
+        Key(Line2D([], [], color=color, lw=1.4 * width), name_of(kind))
+        for kind, color in types.items()
+        if color != QUIET
+    ]
+    if rest := [kind for kind, color in types.items() if color == QUIET]:
+        keys.append(Key(Line2D([], [], color=QUIET, lw=1.4 * width), f"{len(rest)} other types"))
+    about = subject_of(series)
+    return Words(title, f"{about}{what}", (" ".join(notes),), tuple(keys))

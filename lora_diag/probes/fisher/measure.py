@@ -1,0 +1,200 @@
+r"""The exact Fisher of what truncation discards of a layer: Σ_s ⟨∇ℓ_s, T_r⟩², T_r = ΔW − ΔW_r = Σ_{i>r} σ_i u_i v_iᵀ.
+
+No gradient of a weight is formed. In a linear layer ∇ℓ_s = Σ_t g_t x_tᵀ over the tokens of sequence s, with x the input
+and g the gradient by the output, so that
+
+    ⟨∇ℓ_s, T_r⟩ = Σ_{i>r} a_{s,i},    a_{s,i} = σ_i Σ_t (u_iᵀ g_t)(v_iᵀ x_t),
+
+and one pass over the text gives the sum for every rank at once. The same projections give the second moments of x and g
+in the bases of the singular vectors, and with them the energy of the tail in the metric of the data and in K-FAC's:
+
+    ‖T_r·C^½‖² = Σ_{i>r} σ_i² v_iᵀCv_i,    ‖G^½·T_r·C^½‖² = Σ_{i,j>r} σ_iσ_j (u_iᵀGu_j)(v_iᵀCv_j).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_diag.linalg import Factors
+from lora_diag.models.data import Sequence, Texts
+from lora_diag.models.gradients import Draw, backward
+from lora_diag.models.opening import Model, in_batches
+
+# What the sums and singular vectors of the layers of one pass over the text may take.
+PASS_BYTES = 2 * 2**30
+
+
+@dataclass
+class Tail:
+    """One layer's ΔW = Σσ_i u_i v_iᵀ, and what is summed up of it.
+
+    Args:
+        module: The layer.
+        s: Singular values, ``(k,)`` float64.
+        outer: Singular vectors on the side of the output, as columns ``(out, k)`` float64.
+        inner: Those on the side of the input, ``(in, k)``.
+        fro: ‖ΔW‖_F.
+
+    Attributes:
+        squares: Σ_s ⟨∇ℓ_s, T_r⟩² for r = 0, …, k.
+        total: Σ_s ⟨∇ℓ_s, T_r⟩.
+        xx: Σ (Vᵀx)(Vᵀx)ᵀ.
+        gg: Σ (Uᵀg)(Uᵀg)ᵀ.
+        tokens: How many inputs there were.
+        problem: Why the layer cannot be measured; empty if it can.
+    """
+
+    module: nn.Module
+    s: Tensor
+    outer: Tensor
+    inner: Tensor
+    fro: float
+    squares: Tensor = field(init=False)
+    total: Tensor = field(init=False)
+    xx: Tensor = field(init=False)
+    gg: Tensor = field(init=False)
+    tokens: int = 0
+    problem: str = ""
+    _alone: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        """Begin at zero."""
+        k, like = len(self.s), self.outer
+        self.squares, self.total = like.new_zeros(k + 1), like.new_zeros(k + 1)
+        self.xx, self.gg = like.new_zeros(k, k), like.new_zeros(k, k)
+
+    def take_input(self, x: Tensor, mask: Tensor) -> Tensor | None:
+        """Add the inputs of a batch, and return Vᵀx of every token ``(sequences, tokens, k)``.
+
+        Args:
+            x: ``(sequences, tokens, in)``, or ``(sequences, in)`` where there is one a sequence.
+            mask: Which tokens are no padding, ``(sequences, tokens)``.
+        """
+        if x.shape[:-1] == mask.shape[:1]:
+            x, mask = x[:, None], torch.ones_like(mask[:, :1])
+        if x.shape[:-1] != mask.shape:
+            self.problem = "its inputs are not laid out by sequence and token"
+            return None
+        inner = (x.detach().to(torch.float64) @ self.inner) * mask[..., None]
+        rows = inner.reshape(-1, inner.shape[-1])
+        self.xx.addmm_(rows.T, rows)
+        self.tokens += int(mask.sum())
+        return inner
+
+    def take_gradient(self, g: Tensor, inner: Tensor) -> None:
+        """Add the output gradients of a batch, given what ``take_input`` returned; padding has none."""
+        outer = g.detach().to(torch.float64).reshape(*inner.shape[:2], -1) @ self.outer
+        rows = outer.reshape(-1, outer.shape[-1])
+        self.gg.addmm_(rows.T, rows)
+        alone = (outer * inner).sum(1) * self.s
+        self._alone = alone if self._alone is None else self._alone + alone  # a layer may be used several times
+
+    def end_batch(self) -> None:
+        """Square what each sequence adds up to."""
+        if self._alone is not None:
+            tails = torch.cat([self._alone.flip(1).cumsum(1).flip(1), self._alone.new_zeros(len(self._alone), 1)], 1)
+            self.squares += (tails**2).sum(0)
+            self.total += tails.sum(0)
+        self._alone = None
+
+    @property
+    def energies(self) -> tuple[Tensor, Tensor, Tensor]:
+        """‖T_r‖², ‖T_r·C^½‖² and ‖G^½·T_r·C^½‖² for r = 0, …, k."""
+        c, g = self.xx / max(1, self.tokens), self.gg / max(1, self.tokens)
+        both = self.s[:, None] * self.s * c * g
+        corners = both.flip(0, 1).cumsum(0).cumsum(1).flip(0, 1).diagonal()
+        return _tails(self.s**2), _tails(self.s**2 * c.diagonal()), torch.cat([corners, corners.new_zeros(1)])
+
+
+def _tails(values: Tensor) -> Tensor:
+    return torch.cat([values.flip(0).cumsum(0).flip(0), values.new_zeros(1)])
+
+
+def tail_of(module: nn.Module, factors: Factors) -> Tail:
+    """Return a layer with the singular vectors of its update, on the sides that they act on."""
+    assert factors.u is not None
+    assert factors.vh is not None
+    where = next(module.parameters()).device
+    left, right = factors.u.to(where, torch.float64), factors.vh.T.to(where, torch.float64)
+    outer, inner = (left, right) if isinstance(module, nn.Linear) else (right, left)  # Conv1D stores (in, out)
+    return Tail(module, factors.s.to(left.device), outer.contiguous(), inner.contiguous(), factors.fro)
+
+
+def bytes_of(shape: tuple[int, int]) -> int:
+    """Return what one layer's singular vectors and sums take during a pass."""
+    k = min(shape)
+    return 8 * k * (sum(shape) + 2 * k)
+
+
+def groups_of(layers: Mapping[str, tuple[int, int]], most: int = PASS_BYTES) -> Iterator[list[str]]:
+    """Yield the layers of each pass over the text, by what they take.
+
+    >>> [len(group) for group in groups_of({"a": (8, 8), "b": (8, 8), "c": (8, 8)}, most=2 * 8 * 8 * 32)]
+    [2, 1]
+    """
+    group: list[str] = []
+    taken = 0
+    for layer, shape in layers.items():
+        if group and taken + bytes_of(shape) > most:
+            yield group
+            group, taken = [], 0
+        group.append(layer)
+        taken += bytes_of(shape)
+    if group:
+        yield group
+
+
+def add_up(
+    model: Model, texts: Texts, tails: Mapping[str, Tail], size: int, draw: Draw, after: Callable[[], None]
+) -> int:
+    """Run a text forward and back, and add up what each layer's tail is to the gradients of its sequences.
+
+    Args:
+        model: TUNED.
+        texts: The text.
+        tails: By layer.
+        size: Sequences in a batch; they are taken by length, so that there is little padding.
+        draw: Which labels the loss is taken against.
+        after: Called after every batch.
+
+    Returns:
+        How many predictions there were.
+    """
+    mask = torch.ones(1, 1, dtype=torch.bool)
+
+    def listen(tail: Tail) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+            x = args[0] if args else next(iter(kwargs.values()))
+            if not tail.problem and output.requires_grad and (inner := tail.take_input(x, mask)) is not None:
+                output.register_hook(lambda g: tail.take_gradient(g, inner))  # type: ignore[no-untyped-call]
+
+        return hook
+
+    hooks = [tail.module.register_forward_hook(listen(tail), with_kwargs=True) for tail in tails.values()]
+    predictions = 0
+    ordered = sorted(texts.sequences, key=lambda sequence: len(sequence.ids))
+    try:
+        for batch in in_batches(len(ordered), size):
+            chosen = [ordered[i] for i in batch]
+            mask = _mask(chosen).to(model.device)
+            predictions += sum(backward(model, chosen, draw))
+            for tail in tails.values():
+                tail.end_batch()
+            after()
+    finally:
+        for each in hooks:
+            each.remove()
+    for tail in tails.values():
+        if not tail.problem and not tail.tokens:
+            tail.problem = "no gradient reaches it on this text"
+    return predictions
+
+
+def _mask(chosen: list[Sequence]) -> Tensor:
+    lengths = torch.tensor([len(sequence.ids) for sequence in chosen])
+    return torch.arange(int(lengths.max()))[None] < lengths[:, None]

@@ -1,0 +1,253 @@
+"""``probe fisher``: which layers' tails the loss needs, by the exact Fisher of what truncation discards."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lora_diag.checkpoints import open_checkpoint
+from lora_diag.errors import InputError, NothingComparedError, UsageError
+from lora_diag.linalg import resolve_device
+from lora_diag.models.activations import linear_layers
+from lora_diag.models.data import Texts, read_texts
+from lora_diag.models.gradients import LABELS, Draw, Labels
+from lora_diag.models.opening import Model, Weights, open_model
+from lora_diag.models.swapping import FULL, Swapped
+from lora_diag.probes.fisher.effects import Before, effect, read_before
+from lora_diag.probes.fisher.measure import Tail, add_up, groups_of, tail_of
+from lora_diag.probes.truncation.measure import truncated_layers
+from lora_diag.records import AnyRecord, Effect, Fisher, LeftOut, Results, ResultsWriter
+from lora_diag.running.inputs import compare
+from lora_diag.running.measuring import checked_ranks
+from lora_diag.running.probing import (
+    Kept,
+    Watch,
+    batches_of,
+    check,
+    check_files,
+    counted,
+    described,
+    estimate,
+    left_out,
+    run_of,
+)
+
+RANKS = (4, 8, 16, 32, 64)
+
+# What a backward pass costs, in forward passes, beside its own.
+_BACKWARD = 3
+
+
+def probe_fisher(
+    base: Path | str,
+    tuned: Path | str,
+    *,
+    data: Path | str,
+    evaluate: Sequence[Path | str] = (),
+    measure: bool = False,
+    ranks: Sequence[int] = RANKS,
+    labels: Labels = "data",
+    seed: int = 0,
+    layers: str | None = None,
+    exclude: str | None = None,
+    length: int | None = None,
+    batch: int = 8,
+    max_sequences: int | None = None,
+    tokenizer: str = "auto",
+    dtype: str = "float32",
+    device: str = "auto",
+    output: Path | str | None = None,
+    resume: bool = False,
+    verify: bool = False,
+    on_progress: Callable[[str, int, int], None] | None = None,
+    on_record: Callable[[AnyRecord], None] | None = None,
+    on_note: Callable[[str], None] | None = None,
+) -> Results[Any]:
+    r"""Measure F_ℓ(r) = Σ_s⟨∇ℓ_s, ΔW − ΔW_r⟩²/N of every layer and rank, with the gradients of TUNED's loss.
+
+    ∇ℓ_s is the gradient of the summed loss of sequence s by the layer's weight, N the number of predictions; F(r)/2
+    estimates the mean KL by which truncating this layer alone to rank r changes the predictions.
+
+    Args:
+        base: The model before: a folder that transformers can open, or a Hub id.
+        tuned: The model after, or an adapter.
+        data: Text or JSONL whose loss is differentiated.
+        evaluate: One held-out file on which every layer is truncated alone, to hold the estimates against; implies
+            ``measure``.
+        measure: Truncate every layer alone and measure, on ``evaluate``, or without it on ``data``.
+        ranks: Ranks r of what is measured, and of the other estimates; F is given for all.
+        labels: ``data`` for the text's own labels; ``model`` for labels drawn from TUNED.
+        seed: Of what is drawn.
+        layers: Regular expression; only weights whose name contains a match.
+        exclude: Regular expression; no weights whose name contains a match.
+        length: Tokens of a sequence; by default 512 or what the model has room for.
+        batch: Sequences in a batch.
+        max_sequences: Use the first so many sequences of each file.
+        tokenizer: ``auto``, ``bytes`` or a folder.
+        dtype: Of the weights while they run; sums are float64 whatever it is.
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:1``.
+        output: Results file, appended layer by layer.
+        resume: Go on behind what an interrupted run left in ``output``.
+        verify: Let ``resume`` compare a SHA-256 of every byte of the models; of texts it does so anyway.
+        on_progress: Called with what is being done, batches done and batches in all.
+        on_record: Called with every record, in the order of the file, as it comes.
+        on_note: Called with the estimate of what the run will cost, before it begins.
+
+    Returns:
+        The records are in ``whole``: one ``Fisher`` a layer.
+
+    Raises:
+        UsageError: An option makes no sense, or the extra ``train`` is not installed.
+        InputError: An input cannot be read, or transformers cannot open BASE.
+        NothingComparedError: The checkpoints have no weight in common, or no linear layer is selected.
+
+    Reference:
+        Kunstner, Balles and Hennig 2019, "Limitations of the empirical Fisher approximation for natural gradient
+        descent", equations 2 and 3 (the two kinds of labels).
+    """
+    check(batch, max_sequences, labels=(labels, LABELS))
+    asked = checked_ranks(ranks)
+    if len(evaluate) > 1:
+        raise UsageError("--eval: one order of the layers is held against F; name one file")
+    check_files([data, *evaluate])
+    compared = compare(base, tuned, verify=verify)
+    deltas = compared.pairing.deltas
+    chosen = truncated_layers(deltas, layers, exclude)
+    model = open_model(base, resolve_device(device), dtype, length, tokenizer)
+    texts = read_texts(data, model, max_sequences)
+    held_out = read_texts(evaluate[0], model, max_sequences) if evaluate else texts if measure else None
+    swapped = Swapped(model, deltas, max(asked))
+    modules, rest = _modules(model, chosen)
+    if not modules:
+        raise NothingComparedError(f"{open_checkpoint(base).path}: no linear layer is selected that a tail could be of")
+    settings = {"ranks": list(asked), "labels": labels, "seed": seed, "layers": layers, "exclude": exclude}
+    sets = [described(texts, "data"), *([described(held_out)] if held_out is not None else [])]
+    run = run_of("probe fisher", (*compared.inputs, *sets), settings, model, batch, dtype)
+    watch = Watch(on_progress, on_record, on_note)
+    with ResultsWriter[Any](Path(output) if output is not None else None, run, resume) as writer:
+        kept = Kept(writer, watch)
+        if kept.finished is not None:
+            return kept.finished
+        done = {record.layer for record in kept.records}
+        todo = {layer: chosen[layer] for layer in modules if layer not in done}
+        probe = _Probe(model, swapped, modules, texts, held_out, asked, Draw(labels, seed), batch, watch)
+        probe.tell_cost(todo)
+        problems = list[LeftOut]()
+        for item in probe.run(todo):
+            if isinstance(item, Fisher):
+                kept.put(item)
+            else:
+                problems.append(item)
+        return kept.end([*left_out(compared.pairing, swapped.absent), *rest, *problems])
+
+
+def _modules(model: Model, chosen: Mapping[str, tuple[int, int]]) -> tuple[dict[str, Any], list[LeftOut]]:
+    """Return the linear layer that each matrix is the weight of; and the matrices that are of none."""
+    weights, linear = Weights(model.module), linear_layers(model.module)
+    found: dict[str, Any] = {}
+    rest = []
+    for layer, shape in chosen.items():
+        name = weights.name(layer)
+        if name is not None and name in linear:
+            found[layer] = linear[name]
+        else:
+            detail = "not a linear layer of its own, so its inputs and output gradients are not to be had"
+            rest.append(LeftOut(layer=layer, shape=shape, reason="no_gradient", detail=detail))
+    return found, rest
+
+
+@dataclass(frozen=True)
+class _Probe:
+    """A run as far as it is."""
+
+    model: Model
+    swapped: Swapped
+    modules: Mapping[str, Any]
+    texts: Texts
+    held_out: Texts | None
+    ranks: tuple[int, ...]
+    draw: Draw
+    batch: int
+    watch: Watch
+
+    def tell_cost(self, todo: Mapping[str, tuple[int, int]]) -> None:
+        """Tell what it takes: passes forward and back, and a forward pass for every truncation."""
+        passes = sum(1 for _ in groups_of(todo))
+        changes = sum(rank < min(shape) for shape in todo.values() for rank in self.ranks)
+        self.watch.total = passes * batches_of([self.texts], self.batch)
+        forward = _BACKWARD * self.watch.total
+        if self.held_out is not None:
+            measured = (changes + 1) * batches_of([self.held_out], self.batch)
+            self.watch.total, forward = self.watch.total + measured, forward + measured
+        what = f"{counted(len(todo), 'layer', 'layers')}, {counted(passes, 'pass', 'passes')} forward and back"
+        if self.held_out is not None:
+            what += f" and {changes} truncations measured"
+        total, self.watch.total = self.watch.total, forward
+        estimate(self.model, self.texts, self.batch, self.watch, what, "; a pass back counts as three")
+        self.watch.total = total
+
+    def run(self, todo: Mapping[str, tuple[int, int]]) -> Iterator[Fisher | LeftOut]:
+        """Yield the records of all layers, in the order of BASE."""
+        self._as_tuned()
+        before: Before | None = None
+        if self.held_out is not None and todo:
+            before = read_before(self.model, self.held_out, self.batch, lambda: self.watch.batch("TUNED"))
+        for group in groups_of(todo):
+            tails = {layer: tail_of(self.modules[layer], self.swapped.factors(layer)) for layer in group}
+            draw = Draw(self.draw.labels, self.draw.seed)  # every pass sees the same labels
+            after = lambda: self.watch.batch("gradients")  # noqa: E731
+            predictions = add_up(self.model, self.texts, tails, self.batch, draw, after)
+            for layer, tail in tails.items():
+                if tail.problem:
+                    yield LeftOut(layer=layer, shape=todo[layer], reason="no_gradient", detail=tail.problem)
+                else:
+                    yield self._record(layer, todo[layer], tail, predictions, before)
+
+    def _record(
+        self, layer: str, shape: tuple[int, int], tail: Tail, predictions: int, before: Before | None
+    ) -> Fisher:
+        curve = (tail.squares / predictions).tolist()
+        if not all(value < float("inf") for value in curve):
+            raise InputError(f"{layer}: its gradients are not finite numbers; use --dtype float32")
+        last = len(curve) - 1
+        weight, data, kfac = (energy.clamp(min=0) for energy in tail.energies)
+        scale = tail.tokens / predictions
+
+        def at(values: Any, factor: float = 1.0) -> dict[str, float]:
+            return {str(rank): float(values[min(rank, last)]) * factor + 0.0 for rank in self.ranks}
+
+        return Fisher(
+            layer=layer,
+            shape=shape,
+            set=self.texts.name,
+            labels=self.draw.labels,
+            sequences=len(self.texts.sequences),
+            predictions=predictions,
+            tokens=tail.tokens,
+            fro=tail.fro,
+            fisher=tuple(float(f"{value:.9g}") for value in curve),
+            linear=at(tail.total, -1 / predictions),
+            weight=at(weight),
+            data=at(data),
+            kfac=at(kfac, scale),
+            on=self.held_out.name if self.held_out is not None else None,
+            effect=self._effects(layer, shape, before),
+        )
+
+    def _effects(self, layer: str, shape: tuple[int, int], before: Before | None) -> dict[str, Effect] | None:
+        """Return what truncating one layer alone does, at every rank that truncates it."""
+        if before is None or self.held_out is None:
+            return None
+        found = {}
+        for rank in self.ranks:
+            if rank < min(shape):
+                self._as_tuned({layer: rank})
+                after = lambda label=f"{layer} r={rank}": self.watch.batch(label)  # noqa: E731
+                found[str(rank)] = effect(self.model, self.held_out, before, self.batch, after)
+        self._as_tuned()
+        return found
+
+    def _as_tuned(self, but: Mapping[str, int] | None = None) -> None:
+        self.swapped.arrange({**dict.fromkeys(self.swapped.layers, FULL), **(but or {})})

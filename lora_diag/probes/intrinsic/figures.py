@@ -1,0 +1,182 @@
+"""`intrinsic`: what share of full fine-tuning's gain comes with how few trained numbers, beside LoRA's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import LogLocator, NullFormatter, PercentFormatter
+
+from lora_diag.probes.intrinsic.lines import Line, lines, reached
+from lora_diag.records import Intrinsic, Results
+from lora_diag.rendering.figures.losses import GROUND, levels, limits, loss_axis, panel_width, panels_of, sets_of
+from lora_diag.rendering.figures.panel import panel_axes
+from lora_diag.rendering.figures.series import Options, Series, subject_of
+from lora_diag.rendering.figures.sheet import Key, Words, sheet
+from lora_diag.rendering.figures.style import CATEGORIES, INK, QUIET, Look, category, log_label, styled, wrapped
+
+SUBSPACE, LORA = CATEGORIES[0], CATEGORIES[1]
+# The share that makes the dimension, where no run says which was asked for: the command's default.
+SHARE = 0.9
+
+
+def lacks(records: Sequence[Intrinsic], options: Options) -> str | None:
+    """Say why there is nothing to draw; None if there is."""
+    if any(line.subject != "full" for name in sets_of(records) for line in _lines(records, name)):
+        return None
+    return "no set on which full fine-tuning gains, and a subspace or a LoRA is finished"
+
+
+def intrinsic(results: Results[Any] | Iterable[Intrinsic], ax: Axes | None = None, *, name: str | None = None) -> Axes:
+    """Draw the share of full fine-tuning's gain over the number of trained parameters, each size at its best rate.
+
+    Args:
+        results: Of ``probe intrinsic``, or their records.
+        ax: Where to draw; a new figure's if not given.
+        name: Of the evaluation set; the first on which full fine-tuning gains if not given.
+
+    Returns:
+        The Axes drawn on: subspaces as a line over d, LoRAs over their parameters with their ranks.
+    """
+    every = results.whole if isinstance(results, Results) else results
+    records = [record for record in every if isinstance(record, Intrinsic)]
+    share = results.run.settings.get("share", SHARE) if isinstance(results, Results) else SHARE
+    sets = sets_of(records)
+    chosen = name if name is not None else next((one for one in sets if _lines(records, one)), next(iter(sets)))
+    found = _lines(records, chosen)
+    with panel_axes(ax) as (axes, look):
+        _draw(axes, [found], share, look)
+        axes.set(xlabel="trained parameters", ylabel="share of full's gain")
+        axes.set_title(_finding(sets[chosen], [found], share), parse_math=False, loc="left")
+    return axes
+
+
+def figure(series: Sequence[Series[Any]], look: Look, options: Options) -> Figure:
+    """Return a panel for each set on which full fine-tuning gains; several runs are told apart by colour."""
+    every = sets_of(record for one in series for record in one.records)
+    found = {name: [_lines(one.records, name) for one in series] for name in every}
+    sets = [name for name, runs in found.items() if any(line.subject != "full" for run in runs for line in run)]
+    share = float(series[0].run.settings.get("share", SHARE)) if series[0].run else SHARE
+    rows, columns = panels_of(len(sets), look)
+    inches = panel_width(look, columns)
+    without = [every[name] for name in every if name not in sets]
+    with styled(look):
+        figure, axes = sheet(
+            look, _words(series, share, without, look), rows, columns, panel=1.9 * look.panel, share=False
+        )
+        for name, ax in zip(sets, axes, strict=False):
+            _draw(ax, found[name], share, look)
+            ax.set_title(wrapped(_finding(every[name], found[name], share), inches, look.text), parse_math=False)
+            ax.set(xlabel="trained parameters", ylabel="share of full's gain")
+        for ax in axes[len(sets) :]:
+            ax.remove()
+    return figure
+
+
+def _lines(records: Sequence[Intrinsic], name: str) -> list[Line]:
+    """Return the runs of every size with a share, at the rate that the first set chose."""
+    seed = min((record.seed for record in records if record.subject != "base"), default=0)
+    return [line for line in lines(records, name, records[0].set, seed) if line.shares] if records else []
+
+
+def _draw(ax: Axes, runs: Sequence[Sequence[Line]], share: float, look: Look | None) -> None:
+    width, size = (look.line, look.ticks) if look else (1.2, 9.0)
+    ax.set_xscale("log")
+    shown = [0.0, 1.0]
+    for number, found in enumerate(runs):
+        for subject, own, mark in (("subspace", SUBSPACE, "o"), ("lora", LORA, "D")):
+            mine = [line for line in found if line.subject == subject]
+            if not mine:
+                continue
+            color = own if len(runs) == 1 else category(number)
+            dots = [(line.params, each) for line in mine for each in line.shares]
+            shown += [each for _, each in dots]
+            small: dict[str, Any] = {"ls": "", "marker": mark, "ms": 2.6 * width, "mew": 0, "alpha": 0.55}
+            ax.plot(*zip(*dots, strict=True), color=color, label="_seeds", **small)
+            style: dict[str, Any] = {"ls": "-" if subject == "subspace" else (0, (1, 1.5)), "lw": 1.5 * width}
+            at = [line.params for line in mine]
+            ax.plot(
+                at, [line.share for line in mine], color=color, marker=mark, ms=4 * width, label=f"_{subject}", **style
+            )
+            for line in mine if subject == "lora" and len(runs) == 1 else []:
+                ax.annotate(
+                    f"r\xa0=\xa0{line.size}",
+                    (line.params, line.share),
+                    xytext=(0.45 * size, -0.45 * size),
+                    textcoords="offset points",
+                    size=size,
+                    color=color,
+                    va="top",
+                    bbox=GROUND,
+                )
+    ax.set_ylim(limits(shown))
+    levels(ax, [("full fine-tuning", 1.0, INK)], look)
+    ax.axhline(share, color=QUIET, lw=0.8 * width, ls=(0, (4, 2)), zorder=1.5, label="_share")
+    ax.annotate(
+        f"{share:.0%}",
+        (0, share),
+        xycoords=("axes fraction", "data"),
+        xytext=(2, -1.5),
+        textcoords="offset points",
+        va="top",
+        size=size,
+        color=QUIET,
+    )
+    params = [line.params for found in runs for line in found]
+    ax.set_xlim(min(params) / 1.8, max(params) * 1.3)
+    loss_axis(ax)
+    ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    ax.xaxis.set_major_locator(LogLocator(numticks=8))
+    ax.xaxis.set_major_formatter(log_label)
+    ax.xaxis.set_minor_formatter(NullFormatter())
+
+
+def _finding(called: str, runs: Sequence[Sequence[Line]], share: float) -> str:
+    """Name a set with the smallest subspace that is enough, and the smallest LoRA."""
+    if len(runs) > 1:
+        return called
+    said = []
+    for subject, word in (("subspace", "d"), ("lora", "LoRA r")):
+        answer = reached(runs[0], subject, share)  # type: ignore[arg-type]
+        if answer.line is not None:
+            said.append(f"{word}\xa0=\xa0{_size(answer.line)} reaches {share:.0%}")
+        elif answer.below is not None:
+            said.append(f"{word}\xa0=\xa0{_size(answer.below)} comes to {_below(answer.below.share, share)}")
+    return f"{called}: {', '.join(said)}" if said else called
+
+
+def _below(found: float, wanted: float) -> str:
+    """Return a share in whole percent, with a digit more where it would read like the one that it misses."""
+    return f"{found:.0%}" if f"{found:.0%}" != f"{wanted:.0%}" else f"{found:.1%}"
+
+
+def _size(line: Line) -> str:
+    return f"{line.size or 0:,}".replace(",", "\u202f")
+
+
+def _words(series: Sequence[Series[Any]], share: float, without: Sequence[str], look: Look) -> Words:
+    width, single = look.line, len(series) == 1
+    colors = (SUBSPACE, LORA) if single else (QUIET, QUIET)
+    drawn: dict[str, Any] = {"lw": 1.5 * width, "ms": 4 * width}
+    keys = [
+        Key(Line2D([], [], color=colors[0], marker="o", **drawn), "random subspace of d"),
+        Key(Line2D([], [], color=colors[1], marker="D", ls=(0, (1, 1.5)), **drawn), "LoRA of rank r"),
+        Key(Line2D([], [], color=colors[0], ls="", marker="o", ms=2.6 * width, alpha=0.6), "one seed"),
+    ]
+    if not single:
+        keys += [Key(Line2D([], [], color=category(i), lw=1.6 * width), one.label) for i, one in enumerate(series)]
+    about = subject_of(series)
+    run = series[0].run
+    if single and run is not None and "steps" in run.settings:
+        about += f"{run.settings['steps']} steps, "
+    notes = ["The dimension is that of this task and these steps: more steps ask for other ones."]
+    notes += [f"Not drawn, because full fine-tuning gains nothing there: {', '.join(without)}."] if without else []
+    return Words(
+        f"How few trained parameters reach {share:.0%} of full fine-tuning's gain",
+        f"{about}(loss of BASE − loss) / (loss of BASE − loss of full fine-tuning)",
+        (" ".join(notes),),
+        tuple(keys),
+    )

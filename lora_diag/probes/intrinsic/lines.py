@@ -1,0 +1,137 @@
+"""Losses of training in random subspaces, in full and by LoRA → the smallest that reaches a share of full's gain.
+
+Knows records only. Every size counts at its own best learning rate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Literal
+
+from lora_diag.records import Intrinsic
+from lora_diag.running.rates import edge, lowest
+
+Subject = Literal["full", "subspace", "lora"]
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """The runs of one size at its best learning rate, on one set.
+
+    Args:
+        subject: ``full``, ``subspace`` or ``lora``.
+        size: d of a subspace, r of a LoRA; None for full fine-tuning.
+        params: Numbers that were trained.
+        lr: Peak learning rate as Adam was given it.
+        pace: As full fine-tuning would have it; None for LoRA.
+        losses: Of all seeds at that rate.
+        edge: Whether the rate is the lowest or the highest tried, so that a better one may lie beyond.
+        shares: (L_base − L) / (L_base − L_full) of every seed; empty where full fine-tuning gains nothing.
+    """
+
+    subject: Subject
+    size: int | None
+    params: int
+    lr: float
+    pace: float | None
+    losses: tuple[float, ...]
+    edge: bool
+    shares: tuple[float, ...] = ()
+
+    @property
+    def share(self) -> float:
+        """Of full fine-tuning's gain, mean over seeds."""
+        return fmean(self.shares)
+
+
+@dataclass(frozen=True, slots=True)
+class Reached:
+    """The smallest size that reaches the share asked for, by the mean over its seeds.
+
+    Args:
+        line: The runs there; None where none reaches it.
+        below: The next smaller size, which does not.
+        sure: Whether every seed reaches it.
+        missed: Larger sizes that do not: the answer is then no threshold.
+    """
+
+    line: Line | None
+    below: Line | None
+    sure: bool
+    missed: tuple[int, ...]
+
+
+def best_rates(records: Iterable[Intrinsic], choose: str, seed: int, subject: Subject) -> dict[int | None, float]:
+    """Return, for every size, the learning rate whose run of the first seed has the lowest loss on one set.
+
+    Args:
+        records: Of a run.
+        choose: The set that decides.
+        seed: The first seed.
+        subject: Of which runs.
+    """
+    key = (subject, choose, seed)
+    return lowest((size_of(r), r.loss, r.lr) for r in records if (r.subject, r.set, r.seed) == key)
+
+
+def size_of(record: Intrinsic) -> int | None:
+    """Return d or r."""
+    return record.dim if record.subject == "subspace" else record.rank
+
+
+def lines(records: Sequence[Intrinsic], name: str, choose: str, seed: int) -> list[Line]:
+    """Return the runs of every size at its best rate, on one set: full, subspaces, LoRAs, ascending.
+
+    Args:
+        records: Of a run.
+        name: The set.
+        choose: The set by which rates were chosen.
+        seed: The first seed.
+    """
+    base = next((r.loss for r in records if r.subject == "base" and r.set == name), None)
+    found = [line for subject in ("full", "subspace", "lora") for line in _lines(records, name, choose, seed, subject)]
+    full = next((line for line in found if line.subject == "full"), None)
+    gain = base - fmean(full.losses) if base is not None and full is not None else 0.0
+    if base is None or gain <= 0:
+        return found
+    return [_with_shares(line, base, gain) for line in found]
+
+
+def _with_shares(line: Line, base: float, gain: float) -> Line:
+    shares = tuple((base - loss) / gain for loss in line.losses)
+    return Line(line.subject, line.size, line.params, line.lr, line.pace, line.losses, line.edge, shares)
+
+
+def _lines(records: Sequence[Intrinsic], name: str, choose: str, seed: int, subject: Subject) -> list[Line]:
+    mine = [r for r in records if r.subject == subject and r.set == name]
+    rows = []
+    for size, lr in sorted(best_rates(records, choose, seed, subject).items(), key=lambda item: item[0] or 0):
+        tried = {r.lr for r in mine if size_of(r) == size and r.lr is not None}
+        runs = sorted((r for r in mine if size_of(r) == size and r.lr == lr), key=lambda r: r.seed)
+        losses = tuple(r.loss for r in runs if r.loss is not None)
+        if losses:
+            rows.append(Line(subject, size, runs[0].params, lr, runs[0].pace, losses, edge(tried, lr) != 0))
+    return rows
+
+
+def reached(found: Sequence[Line], subject: Subject, share: float) -> Reached:
+    """Return the smallest subspace or LoRA whose mean share of full fine-tuning's gain is at least ``share``.
+
+    Example:
+        >>> rows = [
+        ...     Line("subspace", d, d, 0.1, 0.1, (), False, shares)
+        ...     for d, shares in [(10, (0.5, 0.4)), (100, (0.95, 0.88)), (1000, (0.99, 0.97))]
+        ... ]
+        >>> answer = reached(rows, "subspace", 0.9)
+        >>> answer.line.size, answer.below.size, answer.sure
+        (100, 10, False)
+    """
+    rows = [line for line in found if line.subject == subject and line.shares]
+    place = next((i for i, line in enumerate(rows) if line.share >= share), None)
+    if place is None:
+        return Reached(None, rows[-1] if rows else None, False, ())
+    line = rows[place]
+    missed = tuple(other.size for other in rows[place:] if other.share < share and other.size is not None)
+    return Reached(line, rows[place - 1] if place else None, min(line.shares) >= share, missed)

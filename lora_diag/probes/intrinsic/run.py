@@ -1,0 +1,309 @@
+"""``probe intrinsic``: in how few random directions training gets nearly as far as full fine-tuning."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from lora_diag.checkpoints import open_checkpoint
+from lora_diag.errors import UsageError
+from lora_diag.linalg import resolve_device
+from lora_diag.models.data import Texts
+from lora_diag.models.losses import Losses, measure
+from lora_diag.models.methods import with_lora
+from lora_diag.models.opening import Model, open_model
+from lora_diag.models.training import RECIPE, Cell, Training, losses_after
+from lora_diag.probes.intrinsic.lines import Subject
+from lora_diag.probes.intrinsic.measure import SCALE_STEP, Method, Run, check_dim, rate_of, scales_of, subspace_losses
+from lora_diag.records import AnyRecord, Intrinsic, Results, ResultsWriter
+from lora_diag.rendering.text import duration
+from lora_diag.running.inputs import describe
+from lora_diag.running.probing import Kept, Watch, check, check_files, counted, described, read_sets, run_of
+from lora_diag.running.training_runs import Arm, Trial, Walk, check_training, read_training
+
+DIMS = (10, 30, 100, 300, 1000, 3000, 10000)
+RANKS = (1, 2, 4, 8)
+PACES = (1e-3, 3e-3, 1e-2)
+FULL_RATES = (1e-4, 3e-4, 1e-3)
+LORA_RATES = (1e-3, 3e-3, 1e-2)
+METHODS = ("plain", "said")
+
+
+def probe_intrinsic(
+    base: Path | str,
+    *,
+    data: Path | str,
+    evaluate: Sequence[Path | str],
+    shifted: Sequence[Path | str] = (),
+    dims: Sequence[int] = DIMS,
+    method: str = "plain",
+    share: float = 0.9,
+    ranks: Sequence[int] = RANKS,
+    paces: Sequence[float] = PACES,
+    full_rates: Sequence[float] = FULL_RATES,
+    lora_rates: Sequence[float] = LORA_RATES,
+    steps: int = 100,
+    widen: int = 2,
+    seeds: int = 2,
+    seed: int = 0,
+    length: int | None = None,
+    batch: int = 8,
+    max_sequences: int | None = None,
+    tokenizer: str = "auto",
+    dtype: str = "float32",
+    device: str = "auto",
+    output: Path | str | None = None,
+    resume: bool = False,
+    verify: bool = False,
+    on_progress: Callable[[str, int, int], None] | None = None,
+    on_record: Callable[[AnyRecord], None] | None = None,
+    on_note: Callable[[str], None] | None = None,
+) -> Results[Any]:
+    r"""Train BASE in random subspaces of d dimensions, in full, and by LoRA, and compare the losses.
+
+    θ = θ_0 + P·z with z ∈ R^d trained and P a fixed random D × d projection (Fastfood, never written out); ``said`` has
+    one trained scale a layer besides. All runs take the same batches in the same order, for as many steps. Each size
+    tries all its learning rates with the first seed; the best on the first evaluation set is run with the other seeds.
+
+    Args:
+        base: The model: a folder that transformers can open, or a Hub id.
+        data: What to train on: text or JSONL.
+        evaluate: Held-out files of the same kind; the first decides on learning rates.
+        shifted: Files of another kind.
+        dims: Dimensions d.
+        method: ``plain`` (Li et al. 2018) or ``said`` (Aghajanyan et al. 2020).
+        share: Of full fine-tuning's gain over BASE that is to be reached.
+        ranks: Ranks of the LoRAs beside it; none if empty.
+        paces: Learning rates of the subspaces as full fine-tuning would have them: z is given pace·√(D/d), at which a
+            step of Adam moves the weights as far.
+        full_rates: Learning rates of full fine-tuning.
+        lora_rates: Learning rates of LoRA.
+        widen: So many rates more, one step of the grid further each, where the best is the lowest or the highest tried.
+        steps: Updates of a run.
+        seeds: Runs of each size at its best rate; they differ in P or in the factors' initial values.
+        seed: Of the data's order, and the first of the seeds.
+        length: Tokens of a sequence; by default 512 or what the model has room for.
+        batch: Sequences in a batch, of training and of evaluation.
+        max_sequences: Use the first so many sequences of each evaluation file.
+        tokenizer: ``auto``, ``bytes`` or a folder.
+        dtype: ``float32``; others are refused, because they round the steps of full fine-tuning away.
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:1``.
+        output: Results file, appended run by run.
+        resume: Go on behind what an interrupted run left in ``output``; finished runs are not run again.
+        verify: Let ``resume`` compare a SHA-256 of every byte of the models; of texts it does so anyway.
+        on_progress: Called with what is being done, steps and batches done, and all of them.
+        on_record: Called with every record, in the order of the file, as it comes.
+        on_note: Called with the estimate of what it will cost, before it begins.
+
+    Returns:
+        The records are in ``whole``: BASE's losses, and those of every run, set by set.
+
+    Raises:
+        UsageError: An option makes no sense, a text is trained on and evaluated, or the extra ``train`` is missing.
+        InputError: An input cannot be read, or the model cannot be opened or adapted.
+
+    Reference:
+        Li, Farkhoor, Liu and Yosinski 2018, arXiv:1804.08838; Aghajanyan, Zettlemoyer and Gupta 2020, arXiv:2012.13255.
+    """
+    check(batch, max_sequences, method=(method, METHODS))
+    kind: Method = "said" if method == "said" else "plain"
+    _check(dims, ranks, share)
+    grids = {"--lr": paces, "--full-lr": full_rates, "--lora-lr": lora_rates}
+    check_training(grids, {"--steps": steps, "--seeds": seeds}, widen, seed)
+    if dtype != "float32":
+        raise UsageError(
+            f"--dtype {dtype}: rounds most steps of full fine-tuning away, by which all else is measured; use float32"
+        )
+    check_files(evaluate, *shifted, data)
+    model = open_model(base, resolve_device(device), dtype, length, tokenizer)
+    total = sum(parameter.numel() for parameter in model.module.parameters())
+    for dim in dims:
+        check_dim(dim, total, scales_of(model.module) if method == "said" else 0)
+    sets = read_sets(model, evaluate, shifted, max_sequences)
+    training = Training(read_training(data, model, sets), steps, batch, seed)
+    settings = {
+        "dims": sorted(set(dims)),
+        "method": method,
+        "share": share,
+        "ranks": sorted(set(ranks)),
+        "paces": sorted(set(paces)),
+        "full_rates": sorted(set(full_rates)),
+        "lora_rates": sorted(set(lora_rates)),
+        "widen": widen,
+        "steps": steps,
+        "seeds": seeds,
+        "seed": seed,
+        "order": training.order_hash,
+        "params": total,
+        "scale_step": SCALE_STEP if method == "said" else None,
+        "optimizer": RECIPE,
+    }
+    inputs = (
+        describe("base", open_checkpoint(base), verify=verify),
+        described(training.texts, "data"),
+        *map(described, sets),
+    )
+    run = run_of("probe intrinsic", inputs, settings, model, batch, dtype)
+    watch = Watch(on_progress, on_record, on_note)
+    with ResultsWriter[Any](Path(output) if output is not None else None, run, resume) as writer:
+        kept = Kept(writer, watch)
+        if kept.finished is not None:
+            return kept.finished
+        probe = _Probe(model, kind, total, Walk(training, sets, seeds, widen, kept, watch))
+        arms = {
+            "in full": probe.arm("full", [None], full_rates),
+            "in subspaces": probe.arm("subspace", sorted(set(dims)), paces),
+            **({"of LoRA": probe.arm("lora", sorted(set(ranks)), lora_rates)} if ranks else {}),
+        }
+        probe.tell_cost(arms)
+        probe.measure_base()
+        for arm in arms.values():
+            probe.walk.run(arm)
+        return kept.end([])
+
+
+@dataclass(frozen=True, slots=True)
+class _Cell:
+    """One run.
+
+    Args:
+        subject: What is trained: all weights (``full``), z in a ``subspace``, or ``lora``'s factors.
+        size: d or r; None for all weights.
+        rate: Learning rate; of a subspace as full fine-tuning would have it, its pace.
+        seed: Of P, of the factors' initial values, and of dropout where BASE has some.
+        method: Of the subspace.
+        total: Parameters of BASE.
+    """
+
+    subject: Subject
+    size: int | None
+    rate: float
+    seed: int
+    method: Method
+    total: int
+
+    @property
+    def dim(self) -> int | None:
+        """Dimension of a subspace; None for the others."""
+        return self.size if self.subject == "subspace" else None
+
+    @property
+    def rank(self) -> int | None:
+        """Rank of a LoRA; None for the others."""
+        return self.size if self.subject == "lora" else None
+
+    @property
+    def lr(self) -> float:
+        """The rate as Adam is given it."""
+        return self.rate if self.dim is None else rate_of(self.rate, self.dim, self.total)
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """By which its records are told from others."""
+        return {"subject": self.subject, "dim": self.dim, "rank": self.rank, "lr": self.lr, "seed": self.seed}
+
+    @property
+    def label(self) -> str:
+        """What is being run, in words."""
+        what = {"full": "full", "subspace": f"d={self.size}", "lora": f"r={self.size}"}[self.subject]
+        return f"{what} lr={self.lr:.3g} seed {self.seed}"
+
+
+@dataclass(frozen=True, slots=True)
+class _Probe:
+    """A run as far as it is."""
+
+    model: Model
+    method: Method
+    total: int
+    walk: Walk
+
+    def arm(self, subject: Subject, sizes: Sequence[int | None], rates: Sequence[float]) -> Arm:
+        """Return what is trained at a grid of sizes and rates."""
+        return Arm(tuple(sizes), tuple(sorted(set(rates))), partial(self._trial, subject))
+
+    def _trial(self, subject: Subject, size: int | None, rate: float, seed: int) -> Trial:
+        cell = _Cell(subject, size, rate, seed, self.method, self.total)
+        return Trial(cell.fields, cell.label, partial(self._trained, cell))
+
+    def _trained(
+        self, cell: _Cell, training: Training, sets: Sequence[Texts], after: Callable[[], None]
+    ) -> list[Intrinsic]:
+        if cell.dim is not None:
+            one = Run(cell.dim, cell.rate, cell.seed, cell.method)
+            found, last = subspace_losses(self.model, one, training, sets, after)
+        else:
+            other = Cell(cell.rank, cell.lr, cell.seed, "full" if cell.rank is None else "lora")
+            found, last = losses_after(self.model, other, training, sets, after)
+        params = self._params(cell)
+        return [_record(each, losses, cell, params, last) for each, losses in zip(sets, found, strict=True)]
+
+    def _params(self, cell: _Cell) -> int:
+        """Count the numbers that a run trains."""
+        if cell.rank is not None:
+            with with_lora(self.model, cell.rank, self.walk.training.kind) as tuned:
+                return sum(each.numel() for each in tuned.module.parameters() if each.requires_grad)
+        return cell.dim or self.total
+
+    def measure_base(self) -> None:
+        """Measure BASE."""
+        walk = self.walk
+        for each in [] if walk.kept.has(walk.sets, subject="base") else walk.sets:
+            losses = measure(self.model, each, walk.training.batch, lambda: walk.watch.batch("BASE"))
+            walk.kept.put(_record(each, losses, None, 0, None))
+
+    def tell_cost(self, arms: Mapping[str, Arm]) -> None:
+        """Time one step of each kind and one batch of an evaluation, and tell what everything will take."""
+        walk = self.walk
+        base = 0 if walk.kept.has(walk.sets, subject="base") else walk.batches
+        seconds, told, evaluation = 0.0, [], 0.0
+        walk.watch.total = base
+        for what, arm in arms.items():
+            step, evaluation = walk.timed(arm)
+            runs = walk.left(arm)
+            seconds += runs * (walk.training.steps * step + walk.batches * evaluation)
+            walk.expect(runs)
+            told.append(f"{counted(runs, 'run', 'runs')} {what} of {walk.training.steps} steps of {step:.2g} s")
+        # copy, gradients and Adam's two moments of all weights; a subspace holds P, the weights in use, their gradients
+        size = 16 * self.total / 2**30
+        memory = f"; takes {size:.1f} GiB beside BASE" if size >= 0.1 else ""
+        walk.watch.note(
+            f"about {duration(seconds + base * evaluation)}: {', '.join(told)}, and their evaluations"
+            f"{walk.more(list(arms.values()))}{memory}"
+        )
+
+
+def _record(texts: Texts, losses: Losses, cell: _Cell | None, params: int, last: float | None) -> Intrinsic:
+    finite = last is not None and abs(last) < float("inf")  # NaN compares false
+    return Intrinsic(
+        set=texts.name,
+        shifted=texts.shifted,
+        data=texts.hash,
+        tokens=losses.tokens,
+        subject=cell.subject if cell else "base",
+        dim=cell.dim if cell else None,
+        rank=cell.rank if cell else None,
+        params=params,
+        lr=cell.lr if cell else None,
+        pace=cell.rate if cell and cell.rank is None else None,
+        seed=cell.seed if cell else 0,
+        loss=losses.mean if losses.is_finite else None,
+        train_loss=last if finite else None,
+    )
+
+
+def _check(dims: Sequence[int], ranks: Sequence[int], share: float) -> None:
+    """Refuse numbers that make no sense.
+
+    Raises:
+        UsageError: There are such.
+    """
+    if not dims or min(dims) < 1:
+        raise UsageError(f"--dims {','.join(map(str, dims))}: dimensions must be whole numbers from 1 up")
+    if ranks and min(ranks) < 1:
+        raise UsageError(f"--ranks {','.join(map(str, ranks))}: ranks must be whole numbers from 1 up")
+    if not 0 < share < 1:
+        raise UsageError(f"--share {share}: must lie between 0 and 1")

@@ -1,0 +1,181 @@
+"""The terminal's answer to ``probe intrinsic``: what each size gains, and the smallest that is nearly enough."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from statistics import fmean
+from typing import Any
+
+from rich.console import Group
+
+from lora_diag.probes.intrinsic.lines import Line, Reached, lines, reached
+from lora_diag.probes.truncation.summary import beyond_grid, ending, measured
+from lora_diag.records import Intrinsic, Results
+from lora_diag.rendering.columns import Column, Grid
+from lora_diag.rendering.lines import answers, inputs, notes
+from lora_diag.rendering.text import count, number, percent, short, to_text
+
+
+def intrinsic_table(
+    results: Results[Any], width: int = 80, color: bool = False, per: str = "type", then: str | None = None
+) -> str:
+    """Return a table for each set, one row a size, and the summary.
+
+    Args:
+        results: What was measured.
+        width: Columns of the terminal.
+        color: Whether to use ANSI colours.
+        per: Not used: a row is a size.
+        then: The command that a user would run next.
+    """
+    grids = [part for grid in intrinsic_grids(results) for part in grid.shown(width)]
+    return to_text(Group(*grids, answers(intrinsic_lines(results), then=then)), width, color)
+
+
+def intrinsic_lines(results: Results[Any]) -> list[tuple[str, str]]:
+    """Return the summary: set by set, the smallest subspace and LoRA that gain nearly as much."""
+    records, settings = _records(results), results.run.settings
+    sets = _sets(records)
+    told = [("Compared", "\n".join([*inputs(results.run), *notes(results.run)])), ("Measured", measured(results.run))]
+    told.append(("Trained", _trained(settings)))
+    for name in sets:
+        found = lines(records, name, sets[0], settings["seed"])
+        told.append((f"On {short(name)}", _said(_base(records, name), found, settings)))
+    if sets:
+        told.append(("Rates", _rates(lines(records, sets[0], sets[0], settings["seed"]), records, settings)))
+    return [*told, ("Read it so", _READING), *ending(results)]
+
+
+def intrinsic_grids(results: Results[Any]) -> list[Grid]:
+    """Return a table for each set, one row a size."""
+    records, settings = _records(results), results.run.settings
+    sets = _sets(records)
+    found = []
+    for name in sets:
+        shifted = " (shifted)" if any(r.shifted for r in records if r.set == name) else ""
+        rows = lines(records, name, sets[0], settings["seed"])
+        found.append(_grid(f"On {short(name)}{shifted}", _base(records, name), rows, settings["share"]))
+    return found
+
+
+def _records(results: Results[Any]) -> list[Intrinsic]:
+    return [record for record in results.whole if isinstance(record, Intrinsic)]
+
+
+def _sets(records: Sequence[Intrinsic]) -> list[str]:
+    return list(dict.fromkeys(record.set for record in records))
+
+
+def _base(records: Sequence[Intrinsic], name: str) -> Intrinsic | None:
+    return next((r for r in records if r.subject == "base" and r.set == name), None)
+
+
+_READING = (
+    "the dimension is that of this task, these steps and this share: more steps ask for other ones; rates were chosen "
+    "on the first set, so losses there are a little too low; LoRA trains no embeddings, norms, biases or head, full "
+    "fine-tuning and subspaces train all"
+)
+
+
+def _name(line: Line) -> str:
+    return {"full": "full", "subspace": f"d={line.size}", "lora": f"LoRA r={line.size}"}[line.subject]
+
+
+def _grid(caption: str, base: Intrinsic | None, found: Sequence[Line], share: float) -> Grid:
+    columns = (
+        Column("params", ("", *(count(line.params) for line in found))),
+        Column("lr", ("", *(f"{line.lr:.2g}" for line in found))),
+        Column("pace", ("", *("" if line.pace is None else f"{line.pace:.2g}" for line in found))),
+        Column("seeds", ("", *(str(len(line.losses)) for line in found))),
+        Column("loss", (_loss(base), *(f"{fmean(line.losses):.4f}" for line in found))),
+        Column("gain", ("", *(_share(line) for line in found))),
+        Column("min to max", ("", *(_span(line) for line in found))),
+    )
+    about = (
+        f"Gain is the share of full fine-tuning's fall of the loss, in the mean over seeds: the first d whose gain is "
+        f"{percent(share)} or more is the intrinsic dimension, the first such r the LoRA that is as good; where min to "
+        "max crosses that share, seeds decide."
+    )
+    return Grid(caption, "trained", ("BASE", *map(_name, found)), columns, ("pace", "seeds"), about)
+
+
+def _loss(base: Intrinsic | None) -> str:
+    return "-" if base is None or base.loss is None else f"{base.loss:.4f}"
+
+
+def _share(line: Line) -> str:
+    return f"{line.share:.0%}" if line.shares else "-"
+
+
+def _span(line: Line) -> str:
+    return f"{min(line.shares):.0%} to {max(line.shares):.0%}" if len(line.shares) > 1 else "-"
+
+
+def _trained(settings: dict[str, Any]) -> str:
+    scales = f", one scale a layer, {settings['scale_step']:.0%} a step" if settings["method"] == "said" else ""
+    return (
+        f"all {count(settings['params'])} parameters, or z in random subspaces of them (Fastfood, {settings['method']}"
+        f"{scales}), or LoRA on all linear layers but the head, alpha = 2r; {settings['steps']} steps of "
+        f"{settings['batch']} sequences; {settings['optimizer']}"
+    )
+
+
+def _said(base: Intrinsic | None, found: Sequence[Line], settings: dict[str, Any]) -> str:
+    full = next((line for line in found if line.subject == "full"), None)
+    if base is None or base.loss is None:
+        return "not measured yet"
+    if full is None:
+        return "no run of full fine-tuning is finished with a finite loss"
+    gain = base.loss - fmean(full.losses)
+    if gain <= 0:
+        return f"no gain: full fine-tuning is worse than BASE by {number(-gain)} nats, so there is no share to reach"
+    share = settings["share"]
+    told = [f"full fine-tuning gains {number(gain)} nats; wanted is {percent(share)} of that"]
+    if full.edge:
+        told.append("but its rate is at the edge of --full-lr: it may gain more, and every share would be smaller")
+    if any(line.shares and line.share > 1 for line in found if line.subject != "full"):
+        told.append("some gain more than it does: with these steps and rates it is no upper limit")
+    told.append(_answer(reached(found, "subspace", share), "d", settings))
+    if settings["ranks"]:
+        told.append(_answer(reached(found, "lora", share), "LoRA r", settings))
+    return "\n".join(told)
+
+
+def _answer(answer: Reached, what: str, settings: dict[str, Any]) -> str:
+    line, below = answer.line, answer.below
+    if line is None:
+        if below is None:
+            return f"{what}: no run is finished with a finite loss"
+        wanted = settings["dims"] if what == "d" else settings["ranks"]
+        return f"{what}: not reached up to {what.split()[-1]}={max(wanted)}, whose gain is {_shares(below)}"
+    told = f"{what}={line.size} is the smallest that reaches it, with {_shares(line)}"
+    if what != "d":
+        told += f" and {count(line.params)} parameters"
+    if below is not None:
+        told += f"; {what}={below.size} gains {_shares(below)}"
+    if len(line.shares) > 1 and not answer.sure:
+        told += "; not with every seed, so the next larger one is the safer answer"
+    if answer.missed:
+        told += f"; {', '.join(map(str, answer.missed))} again does not: seeds or rates decide here, not size"
+    return told
+
+
+def _shares(line: Line) -> str:
+    return f"{line.share:.0%}" + (f" ({_span(line)} over seeds)" if len(line.shares) > 1 else "")
+
+
+# Whose learning rates were asked for by which setting, and by which option.
+_GRIDS = (("full", "full_rates", "--full-lr"), ("subspace", "paces", "--lr"), ("lora", "lora_rates", "--lora-lr"))
+
+
+def _rates(found: Sequence[Line], records: Sequence[Intrinsic], settings: dict[str, Any]) -> str:
+    told = ["each size at the rate with the lowest loss of the first seed; pace is z's rate times √(d/D)"]
+    for subject, grid, option in _GRIDS:
+        mine = {r.lr if subject == "lora" else r.pace for r in records if r.subject == subject}
+        told += beyond_grid(mine, settings.get(grid), option)
+    if edge := [_name(line) for line in found if line.edge]:
+        told.append(f"at the edge of what was tried for {', '.join(edge)}: extend --lr, --full-lr or --lora-lr there")
+    if any(len({r.lr for r in records if r.subject == s}) == 1 for s in ("full", "lora")):
+        told.append("only one rate for full fine-tuning or LoRA: theirs may be far from the best")
+    diverged = sum(record.loss is None for record in records)
+    return "\n".join([*told, *([f"{diverged} losses are not finite: those runs diverged"] if diverged else [])])

@@ -1,0 +1,197 @@
+"""`outputs`: each adapter's held-out loss beside a full fine-tune's; `depth`: where its hidden states part from it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import PurePath
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
+
+from lora_diag.records import Probe, Results
+from lora_diag.rendering.figures.losses import limits, one_set, panel_width, panels_of, sets_of
+from lora_diag.rendering.figures.panel import panel_axes
+from lora_diag.rendering.figures.ranked import Row, draw_rows, figure_of
+from lora_diag.rendering.figures.series import Options, Series, owner_of, subject_of
+from lora_diag.rendering.figures.sheet import Key, Words, sheet
+from lora_diag.rendering.figures.style import CATEGORIES, INK, QUIET, Look, category, name_of, styled, wrapped
+
+# Rows of a panel, and lines: more are not told apart.
+ROWS = 24
+_COLORS = {"adapter": CATEGORIES[0], "reference": CATEGORIES[2], "base": QUIET}
+
+
+def lacks(records: Sequence[Probe], options: Options) -> str | None:
+    """Say why there are no gaps to draw; None if there are."""
+    return None if any(_others(records)) else "no model beside TUNED is finished"
+
+
+def lacks_depth(records: Sequence[Probe], options: Options) -> str | None:
+    """Say why there are no depths to draw; None if there are."""
+    if any(value is not None for record in _others(records) for value in record.hidden or ()):
+        return None
+    return "no hidden states were compared"
+
+
+def outputs(results: Results[Any] | Iterable[Probe], ax: Axes | None = None, *, name: str | None = None) -> Axes:
+    """Draw each model's loss minus that of TUNED, with two paired standard errors; TUNED is the line at zero.
+
+    Args:
+        results: Of ``probe outputs``, or their records.
+        ax: Where to draw; a new figure's if not given.
+        name: Of the evaluation set; the first if not given.
+
+    Returns:
+        The Axes drawn on.
+    """
+    records, called = one_set(results, "outputs", name)
+    rows = _rows(records, "")
+    with panel_axes(ax) as (axes, look):
+        draw_rows(axes, rows, [row.name for row in rows], look)
+        axes.set_xlabel("loss minus TUNED's (nats)")
+        axes.set_title(called, parse_math=False, loc="left")
+    return axes
+
+
+def depth(results: Results[Any] | Iterable[Probe], ax: Axes | None = None, *, name: str | None = None) -> Axes:
+    """Draw ‖h_TUNED − h‖ / ‖h_TUNED − h_BASE‖ of the hidden states h at each depth; BASE is 1, TUNED 0.
+
+    Args:
+        results: Of ``probe outputs``, or their records.
+        ax: Where to draw; a new figure's if not given.
+        name: Of the evaluation set; the first if not given.
+
+    Returns:
+        The Axes drawn on.
+    """
+    records, _ = one_set(results, "outputs", name)
+    lines = _lines(records, "")
+    with panel_axes(ax) as (axes, look):
+        _draw_depth(axes, lines, look)
+        axes.set(xlabel="block (0: embeddings)", ylabel="distance of hidden states")
+        axes.legend(*zip(*[(key.handle, key.label) for key in _keys(lines, look)], strict=True), fontsize="small")
+    return axes
+
+
+def figure(series: Sequence[Series[Any]], look: Look, options: Options) -> Figure:
+    """Return the gaps, one panel a set."""
+    panels: list[tuple[str, list[Row]]] = []
+    sets = sets_of(record for one in series for record in one.records)
+    for name, called in sets.items():
+        rows = []
+        for one in series:
+            rows += _rows([r for r in one.records if r.set == name], owner_of(one, series))
+        panels.append((called, _ordered(rows, panels[0][1] if panels else ())))
+    most = max(sum(record.set == name for one in series for record in _others(one.records)) for name in sets)
+    notes = ["Bars are two paired standard errors, by sequence: one that crosses zero cannot be told from TUNED."]
+    notes.append(f"The {ROWS} largest gaps of {most}." if most > ROWS else "")
+    about = subject_of(series)
+    words = Words(
+        "Held-out loss of each model, less that of the full fine-tune",
+        f"{about}mean negative log-likelihood, nats; to the left of the line is better than TUNED",
+        (" ".join(filter(None, notes)),),
+    )
+    return figure_of(panels, "loss minus TUNED's (nats)", words, look)
+
+
+def depth_figure(series: Sequence[Series[Any]], look: Look, options: Options) -> Figure:
+    """Return the distances by depth, one panel a set."""
+    sets = sets_of(record for one in series for record in one.records if not lacks_depth([record], options))
+    rows, columns = panels_of(len(sets), look)
+    inches = panel_width(look, columns)
+    by_set = {
+        name: [
+            line for one in series for line in _lines([r for r in one.records if r.set == name], owner_of(one, series))
+        ]
+        for name in sets
+    }
+    names = list(dict.fromkeys(name for lines in by_set.values() for name, _ in lines))
+    with styled(look):
+        about = subject_of(series)
+        words = Words(
+            "Distance of the hidden states from those of the full fine-tune",
+            f"{about}‖h_TUNED − h‖ / ‖h_TUNED − h_BASE‖ over all tokens; BASE is 1, TUNED 0",
+            (
+                "How alike two models are, which is no quality: the loss says which is better."
+                + (f" Not drawn: {len(names) - len(CATEGORIES)} more models." if len(names) > len(CATEGORIES) else ""),
+            ),
+            _keys([(name, ()) for name in names[: len(CATEGORIES)]], look),
+        )
+        figure, axes = sheet(look, words, rows, columns, panel=1.7 * look.panel, share=False)
+        for (name, called), ax in zip(sets.items(), axes, strict=False):
+            found = dict(by_set[name])
+            _draw_depth(ax, [(one, found.get(one, ())) for one in names[: len(CATEGORIES)]], look)
+            ax.set_title(wrapped(called, inches, look.text), parse_math=False)
+            ax.set_xlabel("block (0: embeddings)")
+            ax.set_ylabel("distance")
+        for ax in axes[len(sets) :]:
+            ax.remove()
+    return figure
+
+
+def _others(records: Iterable[Probe]) -> list[Probe]:
+    return [record for record in records if record.subject in {"adapter", "reference"} and record.gap is not None]
+
+
+def _rows(mine: Sequence[Probe], whose: str) -> list[Row]:
+    found = [record for record in mine if record.subject != "tuned" and record.gap is not None]
+    # BASE far away would press all others together: its gap is in the table.
+    others = _others(found)
+    furthest = max((abs(record.gap or 0.0) for record in others), default=0.0)
+    shown = [r for r in found if r.subject != "base" or not others or abs(r.gap or 0.0) <= 4 * furthest]
+    return sorted(
+        (
+            Row(
+                f"{whose}{_called(record)}",
+                record.gap or 0.0,
+                None if record.gap_error is None else 2 * record.gap_error,
+                _COLORS.get(record.subject, INK),
+            )
+            for record in shown
+        ),
+        key=lambda row: -row.value,
+    )
+
+
+def _ordered(rows: Sequence[Row], first: Sequence[Row]) -> list[Row]:
+    """Return the largest gaps of a panel, in the order of the first one where they are in it."""
+    place = {row.name: number for number, row in enumerate(first)}
+    largest = sorted(rows, key=lambda row: -row.value)[:ROWS]
+    return sorted(largest, key=lambda row: place.get(row.name, len(place)))
+
+
+def _called(record: Probe) -> str:
+    if record.subject == "base":
+        return "BASE"
+    name = name_of(PurePath(record.name).name or record.name)
+    return f"{name} (reference)" if record.subject == "reference" else name
+
+
+def _lines(mine: Sequence[Probe], whose: str) -> list[tuple[str, Sequence[float | None]]]:
+    return [(f"{whose}{_called(record)}", record.hidden) for record in _others(mine) if record.hidden]
+
+
+def _draw_depth(ax: Axes, lines: Sequence[tuple[str, Sequence[float | None]]], look: Look | None) -> None:
+    width = look.line if look else 1.2
+    values = [0.0, 1.0]
+    for number, (name, hidden) in enumerate(lines):
+        known = [(place, value) for place, value in enumerate(hidden) if value is not None]
+        if known:
+            style: dict[str, Any] = {"color": category(number), "lw": 1.5 * width, "marker": "o", "ms": 2.6 * width}
+            ax.plot(*zip(*known, strict=True), label=f"_{name}", **style)
+            values += [value for _, value in known]
+    ax.axhline(1, color=INK, lw=0.8 * width, ls=(0, (4, 2)), zorder=1)
+    ax.set_ylim(0, limits(values)[1])
+    ax.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
+    ax.yaxis.set_major_locator(MaxNLocator(nbins=4, steps=[1, 2, 5, 10]))
+
+
+def _keys(lines: Sequence[tuple[str, Any]], look: Look | None) -> tuple[Key, ...]:
+    width = look.line if look else 1.2
+    return tuple(
+        Key(Line2D([], [], color=category(number), lw=1.5 * width, marker="o", ms=2.6 * width), name)
+        for number, (name, _) in enumerate(lines)
+    )

@@ -1,0 +1,167 @@
+"""How far a model's outputs are from a fine-tune's: logits, probabilities, choices, and before all of them the loss.
+
+An adapter is applied as its own ΔW on the weights of BASE, so any kind of adapter can be held against any other. Sets
+are taken in chunks, so that the outputs of only three models for a few sequences are held at once: logits of what is
+predicted, and the hidden states of every token.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from lora_diag.models.data import Texts
+from lora_diag.models.losses import Losses, counted, forward, nll
+from lora_diag.models.opening import Model, in_batches
+from lora_diag.models.swapping import FULL, Swapped
+from lora_diag.records import Probe
+from lora_diag.records.probe import Subject
+
+# What logits and hidden states of two models may take together.
+OUTPUT_BYTES = 2**30
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A model that is measured: BASE with an update, or BASE itself.
+
+    Args:
+        subject: What it is.
+        name: An adapter's or a reference's path.
+        swapped: Its update; None for BASE.
+    """
+
+    subject: Subject
+    name: str
+    swapped: Swapped | None
+
+
+@dataclass(frozen=True)
+class _Said:
+    """What a model says of one sequence.
+
+    Args:
+        logits: Of what is predicted, ``(n, classes)`` float32.
+        labels: What is to be predicted, ``(n,)``.
+        hidden: Hidden states of every token, one ``(tokens, size)`` for each depth: embeddings, then behind each block.
+    """
+
+    logits: Tensor
+    labels: Tensor
+    hidden: tuple[Tensor, ...]
+
+
+@dataclass
+class _Sums:
+    """What is added up of one contender over a set."""
+
+    nll: list[float] = field(default_factory=list)
+    counts: list[int] = field(default_factory=list)
+    squares: float = 0.0
+    kl: float = 0.0
+    same: int = 0
+    hidden: list[float] = field(default_factory=list)
+
+    @property
+    def losses(self) -> Losses:
+        return Losses(torch.tensor(self.nll, dtype=torch.float64), torch.tensor(self.counts, dtype=torch.float64))
+
+    def add(self, said: _Said, tuned: _Said) -> None:
+        """Add one sequence, beside what TUNED says of it."""
+        self.nll.append(float(nll(said.logits, said.labels)))
+        self.counts.append(len(said.labels))
+        self.squares += _squares(tuned.logits, said.logits)
+        log_p, log_q = tuned.logits.double().log_softmax(-1), said.logits.double().log_softmax(-1)
+        self.kl += float((log_p.exp() * (log_p - log_q)).sum())
+        self.same += int((tuned.logits.argmax(-1) == said.logits.argmax(-1)).sum())
+        self.hidden = self.hidden or [0.0] * len(said.hidden)
+        for depth, (h, h_tuned) in enumerate(zip(said.hidden, tuned.hidden, strict=True)):
+            self.hidden[depth] += _squares(h_tuned, h)
+
+
+def _squares(one: Tensor, other: Tensor) -> float:
+    return float((one.double() - other.double()).square().sum())
+
+
+@torch.no_grad()
+def outputs(
+    model: Model,
+    contenders: Sequence[Contender],
+    texts: Texts,
+    size: int,
+    after: Callable[[str], None],
+) -> Iterator[Probe]:
+    """Yield one record for each contender on one set.
+
+    Args:
+        model: BASE; its weights are changed and put back.
+        contenders: BASE first, TUNED second, then the others.
+        texts: The set.
+        size: Sequences in a batch.
+        after: Called after every batch.
+    """
+    sums = [_Sums() for _ in contenders]
+    for chunk in chunks(model, texts, size):
+        ends = [_said(model, contender, chunk, size, after) for contender in contenders[:2]]
+        for i, contender in enumerate(contenders):
+            found = ends[i] if i < 2 else _said(model, contender, chunk, size, after)
+            for said, tuned in zip(found, ends[1], strict=True):
+                sums[i].add(said, tuned)
+    for contender, own in zip(contenders, sums, strict=True):
+        yield _record(contender, own, sums[0], sums[1], texts)
+
+
+def chunks(model: Model, texts: Texts, size: int) -> Iterator[Texts]:
+    """Yield parts of a set, whole batches, whose outputs from two models fit into ``OUTPUT_BYTES``."""
+    config = model.module.config
+    classes = len(model.labels) if model.kind == "classifier" else getattr(config, "vocab_size", 1)
+    states = (getattr(config, "num_hidden_layers", 0) + 1) * getattr(config, "hidden_size", 0)
+    longest = max(len(sequence.ids) for sequence in texts.sequences)
+    step = size * max(1, OUTPUT_BYTES // (2 * 4 * longest * max(1, classes + states) * size))
+    for first in range(0, len(texts.sequences), step):
+        yield replace(texts, sequences=texts.sequences[first : first + step])
+
+
+def _said(model: Model, contender: Contender, chunk: Texts, size: int, after: Callable[[str], None]) -> list[_Said]:
+    """Return what a model says of every sequence, with the contender's weights in place meanwhile."""
+    if contender.swapped is not None:
+        contender.swapped.arrange(dict.fromkeys(contender.swapped.layers, FULL))
+    found = []
+    for batch in in_batches(len(chunk.sequences), size):
+        chosen = [chunk.sequences[i] for i in batch]
+        out = forward(model, chosen, hidden=True)
+        for i, sequence in enumerate(chosen):
+            logits, labels = counted(model, sequence, out.logits[i])
+            hidden = tuple(states[i, : len(sequence.ids)].float() for states in out.hidden_states or ())
+            found.append(_Said(logits.float(), labels, hidden))
+        after(contender.name or contender.subject)
+    if contender.swapped is not None:
+        contender.swapped.arrange({})
+    return found
+
+
+def _record(contender: Contender, own: _Sums, base: _Sums, tuned: _Sums, texts: Texts) -> Probe:
+    gap, error = own.losses.minus(tuned.losses)
+    change = base.losses.mean - tuned.losses.mean
+    predicted = own.losses.tokens
+    return Probe(
+        probe="outputs",
+        set=texts.name,
+        shifted=texts.shifted,
+        subject=contender.subject,
+        name=contender.name,
+        tokens=predicted,
+        data=texts.hash,
+        loss=own.losses.mean,
+        gap=gap,
+        gap_error=error,
+        kept=(base.losses.mean - own.losses.mean) / change + 0.0 if change else None,
+        distance=math.sqrt(own.squares / base.squares) if base.squares else None,
+        kl=own.kl / predicted,
+        agreement=own.same / predicted,
+        hidden=tuple(math.sqrt(x / b) if b else None for x, b in zip(own.hidden, base.hidden, strict=True)) or None,
+    )

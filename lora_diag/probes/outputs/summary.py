@@ -1,0 +1,152 @@
+"""The terminal's answer to ``probe outputs``: the loss of every model first, then how far its outputs are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Group
+
+from lora_diag.probes.truncation.summary import ending, gap, measured, names_of, noise, probes, share
+from lora_diag.records import Probe, Results
+from lora_diag.rendering.columns import Column, Grid
+from lora_diag.rendering.lines import answers, called, inputs, notes
+from lora_diag.rendering.text import number, percent, short, to_text
+
+# For runs without a reference: what was measured elsewhere (docs/probe.md).
+_NONE = (
+    "none for the distances: give another full fine-tune with --reference; two seeds of one were 0.39 apart on the one "
+    "model where that was measured"
+)
+
+# So many depths of hidden states are shown; the records have all.
+DEPTHS = 7
+
+
+def outputs_table(
+    results: Results[Any], width: int = 80, color: bool = False, per: str = "type", then: str | None = None
+) -> str:
+    """Return a table for each set, one row a model, and the summary.
+
+    Args:
+        results: What was measured.
+        width: Columns of the terminal.
+        color: Whether to use ANSI colours.
+        per: Not used: a row is a model.
+        then: The command that a user would run next.
+    """
+    grids = [part for grid in outputs_grids(results) for part in grid.shown(width)]
+    return to_text(Group(*grids, answers([*outputs_lines(results), *([("Next", then)] if then else [])])), width, color)
+
+
+def outputs_lines(results: Results[Any]) -> list[tuple[str, str]]:
+    """Return the summary: set by set, which model is better, then how alike they are."""
+    records = probes(results)
+    names = _names(records)
+    told = [("Compared", "\n".join([*inputs(results.run), *notes(results.run)])), ("Measured", measured(results.run))]
+    for name in names_of(records):
+        mine = [record for record in records if record.set == name]
+        told.append((f"On {short(name)}", _verdict(mine, names)))
+    if not any(record.subject == "reference" for record in records):
+        told.append(("Yardstick", _NONE))
+    return [*told, ("Read it so", _READING), *ending(results)]
+
+
+def outputs_grids(results: Results[Any]) -> list[Grid]:
+    """Return two tables a set, one row a model: loss and outputs; hidden states by depth, if they were taken."""
+    records = probes(results)
+    names = _names(records)
+    found = []
+    for name in names_of(records):
+        mine = [record for record in records if record.set == name]
+        found += [_losses(f"On {short(name)}{' (shifted)' if mine[0].shifted else ''}", mine, names)]
+        if others := [record for record in mine if record.hidden and record.subject not in {"base", "tuned"}]:
+            found.append(_depths(f"On {short(name)}: distance of the hidden states behind block", others, names))
+    return found
+
+
+_READING = (
+    "the loss says which model is better; distance (of logits, of hidden states) and KL say how alike they are, which "
+    "is no quality: on one real triple the adapter nearest in logits had the worst loss. Runs that saw their batches "
+    "in one order come out closer than they are (0.35 against 0.42 to 0.44 there)"
+)
+
+
+def _names(records: Sequence[Probe]) -> dict[str, str]:
+    """Return what each adapter and reference is called."""
+    paths = list(dict.fromkeys(record.name for record in records if record.name))
+    return dict(zip(paths, called(paths), strict=True))
+
+
+def _name(record: Probe, names: dict[str, str]) -> str:
+    if not record.name:
+        return record.subject.upper()
+    return f"{names[record.name]} (reference)" if record.subject == "reference" else names[record.name]
+
+
+def _losses(caption: str, mine: Sequence[Probe], names: dict[str, str]) -> Grid:
+    columns = (
+        Column("loss", tuple(f"{record.nats:.4f}" for record in mine)),
+        Column("to TUNED", tuple(map(gap, mine))),
+        Column("kept", tuple("-" if record.kept is None else f"{record.kept:.2f}" for record in mine)),
+        Column("distance", tuple("-" if record.distance is None else f"{record.distance:.3f}" for record in mine)),
+        Column("KL", tuple("-" if record.kl is None else number(record.kl) for record in mine)),
+        Column("agree", tuple("-" if record.agreement is None else percent(record.agreement) for record in mine)),
+    )
+    return Grid(caption, "model", tuple(_name(record, names) for record in mine), columns, ("kept", "agree"))
+
+
+def _depths(caption: str, mine: Sequence[Probe], names: dict[str, str]) -> Grid:
+    """Return ‖h_TUNED − h‖ / ‖h_TUNED − h_BASE‖ at some depths, evenly chosen where there are many."""
+    last = max(len(record.hidden or ()) for record in mine) - 1
+    shown = sorted({round(i * last / (DEPTHS - 1)) for i in range(DEPTHS)})
+    columns = []
+    for depth in shown:
+        at = [(record.hidden or ())[depth] for record in mine]
+        cells = tuple("same" if value is None else f"{value:.2f}" for value in at)
+        columns.append(Column(str(depth) if depth else "0 (input)", cells))
+    return Grid(caption, "model", tuple(_name(record, names) for record in mine), tuple(columns))
+
+
+def _verdict(mine: Sequence[Probe], names: dict[str, str]) -> str:
+    ends = {record.subject: record for record in mine if record.subject in {"base", "tuned"}}
+    if len(ends) < 2:
+        return "not measured yet"
+    base, tuned = ends["base"], ends["tuned"]
+    lines = [f"loss {base.nats:.3f} of BASE → {tuned.nats:.3f} of TUNED{noise(base)}"]
+    adapters = [record for record in mine if record.subject == "adapter"]
+    lines += [f"{_name(record, names)}: {_against(record)}" for record in adapters]
+    reference = next((record for record in mine if record.subject == "reference"), None)
+    lines += _distances(adapters, reference, names)
+    return "\n".join(lines)
+
+
+def _against(record: Probe) -> str:
+    """Say whether a model is better or worse than TUNED, or cannot be told from it."""
+    if record.gap is None or record.gap_error is None:
+        return "one sequence has no error"
+    if abs(record.gap) <= 2 * record.gap_error:
+        return f"cannot be told from TUNED ({gap(record)})"
+    kept = "" if record.kept is None else f", {share(record)} of TUNED's change"
+    return f"{'worse' if record.gap > 0 else 'better'} than TUNED by {gap(record)}{kept}"
+
+
+def _distances(adapters: Sequence[Probe], reference: Probe | None, names: dict[str, str]) -> list[str]:
+    known = [record for record in adapters if record.distance is not None]
+    if not known:
+        return []
+    lines = []
+    if reference is not None and reference.distance is not None:
+        near = [record for record in known if (record.distance or 0.0) <= reference.distance]
+        lines.append(
+            f"{len(near)} of {len(known)} adapters are as near to TUNED as the reference is ({reference.distance:.2f})"
+        )
+    nearest = min(known, key=lambda record: record.distance or 0.0)
+    best = min(known, key=lambda record: record.nats)
+    if len(known) > 1:
+        same = "is also" if nearest is best else f"is not the best in loss, which {_name(best, names)} is:"
+        lines.append(
+            f"nearest is {_name(nearest, names)} ({nearest.distance:.2f}); it {same}"
+            + (" the best in loss" if nearest is best else " distance is no quality")
+        )
+    return lines

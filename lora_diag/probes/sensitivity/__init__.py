@@ -1,0 +1,1 @@
+"""``probe sensitivity``: the gain of adapting one layer or module type alone."""

@@ -1,0 +1,91 @@
+"""`sensitivity`: what each layer, block or module type gains in held-out loss where it is adapted alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from lora_diag.probes.sensitivity.gains import gains_of
+from lora_diag.records import Results, Sensitivity
+from lora_diag.rendering.figures.losses import sets_of
+from lora_diag.rendering.figures.panel import panel_axes
+from lora_diag.rendering.figures.ranked import Row, draw_rows, figure_of
+from lora_diag.rendering.figures.series import Options, Series, owner_of, subject_of
+from lora_diag.rendering.figures.sheet import Words
+from lora_diag.rendering.figures.style import Look, category, name_of
+
+# Rows of a panel.
+ROWS = 24
+
+
+def lacks(records: Sequence[Sensitivity], options: Options) -> str | None:
+    """Say why there is nothing to draw; None if there is."""
+    return None if _rows(records, _first(records), "", 0) else "no unit is finished with a gain"
+
+
+def sensitivity(
+    results: Results[Any] | Iterable[Sensitivity], ax: Axes | None = None, *, name: str | None = None
+) -> Axes:
+    """Draw BASE's loss minus that of each unit adapted alone, at its best learning rate, with two standard errors.
+
+    Args:
+        results: Of ``probe sensitivity``, or their records.
+        ax: Where to draw; a new figure's if not given.
+        name: Of the evaluation set; the first if not given.
+
+    Returns:
+        The Axes drawn on: at the smallest rank trained, the highest gain first.
+    """
+    every = results.whole if isinstance(results, Results) else results
+    records = [record for record in every if isinstance(record, Sensitivity)]
+    chosen = name if name is not None else _first(records)
+    rows = _rows(records, chosen, "", 0)[:ROWS]
+    with panel_axes(ax) as (axes, look):
+        draw_rows(axes, rows, [row.name for row in rows], look)
+        axes.set_xlabel("loss of BASE minus loss (nats)")
+        axes.set_title(sets_of(records)[chosen], parse_math=False, loc="left")
+    return axes
+
+
+def figure(series: Sequence[Series[Any]], look: Look, options: Options) -> Figure:
+    """Return the gains, one panel a set, the highest first."""
+    panels, most = [], 0
+    for name, called in sets_of(record for one in series for record in one.records).items():
+        rows = []
+        for number, one in enumerate(series):
+            rows += _rows(one.records, name, owner_of(one, series), number)
+        most = max(most, len(rows))
+        panels.append((called, sorted(rows, key=lambda row: -row.value)[:ROWS]))
+    ranks = sorted({_rank(one.records) for one in series})
+    notes = [
+        "Bars are two standard errors, paired by sequence. What a part gains alone is not its share of what all gain."
+    ]
+    notes += [f"The {ROWS} highest of {most}."] if most > ROWS else []
+    about = subject_of(series)
+    words = Words(
+        f"What each part gains where it is adapted alone, r\xa0=\xa0{', '.join(map(str, ranks))}",
+        f"{about}loss of BASE minus loss on held-out text, nats; to the right of the line is better",
+        (" ".join(notes),),
+    )
+    return figure_of(panels, "loss of BASE minus loss (nats)", words, look)
+
+
+def _first(records: Sequence[Sensitivity]) -> str:
+    return records[0].set
+
+
+def _rank(records: Sequence[Sensitivity]) -> int:
+    return min((record.rank for record in records if record.rank is not None), default=0)
+
+
+def _rows(records: Sequence[Sensitivity], name: str, whose: str, number: int) -> list[Row]:
+    seed = min((record.seed for record in records if record.unit), default=0)
+    found = gains_of(records, name, _first(records), _rank(records), seed)
+    rows = [
+        Row(f"{whose}{name_of(one.unit)}", one.gain, None if one.error is None else 2 * one.error, category(number))
+        for one in found
+    ]
+    return sorted(rows, key=lambda row: -row.value)

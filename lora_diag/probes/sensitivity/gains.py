@@ -1,0 +1,254 @@
+"""Records of ``probe sensitivity`` → what each unit gains alone, what predicts that, and weights for an allocation.
+
+Knows records only. At every rank a unit's learning rate is the one with its lowest loss.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import fmean
+
+import numpy as np
+
+from lora_diag.metrics.correlation import interval, p_value, spearman
+from lora_diag.records import FirstOrder, Sensitivity, Spectrum
+from lora_diag.records.names import module_type_of
+from lora_diag.running.rates import edge, lowest
+
+# A gain of less than so many standard errors is not told from none.
+ERRORS = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Gain:
+    """What one unit gains alone at one rank, in the mean over seeds.
+
+    Args:
+        unit: Its name.
+        layers: Its weights.
+        params: Of its factors.
+        lr: The rate with the lowest loss at the first seed.
+        gain: Loss of BASE minus its loss.
+        error: Standard error of ``gain`` over sequences; None for one sequence.
+        seeds: The gain of each seed.
+        nll: Of each sequence, in the mean over seeds.
+        edge: −1 or 1 where the rate is the lowest or the highest of several, else 0.
+    """
+
+    unit: str
+    layers: tuple[str, ...]
+    params: int
+    lr: float
+    gain: float
+    error: float | None
+    seeds: tuple[float, ...]
+    nll: tuple[float, ...]
+    edge: int
+
+    @property
+    def is_clear(self) -> bool:
+        """Whether it differs from nothing by more than two standard errors."""
+        return self.error is not None and abs(self.gain) > ERRORS * self.error
+
+
+@dataclass(frozen=True, slots=True)
+class Marginal:
+    """g(r → r + δ) = L(r) − L(r + δ) of one unit, each at its own best rate.
+
+    Args:
+        unit: Its name.
+        gain: g.
+        error: Its standard error, paired over sequences.
+    """
+
+    unit: str
+    gain: float
+    error: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Correlation:
+    """How well a score orders the measured gains.
+
+    Args:
+        score: Its name.
+        rho: Spearman's ρ over all units.
+        ends: Its 95% interval; None for few units.
+        p: Of a permutation test.
+        within: ρ within module types; None where none has three layers.
+        within_p: Likewise.
+        n: Units.
+    """
+
+    score: str
+    rho: float | None
+    ends: tuple[float, float] | None
+    p: float | None
+    within: float | None
+    within_p: float | None
+    n: int
+
+
+def best_rate(records: Sequence[Sensitivity], unit: str, rank: int, choose: str, seed: int) -> float | None:
+    """Return the rate of a unit's lowest loss on the deciding set at the first seed; None where all runs diverged."""
+    key = (unit, rank, choose, seed)
+    return lowest((unit, r.loss, r.lr) for r in records if (r.unit, r.rank, r.set, r.seed) == key).get(unit)
+
+
+def gains_of(records: Sequence[Sensitivity], name: str, choose: str, rank: int, seed: int) -> list[Gain]:
+    """Return what each unit gains on one set, in the order of the run; units whose runs all diverged are left out.
+
+    Args:
+        records: Of one run.
+        name: The set.
+        choose: The set that decides on the rates.
+        rank: r.
+        seed: The first seed.
+    """
+    base = next((r for r in records if not r.unit and r.set == name), None)
+    found = []
+    for unit in dict.fromkeys(r.unit for r in records if r.unit and r.rank == rank):
+        lr = best_rate(records, unit, rank, choose, seed)
+        runs = [r for r in records if (r.unit, r.rank, r.lr, r.set) == (unit, rank, lr, name) and r.gain is not None]
+        if base is None or lr is None or not runs:
+            continue
+        nll = tuple(fmean(each) for each in zip(*(r.nll for r in runs), strict=True))
+        gain, error = paired(base.nll, nll, base.predictions)
+        tried = {r.lr for r in records if (r.unit, r.rank) == (unit, rank) and r.lr is not None}
+        seeds = tuple(r.gain for r in sorted(runs, key=lambda r: r.seed) if r.gain is not None)
+        found.append(Gain(unit, runs[0].layers, runs[0].params, lr, gain, error, seeds, nll, edge(tried, lr)))
+    return found
+
+
+def marginals_of(
+    records: Sequence[Sensitivity], name: str, lower: Sequence[Gain], higher: Sequence[Gain]
+) -> list[Marginal]:
+    """Return what the higher rank gains over the lower one, for the units that have both."""
+    base = next((r for r in records if not r.unit and r.set == name), None)
+    more = {gain.unit: gain for gain in higher}
+    if base is None:
+        return []
+    return [
+        Marginal(gain.unit, *paired(gain.nll, more[gain.unit].nll, base.predictions))
+        for gain in lower
+        if gain.unit in more
+    ]
+
+
+def paired(one: Sequence[float], two: Sequence[float], counts: Sequence[int]) -> tuple[float, float | None]:
+    """Return the difference of two losses on the same sequences, and its standard error (ratio estimator).
+
+    Args:
+        one: Summed negative log-likelihood of each sequence.
+        two: Likewise.
+        counts: Predictions of each.
+
+    Reference: Cochran 1977, Sampling Techniques, section 2.11.
+
+    Example:
+        >>> paired([3.0, 5.0], [2.0, 2.0], [2, 2])
+        (1.0, 0.5)
+    """
+    difference, n = np.subtract(one, two), np.asarray(counts, dtype=np.float64)
+    gap = float(difference.sum() / n.sum())
+    if len(n) < 2:
+        return gap, None
+    spread = float(((difference - gap * n) ** 2).sum())
+    return gap, math.sqrt(len(n) / (len(n) - 1) * spread) / float(n.sum())
+
+
+# What is held against the measured gains: a name, and the score of one layer.
+SCORES = ("top", "fresh", "adam", "fro²", "size")
+
+
+def scores_of(gain: Gain, layers: dict[str, FirstOrder]) -> dict[str, float]:
+    """Return the first-order scores of a unit, sums over its layers; without those that a gradient lacks."""
+    mine = [layers[layer] for layer in gain.layers if layer in layers]
+    found = {"size": float(gain.params)}
+    if len(mine) == len(gain.layers):
+        found["top"] = math.fsum(each.top for each in mine)
+        found["fresh"] = math.fsum(each.fresh for each in mine)
+        found["adam"] = math.fsum(each.adam for each in mine)
+        found["fro²"] = math.fsum(each.gradient_fro**2 for each in mine)
+    return found
+
+
+def correlations(gains: Sequence[Gain], layers: dict[str, FirstOrder]) -> list[Correlation]:
+    """Return how well each score orders the measured gains.
+
+    Args:
+        gains: Of all units.
+        layers: First-order records, by layer.
+    """
+    scores = [scores_of(gain, layers) for gain in gains]
+    measured = [gain.gain for gain in gains]
+    kinds = [module_type_of(gain.layers[0]) if len(gain.layers) == 1 else None for gain in gains]
+    grouped = all(kinds) and max(map(kinds.count, kinds), default=0) >= 3
+    found = []
+    for name in SCORES:
+        values = [score[name] for score in scores if name in score]
+        if len(values) < len(gains) or len(gains) < 3:
+            continue
+        rho = spearman(measured, values)
+        within = spearman(measured, values, kinds) if grouped else None
+        found.append(
+            Correlation(
+                name,
+                rho,
+                None if rho is None else interval(rho, len(gains)),
+                p_value(measured, values),
+                within,
+                None if within is None else p_value(measured, values, kinds),
+                len(gains),
+            )
+        )
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """Factors of the layers' energies, from what was measured.
+
+    Args:
+        factors: w_ℓ by layer.
+        negative: Units whose gain was not positive: weight 0.
+        unclear: Units whose gain is within two standard errors of nothing, and is taken as it is.
+        lacking: Layers of the spectra that were not adapted: weight 0.
+        short: Layers of which fewer values were kept than the rank that was trained.
+    """
+
+    factors: dict[str, float]
+    negative: tuple[str, ...]
+    unclear: tuple[str, ...]
+    lacking: tuple[str, ...]
+    short: tuple[str, ...]
+
+
+def weights_of(gains: Sequence[Gain], rank: int, spectra: Sequence[Spectrum]) -> Weights:
+    """Return w_ℓ = max(0, ΔL_u) / Σ_{k∈u} Σ_{i≤r}σ_{k,i}², the loss gained per energy that rank r captures.
+
+    With them the weighted energy of a unit at the rank that was trained is the gain that was measured there. The layers
+    of a unit share one factor.
+
+    Args:
+        gains: On the deciding set.
+        rank: r that was trained.
+        spectra: Of the update that is to be allocated.
+    """
+    captured = {each.layer: math.fsum(s**2 for s in each.s[:rank]) for each in spectra}
+    factors = dict.fromkeys(captured, 0.0)
+    for gain in gains:
+        energy = math.fsum(captured.get(layer, 0.0) for layer in gain.layers)
+        for layer in gain.layers:
+            if layer in factors and energy > 0:
+                factors[layer] = max(0.0, gain.gain) / energy
+    adapted = {layer for gain in gains for layer in gain.layers}
+    return Weights(
+        factors,
+        tuple(gain.unit for gain in gains if gain.gain <= 0),
+        tuple(gain.unit for gain in gains if gain.gain > 0 and not gain.is_clear),
+        tuple(layer for layer in captured if layer not in adapted),
+        tuple(each.layer for each in spectra if not each.complete and len(each.s) < rank),
+    )

@@ -1,0 +1,315 @@
+"""The terminal's answer to ``probe sensitivity``: what each unit gains alone, and what would have said so for less."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.text import Text
+
+from lora_diag.metrics.correlation import spearman
+from lora_diag.probes.sensitivity.gains import (
+    Correlation,
+    Gain,
+    Marginal,
+    correlations,
+    gains_of,
+    marginals_of,
+    scores_of,
+)
+from lora_diag.probes.truncation.summary import beyond_grid, ending, measured
+from lora_diag.records import FirstOrder, Results, Sensitivity
+from lora_diag.rendering.columns import WIDE, Column, Grid, table_of
+from lora_diag.rendering.lines import answers, inputs, notes
+from lora_diag.rendering.text import count, number, short, to_text
+
+# More rows than these are in the file and on a page only.
+MOST = 40
+# So many units are named in a sentence.
+_NAMED = 3
+_UNITS = {"layer": ("layer", "layers"), "block": ("block", "blocks"), "type": ("module type", "module types")}
+# What each score is, in the words of docs/probe-sensitivity.md.
+_SCORES = {
+    "top": "Σσ_i(G)² to r",
+    "fresh": "‖P_T G‖² of a fresh LoRA",
+    "adam": "Adam's first step",
+    "fro²": "‖G‖²",
+    "size": "parameters, no gradient",
+}
+# From this ρ on, an order is called told; the number is beside the word.
+_WELL = 0.7
+# Above this p, an order is not told from chance.
+_CHANCE = 0.05
+# Which columns go first where there is too little room, by how their titles begin.
+_SPARED = ("params", "Σσ² to r", "on ", "lr", "first step", "seeds")
+
+
+def sensitivity_table(
+    results: Results[Any], width: int = 80, color: bool = False, per: str = "type", then: str | None = None
+) -> str:
+    """Return the table and the summary of ``probe sensitivity``.
+
+    Args:
+        results: What was measured.
+        width: Columns of the terminal.
+        color: Whether to use ANSI colours.
+        per: Not used: a row is what the run adapted alone.
+        then: The command that a user would run next.
+    """
+    grids = [part for grid in sensitivity_grids(results) for part in _fitted(grid, width)]
+    return to_text(Group(*grids, answers(sensitivity_lines(results), then=then)), width, color)
+
+
+def sensitivity_lines(results: Results[Any]) -> list[tuple[str, str]]:
+    """Return the summary: set by set who gains, whether more rank does, and whether one gradient would have said so."""
+    settings, records = results.run.settings, _records(results)
+    gains = _gains(results)
+    told = [("Compared", "\n".join([*inputs(results.run), *notes(results.run)])), ("Measured", measured(results.run))]
+    told.append(("Trained", _trained(settings)))
+    told += [(f"On {short(name)}", _said(records, gains[name], name, settings)) for name in gains]
+    first = next(iter(gains.values()), [])
+    if first:
+        told += _marginal(next(iter(_marginals(results, gains).values())), settings)
+        told += _repeats(first)
+        told += _others(gains, list(gains))
+        told += [("Cheaper?", _cheaper(correlations(first, _scores_of(results)), first))]
+        told += [("Rates", _rates(first, records, settings))]
+    return [*told, ("Read it so", _READING), *ending(results)]
+
+
+def _records(results: Results[Any]) -> list[Sensitivity]:
+    return [record for record in results.whole if isinstance(record, Sensitivity)]
+
+
+def _scores_of(results: Results[Any]) -> dict[str, FirstOrder]:
+    return {record.layer: record for record in results.whole if isinstance(record, FirstOrder)}
+
+
+def _gains(results: Results[Any]) -> dict[str, list[Gain]]:
+    """Return the gains by set, the one that decides first."""
+    records, settings = _records(results), results.run.settings
+    sets = list(dict.fromkeys(record.set for record in records))
+    return {name: gains_of(records, name, sets[0], settings["rank"], settings["seed"]) for name in sets}
+
+
+def _marginals(results: Results[Any], gains: dict[str, list[Gain]]) -> dict[str, list[Marginal]]:
+    """Return what the higher rank gains by set; nothing where only one rank was trained."""
+    records, settings = _records(results), results.run.settings
+    rank = settings["rank"] + (settings["delta"] or 0)
+    if rank == settings["rank"]:
+        return {name: [] for name in gains}
+    choose = next(iter(gains), "")
+    return {
+        name: marginals_of(records, name, lower, gains_of(records, name, choose, rank, settings["seed"]))
+        for name, lower in gains.items()
+    }
+
+
+_READING = (
+    "what a layer gains alone is not its share of what all gain together; a short budget says little about a long one; "
+    "rates were chosen on the first set, so gains there are a little too high; layers of one model are not "
+    "independent, so intervals and p-values of ρ are too good"
+)
+
+
+def sensitivity_grids(results: Results[Any]) -> list[Grid]:
+    """Return one row a unit, the most sensitive first; no table before a run is finished."""
+    gains, scores, settings = _gains(results), _scores_of(results), results.run.settings
+    more = _marginals(results, gains)
+    rows = sorted(next(iter(gains.values()), []), key=lambda gain: -gain.gain)
+    if not rows:
+        return []
+    first = [scores_of(row, scores) for row in rows]
+    columns = [Column("gain", tuple(_with_error(row.gain, row.error) for row in rows))]
+    if any(len(row.seeds) > 1 for row in rows):
+        columns.append(Column("seeds", tuple(_range(row.seeds) for row in rows)))
+    rank, delta = settings["rank"], settings["delta"]
+    for place, name in enumerate(gains):
+        if place:
+            columns.append(Column(f"on {short(name)}", _cells(rows, gains[name])))
+        elif delta:
+            columns.append(Column(f"g({rank}→{rank + delta})", _cells(rows, more[name])))
+    columns += [
+        Column("lr", tuple(f"{row.lr:g}" for row in rows)),
+        Column("params", tuple(count(row.params) for row in rows)),
+        Column("Σσ² to r", tuple(_score(each, "top") for each in first)),
+        Column("first step", tuple(_score(each, "adam") for each in first)),
+    ]
+    names = tuple(short(row.unit.removesuffix(".weight")) for row in rows)
+    return [Grid("", f"{_UNITS[settings['per']][0]} alone", names, tuple(columns), about=_about(settings))]
+
+
+def _cells(rows: Sequence[Gain], of: Sequence[Gain] | Sequence[Marginal]) -> tuple[str, ...]:
+    by_unit = {each.unit: each for each in of}
+    return tuple(
+        _with_error(by_unit[row.unit].gain, by_unit[row.unit].error) if row.unit in by_unit else "-" for row in rows
+    )
+
+
+def _about(settings: dict[str, Any]) -> str:
+    """Say what one reads from the table."""
+    rank, delta = settings["rank"], settings["delta"]
+    more = f"; g({rank}→{rank + delta}) is what {delta} more ranks gain there" if delta else ""
+    return (
+        f"Gain is by how much a LoRA of r={rank} on this {_UNITS[settings['per']][0]} alone lowers the held-out loss, "
+        "in nats, beside its standard error over sequences: a gain of less than twice that is not told from none"
+        f"{more}. Σσ² to r and first step are what one gradient at BASE would have said for less."
+    )
+
+
+def _fitted(grid: Grid, width: int) -> list[RenderableType]:
+    """Return what a terminal shows: the first rows, in a narrow one without columns for which names would be cut."""
+    names = grid.names[:MOST]
+    columns = [Column(column.title, column.cells[:MOST], column.justify) for column in grid.columns]
+    if width < WIDE:  # names that are cut at their beginning lose their block
+        room = width - max(map(len, [grid.title, *names])) - 2
+        for spared in _SPARED:
+            if sum(column.width + 1 for column in columns) > room:
+                columns = [column for column in columns if not column.title.startswith(spared)]
+    shown: list[RenderableType] = [table_of(grid.title, names, columns, width)]
+    if len(grid.names) > MOST:
+        shown.append(Text(f"and {len(grid.names) - MOST} more that gain less"))
+    return shown
+
+
+def _with_error(gain: float, error: float | None) -> str:
+    return f"{gain:+.4f}" + ("" if error is None else f" ±{error:.4f}")
+
+
+def _range(seeds: Sequence[float]) -> str:
+    """Return the span of the gains; a minus sign beside a dash is not to be read.
+
+    >>> _range([0.25, 0.125]), _range([0.25, -0.125]), _range([0.25])
+    ('0.1250-0.2500', '-0.1250 to 0.2500', '-')
+    """
+    if len(seeds) < 2:
+        return "-"
+    return f"{min(seeds):.4f}{' to ' if min(seeds) < 0 else '-'}{max(seeds):.4f}"
+
+
+def _score(scores: dict[str, float], name: str) -> str:
+    return number(scores[name]) if name in scores else "-"
+
+
+def _trained(settings: dict[str, Any]) -> str:
+    ranks = f"r={settings['rank']}" + (f" and {settings['rank'] + settings['delta']}" if settings["delta"] else "")
+    return (
+        f"{settings['kind']}, {ranks} on one {_UNITS[settings['per']][0]} at a time, {settings['steps']} steps of "
+        f"{settings['batch']} sequences; {settings['optimizer']}"
+    )
+
+
+def _said(records: Sequence[Sensitivity], gains: Sequence[Gain], name: str, settings: dict[str, Any]) -> str:
+    base = next(record for record in records if record.set == name and not record.unit)
+    if not gains:
+        return f"loss {base.loss:.4f} of BASE; no run is finished with a finite loss"
+    one, many = _UNITS[settings["per"]]
+    better = sum(gain.is_clear and gain.gain > 0 for gain in gains)
+    worse = sum(gain.is_clear and gain.gain < 0 for gain in gains)
+    ordered = sorted(gains, key=lambda gain: -gain.gain)
+    lines = [
+        f"loss {base.loss:.4f} of BASE; alone, {better} of {len(gains)} {many if len(gains) > 1 else one} lower it by "
+        f"more than two standard errors{f', {worse} raise it by that' if worse else ''}",
+        f"highest: {_named(ordered[:_NAMED])}",
+    ]
+    if len(ordered) > 2 * _NAMED:
+        lines.append(f"lowest: {_named(ordered[-_NAMED:])}")
+    if base.shifted:
+        lines[0] = f"shifted: {lines[0]}"
+    return "\n".join(lines)
+
+
+def _named(gains: Sequence[Gain] | Sequence[Marginal]) -> str:
+    return ", ".join(f"{short(gain.unit.removesuffix('.weight'))} {gain.gain:+.4f}" for gain in gains)
+
+
+def _marginal(more: Sequence[Marginal], settings: dict[str, Any]) -> list[tuple[str, str]]:
+    if not more:
+        return []
+    clear = [each for each in more if each.error is not None and abs(each.gain) > 2 * each.error]
+    up = sum(each.gain > 0 for each in clear)
+    ordered = sorted(more, key=lambda each: -each.gain)
+    rank = settings["rank"]
+    said = (
+        f"from r={rank} to {rank + settings['delta']}, {up} of {len(more)} gain more than two standard errors, "
+        f"{len(clear) - up} lose as much; highest: {_named(ordered[:_NAMED])}"
+    )
+    return [("More rank", said)]
+
+
+def _repeats(gains: Sequence[Gain]) -> list[tuple[str, str]]:
+    """Say whether another seed orders the units alike."""
+    both = [gain.seeds for gain in gains if len(gain.seeds) > 1]
+    if len(both) < 3:
+        return []
+    rho = spearman([seeds[0] for seeds in both], [seeds[1] for seeds in both])
+    return [("Repeats?", f"the order by the first seed and by the second: ρ = {_rho(rho)}, {len(both)} compared")]
+
+
+def _others(gains: dict[str, list[Gain]], sets: Sequence[str]) -> list[tuple[str, str]]:
+    """Say whether other sets order the units alike."""
+    lines = []
+    for name in sets[1:]:
+        other = {gain.unit: gain.gain for gain in gains[name]}
+        both = [(gain.gain, other[gain.unit]) for gain in gains[sets[0]] if gain.unit in other]
+        if len(both) > 2:
+            rho = spearman([one for one, _ in both], [two for _, two in both])
+            lines.append(f"on {short(name)} and on {short(sets[0])}: ρ = {_rho(rho)}, {len(both)} compared")
+    return [("Same order?", "\n".join(lines))] if lines else []
+
+
+def _cheaper(found: Sequence[Correlation], gains: Sequence[Gain]) -> str:
+    """Say how well scores from one gradient order the measured gains, and whether the size of a layer does as well."""
+    if not found:
+        return "not known: three units at least have to be measured"
+    ordered = sorted(found, key=lambda each: -(each.rho or 0.0))
+    best, size = next(each for each in ordered if each.score != "size" or len(ordered) == 1), found[-1]
+    clear = sum(gain.is_clear for gain in gains)
+    lines = [_verdict(best, size)]
+    if 2 * clear < len(gains):  # noise has no order that anything could predict
+        lines = [f"not known: {clear} of {len(gains)} gains are told from nothing; more --steps, or a longer --eval"]
+    inside = [each.within_p for each in found if each.within_p is not None]
+    if inside and min(inside) > _CHANCE:
+        lines.append("within a module type no score is told from chance")
+    lines.append("Spearman's ρ with the gains, 95% interval, p by permutation" + ("; within a type" if inside else ""))
+    for each in ordered:
+        ends = f" [{each.ends[0]:+.2f}, {each.ends[1]:+.2f}]" if each.ends else ""
+        p = "" if each.p is None else f" p {_p(each.p)}"
+        within = "" if each.within is None or each.within_p is None else f"; {each.within:+.2f} p {_p(each.within_p)}"
+        lines.append(f"{_rho(each.rho)}{ends}{p}{within}: {_SCORES[each.score]}")
+    return "\n".join(lines)
+
+
+def _verdict(best: Correlation, size: Correlation) -> str:
+    """Say whether the best score of the gradient is worth having."""
+    name = _SCORES[best.score]
+    if best.p is None or best.rho is None or best.p > _CHANCE or best.rho <= 0:
+        return f"no: no score of one gradient orders the {best.n} better than chance"
+    if size.rho is not None and size.rho >= best.rho:
+        return f"no: parameters alone order the {best.n} as well as the gradient's best score, {name}"
+    word = "yes" if best.rho >= _WELL else "in part"
+    return f"{word}: {name} orders the {best.n} with ρ = {best.rho:.2f}, parameters alone with {_rho(size.rho)}"
+
+
+def _p(value: float) -> str:
+    return "<0.001" if value < 0.001 else f"{value:.2g}"
+
+
+def _rho(rho: float | None) -> str:
+    return "-" if rho is None else f"{rho:+.2f}"
+
+
+def _rates(gains: Sequence[Gain], records: Sequence[Sensitivity], settings: dict[str, Any]) -> str:
+    counts = Counter(gain.lr for gain in gains)
+    told = "lowest loss of the first seed at " + ", ".join(f"{lr:g} for {n}" for lr, n in sorted(counts.items()))
+    told = "\n".join([told, *beyond_grid({record.lr for record in records}, settings.get("rates"), "--lr")])
+    low, high = (sum(gain.edge == end for gain in gains) for end in (-1, 1))
+    if len({record.lr for record in records if record.lr is not None}) == 1:
+        told += "\none rate for all: what suits some better than others cannot be told from what they could gain"
+    elif low or high:
+        ways = [f"{n} at the {end} rate tried" for n, end in ((low, "lowest"), (high, "highest")) if n]
+        told += f"\nof {len(gains)}, {' and '.join(ways)}: they may gain more with a wider --lr"
+    diverged = sum(record.loss is None for record in records)
+    return told + (f"\n{diverged} losses are not finite: those runs diverged" if diverged else "")

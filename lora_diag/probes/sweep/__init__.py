@@ -1,0 +1,1 @@
+"""``probe sweep``: held-out loss after training at several ranks."""

@@ -1,0 +1,230 @@
+"""`sweep`: the held-out loss of LoRA trained at each rank, its seeds, its learning rates, and which rank is enough."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+
+from lora_diag.probes.sweep.verdict import AtRank, SweepVerdict, best_rates, by_rank, judge
+from lora_diag.records import Probe, Results
+from lora_diag.records.probe import Subject
+from lora_diag.rendering.figures.losses import (
+    levels,
+    limits,
+    loss_axis,
+    measured_axis,
+    panel_width,
+    panels_of,
+    probes,
+    sets_of,
+)
+from lora_diag.rendering.figures.panel import panel_axes
+from lora_diag.rendering.figures.series import Options, Series, subject_of
+from lora_diag.rendering.figures.sheet import Key, Words, sheet
+from lora_diag.rendering.figures.style import FLOOR, INK, QUIET, Look, category, styled, wrapped
+
+# BASE is drawn in the panel unless it is so many times further away than the runs are from each other.
+FAR = 8.0
+# Share of the gain that a smaller rank may lose, where no run says which was asked for: the command's default.
+TOLERANCE = 0.02
+# What else may be trained, and how its line is called.
+LINES: tuple[tuple[Subject, str], ...] = (("full", "full fine-tuning"), ("bitfit", "norms and biases"))
+
+
+@dataclass(frozen=True, slots=True)
+class Course:
+    """What one sweep says on one set.
+
+    Args:
+        rows: One a rank, at its own learning rate.
+        base: BASE's loss; None where it was not measured.
+        verdict: What it comes to; None without BASE's loss.
+        lines: Mean losses of what was trained in LoRA's place, by name.
+    """
+
+    rows: tuple[AtRank, ...]
+    base: float | None
+    verdict: SweepVerdict | None
+    lines: dict[str, float]
+
+    @property
+    def points(self) -> list[tuple[int, AtRank]]:
+        """The rows with their ranks."""
+        return [(row.rank, row) for row in self.rows if row.rank is not None]
+
+    @property
+    def losses(self) -> list[float]:
+        """Of all runs."""
+        return [loss for row in self.rows for loss in row.losses]
+
+
+def lacks(records: Sequence[Probe], options: Options) -> str | None:
+    """Say why there is nothing to draw; None if there is."""
+    found = any(record.subject == "lora" and record.loss is not None for record in records)
+    return None if found else "no run of the sweep is finished with a loss"
+
+
+def course(records: Sequence[Probe], name: str, tolerance: float = TOLERANCE) -> Course:
+    """Return a sweep on one set; rates are those with the lowest loss of the first seed on the first set."""
+    first, seed = records[0].set, min((r.seed for r in records if r.subject != "base"), default=0)
+    rows = tuple(by_rank(records, name, best_rates(records, first, seed)))
+    base = next((r.loss for r in records if r.subject == "base" and r.set == name), None)
+    lines = {
+        word: row.mean
+        for subject, word in LINES
+        for row in by_rank(records, name, best_rates(records, first, seed, subject), subject)
+    }
+    return Course(rows, base, judge(rows, base, tolerance) if rows and base is not None else None, lines)
+
+
+def sweep(results: Results[Any] | Iterable[Probe], ax: Axes | None = None, *, name: str | None = None) -> Axes:
+    """Draw the loss at each rank: the mean over seeds, each seed a dot, BASE as a line, what is within tolerance grey.
+
+    Args:
+        results: Of ``probe sweep``, or their records.
+        ax: Where to draw; a new figure's if not given.
+        name: Of the evaluation set; the first if not given.
+
+    Returns:
+        The Axes drawn on.
+    """
+    records = probes(results, "sweep")
+    sets = sets_of(records)
+    chosen = name if name is not None else next(iter(sets))
+    tolerance = results.run.settings.get("tolerance", TOLERANCE) if isinstance(results, Results) else TOLERANCE
+    found = course(records, chosen, tolerance)
+    with panel_axes(ax) as (axes, look):
+        inches = float(axes.get_window_extent().width) / axes.figure.dpi
+        _draw(axes, [found], inches, look)
+        axes.set(xlabel="rank r, and its learning rate", ylabel="loss (nats)")
+        axes.set_title(_finding(sets[chosen], found), parse_math=False, loc="left")
+    return axes
+
+
+def figure(series: Sequence[Series[Any]], look: Look, options: Options) -> Figure:
+    """Return a panel a set; several sweeps are told apart by colour."""
+    sets = sets_of(record for one in series for record in one.records)
+    rows, columns = panels_of(len(sets), look)
+    inches = panel_width(look, columns)
+    with styled(look):
+        figure, axes = sheet(look, _words(series, sets, look), rows, columns, panel=1.9 * look.panel, share=False)
+        for (name, called), ax in zip(sets.items(), axes, strict=False):
+            found = [course(one.records, name, _tolerance(one)) for one in series]
+            _draw(ax, found, inches, look)
+            title = called if len(found) > 1 else _finding(called, found[0])
+            ax.set_title(wrapped(title, inches, look.text), parse_math=False)
+            ax.set_xlabel("rank r" if len(found) > 1 else "rank r, and its learning rate")
+            ax.set_ylabel("loss (nats)")
+        for ax in axes[len(sets) :]:
+            ax.remove()
+    return figure
+
+
+def _tolerance(one: Series[Any]) -> float:
+    return float(one.run.settings.get("tolerance", TOLERANCE)) if one.run else TOLERANCE
+
+
+def _draw(ax: Axes, found: Sequence[Course], inches: float, look: Look | None) -> None:
+    width = look.line if look else 1.2
+    losses = [loss for one in found for loss in one.losses]
+    if not losses:
+        return
+    for number, one in enumerate(found):
+        if not one.rows:
+            continue
+        color = category(number)
+        means = [row.mean for row in one.rows]
+        if len(found) == 1 and one.verdict is not None and one.verdict.tolerance > 0:
+            grey: dict[str, Any] = {"color": FLOOR, "alpha": 0.35, "lw": 0, "zorder": 1}
+            ax.axhspan(min(means), min(means) + one.verdict.tolerance, label="_tolerance", **grey)
+        dots = [(rank, loss) for rank, row in one.points for loss in row.losses]
+        small: dict[str, Any] = {"ls": "", "marker": "o", "ms": 2.6 * width, "mew": 0, "alpha": 0.55}
+        ax.plot(*zip(*dots, strict=True), color=color, label="_seeds", **small)
+        ax.plot([rank for rank, _ in one.points], means, color=color, lw=1.6 * width, zorder=2.5, label="_mean")
+        for rank, row in one.points:
+            if one.verdict is not None and rank == one.verdict.rank:
+                ring: dict[str, Any] = {"ls": "", "marker": "o", "ms": 8 * width, "mfc": "none", "mew": 1.5 * width}
+                ax.plot([rank], [row.mean], mec=color, zorder=3, label="_enough", **ring)
+    _levels(ax, found, losses, look)
+    rates = {rank: f"{row.lr:g}" for rank, row in found[0].points} if len(found) == 1 else {}
+    every = [rank for one in found for rank, _ in one.points]
+    measured_axis(ax, every, inches, look, lambda rank: f"{rank}\n{rates[rank]}" if rank in rates else str(rank))
+    loss_axis(ax)
+
+
+def _levels(ax: Axes, found: Sequence[Course], losses: Sequence[float], look: Look | None) -> None:
+    """Draw BASE and what else was trained as lines; name at the edge what lies too far away for one."""
+    named = {("BASE", one.base): INK for one in found if one.base is not None}
+    for number, one in enumerate(found):
+        for word, loss in one.lines.items():
+            named[word, loss] = category(number) if len(found) > 1 else QUIET
+    span = max(losses) - min(losses) or abs(max(losses)) * 0.05
+    low, high = min(losses) - FAR * span, max(losses) + FAR * span
+    near = {(word, loss): color for (word, loss), color in named.items() if low <= loss <= high}
+    under = bool(near) and min(loss for _, loss in near) <= min(losses) + 0.05 * span
+    ax.set_ylim(limits([*losses, *(loss for _, loss in near)], below=0.14 if under else 0.08))
+    levels(ax, [(f"{word} {loss:.3f}", loss, color) for (word, loss), color in near.items()], look, under)
+    for up, arrow in ((True, "↑"), (False, "↓")):
+        told = [f"{word} {loss:.3f} {arrow}" for word, loss in named if (loss > high if up else loss < low)]
+        if told:
+            ax.text(
+                0.99,
+                0.98 if up else 0.02,
+                "\n".join(told),
+                transform=ax.transAxes,
+                ha="right",
+                va="top" if up else "bottom",
+                size=look.ticks if look else 9,
+                color=INK,
+                parse_math=False,
+            )
+
+
+def _finding(called: str, found: Course) -> str:
+    """Name a set with what the sweep says on it."""
+    verdict = found.verdict
+    if verdict is None:
+        return called
+    said = {
+        "noisy": "noisy, seeds differ more than ranks do",
+        "no gain": "every rank is worse than BASE",
+        "no verdict": f"lowest at r\xa0=\xa0{verdict.best}, no verdict",
+    }
+    enough = f"r\xa0=\xa0{verdict.rank} is enough, {verdict.word}"
+    return f"{called}: {said.get(verdict.word, enough)}"
+
+
+def _words(series: Sequence[Series[Any]], sets: dict[str, str], look: Look) -> Words:
+    width = look.line
+    single = len(series) == 1
+    keys = [
+        Key(Line2D([], [], color=category(number), lw=1.6 * width), one.label)
+        for number, one in enumerate(() if single else series)
+    ]
+    color = category(0) if single else QUIET
+    if single:
+        keys.append(Key(Line2D([], [], color=color, lw=1.6 * width), "mean over seeds"))
+    keys.append(Key(Line2D([], [], color=color, ls="", marker="o", ms=2.6 * width, alpha=0.6), "one seed"))
+    ring: dict[str, Any] = {"marker": "o", "ms": 7 * width, "mfc": "none", "mew": 1.3 * width}
+    keys.append(Key(Line2D([], [], color=color, ls="", **ring), "smallest rank within tolerance"))
+    if single:
+        keys.append(Key(Patch(facecolor=FLOOR, alpha=0.5), "within tolerance of the best"))
+    about = subject_of(series)
+    run = series[0].run
+    if single and run is not None and "steps" in run.settings:
+        about += f"{run.settings['steps']} steps, "
+    about += "mean negative log-likelihood of held-out predictions"
+    notes = [f"The rate of each rank is the best of the grid on the first set, {next(iter(sets.values()))}."]
+    diverged = sum(record.loss is None for one in series for record in one.records)
+    if diverged:
+        notes.append(f"Not drawn: {diverged} losses of runs that diverged.")
+    notes.append("With fewer steps than you will train, small ranks may look better than they are.")
+    return Words(
+        "Loss of LoRA trained at each rank, at the rank's own learning rate", about, (" ".join(notes),), tuple(keys)
+    )

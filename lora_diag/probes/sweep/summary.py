@@ -1,0 +1,229 @@
+"""The terminal's answer to ``probe sweep``: the loss at every rank and learning rate, and which rank is enough."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Group
+
+from lora_diag.probes.sweep.verdict import AtRank, SweepVerdict, best_rates, by_rank, versus
+from lora_diag.probes.sweep.verdict import verdicts as verdicts_of
+from lora_diag.probes.truncation.summary import beyond_grid, ending, measured, names_of, probes
+from lora_diag.records import Probe, Results
+from lora_diag.records.probe import Subject
+from lora_diag.rendering.columns import Column, Grid
+from lora_diag.rendering.lines import answers, inputs, notes
+from lora_diag.rendering.text import number, short, to_text
+
+
+def sweep_table(
+    results: Results[Any], width: int = 80, color: bool = False, per: str = "type", then: str | None = None
+) -> str:
+    """Return a table for each set, one row a rank, and the summary.
+
+    Args:
+        results: What was measured.
+        width: Columns of the terminal.
+        color: Whether to use ANSI colours.
+        per: Not used: a row is a rank.
+        then: The command that a user would run next.
+    """
+    grids = [part for grid in sweep_grids(results) for part in grid.shown(width)]
+    return to_text(Group(*grids, answers([*sweep_lines(results), *([("Next", then)] if then else [])])), width, color)
+
+
+def sweep_grids(results: Results[Any]) -> list[Grid]:
+    """Return a table for each set, one row a rank."""
+    records, seed = probes(results), results.run.settings["seed"]
+    sets = names_of(records)
+    rates = best_rates(records, sets[0], seed) if sets else {}
+    beside = _references(records, sets, seed)
+    found = []
+    for name in sets:
+        mine = [record for record in records if record.set == name]
+        lines = [(subject, row) for subject, of_set, row in beside if of_set == name]
+        caption = f"On {short(name)}{' (shifted)' if mine[0].shifted else ''}"
+        found.append(_table(caption, mine, by_rank(mine, name, rates), lines))
+    return found
+
+
+def sweep_lines(results: Results[Any]) -> list[tuple[str, str]]:
+    """Return the summary: set by set, which rank is enough, and what that stands on."""
+    records, settings = probes(results), results.run.settings
+    sets = names_of(records)
+    rates = best_rates(records, sets[0], settings["seed"]) if sets else {}
+    beside = _references(records, sets, settings["seed"])
+    found = verdicts_of(records, settings["seed"], settings["tolerance"])
+    verdicts = {name: verdict for name, (verdict, _) in found.items()}
+    bases = {name: base for name, (_, base) in found.items()}
+    told = [("Compared", "\n".join([*inputs(results.run), *notes(results.run)])), ("Measured", measured(results.run))]
+    told.append(("Trained", _trained(settings)))
+    told += [(f"On {short(name)}", _said(verdict, bases[name])) for name, verdict in verdicts.items()]
+    told += _agreement(verdicts, bases)
+    told += _against(records, sets, rates, beside)
+    own = [(subject, row) for subject, of_set, row in beside if of_set == sets[0]] if sets else []
+    told += [("Rates", _rates(by_rank(records, sets[0], rates) if sets else [], own, records, settings))]
+    return [*told, ("Read it so", _reading(settings)), *ending(results)]
+
+
+# What a reference line is called.
+_LINES: dict[Subject, str] = {"full": "full", "bitfit": "BitFit"}
+
+_READING = (
+    "the rate of each rank was chosen on the first set, so losses there are a little too low; all runs see their "
+    "batches in one order, so seeds differ by less than independent runs would; with fewer steps than you will train, "
+    "small ranks may look better than they are"
+)
+
+
+def _reading(settings: dict[str, Any]) -> str:
+    """Return what a reader should know before believing the table."""
+    more = []
+    if settings.get("full_rates"):
+        more.append(
+            "full trains every parameter, embeddings and head too, and only dropout in it depends on the seed; LoRA's "
+            "best rank was chosen among several, which flatters it a little"
+        )
+    if settings.get("quantized"):
+        more.append(
+            f"BASE's linear layers are rounded to {settings['quantized']} and not packed: the numbers of a quantized "
+            "base, not its memory or speed; reference lines are trained on BASE as it is"
+        )
+    return "; ".join([_READING, *more])
+
+
+def _references(records: Sequence[Probe], sets: Sequence[str], seed: int) -> list[tuple[Subject, str, AtRank]]:
+    """Return the runs of each reference line at its best rate, on every set."""
+    found = []
+    for subject in _LINES:
+        rates = best_rates(records, sets[0], seed, subject) if sets else {}
+        found += [(subject, name, row) for name in sets for row in by_rank(records, name, rates, subject)]
+    return found
+
+
+def _against(
+    records: Sequence[Probe],
+    sets: Sequence[str],
+    rates: dict[int | None, float],
+    beside: Sequence[tuple[Subject, str, AtRank]],
+) -> list[tuple[str, str]]:
+    """Hold the best rank against each reference line, on every set."""
+    said: dict[Subject, list[str]] = {}
+    for subject, name, row in beside:
+        found = versus(by_rank(records, name, rates), row)
+        if found is not None:
+            where = f"on {short(name)}: " if len(sets) > 1 else ""
+            both = f"r={found.best.rank} {found.best.mean:.4f}, {_LINES[subject]} {row.mean:.4f}"
+            tell = "one seed shows no spread" if found.noise is None else f"seeds allow to tell apart {found.noise:.2g}"
+            word = "no verdict" if found.noise is None else f"LoRA is {found.word}"
+            said.setdefault(subject, []).append(f"{where}{word}: {both} ({found.gap:+.4f}); {tell}")
+    return [(f"To {_LINES[subject]}", "\n".join(lines)) for subject, lines in said.items()]
+
+
+def _table(
+    caption: str, mine: Sequence[Probe], ranks: Sequence[AtRank], lines: Sequence[tuple[Subject, AtRank]]
+) -> Grid:
+    """Return the loss by rank: over seeds at the rank's own rate, and of the first seed at every rate."""
+    bases = [record for record in mine if record.subject == "base"]
+    tried = sorted({record.lr for record in mine if record.lr is not None})
+    first = min((record.seed for record in mine if record.lr is not None), default=0)
+    at = {(r.subject, r.rank, r.lr): r for r in mine if r.lr is not None and r.seed == first}
+    rows: list[tuple[Subject, AtRank]] = [*(("lora", row) for row in ranks), *lines]
+    names = [f"BASE {record.name}".rstrip() for record in bases]
+    names += [_LINES.get(subject, f"r={row.rank}") for subject, row in rows]
+    blank = [""] * len(bases)
+    columns = (
+        Column("lr", (*blank, *(f"{row.lr:g}" for _, row in rows))),
+        Column("seeds", (*blank, *(str(len(row.losses)) for _, row in rows))),
+        Column("loss", (*map(_loss, bases), *(f"{row.mean:.4f}" for _, row in rows))),
+        Column("min to max", (*blank, *(_range(row) for _, row in rows))),
+        *(Column(f"lr {lr:g}", (*blank, *(_loss(at.get((who, row.rank, lr))) for who, row in rows))) for lr in tried),
+    )
+    return Grid(caption, "rank", tuple(names), columns, tuple(f"lr {lr:g}" for lr in tried))
+
+
+def _loss(record: Probe | None) -> str:
+    if record is None:
+        return "-"
+    return "diverged" if record.loss is None else f"{record.loss:.4f}"
+
+
+def _range(row: AtRank) -> str:
+    return f"{min(row.losses):.4f}-{max(row.losses):.4f}" if len(row.losses) > 1 else "-"
+
+
+def _trained(settings: dict[str, Any]) -> str:
+    targets = settings["targets"] if isinstance(settings["targets"], str) else ", ".join(settings["targets"])
+    grid = settings.get("quantized")
+    kind, on = settings.get("kind", "LoRA, alpha = 2r"), f"{targets}{f' rounded to {grid}' if grid else ''}"
+    steps = f"{settings['steps']} steps of {settings['batch']} sequences"
+    return f"{kind}, on {on}; {steps}; {settings['optimizer']}"
+
+
+def _said(verdict: SweepVerdict, base: Probe) -> str:
+    if verdict.word == "no verdict":
+        if verdict.best is None:
+            return "no verdict: no run is finished with a finite loss"
+        why = "one seed shows no spread" if verdict.noise is None else "too few runs"
+        return f"no verdict: {why}; lowest loss at r={verdict.best}"
+    if verdict.word == "no gain":
+        by = number(-verdict.gain)
+        return f"no gain: every rank is worse than BASE ({number(base.nats)}), r={verdict.best} least, by {by}"
+    noise = f"seeds allow to tell apart {number(verdict.noise or 0)} nats"
+    ranks = f"ranks differ by {number(verdict.spread)}"
+    if verdict.word == "noisy":
+        return f"noisy: {noise}, {ranks} and the tolerance is less; more --seeds or --steps"
+    return (
+        f"{verdict.word}: r={verdict.rank} is the smallest rank within {number(verdict.tolerance)} nats of the best "
+        f"(r={verdict.best}); {ranks}, {noise}"
+    )
+
+
+def _agreement(verdicts: dict[str, SweepVerdict], bases: dict[str, Probe]) -> list[tuple[str, str]]:
+    """Say whether shifted sets ask for another rank."""
+    shifted = [name for name in verdicts if bases[name].shifted]
+    own = [name for name in verdicts if not bases[name].shifted]
+    if not shifted or not own:
+        return []
+    first = verdicts[own[0]]
+    lines = []
+    for name in shifted:
+        other = verdicts[name]
+        if other.word == "no gain":
+            lines.append(f"no: training raises the loss on {short(name)} at every rank, least at r={other.best}")
+        elif first.rank is None or other.rank is None:
+            lines.append(f"not known on {short(name)}: {other.word if other.rank is None else first.word}")
+        elif other.rank == first.rank:
+            lines.append(f"yes: r={other.rank} is enough on {short(name)}, too")
+        else:
+            lines.append(f"no: r={first.rank} is enough on {short(own[0])}, r={other.rank} on {short(name)}")
+    return [("Shifted agrees?", "\n".join(lines))]
+
+
+def _rates(
+    rows: Sequence[AtRank],
+    lines: Sequence[tuple[Subject, AtRank]],
+    records: Sequence[Probe],
+    settings: dict[str, Any],
+) -> str:
+    diverged = sum(record.loss is None for record in records)
+    lost = f"{diverged} losses are not finite: those runs diverged" if diverged else ""
+    if not rows:
+        return lost or "no run is finished yet"
+    told = ", ".join(f"r={row.rank} {row.lr:g}" for row in rows)
+    told += "".join(f", {_LINES[subject]} {row.lr:g}" for subject, row in lines)
+    told = f"lowest loss of the first seed: {told}"
+    tried = {record.lr for record in records if record.subject != "full"}
+    beyond = beyond_grid(tried, settings.get("rates"), "--lr")
+    beyond += beyond_grid({r.lr for r in records if r.subject == "full"}, settings.get("full_rates"), "--full-lr")
+    told = "\n".join([told, *beyond])
+    if edge := [row for row in rows if row.edge]:
+        told += f"\nat the edge of what was tried for r={', '.join(str(row.rank) for row in edge)}: extend --lr there"
+    for subject, row in lines:
+        if row.edge:
+            option = "--full-lr" if subject == "full" else "--lr"
+            told += f"\nat the edge of what was tried for {_LINES[subject]}: extend {option} there"
+    if len({record.lr for record in records if record.subject == "lora"}) == 1:
+        told += "\none rate for all ranks: rank and rate cannot be told apart"
+    return f"{told}\n{lost}" if lost else told

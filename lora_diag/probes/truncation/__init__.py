@@ -1,0 +1,1 @@
+"""``probe truncation``: held-out loss of the update truncated to each rank."""

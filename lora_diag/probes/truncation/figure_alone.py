@@ -1,0 +1,106 @@
+"""`alone`: which layers or module types cost most where each is truncated by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from lora_diag.records import Probe, Results
+from lora_diag.rendering.figures.losses import probes, sets_of
+from lora_diag.rendering.figures.panel import panel_axes
+from lora_diag.rendering.figures.ranked import Row, draw_rows, figure_of
+from lora_diag.rendering.figures.series import Options, Series, owner_of, subject_of
+from lora_diag.rendering.figures.sheet import Words
+from lora_diag.rendering.figures.style import Look, category, name_of
+
+# Rows of a panel.
+ROWS = 24
+
+
+def lacks(records: Sequence[Probe], options: Options) -> str | None:
+    """Say why there is nothing to draw; None if there is."""
+    known = _ranks(records)
+    if not known:
+        return "no layer or module type was truncated alone (--per layer, --per type)"
+    if options.rank in {None, *known}:
+        return None
+    return f"rank {options.rank} was not measured; there are {', '.join(map(str, known))}"
+
+
+def alone(results: Results[Any] | Iterable[Probe], ax: Axes | None = None, *, name: str | None = None) -> Axes:
+    """Draw the loss minus TUNED's where one layer or module type is truncated, with two standard errors.
+
+    Args:
+        results: Of ``probe truncation --per layer`` or ``--per type``, or their records.
+        ax: Where to draw; a new figure's if not given.
+        name: Of the evaluation set; the first if not given.
+
+    Returns:
+        The Axes drawn on: at the smallest rank measured, the costliest first.
+    """
+    records = probes(results, "truncation")
+    sets = sets_of(records)
+    chosen = name if name is not None else next(iter(sets))
+    rank = _smallest(records)
+    rows = _rows([record for record in records if record.set == chosen], rank, "", 0)[:ROWS]
+    with panel_axes(ax) as (axes, look):
+        draw_rows(axes, rows, [row.name for row in rows], look)
+        axes.set_xlabel("loss minus TUNED's (nats)")
+        axes.set_title(f"{sets[chosen]}: each alone to r\xa0=\xa0{rank}", parse_math=False, loc="left")
+    return axes
+
+
+def figure(series: Sequence[Series[Any]], look: Look, options: Options) -> Figure:
+    """Return the costliest layers or types at the smallest rank measured, one panel a set."""
+    records = [record for one in series for record in one.records]
+    rank = options.rank if options.rank is not None else _smallest(records)
+    panels = []
+    for name, called in sets_of(records).items():
+        rows = []
+        for number, one in enumerate(series):
+            whose = owner_of(one, series)
+            rows += _rows([record for record in one.records if record.set == name], rank, whose, number)
+        if rows:
+            panels.append((called, sorted(rows, key=lambda row: -row.value)[:ROWS]))
+    most = len({_what(record) for record in records if record.rank == rank and _what(record)})
+    notes = ["The others are as in TUNED. Bars are two paired standard errors, by sequence."]
+    if most > ROWS:
+        notes.append(f"The {ROWS} costliest of {most}.")
+    if others := [other for other in _ranks(records) if other != rank]:
+        notes.append(f"Also measured, not drawn: r = {', '.join(map(str, others))}.")
+    about = subject_of(series)
+    words = Words(
+        f"What it costs to truncate one part alone to r\xa0=\xa0{rank}",
+        f"{about}held-out loss minus that of TUNED, nats; to the right of the line is worse",
+        (" ".join(notes),),
+    )
+    return figure_of(panels, "loss minus TUNED's (nats)", words, look)
+
+
+def _what(record: Probe) -> str:
+    return record.layer or record.module_type or ""
+
+
+def _ranks(records: Iterable[Probe]) -> list[int]:
+    return sorted({record.rank for record in records if _what(record) and record.rank is not None})
+
+
+def _smallest(records: Iterable[Probe]) -> int:
+    return _ranks(records)[0]
+
+
+def _rows(mine: Sequence[Probe], rank: int, whose: str, number: int) -> list[Row]:
+    rows = [
+        Row(
+            f"{whose}{name_of(_what(record))}",
+            record.gap,
+            None if record.gap_error is None else 2 * record.gap_error,
+            category(number),
+        )
+        for record in mine
+        if _what(record) and record.rank == rank and record.gap is not None
+    ]
+    return sorted(rows, key=lambda row: -row.value)

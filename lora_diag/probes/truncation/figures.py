@@ -1,0 +1,213 @@
+"""`truncation`: the loss of W_0 + ΔW_r over the rank, between those of BASE and TUNED, beside the energy kept."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from lora_diag.records import Probe, Results
+from lora_diag.rendering.figures.losses import (
+    levels,
+    limits,
+    loss_axis,
+    measured_axis,
+    one_set,
+    panel_width,
+    panels_of,
+    sets_of,
+)
+from lora_diag.rendering.figures.panel import panel_axes
+from lora_diag.rendering.figures.series import Options, Series, subject_of
+from lora_diag.rendering.figures.sheet import Key, Words, sheet
+from lora_diag.rendering.figures.style import CATEGORIES, INK, QUIET, Look, category, styled, wrapped
+
+LOSS, ENERGY = CATEGORIES[0], CATEGORIES[1]
+# Of TUNED's change of the loss, what is called nearly all: as in the summary of ``probe truncation``.
+ENOUGH = 0.9
+
+
+def together(records: Iterable[Probe]) -> tuple[Probe, ...]:
+    """Return the records of all layers truncated together, BASE's and TUNED's among them."""
+    return tuple(record for record in records if record.layer is None and record.module_type is None)
+
+
+def lacks(records: Sequence[Probe], options: Options) -> str | None:
+    """Say why there is nothing to draw; None if there is."""
+    if any(record.subject == "truncated" for record in together(records)):
+        return None
+    return "no rank at which all layers were truncated together (--per all)"
+
+
+def truncation(results: Results[Any] | Iterable[Probe], ax: Axes | None = None, *, name: str | None = None) -> Axes:
+    """Draw the loss of W_0 + ΔW_r over r with two standard errors of its gap to TUNED; BASE and TUNED are lines.
+
+    The energy share C(r) is drawn dotted between them, 0 at BASE and 1 at TUNED: where the loss is nearer to TUNED
+    than C(r), energy understates what the rank is worth.
+
+    Args:
+        results: Of ``probe truncation``, or their records.
+        ax: Where to draw; a new figure's if not given.
+        name: Of the evaluation set; the first if not given.
+
+    Returns:
+        The Axes drawn on.
+    """
+    records, called = one_set(results, "truncation", name)
+    mine = together(records)
+    with panel_axes(ax) as (axes, look):
+        inches = float(axes.get_window_extent().width) / axes.figure.dpi
+        _draw_losses(axes, mine, inches, look)
+        axes.set(xlabel="rank r of the update", ylabel="loss (nats)")
+        axes.set_title(_finding(called, mine), parse_math=False, loc="left")
+    return axes
+
+
+def figure(series: Sequence[Series[Any]], look: Look, options: Options) -> Figure:
+    """Return a panel a set: of one run its losses, of several the share of TUNED's change that each rank keeps."""
+    runs = [together(one.records) for one in series]
+    sets = sets_of(record for records in runs for record in records)
+    rows, columns = panels_of(len(sets), look)
+    single = len(runs) == 1
+    inches = panel_width(look, columns, right=4.0 if single else 0.0)
+    with styled(look):
+        figure, axes = sheet(look, _words(series, look), rows, columns, panel=1.9 * look.panel, share=False)
+        for (name, called), ax in zip(sets.items(), axes, strict=False):
+            mine = [[record for record in records if record.set == name] for records in runs]
+            if single:
+                _draw_losses(ax, mine[0], inches, look)
+                ax.set_title(wrapped(_finding(called, mine[0]), inches, look.text), parse_math=False)
+            else:
+                _draw_shares(ax, mine, inches, look)
+                ax.set_title(wrapped(called, inches, look.text), parse_math=False)
+            ax.set_xlabel("rank r of the update")
+            ax.set_ylabel("loss (nats)" if single else "share of the change")
+        for ax in axes[len(sets) :]:
+            ax.remove()
+    return figure
+
+
+def _draw_losses(ax: Axes, mine: Sequence[Probe], inches: float, look: Look | None) -> None:
+    width = look.line if look else 1.2
+    cut = _cut(mine)
+    base, tuned = _end(mine, "base"), _end(mine, "tuned")
+    ranks = [record.rank or 0 for record in cut]
+    if cut:
+        errors = [2 * (record.gap_error or 0.0) for record in cut]
+        ax.errorbar(
+            ranks,
+            [record.nats for record in cut],
+            yerr=errors,
+            color=LOSS,
+            lw=1.6 * width,
+            elinewidth=width,
+            marker="o",
+            ms=3 * width,
+            zorder=2.5,
+            label="_loss",
+        )
+    ends = [record.nats for record in (base, tuned) if record is not None]
+    if base is not None and tuned is not None and base.nats != tuned.nats:
+        change = tuned.nats - base.nats
+        energy = [(record.rank or 0, base.nats + record.energy * change) for record in cut if record.energy is not None]
+        if energy:
+            line: dict[str, Any] = {"color": ENERGY, "lw": 1.3 * width, "ls": (0, (1, 1.5))}
+            ax.plot(*zip(*energy, strict=True), **line, zorder=2, label="_energy")
+        _share_axis(ax, base.nats, change, look)
+    reached = [record.nats + sign * 2 * (record.gap_error or 0.0) for record in cut for sign in (-1, 1)]
+    ax.set_ylim(limits([*reached, *ends], below=0.14, above=0.14))
+    named = [(f"{r.subject.upper()} {r.nats:.3f}", r.nats, INK) for r in (base, tuned) if r is not None]
+    levels(ax, named, look, lowest_below=True)
+    measured_axis(ax, ranks or [1], inches, look)
+    loss_axis(ax)
+
+
+def _share_axis(ax: Axes, base: float, change: float, look: Look | None) -> None:
+    """Add a scale at the right on which BASE is 0 and TUNED 1."""
+
+    def to_share(loss: Any) -> Any:
+        return (np.asarray(loss) - base) / change
+
+    def to_loss(share: Any) -> Any:
+        return base + np.asarray(share) * change
+
+    right = ax.secondary_yaxis("right", functions=(to_share, to_loss))
+    right.set_yticks([0, 0.5, 1], ["0", "0.5", "1"])
+    right.set_ylabel("share of the change")
+    if look is not None:
+        right.tick_params(labelsize=look.ticks)
+
+
+def _draw_shares(ax: Axes, runs: Sequence[Sequence[Probe]], inches: float, look: Look | None) -> None:
+    """Draw what each run keeps of its own TUNED's change of the loss, and its energy, dotted."""
+    width = look.line if look else 1.2
+    shares, ranks = [0.0, 1.0], []
+    for number, mine in enumerate(runs):
+        cut = [record for record in _cut(mine) if record.kept is not None]
+        base = _end(mine, "base")
+        if not cut or base is None or not base.gap:
+            continue
+        color, at = category(number), [record.rank or 0 for record in cut]
+        kept = [record.kept for record in cut if record.kept is not None]
+        errors = [2 * (record.gap_error or 0.0) / abs(base.gap) for record in cut]
+        ax.errorbar(at, kept, yerr=errors, color=color, lw=1.6 * width, marker="o", ms=3 * width, label="_kept")
+        energy = [(record.rank or 0, record.energy) for record in cut if record.energy is not None]
+        if energy:
+            ax.plot(*zip(*energy, strict=True), color=color, lw=1.2 * width, ls=(0, (1, 1.5)), label="_energy")
+        shares += kept
+        ranks += at
+    ax.set_ylim(limits(shares, below=0.16, above=0.16))
+    levels(ax, [("BASE", 0.0, INK), ("TUNED", 1.0, INK)], look, lowest_below=True)
+    measured_axis(ax, ranks or [1], inches, look)
+    loss_axis(ax)
+
+
+def _cut(records: Sequence[Probe]) -> list[Probe]:
+    return sorted((record for record in records if record.rank is not None), key=lambda record: record.rank or 0)
+
+
+def _end(records: Sequence[Probe], subject: str) -> Probe | None:
+    return next((record for record in records if record.subject == subject), None)
+
+
+def _finding(called: str, mine: Sequence[Probe]) -> str:
+    """Name a set with the smallest rank that keeps nearly all of what TUNED changed there."""
+    cut = _cut(mine)
+    enough = next((record for record in cut if record.kept is not None and record.kept >= ENOUGH), None)
+    if enough is not None and enough.kept is not None:
+        energy = "" if enough.energy is None else f", C({enough.rank})\xa0=\xa0{enough.energy:.2f}"
+        return f"{called}: r\xa0=\xa0{enough.rank} keeps {enough.kept:.0%} of the change{energy}"
+    if cut and cut[-1].kept is not None:
+        return f"{called}: r\xa0=\xa0{cut[-1].rank} keeps {cut[-1].kept:.0%} of the change"
+    return called
+
+
+def _words(series: Sequence[Series[Any]], look: Look) -> Words:
+    width = look.line
+    single = len(series) == 1
+    dots: dict[str, Any] = {"lw": 1.3 * width, "ls": (0, (1, 1.5))}
+    if single:
+        keys = [
+            Key(Line2D([], [], color=LOSS, lw=1.6 * width, marker="o", ms=3 * width), "loss ± 2 standard errors"),
+            Key(Line2D([], [], color=ENERGY, **dots), "energy share C(r), right scale"),
+        ]
+    else:
+        keys = [
+            Key(Line2D([], [], color=category(number), lw=1.6 * width), one.label) for number, one in enumerate(series)
+        ]
+        keys.append(Key(Line2D([], [], color=QUIET, **dots), "its energy share C(r)"))
+    keys.append(Key(Line2D([], [], color=INK, lw=0.8 * width, ls=(0, (4, 2))), "BASE, TUNED"))
+    about = subject_of(series)
+    about += "mean negative log-likelihood of held-out predictions; nothing is trained"
+    rest = {one.run.settings.get("rest") for one in series if one.run is not None}
+    notes = ["Share of the change: 0 at BASE, 1 at TUNED. Errors are those of the gap to TUNED, paired by sequence."]
+    if rest == {"tuned"}:
+        notes.append("Norms, biases, embeddings and head are as in TUNED at every rank.")
+    if rest == {"base"}:
+        notes.append("Norms, biases, embeddings and head are as in BASE, so that no rank need reach TUNED.")
+    notes.append("What a rank keeps is about compressing this update, not about training at it.")
+    return Words("Loss of the update truncated to rank r", about, (" ".join(notes),), tuple(keys))

@@ -1,0 +1,166 @@
+"""The loss of W_0 + ΔW_r for each rank: what truncating an update costs, measured and not estimated.
+
+Nothing is trained. A rank that is enough here is enough to compress this update; what training at that rank would reach
+is another question (``probe sweep``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lora_diag.deltas import Delta, selector
+from lora_diag.errors import NothingComparedError
+from lora_diag.models.data import Texts
+from lora_diag.models.losses import Losses, measure
+from lora_diag.models.opening import Model
+from lora_diag.models.swapping import FULL, Swapped
+from lora_diag.records import Probe
+from lora_diag.records.names import module_type_of, part_of
+from lora_diag.records.probe import Subject
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One arrangement of the weights.
+
+    Args:
+        subject: ``base``, ``tuned`` or ``truncated``.
+        rank: Of the truncated layers.
+        layers: Which layers are truncated.
+        layer: The layer that is truncated alone.
+        module_type: The module type that is truncated alone.
+    """
+
+    subject: Subject
+    rank: int | None = None
+    layers: tuple[str, ...] = ()
+    layer: str | None = None
+    module_type: str | None = None
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """By which its records are told from others."""
+        return {name: getattr(self, name) for name in ("subject", "rank", "layer", "module_type")}
+
+    @property
+    def label(self) -> str:
+        """For the progress bar."""
+        what = self.layer or self.module_type or ""
+        return f"{what} r={self.rank}".strip() if self.rank is not None else self.subject
+
+
+BASE, TUNED = Cell("base"), Cell("tuned")
+
+
+def truncated_layers(
+    deltas: Sequence[Delta], layers: str | None = None, exclude: str | None = None
+) -> dict[str, tuple[int, int]]:
+    """Return the layers that are truncated, with their shapes: the selected matrices outside embeddings and head.
+
+    Raises:
+        UsageError: A regular expression is not valid.
+        NothingComparedError: There is none.
+    """
+    selected = selector(layers, exclude)
+    found = {
+        delta.layer: delta.shape
+        for delta in deltas
+        if delta.is_matrix and part_of(delta.layer) == "matrices" and selected(delta.layer)
+    }
+    if not found:
+        raise NothingComparedError("no matrix outside embeddings and head is selected, so there is nothing to truncate")
+    return found
+
+
+def cells_of(chosen: Mapping[str, tuple[int, int]], ranks: Sequence[int], per: str) -> list[Cell]:
+    """Return what is truncated, and how far, in order.
+
+    Args:
+        chosen: Shapes of the layers that are truncated.
+        ranks: Ascending; those that truncate nothing are left out.
+        per: ``all``, ``layer`` or ``type``.
+    """
+    cells: list[Cell] = []
+    groups: dict[str, list[str]] = {}
+    for layer in chosen:
+        groups.setdefault({"all": "", "layer": layer, "type": module_type_of(layer)}[per], []).append(layer)
+    for name, layers in groups.items():
+        largest = max(min(chosen[layer]) for layer in layers)
+        alone = {"layer": name if per == "layer" else None, "module_type": name if per == "type" else None}
+        cells += [Cell("truncated", rank, tuple(layers), **alone) for rank in ranks if rank < largest]
+    return cells
+
+
+def truncation(
+    model: Model,
+    swapped: Swapped,
+    texts: Sequence[Texts],
+    cells: Sequence[Cell],
+    matrices: Sequence[str],
+    rest: str,
+    size: int,
+    after: Callable[[str], None],
+) -> Iterator[Probe]:
+    """Yield the records of every cell, set by set.
+
+    Args:
+        model: BASE.
+        swapped: Its weights, which are changed.
+        texts: The evaluation sets.
+        cells: What to truncate; BASE and TUNED are measured before.
+        matrices: All layers that are truncated in any of them.
+        rest: ``tuned`` or ``base``: what all other tensors are meanwhile.
+        size: Sequences in a batch.
+        after: Called after every batch with what is being measured.
+
+    Raises:
+        InputError: A layer is not finite.
+    """
+    every = swapped.layers
+    untruncated = dict.fromkeys(every if rest == "tuned" else matrices, FULL)
+
+    def losses_of(cell: Cell, ranks: Mapping[str, int]) -> dict[str, Losses]:
+        swapped.arrange(ranks)
+        return {each.name: measure(model, each, size, lambda: after(cell.label)) for each in texts}
+
+    ends: dict[str, dict[str, Losses]] = {}
+    for cell, rank in ((BASE, 0), (TUNED, FULL)):
+        ends[cell.subject] = losses_of(cell, dict.fromkeys(every, rank))
+    for cell in (BASE, TUNED):
+        yield from (record_of(cell, each, ends[cell.subject], ends) for each in texts)
+    for cell in cells:
+        assert cell.rank is not None
+        found = losses_of(cell, {**untruncated, **dict.fromkeys(cell.layers, cell.rank)})
+        energy = swapped.energy(cell.layers, cell.rank)
+        yield from (record_of(cell, each, found, ends, energy) for each in texts)
+
+
+def record_of(
+    cell: Cell,
+    texts: Texts,
+    found: Mapping[str, Losses],
+    ends: Mapping[str, Mapping[str, Losses]],
+    energy: float | None = None,
+) -> Probe:
+    """Return the record of one loss beside those of BASE and TUNED."""
+    losses, base, tuned = found[texts.name], ends["base"][texts.name], ends["tuned"][texts.name]
+    gap, error = losses.minus(tuned)
+    change = base.mean - tuned.mean
+    return Probe(
+        probe="truncation",
+        set=texts.name,
+        shifted=texts.shifted,
+        subject=cell.subject,
+        layer=cell.layer,
+        module_type=cell.module_type,
+        rank=cell.rank,
+        tokens=losses.tokens,
+        data=texts.hash,
+        loss=losses.mean,
+        gap=gap,
+        gap_error=error,
+        kept=(base.mean - losses.mean) / change + 0.0 if change else None,
+        energy=energy,
+    )

@@ -1,0 +1,127 @@
+"""Records of ``allocate``."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from lora_diag.records.base import Record, Share
+
+CappedBy = Literal["max_rank", "shape", "signal_rank", "values_kept", "ranks_from", "update_rank"]
+Unit = Literal["params", "total_rank", "bytes", "energy"]
+
+
+class Allocation(Record):
+    """The rank that one layer gets.
+
+    Args:
+        layer: The weight's name in BASE.
+        shape: ``(out, in)``.
+        rank: r; 0 for a layer that gets no adapter.
+        params: r·(out + in).
+        kept: Energy share C(r) kept in this layer; null for a zero update. Where r exceeds the values that were
+            measured (``capped_by`` is ``ranks_from``), the share of those: a lower bound.
+        fro: ‖ΔW‖_F of the layer.
+        base_fro: ‖W_base‖_F, null if unknown.
+        weight: Factor of the layer's energy in the objective; 1 unless weights were given.
+        cap: Largest rank this layer could get, by ``--max-rank``, its shape, its signal rank, its non-zero singular
+            values and the values kept.
+        capped_by: What set the cap.
+        verdict: Whether the files can show this update, as ``spectrum`` judged it.
+        uniform_rank: What the uniform rule gives this layer out of the same budget.
+        uniform_kept: C(uniform_rank); null for a zero update.
+        group: Layers that share one rank, because an adapter has one factor pair for all of them (a stack of
+            experts); the layer's own name without its index, null for a layer on its own.
+        source: ``gradients`` where the spectra are those of gradients and not of an update.
+        fisher: F(rank) where ranks were chosen by ``probe fisher``: half of it estimates the KL a prediction by which
+            truncating this layer alone to its rank changes the predictions.
+    """
+
+    record: Literal["allocation"] = "allocation"
+    layer: str
+    shape: tuple[int, int]
+    rank: int
+    params: int
+    kept: Share | None
+    fro: float
+    base_fro: float | None = None
+    weight: float = 1.0
+    cap: int
+    capped_by: CappedBy
+    verdict: Literal["resolved", "floor-limited", "unresolved"] = "resolved"
+    uniform_rank: int = 0
+    uniform_kept: Share | None = None
+    group: str | None = None
+    source: Literal["update", "gradients"] = "update"
+    fisher: float | None = None
+
+
+class Baseline(Record):
+    """What another rule makes of the same budget, under the same constraints.
+
+    Args:
+        name: Such as ``uniform r=8``.
+        spent: What it spends, in the unit of the budget.
+        kept: Share of the (weighted) energy that it keeps.
+        equal: What the allocation's own rule keeps when it may spend only that much: the fair comparison.
+        epsilon_min: √(1 − unweighted share kept): the smallest ε any adapter of these ranks can reach.
+    """
+
+    name: str
+    spent: float
+    kept: Share
+    equal: Share
+    epsilon_min: float
+
+
+class Certificate(Record):
+    """How far an allocation can be from the best one.
+
+    Every share is one of the (weighted) energy of the layers that were candidates, as their spectra were measured.
+
+    Args:
+        unit: What the budget counts.
+        budget: As asked for; null where ranks follow from an energy share.
+        spent: What the allocation uses; never more than the budget.
+        params: Parameters of the allocation, whatever the unit.
+        kept: Share of all (weighted) energy that it keeps.
+        bound: Share that no allocation within the budget and the constraints can exceed.
+        gap: (bound − kept) / bound.
+        optimal: True if the exact method ran: nothing within budget and constraints keeps more.
+        energy_error: Bound on the error of ``kept`` and ``bound`` that the measurement of the spectra brings.
+        epsilon_min: √(1 − unweighted share kept).
+        price: Marginal value: energy share gained per further unit of the budget, at the bound.
+        baselines: Other rules at the same budget.
+    """
+
+    record: Literal["certificate"] = "certificate"
+    unit: Unit
+    budget: float | None
+    spent: float
+    params: int
+    kept: Share
+    bound: Share
+    gap: Share
+    optimal: bool = False
+    energy_error: Share = 0.0
+    epsilon_min: float = 1.0
+    price: float | None = None
+    baselines: tuple[Baseline, ...] = ()
+
+
+class Policies(Record):
+    """The ranks that different rules would give one layer; printed, not kept in a file.
+
+    Args:
+        layer: The weight's name in BASE.
+        shape: ``(out, in)``.
+        ranks: Rank by rule; null where the rule cannot be applied to what was measured.
+        complete: Whether all singular values were kept.
+        verdict: Whether the files can show this update.
+    """
+
+    record: Literal["policies"] = "policies"
+    layer: str
+    shape: tuple[int, int]
+    ranks: dict[str, int | None]
+    complete: bool
+    verdict: Literal["resolved", "floor-limited", "unresolved"]

@@ -1,0 +1,130 @@
+"""Records of ``probe curvature``: how the loss bends around a point, and what that says of a truncated update."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from lora_diag.records.base import Record, Share
+
+Point = Literal["base", "tuned"]
+Matrix = Literal["hessian", "ggn"]
+
+
+class Surrogate(Record):
+    """The gradient at BASE projected on the top eigenpairs: the article's third surrogate of an update's spectrum.
+
+    With g = ∇L(W_0) of a layer and v_1, …, v_K the eigenvectors, P = Σ_j ⟨v_j, g⟩ v_j, read as a matrix (out, in).
+
+    Args:
+        eigenpairs: K.
+        joint: Whether the eigenvectors are those of all layers together, cut to this layer; else of its own block.
+        share: ‖P‖²/‖g‖² of what was projected: all layers together where ``joint``, else this layer.
+        random: What a random K-dimensional space would hold of it, K over the number of parameters.
+        pairs_at: The smallest m such that the first m eigenpairs hold 90% of ‖P‖²; null if P is 0.
+        rank_at: Matrix rank of P at 90%, 95% and 99% of its energy; null if P is 0.
+        rank: rank(P) to rounding: no more than K times the rank of an eigenvector's matrix.
+    """
+
+    eigenpairs: int
+    joint: bool
+    share: Share | None
+    random: float
+    pairs_at: int | None
+    rank_at: dict[str, int | None]
+    rank: int
+
+
+class Curvature(Record):
+    """Curvature of the loss at one point: of one layer, or of all layers jointly.
+
+    The loss is the mean negative log-likelihood over the predictions of the evaluation set, dropout off.
+
+    Args:
+        set: The evaluation set, by its file's name.
+        data: Hash of the evaluation file.
+        tokens: Predictions that the loss is the mean of.
+        layer: The weight's name in BASE; null for all layers jointly.
+        at: Where: ``base`` or ``tuned``.
+        matrix: ``hessian`` or ``ggn``, the generalised Gauss–Newton matrix.
+        params: Number of parameters n.
+        loss: At the point, in nats.
+        gradient: ‖∇L‖.
+        eigenvalues: The largest, descending; empty where they were not computed for this layer.
+        residual: Of the largest, ‖Hv − λv‖: an eigenvalue lies within so much of it.
+        smallest: The smallest eigenvalue μ; null where it was not computed.
+        trace: Hutchinson's estimate of tr(H).
+        trace_error: Its standard error; null with one random vector.
+        products: Hessian-vector products that the eigenvalues took.
+        surrogate: Of the gradient; null elsewhere than at BASE.
+    """
+
+    key: ClassVar[tuple[str, ...]] = ("set", "layer", "at", "matrix")
+    record: Literal["curvature"] = "curvature"
+    set: str
+    data: str
+    tokens: int
+    layer: str | None
+    at: Point
+    matrix: Matrix
+    params: int
+    loss: float
+    gradient: float
+    eigenvalues: tuple[float, ...] = ()
+    residual: float | None = None
+    smallest: float | None = None
+    trace: float
+    trace_error: float | None
+    products: int = 0
+    surrogate: Surrogate | None = None
+
+    @property
+    def strongly_convex(self) -> bool:
+        """Whether μ is above zero by more than rounding of float32 can make it: 1e-4 of λ."""
+        return self.smallest is not None and self.smallest > 1e-4 * abs(self.eigenvalues[0])
+
+
+class LossBound(Record):
+    """What a truncation costs, by the second-order model at TUNED and as measured, on the same sequences.
+
+    E = t(ΔW_r − ΔW) over all truncated layers jointly, and L(W) the loss; everything else is as in TUNED.
+
+    Args:
+        set: The evaluation set.
+        data: Hash of the evaluation file.
+        tokens: Predictions that the loss is the mean of.
+        rank: r.
+        along: t, how far on the way from TUNED (0) to the truncated update (1).
+        tail_energy: ‖E‖² = t²·Σ_{i>r}σ_i² over all truncated layers.
+        linear: ⟨∇L, E⟩.
+        quadratic: ½⟨E, HE⟩.
+        upper: (λ/2)‖E‖², λ the joint largest eigenvalue at TUNED.
+        lower: (μ/2)‖E‖² with μ the smallest eigenvalue where that is positive; else null.
+        curvature: ⟨E, H'E⟩/‖E‖² with H' the Hessian at W_tuned + E.
+        loss: L(W_tuned + E), measured.
+        gap: L(W_tuned + E) − L(W_tuned), measured.
+        gap_error: Its standard error as a gap on other text of the kind; it has none on this set.
+        holds: Whether ``gap`` ≤ ``linear`` + ``upper``.
+    """
+
+    key: ClassVar[tuple[str, ...]] = ("set", "rank", "along")
+    record: Literal["loss_bound"] = "loss_bound"
+    set: str
+    data: str
+    tokens: int
+    rank: int
+    along: float
+    tail_energy: float
+    linear: float
+    quadratic: float
+    upper: float
+    lower: float | None
+    curvature: float
+    loss: float
+    gap: float
+    gap_error: float | None
+    holds: bool
+
+    @property
+    def predicted(self) -> float:
+        """⟨∇L, E⟩ + ½⟨E, HE⟩, the second-order model's gap."""
+        return self.linear + self.quadratic

@@ -1,0 +1,64 @@
+"""Records of ``spectrum --adapters``: one adapter of many."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from lora_diag.records.base import Record, Share
+
+
+class FleetLayer(Record):
+    """One layer of one adapter.
+
+    Args:
+        fro: ‖ΔW‖_F.
+        rank: Columns of the factors; null for an update that has none.
+        rank_99: Smallest r with C(r) ≥ 0.99; 0 for a zero update.
+        spike: σ_1² / ‖ΔW‖_F²; null for a zero update.
+    """
+
+    fro: float
+    rank: int | None
+    rank_99: int
+    spike: Share | None
+
+
+class Fleet(Record):
+    """One adapter of a fleet, all its layers taken together.
+
+    Args:
+        adapter: Its path.
+        kind: What it is, in words.
+        modules: Matrices that it changes.
+        dead: How many of their updates are zero.
+        rank: The largest rank of its factors; null if it has none.
+        fro: ‖ΔW‖_F over all of them.
+        total_rank: Σ of the ranks; null if one has no factors.
+        total_rank_99: Σ of the ranks at 99% of each layer's energy.
+        used: ``total_rank_99`` over ``total_rank``.
+        spike: Σσ_1² over Σ‖ΔW‖_F²: the energy in the largest direction of every layer.
+        layers: Each layer, by its name.
+        update: A sketch of the update: inner products of sketches estimate those of updates.
+        space: A sketch of the column spaces of its directions up to 99% of the energy, likewise.
+    """
+
+    key: ClassVar[tuple[str, ...]] = ("layer",)
+    record: Literal["fleet"] = "fleet"
+    adapter: str
+    kind: str
+    modules: int
+    dead: int
+    rank: int | None
+    fro: float
+    total_rank: int | None
+    total_rank_99: int
+    used: float | None
+    spike: Share | None
+    layers: dict[str, FleetLayer]
+    update: tuple[float, ...]
+    space: tuple[float, ...]
+
+    @property
+    def layer(self) -> str:
+        """The adapter's path: in a fleet, what a layer is elsewhere."""
+        return self.adapter

@@ -1,0 +1,160 @@
+"""Records of ``interference``."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from lora_diag.records.base import Record, Share
+from lora_diag.records.residual import Agreement
+from lora_diag.records.spectrum import Resolution, Spectrum
+
+Relation = Literal["apart", "share", "reinforce", "cancel", "noise"]
+
+
+class EnergyOverlap(Record):
+    """How much of one update's energy lies in the column space of the other's r largest directions.
+
+    Args:
+        second_in_first: ‖U_1ᵀΔW_2‖_F² / ‖ΔW_2‖_F², U_1 the r largest left singular vectors of ΔW_1.
+        first_in_second: ‖U_2ᵀΔW_1‖_F² / ‖ΔW_1‖_F².
+        random_first: What ``second_in_first`` is on average for a random U_1: its columns over ``out``.
+        random_second: The same of ``first_in_second``.
+    """
+
+    second_in_first: Share
+    first_in_second: Share
+    random_first: Share
+    random_second: Share
+
+
+class Interference(Record):
+    """Two updates of one layer, held against each other. Tables are by rank r, as far as either has r directions.
+
+    Args:
+        layer: The weight's name in BASE, or in the adapters where there is no BASE.
+        shape: ``(out, in)``.
+        first: Which of the run's inputs ΔW_1 is, by its path.
+        second: Which ΔW_2 is.
+        first_fro: ‖ΔW_1‖_F.
+        second_fro: ‖ΔW_2‖_F.
+        cosine: ⟨ΔW_1, ΔW_2⟩ / (‖ΔW_1‖‖ΔW_2‖).
+        cosine_random: 1/√(out·in), its root mean square for a ΔW_2 turned at random.
+        columns: Principal angles between the spaces of the r largest left singular vectors.
+        rows: The same of the right ones.
+        energy: Energy-weighted overlap of the column spaces.
+        relation: ``apart`` if the spaces have no more in common than chance gives; else ``reinforce`` or ``cancel`` by
+            the cosine, ``share`` if that is small (``metrics.interference.relation``); ``noise`` if the files cannot
+            show one of the updates.
+    """
+
+    key: ClassVar[tuple[str, ...]] = ("layer", "first", "second")
+    record: Literal["interference"] = "interference"
+    layer: str
+    shape: tuple[int, int]
+    first: str
+    second: str
+    first_fro: float
+    second_fro: float
+    cosine: float
+    cosine_random: float
+    columns: dict[str, Agreement]
+    rows: dict[str, Agreement]
+    energy: dict[str, EnergyOverlap]
+    relation: Relation
+
+
+class MergeLoss(Record):
+    """How far a merge M is from the sum S of the updates.
+
+    Args:
+        residual: ‖S − M‖_F / ‖S‖_F.
+        norm_ratio: ‖M‖_F / ‖S‖_F.
+        cosine: ⟨S, M⟩ / (‖S‖‖M‖); null for M = 0.
+        best_scale: c = ⟨S, M⟩ / ‖M‖²: by how much M has to be multiplied to come nearest to S.
+        residual_best_scale: ‖S − cM‖_F / ‖S‖_F.
+    """
+
+    residual: float
+    norm_ratio: float
+    cosine: float | None
+    best_scale: float | None
+    residual_best_scale: float | None
+
+
+class Union(Record):
+    """All updates of one layer together: S = Σ w_k ΔW_k, and what becomes of it in a merge.
+
+    Tables are by share of energy (``0.9``), by merge (``linear``) or by rank (``16``). The weights w_k are in the norms
+    and spectra of the parts, too. What needs two updates is null where only one changes the layer.
+
+    Args:
+        layer: The weight's name in BASE, or in the adapters where there is no BASE.
+        shape: ``(out, in)``.
+        updates: Which of the run's inputs change the layer.
+        ranks: Columns of their factors; null for those that have none.
+        fro: ‖S‖_F.
+        base_fro: Null: BASE is not read for its own sake.
+        parts_fro: ‖w_kΔW_k‖_F.
+        spectrum: That of S: its ``rank_at`` is what an adapter needs that is to carry the sum.
+        parts_rank_at: Σ_k of the ranks at which the single updates reach a share of their energy.
+        additive: ``rank_at`` of S over ``parts_rank_at``: 1 if every direction is needed, 1/K for K equal updates.
+        parts_effective_rank: Σ_k of the effective ranks.
+        additive_effective: Effective rank of S over that.
+        rank_for_all: Smallest r for which the best rank-r approximation of S keeps that share of *every* update k:
+            ‖U_rᵀΔW_kV_r‖² ≥ share·‖ΔW_k‖²; null if none does, because the spaces of S
+            do not hold every update (they cancel, or S has not the room).
+        weakest_kept: What the update that suffers most keeps, ‖U_rᵀΔW_kV_r‖²/‖ΔW_k‖², at r = ``rank_at`` of S.
+        energy_ratio: ‖S‖² / Σ‖w_kΔW_k‖²: 1 for orthogonal updates, K for K equal ones, below 1 if they cancel.
+        sti: Singular task interference ‖(UᵀU − I)Σ(VᵀV − I)‖_1, entries summed.
+        sti_relative: ``sti`` over the sum of the singular values in it: 0 for orthogonal updates, 1 for two equal ones.
+        sti_random: What ``sti_relative`` is about for random directions: an estimate, for entries that are normal.
+        alignment: Mean of ``alignments``.
+        alignments: Subspace alignment ratios ‖U_MU_MᵀΔW_k‖_F / ‖ΔW_k‖_F, U_M the left singular vectors of S that leave
+            at most 5% of ‖S‖_F.
+        alignment_rank: How many those are.
+        alignment_random: √(alignment_rank / out), for random directions.
+        sign_conflicts: Share of the entries that several updates change, in which they differ in sign.
+        sign_conflicts_random: The same for random signs: ½ for two updates.
+        trimmed_conflicts: The same among the largest entries of each, as many as TIES keeps; null if no entry is among
+            those of two.
+        trimmed_conflicts_random: The same for random signs.
+        merges: Distance of merges from S. ``cat``: factors side by side. ``linear``, ``ties``: what PEFT's
+            add_weighted_adapter makes of the factors, A and B merged apart. ``ties_dense``: TIES on ΔW itself. Null
+            where a merge does not exist (factors of several ranks, or none).
+        recompressed: ‖S − S_r‖_F / ‖S‖_F of the best merge of rank r, PEFT's ``svd``.
+    """
+
+    record: Literal["union"] = "union"
+    layer: str
+    shape: tuple[int, int]
+    updates: tuple[str, ...]
+    ranks: tuple[int | None, ...]
+    fro: float
+    base_fro: float | None = None
+    parts_fro: tuple[float, ...]
+    spectrum: Spectrum
+    parts_rank_at: dict[str, int]
+    additive: dict[str, float | None]
+    parts_effective_rank: float
+    additive_effective: float | None
+    rank_for_all: dict[str, int | None]
+    weakest_kept: dict[str, Share | None]
+    energy_ratio: float | None
+    sti: float | None
+    sti_relative: float | None
+    sti_random: float | None
+    alignment: Share | None
+    alignments: tuple[float, ...]
+    alignment_rank: int | None
+    alignment_random: Share | None
+    sign_conflicts: Share | None
+    sign_conflicts_random: Share | None
+    trimmed_conflicts: Share | None
+    trimmed_conflicts_random: Share | None
+    merges: dict[str, MergeLoss | None]
+    recompressed: dict[str, float | None]
+
+    @property
+    def resolution(self) -> Resolution:
+        """What the rounding of the files lets one see of S."""
+        return self.spectrum.resolution

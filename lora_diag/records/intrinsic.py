@@ -1,0 +1,44 @@
+"""Records of ``probe intrinsic``: training in a random subspace, in full, or by a LoRA."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from lora_diag.records.base import Record
+
+
+class Intrinsic(Record):
+    """The loss of one run on one evaluation set.
+
+    Args:
+        set: The evaluation set, by its file's name.
+        shifted: Whether the user named it as shifted.
+        data: Hash of the evaluation file.
+        tokens: Predictions that the loss is the mean of.
+        subject: ``base`` (not trained), ``full`` (all parameters), ``subspace`` or ``lora``.
+        dim: d of a subspace; null elsewhere.
+        rank: r of a LoRA; null elsewhere.
+        params: Numbers that were trained; 0 for BASE.
+        lr: Peak learning rate as Adam was given it; null for BASE.
+        pace: Of ``full`` and ``subspace``: the rate at which full fine-tuning moves as far in a step, lr·√(d/D);
+            null elsewhere.
+        seed: Of the projection, of LoRA's factors, and of dropout where BASE has some.
+        loss: In nats; null where the run diverged.
+        train_loss: Mean loss over the last tenth of the steps; null where that is not finite.
+    """
+
+    key: ClassVar[tuple[str, ...]] = ("set", "subject", "dim", "rank", "lr", "seed")
+    record: Literal["intrinsic"] = "intrinsic"
+    set: str
+    shifted: bool = False
+    data: str
+    tokens: int
+    subject: Literal["base", "full", "subspace", "lora"]
+    dim: int | None = None
+    rank: int | None = None
+    params: int
+    lr: float | None = None
+    pace: float | None = None
+    seed: int = 0
+    loss: float | None
+    train_loss: float | None = None

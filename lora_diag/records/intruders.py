@@ -1,0 +1,72 @@
+"""Records of ``intruders``."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from lora_diag.records.base import Record, Share
+
+
+class Direction(Record):
+    """One of the k largest left singular vectors u_j of W_tuned, held against those of W_base.
+
+    Args:
+        sigma: σ_j of W_tuned.
+        similarity: max_i |⟨u_i(W_base), u_j⟩|.
+        nearest: Which i that is, from 1 on.
+        window: How many singular values of W_base are within the window, |σ_i − σ_j| ≤ window·σ_j.
+        projection: Norm of the projection of u_j on the span of their vectors.
+        projection_random: √(window / out), that norm for a random direction.
+        kind: ``kept`` if ``similarity`` ≥ ε; else ``rotated`` if u_j lies in the window's span beyond what chance puts
+            there, ``intruder`` if not (``metrics.intruders.kind``).
+    """
+
+    sigma: float
+    similarity: Share
+    nearest: int
+    window: int
+    projection: Share
+    projection_random: Share
+    kind: Literal["kept", "rotated", "intruder"]
+
+
+class Intruders(Record):
+    """The k largest directions of W_tuned, and which of them W_base has not.
+
+    Args:
+        layer: The weight's name in BASE.
+        shape: ``(out, in)``.
+        k: Directions that were looked at; at most min(out, in).
+        epsilon: ε, below which a similarity makes an intruder.
+        window: Width of the window.
+        fro: ‖ΔW‖_F.
+        base_fro: ‖W_base‖_F.
+        count: Directions with a similarity below ε: the published count.
+        rotated: How many of them lie in the span of directions of W_base with nearly the same singular value, which
+            rotate freely.
+        intruders: ``count`` − ``rotated``.
+        share: ``intruders`` / k.
+        similarity_lowest: The smallest similarity; null where ΔW = 0.
+        similarity_random: About the median similarity of a random direction: an estimate.
+        count_random: About how many of k random directions have a similarity below ε: an estimate.
+        directions: Each direction, the largest first; none where ΔW = 0.
+        method: What computed the singular vectors of W_base and of W_tuned.
+    """
+
+    record: Literal["intruders"] = "intruders"
+    layer: str
+    shape: tuple[int, int]
+    k: int
+    epsilon: float
+    window: float
+    fro: float
+    base_fro: float
+    count: int
+    rotated: int
+    intruders: int
+    share: Share
+    similarity_lowest: Share | None
+    similarity_random: Share
+    count_random: float
+    directions: tuple[Direction, ...]
+    method: str

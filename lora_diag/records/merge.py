@@ -1,0 +1,96 @@
+"""Records of ``verify-merge``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Literal
+
+from lora_diag.records.base import Record, Share
+
+MergeStatus = Literal[
+    "ok",
+    "coarse",
+    "inconclusive",
+    "dropped",
+    "partial",
+    "wrong scale",
+    "transposed",
+    "wrong order",
+    "other base",
+    "changed",
+    "missing",
+    "other",
+]
+
+# What a merge may show and still be what the adapter says, exactly or in a shorter dtype.
+CORRECT = frozenset({"ok", "coarse"})
+
+Outcome = Literal["correct", "failed", "inconclusive"]
+
+
+class Merge(Record):
+    """One layer of BASE, and whether MERGED holds W + ΔW there, entry by entry.
+
+    Args:
+        layer: The weight's name in BASE; one matrix of a stack is ``name[3]``.
+        shape: ``(out, in)``; of a 1-D tensor ``(n,)``.
+        adapted: Whether the adapter changes the layer; else MERGED has to hold W itself.
+        status: ``ok``: every entry is a rounding of W + ΔW. ``coarse``: likewise, if ΔW was computed in bfloat16 though
+            MERGED is finer. ``inconclusive``: a rounding of W + ΔW and of W alone, so that this file cannot tell.
+            ``dropped``: M = W. ``partial``: some rows or columns have ΔW, the others have W. ``wrong scale``: W + c·ΔW.
+            ``transposed``: W + ΔWᵀ. ``wrong order``: the ΔW of another expert or layer, or with its halves swapped.
+            ``other base``: ΔW is there, on top of other weights than BASE's. ``changed``: the adapter never touched
+            it, MERGED differs. ``missing``: MERGED has no such weight. ``other``: none of these.
+        dtype: The dtype whose numbers MERGED holds, which can be shorter than the one it is stored in; null if missing.
+        differing: Entries that no rounding of W + ΔW explains.
+        differing_share: The same as a share of the entries.
+        max_ulp: The largest |M − (W + ΔW)|, in units of the spacing at the largest of |M|, |W| and the terms of
+            ΔW (|B||A|).
+        scale: c = ⟨M − W, ΔW⟩ / ‖ΔW‖²: how much of ΔW arrived; 1 for a merge without loss. Null where ΔW = 0.
+        retained: The same c where the merge is correct, else null: what rounding left of the adapter.
+        residual: ‖M − W − ΔW‖_F / ‖ΔW‖_F; null where ΔW = 0.
+        unchanged: Share of the entries with M = W (or W rounded to ``dtype``).
+        expected_fro: ‖ΔW‖_F.
+        observed_fro: ‖M − W‖_F.
+        base_fro: ‖W‖_F.
+        cause: What probably happened, in words; empty if nothing did.
+    """
+
+    record: Literal["merge"] = "merge"
+    layer: str
+    shape: tuple[int, ...]
+    adapted: bool
+    status: MergeStatus
+    dtype: str | None
+    differing: int | None
+    differing_share: Share | None
+    max_ulp: float | None
+    scale: float | None
+    retained: float | None
+    residual: float | None
+    unchanged: Share | None
+    expected_fro: float | None
+    observed_fro: float | None
+    base_fro: float | None
+    cause: str
+
+    @property
+    def failed(self) -> bool:
+        """Whether MERGED is not what the adapter says."""
+        return self.status not in CORRECT and self.status != "inconclusive"
+
+
+def outcome(records: Iterable[Merge]) -> Outcome:
+    """Return what the layers say of the merge as a whole.
+
+    One failure fails it. A merge in which no adapted layer moved at all cannot be told from a dropped adapter, even
+    where rounding explains it; nor can one with an inconclusive layer.
+    """
+    layers = list(records)
+    if any(record.failed for record in layers):
+        return "failed"
+    expected = [record for record in layers if record.adapted and record.expected_fro]
+    shown = any(record.unchanged is not None and record.unchanged < 1 for record in expected)
+    if any(record.status == "inconclusive" for record in layers) or not shown:
+        return "inconclusive"
+    return "correct"

@@ -1,0 +1,52 @@
+"""Records of ``overlap``."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from lora_diag.records.base import Record, Share
+
+
+class Overlap(Record):
+    """Which part of one layer's gradient G lies in the top-r singular subspaces (U, V) of an update.
+
+    Every share is of ‖G‖_F, lies in [0, 1] and is null for a zero gradient; 0 ≤ κ ≤ one-sided ≤ tangent ≤ 1. U and V
+    are sides of the matrix as stored: where that is ``(in, out)`` (GPT-2's Conv1D), A and B below change places.
+
+    Args:
+        layer: The weight's name in BASE.
+        shape: ``(out, in)``, m × n.
+        step: Of training, at which the gradient was taken.
+        rank: r.
+        kappa: κ = ‖UᵀGV‖_F / ‖G‖_F.
+        kappa_random: r/√(mn), its root mean square for random subspaces.
+        tangent: ‖UUᵀG + GVVᵀ − UUᵀGVVᵀ‖_F / ‖G‖_F, what an adapter of these subspaces can reach to first order.
+        tangent_random: √(r/m + r/n − r²/(mn)).
+        left: ‖UᵀG‖_F / ‖G‖_F, what factor A can reach while B spans U.
+        left_random: √(r/m).
+        right: ‖GV‖_F / ‖G‖_F, what factor B can reach while A spans V: all that a fresh adapter (B = 0) reaches.
+        right_random: √(r/n).
+        gradient_fro: ‖G‖_F.
+        method: What computed U and V.
+        blocks: In how many row blocks ΔW was read, again and again, because memory did not hold it; null if it did.
+        verdict: Whether the files can show the update that U and V are of.
+    """
+
+    key: ClassVar[tuple[str, ...]] = ("layer", "step", "rank")
+    record: Literal["overlap"] = "overlap"
+    layer: str
+    shape: tuple[int, int]
+    step: int
+    rank: int
+    kappa: Share | None
+    kappa_random: Share
+    tangent: Share | None
+    tangent_random: Share
+    left: Share | None
+    left_random: Share
+    right: Share | None
+    right_random: Share
+    gradient_fro: float
+    method: str
+    verdict: Literal["resolved", "floor-limited", "unresolved"]
+    blocks: int | None = None

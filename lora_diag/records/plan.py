@@ -1,0 +1,148 @@
+"""Records of ``plan``, which are printed and not kept in a file."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from lora_diag.records.base import Record
+
+
+class PlanType(Record):
+    """All weights of one module type and shape.
+
+    Args:
+        name: The module type, such as ``self_attn.q_proj``.
+        shape: ``(out, in)`` of each matrix as it is stored.
+        matrices: How many there are; experts of a stack count each.
+        params: Their entries: what full fine-tuning trains.
+        per_rank: What LoRA trains for each rank: matrices · (out + in).
+        targeted: Whether LoRA is put on them.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    matrices: int
+    params: int
+    per_rank: int
+    targeted: bool
+
+
+class PlanRank(Record):
+    """LoRA of one rank on every targeted matrix.
+
+    Args:
+        rank: r.
+        params: Σ r(d_in + d_out).
+        rho: params / entries of the targeted matrices; of one matrix r(d_in + d_out)/(d_in·d_out).
+        of_model: params / parameters of the model.
+        bytes: By optimizer: what the trainable parameters take, with gradients and state.
+        flops: Multiply-adds per token that the unmerged adapter adds / those of the model's matrices.
+    """
+
+    rank: int
+    params: int
+    rho: float
+    of_model: float
+    bytes: dict[str, int]
+    flops: float
+
+
+class PlanFit(Record):
+    """What a budget of parameters allows.
+
+    Args:
+        asked: The option as given.
+        budget: Parameters that it comes to.
+        rank: Largest rank that all targeted matrices can have, up to ``full_rank``; 0 if not even 1 fits.
+        full_rank: max of min(out, in) over them: no update of any of them has a higher rank.
+        spent: What that takes.
+        left: What it leaves.
+        listed: Largest of the ranks asked about that fits; null if none does.
+        listed_left: What that leaves; null likewise.
+        doubled: How many blocks can have twice that rank out of the rest.
+        blocks: How many blocks have targeted matrices.
+    """
+
+    asked: str
+    budget: int
+    rank: int
+    full_rank: int
+    spent: int
+    left: int
+    listed: int | None
+    listed_left: int | None
+    doubled: int
+    blocks: int
+
+
+class PlanRates(Record):
+    """How fast this machine was just now, in core-seconds: t seconds on p cores are p·t.
+
+    Args:
+        cores: It has.
+        entry: For an entry of a matrix: both sides read from memory, subtracted, norms taken.
+        product: For one multiply-add of the Gram product of order n with n rows, n³ of them.
+        eigen: For the eigenvalues of a matrix, by its order.
+        few: For an entry, of the K largest values of a decaying spectrum, by order; empty where krylov is not taken.
+        few_from: Order from which it is.
+    """
+
+    cores: int
+    entry: float
+    product: float
+    eigen: dict[int, float]
+    few: dict[int, float]
+    few_from: int
+
+
+class PlanCost(Record):
+    """What a run of ``spectrum`` takes; an estimate.
+
+    Args:
+        top: K of ``--top``; null for all values.
+        core_seconds: In all.
+        longest: Seconds of the largest matrix by itself: no number of machines is faster.
+        seconds: By the number of machines like this one.
+        bytes: Read from both sides; null if the dtype is not known.
+    """
+
+    top: int | None
+    core_seconds: float
+    longest: float
+    seconds: dict[int, float]
+    bytes: int | None
+
+
+class Plan(Record):
+    """What full fine-tuning and LoRA of a model cost, from headers or a config alone.
+
+    Args:
+        path: What was read.
+        kind: What it is, in words.
+        notes: What a careful reader should know.
+        params: Parameters of the model.
+        targeted: Entries of the matrices that LoRA is put on.
+        base_bytes: What the model takes as it is stored; null if its dtype is not known.
+        dtype: Of the trainable parameters and their gradients.
+        full_bytes: By optimizer: what training every parameter takes, with gradients and state.
+        types: The module types.
+        ranks: LoRA by rank.
+        fit: What the budget allows; null without one.
+        rates: This machine's speed; null if that was not asked.
+        costs: Of the spectra of all matrices on it; empty likewise.
+    """
+
+    record: Literal["plan"] = "plan"
+    path: str
+    kind: str
+    notes: tuple[str, ...]
+    params: int
+    targeted: int
+    base_bytes: int | None
+    dtype: str
+    full_bytes: dict[str, int]
+    types: tuple[PlanType, ...]
+    ranks: tuple[PlanRank, ...]
+    fit: PlanFit | None = None
+    rates: PlanRates | None = None
+    costs: tuple[PlanCost, ...] = ()

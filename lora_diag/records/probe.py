@@ -1,0 +1,131 @@
+"""Records of ``probe``: what a model's loss says of an update."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from lora_diag.records.base import Record, Share
+
+Subject = Literal["base", "tuned", "truncated", "reference", "adapter", "lora", "full", "bitfit"]
+
+
+class Probe(Record):
+    """One loss measured on one evaluation set: of a truncated update, of an adapter, of a run of a sweep.
+
+    A loss is the mean negative log-likelihood over the predicted tokens (over the examples, for a classifier), in nats.
+
+    Args:
+        probe: Which probe measured it.
+        set: The evaluation set, by its file's name.
+        shifted: Whether the user named it as shifted.
+        subject: Whose loss it is: ``base``, ``tuned``, ``truncated``, ``reference``, ``adapter``; of a sweep's
+            run ``lora``, or ``full`` and ``bitfit`` for the reference lines.
+        name: Of an adapter or a reference, its path; of BASE the grid that it is rounded to, if any; else empty.
+        layer: The layer that was truncated alone; null for all together.
+        module_type: The module type that was truncated alone; null for all types together.
+        rank: r; null where none applies.
+        lr: Peak learning rate of a sweep's run; null elsewhere.
+        seed: Of the run: of a sweep's factors; elsewhere of nothing random but kept for the reader.
+        tokens: Predictions that the loss is the mean of.
+        data: Hash of the evaluation file.
+        loss: In nats; null where a sweep's run diverged.
+        gap: Loss minus that of TUNED (``truncation``, ``outputs``), on the same tokens; null where that is not known.
+        gap_error: Standard error of ``gap``, from the paired differences of sequences taken as independent.
+        kept: (loss_base − loss) / (loss_base − loss_tuned), the share of TUNED's change of the loss that is there;
+            not clamped; null where TUNED's loss is that of BASE.
+        energy: Share of ‖ΔW‖² of the truncated layers that rank r keeps, C(r) over all of them; null elsewhere.
+        distance: ‖z_tuned − z‖ / ‖z_tuned − z_base‖ over all logits z.
+        hidden: The same of the hidden states of every token at each depth: the embeddings, then behind each block, as
+            transformers gives them; null at a depth where BASE and TUNED agree, and where none were taken.
+        kl: Mean KL(p_tuned ‖ p) over the predictions, in nats.
+        agreement: Share of the predictions whose most likely token is TUNED's.
+        train_loss: Mean loss over the last tenth of a sweep's steps.
+    """
+
+    key: ClassVar[tuple[str, ...]] = (
+        "probe",
+        "set",
+        "subject",
+        "name",
+        "layer",
+        "module_type",
+        "rank",
+        "lr",
+        "seed",
+    )
+    record: Literal["probe"] = "probe"
+    probe: Literal["truncation", "outputs", "sweep"]
+    set: str
+    shifted: bool = False
+    subject: Subject
+    name: str = ""
+    layer: str | None = None
+    module_type: str | None = None
+    rank: int | None = None
+    lr: float | None = None
+    seed: int = 0
+    tokens: int
+    data: str
+    loss: float | None
+    gap: float | None = None
+    gap_error: float | None = None
+    kept: float | None = None
+    energy: Share | None = None
+    distance: float | None = None
+    kl: float | None = None
+    agreement: Share | None = None
+    train_loss: float | None = None
+    hidden: tuple[float | None, ...] | None = None
+
+    @property
+    def nats(self) -> float:
+        """The loss of a run that has one."""
+        assert self.loss is not None
+        return self.loss
+
+
+class LayerInput(Record):
+    """What reached one linear layer while a model read a text.
+
+    Args:
+        layer: The weight's name in BASE.
+        size: How many numbers one input x has.
+        rows: How many inputs there were.
+        square: E‖x‖², the trace of C = E[xxᵀ].
+        directions: tr(C)²/‖C‖_F², between 1 and ``size``: in how many directions the inputs lie, roughly.
+        shares: The layer that is given the same input, and has the same C; null if none before it is.
+    """
+
+    layer: str
+    size: int
+    rows: int
+    square: float
+    directions: float
+    shares: str | None = None
+
+
+class Activations(Record):
+    """What ``probe activations`` wrote; printed and not kept in a results file.
+
+    Args:
+        path: The safetensors file.
+        model: Whose inputs these are.
+        text: The file that was read.
+        about: What it was read as.
+        notes: What a careful reader should know.
+        tokens: How many tokens were read.
+        gradients: Whose labels the loss was taken against, if E[ggᵀ] of the outputs' gradients is in the file, too.
+        layers: What is in the file.
+        left_out: Weights of the model that are not in it, each with its reason.
+    """
+
+    record: Literal["activations"] = "activations"
+    path: str
+    model: str
+    text: str
+    about: str
+    notes: tuple[str, ...]
+    tokens: int
+    gradients: Literal["data", "model"] | None = None
+    layers: tuple[LayerInput, ...]
+    left_out: dict[str, str]

@@ -1,0 +1,170 @@
+"""Results files: read back, checked line by line."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from lora_diag.errors import InputError
+from lora_diag.records.base import SCHEMA
+from lora_diag.records.records import AnyRecord, LayerRecord, WholeRecord
+from lora_diag.records.results import L, Results
+from lora_diag.records.run import End, LeftOut, Run
+from lora_diag.records.spectrum import Spectrum
+
+_LINE: TypeAdapter[AnyRecord] = TypeAdapter(AnyRecord)
+
+# Every finished or interrupted results file begins so.
+_HEAD = b'{"record":"run"'
+
+
+def is_results_file(path: Path | str) -> bool:
+    """Say whether a file begins like a results file; never so of a pipe or a device, which are not opened."""
+    try:
+        if not Path(path).is_file():
+            return False
+        with Path(path).open("rb") as file:
+            return file.read(64).replace(b" ", b"").startswith(_HEAD)
+    except (OSError, ValueError):
+        return False
+
+
+def read_results(path: Path | str) -> Results[Any]:
+    """Read a results file.
+
+    Args:
+        path: A file written by ``-o``, by ``Results.write`` or from ``--json``.
+
+    Returns:
+        The records. A half-written last line, as a crash leaves it, is dropped, and so is what follows a zero byte, as
+        a loss of power leaves it; ``end`` is then None.
+
+    Raises:
+        InputError: It is no results file, is damaged, holds several runs, or its schema is newer than this version of
+            loradiag.
+    """
+    path = Path(path)
+    records = list(each_line(path))
+    if not records or not isinstance(records[0], Run):
+        why = "its first line must be a run record" if path.stat().st_size else "it is empty"
+        raise InputError(f"{path}: is not a results file: {why}")
+    return Results(
+        records[0],
+        tuple(record for record in records if isinstance(record, LayerRecord)),
+        tuple(record for record in records if isinstance(record, LeftOut)),
+        next((record for record in records if isinstance(record, End)), None),
+        tuple(record for record in records if isinstance(record, WholeRecord)),
+    )
+
+
+def read_results_of(kind: type[L], path: Path | str) -> Results[L]:
+    """Read a results file whose layers have records of one kind.
+
+    Args:
+        kind: The class of record that is needed, such as ``Spectrum``.
+        path: The file.
+
+    Raises:
+        InputError: It cannot be read, or holds records of another command.
+    """
+    results: Results[L] = read_results(path)
+    wanted = kind.model_fields["record"].default
+    if any(not isinstance(record, kind) for record in results) or (
+        not results.layers and results.run.command != wanted
+    ):
+        raise InputError(
+            f"{path}: holds the results of loradiag {results.run.command}; {wanted} records are needed here"
+        )
+    return results
+
+
+def each_line(path: Path) -> Iterator[AnyRecord]:
+    """Yield the whole records of a file, checked one against the other; what a crash left behind them is no error.
+
+    Raises:
+        InputError: It cannot be read, or a line is not a record or cannot stand where it stands.
+    """
+    first: AnyRecord | None = None
+    last: AnyRecord | None = None
+    for number, line in enumerate(_lines(path), 1):
+        try:
+            record = _parse(line.removesuffix(b"\n"), number, path)
+            _check_place(record, first, last, f"{path}: line {number}")
+        except InputError:
+            if line.endswith(b"\n"):
+                raise
+            return  # cut short by a crash; a record that only lacks its newline is taken
+        first, last = record if first is None else first, record
+        yield record
+
+
+def _lines(path: Path) -> Iterator[bytes]:
+    """Yield lines with their newlines, which the last may lack: a file of many layers is not held as text as well.
+
+    JSON has no zero bytes: they stand where a loss of power kept the disk from writing, and nothing behind is sure. Nor
+    is what another process writes behind a line without a newline while this one reads.
+    """
+    try:
+        if os.path.exists(path) and not path.is_file():  # noqa: PTH110  (unlike Path.exists(), takes any name)
+            what = "is a folder" if path.is_dir() else "is not a regular file"
+            raise InputError(f"{path}: {what}; a results file is wanted here, as -o FILE writes it")
+        with path.open("rb") as file:
+            for line in file:
+                before, _, _ = line.partition(b"\0")
+                yield before
+                if not before.endswith(b"\n"):
+                    return
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
+
+
+def bytes_of(path: Path, records: int) -> int:
+    """Return how many bytes the first so many records of a file take, without the newline of the last."""
+    return sum(len(line.removesuffix(b"\n")) + 1 for line in islice(_lines(path), records)) - 1
+
+
+def _check_place(record: AnyRecord, first: AnyRecord | None, last: AnyRecord | None, where: str) -> None:
+    """Refuse a record that cannot stand where it stands, or lacks what the run record promises.
+
+    Raises:
+        InputError: It cannot.
+    """
+    if first is None:
+        if isinstance(record, Run) and record.command == "spectrum":
+            ranks = record.settings.get("ranks")
+            if not isinstance(ranks, list) or not ranks or not all(type(r) is int and r > 0 for r in ranks):
+                raise InputError(f"{where} is not a run record: settings.ranks must be a list of ranks")
+        return
+    if isinstance(record, Run):
+        raise InputError(f"{where} begins a second run: one file holds one run; split it there")
+    if isinstance(last, End):
+        raise InputError(f"{where} comes after the end record of the run")
+    if isinstance(record, Spectrum) and isinstance(first, Run):
+        asked = [str(r) for r in first.settings.get("ranks", [])]
+        lacking = [f"energy.{r}" for r in asked if r not in record.energy]
+        lacking += [f"tail.{r}" for r in asked if r not in record.tail]
+        lacking += [f"rank_at.{share}" for share in ("0.9", "0.95", "0.99") if share not in record.rank_at]
+        if lacking:
+            raise InputError(f"{where} is not a record of this run: {record.layer} has no {lacking[0]}")
+
+
+def _parse(line: bytes, number: int, path: Path) -> AnyRecord:
+    try:
+        content = json.loads(line.decode("utf-8"))
+        if isinstance(content, dict) and isinstance(schema := content.get("schema", SCHEMA), int) and schema > SCHEMA:
+            raise InputError(
+                f"{path}: written in schema {schema}, this loradiag reads up to {SCHEMA}: upgrade loradiag"
+            )
+        return _LINE.validate_python(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise InputError(f"{path}: line {number} is not a record: {where}: {first['msg']}") from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: line {number} is not JSON: {error}") from error

@@ -1,0 +1,105 @@
+"""The records that every results file has: the run, what was left out, the end."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field
+
+from lora_diag.records.base import SCHEMA, Record
+
+Reason = Literal[
+    "vector",
+    "only_in_base",
+    "only_in_tuned",
+    "not_float",
+    "shape_differs",
+    "added_rows",
+    "removed_rows",
+    "empty",
+    "not_selected",
+    "non_finite",
+    "not_in_base",
+    "needs_base",
+    "only_in_adapter",
+    "no_gradient",
+    "no_reference",
+    "rank_0",
+    "no_factors",
+    "saved",
+    "unreadable",
+    "not_in_model",
+    "memory",
+    "no_activations",
+]
+
+
+class RunInput(Record):
+    r"""One input of a run: its part in the command, where it was, what it is.
+
+    Args:
+        role: ``base``, ``tuned``, ``adapter``, ``reference``, ``activations`` or ``gradients``.
+        path: What the user named; bytes that are not UTF-8 are spelled ``\xff``.
+        kind: What it is, in words.
+        tensors: How many it holds.
+        notes: What a careful reader should know.
+        fingerprint: By which ``--resume`` notices that the input changed; empty if it was not taken.
+        sha256: Of every byte of its files, with ``--verify``; else empty.
+    """
+
+    role: str
+    path: str
+    kind: str
+    tensors: int
+    notes: tuple[str, ...] = ()
+    fingerprint: str = ""
+    sha256: str = ""
+
+
+class Run(Record):
+    """First line of a results file: what was asked of what."""
+
+    record: Literal["run"] = "run"
+    schema_: int = Field(SCHEMA, alias="schema", serialization_alias="schema")
+    command: str
+    version: str
+    inputs: tuple[RunInput, ...]
+    settings: dict[str, Any]
+
+
+class LeftOut(Record):
+    """A tensor, or rows of one, without a spectrum.
+
+    Args:
+        layer: Its name.
+        shape: Its shape; for rows that only one side has, theirs.
+        reason: One word, for programs.
+        detail: One sentence, for people.
+        fro: ‖Δ‖_F where both sides have it (1-D tensors), the norm of the rows that only one side has, else null.
+        base_fro: ‖W_base‖_F where both sides have it, else null.
+    """
+
+    record: Literal["left_out"] = "left_out"
+    layer: str
+    shape: tuple[int, ...]
+    reason: Reason
+    detail: str
+    fro: float | None = None
+    base_fro: float | None = None
+
+
+class End(Record):
+    """Last line of a finished results file; without it, the run was interrupted.
+
+    Args:
+        layers: How many layers have records.
+        left_out: How many ``left_out`` records there are.
+        fro: ‖ΔW‖_F over the layers; null for records that have none.
+        base_fro: ‖W_base‖_F over the layers; null if one of them is not known.
+    """
+
+    record: Literal["end"] = "end"
+    layers: int
+    left_out: int
+    fro: float | None
+    base_fro: float | None

@@ -1,0 +1,80 @@
+"""Records of ``probe sensitivity``: what layers gain when each is adapted alone, and what one gradient says of that."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from lora_diag.records.base import Record
+
+
+class Sensitivity(Record):
+    """The loss of one run, in which one unit was adapted and all else frozen, on one evaluation set; or of BASE.
+
+    Args:
+        set: The evaluation set, by its file's name.
+        shifted: Whether the user named it as shifted.
+        data: Hash of the evaluation file.
+        tokens: Predictions that the loss is the mean of.
+        unit: What was adapted: a layer, a block of layers or a module type, by its name; empty for BASE.
+        layers: The weights in it, by their names in BASE.
+        rank: r of every factor pair; null for BASE.
+        params: Σ r(out + in); 0 for BASE.
+        lr: Peak learning rate; null for BASE.
+        seed: Of the factors' initial values, and of dropout where BASE has some.
+        loss: In nats; null where the run diverged.
+        gain: Loss of BASE minus this one, on the same tokens; null for BASE and where the run diverged.
+        gain_error: Standard error of ``gain``, from the paired differences of sequences taken as independent; null for
+            one sequence.
+        train_loss: Mean loss over the last tenth of the steps; null where that is not finite.
+        nll: Summed negative log-likelihood of each sequence, in nats to 6 decimals: by which any two runs can be
+            paired. Empty where the run diverged.
+        predictions: Of each sequence; of BASE only, because all runs have the same.
+    """
+
+    key: ClassVar[tuple[str, ...]] = ("set", "unit", "rank", "lr", "seed")
+    record: Literal["sensitivity"] = "sensitivity"
+    set: str
+    shifted: bool = False
+    data: str
+    tokens: int
+    unit: str = ""
+    layers: tuple[str, ...] = ()
+    rank: int | None = None
+    params: int = 0
+    lr: float | None = None
+    seed: int = 0
+    loss: float | None
+    gain: float | None = None
+    gain_error: float | None = None
+    train_loss: float | None = None
+    nll: tuple[float, ...] = ()
+    predictions: tuple[int, ...] = ()
+
+
+class FirstOrder(Record):
+    """What the gradient G of one layer at BASE says before anything is trained.
+
+    Args:
+        layer: The weight's name in BASE.
+        shape: ``(out, in)``.
+        rank: r.
+        gradient_fro: ‖G‖_F, G = ∂L/∂W ``(out, in)`` over the sequences below.
+        top: Σ_{i≤r}σ_i(G)², the square of the steepest descent per ‖ΔW‖_F that a matrix of rank r allows.
+        fresh: (r/in)·‖G‖_F², the mean of ‖P_T G‖_F² over fresh adapters: at B = 0 only the rows of A can be reached.
+        adam: r·s·√(2/(3π·in))·Σ_i‖g_i‖, g_i the rows of G and s the scaling: the fall of the loss per unit of learning
+            rate in Adam's first step, in the mean over A as PEFT draws it.
+        sequences: How many the gradient is the mean over.
+        data: Hash of the file they are from.
+    """
+
+    key: ClassVar[tuple[str, ...]] = ("layer",)
+    record: Literal["first_order"] = "first_order"
+    layer: str
+    shape: tuple[int, int]
+    rank: int
+    gradient_fro: float
+    top: float
+    fresh: float
+    adam: float
+    sequences: int
+    data: str

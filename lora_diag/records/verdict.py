@@ -1,0 +1,59 @@
+"""Records of ``gate``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import ClassVar, Literal
+
+from lora_diag.records.base import Record
+
+Status = Literal["passed", "failed", "warned", "waived", "inconclusive", "not judged"]
+Outcome = Literal["passed", "failed", "inconclusive"]
+
+
+class Verdict(Record):
+    """What one rule of a policy says of one layer, or of the whole.
+
+    Args:
+        rule: Its name in the policy.
+        layer: The layer judged; null for an aggregate or a whole-model value.
+        group: Which of several records of the layer, such as ``adapter lora_r4`` or ``step 40, rank 8``.
+        measured: The value found; null where there is none.
+        allowed: The condition, as the policy writes it, such as ``epsilon <= 0.35``.
+        status: ``warned`` is a failure whose severity is warning; ``inconclusive`` is never a pass; ``not judged`` is a
+            layer without a value that the policy's coverage can do without.
+        severity: Of the rule.
+        message: One sentence: what is wrong and what to do.
+        line: Where the rule stands in the policy; null for a built-in check.
+    """
+
+    key: ClassVar[tuple[str, ...]] = ("rule", "layer", "group")
+    record: Literal["verdict"] = "verdict"
+    rule: str
+    layer: str | None
+    group: str = ""
+    measured: float | str | None
+    allowed: str
+    status: Status
+    severity: Literal["error", "warning"]
+    message: str
+    line: int | None = None
+
+    @property
+    def blocks(self) -> bool:
+        """Whether it keeps a gate from passing: a warning never does."""
+        return self.severity == "error" and self.status in {"failed", "inconclusive"}
+
+
+def outcome(records: Iterable[Record]) -> Outcome:
+    """Return what verdicts come to: one failure fails, one thing unknown leaves it open, and nothing judged is no pass.
+
+    Example:
+        >>> outcome([])
+        'inconclusive'
+    """
+    found = [record for record in records if isinstance(record, Verdict)]
+    if any(verdict.blocks and verdict.status == "failed" for verdict in found):
+        return "failed"
+    judged = any(verdict.status in {"passed", "warned", "waived"} for verdict in found)
+    return "passed" if judged and not any(verdict.blocks for verdict in found) else "inconclusive"

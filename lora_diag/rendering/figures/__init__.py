@@ -1,0 +1,1 @@
+"""Layout and style of figures, and the panels that several figures share."""

@@ -1,0 +1,72 @@
+"""Which layers share a panel, a row or a colour: by module type and depth. Knows names and records, draws nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TypeVar
+
+from lora_diag.records import LayerRecord
+from lora_diag.records.names import depth_of, module_type_of, place_of, tower_of
+from lora_diag.rendering.figures.style import name_of
+
+R = TypeVar("R", bound=LayerRecord)
+
+
+class Types:
+    """The module types of some layers, in the order people expect, named so that no two towers share a name.
+
+    Args:
+        layers: Names of the weights.
+
+    Example:
+        >>> types = Types(["encoder.block.0.q.weight", "decoder.block.0.q.weight", "lm_head.weight"])
+        >>> types.names
+        ('encoder: q', 'decoder: q', 'lm_head')
+        >>> types.of("decoder.block.0.q.weight")
+        'decoder: q'
+    """
+
+    def __init__(self, layers: Iterable[str]) -> None:
+        layers = tuple(dict.fromkeys(layers))
+        self._towers = _telling({tower for layer in layers if (tower := tower_of(layer))})
+        ordered = sorted(layers, key=lambda layer: (not tower_of(layer), place_of(layer)))
+        first = {tower: i for i, tower in enumerate(dict.fromkeys(self._tower(layer) for layer in layers))}
+        if len(self._towers) > 1:
+            ordered.sort(key=lambda layer: (not tower_of(layer), first[self._tower(layer)]))
+        self._name = {layer: self._drawn(layer) for layer in ordered}
+        self.names = tuple(dict.fromkeys(self._name.values()))
+
+    def of(self, layer: str) -> str:
+        """Return the module type of one of the layers as it is drawn."""
+        return self._name[layer]
+
+    def _drawn(self, layer: str) -> str:
+        tower = self._tower(layer) if len(self._towers) > 1 else ""
+        return name_of(f"{tower}: {module_type_of(layer)}" if tower else module_type_of(layer))
+
+    def _tower(self, layer: str) -> str:
+        return self._towers.get(tower_of(layer), "")
+
+
+def _telling(towers: set[tuple[str, ...]]) -> dict[tuple[str, ...], str]:
+    """Give each tower the first part of its name that not all share; all of it where one name begins another."""
+    shared = 0
+    while len({tower[shared : shared + 1] for tower in towers}) == 1 and all(len(t) > shared for t in towers):
+        shared += 1
+    words = {tower: ".".join(tower[shared : shared + 1]) for tower in towers}
+    if len(set(words.values())) < len(words) or "" in words.values():
+        return {tower: ".".join(tower) for tower in towers}
+    return words
+
+
+def by_depth(records: Sequence[R]) -> dict[int | None, tuple[R, ...]]:
+    """Group records by block, in ascending order; those outside the blocks last."""
+    found: dict[int | None, list[R]] = {}
+    for record in records:
+        found.setdefault(depth_of(record.layer), []).append(record)
+    return {depth: tuple(found[depth]) for depth in sorted(found, key=lambda d: (d is None, d or 0))}
+
+
+def deepest(layers: Iterable[str]) -> int:
+    """Return the largest index of a block, 0 without any."""
+    return max((depth for layer in layers if (depth := depth_of(layer)) is not None), default=0)

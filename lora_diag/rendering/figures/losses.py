@@ -1,0 +1,149 @@
+"""Probe records as figures take them: of one probe, set by set; and the axis of the ranks that were measured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.ticker import FixedLocator, MaxNLocator, NullFormatter, NullLocator
+
+from lora_diag.records import Intrinsic, Probe, Results, Sensitivity
+from lora_diag.rendering.figures.style import INK, Look, name_of, width_of
+
+# What a line of text takes of a panel's height.
+TEXT = 0.13
+
+
+def probes(results: Results[Any] | Iterable[Any], probe: str) -> tuple[Probe, ...]:
+    """Return the records of one probe, out of results or of records."""
+    records = results.whole if isinstance(results, Results) else results
+    return tuple(record for record in records if isinstance(record, Probe) and record.probe == probe)
+
+
+def sets_of(records: Iterable[Probe | Sensitivity | Intrinsic]) -> dict[str, str]:
+    """Return the evaluation sets in the order of the run, each with what it is called in a figure."""
+    found: dict[str, str] = {}
+    for record in records:
+        shifted = record.shifted and record.set != "shifted"
+        found.setdefault(record.set, f"{name_of(record.set)}{' (shifted)' if shifted else ''}")
+    return found
+
+
+def one_set(results: Results[Any] | Iterable[Any], probe: str, name: str | None) -> tuple[list[Probe], str]:
+    """Return the records of one probe on one set, the first if none is named, and what the set is called."""
+    records = probes(results, probe)
+    sets = sets_of(records)
+    chosen = name if name is not None else next(iter(sets))
+    return [record for record in records if record.set == chosen], sets[chosen]
+
+
+def panels_of(number: int, look: Look) -> tuple[int, int]:
+    """Return rows and columns of panels that are each as wide as a reader needs: one below the other in a column."""
+    columns = 1 if look.columns < 3 else min(number, 2 if number in {2, 4} else 3)
+    return -(-number // columns), columns
+
+
+def panel_width(look: Look, columns: int, right: float = 0.0) -> float:
+    """Return about how wide a panel with its own labels is, in inches, without ``right`` lines of text beside it."""
+    return look.width / columns - (6.5 + right) * look.text / 72
+
+
+def measured_axis(
+    ax: Axes,
+    ranks: Iterable[int],
+    inches: float,
+    look: Look | None,
+    label: Callable[[int], str] = str,
+) -> None:
+    """Make x the rank, logarithmic from 1 on, and label those that were measured where there is room."""
+    known = sorted(set(ranks))
+    ax.set_xscale("symlog", base=2, linthresh=1, linscale=1)
+    size = look.ticks if look else 9.0
+    places = _place(np.array(known, dtype=float))
+    low, high = places[0] - 0.35, places[-1] + 0.35
+    ax.set_xlim(_rank(low), _rank(high))
+    shown: list[int] = []
+    for rank in (known[0], known[-1], *known):
+        at = float(_place(np.array([float(rank)]))[0])
+        room = [
+            abs(at - float(_place(np.array([float(other)]))[0])) / (high - low) * inches
+            - (width_of(label(rank), size) + width_of(label(other), size)) / 2
+            for other in shown
+        ]
+        if all(space > 0.5 * size / 72 for space in room):
+            shown.append(rank)
+    ax.xaxis.set_major_locator(FixedLocator(sorted(shown)))
+    ax.xaxis.set_major_formatter(lambda value, _: label(round(value)))
+    ax.xaxis.set_minor_locator(NullLocator())
+    ax.xaxis.set_minor_formatter(NullFormatter())
+
+
+def _place(ranks: Any) -> Any:
+    """Return where a rank is on the axis: 0 at 0, 1 at 1, and one further for each doubling."""
+    return np.where(ranks < 1, ranks, 1 + np.log2(np.maximum(ranks, 1)))
+
+
+def _rank(place: float) -> float:
+    return place if place < 1 else 2.0 ** (place - 1)
+
+
+# What is behind the name of a line: lets through where other lines go, and keeps the name readable.
+GROUND: dict[str, Any] = {"facecolor": "white", "alpha": 0.75, "lw": 0, "pad": 0.6}
+
+
+def levels(ax: Axes, named: Sequence[tuple[str, float, str]], look: Look | None, lowest_below: bool = False) -> None:
+    """Draw horizontal lines, each with its name at its right end; lines that nearly touch share one line of names.
+
+    Args:
+        ax: Where; its limits are set.
+        named: Name, value and colour.
+        look: The page.
+        lowest_below: Whether the lowest line has its name below itself, out of the way of what lies above it.
+    """
+    low, high = ax.get_ylim()
+    groups: list[list[tuple[str, float, str]]] = []
+    for one in sorted(named, key=lambda item: item[1]):
+        text, value, color = one
+        ax.axhline(
+            value, color=color, lw=0.8 * (look.line if look else 1), ls=(0, (4, 2)), zorder=1.5, label=f"_{text}"
+        )
+        if groups and value - groups[-1][-1][1] < TEXT * (high - low):
+            groups[-1].append(one)
+        else:
+            groups.append([one])
+    for place, group in enumerate(groups):
+        below = lowest_below and place == 0 and len(groups) > 1
+        ax.annotate(
+            ", ".join(text for text, _, _ in group),
+            (1, group[0 if below else -1][1]),
+            xycoords=("axes fraction", "data"),
+            xytext=(-2, -1.5 if below else 1.5),
+            textcoords="offset points",
+            ha="right",
+            va="top" if below else "bottom",
+            size=look.ticks if look else 9.0,
+            color=group[-1][2] if len(group) == 1 else INK,
+            parse_math=False,
+            annotation_clip=False,
+            bbox=GROUND,
+            zorder=1.9,
+        )
+
+
+def loss_axis(ax: Axes) -> None:
+    """Give the loss few, plain ticks."""
+    ax.yaxis.set_major_locator(MaxNLocator(nbins=4, steps=[1, 2, 5, 10]))
+    ax.ticklabel_format(axis="y", useOffset=False, style="plain")
+
+
+def limits(values: Sequence[float], below: float = 0.08, above: float = 0.14) -> tuple[float, float]:
+    """Return from where to where an axis shows some values, with room for a line's name above the highest.
+
+    >>> limits([1.0, 2.0])
+    (0.92, 2.14)
+    """
+    low, high = min(values), max(values)
+    span = high - low or abs(high) * 0.1 or 1.0
+    return low - below * span, high + above * span

@@ -1,0 +1,156 @@
+"""Small multiples of curves over the rank: one panel a module type, one scale of depths, one legend."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+
+from lora_diag.records import Spectrum
+from lora_diag.rendering.figures.curves import MARKED, Quantity, has_floor, largest_rank
+from lora_diag.rendering.figures.fields import changes_of, metric_said
+from lora_diag.rendering.figures.groups import Types, by_depth, deepest
+from lora_diag.rendering.figures.panel import draw_series
+from lora_diag.rendering.figures.series import Series, owner_of
+from lora_diag.rendering.figures.sheet import MAX_PANELS, Key, Words, depth_bar, finish_grid, grid_of, sheet
+from lora_diag.rendering.figures.style import FLOOR, INK, Look, category, cropped_all
+
+
+@dataclass(frozen=True, slots=True)
+class Panel:
+    """One of the small multiples: a module type, and its records of every series."""
+
+    name: str
+    series: tuple[Series[Spectrum], ...]
+
+
+def small_multiples(
+    series: Sequence[Series[Spectrum]],
+    quantity: Quantity,
+    look: Look,
+    per: str,
+    *,
+    title: str,
+    xlabel: str,
+    ylabel: str,
+    scale: Callable[[Axes], None],
+    also: Callable[[Axes, Sequence[Spectrum]], None] | None = None,
+    keys: Sequence[Key] = (),
+    formula: str = "",
+) -> Figure:
+    """Return a figure with one panel a module type.
+
+    Args:
+        series: What is compared; one for lines by depth, several for bands.
+        quantity: What is drawn over the rank.
+        look: The page.
+        per: ``layer`` or ``type``.
+        title: Of the figure.
+        xlabel: Of the panels at the bottom.
+        ylabel: Of the panels at the left.
+        scale: Sets the y axis of a panel.
+        also: Adds to a panel what else belongs there.
+        keys: What that is, for the legend.
+        formula: Of the quantity.
+    """
+    records = [record for one in series for record in one.records]
+    shown = _panels(series)
+    bands = per == "type" or len(series) > 1
+    depths, largest = deepest(record.layer for record in records), largest_rank(records)
+    by_color = not bands and depths > 0
+    rows, columns = grid_of(len(shown), look)
+    figure, axes = sheet(
+        look,
+        Words(
+            title,
+            f"{_about(series, records)}{f'; {formula}' if formula else ''}",
+            _notes(shown, records, bands),
+            (*_keys(series, records, largest, bands, look), *keys),
+        ),
+        rows,
+        columns,
+    )
+    inches = (look.width * (0.88 if by_color else 0.97) - 3.4 * look.text / 72) / columns - 1.2 * look.text / 72
+    titles = cropped_all([panel.name for panel in shown], inches, look.text)
+    for panel, ax in zip(shown, axes, strict=False):
+        draw_series(ax, panel.series, quantity, MARKED, per, look, depths=depths, largest=largest, inches=inches)
+        scale(ax)
+        if also:
+            also(ax, [record for one in panel.series for record in one.records])
+        ax.set_title(titles[panel.name], parse_math=False)
+    finish_grid(axes, len(shown), columns, xlabel, ylabel)
+    if by_color:
+        depth_bar(figure, axes[: len(shown)], depths, look)
+    return figure
+
+
+def _panels(series: Sequence[Series[Spectrum]]) -> tuple[Panel, ...]:
+    """Return one panel a module type with an update; where there are too many, those of least ‖ΔW‖ share the last."""
+    types = Types(record.layer for one in series for record in one.records)
+    energy: dict[str, float] = defaultdict(float)
+    for one in series:
+        for record in one.records:
+            energy[types.of(record.layer)] += record.fro**2
+    moving = [name for name in types.names if energy[name] > 0]
+    alone = set(moving)
+    if len(moving) > MAX_PANELS:
+        alone = set(sorted(moving, key=lambda name: -energy[name])[: MAX_PANELS - 1])
+    others = f"{len(moving) - len(alone)} other types"
+    shown = {name: name if name in alone else others for name in moving}
+    order = [name for name in moving if name in alone] + ([others] if len(alone) < len(moving) else [])
+    groups: dict[str, tuple[list[Spectrum], ...]] = {name: tuple([] for _ in series) for name in order}
+    for number, one in enumerate(series):
+        for record in one.records:
+            if (name := types.of(record.layer)) in shown:
+                groups[shown[name]][number].append(record)
+    return tuple(
+        Panel(name, tuple(Series(one.label, tuple(part)) for one, part in zip(series, groups[name], strict=True)))
+        for name in order
+    )
+
+
+def _about(series: Sequence[Series[Spectrum]], records: Sequence[Spectrum]) -> str:
+    """Say of what the figure is."""
+    layers = len({record.layer for record in records})
+    what = "gradients" if any(record.source == "gradients" for record in records) else f"updates {changes_of(records)}"
+    whose = series[0].label if len(series) == 1 else ""
+    many = f"{layers} {'matrix' if layers == 1 else 'matrices'}{metric_said(records)}"
+    return f"{f'{whose}: ' if whose else ''}{what} of {many}"
+
+
+def _keys(
+    series: Sequence[Series[Spectrum]], records: Sequence[Spectrum], largest: int, bands: bool, look: Look
+) -> tuple[Key, ...]:
+    """Return the legend."""
+    found = []
+    if bands:
+        for number, one in enumerate(series):
+            who = owner_of(one, series)
+            found.append(Key(Patch(facecolor=category(number), alpha=0.7), f"{who}median layer, range"))
+    elif deepest(record.layer for record in records) == 0:
+        found.append(Key(Line2D([], [], color=INK, lw=look.line), "one line a layer"))
+    inside = [str(rank) for rank in MARKED if rank <= largest]
+    if inside:
+        line = Line2D([], [], color=INK, alpha=0.6, lw=0.8 * look.line, ls=(0, (1, 1.6)))
+        found.append(Key(line, f"LoRA ranks {', '.join(inside)}"))
+    if not bands and has_floor(records):
+        found.append(Key(Line2D([], [], color=FLOOR, lw=1.5 * look.line), "beyond the signal rank: rounding"))
+    return tuple(found)
+
+
+def _notes(shown: Sequence[Panel], records: Sequence[Spectrum], bands: bool) -> tuple[str, ...]:
+    """Say what was joined and what has no curve."""
+    found = []
+    joined = max((len(g) for panel in shown for g in by_depth(panel.series[0].records).values()), default=1)
+    if joined > 1 and not bands:
+        found.append(f"Where a block has several matrices of a type (up to {joined}), the line is their median.")
+    if any(record.fro > 0 and not record.complete for record in records):
+        found.append("Curves end where the values kept (--top) do.")
+    if zero := sum(record.fro == 0 for record in records):
+        found.append(f"Δ = 0 in {zero} {'matrix, which has' if zero == 1 else 'matrices, which have'} no curve.")
+    return (" ".join(found),) if found else ()

@@ -1,0 +1,233 @@
+"""The page of a figure: title, what it says, keys, panels, notes. Measures its text, so that nothing overlaps."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from matplotlib.artist import Artist
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from matplotlib.transforms import Bbox
+
+from lora_diag.rendering.figures.style import DEPTH, INK, QUIET, Look, cut, width_of, wrapped
+
+# Height of a line of text over its size in points; the gap between blocks of text in lines.
+LEADING, GAP = 1.28, 0.55
+
+# More panels than these are not read: the smallest types share the last one.
+MAX_PANELS = 24
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """One entry of the legend."""
+
+    handle: Artist
+    label: str
+
+
+@dataclass(frozen=True, slots=True)
+class Words:
+    """The text around the panels.
+
+    Args:
+        title: What the figure shows, its quantity and norm.
+        about: Of what; one line below the title.
+        notes: What a careful reader must know: aggregation, what is not drawn.
+        keys: The legend.
+    """
+
+    title: str
+    about: str = ""
+    notes: tuple[str, ...] = ()
+    keys: tuple[Key, ...] = field(default=())
+
+
+def grid_of(panels: int, look: Look) -> tuple[int, int]:
+    """Return rows and columns of small multiples: about as many columns as the page takes, few places empty.
+
+    >>> from lora_diag.rendering.figures.style import COLUMN, SLIDE
+    >>> grid_of(9, COLUMN), grid_of(7, COLUMN), grid_of(7, SLIDE), grid_of(1, SLIDE)
+    ((3, 3), (4, 2), (2, 4), (1, 1))
+    """
+    if panels <= look.columns:
+        return 1, max(panels, 1)
+    columns = min((look.columns, look.columns + 1), key=lambda columns: -panels % columns)
+    return math.ceil(panels / columns), columns
+
+
+def sheet(
+    look: Look,
+    words: Words,
+    rows: int = 1,
+    columns: int = 1,
+    *,
+    panel: float | None = None,
+    ratios: Sequence[float] | None = None,
+    share: bool = True,
+    low: bool = False,
+) -> tuple[Figure, list[Axes]]:
+    """Return a new figure with its text in place, and its panels row by row.
+
+    Args:
+        look: The page; the figure is taller than it if its panels need that.
+        words: The text.
+        rows: Of panels.
+        columns: Of panels.
+        panel: Least height of a panel with its own title, in inches; by the page if not given.
+        ratios: Of the heights of the rows.
+        share: Whether all panels have the same axes.
+        low: Whether the figure may be lower than its page.
+    """
+    above = _Block(look, look.width - 2 * _margin(look))
+    above.add(words.title, look.title, INK, "bold")
+    above.add(words.about, look.ticks, QUIET)
+    key_rows = _key_rows(words.keys, above.width, look)
+    below = _Block(look, above.width)
+    for note in words.notes:
+        below.add(note, look.ticks, QUIET)
+    keys_height = len(key_rows) * LEADING * look.ticks / 72 * 1.15 + (GAP * look.ticks / 72 if key_rows else 0)
+    text_height = above.height + keys_height + below.height + 2 * _margin(look)
+    height = max(0.0 if low else look.height, text_height + rows * (panel or look.panel))
+    figure = Figure(figsize=(look.width, height), dpi=look.dpi, facecolor="white")
+    figure.set_layout_engine(
+        "constrained",
+        rect=(
+            _margin(look) / look.width / 2,
+            (below.height + _margin(look) / 2) / height,
+            1 - _margin(look) / look.width,
+            1 - (text_height - _margin(look)) / height,
+        ),
+        w_pad=0.04 * look.text / 10,
+        h_pad=0.06 * look.text / 10,
+        wspace=0.02,
+        hspace=0.02,
+    )
+    above.write(figure, height - _margin(look))
+    _write_keys(figure, key_rows, height - _margin(look) - above.height, look)
+    below.write(figure, below.height + _margin(look) / 2)
+    axes = figure.subplots(
+        rows,
+        columns,
+        sharex=share,
+        sharey=share,
+        squeeze=False,
+        gridspec_kw={"height_ratios": ratios} if ratios else None,
+    )
+    return figure, [axis for row in np.asarray(axes) for axis in row]
+
+
+def _margin(look: Look) -> float:
+    return 0.6 * look.text / 72
+
+
+class _Block:
+    """Lines of text from top to bottom, as wide as the figure."""
+
+    def __init__(self, look: Look, width: float) -> None:
+        self.look, self.width, self.height = look, width, 0.0
+        self._parts: list[tuple[str, float, str, str]] = []
+
+    def add(self, text: str, size: float, color: str, weight: str = "normal") -> None:
+        if text:
+            # Bold letters are a ninth wider than those that are measured.
+            lines = wrapped(text, self.width / (1.12 if weight == "bold" else 1), size)
+            self._parts.append((lines, size, color, weight))
+            self.height += ((lines.count("\n") + 1) * LEADING + GAP) * size / 72
+
+    def write(self, figure: Figure, top: float) -> None:
+        left, height = _margin(self.look) / self.look.width, figure.get_figheight()
+        for lines, size, color, weight in self._parts:
+            figure.text(
+                left,
+                top / height,
+                lines,
+                size=size,
+                color=color,
+                weight=weight,
+                va="top",
+                linespacing=LEADING,
+                parse_math=False,
+                in_layout=False,
+            )
+            top -= ((lines.count("\n") + 1) * LEADING + GAP) * size / 72
+
+
+def _key_rows(keys: Sequence[Key], width: float, look: Look) -> list[list[Key]]:
+    """Break the legend into rows that fit."""
+    rows: list[list[Key]] = []
+    left = 0.0
+    handle = 4.2 * look.ticks / 72
+    for key in (Key(key.handle, cut(key.label, width - handle, look.ticks)) for key in keys):
+        needed = width_of(key.label, look.ticks) + handle
+        if not rows or needed > left:
+            rows.append([])
+            left = width
+        rows[-1].append(key)
+        left -= needed
+    return rows
+
+
+def _write_keys(figure: Figure, rows: Sequence[Sequence[Key]], top: float, look: Look) -> None:
+    height = figure.get_figheight()
+    for row in rows:
+        legend = figure.legend(
+            [key.handle for key in row],
+            [key.label for key in row],
+            loc="upper left",
+            bbox_to_anchor=Bbox.from_bounds(_margin(look) / look.width, top / height, 0, 0),
+            ncols=len(row),
+            borderpad=0,
+            borderaxespad=0,
+            handlelength=1.9,
+            handletextpad=0.5,
+            columnspacing=1.4,
+        )
+        for text in legend.get_texts():
+            text.set_parse_math(False)
+        legend.set_in_layout(False)
+        top -= 1.15 * LEADING * look.ticks / 72
+
+
+def finish_grid(axes: Sequence[Axes], used: int, columns: int, xlabel: str, ylabel: str) -> None:
+    """Label the outer panels, and take away those that are not used."""
+    for number, ax in enumerate(axes):
+        if number >= used:
+            ax.remove()
+            continue
+        if number + columns >= used:
+            ax.tick_params(labelbottom=True)
+        if number // columns == (used - 1) // columns:
+            ax.set_xlabel(xlabel)
+        if number % columns == 0:
+            ax.set_ylabel(ylabel)
+
+
+def depth_bar(figure: Figure, axes: Sequence[Axes], deepest: int, look: Look) -> None:
+    """Add the scale of depths beside all panels."""
+    scale = ScalarMappable(Normalize(0, deepest), DEPTH)
+    bar = figure.colorbar(scale, ax=list(axes), fraction=0.03, aspect=30, pad=0.015)
+    bar.set_label("depth (block)", size=look.text)
+    bar.outline.set_visible(False)
+    bar.locator = MaxNLocator(nbins=6, integer=True)
+    bar.update_ticks()
+
+
+def settle(figure: Figure) -> Figure:
+    """Lay a figure out once and for all.
+
+    The solver's result differs in its last bits from run to run (it orders by address), and with them the bytes of an
+    SVG, whose clip paths are named by a hash of their bounds. A millionth of the page is not seen.
+    """
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")
+    for ax in figure.axes:
+        place = ax.get_position(original=True)
+        ax.set_position(Bbox(np.round(place.get_points(), 6)))
+    return figure

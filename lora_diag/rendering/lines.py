@@ -1,0 +1,135 @@
+"""What every summary says: what was compared, what was left out and why, what could not be measured."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from rich.table import Table
+from rich.text import Text
+
+from lora_diag.records import LeftOut, Results, Run
+from lora_diag.rendering.text import named, safe, short
+
+# So many layers that could not be measured are named.
+NAMED = 5
+
+REASONS = {
+    "vector": "one-dimensional (norms, biases)",
+    "only_in_base": "only in BASE",
+    "only_in_tuned": "only in TUNED",
+    "not_float": "not floating point",
+    "shape_differs": "of another shape",
+    "added_rows": "with rows only in TUNED",
+    "removed_rows": "with rows only in BASE",
+    "empty": "empty",
+    "not_selected": "not selected",
+    "non_finite": "not finite",
+    "not_in_base": "not in BASE",
+    "needs_base": "that need BASE",
+    "only_in_adapter": "only in an adapter",
+    "no_gradient": "without a gradient at some step",
+    "no_reference": "without an update to take subspaces from",
+    "rank_0": "of rank 0",
+    "no_factors": "that no factors can carry",
+    "saved": "saved in full",
+    "unreadable": "unreadable",
+    "not_in_model": "that the model does not use",
+    "no_activations": "without activations",
+    "memory": "larger than --memory",
+}
+
+
+def answers(
+    lines: Sequence[tuple[str, str]],
+    style: Callable[[str, str], str] = lambda word, sentence: "",
+    then: str | None = None,
+) -> Table:
+    """Return a summary as a two-column grid: a word, and the sentence that answers it.
+
+    Args:
+        lines: Word and sentence; a sentence may have several lines.
+        style: Gives the rich style of a sentence.
+        then: The command that a user would run next, said last.
+    """
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(style="bold", no_wrap=True)
+    grid.add_column(overflow="fold")
+    for word, sentence in [*lines, *([("Next", then)] if then else [])]:
+        grid.add_row(word, Text(sentence, style=style(word, sentence)))
+    return grid
+
+
+def inputs(run: Run) -> list[str]:
+    """Return one line for each input: its role, its path, what it is."""
+    longest = max((len(side.role) for side in run.inputs), default=0)
+    return [f"{side.role:<{longest}} {safe(side.path)} ({side.kind})" for side in run.inputs]
+
+
+def subject(run: Run) -> str:
+    """Return the path of what was measured: the last input that is not what it was weighed by."""
+    paths = [side.path for side in run.inputs if side.role != "activations"]
+    return paths[-1] if paths else ""
+
+
+def notes(run: Run) -> list[str]:
+    """Return one line for each note about an input, called by its role, or by its name where several have that role."""
+    roles = Counter(side.role for side in run.inputs)
+    names = called([side.path for side in run.inputs])
+    return [
+        f"{side.role if roles[side.role] == 1 else name}: {safe(note)}"
+        for side, name in zip(run.inputs, names, strict=True)
+        for note in side.notes
+    ]
+
+
+def called(paths: Sequence[str]) -> list[str]:
+    """Return the last part of each path, or the whole path where that is not enough to tell them apart.
+
+    >>> called(["runs/a/lora_r4", "runs/b/lora_r8"]), called(["runs/a/lora", "runs/b/lora"])
+    (['lora_r4', 'lora_r8'], ['runs/a/lora', 'runs/b/lora'])
+    """
+    last = [path.rstrip("/").rpartition("/")[2] for path in paths]
+    return [safe(name if last.count(name) == 1 and name else path) for name, path in zip(last, paths, strict=True)]
+
+
+def left_out_line(left_out: Sequence[LeftOut]) -> str:
+    """Count by reason; name what a user may not expect."""
+    if not left_out:
+        return "nothing"
+    counts = Counter(item.reason for item in left_out)
+    parts = []
+    for reason, number_of in counts.items():
+        names = [item.layer for item in left_out if item.reason == reason]
+        quiet = reason in {"vector", "not_selected"}
+        shown = "" if quiet else f": {named(names)}"
+        parts.append(f"{number_of} {REASONS[reason]}{shown}")
+    return "; ".join(parts)
+
+
+def within(left_out: Sequence[LeftOut]) -> str:
+    """Return in words what shares of the change are shares of, where some of it was not measured."""
+    if any(item.reason == "not_selected" and item.fro is None for item in left_out):
+        return " in what was selected"
+    unknown = {"shape_differs", "non_finite", "memory", "unreadable"}
+    return " in what was measured" if any(item.reason in unknown for item in left_out) else ""
+
+
+def not_measured(failed: Sequence[LeftOut]) -> str:
+    """Name the layers with entries that are not finite, or that did not fit into memory, and say where or why."""
+    lines = [f"{short(item.layer)}: {item.detail}" for item in failed[:NAMED]]
+    return "\n".join([*lines, *([f"and {len(failed) - NAMED} more"] if len(failed) > NAMED else [])])
+
+
+def last_lines(results: Results[Any], so_far: str = "layers measured so far") -> list[tuple[str, str]]:
+    """Return the lines that end a summary: what could not be measured, and that the run did not finish."""
+    failed = [("Not measured", not_measured(results.unmeasured))] if results.unmeasured else []
+    return [*failed, *([("Warning", f"the run did not finish: these are the {so_far}")] if results.end is None else [])]
+
+
+def usual_style(word: str, sentence: str) -> str:
+    """Return the style of a sentence: red for what went wrong, yellow for what the files cannot show."""
+    if word in {"Warning", "Not measured"}:
+        return "bold red"
+    return "bold yellow" if word == "Resolved?" and not sentence.startswith("yes") else ""

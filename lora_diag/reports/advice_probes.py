@@ -1,0 +1,248 @@
+"""The rules of advice that stand on probes of parts: layers alone, Fisher, curvature, random subspaces.
+
+They come after those on losses of the whole and before those on weights. Each is silent without its probe's records,
+and where what it would say is within the noise of its measurement: standard errors paired by sequence, 95% intervals of
+ρ, every seed. Of many units some pass two standard errors by chance, so theirs are Bonferroni's: 3.0 for 20 of them.
+"""
+
+from __future__ import annotations
+
+import math
+import shlex
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from scipy.special import ndtri
+
+from lora_diag.metrics.correlation import interval, spearman
+from lora_diag.probes.fisher.correlations import Correlations, correlations
+from lora_diag.probes.intrinsic.lines import Line, lines, reached
+from lora_diag.probes.sensitivity.gains import Gain, gains_of, paired
+from lora_diag.records import Fisher, Intrinsic, LossBound, Sensitivity
+from lora_diag.reports.evidence import DEFAULT_RANK, Evidence, Source
+from lora_diag.reports.findings import named, percent
+from lora_diag.reports.step import Advice
+from lora_diag.reports.worth import ERRORS, main_sets, of
+
+# The level that the units of a run share.
+LEVEL = 0.05
+# A unit that surely gains less than this share of what the best surely gains is left out.
+IDLE = 0.1
+# Gains that differ by less than this factor are one rank for all.
+UNEVEN = 2.0
+# Fewer units or layers than these have no order.
+FEWEST = 5
+# A bound that is so many times the measured gap says nothing about it: on two models it was 700 to 12,000 times that.
+LOOSE = 100.0
+# Energy whose order of the layers is surely below this ρ with the Fisher's knows another order.
+APART = 0.7
+
+
+def place_by_gain(evidence: Evidence) -> Advice | None:
+    """Adapt what gains alone, and leave out what surely does not; or only spend rank by the gains."""
+    for source, records in _runs(evidence, Sensitivity):
+        settings = source.results.run.settings
+        if settings.get("layers") or settings.get("exclude"):
+            continue  # a selection says nothing of the others, to which its gains would give no rank
+        name, gains = _gains(source, records)
+        known = sorted((gain for gain in gains if gain.error is not None), key=lambda gain: -gain.gain)
+        if len(known) < FEWEST:
+            continue
+        errors = float(ndtri(1 - LEVEL / 2 / len(known)))
+        best = known[0]
+        floor = best.gain - errors * (best.error or 0.0)
+        if floor <= 0:
+            continue
+        clear = [gain for gain in known if gain.gain > errors * (gain.error or 0.0)]
+        idle = [gain for gain in known if gain.gain + errors * (gain.error or 0.0) <= IDLE * floor]
+        if not idle and not _uneven(records, name, known, errors):
+            continue
+        most = named([gain.unit for gain in (clear if idle else known[:3])])
+        lowest = (idle or known)[-1]
+        return Advice(
+            "place by gain",
+            f"Adapt {most}; leave out {named([gain.unit for gain in idle])}"
+            if idle
+            else f"Spend rank by what each gains alone: most in {most}",
+            f"Adapted alone at r={settings['rank']}, {best.unit.removesuffix('.weight')} lowers the "
+            f"loss on {name} by {_gain(best)} nats, {lowest.unit.removesuffix('.weight')} by {_gain(lowest)}; "
+            f"{len(clear)} of {len(known)} gain for sure, {len(idle)} at most a tenth of the best. A gain alone is no "
+            "share of what all gain together.",
+            f"some gain ≤ {IDLE:g} of the highest, or the highest ≥ {UNEVEN:g} times the lowest, beyond {errors:.1f} "
+            f"paired standard errors (95% over {len(known)} units); {FEWEST} units or more",
+            "Article, diagnostic 2 (layer sensitivity); Cochran 1977, section 2.11; Bonferroni over the units",
+            _allocate(evidence, source),
+            tuple(layer for gain in clear for layer in gain.layers),
+        )
+    return None
+
+
+def fit_rank(evidence: Evidence) -> Advice | None:
+    """Hold the adapter's rank against the smallest LoRA that came near to full fine-tuning, or one that did not."""
+    chosen = sorted({record.rank for record in evidence.residuals if record.rank})
+    if not chosen:
+        return None
+    for source, records in _runs(evidence, Intrinsic):
+        settings = source.results.run.settings
+        name, share = main_sets(records)[0], settings["share"]
+        found = lines(records, name, records[0].set, settings["seed"])
+        full = next((line for line in found if line.subject == "full"), None)
+        repeated = [line for line in found if line.subject == "lora" and len(line.shares) > 1]
+        if full is None or full.edge or not full.shares:
+            continue
+        answer = reached(found, "lora", share)
+        short = [line for line in repeated if (line.size or 0) >= chosen[-1] and max(line.shares) < share]
+        dimension = _dimension(found, share)
+        line = answer.line
+        if line is not None and line in repeated and answer.sure and not answer.missed and (line.size or 0) < chosen[0]:
+            do = f"Try r={line.size} before r={_span(chosen)}"
+            because = f"On {name}, r={line.size} came to {_shares(line)} of full fine-tuning's gain with every seed"
+            tried = [line.size or 0, chosen[0]]
+        elif short and not any(each.edge for each in short) and line is None:
+            do = f"Expect r={_span(chosen)} to fall short of full fine-tuning: try higher ranks"
+            because = f"On {name}, even r={short[-1].size} came to {_shares(short[-1])} of full fine-tuning's gain"
+            tried = [chosen[-1], 2 * (short[-1].size or 0), 4 * (short[-1].size or 0)]
+        else:
+            continue
+        return Advice(
+            "fit the rank",
+            do,
+            f"{because}; the adapter {evidence.adapter} has r={_span(chosen)}.{dimension} More steps may ask for more.",
+            f"the smallest LoRA with ≥ {percent(share)} of full fine-tuning's gain at every seed has a lower rank than "
+            "the adapter; or no LoRA of its rank or more comes to that at any seed, at a rate inside the grid",
+            "Aghajanyan et al. 2020 (arXiv 2012.13255), d for 90% of full fine-tuning, carried over to ranks",
+            f"loradiag probe sweep {source.given('base')} --data {source.given('data', 'TEXT')} --eval "
+            f"{source.given('eval', 'HELD_OUT_TEXT')} --ranks {','.join(map(str, tried))} -o sweep.jsonl",
+        )
+    return None
+
+
+def trust_fisher(evidence: Evidence) -> Advice | None:
+    """Do not cut by energy where it orders the layers otherwise than what cutting them costs."""
+    for source, records in _runs(evidence, Fisher):
+        ranks: list[int] = source.results.run.settings["ranks"]
+        rank = DEFAULT_RANK if DEFAULT_RANK in ranks else ranks[0]
+        at = next((each for each in correlations(records, ranks) if each.rank == rank), None)
+        found = _apart(source, records, rank) if at is None else _misled(evidence, source, at)
+        if found is not None:
+            return found
+    return None
+
+
+def _misled(evidence: Evidence, source: Source, at: Correlations) -> Advice | None:
+    """Speak where the measured cost has the Fisher's order, and surely not that of energy."""
+    fisher, energy = (_rho(at.kl[name][0], at.n) for name in ("Fisher", "weight energy"))
+    if fisher is None or energy is None or fisher[1] <= energy[2]:
+        return None
+    return Advice(
+        "rank by Fisher",
+        "To cut this update, give rank by the Fisher information and not by energy",
+        f"Spearman's ρ with the measured cost of cutting each of {at.n} layers to r={at.rank} is {_told(fisher)} for "
+        f"the Fisher of what is cut and {_told(energy)} for its energy Σσ².",
+        "95% interval of the Fisher's ρ above that of energy's",
+        "SVD-LLM (arXiv 2403.07378) and Fisher-weighted SVD (arXiv 2207.00112); measured, Spearman 1904",
+        _allocate(evidence, source),
+    )
+
+
+def _apart(source: Source, records: Sequence[Fisher], rank: int) -> Advice | None:
+    """Where nothing was measured, but the two orders surely differ: measure which is right."""
+    both = [(record.weight[str(rank)], record.at(rank)) for record in records if record.at(rank) > 0]
+    rho = _rho(spearman([one for one, _ in both], [two for _, two in both]), len(both)) if both else None
+    if rho is None or rho[2] >= APART:
+        return None
+    base, tuned, data = source.given("base"), source.given("tuned"), source.given("data", "TEXT")
+    return Advice(
+        "rank by Fisher",
+        "Measure whether energy or Fisher knows what cutting a layer costs, before a rank is chosen by energy",
+        f"They order {len(both)} layers differently: Spearman's ρ of the two at r={rank} is {_told(rho)}.",
+        f"95% interval of ρ between energy and Fisher of what r={rank} cuts below {APART}; no cost measured",
+        "Fisher-weighted SVD (arXiv 2207.00112); Spearman 1904",
+        f"loradiag probe fisher {base} {tuned} --data {data} --eval HELD_OUT_TEXT --ranks {rank} -o fisher-2.jsonl",
+    )
+
+
+def mind_the_bound(evidence: Evidence) -> Advice | None:
+    """Choose no rank by a bound that is far above what it bounds; silent where the loss of truncations is measured."""
+    if any(of(evidence, "truncation")):
+        return None
+    for source, records in _runs(evidence, LossBound):
+        whole = [r for r in records if r.along == 1 and r.gap_error is not None and r.gap > ERRORS * r.gap_error]
+        times = [record.upper / record.gap for record in whole]
+        if len(times) < 2 or min(times) < LOOSE:
+            continue
+        base, tuned, text = source.given("base"), source.given("tuned"), source.given("eval", "HELD_OUT_TEXT")
+        return Advice(
+            "mind the bound",
+            "Choose no rank by the loss bound (λ/2)Σσ²: measure the loss of the truncated update",
+            f"On {whole[0].set} the bound is {min(times):.0f} to {max(times):.0f} times the measured gap at "
+            f"{', '.join(f'r={record.rank}' for record in whole)}.",
+            f"bound ≥ {LOOSE:.0f} times the gap at two ranks or more whose gap is above {ERRORS:.0f} standard errors; "
+            "no truncation measured",
+            "Article, loss bound (L/2)Σσ²; Ghorbani et al. 2019 (arXiv 1901.10159): few eigenvalues are large",
+            f"loradiag probe truncation {base} {tuned} --eval {text} -o truncation.jsonl",
+        )
+    return None
+
+
+PROBE_RULES = (place_by_gain, fit_rank, trust_fisher, mind_the_bound)
+
+
+def _runs(evidence: Evidence, kind: type[Any]) -> Iterator[tuple[Source, list[Any]]]:
+    for source in evidence.sources:
+        records = [record for record in source.results.whole if isinstance(record, kind)]
+        if records:
+            yield source, records
+
+
+def _gains(source: Source, records: Sequence[Sensitivity]) -> tuple[str, list[Gain]]:
+    settings, name = source.results.run.settings, main_sets(records)[0]
+    return name, gains_of(records, name, records[0].set, settings["rank"], settings["seed"])
+
+
+def _uneven(records: Sequence[Sensitivity], name: str, known: Sequence[Gain], errors: float) -> bool:
+    """Whether the highest gain is surely, and by a factor that matters, above the lowest: paired over sequences."""
+    best, worst = known[0], known[-1]
+    base = next(record for record in records if not record.unit and record.set == name)
+    gap, error = paired(worst.nll, best.nll, base.predictions)
+    return error is not None and gap > errors * error and best.gain >= UNEVEN * worst.gain
+
+
+def _gain(gain: Gain) -> str:
+    return f"{gain.gain:+.4f} ± {gain.error or 0.0:.2g}"
+
+
+def _dimension(found: Sequence[Line], share: float) -> str:
+    line = reached(found, "subspace", share).line
+    return "" if line is None else f" {line.size} random directions came as far."
+
+
+def _shares(line: Line) -> str:
+    return f"{percent(min(line.shares))} to {percent(max(line.shares))}"
+
+
+def _span(values: Sequence[int]) -> str:
+    return str(values[0]) if len(values) == 1 else f"{values[0]} to {values[-1]}"
+
+
+def _rho(rho: float | None, n: int) -> tuple[float, float, float] | None:
+    """Return ρ and the ends of its interval; None where they are not known.
+
+    A ρ of 1 has the interval of half a swap of neighbours less, as a few layers in order do not make it certain.
+    """
+    if rho is None or n < FEWEST:
+        return None
+    ends = interval(math.copysign(min(abs(rho), 1 - 6 / (n * (n * n - 1))), rho), n)
+    return None if ends is None else (rho, *ends)
+
+
+def _told(rho: tuple[float, float, float]) -> str:
+    return f"{rho[0]:.2f} [{rho[1]:.2f}, {rho[2]:.2f}]"
+
+
+def _allocate(evidence: Evidence, weights: Source) -> str:
+    """Return the command that spends the usual rank by these weights; without a spectrum, the one that measures it."""
+    if evidence.update is None:
+        return f"loradiag spectrum {weights.given('base')} {weights.given('tuned')} -o spectrum.jsonl"
+    spectrum, by = shlex.quote(evidence.update.name), shlex.quote(weights.name)
+    return f"loradiag allocate {spectrum} --total-rank {DEFAULT_RANK * len(evidence.spectra)} --weights {by}"

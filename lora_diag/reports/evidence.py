@@ -1,0 +1,257 @@
+"""What the records of several runs say together: the ground that findings and advice stand on.
+
+Knows records only. It refuses to know how anything is shown, and gives no rank where the files cannot show one.
+"""
+
+from __future__ import annotations
+
+import math
+import shlex
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import islice
+from typing import Any
+
+from lora_diag.records import LeftOut, Overlap, Residual, Results, Spectrum, Verdict
+from lora_diag.records.names import part_of
+from lora_diag.records.spectrum import METRIC_NAMES, metric_of
+
+# The rank that is asked about where no adapter was measured: the default of PEFT, and the article's first step.
+DEFAULT_RANK = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A run and where its records came from.
+
+    Args:
+        name: The results file as a command would take it.
+        results: Its records.
+        written: When the file was last written, in words; empty where that is not known.
+    """
+
+    name: str
+    results: Results[Any]
+    written: str = ""
+
+    def given(self, role: str, unnamed: str = "") -> str:
+        """Return the first input of a role as a command takes it; without one, in capitals, what it would be."""
+        paths = [side.path for side in self.results.run.inputs if side.role == role]
+        return shlex.quote(paths[0]) if paths else unnamed or role.upper()
+
+
+@dataclass(frozen=True, slots=True)
+class Capacity:
+    """What a rank can carry of one layer's update.
+
+    Args:
+        layer: The weight's name in BASE.
+        shape: ``(out, in)``.
+        rank: The adapter's rank there, or ``DEFAULT_RANK``.
+        kept: C(rank) in [0, 1]: the best that any update of this rank keeps of ‖ΔW‖².
+        energy: ‖ΔW‖².
+    """
+
+    layer: str
+    shape: tuple[int, ...]
+    rank: int
+    kept: float
+    energy: float
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """The records of several runs, by what they can testify to.
+
+    Args:
+        sources: The runs, in the order in which the user named them.
+        about: The adapter that is asked about; None for the first.
+    """
+
+    sources: tuple[Source, ...]
+    about: str | None = None
+
+    def of(self, kind: type[Any]) -> Iterator[Source]:
+        """Yield the runs whose layers have records of one kind."""
+        for source in self.sources:
+            if any(isinstance(record, kind) for record in source.results):
+                yield source
+
+    @cached_property
+    def update(self) -> Source | None:
+        """The first spectrum of a full update, in the weights' metric.
+
+        An adapter's own rank is a setting and testifies to nothing; nor does the data's metric to norms and placement.
+        """
+        return next((source for source in self.of(Spectrum) if _is_full_update(source.results.layers)), None)
+
+    @cached_property
+    def weighed(self) -> tuple[Source, ...]:
+        """The spectra in another metric than the weights'."""
+        return tuple(source for source in self.of(Spectrum) if metric_of(source.results.layers) != "weights")
+
+    @cached_property
+    def audit(self) -> Source | None:
+        """The first run of ``residual``, of those that have the adapter that is asked about."""
+        runs = self.of(Residual)
+        return next((run for run in runs if self.about is None or self.about in _adapters(run)), None)
+
+    @cached_property
+    def adapter(self) -> str | None:
+        """The adapter that is asked about, or the first of ``audit``, by its path."""
+        return self.about or next(iter(_adapters(self.audit) if self.audit else ()), None)
+
+    def each(self) -> list[Evidence]:
+        """Return what testifies to each adapter, and to each full update but the first; the first of all first."""
+        named = list(dict.fromkeys(path for run in self.of(Residual) for path in _adapters(run)))
+        updates = [run for run in self.of(Spectrum) if _is_full_update(run.results.layers)]
+        adapters = [replace(self, about=path) for path in named[1:]]
+        return [self, *adapters, *(Evidence((run,)) for run in updates[1:])]
+
+    @cached_property
+    def spectra(self) -> tuple[Spectrum, ...]:
+        """Of ``update``: the matrices outside embeddings and head that moved."""
+        records = self.update.results if self.update else ()
+        return tuple(record for record in records if record.fro > 0 and part_of(record.layer) == "matrices")
+
+    @cached_property
+    def readable(self) -> tuple[Spectrum, ...]:
+        """Those of ``spectra`` whose ranks the files can show; none where these are less than half of them."""
+        resolved = tuple(record for record in self.spectra if record.resolution.verdict == "resolved")
+        return resolved if 2 * len(resolved) >= len(self.spectra) else ()
+
+    @cached_property
+    def residuals(self) -> tuple[Residual, ...]:
+        """Of ``adapter``: the matrices outside embeddings and head that the full fine-tune moved, and shows."""
+        records = [
+            record
+            for record in (self.audit.results if self.audit else ())
+            if record.adapter == self.adapter
+            and record.fro > 0
+            and len(record.shape) == 2
+            and part_of(record.layer) == "matrices"
+        ]
+        shown = [record for record in records if record.resolution and record.resolution.verdict == "resolved"]
+        return tuple(shown) if 2 * len(shown) >= len(records) else ()
+
+    @cached_property
+    def capacities(self) -> tuple[Capacity, ...]:
+        """What the adapter's ranks can carry, or ``DEFAULT_RANK`` where no adapter was measured.
+
+        Layers that are no larger than the rank keep everything whatever their update is, so they do not count;
+        neither do layers that the adapter leaves alone.
+        """
+        if self.residuals:
+            return tuple(
+                Capacity(record.layer, record.shape, record.rank, 1 - record.epsilon_min**2, record.fro**2)
+                for record in self.residuals
+                if record.rank and record.epsilon_min is not None and record.rank < min(record.shape)
+            )
+        found = ((record, kept_at(record, DEFAULT_RANK)) for record in self.readable)
+        return tuple(
+            Capacity(record.layer, record.shape, DEFAULT_RANK, kept, record.fro**2)
+            for record, kept in found
+            if kept is not None and min(record.shape) > DEFAULT_RANK
+        )
+
+    @cached_property
+    def shares(self) -> dict[str, float] | None:
+        """Shares of the whole change ‖Δ‖² in ``matrices``, ``vocabulary`` and ``vectors`` (norms, biases).
+
+        None without a full update, without any change, or where a selection hides part of the model.
+        """
+        if self.update is None:
+            return None
+        results = self.update.results
+        if any(item.reason in {"not_selected", "non_finite", "memory"} for item in results.left_out):
+            return None
+        norms = {"matrices": 0.0, "vocabulary": 0.0, "vectors": 0.0}
+        for record in results:
+            norms[part_of(record.layer)] = math.hypot(norms[part_of(record.layer)], record.fro)
+        norms["vectors"] = math.hypot(*(item.fro for item in self.vectors if item.fro is not None))
+        total = math.hypot(*norms.values())
+        return {part: (norm / total) ** 2 for part, norm in norms.items()} if total else None
+
+    @cached_property
+    def vectors(self) -> tuple[LeftOut, ...]:
+        """Of ``update``: norms and biases."""
+        left_out = self.update.results.left_out if self.update else ()
+        return tuple(item for item in left_out if item.reason == "vector")
+
+    def missing(self) -> list[tuple[str, str]]:
+        """Return what was not measured or cannot be read, each with what would say it."""
+        lacking = []
+        if not any(record.record == "probe" for source in self.sources for record in source.results.whole):
+            lacking.append(
+                ("no held-out loss", "loradiag probe outputs BASE FULL_FT ADAPTER --eval FILE -o outputs.jsonl"),
+            )
+        if self.update is None and self.audit is None:
+            said = ", ".join(f"{run.name} is in {METRIC_NAMES[metric_of(run.results.layers)]}" for run in self.weighed)
+            lacking.append(
+                (
+                    f"no spectrum of a full fine-tune{f' in the weights: {said}' if said else ''}",
+                    measure_weights(self.weighed[0]) if said else "loradiag spectrum BASE FULL_FT -o spectrum.jsonl",
+                )
+            )
+        elif self.update is not None and self.spectra and not self.readable:
+            lacking.append(
+                (
+                    "the files cannot show the update: most of its matrices are at the rounding floor, so no rank is "
+                    "advised; save the fine-tune in float32, or measure the adapter instead of its merge",
+                    "loradiag spectrum ADAPTER -o adapter.jsonl",
+                )
+            )
+        if self.audit is not None and not self.residuals and self.adapter is not None:
+            lacking.append(("ε is measured against rounding noise in most matrices: nothing is concluded from it", ""))
+        if self.audit is None:
+            lacking.append(
+                ("no adapter was compared", "loradiag residual BASE FULL_FT ADAPTER -o residual.jsonl"),
+            )
+        if not any(self.of(Overlap)):
+            lacking.append(
+                ("no gradients", "loradiag overlap BASE FULL_FT GRADIENTS -o overlap.jsonl"),
+            )
+        return lacking
+
+    @property
+    def verdicts(self) -> tuple[Verdict, ...]:
+        """Of all gates."""
+        return tuple(
+            record for source in self.sources for record in source.results.whole if isinstance(record, Verdict)
+        )
+
+
+def _adapters(run: Source) -> list[str]:
+    """Return the adapters of a run of ``residual``, by their paths."""
+    records = (record for record in run.results if isinstance(record, Residual) and record.role == "adapter")
+    return list(dict.fromkeys(record.adapter for record in records))
+
+
+def _is_full_update(records: Sequence[Any]) -> bool:
+    spectra = [record for record in records if isinstance(record, Spectrum)]
+    return any(
+        record.method != "factored" and record.source == "update" and record.metric == "weights" for record in spectra
+    )
+
+
+def measure_weights(weighed: Source) -> str:
+    """Return the command that measures in the weights what a run measured in another metric."""
+    paths = [shlex.quote(s.path) for s in weighed.results.run.inputs if s.role in {"base", "tuned", "adapter"}]
+    return f"loradiag spectrum {' '.join(paths)} -o spectrum.jsonl"
+
+
+def kept_at(record: Spectrum, rank: int) -> float | None:
+    """Return C(r) = Σ_{i≤r}σ_i² / ‖ΔW‖²; None for a zero update and where too few values were kept.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> kept_at(SimpleNamespace(s=(2.0, 1.0, 1.0), fro=6**0.5, complete=True, energy={}), 1)
+        0.6666666666666669
+    """
+    measured = record.energy.get(str(rank))
+    if measured is not None or record.fro == 0:
+        return measured
+    if rank > len(record.s) and not record.complete:
+        return None
+    return min(1.0, math.fsum((value / record.fro) ** 2 for value in islice(record.s, rank)))

@@ -1,0 +1,275 @@
+"""Failure modes of the low-rank assumption, where the records show them.
+
+The modes are those of "LoRA's Low-Rank Assumption: When It Holds, When It Breaks" (2026), section "Empirical Failure
+Modes". A record shows a symptom, never its cause: each finding says what was seen and what it is a sign of. Nothing is
+found in layers whose files cannot show their update. What weights alone do not show (skills that interfere, long
+contexts, alignment) has no rule here.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import median
+
+from lora_diag.metrics.overlap import NEAR, is_near
+from lora_diag.records import Overlap, Residual, Spectrum
+from lora_diag.records.names import module_type_of, part_of
+from lora_diag.reports.evidence import Evidence, kept_at
+
+# A rank that keeps less than half of a layer's energy is short there; most layers are three quarters of them.
+SHORT, MOST = 0.5, 0.75
+# The usual LoRA ranks end here; what 16 does not carry at the median is not what LoRA is known to do well.
+USUAL_RANK = 16
+# Fewer layers than these have no "everywhere".
+FEWEST = 4
+# The rank at 90% energy of a Gaussian matrix is 0.51 of a square one's size and 0.76 of a 1:4 one's (256² to 1024²).
+FLAT = 0.5
+# Of smaller matrices a usual rank is a large part whatever they are, so a flat spectrum means nothing there.
+SIZEABLE = 4 * USUAL_RANK
+# A factor within these of 1 changes ε² by less than 6% of ‖X‖²: (1 − 1/1.25)² = 0.04, (1.25 − 1)² = 0.0625.
+SCALE = 1.25
+# Below this cosine the adapter's direction carries less than a quarter of ‖D‖², and no scale is worth a word.
+ALIGNED = 0.5
+# Norms and biases hold less than 0.1% of a transformer's parameters. With 5% of ‖Δ‖² in them, an adapter that were
+# perfect on every matrix would still be √0.05 = 0.22 away from the whole change.
+VECTORS = 0.05
+# Share of ‖G‖² by which tangent² has to exceed its baseline for an adapter to reach more than chance: what the summary
+# of ``overlap`` calls reaching.
+REACH = 0.1
+
+# Projections that write into the residual stream, or lead from one modality into another.
+_PROJECTION = re.compile(
+    r"(^|[._])(o_proj|out_proj|wo|c_proj|down_proj|attention\.output\.dense"
+    r"|(mm|multi_modal|visual|vision|audio|text)_proj\w*|projector|connector|merger)([._]|$)"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One failure mode that the records show.
+
+    Args:
+        name: Of the failure mode.
+        seen: What the records show, with its numbers.
+        means: What it is a sign of, and what it is not.
+        condition: When this is found.
+        source: Where the rule comes from.
+        layers: The layers it is about, all of them; names as the file has them.
+    """
+
+    name: str
+    seen: str
+    means: str
+    condition: str
+    source: str
+    layers: tuple[str, ...] = ()
+
+
+def findings(evidence: Evidence) -> list[Finding]:
+    """Return the failure modes that the records show, in the order of ``RULES``."""
+    return [found for rule in RULES if (found := rule(evidence)) is not None]
+
+
+def slow_decay(evidence: Evidence) -> Finding | None:
+    """Find spectra that decay slowly in nearly every layer."""
+    shares = shares_at(USUAL_RANK, evidence.readable)
+    slow = tuple(layer for layer, share in shares.items() if share < SHORT)
+    if len(shares) < FEWEST or len(slow) < MOST * len(shares):
+        return None
+    return Finding(
+        "Slow spectral decay everywhere",
+        f"r={USUAL_RANK} keeps less than {SHORT:.0%} of the energy in {len(slow)} of {len(shares)} matrices; "
+        f"{percent(median(shares.values()))} in the median one.",
+        "The article's sign of a large distribution shift. A task of several independent skills looks the same in the "
+        "weights, and so does a high learning rate: compare with a second full fine-tune before you blame the data.",
+        f"C({USUAL_RANK}) < {SHORT} in at least {MOST:.0%} of the resolved matrices larger than that, and these are "
+        f"{FEWEST} or more",
+        "Article, failure modes 1 and 2",
+        slow,
+    )
+
+
+def under_ranked(evidence: Evidence) -> Finding | None:
+    """Find few layers that the rank is short in while it suffices in most, and that move as much as others."""
+    capacities = evidence.capacities
+    if len(capacities) < FEWEST or median(item.kept for item in capacities) < SHORT:
+        return None
+    usual = median(item.energy for item in capacities)
+    short = [item for item in capacities if item.kept < SHORT and item.energy >= usual]
+    if not short:
+        return None
+    worst = min(short, key=lambda item: item.kept)
+    share = math.fsum(item.energy for item in short) / math.fsum(item.energy for item in capacities)
+    return Finding(
+        "Under-ranked critical layers",
+        f"{named([item.layer for item in short])}: rank {ranks([item.rank for item in short])} can carry less than "
+        f"{SHORT:.0%} of the energy there (at worst {percent(worst.kept)}), against "
+        f"{percent(median(item.kept for item in capacities))} in the median layer. "
+        f"Together they hold {percent(share)} of ‖ΔW‖² in these {len(capacities)} matrices.",
+        "One rank for all layers is too little for these. Energy is not loss: a layer's share says how far it moved, "
+        "not how much the task needs it.",
+        f"C(r) < {SHORT} at the layer's rank, at least {SHORT} in the median layer; ‖ΔW‖ at least the median",
+        "Article, failure mode 4",
+        tuple(item.layer for item in short),
+    )
+
+
+def flat_projections(evidence: Evidence) -> Finding | None:
+    """Find projections whose spectrum is as flat as that of a random matrix."""
+    flatness: dict[str, list[tuple[str, float]]] = {}
+    for record in evidence.readable:
+        name, share = module_type_of(record.layer), _flatness(record)
+        if _PROJECTION.search(name) and share is not None and min(record.shape) >= SIZEABLE:
+            flatness.setdefault(name, []).append((record.layer, share))
+    flat = {name: rows for name, rows in flatness.items() if median(share for _, share in rows) >= FLAT}
+    if not flat:
+        return None
+    told = "; ".join(
+        f"{name} needs {percent(median(share for _, share in rows))} of its directions in the median of {len(rows)}"
+        for name, rows in flat.items()
+    )
+    return Finding(
+        "Flat spectra in projection layers",
+        f"For 90% of the energy, {told}.",
+        "As flat as a random square matrix (51%): no small rank is close to this update. Where the projection joins "
+        "two modalities, the article expects it.",
+        f"median over a projection's layers of (rank at 90% energy)/min(out, in) ≥ {FLAT}, min(out, in) ≥ {SIZEABLE}",
+        "Article, failure mode 3",
+        tuple(layer for rows in flat.values() for layer, _ in rows),
+    )
+
+
+def scale_mismatch(evidence: Evidence) -> Finding | None:
+    """Find an adapter that points the right way and goes the wrong distance, in most layers."""
+    scaled = [
+        record
+        for record in evidence.residuals
+        if record.best_scale is not None and record.cosine is not None and record.cosine >= ALIGNED
+    ]
+    off = [record for record in scaled if not 1 / SCALE <= (record.best_scale or 0.0) <= SCALE]
+    adapted = [record for record in evidence.residuals if record.best_scale is not None]
+    if not off or 2 * len(off) < len(adapted):
+        return None
+    factor = median(record.best_scale or 0.0 for record in off)
+    return Finding(
+        "Scale mismatch",
+        f"{evidence.adapter} would be nearest to the full fine-tune at {factor:.3g} times its scale (median of "
+        f"{len(off)} of {len(adapted)} adapted matrices; cosine {median(r.cosine or 0.0 for r in off):.2f})."
+        f"{_confused(factor, off)}",
+        "The direction is right and the length is not: lora_alpha, the learning rate, or a scaling that was applied "
+        "twice or not at all.",
+        f"best scale outside [{1 / SCALE:.2g}, {SCALE}], cosine ≥ {ALIGNED} in at least half of the adapted matrices",
+        "Article, rank sweep (noisy or unstable: scaling α); LoRA's α/r against rsLoRA's α/√r (arXiv 2312.03732)",
+        tuple(record.layer for record in off),
+    )
+
+
+def heavy_vectors(evidence: Evidence) -> Finding | None:
+    """Find a change that lies in norms and biases, where no adapter on matrices reaches."""
+    share = evidence.shares["vectors"] if evidence.shares else 0.0
+    if share < VECTORS:
+        return None
+    moved = [item for item in evidence.vectors if item.fro]
+    return Finding(
+        "Norm- or bias-heavy update",
+        f"{percent(share)} of the whole change ‖Δ‖² lies in {len(moved)} norms and biases.",
+        f"No low-rank adapter on matrices reaches them: one that were perfect elsewhere would stay "
+        f"{math.sqrt(share):.2f}·‖Δ‖ away.",
+        f"share of ‖Δ‖² in one-dimensional tensors ≥ {VECTORS}",
+        "Article, escalation step 3 (hybrid); BitFit (Ben Zaken et al. 2022)",
+        tuple(item.layer for item in sorted(moved, key=lambda item: -(item.fro or 0.0))),
+    )
+
+
+def out_of_reach(evidence: Evidence) -> Finding | None:
+    """Find layers whose last gradient lies no more in the adapter's reach than in that of a random subspace."""
+    records = [
+        record
+        for source in evidence.of(Overlap)
+        for record in source.results
+        if record.kappa is not None
+        and record.tangent is not None
+        and record.verdict == "resolved"
+        and part_of(record.layer) == "matrices"
+    ]
+    if not records:
+        return None
+    last = max(record.step for record in records)
+    rank = min((record.rank for record in records), key=lambda rank: abs(math.log(rank / USUAL_RANK)))
+    late = [record for record in records if (record.step, record.rank) == (last, rank)]
+    outside = [
+        record
+        for record in late
+        if is_near(record.kappa, record.kappa_random) and record.tangent**2 - record.tangent_random**2 < REACH
+    ]
+    if not outside:
+        return None
+    worst = min(outside, key=lambda record: record.tangent**2 - record.tangent_random**2)
+    return Finding(
+        "Gradients outside the adapter's reach",
+        f"At step {last}, r={rank}, in {len(outside)} of {len(late)} matrices: {named([r.layer for r in outside])}. At "
+        f"worst an adapter reaches {worst.tangent:.2f} of ‖G‖, one on a random subspace {worst.tangent_random:.2f}.",
+        "What the loss still asks for there lies elsewhere: more rank or another placement may reach it. At a low loss "
+        "it only says that training is done.",
+        f"at the last step κ near its random baseline (below {NEAR:g}× it, or halfway from it to 1) and tangent² above "
+        f"its own by less than {REACH}",
+        "Article, diagnostic 4 (κ)",
+        tuple(record.layer for record in outside),
+    )
+
+
+RULES = (slow_decay, under_ranked, flat_projections, scale_mismatch, heavy_vectors, out_of_reach)
+
+
+def shares_at(rank: int, records: Sequence[Spectrum]) -> dict[str, float]:
+    """Return C(rank) by layer, of the layers that are larger than the rank and kept enough values."""
+    found = {record.layer: kept_at(record, rank) for record in records if min(record.shape) > rank}
+    return {layer: share for layer, share in found.items() if share is not None}
+
+
+def percent(share: float) -> str:
+    """Return a share as a percentage that is never rounded up to 100 or down to 0.
+
+    >>> percent(0.414), percent(0.9996), percent(1.0), percent(0.001)
+    ('41%', '>99%', '100%', '<1%')
+    """
+    if 0.995 <= share < 1:
+        return ">99%"
+    return "<1%" if 0 < share < 0.005 else f"{share:.0%}"
+
+
+def named(layers: Sequence[str], most: int = 3) -> str:
+    """Return the first names and how many more there are.
+
+    >>> named(["a.weight", "b.weight", "c", "d", "e"])
+    'a, b, c and 2 more'
+    """
+    shown = ", ".join(layer.removesuffix(".weight") for layer in layers[:most])
+    return f"{shown} and {len(layers) - most} more" if len(layers) > most else shown
+
+
+def ranks(values: Sequence[int]) -> str:
+    """Return one rank, or from which to which.
+
+    >>> ranks([8, 8]), ranks([16, 4])
+    ('8', '4 to 16')
+    """
+    return str(values[0]) if len(set(values)) == 1 else f"{min(values)} to {max(values)}"
+
+
+def _flatness(record: Spectrum) -> float | None:
+    """Return the rank at 90% energy as a share of the most there can be; 1 − ε is not known from too few values."""
+    rank = record.rank_at["0.9"]
+    return None if rank is None else rank / min(record.shape)
+
+
+def _confused(factor: float, records: Sequence[Residual]) -> str:
+    """Say where the factor is the one between LoRA's scaling α/r and rsLoRA's α/√r."""
+    roots = [math.sqrt(record.rank) for record in records if record.rank]
+    for word, wanted in (("α/r where rsLoRA's α/√r was meant", 1.0), ("rsLoRA's α/√r where α/r was meant", -1.0)):
+        if roots and abs(math.log(factor) - wanted * math.log(median(roots))) < 0.05 < math.log(median(roots)):
+            return f" That is the factor between the two usual scalings: {word}?"
+    return ""

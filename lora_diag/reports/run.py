@@ -1,0 +1,125 @@
+"""``report``: what several runs say together, as one page, one text or one table."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from lora_diag.errors import UsageError
+from lora_diag.files import check_place, write_whole
+from lora_diag.records import Results, read_results
+from lora_diag.reports.evidence import Evidence, Source
+
+SUFFIXES = {".html": "html", ".htm": "html", ".md": "md", ".markdown": "md", ".csv": "csv", ".parquet": "parquet"}
+
+
+def report(
+    *results: Path | str | Results[Any],
+    output: Path | str | None = None,
+    format: str | None = None,
+) -> str | bytes:
+    """Return a report on any mix of results.
+
+    Opens no checkpoint and computes no singular value.
+
+    Args:
+        results: Results files, or results in memory.
+        output: Where to write it, too; an existing file is replaced.
+        format: ``html``, ``md``, ``csv`` or ``parquet``; by the suffix of ``output`` if not given, else ``html``.
+
+    Returns:
+        The report: bytes for ``parquet``, else text.
+
+    Raises:
+        UsageError: There are no results, the format is not known, or ``output`` is one of the results files.
+        InputError: A file cannot be read or written, or what a format needs is not installed.
+
+    Example:
+        >>> import lora_diag
+        >>> results = lora_diag.spectrum("sample_checkpoints/base", "sample_checkpoints/full_ft", layers="o_proj")
+        >>> print(report(results, format="md").splitlines()[0])
+        # sample_checkpoints/full_ft against sample_checkpoints/base
+    """
+    if not results:
+        raise UsageError("no results: give one results file or more")
+    render = _RENDERERS[_format_of(output, format)]
+    if output is not None:
+        check_place(Path(output))
+        _spare_the_inputs(Path(output), [item for item in results if not isinstance(item, Results)])
+    made = render(Evidence(tuple(map(_source, results))))
+    if output is not None:
+        write_whole(Path(output), made if isinstance(made, bytes) else made.encode("utf-8", "backslashreplace"))
+    return made
+
+
+def _html(evidence: Evidence) -> str:
+    from lora_diag.reports.html import html_report
+    from lora_diag.reports.static import pictures_of
+
+    return html_report(evidence, pictures_of(evidence), _minute(datetime.now(UTC)))
+
+
+def _markdown(evidence: Evidence) -> str:
+    from lora_diag.reports.markdown import markdown_report
+
+    return markdown_report(evidence)
+
+
+def _csv(evidence: Evidence) -> str:
+    from lora_diag.reports.tabular import to_csv
+
+    return to_csv(evidence)
+
+
+def _parquet(evidence: Evidence) -> bytes:
+    from lora_diag.reports.tabular import to_parquet
+
+    return to_parquet(evidence)
+
+
+_RENDERERS: dict[str, Callable[[Evidence], str | bytes]] = {
+    "html": _html,
+    "md": _markdown,
+    "csv": _csv,
+    "parquet": _parquet,
+}
+FORMATS = tuple(_RENDERERS)
+
+
+def _format_of(output: Path | str | None, format: str | None) -> str:
+    suffix = Path(output).suffix.lower() if output is not None else ".html"
+    found = format or SUFFIXES.get(suffix)
+    if found is None:
+        raise UsageError(f"{output}: say which format with --format: {', '.join(FORMATS)}")
+    if found not in FORMATS:
+        raise UsageError(f"--format {found}: there are {', '.join(FORMATS)}")
+    return found
+
+
+def _source(item: Path | str | Results[Any]) -> Source:
+    if isinstance(item, Results):
+        return Source(f"{item.run.command}.jsonl", item)
+    path = Path(item)
+    results: Results[Any] = read_results(path)
+    try:
+        changed = _minute(datetime.fromtimestamp(path.stat().st_mtime, UTC))
+    except (OverflowError, ValueError, OSError):
+        changed = ""  # a clock that was far off: no calendar has this time
+    return Source(str(path), results, changed)
+
+
+def _minute(time: datetime) -> str:
+    return f"{time:%Y-%m-%d %H:%M} UTC"
+
+
+def _spare_the_inputs(output: Path, inputs: Sequence[Path | str]) -> None:
+    """Refuse to write a report over the records that it is made of.
+
+    Raises:
+        UsageError: That was asked.
+    """
+    for path in map(Path, inputs):
+        if output == path or (output.exists() and path.exists() and output.samefile(path)):
+            raise UsageError(f"{output}: is one of the results files: give the report another name")

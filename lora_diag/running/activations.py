@@ -1,0 +1,86 @@
+"""Second moments of layers' inputs and output gradients, found in a file and matched with the layers of BASE."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from lora_diag.adapters import Orientation, Shape, match_names
+from lora_diag.checkpoints import open_checkpoint
+from lora_diag.checkpoints.tensors import FLOAT_DTYPES
+from lora_diag.deltas import Pairing, Side
+from lora_diag.errors import InputError
+from lora_diag.layers.metric import Moments, Weighting
+from lora_diag.records import RunInput
+from lora_diag.running.inputs import describe
+
+# In the name of a matrix that is not E[xxᵀ] of a layer's input but E[ggᵀ] of the gradient by its output.
+GRADIENTS = "output_gradients."
+
+
+@dataclass(frozen=True, slots=True)
+class SecondMoments:
+    """Second moments C = E[xxᵀ] of layers' inputs.
+
+    Args:
+        described: For the run record.
+        of: Where C lies, by the layer's name in BASE.
+        gradients: Where G lies, likewise.
+    """
+
+    described: RunInput
+    of: dict[str, Moments]
+    gradients: dict[str, Moments]
+
+    def weighting(self, layer: str, kfac: bool) -> Weighting | None:
+        """Return what a layer is weighed by; None where the file has not all that is needed."""
+        inputs, gradients = self.of.get(layer), self.gradients.get(layer)
+        if inputs is None or (kfac and gradients is None):
+            return None
+        return Weighting(inputs, gradients if kfac else None)
+
+
+def second_moments(path: Path | str, base: Path | str, pairing: Pairing, verify: bool = False) -> SecondMoments:
+    """Open a file of second moments by its header and match it with BASE.
+
+    Args:
+        path: A safetensors file, or a folder, with one ``(in, in)`` matrix under each weight's name, and perhaps one
+            ``(out, out)`` under ``output_gradients.`` and its name.
+        base: The checkpoint whose weights they belong to.
+        pairing: What is compared.
+        verify: Whether to take a SHA-256 of every byte, too.
+
+    Raises:
+        InputError: It cannot be read, a matrix is not square, or none belongs to a weight that is compared.
+    """
+    stored, before = open_checkpoint(path), open_checkpoint(base)
+    sizes: dict[str, int] = {}
+    for name in stored:
+        shape = stored[name].shape
+        if len(shape) != 2 or shape[0] != shape[1] or stored[name].dtype not in FLOAT_DTYPES:
+            raise InputError(
+                f"{stored.file_of(name)}: {name} is {stored[name].dtype} {list(shape)}; a second moment E[xxᵀ] is a "
+                "square matrix of floating-point numbers"
+            )
+        sizes[name] = shape[0]
+    outputs = {name.removeprefix(GRADIENTS): sizes.pop(name) for name in list(sizes) if name.startswith(GRADIENTS)}
+    found, _ = match_names({name: (None, size) for name, size in sizes.items()}, before, transposed=True, parts=True)
+    wanted: dict[str, Shape] = {place.name: (None, sizes[name]) for name, places in found.items() for place in places}
+    orientation = Orientation(before, wanted, flag=False)
+    compared = {delta.layer for delta in pairing.deltas if delta.is_matrix}
+    of: dict[str, Moments] = {}
+    gradients: dict[str, Moments] = {}
+    for name, places in found.items():
+        for place in places:
+            on_rows = orientation.in_out(place.name, (None, sizes[name]), before[place.name].shape)
+            if place.layer in compared and place.shape[0 if on_rows else 1] == sizes[name]:
+                of[place.layer] = Moments(Side(stored, name), sizes[name], on_rows)
+                if outputs.get(name) == place.shape[1 if on_rows else 0]:
+                    gradients[place.layer] = Moments(Side(stored, GRADIENTS + name), outputs[name], not on_rows)
+    if not of:
+        raise InputError(
+            f"{path}: no second moment in it belongs to a weight that is compared, such as {min(compared)}"
+        )
+    notes = [f"second moments of {len(of)} of {len(compared)} matrices"]
+    notes += [f"recorded over {file.metadata['tokens']} tokens" for file in stored.files if "tokens" in file.metadata]
+    return SecondMoments(describe("activations", stored, tuple(notes), verify), of, gradients)

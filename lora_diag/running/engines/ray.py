@@ -1,0 +1,210 @@
+"""The engine on many machines: batches of layers as tasks of Ray, retried where a worker or a node dies.
+
+Tasks go out as numbers into a list that each worker gets once, records come back; no array passes through the object
+store.
+"""
+
+from __future__ import annotations
+
+import io
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+from lora_diag.checkpoints import FORMATS
+from lora_diag.errors import InputError, LoradiagError
+from lora_diag.running.engines.connection import RETRIES, Ray, connected, import_ray
+from lora_diag.running.engines.local import Layout
+from lora_diag.running.engines.schedule import REACH, Batch, Room, Sized, batches, in_order
+from lora_diag.running.engines.worker import Job, measure_batch
+from lora_diag.version import __version__
+
+Task = TypeVar("Task", bound=Sized)
+Record = TypeVar("Record")
+
+# Seconds: between two looks at the cluster; without a node that could go on.
+LOOK, PATIENCE = 2.0, 60.0
+
+# How Ray begins to tell that a worker does not have what it is to run; it has no type for that.
+NO_IMPORT = "The remote function failed to import on the worker"
+
+
+def run_ray(
+    measure: Callable[[Task], Record],
+    tasks: Iterable[Task],
+    layout: Layout,
+    footprint: Callable[[Task], int],
+    on: Ray,
+) -> Iterator[Record]:
+    """Yield the record of every task, in the order of the tasks.
+
+    Args:
+        measure: A diagnostic with its settings bound.
+        tasks: What to measure, one layer each.
+        layout: How a machine is shared; of a cluster, that many cores are counted as its largest node has.
+        footprint: Bytes that a task takes while it runs.
+        on: The cluster.
+
+    Raises:
+        LoradiagError: What the diagnostic raised, for the first task that did; the cluster cannot be reached, does not
+            see the inputs, or loses a layer again and again.
+    """
+    listed = list(tasks)
+    if not listed:
+        return
+    ray = import_ray()
+    with connected(ray, on, layout.cores):
+        cluster = _Cluster(ray, on.gpus_per_task)
+        plan = batches(listed, footprint, cluster.threads(layout), cluster.slots)
+        run = _Run(ray, cluster, ray.put(_job(ray, measure, listed)), listed)
+        try:
+            yield from in_order(
+                plan, REACH * cluster.slots, lambda: cluster.room(layout.workers), run.send, run.fetch, run.lost
+            )
+        finally:
+            run.stop()
+
+
+class _Cluster:
+    """The nodes that can take a task.
+
+    Raises:
+        InputError: There is none, and none comes.
+    """
+
+    def __init__(self, ray: Any, gpus: float) -> None:
+        self._ray, self.gpus = ray, gpus
+        self._looked = self._last_seen = time.monotonic()
+        self._nodes = self._fitting(1)
+        while not self._nodes:
+            self._wait_for_a_node(1)
+        # A matrix may ask for all of a node. What is asked does not change when nodes come and go: nor do the bytes.
+        self.largest = int(max(node["CPU"] for node in self._nodes))
+
+    def _fitting(self, cores: int) -> list[dict[str, float]]:
+        """Return what the living nodes have that have enough."""
+        nodes = [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
+        return [node for node in nodes if node.get("CPU", 0) >= cores and node.get("GPU", 0) >= self.gpus]
+
+    def _wait_for_a_node(self, cores: int) -> None:
+        if time.monotonic() - self._last_seen > PATIENCE:
+            wanted = f"{cores} CPU{'s' if cores > 1 else ''}" + (f" and {self.gpus:g} GPUs" if self.gpus else "")
+            raise InputError(
+                f"--engine ray: for {PATIENCE:g} s no node of the cluster had {wanted}, as a layer needs; start one "
+                "that has; with -o, --resume goes on from here"
+            )
+        time.sleep(LOOK)
+        self._nodes = self._fitting(cores)
+
+    @property
+    def slots(self) -> int:
+        """Layers that can be measured at once, if each takes the least."""
+        if self.gpus:
+            return max(1, int(sum(node["GPU"] // self.gpus for node in self._nodes)))
+        return int(sum(node["CPU"] for node in self._nodes))
+
+    def threads(self, layout: Layout) -> Callable[[int], int]:
+        """Return how many cores a layer gets, by the bytes that it takes; beside a GPU, that GPU's share of them."""
+        if self.gpus:
+            share = int(min(node["CPU"] * self.gpus / node["GPU"] for node in self._nodes))
+            return lambda footprint: max(1, share)
+        return replace(layout, cores=self.largest).threads
+
+    def room(self, workers: int | None) -> Room:
+        """Return how much may be under way on the nodes that are there now."""
+        return Room(int(sum(node["CPU"] for node in self._nodes)), workers or (2 * self.slots if self.gpus else None))
+
+    def look(self, cores: int) -> None:
+        """Look which nodes are there; called again and again while nothing is finished.
+
+        Raises:
+            InputError: For long there was none that could take what waits.
+        """
+        if time.monotonic() - self._looked < LOOK:
+            return
+        self._looked = time.monotonic()
+        if found := self._fitting(1):
+            self._nodes = found
+        if self._fitting(cores):
+            self._last_seen = self._looked
+        else:
+            self._wait_for_a_node(cores)
+
+
+class _Run:
+    """The tasks of Ray of one run."""
+
+    def __init__(self, ray: Any, cluster: _Cluster, job: Any, tasks: Sequence[Sized]) -> None:
+        self._ray, self._cluster, self._tasks = ray, cluster, tasks
+        self._name, self._fetch_job = job.hex(), partial(ray.get, job)
+        self._remote = ray.remote(measure_batch)
+        self._under_way: dict[Any, Batch] = {}
+
+    def send(self, batch: Batch) -> Any:
+        """Begin a batch."""
+        remote = self._remote.options(
+            num_cpus=batch.threads,
+            num_gpus=self._cluster.gpus,
+            max_retries=RETRIES,
+            name=self._tasks[batch.start].layer,
+        )
+        ticket = remote.remote(self._name, self._fetch_job, batch.start, batch.stop, batch.threads)
+        self._under_way[ticket] = batch
+        return ticket
+
+    def fetch(self, tickets: Sequence[Any]) -> Iterator[tuple[Any, Sequence[Any] | None]]:
+        """Wait a while; yield the outcomes of what is done, None where its workers died."""
+        done, _ = self._ray.wait(tickets, num_returns=1, timeout=LOOK)
+        for ticket in done:
+            del self._under_way[ticket]
+            yield ticket, self._outcomes(ticket)
+        self._cluster.look(max((batch.threads for batch in self._under_way.values()), default=1))
+
+    def _outcomes(self, ticket: Any) -> Sequence[Any] | None:
+        try:
+            outcomes: Sequence[Any] = self._ray.get(ticket)
+        except self._ray.exceptions.RayTaskError as error:
+            said = str(error.cause).strip().splitlines()
+            if said and said[0].startswith(NO_IMPORT):
+                raise InputError(
+                    f"--engine ray: a worker cannot import loradiag: {said[-1]}; install the same loradiag on "
+                    "every node: pip install 'loradiag[ray]'"
+                ) from error
+            raise error.cause from error  # a bug: its traceback is shown
+        except self._ray.exceptions.RayError:
+            return None
+        return outcomes
+
+    def lost(self, batch: Batch) -> LoradiagError:
+        """Return what to say of a layer whose workers died, every one."""
+        died = f"{RETRIES + 1} workers died while they" if RETRIES else "a worker died while it"
+        return InputError(
+            f"{self._tasks[batch.start].layer}: {died} measured it, perhaps for want of memory; give it a node with "
+            "more, or leave it out with --exclude; with -o, --resume goes on from here"
+        )
+
+    def stop(self) -> None:
+        """Stop what is under way."""
+        for ticket in self._under_way:
+            with suppress(Exception):  # that the cluster is gone is what we came for
+                self._ray.cancel(ticket, force=True)
+
+
+def _job(ray: Any, measure: Callable[[Any], Any], tasks: Sequence[Any]) -> Job:
+    """Put into one parcel what every worker needs: with all tasks, whose checkpoints are then in it once."""
+    files: dict[str, int] = {}
+
+    class Pickler(ray.cloudpickle.CloudPickler):  # type: ignore[misc]
+        def persistent_id(self, item: Any) -> None:
+            """Note the files that are seen on the way; everything is pickled as usual."""
+            if isinstance(item, FORMATS) and isinstance(item.path, Path):  # not an address, which is one everywhere
+                with suppress(OSError):  # gone since it was opened: reading it will say so
+                    files[str(item.path)] = item.path.stat().st_size
+
+    parcel = io.BytesIO()
+    Pickler(parcel).dump((measure, tasks))
+    return Job(__version__, str(Path.cwd()), tuple(files.items()), parcel.getvalue())

@@ -1,0 +1,211 @@
+"""What a command compares: paths → inputs for the run record, and named ΔW."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from lora_diag.adapters import Place, bare, is_adapter, is_same_part, match_names, open_adapter
+from lora_diag.checkpoints import Checkpoint, as_path, locate, open_checkpoint
+from lora_diag.checkpoints.tensors import FLOAT_DTYPES
+from lora_diag.deltas import Delta, Pairing, Side, StoredDelta, natural_order, pair, refuse_empty
+from lora_diag.errors import InputError, UsageError
+from lora_diag.records import RunInput
+from lora_diag.running.fingerprint import content_hash, files_of, fingerprint, legible
+
+# What ``probe activations`` says that its file is: under the names of weights, so it would pair with them.
+MOMENTS = "second moments of layers' inputs"
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """What was named on the command line, opened by its headers and paired.
+
+    Args:
+        inputs: For the run record.
+        pairing: What is compared, and what is not.
+    """
+
+    inputs: tuple[RunInput, ...]
+    pairing: Pairing
+
+
+def compare(
+    base: Path | str,
+    tuned: Path | str | None,
+    layers: str | None = None,
+    exclude: str | None = None,
+    allow_unmatched: bool = False,
+    verify: bool = False,
+) -> Comparison:
+    """Open both sides and pair their weights.
+
+    Args:
+        base: The checkpoint before; or an adapter, if there is no ``tuned``.
+        tuned: The checkpoint after, or an adapter; None to measure an adapter alone.
+        layers: Only weights whose name contains a match.
+        exclude: No weights whose name contains a match.
+        allow_unmatched: Whether to leave out what the adapter changes and BASE does not have, instead of stopping.
+        verify: Whether to take a SHA-256 of every byte, too.
+
+    Raises:
+        InputError: A side cannot be read, the adapter does not fit BASE, or two weights have one name.
+        NothingComparedError: The sides have no weight in common.
+        UsageError: There is one side, and it is no adapter; or the adapter was named first.
+    """
+    base, tuned = as_path(base), as_path(tuned) if tuned is not None else None
+    compared = _compare(base, tuned, layers, exclude, allow_unmatched, verify)
+    _refuse_clashes(compared.pairing.deltas)
+    unpaired = tuple(replace(item, detail=legible(item.detail)) for item in compared.pairing.unpaired)
+    return replace(compared, pairing=replace(compared.pairing, unpaired=unpaired))
+
+
+def _compare(
+    base: Path | str,
+    tuned: Path | str | None,
+    layers: str | None,
+    exclude: str | None,
+    allow_unmatched: bool,
+    verify: bool,
+) -> Comparison:
+    if tuned is None:
+        if not is_adapter(locate(base)):
+            raise UsageError(f"{base}: is not an adapter; name the checkpoint to compare it with, BASE before TUNED")
+        return _with_adapter(None, base, layers, exclude, allow_unmatched, verify)
+    adapter_last = is_adapter(locate(tuned))
+    if not adapter_last and is_adapter(locate(base)):
+        raise UsageError(f"{base}: is an adapter; give BASE first, and the adapter after it")
+    before = open_checkpoint(base)
+    if adapter_last:
+        return _with_adapter(before, tuned, layers, exclude, allow_unmatched, verify)
+    after = open_checkpoint(tuned)
+    for side in (before, after):
+        if any(file.metadata.get("kind") == MOMENTS for file in side.files):
+            raise UsageError(f"{side.path}: holds {MOMENTS} and is no checkpoint; it is what --activations takes")
+    pairing, notes = _pair_renamed(pair(before, after, layers, exclude), before, after)
+    refuse_empty(pairing, before, after)
+    return Comparison((describe("base", before, verify=verify), describe("tuned", after, notes, verify)), pairing)
+
+
+def _refuse_clashes(deltas: tuple[Delta, ...]) -> None:
+    """Refuse two weights of one name: a stack ``w`` holds ``w[0]``, and a tensor may be called that, too.
+
+    Raises:
+        InputError: There are such.
+    """
+    first: dict[str, Delta] = {}
+    for delta in deltas:
+        other = first.setdefault(delta.layer, delta)
+        if other is not delta:
+            names = " and ".join(item.base.name if item.base else item.layer for item in (other, delta))
+            raise InputError(f"{delta.layer}: two weights have this name, from {names}; leave one out with --exclude")
+
+
+def _pair_renamed(pairing: Pairing, base: Checkpoint, tuned: Checkpoint) -> tuple[Pairing, tuple[str, ...]]:
+    """Pair what TUNED stores under another name than BASE, such as fused experts that BASE stores one by one.
+
+    Two sides without a name in common may be one model, saved with and without its head or inside a wrapper. They are
+    taken for that if half of either side finds its other name, and no config says that they are two.
+    """
+    places = _other_names(base, tuned)
+    if not places or not (pairing.deltas or _is_one_model(base, tuned, places)):
+        return pairing, ()
+    free = {item.layer for item in pairing.unpaired if item.reason == "only_in_base"}
+    wanted = {item.layer for item in pairing.unpaired if item.reason == "only_in_tuned"}
+    renamed = {
+        name: [_placed(base, place, tuned, name) for place in places[name]]
+        for name in places
+        if name in wanted and all(place.name in free for place in places[name])
+    }
+    if not renamed:
+        return pairing, ()
+    taken = {*renamed, *(delta.base.name for deltas in renamed.values() for delta in deltas)}
+    deltas = sorted(
+        (*pairing.deltas, *(d for new in renamed.values() for d in new)), key=lambda d: natural_order(d.layer)
+    )
+    rest = tuple(item for item in pairing.unpaired if item.layer not in taken)
+    name, first = min((name, deltas[0].layer) for name, deltas in renamed.items())
+    note = f"{len(renamed)} tensors are stored under other names than in BASE, such as {name} for {first}"
+    return Pairing(tuple(deltas), rest), (note,)
+
+
+def _other_names(base: Checkpoint, tuned: Checkpoint) -> dict[str, tuple[Place, ...]]:
+    """Find in BASE what only TUNED has by name, whatever is selected of it.
+
+    Of two towers that are alike inside (text and vision), none stands for the other, nor does a model that is called
+    BERT for one called RoBERTa.
+    """
+    found, _ = match_names({name: tuned[name].shape for name in tuned if name not in base}, base)
+    alike = Counter((bare(name), base[name].shape) for name in base)
+    usable = {
+        name: places
+        for name, places in found.items()
+        if all(place.name not in tuned and place.into is None for place in places)
+        and all(place.shape == _own_shape(base, place) for place in places)
+        and {tuned[name].dtype, *(base[place.name].dtype for place in places)} <= FLOAT_DTYPES
+        and all(is_same_part(name, p.name, alike[bare(p.name), base[p.name].shape] == 1) for p in places)
+    }
+    meant = Counter(place.layer for places in usable.values() for place in places)
+    return {name: places for name, places in usable.items() if all(meant[place.layer] == 1 for place in places)}
+
+
+def _is_one_model(base: Checkpoint, tuned: Checkpoint, renamed: Mapping[str, Sequence[Place]]) -> bool:
+    """Say whether two sides of which nothing pairs by name are one model, by what of them has another name there."""
+    types = {str(kind) for side in (base, tuned) if (kind := side.config.get("model_type"))}
+    common = {name for name in base if name in tuned}
+    found = common | {place.name for places in renamed.values() for place in places}
+    return len(types) < 2 and (2 * (len(common) + len(renamed)) >= len(tuned) or 2 * len(found) >= len(base))
+
+
+def _own_shape(base: Checkpoint, place: Place) -> tuple[int, ...]:
+    """Return the shape that the whole stored weight has as a matrix: only those are paired under another name."""
+    shape = base[place.name].shape
+    return shape if len(shape) < 3 else place.shape
+
+
+def _placed(base: Checkpoint, place: Place, tuned: Checkpoint, name: str) -> StoredDelta:
+    """Return the difference of one weight of BASE and the rows of TUNED that stand for it."""
+    shape = place.shape if len(place.shape) == 2 else (1, math.prod(place.shape))
+    stored = tuned[name].shape
+    row = place.index * (stored[1] if len(stored) == 3 else 0) + (place.rows[0] if place.rows else 0)
+    sides = Side(base, place.name, place.offset), Side(tuned, name, row * shape[1])
+    return StoredDelta(place.layer, (shape[0], shape[1]), *sides, is_matrix=len(stored) > 1)
+
+
+def _with_adapter(
+    base: Checkpoint | None,
+    path: Path | str,
+    layers: str | None,
+    exclude: str | None,
+    allow_unmatched: bool,
+    verify: bool,
+) -> Comparison:
+    adapter = open_adapter(locate(path))
+    pairing, notes = adapter.pair(base, layers, exclude, allow_unmatched)
+    config = adapter.source.config
+    described = RunInput(
+        role="adapter",
+        path=legible(path),
+        kind=legible(adapter.kind),
+        tensors=len(adapter.checkpoint),
+        notes=tuple(map(legible, notes)),
+        fingerprint=fingerprint(adapter.checkpoint, config.values if config is not None else None),
+        sha256=content_hash(files_of(adapter.checkpoint)) if verify else "",
+    )
+    return Comparison((described,) if base is None else (describe("base", base, verify=verify), described), pairing)
+
+
+def describe(role: str, checkpoint: Checkpoint, notes: tuple[str, ...] = (), verify: bool = False) -> RunInput:
+    """Return what the run record says of a checkpoint."""
+    return RunInput(
+        role=role,
+        path=legible(checkpoint.path),
+        kind=legible(checkpoint.kind),
+        tensors=len(checkpoint),
+        notes=tuple(map(legible, (*checkpoint.notes, *notes))),
+        fingerprint=fingerprint(checkpoint),
+        sha256=content_hash(files_of(checkpoint)) if verify else "",
+    )

@@ -1,0 +1,252 @@
+"""The one way a command goes over its layers: what is there already is kept, the rest is measured, told and written."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol, TypeVar
+
+from lora_diag.deltas import Pairing, footprint, natural_order
+from lora_diag.errors import MemoryLimitError, UsageError
+from lora_diag.layers.left_out import left_out_rows, left_out_vector
+from lora_diag.linalg import resolve_device
+from lora_diag.records import AnyRecord, LayerRecord, LeftOut, Results, ResultsWriter, totals
+from lora_diag.running.amounts import read_bytes
+from lora_diag.running.engines import Layout, Ray, layout_for, run_local, run_ray
+
+L = TypeVar("L", bound=LayerRecord)
+
+
+class Task(Protocol):
+    """What is measured of one layer; a small descriptor."""
+
+    @property
+    def layer(self) -> str:
+        """The layer's name."""
+        ...
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``(out, in)``."""
+        ...
+
+
+T = TypeVar("T", bound=Task)
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """Where a run is; sent when it starts and after every layer.
+
+    Args:
+        layer: The layer at hand.
+        done: Layers finished.
+        layers: Layers in all.
+        entries_done: Matrix entries of the finished layers.
+        entries: Matrix entries in all.
+    """
+
+    layer: str
+    done: int
+    layers: int
+    entries_done: int
+    entries: int
+
+
+@dataclass(frozen=True, slots=True)
+class Watch:
+    """Who is told how a run goes on.
+
+    Args:
+        on_progress: Called at the start and after every layer.
+        on_record: Called with every record, in the order of the file, as it comes.
+    """
+
+    on_progress: Callable[[Progress], None] | None = None
+    on_record: Callable[[AnyRecord], None] | None = None
+
+    def progress(self, event: Progress) -> None:
+        """Tell how far the run is."""
+        if self.on_progress is not None:
+            self.on_progress(event)
+
+    def record(self, record: AnyRecord) -> None:
+        """Tell one record."""
+        if self.on_record is not None:
+            self.on_record(record)
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where numbers are computed.
+
+    Args:
+        tasks: The device of the layers, in the words of ``--device``.
+        kind: What the results file calls it, such as ``cuda``.
+        here: The device of what this process measures itself: norms, biases, added rows.
+    """
+
+    tasks: str
+    kind: str
+    here: str
+
+
+def place(engine: Ray | None, device: str) -> Place:
+    """Return where numbers are computed; on a cluster that follows from the GPUs which its tasks get.
+
+    Raises:
+        UsageError: The device is not there, or the cluster's tasks have none.
+    """
+    if engine is None:
+        return Place(device, resolve_device(device).type, device)
+    engine.check()
+    kind = "cuda" if engine.gpus_per_task else "cpu"
+    if device not in {"auto", kind}:
+        way = "--device cuda needs --gpus-per-task 1" if kind == "cpu" else "with --gpus-per-task it is cuda"
+        raise UsageError(f"--device {device}: on a cluster the scheduler gives out the devices, {way}")
+    return Place(kind, kind, "auto" if kind == "cuda" else "cpu")
+
+
+def layout_of(tasks: Sequence[Task], workers: int | None, device: str, memory: int | None = None) -> Layout:
+    """Return how this machine is shared among layers, which goes by the largest.
+
+    Args:
+        tasks: One for each layer; there may be none.
+        workers: Layers at once, or None to choose.
+        device: Where matrices are computed, such as ``cuda``.
+        memory: Bytes that the whole program may take; None for what the largest matrix needs.
+
+    Raises:
+        UsageError: So little memory that not even the program fits.
+    """
+    return layout_for(max((math.prod(task.shape) for task in tasks), default=0), workers, device, memory)
+
+
+def read_memory(words: str | int | None, engine: Ray | None) -> int | None:
+    """Read how much memory a run may take.
+
+    Raises:
+        UsageError: It is no size, or a cluster is to be used.
+    """
+    if words is None:
+        return None
+    if engine is not None:
+        raise UsageError("--memory: plans for this machine; on a cluster Ray's scheduler knows what its nodes have")
+    return words if isinstance(words, int) else read_bytes(words, "--memory")
+
+
+def _or_left_out(measure: Callable[[T], Sequence[L | LeftOut]], task: T) -> Sequence[L | LeftOut]:
+    """Measure one layer; where it does not fit into memory, say so in its place."""
+    try:
+        return measure(task)
+    except MemoryLimitError as error:
+        detail = {"detail": str(error), "fro": error.fro, "base_fro": error.base_fro}
+        return (LeftOut(layer=task.layer, shape=task.shape, reason="memory", **detail),)
+
+
+def measure_layers(
+    writer: ResultsWriter[L],
+    tasks: Sequence[T],
+    measure: Callable[[T], Sequence[L | LeftOut]],
+    rest: Callable[[], Iterable[LeftOut]],
+    layout: Layout,
+    size: Callable[[T], int],
+    watch: Watch,
+    engine: Ray | None = None,
+) -> Results[L]:
+    """Measure what is not yet in the results file; write and tell each record in the order of the file.
+
+    Args:
+        writer: The results file, with what an earlier run left in it.
+        tasks: One for each layer, in the order of the file.
+        measure: A diagnostic with its settings bound: the records of one layer, or why it has none.
+        rest: What else is left out, measured after the layers.
+        layout: How the machine is shared.
+        size: Bytes that a task takes while it runs.
+        watch: Who is told.
+        engine: A cluster to measure on; None for this machine alone.
+
+    Returns:
+        All records of the run, earlier ones included.
+
+    Raises:
+        InputError: An input cannot be read, or the file cannot be written.
+    """
+    earlier = writer.earlier
+    for old in earlier.records():
+        watch.record(old)
+    if earlier.end is not None:
+        return earlier
+
+    def put(*records: Any) -> None:
+        writer.append(*records)
+        for record in records:
+            watch.record(record)
+
+    layers, left_out = list(earlier.layers), list[LeftOut]()
+    measured = {record.layer for record in layers}
+    todo = [task for task in tasks if task.layer not in measured]
+    run = partial(run_ray, on=engine) if engine is not None else run_local
+    for records in _with_progress(run(partial(_or_left_out, measure), todo, layout, size), todo, watch):
+        found = [record for record in records if not isinstance(record, LeftOut)]
+        left_out += [record for record in records if isinstance(record, LeftOut)]
+        if found:
+            put(*found)
+            layers += found
+    left_out = sorted([*left_out, *rest()], key=lambda record: (natural_order(record.layer), record.reason))
+    for record in left_out[len(earlier.left_out) :]:
+        put(record)
+    end = totals(layers, left_out)
+    put(end)
+    return Results(writer.run, tuple(layers), tuple(left_out), end)
+
+
+def _with_progress(
+    measured: Iterator[Sequence[L | LeftOut]], todo: Sequence[T], watch: Watch
+) -> Iterator[Sequence[L | LeftOut]]:
+    sizes = [math.prod(task.shape) for task in todo]
+    names = [task.layer for task in todo] + [""]
+    entries_done, entries = 0, sum(sizes)
+    watch.progress(Progress(names[0], 0, len(todo), 0, entries))
+    for done, records in enumerate(measured, 1):
+        entries_done += sizes[done - 1]
+        watch.progress(Progress(names[done], done, len(todo), entries_done, entries))
+        yield records
+
+
+def without_rank(pairing: Pairing, layout: Layout, device: str) -> Iterator[LeftOut]:
+    """Yield the records of 1-D tensors and of what could not be paired."""
+    vectors = [delta for delta in pairing.deltas if not delta.is_matrix]
+    yield from run_local(partial(left_out_vector, device=resolve_device(device)), vectors, layout, footprint)
+    yield from not_paired(pairing, layout, device)
+
+
+def not_paired(pairing: Pairing, layout: Layout, device: str) -> Iterator[LeftOut]:
+    """Yield the records of what could not be paired."""
+    measure = partial(left_out_rows, device=resolve_device(device))
+    yield from run_local(measure, pairing.unpaired, layout, lambda unpaired: 0)
+
+
+def checked_ranks(ranks: Sequence[int]) -> tuple[int, ...]:
+    """Return ranks in ascending order, each once.
+
+    Raises:
+        UsageError: There is none, or one below 1.
+    """
+    if not ranks or min(ranks) < 1:
+        raise UsageError(f"--ranks {','.join(map(str, ranks))}: ranks must be whole numbers from 1 up")
+    return tuple(sorted(set(ranks)))
+
+
+def check_running(workers: int | None, seed: int) -> None:
+    """Refuse numbers that make no sense, before anything is opened.
+
+    Raises:
+        UsageError: There are such.
+    """
+    if workers is not None and workers < 1:
+        raise UsageError(f"--workers {workers}: must be at least 1")
+    if not 0 <= seed < 2**63:
+        raise UsageError(f"--seed {seed}: must be a whole number from 0 to 2^63 - 1")

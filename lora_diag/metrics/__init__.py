@@ -6,11 +6,13 @@ torch, no names and no files.
 
 from lora_diag.metrics.distance import Distances, distances, limit, pooled
 from lora_diag.metrics.effective_rank import effective_rank, stable_rank
-from lora_diag.metrics.energy import energy_curve, rank_at
+from lora_diag.metrics.energy import RANKS, THRESHOLDS, energy_curve, rank_at
 from lora_diag.metrics.resolution import Gain, noise_edge, signal_rank, verdict
 from lora_diag.metrics.truncation import truncation_error
 
 __all__ = [
+    "RANKS",
+    "THRESHOLDS",
     "Distances",
     "Gain",
     "distances",

@@ -5,6 +5,10 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+# Ranks at which C(r) is given unless others are asked for, and the fractions of energy whose rank is given.
+RANKS = (4, 8, 16, 32, 64)
+THRESHOLDS = (0.9, 0.95, 0.99)
+
 
 def energy_curve(s: NDArray[np.float64], fro: float, complete: bool) -> NDArray[np.float64]:
     """Return C(1), …, C(K) for the K largest singular values.

@@ -15,6 +15,7 @@ from typing import Any
 from scipy.special import ndtri
 
 from lora_diag.metrics.correlation import interval, spearman
+from lora_diag.probes.curvature.summary import LOOSE
 from lora_diag.probes.fisher.correlations import Correlations, correlations
 from lora_diag.probes.intrinsic.lines import Line, lines, reached
 from lora_diag.probes.sensitivity.gains import Gain, gains_of, paired
@@ -32,8 +33,6 @@ IDLE = 0.1
 UNEVEN = 2.0
 # Fewer units or layers than these have no order.
 FEWEST = 5
-# A bound that is so many times the measured gap says nothing about it: on two models it was 700 to 12,000 times that.
-LOOSE = 100.0
 # Energy whose order of the layers is surely below this ρ with the Fisher's knows another order.
 APART = 0.7
 

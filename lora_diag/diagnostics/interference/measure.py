@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from lora_diag.deltas import Delta, DenseDelta, FactoredDelta, footprint
-from lora_diag.diagnostics.interference.parts import InterferenceSettings, Part, Several, agreement, read_part, within
+from lora_diag.diagnostics.interference.parts import InterferenceSettings, Part, Several, read_part, within
 from lora_diag.diagnostics.interference.union import union
+from lora_diag.layers.agreement import agreement
 from lora_diag.layers.change import COMPUTED, Change, noted, on_device
 from lora_diag.layers.left_out import not_finite
 from lora_diag.linalg import Allowance, require, resolve_device, whole_bytes

@@ -9,13 +9,12 @@ import torch
 from torch import Tensor
 
 from lora_diag.deltas import Delta
-from lora_diag.diagnostics.spectrum.measure import RANKS
 from lora_diag.layers.change import Change, load_change, why_not_comparable
 from lora_diag.layers.resolution import resolution
-from lora_diag.linalg import Factors, numerical_rank, principal_cosines
+from lora_diag.linalg import Factors, numerical_rank
 from lora_diag.linalg.stacked import Matrix
-from lora_diag.metrics import effective_rank, energy_curve
-from lora_diag.records import Agreement, Resolution
+from lora_diag.metrics import RANKS, effective_rank, energy_curve
+from lora_diag.records import Resolution
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,16 +123,6 @@ def read_part(update: Update, settings: InterferenceSettings, device: torch.devi
     assert matrix is not None
     seen = resolution(change.rounding, update.delta.shape, factors.s.numpy(), factors.fro, factors.complete)
     return Part(update, change, matrix, factors, numerical_rank(factors), seen)
-
-
-def agreement(u: Tensor, v: Tensor) -> Agreement:
-    """Return the principal angles between two spaces, given by orthonormal columns."""
-    cosines = principal_cosines(u, v)
-    return Agreement(
-        cosines=tuple(round(cosine, 6) for cosine in cosines.tolist()),
-        overlap=min(1.0, float((cosines**2).mean())),
-        random=max(u.shape[1], v.shape[1]) / len(u),
-    )
 
 
 def within(u: Tensor, part: Part, rows: bool = False) -> float:

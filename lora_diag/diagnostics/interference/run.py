@@ -15,10 +15,10 @@ from lora_diag.deltas import Delta, Pairing, StoredDelta, Unpaired, natural_orde
 from lora_diag.diagnostics.interference.measure import interference as measure
 from lora_diag.diagnostics.interference.measure import size
 from lora_diag.diagnostics.interference.parts import InterferenceSettings, Several, Update
-from lora_diag.diagnostics.spectrum.measure import RANKS
 from lora_diag.errors import InputError, NothingComparedError, UsageError
 from lora_diag.files import check_place
 from lora_diag.linalg import check_request
+from lora_diag.metrics import RANKS
 from lora_diag.records import (
     AnyRecord,
     Interference,

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from lora_diag.deltas import Delta, FactoredDelta, StoredDelta
-from lora_diag.diagnostics.spectrum.measure import RANKS
 from lora_diag.gradients import Snapshot
 from lora_diag.layers.change import OVERFLOW, Change, bytes_of, load_change, noted, on_device
 from lora_diag.layers.left_out import not_finite
 from lora_diag.layers.resolution import resolution
 from lora_diag.linalg import Allowance, numerical_rank, resolve_device
 from lora_diag.linalg.subspace import orthonormal, shares
+from lora_diag.metrics import RANKS
 from lora_diag.metrics.overlap import chance
 from lora_diag.metrics.resolution import Verdict
 from lora_diag.records import LeftOut, Overlap

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -14,13 +13,13 @@ from lora_diag.diagnostics.overlap.measure import Followed, OverlapSettings, siz
 from lora_diag.diagnostics.overlap.measure import overlap as measure
 from lora_diag.diagnostics.overlap.measure import subspaces as spaces_of
 from lora_diag.diagnostics.overlap.reference import Reference
-from lora_diag.diagnostics.spectrum.measure import RANKS
 from lora_diag.errors import NothingComparedError, UsageError
 from lora_diag.gradients import History, Step, histories, open_steps
 from lora_diag.linalg import check_request, resolve_device
-from lora_diag.records import AnyRecord, LeftOut, Overlap, Results, ResultsWriter, Run, RunInput
+from lora_diag.metrics import RANKS
+from lora_diag.records import AnyRecord, LeftOut, Overlap, Results, ResultsWriter, Run
 from lora_diag.running.engines import Layout, Ray, run_local
-from lora_diag.running.fingerprint import content_hash, files_of, fingerprint, legible
+from lora_diag.running.gradients import describe_steps
 from lora_diag.running.inputs import Comparison, compare
 from lora_diag.running.measuring import (
     Progress,
@@ -204,31 +203,6 @@ def subspaces(
         inputs=compared.inputs,
         settings={"ranks": list(settings.ranks), "method": method, "seed": seed},
         left_out=tuple(item for item in found if isinstance(item, LeftOut)),
-    )
-
-
-def describe_steps(paths: Sequence[Path | str], steps: Sequence[Step], verify: bool) -> RunInput:
-    """Return what the run record says of the gradients."""
-    more = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
-    span = f"{len(steps)} steps, {steps[0].step} to {steps[-1].step}" if len(steps) > 1 else f"step {steps[0].step}"
-    found = hashlib.sha256("".join(fingerprint(step.checkpoint) for step in steps).encode())
-    return RunInput(
-        role="gradients",
-        path=f"{legible(paths[0])}{more}",
-        kind=f"{span}, each a {legible(steps[0].checkpoint.kind)}",
-        tensors=sum(len(step.checkpoint) for step in steps),
-        notes=tuple(dict.fromkeys(legible(note) for step in steps for note in _notes(step))),
-        fingerprint=found.hexdigest()[:16],
-        sha256=content_hash([file for step in steps for file in files_of(step.checkpoint)]) if verify else "",
-    )
-
-
-def _notes(step: Step) -> tuple[str, ...]:
-    if not step.checkpoint.config:
-        return step.checkpoint.notes
-    return (
-        *step.checkpoint.notes,
-        f"step {step.step} lies beside a config.json: are these gradients, or a checkpoint?",
     )
 
 

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 
 from lora_diag.deltas import Delta, FactoredDelta, footprint
-from lora_diag.diagnostics.interference.parts import agreement
+from lora_diag.layers.agreement import agreement
 from lora_diag.layers.change import Change, load_change, noted, on_device, why_not_comparable
 from lora_diag.layers.left_out import not_finite
 from lora_diag.layers.metric import Metric, Moments, read_root, times

@@ -17,6 +17,8 @@ from lora_diag.layers.metric import Weighed, Weighting, extra, weigh
 from lora_diag.layers.resolution import resolution
 from lora_diag.linalg import Allowance, Factors, resolve_device
 from lora_diag.metrics import (
+    RANKS,
+    THRESHOLDS,
     effective_rank,
     energy_curve,
     rank_at,
@@ -27,9 +29,6 @@ from lora_diag.records import LeftOut, Resolution, Spectrum, Tail
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
-
-THRESHOLDS = (0.9, 0.95, 0.99)
-RANKS = (4, 8, 16, 32, 64)
 
 
 @dataclass(frozen=True, slots=True)

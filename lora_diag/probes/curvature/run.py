@@ -16,10 +16,10 @@ from lora_diag.linalg.eigenpairs import basis_size
 from lora_diag.models.losses import measure
 from lora_diag.models.opening import Model, Weights, open_model
 from lora_diag.models.swapping import FULL, Swapped
+from lora_diag.models.truncating import truncated_layers
 from lora_diag.probes.curvature.loss_bound import TunedPoint, loss_bounds
 from lora_diag.probes.curvature.measure import Curved
 from lora_diag.probes.curvature.records_of import Effort, Point, curvatures
-from lora_diag.probes.truncation.measure import truncated_layers
 from lora_diag.records import AnyRecord, Curvature, LeftOut, LossBound, Results, ResultsWriter, RunInput
 from lora_diag.records.curvature import Matrix
 from lora_diag.records.names import part_of

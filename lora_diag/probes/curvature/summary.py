@@ -14,10 +14,11 @@ from lora_diag.records.names import module_type_of, place_of
 from lora_diag.rendering.columns import Column, Grid, title_of
 from lora_diag.rendering.lines import answers, inputs, notes
 from lora_diag.rendering.text import count, middle, middle_rank, number, percent, short, shown, to_text
-from lora_diag.reports.advice_probes import LOOSE
 
 # A second-order model that is this near to the measured gap is called right.
 NEAR = 0.1
+# A bound that is so many times the measured gap says nothing about it: on two models it was 700 to 12,000 times that.
+LOOSE = 100.0
 
 
 def curvature_table(

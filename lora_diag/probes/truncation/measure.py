@@ -10,14 +10,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lora_diag.deltas import Delta, selector
-from lora_diag.errors import NothingComparedError
 from lora_diag.models.data import Texts
 from lora_diag.models.losses import Losses, measure
 from lora_diag.models.opening import Model
 from lora_diag.models.swapping import FULL, Swapped
 from lora_diag.records import Probe
-from lora_diag.records.names import module_type_of, part_of
+from lora_diag.records.names import module_type_of
 from lora_diag.records.probe import Subject
 
 
@@ -52,26 +50,6 @@ class Cell:
 
 
 BASE, TUNED = Cell("base"), Cell("tuned")
-
-
-def truncated_layers(
-    deltas: Sequence[Delta], layers: str | None = None, exclude: str | None = None
-) -> dict[str, tuple[int, int]]:
-    """Return the layers that are truncated, with their shapes: the selected matrices outside embeddings and head.
-
-    Raises:
-        UsageError: A regular expression is not valid.
-        NothingComparedError: There is none.
-    """
-    selected = selector(layers, exclude)
-    found = {
-        delta.layer: delta.shape
-        for delta in deltas
-        if delta.is_matrix and part_of(delta.layer) == "matrices" and selected(delta.layer)
-    }
-    if not found:
-        raise NothingComparedError("no matrix outside embeddings and head is selected, so there is nothing to truncate")
-    return found
 
 
 def cells_of(chosen: Mapping[str, tuple[int, int]], ranks: Sequence[int], per: str) -> list[Cell]:

@@ -10,7 +10,8 @@ from lora_diag.errors import UsageError
 from lora_diag.linalg import resolve_device
 from lora_diag.models.opening import open_model
 from lora_diag.models.swapping import Swapped
-from lora_diag.probes.truncation.measure import cells_of, truncated_layers, truncation
+from lora_diag.models.truncating import truncated_layers
+from lora_diag.probes.truncation.measure import cells_of, truncation
 from lora_diag.records import AnyRecord, Results, ResultsWriter
 from lora_diag.running.inputs import compare
 from lora_diag.running.probing import (

@@ -1,0 +1,36 @@
+"""What the run record says of gradient files."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+from lora_diag.gradients import Step
+from lora_diag.records import RunInput
+from lora_diag.running.fingerprint import content_hash, files_of, fingerprint, legible
+
+
+def describe_steps(paths: Sequence[Path | str], steps: Sequence[Step], verify: bool) -> RunInput:
+    """Return what the run record says of the gradients."""
+    more = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
+    span = f"{len(steps)} steps, {steps[0].step} to {steps[-1].step}" if len(steps) > 1 else f"step {steps[0].step}"
+    found = hashlib.sha256("".join(fingerprint(step.checkpoint) for step in steps).encode())
+    return RunInput(
+        role="gradients",
+        path=f"{legible(paths[0])}{more}",
+        kind=f"{span}, each a {legible(steps[0].checkpoint.kind)}",
+        tensors=sum(len(step.checkpoint) for step in steps),
+        notes=tuple(dict.fromkeys(legible(note) for step in steps for note in _notes(step))),
+        fingerprint=found.hexdigest()[:16],
+        sha256=content_hash([file for step in steps for file in files_of(step.checkpoint)]) if verify else "",
+    )
+
+
+def _notes(step: Step) -> tuple[str, ...]:
+    if not step.checkpoint.config:
+        return step.checkpoint.notes
+    return (
+        *step.checkpoint.notes,
+        f"step {step.step} lies beside a config.json: are these gradients, or a checkpoint?",
+    )

@@ -15,39 +15,10 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
+from lora_diag.catalog import features
 from lora_diag.cli.output import ReaderGoneError, forget_output, message, public
-from lora_diag.cli.probe import PROBES
-from lora_diag.decisions.allocate.command import allocate
-from lora_diag.decisions.extract.command import extract
-from lora_diag.decisions.gate.command import gate
-from lora_diag.decisions.plan.command import plan
-from lora_diag.diagnostics.interference.command import interference
-from lora_diag.diagnostics.intruders.command import intruders
-from lora_diag.diagnostics.overlap.command import overlap
-from lora_diag.diagnostics.residual.command import residual
-from lora_diag.diagnostics.spectrum.command import spectrum
-from lora_diag.diagnostics.verify_merge.command import verify_merge
 from lora_diag.errors import DONE, UNREADABLE, LoradiagError, UsageError
-from lora_diag.inspection.command import inspect
-from lora_diag.plots.command import plot
-from lora_diag.reports.command import report
 from lora_diag.version import __version__
-
-COMMANDS = (
-    spectrum,
-    residual,
-    overlap,
-    interference,
-    intruders,
-    verify_merge,
-    allocate,
-    plan,
-    extract,
-    gate,
-    inspect,
-    plot,
-    report,
-)
 
 # What a shell reports of a program that Ctrl-C ended: 128 + SIGINT.
 INTERRUPTED = 130
@@ -97,11 +68,11 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in COMMANDS:
-    app.command(cls=_Command, no_args_is_help=True)(command)
 probe = typer.Typer(name="probe", help="What does the loss say? Diagnostics that run the model.", no_args_is_help=True)
-for one in PROBES:
-    probe.command(cls=_Command, no_args_is_help=True)(one)
+for feature in features():
+    if feature.command:
+        group, _, name = feature.name.rpartition(" ")
+        (probe if group else app).command(name, cls=_Command, no_args_is_help=True)(feature.load(feature.command))
 app.add_typer(probe)
 
 
@@ -167,10 +138,9 @@ def _run() -> int:
 
 
 def _resumes(words: list[str]) -> bool:
-    """Say whether the command of these words has ``--resume``."""
-    commands, words = (PROBES, words[1:]) if words[:1] == ["probe"] else (COMMANDS, words)
-    named = [one for one in commands if one.__name__.replace("_", "-") in words[:1]]
-    return any("resume" in signature(one).parameters for one in named)
+    """Return whether the command of these words has ``--resume``."""
+    named = (one for one in features() if one.command and one.name.split() == words[: len(one.name.split())])
+    return any("resume" in signature(one.load(one.command)).parameters for one in named)
 
 
 def _is_of_a_stream(error: OSError) -> bool:

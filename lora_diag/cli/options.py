@@ -23,7 +23,7 @@ from lora_diag.errors import UsageError
 from lora_diag.files import check_folder_of
 
 if TYPE_CHECKING:
-    from lora_diag import Ray
+    from lora_diag.running.engines import Ray
 
 
 class Engine(StrEnum):
@@ -106,7 +106,7 @@ class Shared:
                 option = "--ray-address" if self.ray_address is not None else "--gpus-per-task"
                 raise UsageError(f"{option}: is of a Ray cluster; add --engine ray")
             return None
-        from lora_diag import Ray  # torch comes with it: not before it is needed
+        from lora_diag.running.engines import Ray  # torch comes with it: not before it is needed
 
         return Ray(self.ray_address, self.gpus_per_task)
 

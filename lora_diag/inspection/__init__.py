@@ -1,1 +1,5 @@
 """``inspect``: what a checkpoint, an adapter or a results file holds."""
+
+from lora_diag.feature import Feature
+
+FEATURE = Feature(__name__, "inspect", command=".command:inspect", functions=(".run:inspect",))

@@ -19,7 +19,8 @@ def inspect(
 
     Example: loradiag inspect results.jsonl --per layer
     """
-    from lora_diag.records import is_results_file, read_results, to_line
+    from lora_diag.catalog import read_results
+    from lora_diag.records import is_results_file, to_line
 
     if is_results_file(path):
         from lora_diag.inspection.tables import table

@@ -1,6 +1,6 @@
-"""Records → figures (extra ``[plot]``): a panel on anyone's Matplotlib axes, or the whole page.
+"""``plot``: figures of records; also a panel on a user's own Matplotlib axes, or the whole page.
 
-The rule on the door: the only room that imports Matplotlib; it measures nothing and opens no checkpoint.
+Measures nothing and opens no checkpoint.
 
     >>> import lora_diag
     >>> from lora_diag import plots
@@ -11,53 +11,51 @@ The rule on the door: the only room that imports Matplotlib; it measures nothing
     ['mlp.gate_proj', 'mlp.up_proj', 'mlp.down_proj']
 """
 
-from lora_diag.decisions.allocate.figures import allocation, budget
-from lora_diag.diagnostics.fleet.figures import fleet
-from lora_diag.diagnostics.interference.figure_union import union
-from lora_diag.diagnostics.interference.figures import angles
-from lora_diag.diagnostics.overlap.figures import overlap
-from lora_diag.diagnostics.residual.figures import residual
-from lora_diag.diagnostics.spectrum.figure_energy import energy
-from lora_diag.diagnostics.spectrum.figures import spectrum
-from lora_diag.plots.figures import FIGURES, FigureKind, figure, figure_named, why_not
-from lora_diag.plots.heatmap import heatmap
-from lora_diag.probes.curvature.figures import curvature
-from lora_diag.probes.fisher.figures import fisher
-from lora_diag.probes.intrinsic.figures import intrinsic
-from lora_diag.probes.outputs.figures import depth, outputs
-from lora_diag.probes.sensitivity.figures import sensitivity
-from lora_diag.probes.sweep.figures import sweep
-from lora_diag.probes.truncation.figure_alone import alone
-from lora_diag.probes.truncation.figures import truncation
-from lora_diag.rendering.figures.series import drawn
-from lora_diag.rendering.figures.style import FORMATS, encoded
+from typing import Any
 
-__all__ = [
-    "FIGURES",
-    "FORMATS",
-    "FigureKind",
-    "allocation",
-    "alone",
-    "angles",
-    "budget",
-    "curvature",
-    "depth",
-    "drawn",
-    "encoded",
-    "energy",
-    "figure",
-    "figure_named",
-    "fisher",
-    "fleet",
-    "heatmap",
-    "intrinsic",
-    "outputs",
-    "overlap",
-    "residual",
-    "sensitivity",
-    "spectrum",
-    "sweep",
-    "truncation",
-    "union",
-    "why_not",
-]
+from lora_diag.feature import Feature, Figure, load
+
+FEATURE = Feature(
+    __name__,
+    "plot",
+    command=".command:plot",
+    functions=(".run:plot",),
+    figures=(
+        Figure(
+            "heatmap",
+            "a field by module type and depth",
+            "",
+            ".heatmap:figure",
+            panels=(".heatmap:heatmap",),
+            by_color=False,
+        ),
+    ),
+)
+
+_HERE = {
+    "FIGURES": ".figures:FIGURES",
+    "FORMATS": "lora_diag.rendering.figures.style:FORMATS",
+    "FigureKind": ".figures:FigureKind",
+    "drawn": "lora_diag.rendering.figures.series:drawn",
+    "encoded": "lora_diag.rendering.figures.style:encoded",
+    "figure": ".figures:figure",
+    "figure_named": ".figures:figure_named",
+    "why_not": ".figures:why_not",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Return a panel of the catalog, or what this package defines, imported when first used."""
+    if name in _HERE:
+        return load(_HERE[name], __name__)
+    from lora_diag.catalog import panels
+
+    if name not in panels():
+        raise AttributeError(f"module 'lora_diag.plots' has no attribute {name!r}")
+    return panels()[name]()
+
+
+def __dir__() -> list[str]:
+    from lora_diag.catalog import panels
+
+    return sorted({*_HERE, *panels()})

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lora_diag.catalog import read_results
 from lora_diag.errors import InputError, NothingComparedError, UsageError
 from lora_diag.files import check_folder_of, check_place, write_whole
-from lora_diag.records import Results, read_results
+from lora_diag.records import Results
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,12 +1,20 @@
-"""What all records have in common."""
+"""What all records have in common.
+
+Fractions lie in [0, 1]. "Energy" means Σσ² and nothing else. A value that does not exist (the energy share of a zero
+update, a rank beyond the values kept) is null, never NaN.
+"""
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict
 
 SCHEMA = 1
+
+# Every kind of record that is defined so far, by its name in a results file; ``catalog.load_records`` defines all.
+KINDS: dict[str, type[Record]] = {}
 
 # A fraction of a whole, in [0, 1]; marked so that a threshold outside can be refused.
 Share = Annotated[float, "share"]
@@ -21,3 +29,49 @@ class Record(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False)
     key: ClassVar[tuple[str, ...]] = ("layer",)
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
+        """Register a kind of record by its name.
+
+        Raises:
+            TypeError: Another class has that name.
+        """
+        kind = cls.model_fields["record"].default if "record" in cls.model_fields else None
+        if isinstance(kind, str):
+            known = KINDS.setdefault(kind, cls)
+            if (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
+                raise TypeError(f"record kind {kind!r} is defined by {known.__module__} already")
+
+    @classmethod
+    def check_settings(cls, settings: Mapping[str, Any]) -> str | None:
+        """Return what the settings of a run need and lack before records of this kind can be read; None if nothing."""
+        return None
+
+    def check(self, settings: Mapping[str, Any]) -> str | None:
+        """Return which field this record lacks that the settings of its run promise; None if none."""
+        return None
+
+
+class LayerRecord(Record):
+    """What a diagnostic measured of one layer; in a fleet, of one adapter."""
+
+    if TYPE_CHECKING:
+
+        @property
+        def record(self) -> str:
+            """The kind of record, by its name in a results file."""
+
+        @property
+        def layer(self) -> str:
+            """The layer's name."""
+
+
+class WholeRecord(Record):
+    """What is said of a run as a whole: a certificate, a verdict, a loss."""
+
+    if TYPE_CHECKING:
+
+        @property
+        def record(self) -> str:
+            """The kind of record, by its name in a results file."""

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
-from lora_diag.records.base import Record, Share
+from lora_diag.records.base import Record, Share, WholeRecord
 
 Subject = Literal["base", "tuned", "truncated", "reference", "adapter", "lora", "full", "bitfit"]
 
 
-class Probe(Record):
+class Probe(WholeRecord):
     """One loss measured on one evaluation set: of a truncated update, of an adapter, of a run of a sweep.
 
     A loss is the mean negative log-likelihood over the predicted tokens (over the examples, for a classifier), in nats.

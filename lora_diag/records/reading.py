@@ -9,19 +9,24 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ValidationError
 
 from lora_diag.errors import InputError
-from lora_diag.records.base import SCHEMA
-from lora_diag.records.records import AnyRecord, LayerRecord, WholeRecord
-from lora_diag.records.results import L, Results
-from lora_diag.records.run import End, LeftOut, Run
-from lora_diag.records.spectrum import Spectrum
+from lora_diag.records.base import KINDS, SCHEMA, LayerRecord, WholeRecord
+from lora_diag.records.results import Results
+from lora_diag.records.run import AnyRecord, End, LeftOut, Run
 
-_LINE: TypeAdapter[AnyRecord] = TypeAdapter(AnyRecord)
+# What a line of a results file can be.
+_IN_FILES = (Run, LayerRecord, WholeRecord, LeftOut, End)
 
 # Every finished or interrupted results file begins so.
 _HEAD = b'{"record":"run"'
+
+
+class _Other(WholeRecord):
+    """A record of a feature whose kinds are not defined."""
+
+    record: str
 
 
 def is_results_file(path: Path | str) -> bool:
@@ -36,7 +41,7 @@ def is_results_file(path: Path | str) -> bool:
 
 
 def read_results(path: Path | str) -> Results[Any]:
-    """Read a results file.
+    """Read a results file whose kinds of records are defined; ``catalog.read_results`` defines all first.
 
     Args:
         path: A file written by ``-o``, by ``Results.write`` or from ``--json``.
@@ -63,29 +68,12 @@ def read_results(path: Path | str) -> Results[Any]:
     )
 
 
-def read_results_of(kind: type[L], path: Path | str) -> Results[L]:
-    """Read a results file whose layers have records of one kind.
+def each_line(path: Path, strict: bool = True) -> Iterator[AnyRecord]:
+    """Yield the whole records of a file, checked one against the other; what a crash left behind them is no error.
 
     Args:
-        kind: The class of record that is needed, such as ``Spectrum``.
         path: The file.
-
-    Raises:
-        InputError: It cannot be read, or holds records of another command.
-    """
-    results: Results[L] = read_results(path)
-    wanted = kind.model_fields["record"].default
-    if any(not isinstance(record, kind) for record in results) or (
-        not results.layers and results.run.command != wanted
-    ):
-        raise InputError(
-            f"{path}: holds the results of loradiag {results.run.command}; {wanted} records are needed here"
-        )
-    return results
-
-
-def each_line(path: Path) -> Iterator[AnyRecord]:
-    """Yield the whole records of a file, checked one against the other; what a crash left behind them is no error.
+        strict: Whether a kind of record that is not defined is an error; else its fields are not read.
 
     Raises:
         InputError: It cannot be read, or a line is not a record or cannot stand where it stands.
@@ -94,7 +82,7 @@ def each_line(path: Path) -> Iterator[AnyRecord]:
     last: AnyRecord | None = None
     for number, line in enumerate(_lines(path), 1):
         try:
-            record = _parse(line.removesuffix(b"\n"), number, path)
+            record = _parse(line.removesuffix(b"\n"), number, path, strict)
             _check_place(record, first, last, f"{path}: line {number}")
         except InputError:
             if line.endswith(b"\n"):
@@ -136,32 +124,32 @@ def _check_place(record: AnyRecord, first: AnyRecord | None, last: AnyRecord | N
         InputError: It cannot.
     """
     if first is None:
-        if isinstance(record, Run) and record.command == "spectrum":
-            ranks = record.settings.get("ranks")
-            if not isinstance(ranks, list) or not ranks or not all(type(r) is int and r > 0 for r in ranks):
-                raise InputError(f"{where} is not a run record: settings.ranks must be a list of ranks")
+        kind = KINDS.get(record.command) if isinstance(record, Run) else None
+        if kind is not None and isinstance(record, Run) and (reason := kind.check_settings(record.settings)):
+            raise InputError(f"{where} is not a run record: {reason}")
         return
     if isinstance(record, Run):
         raise InputError(f"{where} begins a second run: one file holds one run; split it there")
     if isinstance(last, End):
         raise InputError(f"{where} comes after the end record of the run")
-    if isinstance(record, Spectrum) and isinstance(first, Run):
-        asked = [str(r) for r in first.settings.get("ranks", [])]
-        lacking = [f"energy.{r}" for r in asked if r not in record.energy]
-        lacking += [f"tail.{r}" for r in asked if r not in record.tail]
-        lacking += [f"rank_at.{share}" for share in ("0.9", "0.95", "0.99") if share not in record.rank_at]
-        if lacking:
-            raise InputError(f"{where} is not a record of this run: {record.layer} has no {lacking[0]}")
+    if isinstance(record, LayerRecord) and isinstance(first, Run) and (lacking := record.check(first.settings)):
+        raise InputError(f"{where} is not a record of this run: {record.layer} has no {lacking}")
 
 
-def _parse(line: bytes, number: int, path: Path) -> AnyRecord:
+def _parse(line: bytes, number: int, path: Path, strict: bool) -> AnyRecord:
     try:
         content = json.loads(line.decode("utf-8"))
         if isinstance(content, dict) and isinstance(schema := content.get("schema", SCHEMA), int) and schema > SCHEMA:
             raise InputError(
                 f"{path}: written in schema {schema}, this loradiag reads up to {SCHEMA}: upgrade loradiag"
             )
-        return _LINE.validate_python(content)
+        if not isinstance(content, dict) or not isinstance(name := content.get("record"), str):
+            raise InputError(f'{path}: line {number} is not a record: it has no kind ("record": ...)')
+        kind = KINDS.get(name, None if strict else _Other)
+        if kind is None or not issubclass(kind, _IN_FILES):
+            raise InputError(f"{path}: line {number} is not a record: no kind of record is called {name!r} here")
+        record: Any = kind.model_validate(content)
+        return record  # type: ignore[no-any-return]  # _IN_FILES are the members of AnyRecord
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])

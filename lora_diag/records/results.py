@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from lora_diag.files import write_whole
-from lora_diag.records.records import AnyRecord, LayerRecord, WholeRecord
-from lora_diag.records.run import End, LeftOut, Run
+from lora_diag.records.base import LayerRecord, WholeRecord
+from lora_diag.records.run import AnyRecord, End, LeftOut, Run
 
 L = TypeVar("L", bound=LayerRecord)
 

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from lora_diag.records.base import SCHEMA, Record
+from lora_diag.records.base import SCHEMA, LayerRecord, Record, WholeRecord
 
 Reason = Literal[
     "vector",
@@ -103,3 +103,6 @@ class End(Record):
     left_out: int
     fro: float | None
     base_fro: float | None
+
+
+AnyRecord = Run | LayerRecord | WholeRecord | LeftOut | End

@@ -21,9 +21,8 @@ from typing import Any, Generic, Literal, Self
 from lora_diag.errors import InputError, UsageError
 from lora_diag.files import check_folder_of, lock, sync, sync_descriptor
 from lora_diag.records.reading import bytes_of, each_line, is_results_file, read_results
-from lora_diag.records.records import AnyRecord
 from lora_diag.records.results import L, Results, to_line
-from lora_diag.records.run import End, Run
+from lora_diag.records.run import AnyRecord, End, Run
 
 # Between two waits for the disk, which take 7 ms each (file and folder, ext4 on a virtual disk): 0.15% of a run.
 SYNC_SECONDS = 5.0
@@ -206,7 +205,7 @@ def _state(path: Path) -> Literal["absent", "empty", "unfinished", "finished"]:
     if not os.path.exists(path):  # noqa: PTH110  (as in _check_ours)
         return "absent"
     try:
-        last = deque(each_line(path), maxlen=1)
+        last = deque(each_line(path, strict=False), maxlen=1)
         return ("finished" if isinstance(last[0], End) else "unfinished") if last else "empty"
     except InputError as error:
         raise UsageError(f"{error}; the file is left as it is: delete it first, or choose another name") from error

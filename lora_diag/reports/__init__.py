@@ -1,5 +1,5 @@
-"""Records → text or bytes.
+"""``report``: what several runs say together, as one page, one text or one table."""
 
-The rule on the door: a report is a pure function of records. It never measures, prints, or opens a checkpoint, and it
-imports neither torch nor typer. A report is one file here.
-"""
+from lora_diag.feature import Feature
+
+FEATURE = Feature(__name__, "report", command=".command:report", functions=(".run:report",))

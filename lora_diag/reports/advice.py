@@ -13,7 +13,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from statistics import median
 
-from lora_diag.records import Spectrum
+from lora_diag.diagnostics.spectrum.record import Spectrum
 from lora_diag.records.names import module_type_of
 from lora_diag.reports.advice_probes import PROBE_RULES, fit_rank
 from lora_diag.reports.evidence import Capacity, Evidence, kept_at

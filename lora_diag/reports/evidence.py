@@ -13,9 +13,13 @@ from functools import cached_property
 from itertools import islice
 from typing import Any
 
-from lora_diag.records import LeftOut, Overlap, Residual, Results, Spectrum, Verdict
+from lora_diag.decisions.gate.record import Verdict
+from lora_diag.diagnostics.overlap.record import Overlap
+from lora_diag.diagnostics.residual.record import Residual
+from lora_diag.diagnostics.spectrum.record import Spectrum
+from lora_diag.records import LeftOut, Results
 from lora_diag.records.names import part_of
-from lora_diag.records.spectrum import METRIC_NAMES, metric_of
+from lora_diag.records.vocabulary import METRIC_NAMES, metric_of
 
 # The rank that is asked about where no adapter was measured: the default of PEFT, and the article's first step.
 DEFAULT_RANK = 8

@@ -10,14 +10,21 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+from lora_diag.decisions.allocate.record import Allocation
+from lora_diag.decisions.gate.record import Status
 from lora_diag.decisions.gate.summary import WORST_FIRST
+from lora_diag.diagnostics.fleet.record import Fleet
+from lora_diag.diagnostics.interference.record import Union
+from lora_diag.diagnostics.intruders.record import Intruders
+from lora_diag.diagnostics.overlap.record import Overlap
 from lora_diag.diagnostics.overlap.tracks import tracks
+from lora_diag.diagnostics.residual.record import Residual
 from lora_diag.diagnostics.residual.summary import limits_of
+from lora_diag.diagnostics.spectrum.record import Spectrum
+from lora_diag.diagnostics.verify_merge.record import Merge
 from lora_diag.diagnostics.verify_merge.summary import ORDER
 from lora_diag.metrics import pooled
-from lora_diag.records import Allocation, Fleet, Intruders, Merge, Overlap, Residual, Spectrum, Union
-from lora_diag.records.spectrum import METRIC_NAMES, NORMS, metric_of
-from lora_diag.records.verdict import Status
+from lora_diag.records.vocabulary import METRIC_NAMES, NORMS, metric_of
 from lora_diag.reports.evidence import Evidence, Source
 from lora_diag.reports.subject import EPSILON, labels
 

@@ -14,8 +14,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
 
+from lora_diag.diagnostics.overlap.record import Overlap
+from lora_diag.diagnostics.residual.record import Residual
+from lora_diag.diagnostics.spectrum.record import Spectrum
 from lora_diag.metrics.overlap import NEAR, is_near
-from lora_diag.records import Overlap, Residual, Spectrum
 from lora_diag.records.names import module_type_of, part_of
 from lora_diag.reports.evidence import Evidence, kept_at
 

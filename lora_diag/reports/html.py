@@ -16,17 +16,18 @@ from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
+from lora_diag.diagnostics.overlap.record import Overlap
 from lora_diag.diagnostics.overlap.tracks import tracks
+from lora_diag.diagnostics.spectrum.record import Spectrum
 from lora_diag.errors import InputError
 from lora_diag.inspection.tables import table
 from lora_diag.metrics.thinning import curve_at, thinned_ranks
-from lora_diag.records import Overlap, Spectrum
 from lora_diag.records.names import depth_of
-from lora_diag.records.spectrum import METRIC_NAMES, NORMS, metric_of
+from lora_diag.records.vocabulary import METRIC_NAMES, NORMS, metric_of
 from lora_diag.rendering.text import number, safe, short
 from lora_diag.reports.evidence import Evidence, Source
 from lora_diag.reports.fields import Field, fields_of, layers_of
-from lora_diag.reports.several import SEVERAL, Section, sections_of
+from lora_diag.reports.several import Section, sections_of
 from lora_diag.reports.subject import ENERGY, EPSILON, Subject, certificates, judged, labels, metrics_said, subject_of
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -128,7 +129,7 @@ def _parts(
     subject: Subject, outcome: str, evidence: Evidence, sections: Sequence[Section], layers: Sequence[str]
 ) -> list[tuple[str, str]]:
     """Return the parts of the page that are there, as their ids and titles; of two runs of a command the whole ones."""
-    kinds = [SEVERAL[section.command].title for section in sections]
+    kinds = [section.kind for section in sections]
     titles = [kind if kinds.count(kind) == 1 else each.title for kind, each in zip(kinds, sections, strict=True)]
     there = (
         ("next", "Next steps", subject.update),

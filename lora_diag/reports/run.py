@@ -7,9 +7,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from lora_diag.catalog import read_results
 from lora_diag.errors import UsageError
 from lora_diag.files import check_place, write_whole
-from lora_diag.records import Results, read_results
+from lora_diag.records import Results
 from lora_diag.reports.evidence import Evidence, Source
 
 SUFFIXES = {".html": "html", ".htm": "html", ".md": "md", ".markdown": "md", ".csv": "csv", ".parquet": "parquet"}

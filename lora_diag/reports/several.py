@@ -5,22 +5,10 @@ Both reports, HTML and Markdown, take their sections from here. Names come out `
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
-from lora_diag.diagnostics.fleet.summary import fleet_grids, fleet_lines, pairs_of
-from lora_diag.diagnostics.interference.summary import interference_grids, interference_lines
-from lora_diag.diagnostics.intruders.summary import intruders_grids, intruders_lines
-from lora_diag.diagnostics.verify_merge.summary import merge_grids, merge_lines
-from lora_diag.probes.curvature.summary import curvature_grids, curvature_lines
-from lora_diag.probes.fisher.summary import fisher_grids, fisher_lines
-from lora_diag.probes.intrinsic.summary import intrinsic_grids, intrinsic_lines
-from lora_diag.probes.outputs.summary import outputs_grids, outputs_lines
-from lora_diag.probes.sensitivity.summary import sensitivity_grids, sensitivity_lines
-from lora_diag.probes.sweep.summary import sweep_grids, sweep_lines
-from lora_diag.probes.truncation.summary import truncation_grids, truncation_lines
-from lora_diag.records import Results
+from lora_diag.catalog import feature_of, features
+from lora_diag.feature import Section as SectionKind
 from lora_diag.rendering.columns import Grid
 from lora_diag.rendering.lines import called
 from lora_diag.rendering.text import safe
@@ -42,6 +30,7 @@ class Section:
 
     Args:
         title: Of what it is.
+        kind: The same without the run's inputs.
         lines: Word and sentence; a sentence may have several lines.
         grids: Its tables.
         figures: Names of the figures that belong to it; of several runs of a command, to the first.
@@ -49,6 +38,7 @@ class Section:
     """
 
     title: str
+    kind: str
     lines: tuple[tuple[str, str], ...]
     grids: tuple[Grid, ...]
     figures: tuple[str, ...]
@@ -60,61 +50,35 @@ class Section:
         return self.source.results.run.command
 
 
-@dataclass(frozen=True, slots=True)
-class _Kind:
-    """How the results of a command become a section.
-
-    Args:
-        title: What they are of, in words.
-        figures: That belong to it.
-        lines: Its summary.
-        grids: Its tables.
-    """
-
-    title: str
-    figures: tuple[str, ...]
-    lines: Callable[[Results[Any]], list[tuple[str, str]]]
-    grids: Callable[[Results[Any]], list[Grid]]
-
-
-# The command of a run, and what its section has. One line a command; losses lead.
-SEVERAL = {
-    "probe outputs": _Kind("Held-out loss and outputs", ("outputs", "depth"), outputs_lines, outputs_grids),
-    "probe sweep": _Kind("Rank sweep", ("sweep",), sweep_lines, sweep_grids),
-    "probe truncation": _Kind("Truncated update", ("truncation", "alone"), truncation_lines, truncation_grids),
-    "probe sensitivity": _Kind("Layers adapted alone", ("sensitivity",), sensitivity_lines, sensitivity_grids),
-    "probe curvature": _Kind(
-        "Curvature of the loss", ("curvature",), curvature_lines, lambda results: curvature_grids(results, "layer")
-    ),
-    "probe intrinsic": _Kind("Intrinsic dimension", ("intrinsic",), intrinsic_lines, intrinsic_grids),
-    "probe fisher": _Kind(
-        "Fisher of what a rank discards", ("fisher",), fisher_lines, lambda results: fisher_grids(results, "layer")
-    ),
-    "verify-merge": _Kind("Merge", (), merge_lines, merge_grids),
-    "interference": _Kind("Several updates", ("angles", "union"), interference_lines, interference_grids),
-    "intruders": _Kind("Intruder dimensions", ("intruders",), intruders_lines, intruders_grids),
-    "spectrum --adapters": _Kind(
-        "A fleet",
-        ("fleet",),
-        lambda results: fleet_lines(results, pairs_of(results)),
-        lambda results: fleet_grids(results, pairs_of(results)),
-    ),
-}
+def section_kind(source: Source) -> SectionKind | None:
+    """Return what a run's feature declares as its section; None if it has none."""
+    feature = feature_of(source.results.run.command)
+    return feature.section if feature else None
 
 
 def sections_of(evidence: Evidence) -> list[Section]:
-    """Return a section for each such run, in the order of ``SEVERAL``; of one command as the user named them."""
+    """Return a section for each run whose feature has one, losses first; of one command as the user named them."""
     found = []
     drawn: set[str] = set()
-    known = [source for source in evidence.sources if source.results.run.command in SEVERAL]
-    for source in sorted(known, key=lambda source: list(SEVERAL).index(source.results.run.command)):
-        command = source.results.run.command
-        kind = SEVERAL[command]
-        lines = tuple((word, text) for word, text in kind.lines(source.results) if word not in _ELSEWHERE)
-        grids = tuple(grid for grid in kind.grids(source.results) if grid.names)
-        figures = () if command in drawn else kind.figures
-        found.append(Section(_title(source), lines, grids, figures, source))
-        drawn.add(command)
+    known = [(kind, source) for source in evidence.sources if (kind := section_kind(source)) is not None]
+    order = [feature.name for feature in features()]
+    for kind, source in sorted(known, key=lambda item: (item[0].order, order.index(item[1].results.run.command))):
+        feature = feature_of(source.results.run.command)
+        assert feature is not None
+        lines = feature.load(kind.statements)(source.results)
+        grids = feature.load(kind.grids)(source.results)
+        figures = kind.figures or tuple(figure.name for figure in feature.figures)
+        found.append(
+            Section(
+                f"{kind.title}: {named_of(source)}",
+                kind.title,
+                tuple((word, text) for word, text in lines if word not in _ELSEWHERE),
+                tuple(grid for grid in grids if grid.names),
+                () if feature.name in drawn else figures,
+                source,
+            )
+        )
+        drawn.add(feature.name)
     return found
 
 
@@ -132,7 +96,3 @@ def named_of(source: Source) -> str:
         return f"{len(updates)} {'adapters' if run.command == 'spectrum --adapters' else 'updates'}"
     between = " in " if run.command == "verify-merge" else " + "
     return between.join(called(updates)) or safe(source.name)
-
-
-def _title(source: Source) -> str:
-    return f"{SEVERAL[source.results.run.command].title}: {named_of(source)}"

@@ -11,20 +11,22 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, TypeVar
 
+from lora_diag.decisions.allocate.record import Certificate
+from lora_diag.decisions.gate.record import Verdict, outcome
 from lora_diag.decisions.gate.summary import WORST_FIRST
+from lora_diag.diagnostics.overlap.record import Overlap
 from lora_diag.diagnostics.overlap.summary import lines
 from lora_diag.diagnostics.overlap.tracks import tracks
 from lora_diag.diagnostics.residual.summary import residual_lines
+from lora_diag.diagnostics.spectrum.record import Spectrum
 from lora_diag.diagnostics.spectrum.summary import METRICS, summary_lines
-from lora_diag.records import Certificate, Overlap, Spectrum, Verdict
-from lora_diag.records.spectrum import METRIC_NAMES, metric_of
-from lora_diag.records.verdict import outcome
+from lora_diag.records.vocabulary import METRIC_NAMES, metric_of
 from lora_diag.rendering.text import number, percent, safe
 from lora_diag.reports.advice import advice
 from lora_diag.reports.asked import Answer, losses, parts, several
 from lora_diag.reports.evidence import Evidence, Source, measure_weights
 from lora_diag.reports.findings import Finding, findings
-from lora_diag.reports.several import SEVERAL, is_of_losses, named_of
+from lora_diag.reports.several import is_of_losses, named_of, section_kind
 from lora_diag.reports.step import Advice
 from lora_diag.reports.worth import of
 
@@ -128,7 +130,7 @@ def _safe(item: T) -> T:
 def _title(evidence: Evidence) -> str:
     source = evidence.update or evidence.audit or next(iter(evidence.sources), None)
     inputs = source.results.run.inputs if source else ()
-    if source is not None and source.results.run.command in SEVERAL and not is_of_losses(source):
+    if source is not None and section_kind(source) is not None and not is_of_losses(source):
         return named_of(source)
     paths = {side.role: safe(side.path) for side in reversed(inputs)}
     tuned = paths.get("tuned") or paths.get("adapter")

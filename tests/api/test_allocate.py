@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 import lora_diag
+from lora_diag.catalog import read_results_of
+from lora_diag.decisions.allocate.record import Allocation
 from lora_diag.decisions.allocate.run import rank_table, write_allocation
 from lora_diag.errors import InputError, UsageError
-from lora_diag.records import Allocation, read_results_of
 from tests.conftest import ROOT, SHARED
 from tests.planning.records import llama, record, results
 

@@ -17,15 +17,17 @@ import peft
 import torch
 
 import lora_diag
+from lora_diag.catalog import read_results, read_results_of
 from lora_diag.decisions.allocate.allocation import Budget
 from lora_diag.decisions.allocate.allocation import allocate as by_losses
 from lora_diag.decisions.allocate.candidates import Constraints
+from lora_diag.diagnostics.spectrum.record import Spectrum
 from lora_diag.models.data import read_texts
 from lora_diag.models.losses import measure
 from lora_diag.models.opening import open_model
 from lora_diag.models.training import Cell, Training, train
 from lora_diag.probes.sensitivity.gains import gains_of
-from lora_diag.records import Sensitivity, Spectrum, read_results, read_results_of
+from lora_diag.probes.sensitivity.record import Sensitivity
 
 EXAMPLES, SAMPLES = Path("docs/examples"), Path("sample_checkpoints")
 RATES = (1e-3, 3e-3, 1e-2, 3e-2)

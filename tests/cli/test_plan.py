@@ -96,7 +96,7 @@ def test_the_time_of_a_run_is_told_from_what_was_measured(loradiag, columns):
 
 def test_the_record_of_a_cost_adds_up(loradiag):
     from lora_diag.decisions.plan.cost import Speed
-    from lora_diag.records.plan import Plan
+    from lora_diag.decisions.plan.record import Plan
 
     found = Plan.model_validate_json(loradiag("plan", BASE, "--cost", "--json").out)
     assert found.rates is not None

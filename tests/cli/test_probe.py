@@ -5,7 +5,7 @@ import hashlib
 
 import pytest
 
-from lora_diag.records import read_results
+from lora_diag.catalog import read_results
 from tests.conftest import ROOT
 from tests.training.making import gpt2, moved, some_text
 

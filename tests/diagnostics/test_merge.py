@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 from lora_diag.checkpoints import open_checkpoint
 from lora_diag.deltas import BLOCK_ENTRIES, DenseDelta, Side
 from lora_diag.diagnostics.verify_merge.measure import BLOCK, MergedLayer, verify
+from lora_diag.diagnostics.verify_merge.record import outcome
 from lora_diag.diagnostics.verify_merge.run import verify_merge
 from lora_diag.errors import InputError, NothingComparedError, UsageError
-from lora_diag.records.merge import outcome
 from lora_diag.running.engines import local
 from tests.adapters import making
 from tests.conftest import SHARED, save_sharded

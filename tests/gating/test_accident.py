@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lora_diag.decisions.gate.reading import read_policy
+from lora_diag.decisions.gate.record import outcome
 from lora_diag.decisions.gate.run import gate
 from lora_diag.errors import LoradiagError
-from lora_diag.records.verdict import outcome
 from tests.gating.making import LAYERS, left_out, lines, spectrum
 
 TODAY = date(2026, 11, 25)

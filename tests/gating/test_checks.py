@@ -6,9 +6,9 @@ import pytest
 
 from lora_diag.decisions.gate.reading import read_policy
 from lora_diag.decisions.gate.ready import ready_policy
+from lora_diag.decisions.gate.record import outcome
 from lora_diag.decisions.gate.run import gate
 from lora_diag.errors import NothingComparedError
-from lora_diag.records.verdict import outcome
 from tests.gating.making import LAYERS, left_out, residual, spectrum, write
 
 TODAY = date(2026, 11, 25)

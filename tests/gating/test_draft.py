@@ -6,9 +6,9 @@ from datetime import date
 import pytest
 
 from lora_diag.decisions.gate.reading import read_policy
+from lora_diag.decisions.gate.record import outcome
 from lora_diag.decisions.gate.run import gate, gate_init
 from lora_diag.errors import InputError
-from lora_diag.records.verdict import outcome
 from tests.gating.making import LAYERS, residual, spectrum, write
 
 TODAY = date(2026, 11, 25)

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 
 import lora_diag
 from lora_diag.decisions.gate.reading import read_policy
+from lora_diag.decisions.gate.record import outcome
 from lora_diag.decisions.gate.run import gate
 from lora_diag.errors import InputError, NothingComparedError, UsageError
-from lora_diag.records.verdict import outcome
 from tests.gating.making import LAYERS, left_out, lines, residual, spectrum, write
 
 TODAY = date(2026, 11, 25)

@@ -5,14 +5,14 @@ from xml.etree import ElementTree
 
 import pytest
 
+from lora_diag.catalog import read_results
 from lora_diag.decisions.gate.github import step_summary
 from lora_diag.decisions.gate.junit import junit
 from lora_diag.decisions.gate.reading import read_policy
+from lora_diag.decisions.gate.record import outcome
 from lora_diag.decisions.gate.run import gate, gate_init
 from lora_diag.decisions.gate.summary import verdict_table
 from lora_diag.errors import UsageError
-from lora_diag.records import read_results
-from lora_diag.records.verdict import outcome
 from tests.gating.making import LAYERS, left_out, spectrum, write
 
 TODAY = date(2026, 11, 25)

@@ -5,8 +5,8 @@ from datetime import date
 import pytest
 
 from lora_diag.decisions.gate.reading import read_policy
+from lora_diag.decisions.gate.record import outcome
 from lora_diag.decisions.gate.run import gate
-from lora_diag.records.verdict import outcome
 from tests.gating.making import LAYERS, left_out, spectrum, write
 
 RULE = '[[rule]]\nname = "drift"\nrequire = "{require}"\n'

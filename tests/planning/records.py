@@ -2,7 +2,8 @@
 
 import numpy as np
 
-from lora_diag.records import Resolution, Results, Run, RunInput, Spectrum, totals
+from lora_diag.diagnostics.spectrum.record import Spectrum
+from lora_diag.records import Resolution, Results, Run, RunInput, totals
 
 
 def record(

@@ -3,7 +3,10 @@
 import numpy as np
 import pytest
 
-from lora_diag.records import Effect, Fisher, Intrinsic, LossBound, Sensitivity
+from lora_diag.probes.curvature.record import LossBound
+from lora_diag.probes.fisher.record import Effect, Fisher
+from lora_diag.probes.intrinsic.record import Intrinsic
+from lora_diag.probes.sensitivity.record import Sensitivity
 from lora_diag.reports.advice import advice
 from tests.planning.test_advice import evidence, model, told
 from tests.planning.test_loss_advice import outputs, run, sweep, truncation

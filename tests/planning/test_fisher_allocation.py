@@ -13,7 +13,8 @@ from lora_diag.decisions.allocate.allocation import Budget, allocate
 from lora_diag.decisions.allocate.candidates import Constraints, units
 from lora_diag.decisions.allocate.summary import allocation_table
 from lora_diag.errors import InputError, UsageError
-from lora_diag.records import Fisher, ResultsWriter, Run, totals
+from lora_diag.probes.fisher.record import Fisher
+from lora_diag.records import ResultsWriter, Run, totals
 from tests.planning.records import record, results
 
 LAYERS = tuple(f"model.layers.{i}.mlp.up_proj.weight" for i in range(3))

@@ -2,32 +2,17 @@
 
 import numpy as np
 
-from lora_diag.records import (
-    Agreement,
-    Allocation,
-    Baseline,
-    Certificate,
-    Curvature,
-    Effect,
-    End,
-    Fisher,
-    Fleet,
-    Interference,
-    Intrinsic,
-    LossBound,
-    Overlap,
-    Probe,
-    Residual,
-    Resolution,
-    Results,
-    Run,
-    RunInput,
-    Sensitivity,
-    Spectrum,
-    Union,
-)
-from lora_diag.records.fleet import FleetLayer
-from lora_diag.records.interference import EnergyOverlap
+from lora_diag.decisions.allocate.record import Allocation, Baseline, Certificate
+from lora_diag.diagnostics.fleet.record import Fleet, FleetLayer
+from lora_diag.diagnostics.interference.record import EnergyOverlap, Interference, Union
+from lora_diag.diagnostics.overlap.record import Overlap
+from lora_diag.diagnostics.residual.record import Residual
+from lora_diag.diagnostics.spectrum.record import Spectrum
+from lora_diag.probes.curvature.record import Curvature, LossBound
+from lora_diag.probes.fisher.record import Effect, Fisher
+from lora_diag.probes.intrinsic.record import Intrinsic
+from lora_diag.probes.sensitivity.record import Sensitivity
+from lora_diag.records import Agreement, End, Probe, Resolution, Results, Run, RunInput
 
 # The command of a kind of record, where they are not called the same.
 COMMANDS = {"allocation": "allocate", "union": "interference", "fleet": "spectrum --adapters"}

@@ -2,7 +2,10 @@
 
 import numpy as np
 
-from lora_diag.records import End, LeftOut, Overlap, Residual, Resolution, Results, Run, RunInput, Spectrum, Tail
+from lora_diag.diagnostics.overlap.record import Overlap
+from lora_diag.diagnostics.residual.record import Residual
+from lora_diag.diagnostics.spectrum.record import Spectrum
+from lora_diag.records import End, LeftOut, Resolution, Results, Run, RunInput, Tail
 
 RANKS = (4, 8, 16, 32, 64)
 TYPES = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")

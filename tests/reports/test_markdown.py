@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
-from lora_diag.records import Verdict
+from lora_diag.decisions.gate.record import Verdict
 from lora_diag.reports.evidence import Evidence, Source
 from lora_diag.reports.markdown import MOST_BYTES, _text, code, markdown_report
 from tests.reports.making import decay, names, residual, residuals, spectra, spectrum, vector

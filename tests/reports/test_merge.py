@@ -2,9 +2,10 @@
 
 import pytest
 
+from lora_diag.catalog import read_results
+from lora_diag.diagnostics.verify_merge.record import CORRECT, Merge, outcome
 from lora_diag.diagnostics.verify_merge.summary import ORDER, WAYS_OUT, merge_grids, merge_table
-from lora_diag.records import End, LeftOut, Merge, Results, Run, RunInput, read_results
-from lora_diag.records.merge import CORRECT, outcome
+from lora_diag.records import End, LeftOut, Results, Run, RunInput
 from lora_diag.rendering.columns import WIDE
 
 RIGHT = {

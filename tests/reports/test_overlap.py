@@ -2,10 +2,11 @@
 
 import pytest
 
+from lora_diag.diagnostics.overlap.record import Overlap
 from lora_diag.diagnostics.overlap.table import overlap_table
 from lora_diag.diagnostics.overlap.tracks import tracks
 from lora_diag.metrics.overlap import chance
-from lora_diag.records import End, LeftOut, Overlap, Results, Run, RunInput
+from lora_diag.records import End, LeftOut, Results, Run, RunInput
 
 
 def record(layer, step, kappa, rank=16, tangent=None, **more):

@@ -2,9 +2,9 @@
 
 import pytest
 
+from lora_diag.probes.curvature.record import Curvature, LossBound, Surrogate
 from lora_diag.probes.curvature.summary import curvature_table
-from lora_diag.records import Curvature, LossBound, Results, Run
-from lora_diag.records.curvature import Surrogate
+from lora_diag.records import Results, Run
 
 SETTINGS = {"length": 8, "dtype": "float32", "device": "cpu", "tokens": "bytes"}
 RUN = Run(command="probe curvature", version="0", inputs=(), settings=SETTINGS)

@@ -7,7 +7,8 @@ import pytest
 
 from lora_diag.inspection.tables import table
 from lora_diag.probes.sensitivity.gains import gains_of
-from lora_diag.records import FirstOrder, Results, Run, Sensitivity
+from lora_diag.probes.sensitivity.record import FirstOrder, Sensitivity
+from lora_diag.records import Results, Run
 from lora_diag.records.results import totals
 
 SETTINGS = {"per": "layer", "rank": 2, "delta": None, "rates": [0.1], "steps": 1, "seeds": 1, "seed": 0, "batch": 1}

@@ -9,8 +9,10 @@ import pytest
 from markdown_it import MarkdownIt
 
 import lora_diag
-from lora_diag.records import End, Intruders, Merge, Results, Run, RunInput, read_results
-from lora_diag.records.intruders import Direction
+from lora_diag.catalog import read_results
+from lora_diag.diagnostics.intruders.record import Direction, Intruders
+from lora_diag.diagnostics.verify_merge.record import Merge
+from lora_diag.records import End, Results, Run, RunInput
 from lora_diag.reports.evidence import Evidence, Source
 from lora_diag.reports.html import html_report
 from lora_diag.reports.markdown import markdown_report

@@ -6,8 +6,9 @@ import re
 import pytest
 
 import lora_diag
+from lora_diag.diagnostics.spectrum.record import Spectrum
 from lora_diag.diagnostics.spectrum.table import spectrum_table
-from lora_diag.records import End, LeftOut, Resolution, Results, Run, RunInput, Spectrum
+from lora_diag.records import End, LeftOut, Resolution, Results, Run, RunInput
 from tests.conftest import ROOT, save_model, weights
 
 SAMPLE = (ROOT / "sample_checkpoints" / "base", ROOT / "sample_checkpoints" / "full_ft")

@@ -8,8 +8,8 @@ import sys
 
 import pytest
 
+from lora_diag.decisions.gate.record import Verdict
 from lora_diag.errors import InputError
-from lora_diag.records import Verdict
 from lora_diag.reports.tabular import to_csv, to_parquet
 from tests.reports.making import decay, spectra, spectrum
 from tests.reports.test_html import evidence, small

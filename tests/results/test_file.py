@@ -7,8 +7,9 @@ import pytest
 import torch
 
 import lora_diag
+from lora_diag.catalog import read_results
 from lora_diag.errors import InputError, UsageError
-from lora_diag.records import is_results_file, read_results, writing
+from lora_diag.records import is_results_file, writing
 from lora_diag.records.reading import each_line
 from tests.conftest import save_model
 

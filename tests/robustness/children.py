@@ -22,9 +22,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lora_diag.catalog import read_results
 from lora_diag.cli.main import _run
 from lora_diag.errors import LoradiagError
-from lora_diag.records import read_results
 from tests.robustness.kinds import prepare
 
 # Beyond what the process takes when it starts; the inputs are a few KB, and take less than 2 s.

@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 
 import lora_diag
+from lora_diag.catalog import read_results
 from lora_diag.errors import InputError, UsageError
-from lora_diag.records import End, read_results
+from lora_diag.records import End
 from tests.conftest import ROOT, save_model
 from tests.robustness.conftest import Commands
 from tests.robustness.test_killed import Case, contents, words_of

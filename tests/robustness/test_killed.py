@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 import lora_diag
-from lora_diag.records import read_results
+from lora_diag.catalog import read_results
 from tests.robustness.conftest import Commands, Ended
 
 

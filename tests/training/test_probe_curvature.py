@@ -12,6 +12,7 @@ import transformers
 from torch.func import functional_call
 
 import lora_diag
+from lora_diag.catalog import read_results
 from lora_diag.errors import InputError, NothingComparedError, UsageError
 from lora_diag.inspection.tables import table
 from lora_diag.models.data import Texts, read_texts
@@ -19,7 +20,6 @@ from lora_diag.models.losses import Losses
 from lora_diag.models.opening import open_model
 from lora_diag.probes.curvature import loss_bound
 from lora_diag.probes.curvature.measure import Curved, traces
-from lora_diag.records import read_results
 from tests.training.making import bert, best, gpt2, moved, some_text, tensors
 
 LAYERS = {"query": "bert.encoder.layer.0.attention.self.query.weight", "head": "classifier.weight"}

@@ -10,7 +10,7 @@ import transformers
 import lora_diag
 from lora_diag.errors import InputError, NothingComparedError, UsageError
 from lora_diag.probes.fisher.measure import Tail
-from lora_diag.records import Fisher
+from lora_diag.probes.fisher.record import Fisher
 from tests.training.making import bert, best, gpt2, moved, some_text, tensors
 
 RANKS = (1, 3, 8)

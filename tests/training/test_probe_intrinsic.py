@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from scipy.linalg import hadamard as dense_hadamard
 
 import lora_diag
+from lora_diag.catalog import read_results
 from lora_diag.errors import UsageError
 from lora_diag.inspection.tables import table
 from lora_diag.models.data import read_texts
@@ -20,7 +21,8 @@ from lora_diag.models.training import Training
 from lora_diag.probes.intrinsic import measure as intrinsic
 from lora_diag.probes.intrinsic.lines import best_rates, lines, reached
 from lora_diag.probes.intrinsic.measure import Fastfood, Subspace, hadamard, scales_of
-from lora_diag.records import Intrinsic, Results, Run, read_results
+from lora_diag.probes.intrinsic.record import Intrinsic
+from lora_diag.records import Results, Run
 from tests.training.making import bert, gpt2, some_text
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")

@@ -12,10 +12,10 @@ from safetensors.torch import save_file
 
 import lora_diag
 import lora_diag.probes.outputs.measure
+from lora_diag.catalog import read_results
 from lora_diag.errors import UsageError
 from lora_diag.inspection.tables import table
 from lora_diag.models.data import Sequence, Texts
-from lora_diag.records import read_results
 from tests.training.making import SAMPLES, bert, gpt2, moved, some_text, tensors
 
 # PEFT asks transformers for what it calls otherwise by now.

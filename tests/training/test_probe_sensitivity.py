@@ -11,6 +11,7 @@ import transformers
 
 import lora_diag
 import lora_diag.models.training
+from lora_diag.catalog import read_results
 from lora_diag.errors import InputError, NothingComparedError, UsageError
 from lora_diag.inspection.tables import table
 from lora_diag.models.activations import linear_layers
@@ -19,7 +20,7 @@ from lora_diag.models.losses import Losses
 from lora_diag.models.opening import open_model
 from lora_diag.models.training import Cell
 from lora_diag.probes.sensitivity import measure as sensitivity
-from lora_diag.records import FirstOrder, Sensitivity, read_results
+from lora_diag.probes.sensitivity.record import FirstOrder, Sensitivity
 from tests.training.making import bert, gpt2, ids_of, moved, some_text, tensors, trained
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")

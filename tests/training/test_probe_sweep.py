@@ -13,12 +13,12 @@ import transformers
 import lora_diag
 import lora_diag.models.training
 import lora_diag.probes.sweep.run
+from lora_diag.catalog import read_results
 from lora_diag.errors import InputError, UsageError
 from lora_diag.inspection.tables import table
 from lora_diag.models.methods import Lora, with_lora
 from lora_diag.models.opening import open_model
 from lora_diag.probes.sweep.rounding import rounded, to_int8, to_nf4
-from lora_diag.records import read_results
 from tests.training.making import bert, gpt2, ids_of, some_text, trained
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")

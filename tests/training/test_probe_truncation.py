@@ -8,9 +8,9 @@ import torch
 import transformers
 
 import lora_diag
+from lora_diag.catalog import read_results
 from lora_diag.errors import InputError, NothingComparedError, UsageError
 from lora_diag.models.opening import Weights
-from lora_diag.records import read_results
 from tests.training.making import EVAL, SAMPLES, bert, best, gpt2, moved, some_text, tensors, window_losses
 
 TABLES = ("embed", "lm_head", "wte", "wpe")

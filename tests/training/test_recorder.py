@@ -25,9 +25,9 @@ from transformers import (
 )
 
 import lora_diag
+from lora_diag.catalog import read_results
 from lora_diag.diagnostics.overlap.recorder import GradientRecorder
 from lora_diag.errors import UsageError
-from lora_diag.records import read_results
 from tests.conftest import PATIENCE, ROOT, as_numpy
 from tests.linalg.test_subspace import dense_overlaps
 

@@ -17,10 +17,12 @@ import numpy as np
 
 from lora_diag.decisions.allocate.baselines import Rule, energy_ranks, rules
 from lora_diag.decisions.allocate.candidates import Constraints, Unit, split, units
+from lora_diag.decisions.allocate.record import Allocation, Baseline, Certificate
+from lora_diag.decisions.allocate.record import Unit as BudgetUnit
 from lora_diag.decisions.allocate.spending import Floats, Ints, Spent, Steps, make_steps, spend
+from lora_diag.diagnostics.spectrum.record import Spectrum
 from lora_diag.errors import UsageError
-from lora_diag.records import Allocation, Baseline, Certificate, LeftOut, Spectrum
-from lora_diag.records.allocation import Unit as BudgetUnit
+from lora_diag.records import LeftOut
 
 
 @dataclass(frozen=True)

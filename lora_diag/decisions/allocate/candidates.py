@@ -13,11 +13,12 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
+from lora_diag.decisions.allocate.record import CappedBy
 from lora_diag.decisions.targets import compiled, why_no_target
+from lora_diag.diagnostics.spectrum.record import Spectrum
 from lora_diag.errors import UsageError
 from lora_diag.metrics import energy_curve
-from lora_diag.records import LeftOut, Spectrum
-from lora_diag.records.allocation import CappedBy
+from lora_diag.records import LeftOut
 
 _STACKED = re.compile(r"(.+)\[\d+\]")
 

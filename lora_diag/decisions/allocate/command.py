@@ -13,7 +13,8 @@ from lora_diag.cli.output import again, line, result, spare, terminal
 from lora_diag.errors import UsageError
 
 if TYPE_CHECKING:
-    from lora_diag.records import Allocation, Results
+    from lora_diag.decisions.allocate.record import Allocation
+    from lora_diag.records import Results
 
 
 def allocate(

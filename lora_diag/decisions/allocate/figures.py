@@ -12,8 +12,8 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
-from lora_diag.records import Allocation, Certificate
-from lora_diag.records.spectrum import METRIC_NAMES
+from lora_diag.decisions.allocate.record import Allocation, Certificate
+from lora_diag.records.vocabulary import METRIC_NAMES
 from lora_diag.rendering.figures.groups import Types
 from lora_diag.rendering.figures.panel import panel_axes
 from lora_diag.rendering.figures.series import Options, Series

@@ -10,9 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lora_diag.catalog import read_results
+from lora_diag.diagnostics.spectrum.record import Spectrum
 from lora_diag.errors import InputError, UsageError
+from lora_diag.probes.fisher.record import Fisher
 from lora_diag.probes.sensitivity.gains import Weights, gains_of, weights_of
-from lora_diag.records import Fisher, Results, RunInput, Sensitivity, Spectrum, read_results
+from lora_diag.probes.sensitivity.record import Sensitivity
+from lora_diag.records import Results, RunInput
 from lora_diag.records.names import part_of
 from lora_diag.running.fingerprint import legible
 

@@ -16,8 +16,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from lora_diag.decisions.allocate.record import Allocation
 from lora_diag.errors import InputError, UsageError
-from lora_diag.records import Allocation, Results
+from lora_diag.records import Results
 
 # What wraps a model and is not part of every name by which it is known: left off where the rest is still unambiguous.
 _WRAPPERS = re.compile(r"^(?:(?:base_model|module|model|transformer)\.)+")

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import numpy as np
 
+from lora_diag.decisions.allocate.record import Policies
+from lora_diag.diagnostics.spectrum.record import Spectrum
 from lora_diag.metrics import energy_curve
 from lora_diag.metrics.thresholds import gavish_donoho, knee
-from lora_diag.records import Spectrum
-from lora_diag.records.allocation import Policies
 
 
 def policies(record: Spectrum) -> Policies:

@@ -7,7 +7,7 @@ from statistics import median
 
 from rich.console import Group
 
-from lora_diag.records.allocation import Policies
+from lora_diag.decisions.allocate.record import Policies
 from lora_diag.rendering.columns import Column, rows_of, table_of, title_of
 from lora_diag.rendering.lines import answers
 from lora_diag.rendering.text import short, span, to_text

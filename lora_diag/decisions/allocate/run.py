@@ -7,17 +7,19 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from lora_diag.adapters import open_adapter
+from lora_diag.catalog import read_results_of
 from lora_diag.checkpoints import locate
 from lora_diag.checkpoints.documents import MAX_CONFIG_BYTES, read_object
 from lora_diag.decisions.allocate.allocation import Budget
 from lora_diag.decisions.allocate.allocation import allocate as plan_ranks
 from lora_diag.decisions.allocate.candidates import Constraints
 from lora_diag.decisions.allocate.peft_config import Scaling, compare, peft_config
+from lora_diag.decisions.allocate.record import Allocation, Policies
 from lora_diag.decisions.memory import Training
+from lora_diag.diagnostics.spectrum.record import Spectrum
 from lora_diag.errors import InputError, UsageError
 from lora_diag.files import write_whole
-from lora_diag.records import Allocation, Results, Run, RunInput, Spectrum, is_results_file, read_results_of, totals
-from lora_diag.records.allocation import Policies
+from lora_diag.records import Results, Run, RunInput, is_results_file, totals
 from lora_diag.running.amounts import read_bytes, read_count, read_share
 from lora_diag.running.fingerprint import legible
 from lora_diag.version import __version__

@@ -11,7 +11,8 @@ from itertools import pairwise
 from rich.console import Group
 from rich.table import Table
 
-from lora_diag.records import Allocation, Baseline, Certificate, Results
+from lora_diag.decisions.allocate.record import Allocation, Baseline, Certificate
+from lora_diag.records import Results
 from lora_diag.records.names import part_of
 from lora_diag.rendering.columns import Column, rows_of, table_of, title_of
 from lora_diag.rendering.lines import answers, left_out_line, notes

@@ -13,9 +13,10 @@ from lora_diag.adapters.writing_rest import can_be_saved, full_values
 from lora_diag.adapters.writing_targets import TRIED_MODELS, Model, Target, names_in_memory
 from lora_diag.checkpoints import Checkpoint, locate
 from lora_diag.decisions.extract.measure import left_out_matrix
+from lora_diag.decisions.extract.record import Extraction
 from lora_diag.deltas import Delta, Pairing, stored_name
 from lora_diag.errors import InputError
-from lora_diag.records import Extraction, LeftOut, Results
+from lora_diag.records import LeftOut, Results
 from lora_diag.running.engines import Layout
 from lora_diag.running.measuring import without_rank
 

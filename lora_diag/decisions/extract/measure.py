@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
+from lora_diag.decisions.extract.record import Extraction, OnData
 from lora_diag.deltas import Delta
 from lora_diag.errors import InputError
 from lora_diag.layers.change import OVERFLOW, Change, bytes_of, load_change, noted, on_device
@@ -20,7 +21,7 @@ from lora_diag.layers.resolution import resolution
 from lora_diag.linalg import Allowance, Factors, decompose_factored, norm, resolve_device
 from lora_diag.linalg.stacked import gap
 from lora_diag.metrics import energy_curve, rank_at
-from lora_diag.records import Extraction, LeftOut, OnData
+from lora_diag.records import LeftOut
 
 if TYPE_CHECKING:
     import numpy as np

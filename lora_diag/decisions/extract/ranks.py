@@ -8,10 +8,13 @@ from pathlib import Path
 
 from lora_diag.adapters.writing_ranks import ranks_of_config
 from lora_diag.adapters.writing_targets import Target
+from lora_diag.catalog import read_results_of
+from lora_diag.decisions.allocate.record import Allocation
 from lora_diag.decisions.allocate.run import allocate
 from lora_diag.decisions.extract.measure import Rank
+from lora_diag.diagnostics.spectrum.record import Spectrum
 from lora_diag.errors import InputError, UsageError
-from lora_diag.records import Allocation, Results, Spectrum, is_results_file, read_results_of
+from lora_diag.records import Results, is_results_file
 
 WAYS = "--rank R, --energy SHARE, --params N, --ranks ALLOCATION or --signal"
 

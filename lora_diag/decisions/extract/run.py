@@ -17,12 +17,14 @@ from lora_diag.decisions.extract.layout import plan
 from lora_diag.decisions.extract.measure import DTYPES, ExtractionSettings, Layer, size
 from lora_diag.decisions.extract.measure import extract as factor
 from lora_diag.decisions.extract.ranks import Asked, ranks_for
+from lora_diag.decisions.extract.record import Extraction
 from lora_diag.decisions.extract.summary import model_card
 from lora_diag.deltas import Delta, FactoredDelta
+from lora_diag.diagnostics.spectrum.record import Spectrum
 from lora_diag.diagnostics.spectrum.run import spectrum
 from lora_diag.errors import InputError, LoradiagError, NothingComparedError, UsageError
 from lora_diag.linalg import check_request
-from lora_diag.records import AnyRecord, Extraction, LeftOut, Results, ResultsWriter, Run, RunInput, Spectrum
+from lora_diag.records import AnyRecord, LeftOut, Results, ResultsWriter, Run, RunInput
 from lora_diag.running.activations import second_moments
 from lora_diag.running.amounts import read_count
 from lora_diag.running.engines import Ray

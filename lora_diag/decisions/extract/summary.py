@@ -11,7 +11,8 @@ from statistics import median
 from rich.console import Group
 from rich.table import Table
 
-from lora_diag.records import Extraction, LeftOut, OnData, Results
+from lora_diag.decisions.extract.record import Extraction, OnData
+from lora_diag.records import LeftOut, Results
 from lora_diag.rendering.columns import WIDE, Column, rows_of, table_of, title_of
 from lora_diag.rendering.lines import REASONS, answers, inputs, last_lines, notes, subject, usual_style, within
 from lora_diag.rendering.text import count, middle, named, number, percent, safe, short, shown, span, to_text

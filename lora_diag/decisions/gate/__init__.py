@@ -1,1 +1,12 @@
 """``gate``: a policy and records → verdicts. A rule without the records it needs is inconclusive."""
+
+from lora_diag.feature import Feature
+
+FEATURE = Feature(
+    __name__,
+    "gate",
+    command=".command:gate",
+    records=(".record:Verdict",),
+    functions=(".run:gate",),
+    table=".summary:verdict_table",
+)

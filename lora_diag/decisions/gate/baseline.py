@@ -10,7 +10,7 @@ from lora_diag.decisions.gate.evidence import Source, Subject, subjects, value_o
 from lora_diag.decisions.gate.fields import KINDS, LAYER_KINDS, Field, find
 from lora_diag.decisions.gate.policy import Regression
 from lora_diag.records import Results, totals
-from lora_diag.records.spectrum import METRIC_NAMES
+from lora_diag.records.vocabulary import METRIC_NAMES
 
 
 class Stored:

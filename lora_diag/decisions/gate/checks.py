@@ -13,10 +13,12 @@ from typing import TypeVar
 from lora_diag.decisions.gate.baseline import Stored
 from lora_diag.decisions.gate.evidence import Source
 from lora_diag.decisions.gate.policy import CHECKS, Policy
-from lora_diag.records import LeftOut, Residual, Spectrum
+from lora_diag.decisions.gate.record import Verdict
+from lora_diag.diagnostics.residual.record import Residual
+from lora_diag.diagnostics.spectrum.record import Spectrum
+from lora_diag.records import LeftOut
 from lora_diag.records.base import Record
-from lora_diag.records.spectrum import METRIC_NAMES
-from lora_diag.records.verdict import Verdict
+from lora_diag.records.vocabulary import METRIC_NAMES
 
 K = TypeVar("K", bound=Record)
 

@@ -75,9 +75,9 @@ def gate(
             raise UsageError("gate init: takes results files and -o POLICY, nothing else; a policy file is ./init")
         _init(given[1:], output, quiet)
         return
+    from lora_diag.decisions.gate.record import outcome
     from lora_diag.decisions.gate.run import gate as judge
     from lora_diag.decisions.gate.run import ready_policy
-    from lora_diag.records.verdict import outcome
 
     if policy is None and not given:
         raise UsageError("gate: give a policy file and results, or --policy NAME and results")
@@ -192,7 +192,7 @@ def _tell_github(results: Results[Any]) -> None:
 
 def _next(results: Results[Any], given: list[str], output: Path | None) -> str:
     """Return the command that a user would run next, as a shell takes it."""
-    from lora_diag.records.verdict import outcome
+    from lora_diag.decisions.gate.record import outcome
 
     if outcome(results.whole) != "passed" and given:
         return f"{shlex.join(['loradiag', 'inspect', given[0], '--per', 'layer'])}   (the numbers behind this)"

@@ -11,7 +11,7 @@ from lora_diag.decisions.gate.evidence import Source, Subject, subjects, value_o
 from lora_diag.decisions.gate.fields import Field, find
 from lora_diag.decisions.gate.policy import SPIKE
 from lora_diag.errors import InputError
-from lora_diag.records.spectrum import metric_of
+from lora_diag.records.vocabulary import metric_of
 
 # A limit lies a quarter of the measured value away from it. Full fine-tunes of one model that differed in their seed
 # had ranks at 90% within 2 of each other, of 72 to 155; whether a quarter fits another field is for the user to say.

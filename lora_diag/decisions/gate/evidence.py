@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lora_diag.catalog import read_results
 from lora_diag.decisions.gate.fields import KINDS, LAYER_KINDS, Field
 from lora_diag.errors import InputError
-from lora_diag.records import Results, read_results, totals
+from lora_diag.records import Results, totals
 from lora_diag.records.base import Record
-from lora_diag.records.spectrum import METRIC_NAMES, metric_of
+from lora_diag.records.vocabulary import METRIC_NAMES, metric_of
 
 # Tensors left out that no record was to be expected of: 1-D ones have no rank, and of the others the rest is measured.
 NO_CANDIDATES = frozenset({"vector", "added_rows", "removed_rows", "empty"})

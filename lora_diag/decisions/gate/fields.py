@@ -14,14 +14,13 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from lora_diag.records import End, LayerRecord, WholeRecord
+from lora_diag.catalog import record_kinds
+from lora_diag.records import End, LayerRecord
 from lora_diag.records.base import Record
 
-KINDS: dict[str, type[Record]] = {
-    kind.model_fields["record"].default: kind for kind in (*get_args(LayerRecord), *get_args(WholeRecord), End)
-}
+KINDS: dict[str, type[Record]] = {**record_kinds(), "end": End}
 # Kinds of which a layer has records, by their name in a results file.
-LAYER_KINDS = frozenset(kind.model_fields["record"].default for kind in get_args(LayerRecord))
+LAYER_KINDS = frozenset(name for name, kind in KINDS.items() if issubclass(kind, LayerRecord))
 
 # Said of the stored bytes or of the run, and so true whatever rounding did to the update. Every other field of a record
 # with a ``resolution`` is a statement about the update, and doubtful where the files cannot show it.

@@ -10,8 +10,9 @@ import re
 from collections import Counter
 from typing import Any
 
+from lora_diag.decisions.gate.record import Verdict
 from lora_diag.decisions.gate.summary import by_rule, headline, measured, place, policy_file, verdicts_of, why
-from lora_diag.records import Results, Verdict
+from lora_diag.records import Results
 from lora_diag.rendering.text import safe
 
 ANNOTATIONS = 9

@@ -17,9 +17,9 @@ from lora_diag.decisions.gate.evidence import Source, Subject, command_for, subj
 from lora_diag.decisions.gate.fields import LAYER_KINDS, Field, find
 from lora_diag.decisions.gate.grammar import problem_with
 from lora_diag.decisions.gate.policy import Demand, Policy, Regression, Rule
+from lora_diag.decisions.gate.record import Verdict
 from lora_diag.decisions.gate.waivers import Waivers
 from lora_diag.errors import NothingComparedError
-from lora_diag.records.verdict import Verdict
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from typing import Any
 from xml.etree.ElementTree import Element, SubElement, indent, tostring
 
+from lora_diag.decisions.gate.record import Verdict
 from lora_diag.decisions.gate.summary import measured, place
-from lora_diag.records import Results, Verdict
+from lora_diag.records import Results
 from lora_diag.records.names import module_type_of
 from lora_diag.rendering.text import safe
 

@@ -6,8 +6,9 @@ from collections import Counter
 from typing import Any
 
 from lora_diag.decisions.gate.github import cell
+from lora_diag.decisions.gate.record import Verdict
 from lora_diag.decisions.gate.summary import headline, verdicts_of
-from lora_diag.records import Results, Verdict
+from lora_diag.records import Results
 
 BEGIN, END = "<!-- loradiag gate: begin -->", "<!-- loradiag gate: end -->"
 

@@ -14,10 +14,10 @@ from lora_diag.decisions.gate.judge import judge
 from lora_diag.decisions.gate.policy import Policy
 from lora_diag.decisions.gate.reading import read_policy
 from lora_diag.decisions.gate.ready import ready_policy
+from lora_diag.decisions.gate.record import Verdict, outcome
 from lora_diag.errors import InputError, UsageError
-from lora_diag.records import End, Results, Run, RunInput, Verdict
-from lora_diag.records.spectrum import METRIC_NAMES, metric_of
-from lora_diag.records.verdict import outcome
+from lora_diag.records import End, Results, Run, RunInput
+from lora_diag.records.vocabulary import METRIC_NAMES, metric_of
 from lora_diag.version import __version__
 
 __all__ = ["gate", "gate_init", "measure", "ready_policy"]

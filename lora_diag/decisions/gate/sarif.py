@@ -6,8 +6,9 @@ import json
 from typing import Any
 from urllib.parse import quote
 
+from lora_diag.decisions.gate.record import Verdict
 from lora_diag.decisions.gate.summary import measured, place, policy_file, verdicts_of
-from lora_diag.records import Results, Verdict
+from lora_diag.records import Results
 from lora_diag.rendering.text import safe
 from lora_diag.version import __version__
 

@@ -12,8 +12,8 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from lora_diag.records import Results, Verdict
-from lora_diag.records.verdict import Status, outcome
+from lora_diag.decisions.gate.record import Status, Verdict, outcome
+from lora_diag.records import Results
 from lora_diag.rendering.lines import answers
 from lora_diag.rendering.text import crop, number, safe, short, to_text
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import date
 
 from lora_diag.decisions.gate.policy import Policy, Waiver
-from lora_diag.records.verdict import Verdict
+from lora_diag.decisions.gate.record import Verdict
 
 
 class Waivers:

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from lora_diag.decisions.plan.measure import Matrix
-from lora_diag.records.plan import PlanCost, PlanRates
+from lora_diag.decisions.plan.record import PlanCost, PlanRates
 
 # Machines for which a run is told.
 MACHINES = (1, 8, 64)

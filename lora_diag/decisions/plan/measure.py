@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lora_diag.decisions.memory import STATE, Training
+from lora_diag.decisions.plan.record import PlanFit, PlanRank, PlanType
 from lora_diag.records.names import depth_of, module_type_of, part_of, place_of
-from lora_diag.records.plan import PlanFit, PlanRank, PlanType
 
 _HEAD = re.compile(r"(^|\.)(lm_head|embed_out|output)(\.weight)?$")
 _EXPERT = re.compile(r"\.experts(\.|$|\[)")

@@ -15,10 +15,10 @@ from lora_diag.checkpoints.folder import WEIGHTS
 from lora_diag.decisions.memory import BYTES, Training
 from lora_diag.decisions.plan.architectures import weights_of
 from lora_diag.decisions.plan.measure import Matrix, fit, memory_of, rank_costs, types_of
+from lora_diag.decisions.plan.record import Plan, PlanCost, PlanRates
 from lora_diag.decisions.targets import compiled, why_no_target
 from lora_diag.deltas import CONVOLUTION, EXPERTS, natural_order
 from lora_diag.errors import UsageError
-from lora_diag.records.plan import Plan, PlanCost, PlanRates
 from lora_diag.running.amounts import read_bytes, read_count
 from lora_diag.running.fingerprint import legible
 

@@ -9,9 +9,9 @@ from typing import TypeVar
 
 from lora_diag.decisions.plan.cost import Speed, cost_of
 from lora_diag.decisions.plan.measure import Matrix
+from lora_diag.decisions.plan.record import PlanCost, PlanRates
 from lora_diag.linalg.decompose import KRYLOV_FROM, KRYLOV_SHARE
 from lora_diag.linalg.speed import time_few, time_full, time_pass
-from lora_diag.records.plan import PlanCost, PlanRates
 from lora_diag.running.engines import Layout, layout_for, run_local
 
 T = TypeVar("T")

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from rich.console import Group
 from rich.table import Table
 
-from lora_diag.records.plan import Plan, PlanFit, PlanRank, PlanRates, PlanType
+from lora_diag.decisions.plan.record import Plan, PlanFit, PlanRank, PlanRates, PlanType
 from lora_diag.rendering.columns import Column, table_of
 from lora_diag.rendering.lines import answers
 from lora_diag.rendering.text import count, duration, percent, safe, short, to_text

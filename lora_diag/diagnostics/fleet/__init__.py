@@ -1,1 +1,23 @@
-"""``fleet``: many adapters, compared with each other."""
+"""``spectrum --adapters``: many adapters, compared with each other."""
+
+from lora_diag.feature import Feature, Figure, Section
+
+FEATURE = Feature(
+    __name__,
+    "spectrum --adapters",
+    records=(".record:Fleet",),
+    functions=(".run:fleet",),
+    table=".summary:fleet_table",
+    section=Section("A fleet", ".summary:fleet_section_lines", ".summary:fleet_section_grids"),
+    figures=(
+        Figure(
+            "fleet",
+            "many adapters: norm, and rank used; who stands out",
+            "fleet",
+            ".figures:figure",
+            panels=(".figures:fleet",),
+            made_by="loradiag spectrum --adapters 'adapters/**' -o fleet.jsonl",
+            lacks=".figures:lacks",
+        ),
+    ),
+)

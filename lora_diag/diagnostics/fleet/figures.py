@@ -11,8 +11,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, NullFormatter
 
+from lora_diag.diagnostics.fleet.record import Fleet
 from lora_diag.metrics.fleet import USED, Oddity, oddities, rarest_first
-from lora_diag.records import Fleet
 from lora_diag.rendering.figures.panel import panel_axes
 from lora_diag.rendering.figures.series import Options, Series
 from lora_diag.rendering.figures.sheet import Key, Words, sheet
@@ -219,3 +219,8 @@ def _words(series: Sequence[Series[Any]], points: Sequence[_Point], look: Look) 
         (" ".join(notes),),
         tuple(keys),
     )
+
+
+def lacks(records: Sequence[Fleet], options: Options) -> str | None:
+    """Return why records cannot be drawn: no adapter has a rank."""
+    return "no adapter has a rank" if all(record.used is None for record in records) else None

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from lora_diag.deltas import Delta
+from lora_diag.diagnostics.fleet.record import Fleet, FleetLayer
 from lora_diag.errors import InputError
 from lora_diag.layers.change import Change, load_change
 from lora_diag.linalg import Factors
 from lora_diag.linalg.sketch import LENGTH, sketch
 from lora_diag.metrics import energy_curve, rank_at
-from lora_diag.records.fleet import Fleet, FleetLayer
 
 # Digits of a sketch: far below its own error.
 DIGITS = 4

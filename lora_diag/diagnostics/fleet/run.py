@@ -15,9 +15,10 @@ from lora_diag.checkpoints import as_path
 from lora_diag.checkpoints.remote import RemotePath
 from lora_diag.deltas import natural_order
 from lora_diag.diagnostics.fleet.measure import fleet as measure
+from lora_diag.diagnostics.fleet.record import Fleet
 from lora_diag.errors import InputError, LoradiagError, NothingComparedError
 from lora_diag.linalg import resolve_device
-from lora_diag.records import AnyRecord, Fleet, LeftOut, Results, ResultsWriter, Run, RunInput
+from lora_diag.records import AnyRecord, LeftOut, Results, ResultsWriter, Run, RunInput
 from lora_diag.running.engines import Ray, layout_for
 from lora_diag.running.fingerprint import content_hash, files_of, legible
 from lora_diag.running.inputs import compare, describe

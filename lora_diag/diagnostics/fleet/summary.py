@@ -8,6 +8,7 @@ from statistics import median
 
 from rich.console import Group
 
+from lora_diag.diagnostics.fleet.record import Fleet
 from lora_diag.metrics.fleet import (
     NEAR,
     SAME_SPACE,
@@ -20,7 +21,7 @@ from lora_diag.metrics.fleet import (
     oddities,
     rarest_first,
 )
-from lora_diag.records import Fleet, Results
+from lora_diag.records import Results
 from lora_diag.rendering.columns import Column, Grid
 from lora_diag.rendering.lines import answers
 from lora_diag.rendering.text import number, percent, safe, to_text
@@ -181,3 +182,13 @@ def _pairs(pairs: Sequence[Alike]) -> str:
     ]
     how = f"|cosine| ≥ {NEAR} or column spaces with an overlap ≥ {SAME_SPACE}, both estimated from sketches"
     return f"{', '.join(told) or 'none'} ({how})"
+
+
+def fleet_section_lines(results: Results[Fleet]) -> list[tuple[str, str]]:
+    """Return the summary, with the pairs of the run."""
+    return fleet_lines(results, pairs_of(results))
+
+
+def fleet_section_grids(results: Results[Fleet]) -> list[Grid]:
+    """Return the tables, with the pairs of the run."""
+    return fleet_grids(results, pairs_of(results))

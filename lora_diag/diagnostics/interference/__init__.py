@@ -1,1 +1,38 @@
 """``interference``: several updates of one base, their angles, sums and merges."""
+
+from lora_diag.feature import Feature, Figure, Section
+
+FEATURE = Feature(
+    __name__,
+    "interference",
+    command=".command:interference",
+    records=(
+        ".record:Interference",
+        ".record:Union",
+    ),
+    functions=(".run:interference",),
+    table=".summary:interference_table",
+    section=Section("Several updates", ".summary:interference_lines", ".summary:interference_grids"),
+    figures=(
+        Figure(
+            "angles",
+            "principal angles between updates, beside chance",
+            "interference",
+            ".figures:figure",
+            panels=(".figures:angles",),
+            made_by="loradiag interference BASE TUNED TUNED -o interference.jsonl",
+            by_color=False,
+            lacks=".figures:lacks",
+        ),
+        Figure(
+            "union",
+            "rank of the sum of updates, against the sum of ranks",
+            "union",
+            ".figure_union:figure",
+            panels=(".figure_union:union",),
+            made_by="loradiag interference BASE TUNED TUNED -o interference.jsonl",
+            by_color=False,
+            lacks=".figure_union:lacks",
+        ),
+    ),
+)

@@ -13,7 +13,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
-from lora_diag.records import Union
+from lora_diag.diagnostics.interference.record import Union
 from lora_diag.rendering.figures.groups import Types
 from lora_diag.rendering.figures.panel import panel_axes
 from lora_diag.rendering.figures.series import Options, Series
@@ -166,3 +166,8 @@ def _words(
         (" ".join(notes),),
         _keys(look),
     )
+
+
+def lacks(records: Sequence[Union], options: Options) -> str | None:
+    """Return why records cannot be drawn: no layer has a sum."""
+    return None if shared(records) else "no layer is changed by two updates"

@@ -12,10 +12,11 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from numpy.typing import NDArray
 
+from lora_diag.diagnostics.interference.record import Interference
 from lora_diag.metrics.angles import random_angles
-from lora_diag.records import Agreement, Interference
+from lora_diag.records import Agreement
 from lora_diag.rendering.figures.panel import panel_axes
-from lora_diag.rendering.figures.series import Options, Series, by_pair
+from lora_diag.rendering.figures.series import Options, Series, by_pair, rank_absent
 from lora_diag.rendering.figures.sheet import Key, Words, sheet
 from lora_diag.rendering.figures.style import CATEGORIES, INK, Look, category, styled
 
@@ -149,3 +150,8 @@ def _words(
         (" ".join(notes),),
         _keys(shown, look),
     )
+
+
+def lacks(records: Sequence[Interference], options: Options) -> str | None:
+    """Return why records cannot be drawn: the rank asked for was not measured."""
+    return rank_absent(ranks_of(records), options)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lora_diag.deltas import Delta, DenseDelta, FactoredDelta, footprint
 from lora_diag.diagnostics.interference.parts import InterferenceSettings, Part, Several, read_part, within
+from lora_diag.diagnostics.interference.record import EnergyOverlap, Interference, Union
 from lora_diag.diagnostics.interference.union import union
 from lora_diag.layers.agreement import agreement
 from lora_diag.layers.change import COMPUTED, Change, noted, on_device
@@ -19,8 +20,7 @@ from lora_diag.layers.left_out import not_finite
 from lora_diag.linalg import Allowance, require, resolve_device, whole_bytes
 from lora_diag.linalg.stacked import inner
 from lora_diag.metrics.interference import near_chance, relation
-from lora_diag.records import Interference, LeftOut, Union
-from lora_diag.records.interference import EnergyOverlap
+from lora_diag.records import LeftOut
 
 # The rank at which two updates are called apart or not: the asked one that is nearest to this.
 RELATION_RANK = 8

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from lora_diag.diagnostics.interference.record import MergeLoss
 from lora_diag.linalg.distance import products
 from lora_diag.linalg.stacked import Matrix, gap, inner, stacked
 from lora_diag.linalg.ties import Conflicts, ties_blocks, ties_factor
 from lora_diag.metrics import distances
-from lora_diag.records.interference import MergeLoss
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,21 +15,13 @@ from lora_diag.deltas import Delta, Pairing, StoredDelta, Unpaired, natural_orde
 from lora_diag.diagnostics.interference.measure import interference as measure
 from lora_diag.diagnostics.interference.measure import size
 from lora_diag.diagnostics.interference.parts import InterferenceSettings, Several, Update
+from lora_diag.diagnostics.interference.record import Interference, Union
+from lora_diag.diagnostics.spectrum.record import Spectrum
 from lora_diag.errors import InputError, NothingComparedError, UsageError
 from lora_diag.files import check_place
 from lora_diag.linalg import check_request
 from lora_diag.metrics import RANKS
-from lora_diag.records import (
-    AnyRecord,
-    Interference,
-    Results,
-    ResultsWriter,
-    Run,
-    Spectrum,
-    Union,
-    is_results_file,
-    totals,
-)
+from lora_diag.records import AnyRecord, Results, ResultsWriter, Run, is_results_file, totals
 from lora_diag.running.engines import Ray
 from lora_diag.running.inputs import Comparison, compare
 from lora_diag.running.measuring import (

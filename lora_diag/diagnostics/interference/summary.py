@@ -11,8 +11,8 @@ from typing import TypeVar
 
 from rich.console import Group
 
-from lora_diag.records import Agreement, Interference, Results, Union
-from lora_diag.records.interference import MergeLoss, Relation
+from lora_diag.diagnostics.interference.record import Interference, MergeLoss, Relation, Union
+from lora_diag.records import Agreement, Results
 from lora_diag.records.names import module_type_of
 from lora_diag.rendering.columns import Column, Grid, title_of
 from lora_diag.rendering.lines import answers, called, inputs, left_out_line, not_measured, notes

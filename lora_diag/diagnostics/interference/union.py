@@ -12,14 +12,14 @@ import torch
 from lora_diag.deltas import FactoredDelta
 from lora_diag.diagnostics.interference.merging import Pair, factor_merges, ties_merge
 from lora_diag.diagnostics.interference.parts import InterferenceSettings, Part, Several, within
+from lora_diag.diagnostics.interference.record import MergeLoss, Union
 from lora_diag.diagnostics.spectrum.measure import record_of
 from lora_diag.linalg import Factors, decompose, decompose_factored, numerical_rank
 from lora_diag.linalg.factors import ZERO_DENSE, ZERO_FACTORED
 from lora_diag.linalg.stacked import Matrix, total
 from lora_diag.metrics import THRESHOLDS, energy_curve, noise_edge, rank_at, signal_rank, verdict
 from lora_diag.metrics.interference import task_interference, task_interference_at_random
-from lora_diag.records import Resolution, Union
-from lora_diag.records.interference import MergeLoss
+from lora_diag.records import Resolution
 
 # Share of ‖S‖_F that the directions of the subspace alignment ratio may leave (Marczak et al. 2025).
 ALIGNMENT_ERROR = 0.05

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from lora_diag.deltas import Delta, DenseDelta, StoredDelta, row_blocks
+from lora_diag.diagnostics.intruders.record import Direction, Intruders
 from lora_diag.layers.change import COMPUTED, Change, load_change, noted, on_device
 from lora_diag.layers.left_out import not_finite
 from lora_diag.linalg import Allowance, Factors, decompose, norm, require, resolve_device, whole_bytes
 from lora_diag.metrics.intruders import below_at_random, kind, similarity_at_random
-from lora_diag.records import Direction, Intruders, LeftOut
+from lora_diag.records import LeftOut
 
 NEEDS_BASE = "the weights themselves are compared, and BASE does not hold this one"
 

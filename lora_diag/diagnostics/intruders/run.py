@@ -9,9 +9,10 @@ from pathlib import Path
 
 from lora_diag.diagnostics.intruders.measure import IntruderSettings, size
 from lora_diag.diagnostics.intruders.measure import intruders as measure
+from lora_diag.diagnostics.intruders.record import Intruders
 from lora_diag.errors import UsageError
 from lora_diag.linalg import check_request
-from lora_diag.records import AnyRecord, Intruders, Results, ResultsWriter, Run
+from lora_diag.records import AnyRecord, Results, ResultsWriter, Run
 from lora_diag.running.engines import Ray
 from lora_diag.running.inputs import compare
 from lora_diag.running.measuring import (

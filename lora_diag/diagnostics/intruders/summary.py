@@ -7,7 +7,8 @@ from statistics import median
 
 from rich.console import Group
 
-from lora_diag.records import Intruders, Results
+from lora_diag.diagnostics.intruders.record import Intruders
+from lora_diag.records import Results
 from lora_diag.rendering.columns import Column, Grid, rows_of, title_of
 from lora_diag.rendering.lines import answers, inputs, left_out_line, not_measured, notes
 from lora_diag.rendering.text import number, short, to_text

@@ -14,10 +14,10 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, MaxNLocator
 from numpy.typing import NDArray
 
-from lora_diag.records import Overlap
+from lora_diag.diagnostics.overlap.record import Overlap
 from lora_diag.rendering.figures.groups import Types
 from lora_diag.rendering.figures.panel import panel_axes
-from lora_diag.rendering.figures.series import Options, Series
+from lora_diag.rendering.figures.series import Options, Series, rank_absent
 from lora_diag.rendering.figures.sheet import MAX_PANELS, Key, Words, finish_grid, grid_of, sheet
 from lora_diag.rendering.figures.style import CATEGORIES, INK, QUIET, Look, category, cropped_all, styled, width_of
 
@@ -225,3 +225,8 @@ def _words(
         (" ".join(notes),) if notes else (),
         _keys(series, per, look, most),
     )
+
+
+def lacks(records: Sequence[Overlap], options: Options) -> str | None:
+    """Return why records cannot be drawn: the rank asked for was not measured."""
+    return rank_absent({record.rank for record in records}, options)

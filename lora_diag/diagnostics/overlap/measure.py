@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lora_diag.deltas import Delta, FactoredDelta, StoredDelta
+from lora_diag.diagnostics.overlap.record import Overlap
 from lora_diag.gradients import Snapshot
 from lora_diag.layers.change import OVERFLOW, Change, bytes_of, load_change, noted, on_device
 from lora_diag.layers.left_out import not_finite
@@ -20,7 +21,7 @@ from lora_diag.linalg.subspace import orthonormal, shares
 from lora_diag.metrics import RANKS
 from lora_diag.metrics.overlap import chance
 from lora_diag.metrics.resolution import Verdict
-from lora_diag.records import LeftOut, Overlap
+from lora_diag.records import LeftOut
 
 # Bound on energy fractions that ``krylov`` has to reach before its vectors are used; else all of them are computed.
 # Measured at 1024² and 2048×1024, r up to 64, spectra i^-1 to i^-3 and planted ranks: where it meets this bound, κ and

@@ -21,11 +21,12 @@ from lora_diag.checkpoints.writing import write_safetensors
 from lora_diag.deltas import row_spans, selector
 from lora_diag.diagnostics.overlap.live import Live
 from lora_diag.diagnostics.overlap.measure import Subspaces, overlaps
+from lora_diag.diagnostics.overlap.record import Overlap
 from lora_diag.diagnostics.overlap.reference import Reference
 from lora_diag.errors import InputError, UsageError
 from lora_diag.models.processes import averaged, is_main, is_unscaled
 from lora_diag.models.weights import Frozen, Weight, weights_of
-from lora_diag.records import LeftOut, Overlap, ResultsWriter, Run, RunInput, totals
+from lora_diag.records import LeftOut, ResultsWriter, Run, RunInput, totals
 from lora_diag.records.names import module_type_of
 from lora_diag.version import __version__
 

@@ -12,12 +12,13 @@ from lora_diag.deltas import Delta, Pairing, StoredDelta, Unpaired, footprint, s
 from lora_diag.diagnostics.overlap.measure import Followed, OverlapSettings, size
 from lora_diag.diagnostics.overlap.measure import overlap as measure
 from lora_diag.diagnostics.overlap.measure import subspaces as spaces_of
+from lora_diag.diagnostics.overlap.record import Overlap
 from lora_diag.diagnostics.overlap.reference import Reference
 from lora_diag.errors import NothingComparedError, UsageError
 from lora_diag.gradients import History, Step, histories, open_steps
 from lora_diag.linalg import check_request, resolve_device
 from lora_diag.metrics import RANKS
-from lora_diag.records import AnyRecord, LeftOut, Overlap, Results, ResultsWriter, Run
+from lora_diag.records import AnyRecord, LeftOut, Results, ResultsWriter, Run
 from lora_diag.running.engines import Layout, Ray, run_local
 from lora_diag.running.gradients import describe_steps
 from lora_diag.running.inputs import Comparison, compare

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
+from lora_diag.diagnostics.overlap.record import Overlap
 from lora_diag.diagnostics.overlap.tracks import Track, near, reference_is_adapter, trend
 from lora_diag.metrics.overlap import NEAR
-from lora_diag.records import Overlap, Results
+from lora_diag.records import Results
 from lora_diag.records.names import part_of
 from lora_diag.rendering.lines import inputs, last_lines, left_out_line, notes
 from lora_diag.rendering.text import middle, number, short

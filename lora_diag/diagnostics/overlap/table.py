@@ -9,9 +9,10 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from lora_diag.diagnostics.overlap.record import Overlap
 from lora_diag.diagnostics.overlap.summary import lines
 from lora_diag.diagnostics.overlap.tracks import Track, near, steps_of, tracks, trend
-from lora_diag.records import Overlap, Results
+from lora_diag.records import Results
 from lora_diag.rendering.columns import WIDE, Column, rows_of, table_of, title_of
 from lora_diag.rendering.lines import answers
 from lora_diag.rendering.text import middle, shade, shape_of, span, strip, to_text

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import mean
 
+from lora_diag.diagnostics.overlap.record import Overlap
 from lora_diag.metrics.overlap import TREND, is_near
-from lora_diag.records import Overlap, Results
+from lora_diag.records import Results
 
 # The rank that is shown if the user does not say; of an adapter, its own.
 USUAL = 16

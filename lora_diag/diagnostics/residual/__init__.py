@@ -1,1 +1,24 @@
 """``residual``: what an adapter missed of a full fine-tune."""
+
+from lora_diag.feature import Feature, Figure
+
+FEATURE = Feature(
+    __name__,
+    "residual",
+    command=".command:residual",
+    records=(".record:Residual",),
+    functions=(".run:residual",),
+    table=".summary:residual_table",
+    figures=(
+        Figure(
+            "residual",
+            "ε and its floor, layer by layer, by cause",
+            "residual",
+            ".figures:figure",
+            panels=(".figures:residual",),
+            made_by="loradiag residual BASE TUNED ADAPTER -o residual.jsonl",
+            by_color=False,
+            lacks=".figures:lacks",
+        ),
+    ),
+)

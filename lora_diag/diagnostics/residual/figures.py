@@ -15,8 +15,8 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
+from lora_diag.diagnostics.residual.record import Residual
 from lora_diag.errors import UsageError
-from lora_diag.records import Residual
 from lora_diag.rendering.figures.groups import Types
 from lora_diag.rendering.figures.panel import panel_axes
 from lora_diag.rendering.figures.series import Options, Series, by_adapter
@@ -192,3 +192,8 @@ def _words(shown: Sequence[Series[Any]], drawn: Sequence[Sequence[Slot[Residual]
         (" ".join(notes),),
         _keys(look),
     )
+
+
+def lacks(records: Sequence[Residual], options: Options) -> str | None:
+    """Return why records cannot be drawn: none is of a matrix."""
+    return None if any(len(record.shape) > 1 for record in records) else "no records of matrices"

@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 
 from lora_diag.deltas import Delta, FactoredDelta, footprint
+from lora_diag.diagnostics.residual.record import Distance, Residual
 from lora_diag.layers.agreement import agreement
 from lora_diag.layers.change import Change, load_change, noted, on_device, why_not_comparable
 from lora_diag.layers.left_out import not_finite
@@ -16,7 +17,7 @@ from lora_diag.layers.metric import Metric, Moments, read_root, times
 from lora_diag.layers.resolution import resolution
 from lora_diag.linalg import Allowance, Factors, numerical_rank, resolve_device
 from lora_diag.metrics import limit
-from lora_diag.records import Agreement, Distance, LeftOut, Residual, Resolution
+from lora_diag.records import Agreement, LeftOut, Resolution
 
 # Singular vectors compared where no adapter says how many.
 SUBSPACE = 8

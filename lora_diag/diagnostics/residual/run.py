@@ -13,9 +13,10 @@ from lora_diag.checkpoints import as_path
 from lora_diag.deltas import Delta, Pairing, StoredDelta, Unpaired
 from lora_diag.diagnostics.residual.measure import Layer, Other, ResidualSettings, size
 from lora_diag.diagnostics.residual.measure import residual as measure
+from lora_diag.diagnostics.residual.record import Residual
 from lora_diag.errors import UsageError
 from lora_diag.linalg import check_request
-from lora_diag.records import AnyRecord, LeftOut, Residual, Results, ResultsWriter, Run
+from lora_diag.records import AnyRecord, LeftOut, Results, ResultsWriter, Run
 from lora_diag.running.activations import second_moments
 from lora_diag.running.engines import Layout, Ray
 from lora_diag.running.inputs import Comparison, compare

@@ -12,8 +12,9 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from lora_diag.diagnostics.residual.record import Residual
 from lora_diag.metrics import Distances, pooled
-from lora_diag.records import Agreement, Residual, Results
+from lora_diag.records import Agreement, Results
 from lora_diag.rendering.columns import Column, rows_of, table_of, title_of
 from lora_diag.rendering.lines import answers, called, inputs, last_lines, left_out_line, notes, usual_style
 from lora_diag.rendering.text import middle, named, percent, safe, shown, span, to_text

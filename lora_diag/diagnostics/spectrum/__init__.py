@@ -1,1 +1,32 @@
 """``spectrum``: singular values of ΔW, energy curves, and what the files' rounding hides."""
+
+from lora_diag.feature import Feature, Figure
+
+FEATURE = Feature(
+    __name__,
+    "spectrum",
+    command=".command:spectrum",
+    records=(".record:Spectrum",),
+    functions=(".run:spectrum",),
+    table=".table:spectrum_table",
+    figures=(
+        Figure(
+            "energy",
+            "C(r): what the best adapter of each rank keeps",
+            "spectrum",
+            ".figure_energy:figure",
+            panels=(".figure_energy:energy",),
+            made_by="loradiag spectrum BASE TUNED -o spectrum.jsonl",
+            lacks=".figures:nothing_moved",
+        ),
+        Figure(
+            "spectrum",
+            "singular values and the noise edge of the files",
+            "spectrum",
+            ".figures:figure",
+            panels=(".figures:spectrum",),
+            made_by="loradiag spectrum BASE TUNED -o spectrum.jsonl",
+            lacks=".figures:no_one_unit",
+        ),
+    ),
+)

@@ -9,8 +9,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
+from lora_diag.diagnostics.spectrum.record import Spectrum
 from lora_diag.metrics import energy_curve
-from lora_diag.records import Spectrum
 from lora_diag.rendering.figures.curves import MARKED, Quantity
 from lora_diag.rendering.figures.fields import changes_of
 from lora_diag.rendering.figures.multiples import small_multiples

@@ -11,7 +11,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from numpy.typing import NDArray
 
-from lora_diag.records import Spectrum
+from lora_diag.diagnostics.spectrum.record import Spectrum
+from lora_diag.records.vocabulary import METRIC_NAMES
 from lora_diag.rendering.figures.curves import MARKED, Quantity, resolved_to
 from lora_diag.rendering.figures.fields import changes_of
 from lora_diag.rendering.figures.multiples import small_multiples
@@ -113,3 +114,17 @@ def _edge_key(records: Sequence[Spectrum], look: Look) -> tuple[Key, ...]:
 
 def _line(look: Look | None) -> dict[str, Any]:
     return {"color": INK, "lw": 0.8 * (look.line if look else 1.2), "ls": (0, (5, 2))}
+
+
+def nothing_moved(records: Sequence[Spectrum], options: Options) -> str | None:
+    """Return why no energy can be drawn: every update is zero."""
+    return None if any(record.fro for record in records) else "ΔW = 0 in every matrix"
+
+
+def no_one_unit(records: Sequence[Spectrum], options: Options) -> str | None:
+    """Refuse σ of several metrics on one axis: they have different units. Shares of energy have none."""
+    metrics = dict.fromkeys(record.metric for record in records)
+    if len(metrics) > 1:
+        named = " and ".join(METRIC_NAMES[metric] for metric in metrics)
+        return f"singular values in {named} have no common axis: draw them apart"
+    return nothing_moved(records, options)

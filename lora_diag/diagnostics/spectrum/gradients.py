@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lora_diag.diagnostics.spectrum.measure import SpectrumSettings, record_of
+from lora_diag.diagnostics.spectrum.record import Spectrum, Stack
 from lora_diag.gradients import History
 from lora_diag.layers.change import COARSE, on_device
 from lora_diag.linalg import Factors, first_non_finite, norm, require, resolve_device
@@ -19,8 +20,7 @@ from lora_diag.linalg.limited import READING
 from lora_diag.linalg.rounding import Spacing
 from lora_diag.linalg.streamed import ROWS
 from lora_diag.metrics import noise_edge, signal_rank, verdict
-from lora_diag.records import LeftOut, Resolution, Spectrum
-from lora_diag.records.spectrum import Stack
+from lora_diag.records import LeftOut, Resolution
 
 # The larger side is computed, too, up to this order: its Gram matrix takes 128 MiB and its eigenvalues 2 s there.
 OTHER_UP_TO = 4096

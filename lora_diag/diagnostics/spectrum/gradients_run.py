@@ -11,9 +11,10 @@ from lora_diag.checkpoints import open_checkpoint
 from lora_diag.deltas import Pairing, Unpaired, selector
 from lora_diag.diagnostics.spectrum.gradients import covariance, size
 from lora_diag.diagnostics.spectrum.measure import SpectrumSettings
+from lora_diag.diagnostics.spectrum.record import Spectrum
 from lora_diag.errors import NothingComparedError, UsageError
 from lora_diag.gradients import History, histories, open_steps
-from lora_diag.records import LeftOut, Results, ResultsWriter, Run, Spectrum
+from lora_diag.records import LeftOut, Results, ResultsWriter, Run
 from lora_diag.running.engines import Ray
 from lora_diag.running.gradients import describe_steps
 from lora_diag.running.inputs import describe

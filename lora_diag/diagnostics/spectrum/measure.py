@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from lora_diag.deltas import Delta
+from lora_diag.diagnostics.spectrum.record import Spectrum
 from lora_diag.layers.change import OVERFLOW, Change, bytes_of, load_change, on_device
 from lora_diag.layers.left_out import not_finite
 from lora_diag.layers.metric import Weighed, Weighting, extra, weigh
@@ -25,7 +26,7 @@ from lora_diag.metrics import (
     stable_rank,
     truncation_error,
 )
-from lora_diag.records import LeftOut, Resolution, Spectrum, Tail
+from lora_diag.records import LeftOut, Resolution, Tail
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -11,10 +11,11 @@ from lora_diag.deltas import Pairing, Unpaired
 from lora_diag.diagnostics.spectrum.gradients_run import gradient_spectrum
 from lora_diag.diagnostics.spectrum.measure import Layer, SpectrumSettings, size
 from lora_diag.diagnostics.spectrum.measure import spectrum as measure
+from lora_diag.diagnostics.spectrum.record import Spectrum
 from lora_diag.errors import UsageError
 from lora_diag.linalg import check_request
 from lora_diag.metrics import RANKS
-from lora_diag.records import AnyRecord, LeftOut, Results, ResultsWriter, Run, Spectrum
+from lora_diag.records import AnyRecord, LeftOut, Results, ResultsWriter, Run
 from lora_diag.running.activations import SecondMoments, second_moments
 from lora_diag.running.engines import Ray
 from lora_diag.running.inputs import compare

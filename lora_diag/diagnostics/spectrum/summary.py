@@ -10,9 +10,10 @@ from statistics import median
 from rich.table import Table
 
 from lora_diag.diagnostics.spectrum.gradients_summary import gradient_lines
-from lora_diag.records import Results, Spectrum
+from lora_diag.diagnostics.spectrum.record import Spectrum
+from lora_diag.records import Results
 from lora_diag.records.names import part_of
-from lora_diag.records.spectrum import NORMS
+from lora_diag.records.vocabulary import NORMS
 from lora_diag.rendering.lines import REASONS, answers, inputs, last_lines, left_out_line, notes, subject, within
 from lora_diag.rendering.text import count, middle_rank, number, percent, safe, short
 

@@ -12,8 +12,9 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from lora_diag.diagnostics.spectrum.record import Spectrum
 from lora_diag.diagnostics.spectrum.summary import summary
-from lora_diag.records import Results, Spectrum
+from lora_diag.records import Results
 from lora_diag.rendering.columns import WIDE, Column, rows_of, table_of, title_of
 from lora_diag.rendering.text import fraction, middle, middle_rank, shade, shape_of, shown, spark, strip, to_text
 

@@ -32,9 +32,9 @@ def verify_merge(
     Example: loradiag verify-merge base/ lora_r16/ merged/
     """
     # torch comes with it: not before it is needed
+    from lora_diag.diagnostics.verify_merge.record import outcome
     from lora_diag.diagnostics.verify_merge.run import verify_merge as measure
     from lora_diag.diagnostics.verify_merge.summary import merge_table
-    from lora_diag.records.merge import outcome
 
     with progress_bar(written.quiet) as on_progress:
         results = measure(

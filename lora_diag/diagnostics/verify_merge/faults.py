@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from lora_diag.deltas import row_spans
+from lora_diag.diagnostics.verify_merge.record import MergeStatus
 from lora_diag.linalg.merge import Addend, Check, Rounding, unit_roundoff
 from lora_diag.linalg.rounding import LAYOUT
-from lora_diag.records.merge import MergeStatus
 
 # A fault may leave so many entries unexplained: roundings that differ from those of a correct merge.
 UNEXPLAINED = 1e-3

@@ -24,6 +24,7 @@ from lora_diag.deltas import (
     row_spans,
 )
 from lora_diag.diagnostics.verify_merge.faults import UNCHANGED, UNEXPLAINED, Fault, Look, find_fault, has_halves
+from lora_diag.diagnostics.verify_merge.record import Merge, MergeStatus
 from lora_diag.layers.change import COMPUTED
 from lora_diag.linalg import require
 from lora_diag.linalg.difference import first_non_finite
@@ -39,8 +40,7 @@ from lora_diag.linalg.merge import (
     unit_roundoff,
 )
 from lora_diag.linalg.rounding import LAYOUT, SHORTER
-from lora_diag.records import LeftOut, Merge
-from lora_diag.records.merge import MergeStatus
+from lora_diag.records import LeftOut
 
 # So many entries that changed are looked at to tell which dtype's numbers MERGED holds.
 SAMPLE = 2**16

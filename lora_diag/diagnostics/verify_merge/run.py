@@ -12,8 +12,9 @@ from lora_diag.adapters import is_adapter
 from lora_diag.checkpoints import as_path, locate
 from lora_diag.deltas import Delta, FactoredDelta, Pairing, StoredDelta, Unpaired, natural_order, selector
 from lora_diag.diagnostics.verify_merge.measure import MergedLayer, verify
+from lora_diag.diagnostics.verify_merge.record import Merge
 from lora_diag.errors import InputError, NothingComparedError, UsageError
-from lora_diag.records import AnyRecord, LeftOut, Merge, Results, ResultsWriter, Run, RunInput
+from lora_diag.records import AnyRecord, LeftOut, Results, ResultsWriter, Run, RunInput
 from lora_diag.running.engines import Ray
 from lora_diag.running.inputs import Comparison, compare
 from lora_diag.running.measuring import (

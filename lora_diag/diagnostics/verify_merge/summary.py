@@ -11,8 +11,8 @@ from typing import Literal
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from lora_diag.records import Merge, Results
-from lora_diag.records.merge import MergeStatus, outcome
+from lora_diag.diagnostics.verify_merge.record import Merge, MergeStatus, outcome
+from lora_diag.records import Results
 from lora_diag.records.names import module_type_of, place_of
 from lora_diag.rendering.columns import WIDE, Column, Grid, table_of, title_of
 from lora_diag.rendering.lines import answers, inputs, last_lines, left_out_line, notes

@@ -1,1 +1,26 @@
 """``probe curvature``: curvature of the loss along the update."""
+
+from lora_diag.feature import Feature, Figure, Section
+
+FEATURE = Feature(
+    __name__,
+    "probe curvature",
+    command=".command:curvature",
+    records=(
+        ".record:Curvature",
+        ".record:LossBound",
+    ),
+    functions=(".run:probe_curvature",),
+    table=".summary:curvature_table",
+    section=Section("Curvature of the loss", ".summary:curvature_lines", ".summary:curvature_section_grids", order=14),
+    figures=(
+        Figure(
+            "curvature",
+            "curvature of the loss, and what it says of truncations beside their measured gaps",
+            "curvature",
+            ".figures:figure",
+            panels=(".figures:curvature",),
+            made_by="loradiag probe curvature BASE TUNED --eval FILE -o curvature.jsonl",
+        ),
+    ),
+)

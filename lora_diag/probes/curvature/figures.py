@@ -10,7 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from lora_diag.records import Curvature, LossBound, Results
+from lora_diag.probes.curvature.record import Curvature, LossBound
+from lora_diag.records import Results
 from lora_diag.rendering.figures.losses import measured_axis, panel_width
 from lora_diag.rendering.figures.panel import panel_axes
 from lora_diag.rendering.figures.ranked import NAMES, Row, draw_rows

@@ -16,7 +16,7 @@ from lora_diag.models.losses import Losses, measure
 from lora_diag.models.opening import Model
 from lora_diag.models.swapping import FULL, Swapped
 from lora_diag.probes.curvature.measure import Curved
-from lora_diag.records.curvature import LossBound
+from lora_diag.probes.curvature.record import LossBound
 
 # What rounding to float32 adds to a mean loss of order 1: two evaluations of one model in other batches differ by 1e-7.
 ROUNDING = 1e-6

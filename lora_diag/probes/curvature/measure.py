@@ -22,7 +22,7 @@ from lora_diag.linalg.eigenpairs import Eigenpairs, eigenpairs
 from lora_diag.models.data import Texts
 from lora_diag.models.losses import counted, logits_of
 from lora_diag.models.opening import Model, Weights, in_batches
-from lora_diag.records.curvature import Matrix, Surrogate
+from lora_diag.probes.curvature.record import Matrix, Surrogate
 
 # The share of the projected gradient by which eigenpairs are counted, and of its energy by which ranks are.
 SHARE = 0.9

@@ -14,8 +14,8 @@ from lora_diag.models.opening import Model
 from lora_diag.models.swapping import Swapped
 from lora_diag.probes.curvature.loss_bound import inner
 from lora_diag.probes.curvature.measure import Curved, Trace, projected, surrogate, traces
-from lora_diag.records.curvature import Curvature, Matrix, Surrogate
-from lora_diag.records.curvature import Point as Where
+from lora_diag.probes.curvature.record import Curvature, Matrix, Surrogate
+from lora_diag.probes.curvature.record import Point as Where
 
 
 @dataclass(frozen=True)

@@ -19,9 +19,9 @@ from lora_diag.models.swapping import FULL, Swapped
 from lora_diag.models.truncating import truncated_layers
 from lora_diag.probes.curvature.loss_bound import TunedPoint, loss_bounds
 from lora_diag.probes.curvature.measure import Curved
+from lora_diag.probes.curvature.record import Curvature, LossBound, Matrix
 from lora_diag.probes.curvature.records_of import Effort, Point, curvatures
-from lora_diag.records import AnyRecord, Curvature, LeftOut, LossBound, Results, ResultsWriter, RunInput
-from lora_diag.records.curvature import Matrix
+from lora_diag.records import AnyRecord, LeftOut, Results, ResultsWriter, RunInput
 from lora_diag.records.names import part_of
 from lora_diag.rendering.text import duration
 from lora_diag.running.inputs import compare, describe

@@ -8,8 +8,9 @@ from typing import Any
 
 from rich.console import Group
 
+from lora_diag.probes.curvature.record import Curvature, LossBound
 from lora_diag.probes.truncation.summary import ending, measured
-from lora_diag.records import Curvature, LossBound, Results
+from lora_diag.records import Results
 from lora_diag.records.names import module_type_of, place_of
 from lora_diag.rendering.columns import Column, Grid, title_of
 from lora_diag.rendering.lines import answers, inputs, notes
@@ -304,3 +305,8 @@ def _reading(joint: Curvature) -> str:
             "needs is measured by probe sweep"
         )
     return f"{told}; all numbers are of this set, and curvature of few tokens is not that of many"
+
+
+def curvature_section_grids(results: Results[Any]) -> list[Grid]:
+    """Return the tables of a report, a row a layer."""
+    return curvature_grids(results, "layer")

@@ -1,1 +1,27 @@
 """``probe fisher``: the Fisher information of what a truncation discards."""
+
+from lora_diag.feature import Feature, Figure, Section
+
+FEATURE = Feature(
+    __name__,
+    "probe fisher",
+    command=".command:fisher",
+    records=(".record:Fisher",),
+    functions=(".run:probe_fisher",),
+    table=".summary:fisher_table",
+    section=Section(
+        "Fisher of what a rank discards", ".summary:fisher_lines", ".summary:fisher_section_grids", order=16
+    ),
+    figures=(
+        Figure(
+            "fisher",
+            "which number predicts what cutting a layer costs",
+            "fisher",
+            ".figures:figure",
+            panels=(".figures:fisher",),
+            made_by="loradiag probe fisher BASE TUNED --data FILE --measure -o fisher.jsonl",
+            by_color=False,
+            lacks=".figures:lacks",
+        ),
+    ),
+)

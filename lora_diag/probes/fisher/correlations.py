@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from statistics import median
 
 from lora_diag.metrics.correlation import spearman
-from lora_diag.records import Effect, Fisher
+from lora_diag.probes.fisher.record import Effect, Fisher
 from lora_diag.records.names import module_type_of
 
 Predictor = Callable[[Fisher, int], float]

@@ -11,7 +11,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from lora_diag.probes.fisher.correlations import PREDICTORS, Correlations, correlations
-from lora_diag.records import Fisher, Results
+from lora_diag.probes.fisher.record import Fisher
+from lora_diag.records import Results
 from lora_diag.records.names import module_type_of
 from lora_diag.rendering.figures.losses import loss_axis, measured_axis, panel_width, panels_of
 from lora_diag.rendering.figures.panel import panel_axes, rank_axis

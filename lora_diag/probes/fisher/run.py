@@ -18,7 +18,8 @@ from lora_diag.models.swapping import FULL, Swapped
 from lora_diag.models.truncating import truncated_layers
 from lora_diag.probes.fisher.effects import Before, effect, read_before
 from lora_diag.probes.fisher.measure import Tail, add_up, groups_of, tail_of
-from lora_diag.records import AnyRecord, Effect, Fisher, LeftOut, Results, ResultsWriter
+from lora_diag.probes.fisher.record import Effect, Fisher
+from lora_diag.records import AnyRecord, LeftOut, Results, ResultsWriter
 from lora_diag.running.inputs import compare
 from lora_diag.running.measuring import checked_ranks
 from lora_diag.running.probing import (

@@ -9,8 +9,9 @@ from rich.console import Group
 
 from lora_diag.metrics.correlation import interval
 from lora_diag.probes.fisher.correlations import PREDICTORS, Correlations, correlations, effect_at
+from lora_diag.probes.fisher.record import Effect, Fisher
 from lora_diag.probes.truncation.summary import ending, measured
-from lora_diag.records import Effect, Fisher, Results
+from lora_diag.records import Results
 from lora_diag.rendering.columns import Column, Grid, rows_of, title_of
 from lora_diag.rendering.lines import answers, inputs, notes
 from lora_diag.rendering.text import count, number, percent, short, to_text
@@ -191,3 +192,8 @@ def _reading(records: Sequence[Fisher]) -> str:
     if any(record.effect for record in records):
         said += "; layers of one model are not independent, so intervals of ρ are too narrow"
     return said
+
+
+def fisher_section_grids(results: Results[Any]) -> list[Grid]:
+    """Return the tables of a report, a row a layer."""
+    return fisher_grids(results, "layer")

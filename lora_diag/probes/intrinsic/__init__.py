@@ -1,1 +1,24 @@
 """``probe intrinsic``: how many trained parameters reach a share of the full gain."""
+
+from lora_diag.feature import Feature, Figure, Section
+
+FEATURE = Feature(
+    __name__,
+    "probe intrinsic",
+    command=".command:intrinsic",
+    records=(".record:Intrinsic",),
+    functions=(".run:probe_intrinsic",),
+    table=".summary:intrinsic_table",
+    section=Section("Intrinsic dimension", ".summary:intrinsic_lines", ".summary:intrinsic_grids", order=15),
+    figures=(
+        Figure(
+            "intrinsic",
+            "share of full fine-tuning's gain by trained parameters",
+            "intrinsic",
+            ".figures:figure",
+            panels=(".figures:intrinsic",),
+            made_by="loradiag probe intrinsic BASE --data FILE --eval FILE -o intrinsic.jsonl",
+            lacks=".figures:lacks",
+        ),
+    ),
+)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Literal
 
-from lora_diag.records import Intrinsic
+from lora_diag.probes.intrinsic.record import Intrinsic
 from lora_diag.running.rates import edge, lowest
 
 Subject = Literal["full", "subspace", "lora"]

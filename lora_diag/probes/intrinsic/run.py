@@ -18,7 +18,8 @@ from lora_diag.models.opening import Model, open_model
 from lora_diag.models.training import RECIPE, Cell, Training, losses_after
 from lora_diag.probes.intrinsic.lines import Subject
 from lora_diag.probes.intrinsic.measure import SCALE_STEP, Method, Run, check_dim, rate_of, scales_of, subspace_losses
-from lora_diag.records import AnyRecord, Intrinsic, Results, ResultsWriter
+from lora_diag.probes.intrinsic.record import Intrinsic
+from lora_diag.records import AnyRecord, Results, ResultsWriter
 from lora_diag.rendering.text import duration
 from lora_diag.running.inputs import describe
 from lora_diag.running.probing import Kept, Watch, check, check_files, counted, described, read_sets, run_of

@@ -9,8 +9,9 @@ from typing import Any
 from rich.console import Group
 
 from lora_diag.probes.intrinsic.lines import Line, Reached, lines, reached
+from lora_diag.probes.intrinsic.record import Intrinsic
 from lora_diag.probes.truncation.summary import beyond_grid, ending, measured
-from lora_diag.records import Intrinsic, Results
+from lora_diag.records import Results
 from lora_diag.rendering.columns import Column, Grid
 from lora_diag.rendering.lines import answers, inputs, notes
 from lora_diag.rendering.text import count, number, percent, short, to_text

@@ -1,1 +1,35 @@
 """``probe outputs``: held-out loss and outputs of adapters and of the full fine-tune."""
+
+from lora_diag.feature import Feature, Figure, Section
+
+FEATURE = Feature(
+    __name__,
+    "probe outputs",
+    command=".command:outputs",
+    records=("lora_diag.records.probe:Probe",),
+    functions=(".run:probe_outputs",),
+    table=".summary:outputs_table",
+    section=Section("Held-out loss and outputs", ".summary:outputs_lines", ".summary:outputs_grids", order=10),
+    figures=(
+        Figure(
+            "outputs",
+            "held-out loss of each adapter against the full fine-tune's",
+            "outputs",
+            ".figures:figure",
+            panels=(".figures:outputs",),
+            made_by="loradiag probe outputs BASE TUNED ADAPTER --eval FILE -o outputs.jsonl",
+            by_color=False,
+            lacks=".figures:lacks",
+        ),
+        Figure(
+            "depth",
+            "how far hidden states are from the full fine-tune's, by depth",
+            "outputs",
+            ".figures:depth_figure",
+            panels=(".figures:depth",),
+            made_by="loradiag probe outputs BASE TUNED ADAPTER --eval FILE -o outputs.jsonl",
+            by_color=False,
+            lacks=".figures:lacks_depth",
+        ),
+    ),
+)

@@ -1,1 +1,27 @@
 """``probe sensitivity``: the gain of adapting one layer or module type alone."""
+
+from lora_diag.feature import Feature, Figure, Section
+
+FEATURE = Feature(
+    __name__,
+    "probe sensitivity",
+    command=".command:sensitivity",
+    records=(
+        ".record:Sensitivity",
+        ".record:FirstOrder",
+    ),
+    functions=(".run:probe_sensitivity",),
+    table=".summary:sensitivity_table",
+    section=Section("Layers adapted alone", ".summary:sensitivity_lines", ".summary:sensitivity_grids", order=13),
+    figures=(
+        Figure(
+            "sensitivity",
+            "what each layer or module type gains where it is adapted alone",
+            "sensitivity",
+            ".figures:figure",
+            panels=(".figures:sensitivity",),
+            made_by="loradiag probe sensitivity BASE --data FILE --eval FILE -o sensitivity.jsonl",
+            lacks=".figures:lacks",
+        ),
+    ),
+)

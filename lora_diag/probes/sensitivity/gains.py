@@ -12,8 +12,9 @@ from statistics import fmean
 
 import numpy as np
 
+from lora_diag.diagnostics.spectrum.record import Spectrum
 from lora_diag.metrics.correlation import interval, p_value, spearman
-from lora_diag.records import FirstOrder, Sensitivity, Spectrum
+from lora_diag.probes.sensitivity.record import FirstOrder, Sensitivity
 from lora_diag.records.names import module_type_of
 from lora_diag.running.rates import edge, lowest
 

@@ -21,7 +21,7 @@ from lora_diag.models.losses import Losses, counted, logits_of, nll
 from lora_diag.models.methods import ALPHA_OVER_RANK, Lora
 from lora_diag.models.opening import Model
 from lora_diag.models.training import Cell, Training, losses_after
-from lora_diag.records import FirstOrder, Sensitivity
+from lora_diag.probes.sensitivity.record import FirstOrder, Sensitivity
 from lora_diag.records.names import depth_of, module_type_of, tower_of
 
 

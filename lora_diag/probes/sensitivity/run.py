@@ -27,7 +27,8 @@ from lora_diag.probes.sensitivity.measure import (
     shape_of,
     units_of,
 )
-from lora_diag.records import AnyRecord, FirstOrder, LeftOut, Results, ResultsWriter, Sensitivity
+from lora_diag.probes.sensitivity.record import FirstOrder, Sensitivity
+from lora_diag.records import AnyRecord, LeftOut, Results, ResultsWriter
 from lora_diag.rendering.text import duration
 from lora_diag.running.inputs import describe
 from lora_diag.running.probing import (

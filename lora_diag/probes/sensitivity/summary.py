@@ -19,8 +19,9 @@ from lora_diag.probes.sensitivity.gains import (
     marginals_of,
     scores_of,
 )
+from lora_diag.probes.sensitivity.record import FirstOrder, Sensitivity
 from lora_diag.probes.truncation.summary import beyond_grid, ending, measured
-from lora_diag.records import FirstOrder, Results, Sensitivity
+from lora_diag.records import Results
 from lora_diag.rendering.columns import WIDE, Column, Grid, table_of
 from lora_diag.rendering.lines import answers, inputs, notes
 from lora_diag.rendering.text import count, number, short, to_text

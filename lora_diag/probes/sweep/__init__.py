@@ -1,1 +1,24 @@
 """``probe sweep``: held-out loss after training at several ranks."""
+
+from lora_diag.feature import Feature, Figure, Section
+
+FEATURE = Feature(
+    __name__,
+    "probe sweep",
+    command=".command:sweep",
+    records=("lora_diag.records.probe:Probe",),
+    functions=(".run:probe_sweep",),
+    table=".summary:sweep_table",
+    section=Section("Rank sweep", ".summary:sweep_lines", ".summary:sweep_grids", order=11),
+    figures=(
+        Figure(
+            "sweep",
+            "held-out loss of LoRA trained at each rank",
+            "sweep",
+            ".figures:figure",
+            panels=(".figures:sweep",),
+            made_by="loradiag probe sweep BASE --data FILE --eval FILE -o sweep.jsonl",
+            lacks=".figures:lacks",
+        ),
+    ),
+)

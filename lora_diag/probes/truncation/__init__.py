@@ -1,1 +1,33 @@
 """``probe truncation``: held-out loss of the update truncated to each rank."""
+
+from lora_diag.feature import Feature, Figure, Section
+
+FEATURE = Feature(
+    __name__,
+    "probe truncation",
+    command=".command:truncation",
+    records=("lora_diag.records.probe:Probe",),
+    functions=(".run:probe_truncation",),
+    table=".summary:truncation_table",
+    section=Section("Truncated update", ".summary:truncation_lines", ".summary:truncation_grids", order=12),
+    figures=(
+        Figure(
+            "truncation",
+            "held-out loss of the update truncated to each rank",
+            "truncation",
+            ".figures:figure",
+            panels=(".figures:truncation",),
+            made_by="loradiag probe truncation BASE TUNED --eval FILE -o truncation.jsonl",
+            lacks=".figures:lacks",
+        ),
+        Figure(
+            "alone",
+            "what it costs to truncate one layer or module type alone",
+            "truncation",
+            ".figure_alone:figure",
+            panels=(".figure_alone:alone",),
+            made_by="loradiag probe truncation BASE TUNED --eval FILE --per type -o truncation.jsonl",
+            lacks=".figure_alone:lacks",
+        ),
+    ),
+)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from lora_diag.records import Spectrum
+from lora_diag.diagnostics.spectrum.record import Spectrum
 from lora_diag.rendering.figures.groups import by_depth
 
 # The ranks that adapters usually have, marked in every panel.

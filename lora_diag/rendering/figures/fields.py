@@ -6,9 +6,10 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
-from lora_diag.records import LayerRecord, Spectrum
+from lora_diag.diagnostics.spectrum.record import Spectrum
+from lora_diag.records import LayerRecord
 from lora_diag.records.base import Record
-from lora_diag.records.spectrum import METRIC_NAMES, NORMS
+from lora_diag.records.vocabulary import METRIC_NAMES, NORMS
 
 # How fields are called; what is not here keeps its own name.
 _NAMES = {

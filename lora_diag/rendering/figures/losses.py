@@ -9,7 +9,9 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, MaxNLocator, NullFormatter, NullLocator
 
-from lora_diag.records import Intrinsic, Probe, Results, Sensitivity
+from lora_diag.probes.intrinsic.record import Intrinsic
+from lora_diag.probes.sensitivity.record import Sensitivity
+from lora_diag.records import Probe, Results
 from lora_diag.rendering.figures.style import INK, Look, name_of, width_of
 
 # What a line of text takes of a panel's height.

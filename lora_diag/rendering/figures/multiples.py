@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from lora_diag.records import Spectrum
+from lora_diag.diagnostics.spectrum.record import Spectrum
 from lora_diag.rendering.figures.curves import MARKED, Quantity, has_floor, largest_rank
 from lora_diag.rendering.figures.fields import changes_of, metric_said
 from lora_diag.rendering.figures.groups import Types, by_depth, deepest

@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullFormatter, NullLocator
 
-from lora_diag.records import Spectrum
+from lora_diag.diagnostics.spectrum.record import Spectrum
 from lora_diag.rendering.figures.curves import Band, Curve, Quantity, band, curves, largest_rank, ranks_drawn
 from lora_diag.rendering.figures.groups import deepest
 from lora_diag.rendering.figures.series import Series

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import PurePath
 from typing import Any, Generic, TypeVar
 
-from lora_diag.records import Certificate, LayerRecord, Probe, Results, Run, Spectrum, Verdict, WholeRecord
-from lora_diag.records.spectrum import METRIC_NAMES, metric_of
+from lora_diag.decisions.allocate.record import Certificate
+from lora_diag.decisions.gate.record import Verdict
+from lora_diag.diagnostics.spectrum.record import Spectrum
+from lora_diag.records import LayerRecord, Probe, Results, Run, WholeRecord
+from lora_diag.records.vocabulary import METRIC_NAMES, metric_of
 from lora_diag.rendering.figures.style import name_of
 
 R = TypeVar("R", bound=LayerRecord | WholeRecord)
@@ -169,3 +172,10 @@ def subject_of(series: Sequence[Series[Any]]) -> str:
 def owner_of(one: Series[Any], series: Sequence[Series[Any]]) -> str:
     """Return what is put before a name of one of several runs."""
     return f"{one.label}: " if len(series) > 1 else ""
+
+
+def rank_absent(known: Collection[int], options: Options) -> str | None:
+    """Return why records cannot be drawn at the rank of the options: it was not measured."""
+    if options.rank is None or options.rank in known:
+        return None
+    return f"rank {options.rank} was not measured; there are {', '.join(map(str, sorted(known)))}"

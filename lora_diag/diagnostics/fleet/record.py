@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
-from lora_diag.records.base import Record, Share
+from lora_diag.records.base import LayerRecord, Record, Share
 
 
 class FleetLayer(Record):
@@ -23,7 +23,7 @@ class FleetLayer(Record):
     spike: Share | None
 
 
-class Fleet(Record):
+class Fleet(LayerRecord):
     """One adapter of a fleet, all its layers taken together.
 
     Args:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from lora_diag.records.base import Record, Share
+from lora_diag.records.base import LayerRecord, Record, Share
 
 
 class Direction(Record):
@@ -30,7 +30,7 @@ class Direction(Record):
     kind: Literal["kept", "rotated", "intruder"]
 
 
-class Intruders(Record):
+class Intruders(LayerRecord):
     """The k largest directions of W_tuned, and which of them W_base has not.
 
     Args:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Literal
 
-from lora_diag.records.base import Record, Share
+from lora_diag.records.base import LayerRecord, Share
 
 MergeStatus = Literal[
     "ok",
@@ -28,7 +28,7 @@ CORRECT = frozenset({"ok", "coarse"})
 Outcome = Literal["correct", "failed", "inconclusive"]
 
 
-class Merge(Record):
+class Merge(LayerRecord):
     """One layer of BASE, and whether MERGED holds W + ΔW there, entry by entry.
 
     Args:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Literal
 
-from lora_diag.records.base import Record, Share
+from lora_diag.records.base import LayerRecord, Record, Share, WholeRecord
 
 CappedBy = Literal["max_rank", "shape", "signal_rank", "values_kept", "ranks_from", "update_rank"]
 Unit = Literal["params", "total_rank", "bytes", "energy"]
 
 
-class Allocation(Record):
+class Allocation(LayerRecord):
     """The rank that one layer gets.
 
     Args:
@@ -73,7 +73,7 @@ class Baseline(Record):
     epsilon_min: float
 
 
-class Certificate(Record):
+class Certificate(WholeRecord):
     """How far an allocation can be from the best one.
 
     Every share is one of the (weighted) energy of the layers that were candidates, as their spectra were measured.

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
-from lora_diag.records.base import Record, Share
-from lora_diag.records.spectrum import Resolution
+from lora_diag.records.base import LayerRecord, Record
+from lora_diag.records.vocabulary import Agreement, Resolution
 
 Limit = Literal["rank", "scale", "direction", "not adapted", "exact", "noise"]
 
@@ -36,21 +36,7 @@ class Distance(Record):
     epsilon_best_scale: float | None
 
 
-class Agreement(Record):
-    """Principal angles between a space of the adapter's update and that of the top k singular vectors of D.
-
-    Args:
-        cosines: Of the principal angles, descending, min(k, rank of X) of them.
-        overlap: Mean of their squares: 1 for the same space, 0 for orthogonal ones.
-        random: What ``overlap`` is on average for a random space: k/m for column spaces, k/n for row spaces.
-    """
-
-    cosines: tuple[float, ...]
-    overlap: Share
-    random: Share
-
-
-class Residual(Distance):
+class Residual(Distance, LayerRecord):
     """One layer of a full fine-tune D = W_tuned − W_base, and what one adapter makes of it, in the Frobenius norm.
 
     Args:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
-from lora_diag.records.base import Record, Share
-from lora_diag.records.residual import Agreement
-from lora_diag.records.spectrum import Resolution, Spectrum
+from lora_diag.diagnostics.spectrum.record import Spectrum
+from lora_diag.records.base import LayerRecord, Record, Share
+from lora_diag.records.vocabulary import Agreement, Resolution
 
 Relation = Literal["apart", "share", "reinforce", "cancel", "noise"]
 
@@ -27,7 +27,7 @@ class EnergyOverlap(Record):
     random_second: Share
 
 
-class Interference(Record):
+class Interference(LayerRecord):
     """Two updates of one layer, held against each other. Tables are by rank r, as far as either has r directions.
 
     Args:
@@ -81,7 +81,7 @@ class MergeLoss(Record):
     residual_best_scale: float | None
 
 
-class Union(Record):
+class Union(LayerRecord):
     """All updates of one layer together: S = Σ w_k ΔW_k, and what becomes of it in a merge.
 
     Tables are by share of energy (``0.9``), by merge (``linear``) or by rank (``16``). The weights w_k are in the norms

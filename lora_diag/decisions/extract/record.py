@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Literal
 
-from lora_diag.records.base import Record
-from lora_diag.records.spectrum import Resolution
+from lora_diag.records.base import LayerRecord, Record
+from lora_diag.records.vocabulary import Resolution
 
 
 class OnData(Record):
@@ -28,7 +28,7 @@ class OnData(Record):
     epsilon_min: float
 
 
-class Extraction(Record):
+class Extraction(LayerRecord):
     """The factors that were written for one layer, and what they cost.
 
     Args:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
-from lora_diag.records.base import Record, Share
+from lora_diag.records.base import Record, Share, WholeRecord
 
 Point = Literal["base", "tuned"]
 Matrix = Literal["hessian", "ggn"]
@@ -34,7 +34,7 @@ class Surrogate(Record):
     rank: int
 
 
-class Curvature(Record):
+class Curvature(WholeRecord):
     """Curvature of the loss at one point: of one layer, or of all layers jointly.
 
     The loss is the mean negative log-likelihood over the predictions of the evaluation set, dropout off.
@@ -83,7 +83,7 @@ class Curvature(Record):
         return self.smallest is not None and self.smallest > 1e-4 * abs(self.eigenvalues[0])
 
 
-class LossBound(Record):
+class LossBound(WholeRecord):
     """What a truncation costs, by the second-order model at TUNED and as measured, on the same sequences.
 
     E = t(ΔW_r − ΔW) over all truncated layers jointly, and L(W) the loss; everything else is as in TUNED.

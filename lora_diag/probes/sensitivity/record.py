@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
-from lora_diag.records.base import Record
+from lora_diag.records.base import WholeRecord
 
 
-class Sensitivity(Record):
+class Sensitivity(WholeRecord):
     """The loss of one run, in which one unit was adapted and all else frozen, on one evaluation set; or of BASE.
 
     Args:
@@ -51,7 +51,7 @@ class Sensitivity(Record):
     predictions: tuple[int, ...] = ()
 
 
-class FirstOrder(Record):
+class FirstOrder(WholeRecord):
     """What the gradient G of one layer at BASE says before anything is trained.
 
     Args:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
-from lora_diag.records.base import Record
+from lora_diag.records.base import WholeRecord
 
 
-class Intrinsic(Record):
+class Intrinsic(WholeRecord):
     """The loss of one run on one evaluation set.
 
     Args:

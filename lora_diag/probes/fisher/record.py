@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
-from lora_diag.records.base import Record
+from lora_diag.records.base import Record, WholeRecord
 
 
 class Effect(Record):
@@ -24,7 +24,7 @@ class Effect(Record):
     kl: float
 
 
-class Fisher(Record):
+class Fisher(WholeRecord):
     """What discarding the tail T_r = ΔW − ΔW_r of one layer is expected to cost, r by r.
 
     ℓ_s is the summed negative log-likelihood of sequence s at TUNED, N the number of predictions of all sequences.

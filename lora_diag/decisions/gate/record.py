@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import ClassVar, Literal
 
-from lora_diag.records.base import Record
+from lora_diag.records.base import Record, WholeRecord
 
 Status = Literal["passed", "failed", "warned", "waived", "inconclusive", "not judged"]
 Outcome = Literal["passed", "failed", "inconclusive"]
 
 
-class Verdict(Record):
+class Verdict(WholeRecord):
     """What one rule of a policy says of one layer, or of the whole.
 
     Args:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
-from lora_diag.records.base import Record, Share
+from lora_diag.records.base import LayerRecord, Share
 
 
-class Overlap(Record):
+class Overlap(LayerRecord):
     """Which part of one layer's gradient G lies in the top-r singular subspaces (U, V) of an update.
 
     Every share is of ‖G‖_F, lies in [0, 1] and is null for a zero gradient; 0 ≤ κ ≤ one-sided ≤ tangent ≤ 1. U and V

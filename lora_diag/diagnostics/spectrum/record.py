@@ -2,39 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
-from lora_diag.records.base import Record, Share
-
-
-class Tail(Record):
-    """Eckart–Young errors of the best rank-r approximation: √Σ_{i>r}σ_i² and σ_{r+1} (null if it was not computed)."""
-
-    fro: float
-    spectral: float | None
-
-
-class Resolution(Record):
-    """What the files' rounding lets one see of ΔW.
-
-    Args:
-        unchanged: Share of the entries that are bit-identical on both sides; null for an adapter, which has no sides.
-        mantissa: Mantissa bits that the stored values of base and tuned really use; null for an adapter.
-        rounding_fro: Bound on ‖E‖_F, the norm of the rounding error of ΔW; by Mirsky Σ(σ_i − σ̂_i)² ≤ ‖E‖_F².
-        noise_fro: Expected ‖E‖_F if E behaves like noise.
-        edge: Where the singular values of such noise end.
-        signal_rank: Singular values above the edge; null if all that were kept are and there are more.
-        verdict: Whether the files can show this update.
-    """
-
-    unchanged: Share | None
-    mantissa: tuple[int, int] | None
-    rounding_fro: float
-    noise_fro: float
-    edge: float
-    signal_rank: int | None
-    verdict: Literal["resolved", "floor-limited", "unresolved"]
+from lora_diag.records.base import LayerRecord, Record, Share
+from lora_diag.records.vocabulary import Metric, Resolution, Tail
 
 
 class Stack(Record):
@@ -54,18 +26,7 @@ class Stack(Record):
     other_rank_at: dict[str, int | None] | None
 
 
-Metric = Literal["weights", "data", "kfac"]
-
-# What ‖ΔW‖ and ‖W‖ are called in each metric, and it itself.
-NORMS = {
-    "weights": ("‖ΔW‖", "‖W‖"),
-    "data": ("‖ΔW·C^½‖", "‖W·C^½‖"),
-    "kfac": ("‖G^½·ΔW·C^½‖", "‖G^½·W·C^½‖"),
-}
-METRIC_NAMES = {"weights": "the weights' metric", "data": "the data's metric", "kfac": "K-FAC's metric"}
-
-
-class Spectrum(Record):
+class Spectrum(LayerRecord):
     """The singular values of one ΔW and what follows from them; of ΔW·C^½ or G^½·ΔW·C^½ in another ``metric``.
 
     Args:
@@ -117,6 +78,22 @@ class Spectrum(Record):
     metric: Metric = "weights"
     weights_fro: float | None = None
 
+    @classmethod
+    def check_settings(cls, settings: Mapping[str, Any]) -> str | None:
+        """Return what is wrong with the settings of a run of ``spectrum``; None if nothing is."""
+        ranks = settings.get("ranks")
+        if not isinstance(ranks, list) or not ranks or not all(type(r) is int and r > 0 for r in ranks):
+            return "settings.ranks must be a list of ranks"
+        return None
+
+    def check(self, settings: Mapping[str, Any]) -> str | None:
+        """Return the first value at a rank or threshold that the record lacks."""
+        asked = [str(rank) for rank in settings.get("ranks", [])]
+        lacking = [f"energy.{r}" for r in asked if r not in self.energy]
+        lacking += [f"tail.{r}" for r in asked if r not in self.tail]
+        lacking += [f"rank_at.{share}" for share in ("0.9", "0.95", "0.99") if share not in self.rank_at]
+        return lacking[0] if lacking else None
+
     @property
     def relative(self) -> float | None:
         """‖ΔW‖ / ‖W_base‖ in the metric; None without a base, or where it is zero."""
@@ -131,8 +108,3 @@ class Spectrum(Record):
     def spike_to_base(self) -> float | None:
         """σ_1(ΔW) / ‖W_base‖_F, a lower bound of σ_1(ΔW) / σ_1(W_base); None without a base, or where it is zero."""
         return self.s[0] / self.base_fro if self.base_fro and self.s else None
-
-
-def metric_of(records: Iterable[object]) -> Metric:
-    """Return the metric of the spectra among some records of one run, which mixes none; ``weights`` without any."""
-    return next((record.metric for record in records if isinstance(record, Spectrum)), "weights")

@@ -1,0 +1,153 @@
+"""The features of loradiag, and those that other packages add.
+
+A feature is one line in ``_FEATURES``, or an entry point in the group ``loradiag.features`` of an installed package.
+Every list of commands, records, tables, figures, sections of a report and public functions is derived from here.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from functools import cache, partial
+from importlib import import_module
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any, TypeVar
+
+from lora_diag.errors import InputError
+from lora_diag.feature import Feature, Figure
+from lora_diag.records import LayerRecord, Record, Results, reading
+
+L = TypeVar("L", bound=LayerRecord)
+
+_LOG = logging.getLogger(__name__)
+
+GROUP = "loradiag.features"
+
+# Packages with a ``FEATURE``, in the order of ``loradiag --help``.
+_FEATURES = (
+    "diagnostics.spectrum",
+    "diagnostics.fleet",
+    "diagnostics.residual",
+    "diagnostics.overlap",
+    "diagnostics.interference",
+    "diagnostics.intruders",
+    "diagnostics.verify_merge",
+    "decisions.allocate",
+    "decisions.plan",
+    "decisions.extract",
+    "decisions.gate",
+    "inspection",
+    "plots",
+    "reports",
+    "probes.truncation",
+    "probes.activations",
+    "probes.outputs",
+    "probes.sweep",
+    "probes.sensitivity",
+    "probes.fisher",
+    "probes.curvature",
+    "probes.intrinsic",
+)
+
+
+@cache
+def features() -> tuple[Feature, ...]:
+    """Return every feature: loradiag's own, then those of installed packages. One that cannot be loaded is left out."""
+    own: list[Feature] = [import_module(f"lora_diag.{name}").FEATURE for name in _FEATURES]
+    names = {feature.name for feature in own}
+    for entry in sorted(entry_points(group=GROUP), key=lambda entry: (entry.name, entry.value)):
+        try:
+            found = entry.load()
+            if not isinstance(found, Feature):
+                raise TypeError(f"{entry.value} is no lora_diag.feature.Feature")
+            if found.name in names:
+                raise ValueError(f"a command is called {found.name} already")
+            for path in (*found.records, *([found.command] if found.command else [])):
+                found.load(path)
+        except Exception as error:  # a plugin can fail in any way, and must not take loradiag with it
+            _LOG.warning("plugin %s (%s) is left out: %s: %s", entry.name, entry.value, type(error).__name__, error)
+            continue
+        names.add(found.name)
+        own.append(found)
+    return tuple(own)
+
+
+def feature_of(command: str) -> Feature | None:
+    """Return the feature whose results a run of a command holds; None if no feature is called so.
+
+    Args:
+        command: ``Run.command``.
+    """
+    return next((feature for feature in features() if feature.name == command), None)
+
+
+@cache
+def record_kinds() -> dict[str, type[Record]]:
+    """Return every kind of record of the features by its name in a results file; defines all of them."""
+    kinds: dict[str, type[Record]] = {}
+    for feature in features():
+        for path in feature.records:
+            kind: type[Record] = feature.load(path)
+            kinds[kind.model_fields["record"].default] = kind
+    return kinds
+
+
+def figures() -> Iterator[tuple[Feature, Figure]]:
+    """Yield every figure with its feature; the one of any records last."""
+    found = [(feature, figure) for feature in features() for figure in feature.figures]
+    yield from (item for item in found if item[1].needs)
+    yield from (item for item in found if not item[1].needs)
+
+
+@cache
+def panels() -> dict[str, Callable[[], Any]]:
+    """Return what loads each panel for a user's own axes, by its name."""
+    return {
+        path.partition(":")[2]: partial(feature.load, path) for feature, figure in figures() for path in figure.panels
+    }
+
+
+@cache
+def functions() -> dict[str, Callable[[], Any]]:
+    """Return what loads each public function, by its name."""
+    return {path.partition(":")[2]: partial(feature.load, path) for feature in features() for path in feature.functions}
+
+
+def read_results(path: Path | str) -> Results[Any]:
+    """Read a results file.
+
+    Args:
+        path: A file written by ``-o``, by ``Results.write`` or from ``--json``.
+
+    Returns:
+        The records. A half-written last line, as a crash leaves it, is dropped, and so is what follows a zero byte, as
+        a loss of power leaves it; ``end`` is then None.
+
+    Raises:
+        InputError: It is no results file, is damaged, holds several runs, or its schema is newer than this version of
+            loradiag.
+    """
+    record_kinds()
+    return reading.read_results(path)
+
+
+def read_results_of(kind: type[L], path: Path | str) -> Results[L]:
+    """Read a results file whose layers have records of one kind.
+
+    Args:
+        kind: The class of record that is needed, such as ``Spectrum``.
+        path: The file.
+
+    Raises:
+        InputError: It cannot be read, or holds records of another command.
+    """
+    results: Results[L] = read_results(path)
+    wanted = kind.model_fields["record"].default
+    if any(not isinstance(record, kind) for record in results) or (
+        not results.layers and results.run.command != wanted
+    ):
+        raise InputError(
+            f"{path}: holds the results of loradiag {results.run.command}; {wanted} records are needed here"
+        )
+    return results

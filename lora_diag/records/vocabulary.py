@@ -1,0 +1,67 @@
+"""What the records of several features are made of: rounding, truncation errors, principal angles, metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Literal
+
+from lora_diag.records.base import Record, Share
+
+
+class Tail(Record):
+    """Eckart–Young errors of the best rank-r approximation: √Σ_{i>r}σ_i² and σ_{r+1} (null if it was not computed)."""
+
+    fro: float
+    spectral: float | None
+
+
+class Resolution(Record):
+    """What the files' rounding lets one see of ΔW.
+
+    Args:
+        unchanged: Share of the entries that are bit-identical on both sides; null for an adapter, which has no sides.
+        mantissa: Mantissa bits that the stored values of base and tuned really use; null for an adapter.
+        rounding_fro: Bound on ‖E‖_F, the norm of the rounding error of ΔW; by Mirsky Σ(σ_i − σ̂_i)² ≤ ‖E‖_F².
+        noise_fro: Expected ‖E‖_F if E behaves like noise.
+        edge: Where the singular values of such noise end.
+        signal_rank: Singular values above the edge; null if all that were kept are and there are more.
+        verdict: Whether the files can show this update.
+    """
+
+    unchanged: Share | None
+    mantissa: tuple[int, int] | None
+    rounding_fro: float
+    noise_fro: float
+    edge: float
+    signal_rank: int | None
+    verdict: Literal["resolved", "floor-limited", "unresolved"]
+
+
+class Agreement(Record):
+    """Principal angles between a space of the adapter's update and that of the top k singular vectors of D.
+
+    Args:
+        cosines: Of the principal angles, descending, min(k, rank of X) of them.
+        overlap: Mean of their squares: 1 for the same space, 0 for orthogonal ones.
+        random: What ``overlap`` is on average for a random space: k/m for column spaces, k/n for row spaces.
+    """
+
+    cosines: tuple[float, ...]
+    overlap: Share
+    random: Share
+
+
+Metric = Literal["weights", "data", "kfac"]
+
+# What ‖ΔW‖ and ‖W‖ are called in each metric, and it itself.
+NORMS = {
+    "weights": ("‖ΔW‖", "‖W‖"),
+    "data": ("‖ΔW·C^½‖", "‖W·C^½‖"),
+    "kfac": ("‖G^½·ΔW·C^½‖", "‖G^½·W·C^½‖"),
+}
+METRIC_NAMES = {"weights": "the weights' metric", "data": "the data's metric", "kfac": "K-FAC's metric"}
+
+
+def metric_of(records: Iterable[object]) -> Metric:
+    """Return the metric of the spectra among some records of one run, which mixes none; ``weights`` without any."""
+    return next((record.metric for record in records if getattr(record, "record", "") == "spectrum"), "weights")  # type: ignore[attr-defined]

@@ -5,7 +5,7 @@ import signal
 import sys
 from types import FrameType
 
-# As in ``cli/main.py``, which is not imported yet.
+# As in ``cli/app.py``, which is not imported yet.
 INTERRUPTED = 130
 
 

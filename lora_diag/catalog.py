@@ -12,13 +12,15 @@ from functools import cache, partial
 from importlib import import_module
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from lora_diag.errors import InputError
 from lora_diag.feature import Feature, Figure
-from lora_diag.records import LayerRecord, Record, Results, reading
 
-L = TypeVar("L", bound=LayerRecord)
+if TYPE_CHECKING:  # pydantic comes with it: not before records are read
+    from lora_diag.records import LayerRecord, Record, Results
+
+L = TypeVar("L", bound="LayerRecord")
 
 _LOG = logging.getLogger(__name__)
 
@@ -128,8 +130,10 @@ def read_results(path: Path | str) -> Results[Any]:
         InputError: It is no results file, is damaged, holds several runs, or its schema is newer than this version of
             loradiag.
     """
+    from lora_diag.records.reading import read_results as read
+
     record_kinds()
-    return reading.read_results(path)
+    return read(path)
 
 
 def read_results_of(kind: type[L], path: Path | str) -> Results[L]:

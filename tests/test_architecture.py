@@ -1,4 +1,4 @@
-"""The table of imports in docs/architecture.md, enforced; and what starting up may cost."""
+"""The import rules of docs/architecture.md, enforced; and what starting up may cost."""
 
 import ast
 import os
@@ -8,104 +8,180 @@ from pathlib import Path
 
 import pytest
 
+from lora_diag import catalog
+
 PACKAGE = Path(__file__).parents[1] / "lora_diag"
 
-# Room -> the rooms it may import. ``errors``, ``files`` and ``version`` are open to all.
-ALLOWED = {
+# Ground package -> the ground packages it may import. ``errors``, ``files`` and ``version`` are open to all.
+GROUND = {
     "errors": set(),
     "files": set(),
     "version": set(),
+    "feature": set(),
     "checkpoints": set(),
-    "results": set(),
+    "records": set(),
     "linalg": set(),
     "metrics": set(),
-    "deltas": {"checkpoints", "results"},
-    "adapters": {"checkpoints", "deltas", "results"},
+    "deltas": {"checkpoints", "records"},
+    "adapters": {"checkpoints", "deltas", "records"},
     "gradients": {"adapters", "checkpoints", "deltas"},
-    "diagnostics": {"deltas", "gradients", "linalg", "metrics", "results"},
-    "engines": {"checkpoints", "diagnostics", "results"},
-    "planning": {"results", "metrics"},
-    "gating": {"results", "metrics"},
-    "plots": {"planning", "results", "metrics"},
-    "reports": {"gating", "planning", "plots", "results", "metrics"},
-    "training": {"adapters", "checkpoints", "deltas", "diagnostics", "linalg", "results"},
-    "api": {
+    "layers": {"deltas", "linalg", "metrics", "records"},
+    "models": {"adapters", "checkpoints", "deltas", "layers", "linalg", "records"},
+    "rendering": {"metrics", "records"},
+    "running": {
         "adapters",
         "checkpoints",
         "deltas",
-        "diagnostics",
-        "engines",
-        "gating",
         "gradients",
+        "layers",
         "linalg",
-        "planning",
-        "plots",
-        "reports",
-        "results",
-        "training",
+        "models",
+        "records",
+        "rendering",
     },
-    "cli": {"api", "results", "reports"},
-    "__init__": {"api", "engines", "results"},
-    "__main__": {"cli"},
+}
+OPEN = {"errors", "files", "version"}
+
+# Folders of features; each folder in them is one.
+FEATURES = {"diagnostics", "probes", "decisions"}
+# Features that show or judge the records of any others.
+READERS = {"reports", "plots", "inspection"}
+
+# Feature -> the other features that it may import. A written list: it should shrink.
+BETWEEN = {
+    "decisions.allocate": {"probes.sensitivity"},
+    "decisions.extract": {"decisions.allocate", "diagnostics.spectrum"},
+    "decisions.gate": {"diagnostics.residual", "diagnostics.spectrum"},
+    "diagnostics.fleet": set(),
+    "diagnostics.interference": {"diagnostics.spectrum"},
+    "diagnostics.spectrum": {"diagnostics.fleet"},
+    "probes.curvature": {"probes.truncation"},
+    "probes.fisher": {"probes.truncation"},
+    "probes.intrinsic": {"probes.truncation"},
+    "probes.outputs": {"probes.truncation"},
+    "probes.sensitivity": {"diagnostics.spectrum", "probes.truncation"},
+    "probes.sweep": {"probes.truncation"},
 }
 
-# Library -> the rooms that may import it.
+# Library -> the packages that may import it, or the names of files in features.
 LIBRARIES = {
-    "torch": {"checkpoints", "deltas", "gradients", "adapters", "linalg", "diagnostics", "engines", "training"},
-    "numpy": {"metrics", "diagnostics", "planning", "plots"},
-    "scipy": {"metrics", "linalg", "planning"},
-    "matplotlib": {"plots"},
+    "click": set(),
+    "typer": {"cli", "command.py"},
+    "rich": {"cli", "rendering", "summary.py", "table.py", "policies_table.py", "command.py"},
+    "matplotlib": {"rendering", "plots", "figures.py"},
     "jinja2": {"reports"},
     "plotly": {"reports"},
-    "transformers": {"training"},
-    "peft": {"training"},
-    "accelerate": {"training"},
-    "datasets": {"training"},
-    "curvlinops": set(),
+    "torch": {"checkpoints", "deltas", "gradients", "adapters", "layers", "linalg", "models", "running", *FEATURES},
+    "transformers": {"models", *FEATURES},
+    "peft": {"models", *FEATURES},
+    "accelerate": {"models", *FEATURES},
+    "datasets": {"models"},
+    "ray": {"running"},
     "fsspec": {"checkpoints"},
-    "ray": {"engines"},
-    "pydantic": {"results"},
-    "rich": {"reports", "cli"},
-    "typer": {"cli"},
-    "pandas": {"reports", "results"},
     "huggingface_hub": {"checkpoints"},
-    "safetensors": set(),
-    "click": set(),
     "pickle": {"checkpoints"},
+    "pydantic": {"records", "record.py"},
 }
 
 
-def imports() -> list[tuple[str, str, str]]:
-    """Return (room, file, imported module) for every import statement of the package."""
+def unit_of(parts: tuple[str, ...]) -> str:
+    """Return the ground package or the feature that a module belongs to."""
+    return ".".join(parts[:2]) if parts[0] in FEATURES and len(parts) > 1 else parts[0].removesuffix(".py")
+
+
+def imports() -> list[tuple[str, Path, str]]:
+    """Return (unit, file, imported module) for every import statement of the package."""
     found = []
     for file in sorted(PACKAGE.rglob("*.py")):
         relative = file.relative_to(PACKAGE)
-        room = relative.parts[0].removesuffix(".py")
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, ast.Import):
-                found += [(room, str(relative), alias.name) for alias in node.names]
+                found += [(unit_of(relative.parts), relative, alias.name) for alias in node.names]
             elif isinstance(node, ast.ImportFrom):
                 assert node.level == 0, f"{relative}: write imports in full"
-                found.append((room, str(relative), node.module or ""))
+                found.append((unit_of(relative.parts), relative, node.module or ""))
     return found
 
 
-def test_every_room_has_its_rule():
-    rooms = {path.name.removesuffix(".py") for path in PACKAGE.iterdir() if path.suffix == ".py" or path.is_dir()}
-    assert rooms - {"__pycache__", "py.typed"} == set(ALLOWED)
+def allowed(unit: str, module: str) -> bool:
+    """Return whether a unit may import a module of the package."""
+    other = unit_of(tuple(module.split(".")[1:]))
+    if other in OPEN or unit == other or unit in {"__init__", "__main__", "cli"}:
+        return True
+    if unit in GROUND:
+        return other in GROUND[unit]
+    if unit == "catalog":
+        return other in {"feature", "records"}
+    if other in GROUND or other in FEATURES or (other == "cli" and unit not in GROUND):
+        return True
+    if other in {"feature", "catalog"}:
+        return True
+    if unit.startswith("decisions.") and (
+        module.endswith(".record") or other in {"decisions.memory", "decisions.targets"}
+    ):
+        return True  # a decision reads the records of any feature
+    return unit in READERS or other in BETWEEN.get(unit, set())
 
 
-def test_a_room_imports_only_what_its_rule_allows():
+def test_every_unit_has_its_rule():
+    units = {path.name.removesuffix(".py") for path in PACKAGE.iterdir() if path.suffix == ".py" or path.is_dir()}
+    known = {*GROUND, *FEATURES, *READERS, "catalog", "cli", "__init__", "__main__", "py.typed", "__pycache__"}
+    assert units <= known
+
+
+def test_every_feature_is_in_the_catalog():
+    folders = {f"{kind}.{path.name}" for kind in FEATURES for path in (PACKAGE / kind).iterdir() if path.is_dir()}
+    named = {feature.package.removeprefix("lora_diag.") for feature in catalog.features()}
+    assert {name for name in folders if not name.endswith("__pycache__")} | READERS <= named
+
+
+def test_a_unit_imports_only_what_its_rule_allows():
     wrong = []
-    for room, file, module in imports():
-        parts = module.split(".")
-        if parts[0] == "lora_diag" and len(parts) > 1:
-            other = parts[1]
-            if other not in {room, "errors", "files", "version"} | ALLOWED[room]:
-                wrong.append(f"{file} imports {module}")
-        elif parts[0] in LIBRARIES and room not in LIBRARIES[parts[0]]:
+    for unit, file, module in imports():
+        parts = tuple(module.split("."))
+        if parts[0] == "lora_diag" and len(parts) > 1 and not allowed(unit, module):
             wrong.append(f"{file} imports {module}")
     assert not wrong, "\n".join(wrong)
+
+
+def test_a_library_is_imported_only_where_its_rule_allows():
+    wrong = []
+    for unit, file, module in imports():
+        places = LIBRARIES.get(module.split(".")[0])
+        if places is not None and not places & {unit.split(".")[0], file.name, _as_figure(file.name)}:
+            wrong.append(f"{file} imports {module}")
+    assert not wrong, "\n".join(wrong)
+
+
+def _as_figure(name: str) -> str:
+    return "figures.py" if name.startswith("figure") else name
+
+
+def test_every_declared_path_can_be_imported():
+    for feature in catalog.features():
+        paths = [*feature.records, *feature.functions, feature.command, feature.table]
+        if feature.section is not None:
+            paths += [feature.section.statements, feature.section.grids]
+        for figure in feature.figures:
+            paths += [figure.draw, figure.lacks, *figure.panels]
+        assert all(callable(feature.load(path)) for path in paths if path)
+
+
+def test_the_package_lists_the_functions_of_the_catalog():
+    """Type checkers and editors read a written list, users the catalog."""
+    import lora_diag
+
+    tree = ast.parse((PACKAGE / "__init__.py").read_text())
+    block = next(node for node in tree.body if isinstance(node, ast.If))
+    written = {(alias.name, node.module) for node in block.body for alias in node.names}
+    own = [feature for feature in catalog.features() if feature.package.startswith("lora_diag.")]
+    declared = {
+        (name, f"{feature.package}{module}")
+        for feature in own
+        for module, _, name in (path.partition(":") for path in feature.functions)
+    }
+    assert written == declared | {(name, module) for name, module in lora_diag._MORE.items()}
+    assert {name for name, _ in written} <= set(dir(lora_diag))
 
 
 def test_only_cli_prints_or_exits():

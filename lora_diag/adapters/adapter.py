@@ -26,7 +26,7 @@ from lora_diag.adapters.vera import is_vera, read_vera
 from lora_diag.checkpoints import Checkpoint
 from lora_diag.deltas import Pairing, natural_order
 from lora_diag.errors import InputError
-from lora_diag.inspection.record import AdaptedWeight
+from lora_diag.records.inventory import AdaptedWeight
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,8 @@
 """The command line: the Typer application, built from the catalog. The only package that prints or exits."""
 
-from lora_diag.cli.main import app, main
 
-__all__ = ["app", "main"]
+def main() -> None:
+    """Run the command line."""
+    from lora_diag.cli.app import main as run  # it imports every command, which import the options of this package
+
+    run()

@@ -10,7 +10,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from lora_diag.inspection.record import Inventory, StoredTensor
+from lora_diag.records.inventory import Inventory, StoredTensor
 from lora_diag.records.names import module_type_of
 from lora_diag.rendering.text import count, safe, to_text
 

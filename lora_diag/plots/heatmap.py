@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 
 from lora_diag.records import LayerRecord
 from lora_diag.records.names import depth_of
+from lora_diag.rendering.figures.axes import panel_axes
 from lora_diag.rendering.figures.fields import metric_said, numbers_of, title_in, value_of, written
 from lora_diag.rendering.figures.groups import Types
-from lora_diag.rendering.figures.panel import panel_axes
 from lora_diag.rendering.figures.series import Options, Series
 from lora_diag.rendering.figures.sheet import Key, Words, sheet
 from lora_diag.rendering.figures.style import (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Literal
+from typing import Any, Literal
 
 from lora_diag.records.base import Record, Share
 
@@ -62,6 +62,12 @@ NORMS = {
 METRIC_NAMES = {"weights": "the weights' metric", "data": "the data's metric", "kfac": "K-FAC's metric"}
 
 
+def metrics_of(records: Iterable[object]) -> list[Metric]:
+    """Return the metrics of the spectra among some records, each once."""
+    spectra: list[Any] = [record for record in records if getattr(record, "record", "") == "spectrum"]
+    return list(dict.fromkeys(record.metric for record in spectra))
+
+
 def metric_of(records: Iterable[object]) -> Metric:
     """Return the metric of the spectra among some records of one run, which mixes none; ``weights`` without any."""
-    return next((record.metric for record in records if getattr(record, "record", "") == "spectrum"), "weights")  # type: ignore[attr-defined]
+    return next(iter(metrics_of(records)), "weights")

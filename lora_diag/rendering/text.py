@@ -8,8 +8,11 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
 from statistics import median
+from typing import TYPE_CHECKING
 
-from rich.console import Console, RenderableType
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
 
 BARS = "▁▂▃▄▅▆▇█"
 # Where a bar would stand if its value had been computed.
@@ -35,6 +38,8 @@ SHADES = (
 
 def to_text(renderable: RenderableType, width: int, color: bool) -> str:
     """Return what a terminal of ``width`` columns would show, with ANSI colours if ``color``."""
+    from rich.console import Console  # a third of the time that --help takes
+
     buffer = io.StringIO()
     Console(
         file=buffer,

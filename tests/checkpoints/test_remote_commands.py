@@ -11,7 +11,7 @@ import pytest
 
 from lora_diag import read_results, spectrum
 from lora_diag.checkpoints import ranges
-from lora_diag.cli.main import main
+from lora_diag.cli.app import main
 from tests.checkpoints.web import Web, basic
 from tests.conftest import ROOT, Ran
 

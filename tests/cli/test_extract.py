@@ -17,7 +17,7 @@ from tests.oracles import best_approximation
 @pytest.fixture
 def loradiag(monkeypatch, tmp_path, capsys):
     """Run the command in this process: a new one takes two seconds to import torch."""
-    main = importlib.import_module("lora_diag.cli.main")
+    main = importlib.import_module("lora_diag.cli.app")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "80")
 

@@ -60,7 +60,7 @@ def test_ctrl_c_names_resume_where_the_command_has_it(monkeypatch, capsys, words
     def interrupted(**_):
         raise KeyboardInterrupt
 
-    module = sys.modules["lora_diag.cli.main"]
+    module = sys.modules["lora_diag.cli.app"]
     monkeypatch.setattr(module, "app", interrupted)
     monkeypatch.setattr(sys, "argv", ["loradiag", *words])
     with pytest.raises(SystemExit) as stop:

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_diag.catalog import read_results
-from lora_diag.cli.main import _run
+from lora_diag.cli.app import _run
 from lora_diag.errors import LoradiagError
 from tests.robustness.kinds import prepare
 

@@ -83,7 +83,7 @@ def allocate(
         chosen = (params, total_rank, memory, energy, match, max_rank, ranks_from, target, exclude, weights, check)
         if any(one is not None for one in chosen) or min_rank or relative:
             raise UsageError("--policies: shows what several rules give every layer; leave out budgets and limits")
-        from lora_diag.decisions.allocate.policies_summary import policies_table
+        from lora_diag.decisions.allocate.policies_table import policies_table
 
         found = rank_table(results, allow_unfinished)
         for row in found if json else ():

@@ -13,7 +13,7 @@ from matplotlib.ticker import LogLocator, NullFormatter
 
 from lora_diag.diagnostics.fleet.record import Fleet
 from lora_diag.metrics.fleet import USED, Oddity, oddities, rarest_first
-from lora_diag.rendering.figures.panel import panel_axes
+from lora_diag.rendering.figures.axes import panel_axes
 from lora_diag.rendering.figures.series import Options, Series
 from lora_diag.rendering.figures.sheet import Key, Words, sheet
 from lora_diag.rendering.figures.style import (

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from lora_diag.diagnostics.interference.record import Interference
 from lora_diag.metrics.angles import random_angles
 from lora_diag.records import Agreement
-from lora_diag.rendering.figures.panel import panel_axes
+from lora_diag.rendering.figures.axes import panel_axes
 from lora_diag.rendering.figures.series import Options, Series, by_pair, rank_absent
 from lora_diag.rendering.figures.sheet import Key, Words, sheet
 from lora_diag.rendering.figures.style import CATEGORIES, INK, Look, category, styled

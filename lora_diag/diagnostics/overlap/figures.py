@@ -15,8 +15,8 @@ from matplotlib.ticker import FixedLocator, MaxNLocator
 from numpy.typing import NDArray
 
 from lora_diag.diagnostics.overlap.record import Overlap
+from lora_diag.rendering.figures.axes import panel_axes
 from lora_diag.rendering.figures.groups import Types
-from lora_diag.rendering.figures.panel import panel_axes
 from lora_diag.rendering.figures.series import Options, Series, rank_absent
 from lora_diag.rendering.figures.sheet import MAX_PANELS, Key, Words, finish_grid, grid_of, sheet
 from lora_diag.rendering.figures.style import CATEGORIES, INK, QUIET, Look, category, cropped_all, styled, width_of

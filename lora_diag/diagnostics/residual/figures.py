@@ -17,8 +17,8 @@ from matplotlib.ticker import MaxNLocator
 
 from lora_diag.diagnostics.residual.record import Residual
 from lora_diag.errors import UsageError
+from lora_diag.rendering.figures.axes import panel_axes
 from lora_diag.rendering.figures.groups import Types
-from lora_diag.rendering.figures.panel import panel_axes
 from lora_diag.rendering.figures.series import Options, Series, by_adapter
 from lora_diag.rendering.figures.sheet import Key, Words, sheet
 from lora_diag.rendering.figures.strip import Slot, label_height, slot_axis, slots

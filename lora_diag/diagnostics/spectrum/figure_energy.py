@@ -9,12 +9,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
+from lora_diag.diagnostics.spectrum.curves import MARKED, Quantity
+from lora_diag.diagnostics.spectrum.figure_multiples import small_multiples
+from lora_diag.diagnostics.spectrum.figure_panel import draw_series
 from lora_diag.diagnostics.spectrum.record import Spectrum
 from lora_diag.metrics import energy_curve
-from lora_diag.rendering.figures.curves import MARKED, Quantity
+from lora_diag.rendering.figures.axes import panel_axes
 from lora_diag.rendering.figures.fields import changes_of
-from lora_diag.rendering.figures.multiples import small_multiples
-from lora_diag.rendering.figures.panel import draw_series, panel_axes
 from lora_diag.rendering.figures.series import Options, Series
 from lora_diag.rendering.figures.style import Look, styled
 

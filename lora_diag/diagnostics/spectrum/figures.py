@@ -11,12 +11,13 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from numpy.typing import NDArray
 
+from lora_diag.diagnostics.spectrum.curves import MARKED, Quantity, resolved_to
+from lora_diag.diagnostics.spectrum.figure_multiples import small_multiples
+from lora_diag.diagnostics.spectrum.figure_panel import draw_series
 from lora_diag.diagnostics.spectrum.record import Spectrum
 from lora_diag.records.vocabulary import METRIC_NAMES
-from lora_diag.rendering.figures.curves import MARKED, Quantity, resolved_to
+from lora_diag.rendering.figures.axes import panel_axes
 from lora_diag.rendering.figures.fields import changes_of
-from lora_diag.rendering.figures.multiples import small_multiples
-from lora_diag.rendering.figures.panel import draw_series, panel_axes
 from lora_diag.rendering.figures.series import Options, Series
 from lora_diag.rendering.figures.sheet import Key
 from lora_diag.rendering.figures.style import INK, Look, log_label, styled

@@ -14,8 +14,8 @@ from lora_diag.probes.fisher.correlations import PREDICTORS, Correlations, corre
 from lora_diag.probes.fisher.record import Fisher
 from lora_diag.records import Results
 from lora_diag.records.names import module_type_of
+from lora_diag.rendering.figures.axes import panel_axes, rank_axis
 from lora_diag.rendering.figures.losses import loss_axis, measured_axis, panel_width, panels_of
-from lora_diag.rendering.figures.panel import panel_axes, rank_axis
 from lora_diag.rendering.figures.series import Options, Series, owner_of, subject_of
 from lora_diag.rendering.figures.sheet import Key, Words, sheet
 from lora_diag.rendering.figures.style import (

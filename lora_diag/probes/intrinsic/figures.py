@@ -13,8 +13,8 @@ from matplotlib.ticker import LogLocator, NullFormatter, PercentFormatter
 from lora_diag.probes.intrinsic.lines import Line, lines, reached
 from lora_diag.probes.intrinsic.record import Intrinsic
 from lora_diag.records import Results
+from lora_diag.rendering.figures.axes import panel_axes
 from lora_diag.rendering.figures.losses import GROUND, levels, limits, loss_axis, panel_width, panels_of, sets_of
-from lora_diag.rendering.figures.panel import panel_axes
 from lora_diag.rendering.figures.series import Options, Series, subject_of
 from lora_diag.rendering.figures.sheet import Key, Words, sheet
 from lora_diag.rendering.figures.style import CATEGORIES, INK, QUIET, Look, category, log_label, styled, wrapped

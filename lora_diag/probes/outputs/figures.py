@@ -12,8 +12,8 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from lora_diag.records import Probe, Results
+from lora_diag.rendering.figures.axes import panel_axes
 from lora_diag.rendering.figures.losses import limits, one_set, panel_width, panels_of, sets_of
-from lora_diag.rendering.figures.panel import panel_axes
 from lora_diag.rendering.figures.ranked import Row, draw_rows, figure_of
 from lora_diag.rendering.figures.series import Options, Series, owner_of, subject_of
 from lora_diag.rendering.figures.sheet import Key, Words, sheet

@@ -11,8 +11,8 @@ from matplotlib.figure import Figure
 from lora_diag.probes.sensitivity.gains import gains_of
 from lora_diag.probes.sensitivity.record import Sensitivity
 from lora_diag.records import Results
+from lora_diag.rendering.figures.axes import panel_axes
 from lora_diag.rendering.figures.losses import sets_of
-from lora_diag.rendering.figures.panel import panel_axes
 from lora_diag.rendering.figures.ranked import Row, draw_rows, figure_of
 from lora_diag.rendering.figures.series import Options, Series, owner_of, subject_of
 from lora_diag.rendering.figures.sheet import Words

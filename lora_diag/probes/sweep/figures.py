@@ -14,6 +14,7 @@ from matplotlib.patches import Patch
 from lora_diag.probes.sweep.verdict import AtRank, SweepVerdict, best_rates, by_rank, judge
 from lora_diag.records import Probe, Results
 from lora_diag.records.probe import Subject
+from lora_diag.rendering.figures.axes import panel_axes
 from lora_diag.rendering.figures.losses import (
     levels,
     limits,
@@ -24,7 +25,6 @@ from lora_diag.rendering.figures.losses import (
     probes,
     sets_of,
 )
-from lora_diag.rendering.figures.panel import panel_axes
 from lora_diag.rendering.figures.series import Options, Series, subject_of
 from lora_diag.rendering.figures.sheet import Key, Words, sheet
 from lora_diag.rendering.figures.style import FLOOR, INK, QUIET, Look, category, styled, wrapped

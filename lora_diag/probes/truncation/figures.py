@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from lora_diag.records import Probe, Results
+from lora_diag.rendering.figures.axes import panel_axes
 from lora_diag.rendering.figures.losses import (
     levels,
     limits,
@@ -21,7 +22,6 @@ from lora_diag.rendering.figures.losses import (
     panels_of,
     sets_of,
 )
-from lora_diag.rendering.figures.panel import panel_axes
 from lora_diag.rendering.figures.series import Options, Series, subject_of
 from lora_diag.rendering.figures.sheet import Key, Words, sheet
 from lora_diag.rendering.figures.style import CATEGORIES, INK, QUIET, Look, category, styled, wrapped

@@ -6,10 +6,9 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
-from lora_diag.diagnostics.spectrum.record import Spectrum
 from lora_diag.records import LayerRecord
 from lora_diag.records.base import Record
-from lora_diag.records.vocabulary import METRIC_NAMES, NORMS
+from lora_diag.records.vocabulary import METRIC_NAMES, NORMS, metrics_of
 
 # How fields are called; what is not here keeps its own name.
 _NAMES = {
@@ -43,14 +42,13 @@ _OF_ENERGY = ("energy.", "rank_at.", "tail.", "effective_rank")
 
 def changes_of(records: Iterable[LayerRecord]) -> str:
     """Return what the values of spectra are of: ``ΔW``, or in another metric ``ΔW·C^½``; of several, all of them."""
-    found = dict.fromkeys(record.metric for record in records if isinstance(record, Spectrum))
-    return " and ".join(NORMS[metric][0].strip("‖") for metric in found) or "ΔW"
+    return " and ".join(NORMS[metric][0].strip("‖") for metric in metrics_of(records)) or "ΔW"
 
 
 def metric_said(records: Iterable[LayerRecord]) -> str:
     """Return words to put behind what all records are, in another metric than the weights'."""
-    found = {record.metric for record in records if isinstance(record, Spectrum)} or {"weights"}
-    return f", in {METRIC_NAMES[found.pop()]}" if len(found) == 1 and found != {"weights"} else ""
+    found = metrics_of(records)
+    return f", in {METRIC_NAMES[found[0]]}" if len(found) == 1 and found != ["weights"] else ""
 
 
 def title_in(field: str, records: Iterable[LayerRecord]) -> str:

@@ -3,19 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, MaxNLocator, NullFormatter, NullLocator
 
-from lora_diag.probes.intrinsic.record import Intrinsic
-from lora_diag.probes.sensitivity.record import Sensitivity
 from lora_diag.records import Probe, Results
 from lora_diag.rendering.figures.style import INK, Look, name_of, width_of
 
 # What a line of text takes of a panel's height.
 TEXT = 0.13
+
+
+class OnSet(Protocol):
+    """A record of one evaluation set."""
+
+    @property
+    def set(self) -> str:
+        """The set's name."""
+        ...
+
+    @property
+    def shifted(self) -> bool:
+        """Whether the user named it as shifted."""
+        ...
 
 
 def probes(results: Results[Any] | Iterable[Any], probe: str) -> tuple[Probe, ...]:
@@ -24,7 +36,7 @@ def probes(results: Results[Any] | Iterable[Any], probe: str) -> tuple[Probe, ..
     return tuple(record for record in records if isinstance(record, Probe) and record.probe == probe)
 
 
-def sets_of(records: Iterable[Probe | Sensitivity | Intrinsic]) -> dict[str, str]:
+def sets_of(records: Iterable[OnSet]) -> dict[str, str]:
     """Return the evaluation sets in the order of the run, each with what it is called in a figure."""
     found: dict[str, str] = {}
     for record in records:

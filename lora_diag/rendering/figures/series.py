@@ -8,14 +8,14 @@ from dataclasses import dataclass, replace
 from pathlib import PurePath
 from typing import Any, Generic, TypeVar
 
-from lora_diag.decisions.allocate.record import Certificate
-from lora_diag.decisions.gate.record import Verdict
-from lora_diag.diagnostics.spectrum.record import Spectrum
 from lora_diag.records import LayerRecord, Probe, Results, Run, WholeRecord
 from lora_diag.records.vocabulary import METRIC_NAMES, metric_of
 from lora_diag.rendering.figures.style import name_of
 
 R = TypeVar("R", bound=LayerRecord | WholeRecord)
+
+# Kinds of records of a whole run that no figure is made of.
+_NOT_DRAWN = {"certificate", "verdict"}
 
 # Roles of inputs that are texts or stand for one; what a run is of are the models.
 _TEXTS = {"data", "eval", "shifted", "activations"}
@@ -48,7 +48,7 @@ class Options:
 
 def series_of(results: Sequence[Results[Any]], labels: Sequence[str] = ()) -> tuple[Series[Any], ...]:
     """Return one series a results file and kind of record in it, named as asked or by what was compared."""
-    metrics = [metric_of(one) if any(isinstance(r, Spectrum) for r in one) else "" for one in results]
+    metrics = [metric_of(one) if any(r.record == "spectrum" for r in one) else "" for one in results]
     if len({*metrics} - {""}) > 1:
         own = {
             metric: _named([r.run for r, m in zip(results, metrics, strict=True) if m == metric]) for metric in metrics
@@ -67,7 +67,7 @@ def series_of(results: Sequence[Results[Any]], labels: Sequence[str] = ()) -> tu
 
 def drawn(results: Results[Any]) -> tuple[Any, ...]:
     """Return the records that figures are made of: those of layers, and those of probes."""
-    return (*results.layers, *(one for one in results.whole if not isinstance(one, Certificate | Verdict)))
+    return (*results.layers, *(one for one in results.whole if one.record not in _NOT_DRAWN))
 
 
 def kind_of(record: LayerRecord | WholeRecord) -> str:

@@ -110,7 +110,7 @@ def run_local(
     pending: deque[Future[Record]] = deque()
     running: dict[Future[Record], int] = {}
     before = torch.get_num_threads()
-    pool = ThreadPoolExecutor(max_workers=most, thread_name_prefix="layer")  # a name that cli/main.py knows
+    pool = ThreadPoolExecutor(max_workers=most, thread_name_prefix="layer")  # a name that cli/app.py knows
     patient = True
     try:
         for task in tasks:

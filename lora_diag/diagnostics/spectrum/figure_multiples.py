@@ -11,11 +11,11 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
+from lora_diag.diagnostics.spectrum.curves import MARKED, Quantity, has_floor, largest_rank
+from lora_diag.diagnostics.spectrum.figure_panel import draw_series
 from lora_diag.diagnostics.spectrum.record import Spectrum
-from lora_diag.rendering.figures.curves import MARKED, Quantity, has_floor, largest_rank
 from lora_diag.rendering.figures.fields import changes_of, metric_said
 from lora_diag.rendering.figures.groups import Types, by_depth, deepest
-from lora_diag.rendering.figures.panel import draw_series
 from lora_diag.rendering.figures.series import Series, owner_of
 from lora_diag.rendering.figures.sheet import MAX_PANELS, Key, Words, depth_bar, finish_grid, grid_of, sheet
 from lora_diag.rendering.figures.style import FLOOR, INK, Look, category, cropped_all

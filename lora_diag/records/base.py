@@ -6,10 +6,12 @@ update, a rank beyond the values kept) is null, never NaN.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict
+
+from lora_diag.records.shown import Shown
 
 SCHEMA = 1
 
@@ -54,7 +56,18 @@ class Record(BaseModel):
 
 
 class LayerRecord(Record):
-    """What a diagnostic measured of one layer; in a fleet, of one adapter."""
+    """What a diagnostic measured of one layer; in a fleet, of one adapter.
+
+    Attributes:
+        shown: How its values are shown, in the order of a table.
+    """
+
+    shown: ClassVar[tuple[Shown, ...]] = ()
+
+    @classmethod
+    def shown_of(cls, settings: Mapping[str, Any], records: Sequence[Any]) -> tuple[Shown, ...]:
+        """Return how a run's records are shown, where that depends on what was asked for."""
+        return cls.shown
 
     if TYPE_CHECKING:
 

@@ -10,25 +10,19 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from lora_diag.decisions.allocate.record import Allocation
+from lora_diag.catalog import record_kinds
 from lora_diag.decisions.gate.record import Status
 from lora_diag.decisions.gate.summary import WORST_FIRST
 from lora_diag.diagnostics.fleet.record import Fleet
-from lora_diag.diagnostics.interference.record import Union
-from lora_diag.diagnostics.intruders.record import Intruders
 from lora_diag.diagnostics.overlap.record import Overlap
 from lora_diag.diagnostics.overlap.tracks import tracks
 from lora_diag.diagnostics.residual.record import Residual
-from lora_diag.diagnostics.residual.summary import limits_of
 from lora_diag.diagnostics.spectrum.record import Spectrum
-from lora_diag.diagnostics.verify_merge.record import Merge
-from lora_diag.diagnostics.verify_merge.summary import ORDER
-from lora_diag.metrics import pooled
-from lora_diag.records.vocabulary import METRIC_NAMES, NORMS, metric_of
+from lora_diag.records import LayerRecord
+from lora_diag.records.shown import Shown, Value
+from lora_diag.records.vocabulary import metric_of
 from lora_diag.reports.evidence import Evidence, Source
-from lora_diag.reports.subject import EPSILON, labels
-
-Value = float | int | str | None
+from lora_diag.reports.subject import labels
 
 # What tells columns in another metric than the weights' from those in it.
 _METRIC = {"data": "data", "kfac": "K-FAC"}
@@ -65,19 +59,6 @@ class Field:
         return not any(isinstance(value, str) for value in self.values)
 
 
-@dataclass(frozen=True, slots=True)
-class _Kind:
-    """A column that every run of one command has: id, title, what it is, and how a record gives it."""
-
-    id: str
-    title: str
-    about: str
-    value: Callable[[Any], Value]
-    share: bool = False
-    main: bool = False
-    together: Callable[[Sequence[Any]], Value] | None = None
-
-
 def layers_of(evidence: Evidence) -> tuple[str, ...]:
     """Return the names of all layers of all runs, each once, in the order of the files; an adapter is none."""
     return tuple(
@@ -93,7 +74,7 @@ def fields_of(evidence: Evidence, layers: Sequence[str]) -> list[Field]:
         *_spectrum_fields(evidence, layers),
         *_residual_fields(evidence, layers),
         *_overlap_fields(evidence, layers),
-        *_plain_fields(evidence, layers),
+        *_other_fields(evidence, layers),
         *_gate_fields(evidence, layers),
     ]
     return [field for field in found if any(value is not None for value in field.values)]
@@ -103,65 +84,11 @@ def _spectrum_fields(evidence: Evidence, layers: Sequence[str]) -> Iterable[Fiel
     sources = list(evidence.of(Spectrum))
     for place, source in enumerate(sources):
         records = {record.layer: record for record in source.results if isinstance(record, Spectrum)}
-        kinds = _spectrum_kinds(source)
+        shown = Spectrum.shown_of(source.results.run.settings, source.results.layers)
         if evidence.update is not None and source is not evidence.update:
-            kinds = [replace(kind, main=False) for kind in kinds]
-        metric = metric_of(source.results)
-        group = filter(None, (_group(sources, source), _METRIC.get(metric)))
-        yield from _columns(f"s{place}", ", ".join(group), kinds, records, layers)
-
-
-def _spectrum_kinds(source: Source) -> list[_Kind]:
-    metric = metric_of(source.results)
-    update, weights = NORMS[metric]
-    of = "" if metric == "weights" else f" in {METRIC_NAMES[metric]}, {update}"
-    ranks = source.results.run.settings["ranks"]
-    return [
-        _Kind("relative", f"{update}/{weights}",
-              f"Frobenius norm of the update over that of the base weight (computed){of}",
-              lambda r: r.relative, main=True),
-        _Kind("fro", update, f"Frobenius norm of the update{of}", lambda r: r.fro),
-        *(_energy(rank, of, main=rank in {8, 16, 64} or len(ranks) < 4) for rank in ranks),
-        _Kind("r90", "r@90%", f"smallest rank that keeps 90% of the energy{of}; empty beyond the values kept",
-              lambda r: r.rank_at["0.9"], main=True),
-        _Kind("r95", "r@95%", f"smallest rank that keeps 95% of the energy{of}", lambda r: r.rank_at["0.95"]),
-        _Kind("r99", "r@99%", f"smallest rank that keeps 99% of the energy{of}; the first to count rounding noise",
-              lambda r: r.rank_at["0.99"]),
-        _Kind("stable", "stable rank", f"{update}_F²/σ_1²", lambda r: r.stable_rank),
-        _Kind("effective", "effective rank", f"exp of the entropy of σ_i²/Σσ²{of}", lambda r: r.effective_rank),
-        _Kind("signal", "signal", "singular values above the rounding noise of the files",
-              lambda r: r.resolution.signal_rank, main=True),
-        _Kind("unchanged", "unchanged", "share of the entries that are bit-identical in both files",
-              lambda r: r.resolution.unchanged, share=True),
-        _Kind("verdict", "files", "whether the files can show this update", lambda r: r.resolution.verdict, main=True),
-    ]  # fmt: skip
-
-
-def _energy(rank: int, of: str, main: bool) -> _Kind:
-    about = (
-        f"share of the energy Σσ²{of} in the {rank} largest singular values: the most a rank-{rank} update could carry"
-    )
-    return _Kind(f"c{rank}", f"C({rank})", about, lambda r: r.energy[str(rank)], share=True, main=main)
-
-
-_RESIDUAL = (
-    _Kind("rank", "rank", "columns of the adapter's factors; 0 where it leaves the layer alone", lambda r: r.rank),
-    _Kind("epsilon", "ε", f"‖ΔW − X‖/‖ΔW‖. {EPSILON}", lambda r: r.epsilon, main=True,
-          together=lambda rs: pooled(rs).epsilon),
-    _Kind("floor", "ε floor", "√(1 − C(r)): the smallest ε that any update of this rank has", lambda r: r.epsilon_min,
-          main=True, together=lambda rs: pooled(rs).epsilon_min if _ranked(rs) else None),
-    _Kind("excess", "excess", "ε² − floor²: what direction and scale cost", lambda r: r.excess),
-    _Kind("cosine", "cosine", "of the angle between the adapter's update and the full one", lambda r: r.cosine,
-          main=True, together=lambda rs: pooled(rs).cosine),
-    _Kind("ratio", "‖X‖/‖ΔW‖", "norm of the adapter's update over that of the full one", lambda r: r.norm_ratio),
-    _Kind("scale", "best scale", "factor by which the adapter would come nearest", lambda r: r.best_scale),
-    _Kind("limit", "limited by", "what ε is mostly made of", lambda r: r.limited_by, main=True, together=limits_of),
-)  # fmt: skip
-
-
-def _ranked(records: Sequence[Residual]) -> bool:
-    """Whether any rank is known: else there is no floor."""
-    return any(record.epsilon_min is not None for record in records)
+            shown = tuple(replace(one, main=False) for one in shown)
+        group = filter(None, (_group(sources, source), _METRIC.get(metric_of(source.results))))
+        yield from _columns(f"s{place}", ", ".join(group), shown, records, layers)
 
 
 def _residual_fields(evidence: Evidence, layers: Sequence[str]) -> Iterable[Field]:
@@ -170,7 +97,7 @@ def _residual_fields(evidence: Evidence, layers: Sequence[str]) -> Iterable[Fiel
         for record in source.results:
             adapters.setdefault(record.adapter, {}).setdefault(record.layer, record)
     for place, (label, records) in enumerate(zip(labels(list(adapters)), adapters.values(), strict=True)):
-        yield from _columns(f"a{place}", label, _RESIDUAL, records, layers)
+        yield from _columns(f"a{place}", label, Residual.shown, records, layers)
 
 
 def _overlap_fields(evidence: Evidence, layers: Sequence[str]) -> Iterable[Field]:
@@ -180,67 +107,22 @@ def _overlap_fields(evidence: Evidence, layers: Sequence[str]) -> Iterable[Field
         shown = tracks(source.results)
         ranks = sorted({track.rank for track in shown})
         at = f"at the last step, r={ranks[0]}" + (f" to {ranks[-1]}" if len(ranks) > 1 else "")
-        kinds = (
-            _Kind("kappa", "κ", f"‖UᵀGV‖/‖G‖ {at}; direction, not quality", lambda r: r.kappa, share=True, main=True),
-            _Kind("kappa_random", "κ random", "what a random subspace gives", lambda r: r.kappa_random, share=True),
-            _Kind("tangent", "tangent", f"share of ‖G‖ that an adapter there reaches to first order, {at}",
-                  lambda r: r.tangent, share=True, main=True),
-            _Kind("tangent_random", "tangent random", "what a random subspace gives", lambda r: r.tangent_random,
-                  share=True, main=True),
-        )  # fmt: skip
+        columns = tuple(replace(one, about=f"{one.about}; {at}") for one in Overlap.shown)
         records = {track.layer: track.last for track in shown}
-        yield from _columns(f"o{place}", _group(sources, source), kinds, records, layers)
+        yield from _columns(f"o{place}", _group(sources, source), columns, records, layers)
 
 
-_ALLOCATION = (
-    _Kind("rank", "rank given", "by the allocation", lambda r: r.rank, main=True),
-    _Kind("kept", "kept", "share of the layer's energy that this rank can carry", lambda r: r.kept, share=True),
-    _Kind("params", "parameters", "r·(out + in)", lambda r: r.params),
-)
-
-_UNION = (
-    _Kind("sum", "sum r@90%", "rank at which the sum of the updates has 90% of its energy",
-          lambda r: r.spectrum.rank_at["0.9"], main=True),
-    _Kind("additive", "additive", "that over the sum of the updates' own ranks: 1 if every direction is needed",
-          lambda r: r.additive["0.9"], main=True),
-    _Kind("every", "every r@90%", "rank at which the sum, cut to it, keeps 90% of every update; empty if none does",
-          lambda r: r.rank_for_all.get("0.9")),
-    _Kind("ratio", "‖S‖²/Σ‖ΔW‖²", "1 for orthogonal updates, above if they reinforce, below if they cancel",
-          lambda r: r.energy_ratio),
-)  # fmt: skip
-
-_INTRUDERS = (
-    _Kind("count", "intruders", "of the largest directions, those that the base does not have",
-          lambda r: r.intruders, main=True),
-    _Kind("lowest", "similarity", "of the direction that is least like any of the base", lambda r: r.similarity_lowest,
-          share=True),
-)  # fmt: skip
-
-_MERGE = (
-    _Kind("status", "merge", "whether MERGED holds W + ΔW there; of several layers the worst", lambda r: r.status,
-          main=True, together=lambda records: min((r.status for r in records), key=ORDER.index)),
-    _Kind("differing", "differing", "share of the entries that no rounding of W + ΔW explains",
-          lambda r: r.differing_share, share=True, main=True),
-    _Kind("scale", "arrived c", "how much of ΔW arrived: ⟨M − W, ΔW⟩/‖ΔW‖²", lambda r: r.scale, main=True),
-    _Kind("unchanged", "unchanged", "share of the entries with M = W", lambda r: r.unchanged, share=True),
-)  # fmt: skip
-
-
-# Records whose columns are always the same: the first letter of the columns' ids, and the columns.
-_PLAIN: dict[type[Any], tuple[str, tuple[_Kind, ...]]] = {
-    Allocation: ("r", _ALLOCATION),
-    Union: ("u", _UNION),
-    Intruders: ("i", _INTRUDERS),
-    Merge: ("m", _MERGE),
-}
-
-
-def _plain_fields(evidence: Evidence, layers: Sequence[str]) -> Iterable[Field]:
-    for record, (letter, kinds) in _PLAIN.items():
-        sources = list(evidence.of(record))
+def _other_fields(evidence: Evidence, layers: Sequence[str]) -> Iterable[Field]:
+    """Give the columns of every kind of record that has one a layer, as it declares them."""
+    special = (Spectrum, Residual, Overlap)
+    kinds = [kind for kind in record_kinds().values() if issubclass(kind, LayerRecord) and kind not in special]
+    for kind in kinds:
+        sources = list(evidence.of(kind))
         for place, source in enumerate(sources):
-            records = {each.layer: each for each in source.results if isinstance(each, record)}
-            yield from _columns(f"{letter}{place}", _group(sources, source), kinds, records, layers)
+            records = {each.layer: each for each in source.results if isinstance(each, kind)}
+            shown = kind.shown_of(source.results.run.settings, source.results.layers)
+            prefix = f"{kind.model_fields['record'].default}{place}"
+            yield from _columns(prefix, _group(sources, source), shown, records, layers)
 
 
 def _gate_fields(evidence: Evidence, layers: Sequence[str]) -> Iterable[Field]:
@@ -253,12 +135,12 @@ def _gate_fields(evidence: Evidence, layers: Sequence[str]) -> Iterable[Field]:
 
 
 def _columns(
-    prefix: str, group: str, kinds: Iterable[_Kind], records: Mapping[str, Any], layers: Sequence[str]
+    prefix: str, group: str, shown: Iterable[Shown], records: Mapping[str, Any], layers: Sequence[str]
 ) -> Iterable[Field]:
-    for kind in kinds:
-        values = tuple(kind.value(records[layer]) if layer in records else None for layer in layers)
-        together = partial(_together, kind.together, records, layers) if kind.together else None
-        yield Field(f"{prefix}.{kind.id}", kind.title, kind.about, group, values, kind.share, kind.main, together)
+    for one in shown:
+        values = tuple(one.value(records[layer]) if layer in records else None for layer in layers)
+        together = partial(_together, one.pool, records, layers) if one.pool else None
+        yield Field(f"{prefix}.{one.path}", one.title, one.about, group, values, one.share, one.main, together)
 
 
 def _together(

@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 
 from lora_diag.diagnostics.overlap.record import Overlap
 from lora_diag.diagnostics.overlap.tracks import tracks
+from lora_diag.diagnostics.residual.record import EPSILON
 from lora_diag.diagnostics.spectrum.record import Spectrum
 from lora_diag.errors import InputError
 from lora_diag.inspection.tables import table
@@ -28,7 +29,7 @@ from lora_diag.rendering.text import number, safe, short
 from lora_diag.reports.evidence import Evidence, Source
 from lora_diag.reports.fields import Field, fields_of, layers_of
 from lora_diag.reports.several import Section, sections_of
-from lora_diag.reports.subject import ENERGY, EPSILON, Subject, certificates, judged, labels, metrics_said, subject_of
+from lora_diag.reports.subject import ENERGY, Subject, certificates, judged, labels, metrics_said, subject_of
 
 TEMPLATES = Path(__file__).parent / "templates"
 

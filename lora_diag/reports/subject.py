@@ -17,6 +17,7 @@ from lora_diag.decisions.gate.summary import WORST_FIRST
 from lora_diag.diagnostics.overlap.record import Overlap
 from lora_diag.diagnostics.overlap.summary import lines
 from lora_diag.diagnostics.overlap.tracks import tracks
+from lora_diag.diagnostics.residual.record import EPSILON
 from lora_diag.diagnostics.residual.summary import residual_lines
 from lora_diag.diagnostics.spectrum.record import Spectrum
 from lora_diag.diagnostics.spectrum.summary import METRICS, summary_lines
@@ -30,11 +31,6 @@ from lora_diag.reports.several import is_of_losses, named_of, section_kind
 from lora_diag.reports.step import Advice
 from lora_diag.reports.worth import of
 
-# What has to be said wherever ε is shown.
-EPSILON = (
-    "ε is the distance to one full fine-tune, never a quality: on real data it rises with rank while the loss falls, "
-    "and two full fine-tunes from two seeds are ε ≈ 1 apart."
-)
 # What has to be said wherever a rank is advised.
 ENERGY = (
     "Energy says what a rank could carry of this one full fine-tune. An adapter trained at that rank may do better or "

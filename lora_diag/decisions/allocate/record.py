@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from lora_diag.records.base import LayerRecord, Record, Share, WholeRecord
+from lora_diag.records.shown import Shown
 
 CappedBy = Literal["max_rank", "shape", "signal_rank", "values_kept", "ranks_from", "update_rank"]
 Unit = Literal["params", "total_rank", "bytes", "energy"]
@@ -36,6 +37,17 @@ class Allocation(LayerRecord):
             truncating this layer alone to its rank changes the predictions.
     """
 
+    shown: ClassVar[tuple[Shown, ...]] = (
+        Shown("rank", "rank given", "by the allocation", axis="rank r", main=True),
+        Shown(
+            "kept",
+            "kept",
+            "share of the layer's energy that this rank can carry",
+            axis="energy share C(r) kept",
+            share=True,
+        ),
+        Shown("params", "parameters", "r·(out + in)", axis="adapter parameters r (out + in)"),
+    )
     record: Literal["allocation"] = "allocation"
     layer: str
     shape: tuple[int, int]

@@ -6,6 +6,7 @@ from typing import ClassVar, Literal
 
 from lora_diag.diagnostics.spectrum.record import Spectrum
 from lora_diag.records.base import LayerRecord, Record, Share
+from lora_diag.records.shown import Shown
 from lora_diag.records.vocabulary import Agreement, Resolution
 
 Relation = Literal["apart", "share", "reinforce", "cancel", "noise"]
@@ -124,6 +125,35 @@ class Union(LayerRecord):
         recompressed: ‖S − S_r‖_F / ‖S‖_F of the best merge of rank r, PEFT's ``svd``.
     """
 
+    shown: ClassVar[tuple[Shown, ...]] = (
+        Shown(
+            "spectrum.rank_at.0.9", "sum r@90%", "rank at which the sum of the updates has 90% of its energy", main=True
+        ),
+        Shown(
+            "additive.0.9",
+            "additive",
+            "that over the sum of the updates' own ranks: 1 if every direction is needed",
+            axis="rank of the sum over ranks of the updates, at 90%",
+            main=True,
+        ),
+        Shown(
+            "rank_for_all.0.9",
+            "every r@90%",
+            "rank at which the sum, cut to it, keeps 90% of every update; empty if none does",
+        ),
+        Shown(
+            "additive_effective",
+            "additive, effective",
+            "effective rank of the sum over those of the updates",
+            axis="effective rank of the sum over those of the updates",
+        ),
+        Shown(
+            "energy_ratio",
+            "‖S‖²/Σ‖ΔW‖²",
+            "1 for orthogonal updates, above if they reinforce, below if they cancel",
+            axis="‖ΣΔW_k‖² / Σ‖ΔW_k‖²",
+        ),
+    )
     record: Literal["union"] = "union"
     layer: str
     shape: tuple[int, int]

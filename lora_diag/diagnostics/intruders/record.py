@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from lora_diag.records.base import LayerRecord, Record, Share
+from lora_diag.records.shown import Shown
 
 
 class Direction(Record):
@@ -53,6 +54,16 @@ class Intruders(LayerRecord):
         method: What computed the singular vectors of W_base and of W_tuned.
     """
 
+    shown: ClassVar[tuple[Shown, ...]] = (
+        Shown(
+            "intruders",
+            "intruders",
+            "of the largest directions, those that the base does not have",
+            axis="intruder dimensions",
+            main=True,
+        ),
+        Shown("similarity_lowest", "similarity", "of the direction that is least like any of the base", share=True),
+    )
     record: Literal["intruders"] = "intruders"
     layer: str
     shape: tuple[int, int]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import ClassVar, Literal
 
 from lora_diag.records.base import LayerRecord, Share
+from lora_diag.records.shown import Shown
 
 
 class Overlap(LayerRecord):
@@ -33,6 +34,27 @@ class Overlap(LayerRecord):
     """
 
     key: ClassVar[tuple[str, ...]] = ("layer", "step", "rank")
+    shown: ClassVar[tuple[Shown, ...]] = (
+        Shown(
+            "kappa",
+            "κ",
+            "‖UᵀGV‖/‖G‖; direction, not quality",
+            axis="κ = ‖UᵀGV‖_F / ‖G‖_F",
+            share=True,
+            main=True,
+        ),
+        Shown("kappa_random", "κ random", "what a random subspace gives", share=True),
+        Shown(
+            "tangent",
+            "tangent",
+            "share of ‖G‖ that an adapter there reaches to first order",
+            axis="tangent overlap ‖P_T G‖_F / ‖G‖_F",
+            share=True,
+            main=True,
+        ),
+        Shown("tangent_random", "tangent random", "what a random subspace gives", share=True, main=True),
+        Shown("gradient_fro", "‖G‖", "Frobenius norm of the gradient", axis="‖G‖_F of the gradient"),
+    )
     record: Literal["overlap"] = "overlap"
     layer: str
     shape: tuple[int, int]

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Callable, Sequence
 from typing import ClassVar, Literal
 
 from lora_diag.records.base import LayerRecord, Record
+from lora_diag.records.shown import Shown
 from lora_diag.records.vocabulary import Agreement, Resolution
 
 Limit = Literal["rank", "scale", "direction", "not adapted", "exact", "noise"]
+
+
+# What has to be said wherever ε is shown.
+EPSILON = (
+    "ε is the distance to one full fine-tune, never a quality: on real data it rises with rank while the loss falls, "
+    "and two full fine-tunes from two seeds are ε ≈ 1 apart."
+)
 
 
 class Distance(Record):
@@ -36,6 +46,29 @@ class Distance(Record):
     epsilon_best_scale: float | None
 
 
+def limits_of(records: Sequence[Residual]) -> str:
+    """Say what limits several layers: the word, or each with its number of layers where they differ."""
+    counts = Counter(record.limited_by or "-" for record in records)
+    if len(counts) == 1:
+        return next(iter(counts))
+    return ", ".join(f"{word} {number_of}" for word, number_of in counts.most_common())
+
+
+def _pooled(name: str) -> Callable[[Sequence[Residual]], float | None]:
+    def pool(records: Sequence[Residual]) -> float | None:
+        from lora_diag.metrics import pooled  # NumPy comes with it
+
+        value: float | None = getattr(pooled(records), name)
+        return value
+
+    return pool
+
+
+def _pooled_floor(records: Sequence[Residual]) -> float | None:
+    """Return the pooled floor; None where no rank is known."""
+    return _pooled("epsilon_min")(records) if any(record.epsilon_min is not None for record in records) else None
+
+
 class Residual(Distance, LayerRecord):
     """One layer of a full fine-tune D = W_tuned − W_base, and what one adapter makes of it, in the Frobenius norm.
 
@@ -61,6 +94,39 @@ class Residual(Distance, LayerRecord):
     """
 
     key: ClassVar[tuple[str, ...]] = ("layer", "adapter")
+    shown: ClassVar[tuple[Shown, ...]] = (
+        Shown("rank", "rank", "columns of the adapter's factors; 0 where it leaves the layer alone", axis="rank r"),
+        Shown(
+            "epsilon",
+            "ε",
+            f"‖ΔW − X‖/‖ΔW‖. {EPSILON}",
+            axis="ε = ‖ΔW − X‖_F / ‖ΔW‖_F",
+            main=True,
+            pool=_pooled("epsilon"),
+        ),
+        Shown(
+            "epsilon_min",
+            "ε floor",
+            "√(1 − C(r)): the smallest ε that any update of this rank has",
+            axis="ε_min = √(1 − C(r)), least ε at this rank",
+            main=True,
+            pool=_pooled_floor,
+        ),
+        Shown("excess", "excess", "ε² − floor²: what direction and scale cost", axis="excess ε² − ε_min²"),
+        Shown(
+            "cosine",
+            "cosine",
+            "of the angle between the adapter's update and the full one",
+            axis="cosine of the two updates (Frobenius)",
+            main=True,
+            pool=_pooled("cosine"),
+        ),
+        Shown(
+            "norm_ratio", "‖X‖/‖ΔW‖", "norm of the adapter's update over that of the full one", axis="‖X‖_F / ‖ΔW‖_F"
+        ),
+        Shown("best_scale", "best scale", "factor by which the adapter would come nearest"),
+        Shown("limited_by", "limited by", "what ε is mostly made of", main=True, pool=limits_of),
+    )
     record: Literal["residual"] = "residual"
     layer: str
     shape: tuple[int, ...]

@@ -12,7 +12,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from lora_diag.diagnostics.residual.record import Residual
+from lora_diag.diagnostics.residual.record import Residual, limits_of
 from lora_diag.metrics import Distances, pooled
 from lora_diag.records import Agreement, Results
 from lora_diag.rendering.columns import Column, rows_of, table_of, title_of
@@ -129,14 +129,6 @@ def _agreement(spaces: Sequence[Agreement | None]) -> str:
     if not known:
         return "-"
     return f"{median(s.overlap for s in known):.2f} ({median(s.random for s in known):.2f})"
-
-
-def limits_of(records: Sequence[Residual]) -> str:
-    """Say what limits several layers: the word, or each with its number of layers where they differ."""
-    counts = Counter(record.limited_by or "-" for record in records)
-    if len(counts) == 1:
-        return next(iter(counts))
-    return ", ".join(f"{word} {number_of}" for word, number_of in counts.most_common())
 
 
 def residual_lines(results: Results[Residual]) -> list[tuple[str, str]]:

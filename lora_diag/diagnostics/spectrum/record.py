@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, ClassVar, Literal
 
 from lora_diag.records.base import LayerRecord, Record, Share
-from lora_diag.records.vocabulary import Metric, Resolution, Tail
+from lora_diag.records.shown import Shown
+from lora_diag.records.vocabulary import METRIC_NAMES, NORMS, Metric, Resolution, Tail, metric_of
 
 
 class Stack(Record):
@@ -56,6 +58,59 @@ class Spectrum(LayerRecord):
         weights_fro: ‖ΔW‖_F in another metric than ``weights``; null in that.
     """
 
+    shown: ClassVar[tuple[Shown, ...]] = (
+        Shown(
+            "relative",
+            "‖ΔW‖/‖W‖",
+            "Frobenius norm of the update over that of the base weight (computed)",
+            axis="‖ΔW‖_F / ‖W_base‖_F",
+            main=True,
+        ),
+        Shown("fro", "‖ΔW‖", "Frobenius norm of the update", axis="‖ΔW‖_F"),
+        Shown(
+            "rank_at.0.9",
+            "r@90%",
+            "smallest rank that keeps 90% of the energy; empty beyond the values kept",
+            axis="rank at 90% of the energy",
+            main=True,
+        ),
+        Shown("rank_at.0.95", "r@95%", "smallest rank that keeps 95% of the energy", axis="rank at 95% of the energy"),
+        Shown(
+            "rank_at.0.99",
+            "r@99%",
+            "smallest rank that keeps 99% of the energy; the first to count rounding noise",
+            axis="rank at 99% of the energy",
+        ),
+        Shown("stable_rank", "stable rank", "‖ΔW‖_F²/σ_1²", axis="stable rank ‖ΔW‖_F² / σ₁²"),
+        Shown(
+            "effective_rank",
+            "effective rank",
+            "exp of the entropy of σ_i²/Σσ²",
+            axis="effective rank exp H(σᵢ²/Σσ²)",
+        ),
+        Shown(
+            "resolution.signal_rank",
+            "signal",
+            "singular values above the rounding noise of the files",
+            axis="signal rank: σᵢ above the rounding noise",
+            main=True,
+        ),
+        Shown(
+            "resolution.unchanged",
+            "unchanged",
+            "share of the entries that are bit-identical in both files",
+            axis="share of unchanged entries",
+            share=True,
+        ),
+        Shown("resolution.verdict", "files", "whether the files can show this update", main=True),
+        Shown("base_fro", "‖W‖", "Frobenius norm of the base weight", axis="‖W_base‖_F"),
+        Shown(
+            "resolution.edge",
+            "noise edge",
+            "where the singular values of the rounding noise end",
+            axis="edge of the rounding noise (singular value)",
+        ),
+    )
     record: Literal["spectrum"] = "spectrum"
     layer: str
     shape: tuple[int, int]
@@ -93,6 +148,33 @@ class Spectrum(LayerRecord):
         lacking += [f"tail.{r}" for r in asked if r not in self.tail]
         lacking += [f"rank_at.{share}" for share in ("0.9", "0.95", "0.99") if share not in self.rank_at]
         return lacking[0] if lacking else None
+
+    @classmethod
+    def shown_of(cls, settings: Mapping[str, Any], records: Sequence[Any]) -> tuple[Shown, ...]:
+        """Return how a run's records are shown: C(r) at its ranks among the rest, in words of its metric."""
+        metric = metric_of(records)
+        update, weights = NORMS[metric]
+        of = "" if metric == "weights" else f", in {METRIC_NAMES[metric]}: {update}"
+        ranks = settings["ranks"]
+        energies = [
+            Shown(
+                f"energy.{rank}",
+                f"C({rank})",
+                f"share of the energy Σσ² in the {rank} largest singular values: the most a rank-{rank} update could "
+                f"carry{of}",
+                axis=f"energy share C({rank})",
+                share=True,
+                main=rank in {8, 16, 64} or len(ranks) < 4,
+            )
+            for rank in ranks
+        ]
+        own = [
+            replace(one, title=one.title.replace("‖ΔW‖", update).replace("‖W‖", weights), about=f"{one.about}{of}")
+            if of and not one.path.startswith("resolution.")
+            else one
+            for one in cls.shown
+        ]
+        return (*own[:2], *energies, *own[2:])
 
     @property
     def relative(self) -> float | None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Literal
+from typing import ClassVar, Literal
 
 from lora_diag.records.base import LayerRecord, Share
+from lora_diag.records.shown import Shown
 
 MergeStatus = Literal[
     "ok",
@@ -26,6 +27,13 @@ MergeStatus = Literal[
 CORRECT = frozenset({"ok", "coarse"})
 
 Outcome = Literal["correct", "failed", "inconclusive"]
+
+
+# From the worst to the best; what an engineer has to look at comes first.
+ORDER: tuple[MergeStatus, ...] = (
+    "missing", "dropped", "partial", "wrong scale", "transposed", "wrong order", "other base", "changed", "other",
+    "inconclusive", "coarse", "ok",
+)  # fmt: skip
 
 
 class Merge(LayerRecord):
@@ -56,6 +64,24 @@ class Merge(LayerRecord):
         cause: What probably happened, in words; empty if nothing did.
     """
 
+    shown: ClassVar[tuple[Shown, ...]] = (
+        Shown(
+            "status",
+            "merge",
+            "whether MERGED holds W + ΔW there; of several layers the worst",
+            main=True,
+            pool=lambda records: min((record.status for record in records), key=ORDER.index),
+        ),
+        Shown(
+            "differing_share",
+            "differing",
+            "share of the entries that no rounding of W + ΔW explains",
+            share=True,
+            main=True,
+        ),
+        Shown("scale", "arrived c", "how much of ΔW arrived: ⟨M − W, ΔW⟩/‖ΔW‖²", main=True),
+        Shown("unchanged", "unchanged", "share of the entries with M = W", share=True),
+    )
     record: Literal["merge"] = "merge"
     layer: str
     shape: tuple[int, ...]

@@ -11,18 +11,12 @@ from typing import Literal
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from lora_diag.diagnostics.verify_merge.record import Merge, MergeStatus, outcome
+from lora_diag.diagnostics.verify_merge.record import ORDER, Merge, MergeStatus, outcome
 from lora_diag.records import Results
 from lora_diag.records.names import module_type_of, place_of
 from lora_diag.rendering.columns import WIDE, Column, Grid, table_of, title_of
 from lora_diag.rendering.lines import answers, inputs, last_lines, left_out_line, notes
 from lora_diag.rendering.text import count, middle, named, number, percent, safe, shape_of, short, shown, to_text
-
-# From the worst to the best; what an engineer has to look at comes first.
-ORDER: tuple[MergeStatus, ...] = (
-    "missing", "dropped", "partial", "wrong scale", "transposed", "wrong order", "other base", "changed", "other",
-    "inconclusive", "coarse", "ok",
-)  # fmt: skip
 
 # What to do about each fault.
 WAYS_OUT: dict[MergeStatus, str] = {

@@ -8,33 +8,8 @@ from typing import Any
 
 from lora_diag.records import LayerRecord
 from lora_diag.records.base import Record
+from lora_diag.records.shown import value_at
 from lora_diag.records.vocabulary import METRIC_NAMES, NORMS, metrics_of
-
-# How fields are called; what is not here keeps its own name.
-_NAMES = {
-    "fro": "‖ΔW‖_F",
-    "base_fro": "‖W_base‖_F",
-    "relative": "‖ΔW‖_F / ‖W_base‖_F",
-    "stable_rank": "stable rank ‖ΔW‖_F² / σ₁²",
-    "effective_rank": "effective rank exp H(σᵢ²/Σσ²)",
-    "resolution.signal_rank": "signal rank: σᵢ above the rounding noise",
-    "resolution.unchanged": "share of unchanged entries",
-    "resolution.edge": "edge of the rounding noise (singular value)",
-    "epsilon": "ε = ‖ΔW − X‖_F / ‖ΔW‖_F",
-    "epsilon_min": "ε_min = √(1 − C(r)), least ε at this rank",
-    "excess": "excess ε² − ε_min²",
-    "norm_ratio": "‖X‖_F / ‖ΔW‖_F",
-    "cosine": "cosine of the two updates (Frobenius)",
-    "additive_effective": "effective rank of the sum over those of the updates",
-    "energy_ratio": "‖ΣΔW_k‖² / Σ‖ΔW_k‖²",
-    "intruders": "intruder dimensions",
-    "kappa": "κ = ‖UᵀGV‖_F / ‖G‖_F",
-    "tangent": "tangent overlap ‖P_T G‖_F / ‖G‖_F",
-    "gradient_fro": "‖G‖_F of the gradient",
-    "kept": "energy share C(r) kept",
-    "rank": "rank r",
-    "params": "adapter parameters r (out + in)",
-}
 
 # Fields of spectra whose name says nothing of whose they are.
 _OF_ENERGY = ("energy.", "rank_at.", "tail.", "effective_rank")
@@ -54,7 +29,7 @@ def metric_said(records: Iterable[LayerRecord]) -> str:
 def title_in(field: str, records: Iterable[LayerRecord]) -> str:
     """Return what a field is called on an axis, in the metric of the records."""
     records = tuple(records)
-    title, of = title_of(field), changes_of(records)
+    title, of = title_of(field, type(records[0]) if records else LayerRecord), changes_of(records)
     if of == "ΔW":
         return title
     if "ΔW" in title or "W_base" in title:
@@ -63,8 +38,8 @@ def title_in(field: str, records: Iterable[LayerRecord]) -> str:
     return f"{title} of {of}" if field.startswith(_OF_ENERGY) else title
 
 
-def title_of(field: str) -> str:
-    """Return what a field is called on an axis.
+def title_of(field: str, kind: type[LayerRecord] = LayerRecord) -> str:
+    """Return what a field of a kind of record is called on an axis: as declared there, else its own name.
 
     >>> title_of("energy.8"), title_of("rank_at.0.9"), title_of("tail.8.fro"), title_of("other")
     ('energy share C(8)', 'rank at 90% of the energy', 'tail of rank 8: √Σᵢ﹥ᵣσᵢ²', 'other')
@@ -78,7 +53,7 @@ def title_of(field: str) -> str:
         return f"rank of the sum over ranks of the updates, at {_percent(rest)}"
     if head == "tail" and rest.endswith(".fro"):
         return f"tail of rank {rest.removesuffix('.fro')}: √Σᵢ﹥ᵣσᵢ²"
-    return _NAMES.get(field, field)
+    return next((one.axis or one.title for one in kind.shown if one.path == field), field)
 
 
 def _percent(share: str) -> str:
@@ -95,21 +70,7 @@ def value_of(record: LayerRecord, field: str) -> float | None:
         record: Of any diagnostic.
         field: Its name, dotted: ``energy.16``, ``resolution.signal_rank``, ``rank_at.0.9``.
     """
-    found: Any = record
-    rest = field
-    while rest:
-        if isinstance(found, dict):
-            if rest in found:
-                found, rest = found[rest], ""
-                break
-            key, _, rest = rest.partition(".")
-            found = found.get(key)
-        elif isinstance(found, Record):
-            key, _, rest = rest.partition(".")
-            known = key in type(found).model_fields or isinstance(getattr(type(found), key, None), property)
-            found = getattr(found, key) if known else None
-        else:
-            return None
+    found = value_at(record, field)
     return float(found) if isinstance(found, int | float) and not isinstance(found, bool) else None
 
 

@@ -11,6 +11,7 @@ from lora_diag.catalog import feature_of, features
 from lora_diag.feature import Section as SectionKind
 from lora_diag.rendering.columns import Grid
 from lora_diag.rendering.lines import called
+from lora_diag.rendering.statements import as_pairs
 from lora_diag.rendering.text import safe
 from lora_diag.reports.evidence import Evidence, Source
 
@@ -65,7 +66,7 @@ def sections_of(evidence: Evidence) -> list[Section]:
     for kind, source in sorted(known, key=lambda item: (item[0].order, order.index(item[1].results.run.command))):
         feature = feature_of(source.results.run.command)
         assert feature is not None
-        lines = feature.load(kind.statements)(source.results)
+        lines = as_pairs(feature.load(kind.statements)(source.results))
         grids = feature.load(kind.grids)(source.results)
         figures = kind.figures or tuple(figure.name for figure in feature.figures)
         found.append(

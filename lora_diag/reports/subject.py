@@ -22,6 +22,7 @@ from lora_diag.diagnostics.residual.summary import residual_lines
 from lora_diag.diagnostics.spectrum.record import Spectrum
 from lora_diag.diagnostics.spectrum.summary import METRICS, summary_lines
 from lora_diag.records.vocabulary import METRIC_NAMES, metric_of
+from lora_diag.rendering.statements import as_pairs
 from lora_diag.rendering.text import number, percent, safe
 from lora_diag.reports.advice import advice
 from lora_diag.reports.asked import Answer, losses, parts, several
@@ -219,7 +220,7 @@ def _limits(evidence: Evidence) -> Answer:
         first, *others = said["Limited by"].splitlines()
         return Answer(question, first, (*others, *said["Distance"].splitlines(), EPSILON, *_pointer(evidence)))
     for source in evidence.of(Overlap):
-        said = dict(lines(source.results, tracks(source.results)))
+        said = dict(as_pairs(lines(source.results, tracks(source.results))))
         first, *others = said["Inside?"].splitlines()
         return Answer(
             question, first, (*others, *said.get("Reach", "").splitlines(), "Overlap shows direction, not quality.")

@@ -23,7 +23,7 @@ from lora_diag.metrics.fleet import (
 )
 from lora_diag.records import Results
 from lora_diag.rendering.columns import Column, Grid
-from lora_diag.rendering.lines import answers
+from lora_diag.rendering.statements import Statement, say, summary_of
 from lora_diag.rendering.text import number, percent, safe, to_text
 
 # So many rows a table has; the records have them all.
@@ -53,7 +53,7 @@ def fleet_table(
     """
     pairs = pairs_of(results)
     tables = [part for grid in fleet_grids(results, pairs, per) for part in grid.shown(width)]
-    return to_text(Group(*tables, answers(fleet_lines(results, pairs), _style, then)), width, color)
+    return to_text(Group(*tables, summary_of(fleet_lines(results, pairs), then)), width, color)
 
 
 def pairs_of(results: Results[Fleet]) -> list[Alike]:
@@ -126,25 +126,32 @@ def _alike(names: Sequence[str], pairs: Sequence[Alike]) -> Grid:
     return Grid("what is alike", "pair", titles, columns, ("col space",))
 
 
-def _style(word: str, sentence: str) -> str:
-    return "bold red" if word in {"Warning", "Not measured"} else ""
-
-
-def fleet_lines(results: Results[Fleet], pairs: Sequence[Alike]) -> list[tuple[str, str]]:
-    """Return word and sentence for each line of the summary."""
+def fleet_lines(results: Results[Fleet], pairs: Sequence[Alike]) -> list[Statement]:
+    """Return the summary."""
     records = list(results)
-    lines: list[tuple[str, str]] = []
+    lines: list[Statement] = []
     if records:
         kinds = Counter(record.kind.partition(",")[0] for record in records)
         told = ", ".join(f"{number_of} {safe(kind)}" for kind, number_of in kinds.most_common(_NAMED))
-        lines += [("Adapters", f"{len(records)}: {told}"), ("Rank", _rank(records)), ("Stand out", _stand_out(records))]
-        lines.append(("Alike", _pairs(pairs)))
+        lines += [
+            say("adapters", "Adapters", f"{len(records)}: {told}"),
+            say("rank", "Rank", _rank(records)),
+            say("stand_out", "Stand out", _stand_out(records)),
+        ]
+        lines.append(say("alike", "Alike", _pairs(pairs)))
     if failed := [item for item in results.left_out if item.reason == "unreadable"]:
         named = [f"{safe(item.layer)}: {safe(item.detail)}" for item in failed[:_NAMED]]
         more = [f"and {len(failed) - _NAMED} more"] if len(failed) > _NAMED else []
-        lines.append(("Not measured", "\n".join([*named, *more])))
+        lines.append(say("not_measured", "Not measured", *named, *more, level="failure"))
     if results.end is None:
-        lines.append(("Warning", "the run did not finish: these are the adapters measured so far"))
+        lines.append(
+            say(
+                "unfinished",
+                "Warning",
+                "the run did not finish: these are the adapters measured so far",
+                level="failure",
+            )
+        )
     return lines
 
 
@@ -184,7 +191,7 @@ def _pairs(pairs: Sequence[Alike]) -> str:
     return f"{', '.join(told) or 'none'} ({how})"
 
 
-def fleet_section_lines(results: Results[Fleet]) -> list[tuple[str, str]]:
+def fleet_section_lines(results: Results[Fleet]) -> list[Statement]:
     """Return the summary, with the pairs of the run."""
     return fleet_lines(results, pairs_of(results))
 

@@ -15,7 +15,8 @@ from lora_diag.diagnostics.interference.record import Interference, MergeLoss, R
 from lora_diag.records import Agreement, Results
 from lora_diag.records.names import module_type_of
 from lora_diag.rendering.columns import Column, Grid, title_of
-from lora_diag.rendering.lines import answers, called, inputs, left_out_line, not_measured, notes
+from lora_diag.rendering.lines import called
+from lora_diag.rendering.statements import Statement, compared, ending, left_out, say, summary_of
 from lora_diag.rendering.text import number, percent, short, to_text
 
 # So many pairs get a table each; more share one, a row a pair.
@@ -67,7 +68,7 @@ def interference_table(
         Lines of text, without a newline at the end.
     """
     tables = [part for grid in interference_grids(results, per) for part in grid.shown(width)]
-    return to_text(Group(*tables, answers(interference_lines(results), _style, then)), width, color)
+    return to_text(Group(*tables, summary_of(interference_lines(results), then)), width, color)
 
 
 def interference_grids(results: Results[Interference | Union], per: str = "type") -> list[Grid]:
@@ -250,31 +251,29 @@ def _against(values: Sequence[tuple[float | None, float | None]]) -> str:
     return f"{median(v for v, _ in known):.2f} ({median(c for _, c in known):.2f})"
 
 
-def _style(word: str, sentence: str) -> str:
-    if word in {"Warning", "Not measured"}:
-        return "bold red"
-    return "bold yellow" if word == "Resolved?" and not sentence.startswith("yes") else ""
-
-
-def interference_lines(results: Results[Interference | Union]) -> list[tuple[str, str]]:
-    """Return word and sentence for each line of the summary."""
-    lines = [("Compared", "\n".join([*inputs(results.run), *notes(results.run)]))]
+def interference_lines(results: Results[Interference | Union]) -> list[Statement]:
+    """Return the summary."""
+    lines = [compared(results)]
     pairs, unions = pairs_of(results), shared(results)
     if pairs:
-        lines.append(("Interfere?", "\n".join(_interfere(*pair) for pair in _strongest(pairs))))
+        lines.append(say("interfere", "Interfere?", *(_interfere(*pair) for pair in _strongest(pairs))))
     if unions:
-        lines += [("Rank needed", _rank_needed(unions)), ("Merge", "\n".join(_merge(unions)))]
-        lines.append(("Resolved?", _resolved(unions)))
+        lines += [
+            say("rank_needed", "Rank needed", _rank_needed(unions)),
+            say("merge", "Merge", *_merge(unions)),
+        ]
+        lines.append(_resolved(unions))
     else:
         why = "not measured: no layer is left" if results.unmeasured else "no layer is changed by two updates"
-        lines.append(("Interfere?", why))
-    lines.append(("Read it so", "weights alone do not say whether skills fight: a held-out loss of each task does"))
-    lines.append(("Left out", left_out_line(results.left_out)))
-    if failed := results.unmeasured:
-        lines.append(("Not measured", not_measured(failed)))
-    if results.end is None:
-        lines.append(("Warning", "the run did not finish: these are the layers measured so far"))
-    return lines
+        lines.append(say("interfere", "Interfere?", why))
+    lines.append(
+        say(
+            "interpretation",
+            "Read it so",
+            "weights alone do not say whether skills fight: a held-out loss of each task does",
+        )
+    )
+    return [*lines, left_out(results), *ending(results)]
 
 
 def _strongest(pairs: Sequence[tuple[str, str, list[Interference]]]) -> list[tuple[str, str, list[Interference]]]:
@@ -346,9 +345,10 @@ def _merge(unions: Sequence[Union]) -> list[str]:
     return lines
 
 
-def _resolved(unions: Sequence[Union]) -> str:
+def _resolved(unions: Sequence[Union]) -> Statement:
     seen = Counter(record.resolution.verdict for record in unions if record.fro > 0)
     if set(seen) <= {"resolved"}:
-        return "yes: rounding plays no part in the sums"
+        return say("resolved", "Resolved?", "yes: rounding plays no part in the sums")
     parts = [f"{seen[word]} {word}" for word in ("unresolved", "floor-limited") if seen[word]]
-    return f"of {sum(seen.values())} sums {' and '.join(parts)}: overlaps there may be those of the files' rounding"
+    told = f"of {sum(seen.values())} sums {' and '.join(parts)}: overlaps there may be those of the files' rounding"
+    return say("resolved", "Resolved?", told, level="warning")

@@ -10,7 +10,7 @@ from rich.console import Group
 from lora_diag.diagnostics.intruders.record import Intruders
 from lora_diag.records import Results
 from lora_diag.rendering.columns import Column, Grid, rows_of, title_of
-from lora_diag.rendering.lines import answers, inputs, left_out_line, not_measured, notes
+from lora_diag.rendering.statements import Statement, compared, ending, left_out, say, summary_of
 from lora_diag.rendering.text import number, short, to_text
 
 # So many layers are named in a sentence.
@@ -35,7 +35,7 @@ def intruders_table(
         Lines of text, without a newline at the end.
     """
     (grid,) = intruders_grids(results, per)
-    return to_text(Group(*grid.shown(width), answers(intruders_lines(results), _style, then)), width, color)
+    return to_text(Group(*grid.shown(width), summary_of(intruders_lines(results), then)), width, color)
 
 
 def intruders_grids(results: Results[Intruders], per: str = "type") -> list[Grid]:
@@ -80,31 +80,30 @@ def _largest(group: Sequence[Intruders]) -> str:
     return number(max(shares)) if shares else "-"
 
 
-def _style(word: str, sentence: str) -> str:
-    if word in {"Warning", "Not measured"}:
-        return "bold red"
-    return "bold yellow" if word == "Intruders?" and not sentence.startswith("none") else ""
-
-
-def intruders_lines(results: Results[Intruders]) -> list[tuple[str, str]]:
-    """Return word and sentence for each line of the summary."""
-    lines = [("Compared", "\n".join([*inputs(results.run), *notes(results.run)]))]
+def intruders_lines(results: Results[Intruders]) -> list[Statement]:
+    """Return the summary."""
+    lines = [compared(results)]
     records = list(results)
     if records:
-        lines += [("Intruders?", _intruders(records)), ("Rotated", _rotated(records)), ("Chance", _chance(records))]
+        lines += [
+            say(
+                "intruders",
+                "Intruders?",
+                _intruders(records),
+                level="warning" if any(r.intruders for r in records) else "note",
+            ),
+            say("rotated", "Rotated", _rotated(records)),
+            say("chance", "Chance", _chance(records)),
+        ]
     lines.append(
-        (
+        say(
+            "interpretation",
             "Read it so",
             "intruders were found beside forgetting (arXiv 2410.21228); a loss on data from before the fine-tune says "
             "whether this one forgot",
         )
     )
-    lines.append(("Left out", left_out_line(results.left_out)))
-    if failed := results.unmeasured:
-        lines.append(("Not measured", not_measured(failed)))
-    if results.end is None:
-        lines.append(("Warning", "the run did not finish: these are the layers measured so far"))
-    return lines
+    return [*lines, left_out(results), *ending(results)]
 
 
 def _intruders(records: Sequence[Intruders]) -> str:

@@ -10,7 +10,7 @@ from lora_diag.diagnostics.overlap.tracks import Track, near, reference_is_adapt
 from lora_diag.metrics.overlap import NEAR
 from lora_diag.records import Results
 from lora_diag.records.names import part_of
-from lora_diag.rendering.lines import inputs, last_lines, left_out_line, notes
+from lora_diag.rendering.statements import Statement, compared, ending, left_out, say
 from lora_diag.rendering.text import middle, number, short
 
 # So many layers are named in a sentence.
@@ -23,31 +23,31 @@ _LIMIT = f"below {NEAR:g}× it, or halfway from it to 1"
 REACHES = 0.1
 
 
-def lines(results: Results[Overlap], shown: Sequence[Track]) -> list[tuple[str, str]]:
-    """Return word and sentence for each line of the summary.
+def lines(results: Results[Overlap], shown: Sequence[Track]) -> list[Statement]:
+    """Return the summary.
 
     Args:
         results: What was measured.
         shown: Its layers at the rank of the table.
     """
-    told = [("Compared", "\n".join([*inputs(results.run), *_measured(results), *notes(results.run)]))]
+    told = [compared(results, *_measured(results))]
     judged = [track for track in _judged(shown) if track.known]
     if judged:
         told += [
-            ("Inside?", _inside(judged, len(judged) < len(shown))),
-            ("Reach", _reach(judged)),
-            ("Trend", _trend(judged)),
-            ("By rank", _by_rank(results, judged)),
-            ("Suggests", _suggests(results, judged)),
+            _inside(judged, len(judged) < len(shown)),
+            say("reach", "Reach", _reach(judged)),
+            say("trend", "Trend", _trend(judged)),
+            say("by_rank", "By rank", _by_rank(results, judged)),
+            say("suggests", "Suggests", _suggests(results, judged)),
             *_resolved(judged),
-            ("Read it so", _reading(results)),
+            say("interpretation", "Read it so", _reading(results)),
         ]
     elif shown:
-        told.append(("Inside?", "not known: every gradient is zero"))
-    told.append(("Left out", left_out_line(results.left_out)))
+        told.append(say("inside", "Inside?", "not known: every gradient is zero", level="warning"))
+    told.append(left_out(results))
     if skipped := _skipped(results):
-        told.append(("Ranks", skipped))
-    return [*told, *last_lines(results, "records so far")]
+        told.append(say("ranks", "Ranks", skipped))
+    return [*told, *ending(results, "records so far")]
 
 
 def _measured(results: Results[Overlap]) -> list[str]:
@@ -61,7 +61,7 @@ def _judged(shown: Sequence[Track]) -> list[Track]:
     return [track for track in shown if part_of(track.layer) == "matrices"] or list(shown)
 
 
-def _inside(judged: Sequence[Track], outside: bool) -> str:
+def _inside(judged: Sequence[Track], outside: bool) -> Statement:
     """Say how many layers end near the baseline, and which, since when."""
     out = sorted(
         (t for t in judged if t.near_since is not None), key=lambda t: (t.last.kappa or 0) / t.last.kappa_random
@@ -74,11 +74,12 @@ def _inside(judged: Sequence[Track], outside: bool) -> str:
         f"random subspaces have {number(random or 0)}"
     )
     if not out:
-        return f"{head}; none is near random ({_LIMIT})"
+        return say("inside", "Inside?", f"{head}; none is near random ({_LIMIT})")
     found = [head, f"{len(out)} of them {'is' if len(out) == 1 else 'are'} near random ({_LIMIT}):"]
     first = min(track.records[0].step for track in judged)
     found += [f"  {short(t.layer)}: {number(t.last.kappa or 0)}, {_since(t, first)}" for t in out[:_NAMED]]
-    return "\n".join([*found, *([f"  and {len(out) - _NAMED} more"] if len(out) > _NAMED else [])])
+    more = [f"  and {len(out) - _NAMED} more"] if len(out) > _NAMED else []
+    return say("inside", "Inside?", *found, *more, level="warning")
 
 
 def _since(track: Track, first: int) -> str:
@@ -181,16 +182,18 @@ def _rank_then_step(record: Overlap) -> tuple[int, int]:
     return record.rank, record.step
 
 
-def _resolved(judged: Sequence[Track]) -> list[tuple[str, str]]:
+def _resolved(judged: Sequence[Track]) -> list[Statement]:
     counts = Counter(track.last.verdict for track in judged)
     if counts["resolved"] == len(judged):
         return []
     parts = [f"{counts[word]} {word}" for word in ("unresolved", "floor-limited") if counts[word]]
     return [
-        (
+        say(
+            "resolved",
             "Resolved?",
             f"of {_matrices(len(judged))} {' and '.join(parts)}: where the files cannot show the update, its subspaces "
             "are those of rounding noise and κ near random says nothing",
+            level="warning",
         )
     ]
 

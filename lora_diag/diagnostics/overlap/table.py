@@ -14,7 +14,7 @@ from lora_diag.diagnostics.overlap.summary import lines
 from lora_diag.diagnostics.overlap.tracks import Track, near, steps_of, tracks, trend
 from lora_diag.records import Results
 from lora_diag.rendering.columns import WIDE, Column, rows_of, table_of, title_of
-from lora_diag.rendering.lines import answers
+from lora_diag.rendering.statements import summary_of
 from lora_diag.rendering.text import middle, shade, shape_of, span, strip, to_text
 
 # Up to so many steps have a column of their own each, in the narrow and in the wide table. Of more steps, so many have
@@ -64,7 +64,7 @@ def overlap_table(
         Lines of text, without a newline at the end.
     """
     tracked = tracks(results, rank)
-    told = answers(lines(results, tracked), _style, then)
+    told = summary_of(lines(results, tracked), then)
     if not tracked:
         return to_text(told, width, color)
     ranks = sorted({track.rank for track in tracked})
@@ -72,12 +72,6 @@ def overlap_table(
     title = Text(f"κ = ‖UᵀGV‖/‖G‖ at {words}, by step of training ({NEAR} near random)", style="bold")
     rows = [_Row(*row) for row in rows_of(tracked, per)]
     return to_text(Group(title, _table(rows, steps_of(tracked), width, per), told), width, color)
-
-
-def _style(word: str, sentence: str) -> str:
-    if word in {"Warning", "Not measured"}:
-        return "bold red"
-    return "bold yellow" if word in {"Inside?", "Resolved?"} and not sentence.startswith("yes") else ""
 
 
 def _table(rows: Sequence[_Row], steps: Sequence[int], width: int, per: str) -> Table:

@@ -9,11 +9,11 @@ from typing import Any
 from rich.console import Group
 
 from lora_diag.probes.curvature.record import Curvature, LossBound
-from lora_diag.probes.truncation.summary import ending, measured
+from lora_diag.probes.truncation.summary import measured
 from lora_diag.records import Results
 from lora_diag.records.names import module_type_of, place_of
 from lora_diag.rendering.columns import Column, Grid, title_of
-from lora_diag.rendering.lines import answers, inputs, notes
+from lora_diag.rendering.statements import Statement, compared, ending, left_out, say, summary_of
 from lora_diag.rendering.text import count, middle, middle_rank, number, percent, short, shown, to_text
 
 # A second-order model that is this near to the measured gap is called right.
@@ -35,20 +35,28 @@ def curvature_table(
         then: The command that a user would run next.
     """
     grids = [part for grid in curvature_grids(results, per) for part in grid.shown(width)]
-    return to_text(Group(*grids, answers(curvature_lines(results), then=then)), width, color)
+    return to_text(Group(*grids, summary_of(curvature_lines(results), then)), width, color)
 
 
-def curvature_lines(results: Results[Any]) -> list[tuple[str, str]]:
+def curvature_lines(results: Results[Any]) -> list[Statement]:
     """Return the summary: how the loss bends, and what the model and the bound of a truncation are worth."""
     joint, layers, bounds = _parts(results)
-    told = [("Compared", "\n".join([*inputs(results.run), *notes(results.run)])), ("Measured", measured(results.run))]
+    told = [compared(results), say("measured", "Measured", measured(results.run))]
     if joint is not None:
-        told += [("Loss", _loss(joint)), ("Curvature", _curvature(joint)), ("Gradient", _gradient(joint, bounds))]
-        told += [("Surrogate", _surrogate(layers))] if joint.at == "base" and layers else []
+        told += [
+            say("loss", "Loss", _loss(joint)),
+            say("curvature", "Curvature", _curvature(joint)),
+            say("gradient", "Gradient", _gradient(joint, bounds)),
+        ]
+        told += [say("surrogate", "Surrogate", _surrogate(layers))] if joint.at == "base" and layers else []
         if bounds:
-            told += [("Model", _model(bounds)), ("Bound", _bound(bounds, joint)), ("Lower", _lower(joint))]
-        told += [("Read it so", _reading(joint))]
-    return [*told, *ending(results)]
+            told += [
+                say("model", "Model", _model(bounds)),
+                say("bound", "Bound", _bound(bounds, joint)),
+                say("lower", "Lower", _lower(joint)),
+            ]
+        told += [say("interpretation", "Read it so", _reading(joint))]
+    return [*told, left_out(results), *ending(results, "records so far")]
 
 
 def curvature_grids(results: Results[Any], per: str = "type") -> list[Grid]:

@@ -10,10 +10,10 @@ from rich.console import Group
 from lora_diag.metrics.correlation import interval
 from lora_diag.probes.fisher.correlations import PREDICTORS, Correlations, correlations, effect_at
 from lora_diag.probes.fisher.record import Effect, Fisher
-from lora_diag.probes.truncation.summary import ending, measured
+from lora_diag.probes.truncation.summary import measured
 from lora_diag.records import Results
 from lora_diag.rendering.columns import Column, Grid, rows_of, title_of
-from lora_diag.rendering.lines import answers, inputs, notes
+from lora_diag.rendering.statements import Statement, compared, ending, left_out, say, summary_of
 from lora_diag.rendering.text import count, number, percent, short, to_text
 
 # ½F is called too high from this multiple of the KL on; the sample model reads 2.0 with own labels, 1.0 with drawn.
@@ -38,17 +38,25 @@ def fisher_table(
         then: The command that a user would run next.
     """
     grids = [part for grid in fisher_grids(results, per) for part in grid.shown(width)]
-    return to_text(Group(*grids, answers(fisher_lines(results), then=then)), width, color)
+    return to_text(Group(*grids, summary_of(fisher_lines(results), then)), width, color)
 
 
-def fisher_lines(results: Results[Any]) -> list[tuple[str, str]]:
+def fisher_lines(results: Results[Any]) -> list[Statement]:
     """Return the summary: where the tails that the loss needs are, and which number would have said so."""
     records, rank = _records(results), _rank(results)
-    told = [("Compared", "\n".join([*inputs(results.run), *notes(results.run)])), ("Measured", measured(results.run))]
+    told = [compared(results), say("measured", "Measured", measured(results.run))]
     if records:
-        told += [("Gradients", _gradients(records)), (f"At r={rank}", _where(records, rank))]
+        told += [
+            say("gradients", "Gradients", _gradients(records)),
+            say("at_rank", f"At r={rank}", _where(records, rank)),
+        ]
         told += _predicts(correlations(records, results.run.settings["ranks"]), records)
-    return [*told, ("Read it so", _reading(records)), *ending(results)]
+    return [
+        *told,
+        say("interpretation", "Read it so", _reading(records)),
+        left_out(results),
+        *ending(results, "records so far"),
+    ]
 
 
 def fisher_grids(results: Results[Any], per: str = "type") -> list[Grid]:
@@ -151,9 +159,9 @@ def _where(records: Sequence[Fisher], rank: int) -> str:
     return f"{said}\nmost: {named}"
 
 
-def _predicts(found: Sequence[Correlations], records: Sequence[Fisher]) -> list[tuple[str, str]]:
+def _predicts(found: Sequence[Correlations], records: Sequence[Fisher]) -> list[Statement]:
     if not found:
-        return [("Predicts?", "not measured: give --measure, or --eval with held-out text")]
+        return [say("predicts", "Predicts?", "not measured: give --measure, or --eval with held-out text")]
     at = next((each for each in found if each.rank == USUAL), found[0])
     lines = []
     for place, what in ((0, "over all"), (1, "within module types")):
@@ -166,12 +174,13 @@ def _predicts(found: Sequence[Correlations], records: Sequence[Fisher]) -> list[
         within = f" [{ends[0]:.2f}, {ends[1]:.2f}]" if ends else ""
         others = ", ".join(f"{name} {value:.2f}" for name, value in known.items() if name != best)
         lines.append(f"{what} (n={n}): {best}, ρ = {rho:.2f}{within}; {others}")
-    told = [(f"Best at r={at.rank}", "\n".join(lines))]
+    told = [say("best", f"Best at r={at.rank}", *lines)]
     gaps = "; ".join(f"{name} {_pair(both)}" for name, both in at.gap.items())
-    told.append(("On the loss", f"ρ with the loss gap at r={at.rank}, over all | within: {gaps}"))
+    told.append(say("on_the_loss", "On the loss", f"ρ with the loss gap at r={at.rank}, over all | within: {gaps}"))
     if at.ratio is not None and at.ratios is not None:
         told.append(
-            (
+            say(
+                "calibrated",
                 "Calibrated?",
                 f"½F ÷ measured KL at r={at.rank}: median {number(at.ratio)}, from {number(at.ratios[0])} to "
                 f"{number(at.ratios[1])}; 1 would be exact{_hint(records[0], at.ratio)}",

@@ -10,10 +10,10 @@ from rich.console import Group
 
 from lora_diag.probes.intrinsic.lines import Line, Reached, lines, reached
 from lora_diag.probes.intrinsic.record import Intrinsic
-from lora_diag.probes.truncation.summary import beyond_grid, ending, measured
+from lora_diag.probes.truncation.summary import beyond_grid, measured
 from lora_diag.records import Results
 from lora_diag.rendering.columns import Column, Grid
-from lora_diag.rendering.lines import answers, inputs, notes
+from lora_diag.rendering.statements import Statement, compared, ending, left_out, say, summary_of
 from lora_diag.rendering.text import count, number, percent, short, to_text
 
 
@@ -30,21 +30,23 @@ def intrinsic_table(
         then: The command that a user would run next.
     """
     grids = [part for grid in intrinsic_grids(results) for part in grid.shown(width)]
-    return to_text(Group(*grids, answers(intrinsic_lines(results), then=then)), width, color)
+    return to_text(Group(*grids, summary_of(intrinsic_lines(results), then)), width, color)
 
 
-def intrinsic_lines(results: Results[Any]) -> list[tuple[str, str]]:
+def intrinsic_lines(results: Results[Any]) -> list[Statement]:
     """Return the summary: set by set, the smallest subspace and LoRA that gain nearly as much."""
     records, settings = _records(results), results.run.settings
     sets = _sets(records)
-    told = [("Compared", "\n".join([*inputs(results.run), *notes(results.run)])), ("Measured", measured(results.run))]
-    told.append(("Trained", _trained(settings)))
+    told = [compared(results), say("measured", "Measured", measured(results.run))]
+    told.append(say("trained", "Trained", _trained(settings)))
     for name in sets:
         found = lines(records, name, sets[0], settings["seed"])
-        told.append((f"On {short(name)}", _said(_base(records, name), found, settings)))
+        told.append(say("on", f"On {short(name)}", _said(_base(records, name), found, settings)))
     if sets:
-        told.append(("Rates", _rates(lines(records, sets[0], sets[0], settings["seed"]), records, settings)))
-    return [*told, ("Read it so", _READING), *ending(results)]
+        told.append(
+            say("rates", "Rates", _rates(lines(records, sets[0], sets[0], settings["seed"]), records, settings))
+        )
+    return [*told, say("interpretation", "Read it so", _READING), left_out(results), *ending(results, "records so far")]
 
 
 def intrinsic_grids(results: Results[Any]) -> list[Grid]:

@@ -20,10 +20,10 @@ from lora_diag.probes.sensitivity.gains import (
     scores_of,
 )
 from lora_diag.probes.sensitivity.record import FirstOrder, Sensitivity
-from lora_diag.probes.truncation.summary import beyond_grid, ending, measured
+from lora_diag.probes.truncation.summary import beyond_grid, measured
 from lora_diag.records import Results
 from lora_diag.rendering.columns import WIDE, Column, Grid, table_of
-from lora_diag.rendering.lines import answers, inputs, notes
+from lora_diag.rendering.statements import Statement, compared, ending, left_out, say, summary_of
 from lora_diag.rendering.text import count, number, short, to_text
 
 # More rows than these are in the file and on a page only.
@@ -60,24 +60,24 @@ def sensitivity_table(
         then: The command that a user would run next.
     """
     grids = [part for grid in sensitivity_grids(results) for part in _fitted(grid, width)]
-    return to_text(Group(*grids, answers(sensitivity_lines(results), then=then)), width, color)
+    return to_text(Group(*grids, summary_of(sensitivity_lines(results), then)), width, color)
 
 
-def sensitivity_lines(results: Results[Any]) -> list[tuple[str, str]]:
+def sensitivity_lines(results: Results[Any]) -> list[Statement]:
     """Return the summary: set by set who gains, whether more rank does, and whether one gradient would have said so."""
     settings, records = results.run.settings, _records(results)
     gains = _gains(results)
-    told = [("Compared", "\n".join([*inputs(results.run), *notes(results.run)])), ("Measured", measured(results.run))]
-    told.append(("Trained", _trained(settings)))
-    told += [(f"On {short(name)}", _said(records, gains[name], name, settings)) for name in gains]
+    told = [compared(results), say("measured", "Measured", measured(results.run))]
+    told.append(say("trained", "Trained", _trained(settings)))
+    told += [say("on", f"On {short(name)}", _said(records, gains[name], name, settings)) for name in gains]
     first = next(iter(gains.values()), [])
     if first:
         told += _marginal(next(iter(_marginals(results, gains).values())), settings)
         told += _repeats(first)
         told += _others(gains, list(gains))
-        told += [("Cheaper?", _cheaper(correlations(first, _scores_of(results)), first))]
-        told += [("Rates", _rates(first, records, settings))]
-    return [*told, ("Read it so", _READING), *ending(results)]
+        told += [say("cheaper", "Cheaper?", _cheaper(correlations(first, _scores_of(results)), first))]
+        told += [say("rates", "Rates", _rates(first, records, settings))]
+    return [*told, say("interpretation", "Read it so", _READING), left_out(results), *ending(results, "records so far")]
 
 
 def _records(results: Results[Any]) -> list[Sensitivity]:
@@ -226,7 +226,7 @@ def _named(gains: Sequence[Gain] | Sequence[Marginal]) -> str:
     return ", ".join(f"{short(gain.unit.removesuffix('.weight'))} {gain.gain:+.4f}" for gain in gains)
 
 
-def _marginal(more: Sequence[Marginal], settings: dict[str, Any]) -> list[tuple[str, str]]:
+def _marginal(more: Sequence[Marginal], settings: dict[str, Any]) -> list[Statement]:
     if not more:
         return []
     clear = [each for each in more if each.error is not None and abs(each.gain) > 2 * each.error]
@@ -237,19 +237,25 @@ def _marginal(more: Sequence[Marginal], settings: dict[str, Any]) -> list[tuple[
         f"from r={rank} to {rank + settings['delta']}, {up} of {len(more)} gain more than two standard errors, "
         f"{len(clear) - up} lose as much; highest: {_named(ordered[:_NAMED])}"
     )
-    return [("More rank", said)]
+    return [say("more_rank", "More rank", said)]
 
 
-def _repeats(gains: Sequence[Gain]) -> list[tuple[str, str]]:
+def _repeats(gains: Sequence[Gain]) -> list[Statement]:
     """Say whether another seed orders the units alike."""
     both = [gain.seeds for gain in gains if len(gain.seeds) > 1]
     if len(both) < 3:
         return []
     rho = spearman([seeds[0] for seeds in both], [seeds[1] for seeds in both])
-    return [("Repeats?", f"the order by the first seed and by the second: ρ = {_rho(rho)}, {len(both)} compared")]
+    return [
+        say(
+            "repeats",
+            "Repeats?",
+            f"the order by the first seed and by the second: ρ = {_rho(rho)}, {len(both)} compared",
+        )
+    ]
 
 
-def _others(gains: dict[str, list[Gain]], sets: Sequence[str]) -> list[tuple[str, str]]:
+def _others(gains: dict[str, list[Gain]], sets: Sequence[str]) -> list[Statement]:
     """Say whether other sets order the units alike."""
     lines = []
     for name in sets[1:]:
@@ -258,7 +264,7 @@ def _others(gains: dict[str, list[Gain]], sets: Sequence[str]) -> list[tuple[str
         if len(both) > 2:
             rho = spearman([one for one, _ in both], [two for _, two in both])
             lines.append(f"on {short(name)} and on {short(sets[0])}: ρ = {_rho(rho)}, {len(both)} compared")
-    return [("Same order?", "\n".join(lines))] if lines else []
+    return [say("same_order", "Same order?", "\n".join(lines))] if lines else []
 
 
 def _cheaper(found: Sequence[Correlation], gains: Sequence[Gain]) -> str:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
+from typing import Unpack
 
 from lora_diag.adapters import is_adapter
 from lora_diag.checkpoints import as_path, locate
@@ -21,21 +21,11 @@ from lora_diag.errors import InputError, NothingComparedError, UsageError
 from lora_diag.files import check_place
 from lora_diag.linalg import check_request
 from lora_diag.metrics import RANKS
-from lora_diag.records import AnyRecord, Results, ResultsWriter, Run, is_results_file, totals
-from lora_diag.running.engines import Ray
-from lora_diag.running.inputs import Comparison, compare
-from lora_diag.running.measuring import (
-    Progress,
-    Watch,
-    check_running,
-    checked_ranks,
-    layout_of,
-    measure_layers,
-    place,
-    read_memory,
-    without_rank,
-)
-from lora_diag.version import __version__
+from lora_diag.records import Results, is_results_file, totals
+from lora_diag.running.inputs import Comparison
+from lora_diag.running.layers import LayerRun
+from lora_diag.running.measuring import checked_ranks, without_rank
+from lora_diag.running.options import LayerOptions
 
 
 def interference(
@@ -45,21 +35,7 @@ def interference(
     weights: Sequence[float] | None = None,
     ranks: Sequence[int] = RANKS,
     density: float = 0.2,
-    layers: str | None = None,
-    exclude: str | None = None,
-    allow_unmatched: bool = False,
-    method: str = "auto",
-    tol: float = 1e-4,
-    device: str = "auto",
-    seed: int = 0,
-    workers: int | None = None,
-    memory: str | int | None = None,
-    engine: Ray | None = None,
-    output: Path | str | None = None,
-    resume: bool = False,
-    verify: bool = False,
-    on_progress: Callable[[Progress], None] | None = None,
-    on_record: Callable[[AnyRecord], None] | None = None,
+    **options: Unpack[LayerOptions],
 ) -> Results[Interference | Union]:
     r"""Hold several updates of one model against each other, pair by pair and all together, layer by layer.
 
@@ -70,21 +46,7 @@ def interference(
         ranks: Ranks at which spaces are compared, and to which merges are recompressed.
         density: Share of the entries of each update that TIES keeps; 0 for no TIES and no sign conflicts, which take
             every entry of every layer.
-        layers: Regular expression; only weights whose name contains a match.
-        exclude: Regular expression; no weights whose name contains a match.
-        allow_unmatched: Leave out what an adapter changes and ``base`` does not have, instead of stopping.
-        method: ``auto``, ``exact``, ``gram`` or ``krylov``; of updates that have no factors.
-        tol: Bound to reach on the error of every energy fraction.
-        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:1``.
-        seed: Of random starts.
-        workers: Layers at once; by default as many as fit into memory.
-        memory: What the whole program may take, such as ``"8GB"``; a layer that does not fit is left out.
-        engine: A Ray cluster to measure on; None for this machine alone.
-        output: Results file, appended layer by layer.
-        resume: Go on behind what an interrupted run left in ``output``.
-        verify: Let ``resume`` compare a SHA-256 of every byte of the inputs, not of samples.
-        on_progress: Called at the start and after every layer.
-        on_record: Called with every record, in the order of the file, as it comes.
+        **options: See ``LayerOptions``.
 
     Returns:
         One ``interference`` record for each layer and pair of updates that change it, and one ``union`` record for each
@@ -101,50 +63,28 @@ def interference(
         >>> [record.record for record in found], found.layers[1].ranks
         (['interference', 'union'], (4, 16))
     """
-    where = place(engine, device)
+    run = LayerRun("interference", options)
+    method, tol, seed = (run.options[name] for name in ("method", "tol", "seed"))
     settings = InterferenceSettings(
-        checked_ranks(ranks), _weights(weights, len(updates)), density, method, tol, seed, where.tasks
+        checked_ranks(ranks), _weights(weights, len(updates)), density, method, tol, seed, run.where.tasks
     )
-    limit = read_memory(memory, engine)
-    check_running(workers, seed)
     check_request(method, 1, tol)
     if not 0 <= density <= 1:
         raise UsageError(f"--density {density}: must lie between 0 and 1")
     _check_names(updates)
     base = as_path(base) if base is not None else None  # once, so that what is known of it is not asked again
-    compared = [_compare(base, path, layers, exclude, allow_unmatched, verify) for path in updates]
+    compared = [run.compare(*((path, None) if base is None else (base, path))) for path in updates]
     tasks = _tasks(compared, settings.weights)
     rest = Pairing(tuple(_vectors(compared)), tuple(_unpaired(compared, {task.layer for task in tasks})))
-    run = Run(
-        command="interference",
-        version=__version__,
-        inputs=(*compared[0].inputs[:-1], *(side.inputs[-1] for side in compared)),
-        settings={
-            "weights": list(settings.weights),
-            "ranks": list(settings.ranks),
-            "density": density,
-            "layers": layers,
-            "exclude": exclude,
-            "method": method,
-            "tol": tol,
-            "device": where.kind,
-            "seed": seed,
-        },
+    return run.over(
+        tasks,
+        measure,
+        size,
+        settings,
+        lambda layout, _, __: without_rank(rest, layout, run.where.here),
+        (*compared[0].inputs[:-1], *(side.inputs[-1] for side in compared)),
+        {"weights": list(settings.weights), "ranks": list(settings.ranks), "density": density},
     )
-    layout = layout_of(tasks, workers, where.kind, limit)
-    settings = replace(settings, memory=layout.limit)
-    writer: ResultsWriter[Interference | Union]
-    with ResultsWriter(output, run, resume) as writer:
-        return measure_layers(
-            writer,
-            tasks,
-            partial(measure, settings=settings),
-            lambda: without_rank(rest, layout, where.here),
-            layout,
-            partial(size, settings=settings),
-            Watch(on_progress, on_record),
-            engine,
-        )
 
 
 def split_base(inputs: Sequence[Path | str]) -> tuple[Path | str | None, list[Path | str]]:
@@ -202,19 +142,6 @@ def _check_names(updates: Sequence[Path | str]) -> None:
         if path in seen:
             raise UsageError(f"{path}: is named twice")
         seen.add(path)
-
-
-def _compare(
-    base: Path | str | None,
-    path: Path | str,
-    layers: str | None,
-    exclude: str | None,
-    allow_unmatched: bool,
-    verify: bool,
-) -> Comparison:
-    if base is None:
-        return compare(path, None, layers, exclude, allow_unmatched, verify)
-    return compare(base, path, layers, exclude, allow_unmatched, verify)
 
 
 def _tasks(compared: Sequence[Comparison], weights: Sequence[float]) -> list[Several]:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Unpack
 
 from lora_diag.checkpoints import Checkpoint, open_checkpoint
 from lora_diag.deltas import Delta, Pairing, StoredDelta, Unpaired, footprint, selector
@@ -18,23 +19,13 @@ from lora_diag.errors import NothingComparedError, UsageError
 from lora_diag.gradients import History, Step, histories, open_steps
 from lora_diag.linalg import check_request, resolve_device
 from lora_diag.metrics import RANKS
-from lora_diag.records import AnyRecord, LeftOut, Results, ResultsWriter, Run
-from lora_diag.running.engines import Layout, Ray, run_local
+from lora_diag.records import LeftOut, Results
+from lora_diag.running.engines import Layout, run_local
 from lora_diag.running.gradients import describe_steps
 from lora_diag.running.inputs import Comparison, compare
-from lora_diag.running.measuring import (
-    Progress,
-    Watch,
-    check_running,
-    checked_ranks,
-    layout_of,
-    measure_layers,
-    not_paired,
-    place,
-    read_memory,
-    without_rank,
-)
-from lora_diag.version import __version__
+from lora_diag.running.layers import LayerRun
+from lora_diag.running.measuring import check_running, checked_ranks, layout_of, not_paired, without_rank
+from lora_diag.running.options import MethodOptions
 
 
 def overlap(
@@ -43,20 +34,7 @@ def overlap(
     gradients: Sequence[Path | str],
     *,
     ranks: Sequence[int] = RANKS,
-    layers: str | None = None,
-    exclude: str | None = None,
-    allow_unmatched: bool = False,
-    method: str = "auto",
-    device: str = "auto",
-    seed: int = 0,
-    workers: int | None = None,
-    memory: str | int | None = None,
-    engine: Ray | None = None,
-    output: Path | str | None = None,
-    resume: bool = False,
-    verify: bool = False,
-    on_progress: Callable[[Progress], None] | None = None,
-    on_record: Callable[[AnyRecord], None] | None = None,
+    **options: Unpack[MethodOptions],
 ) -> Results[Overlap]:
     r"""Measure κ_t = ‖U_rᵀ G_t V_r‖_F / ‖G_t‖_F, and what an adapter there can reach, for every layer, step and rank.
 
@@ -70,20 +48,7 @@ def overlap(
             files.
         ranks: Ranks r. Those that a layer, or an adapter, is too small for are left out there; an adapter's own rank is
             always measured.
-        layers: Regular expression; only weights whose name contains a match.
-        exclude: Regular expression; no weights whose name contains a match.
-        allow_unmatched: Leave out what an adapter changes and ``base`` does not have, instead of stopping.
-        method: ``auto``, ``exact``, ``gram`` or ``krylov``, for the singular vectors of ΔW.
-        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:1``.
-        seed: Of the random starts of ``krylov``.
-        workers: Layers at once; by default as many as fit into memory.
-        memory: What the whole program may take, such as ``"8GB"``; a layer that does not fit is read in row blocks.
-        engine: A Ray cluster to measure on; None for this machine alone.
-        output: Results file, appended layer by layer.
-        resume: Go on behind what an interrupted run left in ``output``.
-        verify: Let ``resume`` compare a SHA-256 of every byte of the inputs, not of samples.
-        on_progress: Called at the start and after every layer.
-        on_record: Called with every record, in the order of the file, as it comes.
+        **options: See ``MethodOptions``.
 
     Returns:
         One record for each layer, step and rank. Layers without a gradient, gradients without a layer and gradients
@@ -101,14 +66,12 @@ def overlap(
         >>> [(record.step, record.rank) for record in found][:6]
         [(0, 4), (0, 8), (0, 16), (0, 32), (0, 64), (40, 4)]
     """
-    where = place(engine, device)
-    settings = OverlapSettings(checked_ranks(ranks), method, seed, where.tasks)
-    limit = read_memory(memory, engine)
-    check_running(workers, seed)
-    check_request(method, settings.ranks[-1], 0.5)
+    run = LayerRun("overlap", options, MethodOptions)
+    settings = OverlapSettings(checked_ranks(ranks), run.options["method"], run.options["seed"], run.where.tasks)
+    check_request(settings.method, settings.ranks[-1], 0.5)
     if not gradients:
         raise UsageError("overlap: name the gradients, a folder with one safetensors file a step")
-    compared = compare(base, tuned, layers, exclude, allow_unmatched, verify)
+    compared = run.compare(base, tuned)
     _refuse_gradient(compared.pairing, tuned)
     steps = open_steps(gradients)
     # The layers of a BASE that was compared are named as in its files, so those are what gradients are matched to.
@@ -117,37 +80,20 @@ def overlap(
     tasks, lacking = _follow(compared.pairing, followed, unmatched, steps)
     if not tasks:
         raise NothingComparedError(_why_nothing(compared, followed, unmatched))
-    chosen = selector(layers, exclude)
+    chosen = selector(run.options["layers"], run.options["exclude"])
     rest = [*lacking, *_left_over(compared.pairing, followed, unmatched, chosen)]
-    run = Run(
-        command="overlap",
-        version=__version__,
-        inputs=(*compared.inputs, describe_steps(gradients, steps, verify)),
-        settings={
-            "ranks": list(settings.ranks),
-            "steps": [step.step for step in steps],
-            "layers": layers,
-            "exclude": exclude,
-            "method": method,
-            "device": where.kind,
-            "seed": seed,
-        },
+    return run.over(
+        tasks,
+        measure,
+        size,
+        settings,
+        lambda layout, earlier, limited: _without_overlap(
+            compared.pairing, rest, layout, tasks, earlier, replace(limited, device=run.where.here)
+        ),
+        (*compared.inputs, describe_steps(gradients, steps, run.options["verify"])),
+        {"ranks": list(settings.ranks), "steps": [step.step for step in steps]},
+        recorded=("layers", "exclude", "method", "device", "seed"),
     )
-    layout = layout_of(tasks, workers, where.kind, limit)
-    settings = replace(settings, memory=layout.limit)
-    with ResultsWriter[Overlap](output, run, resume) as writer:
-        return measure_layers(
-            writer,
-            tasks,
-            partial(measure, settings=settings),
-            lambda: _without_overlap(
-                compared.pairing, rest, layout, tasks, writer.earlier, replace(settings, device=where.here)
-            ),
-            layout,
-            partial(size, settings=settings),
-            Watch(on_progress, on_record),
-            engine,
-        )
 
 
 def subspaces(

@@ -1,0 +1,108 @@
+"""The skeleton of a run over layers: options checked, inputs opened, every layer measured, records written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+from lora_diag.records import LayerRecord, LeftOut, Results, ResultsWriter, Run, RunInput
+from lora_diag.running.engines import Layout
+from lora_diag.running.inputs import Comparison, compare
+from lora_diag.running.measuring import Task, Watch, check_running, layout_of, measure_layers, place, read_memory
+from lora_diag.running.options import LayerOptions, RunOptions, filled
+from lora_diag.version import __version__
+
+L = TypeVar("L", bound=LayerRecord)
+T = TypeVar("T", bound=Task)
+S = TypeVar("S", bound=Any)
+
+# What is recorded of the options, besides what a command adds.
+RECORDED = ("layers", "exclude", "method", "tol", "device", "seed")
+
+
+class LayerRun:
+    """One run of a command over layers.
+
+    Args:
+        command: As the results file names it.
+        given: What the caller gave of the options.
+        group: Which options the command has.
+
+    Attributes:
+        options: All options, those that were not given by default.
+        where: Where numbers are computed.
+
+    Raises:
+        UsageError: An option makes no sense, or the device is not there.
+    """
+
+    def __init__(self, command: str, given: RunOptions, group: type = LayerOptions) -> None:
+        self.command = command
+        self.options: dict[str, Any] = filled(group, dict(given))
+        self.where = place(self.options["engine"], self.options["device"])
+        self._limit = read_memory(self.options["memory"], self.options["engine"])
+        check_running(self.options["workers"], self.options["seed"])
+
+    def compare(self, base: Path | str, tuned: Path | str | None) -> Comparison:
+        """Open both sides and pair their weights, those that the options select.
+
+        Raises:
+            InputError: A side cannot be read, the adapter does not fit BASE, or two weights have one name.
+            NothingComparedError: The sides have no weight in common.
+        """
+        selected = (self.options[name] for name in ("layers", "exclude", "allow_unmatched", "verify"))
+        return compare(base, tuned, *selected)
+
+    def over(
+        self,
+        tasks: Sequence[T],
+        measure: Callable[..., Sequence[L | LeftOut]],
+        size: Callable[..., int],
+        settings: S,
+        rest: Callable[[Layout, Results[L], S], Iterable[LeftOut]],
+        inputs: tuple[RunInput, ...],
+        asked: dict[str, Any],
+        recorded: Sequence[str] = RECORDED,
+    ) -> Results[L]:
+        """Measure every layer; write and report each record in the order of the file.
+
+        Args:
+            tasks: One for each layer, in the order of the file.
+            measure: ``measure(task, settings=...)``: the records of one layer, or why it has none.
+            size: ``size(task, settings=...)``: bytes that a task takes while it runs.
+            settings: A frozen dataclass with a field ``memory``, which gets the bytes that a layer may take.
+            rest: What else is left out, of the layout, of what an interrupted run had measured, and of the settings.
+            inputs: For the run record.
+            asked: The command's own settings, for the run record.
+            recorded: Which of the options are recorded behind them.
+
+        Returns:
+            All records of the run, those of an interrupted one included.
+
+        Raises:
+            InputError: An input cannot be read, or the file cannot be written.
+        """
+        options = self.options
+        told = {**options, "device": self.where.kind}
+        run = Run(
+            command=self.command,
+            version=__version__,
+            inputs=inputs,
+            settings={**asked, **{name: told[name] for name in recorded}},
+        )
+        layout = layout_of(tasks, options["workers"], self.where.kind, self._limit)
+        limited: S = replace(settings, memory=layout.limit)
+        with ResultsWriter[L](options["output"], run, options["resume"]) as writer:
+            return measure_layers(
+                writer,
+                tasks,
+                partial(measure, settings=limited),
+                lambda: rest(layout, writer.earlier, limited),
+                layout,
+                partial(size, settings=limited),
+                Watch(options["on_progress"], options["on_record"]),
+                options["engine"],
+            )

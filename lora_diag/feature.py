@@ -84,8 +84,10 @@ class Feature:
         command: ``module:name`` of the Typer command; empty where another feature's command runs it.
         records: ``module:name`` of its kinds of records.
         functions: ``module:name`` of its public functions, ``lora_diag.NAME``.
-        table: ``module:name`` of ``table(results, width, color, per=...) -> str``; empty if it keeps no results.
+        table: ``module:name`` of ``table(results, width, color, per=...) -> str``; if empty, the
+            columns that the records declare, above the section's statements.
         section: Its section of a report; None if it has none of its own.
+        questions: Keys of statements of that section, each with the question at the top of a report that it answers.
         figures: Its figures, in the order in which they are listed.
     """
 
@@ -96,6 +98,7 @@ class Feature:
     functions: tuple[str, ...] = ()
     table: str = ""
     section: Section | None = None
+    questions: tuple[tuple[str, str], ...] = ()
     figures: tuple[Figure, ...] = ()
 
     def load(self, path: str) -> Any:

@@ -7,6 +7,7 @@ from typing import Any
 from lora_diag.catalog import feature_of
 from lora_diag.errors import InputError
 from lora_diag.records import Results
+from lora_diag.rendering.tables import record_table
 
 
 def table(results: Results[Any], width: int = 80, color: bool = False, per: str = "type") -> str:
@@ -22,7 +23,9 @@ def table(results: Results[Any], width: int = 80, color: bool = False, per: str 
         InputError: They come from a command that this version does not know.
     """
     feature = feature_of(results.run.command)
-    if feature is None or not feature.table:
-        raise InputError(f"results of loradiag {results.run.command}: this version has no table for them")
-    shown: str = feature.load(feature.table)(results, width, color, per=per)
-    return shown
+    if feature is not None and feature.table:
+        shown: str = feature.load(feature.table)(results, width, color, per=per)
+        return shown
+    if feature is not None and feature.section is not None:
+        return record_table(results, feature.load(feature.section.statements)(results), width, color, per)
+    raise InputError(f"results of loradiag {results.run.command}: this version has no table for them")

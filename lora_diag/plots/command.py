@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from lora_diag.catalog import figures
 from lora_diag.cli import options
 from lora_diag.cli.output import result, terminal
 
@@ -17,31 +18,9 @@ if TYPE_CHECKING:
     from lora_diag.plots.run import Drawn
 
 
-class Figure(StrEnum):
-    """What is drawn."""
-
-    all = "all"
-    energy = "energy"
-    spectrum = "spectrum"
-    heatmap = "heatmap"
-    residual = "residual"
-    overlap = "overlap"
-    allocation = "allocation"
-    angles = "angles"
-    union = "union"
-    fleet = "fleet"
-    sweep = "sweep"
-    truncation = "truncation"
-    alone = "alone"
-    outputs = "outputs"
-    depth = "depth"
-    sensitivity = "sensitivity"
-    curvature = "curvature"
-    intrinsic = "intrinsic"
-    fisher = "fisher"
-
-
-_FIGURES = f"One of {', '.join(Figure)}; default all into a folder, the first that can be drawn into a file."
+# Derived from the features, those of installed packages among them.
+_NAMES = ["all", *(figure.name for _, figure in figures())]
+_FIGURES = f"One of {', '.join(_NAMES)}; default all into a folder, the first that can be drawn into a file."
 
 
 class Width(StrEnum):
@@ -66,8 +45,8 @@ def plot(
         typer.Option("--output", "-o", metavar="FILE|FOLDER", help="One .png, .svg or .pdf, or a folder for all."),
     ] = Path("figures"),
     figure: Annotated[
-        Figure | None,
-        typer.Option(metavar="FIGURE", help=_FIGURES),
+        str | None,
+        typer.Option(metavar="FIGURE", help=_FIGURES, autocompletion=lambda: _NAMES),
     ] = None,
     label: Annotated[
         list[str] | None, typer.Option(metavar="NAME", help="What each of RESULTS is called, in their order.")
@@ -95,7 +74,7 @@ def plot(
     drawn = draw(
         *results,
         output=output,
-        figure=figure.value if figure else None,
+        figure=figure,
         labels=label or (),
         field=field,
         rank=rank,

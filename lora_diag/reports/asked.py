@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from lora_diag.probes.truncation.summary import gap
 from lora_diag.rendering.lines import called
+from lora_diag.rendering.statements import find
 from lora_diag.rendering.text import safe
 from lora_diag.reports.evidence import Evidence
 from lora_diag.reports.several import sections_of
@@ -34,17 +35,6 @@ class Answer:
     measured: bool = True
 
 
-# The lines of a summary that answer a first question, and the question.
-_ASKED = {
-    "Correct?": "Did the merge do what the adapter says?",
-    "Interfere?": "Do the updates interfere?",
-    "Rank needed": "What rank do all of them need?",
-    "Intruders?": "Are there intruder dimensions?",
-    "Stand out": "Which adapters stand out?",
-    "Alike": "Which adapters are alike?",
-}
-
-
 # What is asked of held-out losses first, by the command that measured them.
 _LOSSES = {
     "probe outputs": "Is the adapter as good as the full fine-tune?",
@@ -63,7 +53,7 @@ def losses(evidence: Evidence) -> Iterator[Answer]:
     for command, question in _LOSSES.items():
         of_command = [section for section in sections if section.command == command]
         for section in of_command:
-            said = [(word, text.splitlines()) for word, text in section.lines if word.startswith("On ")]
+            said = [(one.label, list(one.lines)) for one in section.statements if one.label.startswith("On ")]
             if not said:
                 continue
             # The loss of BASE and of TUNED comes first in a set's lines, and what follows from it second.
@@ -74,7 +64,7 @@ def losses(evidence: Evidence) -> Iterator[Answer]:
             more += [f"{word}: {line}" for word, lines in said[1:] for line in lines]
             # Distances are no quality; they stand in the section.
             more = [line for line in more if not any(words in line for words in _DISTANCES)]
-            more += [f"{word} {text}" for word, text in section.lines if word == "Shifted agrees?"]
+            more += [f"{one.label} {one.text}" for one in section.statements if one.label == "Shifted agrees?"]
             more += [section.title] if len(of_command) > 1 else []
             yield Answer(question, f"{word}: {lead}" if word else lead, tuple(more))
 
@@ -94,15 +84,15 @@ def _as_good(found: Sequence[Contest]) -> str:
 
 
 def several(evidence: Evidence) -> Iterator[Answer]:
-    """Yield what is asked first of merges, of several updates, of intruders and of fleets."""
+    """Yield the answers to the questions that features declare, from their statements."""
     sections = sections_of(evidence)
-    asked = Counter(word for section in sections for word, _ in section.lines)
+    times = Counter(section.feature.name for section in sections)
     for section in sections:
-        for word, sentence in section.lines:
-            if word in _ASKED:
-                first, *more = sentence.splitlines()
+        for key, question in section.feature.questions:
+            if found := find(section.statements, key):
+                answer, more = found.answered
                 # Of several such runs each answer says whose it is.
-                yield Answer(_ASKED[word], first, (*more, *([section.title] if asked[word] > 1 else ())))
+                yield Answer(question, answer, (*more, *([section.title] if times[section.feature.name] > 1 else ())))
 
 
 # What is asked of probes of parts, by the command: the question, how the word of the line that answers it begins, and
@@ -124,7 +114,7 @@ def parts(evidence: Evidence) -> Iterator[Answer]:
     asked = Counter(section.command for section in found)
     for section in found:
         for question, begins, leads in _PARTS[section.command]:
-            told = next(((word, text.splitlines()) for word, text in section.lines if word.startswith(begins)), None)
+            told = next(((one.label, one.lines) for one in section.statements if one.label.startswith(begins)), None)
             if told is None:
                 continue
             word, said = told

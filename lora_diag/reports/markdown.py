@@ -102,7 +102,7 @@ def _several(evidence: Evidence) -> list[str]:
     """Return a part for each run on several updates, intruders or a fleet: its summary and its tables."""
     parts = []
     for section in sections_of(evidence):
-        said = "\n".join(f"- **{_text(word)}** {_text('; '.join(text.splitlines()))}" for word, text in section.lines)
+        said = "\n".join(f"- **{_text(one.label)}** {_text('; '.join(one.lines))}" for one in section.statements)
         parts += [f"## {_text(crop(section.title, 200))}", *([said] if said else [])]
         for grid in section.grids:
             rows = grid.rows()

@@ -8,15 +8,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from lora_diag.catalog import feature_of, features
+from lora_diag.feature import Feature
 from lora_diag.feature import Section as SectionKind
 from lora_diag.rendering.columns import Grid
 from lora_diag.rendering.lines import called
-from lora_diag.rendering.statements import as_pairs
+from lora_diag.rendering.statements import Statement, as_statements
 from lora_diag.rendering.text import safe
 from lora_diag.reports.evidence import Evidence, Source
 
 # What the list of runs says anyway.
-_ELSEWHERE = {"Compared", "Left out", "Adapters"}
+_ELSEWHERE = {"compared", "left_out", "adapters"}
 
 # So many updates are named in a title.
 _NAMED = 4
@@ -32,7 +33,8 @@ class Section:
     Args:
         title: Of what it is.
         kind: The same without the run's inputs.
-        lines: Word and sentence; a sentence may have several lines.
+        feature: Whose records they are.
+        statements: What it says.
         grids: Its tables.
         figures: Names of the figures that belong to it; of several runs of a command, to the first.
         source: The run.
@@ -40,7 +42,8 @@ class Section:
 
     title: str
     kind: str
-    lines: tuple[tuple[str, str], ...]
+    feature: Feature
+    statements: tuple[Statement, ...]
     grids: tuple[Grid, ...]
     figures: tuple[str, ...]
     source: Source
@@ -66,14 +69,15 @@ def sections_of(evidence: Evidence) -> list[Section]:
     for kind, source in sorted(known, key=lambda item: (item[0].order, order.index(item[1].results.run.command))):
         feature = feature_of(source.results.run.command)
         assert feature is not None
-        lines = as_pairs(feature.load(kind.statements)(source.results))
+        statements = as_statements(feature.load(kind.statements)(source.results))
         grids = feature.load(kind.grids)(source.results)
         figures = kind.figures or tuple(figure.name for figure in feature.figures)
         found.append(
             Section(
                 f"{kind.title}: {named_of(source)}",
                 kind.title,
-                tuple((word, text) for word, text in lines if word not in _ELSEWHERE),
+                feature,
+                tuple(one for one in statements if one.key not in _ELSEWHERE),
                 tuple(grid for grid in grids if grid.names),
                 () if feature.name in drawn else figures,
                 source,

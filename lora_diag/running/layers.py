@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -11,7 +12,16 @@ from typing import Any, TypeVar
 from lora_diag.records import LayerRecord, LeftOut, Results, ResultsWriter, Run, RunInput
 from lora_diag.running.engines import Layout
 from lora_diag.running.inputs import Comparison, compare
-from lora_diag.running.measuring import Task, Watch, check_running, layout_of, measure_layers, place, read_memory
+from lora_diag.running.measuring import (
+    Task,
+    Watch,
+    check_running,
+    layout_of,
+    measure_layers,
+    place,
+    read_memory,
+    without_rank,
+)
 from lora_diag.running.options import LayerOptions, RunOptions, filled
 from lora_diag.version import __version__
 
@@ -21,6 +31,30 @@ S = TypeVar("S", bound=Any)
 
 # What is recorded of the options, besides what a command adds.
 RECORDED = ("layers", "exclude", "method", "tol", "device", "seed")
+
+
+@dataclass(frozen=True, slots=True)
+class LayerSettings:
+    """What is asked of every layer by a command that has no settings of its own.
+
+    Args:
+        method: ``auto``, ``exact``, ``gram`` or ``krylov``.
+        tol: Bound to reach on the error of every energy fraction.
+        seed: Of random starting vectors.
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:1``.
+        memory: Bytes that a layer may take; None for what it needs.
+    """
+
+    method: str
+    tol: float
+    seed: int
+    device: str
+    memory: int | None = None
+
+
+def entry_bytes(task: Task, settings: Any) -> int:
+    """Return the bytes of a layer's entries in float64."""
+    return 8 * math.prod(task.shape)
 
 
 class LayerRun:
@@ -55,6 +89,35 @@ class LayerRun:
         """
         selected = (self.options[name] for name in ("layers", "exclude", "allow_unmatched", "verify"))
         return compare(base, tuned, *selected)
+
+    def pair(
+        self,
+        base: Path | str,
+        tuned: Path | str | None,
+        measure: Callable[..., Sequence[L | LeftOut]],
+        size: Callable[..., int] = entry_bytes,
+        asked: dict[str, Any] | None = None,
+    ) -> Results[L]:
+        """Measure every matrix that two sides have in common: ``measure(delta, settings=LayerSettings(...))``.
+
+        Args:
+            base: The checkpoint before; or an adapter, if there is no ``tuned``.
+            tuned: The checkpoint after, or an adapter.
+            measure: The records of one layer, or why it has none.
+            size: Bytes that a layer takes while it is measured.
+            asked: The command's own settings, for the run record.
+        """
+        compared = self.compare(base, tuned)
+        matrices = [delta for delta in compared.pairing.deltas if delta.is_matrix]
+        return self.over(
+            matrices,
+            measure,
+            size,
+            LayerSettings(self.options["method"], self.options["tol"], self.options["seed"], self.where.tasks),
+            lambda layout, _, __: without_rank(compared.pairing, layout, self.where.here),
+            compared.inputs,
+            asked or {},
+        )
 
     def over(
         self,

@@ -28,7 +28,7 @@ def test_plot_draws_what_the_records_allow_and_says_what_is_missing(loradiag, sp
     made = sorted(path.name for path in (tmp_path / "figures").iterdir())
     assert made == ["energy.png", "heatmap.png", "residual.png", "spectrum.png"]
     assert all(f"figures/{name}" in ran.out for name in made)
-    assert "no records for overlap, allocation, angles" in " ".join(ran.out.split())
+    assert "no records for fleet, overlap, angles" in " ".join(ran.out.split())
     assert "loradiag overlap BASE TUNED GRADIENTS" in loradiag("plot", spectra, "--figure", "overlap").err
     assert len(ran.out.splitlines()) <= 16, "what was drawn is not lost among what was not"
     assert "Next       loradiag report spectrum.jsonl residual.jsonl" in ran.out
@@ -51,7 +51,7 @@ def test_one_file_takes_one_figure(loradiag, spectra, tmp_path, suffix, begins):
 
 
 def test_a_file_without_a_figure_takes_the_first_that_can_be_drawn(loradiag, adapters, tmp_path):
-    assert "heatmap  x.svg" in loradiag("plot", adapters, "-o", "x.svg").out
+    assert "residual  x.svg" in loradiag("plot", adapters, "-o", "x.svg").out
     assert "residual  y.svg" in loradiag("plot", adapters, "-o", "y.svg", "--figure", "residual").out
     assert "heatmap  z.svg" in loradiag("plot", adapters, "-o", "z.svg", "--field", "norm_ratio").out
     assert "‖X‖_F / ‖ΔW‖_F, by module type and depth" in (tmp_path / "z.svg").read_text()
@@ -102,13 +102,6 @@ def test_results_without_layers_say_what_shows_them(loradiag, tmp_path):
     assert ran.code == 4
     assert "loradiag probe truncation have no records of layers; loradiag inspect" in ran.err
     assert not (tmp_path / "figures").exists()
-
-
-def test_every_figure_can_be_asked_for_by_name():
-    from lora_diag import plots
-    from lora_diag.plots.command import Figure
-
-    assert [figure.value for figure in Figure] == ["all", *(kind.name for kind in plots.FIGURES)]
 
 
 def test_probe_results_are_drawn_though_they_have_no_layers(loradiag, spectra, tmp_path):

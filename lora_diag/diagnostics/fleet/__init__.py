@@ -20,4 +20,8 @@ FEATURE = Feature(
             lacks=".figures:lacks",
         ),
     ),
+    questions=(
+        ("stand_out", "Which adapters stand out?"),
+        ("alike", "Which adapters are alike?"),
+    ),
 )

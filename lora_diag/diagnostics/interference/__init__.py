@@ -35,4 +35,8 @@ FEATURE = Feature(
             lacks=".figure_union:lacks",
         ),
     ),
+    questions=(
+        ("interfere", "Do the updates interfere?"),
+        ("rank_needed", "What rank do all of them need?"),
+    ),
 )

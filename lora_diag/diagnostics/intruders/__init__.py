@@ -12,4 +12,5 @@ FEATURE = Feature(
     section=Section(
         "Intruder dimensions", ".summary:intruders_lines", ".summary:intruders_grids", figures=("intruders",)
     ),
+    questions=(("intruders", "Are there intruder dimensions?"),),
 )

@@ -10,4 +10,5 @@ FEATURE = Feature(
     functions=(".run:verify_merge",),
     table=".summary:merge_table",
     section=Section("Merge", ".summary:merge_lines", ".summary:merge_grids", order=40),
+    questions=(("correct", "Did the merge do what the adapter says?"),),
 )

@@ -1,0 +1,29 @@
+"""One layer's ΔW → its record, and the function ``lora_diag.nuclear``."""
+
+from pathlib import Path
+from typing import Unpack
+
+from lora_diag.deltas import Delta
+from lora_diag.layers.change import load_change
+from lora_diag.layers.left_out import not_finite
+from lora_diag.linalg import resolve_device
+from lora_diag.records import LeftOut, Results
+from lora_diag.running.layers import LayerRun, LayerSettings
+from lora_diag.running.options import LayerOptions
+from loradiag_nuclear.record import Nuclear
+
+
+def measure(delta: Delta, settings: LayerSettings) -> tuple[Nuclear | LeftOut]:
+    """Return the record of one layer."""
+    change = load_change(delta, resolve_device(settings.device))
+    if change.non_finite is not None:
+        return (not_finite(delta, change),)
+    found = change.decompose(settings.method, tol=settings.tol, seed=settings.seed)
+    nuclear, largest = float(found.s.sum()), found.fro * min(delta.shape) ** 0.5
+    flatness = nuclear / largest if largest else None
+    return (Nuclear(layer=delta.layer, shape=delta.shape, fro=found.fro, nuclear=nuclear, flatness=flatness),)
+
+
+def nuclear(base: Path | str, tuned: Path | str, **options: Unpack[LayerOptions]) -> Results[Nuclear]:
+    """Measure the nuclear norm of every update; see ``LayerOptions`` for the options."""
+    return LayerRun("nuclear", options).pair(base, tuned, measure)

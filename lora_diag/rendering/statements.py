@@ -60,7 +60,7 @@ def say(key: str, label: str, *lines: str, level: Level = "note", answer: str = 
     >>> say("reach", "Reach", "0.4 of ‖G‖", "0.2 for a fresh adapter").details
     ('0.2 for a fresh adapter',)
     """
-    lead, *details = [part for line in lines for part in line.split("\n")]
+    lead, *details = [part for line in lines for part in line.split("\n")] or [""]
     return Statement(key, label, lead, tuple(details), level, answer)
 
 

@@ -143,7 +143,7 @@ def test_sorting_sorts(page):
     titles = page.js("[...document.querySelectorAll('#table thead th')].map((cell) => cell.textContent)")
     place = titles.index("r@90%")
     for down in (False, True):
-        page.click(*center(page, "#table button[data-sort='s0.r90']"))
+        page.click(*center(page, "#table button[data-sort='s0.rank_at.0.9']"))
         page.wait(f"document.querySelector('[aria-sort={'descending' if down else 'ascending'}]') !== null")
         found = [int(text) for text in column(page, place)]
         assert found == sorted(found, reverse=down)
@@ -180,8 +180,8 @@ def test_a_row_can_be_chosen(page):
 def test_the_address_brings_back_what_was_shown(page, report):
     put(page, "field", "a0.epsilon", "change")
     click_cell(page, 1, 1)
-    page.click(*center(page, "#table button[data-sort='s0.c8']"))
-    page.wait("location.hash.includes('sort=s0.c8')")
+    page.click(*center(page, "#table button[data-sort='s0.energy.8']"))
+    page.wait("location.hash.includes('sort=s0.energy.8')")
     fragment, shown, rows = page.js("location.hash"), curves(page), column(page, 0)
     page.open(report, fragment)
     assert (curves(page), column(page, 0)) == (shown, rows)

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 import lora_diag
 from lora_diag import plots
 from lora_diag.errors import InputError, NothingComparedError, UsageError
-from lora_diag.plots.heatmap import cells, norm_of
+from lora_diag.plots.figure_heatmap import cells, norm_of
 from lora_diag.records import Results, RunInput
 from lora_diag.rendering.figures.series import series_of
 from tests.plots import making
@@ -357,7 +357,7 @@ def test_what_cannot_be_drawn_says_why():
     for wrong in ({"width": "poster"}, {"per": "head"}, {"labels": ["a", "b"]}):
         with pytest.raises(UsageError):
             plots.figure("energy", spectra, **wrong)
-    with pytest.raises(UsageError, match="there are energy, spectrum, heatmap"):
+    with pytest.raises(UsageError, match="there are energy, spectrum, fleet"):
         plots.figure("pie", spectra)
 
 

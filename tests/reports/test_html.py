@@ -188,7 +188,7 @@ def test_a_run_without_layers_has_a_page():
 def test_zero_updates_and_missing_values_are_empty_cells():
     run = spectra([spectrum("a.weight", np.zeros(16)), spectrum("b.weight", decay(16, 1))])
     data = embedded(html_report(evidence(run)))
-    assert {f["id"]: f["values"][0] for f in data["fields"]}["s0.c8"] is None
+    assert {f["id"]: f["values"][0] for f in data["fields"]}["s0.energy.8"] is None
     assert data["spectra"][0]["curves"][0]["c"] == [None] * 16
 
 

@@ -231,6 +231,8 @@ def _certificate(
         if part.losses is None
         for weight, member in zip(part.weights, part.members, strict=True)
     )
+    price = chosen.price / total / budget.bytes_per_param
+    unpaid = 0.0 if budget.unit == "energy" else budget.amount - budget.told(budget.whole)
     return Certificate(
         unit=budget.unit,
         budget=None if budget.unit == "energy" else budget.amount,
@@ -242,7 +244,8 @@ def _certificate(
         optimal=chosen.optimal,
         energy_error=min(1.0, error / total),
         epsilon_min=_epsilon_min(parts, chosen.ranks),
-        price=chosen.price / total / budget.bytes_per_param,
+        price=price,
+        slack=bound - kept + price * unpaid,
         baselines=tuple(
             Baseline(
                 name=rule.name,

@@ -18,7 +18,7 @@ from lora_diag.planning.step import Advice
 from lora_diag.planning.worth import of
 from lora_diag.reports.asked import Answer, losses, parts, several
 from lora_diag.reports.overlap_summary import lines
-from lora_diag.reports.residual import residual_lines
+from lora_diag.reports.residual import SEEDS, residual_lines
 from lora_diag.reports.several import SEVERAL, is_of_losses, named_of
 from lora_diag.reports.summary import METRICS, summary_lines
 from lora_diag.reports.text import number, percent, safe
@@ -30,8 +30,8 @@ from lora_diag.results.verdict import outcome
 
 # What has to be said wherever ε is shown.
 EPSILON = (
-    "ε is the distance to one full fine-tune, never a quality: on real data it rises with rank while the loss falls, "
-    "and two full fine-tunes from two seeds are ε ≈ 1 apart."
+    "ε is the distance to one full fine-tune, never a quality: on one real encoder it rose with rank while the loss "
+    f"fell, and {SEEDS}."
 )
 # What has to be said wherever a rank is advised.
 ENERGY = (

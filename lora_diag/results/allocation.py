@@ -89,7 +89,10 @@ class Certificate(Record):
         optimal: True if the exact method ran: nothing within budget and constraints keeps more.
         energy_error: Bound on the error of ``kept`` and ``bound`` that the measurement of the spectra brings.
         epsilon_min: √(1 − unweighted share kept).
-        price: Marginal value: energy share gained per further unit of the budget, at the bound.
+        price: Marginal value λ: energy share by which the bound rises per further unit of the budget.
+        slack: n further units of the budget keep at most price·n + slack more than ``kept``, for every n: bound − kept,
+            and for a budget of bytes what the part of it that pays for no whole parameter is worth; null in results
+            of older versions.
         baselines: Other rules at the same budget.
     """
 
@@ -105,7 +108,17 @@ class Certificate(Record):
     energy_error: Share = 0.0
     epsilon_min: float = 1.0
     price: float | None = None
+    slack: float | None = None
     baselines: tuple[Baseline, ...] = ()
+
+    def more_at_most(self, amount: float) -> float:
+        """Return a bound on the energy share that ``amount`` more units of the budget add to ``kept``.
+
+        Weak duality: within a budget B + n no allocation keeps more than the bound at B plus λn
+        (``planning/spending.py``). The share that is missing to 1 is a bound, too.
+        """
+        slack = self.bound - self.kept if self.slack is None else self.slack
+        return min(1.0 - self.kept, (self.price or 0.0) * amount + slack)
 
 
 class Policies(Record):

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lora_diag.errors import UsageError
+from lora_diag.planning import spending
 from lora_diag.planning.allocation import Budget, allocate
 from lora_diag.planning.candidates import Constraints
 from tests.planning.records import llama, record
@@ -105,6 +106,50 @@ def test_a_budget_of_bytes_counts_every_copy_of_a_parameter():
     one = [record("a.weight", (16, 16), np.ones(16))]
     for amount, rank in ((16 * 64, 2), (16 * 64 - 1, 1)):
         assert allocate(one, Budget("bytes", amount, "--memory", 16.0)).layers[0].rank == rank
+
+
+def best_shares(spectra, allowed, most):
+    """The largest share that any ranks keep at each cost 0, …, most: dynamic programming from the definition."""
+    best = np.zeros(most + 1)
+    for r in spectra:
+        choices = [(rank * cost(r), float((np.array(r.s[:rank]) ** 2).sum())) for rank in [0, *allowed(r)]]
+        best = np.array([max(best[b - c] + gain for c, gain in choices if c <= b) for b in range(most + 1)])
+    return best / sum(r.fro**2 for r in spectra)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.lists(
+        st.tuples(st.integers(2, 6), st.integers(2, 6), st.lists(st.floats(0.01, 10), min_size=1, max_size=2)),
+        min_size=1,
+        max_size=4,
+    ),
+    st.integers(12, 80),
+    st.sampled_from([None, (1, 2, 4), (2,)]),
+    st.sampled_from([("params", 1.0), ("bytes", 4.0), ("bytes", 6.0)]),
+    st.booleans(),
+)
+def test_more_at_most_bounds_every_larger_budget(layers, amount, listed, counted, exact):
+    spectra = [
+        record(f"layers.{i}.weight", (m, n), sorted(np.resize(s, min(m, n) // 2 + 1), reverse=True))
+        for i, (m, n, s) in enumerate(layers)
+    ]
+    unit, each = counted
+    amount = int(amount * each) + (3 if unit == "bytes" else 0)
+    with pytest.MonkeyPatch.context() as patch:
+        if not exact:
+            patch.setattr(spending, "MAX_TABLE", 0)
+        try:
+            found = allocate(spectra, Budget(unit, amount, "--budget", each), Constraints(ranks_from=listed))
+        except UsageError:
+            return
+    caps = {layer.layer: layer.cap for layer in found.layers}
+    more = range(int(60 * each))
+    allowed = {layer: [rank for rank in listed or range(1, 7) if rank <= cap] for layer, cap in caps.items()}
+    best = best_shares(spectra, lambda r: allowed[r.layer], int((amount + len(more)) / each))
+    for n in more:
+        reachable = best[int((amount + n) // each)]
+        assert reachable <= found.certificate.kept + found.certificate.more_at_most(n) + 1e-9
 
 
 def test_uniform_rank_is_the_largest_that_fits():

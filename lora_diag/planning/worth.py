@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from lora_diag.planning.evidence import Evidence, Source
-from lora_diag.planning.sweep import SweepVerdict, verdicts
+from lora_diag.planning.sweep import TOLERANCE, SweepVerdict, verdicts
 from lora_diag.results import Probe
 
 # What keeps so much of the full fine-tune's gain does as well, for what an adapter is meant for.
@@ -52,6 +52,7 @@ class Swept:
         base: BASE's record there.
         shifted: The verdicts on shifted sets, by name.
         ranks: Ranks tried, ascending.
+        tolerance: Share of the gain that a smaller rank may lose.
     """
 
     source: Source
@@ -60,6 +61,7 @@ class Swept:
     base: Probe
     shifted: dict[str, SweepVerdict]
     ranks: tuple[int, ...]
+    tolerance: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,13 +147,14 @@ def swept(evidence: Evidence) -> Swept | None:
     """Return what the first sweep comes to; None without one, or where none of its runs says anything."""
     for source, records in of(evidence, "sweep"):
         settings = source.results.run.settings
-        found = verdicts(records, settings.get("seed", 0), settings.get("tolerance", 0.02))
+        share = settings.get("tolerance", TOLERANCE)
+        found = verdicts(records, settings.get("seed", 0), share)
         own = next((name for name in main_sets(records) if name in found), None)
         if own is not None:
             verdict, base = found[own]
             shifted = {name: other for name, (other, its) in found.items() if its.shifted and name != own}
             ranks = sorted({record.rank for record in records if record.subject == "lora" and record.rank is not None})
-            return Swept(source, own, verdict, base, shifted, tuple(ranks))
+            return Swept(source, own, verdict, base, shifted, tuple(ranks), share)
     return None
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import time
 from collections import deque
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from io import FileIO
@@ -40,9 +41,12 @@ class ResultsWriter(Generic[L]):
         path: The results file; None to write nothing.
         run: The first line.
         resume: Go on behind the records that an interrupted run left there, or in ``NAME.part``.
+        grows: Settings that may ask for more when a run, finished or not, is resumed, each with what the earlier value
+            and the new one become together. If that is more than there was, the earlier records are copied to
+            ``NAME.part`` under the new first line, and the file is replaced once the run has ended.
 
     Attributes:
-        run: The first line.
+        run: The first line; of a resumed run with what its settings have become.
         earlier: What is there already and is kept; without layers unless resuming.
 
     Raises:
@@ -51,10 +55,17 @@ class ResultsWriter(Generic[L]):
         InputError: It cannot be read or written.
     """
 
-    def __init__(self, path: Path | str | None, run: Run, resume: bool = False) -> None:
+    def __init__(
+        self,
+        path: Path | str | None,
+        run: Run,
+        resume: bool = False,
+        grows: Mapping[str, Callable[[Any, Any], Any]] | None = None,
+    ) -> None:
         self.path: Path | None = None
         self.run = run
         self.earlier: Results[L] = Results(run, ())
+        self._grows = grows or {}
         self._kept = 0
         self._file: FileIO | None = None
         self._synced = -SYNC_SECONDS
@@ -85,11 +96,26 @@ class ResultsWriter(Generic[L]):
         behind_part = part_state != "absent" if resume else state == "finished"
         self.path = part if behind_part else self._final
         if resume and (part_state if behind_part else state) in {"unfinished", "finished"}:
-            self.earlier = _whole_layers(_same_run(read_results(self.path), self.run, self.path))
+            earlier: Results[L] = read_results(self.path)
+            extended = self._extended(earlier)
+            self.earlier = _whole_layers(_same_run(extended, self.run, self.path))
+            if extended.run != earlier.run:
+                self.path, behind_part = part, True
+                self.earlier.write(part)
             self._kept = sum(1 for _ in self.earlier.records())
         check_folder_of(self.path, in_place=True)
         if self.earlier.end is not None and behind_part:
             self._replace()
+
+    def _extended(self, earlier: Results[L]) -> Results[L]:
+        """Return the earlier run with the settings that may grow as both runs ask for them; unfinished if they grew."""
+        then, now = earlier.run.settings, self.run.settings
+        both = {key for key in self._grows if then.get(key) is not None and now.get(key) is not None}
+        grown = {key: self._grows[key](then[key], now[key]) for key in both}
+        self.run = self.run.model_copy(update={"settings": {**now, **grown}})
+        if all(then[key] == value for key, value in grown.items()):
+            return earlier
+        return replace(earlier, run=earlier.run.model_copy(update={"settings": {**then, **grown}}), end=None)
 
     def append(self, *records: AnyRecord) -> None:
         """Write records as lines, all of one layer in one go.

@@ -1,10 +1,10 @@
 """Planted losses: each rule speaks where its evidence is, leads those on weights, and is silent without it."""
 
+import math
 from dataclasses import replace
 
-import pytest
-
 from lora_diag.planning.advice import advice
+from lora_diag.planning.sweep import verdicts
 from lora_diag.planning.worth import contests
 from lora_diag.results import End, Probe, Results, Run, RunInput
 from tests.planning.test_advice import evidence, model, told
@@ -38,15 +38,23 @@ def outputs(adapters, base=2.0, tuned=1.0, error=0.01, sets=("own",), shifted=()
 
 
 def sweep(losses, base=2.0, own=None, shifted=None, spread=0.001):
-    """``losses`` by rank, two seeds ``spread`` apart; ``shifted`` the same on a shifted set whose BASE is ``own``."""
+    """``losses`` by rank, two seeds ``spread`` apart, ranks in turns; ``shifted`` on a set of BASE ``own``."""
     records = []
     for name, given, start in (("own", losses, base), ("other", shifted or {}, own)):
         if given:
             where = {"name": name, "shifted": name == "other"}
             records.append(probe("sweep", "base", start, **where))
             records += [
-                probe("sweep", "lora", loss + seed * spread, rank=rank, lr=1e-3, seed=seed, **where)
-                for rank, loss in given.items()
+                probe(
+                    "sweep",
+                    "lora",
+                    loss + (seed - 0.5) * spread * (-1) ** place,
+                    rank=rank,
+                    lr=1e-3,
+                    seed=seed,
+                    **where,
+                )
+                for place, (rank, loss) in enumerate(given.items())
                 for seed in (0, 1)
             ]
     return run("probe sweep", records, seed=0, tolerance=0.02)
@@ -104,31 +112,37 @@ def test_a_gap_leads_and_weights_follow():
     assert more.command == "loradiag probe outputs 'my base' full 'a b' --eval MORE_TEXT -o outputs.jsonl"
 
 
-def test_a_sweep_names_the_rank_and_weights_are_not_asked_for_one():
+def test_a_sweep_names_rank_and_rate_and_weights_are_not_asked_for_one():
     steep = sweep({4: 1.5, 8: 1.2, 16: 1.1, 64: 1.099})
     steps = advice(evidence(model(flat_to(40, 512)), steep))
-    assert [(step.rule, step.do) for step in steps] == [("sweep: gradual decline", "Train at r=16")]
-    assert "smallest rank of 4, 8, 16, 64 within 0.018 nats of the best (r=64)" in steps[0].because
-    assert steps[0].command == "loradiag plan 'my base'"
+    assert [(step.rule, step.do) for step in steps] == [
+        ("sweep: gradual decline", "Train at r=16 with learning rate 0.001")
+    ]
+    assert "of 4, 8, 16, 64 it is the smallest rank shown to keep 98% of every other rank's gain" in steps[0].because
+    assert "r=8 is 11% of the gain behind r=64" in steps[0].because
+    assert steps[0].command == "loradiag plan 'my base' --ranks 16"
     (last,) = advice(evidence(sweep({4: 1.5, 8: 1.2, 16: 1.1})))
-    assert last.do == "Train at r=16, and try higher ones: the loss still falls there"
+    assert last.do == "Train at r=16 with learning rate 0.001, and try higher ones: the loss still falls there"
     (fast,) = advice(evidence(sweep({4: 1.1, 8: 1.099, 16: 1.098})))
-    assert (fast.rule, fast.do) == ("sweep: fast saturation", "Train at r=4")
+    assert (fast.rule, fast.do) == ("sweep: fast saturation", "Train at r=4 with learning rate 0.001")
 
 
-@pytest.mark.parametrize(
-    ("swept", "rule", "do", "again"),
-    [
-        (sweep({4: 2.1, 8: 2.2}), "sweep: no gain", "Change the training before the rank", "--lr 1e-6,1e-5,1e-4"),
-        (sweep({4: 1.50, 8: 1.51}, spread=0.2), "sweep: noisy", "Sweep again with more seeds or steps", "--seeds 4"),
-    ],
-)
-def test_a_sweep_that_names_no_rank_leaves_it_to_the_weights(swept, rule, do, again):
-    steps = advice(evidence(model(flat_to(40, 512)), swept))
-    assert [step.rule for step in steps] == [rule, "raise rank everywhere"]
-    assert steps[0].do.startswith(do)
+def test_a_sweep_that_shows_no_rank_gives_its_best_answer_and_leaves_ranks_to_the_weights():
+    steps = advice(evidence(model(flat_to(40, 512)), sweep({4: 2.1, 8: 2.2})))
+    assert [step.rule for step in steps] == ["sweep: no gain", "raise rank everywhere"]
+    assert steps[0].do.startswith("Change the training before the rank")
     sweeps = "loradiag probe sweep 'my base' --data DATA --eval own.txt"
-    assert steps[0].command == f"{sweeps} {again} --ranks 4,8 -o sweep-2.jsonl"
+    assert steps[0].command == f"{sweeps} --lr 1e-6,1e-5,1e-4 --ranks 4,8 -o sweep-2.jsonl"
+    noisy = sweep({4: 1.50, 8: 1.51}, spread=0.04)
+    steps = advice(evidence(model(flat_to(40, 512)), noisy))
+    assert [step.rule for step in steps] == ["sweep: not resolved", "raise rank everywhere"]
+    assert steps[0].do == "Train at r=4 with learning rate 0.001"
+    (verdict, _), *_ = verdicts(noisy.whole, 0, 0.02).values()
+    assert f"{math.floor(100 * verdict.confidence)}% confidence" in steps[0].because
+    # The command adds seeds to the file that is there.
+    command = "loradiag probe sweep 'my base' --eval own.txt --seed 0 --tolerance 0.02"
+    assert steps[0].command == f"{command} --seeds {verdict.more_seeds} --resume -o 'probe sweep.jsonl'"
+    assert verdict.more_seeds > 2
 
 
 def test_a_shifted_set_is_asked_apart():

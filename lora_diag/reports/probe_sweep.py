@@ -7,6 +7,7 @@ from typing import Any
 
 from rich.console import Group
 
+from lora_diag.planning.evidence import Evidence, Source
 from lora_diag.planning.sweep import (
     AtRank,
     SweepVerdict,
@@ -20,6 +21,7 @@ from lora_diag.planning.sweep import (
     versus,
 )
 from lora_diag.planning.sweep import verdicts as verdicts_of
+from lora_diag.planning.worth import swept
 from lora_diag.reports.columns import Column, Grid
 from lora_diag.reports.lines import answers, inputs, notes
 from lora_diag.reports.probe import beyond_grid, ending, measured, names_of, probes
@@ -42,6 +44,12 @@ def sweep_table(
     """
     grids = [part for grid in sweep_grids(results) for part in grid.shown(width)]
     return to_text(Group(*grids, answers([*sweep_lines(results), *([("Next", then)] if then else [])])), width, color)
+
+
+def main_verdict(results: Results[Any]) -> SweepVerdict | None:
+    """Return the verdict on the first set that is not shifted; None where none has one."""
+    found = swept(Evidence((Source("", results),)))
+    return None if found is None else found.verdict
 
 
 def sweep_grids(results: Results[Any]) -> list[Grid]:

@@ -21,7 +21,7 @@ from typing import Any, Generic, Literal, Self
 
 from lora_diag.errors import InputError, UsageError
 from lora_diag.files import check_folder_of, lock, sync, sync_descriptor
-from lora_diag.results.reading import bytes_of, each_line, is_results_file, read_results
+from lora_diag.results.reading import MAX_LINE_BYTES, bytes_of, each_line, is_results_file, read_results
 from lora_diag.results.records import AnyRecord
 from lora_diag.results.results import L, Results, to_line
 from lora_diag.results.run import End, Run
@@ -130,7 +130,13 @@ class ResultsWriter(Generic[L]):
             if self._file is None:
                 self._file = self._open(self.path)
             first = () if self._file.tell() else (self.run,)
-            _write(self._file, "".join(f"{to_line(record)}\n" for record in (*first, *records)).encode())
+            lines = [f"{to_line(record)}\n".encode() for record in (*first, *records)]
+            if max(map(len, lines)) > MAX_LINE_BYTES:
+                raise InputError(
+                    f"{self.path}: cannot be written: a record is longer than {MAX_LINE_BYTES:,} bytes, the most that "
+                    "is read back; give fewer inputs"
+                )
+            _write(self._file, b"".join(lines))
             if ends or time.monotonic() - self._synced >= SYNC_SECONDS:
                 sync_descriptor(self._file.fileno())
                 sync(self.path.parent)

@@ -2,13 +2,14 @@
 
 import json
 import os
+import tracemalloc
 
 import pytest
 import torch
 
 import lora_diag
 from lora_diag.errors import InputError, UsageError
-from lora_diag.results import is_results_file, read_results, writing
+from lora_diag.results import is_results_file, read_results, reading, writing
 from lora_diag.results.reading import each_line
 from tests.conftest import save_model
 
@@ -370,6 +371,35 @@ def test_a_pipe_is_refused_and_not_waited_for(tmp_path):
     assert not is_results_file(tmp_path / "pipe.jsonl")
     with pytest.raises(InputError, match="not a regular file"):
         read_results(tmp_path / "pipe.jsonl")
+
+
+@pytest.mark.parametrize("size", [reading.MAX_LINE_BYTES, 3 * reading.MAX_LINE_BYTES])
+@pytest.mark.parametrize("end", [b"", b"\n"])
+def test_a_line_too_long_for_a_record_is_not_held(written, size, end):
+    _, path = written
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(lines[0] + b'{"record":"end","s":[' + b"1," * (size // 2) + b"1]}" + end)
+    tracemalloc.start()
+    with pytest.raises(InputError, match=r"line 2 is longer than 16,777,216 bytes"):
+        read_results(path)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 3 * reading.MAX_LINE_BYTES
+
+
+def test_a_long_tail_of_zeros_is_what_a_loss_of_power_leaves(written):
+    results, path = written
+    path.write_bytes(path.read_bytes() + bytes(2 * reading.MAX_LINE_BYTES))
+    assert read_results(path) == results
+
+
+def test_no_line_is_written_that_could_not_be_read(written, tmp_path, monkeypatch):
+    results, _ = written
+    monkeypatch.setattr(writing, "MAX_LINE_BYTES", 1000)
+    path = tmp_path / "long.jsonl"
+    with pytest.raises(InputError, match="longer than 1,000 bytes"), writing.ResultsWriter(path, results.run) as writer:
+        writer.append(*results)
+    assert not path.exists()
 
 
 def test_a_folder_in_the_place_of_results_is_called_one(tmp_path):

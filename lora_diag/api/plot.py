@@ -63,11 +63,12 @@ def plot(
         What was drawn and what was not, in the order of ``lora_diag.plots.FIGURES``.
 
     Raises:
-        UsageError: No such figure, field or format; or the one asked for cannot be drawn; or Matplotlib is missing.
+        UsageError: No such figure, field or format; or the one asked for cannot be drawn.
         InputError: A results file cannot be read, or a figure not be written.
         NothingComparedError: No figure can be drawn of these records.
     """
-    plots = _plots()
+    from lora_diag import plots  # here: Matplotlib takes half a second
+
     if not results:
         raise UsageError("no results: give at least one results file")
     if labels and len(labels) != len(results):
@@ -102,16 +103,6 @@ def plot(
     if not any(drawn.path for drawn in made):
         raise NothingComparedError(f"no figure can be drawn: {_why_none(runs, made)}")
     return tuple(made)
-
-
-def _plots() -> Any:
-    try:
-        from lora_diag import plots
-    except ImportError as error:
-        if (error.name or "").split(".")[0] != "matplotlib":
-            raise
-        raise UsageError("figures need Matplotlib: pip install 'loradiag[plot]'") from error
-    return plots
 
 
 def _format(path: Path, single: bool, asked: str | None, formats: Sequence[str]) -> str:

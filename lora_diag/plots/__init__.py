@@ -1,4 +1,4 @@
-"""Records → figures (extra ``[plot]``): a panel on anyone's Matplotlib axes, or the whole page.
+"""Records → figures: a panel on anyone's Matplotlib axes, or the whole page.
 
 The rule on the door: the only room that imports Matplotlib; it measures nothing and opens no checkpoint.
 

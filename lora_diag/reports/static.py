@@ -4,23 +4,14 @@ from __future__ import annotations
 
 import base64
 
-from lora_diag.errors import InputError
 from lora_diag.planning.evidence import Evidence
 from lora_diag.reports.html import Picture
 
 
 def pictures_of(evidence: Evidence) -> list[Picture]:
-    """Return every figure that the records give.
+    """Return every figure that the records give."""
+    from lora_diag import plots  # here: Matplotlib takes half a second
 
-    Raises:
-        InputError: Matplotlib is not installed.
-    """
-    try:
-        from lora_diag import plots
-    except ImportError as error:
-        if (error.name or "").split(".")[0] != "matplotlib":
-            raise
-        raise InputError("an HTML report needs Matplotlib: pip install 'loradiag[report]'") from error
     runs = [source.results for source in evidence.sources]
     pictures = []
     # Name in the page, figure, what it shows, field of a heat map.

@@ -1,9 +1,6 @@
 """The numbers in the figures, held against NumPy in float64; what a notebook keeps; what cannot be drawn."""
 
 import dataclasses
-import re
-import subprocess
-import sys
 
 import matplotlib as mpl
 import numpy as np
@@ -422,18 +419,6 @@ def test_no_record_to_draw_and_no_place_to_write(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="cannot be written"):
         lora_diag.plot(making.results(making.model(1)), output=tmp_path / "file" / "x.png")
-
-
-def test_without_matplotlib_the_message_says_how_to_get_it(tmp_path):
-    making.results(making.model(1)).write(tmp_path / "r.jsonl")
-    code = (
-        "import sys; sys.modules['matplotlib'] = None\n"
-        "import lora_diag\n"
-        f"try:\n    lora_diag.plot({str(tmp_path / 'r.jsonl')!r}, output='x')\n"
-        "except lora_diag.UsageError as error:\n    print(error)"
-    )
-    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert re.search(r"pip install 'loradiag\[plot\]'", ran.stdout)
 
 
 def test_names_too_long_for_their_place_stay_different():

@@ -69,7 +69,7 @@ LIBRARIES = {
     "typer": {"cli"},
     "pandas": {"reports", "results"},
     "huggingface_hub": {"checkpoints"},
-    "safetensors": set(),
+    "safetensors": {"adapters"},
     "click": set(),
     "pickle": {"checkpoints"},
 }

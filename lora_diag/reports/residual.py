@@ -108,7 +108,7 @@ def _columns(rows: Sequence[_Row], total: float, per: str) -> list[Column]:
         column("best scale", lambda row: shown(row.found.best_scale)),
         column("ε at best", lambda row: shown(row.found.epsilon_best_scale)),
         column("ε in C^½", lambda row: shown(middle([r.data.epsilon for r in row.records if r.data]))),
-        column("C^½ floor", lambda row: shown(middle([r.data.epsilon_min for r in row.records if r.data]))),
+        column("C^½ floor", lambda row: shown(middle([r.data.least_epsilon for r in row.records if r.data]))),
         Column("limited by", tuple(limits_of(row.records) for row in rows), "left"),
     ]
     without_data = all(record.data is None for row in rows for record in row.records)

@@ -63,7 +63,8 @@ class Baseline(Record):
         spent: What it spends, in the unit of the budget.
         kept: Share of the (weighted) energy that it keeps.
         equal: What the allocation's own rule keeps when it may spend only that much: the fair comparison.
-        epsilon_min: √(1 − unweighted share kept): the smallest ε any adapter of these ranks can reach.
+        epsilon_min: √(1 − unweighted share kept), less the error of the spectra: no adapter of these ranks has a
+            smaller ε.
     """
 
     name: str
@@ -88,7 +89,8 @@ class Certificate(Record):
         gap: (bound − kept) / bound.
         optimal: True if the exact method ran: nothing within budget and constraints keeps more.
         energy_error: Bound on the error of ``kept`` and ``bound`` that the measurement of the spectra brings.
-        epsilon_min: √(1 − unweighted share kept).
+        epsilon_min: √(1 − unweighted share kept), less the error of the spectra: no adapter of these ranks has a
+            smaller ε.
         price: Marginal value λ: energy share by which the bound rises per further unit of the budget.
         slack: n further units of the budget keep at most price·n + slack more than ``kept``, for every n: bound − kept,
             and for a budget of bytes what the part of it that pays for no whole parameter is worth; null in results

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
-from lora_diag.results.base import Record, Share
+from lora_diag.results.base import Record, Share, least_epsilon
 from lora_diag.results.spectrum import Resolution
 
 Limit = Literal["rank", "scale", "direction", "not adapted", "exact", "noise"]
@@ -17,14 +17,15 @@ class Distance(Record):
 
     Args:
         epsilon: ε = ‖D − X‖ / ‖D‖. Not a share: it exceeds 1 whenever the norm ratio exceeds twice the cosine.
-        epsilon_min: √(1 − C(r)), the smallest ε that any update of the adapter's rank r has (Eckart–Young); null
-            where the adapter has no rank.
+        epsilon_min: √(1 − C(r)), the smallest ε that any update of the adapter's rank r has (Eckart–Young), as far as
+            D's spectrum is known: ``energy_error``; null where the adapter has no rank.
         excess: ε² − ε_min²: what direction and scale cost, as a share of ‖D‖². Not negative but for the rounding of
             the adapter's factors and for ``energy_error``.
         norm_ratio: ‖X‖ / ‖D‖.
         cosine: ⟨D, X⟩ / (‖D‖‖X‖).
         best_scale: c = ⟨D, X⟩ / ‖X‖², by which X would have to be multiplied to come nearest to D.
         epsilon_best_scale: ‖D − cX‖ / ‖D‖.
+        energy_error: Bound on the error of ε_min² and ``excess``.
     """
 
     epsilon: float | None
@@ -34,6 +35,12 @@ class Distance(Record):
     cosine: float | None
     best_scale: float | None
     epsilon_best_scale: float | None
+    energy_error: float | None = None
+
+    @property
+    def least_epsilon(self) -> float | None:
+        """√(max(0, ε_min² − energy_error)): a lower bound on the ε of every update of the adapter's rank."""
+        return None if self.epsilon_min is None else least_epsilon(self.epsilon_min, self.energy_error)
 
 
 class Agreement(Record):
@@ -64,7 +71,6 @@ class Residual(Distance):
         adapter_fro: ‖X‖_F.
         method: What computed the singular values of D.
         blocks: In how many row blocks D was read, again and again, because memory did not hold it; null if it did.
-        energy_error: Bound on the error of ε_min² and ``excess``.
         column_space: Agreement of the left singular vectors, of D's top ``rank`` (8 where X has no rank); null for 1-D
             tensors and where D or X is zero.
         row_space: The same of the right ones.
@@ -85,7 +91,6 @@ class Residual(Distance):
     base_fro: float | None
     adapter_fro: float
     method: str
-    energy_error: float | None
     column_space: Agreement | None
     row_space: Agreement | None
     data: Distance | None
@@ -105,6 +110,6 @@ class Residual(Distance):
 
     @property
     def floor(self) -> float:
-        """The smallest ‖D − X‖_F of X's rank; 0 where X has no rank, ‖D‖_F where it is zero."""
-        share = self.epsilon_min if self.epsilon_min is not None else float(self.adapter_fro == 0.0)
-        return share * self.fro
+        """Lower bound on ‖D − X‖_F of X's rank; 0 where X has no rank, ‖D‖_F where it is zero."""
+        least = self.least_epsilon
+        return (float(self.adapter_fro == 0.0) if least is None else least) * self.fro

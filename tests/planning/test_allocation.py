@@ -202,6 +202,20 @@ def test_a_truncated_spectrum_caps_at_the_values_kept_and_its_error_is_told():
     assert found.certificate.energy_error == pytest.approx(1e-3 * 25 / 33)
 
 
+@settings(max_examples=50, deadline=None)
+@given(st.integers(0, 10**6), st.integers(1, 12), st.floats(0, 0.02))
+def test_epsilon_min_of_a_certificate_is_a_lower_bound(seed, kept, error):
+    """Of a truncated spectrum with an error, and a rank beyond the values that were kept."""
+    s = np.sort(np.random.default_rng(seed).exponential(size=32))[::-1]
+    fro = float(np.sqrt((s**2).sum()))
+    found_less = s[:kept] * np.sqrt(np.maximum(0, 1 - error * fro**2 / kept / s[:kept] ** 2))
+    layer = record("a.weight", (32, 32), found_less, fro=fro, complete=False, error=error)
+    found = allocate([layer], params(10**6), Constraints(ranks_from=(8,)))
+    rank = found.layers[0].rank
+    assert rank == 8
+    assert found.certificate.epsilon_min <= np.sqrt((s[rank:] ** 2).sum()) / fro + 1e-9
+
+
 def test_a_list_of_ranks_may_round_a_cap_up_to_its_next_entry():
     spectra = [record("a.weight", (32, 32), [9, 8, 7, 6, 5, *[0.01] * 27], signal=5)]
     found = allocate(spectra, params(10**6), Constraints(ranks_from=(4, 8, 16)))

@@ -11,8 +11,11 @@ import lora_diag
 from lora_diag import plots
 from lora_diag.errors import InputError, NothingComparedError, UsageError
 from lora_diag.plots.heatmap import cells, norm_of
+from lora_diag.plots.residual import levels
 from lora_diag.plots.series import series_of
+from lora_diag.reports.residual import residual_lines
 from lora_diag.results import Results, RunInput
+from tests import oracles
 from tests.plots import making
 
 
@@ -155,6 +158,29 @@ def test_experts_are_pooled_by_their_norms():
     gaps = [9 + 1 - 2 * 0.2 * 3, 1 + 4 - 2 * 0.1 * 2]
     top = float(plots.residual(records).patches[-1].get_data().values[0])
     assert top == pytest.approx(np.sqrt(sum(gaps) / 10))
+
+
+def test_figure_and_summary_show_one_pooled_epsilon():
+    """Norms and biases, matrices that TUNED left alone and layers with different best scales count alike in both."""
+    rng = np.random.default_rng(5)
+    full = [rng.normal(size=60), rng.normal(size=60), np.zeros(60), rng.normal(size=8)]
+    mine = [0.5 * full[0], 3 * full[1] + rng.normal(size=60), rng.normal(size=60), np.zeros(8)]
+    records = []
+    for i, (d, x) in enumerate(zip(full, mine, strict=True)):
+        fro, other = np.linalg.norm(d), np.linalg.norm(x)
+        cosine = float(d @ x / fro / other) if fro and other else 0.0
+        record = making.residual(f"h.{i}.q.weight", float(fro), float(other), cosine, None, rank=None)
+        records.append(record.model_copy(update={"shape": (8,)} if len(d) == 8 else {}))
+    d, x = np.concatenate(full), np.concatenate(mine)
+    truth = oracles.distance(d, x, None)
+    found = levels(records)
+    assert found.epsilon == pytest.approx(truth["epsilon"])
+    assert found.direction == pytest.approx(truth["epsilon_best_scale"])
+    results = making.results(records)
+    (panel,) = plots.figure("residual", results).axes
+    shown = f"ε = {truth['epsilon']:.2f}"
+    assert shown in panel.get_title(loc="left")
+    assert shown in dict(residual_lines(results))["Distance"]
 
 
 def test_a_layer_that_is_not_adapted_has_one_grey_bar_up_to_one():

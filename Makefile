@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test samples bench fuzz sbom licences clean help
+.PHONY: demo test lowest samples bench fuzz sbom licences clean help
 
 help: ## what can be made
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -18,6 +18,10 @@ test: $(VENV)/test ## set up, then lint, types and the whole test suite
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy --strict lora_diag
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist loadfile
+
+lowest: ## run the tests with the oldest versions that pyproject.toml allows, in .venv-lowest
+	$(MAKE) .venv-lowest/lowest VENV=.venv-lowest
+	OMP_NUM_THREADS=1 .venv-lowest/bin/pytest -n auto --dist loadfile
 
 samples: $(VENV)/train ## train the sample checkpoints again
 	$(BIN)/python sample_checkpoints/make.py
@@ -52,6 +56,12 @@ $(VENV)/demo: $(BIN)/python pyproject.toml
 
 $(VENV)/test: $(BIN)/python pyproject.toml
 	$(BIN)/python -m pip install --quiet -e '.[test]'
+	touch $@
+
+# What those versions need in turn is taken from the same time: later releases no longer work with them.
+$(VENV)/lowest: $(BIN)/python pyproject.toml
+	$(BIN)/python -m pip install --quiet uv
+	$(BIN)/uv pip install --python $(BIN)/python --resolution lowest-direct --exclude-newer 2025-10-01 -e '.[test]'
 	touch $@
 
 $(VENV)/audit: $(BIN)/python pyproject.toml

@@ -74,7 +74,7 @@ def gate(
     if ratchet and stored is not None and outcome(verdicts) == "passed":
         better = tightened(rules.regressions, Stored(stored), sources)
         if better is not None:
-            better.write(Path(stored.path).resolve())
+            better.write(stored.path)
     return _results(rules, sources, stored, verdicts, day)
 
 

@@ -30,7 +30,6 @@ from lora_diag.diagnostics.parts import InterferenceSettings, Several, Update
 from lora_diag.diagnostics.spectrum import RANKS
 from lora_diag.engines import Ray
 from lora_diag.errors import InputError, NothingComparedError, UsageError
-from lora_diag.files import check_place
 from lora_diag.linalg import check_request
 from lora_diag.results import (
     AnyRecord,
@@ -40,7 +39,6 @@ from lora_diag.results import (
     Run,
     Spectrum,
     Union,
-    is_results_file,
     totals,
 )
 from lora_diag.version import __version__
@@ -65,6 +63,7 @@ def interference(
     engine: Ray | None = None,
     output: Path | str | None = None,
     resume: bool = False,
+    overwrite: bool = False,
     verify: bool = False,
     on_progress: Callable[[Progress], None] | None = None,
     on_record: Callable[[AnyRecord], None] | None = None,
@@ -90,6 +89,7 @@ def interference(
         engine: A Ray cluster to measure on; None for this machine alone.
         output: Results file, appended layer by layer.
         resume: Go on behind what an interrupted run left in ``output``.
+        overwrite: Replace a file in the place of ``output`` that loradiag did not write.
         verify: Let ``resume`` compare a SHA-256 of every byte of the inputs, not of samples.
         on_progress: Called at the start and after every layer.
         on_record: Called with every record, in the order of the file, as it comes.
@@ -142,7 +142,7 @@ def interference(
     layout = layout_of(tasks, workers, where.kind, limit)
     settings = replace(settings, memory=layout.limit)
     writer: ResultsWriter[Interference | Union]
-    with ResultsWriter(output, run, resume) as writer:
+    with ResultsWriter(output, run, resume, overwrite) as writer:
         return measure_layers(
             writer,
             tasks,
@@ -179,18 +179,6 @@ def union_spectra(results: Results[Interference | Union]) -> Results[Spectrum]:
     spectra = tuple(record.spectrum for record in results if isinstance(record, Union))
     end = totals(spectra, results.left_out) if results.end is not None else None
     return Results(results.run.model_copy(update={"command": "spectrum"}), spectra, results.left_out, end)
-
-
-def check_spectrum_file(path: Path) -> None:
-    """Refuse, before anything is measured, a file that is not ours to overwrite.
-
-    Raises:
-        UsageError: It holds something else than results.
-        InputError: It could not be written.
-    """
-    check_place(path)
-    if path.exists() and not is_results_file(path):
-        raise UsageError(f"--spectrum {path}: exists and is not a results file, so it is left as it is")
 
 
 def _weights(given: Sequence[float] | None, number: int) -> tuple[float, ...]:

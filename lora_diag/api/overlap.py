@@ -54,6 +54,7 @@ def overlap(
     engine: Ray | None = None,
     output: Path | str | None = None,
     resume: bool = False,
+    overwrite: bool = False,
     verify: bool = False,
     on_progress: Callable[[Progress], None] | None = None,
     on_record: Callable[[AnyRecord], None] | None = None,
@@ -81,6 +82,7 @@ def overlap(
         engine: A Ray cluster to measure on; None for this machine alone.
         output: Results file, appended layer by layer.
         resume: Go on behind what an interrupted run left in ``output``.
+        overwrite: Replace a file in the place of ``output`` that loradiag did not write.
         verify: Let ``resume`` compare a SHA-256 of every byte of the inputs, not of samples.
         on_progress: Called at the start and after every layer.
         on_record: Called with every record, in the order of the file, as it comes.
@@ -135,7 +137,7 @@ def overlap(
     )
     layout = layout_of(tasks, workers, where.kind, limit)
     settings = replace(settings, memory=layout.limit)
-    with ResultsWriter[Overlap](output, run, resume) as writer:
+    with ResultsWriter[Overlap](output, run, resume, overwrite) as writer:
         return measure_layers(
             writer,
             tasks,

@@ -74,6 +74,7 @@ def probe_sweep(
     device: str = "auto",
     output: Path | str | None = None,
     resume: bool = False,
+    overwrite: bool = False,
     verify: bool = False,
     on_progress: Callable[[str, int, int], None] | None = None,
     on_record: Callable[[AnyRecord], None] | None = None,
@@ -113,6 +114,7 @@ def probe_sweep(
         output: Results file, appended run by run.
         resume: Continue the sweep in ``output``, interrupted or finished; runs that are in it are not run again. More
             ``seeds``, other ``ranks`` and ``rates`` are added to those that it has; all else has to be the same.
+        overwrite: Replace a file in the place of ``output`` that loradiag did not write.
         verify: Let ``resume`` compare a SHA-256 of every byte of the models; of texts it does so anyway.
         on_progress: Called with what is being done, steps and batches done, and all of them.
         on_record: Called with every record, in the order of the file, as it comes.
@@ -161,7 +163,7 @@ def probe_sweep(
     )
     run = run_of("probe sweep", inputs, settings, model, batch, dtype)
     watch = Watch(on_progress, on_record, on_note)
-    with ResultsWriter[Any](Path(output) if output is not None else None, run, resume, GROWS) as writer:
+    with ResultsWriter[Any](Path(output) if output is not None else None, run, resume, overwrite, GROWS) as writer:
         kept = Kept(writer, watch)
         if kept.finished is not None:
             return kept.finished

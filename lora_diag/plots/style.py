@@ -155,10 +155,14 @@ def encoded(figure: Figure, kind: str, width: str = "slide") -> bytes:
         width: Of its page, which sets the resolution of a PNG.
     """
     look = look_of(width)
-    metadata: dict[str, None] = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(kind, {})
+    metadata: dict[str, dict[str, str | None]] = {
+        "png": {"Software": "loradiag"},  # by which lora_diag.files knows it again
+        "svg": {"Date": None},
+        "pdf": {"CreationDate": None},
+    }
     buffer = io.BytesIO()
     with styled(look):
-        figure.savefig(buffer, format=kind, dpi=look.dpi, metadata=metadata)
+        figure.savefig(buffer, format=kind, dpi=look.dpi, metadata=metadata[kind])
     return buffer.getvalue()
 
 

@@ -21,6 +21,7 @@ from lora_diag.checkpoints.writing import write_safetensors
 from lora_diag.deltas import row_spans, selector
 from lora_diag.diagnostics.overlap import Subspaces, overlaps
 from lora_diag.errors import InputError, UsageError
+from lora_diag.files import SNAPSHOT, check_output
 from lora_diag.results import LeftOut, Overlap, ResultsWriter, Run, RunInput, totals
 from lora_diag.results.names import module_type_of
 from lora_diag.training.live import Live
@@ -120,6 +121,9 @@ class GradientRecorder(TrainerCallback):
             raise UsageError("nothing to record: no selected matrix is trained or frozen under a LoRA")
         if self.reference is not None:
             self._prepare(self.reference)
+        elif is_main():
+            for earlier in self.output.glob("grad_step*.safetensors"):
+                check_output(earlier, SNAPSHOT)
         self._stop = [weight.hook() for weight in self._weights if isinstance(weight, Frozen)]
         self._begin(step)
         return self
@@ -276,6 +280,7 @@ class GradientRecorder(TrainerCallback):
                 "kind": "gradient",
                 "step": str(self._step),
             },
+            SNAPSHOT,
         )
 
     def _measure(self, gradients: dict[str, Callable[[], Tensor]]) -> None:

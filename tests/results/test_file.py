@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import lora_diag
-from lora_diag.errors import InputError, UsageError
+from lora_diag.errors import InputError, LoradiagError, UsageError
 from lora_diag.results import is_results_file, read_results, reading, writing
 from lora_diag.results.reading import each_line
 from tests.conftest import save_model
@@ -271,13 +271,43 @@ def test_a_part_whose_first_line_is_torn_is_begun_again(written, pair_of_models,
     assert not (tmp_path / "r.jsonl.part").exists()
 
 
-def test_a_rerun_writes_through_a_link(written, pair_of_models, tmp_path):
+@pytest.mark.parametrize("name", ["link.jsonl", "link.jsonl.part"])
+def test_no_run_is_written_through_a_link(written, pair_of_models, tmp_path, name):
     _, path = written
     base, tuned, *_ = pair_of_models
-    (tmp_path / "link.jsonl").symlink_to(path)
-    lora_diag.spectrum(base, tuned, output=tmp_path / "link.jsonl", top=2)
-    assert (tmp_path / "link.jsonl").is_symlink()
-    assert len(read_results(path).layers[0].s) == 2
+    before = path.read_bytes()
+    (tmp_path / name).symlink_to(path)
+    for overwrite in (False, True):
+        with pytest.raises(UsageError, match=f"{name}: is a symbolic link"):
+            lora_diag.spectrum(base, tuned, output=tmp_path / "link.jsonl", top=2, overwrite=overwrite)
+    assert path.read_bytes() == before
+    assert not (tmp_path / "link.jsonl").exists() or name == "link.jsonl"
+
+
+def test_overwrite_replaces_a_foreign_file_by_a_finished_run(written, pair_of_models, tmp_path):
+    """Until the new run ends, what was there stays; a damaged results file is one of them, an unfinished one is not."""
+    _, path = written
+    base, tuned, *_ = pair_of_models
+    whole = path.read_bytes()
+    lines = whole.splitlines(keepends=True)
+    for content in (b"mine", b"mine\n", b'{"a": 1}\n' * 3, b"".join([lines[0], b"?\n", *lines[1:]])):
+        path.write_bytes(content)
+        os.link(path, tmp_path / "second")
+        for resume in (False, True):
+            with pytest.raises(LoradiagError):
+                lora_diag.spectrum(base, tmp_path / "gone", output=path, resume=resume, overwrite=True)
+            assert path.read_bytes() == content
+            with pytest.raises(UsageError):
+                lora_diag.spectrum(base, tuned, output=path, resume=resume)
+            lora_diag.spectrum(base, tuned, output=path, resume=resume, overwrite=True)
+            assert path.read_bytes() == whole
+            path.write_bytes(content)
+        assert (tmp_path / "second").read_bytes() == content
+        (tmp_path / "second").unlink()
+    path.write_bytes(b"".join(lines[:3]))
+    with pytest.raises(UsageError, match="unfinished"):
+        lora_diag.spectrum(base, tuned, output=path, overwrite=True)
+    assert path.read_bytes() == b"".join(lines[:3])
 
 
 @pytest.mark.parametrize("resume", [False, True])

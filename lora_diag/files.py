@@ -149,7 +149,8 @@ def check_output(path: Path, kind: Kind, overwrite: bool = False, appending: boo
         InputError: It could not be written.
     """
     path = output_path(path)
-    if os.path.islink(path):  # noqa: PTH114  (unlike Path.is_symlink(), False also for names that no file can have)
+    # Not Path.is_symlink(), which raises for names that no file can have.
+    if os.path.islink(path) and str(path.parent) not in _SYSTEM_LINKS:  # noqa: PTH114
         raise UsageError(f"{path}: is a symbolic link, which is not followed; give the name of the file itself")
     check_folder_of(path, in_place=appending)
     if path.name.lower() == _CONFIG and (weights := _weights_beside(path)):

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_diag.errors import InputError, UsageError
+from lora_diag.files import RESULTS, check_output
 from lora_diag.gating import (
     Policy,
     Source,
@@ -64,6 +65,8 @@ def gate(
         raise UsageError("gate: give at least one results file")
     if ratchet and baseline is None:
         raise UsageError("--ratchet: give the file to tighten with --baseline")
+    if ratchet and baseline is not None:
+        check_output(Path(baseline), RESULTS, overwrite=True)  # what it holds is checked as it is read
     rules = policy if isinstance(policy, Policy) else read_policy(policy)
     if baseline is not None and not rules.regressions:
         raise UsageError(f"{rules.path}: has no [[baseline]], so nothing would be compared with {baseline}")

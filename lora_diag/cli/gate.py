@@ -78,7 +78,9 @@ def gate(
         return
     ready = policy is not None or not given
     read = [*(given if ready else given[1:]), *([] if ready else given[:1]), baseline]
-    check_outputs([], [(baseline if ratchet else None, RESULTS)], overwrite=False)
+    check_outputs(
+        [], [(baseline if ratchet else None, RESULTS)], overwrite=True
+    )  # its content is checked as it is read
     written = [(output, RESULTS), (junit, JUNIT), (sarif, SARIF)]
     check_outputs(read, written, overwrite)
     # Of the card only a block is replaced: what else it holds is checked as it is read.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -123,6 +124,6 @@ def _spare_the_inputs(output: Path, inputs: Sequence[Path | str]) -> None:
     Raises:
         UsageError: That was asked.
     """
-    for path in map(Path, inputs):
-        if output == path or (output.exists() and path.exists() and output.samefile(path)):
+    for path in inputs:
+        if os.path.realpath(path) == os.path.realpath(output):
             raise UsageError(f"{output}: is one of the results files: give the report another name")

@@ -12,7 +12,19 @@ from lora_diag.metrics.equivalence import LEVEL
 from lora_diag.planning.evidence import Evidence
 from lora_diag.planning.step import Advice
 from lora_diag.planning.sweep import SweepVerdict, confident, reasons
-from lora_diag.planning.worth import ERRORS, KEPT, Contest, Swept, compressed, contests, of, swept
+from lora_diag.planning.worth import (
+    ERRORS,
+    KEPT,
+    Choice,
+    Contest,
+    Swept,
+    choices,
+    compressed,
+    contests,
+    main_sets,
+    of,
+    swept,
+)
 from lora_diag.results import Probe
 
 _PAIRED = "paired standard error by sequence (Cochran 1977, section 2.11)"
@@ -25,11 +37,13 @@ def keep_adapter(evidence: Evidence) -> Advice | None:
         return None
     best = min(good, key=lambda contest: contest.worst.gap or 0.0)
     others = ", ".join(_told(contest) for contest in good if contest is not best)
-    source, _ = next(of(evidence, "outputs"))
+    source, records = next(of(evidence, "outputs"))
+    on_main = choices([record for record in records if record.set in main_sets(records)])
+    which = "".join(f" {_choice(choice)}." for choice in on_main)
     return Advice(
         "keep the adapter",
         f"Nothing: {best.name} does as well as the full fine-tune on held-out text",
-        f"{_told(best)}.{f' So do: {others}.' if others else ''} Distances in weights say nothing against that.",
+        f"{_told(best)}.{f' So do: {others}.' if others else ''}{which} Distances in weights say nothing against that.",
         f"loss + {ERRORS:.0f} standard errors within {1 - KEPT:.0%} of the full fine-tune's gain on every set that is "
         "not shifted, and that gain more than two of its own",
         f"Article, diagnostic 3 (validation loss); {_PAIRED}",
@@ -193,6 +207,14 @@ def compress(evidence: Evidence) -> Advice | None:
 
 
 LOSS_RULES = (keep_adapter, close_gap, measure_more, train_at_rank, mind_the_shift, compress)
+
+
+def _choice(choice: Choice) -> str:
+    """Say of a set which adapter is better than every other, or which cannot be told apart."""
+    equal = ", ".join(rival.name for rival in choice.equals)
+    if not equal:
+        return f"On {choice.set}, paired by sequence, {choice.best} is better than every other adapter"
+    return f"On {choice.set}, {choice.best} cannot be told from {equal}: use the one that costs least"
 
 
 def _told(contest: Contest) -> str:

@@ -3,9 +3,13 @@
 import math
 from dataclasses import replace
 
+import numpy as np
+import pytest
+from scipy import stats
+
 from lora_diag.planning.advice import advice
 from lora_diag.planning.sweep import verdicts
-from lora_diag.planning.worth import contests
+from lora_diag.planning.worth import choices, contests
 from lora_diag.results import End, Probe, Results, Run, RunInput
 from tests.planning.test_advice import evidence, model, told
 from tests.reports.making import flat_to
@@ -98,6 +102,52 @@ def test_an_adapter_that_does_as_well_ends_the_advice_whatever_weights_say():
     )
     assert "-0.0200 ± 0.01 nats from the full fine-tune on own, 102% of its gain" in step.because
     assert step.command == "loradiag gate --policy adapter-basic --base 'my base' --adapter runs/b"
+
+
+def rivals(seed=0, apart=0.1, sequences=20, sets=("own",)):
+    """Three adapters: ``b`` is the best, ``a`` about as good, ``c`` worse; sequences differ more than adapters do."""
+    rng, records = np.random.default_rng(seed), []
+    for name in sets:
+        counts = rng.integers(5, 50, sequences)
+        hard = counts * rng.uniform(1, 3, sequences)
+        nll = {path: hard + counts * (shift + 0.01 * rng.normal(size=sequences)) for path, shift in
+               (("a", 0.001), ("b", 0.0), ("c", apart))}  # fmt: skip
+        records.append(probe("outputs", "base", 5.0, name=name, predictions=tuple(counts.tolist()), nll=tuple(hard)))
+        for path, each in nll.items():
+            record = probe("outputs", "adapter", float(each.sum() / counts.sum()), name=name, nll=tuple(each))
+            records.append(record.model_copy(update={"name": path}))
+    return records, counts, nll
+
+
+def test_adapters_are_compared_with_each_other_on_the_same_sequences():
+    records, counts, nll = rivals()
+    (choice,) = choices(records)
+    best, near, far = sorted(nll, key=lambda path: nll[path].sum())
+    assert (choice.best, [rival.name for rival in choice.rivals]) == (best, [near, far])
+    assert far == "c"
+    assert [rival.name for rival in choice.equals] == [near]
+    for rival in choice.rivals:
+        # Ratio estimator by its definition; two rivals, so 95% for both together is 97.5% for each.
+        difference = nll[rival.name] - nll[best]
+        gap = difference.sum() / counts.sum()
+        error = math.sqrt(20 / 19 * ((difference - gap * counts) ** 2).sum()) / counts.sum()
+        assert rival.behind == pytest.approx(gap)
+        assert rival.half == pytest.approx(stats.t(19).ppf(1 - 0.05 / 4) * error)
+    assert choice.rivals[0].sequences is None or choice.rivals[0].sequences > 20
+    assert choice.rivals[1].sequences is None
+    assert choices([r for r in records if r.name not in {"a", "b"}]) == []
+    assert choices(outputs({"a": 0.1, "b": 0.2}).whole) == []  # of older results, which have no losses of sequences
+    one, *_ = rivals(sequences=1)
+    assert [rival.half for rival in choices(one)[0].rivals] == [None, None]
+
+
+def test_equal_adapters_are_told_apart_in_one_case_of_twenty_at_most():
+    told = 0
+    for seed in range(400):
+        records, *_ = rivals(seed, apart=0.0)
+        records = [r for r in records if r.name != "a"]
+        told += not choices(records)[0].equals
+    assert told / 400 < 0.05 + 3 * math.sqrt(0.05 * 0.95 / 400)
 
 
 def test_a_gap_leads_and_weights_follow():

@@ -90,6 +90,7 @@ def plot(
     runs = [_selected(one if isinstance(one, Results) else read_results(one), layers) for one in results]
     if not any(map(plots.drawn, runs)):
         raise NothingComparedError(f"no layer left to draw: {_why_no_layer(runs, layers)}")
+    files = () if any(isinstance(one, Results) for one in results) else tuple(map(str, results))
     options: dict[str, Any] = {"labels": labels, "width": width, "per": per, "field": field, "rank": rank}
     wanted = plots.FIGURES if figure in {None, "all"} else (plots.figure_named(str(figure)),)
     made: list[Drawn] = []
@@ -107,7 +108,7 @@ def plot(
         made.append(Drawn(one.name, one.shows, target, made_by=one.made_by))
     for drawn in made:
         if drawn.path is not None:
-            content = plots.encoded(plots.figure(drawn.name, runs, **options), kind, width)
+            content = plots.encoded(plots.figure(drawn.name, runs, files=files, **options), kind, width)
             _write(drawn.path, content, kind, overwrite)
     if not any(drawn.path for drawn in made):
         raise NothingComparedError(f"no figure can be drawn: {_why_none(runs, made)}")

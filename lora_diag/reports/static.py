@@ -13,13 +13,14 @@ def pictures_of(evidence: Evidence) -> list[Picture]:
     from lora_diag import plots  # here: Matplotlib takes half a second
 
     runs = [source.results for source in evidence.sources]
+    files = [source.name for source in evidence.sources]
     pictures = []
     # Name in the page, figure, what it shows, field of a heat map.
     asked: list[tuple[str, str, str, str | None]] = [(kind.name, kind.name, kind.shows, None) for kind in plots.FIGURES]
     asked.append(("intruders", "heatmap", "intruder dimensions by module type and depth", "intruders"))
     for name, kind, shows, field in asked:
         if plots.why_not(kind, runs, field=field) is None:
-            drawn = plots.encoded(plots.figure(kind, runs, field=field), "svg")
+            drawn = plots.encoded(plots.figure(kind, runs, field=field, files=files), "svg")
             address = f"data:image/svg+xml;base64,{base64.b64encode(drawn).decode()}"
             pictures.append(Picture(name, shows, f"Figure of {name}: {shows}.", address))
     return pictures

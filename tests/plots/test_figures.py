@@ -356,7 +356,7 @@ def test_runs_are_told_apart_by_the_settings_that_they_have_and_never_by_activat
         inputs = (*one.run.inputs, recorded)
         run = one.run.model_copy(update={"inputs": inputs, "settings": {**one.run.settings, **settings}})
         runs.append(Results(run, one.layers, one.left_out, one.end))
-    assert [one.label for one in series_of(runs, ())] == ["top 8", "layers q_proj", "as by default"]
+    assert [one.label for one in series_of(runs, ())] == ["top 8", "layers q_proj", "default settings"]
     assert "a.safetensors" not in series_of(runs[:1], ())[0].label
 
 

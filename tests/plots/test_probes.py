@@ -200,7 +200,7 @@ def test_curvature_holds_model_and_bound_against_the_measured_gap_of_the_whole_t
 
 def test_curvature_at_base_shows_the_layers_and_a_gap_below_zero_is_told():
     ax = plots.curvature(making.curved(ranks=(), eigen=False))
-    assert ax.get_xlabel() == "tr(H) (nats)"
+    assert ax.get_xlabel() == "trace (nats per squared weight)"
     assert "at 3 ranks" in words(plots.figure("curvature", making.probed(making.curved(gap=-1.0))))
 
 

@@ -253,8 +253,7 @@ def test_every_figure_is_checked_for_categories():
 
 
 @pytest.mark.parametrize("name", MAKERS)
-@pytest.mark.parametrize("mix", MIXES)
-@pytest.mark.parametrize("width", ["slide", "column"])
+@pytest.mark.parametrize(("mix", "width"), [*((mix, "slide") for mix in MIXES), ("two architectures", "column")])
 def test_names_stand_at_their_values(name, mix, width):
     make = MAKERS[name]
     runs, expected = make(layers_of(MIXES[mix]))

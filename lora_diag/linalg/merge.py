@@ -59,8 +59,10 @@ _FACTOR_ROUNDINGS, _WHOLE_ROUNDINGS = 2.0, 4.0
 # Gaussian ΔW for each rounding. Both factors, the product and the scaled product are less than four times that.
 _BIAS = 4.0
 
-# A ΔW rounded to M's dtype is q/2 itself, a tie that moves every other entry of a W on the grid, if it came from the cell
-# (1 − u/2, 1 + u)q/2: one and a half of three parts move where two should, u/4 of what lies about q/2 for each rounding.
+# A ΔW rounded to M's dtype is q/2 itself, a tie that moves every other entry of a W on the grid, if it came from the
+# cell
+# (1 − u/2, 1 + u)q/2: one and a half of three parts move where two should, u/4 of what lies about q/2 for each
+# rounding.
 _TIED = 0.5
 
 # Second-order terms of the bounds above, and the float64 arithmetic here.
@@ -227,7 +229,7 @@ class Check:
         base: ‖W‖².
         allowed: Σ of the squared tolerances.
         ideal: ⟨M* − W, ΔW⟩, with M* = W + ΔW rounded once.
-        variance: Of ``inner`` − ``ideal`` in right merges: Σ (M − M*)²ΔW², since each entry of M − M* is as often above 0
+        variance: Of ``inner`` − ``ideal`` in right merges: Σ (M − M*)²ΔW², since entries of M − M* are as often above 0
             as below, and what the roundings of factors (rows, columns) add, which many entries share.
         crossing: Σ |ΔW|³q, q the spacing of M's numbers: h times that is Σ (M* − M')²ΔW² for the M' of (1 + h)ΔW.
         shared: ⟨W, ΔW⟩ and ‖ΔW‖² of every row (``(2, m)``), and of every column; None where they share no error.

@@ -201,8 +201,8 @@ def _why_inconclusive(adapted: Sequence[Merge]) -> str:
     unclear = [record for record in adapted if record.status == "inconclusive"]
     if unclear and not still:
         return (
-            f"in {len(unclear)} of {_layers(len(adapted))} adapted MERGED's numbers are too coarse to tell BASE + ΔW from "
-            f"BASE, or from BASE + c·ΔW with another c: {_names(unclear)}; merge into a finer dtype"
+            f"in {len(unclear)} of {_layers(len(adapted))} adapted MERGED's numbers are too coarse to tell BASE + ΔW "
+            f"from BASE, or from BASE + c·ΔW with another c: {_names(unclear)}; merge into a finer dtype"
         )
     return (
         "MERGED is BASE in every adapted layer. Rounding alone would do that to so small an update, and so would a "

@@ -1,61 +1,73 @@
 # Two commands: `make demo` and `make test`. Both start from nothing but Python >= 3.11 and make.
+# VENV=.venv-3.13 keeps the packages of another PYTHON apart.
 PYTHON ?= python3
-BIN := .venv/bin
+VENV ?= .venv
+BIN := $(VENV)/bin
 
-.PHONY: demo test samples bench fuzz sbom licences clean help
+.PHONY: demo test lowest samples bench fuzz sbom licences clean help
 
 help: ## what can be made
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
 
-demo: .venv/demo ## set up, then measure the sample checkpoints
-	@rm -f .venv/demo.jsonl .venv/demo.jsonl.part
-	$(BIN)/loradiag spectrum sample_checkpoints/base sample_checkpoints/full_ft -o .venv/demo.jsonl
+demo: $(VENV)/demo ## set up, then measure the sample checkpoints
+	@rm -f $(VENV)/demo.jsonl $(VENV)/demo.jsonl.part
+	$(BIN)/loradiag spectrum sample_checkpoints/base sample_checkpoints/full_ft -o $(VENV)/demo.jsonl
 
-test: .venv/test ## set up, then lint, types and the whole test suite
+test: $(VENV)/test ## set up, then lint, types and the whole test suite
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy --strict lora_diag
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist loadfile
 
-samples: .venv/train ## train the sample checkpoints again
+lowest: ## run the tests with the oldest versions that pyproject.toml allows, in .venv-lowest
+	$(MAKE) .venv-lowest/lowest VENV=.venv-lowest
+	OMP_NUM_THREADS=1 .venv-lowest/bin/pytest -n auto --dist loadfile
+
+samples: $(VENV)/train ## train the sample checkpoints again
 	$(BIN)/python sample_checkpoints/make.py
 
-bench: .venv/test ## measure speed and memory beside the alternatives
+bench: $(VENV)/test ## measure speed and memory beside the alternatives
 	$(BIN)/python -m tests.benchmarks
 
-fuzz: .venv/test ## damage inputs at random for MINUTES (10), other ones with another SEED (0)
+fuzz: $(VENV)/test ## damage inputs at random for MINUTES (10), other ones with another SEED (0)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.robustness --minutes $(or $(MINUTES),10) --seed $(or $(SEED),0)
 	OMP_NUM_THREADS=1 LORADIAG_EVERY_STEP=1 $(BIN)/pytest tests/robustness/test_killed.py tests/robustness/test_faults.py
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist loadfile -m hypothesis --hypothesis-profile others --hypothesis-seed $(or $(SEED),0)
 
-sbom: .venv/audit ## write build/sbom.json, what is installed in .venv, and look for known vulnerabilities (needs a network)
+sbom: $(VENV)/audit ## write build/sbom.json, what is installed, and look for known vulnerabilities (needs a network)
 	mkdir -p build
 	$(BIN)/cyclonedx-py environment $(BIN)/python --pyproject pyproject.toml --output-reproducible -o build/sbom.json
 	! grep -nE 'file:|"/[a-z]' build/sbom.json
 	-$(BIN)/pip-audit --progress-spinner off
 
-licences: .venv/test ## put the licences of all runtime dependencies into docs/security.md
+licences: $(VENV)/test ## put the licences of all runtime dependencies into docs/security.md
 	$(BIN)/python -m tests.robustness.licences --write
 
 clean: ## remove what make and the tests created
-	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-* build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 $(BIN)/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "loradiag needs Python 3.11 or newer: make PYTHON=python3.12 ...")'
-	$(PYTHON) -m venv .venv
+	$(PYTHON) -m venv $(VENV)
 
-.venv/demo: $(BIN)/python pyproject.toml
+$(VENV)/demo: $(BIN)/python pyproject.toml
 	$(BIN)/python -m pip install --quiet -e .
 	touch $@
 
-.venv/test: $(BIN)/python pyproject.toml
+$(VENV)/test: $(BIN)/python pyproject.toml
 	$(BIN)/python -m pip install --quiet -e '.[test]'
 	touch $@
 
-.venv/audit: $(BIN)/python pyproject.toml
+# What those versions need in turn is taken from the same time: later releases no longer work with them.
+$(VENV)/lowest: $(BIN)/python pyproject.toml
+	$(BIN)/python -m pip install --quiet uv
+	$(BIN)/uv pip install --python $(BIN)/python --resolution lowest-direct --exclude-newer 2025-10-01 -e '.[test]'
+	touch $@
+
+$(VENV)/audit: $(BIN)/python pyproject.toml
 	$(BIN)/python -m pip install --quiet -e '.[audit,report,train]'
 	touch $@
 
-.venv/train: $(BIN)/python pyproject.toml
+$(VENV)/train: $(BIN)/python pyproject.toml
 	$(BIN)/python -m pip install --quiet -e '.[train]'
 	touch $@

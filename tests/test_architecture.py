@@ -79,6 +79,7 @@ LIBRARIES = {
     "ray": {"running"},
     "fsspec": {"checkpoints"},
     "huggingface_hub": {"checkpoints"},
+    "safetensors": {"adapters"},
     "pickle": {"checkpoints"},
     "pydantic": {"records", "record.py"},
 }

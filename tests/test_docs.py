@@ -31,6 +31,14 @@ def test_the_output_on_a_page_is_that_of_a_run(page, refresh):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_a_page_that_installs_says_where_from(page):
+    text = page.read_text(encoding="utf-8")
+    assert (
+        "pip install loradiag" not in text.replace("'", "") or "installation.md" in text or page.stem == "installation"
+    )
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_lead_somewhere(page):
     import re
 

@@ -101,28 +101,12 @@ def fleet(folder: Path) -> str:
     return file
 
 
-def sweep(folder: Path) -> str:
-    """Train at four ranks on the beginning of a sample text; a few minutes.
-
-    Returns:
-        The results file.
-    """
-    text = Path(SAMPLES, "eval", "in_domain.txt").read_bytes()
-    for name, part in (("train", text[:30000]), ("held_out", text[-22000:])):
-        (folder / f"{name}.txt").write_bytes(part)
-    file = str(folder / "sweep.jsonl")
-    texts = ["--data", str(folder / "train.txt"), "--eval", str(folder / "held_out.txt"), *TEXTS[2:]]
-    runs = ["--length", "128", "--ranks", "1,4,16,64", "--lr", "3e-3,1e-2,3e-2", "--steps", "30", "--seeds", "3"]
-    terminal(["probe", "sweep", f"{SAMPLES}/base", *texts, *runs, "-o", file, "-q"])
-    return file
-
-
 def plots(folder: Path) -> None:
     """Measure the sample checkpoints into a folder, and draw the figures of docs/plot.md from the results."""
     files = {name: str(folder / f"{name}.jsonl") for name in MEASURED}
     for name, words in MEASURED.items():
         terminal([*(word.format(**files) for word in words), "-o", files[name], "-q"])
-    files |= {"fleet": fleet(folder), "sweep": sweep(folder)}
+    files |= {"fleet": fleet(folder), "sweep": "docs/examples/sweep.jsonl"}
     for name, words in PLOTS.items():
         terminal(["plot", *(word.format(**files) for word in words), "-o", str(FOLDER / f"{name}.svg"), "-q"])
 

@@ -134,9 +134,9 @@ def store_factors(file: Path, b: torch.Tensor, a: torch.Tensor) -> tuple[torch.T
     Raises:
         InputError: It cannot be written.
     """
-    factors = {"A": a, "B": b}
-    infos = {name: TensorInfo(name, tuple(x.shape), str(x.dtype).removeprefix("torch.")) for name, x in factors.items()}
-    write_safetensors(file, infos, factors.__getitem__, {})
+    from safetensors.torch import save  # here: imports torch
+
+    write_whole(file, save({"A": a.contiguous(), "B": b.contiguous()}))
     stored = open_checkpoint(file)
     return stored.read("B").view(b.shape), stored.read("A").view(a.shape)
 

@@ -1,6 +1,7 @@
 """The ``torch.save`` format: ``pytorch_model.bin``, ``*.pt``, ``*.pth``, ``*.ckpt``.
 
-Only ever ``weights_only=True``: a file that needs code to be read is refused, whatever it promises. Zip files are
+Only ever ``weights_only=True``: a file that needs code to be read is refused, whatever it promises. A zip file whose
+parts are compressed, or larger than the file, is refused before torch unpacks them. Zip files are
 mapped, and the pages of a range are given back after it was copied, so that resident memory does not grow with the
 file; the legacy format of torch < 1.6 cannot be mapped and is loaded whole, which a note says.
 """
@@ -12,6 +13,7 @@ import mmap
 import pickle
 import sys
 import warnings
+import zipfile
 from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
@@ -81,6 +83,8 @@ class TorchFile:
             # What is mapped stays readable when the copy is gone.
             whole = self.path.downloaded() if isinstance(self.path, RemotePath) else nullcontext(self.path)
             with whole as local, warnings.catch_warnings():
+                if self._mapped:
+                    _check_stored(Path(local), self.path)
                 warnings.simplefilter("ignore")  # of a protocol that no pickle has: what follows is refused or read
                 loaded = torch.load(local, map_location="cpu", weights_only=True, mmap=self._mapped)
         except OSError as error:
@@ -115,6 +119,32 @@ class TorchFile:
         self.path = state["path"]
         self.notes = ()
         self._load()
+
+
+def _check_stored(file: Path, path: Path) -> None:
+    """Refuse an archive whose parts take more than their place in the file: torch would unpack them into memory.
+
+    Args:
+        file: The archive.
+        path: How the user named it.
+
+    Raises:
+        InputError: A part is compressed, or the parts together are larger than the file.
+        zipfile.BadZipFile: It is no archive.
+    """
+    with zipfile.ZipFile(file) as archive:
+        parts = archive.infolist()
+    for part in parts:
+        if part.compress_type != zipfile.ZIP_STORED or part.compress_size != part.file_size:
+            raise InputError(
+                f"{path}: {part.filename} is compressed, as torch.save never does, and is not unpacked; "
+                "write the file again with torch.save or safetensors"
+            )
+    total, size = sum(part.file_size for part in parts), file.stat().st_size
+    if total > size:
+        raise InputError(
+            f"{path}: its parts claim {total:,} bytes and the file has {size:,}; copy or download it again"
+        )
 
 
 def _state_dict(loaded: Any, path: Path) -> dict[str, torch.Tensor]:

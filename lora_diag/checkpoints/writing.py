@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from lora_diag.checkpoints.safetensors import DTYPES
 from lora_diag.checkpoints.tensors import TensorInfo
-from lora_diag.files import replacing
+from lora_diag.files import Kind, replacing
 
 if TYPE_CHECKING:
     import torch
@@ -28,7 +28,12 @@ ALIGNMENT = 8
 
 
 def write_safetensors(
-    path: Path, tensors: Mapping[str, TensorInfo], read: Callable[[str], torch.Tensor], metadata: Mapping[str, str]
+    path: Path,
+    tensors: Mapping[str, TensorInfo],
+    read: Callable[[str], torch.Tensor],
+    metadata: Mapping[str, str],
+    kind: Kind | None = None,
+    overwrite: bool = False,
 ) -> None:
     """Write a safetensors file.
 
@@ -38,12 +43,15 @@ def write_safetensors(
             library does.
         read: Returns a tensor by its name; called once for each, in the order of the file.
         metadata: The file's own words, such as ``{"format": "pt"}``.
+        kind: What it is, which decides what it may replace; None for a file of a folder that loradiag is making.
+        overwrite: Replace whatever file is there.
 
     Raises:
+        UsageError: As ``lora_diag.files.check_output``.
         InputError: The file cannot be written.
     """
     order = sorted(tensors, key=lambda name: (-CODES[tensors[name].dtype][1], name))
-    with replacing(path) as beside, beside.open("wb") as file:
+    with replacing(path, kind, overwrite) as file:
         file.write(_header([(name, tensors[name]) for name in order], metadata))
         for name in order:
             file.write(_content(name, tensors[name], read(name)))

@@ -20,7 +20,6 @@ import typer
 
 from lora_diag.cli.output import as_lines
 from lora_diag.errors import UsageError
-from lora_diag.files import check_folder_of
 
 if TYPE_CHECKING:
     from lora_diag.running.engines import Ray
@@ -53,6 +52,9 @@ Json = Annotated[bool, typer.Option("--json", help="Records on standard output, 
 PerRow = Annotated[Per, typer.Option(help="One row a module type, or one a layer.")]
 Workers = Annotated[int | None, typer.Option(metavar="N", help="Layers at once; default by cores and memory.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no messages, no table.")]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Replace a file in the way that loradiag did not write; never a link.")
+]
 
 
 @dataclass(frozen=True)
@@ -134,7 +136,7 @@ class Written:
     """Where records go, and what else is said.
 
     Raises:
-        UsageError: A run that was not kept should go on.
+        UsageError: A run that was not kept should go on, or something is in the way of the output.
         InputError: Nothing could be written there.
     """
 
@@ -144,6 +146,7 @@ class Written:
     json: Json = False
     quiet: Quiet = False
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the interrupted run in --output.")] = False
+    overwrite: Overwrite = False
     verify: Annotated[
         bool, typer.Option("--verify", help="Hash every byte of the inputs, for --resume to compare.")
     ] = False
@@ -152,7 +155,13 @@ class Written:
         if self.resume and self.output is None:
             raise UsageError("--resume: give the results file of the interrupted run with -o")
         if self.output is not None:
-            check_folder_of(self.output, in_place=True)  # now: a model may take minutes to load
+            self.check(self.output)  # now: a model may take minutes to load
+
+    def check(self, output: Path) -> None:
+        """Refuse an output that could not be written."""
+        from lora_diag.records.writing import check_results_file
+
+        check_results_file(output, self.resume, self.overwrite)
 
     @property
     def table(self) -> bool:
@@ -161,7 +170,7 @@ class Written:
 
     def arguments(self) -> dict[str, Any]:
         """Return what a function of the API takes."""
-        given = {"output": self.output, "resume": self.resume, "verify": self.verify}
+        given = {name: getattr(self, name) for name in ("output", "resume", "overwrite", "verify")}
         return {**given, "on_record": as_lines(self.json)}
 
 

@@ -15,7 +15,7 @@ from textwrap import fill
 from typing import TYPE_CHECKING, TextIO
 
 from lora_diag.errors import InputError, UsageError
-from lora_diag.files import check_place
+from lora_diag.files import Kind, check_output
 from lora_diag.rendering.text import encodable, safe
 
 if TYPE_CHECKING:
@@ -92,20 +92,27 @@ def line(json: str) -> None:
     result(json)
 
 
-def spare(inputs: Iterable[Path | str], outputs: Iterable[Path | None]) -> None:
-    """Refuse to write over an input, two things into one file, or where nothing can be written.
+def check_outputs(
+    inputs: Iterable[Path | str | None], outputs: Iterable[tuple[Path | None, Kind]], overwrite: bool
+) -> None:
+    """Refuse, before any work, to write over an input, two outputs to one file, or what ``check_output`` refuses.
+
+    Args:
+        inputs: What is read, or written by other means.
+        outputs: The files, if they are asked for, and what is written to each.
+        overwrite: Replace whatever file is there; inputs are safe from it.
 
     Raises:
-        UsageError: That was asked.
+        UsageError: An output is refused.
         InputError: There is no such folder, or it may not be written to.
     """
-    taken = {os.path.realpath(path) for path in inputs}
-    for path in outputs:
+    taken = {os.path.realpath(path) for path in inputs if path is not None}
+    for path, kind in outputs:
         if path is None:
             continue
         if os.path.realpath(path) in taken:
             raise UsageError(f"{path}: is read or written already by this command; choose another name")
-        check_place(path)
+        check_output(path, kind, overwrite)
         taken.add(os.path.realpath(path))
 
 

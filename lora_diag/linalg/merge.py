@@ -16,9 +16,9 @@ An update that is not a product of two factors (DoRA, LoHa, rotations) is given 
 Since δ is relative to ΔW and not to W, an update far below ulp(W) is still checked sharply: M must be the one number
 that W + ΔW rounds to.
 
-P can be many times ΔW, and then the bound lets a wrong scale pass in every single entry. Roundings go up as often as
-down, so together they cannot: with M* = W + ΔW rounded once, the share of ΔW that arrived, c = ⟨M − W, ΔW⟩/‖ΔW‖², is
-that of M* but for the sum of independent errors. This room knows no names, no files and no LoRA.
+The bound lets a slightly wrong scale pass in every single entry. All entries together do not: with M* = W + ΔW rounded
+once, the scale c = ⟨M − W, ΔW⟩/‖ΔW‖² of a right merge is c* = ⟨M* − W, ΔW⟩/‖ΔW‖² but for a sum of independent rounding
+errors, whose standard error is computed with it (``Check.scale_error``). This module knows no names, files or LoRA.
 """
 
 from __future__ import annotations
@@ -44,11 +44,26 @@ _STEPS_WITH_W = 4.0
 # seconds of that core: 0.63 with 2^13, 0.49 with 2^14, 0.63 with 2^15, 1.4 with 2^16, 1.9 with 2^20.
 _CHUNK = 2**14
 
-# Standard deviations by which c may be off, taking every error for as large as its bound: far beyond chance.
-_BY_CHANCE = 8.0
+# Standard errors by which c may differ from c*. Errors go up as often as down; of their sizes given, a sum with random
+# signs exceeds LIMIT·√Σx² with probability 2·exp(−LIMIT²/2) = 3e-8 at most (Hoeffding 1963), however few they are.
+LIMIT = 6.0
 
-# What a scaling, rounded itself, and products of rounded factors add to all entries alike, in units of u.
-_ALIKE = 4.0
+# Variance of one rounding to nearest, in units of (u·x)²: (2u·2^e)²/12 with x log-uniform in [2^e, 2^(e+1)), for which
+# the mean of 4^e/x² is 3/(8 ln 2).
+_VARIANCE = 0.18
+
+# Roundings of each factor (cast, and scaled), and of what rows and columns share in an update computed from W.
+_FACTOR_ROUNDINGS, _WHOLE_ROUNDINGS = 2.0, 4.0
+
+# Rounding to nearest is biased where the density f of the values slopes: by (2u·2^e)²/12·f'/f, which is 0.54u² of a
+# Gaussian ΔW for each rounding. Both factors, the product and the scaled product are less than four times that.
+_BIAS = 4.0
+
+# A ΔW rounded to M's dtype is q/2 itself, a tie that moves every other entry of a W on the grid, if it came from the
+# cell
+# (1 − u/2, 1 + u)q/2: one and a half of three parts move where two should, u/4 of what lies about q/2 for each
+# rounding.
+_TIED = 0.5
 
 # Second-order terms of the bounds above, and the float64 arithmetic here.
 _SLIGHTLY = 1.01
@@ -76,14 +91,33 @@ class Product:
             bound += small * (self.b[first:last].abs().sum(1, keepdim=True) + rounding.scale * self.a.abs().sum(0))
         return bound, magnitude
 
-    def scatter(self) -> float:
-        """Return Σ⟨E, ΔW⟩² over the errors E that a cast of one entry of B or A makes, in units of its roundoff."""
-        by_b, by_a = self.b * (self.b @ (self.a @ self.a.T)), self.a * ((self.b.T @ self.b) @ self.a)
-        return float((by_b**2).sum() + (by_a**2).sum())
+    def shared_noise(self, rounding: Rounding) -> float:
+        """Return the variance of ⟨E, ΔW⟩ over the rounding errors E of the entries of B and A."""
+        if not rounding.cast:
+            return 0.0
+        by_b, by_a = self.b @ (self.a @ self.a.T), (self.b.T @ self.b) @ self.a  # ⟨E, ΔW⟩ for E = 1 in one entry
+        relative = float((self.b * by_b).square().sum() + (self.a * by_a).square().sum())
+        least = (
+            float(by_b.square().sum() * rounding.scale**2 + by_a.square().sum()) * smallest(rounding.dtype) ** 2 / 12
+        )
+        return _FACTOR_ROUNDINGS * (_VARIANCE * rounding.roundoff**2 * relative + least)
+
+    def bias(self) -> float:
+        """Return by how much of ΔW a sum that truncates can be off in all entries alike."""
+        return (self.b.shape[1] + 8) * _U32
 
     def times(self, factor: float) -> Product:
         """Return c·ΔW."""
         return Product(self.b * factor, self.a)
+
+    def truncated(self, scale: float) -> Product:
+        """Return s·B·A with the factors cut to the 10 bits of TF32, as a tensor core reads them.
+
+        Args:
+            scale: s, which is in B.
+        """
+        b, a = ((x.float().view(torch.int32) & ~0x1FFF).view(torch.float32).double() for x in (self.b / scale, self.a))
+        return Product(b * scale, a)
 
     def transposed(self) -> Product:
         """Return ΔWᵀ."""
@@ -121,6 +155,14 @@ class Whole:
         summed = size + w.abs() + float((size**2).mean().sqrt())  # what cancelled in a sum is of that size
         return (_STEPS_WITH_W * rounding.roundoff + 16 * _U32) * summed, summed
 
+    def shared_noise(self, rounding: Rounding) -> float:
+        """Return 0: what rows and columns share is known only once W was read (``Check.variance``)."""
+        return 0.0
+
+    def bias(self) -> float:
+        """Return by how much of ΔW a sum that truncates can be off in all entries alike."""
+        return 0.0 if self.exact else 16 * _U32
+
     def times(self, factor: float) -> Whole:
         """Return c·ΔW."""
         return replace(self, factor=self.factor * factor, exact=False)
@@ -150,6 +192,8 @@ class Rounding:
         scale: s, by which B was multiplied after such a cast.
         bases: Dtypes to which W may have been rounded first, besides not at all.
         dequantized: Whether W is dequantized, which may have been done in d.
+        first: The dtype to which W was rounded first, in M* (``Check.ideal``); None for not at all.
+        between: The dtype to which the sum was rounded before d, in M*; None for not at all.
     """
 
     dtype: torch.dtype
@@ -158,6 +202,14 @@ class Rounding:
     scale: float = 1.0
     bases: tuple[torch.dtype, ...] = ()
     dequantized: bool = False
+    first: torch.dtype | None = None
+    between: torch.dtype | None = None
+
+    def once(self, w: Tensor, delta: Tensor) -> Tensor:
+        """Return M*, W + ΔW rounded as this says, float64."""
+        start = w if self.first is None else w.to(self.first).double()
+        total = start + delta
+        return (total if self.between is None else total.to(self.between)).to(self.dtype).double()
 
 
 @dataclass(slots=True)
@@ -177,8 +229,17 @@ class Check:
         base: ‖W‖².
         allowed: Σ of the squared tolerances.
         ideal: ⟨M* − W, ΔW⟩, with M* = W + ΔW rounded once.
-        scatter: Σ of the squares of what single roundings can add to ``inner``.
-        alike: The share of ΔW by which roundings can be off in all entries alike; infinite where that is not known.
+        variance: Of ``inner`` − ``ideal`` in right merges: Σ (M − M*)²ΔW², since entries of M − M* are as often above 0
+            as below, and what the roundings of factors (rows, columns) add, which many entries share.
+        crossing: Σ |ΔW|³q, q the spacing of M's numbers: h times that is Σ (M* − M')²ΔW² for the M' of (1 + h)ΔW.
+        shared: ⟨W, ΔW⟩ and ‖ΔW‖² of every row (``(2, m)``), and of every column; None where they share no error.
+        bias: The share of ΔW by which sums can be off in all entries alike.
+        along: |⟨W, ΔW⟩| times what dequantizing W can be off by in all entries alike.
+        halves: Σ |ΔW|q over the entries with q/4 < |ΔW| < q, which move if ΔW rounds up to q/2.
+        roundoff: u, 0 where no arithmetic came between ΔW and the merge.
+        least: The largest error of rounding a number below the normal ones.
+        coarsest: Σ step²/12 of a quantized M.
+        gridded: Whether both sides are quantized, so that M* is not known.
         non_finite: Where an entry is not finite, ``BASE`` or ``MERGED`` first; None if all are.
     """
 
@@ -194,8 +255,16 @@ class Check:
     base: float = 0.0
     allowed: float = 0.0
     ideal: float = 0.0
-    scatter: float = 0.0
-    alike: float = math.inf
+    variance: float = 0.0
+    crossing: float = 0.0
+    shared: tuple[Tensor, Tensor] | None = None
+    bias: float = 0.0
+    along: float = 0.0
+    halves: float = 0.0
+    roundoff: float = 0.0
+    least: float = 0.0
+    coarsest: float = 0.0
+    gridded: bool = False
     non_finite: str | None = None
 
     @property
@@ -209,9 +278,43 @@ class Check:
         return int(self.beyond_base[0].sum())
 
     @property
+    def scale_error(self) -> float:
+        """Standard error of c = inner/expected about c* = ideal/expected; infinite where M* is not known."""
+        if self.gridded or not self.expected:
+            return math.inf
+        return math.sqrt(self.variance) / self.expected
+
+    @property
+    def scale_limit(self) -> float:
+        """How far c of a right merge may be from c*: chance and what roundings add to all entries alike."""
+        return LIMIT * self.scale_error + self.alike
+
+    @property
+    def alike(self) -> float:
+        """The share of ΔW by which roundings can be off in all entries alike.
+
+        Among them a quantizer's gain: if it is near the best, quantizing takes the share of its noise from the signal.
+        """
+        if not self.expected:
+            return 0.0
+        gain = 2 * self.coarsest / self.base if self.base else 0.0
+        roundoff = self.roundoff + self.least / math.sqrt(
+            self.expected / self.entries
+        )  # of a ΔW below the normal numbers
+        biased = _BIAS * roundoff**2 + _TIED * roundoff * self.halves / self.expected
+        return self.bias + biased + gain + abs(self.along) / self.expected
+
+    def resolves(self, change: float) -> bool:
+        """Whether a scale that is off by ``change`` would show, with a margin of two."""
+        if not self.expected or self.gridded:
+            return False
+        noise = math.sqrt(self.variance + change * self.crossing) / self.expected
+        return 2 * (LIMIT * noise + self.alike) < change
+
+    @property
     def drifted(self) -> bool:
         """Whether more or less of ΔW arrived than roundings can add or take, whatever the single entries say."""
-        return abs(self.inner - self.ideal) > _BY_CHANCE * math.sqrt(self.scatter) + self.alike * self.expected
+        return self.expected > 0 and not abs(self.inner - self.ideal) <= self.scale_limit * self.expected
 
 
 # W, M and the steps of the formats of both (None where they follow from value and dtype), ``(rows, n)`` each.
@@ -240,9 +343,11 @@ def check_merge(blocks: Iterable[Block], shape: tuple[int, int], addend: Addend,
     """
     rows, columns = shape
     found = Check(_counts(rows, columns), _counts(rows, columns))
-    if isinstance(addend, Product) and not rounding.dequantized:
-        found.alike = _ALIKE * rounding.roundoff
-        found.scatter = rounding.roundoff**2 * addend.scatter() if rounding.cast else 0.0
+    found.bias, found.variance = addend.bias(), addend.shared_noise(rounding)
+    if isinstance(addend, Product) or not addend.exact:
+        found.roundoff, found.least = rounding.roundoff, smallest(rounding.dtype) / 2
+    if isinstance(addend, Whole) and not addend.exact:
+        found.shared = torch.zeros(2, rows).double(), torch.zeros(2, columns).double()
     first = 0
     for stored_w, stored_m, step in blocks:
         last = first + len(stored_w)
@@ -257,6 +362,9 @@ def check_merge(blocks: Iterable[Block], shape: tuple[int, int], addend: Addend,
             steps = step[part].double() if step is not None else None
             _add(found, w, m, steps, addend, rounding, (first + at, first + at + len(w)))
         first = last
+    if found.shared is not None:
+        each = _WHOLE_ROUNDINGS * _VARIANCE * rounding.roundoff**2
+        found.variance += each * sum(float(side.abs().sum(0).square().sum()) for side in found.shared)
     return found
 
 
@@ -281,12 +389,9 @@ def _add(
     observed = m - w
     apart = observed - delta
     off, off_base, same = apart.abs(), observed.abs(), observed == 0
-    if math.isfinite(found.alike):
-        found.ideal += _inner((w + delta).to(rounding.dtype).double() - w, delta)
-        found.scatter += float(((tolerance if step is None else tolerance + step) * delta).square().sum())
+    _add_scale(found, w, m, delta, 2 * half, step is not None, rounding, span)
     for dtype in rounding.bases:
         shift = w.to(dtype).double() - w
-        found.scatter += float((shift * delta).square().sum())
         off = torch.fmin(off, (apart - shift).abs())  # not minimum: W may overflow in float16
         off_base = torch.fmin(off_base, (observed - shift).abs())
         same |= observed == shift
@@ -303,6 +408,46 @@ def _add(
     found.residual += _inner(apart, apart)
     found.base += _inner(w, w)
     found.allowed += _inner(tolerance, tolerance)
+
+
+def _add_scale(
+    found: Check,
+    w: Tensor,
+    m: Tensor,
+    delta: Tensor,
+    grain: Tensor,
+    quantized: bool,
+    rounding: Rounding,
+    span: tuple[int, int],
+) -> None:
+    """Add what c* and the standard error of c need.
+
+    Args:
+        found: Where to.
+        w: Rows of W.
+        m: Rows of M.
+        delta: Rows of ΔW.
+        grain: Spacing of M's numbers at every entry.
+        quantized: Whether that is the step of a quantized format, which M* leaves out.
+        rounding: How a right merge may have rounded.
+        span: First and last row.
+    """
+    once, squares = rounding.once(w, delta), delta.square()
+    found.ideal += _inner(once - w, delta)
+    found.variance += _inner((m - once).square_(), squares)
+    flow = delta.abs().mul_(grain)
+    found.crossing += _inner(squares, flow)
+    found.halves += float(flow[(4 * squares > flow) & (squares < flow)].sum())
+    if rounding.dequantized:
+        found.along += _inner(w, delta) * unit_roundoff(rounding.dtype)
+    if quantized:
+        found.coarsest += float(grain.square().sum()) / 12
+        found.gridded |= rounding.dequantized
+    if found.shared is not None:
+        rows, columns = found.shared
+        for at, product in enumerate((w * delta, squares)):
+            rows[at, span[0] : span[1]] += product.sum(1)
+            columns[at] += product.sum(0)
 
 
 def _inner(left: Tensor, right: Tensor) -> float:

@@ -8,7 +8,7 @@ from lora_diag.metrics.distance import Distances, distances, limit, pooled
 from lora_diag.metrics.effective_rank import effective_rank, stable_rank
 from lora_diag.metrics.energy import RANKS, THRESHOLDS, energy_curve, rank_at
 from lora_diag.metrics.resolution import Gain, noise_edge, signal_rank, verdict
-from lora_diag.metrics.truncation import truncation_error
+from lora_diag.metrics.truncation import spectral_error, truncation_error
 
 __all__ = [
     "RANKS",
@@ -23,6 +23,7 @@ __all__ = [
     "pooled",
     "rank_at",
     "signal_rank",
+    "spectral_error",
     "stable_rank",
     "truncation_error",
     "verdict",

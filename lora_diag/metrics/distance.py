@@ -93,12 +93,15 @@ class Measured(Protocol):
 
     @property
     def floor(self) -> float:
-        """The smallest ‖D − X‖ of X's rank."""
+        """Lower bound on ‖D − X‖ of X's rank."""
         ...
 
 
 def pooled(layers: Sequence[Measured]) -> Distances:
     """Return the distances of several layers taken together, as one block-diagonal matrix.
+
+    ε = √(Σ‖D_ℓ − X_ℓ‖² / Σ‖D_ℓ‖²) over all tensors given, 1-D ones included, and those with D_ℓ = 0, where only X_ℓ
+    counts. One best scale holds for all. ``epsilon_min`` is a lower bound: the layers' errors are taken off.
 
     Args:
         layers: Any number of them.

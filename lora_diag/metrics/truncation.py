@@ -37,3 +37,22 @@ def truncation_error(
     kept = math.hypot(*s[:rank].tolist())
     left = math.sqrt(max(0.0, fro - kept)) * math.sqrt(fro + kept)
     return left, float(s[rank]) if rank < len(s) else None
+
+
+def spectral_error(value: float, fro: float, energy_error: float) -> float:
+    """Return a bound on |σ̂_i − σ_i| of one singular value.
+
+    σ_i² is the difference of two partial sums of energy, each of which is off by at most energy_error·‖A‖_F², so
+    |σ̂_i² − σ_i²| ≤ 2·energy_error·‖A‖_F².
+
+    Args:
+        value: σ̂_i.
+        fro: ‖A‖_F.
+        energy_error: Bound on the error of every energy fraction up to the i-th.
+
+    Example:
+        >>> spectral_error(1.0, 1.0, 0.0), round(spectral_error(1.0, 1.0, 0.18), 12), spectral_error(0.0, 1.0, 0.5)
+        (0.0, 0.2, 1.0)
+    """
+    moved = 2 * energy_error * fro**2
+    return max(value - math.sqrt(max(0.0, value**2 - moved)), math.sqrt(value**2 + moved) - value)

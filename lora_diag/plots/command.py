@@ -64,6 +64,7 @@ def plot(
     format: Annotated[Format | None, typer.Option(help="Of the files in a folder.  [default: png]")] = None,
     layers: options.Layers = None,
     quiet: options.Quiet = False,
+    overwrite: options.Overwrite = False,
 ) -> None:
     """Figures for a paper or a slide: energy curves, spectra, heat maps, residuals, overlap, allocation, losses.
 
@@ -82,6 +83,7 @@ def plot(
         width=width.value,
         format=format.value if format else None,
         layers=layers,
+        overwrite=overwrite,
     )
     if not quiet:
         result(_table(drawn, f"{shlex.join(['loradiag', 'report', *map(str, results)])}   (all of it on one page)"))

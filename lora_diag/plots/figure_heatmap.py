@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -29,15 +30,17 @@ from lora_diag.rendering.figures.style import (
     SHARES,
     UNKNOWN,
     Look,
-    cropped,
     cropped_all,
     log_label,
     styled,
     width_of,
+    wrapped,
 )
 
 # From this ratio of the largest to the smallest value on, colours are logarithmic.
 _LOG_FROM = 50
+# Share of the page's width that the names of the rows may take.
+NAMES = 0.38
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,13 +60,21 @@ class Cells:
     layers: NDArray[np.int64]
 
 
-def cells(records: Sequence[LayerRecord], field: str) -> Cells:
-    """Return the cells of a heat map."""
-    types = Types(record.layer for record in records)
-    depths = sorted({depth_of(record.layer) for record in records}, key=lambda d: -1 if d is None else d)
+def cells(records: Sequence[LayerRecord], field: str, types: Types | None = None) -> Cells:
+    """Return the cells of a heat map.
+
+    Args:
+        records: One a layer.
+        field: Dotted name of the number.
+        types: Of all layers that are compared, if these are not all.
+    """
+    types = types or Types(record.layer for record in records)
+    present = {types.of(record.layer) for record in records}
+    names = tuple(name for name in types.names if name in present)
+    depths = _ascending(depth_of(record.layer) for record in records)
     found: dict[tuple[str, int | None], list[float]] = {}
-    layers = np.zeros((len(types.names), len(depths)), dtype=np.int64)
-    row, column = {t: i for i, t in enumerate(types.names)}, {d: i for i, d in enumerate(depths)}
+    layers = np.zeros((len(names), len(depths)), dtype=np.int64)
+    row, column = {name: i for i, name in enumerate(names)}, {d: i for i, d in enumerate(depths)}
     for record in records:
         where = types.of(record.layer), depth_of(record.layer)
         layers[row[where[0]], column[where[1]]] += 1
@@ -72,7 +83,11 @@ def cells(records: Sequence[LayerRecord], field: str) -> Cells:
     values = np.full(layers.shape, np.nan)
     for (name, depth), numbers in found.items():
         values[row[name], column[depth]] = np.median(numbers)
-    return Cells(types.names, tuple(depths), values, layers)
+    return Cells(names, depths, values, layers)
+
+
+def _ascending(depths: Iterable[int | None]) -> tuple[int | None, ...]:
+    return tuple(sorted(set(depths), key=lambda depth: -1 if depth is None else depth))
 
 
 def heatmap(records: Iterable[LayerRecord], ax: Axes | None = None, *, field: str | None = None) -> Axes:
@@ -97,34 +112,45 @@ def heatmap(records: Iterable[LayerRecord], ax: Axes | None = None, *, field: st
     with panel_axes(ax) as (axes, look):
         shown = cells(records, field)
         norm = norm_of([shown])
-        draw_cells(axes, shown, norm, look, inches=None)
+        draw_cells(axes, shown, norm, look)
         bar = axes.figure.colorbar(ScalarMappable(norm, SHARES), ax=axes)
         bar.set_label(title_in(field, records), parse_math=False)
         _finish_bar(bar, norm)
-        axes.set_xlabel(_xlabel(shown))
+        axes.set_xlabel(_xlabel(shown.depths))
     return axes
 
 
 def figure(series: Sequence[Series[Any]], look: Look, options: Options) -> Figure:
-    """Return the heat map of each series, all on one scale of colours."""
+    """Return the heat map of each series: rows of its own, one scale of depths and one of colours for all."""
     field = options.field or default_field(series[0].records)
-    shown = [cells(one.records, field) for one in series]
+    types = Types(record.layer for one in series for record in one.records)
+    shown = [cells(one.records, field, types) for one in series]
+    depths = _ascending(depth for one in shown for depth in one.depths)
     line = look.text / 72
-    rows = [1.75 * line * max(len(one.types), 2) + 2.2 * line for one in shown]
+    names = cropped_all(types.names, NAMES * look.width, look.ticks)
+    inches = look.width * 0.86 - max(width_of(name, look.ticks) for name in names.values()) - 2 * line
+    titles = [wrapped(one.label, inches, look.text) if len(series) > 1 else "" for one in series]
+    rows = [
+        (1.75 * max(len(one.types), 2) + 1.0 + 1.2 * (title.count("\n") + 1)) * line
+        for one, title in zip(shown, titles, strict=True)
+    ]
     panel = (sum(rows) + 2.6 * line) / len(series)
     with styled(look):
-        figure, axes = sheet(look, _words(series, shown, field), len(series), 1, panel=panel, ratios=rows, low=True)
+        # The panels have different rows, so they share no axis: shared ticks would name them by the last panel's.
+        page, axes = sheet(
+            look, _words(series, shown, field), len(series), 1, panel=panel, ratios=rows, share=False, low=True
+        )
         norm = norm_of(shown)
-        names = [cropped(name, 0.3 * look.width, look.ticks) for one in shown for name in one.types]
-        inches = look.width * 0.86 - max(width_of(name, look.ticks) for name in names) - 2 * line
-        for one, drawn, ax in zip(series, shown, axes, strict=True):
-            draw_cells(ax, drawn, norm, look, inches=inches)
-            if len(series) > 1:
-                ax.set_title(cropped(one.label, inches, look.text), parse_math=False)
-        axes[-1].set_xlabel(_xlabel(shown[-1]))
-        bar = figure.colorbar(ScalarMappable(norm, SHARES), ax=axes, fraction=0.04, aspect=25, pad=0.015)
+        for drawn, title, ax in zip(shown, titles, axes, strict=True):
+            draw_cells(ax, drawn, norm, look, inches=inches, depths=depths)
+            ax.set_title(title, parse_math=False)
+            ax.tick_params(labelbottom=ax is axes[-1])
+        axes[-1].set_xlabel(_xlabel(depths))
+        bar = page.colorbar(
+            ScalarMappable(norm, SHARES), ax=axes, fraction=0.04, aspect=sum(rows) / (0.02 * look.width), pad=0.015
+        )
         _finish_bar(bar, norm)
-    return figure
+    return page
 
 
 def _words(series: Sequence[Series[Any]], shown: Sequence[Cells], field: str) -> Words:
@@ -155,7 +181,7 @@ def _finish_bar(bar: Colorbar, norm: Normalize) -> None:
 def default_field(records: Sequence[LayerRecord]) -> str:
     """Return the field that says most of the records of their kind."""
     fields = numbers_of(records[:1])
-    energies = [name for name in fields if name.startswith("energy.")]
+    energies = [name for name in fields if re.fullmatch(r"energy\.\d+", name)]
     for name in ("energy.8", *energies[:1], "epsilon", "kappa", "intruders", "cosine", "rank"):
         if name in fields:
             return name
@@ -176,34 +202,46 @@ def norm_of(shown: Sequence[Cells]) -> Normalize:
     return Normalize(low, high)
 
 
-def draw_cells(ax: Axes, shown: Cells, norm: Normalize, look: Look | None, inches: float | None) -> None:
-    """Draw the cells; with their numbers where they have room."""
+def draw_cells(
+    ax: Axes,
+    shown: Cells,
+    norm: Normalize,
+    look: Look | None,
+    inches: float | None = None,
+    depths: Sequence[int | None] | None = None,
+) -> None:
+    """Draw the cells; with their numbers where they have room.
+
+    Args:
+        ax: Where.
+        shown: The cells.
+        norm: Of their colours.
+        look: The page.
+        inches: Width of the panel; three if not given.
+        depths: Of the columns of all panels that are compared, if these are not all.
+    """
     size = look.ticks if look else 8
-    blocks = [depth for depth in shown.depths if depth is not None]
-    inside = (min(blocks), max(blocks)) if blocks else (0, 0)
-    gap = max(1.0, (inside[1] - inside[0] + 1) / 14) if blocks else 0.0
-    left = {depth: inside[0] - 0.55 - 1.05 * gap if depth is None else depth - 0.5 for depth in shown.depths}
-    width = {depth: gap if depth is None and blocks else 1.0 for depth in shown.depths}
+    columns = _columns(shown.depths if depths is None else depths)
     for number, depth in enumerate(shown.depths):
-        edges = np.array([left[depth], left[depth] + width[depth]])
+        left, width = columns[depth]
         column = np.ma.masked_invalid(shown.values[:, number : number + 1])
         missing = np.isnan(shown.values[:, number]) & (shown.layers[:, number] > 0)
         rows = np.arange(len(shown.types) + 1) - 0.5
         # Cells with white between them; where they are thin, it would be all that is seen.
-        wide = len(shown.depths) <= 40
+        wide = len(columns) <= 40
         between: dict[str, Any] = {"edgecolors": "white" if wide else "face", "lw": 0.5 if wide else 0.1}
-        ax.pcolormesh(edges, rows, column, norm=norm, cmap=SHARES, **between)
+        ax.pcolormesh(np.array([left, left + width]), rows, column, norm=norm, cmap=SHARES, **between)
         for row in np.flatnonzero(missing):
-            ax.add_patch(_unknown(left[depth], row - 0.5, width[depth]))
-    _scale(ax, shown, left, width, look, size)
-    room = (inches or 3) / (max(left[d] + width[d] for d in shown.depths) - min(left.values())) if shown.depths else 0
+            ax.add_patch(_unknown(left, row - 0.5, width))
+    _scale(ax, shown, columns, look, size)
+    room = (inches or 3) / (ax.get_xlim()[1] - ax.get_xlim()[0])
     texts = {(r, c): written(v) for (r, c), v in np.ndenumerate(shown.values) if np.isfinite(v)}
     if texts and max(width_of(text, 0.9 * size) for text in texts.values()) < 0.86 * room:
         for (row, number), text in texts.items():
             color = SHARES(norm(shown.values[row, number]))
-            depth = shown.depths[number]
+            left, width = columns[shown.depths[number]]
             ax.text(
-                left[depth] + width[depth] / 2,
+                left + width / 2,
                 row,
                 text,
                 size=0.9 * size,
@@ -213,38 +251,40 @@ def draw_cells(ax: Axes, shown: Cells, norm: Normalize, look: Look | None, inche
             )
 
 
+def _columns(depths: Sequence[int | None]) -> dict[int | None, tuple[float, float]]:
+    """Return where the column of each depth begins and how wide it is; layers outside the blocks stand apart."""
+    blocks = [depth for depth in depths if depth is not None]
+    if not blocks:
+        return dict.fromkeys(depths, (-0.5, 1.0))
+    gap = max(1.0, (max(blocks) - min(blocks) + 1) / 14)
+    return {d: (min(blocks) - 0.55 - 1.05 * gap, gap) if d is None else (d - 0.5, 1.0) for d in depths}
+
+
 def _unknown(left: float, bottom: float, width: float) -> Patch:
     return Rectangle((left, bottom), width, 1, facecolor=UNKNOWN, edgecolor=QUIET, hatch="////", lw=0)
 
 
 def _scale(
-    ax: Axes,
-    shown: Cells,
-    left: dict[int | None, float],
-    width: dict[int | None, float],
-    look: Look | None,
-    size: float,
+    ax: Axes, shown: Cells, columns: dict[int | None, tuple[float, float]], look: Look | None, size: float
 ) -> None:
-    most = 0.3 * look.width if look else 2
+    most = NAMES * look.width if look else 2
     ax.set_yticks(
         range(len(shown.types)), list(cropped_all(shown.types, most, size).values()), parse_math=False, size=size
     )
     ax.set_ylim(len(shown.types) - 0.5, -0.5)
-    ax.set_xlim(min(left.values()), max(left[depth] + width[depth] for depth in shown.depths))
-    blocks = [depth for depth in shown.depths if depth is not None]
+    ax.set_xlim(min(left for left, _ in columns.values()), max(left + width for left, width in columns.values()))
+    blocks = [depth for depth in columns if depth is not None]
     ticks = []
     if blocks:
         ticks = [t for t in MaxNLocator(nbins=8, integer=True).tick_values(min(blocks), max(blocks)) if t in blocks]
-    if None in left:
-        ax.set_xticks([left[None] + width[None] / 2, *ticks], ["–", *(f"{t:.0f}" for t in ticks)])
-    else:
-        ax.set_xticks(ticks, [f"{t:.0f}" for t in ticks])
+    outside = [left + width / 2 for depth, (left, width) in columns.items() if depth is None]
+    ax.set_xticks([*outside, *ticks], [*("–" for _ in outside), *(f"{t:.0f}" for t in ticks)])
     ax.tick_params(length=0)
     for spine in ax.spines.values():
         spine.set_visible(False)
 
 
-def _xlabel(shown: Cells) -> str:
-    if None not in shown.depths:
+def _xlabel(depths: Sequence[int | None]) -> str:
+    if None not in depths:
         return "depth (block)"
-    return "depth (block); –: outside the blocks" if len(shown.depths) > 1 else "outside the blocks"
+    return "depth (block); –: outside the blocks" if len(depths) > 1 else "outside the blocks"

@@ -83,23 +83,25 @@ def figure(
     per: str = "layer",
     field: str | None = None,
     rank: int | None = None,
+    files: Sequence[str] = (),
 ) -> Figure:
     """Return a figure as ``loradiag plot`` writes it; ``pyplot`` does not know of it.
 
     Args:
         name: One of ``FIGURES``.
         results: Of one run, or of several to compare; those without the records that the figure needs do not count.
-        labels: What each of them is called.
+        labels: What each of them is called; by what was measured if not given.
         width: ``column`` (3.3 in, 7 pt) or ``slide`` (10 in, 12.5 pt).
         per: ``layer``, or ``type`` for all layers of a module type together.
         field: Of a heat map: the dotted name of any number in the records.
         rank: Of ``overlap`` and ``angles``, where several were measured.
+        files: Where each of the results was read: the name of runs that nothing else tells apart.
 
     Raises:
         UsageError: No such figure, width or field, or the results do not have what it needs.
     """
     kind, look = figure_named(name), look_of(width)
-    series, options = _asked(results, labels, per, field, rank)
+    series, options = _asked(results, labels, per, field, rank, files)
     if reason := _why_not(kind, series, options):
         raise UsageError(f"{name}: {reason}")
     with styled(look):
@@ -126,14 +128,19 @@ def why_not(
 
 
 def _asked(
-    results: Results[Any] | Sequence[Results[Any]], labels: Sequence[str], per: str, field: str | None, rank: int | None
+    results: Results[Any] | Sequence[Results[Any]],
+    labels: Sequence[str],
+    per: str,
+    field: str | None,
+    rank: int | None,
+    files: Sequence[str] = (),
 ) -> tuple[tuple[Series[Any], ...], Options]:
     runs = [results] if isinstance(results, Results) else list(results)
     if labels and len(labels) != len(runs):
         raise UsageError(f"{len(labels)} labels for {len(runs)} results: give one label each, in their order")
     if per not in {"layer", "type"}:
         raise UsageError(f"per {per}: choose layer or type")
-    return series_of(runs, labels), Options(per, field, rank)
+    return series_of(runs, labels, files), Options(per, field, rank)
 
 
 def _usable(kind: FigureKind, series: Sequence[Series[Any]], options: Options) -> tuple[Series[Any], ...]:

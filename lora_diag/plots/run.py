@@ -11,8 +11,10 @@ from typing import Any
 
 from lora_diag.catalog import read_results
 from lora_diag.errors import InputError, NothingComparedError, UsageError
-from lora_diag.files import check_folder_of, check_place, write_whole
+from lora_diag.files import PDF, PNG, SVG, check_folder_of, check_output, write_whole
 from lora_diag.records import Results
+
+KINDS = {"png": PNG, "svg": SVG, "pdf": PDF}
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +47,7 @@ def plot(
     width: str = "slide",
     format: str | None = None,
     layers: str | None = None,
+    overwrite: bool = False,
 ) -> tuple[Drawn, ...]:
     """Draw results into files; ``lora_diag.plots`` has the same figures for a notebook.
 
@@ -59,16 +62,18 @@ def plot(
         width: ``column`` (3.3 in, 7 pt) or ``slide`` (10 in, 12.5 pt).
         format: Of the files in a folder: ``png`` (the default), ``svg`` or ``pdf``.
         layers: Regular expression: only layers whose name contains a match.
+        overwrite: Replace files in the way that loradiag did not write, or that were edited since.
 
     Returns:
         What was drawn and what was not, in the order of ``lora_diag.plots.FIGURES``.
 
     Raises:
-        UsageError: No such figure, field or format; or the one asked for cannot be drawn; or Matplotlib is missing.
+        UsageError: No such figure, field or format; or the one asked for cannot be drawn.
         InputError: A results file cannot be read, or a figure not be written.
         NothingComparedError: No figure can be drawn of these records.
     """
-    plots = _plots()
+    from lora_diag import plots  # here: Matplotlib takes half a second
+
     if not results:
         raise UsageError("no results: give at least one results file")
     if labels and len(labels) != len(results):
@@ -77,7 +82,7 @@ def plot(
     there = os.path.isdir(path)  # noqa: PTH112  (unlike Path.is_dir(), False also for names that no file can have)
     single = path.suffix.lower().removeprefix(".") in plots.FORMATS and not there
     kind = _format(path, single, format, plots.FORMATS)
-    _check_output(path, single, there)
+    _check_output(path, kind if single else None, there, overwrite)
     if single and figure == "all":
         raise UsageError(f"{path}: is one file, and all figures are several: give a folder, or one --figure")
     if single and figure is None and field is not None:
@@ -86,6 +91,7 @@ def plot(
     runs = [_selected(one if isinstance(one, Results) else read_results(one), layers) for one in results]
     if not any(map(plots.drawn, runs)):
         raise NothingComparedError(f"no layer left to draw: {_why_no_layer(runs, layers)}")
+    files = () if any(isinstance(one, Results) for one in results) else tuple(map(str, results))
     options: dict[str, Any] = {"labels": labels, "width": width, "per": per, "field": field, "rank": rank}
     wanted = plots.FIGURES if figure in {None, "all"} else (plots.figure_named(str(figure)),)
     made: list[Drawn] = []
@@ -98,21 +104,16 @@ def plot(
             made.append(Drawn(one.name, one.shows, None, why, one.made_by))
             continue
         target = path if single else path / f"{one.name}.{kind}"
-        _write(target, plots.encoded(plots.figure(one.name, runs, **options), kind, width))
+        if there:
+            check_output(target, KINDS[kind], overwrite)  # of all, before the first is drawn
         made.append(Drawn(one.name, one.shows, target, made_by=one.made_by))
+    for drawn in made:
+        if drawn.path is not None:
+            content = plots.encoded(plots.figure(drawn.name, runs, files=files, **options), kind, width)
+            _write(drawn.path, content, kind, overwrite)
     if not any(drawn.path for drawn in made):
         raise NothingComparedError(f"no figure can be drawn: {_why_none(runs, made)}")
     return tuple(made)
-
-
-def _plots() -> Any:
-    try:
-        from lora_diag import plots
-    except ImportError as error:
-        if (error.name or "").split(".")[0] != "matplotlib":
-            raise
-        raise UsageError("figures need Matplotlib: pip install 'loradiag[plot]'") from error
-    return plots
 
 
 def _format(path: Path, single: bool, asked: str | None, formats: Sequence[str]) -> str:
@@ -134,18 +135,24 @@ def _format(path: Path, single: bool, asked: str | None, formats: Sequence[str])
     return asked or "png"
 
 
-def _check_output(path: Path, single: bool, there: bool) -> None:
+def _check_output(path: Path, kind: str | None, there: bool, overwrite: bool) -> None:
     """Refuse, before anything is drawn, where figures could not be written; a folder of them is made, not its parents.
 
+    Args:
+        path: A file of this kind, or a folder, which may be a link to one.
+        kind: Its format; None for a folder.
+        there: Whether the folder exists.
+        overwrite: Replace a file that loradiag did not write.
+
     Raises:
-        UsageError: What is there is no file, or no folder.
+        UsageError: Something else is there.
         InputError: They could not be written.
     """
-    if single:
-        check_place(path)
+    if kind is not None:
+        check_output(path, KINDS[kind], overwrite)
         return
     check_folder_of(path / "figure" if there else path)
-    if path.exists() and not there:
+    if os.path.lexists(path) and not there:
         raise UsageError(f"{path}: is no folder; give one, or a name that ends in .png, .svg or .pdf")
 
 
@@ -188,10 +195,10 @@ def _way_out(made_by: str, reason: str) -> str:
     return f"; {made_by} measures them" if made_by and reason.endswith(" records") else ""
 
 
-def _write(path: Path, content: bytes) -> None:
+def _write(path: Path, content: bytes, kind: str, overwrite: bool) -> None:
     """Write a figure, into a folder of figures that need not be there."""
     try:
         path.parent.mkdir(exist_ok=True)
     except OSError as error:
         raise InputError(f"{path}: cannot be written: {error.strerror}") from error
-    write_whole(path, content)
+    write_whole(path, content, KINDS[kind], overwrite)

@@ -6,6 +6,7 @@ update, a rank beyond the values kept) is null, never NaN.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
@@ -88,3 +89,19 @@ class WholeRecord(Record):
         @property
         def record(self) -> str:
             """The kind of record, by its name in a results file."""
+
+
+def least_epsilon(epsilon_min: float, energy_error: float | None) -> float:
+    """Return √(max(0, ε_min² − energy_error)), which no update of rank r is nearer than.
+
+    ε_min = √(1 − Ĉ(r)) alone is no lower bound: a truncated decomposition finds less energy than is there.
+
+    Args:
+        epsilon_min: √(1 − Ĉ(r)).
+        energy_error: Bound on |Ĉ(r) − C(r)|; None where it is not known (results of older versions), counted as 0.
+
+    Example:
+        >>> round(least_epsilon(0.5, 0.09), 12), least_epsilon(0.01, 0.09)
+        (0.4, 0.0)
+    """
+    return math.sqrt(max(0.0, epsilon_min**2 - (energy_error or 0.0)))

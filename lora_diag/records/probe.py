@@ -40,6 +40,9 @@ class Probe(WholeRecord):
         kl: Mean KL(p_tuned ‖ p) over the predictions, in nats.
         agreement: Share of the predictions whose most likely token is TUNED's.
         train_loss: Mean loss over the last tenth of a sweep's steps.
+        nll: Of ``outputs``: summed negative log-likelihood of each sequence, in nats to 6 decimals, by which any two
+            models can be paired; empty elsewhere.
+        predictions: Of each sequence; of BASE only, because all models have the same.
     """
 
     key: ClassVar[tuple[str, ...]] = (
@@ -76,6 +79,8 @@ class Probe(WholeRecord):
     agreement: Share | None = None
     train_loss: float | None = None
     hidden: tuple[float | None, ...] | None = None
+    nll: tuple[float, ...] = ()
+    predictions: tuple[int, ...] = ()
 
     @property
     def nats(self) -> float:

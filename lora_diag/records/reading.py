@@ -22,6 +22,10 @@ _IN_FILES = (Run, LayerRecord, WholeRecord, LeftOut, End)
 # Every finished or interrupted results file begins so.
 _HEAD = b'{"record":"run"'
 
+# The longest line that is read or written. Lines of real runs stay below 1 MB, a fleet's first line takes 300 bytes an
+# adapter; JSON takes up to 24 times its length in memory once it is parsed (``[{},{},…]``).
+MAX_LINE_BYTES = 16 * 2**20
+
 
 class _Other(WholeRecord):
     """A record of a feature whose kinds are not defined."""
@@ -103,8 +107,15 @@ def _lines(path: Path) -> Iterator[bytes]:
             what = "is a folder" if path.is_dir() else "is not a regular file"
             raise InputError(f"{path}: {what}; a results file is wanted here, as -o FILE writes it")
         with path.open("rb") as file:
-            for line in file:
-                before, _, _ = line.partition(b"\0")
+            number = 0
+            while line := file.readline(MAX_LINE_BYTES + 1):
+                number += 1
+                before, _, zeros = line.partition(b"\0")
+                if len(line) > MAX_LINE_BYTES and not zeros:
+                    raise InputError(
+                        f"{path}: line {number} is longer than {MAX_LINE_BYTES:,} bytes, so it is no record; "
+                        "give a file that loradiag wrote with -o"
+                    )
                 yield before
                 if not before.endswith(b"\n"):
                     return

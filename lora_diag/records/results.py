@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from lora_diag.files import write_whole
+from lora_diag.files import RESULTS, write_whole
 from lora_diag.records.base import LayerRecord, WholeRecord
 from lora_diag.records.run import AnyRecord, End, LeftOut, Run
 
@@ -84,9 +84,18 @@ class Results(Generic[L]):
         if self.end is not None:
             yield self.end
 
-    def write(self, path: Path | str) -> None:
-        """Write a results file: beside the target, then renamed over it."""
-        write_whole(Path(path), "".join(f"{to_line(record)}\n" for record in self.records()))
+    def write(self, path: Path | str, overwrite: bool = False) -> None:
+        """Write a results file: beside the target, then renamed over it.
+
+        Args:
+            path: The file; a finished run there is replaced.
+            overwrite: Replace a file there that loradiag did not write.
+
+        Raises:
+            UsageError: A link, an unfinished run or another file is there.
+            InputError: It cannot be written.
+        """
+        write_whole(Path(path), "".join(f"{to_line(record)}\n" for record in self.records()), RESULTS, overwrite)
 
     def to_pandas(self) -> Any:
         """Return a ``pandas.DataFrame``, one row a layer; ``energy.8``, ``rank_at.0.9`` and so on are columns.

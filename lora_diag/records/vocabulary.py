@@ -9,10 +9,17 @@ from lora_diag.records.base import Record, Share
 
 
 class Tail(Record):
-    """Eckart–Young errors of the best rank-r approximation: √Σ_{i>r}σ_i² and σ_{r+1} (null if it was not computed)."""
+    """Eckart–Young errors of the best rank-r approximation.
+
+    Args:
+        fro: √Σ_{i>r}σ_i²; its square is off by at most ``energy_error``·‖ΔW‖_F².
+        spectral: σ_{r+1}; null if it was not computed.
+        spectral_error: Bound on the error of ``spectral``, from ``energy_error``; null in results of older versions.
+    """
 
     fro: float
     spectral: float | None
+    spectral_error: float | None = None
 
 
 class Resolution(Record):

@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import time
 from collections import deque
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from io import FileIO
@@ -19,10 +20,24 @@ from types import TracebackType
 from typing import Any, Generic, Literal, Self
 
 from lora_diag.errors import InputError, UsageError
-from lora_diag.files import check_folder_of, lock, sync, sync_descriptor
-from lora_diag.records.reading import bytes_of, each_line, is_results_file, read_results
+from lora_diag.files import (
+    NO_FOLLOW,
+    RESULTS,
+    check_folder_of,
+    check_output,
+    is_unfinished,
+    lock,
+    output_path,
+    sync,
+    sync_descriptor,
+    write_whole,
+)
+from lora_diag.records.reading import MAX_LINE_BYTES, bytes_of, each_line, read_results
 from lora_diag.records.results import L, Results, to_line
 from lora_diag.records.run import AnyRecord, End, Run
+
+# What may lie where records are to go.
+State = Literal["absent", "empty", "unfinished", "finished", "foreign"]
 
 # Between two waits for the disk, which take 7 ms each (file and folder, ext4 on a virtual disk): 0.15% of a run.
 SYNC_SECONDS = 5.0
@@ -39,9 +54,13 @@ class ResultsWriter(Generic[L]):
         path: The results file; None to write nothing.
         run: The first line.
         resume: Go on behind the records that an interrupted run left there, or in ``NAME.part``.
+        overwrite: Replace a file there that is no results file, as a finished run is replaced.
+        grows: Settings that may ask for more when a run, finished or not, is resumed, each with what the earlier value
+            and the new one become together. If that is more than there was, the earlier records are copied to
+            ``NAME.part`` under the new first line, and the file is replaced once the run has ended.
 
     Attributes:
-        run: The first line.
+        run: The first line; of a resumed run with what its settings have become.
         earlier: What is there already and is kept; without layers unless resuming.
 
     Raises:
@@ -50,20 +69,27 @@ class ResultsWriter(Generic[L]):
         InputError: It cannot be read or written.
     """
 
-    def __init__(self, path: Path | str | None, run: Run, resume: bool = False) -> None:
+    def __init__(
+        self,
+        path: Path | str | None,
+        run: Run,
+        resume: bool = False,
+        overwrite: bool = False,
+        grows: Mapping[str, Callable[[Any, Any], Any]] | None = None,
+    ) -> None:
         self.path: Path | None = None
         self.run = run
         self.earlier: Results[L] = Results(run, ())
+        self._grows = grows or {}
         self._kept = 0
         self._file: FileIO | None = None
         self._synced = -SYNC_SECONDS
         self._lock: int | None = None
         if path is None:
             return
-        path = Path(path)
-        self._final = Path(os.path.realpath(path)) if os.path.islink(path) else path  # noqa: PTH114  (as in _state)
-        _check_ours(self._final)
-        check_folder_of(self._final, in_place=True)
+        self._final = output_path(Path(path))
+        self._overwrite = overwrite
+        check_output(self._final, RESULTS, overwrite, appending=True)
         self._lock = _lock(self._final)
         try:
             self._begin(resume)
@@ -73,22 +99,33 @@ class ResultsWriter(Generic[L]):
 
     def _begin(self, resume: bool) -> None:
         """Look at what is there, and decide where records go."""
-        part = self._final.with_name(f"{self._final.name}.part")
-        _check_ours(part)
-        state, part_state = _state(self._final), _state(part)
-        for file, found in ((self._final, state), (part, part_state)):
-            if not resume and found == "unfinished":
-                raise UsageError(f"{file}: holds an unfinished run; continue it with --resume, or delete it first")
-        if not resume and part_state == "finished":
-            raise UsageError(f"{part}: is left over from an interrupted run; continue it with --resume, or delete it")
-        behind_part = part_state != "absent" if resume else state == "finished"
+        part = _part(self._final)
+        state, part_state = check_results_file(self._final, resume, self._overwrite)
+        if state == "foreign":
+            _spare_inputs(self._final, self.run)
+        behind_part = state == "foreign" or (part_state != "absent" if resume else state == "finished")
         self.path = part if behind_part else self._final
         if resume and (part_state if behind_part else state) in {"unfinished", "finished"}:
-            self.earlier = _whole_layers(_same_run(read_results(self.path), self.run, self.path))
+            earlier: Results[L] = read_results(self.path)
+            extended = self._extended(earlier)
+            self.earlier = _whole_layers(_same_run(extended, self.run, self.path))
+            if extended.run != earlier.run:
+                self.path, behind_part = part, True
+                write_whole(part, "".join(f"{to_line(record)}\n" for record in self.earlier.records()))
             self._kept = sum(1 for _ in self.earlier.records())
         check_folder_of(self.path, in_place=True)
         if self.earlier.end is not None and behind_part:
             self._replace()
+
+    def _extended(self, earlier: Results[L]) -> Results[L]:
+        """Return the earlier run with the settings that may grow as both runs ask for them; unfinished if they grew."""
+        then, now = earlier.run.settings, self.run.settings
+        both = {key for key in self._grows if then.get(key) is not None and now.get(key) is not None}
+        grown = {key: self._grows[key](then[key], now[key]) for key in both}
+        self.run = self.run.model_copy(update={"settings": {**now, **grown}})
+        if all(then[key] == value for key, value in grown.items()):
+            return earlier
+        return replace(earlier, run=earlier.run.model_copy(update={"settings": {**then, **grown}}), end=None)
 
     def append(self, *records: AnyRecord) -> None:
         """Write records as lines, all of one layer in one go.
@@ -103,7 +140,13 @@ class ResultsWriter(Generic[L]):
             if self._file is None:
                 self._file = self._open(self.path)
             first = () if self._file.tell() else (self.run,)
-            _write(self._file, "".join(f"{to_line(record)}\n" for record in (*first, *records)).encode())
+            lines = [f"{to_line(record)}\n".encode() for record in (*first, *records)]
+            if max(map(len, lines)) > MAX_LINE_BYTES:
+                raise InputError(
+                    f"{self.path}: cannot be written: a record is longer than {MAX_LINE_BYTES:,} bytes, the most that "
+                    "is read back; give fewer inputs"
+                )
+            _write(self._file, b"".join(lines))
             if ends or time.monotonic() - self._synced >= SYNC_SECONDS:
                 sync_descriptor(self._file.fileno())
                 sync(self.path.parent)
@@ -120,8 +163,8 @@ class ResultsWriter(Generic[L]):
     def _open(self, path: Path) -> FileIO:
         """Open the file behind what is kept of it."""
         if not self._kept:
-            return FileIO(path, "w")
-        file = FileIO(path, "r+")
+            return FileIO(path, "w", opener=_without_links)
+        file = FileIO(path, "r+", opener=_without_links)
         file.truncate(bytes_of(path, self._kept))
         file.seek(0, os.SEEK_END)
         _write(file, b"\n")
@@ -182,32 +225,74 @@ def _lock(path: Path) -> int:
         raise InputError(f"{path}: cannot be written: {error.strerror}") from error
 
 
-def _check_ours(path: Path) -> None:
-    """Refuse what is not ours to overwrite, by its first bytes.
+def _without_links(path: str, flags: int) -> int:
+    return os.open(path, flags | NO_FOLLOW, 0o666)
+
+
+def _part(path: Path) -> Path:
+    """Return where a run grows while a finished one is in its place."""
+    return path.with_name(f"{path.name}.part")
+
+
+def check_results_file(path: Path, resume: bool = False, overwrite: bool = False) -> tuple[State, State]:
+    """Refuse, before any work, what no run may be written to.
+
+    Args:
+        path: The results file.
+        resume: Whether an interrupted run is resumed.
+        overwrite: Whether another file may be replaced.
+
+    Returns:
+        What is at ``path``, and what is in ``NAME.part`` beside it.
 
     Raises:
-        UsageError: It is no file, or no results file.
+        UsageError: As ``ResultsWriter``.
+        InputError: It cannot be read or written.
     """
-    if not os.path.exists(path):  # noqa: PTH110  (unlike Path.exists(), False also for names that no file can have)
-        return
-    if not path.is_file():
-        raise UsageError(f"{path}: is not a file; give -o a file name")
-    if path.stat().st_size and not is_results_file(path):
-        raise UsageError(f"{path}: exists and is not a results file, so it is left as it is; choose another name")
+    path = output_path(path)
+    check_output(path, RESULTS, overwrite, appending=True)
+    part = _part(path)
+    if os.path.lexists(part):
+        check_output(part, RESULTS, appending=True)
+    state, part_state = _state(path, overwrite), _state(part)
+    for file, found in ((path, state), (part, part_state)):
+        if not resume and found == "unfinished":
+            raise UsageError(f"{file}: holds an unfinished run; continue it with --resume, or delete it first")
+    if not resume and part_state == "finished":
+        raise UsageError(f"{part}: is left over from an interrupted run; continue it with --resume, or delete it")
+    return state, part_state
 
 
-def _state(path: Path) -> Literal["absent", "empty", "unfinished", "finished"]:
+def _spare_inputs(path: Path, run: Run) -> None:
+    """Refuse to replace a file of an input, which ``overwrite`` would allow.
+
+    Raises:
+        UsageError: It is one.
+    """
+    place = Path(os.path.realpath(path))
+    for side in run.inputs:
+        if Path(os.path.realpath(side.path)) in (place, *place.parents):
+            raise UsageError(f"{path}: belongs to the input {side.path}; choose another name")
+
+
+def _state(path: Path, overwrite: bool = False) -> State:
     """Return what lies where records are to go; ``empty`` also if a crash cut its very first line.
+
+    With ``overwrite``, a file that is no whole results file is ``foreign``.
 
     Raises:
         UsageError: A results file that is damaged.
     """
-    if not os.path.exists(path):  # noqa: PTH110  (as in _check_ours)
+    if not os.path.exists(path):  # noqa: PTH110  (unlike Path.exists(), False also for names that no file can have)
         return "absent"
+    if overwrite and path.stat().st_size and not RESULTS.is_at(path):
+        return "foreign"
     try:
         last = deque(each_line(path, strict=False), maxlen=1)
         return ("finished" if isinstance(last[0], End) else "unfinished") if last else "empty"
     except InputError as error:
+        if overwrite and not is_unfinished(path):
+            return "foreign"
         raise UsageError(f"{error}; the file is left as it is: delete it first, or choose another name") from error
 
 

@@ -30,6 +30,7 @@ from lora_diag.reports.findings import (
 )
 from lora_diag.reports.loss_advice import LOSS_RULES, sweep_of
 from lora_diag.reports.step import Advice
+from lora_diag.reports.worth import swept
 
 # Ranks that are tried and that servers take.
 LADDER = (4, 8, 16, 32, 64)
@@ -45,13 +46,14 @@ def advice(evidence: Evidence) -> list[Advice]:
     """Return the steps that the records support, losses first, then the cheapest first; none where they support none.
 
     Where held-out loss has settled that an adapter does as well as the full fine-tune, weights are not asked; where a
-    sweep has found the rank, they are not asked for one.
+    sweep has shown a rank to be enough, they are not asked for one.
     """
     first = [step for rule in LOSS_RULES if (step := rule(evidence)) is not None]
     settled = {step.rule for step in first}
     if "keep the adapter" in settled:
         return first
-    found = bool({"sweep: fast saturation", "sweep: gradual decline"} & settled)
+    rank_sweep = swept(evidence)
+    found = rank_sweep is not None and rank_sweep.verdict.rank is not None
     parts, weights = (
         [step for rule in rules if not (found and rule in ABOUT_RANK) and (step := rule(evidence)) is not None]
         for rules in (PROBE_RULES, RULES)

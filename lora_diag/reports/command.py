@@ -37,6 +37,7 @@ def report(
         typer.Option("--format", help="By the suffix of FILE if not given; md and csv go to standard output."),
     ] = None,
     quiet: options.Quiet = False,
+    overwrite: options.Overwrite = False,
 ) -> None:
     """One self-contained page on any mix of results: what they say, what to do next, every layer.
 
@@ -48,7 +49,7 @@ def report(
         raise UsageError("--format parquet: give a file with -o")
     if output is None and format in {None, Format.html}:
         output = PAGE
-    made = make(*results, output=output, format=format.value if format else None)
+    made = make(*results, output=output, format=format.value if format else None, overwrite=overwrite)
     if output is None and isinstance(made, str):
         result(made.rstrip("\n"))
     elif output is not None and not quiet:

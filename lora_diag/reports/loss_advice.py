@@ -8,10 +8,24 @@ from __future__ import annotations
 
 import shlex
 
+from lora_diag.metrics.equivalence import LEVEL
+from lora_diag.probes.sweep.verdict import SweepVerdict, confident, reasons
 from lora_diag.records import Probe
 from lora_diag.reports.evidence import Evidence
 from lora_diag.reports.step import Advice
-from lora_diag.reports.worth import ERRORS, KEPT, Contest, compressed, contests, of, swept
+from lora_diag.reports.worth import (
+    ERRORS,
+    KEPT,
+    Choice,
+    Contest,
+    Swept,
+    choices,
+    compressed,
+    contests,
+    main_sets,
+    of,
+    swept,
+)
 
 _PAIRED = "paired standard error by sequence (Cochran 1977, section 2.11)"
 
@@ -23,11 +37,13 @@ def keep_adapter(evidence: Evidence) -> Advice | None:
         return None
     best = min(good, key=lambda contest: contest.worst.gap or 0.0)
     others = ", ".join(_told(contest) for contest in good if contest is not best)
-    source, _ = next(of(evidence, "outputs"))
+    source, records = next(of(evidence, "outputs"))
+    on_main = choices([record for record in records if record.set in main_sets(records)])
+    which = "".join(f" {_choice(choice)}." for choice in on_main)
     return Advice(
         "keep the adapter",
         f"Nothing: {best.name} does as well as the full fine-tune on held-out text",
-        f"{_told(best)}.{f' So do: {others}.' if others else ''} Distances in weights say nothing against that.",
+        f"{_told(best)}.{f' So do: {others}.' if others else ''}{which} Distances in weights say nothing against that.",
         f"loss + {ERRORS:.0f} standard errors within {1 - KEPT:.0%} of the full fine-tune's gain on every set that is "
         "not shifted, and that gain more than two of its own",
         f"Article, diagnostic 3 (validation loss); {_PAIRED}",
@@ -72,43 +88,68 @@ def measure_more(evidence: Evidence) -> Advice | None:
 
 
 def train_at_rank(evidence: Evidence) -> Advice | None:
-    """The rank that a sweep found."""
+    """The rank that a sweep found, with its learning rate; or its best answer, and the seeds that would show it."""
     found = swept(evidence)
     if found is None or found.verdict.word == "no verdict":
         return None
-    verdict, base, again = found.verdict, found.base, " --seeds 4"
+    verdict, base, chosen = found.verdict, found.base, found.verdict.chosen
     many = ", ".join(map(str, found.ranks))
-    if verdict.word == "no gain":
-        do = "Change the training before the rank: every rank is worse than BASE"
-        again = " --lr 1e-6,1e-5,1e-4"
-        because = f"On {found.set}, the best of r = {many} is {-verdict.gain:.3g} nats above BASE's {base.nats:.4g}."
-    elif verdict.word == "noisy":
-        do = "Sweep again with more seeds or steps: no rank can be named"
-        because = (
-            f"On {found.set}, seeds allow to tell apart {verdict.noise or 0:.3g} nats; r = {many} differ by "
-            f"{verdict.spread:.3g}."
-        )
-    else:
-        more = verdict.rank == found.ranks[-1]
-        do = f"Train at r={verdict.rank}{', and try higher ones: the loss still falls there' if more else ''}"
-        because = (
-            f"On {found.set}, it is the smallest rank of {many} within {verdict.tolerance:.3g} nats of the best "
-            f"(r={verdict.best}), whose gain over BASE is {verdict.gain:.3g}; seeds allow to tell apart "
-            f"{verdict.noise or 0:.3g}."
-        )
     base_path = found.source.given("base")
+    if chosen is None:
+        do = "Change the training before the rank: every rank is worse than BASE"
+        because = f"On {found.set}, the best of r = {many} is {-verdict.gain:.3g} nats above BASE's {base.nats:.4g}."
+        command = sweep_of(evidence, " --lr 1e-6,1e-5,1e-4")
+    else:
+        at = f"r={chosen.rank} with learning rate {chosen.lr:g}"
+        sure = chosen.confidence if verdict.rank is not None else verdict.confidence
+        words = "" if sure is None else f", {confident(sure)} confidence"
+        more = chosen.rank == found.ranks[-1]
+        do = f"Train at {at}{', and try higher ones: the loss still falls there' if more else ''}"
+        lead = (
+            "the smallest rank shown to keep" if verdict.rank is not None else "the best answer, not shown yet, to keep"
+        )
+        share = found.tolerance
+        shown = f"On {found.set}, of {many} it is {lead} {100 * (1 - share):.4g}% of every other rank's gain{words}"
+        because = f"{'; '.join([shown, *reasons(verdict, share)])}."
+        command = f"loradiag plan {base_path} --ranks {chosen.rank}"
+        if verdict.more_seeds is not None:
+            command = continued(found, verdict.more_seeds)
     return Advice(
         f"sweep: {verdict.word}",
         do,
         because,
-        "smallest rank whose mean loss over seeds is within tolerance of the best's, each at its best learning rate",
-        "Article, diagnostic 3 (rank sweep)",
-        f"loradiag plan {base_path}" if verdict.rank is not None else sweep_of(evidence, again),
+        f"equivalence test over seeds (one-sided t tests at {LEVEL:.0%}, variance pooled over ranks), each rank at its "
+        "best learning rate",
+        "Article, diagnostic 3 (rank sweep); Schuirmann 1987",
+        command,
     )
 
 
+def continued(found: Swept, seeds: int) -> str:
+    """Return the command that adds seeds to a finished sweep."""
+    run = found.source.results.run
+    settings = run.settings
+    sides = [
+        f"--{side.role} {shlex.quote(side.path)}" for side in run.inputs if side.role in {"data", "eval", "shifted"}
+    ]
+    cut = [side.tensors for side in run.inputs if side.role in {"eval", "shifted"} and side.notes]
+    options = [f"--max-sequences {max(cut)}"] if cut else []
+    listed = {"--ranks": "ranks", "--lr": "rates", "--full-lr": "full_rates"}
+    options += [
+        f"{option} {','.join(f'{x:g}' for x in settings[key])}" for option, key in listed.items() if settings.get(key)
+    ]
+    single = ("steps", "batch", "length", "seed", "tolerance", "widen", "quantized", "dtype")
+    options += [f"--{key} {settings[key]}" for key in single if settings.get(key) is not None]
+    options += ["--full"] if settings.get("full_rates") else []
+    options += ["--bitfit"] if settings.get("bitfit") else []
+    options += [f"--target {','.join(settings['targets'])}"] if isinstance(settings.get("targets"), list) else []
+    options += [f"--{kind.lower()}" for kind in ("DoRA", "rsLoRA") if kind in settings.get("kind", "")]
+    words = " ".join(["loradiag probe sweep", found.source.given("base"), *sides, *options])
+    return f"{words} --seeds {seeds} --resume -o {shlex.quote(found.source.name)}"
+
+
 def mind_the_shift(evidence: Evidence) -> Advice | None:
-    """A shifted set that a sweep makes worse, or that asks for more rank."""
+    """A shifted set that a sweep makes worse, or that is shown to ask for more rank."""
     found = swept(evidence)
     if found is None:
         return None
@@ -118,21 +159,27 @@ def mind_the_shift(evidence: Evidence) -> Advice | None:
             command = sweep_of(evidence, data="MIXED_TEXT")
             gain = f"for a gain of {found.verdict.gain:.3g} on {found.set}"
             because = f"Least at r={other.best}, by {-other.gain:.3g} nats, {gain}."
-        elif other.rank is not None and found.verdict.rank is not None and other.rank > found.verdict.rank:
+        elif other.rank is not None and found.verdict.rank is not None and _not_enough(other, found.verdict.rank):
             do = f"Take r={other.rank} if {name} matters: r={found.verdict.rank} is enough on {found.set} only"
             command = f"loradiag plan {found.source.given('base')} --ranks {found.verdict.rank},{other.rank}"
-            because = f"On {name}, r={other.rank} is the smallest rank within {other.tolerance:.3g} nats of the best."
+            because = (
+                f"On {name}, r={other.rank} is the smallest rank shown to be enough, and r={found.verdict.rank} is not."
+            )
         else:
             continue
         return Advice(
             "mind the shift",
             do,
             because,
-            "on a shifted set no rank is better than BASE, or the smallest rank within tolerance is higher",
+            "on a shifted set no rank is better than BASE, or the rank that is enough elsewhere is shown not to be",
             "Article, diagnostic 3 (in-domain and shifted sets); Biderman et al. 2024 (arXiv 2405.09673)",
             command,
         )
     return None
+
+
+def _not_enough(verdict: SweepVerdict, rank: int) -> bool:
+    return any(one.rank == rank and one.enough == "no" for one in verdict.standings)
 
 
 def compress(evidence: Evidence) -> Advice | None:
@@ -160,6 +207,14 @@ def compress(evidence: Evidence) -> Advice | None:
 
 
 LOSS_RULES = (keep_adapter, close_gap, measure_more, train_at_rank, mind_the_shift, compress)
+
+
+def _choice(choice: Choice) -> str:
+    """Say of a set which adapter is better than every other, or which cannot be told apart."""
+    equal = ", ".join(rival.name for rival in choice.equals)
+    if not equal:
+        return f"On {choice.set}, paired by sequence, {choice.best} is better than every other adapter"
+    return f"On {choice.set}, {choice.best} cannot be told from {equal}: use the one that costs least"
 
 
 def _told(contest: Contest) -> str:

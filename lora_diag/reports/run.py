@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 from lora_diag.catalog import read_results
 from lora_diag.errors import UsageError
-from lora_diag.files import check_place, write_whole
+from lora_diag.files import CSV, MARKDOWN, PAGE, PARQUET, Kind, check_output, write_whole
 from lora_diag.records import Results
 from lora_diag.reports.evidence import Evidence, Source
 
@@ -20,6 +21,7 @@ def report(
     *results: Path | str | Results[Any],
     output: Path | str | None = None,
     format: str | None = None,
+    overwrite: bool = False,
 ) -> str | bytes:
     """Return a report on any mix of results.
 
@@ -27,14 +29,15 @@ def report(
 
     Args:
         results: Results files, or results in memory.
-        output: Where to write it, too; an existing file is replaced.
+        output: Where to write it, too; an earlier report there is replaced.
         format: ``html``, ``md``, ``csv`` or ``parquet``; by the suffix of ``output`` if not given, else ``html``.
+        overwrite: Replace a file in the place of ``output`` that loradiag did not write, or that was edited since.
 
     Returns:
         The report: bytes for ``parquet``, else text.
 
     Raises:
-        UsageError: There are no results, the format is not known, or ``output`` is one of the results files.
+        UsageError: There are no results, the format is not known, or something is in the way of ``output``.
         InputError: A file cannot be read or written, or what a format needs is not installed.
 
     Example:
@@ -45,13 +48,14 @@ def report(
     """
     if not results:
         raise UsageError("no results: give one results file or more")
-    render = _RENDERERS[_format_of(output, format)]
+    render, kind = _RENDERERS[_format_of(output, format)]
     if output is not None:
-        check_place(Path(output))
         _spare_the_inputs(Path(output), [item for item in results if not isinstance(item, Results)])
+        check_output(Path(output), kind, overwrite)
     made = render(Evidence(tuple(map(_source, results))))
     if output is not None:
-        write_whole(Path(output), made if isinstance(made, bytes) else made.encode("utf-8", "backslashreplace"))
+        content = made if isinstance(made, bytes) else made.encode("utf-8", "backslashreplace")
+        write_whole(Path(output), content, kind, overwrite)
     return made
 
 
@@ -80,11 +84,11 @@ def _parquet(evidence: Evidence) -> bytes:
     return to_parquet(evidence)
 
 
-_RENDERERS: dict[str, Callable[[Evidence], str | bytes]] = {
-    "html": _html,
-    "md": _markdown,
-    "csv": _csv,
-    "parquet": _parquet,
+_RENDERERS: dict[str, tuple[Callable[[Evidence], str | bytes], Kind]] = {
+    "html": (_html, PAGE),
+    "md": (_markdown, MARKDOWN),
+    "csv": (_csv, CSV),
+    "parquet": (_parquet, PARQUET),
 }
 FORMATS = tuple(_RENDERERS)
 
@@ -121,6 +125,6 @@ def _spare_the_inputs(output: Path, inputs: Sequence[Path | str]) -> None:
     Raises:
         UsageError: That was asked.
     """
-    for path in map(Path, inputs):
-        if output == path or (output.exists() and path.exists() and output.samefile(path)):
+    for path in inputs:
+        if os.path.realpath(path) == os.path.realpath(output):
             raise UsageError(f"{output}: is one of the results files: give the report another name")

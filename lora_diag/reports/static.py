@@ -4,31 +4,23 @@ from __future__ import annotations
 
 import base64
 
-from lora_diag.errors import InputError
 from lora_diag.reports.evidence import Evidence
 from lora_diag.reports.html import Picture
 
 
 def pictures_of(evidence: Evidence) -> list[Picture]:
-    """Return every figure that the records give.
+    """Return every figure that the records give."""
+    from lora_diag import plots  # here: Matplotlib takes half a second
 
-    Raises:
-        InputError: Matplotlib is not installed.
-    """
-    try:
-        from lora_diag import plots
-    except ImportError as error:
-        if (error.name or "").split(".")[0] != "matplotlib":
-            raise
-        raise InputError("an HTML report needs Matplotlib: pip install 'loradiag[report]'") from error
     runs = [source.results for source in evidence.sources]
+    files = [source.name for source in evidence.sources]
     pictures = []
     # Name in the page, figure, what it shows, field of a heat map.
     asked: list[tuple[str, str, str, str | None]] = [(kind.name, kind.name, kind.shows, None) for kind in plots.FIGURES]
     asked.append(("intruders", "heatmap", "intruder dimensions by module type and depth", "intruders"))
     for name, kind, shows, field in asked:
         if plots.why_not(kind, runs, field=field) is None:
-            drawn = plots.encoded(plots.figure(kind, runs, field=field), "svg")
+            drawn = plots.encoded(plots.figure(kind, runs, field=field, files=files), "svg")
             address = f"data:image/svg+xml;base64,{base64.b64encode(drawn).decode()}"
             pictures.append(Picture(name, shows, f"Figure of {name}: {shows}.", address))
     return pictures

@@ -41,7 +41,8 @@ def to_parquet(evidence: Evidence) -> bytes:
     """
     try:
         import pandas as pd
-        import pyarrow  # noqa: F401  (the engine of to_parquet)
+        import pyarrow as pa
+        import pyarrow.parquet as pq
     except ImportError as error:
         raise InputError(
             f"--format parquet needs {error.name}: pip install pandas pyarrow; csv needs neither"
@@ -50,7 +51,9 @@ def to_parquet(evidence: Evidence) -> bytes:
     for name in _mixed(rows):
         rows = [{**row, name: str(row[name])} if row.get(name) is not None else row for row in rows]
     buffer = io.BytesIO()
-    pd.DataFrame(rows).to_parquet(buffer, engine="pyarrow", index=False)
+    table = pa.Table.from_pandas(pd.DataFrame(rows), preserve_index=False)
+    # The key by which lora_diag.files knows the table again.
+    pq.write_table(table.replace_schema_metadata({**(table.schema.metadata or {}), b"loradiag": b"report"}), buffer)
     return buffer.getvalue()
 
 

@@ -10,7 +10,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-from lora_diag.probes.sweep.verdict import SweepVerdict, verdicts
+from lora_diag.metrics.equivalence import Estimate, runs_needed
+from lora_diag.probes.sensitivity.gains import paired
+from lora_diag.probes.sweep.verdict import TOLERANCE, SweepVerdict, verdicts
 from lora_diag.records import Probe
 from lora_diag.reports.evidence import Evidence, Source
 
@@ -42,6 +44,49 @@ class Contest:
 
 
 @dataclass(frozen=True, slots=True)
+class Rival:
+    """An adapter compared with the best one, on the same sequences.
+
+    Args:
+        name: Its path.
+        behind: Its loss minus that of the best.
+        half: Half the interval of ``behind``: paired by sequence, t with N − 1 degrees of freedom, 95% for all
+            rivals together (Bonferroni); None for one sequence.
+        sequences: About how many sequences would tell them apart; None where that is known, or takes more than 1000.
+    """
+
+    name: str
+    behind: float
+    half: float | None
+    sequences: int | None
+
+    @property
+    def worse(self) -> bool:
+        """Whether it is shown to be worse than the best."""
+        return self.half is not None and self.behind > self.half
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """Which of several adapters to use, by their losses on one set.
+
+    Args:
+        set: Its name.
+        best: The path of the adapter with the lowest loss.
+        rivals: The others, by their losses.
+    """
+
+    set: str
+    best: str
+    rivals: tuple[Rival, ...]
+
+    @property
+    def equals(self) -> tuple[Rival, ...]:
+        """Those that cannot be told from the best."""
+        return tuple(rival for rival in self.rivals if not rival.worse)
+
+
+@dataclass(frozen=True, slots=True)
 class Swept:
     """What a sweep comes to.
 
@@ -52,6 +97,7 @@ class Swept:
         base: BASE's record there.
         shifted: The verdicts on shifted sets, by name.
         ranks: Ranks tried, ascending.
+        tolerance: Share of the gain that a smaller rank may lose.
     """
 
     source: Source
@@ -60,6 +106,7 @@ class Swept:
     base: Probe
     shifted: dict[str, SweepVerdict]
     ranks: tuple[int, ...]
+    tolerance: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +175,32 @@ def contests(evidence: Evidence) -> list[Contest]:
     return found
 
 
+def choices(records: Sequence[Probe]) -> list[Choice]:
+    """Return for each set which of the adapters has the lowest loss, and from which it can be told.
+
+    None for sets with fewer than two adapters, and for results that have no losses of sequences.
+    """
+    found = []
+    for name in dict.fromkeys(record.set for record in records):
+        mine = [record for record in records if record.set == name]
+        counts = next((record.predictions for record in mine if record.subject == "base"), ())
+        adapters = sorted((r for r in mine if r.subject == "adapter" and r.nll), key=lambda record: record.nats)
+        if len(adapters) > 1 and counts:
+            best, *others = adapters
+            level = 1 - 0.05 / 2 / len(others)
+            found.append(Choice(name, best.name, tuple(_rival(other, best, counts, level) for other in others)))
+    return found
+
+
+def _rival(other: Probe, best: Probe, counts: Sequence[int], level: float) -> Rival:
+    gap, error = paired(other.nll, best.nll, counts)
+    if error is None:
+        return Rival(other.name, gap, None, None)
+    half = Estimate(gap, error, len(counts) - 1).half(level)
+    needed = None if gap > half else runs_needed(gap, error * len(counts) ** 0.5, 1, level=level)
+    return Rival(other.name, gap, half, needed if needed is None else max(needed, len(counts) + 1))
+
+
 def _judged(own: tuple[Probe, ...], gained: dict[str, float | None]) -> Literal["as good", "worse", "not known"]:
     if any(record.gap is None or record.gap_error is None for record in own):
         return "not known"
@@ -145,13 +218,14 @@ def swept(evidence: Evidence) -> Swept | None:
     """Return what the first sweep comes to; None without one, or where none of its runs says anything."""
     for source, records in of(evidence, "sweep"):
         settings = source.results.run.settings
-        found = verdicts(records, settings.get("seed", 0), settings.get("tolerance", 0.02))
+        share = settings.get("tolerance", TOLERANCE)
+        found = verdicts(records, settings.get("seed", 0), share)
         own = next((name for name in main_sets(records) if name in found), None)
         if own is not None:
             verdict, base = found[own]
             shifted = {name: other for name, (other, its) in found.items() if its.shifted and name != own}
             ranks = sorted({record.rank for record in records if record.subject == "lora" and record.rank is not None})
-            return Swept(source, own, verdict, base, shifted, tuple(ranks))
+            return Swept(source, own, verdict, base, shifted, tuple(ranks), share)
     return None
 
 

@@ -158,7 +158,7 @@ class LayerRun:
         )
         layout = layout_of(tasks, options["workers"], self.where.kind, self._limit)
         limited: S = replace(settings, memory=layout.limit)
-        with ResultsWriter[L](options["output"], run, options["resume"]) as writer:
+        with ResultsWriter[L](options["output"], run, options["resume"], options["overwrite"]) as writer:
             return measure_layers(
                 writer,
                 tasks,

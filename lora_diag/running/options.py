@@ -38,6 +38,7 @@ class RunOptions(TypedDict, total=False):
         engine: A Ray cluster to measure on; None for this machine.
         output: Results file, appended layer by layer.
         resume: Resume the interrupted run in ``output``.
+        overwrite: Replace a file in the place of ``output`` that loradiag did not write.
         verify: Hash every byte of the inputs (SHA-256) for ``resume`` to compare, instead of samples.
         on_progress: Called at the start and after every layer.
         on_record: Called with every record, in the order of the file.
@@ -53,6 +54,7 @@ class RunOptions(TypedDict, total=False):
     engine: Annotated[Ray | None, Option(None, "Ray cluster; default this machine.")]
     output: Annotated[Path | str | None, Option(None, "Write the records here (JSONL).")]
     resume: Annotated[bool, Option(False, "Resume the interrupted run in --output.")]
+    overwrite: Annotated[bool, Option(False, "Replace a file in the place of --output that loradiag did not write.")]
     verify: Annotated[bool, Option(False, "Hash every byte of the inputs, for --resume to compare.")]
     on_progress: Annotated[Callable[[Progress], None] | None, Option(None, "Called after every layer.")]
     on_record: Annotated[Callable[[AnyRecord], None] | None, Option(None, "Called with every record.")]

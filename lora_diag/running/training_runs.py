@@ -48,11 +48,13 @@ class Arm:
         sizes: Ranks or dimensions, ascending; None for what has no size.
         rates: Learning rates, ascending.
         trial: The run of a size, a rate and a seed.
+        earlier: Rates that a resumed run may have tried beyond the edge of a smaller grid; none is run for their sake.
     """
 
     sizes: tuple[int | None, ...]
     rates: tuple[float, ...]
     trial: Callable[[int | None, float, int], Trial]
+    earlier: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +94,7 @@ class Walk:
                     self.expect(1)
                 self._finish(trial)
                 tried.append(rate)
-            best[size] = self._best(arm, size, tried)
+            best[size] = self._best(arm, size, [*tried, *arm.earlier])
         for seed in range(first + 1, first + self.seeds):
             for size, chosen in best.items():
                 if chosen is not None:
@@ -102,7 +104,7 @@ class Walk:
         """Count the runs that are not finished, but for those beyond the grid, of which nothing is known before."""
         first, left = self.training.order, 0
         for size in arm.sizes:
-            best = self._best(arm, size, list(self._rates(arm, size)))
+            best = self._best(arm, size, [*self._rates(arm, size), *arm.earlier])
             runs = [arm.trial(size, rate, first) for rate in arm.rates]
             others = range(first + 1, first + self.seeds)
             runs += [arm.trial(size, arm.rates[0] if best is None else best, seed) for seed in others]

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import pickle
+import zipfile
 
 import numpy as np
 import pytest
@@ -211,6 +212,32 @@ def test_a_pickle_with_code_is_refused_and_not_run(tmp_path, monkeypatch, conten
 def test_damaged_torch_files(tmp_path, content):
     (tmp_path / "a.bin").write_bytes(content)
     with pytest.raises(InputError, match=r"a\.bin"):
+        open_checkpoint(tmp_path / "a.bin")
+
+
+def _claiming(path, part, size, compression):
+    """Write a torch file anew with one part of so many zero bytes; stored, only its entry in the directory says so."""
+    torch.save({"w": torch.ones(2)}, path)
+    with zipfile.ZipFile(path) as archive:
+        parts = {info.filename: archive.read(info) for info in archive.infolist()}
+    with zipfile.ZipFile(path, "w", compression) as archive:
+        for name, content in parts.items():
+            ours = name.endswith(part)
+            archive.writestr(name, bytes(size) if ours and compression else content)
+            if ours:
+                archive.getinfo(name).file_size = archive.getinfo(name).file_size if compression else size
+                archive.getinfo(name).compress_size = archive.getinfo(name).compress_size if compression else size
+
+
+@pytest.mark.parametrize("part", ["data.pkl", "data/0"])
+@pytest.mark.parametrize(
+    ("compression", "problem"), [(zipfile.ZIP_DEFLATED, "is compressed"), (zipfile.ZIP_STORED, "claim 20,000,")]
+)
+def test_an_archive_larger_inside_is_not_unpacked(tmp_path, monkeypatch, part, compression, problem):
+    _claiming(tmp_path / "a.bin", part, 20_000_000, compression)
+    assert (tmp_path / "a.bin").stat().st_size < 50_000
+    monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("torch read it"))
+    with pytest.raises(InputError, match=problem):
         open_checkpoint(tmp_path / "a.bin")
 
 

@@ -290,7 +290,7 @@ def test_output_names_that_no_file_can_have(loradiag, pair_of_models, tmp_path):
 
 def test_an_interrupted_demo_does_not_stop_the_next():
     recipe = (ROOT / "Makefile").read_text().split("\ndemo:")[1].split("\n\n")[0].splitlines()
-    assert recipe[1].split() == ["@rm", "-f", ".venv/demo.jsonl", ".venv/demo.jsonl.part"]
+    assert recipe[1].split() == ["@rm", "-f", "$(VENV)/demo.jsonl", "$(VENV)/demo.jsonl.part"]
 
 
 BAD = SHARED / "bad"

@@ -142,10 +142,11 @@ def test_an_output_that_would_be_lost_is_left_alone(loradiag, pair_of_models, tm
         (trained / name).write_text("a week on eight GPUs")
     assert "is not an extraction" in loradiag(*words, "-o", "trained", "--overwrite").err
     assert (trained / "adapter_model.safetensors").read_text() == "a week on eight GPUs"
-    assert "is an input" in loradiag(*words, "-o", tuned, "--overwrite").err
+    assert loradiag(*words, "-o", tuned, "--overwrite").code == 2
     assert loradiag(*words, "-o", "no/such/folder").code == 3
     assert loradiag(*words, "-o", "adapter").code == 0
     assert "--overwrite" in loradiag(*words, "-o", "adapter").err
+    assert "is an input" in loradiag("extract", base, "adapter", "--rank", "1", "-o", "adapter", "--overwrite").err
     assert loradiag("extract", base, tuned, "--rank", "5", "-q", "-o", "adapter", "--overwrite").code == 0
     assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["r"] == 5
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base", "file", "notes", "trained", "tuned"]

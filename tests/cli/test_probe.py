@@ -74,7 +74,7 @@ def test_activations_are_recorded_and_read_by_residual(loradiag, pair, tmp_path)
         assert word in ran.out
     assert max(map(len, ran.out.splitlines())) <= 80 + len(str(base))
     again = loradiag("probe", "activations", base, "--data", text, "-o", "a.safetensors")
-    assert (again.code, "is there already" in again.err) == (2, True)
+    assert (again.code, "--overwrite" in again.err) == (2, True)
 
 
 def test_outputs_tell_losses_first_and_that_distance_needs_a_yardstick(loradiag, pair, tmp_path):

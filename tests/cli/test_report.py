@@ -30,7 +30,8 @@ def test_a_page_with_a_name_and_one_without(loradiag, files, tmp_path):
     ran = loradiag("report", *files, "-o", "my page.html", "-q")
     assert (ran.code, ran.out, ran.err) == (0, "", "")
     one, two = ((tmp_path / name).read_text() for name in ("report.html", "my page.html"))
-    assert re.sub(r"made \S+ \S+ UTC", "", one) == re.sub(r"made \S+ \S+ UTC", "", two)
+    changing = r"made \S+ \S+ UTC|<!-- loradiag \w+ -->\n$"
+    assert re.sub(changing, "", one) == re.sub(changing, "", two)
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*files, "report.html", "my page.html"])
 
 
@@ -40,7 +41,8 @@ def test_markdown_and_csv_go_to_standard_output_or_a_file(loradiag, files, tmp_p
         assert (ran.code, ran.err) == (0, "")
         assert ran.out.startswith(begins)
         assert loradiag("report", *files, "-o", f"r.{form}").code == 0
-        assert (tmp_path / f"r.{form}").read_text().replace("\r", "").strip() == ran.out.replace("\r", "").strip()
+        written = re.sub(r"<!-- loradiag \w+ -->\n$", "", (tmp_path / f"r.{form}").read_text())
+        assert written.replace("\r", "").strip() == ran.out.replace("\r", "").strip()
 
 
 def test_the_real_samples_and_the_advice_runs(loradiag, tmp_path):
@@ -93,7 +95,7 @@ def test_results_in_memory_give_the_same_report(files, tmp_path):
     read = lora_diag.report(*(tmp_path / name for name in files), format="csv")
     assert re.sub(r"^\S*?(\w+\.jsonl),", r"\1,", read, flags=re.M) == live
     page = lora_diag.report(*small(), output=tmp_path / "page.htm")
-    assert (tmp_path / "page.htm").read_text() == page
+    assert (tmp_path / "page.htm").read_text().startswith(page)
 
 
 def test_a_hostile_path_moves_no_cursor(loradiag, files, tmp_path):

@@ -291,6 +291,19 @@ def test_faults_of_updates_that_are_not_products(tmp_path, dtype):
     assert statuses(verified(merged, twice)) == {Q: "wrong scale"}
 
 
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float16])
+@pytest.mark.parametrize("factor", [0.98, 1.02])
+def test_a_wrong_scale_of_dora_is_found(tmp_path, dtype, factor):
+    merged = peft_merge(tmp_path, llama(dtype, hidden=64), 0.05, use_dora=True)
+    assert statuses(verified(merged)) == {}
+
+    def change(before, after):
+        after[Q] = (before[Q].double() + factor * (after[Q].double() - before[Q].double())).to(dtype)
+
+    record = verified(merged, merged.spoil(change, "scaled"))[Q]
+    assert (record.status, record.scale) == ("wrong scale", pytest.approx(factor, abs=3e-3))
+
+
 def test_an_update_that_is_held_whole_and_does_not_fit_is_left_out(tmp_path, monkeypatch):
     monkeypatch.setattr(local, "PROGRAM_BYTES", 0)
     monkeypatch.setattr(local, "LEAST_BYTES", 0)
@@ -328,7 +341,7 @@ def test_an_update_that_rounding_swallowed_whole_is_neither_right_nor_wrong(tmp_
     results = verified(merged)
     assert outcome(results) == "inconclusive"
     assert {record.scale for record in results if record.adapted} == {0.0}
-    assert statuses(results) == {}
+    assert set(statuses(results).values()) == {"inconclusive"}
 
 
 def test_an_untrained_adapter_is_inconclusive(tmp_path):

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 import lora_diag
 from lora_diag.adapters import open_adapter
 from lora_diag.checkpoints import open_checkpoint
-from lora_diag.diagnostics.residual import measure as module
+from lora_diag.diagnostics.residual.measure import measure as module
 from lora_diag.errors import InputError, UsageError
 from lora_diag.metrics import distances, limit, pooled
 from tests import oracles
@@ -118,6 +118,32 @@ def test_a_truncated_svd_is_at_the_floor(model, tmp_path, rank):
     assert record.excess == pytest.approx(0, abs=1e-6)
     assert record.column_space.overlap == pytest.approx(1, abs=1e-6)
     assert record.limited_by == ("exact" if rank == 12 else "rank")
+
+
+@pytest.fixture(scope="module")
+def power_law(tmp_path_factory):
+    """A full fine-tune that ``krylov`` resolves roughly, its ΔW, and its truncation to rank 8 as an adapter."""
+    folder = tmp_path_factory.mktemp("power_law")
+    d = oracles.with_spectrum(1 / np.arange(1, 257) ** 0.8, 256, 256, seed=3)
+    layer = "model.layers.0.self_attn.q_proj.weight"
+    base = save_model(folder / "base", {layer: torch.zeros(256, 256, dtype=torch.float64)})
+    tuned = save_model(folder / "tuned", {layer: torch.from_numpy(d)})
+    u, s, vh = np.linalg.svd(d)
+    return base, tuned, lora(folder / "a", {layer: (u[:, :8] * s[:8], vh[:8])}), d
+
+
+@pytest.mark.parametrize("method", ["krylov", "gram", "exact"])
+def test_the_floor_is_a_lower_bound_for_every_method(power_law, method):
+    base, tuned, adapter, d = power_law
+    (record,) = lora_diag.residual(base, tuned, [adapter], method=method, tol=0.05)
+    truth = oracles.distance(d, oracles.best_approximation(d, 8), 8)["epsilon_min"]
+    if method == "krylov":
+        assert record.method.startswith("krylov")
+        assert record.epsilon_min > truth + 1e-5  # by itself it is no lower bound
+    assert record.least_epsilon <= truth + 1e-9
+    assert record.epsilon_min**2 - truth**2 <= record.energy_error + 1e-9
+    assert pooled([record]).epsilon_min == record.least_epsilon
+    assert pooled([record]).excess >= 0
 
 
 def test_an_adapter_that_is_the_update_and_one_of_half_its_size(model, tmp_path):

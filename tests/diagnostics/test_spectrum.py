@@ -62,6 +62,26 @@ def test_records_of_every_dtype_and_method(tmp_path, before, after, options):
         assert item.fro == pytest.approx(np.linalg.norm(expected), rel=1e-6)
 
 
+@pytest.mark.parametrize("method", ["krylov", "gram", "exact"])
+def test_tail_errors_bound_the_distance_to_numpy(tmp_path, method):
+    d = oracles.with_spectrum(1 / np.arange(1, 257) ** 0.8, 256, 256, seed=3)
+    base = save_model(tmp_path / "a", {"w": torch.zeros(256, 256, dtype=torch.float64)})
+    tuned = save_model(tmp_path / "b", {"w": torch.from_numpy(d)})
+    (record,) = lora_diag.spectrum(base, tuned, method=method, top=8, tol=0.05, ranks=(1, 4, 7, 8))
+    s = np.linalg.svd(d, compute_uv=False)
+    seen = 0.0
+    for rank, tail in record.tail.items():
+        if tail is not None and tail.spectral is not None:
+            error = abs(tail.spectral - (s[int(rank)] if int(rank) < 256 else 0.0))
+            assert error <= tail.spectral_error + 1e-12
+            seen = max(seen, error)
+            assert abs(tail.fro**2 - (s[int(rank) :] ** 2).sum()) <= record.energy_error * record.fro**2 + 1e-12
+    if method == "krylov":
+        assert record.method.startswith("krylov")
+        assert seen > 1e-4
+    assert record.tail["8"].spectral_error is None  # σ_9 was not computed
+
+
 def test_medium_sized_layers_go_through_gram(tmp_path):
     rng = np.random.default_rng(0)
     delta = oracles.with_spectrum(1 / np.arange(1, 201) ** 1.5, 200, 500, seed=1)

@@ -140,14 +140,15 @@ def test_a_ratchet_of_a_failed_gate_leaves_the_file_as_it_is(tmp_path):
     assert main.read_bytes() == content
 
 
-def test_a_ratchet_goes_through_a_link_and_leaves_nothing_beside(tmp_path):
+def test_ratchet_refuses_a_link_and_leaves_nothing_beside(tmp_path):
     (tmp_path / "store").mkdir()
     main = file(tmp_path / "store" / "main.jsonl", [0.5, 0.5])
     link = tmp_path / "link.jsonl"
     link.symlink_to(main)
     new = file(tmp_path / "new.jsonl", [0.4, 0.5])
-    gate(policy(), new, baseline=link, ratchet=True, today=TODAY)
-    assert link.is_symlink()
+    with pytest.raises(UsageError, match=r"link\.jsonl: is a symbolic link"):
+        gate(policy(), new, baseline=link, ratchet=True, today=TODAY)
+    gate(policy(), new, baseline=main, ratchet=True, today=TODAY)
     assert [record.epsilon for record in lora_diag.read_results(main)] == [0.4, 0.5]
     assert sorted(path.name for path in (tmp_path / "store").iterdir()) == ["main.jsonl"]
     assert json.loads(main.read_text().splitlines()[-1])["layers"] == 2

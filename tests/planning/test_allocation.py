@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lora_diag.decisions.allocate import spending
 from lora_diag.decisions.allocate.allocation import Budget, allocate
 from lora_diag.decisions.allocate.candidates import Constraints
 from lora_diag.errors import UsageError
@@ -107,6 +108,50 @@ def test_a_budget_of_bytes_counts_every_copy_of_a_parameter():
         assert allocate(one, Budget("bytes", amount, "--memory", 16.0)).layers[0].rank == rank
 
 
+def best_shares(spectra, allowed, most):
+    """The largest share that any ranks keep at each cost 0, …, most: dynamic programming from the definition."""
+    best = np.zeros(most + 1)
+    for r in spectra:
+        choices = [(rank * cost(r), float((np.array(r.s[:rank]) ** 2).sum())) for rank in [0, *allowed(r)]]
+        best = np.array([max(best[b - c] + gain for c, gain in choices if c <= b) for b in range(most + 1)])
+    return best / sum(r.fro**2 for r in spectra)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.lists(
+        st.tuples(st.integers(2, 6), st.integers(2, 6), st.lists(st.floats(0.01, 10), min_size=1, max_size=2)),
+        min_size=1,
+        max_size=4,
+    ),
+    st.integers(12, 80),
+    st.sampled_from([None, (1, 2, 4), (2,)]),
+    st.sampled_from([("params", 1.0), ("bytes", 4.0), ("bytes", 6.0)]),
+    st.booleans(),
+)
+def test_more_at_most_bounds_every_larger_budget(layers, amount, listed, counted, exact):
+    spectra = [
+        record(f"layers.{i}.weight", (m, n), sorted(np.resize(s, min(m, n) // 2 + 1), reverse=True))
+        for i, (m, n, s) in enumerate(layers)
+    ]
+    unit, each = counted
+    amount = int(amount * each) + (3 if unit == "bytes" else 0)
+    with pytest.MonkeyPatch.context() as patch:
+        if not exact:
+            patch.setattr(spending, "MAX_TABLE", 0)
+        try:
+            found = allocate(spectra, Budget(unit, amount, "--budget", each), Constraints(ranks_from=listed))
+        except UsageError:
+            return
+    caps = {layer.layer: layer.cap for layer in found.layers}
+    more = range(int(60 * each))
+    allowed = {layer: [rank for rank in listed or range(1, 7) if rank <= cap] for layer, cap in caps.items()}
+    best = best_shares(spectra, lambda r: allowed[r.layer], int((amount + len(more)) / each))
+    for n in more:
+        reachable = best[int((amount + n) // each)]
+        assert reachable <= found.certificate.kept + found.certificate.more_at_most(n) + 1e-9
+
+
 def test_uniform_rank_is_the_largest_that_fits():
     spectra = llama(2, 3)
     per_rank = sum(map(cost, spectra))
@@ -155,6 +200,20 @@ def test_a_truncated_spectrum_caps_at_the_values_kept_and_its_error_is_told():
     assert [(layer.rank, layer.capped_by) for layer in found.layers] == [(2, "values_kept"), (8, "shape")]
     assert found.layers[0].kept == pytest.approx(13 / 25)
     assert found.certificate.energy_error == pytest.approx(1e-3 * 25 / 33)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(0, 10**6), st.integers(1, 12), st.floats(0, 0.02))
+def test_epsilon_min_of_a_certificate_is_a_lower_bound(seed, kept, error):
+    """Of a truncated spectrum with an error, and a rank beyond the values that were kept."""
+    s = np.sort(np.random.default_rng(seed).exponential(size=32))[::-1]
+    fro = float(np.sqrt((s**2).sum()))
+    found_less = s[:kept] * np.sqrt(np.maximum(0, 1 - error * fro**2 / kept / s[:kept] ** 2))
+    layer = record("a.weight", (32, 32), found_less, fro=fro, complete=False, error=error)
+    found = allocate([layer], params(10**6), Constraints(ranks_from=(8,)))
+    rank = found.layers[0].rank
+    assert rank == 8
+    assert found.certificate.epsilon_min <= np.sqrt((s[rank:] ** 2).sum()) / fro + 1e-9
 
 
 def test_a_list_of_ranks_may_round_a_cap_up_to_its_next_entry():

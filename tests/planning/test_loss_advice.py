@@ -1,12 +1,16 @@
 """Planted losses: each rule speaks where its evidence is, leads those on weights, and is silent without it."""
 
+import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
+from scipy import stats
 
+from lora_diag.probes.sweep.verdict import verdicts
 from lora_diag.records import End, Probe, Results, Run, RunInput
 from lora_diag.reports.advice import advice
-from lora_diag.reports.worth import contests
+from lora_diag.reports.worth import choices, contests
 from tests.planning.test_advice import evidence, model, told
 from tests.reports.making import flat_to
 
@@ -38,15 +42,23 @@ def outputs(adapters, base=2.0, tuned=1.0, error=0.01, sets=("own",), shifted=()
 
 
 def sweep(losses, base=2.0, own=None, shifted=None, spread=0.001):
-    """``losses`` by rank, two seeds ``spread`` apart; ``shifted`` the same on a shifted set whose BASE is ``own``."""
+    """``losses`` by rank, two seeds ``spread`` apart, ranks in turns; ``shifted`` on a set of BASE ``own``."""
     records = []
     for name, given, start in (("own", losses, base), ("other", shifted or {}, own)):
         if given:
             where = {"name": name, "shifted": name == "other"}
             records.append(probe("sweep", "base", start, **where))
             records += [
-                probe("sweep", "lora", loss + seed * spread, rank=rank, lr=1e-3, seed=seed, **where)
-                for rank, loss in given.items()
+                probe(
+                    "sweep",
+                    "lora",
+                    loss + (seed - 0.5) * spread * (-1) ** place,
+                    rank=rank,
+                    lr=1e-3,
+                    seed=seed,
+                    **where,
+                )
+                for place, (rank, loss) in enumerate(given.items())
                 for seed in (0, 1)
             ]
     return run("probe sweep", records, seed=0, tolerance=0.02)
@@ -92,6 +104,52 @@ def test_an_adapter_that_does_as_well_ends_the_advice_whatever_weights_say():
     assert step.command == "loradiag gate --policy adapter-basic --base 'my base' --adapter runs/b"
 
 
+def rivals(seed=0, apart=0.1, sequences=20, sets=("own",)):
+    """Three adapters: ``b`` is the best, ``a`` about as good, ``c`` worse; sequences differ more than adapters do."""
+    rng, records = np.random.default_rng(seed), []
+    for name in sets:
+        counts = rng.integers(5, 50, sequences)
+        hard = counts * rng.uniform(1, 3, sequences)
+        nll = {path: hard + counts * (shift + 0.01 * rng.normal(size=sequences)) for path, shift in
+               (("a", 0.001), ("b", 0.0), ("c", apart))}  # fmt: skip
+        records.append(probe("outputs", "base", 5.0, name=name, predictions=tuple(counts.tolist()), nll=tuple(hard)))
+        for path, each in nll.items():
+            record = probe("outputs", "adapter", float(each.sum() / counts.sum()), name=name, nll=tuple(each))
+            records.append(record.model_copy(update={"name": path}))
+    return records, counts, nll
+
+
+def test_adapters_are_compared_with_each_other_on_the_same_sequences():
+    records, counts, nll = rivals()
+    (choice,) = choices(records)
+    best, near, far = sorted(nll, key=lambda path: nll[path].sum())
+    assert (choice.best, [rival.name for rival in choice.rivals]) == (best, [near, far])
+    assert far == "c"
+    assert [rival.name for rival in choice.equals] == [near]
+    for rival in choice.rivals:
+        # Ratio estimator by its definition; two rivals, so 95% for both together is 97.5% for each.
+        difference = nll[rival.name] - nll[best]
+        gap = difference.sum() / counts.sum()
+        error = math.sqrt(20 / 19 * ((difference - gap * counts) ** 2).sum()) / counts.sum()
+        assert rival.behind == pytest.approx(gap)
+        assert rival.half == pytest.approx(stats.t(19).ppf(1 - 0.05 / 4) * error)
+    assert choice.rivals[0].sequences is None or choice.rivals[0].sequences > 20
+    assert choice.rivals[1].sequences is None
+    assert choices([r for r in records if r.name not in {"a", "b"}]) == []
+    assert choices(outputs({"a": 0.1, "b": 0.2}).whole) == []  # of older results, which have no losses of sequences
+    one, *_ = rivals(sequences=1)
+    assert [rival.half for rival in choices(one)[0].rivals] == [None, None]
+
+
+def test_equal_adapters_are_told_apart_in_one_case_of_twenty_at_most():
+    told = 0
+    for seed in range(400):
+        records, *_ = rivals(seed, apart=0.0)
+        records = [r for r in records if r.name != "a"]
+        told += not choices(records)[0].equals
+    assert told / 400 < 0.05 + 3 * math.sqrt(0.05 * 0.95 / 400)
+
+
 def test_a_gap_leads_and_weights_follow():
     steps = advice(evidence(model(flat_to(40, 512)), outputs({"a": 0.3, "b": 0.2})))
     assert [step.rule for step in steps] == ["close the gap", "raise rank everywhere"]
@@ -104,31 +162,37 @@ def test_a_gap_leads_and_weights_follow():
     assert more.command == "loradiag probe outputs 'my base' full 'a b' --eval MORE_TEXT -o outputs.jsonl"
 
 
-def test_a_sweep_names_the_rank_and_weights_are_not_asked_for_one():
+def test_a_sweep_names_rank_and_rate_and_weights_are_not_asked_for_one():
     steep = sweep({4: 1.5, 8: 1.2, 16: 1.1, 64: 1.099})
     steps = advice(evidence(model(flat_to(40, 512)), steep))
-    assert [(step.rule, step.do) for step in steps] == [("sweep: gradual decline", "Train at r=16")]
-    assert "smallest rank of 4, 8, 16, 64 within 0.018 nats of the best (r=64)" in steps[0].because
-    assert steps[0].command == "loradiag plan 'my base'"
+    assert [(step.rule, step.do) for step in steps] == [
+        ("sweep: gradual decline", "Train at r=16 with learning rate 0.001")
+    ]
+    assert "of 4, 8, 16, 64 it is the smallest rank shown to keep 98% of every other rank's gain" in steps[0].because
+    assert "r=8 is 11% of the gain behind r=64" in steps[0].because
+    assert steps[0].command == "loradiag plan 'my base' --ranks 16"
     (last,) = advice(evidence(sweep({4: 1.5, 8: 1.2, 16: 1.1})))
-    assert last.do == "Train at r=16, and try higher ones: the loss still falls there"
+    assert last.do == "Train at r=16 with learning rate 0.001, and try higher ones: the loss still falls there"
     (fast,) = advice(evidence(sweep({4: 1.1, 8: 1.099, 16: 1.098})))
-    assert (fast.rule, fast.do) == ("sweep: fast saturation", "Train at r=4")
+    assert (fast.rule, fast.do) == ("sweep: fast saturation", "Train at r=4 with learning rate 0.001")
 
 
-@pytest.mark.parametrize(
-    ("swept", "rule", "do", "again"),
-    [
-        (sweep({4: 2.1, 8: 2.2}), "sweep: no gain", "Change the training before the rank", "--lr 1e-6,1e-5,1e-4"),
-        (sweep({4: 1.50, 8: 1.51}, spread=0.2), "sweep: noisy", "Sweep again with more seeds or steps", "--seeds 4"),
-    ],
-)
-def test_a_sweep_that_names_no_rank_leaves_it_to_the_weights(swept, rule, do, again):
-    steps = advice(evidence(model(flat_to(40, 512)), swept))
-    assert [step.rule for step in steps] == [rule, "raise rank everywhere"]
-    assert steps[0].do.startswith(do)
+def test_a_sweep_that_shows_no_rank_gives_its_best_answer_and_leaves_ranks_to_the_weights():
+    steps = advice(evidence(model(flat_to(40, 512)), sweep({4: 2.1, 8: 2.2})))
+    assert [step.rule for step in steps] == ["sweep: no gain", "raise rank everywhere"]
+    assert steps[0].do.startswith("Change the training before the rank")
     sweeps = "loradiag probe sweep 'my base' --data DATA --eval own.txt"
-    assert steps[0].command == f"{sweeps} {again} --ranks 4,8 -o sweep-2.jsonl"
+    assert steps[0].command == f"{sweeps} --lr 1e-6,1e-5,1e-4 --ranks 4,8 -o sweep-2.jsonl"
+    noisy = sweep({4: 1.50, 8: 1.51}, spread=0.04)
+    steps = advice(evidence(model(flat_to(40, 512)), noisy))
+    assert [step.rule for step in steps] == ["sweep: not resolved", "raise rank everywhere"]
+    assert steps[0].do == "Train at r=4 with learning rate 0.001"
+    (verdict, _), *_ = verdicts(noisy.whole, 0, 0.02).values()
+    assert f"{math.floor(100 * verdict.confidence)}% confidence" in steps[0].because
+    # The command adds seeds to the file that is there.
+    command = "loradiag probe sweep 'my base' --eval own.txt --seed 0 --tolerance 0.02"
+    assert steps[0].command == f"{command} --seeds {verdict.more_seeds} --resume -o 'probe sweep.jsonl'"
+    assert verdict.more_seeds > 2
 
 
 def test_a_shifted_set_is_asked_apart():

@@ -337,7 +337,8 @@ def swept(ranks=(4, 8, 16, 64), seeds=3, sets=("held_out", "other"), base=1.8, r
         for rank in ranks:
             for lr in rates:
                 for seed in range(seeds if lr == max(rates) else 1):
-                    loss = 1.5 + 0.15 / rank + 0.004 * seed + 0.05 * (lr < max(rates))
+                    noise = 0.0002 * ((rank + seed) % 3)
+                    loss = 1.5 + 0.15 / rank + 0.004 * seed + noise + 0.05 * (lr < max(rates))
                     found.append(probe("sweep", "lora", loss, rank=rank, lr=lr, seed=seed, **where))
     return found
 

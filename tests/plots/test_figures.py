@@ -1,9 +1,6 @@
 """The numbers in the figures, held against NumPy in float64; what a notebook keeps; what cannot be drawn."""
 
 import dataclasses
-import re
-import subprocess
-import sys
 
 import matplotlib as mpl
 import numpy as np
@@ -12,10 +9,13 @@ from matplotlib.figure import Figure
 
 import lora_diag
 from lora_diag import plots
+from lora_diag.diagnostics.residual.figures import levels
+from lora_diag.diagnostics.residual.summary import residual_lines
 from lora_diag.errors import InputError, NothingComparedError, UsageError
 from lora_diag.plots.figure_heatmap import cells, norm_of
 from lora_diag.records import Results, RunInput
 from lora_diag.rendering.figures.series import series_of
+from tests import oracles
 from tests.plots import making
 
 
@@ -158,6 +158,29 @@ def test_experts_are_pooled_by_their_norms():
     gaps = [9 + 1 - 2 * 0.2 * 3, 1 + 4 - 2 * 0.1 * 2]
     top = float(plots.residual(records).patches[-1].get_data().values[0])
     assert top == pytest.approx(np.sqrt(sum(gaps) / 10))
+
+
+def test_figure_and_summary_show_one_pooled_epsilon():
+    """Norms and biases, matrices that TUNED left alone and layers with different best scales count alike in both."""
+    rng = np.random.default_rng(5)
+    full = [rng.normal(size=60), rng.normal(size=60), np.zeros(60), rng.normal(size=8)]
+    mine = [0.5 * full[0], 3 * full[1] + rng.normal(size=60), rng.normal(size=60), np.zeros(8)]
+    records = []
+    for i, (d, x) in enumerate(zip(full, mine, strict=True)):
+        fro, other = np.linalg.norm(d), np.linalg.norm(x)
+        cosine = float(d @ x / fro / other) if fro and other else 0.0
+        record = making.residual(f"h.{i}.q.weight", float(fro), float(other), cosine, None, rank=None)
+        records.append(record.model_copy(update={"shape": (8,)} if len(d) == 8 else {}))
+    d, x = np.concatenate(full), np.concatenate(mine)
+    truth = oracles.distance(d, x, None)
+    found = levels(records)
+    assert found.epsilon == pytest.approx(truth["epsilon"])
+    assert found.direction == pytest.approx(truth["epsilon_best_scale"])
+    results = making.results(records)
+    (panel,) = plots.figure("residual", results).axes
+    shown = f"ε = {truth['epsilon']:.2f}"
+    assert shown in panel.get_title(loc="left")
+    assert shown in dict(residual_lines(results))["Distance"]
 
 
 def test_a_layer_that_is_not_adapted_has_one_grey_bar_up_to_one():
@@ -333,7 +356,7 @@ def test_runs_are_told_apart_by_the_settings_that_they_have_and_never_by_activat
         inputs = (*one.run.inputs, recorded)
         run = one.run.model_copy(update={"inputs": inputs, "settings": {**one.run.settings, **settings}})
         runs.append(Results(run, one.layers, one.left_out, one.end))
-    assert [one.label for one in series_of(runs, ())] == ["top 8", "layers q_proj", "as by default"]
+    assert [one.label for one in series_of(runs, ())] == ["top 8", "layers q_proj", "default settings"]
     assert "a.safetensors" not in series_of(runs[:1], ())[0].label
 
 
@@ -422,18 +445,6 @@ def test_no_record_to_draw_and_no_place_to_write(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="cannot be written"):
         lora_diag.plot(making.results(making.model(1)), output=tmp_path / "file" / "x.png")
-
-
-def test_without_matplotlib_the_message_says_how_to_get_it(tmp_path):
-    making.results(making.model(1)).write(tmp_path / "r.jsonl")
-    code = (
-        "import sys; sys.modules['matplotlib'] = None\n"
-        "import lora_diag\n"
-        f"try:\n    lora_diag.plot({str(tmp_path / 'r.jsonl')!r}, output='x')\n"
-        "except lora_diag.UsageError as error:\n    print(error)"
-    )
-    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert re.search(r"pip install 'loradiag\[plot\]'", ran.stdout)
 
 
 def test_names_too_long_for_their_place_stay_different():

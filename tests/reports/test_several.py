@@ -221,4 +221,4 @@ def test_layers_without_a_number_have_no_charts_that_would_stay_empty(tmp_path):
     assert "Skip to the layers" not in page
     assert not {"data", "plotly"} & set(Elements(page).scripts)
     assert "None of those that weights can show" not in page
-    assert "no adapter of these ranks keeps more" in page
+    assert "of the smallest ε of any adapter of these ranks" in page

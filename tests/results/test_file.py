@@ -2,14 +2,15 @@
 
 import json
 import os
+import tracemalloc
 
 import pytest
 import torch
 
 import lora_diag
 from lora_diag.catalog import read_results
-from lora_diag.errors import InputError, UsageError
-from lora_diag.records import is_results_file, writing
+from lora_diag.errors import InputError, LoradiagError, UsageError
+from lora_diag.records import is_results_file, reading, writing
 from lora_diag.records.reading import each_line
 from tests.conftest import save_model
 
@@ -271,13 +272,43 @@ def test_a_part_whose_first_line_is_torn_is_begun_again(written, pair_of_models,
     assert not (tmp_path / "r.jsonl.part").exists()
 
 
-def test_a_rerun_writes_through_a_link(written, pair_of_models, tmp_path):
+@pytest.mark.parametrize("name", ["link.jsonl", "link.jsonl.part"])
+def test_no_run_is_written_through_a_link(written, pair_of_models, tmp_path, name):
     _, path = written
     base, tuned, *_ = pair_of_models
-    (tmp_path / "link.jsonl").symlink_to(path)
-    lora_diag.spectrum(base, tuned, output=tmp_path / "link.jsonl", top=2)
-    assert (tmp_path / "link.jsonl").is_symlink()
-    assert len(read_results(path).layers[0].s) == 2
+    before = path.read_bytes()
+    (tmp_path / name).symlink_to(path)
+    for overwrite in (False, True):
+        with pytest.raises(UsageError, match=f"{name}: is a symbolic link"):
+            lora_diag.spectrum(base, tuned, output=tmp_path / "link.jsonl", top=2, overwrite=overwrite)
+    assert path.read_bytes() == before
+    assert not (tmp_path / "link.jsonl").exists() or name == "link.jsonl"
+
+
+def test_overwrite_replaces_a_foreign_file_by_a_finished_run(written, pair_of_models, tmp_path):
+    """Until the new run ends, what was there stays; a damaged results file is one of them, an unfinished one is not."""
+    _, path = written
+    base, tuned, *_ = pair_of_models
+    whole = path.read_bytes()
+    lines = whole.splitlines(keepends=True)
+    for content in (b"mine", b"mine\n", b'{"a": 1}\n' * 3, b"".join([lines[0], b"?\n", *lines[1:]])):
+        path.write_bytes(content)
+        os.link(path, tmp_path / "second")
+        for resume in (False, True):
+            with pytest.raises(LoradiagError):
+                lora_diag.spectrum(base, tmp_path / "gone", output=path, resume=resume, overwrite=True)
+            assert path.read_bytes() == content
+            with pytest.raises(UsageError):
+                lora_diag.spectrum(base, tuned, output=path, resume=resume)
+            lora_diag.spectrum(base, tuned, output=path, resume=resume, overwrite=True)
+            assert path.read_bytes() == whole
+            path.write_bytes(content)
+        assert (tmp_path / "second").read_bytes() == content
+        (tmp_path / "second").unlink()
+    path.write_bytes(b"".join(lines[:3]))
+    with pytest.raises(UsageError, match="unfinished"):
+        lora_diag.spectrum(base, tuned, output=path, overwrite=True)
+    assert path.read_bytes() == b"".join(lines[:3])
 
 
 @pytest.mark.parametrize("resume", [False, True])
@@ -371,6 +402,35 @@ def test_a_pipe_is_refused_and_not_waited_for(tmp_path):
     assert not is_results_file(tmp_path / "pipe.jsonl")
     with pytest.raises(InputError, match="not a regular file"):
         read_results(tmp_path / "pipe.jsonl")
+
+
+@pytest.mark.parametrize("size", [reading.MAX_LINE_BYTES, 3 * reading.MAX_LINE_BYTES])
+@pytest.mark.parametrize("end", [b"", b"\n"])
+def test_a_line_too_long_for_a_record_is_not_held(written, size, end):
+    _, path = written
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(lines[0] + b'{"record":"end","s":[' + b"1," * (size // 2) + b"1]}" + end)
+    tracemalloc.start()
+    with pytest.raises(InputError, match=r"line 2 is longer than 16,777,216 bytes"):
+        read_results(path)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 3 * reading.MAX_LINE_BYTES
+
+
+def test_a_long_tail_of_zeros_is_what_a_loss_of_power_leaves(written):
+    results, path = written
+    path.write_bytes(path.read_bytes() + bytes(2 * reading.MAX_LINE_BYTES))
+    assert read_results(path) == results
+
+
+def test_no_line_is_written_that_could_not_be_read(written, tmp_path, monkeypatch):
+    results, _ = written
+    monkeypatch.setattr(writing, "MAX_LINE_BYTES", 1000)
+    path = tmp_path / "long.jsonl"
+    with pytest.raises(InputError, match="longer than 1,000 bytes"), writing.ResultsWriter(path, results.run) as writer:
+        writer.append(*results)
+    assert not path.exists()
 
 
 def test_a_folder_in_the_place_of_results_is_called_one(tmp_path):

@@ -44,26 +44,42 @@ PERMISSIVE = {
     *("Apache-2.0", "BSD-2-Clause", "BSD-3-Clause", "BSD", "MIT", "MIT-CMU", "ISC", "PSF-2.0", "Unlicense", "Zlib"),
     *("0BSD", "HPND", "CC0-1.0", "MPL-2.0", "Python-2.0", "LLVM-exception", "BSL-1.0", "CNRI-Python"),
 }
+# What torch's builds for CUDA bring, which are what the package index has for Linux: names and licence.
+CUDA_ROWS = (
+    ("triton, cuda-bindings, cuda-pathfinder", "MIT, Apache-2.0", "torch for CUDA"),
+    ("nvidia-\\*, cuda-toolkit", "NVIDIA's own, proprietary", "torch for CUDA"),
+)
 
 
-def needed(name: str, extra: str = "", seen: dict[str, Distribution] | None = None) -> dict[str, Distribution]:
-    """Return the installed packages that a package needs here, with those that they need."""
+def needed(
+    name: str, extra: str = "", seen: dict[str, Distribution] | None = None, cuda: bool = False
+) -> dict[str, Distribution]:
+    """Return the installed packages that a package needs here, with those that they need.
+
+    Args:
+        name: The package.
+        extra: One of its extras; empty for none.
+        seen: The packages found so far, which grows.
+        cuda: Include what only some platforms' torch brings.
+    """
     seen = {} if seen is None else seen
     for text in own() if name == "loradiag" else distribution(name).requires or []:
         requirement = Requirement(text)
         if requirement.marker is not None and not requirement.marker.evaluate({"extra": extra}):
             continue
+        if name == "torch" and not cuda and "platform" in str(requirement.marker):
+            continue
         key = re.sub(r"[-_.]+", "-", requirement.name).lower()
         if key == "loradiag":
             for more in requirement.extras:
-                needed(name, more, seen)
+                needed(name, more, seen, cuda)
         elif key not in seen:
             try:
                 seen[key] = distribution(requirement.name)
             except PackageNotFoundError:
                 continue
             for more in ("", *requirement.extras):
-                needed(key, more, seen)
+                needed(key, more, seen, cuda)
     return seen
 
 
@@ -106,7 +122,7 @@ def forbidden(expression: str) -> set[str]:
 
 
 def rows() -> list[tuple[str, str, str]]:
-    """Return name, licence and the extras that bring a package, those of no extra first."""
+    """Return name, licence and the extras that bring a package on every platform, those of no extra first."""
     by_extra = {extra: needed("loradiag", extra) for extra in EXTRAS}
     found = {name: package for packages in by_extra.values() for name, package in packages.items()}
     table = []
@@ -117,10 +133,17 @@ def rows() -> list[tuple[str, str, str]]:
     return sorted(table, key=lambda row: (row[2] != "always", row[0]))
 
 
+def cuda_licences() -> dict[str, str]:
+    """Return the licences of the packages that only this platform's torch brings; none with a build for CPUs."""
+    everywhere = needed("loradiag")
+    here = needed("loradiag", cuda=True)
+    return {name: licence(package) for name, package in here.items() if name not in everywhere}
+
+
 def main() -> None:
     """Print the table, or put it into the page if ``--write`` is given."""
     lines = ["| package | licence | needed |", "|---|---|---|"]
-    text = "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows())]) + "\n"
+    text = "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in (*rows(), *CUDA_ROWS))]) + "\n"
     if "--write" in sys.argv:
         before, _, rest = PAGE.read_text().partition(BEGIN)
         PAGE.write_text(f"{before}{BEGIN}{text}{END}{rest.partition(END)[2]}")

@@ -1,15 +1,26 @@
 """What the program needs to run asks nothing of those who use it; and the page that says so names all of it."""
 
+import re
+
 import pytest
 from packaging.requirements import Requirement
 
-from tests.robustness.licences import BEGIN, PAGE, forbidden, needed, own, rows
+from tests.robustness.licences import BEGIN, PAGE, cuda_licences, forbidden, needed, own, rows
 
 
 def test_every_licence_is_permissive() -> None:
     table = rows()
     assert {"torch", "numpy", "typer"} <= {name for name, _, when in table if when == "always"}
     assert {name: licence for name, licence, _ in table if forbidden(licence)} == {}
+
+
+def test_torch_brings_nothing_else_than_nvidia_licences() -> None:
+    others = {
+        name: licence
+        for name, licence in cuda_licences().items()
+        if forbidden(licence) and not re.match(r"nvidia-|cuda-toolkit$", name)
+    }
+    assert others == {}
 
 
 @pytest.mark.parametrize("expression", ["GPL-3.0-only", "MIT AND LGPL-2.1", "unknown", ""])

@@ -109,6 +109,6 @@ def test_what_cannot_be_recorded_is_refused_and_nothing_is_written(tmp_path):
         lora_diag.probe_activations(base, text, tmp_path / "nowhere" / "a.safetensors")
     assert not out.exists()
     out.write_text("mine")
-    with pytest.raises(UsageError, match="is there already"):
+    with pytest.raises(UsageError, match="--overwrite"):
         lora_diag.probe_activations(base, text, out)
     assert out.read_text() == "mine"

@@ -90,6 +90,10 @@ def test_every_number_equals_that_of_an_independent_computation(case, monkeypatc
         mean = {name: each.mean() for name, each in losses.items()}
         share = (mean["base"] - mean[record.subject]) / (mean["base"] - mean["tuned"])
         assert record.kept == pytest.approx(share, abs=1e-4)
+        sums = losses[record.subject].reshape(windows, -1).sum(1)
+        np.testing.assert_allclose(record.nll, sums, atol=1e-3)
+        counts = (losses["base"].size // windows,) * windows if record.subject == "base" else ()
+        assert record.predictions == counts
         assert record.name == {"adapter": str(adapter), "reference": str(reference)}.get(record.subject, "")
 
 

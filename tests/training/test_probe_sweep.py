@@ -19,6 +19,7 @@ from lora_diag.inspection.tables import table
 from lora_diag.models.methods import Lora, with_lora
 from lora_diag.models.opening import open_model
 from lora_diag.probes.sweep.rounding import rounded, to_int8, to_nf4
+from lora_diag.probes.sweep.verdict import best_rates
 from tests.training.making import bert, gpt2, ids_of, some_text, trained
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
@@ -95,6 +96,43 @@ def test_ctrl_c_leaves_a_file_that_goes_on_without_running_anything_twice(case, 
     assert said[0].startswith("about ")
     assert "4 runs of 3 steps" in said[0]
     assert cut.read_text() == (tmp_path / "whole.jsonl").read_text()
+
+
+def test_a_finished_sweep_takes_more_seeds_ranks_and_rates(case, tmp_path):
+    base, train, held, _ = case
+    options = {"data": train, "evaluate": [held], "steps": 3, "widen": 1, "output": tmp_path / "s.jsonl"}
+    first = lora_diag.probe_sweep(base, ranks=(1,), rates=(1e-2, 3e-2), seeds=1, **options)
+    labels, more = [], {"ranks": (2,), "rates": (3e-3,), "seeds": 2, "resume": True}
+
+    def stop(label, *_):
+        if label.startswith("r=2 lr=0.01"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):  # what was there stays until the longer run is whole
+        lora_diag.probe_sweep(base, on_progress=stop, **more, **options)
+    assert read_results(tmp_path / "s.jsonl").whole == first.whole
+    grown = lora_diag.probe_sweep(base, on_progress=lambda label, *_: labels.append(label), **more, **options)
+    wanted = {"ranks": [1, 2], "rates": [3e-3, 1e-2, 3e-2], "seeds": 2}
+    assert {key: grown.run.settings[key] for key in wanted} == wanted
+    assert grown.whole[: len(first.whole)] == first.whole
+    assert read_results(tmp_path / "s.jsonl") == grown
+    assert not (tmp_path / "s.jsonl.part").exists()
+    rates = best_rates(grown.whole, "held_out", 0)
+    ran = {(r.rank, r.lr, r.seed) for r in grown.whole if r.subject == "lora"}
+    assert {(rank, lr, seed) for rank, lr in rates.items() for seed in (0, 1)} <= ran
+    assert {(rank, lr, 0) for rank in (1, 2) for lr in wanted["rates"]} <= ran
+    assert len(ran) == len([r for r in grown.whole if r.subject == "lora"])
+    at_once = lora_diag.probe_sweep(base, **{**options, **wanted, "output": None})
+    key = {(r.rank, r.lr, r.seed): r.loss for r in grown.whole}
+    for record in at_once.whole:  # beyond the edge of the smaller grid there may be more
+        assert key[record.rank, record.lr, record.seed] == record.loss
+    labels.clear()  # less than there is asks for nothing
+    again = lora_diag.probe_sweep(
+        base, ranks=(1,), rates=(1e-2,), resume=True, on_progress=lambda label, *_: labels.append(label), **options
+    )
+    assert (labels, again) == ([], grown)
+    with pytest.raises(UsageError, match=r"another settings\.steps"):
+        lora_diag.probe_sweep(base, **{**options, **more, "steps": 4})
 
 
 def test_the_whole_bill_is_known_before_the_first_step(case):

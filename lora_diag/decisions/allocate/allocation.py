@@ -233,6 +233,8 @@ def _certificate(
         if part.losses is None
         for weight, member in zip(part.weights, part.members, strict=True)
     )
+    price = chosen.price / total / budget.bytes_per_param
+    unpaid = 0.0 if budget.unit == "energy" else budget.amount - budget.told(budget.whole)
     return Certificate(
         unit=budget.unit,
         budget=None if budget.unit == "energy" else budget.amount,
@@ -244,7 +246,8 @@ def _certificate(
         optimal=chosen.optimal,
         energy_error=min(1.0, error / total),
         epsilon_min=_epsilon_min(parts, chosen.ranks),
-        price=chosen.price / total / budget.bytes_per_param,
+        price=price,
+        slack=bound - kept + price * unpaid,
         baselines=tuple(
             Baseline(
                 name=rule.name,
@@ -264,11 +267,20 @@ def _energy(parts: Sequence[Unit], ranks: Ints) -> float:
 
 
 def _epsilon_min(parts: Sequence[Unit], ranks: Ints) -> float:
-    """Return √(Σ tail energy / Σ energy) over the candidates, unweighted."""
+    """Return a lower bound on √(Σ tail energy / Σ energy) over the candidates, unweighted."""
     total = math.fsum(member.fro**2 for part in parts for member in part.members)
     lost = math.fsum(
-        member.fro**2 * (1.0 - _kept(curve, rank))
+        _least_lost(member, curve, rank)
         for part, rank in zip(parts, ranks.tolist(), strict=True)
         for member, curve in zip(part.members, part.curves, strict=True)
     )
-    return math.sqrt(max(0.0, lost) / total)
+    return math.sqrt(lost / total)
+
+
+def _least_lost(member: Spectrum, curve: Floats, rank: int) -> float:
+    """Return a lower bound on Σ_{i>rank}σ_i²; of values beyond those kept, none is above the last of these."""
+    error = member.fro**2 * member.energy_error
+    lost = member.fro**2 * (1.0 - _kept(curve, rank)) - error
+    if rank > len(member.s) and not member.complete:
+        lost -= (rank - len(member.s)) * (member.s[-1] ** 2 + 2 * error)
+    return max(0.0, lost)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lora_diag.cli import options
-from lora_diag.cli.output import again, line, result, spare, terminal
+from lora_diag.cli.output import again, check_outputs, line, result, terminal
 from lora_diag.errors import UsageError
 
 if TYPE_CHECKING:
@@ -68,13 +68,14 @@ def allocate(
     ] = None,
     json: options.Json = False,
     quiet: options.Quiet = False,
+    overwrite: options.Overwrite = False,
 ) -> None:
     """Where should rank go? Ranks that keep the most energy within a budget, and how far from the best they are.
 
     Example: loradiag allocate results.jsonl --params 10M -o adapter_config.json
     """
     from lora_diag.decisions.allocate.run import allocate as choose
-    from lora_diag.decisions.allocate.run import rank_table, write_allocation
+    from lora_diag.decisions.allocate.run import kind_of_allocation, rank_table, write_allocation
     from lora_diag.records import to_line
 
     if policies:
@@ -93,7 +94,8 @@ def allocate(
         return
     if check is not None and output is None:
         raise UsageError("--check: there is no config to check; write one with -o adapter_config.json")
-    spare([results, *([weights] if weights else [])], [output])
+    if output is not None:
+        check_outputs([results, weights], [(output, kind_of_allocation(output, check))], overwrite)
     allocation = choose(
         results,
         params=params,
@@ -113,7 +115,7 @@ def allocate(
         allow_unfinished=allow_unfinished,
     )
     if output is not None:
-        write_allocation(allocation, output, scaling, rslora, check)
+        write_allocation(allocation, output, scaling, rslora, check, overwrite)
     if json:
         for record in allocation.records():
             line(to_line(record))

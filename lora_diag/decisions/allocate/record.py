@@ -75,7 +75,8 @@ class Baseline(Record):
         spent: What it spends, in the unit of the budget.
         kept: Share of the (weighted) energy that it keeps.
         equal: What the allocation's own rule keeps when it may spend only that much: the fair comparison.
-        epsilon_min: √(1 − unweighted share kept): the smallest ε any adapter of these ranks can reach.
+        epsilon_min: √(1 − unweighted share kept), less the error of the spectra: no adapter of these ranks has a
+            smaller ε.
     """
 
     name: str
@@ -100,8 +101,12 @@ class Certificate(WholeRecord):
         gap: (bound − kept) / bound.
         optimal: True if the exact method ran: nothing within budget and constraints keeps more.
         energy_error: Bound on the error of ``kept`` and ``bound`` that the measurement of the spectra brings.
-        epsilon_min: √(1 − unweighted share kept).
-        price: Marginal value: energy share gained per further unit of the budget, at the bound.
+        epsilon_min: √(1 − unweighted share kept), less the error of the spectra: no adapter of these ranks has a
+            smaller ε.
+        price: Marginal value λ: energy share by which the bound rises per further unit of the budget.
+        slack: n further units of the budget keep at most price·n + slack more than ``kept``, for every n: bound − kept,
+            and for a budget of bytes what the part of it that pays for no whole parameter is worth; null in results
+            of older versions.
         baselines: Other rules at the same budget.
     """
 
@@ -117,7 +122,17 @@ class Certificate(WholeRecord):
     energy_error: Share = 0.0
     epsilon_min: float = 1.0
     price: float | None = None
+    slack: float | None = None
     baselines: tuple[Baseline, ...] = ()
+
+    def more_at_most(self, amount: float) -> float:
+        """Return a bound on the energy share that ``amount`` more units of the budget add to ``kept``.
+
+        Weak duality: within a budget B + n no allocation keeps more than the bound at B plus λn
+        (``decisions/allocate/spending.py``). The share that is missing to 1 is a bound, too.
+        """
+        slack = self.bound - self.kept if self.slack is None else self.slack
+        return min(1.0 - self.kept, (self.price or 0.0) * amount + slack)
 
 
 class Policies(Record):

@@ -18,7 +18,7 @@ from lora_diag.decisions.allocate.record import Allocation, Policies
 from lora_diag.decisions.memory import Training
 from lora_diag.diagnostics.spectrum.record import Spectrum
 from lora_diag.errors import InputError, UsageError
-from lora_diag.files import write_whole
+from lora_diag.files import CONFIG, RESULTS, Kind, check_output, write_whole
 from lora_diag.records import Results, Run, RunInput, is_results_file, totals
 from lora_diag.running.amounts import read_bytes, read_count, read_share
 from lora_diag.running.fingerprint import legible
@@ -146,6 +146,7 @@ def write_allocation(
     scaling: float = 2.0,
     rslora: bool = False,
     check: Path | str | None = None,
+    overwrite: bool = False,
 ) -> None:
     """Write an allocation: as a PEFT config (``.json``) or as records (``.jsonl``), beside the target, then renamed.
 
@@ -157,36 +158,36 @@ def write_allocation(
         rslora: Of the config: whether PEFT is to scale by lora_alpha / √r.
         check: A model, or its ``config.json``: it is built without weights and the config put in by PEFT, and every
             rank and scaling compared before anything is written. Needs ``pip install loradiag[train]``.
+        overwrite: Replace a file there that loradiag did not write; never a config beside weights.
 
     Raises:
         UsageError: The name says neither, or something else lies there; there is nothing to check.
         InputError: It cannot be written, or PEFT cannot be told these ranks.
     """
     path = Path(path)
-    if path.suffix not in {".json", ".jsonl"}:
-        raise UsageError(f"-o {path}: name it .json for a PEFT adapter_config, or .jsonl for the records")
+    check_output(path, kind_of_allocation(path, check), overwrite)
     if path.suffix == ".jsonl":
-        if check is not None:
-            raise UsageError(f"--check: is for a PEFT config, and {path} gets records; name it adapter_config.json")
-        if path.exists() and not is_results_file(path):
-            raise UsageError(f"{path}: exists and is not a results file, so it is left as it is; choose another name")
-        results.write(path)
+        results.write(path, overwrite)
         return
     config = peft_config(results, Scaling(scaling, rslora))
-    if path.exists() and "peft_type" not in _object_or_empty(path):
-        raise UsageError(f"{path}: exists and is not an adapter's config, so it is left as it is; choose another name")
     if check is not None:
         from lora_diag.models.peft_check import adapted_by_peft  # transformers takes seconds to import
 
         compare(results, adapted_by_peft(config, locate(check)), Scaling(scaling, rslora))
-    write_whole(path, json.dumps(config, indent=2) + "\n")
+    write_whole(path, json.dumps(config, indent=2) + "\n", CONFIG, overwrite)
 
 
-def _object_or_empty(path: Path) -> dict[str, object]:
-    try:
-        return read_object(path, "adapter config", MAX_CONFIG_BYTES)
-    except InputError:
-        return {}
+def kind_of_allocation(path: Path, check: Path | str | None = None) -> Kind:
+    """Return what an allocation is written as, by the suffix of its file.
+
+    Raises:
+        UsageError: The name says neither records nor a config; or records are to be checked by PEFT.
+    """
+    if path.suffix not in {".json", ".jsonl"}:
+        raise UsageError(f"-o {path}: name it .json for a PEFT adapter_config, or .jsonl for the records")
+    if path.suffix == ".jsonl" and check is not None:
+        raise UsageError(f"--check: is for a PEFT config, and {path} gets records; name it adapter_config.json")
+    return CONFIG if path.suffix == ".json" else RESULTS
 
 
 def _budget(

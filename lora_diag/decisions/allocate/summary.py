@@ -219,19 +219,19 @@ def _against(baseline: Baseline, certificate: Certificate) -> str:
         ", no gain" if gain <= 0 else ", hardly a gain" if gain < _HARDLY else ", a small gain" if gain < _SMALL else ""
     )
     return (
-        f"{baseline.name} keeps {_points(baseline.kept)} (ε_min {number(baseline.epsilon_min)}); the best ranks for as "
-        f"much, {baseline.spent:,.0f}, keep {_points(baseline.equal)}: {gain * 100:+.2f} points{size}"
+        f"{baseline.name} keeps {_points(baseline.kept)} (ε_min {number(baseline.epsilon_min)}); allocated ranks for "
+        f"as much, {baseline.spent:,.0f}, keep {_points(baseline.equal)}: {gain * 100:+.2f} points{size}"
     )
 
 
 def _price(certificate: Certificate) -> str:
-    """Say what a further part of the budget would keep: a part small against what is spent, so that the price holds."""
+    """Bound what a further part of the budget keeps: one rank, or a power of ten small against what is spent."""
     if certificate.unit == "total_rank":
-        return f"one more rank in all keeps another {_points(certificate.price or 0.0)} at most, and less and less"
+        return f"one more rank in all keeps another {_points_up(certificate.more_at_most(1))} at most"
     part = 10 ** math.floor(math.log10(max(certificate.spent, 100) / 10))
-    unit = "bytes" if certificate.unit == "bytes" else "parameters"
-    gain = min(1 - certificate.kept, (certificate.price or 0.0) * part)
-    return f"{part:,.0f} more {unit} keep another {_points(gain)} at most, and less and less"
+    return (
+        f"{part:,.0f} more {_UNITS[certificate.unit]} keep another {_points_up(certificate.more_at_most(part))} at most"
+    )
 
 
 def _limits(results: Results[Allocation]) -> str:
@@ -288,6 +288,15 @@ def _points(share: float) -> str:
     ('35.38%', '100.00%')
     """
     return f"{share * 100:.2f}%"
+
+
+def _points_up(share: float) -> str:
+    """Return an upper bound as a percentage, rounded up: a rounded bound is one, too.
+
+    >>> _points_up(0.001201), _points_up(0.0012)
+    ('0.13%', '0.12%')
+    """
+    return f"{math.ceil(share * 1e4 - 1e-9) / 100:.2f}%"
 
 
 def _gap(gap: float) -> str:

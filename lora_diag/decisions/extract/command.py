@@ -49,9 +49,11 @@ class Folder(options.Written):
             raise UsageError("extract: name the adapter folder to write with -o")
         super().__post_init__()
 
-    def arguments(self) -> dict[str, Any]:
-        """Return what a function of the API takes."""
-        return {**super().arguments(), "overwrite": self.overwrite}
+    def check(self, output: Path) -> None:
+        """Refuse a folder that could not be written."""
+        from lora_diag.decisions.extract.folder import OutputFolder
+
+        OutputFolder(output, (), self.overwrite, self.resume)
 
 
 @options.spread

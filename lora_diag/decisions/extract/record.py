@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from lora_diag.records.base import LayerRecord, Record
+from lora_diag.records.base import LayerRecord, Record, least_epsilon
 from lora_diag.records.vocabulary import Resolution
 
 
@@ -17,7 +17,8 @@ class OnData(Record):
         kept: Share of ‖ΔW·C^½‖_F² that the best update of this rank keeps.
         energy_error: Bound on the error of ``kept``.
         epsilon: ‖(ΔW − B·A)C^½‖_F / ‖ΔW·C^½‖_F of the factors as they are in the file.
-        epsilon_min: √(1 − kept), the smallest of any update of this rank; these factors reach it but for rounding.
+        epsilon_min: √(1 − kept), the smallest of any update of this rank, as far as ``energy_error``; these factors
+            reach it but for rounding.
     """
 
     metric: Literal["data", "kfac"] = "data"
@@ -26,6 +27,11 @@ class OnData(Record):
     energy_error: float
     epsilon: float
     epsilon_min: float
+
+    @property
+    def least_epsilon(self) -> float:
+        """√(max(0, ε_min² − energy_error)): a lower bound on the ε of every update of this rank."""
+        return least_epsilon(self.epsilon_min, self.energy_error)
 
 
 class Extraction(LayerRecord):
@@ -41,7 +47,7 @@ class Extraction(LayerRecord):
         kept: C(r) = Σ_{i≤r}σ_i² / ‖ΔW‖_F², the energy share that the best update of this rank keeps.
         energy_error: Bound on the error of ``kept``.
         epsilon: ‖ΔW − B·A‖_F / ‖ΔW‖_F of the factors as they are in the file, in their dtype.
-        epsilon_min: √(1 − C(r)), the smallest ε of any update of this rank (Eckart–Young).
+        epsilon_min: √(1 − C(r)), the smallest ε of any update of this rank (Eckart–Young), as far as ``energy_error``.
         fro: ‖ΔW‖_F.
         base_fro: ‖W_base‖_F; null for an update known by its factors, for which W_base is not read.
         dtype: In which the factors are stored.
@@ -70,3 +76,8 @@ class Extraction(LayerRecord):
     resolution: Resolution
     data: OnData | None = None
     blocks: int | None = None
+
+    @property
+    def least_epsilon(self) -> float:
+        """√(max(0, ε_min² − energy_error)): a lower bound on the ε of every update of this rank."""
+        return least_epsilon(self.epsilon_min, self.energy_error)

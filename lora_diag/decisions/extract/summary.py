@@ -69,7 +69,10 @@ def model_card(results: Results[Extraction], base_name: str, command: str) -> st
         command: The command that wrote it.
     """
     ranks = sorted(record.rank for record in results)
-    table = ["| modules | layers | rank | energy kept | ε | smallest possible ε |", "|---|---:|---:|---:|---:|---:|"]
+    table = [
+        "| modules | layers | rank | energy kept | ε | lower bound on ε |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
     table += [
         f"| `{row.name}` | {len(row.records)} | {_ranks(row)} | {percent(_kept(row.records))} | "
         f"{number(_epsilon(row.records))} | {number(_floor(row.records))} |"
@@ -145,7 +148,7 @@ def _table(rows: Sequence[_Row], per: str, width: int) -> Table:
         column("ε", lambda row: number(_epsilon(row.records))),
         column("floor", lambda row: number(_floor(row.records))),
         column("ε data", lambda row: _of_data(row.records, lambda data: data.epsilon)),
-        column("floor data", lambda row: _of_data(row.records, lambda data: data.epsilon_min)),
+        column("floor data", lambda row: _of_data(row.records, lambda data: data.least_epsilon)),
         column("signal", _signal),
         column("kind", lambda row: ", ".join(sorted({record.kind for record in row.records}))),
         column("solver", lambda row: ", ".join(sorted({record.method.partition(":")[0] for record in row.records}))),
@@ -186,7 +189,8 @@ def _epsilon(records: Sequence[Extraction]) -> float:
 
 
 def _floor(records: Sequence[Extraction]) -> float:
-    return math.hypot(*(record.epsilon_min * record.fro for record in records)) / _norm(records)
+    """Return a lower bound on the ε of any adapter of these ranks."""
+    return math.hypot(*(record.least_epsilon * record.fro for record in records)) / _norm(records)
 
 
 def _kept(records: Sequence[Extraction]) -> float:
@@ -244,16 +248,16 @@ def _in_full(results: Results[Extraction]) -> list[str]:
 def _price(results: Results[Extraction]) -> str:
     """Say what truncation costs, and what the dtype adds to it."""
     epsilon, floor = _epsilon(results.layers), _floor(results.layers)
+    truncated = _truncated(results.layers)
     lines = [
         f"ε = {number(epsilon)} over these weights: {percent(_kept(results.layers))} of their energy ‖ΔW‖² is kept"
     ]
     if any(record.data for record in results):
         lines += _data_price(results)
-    elif epsilon > floor * (1 + _VISIBLE) and epsilon > 1e-6:
-        dtype = results.layers[0].dtype
-        lines.append(f"{number(floor)} is the smallest ε at these ranks; rounding to {dtype} adds the rest")
     else:
-        lines.append(f"no adapter of these ranks keeps more{_bound(results)} (Eckart-Young)")
+        lines.append(f"within {_up(epsilon - floor)} of the smallest ε of any adapter of these ranks (Eckart-Young)")
+        if epsilon > truncated * (1 + _VISIBLE) and epsilon > 1e-6:
+            lines.append(f"rounding to {results.layers[0].dtype} adds {number(epsilon - truncated)} of that")
     if len(results) > 1:
         worst = max(results, key=lambda record: record.epsilon)
         best = min(results, key=lambda record: record.epsilon)
@@ -262,18 +266,23 @@ def _price(results: Results[Extraction]) -> str:
     return "\n".join(lines)
 
 
+def _truncated(records: Sequence[Extraction]) -> float:
+    """Return ε of truncated singular value decompositions of these ranks, before any rounding to a dtype."""
+    return math.hypot(*(record.epsilon_min * record.fro for record in records)) / _norm(records)
+
+
 def _data_price(results: Results[Extraction]) -> list[str]:
     """Say what the factors cost in the metric for which they are the best, and which are not."""
     weighed = [record for record in results if record.data]
     plain = [record.layer for record in results if not record.data]
     epsilon = _of_data(weighed, lambda data: data.epsilon)
-    floor = _of_data(weighed, lambda data: data.epsilon_min)
+    floor = _of_data(weighed, lambda data: data.least_epsilon)
     chosen, norm = "the outputs on the text of the activations", "√(E‖(ΔW − BA)x‖² / E‖ΔW x‖²)"
     if any(record.data and record.data.metric == "kfac" for record in weighed):
         chosen, norm = "the loss on that text, by K-FAC", "‖G^½(ΔW − BA)C^½‖ / ‖G^½·ΔW·C^½‖"
     lines = [
         f"Chosen for {chosen}: {norm} = {epsilon} in the {len(weighed)} weights with activations; no adapter of these "
-        f"ranks is below {floor}. The price is a larger ε: {number(_floor(results.layers))} would be the smallest."
+        f"ranks is below {floor}. The price is a larger ε; truncation would have {number(_truncated(results.layers))}."
     ]
     if plain:
         lines.append(f"Without activations, and the best for the weights: {named(plain)}.")
@@ -287,11 +296,15 @@ def _of_data(records: Sequence[Extraction], share: Callable[[OnData], float]) ->
     return number(math.hypot(*(share(data) * data.fro for data in found)) / total) if total else "-"
 
 
-def _bound(results: Results[Extraction]) -> str:
-    """Return by how much more the best adapter could keep: what the solver's bound leaves open."""
-    norm = _norm(results.layers)
-    error = sum(record.energy_error * (record.fro / norm) ** 2 for record in results)
-    return f" than {100 * error:.1g}% of it beyond that" if error > 1e-7 else ""
+def _up(value: float) -> str:
+    """Return an upper bound in one digit, rounded up, from 1e-6 on.
+
+    >>> _up(1.23e-5), _up(2e-3), _up(-1e-17)
+    ('2e-05', '0.002', '1e-06')
+    """
+    value = max(value, 1e-6)
+    digit = 10.0 ** math.floor(math.log10(value))
+    return f"{math.ceil(value / digit - 1e-9) * digit:.1g}"
 
 
 def _resolved(results: Results[Extraction]) -> str:

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lora_diag.cli import options
-from lora_diag.cli.output import again, line, result, spare, terminal
+from lora_diag.cli.output import again, check_outputs, line, result, terminal
 from lora_diag.errors import DONE, GATE_FAILED, INCONCLUSIVE, InputError, UsageError
-from lora_diag.files import write_whole
+from lora_diag.files import CARD, JUNIT, POLICY, RESULTS, SARIF, write_whole
 
 if TYPE_CHECKING:
     from lora_diag.records import Results
@@ -58,6 +58,7 @@ def gate(
     output: Output = None,
     json: Json = False,
     quiet: options.Quiet = False,
+    overwrite: options.Overwrite = False,
 ) -> None:
     """May this checkpoint ship? Hold results against a policy; or write a policy from them: gate init.
 
@@ -73,8 +74,19 @@ def gate(
     if given[:1] == ["init"] and policy is None:
         if any((base, tuned, adapter, baseline, ratchet, github, json, *reports)):
             raise UsageError("gate init: takes results files and -o POLICY, nothing else; a policy file is ./init")
-        _init(given[1:], output, quiet)
+        _init(given[1:], output, quiet, overwrite)
         return
+    ready = policy is not None or not given
+    read = [*(given if ready else given[1:]), *([] if ready else given[:1]), baseline]
+    check_outputs(
+        [], [(baseline if ratchet else None, RESULTS)], overwrite=True
+    )  # its content is checked as it is read
+    written = [(output, RESULTS), (junit, JUNIT), (sarif, SARIF)]
+    check_outputs(read, written, overwrite)
+    # Of the card only a block is replaced: what else it holds is checked as it is read.
+    check_outputs([*read, *(path for path, _ in written)], [(model_card, CARD)], overwrite=True)
+    if model_card is not None:
+        _read_card(model_card)
     from lora_diag.decisions.gate.record import outcome
     from lora_diag.decisions.gate.run import gate as judge
     from lora_diag.decisions.gate.run import ready_policy
@@ -82,13 +94,11 @@ def gate(
     if policy is None and not given:
         raise UsageError("gate: give a policy file and results, or --policy NAME and results")
     rules = ready_policy(policy) if policy is not None else Path(given.pop(0))
-    inputs = [rules] if isinstance(rules, Path) else []
-    spare([*inputs, *given, *([baseline] if baseline else [])], [output, *reports])
     measured = _measured(base, tuned, adapter or [], given)
     results = judge(rules, *given, *measured, baseline=baseline, ratchet=ratchet)
     if output is not None:
-        _keep(results, output)
-    _write_reports(results, *reports)
+        results.write(output, overwrite)
+    _write_reports(results, *reports, overwrite)
     if json:
         from lora_diag.records import to_line
 
@@ -101,19 +111,18 @@ def gate(
     raise typer.Exit(EXIT[outcome(results.whole)])
 
 
-def _init(given: list[str], output: Path | None, quiet: bool) -> None:
+def _init(given: list[str], output: Path | None, quiet: bool, overwrite: bool) -> None:
     """Write a policy, or print it."""
     if not given:
         raise UsageError("gate init: give the results of a checkpoint that served well")
-    if output is not None and os.path.lexists(output):
-        raise UsageError(f"{output}: is there already; delete it first, or choose another name")
+    check_outputs(given, [(output, POLICY)], overwrite)
     from lora_diag.decisions.gate.run import gate_init
 
     text = gate_init(*given, name=str(output or "policy.toml"))
     if output is None:
         result(text.rstrip("\n"))
         return
-    write_whole(output, text)
+    write_whole(output, text, POLICY, overwrite)
     if not quiet:
         from lora_diag.decisions.gate.run import gate as judge
         from lora_diag.decisions.gate.summary import headline
@@ -140,28 +149,21 @@ def _measured(base: str | None, tuned: str | None, adapters: list[str], given: l
     return measure(base, tuned, adapters)
 
 
-def _keep(results: Results[Any], output: Path) -> None:
-    """Write the verdicts as a results file."""
-    from lora_diag.records import ResultsWriter
-
-    with ResultsWriter[Any](output, results.run) as writer:
-        assert results.end is not None
-        writer.append(*results.whole, results.end)
-
-
-def _write_reports(results: Results[Any], junit: Path | None, sarif: Path | None, card: Path | None) -> None:
+def _write_reports(
+    results: Results[Any], junit: Path | None, sarif: Path | None, card: Path | None, overwrite: bool
+) -> None:
     if junit is not None:
         from lora_diag.decisions.gate.junit import junit as as_junit
 
-        write_whole(junit, as_junit(results))
+        write_whole(junit, as_junit(results), JUNIT, overwrite)
     if sarif is not None:
         from lora_diag.decisions.gate.sarif import sarif as as_sarif
 
-        write_whole(sarif, as_sarif(results))
+        write_whole(sarif, as_sarif(results), SARIF, overwrite)
     if card is not None:
         from lora_diag.decisions.gate.model_card import model_card
 
-        write_whole(card, model_card(results, _read(card) if card.exists() else ""))
+        write_whole(card, model_card(results, _read_card(card)), CARD, overwrite=True)
 
 
 def _show(results: Results[Any], github: bool, then: str) -> None:
@@ -201,8 +203,18 @@ def _next(results: Results[Any], given: list[str], output: Path | None) -> str:
     return f"{shlex.join(['loradiag', 'inspect', str(output)])}   (these verdicts again)"
 
 
-def _read(path: Path) -> str:
+def _read_card(path: Path) -> str:
+    """Return the text of a model card, line ends as they are; empty if there is none yet.
+
+    Raises:
+        UsageError: It is not Markdown.
+        InputError: It cannot be read.
+    """
     try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
+        if path.suffix.lower() not in {".md", ".markdown"} or (path.exists() and not CARD.is_at(path)):
+            raise UsageError(f"--model-card {path}: is not Markdown; give a Markdown file whose name ends in .md")
+        return path.read_bytes().decode("utf-8") if path.exists() else ""
+    except UnicodeDecodeError as error:
+        raise UsageError(f"--model-card {path}: is not UTF-8 text: {error}") from error
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from typing import Any
 
@@ -12,19 +13,22 @@ from lora_diag.records import Results
 
 BEGIN, END = "<!-- loradiag gate: begin -->", "<!-- loradiag gate: end -->"
 
+# A block that lost its end is let be: what follows it may be the user's own text.
+_WHOLE = re.compile(f"{BEGIN}((?!{BEGIN}).)*?{END}", re.DOTALL)
+
 
 def model_card(results: Results[Any], card: str = "") -> str:
     """Return a model card with what a gate found of the model.
 
     Args:
         results: A run of ``gate``.
-        card: The card as it is; the block takes the place of an earlier one, or comes at the end.
+        card: The card as it is; the block takes the place of an earlier one, or comes at the end. Line ends stay.
     """
-    before, found, rest = card.partition(BEGIN)
-    _, closed, after = rest.partition(END)
-    if found and closed:
-        return f"{before}{_block(results)}{after}"
-    return f"{card.rstrip()}{chr(10) * 2 if card.strip() else ''}{_block(results)}\n"
+    end = "\r\n" if "\r\n" in card else "\n"
+    block = _block(results).replace("\n", end)
+    if found := _WHOLE.search(card):
+        return f"{card[: found.start()]}{block}{card[found.end() :]}"
+    return f"{card.rstrip()}{end * 2 if card.strip() else ''}{block}{end}"
 
 
 def _block(results: Results[Any]) -> str:

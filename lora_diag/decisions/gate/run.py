@@ -16,6 +16,7 @@ from lora_diag.decisions.gate.reading import read_policy
 from lora_diag.decisions.gate.ready import ready_policy
 from lora_diag.decisions.gate.record import Verdict, outcome
 from lora_diag.errors import InputError, UsageError
+from lora_diag.files import RESULTS, check_output
 from lora_diag.records import End, Results, Run, RunInput
 from lora_diag.records.vocabulary import METRIC_NAMES, metric_of
 from lora_diag.version import __version__
@@ -59,6 +60,8 @@ def gate(
         raise UsageError("gate: give at least one results file")
     if ratchet and baseline is None:
         raise UsageError("--ratchet: give the file to tighten with --baseline")
+    if ratchet and baseline is not None:
+        check_output(Path(baseline), RESULTS, overwrite=True)  # what it holds is checked as it is read
     rules = policy if isinstance(policy, Policy) else read_policy(policy)
     if baseline is not None and not rules.regressions:
         raise UsageError(f"{rules.path}: has no [[baseline]], so nothing would be compared with {baseline}")
@@ -69,7 +72,7 @@ def gate(
     if ratchet and stored is not None and outcome(verdicts) == "passed":
         better = tightened(rules.regressions, Stored(stored), sources)
         if better is not None:
-            better.write(Path(stored.path).resolve())
+            better.write(stored.path)
     return _results(rules, sources, stored, verdicts, day)
 
 

@@ -14,6 +14,7 @@ from matplotlib.ticker import LogLocator, NullFormatter
 from lora_diag.diagnostics.fleet.record import Fleet
 from lora_diag.metrics.fleet import USED, Oddity, oddities, rarest_first
 from lora_diag.rendering.figures.axes import panel_axes
+from lora_diag.rendering.figures.names import short_names
 from lora_diag.rendering.figures.series import Options, Series
 from lora_diag.rendering.figures.sheet import Key, Words, sheet
 from lora_diag.rendering.figures.style import (
@@ -23,7 +24,6 @@ from lora_diag.rendering.figures.style import (
     category,
     cropped,
     log_label,
-    name_of,
     styled,
     width_of,
 )
@@ -84,28 +84,15 @@ def figure(series: Sequence[Series[Any]], look: Look, options: Options) -> Figur
 
 
 def _points(series: Sequence[Series[Any]]) -> list[_Point]:
-    """Return the adapters that have a rank, named without what all their paths begin with."""
+    """Return the adapters that have a rank."""
     records = [(record, run) for run, one in enumerate(series) for record in one.records]
-    names = _short([record.adapter for record, _ in records])
+    names = short_names(record.adapter for record, _ in records)
     odd = [words for one in series for words in oddities(one.records)]
     return [
-        _Point(name_of(name), words, record.used, record.fro, run)
-        for (record, run), name, words in zip(records, names, odd, strict=True)
+        _Point(names[record.adapter], words, record.used, record.fro, run)
+        for (record, run), words in zip(records, odd, strict=True)
         if record.used is not None
     ]
-
-
-def _short(paths: Sequence[str]) -> list[str]:
-    """Return the paths without the folders that all of them are in.
-
-    >>> _short(["runs/a/lora", "runs/b/lora"]), _short(["runs/a"])
-    (['a/lora', 'b/lora'], ['a'])
-    """
-    split = [path.split("/") for path in paths]
-    shared = 0
-    while split and all(len(parts) > shared + 1 and parts[shared] == split[0][shared] for parts in split):
-        shared += 1
-    return ["/".join(parts[shared:]) for parts in split]
 
 
 def _draw(ax: Axes, points: Sequence[_Point], look: Look | None, width: float, height: float) -> None:

@@ -90,6 +90,7 @@ def fleet(
     engine: Ray | None = None,
     output: Path | str | None = None,
     resume: bool = False,
+    overwrite: bool = False,
     verify: bool = False,
     on_progress: Callable[[Progress], None] | None = None,
     on_record: Callable[[AnyRecord], None] | None = None,
@@ -108,6 +109,7 @@ def fleet(
         engine: A Ray cluster to measure on; None for this machine alone.
         output: Results file, appended adapter by adapter.
         resume: Go on behind what an interrupted run left in ``output``.
+        overwrite: Replace a file in the place of ``output`` that loradiag did not write.
         verify: Let ``resume`` compare a SHA-256 of every byte of the adapters, not the sizes of their files.
         on_progress: Called at the start and after every adapter.
         on_record: Called with every record, in the order of the file, as it comes.
@@ -153,7 +155,7 @@ def fleet(
     one = _here if engine is None else _on_a_worker
     layout = layout_for(1, workers, where.kind)
     writer: ResultsWriter[Fleet]
-    with ResultsWriter(Path(output) if output is not None else None, run, resume) as writer:
+    with ResultsWriter(Path(output) if output is not None else None, run, resume, overwrite) as writer:
         return measure_layers(
             writer,
             members,

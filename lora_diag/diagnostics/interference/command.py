@@ -9,8 +9,9 @@ from typing import Annotated
 import typer
 
 from lora_diag.cli import options
-from lora_diag.cli.output import progress_bar, result, spare, tell_unmeasured, terminal
+from lora_diag.cli.output import check_outputs, progress_bar, result, tell_unmeasured, terminal
 from lora_diag.errors import UNREADABLE
+from lora_diag.files import RESULTS
 
 Inputs = Annotated[
     list[str],
@@ -46,14 +47,12 @@ def interference(
 
     Example: loradiag interference lora_sql/ lora_chat/ lora_code/ -o interference.jsonl --spectrum union.jsonl
     """
+    check_outputs([*inputs, written.output], [(spectrum, RESULTS)], written.overwrite)
     # torch comes with it: not before it is needed
-    from lora_diag.diagnostics.interference.run import check_spectrum_file, split_base, union_spectra
     from lora_diag.diagnostics.interference.run import interference as measure
+    from lora_diag.diagnostics.interference.run import split_base, union_spectra
     from lora_diag.diagnostics.interference.summary import interference_table
 
-    if spectrum is not None:
-        spare([written.output] if written.output else [], [spectrum])
-        check_spectrum_file(spectrum)
     base, updates = split_base(inputs)
     with progress_bar(written.quiet) as on_progress:
         results = measure(
@@ -69,7 +68,7 @@ def interference(
             on_progress=on_progress,
         )
     if spectrum is not None:
-        union_spectra(results).write(spectrum)
+        union_spectra(results).write(spectrum, written.overwrite)
     if written.table:
         then = _next(inputs, spectrum) if results.layers else None
         result(interference_table(results, *terminal(), per=per, then=then))

@@ -18,10 +18,9 @@ from lora_diag.diagnostics.interference.parts import InterferenceSettings, Sever
 from lora_diag.diagnostics.interference.record import Interference, Union
 from lora_diag.diagnostics.spectrum.record import Spectrum
 from lora_diag.errors import InputError, NothingComparedError, UsageError
-from lora_diag.files import check_place
 from lora_diag.linalg import check_request
 from lora_diag.metrics import RANKS
-from lora_diag.records import Results, is_results_file, totals
+from lora_diag.records import Results, totals
 from lora_diag.running.inputs import Comparison
 from lora_diag.running.layers import LayerRun
 from lora_diag.running.measuring import checked_ranks, without_rank
@@ -111,18 +110,6 @@ def union_spectra(results: Results[Interference | Union]) -> Results[Spectrum]:
     spectra = tuple(record.spectrum for record in results if isinstance(record, Union))
     end = totals(spectra, results.left_out) if results.end is not None else None
     return Results(results.run.model_copy(update={"command": "spectrum"}), spectra, results.left_out, end)
-
-
-def check_spectrum_file(path: Path) -> None:
-    """Refuse, before anything is measured, a file that is not ours to overwrite.
-
-    Raises:
-        UsageError: It holds something else than results.
-        InputError: It could not be written.
-    """
-    check_place(path)
-    if path.exists() and not is_results_file(path):
-        raise UsageError(f"--spectrum {path}: exists and is not a results file, so it is left as it is")
 
 
 def _weights(given: Sequence[float] | None, number: int) -> tuple[float, ...]:

@@ -24,6 +24,7 @@ from lora_diag.diagnostics.overlap.measure import Subspaces, overlaps
 from lora_diag.diagnostics.overlap.record import Overlap
 from lora_diag.diagnostics.overlap.reference import Reference
 from lora_diag.errors import InputError, UsageError
+from lora_diag.files import SNAPSHOT, check_output
 from lora_diag.models.processes import averaged, is_main, is_unscaled
 from lora_diag.models.weights import Frozen, Weight, weights_of
 from lora_diag.records import LeftOut, ResultsWriter, Run, RunInput, totals
@@ -121,6 +122,9 @@ class GradientRecorder(TrainerCallback):
             raise UsageError("nothing to record: no selected matrix is trained or frozen under a LoRA")
         if self.reference is not None:
             self._prepare(self.reference)
+        elif is_main():
+            for earlier in self.output.glob("grad_step*.safetensors"):
+                check_output(earlier, SNAPSHOT)
         self._stop = [weight.hook() for weight in self._weights if isinstance(weight, Frozen)]
         self._begin(step)
         return self
@@ -277,6 +281,7 @@ class GradientRecorder(TrainerCallback):
                 "kind": "gradient",
                 "step": str(self._step),
             },
+            SNAPSHOT,
         )
 
     def _measure(self, gradients: dict[str, Callable[[], Tensor]]) -> None:

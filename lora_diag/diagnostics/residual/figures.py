@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from matplotlib.ticker import MaxNLocator
 
 from lora_diag.diagnostics.residual.record import Residual
 from lora_diag.errors import UsageError
+from lora_diag.metrics import pooled
 from lora_diag.rendering.figures.axes import panel_axes
 from lora_diag.rendering.figures.groups import Types
 from lora_diag.rendering.figures.series import Options, Series, by_adapter
@@ -29,11 +29,11 @@ RANK, DIRECTION, LENGTH = CATEGORIES[0], CATEGORIES[5], CATEGORIES[1]
 
 @dataclass(frozen=True, slots=True)
 class Levels:
-    """Nested levels of ε, pooled over layers: √(Σ‖·‖² / Σ‖ΔW‖²).
+    """Nested levels of ε of several layers together (``metrics.pooled``).
 
     Args:
-        floor: What no adapter of this rank could avoid; 0 where X has no rank.
-        direction: With each layer's best scale; what lies above the floor is direction.
+        floor: Lower bound for every update of these ranks; 0 where X has no rank.
+        direction: At the best scale, one for all these layers; what lies above the floor is direction.
         epsilon: ε itself; what lies above is the length of X.
         adapted: Whether X touches any of the layers.
     """
@@ -46,16 +46,13 @@ class Levels:
 
 def levels(records: Sequence[Residual]) -> Levels | None:
     """Return the levels of some layers together; None where ΔW = 0 in all of them."""
-    moved = [record for record in records if record.fro > 0 and record.epsilon is not None]
-    if not moved:
+    found = pooled(records)
+    if found.epsilon is None:
         return None
-    total = math.hypot(*(record.fro for record in moved))
-    epsilon = math.hypot(*(record.gap for record in moved)) / total
-    floor = min(math.hypot(*(record.floor for record in moved)) / total, epsilon)
+    floor = min(found.epsilon_min or 0.0, found.epsilon)
     # Without a direction (X = 0) there is no scale to choose: ε is 1 at any.
-    best = [record.epsilon if record.epsilon_best_scale is None else record.epsilon_best_scale for record in moved]
-    direction = math.hypot(*(share * record.fro for share, record in zip(best, moved, strict=True) if share)) / total
-    return Levels(floor, min(max(direction, floor), epsilon), epsilon, any(record.adapter_fro > 0 for record in moved))
+    best = found.epsilon if found.epsilon_best_scale is None else found.epsilon_best_scale
+    return Levels(floor, min(max(best, floor), found.epsilon), found.epsilon, found.cosine is not None)
 
 
 def residual(records: Iterable[Residual], ax: Axes | None = None, *, per: str = "layer") -> Axes:
@@ -140,13 +137,13 @@ def _draw(ax: Axes, drawn: Sequence[Slot[Residual]], look: Look | None) -> None:
 
 
 def _finding(one: Series[Any]) -> str:
-    """Name an adapter with what was found: its pooled ε and what limits its layers."""
+    """Name an adapter with what was found: its ε for the whole model, and what limits its matrices."""
     records = _matrices(one.records)
     ranks = sorted({record.rank for record in records if record.rank})
     rank = f" (r={ranks[0]})" if len(ranks) == 1 else f" (r={ranks[0]} to {ranks[-1]})" if ranks else ""
-    pooled = levels(records)
+    together = levels(one.records)
     limits = Counter(record.limited_by for record in records if record.limited_by not in {None, "not adapted"})
-    found = [f"ε = {pooled.epsilon:.2f}"] if pooled else ["ΔW = 0"]
+    found = [f"ε = {together.epsilon:.2f}"] if together else ["ΔW = 0"]
     found += [f"limited by {limit} in {n} of {len(records)}" for limit, n in limits.most_common()]
     return f"{one.label}{rank}: {', '.join(found)}"
 

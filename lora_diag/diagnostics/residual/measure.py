@@ -16,7 +16,7 @@ from lora_diag.layers.left_out import not_finite
 from lora_diag.layers.metric import Metric, Moments, read_root, times
 from lora_diag.layers.resolution import resolution
 from lora_diag.linalg import Allowance, Factors, numerical_rank, resolve_device
-from lora_diag.metrics import limit
+from lora_diag.metrics import Distances, limit
 from lora_diag.records import Agreement, LeftOut, Resolution
 
 # Singular vectors compared where no adapter says how many.
@@ -174,14 +174,17 @@ def _record(
         adapter_fro=norm,
         method=weights.factors.method,
         blocks=weights.change.row_blocks,
-        energy_error=weights.factors.energy_error if found.epsilon_min is not None else None,
         column_space=columns,
         row_space=rows,
-        data=None if data is None else Distance(**asdict(data.distances(change, rank)[0])),
+        data=None if data is None else Distance(**_with_error(data.distances(change, rank)[0], data.factors)),
         limited_by="noise" if unresolved else limit(found),
         resolution=seen,
-        **asdict(found),
+        **_with_error(found, weights.factors),
     )
+
+
+def _with_error(found: Distances, factors: Factors) -> dict[str, float | None]:
+    return asdict(found) | {"energy_error": None if found.epsilon_min is None else factors.energy_error}
 
 
 def _in_data_metric(layer: Layer, full: Change, top: int, settings: ResidualSettings, device: torch.device) -> Metric:

@@ -52,6 +52,7 @@ def residual(
     engine: Ray | None = None,
     output: Path | str | None = None,
     resume: bool = False,
+    overwrite: bool = False,
     verify: bool = False,
     on_progress: Callable[[Progress], None] | None = None,
     on_record: Callable[[AnyRecord], None] | None = None,
@@ -80,6 +81,7 @@ def residual(
         engine: A Ray cluster to measure on; None for this machine alone.
         output: Results file, appended layer by layer.
         resume: Go on behind what an interrupted run left in ``output``.
+        overwrite: Replace a file in the place of ``output`` that loradiag did not write.
         verify: Let ``resume`` compare a SHA-256 of every byte of the inputs, not of samples.
         on_progress: Called at the start and after every layer.
         on_record: Called with every record, in the order of the file, as it comes.
@@ -140,7 +142,7 @@ def residual(
     left_out = Pairing((), (*full.pairing.unpaired, *_more_left_out(full.pairing, others)))
     layout = layout_of(full.pairing.deltas, workers, where.kind, limit)
     settings = replace(settings, memory=layout.limit)
-    with ResultsWriter[Residual](output, run, resume) as writer:
+    with ResultsWriter[Residual](output, run, resume, overwrite) as writer:
         return measure_layers(
             writer,
             tasks,

@@ -12,7 +12,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from lora_diag.diagnostics.residual.record import Residual, limits_of
+from lora_diag.diagnostics.residual.record import SEEDS, Residual, limits_of
 from lora_diag.metrics import Distances, pooled
 from lora_diag.records import Agreement, Results
 from lora_diag.rendering.columns import Column, rows_of, table_of, title_of
@@ -21,6 +21,7 @@ from lora_diag.rendering.text import middle, named, percent, safe, shown, span, 
 
 # What limits a layer, in the order of the table.
 _LIMITS = ("rank", "scale", "direction", "noise", "exact", "not adapted", None)
+
 
 # Which columns go first where there is too little room.
 _SPARED = ("ε at best", "best scale", "row space", "col space", "C^½ floor", "in C^½", "n")
@@ -106,7 +107,7 @@ def _columns(rows: Sequence[_Row], total: float, per: str) -> list[Column]:
         column("best scale", lambda row: shown(row.found.best_scale)),
         column("ε at best", lambda row: shown(row.found.epsilon_best_scale)),
         column("ε in C^½", lambda row: shown(middle([r.data.epsilon for r in row.records if r.data]))),
-        column("C^½ floor", lambda row: shown(middle([r.data.epsilon_min for r in row.records if r.data]))),
+        column("C^½ floor", lambda row: shown(middle([r.data.least_epsilon for r in row.records if r.data]))),
         Column("limited by", tuple(limits_of(row.records) for row in rows), "left"),
     ]
     without_data = all(record.data is None for row in rows for record in row.records)
@@ -227,9 +228,8 @@ def _reading(groups: Sequence[tuple[str, list[Residual]]]) -> str:
     if lines:
         return "\n".join([*lines, "ε is a distance to one solution; the held-out loss says which is better"])
     return (
-        "ε is the distance to this one solution and no quality: it exceeds 1 wherever ‖X‖/‖ΔW‖ > 2·cosine, and two "
-        "seeds of one full fine-tune can be ε ≈ 1 apart. --reference TUNED2 measures how far yours are; the held-out "
-        "loss says which is better"
+        f"ε is the distance to this one solution and no quality: it exceeds 1 wherever ‖X‖/‖ΔW‖ > 2·cosine; {SEEDS}. "
+        "--reference TUNED2 measures how far yours are; the held-out loss says which is better"
     )
 
 

@@ -34,6 +34,7 @@ def gradient_spectrum(
     memory: int | None,
     output: Path | str | None,
     resume: bool,
+    overwrite: bool,
     verify: bool,
     watch: Watch,
     where: Place,
@@ -78,7 +79,7 @@ def gradient_spectrum(
     )
     layout = layout_of(tasks, workers, where.kind, memory)
     settings = replace(settings, memory=layout.limit)
-    with ResultsWriter[Spectrum](output, run, resume) as writer:
+    with ResultsWriter[Spectrum](output, run, resume, overwrite) as writer:
         return measure_layers(
             writer,
             tasks,

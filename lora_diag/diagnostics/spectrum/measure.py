@@ -23,6 +23,7 @@ from lora_diag.metrics import (
     effective_rank,
     energy_curve,
     rank_at,
+    spectral_error,
     stable_rank,
     truncation_error,
 )
@@ -136,6 +137,7 @@ def record_of(
     s = _nine_digits(exact)
     zero = fro == 0.0
     rounding = 0.0 if zero else float((np.abs(s - exact) / fro * ((s + exact) / fro)).sum())
+    error = min(1.0, factors.energy_error + rounding)
     curve = np.zeros(len(s)) if zero else energy_curve(s, fro, factors.complete)
     return Spectrum(
         layer=layer,
@@ -146,10 +148,10 @@ def record_of(
         s=tuple(s.tolist()),
         complete=factors.complete,
         method=factors.method,
-        energy_error=min(1.0, factors.energy_error + rounding),
+        energy_error=error,
         energy={str(r): None if zero else _at(curve, r, factors.complete) for r in ranks},
         rank_at={str(share): 0 if zero else rank_at(curve, share) for share in THRESHOLDS},
-        tail={str(r): _tail(s, fro, r, factors.complete) for r in ranks},
+        tail={str(r): _tail(s, fro, r, factors.complete, error) for r in ranks},
         stable_rank=None if zero else stable_rank(s, fro),
         effective_rank=effective_rank(s) if factors.complete and not zero else None,
         resolution=seen,
@@ -188,6 +190,11 @@ def _at(curve: NDArray[np.float64], rank: int, complete: bool) -> float | None:
     return 1.0 if complete else None
 
 
-def _tail(s: NDArray[np.float64], fro: float, rank: int, complete: bool) -> Tail | None:
+def _tail(s: NDArray[np.float64], fro: float, rank: int, complete: bool, energy_error: float) -> Tail | None:
     errors = truncation_error(s, fro, rank, complete)
-    return None if errors is None else Tail(fro=errors[0], spectral=errors[1])
+    if errors is None:
+        return None
+    spectral, error = errors[1], None
+    if spectral is not None:
+        error = spectral_error(spectral, fro, energy_error) if rank < len(s) else 0.0
+    return Tail(fro=errors[0], spectral=spectral, spectral_error=error)

@@ -54,6 +54,7 @@ def spectrum(
     engine: Ray | None = None,
     output: Path | str | None = None,
     resume: bool = False,
+    overwrite: bool = False,
     verify: bool = False,
     on_progress: Callable[[Progress], None] | None = None,
     on_record: Callable[[AnyRecord], None] | None = None,
@@ -85,6 +86,7 @@ def spectrum(
         engine: A Ray cluster to measure on; None for this machine alone.
         output: Results file, appended line by line; a finished run there is replaced when this one is finished.
         resume: Go on behind what an interrupted run left in ``output``.
+        overwrite: Replace a file in the place of ``output`` that loradiag did not write.
         verify: Let ``resume`` compare a SHA-256 of every byte of the inputs, not of samples.
         on_progress: Called at the start and after every layer.
         on_record: Called with every record, in the order of the file, as it comes.
@@ -116,7 +118,20 @@ def spectrum(
             raise UsageError("--gradients: are measured instead of an update; name BASE alone beside them, or nothing")
         watch = Watch(on_progress, on_record)
         return gradient_spectrum(
-            base, gradients, settings, layers, exclude, workers, limit, output, resume, verify, watch, where, engine
+            base,
+            gradients,
+            settings,
+            layers,
+            exclude,
+            workers,
+            limit,
+            output,
+            resume,
+            overwrite,
+            verify,
+            watch,
+            where,
+            engine,
         )
     if base is None:
         raise UsageError("spectrum: name BASE and TUNED, an adapter, or gradients with --gradients")
@@ -147,7 +162,7 @@ def spectrum(
     pairing, matrices = _weighed(pairing, moments, kfac)
     layout = layout_of(matrices, workers, where.kind, limit)
     settings = replace(settings, memory=layout.limit)
-    with ResultsWriter[Spectrum](output, run, resume) as writer:
+    with ResultsWriter[Spectrum](output, run, resume, overwrite) as writer:
         return measure_layers(
             writer,
             matrices,

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lora_diag.deltas import row_spans
 from lora_diag.diagnostics.verify_merge.record import MergeStatus
-from lora_diag.linalg.merge import Addend, Check, Rounding, unit_roundoff
+from lora_diag.linalg.merge import Addend, Check, Product, Rounding, unit_roundoff
 from lora_diag.linalg.rounding import LAYOUT
 
 # A fault may leave so many entries unexplained: roundings that differ from those of a correct merge.
@@ -33,6 +33,12 @@ FEW = 0.05
 # r from 1 to 64, rows of zeros among them) there were at least 1.6 times as many. Only in matrices of MANY entries, and
 # where errors are so FAR above a spacing that SMALL ones show, too.
 LARGE, SMALL, SPREAD, MANY, FAR = 1 / 8, 1 / 64, 1.25, 256, 32.0
+
+# Unit roundoff of the coarsest arithmetic in which the ΔW of a right merge is computed, bfloat16.
+COARSE = 2.0**-8
+
+# Steps to the scale at most; two or three are usual, more where ΔW lies about the grain of M.
+CHORDS = 12
 
 # The cosine from which on a layer is held to have moved along another's ΔW.
 CLEAR = 0.5
@@ -73,6 +79,7 @@ class Look:
         found: What the check with ΔW found.
         recheck: The same check with another D' or another rounding.
         recheck_on_top: The check with ΔW of a MERGED that had W + ΔW, rounded, before.
+        rounded: fl(s)/s for s rounded to bfloat16 and to float16, where that is not 1.
         observed: Takes first and last row, returns these rows of O = M − W.
         scale: s of the adapter; None if it is not known.
         rank: r of the adapter; None if it is not known.
@@ -88,6 +95,7 @@ class Look:
     found: Check
     recheck: Callable[[Addend, Rounding], Check]
     recheck_on_top: Callable[[], Check]
+    rounded: tuple[float, ...]
     observed: Callable[[int, int], Tensor]
     scale: float | None
     rank: int | None
@@ -100,25 +108,98 @@ def find_fault(look: Look) -> Fault:
     found = look.found
     if found.moved == 0:
         return Fault("dropped", UNCHANGED)
-    if found.count == 0:
-        return _coarse(look) or _best(look) or _drifted(look)
-    return _coarse(look) or _partial(look) or _best(look) or _few(look) or _rounded_base(look) or _by_numbers(look)
+    fault = _scaled(look) or _coarse(look)
+    if fault is None and found.count:
+        fault = _partial(look)
+    fault = fault or _best(look)
+    if fault is None and found.count:
+        fault = _few(look) or _rounded_base(look) or _by_numbers(look)
+    return fault or _drifted(look)
+
+
+def _scaled(look: Look) -> Fault | None:
+    """A scale other than 1 that leaves nothing but rounding: no other cause is needed."""
+    fit = fit_scale(look)
+    if fit is None or abs(fit.factor - 1) <= fit.limit or fit.check.drifted:
+        return None
+    if fit.check.count > UNEXPLAINED * look.found.entries or fit.check.residual > fit.check.allowed:
+        return None
+    for factor, why in scales(look.scale, look.rank).items():
+        if abs(fit.factor - factor) <= fit.limit + look.rounding.roundoff * abs(factor):
+            return Fault("wrong scale", f"ΔW was added times {factor:.4g}: {why}")
+    if look.rounding.roundoff < COARSE and any(abs(fit.factor - factor) <= fit.limit for factor in look.rounded):
+        return Fault("coarse", f"ΔW was added times {fit}: the scaling s = {look.scale:.4g} was rounded to 16 bits")
+    return Fault("wrong scale", f"ΔW was added times {fit}, which is none of the usual mistakes")
+
+
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """The scale that was applied: M is W + factor·ΔW, rounded.
+
+    Args:
+        factor: The scale.
+        error: Its standard error.
+        limit: How far it may be off, by chance and by what roundings add to all entries alike.
+        check: The check with it.
+    """
+
+    factor: float
+    error: float
+    limit: float
+    check: Check
+
+    def __str__(self) -> str:
+        """Return the factor to the digits that its error leaves, and the error."""
+        digits = min(12, max(2, 1 - math.floor(math.log10(max(self.error, 1e-12)))))
+        return f"{self.factor:.{digits}f} ± {self.error:.1g}"
+
+
+def fit_scale(look: Look) -> Fit | None:
+    """Solve c*(γ) = c for the scale γ, c*(γ) being c of W + γ·ΔW rounded once, by chords from γ = 1.
+
+    Where rounding swallows part of ΔW, c is not the scale that was applied. None where there is nothing to fit.
+    """
+    expected, arrived = look.found.expected, look.found.inner
+    if not expected or not math.isfinite(look.found.scale_error):
+        return None
+    off = (arrived - look.found.ideal) / expected
+    factor, fit = 1.0 + off, None
+    for _ in range(CHORDS):
+        if factor in {0.0, 1.0} or not math.isfinite(factor):
+            break
+        # a wrong scale is seldom a power of two, so that a factor may be rounded once more than in a right merge
+        check = look.recheck(look.addend.times(factor), replace(look.rounding, cast=True))
+        now = (check.inner - check.ideal) / (factor * expected)
+        slope = (off - now) / (factor - 1.0)
+        if not slope > 0:
+            break
+        unit = abs(factor) / slope
+        fit = Fit(factor, check.scale_error * unit, check.scale_limit * unit, check)
+        if abs(now) <= 0.01 * check.scale_error * abs(factor) + 1e-15:
+            break
+        factor += now / slope
+    return fit
 
 
 def _coarse(look: Look) -> Fault | None:
     """A float32 merge whose ΔW was computed less precisely (bfloat16, TF32) is right, though not to the last bit."""
-    u = unit_roundoff(torch.bfloat16)
-    if look.rounding.roundoff >= u:
+    if look.rounding.roundoff >= COARSE:
         return None
 
-    def within(share: float) -> Check:
-        return look.recheck(look.addend, replace(look.rounding, roundoff=u * share, cast=True))
+    def within(share: float, addend: Addend) -> Check:
+        return look.recheck(addend, replace(look.rounding, roundoff=COARSE * share, cast=True))
 
-    check = within(1.0)
-    if check.count or check.drifted:
+    addends = [look.addend, *(look.addend.times(factor) for factor in look.rounded)]
+    if isinstance(look.addend, Product):
+        addends.append(look.addend.truncated(look.scale or 1.0))
+    for addend in addends:
+        check = within(1.0, addend)
+        if not check.count and not check.drifted:
+            break
+    else:
         return None
     visible = look.found.entries >= MANY and look.found.worst > FAR
-    if visible and (large := within(LARGE).count) and within(SMALL).count < SPREAD * large:
+    if visible and (large := within(LARGE, addend).count) and within(SMALL, addend).count < SPREAD * large:
         return None  # a few entries far off beside others that are right to the last bit
     apart = math.sqrt(look.found.residual / look.found.expected) if look.found.expected else 0.0
     return Fault("coarse", f"right to {apart:.1g} of ‖ΔW‖: ΔW was computed less precisely than {_word(look)} allows")
@@ -239,8 +320,9 @@ def _by_numbers(look: Look) -> Fault:
         return Fault("other", f"the adapter's update is zero here, but MERGED differs from BASE {_where(look)}")
     c = found.inner / found.expected
     apart = found.observed - c * c * found.expected
-    if abs(c - 1) > NEAR and apart <= min(_near(c * c * found.expected, found.allowed), found.observed / 2):
-        return Fault("wrong scale", f"ΔW was added times {c:.3g}, which is none of the usual mistakes")
+    far = abs(c - 1) > NEAR and apart <= min(_near(c * c * found.expected, found.allowed), found.observed / 2)
+    if far or (apart <= found.allowed and found.drifted):
+        return Fault("wrong scale", f"ΔW was added times {c:.4g}, which is none of the usual mistakes")
     rest = math.sqrt(found.residual)
     doubt = 4 * rest / math.sqrt(found.expected * found.entries)  # of c, if the rest has nothing to do with ΔW
     if abs(c - 1) <= 0.05 + doubt < 0.5:
@@ -256,8 +338,8 @@ def _by_numbers(look: Look) -> Fault:
 
 def _drifted(look: Look) -> Fault:
     """Name the scale where every entry could be a rounding, and all of them together could not."""
-    c = look.found.inner / look.found.expected
-    return Fault("wrong scale", f"ΔW was added times {c:.3g}: single entries could be roundings, all together are not")
+    c, error = look.found.inner / look.found.expected, look.found.scale_error
+    return Fault("wrong scale", f"c = {c:.6g} ± {error:.1g}: single entries could be roundings, all together are not")
 
 
 def _where(look: Look) -> str:

@@ -53,6 +53,12 @@ BLOCK = 72
 # errors are as often up as down, and would have moved some.
 DROPPED = 0.1
 
+# A right layer tells 1 from a scale that is off by so much; else it is inconclusive.
+RESOLVED = 0.05
+
+# Where rounding took more than this share of ΔW, or added it, the standard error of c is not that of the scale.
+SWALLOWED = 0.1
+
 
 @dataclass(frozen=True, slots=True)
 class MergedLayer:
@@ -144,13 +150,81 @@ def verify(task: MergedLayer, memory: int | None = None) -> Merge | LeftOut:
         return _record(task, None, rounding, "other", _as_vector(task, found.non_finite))
     if not math.isfinite(found.expected + abs(found.inner)):
         return _left_out(task, "the squares of its entries overflow float64")
+    right = _right(task, addend, rounding, found)
+    if right is None:
+        fault = _fault(task, addend, rounding, found)
+        return _record(task, found, rounding, fault.status, fault.cause)
+    ambiguous = ambiguous or task.merged.is_quantized or isinstance(addend, Whole)
+    if ambiguous and found.moved <= UNEXPLAINED * found.entries and found.expected > 0:
+        return _record(task, found, rounding, *_told_sharply(task, addend, rounding))
+    if cause := _unclear(task, addend, right):
+        return _record(task, found, rounding, "inconclusive", cause)
+    return _record(task, found, rounding, "ok", "")
+
+
+@dataclass(frozen=True, slots=True)
+class _Right:
+    """A right merge that explains a layer: which ΔW in which arithmetic, and the check with it."""
+
+    addend: Addend
+    rounding: Rounding
+    check: Check
+
+
+def _right(task: MergedLayer, addend: Addend, rounding: Rounding, found: Check) -> _Right | None:
+    """Return the right merge that explains every entry and the scale of a layer; None if none does.
+
+    Roundings that all entries share are no noise: a W that was rounded first, a sum that was rounded twice, a scaling s
+    that was rounded itself. Each is tried as such.
+    """
     if found.count == 0 and not found.drifted:
-        ambiguous = ambiguous or task.merged.is_quantized or isinstance(addend, Whole)
-        if ambiguous and found.moved <= UNEXPLAINED * found.entries and found.expected > 0:
-            return _record(task, found, rounding, *_told_sharply(task, addend, rounding))
-        return _record(task, found, rounding, "ok", "")
-    fault = _fault(task, addend, rounding, found)
-    return _record(task, found, rounding, fault.status, fault.cause)
+        return _Right(addend, rounding, found)
+    if not task.deltas or found.moved == 0:
+        return None
+    addends: list[Addend] = [addend, *(addend.times(factor) for factor in rounded_scales(task, rounding.dtype))]
+    for other in addends:
+        for how in orders(rounding):
+            if other is addend and how is rounding:
+                continue
+            check = check_merge(task.blocks(), task.shape, other, how)
+            if check.count == 0 and not check.drifted:
+                return _Right(other, how, check)
+    return None
+
+
+def orders(rounding: Rounding) -> Iterator[Rounding]:
+    """Yield the orders in which W, its sum with ΔW and M may have been rounded."""
+    finer = [dtype for dtype in LAYOUT if LAYOUT[rounding.dtype][2] < LAYOUT[dtype][2] < LAYOUT[torch.float32][2]]
+    for first in (None, *rounding.bases):
+        for between in (None, *finer):
+            yield rounding if first is between is None else replace(rounding, first=first, between=between)
+
+
+def rounded_scales(task: MergedLayer, *dtypes: torch.dtype) -> list[float]:
+    """Return fl(s)/s, where that is not 1, for the scaling s rounded to each of the dtypes."""
+    scales = {delta.scale if isinstance(delta, FactoredDelta) else None for delta in task.deltas}
+    scale = next(iter(scales)) if len(scales) == 1 else None
+    if not scale:
+        return []
+    factors = {float(torch.tensor(scale, dtype=torch.float64).to(dtype)) / scale for dtype in dtypes}
+    return [factor for factor in sorted(factors - {1.0}) if 0 < factor < math.inf]
+
+
+def _unclear(task: MergedLayer, addend: Addend, right: _Right) -> str:
+    """Say that this file cannot tell the scale to ``RESOLVED``, where it cannot; empty if it can."""
+    assert task.merged is not None
+    check = right.check
+    exact = isinstance(addend, Whole) and addend.exact
+    if not check.expected or exact or task.merged.is_quantized:
+        return ""
+    swallowed = abs(check.ideal / check.expected - 1) > SWALLOWED
+    if not swallowed and check.resolves(RESOLVED):
+        return ""
+    for factor in (1 + RESOLVED, 1 - RESOLVED):
+        other = check_merge(task.blocks(), task.shape, right.addend.times(factor), right.rounding)
+        if other.count == 0 and not other.drifted:
+            return f"M is a rounding of W + ΔW and of W + {factor:.4g}·ΔW: this file is too coarse to tell the scale"
+    return ""
 
 
 def _told_sharply(task: MergedLayer, addend: Addend, rounding: Rounding) -> tuple[MergeStatus, str]:
@@ -191,6 +265,7 @@ def _fault(task: MergedLayer, addend: Addend, rounding: Rounding, found: Check) 
         observed=task.block,
         scale=scale,
         rank=rank,
+        rounded=tuple(rounded_scales(task, torch.bfloat16, torch.float16)),
         others=tuple(others),
         load_other=lambda name: load_addend((others[name],), task.shape)[0],
     )
@@ -278,12 +353,18 @@ def _rounding(task: MergedLayer) -> tuple[Rounding, bool]:
     return Rounding(
         dtype=dtype,
         roundoff=max(map(unit_roundoff, [dtype, *made_of])),
-        cast=any(LAYOUT[other][2] > mantissa for other in made_of),
+        cast=any(LAYOUT[other][2] > mantissa for other in made_of)
+        or any(isinstance(delta, FactoredDelta) and not _is_power_of_two(delta.scale) for delta in task.deltas),
         scale=max(map(abs, scales), default=1.0),
         # a quantized base is dequantized in a dtype of the merger's choice
         bases=tuple(other for other in SHORTER[base] if mantissa <= LAYOUT[other][2] or task.base.is_quantized),
         dequantized=task.base.is_quantized,
     ), ambiguous
+
+
+def _is_power_of_two(scale: float | None) -> bool:
+    """Say whether scaling a factor rounds nothing."""
+    return bool(scale) and math.frexp(scale or 0.0)[0] in {0.5, -0.5}
 
 
 def _held(task: MergedLayer) -> tuple[torch.dtype, bool]:
@@ -328,6 +409,8 @@ def _record(
         differing_share=found.count / max(1, found.entries) if found else None,
         max_ulp=found.worst if found else None,
         scale=scale,
+        scale_expected=found.ideal / found.expected if found is not None and scale is not None else None,
+        scale_error=found.scale_error if found is not None and math.isfinite(found.scale_error) else None,
         retained=scale if status in {"ok", "coarse"} else None,
         residual=math.sqrt(found.residual / found.expected) if found is not None and found.expected > 0 else None,
         unchanged=found.unchanged / max(1, found.entries) if found else None,

@@ -44,8 +44,11 @@ class Merge(LayerRecord):
         shape: ``(out, in)``; of a 1-D tensor ``(n,)``.
         adapted: Whether the adapter changes the layer; else MERGED has to hold W itself.
         status: ``ok``: every entry is a rounding of W + ΔW. ``coarse``: likewise, if ΔW was computed in bfloat16 though
-            MERGED is finer. ``inconclusive``: a rounding of W + ΔW and of W alone, so that this file cannot tell.
-            ``dropped``: M = W. ``partial``: some rows or columns have ΔW, the others have W. ``wrong scale``: W + c·ΔW.
+            MERGED is finer. ``inconclusive``: a rounding of W + ΔW and of W alone, or of W + c·ΔW with c 5% off, so
+            that this
+            file cannot tell.
+            ``dropped``: M = W. ``partial``: some rows or columns have ΔW, the others have W. ``wrong scale``: W +
+            c·ΔW, c further from 1 than rounding allows.
             ``transposed``: W + ΔWᵀ. ``wrong order``: the ΔW of another expert or layer, or with its halves swapped.
             ``other base``: ΔW is there, on top of other weights than BASE's. ``changed``: the adapter never touched
             it, MERGED differs. ``missing``: MERGED has no such weight. ``other``: none of these.
@@ -55,6 +58,13 @@ class Merge(LayerRecord):
         max_ulp: The largest |M − (W + ΔW)|, in units of the spacing at the largest of |M|, |W| and the terms of
             ΔW (|B||A|).
         scale: c = ⟨M − W, ΔW⟩ / ‖ΔW‖²: how much of ΔW arrived; 1 for a merge without loss. Null where ΔW = 0.
+        scale_expected: c* = ⟨M* − W, ΔW⟩ / ‖ΔW‖² with M* = W + ΔW rounded once to ``dtype``: what ``scale`` is in a
+            right merge. Null where ΔW = 0 and in files of versions before it was recorded.
+        scale_error: Standard error of ``scale`` about ``scale_expected`` from the roundings in a right merge: those
+            that
+            M shows, and those of the adapter's factors. Null where ΔW = 0, where BASE and MERGED are both quantized,
+            and
+            in older files.
         retained: The same c where the merge is correct, else null: what rounding left of the adapter.
         residual: ‖M − W − ΔW‖_F / ‖ΔW‖_F; null where ΔW = 0.
         unchanged: Share of the entries with M = W (or W rounded to ``dtype``).
@@ -92,6 +102,8 @@ class Merge(LayerRecord):
     differing_share: Share | None
     max_ulp: float | None
     scale: float | None
+    scale_expected: float | None = None
+    scale_error: float | None = None
     retained: float | None
     residual: float | None
     unchanged: Share | None

@@ -50,6 +50,7 @@ def verify_merge(
     engine: Ray | None = None,
     output: Path | str | None = None,
     resume: bool = False,
+    overwrite: bool = False,
     verify: bool = False,
     on_progress: Callable[[Progress], None] | None = None,
     on_record: Callable[[AnyRecord], None] | None = None,
@@ -72,6 +73,7 @@ def verify_merge(
         engine: A Ray cluster to check on; None for this machine alone. Its tasks need no GPUs.
         output: Results file, appended line by line.
         resume: Go on behind what an interrupted run left in ``output``.
+        overwrite: Replace a file in the place of ``output`` that loradiag did not write.
         verify: Let ``resume`` compare a SHA-256 of every byte of the inputs, not of samples.
         on_progress: Called at the start and after every layer.
         on_record: Called with every record, in the order of the file, as it comes.
@@ -112,7 +114,7 @@ def verify_merge(
     )
     layout = layout_of(tasks, workers, "cpu", limit)
     rest = Pairing((), unpaired)
-    with ResultsWriter[Merge](output, run, resume) as writer:
+    with ResultsWriter[Merge](output, run, resume, overwrite) as writer:
         return measure_layers(
             writer,
             tasks,

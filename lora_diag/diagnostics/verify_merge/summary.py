@@ -112,7 +112,7 @@ def _columns(rows: Sequence[_Row], per: str) -> list[Column]:
         column("differing", _differing),
         column("max ulp", lambda row: shown(_most(row))),
         column("unchanged", lambda row: shown(middle([record.unchanged for record in row.records]), percent)),
-        column("arrived c", lambda row: shown(middle([record.scale for record in row.records]))),
+        column("arrived c", lambda row: shown(middle([record.scale for record in row.records]), _scale)),
         column("residual", lambda row: shown(middle([record.residual for record in row.records]))),
     ]
     return [column for column in columns if per == "type" or column.title != "n"]
@@ -191,11 +191,12 @@ def _correct(results: Results[Merge]) -> str:
 def _why_inconclusive(adapted: Sequence[Merge]) -> str:
     if all(not record.expected_fro for record in adapted):
         return "the adapter's update is zero everywhere (was it trained?), so BASE itself is the merge"
+    still = all(record.unchanged == 1 for record in adapted if record.expected_fro)
     unclear = [record for record in adapted if record.status == "inconclusive"]
-    if unclear:
+    if unclear and not still:
         return (
-            f"in {len(unclear)} of {_layers(len(adapted))} adapted MERGED is as near to BASE as to BASE + ΔW, because "
-            f"its numbers are that coarse: {_names(unclear)}; merge into a finer dtype"
+            f"in {len(unclear)} of {_layers(len(adapted))} adapted MERGED's numbers are too coarse to tell BASE + ΔW "
+            f"from BASE, or from BASE + c·ΔW with another c: {_names(unclear)}; merge into a finer dtype"
         )
     return (
         "MERGED is BASE in every adapted layer. Rounding alone would do that to so small an update, and so would a "
@@ -245,11 +246,19 @@ def _rounding(results: Results[Merge]) -> str:
         arrived = f"{_kept(kept[least])} of ΔW arrived{' in every layer' if len(kept) > 1 else ''}"
     if any(record.failed for record in results if record.adapted):
         arrived = f"where the merge is right, {arrived}"
+    errors = [record.scale_error for record in right if record.scale_error is not None]
+    if errors:
+        arrived += f" (standard error at most {number(100 * max(errors))}%)"
     return f"{arrived}; it added noise of {number(noise)} ‖ΔW‖ and left {percent(still)} of the entries as they were"
 
 
+def _scale(value: float) -> str:
+    """Return c with the digits in which it differs from 1."""
+    return f"{value:.5g}" if 0.5 < value < 2 else number(value)
+
+
 def _kept(share: float) -> str:
-    return percent(1.0 if abs(share - 1) < 5e-3 else share)
+    return f"{share:.2%}" if 0.99 < share < 1.01 else percent(share)
 
 
 def _lost(results: Results[Merge]) -> str:

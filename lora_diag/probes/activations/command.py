@@ -10,7 +10,8 @@ import typer
 
 from lora_diag.cli import options
 from lora_diag.cli import probe_options as shared
-from lora_diag.cli.output import line, result, terminal
+from lora_diag.cli.output import check_outputs, line, result, terminal
+from lora_diag.files import SECOND_MOMENTS
 
 
 @options.spread
@@ -29,11 +30,13 @@ def activations(
     per: options.PerRow = options.Per.type,
     json: options.Json = False,
     quiet: options.Quiet = False,
+    overwrite: options.Overwrite = False,
 ) -> None:
     """Which inputs do the layers get on your text? C = E[xx^T] of each, for the --activations of other commands.
 
     Example: loradiag probe activations base/ --data text.txt -o activations.safetensors
     """
+    check_outputs([data], [(output, SECOND_MOMENTS)], overwrite)
     # torch comes with it: not before it is needed
     from lora_diag.probes.activations.run import probe_activations
     from lora_diag.probes.activations.summary import activations_table
@@ -46,6 +49,7 @@ def activations(
             gradients=gradients,
             labels=cast(Any, labels),
             seed=seed,
+            overwrite=overwrite,
             **vars(selected),
             **vars(run),
             on_progress=on_progress,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,7 +10,7 @@ from lora_diag.checkpoints.tensors import TensorInfo
 from lora_diag.checkpoints.writing import write_safetensors
 from lora_diag.deltas import natural_order, selector
 from lora_diag.errors import NothingComparedError, UsageError
-from lora_diag.files import check_place
+from lora_diag.files import SECOND_MOMENTS, check_output
 from lora_diag.linalg import resolve_device
 from lora_diag.models.activations import Listener, Moment, equal_batches, inputs_of, linear_layers, outputs_of, record
 from lora_diag.models.data import Texts, read_texts
@@ -33,6 +32,7 @@ def probe_activations(
     gradients: bool = False,
     labels: Labels = "data",
     seed: int = 0,
+    overwrite: bool = False,
     layers: str | None = None,
     exclude: str | None = None,
     length: int | None = None,
@@ -56,6 +56,7 @@ def probe_activations(
             K-FAC's metric: ``(out, out)`` under ``output_gradients.`` and the weight's name. Takes a backward pass.
         labels: Of that loss: ``data`` for the text's own, ``model`` for labels drawn from the model.
         seed: Of what is drawn.
+        overwrite: Replace a file in the place of ``output``.
         layers: Regular expression; only weights whose name contains a match.
         exclude: Regular expression; no weights whose name contains a match.
         length: Tokens of a sequence; by default 512 or what the model has room for.
@@ -79,9 +80,7 @@ def probe_activations(
     if labels != "data" and not gradients:
         raise UsageError(f"--labels {labels}: is for --gradients")
     output = Path(output)
-    if os.path.lexists(output):
-        raise UsageError(f"{output}: is there already; delete it first, or choose another name")
-    check_place(output)
+    check_output(output, SECOND_MOMENTS, overwrite)
     selected = selector(layers, exclude)
     stored = open_checkpoint(base)
     model = open_model(base, resolve_device(device), dtype, length, tokenizer)
@@ -103,7 +102,7 @@ def probe_activations(
     moments |= {GRADIENTS + names[layer]: moment for layer, moment in heard.outputs.items()}
     tokens = sum(len(sequence.ids) for sequence in texts.sequences)
     told = _metadata(stored, model, texts, tokens)
-    _write(output, moments, {**told, "gradients": f"of labels of the {labels}"} if gradients else told)
+    _write(output, moments, {**told, "gradients": f"of labels of the {labels}"} if gradients else told, overwrite)
     return Activations(
         path=legible(output),
         model=legible(base),
@@ -148,9 +147,9 @@ def _metadata(stored: Checkpoint, model: Model, texts: Texts, tokens: int) -> di
     }
 
 
-def _write(output: Path, moments: dict[str, Moment], metadata: dict[str, str]) -> None:
+def _write(output: Path, moments: dict[str, Moment], metadata: dict[str, str], overwrite: bool) -> None:
     shapes = {name: TensorInfo(name, tuple(moment.total.shape), "float32") for name, moment in moments.items()}
-    write_safetensors(output, shapes, lambda name: moments[name].mean.float(), metadata)
+    write_safetensors(output, shapes, lambda name: moments[name].mean.float(), metadata, SECOND_MOMENTS, overwrite)
 
 
 def _told(heard: Listener, names: dict[str, str]) -> list[LayerInput]:

@@ -14,7 +14,7 @@ from lora_diag.probes.curvature.record import Curvature, LossBound
 from lora_diag.records import Results
 from lora_diag.rendering.figures.axes import panel_axes
 from lora_diag.rendering.figures.losses import measured_axis, panel_width
-from lora_diag.rendering.figures.ranked import NAMES, Row, draw_rows
+from lora_diag.rendering.figures.ranked import NAMES, Row, draw_rows, highest, run_keys
 from lora_diag.rendering.figures.series import Options, Series, subject_of
 from lora_diag.rendering.figures.sheet import Key, Words, sheet
 from lora_diag.rendering.figures.style import (
@@ -68,7 +68,7 @@ def curvature(
             )
         else:
             rows, title, label = _rows([("", records)])
-            draw_rows(axes, rows, [row.name for row in rows], look)
+            draw_rows(axes, rows, look)
             axes.set_xlabel(label)
             axes.set_title(title, parse_math=False, loc="left")
     return axes
@@ -98,7 +98,7 @@ def figure(series: Sequence[Series[Any]], look: Look, options: Options) -> Figur
             ax.set(xlabel="rank r of the update", ylabel="loss gap (nats)")
         if rows:
             ax = axes[len(sets)]
-            draw_rows(ax, rows, [short[row.name] for row in rows], look)
+            draw_rows(ax, rows, look, short)
             ax.set_title(
                 wrapped(title, look.width / columns * (1 - NAMES) - look.text / 72, look.text), parse_math=False
             )
@@ -180,24 +180,24 @@ def _short(ratio: float) -> str:
 def _rows(runs: Sequence[tuple[str, Sequence[Curvature | LossBound]]]) -> tuple[list[Row], str, str]:
     """Return the largest eigenvalues of the layers; without such their traces, and what the panel is called."""
     found = [
-        (f"{label}: " if len(runs) > 1 else "", number, record)
-        for number, (label, records) in enumerate(runs)
+        (category(number), record)
+        for number, (_, records) in enumerate(runs)
         for record in records
         if isinstance(record, Curvature)
     ]
-    eigen = any(record.layer is not None and record.eigenvalues for _, _, record in found)
+    eigen = any(record.layer is not None and record.eigenvalues for _, record in found)
     rows = []
-    for whose, number, record in found:
-        called = f"{whose}{'all jointly' if record.layer is None else name_of(record.layer)}"
-        color = INK if record.layer is None else category(number)
+    for color, record in found:
+        called = "all jointly" if record.layer is None else name_of(record.layer)
+        color = INK if record.layer is None and len(runs) == 1 else color
         if eigen and record.eigenvalues:
             rows.append(Row(called, record.eigenvalues[0], record.residual, color))
         elif not eigen:
             rows.append(Row(called, record.trace, 2 * (record.trace_error or 0.0), color))
-    rows = sorted(rows, key=lambda row: -row.value)
-    most = f", the {ROWS} highest of {len(rows)}" if len(rows) > ROWS else ""
+    names = len({row.name for row in rows})
+    most = f", the {ROWS} highest of {names}" if names > ROWS else ""
     title = "largest eigenvalue" if eigen else "trace ± 2 standard errors"
-    return rows[:ROWS], f"{title}{most}", "λ max (nats)" if eigen else "tr(H) (nats)"
+    return highest(rows, ROWS), f"{title}{most}", f"{'λ' if eigen else 'trace'} (nats per squared weight)"
 
 
 def _words(
@@ -210,6 +210,7 @@ def _words(
         return Words(
             f"Curvature of the loss at {first.at.upper()}: the {matrix} of each layer",
             f"{about}mean negative log-likelihood of the evaluation set",
+            keys=run_keys(series, look),
         )
     width = look.line
     bounded = _is_bound(records)

@@ -65,6 +65,7 @@ def probe_curvature(
     device: str = "auto",
     output: Path | str | None = None,
     resume: bool = False,
+    overwrite: bool = False,
     verify: bool = False,
     on_progress: Callable[[str, int, int], None] | None = None,
     on_record: Callable[[AnyRecord], None] | None = None,
@@ -98,6 +99,7 @@ def probe_curvature(
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:1``.
         output: Results file, appended record by record.
         resume: Go on behind what an interrupted run left in ``output``.
+        overwrite: Replace a file in the place of ``output`` that loradiag did not write.
         verify: Let ``resume`` compare a SHA-256 of every byte of the models; of texts it does so anyway.
         on_progress: Called with what is being measured, batches done and (roughly) batches in all.
         on_record: Called with every record, in the order of the file, as it comes.
@@ -152,7 +154,7 @@ def probe_curvature(
     curved = Curved(model, texts, batch, chosen, matrix, lambda: _tick(watch, "products"))
     point = Point(model, curved, swapped, texts, batch, "tuned" if swapped else "base", matrix)
     effort = Effort(top, probes, seed)
-    with ResultsWriter[Any](Path(output) if output is not None else None, run, resume) as writer:
+    with ResultsWriter[Any](Path(output) if output is not None else None, run, resume, overwrite) as writer:
         kept = Kept(writer, watch)
         if kept.finished is not None:
             return kept.finished

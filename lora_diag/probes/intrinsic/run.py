@@ -58,6 +58,7 @@ def probe_intrinsic(
     device: str = "auto",
     output: Path | str | None = None,
     resume: bool = False,
+    overwrite: bool = False,
     verify: bool = False,
     on_progress: Callable[[str, int, int], None] | None = None,
     on_record: Callable[[AnyRecord], None] | None = None,
@@ -94,6 +95,7 @@ def probe_intrinsic(
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:1``.
         output: Results file, appended run by run.
         resume: Go on behind what an interrupted run left in ``output``; finished runs are not run again.
+        overwrite: Replace a file in the place of ``output`` that loradiag did not write.
         verify: Let ``resume`` compare a SHA-256 of every byte of the models; of texts it does so anyway.
         on_progress: Called with what is being done, steps and batches done, and all of them.
         on_record: Called with every record, in the order of the file, as it comes.
@@ -149,7 +151,7 @@ def probe_intrinsic(
     )
     run = run_of("probe intrinsic", inputs, settings, model, batch, dtype)
     watch = Watch(on_progress, on_record, on_note)
-    with ResultsWriter[Any](Path(output) if output is not None else None, run, resume) as writer:
+    with ResultsWriter[Any](Path(output) if output is not None else None, run, resume, overwrite) as writer:
         kept = Kept(writer, watch)
         if kept.finished is not None:
             return kept.finished

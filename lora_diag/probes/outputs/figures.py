@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from pathlib import PurePath
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -14,10 +13,11 @@ from matplotlib.ticker import MaxNLocator
 from lora_diag.records import Probe, Results
 from lora_diag.rendering.figures.axes import panel_axes
 from lora_diag.rendering.figures.losses import limits, one_set, panel_width, panels_of, sets_of
-from lora_diag.rendering.figures.ranked import Row, draw_rows, figure_of
+from lora_diag.rendering.figures.names import short_names
+from lora_diag.rendering.figures.ranked import Row, draw_rows, figure_of, highest, run_keys
 from lora_diag.rendering.figures.series import Options, Series, owner_of, subject_of
 from lora_diag.rendering.figures.sheet import Key, Words, sheet
-from lora_diag.rendering.figures.style import CATEGORIES, INK, QUIET, Look, category, name_of, styled, wrapped
+from lora_diag.rendering.figures.style import CATEGORIES, INK, QUIET, Look, category, styled, wrapped
 
 # Rows of a panel, and lines: more are not told apart.
 ROWS = 24
@@ -48,9 +48,9 @@ def outputs(results: Results[Any] | Iterable[Probe], ax: Axes | None = None, *, 
         The Axes drawn on.
     """
     records, called = one_set(results, "outputs", name)
-    rows = _rows(records, "")
+    rows = highest(_rows(records, _called(records)), ROWS)
     with panel_axes(ax) as (axes, look):
-        draw_rows(axes, rows, [row.name for row in rows], look)
+        draw_rows(axes, rows, look)
         axes.set_xlabel("loss minus TUNED's (nats)")
         axes.set_title(called, parse_math=False, loc="left")
     return axes
@@ -68,7 +68,7 @@ def depth(results: Results[Any] | Iterable[Probe], ax: Axes | None = None, *, na
         The Axes drawn on.
     """
     records, _ = one_set(results, "outputs", name)
-    lines = _lines(records, "")
+    lines = _lines(records, _called(records))
     with panel_axes(ax) as (axes, look):
         _draw_depth(axes, lines, look)
         axes.set(xlabel="block (0: embeddings)", ylabel="distance of hidden states")
@@ -80,11 +80,13 @@ def figure(series: Sequence[Series[Any]], look: Look, options: Options) -> Figur
     """Return the gaps, one panel a set."""
     panels: list[tuple[str, list[Row]]] = []
     sets = sets_of(record for one in series for record in one.records)
+    models = _called(record for one in series for record in one.records)
     for name, called in sets.items():
-        rows = []
-        for one in series:
-            rows += _rows([r for r in one.records if r.set == name], owner_of(one, series))
-        panels.append((called, _ordered(rows, panels[0][1] if panels else ())))
+        rows: list[Row] = []
+        for number, one in enumerate(series):
+            color = category(number) if len(series) > 1 else None
+            rows += _rows([r for r in one.records if r.set == name], models, color)
+        panels.append((called, highest(rows, ROWS, panels[0][1] if panels else ())))
     most = max(sum(record.set == name for one in series for record in _others(one.records)) for name in sets)
     notes = ["Bars are two paired standard errors, by sequence: one that crosses zero cannot be told from TUNED."]
     notes.append(f"The {ROWS} largest gaps of {most}." if most > ROWS else "")
@@ -93,6 +95,7 @@ def figure(series: Sequence[Series[Any]], look: Look, options: Options) -> Figur
         "Held-out loss of each model, less that of the full fine-tune",
         f"{about}mean negative log-likelihood, nats; to the left of the line is better than TUNED",
         (" ".join(filter(None, notes)),),
+        run_keys(series, look),
     )
     return figure_of(panels, "loss minus TUNED's (nats)", words, look)
 
@@ -102,9 +105,12 @@ def depth_figure(series: Sequence[Series[Any]], look: Look, options: Options) ->
     sets = sets_of(record for one in series for record in one.records if not lacks_depth([record], options))
     rows, columns = panels_of(len(sets), look)
     inches = panel_width(look, columns)
+    models = _called(record for one in series for record in one.records)
     by_set = {
         name: [
-            line for one in series for line in _lines([r for r in one.records if r.set == name], owner_of(one, series))
+            line
+            for one in series
+            for line in _lines([r for r in one.records if r.set == name], models, owner_of(one, series))
         ]
         for name in sets
     }
@@ -136,42 +142,41 @@ def _others(records: Iterable[Probe]) -> list[Probe]:
     return [record for record in records if record.subject in {"adapter", "reference"} and record.gap is not None]
 
 
-def _rows(mine: Sequence[Probe], whose: str) -> list[Row]:
+def _rows(mine: Sequence[Probe], called: Mapping[tuple[str, str], str], color: str | None = None) -> list[Row]:
     found = [record for record in mine if record.subject != "tuned" and record.gap is not None]
     # BASE far away would press all others together: its gap is in the table.
     others = _others(found)
     furthest = max((abs(record.gap or 0.0) for record in others), default=0.0)
-    shown = [r for r in found if r.subject != "base" or not others or abs(r.gap or 0.0) <= 4 * furthest]
-    return sorted(
-        (
-            Row(
-                f"{whose}{_called(record)}",
-                record.gap or 0.0,
-                None if record.gap_error is None else 2 * record.gap_error,
-                _COLORS.get(record.subject, INK),
-            )
-            for record in shown
-        ),
-        key=lambda row: -row.value,
-    )
+    return [
+        Row(
+            called[record.subject, record.name],
+            record.gap or 0.0,
+            None if record.gap_error is None else 2 * record.gap_error,
+            color or _COLORS.get(record.subject, INK),
+        )
+        for record in found
+        if record.subject != "base" or not others or abs(record.gap or 0.0) <= 4 * furthest
+    ]
 
 
-def _ordered(rows: Sequence[Row], first: Sequence[Row]) -> list[Row]:
-    """Return the largest gaps of a panel, in the order of the first one where they are in it."""
-    place = {row.name: number for number, row in enumerate(first)}
-    largest = sorted(rows, key=lambda row: -row.value)[:ROWS]
-    return sorted(largest, key=lambda row: place.get(row.name, len(place)))
+def _called(records: Iterable[Probe]) -> dict[tuple[str, str], str]:
+    """Return what models are called, by subject and path."""
+    known = dict.fromkeys((record.subject, record.name) for record in records)
+    short = short_names(path for _, path in known if path)
+    return {
+        (subject, path): "BASE"
+        if subject == "base"
+        else short.get(path, "") + " (reference)" * (subject == "reference")
+        for subject, path in known
+    }
 
 
-def _called(record: Probe) -> str:
-    if record.subject == "base":
-        return "BASE"
-    name = name_of(PurePath(record.name).name or record.name)
-    return f"{name} (reference)" if record.subject == "reference" else name
-
-
-def _lines(mine: Sequence[Probe], whose: str) -> list[tuple[str, Sequence[float | None]]]:
-    return [(f"{whose}{_called(record)}", record.hidden) for record in _others(mine) if record.hidden]
+def _lines(
+    mine: Sequence[Probe], called: Mapping[tuple[str, str], str], whose: str = ""
+) -> list[tuple[str, Sequence[float | None]]]:
+    return [
+        (f"{whose}{called[record.subject, record.name]}", record.hidden) for record in _others(mine) if record.hidden
+    ]
 
 
 def _draw_depth(ax: Axes, lines: Sequence[tuple[str, Sequence[float | None]]], look: Look | None) -> None:

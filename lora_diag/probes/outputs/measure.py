@@ -163,5 +163,7 @@ def _record(contender: Contender, own: _Sums, base: _Sums, tuned: _Sums, texts: 
         distance=math.sqrt(own.squares / base.squares) if base.squares else None,
         kl=own.kl / predicted,
         agreement=own.same / predicted,
+        nll=tuple(round(each, 6) for each in own.nll),
+        predictions=tuple(own.counts) if contender.subject == "base" else (),
         hidden=tuple(math.sqrt(x / b) if b else None for x, b in zip(own.hidden, base.hidden, strict=True)) or None,
     )

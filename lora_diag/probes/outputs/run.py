@@ -46,6 +46,7 @@ def probe_outputs(
     device: str = "auto",
     output: Path | str | None = None,
     resume: bool = False,
+    overwrite: bool = False,
     verify: bool = False,
     on_progress: Callable[[str, int, int], None] | None = None,
     on_record: Callable[[AnyRecord], None] | None = None,
@@ -71,6 +72,7 @@ def probe_outputs(
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:1``.
         output: Results file, appended set by set.
         resume: Go on behind what an interrupted run left in ``output``; finished sets are not run again.
+        overwrite: Replace a file in the place of ``output`` that loradiag did not write.
         verify: Let ``resume`` compare a SHA-256 of every byte of the models; of texts it does so anyway.
         on_progress: Called with what is being measured, batches done and batches in all.
         on_record: Called with every record, in the order of the file, as it comes.
@@ -101,7 +103,7 @@ def probe_outputs(
         contenders.append(Contender(subject, described_as.path, Swapped(model, other.pairing.deltas, 0)))
     run = run_of("probe outputs", (*inputs, *map(described, texts)), {}, model, batch, dtype)
     watch = Watch(on_progress, on_record, on_note)
-    with ResultsWriter[Any](Path(output) if output is not None else None, run, resume) as writer:
+    with ResultsWriter[Any](Path(output) if output is not None else None, run, resume, overwrite) as writer:
         kept = Kept(writer, watch)
         if kept.finished is not None:
             return kept.finished

@@ -7,11 +7,13 @@ from typing import Any
 
 from rich.console import Group
 
+from lora_diag.metrics.equivalence import MOST_RUNS
 from lora_diag.probes.truncation.summary import ending, gap, measured, names_of, noise, probes, share
 from lora_diag.records import Probe, Results
 from lora_diag.rendering.columns import Column, Grid
 from lora_diag.rendering.lines import answers, called, inputs, notes
 from lora_diag.rendering.text import number, percent, short, to_text
+from lora_diag.reports.worth import Choice, Rival, choices
 
 # For runs without a reference: what was measured elsewhere (docs/probe.md).
 _NONE = (
@@ -116,9 +118,30 @@ def _verdict(mine: Sequence[Probe], names: dict[str, str]) -> str:
     lines = [f"loss {base.nats:.3f} of BASE → {tuned.nats:.3f} of TUNED{noise(base)}"]
     adapters = [record for record in mine if record.subject == "adapter"]
     lines += [f"{_name(record, names)}: {_against(record)}" for record in adapters]
+    lines += [_choice(choice, names) for choice in choices(mine)]
     reference = next((record for record in mine if record.subject == "reference"), None)
     lines += _distances(adapters, reference, names)
     return "\n".join(lines)
+
+
+def _choice(choice: Choice, names: dict[str, str]) -> str:
+    """Say which adapter to use: the one that is better than every other, or that some cannot be told apart."""
+    best = names[choice.best]
+    told = "; ".join(f"{names[rival.name]} {_behind(rival)}" for rival in choice.rivals)
+    if not choice.equals:
+        return f"use {best}, the best of {len(choice.rivals) + 1}, paired by sequence: {told}"
+    equal = ", ".join([best, *(names[rival.name] for rival in choice.equals)])
+    return f"{equal} cannot be told apart, use the one that costs least; losses above {best}'s, paired: {told}"
+
+
+def _behind(rival: Rival) -> str:
+    if rival.half is None:
+        return f"{rival.behind:+.4f} (one sequence has no error)"
+    span = f"{rival.behind:+.4f} [{rival.behind - rival.half:.4f}, {rival.behind + rival.half:.4f}]"
+    if rival.worse:
+        return span
+    needed = f"more than {MOST_RUNS}" if rival.sequences is None else f"about {rival.sequences}"
+    return f"{span}, {needed} sequences would tell"
 
 
 def _against(record: Probe) -> str:

@@ -13,8 +13,8 @@ from lora_diag.probes.sensitivity.record import Sensitivity
 from lora_diag.records import Results
 from lora_diag.rendering.figures.axes import panel_axes
 from lora_diag.rendering.figures.losses import sets_of
-from lora_diag.rendering.figures.ranked import Row, draw_rows, figure_of
-from lora_diag.rendering.figures.series import Options, Series, owner_of, subject_of
+from lora_diag.rendering.figures.ranked import Row, draw_rows, figure_of, highest, run_keys
+from lora_diag.rendering.figures.series import Options, Series, subject_of
 from lora_diag.rendering.figures.sheet import Words
 from lora_diag.rendering.figures.style import Look, category, name_of
 
@@ -24,7 +24,7 @@ ROWS = 24
 
 def lacks(records: Sequence[Sensitivity], options: Options) -> str | None:
     """Say why there is nothing to draw; None if there is."""
-    return None if _rows(records, _first(records), "", 0) else "no unit is finished with a gain"
+    return None if _rows(records, _first(records), 0) else "no unit is finished with a gain"
 
 
 def sensitivity(
@@ -43,9 +43,9 @@ def sensitivity(
     every = results.whole if isinstance(results, Results) else results
     records = [record for record in every if isinstance(record, Sensitivity)]
     chosen = name if name is not None else _first(records)
-    rows = _rows(records, chosen, "", 0)[:ROWS]
+    rows = highest(_rows(records, chosen, 0), ROWS)
     with panel_axes(ax) as (axes, look):
-        draw_rows(axes, rows, [row.name for row in rows], look)
+        draw_rows(axes, rows, look)
         axes.set_xlabel("loss of BASE minus loss (nats)")
         axes.set_title(sets_of(records)[chosen], parse_math=False, loc="left")
     return axes
@@ -57,9 +57,9 @@ def figure(series: Sequence[Series[Any]], look: Look, options: Options) -> Figur
     for name, called in sets_of(record for one in series for record in one.records).items():
         rows = []
         for number, one in enumerate(series):
-            rows += _rows(one.records, name, owner_of(one, series), number)
-        most = max(most, len(rows))
-        panels.append((called, sorted(rows, key=lambda row: -row.value)[:ROWS]))
+            rows += _rows(one.records, name, number)
+        most = max(most, len({row.name for row in rows}))
+        panels.append((called, highest(rows, ROWS)))
     ranks = sorted({_rank(one.records) for one in series})
     notes = [
         "Bars are two standard errors, paired by sequence. What a part gains alone is not its share of what all gain."
@@ -70,6 +70,7 @@ def figure(series: Sequence[Series[Any]], look: Look, options: Options) -> Figur
         f"What each part gains where it is adapted alone, r\xa0=\xa0{', '.join(map(str, ranks))}",
         f"{about}loss of BASE minus loss on held-out text, nats; to the right of the line is better",
         (" ".join(notes),),
+        run_keys(series, look),
     )
     return figure_of(panels, "loss of BASE minus loss (nats)", words, look)
 
@@ -82,11 +83,9 @@ def _rank(records: Sequence[Sensitivity]) -> int:
     return min((record.rank for record in records if record.rank is not None), default=0)
 
 
-def _rows(records: Sequence[Sensitivity], name: str, whose: str, number: int) -> list[Row]:
+def _rows(records: Sequence[Sensitivity], name: str, number: int) -> list[Row]:
     seed = min((record.seed for record in records if record.unit), default=0)
-    found = gains_of(records, name, _first(records), _rank(records), seed)
-    rows = [
-        Row(f"{whose}{name_of(one.unit)}", one.gain, None if one.error is None else 2 * one.error, category(number))
-        for one in found
+    return [
+        Row(name_of(one.unit), one.gain, None if one.error is None else 2 * one.error, category(number))
+        for one in gains_of(records, name, _first(records), _rank(records), seed)
     ]
-    return sorted(rows, key=lambda row: -row.value)

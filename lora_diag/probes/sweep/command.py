@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from lora_diag.cli import options
 from lora_diag.cli import probe_options as shared
-from lora_diag.cli.output import result, terminal
+from lora_diag.cli.output import again, result, terminal
+
+if TYPE_CHECKING:
+    from lora_diag.records import Results
 
 
 @options.spread
@@ -77,5 +80,18 @@ def sweep(
             on_note=shared.noted(written.quiet),
         )
     if written.table:
-        then = f"loradiag plan {shlex.quote(str(base))}   (what each rank costs in parameters and memory)"
-        result(sweep_table(results, *terminal(), then=shared.next_step(written.output, then)))
+        result(sweep_table(results, *terminal(), then=shared.next_step(written.output, _next(results, base))))
+
+
+def _next(results: Results[Any], base: Path) -> str:
+    """Return the command that a user would run next: more seeds where they would tell, else what the rank costs."""
+    from lora_diag.probes.sweep.summary import main_verdict
+
+    verdict = main_verdict(results)
+    if verdict is not None and verdict.more_seeds is not None:
+        return f"{again('--seeds', str(verdict.more_seeds), '--resume')}   (adds seeds to these)"
+    chosen = None if verdict is None else verdict.chosen
+    command = f"loradiag plan {shlex.quote(str(base))}"
+    if chosen is None:
+        return f"{command}   (what each rank costs in parameters and memory)"
+    return f"{command} --ranks {chosen.rank}   (what it costs; train it at learning rate {chosen.lr:g})"

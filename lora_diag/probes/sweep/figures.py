@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from lora_diag.probes.sweep.verdict import AtRank, SweepVerdict, best_rates, by_rank, judge
+from lora_diag.probes.sweep.verdict import TOLERANCE, AtRank, SweepVerdict, best_rates, by_rank, confident, judge
 from lora_diag.records import Probe, Results
 from lora_diag.records.probe import Subject
 from lora_diag.rendering.figures.axes import panel_axes
@@ -31,8 +31,6 @@ from lora_diag.rendering.figures.style import FLOOR, INK, QUIET, Look, category,
 
 # BASE is drawn in the panel unless it is so many times further away than the runs are from each other.
 FAR = 8.0
-# Share of the gain that a smaller rank may lose, where no run says which was asked for: the command's default.
-TOLERANCE = 0.02
 # What else may be trained, and how its line is called.
 LINES: tuple[tuple[Subject, str], ...] = (("full", "full fine-tuning"), ("bitfit", "norms and biases"))
 
@@ -191,13 +189,15 @@ def _finding(called: str, found: Course) -> str:
     verdict = found.verdict
     if verdict is None:
         return called
+    if verdict.rank is not None:
+        return f"{called}: r\xa0=\xa0{verdict.rank} is enough, {verdict.word}"
+    sure = "" if verdict.confidence is None else f", {confident(verdict.confidence)} confidence"
     said = {
-        "noisy": "noisy, seeds differ more than ranks do",
+        "not resolved": f"best answer r\xa0=\xa0{verdict.answer}{sure}",
         "no gain": "every rank is worse than BASE",
         "no verdict": f"lowest at r\xa0=\xa0{verdict.best}, no verdict",
     }
-    enough = f"r\xa0=\xa0{verdict.rank} is enough, {verdict.word}"
-    return f"{called}: {said.get(verdict.word, enough)}"
+    return f"{called}: {said.get(verdict.word, verdict.word)}"
 
 
 def _words(series: Sequence[Series[Any]], sets: dict[str, str], look: Look) -> Words:
@@ -212,7 +212,7 @@ def _words(series: Sequence[Series[Any]], sets: dict[str, str], look: Look) -> W
         keys.append(Key(Line2D([], [], color=color, lw=1.6 * width), "mean over seeds"))
     keys.append(Key(Line2D([], [], color=color, ls="", marker="o", ms=2.6 * width, alpha=0.6), "one seed"))
     ring: dict[str, Any] = {"marker": "o", "ms": 7 * width, "mfc": "none", "mew": 1.3 * width}
-    keys.append(Key(Line2D([], [], color=color, ls="", **ring), "smallest rank within tolerance"))
+    keys.append(Key(Line2D([], [], color=color, ls="", **ring), "smallest rank shown to be enough"))
     if single:
         keys.append(Key(Patch(facecolor=FLOOR, alpha=0.5), "within tolerance of the best"))
     about = subject_of(series)

@@ -26,6 +26,13 @@ from lora_diag.running.training_runs import Arm, Trial, Walk, check_training, re
 
 RANKS = (4, 8, 16, 32, 64)
 RATES = (1e-4, 3e-4, 1e-3, 3e-3)
+# Settings that a finished sweep takes more of with ``resume``: what was asked for before and now, together.
+GROWS: dict[str, Callable[[Any, Any], Any]] = {
+    "ranks": lambda then, now: sorted({*then, *now}),
+    "rates": lambda then, now: sorted({*then, *now}),
+    "full_rates": lambda then, now: sorted({*then, *now}),
+    "seeds": max,
+}
 # LoRA's best rate is about ten times that of full fine-tuning (Schulman et al. 2025, LoRA Without Regret).
 FULL_RATES = (1e-5, 3e-5, 1e-4, 3e-4)
 
@@ -58,6 +65,7 @@ def probe_sweep(
     device: str = "auto",
     output: Path | str | None = None,
     resume: bool = False,
+    overwrite: bool = False,
     verify: bool = False,
     on_progress: Callable[[str, int, int], None] | None = None,
     on_record: Callable[[AnyRecord], None] | None = None,
@@ -95,7 +103,9 @@ def probe_sweep(
         dtype: Of the weights while they run.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:1``.
         output: Results file, appended run by run.
-        resume: Go on behind what an interrupted sweep left in ``output``; finished runs are not run again.
+        resume: Continue the sweep in ``output``, interrupted or finished; runs that are in it are not run again. More
+            ``seeds``, other ``ranks`` and ``rates`` are added to those that it has; all else has to be the same.
+        overwrite: Replace a file in the place of ``output`` that loradiag did not write.
         verify: Let ``resume`` compare a SHA-256 of every byte of the models; of texts it does so anyway.
         on_progress: Called with what is being done, steps and batches done, and all of them.
         on_record: Called with every record, in the order of the file, as it comes.
@@ -144,14 +154,15 @@ def probe_sweep(
     )
     run = run_of("probe sweep", inputs, settings, model, batch, dtype)
     watch = Watch(on_progress, on_record, on_note)
-    with ResultsWriter[Any](Path(output) if output is not None else None, run, resume) as writer:
+    with ResultsWriter[Any](Path(output) if output is not None else None, run, resume, overwrite, GROWS) as writer:
         kept = Kept(writer, watch)
         if kept.finished is not None:
             return kept.finished
-        sweep = _Sweep(model, Walk(training, sets, seeds, widen, kept, watch))
-        arms = [sweep.arm("lora", sorted(set(ranks)), rates, quantized)]
-        arms += [sweep.arm("full", [None], full_rates, None)] if full else []
-        arms += [sweep.arm("bitfit", [None], rates, None)] if bitfit else []
+        plan = writer.run.settings  # of a resumed sweep with what it had before
+        sweep = _Sweep(model, Walk(training, sets, plan["seeds"], widen, kept, watch))
+        arms = [sweep.arm("lora", plan["ranks"], plan["rates"], quantized)]
+        arms += [sweep.arm("full", [None], plan["full_rates"], None)] if full else []
+        arms += [sweep.arm("bitfit", [None], plan["rates"], None)] if bitfit else []
         sweep.tell_cost(arms)
         sweep.measure_base("")
         for arm in arms:
@@ -183,7 +194,9 @@ class _Sweep:
 
     def arm(self, subject: Subject, ranks: Sequence[int | None], rates: Sequence[float], grid: str | None) -> _Arm:
         """Return what is trained at a grid of ranks and rates."""
-        return _Arm(subject, Arm(tuple(ranks), tuple(sorted(set(rates))), partial(self._trial, subject)), grid)
+        tried = {r.lr for r in self.walk.kept.records if r.subject == subject and r.lr is not None}
+        runs = Arm(tuple(ranks), tuple(sorted(set(rates))), partial(self._trial, subject), tuple(sorted(tried)))
+        return _Arm(subject, runs, grid)
 
     def _trial(self, subject: Subject, rank: int | None, lr: float, seed: int) -> Trial:
         cell = Cell(rank, lr, seed, subject)

@@ -7,7 +7,18 @@ from typing import Any
 
 from rich.console import Group
 
-from lora_diag.probes.sweep.verdict import AtRank, SweepVerdict, best_rates, by_rank, versus
+from lora_diag.probes.sweep.verdict import (
+    AtRank,
+    SweepVerdict,
+    Versus,
+    best_rates,
+    by_rank,
+    confident,
+    diverged,
+    needs,
+    reasons,
+    versus,
+)
 from lora_diag.probes.sweep.verdict import verdicts as verdicts_of
 from lora_diag.probes.truncation.summary import beyond_grid, ending, measured, names_of, probes
 from lora_diag.records import Probe, Results
@@ -15,6 +26,8 @@ from lora_diag.records.probe import Subject
 from lora_diag.rendering.columns import Column, Grid
 from lora_diag.rendering.lines import answers, inputs, notes
 from lora_diag.rendering.text import number, short, to_text
+from lora_diag.reports.evidence import Evidence, Source
+from lora_diag.reports.worth import swept
 
 
 def sweep_table(
@@ -33,6 +46,12 @@ def sweep_table(
     return to_text(Group(*grids, answers([*sweep_lines(results), *([("Next", then)] if then else [])])), width, color)
 
 
+def main_verdict(results: Results[Any]) -> SweepVerdict | None:
+    """Return the verdict on the first set that is not shifted; None where none has one."""
+    found = swept(Evidence((Source("", results),)))
+    return None if found is None else found.verdict
+
+
 def sweep_grids(results: Results[Any]) -> list[Grid]:
     """Return a table for each set, one row a rank."""
     records, seed = probes(results), results.run.settings["seed"]
@@ -44,7 +63,7 @@ def sweep_grids(results: Results[Any]) -> list[Grid]:
         mine = [record for record in records if record.set == name]
         lines = [(subject, row) for subject, of_set, row in beside if of_set == name]
         caption = f"On {short(name)}{' (shifted)' if mine[0].shifted else ''}"
-        found.append(_table(caption, mine, by_rank(mine, name, rates), lines))
+        found.append(_table(caption, mine, by_rank(records, name, rates), lines))
     return found
 
 
@@ -59,9 +78,10 @@ def sweep_lines(results: Results[Any]) -> list[tuple[str, str]]:
     bases = {name: base for name, (_, base) in found.items()}
     told = [("Compared", "\n".join([*inputs(results.run), *notes(results.run)])), ("Measured", measured(results.run))]
     told.append(("Trained", _trained(settings)))
-    told += [(f"On {short(name)}", _said(verdict, bases[name])) for name, verdict in verdicts.items()]
+    share = settings["tolerance"]
+    told += [(f"On {short(name)}", _said(verdict, bases[name], share)) for name, verdict in verdicts.items()]
     told += _agreement(verdicts, bases)
-    told += _against(records, sets, rates, beside)
+    told += _against(records, bases, rates, beside, share)
     own = [(subject, row) for subject, of_set, row in beside if of_set == sets[0]] if sets else []
     told += [("Rates", _rates(by_rank(records, sets[0], rates) if sets else [], own, records, settings))]
     return [*told, ("Read it so", _reading(settings)), *ending(results)]
@@ -82,8 +102,8 @@ def _reading(settings: dict[str, Any]) -> str:
     more = []
     if settings.get("full_rates"):
         more.append(
-            "full trains every parameter, embeddings and head too, and only dropout in it depends on the seed; LoRA's "
-            "best rank was chosen among several, which flatters it a little"
+            "full trains every parameter, embeddings and head too, and only dropout in it depends on the seed: without "
+            "dropout all its seeds are one run, whose error is assumed to be that of a LoRA run"
         )
     if settings.get("quantized"):
         more.append(
@@ -104,21 +124,35 @@ def _references(records: Sequence[Probe], sets: Sequence[str], seed: int) -> lis
 
 def _against(
     records: Sequence[Probe],
-    sets: Sequence[str],
+    bases: dict[str, Probe],
     rates: dict[int | None, float],
     beside: Sequence[tuple[Subject, str, AtRank]],
+    share: float,
 ) -> list[tuple[str, str]]:
-    """Hold the best rank against each reference line, on every set."""
+    """Compare the best rank with each reference line, on every set that BASE was measured on."""
     said: dict[Subject, list[str]] = {}
     for subject, name, row in beside:
-        found = versus(by_rank(records, name, rates), row)
+        base = bases.get(name)
+        found = None if base is None else versus(by_rank(records, name, rates), row, base.nats, share)
         if found is not None:
-            where = f"on {short(name)}: " if len(sets) > 1 else ""
-            both = f"r={found.best.rank} {found.best.mean:.4f}, {_LINES[subject]} {row.mean:.4f}"
-            tell = "one seed shows no spread" if found.noise is None else f"seeds allow to tell apart {found.noise:.2g}"
-            word = "no verdict" if found.noise is None else f"LoRA is {found.word}"
-            said.setdefault(subject, []).append(f"{where}{word}: {both} ({found.gap:+.4f}); {tell}")
+            where = f"on {short(name)}: " if len(bases) > 1 else ""
+            said.setdefault(subject, []).append(f"{where}{_compared(found, _LINES[subject])}")
     return [(f"To {_LINES[subject]}", "\n".join(lines)) for subject, lines in said.items()]
+
+
+def _compared(found: Versus, line: str) -> str:
+    """Say how the best rank compares with a line, with the interval of the difference."""
+    both = f"r={found.best.rank} {found.best.mean:.4f}, {line} {found.other.mean:.4f}"
+    if found.half is None:
+        return f"no verdict: {both} ({found.gap:+.4f}); one seed shows no spread"
+    words = {
+        "as good": f"LoRA is as good: each keeps {1 - found.tolerance:.0%} of the other's gain",
+        "better": "LoRA is better",
+        "worse": "LoRA is worse",
+        "not known": "not known: " + ("no number of seeds tells" if found.seeds is None else needs(found.seeds)),
+    }
+    span = f"{found.gap:+.4f} [{found.gap - found.half:.4f}, {found.gap + found.half:.4f}]"
+    return f"{words[found.word]}; {both} ({span}){f'; {line} is one run' if found.fixed else ''}"
 
 
 def _table(
@@ -135,7 +169,7 @@ def _table(
     blank = [""] * len(bases)
     columns = (
         Column("lr", (*blank, *(f"{row.lr:g}" for _, row in rows))),
-        Column("seeds", (*blank, *(str(len(row.losses)) for _, row in rows))),
+        Column("seeds", (*blank, *(str(len(row.runs)) for _, row in rows))),
         Column("loss", (*map(_loss, bases), *(f"{row.mean:.4f}" for _, row in rows))),
         Column("min to max", (*blank, *(_range(row) for _, row in rows))),
         *(Column(f"lr {lr:g}", (*blank, *(_loss(at.get((who, row.rank, lr))) for who, row in rows))) for lr in tried),
@@ -161,23 +195,28 @@ def _trained(settings: dict[str, Any]) -> str:
     return f"{kind}, on {on}; {steps}; {settings['optimizer']}"
 
 
-def _said(verdict: SweepVerdict, base: Probe) -> str:
-    if verdict.word == "no verdict":
-        if verdict.best is None:
-            return "no verdict: no run is finished with a finite loss"
-        why = "one seed shows no spread" if verdict.noise is None else "too few runs"
-        return f"no verdict: {why}; lowest loss at r={verdict.best}"
+def _said(verdict: SweepVerdict, base: Probe, share: float) -> str:
+    """Say which rank to train at, with which confidence, and what speaks against smaller ones."""
+    if verdict.best is None:
+        return "no verdict: no run is finished with a finite loss"
     if verdict.word == "no gain":
         by = number(-verdict.gain)
         return f"no gain: every rank is worse than BASE ({number(base.nats)}), r={verdict.best} least, by {by}"
-    noise = f"seeds allow to tell apart {number(verdict.noise or 0)} nats"
-    ranks = f"ranks differ by {number(verdict.spread)}"
-    if verdict.word == "noisy":
-        return f"noisy: {noise}, {ranks} and the tolerance is less; more --seeds or --steps"
-    return (
-        f"{verdict.word}: r={verdict.rank} is the smallest rank within {number(verdict.tolerance)} nats of the best "
-        f"(r={verdict.best}); {ranks}, {noise}"
-    )
+    chosen = verdict.chosen
+    if verdict.word == "no verdict" or chosen is None or chosen.confidence is None:
+        why = (
+            "one rank" if chosen is None else "one seed shows no spread" if verdict.seeds < 2 else "seeds do not differ"
+        )
+        more = "" if chosen is None else "; more --seeds with --resume tell"
+        return f"no verdict: {why}; lowest loss at r={verdict.best}{more}"
+    at = f"r={chosen.rank} at learning rate {chosen.lr:g}"
+    keeps = f"keeps {100 * (1 - share):.4g}% of the gain of every rank tried"
+    if verdict.rank is not None:
+        lead = f"{verdict.word}: {at} {keeps}, with {confident(chosen.confidence)} confidence"
+    else:
+        sure = "" if verdict.confidence is None else f", with {confident(verdict.confidence)} confidence"
+        lead = f"{verdict.word}: the best answer is {at}{sure} that it {keeps} and no smaller rank does"
+    return "\n".join([lead, *reasons(verdict, share)])
 
 
 def _agreement(verdicts: dict[str, SweepVerdict], bases: dict[str, Probe]) -> list[tuple[str, str]]:
@@ -193,7 +232,11 @@ def _agreement(verdicts: dict[str, SweepVerdict], bases: dict[str, Probe]) -> li
         if other.word == "no gain":
             lines.append(f"no: training raises the loss on {short(name)} at every rank, least at r={other.best}")
         elif first.rank is None or other.rank is None:
-            lines.append(f"not known on {short(name)}: {other.word if other.rank is None else first.word}")
+            both = " and ".join(
+                f"r={each.answer} on {short(where)}" for where, each in ((own[0], first), (name, other)) if each.answer
+            )
+            answers_are = f"; the best answers are {both}" if first.answer and other.answer else ""
+            lines.append(f"not known on {short(name)}: {(other if other.rank is None else first).word}{answers_are}")
         elif other.rank == first.rank:
             lines.append(f"yes: r={other.rank} is enough on {short(name)}, too")
         else:
@@ -207,10 +250,14 @@ def _rates(
     records: Sequence[Probe],
     settings: dict[str, Any],
 ) -> str:
-    diverged = sum(record.loss is None for record in records)
-    lost = f"{diverged} losses are not finite: those runs diverged" if diverged else ""
+    infinite = sum(record.loss is None for record in records)
+    lost = [f"{infinite} losses are not finite: those runs diverged"] if infinite else []
+    known = {(r.subject, r.rank, r.lr, r.seed) for r in records if r.loss is not None}
+    for who in sorted(diverged(records) & known, key=str):
+        named = f"r={who[1]}" if who[0] == "lora" else _LINES[who[0]]
+        lost.append(f"{named} at {who[2]:g} diverged with seed {who[3]} (far above BASE): left out of mean and spread")
     if not rows:
-        return lost or "no run is finished yet"
+        return "\n".join(lost) or "no run is finished yet"
     told = ", ".join(f"r={row.rank} {row.lr:g}" for row in rows)
     told += "".join(f", {_LINES[subject]} {row.lr:g}" for subject, row in lines)
     told = f"lowest loss of the first seed: {told}"
@@ -226,4 +273,4 @@ def _rates(
             told += f"\nat the edge of what was tried for {_LINES[subject]}: extend {option} there"
     if len({record.lr for record in records if record.subject == "lora"}) == 1:
         told += "\none rate for all ranks: rank and rate cannot be told apart"
-    return f"{told}\n{lost}" if lost else told
+    return "\n".join([told, *lost])

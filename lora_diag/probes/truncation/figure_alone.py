@@ -11,8 +11,8 @@ from matplotlib.figure import Figure
 from lora_diag.records import Probe, Results
 from lora_diag.rendering.figures.axes import panel_axes
 from lora_diag.rendering.figures.losses import probes, sets_of
-from lora_diag.rendering.figures.ranked import Row, draw_rows, figure_of
-from lora_diag.rendering.figures.series import Options, Series, owner_of, subject_of
+from lora_diag.rendering.figures.ranked import Row, draw_rows, figure_of, highest, run_keys
+from lora_diag.rendering.figures.series import Options, Series, subject_of
 from lora_diag.rendering.figures.sheet import Words
 from lora_diag.rendering.figures.style import Look, category, name_of
 
@@ -45,9 +45,9 @@ def alone(results: Results[Any] | Iterable[Probe], ax: Axes | None = None, *, na
     sets = sets_of(records)
     chosen = name if name is not None else next(iter(sets))
     rank = _smallest(records)
-    rows = _rows([record for record in records if record.set == chosen], rank, "", 0)[:ROWS]
+    rows = highest(_rows([record for record in records if record.set == chosen], rank, 0), ROWS)
     with panel_axes(ax) as (axes, look):
-        draw_rows(axes, rows, [row.name for row in rows], look)
+        draw_rows(axes, rows, look)
         axes.set_xlabel("loss minus TUNED's (nats)")
         axes.set_title(f"{sets[chosen]}: each alone to r\xa0=\xa0{rank}", parse_math=False, loc="left")
     return axes
@@ -61,10 +61,9 @@ def figure(series: Sequence[Series[Any]], look: Look, options: Options) -> Figur
     for name, called in sets_of(records).items():
         rows = []
         for number, one in enumerate(series):
-            whose = owner_of(one, series)
-            rows += _rows([record for record in one.records if record.set == name], rank, whose, number)
+            rows += _rows([record for record in one.records if record.set == name], rank, number)
         if rows:
-            panels.append((called, sorted(rows, key=lambda row: -row.value)[:ROWS]))
+            panels.append((called, highest(rows, ROWS)))
     most = len({_what(record) for record in records if record.rank == rank and _what(record)})
     notes = ["The others are as in TUNED. Bars are two paired standard errors, by sequence."]
     if most > ROWS:
@@ -76,6 +75,7 @@ def figure(series: Sequence[Series[Any]], look: Look, options: Options) -> Figur
         f"What it costs to truncate one part alone to r\xa0=\xa0{rank}",
         f"{about}held-out loss minus that of TUNED, nats; to the right of the line is worse",
         (" ".join(notes),),
+        run_keys(series, look),
     )
     return figure_of(panels, "loss minus TUNED's (nats)", words, look)
 
@@ -92,10 +92,10 @@ def _smallest(records: Iterable[Probe]) -> int:
     return _ranks(records)[0]
 
 
-def _rows(mine: Sequence[Probe], rank: int, whose: str, number: int) -> list[Row]:
-    rows = [
+def _rows(mine: Sequence[Probe], rank: int, number: int) -> list[Row]:
+    return [
         Row(
-            f"{whose}{name_of(_what(record))}",
+            name_of(_what(record)),
             record.gap,
             None if record.gap_error is None else 2 * record.gap_error,
             category(number),
@@ -103,4 +103,3 @@ def _rows(mine: Sequence[Probe], rank: int, whose: str, number: int) -> list[Row
         for record in mine
         if _what(record) and record.rank == rank and record.gap is not None
     ]
-    return sorted(rows, key=lambda row: -row.value)

@@ -45,7 +45,7 @@ def title_of(field: str, kind: type[LayerRecord] = LayerRecord) -> str:
     ('energy share C(8)', 'rank at 90% of the energy', 'tail of rank 8: √Σᵢ﹥ᵣσᵢ²', 'other')
     """
     head, _, rest = field.partition(".")
-    if head == "energy" and rest:
+    if head == "energy" and rest.isdigit():
         return f"energy share C({rest})"
     if head == "rank_at" and rest:
         return f"rank at {_percent(rest)} of the energy"

@@ -13,7 +13,7 @@ R = TypeVar("R", bound=LayerRecord)
 
 
 class Types:
-    """The module types of some layers, in the order people expect, named so that no two towers share a name.
+    """The module types of some layers in the order people expect; towers that share a type have their name before it.
 
     Args:
         layers: Names of the weights.
@@ -24,15 +24,20 @@ class Types:
         ('encoder: q', 'decoder: q', 'lm_head')
         >>> types.of("decoder.block.0.q.weight")
         'decoder: q'
+        >>> Types(["model.layers.0.mlp.up.weight", "bert.layer.0.output.dense.weight"]).names
+        ('mlp.up', 'output.dense')
     """
 
     def __init__(self, layers: Iterable[str]) -> None:
         layers = tuple(dict.fromkeys(layers))
-        self._towers = _telling({tower for layer in layers if (tower := tower_of(layer))})
-        ordered = sorted(layers, key=lambda layer: (not tower_of(layer), place_of(layer)))
-        first = {tower: i for i, tower in enumerate(dict.fromkeys(self._tower(layer) for layer in layers))}
-        if len(self._towers) > 1:
-            ordered.sort(key=lambda layer: (not tower_of(layer), first[self._tower(layer)]))
+        towers: dict[str, set[tuple[str, ...]]] = {}
+        place: dict[tuple[str, ...], int] = {}
+        for layer in layers:
+            if tower := tower_of(layer):
+                towers.setdefault(module_type_of(layer), set()).add(tower)
+                place.setdefault(tower, len(place))
+        self._towers = _telling({tower for found in towers.values() if len(found) > 1 for tower in found})
+        ordered = sorted(layers, key=lambda layer: (place.get(tower_of(layer), len(place)), place_of(layer)))
         self._name = {layer: self._drawn(layer) for layer in ordered}
         self.names = tuple(dict.fromkeys(self._name.values()))
 
@@ -41,11 +46,8 @@ class Types:
         return self._name[layer]
 
     def _drawn(self, layer: str) -> str:
-        tower = self._tower(layer) if len(self._towers) > 1 else ""
+        tower = self._towers.get(tower_of(layer))
         return name_of(f"{tower}: {module_type_of(layer)}" if tower else module_type_of(layer))
-
-    def _tower(self, layer: str) -> str:
-        return self._towers.get(tower_of(layer), "")
 
 
 def _telling(towers: set[tuple[str, ...]]) -> dict[tuple[str, ...], str]:

@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from lora_diag.rendering.figures.sheet import Words, sheet
-from lora_diag.rendering.figures.style import CATEGORIES, INK, Look, cropped_all, styled, wrapped
+from lora_diag.rendering.figures.series import Series
+from lora_diag.rendering.figures.sheet import Key, Words, sheet
+from lora_diag.rendering.figures.style import CATEGORIES, INK, Look, category, cropped_all, styled, wrapped
 
 # Share of a page's width that names may take.
-NAMES = 0.38
+NAMES = 0.42
+# Share of a row's height over which the values of several runs are spread.
+_SPREAD = 0.5
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One value.
+    """One value; those of several runs with one name share its place.
 
     Args:
         name: As it is drawn.
@@ -34,28 +38,57 @@ class Row:
     color: str = CATEGORIES[0]
 
 
-def draw_rows(ax: Axes, rows: Sequence[Row], names: Sequence[str], look: Look | None) -> None:
+def highest(rows: Sequence[Row], most: int, first: Sequence[Row] = ()) -> list[Row]:
+    """Return the rows of the names with the highest values.
+
+    Args:
+        rows: Of all runs.
+        most: How many names.
+        first: Rows whose order is kept; the highest come first if there are none.
+    """
+    best: dict[str, float] = {}
+    for row in rows:
+        best[row.name] = max(row.value, best.get(row.name, row.value))
+    names = sorted(best, key=lambda name: -best[name])[:most]
+    place = {name: number for number, name in enumerate(dict.fromkeys([*(row.name for row in first), *names]))}
+    return sorted((row for row in rows if row.name in names), key=lambda row: place[row.name])
+
+
+def draw_rows(ax: Axes, rows: Sequence[Row], look: Look | None, short: Mapping[str, str] | None = None) -> None:
     """Draw one dot a row from top to bottom, a bar through it, and a line at zero.
 
     Args:
         ax: Where.
         rows: From top to bottom.
-        names: What each is called, short enough for the page.
         look: The page.
+        short: Names as they fit on the page; as they are if not given.
     """
     width = look.line if look else 1.2
     ax.axvline(0, color=INK, lw=0.8 * width, ls=(0, (4, 2)), zorder=1)
-    for place, row in enumerate(rows):
+    names = list(dict.fromkeys(row.name for row in rows))
+    colors = list(dict.fromkeys(row.color for row in rows))
+    places = {name: place for place, name in enumerate(names)}
+    shared = len(names) < len(rows)
+    for row in rows:
+        aside = _SPREAD * ((colors.index(row.color) + 0.5) / len(colors) - 0.5) if shared else 0.0
         bar: dict[str, Any] = {"color": row.color, "marker": "o", "ms": 4 * width, "elinewidth": 1.4 * width}
-        ax.errorbar(row.value, place, xerr=row.error or 0.0, ls="", label=f"_{row.name}", **bar)
-    ax.set_ylim(len(rows) - 0.4, -0.6)
-    ax.set_yticks(range(len(rows)), list(names))
+        ax.errorbar(row.value, places[row.name] + aside, xerr=row.error or 0.0, ls="", label=f"_{row.name}", **bar)
+    ax.set_ylim(len(names) - 0.4, -0.6)
+    ax.set_yticks(range(len(names)), [short[name] if short else name for name in names])
     for label in ax.get_yticklabels():
         label.set_parse_math(False)
     ax.tick_params(axis="y", length=0)
     ax.spines["left"].set_visible(False)
     ax.xaxis.set_major_locator(MaxNLocator(nbins=5, steps=[1, 2, 5, 10]))
     ax.margins(x=0.08)
+
+
+def run_keys(series: Sequence[Series[Any]], look: Look) -> tuple[Key, ...]:
+    """Return the legend of the colours of several runs; nothing for one."""
+    if len(series) == 1:
+        return ()
+    dot: dict[str, Any] = {"ls": "", "marker": "o", "ms": 4 * look.line}
+    return tuple(Key(Line2D([], [], color=category(n), **dot), one.label) for n, one in enumerate(series))
 
 
 def figure_of(panels: Sequence[tuple[str, Sequence[Row]]], xlabel: str, words: Words, look: Look) -> Figure:
@@ -65,12 +98,13 @@ def figure_of(panels: Sequence[tuple[str, Sequence[Row]]], xlabel: str, words: W
     shown = {row.name for _, some in panels for row in some}
     short = cropped_all(sorted(shown), NAMES * look.width / columns, look.ticks)
     inches = look.width / columns * (1 - NAMES)
-    most = max(len(some) for _, some in panels)
+    # Where runs share rows, their bars need room beside each other.
+    most = max(max(len({row.name for row in some}), 0.6 * len(some)) for _, some in panels)
     panel = max(look.panel, (most + 3.5) * 1.55 * look.ticks / 72)
     with styled(look):
         figure, axes = sheet(look, words, rows, columns, panel=panel, share=False, low=True)
         for (title, some), ax in zip(panels, axes, strict=False):
-            draw_rows(ax, some, [short[row.name] for row in some], look)
+            draw_rows(ax, some, look, short)
             ax.set_title(wrapped(title, inches, look.text), parse_math=False)
             ax.set_xlabel(xlabel)
         for ax in axes[len(panels) :]:

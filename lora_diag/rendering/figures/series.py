@@ -5,20 +5,17 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
-from pathlib import PurePath
 from typing import Any, Generic, TypeVar
 
 from lora_diag.records import LayerRecord, Probe, Results, Run, WholeRecord
 from lora_diag.records.vocabulary import METRIC_NAMES, metric_of
+from lora_diag.rendering.figures.names import names_of, run_name, short_names
 from lora_diag.rendering.figures.style import name_of
 
 R = TypeVar("R", bound=LayerRecord | WholeRecord)
 
 # Kinds of records of a whole run that no figure is made of.
 _NOT_DRAWN = {"certificate", "verdict"}
-
-# Roles of inputs that are texts or stand for one; what a run is of are the models.
-_TEXTS = {"data", "eval", "shifted", "activations"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,18 +43,22 @@ class Options:
     rank: int | None = None
 
 
-def series_of(results: Sequence[Results[Any]], labels: Sequence[str] = ()) -> tuple[Series[Any], ...]:
-    """Return one series a results file and kind of record in it, named as asked or by what was compared."""
+def series_of(
+    results: Sequence[Results[Any]], labels: Sequence[str] = (), files: Sequence[str] = ()
+) -> tuple[Series[Any], ...]:
+    """Return one series a results file and kind of record in it.
+
+    Args:
+        results: What is compared.
+        labels: What each of them is called; by what it measured if not given.
+        files: Where each of them was read, which names runs that nothing else tells apart.
+    """
+    runs = [one.run for one in results]
     metrics = [metric_of(one) if any(r.record == "spectrum" for r in one) else "" for one in results]
+    names = [name_of(label) for label in labels] or names_of(runs, metrics, files)
     if len({*metrics} - {""}) > 1:
-        own = {
-            metric: _named([r.run for r, m in zip(results, metrics, strict=True) if m == metric]) for metric in metrics
-        }
-        names = [name_of(label) for label in labels] or [own[metric].pop(0) for metric in metrics]
-        told = (f", {METRIC_NAMES[metric]}" if metric else "" for metric in metrics)
-        names = [f"{name}{metric}" for name, metric in zip(names, told, strict=True)]
-    else:
-        names = [name_of(label) for label in labels] or _named([one.run for one in results])
+        metric = (f", {METRIC_NAMES[metric]}" if metric else "" for metric in metrics)
+        names = [f"{name}{more}" for name, more in zip(names, metric, strict=True)]
     return tuple(
         Series(name, tuple(record for record in drawn(one) if kind_of(record) == kind), one.whole, one.run)
         for name, one in zip(names, results, strict=True)
@@ -75,77 +76,35 @@ def kind_of(record: LayerRecord | WholeRecord) -> str:
     return record.probe if isinstance(record, Probe) else record.record
 
 
-def _named(runs: Sequence[Run]) -> list[str]:
-    """Name runs by what they measured, as shortly as tells those of one command apart; no figure draws two commands."""
-    by_command: dict[tuple[str, object], list[int]] = {}
-    for place, run in enumerate(runs):
-        metric = run.settings.get("metric") if run.command == "spectrum" else None  # ``series_of`` adds it to the name
-        by_command.setdefault((run.command, metric), []).append(place)
-    found: dict[int, str] = {}
-    for places in by_command.values():
-        found.update(zip(places, _told_apart([runs[place] for place in places]), strict=True))
-    return [found[place] for place in range(len(runs))]
-
-
-def _told_apart(runs: Sequence[Run]) -> list[str]:
-    if len(runs) == 1:
-        return [_inputs(runs[0])]
-    for names in ([_inputs(run, last=True) for run in runs], [_inputs(run) for run in runs], _settings(runs)):
-        if len(set(names)) == len(names):
-            return names
-    return [f"{_inputs(run, last=True)} ({number})" for number, run in enumerate(runs, 1)]
-
-
-def _settings(runs: Sequence[Run]) -> list[str]:
-    """Return the settings in which runs differ, such as ``params 40000``."""
-    named = dict.fromkeys(key for run in runs for key in run.settings)
-    keys = [key for key in named if len({str(run.settings.get(key)) for run in runs}) > 1]
-    told = [[(key, run.settings.get(key)) for key in keys] for run in runs]
-    return [name_of(", ".join(f"{k} {v}" for k, v in pairs if v is not None) or "as by default") for pairs in told]
-
-
-def _inputs(run: Run, last: bool = False) -> str:
-    """Return the names of what was compared, such as ``base → full_ft``."""
-    names = [base_name(side.path) for side in run.inputs if side.role not in _TEXTS]
-    if not names:
-        return name_of(run.command)
-    if run.command == "interference":
-        return " + ".join(base_name(side.path) for side in run.inputs if side.role != "base")
-    if len(names) > 3 and not last:  # of several adapters, what they are held against
-        names = [base_name(side.path) for side in run.inputs if side.role in {"base", "tuned"}] or names[-1:]
-    return names[-1] if last else " → ".join(names)
-
-
-def base_name(path: str) -> str:
-    """Return the last part of a path, as it is drawn."""
-    return name_of(PurePath(path).name or path)
-
-
 def by_adapter(series: Sequence[Series[Any]]) -> tuple[Series[Any], ...]:
-    """Split series of ``residual`` by the adapters that were held against the update."""
-    return _split(series, lambda record: (record.adapter,))
+    """Split series of ``residual`` by the adapters, named with the full update where the runs have several."""
+    several = len({run_name(one.run) for one in series if one.run is not None}) > 1
+    return _split(series, lambda record: (record.adapter,), several)
 
 
 def by_pair(series: Sequence[Series[Any]]) -> tuple[Series[Any], ...]:
     """Split series of ``interference`` by the two updates."""
-    return _split(series, lambda record: (record.first, record.second))
+    return _split(series, lambda record: (record.first, record.second), False)
 
 
-def _split(series: Sequence[Series[Any]], paths_of: Callable[[Any], tuple[str, ...]]) -> tuple[Series[Any], ...]:
-    """Split series by the inputs that their records name."""
+def _split(
+    series: Sequence[Series[Any]], paths_of: Callable[[Any], tuple[str, ...]], named: bool
+) -> tuple[Series[Any], ...]:
+    """Split series by the inputs that their records name, which the parts are called by; ``named``: and by the run."""
+    short = short_names(path for one in series for record in one.records for path in paths_of(record))
     found = []
     for one in series:
-        parts = [
-            Series(
-                " × ".join(map(base_name, paths)), tuple(record for record in one.records if paths_of(record) == paths)
-            )
-            for paths in dict.fromkeys(map(paths_of, one.records))
+        parts: dict[tuple[str, ...], list[Any]] = {}
+        for record in one.records:
+            parts.setdefault(paths_of(record), []).append(record)
+        found += [
+            (one, replace(one, label=" × ".join(short[path] for path in paths), records=tuple(records)))
+            for paths, records in parts.items()
         ]
-        found += [replace(part, label=f"{one.label}: {part.label}") for part in parts] if len(series) > 1 else parts
-    counts = Counter(one.label for one in found)
+    counts = Counter(part.label for _, part in found)
     return tuple(
-        replace(one, label=f"{one.label} ({number})") if counts[one.label] > 1 else one
-        for number, one in enumerate(found, 1)
+        replace(part, label=f"{one.label}: {part.label}") if named or counts[part.label] > 1 else part
+        for one, part in found
     )
 
 
@@ -165,8 +124,11 @@ def by_step(series: Sequence[Series[Any]], rank: int | None) -> tuple[Series[Any
 
 
 def subject_of(series: Sequence[Series[Any]]) -> str:
-    """Return how a subtitle begins: with the run's name, if it is one and has one."""
-    return f"{series[0].label}; " if len(series) == 1 and series[0].label else ""
+    """Return how a subtitle begins: with the name of the run, or with what all runs measured."""
+    if len(series) == 1:
+        return f"{series[0].label}; " if series[0].label else ""
+    measured = {run_name(one.run) if one.run is not None else "" for one in series}
+    return f"{measured.pop()}; " if len(measured) == 1 and measured != {""} else ""
 
 
 def owner_of(one: Series[Any], series: Sequence[Series[Any]]) -> str:

@@ -19,6 +19,8 @@ R = TypeVar("R", bound=LayerRecord)
 
 # Share of a slot that bars may fill, and the widest a single bar may be.
 _FILLED, _WIDEST = 0.86, 0.3
+# The longest name below an axis, in heights of its text.
+LONGEST = 15
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +108,7 @@ def _written(drawn: Sequence[Slot[R]], inches: float, size: float) -> tuple[list
     """Return the names as they fit, and by how many degrees they are turned."""
     places = [round(float(slot.edges.mean())) for slot in drawn]
     room = inches / (max(places) - min(places) + 1)
-    names = list(cropped_all([slot.name for slot in drawn], 1.5, size).values())
+    names = list(cropped_all([slot.name for slot in drawn], LONGEST * size / 72, size).values())
     if max(width_of(name, size) for name in names) < 0.94 * room:
         return names, 0
     return names, 90 if room < 1.75 * size / 72 else 45

@@ -8,7 +8,7 @@ from __future__ import annotations
 import bisect
 import io
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, lru_cache
@@ -155,10 +155,14 @@ def encoded(figure: Figure, kind: str, width: str = "slide") -> bytes:
         width: Of its page, which sets the resolution of a PNG.
     """
     look = look_of(width)
-    metadata: dict[str, None] = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(kind, {})
+    metadata: dict[str, dict[str, str | None]] = {
+        "png": {"Software": "loradiag"},  # by which lora_diag.files knows it again
+        "svg": {"Date": None},
+        "pdf": {"CreationDate": None},
+    }
     buffer = io.BytesIO()
     with styled(look):
-        figure.savefig(buffer, format=kind, dpi=look.dpi, metadata=metadata)
+        figure.savefig(buffer, format=kind, dpi=look.dpi, metadata=metadata[kind])
     return buffer.getvalue()
 
 
@@ -235,16 +239,33 @@ def _longest(texts: Sequence[str], inches: float, size: float) -> str:
 
 
 def cropped_all(names: Sequence[str], inches: float, size: float) -> dict[str, str]:
-    """Shorten names to where they fit: those of one family at the same dot, else where all then differ."""
+    """Shorten names to where they fit: those of one family at the same dot, else where each still means one of them.
+
+    Returns:
+        Short names by their names, in the order of ``names``.
+    """
     families: dict[str, list[str]] = {}
     for name in names:
         families.setdefault(name.split(".")[0], []).append(name)
-    shown = {}
-    for family in families.values():
-        dot = next((n for n in range(4) if all(width_of(_from(name, n), size) <= inches for name in family)), 0)
-        shown.update({name: cropped(_from(name, dot), inches, size) for name in family})
-    ends, starts = ({name: short(name, inches, size) for name in names} for short in (cropped, cut))
-    return next((found for found in (shown, ends, starts) if len(set(found.values())) == len(set(names))), ends)
+    dots = {
+        name: next((n for n in range(4) if all(width_of(_from(one, n), size) <= inches for one in family)), 0)
+        for family in families.values()
+        for name in family
+    }
+    ways: list[Callable[[str], str]] = [
+        lambda name: cropped(_from(name, dots[name]), inches, size),
+        lambda name: cropped(name, inches, size),
+        lambda name: cut(name, inches, size),
+    ]
+    found = [{name: way(name) for name in names} for way in ways]
+    return next((short for short in found if _clear(short)), found[1])
+
+
+def _clear(short: Mapping[str, str]) -> bool:
+    """Say whether no short name could be the end of another name, nor equals another."""
+    ends = [(name, text.removeprefix("…")) for name, text in short.items() if text != name]
+    clear = not any(other.endswith(end) for name, end in ends for other in short if other != name)
+    return clear and len(set(short.values())) == len(short)
 
 
 def _from(name: str, dot: int) -> str:

@@ -1,0 +1,141 @@
+"""Differences of means with Student's t: limits, confidences, and how many runs would decide.
+
+Equality is never concluded from a difference that is not significant. It needs an equivalence test: the interval of the
+difference has to lie inside a margin that was fixed before (two one-sided tests, TOST).
+
+References: Schuirmann 1987, "A comparison of the two one-sided tests procedure and the power approach"; Welch 1947,
+"The generalization of Student's problem", equation 28; Berger 1982, "Multiparameter hypothesis testing"
+(intersection-union).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.special import stdtr, stdtrit
+
+# Each limit of an interval holds with this confidence, so that a statement read from one limit is wrong in 5% at most.
+LEVEL = 0.95
+# A planned number of runs decides with this probability if the difference is what was seen.
+POWER = 0.8
+# More runs than these are not advised.
+MOST_RUNS = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """An estimate whose error follows Student's t.
+
+    Args:
+        value: The estimate.
+        error: Its standard error.
+        freedom: Degrees of freedom of ``error``.
+    """
+
+    value: float
+    error: float
+    freedom: float
+
+    def half(self, level: float = LEVEL) -> float:
+        """Return t(level; ν)·error: each of the limits ``value ± half`` holds with confidence ``level``."""
+        return float(stdtrit(self.freedom, level)) * self.error
+
+    def below(self, limit: float) -> float:
+        """Return the one-sided confidence in [0, 1] that the true value is below a limit: 1 − p of the t test.
+
+        Example:
+            >>> round(Estimate(1.0, 0.5, 2).below(1.0 + 2.92 * 0.5), 3)
+            0.95
+        """
+        if self.error == 0:
+            return 0.5 if self.value == limit else float(self.value < limit)
+        return float(stdtr(self.freedom, (limit - self.value) / self.error))
+
+
+def blocks(cells: Sequence[Mapping[int, float]]) -> tuple[float, int]:
+    """Return the residual variance of runs paired by seed, pooled over groups, and its degrees of freedom.
+
+    The model is loss = group + seed + error with one variance of the errors (randomised blocks); what a seed has in
+    common in all groups does not count. With every seed in every one of K groups the degrees of freedom are
+    (K − 1)(n − 1); for two groups the variance is half that of the paired differences, as in the paired t test.
+
+    Args:
+        cells: One mapping of seed to loss for each group; seeds may be missing.
+
+    Example:
+        >>> blocks([{0: 1.0, 1: 2.0}, {0: 1.5, 1: 2.7}])[1]
+        1
+        >>> round(blocks([{0: 1.0, 1: 2.0}, {0: 1.5, 1: 2.7}])[0], 4)  # variance of 0.5 and 0.7, halved
+        0.01
+    """
+    seeds = {seed: place for place, seed in enumerate(sorted({seed for cell in cells for seed in cell}))}
+    runs = [(group, seeds[seed], loss) for group, cell in enumerate(cells) for seed, loss in cell.items()]
+    design = np.zeros((len(runs), len(cells) + len(seeds)))
+    for row, (group, seed, _) in enumerate(runs):
+        design[row, group] = design[row, len(cells) + seed] = 1.0
+    losses = np.array([loss for _, _, loss in runs])
+    fitted, _, rank, _ = np.linalg.lstsq(design, losses, rcond=None)
+    freedom = len(runs) - int(rank)
+    spread = float(((losses - design @ fitted) ** 2).sum())
+    return (spread / freedom if freedom else 0.0), freedom
+
+
+def within(groups: Sequence[Sequence[float]]) -> tuple[float, int]:
+    """Return the variance within groups, pooled over them, and its degrees of freedom Σ(n − 1).
+
+    Example:
+        >>> within([(1.0, 2.0), (3.0,), (5.0, 5.0, 5.0)])
+        (0.16666666666666666, 3)
+    """
+    freedom = sum(len(group) - 1 for group in groups)
+    spread = math.fsum((value - math.fsum(group) / len(group)) ** 2 for group in groups for value in group)
+    return (spread / freedom if freedom else 0.0), freedom
+
+
+def welch(one: tuple[float, float], two: tuple[float, float]) -> tuple[float, float]:
+    """Return √(v + w) and its degrees of freedom, (v + w)²/(v²/ν + w²/ω), of two variances of means with their own.
+
+    Example:
+        >>> error, freedom = welch((0.02, 3), (0.02, 3))
+        >>> round(error, 3), round(freedom, 6)
+        (0.2, 6.0)
+    """
+    total = one[0] + two[0]
+    return math.sqrt(total), total**2 / (one[0] ** 2 / one[1] + two[0] ** 2 / two[1])
+
+
+def runs_needed(distance: float, error: float, groups: int, fixed: float = 0.0, level: float = LEVEL) -> int | None:
+    """Return about how many runs of each group decide on which side of a limit an estimate lies.
+
+    That is the smallest n with (t(level; ν) + t(0.8; ν))·√(error²/n + fixed²) ≤ distance, ν = max(1, groups·(n − 1)).
+
+    Args:
+        distance: From the estimate to the limit, taken as it was seen.
+        error: Standard error of the estimate from one run of each group.
+        groups: Degrees of freedom that a further run adds.
+        fixed: The part of the standard error that more runs do not change.
+        level: Confidence of the limit.
+
+    Returns:
+        None where more than ``MOST_RUNS`` are needed.
+
+    Example:
+        >>> runs_needed(1.0, 1.0, 2), runs_needed(0.0, 1.0, 2)
+        (8, None)
+    """
+
+    def decides(n: int) -> bool:
+        freedom = max(1, groups * (n - 1))
+        both = float(stdtrit(freedom, level)) + float(stdtrit(freedom, POWER))
+        return both * math.sqrt(error**2 / n + fixed**2) <= abs(distance)
+
+    if not decides(MOST_RUNS):
+        return None
+    low, high = 1, MOST_RUNS  # decides() is monotonic: low does not (one run has no spread), high does
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if decides(middle) else (middle, high)
+    return high

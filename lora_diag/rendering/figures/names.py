@@ -1,0 +1,131 @@
+"""What runs and their inputs are called in legends and titles: by what was measured, as shortly as tells them apart."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from pathlib import PurePath
+from typing import Any
+
+from lora_diag.records import Run
+from lora_diag.rendering.figures.style import name_of
+
+# What a run is of, by the roles of its inputs: the first of these that it has. Texts, activations and gradients are
+# what it was measured with.
+_MEASURED = (("tuned", "adapter", "reference"), ("weights",), ("base",))
+# Commands that measure adapters by the update of TUNED: what the run is of is TUNED, and the adapters have their own
+# records.
+_BY_TUNED = {"residual", "probe outputs"}
+# More updates than these are counted and not named.
+_NAMED = 3
+# The longest settings that name a run, in characters.
+_SETTINGS = 32
+
+
+def short_names(paths: Iterable[str]) -> dict[str, str]:
+    """Return how paths are called: by their last part, or by as many last parts as tell them apart.
+
+    >>> short_names(["runs/full", "runs/lora"]), short_names(["a/x/lora", "b/y/lora"])
+    ({'runs/full': 'full', 'runs/lora': 'lora'}, {'a/x/lora': 'x/lora', 'b/y/lora': 'y/lora'})
+    """
+    parts = {path: path.replace("\\", "/").rstrip("/").split("/") for path in dict.fromkeys(paths)}
+    for last in range(1, max(map(len, parts.values()), default=0) + 1):
+        found = {path: name_of("/".join(part[-last:])) or name_of(path) for path, part in parts.items()}
+        if len(set(found.values())) == len(parts):
+            return found
+    return {path: name_of(path) for path in parts}
+
+
+def run_name(run: Run, short: Callable[[str], str] | None = None) -> str:
+    """Return what a run measured, such as ``base → full_ft``, ``sql + chat`` or ``base``.
+
+    Args:
+        run: The run.
+        short: Returns what a path is called; by the last part if not given.
+    """
+    base, subject = _sides(run, short or (lambda path: short_names([path])[path]))
+    return " → ".join(filter(None, (base, subject))) or name_of(run.command)
+
+
+def _sides(run: Run, short: Callable[[str], str]) -> tuple[str, str]:
+    """Return the names of BASE, empty if it is what was measured, and of what was measured."""
+    roles = next((roles for roles in _MEASURED if any(side.role in roles for side in run.inputs)), ())
+    paths = [side.path for side in run.inputs if side.role in roles]
+    if run.command in _BY_TUNED:
+        paths = paths[:1]
+    subject = " + ".join(map(short, paths)) if len(paths) <= _NAMED else f"{len(paths)} updates"
+    base = [short(side.path) for side in run.inputs if side.role == "base"]
+    return (base[0] if base and "base" not in roles else ""), subject
+
+
+def names_of(runs: Sequence[Run], metrics: Sequence[Hashable] = (), files: Sequence[str] = ()) -> list[str]:
+    """Return what runs are called; those of different commands share no figure and need not differ.
+
+    The first of these that tells the runs of a command apart: what was measured; BASE with it; more of the paths; the
+    settings in which they differ; their files; a number. What a part of them shares is named first.
+
+    Args:
+        runs: What is compared.
+        metrics: Of each run, which is named elsewhere.
+        files: Where each was read.
+    """
+    groups: dict[Hashable, list[int]] = {}
+    for place, run in enumerate(runs):
+        groups.setdefault((run.command, metrics[place] if metrics else ""), []).append(place)
+    found: dict[int, str] = {}
+    for places in groups.values():
+        mine = [runs[place] for place in places]
+        read = [files[place] for place in places] if files else []
+        found.update(zip(places, [run_name(mine[0])] if len(mine) == 1 else _apart(mine, read), strict=True))
+    return [found[place] for place in range(len(runs))]
+
+
+def _apart(runs: Sequence[Run], files: Sequence[str]) -> list[str]:
+    short = short_names(side.path for run in runs for side in run.inputs)
+    ways: list[list[str]] = [
+        [_sides(run, lambda path: short_names([path])[path])[1] or run_name(run) for run in runs],
+        [run_name(run) for run in runs],
+        [_sides(run, short.__getitem__)[1] or run_name(run) for run in runs],
+        [run_name(run, short.__getitem__) for run in runs],
+    ]
+    for names in ways:
+        if len(set(names)) == len(names):
+            return names
+    names = ways[2]
+    found = list(names)
+    for name in dict.fromkeys(names):
+        alike = [place for place, other in enumerate(names) if other == name]
+        if len(alike) > 1:
+            read = [files[place] for place in alike] if files else []
+            for place, more in zip(alike, _own([runs[place] for place in alike], read), strict=True):
+                found[place] = f"{name}, {more}" if len(alike) < len(runs) else more
+    return found
+
+
+def _own(runs: Sequence[Run], files: Sequence[str]) -> list[str]:
+    """Return what tells runs of the same inputs apart."""
+    keys = [
+        key
+        for key in dict.fromkeys(key for run in runs for key in run.settings)
+        if len({str(run.settings.get(key)) for run in runs}) > 1
+    ]
+    settings = [
+        ", ".join(_setting(key, run.settings[key]) for key in keys if run.settings.get(key) is not None) for run in runs
+    ]
+    settings = [text or "default settings" for text in settings]
+    if len(set(settings)) == len(runs) and max(map(len, settings)) <= _SETTINGS:
+        return [name_of(text) for text in settings]
+    stems = short_names(PurePath(file).with_suffix("").as_posix() for file in files)
+    if len(stems) == len(runs):
+        return list(stems.values())
+    return [f"{run_name(run)} ({number})" for number, run in enumerate(runs, 1)]
+
+
+def _setting(key: str, value: Any) -> str:
+    """Return a setting in words: an option of the command line as it was given.
+
+    >>> _setting("budget", "--params 40k"), _setting("top", 8), _setting("ranks", [4, 8])
+    ('--params 40k', 'top 8', 'ranks 4, 8')
+    """
+    if isinstance(value, list | tuple):
+        value = ", ".join(map(str, value))
+    return value if str(value).startswith("--") else f"{key} {value}"

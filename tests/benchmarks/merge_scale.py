@@ -1,0 +1,107 @@
+"""How often ``verify-merge`` fails a right merge and passes a wrong scale, as the table of docs/verify-merge.md.
+
+python -m tests.benchmarks.merge_scale
+"""
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lora_diag.deltas import FactoredDelta
+from lora_diag.diagnostics.verify_merge.measure import MergedLayer, verify
+from lora_diag.diagnostics.verify_merge.record import Merge
+
+SCALES = (2.0, 1.5, 16 / math.sqrt(8))
+WRONG = (0.99, 0.995, 0.998, 1.002, 1.005, 1.01, 1.015, 1.02, 1.05)
+
+# name -> (W, B, A, s) -> M: the orders of arithmetic in which mergers compute W + s·B·A.
+ORDERS: dict[str, Callable[[Tensor, Tensor, Tensor, float], Tensor]] = {
+    "in float32": lambda w, b, a, s: (w.float() + (b.float() @ a.float()) * s).to(w.dtype),
+    "in the dtype": lambda w, b, a, s: w + (b.to(w.dtype) @ a.to(w.dtype)) * s,
+    "B scaled first": lambda w, b, a, s: w + (b.to(w.dtype) * s) @ a.to(w.dtype),
+    "A scaled first": lambda w, b, a, s: w + b.to(w.dtype) @ (a.to(w.dtype) * s),
+    "product rounded first": lambda w, b, a, s: w + ((b.float() @ a.float()) * s).to(w.dtype),
+    "fused": lambda w, b, a, s: torch.addmm(w, b.to(w.dtype), a.to(w.dtype), alpha=s),
+    "scale in the dtype": lambda w, b, a, s: w + (b.to(w.dtype) @ a.to(w.dtype)) * torch.tensor(s, dtype=w.dtype),
+}
+
+
+@dataclass
+class Held:
+    """A tensor in memory where a side of a checkpoint is read."""
+
+    values: Tensor
+    name: str = "w"
+    offset: int = 0
+    is_quantized: bool = False
+
+    @property
+    def dtype(self) -> str:
+        return str(self.values.dtype).removeprefix("torch.")
+
+    @property
+    def checkpoint(self) -> "Held":
+        return self
+
+    def read(self, first: int, last: int) -> Tensor:
+        return self.values.reshape(-1)[first:last]
+
+    def read_each(self, name: str, spans) -> Iterator[Tensor]:
+        return (self.read(first, last) for first, last in spans)
+
+    def read_steps(self, first: int, last: int) -> None:
+        return None
+
+
+def factors(size: tuple[int, int], rank: int, relative: float, s: float, dtype: torch.dtype, seed: int):
+    """Return W of rms 0.02 in a dtype, and B and A in float32 of which s·B·A has ``relative`` times the rms of W."""
+    rng = torch.Generator().manual_seed(seed)
+    w = (torch.randn(*size, generator=rng) * 0.02).to(dtype)
+    b, a = torch.randn(size[0], rank, generator=rng), torch.randn(rank, size[1], generator=rng)
+    return w, b * (relative * 0.02 / float((s * (b @ a)).square().mean().sqrt())), a
+
+
+def verified(w: Tensor, m: Tensor, b: Tensor, a: Tensor, s: float) -> Merge:
+    """Return what verify-merge says of one layer."""
+    dtypes = (str(w.dtype).removeprefix("torch."), str(b.dtype).removeprefix("torch."))
+    update = FactoredDelta("w", tuple(w.shape), lambda: (b.double() * s, a.double()), dtypes, Held(w), True, s)
+    return verify(MergedLayer("w", tuple(w.shape), Held(w), Held(m), (update,)))
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    head = ["dtype", "size", "rms(ΔW)/rms(W)", "error of c", "right: failed", *(f"× {c:g}" for c in WRONG)]
+    print("|", " | ".join(head), "|")
+    print("|", " | ".join("---" for _ in head), "|")
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        for size in ((64, 64), (512, 512)):
+            for relative in (0.001, 0.01, 0.1):
+                row(dtype, size, relative)
+
+
+def row(dtype: torch.dtype, size: tuple[int, int], relative: float) -> None:
+    right, passed, tried, errors = Counter(), Counter(), Counter(), []
+    for s in SCALES:
+        w, b, a = factors(size, 8, relative, s, dtype, seed=int(10 * s))
+        for order in ORDERS.values():
+            record = verified(w, order(w, b, a, s), b, a, s)
+            right[record.status] += 1
+            errors.append(record.scale_error)
+        for at, c in enumerate(WRONG):
+            order = list(ORDERS.values())[at % 6]  # not the last: a wrong scale that is rounded is another one
+            record = verified(w, order(w, b, a, s * c), b, a, s)
+            tried[c] += 1
+            passed[c] += record.status in {"ok", "coarse"}
+    cells = [str(dtype).removeprefix("torch."), f"{size[0]}²", f"{relative:g}", f"{max(errors):.1g}"]
+    unclear = f", {right['inconclusive']} unclear" if right["inconclusive"] else ""
+    failed = sum(right.values()) - right["ok"] - right["coarse"] - right["inconclusive"]
+    cells.append(f"{failed} of {sum(right.values())}{unclear}")
+    print("|", " | ".join([*cells, *(f"{passed[c]}/{tried[c]}" for c in WRONG)]), "|", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,303 @@
+"""One rule for every output of every command, found by looking at the application: a new one is tested unasked.
+
+No input of these commands exists, so what refuses an output did it before any work.
+"""
+
+import inspect
+import json
+import os
+import sys
+from pathlib import Path
+from typing import get_args
+
+import pytest
+import typer.main
+
+import lora_diag
+from lora_diag.cli import main
+from lora_diag.cli.app import app
+from lora_diag.files import PAGE, write_whole
+from lora_diag.records import Run, to_line, totals
+from tests.conftest import ROOT
+
+PAIR = [str(ROOT / "sample_checkpoints" / name) for name in ("base", "lora_r4")]
+TRAINED = '{\n  "alpha_pattern": {},\n  "peft_type": "LORA",\n  "r": 8\n}'
+UNFINISHED = to_line(Run(command="overlap", version="1", inputs=(), settings={})) + "\n"
+FINISHED = UNFINISHED + to_line(totals((), ())) + "\n"
+
+# Options that take the path of something that is read. Every other one that takes a path is an output.
+READ = {"activations", "baseline", "check", "data", "eval_", "ranks", "reference", "shifted", "weights"}
+# Where an output needs a name of its own, and what of that name a stranger may have written.
+NAMES = {"plot": "out.png", "allocate": "out.json", "report": "out.html", "model_card": "out.md"}
+FOREIGN = {
+    ".png": b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR" + bytes(17) + b"\0\0\0\x0ftEXtSoftware\0Matplotlib",
+    ".json": TRAINED.encode(),
+    ".html": b"<!doctype html>\n<p>mine</p>\n",
+    ".jsonl": b'{"text": "mine"}\n',
+    ".md": b"\x00\x01weights",
+}
+
+
+def commands(command, words=()):
+    inner = getattr(command, "commands", None)
+    if inner is None:
+        yield words, command
+    for name, each in (inner or {}).items():
+        yield from commands(each, (*words, name))
+
+
+def has_path(annotation):
+    return annotation is Path or any(map(has_path, get_args(annotation)))
+
+
+def outputs():
+    for words, command in commands(typer.main.get_command(app)):
+        kinds = inspect.signature(command.callback, eval_str=True).parameters
+        options = {each.name: each for each in command.params if each.opts[0].startswith("-")}
+        required = []
+        for each in command.params:
+            if each.required and each.name != "output":
+                required += [each.opts[0], "missing"] if each.name in options else ["missing"]
+        for name, option in options.items():
+            if has_path(kinds[name].annotation) and name not in READ:
+                yield pytest.param([*words, *required], option.opts[0], name, id=" ".join((*words, option.opts[0])))
+    yield pytest.param(["gate", "init", "missing"], "-o", "policy", id="gate init -o")
+
+
+OUTPUTS = list(outputs())
+
+
+def names_of(words, name):
+    return NAMES.get(name) or NAMES.get(words[0] if name == "output" else "", "out.jsonl")
+
+
+@pytest.fixture
+def run(monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+
+    def command(*words):
+        monkeypatch.setattr(sys, "argv", ["loradiag", *map(str, words)])
+        with pytest.raises(SystemExit) as stop:
+            main()
+        return stop.value.code, capsys.readouterr().err
+
+    return command
+
+
+def state(folder):
+    return {
+        str(path.relative_to(folder)): str(path.readlink())
+        if path.is_symlink()
+        else path.is_file() and path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+    }
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_commands_and_their_outputs_are_found():
+    found = {" ".join(each.values[0]).removesuffix(" missing") + " " + each.values[1] for each in OUTPUTS}
+    assert len(OUTPUTS) >= 22
+    assert {"gate --model-card", "extract missing --output", "plot --output"} <= found
+
+
+@pytest.mark.parametrize(("words", "option", "name"), OUTPUTS)
+def test_hostile_places_are_refused_before_work(run, tmp_path, words, option, name):
+    """Links, strangers' files, another kind of our own, folders: nothing changes, and the message says what to do."""
+    out = tmp_path / names_of(words, name)
+    folder = words[0] == "extract"
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"\x00weights")
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "kept").write_text("mine")
+    write_whole(tmp_path / "page", "<!doctype html>", PAGE)
+
+    def refused(told, *, overwrite_too):
+        before = state(tmp_path)
+        for more in ([], ["--overwrite"])[: 1 + overwrite_too]:
+            code, err = run(*words, option, out.name, *more)
+            assert (code, told in err, out.name in err) == (2, True, True), err
+            assert state(tmp_path) == before
+        out.unlink()
+
+    for target in ("adapter_model.safetensors", "gone", "there"):
+        out.symlink_to(target)
+        if words[0] == "plot" and target == "there":  # a folder of figures may be a link to one
+            out.unlink()
+            continue
+        refused("is a symbolic link", overwrite_too=True)
+    way_out = "is a file" if folder else "name ends in .md" if name == "model_card" else "--overwrite"
+    out.write_bytes(FOREIGN[out.suffix])
+    refused(way_out, overwrite_too=folder or name == "model_card")
+    if words[0] != "report":
+        out.write_bytes((tmp_path / "page").read_bytes())
+        refused("is not" if not folder else way_out, overwrite_too=folder)
+    if not folder:
+        out.write_text(UNFINISHED)
+        refused("unfinished", overwrite_too=True)
+    if not folder and out.suffix != ".jsonl":
+        out.write_text(FINISHED)
+        refused("is not", overwrite_too=False)
+    out.mkdir()
+    (out / "kept").write_text("mine")
+    if words[0] == "plot":  # of figures; each file in it is looked at when it is known which are drawn
+        return
+    before = state(tmp_path)
+    for more in ([], ["--overwrite"]):
+        assert run(*words, option, out.name, *more)[0] == 2
+    assert state(tmp_path) == before
+
+
+@pytest.mark.parametrize(("words", "option", "name"), [each for each in OUTPUTS if each.values[0][0] != "extract"])
+def test_overwrite_gets_past_a_foreign_file(run, tmp_path, words, option, name):
+    """With it, the missing inputs are what is wrong; the file is still there, because nothing was made."""
+    out = tmp_path / names_of(words, name)
+    out.write_bytes(b"# mine\n" if name == "model_card" else FOREIGN[out.suffix])
+    before = state(tmp_path)
+    _, err = run(*words, option, out.name, "--overwrite")
+    assert err
+    assert out.name not in err.replace(f"{option} {out.name}", "")
+    assert state(tmp_path) == before
+
+
+@pytest.mark.parametrize(("words", "option", "name"), OUTPUTS)
+def test_no_output_replaces_the_config_of_weights(run, tmp_path, words, option, name):
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"weights")
+    (tmp_path / "adapter_config.json").write_text(TRAINED)
+    before = state(tmp_path)
+    for more in ([], ["--overwrite"]):
+        assert run(*words, option, "adapter_config.json", *more)[0] == 2
+    assert state(tmp_path) == before
+
+
+@pytest.fixture(scope="module")
+def records(tmp_path_factory):
+    path = tmp_path_factory.mktemp("records") / "r.jsonl"
+    lora_diag.spectrum(*PAIR, layers=r"\.0\..*o_proj", output=path)
+    return path
+
+
+MADE = {
+    "s.jsonl": ["spectrum", *PAIR, "--layers", r"\.0\..*o_proj", "-q", "-o"],
+    "a.json": ["allocate", "r.jsonl", "--energy", "0.9", "-q", "-o"],
+    "a.jsonl": ["allocate", "r.jsonl", "--energy", "0.9", "-q", "-o"],
+    "v.jsonl": ["gate", "r.jsonl", "--policy", "adapter-basic", "-q", "-o"],
+    "v.xml": ["gate", "r.jsonl", "--policy", "adapter-basic", "-q", "--junit"],
+    "v.sarif": ["gate", "r.jsonl", "--policy", "adapter-basic", "-q", "--sarif"],
+    "r.html": ["report", "r.jsonl", "-q", "-o"],
+    "r.md": ["report", "r.jsonl", "-q", "-o"],
+    "r.csv": ["report", "r.jsonl", "-q", "-o"],
+    "r.parquet": ["report", "r.jsonl", "-q", "-o"],
+    "f.png": ["plot", "r.jsonl", "--figure", "energy", "-q", "-o"],
+    "f.svg": ["plot", "r.jsonl", "--figure", "energy", "-q", "-o"],
+    "f.pdf": ["plot", "r.jsonl", "--figure", "energy", "-q", "-o"],
+}
+
+
+@pytest.mark.parametrize("file", MADE)
+def test_own_file_is_replaced_and_others_on_request(run, tmp_path, records, file):
+    """What a command wrote it replaces unasked, under one of two names of a hard link; a stranger's with a word."""
+    for extra in {".parquet": ["pandas", "pyarrow"], ".png": ["matplotlib"]}.get(Path(file).suffix, []):
+        pytest.importorskip(extra)
+    (tmp_path / "r.jsonl").write_bytes(records.read_bytes())
+    path = tmp_path / file
+    code, err = run(*MADE[file], file)
+    assert (code in {0, 1, 5}, err) == (True, "")
+    made = path.read_bytes()
+    os.link(path, tmp_path / "second")
+    assert run(*MADE[file], file) == (code, "")
+    assert path.stat().st_ino != (tmp_path / "second").stat().st_ino
+    assert (tmp_path / "second").read_bytes() == made
+    (tmp_path / "second").write_text("mine\n")
+    path.unlink()
+    os.link(tmp_path / "second", path)
+    assert run(*MADE[file], file)[0] == 2
+    assert path.read_text() == "mine\n"
+    assert run(*MADE[file], file, "--overwrite") == (code, "")
+    assert path.read_bytes()[:60] == made[:60]
+    assert (tmp_path / "second").read_text() == "mine\n"
+    assert names(tmp_path) == sorted({"r.jsonl", "second", file})
+
+
+def test_figures_in_a_folder_are_all_or_none(run, tmp_path, records):
+    """A stranger's file, or a link to weights, among the figures: nothing is drawn. A linked folder is a folder."""
+    pytest.importorskip("matplotlib")
+    (tmp_path / "scratch").mkdir()
+    (tmp_path / "figs").symlink_to("scratch")
+    weights, figure = tmp_path / "adapter_model.safetensors", tmp_path / "figs" / "spectrum.png"
+    weights.write_bytes(b"weights")
+    figure.symlink_to(weights)
+    words = ["plot", records, "-q", "-o", "figs"]
+    for more in ([], ["--overwrite"]):
+        code, err = run(*words, *more)
+        assert (code, "spectrum.png: is a symbolic link" in err) == (2, True)
+    figure.unlink()
+    figure.write_bytes(FOREIGN[".png"])
+    assert run(*words)[0] == 2
+    assert names(tmp_path / "scratch") == ["spectrum.png"]
+    assert run(*words, "--overwrite") == (0, "")
+    assert run(*words) == (0, "")
+    assert len(names(tmp_path / "scratch")) > 2
+    assert weights.read_bytes() == b"weights"
+
+
+def test_overwrite_spares_inputs_and_replaces_at_the_end(run, tmp_path, records):
+    config = tmp_path / "mine.json"
+    config.write_text("mine")
+    words = ["spectrum", *PAIR, "--layers", "o_proj", "-q", "--overwrite", "-o"]
+    code, err = run("spectrum", PAIR[0], tmp_path / "nothing", "--overwrite", "-o", "mine.json")
+    assert (code, config.read_text()) == (3, "mine")
+    for place in (Path(PAIR[1]) / "adapter_model.safetensors", Path(PAIR[0]) / "config.json"):
+        before = place.read_bytes()
+        code, err = run(*words, place)
+        assert (code, "belongs to the input" in err, place.read_bytes() == before) == (2, True, True)
+    for name in (records, "r.sarif"):
+        code, err = run("gate", records, "--policy", "adapter-basic", "--overwrite", "--sarif", name, "--junit", name)
+        assert (code, "another name" in err) == (2, True)
+    assert not (tmp_path / "r.sarif").exists()
+
+
+def test_model_card_keeps_the_rest_as_it_is(run, tmp_path, records):
+    """Line ends, text behind a block that lost its end, and every byte outside of our block."""
+    card = tmp_path / "README.md"
+    cut = "# Mine\r\n<!-- loradiag gate: begin -->\r\nmy own words\r\n"
+    card.write_bytes(cut.encode())
+    words = ["gate", records, "--policy", "adapter-basic", "-q", "--model-card"]
+    run(*words, card)
+    once = card.read_bytes()
+    run(*words, card)
+    assert card.read_bytes() == once
+    assert once.startswith(cut.encode())
+    assert once.count(b"\n") == once.count(b"\r\n")
+    for name in ("card.txt", "adapter_model.safetensors"):
+        (tmp_path / name).write_text("text")
+        code, err = run(*words, name, "--overwrite")
+        assert (code, ".md" in err, (tmp_path / name).read_text()) == (2, True, "text")
+
+
+def test_ratchet_does_not_follow_a_link(run, tmp_path, records):
+    (tmp_path / "policy.toml").write_text('[[baseline]]\nfield = "spectrum.fro"\nmax_increase = 0.5\n')
+    (tmp_path / "base.jsonl").symlink_to(records)
+    before = records.read_bytes()
+    code, err = run("gate", "policy.toml", records, "--baseline", "base.jsonl", "--ratchet")
+    assert (code, "base.jsonl: is a symbolic link" in err) == (2, True)
+    assert records.read_bytes() == before
+
+
+def test_results_file_below_a_linked_folder(run, tmp_path):
+    """A user's ~/runs that leads to scratch storage; and output into the file behind standard output."""
+    (tmp_path / "scratch").mkdir()
+    (tmp_path / "runs").symlink_to("scratch")
+    for _ in range(2):
+        assert run(*MADE["s.jsonl"], "runs/s.jsonl") == (0, "")
+    assert names(tmp_path / "scratch") == ["s.jsonl"]
+    assert json.loads((tmp_path / "scratch" / "s.jsonl").read_text().splitlines()[-1])["record"] == "end"
+
+
+def test_gate_init_is_for_editing(run, tmp_path, records):
+    assert run("gate", "init", records, "-o", "p.toml", "-q") == (0, "")
+    before = (tmp_path / "p.toml").read_bytes()
+    code, err = run("gate", "init", records, "-o", "p.toml", "-q")
+    assert (code, "--overwrite" in err, (tmp_path / "p.toml").read_bytes()) == (2, True, before)
+    assert run("gate", "init", records, "-o", "p.toml", "-q", "--overwrite") == (0, "")

@@ -1,0 +1,95 @@
+"""A wrong scale is found, named and not taken for anything else; right merges in any order of arithmetic pass."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from tests.benchmarks.merge_scale import ORDERS, factors, verified
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+RSLORA = 16 / math.sqrt(8)
+
+
+def oracle(w, m, b, a, s, u, casts):
+    """Return c, c* and the standard error of c, entry by entry in NumPy float64."""
+    w64, m64, b64, a64 = (t.double().numpy() for t in (w, m, b, a))
+    d = s * (b64 @ a64)
+    once = torch.from_numpy(w64 + d).to(m.dtype).double().numpy()
+    energy = (d**2).sum()
+    variance = (((m64 - once) * d) ** 2).sum()
+    if casts:
+        for i, k in np.ndindex(*b64.shape):  # B_ik rounded twice moves row i by B_ik·s·A_k, of relative variance 0.18u²
+            variance += 2 * 0.18 * u**2 * (b64[i, k] * s * (a64[k] @ d[i])) ** 2
+        for k, j in np.ndindex(*a64.shape):
+            variance += 2 * 0.18 * u**2 * (a64[k, j] * s * (b64[:, k] @ d[:, j])) ** 2
+    return ((m64 - w64) * d).sum() / energy, ((once - w64) * d).sum() / energy, math.sqrt(variance) / energy
+
+
+@pytest.mark.parametrize(("dtype", "u"), [(torch.bfloat16, 2.0**-8), (torch.float32, 2.0**-24)])
+@pytest.mark.parametrize("s", [2.0, 1.5])
+def test_scale_and_its_error_are_the_oracle(dtype, u, s):
+    w, b, a = factors((24, 20), 2, 0.1, s, dtype, 0)
+    m = ORDERS["product rounded first"](w, b, a, s)
+    record = verified(w, m, b, a, s)
+    c, expected, error = oracle(w, m, b, a, s, u, dtype != torch.float32 or s == 1.5)
+    assert record.status == "ok"
+    assert record.scale == record.retained == pytest.approx(c, rel=1e-12)
+    assert record.scale_expected == pytest.approx(expected, rel=1e-12)
+    assert record.scale_error == pytest.approx(error, rel=1e-6)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_right_merges_pass_within_their_error(dtype, order):
+    for seed, s in enumerate((2.0, 1.5, RSLORA) * 2):
+        for relative in (0.01, 0.3):
+            w, b, a = factors((64, 48), 4, relative, s, dtype, seed)
+            record = verified(w, ORDERS[order](w, b, a, s), b, a, s)
+            assert record.status == "ok", record.cause
+            off = abs(record.scale - record.scale_expected)
+            rounded = abs(float(torch.tensor(s, dtype=torch.float64).to(dtype)) / s - 1)
+            assert off < 5 * record.scale_error + rounded + 6 * 2.0**-24
+
+
+@pytest.mark.parametrize("order", [name for name in ORDERS if name != "scale in the dtype"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("c", [0.98, 0.99, 0.995, 1.005, 1.01, 1.015, 1.02, 1.05])
+def test_a_wrong_scale_is_named_so(dtype, order, c):
+    w, b, a = factors((96, 96), 8, 0.3, RSLORA, dtype, 1)
+    record = verified(w, ORDERS[order](w, b, a, RSLORA * c), b, a, RSLORA)
+    assert record.status == "wrong scale", record.cause
+    assert record.scale == pytest.approx(c, abs=2e-3)
+    assert record.retained is None
+    named = float(record.cause.removeprefix("ΔW was added times ").split()[0])
+    assert named == pytest.approx(c, abs=1e-6 if dtype == torch.float32 else 2e-3)
+
+
+@pytest.mark.parametrize("c", [0.999, 1.0001, 1.00001])
+def test_float32_tells_a_scale_from_coarse_arithmetic(c):
+    w, b, a = factors((64, 64), 4, 0.1, 2.0, torch.float32, 2)
+    assert verified(w, ORDERS["in float32"](w, b, a, 2.0 * c), b, a, 2.0).status == "wrong scale"
+
+
+def test_a_scaling_rounded_to_16_bits_is_no_wrong_scale():
+    w, b, a = factors((128, 128), 8, 0.3, RSLORA, torch.bfloat16, 3)
+    rounded = float(torch.tensor(RSLORA).bfloat16())
+    assert abs(rounded / RSLORA - 1) > 1e-4
+    assert verified(w, ORDERS["in float32"](w, b, a, rounded), b, a, RSLORA).status == "ok"
+    wide = w.float()
+    assert verified(wide, ORDERS["in float32"](wide, b, a, rounded), b, a, RSLORA).status == "coarse"
+
+
+def test_a_scale_that_rounding_hides_is_inconclusive():
+    w, b, a = factors((16, 16), 2, 1e-4, 2.0, torch.bfloat16, 0)
+    for c in (1.0, 1.02):
+        record = verified(w, ORDERS["in float32"](w, b, a, 2.0 * c), b, a, 2.0)
+        assert (record.status, record.failed) == ("inconclusive", False)
+
+
+def test_the_scale_is_found_where_rounding_takes_half_of_the_update():
+    w, b, a = factors((256, 256), 8, 0.001, 2.0, torch.bfloat16, 0)
+    record = verified(w, ORDERS["in float32"](w, b, a, 2.1), b, a, 2.0)
+    assert record.scale < 0.7
+    assert record.cause.startswith("ΔW was added times 1.05")

@@ -1,0 +1,291 @@
+"""The label of a category stands at the numbers of its records, in every figure and whatever is compared."""
+
+import itertools
+import re
+from collections import defaultdict
+
+import numpy as np
+import pytest
+from matplotlib.collections import QuadMesh
+from matplotlib.container import ErrorbarContainer
+from matplotlib.patches import StepPatch
+
+from lora_diag import plots
+from tests.plots import making
+
+LLAMA = making.TYPES
+ENCODER = ("attention.self.query", "attention.self.value", "attention.output.dense", "output.dense")
+# The layers of each input: several have some types only, in another order or of another architecture.
+MIXES = {
+    "one": [("model.layers", LLAMA, 4)],
+    "one block": [("model.layers", LLAMA, 1)],
+    "part second": [("model.layers", LLAMA, 4), ("model.layers", LLAMA[2:4], 4)],
+    "part first": [("model.layers", LLAMA[2:4], 2), ("model.layers", LLAMA, 4)],
+    "four": [("model.layers", LLAMA[i : i + 2], 2 + i) for i in (3, 0, 5, 1)],
+    "two architectures": [("model.layers", LLAMA, 4), ("bert.encoder.layer", ENCODER, 8)],
+    "nothing in common": [("model.layers", LLAMA[4:], 2), ("model.layers", LLAMA[:3], 3)],
+}
+NAMES = ("full", "part", "third", "fourth")
+
+
+def type_of(layer):
+    return re.sub(r"^.*?\.\d+\.", "", layer.removesuffix(".weight"))
+
+
+def layers_of(mix):
+    """Return the names of the layers of each input."""
+    return [[f"{tower}.{b}.{name}.weight" for b in range(blocks) for name in types] for tower, types, blocks in mix]
+
+
+def categories(axis):
+    """Return the names of an axis by their places; nothing if its labels are numbers."""
+    ticks = {tick.get_loc(): tick.label1 for tick in axis.get_major_ticks()}
+    shown = {place: label.get_text() for place, label in ticks.items() if label.get_visible() and label.get_text()}
+    return {} if all(re.fullmatch(r"[\d.,k–−\n⁻⁰¹²³]+", text) for text in shown.values()) else shown
+
+
+def readings(figure):
+    """Return what a reader sees of categories: for each panel with such values {name: its values}."""
+    figure.draw_without_rendering()
+    panels = [ax for ax in figure.axes if not hasattr(ax, "_colorbar")]
+    found = []
+    for number, ax in enumerate(panels):
+        # Names below stand under the last of panels that lie above each other with one scale.
+        below = next((names for other in panels[number:] if (names := categories(other.xaxis))), {})
+        beside = categories(ax.yaxis)
+        seen = defaultdict(list)
+        for artist in [*ax.collections, *ax.patches, *ax.containers]:
+            if isinstance(artist, QuadMesh):
+                corners, values = artist.get_coordinates(), np.ma.filled(artist.get_array(), np.nan)
+                for row, value in enumerate(np.ravel(values)):
+                    if np.isfinite(value):
+                        seen[beside[corners[row : row + 2, 0, 1].mean()]].append(value)
+            elif isinstance(artist, StepPatch) and below:
+                data = artist.get_data()
+                assert ax.get_xlim() == panels[-1].get_xlim() or categories(ax.xaxis)
+                seen[below[round(data.edges.mean())]] += [v for v in data.values if np.isfinite(v)]
+            elif isinstance(artist, ErrorbarContainer) and beside:
+                seen[beside[round(artist.lines[0].get_ydata()[0])]].append(artist.lines[0].get_xdata()[0])
+        if seen:
+            found.append((ax.get_title(loc="left"), seen))
+    return found
+
+
+def unique(records, field, of=lambda record: record.layer):
+    """Return records whose field has a value that no other has, and {module type: its values} of them."""
+    marked, expected = [], defaultdict(list)
+    for record in records:
+        value = next(NUMBERS)
+        marked.append(record.model_copy(update={field: value}))
+        expected[type_of(of(record))].append(value)
+    return marked, expected
+
+
+NUMBERS = itertools.count(1)
+
+
+def spectra(layers, name):
+    records = [making.spectrum(layer, making.decay(next(NUMBERS))) for layer in layers]
+    return making.results(records, name=name), records
+
+
+def by_type(records, value):
+    found = defaultdict(list)
+    for record in records:
+        found[type_of(record.layer)].append(value(record))
+    return found
+
+
+def heatmap(inputs):
+    made = [spectra(layers, name) for layers, name in zip(inputs, NAMES, strict=False)]
+    return [run for run, _ in made], [by_type(records, lambda r: r.energy["8"]) for _, records in made]
+
+
+def residual(inputs):
+    runs, expected = [], []
+    for layers, name in zip(inputs, NAMES, strict=False):
+        records = [making.residual(n, 1.0, 0.01 * next(NUMBERS), 0.5, 0.1, adapter=f"runs/{name}") for n in layers]
+        runs.append(making.results(records, name=name))
+        # Three bands a bar, each as high as the distance that it ends at.
+        bands = by_type(records, lambda r: [r.epsilon_min, r.epsilon_best_scale, r.epsilon])
+        expected.append({name: np.ravel(values) for name, values in bands.items()})
+    return runs, expected
+
+
+def allocation(inputs):
+    runs, together = [], defaultdict(list)
+    for layers, name in zip(inputs, NAMES, strict=False):
+        records = [
+            r.model_copy(update={"layer": n})
+            for r, n in zip(making.allocations(len(layers), ("q",)), layers, strict=True)
+        ]
+        marked, expected = unique(records, "rank")
+        runs.append(making.results(marked, [making.certificate()], name=name))
+        for kind, values in expected.items():
+            together[kind] += [*values, *([8] * len(values) if len(inputs) == 1 else [])]
+    return runs, [together]
+
+
+def union(inputs):
+    runs, expected = [], []
+    for layers, name in zip(inputs, NAMES, strict=False):
+        records = [making.union(n, next(NUMBERS), next(NUMBERS), next(NUMBERS)) for n in layers]
+        runs.append(making.results(records, name=name))
+        ranks = by_type(records, lambda r: [r.spectrum.rank_at["0.9"], r.parts_rank_at["0.9"], r.rank_for_all["0.9"]])
+        expected.append({kind: np.ravel(values) for kind, values in ranks.items()})
+        expected.append(by_type(records, lambda r: r.additive["0.9"]))
+    return runs, expected
+
+
+def ranked(records_of, gap):
+    """Return a maker of figures whose rows are parts, alike on both sets."""
+
+    def make(inputs):
+        runs, together = [], defaultdict(list)
+        for layers, name in zip(inputs, NAMES, strict=False):
+            types = list(dict.fromkeys(map(type_of, layers)))
+            marked, expected = gap(records_of(types))
+            runs.append(making.probed(marked, name=name))
+            for kind, values in expected.items():
+                together[kind] += values
+        return runs, [together]
+
+    return make
+
+
+def alone(records):
+    rows = [record for record in records if record.module_type]
+    marked, expected = unique(rows, "gap", lambda record: record.module_type)
+    return [*(record for record in records if not record.module_type), *marked], expected
+
+
+def outputs(records):
+    rows = [record for record in records if record.name]
+    marked, expected = unique(rows, "gap", lambda record: record.name)
+    return [*(record for record in records if record.subject == "tuned"), *marked], expected
+
+
+def sensitivity(records):
+    best, base = {}, np.array([20.0, 40.0, 60.0, 80.0])
+    marked = []
+    for record in records:
+        if record.unit:
+            gain = 1e-3 * best.setdefault(record.unit, next(NUMBERS)) * (record.lr > 1e-4)
+            record = record.model_copy(update={"nll": tuple(base - gain * base / 2), "loss": 2.0 - gain})
+        marked.append(record)
+    return marked, {unit: [1e-3 * number] for unit, number in best.items()}
+
+
+def curvature(records):
+    marked, expected = [], defaultdict(list)
+    for record in records:
+        if record.record == "curvature":
+            value = float(next(NUMBERS))
+            record = record.model_copy(update={"eigenvalues": (value,)})
+            expected[record.layer or "all jointly"].append(value)
+        marked.append(record)
+    return marked, expected
+
+
+def titled(value_of, drawn):
+    """Return a maker of figures that have a panel a module type, and what the line of each layer begins with."""
+
+    def make(inputs):
+        made = [spectra(layers, name) for layers, name in zip(inputs, NAMES, strict=False)]
+        expected = defaultdict(list)
+        for _, records in made:
+            for kind, values in by_type(records, value_of).items():
+                expected[kind] += values if len(made) == 1 else [np.median(values)]
+        return [run for run, _ in made], [expected]
+
+    make.drawn = drawn
+    return make
+
+
+def first_points(figure):
+    """Return {title: the first value of every line with a name} of panels that are called by module types."""
+    return {
+        ax.get_title(loc="left"): [
+            line.get_ydata()[0]
+            for line in ax.lines
+            if not line.get_label().startswith("_") and np.size(line.get_xdata()) > 2
+        ]
+        for ax in figure.axes
+        if ax.get_title(loc="left")
+    }
+
+
+def overlap(inputs):
+    runs, expected = [], defaultdict(list)
+    for layers, name in zip(inputs, NAMES, strict=False):
+        records = [making.overlap(n, step, 8, 1e-4 * next(NUMBERS), 0.5) for n in layers for step in (0, 9)]
+        runs.append(making.results(records, name=name))
+        for kind, values in by_type([r for r in records if r.step == 0], lambda r: r.kappa).items():
+            expected[kind].append(np.median(values))
+    return runs, [expected]
+
+
+overlap.drawn = lambda figure: {
+    ax.get_title(loc="left"): [line.get_ydata()[0] for line in ax.lines if line.get_label() == "_κ"]
+    for ax in figure.axes
+    if ax.get_title(loc="left")
+}
+
+MAKERS = {
+    "energy": titled(lambda r: r.s[0] ** 2 / r.fro**2, first_points),
+    "spectrum": titled(lambda r: r.s[0], first_points),
+    "heatmap": heatmap,
+    "residual": residual,
+    "overlap": overlap,
+    "allocation": allocation,
+    "union": union,
+    "alone": ranked(lambda types: making.alone(types, ranks=(4,), sets=("held_out",)), alone),
+    "outputs": ranked(lambda types: making.said(types, sets=("held_out",)), outputs),
+    "sensitivity": ranked(lambda types: making.adapted(types, sets=("held_out",)), sensitivity),
+    "curvature": ranked(lambda types: making.curved(types, ranks=()), curvature),
+}
+# Their axes are numbers and their legends are checked with their lines.
+WITHOUT = {"angles", "fleet", "sweep", "truncation", "depth", "intrinsic", "fisher"}
+
+
+def test_every_figure_is_checked_for_categories():
+    assert set(MAKERS) | WITHOUT == {kind.name for kind in plots.FIGURES}
+
+
+@pytest.mark.parametrize("name", MAKERS)
+@pytest.mark.parametrize(("mix", "width"), [*((mix, "slide") for mix in MIXES), ("two architectures", "column")])
+def test_names_stand_at_their_values(name, mix, width):
+    make = MAKERS[name]
+    runs, expected = make(layers_of(MIXES[mix]))
+    labels = NAMES[: len(runs)] if len(runs) > 1 else ()
+    figure = plots.figure(name, runs, labels=labels, width=width)
+    found = [("", make.drawn(figure))] if hasattr(make, "drawn") else readings(figure)
+    assert len(found) == len(expected)
+    for number, ((title, panel), values) in enumerate(zip(found, expected, strict=True)):
+        drawn = {full(kind, values): sorted(numbers) for kind, numbers in panel.items()}
+        assert set(drawn) == set(values)
+        for kind in values:
+            np.testing.assert_allclose(drawn[kind], sorted(values[kind]), rtol=1e-9, err_msg=f"{kind} in {title}")
+        if len(expected) == len(runs) > 1:
+            assert title.startswith(labels[number])
+
+
+def full(shown, names):
+    """Return the name that a shortened one stands for."""
+    found = [shown] if shown in names else [name for name in names if name.endswith(shown.lstrip("…"))]
+    assert len(found) == 1, f"{shown!r} may be any of {found}"
+    return found[0]
+
+
+@pytest.mark.parametrize("name", sorted(WITHOUT))
+def test_a_figure_without_categories_has_none(name):
+    made = {
+        "angles": making.results(making.interferences(2)),
+        "fleet": making.results(making.adapters(5)),
+        "sweep": making.probed(making.swept()),
+        "truncation": making.probed(making.truncated()),
+        "depth": making.probed(making.said()),
+        "intrinsic": making.probed(making.reached()),
+        "fisher": making.probed(making.fishers()),
+    }
+    assert not readings(plots.figure(name, made[name]))

@@ -1,0 +1,103 @@
+"""What runs are called: by what they measured, and never alike."""
+
+import pytest
+
+from lora_diag import plots
+from lora_diag.records import Run, RunInput
+from lora_diag.rendering.figures.names import names_of, run_name
+from lora_diag.rendering.figures.series import by_adapter, series_of
+from tests.plots import making
+
+
+def run(*inputs, command="spectrum", **settings):
+    sides = tuple(RunInput(role=role, path=path, kind="", tensors=1) for role, path in inputs)
+    return Run(command=command, version="0", inputs=sides, settings=settings)
+
+
+BASE, FULL = ("base", "m/base"), ("tuned", "m/full")
+ADAPTERS = [("adapter", f"runs/r{rank}") for rank in (4, 8, 16)]
+
+
+@pytest.mark.parametrize(
+    ("one", "name"),
+    [
+        (run(BASE, FULL), "base → full"),
+        (run(BASE, FULL, ("activations", "a.safetensors")), "base → full"),
+        (run(BASE, FULL, ("gradients", "g"), command="overlap"), "base → full"),
+        (run(*ADAPTERS), "r4 + r8 + r16"),
+        (run(BASE, *ADAPTERS, ("adapter", "x"), command="interference"), "base → 4 updates"),
+        (run(BASE, FULL, *ADAPTERS, command="residual"), "base → full"),
+        (run(BASE, FULL, *ADAPTERS, ("eval", "t.txt"), command="probe outputs"), "base → full"),
+        (run(BASE, ("data", "d.txt"), ("eval", "t.txt"), command="probe sweep"), "base"),
+        (run(("results", "full.jsonl"), BASE, FULL, command="allocate"), "base → full"),
+        (run(("results", "full.jsonl"), command="allocate"), "allocate"),
+    ],
+)
+def test_a_run_is_called_by_what_it_measured(one, name):
+    assert run_name(one) == name
+
+
+@pytest.mark.parametrize(
+    ("runs", "files", "names"),
+    [
+        ([run(BASE, FULL), run(*ADAPTERS)], (), ["full", "r4 + r8 + r16"]),
+        ([run(BASE, FULL), run(("base", "m/old"), FULL)], (), ["base → full", "old → full"]),
+        ([run(BASE, ("tuned", "a/x")), run(BASE, ("tuned", "b/x"))], (), ["a/x", "b/x"]),
+        (
+            [run(BASE, FULL, top=8), run(BASE, FULL), run(BASE, ADAPTERS[0])],
+            (),
+            ["full, top 8", "full, default settings", "r4"],
+        ),
+        ([run(BASE, budget="--params 4k"), run(BASE, budget="--params 8k")], (), ["--params 4k", "--params 8k"]),
+        ([run(BASE, a=[1] * 20), run(BASE, a=[2] * 20)], ("x/one.jsonl", "x/two.jsonl"), ["one", "two"]),
+        ([run(BASE, a=[1] * 20), run(BASE, a=[2] * 20)], (), ["base (1)", "base (2)"]),
+        ([run(BASE, FULL), run(BASE, FULL)], ("a/r.jsonl", "b/r.jsonl"), ["a/r", "b/r"]),
+        ([run(BASE, FULL), run(BASE, FULL, ADAPTERS[0], command="residual")], (), ["base → full", "base → full"]),
+    ],
+)
+def test_runs_of_a_command_are_told_apart(runs, files, names):
+    assert names_of(runs, files=files) == names
+
+
+def test_adapters_of_several_runs_are_called_by_their_own_names():
+    def results(adapters, tuned="full"):
+        return making.results(
+            [making.residual("h.0.q.weight", 1, 1, 0.3, 0.2, adapter=a) for a in adapters], name=tuned
+        )
+
+    def labels(*runs):
+        return [one.label for one in by_adapter(series_of(runs))]
+
+    assert labels(results(["runs/r4", "runs/r16"]), results(["runs/svd"])) == ["r4", "r16", "svd"]
+    assert labels(results(["a/lora", "b/lora"])) == ["a/lora", "b/lora"]
+    assert labels(results(["runs/r4"], "one"), results(["runs/r4"], "two")) == ["one: r4", "two: r4"]
+
+
+def test_what_all_runs_measured_is_named_above_the_panels():
+    runs = [making.probed(making.swept(), steps=steps) for steps in (9, 20)]
+    text = " ".join(t.get_text() for t in plots.figure("sweep", runs).texts)
+    assert "base → tuned; " in text
+
+
+def test_models_with_the_same_last_name_have_rows_of_their_own():
+    figure = plots.figure("outputs", making.probed(making.said(adapters=("a/lora", "b/lora"), sets=("held_out",))))
+    assert {label.get_text() for label in figure.axes[0].get_yticklabels()} == {"a/lora", "b/lora"}
+
+
+def test_runs_share_the_rows_of_their_parts_and_a_legend_says_whose_each_value_is():
+    runs = [
+        making.probed(making.alone(parts, sets=("held_out",)), name=n)
+        for n, parts in (("a", ("q", "k")), ("b", ("q",)))
+    ]
+    figure = plots.figure("alone", runs)
+    (ax,) = figure.axes
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["k", "q"]
+    colors = {
+        t.get_text(): h.get_color()
+        for one in figure.legends
+        for t, h in zip(one.get_texts(), one.legend_handles, strict=True)
+    }
+    whose = {
+        bar.lines[0].get_color(): round(bar.lines[0].get_ydata()[0]) for bar in ax.containers if bar.get_label() == "_q"
+    }
+    assert whose == {colors["a"]: 1, colors["b"]: 1}

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from lora_diag.cli import main
-from lora_diag.diagnostics.spectrum.measure import run as spectrum
+from lora_diag.diagnostics.spectrum import run as spectrum
 from lora_diag.errors import InputError
 
 

@@ -58,6 +58,9 @@ def allocate(
         Path | None,
         typer.Option(metavar="BASE", help="PEFT config: build this model without weights and compare every rank."),
     ] = None,
+    sweep: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Results of probe sweep; Next names their best learning rate.")
+    ] = None,
     allow_unfinished: Annotated[
         bool, typer.Option("--allow-unfinished", help="Take an interrupted spectrum run for what it holds.")
     ] = False,
@@ -80,7 +83,20 @@ def allocate(
     if policies:
         if output is not None:
             raise UsageError("--policies: shows ranks and writes none; give a budget for -o")
-        chosen = (params, total_rank, memory, energy, match, max_rank, ranks_from, target, exclude, weights, check)
+        chosen = (
+            params,
+            total_rank,
+            memory,
+            energy,
+            match,
+            max_rank,
+            ranks_from,
+            target,
+            exclude,
+            weights,
+            check,
+            sweep,
+        )
         if any(one is not None for one in chosen) or min_rank or relative:
             raise UsageError("--policies: shows what several rules give every layer; leave out budgets and limits")
         from lora_diag.reports.policies import policies_table
@@ -95,6 +111,11 @@ def allocate(
         raise UsageError("--check: there is no config to check; write one with -o adapter_config.json")
     if output is not None:
         check_outputs([results, weights], [(output, kind_of_allocation(output, check))], overwrite)
+    rate = ""
+    if sweep is not None:
+        from lora_diag.api.learning_rate import swept_rate
+
+        rate = f"\nlearning rate {swept_rate(sweep)}"
     allocation = choose(
         results,
         params=params,
@@ -121,7 +142,7 @@ def allocate(
     elif not quiet:
         from lora_diag.reports.allocation import allocation_table
 
-        result(allocation_table(allocation, *terminal(), per=per, then=_next(allocation, output, check)))
+        result(allocation_table(allocation, *terminal(), per=per, then=f"{_next(allocation, output, check)}{rate}"))
 
 
 def _next(allocation: Results[Allocation], output: Path | None, check: Path | None) -> str:

@@ -48,6 +48,12 @@ def allocate(
         typer.Option(metavar="FILE", help="JSON of layer and factor, or results of probe sensitivity or fisher."),
     ] = None,
     relative: Annotated[bool, typer.Option("--relative", help="Count every layer's energy as 1.")] = False,
+    method: Annotated[
+        str,
+        typer.Option(
+            metavar="optimal|heuristic", help="The most energy, or r ∝ s·√(d_in + d_out) with s the sensitivity."
+        ),
+    ] = "optimal",
     optimizer: Annotated[str, typer.Option(metavar="adamw|adamw8bit|sgd|sgd_momentum", help="For --memory.")] = "adamw",
     dtype: Annotated[
         str, typer.Option(metavar="float32|bfloat16|float16", help="Of adapter and gradients, for --memory.")
@@ -97,7 +103,7 @@ def allocate(
             check,
             sweep,
         )
-        if any(one is not None for one in chosen) or min_rank or relative:
+        if any(one is not None for one in chosen) or min_rank or relative or method != "optimal":
             raise UsageError("--policies: shows what several rules give every layer; leave out budgets and limits")
         from lora_diag.reports.policies import policies_table
 
@@ -130,6 +136,7 @@ def allocate(
         exclude=exclude,
         weights=weights,
         relative=relative,
+        method=method,
         optimizer=optimizer,
         dtype=dtype,
         allow_unfinished=allow_unfinished,

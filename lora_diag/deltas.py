@@ -186,6 +186,7 @@ class Unpaired:
         reason: One word of ``results.records.Reason``.
         detail: The same for people.
         rows: The rows themselves when the reason is that only one side has them.
+        tuned_shape: Its shape in TUNED when the reason is that it is another.
     """
 
     layer: str
@@ -193,6 +194,7 @@ class Unpaired:
     reason: Reason
     detail: str
     rows: Side | None = None
+    tuned_shape: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -302,7 +304,8 @@ def why_left_out(info: TensorInfo) -> str | None:
 def _pair_tensor(name: str, base: Side, tuned: Side, deltas: list[Delta], unpaired: list[Unpaired]) -> None:
     before, after = base.info, tuned.info
     if problem := _not_comparable(before, after):
-        unpaired.append(Unpaired(name, before.shape, *problem))
+        other = after.shape if problem[0] == "shape_differs" else None
+        unpaired.append(Unpaired(name, before.shape, *problem, tuned_shape=other))
         return
     if before.shape != after.shape:
         unpaired.append(added_rows(name, base, tuned))

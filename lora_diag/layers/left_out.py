@@ -34,7 +34,14 @@ def left_out_rows(unpaired: Unpaired, device: torch.device) -> LeftOut:
             reason, detail = "non_finite", f"{detail}; {problem}"
         else:
             fro = norm([rows])
-    return LeftOut(layer=unpaired.layer, shape=unpaired.shape, reason=reason, detail=detail, fro=fro)
+    return LeftOut(
+        layer=unpaired.layer,
+        shape=unpaired.shape,
+        reason=reason,
+        detail=detail,
+        fro=fro,
+        tuned_shape=unpaired.tuned_shape,
+    )
 
 
 def not_finite(delta: Delta, change: Change) -> LeftOut:

@@ -200,7 +200,7 @@ def _tokens(
         # For some families transformers makes one without a vocabulary where there are no files.
         if len(set(found(_SAMPLE, add_special_tokens=False)["input_ids"])) < 2:
             raise ValueError("it has no vocabulary")
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except (OSError, ValueError, KeyError, ImportError, TypeError) as error:  # the last: transformers 4, no files
         if asked == "auto" and vocabulary == 256 and kind != "masked":
             return _bytes("no tokenizer in BASE and a vocabulary of 256")
         named = base if asked == "auto" else asked

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Mapping
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,7 @@ def adapted_by_peft(config: Mapping[str, Any], base: Path) -> dict[str, tuple[in
         except (OSError, ValueError, TypeError, KeyError, AttributeError, ImportError) as error:
             raise InputError(f"{base}: transformers cannot build this model: {error}") from error
         try:
-            options = {key: value for key, value in config.items() if key != "peft_type"}
+            options = {key: deepcopy(value) for key, value in config.items() if key != "peft_type"}
             wrapped = peft.get_peft_model(model, peft.LoraConfig(**options))
         except (ValueError, TypeError, AttributeError) as error:
             raise InputError(f"{base}: PEFT does not take these ranks for this model: {_short(error)}") from error

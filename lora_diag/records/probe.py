@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from collections.abc import Sequence
+from typing import ClassVar, Literal, Protocol
 
 from lora_diag.records.base import Record, Share, WholeRecord
 
@@ -134,3 +135,23 @@ class Activations(Record):
     gradients: Literal["data", "model"] | None = None
     layers: tuple[LayerInput, ...]
     left_out: dict[str, str]
+
+
+class OnSet(Protocol):
+    """What was measured on one text."""
+
+    @property
+    def set(self) -> str:
+        """Its name."""
+        ...
+
+    @property
+    def shifted(self) -> bool:
+        """Whether it is of another kind than what was trained on."""
+        ...
+
+
+def main_sets(records: Sequence[OnSet]) -> list[str]:
+    """Return the sets that decide: those that are not shifted, or all where there is no other."""
+    names = list(dict.fromkeys(record.set for record in records if not record.shifted))
+    return names or list(dict.fromkeys(record.set for record in records))

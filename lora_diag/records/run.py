@@ -45,6 +45,8 @@ class RunInput(Record):
         notes: What a careful reader should know.
         fingerprint: By which ``--resume`` notices that the input changed; empty if it was not taken.
         sha256: Of every byte of its files, with ``--verify``; else empty.
+        architecture: The model's class as its ``config.json`` names it, such as ``BertForSequenceClassification``;
+            empty where there is none.
     """
 
     role: str
@@ -54,6 +56,7 @@ class RunInput(Record):
     notes: tuple[str, ...] = ()
     fingerprint: str = ""
     sha256: str = ""
+    architecture: str = ""
 
 
 class Run(Record):
@@ -77,6 +80,7 @@ class LeftOut(Record):
         detail: One sentence, for people.
         fro: ‖Δ‖_F where both sides have it (1-D tensors), the norm of the rows that only one side has, else null.
         base_fro: ‖W_base‖_F where both sides have it, else null.
+        tuned_shape: Its shape in TUNED where that is another than in BASE (``shape_differs``), else null.
     """
 
     record: Literal["left_out"] = "left_out"
@@ -86,6 +90,7 @@ class LeftOut(Record):
     detail: str
     fro: float | None = None
     base_fro: float | None = None
+    tuned_shape: tuple[int, ...] | None = None
 
 
 class End(Record):

@@ -23,10 +23,11 @@ from lora_diag.probes.intrinsic.lines import Line, lines, reached
 from lora_diag.probes.intrinsic.record import Intrinsic
 from lora_diag.probes.sensitivity.gains import Gain, gains_of, paired
 from lora_diag.probes.sensitivity.record import Sensitivity
+from lora_diag.records.probe import main_sets
 from lora_diag.reports.evidence import DEFAULT_RANK, Evidence, Source
 from lora_diag.reports.findings import named, percent
 from lora_diag.reports.step import Advice
-from lora_diag.reports.worth import ERRORS, main_sets, of
+from lora_diag.reports.worth import ERRORS, of
 
 # The level that the units of a run share.
 LEVEL = 0.05

@@ -9,23 +9,13 @@ from __future__ import annotations
 import shlex
 
 from lora_diag.metrics.equivalence import LEVEL
+from lora_diag.probes.outputs.choice import Choice, choices
 from lora_diag.probes.sweep.verdict import SweepVerdict, confident, reasons
 from lora_diag.records import Probe
+from lora_diag.records.probe import main_sets
 from lora_diag.reports.evidence import Evidence
 from lora_diag.reports.step import Advice
-from lora_diag.reports.worth import (
-    ERRORS,
-    KEPT,
-    Choice,
-    Contest,
-    Swept,
-    choices,
-    compressed,
-    contests,
-    main_sets,
-    of,
-    swept,
-)
+from lora_diag.reports.worth import ERRORS, KEPT, Contest, SweptRun, compressed, contests, of, swept
 
 _PAIRED = "paired standard error by sequence (Cochran 1977, section 2.11)"
 
@@ -125,7 +115,7 @@ def train_at_rank(evidence: Evidence) -> Advice | None:
     )
 
 
-def continued(found: Swept, seeds: int) -> str:
+def continued(found: SweptRun, seeds: int) -> str:
     """Return the command that adds seeds to a finished sweep."""
     run = found.source.results.run
     settings = run.settings

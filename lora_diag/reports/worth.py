@@ -6,14 +6,13 @@ Sets that the user named as shifted are another question and are asked apart.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Literal, Protocol
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from typing import Literal
 
-from lora_diag.metrics.equivalence import Estimate, runs_needed
-from lora_diag.probes.sensitivity.gains import paired
-from lora_diag.probes.sweep.verdict import TOLERANCE, SweepVerdict, verdicts
+from lora_diag.probes.sweep.verdict import Swept, swept_of
 from lora_diag.records import Probe
+from lora_diag.records.probe import main_sets
 from lora_diag.reports.evidence import Evidence, Source
 
 # What keeps so much of the full fine-tune's gain does as well, for what an adapter is meant for.
@@ -44,69 +43,14 @@ class Contest:
 
 
 @dataclass(frozen=True, slots=True)
-class Rival:
-    """An adapter compared with the best one, on the same sequences.
-
-    Args:
-        name: Its path.
-        behind: Its loss minus that of the best.
-        half: Half the interval of ``behind``: paired by sequence, t with N − 1 degrees of freedom, 95% for all
-            rivals together (Bonferroni); None for one sequence.
-        sequences: About how many sequences would tell them apart; None where that is known, or takes more than 1000.
-    """
-
-    name: str
-    behind: float
-    half: float | None
-    sequences: int | None
-
-    @property
-    def worse(self) -> bool:
-        """Whether it is shown to be worse than the best."""
-        return self.half is not None and self.behind > self.half
-
-
-@dataclass(frozen=True, slots=True)
-class Choice:
-    """Which of several adapters to use, by their losses on one set.
-
-    Args:
-        set: Its name.
-        best: The path of the adapter with the lowest loss.
-        rivals: The others, by their losses.
-    """
-
-    set: str
-    best: str
-    rivals: tuple[Rival, ...]
-
-    @property
-    def equals(self) -> tuple[Rival, ...]:
-        """Those that cannot be told from the best."""
-        return tuple(rival for rival in self.rivals if not rival.worse)
-
-
-@dataclass(frozen=True, slots=True)
-class Swept:
-    """What a sweep comes to.
+class SweptRun(Swept):
+    """What a sweep comes to, and which run it is.
 
     Args:
         source: The run.
-        set: The first set that is not shifted.
-        verdict: On it.
-        base: BASE's record there.
-        shifted: The verdicts on shifted sets, by name.
-        ranks: Ranks tried, ascending.
-        tolerance: Share of the gain that a smaller rank may lose.
     """
 
     source: Source
-    set: str
-    verdict: SweepVerdict
-    base: Probe
-    shifted: dict[str, SweepVerdict]
-    ranks: tuple[int, ...]
-    tolerance: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,26 +78,6 @@ def of(evidence: Evidence, probe: str) -> Iterator[tuple[Source, list[Probe]]]:
             yield source, records
 
 
-class OnSet(Protocol):
-    """What was measured on one text."""
-
-    @property
-    def set(self) -> str:
-        """Its name."""
-        ...
-
-    @property
-    def shifted(self) -> bool:
-        """Whether it is of another kind than what was trained on."""
-        ...
-
-
-def main_sets(records: Sequence[OnSet]) -> list[str]:
-    """Return the sets that decide: those that are not shifted, or all where there is no other."""
-    names = list(dict.fromkeys(record.set for record in records if not record.shifted))
-    return names or list(dict.fromkeys(record.set for record in records))
-
-
 def gains(base: Probe | None) -> float | None:
     """Return by how much TUNED is better than BASE; None where that is within two standard errors of nothing."""
     if base is None or base.gap is None or base.gap_error is None or base.gap <= ERRORS * base.gap_error:
@@ -175,32 +99,6 @@ def contests(evidence: Evidence) -> list[Contest]:
     return found
 
 
-def choices(records: Sequence[Probe]) -> list[Choice]:
-    """Return for each set which of the adapters has the lowest loss, and from which it can be told.
-
-    None for sets with fewer than two adapters, and for results that have no losses of sequences.
-    """
-    found = []
-    for name in dict.fromkeys(record.set for record in records):
-        mine = [record for record in records if record.set == name]
-        counts = next((record.predictions for record in mine if record.subject == "base"), ())
-        adapters = sorted((r for r in mine if r.subject == "adapter" and r.nll), key=lambda record: record.nats)
-        if len(adapters) > 1 and counts:
-            best, *others = adapters
-            level = 1 - 0.05 / 2 / len(others)
-            found.append(Choice(name, best.name, tuple(_rival(other, best, counts, level) for other in others)))
-    return found
-
-
-def _rival(other: Probe, best: Probe, counts: Sequence[int], level: float) -> Rival:
-    gap, error = paired(other.nll, best.nll, counts)
-    if error is None:
-        return Rival(other.name, gap, None, None)
-    half = Estimate(gap, error, len(counts) - 1).half(level)
-    needed = None if gap > half else runs_needed(gap, error * len(counts) ** 0.5, 1, level=level)
-    return Rival(other.name, gap, half, needed if needed is None else max(needed, len(counts) + 1))
-
-
 def _judged(own: tuple[Probe, ...], gained: dict[str, float | None]) -> Literal["as good", "worse", "not known"]:
     if any(record.gap is None or record.gap_error is None for record in own):
         return "not known"
@@ -214,18 +112,11 @@ def _judged(own: tuple[Probe, ...], gained: dict[str, float | None]) -> Literal[
     return "worse" if worse else "not known"
 
 
-def swept(evidence: Evidence) -> Swept | None:
+def swept(evidence: Evidence) -> SweptRun | None:
     """Return what the first sweep comes to; None without one, or where none of its runs says anything."""
-    for source, records in of(evidence, "sweep"):
-        settings = source.results.run.settings
-        share = settings.get("tolerance", TOLERANCE)
-        found = verdicts(records, settings.get("seed", 0), share)
-        own = next((name for name in main_sets(records) if name in found), None)
-        if own is not None:
-            verdict, base = found[own]
-            shifted = {name: other for name, (other, its) in found.items() if its.shifted and name != own}
-            ranks = sorted({record.rank for record in records if record.subject == "lora" and record.rank is not None})
-            return Swept(source, own, verdict, base, shifted, tuple(ranks), share)
+    for source, _ in of(evidence, "sweep"):
+        if (found := swept_of(source.results)) is not None:
+            return SweptRun(**{each.name: getattr(found, each.name) for each in fields(found)}, source=source)
     return None
 
 

@@ -200,6 +200,8 @@ def _with_adapter(
 
 def describe(role: str, checkpoint: Checkpoint, notes: tuple[str, ...] = (), verify: bool = False) -> RunInput:
     """Return what the run record says of a checkpoint."""
+    classes = checkpoint.config.get("architectures")
+    named = classes[0] if isinstance(classes, list) and classes else None
     return RunInput(
         role=role,
         path=legible(checkpoint.path),
@@ -208,4 +210,5 @@ def describe(role: str, checkpoint: Checkpoint, notes: tuple[str, ...] = (), ver
         notes=tuple(map(legible, (*checkpoint.notes, *notes))),
         fingerprint=fingerprint(checkpoint),
         sha256=content_hash(files_of(checkpoint)) if verify else "",
+        architecture=legible(named) if isinstance(named, str) else "",
     )

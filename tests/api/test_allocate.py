@@ -106,7 +106,7 @@ def test_weights_by_name_and_from_a_file(tmp_path):
 def test_a_layer_of_weight_zero_gets_no_rank():
     found = lora_diag.allocate(SPECTRA, params=10**6, weights={SPECTRA.layers[0].layer: 0.0, "default": 1.0})
     assert [layer.rank == 0 for layer in found] == [True, *[False] * (len(found) - 1)]
-    assert found.whole[0].kept == 1.0
+    assert found.whole[0].kept == found.whole[0].bound
     with pytest.raises(UsageError, match="nothing to keep"):
         lora_diag.allocate(SPECTRA, params=2000, weights={"default": 0.0})
 
@@ -120,7 +120,7 @@ def test_nothing_else_is_overwritten(tmp_path):
     found = lora_diag.allocate(SPECTRA, params=2000)
     for name, content in (("config.json", '{"model_type": "llama"}'), ("notes.jsonl", "{}\n"), ("x.json", "[")):
         (tmp_path / name).write_text(content)
-        with pytest.raises(UsageError, match="left as it is"):
+        with pytest.raises(UsageError, match="--overwrite"):
             write_allocation(found, tmp_path / name)
         assert (tmp_path / name).read_text() == content
     with pytest.raises(UsageError, match=r"name it \.json"):

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 import lora_diag
 from lora_diag import deltas
 from lora_diag.diagnostics.fleet import run as fleet
-from lora_diag.diagnostics.spectrum.measure import gradients as covariance
+from lora_diag.diagnostics.spectrum import gradients as covariance
 from lora_diag.diagnostics.verify_merge import run as verify_merge
 from lora_diag.errors import UsageError
 from lora_diag.linalg import limited

@@ -44,7 +44,7 @@ def test_a_share_of_what_was_not_measured_is_not_claimed(loradiag, tmp_path):
 def test_a_small_gain_is_called_one(loradiag, tmp_path):
     spectra = results(*(record(f"l.{i}.q_proj.weight", (16, 16), [1.0 + i / 1000] * 16) for i in range(4)))
     spectra.write(tmp_path / "s.jsonl")
-    assert ", hardly a gain" in " ".join(loradiag("allocate", "s.jsonl", "--total-rank", "32").out.split())
+    assert ", hardly a gain" in " ".join(loradiag("allocate", "s.jsonl", "--total-rank", "24").out.split())
 
 
 def test_config_records_and_json_agree(loradiag, measured, tmp_path):
@@ -172,3 +172,16 @@ def test_no_torch_is_imported(tmp_path):
     )
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
     assert json.loads((tmp_path / "c.json").read_text())["peft_type"] == "LORA"
+
+
+def test_the_heuristic_is_written_and_divides_a_budget_only(loradiag, measured, tmp_path):
+    ran = loradiag("allocate", measured, "--params", "50k", "--method", "heuristic", "-o", tmp_path / "h.jsonl")
+    assert ran.code == 0, ran.err
+    (best,) = lora_diag.allocate(measured, params="50k").whole
+    found = lora_diag.read_results(tmp_path / "h.jsonl")
+    (heuristic,) = found.whole
+    assert found.run.settings["method"] == "heuristic"
+    assert heuristic.kept == best.baselines[1].kept < best.kept <= heuristic.bound + 1e-12
+    for words in (["--energy", "0.9", "--method", "heuristic"], ["--params", "50k", "--method", "greedy"]):
+        ran = loradiag("allocate", measured, *words)
+        assert (ran.code, "--method" in ran.err) == (2, True)

@@ -321,3 +321,15 @@ def test_a_budget_that_is_too_small_keeps_the_spectra_for_the_next(loradiag, pai
     assert "--resume with another budget" in ran.err
     assert loradiag("extract", base, tuned, "--params", "400", "-o", "adapter", "--resume").code == 0
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith("adapter")] == ["adapter"]
+
+
+def test_the_best_learning_rate_of_a_sweep_reaches_card_and_next(loradiag, tmp_path):
+    sweep = ROOT / "docs" / "examples" / "sweep.jsonl"
+    sides = ROOT / "sample_checkpoints" / "base", ROOT / "sample_checkpoints" / "lora_r4"
+    assert loradiag("extract", *sides, "--rank", "1", "--sweep", sweep, "-q", "-o", "out").code == 0
+    assert "0.003, the best at r=16 in" in (tmp_path / "out" / "README.md").read_text()
+    spectrum = ROOT / "docs" / "examples" / "spectrum.jsonl"
+    ran = loradiag("allocate", spectrum, "--total-rank", "50", "--sweep", sweep)
+    assert "learning rate 0.003, the best at r=16 in" in " ".join(ran.out.split())
+    wrong = loradiag("allocate", spectrum, "--total-rank", "50", "--sweep", spectrum)
+    assert (wrong.code, "names no learning rate; give results of probe sweep" in wrong.err) == (2, True)

@@ -6,8 +6,8 @@ import torch
 from safetensors.torch import load_file
 
 import lora_diag
+from lora_diag.diagnostics.spectrum import gradients as module
 from lora_diag.diagnostics.spectrum.measure import SpectrumSettings
-from lora_diag.diagnostics.spectrum.measure import gradients as module
 from lora_diag.errors import InputError, NothingComparedError, UsageError
 from lora_diag.gradients import histories, open_steps
 from lora_diag.linalg.gram import decompose_gram, decompose_stack

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 import lora_diag
-from lora_diag.diagnostics.interference.measure import measure as interference
+from lora_diag.diagnostics.interference import measure as interference
 from lora_diag.diagnostics.interference.parts import InterferenceSettings, Several, Update
-from lora_diag.diagnostics.intruders.measure import measure as intruders
+from lora_diag.diagnostics.intruders import measure as intruders
 from lora_diag.errors import MemoryLimitError, UsageError
 from lora_diag.running.inputs import compare
 from tests.conftest import ROOT, save_model

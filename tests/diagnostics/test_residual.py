@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 import lora_diag
 from lora_diag.adapters import open_adapter
 from lora_diag.checkpoints import open_checkpoint
-from lora_diag.diagnostics.residual.measure import measure as module
+from lora_diag.diagnostics.residual import measure as module
 from lora_diag.errors import InputError, UsageError
 from lora_diag.metrics import distances, limit, pooled
 from tests import oracles

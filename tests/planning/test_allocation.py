@@ -11,6 +11,7 @@ from lora_diag.decisions.allocate import spending
 from lora_diag.decisions.allocate.allocation import Budget, allocate
 from lora_diag.decisions.allocate.candidates import Constraints
 from lora_diag.errors import UsageError
+from lora_diag.records import LeftOut
 from tests.planning.records import llama, record
 
 
@@ -76,7 +77,7 @@ def test_no_budget_is_ever_exceeded_and_the_certificate_holds(seed, amount, leas
 def test_ranks_for_an_energy_share_are_those_of_the_spectra():
     spectra = llama(3, 5)
     found = allocate(spectra, Budget("energy", 0.9, "--energy 0.9"))
-    assert ranks_of(found) == {r.layer: r.rank_at["0.9"] for r in spectra}
+    assert ranks_of(found) == {r.layer: min(r.rank_at["0.9"], math.prod(r.shape) // sum(r.shape)) for r in spectra}
     assert found.certificate.budget is None
     assert found.certificate.spent == found.certificate.params
     assert found.certificate.bound >= found.certificate.kept
@@ -180,8 +181,8 @@ def test_layers_get_no_rank_from_noise():
         record("d.weight", (8, 8), np.ones(8), signal=None),
     ]
     found = allocate(spectra, params(10**6), Constraints(min_rank=1))
-    assert ranks_of(found) == {"a.weight": 2, "b.weight": 0, "c.weight": 0, "d.weight": 8}
-    assert [layer.capped_by for layer in found.layers] == ["signal_rank", "signal_rank", "update_rank", "shape"]
+    assert ranks_of(found) == {"a.weight": 2, "b.weight": 0, "c.weight": 0, "d.weight": 4}
+    assert [layer.capped_by for layer in found.layers] == ["signal_rank", "signal_rank", "update_rank", "break_even"]
     assert found.layers[2].kept is None
     with pytest.raises(UsageError, match="stands above the rounding noise"):
         allocate(spectra[1:3], params(10**6))
@@ -197,7 +198,7 @@ def test_a_truncated_spectrum_caps_at_the_values_kept_and_its_error_is_told():
         record("b.weight", (8, 8), np.ones(8), fro=math.sqrt(8)),
     ]
     found = allocate(spectra, params(10**6))
-    assert [(layer.rank, layer.capped_by) for layer in found.layers] == [(2, "values_kept"), (8, "shape")]
+    assert [(layer.rank, layer.capped_by) for layer in found.layers] == [(2, "values_kept"), (4, "break_even")]
     assert found.layers[0].kept == pytest.approx(13 / 25)
     assert found.certificate.energy_error == pytest.approx(1e-3 * 25 / 33)
 
@@ -302,3 +303,57 @@ def test_an_impossible_budget_says_by_how_much():
 def test_constraints_that_make_no_sense(wrong):
     with pytest.raises(UsageError, match="--"):
         Constraints(**wrong)
+
+
+def test_heads_are_trained_in_full_and_paid_for_first():
+    layer = record("bert.encoder.layer.0.query.weight", (16, 16), np.ones(16))
+    head = record("classifier.weight", (7, 16), 5 * np.ones(7))
+    bias = LeftOut(layer="classifier.bias", shape=(7,), reason="vector", detail="", fro=1.0)
+    new = LeftOut(layer="score.weight", shape=(2, 16), reason="only_in_tuned", detail="")
+    still = record("bert.pooler.dense.weight", (16, 16), np.zeros(16))
+    size = 7 * 16 + 7 + 2 * 16
+    found = allocate([layer, head, still], params(size + 70), left_out=[bias, new])
+    assert {item.layer for item in found.left_out if item.reason == "saved"} == {head.layer, bias.layer, new.layer}
+    assert ranks_of(found)[layer.layer] == 2
+    assert (found.certificate.saved, found.certificate.params) == (size, size + 64) == (size, found.certificate.spent)
+    with pytest.raises(UsageError, match=r"the heads classifier, score.* take 151 parameters, 1 parameters more"):
+        allocate([layer, head], params(150), left_out=[bias, new])
+    by_rank = allocate([layer, head], Budget("total_rank", 2, "x"), left_out=[bias])
+    assert (by_rank.certificate.spent, by_rank.certificate.params) == (2, 64 + 119)
+    named = allocate([layer, head], params(500), target="query|classifier", left_out=[bias])
+    assert (named.certificate.saved, "classifier.weight" in ranks_of(named)) == (0, True)
+    frozen = allocate([layer, head], params(500), exclude="classifier", left_out=[bias])
+    assert (frozen.certificate.saved, set(ranks_of(frozen))) == (0, {layer.layer})
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 40), st.integers(1, 40), st.sampled_from([None, (1, 2, 4, 8, 16, 32)]), st.integers(0, 9))
+def test_no_rank_has_more_parameters_than_its_matrix(m, n, listed, least):
+    if least > 0 and listed:
+        least = 1
+    layers = [record("a.weight", (m, n), np.ones(min(m, n))), record("b.weight", (32, 32), np.ones(32))]
+    found = allocate(layers, params(10**6), Constraints(min_rank=least, ranks_from=listed))
+    for layer in found.layers:
+        assert layer.params <= math.prod(layer.shape)
+        larger = [rank for rank in listed or range(1, 64) if layer.rank < rank]
+        assert not larger or larger[0] * sum(layer.shape) > math.prod(layer.shape)
+
+
+def test_the_heuristic_follows_its_scores():
+    """r ∝ s·√(d_in + d_out): twice the score, twice the rank."""
+    spectra = [record(f"l.{i}.weight", (32, 32), np.ones(32) / (i + 1)) for i in range(2)]
+    found = allocate(spectra, params(64 * 9), method="heuristic", scores={"l.0.weight": 1.0, "l.1.weight": 2.0})
+    assert ranks_of(found) == {"l.0.weight": 3, "l.1.weight": 6}
+    assert found.certificate.kept == pytest.approx(share(spectra, ranks_of(found)))
+    assert found.certificate.kept < found.certificate.bound
+    assert not found.certificate.optimal
+
+
+def test_a_layer_that_makes_most_of_a_gain_is_named():
+    spectra = [record("a.weight", (16, 16), 9 * np.ones(16)), *llama(1, 3)]
+    found = allocate(spectra, params(500))
+    uniform = found.certificate.baselines[0]
+    assert uniform.lead == "a.weight"
+    assert 2 * uniform.lead_gain > uniform.equal - uniform.kept > 0
+    equal = [record(f"{i}.weight", (16, 16), np.ones(16)) for i in range(4)]
+    assert allocate(equal, params(500)).certificate.baselines[0].lead is None

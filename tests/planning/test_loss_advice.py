@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from lora_diag.probes.outputs.choice import choices
 from lora_diag.probes.sweep.verdict import verdicts
 from lora_diag.records import End, Probe, Results, Run, RunInput
 from lora_diag.reports.advice import advice
-from lora_diag.reports.worth import choices, contests
+from lora_diag.reports.worth import contests
 from tests.planning.test_advice import evidence, model, told
 from tests.reports.making import flat_to
 

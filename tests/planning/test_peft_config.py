@@ -7,6 +7,7 @@ import re
 import numpy as np
 import pytest
 
+import lora_diag
 from lora_diag.decisions.allocate.allocation import Budget, allocate
 from lora_diag.decisions.allocate.candidates import Constraints
 from lora_diag.decisions.allocate.peft_config import Scaling, check, compare, module_of, peft_config
@@ -81,7 +82,7 @@ def test_stacks_that_are_weights_of_modules_are_targeted_by_their_modules():
     found = allocation(spectra, 10**6, 2)
     config = peft_config(found)
     assert (config["target_modules"], config["target_parameters"]) == (["q_proj"], ["input_linear.weight"])
-    ranks = {"model.layers.0.mlp.input_linear": (8, 2.0), "model.layers.0.attn.q_proj": (8, 2.0)}
+    ranks = {"model.layers.0.mlp.input_linear": (4, 2.0), "model.layers.0.attn.q_proj": (4, 2.0)}
     compare(found, ranks, Scaling(2.0))
 
 
@@ -89,10 +90,10 @@ def test_one_key_for_a_kind_of_module_that_agrees():
     spectra = [
         record(f"model.layers.{i}.{name}.weight", (8, 8), np.ones(rank), fro=math.sqrt(rank), complete=False)
         for i in range(3)
-        for name, rank in (("q", 2), ("k", 2), ("v", 5))
+        for name, rank in (("q", 2), ("k", 2), ("v", 4))
     ]
     config = peft_config(allocation(spectra, 10**6))
-    assert (config["r"], config["rank_pattern"], config["alpha_pattern"]) == (2, {"v": 5}, {"v": 10})
+    assert (config["r"], config["rank_pattern"], config["alpha_pattern"]) == (2, {"v": 4}, {"v": 8})
 
 
 def test_wrappers_stay_where_the_rest_would_be_ambiguous():
@@ -168,8 +169,6 @@ def wanted(found):
 def test_peft_builds_llama_as_allocated(tmp_path):
     transformers = pytest.importorskip("transformers")
     pytest.importorskip("peft")
-    import lora_diag
-
     spectra = lora_diag.spectrum(ROOT / "sample_checkpoints/base", ROOT / "sample_checkpoints/full_ft", top=40)
     config = transformers.AutoConfig.from_pretrained(ROOT / "sample_checkpoints/base")
     for options in ({"params": "50k"}, {"energy": 0.5}, {"params": "100k", "ranks_from": [4, 16]}):
@@ -245,3 +244,51 @@ def test_nothing_to_adapt():
     empty = Results(results().run, (), (), None, ())
     with pytest.raises(InputError, match="rank 0"):
         peft_config(empty)
+
+
+ENCODER = {
+    "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64, "vocab_size": 50,
+    "max_position_embeddings": 40,
+}  # fmt: skip
+SMALL = {
+    "BertForSequenceClassification": ("SEQ_CLS", {"classifier", "pooler"}, ENCODER),
+    "BertForTokenClassification": ("TOKEN_CLS", {"classifier"}, ENCODER),
+    "BertForQuestionAnswering": ("QUESTION_ANS", {"qa_outputs"}, ENCODER),
+    "RobertaForSequenceClassification": ("SEQ_CLS", {"classifier"}, ENCODER),
+    "DistilBertForSequenceClassification": (
+        "SEQ_CLS",
+        {"classifier", "pre_classifier"},
+        {"dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 64, "vocab_size": 50, "max_position_embeddings": 40},
+    ),
+    "LlamaForSequenceClassification": ("SEQ_CLS", {"score"}, ENCODER | {"num_key_value_heads": 2, "pad_token_id": 0}),
+    "LlamaForCausalLM": ("CAUSAL_LM", set(), ENCODER | {"num_key_value_heads": 2}),
+}
+
+
+@WITH_PEFT
+@pytest.mark.parametrize("name", SMALL)
+def test_peft_trains_as_many_parameters_as_the_budget_counts(tmp_path, name):
+    """The head is new: TUNED has another number of labels than BASE."""
+    transformers, peft, torch = (pytest.importorskip(module) for module in ("transformers", "peft", "torch"))
+    task, heads, sizes = SMALL[name]
+    kind = getattr(transformers, name)
+    base, tuned = (kind(kind.config_class(**sizes, num_labels=labels)) for labels in (2, 3))
+    base.save_pretrained(tmp_path / "base")
+    with torch.no_grad():
+        for (key, value), other in zip(tuned.named_parameters(), base.parameters(), strict=True):
+            if value.shape == other.shape:
+                value.copy_(other + 0.01 * torch.randn_like(other))
+            assert key
+    tuned.save_pretrained(tmp_path / "tuned")
+    spectra = lora_diag.spectrum(tmp_path / "base", tmp_path / "tuned")
+    found = lora_diag.allocate(spectra, params=9000)
+    config = peft_config(found)
+    assert (config["task_type"], set(config.get("modules_to_save", []))) == (task, heads)
+    assert (found.whole[0].saved > 0) == bool(heads)
+    assert built(config, tuned.config, tmp_path) == wanted(found)
+    folder = tmp_path / "config"
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    model = peft.get_peft_model(tuned, peft.LoraConfig.from_pretrained(folder))
+    trained = sum(value.numel() for value in model.parameters() if value.requires_grad)
+    assert trained == found.whole[0].params == found.whole[0].spent <= 9000

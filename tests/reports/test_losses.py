@@ -7,11 +7,10 @@ import itertools
 import pytest
 from markdown_it import MarkdownIt
 
-from lora_diag.inspection.tables import TABLES
+from lora_diag.catalog import features
 from lora_diag.records import End, Results, Run, RunInput
 from lora_diag.reports.html import html_report
 from lora_diag.reports.markdown import markdown_report
-from lora_diag.reports.several import SEVERAL
 from lora_diag.reports.static import pictures_of
 from lora_diag.reports.tabular import to_csv, to_parquet
 from tests.plots import making
@@ -165,5 +164,5 @@ def test_an_unfinished_run_is_shown_as_far_as_it_got():
 
 
 def test_every_probe_with_a_table_has_a_section():
-    commands = {command for command, _ in TABLES if command.startswith("probe ")}
-    assert commands == {command for command in SEVERAL if command.startswith("probe ")}
+    commands = {feature.name for feature in features() if feature.table and feature.name.startswith("probe ")}
+    assert commands == {feature.name for feature in features() if feature.section and feature.name.startswith("probe ")}

@@ -15,11 +15,13 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from lora_diag.decisions.allocate.baselines import Rule, energy_ranks, rules
+from lora_diag.decisions.allocate.baselines import PRIOR, Rule, energy_ranks, rules
 from lora_diag.decisions.allocate.candidates import Constraints, Unit, split, units
-from lora_diag.decisions.allocate.record import Allocation, Baseline, Certificate
+from lora_diag.decisions.allocate.heads import head_of, heads_to_save, size_of
+from lora_diag.decisions.allocate.record import Allocation, Baseline, Certificate, Method
 from lora_diag.decisions.allocate.record import Unit as BudgetUnit
 from lora_diag.decisions.allocate.spending import Floats, Ints, Spent, Steps, make_steps, spend
+from lora_diag.decisions.targets import compiled
 from lora_diag.diagnostics.spectrum.record import Spectrum
 from lora_diag.errors import UsageError
 from lora_diag.records import LeftOut
@@ -79,8 +81,12 @@ def allocate(
     target: str | None = None,
     exclude: str | None = None,
     losses: Mapping[str, Sequence[float]] | None = None,
+    left_out: Sequence[LeftOut] = (),
+    save_heads: bool = True,
+    method: Method = "optimal",
+    scores: Mapping[str, float] | None = None,
 ) -> Allocated:
-    """Choose ranks that keep the most energy within a budget.
+    """Choose ranks that keep the most energy within a budget, or those of the heuristic prior.
 
     Args:
         records: Spectra, one a layer.
@@ -92,31 +98,72 @@ def allocate(
         exclude: No layers whose name contains a match.
         losses: F(0), F(1), … by layer, as ``probe fisher`` measures them; ranks then minimise ΣF_ℓ(r_ℓ). F need not be
             convex, so ranks are chosen from the corners of its convex envelope, and the bound is that of all ranks.
+        left_out: What has no spectrum: heads that only TUNED has are among them.
+        save_heads: Whether heads are trained in full, and the budget pays for them first; else they are layers.
+        method: ``optimal``, or ``heuristic`` for r ∝ s·√(d_in + d_out).
+        scores: s by layer for the heuristic; None for the weights, or without those for ‖ΔW‖/‖W‖.
 
     Raises:
-        UsageError: The budget does not pay for what the constraints ask, or for any rank at all.
+        UsageError: The budget does not pay for what the constraints ask, or for any rank at all; a pattern is no
+            regular expression.
     """
-    candidates, left_out = split(records, target, exclude)
+    wanted, unwanted = compiled(target, "--target"), compiled(exclude, "--exclude")
+    saved = heads_to_save(records, left_out, wanted, unwanted) if save_heads else []
+    names = {item.layer for item in saved}
+    candidates, not_chosen = split([record for record in records if record.layer not in names], wanted, unwanted)
     factors = {record.layer: _factor(record, weights, relative) for record in candidates}
     parts = units(candidates, factors, constraints, losses)
     _refuse_nothing(parts)
     every = _steps(parts, budget, [part.allowed for part in parts])
     steps = every if losses is None else _steps(parts, budget, [part.corners for part in parts])
     fixed = sum(budget.cost_of(part) * part.start for part in parts)
-    chosen, left = _choose(parts, steps, every, budget, fixed)
+    reserved = _reserve(saved, budget)
+    chosen, left = _choose(parts, steps, every, budget, fixed, reserved)
     if losses is not None:  # the exact method knew the corners only
         chosen = replace(chosen, optimal=chosen.gain >= chosen.bound)
-    scores = np.array([_score(part, weights) for part in parts])
-    found = rules(parts, every, left, scores)
+    found = rules(parts, every, left, np.array([_score(part, scores or weights) for part in parts]))
     if budget.unit == "energy":
         found.pop()  # the allocation itself
+    if method == "heuristic":
+        chosen = _follow(found[PRIOR], parts, steps, budget, chosen)
     layers = _records(parts, chosen.ranks, found[0].ranks)
     order = {record.layer: i for i, record in enumerate(records)}
     return Allocated(
         layers=tuple(sorted(layers, key=lambda record: order[record.layer])),
-        certificate=_certificate(parts, steps, budget, fixed, chosen, found),
-        left_out=tuple(left_out),
+        certificate=_certificate(parts, steps, budget, (fixed + reserved, size_of(saved)), chosen, found),
+        left_out=(*saved, *not_chosen, *(item for item in left_out if item.layer not in names)),
     )
+
+
+def _reserve(saved: Sequence[LeftOut], budget: Budget) -> int:
+    """Return what the heads take of a budget, in what ``Budget.cost_of`` counts.
+
+    Raises:
+        UsageError: That is more than there is.
+    """
+    if budget.unit in {"total_rank", "energy"}:
+        return 0
+    size = size_of(saved)
+    if size > budget.whole:
+        heads = sorted({head_of(item.layer) or "" for item in saved})
+        raise UsageError(
+            f"{budget.option}: the heads {', '.join(heads)}, which are trained in full, take {_amount(budget, size)}, "
+            f"{_amount(budget, size - budget.whole)} more than the budget; raise it, or leave a head as it is with "
+            f"--exclude {heads[0]}"
+        )
+    return size
+
+
+def _follow(rule: Rule, parts: Sequence[Unit], steps: Steps, budget: Budget, best: Spent) -> Spent:
+    """Return the ranks of another rule, with the bound of all ranks.
+
+    Raises:
+        UsageError: It gives no rank.
+    """
+    if not rule.ranks.any():
+        raise UsageError(f"{budget.option}: does not pay for the first rank of the {rule.name}; raise it")
+    gain = _energy(parts, rule.ranks) - _energy(parts, steps.start)
+    return Spent(rule.ranks, gain, rule.cost, max(best.bound, gain), best.price, optimal=False)
 
 
 def _steps(parts: Sequence[Unit], budget: Budget, allowed: Sequence[Ints]) -> Steps:
@@ -148,14 +195,16 @@ def _factor(record: Spectrum, weights: Mapping[str, float] | None, relative: boo
 
 
 def _score(part: Unit, weights: Mapping[str, float] | None) -> float:
-    """Return the sensitivity for the prior: the weights given, else how far the layers moved, ‖ΔW‖/‖W‖ (or ‖ΔW‖)."""
+    """Return s for the prior: what is given, else how far the layers moved, ‖ΔW‖/‖W‖ (or ‖ΔW‖)."""
     if weights is not None:
         return math.fsum(weights[member.layer] for member in part.members) / len(part.members)
     moved = [member.fro if member.relative is None else member.relative for member in part.members]
     return math.fsum(moved) / len(moved)
 
 
-def _choose(parts: Sequence[Unit], steps: Steps, every: Steps, budget: Budget, fixed: int) -> tuple[Spent, int]:
+def _choose(
+    parts: Sequence[Unit], steps: Steps, every: Steps, budget: Budget, fixed: int, reserved: int
+) -> tuple[Spent, int]:
     """Return the ranks, and what the steps above the starting ranks may cost."""
     if budget.unit == "energy":
         ranks = energy_ranks(parts, every, budget.amount)
@@ -163,11 +212,12 @@ def _choose(parts: Sequence[Unit], steps: Steps, every: Steps, budget: Budget, f
         best = spend(steps, left)
         gain = _energy(parts, ranks) - _energy(parts, steps.start)
         return Spent(ranks, gain, left, max(best.bound, gain), best.price, optimal=False), left
-    left = budget.whole - fixed
+    left = budget.whole - reserved - fixed
+    of = "the budget" if not reserved else f"the {_amount(budget, budget.whole - reserved)} that the heads leave of it"
     if left < 0:
         raise UsageError(
             f"{budget.option}: the smallest ranks that --min-rank allows take {_amount(budget, fixed)}, "
-            f"{_amount(budget, -left)} more than the budget; raise it, lower --min-rank or choose layers with --target"
+            f"{_amount(budget, -left)} more than {of}; raise it, lower --min-rank or choose layers with --target"
         )
     if not fixed and not len(steps.gain):
         raise UsageError(f"{budget.option}: no rank that is allowed lowers what the loss suffers; raise --max-rank")
@@ -175,7 +225,7 @@ def _choose(parts: Sequence[Unit], steps: Steps, every: Steps, budget: Budget, f
         part = parts[int(steps.unit[np.argmin(steps.cost)])]
         raise UsageError(
             f"{budget.option}: even the cheapest rank, one of {part.group or part.members[0].layer}, takes "
-            f"{_amount(budget, least)}, {_amount(budget, least - left)} more than the budget"
+            f"{_amount(budget, least)}, {_amount(budget, least - left)} more than {of}"
         )
     return spend(steps, left), left
 
@@ -221,8 +271,15 @@ def _kept(curve: Floats, rank: int) -> float:
 
 
 def _certificate(
-    parts: Sequence[Unit], steps: Steps, budget: Budget, fixed: int, chosen: Spent, found: Sequence[Rule]
+    parts: Sequence[Unit],
+    steps: Steps,
+    budget: Budget,
+    taken: tuple[int, int],
+    chosen: Spent,
+    found: Sequence[Rule],
 ) -> Certificate:
+    """Return how good ranks are; ``taken``: what starting ranks and heads cost, and the parameters of the heads."""
+    fixed, saved = taken
     total = math.fsum(part.energy for part in parts)
     at_start = _energy(parts, steps.start)
     # Losses may be larger at the smallest ranks than with none.
@@ -239,7 +296,8 @@ def _certificate(
         unit=budget.unit,
         budget=None if budget.unit == "energy" else budget.amount,
         spent=budget.told(fixed + chosen.cost),
-        params=sum(rank * part.cost for part, rank in zip(parts, chosen.ranks.tolist(), strict=True)),
+        params=saved + sum(rank * part.cost for part, rank in zip(parts, chosen.ranks.tolist(), strict=True)),
+        saved=saved,
         kept=kept,
         bound=bound,
         gap=max(0.0, (bound - kept) / bound) if bound > 0 else 0.0,
@@ -248,16 +306,27 @@ def _certificate(
         epsilon_min=_epsilon_min(parts, chosen.ranks),
         price=price,
         slack=bound - kept + price * unpaid,
-        baselines=tuple(
-            Baseline(
-                name=rule.name,
-                spent=budget.told(fixed + rule.cost),
-                kept=min(1.0, max(0.0, _energy(parts, rule.ranks)) / total),
-                equal=min(1.0, max(0.0, at_start + spend(steps, rule.cost).gain) / total),
-                epsilon_min=_epsilon_min(parts, rule.ranks),
-            )
-            for rule in found
-        ),
+        baselines=tuple(_baseline(rule, parts, steps, budget, fixed, total) for rule in found),
+    )
+
+
+def _baseline(rule: Rule, parts: Sequence[Unit], steps: Steps, budget: Budget, fixed: int, total: float) -> Baseline:
+    """Compare another rule with the ranks that keep the most for exactly what it spends."""
+    equal = spend(steps, rule.cost)
+    gains = [
+        float(part.curve[rank] - part.curve[other])
+        for part, rank, other in zip(parts, equal.ranks.tolist(), rule.ranks.tolist(), strict=True)
+    ]
+    first = int(np.argmax(gains))
+    leads = len(parts) > 1 and 2 * gains[first] > math.fsum(gains) > 0
+    return Baseline(
+        name=rule.name,
+        spent=budget.told(fixed + rule.cost),
+        kept=min(1.0, max(0.0, _energy(parts, rule.ranks)) / total),
+        equal=min(1.0, max(0.0, _energy(parts, equal.ranks)) / total),
+        epsilon_min=_epsilon_min(parts, rule.ranks),
+        lead=(parts[first].group or parts[first].members[0].layer) if leads else None,
+        lead_gain=gains[first] / total if leads else None,
     )
 
 

@@ -14,6 +14,9 @@ import numpy as np
 from lora_diag.decisions.allocate.candidates import Unit
 from lora_diag.decisions.allocate.spending import Floats, Ints, Steps
 
+# Place of the heuristic prior among the rules.
+PRIOR = 1
+
 
 @dataclass(frozen=True)
 class Rule:
@@ -48,7 +51,7 @@ def rules(units: Sequence[Unit], steps: Steps, budget: int, scores: Floats) -> l
     threshold, energy = _take(steps, _share_before(units, steps), budget)
     return [
         Rule(f"uniform r={level:.0f}", *uniform),
-        Rule("prior s·√(d_in+d_out)", *prior),
+        Rule("heuristic prior s·√(d_in+d_out)", *prior),
         Rule(f"same energy share, {threshold:.2f}", *energy),
     ]
 

@@ -5,6 +5,7 @@ It knows records of ``spectrum`` and constraints, and refuses to know budgets.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -14,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lora_diag.decisions.allocate.record import CappedBy
-from lora_diag.decisions.targets import compiled, why_no_target
+from lora_diag.decisions.targets import why_no_target
 from lora_diag.diagnostics.spectrum.record import Spectrum
 from lora_diag.errors import UsageError
 from lora_diag.metrics import energy_curve
@@ -142,24 +143,25 @@ def _energy(record: Spectrum) -> NDArray[np.float64]:
     return energy_curve(values, record.fro, record.complete) if record.fro > 0 else np.zeros(len(values))
 
 
-def split(records: Sequence[Spectrum], target: str | None, exclude: str | None) -> tuple[list[Spectrum], list[LeftOut]]:
+def split(
+    records: Sequence[Spectrum], target: re.Pattern[str] | None, exclude: re.Pattern[str] | None
+) -> tuple[list[Spectrum], list[LeftOut]]:
     """Divide layers into those that may get an adapter and those that are left out, with the reason.
 
     Without ``target``, the matrices that adapters usually target are candidates: no embeddings, no head, no routers.
     With it, every layer whose name contains a match.
 
     Raises:
-        UsageError: A pattern is no regular expression, or no layer is left.
+        UsageError: No layer is left.
     """
-    wanted, unwanted = compiled(target, "--target"), compiled(exclude, "--exclude")
     candidates, left_out = [], []
     for record in records:
-        if why := why_no_target(record.layer, wanted, unwanted):
+        if why := why_no_target(record.layer, target, exclude):
             left_out.append(_left_out(record, why))
         else:
             candidates.append(record)
     if not candidates:
-        asked = f"--target {target}: matches" if target is not None else "the results hold"
+        asked = f"--target {target.pattern}: matches" if target is not None else "the results hold"
         raise UsageError(f"{asked} no layer that could get an adapter; name layers with --target")
     return candidates, left_out
 
@@ -195,10 +197,11 @@ def units(
 
 def _unit(members: tuple[Spectrum, ...], name: str, weights: Mapping[str, float], constraints: Constraints) -> Unit:
     soft, reason = max((_cap(member, constraints.max_rank) for member in members), key=lambda cap: cap[0])
-    hard = min(constraints.max_rank or min(members[0].shape), *members[0].shape)
+    most = break_even(members[0].shape)
+    hard = min(constraints.max_rank or most, most)
     if soft:
         lifted = max(soft, min(constraints.min_rank, hard))
-        soft, reason = lifted, reason if lifted == soft else "shape" if lifted == hard else reason
+        soft, reason = lifted, reason if lifted == soft else "break_even" if lifted == most else reason
     start, allowed = _allowed(soft, hard, constraints)
     last = int(allowed[-1]) if len(allowed) else start
     return Unit(
@@ -211,9 +214,18 @@ def _unit(members: tuple[Spectrum, ...], name: str, weights: Mapping[str, float]
     )
 
 
+def break_even(shape: tuple[int, int]) -> int:
+    """Return the largest rank whose factors have no more parameters than the matrix: r(out + in) ≤ out·in.
+
+    >>> break_even((77, 384)), break_even((128, 128)), break_even((1, 64))
+    (64, 64, 0)
+    """
+    return math.prod(shape) // sum(shape)
+
+
 def _cap(record: Spectrum, max_rank: int | None) -> tuple[int, CappedBy]:
     """Return the largest rank with something measured to gain, and why it ends there."""
-    caps: list[tuple[int, CappedBy]] = [(min(record.shape), "shape")]
+    caps: list[tuple[int, CappedBy]] = [(break_even(record.shape), "break_even")]
     if record.complete:
         caps.append((sum(value > 0 for value in record.s), "update_rank"))
     if record.resolution.signal_rank is not None:

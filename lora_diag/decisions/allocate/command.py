@@ -49,6 +49,12 @@ def allocate(
         typer.Option(metavar="FILE", help="JSON of layer and factor, or results of probe sensitivity or fisher."),
     ] = None,
     relative: Annotated[bool, typer.Option("--relative", help="Count every layer's energy as 1.")] = False,
+    method: Annotated[
+        str,
+        typer.Option(
+            metavar="optimal|heuristic", help="The most energy, or r ∝ s·√(d_in + d_out) with s the sensitivity."
+        ),
+    ] = "optimal",
     optimizer: Annotated[str, typer.Option(metavar="adamw|adamw8bit|sgd|sgd_momentum", help="For --memory.")] = "adamw",
     dtype: Annotated[
         str, typer.Option(metavar="float32|bfloat16|float16", help="Of adapter and gradients, for --memory.")
@@ -58,6 +64,9 @@ def allocate(
     check: Annotated[
         Path | None,
         typer.Option(metavar="BASE", help="PEFT config: build this model without weights and compare every rank."),
+    ] = None,
+    sweep: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Results of probe sweep; Next names their best learning rate.")
     ] = None,
     allow_unfinished: Annotated[
         bool, typer.Option("--allow-unfinished", help="Take an interrupted spectrum run for what it holds.")
@@ -81,8 +90,21 @@ def allocate(
     if policies:
         if output is not None:
             raise UsageError("--policies: shows ranks and writes none; give a budget for -o")
-        chosen = (params, total_rank, memory, energy, match, max_rank, ranks_from, target, exclude, weights, check)
-        if any(one is not None for one in chosen) or min_rank or relative:
+        chosen = (
+            params,
+            total_rank,
+            memory,
+            energy,
+            match,
+            max_rank,
+            ranks_from,
+            target,
+            exclude,
+            weights,
+            check,
+            sweep,
+        )
+        if any(one is not None for one in chosen) or min_rank or relative or method != "optimal":
             raise UsageError("--policies: shows what several rules give every layer; leave out budgets and limits")
         from lora_diag.decisions.allocate.policies_table import policies_table
 
@@ -96,6 +118,11 @@ def allocate(
         raise UsageError("--check: there is no config to check; write one with -o adapter_config.json")
     if output is not None:
         check_outputs([results, weights], [(output, kind_of_allocation(output, check))], overwrite)
+    rate = ""
+    if sweep is not None:
+        from lora_diag.probes.sweep.best_rate import swept_rate
+
+        rate = f"\nlearning rate {swept_rate(sweep)}"
     allocation = choose(
         results,
         params=params,
@@ -110,6 +137,7 @@ def allocate(
         exclude=exclude,
         weights=weights,
         relative=relative,
+        method=method,
         optimizer=optimizer,
         dtype=dtype,
         allow_unfinished=allow_unfinished,
@@ -122,7 +150,7 @@ def allocate(
     elif not quiet:
         from lora_diag.decisions.allocate.summary import allocation_table
 
-        result(allocation_table(allocation, *terminal(), per=per, then=_next(allocation, output, check)))
+        result(allocation_table(allocation, *terminal(), per=per, then=f"{_next(allocation, output, check)}{rate}"))
 
 
 def _next(allocation: Results[Allocation], output: Path | None, check: Path | None) -> str:

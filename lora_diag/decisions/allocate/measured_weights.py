@@ -33,14 +33,16 @@ class Measured:
     """What a results file says of the layers.
 
     Args:
-        described: For the run record.
+        described: For the run record; None of weights that a user wrote.
         factors: Of the layers' energies.
         losses: What takes the place of their energies, F(0), F(1), … by layer.
+        scores: The gain of each layer alone, for the heuristic prior; of a unit of several layers, by their energies.
     """
 
-    described: RunInput
+    described: RunInput | None = None
     factors: dict[str, float] | None = None
     losses: dict[str, tuple[float, ...]] | None = None
+    scores: dict[str, float] | None = None
 
 
 def measured_weights(path: Path, spectra: Results[Spectrum], allow_unfinished: bool) -> Measured:
@@ -83,7 +85,7 @@ def measured_weights(path: Path, spectra: Results[Spectrum], allow_unfinished: b
         more = f"r={settings['rank']} to {settings['rank'] + settings['delta']}"
         notes.append(f"gains from {more} are not used: ranks by them trained no better (docs/probe-sensitivity.md)")
     described = RunInput(role="weights", path=legible(path), kind=what, tensors=len(found.factors), notes=tuple(notes))
-    return Measured(described, factors=found.factors)
+    return Measured(described, factors=found.factors, scores=found.scores)
 
 
 def _tails(path: Path, results: Results[Any], spectra: Results[Spectrum]) -> Measured:

@@ -16,6 +16,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from lora_diag.decisions.allocate.heads import head_of, task_type_of
 from lora_diag.decisions.allocate.record import Allocation
 from lora_diag.errors import InputError, UsageError
 from lora_diag.records import Results
@@ -80,9 +81,10 @@ def peft_config(results: Results[Allocation], scaling: Scaling = Scaling()) -> d
     others = _patterns(ranks, usual)
     alphas = {key: scaling.alpha(rank, usual) for key, rank in others.items()}
     every = _universe(results)
+    heads = {head_of(item.layer) or item.layer for item in results.left_out if item.reason == "saved"}
     config: dict[str, Any] = {
         "peft_type": "LORA",
-        "task_type": None,
+        "task_type": task_type_of(results, heads),
         "base_model_name_or_path": None,
         "r": usual,
         "lora_alpha": _plain(scaling.alpha(usual, usual)),
@@ -96,6 +98,8 @@ def peft_config(results: Results[Allocation], scaling: Scaling = Scaling()) -> d
         "init_lora_weights": True,
         "inference_mode": False,
     }
+    if heads:
+        config["modules_to_save"] = _endings(heads, every)
     if parameters:
         config["target_parameters"] = _suffixes(parameters, every, _is_complete(results))
     check(config, modules, parameters, every)
@@ -222,6 +226,15 @@ def _suffixes(targets: Mapping[str, int], every: set[str], complete: bool) -> li
         else:
             names += [_short(path, every) for path in targets if _leaf(path) == leaf]
     return names
+
+
+def _endings(heads: set[str], every: set[str]) -> list[str]:
+    """Return the shortest names by which PEFT finds these modules and no other: any end of a path, dot or not."""
+    names = set()
+    for head in heads:
+        leaf = _leaf(head)
+        names.add(leaf if all(path in heads for path in every if path.endswith(leaf)) else head)
+    return sorted(names)
 
 
 def _leaf(path: str) -> str:

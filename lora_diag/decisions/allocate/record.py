@@ -7,7 +7,8 @@ from typing import ClassVar, Literal
 from lora_diag.records.base import LayerRecord, Record, Share, WholeRecord
 from lora_diag.records.shown import Shown
 
-CappedBy = Literal["max_rank", "shape", "signal_rank", "values_kept", "ranks_from", "update_rank"]
+CappedBy = Literal["max_rank", "break_even", "shape", "signal_rank", "values_kept", "ranks_from", "update_rank"]
+Method = Literal["optimal", "heuristic"]
 Unit = Literal["params", "total_rank", "bytes", "energy"]
 
 
@@ -24,9 +25,9 @@ class Allocation(LayerRecord):
         fro: ‖ΔW‖_F of the layer.
         base_fro: ‖W_base‖_F, null if unknown.
         weight: Factor of the layer's energy in the objective; 1 unless weights were given.
-        cap: Largest rank this layer could get, by ``--max-rank``, its shape, its signal rank, its non-zero singular
-            values and the values kept.
-        capped_by: What set the cap.
+        cap: Largest rank this layer could get, by ``--max-rank``, by break-even out·in/(out + in), beyond which factors
+            have more parameters than the matrix, by its signal rank, its non-zero singular values and the values kept.
+        capped_by: What set the cap; ``shape``, min(out, in), in results of older versions.
         verdict: Whether the files can show this update, as ``spectrum`` judged it.
         uniform_rank: What the uniform rule gives this layer out of the same budget.
         uniform_kept: C(uniform_rank); null for a zero update.
@@ -74,9 +75,11 @@ class Baseline(Record):
         name: Such as ``uniform r=8``.
         spent: What it spends, in the unit of the budget.
         kept: Share of the (weighted) energy that it keeps.
-        equal: What the allocation's own rule keeps when it may spend only that much: the fair comparison.
+        equal: What ranks chosen for the most energy keep when they may spend only that much: the fair comparison.
         epsilon_min: √(1 − unweighted share kept), less the error of the spectra: no adapter of these ranks has a
             smaller ε.
+        lead: The layer (or stack) that alone makes more than half of ``equal`` − ``kept``; null where none does.
+        lead_gain: What it makes of it.
     """
 
     name: str
@@ -84,6 +87,8 @@ class Baseline(Record):
     kept: Share
     equal: Share
     epsilon_min: float
+    lead: str | None = None
+    lead_gain: Share | None = None
 
 
 class Certificate(WholeRecord):
@@ -95,7 +100,9 @@ class Certificate(WholeRecord):
         unit: What the budget counts.
         budget: As asked for; null where ranks follow from an energy share.
         spent: What the allocation uses; never more than the budget.
-        params: Parameters of the allocation, whatever the unit.
+        params: Parameters of the allocation, whatever the unit, those of the heads included.
+        saved: Parameters of the heads that are trained in full beside the adapter. A budget of parameters or bytes pays
+            for them first; one of ranks does not.
         kept: Share of all (weighted) energy that it keeps.
         bound: Share that no allocation within the budget and the constraints can exceed.
         gap: (bound − kept) / bound.
@@ -115,6 +122,7 @@ class Certificate(WholeRecord):
     budget: float | None
     spent: float
     params: int
+    saved: int = 0
     kept: Share
     bound: Share
     gap: Share

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import get_args
 
 from lora_diag.adapters import open_adapter
 from lora_diag.catalog import read_results_of
@@ -13,8 +14,9 @@ from lora_diag.checkpoints.documents import MAX_CONFIG_BYTES, read_object
 from lora_diag.decisions.allocate.allocation import Budget
 from lora_diag.decisions.allocate.allocation import allocate as plan_ranks
 from lora_diag.decisions.allocate.candidates import Constraints
+from lora_diag.decisions.allocate.measured_weights import Measured, measured_weights
 from lora_diag.decisions.allocate.peft_config import Scaling, compare, peft_config
-from lora_diag.decisions.allocate.record import Allocation, Policies
+from lora_diag.decisions.allocate.record import Allocation, Method, Policies
 from lora_diag.decisions.memory import Training
 from lora_diag.diagnostics.spectrum.record import Spectrum
 from lora_diag.errors import InputError, UsageError
@@ -23,6 +25,8 @@ from lora_diag.records import Results, Run, RunInput, is_results_file, totals
 from lora_diag.running.amounts import read_bytes, read_count, read_share
 from lora_diag.running.fingerprint import legible
 from lora_diag.version import __version__
+
+METHODS: tuple[Method, ...] = get_args(Method)
 
 
 def allocate(
@@ -40,13 +44,15 @@ def allocate(
     exclude: str | None = None,
     weights: Mapping[str, float] | Path | str | None = None,
     relative: bool = False,
+    method: str = "optimal",
     optimizer: str = "adamw",
     dtype: str = "float32",
     allow_unfinished: bool = False,
 ) -> Results[Allocation]:
     """Choose the rank of each layer so that the adapter keeps as much of Σσ² as a budget allows.
 
-    Exactly one budget is given.
+    Exactly one budget is given. Heads of a task (``classifier``, ``score``, ``qa_outputs``, ``pooler``, …) that TUNED
+    changed or added are trained in full; budgets of parameters and bytes pay for them first.
 
     Args:
         results: What ``spectrum`` measured, or the file it wrote.
@@ -64,6 +70,8 @@ def allocate(
             ``probe sensitivity`` measured: the gain of each layer alone per energy that the rank trained captures; or
             what ``probe fisher`` measured: then Σ F_ℓ(r_ℓ) is made small instead of energy large.
         relative: Count every layer's energy as 1: maximise Σ C(r) and not Σ‖ΔW‖²C(r).
+        method: ``optimal``: the most energy; ``heuristic``: r ∝ s·√(d_in + d_out), with s the weights given, the gains
+            that ``probe sensitivity`` measured, or ‖ΔW‖/‖W‖.
         optimizer: ``adamw``, ``adamw8bit``, ``sgd`` or ``sgd_momentum``; for ``memory``.
         dtype: Of the adapter and its gradients; for ``memory``.
         allow_unfinished: Take an interrupted run for what it holds.
@@ -82,27 +90,34 @@ def allocate(
         >>> [record.rank for record in plan], plan.whole[0].spent
         ([6, 9, 9, 7], 7936.0)
     """
+    if method not in METHODS:
+        raise UsageError(f"--method {method}: must be one of {', '.join(METHODS)}")
+    if method == "heuristic" and energy is not None:
+        raise UsageError("--method heuristic: divides a budget, and --energy is none; give --params or another budget")
     training = Training(optimizer, dtype)
     budget = _budget(params, total_rank, memory, energy, match, training)
     constraints = Constraints(min_rank, max_rank, tuple(sorted(set(ranks_from))) if ranks_from is not None else None)
     spectra, described = _spectra(results, allow_unfinished)
-    factors, losses, of_weights = _factors(weights, spectra, allow_unfinished)
-    if losses is not None and relative:
+    found = _factors(weights, spectra, allow_unfinished)
+    if found.losses is not None and relative:
         raise UsageError("--relative: counts every layer's energy as 1, and --weights of probe fisher counts no energy")
     chosen = plan_ranks(
         spectra.layers,
         budget,
         constraints,
-        factors,
+        found.factors,
         relative,
         target,
         exclude,
-        losses,
+        found.losses,
+        spectra.left_out,
+        method=method,
+        scores=found.scores,
     )
     run = Run(
         command="allocate",
         version=__version__,
-        inputs=(described, *spectra.run.inputs, *of_weights),
+        inputs=(described, *spectra.run.inputs, *((found.described,) if found.described else ())),
         settings={
             "budget": budget.option,
             "energy": energy,
@@ -113,12 +128,13 @@ def allocate(
             "exclude": exclude,
             "weights": weights if isinstance(weights, Mapping) else None if weights is None else legible(weights),
             "relative": relative,
+            "method": method,
             **({"metric": metric} if (metric := spectra.layers[0].metric) != "weights" else {}),
             "optimizer": optimizer if memory is not None else None,
             "dtype": dtype if memory is not None else None,
         },
     )
-    left_out = (*chosen.left_out, *spectra.left_out)
+    left_out = chosen.left_out
     return Results(run, chosen.layers, left_out, totals(chosen.layers, left_out), (chosen.certificate,))
 
 
@@ -261,21 +277,16 @@ def _spectra(results: Results[Spectrum] | Path | str, allow_unfinished: bool) ->
 
 def _factors(
     given: Mapping[str, float] | Path | str | None, spectra: Results[Spectrum], allow_unfinished: bool
-) -> tuple[dict[str, float] | None, dict[str, tuple[float, ...]] | None, tuple[RunInput, ...]]:
-    """Return the factor of every layer, what takes the place of energies, and the results file that says so.
+) -> Measured:
+    """Return the factor of every layer, or what takes the place of energies, and the results file that says so.
 
     Raises:
         UsageError: See ``_weights``.
         InputError: The file cannot be read, or is unfinished.
     """
     if given is None or isinstance(given, Mapping) or not is_results_file(given):
-        return _weights(given, spectra), None, ()
-    from lora_diag.decisions.allocate.measured_weights import (
-        measured_weights,  # NumPy, which the other weights do not need
-    )
-
-    found = measured_weights(Path(given), spectra, allow_unfinished)
-    return found.factors, found.losses, (found.described,)
+        return Measured(factors=_weights(given, spectra))
+    return measured_weights(Path(given), spectra, allow_unfinished)
 
 
 def _weights(given: Mapping[str, float] | Path | str | None, spectra: Results[Spectrum]) -> dict[str, float] | None:

@@ -11,6 +11,7 @@ from itertools import pairwise
 from rich.console import Group
 from rich.table import Table
 
+from lora_diag.decisions.allocate.heads import head_of, task_type_of
 from lora_diag.decisions.allocate.record import Allocation, Baseline, Certificate
 from lora_diag.records import Results
 from lora_diag.records.names import part_of
@@ -31,6 +32,7 @@ _CAPS = {
     "signal_rank": "by their signal rank: what is beyond is rounding noise",
     "values_kept": "by the values that --top kept: measure with a larger --top, or without",
     "update_rank": "by the rank of their own update",
+    "break_even": "by break-even: a larger rank has more parameters than the matrix",
     "shape": "by their shape",
     "max_rank": "by --max-rank",
     "ranks_from": "by the ranks of --ranks-from",
@@ -121,9 +123,13 @@ def _lines(results: Results[Allocation]) -> list[tuple[str, str]]:
         ("Budget", _budget(results, certificate)),
         ("Keeps", _keeps(results, certificate)),
     ]
+    if certificate.saved:
+        lines.insert(2, ("Heads", _heads(results, certificate)))
+    heuristic = results.run.settings.get("method") == "heuristic"
+    allocated = "ranks chosen for energy" if heuristic else "allocated ranks"
     if certificate.price:
-        lines.append(("Against", "\n".join(_against(baseline, certificate) for baseline in certificate.baselines)))
-        lines.append(("More", _price(certificate)))
+        lines.append(("Against", "\n".join(_against(baseline, allocated) for baseline in certificate.baselines)))
+        lines += [] if heuristic else [("More", _price(certificate))]
     if limits := _limits(results):
         lines.append(("Limits", limits))
     lines.append(("Mind", _mind(results)))
@@ -148,6 +154,10 @@ def _mind(results: Results[Allocation]) -> str:
 
 def _allocated(results: Results[Allocation]) -> str:
     given = [record for record in results if record.rank]
+    if results.run.settings.get("method") == "heuristic":
+        how = "ranks by the heuristic prior r ∝ s·√(d_in+d_out), as far as caps allow; not chosen for energy\n"
+    else:
+        how = ""
     lines = [f"{len(given)} of {len(results)} layers get a rank, {span([r.rank for r in given])}" if given else "none"]
     if none := [record for record in results if not record.rank]:
         still = sum(record.fro == 0 for record in none)
@@ -157,7 +167,7 @@ def _allocated(results: Results[Allocation]) -> str:
             f"rank 0: {named([record.layer for record in none])}{''.join(f'; {word}' for word in why if word)}"
         )
     lines += [f"{side.role} {safe(side.path)} ({side.kind})" for side in results.run.inputs if side.path]
-    return "\n".join([*lines, *notes(results.run)])
+    return how + "\n".join([*lines, *notes(results.run)])
 
 
 def _budget(results: Results[Allocation], certificate: Certificate) -> str:
@@ -169,6 +179,18 @@ def _budget(results: Results[Allocation], certificate: Certificate) -> str:
     if not certificate.price:
         told += "; every layer is at its cap, so the rest buys nothing"
     return told if certificate.unit == "params" else f"{told}; {certificate.params:,} parameters"
+
+
+def _heads(results: Results[Allocation], certificate: Certificate) -> str:
+    """Name what is trained in full, and say what that costs."""
+    names = sorted({head_of(item.layer) or item.layer for item in results.left_out if item.reason == "saved"})
+    paid = "not counted by this budget" if certificate.unit in {"total_rank", "energy"} else "paid for first"
+    task = task_type_of(results, names)
+    return f"{named(names)}: {certificate.saved:,} parameters, trained in full (modules_to_save), {paid}\n" + (
+        f"task_type {task}, as the config of the fine-tune says"
+        if task
+        else "task_type: no config of the fine-tune tells it; set it in the PEFT config"
+    )
 
 
 def _keeps(results: Results[Allocation], certificate: Certificate) -> str:
@@ -210,7 +232,7 @@ def _counted(results: Results[Allocation]) -> str:
     return str(results.run.settings.get("metric", "weights"))
 
 
-def _against(baseline: Baseline, certificate: Certificate) -> str:
+def _against(baseline: Baseline, allocated: str) -> str:
     """Compare another rule with the best ranks for exactly what it spent."""
     if not baseline.kept:
         return f"{baseline.name}: no rank of this rule fits the budget"
@@ -218,10 +240,13 @@ def _against(baseline: Baseline, certificate: Certificate) -> str:
     size = (
         ", no gain" if gain <= 0 else ", hardly a gain" if gain < _HARDLY else ", a small gain" if gain < _SMALL else ""
     )
-    return (
-        f"{baseline.name} keeps {_points(baseline.kept)} (ε_min {number(baseline.epsilon_min)}); allocated ranks for "
+    told = (
+        f"{baseline.name} keeps {_points(baseline.kept)} (ε_min {number(baseline.epsilon_min)}); {allocated} for "
         f"as much, {baseline.spent:,.0f}, keep {_points(baseline.equal)}: {gain * 100:+.2f} points{size}"
     )
+    if baseline.lead is not None and baseline.lead_gain is not None:
+        told += f", {baseline.lead_gain * 100:+.2f} in {short(baseline.lead)} alone"
+    return told
 
 
 def _price(certificate: Certificate) -> str:
@@ -253,7 +278,7 @@ def _left_out(results: Results[Allocation]) -> str:
     In another metric than the weights' there is no such share: norms, biases and tables have no energy in it.
     """
     inside = math.fsum(record.fro**2 for record in results)
-    outside = math.fsum(item.fro**2 for item in results.left_out if item.fro is not None)
+    outside = math.fsum(item.fro**2 for item in results.left_out if item.fro is not None and item.reason != "saved")
     told = left_out_line(results.left_out)
     chosen = [item for item in results.left_out if item.reason == "not_selected" and item.fro]
     tables = [short(item.layer) for item in chosen if part_of(item.layer) == "vocabulary"]

@@ -33,6 +33,9 @@ Rest = Annotated[str, typer.Option(metavar="list|save", help="What no factor car
 BaseName = Annotated[
     str | None, typer.Option(metavar="NAME", help="BASE's name for config and card; default its path.")
 ]
+Sweep = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="Results of probe sweep; the card names their best learning rate.")
+]
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,7 @@ def extract(
     dtype: Dtype = "float32",
     rest: Rest = "list",
     base_name: BaseName = None,
+    sweep: Sweep = None,
     *,
     compared: options.Compared,
     tol: options.Tol = 1e-4,
@@ -101,6 +105,7 @@ def extract(
             dtype=dtype,
             rest=cast(Any, rest),
             base_name=base_name,
+            sweep=sweep,
             tol=tol,
             **vars(compared),
             **computed.arguments(),

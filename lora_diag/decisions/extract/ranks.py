@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from lora_diag.adapters.writing_ranks import ranks_of_config
 from lora_diag.adapters.writing_targets import Target
 from lora_diag.catalog import read_results_of
+from lora_diag.decisions.allocate.allocation import Budget, allocate
 from lora_diag.decisions.allocate.record import Allocation
-from lora_diag.decisions.allocate.run import allocate
 from lora_diag.decisions.extract.measure import Rank
 from lora_diag.diagnostics.spectrum.record import Spectrum
 from lora_diag.errors import InputError, UsageError
@@ -78,9 +78,9 @@ def ranks_for(asked: Asked, targets: Mapping[str, Target], spectra: Callable[[],
     if asked.params is not None:
         measured = spectra()
         reachable = tuple(record for record in measured if record.layer in targets)
-        given = {
-            record.layer: record.rank for record in allocate(replace(measured, layers=reachable), params=asked.params)
-        }
+        budget = Budget("params", asked.params, f"--params {asked.params}")
+        # Heads are layers here: what gets no factors is lost, unless --rest save keeps all of it.
+        given = {record.layer: record.rank for record in allocate(reachable, budget, save_heads=False).layers}
     elif asked.ranks is not None:
         given = _read(Path(asked.ranks), targets)
     else:

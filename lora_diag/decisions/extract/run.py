@@ -24,6 +24,7 @@ from lora_diag.diagnostics.spectrum.record import Spectrum
 from lora_diag.diagnostics.spectrum.run import spectrum
 from lora_diag.errors import InputError, LoradiagError, NothingComparedError, UsageError
 from lora_diag.linalg import check_request
+from lora_diag.probes.sweep.best_rate import swept_rate
 from lora_diag.records import AnyRecord, LeftOut, Results, ResultsWriter, Run, RunInput
 from lora_diag.running.activations import second_moments
 from lora_diag.running.amounts import read_count
@@ -53,6 +54,7 @@ def extract(
     dtype: str = "float32",
     rest: Rest = "list",
     base_name: str | None = None,
+    sweep: Path | str | None = None,
     layers: str | None = None,
     exclude: str | None = None,
     allow_unmatched: bool = False,
@@ -92,6 +94,7 @@ def extract(
         dtype: Of the factors: ``float32``, ``bfloat16`` or ``float16``.
         rest: ``save`` to store in full what no factor carries (norms, biases, resized tables), ``list`` to list it.
         base_name: The base model's name for config and model card; by default ``base`` as it was given.
+        sweep: Results of ``probe sweep``, whose best learning rate the model card names.
         layers: Regular expression; only weights whose name contains a match.
         exclude: Regular expression; no weights whose name contains a match.
         allow_unmatched: Leave out what an adapter changes and ``base`` does not have, instead of stopping.
@@ -129,6 +132,7 @@ def extract(
     """
     asked = Asked(rank, energy, read_count(str(params), "--params") if params is not None else None, ranks, signal)
     asked.check()
+    rate = None if sweep is None else swept_rate(sweep)
     _check_words(split, dtype, rest)
     check_request(method, 1, tol)
     where = place(engine, device)
@@ -229,7 +233,8 @@ def extract(
         command = [*named, *asked.words().split(" ", 1), *_options(run)]
         if activations is not None:
             command += ["--activations", legible(activations), *(["--kfac"] if kfac else [])]
-        folder.finish(model_card(results, name, shlex.join([*command, "-o", legible(output)])))
+        command += ["--sweep", legible(sweep)] if sweep is not None else []
+        folder.finish(model_card(results, name, shlex.join([*command, "-o", legible(output)]), rate))
     return results
 
 

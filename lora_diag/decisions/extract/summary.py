@@ -60,13 +60,14 @@ def extraction_table(
     return to_text(Group(_table(_rows(results, per), per, width), told) if len(results) else told, width, color)
 
 
-def model_card(results: Results[Extraction], base_name: str, command: str) -> str:
+def model_card(results: Results[Extraction], base_name: str, command: str, rate: str | None = None) -> str:
     """Return the ``README.md`` of an adapter folder.
 
     Args:
         results: What was written.
         base_name: The base model.
         command: The command that wrote it.
+        rate: The learning rate to train it on with, and where it was measured.
     """
     ranks = sorted(record.rank for record in results)
     table = [
@@ -101,6 +102,7 @@ def model_card(results: Results[Extraction], base_name: str, command: str) -> st
             *([*_data_price(results), ""] if any(record.data for record in results) else []),
             *table,
             "",
+            *([f"Learning rate to train it on with: {_code(rate)}.", ""] if rate is not None else []),
             *(["Beside the factors:", "", *in_full, ""] if in_full else []),
             *(["Not in it:", "", *missing, ""] if missing else []),
             "```python",

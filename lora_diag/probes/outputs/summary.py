@@ -8,12 +8,12 @@ from typing import Any
 from rich.console import Group
 
 from lora_diag.metrics.equivalence import MOST_RUNS
+from lora_diag.probes.outputs.choice import Choice, Rival, choices
 from lora_diag.probes.truncation.summary import ending, gap, measured, names_of, noise, probes, share
 from lora_diag.records import Probe, Results
 from lora_diag.rendering.columns import Column, Grid
 from lora_diag.rendering.lines import answers, called, inputs, notes
 from lora_diag.rendering.text import number, percent, short, to_text
-from lora_diag.reports.worth import Choice, Rival, choices
 
 # For runs without a reference: what was measured elsewhere (docs/probe.md).
 _NONE = (

@@ -214,6 +214,7 @@ class Weights:
 
     Args:
         factors: w_ℓ by layer.
+        scores: w_ℓ times the energy that rank r captures: the gain of a layer, of a unit divided by those energies.
         negative: Units whose gain was not positive: weight 0.
         unclear: Units whose gain is within two standard errors of nothing, and is taken as it is.
         lacking: Layers of the spectra that were not adapted: weight 0.
@@ -221,6 +222,7 @@ class Weights:
     """
 
     factors: dict[str, float]
+    scores: dict[str, float]
     negative: tuple[str, ...]
     unclear: tuple[str, ...]
     lacking: tuple[str, ...]
@@ -248,6 +250,7 @@ def weights_of(gains: Sequence[Gain], rank: int, spectra: Sequence[Spectrum]) ->
     adapted = {layer for gain in gains for layer in gain.layers}
     return Weights(
         factors,
+        {layer: factor * captured[layer] for layer, factor in factors.items()},
         tuple(gain.unit for gain in gains if gain.gain <= 0),
         tuple(gain.unit for gain in gains if gain.gain > 0 and not gain.is_clear),
         tuple(layer for layer in captured if layer not in adapted),

@@ -17,6 +17,7 @@ from lora_diag.probes.sweep.verdict import (
     diverged,
     needs,
     reasons,
+    swept_of,
     versus,
 )
 from lora_diag.probes.sweep.verdict import verdicts as verdicts_of
@@ -26,8 +27,6 @@ from lora_diag.records.probe import Subject
 from lora_diag.rendering.columns import Column, Grid
 from lora_diag.rendering.lines import answers, inputs, notes
 from lora_diag.rendering.text import number, short, to_text
-from lora_diag.reports.evidence import Evidence, Source
-from lora_diag.reports.worth import swept
 
 
 def sweep_table(
@@ -48,7 +47,7 @@ def sweep_table(
 
 def main_verdict(results: Results[Any]) -> SweepVerdict | None:
     """Return the verdict on the first set that is not shifted; None where none has one."""
-    found = swept(Evidence((Source("", results),)))
+    found = swept_of(results)
     return None if found is None else found.verdict
 
 

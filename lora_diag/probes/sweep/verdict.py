@@ -16,11 +16,11 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
-from typing import Literal
+from typing import Any, Literal
 
 from lora_diag.metrics.equivalence import LEVEL, MOST_RUNS, Estimate, blocks, runs_needed, welch, within
-from lora_diag.records import Probe
-from lora_diag.records.probe import Subject
+from lora_diag.records import Probe, Results
+from lora_diag.records.probe import Subject, main_sets
 from lora_diag.running.rates import edge, lowest
 
 Word = Literal["fast saturation", "gradual decline", "not resolved", "no gain", "no verdict"]
@@ -470,3 +470,44 @@ def _confidence(answer: Standing, standings: Sequence[Standing]) -> float | None
         return None
     smaller = (1 - (one.against or 0.0) for one in standings if one.rank < answer.rank)
     return max(0.0, answer.confidence - math.fsum(smaller))
+
+
+@dataclass(frozen=True, slots=True)
+class Swept:
+    """What a sweep comes to.
+
+    Args:
+        results: Of the run.
+        set: The first set that is not shifted.
+        verdict: On it.
+        base: BASE's record there.
+        shifted: The verdicts on shifted sets, by name.
+        ranks: Ranks tried, ascending.
+        tolerance: Share of the gain that a smaller rank may lose.
+    """
+
+    results: Results[Any]
+    set: str
+    verdict: SweepVerdict
+    base: Probe
+    shifted: dict[str, SweepVerdict]
+    ranks: tuple[int, ...]
+    tolerance: float
+
+
+def swept_of(results: Results[Any]) -> Swept | None:
+    """Return what a sweep comes to; None where none of its runs says anything.
+
+    Args:
+        results: Of ``probe sweep``.
+    """
+    records = [record for record in results.whole if isinstance(record, Probe) and record.probe == "sweep"]
+    share = results.run.settings.get("tolerance", TOLERANCE)
+    found = verdicts(records, results.run.settings.get("seed", 0), share)
+    own = next((name for name in main_sets(records) if name in found), None)
+    if own is None:
+        return None
+    verdict, base = found[own]
+    shifted = {name: other for name, (other, its) in found.items() if its.shifted and name != own}
+    ranks = sorted({record.rank for record in records if record.subject == "lora" and record.rank is not None})
+    return Swept(results, own, verdict, base, shifted, tuple(ranks), share)

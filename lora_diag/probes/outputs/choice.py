@@ -1,0 +1,79 @@
+"""Which of several adapters to use: their held-out losses compared with each other, paired by sequence."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from lora_diag.metrics.equivalence import Estimate, runs_needed
+from lora_diag.probes.sensitivity.gains import paired
+from lora_diag.records import Probe
+
+
+@dataclass(frozen=True, slots=True)
+class Rival:
+    """An adapter compared with the best one, on the same sequences.
+
+    Args:
+        name: Its path.
+        behind: Its loss minus that of the best.
+        half: Half the interval of ``behind``: paired by sequence, t with N − 1 degrees of freedom, 95% for all
+            rivals together (Bonferroni); None for one sequence.
+        sequences: About how many sequences would tell them apart; None where that is known, or takes more than 1000.
+    """
+
+    name: str
+    behind: float
+    half: float | None
+    sequences: int | None
+
+    @property
+    def worse(self) -> bool:
+        """Whether it is shown to be worse than the best."""
+        return self.half is not None and self.behind > self.half
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """Which of several adapters to use, by their losses on one set.
+
+    Args:
+        set: Its name.
+        best: The path of the adapter with the lowest loss.
+        rivals: The others, by their losses.
+    """
+
+    set: str
+    best: str
+    rivals: tuple[Rival, ...]
+
+    @property
+    def equals(self) -> tuple[Rival, ...]:
+        """Those that cannot be told from the best."""
+        return tuple(rival for rival in self.rivals if not rival.worse)
+
+
+def choices(records: Sequence[Probe]) -> list[Choice]:
+    """Return for each set which of the adapters has the lowest loss, and from which it can be told.
+
+    None for sets with fewer than two adapters, and for results that have no losses of sequences.
+    """
+    found = []
+    for name in dict.fromkeys(record.set for record in records):
+        mine = [record for record in records if record.set == name]
+        counts = next((record.predictions for record in mine if record.subject == "base"), ())
+        adapters = sorted((r for r in mine if r.subject == "adapter" and r.nll), key=lambda record: record.nats)
+        if len(adapters) > 1 and counts:
+            best, *others = adapters
+            level = 1 - 0.05 / 2 / len(others)
+            found.append(Choice(name, best.name, tuple(_rival(other, best, counts, level) for other in others)))
+    return found
+
+
+def _rival(other: Probe, best: Probe, counts: Sequence[int], level: float) -> Rival:
+    gap, error = paired(other.nll, best.nll, counts)
+    if error is None:
+        return Rival(other.name, gap, None, None)
+    half = Estimate(gap, error, len(counts) - 1).half(level)
+    needed = None if gap > half else runs_needed(gap, error * len(counts) ** 0.5, 1, level=level)
+    return Rival(other.name, gap, half, needed if needed is None else max(needed, len(counts) + 1))

@@ -33,7 +33,7 @@ class Levels:
     Args:
         floor: Lower bound for every update of these ranks; 0 where X has no rank.
         direction: At the best scale, one for all these layers; what lies above the floor is direction.
-        epsilon: ε itself; what lies above is the length of X.
+        epsilon: ε itself; what lies above the best scale is scale.
         adapted: Whether X touches any of the layers.
     """
 
@@ -161,7 +161,7 @@ def parts(records: Sequence[Residual]) -> dict[str, float]:
 
 
 def _astray(records: Sequence[Residual]) -> bool:
-    """Say whether layers are limited by direction while most of their ε² is length."""
+    """Say whether layers are limited by direction while most of their ε² is scale."""
     found = levels([record for record in records if record.limited_by == "direction"])
     if found is None:
         return False

@@ -62,6 +62,7 @@ def plot(
     ] = options.Per.layer,
     width: Annotated[Width, typer.Option(help="A paper's column (3.3 in) or a slide (10 in).")] = Width.slide,
     format: Annotated[Format | None, typer.Option(help="Of the files in a folder.  [default: png]")] = None,
+    plain: Annotated[bool, typer.Option("--plain", help="Leave out title and notes, for a paper's caption.")] = False,
     layers: options.Layers = None,
     quiet: options.Quiet = False,
     overwrite: options.Overwrite = False,
@@ -70,8 +71,11 @@ def plot(
 
     Example: loradiag plot a.jsonl b.jsonl --label "full" --label "LoRA" --figure energy -o energy.pdf
     """
+    import logging
+
     from lora_diag.plots.run import plot as draw
 
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # where its caches are is nothing that a user must know
     drawn = draw(
         *results,
         output=output,
@@ -83,6 +87,7 @@ def plot(
         width=width.value,
         format=format.value if format else None,
         layers=layers,
+        plain=plain,
         overwrite=overwrite,
     )
     if not quiet:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from matplotlib.figure import Figure
@@ -84,6 +84,7 @@ def figure(
     field: str | None = None,
     rank: int | None = None,
     files: Sequence[str] = (),
+    plain: bool = False,
 ) -> Figure:
     """Return a figure as ``loradiag plot`` writes it; ``pyplot`` does not know of it.
 
@@ -96,11 +97,12 @@ def figure(
         field: Of a heat map: the dotted name of any number in the records.
         rank: Of ``overlap`` and ``angles``, where several were measured.
         files: Where each of the results was read: the name of runs that nothing else tells apart.
+        plain: Whether to leave out title and notes, for a paper whose caption says them.
 
     Raises:
         UsageError: No such figure, width or field, or the results do not have what it needs.
     """
-    kind, look = figure_named(name), look_of(width)
+    kind, look = figure_named(name), replace(look_of(width), plain=plain)
     series, options = _asked(results, labels, per, field, rank, files)
     if reason := _why_not(kind, series, options):
         raise UsageError(f"{name}: {reason}")

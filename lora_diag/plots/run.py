@@ -47,6 +47,7 @@ def plot(
     width: str = "slide",
     format: str | None = None,
     layers: str | None = None,
+    plain: bool = False,
     overwrite: bool = False,
 ) -> tuple[Drawn, ...]:
     """Draw results into files; ``lora_diag.plots`` has the same figures for a notebook.
@@ -62,6 +63,7 @@ def plot(
         width: ``column`` (3.3 in, 7 pt) or ``slide`` (10 in, 12.5 pt).
         format: Of the files in a folder: ``png`` (the default), ``svg`` or ``pdf``.
         layers: Regular expression: only layers whose name contains a match.
+        plain: Whether to leave out title and notes, for a paper whose caption says them.
         overwrite: Replace files in the way that loradiag did not write, or that were edited since.
 
     Returns:
@@ -109,7 +111,7 @@ def plot(
         made.append(Drawn(one.name, one.shows, target, made_by=one.made_by))
     for drawn in made:
         if drawn.path is not None:
-            content = plots.encoded(plots.figure(drawn.name, runs, files=files, **options), kind, width)
+            content = plots.encoded(plots.figure(drawn.name, runs, files=files, plain=plain, **options), kind, width)
             _write(drawn.path, content, kind, overwrite)
     if not any(drawn.path for drawn in made):
         raise NothingComparedError(f"no figure can be drawn: {_why_none(runs, made)}")

@@ -106,8 +106,8 @@ def residual(inputs):
     for layers, name in zip(inputs, NAMES, strict=False):
         records = [making.residual(n, 1.0, 0.01 * next(NUMBERS), 0.5, 0.1, adapter=f"runs/{name}") for n in layers]
         runs.append(making.results(records, name=name))
-        # Three bands a bar, each as high as the distance that it ends at.
-        bands = by_type(records, lambda r: [r.epsilon_min, r.epsilon_best_scale, r.epsilon])
+        # Three parts a bar, each as high as the square that it ends at.
+        bands = by_type(records, lambda r: np.square([r.epsilon_min, r.epsilon_best_scale, r.epsilon]))
         expected.append({name: np.ravel(values) for name, values in bands.items()})
     return runs, expected
 

@@ -139,8 +139,21 @@ def test_the_bands_of_a_residual_are_the_floor_the_best_scale_and_epsilon():
     bases = [float(np.ravel(patch.get_data().baseline)[0]) for patch in ax.patches]
     scale = (delta * other).sum() / norm**2
     best = np.linalg.norm(delta - scale * other) / fro
-    np.testing.assert_allclose(tops, [floor, best, np.linalg.norm(delta - other) / fro], rtol=1e-9)
-    np.testing.assert_allclose(bases, [0, floor, best], rtol=1e-9)
+    np.testing.assert_allclose(tops, np.square([floor, best, np.linalg.norm(delta - other) / fro]), rtol=1e-9)
+    np.testing.assert_allclose(bases, np.square([0, floor, best]), rtol=1e-9)
+
+
+def test_the_title_of_a_residual_gives_the_shares_that_are_drawn():
+    records = [
+        making.residual("h.0.q.weight", 1.0, 3.0, 0.2, 0.5),
+        making.residual("h.1.q.weight", 2.0, 0.0, 0.0, 1.0, rank=0),
+    ]
+    gap = 1 + 9 - 2 * 0.2 * 3
+    drawn = {"rank": 0.25, "direction": 1 - 0.04 - 0.25, "scale": gap - (1 - 0.04), "not adapted": 4.0}
+    title = plots.figure("residual", making.results(records)).axes[0].get_title(loc="left").replace("\n", " ")
+    assert f"{np.sqrt((gap + 4) / 5):.2f}, " in title.replace("\xa0", " ")
+    for part, square in drawn.items():
+        assert f"{part} {square / (gap + 4):.0%}" in title
 
 
 @pytest.mark.parametrize(("length", "told"), [(3.0, True), (0.2, False)])
@@ -157,7 +170,7 @@ def test_experts_are_pooled_by_their_norms():
     ]
     gaps = [9 + 1 - 2 * 0.2 * 3, 1 + 4 - 2 * 0.1 * 2]
     top = float(plots.residual(records).patches[-1].get_data().values[0])
-    assert top == pytest.approx(np.sqrt(sum(gaps) / 10))
+    assert top == pytest.approx(sum(gaps) / 10)
 
 
 def test_figure_and_summary_show_one_pooled_epsilon():

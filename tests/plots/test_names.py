@@ -101,3 +101,12 @@ def test_runs_share_the_rows_of_their_parts_and_a_legend_says_whose_each_value_i
         bar.lines[0].get_color(): round(bar.lines[0].get_ydata()[0]) for bar in ax.containers if bar.get_label() == "_q"
     }
     assert whose == {colors["a"]: 1, colors["b"]: 1}
+
+
+def test_a_plain_figure_has_its_legend_and_no_title_or_notes():
+    results = making.results(making.residuals(2))
+    plain, usual = (plots.figure("residual", results, width="column", plain=plain) for plain in (True, False))
+    assert not plain.texts
+    assert len(usual.texts) == 3
+    assert plain.legends
+    assert plain.get_figheight() < usual.get_figheight()

@@ -68,19 +68,20 @@ def test_a_run_that_diverged_does_not_keep_a_heat_map_from_being_refused():
     assert "no record has a number nope; there are" in plots.why_not("heatmap", runs, field="nope")
 
 
-def test_a_truncation_shows_loss_errors_ends_and_energy_on_the_scale_of_the_change():
+def test_a_truncation_shows_gaps_with_their_errors():
     records = making.truncated()
     ax = plots.truncation(making.probed(records))
     cut = [r for r in records if r.set == "held_out" and r.rank is not None]
     (bars,) = ax.containers
     points, _, (errors,) = bars
-    np.testing.assert_allclose(np.array(points.get_xydata()), [(r.rank, r.loss) for r in cut])
+    np.testing.assert_allclose(np.array(points.get_xydata()), [(r.rank, r.loss - 1.2) for r in cut], atol=1e-12)
     for record, (low, high) in zip(cut, errors.get_segments(), strict=True):
         np.testing.assert_allclose((high[1] - low[1]) / 4, record.gap_error)
     (energy,) = lines(ax, "_energy")
-    np.testing.assert_allclose(energy, [(r.rank, 2.0 + r.energy * (1.2 - 2.0)) for r in cut])
-    assert lines(ax, "_BASE 2.000")[0][0, 1] == 2.0
-    assert lines(ax, "_TUNED 1.200")[0][0, 1] == 1.2
+    np.testing.assert_allclose(energy, [(r.rank, (1 - r.energy) * (2.0 - 1.2)) for r in cut])
+    assert lines(ax, "_BASE 2.000")[0][0, 1] == pytest.approx(0.8)
+    assert lines(ax, "_TUNED 1.200")[0][0, 1] == 0
+    assert [axes.yaxis_inverted() for axes in plots.figure("truncation", making.probed(records)).axes] == [False] * 2
     assert ax.get_title(loc="left").replace("\xa0", " ") == "held_out: r = 64 keeps 94% of the change, C(64) = 0.89"
 
 

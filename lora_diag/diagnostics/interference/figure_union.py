@@ -152,7 +152,7 @@ def _words(
 ) -> Words:
     layers = len({record.layer for _, records in shown for record in records})
     joined = max((slot.joined for part in drawn for slot in part), default=1)
-    notes = ["In each module type blocks from left to right. Weights alone do not say whether skills fight."]
+    notes = ["In each module type blocks from left to right. Weights alone do not show interference between skills."]
     if joined > 1:
         notes.append(f"A bar stands for up to {joined} layers: their median.")
     if lone := sum(len(one.records) - len(shared(one.records)) for one in series):

@@ -72,12 +72,12 @@ def figure(series: Sequence[Series[Any]], look: Look, options: Options) -> Figur
     measured = [one for one in pairs if any(str(rank) in record.columns for record in one.records)]
     shown = sorted(measured, key=lambda one: -_overlap(one.records, rank))[: len(CATEGORIES)]
     with styled(look):
-        figure, axes = sheet(look, _words(pairs, shown, rank, look), 1, 2)
+        figure, axes = sheet(look, _words(pairs, shown, rank, look), 1, 2, panel=1.4 * look.panel)
         for (side, title), ax in zip(SIDES, axes, strict=True):
             _draw(ax, shown, side, rank, look)
             ax.set_title(title)
             ax.set_xlabel("cosine")
-        axes[0].set_ylabel("share of the angles")
+        axes[0].set_ylabel("share")
     return figure
 
 

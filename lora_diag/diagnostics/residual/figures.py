@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,7 +23,7 @@ from lora_diag.rendering.figures.sheet import Key, Words, sheet
 from lora_diag.rendering.figures.strip import Slot, label_height, slot_axis, slots
 from lora_diag.rendering.figures.style import CATEGORIES, FLOOR, INK, Look, styled, wrapped
 
-RANK, DIRECTION, LENGTH = CATEGORIES[0], CATEGORIES[5], CATEGORIES[1]
+RANK, DIRECTION, SCALE = CATEGORIES[0], CATEGORIES[5], CATEGORIES[1]
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +33,7 @@ class Levels:
     Args:
         floor: Lower bound for every update of these ranks; 0 where X has no rank.
         direction: At the best scale, one for all these layers; what lies above the floor is direction.
-        epsilon: ε itself; what lies above is the length of X.
+        epsilon: ε itself; what lies above the best scale is scale.
         adapted: Whether X touches any of the layers.
     """
 
@@ -56,10 +55,10 @@ def levels(records: Sequence[Residual]) -> Levels | None:
 
 
 def residual(records: Iterable[Residual], ax: Axes | None = None, *, per: str = "layer") -> Axes:
-    """Draw ε = ‖ΔW − X‖_F / ‖ΔW‖_F of one adapter's update X, layer by layer, as nested levels.
+    """Draw ε² = ‖ΔW − X‖_F² / ‖ΔW‖_F² of one adapter's update X, layer by layer, as a stack of its three parts.
 
-    The lowest band ends at ε_min = √(1 − C(r)), which no adapter of the rank could avoid; the next, what direction
-    costs, at ε with the best scale; the last, what the length of X costs, at ε. ε² = ε_min² + direction + length.
+    ε² = rank + direction + scale: rank is ε_min² = 1 − C(r), which no adapter of the rank can avoid; direction is what
+    is left above it at the best scale of X; scale is what the best scale would take off.
 
     Args:
         records: Of ``residual``, for one adapter.
@@ -80,13 +79,13 @@ def residual(records: Iterable[Residual], ax: Axes | None = None, *, per: str = 
         drawn = slots(records, per)
         _draw(axes, drawn, look)
         slot_axis(axes, drawn, float(axes.get_window_extent().width) / axes.figure.dpi, look.ticks if look else 9)
-        axes.set_ylabel("ε = ‖ΔW − X‖_F / ‖ΔW‖_F")
+        axes.set_ylabel("ε² = ‖ΔW − X‖_F² / ‖ΔW‖_F²")
         axes.legend([key.handle for key in _keys(look)], [key.label for key in _keys(look)], fontsize="small")
     return axes
 
 
 def figure(series: Sequence[Series[Any]], look: Look, options: Options) -> Figure:
-    """Return one panel an adapter, all on the same axes."""
+    """Return one panel an adapter, each with its own scale of ε²: an adapter far away would flatten the others."""
     shown = by_adapter(series)
     matrices = [_matrices(one.records) for one in shown]
     types = Types(record.layer for records in matrices for record in records)
@@ -96,20 +95,15 @@ def figure(series: Sequence[Series[Any]], look: Look, options: Options) -> Figur
         everything = list({slot.name: slot for part in drawn for slot in part}.values())
         below = label_height(everything, inches, look.ticks) / len(shown)
         panel = 1.25 * look.panel + below
-        figure, axes = sheet(look, _words(shown, drawn, look), len(shown), 1, panel=panel, low=True)
+        page, axes = sheet(look, _words(shown, drawn, look), len(shown), 1, panel=panel, share=False, low=True)
         for one, part, ax in zip(shown, drawn, axes, strict=True):
             _draw(ax, part, look)
             ax.set_title(wrapped(_finding(one), inches, look.text), parse_math=False)
-            ax.set_ylabel("ε")
-            ax.yaxis.set_major_locator(MaxNLocator(nbins=4, integer=True))
-            slot_axis(ax, part, inches, look.ticks, labels=ax is axes[-1])
-        slot_axis(axes[-1], everything, inches, look.ticks)
-        top = max(
-            (found.epsilon for part in drawn for slot in part for bar in slot.bars if (found := levels(bar))),
-            default=1.0,
-        )
-        axes[0].set_ylim(0, 1.06 * max(top, 1.0))
-    return figure
+            ax.set_ylabel("ε²")
+            ax.set_ylim(0, 1.06 * max(1.0, ax.get_ylim()[1] / 1.05))
+            ax.yaxis.set_major_locator(MaxNLocator(nbins=4, steps=[1, 2, 5, 10]))
+            slot_axis(ax, everything, inches, look.ticks, labels=ax is axes[-1])
+    return page
 
 
 def _matrices(records: Iterable[Residual]) -> tuple[Residual, ...]:
@@ -120,14 +114,14 @@ def _draw(ax: Axes, drawn: Sequence[Slot[Residual]], look: Look | None) -> None:
     for slot in drawn:
         found = [levels(bar) for bar in slot.bars]
         floor, direction, epsilon = (
-            np.array([getattr(one, name) if one and one.adapted else np.nan for one in found])
+            np.array([getattr(one, name) ** 2 if one and one.adapted else np.nan for one in found])
             for name in ("floor", "direction", "epsilon")
         )
-        idle = np.array([one.epsilon if one and not one.adapted else np.nan for one in found])
+        idle = np.array([one.epsilon**2 if one and not one.adapted else np.nan for one in found])
         for values, base, color in (
             (floor, np.zeros_like(floor), RANK),
             (direction, floor, DIRECTION),
-            (epsilon, direction, LENGTH),
+            (epsilon, direction, SCALE),
             (idle, np.zeros_like(idle), FLOOR),
         ):
             if np.isfinite(values).any():
@@ -137,19 +131,37 @@ def _draw(ax: Axes, drawn: Sequence[Slot[Residual]], look: Look | None) -> None:
 
 
 def _finding(one: Series[Any]) -> str:
-    """Name an adapter with what was found: its ε for the whole model, and what limits its matrices."""
+    """Name an adapter with its pooled ε and the parts of ε² as they are drawn."""
     records = _matrices(one.records)
     ranks = sorted({record.rank for record in records if record.rank})
     rank = f" (r={ranks[0]})" if len(ranks) == 1 else f" (r={ranks[0]} to {ranks[-1]})" if ranks else ""
     together = levels(one.records)
-    limits = Counter(record.limited_by for record in records if record.limited_by not in {None, "not adapted"})
     found = [f"ε = {together.epsilon:.2f}"] if together else ["ΔW = 0"]
-    found += [f"limited by {limit} in {n} of {len(records)}" for limit, n in limits.most_common()]
-    return f"{one.label}{rank}: {', '.join(found)}"
+    found += [f"{part} {share:.0%}" for part, share in parts(one.records).items() if share >= 0.005]
+    return f"{one.label}{rank}: {', '.join(found)}{' of ε²' if len(found) > 1 else ''}"
+
+
+def parts(records: Sequence[Residual]) -> dict[str, float]:
+    """Return the shares of ‖ΔW − X‖² over some layers that are due to rank, direction, scale and no adapter."""
+    found = {"rank": 0.0, "direction": 0.0, "scale": 0.0, "not adapted": 0.0}
+    for record in records:
+        own = levels([record])
+        if own is None:  # ΔW = 0: at its best scale, 0, X would be no distance away
+            found["scale"] += record.gap**2
+        else:
+            steps = (own.floor, own.direction, own.epsilon) if own.adapted else ()
+            below = 0.0
+            for name, step in zip(found, steps, strict=False):
+                found[name] += (step**2 - below**2) * record.fro**2
+                below = step
+            if not own.adapted:
+                found["not adapted"] += record.gap**2
+    total = sum(found.values())
+    return {name: part / total for name, part in found.items()} if total else {}
 
 
 def _astray(records: Sequence[Residual]) -> bool:
-    """Say whether layers are limited by direction while most of their ε² is length."""
+    """Say whether layers are limited by direction while most of their ε² is scale."""
     found = levels([record for record in records if record.limited_by == "direction"])
     if found is None:
         return False
@@ -159,11 +171,11 @@ def _astray(records: Sequence[Residual]) -> bool:
 def _keys(look: Look | None) -> tuple[Key, ...]:
     line = Line2D([], [], color=INK, lw=0.8 * (look.line if look else 1), ls=(0, (4, 2)))
     return (
-        Key(Patch(facecolor=RANK), "rank: up to ε_min"),
-        Key(Patch(facecolor=DIRECTION), "direction: up to ε at the best scale"),
-        Key(Patch(facecolor=LENGTH), "length of X: up to ε"),
+        Key(Patch(facecolor=RANK), "rank: ε_min²"),
+        Key(Patch(facecolor=DIRECTION), "direction"),
+        Key(Patch(facecolor=SCALE), "scale"),
         Key(Patch(facecolor=FLOOR), "not adapted"),
-        Key(line, "ε = 1: as far as no adapter"),
+        Key(line, "ε² = 1: no adapter"),
     )
 
 
@@ -171,10 +183,13 @@ def _words(shown: Sequence[Series[Any]], drawn: Sequence[Sequence[Slot[Residual]
     joined = max((slot.joined for part in drawn for slot in part), default=1)
     vectors = len({r.layer for one in shown for r in one.records if len(r.shape) == 1})
     zero = len({r.layer for one in shown for r in one.records if r.fro == 0})
-    notes = ["In squares: ε² = ε_min² + direction + length. ε is the distance to this one fine-tune and no quality."]
+    notes = [
+        "ε² = rank + direction + scale: up to ε_min², up to ε² at the best scale of X, up to ε². "
+        "ε is the distance to this fine-tune, not a measure of quality."
+    ]
     if any(_astray(_matrices(one.records)) for one in shown):
         notes.append(
-            "A large band of length over a small one of direction: X is long and points elsewhere, so no scale helps."
+            "Direction limits layers whose largest part is scale: X is long and points elsewhere, so no scale helps."
         )
     if joined > 1:
         notes.append(f"A bar stands for up to {joined} layers, pooled by Σ‖ΔW − X‖² / Σ‖ΔW‖².")
@@ -183,7 +198,7 @@ def _words(shown: Sequence[Series[Any]], drawn: Sequence[Sequence[Slot[Residual]
     if zero:
         notes.append(f"No bar: {zero} with ΔW = 0.")
     return Words(
-        "Residual ε of the adapter, layer by layer, and its floor ε_min",
+        "Residual ε² of the adapter by layer, and its parts",
         "ε\xa0=\xa0‖ΔW\xa0−\xa0X‖_F\xa0/\xa0‖ΔW‖_F, X the adapter's update; ε_min\xa0=\xa0√(1\xa0−\xa0C(r)); "
         "in each module type blocks from left to right",
         (" ".join(notes),),

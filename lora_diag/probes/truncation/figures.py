@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -44,10 +43,10 @@ def lacks(records: Sequence[Probe], options: Options) -> str | None:
 
 
 def truncation(results: Results[Any] | Iterable[Probe], ax: Axes | None = None, *, name: str | None = None) -> Axes:
-    """Draw the loss of W_0 + ΔW_r over r with two standard errors of its gap to TUNED; BASE and TUNED are lines.
+    """Draw the loss of W_0 + ΔW_r minus TUNED's over r with two paired standard errors; BASE and TUNED are lines.
 
-    The energy share C(r) is drawn dotted between them, 0 at BASE and 1 at TUNED: where the loss is nearer to TUNED
-    than C(r), energy understates what the rank is worth.
+    Dotted: the same if the loss followed the energy, (1 − C(r)) of the change from BASE to TUNED. Where the loss is
+    nearer to TUNED than that, energy understates what the rank is worth.
 
     Args:
         results: Of ``probe truncation``, or their records.
@@ -61,8 +60,8 @@ def truncation(results: Results[Any] | Iterable[Probe], ax: Axes | None = None, 
     mine = together(records)
     with panel_axes(ax) as (axes, look):
         inches = float(axes.get_window_extent().width) / axes.figure.dpi
-        _draw_losses(axes, mine, inches, look)
-        axes.set(xlabel="rank r of the update", ylabel="loss (nats)")
+        _draw_gaps(axes, mine, inches, look)
+        axes.set(xlabel="rank r of the update", ylabel="loss minus TUNED's (nats)")
         axes.set_title(_finding(called, mine), parse_math=False, loc="left")
     return axes
 
@@ -73,34 +72,35 @@ def figure(series: Sequence[Series[Any]], look: Look, options: Options) -> Figur
     sets = sets_of(record for records in runs for record in records)
     rows, columns = panels_of(len(sets), look)
     single = len(runs) == 1
-    inches = panel_width(look, columns, right=4.0 if single else 0.0)
+    inches = panel_width(look, columns)
     with styled(look):
         figure, axes = sheet(look, _words(series, look), rows, columns, panel=1.9 * look.panel, share=False)
         for (name, called), ax in zip(sets.items(), axes, strict=False):
             mine = [[record for record in records if record.set == name] for records in runs]
             if single:
-                _draw_losses(ax, mine[0], inches, look)
+                _draw_gaps(ax, mine[0], inches, look)
                 ax.set_title(wrapped(_finding(called, mine[0]), inches, look.text), parse_math=False)
             else:
                 _draw_shares(ax, mine, inches, look)
                 ax.set_title(wrapped(called, inches, look.text), parse_math=False)
             ax.set_xlabel("rank r of the update")
-            ax.set_ylabel("loss (nats)" if single else "share of the change")
+            ax.set_ylabel("loss minus TUNED's (nats)" if single else "share of the change")
         for ax in axes[len(sets) :]:
             ax.remove()
     return figure
 
 
-def _draw_losses(ax: Axes, mine: Sequence[Probe], inches: float, look: Look | None) -> None:
+def _draw_gaps(ax: Axes, mine: Sequence[Probe], inches: float, look: Look | None) -> None:
+    """Draw the loss minus TUNED's, whose errors are those of the bars, and where it would be if it followed energy."""
     width = look.line if look else 1.2
-    cut = _cut(mine)
+    cut = [record for record in _cut(mine) if record.gap is not None]
     base, tuned = _end(mine, "base"), _end(mine, "tuned")
-    ranks = [record.rank or 0 for record in cut]
+    ranks, gaps = [record.rank or 0 for record in cut], [record.gap or 0.0 for record in cut]
+    errors = [2 * (record.gap_error or 0.0) for record in cut]
     if cut:
-        errors = [2 * (record.gap_error or 0.0) for record in cut]
         ax.errorbar(
             ranks,
-            [record.nats for record in cut],
+            gaps,
             yerr=errors,
             color=LOSS,
             lw=1.6 * width,
@@ -108,38 +108,20 @@ def _draw_losses(ax: Axes, mine: Sequence[Probe], inches: float, look: Look | No
             marker="o",
             ms=3 * width,
             zorder=2.5,
-            label="_loss",
+            label="_gap",
         )
-    ends = [record.nats for record in (base, tuned) if record is not None]
-    if base is not None and tuned is not None and base.nats != tuned.nats:
-        change = tuned.nats - base.nats
-        energy = [(record.rank or 0, base.nats + record.energy * change) for record in cut if record.energy is not None]
+    named = [("TUNED" if tuned is None else f"TUNED {tuned.nats:.3f}", 0.0, INK)]
+    if base is not None and base.gap:
+        named.append((f"BASE {base.nats:.3f}", base.gap, INK))
+        energy = [(record.rank or 0, (1 - record.energy) * base.gap) for record in cut if record.energy is not None]
         if energy:
             line: dict[str, Any] = {"color": ENERGY, "lw": 1.3 * width, "ls": (0, (1, 1.5))}
             ax.plot(*zip(*energy, strict=True), **line, zorder=2, label="_energy")
-        _share_axis(ax, base.nats, change, look)
-    reached = [record.nats + sign * 2 * (record.gap_error or 0.0) for record in cut for sign in (-1, 1)]
-    ax.set_ylim(limits([*reached, *ends], below=0.14, above=0.14))
-    named = [(f"{r.subject.upper()} {r.nats:.3f}", r.nats, INK) for r in (base, tuned) if r is not None]
+    reached = [gap + sign * error for gap, error in zip(gaps, errors, strict=True) for sign in (-1, 1)]
+    ax.set_ylim(limits([*reached, *(value for _, value, _ in named)], below=0.14, above=0.14))
     levels(ax, named, look, lowest_below=True)
     measured_axis(ax, ranks or [1], inches, look)
     loss_axis(ax)
-
-
-def _share_axis(ax: Axes, base: float, change: float, look: Look | None) -> None:
-    """Add a scale at the right on which BASE is 0 and TUNED 1."""
-
-    def to_share(loss: Any) -> Any:
-        return (np.asarray(loss) - base) / change
-
-    def to_loss(share: Any) -> Any:
-        return base + np.asarray(share) * change
-
-    right = ax.secondary_yaxis("right", functions=(to_share, to_loss))
-    right.set_yticks([0, 0.5, 1], ["0", "0.5", "1"])
-    right.set_ylabel("share of the change")
-    if look is not None:
-        right.tick_params(labelsize=look.ticks)
 
 
 def _draw_shares(ax: Axes, runs: Sequence[Sequence[Probe]], inches: float, look: Look | None) -> None:
@@ -192,8 +174,11 @@ def _words(series: Sequence[Series[Any]], look: Look) -> Words:
     dots: dict[str, Any] = {"lw": 1.3 * width, "ls": (0, (1, 1.5))}
     if single:
         keys = [
-            Key(Line2D([], [], color=LOSS, lw=1.6 * width, marker="o", ms=3 * width), "loss ± 2 standard errors"),
-            Key(Line2D([], [], color=ENERGY, **dots), "energy share C(r), right scale"),
+            Key(
+                Line2D([], [], color=LOSS, lw=1.6 * width, marker="o", ms=3 * width),
+                "loss ± 2 standard errors",
+            ),
+            Key(Line2D([], [], color=ENERGY, **dots), "(1 − C(r)) of the change: energy only"),
         ]
     else:
         keys = [
@@ -204,7 +189,9 @@ def _words(series: Sequence[Series[Any]], look: Look) -> Words:
     about = subject_of(series)
     about += "mean negative log-likelihood of held-out predictions; nothing is trained"
     rest = {one.run.settings.get("rest") for one in series if one.run is not None}
-    notes = ["Share of the change: 0 at BASE, 1 at TUNED. Errors are those of the gap to TUNED, paired by sequence."]
+    notes = ["Errors are those of the difference to TUNED, paired by sequence."]
+    if not single:
+        notes.insert(0, "Share of the change: 0 at BASE, 1 at TUNED.")
     if rest == {"tuned"}:
         notes.append("Norms, biases, embeddings and head are as in TUNED at every rank.")
     if rest == {"base"}:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from matplotlib.artist import Artist
@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from matplotlib.transforms import Bbox
 
-from lora_diag.rendering.figures.style import DEPTH, INK, QUIET, Look, cut, width_of, wrapped
+from lora_diag.rendering.figures.style import DEPTH, INK, QUIET, Look, width_of, wrapped
 
 # Height of a line of text over its size in points; the gap between blocks of text in lines.
 LEADING, GAP = 1.28, 0.55
@@ -85,6 +85,8 @@ def sheet(
         share: Whether all panels have the same axes.
         low: Whether the figure may be lower than its page.
     """
+    if look.plain:
+        words = replace(words, title="", about="", notes=())
     above = _Block(look, look.width - 2 * _margin(look))
     above.add(words.title, look.title, INK, "bold")
     above.add(words.about, look.ticks, QUIET)
@@ -92,7 +94,9 @@ def sheet(
     below = _Block(look, above.width)
     for note in words.notes:
         below.add(note, look.ticks, QUIET)
-    keys_height = len(key_rows) * LEADING * look.ticks / 72 * 1.15 + (GAP * look.ticks / 72 if key_rows else 0)
+    keys_height = sum(map(_lines, key_rows)) * LEADING * look.ticks / 72 * 1.15 + (
+        GAP * look.ticks / 72 if key_rows else 0
+    )
     text_height = above.height + keys_height + below.height + 2 * _margin(look)
     height = max(0.0 if low else look.height, text_height + rows * (panel or look.panel))
     figure = Figure(figsize=(look.width, height), dpi=look.dpi, facecolor="white")
@@ -160,11 +164,11 @@ class _Block:
 
 
 def _key_rows(keys: Sequence[Key], width: float, look: Look) -> list[list[Key]]:
-    """Break the legend into rows that fit."""
+    """Break the legend into rows that fit; a name longer than a row is broken into lines."""
     rows: list[list[Key]] = []
     left = 0.0
     handle = 4.2 * look.ticks / 72
-    for key in (Key(key.handle, cut(key.label, width - handle, look.ticks)) for key in keys):
+    for key in (Key(key.handle, wrapped(key.label, width - handle, look.ticks)) for key in keys):
         needed = width_of(key.label, look.ticks) + handle
         if not rows or needed > left:
             rows.append([])
@@ -172,6 +176,10 @@ def _key_rows(keys: Sequence[Key], width: float, look: Look) -> list[list[Key]]:
         rows[-1].append(key)
         left -= needed
     return rows
+
+
+def _lines(row: Sequence[Key]) -> int:
+    return max(key.label.count("\n") + 1 for key in row)
 
 
 def _write_keys(figure: Figure, rows: Sequence[Sequence[Key]], top: float, look: Look) -> None:
@@ -192,7 +200,7 @@ def _write_keys(figure: Figure, rows: Sequence[Sequence[Key]], top: float, look:
         for text in legend.get_texts():
             text.set_parse_math(False)
         legend.set_in_layout(False)
-        top -= 1.15 * LEADING * look.ticks / 72
+        top -= _lines(row) * 1.15 * LEADING * look.ticks / 72
 
 
 def finish_grid(axes: Sequence[Axes], used: int, columns: int, xlabel: str, ylabel: str) -> None:

@@ -37,6 +37,7 @@ class Look:
         dpi: Of a PNG.
         columns: Small multiples side by side.
         panel: Least height of one of them.
+        plain: Whether figures have no title and no notes, for a paper whose caption says them.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Look:
     dpi: int
     columns: int
     panel: float
+    plain: bool = False
 
     @property
     def ticks(self) -> float:

@@ -22,6 +22,7 @@ from lora_diag.planning.memory import Training
 from lora_diag.planning.peft_config import Scaling, compare, peft_config
 from lora_diag.results import Allocation, Results, Run, RunInput, Spectrum, is_results_file, read_results_of, totals
 from lora_diag.results.allocation import Method, Policies
+from lora_diag.results.run import timestamp
 from lora_diag.version import __version__
 
 METHODS: tuple[Method, ...] = get_args(Method)
@@ -131,6 +132,7 @@ def allocate(
             "optimizer": optimizer if memory is not None else None,
             "dtype": dtype if memory is not None else None,
         },
+        made=timestamp(),
     )
     left_out = chosen.left_out
     return Results(run, chosen.layers, left_out, totals(chosen.layers, left_out), (chosen.certificate,))

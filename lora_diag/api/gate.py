@@ -22,6 +22,7 @@ from lora_diag.gating import (
     tightened,
 )
 from lora_diag.results import End, Results, Run, RunInput, Verdict
+from lora_diag.results.run import timestamp
 from lora_diag.results.spectrum import METRIC_NAMES, metric_of
 from lora_diag.results.verdict import outcome
 from lora_diag.version import __version__
@@ -163,6 +164,6 @@ def _results(
     metrics = dict.fromkeys(metric_of(source.results.layers) for source in sources)
     told = " and ".join(METRIC_NAMES[metric] for metric in metrics if metric != "weights")
     settings = {"today": day.isoformat(), **({"metric": told} if told else {})}
-    run = Run(command="gate", version=__version__, inputs=tuple(inputs), settings=settings)
+    run = Run(command="gate", version=__version__, inputs=tuple(inputs), settings=settings, made=timestamp())
     # A verdict is about a run, so the file has no layers of its own.
     return Results(run, (), (), End(layers=0, left_out=0, fro=None, base_fro=None), verdicts)

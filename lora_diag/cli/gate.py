@@ -100,10 +100,10 @@ def gate(
         results.write(output, overwrite)
     _write_reports(results, *reports, overwrite)
     if json:
-        from lora_diag.results import to_line
+        from lora_diag.results import lines_of
 
-        for record in results.records():
-            line(to_line(record))
+        for text in lines_of(results.records()):
+            line(text)
     elif not quiet:
         _show(results, github, _next(results, given, output))
     if github:

@@ -19,14 +19,14 @@ def inspect(
 
     Example: loradiag inspect results.jsonl --per layer
     """
-    from lora_diag.results import is_results_file, read_results, to_line
+    from lora_diag.results import is_results_file, lines_of, read_results
 
     if is_results_file(path):
         from lora_diag.reports.tables import table
 
         results = read_results(path)
-        for record in results.records() if json else ():
-            line(to_line(record))
+        for text in lines_of(results.records()) if json else ():
+            line(text)
         if not json:
             result(table(results, *terminal(), per=per))
         return

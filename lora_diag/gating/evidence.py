@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_diag.errors import InputError
+from lora_diag.gating.consistency import contradictions
 from lora_diag.gating.fields import KINDS, LAYER_KINDS, Field
 from lora_diag.results import Results, read_results, totals
 from lora_diag.results.base import Record
@@ -77,10 +78,10 @@ def read_source(path: Path | str) -> Source:
 
 
 def checked(source: Source) -> Source:
-    """Return a source whose records are as many as its last line says; an unfinished run has none, and is told later.
+    """Return a source whose records agree with each other and with its last line, which an unfinished run lacks.
 
     Raises:
-        InputError: They are not.
+        InputError: They do not.
     """
     results = source.results
     if results.end is not None:
@@ -88,6 +89,8 @@ def checked(source: Source) -> Source:
         for name, n, of in (("layers", found.layers, told.layers), ("left_out", found.left_out, told.left_out)):
             if n != of:
                 raise InputError(f"{source.path}: holds {n} {name} where its last line says {of}: it was cut or edited")
+    if problem := next(contradictions(results), None):
+        raise InputError(f"{source.path}: {problem}; its records contradict each other: measure again")
     return source
 
 

@@ -20,7 +20,7 @@ from lora_diag.results.probe import Probe
 from lora_diag.results.reading import is_results_file, read_results, read_results_of
 from lora_diag.results.records import AnyRecord, LayerRecord, WholeRecord
 from lora_diag.results.residual import Agreement, Distance, Residual
-from lora_diag.results.results import Results, to_line, totals
+from lora_diag.results.results import Results, lines_of, to_line, totals
 from lora_diag.results.run import End, LeftOut, Run, RunInput
 from lora_diag.results.sensitivity import FirstOrder, Sensitivity
 from lora_diag.results.spectrum import Resolution, Spectrum, Tail
@@ -69,6 +69,7 @@ __all__ = [
     "Verdict",
     "WholeRecord",
     "is_results_file",
+    "lines_of",
     "read_results",
     "read_results_of",
     "to_line",

@@ -5,12 +5,18 @@ from __future__ import annotations
 import math
 from typing import Annotated, ClassVar
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 SCHEMA = 1
 
-# A fraction of a whole, in [0, 1]; marked so that a threshold outside can be refused.
-Share = Annotated[float, "share"]
+# By how much rounding may carry a fraction out of [0, 1].
+SLACK = 1e-6
+
+# A fraction of a whole, in [0, 1]; marked so that a threshold outside can be refused, as a record with one is.
+Share = Annotated[float, "share", Field(ge=-SLACK, le=1 + SLACK)]
+
+# A norm: a record with a negative one is refused when it is read.
+Norm = Annotated[float, Field(ge=0)]
 
 
 class Record(BaseModel):

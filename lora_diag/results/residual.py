@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
-from lora_diag.results.base import Record, Share, least_epsilon
+from lora_diag.results.base import Norm, Record, Share, least_epsilon
 from lora_diag.results.spectrum import Resolution
 
 Limit = Literal["rank", "scale", "direction", "not adapted", "exact", "noise"]
@@ -28,13 +28,13 @@ class Distance(Record):
         energy_error: Bound on the error of ε_min² and ``excess``.
     """
 
-    epsilon: float | None
-    epsilon_min: float | None
+    epsilon: Norm | None
+    epsilon_min: Norm | None
     excess: float | None
-    norm_ratio: float | None
+    norm_ratio: Norm | None
     cosine: float | None
     best_scale: float | None
-    epsilon_best_scale: float | None
+    epsilon_best_scale: Norm | None
     energy_error: float | None = None
 
     @property
@@ -87,9 +87,9 @@ class Residual(Distance):
     adapter: str
     role: Literal["adapter", "reference"]
     rank: int | None
-    fro: float
-    base_fro: float | None
-    adapter_fro: float
+    fro: Norm
+    base_fro: Norm | None
+    adapter_fro: Norm
     method: str
     column_space: Agreement | None
     row_space: Agreement | None

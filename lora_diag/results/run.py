@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
+from datetime import UTC, datetime
 from typing import Any, Literal
 
 from pydantic import Field
 
-from lora_diag.results.base import SCHEMA, Record
+from lora_diag.errors import UsageError
+from lora_diag.results.base import SCHEMA, Norm, Record
 
 Reason = Literal[
     "vector",
@@ -60,7 +63,16 @@ class RunInput(Record):
 
 
 class Run(Record):
-    """First line of a results file: what was asked of what."""
+    """First line of a results file: what was asked of what.
+
+    Args:
+        command: The command, without ``loradiag``.
+        version: Of loradiag.
+        inputs: What was measured.
+        settings: The options that change numbers.
+        made: When the run began, in UTC, such as ``2026-11-27T04:15:19Z``; empty in files of older versions. The only
+            field in which two runs of the same input and settings differ; ``SOURCE_DATE_EPOCH`` sets it.
+    """
 
     record: Literal["run"] = "run"
     schema_: int = Field(SCHEMA, alias="schema", serialization_alias="schema")
@@ -68,6 +80,25 @@ class Run(Record):
     version: str
     inputs: tuple[RunInput, ...]
     settings: dict[str, Any]
+    made: str = Field("", pattern=r"^(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ)?$")
+
+
+def timestamp() -> str:
+    """Return the time in UTC as ``Run.made`` has it; that of ``SOURCE_DATE_EPOCH`` where it is set.
+
+    Raises:
+        UsageError: ``SOURCE_DATE_EPOCH`` is no number of seconds.
+
+    Reference: https://reproducible-builds.org/specs/source-date-epoch/
+    """
+    given = os.environ.get("SOURCE_DATE_EPOCH", "")
+    try:
+        moment = datetime.fromtimestamp(int(given), UTC) if given else datetime.now(UTC)
+    except (ValueError, OverflowError, OSError) as error:
+        raise UsageError(
+            f"SOURCE_DATE_EPOCH={given}: must be a whole number of seconds since 1970; unset or correct it"
+        ) from error
+    return f"{moment.replace(tzinfo=None).isoformat(timespec='seconds')}Z"
 
 
 class LeftOut(Record):
@@ -88,8 +119,8 @@ class LeftOut(Record):
     shape: tuple[int, ...]
     reason: Reason
     detail: str
-    fro: float | None = None
-    base_fro: float | None = None
+    fro: Norm | None = None
+    base_fro: Norm | None = None
     tuned_shape: tuple[int, ...] | None = None
 
 
@@ -101,10 +132,12 @@ class End(Record):
         left_out: How many ``left_out`` records there are.
         fro: ‖ΔW‖_F over the layers; null for records that have none.
         base_fro: ‖W_base‖_F over the layers; null if one of them is not known.
+        sha256: Of the lines before this one, each with its newline; empty in files of older versions.
     """
 
     record: Literal["end"] = "end"
     layers: int
     left_out: int
-    fro: float | None
-    base_fro: float | None
+    fro: Norm | None
+    base_fro: Norm | None
+    sha256: str = ""

@@ -13,11 +13,11 @@ from inspect import signature
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperCommand
+from typer.core import TyperCommand, TyperGroup
 
 from lora_diag.cli.allocate import allocate
 from lora_diag.cli.extract import extract
-from lora_diag.cli.gate import gate
+from lora_diag.cli.gate import gate, init
 from lora_diag.cli.inspect import inspect
 from lora_diag.cli.interference import interference
 from lora_diag.cli.intruders import intruders
@@ -48,6 +48,8 @@ COMMANDS = (
     plot,
     report,
 )
+
+GATE_INIT = "gate init"
 
 # What a shell reports of a program that Ctrl-C ended: 128 + SIGINT.
 INTERRUPTED = 130
@@ -82,6 +84,15 @@ class _Command(TyperCommand):
         return [piece.replace("{", "").replace("}", "") for piece in super().collect_usage_pieces(ctx)]
 
 
+class _Commands(TyperGroup):
+    """The commands; ``gate init`` is one of two words, since ``gate`` itself takes files."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        if " ".join(args[:2]) == GATE_INIT:
+            args = [GATE_INIT, *args[2:]]
+        return super().resolve_command(ctx, args)
+
+
 def _choices(kind: re.Match[str]) -> str:
     """Return the words that an option takes, as our own metavars have them; nothing of a Python type."""
     return f" {kind[1]}" if kind[1] else ""
@@ -89,6 +100,7 @@ def _choices(kind: re.Match[str]) -> str:
 
 app = typer.Typer(
     name="loradiag",
+    cls=_Commands,
     help="Rank diagnostics for fine-tuned models: is the update low-rank, and can the files show it?",
     epilog="Exit codes: 0 done or passed, 1 a gate failed, 2 usage, 3 could not measure, 4 nothing was compared, "
     "5 inconclusive.",
@@ -99,6 +111,8 @@ app = typer.Typer(
 )
 for command in COMMANDS:
     app.command(cls=_Command, no_args_is_help=True)(command)
+    if command is gate:
+        app.command(GATE_INIT, cls=_Command, no_args_is_help=True)(init)
 probe = typer.Typer(name="probe", help="What does the loss say? Diagnostics that run the model.", no_args_is_help=True)
 for one in PROBES:
     probe.command(cls=_Command, no_args_is_help=True)(one)

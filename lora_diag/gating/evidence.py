@@ -30,11 +30,33 @@ _COMMANDS = {
 
 
 @dataclass(frozen=True, slots=True)
+class Present:
+    """One input of results, as it is now.
+
+    Args:
+        role: Its role in the run.
+        path: Where it was.
+        recorded: Its fingerprint when it was measured; empty if that is not known.
+        now: Its fingerprint now; empty if that is not known.
+        state: Whether both are the same; ``unknown`` where it was not found or has none.
+        why: Why it is not the same; of what is, where it was found if that is elsewhere.
+    """
+
+    role: str
+    path: str
+    recorded: str
+    now: str
+    state: str
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
 class Source:
-    """A results file: its path and what is in it."""
+    """A results file: its path, what is in it, and what became of its inputs."""
 
     path: str
     results: Results[Any]
+    present: tuple[Present, ...] = ()
 
     def holds(self, kind: str) -> bool:
         """Say whether it is a place to look for records of a kind."""

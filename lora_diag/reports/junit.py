@@ -10,7 +10,7 @@ from typing import Any
 from xml.etree.ElementTree import Element, SubElement, indent, tostring
 
 from lora_diag.reports.text import safe
-from lora_diag.reports.verdict import measured, place
+from lora_diag.reports.verdict import measured, place, weights_of
 from lora_diag.results import Results, Verdict
 from lora_diag.results.names import module_type_of
 
@@ -26,6 +26,10 @@ def junit(results: Results[Any]) -> str:
             suites.setdefault(record.rule, {}).setdefault(_case(record), []).append(record)
     metric = results.run.settings.get("metric")
     root = Element("testsuites", name=safe(f"loradiag gate{f', spectra in {metric}' if metric else ''}"))
+    if weights := weights_of(results):
+        properties = SubElement(root, "properties")
+        for given in weights:
+            SubElement(properties, "property", name=safe(f"{given.role} {given.path}"), value=given.fingerprint)
     for rule, cases in suites.items():
         suite = SubElement(root, "testsuite", name=safe(rule))
         for name, found in cases.items():

@@ -46,10 +46,14 @@ class RunInput(Record):
         kind: What it is, in words.
         tensors: How many it holds.
         notes: What a careful reader should know.
-        fingerprint: By which ``--resume`` notices that the input changed; empty if it was not taken.
-        sha256: Of every byte of its files, with ``--verify``; else empty.
+        fingerprint: By which ``--resume`` and ``gate`` notice that the input changed; empty if it was not taken.
+        sha256: Of every byte of its files, with ``--verify``; of results, the hash in their last line; else empty.
         architecture: The model's class as its ``config.json`` names it, such as ``BertForSequenceClassification``;
             empty where there is none.
+        names: Of a BASE, what it is called: its folder, its Hub id, what its config says. Of an adapter, what its
+            config calls its base.
+        targets: How many weights of BASE an adapter's config targets; null where that is not known.
+        lacking: Those of them for which the adapter's file holds nothing.
     """
 
     role: str
@@ -60,6 +64,9 @@ class RunInput(Record):
     fingerprint: str = ""
     sha256: str = ""
     architecture: str = ""
+    names: tuple[str, ...] = ()
+    targets: int | None = None
+    lacking: tuple[str, ...] = ()
 
 
 class Run(Record):

@@ -161,8 +161,8 @@ class ResultsWriter(Generic[L]):
             seal.add(encoded[-1])
         if self.path is not None and max(map(len, encoded)) > MAX_LINE_BYTES:
             raise InputError(
-                f"{self.path}: cannot be written: a record is longer than {MAX_LINE_BYTES:,} bytes, the most that is read "
-                "back; give fewer inputs"
+                f"{self.path}: cannot be written: a record is longer than {MAX_LINE_BYTES:,} bytes, the most that is "
+                "read back; give fewer inputs"
             )
         if self.path is not None:
             self._write(self.path, b"".join(encoded), isinstance(records[-1], End))

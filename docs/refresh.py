@@ -15,7 +15,7 @@ BLOCK = re.compile(r"<!-- run: (?P<words>.*?) -->\n.*?<!-- end -->", re.DOTALL)
 def output(words: str) -> str:
     """Return what the command prints in an 80-column terminal without colours."""
     command = [sys.executable, "-m", "lora_diag", *words.split()]
-    environment = {**os.environ, "COLUMNS": "80", "NO_COLOR": "1"}
+    environment = {**os.environ, "COLUMNS": "80", "NO_COLOR": "1", "SOURCE_DATE_EPOCH": "1700000000"}
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.strip("\n")
 
 

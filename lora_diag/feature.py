@@ -82,6 +82,7 @@ class Feature:
         package: The feature's package, ``__name__``.
         name: The command as a user types it, such as ``spectrum`` or ``probe sweep``; also ``Run.command``.
         command: ``module:name`` of the Typer command; empty where another feature's command runs it.
+        subcommands: Further commands by their full names, such as ``gate init``, each with its ``module:name``.
         records: ``module:name`` of its kinds of records.
         functions: ``module:name`` of its public functions, ``lora_diag.NAME``.
         table: ``module:name`` of ``table(results, width, color, per=...) -> str``; if empty, the
@@ -94,6 +95,7 @@ class Feature:
     package: str
     name: str
     command: str = ""
+    subcommands: tuple[tuple[str, str], ...] = ()
     records: tuple[str, ...] = ()
     functions: tuple[str, ...] = ()
     table: str = ""

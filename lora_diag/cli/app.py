@@ -13,7 +13,7 @@ from inspect import signature
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperCommand
+from typer.core import TyperCommand, TyperGroup
 
 from lora_diag.catalog import features
 from lora_diag.cli.output import ReaderGoneError, forget_output, message, public
@@ -53,6 +53,14 @@ class _Command(TyperCommand):
         return [piece.replace("{", "").replace("}", "") for piece in super().collect_usage_pieces(ctx)]
 
 
+class _Commands(TyperGroup):
+    """The commands, some of two words: ``gate init`` is one beside ``gate``, which takes files."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        words = " ".join(args[:2])
+        return super().resolve_command(ctx, [words, *args[2:]] if words in self.commands else args)
+
+
 def _choices(kind: re.Match[str]) -> str:
     """Return the words that an option takes, as our own metavars have them; nothing of a Python type."""
     return f" {kind[1]}" if kind[1] else ""
@@ -60,6 +68,7 @@ def _choices(kind: re.Match[str]) -> str:
 
 app = typer.Typer(
     name="loradiag",
+    cls=_Commands,
     help="Rank diagnostics for fine-tuned models: is the update low-rank, and can the files show it?",
     epilog="Exit codes: 0 done or passed, 1 a gate failed, 2 usage, 3 could not measure, 4 nothing was compared, "
     "5 inconclusive.",
@@ -73,6 +82,8 @@ for feature in features():
     if feature.command:
         group, _, name = feature.name.rpartition(" ")
         (probe if group else app).command(name, cls=_Command, no_args_is_help=True)(feature.load(feature.command))
+    for name, path in feature.subcommands:
+        app.command(name, cls=_Command, no_args_is_help=True)(feature.load(path))
 app.add_typer(probe)
 
 

@@ -20,14 +20,14 @@ def inspect(
     Example: loradiag inspect results.jsonl --per layer
     """
     from lora_diag.catalog import read_results
-    from lora_diag.records import is_results_file, to_line
+    from lora_diag.records import is_results_file, lines_of
 
     if is_results_file(path):
         from lora_diag.inspection.tables import table
 
         results = read_results(path)
-        for record in results.records() if json else ():
-            line(to_line(record))
+        for text in lines_of(results.records()) if json else ():
+            line(text)
         if not json:
             result(table(results, *terminal(), per=per))
         return

@@ -8,7 +8,7 @@ out, and its ``end`` record. Knows no feature, opens no checkpoint, imports neit
 from lora_diag.records.base import SCHEMA, LayerRecord, Record, WholeRecord
 from lora_diag.records.probe import Probe
 from lora_diag.records.reading import is_results_file
-from lora_diag.records.results import Results, to_line, totals
+from lora_diag.records.results import Results, lines_of, to_line, totals
 from lora_diag.records.run import AnyRecord, End, LeftOut, Run, RunInput
 from lora_diag.records.vocabulary import Agreement, Resolution, Tail
 from lora_diag.records.writing import ResultsWriter
@@ -30,6 +30,7 @@ __all__ = [
     "Tail",
     "WholeRecord",
     "is_results_file",
+    "lines_of",
     "to_line",
     "totals",
 ]

@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from lora_diag.records.shown import Shown
 
@@ -19,8 +19,14 @@ SCHEMA = 1
 # Every kind of record that is defined so far, by its name in a results file; ``catalog.load_records`` defines all.
 KINDS: dict[str, type[Record]] = {}
 
-# A fraction of a whole, in [0, 1]; marked so that a threshold outside can be refused.
-Share = Annotated[float, "share"]
+# By how much rounding may carry a fraction out of [0, 1].
+SLACK = 1e-6
+
+# A fraction of a whole, in [0, 1]; marked so that a threshold outside can be refused, as a record with one is.
+Share = Annotated[float, "share", Field(ge=-SLACK, le=1 + SLACK)]
+
+# A norm: a record with a negative one is refused when it is read.
+Norm = Annotated[float, Field(ge=0)]
 
 
 class Record(BaseModel):

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from lora_diag.errors import InputError
 from lora_diag.records.base import KINDS, SCHEMA, LayerRecord, WholeRecord
-from lora_diag.records.results import Results
+from lora_diag.records.results import Results, Seal
 from lora_diag.records.run import AnyRecord, End, LeftOut, Run
 
 # What a line of a results file can be.
@@ -59,10 +59,16 @@ def read_results(path: Path | str) -> Results[Any]:
             loradiag.
     """
     path = Path(path)
-    records = list(each_line(path))
+    seal = Seal()
+    records = list(each_line(path, seal=seal))
     if not records or not isinstance(records[0], Run):
         why = "its first line must be a run record" if path.stat().st_size else "it is empty"
         raise InputError(f"{path}: is not a results file: {why}")
+    if isinstance(end := records[-1], End) and end.sha256 not in {"", seal.hexdigest()}:
+        raise InputError(
+            f"{path}: does not have the SHA-256 in its last line: it was edited or damaged; measure again, or remove "
+            "sha256 from that line to read it as a file without a hash"
+        )
     return Results(
         records[0],
         tuple(record for record in records if isinstance(record, LayerRecord)),
@@ -72,22 +78,29 @@ def read_results(path: Path | str) -> Results[Any]:
     )
 
 
-def each_line(path: Path, strict: bool = True) -> Iterator[AnyRecord]:
+def each_line(path: Path, strict: bool = True, seal: Seal | None = None) -> Iterator[AnyRecord]:
     """Yield the whole records of a file, checked one against the other; what a crash left behind them is no error.
 
     Args:
         path: The file.
         strict: Whether a kind of record that is not defined is an error; else its fields are not read.
+        seal: The hash to which the lines before the ``end`` record are added.
+
+    Args:
+        path: The file.
+        seal: The hash to which the lines before the ``end`` record are added.
 
     Raises:
         InputError: It cannot be read, or a line is not a record or cannot stand where it stands.
     """
     first: AnyRecord | None = None
     last: AnyRecord | None = None
-    for number, line in enumerate(_lines(path), 1):
+    for number, line in enumerate(lines(path), 1):
         try:
             record = _parse(line.removesuffix(b"\n"), number, path, strict)
             _check_place(record, first, last, f"{path}: line {number}")
+            if not isinstance(record, End) and seal is not None:
+                seal.add(line)
         except InputError:
             if line.endswith(b"\n"):
                 raise
@@ -96,7 +109,7 @@ def each_line(path: Path, strict: bool = True) -> Iterator[AnyRecord]:
         yield record
 
 
-def _lines(path: Path) -> Iterator[bytes]:
+def lines(path: Path) -> Iterator[bytes]:
     """Yield lines with their newlines, which the last may lack: a file of many layers is not held as text as well.
 
     JSON has no zero bytes: they stand where a loss of power kept the disk from writing, and nothing behind is sure. Nor
@@ -125,7 +138,7 @@ def _lines(path: Path) -> Iterator[bytes]:
 
 def bytes_of(path: Path, records: int) -> int:
     """Return how many bytes the first so many records of a file take, without the newline of the last."""
-    return sum(len(line.removesuffix(b"\n")) + 1 for line in islice(_lines(path), records)) - 1
+    return sum(len(line.removesuffix(b"\n")) + 1 for line in islice(lines(path), records)) - 1
 
 
 def _check_place(record: AnyRecord, first: AnyRecord | None, last: AnyRecord | None, where: str) -> None:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from lora_diag.files import RESULTS, write_whole
-from lora_diag.records.base import LayerRecord, WholeRecord
+from lora_diag.records.base import LayerRecord, Record, WholeRecord
 from lora_diag.records.run import AnyRecord, End, LeftOut, Run
 
 L = TypeVar("L", bound=LayerRecord)
+A = TypeVar("A", bound=Record)
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,7 @@ class Results(Generic[L]):
             UsageError: A link, an unfinished run or another file is there.
             InputError: It cannot be written.
         """
-        write_whole(Path(path), "".join(f"{to_line(record)}\n" for record in self.records()), RESULTS, overwrite)
+        write_whole(Path(path), "".join(f"{line}\n" for line in lines_of(self.records())), RESULTS, overwrite)
 
     def to_pandas(self) -> Any:
         """Return a ``pandas.DataFrame``, one row a layer; ``energy.8``, ``rank_at.0.9`` and so on are columns.
@@ -124,3 +126,39 @@ def _norm(parts: Sequence[float | None]) -> float | None:
 def to_line(record: AnyRecord) -> str:
     """Return the record as one line of JSON, its kind first."""
     return record.model_dump_json(by_alias=True)
+
+
+class Seal:
+    """The SHA-256 of the lines of a results file, which its ``end`` record carries."""
+
+    def __init__(self) -> None:
+        self._hash = hashlib.sha256()
+
+    def copy(self) -> Seal:
+        """Return another one to which the same lines were added."""
+        other = Seal()
+        other._hash = self._hash.copy()
+        return other
+
+    def add(self, line: bytes) -> None:
+        """Add one line; how it ends does not count, so that a checkout with other line ends has the same hash."""
+        self._hash.update(line.rstrip(b"\r\n") + b"\n")
+
+    def sealed(self, record: A) -> A:
+        """Return a record as it is written: an ``end`` record with the hash of what was added before."""
+        if isinstance(record, End):
+            return record.model_copy(update={"sha256": self.hexdigest()})
+        return record
+
+    def hexdigest(self) -> str:
+        """Return the hash of the lines so far."""
+        return self._hash.hexdigest()
+
+
+def lines_of(records: Iterable[AnyRecord]) -> Iterator[str]:
+    """Yield the lines of a results file; its last one carries the hash of those before it."""
+    seal = Seal()
+    for record in records:
+        line = to_line(seal.sealed(record))
+        seal.add(line.encode())
+        yield line

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, Literal
 
-from lora_diag.records.base import Record, Share
+from lora_diag.records.base import Norm, Record, Share
 
 
 class Tail(Record):
@@ -17,9 +17,9 @@ class Tail(Record):
         spectral_error: Bound on the error of ``spectral``, from ``energy_error``; null in results of older versions.
     """
 
-    fro: float
-    spectral: float | None
-    spectral_error: float | None = None
+    fro: Norm
+    spectral: Norm | None
+    spectral_error: Norm | None = None
 
 
 class Resolution(Record):
@@ -37,9 +37,9 @@ class Resolution(Record):
 
     unchanged: Share | None
     mantissa: tuple[int, int] | None
-    rounding_fro: float
-    noise_fro: float
-    edge: float
+    rounding_fro: Norm
+    noise_fro: Norm
+    edge: Norm
     signal_rank: int | None
     verdict: Literal["resolved", "floor-limited", "unresolved"]
 

@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from io import FileIO
+from itertools import islice
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Generic, Literal, Self
@@ -32,9 +33,9 @@ from lora_diag.files import (
     sync_descriptor,
     write_whole,
 )
-from lora_diag.records.reading import MAX_LINE_BYTES, bytes_of, each_line, read_results
-from lora_diag.records.results import L, Results, to_line
-from lora_diag.records.run import AnyRecord, End, Run
+from lora_diag.records.reading import MAX_LINE_BYTES, bytes_of, each_line, lines, read_results
+from lora_diag.records.results import L, Results, Seal, to_line
+from lora_diag.records.run import AnyRecord, End, Run, timestamp
 
 # What may lie where records are to go.
 State = Literal["absent", "empty", "unfinished", "finished", "foreign"]
@@ -60,7 +61,8 @@ class ResultsWriter(Generic[L]):
             ``NAME.part`` under the new first line, and the file is replaced once the run has ended.
 
     Attributes:
-        run: The first line; of a resumed run with what its settings have become.
+        run: The first line, with the time; of a resumed run, with the time at which it was begun and what its settings
+            have become.
         earlier: What is there already and is kept; without layers unless resuming.
 
     Raises:
@@ -78,10 +80,12 @@ class ResultsWriter(Generic[L]):
         grows: Mapping[str, Callable[[Any, Any], Any]] | None = None,
     ) -> None:
         self.path: Path | None = None
-        self.run = run
-        self.earlier: Results[L] = Results(run, ())
+        self.run = run.model_copy(update={"made": timestamp()})
+        self.earlier: Results[L] = Results(self.run, ())
         self._grows = grows or {}
+        self._seal = Seal()
         self._kept = 0
+        self._begun = False
         self._file: FileIO | None = None
         self._synced = -SYNC_SECONDS
         self._lock: int | None = None
@@ -93,6 +97,7 @@ class ResultsWriter(Generic[L]):
         self._lock = _lock(self._final)
         try:
             self._begin(resume)
+            self._add_kept(self.path)
         except BaseException:
             self._release()
             raise
@@ -109,6 +114,7 @@ class ResultsWriter(Generic[L]):
             earlier: Results[L] = read_results(self.path)
             extended = self._extended(earlier)
             self.earlier = _whole_layers(_same_run(extended, self.run, self.path))
+            self.run = self.earlier.run
             if extended.run != earlier.run:
                 self.path, behind_part = part, True
                 write_whole(part, "".join(f"{to_line(record)}\n" for record in self.earlier.records()))
@@ -127,36 +133,61 @@ class ResultsWriter(Generic[L]):
             return earlier
         return replace(earlier, run=earlier.run.model_copy(update={"settings": {**then, **grown}}), end=None)
 
-    def append(self, *records: AnyRecord) -> None:
+    def _add_kept(self, path: Path | None) -> None:
+        """Add the lines that are kept to the hash, as they are in the file; nothing comes behind a finished run."""
+        if path is None or self.earlier.end is not None:
+            return
+        for line in islice(lines(path), self._kept):
+            self._seal.add(line)
+        self._begun = self._kept > 0
+
+    def append(self, *records: AnyRecord) -> tuple[Any, ...]:
         """Write records as lines, all of one layer in one go.
+
+        Returns:
+            The records as they are written: ``end`` with the hash of the lines before it.
 
         Raises:
             InputError: They cannot be written; what was written before stays and can be resumed.
         """
-        if self.path is None:
-            return
-        ends = isinstance(records[-1], End)
+        first = () if self._begun else (self.run,)
+        seal = self._seal.copy()
+        written: list[AnyRecord] = []
+        encoded: list[bytes] = []
+        for record in (*first, *records):
+            written.append(seal.sealed(record))
+            encoded.append(to_line(written[-1]).encode() + b"\n")
+            seal.add(encoded[-1])
+        if self.path is not None and max(map(len, encoded)) > MAX_LINE_BYTES:
+            raise InputError(
+                f"{self.path}: cannot be written: a record is longer than {MAX_LINE_BYTES:,} bytes, the most that is "
+                "read back; give fewer inputs"
+            )
+        if self.path is not None:
+            self._write(self.path, b"".join(encoded), isinstance(records[-1], End))
+        self._seal, self._begun = seal, True
+        return tuple(written[len(first) :])
+
+    def _write(self, path: Path, content: bytes, ends: bool) -> None:
+        """Hand lines to the system, now and then to the disk.
+
+        Raises:
+            InputError: They cannot be written.
+        """
         try:
             if self._file is None:
-                self._file = self._open(self.path)
-            first = () if self._file.tell() else (self.run,)
-            lines = [f"{to_line(record)}\n".encode() for record in (*first, *records)]
-            if max(map(len, lines)) > MAX_LINE_BYTES:
-                raise InputError(
-                    f"{self.path}: cannot be written: a record is longer than {MAX_LINE_BYTES:,} bytes, the most that "
-                    "is read back; give fewer inputs"
-                )
-            _write(self._file, b"".join(lines))
+                self._file = self._open(path)
+            _write(self._file, content)
             if ends or time.monotonic() - self._synced >= SYNC_SECONDS:
                 sync_descriptor(self._file.fileno())
-                sync(self.path.parent)
+                sync(path.parent)
                 self._synced = time.monotonic()
         except OSError as error:
             kept = (
                 "; what was measured before is in it: go on with --resume" if self._file and self._file.tell() else ""
             )
-            raise InputError(f"{self.path}: cannot be written: {error.strerror}{kept}") from error
-        if ends and self.path != self._final:
+            raise InputError(f"{path}: cannot be written: {error.strerror}{kept}") from error
+        if ends and path != self._final:
             self._file.close()
             self._replace()
 
@@ -316,7 +347,7 @@ def _same_run(earlier: Results[Any], run: Run, path: Path) -> Results[Any]:
                 f"{path}: the input {now.path} changed since this run was begun, and its layers must not be mixed; "
                 "delete the file and measure again, or write to another file"
             )
-    then, wanted = earlier.run.model_dump(), run.model_dump()
+    then, wanted = (each.model_dump(exclude={"made"}) for each in (earlier.run, run))
     differing = [key for key in wanted if then[key] != wanted[key]]
     told, asked = earlier.run.settings, run.settings
     differing += [f"settings.{key}" for key in {**asked, **told} if told.get(key, ...) != asked.get(key, ...)]

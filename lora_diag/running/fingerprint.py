@@ -5,20 +5,30 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+from lora_diag.adapters.source import Source
 from lora_diag.checkpoints import Checkpoint, shown
 from lora_diag.checkpoints.remote import RemotePath
 from lora_diag.deltas import natural_order
 from lora_diag.errors import InputError
 
-# A checkpoint that is trained on keeps its names, shapes and sizes. So a few pages of each file are hashed, too: 64 KiB
-# a shard cost nothing on any disk, and a fine-tuned weight rarely keeps a whole page.
-SAMPLES = 16
+# A checkpoint that is trained on keeps its names, shapes and sizes, so what its files hold is hashed, too: every byte
+# of a file of up to WHOLE_BYTES, and of an adapter's; of a larger one a page in each STRIDE, 0.4% of it. A tensor of at
+# least a stride and a page has a whole page among them, and one that was trained on or scaled rarely keeps a page.
+WHOLE_BYTES = 2**26
+STRIDE = 2**20
 SAMPLE_BYTES = 4096
+
+# Pages of a remote file whose server tells no version: each is a request.
+REMOTE_SAMPLES = 16
+
+# Those of versions before had 16 digits, of other pages.
+DIGITS = 32
 
 # Read at a time for the hash of a whole file.
 HASHED_BYTES = 2**20
@@ -35,16 +45,27 @@ def legible(text: Path | str) -> str:
     return shown(text).encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
-def fingerprint(checkpoint: Checkpoint, settings: Mapping[str, Any] | None = None) -> str:
-    """Return 16 hex digits that change when the input does.
+def fingerprint_of_adapter(source: Source) -> str:
+    """Return the fingerprint of an adapter: of its config and of every byte of its weights.
 
-    Hashed are every tensor's name, shape, dtype and storage format, the sizes of the files, some pages of each, and
-    the settings; neither paths nor times, so that a copy of the same input has the same fingerprint. A change between
-    the pages that keeps all sizes goes unnoticed: ``content_hash`` is for those who must know.
+    Raises:
+        InputError: A file cannot be read.
+    """
+    return fingerprint(source.checkpoint, source.config.values if source.config is not None else None, whole=True)
+
+
+def fingerprint(checkpoint: Checkpoint, settings: Mapping[str, Any] | None = None, whole: bool = False) -> str:
+    """Return 32 hex digits that change when the input does.
+
+    Hashed are every tensor's name, shape, dtype and storage format, the sizes of the files, their bytes (of files of
+    more than 64 MiB a page of 4 KiB in each MiB), and the settings; neither paths nor times, so that a copy of the same
+    input has the same fingerprint. A change between the pages of a large file that keeps its size goes unnoticed:
+    ``content_hash`` is for those who must know.
 
     Args:
         checkpoint: The opened checkpoint.
         settings: What else says how its tensors are read: an adapter's config.
+        whole: Whether to hash every byte of large files, too.
 
     Raises:
         InputError: A file cannot be read.
@@ -55,12 +76,23 @@ def fingerprint(checkpoint: Checkpoint, settings: Mapping[str, Any] | None = Non
         found.update(json.dumps([name, info.shape, info.dtype, info.stored]).encode())
     for file in files_of(checkpoint):
         try:
-            for piece in _sampled(file):
-                found.update(piece)
+            found.update(_digest(file, whole))
         except OSError as error:
             raise InputError(f"{file}: cannot be read: {error.strerror}") from error
     found.update(json.dumps(dict(settings or {}), sort_keys=True, default=str).encode())
-    return found.hexdigest()[:16]
+    return found.hexdigest()[:DIGITS]
+
+
+def names_of(checkpoint: Checkpoint) -> tuple[str, ...]:
+    """Return what a checkpoint is called: by its config, by the Hub, and by the folder in which it lies."""
+    path = checkpoint.path
+    stored = str(checkpoint.config.get("_name_or_path") or "")
+    where = str(path) if isinstance(path, RemotePath) else os.path.realpath(path)
+    cached = re.search(r"models--([^/]+?)--([^/]+)/snapshots/", f"{where}/")
+    folder = os.path.dirname(where) if path.suffix in {".safetensors", ".bin", ".pt", ".json"} else where  # noqa: PTH120
+    named = f"{cached[1]}/{cached[2]}" if cached else os.path.basename(folder)  # noqa: PTH119
+    given = () if os.path.exists(path) else (str(path),)  # noqa: PTH110  (a Hub id or an address)
+    return tuple(dict.fromkeys(name for name in (stored, *given, named) if name))
 
 
 def files_of(checkpoint: Checkpoint) -> list[Path]:
@@ -103,18 +135,29 @@ def _hashed(file: Path, *_: object) -> str:
     return found.hexdigest()
 
 
-def _sampled(file: Path) -> Iterator[bytes]:
-    """Yield a file's size and pages spread evenly over it, the first and the last among them.
+def _digest(file: Path, whole: bool) -> bytes:
+    """Return what stands for a file in a fingerprint: the hash of its bytes, or of its size and some pages.
 
     A store's own word for the version of a file, its ETag, stands for the pages: they would be a request each.
     """
-    if isinstance(file, RemotePath) and file.facts().version:
-        yield f"{file.facts().size};{file.facts().version}".encode()
-        return
+    if isinstance(file, RemotePath):
+        size = file.facts().size
+        if file.facts().version:
+            return f"{size};{file.facts().version}".encode()
+        return _sampled(file, size, max(1, size // (REMOTE_SAMPLES - 1)))
+    status = file.stat()
+    if whole or status.st_size <= WHOLE_BYTES:
+        return _hashed(file, status.st_size, status.st_mtime_ns).encode()
+    return _sampled(file, status.st_size, STRIDE, status.st_mtime_ns)
+
+
+@cache
+def _sampled(file: Path, size: int, stride: int, *_: object) -> bytes:
+    """Return the hash of a file's size and a page in each stride, the last page among them."""
+    found = hashlib.sha256(f"{size};".encode())
+    last = max(0, size - SAMPLE_BYTES)
     with file.open("rb") as stream:
-        size = os.fstat(stream.fileno()).st_size if not isinstance(file, RemotePath) else file.facts().size
-        yield f"{size};".encode()
-        last = max(0, size - SAMPLE_BYTES)
-        for start in sorted({last * sample // (SAMPLES - 1) for sample in range(SAMPLES)}):
+        for start in [*range(0, last, stride), last]:
             stream.seek(start)
-            yield stream.read(SAMPLE_BYTES)
+            found.update(stream.read(SAMPLE_BYTES))
+    return found.digest()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from lora_diag.gradients import Step
 from lora_diag.records import RunInput
-from lora_diag.running.fingerprint import content_hash, files_of, fingerprint, legible
+from lora_diag.running.fingerprint import DIGITS, content_hash, files_of, fingerprint, legible
 
 
 def describe_steps(paths: Sequence[Path | str], steps: Sequence[Step], verify: bool) -> RunInput:
@@ -22,7 +22,7 @@ def describe_steps(paths: Sequence[Path | str], steps: Sequence[Step], verify: b
         kind=f"{span}, each a {legible(steps[0].checkpoint.kind)}",
         tensors=sum(len(step.checkpoint) for step in steps),
         notes=tuple(dict.fromkeys(legible(note) for step in steps for note in _notes(step))),
-        fingerprint=found.hexdigest()[:16],
+        fingerprint=found.hexdigest()[:DIGITS],
         sha256=content_hash([file for step in steps for file in files_of(step.checkpoint)]) if verify else "",
     )
 

@@ -9,12 +9,20 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lora_diag.adapters import Place, bare, is_adapter, is_same_part, match_names, open_adapter
+from lora_diag.adapters.complete import targets_of
 from lora_diag.checkpoints import Checkpoint, as_path, locate, open_checkpoint
 from lora_diag.checkpoints.tensors import FLOAT_DTYPES
 from lora_diag.deltas import Delta, Pairing, Side, StoredDelta, natural_order, pair, refuse_empty
 from lora_diag.errors import InputError, UsageError
 from lora_diag.records import RunInput
-from lora_diag.running.fingerprint import content_hash, files_of, fingerprint, legible
+from lora_diag.running.fingerprint import (
+    content_hash,
+    files_of,
+    fingerprint,
+    fingerprint_of_adapter,
+    legible,
+    names_of,
+)
 
 # What ``probe activations`` says that its file is: under the names of weights, so it would pair with them.
 MOMENTS = "second moments of layers' inputs"
@@ -186,14 +194,19 @@ def _with_adapter(
     adapter = open_adapter(locate(path))
     pairing, notes = adapter.pair(base, layers, exclude, allow_unmatched)
     config = adapter.source.config
+    targets = targets_of(adapter, base, pairing) if base is not None else None
+    named = config.text("base_model_name_or_path") if config is not None else ""
     described = RunInput(
         role="adapter",
         path=legible(path),
         kind=legible(adapter.kind),
         tensors=len(adapter.checkpoint),
         notes=tuple(map(legible, notes)),
-        fingerprint=fingerprint(adapter.checkpoint, config.values if config is not None else None),
+        fingerprint=fingerprint_of_adapter(adapter.source),
         sha256=content_hash(files_of(adapter.checkpoint)) if verify else "",
+        names=(legible(named),) if named else (),
+        targets=targets[0] if targets is not None else None,
+        lacking=tuple(map(legible, targets[1])) if targets is not None else (),
     )
     return Comparison((described,) if base is None else (describe("base", base, verify=verify), described), pairing)
 
@@ -211,4 +224,5 @@ def describe(role: str, checkpoint: Checkpoint, notes: tuple[str, ...] = (), ver
         fingerprint=fingerprint(checkpoint),
         sha256=content_hash(files_of(checkpoint)) if verify else "",
         architecture=legible(named) if isinstance(named, str) else "",
+        names=tuple(map(legible, names_of(checkpoint))) if role == "base" else (),
     )

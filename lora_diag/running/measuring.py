@@ -180,10 +180,11 @@ def measure_layers(
     if earlier.end is not None:
         return earlier
 
-    def put(*records: Any) -> None:
-        writer.append(*records)
-        for record in records:
+    def put(*records: Any) -> tuple[Any, ...]:
+        written = writer.append(*records)
+        for record in written:
             watch.record(record)
+        return written
 
     layers, left_out = list(earlier.layers), list[LeftOut]()
     measured = {record.layer for record in layers}
@@ -198,8 +199,7 @@ def measure_layers(
     left_out = sorted([*left_out, *rest()], key=lambda record: (natural_order(record.layer), record.reason))
     for record in left_out[len(earlier.left_out) :]:
         put(record)
-    end = totals(layers, left_out)
-    put(end)
+    (end,) = put(totals(layers, left_out))
     return Results(writer.run, tuple(layers), tuple(left_out), end)
 
 

@@ -93,8 +93,7 @@ class Kept:
             self._left_out.append(item)
             self._writer.append(item)
             self._watch.record(item)
-        last = totals([], self._left_out)
-        self._writer.append(last)
+        (last,) = self._writer.append(totals([], self._left_out))
         self._watch.record(last)
         return Results(self._writer.run, (), tuple(self._left_out), last, tuple(self.records))
 

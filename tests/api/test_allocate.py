@@ -1,6 +1,7 @@
 """``lora_diag.allocate``: its inputs, budgets in words, weights, and what it writes."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -27,7 +28,8 @@ def test_a_file_and_the_results_in_memory_give_the_same(tmp_path):
 def test_written_then_read_is_equal(tmp_path):
     found = lora_diag.allocate(SPECTRA, params="2k", ranks_from=[8, 2, 4])
     write_allocation(found, tmp_path / "a.jsonl")
-    assert read_results_of(Allocation, tmp_path / "a.jsonl") == found
+    read = read_results_of(Allocation, tmp_path / "a.jsonl")
+    assert replace(read, end=read.end.model_copy(update={"sha256": ""})) == found
     write_allocation(found, tmp_path / "a.jsonl")  # again, over itself
     assert not list(tmp_path.glob(".*"))
 

@@ -66,8 +66,8 @@ def test_each_kind_of_trouble_has_its_exit_code(loradiag, results, policy, tmp_p
         (2, [name, "r.jsonl", "--ratchet"], "--baseline"),
         (2, [name, "r.jsonl", "-o", "r.jsonl"], "read or written already"),
         (2, [name, "r.jsonl", "--junit", "x.xml", "--sarif", "./x.xml"], "read or written already"),
-        (2, ["init", "r.jsonl", "--junit", "x.xml"], "nothing else"),
-        (2, ["init"], "give the results"),
+        (2, ["-q", "init", "r.jsonl", "--junit", "x.xml"], "nothing else"),
+        (2, ["-q", "init"], "give the results"),
         (3, [name, "absent.jsonl"], "absent.jsonl"),
         (3, [name, "cut.jsonl"], "not a results file"),
         (3, [name, "lacking.jsonl"], "holds 5 layers where its last line says 6"),
@@ -114,9 +114,23 @@ def test_verdicts_can_be_judged_themselves(loradiag, results, policy, tmp_path):
     assert loradiag("gate", "q.toml", "v.jsonl").code == 1
 
 
-def test_quiet_says_nothing_and_keeps_its_exit_code(loradiag, results, policy):
+def test_quiet_keeps_one_line_with_the_reason(loradiag, results, policy):
     ran = loradiag("gate", policy(0.08), "r.jsonl", "-q")
-    assert (ran.code, ran.out, ran.err) == (1, "", "")
+    assert (ran.code, ran.out, ran.err.count("\n")) == (1, "", 1)
+    for word in ("FAILED", "drift", LAYERS[5], "0.0906", "relative <= 0.08", "look at the learning rate"):
+        assert word in ran.err
+    ran = loradiag("gate", policy(0.2), "r.jsonl", "-q")
+    assert (ran.code, ran.out, ran.err) == (0, "", "")
+
+
+def test_init_is_a_command_of_its_own_and_takes_its_old_form(loradiag, results):
+    new = loradiag("gate", "init", "r.jsonl", "-o", "p.toml")
+    assert (new.code, loradiag("gate", "-o", "q.toml", "init", "r.jsonl").code) == (0, 0)
+    usage = loradiag("gate", "init", "--help").out
+    assert "gate init [OPTIONS] RESULTS" in usage
+    assert "--junit" not in usage
+    ran = loradiag("gate", "init", "r.jsonl", "--junit", "x.xml")
+    assert (ran.code, "--junit" in ran.err) == (2, True)
 
 
 def test_reports_are_written_and_a_model_card_is_kept(loradiag, results, policy, tmp_path):
@@ -146,10 +160,10 @@ def test_github_mode_stops_commands_in_names_and_writes_the_step_summary(loradia
     token = re.fullmatch(r"::stop-commands::(\w{32})", first)[1]
     end = lines.index(f"::{token}::")
     assert any("forged" in line for line in lines[:end])
-    assert len(lines[end + 1 :]) == 7
-    assert all(
-        re.match(r"::error file=p\.toml,line=1,title=loradiag gate%3A drift::", line) for line in lines[end + 1 :]
-    )
+    (annotation,) = lines[end + 1 :]
+    assert re.match(r"::error file=p\.toml,line=1,title=loradiag gate%3A drift::", annotation)
+    assert annotation.count("measured 0.04") == 3
+    assert "and 4 more. Allowed: relative <= 0.03." in annotation
     summary = (tmp_path / "summary.md").read_text()
     assert summary.startswith("earlier\n## loradiag gate: FAILED")
     assert "more are in" not in summary
@@ -192,7 +206,7 @@ def test_measuring_first_gives_what_the_measured_file_gives(loradiag, tmp_path):
     assert loradiag("gate", "--policy", "adapter-basic", "s.jsonl", "-q", "-o", "a.jsonl").code == 0
     words = ["--base", base, "--adapter", adapter]
     assert loradiag("gate", "--policy", "adapter-basic", *words, "-q", "-o", "b.jsonl").code == 0
-    a, b = ((tmp_path / name).read_text().splitlines()[1:] for name in ("a.jsonl", "b.jsonl"))
+    a, b = ((tmp_path / name).read_text().splitlines()[1:-1] for name in ("a.jsonl", "b.jsonl"))
     assert len(a) > 30
     assert a == b
 
@@ -224,7 +238,9 @@ def test_the_page_shows_a_failure_as_it_is_printed_and_its_policies_are_valid(lo
     small, whole = re.findall(r"^```toml\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
     assert len(read_policy("p.toml", whole).rules) == 3
     (tmp_path / "policy.toml").write_text(small)
-    loradiag("spectrum", SAMPLES / "base", SAMPLES / "full_ft", "-q", "-o", "results.jsonl")
+    for name in ("base", "full_ft"):
+        (tmp_path / name).symlink_to(SAMPLES / name)
+    loradiag("spectrum", "base", "full_ft", "-q", "-o", "results.jsonl")
     ran = loradiag("gate", "policy.toml", "results.jsonl", env={"COLUMNS": "80"})
     assert ran.code == 1
     printed = ran.out.strip("\n")

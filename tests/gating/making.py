@@ -13,6 +13,9 @@ def spectrum(layer: str, s=(4.0, 2.0, 1.0), base_fro: float = 100.0, verdict: st
     total = math.fsum(energy)
     curve = [math.fsum(energy[: i + 1]) / total for i in range(len(s))] if total else []
 
+    noise = {"resolved": 0.0, "floor-limited": 0.3, "unresolved": 0.9}[verdict] * math.sqrt(total)
+    edge = noise * (1 / math.sqrt(24) + 1 / math.sqrt(32))
+
     def rank(share):
         return next((i for i, kept in enumerate(curve, 1) if kept >= share), 0)
 
@@ -29,16 +32,18 @@ def spectrum(layer: str, s=(4.0, 2.0, 1.0), base_fro: float = 100.0, verdict: st
         "energy_error": 1e-10,
         "energy": {str(r): curve[min(r, len(s)) - 1] if total else None for r in RANKS},
         "rank_at": {share: rank(float(share)) for share in ("0.9", "0.95", "0.99")},
-        "tail": {str(r): {"fro": math.sqrt(math.fsum(energy[r:])), "spectral": 0.0} for r in RANKS},
+        "tail": {
+            str(r): {"fro": math.sqrt(math.fsum(energy[r:])), "spectral": s[r] if r < len(s) else 0.0} for r in RANKS
+        },
         "stable_rank": total / energy[0] if total else None,
-        "effective_rank": 2.0 if total else None,
+        "effective_rank": math.exp(-sum(e / total * math.log(e / total) for e in energy if e)) if total else None,
         "resolution": {
             "unchanged": 0.0,
             "mantissa": [23, 23],
             "rounding_fro": 0.0,
-            "noise_fro": 0.0,
-            "edge": 0.0,
-            "signal_rank": len(s),
+            "noise_fro": noise,
+            "edge": edge,
+            "signal_rank": sum(value > edge for value in s),
             "verdict": verdict if total else "unresolved",
         },
     }
@@ -48,9 +53,14 @@ def spectrum(layer: str, s=(4.0, 2.0, 1.0), base_fro: float = 100.0, verdict: st
 def residual(
     layer: str, adapter: str, epsilon: float | None, role: str = "adapter", fro: float = 1.0, **changes
 ) -> dict:
-    none = dict.fromkeys(
-        ("epsilon_min", "excess", "norm_ratio", "cosine", "best_scale", "epsilon_best_scale", "energy_error")
-    )
+    """One record: X = (1 + ε)D, or of the cosine given as long as it has to be for ε; zero where ``rank`` is 0."""
+    none = dict.fromkeys(("epsilon_min", "excess", "energy_error"))
+    cosine = changes.get("cosine", 1.0)
+    ratio = cosine + math.sqrt(cosine**2 - 1 + (epsilon or 0.0) ** 2)
+    best = math.sqrt(max(0.0, (epsilon or 0.0) ** 2 - ((1 - cosine / ratio) * ratio) ** 2))
+    distance = {"norm_ratio": ratio, "cosine": cosine, "best_scale": cosine / ratio, "epsilon_best_scale": best}
+    if epsilon is None or changes.get("adapter_fro") == 0 or changes.get("rank") == 0:
+        distance = {**dict.fromkeys(distance), "norm_ratio": None if epsilon is None else 0.0}
     record = {
         "record": "residual",
         "layer": layer,
@@ -60,9 +70,10 @@ def residual(
         "rank": 4,
         "epsilon": epsilon,
         **none,
+        **distance,
         "fro": fro,
         "base_fro": 100.0,
-        "adapter_fro": 1.0,
+        "adapter_fro": 1.0 if epsilon is None else fro * distance["norm_ratio"],
         "column_space": None,
         "row_space": None,
         "data": None,
@@ -97,12 +108,12 @@ def lines(records, lost=(), inputs=(("base", "base/"), ("tuned", "tuned/")), fin
         "settings": {"ranks": list(RANKS)},
     }
     layers = {record["layer"]: record for record in records if "layer" in record}
+    norms = {name: [record.get(name) for record in layers.values()] for name in ("fro", "base_fro")}
     end = {
         "record": "end",
         "layers": len(layers),
         "left_out": len(lost),
-        "fro": math.hypot(*(record.get("fro") or 0.0 for record in layers.values())),
-        "base_fro": None,
+        **{name: None if None in values else math.hypot(*values) for name, values in norms.items()},
     }
     return [run, *records, *lost, *([end] if finished else [])]
 

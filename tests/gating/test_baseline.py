@@ -110,12 +110,15 @@ def test_a_ratchet_never_loosens(tmp_path_factory, layers, tolerance):
     rules = read_policy(
         "p.toml",
         f'[[baseline]]\nfield = "residual.epsilon"\nworse = "higher"\ntolerance = {tolerance / 8}\n'
-        f'[[baseline]]\nfield = "residual.cosine"\nworse = "lower"\ntolerance = {tolerance / 8}\n',
+        f'[[baseline]]\nfield = "residual.column_space.overlap"\nworse = "lower"\ntolerance = {tolerance / 8}\n',
     )
+
+    def space(overlap):
+        return {"cosines": [], "overlap": overlap, "random": 0.1}
 
     def records(i, adapter):
         pairs = zip(LAYERS, layers, strict=False)
-        return [residual(name, adapter, new[i] / 8, cosine=new[i + 2] / 8) for name, new in pairs]
+        return [residual(name, adapter, new[i] / 8, column_space=space(new[i + 2] / 8)) for name, new in pairs]
 
     new = write(folder / "new.jsonl", records(0, "x"), inputs=(("base", "b"), ("adapter", "x")))
     main = write(folder / "main.jsonl", records(1, "a"), inputs=INPUTS)
@@ -125,8 +128,8 @@ def test_a_ratchet_never_loosens(tmp_path_factory, layers, tolerance):
     assert [record.layer for record in after] == [record.layer for record in before]
     for old, now, (e_new, e_old, c_new, c_old) in zip(before, after, layers, strict=False):
         better = e_new <= e_old and c_new >= c_old and (e_new, c_new) != (e_old, c_old)
-        wanted = (e_new / 8, c_new / 8) if better and came_to == "passed" else (e_old / 8, c_old / 8)
-        assert (now.epsilon, now.cosine) == wanted
+        wanted = (e_new / 8, space(c_new / 8)) if better and came_to == "passed" else (e_old / 8, space(c_old / 8))
+        assert (now.epsilon, now.column_space.model_dump(mode="json")) == wanted
         assert (now.adapter, old.adapter) == ("a", "a")
     if came_to == "passed":
         assert outcome(gate(rules, new, baseline=main, today=TODAY).whole) == "passed"

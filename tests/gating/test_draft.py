@@ -17,7 +17,7 @@ ADAPTER = (("base", "b"), ("adapter", "a"))
 
 def files(tmp_path, scale=1.0):
     spectra = [spectrum(name, s=(3.0 * scale, 2.0 * scale, 1.0 * scale)) for name in LAYERS]
-    residuals = [residual(name, "a", 0.4 * scale, cosine=0.8 / scale) for name in LAYERS]
+    residuals = [residual(name, "a", 0.7 * scale, cosine=0.8 / scale) for name in LAYERS]
     return (
         write(tmp_path / f"s{scale}.jsonl", spectra),
         write(tmp_path / f"r{scale}.jsonl", residuals, inputs=ADAPTER),
@@ -48,7 +48,7 @@ def test_a_draft_says_what_each_limit_is_from(tmp_path):
 
 
 def test_a_value_that_some_layers_do_not_have_lowers_the_coverage_it_asks_for(tmp_path):
-    records = [residual(LAYERS[0], "a", 0.4, cosine=0.9, fro=3.0), residual(LAYERS[1], "a", 1.0, fro=4.0, rank=0)]
+    records = [residual(LAYERS[0], "a", 0.5, cosine=0.9, fro=3.0), residual(LAYERS[1], "a", 1.0, fro=4.0, rank=0)]
     path = write(tmp_path / "r.jsonl", records, inputs=ADAPTER)
     text = gate_init(path)
     assert "coverage = 0.36 # of ‖Δ‖²: 1 of 2 layers have no cosine" in text

@@ -1,8 +1,12 @@
 """The results file: what is written is what is read, and a crash loses one line."""
 
+import hashlib
 import json
 import os
+import re
 import tracemalloc
+from dataclasses import replace
+from datetime import UTC, datetime
 
 import pytest
 import torch
@@ -12,7 +16,7 @@ from lora_diag.catalog import read_results
 from lora_diag.errors import InputError, LoradiagError, UsageError
 from lora_diag.records import is_results_file, reading, writing
 from lora_diag.records.reading import each_line
-from tests.conftest import save_model
+from tests.conftest import edit_results, save_model
 
 
 @pytest.fixture
@@ -209,8 +213,62 @@ def test_damaged_results_files(written, change, words):
 
 def test_fields_of_a_later_version_are_ignored(written):
     results, path = written
-    path.write_text(path.read_text().replace('"record":"spectrum"', '"record":"spectrum","later":[1]'))
+    edit_results(path, lambda text: text.replace('"record":"spectrum"', '"record":"spectrum","later":[1]'))
+    found = read_results(path)
+    assert (found.run, found.layers, found.left_out) == (results.run, results.layers, results.left_out)
+
+
+def test_the_last_line_hashes_the_lines_before_it(written):
+    results, path = written
+    *lines, _ = path.read_bytes().splitlines(keepends=True)
+    assert results.end.sha256 == hashlib.sha256(b"".join(lines)).hexdigest()
+    assert read_results(path).end == results.end
+
+
+@pytest.mark.parametrize("line", range(-1, 13))
+def test_an_edited_line_is_refused(written, line):
+    _, path = written
+    lines = path.read_text().splitlines(keepends=True)
+    assert len(lines) == 14
+    if line >= 0:
+        lines[line] = re.sub(r"\d(?=\D*$)", lambda found: str(9 - int(found[0])), lines[line])
+    else:
+        lines[1], lines[2] = lines[2], lines[1]
+    path.write_text("".join(lines))
+    with pytest.raises(InputError, match="edited or damaged"):
+        read_results(path)
+
+
+def test_other_line_ends_are_the_same_lines(written):
+    results, path = written
+    path.write_bytes(path.read_bytes().replace(b"\n", b"\r\n"))
     assert read_results(path) == results
+
+
+def test_a_file_without_hash_is_read(written):
+    results, path = written
+    path.write_text(path.read_text().replace(f',"sha256":"{results.end.sha256}"', ""))
+    assert read_results(path).end == results.end.model_copy(update={"sha256": ""})
+
+
+def test_run_time_is_now_and_kept_by_resume(pair_of_models, tmp_path, monkeypatch):
+    monkeypatch.delenv("SOURCE_DATE_EPOCH")
+    begun = datetime.now(UTC).replace(microsecond=0)
+    made = lora_diag.spectrum(*pair_of_models[:2], output=tmp_path / "r.jsonl").run.made
+    assert begun <= datetime.fromisoformat(made) <= datetime.now(UTC)
+    whole = (tmp_path / "r.jsonl").read_bytes()
+    (tmp_path / "r.jsonl").write_bytes(b"".join(whole.splitlines(keepends=True)[:4]))
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "0")
+    resumed = lora_diag.spectrum(*pair_of_models[:2], output=tmp_path / "r.jsonl", resume=True)
+    assert (resumed.run.made, (tmp_path / "r.jsonl").read_bytes()) == (made, whole)
+    assert lora_diag.spectrum(*pair_of_models[:2]).run.made == "1970-01-01T00:00:00Z"
+
+
+@pytest.mark.parametrize("epoch", ["soon", "1.5", "9" * 30])
+def test_source_date_epoch_must_be_a_number(pair_of_models, monkeypatch, epoch):
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", epoch)
+    with pytest.raises(UsageError, match="SOURCE_DATE_EPOCH"):
+        lora_diag.spectrum(*pair_of_models[:2])
 
 
 class StoppedError(Exception):
@@ -363,7 +421,7 @@ def test_the_fingerprint_knows_neither_place_nor_time(pair_of_models, tmp_path):
     runs.append(lora_diag.spectrum(copy, copy).run.inputs[0])
     prints = [run.fingerprint for run in runs]
     assert len(set(prints)) == 1
-    assert len(prints[0]) == 16
+    assert len(prints[0]) == 32
     half = save_model(tmp_path / "half", {name: value.to(torch.float16) for name, value in before.items()})
     assert lora_diag.spectrum(half, half).run.inputs[0].fingerprint != prints[0]
 
@@ -374,7 +432,8 @@ def test_a_filter_keeps_totals_and_left_out_together(written):
     assert {record.layer for record in found.left_out} == {"model.layers.0.input_layernorm.weight"}
     assert (found.end.layers, found.end.left_out) == (len(found), 1)
     assert found.end.fro == pytest.approx(sum(record.fro**2 for record in found) ** 0.5)
-    assert results.filter("") == results
+    unhashed = results.end.model_copy(update={"sha256": ""})
+    assert results.filter("") == replace(results, end=unhashed)
     assert len(results.filter("nothing")) == results.filter("nothing").end.fro == 0
 
 

@@ -85,7 +85,7 @@ def allocate(
     """
     from lora_diag.decisions.allocate.run import allocate as choose
     from lora_diag.decisions.allocate.run import kind_of_allocation, rank_table, write_allocation
-    from lora_diag.records import to_line
+    from lora_diag.records import lines_of
 
     if policies:
         if output is not None:
@@ -145,8 +145,8 @@ def allocate(
     if output is not None:
         write_allocation(allocation, output, scaling, rslora, check, overwrite)
     if json:
-        for record in allocation.records():
-            line(to_line(record))
+        for text in lines_of(allocation.records()):
+            line(text)
     elif not quiet:
         from lora_diag.decisions.allocate.summary import allocation_table
 

@@ -22,6 +22,7 @@ from lora_diag.diagnostics.spectrum.record import Spectrum
 from lora_diag.errors import InputError, UsageError
 from lora_diag.files import CONFIG, RESULTS, Kind, check_output, write_whole
 from lora_diag.records import Results, Run, RunInput, is_results_file, totals
+from lora_diag.records.run import timestamp
 from lora_diag.running.amounts import read_bytes, read_count, read_share
 from lora_diag.running.fingerprint import legible
 from lora_diag.version import __version__
@@ -133,6 +134,7 @@ def allocate(
             "optimizer": optimizer if memory is not None else None,
             "dtype": dtype if memory is not None else None,
         },
+        made=timestamp(),
     )
     left_out = chosen.left_out
     return Results(run, chosen.layers, left_out, totals(chosen.layers, left_out), (chosen.certificate,))

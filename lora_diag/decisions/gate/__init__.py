@@ -6,6 +6,7 @@ FEATURE = Feature(
     __name__,
     "gate",
     command=".command:gate",
+    subcommands=(("gate init", ".command:init"),),
     records=(".record:Verdict",),
     functions=(".run:gate",),
     table=".summary:verdict_table",

@@ -16,7 +16,7 @@ from lora_diag.decisions.gate.policy import CHECKS, Policy
 from lora_diag.decisions.gate.record import Verdict
 from lora_diag.diagnostics.residual.record import Residual
 from lora_diag.diagnostics.spectrum.record import Spectrum
-from lora_diag.records import LeftOut
+from lora_diag.records import LeftOut, RunInput
 from lora_diag.records.base import Record
 from lora_diag.records.vocabulary import METRIC_NAMES
 
@@ -29,6 +29,8 @@ UNUSED = 1e-6
 _NOT_OF_THIS_BASE = frozenset({"not_in_base", "shape_differs", "needs_base", "only_in_adapter"})
 
 
+# Checks whose alarms leave the gate open and are no proof of a fault.
+_UNKNOWN = frozenset({"finished", "base"})
 # Checks that look at records of updates.
 _OF_UPDATES = frozenset({"dead", "unused_rank", "spike", "unresolved"})
 # Of these, what spectra in another metric do not show: there, one direction tells how inputs lie.
@@ -37,12 +39,16 @@ _IN_WEIGHTS = frozenset({"unused_rank", "spike"})
 
 @dataclass(frozen=True, slots=True)
 class Alarm:
-    """One thing that a check found, and the limit that it broke where the check has several."""
+    """One thing that a check found, and the limit that it broke where the check has several.
+
+    ``unknown`` is what keeps a gate from passing whatever the check's severity, because nothing can be said.
+    """
 
     layer: str | None
     measured: float | str | None
     message: str
     allowed: str = ""
+    unknown: bool = False
 
 
 Check = Callable[[Policy, Sequence[Source], Stored | None], Iterator[Alarm]]
@@ -57,7 +63,7 @@ def run_checks(policy: Policy, sources: Sequence[Source], baseline: Stored | Non
         alarms = list(check(policy, sources, baseline))
         idle = Alarm(None, None, _why_idle(name, sources))
         if alarms:
-            status = "inconclusive" if name == "finished" else "failed" if severity == "error" else "warned"
+            status = "inconclusive" if name in _UNKNOWN else "failed" if severity == "error" else "warned"
         else:
             status = "not judged" if idle.message else "passed"
         for alarm in alarms or [idle if status == "not judged" else Alarm(None, None, "")]:
@@ -67,8 +73,8 @@ def run_checks(policy: Policy, sources: Sequence[Source], baseline: Stored | Non
                     "layer": alarm.layer,
                     "measured": alarm.measured,
                     "allowed": alarm.allowed or allowed,
-                    "status": status,
-                    "severity": severity,
+                    "status": "inconclusive" if alarm.unknown else status,
+                    "severity": "error" if alarm.unknown else severity,
                     "message": alarm.message,
                 }
             )
@@ -78,6 +84,10 @@ def _why_idle(name: str, sources: Sequence[Source]) -> str:
     """Say why a check has nothing to look at; nothing where it has."""
     if name in _OF_UPDATES and not has_updates(sources):
         return "no spectrum or residual record to look at"
+    if name == "complete" and all(given.targets is None for given in _adapters(sources)):
+        return "no results of an adapter on its BASE whose config names its modules"
+    if name == "base" and not any(_names(source) for source in sources):
+        return "no results of an adapter on a BASE that both have a name"
     metrics = dict.fromkeys(record.metric for record in _layers(sources, Spectrum))
     if name in _IN_WEIGHTS and metrics and "weights" not in metrics:
         return f"every spectrum is in {' or '.join(METRIC_NAMES[metric] for metric in metrics)}, not in the weights'"
@@ -105,6 +115,54 @@ def _mismatch(policy: Policy, sources: Sequence[Source], baseline: Stored | None
     for item in _left_out([source for source in sources if _of_adapter(source)]):
         if item.reason in _NOT_OF_THIS_BASE:
             yield Alarm(item.layer, None, f"the adapter does not fit BASE here: {item.detail}")
+
+
+def _complete(policy: Policy, sources: Sequence[Source], baseline: Stored | None) -> Iterator[Alarm]:
+    for given in _adapters(sources):
+        for layer in given.lacking:
+            text = (
+                f"the config of {given.path} targets it and the file holds nothing for it ({len(given.lacking)} of "
+                f"{given.targets} targets): save the adapter again"
+            )
+            yield Alarm(layer, None, text)
+
+
+def _base(policy: Policy, sources: Sequence[Source], baseline: Stored | None) -> Iterator[Alarm]:
+    """Name adapters whose config names another base; one that the policy pins is the one that is meant."""
+    for source in sources:
+        pinned = any(("base", given.fingerprint) in policy.pins for given in source.results.run.inputs)
+        for adapter, wanted, names in _names(source):
+            if not pinned and not any(is_same_name(wanted, name) for name in names):
+                text = (
+                    f"the config of {adapter} names the base {wanted}, and it was measured on {' or '.join(names)}: "
+                    "measure it on its own base, or pin this one by its fingerprint under [inputs]"
+                )
+                yield Alarm(None, names[0], text, f"base {wanted}")
+
+
+def _names(source: Source) -> list[tuple[str, str, tuple[str, ...]]]:
+    """Return the adapters of results, what their configs call the base, and what the BASE is called."""
+    inputs = source.results.run.inputs
+    names = next((given.names for given in inputs if given.role == "base" and given.names), ())
+    return [
+        (given.path, given.names[0], names) for given in inputs if given.role == "adapter" and given.names and names
+    ]
+
+
+def _adapters(sources: Sequence[Source]) -> list[RunInput]:
+    return [given for source in sources for given in source.results.run.inputs if given.role == "adapter"]
+
+
+def is_same_name(first: str, second: str) -> bool:
+    """Say whether two names of a model may mean the same: Hub ids as a whole, paths by their last part.
+
+    >>> is_same_name("meta-llama/Llama-3.2-1B", "/models/Llama-3.2-1B"), is_same_name("a/llama", "b/llama")
+    (True, False)
+    """
+    parts = [[part for part in name.replace("\\", "/").lower().split("/") if part] for name in (first, second)]
+    both_ids = all(len(found) == 2 and found[0] not in {".", ".."} for found in parts)
+    absolute = any(name.startswith(("/", "~")) or ":" in name for name in (first, second))
+    return parts[0] == parts[1] if both_ids and not absolute else parts[0][-1:] == parts[1][-1:]
 
 
 def _dead(policy: Policy, sources: Sequence[Source], baseline: Stored | None) -> Iterator[Alarm]:
@@ -151,10 +209,14 @@ def _spike(policy: Policy, sources: Sequence[Source], baseline: Stored | None) -
 
 def _unresolved(policy: Policy, sources: Sequence[Source], baseline: Stored | None) -> Iterator[Alarm]:
     records: list[Spectrum | Residual] = [*_layers(sources, Spectrum), *_layers(sources, Residual)]
-    for record in records:
-        if record.resolution is not None and record.resolution.verdict == "unresolved" and record.fro > 0:
-            text = "the files' rounding hides this update: judge the adapter itself, or save in float32"
-            yield Alarm(record.layer, "unresolved", text)
+    moved = [record for record in records if record.resolution is not None and record.fro > 0]
+    hidden = [record for record in moved if record.resolution and record.resolution.verdict == "unresolved"]
+    if hidden and len(hidden) == len(moved):
+        text = "the files' rounding hides every update, so nothing is known of any: save the checkpoint in float32"
+        yield Alarm(None, "unresolved", text, unknown=True)
+    for record in hidden:
+        text = "the files' rounding hides this update: judge the adapter itself, or save in float32"
+        yield Alarm(record.layer, "unresolved", text)
 
 
 def _missing(policy: Policy, sources: Sequence[Source], baseline: Stored | None) -> Iterator[Alarm]:
@@ -191,10 +253,12 @@ _CHECKS: dict[str, tuple[str, Check]] = {
     "finished": ("every run finished", _finished),
     "non_finite": ("no NaN or Inf", _non_finite),
     "mismatch": ("the adapter fits BASE", _mismatch),
+    "complete": ("factors for every target", _complete),
+    "base": ("the base that the adapter names", _base),
     "dead": ("the update is not zero", _dead),
     "missing": ("every layer of the baseline", _missing),
     "unused_rank": ("every direction of the rank is used", _unused_rank),
     "spike": ("no direction dominates", _spike),
     "unresolved": ("the files can show the update", _unresolved),
 }
-assert list(_CHECKS) == list(CHECKS)
+assert ["inputs", *_CHECKS] == list(CHECKS)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lora_diag.cli import options
-from lora_diag.cli.output import again, check_outputs, line, result, terminal
+from lora_diag.cli.output import again, check_outputs, line, message, result, terminal
 from lora_diag.errors import DONE, GATE_FAILED, INCONCLUSIVE, InputError, UsageError
 from lora_diag.files import CARD, JUNIT, POLICY, RESULTS, SARIF, write_whole
 
@@ -30,6 +30,13 @@ MeasureBase = Annotated[str | None, typer.Option("--base", metavar="BASE", help=
 MeasureTuned = Annotated[str | None, typer.Option("--tuned", metavar="TUNED", help="The full fine-tune to measure.")]
 MeasureAdapters = Annotated[
     list[str] | None, typer.Option("--adapter", metavar="ADAPTER", help="The adapter to measure; may be repeated.")
+]
+For = Annotated[
+    list[str] | None,
+    typer.Option("--for", metavar="PATH", help="The checkpoint or adapter that the results must be of; repeatable."),
+]
+MaxAge = Annotated[
+    str | None, typer.Option("--max-age", metavar="AGE", help="Oldest results to accept, such as 12h, 7d or 2w.")
 ]
 Baseline = Annotated[Path | None, typer.Option(metavar="FILE", help="Results to compare with, layer by layer.")]
 Ratchet = Annotated[bool, typer.Option("--ratchet", help="If passed: put what got better into --baseline.")]
@@ -51,6 +58,8 @@ def gate(
     adapter: MeasureAdapters = None,
     baseline: Baseline = None,
     ratchet: Ratchet = False,
+    shipped: For = None,
+    max_age: MaxAge = None,
     junit: Junit = None,
     sarif: Sarif = None,
     model_card: Card = None,
@@ -60,7 +69,7 @@ def gate(
     quiet: options.Quiet = False,
     overwrite: options.Overwrite = False,
 ) -> None:
-    """May this checkpoint ship? Hold results against a policy; or write a policy from them: gate init.
+    """Judge results by a policy: may this checkpoint ship? ``gate init`` writes a policy from results.
 
     Exit codes: 0 passed, 1 failed, 2 policy or request not valid, 3 a file cannot be read, 4 nothing to judge,
     5 inconclusive.
@@ -72,7 +81,7 @@ def gate(
         raise UsageError("--github and --json: both write to standard output; take --github with -o FILE")
     reports = (junit, sarif, model_card)
     if given[:1] == ["init"] and policy is None:
-        if any((base, tuned, adapter, baseline, ratchet, github, json, *reports)):
+        if any((base, tuned, adapter, baseline, ratchet, shipped, max_age, github, json, *reports)):
             raise UsageError("gate init: takes results files and -o POLICY, nothing else; a policy file is ./init")
         _init(given[1:], output, quiet, overwrite)
         return
@@ -95,20 +104,41 @@ def gate(
         raise UsageError("gate: give a policy file and results, or --policy NAME and results")
     rules = ready_policy(policy) if policy is not None else Path(given.pop(0))
     measured = _measured(base, tuned, adapter or [], given)
-    results = judge(rules, *given, *measured, baseline=baseline, ratchet=ratchet)
+    results = judge(
+        rules, *given, *measured, baseline=baseline, ratchet=ratchet, shipped=shipped or (), max_age=max_age
+    )
     if output is not None:
         results.write(output, overwrite)
     _write_reports(results, *reports, overwrite)
     if json:
-        from lora_diag.records import to_line
+        from lora_diag.records import lines_of
 
-        for record in results.records():
-            line(to_line(record))
-    elif not quiet:
+        for text in lines_of(results.records()):
+            line(text)
+    if quiet and outcome(results.whole) != "passed":
+        from lora_diag.decisions.gate.summary import reason
+
+        message(reason(results))
+    if not quiet and not json:
         _show(results, github, _next(results, given, output))
     if github:
         _tell_github(results)
     raise typer.Exit(EXIT[outcome(results.whole)])
+
+
+def init(
+    results: Annotated[list[str], typer.Argument(metavar="RESULTS", help="Results of a checkpoint that served well.")],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="POLICY", help="Write the policy; default: print it.")
+    ] = None,
+    quiet: options.Quiet = False,
+    overwrite: options.Overwrite = False,
+) -> None:
+    """Write a policy whose limits are measured values with a margin.
+
+    Example: loradiag gate init results.jsonl -o policy.toml
+    """
+    _init(results, output, quiet, overwrite)
 
 
 def _init(given: list[str], output: Path | None, quiet: bool, overwrite: bool) -> None:

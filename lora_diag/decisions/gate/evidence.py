@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_diag.catalog import read_results
+from lora_diag.decisions.gate.consistency import contradictions
 from lora_diag.decisions.gate.fields import KINDS, LAYER_KINDS, Field
 from lora_diag.errors import InputError
 from lora_diag.records import Results, totals
@@ -30,11 +31,33 @@ _COMMANDS = {
 
 
 @dataclass(frozen=True, slots=True)
+class Present:
+    """One input of results, as it is now.
+
+    Args:
+        role: Its role in the run.
+        path: Where it was.
+        recorded: Its fingerprint when it was measured; empty if that is not known.
+        now: Its fingerprint now; empty if that is not known.
+        state: Whether both are the same; ``unknown`` where it was not found or has none.
+        why: Why it is not the same; of what is, where it was found if that is elsewhere.
+    """
+
+    role: str
+    path: str
+    recorded: str
+    now: str
+    state: str
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
 class Source:
-    """A results file: its path and what is in it."""
+    """A results file: its path, what is in it, and what became of its inputs."""
 
     path: str
     results: Results[Any]
+    present: tuple[Present, ...] = ()
 
     def holds(self, kind: str) -> bool:
         """Say whether it is a place to look for records of a kind."""
@@ -78,10 +101,10 @@ def read_source(path: Path | str) -> Source:
 
 
 def checked(source: Source) -> Source:
-    """Return a source whose records are as many as its last line says; an unfinished run has none, and is told later.
+    """Return a source whose records agree with each other and with its last line, which an unfinished run lacks.
 
     Raises:
-        InputError: They are not.
+        InputError: They do not.
     """
     results = source.results
     if results.end is not None:
@@ -89,6 +112,8 @@ def checked(source: Source) -> Source:
         for name, n, of in (("layers", found.layers, told.layers), ("left_out", found.left_out, told.left_out)):
             if n != of:
                 raise InputError(f"{source.path}: holds {n} {name} where its last line says {of}: it was cut or edited")
+    if problem := next(contradictions(results), None):
+        raise InputError(f"{source.path}: {problem}; its records contradict each other: measure again")
     return source
 
 

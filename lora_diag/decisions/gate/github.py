@@ -1,13 +1,12 @@
 """Verdicts → what GitHub Actions shows: annotations on the policy's lines, and a step summary.
 
-GitHub shows ten annotations of a kind per step, so nine are given and a tenth says how many there are more; it drops a
-step summary of more than 1 MiB, so this one ends before.
+GitHub shows ten annotations of a kind per step, so nine rules get one and a tenth says how many there are more; it
+drops a step summary of more than 1 MiB, so this one ends before.
 """
 
 from __future__ import annotations
 
 import re
-from collections import Counter
 from typing import Any
 
 from lora_diag.decisions.gate.record import Verdict
@@ -16,6 +15,8 @@ from lora_diag.records import Results
 from lora_diag.rendering.text import safe
 
 ANNOTATIONS = 9
+# So many layers of a rule are named in its annotation.
+WORST = 3
 SUMMARY_BYTES = 900 * 1024
 
 
@@ -27,27 +28,23 @@ def workflow_commands(results: Results[Any]) -> list[str]:
     warnings = [v for v in found if v.status in {"warned", "inconclusive"} and not v.blocks]
     lines = []
     for kind, told in (("error", errors), ("warning", warnings)):
-        lines += [_annotation(kind, verdict, policy) for verdict in _spread(told)[:ANNOTATIONS]]
-        if len(told) > ANNOTATIONS:
-            lines.append(f"::{kind} title=loradiag gate::{len(told) - ANNOTATIONS} more, see the step summary")
+        rules: dict[str, list[Verdict]] = {}
+        for verdict in told:
+            rules.setdefault(verdict.rule, []).append(verdict)
+        lines += [_annotation(kind, of_rule, policy) for of_rule in list(rules.values())[:ANNOTATIONS]]
+        if len(rules) > ANNOTATIONS:
+            lines.append(f"::{kind} title=loradiag gate::{len(rules) - ANNOTATIONS} more rules, see the step summary")
     return lines
 
 
-def _spread(told: list[Verdict]) -> list[Verdict]:
-    """Put the worst of every rule before the second of any."""
-    seen: Counter[str] = Counter()
-    turns = []
-    for verdict in told:
-        turns.append(seen[verdict.rule])
-        seen[verdict.rule] += 1
-    return [verdict for _, verdict in sorted(zip(turns, told, strict=True), key=lambda pair: pair[0])]
-
-
-def _annotation(kind: str, verdict: Verdict, policy: str | None) -> str:
-    where = f"file={_property(policy)},line={verdict.line}," if verdict.line and policy else ""
-    said = f" {verdict.message}" if verdict.message else ""
-    text = f"{place(verdict)}: {verdict.status}, measured {measured(verdict)}, allowed {verdict.allowed}.{said}"
-    return f"::{kind} {where}title={_property(f'loradiag gate: {verdict.rule}')}::{_data(safe(text))}"
+def _annotation(kind: str, found: list[Verdict], policy: str | None) -> str:
+    """Return the annotation of one rule: its worst layers, how many more there are, and what to do."""
+    worst = found[0]
+    where = f"file={_property(policy)},line={worst.line}," if worst.line and policy else ""
+    layers = [f"{place(verdict)}: {verdict.status}, measured {measured(verdict)}" for verdict in found[:WORST]]
+    more = f"; and {len(found) - WORST} more" if len(found) > WORST else ""
+    text = f"{'; '.join(layers)}{more}. Allowed: {worst.allowed}. {why(found) if worst.message else ''}".rstrip()
+    return f"::{kind} {where}title={_property(f'loradiag gate: {worst.rule}')}::{_data(safe(text))}"
 
 
 def _data(text: str) -> str:

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from datetime import date
+from datetime import date, datetime
 from itertools import groupby
 
 from lora_diag.decisions.gate.baseline import Stored
 from lora_diag.decisions.gate.checks import has_updates, run_checks
-from lora_diag.decisions.gate.evidence import Source, Subject, command_for, subjects, value_of
+from lora_diag.decisions.gate.evidence import Present, Source, Subject, command_for, subjects, value_of
 from lora_diag.decisions.gate.fields import LAYER_KINDS, Field, find
 from lora_diag.decisions.gate.grammar import problem_with
+from lora_diag.decisions.gate.inputs import judge_inputs
 from lora_diag.decisions.gate.policy import Demand, Policy, Regression, Rule
 from lora_diag.decisions.gate.record import Verdict
 from lora_diag.decisions.gate.waivers import Waivers
@@ -33,7 +34,14 @@ class Finding:
     reason: str = ""
 
 
-def judge(policy: Policy, sources: Sequence[Source], baseline: Source | None, today: date) -> tuple[Verdict, ...]:
+def judge(
+    policy: Policy,
+    sources: Sequence[Source],
+    baseline: Source | None,
+    today: date,
+    now: datetime,
+    unmatched: Sequence[Present] = (),
+) -> tuple[Verdict, ...]:
     """Hold results against a policy.
 
     Args:
@@ -41,6 +49,8 @@ def judge(policy: Policy, sources: Sequence[Source], baseline: Source | None, to
         sources: Results files, at least one.
         baseline: An earlier results file to compare with.
         today: By which waivers expire.
+        now: From which the age of results counts.
+        unmatched: Files of ``--for`` that no results are of.
 
     Returns:
         One verdict for each built-in check, and for each rule and record; waivers that no longer serve at the end.
@@ -53,7 +63,8 @@ def judge(policy: Policy, sources: Sequence[Source], baseline: Source | None, to
     _check_selectors(policy, sources)
     waivers = Waivers(policy, today)
     stored = Stored(baseline) if baseline is not None else None
-    found = [*_judge_subject(policy, sources), *map(waivers.apply, run_checks(policy, sources, stored))]
+    about = [*_judge_subject(policy, sources), *judge_inputs(policy, sources, unmatched, now)]
+    found = [*about, *map(waivers.apply, run_checks(policy, sources, stored))]
     for rule in policy.rules:
         found += _judge_rule(policy, rule, sources, waivers)
     for regression in policy.regressions:

@@ -10,7 +10,7 @@ from typing import Any
 from xml.etree.ElementTree import Element, SubElement, indent, tostring
 
 from lora_diag.decisions.gate.record import Verdict
-from lora_diag.decisions.gate.summary import measured, place
+from lora_diag.decisions.gate.summary import measured, place, weights_of
 from lora_diag.records import Results
 from lora_diag.records.names import module_type_of
 from lora_diag.rendering.text import safe
@@ -27,6 +27,10 @@ def junit(results: Results[Any]) -> str:
             suites.setdefault(record.rule, {}).setdefault(_case(record), []).append(record)
     metric = results.run.settings.get("metric")
     root = Element("testsuites", name=safe(f"loradiag gate{f', spectra in {metric}' if metric else ''}"))
+    if weights := weights_of(results):
+        properties = SubElement(root, "properties")
+        for given in weights:
+            SubElement(properties, "property", name=safe(f"{given.role} {given.path}"), value=given.fingerprint)
     for rule, cases in suites.items():
         suite = SubElement(root, "testsuite", name=safe(rule))
         for name, found in cases.items():

@@ -8,8 +8,8 @@ from typing import Any
 
 from lora_diag.decisions.gate.github import cell
 from lora_diag.decisions.gate.record import Verdict
-from lora_diag.decisions.gate.summary import headline, verdicts_of
-from lora_diag.records import Results
+from lora_diag.decisions.gate.summary import headline, verdicts_of, weights_of
+from lora_diag.records import Results, RunInput
 
 BEGIN, END = "<!-- loradiag gate: begin -->", "<!-- loradiag gate: end -->"
 
@@ -39,6 +39,7 @@ def _block(results: Results[Any]) -> str:
         "",
         f"`loradiag gate` {results.run.version}, {results.run.settings['today']}: {cell(headline(results))}",
         f"(policy {cell(policy.path)}: {cell(policy.kind)}).",
+        *map(_weights, weights_of(results)),
         "",
         "| rule | allowed | outcome |",
         "| --- | --- | --- |",
@@ -49,3 +50,8 @@ def _block(results: Results[Any]) -> str:
         came_to = ", ".join(f"{number} {status}" for status, number in counts.items())
         lines.append(f"| {cell(rule)} | {cell(found[0].allowed.partition(' (')[0])} | {came_to} |")
     return "\n".join([*lines, END])
+
+
+def _weights(given: RunInput) -> str:
+    said = cell(", ".join(given.notes))
+    return f"Measured: {given.role} {cell(given.path)}, fingerprint `{given.fingerprint}`, {said}."

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
-from datetime import date
+from datetime import date, timedelta
 from typing import Literal
 
 from lora_diag.decisions.gate.grammar import Condition, Value
@@ -15,18 +15,21 @@ Severity = Literal["error", "warning"]
 
 # Policies that come with the package.
 READY = ("adapter-basic", "full-ft-drift", "merge")
-# Built-in checks with their usual severity; ``finished`` and ``non_finite`` cannot be turned down.
+# Built-in checks with their usual severity; those in FIXED cannot be turned down.
 CHECKS: dict[str, Literal["error", "warning", "off"]] = {
+    "inputs": "error",
     "finished": "error",
     "non_finite": "error",
     "mismatch": "error",
+    "complete": "error",
+    "base": "error",
     "dead": "error",
     "missing": "error",
     "unused_rank": "warning",
     "spike": "warning",
     "unresolved": "warning",
 }
-FIXED = ("finished", "non_finite")
+FIXED = ("inputs", "finished", "non_finite")
 # Share of ‖ΔW‖² in one direction from which on a layer is called a spike. The layers of sample_checkpoints/ lie between
 # 0.04 and 0.41, its head, which a byte-level model can move as a whole, at 0.88.
 SPIKE = 0.9
@@ -140,6 +143,8 @@ class Policy:
         left_out: Reasons for which a tensor without a record does not count against coverage.
         ready: Whether it comes with the package, so that its lines are nobody's to change.
         about: What some of the results must be of: an ``adapter`` or, ``tuned``, a full fine-tune; None: anything.
+        pins: Roles of inputs, and the fingerprints that they must have.
+        max_age: How old results may be.
     """
 
     path: str
@@ -154,6 +159,8 @@ class Policy:
     left_out: frozenset[str] = frozenset()
     ready: bool = False
     about: Literal["adapter", "tuned"] | None = None
+    pins: tuple[tuple[str, str], ...] = ()
+    max_age: timedelta | None = None
 
     def error(self, line: int, text: str) -> UsageError:
         """Return an error in this policy."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import re
 import tomllib
-from datetime import date, datetime
+from datetime import date, datetime, timedelta
 from pathlib import Path
 from typing import Any, cast, get_args
 
@@ -21,6 +21,23 @@ from lora_diag.errors import UsageError
 from lora_diag.records.run import Reason
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+_FINGERPRINT = re.compile(r"[0-9a-f]{32}")
+_UNITS = {"h": timedelta(hours=1), "d": timedelta(days=1), "w": timedelta(weeks=1)}
+
+
+def read_age(text: str) -> timedelta:
+    """Read how old results may be: a whole number with ``h``, ``d`` or ``w``.
+
+    >>> read_age("2w").days
+    14
+
+    Raises:
+        ValueError: It is something else.
+    """
+    found = re.fullmatch(r"([0-9]{1,5})([hdw])", text)
+    if found is None:
+        raise ValueError(f"'{text}': an age is a number of hours, days or weeks, such as 12h, 7d or 2w")
+    return int(found[1]) * _UNITS[found[2]]
 
 
 def read_policy(path: Path | str, content: str | None = None) -> Policy:
@@ -71,6 +88,7 @@ class _Reader:
         rules = tuple(self.rule(table) for table in top.tables("rule"))
         regressions = tuple(self.regression(table) for table in top.tables("baseline"))
         checks, spike = self.checks(top.table("checks"))
+        pins, max_age = self.inputs(top.table("inputs"))
         coverage = top.table("coverage")
         by = coverage.choice("by", ("energy", "layers"), "energy")
         minimum = coverage.share("minimum", 1.0)
@@ -98,6 +116,8 @@ class _Reader:
             minimum=minimum,
             left_out=frozenset(left_out),
             about=about,
+            pins=pins,
+            max_age=max_age,
         )
 
     def rule(self, table: Table) -> Rule:
@@ -192,6 +212,21 @@ class _Reader:
         table.close()
         return found, cast(float, spike)
 
+    def inputs(self, table: Table) -> tuple[tuple[tuple[str, str], ...], timedelta | None]:
+        pins = []
+        for role in ("base", "tuned", "adapter"):
+            if (value := table.word(role, "")) or role in table.values:
+                if not _FINGERPRINT.fullmatch(value):
+                    raise table.error(role, "a fingerprint is 32 hexadecimal digits, as gate prints them")
+                pins.append((role, value))
+        age = table.word("max_age", "")
+        try:
+            max_age = read_age(age) if "max_age" in table.values else None
+        except ValueError as error:
+            raise table.error("max_age", str(error)) from error
+        table.close()
+        return tuple(pins), max_age
+
     def waiver(self, table: Table, names: set[str]) -> Waiver:
         rule = table.word("rule")
         if rule not in names:
@@ -200,6 +235,8 @@ class _Reader:
             raise table.error("rule", f"no rule is called '{rule}'{meant}")
         if rule == "finished":
             raise table.error("rule", "an unfinished run cannot be waived; continue it with --resume")
+        if rule == "inputs":
+            raise table.error("rule", "results of other inputs cannot be waived; measure again")
         layers = table.pattern("layers", needed=True)
         reason = table.word("reason")
         if not reason.strip():

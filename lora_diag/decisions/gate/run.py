@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from datetime import date
+from dataclasses import replace
+from datetime import UTC, date, datetime, time
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,14 @@ from lora_diag.decisions.gate.draft import draft
 from lora_diag.decisions.gate.evidence import Source, checked, read_source
 from lora_diag.decisions.gate.judge import judge
 from lora_diag.decisions.gate.policy import Policy
-from lora_diag.decisions.gate.reading import read_policy
+from lora_diag.decisions.gate.present import compare_inputs
+from lora_diag.decisions.gate.reading import read_age, read_policy
 from lora_diag.decisions.gate.ready import ready_policy
 from lora_diag.decisions.gate.record import Verdict, outcome
 from lora_diag.errors import InputError, UsageError
 from lora_diag.files import RESULTS, check_output
 from lora_diag.records import End, Results, Run, RunInput
+from lora_diag.records.run import timestamp
 from lora_diag.records.vocabulary import METRIC_NAMES, metric_of
 from lora_diag.version import __version__
 
@@ -29,6 +32,8 @@ def gate(
     *results: Path | str | Results[Any],
     baseline: Path | str | None = None,
     ratchet: bool = False,
+    shipped: Sequence[Path | str] = (),
+    max_age: str | None = None,
     today: date | None = None,
 ) -> Results[Any]:
     """Hold results against a policy.
@@ -38,7 +43,9 @@ def gate(
         results: Results files, or results in memory.
         baseline: Results file of an earlier run to compare with.
         ratchet: Where the gate passes, put what got better into the baseline; nothing there ever gets worse.
-        today: By which waivers expire; the day of the machine if it is not given.
+        shipped: Checkpoints and adapters that the results must be of, wherever they were measured.
+        max_age: How old results may be, such as ``12h``, ``7d`` or ``2w``; the policy may ask for less.
+        today: By which waivers expire, and from which ages count; the time of the machine if it is not given.
 
     Returns:
         The verdicts, in ``whole``; ``lora_diag.records.verdict.outcome`` says what they come to.
@@ -65,15 +72,26 @@ def gate(
     rules = policy if isinstance(policy, Policy) else read_policy(policy)
     if baseline is not None and not rules.regressions:
         raise UsageError(f"{rules.path}: has no [[baseline]], so nothing would be compared with {baseline}")
-    sources = [_source(given, i) for i, given in enumerate(results, 1)]
+    if max_age is not None:
+        rules = _no_older(rules, max_age)
     stored = _baseline(baseline) if baseline is not None else None
+    sources, unmatched = compare_inputs([_source(given, i) for i, given in enumerate(results, 1)], shipped)
     day = today or date.today()
-    verdicts = judge(rules, sources, stored, day)
+    now = datetime.combine(today, time(), UTC) if today is not None else datetime.now(UTC)
+    verdicts = judge(rules, sources, stored, day, now, unmatched)
     if ratchet and stored is not None and outcome(verdicts) == "passed":
         better = tightened(rules.regressions, Stored(stored), sources)
         if better is not None:
             better.write(stored.path)
     return _results(rules, sources, stored, verdicts, day)
+
+
+def _no_older(policy: Policy, max_age: str) -> Policy:
+    try:
+        most = read_age(max_age)
+    except ValueError as error:
+        raise UsageError(f"--max-age: {error}") from error
+    return replace(policy, max_age=most if policy.max_age is None else min(most, policy.max_age))
 
 
 def gate_init(*results: Path | str | Results[Any], name: str = "policy.toml") -> str:
@@ -152,12 +170,33 @@ def _results(
     ]
     for role, source in named:
         layers = len({record.layer for record in source.results.layers})
-        inputs.append(
-            RunInput(role=role, path=source.path, kind=f"loradiag {source.results.run.command}", tensors=layers)
-        )
+        end = source.results.end
+        kind = f"loradiag {source.results.run.command}"
+        digest, made = end.sha256 if end is not None else "", source.results.run.made
+        notes = (*([f"made {made}"] if made else []), *([] if digest else ["no hash"]))
+        inputs.append(RunInput(role=role, path=source.path, kind=kind, tensors=layers, notes=notes, sha256=digest))
+    inputs += _measured(sources)
     metrics = dict.fromkeys(metric_of(source.results.layers) for source in sources)
     told = " and ".join(METRIC_NAMES[metric] for metric in metrics if metric != "weights")
     settings = {"today": day.isoformat(), **({"metric": told} if told else {})}
-    run = Run(command="gate", version=__version__, inputs=tuple(inputs), settings=settings)
+    run = Run(command="gate", version=__version__, inputs=tuple(inputs), settings=settings, made=timestamp())
     # A verdict is about a run, so the file has no layers of its own.
     return Results(run, (), (), End(layers=0, left_out=0, fro=None, base_fro=None), verdicts)
+
+
+def _measured(sources: Sequence[Source]) -> list[RunInput]:
+    """Return what the results are of, each once, and what became of it."""
+    words = {"same": "unchanged", "changed": "CHANGED since it was measured", "unknown": "not compared"}
+    found: dict[tuple[str, str, str], RunInput] = {}
+    for source in sources:
+        for present in source.present:
+            given = next(
+                each
+                for each in source.results.run.inputs
+                if (each.role, each.path, each.fingerprint) == (present.role, present.path, present.recorded)
+            )
+            notes = (words[present.state],)
+            found.setdefault(
+                (given.role, given.path, given.fingerprint), given.model_copy(update={"notes": notes, "lacking": ()})
+            )
+    return list(found.values())

@@ -7,7 +7,7 @@ from typing import Any
 from urllib.parse import quote
 
 from lora_diag.decisions.gate.record import Verdict
-from lora_diag.decisions.gate.summary import measured, place, policy_file, verdicts_of
+from lora_diag.decisions.gate.summary import measured, place, policy_file, verdicts_of, weights_of
 from lora_diag.records import Results
 from lora_diag.rendering.text import safe
 from lora_diag.version import __version__
@@ -26,10 +26,19 @@ def sarif(results: Results[Any]) -> str:
         "rules": [{"id": safe(rule), "shortDescription": {"text": safe(_allowed(found, rule))}} for rule in rules],
     }
     told = [verdict for verdict in found if verdict.status not in {"passed", "not judged"}]
-    run = {
+    run: dict[str, Any] = {
         "tool": {"driver": driver},
         "results": [_result(verdict, rules.index(verdict.rule), policy) for verdict in told],
     }
+    if weights := weights_of(results):
+        run["artifacts"] = [
+            {
+                "location": {"uri": quote(given.path)},
+                "description": {"text": safe(f"{given.role}: {', '.join((given.kind, *given.notes))}")},
+                "hashes": {"loradiag-fingerprint": given.fingerprint},
+            }
+            for given in weights
+        ]
     return json.dumps({"$schema": SCHEMA, "version": "2.1.0", "runs": [run]}, indent=2, ensure_ascii=False) + "\n"
 
 

@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lora_diag.decisions.gate.record import Status, Verdict, outcome
-from lora_diag.records import Results
+from lora_diag.records import Results, RunInput
 from lora_diag.rendering.lines import answers
 from lora_diag.rendering.text import crop, number, safe, short, to_text
 
@@ -68,6 +68,8 @@ def _as_number(text: str) -> float | None:
 
 def place(verdict: Verdict) -> str:
     """Return what a verdict is about."""
+    if verdict.rule == "inputs" and verdict.group:
+        return safe(verdict.group)
     group = f" ({safe(verdict.group)})" if verdict.group else ""
     return (short(verdict.layer) if verdict.layer is not None else "all layers") + group
 
@@ -106,6 +108,23 @@ def why(verdicts: Sequence[Verdict]) -> str:
     others = len(messages) - 1
     more = f" (and {others} other {'reason' if others == 1 else 'reasons'})" if others > 0 else ""
     return (safe(messages[0]) if messages else f"allowed is {safe(verdicts[0].allowed)}") + more
+
+
+def reason(results: Results[Any]) -> str:
+    """Return the outcome with its worst verdict, in one line."""
+    found = [verdict for verdict in verdicts_of(results) if verdict.blocks]
+    if not found:
+        return headline(results)
+    worst = found[0]
+    of_layer = f"{safe(worst.layer)}: " if worst.layer is not None else ""
+    value = f"measured {measured(worst)}, allowed {safe(worst.allowed)}"
+    said = f"; {safe(worst.message)}" if worst.message else ""
+    return f"{headline(results)}: {safe(worst.rule)}: {of_layer}{value}{said}"
+
+
+def weights_of(results: Results[Any]) -> list[RunInput]:
+    """Return the checkpoints and adapters that a gate's results are of."""
+    return [given for given in results.run.inputs if given.fingerprint]
 
 
 def by_rule(results: Results[Any], *statuses: str) -> list[tuple[str, list[Verdict]]]:
@@ -219,8 +238,12 @@ def _passed(results: Results[Any]) -> str:
 
 def _inputs(results: Results[Any]) -> list[str]:
     longest = max(len(given.role) for given in results.run.inputs)
-    counts = [f", {given.tensors} layers" if given.tensors else "" for given in results.run.inputs]
-    return [
-        f"{given.role:<{longest}} {safe(given.path)} ({safe(given.kind)}{count})"
-        for given, count in zip(results.run.inputs, counts, strict=True)
-    ]
+    return [f"{given.role:<{longest}} {safe(given.path)} ({_about(given)})" for given in results.run.inputs]
+
+
+def _about(given: RunInput) -> str:
+    """Return what is said of one input of a gate: of results their layers, of weights their fingerprint."""
+    of_results = given.role in {"results", "baseline"}
+    layers = [f"{given.tensors} layers"] if of_results and given.tensors else []
+    fingerprint = [f"fingerprint {given.fingerprint}"] if given.fingerprint else []
+    return safe(", ".join([given.kind, *layers, *fingerprint, *given.notes]))

@@ -24,7 +24,13 @@ from lora_diag.running.engines import Layout, run_local
 from lora_diag.running.gradients import describe_steps
 from lora_diag.running.inputs import Comparison, compare
 from lora_diag.running.layers import LayerRun
-from lora_diag.running.measuring import check_running, checked_ranks, layout_of, not_paired, without_rank
+from lora_diag.running.measuring import (
+    check_running,
+    checked_ranks,
+    layout_of,
+    not_paired,
+    without_rank,
+)
 from lora_diag.running.options import MethodOptions
 
 

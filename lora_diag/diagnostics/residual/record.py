@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import ClassVar, Literal
 
-from lora_diag.records.base import LayerRecord, Record, least_epsilon
+from lora_diag.records.base import LayerRecord, Norm, Record, least_epsilon
 from lora_diag.records.shown import Shown
 from lora_diag.records.vocabulary import Agreement, Resolution
 
@@ -41,13 +41,13 @@ class Distance(Record):
         energy_error: Bound on the error of ε_min² and ``excess``.
     """
 
-    epsilon: float | None
-    epsilon_min: float | None
+    epsilon: Norm | None
+    epsilon_min: Norm | None
     excess: float | None
-    norm_ratio: float | None
+    norm_ratio: Norm | None
     cosine: float | None
     best_scale: float | None
-    epsilon_best_scale: float | None
+    epsilon_best_scale: Norm | None
     energy_error: float | None = None
 
     @property
@@ -147,9 +147,9 @@ class Residual(Distance, LayerRecord):
     adapter: str
     role: Literal["adapter", "reference"]
     rank: int | None
-    fro: float
-    base_fro: float | None
-    adapter_fro: float
+    fro: Norm
+    base_fro: Norm | None
+    adapter_fro: Norm
     method: str
     column_space: Agreement | None
     row_space: Agreement | None

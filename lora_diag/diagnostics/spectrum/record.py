@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
-from lora_diag.records.base import LayerRecord, Record, Share
+from lora_diag.records.base import LayerRecord, Norm, Record, Share
 from lora_diag.records.shown import Shown
 from lora_diag.records.vocabulary import METRIC_NAMES, NORMS, Metric, Resolution, Tail, metric_of
 
@@ -115,9 +115,9 @@ class Spectrum(LayerRecord):
     layer: str
     shape: tuple[int, int]
     dtypes: tuple[str | None, str]
-    fro: float
-    base_fro: float | None
-    s: tuple[float, ...]
+    fro: Norm
+    base_fro: Norm | None
+    s: tuple[Norm, ...]
     complete: bool
     method: str
     energy_error: float
@@ -131,7 +131,7 @@ class Spectrum(LayerRecord):
     source: Literal["update", "gradients"] = "update"
     stack: Stack | None = None
     metric: Metric = "weights"
-    weights_fro: float | None = None
+    weights_fro: Norm | None = None
 
     @classmethod
     def check_settings(cls, settings: Mapping[str, Any]) -> str | None:

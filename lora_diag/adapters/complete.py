@@ -1,0 +1,91 @@
+"""Does an adapter's file hold factors for every module that its config names?
+
+PEFT adapts each module of the model that ``target_modules`` matches, and saves factors for all of them. What the file
+lacks of them was lost on the way: PEFT fills it with zeros and serves the rest.
+"""
+
+from __future__ import annotations
+
+import re
+
+from lora_diag.adapters.adapter import Adapter
+from lora_diag.adapters.patterns import is_target, module_targets
+from lora_diag.adapters.source import Config
+from lora_diag.adapters.writing_targets import FUSED_MODELS, ROUTER, TAKEN_FOR_EXPERTS, Model, names_in_memory
+from lora_diag.checkpoints import Checkpoint
+from lora_diag.deltas import Pairing, natural_order
+
+_PLAIN = re.compile(r"\w+")
+
+
+def targets_of(adapter: Adapter, base: Checkpoint, pairing: Pairing) -> tuple[int, tuple[str, ...]] | None:
+    """Return how many weights of BASE an adapter's config targets, and the names of those that have no factors.
+
+    Args:
+        adapter: The adapter.
+        base: Its BASE.
+        pairing: What of BASE it adapts, selected or not.
+
+    Returns:
+        None where the config does not tell it: there is none, it names parameters or all linear layers, or it names
+        modules as they are in memory and these are not the names in BASE.
+
+    Raises:
+        InputError: ``target_modules`` is not valid.
+    """
+    config = adapter.source.config
+    if config is None or not config.values.get("target_modules") or config.values["target_modules"] == "all-linear":
+        return None
+    if any(config.values.get(key) for key in ("target_parameters", "layer_replication")):
+        return None
+    own = names_in_memory(adapter, base)
+    layers = (item.layer for item in (*pairing.deltas, *pairing.unpaired))
+    adapted = {re.sub(r"\[\d+\]$", "", layer) for layer in layers} | {*own}
+    modules = _modules(base, adapted, Model(base, own), config)
+    names = module_targets(config, modules.values())
+    excluded = config.values.get("exclude_modules")
+    saved = config.names("modules_to_save")
+    found = [
+        name
+        for name, module in modules.items()
+        if is_target(module, names, config.path)
+        and not (excluded and is_target(module, excluded, config.path))
+        and not is_target(module, saved, config.path)
+        and _is_in_layers(module, config)
+    ]
+    if not any(name in adapted for name in found):
+        return None
+    lacking = [name for name in found if name not in adapted]
+    return len(found), tuple(sorted(lacking, key=natural_order))
+
+
+def _modules(base: Checkpoint, adapted: set[str], model: Model, config: Config) -> dict[str, str]:
+    """Return the modules in memory that PEFT could adapt, by the names of their weights in BASE."""
+    dimensions = 1 if config.text("peft_type").upper() == "LN_TUNING" else 2
+    found: dict[str, str] = {}
+    for name in base:
+        memory = model.parameter(name)
+        module = memory.removesuffix(".weight")
+        if module == memory or len(base[name].shape) < dimensions:
+            continue
+        # Experts and routers are parameters in memory, which PEFT does not adapt as modules.
+        elsewhere = ROUTER.match(memory) or (
+            model.type in FUSED_MODELS and module.rpartition(".")[2] in TAKEN_FOR_EXPERTS
+        )
+        if name in adapted or not elsewhere:
+            found[name] = module
+    return found
+
+
+def _is_in_layers(module: str, config: Config) -> bool:
+    """Say whether a module is in one of ``layers_to_transform`` (``peft.tuners.tuners_utils``)."""
+    layers = config.values.get("layers_to_transform")
+    if layers is None:
+        return True
+    wanted = layers if isinstance(layers, list) else [layers]
+    given = config.values.get("layers_pattern") or []
+    patterns = [text for text in ([given] if isinstance(given, str) else given) if _PLAIN.fullmatch(str(text))]
+    for pattern in patterns or [r"[^.]*"]:
+        if found := re.match(rf".*\.{pattern}\.(\d+)\.", module):
+            return int(found[1]) in wanted
+    return False

@@ -1,0 +1,204 @@
+"""Records checked against each other: numbers that follow from one another by definition have to agree.
+
+What is derived from the stored singular values and norms is computed again in float64; what a certificate bounds has to
+keep within it. This finds damage and careless edits, not forgeries: a file whose numbers and hash were all computed
+anew is consistent.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from itertools import accumulate, pairwise
+from typing import Any
+
+from lora_diag.diagnostics.residual.record import Distance, Residual
+from lora_diag.diagnostics.spectrum.record import Spectrum
+from lora_diag.records import Results, totals
+
+# Relative difference of two float64 computations of one number: some 1e-16 an operation, over 1e5 singular values.
+ROUNDING = 1e-9
+# Relative difference of singular values before and after they are written with 9 digits.
+DIGITS = 1e-8
+# ε is ‖D − X‖/‖D‖ of a float32 difference, the cosine that of float64 products: their squares agree to some 1e-7.
+FLOAT32 = 1e-5
+
+# What ``metrics.resolution`` says; restated, so that gate imports no NumPy, and compared with it by a test.
+RESOLVED, UNRESOLVED = 0.01, 0.5
+
+
+def contradictions(results: Results[Any]) -> Iterator[str]:
+    """Yield what in the records of a run cannot be true together, as ``layer: what``."""
+    bases: dict[str, float] = {}
+    for record in results.layers:
+        for problem in _of_record(record):
+            yield f"{record.layer}: {problem}"
+        base_fro = getattr(record, "base_fro", None)
+        if base_fro is not None and not _close(bases.setdefault(record.layer, base_fro), base_fro):
+            yield f"{record.layer}: base_fro is {bases[record.layer]:.9g} in one record and {base_fro:.9g} in another"
+    yield from _between_adapters(results)
+    yield from _totals(results)
+
+
+def _of_record(record: object) -> Iterator[str]:
+    if isinstance(record, Spectrum):
+        yield from _spectrum(record)
+    elif isinstance(inner := getattr(record, "spectrum", None), Spectrum):
+        yield from _spectrum(inner)
+    if isinstance(record, Residual):
+        yield from _residual(record)
+
+
+def _totals(results: Results[Any]) -> Iterator[str]:
+    if results.end is None or not results.layers:
+        return
+    told, found = results.end, totals(results.layers, results.left_out)
+    for name in ("fro", "base_fro"):
+        before, now = getattr(told, name), getattr(found, name)
+        if (before is None) != (now is None) or (before is not None and not _close(before, now)):
+            yield f"end: {name} is {_shown(before)}, and {_shown(now)} by the records of the layers"
+
+
+def _between_adapters(results: Results[Any]) -> Iterator[str]:
+    """Yield where records of one layer have another ‖D‖, of which there is one."""
+    norms: dict[str, float] = {}
+    for record in results.layers:
+        if isinstance(record, Residual) and not _close(norms.setdefault(record.layer, record.fro), record.fro):
+            yield f"{record.layer}: fro is {norms[record.layer]:.9g} in one record and {record.fro:.9g} in another"
+
+
+def _spectrum(record: Spectrum) -> Iterator[str]:
+    s, fro = record.s, record.fro
+    if len(s) > min(record.shape):
+        yield f"{len(s)} singular values of a {record.shape[0]} × {record.shape[1]} matrix"
+    if any(first < second for first, second in pairwise(s)):
+        yield "singular values are not in descending order"
+    if fro == 0 or not s or s[0] == 0:
+        derived = (record.stable_rank, record.effective_rank, *record.energy.values())
+        if fro != 0 or any(s) or any(value is not None for value in derived):
+            yield f"fro is {fro:.9g}, and the rest of the record is not that of such an update"
+        return
+    curve = list(accumulate((value / fro) ** 2 for value in s))
+    tails = [*accumulate((value / fro) ** 2 for value in reversed(s))][::-1] if record.complete else []
+    room = record.energy_error + DIGITS
+    if curve[-1] > 1 + room or (record.complete and curve[-1] < 1 - room):
+        yield f"Σσ² is {curve[-1]:.9g} of fro², which energy_error = {record.energy_error:.2g} does not allow"
+    if record.complete:
+        curve[-1] = 1.0
+    yield from _curve(record, curve)
+    yield from _tails(record, tails)
+    if record.stable_rank is None or not _close(record.stable_rank, max(1.0, (fro / s[0]) ** 2)):
+        yield f"stable_rank is {_shown(record.stable_rank)}, and fro²/σ_1² is {(fro / s[0]) ** 2:.9g}"
+    effective = _effective_rank(s) if record.complete else None
+    if (record.effective_rank is None) != (effective is None) or (
+        effective is not None and not _close(record.effective_rank or 0.0, effective)
+    ):
+        yield f"effective_rank is {_shown(record.effective_rank)}, and {_shown(effective)} by the singular values"
+    yield from _resolution(record)
+
+
+def _curve(record: Spectrum, curve: Sequence[float]) -> Iterator[str]:
+    for rank, value in record.energy.items():
+        r = int(rank) if rank.isdecimal() else 0
+        expected = curve[r - 1] if 0 < r <= len(curve) else 1.0 if record.complete else None
+        if (value is None) != (expected is None) or (
+            value is not None and expected is not None and abs(value - min(expected, 1.0)) > ROUNDING
+        ):
+            yield f"energy.{rank} is {_shown(value)}, and {_shown(expected)} by the singular values"
+    for share, rank_at in record.rank_at.items():
+        threshold = float(share)
+        reached = rank_at is not None and 0 < rank_at <= len(curve) and curve[rank_at - 1] >= threshold - ROUNDING
+        first = rank_at is None or rank_at <= 1 or (reached and curve[rank_at - 2] < threshold + ROUNDING)
+        if not (first and (reached or (rank_at is None and curve[-1] < threshold + ROUNDING))):
+            yield f"rank_at.{share} is {_shown(rank_at)}, which the singular values contradict"
+
+
+def _tails(record: Spectrum, tails: Sequence[float]) -> Iterator[str]:
+    """Yield the truncation errors that are not those of the singular values; ``tails`` has Σ_{i>r}σ² of a whole one."""
+    s, fro = record.s, record.fro
+    for rank, tail in record.tail.items():
+        r = int(rank) if rank.isdecimal() else 0
+        if tail is None:
+            if record.complete or r <= len(s):
+                yield f"tail.{rank} is null, and the singular values tell it"
+            continue
+        if record.complete:
+            square = tails[r] if r < len(s) else 0.0
+        else:
+            square = max(0.0, 1 - math.fsum((value / fro) ** 2 for value in s[:r]))
+        spectral = s[r] if r < len(s) else 0.0 if record.complete else None
+        if abs((tail.fro / fro) ** 2 - square) > ROUNDING or tail.spectral != spectral:
+            yield f"tail.{rank} is {tail.fro:.9g} and {_shown(tail.spectral)}, which the singular values contradict"
+
+
+def _effective_rank(s: Sequence[float]) -> float:
+    energies = [(value / s[0]) ** 2 for value in s]
+    total = math.fsum(energies)
+    return math.exp(-math.fsum(e / total * math.log(e / total) for e in energies if e))
+
+
+def _resolution(record: Spectrum) -> Iterator[str]:
+    seen, s = record.resolution, record.s
+    above = [sum(value > seen.edge * factor for value in s) for factor in (1 + DIGITS, 1 - DIGITS)]
+    if seen.signal_rank is None:
+        agrees = not record.complete and above[1] == len(s)
+    else:
+        agrees = above[0] <= seen.signal_rank <= above[1]
+    if not agrees:
+        yield f"resolution.signal_rank is {_shown(seen.signal_rank)}, and {above[0]} singular values exceed edge"
+    if record.metric == "weights" and record.source == "update":
+        rows, columns = (math.sqrt(size) for size in record.shape)
+        edge = seen.noise_fro / rows / columns * (rows + columns)
+        if not _close(seen.edge, edge):
+            yield f"resolution.edge is {seen.edge:.9g}, and {edge:.9g} by noise_fro"
+    noise = (seen.noise_fro / record.fro) ** 2
+    verdicts = [
+        "unresolved" if seen.signal_rank == 0 or share >= UNRESOLVED else "resolved" if share <= RESOLVED else ""
+        for share in (noise * (1 - ROUNDING), noise * (1 + ROUNDING))
+    ]
+    if seen.verdict not in [verdict or "floor-limited" for verdict in verdicts]:
+        yield f"resolution.verdict is {seen.verdict}, and noise_fro is {seen.noise_fro / record.fro:.3g} of fro"
+
+
+def _residual(record: Residual) -> Iterator[str]:
+    if record.epsilon is None:
+        return  # which is never a pass
+    if record.fro == 0:
+        yield f"fro is 0 and epsilon is {record.epsilon:.9g}"
+        return
+    if record.norm_ratio is None or not _close(record.norm_ratio, record.adapter_fro / record.fro):
+        yield f"norm_ratio is {_shown(record.norm_ratio)}, and {record.adapter_fro / record.fro:.9g} by the norms"
+    yield from _distance(record, "")
+    if record.data is not None:
+        yield from _distance(record.data, "data.")
+
+
+def _distance(found: Distance, prefix: str) -> Iterator[str]:
+    """Yield what contradicts ε² = 1 + ρ² − 2ρ·cos and what follows from it."""
+    epsilon, ratio, cosine = found.epsilon, found.norm_ratio, found.cosine
+    if epsilon is None or ratio is None:
+        return
+    square = 1.0 if cosine is None else 1 + ratio**2 - 2 * ratio * cosine
+    if (cosine is None) != (ratio == 0) or (cosine is not None and abs(cosine) > 1):
+        yield f"{prefix}cosine is {_shown(cosine)} with a norm_ratio of {ratio:.9g}"
+    elif abs(epsilon**2 - square) > FLOAT32 * (1 + ratio**2):
+        yield f"{prefix}epsilon is {epsilon:.9g}, and {math.sqrt(max(0.0, square)):.9g} by norm_ratio and cosine"
+    if cosine is not None:
+        scale, best = found.best_scale, found.epsilon_best_scale
+        if scale is None or best is None or abs(scale * ratio - cosine) > ROUNDING:
+            yield f"{prefix}best_scale is {_shown(scale)}, and {cosine / ratio:.9g} by cosine and norm_ratio"
+        elif abs(best**2 - max(0.0, epsilon**2 - ((1 - scale) * ratio) ** 2)) > ROUNDING * (1 + epsilon**2):
+            yield f"{prefix}epsilon_best_scale is {best:.9g}, which epsilon and best_scale contradict"
+    excess = None if found.epsilon_min is None else epsilon**2 - found.epsilon_min**2
+    if (excess is None) != (found.excess is None) or (
+        excess is not None and found.excess is not None and abs(excess - found.excess) > ROUNDING * (1 + epsilon**2)
+    ):
+        yield f"{prefix}excess is {_shown(found.excess)}, and {_shown(excess)} by epsilon and epsilon_min"
+
+
+def _close(first: float, second: float) -> bool:
+    return abs(first - second) <= ROUNDING * max(abs(first), abs(second))
+
+
+def _shown(value: float | None) -> str:
+    return "null" if value is None else f"{value:.9g}"

@@ -1,0 +1,105 @@
+"""Are results of what would ship? Their inputs as they are now, pins of the policy, and the age of the results."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime, timedelta
+
+from lora_diag.decisions.gate.evidence import Present, Source
+from lora_diag.decisions.gate.policy import Policy
+from lora_diag.decisions.gate.record import Status, Verdict
+
+# Clocks of the machines that measure and judge may differ by so much.
+CLOCKS = timedelta(days=1)
+
+
+def judge_inputs(
+    policy: Policy, sources: Sequence[Source], unmatched: Sequence[Present], now: datetime
+) -> Iterator[Verdict]:
+    """Yield whether the inputs are those that were measured, and those that the policy asks for.
+
+    Args:
+        policy: With the fingerprints that it pins, and how old results may be.
+        sources: The results.
+        unmatched: Files of ``--for`` that no results are of.
+        now: The present time.
+    """
+    for source in sources:
+        for present in source.present:
+            yield _is_current(source, present)
+        if policy.max_age is not None:
+            yield _is_young(source, policy.max_age, now)
+    for present in unmatched:
+        text = f"no results are of it: its fingerprint is {present.now}; measure it"
+        yield _verdict(f"--for {present.path}", "none", "results of it", "inconclusive", text)
+    for role, fingerprint in policy.pins:
+        yield from _is_pinned(sources, role, fingerprint)
+    if not any(source.present for source in sources) and not policy.pins and policy.max_age is None and not unmatched:
+        yield _verdict("", None, "inputs as measured", "not judged", "the results name no checkpoint or adapter")
+
+
+def _is_current(source: Source, present: Present) -> Verdict:
+    now = f": its fingerprint is {present.now} and was {present.recorded}" if present.now else ""
+    states: dict[str, tuple[Status, str | None, str]] = {
+        "same": ("passed", "unchanged", f"fingerprint {present.recorded}"),
+        "changed": ("inconclusive", "changed", f"{present.why}{now}; measure it again, {source.path} is not of it"),
+        "unknown": ("not judged", None, present.why),
+    }
+    status, measured, message = states[present.state]
+    return _verdict(f"{present.role} {present.path}", measured, "unchanged since measured", status, message)
+
+
+def _is_young(source: Source, most: timedelta, now: datetime) -> Verdict:
+    made, allowed = source.results.run.made, f"made within {shown(most)}"
+    if not made:
+        text = "does not say when it was made: measure again"
+        return _verdict(source.path, None, allowed, "inconclusive", f"{source.path}: {text}")
+    age = now - datetime.fromisoformat(made).astimezone(UTC)
+    if age > most:
+        text = f"is {shown(age)} old: measure again"
+    elif age < -CLOCKS:
+        text = "was made in the future by this machine's clock: correct the clock, or measure again"
+    else:
+        return _verdict(source.path, made, allowed, "passed", "")
+    return _verdict(source.path, made, allowed, "inconclusive", f"{source.path}: {text}")
+
+
+def _is_pinned(sources: Sequence[Source], role: str, fingerprint: str) -> Iterator[Verdict]:
+    """Yield whether every input of a role is the one that the policy pins."""
+    found = [given for source in sources for given in source.results.run.inputs if given.role == role]
+    allowed = "as [inputs] pins it"
+    if not found:
+        yield _verdict(role, None, allowed, "inconclusive", f"the results have no {role}")
+    for given in found:
+        name = f"{role} {given.path}"
+        if given.fingerprint == fingerprint:
+            yield _verdict(name, "pinned", allowed, "passed", f"fingerprint {fingerprint}")
+        elif len(given.fingerprint) != len(fingerprint):
+            text = "the results do not tell its fingerprint, or that of an older loradiag: measure again"
+            yield _verdict(name, None, allowed, "inconclusive", text)
+        else:
+            text = f"the results are of {given.fingerprint}, and the policy pins {fingerprint}"
+            yield _verdict(name, "another", allowed, "failed", text)
+
+
+def _verdict(group: str, measured: str | None, allowed: str, status: Status, message: str) -> Verdict:
+    return Verdict(
+        rule="inputs",
+        layer=None,
+        group=group,
+        measured=measured,
+        allowed=allowed,
+        status=status,
+        severity="error",
+        message=message,
+    )
+
+
+def shown(time: timedelta) -> str:
+    """Return a time in days, or in hours if it is less than two days.
+
+    >>> shown(timedelta(days=7)), shown(timedelta(hours=30))
+    ('7 days', '30 hours')
+    """
+    hours = time.total_seconds() / 3600
+    return f"{hours / 24:.0f} days" if hours >= 48 else f"{hours:.0f} hours"

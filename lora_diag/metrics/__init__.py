@@ -7,17 +7,17 @@ torch, no names and no files.
 from lora_diag.metrics.distance import Distances, distances, limit, pooled
 from lora_diag.metrics.effective_rank import effective_rank, stable_rank
 from lora_diag.metrics.energy import energy_curve, rank_at
-from lora_diag.metrics.resolution import Gain, noise_edge, signal_rank, verdict
+from lora_diag.metrics.resolution import Gain, Noise, signal_rank, verdict, weighed_edge
 from lora_diag.metrics.truncation import spectral_error, truncation_error
 
 __all__ = [
     "Distances",
     "Gain",
+    "Noise",
     "distances",
     "effective_rank",
     "energy_curve",
     "limit",
-    "noise_edge",
     "pooled",
     "rank_at",
     "signal_rank",
@@ -25,4 +25,5 @@ __all__ = [
     "stable_rank",
     "truncation_error",
     "verdict",
+    "weighed_edge",
 ]

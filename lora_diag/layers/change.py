@@ -124,7 +124,7 @@ def load_change(delta: Delta, device: torch.device, keep: bool = True, allowance
         wide = torch.float64 if "float64" in delta.dtypes else torch.float32
         fits = allowance is None or allowance.holds(delta.shape, wide.itemsize)
         change = difference(delta.blocks(), delta.shape, device, keep and fits, delta.steps())
-        if change.non_finite is None and not math.isfinite(change.rounding_variance):
+        if change.non_finite is None and not (change.rounding and math.isfinite(change.rounding.bound)):
             change.non_finite = COARSE
         matrix, change.matrix = change.matrix, None
         streamed = None if fits or change.non_finite else Streamed(partial(_again, delta, wide), delta.shape, wide)

@@ -17,6 +17,7 @@ from torch import Tensor
 from lora_diag.deltas import Delta, Side, row_blocks
 from lora_diag.errors import InputError, MemoryLimitError
 from lora_diag.layers.change import Change, why_not_comparable
+from lora_diag.layers.resolution import Gains
 from lora_diag.linalg import Factors, decompose_factored, first_non_finite, norm, products, root
 from lora_diag.metrics import Distances, distances, truncation_error
 
@@ -97,14 +98,14 @@ class Weighed:
         change: The product.
         error: Bound on the error of every energy fraction that C, its root and the product bring.
         plain_fro: ‖ΔW‖_F.
-        gains: ‖·‖_F and ‖·‖_2 of what stands left of ΔW, and of what stands right.
+        gains: What the metric makes of the rounding errors.
         roots: L, and K.
     """
 
     change: Change
     error: float
     plain_fro: float
-    gains: tuple[tuple[float, float], tuple[float, float]]
+    gains: Gains
     roots: tuple[Root, ...]
 
 
@@ -178,19 +179,34 @@ def weigh(change: Change, delta: Delta, weighting: Weighting, device: torch.devi
         base_fro = base.fro
     weighed = replace(weighed, base_fro=base_fro)
     fro = fro_of(weighed)
-    left, right = (math.sqrt(delta.shape[0]), 1.0), (math.sqrt(delta.shape[1]), 1.0)
-    for each in roots:
-        if each.on_rows:
-            left = (each.fro, each.spectral)
-        else:
-            right = (each.fro, each.spectral)
     rounding = 2 * max(delta.shape) * torch.finfo(torch.float64).eps * plain * math.prod(each.fro for each in roots)
     moved = roots[0].error * plain**2
     if len(roots) > 1:
         c, g = (each.error for each in roots)
         moved = c * alone[1] ** 2 + g * alone[0] ** 2 + c * g * plain**2
     error = 2 * (moved / fro**2 + 2 * rounding / fro + (rounding / fro) ** 2) if fro else 0.0
-    return Weighed(weighed, min(1.0, error), plain, (left, right), tuple(roots))
+    return Weighed(weighed, min(1.0, error), plain, _gains(change, delta.shape, roots), tuple(roots))
+
+
+def _gains(change: Change, shape: tuple[int, int], roots: list[Root]) -> Gains:
+    """Return what the metric makes of the rounding errors: of their variances as products of row and column factors."""
+    rounding = change.rounding.rounding if change.rounding else None
+    found, base, bound = [], 1.0, 1.0
+    for on_rows, size in zip((True, False), shape, strict=True):
+        variance = torch.ones(size, dtype=torch.float64)
+        if rounding is not None:
+            total = float(rounding.noise.rows.sum())
+            sums = rounding.noise.rows if on_rows else rounding.noise.columns
+            variance = sums * (rounding.noise.unit / math.sqrt(total)) if total else torch.zeros_like(variance)
+        root_here = next((each for each in roots if each.on_rows == on_rows), None)
+        if root_here is None:
+            found.append((math.sqrt(float(variance.sum())), math.sqrt(float(variance.max()))))
+            continue
+        scaled = variance.sqrt()[:, None].to(root_here.lower.device) * root_here.lower
+        found.append((norm([scaled]), float(torch.linalg.matrix_norm(scaled, 2))))
+        base *= root_here.fro / math.sqrt(size)
+        bound *= root_here.spectral
+    return Gains(found[0], found[1], base, bound)
 
 
 def fro_of(change: Change) -> float:

@@ -2,49 +2,88 @@
 
 from __future__ import annotations
 
-import math
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from lora_diag.linalg import Difference
-from lora_diag.metrics import Gain, noise_edge, signal_rank, verdict
+from lora_diag.linalg.rounding import Profile
+from lora_diag.metrics import Gain, Noise, signal_rank, verdict, weighed_edge
 from lora_diag.records import Resolution
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
-def resolution(
-    rounding: Difference | None,
-    shape: tuple[int, int],
-    s: NDArray[np.float64],
-    fro: float,
-    complete: bool,
-    gains: tuple[Gain, Gain] | None = None,
-) -> Resolution:
-    """Hold an update against the rounding of the files. An adapter's factors are the update: nothing was rounded.
+@dataclass(frozen=True, slots=True)
+class Gains:
+    """What a metric makes of the errors of ΔW, whose variances are taken for aᵢbⱼ.
 
     Args:
-        rounding: What one pass over the two stored sides gave; None for an update that has no two sides.
-        shape: ``(out, in)``.
+        left: ‖·‖_F and ‖·‖_2 of what stands left of ΔW, times diag(√a).
+        right: Of diag(√b) times what stands right.
+        base: ‖·‖_F of what stands left, times that of what stands right, over √(mn).
+        bound: ‖·‖_2 of what stands left, times that of what stands right.
+    """
+
+    left: Gain
+    right: Gain
+    base: float
+    bound: float
+
+
+def noise_of(profile: Profile, terms: int) -> Noise:
+    """Return the sums of variances that metrics are computed from."""
+    return Noise(
+        rows=profile.rows.numpy(),
+        columns=profile.columns.numpy(),
+        rows_fourth=profile.rows_fourth.numpy(),
+        columns_fourth=profile.columns_fourth.numpy(),
+        unit=profile.unit,
+        terms=terms,
+    )
+
+
+def resolution(
+    difference: Difference | None, s: NDArray[np.float64], fro: float, complete: bool, gains: Gains | None = None
+) -> Resolution:
+    """Compare an update with the rounding of the files. An adapter's factors are the update: nothing was rounded.
+
+    Args:
+        difference: What one pass over the two stored sides gave; None for an update that has no two sides.
         s: The largest singular values of ΔW, descending.
         fro: ‖ΔW‖_F.
         complete: Whether ``s`` holds all of them.
-        gains: In the metric of the data: ‖·‖_F and ‖·‖_2 of what stands left of ΔW and of what stands right. Rounding
-            errors are then taken as independent and equally large in all entries, and E‖SET‖_F² = σ̄²‖S‖_F²‖T‖_F².
+        gains: In the metric of the data: what it makes of the errors.
     """
-    left, right = gains or ((math.sqrt(shape[0]), 1.0), (math.sqrt(shape[1]), 1.0))
-    variance = rounding.rounding_variance if rounding else 0.0
-    edge = noise_edge(variance, shape, gains)
+    rounding = difference.rounding if difference else None
+    if difference is None or rounding is None:
+        signal = signal_rank(s, 0.0, complete)
+        return Resolution(
+            unchanged=None,
+            mantissa=None,
+            rounding_fro=0.0,
+            noise_fro=0.0,
+            edge=0.0,
+            signal_rank=signal,
+            verdict=verdict(0.0, fro, signal),
+        )
+    noise = noise_of(rounding.noise, rounding.sides)
+    noise_fro, edge = noise.fro, noise.edge if gains is None else 0.0
+    if gains is not None:
+        noise_fro, edge = gains.left[0] * gains.right[0], weighed_edge(gains.left, gains.right)
     signal = signal_rank(s, edge, complete)
-    noise_fro = math.sqrt(variance) * left[0] * right[0]
     return Resolution(
-        unchanged=rounding.unchanged if rounding else None,
-        mantissa=rounding.mantissa if rounding else None,
-        rounding_fro=rounding.rounding_fro * left[1] * right[1] if rounding else 0.0,
+        unchanged=difference.unchanged,
+        mantissa=difference.mantissa,
+        rounding_fro=rounding.bound * (gains.bound if gains else 1.0),
         noise_fro=noise_fro,
         edge=edge,
         signal_rank=signal,
         verdict=verdict(noise_fro, fro, signal),
+        start=rounding.start,
+        base_noise_fro=rounding.base_fro * (gains.base if gains else 1.0),
+        base_rounding=rounding.base_rounding,
+        untouched=rounding.untouched,
     )

@@ -6,12 +6,50 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import repeat
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from lora_diag.linalg.devices import move
-from lora_diag.linalg.rounding import LAYOUT, Spacing, rounding_bound, rounding_variance
+from lora_diag.linalg.noise import Moves, Sample, base_rounding
+from lora_diag.linalg.rounding import LAYOUT, Profile, Spacing, is_start, mixture, rounding_bound, wide
+
+# BASE was rounded after the start of training where β of ``base_rounding`` is near 1 and this many errors from 0.
+NEAR_ONE, ERRORS = (0.5, 1.5), 5.0
+
+# ‖ΔW‖/‖W‖ from which the rounding of the subtraction counts. T − W is exact where T is within [W/2, 2W] (Sterbenz
+# 1974); below this share, entries that moved further add under 1/256 of the variance of the files' rounding.
+COARSE = 1 / 16
+
+
+@dataclass(frozen=True, slots=True)
+class Rounding:
+    """What the rounding of the files did to ΔW.
+
+    Args:
+        bound: Bound on ‖E‖_F, the norm of the rounding error of ΔW, from the spacing of the stored values.
+        noise: Expected variance of the entries of E, by row and column: Σσ² and Σσ⁴.
+        sides: How many independent roundings make up an entry of E at most.
+        start: ``exact`` if the stored BASE is taken for the start of training, ``rounded`` if its rounding counts.
+        base_fro: √Σu²/12 of BASE over the changed entries: what its rounding adds, if it is none of the start.
+        base_rounding: β of ``lora_diag.linalg.noise.base_rounding`` and its standard error; None if it was not
+            estimated.
+        untouched: Estimated share of entries that training left alone.
+    """
+
+    bound: float
+    noise: Profile
+    sides: int
+    start: Literal["exact", "rounded"]
+    base_fro: float
+    base_rounding: tuple[float, float] | None
+    untouched: float
+
+    @property
+    def fro(self) -> float:
+        """Expected ‖E‖_F."""
+        return self.noise.unit * math.sqrt(float(self.noise.rows.sum()))
 
 
 @dataclass(slots=True)
@@ -23,8 +61,7 @@ class Difference:
         fro: ‖ΔW‖_F, accumulated in float64; exact to the rounding of the entries of ``matrix``.
         base_fro: ‖W_base‖_F, likewise.
         unchanged: Share of the entries that are bit-identical; across dtypes, that have the same value.
-        rounding_fro: Bound on the norm of the rounding error of ΔW, from the spacing of the stored values.
-        rounding_variance: Mean variance of an entry of that error, if it behaves like noise.
+        rounding: What rounding did to it; None after a non-finite entry.
         mantissa: Mantissa bits that the stored values of base and tuned really use.
         non_finite: What and where the first entry is for which ΔW is not a finite number; None if all are.
     """
@@ -33,8 +70,7 @@ class Difference:
     fro: float
     base_fro: float
     unchanged: float
-    rounding_fro: float
-    rounding_variance: float
+    rounding: Rounding | None
     mantissa: tuple[int, int]
     non_finite: str | None = None
 
@@ -62,36 +98,93 @@ def difference(
     """
     matrix: Tensor | None = None
     fro = base_fro = 0.0
-    base_spacing, tuned_spacing = Spacing(), Spacing()
+    read = _Roundings(shape)
     same = row = 0
     spacings = repeat((None, None)) if steps is None else steps
-    for (stored_base, stored_tuned), (base_step, tuned_step) in zip(blocks, spacings, strict=False):
+    for (stored_base, stored_tuned), block_steps in zip(blocks, spacings, strict=False):
         base, tuned = move(stored_base, device), move(stored_tuned, device)
-        wide = torch.float64 if torch.float64 in (base.dtype, tuned.dtype) else torch.float32
-        block = tuned.to(wide) - base.to(wide)
+        dtype = torch.promote_types(wide(base.dtype), wide(tuned.dtype))
+        block = tuned - base if tuned.dtype == dtype else tuned.to(dtype).sub_(base)
         norm, base_norm = _norm(block), _norm(base)
         if not math.isfinite(norm + base_norm):
             why = _why_not_finite(base, tuned, block, row)
-            return Difference(None, math.nan, math.nan, math.nan, math.nan, math.nan, (0, 0), why)
+            return Difference(None, math.nan, math.nan, math.nan, None, (0, 0), why)
         fro, base_fro = math.hypot(fro, norm), math.hypot(base_fro, base_norm)
-        same += _unchanged(base, tuned)
-        base_spacing.add(base, base_step)
-        tuned_spacing.add(tuned, tuned_step)
+        unchanged = _unchanged(base, tuned)
+        same += unchanged
+        coarse = norm > COARSE * base_norm
+        read.add(base, tuned, block, block_steps, row, all_changed=unchanged == 0, subtracted=coarse)
         if keep:
             if matrix is None:
-                matrix = torch.empty(shape, dtype=wide, device=device)
+                matrix = torch.empty(shape, dtype=dtype, device=device)
             matrix[row : row + len(block)] = block
         row += len(block)
-    entries = max(1, math.prod(shape))
     return Difference(
         matrix=matrix,
         fro=fro,
         base_fro=base_fro,
-        unchanged=same / entries,
-        rounding_fro=rounding_bound(base_spacing, tuned_spacing),
-        rounding_variance=rounding_variance(base_spacing, tuned_spacing, entries),
-        mantissa=(base_spacing.mantissa, tuned_spacing.mantissa),
+        unchanged=same / max(1, math.prod(shape)),
+        rounding=read.rounding(),
+        mantissa=(read.base.mantissa, read.tuned.mantissa),
     )
+
+
+class _Roundings:
+    """The spacing of both sides, and of ΔW itself where subtracting rounds as coarsely as the files do."""
+
+    def __init__(self, shape: tuple[int, int]) -> None:
+        self.shape = shape
+        self.base, self.tuned, self.subtracted = (Spacing(Profile.of(shape)) for _ in range(3))
+        self.sample = Sample(shape)
+        self.changed: Tensor | None = None
+
+    def add(
+        self,
+        base: Tensor,
+        tuned: Tensor,
+        block: Tensor,
+        steps: tuple[Tensor | None, Tensor | None],
+        row: int,
+        all_changed: bool,
+        subtracted: bool,
+    ) -> None:
+        """Count a block of both sides and of their difference in."""
+        changed = None
+        if not all_changed:
+            if self.changed is None or self.changed.shape[1] != block.shape[1] or len(self.changed) < len(block):
+                self.changed = torch.empty_like(block)
+            changed = torch.ne(block, 0, out=self.changed[: len(block)])
+        sample = self.sample.of(row)
+        spacing = (
+            self.base.add(base, steps[0], changed, row, sample=sample),
+            self.tuned.add(tuned, steps[1], changed, row, sample=sample),
+        )
+        self.sample.add(block.reshape(-1)[sample], base.reshape(-1)[sample], *spacing)
+        if subtracted and LAYOUT[block.dtype][2] in (self.base.mantissa, self.tuned.mantissa):
+            self.subtracted.add(block, None, changed, row)
+
+    def rounding(self) -> Rounding:
+        """Return what all blocks together say."""
+        moved, values, base_spacing, tuned_spacing = self.sample()
+        exact, beta = is_start(self.base, self.tuned), None
+        if exact:
+            beta = base_rounding(moved, values, base_spacing)
+            exact = not (beta and NEAR_ONE[0] < beta[0] < NEAR_ONE[1] and beta[0] > ERRORS * beta[1])
+        sides = [self.tuned] if exact else [self.base, self.tuned]
+        spacing = tuned_spacing if exact else torch.maximum(base_spacing, tuned_spacing)
+        moves = Moves.of(moved, spacing)
+        alone = moves.untouched()
+        weight = moves.noise_per_change(alone, len(sides))
+        parts = [(weight, side.profile) for side in sides] + [(1 / 12, self.subtracted.profile)]
+        return Rounding(
+            bound=rounding_bound(sides),
+            noise=mixture(parts, self.shape),
+            sides=len(sides) + (self.subtracted.profile.unit > 0),
+            start="exact" if exact else "rounded",
+            base_fro=self.base.profile.unit * math.sqrt(float(self.base.profile.rows.sum()) / 12),
+            base_rounding=beta,
+            untouched=alone,
+        )
 
 
 def norm(blocks: Iterable[Tensor]) -> float:
@@ -110,9 +203,9 @@ def _norm(block: Tensor) -> float:
 def _unchanged(base: Tensor, tuned: Tensor) -> int:
     """Count entries with the same bits; across dtypes, with the same value."""
     if base.dtype != tuned.dtype:
-        return int((base.to(torch.float64) == tuned.to(torch.float64)).sum())
+        return int(torch.count_nonzero(base == tuned))
     bits = LAYOUT[base.dtype][0]
-    return int((base.view(bits) == tuned.view(bits)).sum())
+    return int(torch.count_nonzero(base.view(bits) == tuned.view(bits)))
 
 
 def first_non_finite(words: str, values: Tensor, first_row: int = 0) -> str | None:

@@ -7,7 +7,7 @@ torch, no names and no files.
 from lora_diag.metrics.distance import Distances, distances, limit, pooled
 from lora_diag.metrics.effective_rank import effective_rank, stable_rank
 from lora_diag.metrics.energy import RANKS, THRESHOLDS, energy_curve, rank_at
-from lora_diag.metrics.resolution import Gain, noise_edge, signal_rank, verdict
+from lora_diag.metrics.resolution import Gain, Noise, signal_rank, verdict, weighed_edge
 from lora_diag.metrics.truncation import spectral_error, truncation_error
 
 __all__ = [
@@ -15,11 +15,11 @@ __all__ = [
     "THRESHOLDS",
     "Distances",
     "Gain",
+    "Noise",
     "distances",
     "effective_rank",
     "energy_curve",
     "limit",
-    "noise_edge",
     "pooled",
     "rank_at",
     "signal_rank",
@@ -27,4 +27,5 @@ __all__ = [
     "stable_rank",
     "truncation_error",
     "verdict",
+    "weighed_edge",
 ]

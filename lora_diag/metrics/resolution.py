@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.optimize import brentq, minimize_scalar
 
 Verdict = Literal["resolved", "floor-limited", "unresolved"]
 
@@ -17,24 +19,131 @@ Verdict = Literal["resolved", "floor-limited", "unresolved"]
 RESOLVED, UNRESOLVED = 0.01, 0.5
 
 
+# Upper 0.1% point of the Tracy–Widom law of real matrices (Bornemann 2010); a tenth of ``FALSE_POSITIVES``, to leave
+# room for finite size and for variances that are not a product of row and column factors.
+TRACY_WIDOM = 3.2724
+
+# Share of layers without any update in which a singular value may stand above the edge. Measured: docs/benchmarks.md.
+FALSE_POSITIVES = 0.01
+
 Gain = tuple[float, float]
+Sums = NDArray[np.float64]
 
 
-def noise_edge(variance: float, shape: tuple[int, int], gains: tuple[Gain, Gain] | None = None) -> float:
-    """Return σ̄(√m + √n): where the singular values of an m×n matrix of independent errors of variance σ̄² end.
+@dataclass(frozen=True, slots=True)
+class Noise:
+    """Sums of the variances σ² of independent errors over rows and columns, in units of ``unit``², and of σ⁴.
 
-    Between two matrices S and T, of which ``gains`` are ‖·‖_F and ‖·‖_2, the errors SET end by σ̄(‖S‖_2‖T‖_F +
-    ‖S‖_F‖T‖_2) in expectation (Chevet 1978): an upper bound where entries are normal, sharp for S = T = 1.
+    Args:
+        rows, columns: Σσ².
+        rows_fourth, columns_fourth: Σσ⁴.
+        unit: What σ is measured in.
+        terms: How many uniform errors make up an entry at most.
+    """
 
-    Reference: Davidson and Szarek 2001, theorem II.13 (Gaussian entries; the same limit for any, Bai and Yin 1993);
-    Vershynin 2018, High-Dimensional Probability, section 8.7 (Chevet's inequality; a constant for other entries).
+    rows: Sums
+    columns: Sums
+    rows_fourth: Sums
+    columns_fourth: Sums
+    unit: float = 1.0
+    terms: int = 1
+
+    @property
+    def fro(self) -> float:
+        """Expected norm."""
+        return self.unit * math.sqrt(self.rows.sum())
+
+    @property
+    def edge(self) -> float:
+        """Upper limit of the largest singular value, exceeded in at most ``FALSE_POSITIVES`` of such matrices."""
+        rows, columns = self.rows > 0, self.columns > 0
+        if not rows.any():
+            return 0.0
+        total = math.sqrt(self.rows.sum())
+        a, b = self.rows[rows] / total, self.columns[columns] / total
+        names = len(self.rows) + len(self.columns)
+        poles = (
+            float((a * _excess(self.rows[rows], self.rows_fourth[rows], self.terms, names)).max()),
+            float((b * _excess(self.columns[columns], self.columns_fourth[columns], self.terms, names)).max()),
+        )
+        bulk, scale = _bulk_edge(a, b)
+        outlier, _ = _minimum(a, b, *poles)
+        return self.unit * math.sqrt(max(bulk + TRACY_WIDOM * scale, outlier))
+
+
+def _excess(sums: Sums, fourth: Sums, terms: int, names: int) -> Sums:
+    """Return by which factor Σe² of a row may exceed its expectation Σσ², over all rows and columns together.
+
+    e² of a sum of k equal uniform errors has the variance (2 − 1.2/k)σ⁴ and is 3kσ² at most.
+    """
+    z = math.sqrt(2 * math.log(names / FALSE_POSITIVES))
+    return np.minimum(3 * terms, 1 + z * np.sqrt((2 - 1.2 / terms) * fourth) / sums)
+
+
+def _minimum(a: Sums, b: Sums, row_pole: float, column_pole: float) -> tuple[float, float]:
+    """Return the smallest λ² = max(B(Q)/P, A(P)/Q) over P ≤ 1/row_pole, Q ≤ 1/column_pole, and the P of it.
+
+    A(P) = Σaᵢ/(1 − aᵢP) and B likewise. This is Lehner's formula (1999) for the norm of the free counterpart of a
+    matrix of independent entries of variance aᵢbⱼ; log λ² is convex in log P and log Q. With poles above the largest a
+    and b, rows and columns of that energy may stand alone above the others.
+    """
+    most_p, most_q = (1 - 1e-9) / row_pole, (1 - 1e-9) / column_pole
+
+    def squared(log_p: float) -> float:
+        p = math.exp(log_p)
+        target = p * float((a / (1 - a * p)).sum())
+        q = _solve(b, target, most_q)
+        return target / p / most_q if q is None else target / p / q
+
+    top = math.log(most_p)
+    found = minimize_scalar(squared, bounds=(top - 14, top), method="bounded", options={"xatol": 1e-6})
+    return (found.fun, found.x) if found.fun < squared(top) else (squared(top), top)
+
+
+def _solve(b: Sums, target: float, most: float) -> float | None:
+    """Return Q with Q·B(Q) = target; None where that is beyond ``most``."""
+    if most * float((b / (1 - b * most)).sum()) <= target:
+        return None
+    return float(
+        brentq(lambda q: q * float((b / (1 - b * q)).sum()) - target, 0.0, most, xtol=1e-14 * most, rtol=1e-12)
+    )
+
+
+def _bulk_edge(a: Sums, b: Sums) -> tuple[float, float]:
+    """Return λ² where the squared singular values end, and the scale of its Tracy–Widom fluctuation.
+
+    With M the trace of the resolvent and Q as in ``_minimum``, λ² ≈ λ₀² + ½λ²''(Q)(Q − Q₀)² near the edge, so the
+    density there is (1/π)·M'(Q)·√(2t/λ²''), and the scale (λ²''/2M'²)^⅓.
+    """
+    squared, log_p = _minimum(a, b, float(a.max()), float(b.max()))
+    p = math.exp(log_p)
+    most = (1 - 1e-12) / float(b.max())
+    q = _solve(b, p * float((a / (1 - a * p)).sum()), most) or most
+
+    def at(q: float) -> float:
+        total = float((b / (1 - b * q)).sum())
+        p = _solve(a, q * total, (1 - 1e-12) / float(a.max()))
+        return total / p if p else math.inf
+
+    step = min(1e-3 * q, 0.3 * (1 / float(b.max()) - q))
+    curvature = (at(q + step) - 2 * at(q) + at(q - step)) / step**2
+    slope = float((b / (1 - b * q) ** 2).sum()) / squared
+    scale = (curvature / (2 * slope**2)) ** (1 / 3) if 0 < curvature < math.inf else 0.0
+    return squared, scale
+
+
+def weighed_edge(left: Gain, right: Gain) -> float:
+    """Return the same limit for S·E·T, given ‖·‖_F and ‖·‖_2 of S·diag(√a) and of diag(√b)·T.
+
+    E = diag(√a)·Z·diag(√b) with Z of variance 1; expected to end below ‖S'‖_2‖T'‖_F + ‖S'‖_F‖T'‖_2 (Chevet 1978), and
+    above that by t with probability exp(−t²/(2‖S'‖_2²‖T'‖_2²)) at most, where Z is normal.
 
     Example:
-        >>> noise_edge(4.0, (9, 16)), noise_edge(4.0, (9, 16), ((3.0, 1.0), (2.0, 0.5)))
-        (14.0, 7.0)
+        >>> round(weighed_edge((3.0, 1.0), (4.0, 1.0)), 3)  # ‖·‖ of 1: √9 + √16, and 3.035
+        10.035
     """
-    (s_fro, s_top), (t_fro, t_top) = gains or ((math.sqrt(shape[0]), 1.0), (math.sqrt(shape[1]), 1.0))
-    return math.sqrt(variance) * (s_top * t_fro + s_fro * t_top)
+    (s_fro, s_top), (t_fro, t_top) = left, right
+    return s_top * t_fro + s_fro * t_top + math.sqrt(-2 * math.log(FALSE_POSITIVES)) * s_top * t_top
 
 
 def signal_rank(s: NDArray[np.float64], edge: float, complete: bool) -> int | None:

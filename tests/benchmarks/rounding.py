@@ -1,12 +1,11 @@
 """What the rounding of bf16 files does to a planted update, and what the verdict says of it."""
 
-import math
-
 import numpy as np
 import torch
 
+from lora_diag.layers.resolution import noise_of
 from lora_diag.linalg import difference
-from lora_diag.metrics import noise_edge, signal_rank, verdict
+from lora_diag.metrics import signal_rank, verdict
 
 N, RANK = 768, 8
 
@@ -43,8 +42,8 @@ def rounding_table() -> str:
             found = difference([(base, tuned)], (N, N), torch.device("cpu"))
             seen = (tuned.double() - base.double()).numpy()
             s = np.linalg.svd(seen, compute_uv=False)
-            noise_fro = math.sqrt(found.rounding_variance) * N
-            signal = signal_rank(s, noise_edge(found.rounding_variance, (N, N)), complete=True)
+            seen_noise = noise_of(found.rounding.noise, found.rounding.sides)
+            noise_fro, signal = seen_noise.fro, signal_rank(s, seen_noise.edge, complete=True)
             error = np.linalg.norm(seen - delta) / np.linalg.norm(delta)
             true = ranks(np.linalg.svd(delta, compute_uv=False))
             row = (kind, f"{rms:g}", f"{found.unchanged:.2f}", f"{error:.2f}", f"{noise_fro / found.fro:.2f}", true)

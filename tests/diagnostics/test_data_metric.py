@@ -11,7 +11,7 @@ import lora_diag
 from lora_diag.diagnostics.spectrum.measure import Layer, SpectrumSettings, size
 from lora_diag.errors import InputError, UsageError
 from lora_diag.layers.metric import Root, extra
-from lora_diag.metrics import noise_edge
+from lora_diag.metrics import weighed_edge
 from lora_diag.running.activations import second_moments
 from lora_diag.running.inputs import compare
 from tests import oracles
@@ -249,8 +249,12 @@ def test_directions_that_are_float32_rounding_are_not_inverted():
     assert Root(lower * 0, False, 0.0, 0.0, 0.0).inverse.eq(0).all()
 
 
-def test_without_weights_beside_it_the_edge_is_the_plain_one():
-    assert noise_edge(2.0, (9, 16), ((3.0, 1.0), (4.0, 1.0))) == noise_edge(2.0, (9, 16))
+def test_the_edge_of_weighed_noise_is_above_it():
+    rng = np.random.default_rng(0)
+    right = rng.standard_normal((40, 40)) * np.linspace(0.1, 2, 40)
+    tops = [np.linalg.norm(rng.standard_normal((60, 40)) @ right, 2) for _ in range(200)]
+    edge = weighed_edge((60**0.5, 1.0), (float(np.linalg.norm(right)), float(np.linalg.norm(right, 2))))
+    assert max(tops) < edge < 1.7 * np.median(tops)
 
 
 @pytest.mark.parametrize(

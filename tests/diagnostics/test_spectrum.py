@@ -220,7 +220,9 @@ def test_the_resolution_of_a_bf16_pair(tmp_path):
     found = record.resolution
     assert (found.verdict, found.mantissa, found.signal_rank) == ("floor-limited", (7, 7), 2)
     assert np.linalg.norm(as_numpy(tuned) - as_numpy(base) - small) <= found.rounding_fro
-    assert found.edge == pytest.approx(found.noise_fro / np.sqrt(96 * 80) * (np.sqrt(96) + np.sqrt(80)))
+    even = found.noise_fro / np.sqrt(96 * 80) * (np.sqrt(96) + np.sqrt(80))
+    assert even < found.edge < 1.25 * even  # Gaussian weights: rows and columns of nearly the same variance
+    assert found.start == "rounded"
 
 
 def test_bad_entries_in_added_rows_and_in_the_base_of_an_adapter_are_named(tmp_path):

@@ -8,9 +8,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lora_diag.layers.resolution import noise_of
 from lora_diag.linalg import difference
-from lora_diag.linalg.rounding import LAYOUT, Spacing, rounding_bound, split_by_precision, ulp_squares
-from lora_diag.metrics import noise_edge, signal_rank, verdict
+from lora_diag.linalg.rounding import LAYOUT, Profile, Spacing, spacings
+from lora_diag.metrics import signal_rank, verdict
 from tests.conftest import as_numpy
 
 CPU = torch.device("cpu")
@@ -25,12 +26,25 @@ def ulp(value: float, dtype: torch.dtype) -> float:
     return float(after.double() - stored.double())
 
 
+def of(values: torch.Tensor) -> torch.Tensor:
+    """The spacing of every entry, float64."""
+    out = torch.empty_like(values, dtype=torch.float64 if values.dtype == torch.float64 else torch.float32)
+    mantissa = spacings(values, out)
+    return out.double() * 2.0**-mantissa
+
+
+def a_side(shape) -> Spacing:
+    return Spacing(Profile.of(shape))
+
+
 @pytest.mark.parametrize("dtype", LAYOUT, ids=str)
 @settings(max_examples=80, deadline=None)
 @given(value=st.floats(-60000, 60000))
 def test_spacing_is_the_distance_to_the_next_number(dtype, value):
     stored = torch.tensor([value], dtype=dtype)
-    assert math.sqrt(ulp_squares(stored)) == pytest.approx(ulp(float(stored.double()), dtype), rel=1e-12)
+    long = torch.tensor([1 / 3, 1 / 7, 1 / 11], dtype=torch.float64).to(dtype)  # so that most fit no shorter dtype
+    expected = ulp(float(stored.double()), dtype)
+    assert float(of(torch.cat([stored, long]))[0]) == pytest.approx(expected, rel=1e-12, abs=0)
 
 
 @pytest.mark.parametrize("dtype", SHORT, ids=str)
@@ -43,9 +57,9 @@ def test_the_bound_holds_for_real_rounding_of_both_sides(dtype, scale, seed):
     stored = base.to(dtype), tuned.to(dtype)
     found = difference([stored], (20, 30), CPU)
     error = np.linalg.norm((as_numpy(stored[1]) - as_numpy(stored[0])) - (tuned - base).numpy())
-    assert error <= found.rounding_fro
+    assert error <= found.rounding.bound
     by_definition = sum(math.sqrt(sum((ulp(float(w), dtype) / 2) ** 2 for w in side.reshape(-1))) for side in stored)
-    assert found.rounding_fro == pytest.approx(by_definition, rel=1e-9)
+    assert found.rounding.bound == pytest.approx(by_definition, rel=3e-6)
 
 
 def test_a_finer_tuned_side_makes_the_base_the_exact_starting_point():
@@ -53,9 +67,9 @@ def test_a_finer_tuned_side_makes_the_base_the_exact_starting_point():
     tuned = base.float() + torch.randn(20, 30) * 1e-5
     found = difference([(base, tuned)], (20, 30), CPU)
     assert found.mantissa == (7, 23)
-    assert found.rounding_fro < 1e-6 * found.base_fro
+    assert found.rounding.bound < 1e-6 * found.base_fro
     coarse = difference([(base, tuned.bfloat16())], (20, 30), CPU)
-    assert coarse.rounding_fro > 1e-3 * found.base_fro
+    assert coarse.rounding.bound > 1e-3 * found.base_fro
 
 
 STORED = [
@@ -70,10 +84,10 @@ STORED = [
 @pytest.mark.parametrize(("short", "long"), STORED, ids=str)
 def test_short_numbers_in_a_long_file_are_recognised(short, long):
     values = torch.randn(40, 50, dtype=torch.float64).to(short)
-    one, two, three = Spacing(), Spacing(), Spacing()
+    one, two, three = (a_side((40, 50)) for _ in range(3))
     one.add(values)
     two.add(values.to(long))
-    assert two.squares == pytest.approx(one.squares, rel=1e-12)
+    assert two.squares == pytest.approx(one.squares, rel=1e-6)
     assert two.mantissa == one.mantissa
     edited = values.to(long)
     edited[0, 0] = 1 / 3  # one entry that was not rounded changes nothing about the others
@@ -85,16 +99,16 @@ def test_short_numbers_in_a_long_file_are_recognised(short, long):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16], ids=str)
 def test_numbers_of_full_precision_are_left_alone(dtype):
     values = torch.randn(40, 50, dtype=torch.float64).to(dtype)
-    short, rest = split_by_precision(values)
-    assert short.numel() == 0
-    assert torch.equal(rest, values.reshape(-1))
+    out = torch.empty(40, 50, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+    assert spacings(values, out) == LAYOUT[dtype][2]
 
 
 def test_one_column_does_not_speak_for_the_others():
     values = torch.randn(256, 4096).bfloat16().float()
     values[:, 0] = torch.rand(256)
-    short, rest = split_by_precision(values)
-    assert (short.dtype, len(rest)) == (torch.bfloat16, 256)
+    found = of(values)
+    assert torch.equal(found[:, 1:], of(values[:, 1:].bfloat16()))
+    assert float((found[:, 0] / values[:, 0]).max()) < 2.0**-22
 
 
 def test_a_quantized_side_counts_with_the_step_of_its_format():
@@ -105,16 +119,14 @@ def test_a_quantized_side_counts_with_the_step_of_its_format():
     found = difference(halves, (6, 5), CPU, steps=steps)
     plain = difference(halves, (6, 5), CPU)
     expected = np.linalg.norm(as_numpy(step)) / 2
-    assert found.rounding_fro == pytest.approx(expected, rel=1e-4)
-    assert found.rounding_fro > 1000 * plain.rounding_fro
+    assert found.rounding.bound == pytest.approx(expected, rel=1e-4)
+    assert found.rounding.bound > 1000 * plain.rounding.bound
     assert found.mantissa == (0, 23)
     assert torch.equal(found.matrix, plain.matrix)
 
 
-def test_sides_of_one_dtype_both_count():
-    side = Spacing(squares=4.0, mantissa=7)
-    assert rounding_bound(side, side) == 2.0
-    assert rounding_bound(side, Spacing(16.0, 23)) == 2.0
+def noise(found):
+    return noise_of(found.rounding.noise, found.rounding.sides)
 
 
 def planted(rank: int, rms: float, n: int = 512):
@@ -141,14 +153,13 @@ def test_verdicts_on_planted_updates(rms, expected):
     base, tuned, delta = planted(8, rms)
     found = difference([(base, tuned)], base.shape, CPU)
     s = np.linalg.svd(as_numpy(tuned) - as_numpy(base), compute_uv=False)
-    edge = noise_edge(found.rounding_variance, base.shape)
-    signal = signal_rank(s, edge, complete=True)
-    noise_fro = math.sqrt(found.rounding_variance * base.numel())
+    signal = signal_rank(s, noise(found).edge, complete=True)
+    noise_fro = noise(found).fro
     assert verdict(noise_fro, found.fro, signal) == expected
     if rms >= 3e-5:
         assert signal == 8
     error = np.linalg.norm(as_numpy(tuned) - as_numpy(base) - delta)
-    assert error <= found.rounding_fro
+    assert error <= found.rounding.bound
     if rms >= 3e-4:  # few entries unchanged: the error is noise, and one side of two was rounded
         assert noise_fro / math.sqrt(2) == pytest.approx(error, rel=0.05)
 
@@ -159,9 +170,9 @@ def test_a_full_rank_float32_update_stays_resolved():
     tuned = base + torch.from_numpy((rng.standard_normal((100, 80)) * 1e-3).astype(np.float32))
     found = difference([(base, tuned)], (100, 80), CPU)
     s = np.linalg.svd(as_numpy(tuned) - as_numpy(base), compute_uv=False)
-    signal = signal_rank(s, noise_edge(found.rounding_variance, (100, 80)), complete=True)
+    signal = signal_rank(s, noise(found).edge, complete=True)
     assert signal == 80
-    assert verdict(math.sqrt(found.rounding_variance * 8000), found.fro, signal) == "resolved"
+    assert verdict(noise(found).fro, found.fro, signal) == "resolved"
 
 
 def test_signal_rank_of_a_part_of_the_spectrum():

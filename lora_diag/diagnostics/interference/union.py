@@ -17,7 +17,7 @@ from lora_diag.diagnostics.spectrum.measure import record_of
 from lora_diag.linalg import Factors, decompose, decompose_factored, numerical_rank
 from lora_diag.linalg.factors import ZERO_DENSE, ZERO_FACTORED
 from lora_diag.linalg.stacked import Matrix, total
-from lora_diag.metrics import THRESHOLDS, energy_curve, noise_edge, rank_at, signal_rank, verdict
+from lora_diag.metrics import THRESHOLDS, energy_curve, rank_at, signal_rank, verdict
 from lora_diag.metrics.interference import task_interference, task_interference_at_random
 from lora_diag.records import Resolution
 
@@ -51,7 +51,7 @@ def union(task: Several, parts: Sequence[Part], moved: Sequence[Part], settings:
         None,
         factors,
         settings.ranks,
-        _resolution(parts, factors, task.shape),
+        _resolution(parts, factors),
     )
     needed = {str(share): sum(rank_at(part.curve, share) or 0 for part in moved) for share in THRESHOLDS}
     effective = sum(part.effective for part in moved)
@@ -89,10 +89,10 @@ def _ratio(value: float | None, of: float) -> float | None:
     return value / of if value is not None and of else None
 
 
-def _resolution(parts: Sequence[Part], factors: Factors, shape: tuple[int, int]) -> Resolution:
+def _resolution(parts: Sequence[Part], factors: Factors) -> Resolution:
     """Bound the rounding of the sum by the sum of the roundings: those of one BASE are the same in every part."""
     noise = sum(part.update.weight * part.resolution.noise_fro for part in parts)
-    edge = noise_edge(noise**2 / math.prod(shape), shape)
+    edge = sum(part.update.weight * part.resolution.edge for part in parts)
     signal = signal_rank(factors.s.numpy(), edge, factors.complete)
     return Resolution(
         unchanged=None,

@@ -14,12 +14,13 @@ from lora_diag.diagnostics.spectrum.measure import SpectrumSettings, record_of
 from lora_diag.diagnostics.spectrum.record import Spectrum, Stack
 from lora_diag.gradients import History
 from lora_diag.layers.change import COARSE, on_device
+from lora_diag.layers.resolution import noise_of
 from lora_diag.linalg import Factors, first_non_finite, norm, require, resolve_device
 from lora_diag.linalg.gram import decompose_stack
 from lora_diag.linalg.limited import READING
-from lora_diag.linalg.rounding import Spacing
+from lora_diag.linalg.rounding import Profile, Spacing, mixture
 from lora_diag.linalg.streamed import ROWS
-from lora_diag.metrics import noise_edge, signal_rank, verdict
+from lora_diag.metrics import signal_rank, verdict
 from lora_diag.records import LeftOut, Resolution
 
 # The larger side is computed, too, up to this order: its Gram matrix takes 128 MiB and its eigenvalues 2 s there.
@@ -106,7 +107,7 @@ def _compute(history: History, settings: SpectrumSettings, device: torch.device)
     if settings.memory is not None and device.type == "cpu":  # the limit is on the memory of the machine
         what = "a gradient and its Gram matrix take"
         require(most_bytes(history), settings.memory, history.shape, what, "--exclude it")
-    spacing = Spacing()
+    spacing = Spacing(Profile.of(_stacked(history)))
     left = history.shape[0] < history.shape[1]
     side = decompose_stack(_gradients(history, device, left, spacing), settings.top)
     if not math.isfinite(spacing.squares):
@@ -125,7 +126,9 @@ def _gradients(history: History, device: torch.device, transposed: bool, spacing
     Raises:
         _NotFiniteError: An entry is not finite.
     """
-    for snapshot in history.snapshots:
+    rows, columns = history.shape
+    beside = rows < columns  # as in the smaller of both Gram matrices
+    for number, snapshot in enumerate(history.snapshots):
         gradient: Tensor | None = None
         row = 0
         for stored in snapshot.blocks(history.shape):
@@ -137,25 +140,29 @@ def _gradients(history: History, device: torch.device, transposed: bool, spacing
                 gradient = torch.empty(history.shape, dtype=block.dtype, device=device)
             gradient[row : row + len(block)] = block
             if spacing is not None:
-                spacing.add(block)
+                above, left = (0, number * columns) if beside else (number * rows, 0)
+                spacing.add(block, row=above + row, column=left)
             row += len(block)
         assert gradient is not None
         yield gradient.T if transposed else gradient
 
 
+def _stacked(history: History) -> tuple[int, int]:
+    """Return the shape of the gradients on top of each other, or beside each other where they are wider than tall."""
+    (rows, columns), steps = history.shape, len(history.snapshots)
+    return (rows, columns * steps) if rows < columns else (rows * steps, columns)
+
+
 def _resolution(found: _Found, history: History) -> Resolution:
     """Hold the gradients against the rounding of their files, as one matrix of all steps."""
-    noise_fro = math.sqrt(found.spacing.squares / 12)
-    small, large = sorted(history.shape)
-    stacked = (large * len(history.snapshots), small)
-    edge = noise_edge(found.spacing.squares / 12 / math.prod(stacked), stacked)
-    signal = signal_rank(found.side.s.numpy(), edge, found.side.complete)
+    noise = noise_of(mixture([(1 / 12, found.spacing.profile)], _stacked(history)), 1)
+    signal = signal_rank(found.side.s.numpy(), noise.edge, found.side.complete)
     return Resolution(
         unchanged=None,
         mantissa=None,
         rounding_fro=math.sqrt(found.spacing.squares) / 2,
-        noise_fro=noise_fro,
-        edge=edge,
+        noise_fro=noise.fro,
+        edge=noise.edge,
         signal_rank=signal,
-        verdict=verdict(noise_fro, found.side.fro, signal),
+        verdict=verdict(noise.fro, found.side.fro, signal),
     )

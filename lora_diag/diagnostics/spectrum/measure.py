@@ -102,7 +102,7 @@ def spectrum(delta: Delta, settings: SpectrumSettings, weighting: Weighting | No
         return not_finite(delta, change)
     factors = replace(factors, method=factors.method + fallback)
     gains = weighed.gains if weighed else None
-    seen = resolution(change.rounding, delta.shape, factors.s.numpy(), factors.fro, factors.complete, gains)
+    seen = resolution(change.rounding, factors.s.numpy(), factors.fro, factors.complete, gains)
     record = record_of(delta.layer, delta.shape, delta.dtypes, change.base_fro, factors, settings.ranks, seen)
     if change.row_blocks is not None:
         record = record.model_copy(update={"blocks": change.row_blocks})

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from lora_diag.diagnostics.spectrum.gradients_summary import gradient_lines
 from lora_diag.diagnostics.spectrum.record import Spectrum
-from lora_diag.records import Results
+from lora_diag.records import Resolution, Results
 from lora_diag.records.names import part_of
 from lora_diag.records.vocabulary import NORMS
 from lora_diag.rendering.lines import REASONS, answers, inputs, last_lines, left_out_line, notes, subject, within
@@ -20,6 +20,9 @@ from lora_diag.rendering.text import count, middle_rank, number, percent, safe, 
 # A median C(16) from here on is called low-rank, and from there on partly so. Words, not measurements: they are
 # printed with the number they stand on.
 LOW_RANK, PARTLY = 0.9, 0.5
+
+# A share of untouched entries from here on is called sparse.
+SPARSE = 0.5
 
 
 METRICS = {
@@ -163,15 +166,45 @@ def _files(moved: Sequence[Spectrum]) -> str:
     counts: Counter[str] = Counter(record.resolution.verdict for record in moved)
     shares = [(record.resolution.noise_fro / record.fro) ** 2 for record in moved]
     if counts["resolved"] == len(moved):
-        return f"yes: rounding makes up {percent(max(shares))} of {NORMS[moved[0].metric][0]}² at most"
+        worst = f"{percent(max(shares))} of {NORMS[moved[0].metric][0]}²"
+        return f"yes: rounding is expected to make up {worst} in the worst layer{_start(moved)}"
     word = "no" if counts["unresolved"] > len(moved) / 2 else "partly" if counts["resolved"] else "limited"
     unchanged = max(record.resolution.unchanged or 0.0 for record in moved)
     still = f", up to {percent(unchanged)} of the entries are unchanged" if unchanged >= 0.01 else ""
     return (
         f"{word}: {_not_resolved(counts)}: rounding is expected to make up "
         f"{percent(min(1.0, median(shares)))} of the median {NORMS[moved[0].metric][0]}²{still}; "
-        "ranks beyond the signal rank count noise. Measure the adapter, not its merge, or save the fine-tune in float32"
+        f"ranks beyond the signal rank count noise{_start(moved)}. "
+        "Measure the adapter, not its merge, or save the fine-tune in float32"
     )
+
+
+def _start(moved: Sequence[Spectrum]) -> str:
+    """Say which start of training is assumed or was found, and how many layers were trained in part."""
+    seen = [record.resolution for record in moved]
+    rounded = [each for each in seen if each.start == "rounded" and each.base_rounding is not None]
+    exact = [record for record in moved if record.resolution.start == "exact" and not _shown(record.resolution)]
+    said = ""
+    if rounded:
+        said = (
+            f"; in {len(rounded)} of {len(moved)} matrices BASE is a rounded copy of the start of training, "
+            "and its rounding is counted"
+        )
+    if exact:
+        otherwise = max(((record.resolution.base_noise_fro or 0.0) / record.fro) ** 2 for record in exact)
+        said += f"; this takes the stored BASE for the start of training (else up to {percent(min(1.0, otherwise))})"
+    sparse = [each.untouched for each in seen if each.untouched is not None and each.untouched >= SPARSE]
+    if sparse:
+        said += (
+            f"; {len(sparse)} of {len(moved)} updates are sparse: training left about {percent(median(sparse))} of the "
+            "entries alone, which carry no noise"
+        )
+    return said
+
+
+def _shown(seen: Resolution) -> bool:
+    """Say whether the moves themselves show that BASE was not rounded after the start of training."""
+    return seen.base_rounding is not None and seen.base_rounding[0] + 5 * seen.base_rounding[1] < 0.5
 
 
 def _not_resolved(counts: Counter[str]) -> str:

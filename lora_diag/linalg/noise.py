@@ -1,0 +1,154 @@
+"""What moves ΔW says about rounding: which entries were trained at all, and whether BASE was rounded after the start.
+
+Both are read from a sample of entries by the spacing u of the stored values, which jumps by 2 at powers of two, where
+|w| does not: what scales with u is rounding, what scales with |w| is training.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+# Entries of a layer that are looked at: 2.5e5 tell an update in which rounding makes up 3% from one without it.
+SAMPLE = 2**18
+
+# The fewest entries from which a share is read.
+FEWEST = 64
+
+_ITERATIONS = 5
+
+
+@dataclass(slots=True)
+class Sample:
+    """Entries at a fixed distance from each other, over all blocks, and so the same whatever the blocks.
+
+    Args:
+        shape: ``(m, n)`` of the matrix.
+    """
+
+    shape: tuple[int, int]
+    stride: int = field(init=False)
+    parts: list[tuple[Tensor, ...]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        m, n = self.shape
+        self.stride = max(1, -(-m * n // SAMPLE))
+        while math.gcd(self.stride, n) > 1:  # else some columns are never looked at
+            self.stride += 1
+
+    def of(self, row: int) -> slice:
+        """Return which entries of the block that begins with this row are taken."""
+        return slice(-row * self.shape[1] % self.stride, None, self.stride)
+
+    def add(self, *taken: Tensor) -> None:
+        """Add the entries of a block: of ΔW, of W_base, and the spacing of both sides."""
+        self.parts.append(tuple(values.cpu().to(torch.float64).abs() for values in taken))
+
+    def __call__(self) -> tuple[Tensor, ...]:
+        """Return what was taken of each matrix."""
+        if not self.parts:
+            return tuple(torch.zeros(0, dtype=torch.float64) for _ in range(4))
+        return tuple(torch.cat(column) for column in zip(*self.parts, strict=True))
+
+
+@dataclass(frozen=True, slots=True)
+class Moves:
+    """How many entries of a sample changed, by the binade of their spacing u; from the smallest to the largest.
+
+    Args:
+        spacing: 2^⌊log₂u⌋.
+        entries: How many there are.
+        changed: How many of them changed.
+    """
+
+    spacing: Tensor
+    entries: Tensor
+    changed: Tensor
+
+    @classmethod
+    def of(cls, moved: Tensor, spacing: Tensor) -> Moves:
+        """Count them, given |ΔW| and u of each."""
+        binade = spacing.view(torch.int64) >> 52
+        lowest = int(binade.min()) if len(binade) else 0
+        binade = binade - lowest
+        entries = torch.bincount(binade)
+        changed = torch.bincount(binade[moved > 0], minlength=len(entries))
+        present = entries > 0
+        values = torch.arange(len(entries), dtype=torch.float64) + (lowest - 1023)
+        return cls(2.0 ** values[present], entries[present].double(), changed[present].double())
+
+    def untouched(self) -> float:
+        """Estimate the share of entries that training left alone, as opposed to those that rounding left as they were.
+
+        An entry is unchanged by rounding while its move is less than u/2, so the share of unchanged entries falls to
+        that of the untouched ones as u → 0, provided that the size of moves does not go with |w|. It is read from the
+        entries of smallest u, from as many as give the smallest upper limit, less two standard errors: what is not
+        known to be untouched counts as trained.
+        """
+        count = self.entries.cumsum(0)
+        share = 1 - self.changed.cumsum(0) / count
+        error = 2 * (share * (1 - share) / count).sqrt()
+        limits = (share + error)[count >= FEWEST]
+        if not len(limits):
+            return 0.0
+        return max(0.0, float((share - error)[count >= FEWEST][limits.argmin()]))
+
+    def noise_per_change(self, untouched: float, sides: int) -> float:
+        """Return w: the noise of ΔW is w·Σu² over the changed entries, summed over the rounded sides.
+
+        Where an entry moves by many u its error has the variance u²/12 a side. Where less than half of the trained
+        entries of one spacing changed, a share p of them, each by about one u, the noise is no more than what
+        independent changes make, p(1 − p)u². The smaller of the two is taken for each spacing, for trained entries.
+
+        Args:
+            untouched: Share of untouched entries.
+            sides: How many sides were rounded.
+        """
+        trained = torch.maximum(self.entries * (1 - untouched), self.changed)
+        share = self.changed / trained.clamp(min=1e-300)
+        few = torch.minimum(share * (1 - share) / sides, torch.full_like(share, 1 / 12))
+        variance = torch.where(share > 0.5, 1 / 12, few)
+        weight = (self.spacing / self.spacing.max()) ** 2 if len(share) else share
+        changed = float((weight * self.changed).sum())
+        return float((weight * trained * variance).sum()) / changed if changed else 1 / 12
+
+
+def base_rounding(moved: Tensor, base: Tensor, spacing: Tensor) -> tuple[float, float] | None:
+    """Estimate β of E[ΔW²] = α + β·u²/12 + γ·w² + δ|w|, with its standard error, over the changed entries.
+
+    u is the spacing of BASE: β is 1 where BASE was rounded from the weights at which training began, 0 where the stored
+    BASE is the start. w² and |w| stand for moves that go with the size of a weight. Least squares, reweighted by the
+    inverse square of the fit; the error is robust to the distribution of the moves (White 1980).
+
+    Args:
+        moved: |ΔW| of a sample of entries.
+        base: |w|.
+        spacing: u of each, of BASE.
+
+    Returns:
+        β and its standard error; None where too few entries changed, or all have one spacing.
+    """
+    changed = moved > 0
+    moved, base, spacing = moved[changed], base[changed], spacing[changed]
+    if len(moved) < FEWEST or bool((spacing == spacing[0]).all()):
+        return None
+    moved, base, unit = moved / moved.max(), base / spacing.max(), float(spacing.max() / moved.max())
+    spacing = spacing / spacing.max()
+    target = moved**2
+    columns = torch.stack([torch.ones_like(target), spacing**2 / 12, base**2, base], 1)
+    scale = (columns**2).mean(0).sqrt()
+    columns = columns / scale
+    fit = float(target.mean()) * (0.5 + 0.5 * spacing**2 / float((spacing**2).mean()))
+    for _ in range(_ITERATIONS):
+        weighted, wanted = columns / fit[:, None], target / fit
+        inverse = torch.linalg.pinv(weighted.T @ weighted, hermitian=True, rtol=1e-13)
+        solution = inverse @ (weighted.T @ wanted)
+        rest, fitted = wanted - weighted @ solution, columns @ solution
+        fit = torch.maximum(fitted, 0.05 * fit)
+    spread = weighted * rest[:, None]
+    error = math.sqrt(max(0.0, float((inverse @ (spread.T @ spread) @ inverse)[1, 1])))
+    factor = 1 / (float(scale[1]) * unit**2)
+    return float(solution[1]) * factor, error * factor

@@ -1,0 +1,132 @@
+"""The noise edge against simulated rounding noise, and against the law of Marchenko and Pastur."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from lora_diag.layers.resolution import noise_of
+from lora_diag.linalg import difference
+from lora_diag.metrics import Noise, signal_rank
+
+CPU = torch.device("cpu")
+
+
+def noise(variance: np.ndarray) -> Noise:
+    fourth = variance**2
+    return Noise(variance.sum(1), variance.sum(0), fourth.sum(1), fourth.sum(0))
+
+
+def profiles() -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(0)
+    weights = rng.standard_normal((96, 64))
+    outlier = weights.copy()
+    outlier[3, 5] = 500.0
+    rows = weights * np.exp(rng.standard_normal((96, 1)))
+    both = rows * np.exp(0.7 * rng.standard_normal((1, 64)))
+    column = weights * np.where(np.arange(64) == 7, 30.0, 1.0)
+    binades = {"even": np.ones((96, 64)), "weights": weights, "rows": rows, "both": both, "outlier": outlier}
+    return {name: 4.0 ** np.floor(np.log2(np.abs(w))) / 12 for name, w in (binades | {"column": column}).items()}
+
+
+@pytest.mark.parametrize(("name", "variance"), profiles().items())
+def test_the_edge_is_above_99_of_100_noise_matrices(name, variance):
+    rng = np.random.default_rng(1)
+    errors = rng.uniform(-0.5, 0.5, (300, *variance.shape)) * np.sqrt(12 * variance)
+    tops = np.linalg.norm(errors, 2, axis=(1, 2))
+    edge = noise(variance).edge
+    assert (tops > edge).mean() <= 0.01
+    most = np.quantile(tops, 0.99)
+    assert edge < (2.2 if name == "outlier" else 1.3) * most  # and not far above
+    if name in {"even", "weights", "rows"}:
+        assert edge < 1.2 * most
+
+
+@pytest.mark.parametrize("shape", [(400, 100), (300, 300), (50, 1000)])
+def test_the_edge_of_even_noise_is_that_of_marchenko_and_pastur(shape):
+    edge = noise(np.full(shape, 4.0)).edge
+    limit = 2 * (math.sqrt(shape[0]) + math.sqrt(shape[1]))
+    assert limit < edge < 1.06 * limit
+
+
+def seen(base, tuned):
+    found = difference([(base, tuned)], base.shape, CPU)
+    s = np.linalg.svd((tuned.double() - base.double()).numpy(), compute_uv=False)
+    own = noise_of(found.rounding.noise, found.rounding.sides)
+    return found, own, signal_rank(s, own.edge, complete=True)
+
+
+def planted(rng, shape, rank, rms):
+    delta = rng.standard_normal((shape[0], rank)) @ rng.standard_normal((rank, shape[1]))
+    return torch.from_numpy(delta * rms / np.sqrt((delta**2).mean()))
+
+
+def heteroscedastic(rng, shape=(256, 192)):
+    return torch.from_numpy(rng.standard_normal(shape) * 0.02 * np.exp(rng.standard_normal((shape[0], 1))))
+
+
+@pytest.mark.parametrize("rms", [1e-3, 3e-3])
+def test_a_planted_rank_is_found_on_rows_of_different_scale(rms):
+    rng = np.random.default_rng(0)
+    base = heteroscedastic(rng).bfloat16()
+    tuned = (base.double() + planted(rng, base.shape, 4, rms)).bfloat16()
+    assert seen(base, tuned)[2] == 4
+
+
+def test_a_rounded_copy_has_no_signal():
+    rng = np.random.default_rng(0)
+    for _ in range(5):
+        start = heteroscedastic(rng).float()
+        found, own, signal = seen(start.bfloat16(), start)
+        assert signal == 0
+        assert found.rounding.start == "rounded"
+        assert found.rounding.base_rounding[0] == pytest.approx(1.0, abs=0.1)
+        assert own.fro == pytest.approx(found.fro, rel=0.05)
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5])
+def test_a_rounded_base_is_told_from_an_exact_start(share):
+    rng = np.random.default_rng(0)
+    start = torch.from_numpy(rng.standard_normal((400, 300)) * 0.02).float()
+    base = start.bfloat16()
+    error = (base.double() - start.double()).square().mean().sqrt()
+    delta = torch.from_numpy(rng.standard_normal(start.shape)) * error * math.sqrt(1 / share - 1)
+    rounded = difference([(base, (start + delta).float())], start.shape, CPU)
+    exact = difference([(base, (base.double() + delta).float())], start.shape, CPU)
+    assert (rounded.rounding.start, exact.rounding.start) == ("rounded", "exact")
+    assert (noise_of(rounded.rounding.noise, 1).fro / rounded.fro) ** 2 == pytest.approx(share, rel=0.1)
+    assert noise_of(exact.rounding.noise, 1).fro < 1e-3 * exact.fro
+
+
+def test_a_sparse_update_is_charged_where_it_moved():
+    rng = np.random.default_rng(0)
+    base = torch.from_numpy(rng.standard_normal((256, 256)) * 0.02).bfloat16()
+    delta = torch.from_numpy(rng.standard_normal(base.shape) * 1e-2)
+    for trained in (torch.from_numpy(rng.random(base.shape)) < 0.05, torch.arange(256)[:, None] < 10):
+        true = torch.where(trained, delta, 0.0)
+        tuned = (base.double() + true).bfloat16()
+        found, own, _ = seen(base, tuned)
+        error = (tuned.double() - base.double() - true).norm()
+        assert found.rounding.untouched == pytest.approx(1 - float(trained.double().mean()), abs=0.03)
+        assert own.fro == pytest.approx(math.sqrt(2) * float(error), rel=0.1)  # both sides count
+
+
+def test_an_absorbed_update_is_not_called_sparse():
+    rng = np.random.default_rng(0)
+    base = torch.from_numpy(rng.standard_normal((256, 256)) * 0.02).bfloat16()
+    tuned = (base.double() + torch.from_numpy(rng.standard_normal(base.shape) * 1e-5)).bfloat16()
+    found, own, signal = seen(base, tuned)
+    assert found.unchanged > 0.85
+    assert found.rounding.untouched < 0.2
+    assert own.fro > 0.7 * found.fro
+    assert signal == 0
+
+
+def test_the_rounding_of_the_subtraction_is_no_signal():
+    rng = np.random.default_rng(0)
+    base = torch.from_numpy(rng.standard_normal((256, 192)) * 0.02).float()
+    tuned = (base.double() + planted(rng, base.shape, 8, 0.05)).float()
+    found = difference([(base, tuned)], base.shape, CPU)
+    s = np.linalg.svd(found.matrix.double().numpy(), compute_uv=False)
+    assert signal_rank(s, noise_of(found.rounding.noise, found.rounding.sides).edge, complete=True) == 8

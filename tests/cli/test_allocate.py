@@ -9,7 +9,7 @@ import pytest
 import lora_diag
 from lora_diag.records import LeftOut, Results, RunInput
 from tests.conftest import ROOT
-from tests.planning.records import llama, record, results
+from tests.decisions.allocate.records import llama, record, results
 
 
 @pytest.fixture(scope="module")

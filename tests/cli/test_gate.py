@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 import lora_diag
 from lora_diag.decisions.gate.reading import read_policy
 from tests.conftest import ROOT
-from tests.gating.making import LAYERS, left_out, residual, spectrum, write
+from tests.decisions.gate.making import LAYERS, left_out, residual, spectrum, write
 
 SAMPLES = ROOT / "sample_checkpoints"
 POLICY = '[[rule]]\nname = "drift"\nrequire = "relative <= {limit}"\nmessage = "look at the learning rate"\n'

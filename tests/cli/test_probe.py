@@ -7,7 +7,7 @@ import pytest
 
 from lora_diag.catalog import read_results
 from tests.conftest import ROOT
-from tests.training.making import gpt2, moved, some_text
+from tests.probes.making import gpt2, moved, some_text
 
 
 @pytest.fixture(scope="module")

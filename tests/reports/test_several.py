@@ -19,9 +19,9 @@ from lora_diag.reports.markdown import markdown_report
 from lora_diag.reports.static import pictures_of
 from lora_diag.reports.tabular import to_csv
 from tests.conftest import ROOT
+from tests.diagnostics.verify_merge.test_summary import RIGHT
 from tests.plots import making
 from tests.reports.test_html import HOSTILE, Elements, evidence, small
-from tests.reports.test_merge import RIGHT
 
 SAMPLES = ROOT / "sample_checkpoints"
 GITHUB = MarkdownIt("commonmark").enable("table")

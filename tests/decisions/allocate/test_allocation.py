@@ -1,0 +1,359 @@
+"""Allocations: budgets, caps, groups, baselines and the certificate, each against its definition."""
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lora_diag.decisions.allocate import spending
+from lora_diag.decisions.allocate.allocation import Budget, allocate
+from lora_diag.decisions.allocate.candidates import Constraints
+from lora_diag.errors import UsageError
+from lora_diag.records import LeftOut
+from tests.decisions.allocate.records import llama, record
+
+
+def cost(record_):
+    return sum(record_.shape)
+
+
+def share(spectra, ranks):
+    """Σ kept energy / Σ energy from the definition."""
+    total = sum(r.fro**2 for r in spectra)
+    return sum(float((np.array(r.s[: ranks[r.layer]]) ** 2).sum()) for r in spectra) / total
+
+
+def ranks_of(found):
+    return {layer.layer: layer.rank for layer in found.layers}
+
+
+def params(amount):
+    return Budget("params", amount, f"--params {amount}")
+
+
+def lowest(spectra, least, listed):
+    """What must be spent at least: the smallest ranks of all layers, or the cheapest rank of any."""
+    first = next((rank for rank in listed or () if rank >= least), least)
+    every = sum((first if least else 0) * cost(r) for r in spectra)
+    return every or min(cost(r) for r in spectra) * (listed[0] if listed else 1)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.integers(0, 10**6),
+    st.integers(1, 4000),
+    st.integers(0, 3),
+    st.sampled_from([None, 3, 5]),
+    st.sampled_from([None, (2, 4, 8), (4, 16)]),
+)
+def test_no_budget_is_ever_exceeded_and_the_certificate_holds(seed, amount, least, most, listed):
+    if listed and not any(least <= rank <= (most or rank) for rank in listed):
+        listed = None
+    spectra = llama(2, seed)
+    if amount < (lowest(spectra, least, listed)):
+        with pytest.raises(UsageError, match="more than the budget"):
+            allocate(spectra, params(amount), Constraints(least, most, listed))
+        return
+    found = allocate(spectra, params(amount), Constraints(least, most, listed))
+    ranks = ranks_of(found)
+    spent = sum(ranks[r.layer] * cost(r) for r in spectra)
+    certificate = found.certificate
+    assert spent == certificate.spent == certificate.params == sum(layer.params for layer in found.layers) <= amount
+    assert certificate.kept == pytest.approx(share(spectra, ranks), abs=1e-9)
+    assert 0 <= certificate.gap <= 1
+    assert certificate.kept <= certificate.bound + 1e-12
+    for layer in found.layers:
+        assert most is None or layer.rank <= most
+        assert least <= layer.rank <= layer.cap
+        assert listed is None or layer.rank in {0, *listed}
+        assert layer.kept == pytest.approx(share([r for r in spectra if r.layer == layer.layer], ranks), abs=1e-9)
+    for baseline in certificate.baselines:
+        assert baseline.spent <= amount
+        assert baseline.kept <= baseline.equal + 1e-12 <= certificate.bound + 1e-9
+
+
+def test_ranks_for_an_energy_share_are_those_of_the_spectra():
+    spectra = llama(3, 5)
+    found = allocate(spectra, Budget("energy", 0.9, "--energy 0.9"))
+    assert ranks_of(found) == {r.layer: min(r.rank_at["0.9"], math.prod(r.shape) // sum(r.shape)) for r in spectra}
+    assert found.certificate.budget is None
+    assert found.certificate.spent == found.certificate.params
+    assert found.certificate.bound >= found.certificate.kept
+    best = allocate(spectra, params(found.certificate.params))
+    assert best.certificate.kept >= found.certificate.kept - 1e-12
+
+
+def test_a_budget_of_ranks_goes_where_the_next_value_is_largest():
+    spectra = llama(2, 1)
+    everything = sorted(((value, r.layer) for r in spectra for value in r.s), reverse=True)
+    wanted = dict.fromkeys((r.layer for r in spectra), 0)
+    for _, layer in everything[:20]:
+        wanted[layer] += 1
+    found = allocate(spectra, Budget("total_rank", 20, "--total-rank 20"))
+    assert ranks_of(found) == wanted
+    assert found.certificate.spent == 20
+    assert found.certificate.optimal
+
+
+def test_a_budget_of_bytes_counts_every_copy_of_a_parameter():
+    spectra = llama(2, 1)
+    by_bytes = allocate(spectra, Budget("bytes", 16_015, "--memory 16015B", 16.0))
+    by_params = allocate(spectra, params(1000))
+    assert ranks_of(by_bytes) == ranks_of(by_params)
+    assert by_bytes.certificate.spent == 16 * by_params.certificate.spent <= 16_015
+    assert by_bytes.certificate.price == pytest.approx(by_params.certificate.price / 16)
+    one = [record("a.weight", (16, 16), np.ones(16))]
+    for amount, rank in ((16 * 64, 2), (16 * 64 - 1, 1)):
+        assert allocate(one, Budget("bytes", amount, "--memory", 16.0)).layers[0].rank == rank
+
+
+def best_shares(spectra, allowed, most):
+    """The largest share that any ranks keep at each cost 0, …, most: dynamic programming from the definition."""
+    best = np.zeros(most + 1)
+    for r in spectra:
+        choices = [(rank * cost(r), float((np.array(r.s[:rank]) ** 2).sum())) for rank in [0, *allowed(r)]]
+        best = np.array([max(best[b - c] + gain for c, gain in choices if c <= b) for b in range(most + 1)])
+    return best / sum(r.fro**2 for r in spectra)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.lists(
+        st.tuples(st.integers(2, 6), st.integers(2, 6), st.lists(st.floats(0.01, 10), min_size=1, max_size=2)),
+        min_size=1,
+        max_size=4,
+    ),
+    st.integers(12, 80),
+    st.sampled_from([None, (1, 2, 4), (2,)]),
+    st.sampled_from([("params", 1.0), ("bytes", 4.0), ("bytes", 6.0)]),
+    st.booleans(),
+)
+def test_more_at_most_bounds_every_larger_budget(layers, amount, listed, counted, exact):
+    spectra = [
+        record(f"layers.{i}.weight", (m, n), sorted(np.resize(s, min(m, n) // 2 + 1), reverse=True))
+        for i, (m, n, s) in enumerate(layers)
+    ]
+    unit, each = counted
+    amount = int(amount * each) + (3 if unit == "bytes" else 0)
+    with pytest.MonkeyPatch.context() as patch:
+        if not exact:
+            patch.setattr(spending, "MAX_TABLE", 0)
+        try:
+            found = allocate(spectra, Budget(unit, amount, "--budget", each), Constraints(ranks_from=listed))
+        except UsageError:
+            return
+    caps = {layer.layer: layer.cap for layer in found.layers}
+    more = range(int(60 * each))
+    allowed = {layer: [rank for rank in listed or range(1, 7) if rank <= cap] for layer, cap in caps.items()}
+    best = best_shares(spectra, lambda r: allowed[r.layer], int((amount + len(more)) / each))
+    for n in more:
+        reachable = best[int((amount + n) // each)]
+        assert reachable <= found.certificate.kept + found.certificate.more_at_most(n) + 1e-9
+
+
+def test_uniform_rank_is_the_largest_that_fits():
+    spectra = llama(2, 3)
+    per_rank = sum(map(cost, spectra))
+    found = allocate(spectra, params(5 * per_rank + per_rank // 2))
+    uniform = found.certificate.baselines[0]
+    assert uniform.name == "uniform r=5"
+    assert uniform.spent == 5 * per_rank
+    assert uniform.kept == pytest.approx(share(spectra, {r.layer: 5 for r in spectra}))
+    assert uniform.epsilon_min == pytest.approx(math.sqrt(1 - uniform.kept))
+    assert {layer.uniform_rank for layer in found.layers} == {5}
+
+
+def test_the_prior_is_proportional_to_sensitivity_and_the_root_of_the_size():
+    spectra = [record(f"l.{i}.weight", (16, 16), np.ones(16), base_fro=1 / (i + 1)) for i in range(2)]
+    found = allocate(spectra, params(32 * 9))
+    prior = found.certificate.baselines[1]
+    assert prior.spent == 32 * 9  # ranks 3 and 6: twice as sensitive, twice the rank
+    assert prior.kept == pytest.approx(9 / 32)
+
+
+def test_layers_get_no_rank_from_noise():
+    spectra = [
+        record("a.weight", (8, 8), np.ones(8), signal=2, verdict="floor-limited"),
+        record("b.weight", (8, 8), np.ones(8) * 0.5, signal=0, verdict="unresolved"),
+        record("c.weight", (8, 8), np.zeros(8), signal=0),
+        record("d.weight", (8, 8), np.ones(8), signal=None),
+    ]
+    found = allocate(spectra, params(10**6), Constraints(min_rank=1))
+    assert ranks_of(found) == {"a.weight": 2, "b.weight": 0, "c.weight": 0, "d.weight": 4}
+    assert [layer.capped_by for layer in found.layers] == ["signal_rank", "signal_rank", "update_rank", "break_even"]
+    assert found.layers[2].kept is None
+    with pytest.raises(UsageError, match="stands above the rounding noise"):
+        allocate(spectra[1:3], params(10**6))
+    with pytest.raises(UsageError, match="ΔW is zero"):
+        allocate(spectra[2:3], params(10**6))
+    with pytest.raises(UsageError, match="smaller than the smallest rank"):
+        allocate(spectra, params(10**6), Constraints(ranks_from=(64,)))
+
+
+def test_a_truncated_spectrum_caps_at_the_values_kept_and_its_error_is_told():
+    spectra = [
+        record("a.weight", (8, 8), [3.0, 2.0], fro=5.0, complete=False, error=1e-3),
+        record("b.weight", (8, 8), np.ones(8), fro=math.sqrt(8)),
+    ]
+    found = allocate(spectra, params(10**6))
+    assert [(layer.rank, layer.capped_by) for layer in found.layers] == [(2, "values_kept"), (4, "break_even")]
+    assert found.layers[0].kept == pytest.approx(13 / 25)
+    assert found.certificate.energy_error == pytest.approx(1e-3 * 25 / 33)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(0, 10**6), st.integers(1, 12), st.floats(0, 0.02))
+def test_epsilon_min_of_a_certificate_is_a_lower_bound(seed, kept, error):
+    """Of a truncated spectrum with an error, and a rank beyond the values that were kept."""
+    s = np.sort(np.random.default_rng(seed).exponential(size=32))[::-1]
+    fro = float(np.sqrt((s**2).sum()))
+    found_less = s[:kept] * np.sqrt(np.maximum(0, 1 - error * fro**2 / kept / s[:kept] ** 2))
+    layer = record("a.weight", (32, 32), found_less, fro=fro, complete=False, error=error)
+    found = allocate([layer], params(10**6), Constraints(ranks_from=(8,)))
+    rank = found.layers[0].rank
+    assert rank == 8
+    assert found.certificate.epsilon_min <= np.sqrt((s[rank:] ** 2).sum()) / fro + 1e-9
+
+
+def test_a_list_of_ranks_may_round_a_cap_up_to_its_next_entry():
+    spectra = [record("a.weight", (32, 32), [9, 8, 7, 6, 5, *[0.01] * 27], signal=5)]
+    found = allocate(spectra, params(10**6), Constraints(ranks_from=(4, 8, 16)))
+    assert (found.layers[0].rank, found.layers[0].cap, found.layers[0].capped_by) == (8, 8, "ranks_from")
+    found = allocate(spectra, params(10**6), Constraints(ranks_from=(4, 8, 16), max_rank=7))
+    assert found.layers[0].rank == 4
+
+
+def test_a_stack_of_experts_shares_one_rank_and_pays_for_every_expert():
+    rng = np.random.default_rng(0)
+    stack = [record(f"mlp.experts.up_proj[{i}]", (8, 6), rng.exponential(size=6)) for i in range(3)]
+    alone = record("self_attn.q_proj.weight", (8, 8), rng.exponential(size=8))
+    found = allocate([*stack, alone], params(14 * 3 * 2 + 16))
+    assert len({layer.rank for layer in found.layers[:3]}) == 1
+    assert {layer.group for layer in found.layers} == {"mlp.experts.up_proj", None}
+    best = max(
+        share([*stack, alone], {**{r.layer: a for r in stack}, alone.layer: b})
+        for a in range(7)
+        for b in range(9)
+        if 42 * a + 16 * b <= 100
+    )
+    assert found.certificate.kept == pytest.approx(best)
+
+
+def test_embeddings_head_and_routers_are_left_out_unless_they_are_named():
+    spectra = [
+        record(name, (8, 8), np.ones(8))
+        for name in (
+            "model.embed_tokens.weight",
+            "lm_head.weight",
+            "layers.0.mlp.gate.weight",
+            "layers.0.q_proj.weight",
+        )
+    ]
+    found = allocate(spectra, params(10**6))
+    assert [layer.layer for layer in found.layers] == ["layers.0.q_proj.weight"]
+    assert [item.layer for item in found.left_out] == [r.layer for r in spectra[:3]]
+    named = allocate(spectra, params(10**6), target="lm_head|q_proj")
+    assert [layer.layer for layer in named.layers] == ["lm_head.weight", "layers.0.q_proj.weight"]
+    assert [layer.layer for layer in allocate(spectra, params(10**6), target=".", exclude="gate|embed").layers] == [
+        "lm_head.weight",
+        "layers.0.q_proj.weight",
+    ]
+    with pytest.raises(UsageError, match="no layer"):
+        allocate(spectra, params(10**6), target="nothing")
+    with pytest.raises(UsageError, match="regular expression"):
+        allocate(spectra, params(10**6), target="(")
+
+
+def test_weights_shift_rank_and_relative_counts_layers_alike():
+    small, large = record("a.weight", (8, 8), np.ones(8)), record("b.weight", (8, 8), np.ones(8) * 10)
+    plain = allocate([small, large], params(64))
+    assert ranks_of(plain) == {"a.weight": 0, "b.weight": 4}
+    weighted = allocate([small, large], params(64), weights={"a.weight": 1000.0, "b.weight": 1.0})
+    assert ranks_of(weighted) == {"a.weight": 4, "b.weight": 0}
+    assert weighted.certificate.kept == pytest.approx(4000 / (8000 + 800))
+    assert weighted.certificate.epsilon_min == pytest.approx(math.sqrt(1 - 4 / 808))
+    steep = record("a.weight", (8, 8), 0.5 ** np.arange(8))
+    relative = allocate([steep, large], params(64), relative=True)
+    assert ranks_of(relative)["a.weight"] == 2
+
+
+def test_an_impossible_budget_says_by_how_much():
+    spectra = llama(2, 0)
+    per_rank = sum(map(cost, spectra))
+    with pytest.raises(UsageError, match=rf"take {3 * per_rank} parameters, 8 parameters more than the budget"):
+        allocate(spectra, params(3 * per_rank - 8), Constraints(min_rank=3))
+    with pytest.raises(UsageError, match=r"takes 24 parameters, 14 parameters more"):
+        allocate(spectra, params(10))
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"min_rank": -1},
+        {"max_rank": 0},
+        {"min_rank": 9, "max_rank": 8},
+        {"ranks_from": ()},
+        {"ranks_from": (0, 8)},
+        {"min_rank": 9, "ranks_from": (4, 8)},
+        {"max_rank": 3, "ranks_from": (4, 8)},
+    ],
+)
+def test_constraints_that_make_no_sense(wrong):
+    with pytest.raises(UsageError, match="--"):
+        Constraints(**wrong)
+
+
+def test_heads_are_trained_in_full_and_paid_for_first():
+    layer = record("bert.encoder.layer.0.query.weight", (16, 16), np.ones(16))
+    head = record("classifier.weight", (7, 16), 5 * np.ones(7))
+    bias = LeftOut(layer="classifier.bias", shape=(7,), reason="vector", detail="", fro=1.0)
+    new = LeftOut(layer="score.weight", shape=(2, 16), reason="only_in_tuned", detail="")
+    still = record("bert.pooler.dense.weight", (16, 16), np.zeros(16))
+    size = 7 * 16 + 7 + 2 * 16
+    found = allocate([layer, head, still], params(size + 70), left_out=[bias, new])
+    assert {item.layer for item in found.left_out if item.reason == "saved"} == {head.layer, bias.layer, new.layer}
+    assert ranks_of(found)[layer.layer] == 2
+    assert (found.certificate.saved, found.certificate.params) == (size, size + 64) == (size, found.certificate.spent)
+    with pytest.raises(UsageError, match=r"the heads classifier, score.* take 151 parameters, 1 parameters more"):
+        allocate([layer, head], params(150), left_out=[bias, new])
+    by_rank = allocate([layer, head], Budget("total_rank", 2, "x"), left_out=[bias])
+    assert (by_rank.certificate.spent, by_rank.certificate.params) == (2, 64 + 119)
+    named = allocate([layer, head], params(500), target="query|classifier", left_out=[bias])
+    assert (named.certificate.saved, "classifier.weight" in ranks_of(named)) == (0, True)
+    frozen = allocate([layer, head], params(500), exclude="classifier", left_out=[bias])
+    assert (frozen.certificate.saved, set(ranks_of(frozen))) == (0, {layer.layer})
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 40), st.integers(1, 40), st.sampled_from([None, (1, 2, 4, 8, 16, 32)]), st.integers(0, 9))
+def test_no_rank_has_more_parameters_than_its_matrix(m, n, listed, least):
+    if least > 0 and listed:
+        least = 1
+    layers = [record("a.weight", (m, n), np.ones(min(m, n))), record("b.weight", (32, 32), np.ones(32))]
+    found = allocate(layers, params(10**6), Constraints(min_rank=least, ranks_from=listed))
+    for layer in found.layers:
+        assert layer.params <= math.prod(layer.shape)
+        larger = [rank for rank in listed or range(1, 64) if layer.rank < rank]
+        assert not larger or larger[0] * sum(layer.shape) > math.prod(layer.shape)
+
+
+def test_the_heuristic_follows_its_scores():
+    """r ∝ s·√(d_in + d_out): twice the score, twice the rank."""
+    spectra = [record(f"l.{i}.weight", (32, 32), np.ones(32) / (i + 1)) for i in range(2)]
+    found = allocate(spectra, params(64 * 9), method="heuristic", scores={"l.0.weight": 1.0, "l.1.weight": 2.0})
+    assert ranks_of(found) == {"l.0.weight": 3, "l.1.weight": 6}
+    assert found.certificate.kept == pytest.approx(share(spectra, ranks_of(found)))
+    assert found.certificate.kept < found.certificate.bound
+    assert not found.certificate.optimal
+
+
+def test_a_layer_that_makes_most_of_a_gain_is_named():
+    spectra = [record("a.weight", (16, 16), 9 * np.ones(16)), *llama(1, 3)]
+    found = allocate(spectra, params(500))
+    uniform = found.certificate.baselines[0]
+    assert uniform.lead == "a.weight"
+    assert 2 * uniform.lead_gain > uniform.equal - uniform.kept > 0
+    equal = [record(f"{i}.weight", (16, 16), np.ones(16)) for i in range(4)]
+    assert allocate(equal, params(500)).certificate.baselines[0].lead is None

@@ -1,0 +1,141 @@
+"""``lora_diag.allocate``: its inputs, budgets in words, weights, and what it writes."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+import lora_diag
+from lora_diag.catalog import read_results_of
+from lora_diag.decisions.allocate.record import Allocation
+from lora_diag.decisions.allocate.run import rank_table, write_allocation
+from lora_diag.errors import InputError, UsageError
+from tests.conftest import ROOT, SHARED
+from tests.decisions.allocate.records import llama, record, results
+
+SPECTRA = results(*llama(3))
+
+
+def test_a_file_and_the_results_in_memory_give_the_same(tmp_path):
+    SPECTRA.write(tmp_path / "s.jsonl")
+    by_file = lora_diag.allocate(tmp_path / "s.jsonl", params=2000)
+    in_memory = lora_diag.allocate(SPECTRA, params=2000)
+    assert (by_file.layers, by_file.whole) == (in_memory.layers, in_memory.whole)
+    assert by_file.run.inputs[1:] == SPECTRA.run.inputs
+
+
+def test_written_then_read_is_equal(tmp_path):
+    found = lora_diag.allocate(SPECTRA, params="2k", ranks_from=[8, 2, 4])
+    write_allocation(found, tmp_path / "a.jsonl")
+    read = read_results_of(Allocation, tmp_path / "a.jsonl")
+    assert replace(read, end=read.end.model_copy(update={"sha256": ""})) == found
+    write_allocation(found, tmp_path / "a.jsonl")  # again, over itself
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_budgets_in_words_and_numbers():
+    by_words = lora_diag.allocate(SPECTRA, params="2k")
+    assert by_words.layers == lora_diag.allocate(SPECTRA, params=2000).layers
+    by_memory = lora_diag.allocate(SPECTRA, memory="32kB")
+    assert by_memory.layers == by_words.layers
+    assert lora_diag.allocate(SPECTRA, memory=32_000).layers == by_words.layers
+    tight = lora_diag.allocate(SPECTRA, memory="32kB", optimizer="sgd", dtype="bfloat16")
+    assert tight.layers == lora_diag.allocate(SPECTRA, params=8000).layers != by_words.layers
+
+
+def test_as_many_parameters_as_an_adapter():
+    spectra = lora_diag.spectrum(ROOT / "sample_checkpoints/base", ROOT / "sample_checkpoints/full_ft", top=20)
+    found = lora_diag.allocate(spectra, match=ROOT / "sample_checkpoints/lora_r4")
+    assert found.whole[0].budget == 4 * sum(sum(layer.shape) for layer in found)
+    assert found.whole[0].spent <= found.whole[0].budget
+    assert found.whole[0].baselines[0].name == "uniform r=4"
+    with pytest.raises(InputError, match="no such file"):
+        lora_diag.allocate(spectra, match="nothing/here")
+
+
+@pytest.mark.skipif(not SHARED.exists(), reason="needs the shared cases")
+def test_an_adapter_without_factors_cannot_be_matched():
+    with pytest.raises(InputError, match="needs an adapter with factors"):
+        lora_diag.allocate(SPECTRA, match=SHARED / "cases/ia3/adapter")
+
+
+@pytest.mark.parametrize("budgets", [{}, {"params": 100, "energy": 0.9}, {"total_rank": 0}, {"energy": 2.0}])
+def test_one_budget_that_makes_sense(budgets):
+    with pytest.raises(UsageError, match="--"):
+        lora_diag.allocate(SPECTRA, **budgets)
+
+
+def test_an_unfinished_run_needs_consent(tmp_path):
+    SPECTRA.write(tmp_path / "s.jsonl")
+    lines = (tmp_path / "s.jsonl").read_text().splitlines()
+    (tmp_path / "s.jsonl").write_text("\n".join(lines[:-3]) + "\n")
+    with pytest.raises(InputError, match=r"did not finish.*--resume"):
+        lora_diag.allocate(tmp_path / "s.jsonl", params=2000)
+    found = lora_diag.allocate(tmp_path / "s.jsonl", params=2000, allow_unfinished=True)
+    assert "did not finish" in found.run.inputs[0].notes[0]
+    (tmp_path / "s.jsonl").write_text(lines[0] + "\n")
+    with pytest.raises(InputError, match="hold no layer"):
+        lora_diag.allocate(tmp_path / "s.jsonl", params=2000, allow_unfinished=True)
+
+
+def test_results_of_another_command_are_refused(tmp_path):
+    lora_diag.allocate(SPECTRA, params=2000).write(tmp_path / "a.jsonl")
+    with pytest.raises(InputError, match="spectrum records are needed"):
+        lora_diag.allocate(tmp_path / "a.jsonl", params=2000)
+
+
+def test_weights_by_name_and_from_a_file(tmp_path):
+    layers = [r.layer for r in SPECTRA]
+    (tmp_path / "w.json").write_text(json.dumps({layers[0].removesuffix(".weight"): 1e6, "default": 1}))
+    by_file = lora_diag.allocate(SPECTRA, params=2000, weights=tmp_path / "w.json")
+    assert by_file.layers == lora_diag.allocate(SPECTRA, params=2000, weights={layers[0]: 1e6, "default": 1.0}).layers
+    assert [layer.weight for layer in by_file] == [1e6, *[1.0] * (len(layers) - 1)]
+    assert by_file.layers[0].rank == by_file.layers[0].cap
+    for wrong, message in (
+        ({"nothing": 1.0}, "nothing is no layer"),
+        ({layers[0]: 1.0}, "have no weight"),
+        ({layers[0]: -1.0}, "from 0 up"),
+        ({layers[0]: float("inf"), "default": 1}, "from 0 up"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            lora_diag.allocate(SPECTRA, params=2000, weights=wrong)
+    (tmp_path / "w.json").write_text("[1]")
+    with pytest.raises(InputError, match="not an object"):
+        lora_diag.allocate(SPECTRA, params=2000, weights=tmp_path / "w.json")
+
+
+def test_a_layer_of_weight_zero_gets_no_rank():
+    found = lora_diag.allocate(SPECTRA, params=10**6, weights={SPECTRA.layers[0].layer: 0.0, "default": 1.0})
+    assert [layer.rank == 0 for layer in found] == [True, *[False] * (len(found) - 1)]
+    assert found.whole[0].kept == found.whole[0].bound
+    with pytest.raises(UsageError, match="nothing to keep"):
+        lora_diag.allocate(SPECTRA, params=2000, weights={"default": 0.0})
+
+
+def test_spectra_of_gradients_are_marked():
+    spectra = results(record("a.weight", (8, 8), np.ones(8), source="gradients"))
+    assert {layer.source for layer in lora_diag.allocate(spectra, params=64)} == {"gradients"}
+
+
+def test_nothing_else_is_overwritten(tmp_path):
+    found = lora_diag.allocate(SPECTRA, params=2000)
+    for name, content in (("config.json", '{"model_type": "llama"}'), ("notes.jsonl", "{}\n"), ("x.json", "[")):
+        (tmp_path / name).write_text(content)
+        with pytest.raises(UsageError, match="--overwrite"):
+            write_allocation(found, tmp_path / name)
+        assert (tmp_path / name).read_text() == content
+    with pytest.raises(UsageError, match=r"name it \.json"):
+        write_allocation(found, tmp_path / "adapter")
+    with pytest.raises(InputError, match="cannot be written"):
+        write_allocation(found, tmp_path / "no/such/folder/adapter_config.json")
+    write_allocation(found, tmp_path / "adapter_config.json")
+    write_allocation(found, tmp_path / "adapter_config.json", scaling=1.0)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert config["lora_alpha"] == config["r"]
+
+
+def test_every_layer_has_its_policies():
+    found = rank_table(SPECTRA)
+    assert [item.layer for item in found] == [r.layer for r in SPECTRA]
+    assert all(item.ranks["energy 90%"] == r.rank_at["0.9"] for item, r in zip(found, SPECTRA, strict=True))

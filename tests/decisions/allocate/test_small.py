@@ -1,0 +1,106 @@
+"""Amounts in words, bytes per parameter, and the rules for a single layer's rank."""
+
+import math
+
+import numpy as np
+import pytest
+
+from lora_diag.decisions.allocate.policies import policies
+from lora_diag.decisions.memory import Training
+from lora_diag.decisions.targets import why_no_target
+from lora_diag.errors import UsageError
+from lora_diag.metrics.thresholds import gavish_donoho, hard_threshold, knee
+from lora_diag.running.amounts import read_bytes, read_count, read_share
+from tests.decisions.allocate.records import record
+from tests.oracles import effective_rank
+
+
+@pytest.mark.parametrize(
+    ("words", "value"),
+    [("10M", 10**7), ("8388608", 8388608), ("1.5B", 15 * 10**8), ("0.1k", 100), ("1_000", 1000), (" 2 m ", 2 * 10**6)],
+)
+def test_counts(words, value):
+    assert read_count(words, "--params") == value
+
+
+@pytest.mark.parametrize("words", ["", "M", "-1M", "1e6", "10MB", "10X", "0", "nan", "inf", "1,000", "1_0", "٣M"])
+def test_what_is_no_count(words):
+    with pytest.raises(UsageError, match="--params"):
+        read_count(words, "--params")
+
+
+@pytest.mark.parametrize(("words", "value"), [("2GB", 2 * 10**9), ("1GiB", 2**30), ("1.5mb", 1_500_000), ("7B", 7)])
+def test_sizes(words, value):
+    assert read_bytes(words, "--memory") == value
+
+
+@pytest.mark.parametrize("words", ["2", "2G", "GB", "-2GB", "0GB", "2 G B"])
+def test_what_is_no_size(words):
+    with pytest.raises(UsageError, match="--memory"):
+        read_bytes(words, "--memory")
+
+
+@pytest.mark.parametrize("value", [0.0, -0.1, 1.1, 90.0, math.nan, math.inf])
+def test_what_is_no_share(value):
+    with pytest.raises(UsageError, match="--energy"):
+        read_share(value, "--energy")
+
+
+def test_bytes_of_a_parameter():
+    assert Training("adamw", "float32").bytes_per_param == 4 + 4 + 4 + 4
+    assert Training("adamw8bit", "bfloat16").bytes_per_param == 2 + 2 + 2 * (1 + 4 / 256)
+    assert Training("sgd_momentum", "float16").bytes_per_param == 2 + 2 + 4
+
+
+@pytest.mark.parametrize(("beta", "value"), [(0.05, 1.5194), (0.1, 1.6089), (0.5, 2.1711), (1.0, 2.8582)])
+def test_the_hard_threshold_is_that_of_the_paper(beta, value):
+    """Gavish and Donoho 2014, table IV."""
+    assert hard_threshold(beta) == pytest.approx(value, abs=3e-4)
+
+
+@pytest.mark.parametrize("shape", [(200, 200), (100, 400), (400, 100)])
+def test_the_hard_threshold_finds_a_planted_rank_in_noise_of_unknown_level(shape):
+    rng = np.random.default_rng(0)
+    noise = rng.standard_normal(shape) * 0.03
+    u, _, vh = np.linalg.svd(rng.standard_normal(shape), full_matrices=False)
+    planted = noise + (u[:, :5] * 4.0) @ vh[:5]
+    assert gavish_donoho(np.linalg.svd(planted, compute_uv=False), shape) == 5
+    assert gavish_donoho(np.linalg.svd(noise, compute_uv=False), shape) == 0
+
+
+def test_the_knee_is_where_the_curve_leaves_its_chord_most():
+    curve = np.cumsum([10, 8, 6, *[0.1] * 17])
+    curve = curve / curve[-1]
+    above = [c - (r + 1) / 20 * curve[-1] for r, c in enumerate(curve)]
+    assert knee(curve) == int(np.argmax(above)) + 1 == 3
+    assert knee(np.linspace(0.1, 1.0, 10)) == 0
+
+
+def test_policies_of_a_full_spectrum_and_what_a_truncated_one_does_not_say():
+    s = np.array([8.0, 4.0, 2.0, 1.0, 0.5, 0.5, 0.5, 0.5])
+    full = policies(record("a.weight", (8, 8), s, signal=4)).ranks
+    assert full["energy 90%"] == 2
+    assert full["effective"] == math.ceil(effective_rank(s))
+    assert full["signal"] == 4
+    # ω(1)·median = 2.858 · 0.75 = 2.14
+    assert full["Gavish–Donoho"] == 2
+    cut = policies(record("a.weight", (8, 8), s[:3], fro=10.0)).ranks
+    assert (cut["knee"], cut["effective"], cut["Gavish–Donoho"], cut["signal"]) == (None, None, None, None)
+    still = policies(record("a.weight", (8, 8), np.zeros(8), signal=0)).ranks
+    assert (still["energy 90%"], still["knee"], still["Gavish–Donoho"]) == (0, None, None)
+
+
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("visual.register_tokens", "not the weight of a layer"),
+        ("visual.attn.relative_position_bias_table", "not the weight of a layer"),
+        ("model.layers.0.temporal_block.conv_1d.weight", "a convolution in groups"),
+        ("model.layers.0.conv.conv.weight", "a convolution in groups"),
+        ("model.layers.0.conv.in_proj.weight", ""),
+    ],
+)
+def test_what_is_no_usual_target(name, why):
+    told = why_no_target(name, None, None)
+    assert told.startswith(why)
+    assert bool(told) == bool(why)

@@ -1,0 +1,229 @@
+"""Factors that are best in E‖(ΔW − BA)x‖²: no other of their rank is better, on the inputs themselves."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+import lora_diag
+from lora_diag.checkpoints import open_checkpoint
+from lora_diag.decisions.extract.measure import ExtractionSettings, Layer, Rank, extract
+from lora_diag.deltas import Side, pair
+from lora_diag.errors import UsageError
+from lora_diag.layers.metric import Moments, Weighting
+from tests import oracles
+from tests.conftest import ROOT
+from tests.decisions.extract.test_measure import Kept, layer_of
+from tests.probes.making import gpt2, moved, some_text, tensors
+
+SAMPLES = ROOT / "sample_checkpoints"
+
+
+def weighting(folder, x, on_rows):
+    """Store E[xxᵀ] of inputs in the columns of x in float64, so that the file is exact."""
+    c = torch.tensor(x @ x.T / x.shape[1])
+    save_file({"q_proj.weight": c}, folder / "c.safetensors")
+    return Weighting(Moments(Side(open_checkpoint(folder / "c.safetensors"), "q_proj.weight"), len(c), on_rows))
+
+
+def loss(change, product, x, on_rows):
+    """The mean square error of a linear layer whose weight is off by ``change − product``."""
+    gap = change - product
+    return float((((gap.T if on_rows else gap) @ x) ** 2).sum() / x.shape[1])
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    rows=st.integers(1, 10), columns=st.integers(1, 10), rank=st.integers(1, 6), seen=st.integers(1, 20),
+    on_rows=st.booleans(), transposed=st.booleans(), seed=st.integers(0, 999),
+)  # fmt: skip
+def test_no_factors_of_a_rank_have_a_smaller_error_in_the_output(
+    tmp_path_factory, rows, columns, rank, seen, on_rows, transposed, seed
+):
+    folder, rng = tmp_path_factory.mktemp("x"), np.random.default_rng(seed)
+    layer, real = layer_of(rng.standard_normal((rows, columns)), folder, Rank(rank), transposed)
+    n = rows if on_rows else columns
+    x = rng.standard_normal((n, seen)) * np.linspace(0.1, 3, n)[:, None]  # with few inputs, C is singular
+    kept = Kept()
+    weighed = replace(layer, weighting=weighting(folder, x, on_rows))
+    record = extract(weighed, ExtractionSettings(), kept)
+    b, a = kept.b.double().numpy(), kept.a.double().numpy()
+    product = (b @ a).T if transposed else b @ a
+    whole = loss(real, 0, x, on_rows)
+    found = loss(real, product, x, on_rows)
+    weighed = oracles.square_root(x @ x.T / seen) @ real if on_rows else real @ oracles.square_root(x @ x.T / seen)
+    s = np.linalg.svd(weighed, compute_uv=False)
+    floor = (s[rank:] ** 2).sum()
+    assert record.data.fro**2 == pytest.approx(whole, rel=1e-6)
+    assert record.data.epsilon**2 == pytest.approx(found / whole, rel=1e-5, abs=1e-6)
+    assert found == pytest.approx(floor, rel=1e-5, abs=1e-6 * whole)
+    assert record.data.epsilon_min**2 == pytest.approx(floor / whole, rel=1e-5, abs=1e-6)
+    assert record.data.kept == pytest.approx(1 - floor / whole, abs=1e-6)
+    assert record.epsilon == pytest.approx(np.linalg.norm(real - product) / np.linalg.norm(real), rel=1e-5, abs=1e-6)
+    assert record.epsilon >= record.epsilon_min - 1e-6
+    others = [oracles.best_approximation(real, rank)]
+    for _ in range(3):
+        others.append(rng.standard_normal((rows, rank)) @ rng.standard_normal((rank, columns)))
+        nearby = product + 0.01 * rng.standard_normal(product.shape)
+        others.append(oracles.best_approximation(nearby, rank))
+    assert all(loss(real, other, x, on_rows) >= found - 1e-6 * whole for other in others)
+
+
+def test_the_bound_has_the_rounding_of_the_stored_moments(tmp_path):
+    layer, _ = layer_of(np.random.default_rng(0).standard_normal((8, 6)), tmp_path, Rank(2))
+    save_file({"q_proj.weight": torch.eye(6).bfloat16()}, tmp_path / "c.safetensors")
+    moments = Moments(Side(open_checkpoint(tmp_path / "c.safetensors"), "q_proj.weight"), 6, False)
+    record = extract(replace(layer, weighting=Weighting(moments)), ExtractionSettings(), Kept())
+    assert 2**-8 < record.data.energy_error < 0.1  # bf16's roundoff times ‖C‖_F, above and below the line
+
+
+def test_signal_holds_the_update_against_the_rounding_in_the_same_metric(tmp_path):
+    """With C = α²·1 both sizes shrink by α, so that as many singular values stand above the edge as without C."""
+    rng = torch.Generator().manual_seed(0)
+    base = (torch.randn(128, 96, generator=rng) * 0.02).bfloat16()
+    planted = torch.tensor(oracles.with_spectrum(np.array([0.5, 0.4, 0.3]), 128, 96, seed=0), dtype=torch.float32)
+    for name, weight in (("base", base), ("tuned", (base.float() + planted).bfloat16())):
+        save_file({"q_proj.weight": weight}, tmp_path / f"{name}.safetensors")
+    delta = pair(*(open_checkpoint(tmp_path / f"{name}.safetensors") for name in ("base", "tuned"))).deltas[0]
+    small = weighting(tmp_path, np.eye(96) * 1e-3, on_rows=False)
+    layer = Layer(delta, "q_proj", "linear", False, Rank(signal=True), weighting=small)
+    assert extract(layer, ExtractionSettings(), Kept()).rank == 3
+
+
+def test_the_error_of_a_real_layer_is_what_was_predicted(tmp_path):
+    """The issue's linear-layer MSE: predicted from C before, measured on every input after, to 1e-6."""
+    rng = np.random.default_rng(0)
+    layer, real = layer_of(rng.standard_normal((40, 24)) * 0.01, tmp_path, Rank(5))
+    x = rng.standard_normal((24, 500)) * np.geomspace(0.01, 10, 24)[:, None] + 1.0
+    kept = Kept()
+    weighed = replace(layer, weighting=weighting(tmp_path, x, False))
+    record = extract(weighed, ExtractionSettings(), kept)
+    error = (real - kept.b.double().numpy() @ kept.a.double().numpy()) @ x
+    measured = (error**2).sum() / 500
+    predicted = (record.data.epsilon * record.data.fro) ** 2
+    assert predicted == pytest.approx(measured, rel=1e-6)
+    assert (record.data.epsilon_min * record.data.fro) ** 2 == pytest.approx(measured, rel=1e-4)
+    plain = extract(layer, ExtractionSettings(), Kept())
+    best = loss(real, oracles.best_approximation(real, 5), x, False)
+    assert measured < 0.9 * best
+    assert plain.data is None
+
+
+@pytest.mark.parametrize("rule", [{"energy": 0.7}, {"params": 300}, {"rank": 3}])
+def test_factors_alone_are_compressed_in_the_metric_too(tmp_path, rule):
+    base = gpt2(tmp_path / "base")
+    tuned = moved(base, tmp_path / "tuned")
+    big = tmp_path / "big"
+    lora_diag.extract(base, tuned, big, rank=12, layers="c_fc")
+    file = tmp_path / "a.safetensors"
+    lora_diag.probe_activations(base, some_text(tmp_path), file)
+    found = lora_diag.extract(base, big, tmp_path / "small", activations=file, **rule)
+    stored = {name: value.double().numpy() for name, value in load_file(big / "adapter_model.safetensors").items()}
+    for record in found:
+        key = "base_model.model." + record.layer.removesuffix(".weight")
+        d = stored[f"{key}.lora_B.weight"] @ stored[f"{key}.lora_A.weight"]  # (out, in) as PEFT has it
+        c = load_file(file)[record.layer].double().numpy()
+        s = np.linalg.svd(d @ oracles.square_root(c), compute_uv=False)
+        assert record.data.fro == pytest.approx(np.linalg.norm(s), rel=1e-5)
+        assert record.data.kept == pytest.approx(oracles.energy_at(s, record.rank), abs=1e-5)
+        assert record.data.epsilon == pytest.approx(record.data.epsilon_min, rel=1e-3)
+        if "energy" in rule:
+            assert record.rank == oracles.rank_at(s, rule["energy"])
+
+
+def test_the_adapter_that_is_written_is_the_one_that_is_told(tmp_path, loradiag):
+    file = tmp_path / "a.safetensors"
+    text = some_text(tmp_path, windows=4)
+    lora_diag.probe_activations(SAMPLES / "full_ft", text, file, length=32, layers=r"layers\.0\.")
+    words = ("extract", SAMPLES / "base", SAMPLES / "full_ft", "--rank", 4, "--layers", r"layers\.[01]\.mlp")
+    ran = loradiag(*words, "--activations", file, "-o", tmp_path / "new")
+    assert ran.code == 0, ran.err
+    assert "Chosen for the outputs" in ran.out
+    assert "Without activations" in ran.out
+    assert f"--activations {file}" in (tmp_path / "new" / "README.md").read_text()
+    assert "extracted from" in (tmp_path / "new" / "README.md").read_text()
+    assert "full_ft`" in (tmp_path / "new" / "README.md").read_text().split("extracted from")[1][:200]
+    records = lora_diag.read_results(tmp_path / "new" / "extraction.jsonl").layers
+    assert {".0." in record.layer for record in records if record.data} == {True}
+    assert {".1." in record.layer for record in records if not record.data} == {True}
+    factors = load_file(tmp_path / "new" / "adapter_model.safetensors")
+    before, after = tensors(SAMPLES / "base"), tensors(SAMPLES / "full_ft")
+    for record in records:
+        key = "base_model.model." + record.layer.removesuffix(".weight")
+        product = (factors[f"{key}.lora_B.weight"].double() @ factors[f"{key}.lora_A.weight"].double()).numpy()
+        d = after[record.layer] - before[record.layer]
+        assert record.epsilon == pytest.approx(np.linalg.norm(d - product) / np.linalg.norm(d), rel=1e-5)
+        if record.data:
+            c = load_file(file)[record.layer].double().numpy()
+            gap = np.sqrt(np.trace((d - product) @ c @ (d - product).T) / np.trace(d @ c @ d.T))
+            assert record.data.epsilon == pytest.approx(gap, rel=1e-4)
+
+
+def test_k_fac_needs_recorded_gradients_and_says_what_it_did(tmp_path, loradiag):
+    base, file = gpt2(tmp_path / "base"), tmp_path / "a.safetensors"
+    tuned, text = moved(base, tmp_path / "tuned"), some_text(tmp_path)
+    lora_diag.probe_activations(tuned, text, file)
+    for more in ({}, {"activations": file}):
+        with pytest.raises(UsageError, match="--kfac: needs --activations FILE"):
+            lora_diag.extract(base, tuned, tmp_path / "out", rank=2, kfac=True, **more)
+    both = tmp_path / "b.safetensors"
+    lora_diag.probe_activations(tuned, text, both, gradients=True)
+    ran = loradiag("extract", base, tuned, "--rank", 2, "--activations", both, "--kfac", "-o", tmp_path / "new")
+    assert ran.code == 0, ran.err
+    assert "by K-FAC" in ran.out
+    assert "--kfac" in (tmp_path / "new" / "README.md").read_text()
+    records = lora_diag.read_results(tmp_path / "new" / "extraction.jsonl").layers
+    assert {record.data.metric for record in records if record.data} == {"kfac"}
+    for record in records:
+        if record.data:
+            assert record.data.epsilon == pytest.approx(record.data.epsilon_min, rel=1e-3)
+
+
+def test_an_update_that_the_text_never_sees_gets_no_factors(tmp_path):
+    layer, _ = layer_of(np.eye(6)[:, :1] @ np.eye(6)[:1], tmp_path, Rank(2))
+    x = np.ones((6, 3))
+    x[0] = 0
+    weighed = replace(layer, weighting=weighting(tmp_path, x, False))
+    left_out = extract(weighed, ExtractionSettings(), Kept())
+    assert left_out.reason == "rank_0"
+    assert "changes nothing in its output" in left_out.detail
+    assert left_out.fro == pytest.approx(1, rel=1e-5)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    rows=st.integers(1, 8),
+    columns=st.integers(1, 8),
+    rank=st.integers(1, 4),
+    seen=st.integers(1, 12),
+    on_rows=st.booleans(),
+    seed=st.integers(0, 999),
+)
+def test_no_factors_of_a_rank_are_nearer_by_k_fac(tmp_path_factory, rows, columns, rank, seen, on_rows, seed):
+    folder, rng = tmp_path_factory.mktemp("x"), np.random.default_rng(seed)
+    layer, real = layer_of(rng.standard_normal((rows, columns)), folder, Rank(rank))
+    x, g = (rng.standard_normal((n, seen)) for n in ((rows, columns) if on_rows else (columns, rows)))
+    save_file({"g": torch.tensor(g @ g.T / seen)}, folder / "g.safetensors")
+    inputs = weighting(folder, x, on_rows).inputs
+    gradients = Moments(Side(open_checkpoint(folder / "g.safetensors"), "g"), len(g), not on_rows)
+    kept = Kept()
+    record = extract(replace(layer, weighting=Weighting(inputs, gradients)), ExtractionSettings(), kept)
+    c, k = oracles.square_root(x @ x.T / seen), oracles.square_root(g @ g.T / seen)
+
+    def gap(product):
+        d = real - product
+        return np.linalg.norm(c @ d @ k if on_rows else k @ d @ c)
+
+    s = np.linalg.svd(c @ real @ k if on_rows else k @ real @ c, compute_uv=False)
+    product = kept.b.double().numpy() @ kept.a.double().numpy()
+    floor = np.sqrt((s[rank:] ** 2).sum())
+    assert record.data.metric == "kfac"
+    assert gap(product) == pytest.approx(floor, rel=1e-3, abs=1e-4 * s[0])
+    assert record.data.epsilon * record.data.fro == pytest.approx(gap(product), rel=1e-3, abs=1e-5 * s[0])
+    for _ in range(3):
+        other = rng.standard_normal((rows, rank)) @ rng.standard_normal((rank, columns))
+        assert gap(other) >= floor - 1e-9

@@ -1,0 +1,157 @@
+"""A baseline is never fallen behind unnoticed, and never loosened."""
+
+import json
+from datetime import date
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import lora_diag
+from lora_diag.decisions.gate.reading import read_policy
+from lora_diag.decisions.gate.record import outcome
+from lora_diag.decisions.gate.run import gate
+from lora_diag.errors import InputError, UsageError
+from tests.decisions.gate.making import LAYERS, residual, write
+
+TODAY = date(2026, 11, 25)
+INPUTS = (("base", "b"), ("adapter", "a"))
+
+
+def policy(more: str = "", worse: str = "higher", tolerance: str = "0.1"):
+    text = f'[[baseline]]\nfield = "residual.epsilon"\nworse = "{worse}"\ntolerance = {tolerance}\n{more}'
+    return read_policy("p.toml", text)
+
+
+def file(path, epsilons, adapter="a", names=LAYERS, **changes):
+    records = [residual(name, adapter, e, **changes) for name, e in zip(names, epsilons, strict=False)]
+    return write(path, records, inputs=(("base", "b"), ("adapter", adapter)))
+
+
+def compare(tmp_path, now, before, rules=None, **more):
+    new, main = file(tmp_path / "new.jsonl", now), file(tmp_path / "main.jsonl", before)
+    return gate(rules or policy(), new, baseline=main, today=TODAY, **more)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.lists(st.tuples(st.integers(0, 30), st.integers(0, 30)), min_size=1, max_size=5),
+    st.integers(0, 10),
+    st.sampled_from(["higher", "lower"]),
+    st.booleans(),
+)
+def test_a_layer_fails_where_it_is_worse_by_more_than_the_tolerance(
+    tmp_path_factory, pairs, tolerance, worse, relative
+):
+    now, before = ([pair[i] / 8 for pair in pairs] for i in range(2))
+    rules = policy(worse=worse, tolerance=f'"{tolerance}%"' if relative else str(tolerance / 8))
+    verdicts = compare(tmp_path_factory.mktemp("b"), now, before, rules).whole
+    expected = []
+    for a, b in zip(now, before, strict=True):
+        room = tolerance / 100 * b if relative else tolerance / 8
+        expected.append("passed" if (a <= b + room if worse == "higher" else a >= b - room) else "failed")
+    assert [v.status for v in verdicts if v.rule == "baseline.residual.epsilon"] == expected
+
+
+def test_a_rerun_whose_adapter_lies_elsewhere_is_compared_by_its_place(tmp_path):
+    new = file(tmp_path / "new.jsonl", [0.5, 0.9], adapter="runs/2/adapter")
+    main = file(tmp_path / "main.jsonl", [0.5, 0.5], adapter="runs/1/adapter")
+    results = gate(policy(), new, baseline=main, today=TODAY)
+    assert [v.status for v in results.whole if v.rule.startswith("baseline")] == ["passed", "failed"]
+    assert "(0.5 in the baseline)" in results.whole[-1].allowed
+
+
+def test_a_layer_that_is_gone_fails_and_a_new_one_is_open(tmp_path):
+    gone = compare(tmp_path, [0.5], [0.5, 0.5])
+    assert outcome(gone.whole) == "failed"
+    assert [(v.rule, v.layer) for v in gone.whole if v.status == "failed"] == [("missing", LAYERS[1])]
+    new = compare(tmp_path, [0.5, 0.5], [0.5])
+    assert outcome(new.whole) == "inconclusive"
+    assert [v.layer for v in new.whole if v.status == "inconclusive"] == [LAYERS[1]]
+
+
+def test_nulls_on_either_side_are_open(tmp_path):
+    for now, before in (([None], [0.5]), ([0.5], [None])):
+        assert outcome(compare(tmp_path, now, before).whole) == "inconclusive"
+
+
+def test_a_baseline_with_two_records_in_one_place_is_open(tmp_path):
+    """The worse of the two last: comparing with it would let a regression pass."""
+    new = file(tmp_path / "new.jsonl", [0.7])
+    twice = [residual(LAYERS[0], "a", 0.5), residual(LAYERS[0], "a", 0.9)]
+    main = write(tmp_path / "main.jsonl", twice, inputs=INPUTS)
+    results = gate(policy(), new, baseline=main, today=TODAY)
+    assert outcome(results.whole) == "inconclusive"
+    assert any("told apart by nothing" in verdict.message for verdict in results.whole)
+
+
+def test_a_policy_with_a_baseline_needs_one_and_the_other_way_round(tmp_path):
+    new = file(tmp_path / "new.jsonl", [0.5])
+    assert outcome(gate(policy(), new, today=TODAY).whole) == "inconclusive"
+    rules = read_policy("p.toml", '[[rule]]\nname = "r"\nrequire = "epsilon <= 1"')
+    with pytest.raises(UsageError, match="nothing would be compared"):
+        gate(rules, new, baseline=new, today=TODAY)
+    with pytest.raises(UsageError, match="--ratchet"):
+        gate(rules, new, ratchet=True, today=TODAY)
+
+
+def test_an_unfinished_baseline_is_none(tmp_path):
+    new = file(tmp_path / "new.jsonl", [0.5])
+    main = write(tmp_path / "main.jsonl", [residual(LAYERS[0], "a", 0.5)], inputs=INPUTS, finished=False)
+    with pytest.raises(InputError, match="no baseline"):
+        gate(policy(), new, baseline=main, today=TODAY)
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.lists(st.tuples(*[st.integers(0, 8)] * 4), min_size=1, max_size=5), st.integers(0, 4))
+def test_a_ratchet_never_loosens(tmp_path_factory, layers, tolerance):
+    """Two fields are compared; a stored record is exchanged only for one that is better in one and worse in none."""
+    folder = tmp_path_factory.mktemp("r")
+    rules = read_policy(
+        "p.toml",
+        f'[[baseline]]\nfield = "residual.epsilon"\nworse = "higher"\ntolerance = {tolerance / 8}\n'
+        f'[[baseline]]\nfield = "residual.column_space.overlap"\nworse = "lower"\ntolerance = {tolerance / 8}\n',
+    )
+
+    def space(overlap):
+        return {"cosines": [], "overlap": overlap, "random": 0.1}
+
+    def records(i, adapter):
+        pairs = zip(LAYERS, layers, strict=False)
+        return [residual(name, adapter, new[i] / 8, column_space=space(new[i + 2] / 8)) for name, new in pairs]
+
+    new = write(folder / "new.jsonl", records(0, "x"), inputs=(("base", "b"), ("adapter", "x")))
+    main = write(folder / "main.jsonl", records(1, "a"), inputs=INPUTS)
+    before = list(lora_diag.read_results(main))
+    came_to = outcome(gate(rules, new, baseline=main, ratchet=True, today=TODAY).whole)
+    after = list(lora_diag.read_results(main))
+    assert [record.layer for record in after] == [record.layer for record in before]
+    for old, now, (e_new, e_old, c_new, c_old) in zip(before, after, layers, strict=False):
+        better = e_new <= e_old and c_new >= c_old and (e_new, c_new) != (e_old, c_old)
+        wanted = (e_new / 8, space(c_new / 8)) if better and came_to == "passed" else (e_old / 8, space(c_old / 8))
+        assert (now.epsilon, now.column_space.model_dump(mode="json")) == wanted
+        assert (now.adapter, old.adapter) == ("a", "a")
+    if came_to == "passed":
+        assert outcome(gate(rules, new, baseline=main, today=TODAY).whole) == "passed"
+
+
+def test_a_ratchet_of_a_failed_gate_leaves_the_file_as_it_is(tmp_path):
+    main = file(tmp_path / "main.jsonl", [0.5, 0.5])
+    content = main.read_bytes()
+    new = file(tmp_path / "new.jsonl", [0.1, 0.9])
+    assert outcome(gate(policy(), new, baseline=main, ratchet=True, today=TODAY).whole) == "failed"
+    assert main.read_bytes() == content
+
+
+def test_ratchet_refuses_a_link_and_leaves_nothing_beside(tmp_path):
+    (tmp_path / "store").mkdir()
+    main = file(tmp_path / "store" / "main.jsonl", [0.5, 0.5])
+    link = tmp_path / "link.jsonl"
+    link.symlink_to(main)
+    new = file(tmp_path / "new.jsonl", [0.4, 0.5])
+    with pytest.raises(UsageError, match=r"link\.jsonl: is a symbolic link"):
+        gate(policy(), new, baseline=link, ratchet=True, today=TODAY)
+    gate(policy(), new, baseline=main, ratchet=True, today=TODAY)
+    assert [record.epsilon for record in lora_diag.read_results(main)] == [0.4, 0.5]
+    assert sorted(path.name for path in (tmp_path / "store").iterdir()) == ["main.jsonl"]
+    assert json.loads(main.read_text().splitlines()[-1])["layers"] == 2

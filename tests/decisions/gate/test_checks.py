@@ -1,0 +1,131 @@
+"""Built-in checks: each finds its fault, and nothing else does."""
+
+from datetime import date
+
+import pytest
+
+from lora_diag.decisions.gate.reading import read_policy
+from lora_diag.decisions.gate.ready import ready_policy
+from lora_diag.decisions.gate.record import outcome
+from lora_diag.decisions.gate.run import gate
+from lora_diag.errors import NothingComparedError
+from tests.decisions.gate.making import LAYERS, left_out, residual, spectrum, write
+
+TODAY = date(2026, 11, 25)
+ADAPTER = (("base", "b"), ("adapter", "a"))
+
+
+def found(path, policy="[checks]\n"):
+    verdicts = gate(read_policy("p.toml", policy), path, today=TODAY).whole
+    made = {"inputs", "complete", "base"}  # of results made by hand, whose inputs are nowhere and have no names
+    told = [v for v in verdicts if v.status != "passed" and (v.status, v.rule in made) != ("not judged", True)]
+    bad = [(v.rule, v.layer, v.status) for v in told]
+    return outcome(verdicts), bad
+
+
+def test_sound_results_pass_every_check(tmp_path):
+    path = write(tmp_path / "r.jsonl", [spectrum(name, method="factored") for name in LAYERS], inputs=ADAPTER)
+    assert found(path) == ("passed", [])
+
+
+@pytest.mark.parametrize(("about", "role"), [("adapter", "tuned"), ("tuned", "adapter")])
+def test_a_policy_is_open_without_results_of_what_it_is_about(tmp_path, about, role):
+    records = [spectrum(name, method="factored") for name in LAYERS]
+    others = write(tmp_path / "others.jsonl", records, inputs=(("base", "b"), (role, "x")))
+    policy = f'about = "{about}"\n[checks]\n'
+    assert found(others, policy) == ("inconclusive", [("about", None, "inconclusive")])
+    own = write(tmp_path / "own.jsonl", records, inputs=(("base", "b"), (about, "x")))
+    assert found(own, policy) == ("passed", [])
+    assert outcome(gate(read_policy("p.toml", policy), others, own, today=TODAY).whole) == "passed"
+
+
+def test_a_full_fine_tune_is_no_sound_adapter(tmp_path):
+    """The ready policy asks for an adapter; among its rules alone, those of a good fine-tune all hold."""
+    records = [spectrum(name) for name in LAYERS]
+    verdicts = gate(ready_policy("adapter-basic"), write(tmp_path / "r.jsonl", records), today=TODAY).whole
+    assert {v.rule for v in verdicts if v.blocks} == {"about"}
+    assert outcome(verdicts) == "inconclusive"
+
+
+@pytest.mark.parametrize(
+    ("name", "record", "lost", "inputs", "comes_to"),
+    [
+        ("non_finite", None, left_out("x.weight", "non_finite"), (), "failed"),
+        ("mismatch", None, left_out("x.weight", "not_in_base"), ADAPTER, "failed"),
+        ("mismatch", None, left_out("x.weight", "shape_differs"), ADAPTER, "failed"),
+        ("mismatch", None, left_out("x.weight", "needs_base"), ADAPTER, "failed"),
+        ("dead", spectrum("x.weight", s=(0.0, 0.0)), None, ADAPTER, "failed"),
+        ("unused_rank", spectrum("x.weight", s=(4.0, 3.0, 1e-7), method="factored"), None, ADAPTER, "passed"),
+        ("spike", spectrum("x.weight", s=(9.0, 1.0)), None, (), "passed"),
+        ("spike", spectrum("x.weight", base_fro=3.9), None, (), "passed"),
+        ("unresolved", spectrum("x.weight", verdict="unresolved"), None, (), "passed"),
+    ],
+)
+def test_each_fault_is_found_by_its_check_alone(tmp_path, name, record, lost, inputs, comes_to):
+    records = [record] if record else []
+    if not record or record["record"] == "spectrum":
+        records = [spectrum(LAYERS[0], method="factored"), *records]
+    path = write(
+        tmp_path / "r.jsonl", records, [lost] if lost else [], inputs=inputs or (("base", "b"), ("tuned", "t"))
+    )
+    status = "failed" if comes_to == "failed" else "warned"
+    assert found(path) == (comes_to, [(name, "x.weight", status)])
+    if name not in {"non_finite", "finished"}:
+        assert found(path, f'[checks]\n{name} = "off"') == ("passed", [])
+        assert found(path, f'[checks]\n{name} = "error"')[0] == "failed"
+
+
+def test_a_dead_adapter_among_residuals_is_found(tmp_path):
+    """A layer that has factors and no update; an adapter without factors (IA3, norms) only where it changes nothing."""
+    alive = residual(LAYERS[0], "a", 0.5)
+    for dead, wanted in (
+        (residual(LAYERS[1], "a", 1.0, adapter_fro=0.0), [("dead", LAYERS[1], "failed")]),
+        (residual(LAYERS[1], "a", 1.0, adapter_fro=0.0, rank=None), []),
+    ):
+        assert found(write(tmp_path / "r.jsonl", [alive, dead], inputs=ADAPTER))[1] == wanted
+    nothing = [residual(name, "a", 1.0, adapter_fro=0.0, rank=None) for name in LAYERS]
+    assert found(write(tmp_path / "r.jsonl", nothing, inputs=ADAPTER)) == ("failed", [("dead", None, "failed")])
+
+
+def test_what_is_no_fault(tmp_path):
+    """A frozen layer of a full fine-tune, a rank-1 adapter, an adapter that leaves a layer alone."""
+    pair = [spectrum(LAYERS[0]), spectrum(LAYERS[1], s=(0.0, 0.0))]
+    assert found(write(tmp_path / "a.jsonl", pair)) == ("passed", [])
+    one = [spectrum(LAYERS[0], s=(4.0,), method="factored")]
+    assert found(write(tmp_path / "b.jsonl", one, inputs=ADAPTER)) == ("passed", [])
+    alone = [residual(LAYERS[0], "a", 1.0, rank=0, adapter_fro=0.0), residual(LAYERS[1], "a", 0.5)]
+    assert found(write(tmp_path / "c.jsonl", alone, inputs=ADAPTER)) == ("passed", [])
+
+
+def test_a_pair_in_which_nothing_moved_fails(tmp_path):
+    path = write(tmp_path / "r.jsonl", [spectrum(name, s=(0.0, 0.0)) for name in LAYERS])
+    assert found(path) == ("failed", [("dead", None, "failed")])
+
+
+def test_the_limit_of_a_spike_is_the_policys(tmp_path):
+    path = write(tmp_path / "r.jsonl", [spectrum(LAYERS[0], s=(2.0, 1.0))])  # 0.8
+    assert found(path)[1] == []
+    assert found(path, "[checks]\nspike_above = 0.79")[1] == [("spike", LAYERS[0], "warned")]
+    verdicts = gate(read_policy("p.toml", "[checks]\nspike_above = 0.79"), path, today=TODAY).whole
+    (spike,) = [v for v in verdicts if v.rule == "spike"]
+    assert (spike.measured, spike.allowed) == (pytest.approx(0.8), "spike <= 0.79")
+
+
+def test_an_unfinished_run_is_open_whatever_the_policy_says(tmp_path):
+    path = write(tmp_path / "r.jsonl", [spectrum(LAYERS[0])], finished=False)
+    assert found(path) == ("inconclusive", [("finished", None, "inconclusive")])
+
+
+def test_checks_alone_do_not_pass_results_that_they_do_not_look_at(tmp_path):
+    """A file of overlaps, say, given by mistake: exit code 4, and with a rule for it the checks say nothing."""
+    record = {"record": "overlap", "layer": LAYERS[0], "shape": [4, 4], "step": 0, "rank": 2, "gradient_fro": 1.0}
+    record |= dict.fromkeys(("kappa", "tangent", "left", "right"), 0.5)
+    record |= dict.fromkeys(("kappa_random", "tangent_random", "left_random", "right_random"), 0.1)
+    path = write(tmp_path / "o.jsonl", [record | {"method": "exact", "verdict": "resolved"}])
+    with pytest.raises(NothingComparedError, match="no rule for anything else"):
+        found(path)
+    came_to, bad = found(path, '[[rule]]\nname = "k"\nrequire = "kappa >= 0.4"')
+    assert came_to == "passed"
+    assert {(rule, status) for rule, _, status in bad} == {
+        (rule, "not judged") for rule in ("dead", "unused_rank", "spike", "unresolved")
+    }

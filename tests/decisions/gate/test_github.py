@@ -1,0 +1,107 @@
+"""Workflow commands as the runner parses them, and a step summary that GitHub does not drop."""
+
+import re
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lora_diag.decisions.gate.github import step_summary, workflow_commands
+from lora_diag.decisions.gate.model_card import BEGIN, END, model_card
+from tests.decisions.gate.gated import HOSTILE, ONE_OF_EACH, results, verdict
+
+UNESCAPED = (("%3A", ":"), ("%2C", ","), ("%0D", "\r"), ("%0A", "\n"), ("%25", "%"))
+
+
+def parsed(line: str) -> tuple[str, dict[str, str], str]:
+    """What the runner makes of a line (actions/runner, ActionCommand.cs): a command, its properties, its text."""
+    found = re.fullmatch(r"::(?P<command>\w+)(?: (?P<properties>.*?))?::(?P<text>.*)", line)
+    assert found, line
+    properties = dict(item.split("=", 1) for item in (found["properties"] or "").split(",") if item)
+
+    def unescape(text, pairs):
+        for code, char in pairs:
+            text = text.replace(code, char)
+        return text
+
+    return (
+        found["command"],
+        {key: unescape(value, UNESCAPED) for key, value in properties.items()},
+        unescape(found["text"], UNESCAPED[2:]),
+    )
+
+
+def test_failures_and_open_questions_are_errors_on_the_policys_lines():
+    found = [parsed(line) for line in workflow_commands(results(*ONE_OF_EACH))]
+    assert [command for command, _, _ in found] == ["error", "error", "error", "warning"]
+    assert found[0][1] == {"file": "gates/p.toml", "line": "7", "title": "loradiag gate: drift"}
+    assert "model.layers.2.mlp.up_proj: failed, measured 0.7" in found[0][2]
+    assert "file" not in found[3][1]
+
+
+def test_at_most_ten_of_a_kind_and_the_tenth_counts_the_rest():
+    many = [verdict(layer=f"l{i}.weight") for i in range(25)] + [
+        verdict("warned", layer=f"l{i}.weight") for i in range(10)
+    ]
+    found = [parsed(line) for line in workflow_commands(results(*many))]
+    assert [command for command, _, _ in found].count("error") == 10
+    assert [command for command, _, _ in found].count("warning") == 10
+    assert found[9][2].startswith("16 more")
+    assert found[-1][2].startswith("1 more")
+    nine = [parsed(line) for line in workflow_commands(results(*many[:9]))]
+    assert len(nine) == 9
+    assert not any("more" in text for _, _, text in nine)
+
+
+def test_no_rule_hides_behind_the_many_failures_of_another():
+    many = [verdict(layer=f"l{i}.weight") for i in range(25)] + [verdict(rule="rank", layer="x.weight")]
+    titles = [parsed(line)[1]["title"] for line in workflow_commands(results(*many))]
+    assert titles[:2] == ["loradiag gate: drift", "loradiag gate: rank"]
+
+
+@given(st.text(), st.text(min_size=1))
+def test_no_text_breaks_out_of_its_command(text, path):
+    lines = workflow_commands(results(verdict(layer=text, message=text, group=text), path=path))
+    assert len(lines) == 1
+    assert not re.search(r"[\r\n]", lines[0])
+    command, properties, _ = parsed(lines[0])
+    assert command == "error"
+    assert properties["file"] == path
+
+
+def test_a_policy_of_the_package_has_no_line_to_annotate():
+    (line,) = workflow_commands(results(verdict(), role="ready policy", path="merge"))
+    assert set(parsed(line)[1]) == {"title"}
+
+
+def test_the_step_summary_ends_before_github_drops_it():
+    many = [verdict(layer=f"model.layers.{i}.{'ü' * 200}.weight") for i in range(5000)]
+    text = step_summary(results(*many))
+    assert len(text.encode()) <= 900 * 1024
+    rows = text.count("\n| failed |")
+    assert re.search(r"\n(\d+) more are in the verdict records", text)[1] == str(5000 - rows)
+    short = step_summary(results(*ONE_OF_EACH))
+    assert "more are in" not in short
+    assert short.count("\n| ") == len(ONE_OF_EACH) + 2
+
+
+def test_a_hostile_name_is_one_cell():
+    text = step_summary(results(verdict(layer=HOSTILE)))
+    (row,) = [line for line in text.splitlines() if line.startswith("| failed")]
+    assert row.count("|") == 6
+    assert not re.search(r"[<>`*]", row)
+    text.encode("utf-8")
+
+
+def test_a_model_card_keeps_what_is_around_its_block():
+    card = model_card(results(*ONE_OF_EACH), "---\nlicense: mit\n---\n# Model\n")
+    assert card.startswith("---\nlicense: mit\n---\n# Model\n")
+    assert card.count(BEGIN) == card.count(END) == 1
+    assert "FAILED" in card
+    behind = card + "\n## After\n"
+    again = model_card(results(verdict("passed")), behind)
+    assert again.count(BEGIN) == 1
+    assert again.endswith("\n## After\n")
+    assert "PASSED" in again
+    assert "FAILED" not in again
+    assert model_card(results(verdict("passed")), again) == again
+    assert model_card(results(verdict("passed"))).startswith(BEGIN)

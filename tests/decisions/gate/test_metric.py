@@ -1,0 +1,118 @@
+"""Spectra in another metric than the weights': said in every verdict, chosen by ``where``, not compared with plain."""
+
+from datetime import date
+from xml.etree import ElementTree
+
+import pytest
+
+from lora_diag.catalog import read_results
+from lora_diag.decisions.gate.github import step_summary
+from lora_diag.decisions.gate.junit import junit
+from lora_diag.decisions.gate.reading import read_policy
+from lora_diag.decisions.gate.record import outcome
+from lora_diag.decisions.gate.run import gate, gate_init
+from lora_diag.decisions.gate.summary import verdict_table
+from lora_diag.errors import UsageError
+from tests.decisions.gate.making import LAYERS, left_out, spectrum, write
+
+TODAY = date(2026, 11, 25)
+RULE = '[[rule]]\nname = "r"\nrequire = "energy.4 >= {}"\n{}\n'
+BASELINE = '[[baseline]]\nfield = "energy.4"\nworse = "lower"\ntolerance = 0.02\n'
+
+
+def file(path, metric="weights", s=(4.0, 2.0, 1.0, 1.0, 1.0, 1.0), lost=(), **changes):
+    own = {} if metric == "weights" else {"metric": metric, "weights_fro": 3.0}
+    inputs = [("base", "base/"), ("tuned", "tuned/"), *([("activations", "a")] if own else [])]
+    return write(path, [spectrum(name, s=s, **own, **changes) for name in LAYERS], lost, inputs=inputs)
+
+
+def judged(policy, *files, **more):
+    return gate(read_policy("p.toml", policy), *files, today=TODAY, **more)
+
+
+@pytest.mark.parametrize(("metric", "said"), [("data", "the data's metric"), ("kfac", "K-FAC's metric")])
+def test_every_form_of_a_verdict_names_the_metric(tmp_path, metric, said):
+    results = judged(RULE.format(0.99, ""), file(tmp_path / "s.jsonl", metric))
+    assert outcome(results.whole) == "failed"
+    assert {v.group for v in results.whole if v.rule == "r"} == {f"in {said}"}
+    (gated,) = [line for line in verdict_table(results, 140).splitlines() if line.startswith("Gate")]
+    assert gated.endswith(f"(spectra in {said})")
+    assert f"(spectra in {said})" in step_summary(results).splitlines()[0]
+    root = ElementTree.fromstring(junit(results))
+    assert root.get("name").endswith(f"spectra in {said}")
+    assert all(f"(in {said})" in case.get("name") for case in root.iter("testcase") if case.get("classname")[-1] == "r")
+
+
+def test_verdicts_on_weights_speak_of_no_metric(tmp_path):
+    results = judged(RULE.format(0.99, ""), file(tmp_path / "s.jsonl"))
+    assert "metric" not in verdict_table(results, 140) + step_summary(results) + junit(results)
+
+
+def test_where_chooses_the_metric_and_must_fit_some(tmp_path):
+    files = file(tmp_path / "w.jsonl", s=(1.0,) * 20), file(tmp_path / "d.jsonl", "data")
+    assert outcome(judged(RULE.format(0.9, ""), *files).whole) == "failed"
+    on_data = judged(RULE.format(0.9, 'where = {metric = "data"}'), *files)
+    assert outcome(on_data.whole) == "passed"
+    assert sum(v.rule == "r" for v in on_data.whole) == len(LAYERS)
+    with pytest.raises(UsageError, match="no spectrum record is as 'where' says"):
+        judged(RULE.format(0.9, 'where = {metric = "kfac"}'), *files)
+
+
+def test_a_baseline_in_another_metric_is_no_baseline(tmp_path):
+    now, main = file(tmp_path / "d.jsonl", "data"), file(tmp_path / "w.jsonl")
+    results = judged(BASELINE, now, baseline=main)
+    assert outcome(results.whole) == "inconclusive"
+    assert "the baseline is in the weights' metric and this in the data's metric" in " ".join(
+        v.message for v in results.whole
+    )
+    same = file(tmp_path / "d2.jsonl", "data")
+    assert outcome(judged(BASELINE, now, baseline=same).whole) == "passed"
+
+
+def test_a_ratchet_puts_no_other_metric_into_the_baseline(tmp_path):
+    main = file(tmp_path / "w.jsonl")
+    before = main.read_bytes()
+    better = file(tmp_path / "d.jsonl", "data", s=(4.0, 2.0, 1.0, 1.0))
+    results = judged(BASELINE + 'severity = "warning"\n', better, baseline=main, ratchet=True)
+    assert outcome(results.whole) == "passed"
+    assert main.read_bytes() == before
+    judged(BASELINE, file(tmp_path / "w2.jsonl", s=(4.0, 2.0, 1.0, 1.0)), baseline=main, ratchet=True)
+    assert main.read_bytes() != before
+
+
+def test_one_direction_of_the_data_is_no_divergence(tmp_path):
+    policy = RULE.format(0.5, "")
+    spiky = {"s": (100.0, 1.0), "base_fro": 1.0}
+    status = {v.rule: v.status for v in judged(policy, file(tmp_path / "w.jsonl", **spiky)).whole}
+    assert status["spike"] == "warned"
+    found = {v.rule: v for v in judged(policy, file(tmp_path / "d.jsonl", "data", **spiky)).whole}
+    assert found["spike"].status == found["unused_rank"].status == "not judged"
+    assert found["spike"].message == "every spectrum is in the data's metric, not in the weights'"
+    assert found["dead"].status == "passed"
+
+
+def test_an_update_that_the_data_do_not_feel_is_not_dead(tmp_path):
+    records = [spectrum(name, s=(0.0,), metric="data", weights_fro=1.0) for name in LAYERS]
+    found = {v.rule: v for v in judged(RULE.format(0.5, ""), write(tmp_path / "d.jsonl", records)).whole}
+    assert found["dead"].status == "passed"
+
+
+def test_a_draft_asks_for_the_metric_that_its_limits_are_from(tmp_path):
+    lost = [left_out("model.embed_tokens.weight", "no_activations")]
+    files = file(tmp_path / "w.jsonl"), file(tmp_path / "d.jsonl", "data", s=(9.0, 2.0), lost=lost)
+    policy = read_policy("p.toml", gate_init(files[1]))
+    assert {rule.selector.where for rule in policy.rules} == {(("metric", "data"),)}
+    assert outcome(gate(policy, files[1], today=TODAY).whole) == "passed"
+    with pytest.raises(UsageError, match="no spectrum record is as 'where' says"):
+        gate(policy, files[0], today=TODAY)
+    both = read_policy("p.toml", gate_init(*files))
+    assert {rule.name for rule in both.rules} >= {"drift-weights", "drift-data"}
+    alone = {rule.name: rule.condition for rule in policy.rules}
+    assert {rule.name: rule.condition for rule in both.rules if rule.name in alone} == alone
+    in_weights = {f"{rule.name}-weights": rule.condition for rule in read_policy("p.toml", gate_init(files[0])).rules}
+    assert {rule.name: rule.condition for rule in both.rules if rule.name in in_weights} == in_weights
+    assert outcome(gate(both, *files, today=TODAY).whole) == "passed"
+    plain = gate_init(files[0])
+    assert "metric" not in plain
+    assert 'name = "drift"' in plain
+    assert read_results(files[1]).layers[0].metric == "data"

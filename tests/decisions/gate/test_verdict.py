@@ -1,0 +1,94 @@
+"""The answer to a gate, in a terminal and in reports: failures first, all of it in the width there is."""
+
+import re
+
+import pytest
+
+from lora_diag.decisions.gate.summary import headline, measured, verdict_table
+from lora_diag.reports.fields import fields_of
+from lora_diag.reports.html import html_report
+from lora_diag.reports.markdown import markdown_report
+from tests.decisions.gate.gated import HOSTILE, ONE_OF_EACH, results, verdict
+from tests.reports.test_html import embedded, evidence, small
+
+
+@pytest.mark.parametrize("width", [60, 80, 140])
+def test_it_fits_and_the_worst_comes_first(width):
+    text = verdict_table(results(*ONE_OF_EACH), width, then="loradiag gate again")
+    lines = text.splitlines()
+    assert max(map(len, lines)) <= width
+    order = [
+        line.split()[0]
+        for line in lines
+        if line.split()[:1] and line.split()[0] in {"failed", "inconclusive", "warned"}
+    ]
+    assert order == ["failed", "failed", "inconclusive", "warned"]
+    assert lines[3].split()[-4:] == ["0.7", "relative", "<=", "0.3"]
+    for word in ("Gate", "FAILED: 1 rule on 2 layers", "what to do about drift", "Waived", "new tokens", "Next"):
+        assert word in text
+
+
+def test_the_headline_says_what_the_exit_code_says():
+    assert headline(results(*ONE_OF_EACH)).startswith("FAILED")
+    assert headline(results(verdict("passed"))) == "PASSED"
+    assert headline(results(verdict("passed"), verdict("warned"))).startswith("PASSED, with warnings")
+    assert headline(results(verdict("inconclusive"), verdict("passed"))).startswith("INCONCLUSIVE")
+    assert headline(results()) == "INCONCLUSIVE: nothing was judged"
+
+
+@pytest.mark.parametrize(
+    ("value", "allowed", "shown"),
+    [
+        (0.35, "epsilon <= 0.35", "0.35"),
+        (0.35001, "epsilon <= 0.35", "0.35001"),
+        (0.346049, "epsilon <= 0.34604", "0.346049"),
+        (0.7123456, "epsilon <= 0.35", "0.712"),
+        (0.94999, "share of layers with x == y is >= 0.95", "0.94999"),
+        (0.79999, "energy.16 >= 0.8 (0.82 in the baseline)", "0.79999"),
+    ],
+)
+def test_a_value_is_never_shown_on_the_other_side_of_its_limit(value, allowed, shown):
+    assert measured(verdict(measured=value, allowed=allowed)) == shown
+
+
+def test_many_failures_are_cut_and_counted():
+    text = verdict_table(results(*(verdict(layer=f"model.layers.{i}.x.weight") for i in range(50))), 100)
+    assert "20 of 50" in text
+    assert "FAILED: 1 rule on 50 layers" in text
+
+
+def test_a_hostile_name_stays_text():
+    text = verdict_table(results(verdict(layer=HOSTILE, message=HOSTILE, group=HOSTILE)), 140)
+    assert "\x1b" not in text
+    assert "\u202e" not in text
+    text.encode("utf-8")
+
+
+def test_a_report_takes_verdicts_of_every_status_the_worst_first():
+    runs = evidence(results(*ONE_OF_EACH), *small())
+    page, text = html_report(runs), markdown_report(runs)
+    assert "FAILED: 2 failed, 1 inconclusive, 1 warned, 1 waived, 1 not judged, 2 passed." in page
+    assert re.findall(r"<tr><td><b>(.*?)</b></td>", page) == ["failed", "failed", "inconclusive", "warned"]
+    assert re.findall(r"\| (failed|inconclusive|warned|waived|not judged|passed) \| `", text) == [
+        "failed",
+        "failed",
+        "inconclusive",
+        "warned",
+    ]
+    data = embedded(page)
+    (column,) = [field["values"] for field in data["fields"] if field["id"] == "g"]
+    by_layer = dict(zip(data["layers"], column, strict=True))
+    assert by_layer["model.layers.0.self_attn.q_proj.weight"] == "not judged"
+    assert by_layer["model.layers.1.mlp.up_proj.weight"] == "passed"
+
+
+@pytest.mark.parametrize(
+    ("statuses", "worst"),
+    [(("passed", "failed", "warned"), "failed"), (("not judged", "passed"), "not judged"), (("passed",), "passed")],
+)
+def test_a_layer_shows_the_worst_of_its_verdicts(statuses, worst):
+    layer = "model.layers.1.mlp.up_proj.weight"
+    for order in (statuses, statuses[::-1]):
+        found = results(*(verdict(status, f"rule{place}", layer) for place, status in enumerate(order)))
+        (column,) = (field for field in fields_of(evidence(found), [layer]) if field.id == "g")
+        assert column.values == (worst,)

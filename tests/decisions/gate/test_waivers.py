@@ -1,0 +1,82 @@
+"""Waivers let pass what they name, until their day, and say so."""
+
+from datetime import date
+
+import pytest
+
+from lora_diag.decisions.gate.reading import read_policy
+from lora_diag.decisions.gate.record import outcome
+from lora_diag.decisions.gate.run import gate
+from tests.decisions.gate.making import LAYERS, left_out, spectrum, write
+
+RULE = '[[rule]]\nname = "drift"\nrequire = "{require}"\n'
+WAIVER = '[[waiver]]\nrule = "{rule}"\nlayers = \'{layers}\'\nreason = "new tokens"\nexpires = {expires}\n'
+
+
+@pytest.fixture
+def path(tmp_path):
+    return write(tmp_path / "r.jsonl", [spectrum(LAYERS[0]), spectrum(LAYERS[1], s=(9.0, 8.0))])
+
+
+def judged(path, layers, require="relative <= 0.1", rule="drift", expires="2026-12-31", today=date(2026, 11, 25)):
+    text = RULE.format(require=require) + WAIVER.format(rule=rule, layers=layers, expires=expires)
+    verdicts = gate(read_policy("p.toml", text), path, today=today).whole
+    return outcome(verdicts), verdicts
+
+
+def test_a_waived_layer_passes_with_its_reason(path):
+    came_to, verdicts = judged(path, "up_proj")
+    assert came_to == "passed"
+    (waived,) = [v for v in verdicts if v.status == "waived"]
+    assert (waived.layer, waived.message) == (LAYERS[1], "waived to 2026-12-31: new tokens")
+    assert not [v for v in verdicts if v.rule == "waiver"]
+
+
+@pytest.mark.parametrize(
+    ("today", "comes_to"),
+    [(date(2026, 12, 30), "passed"), (date(2026, 12, 31), "passed"), (date(2027, 1, 1), "failed")],
+)
+def test_a_waiver_serves_to_the_end_of_its_last_day(path, today, comes_to):
+    came_to, verdicts = judged(path, "up_proj", today=today)
+    assert came_to == comes_to
+    told = [v for v in verdicts if v.rule == "waiver"]
+    assert bool(told) == (comes_to == "failed")
+    assert all("expired on 2026-12-31" in v.message and v.status == "warned" for v in told)
+
+
+@pytest.mark.parametrize("layers", ["q_proj", "nothing"])
+def test_a_waiver_that_lets_nothing_pass_is_reported(path, layers):
+    came_to, verdicts = judged(path, layers)
+    assert came_to == "failed"
+    (told,) = [v for v in verdicts if v.rule == "waiver"]
+    assert "delete it" in told.message
+    assert told.line == 4
+
+
+def test_a_waiver_of_one_layer_takes_it_out_of_an_aggregate(path):
+    assert judged(path, "up_proj", "max relative <= 0.1")[0] == "passed"
+    assert judged(path, "q_proj", "max relative <= 0.1")[0] == "failed"
+    came_to, verdicts = judged(path, "up_proj", "max relative <= 0.2")
+    assert came_to == "passed"
+    assert [v.message for v in verdicts if v.rule == "waiver"] == [
+        "the waiver of drift lets nothing pass any more: delete it"
+    ]
+
+
+def test_a_built_in_check_can_be_waived_by_layer(tmp_path):
+    path = write(tmp_path / "r.jsonl", [spectrum(LAYERS[0])], [left_out(LAYERS[1], "non_finite")])
+    assert judged(path, "up_proj", rule="non_finite")[0] == "inconclusive"  # the rule lacks the layer, too
+    text = RULE.format(require="relative <= 0.1") + "exclude = 'up_proj'\n"
+    text += WAIVER.format(rule="non_finite", layers="up_proj", expires="2026-12-31")
+    assert outcome(gate(read_policy("p.toml", text), path, today=date(2026, 11, 25)).whole) == "passed"
+
+
+def test_nothing_is_waived_by_a_waiver_of_another_rule(path):
+    assert judged(path, ".*", rule="spike")[0] == "failed"
+
+
+def test_an_open_layer_can_be_waived(tmp_path):
+    records = [spectrum(LAYERS[0]), spectrum(LAYERS[1], base_fro=None)]
+    path = write(tmp_path / "r.jsonl", records)
+    assert judged(path, "q_proj")[0] == "inconclusive"
+    assert judged(path, "up_proj")[0] == "passed"

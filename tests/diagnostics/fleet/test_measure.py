@@ -1,0 +1,182 @@
+"""Many adapters: each against float64 NumPy, planted oddities, and pairs that are alike."""
+
+import math
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+import lora_diag
+from lora_diag.diagnostics.fleet.run import expand
+from lora_diag.diagnostics.fleet.summary import remarks
+from lora_diag.errors import NothingComparedError, UsageError
+from lora_diag.linalg.sketch import LENGTH, sketch
+from lora_diag.metrics.fleet import alike, norm_outliers
+from lora_diag.running.inputs import compare
+from tests import oracles
+from tests.adapters.dense import dense
+from tests.conftest import ROOT
+from tests.diagnostics.interference.test_measure import lora
+
+SAMPLES = ROOT / "sample_checkpoints"
+LAYERS = [f"model.layers.{i}.self_attn.{name}.weight" for i in range(3) for name in ("q_proj", "v_proj")]
+
+
+def test_every_adapter_against_numpy():
+    found = lora_diag.fleet([SAMPLES / "lora_*"])
+    assert [record.rank for record in found] == [4, 16]
+    for record in found:
+        deltas = {delta.layer: dense(delta) for delta in compare(record.adapter, None).pairing.deltas}
+        assert set(record.layers) == set(deltas)
+        for name, x in deltas.items():
+            s = np.linalg.svd(x, compute_uv=False)
+            layer = record.layers[name]
+            assert layer.fro == pytest.approx(np.linalg.norm(x), rel=1e-6)
+            assert layer.rank_99 == oracles.rank_at(s, 0.99)
+            assert layer.spike == pytest.approx(s[0] ** 2 / (s**2).sum(), rel=1e-6)
+        total = math.sqrt(sum(np.linalg.norm(x) ** 2 for x in deltas.values()))
+        assert record.fro == pytest.approx(total, rel=1e-6)
+        assert record.total_rank == record.rank * len(deltas)
+        assert record.used == sum(layer.rank_99 for layer in record.layers.values()) / record.total_rank
+        assert (record.dead, record.modules) == (0, 28)
+
+
+def factors(rng, m=48, n=40, r=4):
+    return rng.standard_normal((m, r)), rng.standard_normal((r, n))
+
+
+def test_planted_oddities_are_told(tmp_path):
+    rng = np.random.default_rng(1)
+    plain = [{layer: factors(rng) for layer in LAYERS} for _ in range(8)]
+    for i, updates in enumerate(plain):
+        lora(tmp_path / f"plain{i}", updates)
+    dead = {layer: (0 * b, a) for layer, (b, a) in plain[0].items()}
+    half = {layer: pair if i % 2 else (0 * pair[0], pair[1]) for i, (layer, pair) in enumerate(plain[1].items())}
+    spiked = {layer: (b * [100, 1, 1, 1], a) for layer, (b, a) in plain[2].items()}
+    large = {layer: (50 * b, a) for layer, (b, a) in plain[3].items()}
+    for name, updates in (("dead", dead), ("half", half), ("spiked", spiked), ("large", large)):
+        lora(tmp_path / name, updates)
+    found = lora_diag.fleet([tmp_path / "*"])
+    told = dict(zip([record.adapter.rpartition("/")[2] for record in found], remarks(found.layers), strict=True))
+    assert all(told[f"plain{i}"] == [] for i in range(8))
+    assert told["dead"] == ["dead"]
+    assert "3 of 6 dead" in told["half"]
+    assert {"over-ranked", "spiked"} <= set(told["spiked"])
+    assert any(word.startswith("norm") for word in told["large"])
+    names = [record.adapter.rpartition("/")[2] for record in found]
+    pairs = {
+        (names[pair.first], names[pair.second]): pair.word
+        for pair in alike([r.update for r in found], [r.space for r in found])
+    }
+    assert pairs[("large", "plain3")] == "same"
+    assert set(pairs.values()) <= {"same", "space", "near"}
+    assert not any("dead" in pair for pair in pairs)
+    assert not any(a.startswith("plain") and b.startswith("plain") for a, b in pairs)
+
+
+def test_the_same_column_space_with_another_update_is_told(tmp_path):
+    rng = np.random.default_rng(2)
+    first = {layer: factors(rng) for layer in LAYERS}
+    second = {layer: (b @ rng.standard_normal((4, 4)), rng.standard_normal((4, 40))) for layer, (b, _) in first.items()}
+    near = {layer: (b, a + 0.15 * rng.standard_normal(a.shape)) for layer, (b, a) in first.items()}
+    for name, updates in (("a", first), ("b", second), ("c", near)):
+        lora(tmp_path / name, updates)
+    found = lora_diag.fleet([tmp_path / "*"])
+    words = {
+        (pair.first, pair.second): pair.word for pair in alike([r.update for r in found], [r.space for r in found])
+    }
+    assert words[(0, 1)] == "space"
+    assert words[(0, 2)] == "near"
+
+
+@pytest.mark.parametrize("target", [0.0, 0.6, 0.95, 0.999])
+def test_sketches_estimate_cosines_as_well_as_said(target):
+    """The root mean square of the errors over 40 pairs is near (1 − c²)/√d, and never twice that."""
+    rng = np.random.default_rng(3)
+    errors = []
+    for trial in range(40):
+        x, y = rng.standard_normal((60, 50)), rng.standard_normal((60, 50))
+        x /= np.linalg.norm(x)
+        y -= (x * y).sum() * x
+        y = target * x + math.sqrt(1 - target**2) * y / np.linalg.norm(y)
+        a, b = (sketch(torch.tensor(z), f"layer{trial}") for z in (x, y))
+        errors.append(float(a @ b / a.norm() / b.norm()) - target)
+    # the normals are the same in every trial: 40 independent pairs of directions are what varies
+    assert np.sqrt(np.mean(np.square(errors))) < 2 * (1 - target**2) / math.sqrt(LENGTH)
+
+
+def test_a_product_and_its_matrix_have_one_sketch():
+    b, a = torch.randn(30, 3), torch.randn(3, 20)
+    assert torch.allclose(sketch((b, a), "x"), sketch(b @ a, "x"), atol=1e-4)
+    assert not torch.allclose(sketch((b, a), "x"), sketch((b, a), "y"))
+
+
+@pytest.mark.parametrize("scale", [2.0**120, 2.0**-100])
+def test_a_sketch_is_as_large_as_its_matrix_beyond_what_float32_holds(scale):
+    b, a = torch.randn(12, 3), torch.randn(3, 20)
+    plain = sketch((b, a), "x") * scale * scale
+    assert torch.equal(sketch((b * scale, a * scale), "x"), plain)
+    assert torch.isfinite(plain).all()
+    assert plain.abs().min() > 0
+
+
+@pytest.mark.parametrize("scale", [2.0**500, 2.0**-100])
+def test_a_sketch_of_float64_entries_beyond_those_of_float32(scale):
+    matrix = torch.randn(12, 20).double()
+    assert torch.equal(sketch(matrix * scale, "x"), sketch(matrix, "x") * scale)
+
+
+def test_sketches_of_orthogonal_spaces_are_orthogonal():
+    """g and h are independent also where the matrix is square: else every projector would look like every other."""
+    q = np.linalg.qr(np.random.default_rng(6).standard_normal((64, 32)))[0]
+    first, second = (sketch((torch.tensor(u), torch.tensor(u.T.copy())), "x") for u in (q[:, :16], q[:, 16:]))
+    assert abs(float(first @ second / first.norm() / second.norm())) < 4 / math.sqrt(LENGTH)
+
+
+def test_norms_stand_out_by_a_factor_of_two_at_least():
+    assert norm_outliers([1.0, 1.01, 0.99, 1.0, 1.5]) == [None] * 5
+    assert norm_outliers([1.0, 1.01, 0.99, 1.0, 0.1])[-1] == pytest.approx(0.1)
+    assert norm_outliers([1.0, 100.0]) == [None, None]
+
+
+def test_patterns_name_each_adapter_once(tmp_path):
+    rng = np.random.default_rng(4)
+    for name in ("x/a2", "x/a10", "y"):
+        lora(tmp_path / name, {LAYERS[0]: factors(rng)})
+    (tmp_path / "notes").mkdir()
+    found = [str(path.relative_to(tmp_path)) for path in expand([f"{tmp_path}/**", tmp_path / "y"])]
+    assert found == ["x/a2", "x/a10", "y"]
+    with pytest.raises(NothingComparedError, match="no adapter"):
+        expand([f"{tmp_path}/notes/*"])
+
+
+def test_one_that_cannot_be_read_does_not_stop_the_others(tmp_path):
+    rng = np.random.default_rng(5)
+    good = lora(tmp_path / "good", {LAYERS[0]: factors(rng)})
+    bad = lora(tmp_path / "bad", {LAYERS[0]: factors(rng)})
+    (bad / "adapter_model.safetensors").write_bytes(b"short")
+    nan = lora(tmp_path / "nan", {LAYERS[0]: (np.full((48, 4), np.nan), factors(rng)[1])})
+    found = lora_diag.fleet([good, bad, nan, tmp_path / "missing"])
+    assert [record.adapter for record in found] == [str(good)]
+    assert {item.layer for item in found.left_out} == {str(bad), str(nan), str(tmp_path / "missing")}
+    assert {item.reason for item in found.left_out} == {"unreadable"}
+
+
+@pytest.mark.parametrize("verify", [False, True])
+def test_a_run_does_not_go_on_with_an_adapter_that_changed(tmp_path, verify):
+    """Sizes tell one of another rank; every byte, where that was asked, one of the same size."""
+    rng = np.random.default_rng(7)
+    for name in ("a", "b"):
+        lora(tmp_path / name, {LAYERS[0]: factors(rng)})
+    output = tmp_path / "f.jsonl"
+    whole = lora_diag.fleet([tmp_path / "*"], output=output, verify=verify)
+    assert all(bool(side.sha256) == verify for side in whole.run.inputs)
+    output.write_text("".join(output.read_text().splitlines(keepends=True)[:2]))
+    (tmp_path / "a" / "training.log").write_text("what is beside it may grow")
+    assert lora_diag.fleet([tmp_path / "*"], output=output, resume=True, verify=verify) == whole
+    output.write_text("".join(output.read_text().splitlines(keepends=True)[:2]))
+    shutil.rmtree(tmp_path / "a")
+    lora(tmp_path / "a", {LAYERS[0]: factors(rng, r=4 if verify else 5)})
+    with pytest.raises(UsageError, match=r"the input .*a changed since this run was begun"):
+        lora_diag.fleet([tmp_path / "*"], output=output, resume=True, verify=verify)

@@ -1,0 +1,438 @@
+"""Recorded gradients against autograd: in a real Trainer with real PEFT, and in loops of one's own."""
+
+import copy
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import nn
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+
+import lora_diag
+from lora_diag.catalog import read_results
+from lora_diag.diagnostics.overlap.recorder import GradientRecorder
+from lora_diag.errors import UsageError
+from tests.conftest import PATIENCE, ROOT, as_numpy
+from tests.linalg.test_subspace import dense_overlaps
+
+VOCABULARY = 24
+
+# PEFT asks transformers in words that the newest transformers has deprecated.
+pytestmark = pytest.mark.filterwarnings("ignore:.*deprecated and will be removed in v6:FutureWarning")
+
+
+def llama(**settings) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = LlamaConfig(vocab_size=VOCABULARY, num_key_value_heads=1, max_position_embeddings=32, **sizes, **settings)
+    return LlamaForCausalLM(config)
+
+
+def with_lora(model, targets=("q_proj", "down_proj"), **settings):
+    torch.manual_seed(1)
+    peft = get_peft_model(model, LoraConfig(r=3, lora_alpha=6, target_modules=list(targets), **settings))
+    with torch.no_grad():
+        for name, parameter in peft.named_parameters():
+            if "lora_" in name and "magnitude" not in name:
+                parameter.normal_(std=0.3)
+    return peft
+
+
+def batch(seed: int, size: int = 2) -> dict[str, torch.Tensor]:
+    ids = torch.randint(VOCABULARY, (size, 8), generator=torch.Generator().manual_seed(seed))
+    return {"input_ids": ids, "labels": ids}
+
+
+def trainer_of(model, folder, callbacks, **settings) -> Trainer:
+    arguments = TrainingArguments(
+        output_dir=str(folder / "trainer"),
+        per_device_train_batch_size=2,
+        max_steps=3,
+        report_to="none",
+        use_cpu=True,
+        logging_steps=1,
+        save_strategy="no",
+        disable_tqdm=True,
+        learning_rate=0.05,
+        **{"max_grad_norm": 0.0, "gradient_accumulation_steps": 2} | settings,
+    )
+    data = [{name: value[0] for name, value in batch(i, 1).items()} for i in range(16)]
+    return Trainer(model=model, args=arguments, train_dataset=data, callbacks=callbacks)
+
+
+def train(*args, **settings) -> None:
+    trainer_of(*args, **settings).train()
+
+
+def saved(folder, step) -> dict[str, torch.Tensor]:
+    return load_file(folder / f"grad_step{step:06d}.safetensors")
+
+
+class Watch(TrainerCallback):
+    """Keeps all gradients and weights as they are when the recorder looks."""
+
+    def __init__(self):
+        self.seen = {}
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        self.seen[state.global_step] = {
+            name: (parameter.detach().clone(), None if parameter.grad is None else parameter.grad.clone())
+            for name, parameter in model.named_parameters()
+        }
+
+
+def test_a_trainer_records_what_the_optimizer_gets(tmp_path):
+    watch = Watch()
+    train(llama(), tmp_path, [GradientRecorder(tmp_path / "g", every=2), watch])
+    assert sorted(path.name for path in (tmp_path / "g").iterdir()) == [
+        "grad_step000000.safetensors",
+        "grad_step000002.safetensors",
+    ]
+    for step in (0, 2):
+        grads = saved(tmp_path / "g", step)
+        expected = {name: grad for name, (value, grad) in watch.seen[step].items() if value.ndim == 2}
+        assert set(grads) == set(expected)
+        for name, grad in expected.items():
+            assert torch.equal(grads[name], grad)
+    with safe_open(tmp_path / "g" / "grad_step000002.safetensors", "pt") as file:
+        assert file.metadata() == {"step": "2", "kind": "gradient", "clipped": "no"}
+
+
+def test_accumulated_gradients_are_those_of_the_mean_loss(tmp_path):
+    """Independent of the Trainer: the same 2×2 sequences in one batch, by autograd alone."""
+    model = llama()
+    fresh = copy.deepcopy(model)
+    train(
+        model, tmp_path, [GradientRecorder(tmp_path / "g", every=9)], data_seed=0, train_sampling_strategy="sequential"
+    )
+    ids = torch.cat([batch(i, 1)["input_ids"] for i in range(4)])
+    fresh(input_ids=ids, labels=ids).loss.backward()
+    for name, grad in saved(tmp_path / "g", 0).items():
+        assert torch.allclose(grad, fresh.get_parameter(name).grad, atol=1e-6), name
+
+
+def test_clipping_scales_trained_gradients_by_one_number_and_is_noted(tmp_path):
+    for folder, most in (("free", 0.0), ("clipped", 0.01)):
+        train(llama(), tmp_path, [GradientRecorder(tmp_path / folder, every=9)], max_grad_norm=most)
+    free, clipped = saved(tmp_path / "free", 0), saved(tmp_path / "clipped", 0)
+    ratios = [float(clipped[name].norm() / free[name].norm()) for name in free]
+    assert max(ratios) == pytest.approx(min(ratios), rel=1e-4)
+    assert max(ratios) < 0.1
+    with safe_open(tmp_path / "clipped" / "grad_step000000.safetensors", "pt") as file:
+        assert file.metadata()["clipped"].startswith("trained weights: yes")
+
+
+def test_under_a_lora_the_trainer_records_the_gradient_of_the_frozen_weight(tmp_path):
+    """From G follow the gradients of the factors, which autograd computes on its own: dB = s·G·Aᵀ, dA = s·Bᵀ·G."""
+    watch = Watch()
+    train(with_lora(llama()), tmp_path, [GradientRecorder(tmp_path / "g", every=1), watch])
+    for step in range(3):
+        grads = saved(tmp_path / "g", step)
+        assert set(grads) == {
+            f"model.layers.{i}.{module}.weight" for i in range(2) for module in ("self_attn.q_proj", "mlp.down_proj")
+        }
+        for name, grad in grads.items():
+            path = f"base_model.model.{name.removesuffix('.weight')}"
+            a, da = watch.seen[step][f"{path}.lora_A.default.weight"]
+            b, db = watch.seen[step][f"{path}.lora_B.default.weight"]
+            assert float(db.norm()) > 0
+            assert torch.allclose(2 * grad @ a.T, db, atol=1e-6)
+            assert torch.allclose(2 * b.T @ grad, da, atol=1e-6)
+
+
+def unfrozen(model, loss_of) -> dict[str, torch.Tensor]:
+    """What autograd says when the frozen weights are trained."""
+    model = copy.deepcopy(model)
+    for parameter in model.parameters():
+        parameter.requires_grad_(True)
+    loss_of(model)
+    return {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+def record(model, loss_of, folder, **settings) -> dict[str, torch.Tensor]:
+    with GradientRecorder(folder, every=1, **settings).attach(model) as recorder:
+        loss_of(model)
+        recorder.step()
+    return saved(folder, 0)
+
+
+def accumulated(model):
+    for seed in (1, 2):
+        (model(**batch(seed)).loss / 2).backward()
+
+
+@pytest.mark.parametrize(
+    ("make", "stored"),
+    [
+        (lambda: with_lora(llama()), "{}.base_layer.weight"),
+        (lambda: with_lora(llama(), lora_dropout=0.0, modules_to_save=["lm_head"]), "{}.base_layer.weight"),
+        (lambda: with_lora(llama(), ["embed_tokens"]), "{}.base_layer.weight"),
+        (lambda: with_lora(llama(pad_token_id=3), ["embed_tokens"]), "{}.base_layer.weight"),
+        (lambda: with_lora(llama(), use_rslora=True, bias="lora_only"), "{}.base_layer.weight"),
+        (
+            lambda: with_lora(
+                GPT2LMHeadModel(
+                    GPT2Config(vocab_size=VOCABULARY, n_positions=16, n_embd=8, n_layer=1, n_head=2, resid_pdrop=0.0,
+                               embd_pdrop=0.0, attn_pdrop=0.0)
+                ),
+                ["c_attn"],
+                fan_in_fan_out=True,
+            ),
+            "{}.base_layer.weight",
+        ),
+    ],
+    ids=["linear", "modules_to_save", "embedding", "embedding with padding", "rslora and bias", "conv1d"],
+)  # fmt: skip
+def test_gradients_under_a_lora_are_those_of_unfrozen_weights(tmp_path, make, stored):
+    model = make()
+    model.train()
+    found, expected = record(model, accumulated, tmp_path / "g"), unfrozen(model, accumulated)
+    assert found
+    for name, grad in found.items():
+        path = f"base_model.model.{name.removesuffix('.weight')}"
+        frozen = stored.format(path) if stored.format(path) in expected else f"{path}.modules_to_save.default.weight"
+        truth = expected[frozen]
+        assert float(truth.norm()) > 0
+        assert torch.allclose(grad, truth, atol=1e-6), name
+
+
+def test_gradient_checkpointing_counts_every_layer_once(tmp_path):
+    for reentrant in (False, True):
+        model = with_lora(llama())
+        expected = record(model, accumulated, tmp_path / f"plain{reentrant}")
+        model.enable_input_require_grads()
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        model.train()
+        model.zero_grad()
+        found = record(model, accumulated, tmp_path / f"checkpointed{reentrant}")
+        for name, grad in expected.items():
+            assert torch.allclose(found[name], grad, atol=1e-6), (reentrant, name)
+
+
+@pytest.mark.parametrize("unscale", [False, True])
+def test_the_loss_scale_is_taken_out_before_and_after_unscale(tmp_path, unscale):
+    model = with_lora(llama(), modules_to_save=["lm_head"])
+    expected = record(model, accumulated, tmp_path / "plain")
+    model.zero_grad()
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4096.0)
+    with GradientRecorder(tmp_path / "scaled", every=1).attach(model) as recorder:
+        for seed in (1, 2):
+            scaler.scale(model(**batch(seed)).loss / 2).backward()
+        if unscale:
+            scaler.unscale_(optimizer)
+        recorder.step(scaler)
+        scaler.step(optimizer)
+        scaler.update()
+    found = saved(tmp_path / "scaled", 0)
+    assert "lm_head.weight" in found
+    for name, grad in expected.items():
+        assert torch.allclose(found[name], grad, rtol=1e-4, atol=1e-7), name
+
+
+def test_bf16_autocast_gives_the_gradient_to_bf16_accuracy(tmp_path):
+    model = with_lora(llama())
+    expected = record(model, accumulated, tmp_path / "plain")
+    model.zero_grad()
+
+    def mixed(model):
+        with torch.autocast("cpu", torch.bfloat16):
+            accumulated(model)
+
+    found = record(model, mixed, tmp_path / "mixed", dtype="bfloat16")
+    for name, grad in expected.items():
+        assert found[name].dtype == torch.bfloat16
+        assert float((found[name].float() - grad).norm() / grad.norm()) < 0.05
+
+
+def test_every_layers_and_steps_of_a_loop(tmp_path):
+    model = llama()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with GradientRecorder(tmp_path / "g", every=2, layers="layers", exclude="mlp").attach(model, step=4) as recorder:
+        for seed in range(3):
+            optimizer.zero_grad()
+            model(**batch(seed)).loss.backward()
+            recorder.step()
+            optimizer.step()
+    assert [path.name[9:15] for path in sorted((tmp_path / "g").iterdir())] == ["000004", "000006"]
+    assert all("self_attn" in name for name in saved(tmp_path / "g", 4))
+
+
+def test_overlap_reads_what_was_saved_beside_the_model_as_it_is_on_disk(tmp_path):
+    model = llama()
+    model.save_pretrained(tmp_path / "base")
+    train(model, tmp_path, [GradientRecorder(tmp_path / "g", every=2)])
+    model.save_pretrained(tmp_path / "tuned")
+    found = lora_diag.overlap(tmp_path / "base", tmp_path / "tuned", [tmp_path / "g"], ranks=[2])
+    assert {record.step for record in found} == {0, 2}
+    assert len({record.layer for record in found}) == 16
+    assert {item.reason for item in found.left_out} == {"vector"}
+    before, after = (
+        load_file(tmp_path / "base" / "model.safetensors"),
+        load_file(tmp_path / "tuned" / "model.safetensors"),
+    )
+    for record in found:
+        delta = as_numpy(after[record.layer]) - as_numpy(before[record.layer])
+        truth = dense_overlaps(delta, as_numpy(saved(tmp_path / "g", record.step)[record.layer]), 2)
+        assert record.kappa == pytest.approx(truth["kappa"], abs=1e-6)
+
+
+def test_overlaps_on_the_fly_equal_those_of_saved_gradients_and_reach_the_log(tmp_path):
+    base, tuned = llama(), llama()
+    with torch.no_grad():
+        for parameter in tuned.parameters():
+            parameter.add_(0.01 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(5)))
+    base.save_pretrained(tmp_path / "base")
+    tuned.save_pretrained(tmp_path / "tuned")
+    reference = lora_diag.subspaces(tmp_path / "base", tmp_path / "tuned", ranks=[2, 4])
+    recorder = GradientRecorder(tmp_path / "o.jsonl", every=2, reference=reference)
+    trainer = trainer_of(base, tmp_path, [recorder, GradientRecorder(tmp_path / "g", every=2)])
+    recorder.log_to(trainer)
+    trainer.train()
+    offline = lora_diag.overlap(tmp_path / "base", tmp_path / "tuned", [tmp_path / "g"], ranks=[2, 4])
+    live = read_results(tmp_path / "o.jsonl")
+    assert live.end is not None
+    expected = {(r.layer, r.step, r.rank): r for r in offline}
+    assert len(live) == len(expected) == 16 * 2 * 2
+    for record in live:
+        other = expected[record.layer, record.step, record.rank]
+        assert record.kappa == pytest.approx(other.kappa, abs=1e-12)
+        assert record.tangent == pytest.approx(other.tangent, abs=1e-12)
+    logged = [entry for entry in trainer.state.log_history if "overlap/r4/kappa" in entry]
+    assert [entry["step"] for entry in logged] == [0, 2]
+    kappas = [r.kappa for r in live if (r.step, r.rank) == (2, 4)]
+    assert logged[1]["overlap/r4/kappa"] == pytest.approx(float(np.median(kappas)))
+    assert "overlap/r4/kappa/self_attn.q_proj" in logged[1]
+
+
+def test_live_subspaces_are_those_of_the_lora_at_the_step_and_none_while_b_is_zero(tmp_path, loradiag):
+    torch.manual_seed(1)
+    model = get_peft_model(llama(), LoraConfig(r=3, lora_alpha=6, target_modules=["q_proj", "down_proj"]))
+    watch = Watch()
+    recorders = [GradientRecorder(tmp_path / "o.jsonl", every=1, reference="live", ranks=[1, 8])]
+    train(model, tmp_path, [*recorders, GradientRecorder(tmp_path / "g", every=1), watch])
+    found = read_results(tmp_path / "o.jsonl")
+    assert {(item.reason, item.detail[:6]) for item in found.left_out} == {("no_reference", "step 0")}
+    assert {record.step for record in found} == {1, 2}
+    assert {record.rank for record in found} == {1, 3}
+    for record in found:
+        path = f"base_model.model.{record.layer.removesuffix('.weight')}"
+        b, a = (as_numpy(watch.seen[record.step][f"{path}.lora_{x}.default.weight"][0]) for x in "BA")
+        gradient = as_numpy(saved(tmp_path / "g", record.step)[record.layer])
+        for name, value in dense_overlaps(2 * b @ a, gradient, record.rank).items():
+            assert getattr(record, name) == pytest.approx(value, abs=1e-6), name
+    ran = loradiag("inspect", "o.jsonl")
+    assert ran.code == 0
+    assert "Inside?" in ran.out
+
+
+def test_a_gradient_that_is_not_finite_is_left_out_with_its_step(tmp_path):
+    model = llama()
+    model.save_pretrained(tmp_path / "base")
+    tuned = llama()
+    nn.init.normal_(tuned.lm_head.weight)
+    tuned.save_pretrained(tmp_path / "tuned")
+    reference = lora_diag.subspaces(tmp_path / "base", tmp_path / "tuned", ranks=[2])
+    with GradientRecorder(tmp_path / "o.jsonl", every=1, reference=reference).attach(model) as recorder:
+        accumulated(model)
+        model.lm_head.weight.grad[1, 1] = math.inf
+        recorder.step()
+    found = read_results(tmp_path / "o.jsonl")
+    assert len(found) == 0
+    details = {item.layer: item.detail for item in found.left_out}
+    assert details["lm_head.weight"] == "step 0: the gradient holds inf at [1, 1]"
+    assert details["model.embed_tokens.weight"] == "ΔW is zero, so it has no singular subspaces"
+
+
+def test_an_exception_leaves_the_records_without_an_end_and_the_model_without_hooks(tmp_path):
+    model = with_lora(llama())
+
+    def broken():
+        with GradientRecorder(tmp_path / "o.jsonl", every=1, reference="live").attach(model) as recorder:
+            accumulated(model)
+            recorder.step()
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        broken()
+    found = read_results(tmp_path / "o.jsonl")
+    assert found.end is None
+    assert len(found) == 4
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_what_cannot_be_recorded_is_said(tmp_path, caplog):
+    model = with_lora(llama(), use_dora=True)
+    with pytest.raises(UsageError, match="nothing to record"):
+        GradientRecorder(tmp_path / "g").attach(model)
+    assert "the output is not W·x plus an update" in caplog.text
+    with pytest.raises(UsageError, match="every=0"):
+        GradientRecorder(tmp_path / "g", every=0)
+    with pytest.raises(UsageError, match="float16"):
+        GradientRecorder(tmp_path / "g", dtype="float16")
+    with pytest.raises(UsageError, match="reference='dead'"):
+        GradientRecorder(tmp_path / "g", reference="dead")
+    with pytest.raises(UsageError, match="no selected weight is frozen under a LoRA"):
+        GradientRecorder(tmp_path / "o.jsonl", reference="live").attach(llama())
+    with pytest.raises(UsageError, match="call step\\(\\) after backward"):
+        GradientRecorder(tmp_path / "g").attach(llama()).step()
+    (tmp_path / "there.jsonl").write_text("")
+    with pytest.raises(UsageError, match="exists"):
+        GradientRecorder(tmp_path / "there.jsonl", reference="live").attach(with_lora(llama()))
+    reference = lora_diag.subspaces(ROOT / "sample_checkpoints/base", ROOT / "sample_checkpoints/lora_r4", ranks=[2])
+    with pytest.raises(UsageError, match="no selected weight of the model is a layer of the reference"):
+        GradientRecorder(tmp_path / "o.jsonl", reference=reference).attach(llama())
+
+
+def test_sharded_weights_are_refused(tmp_path):
+    model = llama()
+    model.lm_head.weight.ds_id = 7  # as DeepSpeed ZeRO-3 marks them
+    with pytest.raises(UsageError, match=r"lm_head\.weight: is sharded over processes"):
+        GradientRecorder(tmp_path / "g").attach(model)
+
+
+def one_of_two(rank: int, folder: Path) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    model = nn.parallel.DistributedDataParallel(with_lora(llama(), modules_to_save=["lm_head"]))
+    with GradientRecorder(folder / "g", every=1).attach(model) as recorder:
+        model(**batch(rank + 1)).loss.backward()
+        recorder.step()
+    torch.distributed.barrier()
+    os._exit(0)  # gloo now and then hangs while the other process takes its own end down
+
+
+def test_two_processes_record_the_gradient_of_the_whole_batch_once(tmp_path):
+    """DistributedDataParallel on gloo: a LoRA, an lm_head that is trained, each process with half of the batch."""
+    script = "import sys; from pathlib import Path; from tests.diagnostics.overlap.test_recorder import one_of_two\n"
+    script += "one_of_two(int(sys.argv[1]), Path(sys.argv[2]))"
+    words = [sys.executable, "-W", "ignore", "-c", script]
+    environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo"}  # what the name of the machine resolves to may not answer
+    running = [subprocess.Popen([*words, str(rank), str(tmp_path)], cwd=ROOT, env=environment) for rank in (0, 1)]
+    try:
+        assert [process.wait(timeout=PATIENCE) for process in running] == [0, 0]
+    finally:
+        for process in running:
+            process.kill()
+            process.wait()
+    expected = record(with_lora(llama(), modules_to_save=["lm_head"]), accumulated, tmp_path / "one")
+    found = saved(tmp_path / "g", 0)
+    assert set(found) == set(expected)
+    for name, grad in expected.items():
+        assert torch.allclose(found[name], grad, atol=1e-6), name

@@ -1,0 +1,113 @@
+"""What holds all singular vectors of several matrices takes no more memory than planned, and says where that lacks."""
+
+import subprocess
+import sys
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+
+import lora_diag
+from lora_diag.diagnostics.interference import measure as interference
+from lora_diag.diagnostics.interference.parts import InterferenceSettings, Several, Update
+from lora_diag.diagnostics.intruders import measure as intruders
+from lora_diag.errors import MemoryLimitError, UsageError
+from lora_diag.running.inputs import compare
+from tests.conftest import ROOT, save_model
+
+SHAPE = 1400, 1200
+NAME, SMALL = "model.layers.0.mlp.up_proj.weight", "model.layers.0.self_attn.q_proj.weight"
+SAMPLE = ROOT / "sample_checkpoints"
+
+PEAK = """
+import re, sys, torch
+from pathlib import Path
+from tests.layers.test_memory import needed_and_measured
+
+torch.set_num_threads(1)
+warm = torch.randn(300, 300, dtype=torch.float64)
+torch.linalg.eigh(warm @ warm.T), torch.linalg.qr(warm), torch.linalg.svdvals(warm)
+needed, measure = needed_and_measured(*sys.argv[1:])
+# not getrusage, which begins with what the parent took
+resident = lambda: 1024 * int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
+before = resident()
+measure()
+print(needed, resident() - before)
+"""
+
+
+def needed_and_measured(what, base, *updates):
+    """Return what a layer is said to take, and what measures it."""
+    deltas = [next(d for d in compare(base, path).pairing.deltas if d.layer == NAME) for path in updates]
+    if what == "intruders":
+        settings = intruders.IntruderSettings()
+        return intruders.most_bytes(deltas[0], settings), lambda: intruders.intruders(deltas[0], settings)
+    settings = InterferenceSettings(weights=(1.0, 1.0))
+    task = Several(NAME, deltas[0].shape, tuple(Update(f"{n}", 1.0, delta) for n, delta in enumerate(deltas)))
+    return interference.most_bytes(task, settings), lambda: interference.interference(task, settings)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """BASE and two updates, each with a large and a small matrix."""
+    folder, rng = tmp_path_factory.mktemp("whole"), torch.Generator().manual_seed(0)
+    shapes = {NAME: SHAPE, SMALL: (90, 80)}
+    base = {name: torch.randn(shape, generator=rng) * 0.02 for name, shape in shapes.items()}
+    found = [save_model(folder / "base", {name: value.bfloat16() for name, value in base.items()})]
+    for number in range(2):
+        tuned = {name: (w + 1e-2 * torch.randn(w.shape, generator=rng)).bfloat16() for name, w in base.items()}
+        found.append(save_model(folder / f"tuned{number}", tuned))
+    return list(map(str, found))
+
+
+@pytest.mark.parametrize("what", ["intruders", "interference"])
+def test_no_more_resident_memory_is_taken_than_is_planned(models, what):
+    words = [sys.executable, "-c", PEAK, what, *models]
+    done = subprocess.run(
+        words, capture_output=True, text=True, check=False, cwd=ROOT, env={"OMP_NUM_THREADS": "1", "PATH": ""}
+    )
+    assert done.returncode == 0, done.stderr
+    needed, grown = map(int, done.stdout.split())
+    assert 0.3 * needed < grown <= needed
+
+
+@pytest.mark.parametrize(("what", "takes"), [("intruders", "both weights"), ("interference", "its updates")])
+def test_a_layer_that_does_not_fit_is_left_out_with_what_is_lacking_and_that_is_enough(models, loradiag, what, takes):
+    words = [what, *(models[:2] if what == "intruders" else models), "--layers", "up_proj|q_proj", "--json"]
+    few = loradiag(*words, "--memory", "505MB")
+    assert few.code == 3
+    (left,) = [record for record in few.records if record["record"] == "left_out"]
+    assert (left["layer"], left["reason"]) == (NAME, "memory")
+    assert f"1400x1200: --memory leaves 136 MB for a layer, and {takes}" in left["detail"]
+    assert f"error: {NAME}: {left['detail']}; the layer was left out" in few.err
+    assert {record["layer"] for record in few.records if record["record"] in {what, "union"}} == {SMALL}
+    more = int(left["detail"].split("give ")[1].split(" MB")[0])
+    measure = lora_diag.intruders if what == "intruders" else partial(lora_diag.interference, base=models[0])
+    sides = models[:2] if what == "intruders" else [models[1:]]
+    assert measure(*sides, layers="up_proj", memory=f"{505 + more - 5}MB").unmeasured
+    enough = measure(*sides, layers="up_proj", memory=f"{505 + more}MB")
+    assert enough.layers
+    assert not enough.unmeasured
+
+
+def test_the_way_out_of_ties_is_told_where_it_is_one():
+    deltas = [
+        next(d for d in compare(SAMPLE / name, None).pairing.deltas if d.is_matrix) for name in ("lora_r4", "lora_r16")
+    ]
+    task = Several(NAME, (40000, 8000), tuple(Update(f"{n}", 1.0, delta) for n, delta in enumerate(deltas)))
+    settings = InterferenceSettings(weights=(1.0, 1.0), memory=10**9)
+    said = (
+        "the entries of its updates, for TIES, take 5.3 GB; give 4.3 GB more .* or --density 0, which leaves out TIES"
+    )
+    with pytest.raises(MemoryLimitError, match=said):
+        interference.interference(task, settings)
+    assert interference.most_bytes(task, replace(settings, density=0.0)) < 10**9
+    assert interference.size(task, settings) == 10**9
+
+
+def test_a_size_without_a_unit_is_refused():
+    with pytest.raises(UsageError, match="--memory 8: give a size with its unit"):
+        lora_diag.intruders(SAMPLE / "base", SAMPLE / "lora_r4", memory="8")
+    with pytest.raises(UsageError, match="--memory 8: give a size with its unit"):
+        lora_diag.interference([SAMPLE / "lora_r4", SAMPLE / "lora_r16"], memory="8")

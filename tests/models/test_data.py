@@ -1,0 +1,71 @@
+"""Texts cut into sequences, with a real tokenizer that puts tokens around them."""
+
+import pytest
+import torch
+import transformers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+from lora_diag.errors import InputError
+from lora_diag.models.data import read_texts
+from lora_diag.models.opening import open_model
+from tests.probes.making import bert, gpt2
+
+WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "purred"]
+
+
+def with_tokenizer(folder, around):
+    """Save a tokenizer of eight words beside a model; ``around`` is its template."""
+    vocabulary = {word: i for i, word in enumerate(["<pad>", "<s>", "</s>", "<unk>", *WORDS, "The", "year", "1936"])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(single=around, special_tokens=[("<s>", 1), ("</s>", 2)])
+    wrapped = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+    wrapped.save_pretrained(folder)
+    return folder
+
+
+def read(folder, file, content, length):
+    file.write_text(content)
+    model = open_model(folder, torch.device("cpu"), length=length)
+    return read_texts(file, model)
+
+
+def test_every_window_starts_with_what_the_tokenizer_puts_first(tmp_path):
+    folder = with_tokenizer(gpt2(tmp_path / "base"), "<s> $A")
+    texts = read(folder, tmp_path / "x.txt", " ".join(WORDS), 4)
+    assert [sequence.ids for sequence in texts.sequences] == [(1, 4, 5, 6), (1, 7, 8, 9)]  # two words are left over
+    assert all(sequence.labels == sequence.ids for sequence in texts.sequences)
+
+
+def test_a_prompt_is_not_predicted_and_a_long_line_is_cut(tmp_path):
+    folder = with_tokenizer(gpt2(tmp_path / "base"), "<s> $A")
+    lines = '{"prompt": "the cat", "completion": "sat on"}\n{"text": "a mat and purred the cat"}\n'
+    texts = read(folder, tmp_path / "x.jsonl", lines, 5)
+    first, second = texts.sequences
+    assert (first.ids, first.labels) == ((1, 4, 5, 6, 7), (-100, -100, -100, 6, 7))
+    assert (second.ids, second.labels) == ((1, 8, 9, 10, 11), (-100, 8, 9, 10, 11))
+    assert texts.notes == ("1 of 2 lines were cut to 5 tokens",)
+
+
+def test_a_classifier_sees_both_ends_of_a_cut_line(tmp_path):
+    folder = with_tokenizer(bert(tmp_path / "base"), "<s> $A </s>")
+    texts = read(folder, tmp_path / "x.jsonl", '{"text": "the cat sat on a mat", "label": "other"}\n', 5)
+    assert texts.sequences[0].ids == (1, 4, 5, 6, 2)
+    assert texts.sequences[0].labels == (2,)
+
+
+@pytest.mark.parametrize("label", ["nobody", 3, -1, None, 1.5])
+def test_a_label_that_the_model_does_not_have_is_named(tmp_path, label):
+    import json
+
+    line = json.dumps({"text": "the cat", "label": label})
+    with pytest.raises(InputError, match=r"x\.jsonl: line 1"):
+        read(bert(tmp_path / "base"), tmp_path / "x.jsonl", line, 5)
+
+
+def test_a_text_that_is_not_utf8_is_refused(tmp_path):
+    (tmp_path / "x.txt").write_bytes(b"abc\xff")
+    with pytest.raises(InputError, match="is not UTF-8 text: byte 3"):
+        read_texts(tmp_path / "x.txt", open_model(gpt2(tmp_path / "base"), torch.device("cpu")))

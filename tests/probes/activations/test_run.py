@@ -1,0 +1,114 @@
+"""Second moments against inputs caught on the way, and what residual makes of them."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+import lora_diag
+from lora_diag.errors import InputError, NothingComparedError, UsageError
+from tests.probes.making import SAMPLES, bert, gpt2, moved, some_text, tensors
+
+
+def caught(folder, sequences, transposed=()):
+    """Return the inputs of every linear layer, one row a token, by running the model on one sequence at a time."""
+    config = transformers.AutoConfig.from_pretrained(folder)
+    model = getattr(transformers, config.architectures[0]).from_pretrained(folder).eval()
+    seen = {}
+    for name, module in model.named_modules():
+        if type(module).__name__ in {"Linear", "Conv1D"}:
+            module.register_forward_hook(
+                lambda module, args, out, name=name: seen.setdefault(name + ".weight", []).append(args[0])
+            )
+    with torch.no_grad():
+        for ids in sequences:
+            model(input_ids=torch.tensor([list(ids)]))
+    return {name: torch.cat([x.reshape(-1, x.shape[-1]) for x in xs]).double().numpy() for name, xs in seen.items()}
+
+
+def windows(text, length):
+    content = text.read_bytes()
+    return [content[i : i + length] for i in range(0, len(content) - length + 1, length)]
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_second_moments_and_the_residual_in_them_equal_what_is_measured_directly(tmp_path, kind):
+    base = SAMPLES / "base" if kind == "llama" else gpt2(tmp_path / "base")
+    tuned = SAMPLES / "full_ft" if kind == "llama" else moved(base, tmp_path / "tuned")
+    other = moved(base, tmp_path / "other", 0.01, seed=9)
+    text = some_text(tmp_path, windows=4)
+    recorded = lora_diag.probe_activations(base, text, tmp_path / "a.safetensors", length=32, batch=3)
+    stored = load_file(tmp_path / "a.safetensors")
+    inputs = caught(base, windows(text, 32))
+    inputs.pop("lm_head.weight") if kind == "gpt2" else None
+    assert stored.keys() == inputs.keys() == {item.layer for item in recorded.layers}
+    for item in recorded.layers:
+        x = inputs[item.layer]
+        c = x.T @ x / len(x)
+        assert np.abs(stored[item.layer].numpy() - c).max() <= 1e-5 * np.abs(c).max()
+        assert item.rows == len(x) == recorded.tokens == 4 * 32
+        assert item.square == pytest.approx((x**2).sum(1).mean(), rel=1e-5)
+        assert item.directions == pytest.approx(np.trace(c) ** 2 / (c**2).sum(), rel=1e-4)
+    found = lora_diag.residual(base, tuned, reference=other, activations=tmp_path / "a.safetensors")
+    before, after, near = tensors(base), tensors(tuned), tensors(other)
+    compared = [record for record in found if record.data is not None]
+    assert len(compared) == len(stored)
+    for record in compared:
+        full, part = after[record.layer] - before[record.layer], near[record.layer] - before[record.layer]
+        if kind == "gpt2":
+            full, part = full.T, part.T  # Conv1D stores (in, out)
+        x = inputs[record.layer].T
+        truth = np.sqrt((((full - part) @ x) ** 2).sum(0).mean() / ((full @ x) ** 2).sum(0).mean())
+        assert record.data.epsilon == pytest.approx(truth, rel=1e-4)
+
+
+def test_layers_that_are_given_one_tensor_share_one_sum(tmp_path):
+    recorded = lora_diag.probe_activations(
+        SAMPLES / "base", some_text(tmp_path), tmp_path / "a.safetensors", length=32, layers=r"layers\.0\."
+    )
+    assert {item.layer.split(".")[-2]: item.shares for item in recorded.layers if item.shares} == {
+        "k_proj": "model.layers.0.self_attn.q_proj.weight",
+        "v_proj": "model.layers.0.self_attn.q_proj.weight",
+        "up_proj": "model.layers.0.mlp.gate_proj.weight",
+    }
+    assert set(recorded.left_out.values()) == {"not selected", "not a linear layer of its own"}
+
+
+def test_the_file_says_over_what_it_was_recorded(tmp_path):
+    text = some_text(tmp_path)
+    lora_diag.probe_activations(gpt2(tmp_path / "base"), text, tmp_path / "a.safetensors", max_sequences=2)
+    with safe_open(tmp_path / "a.safetensors", "pt") as file:
+        said = file.metadata()
+    assert (said["tokens"], said["sequences"], said["length"], said["set"]) == ("64", "2", "32", "held_out")
+    import hashlib
+
+    assert said["data"] == hashlib.sha256(text.read_bytes()).hexdigest()[:16]
+
+
+def test_lines_of_different_lengths_are_not_padded(tmp_path):
+    base = bert(tmp_path / "base")
+    texts = ["short", "also5", "a much longer line of text", "mid one"]
+    file = tmp_path / "x.jsonl"
+    file.write_text("".join(json.dumps({"text": text, "label": 0}) + "\n" for text in texts))
+    lora_diag.probe_activations(base, file, tmp_path / "a.safetensors", batch=4)
+    inputs = caught(base, [text.encode() for text in texts])
+    for name, c in load_file(tmp_path / "a.safetensors").items():
+        x = inputs[name]
+        assert np.allclose(c.numpy(), x.T @ x / len(x), atol=1e-5 * np.abs(c.numpy()).max())
+
+
+def test_what_cannot_be_recorded_is_refused_and_nothing_is_written(tmp_path):
+    base, text, out = gpt2(tmp_path / "base"), some_text(tmp_path), tmp_path / "a.safetensors"
+    with pytest.raises(NothingComparedError, match="no linear layer is selected"):
+        lora_diag.probe_activations(base, text, out, layers="nothing")
+    with pytest.raises(InputError, match="there is no folder"):
+        lora_diag.probe_activations(base, text, tmp_path / "nowhere" / "a.safetensors")
+    assert not out.exists()
+    out.write_text("mine")
+    with pytest.raises(UsageError, match="--overwrite"):
+        lora_diag.probe_activations(base, text, out)
+    assert out.read_text() == "mine"

@@ -1,0 +1,229 @@
+"""The Fisher of discarded tails against per-sequence gradients of autograd, in float64 and one sequence at a time."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+import lora_diag
+from lora_diag.errors import InputError, NothingComparedError, UsageError
+from lora_diag.probes.fisher.measure import Tail
+from lora_diag.probes.fisher.record import Fisher
+from tests.probes.making import bert, best, gpt2, moved, some_text, tensors
+
+RANKS = (1, 3, 8)
+
+
+def truth(base, tuned, sequences):
+    """Per-sequence gradients, inputs and output gradients of every linear layer, of the model in float64."""
+    kind = json.loads((tuned / "config.json").read_text())["architectures"][0]
+    model = getattr(transformers, kind).from_pretrained(tuned, dtype=torch.float64).eval()
+    held, grads, inputs, outputs = {}, {}, {}, {}
+    for name, module in model.named_modules():
+        if type(module).__name__ in {"Linear", "Conv1D"}:
+
+            def hook(module, args, out, name=name):
+                out.retain_grad()
+                held[name + ".weight"] = (args[0], out, module.weight)
+
+            module.register_forward_hook(hook)
+    predictions = 0
+    for ids, label in sequences:
+        model.zero_grad()
+        ids = torch.tensor([ids])
+        out = model(input_ids=ids, labels=ids if label is None else torch.tensor([label]))
+        count = ids.shape[1] - 1 if label is None else 1
+        (out.loss * count).backward()
+        predictions += count
+        for name, (x, y, weight) in held.items():
+            grads.setdefault(name, []).append(weight.grad.numpy().copy())
+            inputs.setdefault(name, []).append(x.detach().reshape(-1, x.shape[-1]))
+            outputs.setdefault(name, []).append(y.grad.reshape(-1, y.shape[-1]))
+    second = tuple(
+        {name: (lambda rows: rows.T @ rows / len(rows))(torch.cat(each).numpy()) for name, each in kept.items()}
+        for kept in (inputs, outputs)
+    )
+    tokens = {name: sum(len(x) for x in each) for name, each in inputs.items()}
+    return grads, *second, tokens, predictions
+
+
+def check(record, delta, grads, c, g, tokens, predictions, transposed):
+    assert (record.predictions, record.tokens, record.sequences) == (predictions, tokens, len(grads))
+    assert record.fro == pytest.approx(np.linalg.norm(delta), rel=1e-6)
+    scale = record.fisher[0] or 1.0
+    for rank in range(len(record.fisher)):
+        tail = delta - best(delta, rank)
+        inner = np.array([(grad * tail).sum() for grad in grads])
+        assert record.at(rank) == pytest.approx((inner**2).sum() / predictions, rel=2e-3, abs=1e-6 * scale)
+        if rank in RANKS:
+            key, tail = str(rank), tail.T if transposed else tail
+            assert record.linear[key] == pytest.approx(-inner.sum() / predictions, rel=2e-3, abs=1e-4 * scale**0.5)
+            assert record.weight[key] == pytest.approx((tail**2).sum(), rel=1e-4)
+            assert record.data[key] == pytest.approx(np.trace(tail @ c @ tail.T), rel=1e-3)
+            kfac = np.trace(g @ tail @ c @ tail.T) * tokens / predictions
+            assert record.kfac[key] == pytest.approx(kfac, rel=2e-3)
+    assert record.at(10**6) == 0
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("fisher")
+    base = gpt2(folder / "base")
+    return base, moved(base, folder / "tuned", 0.05), some_text(folder, windows=5)
+
+
+def test_every_rank_of_a_causal_model_equals_what_its_gradients_give(models):
+    base, tuned, text = models
+    results = lora_diag.probe_fisher(base, tuned, data=text, ranks=RANKS, batch=2)
+    content = text.read_bytes()
+    windows = [(list(content[i : i + 32]), None) for i in range(0, 5 * 32, 32)]
+    grads, c, g, tokens, predictions = truth(base, tuned, windows)
+    before, after = tensors(base), tensors(tuned)
+    assert len(results.whole) == 8
+    for record in results.whole:
+        name = record.layer
+        delta = after[name] - before[name]
+        check(record, delta, grads[name], c[name], g[name], tokens[name], predictions, transposed=True)
+        assert (record.labels, record.effect, record.on) == ("data", None, None)
+
+
+def test_sequences_of_several_lengths_are_padded_and_padding_counts_for_nothing(tmp_path):
+    base = bert(tmp_path / "base")
+    tuned = moved(base, tmp_path / "tuned", 0.05)
+    texts = ["short", "a much longer line", "also5", "mid one", "x"]
+    file = tmp_path / "x.jsonl"
+    file.write_text("".join(json.dumps({"text": t, "label": i % 3}) + "\n" for i, t in enumerate(texts)))
+    results = lora_diag.probe_fisher(base, tuned, data=file, ranks=RANKS, batch=5)
+    grads, c, g, tokens, predictions = truth(base, tuned, [(list(t.encode()), i % 3) for i, t in enumerate(texts)])
+    before, after = tensors(base), tensors(tuned)
+    assert {record.layer for record in results.whole} >= {
+        "bert.pooler.dense.weight",
+        "bert.encoder.layer.0.output.dense.weight",
+    }
+    for record in results.whole:
+        name = record.layer
+        delta = after[name] - before[name]
+        check(record, delta, grads[name], c[name], g[name], tokens[name], predictions, transposed=False)
+
+
+def test_effects_are_those_of_a_model_with_the_truncated_weights(models, tmp_path):
+    base, tuned, text = models
+    held_out = some_text(tmp_path, "other", windows=3, source="shifted")
+    layers = r"h\.1\.(attn\.c_attn|mlp\.c_fc)"
+    asked = {"data": text, "evaluate": [held_out], "ranks": (1, 3, 16), "layers": layers, "batch": 2}
+    results = lora_diag.probe_fisher(base, tuned, **asked)
+    before, after = tensors(base), tensors(tuned)
+    content = held_out.read_bytes()
+    ids = torch.tensor([list(content[i : i + 32]) for i in range(0, 96, 32)])
+
+    def logits(weights):
+        model = transformers.GPT2LMHeadModel(transformers.GPT2Config.from_pretrained(tuned)).eval()
+        model.load_state_dict({k: torch.tensor(v).float() for k, v in weights.items()}, strict=False)
+        with torch.no_grad():
+            return model(input_ids=ids).logits[:, :-1].double().log_softmax(-1)
+
+    whole = logits(after)
+    targets = ids[:, 1:, None]
+    assert len(results.whole) == 2
+    for record in results.whole:
+        assert record.on == "other"
+        assert set(record.effect) == {"1", "3"}  # 16 truncates nothing
+        for rank, found in record.effect.items():
+            delta = after[record.layer] - before[record.layer]
+            changed = logits({**after, record.layer: before[record.layer] + best(delta, int(rank))})
+            gaps = (whole.gather(-1, targets) - changed.gather(-1, targets)).sum((1, 2)).numpy()
+            assert found.gap == pytest.approx(gaps.sum() / 93, abs=1e-5)
+            assert found.gap_error == pytest.approx(np.std(gaps, ddof=1) * np.sqrt(3) / 93, abs=1e-5)
+            assert found.kl == pytest.approx(float((whole.exp() * (whole - changed)).sum()) / 93, rel=1e-2, abs=1e-7)
+            assert found.loss == pytest.approx(-float(changed.gather(-1, targets).sum()) / 93, abs=1e-5)
+    alone = lora_diag.probe_fisher(base, tuned, **{**asked, "evaluate": []})
+    assert [record.fisher for record in alone.whole] == [record.fisher for record in results.whole]
+
+
+def test_half_the_fisher_is_the_kl_of_a_small_change(tmp_path):
+    """With labels drawn from the model, many times over: the second-order law that gives F its meaning."""
+    base = bert(tmp_path / "base")
+    tuned = moved(base, tmp_path / "tuned", 0.01)
+    file = tmp_path / "x.jsonl"
+    lines = [json.dumps({"text": f"line {i % 7} of many", "label": 0}) + "\n" for i in range(700)]
+    file.write_text("".join(lines))
+    found = lora_diag.probe_fisher(
+        base, tuned, data=file, labels="model", measure=True, ranks=(1,), batch=350, layers="output.dense"
+    )
+    for record in found.whole:
+        assert record.at(1) / 2 == pytest.approx(record.effect["1"].kl, rel=0.25)
+        assert record.labels == "model"
+
+
+def test_layers_that_do_not_fit_into_one_pass_get_another_and_the_same_labels(models, monkeypatch):
+    base, tuned, text = models
+    asked = {"data": text, "ranks": (2,), "labels": "model", "seed": 3}
+    one = lora_diag.probe_fisher(base, tuned, **asked)
+    monkeypatch.setattr("lora_diag.probes.fisher.measure.groups_of.__defaults__", (1,))
+    many = lora_diag.probe_fisher(base, tuned, **asked)
+    assert [record.fisher for record in one.whole] == [record.fisher for record in many.whole]
+    other = lora_diag.probe_fisher(base, tuned, **{**asked, "seed": 4})
+    assert [record.fisher for record in one.whole] != [record.fisher for record in other.whole]
+
+
+def test_a_layer_that_is_used_twice_adds_up_before_it_is_squared():
+    eye = torch.eye(2, dtype=torch.float64)
+    tail = Tail(torch.nn.Linear(2, 2), torch.tensor([2.0, 1.0], dtype=torch.float64), eye, eye, 5**0.5)
+    x, g = torch.tensor([[[1.0, 2.0]]]), torch.tensor([[[3.0, -1.0]]])
+    for _ in range(2):
+        inner = tail.take_input(x, torch.ones(1, 1, dtype=torch.bool))
+        tail.take_gradient(g, inner)
+    tail.end_batch()
+    assert tail.squares.tolist() == [(2 * (6 - 2)) ** 2, (2 * -2) ** 2, 0]
+    assert tail.total.tolist() == [8, -4, 0]
+    assert tail.take_input(torch.ones(5, 2), torch.ones(1, 3, dtype=torch.bool)) is None
+    assert "not laid out by sequence" in tail.problem
+
+
+def test_an_interrupted_run_goes_on_behind_its_last_layer(models, tmp_path, monkeypatch):
+    base, tuned, text = models
+    asked = {"data": text, "ranks": (2, 4), "measure": True, "layers": r"h\.0\."}
+    whole = lora_diag.probe_fisher(base, tuned, **asked)
+
+    def stop(record):
+        if isinstance(record, Fisher) and "c_fc" in record.layer:
+            raise KeyboardInterrupt
+
+    out = tmp_path / "f.jsonl"
+    with pytest.raises(KeyboardInterrupt):
+        lora_diag.probe_fisher(base, tuned, output=out, on_record=stop, **asked)
+    kept = len(lora_diag.read_results(out).whole)
+    assert 0 < kept < len(whole.whole)
+    seen = []
+    resumed = lora_diag.probe_fisher(base, tuned, output=out, resume=True, on_record=seen.append, **asked)
+    assert resumed.whole == whole.whole == lora_diag.read_results(out).whole
+    assert lora_diag.probe_fisher(base, tuned, output=out, resume=True, **asked).whole == whole.whole
+
+
+def test_what_makes_no_sense_is_refused(models, tmp_path):
+    base, tuned, text = models
+    with pytest.raises(UsageError, match="--labels"):
+        lora_diag.probe_fisher(base, tuned, data=text, labels="mine")
+    with pytest.raises(UsageError, match="--ranks"):
+        lora_diag.probe_fisher(base, tuned, data=text, ranks=(0,))
+    with pytest.raises(UsageError, match="name one file"):
+        lora_diag.probe_fisher(base, tuned, data=text, evaluate=[text, text])
+    with pytest.raises(InputError, match="no such file"):
+        lora_diag.probe_fisher(base, tuned, data=tmp_path / "none.txt")
+    with pytest.raises(NothingComparedError):
+        lora_diag.probe_fisher(base, tuned, data=text, layers="nothing")
+
+
+def test_the_command_prints_what_orders_the_layers(models, tmp_path, loradiag):
+    base, tuned, text = models
+    ran = loradiag(
+        "probe", "fisher", base, tuned, "--data", text, "--measure", "--ranks", "2,8", "-o", "f.jsonl", "--batch", "4"
+    )
+    assert ran.code == 0, ran.err
+    for words in ("Spearman's ρ", "Fisher", "weight energy", "K-FAC", "½F ÷ measured KL", "--weights f.jsonl"):
+        assert words in ran.out, words
+    assert "about " in ran.err
+    again = loradiag("inspect", "f.jsonl", "--per", "layer")
+    assert "transformer.h.0.attn.c_attn" in again.out

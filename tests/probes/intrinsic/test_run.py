@@ -1,0 +1,378 @@
+"""Random subspaces against a dense projection, training against a plain loop, and what interrupting leaves."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.linalg import hadamard as dense_hadamard
+
+import lora_diag
+from lora_diag.catalog import read_results
+from lora_diag.errors import UsageError
+from lora_diag.inspection.tables import table
+from lora_diag.models.data import read_texts
+from lora_diag.models.opening import open_model
+from lora_diag.models.training import Training
+from lora_diag.probes.intrinsic import measure as intrinsic
+from lora_diag.probes.intrinsic.lines import best_rates, lines, reached
+from lora_diag.probes.intrinsic.measure import Fastfood, Subspace, hadamard, scales_of
+from lora_diag.probes.intrinsic.record import Intrinsic
+from lora_diag.records import Results, Run
+from tests.probes.making import bert, gpt2, some_text
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
+CPU = torch.device("cpu")
+
+
+def drawn(size, dim, total, seed):
+    """P's rows of one tensor, column by column, and the same written out from the definition with SciPy."""
+    one = Fastfood(size, dim, total, torch.Generator().manual_seed(seed), CPU)
+    found = torch.stack([one.times(unit) for unit in torch.eye(dim)], 1)
+    block = 2 ** math.ceil(math.log2(dim)) if dim > 1 else 1
+    generator, blocks = torch.Generator().manual_seed(seed), math.ceil(size / block)
+    signs = torch.randint(0, 2, (blocks, block), generator=generator, dtype=torch.int8).numpy() * 2.0 - 1
+    order = torch.randperm(block, generator=generator).numpy()
+    normal = torch.randn(blocks, block, generator=generator).double().numpy()
+    h = dense_hadamard(block).astype(float)
+    swap = np.eye(block)[order]
+    whole = np.concatenate([h @ np.diag(normal[i]) @ swap @ h @ np.diag(signs[i]) for i in range(blocks)])
+    return one, found, whole[:size, :dim] / math.sqrt(block * total)
+
+
+@given(st.integers(0, 6), st.integers(1, 4))
+@settings(deadline=None, max_examples=20)
+def test_the_fast_transform_is_the_hadamard_matrix(exponent, rows):
+    x = torch.randn(rows, 2**exponent, dtype=torch.float64)
+    np.testing.assert_allclose(hadamard(x).numpy(), x.numpy() @ dense_hadamard(2**exponent), atol=1e-12)
+
+
+@given(st.integers(1, 90), st.integers(1, 40), st.integers(0, 50))
+@settings(deadline=None, max_examples=25)
+def test_the_projection_is_its_definition_and_gradients_are_its_adjoint(size, dim, seed):
+    one, found, truth = drawn(size, dim, 3 * size, seed)
+    np.testing.assert_allclose(found.numpy(), truth, atol=1e-5 * np.abs(truth).max())
+    z, w = torch.randn(dim, requires_grad=True), torch.randn(size)
+    (pulled,) = torch.autograd.grad(one.times(z) @ w, z)
+    np.testing.assert_allclose(pulled.numpy(), truth.T @ w.double().numpy(), atol=1e-4)
+    np.testing.assert_allclose(one.times(z).detach().numpy(), truth @ z.detach().double().numpy(), atol=1e-4)
+
+
+def test_columns_have_norm_1_and_little_to_do_with_each_other():
+    _, found, _ = drawn(20_000, 50, 20_000, 0)
+    products = (found.T @ found).double()
+    assert (products.diagonal() - 1).abs().max() < 0.15
+    assert (products - torch.diag(products.diagonal())).abs().max() < 0.08
+    z = torch.randn(50)
+    assert float((found @ z).norm() / z.norm()) == pytest.approx(1, abs=0.1)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return gpt2(tmp_path_factory.mktemp("case") / "base")
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory):
+    """What is trained on, what is held out."""
+    folder = tmp_path_factory.mktemp("texts")
+    return some_text(folder, "train", windows=12), some_text(folder, "held", windows=2, source="shifted")
+
+
+@pytest.mark.parametrize("method", ["plain", "said"])
+def test_a_subspace_is_base_at_first_and_the_same_for_the_same_seed(base, method):
+    inner = transformers.GPT2LMHeadModel.from_pretrained(base).requires_grad_(False).eval()
+    before = {name: value.clone() for name, value in inner.state_dict().items()}
+    ids = torch.arange(12).view(2, 6)
+    one, same, other = (Subspace(inner, 20, seed, method, 0.1) for seed in (3, 3, 4))
+    with torch.no_grad():
+        assert torch.equal(one(input_ids=ids).logits, inner(input_ids=ids).logits)
+        for each in (one, same, other):
+            each.z.copy_(torch.linspace(-1, 1, len(each.z)))
+            if each.scales is not None:
+                each.scales.copy_(torch.arange(len(each.scales)) * 1.0)
+        moved = one.weights()
+        assert torch.equal(one(input_ids=ids).logits, same(input_ids=ids).logits)
+        assert not torch.equal(one(input_ids=ids).logits, other(input_ids=ids).logits)
+        one.fix()
+        assert torch.equal(one(input_ids=ids).logits, same(input_ids=ids).logits)
+    trained = [name for name, parameter in one.named_parameters() if parameter.requires_grad]
+    assert sum(dict(one.named_parameters())[name].numel() for name in trained) == 20
+    assert set(moved) == {name for name, _ in inner.named_parameters()}
+    change = math.sqrt(sum(float((moved[name] - before[name]).norm() ** 2) for name in moved))
+    if method == "plain":
+        assert change == pytest.approx(float(one.z.detach().norm()), rel=0.2)
+    else:  # two blocks, two embeddings, and the last norm's weight and bias
+        assert scales_of(inner) == len(one.scales) == 6
+        generator = torch.Generator().manual_seed(3)
+        order = ["wte", "wpe", "h.0", "h.1", "ln_f.weight", "ln_f.bias"]
+        for name, weight in inner.named_parameters():
+            layer = next(i for i, word in enumerate(order) if f"transformer.{word}" in name)
+            p = Fastfood(weight.numel(), 14, sum(map(torch.Tensor.numel, inner.parameters())), generator, CPU)
+            change = (1 + 0.01 / 0.1 * layer) * p.times(one.z.detach())
+            torch.testing.assert_close(moved[name].reshape(-1), (weight.reshape(-1) + change), atol=1e-6, rtol=1e-5)
+    assert all(torch.equal(value, before[name]) for name, value in inner.state_dict().items())
+
+
+def ids_of(text):
+    ids = torch.frombuffer(bytearray(text.read_bytes()), dtype=torch.uint8).long()
+    return ids[: len(ids) // 32 * 32].view(-1, 32)
+
+
+def trained(base, train, held, steps, batch, lr, dim=None, seed=0):
+    """The loss after training, in full or in a subspace with P written out, by a plain loop."""
+    model = transformers.GPT2LMHeadModel.from_pretrained(base).eval()
+    windows, named = ids_of(train), dict(model.named_parameters())
+    start = torch.cat([each.detach().reshape(-1) for each in named.values()])
+    if dim is not None:
+        total, generator, rows = len(start), torch.Generator().manual_seed(seed), []
+        for each in named.values():
+            one = Fastfood(each.numel(), dim, total, generator, CPU)
+            rows.append(torch.stack([one.times(unit) for unit in torch.eye(dim)], 1))
+        p = torch.cat(rows)
+    z = torch.zeros(len(start) if dim is None else dim, requires_grad=True)
+    sizes = [each.numel() for each in named.values()]
+
+    def loss(ids):
+        flat = start + (z if dim is None else p @ z)
+        parts = zip(named.items(), flat.split(sizes), strict=True)
+        state = {name: part.view_as(each) for (name, each), part in parts}
+        return torch.func.functional_call(model, state, (), {"input_ids": ids, "labels": ids}).loss
+
+    optimizer = torch.optim.AdamW([z], lr=lr, weight_decay=0.0)
+    generator, pool = torch.Generator().manual_seed(0), []
+    warmup = max(1, round(0.05 * steps))
+    torch.manual_seed(seed)
+    model.train()
+    for step in range(steps):
+        while len(pool) < batch:
+            pool += torch.randperm(len(windows), generator=generator).tolist()
+        chosen, pool = pool[:batch], pool[batch:]
+        fall = 0.5 * (1 + math.cos(math.pi * (step + 1 - warmup) / (steps - warmup)))
+        optimizer.param_groups[0]["lr"] = lr * ((step + 1) / warmup if step < warmup else fall)
+        optimizer.zero_grad()
+        loss(windows[chosen]).backward()
+        torch.nn.utils.clip_grad_norm_([z], 1.0)
+        optimizer.step()
+    model.eval()
+    with torch.no_grad():
+        return loss(ids_of(held)).item()
+
+
+OPTIONS = {"dims": (5, 40), "paces": (3e-3, 1e-2), "full_rates": (3e-3,), "ranks": (1,), "lora_rates": (1e-2,)}
+OPTIONS["widen"] = 0
+
+
+@pytest.fixture(scope="module")
+def measured(base, texts, tmp_path_factory):
+    train, held = texts
+    output = tmp_path_factory.mktemp("whole") / "whole.jsonl"
+    found = lora_diag.probe_intrinsic(base, data=train, evaluate=[held], steps=5, batch=3, output=output, **OPTIONS)
+    return found, output
+
+
+def test_the_training_loss_is_that_of_the_last_tenth_and_base_is_never_left_in_training(base, texts, monkeypatch):
+    model = open_model(base, CPU)
+    words = intrinsic.Run(5, 1e-3, 0, "plain"), Training(read_texts(texts[1], model), 20, 1, 0), [], lambda: None
+    monkeypatch.setattr(intrinsic, "train", lambda *_: [float(step) for step in range(20)])
+    assert intrinsic.subspace_losses(model, *words) == ([], 18.5)
+
+    def stopped(tuned, *_):
+        tuned.module.train()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(intrinsic, "train", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        intrinsic.subspace_losses(model, *words)
+    assert not any(module.training for module in model.module.modules())
+
+
+def test_every_run_has_the_loss_of_a_plain_loop(base, texts, measured):
+    train, held = texts
+    records = measured[0].whole
+    model = transformers.GPT2LMHeadModel.from_pretrained(base)
+    total = sum(each.numel() for each in model.parameters())
+    runs = {(r.dim, r.lr, r.seed): r for r in records if r.subject == "subspace"}
+    assert len(runs) == 2 * 2 + 2
+    for (dim, lr, seed), record in runs.items():
+        assert lr == pytest.approx(record.pace * math.sqrt(total / dim))
+        assert record.params == dim
+        if dim == 40 or seed == 1:
+            assert record.loss == pytest.approx(trained(base, train, held, 5, 3, lr, dim, seed), abs=1e-4)
+    for dim in OPTIONS["dims"]:
+        best = min((r for r in runs.values() if r.dim == dim and r.seed == 0), key=lambda r: r.loss)
+        assert (dim, best.lr, 1) in runs
+    full = [r for r in records if r.subject == "full"]
+    assert [r.params for r in full] == [total, total]
+    assert full[0].loss == pytest.approx(trained(base, train, held, 5, 3, 3e-3), abs=1e-4)
+    lora = [r for r in records if r.subject == "lora"]
+    # c_attn, c_proj, c_fc, c_proj of two blocks: d_in + d_out each
+    assert {r.params for r in lora} == {2 * (16 + 48 + 16 + 16 + 16 + 64 + 64 + 16)}
+    with torch.no_grad():
+        assert records[0].loss == pytest.approx(model.eval()(input_ids=ids_of(held), labels=ids_of(held)).loss.item())
+
+
+def test_ctrl_c_leaves_a_file_that_goes_on_without_running_anything_twice(base, texts, measured, tmp_path):
+    train, held = texts
+
+    def stop(label, done, total):
+        if label.startswith("d=40") and "seed 1" in label:
+            raise KeyboardInterrupt
+
+    cut, options = tmp_path / "cut.jsonl", {"data": train, "evaluate": [held], "steps": 5, "batch": 3, **OPTIONS}
+    with pytest.raises(KeyboardInterrupt):
+        lora_diag.probe_intrinsic(base, output=cut, on_progress=stop, **options)
+    assert len(read_results(cut).whole) == 1 + 2 + 4 + 1
+    seen, said = [], []
+    lora_diag.probe_intrinsic(
+        base,
+        output=cut,
+        resume=True,
+        on_progress=lambda *now: seen.append(now),
+        on_note=said.append,
+        **options,
+    )
+    assert {label.split()[0] for label, *_ in seen} == {"d=40", "r=1"}
+    assert seen[-1][1] == seen[-1][2] == len(seen)
+    assert "1 run in subspaces of 5 steps" in said[0]
+    assert cut.read_text() == measured[1].read_text()
+
+
+def planted(records):
+    """Records of a made-up problem: dimensions, and the share that each seed reaches; full gains 1 nat from 3."""
+    common = {"set": "held", "data": "0", "tokens": 1}
+    yield Intrinsic(subject="base", params=0, loss=3.0, **common)
+    yield Intrinsic(subject="full", params=9, lr=1e-3, pace=1e-3, loss=2.0, **common)
+    for subject, size, lr, shares in records:
+        name = {"dim": size} if subject == "subspace" else {"rank": size}
+        for seed, share in enumerate(shares):
+            yield Intrinsic(subject=subject, params=size, lr=lr, seed=seed, loss=3 - share, **name, **common)
+
+
+def test_the_smallest_that_reaches_the_share_by_its_own_best_rate():
+    records = [
+        *planted(
+            [
+                ("subspace", 10, 0.1, (0.5, 0.4)),
+                ("subspace", 100, 0.1, (0.95, 0.87)),
+                ("subspace", 100, 0.2, (0.7,)),
+                ("subspace", 300, 0.1, (0.88, 0.9)),
+                ("subspace", 1000, 0.1, (1.1, 0.99)),
+                ("lora", 1, 0.1, (0.3, 0.3)),
+                ("lora", 2, 0.1, (0.5, 0.3)),
+            ]
+        )
+    ]
+    assert best_rates(records, "held", 0, "subspace") == {10: 0.1, 100: 0.1, 300: 0.1, 1000: 0.1}
+    found = lines(records, "held", "held", 0)
+    answer = reached(found, "subspace", 0.9)
+    assert (answer.line.size, answer.below.size, answer.sure, answer.missed) == (100, 10, False, (300,))
+    assert answer.line.share == pytest.approx(0.91)
+    assert answer.line.edge
+    assert not answer.below.edge
+    assert reached(found, "subspace", 0.95).sure
+    lora = reached(found, "lora", 0.9)
+    assert (lora.line, lora.below.size) == (None, 2)
+
+
+def test_what_full_fine_tuning_does_not_gain_cannot_be_reached():
+    records = [r if r.subject != "full" else r.model_copy(update={"loss": 3.5}) for r in planted([])]
+    records += [r for r in planted([("subspace", 10, 0.1, (0.5, 0.4))]) if r.subject == "subspace"]
+    found = lines(records, "held", "held", 0)
+    assert reached(found, "subspace", 0.9).line is None
+
+
+def shown(records):
+    settings = {"length": 8, "dtype": "float32", "device": "cpu", "tokens": "bytes", "method": "plain", "share": 0.9}
+    settings |= {"seed": 0, "params": 9, "steps": 1, "batch": 1, "optimizer": "AdamW", "dims": [10], "ranks": [2]}
+    run = Run(command="probe intrinsic", version="0", inputs=(), settings=settings)
+    return " ".join(table(Results(run, (), whole=tuple(records)), 200).split())
+
+
+def test_a_reference_that_may_be_too_weak_is_told():
+    """Full fine-tuning at its lowest rate, and a subspace that gains more than it does."""
+    records = [*planted([("subspace", 10, 0.1, (1.2, 0.89)), ("lora", 2, 0.1, (0.5, 0.4))])]
+    told = shown(records)
+    assert "full fine-tuning gains 1 nats; wanted is 90% of that" in told
+    assert "some gain more than it does" in told
+    assert "d=10 is the smallest that reaches it, with 104% (89% to 120% over seeds); not with every seed" in told
+    assert "LoRA r: not reached up to r=2, whose gain is 45% (40% to 50% over seeds)" in told
+    assert "edge of --full-lr" not in told
+    worse = next(record for record in records if record.subject == "full")
+    told = shown([*records, worse.model_copy(update={"lr": 2e-3, "loss": 2.5})])
+    assert "at the edge of --full-lr" in told
+    told = shown([r.model_copy(update={"loss": 3.5}) if r.subject == "full" else r for r in records])
+    assert "no gain: full fine-tuning is worse than BASE by 0.5 nats" in told
+    assert "the run did not finish" in told
+
+
+def test_more_dimensions_gain_more_where_the_optimum_is_in_reach(tmp_path):
+    """A classifier that has to tell three letters apart: few directions are not enough, some hundreds are."""
+    base = bert(tmp_path / "base")
+    for name, shift in (("train", 0), ("held", 1)):
+        rows = ({"text": chr(97 + i % 3) * (4 + i + shift), "label": i % 3} for i in range(9))
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = lora_diag.probe_intrinsic(
+        base,
+        data=tmp_path / "train.jsonl",
+        evaluate=[tmp_path / "held.jsonl"],
+        dims=(1, 8, 600),
+        ranks=(),
+        paces=(1e-2,),
+        full_rates=(1e-2,),
+        steps=12,
+        seeds=2,
+        tokenizer="bytes",
+    )
+    shares = [line.share for line in lines(found.whole, "held", "held", 0) if line.subject == "subspace"]
+    assert shares[0] < shares[1] < shares[2]
+    assert shares[0] < 0.3
+    assert shares[2] > 0.7
+    text = table(found, 80)
+    assert "full fine-tuning gains" in text
+    assert all(len(line) <= 80 for line in text.splitlines())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"dims": (0,)}, "--dims 0"),
+        ({"dims": (10**6,)}, "--dims 1000000: the model has only"),
+        ({"dims": (6,), "method": "said"}, "--dims 6: --method said trains 6 scales"),
+        ({"method": "other"}, "--method other"),
+        ({"ranks": (0,)}, "--ranks 0"),
+        ({"paces": (math.nan,)}, "--lr nan"),
+        ({"full_rates": ()}, "--full-lr"),
+        ({"lora_rates": (-1.0,)}, "--lora-lr -1"),
+        ({"steps": 0}, "--steps 0"),
+        ({"seeds": 0}, "--seeds 0"),
+        ({"seed": -1}, "--seed -1"),
+        ({"share": 1.0}, "--share 1"),
+        ({"widen": -1}, "--widen -1"),
+        ({"dtype": "bfloat16"}, "--dtype bfloat16: rounds most steps"),
+    ],
+    ids=str,
+)
+def test_what_makes_no_sense_is_refused(base, texts, tmp_path, change, message):
+    with pytest.raises(UsageError, match=message):
+        lora_diag.probe_intrinsic(base, data=texts[0], evaluate=[texts[1]], output=tmp_path / "s.jsonl", **change)
+    assert not (tmp_path / "s.jsonl").exists()
+
+
+def test_evaluating_what_was_trained_on_is_refused(base, texts):
+    with pytest.raises(UsageError, match="is the text that is trained on"):
+        lora_diag.probe_intrinsic(base, data=texts[0], evaluate=[texts[0]])
+
+
+def test_the_command_answers_with_a_dimension_or_says_that_none_was_reached(base, texts, loradiag):
+    words = ["probe", "intrinsic", base, "--data", texts[0], "--eval", texts[1], "--dims", "10", "--ranks", ""]
+    more = ["--steps", "2", "--lr", "1e-3", "--full-lr", "1e-2", "--method", "said", "--seeds", "1"]
+    ran = loradiag(*words, *more, env={"COLUMNS": "80"})
+    assert ran.code == 0, ran.err
+    assert "d: not reached up to d=10" in ran.out
+    assert "one scale a layer" in " ".join(ran.out.split())
+    assert "about" in ran.err

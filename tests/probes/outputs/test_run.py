@@ -1,0 +1,211 @@
+"""Distances of outputs against logits of transformers and PEFT themselves, in float64 NumPy."""
+
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import peft
+import pytest
+import torch
+import transformers
+from safetensors.torch import save_file
+
+import lora_diag
+import lora_diag.probes.outputs.measure
+from lora_diag.catalog import read_results
+from lora_diag.errors import UsageError
+from lora_diag.inspection.tables import table
+from lora_diag.models.data import Sequence, Texts
+from tests.probes.making import SAMPLES, bert, gpt2, moved, some_text, tensors
+
+# PEFT asks transformers for what it calls otherwise by now.
+pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
+
+
+def logits(folder, text, length, adapter=None):
+    """Return logits (tokens, classes) of every predicted position, what is predicted, and the window of each."""
+    config = transformers.AutoConfig.from_pretrained(folder)
+    model = getattr(transformers, config.architectures[0]).from_pretrained(folder)
+    if adapter is not None:
+        model = peft.PeftModel.from_pretrained(model, adapter)
+    model.eval()
+    ids = torch.frombuffer(bytearray(text.read_bytes()), dtype=torch.uint8).long()
+    windows = ids[: len(ids) // length * length].view(-1, length)
+    with torch.no_grad():
+        found = torch.cat([model(input_ids=one[None]).logits[0, :-1] for one in windows])
+    return found.double().numpy(), windows[:, 1:].reshape(-1).numpy(), len(windows)
+
+
+def states(folder, text, length, adapter=None):
+    """Return the hidden states (depths, tokens, size) of every token."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    if adapter is not None:
+        model = peft.PeftModel.from_pretrained(model, adapter)
+    model.eval()
+    ids = torch.frombuffer(bytearray(text.read_bytes()), dtype=torch.uint8).long()
+    windows = ids[: len(ids) // length * length].view(-1, length)
+    with torch.no_grad():
+        found = [torch.stack(model(input_ids=one[None], output_hidden_states=True).hidden_states) for one in windows]
+    return torch.cat(found, 2).squeeze(1).double().numpy()
+
+
+def log_softmax(z):
+    shifted = z - z.max(1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(1, keepdims=True))
+
+
+@pytest.fixture
+def case(tmp_path):
+    """BASE, TUNED, an adapter, a reference, a text."""
+    base, tuned = SAMPLES / "base", SAMPLES / "full_ft"
+    return base, tuned, SAMPLES / "lora_r16", moved(tuned, tmp_path / "other", 0.002), some_text(tmp_path, length=64)
+
+
+@pytest.mark.parametrize("memory", [2**30, 1])
+def test_every_number_equals_that_of_an_independent_computation(case, monkeypatch, memory):
+    base, tuned, adapter, reference, text = case
+    monkeypatch.setattr(lora_diag.probes.outputs.measure, "OUTPUT_BYTES", memory)  # all at once, or batch by batch
+    found = lora_diag.probe_outputs(base, tuned, [adapter], reference=reference, evaluate=[text], length=64, batch=2)
+    z = {
+        "base": logits(base, text, 64),
+        "tuned": logits(tuned, text, 64),
+        "adapter": logits(base, text, 64, adapter),
+        "reference": logits(reference, text, 64),
+    }
+    _, wanted, windows = z["tuned"]
+    p = log_softmax(z["tuned"][0])
+    losses = {name: -log_softmax(each[0])[np.arange(len(wanted)), wanted] for name, each in z.items()}
+    assert [record.subject for record in found.whole] == list(z)
+    for record in found.whole:
+        own, tuned_z, base_z = z[record.subject][0], z["tuned"][0], z["base"][0]
+        q = log_softmax(own)
+        distance = np.linalg.norm(tuned_z - own) / np.linalg.norm(tuned_z - base_z)
+        assert record.loss == pytest.approx(losses[record.subject].mean(), abs=1e-5)
+        assert record.distance == pytest.approx(distance, rel=1e-4, abs=1e-6)
+        assert record.kl == pytest.approx((np.exp(p) * (p - q)).sum(1).mean(), rel=1e-3, abs=1e-7)
+        assert record.agreement == pytest.approx((own.argmax(1) == tuned_z.argmax(1)).mean())
+        each = (losses[record.subject] - losses["tuned"]).reshape(windows, -1).mean(1)
+        assert record.gap == pytest.approx(each.mean(), abs=1e-5)
+        assert record.gap_error == pytest.approx(each.std(ddof=1) / np.sqrt(windows), abs=1e-5)
+        mean = {name: each.mean() for name, each in losses.items()}
+        share = (mean["base"] - mean[record.subject]) / (mean["base"] - mean["tuned"])
+        assert record.kept == pytest.approx(share, abs=1e-4)
+        sums = losses[record.subject].reshape(windows, -1).sum(1)
+        np.testing.assert_allclose(record.nll, sums, atol=1e-3)
+        counts = (losses["base"].size // windows,) * windows if record.subject == "base" else ()
+        assert record.predictions == counts
+        assert record.name == {"adapter": str(adapter), "reference": str(reference)}.get(record.subject, "")
+
+
+def test_outputs_of_two_models_fit_into_what_a_chunk_may_take(monkeypatch):
+    config = SimpleNamespace(vocab_size=100, num_hidden_layers=3, hidden_size=5)
+    model = SimpleNamespace(kind="causal", module=SimpleNamespace(config=config))
+    texts = Texts("x", "x", (Sequence((1,) * 7, (1,) * 7),) * 10, "0", "")
+    each = 2 * 4 * 7 * (100 + 4 * 5)  # float32 numbers of every token: logits, embeddings and three blocks; two models
+    monkeypatch.setattr(lora_diag.probes.outputs.measure, "OUTPUT_BYTES", 6 * each)
+    assert [len(chunk.sequences) for chunk in lora_diag.probes.outputs.measure.chunks(model, texts, 2)] == [6, 4]
+
+
+def test_hidden_states_are_compared_depth_by_depth(case):
+    base, tuned, adapter, _, text = case
+    found = lora_diag.probe_outputs(base, tuned, [adapter], evaluate=[text], length=64, batch=2).whole
+    h_base, h_tuned, h_own = (
+        states(*each) for each in ((base, text, 64), (tuned, text, 64), (base, text, 64, adapter))
+    )
+    change = np.linalg.norm(h_tuned - h_base, axis=(1, 2))
+    expected = np.linalg.norm(h_tuned - h_own, axis=(1, 2)) / change
+    assert len(found[2].hidden) == 5  # embeddings and four blocks
+    np.testing.assert_allclose(found[2].hidden, expected, rtol=1e-4)
+    assert (found[0].hidden, found[1].hidden) == ((1.0,) * 5, (0.0,) * 5)
+
+
+def test_a_depth_where_nothing_changed_has_no_distance(tmp_path):
+    base, text = gpt2(tmp_path / "base"), some_text(tmp_path)
+    tuned = moved(base, tmp_path / "tuned")
+    weights = tensors(base) | {k: v for k, v in tensors(tuned).items() if "h.1." in k}  # only the second block moved
+    save_file({name: torch.from_numpy(value).float() for name, value in weights.items()}, tuned / "model.safetensors")
+    other = moved(base, tmp_path / "other", seed=3)
+    found = lora_diag.probe_outputs(base, tuned, [other], evaluate=[text]).whole
+    assert found[2].hidden[:2] == (None, None)
+    assert found[2].hidden[2] > 0
+
+
+def test_padding_is_no_hidden_state(tmp_path):
+    base = bert(tmp_path / "base")
+    tuned, other = (moved(base, tmp_path / name, 0.05, seed) for name, seed in (("tuned", 1), ("other", 3)))
+    texts = ["abc" * (i + 1) for i in range(6)]
+    file = tmp_path / "x.jsonl"
+    file.write_text("".join(json.dumps({"text": text, "label": i % 3}) + "\n" for i, text in enumerate(texts)))
+
+    def hidden(folder):
+        model = transformers.BertForSequenceClassification.from_pretrained(folder).eval()
+        with torch.no_grad():
+            ids = [torch.tensor([list(text.encode())]) for text in texts]
+            found = [torch.stack(model(input_ids=one, output_hidden_states=True).hidden_states)[:, 0] for one in ids]
+        return torch.cat(found, 1).double().numpy()
+
+    h_base, h_tuned, h_other = map(hidden, (base, tuned, other))
+    expected = np.linalg.norm(h_tuned - h_other, axis=(1, 2)) / np.linalg.norm(h_tuned - h_base, axis=(1, 2))
+    found = lora_diag.probe_outputs(base, tuned, [other], evaluate=[file], tokenizer="bytes", batch=4).whole
+    np.testing.assert_allclose(found[2].hidden, expected, rtol=1e-4)
+
+
+def test_adapters_have_the_losses_told_in_the_readme_of_the_samples():
+    told = json.loads((SAMPLES / "losses.json").read_text())["losses"]
+    found = lora_diag.probe_outputs(
+        SAMPLES / "base", SAMPLES / "lora_r4", [SAMPLES / "lora_r16"], evaluate=[SAMPLES / "eval" / "shifted.txt"]
+    )
+    for record, name in zip(found.whole, ("base", "lora_r4", "lora_r16"), strict=True):
+        assert record.loss == pytest.approx(told[name]["shifted"], abs=1e-4)
+
+
+def test_the_order_of_adapters_changes_nothing(tmp_path):
+    base = gpt2(tmp_path / "base")
+    tuned, one, two = (moved(base, tmp_path / name, 0.1, seed) for seed, name in enumerate(("tuned", "one", "two")))
+    text = some_text(tmp_path)
+
+    def losses(*order):
+        return {r.name: (r.loss, r.kl) for r in lora_diag.probe_outputs(base, tuned, order, evaluate=[text]).whole}
+
+    assert losses(one, two) == losses(two, one)
+
+
+def test_a_set_that_is_finished_is_not_run_again(tmp_path):
+    base = gpt2(tmp_path / "base")
+    tuned, other = moved(base, tmp_path / "tuned"), moved(base, tmp_path / "other", seed=3)
+    sets = [some_text(tmp_path), some_text(tmp_path, "second", source="shifted")]
+    whole, cut = tmp_path / "whole.jsonl", tmp_path / "cut.jsonl"
+
+    def run(output, **more):
+        seen = []
+        lora_diag.probe_outputs(
+            base, tuned, [other], evaluate=sets, output=output, on_progress=lambda *event: seen.append(event), **more
+        )
+        return seen
+
+    assert len(run(whole)) == 6
+    cut.write_text("".join(whole.read_text().splitlines(keepends=True)[:5]))
+    assert len(run(cut, resume=True)) == 3
+    assert cut.read_text() == whole.read_text()
+    assert read_results(cut).end is not None
+
+
+def test_a_reference_is_the_yardstick_of_distances(tmp_path):
+    base, text = gpt2(tmp_path / "base"), some_text(tmp_path)
+    tuned = moved(base, tmp_path / "tuned")
+    near, far, third = (
+        moved(tuned, tmp_path / name, size) for name, size in (("near", 0.01), ("far", 0.5), ("third", 0.1))
+    )
+    shown = table(lora_diag.probe_outputs(base, tuned, [near, far], reference=third, evaluate=[text]))
+    assert "third (reference)" in shown
+    assert "1 of 2 adapters are as near to TUNED as the reference is" in " ".join(shown.split())
+    assert "Yardstick" not in shown
+
+
+def test_nothing_to_compare_or_one_thing_twice_is_refused(tmp_path):
+    base, text = gpt2(tmp_path / "base"), some_text(tmp_path)
+    tuned = moved(base, tmp_path / "tuned")
+    with pytest.raises(UsageError, match="name at least one ADAPTER"):
+        lora_diag.probe_outputs(base, tuned, evaluate=[text])
+    with pytest.raises(UsageError, match="is named twice"):
+        lora_diag.probe_outputs(base, tuned, [tuned], evaluate=[text])

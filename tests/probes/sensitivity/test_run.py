@@ -1,0 +1,315 @@
+"""Layers adapted alone, against a training loop written without the package; gradients against autograd in float64."""
+
+import json
+import math
+import re
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+import lora_diag
+import lora_diag.models.training
+from lora_diag.catalog import read_results
+from lora_diag.errors import InputError, NothingComparedError, UsageError
+from lora_diag.inspection.tables import table
+from lora_diag.models.activations import linear_layers
+from lora_diag.models.data import read_texts
+from lora_diag.models.losses import Losses
+from lora_diag.models.opening import open_model
+from lora_diag.models.training import Cell
+from lora_diag.probes.sensitivity import measure as sensitivity
+from lora_diag.probes.sensitivity.record import FirstOrder, Sensitivity
+from tests.probes.making import bert, gpt2, ids_of, moved, some_text, tensors, trained
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
+
+RATES, STEPS, SEED = (1e-3, 3e-2), 4, 5
+
+
+@pytest.fixture(scope="module")
+def case(tmp_path_factory):
+    """BASE, a text to train on, one held out, one shifted."""
+    folder = tmp_path_factory.mktemp("sensitivity")
+    return (
+        gpt2(folder / "base"),
+        some_text(folder, "train", windows=7),
+        some_text(folder, "held_out", windows=4, source="shifted"),
+        some_text(folder, "other", windows=3, source="shifted"),
+    )
+
+
+@pytest.fixture(scope="module")
+def measured(case, tmp_path_factory):
+    """Two layers at two ranks, with another seed at the best rate of each; and the file."""
+    base, train, held, shifted = case
+    path = tmp_path_factory.mktemp("measured") / "s.jsonl"
+    found = lora_diag.probe_sensitivity(
+        base,
+        data=train,
+        evaluate=[held],
+        shifted=[shifted],
+        rank=2,
+        delta=1,
+        rates=RATES,
+        widen=0,
+        steps=STEPS,
+        batch=2,
+        seeds=2,
+        seed=SEED,
+        layers=r"h\.1\.(attn|mlp)\.c_proj",
+        output=path,
+    )
+    return found, path
+
+
+def runs_of(found):
+    return [record for record in found.whole if isinstance(record, Sensitivity)]
+
+
+def losses_of(model, text):
+    """Summed negative log-likelihood of each window."""
+    with torch.no_grad():
+        return np.array([31 * model(one[None], labels=one[None]).loss.item() for one in ids_of(text)])
+
+
+def test_every_run_has_the_loss_of_a_plain_loop_on_that_layer_alone(case, measured):
+    base, train, held, shifted = case
+    runs = [record for record in runs_of(measured[0]) if record.unit]
+    assert len(runs) == 2 * 2 * 2 * (2 + 1)
+    before = {
+        text.stem: losses_of(transformers.GPT2LMHeadModel.from_pretrained(base), text) for text in (held, shifted)
+    }
+    for record in runs:
+        target = f".*{record.unit.removesuffix('.weight')}"
+        text = held if record.set == "held_out" else shifted
+        truth = trained(base, train, text, record.rank, record.lr, record.seed, STEPS, 2, SEED, target_modules=target)
+        assert record.loss == pytest.approx(truth, abs=1e-4)
+        assert record.gain == pytest.approx(before[record.set].sum() / (31 * len(before[record.set])) - truth, abs=1e-4)
+        difference = before[record.set] - np.array(record.nll)
+        error = np.std(difference, ddof=1) / math.sqrt(len(difference)) / 31
+        assert record.gain_error == pytest.approx(error, rel=1e-3, abs=1e-6)
+        assert record.params == record.rank * {"attn": 32, "mlp": 80}[record.unit.split(".")[-3]]
+
+
+def test_the_best_rate_of_each_unit_and_rank_has_the_other_seeds(measured):
+    runs = [record for record in runs_of(measured[0]) if record.unit and record.set == "held_out"]
+    for unit in {record.unit for record in runs}:
+        for rank in (2, 3):
+            mine = [record for record in runs if (record.unit, record.rank) == (unit, rank)]
+            best = min((r for r in mine if r.seed == SEED), key=lambda r: r.loss)
+            assert [r.lr for r in mine if r.seed == SEED + 1] == [best.lr]
+
+
+def in_float64(base, train):
+    """The gradient of the mean loss over all windows, ``(out, in)``."""
+    model = transformers.GPT2LMHeadModel.from_pretrained(base).double()
+    windows = ids_of(train)
+    model(windows, labels=windows).loss.backward()
+    named = dict(model.named_parameters())
+    return {name: named[name].grad.T.numpy() for name in named if ".c_" in name and name.endswith(".weight")}
+
+
+def test_first_order_scores_are_those_of_the_gradient_in_float64(case, tmp_path):
+    base, train, held, _ = case
+    found = lora_diag.probe_sensitivity(
+        base, data=train, evaluate=[held], rank=3, rates=(1e-2,), steps=4, batch=2, per="block", seed=SEED
+    )
+    scores = {record.layer: record for record in found.whole if isinstance(record, FirstOrder)}
+    truth = in_float64(base, train)
+    assert set(scores) == set(truth)
+    assert {r.unit for r in runs_of(found)} == {"", "transformer.h.0", "transformer.h.1"}
+    rng = torch.Generator().manual_seed(0)
+    for name, gradient in truth.items():
+        record, (out, inputs) = scores[name], gradient.shape
+        values = np.linalg.svd(gradient, compute_uv=False)
+        assert record.shape == (out, inputs)
+        assert record.sequences == 7
+        assert record.gradient_fro == pytest.approx(np.linalg.norm(gradient), rel=1e-5)
+        assert record.top == pytest.approx((values[:3] ** 2).sum(), rel=1e-4)
+        # fresh factors as PEFT draws them: kaiming_uniform_(A, a=√5), B = 0
+        reached, fallen = [], []
+        for _ in range(400):
+            a = (2 * torch.rand(3, inputs, generator=rng, dtype=torch.float64).numpy() - 1) / math.sqrt(inputs)
+            rows = np.linalg.qr(a.T)[0]
+            reached.append(np.linalg.norm(gradient @ rows) ** 2)
+            fallen.append(np.abs(2 * gradient @ a.T).sum())  # scaling 2; Adam's first step is the sign of this
+        assert record.fresh == pytest.approx(np.mean(reached), rel=0.08)
+        assert record.adam == pytest.approx(np.mean(fallen), rel=0.08)
+
+
+def test_gradients_leave_base_frozen_and_are_finite_or_an_error(case):
+    model = open_model(case[0], torch.device("cpu"))
+    texts = read_texts(case[1], model, 2)
+    layers = {name: layer for name, layer in linear_layers(model.module).items() if "c_attn" in name}
+    sensitivity.gradients(model, layers, texts, 2, lambda: None)
+    assert all(not weight.requires_grad and weight.grad is None for weight in model.module.parameters())
+    next(iter(layers.values())).weight.fill_(float("inf"))
+    with pytest.raises(InputError, match="its gradient is not finite"):
+        sensitivity.gradients(model, layers, texts, 2, lambda: None)
+
+
+def test_a_unit_of_several_layers_has_the_parameters_of_all(case):
+    texts = read_texts(case[1], open_model(case[0], torch.device("cpu")), 2)
+    losses = Losses(torch.tensor([3.0, 5.0]), torch.tensor([2.0, 2.0]))
+    unit = sensitivity.Unit("h.0", ("a", "b"), ("a", "b"), (32, 80))
+    assert [name for name in ("a", "b", "c") if re.fullmatch(unit.kind.targets, name)] == ["a", "b"]
+    assert sensitivity.record_of(texts, losses, unit, Cell(4, 1e-3, 0), losses).params == 4 * (32 + 80)
+
+
+def test_ctrl_c_leaves_a_file_that_goes_on_without_running_anything_twice(case, measured, tmp_path):
+    base, train, held, shifted = case
+    options = {"data": train, "evaluate": [held], "shifted": [shifted], "rank": 2, "delta": 1, "rates": RATES}
+    options |= {"widen": 0, "steps": STEPS, "batch": 2, "seeds": 2, "seed": SEED, "layers": r"h\.1\.(attn|mlp)\.c_proj"}
+    steps = []
+
+    def stop(label, done, total):
+        steps.append(label)
+        if label.startswith("transformer.h.1.attn.c_proj.weight r=3 lr=0.03 seed 5") and len(steps) > 2:
+            raise KeyboardInterrupt
+
+    cut = tmp_path / "cut.jsonl"
+    with pytest.raises(KeyboardInterrupt):
+        lora_diag.probe_sensitivity(base, output=cut, on_progress=stop, **options)
+    before = len(runs_of(read_results(cut)))
+    assert before == 2 + 2 * (3 + 1)
+    labels, said = [], []
+    resumed = {"output": cut, "resume": True, "on_note": said.append}
+    lora_diag.probe_sensitivity(base, on_progress=lambda *words: labels.append(words), **resumed, **options)
+    assert cut.read_text() == measured[1].read_text()
+    assert not any(label.startswith(("transformer.h.1.attn.c_proj.weight r=2", "gradient")) for label, *_ in labels)
+    assert said[0].startswith("about ")
+    assert "8 runs of 4 steps" in said[0]
+    assert labels[-1][1] == labels[-1][2] == len(labels)
+    with pytest.raises(UsageError, match=r"begun with another settings\.delta"):
+        lora_diag.probe_sensitivity(base, output=cut, resume=True, **(options | {"delta": None}))
+
+
+def test_what_one_unit_needs_is_known_before_the_first_step(case):
+    base, train, held, _ = case
+    last, said = [], []
+    lora_diag.probe_sensitivity(
+        base,
+        data=train,
+        evaluate=[held],
+        per="type",
+        rates=(1e-2,),
+        steps=2,
+        exclude="c_proj|c_fc",
+        on_note=said.append,
+        on_progress=lambda label, done, total: last.append((done, total)),
+    )
+    assert last[-1][0] == last[-1][1] == len(last)
+    assert "1 run of 2 steps" in said[0]
+    assert "(1 unit)" in said[0]
+
+
+def test_a_run_that_diverges_is_kept_without_a_loss_and_base_is_as_it_was(case, monkeypatch):
+    base, train, held, _ = case
+    real = lora_diag.models.training.rate_at
+    monkeypatch.setattr(
+        lora_diag.models.training, "rate_at", lambda s, n, peak: math.nan if peak == 0.5 else real(s, n, peak)
+    )
+    options = {"data": train, "evaluate": [held], "widen": 0, "steps": 3, "layers": r"h\.0\.attn"}
+    found = lora_diag.probe_sensitivity(base, rates=(0.5, 1e-2), **options)
+    lost = [record for record in runs_of(found) if record.unit and record.loss is None]
+    assert {(r.lr, r.gain, r.nll) for r in lost} == {(0.5, None, ())}
+    assert "2 losses are not finite" in table(found, 80)
+    alone = lora_diag.probe_sensitivity(base, rates=(1e-2,), **options)
+    fine = {record.unit: record.loss for record in runs_of(found) if record.lr == 1e-2}
+    assert fine == {record.unit: record.loss for record in runs_of(alone) if record.unit}
+    nothing = lora_diag.probe_sensitivity(base, rates=(0.5,), **options)
+    assert "no run is finished" in table(nothing, 80)
+
+
+def test_a_classifier_is_adapted_layer_by_layer_but_for_its_head(tmp_path):
+    base = bert(tmp_path / "base")
+    for name, shift in (("train", 0), ("held", 1)):
+        lines = ({"text": chr(97 + i % 3) * (4 + i + shift), "label": i % 3} for i in range(6))
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = lora_diag.probe_sensitivity(
+        base,
+        data=tmp_path / "train.jsonl",
+        evaluate=[tmp_path / "held.jsonl"],
+        rates=(1e-2,),
+        steps=8,
+        exclude="attention",
+    )
+    assert all(record.gain > 0 for record in runs_of(found) if record.unit)
+    assert {item.layer: item.detail for item in found.left_out}["classifier.weight"] == "the head is not adapted"
+    assert "bert.pooler.dense.weight" in {record.unit for record in runs_of(found)}
+
+
+def test_the_table_names_who_gains_most_and_fits_a_narrow_terminal(measured):
+    shown = table(measured[0], 80)
+    assert all(len(line) <= 80 for line in shown.splitlines())
+    gains = {
+        record.unit: record.gain for record in runs_of(measured[0]) if record.rank == 2 and record.set == "held_out"
+    }
+    assert "transformer.h.1.mlp.c_proj" in shown
+    for word in ("g(2→3)", "More rank", "Cheaper?", "not known: three units", "Repeats?", "layer alone"):
+        assert (word in shown) == (word != "Repeats?"), word
+    assert len(gains) == 2
+
+
+def test_gains_become_the_weights_of_an_allocation(case, measured, tmp_path):
+    """w·Σ_{i≤2}σ² is the gain, by NumPy; layers that were not adapted get no rank."""
+    base, *_ = case
+    tuned = moved(base, tmp_path / "tuned")
+    spectra = lora_diag.spectrum(base, tuned)
+    plan = lora_diag.allocate(spectra, total_rank=12, weights=measured[1])
+    changed, before = tensors(tuned), tensors(base)
+    runs = [r for r in runs_of(measured[0]) if r.set == "held_out" and r.rank == 2 and r.unit]
+    ranked = {record.layer: record for record in plan}
+    for unit in {record.unit for record in runs}:
+        mine = [record for record in runs if record.unit == unit]
+        rate = min((r for r in mine if r.seed == SEED), key=lambda r: r.loss).lr
+        gain = np.mean([record.gain for record in mine if record.lr == rate])
+        values = np.linalg.svd(changed[unit] - before[unit], compute_uv=False)
+        expected = max(0.0, gain) / (values[:2] ** 2).sum()
+        assert ranked[unit].weight == pytest.approx(expected, rel=1e-3, abs=1e-9)
+    others = [record for record in plan if record.layer not in {r.unit for r in runs}]
+    assert {(record.weight, record.rank) for record in others} == {(0.0, 0)}
+    weights = plan.run.inputs[-1]
+    assert weights.role == "weights"
+    assert any("6 of them were not adapted alone" in note for note in weights.notes)
+    assert any("gains from r=2 to 3 are not used" in note for note in weights.notes)
+
+
+def test_weights_of_what_is_no_sensitivity_or_unfinished_are_refused(case, measured, tmp_path):
+    base, *_ = case
+    spectra = lora_diag.spectrum(base, moved(base, tmp_path / "tuned"), output=tmp_path / "spectrum.jsonl")
+    with pytest.raises(InputError, match="holds results of loradiag spectrum"):
+        lora_diag.allocate(spectra, total_rank=2, weights=tmp_path / "spectrum.jsonl")
+    lines = measured[1].read_text().splitlines(keepends=True)
+    (tmp_path / "cut.jsonl").write_text("".join(lines[:-3]))
+    with pytest.raises(InputError, match="did not finish"):
+        lora_diag.allocate(spectra, total_rank=2, weights=tmp_path / "cut.jsonl")
+    assert len(lora_diag.allocate(spectra, total_rank=2, weights=tmp_path / "cut.jsonl", allow_unfinished=True)) > 0
+    other = lora_diag.spectrum(base, moved(base, tmp_path / "again"), layers="h.0")
+    with pytest.raises(UsageError, match="adapted no layer of these spectra"):
+        lora_diag.allocate(other, total_rank=2, weights=measured[1])
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"rank": 0}, UsageError, "--rank 0"),
+        ({"delta": 0}, UsageError, "--delta 0"),
+        ({"steps": 0}, UsageError, "--steps 0"),
+        ({"seeds": 0}, UsageError, "--seeds 0"),
+        ({"seed": -1}, UsageError, "--seed -1"),
+        ({"rates": ()}, UsageError, "--lr"),
+        ({"per": "head"}, UsageError, "--per head: use layer, block, type"),
+        ({"layers": "nobody"}, NothingComparedError, "no linear layer is selected"),
+    ],
+    ids=str,
+)
+def test_what_makes_no_sense_is_refused(case, tmp_path, change, error, message):
+    base, train, held, _ = case
+    with pytest.raises(error, match=message):
+        lora_diag.probe_sensitivity(base, data=train, evaluate=[held], output=tmp_path / "s.jsonl", **change)
+    assert not (tmp_path / "s.jsonl").exists()
+    with pytest.raises(UsageError, match="is the text that is trained on"):
+        lora_diag.probe_sensitivity(base, data=train, evaluate=[train])

@@ -1,0 +1,359 @@
+"""A sweep against a training loop written without the package, and what interrupting one leaves."""
+
+import hashlib
+import json
+import math
+import re
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+import lora_diag
+import lora_diag.models.training
+import lora_diag.probes.sweep.run
+from lora_diag.catalog import read_results
+from lora_diag.errors import InputError, UsageError
+from lora_diag.inspection.tables import table
+from lora_diag.models.methods import Lora, with_lora
+from lora_diag.models.opening import open_model
+from lora_diag.probes.sweep.rounding import rounded, to_int8, to_nf4
+from lora_diag.probes.sweep.verdict import best_rates
+from tests.probes.making import bert, gpt2, ids_of, some_text, trained
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
+
+
+@pytest.fixture
+def case(tmp_path):
+    """BASE, a text to train on, one held out, one shifted."""
+    return (
+        gpt2(tmp_path / "base"),
+        some_text(tmp_path, "train", windows=7),
+        some_text(tmp_path, "held_out", windows=2, source="shifted"),
+        some_text(tmp_path, "other", windows=3, source="shifted"),
+    )
+
+
+def test_every_run_has_the_loss_of_a_plain_training_loop(case):
+    base, train, held, shifted = case
+    options = {"data": train, "evaluate": [held], "shifted": [shifted], "ranks": (1, 3), "rates": (1e-3, 3e-2)}
+    found = lora_diag.probe_sweep(base, widen=1, steps=6, batch=2, seed=5, **options)
+    by_cell = {(r.rank, r.lr, r.seed, r.set): r.loss for r in found.whole}
+    runs = {key[:3] for key in by_cell if key[0] is not None}
+    assert len(runs) == 2 * (2 + 1 + 1)
+    told = " ".join(table(found, 200).split())
+    generator = torch.Generator().manual_seed(5)
+    order = [place for _ in range(2) for place in torch.randperm(7, generator=generator).tolist()][:12]
+    steps = repr([order[first : first + 2] for first in range(0, 12, 2)])
+    assert found.run.settings["order"] == hashlib.sha256(steps.encode()).hexdigest()[:16]
+    assert {seed for _, _, seed in runs} == {5, 6}
+    for rank, lr, seed in runs:
+        for text in (held, shifted):
+            truth = trained(base, train, text, rank, lr, seed, 6, 2, 5)
+            assert by_cell[rank, lr, seed, text.stem] == pytest.approx(truth, abs=1e-4)
+    for rank in (1, 3):
+        of_grid = min((1e-3, 3e-2), key=lambda lr: by_cell[rank, lr, 5, "held_out"])
+        tried = {1e-3, 3e-2, 3e-4 if of_grid == 1e-3 else 0.1}
+        assert {lr for r, lr, seed in runs if (r, seed) == (rank, 5)} == tried
+        further = f"{(tried - {1e-3, 3e-2}).pop():g}"
+        assert re.search(rf"beyond --lr, whose edge was the best somewhere, [^b]*{further}[^b]* tried, too", told)
+        best = min(tried, key=lambda lr: by_cell[rank, lr, 5, "held_out"])
+        assert (rank, best, 6) in runs
+    model = transformers.GPT2LMHeadModel.from_pretrained(base)
+    with torch.no_grad():
+        truth = model(input_ids=ids_of(held), labels=ids_of(held)).loss.item()
+    assert found.whole[0].subject == "base"
+    assert found.whole[0].loss == pytest.approx(truth, abs=1e-5)
+
+
+def test_ctrl_c_leaves_a_file_that_goes_on_without_running_anything_twice(case, tmp_path):
+    base, train, held, _ = case
+    options = {"data": train, "evaluate": [held], "ranks": (1, 2), "rates": (1e-2, 3e-2), "steps": 3, "widen": 0}
+    lora_diag.probe_sweep(base, output=tmp_path / "whole.jsonl", **options)
+
+    def stop_in_the_third_run(label, done, total):
+        if label.startswith("r=2 lr=0.01") and done > 2:
+            raise KeyboardInterrupt
+
+    cut = tmp_path / "cut.jsonl"
+    with pytest.raises(KeyboardInterrupt):
+        lora_diag.probe_sweep(base, output=cut, on_progress=stop_in_the_third_run, **options)
+    assert [r.rank for r in read_results(cut).whole] == [None, 1, 1]
+    labels, said = [], []
+    lora_diag.probe_sweep(
+        base,
+        output=cut,
+        resume=True,
+        on_progress=lambda label, done, total: labels.append((label, done, total)),
+        on_note=said.append,
+        **options,
+    )
+    assert {label for label, *_ in labels if label.startswith("r=1")} <= {
+        f"r=1 lr={lr} seed 1" for lr in ("0.01", "0.03")
+    }
+    assert said[0].startswith("about ")
+    assert "4 runs of 3 steps" in said[0]
+    assert cut.read_text() == (tmp_path / "whole.jsonl").read_text()
+
+
+def test_a_finished_sweep_takes_more_seeds_ranks_and_rates(case, tmp_path):
+    base, train, held, _ = case
+    options = {"data": train, "evaluate": [held], "steps": 3, "widen": 1, "output": tmp_path / "s.jsonl"}
+    first = lora_diag.probe_sweep(base, ranks=(1,), rates=(1e-2, 3e-2), seeds=1, **options)
+    labels, more = [], {"ranks": (2,), "rates": (3e-3,), "seeds": 2, "resume": True}
+
+    def stop(label, *_):
+        if label.startswith("r=2 lr=0.01"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):  # what was there stays until the longer run is whole
+        lora_diag.probe_sweep(base, on_progress=stop, **more, **options)
+    assert read_results(tmp_path / "s.jsonl").whole == first.whole
+    grown = lora_diag.probe_sweep(base, on_progress=lambda label, *_: labels.append(label), **more, **options)
+    wanted = {"ranks": [1, 2], "rates": [3e-3, 1e-2, 3e-2], "seeds": 2}
+    assert {key: grown.run.settings[key] for key in wanted} == wanted
+    assert grown.whole[: len(first.whole)] == first.whole
+    assert read_results(tmp_path / "s.jsonl") == grown
+    assert not (tmp_path / "s.jsonl.part").exists()
+    rates = best_rates(grown.whole, "held_out", 0)
+    ran = {(r.rank, r.lr, r.seed) for r in grown.whole if r.subject == "lora"}
+    assert {(rank, lr, seed) for rank, lr in rates.items() for seed in (0, 1)} <= ran
+    assert {(rank, lr, 0) for rank in (1, 2) for lr in wanted["rates"]} <= ran
+    assert len(ran) == len([r for r in grown.whole if r.subject == "lora"])
+    at_once = lora_diag.probe_sweep(base, **{**options, **wanted, "output": None})
+    key = {(r.rank, r.lr, r.seed): r.loss for r in grown.whole}
+    for record in at_once.whole:  # beyond the edge of the smaller grid there may be more
+        assert key[record.rank, record.lr, record.seed] == record.loss
+    labels.clear()  # less than there is asks for nothing
+    again = lora_diag.probe_sweep(
+        base, ranks=(1,), rates=(1e-2,), resume=True, on_progress=lambda label, *_: labels.append(label), **options
+    )
+    assert (labels, again) == ([], grown)
+    with pytest.raises(UsageError, match=r"another settings\.steps"):
+        lora_diag.probe_sweep(base, **{**options, **more, "steps": 4})
+
+
+def test_the_whole_bill_is_known_before_the_first_step(case):
+    base, train, held, _ = case
+    last = []
+    lora_diag.probe_sweep(
+        base,
+        data=train,
+        evaluate=[held],
+        ranks=(1, 2),
+        rates=(1e-2,),
+        steps=3,
+        on_progress=lambda label, done, total: last.append((done, total)),
+    )
+    assert last[-1][0] == last[-1][1] == len(last)
+
+
+def test_a_run_that_diverges_is_told_and_the_rest_goes_on(case, monkeypatch):
+    base, train, held, _ = case
+    real = lora_diag.models.training.rate_at
+
+    def rate_at(step, steps, peak):
+        return math.nan if peak == 0.5 else real(step, steps, peak)
+
+    monkeypatch.setattr(lora_diag.models.training, "rate_at", rate_at)
+    options = {"ranks": (1, 2), "rates": (1e-2, 0.5), "widen": 0, "steps": 3}
+    found = lora_diag.probe_sweep(base, data=train, evaluate=[held], **options)
+    assert {r.lr for r in found.whole if r.subject == "lora" and r.loss is None} == {0.5}
+    assert {r.lr for r in found.whole if r.seed == 1} == {1e-2}
+    shown = table(found, 80)
+    assert "diverged" in shown
+    assert "2 losses are not finite" in shown
+
+
+def test_a_classifier_can_be_swept(tmp_path):
+    base = bert(tmp_path / "base")
+    for name, shift in (("train", 0), ("held", 1)):
+        lines = ({"text": chr(97 + i % 3) * (4 + i + shift), "label": i % 3} for i in range(6))
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = lora_diag.probe_sweep(
+        base,
+        data=tmp_path / "train.jsonl",
+        evaluate=[tmp_path / "held.jsonl"],
+        ranks=(1, 2),
+        rates=(1e-2,),
+        steps=20,
+        targets=("query", "value"),
+    )
+    assert all(r.loss < found.whole[0].loss for r in found.whole[1:])
+    assert found.run.settings["targets"] == ["query", "value"]
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"ranks": (0,)}, UsageError, "--ranks 0"),
+        ({"rates": (0.0,)}, UsageError, "--lr 0"),
+        ({"rates": (math.nan,)}, UsageError, "--lr nan"),
+        ({"steps": 0}, UsageError, "--steps 0"),
+        ({"seeds": 0}, UsageError, "--seeds 0"),
+        ({"widen": -1}, UsageError, "--widen -1"),
+        ({"tolerance": 1.0}, UsageError, "--tolerance 1"),
+        ({"full_rates": ()}, UsageError, "--full-lr"),
+        ({"quantized": "fp4"}, UsageError, "--quantized fp4: use nf4, int8"),
+        ({"full": True, "dtype": "bfloat16"}, UsageError, "rounds most steps of --full away"),
+        ({"targets": ("nobody",)}, InputError, "--target: PEFT cannot adapt"),
+    ],
+    ids=str,
+)
+def test_what_makes_no_sense_is_refused(case, tmp_path, change, error, message):
+    base, train, held, _ = case
+    with pytest.raises(error, match=message):
+        lora_diag.probe_sweep(base, data=train, evaluate=[held], output=tmp_path / "s.jsonl", **change)
+    assert not (tmp_path / "s.jsonl").exists()
+
+
+def test_evaluating_what_was_trained_on_is_refused(case):
+    base, train, *_ = case
+    with pytest.raises(UsageError, match="is the text that is trained on"):
+        lora_diag.probe_sweep(base, data=train, evaluate=[train])
+
+
+def state_of(model):
+    content = b"".join(value.numpy().tobytes() for value in model.state_dict().values())
+    return hashlib.sha256(content).hexdigest()
+
+
+def test_the_reference_lines_have_the_losses_of_a_plain_loop_and_leave_base_as_it_was(case, monkeypatch):
+    base, train, held, _ = case
+    opened = []
+    real = lora_diag.probes.sweep.run.open_model
+    monkeypatch.setattr(lora_diag.probes.sweep.run, "open_model", lambda *a: opened.append(real(*a)) or opened[0])
+    found = lora_diag.probe_sweep(
+        base,
+        data=train,
+        evaluate=[held],
+        ranks=(2,),
+        rates=(1e-2,),
+        full=True,
+        full_rates=(1e-3, 1e-2),
+        widen=0,
+        bitfit=True,
+        quantized="int8",
+        steps=5,
+        batch=2,
+        seed=3,
+    )
+    lines = [record for record in found.whole if record.subject in {"full", "bitfit"}]
+    assert sorted((r.subject, r.lr, r.seed) for r in lines)[:2] == [("bitfit", 1e-2, 3), ("bitfit", 1e-2, 4)]
+    assert len(lines) == 2 + 3
+    for record in lines:
+        truth = trained(base, train, held, record.subject, record.lr, record.seed, 5, 2, 3)
+        assert record.loss == pytest.approx(truth, abs=1e-4)
+        assert record.rank is None
+    module = opened[0].module
+    assert state_of(module) == state_of(transformers.GPT2LMHeadModel.from_pretrained(base))
+    assert not any(parameter.requires_grad for parameter in module.parameters())
+    shown = table(found, 100)
+    assert "To full" in shown
+    assert "BASE int8" in shown
+
+
+NF4 = json.loads(
+    "[-1.0,-0.6961928009986877,-0.5250730514526367,-0.39491748809814453,-0.28444138169288635,-0.18477343022823334,"
+    "-0.09105003625154495,0.0,0.07958029955625534,0.16093020141124725,0.24611230194568634,0.33791524171829224,"
+    "0.44070982933044434,0.5626170039176941,0.7229568362236023,1.0]"
+)
+
+
+def rounded_nf4(weight):
+    """Nearest level, entry by entry."""
+    flat = weight.double().numpy().reshape(-1)
+    out = np.empty_like(flat)
+    for start in range(0, len(flat), 64):
+        block = flat[start : start + 64]
+        largest = np.abs(block).max()
+        levels = np.array(NF4) * largest
+        out[start : start + 64] = [levels[np.abs(levels - value).argmin()] for value in block]
+    return torch.from_numpy(out.reshape(weight.shape)).float()
+
+
+def rounded_int8(weight):
+    """Round half to even of 127·w over the largest magnitude of its row."""
+    rows = weight.double().numpy()
+    largest = np.abs(rows).max(1, keepdims=True)
+    return torch.from_numpy(np.round(127 * rows / largest) * largest / 127).float()
+
+
+@pytest.mark.parametrize(("grid", "oracle"), [("nf4", rounded_nf4), ("int8", rounded_int8)])
+def test_rounded_weights_are_the_nearest_of_the_grid_and_come_back(grid, oracle):
+    torch.manual_seed(0)
+    layers = [torch.nn.Linear(37, 11), torch.nn.Linear(64, 3)]
+    before = [layer.weight.detach().clone() for layer in layers]
+    with rounded(layers, grid):
+        for layer, weight in zip(layers, before, strict=True):
+            torch.testing.assert_close(layer.weight.detach(), oracle(weight), rtol=1e-6, atol=0)
+    assert all(torch.equal(layer.weight, weight) for layer, weight in zip(layers, before, strict=True))
+
+
+def test_a_row_of_zeros_rounds_to_zeros():
+    for to_grid in (to_nf4, to_int8):
+        assert torch.equal(to_grid(torch.zeros(2, 64)), torch.zeros(2, 64))
+
+
+@pytest.mark.parametrize(
+    ("options", "of_peft"),
+    [
+        ({"dora": True}, {"use_dora": True}),
+        ({"rslora": True}, {"use_rslora": True, "lora_alpha": 16}),
+        ({"quantized": "nf4"}, {}),
+    ],
+    ids=str,
+)
+def test_kinds_of_lora_are_those_of_peft(case, options, of_peft):
+    base, train, held, _ = case
+    found = lora_diag.probe_sweep(
+        base, data=train, evaluate=[held], ranks=(2,), rates=(1e-2,), steps=4, batch=2, seeds=1, **options
+    )
+
+    def change(model):
+        for module in model.modules() if options.get("quantized") else ():
+            if type(module).__name__ == "Conv1D":
+                module.weight.data = rounded_nf4(module.weight.data.T.contiguous()).T.contiguous()
+
+    truth = trained(base, train, held, 2, 1e-2, 0, 4, 2, 0, change, **of_peft)
+    record = found.whole[-1]
+    assert record.loss == pytest.approx(truth, abs=1e-4)
+    plain = trained(base, train, held, 2, 1e-2, 0, 4, 2, 0)
+    assert abs(plain - truth) > 1e-3 or options.get("quantized") or options.get("dora")
+    if "quantized" in options:
+        model = transformers.GPT2LMHeadModel.from_pretrained(base)
+        change(model)
+        with torch.no_grad():
+            assert found.whole[1].loss == pytest.approx(model(ids_of(held), labels=ids_of(held)).loss.item(), abs=1e-5)
+        assert (found.whole[1].subject, found.whole[1].name) == ("base", "nf4")
+
+
+def test_what_is_trained_is_part_of_what_may_be_resumed(case, tmp_path):
+    base, train, held, _ = case
+    options = {"data": train, "evaluate": [held], "ranks": (1,), "rates": (1e-2,), "steps": 2, "full": True}
+    options |= {"full_rates": (1e-3,), "output": tmp_path / "s.jsonl"}
+
+    def stop(label, done, total):
+        if label.startswith("full"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        lora_diag.probe_sweep(base, on_progress=stop, **options)
+    for change in ({"dora": True}, {"rslora": True}, {"quantized": "nf4"}, {"bitfit": True}, {"full": False}):
+        with pytest.raises(UsageError, match="was begun with another settings"):
+            lora_diag.probe_sweep(base, resume=True, **(options | change))
+    labels = []
+    lora_diag.probe_sweep(base, resume=True, on_progress=lambda label, *_: labels.append(label), **options)
+    assert {label.split()[0] for label in labels} == {"full"}
+    whole = lora_diag.probe_sweep(base, **(options | {"output": None}))
+    assert read_results(tmp_path / "s.jsonl").whole == whole.whole
+
+
+def test_lora_leaves_the_head_of_a_classifier_alone(tmp_path):
+    model = open_model(bert(tmp_path / "base"), torch.device("cpu"))
+    with with_lora(model, 1, Lora()) as adapted:
+        names = {name for name, _ in adapted.module.named_modules() if name.endswith(".lora_A")}
+    assert any("pooler.dense" in name for name in names)
+    assert not any("classifier" in name for name in names)

@@ -1,0 +1,305 @@
+"""Losses of truncated updates against NumPy's SVD and the model's own loss."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+import lora_diag
+from lora_diag.catalog import read_results
+from lora_diag.errors import InputError, NothingComparedError, UsageError
+from lora_diag.models.opening import Weights
+from tests.probes.making import EVAL, SAMPLES, bert, best, gpt2, moved, some_text, tensors, window_losses
+
+TABLES = ("embed", "lm_head", "wte", "wpe")
+
+
+@pytest.fixture(params=["llama", "gpt2"])
+def pair(request, tmp_path):
+    """Return BASE, TUNED and the tokens of a window."""
+    if request.param == "llama":
+        return SAMPLES / "base", SAMPLES / "full_ft", 64
+    return gpt2(tmp_path / "base"), moved(tmp_path / "base", tmp_path / "tuned"), 32
+
+
+def is_truncated(name: str, value: np.ndarray) -> bool:
+    return value.ndim == 2 and not any(word in name for word in TABLES)
+
+
+def weights_at(base, tuned, rank, rest, only=None):
+    """W_0 + ΔW_r by the definition; other tensors as in ``rest``."""
+    found = {}
+    for name, before in base.items():
+        delta = tuned[name] - before
+        if not is_truncated(name, before):
+            found[name] = tuned[name] if rest == "tuned" else before
+        elif only is None or name in only:
+            found[name] = before + best(delta, rank)
+        else:
+            found[name] = tuned[name]
+    return found
+
+
+@pytest.mark.parametrize("rest", ["tuned", "base"])
+def test_losses_equal_those_of_an_independent_computation(pair, tmp_path, rest):
+    base, tuned, length = pair
+    text = some_text(tmp_path, length=length)
+    found = lora_diag.probe_truncation(
+        base, tuned, evaluate=[text], ranks=(0, 3, 11), rest=rest, length=length, batch=2
+    )
+    before, after = tensors(base), tensors(tuned)
+    ends = {
+        "base": window_losses(base, before, text, length),
+        "tuned": window_losses(base, after, text, length),
+    }
+    assert [record.rank for record in found.whole] == [None, None, 0, 3, 11]
+    for record in found.whole:
+        truth = ends.get(record.subject)
+        if truth is None:
+            truth = window_losses(base, weights_at(before, after, record.rank, rest), text, length)
+        assert record.loss == pytest.approx(truth.mean(), abs=1e-4)
+        difference = truth - ends["tuned"]
+        assert record.gap == pytest.approx(difference.mean(), abs=1e-4)
+        assert record.gap_error == pytest.approx(difference.std(ddof=1) / np.sqrt(len(difference)), abs=1e-4)
+        assert record.tokens == len(truth) * (length - 1)
+        share = (ends["base"].mean() - truth.mean()) / (ends["base"].mean() - ends["tuned"].mean())
+        assert record.kept == pytest.approx(share, abs=3e-3)
+        if record.rank is not None:
+            squares = [
+                np.linalg.svd(after[name] - value, compute_uv=False) ** 2
+                for name, value in before.items()
+                if is_truncated(name, value)
+            ]
+            truth = sum(s[: record.rank].sum() for s in squares) / sum(s.sum() for s in squares)
+            assert record.energy == pytest.approx(truth, abs=1e-6)
+
+
+@pytest.mark.parametrize("per", ["layer", "type"])
+def test_one_layer_or_type_at_a_time(tmp_path, per):
+    base = gpt2(tmp_path / "base")
+    tuned = moved(base, tmp_path / "tuned")
+    text = some_text(tmp_path)
+    found = lora_diag.probe_truncation(base, tuned, evaluate=[text], ranks=(2,), per=per, layers="attn")
+    before, after = tensors(base), tensors(tuned)
+    alone = [record for record in found.whole if record.subject == "truncated"]
+    assert len(alone) == (4 if per == "layer" else 2)
+    for record in alone:
+        mine = {name for name in before if name == record.layer or (record.module_type or "\0") in name}
+        truth = window_losses(base, weights_at(before, after, 2, "tuned", mine), text, 32)
+        assert record.loss == pytest.approx(truth.mean(), abs=1e-4)
+
+
+def test_the_losses_of_the_samples_are_those_told_in_their_readme():
+    told = json.loads((SAMPLES / "losses.json").read_text())["losses"]
+    found = lora_diag.probe_truncation(
+        SAMPLES / "base",
+        SAMPLES / "full_ft",
+        evaluate=[EVAL / "in_domain.txt"],
+        ranks=(999,),
+        batch=16,
+    )
+    assert [record.subject for record in found.whole] == ["base", "tuned"]
+    for record, name in zip(found.whole, ("base", "full_ft"), strict=True):
+        assert record.loss == pytest.approx(told[name]["in_domain"], abs=1e-4)
+
+
+def test_an_adapter_can_be_truncated_and_is_whole_at_its_rank(tmp_path):
+    text = some_text(tmp_path, windows=2, length=64)
+    found = lora_diag.probe_truncation(SAMPLES / "base", SAMPLES / "lora_r4", evaluate=[text], ranks=(1, 4), length=64)
+    by_rank = {record.rank: record for record in found.whole}
+    assert by_rank[4].gap == pytest.approx(0, abs=1e-5)
+    assert by_rank[4].energy == pytest.approx(1)
+    assert 0 < by_rank[1].energy < 1
+
+
+def test_a_classifier_is_measured_on_labels_by_name_or_index(tmp_path):
+    base = bert(tmp_path / "base")
+    tuned = moved(base, tmp_path / "tuned")
+    lines = [("hello", 0), ("buy now", "spam"), ("x" * 80, 2)]
+    file = tmp_path / "mail.jsonl"
+    file.write_text("".join(json.dumps({"text": text, "label": label}) + "\n" for text, label in lines))
+    found = lora_diag.probe_truncation(base, tuned, evaluate=[file], ranks=(1,))
+    import transformers
+
+    for record, folder in zip(found.whole, (base, tuned), strict=False):
+        model = transformers.BertForSequenceClassification.from_pretrained(folder).eval()
+        losses = [
+            model(
+                input_ids=torch.tensor([list(text.encode()[:32])]),
+                labels=torch.tensor([{"spam": 1}.get(label, label)]),
+            ).loss.item()
+            for text, label in lines
+        ]
+        assert record.loss == pytest.approx(np.mean(losses), abs=1e-4)
+        assert record.tokens == 3
+    assert any("1 of 3 lines were cut" in note for given in found.run.inputs for note in given.notes)
+
+
+def test_only_the_completion_is_predicted(tmp_path):
+    base = gpt2(tmp_path / "base")
+    tuned = moved(base, tmp_path / "tuned")
+    file = tmp_path / "asked.jsonl"
+    file.write_text(json.dumps({"prompt": "one two ", "completion": "three"}) + "\n\n" + json.dumps({"text": "ab"}))
+    found = lora_diag.probe_truncation(base, tuned, evaluate=[file], ranks=(1,))
+    import transformers
+
+    model = transformers.GPT2LMHeadModel.from_pretrained(base).eval()
+    ids = torch.tensor([list(b"one two three")])
+    labels = ids.clone()
+    labels[0, :8] = -100
+    two = torch.tensor([list(b"ab")])
+    sums = model(input_ids=ids, labels=labels).loss.item() * 5 + model(input_ids=two, labels=two).loss.item()
+    assert found.whole[0].tokens == 6
+    assert found.whole[0].loss == pytest.approx(sums / 6, abs=1e-5)
+
+
+def test_a_run_that_was_cut_goes_on_and_measures_no_cell_twice(tmp_path):
+    base = gpt2(tmp_path / "base")
+    tuned = moved(base, tmp_path / "tuned")
+    text = some_text(tmp_path)
+    whole = tmp_path / "whole.jsonl"
+
+    def run(output, **more):
+        seen = []
+        lora_diag.probe_truncation(
+            base,
+            tuned,
+            evaluate=[text],
+            ranks=(0, 1, 2),
+            output=output,
+            on_progress=lambda label, done, total: seen.append(label),
+            **more,
+        )
+        return seen
+
+    assert set(run(whole)) == {"base", "tuned", "r=0", "r=1", "r=2"}
+    lines = whole.read_text().splitlines(keepends=True)
+    cut = tmp_path / "cut.jsonl"
+    cut.write_text("".join(lines[:4]) + lines[4][:20])
+    with pytest.raises(UsageError, match="--resume"):
+        run(cut)
+    assert set(run(cut, resume=True)) == {"base", "tuned", "r=1", "r=2"}
+    assert cut.read_text() == whole.read_text()
+    assert read_results(cut).end is not None
+    assert run(cut, resume=True) == []
+
+
+def test_names_with_and_without_the_prefix_of_the_inner_model(tmp_path):
+    import transformers
+
+    model = transformers.GPT2LMHeadModel.from_pretrained(gpt2(tmp_path / "base"))
+    weights = Weights(model)
+    inner = weights.find("h.0.attn.c_attn.weight")
+    assert inner is not None
+    assert inner.data_ptr() == weights.find("transformer.h.0.attn.c_attn.weight").data_ptr()
+    assert weights.find("h.9.attn.c_attn.weight") is None
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"ranks": (-1,)}, UsageError, "--ranks -1"),
+        ({"per": "planet"}, UsageError, "--per planet"),
+        ({"rest": "none"}, UsageError, "--rest none"),
+        ({"batch": 0}, UsageError, "--batch 0"),
+        ({"length": 1000}, UsageError, "--length 1000.*32 positions"),
+        ({"dtype": "int8"}, UsageError, "--dtype int8"),
+        (
+            {"tokenizer": "nowhere"},
+            InputError,
+            "nowhere: transformers cannot open a tokenizer.*--tokenizer bytes takes",
+        ),
+        ({"evaluate": []}, UsageError, "--eval"),
+        ({"evaluate": ["missing.txt"]}, InputError, r"missing\.txt: no such file"),
+        ({"layers": "nothing"}, NothingComparedError, "nothing to truncate"),
+        ({"layers": "("}, UsageError, "--layers"),
+    ],
+    ids=str,
+)
+def test_what_makes_no_sense_is_refused_in_one_message(tmp_path, change, error, message):
+    base = gpt2(tmp_path / "base")
+    options = {"evaluate": [some_text(tmp_path)], "ranks": (1,), **change}
+    with pytest.raises(error, match=message):
+        lora_diag.probe_truncation(base, moved(base, tmp_path / "tuned"), output=tmp_path / "r.jsonl", **options)
+    assert not (tmp_path / "r.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("not json\n", "line 1 is not JSON"),
+        ("[1]\n", "line 1 is not a JSON object"),
+        ('{"prompt": "x"}\n', "line 1 has neither text nor prompt"),
+        ("", "has no token to predict"),
+        ('{"text": "a"}\n', "has no token to predict"),
+    ],
+)
+def test_lines_that_say_nothing_are_named(tmp_path, content, message):
+    base = gpt2(tmp_path / "base")
+    file = tmp_path / "bad.jsonl"
+    file.write_text(content)
+    with pytest.raises(InputError, match=rf"bad\.jsonl: {message}"):
+        lora_diag.probe_truncation(base, base, evaluate=[file])
+
+
+def test_two_sets_of_one_name_are_refused(tmp_path):
+    base, text = gpt2(tmp_path / "base"), some_text(tmp_path)
+    with pytest.raises(UsageError, match="two evaluation sets are called held_out"):
+        lora_diag.probe_truncation(base, base, evaluate=[text], shifted=[text])
+
+
+def test_a_model_without_its_head_is_refused_instead_of_measured_with_random_numbers(tmp_path):
+    base = bert(tmp_path / "base")
+    from safetensors.torch import load_file, save_file
+
+    stored = load_file(base / "model.safetensors")
+    del stored["classifier.weight"]
+    save_file(stored, base / "model.safetensors", metadata={"format": "pt"})
+    file = tmp_path / "x.jsonl"
+    file.write_text('{"text": "a", "label": 0}\n')
+    with pytest.raises(InputError, match=r"no weights for classifier\.weight"):
+        lora_diag.probe_truncation(base, base, evaluate=[file])
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"architectures": ["T5ForConditionalGeneration"]}, "is a T5ForConditionalGeneration; probe runs causal"),
+        ({"model_type": "nobody"}, "transformers cannot open"),
+        ({"quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True}}, "is quantized"),
+    ],
+    ids=str,
+)
+def test_models_that_cannot_be_probed_are_named(tmp_path, config, message):
+    base = gpt2(tmp_path / "base")
+    file = base / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | config))
+    with pytest.raises(InputError, match=message):
+        lora_diag.probe_truncation(base, base, evaluate=[some_text(tmp_path)])
+
+
+def test_an_adapter_in_the_place_of_a_model_is_called_that(tmp_path):
+    adapter = SAMPLES / "lora_r4"
+    with pytest.raises(UsageError, match="lora_r4: is an adapter; give the model it belongs to"):
+        lora_diag.probe_sweep(adapter, data=some_text(tmp_path), evaluate=[some_text(tmp_path)])
+
+
+@pytest.mark.parametrize(
+    ("vocabulary", "way_out"),
+    [
+        (40, r"\(--tokenizer bytes needs a vocabulary of 256 or more; this model has 40\)"),
+        (300, ", and --tokenizer bytes"),
+    ],
+)
+def test_a_model_without_a_tokenizer_is_told_the_way_out(tmp_path, vocabulary, way_out):
+    config = transformers.LlamaConfig(
+        vocab_size=vocabulary, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
+    )
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "base")
+    why = (
+        r"base: transformers cannot open a tokenizer: it has no tokenizer files; --tokenizer DIR takes that of another"
+    )
+    with pytest.raises(InputError, match=f"{why} folder ?{way_out}"):
+        lora_diag.probe_truncation(tmp_path / "base", tmp_path / "base", evaluate=[some_text(tmp_path)])

@@ -1,0 +1,352 @@
+"""Planted situations: each rule speaks where its evidence is, and is silent where it is missing or at the floor."""
+
+import math
+import shlex
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lora_diag.reports.advice import RULES as STEPS
+from lora_diag.reports.advice import advice
+from lora_diag.reports.evidence import Evidence, Source, kept_at
+from lora_diag.reports.findings import RULES, findings
+from lora_diag.reports.markdown import markdown_report
+from lora_diag.reports.subject import SPOKEN_OF, subject_of
+from tests.conftest import ROOT
+from tests.reports.making import (
+    MLP,
+    TYPES,
+    decay,
+    flat_to,
+    names,
+    overlap,
+    overlaps,
+    residual,
+    residuals,
+    spectra,
+    spectrum,
+    vector,
+)
+
+EASY, STEEP, FLAT = flat_to(4, 512), decay(512, 1.2), decay(512, 0.05)
+
+
+def evidence(*results) -> Evidence:
+    return Evidence(tuple(Source(f"{item.run.command}.jsonl", item) for item in results))
+
+
+def told(*results) -> list[str]:
+    return [step.rule for step in advice(evidence(*results))]
+
+
+def seen(*results) -> list[str]:
+    return [found.name for found in findings(evidence(*results))]
+
+
+def model(s=EASY, blocks=4, verdict="resolved", special=None, left_out=()):
+    """Every layer has the spectrum ``s``, but for those whose name contains a key of ``special``."""
+    special = special or {}
+    return spectra(
+        [
+            spectrum(layer, next((v for part, v in special.items() if part in layer), s), verdict)
+            for layer in names(blocks)
+        ],
+        left_out,
+    )
+
+
+def test_a_small_rank_that_carries_everything_is_enough():
+    (step,) = advice(evidence(model(EASY)))
+    assert (step.rule, step.do) == ("enough", "Nothing: r=4 is enough")
+    assert "100% of the energy in the worst of 28 matrices" in step.because
+    assert findings(evidence(model(EASY))) == []
+
+
+def test_enough_is_the_smallest_usual_rank_that_keeps_nine_tenths_of_every_layer():
+    results = model(flat_to(8, 512), special={"layers.2.mlp.up_proj": flat_to(16, 512)})
+    (step,) = advice(evidence(results))
+    assert step.do == "Nothing: r=16 is enough"  # at 8, one layer keeps a half
+
+
+def test_a_rank_as_large_as_the_matrix_is_not_called_enough():
+    assert told(model(flat_to(4, 16))) == ["enough"]  # r=4 of 16
+    assert told(model(flat_to(9, 16))) == ["sweep"]  # r=16 of 16 keeps all of anything
+
+
+def test_shares_are_never_rounded_up_to_all():
+    nearly = np.sqrt(np.array([0.999, 0.0, 0.0, 0.0, 0.001, *[0.0] * 507]))
+    (step,) = advice(evidence(model(nearly)))
+    assert "r=4 keeps >99% of the energy" in step.because
+
+
+def test_norms_alone_need_no_adapter():
+    zero = spectra([spectrum(n, np.zeros(16)) for n in names(1)], [vector("norm.weight", 1.0)])
+    (step,) = advice(evidence(zero))
+    assert step.do.startswith("Train norms and biases alone")
+
+
+def test_few_short_layers_are_named_and_their_rank_is_raised():
+    results = model(
+        EASY, special={"layers.1.self_attn.o_proj": FLAT * 5, "layers.2.self_attn.o_proj": flat_to(30, 512)}
+    )
+    # flat_to(30) keeps 8/30 at r=8 and more than half at 16; the flat one never gets there, so no rank mends all.
+    (step,) = advice(evidence(results))
+    assert step.do.startswith("Raise the rank from 8 to 64 in 2 of 28 matrices")
+    assert "Not even r=64 carries that in each of them" in step.because
+    results = model(EASY, special={"layers.2.self_attn.o_proj": flat_to(30, 512)})
+    (step,) = advice(evidence(results))
+    assert step.rule == "raise rank in named layers"
+    assert step.do == "Raise the rank from 8 to 16 in 1 of 28 matrices: model.layers.2.self_attn.o_proj"
+    assert step.layers == ("model.layers.2.self_attn.o_proj.weight",)
+    assert step.command == f"loradiag allocate spectrum.jsonl --total-rank {28 * 8}"
+    assert seen(results) == ["Under-ranked critical layers"]
+
+
+def test_short_nearly_everywhere_raises_the_rank_everywhere():
+    results = model(flat_to(40, 512))
+    (step,) = advice(evidence(results))
+    assert (step.rule, step.do) == ("raise rank everywhere", "Raise the rank from 8 to 32 everywhere")
+    assert step.command.endswith(f"--total-rank {28 * 32}")
+    assert seen(results) == ["Slow spectral decay everywhere"]
+
+
+def test_where_no_usual_rank_reaches_half_the_weights_are_trained():
+    assert told(model(FLAT)) == ["full fine-tuning"]
+    (step,) = advice(evidence(model(EASY, special={"mlp.down_proj": FLAT})))
+    assert step.rule == "partial fine-tuning"
+    assert step.do == "Unfreeze mlp.down_proj; adapters on the rest"
+    assert len(step.layers) == 4
+
+
+def test_small_matrices_are_not_asked_to_be_trained_fully():
+    """r=64 on 128×128 is a full matrix's worth of parameters: it says nothing about LoRA."""
+    assert "full fine-tuning" not in told(model(decay(128, 0.0)))
+
+
+def test_in_between_only_the_loss_can_tell():
+    s = flat_to(12, 512)  # C(8) = 0.67, C(16) = 1
+    results = model(s, special={"q_proj": flat_to(100, 512)})
+    assert told(model(s)) == ["enough"]
+    assert told(results) == ["raise rank in named layers"]
+    s = decay(512, 0.75)
+    kept = np.cumsum(s**2) / np.sum(s**2)
+    assert (kept[7] > 0.5, kept[31] < 0.9) == (True, True)
+    (step,) = advice(evidence(model(s)))
+    assert step.rule == "sweep"
+    assert step.command.endswith(" --data TRAIN_TEXT --eval HELD_OUT_TEXT -o sweep.jsonl")
+
+
+def test_norms_and_biases_that_moved_ask_for_a_hybrid():
+    results = model(EASY)
+    total = sum(record.fro**2 for record in results)
+    share = 0.2
+    heavy = vector("model.norm.weight", math.sqrt(total * share / (1 - share)))
+    (step,) = advice(evidence(model(EASY, left_out=[heavy])))
+    assert step.rule == "hybrid"
+    assert "20% of the whole change ‖Δ‖² lies in 1 norms and biases" in step.because
+    (found,) = findings(evidence(model(EASY, left_out=[heavy])))
+    assert found.name == "Norm- or bias-heavy update"
+    assert "0.45·‖Δ‖" in found.means
+    light = vector("model.norm.weight", math.sqrt(total * 0.04))
+    assert told(model(EASY, left_out=[light])) == ["enough"]
+
+
+def test_a_selection_hides_the_norms_so_nothing_is_said_of_them():
+    heavy = vector("model.norm.weight", 1e3)
+    selected = heavy.model_copy(update={"layer": "x", "reason": "not_selected"})
+    assert "hybrid" not in told(model(EASY, left_out=[heavy, selected]))
+
+
+def test_a_head_that_moved_asks_for_modules_to_save():
+    results = model(EASY)
+    grown = spectra([*results.layers, spectrum("lm_head.weight", EASY * 10)])
+    assert told(grown) == ["train embeddings and head"]
+
+
+def test_layers_without_an_adapter_widen_the_placement():
+    records = [residual(layer, 8 if "self_attn" in layer else 0, kept=0.95) for layer in names(4)]
+    (step,) = advice(evidence(residuals(records)))
+    assert step.rule == "widen placement"
+    assert step.do == "Adapt mlp.down_proj, mlp.gate_proj, mlp.up_proj too" or step.do.startswith("Adapt mlp.")
+    assert "43% of ‖ΔW‖² lies in matrices that lora leaves alone" in step.because
+    assert step.command == "loradiag allocate spectrum.jsonl --match lora"
+    small = [residual(layer, 8 if "self_attn" in layer else 0, kept=0.95, fro=1.0 if "self_attn" in layer else 0.1)
+             for layer in names(4)]  # fmt: skip
+    assert "widen placement" not in told(residuals(small))
+
+
+@pytest.mark.parametrize("factor", [0.5, 4.0])
+def test_a_wrong_scale_comes_first(factor):
+    records = [residual(layer, 16, kept=0.95, scale=factor, limited_by="scale") for layer in names(4)]
+    step, *_ = advice(evidence(residuals(records)))
+    assert step.rule == "scale"
+    assert f"Multiply lora_alpha by {factor:.3g}" in step.do
+    (found,) = findings(evidence(residuals(records)))
+    assert found.name == "Scale mismatch"
+    assert ("rsLoRA" in found.seen) == (factor == 4.0)  # √16
+
+
+def test_a_scale_is_nothing_without_a_direction():
+    records = [residual(layer, 16, kept=0.95, scale=0.3, cosine=0.2) for layer in names(4)]
+    assert seen(residuals(records)) == []
+
+
+def test_an_adapter_is_judged_by_its_own_rank():
+    full = model(flat_to(12, 512))
+    short = residuals([residual(layer, 4, kept=1 / 3) for layer in names(4)])
+    wide = residuals([residual(layer, 16, kept=1.0) for layer in names(4)])
+    (step,) = advice(evidence(full, short))
+    assert step.do == "Raise the rank from 4 to 8 everywhere"
+    assert told(full, wide) == ["enough"]
+
+
+def test_without_a_spectrum_it_says_what_to_measure():
+    (step,) = advice(evidence(residuals([residual(layer, 4, kept=1 / 3) for layer in names(4)])))
+    assert step.do == "Raise the rank from 4 everywhere"
+    assert step.command == "loradiag spectrum base full_ft -o spectrum.jsonl"
+
+
+def test_rank_that_does_not_limit_is_said_beside_the_advice():
+    full = model(flat_to(12, 512))
+    records = [residual(layer, 4, kept=1 / 3, limited_by="direction") for layer in names(4)]
+    (step,) = advice(evidence(full, residuals(records)))
+    assert "rank is the larger part of ε in none of the 28 matrices" in step.because
+
+
+def test_flat_projections_are_found_and_others_not():
+    flat = decay(512, 0.0)
+    assert "Flat spectra in projection layers" in seen(model(EASY, special={"o_proj": flat}))
+    assert "Flat spectra in projection layers" not in seen(model(EASY, special={"q_proj": flat}))
+    connector = spectra([*model(EASY).layers, spectrum("multi_modal_projector.linear_1.weight", flat)])
+    (found,) = [item for item in findings(evidence(connector)) if item.name.startswith("Flat")]
+    assert found.layers == ("multi_modal_projector.linear_1.weight",)
+    assert "needs 90% of its directions" in found.seen
+
+
+def test_gradients_out_of_reach():
+    inside = [overlap(layer, step, 0.3, 0.6) for layer in names(1) for step in (0, 100)]
+    assert seen(overlaps(inside)) == []
+    lost = [overlap(names(1)[0], 100, 0.035, 0.25)]
+    (found,) = findings(evidence(overlaps([*inside[:-1], *lost])))
+    assert found.layers == (names(1)[0],)
+    assert "0.25 of ‖G‖, one on a random subspace 0.25" in found.seen
+    early = [overlap(names(1)[0], 0, 0.035, 0.25), overlap(names(1)[0], 100, 0.3, 0.6)]
+    assert seen(overlaps(early)) == []
+    unread = [overlap(names(1)[0], 100, 0.035, 0.25, verdict="floor-limited")]
+    assert seen(overlaps(unread)) == []
+    one_sided = [overlap(names(1)[0], 100, 0.035, 0.6)]
+    assert seen(overlaps(one_sided)) == []
+
+
+@pytest.mark.parametrize("verdict", ["floor-limited", "unresolved"])
+@pytest.mark.parametrize("s", [EASY, FLAT, flat_to(40, 512)], ids=["easy", "flat", "forty"])
+def test_nothing_is_advised_or_found_at_the_rounding_floor(verdict, s):
+    results = model(s, verdict=verdict)
+    assert (told(results), seen(results)) == ([], [])
+    records = [residual(layer, 8, kept=0.1, scale=0.3, verdict=verdict) for layer in names(4)]
+    assert (told(residuals(records)), seen(residuals(records))) == ([], [])
+    assert any("float32" in what for what, _ in evidence(results).missing())
+
+
+def test_less_than_half_resolved_is_not_enough_to_speak():
+    layers = names(4)
+    mixed = [spectrum(layer, EASY, "resolved" if i < 13 else "unresolved") for i, layer in enumerate(layers)]
+    assert told(spectra(mixed)) == []
+
+
+def test_not_enough_where_some_layers_are_not_resolved():
+    layers = names(4)
+    mixed = [spectrum(layer, EASY, "resolved" if i < 27 else "unresolved") for i, layer in enumerate(layers)]
+    assert told(spectra(mixed)) == ["sweep"]
+
+
+def test_an_adapters_own_rank_is_no_evidence():
+    records = [spectrum(layer, EASY, method="factored") for layer in names(2)]
+    assert (told(spectra(records)), seen(spectra(records))) == ([], [])
+
+
+def test_nothing_measured_nothing_said():
+    empty = spectra([])
+    assert (told(empty), seen(empty)) == ([], [])
+    assert Evidence(()).missing()
+
+
+def test_a_zero_update_says_nothing():
+    results = model(np.zeros(64))
+    assert (told(results), seen(results)) == ([], [])
+
+
+def test_a_path_with_blanks_and_quotes_stays_one_word_of_the_command():
+    path = "my 'models'/$(rm -rf)"
+    results = spectra(model(FLAT).layers, inputs=(("base", path), ("tuned", "t")))
+    (step,) = advice(evidence(results))
+    assert shlex.split(step.command) == ["loradiag", "plan", path]
+
+
+def test_every_rule_says_when_and_whence():
+    """All that the planted situations above bring out has a condition, a source and a command."""
+    heavy = vector("n", 1e3)
+    runs = [
+        (model(EASY),), (model(FLAT),), (model(flat_to(40, 512)),), (model(EASY, left_out=[heavy]),),
+        (model(decay(512, 0.75)),), (model(EASY, special={"2.self_attn.o": flat_to(30, 512)}),),
+        (residuals([residual(n, 16, kept=0.95, scale=3) for n in names(4)]),),
+        (residuals([residual(n, 8 if n in names(4, TYPES) else 0, kept=0.95) for n in names(4, TYPES + MLP)]),),
+    ]  # fmt: skip
+    steps = [step for results in runs for step in advice(evidence(*results))]
+    found = [item for results in runs for item in findings(evidence(*results))]
+    assert len({step.rule for step in steps}) >= 7
+    assert all(step.condition and step.source and step.command.startswith("loradiag ") for step in steps)
+    assert all(item.condition and item.source and item.means for item in found)
+    page = (ROOT / "docs" / "report.md").read_text()
+    assert len(STEPS) + len(RULES) == 12
+    for name in {step.rule for step in steps} | {item.name for item in found}:
+        assert name in page, f"docs/report.md does not explain {name!r}"
+
+
+@given(st.lists(st.floats(0.01, 100), min_size=1, max_size=40), st.integers(1, 50))
+def test_kept_is_the_share_of_the_energy(values, rank):
+    s = np.sort(np.array(values))[::-1]
+    record = spectrum("x", s)
+    wanted = float(np.sum(s[:rank] ** 2) / np.sum(s**2))
+    assert kept_at(record, rank) == pytest.approx(wanted, rel=1e-12)
+
+
+@given(st.permutations(range(6)))
+def test_the_order_of_layers_changes_no_advice(order):
+    records = [spectrum(layer, flat_to(4 if i % 2 else 30, 512)) for i, layer in enumerate(names(1)[:6])]
+    first, second = (advice(evidence(spectra([records[i] for i in o]))) for o in (range(6), order))
+    assert [step.rule for step in first] == [step.rule for step in second]
+    assert [set(step.layers) for step in first] == [set(step.layers) for step in second]
+
+
+def test_advice_speaks_of_every_adapter_and_update_and_says_nothing_twice():
+    layers = names(4)
+    two = residuals(
+        [residual(n, 4, 0.3, adapter="first") for n in layers] + [residual(n, 8, 0.4, adapter="second") for n in layers]
+    )
+    again = spectra([spectrum(n, flat_to(40, 512)) for n in layers])
+    runs = evidence(model(EASY), two, again)
+    assert [(each.adapter, each.update.name if each.update else "") for each in runs.each()][:2] == [
+        ("first", "spectrum.jsonl"),
+        ("second", "spectrum.jsonl"),
+    ]
+    assert [len(each.residuals) for each in runs.each()] == [28, 28, 0]
+    assert {record.rank for record in runs.each()[1].residuals} == {8}
+    groups = subject_of(runs).advice
+    assert [group.about.rsplit(" ", 1)[-1] for group in groups] == ["first", "second", "spectrum.jsonl"]
+    steps = [step for group in groups for step in group.steps]
+    assert len(steps) == len(set(steps))
+    assert [group.steps[0].do.split(" to ")[0] for group in groups] == [
+        "Raise the rank from 4",
+        "Raise the rank from 8",
+        "Raise the rank from 8",
+    ]
+
+
+def test_of_very_many_adapters_the_rest_is_counted():
+    records = [residual(n, 4, 0.3, adapter=f"a{i}") for i in range(12) for n in names(1)]
+    told = subject_of(evidence(residuals(records)))
+    assert told.silent == 12 - SPOKEN_OF
+    assert "and 4 more adapters or updates" in markdown_report(evidence(residuals(records)))

@@ -1,0 +1,255 @@
+"""Planted losses: each rule speaks where its evidence is, leads those on weights, and is silent without it."""
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from lora_diag.probes.outputs.choice import choices
+from lora_diag.probes.sweep.verdict import verdicts
+from lora_diag.records import End, Probe, Results, Run, RunInput
+from lora_diag.reports.advice import advice
+from lora_diag.reports.worth import contests
+from tests.reports.making import flat_to
+from tests.reports.test_advice import evidence, model, told
+
+
+def probe(kind, subject, loss, *, name="own", shifted=False, **more):
+    return Probe(probe=kind, set=name, shifted=shifted, subject=subject, tokens=9, data="0", loss=loss, **more)
+
+
+def run(command, records, **settings):
+    sides = (("base", "my base"), ("tuned", "full"), ("eval", "own.txt"))
+    inputs = tuple(RunInput(role=role, path=path, kind="", tensors=1) for role, path in sides)
+    end = End(layers=0, left_out=0, fro=None, base_fro=None)
+    return Results(Run(command=command, version="0", inputs=inputs, settings=settings), (), (), end, tuple(records))
+
+
+def outputs(adapters, base=2.0, tuned=1.0, error=0.01, sets=("own",), shifted=()):
+    """TUNED gains 1 nat; ``adapters`` gives the gap of each, or one a set."""
+    records = []
+    for place, name in enumerate((*sets, *shifted)):
+        where = {"name": name, "shifted": name in shifted}
+        records.append(probe("outputs", "base", base, gap=base - tuned, gap_error=0.02, **where))
+        records.append(probe("outputs", "tuned", tuned, gap=0.0, gap_error=0.0, **where))
+        for path, gaps in adapters.items():
+            gap = gaps if isinstance(gaps, float) else gaps[place]
+            more = {"gap": gap, "gap_error": error, "kept": 1 - gap / (base - tuned)}
+            record = probe("outputs", "adapter", tuned + gap, **more, **where)
+            records.append(record.model_copy(update={"name": path}))
+    return run("probe outputs", records)
+
+
+def sweep(losses, base=2.0, own=None, shifted=None, spread=0.001):
+    """``losses`` by rank, two seeds ``spread`` apart, ranks in turns; ``shifted`` on a set of BASE ``own``."""
+    records = []
+    for name, given, start in (("own", losses, base), ("other", shifted or {}, own)):
+        if given:
+            where = {"name": name, "shifted": name == "other"}
+            records.append(probe("sweep", "base", start, **where))
+            records += [
+                probe(
+                    "sweep",
+                    "lora",
+                    loss + (seed - 0.5) * spread * (-1) ** place,
+                    rank=rank,
+                    lr=1e-3,
+                    seed=seed,
+                    **where,
+                )
+                for place, (rank, loss) in enumerate(given.items())
+                for seed in (0, 1)
+            ]
+    return run("probe sweep", records, seed=0, tolerance=0.02)
+
+
+def truncation(kept, base=2.0, tuned=1.0, gain_error=0.02, **settings):
+    records = [
+        probe("truncation", "base", base, gap=base - tuned, gap_error=gain_error),
+        probe("truncation", "tuned", tuned, gap=0.0, gap_error=0.0),
+    ]
+    for rank, share in kept.items():
+        loss = base - share * (base - tuned)
+        more = {"gap": loss - tuned, "gap_error": 0.01, "kept": share, "energy": share / 2}
+        records.append(probe("truncation", "truncated", loss, rank=rank, **more))
+    return run("probe truncation", records, **{"rest": "tuned", "layers": None, "exclude": None, **settings})
+
+
+def words(*results):
+    return {contest.name: contest.word for contest in contests(evidence(*results))}
+
+
+def test_an_adapter_is_as_good_where_two_errors_against_it_leave_nine_tenths_of_the_gain():
+    # TUNED gains 1.0: 0.07 + 2 × 0.01 is within a tenth of it, 0.09 + 2 × 0.01 is not.
+    assert words(outputs({"a": 0.07, "b": 0.09, "c": -0.2})) == {"a": "as good", "b": "worse", "c": "as good"}
+    assert words(outputs({"a": 0.09}, error=0.05)) == {"a": "not known"}
+    assert words(outputs({"a": 0.0}, error=0.2)) == {"a": "not known"}  # no difference seen, and none excluded
+    # On every set, but for shifted ones.
+    assert words(outputs({"a": (0.0, 0.5)}, sets=("own", "two"))) == {"a": "worse"}
+    assert words(outputs({"a": (0.0, 0.5)}, shifted=("two",))) == {"a": "as good"}
+    # Where the fine-tune itself gains nothing, nothing can be as good.
+    assert words(outputs({"a": 0.0}, base=1.01, error=0.001)) == {"a": "not known"}
+
+
+def test_an_adapter_that_does_as_well_ends_the_advice_whatever_weights_say():
+    flat = model(flat_to(40, 512))
+    assert told(flat) == ["raise rank everywhere"]
+    (step,) = advice(evidence(flat, outputs({"runs/a": 0.3, "runs/b": -0.02})))
+    assert (step.rule, step.do) == (
+        "keep the adapter",
+        "Nothing: runs/b does as well as the full fine-tune on held-out text",
+    )
+    assert "-0.0200 ± 0.01 nats from the full fine-tune on own, 102% of its gain" in step.because
+    assert step.command == "loradiag gate --policy adapter-basic --base 'my base' --adapter runs/b"
+
+
+def rivals(seed=0, apart=0.1, sequences=20, sets=("own",)):
+    """Three adapters: ``b`` is the best, ``a`` about as good, ``c`` worse; sequences differ more than adapters do."""
+    rng, records = np.random.default_rng(seed), []
+    for name in sets:
+        counts = rng.integers(5, 50, sequences)
+        hard = counts * rng.uniform(1, 3, sequences)
+        nll = {path: hard + counts * (shift + 0.01 * rng.normal(size=sequences)) for path, shift in
+               (("a", 0.001), ("b", 0.0), ("c", apart))}  # fmt: skip
+        records.append(probe("outputs", "base", 5.0, name=name, predictions=tuple(counts.tolist()), nll=tuple(hard)))
+        for path, each in nll.items():
+            record = probe("outputs", "adapter", float(each.sum() / counts.sum()), name=name, nll=tuple(each))
+            records.append(record.model_copy(update={"name": path}))
+    return records, counts, nll
+
+
+def test_adapters_are_compared_with_each_other_on_the_same_sequences():
+    records, counts, nll = rivals()
+    (choice,) = choices(records)
+    best, near, far = sorted(nll, key=lambda path: nll[path].sum())
+    assert (choice.best, [rival.name for rival in choice.rivals]) == (best, [near, far])
+    assert far == "c"
+    assert [rival.name for rival in choice.equals] == [near]
+    for rival in choice.rivals:
+        # Ratio estimator by its definition; two rivals, so 95% for both together is 97.5% for each.
+        difference = nll[rival.name] - nll[best]
+        gap = difference.sum() / counts.sum()
+        error = math.sqrt(20 / 19 * ((difference - gap * counts) ** 2).sum()) / counts.sum()
+        assert rival.behind == pytest.approx(gap)
+        assert rival.half == pytest.approx(stats.t(19).ppf(1 - 0.05 / 4) * error)
+    assert choice.rivals[0].sequences is None or choice.rivals[0].sequences > 20
+    assert choice.rivals[1].sequences is None
+    assert choices([r for r in records if r.name not in {"a", "b"}]) == []
+    assert choices(outputs({"a": 0.1, "b": 0.2}).whole) == []  # of older results, which have no losses of sequences
+    one, *_ = rivals(sequences=1)
+    assert [rival.half for rival in choices(one)[0].rivals] == [None, None]
+
+
+def test_equal_adapters_are_told_apart_in_one_case_of_twenty_at_most():
+    told = 0
+    for seed in range(400):
+        records, *_ = rivals(seed, apart=0.0)
+        records = [r for r in records if r.name != "a"]
+        told += not choices(records)[0].equals
+    assert told / 400 < 0.05 + 3 * math.sqrt(0.05 * 0.95 / 400)
+
+
+def test_a_gap_leads_and_weights_follow():
+    steps = advice(evidence(model(flat_to(40, 512)), outputs({"a": 0.3, "b": 0.2})))
+    assert [step.rule for step in steps] == ["close the gap", "raise rank everywhere"]
+    assert steps[0].do == "Close a gap of +0.2000 ± 0.01 nats to the full fine-tune"
+    assert "the best of 2" in steps[0].because
+    command = "loradiag probe sweep base --data TRAIN_TEXT --eval HELD_OUT_TEXT -o sweep.jsonl"
+    assert steps[0].command == command
+    (more,) = advice(evidence(outputs({"a b": 0.09}, error=0.05)))
+    assert more.rule == "measure more"
+    assert more.command == "loradiag probe outputs 'my base' full 'a b' --eval MORE_TEXT -o outputs.jsonl"
+
+
+def test_a_sweep_names_rank_and_rate_and_weights_are_not_asked_for_one():
+    steep = sweep({4: 1.5, 8: 1.2, 16: 1.1, 64: 1.099})
+    steps = advice(evidence(model(flat_to(40, 512)), steep))
+    assert [(step.rule, step.do) for step in steps] == [
+        ("sweep: gradual decline", "Train at r=16 with learning rate 0.001")
+    ]
+    assert "of 4, 8, 16, 64 it is the smallest rank shown to keep 98% of every other rank's gain" in steps[0].because
+    assert "r=8 is 11% of the gain behind r=64" in steps[0].because
+    assert steps[0].command == "loradiag plan 'my base' --ranks 16"
+    (last,) = advice(evidence(sweep({4: 1.5, 8: 1.2, 16: 1.1})))
+    assert last.do == "Train at r=16 with learning rate 0.001, and try higher ones: the loss still falls there"
+    (fast,) = advice(evidence(sweep({4: 1.1, 8: 1.099, 16: 1.098})))
+    assert (fast.rule, fast.do) == ("sweep: fast saturation", "Train at r=4 with learning rate 0.001")
+
+
+def test_a_sweep_that_shows_no_rank_gives_its_best_answer_and_leaves_ranks_to_the_weights():
+    steps = advice(evidence(model(flat_to(40, 512)), sweep({4: 2.1, 8: 2.2})))
+    assert [step.rule for step in steps] == ["sweep: no gain", "raise rank everywhere"]
+    assert steps[0].do.startswith("Change the training before the rank")
+    sweeps = "loradiag probe sweep 'my base' --data DATA --eval own.txt"
+    assert steps[0].command == f"{sweeps} --lr 1e-6,1e-5,1e-4 --ranks 4,8 -o sweep-2.jsonl"
+    noisy = sweep({4: 1.50, 8: 1.51}, spread=0.04)
+    steps = advice(evidence(model(flat_to(40, 512)), noisy))
+    assert [step.rule for step in steps] == ["sweep: not resolved", "raise rank everywhere"]
+    assert steps[0].do == "Train at r=4 with learning rate 0.001"
+    (verdict, _), *_ = verdicts(noisy.whole, 0, 0.02).values()
+    assert f"{math.floor(100 * verdict.confidence)}% confidence" in steps[0].because
+    # The command adds seeds to the file that is there.
+    command = "loradiag probe sweep 'my base' --eval own.txt --seed 0 --tolerance 0.02"
+    assert steps[0].command == f"{command} --seeds {verdict.more_seeds} --resume -o 'probe sweep.jsonl'"
+    assert verdict.more_seeds > 2
+
+
+def test_a_shifted_set_is_asked_apart():
+    losses = {4: 1.1, 8: 1.099, 16: 1.098}
+    worse = advice(evidence(sweep(losses, own=1.0, shifted={4: 1.2, 8: 1.3, 16: 1.4})))
+    assert [step.rule for step in worse] == ["sweep: fast saturation", "mind the shift"]
+    assert "Least at r=4, by 0.2 nats" in worse[1].because
+    assert "--data MIXED_TEXT --eval own.txt --ranks 4,8,16" in worse[1].command
+    more = advice(evidence(sweep(losses, own=2.0, shifted={4: 1.5, 8: 1.3, 16: 1.1})))
+    assert more[1].do == "Take r=16 if other matters: r=4 is enough on own only"
+    assert more[1].command == "loradiag plan 'my base' --ranks 4,16"
+    assert told(sweep(losses, own=2.0, shifted=losses)) == ["sweep: fast saturation"]
+    again = sweep({4: 2.1, 8: 2.2}, own=2.0, shifted={4: 2.1, 8: 2.2})
+    other = RunInput(role="shifted", path="other.txt", kind="", tensors=1)
+    again = replace(again, run=again.run.model_copy(update={"inputs": (*again.run.inputs, other)}))
+    assert "--data DATA --eval own.txt --shifted other.txt" in advice(evidence(again))[0].command
+
+
+def test_a_truncation_names_the_rank_that_ships_the_fine_tune_itself():
+    (step,) = advice(evidence(truncation({0: 0.2, 4: 0.5, 16: 0.93, 64: 0.99})))
+    assert (step.rule, step.do) == ("compress", "To ship the full fine-tune as an adapter, cut it to r=16; no training")
+    assert (
+        "keeps 93% of the gain on own (loss +0.0700 ± 0.01 to the full fine-tune), while C(16) = 0.47" in step.because
+    )
+    assert step.command == "loradiag extract 'my base' full --rank 16 --rest save -o adapter/"
+    (bare,) = advice(evidence(truncation({4: 0.95}, rest="base")))
+    assert "--rest" not in bare.command
+
+
+def test_silence_without_evidence():
+    assert told(truncation({4: 0.5})) == []
+    assert told(truncation({4: 0.99}, gain_error=0.9)) == []  # the fine-tune's own gain is noise
+    assert told(truncation({4: 0.99}, layers="mlp")) == []
+    assert told(sweep({4: 1.5})) == []
+    assert told(run("probe outputs", [])) == []
+
+
+def test_the_rank_that_is_shipped_is_one_and_its_worst_set_is_told():
+    (step,) = advice(evidence(truncation({0: 0.95, 4: 0.96})))
+    assert "cut it to r=4;" in step.do
+    runs = truncation({4: 0.99}), truncation({4: 0.93})
+    two = [
+        record.model_copy(update={"set": name}) for name, one in zip("ab", runs, strict=True) for record in one.whole
+    ]
+    (step,) = advice(evidence(run("probe truncation", two, rest="base")))
+    assert "It keeps 93% of the gain on b " in step.because
+    # A rank that was measured on one set only says nothing of the other.
+    more = [record for record in truncation({2: 0.97}).whole if record.rank == 2]
+    (step,) = advice(evidence(run("probe truncation", [*two, more[0].model_copy(update={"set": "a"})], rest="base")))
+    assert "cut it to r=4;" in step.do
+    # Where norms, biases, embeddings and head bring nothing, they need not be saved.
+    (step,) = advice(evidence(truncation({0: 0.0, 4: 0.95})))
+    assert "--rest" not in step.command
+
+
+def test_more_text_and_shifts_are_no_matter_where_the_main_question_has_another_answer():
+    assert told(outputs({"a": (0.09, 0.09), "b": (0.0, 0.0)}, error=0.04, sets=("own", "two"))) == ["keep the adapter"]
+    no_gain = sweep({4: 2.1, 8: 2.2}, own=1.0, shifted={4: 1.2, 8: 1.3})
+    assert told(no_gain) == ["sweep: no gain"]

@@ -1,0 +1,66 @@
+"""Measures as ``spectrum`` does, and fails on the way; importable by the workers of a cluster."""
+
+import os
+import signal
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+from lora_diag.cli import main
+from lora_diag.diagnostics.spectrum import run as spectrum
+from lora_diag.errors import InputError
+
+
+def first_time(marker: Path) -> bool:
+    """Say whether nobody said so before, on whatever worker."""
+    try:
+        os.close(os.open(marker, os.O_CREAT | os.O_EXCL))
+    except FileExistsError:
+        return False
+    return True
+
+
+def kills_its_worker(folder, times, layer, task, settings):
+    """Kill the process that measures a layer, so many times."""
+    if task.layer == layer and any(first_time(folder / f"killed{time}") for time in range(times)):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return real(task, settings)
+
+
+def cannot_read(layer, task, settings):
+    """Find a file broken in one layer."""
+    if task.layer == layer:
+        raise InputError(f"model.safetensors: the file ends inside {layer}; copy or download it again")
+    return real(task, settings)
+
+
+def waits_on_the_second_node(marker, head, task, settings):
+    """On another node than the head, say so and never end: the node has to die; on the head, begin only then."""
+    import ray
+
+    if ray.get_runtime_context().get_node_id() != head:
+        marker.touch()
+        time.sleep(600)
+    while not marker.exists():
+        time.sleep(0.05)
+    return real(task, settings)
+
+
+def kills_its_worker_then_waits(folder, deadly, endless, task, settings):
+    """Kill the process that measures the one layer, once; wait for ever in the other."""
+    if task.layer == endless:
+        (folder / "pid").write_text(str(os.getpid()))
+        (folder / "pid").rename(folder / "waiting")
+        time.sleep(600)
+    return kills_its_worker(folder, 1, deadly, task, settings)
+
+
+real = spectrum._one_layer
+
+if __name__ == "__main__":  # the command line with such a fault
+    folder, deadly, endless, *sys.argv[1:] = sys.argv[1:]
+    from tests.running.engines import faulty  # as the workers import it
+
+    spectrum._one_layer = partial(faulty.kills_its_worker_then_waits, Path(folder), deadly, endless)
+    main()

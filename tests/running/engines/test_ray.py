@@ -1,0 +1,440 @@
+"""The engine on a cluster: a real one of two nodes, whose workers and nodes die while they measure."""
+
+import ast
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+import warnings
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import lora_diag
+from lora_diag import Ray
+from lora_diag.cli import options
+from lora_diag.diagnostics.fleet.run import Member, Seen, _on_a_worker
+from lora_diag.errors import InputError, UsageError
+from lora_diag.running.engines import connection
+from lora_diag.running.engines import ray as engine
+from lora_diag.running.engines.connection import import_ray
+from lora_diag.running.engines.worker import Job, open_job
+from lora_diag.running.measuring import Place, place
+from lora_diag.version import __version__
+from tests.checkpoints.web import Web
+from tests.conftest import PATIENCE, ROOT
+from tests.running.engines import faulty
+
+# The module: ``lora_diag.spectrum`` is the function.
+api = sys.modules["lora_diag.diagnostics.spectrum.run"]
+LAST = "model.layers.1.self_attn.q_proj.weight"
+
+
+class TwoNodes:
+    """The cluster, and how to cut its power."""
+
+    def __init__(self):
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "tests.running.engines.two_nodes"],
+            cwd=ROOT,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+        self.address = self.said()
+
+    def said(self) -> str:
+        line = self.process.stdout.readline().strip()
+        assert line, "the cluster did not start"
+        return line
+
+    def tell(self, word: str) -> None:
+        self.process.stdin.write(f"{word}\n")
+        self.process.stdin.flush()
+        assert self.said() == "done"
+
+    def end(self) -> None:
+        with self.process:
+            self.process.stdin.close()
+            self.process.wait(timeout=PATIENCE)
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    """A cluster of two nodes with one core each, and this process connected to it."""
+    ray = import_ray()
+    before = signal.getsignal(signal.SIGTERM)
+    nodes = TwoNodes()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Ray's own, of its start
+            ray.init(address=nodes.address, log_to_driver=False, logging_level="CRITICAL")
+        yield nodes
+        ray.shutdown()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        nodes.end()
+
+
+@pytest.fixture
+def pair(pair_of_models):
+    return pair_of_models[0], pair_of_models[1]
+
+
+def both(tmp_path, command, *inputs, **options):
+    """Return the bytes of the results file of one machine, and of the cluster."""
+    measure = getattr(lora_diag, command)
+    for name, on in (("local", None), ("cluster", Ray())):
+        measure(*inputs, output=tmp_path / name, engine=on, **options)
+    return (tmp_path / "local").read_bytes(), (tmp_path / "cluster").read_bytes()
+
+
+SAMPLES = ROOT / "sample_checkpoints"
+COMMANDS = {
+    "spectrum": (SAMPLES / "base", SAMPLES / "full_ft"),
+    "residual": (SAMPLES / "base", SAMPLES / "full_ft", [SAMPLES / "lora_r4", SAMPLES / "lora_r16"]),
+    "overlap": (SAMPLES / "base", SAMPLES / "full_ft", [SAMPLES / "gradients"]),
+    "interference": ([SAMPLES / "lora_r4", SAMPLES / "lora_r16"],),
+    "intruders": (SAMPLES / "base", SAMPLES / "lora_r4"),
+    "verify_merge": (SAMPLES / "base", SAMPLES / "lora_r4", SAMPLES / "full_ft"),
+    "fleet": ([SAMPLES / "*"],),
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_diagnostic_gives_the_same_bytes_as_on_one_machine(cluster, tmp_path, command):
+    local, there = both(tmp_path, command, *COMMANDS[command], layers=r"layers\.[01]\.(self_attn\.q|mlp\.up|input)")
+    assert local == there
+    assert b'"end"' in local
+
+
+def test_extract_writes_the_same_adapter(cluster, pair, tmp_path):
+    for name, on in (("local", None), ("cluster", Ray())):
+        (tmp_path / name).mkdir()
+        lora_diag.extract(*pair, tmp_path / name / "adapter", params=400, engine=on)
+    local, there = (tmp_path / name / "adapter" for name in ("local", "cluster"))
+    assert (local / "extraction.jsonl").read_bytes() == (there / "extraction.jsonl").read_bytes()
+    assert (local / "adapter_model.safetensors").read_bytes() == (there / "adapter_model.safetensors").read_bytes()
+
+
+def test_a_worker_that_is_killed_changes_nothing(cluster, pair, tmp_path, monkeypatch):
+    lora_diag.spectrum(*pair, output=tmp_path / "local")
+    monkeypatch.setattr(api, "_one_layer", partial(faulty.kills_its_worker, tmp_path, 1, LAST))
+    lora_diag.spectrum(*pair, output=tmp_path / "cluster", engine=Ray())
+    assert (tmp_path / "killed0").exists()
+    assert (tmp_path / "local").read_bytes() == (tmp_path / "cluster").read_bytes()
+
+
+def test_a_node_that_is_killed_changes_nothing(cluster, pair, tmp_path, monkeypatch):
+    import ray
+
+    lora_diag.spectrum(*pair, output=tmp_path / "local")
+    head, marker = ray.get_runtime_context().get_node_id(), tmp_path / "on the second node"
+    monkeypatch.setattr(api, "_one_layer", partial(faulty.waits_on_the_second_node, marker, head))
+
+    def cut_the_power():
+        until(marker)
+        cluster.tell("kill")
+
+    killer = threading.Thread(target=cut_the_power)
+    killer.start()
+    lora_diag.spectrum(*pair, output=tmp_path / "cluster", engine=Ray())
+    killer.join()
+    cluster.tell("add")
+    assert (tmp_path / "local").read_bytes() == (tmp_path / "cluster").read_bytes()
+
+
+def test_a_layer_that_kills_every_worker_is_named_and_the_rest_is_kept(cluster, pair, tmp_path, monkeypatch):
+    lora_diag.spectrum(*pair, output=tmp_path / "local")
+    monkeypatch.setattr(engine, "RETRIES", 0)
+    monkeypatch.setattr(api, "_one_layer", partial(faulty.kills_its_worker, tmp_path, 99, LAST))
+    with pytest.raises(InputError, match=rf"^{LAST}: a worker died while it measured it"):
+        lora_diag.spectrum(*pair, output=tmp_path / "cluster", engine=Ray())
+    whole, left = ((tmp_path / name).read_bytes() for name in ("local", "cluster"))
+    assert whole.startswith(left)
+    assert left.count(b"\n") == 1 + 9  # of ten matrices
+    monkeypatch.undo()
+    lora_diag.spectrum(*pair, output=tmp_path / "cluster", resume=True)  # on this machine
+    assert (tmp_path / "cluster").read_bytes() == whole
+
+
+def test_a_run_of_one_machine_goes_on_on_a_cluster(cluster, pair, tmp_path):
+    lora_diag.spectrum(*pair, output=tmp_path / "local")
+    whole = (tmp_path / "local").read_bytes()
+    (tmp_path / "begun").write_bytes(b"".join(whole.splitlines(keepends=True)[:4]))
+    lora_diag.spectrum(*pair, output=tmp_path / "begun", resume=True, engine=Ray())
+    assert (tmp_path / "begun").read_bytes() == whole
+
+
+def test_what_cannot_be_measured_is_told_as_on_one_machine(cluster, pair, tmp_path, monkeypatch):
+    base, tuned = pair
+    tensors = load_file(tuned / "model.safetensors")
+    tensors[LAST][3, 4] = torch.nan
+    save_file(tensors, tuned / "model.safetensors")
+    local, there = both(tmp_path, "spectrum", base, tuned)
+    assert local == there
+    assert b'"non_finite"' in local
+    monkeypatch.setattr(api, "_one_layer", partial(faulty.cannot_read, LAST))
+    told = []
+    for name, on in (("local2", None), ("cluster2", Ray())):
+        with pytest.raises(InputError) as error:
+            lora_diag.spectrum(base, tuned, output=tmp_path / name, engine=on)
+        told.append((str(error.value), (tmp_path / name).read_bytes()))
+    assert told[0] == told[1]
+    assert LAST in told[0][0]
+
+
+def test_inputs_that_only_this_machine_sees_are_named(cluster, pair, tmp_path):
+    folder = os.open(pair[1], os.O_RDONLY)  # of this process alone
+    try:
+        with pytest.raises(
+            InputError, match=r"/model\.safetensors: the worker on .* cannot see it: .*storage that all"
+        ):
+            lora_diag.spectrum(pair[0], f"/proc/self/fd/{folder}", output=tmp_path / "r", engine=Ray())
+    finally:
+        os.close(folder)
+    assert not (tmp_path / "r").exists()
+
+
+def test_no_gpu_is_an_error_and_not_an_endless_wait(cluster, pair, tmp_path, monkeypatch):
+    monkeypatch.setattr(engine, "PATIENCE", 0.1)
+    monkeypatch.setattr(engine, "LOOK", 0.2)
+    with pytest.raises(InputError, match="no node of the cluster had 1 CPU and 2 GPUs"):
+        lora_diag.spectrum(*pair, output=tmp_path / "r", engine=Ray(gpus_per_task=2))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU of the second node is one in name alone")
+def test_a_gpu_that_torch_does_not_see_is_an_error_and_not_a_processor(cluster, pair):
+    with pytest.raises(UsageError, match="this torch sees 0 CUDA devices"):
+        lora_diag.spectrum(*pair, engine=Ray(gpus_per_task=0.5))
+
+
+def test_addresses_are_read_by_the_workers_themselves(cluster, pair, tmp_path):
+    web = Web(tmp_path)
+    try:
+        local, there = both(tmp_path, "spectrum", f"{web.url}/base", f"{web.url}/tuned", layers="lm_head")
+    finally:
+        web.close()
+    assert local == there
+
+
+def test_ctrl_c_stops_the_cluster_and_leaves_a_file_to_go_on_with(cluster, pair, tmp_path):
+    """By the command line, and with a worker killed before, of which Ray itself would tell on standard output."""
+    lora_diag.spectrum(*pair, output=tmp_path / "local")
+    first, *_ = layers = [record.layer for record in lora_diag.read_results(tmp_path / "local")]
+    words = ["spectrum", *pair, "-o", "r.jsonl", "--json", "--engine", "ray", "--ray-address", cluster.address]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tests.running.engines.faulty", tmp_path, first, layers[-1], *words],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    until(tmp_path / "waiting")
+    until(lambda: (tmp_path / "r.jsonl").exists() and (tmp_path / "r.jsonl").read_bytes().count(b"\n") > 1)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 130
+    assert err.decode() == "interrupted; with -o, --resume goes on from here\n"
+    assert (tmp_path / "r.jsonl").read_bytes().startswith(out)  # the interrupt may come between file and output
+    assert out
+    assert (tmp_path / "killed0").exists()
+    worker = int((tmp_path / "waiting").read_text())
+    until(lambda: not Path(f"/proc/{worker}/cmdline").exists() or not Path(f"/proc/{worker}/cmdline").read_bytes())
+    lora_diag.spectrum(*pair, output=tmp_path / "r.jsonl", resume=True)
+    assert (tmp_path / "r.jsonl").read_bytes() == (tmp_path / "local").read_bytes()
+
+
+def until(there):
+    """Wait for a file, or for something to be so."""
+    end = time.monotonic() + PATIENCE
+    while not (there.exists() if isinstance(there, Path) else there()):
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.05)
+
+
+def job(**changed) -> Job:
+    return Job(**{"version": __version__, "folder": str(ROOT), "files": (), "work": b"", **changed})
+
+
+def test_a_worker_refuses_what_is_not_what_was_meant(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model").write_bytes(b"12345")
+    with pytest.raises(InputError, match=r"has loradiag .*, this is 0.0.1; install one version everywhere"):
+        open_job(job(version="0.0.1"))
+    with pytest.raises(InputError, match=r"^none: the worker on .* cannot see it: No such file"):
+        open_job(job(files=(("none", 5),), folder=str(tmp_path)))
+    with pytest.raises(InputError, match=r"^model: .* sees another file there, of 5 bytes instead of 6;"):
+        open_job(job(files=(("model", 6),), folder=str(tmp_path)))
+
+
+def test_a_worker_refuses_adapters_that_it_does_not_see(tmp_path):
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"12345")
+    seen = Seen.now(tmp_path)
+    (tmp_path / "training.log").write_bytes(b"what is beside it may grow")
+    seen.check()
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"1234")
+    for path in (tmp_path, tmp_path / "none"):
+        with pytest.raises(InputError, match=r"the worker on .* sees other files there, or none; adapters"):
+            Seen(path, seen.files).check()
+    assert Seen.now(tmp_path / "none").files == ""
+
+
+@pytest.mark.parametrize("other", ["lora_r4", "base", "none of them"])
+def test_a_worker_looks_at_the_adapter_and_at_its_base(other):
+    """Another adapter, or another base, under the same path would be measured as if it were the one that was meant."""
+    seen = {name: Seen.now(SAMPLES / name) for name in ("lora_r4", "base")}
+    if other in seen:
+        seen[other] = replace(seen[other], files="0123456789abcdef")
+    member = Member("one", seen["lora_r4"])
+
+    def work():
+        return _on_a_worker(member, seen["base"], r"layers\.0\..*q_proj", None, "cpu")
+
+    if other in seen:
+        with pytest.raises(InputError, match=rf"{other}: the worker on .* sees other files there"):
+            work()
+    else:
+        assert work()[0].adapter == "one"
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"address": "ray://10.0.0.1:10001"}, "--ray-address ray://10.0.0.1:10001: loradiag runs on a node"),
+        ({"gpus_per_task": -1.0}, "--gpus-per-task -1: must be"),
+        ({"gpus_per_task": float("inf")}, "--gpus-per-task inf: must be"),
+        ({"gpus_per_task": float("nan")}, "--gpus-per-task nan: must be"),
+        ({"gpus_per_task": 1.5}, "--gpus-per-task 1.5: must be"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(asked, message):
+    with pytest.raises(UsageError) as error:
+        Ray(**asked).check()
+    assert str(error.value).startswith(message)
+
+
+def test_a_comparison_of_files_takes_no_gpu(monkeypatch):
+    monkeypatch.setattr(connection, "import_ray", lambda: None)
+    files = [SAMPLES / name for name in ("base", "lora_r4", "full_ft")]
+    with pytest.raises(UsageError, match="--gpus-per-task: verify-merge compares files on processors; leave it out"):
+        lora_diag.verify_merge(*files, engine=Ray(gpus_per_task=1))
+
+
+def test_the_dashboards_address_in_the_environment_is_told_apart(monkeypatch):
+    monkeypatch.setenv("RAY_ADDRESS", "http://10.0.0.1:8265")
+    with pytest.raises(UsageError, match=r"^RAY_ADDRESS=http://10.0.0.1:8265: .*HOST:PORT.*ray job submit"):
+        Ray().check()
+
+
+def test_without_ray_the_way_out_is_said(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(UsageError, match=r"pip install 'loradiag\[ray\]'"):
+        Ray().check()
+
+
+def test_an_address_without_a_cluster_is_told():
+    with pytest.raises(InputError) as error:
+        connection._check_answers("RAY_ADDRESS=127.0.0.1:1", "127.0.0.1:1")
+    assert str(error.value) == (
+        "RAY_ADDRESS=127.0.0.1:1: no Ray cluster answers there: Connection refused; start its head with "
+        "ray start --head --port 1"
+    )
+
+
+@pytest.mark.parametrize("address", ["there", ":6379", "10.0.0.1:", "10.0.0.1:70000", "10.0.0.1:http"])
+def test_what_is_no_address_is_told(address):
+    with pytest.raises(UsageError, match="give HOST:PORT of the head node"):
+        connection._check_answers(f"--ray-address {address}", address)
+
+
+@pytest.mark.parametrize("option", [("127.0.0.1:1", 0.0), (None, 1.0)])
+def test_options_of_a_cluster_without_one_are_refused(option):
+    with pytest.raises(UsageError, match="is of a Ray cluster; add --engine ray"):
+        options.Shared(ray_address=option[0], gpus_per_task=option[1]).arguments()
+
+
+def test_devices_of_a_cluster_follow_from_its_gpus(monkeypatch):
+    monkeypatch.setattr(connection, "import_ray", lambda: None)
+    assert place(Ray(), "auto") == place(Ray(), "cpu") == Place("cpu", "cpu", "cpu")
+    assert place(Ray(gpus_per_task=1), "auto").tasks == "cuda"
+    for on, device in ((Ray(), "cuda"), (Ray(gpus_per_task=1), "cpu"), (Ray(gpus_per_task=1), "cuda:1")):
+        with pytest.raises(UsageError, match=f"--device {device}: on a cluster the scheduler gives out the devices"):
+            place(on, device)
+
+
+def test_a_cluster_that_asks_for_a_token_says_how(monkeypatch):
+    class AuthenticationError(Exception):
+        pass
+
+    fake = SimpleNamespace(exceptions=SimpleNamespace(AuthenticationError=AuthenticationError))
+    error = ConnectionError("Failed to connect")
+    error.__context__ = AuthenticationError("no")
+    assert "export RAY_AUTH_MODE=token" in connection._reason(fake, error)
+    assert connection._reason(fake, ConnectionError("Failed\nto connect")) == "Failed"
+    assert connection._reason(fake, TimeoutError()) == "TimeoutError"
+
+
+def test_ray_is_only_imported_inside_of_functions():
+    for file in (ROOT / "lora_diag").rglob("*.py"):
+        for node in ast.parse(file.read_text()).body:
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            assert not {name.split(".")[0] for name in names} & {"ray"}, file
+
+
+def test_a_worker_without_loradiag_is_told():
+    class RayTaskError(Exception):
+        cause = RuntimeError(f"{engine.NO_IMPORT}. This may be\n\nTraceback:\nModuleNotFoundError: No module\n\n")
+
+    def get(ticket):
+        raise RayTaskError
+
+    ray = SimpleNamespace(get=get, exceptions=SimpleNamespace(RayTaskError=RayTaskError))
+    run = object.__new__(engine._Run)
+    run._ray = ray
+    with pytest.raises(InputError, match="a worker cannot import loradiag: ModuleNotFoundError: No module; install"):
+        run._outcomes(0)
+    RayTaskError.cause = ZeroDivisionError("division by zero")
+    with pytest.raises(ZeroDivisionError):
+        run._outcomes(0)
+
+
+class FakeRay:
+    """Nodes that come and go."""
+
+    def __init__(self, *nodes):
+        self.listed = list(nodes)
+
+    def nodes(self):
+        return [{"Alive": True, "Resources": node} for node in self.listed]
+
+
+def test_a_cluster_that_lost_its_large_nodes_is_told_and_not_waited_for_for_ever(monkeypatch):
+    monkeypatch.setattr(engine, "PATIENCE", 0.05)
+    monkeypatch.setattr(engine, "LOOK", 0.02)
+    ray = FakeRay({"CPU": 8.0}, {"CPU": 2.0}, {})
+    cluster = engine._Cluster(ray, 0)
+    assert (cluster.largest, cluster.slots, cluster.room(None).cores) == (8, 10, 10)
+    ray.listed = [{"CPU": 2.0}]
+    time.sleep(0.03)
+    cluster.look(2)  # enough for what waits
+    time.sleep(0.06)
+    with pytest.raises(InputError, match="no node of the cluster had 8 CPUs"):
+        cluster.look(8)
+
+
+def test_a_gpu_brings_its_share_of_the_cores():
+    cluster = engine._Cluster(FakeRay({"CPU": 32.0, "GPU": 8.0}, {"CPU": 16.0, "GPU": 2.0}, {"CPU": 64.0}), 0.5)
+    assert cluster.slots == 20
+    assert cluster.threads(engine.Layout(4, 100))(10**9) == 2
+    assert cluster.room(None).most == 40
+    assert cluster.room(3).most == 3

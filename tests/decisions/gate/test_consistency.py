@@ -8,6 +8,7 @@ import lora_diag
 from lora_diag.decisions.gate import consistency
 from lora_diag.decisions.gate.ready import ready_policy
 from lora_diag.decisions.gate.run import gate
+from lora_diag.diagnostics.spectrum.record import Spectrum
 from lora_diag.errors import InputError
 from lora_diag.metrics import resolution
 from lora_diag.records import Results
@@ -43,7 +44,20 @@ FREE = {
     | {"column_space", "row_space", "resolution"},
 }
 # Within a record, what is free: bounds on rounding, and the shares that they are no part of.
-FREE_INSIDE = {("resolution", name) for name in ("unchanged", "mantissa", "rounding_fro")}
+# The edge follows from the noise of single rows and columns, which a record does not hold: only a lower bound is checked.
+FREE_INSIDE = {
+    ("resolution", name)
+    for name in (
+        "unchanged",
+        "mantissa",
+        "rounding_fro",
+        "noise_fro",
+        "edge",
+        "base_noise_fro",
+        "base_rounding",
+        "untouched",
+    )
+}
 
 
 def numbers(value, path=()):
@@ -118,7 +132,7 @@ def test_a_raised_verdict_is_seen():
 
 
 def contradictions_of(*records):
-    layers = tuple(lora_diag.records.Spectrum.model_validate(record) for record in records)
+    layers = tuple(Spectrum.model_validate(record) for record in records)
     return list(consistency.contradictions(Results(None, layers)))
 
 

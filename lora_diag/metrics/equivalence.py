@@ -139,3 +139,25 @@ def runs_needed(distance: float, error: float, groups: int, fixed: float = 0.0, 
         middle = (low + high) // 2
         low, high = (low, middle) if decides(middle) else (middle, high)
     return high
+
+
+def paired(one: Sequence[float], two: Sequence[float], counts: Sequence[int]) -> tuple[float, float | None]:
+    """Return the difference of two losses on the same sequences, and its standard error (ratio estimator).
+
+    Args:
+        one: Summed negative log-likelihood of each sequence.
+        two: Likewise.
+        counts: Predictions of each.
+
+    Reference: Cochran 1977, Sampling Techniques, section 2.11.
+
+    Example:
+        >>> paired([3.0, 5.0], [2.0, 2.0], [2, 2])
+        (1.0, 0.5)
+    """
+    difference, n = np.subtract(one, two), np.asarray(counts, dtype=np.float64)
+    gap = float(difference.sum() / n.sum())
+    if len(n) < 2:
+        return gap, None
+    spread = float(((difference - gap * n) ** 2).sum())
+    return gap, math.sqrt(len(n) / (len(n) - 1) * spread) / float(n.sum())

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lora_diag.metrics.equivalence import Estimate, runs_needed
-from lora_diag.probes.sensitivity.gains import paired
+from lora_diag.metrics.equivalence import Estimate, paired, runs_needed
 from lora_diag.records import Probe
 
 

@@ -10,10 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
-import numpy as np
-
 from lora_diag.diagnostics.spectrum.record import Spectrum
 from lora_diag.metrics.correlation import interval, p_value, spearman
+from lora_diag.metrics.equivalence import paired
 from lora_diag.probes.sensitivity.record import FirstOrder, Sensitivity
 from lora_diag.records.names import module_type_of
 from lora_diag.running.rates import edge, lowest
@@ -136,28 +135,6 @@ def marginals_of(
         for gain in lower
         if gain.unit in more
     ]
-
-
-def paired(one: Sequence[float], two: Sequence[float], counts: Sequence[int]) -> tuple[float, float | None]:
-    """Return the difference of two losses on the same sequences, and its standard error (ratio estimator).
-
-    Args:
-        one: Summed negative log-likelihood of each sequence.
-        two: Likewise.
-        counts: Predictions of each.
-
-    Reference: Cochran 1977, Sampling Techniques, section 2.11.
-
-    Example:
-        >>> paired([3.0, 5.0], [2.0, 2.0], [2, 2])
-        (1.0, 0.5)
-    """
-    difference, n = np.subtract(one, two), np.asarray(counts, dtype=np.float64)
-    gap = float(difference.sum() / n.sum())
-    if len(n) < 2:
-        return gap, None
-    spread = float(((difference - gap * n) ** 2).sum())
-    return gap, math.sqrt(len(n) / (len(n) - 1) * spread) / float(n.sum())
 
 
 # What is held against the measured gains: a name, and the score of one layer.

@@ -49,18 +49,13 @@ READERS = {"reports", "plots", "inspection"}
 
 # Feature -> the other features that it may import. A written list: it should shrink.
 BETWEEN = {
-    "decisions.allocate": {"probes.sensitivity"},
-    "decisions.extract": {"decisions.allocate", "diagnostics.spectrum"},
+    "decisions.allocate": {"probes.sensitivity", "probes.sweep"},
+    "decisions.extract": {"decisions.allocate", "diagnostics.spectrum", "probes.sweep"},
     "decisions.gate": {"diagnostics.residual", "diagnostics.spectrum"},
     "diagnostics.fleet": set(),
     "diagnostics.interference": {"diagnostics.spectrum"},
     "diagnostics.spectrum": {"diagnostics.fleet"},
-    "probes.curvature": {"probes.truncation"},
-    "probes.fisher": {"probes.truncation"},
-    "probes.intrinsic": {"probes.truncation"},
-    "probes.outputs": {"probes.truncation"},
-    "probes.sensitivity": {"diagnostics.spectrum", "probes.truncation"},
-    "probes.sweep": {"probes.truncation"},
+    "probes.sensitivity": {"diagnostics.spectrum"},
 }
 
 # Library -> the packages that may import it, or the names of files in features.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import ClassVar, Literal, Protocol
 
 from lora_diag.records.base import Record, Share, WholeRecord
@@ -151,7 +151,11 @@ class OnSet(Protocol):
         ...
 
 
+def set_names(records: Iterable[OnSet]) -> list[str]:
+    """Return the names of the sets, in the order of the run."""
+    return list(dict.fromkeys(record.set for record in records))
+
+
 def main_sets(records: Sequence[OnSet]) -> list[str]:
     """Return the sets that decide: those that are not shifted, or all where there is no other."""
-    names = list(dict.fromkeys(record.set for record in records if not record.shifted))
-    return names or list(dict.fromkeys(record.set for record in records))
+    return set_names(record for record in records if not record.shifted) or set_names(records)

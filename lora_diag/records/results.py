@@ -16,6 +16,7 @@ from lora_diag.records.run import AnyRecord, End, LeftOut, Run
 
 L = TypeVar("L", bound=LayerRecord)
 A = TypeVar("A", bound=Record)
+W = TypeVar("W", bound=WholeRecord)
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,10 @@ class Results(Generic[L]):
     def unmeasured(self) -> tuple[LeftOut, ...]:
         """What was asked for and could not be measured: entries that are not finite, or too little memory."""
         return tuple(item for item in self.left_out if item.reason in {"non_finite", "memory"})
+
+    def whole_of(self, kind: type[W]) -> list[W]:
+        """Return the records on the run as a whole that are of one kind."""
+        return [record for record in self.whole if isinstance(record, kind)]
 
     def filter(self, layers: str) -> Results[L]:
         """Return the results of the layers whose name contains a match of a regular expression.

@@ -28,6 +28,7 @@ class Statement:
         details: What stands below it.
         level: How much attention it asks for.
         answer: What answers the question of a report that refers to the key; ``lead`` if empty.
+        scoped: Whether the label says what the lines hold for, such as one set; elsewhere they are shown with it.
     """
 
     key: str
@@ -36,6 +37,7 @@ class Statement:
     details: tuple[str, ...] = ()
     level: Level = "note"
     answer: str = ""
+    scoped: bool = False
 
     @property
     def lines(self) -> tuple[str, ...]:
@@ -49,19 +51,33 @@ class Statement:
 
     @property
     def answered(self) -> tuple[str, tuple[str, ...]]:
-        """The answer to a question, and the other lines."""
+        """The answer to a question, and the other lines.
+
+        >>> say("on", "On dev", "loss 2.0", "use r=4", answer="use r=4", scoped=True).answered
+        ('On dev: use r=4', ('loss 2.0',))
+        >>> say("on", "On dev", "loss 2.0", answer="yes: it is as good", scoped=True).answered
+        ('yes: it is as good', ('On dev: loss 2.0',))
+        """
         answer = self.answer or self.lead
-        return answer, tuple(line for line in self.lines if line != answer)
+        rest = tuple(line for line in self.lines if line != answer)
+        if not self.scoped:
+            return answer, rest
+        return (f"{self.label}: {answer}", rest) if answer in self.lines else (answer, self.labelled)
+
+    @property
+    def labelled(self) -> tuple[str, ...]:
+        """Lead and details, each with the label."""
+        return tuple(f"{self.label}: {line}" for line in self.lines)
 
 
-def say(key: str, label: str, *lines: str, level: Level = "note", answer: str = "") -> Statement:
+def say(key: str, label: str, *lines: str, level: Level = "note", answer: str = "", scoped: bool = False) -> Statement:
     """Return a statement of one line or more.
 
     >>> say("reach", "Reach", "0.4 of ‖G‖", "0.2 for a fresh adapter").details
     ('0.2 for a fresh adapter',)
     """
     lead, *details = [part for line in lines for part in line.split("\n")] or [""]
-    return Statement(key, label, lead, tuple(details), level, answer)
+    return Statement(key, label, lead, tuple(details), level, answer, scoped)
 
 
 def find(statements: Iterable[Statement], key: str) -> Statement | None:

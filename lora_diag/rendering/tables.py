@@ -39,6 +39,26 @@ def record_grids(results: Results[Any], per: str = "type") -> list[Grid]:
     return found
 
 
+def grids_table(
+    grids: Sequence[Grid],
+    statements: Sequence[Statement],
+    width: int = 80,
+    color: bool = False,
+    then: str | None = None,
+) -> str:
+    """Return tables, and a summary below.
+
+    Args:
+        grids: The tables.
+        statements: The summary.
+        width: Columns of the terminal.
+        color: Whether to use ANSI colours.
+        then: The command that a user would run next.
+    """
+    tables = [part for grid in grids for part in grid.shown(width)]
+    return to_text(Group(*tables, summary_of(statements, then)), width, color)
+
+
 def record_table(
     results: Results[Any],
     statements: Sequence[Statement],
@@ -57,8 +77,7 @@ def record_table(
         per: ``type`` for one row a module type, ``layer`` for one row a layer.
         then: The command that a user would run next.
     """
-    tables = [part for grid in record_grids(results, per) for part in grid.shown(width)]
-    return to_text(Group(*tables, summary_of(statements, then)), width, color)
+    return grids_table(record_grids(results, per), statements, width, color, then)
 
 
 def pooled_value(shown: Shown, records: Sequence[Any]) -> Value:

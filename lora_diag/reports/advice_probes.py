@@ -15,19 +15,21 @@ from typing import Any
 from scipy.special import ndtri
 
 from lora_diag.metrics.correlation import interval, spearman
+from lora_diag.metrics.equivalence import paired
 from lora_diag.probes.curvature.record import LossBound
 from lora_diag.probes.curvature.summary import LOOSE
 from lora_diag.probes.fisher.correlations import Correlations, correlations
 from lora_diag.probes.fisher.record import Fisher
 from lora_diag.probes.intrinsic.lines import Line, lines, reached
 from lora_diag.probes.intrinsic.record import Intrinsic
-from lora_diag.probes.sensitivity.gains import Gain, gains_of, paired
+from lora_diag.probes.outputs.contest import ERRORS
+from lora_diag.probes.sensitivity.gains import Gain, gains_of
 from lora_diag.probes.sensitivity.record import Sensitivity
 from lora_diag.records.probe import main_sets
 from lora_diag.reports.evidence import DEFAULT_RANK, Evidence, Source
 from lora_diag.reports.findings import named, percent
 from lora_diag.reports.step import Advice
-from lora_diag.reports.worth import ERRORS, of
+from lora_diag.reports.worth import of
 
 # The level that the units of a run share.
 LEVEL = 0.05

@@ -10,12 +10,13 @@ import shlex
 
 from lora_diag.metrics.equivalence import LEVEL
 from lora_diag.probes.outputs.choice import Choice, choices
+from lora_diag.probes.outputs.contest import ERRORS, KEPT, Contest
 from lora_diag.probes.sweep.verdict import SweepVerdict, confident, reasons
 from lora_diag.records import Probe
 from lora_diag.records.probe import main_sets
 from lora_diag.reports.evidence import Evidence
 from lora_diag.reports.step import Advice
-from lora_diag.reports.worth import ERRORS, KEPT, Contest, SweptRun, compressed, contests, of, swept
+from lora_diag.reports.worth import SweptRun, compressed, contests, of, swept
 
 _PAIRED = "paired standard error by sequence (Cochran 1977, section 2.11)"
 

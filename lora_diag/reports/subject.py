@@ -25,7 +25,7 @@ from lora_diag.records.vocabulary import METRIC_NAMES, metric_of
 from lora_diag.rendering.statements import as_pairs
 from lora_diag.rendering.text import number, percent, safe
 from lora_diag.reports.advice import advice
-from lora_diag.reports.asked import Answer, losses, parts, several
+from lora_diag.reports.asked import Answer, losses, several
 from lora_diag.reports.evidence import Evidence, Source, measure_weights
 from lora_diag.reports.findings import Finding, findings
 from lora_diag.reports.several import is_of_losses, named_of, section_kind
@@ -84,7 +84,7 @@ class Subject:
 
 def subject_of(evidence: Evidence) -> Subject:
     """Return what the records of several runs say together."""
-    others, probed = tuple(several(evidence)), (*losses(evidence), *parts(evidence))
+    others, probed = tuple(several(evidence)), tuple(losses(evidence))
     usual = (_low_rank(evidence), *_weighed(evidence), _resolved(evidence), _limits(evidence))
     measured = any(answer.measured for answer in usual)
     weights = measured or not (others or probed)

@@ -5,27 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from statistics import median
 
-from rich.console import Group
-
 from lora_diag.records.names import module_type_of, place_of
 from lora_diag.records.probe import Activations, LayerInput
-from lora_diag.rendering.columns import Column, table_of
-from lora_diag.rendering.lines import answers
-from lora_diag.rendering.text import count, number, safe, short, to_text
+from lora_diag.rendering.columns import Column, Grid, title_of
+from lora_diag.rendering.statements import Statement, say
+from lora_diag.rendering.tables import grids_table
+from lora_diag.rendering.text import count, number, safe, short
 
 
 def activations_table(
     recorded: Activations, width: int = 80, color: bool = False, per: str = "type", then: str | None = None
 ) -> str:
-    """Return what was recorded, one row a module type (medians) or one a layer, and a summary.
-
-    Args:
-        recorded: What was recorded.
-        width: Columns of the terminal.
-        color: Whether to use ANSI colours.
-        per: ``type`` or ``layer``.
-        then: The command that a user would run next.
-    """
+    """Return what was recorded, one row a module ``type`` (medians) or one a ``layer``, and a summary."""
     groups: dict[str, list[LayerInput]] = {}
     for item in sorted(recorded.layers, key=lambda item: place_of(item.layer)) if per == "type" else recorded.layers:
         groups.setdefault(module_type_of(item.layer) if per == "type" else item.layer, []).append(item)
@@ -36,18 +27,19 @@ def activations_table(
         Column("E‖x‖²", tuple(number(median(item.square for item in row)) for row in rows)),
         Column("directions", tuple(number(median(item.directions for item in row)) for row in rows)),
     ]
-    title = "module type" if per == "type" else "layer"
-    table = table_of(title, [short(name) for name in groups], columns if per == "type" else columns[1:], width)
-    return to_text(Group(table, answers([*_lines(recorded), *([("Next", then)] if then else [])])), width, color)
+    names, shown = tuple(short(name) for name in groups), tuple(columns if per == "type" else columns[1:])
+    return grids_table([Grid("", title_of(per), names, shown)], activations_lines(recorded), width, color, then)
 
 
-def _lines(recorded: Activations) -> list[tuple[str, str]]:
+def activations_lines(recorded: Activations) -> list[Statement]:
+    """Return the summary: of what model and text, what was recorded, and what was left out."""
     sums = sum(item.shares is None for item in recorded.layers)
     few = [item for item in recorded.layers if item.rows < item.size]
-    told = [
-        ("Model", safe(recorded.model)),
-        ("Text", "\n".join(map(safe, (f"{recorded.text} ({recorded.about})", *recorded.notes)))),
-        (
+    found = [
+        say("model", "Model", safe(recorded.model)),
+        say("text", "Text", *map(safe, (f"{recorded.text} ({recorded.about})", *recorded.notes))),
+        say(
+            "recorded",
             "Recorded",
             f"{safe(recorded.path)}: C = E[xxᵀ] of {len(recorded.layers)} layers over {count(recorded.tokens)} tokens; "
             f"{sums} of them are given an input of their own, the others share one",
@@ -55,15 +47,17 @@ def _lines(recorded: Activations) -> list[tuple[str, str]]:
     ]
     if recorded.gradients:
         whose = {"data": "the text's own labels", "model": "labels drawn from the model"}[recorded.gradients]
-        told.append(("Gradients", f"G = E[ggᵀ] of the loss's gradient by each output is in it, too; {whose}"))
+        gradients = f"G = E[ggᵀ] of the loss's gradient by each output is in it, too; {whose}"
+        found.append(say("gradients", "Gradients", gradients))
     if few:
-        told.append(("Warning", _too_few(few)))
-    told.append(("Read it so", "directions = tr(C)²/‖C‖_F²: few where a mean or an outlier makes up most of ‖x‖²"))
+        found.append(say("few_inputs", "Warning", _too_few(few), level="warning"))
+    reading = "directions = tr(C)²/‖C‖_F²: few where a mean or an outlier makes up most of ‖x‖²"
+    found.append(say("interpretation", "Read it so", reading))
     by_reason: dict[str, list[str]] = {}
     for layer, why in recorded.left_out.items():
         by_reason.setdefault(why, []).append(layer)
     parts = [f"{len(layers)} {why}: {_named(layers)}" for why, layers in by_reason.items()]
-    return [*told, ("Left out", "; ".join(parts) or "nothing")]
+    return [*found, say("left_out", "Left out", "; ".join(parts) or "nothing")]
 
 
 def _too_few(few: Sequence[LayerInput]) -> str:

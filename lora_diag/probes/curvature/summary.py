@@ -6,15 +6,14 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from rich.console import Group
-
 from lora_diag.probes.curvature.record import Curvature, LossBound
-from lora_diag.probes.truncation.summary import measured
 from lora_diag.records import Results
 from lora_diag.records.names import module_type_of, place_of
 from lora_diag.rendering.columns import Column, Grid, title_of
-from lora_diag.rendering.statements import Statement, compared, ending, left_out, say, summary_of
-from lora_diag.rendering.text import count, middle, middle_rank, number, percent, short, shown, to_text
+from lora_diag.rendering.losses import probe_summary
+from lora_diag.rendering.statements import Statement, say
+from lora_diag.rendering.tables import grids_table
+from lora_diag.rendering.text import count, middle, middle_rank, number, percent, short, shown
 
 # A second-order model that is this near to the measured gap is called right.
 NEAR = 0.1
@@ -25,38 +24,28 @@ LOOSE = 100.0
 def curvature_table(
     results: Results[Any], width: int = 80, color: bool = False, per: str = "type", then: str | None = None
 ) -> str:
-    """Return the tables and the summary of ``probe curvature``.
-
-    Args:
-        results: What was measured.
-        width: Columns of the terminal.
-        color: Whether to use ANSI colours.
-        per: One row a module ``type`` or one a ``layer``, below that of all jointly.
-        then: The command that a user would run next.
-    """
-    grids = [part for grid in curvature_grids(results, per) for part in grid.shown(width)]
-    return to_text(Group(*grids, summary_of(curvature_lines(results), then)), width, color)
+    """Return the tables, one row a module ``type`` or a ``layer``, and the summary of ``probe curvature``."""
+    return grids_table(curvature_grids(results, per), curvature_lines(results), width, color, then)
 
 
 def curvature_lines(results: Results[Any]) -> list[Statement]:
     """Return the summary: how the loss bends, and what the model and the bound of a truncation are worth."""
     joint, layers, bounds = _parts(results)
-    told = [compared(results), say("measured", "Measured", measured(results.run))]
+    found = []
     if joint is not None:
-        told += [
+        found += [
             say("loss", "Loss", _loss(joint)),
             say("curvature", "Curvature", _curvature(joint)),
             say("gradient", "Gradient", _gradient(joint, bounds)),
         ]
-        told += [say("surrogate", "Surrogate", _surrogate(layers))] if joint.at == "base" and layers else []
+        found += [say("surrogate", "Surrogate", _surrogate(layers))] if joint.at == "base" and layers else []
         if bounds:
-            told += [
+            found += [
                 say("model", "Model", _model(bounds)),
-                say("bound", "Bound", _bound(bounds, joint)),
+                _bound(bounds, joint),
                 say("lower", "Lower", _lower(joint)),
             ]
-        told += [say("interpretation", "Read it so", _reading(joint))]
-    return [*told, left_out(results), *ending(results, "records so far")]
+    return probe_summary(results, *found, reading=_reading(joint) if joint is not None else "")
 
 
 def curvature_grids(results: Results[Any], per: str = "type") -> list[Grid]:
@@ -70,10 +59,10 @@ def curvature_grids(results: Results[Any], per: str = "type") -> list[Grid]:
 
 def _parts(results: Results[Any]) -> tuple[Curvature | None, list[Curvature], list[LossBound]]:
     """Return the record of all layers jointly, those of single layers, and those of truncations."""
-    found = [record for record in results.whole if isinstance(record, Curvature)]
+    found = results.whole_of(Curvature)
     joint = next((record for record in found if record.layer is None), None)
     layers = [record for record in found if record.layer is not None]
-    return joint, layers, [record for record in results.whole if isinstance(record, LossBound)]
+    return joint, layers, results.whole_of(LossBound)
 
 
 def _curvatures(joint: Curvature, layers: Sequence[Curvature], per: str) -> Grid:
@@ -247,12 +236,12 @@ def _model(bounds: Sequence[LossBound]) -> str:
     return "\n".join(lines) or "no gap is large enough to compare"
 
 
-def _bound(bounds: Sequence[LossBound], joint: Curvature) -> str:
+def _bound(bounds: Sequence[LossBound], joint: Curvature) -> Statement:
     broken = [record for record in bounds if not record.holds]
     top = joint.eigenvalues[0]
     over = [record for record in bounds if record.curvature > top]
     whole = [record for record in bounds if record.along == 1 and record.gap > 1e-6]
-    lines = []
+    lines, answer = [], ""
     if broken:
         named = ", ".join(f"r={record.rank} at {record.along:g}" for record in broken)
         why = "curvature on the way exceeds λ" if over else "λ is measured at TUNED alone and does not hold on the way"
@@ -262,7 +251,8 @@ def _bound(bounds: Sequence[LossBound], joint: Curvature) -> str:
     if whole:
         ratios = [record.upper / record.gap for record in whole]
         loose = ": far too loose to choose a rank by" if min(ratios) > LOOSE else ""
-        lines.append(f"(λ/2)Σσ² is {number(min(ratios))} to {number(max(ratios))} times the measured gap{loose}")
+        answer = f"(λ/2)Σσ² is {number(min(ratios))} to {number(max(ratios))} times the measured gap{loose}"
+        lines.append(answer)
     bent = max(record.curvature for record in bounds)
     seen = "exceeds" if over else "does not exceed"
     lines.append(f"along E the curvature is {number(bent)} at most, and {seen} λ at the points measured")
@@ -273,7 +263,7 @@ def _bound(bounds: Sequence[LossBound], joint: Curvature) -> str:
             f"with the mean curvature, (tr H/2n)Σσ² is {number(mean)} at r={last.rank}; ½⟨E,HE⟩ is "
             f"{number(last.quadratic)}"
         )
-    return "\n".join(lines)
+    return say("bound", "Bound", *lines, answer=answer)
 
 
 def _lower(joint: Curvature) -> str:

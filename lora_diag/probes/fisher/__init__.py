@@ -12,6 +12,7 @@ FEATURE = Feature(
     section=Section(
         "Fisher of what a rank discards", ".summary:fisher_lines", ".summary:fisher_section_grids", order=16
     ),
+    questions=(("at_rank", "Which layers' tails does the loss need?"),),
     figures=(
         Figure(
             "fisher",

@@ -5,16 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from rich.console import Group
-
 from lora_diag.metrics.correlation import interval
 from lora_diag.probes.fisher.correlations import PREDICTORS, Correlations, correlations, effect_at
 from lora_diag.probes.fisher.record import Effect, Fisher
-from lora_diag.probes.truncation.summary import measured
 from lora_diag.records import Results
 from lora_diag.rendering.columns import Column, Grid, rows_of, title_of
-from lora_diag.rendering.statements import Statement, compared, ending, left_out, say, summary_of
-from lora_diag.rendering.text import count, number, percent, short, to_text
+from lora_diag.rendering.losses import probe_summary
+from lora_diag.rendering.statements import Statement, say
+from lora_diag.rendering.tables import grids_table
+from lora_diag.rendering.text import count, number, percent, short
 
 # ½F is called too high from this multiple of the KL on; the sample model reads 2.0 with own labels, 1.0 with drawn.
 HIGH = 1.5
@@ -28,49 +27,31 @@ _SPARED = ("σ² tail", "K-FAC", "C tail")
 def fisher_table(
     results: Results[Any], width: int = 80, color: bool = False, per: str = "type", then: str | None = None
 ) -> str:
-    """Return the tables and the summary of ``probe fisher``.
-
-    Args:
-        results: What was measured.
-        width: Columns of the terminal.
-        color: Whether to use ANSI colours.
-        per: ``type`` for one row a module type, ``layer`` for one row a layer.
-        then: The command that a user would run next.
-    """
-    grids = [part for grid in fisher_grids(results, per) for part in grid.shown(width)]
-    return to_text(Group(*grids, summary_of(fisher_lines(results), then)), width, color)
+    """Return the tables, one row a module ``type`` or a ``layer``, and the summary of ``probe fisher``."""
+    return grids_table(fisher_grids(results, per), fisher_lines(results), width, color, then)
 
 
 def fisher_lines(results: Results[Any]) -> list[Statement]:
     """Return the summary: where the tails that the loss needs are, and which number would have said so."""
-    records, rank = _records(results), _rank(results)
-    told = [compared(results), say("measured", "Measured", measured(results.run))]
+    records, rank = results.whole_of(Fisher), _rank(results)
+    found = []
     if records:
-        told += [
+        found += [
             say("gradients", "Gradients", _gradients(records)),
-            say("at_rank", f"At r={rank}", _where(records, rank)),
+            say("at_rank", f"At r={rank}", _where(records, rank), scoped=True),
         ]
-        told += _predicts(correlations(records, results.run.settings["ranks"]), records)
-    return [
-        *told,
-        say("interpretation", "Read it so", _reading(records)),
-        left_out(results),
-        *ending(results, "records so far"),
-    ]
+        found += _predicts(correlations(records, results.run.settings["ranks"]), records)
+    return probe_summary(results, *found, reading=_reading(records))
 
 
 def fisher_grids(results: Results[Any], per: str = "type") -> list[Grid]:
     """Return the table of tails, one row a module ``type`` or a ``layer``, and that of how predictors order them."""
-    records = _records(results)
+    records = results.whole_of(Fisher)
     found = correlations(records, results.run.settings["ranks"])
     return [
         *([_layers(records, _rank(results), per)] if records else []),
         *([_predictors(records, found)] if found else []),
     ]
-
-
-def _records(results: Results[Any]) -> list[Fisher]:
-    return [record for record in results.whole if isinstance(record, Fisher)]
 
 
 def _rank(results: Results[Any]) -> int:

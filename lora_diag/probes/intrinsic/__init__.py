@@ -10,6 +10,7 @@ FEATURE = Feature(
     functions=(".run:probe_intrinsic",),
     table=".summary:intrinsic_table",
     section=Section("Intrinsic dimension", ".summary:intrinsic_lines", ".summary:intrinsic_grids", order=15),
+    questions=(("on", "In how few directions does training get as far?"),),
     figures=(
         Figure(
             "intrinsic",

@@ -6,67 +6,48 @@ from collections.abc import Sequence
 from statistics import fmean
 from typing import Any
 
-from rich.console import Group
-
 from lora_diag.probes.intrinsic.lines import Line, Reached, lines, reached
 from lora_diag.probes.intrinsic.record import Intrinsic
-from lora_diag.probes.truncation.summary import beyond_grid, measured
 from lora_diag.records import Results
+from lora_diag.records.probe import set_names
 from lora_diag.rendering.columns import Column, Grid
-from lora_diag.rendering.statements import Statement, compared, ending, left_out, say, summary_of
-from lora_diag.rendering.text import count, number, percent, short, to_text
+from lora_diag.rendering.losses import beyond_grid, on_set, probe_summary
+from lora_diag.rendering.statements import Statement, say
+from lora_diag.rendering.tables import grids_table
+from lora_diag.rendering.text import count, number, percent, short
 
 
 def intrinsic_table(
     results: Results[Any], width: int = 80, color: bool = False, per: str = "type", then: str | None = None
 ) -> str:
-    """Return a table for each set, one row a size, and the summary.
-
-    Args:
-        results: What was measured.
-        width: Columns of the terminal.
-        color: Whether to use ANSI colours.
-        per: Not used: a row is a size.
-        then: The command that a user would run next.
-    """
-    grids = [part for grid in intrinsic_grids(results) for part in grid.shown(width)]
-    return to_text(Group(*grids, summary_of(intrinsic_lines(results), then)), width, color)
+    """Return a table for each set, one row a size, and the summary of ``probe intrinsic``."""
+    return grids_table(intrinsic_grids(results), intrinsic_lines(results), width, color, then)
 
 
 def intrinsic_lines(results: Results[Any]) -> list[Statement]:
     """Return the summary: set by set, the smallest subspace and LoRA that gain nearly as much."""
-    records, settings = _records(results), results.run.settings
-    sets = _sets(records)
-    told = [compared(results), say("measured", "Measured", measured(results.run))]
-    told.append(say("trained", "Trained", _trained(settings)))
+    records, settings = results.whole_of(Intrinsic), results.run.settings
+    sets = set_names(records)
+    found = [say("trained", "Trained", _trained(settings))]
     for name in sets:
-        found = lines(records, name, sets[0], settings["seed"])
-        told.append(say("on", f"On {short(name)}", _said(_base(records, name), found, settings)))
+        rows = lines(records, name, sets[0], settings["seed"])
+        found.append(_on_set(name, _base(records, name), rows, settings))
     if sets:
-        told.append(
-            say("rates", "Rates", _rates(lines(records, sets[0], sets[0], settings["seed"]), records, settings))
-        )
-    return [*told, say("interpretation", "Read it so", _READING), left_out(results), *ending(results, "records so far")]
+        rows = lines(records, sets[0], sets[0], settings["seed"])
+        found.append(say("rates", "Rates", _rates(rows, records, settings)))
+    return probe_summary(results, *found, reading=_READING)
 
 
 def intrinsic_grids(results: Results[Any]) -> list[Grid]:
     """Return a table for each set, one row a size."""
-    records, settings = _records(results), results.run.settings
-    sets = _sets(records)
+    records, settings = results.whole_of(Intrinsic), results.run.settings
+    sets = set_names(records)
     found = []
     for name in sets:
         shifted = " (shifted)" if any(r.shifted for r in records if r.set == name) else ""
         rows = lines(records, name, sets[0], settings["seed"])
         found.append(_grid(f"On {short(name)}{shifted}", _base(records, name), rows, settings["share"]))
     return found
-
-
-def _records(results: Results[Any]) -> list[Intrinsic]:
-    return [record for record in results.whole if isinstance(record, Intrinsic)]
-
-
-def _sets(records: Sequence[Intrinsic]) -> list[str]:
-    return list(dict.fromkeys(record.set for record in records))
 
 
 def _base(records: Sequence[Intrinsic], name: str) -> Intrinsic | None:
@@ -123,25 +104,26 @@ def _trained(settings: dict[str, Any]) -> str:
     )
 
 
-def _said(base: Intrinsic | None, found: Sequence[Line], settings: dict[str, Any]) -> str:
+def _on_set(name: str, base: Intrinsic | None, found: Sequence[Line], settings: dict[str, Any]) -> Statement:
     full = next((line for line in found if line.subject == "full"), None)
     if base is None or base.loss is None:
-        return "not measured yet"
+        return on_set(name, "not measured yet")
     if full is None:
-        return "no run of full fine-tuning is finished with a finite loss"
+        return on_set(name, "no run of full fine-tuning is finished with a finite loss")
     gain = base.loss - fmean(full.losses)
     if gain <= 0:
-        return f"no gain: full fine-tuning is worse than BASE by {number(-gain)} nats, so there is no share to reach"
+        worse = f"no gain: full fine-tuning is worse than BASE by {number(-gain)} nats, so there is no share to reach"
+        return on_set(name, worse)
     share = settings["share"]
     told = [f"full fine-tuning gains {number(gain)} nats; wanted is {percent(share)} of that"]
     if full.edge:
         told.append("but its rate is at the edge of --full-lr: it may gain more, and every share would be smaller")
     if any(line.shares and line.share > 1 for line in found if line.subject != "full"):
         told.append("some gain more than it does: with these steps and rates it is no upper limit")
-    told.append(_answer(reached(found, "subspace", share), "d", settings))
+    told.append(answer := _answer(reached(found, "subspace", share), "d", settings))
     if settings["ranks"]:
         told.append(_answer(reached(found, "lora", share), "LoRA r", settings))
-    return "\n".join(told)
+    return on_set(name, *told, answer=answer)
 
 
 def _answer(answer: Reached, what: str, settings: dict[str, Any]) -> str:

@@ -10,6 +10,7 @@ FEATURE = Feature(
     functions=(".run:probe_outputs",),
     table=".summary:outputs_table",
     section=Section("Held-out loss and outputs", ".summary:outputs_lines", ".summary:outputs_grids", order=10),
+    questions=(("on", "Is the adapter as good as the full fine-tune?"),),
     figures=(
         Figure(
             "outputs",

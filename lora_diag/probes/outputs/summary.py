@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from rich.console import Group
-
 from lora_diag.metrics.equivalence import MOST_RUNS
 from lora_diag.probes.outputs.choice import Choice, Rival, choices
-from lora_diag.probes.truncation.summary import ending, gap, measured, names_of, noise, probes, share
+from lora_diag.probes.outputs.contest import Contest, contests_of
 from lora_diag.records import Probe, Results
+from lora_diag.records.probe import set_names
 from lora_diag.rendering.columns import Column, Grid
-from lora_diag.rendering.lines import answers, called, inputs, notes
-from lora_diag.rendering.text import number, percent, short, to_text
+from lora_diag.rendering.lines import called
+from lora_diag.rendering.losses import both_ends, gap, on_set, probe_summary, share
+from lora_diag.rendering.statements import Statement, say
+from lora_diag.rendering.tables import grids_table
+from lora_diag.rendering.text import number, percent, safe, short
 
 # For runs without a reference: what was measured elsewhere (docs/probe.md).
 _NONE = (
@@ -28,38 +30,35 @@ DEPTHS = 7
 def outputs_table(
     results: Results[Any], width: int = 80, color: bool = False, per: str = "type", then: str | None = None
 ) -> str:
-    """Return a table for each set, one row a model, and the summary.
-
-    Args:
-        results: What was measured.
-        width: Columns of the terminal.
-        color: Whether to use ANSI colours.
-        per: Not used: a row is a model.
-        then: The command that a user would run next.
-    """
-    grids = [part for grid in outputs_grids(results) for part in grid.shown(width)]
-    return to_text(Group(*grids, answers([*outputs_lines(results), *([("Next", then)] if then else [])])), width, color)
+    """Return a table for each set, one row a model, and the summary of ``probe outputs``."""
+    return grids_table(outputs_grids(results), outputs_lines(results), width, color, then)
 
 
-def outputs_lines(results: Results[Any]) -> list[tuple[str, str]]:
+def outputs_lines(results: Results[Any]) -> list[Statement]:
     """Return the summary: set by set, which model is better, then how alike they are."""
-    records = probes(results)
-    names = _names(records)
-    told = [("Compared", "\n".join([*inputs(results.run), *notes(results.run)])), ("Measured", measured(results.run))]
-    for name in names_of(records):
-        mine = [record for record in records if record.set == name]
-        told.append((f"On {short(name)}", _verdict(mine, names)))
+    records = results.whole_of(Probe)
+    names, judged = _names(records), _as_good(contests_of(records))
+    by_set = {name: [record for record in records if record.set == name] for name in set_names(records)}
+    found = []
+    for name, mine in by_set.items():
+        lines = _losses_of(mine, names)
+        found.append(on_set(name, *lines, answer=judged or (lines[1] if len(lines) > 1 else "")))
+    distances = {name: lines for name, mine in by_set.items() if (lines := _distances(mine, names))}
+    if distances:
+        several = len(by_set) > 1
+        all_lines = [f"{short(name)}: {line}" if several else line for name, of in distances.items() for line in of]
+        found.append(say("distances", "Distances", *all_lines))
     if not any(record.subject == "reference" for record in records):
-        told.append(("Yardstick", _NONE))
-    return [*told, ("Read it so", _READING), *ending(results)]
+        found.append(say("yardstick", "Yardstick", _NONE))
+    return probe_summary(results, *found, reading=_READING)
 
 
 def outputs_grids(results: Results[Any]) -> list[Grid]:
     """Return two tables a set, one row a model: loss and outputs; hidden states by depth, if they were taken."""
-    records = probes(results)
+    records = results.whole_of(Probe)
     names = _names(records)
     found = []
-    for name in names_of(records):
+    for name in set_names(records):
         mine = [record for record in records if record.set == name]
         found += [_losses(f"On {short(name)}{' (shifted)' if mine[0].shifted else ''}", mine, names)]
         if others := [record for record in mine if record.hidden and record.subject not in {"base", "tuned"}]:
@@ -110,18 +109,30 @@ def _depths(caption: str, mine: Sequence[Probe], names: dict[str, str]) -> Grid:
     return Grid(caption, "model", tuple(_name(record, names) for record in mine), tuple(columns))
 
 
-def _verdict(mine: Sequence[Probe], names: dict[str, str]) -> str:
+def _losses_of(mine: Sequence[Probe], names: dict[str, str]) -> list[str]:
     ends = {record.subject: record for record in mine if record.subject in {"base", "tuned"}}
     if len(ends) < 2:
-        return "not measured yet"
-    base, tuned = ends["base"], ends["tuned"]
-    lines = [f"loss {base.nats:.3f} of BASE → {tuned.nats:.3f} of TUNED{noise(base)}"]
+        return ["not measured yet"]
     adapters = [record for record in mine if record.subject == "adapter"]
-    lines += [f"{_name(record, names)}: {_against(record)}" for record in adapters]
-    lines += [_choice(choice, names) for choice in choices(mine)]
-    reference = next((record for record in mine if record.subject == "reference"), None)
-    lines += _distances(adapters, reference, names)
-    return "\n".join(lines)
+    return [
+        both_ends(ends["base"], ends["tuned"]),
+        *(f"{_name(record, names)}: {_against(record)}" for record in adapters),
+        *(_choice(choice, names) for choice in choices(mine)),
+    ]
+
+
+def _as_good(found: Sequence[Contest]) -> str:
+    """Say of the best adapter whether it does as well as the full fine-tune, and of how many it is the best."""
+    if not found:
+        return ""
+    words = {"as good": "yes", "worse": "no", "not known": "not known"}
+    word = next(word for word in words if any(contest.word == word for contest in found))
+    best = min((one for one in found if one.word == word), key=lambda one: one.worst.gap or 0.0)
+    record = best.worst
+    kept = "" if record.kept is None else f", {record.kept:.0%} of its gain"
+    others = f"; the best of {len(found)}" if len(found) > 1 else ""
+    (name,) = called([best.name])
+    return f"{words[word]}: {name} is {gap(record)} nats from it on {safe(record.set)}{kept}{others}"
 
 
 def _choice(choice: Choice, names: dict[str, str]) -> str:
@@ -154,10 +165,11 @@ def _against(record: Probe) -> str:
     return f"{'worse' if record.gap > 0 else 'better'} than TUNED by {gap(record)}{kept}"
 
 
-def _distances(adapters: Sequence[Probe], reference: Probe | None, names: dict[str, str]) -> list[str]:
-    known = [record for record in adapters if record.distance is not None]
-    if not known:
+def _distances(mine: Sequence[Probe], names: dict[str, str]) -> list[str]:
+    known = [record for record in mine if record.subject == "adapter" and record.distance is not None]
+    if not known or not {"base", "tuned"} <= {record.subject for record in mine}:
         return []
+    reference = next((record for record in mine if record.subject == "reference"), None)
     lines = []
     if reference is not None and reference.distance is not None:
         near = [record for record in known if (record.distance or 0.0) <= reference.distance]

@@ -13,6 +13,7 @@ FEATURE = Feature(
     functions=(".run:probe_sensitivity",),
     table=".summary:sensitivity_table",
     section=Section("Layers adapted alone", ".summary:sensitivity_lines", ".summary:sensitivity_grids", order=13),
+    questions=(("on", "Which layers gain most where each is adapted alone?"),),
     figures=(
         Figure(
             "sensitivity",

@@ -20,10 +20,11 @@ from lora_diag.probes.sensitivity.gains import (
     scores_of,
 )
 from lora_diag.probes.sensitivity.record import FirstOrder, Sensitivity
-from lora_diag.probes.truncation.summary import beyond_grid, measured
 from lora_diag.records import Results
+from lora_diag.records.probe import set_names
 from lora_diag.rendering.columns import WIDE, Column, Grid, table_of
-from lora_diag.rendering.statements import Statement, compared, ending, left_out, say, summary_of
+from lora_diag.rendering.losses import beyond_grid, on_set, probe_summary
+from lora_diag.rendering.statements import Statement, say, summary_of
 from lora_diag.rendering.text import count, number, short, to_text
 
 # More rows than these are in the file and on a page only.
@@ -50,54 +51,41 @@ _SPARED = ("params", "Σσ² to r", "on ", "lr", "first step", "seeds")
 def sensitivity_table(
     results: Results[Any], width: int = 80, color: bool = False, per: str = "type", then: str | None = None
 ) -> str:
-    """Return the table and the summary of ``probe sensitivity``.
-
-    Args:
-        results: What was measured.
-        width: Columns of the terminal.
-        color: Whether to use ANSI colours.
-        per: Not used: a row is what the run adapted alone.
-        then: The command that a user would run next.
-    """
+    """Return the table and the summary of ``probe sensitivity``; a row is what the run adapted alone."""
     grids = [part for grid in sensitivity_grids(results) for part in _fitted(grid, width)]
     return to_text(Group(*grids, summary_of(sensitivity_lines(results), then)), width, color)
 
 
 def sensitivity_lines(results: Results[Any]) -> list[Statement]:
     """Return the summary: set by set who gains, whether more rank does, and whether one gradient would have said so."""
-    settings, records = results.run.settings, _records(results)
+    settings, records = results.run.settings, results.whole_of(Sensitivity)
     gains = _gains(results)
-    told = [compared(results), say("measured", "Measured", measured(results.run))]
-    told.append(say("trained", "Trained", _trained(settings)))
-    told += [say("on", f"On {short(name)}", _said(records, gains[name], name, settings)) for name in gains]
+    found = [say("trained", "Trained", _trained(settings))]
+    found += [_on_set(name, records, gains[name], settings) for name in gains]
     first = next(iter(gains.values()), [])
     if first:
-        told += _marginal(next(iter(_marginals(results, gains).values())), settings)
-        told += _repeats(first)
-        told += _others(gains, list(gains))
-        told += [say("cheaper", "Cheaper?", _cheaper(correlations(first, _scores_of(results)), first))]
-        told += [say("rates", "Rates", _rates(first, records, settings))]
-    return [*told, say("interpretation", "Read it so", _READING), left_out(results), *ending(results, "records so far")]
-
-
-def _records(results: Results[Any]) -> list[Sensitivity]:
-    return [record for record in results.whole if isinstance(record, Sensitivity)]
+        found += _marginal(next(iter(_marginals(results, gains).values())), settings)
+        found += _repeats(first)
+        found += _others(gains, list(gains))
+        found += [say("cheaper", "Cheaper?", _cheaper(correlations(first, _scores_of(results)), first))]
+        found += [say("rates", "Rates", _rates(first, records, settings))]
+    return probe_summary(results, *found, reading=_READING)
 
 
 def _scores_of(results: Results[Any]) -> dict[str, FirstOrder]:
-    return {record.layer: record for record in results.whole if isinstance(record, FirstOrder)}
+    return {record.layer: record for record in results.whole_of(FirstOrder)}
 
 
 def _gains(results: Results[Any]) -> dict[str, list[Gain]]:
     """Return the gains by set, the one that decides first."""
-    records, settings = _records(results), results.run.settings
-    sets = list(dict.fromkeys(record.set for record in records))
+    records, settings = results.whole_of(Sensitivity), results.run.settings
+    sets = set_names(records)
     return {name: gains_of(records, name, sets[0], settings["rank"], settings["seed"]) for name in sets}
 
 
 def _marginals(results: Results[Any], gains: dict[str, list[Gain]]) -> dict[str, list[Marginal]]:
     """Return what the higher rank gains by set; nothing where only one rank was trained."""
-    records, settings = _records(results), results.run.settings
+    records, settings = results.whole_of(Sensitivity), results.run.settings
     rank = settings["rank"] + (settings["delta"] or 0)
     if rank == settings["rank"]:
         return {name: [] for name in gains}
@@ -202,10 +190,10 @@ def _trained(settings: dict[str, Any]) -> str:
     )
 
 
-def _said(records: Sequence[Sensitivity], gains: Sequence[Gain], name: str, settings: dict[str, Any]) -> str:
+def _on_set(name: str, records: Sequence[Sensitivity], gains: Sequence[Gain], settings: dict[str, Any]) -> Statement:
     base = next(record for record in records if record.set == name and not record.unit)
     if not gains:
-        return f"loss {base.loss:.4f} of BASE; no run is finished with a finite loss"
+        return on_set(name, f"loss {base.loss:.4f} of BASE; no run is finished with a finite loss")
     one, many = _UNITS[settings["per"]]
     better = sum(gain.is_clear and gain.gain > 0 for gain in gains)
     worse = sum(gain.is_clear and gain.gain < 0 for gain in gains)
@@ -217,9 +205,7 @@ def _said(records: Sequence[Sensitivity], gains: Sequence[Gain], name: str, sett
     ]
     if len(ordered) > 2 * _NAMED:
         lines.append(f"lowest: {_named(ordered[-_NAMED:])}")
-    if base.shifted:
-        lines[0] = f"shifted: {lines[0]}"
-    return "\n".join(lines)
+    return on_set(name, *lines, shifted=base.shifted, answer=lines[1])
 
 
 def _named(gains: Sequence[Gain] | Sequence[Marginal]) -> str:

@@ -10,6 +10,10 @@ FEATURE = Feature(
     functions=(".run:probe_sweep",),
     table=".summary:sweep_table",
     section=Section("Rank sweep", ".summary:sweep_lines", ".summary:sweep_grids", order=11),
+    questions=(
+        ("on", "Which rank is enough, by training at it?"),
+        ("shifted", "Do shifted sets ask for the same rank?"),
+    ),
     figures=(
         Figure(
             "sweep",

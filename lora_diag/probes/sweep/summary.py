@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from rich.console import Group
-
 from lora_diag.probes.sweep.verdict import (
     AtRank,
     SweepVerdict,
@@ -21,28 +19,20 @@ from lora_diag.probes.sweep.verdict import (
     versus,
 )
 from lora_diag.probes.sweep.verdict import verdicts as verdicts_of
-from lora_diag.probes.truncation.summary import beyond_grid, ending, measured, names_of, probes
 from lora_diag.records import Probe, Results
-from lora_diag.records.probe import Subject
+from lora_diag.records.probe import Subject, set_names
 from lora_diag.rendering.columns import Column, Grid
-from lora_diag.rendering.lines import answers, inputs, notes
-from lora_diag.rendering.text import number, short, to_text
+from lora_diag.rendering.losses import beyond_grid, on_set, probe_summary
+from lora_diag.rendering.statements import Statement, say
+from lora_diag.rendering.tables import grids_table
+from lora_diag.rendering.text import number, short
 
 
 def sweep_table(
     results: Results[Any], width: int = 80, color: bool = False, per: str = "type", then: str | None = None
 ) -> str:
-    """Return a table for each set, one row a rank, and the summary.
-
-    Args:
-        results: What was measured.
-        width: Columns of the terminal.
-        color: Whether to use ANSI colours.
-        per: Not used: a row is a rank.
-        then: The command that a user would run next.
-    """
-    grids = [part for grid in sweep_grids(results) for part in grid.shown(width)]
-    return to_text(Group(*grids, answers([*sweep_lines(results), *([("Next", then)] if then else [])])), width, color)
+    """Return a table for each set, one row a rank, and the summary of ``probe sweep``."""
+    return grids_table(sweep_grids(results), sweep_lines(results), width, color, then)
 
 
 def main_verdict(results: Results[Any]) -> SweepVerdict | None:
@@ -53,8 +43,8 @@ def main_verdict(results: Results[Any]) -> SweepVerdict | None:
 
 def sweep_grids(results: Results[Any]) -> list[Grid]:
     """Return a table for each set, one row a rank."""
-    records, seed = probes(results), results.run.settings["seed"]
-    sets = names_of(records)
+    records, seed = results.whole_of(Probe), results.run.settings["seed"]
+    sets = set_names(records)
     rates = best_rates(records, sets[0], seed) if sets else {}
     beside = _references(records, sets, seed)
     found = []
@@ -66,24 +56,26 @@ def sweep_grids(results: Results[Any]) -> list[Grid]:
     return found
 
 
-def sweep_lines(results: Results[Any]) -> list[tuple[str, str]]:
+def sweep_lines(results: Results[Any]) -> list[Statement]:
     """Return the summary: set by set, which rank is enough, and what that stands on."""
-    records, settings = probes(results), results.run.settings
-    sets = names_of(records)
+    records, settings = results.whole_of(Probe), results.run.settings
+    sets = set_names(records)
     rates = best_rates(records, sets[0], settings["seed"]) if sets else {}
     beside = _references(records, sets, settings["seed"])
     found = verdicts_of(records, settings["seed"], settings["tolerance"])
     verdicts = {name: verdict for name, (verdict, _) in found.items()}
     bases = {name: base for name, (_, base) in found.items()}
-    told = [("Compared", "\n".join([*inputs(results.run), *notes(results.run)])), ("Measured", measured(results.run))]
-    told.append(("Trained", _trained(settings)))
     share = settings["tolerance"]
-    told += [(f"On {short(name)}", _said(verdict, bases[name], share)) for name, verdict in verdicts.items()]
-    told += _agreement(verdicts, bases)
-    told += _against(records, bases, rates, beside, share)
     own = [(subject, row) for subject, of_set, row in beside if of_set == sets[0]] if sets else []
-    told += [("Rates", _rates(by_rank(records, sets[0], rates) if sets else [], own, records, settings))]
-    return [*told, ("Read it so", _reading(settings)), *ending(results)]
+    return probe_summary(
+        results,
+        say("trained", "Trained", _trained(settings)),
+        *(on_set(name, *_said(verdict, bases[name], share)) for name, verdict in verdicts.items()),
+        *_agreement(verdicts, bases),
+        *_against(records, bases, rates, beside, share),
+        say("rates", "Rates", _rates(by_rank(records, sets[0], rates) if sets else [], own, records, settings)),
+        reading=_reading(settings),
+    )
 
 
 # What a reference line is called.
@@ -127,7 +119,7 @@ def _against(
     rates: dict[int | None, float],
     beside: Sequence[tuple[Subject, str, AtRank]],
     share: float,
-) -> list[tuple[str, str]]:
+) -> list[Statement]:
     """Compare the best rank with each reference line, on every set that BASE was measured on."""
     said: dict[Subject, list[str]] = {}
     for subject, name, row in beside:
@@ -136,7 +128,7 @@ def _against(
         if found is not None:
             where = f"on {short(name)}: " if len(bases) > 1 else ""
             said.setdefault(subject, []).append(f"{where}{_compared(found, _LINES[subject])}")
-    return [(f"To {_LINES[subject]}", "\n".join(lines)) for subject, lines in said.items()]
+    return [say(f"to_{subject}", f"To {_LINES[subject]}", *lines) for subject, lines in said.items()]
 
 
 def _compared(found: Versus, line: str) -> str:
@@ -194,20 +186,20 @@ def _trained(settings: dict[str, Any]) -> str:
     return f"{kind}, on {on}; {steps}; {settings['optimizer']}"
 
 
-def _said(verdict: SweepVerdict, base: Probe, share: float) -> str:
+def _said(verdict: SweepVerdict, base: Probe, share: float) -> list[str]:
     """Say which rank to train at, with which confidence, and what speaks against smaller ones."""
     if verdict.best is None:
-        return "no verdict: no run is finished with a finite loss"
+        return ["no verdict: no run is finished with a finite loss"]
     if verdict.word == "no gain":
         by = number(-verdict.gain)
-        return f"no gain: every rank is worse than BASE ({number(base.nats)}), r={verdict.best} least, by {by}"
+        return [f"no gain: every rank is worse than BASE ({number(base.nats)}), r={verdict.best} least, by {by}"]
     chosen = verdict.chosen
     if verdict.word == "no verdict" or chosen is None or chosen.confidence is None:
         why = (
             "one rank" if chosen is None else "one seed shows no spread" if verdict.seeds < 2 else "seeds do not differ"
         )
         more = "" if chosen is None else "; more --seeds with --resume tell"
-        return f"no verdict: {why}; lowest loss at r={verdict.best}{more}"
+        return [f"no verdict: {why}; lowest loss at r={verdict.best}{more}"]
     at = f"r={chosen.rank} at learning rate {chosen.lr:g}"
     keeps = f"keeps {100 * (1 - share):.4g}% of the gain of every rank tried"
     if verdict.rank is not None:
@@ -215,10 +207,10 @@ def _said(verdict: SweepVerdict, base: Probe, share: float) -> str:
     else:
         sure = "" if verdict.confidence is None else f", with {confident(verdict.confidence)} confidence"
         lead = f"{verdict.word}: the best answer is {at}{sure} that it {keeps} and no smaller rank does"
-    return "\n".join([lead, *reasons(verdict, share)])
+    return [lead, *reasons(verdict, share)]
 
 
-def _agreement(verdicts: dict[str, SweepVerdict], bases: dict[str, Probe]) -> list[tuple[str, str]]:
+def _agreement(verdicts: dict[str, SweepVerdict], bases: dict[str, Probe]) -> list[Statement]:
     """Say whether shifted sets ask for another rank."""
     shifted = [name for name in verdicts if bases[name].shifted]
     own = [name for name in verdicts if not bases[name].shifted]
@@ -240,7 +232,7 @@ def _agreement(verdicts: dict[str, SweepVerdict], bases: dict[str, Probe]) -> li
             lines.append(f"yes: r={other.rank} is enough on {short(name)}, too")
         else:
             lines.append(f"no: r={first.rank} is enough on {short(own[0])}, r={other.rank} on {short(name)}")
-    return [("Shifted agrees?", "\n".join(lines))]
+    return [say("shifted", "Shifted agrees?", *lines)]
 
 
 def _rates(

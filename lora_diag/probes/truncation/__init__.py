@@ -10,6 +10,7 @@ FEATURE = Feature(
     functions=(".run:probe_truncation",),
     table=".summary:truncation_table",
     section=Section("Truncated update", ".summary:truncation_lines", ".summary:truncation_grids", order=12),
+    questions=(("on", "What does a rank of the update keep of its gain?"),),
     figures=(
         Figure(
             "truncation",

@@ -1,18 +1,18 @@
-"""The terminal's answers to ``probe``: losses by rank, by adapter, by run, and what they come to."""
+"""Table and summary of ``probe truncation``: losses by rank, and what share of the gain each rank keeps."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rich.console import Group
-
 from lora_diag.records import Probe, Results, Run
-from lora_diag.records.probe import Subject
+from lora_diag.records.probe import Subject, set_names
 from lora_diag.rendering.columns import Column, Grid
-from lora_diag.rendering.lines import answers, inputs, left_out_line, notes
-from lora_diag.rendering.text import fraction, percent, short, to_text
+from lora_diag.rendering.losses import both_ends, gap, on_set, probe_summary, share
+from lora_diag.rendering.statements import Statement
+from lora_diag.rendering.tables import grids_table
+from lora_diag.rendering.text import fraction, short
 
 # A share of the loss that is called nearly all: printed with the numbers it stands on.
 ENOUGH = 0.9
@@ -30,29 +30,8 @@ class _Row:
 def truncation_table(
     results: Results[Any], width: int = 80, color: bool = False, per: str = "type", then: str | None = None
 ) -> str:
-    """Return the table and the summary of ``probe truncation``.
-
-    Args:
-        results: What was measured.
-        width: Columns of the terminal.
-        color: Whether to use ANSI colours.
-        per: Not used: a row is what the run truncated at once.
-        then: The command that a user would run next.
-    """
-    told = answers([*truncation_lines(results), *([("Next", then)] if then else [])])
-    return to_text(
-        Group(*(part for grid in truncation_grids(results) for part in grid.shown(width)), told), width, color
-    )
-
-
-def probes(results: Results[Any]) -> list[Probe]:
-    """Return the probe records of a run."""
-    return [record for record in results.whole if isinstance(record, Probe)]
-
-
-def names_of(records: Sequence[Probe]) -> list[str]:
-    """Return the names of the sets, in the order of the run."""
-    return list(dict.fromkeys(record.set for record in records))
+    """Return the table and the summary of ``probe truncation``; a row is what the run truncated at once."""
+    return grids_table(truncation_grids(results), truncation_lines(results), width, color, then)
 
 
 def _truncation_rows(records: Sequence[Probe]) -> list[_Row]:
@@ -74,8 +53,8 @@ def _truncation_rows(records: Sequence[Probe]) -> list[_Row]:
 
 def truncation_grids(results: Results[Any]) -> list[Grid]:
     """Return the table: for every set the loss, its gap to TUNED with the standard error, and the share kept."""
-    records = probes(results)
-    sets, rows = names_of(records), _truncation_rows(records)
+    records = results.whole_of(Probe)
+    sets, rows = set_names(records), _truncation_rows(records)
     if not rows:
         return []
     columns = []
@@ -94,79 +73,25 @@ def _cells(rows: Sequence[_Row], name: str, cell: Callable[[Probe], str]) -> tup
     return tuple(cell(row.by_set[name]) if name in row.by_set else "-" for row in rows)
 
 
-def gap(record: Probe) -> str:
-    """Return the gap to TUNED and its standard error; nothing for TUNED itself."""
-    if record.gap is None or record.subject == "tuned":
-        return ""
-    error = "" if record.gap_error is None else f" ±{record.gap_error:.2g}" if record.gap_error >= 1e-4 else " ±<1e-4"
-    return f"{record.gap:+.4f}{error}"
-
-
-def truncation_lines(results: Results[Any]) -> list[tuple[str, str]]:
+def truncation_lines(results: Results[Any]) -> list[Statement]:
     """Return the summary: set by set, which rank keeps how much of what TUNED changed."""
-    records = probes(results)
-    sets = names_of(records)
-    told = [("Compared", "\n".join([*inputs(results.run), *notes(results.run)])), ("Measured", measured(results.run))]
+    records = results.whole_of(Probe)
+    found = [_on_set(name, [record for record in records if record.set == name]) for name in set_names(records)]
+    return probe_summary(results, *found, reading=_reading(results.run))
+
+
+def _on_set(name: str, records: Sequence[Probe]) -> Statement:
     together = [record for record in records if record.layer is None and record.module_type is None]
-    for name in sets:
-        mine = [record for record in together if record.set == name]
-        alone = [record for record in records if record.set == name and record not in mine]
-        shifted = "shifted: " if mine and mine[0].shifted and name != "shifted" else ""
-        told.append((f"On {short(name)}", shifted + _verdict(mine, alone)))
-    told.append(("Read it so", _reading(results.run)))
-    return [*told, *ending(results)]
-
-
-def beyond_grid(tried: Iterable[float | None], grid: Sequence[float] | None, option: str) -> list[str]:
-    """Say which learning rates were tried beyond those that were asked for, because the best was at their edge.
-
-    >>> beyond_grid([None, 1e-3, 1e-2, 3.3e-2], [1e-3, 1e-2], "--lr")
-    ['beyond --lr, whose edge was the best somewhere, 0.033 was tried, too']
-    """
-    further = sorted({rate for rate in tried if rate is not None} - set(grid)) if grid else []
-    if not further:
-        return []
-    listed = ", ".join(f"{rate:g}" for rate in further)
-    verb = "were" if len(further) > 1 else "was"
-    return [f"beyond {option}, whose edge was the best somewhere, {listed} {verb} tried, too"]
-
-
-def ending(results: Results[Any]) -> list[tuple[str, str]]:
-    """Return what was left out, and a warning where the run did not finish."""
-    told = [("Left out", left_out_line(results.left_out))]
-    if results.end is None:
-        told.append(("Warning", "the run did not finish: these are the records so far"))
-    return told
-
-
-def measured(run: Run) -> str:
-    """Say how a probe ran the model."""
-    settings = run.settings
-    return (
-        f"sequences of up to {settings['length']} tokens, {settings['dtype']} on {settings['device']}; "
-        f"{settings['tokens']}"
-    )
-
-
-def _verdict(together: Sequence[Probe], alone: Sequence[Probe]) -> str:
+    alone = [record for record in records if record not in together]
     ends = {record.subject: record for record in together if record.subject in {"base", "tuned"}}
+    shifted = bool(together) and together[0].shifted
     if len(ends) < 2:
-        return "not measured yet"
+        return on_set(name, "not measured yet", shifted=shifted)
     base, tuned = ends["base"], ends["tuned"]
-    lines = [f"loss {base.nats:.3f} of BASE → {tuned.nats:.3f} of TUNED{noise(base)}"]
     ranks = sorted((record for record in together if record.rank is not None), key=lambda record: record.rank or 0)
-    if ranks:
-        lines += _by_rank(ranks, tuned.nats < base.nats)
-    if alone:
-        lines.append(_most_hurt(alone))
-    return "\n".join(lines)
-
-
-def noise(base: Probe) -> str:
-    """Warn where the fine-tune's own effect is within its error."""
-    if base.gap is None or base.gap_error is None or abs(base.gap) > 2 * base.gap_error:
-        return ""
-    return f": within two standard errors (±{base.gap_error:.3f}) of nothing, so that shares kept mean little"
+    rest = _by_rank(ranks, tuned.nats < base.nats) if ranks else []
+    rest += [_most_hurt(alone)] if alone else []
+    return on_set(name, both_ends(base, tuned), *rest, shifted=shifted, answer=rest[0] if rest else "")
 
 
 def _by_rank(ranks: Sequence[Probe], gains: bool) -> list[str]:
@@ -189,15 +114,6 @@ def _by_rank(ranks: Sequence[Probe], gains: bool) -> list[str]:
     if ranks[0].rank == 0:
         lines.append(f"r=0, what is not truncated, {'gives' if gains else 'brings'} {share(ranks[0])} by itself")
     return lines
-
-
-def share(record: Probe) -> str:
-    """Return the share of TUNED's change of the loss that is there."""
-    if record.kept is None:
-        return "-"
-    if abs(record.kept) > 1:
-        return f"{record.kept:.0%}"
-    return ("-" if record.kept < 0 else "") + percent(abs(record.kept))
 
 
 def _energy(record: Probe) -> str:

@@ -3,31 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, MaxNLocator, NullFormatter, NullLocator
 
 from lora_diag.records import Probe, Results
+from lora_diag.records.probe import OnSet
 from lora_diag.rendering.figures.style import INK, Look, name_of, width_of
 
 # What a line of text takes of a panel's height.
 TEXT = 0.13
-
-
-class OnSet(Protocol):
-    """A record of one evaluation set."""
-
-    @property
-    def set(self) -> str:
-        """The set's name."""
-        ...
-
-    @property
-    def shifted(self) -> bool:
-        """Whether the user named it as shifted."""
-        ...
 
 
 def probes(results: Results[Any] | Iterable[Any], probe: str) -> tuple[Probe, ...]:

@@ -1,0 +1,72 @@
+"""Whether an adapter does as well as the full fine-tune, by held-out losses.
+
+A difference of two losses counts where it is more than two of its paired standard errors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from lora_diag.records import Probe
+from lora_diag.records.probe import main_sets
+
+# What keeps so much of the full fine-tune's gain does as well, for what an adapter is meant for.
+KEPT = 0.9
+# A difference of so many standard errors is one.
+ERRORS = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class Contest:
+    """An adapter compared with the full fine-tune, on held-out text.
+
+    Args:
+        name: The adapter's path.
+        records: Its own, one a set; shifted sets are left out unless there is no other.
+        word: ``as good`` where, with two standard errors against it, it keeps at least 90% of TUNED's gain on every
+            set; ``worse`` where it is not, and worse by more than two standard errors on some set; else ``not known``.
+    """
+
+    name: str
+    records: tuple[Probe, ...]
+    word: Literal["as good", "worse", "not known"]
+
+    @property
+    def worst(self) -> Probe:
+        """Its record on the set where it falls most behind TUNED."""
+        return max(self.records, key=lambda record: record.gap or 0.0)
+
+
+def gains(base: Probe | None) -> float | None:
+    """Return by how much TUNED is better than BASE; None where that is within two standard errors of nothing."""
+    if base is None or base.gap is None or base.gap_error is None or base.gap <= ERRORS * base.gap_error:
+        return None
+    return base.gap
+
+
+def contests_of(records: Sequence[Probe]) -> list[Contest]:
+    """Return every adapter of a run, compared with TUNED; shifted sets count only where there is no other."""
+    sets = main_sets(records)
+    bases = {record.set: record for record in records if record.subject == "base"}
+    names = dict.fromkeys(record.name for record in records if record.subject == "adapter")
+    found = []
+    for name in names:
+        own = tuple(r for r in records if (r.subject, r.name) == ("adapter", name) and r.set in sets)
+        if own:
+            found.append(Contest(name, own, _judged(own, {each: gains(bases.get(each)) for each in sets})))
+    return found
+
+
+def _judged(own: tuple[Probe, ...], gained: dict[str, float | None]) -> Literal["as good", "worse", "not known"]:
+    if any(record.gap is None or record.gap_error is None for record in own):
+        return "not known"
+    if all(
+        (gain := gained[record.set]) is not None
+        and (record.gap or 0.0) + ERRORS * (record.gap_error or 0.0) <= (1 - KEPT) * gain
+        for record in own
+    ):
+        return "as good"
+    worse = any((record.gap or 0.0) > ERRORS * (record.gap_error or 0.0) for record in own)
+    return "worse" if worse else "not known"

@@ -1,0 +1,82 @@
+"""What the summaries of several probes say of losses and of learning rates."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from lora_diag.records import Probe, Results
+from lora_diag.rendering.statements import Statement, compared, ending, left_out, say
+from lora_diag.rendering.text import percent, short
+
+
+def probe_summary(results: Results[Any], *found: Statement, reading: str) -> list[Statement]:
+    """Return the summary of a probe: what was compared and how, what was found, and what was left out.
+
+    Args:
+        results: What was measured.
+        found: What the probe found.
+        reading: What to know before the numbers are used; nothing is said if empty.
+    """
+    settings = results.run.settings
+    how = f"sequences of up to {settings['length']} tokens, {settings['dtype']} on {settings['device']}"
+    return [
+        compared(results),
+        say("measured", "Measured", f"{how}; {settings['tokens']}"),
+        *found,
+        *([say("interpretation", "Read it so", reading)] if reading else []),
+        left_out(results),
+        *ending(results, "records so far"),
+    ]
+
+
+def on_set(name: str, *lines: str, shifted: bool = False, answer: str = "") -> Statement:
+    """Return what was found on one evaluation set.
+
+    Args:
+        name: The set.
+        lines: What is said of it.
+        shifted: Say that the set is of another kind than the training data.
+        answer: Which line answers the question of a report; the first if empty.
+    """
+    prefix = "shifted: " if shifted and name != "shifted" else ""
+    return say("on", f"On {short(name)}", f"{prefix}{lines[0]}", *lines[1:], answer=answer, scoped=True)
+
+
+def gap(record: Probe) -> str:
+    """Return the gap to TUNED and its standard error; nothing for TUNED itself."""
+    if record.gap is None or record.subject == "tuned":
+        return ""
+    error = "" if record.gap_error is None else f" ±{record.gap_error:.2g}" if record.gap_error >= 1e-4 else " ±<1e-4"
+    return f"{record.gap:+.4f}{error}"
+
+
+def share(record: Probe) -> str:
+    """Return the share of TUNED's change of the loss that is there."""
+    if record.kept is None:
+        return "-"
+    if abs(record.kept) > 1:
+        return f"{record.kept:.0%}"
+    return ("-" if record.kept < 0 else "") + percent(abs(record.kept))
+
+
+def both_ends(base: Probe, tuned: Probe) -> str:
+    """Return the losses of BASE and of TUNED; with a warning where their difference is within its error."""
+    ends = f"loss {base.nats:.3f} of BASE → {tuned.nats:.3f} of TUNED"
+    if base.gap is None or base.gap_error is None or abs(base.gap) > 2 * base.gap_error:
+        return ends
+    return f"{ends}: within two standard errors (±{base.gap_error:.3f}) of nothing, so that shares kept mean little"
+
+
+def beyond_grid(tried: Iterable[float | None], grid: Sequence[float] | None, option: str) -> list[str]:
+    """Say which learning rates were tried beyond those that were asked for, because the best was at their edge.
+
+    >>> beyond_grid([None, 1e-3, 1e-2, 3.3e-2], [1e-3, 1e-2], "--lr")
+    ['beyond --lr, whose edge was the best somewhere, 0.033 was tried, too']
+    """
+    further = sorted({rate for rate in tried if rate is not None} - set(grid)) if grid else []
+    if not further:
+        return []
+    listed = ", ".join(f"{rate:g}" for rate in further)
+    verb = "were" if len(further) > 1 else "was"
+    return [f"beyond {option}, whose edge was the best somewhere, {listed} {verb} tried, too"]

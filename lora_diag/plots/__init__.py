@@ -40,6 +40,7 @@ _HERE = {
     "encoded": "lora_diag.rendering.figures.style:encoded",
     "figure": ".figures:figure",
     "figure_named": ".figures:figure_named",
+    "obstacle": ".figures:obstacle",
     "why_not": ".figures:why_not",
 }
 

@@ -100,7 +100,7 @@ def _table(drawn: Sequence[Drawn], then: str) -> str:
     from rich.table import Table
     from rich.text import Text
 
-    from lora_diag.rendering.lines import answers
+    from lora_diag.rendering.statements import say, summary_of
     from lora_diag.rendering.text import safe, to_text
 
     made = Table.grid(padding=(0, 2))
@@ -110,23 +110,16 @@ def _table(drawn: Sequence[Drawn], then: str) -> str:
     for one in drawn:
         if one.path is not None:
             made.add_row(one.name, Text(safe(str(one.path))), one.shows)
+    not_drawn = [one for one in drawn if one.path is None]
     reasons: dict[str, list[str]] = {}
-    for one in drawn:
-        if one.path is None and not _unmeasured(one):
-            reasons.setdefault(_why(one), []).append(one.name)
+    for one in not_drawn:
+        if one.missing != "records":
+            why = f"{one.reason}: {one.made_by}" if one.made_by and one.missing else one.reason
+            reasons.setdefault(why, []).append(one.name)
     lines = [f"{', '.join(names)}: {safe(why)}" for why, names in reasons.items()]
-    absent = [one.name for one in drawn if one.path is None and _unmeasured(one)]
+    # Of so many figures the records are missing that a reason for each would hide what was drawn.
+    absent = [one.name for one in not_drawn if one.missing == "records"]
     if absent:
         lines.append(f"no records for {', '.join(absent)}; --figure NAME tells the command that writes them")
-    told = "\n".join(lines)
-    return to_text(Group(made, "", answers([("Not drawn", told)] if told else [], then=then)), *terminal())
-
-
-def _unmeasured(one: Drawn) -> bool:
-    """Whether only the records are missing: so many figures are that a reason for each would hide what was drawn."""
-    return one.reason.startswith("no ") and one.reason.endswith(" records")
-
-
-def _why(one: Drawn) -> str:
-    """Give the reason, and the command whose records are missing."""
-    return f"{one.reason}: {one.made_by}" if one.made_by and one.reason.startswith("no ") else one.reason
+    statements = [say("not_drawn", "Not drawn", *lines)] if lines else []
+    return to_text(Group(made, "", summary_of(statements, then)), *terminal())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 from matplotlib.figure import Figure
 
@@ -17,6 +17,20 @@ from lora_diag.rendering.figures.fields import numbers_of, value_of
 from lora_diag.rendering.figures.series import Options, Series, by_adapter, by_pair, by_step, kind_of, series_of
 from lora_diag.rendering.figures.sheet import MAX_PANELS, settle
 from lora_diag.rendering.figures.style import CATEGORIES, Look, look_of, styled
+
+
+@dataclass(frozen=True, slots=True)
+class Obstacle:
+    """What keeps a figure from being drawn.
+
+    Attributes:
+        reason: In words.
+        missing: What the command that makes the figure's records would add: such ``records``, or ``values`` that those
+            given do not have; empty where it would not help.
+    """
+
+    reason: str
+    missing: Literal["", "records", "values"] = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,8 +118,8 @@ def figure(
     """
     kind, look = figure_named(name), replace(look_of(width), plain=plain)
     series, options = _asked(results, labels, per, field, rank, files)
-    if reason := _why_not(kind, series, options):
-        raise UsageError(f"{name}: {reason}")
+    if found := _obstacle(kind, series, options):
+        raise UsageError(f"{name}: {found.reason}")
     with styled(look):
         return settle(kind.draw(_usable(kind, series, options), look, options))
 
@@ -125,8 +139,27 @@ def why_not(
     Raises:
         UsageError: No such figure or width.
     """
+    found = obstacle(name, results, labels=labels, width=width, per=per, field=field, rank=rank)
+    return found.reason if found else None
+
+
+def obstacle(
+    name: str,
+    results: Results[Any] | Sequence[Results[Any]],
+    *,
+    labels: Sequence[str] = (),
+    width: str = "slide",
+    per: str = "layer",
+    field: str | None = None,
+    rank: int | None = None,
+) -> Obstacle | None:
+    """Return what keeps ``figure`` from drawing some results; None if it can.
+
+    Raises:
+        UsageError: No such figure or width.
+    """
     look_of(width)
-    return _why_not(figure_named(name), *_asked(results, labels, per, field, rank))
+    return _obstacle(figure_named(name), *_asked(results, labels, per, field, rank))
 
 
 def _asked(
@@ -167,17 +200,18 @@ def _has(field: str, series: Sequence[Series[Any]]) -> bool:
     return any(value_of(record, field) is not None for one in series for record in one.records)
 
 
-def _why_not(kind: FigureKind, series: Sequence[Series[Any]], options: Options) -> str | None:
+def _obstacle(kind: FigureKind, series: Sequence[Series[Any]], options: Options) -> Obstacle | None:
     fitting = _usable(kind, series, options)
     if not fitting:
         if options.field and not kind.spec.needs and any(one.records for one in series):
-            return f"no record has a number {options.field}; there are {_fields(series)}"
-        return f"no {f'{kind.spec.needs} ' if kind.spec.needs else ''}records"
+            return Obstacle(f"no record has a number {options.field}; there are {_fields(series)}")
+        return Obstacle(f"no {f'{kind.spec.needs} ' if kind.spec.needs else ''}records", "records")
     most = len(CATEGORIES) if kind.spec.by_color else MAX_PANELS
     if len(fitting) > most:
-        return f"{len(fitting)} runs at once are not told apart: give {most} results at most"
+        return Obstacle(f"{len(fitting)} runs at once are not told apart: give {most} results at most")
     records: list[Any] = [record for one in fitting for record in one.records]
-    return kind.lacks(records, options)
+    reason = kind.lacks(records, options)
+    return Obstacle(reason, "values") if reason else None
 
 
 def _fields(series: Sequence[Series[Any]]) -> str:

@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from lora_diag.catalog import read_results
 from lora_diag.errors import InputError, NothingComparedError, UsageError
@@ -27,6 +27,8 @@ class Drawn:
         path: Its file; None if it was not drawn.
         reason: Why it was not drawn; empty if it was.
         made_by: The command that makes the records it draws; empty where any will do.
+        missing: What that command would add: ``records`` of the figure's kind, or ``values`` that those given do not
+            have; empty where it would not help.
     """
 
     name: str
@@ -34,6 +36,7 @@ class Drawn:
     path: Path | None
     reason: str = ""
     made_by: str = ""
+    missing: Literal["", "records", "values"] = ""
 
 
 def plot(
@@ -98,11 +101,15 @@ def plot(
     wanted = plots.FIGURES if figure in {None, "all"} else (plots.figure_named(str(figure)),)
     made: list[Drawn] = []
     for one in wanted:
-        reason = plots.why_not(one.name, runs, **options)
-        if reason and figure not in {None, "all"}:
-            raise UsageError(f"{one.name}: {reason}{_way_out(one.made_by, reason)}")
-        if reason or (single and any(drawn.path for drawn in made)):
-            why = reason or f"{path} takes one figure: choose with --figure, or give a folder"
+        obstacle = plots.obstacle(one.name, runs, **options)
+        if obstacle and figure not in {None, "all"}:
+            way_out = f"; {one.made_by} measures them" if one.made_by and obstacle.missing == "records" else ""
+            raise UsageError(f"{one.name}: {obstacle.reason}{way_out}")
+        if obstacle:
+            made.append(Drawn(one.name, one.shows, None, obstacle.reason, one.made_by, obstacle.missing))
+            continue
+        if single and any(drawn.path for drawn in made):
+            why = f"{path} takes one figure: choose with --figure, or give a folder"
             made.append(Drawn(one.name, one.shows, None, why, one.made_by))
             continue
         target = path if single else path / f"{one.name}.{kind}"
@@ -179,7 +186,7 @@ def _why_no_layer(runs: Sequence[Results[Any]], layers: str | None) -> str:
 
 def _why_none(runs: Sequence[Results[Any]], made: Sequence[Drawn]) -> str:
     """Give what is in the way of the figures whose records are there, or say that none is of these results."""
-    own = [f"{one.name}: {one.reason}" for one in made if not re.fullmatch("no (.+ )?records", one.reason)]
+    own = [f"{one.name}: {one.reason}" for one in made if one.missing != "records"]
     commands = ", ".join(dict.fromkeys(run.run.command for run in runs))
     return "; ".join(own) or f"none is of results of {commands}; loradiag inspect and loradiag report show them"
 
@@ -191,10 +198,6 @@ def _selected(results: Results[Any], layers: str | None) -> Results[Any]:
         return results.filter(layers)
     except re.error as error:
         raise UsageError(f"layers {layers}: is not a regular expression: {error}") from error
-
-
-def _way_out(made_by: str, reason: str) -> str:
-    return f"; {made_by} measures them" if made_by and reason.endswith(" records") else ""
 
 
 def _write(path: Path, content: bytes, kind: str, overwrite: bool) -> None:

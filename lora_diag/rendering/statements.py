@@ -85,6 +85,12 @@ def find(statements: Iterable[Statement], key: str) -> Statement | None:
     return next((one for one in statements if one.key == key), None)
 
 
+def lines_of(statements: Iterable[Statement], key: str) -> tuple[str, ...]:
+    """Return the lines of the statement with a key; none if there is none."""
+    found = find(statements, key)
+    return found.lines if found else ()
+
+
 def compared(results: Results[Any], *more: str) -> Statement:
     """Return what was compared: every input, what else is to be said of it, and its notes."""
     return say("compared", "Compared", *inputs(results.run), *more, *notes(results.run))

@@ -15,14 +15,14 @@ from lora_diag.decisions.allocate.record import Certificate
 from lora_diag.decisions.gate.record import Verdict, outcome
 from lora_diag.decisions.gate.summary import WORST_FIRST
 from lora_diag.diagnostics.overlap.record import Overlap
-from lora_diag.diagnostics.overlap.summary import lines
+from lora_diag.diagnostics.overlap.summary import lines as overlap_lines
 from lora_diag.diagnostics.overlap.tracks import tracks
 from lora_diag.diagnostics.residual.record import EPSILON
 from lora_diag.diagnostics.residual.summary import residual_lines
 from lora_diag.diagnostics.spectrum.record import Spectrum
 from lora_diag.diagnostics.spectrum.summary import METRICS, summary_lines
 from lora_diag.records.vocabulary import METRIC_NAMES, metric_of
-from lora_diag.rendering.statements import as_pairs
+from lora_diag.rendering.statements import Statement, find, lines_of
 from lora_diag.rendering.text import number, percent, safe
 from lora_diag.reports.advice import advice
 from lora_diag.reports.asked import Answer, losses, several
@@ -159,24 +159,30 @@ def _advice(each: Sequence[Evidence]) -> tuple[Steps, ...]:
 
 def _low_rank(evidence: Evidence) -> Answer:
     question = "Is the update low-rank?"
-    said = dict(summary_lines(evidence.update.results)) if evidence.update is not None else {}
-    if "Low-rank?" in said:
-        first, *more = said["Low-rank?"].splitlines()
-        return Answer(question, first, (*more, *(f"rank at 90%: {line}" for line in said["Rank at 90%"].splitlines())))
-    if said:
-        return Answer(question, said["Moved"].splitlines()[0])
+    if evidence.update is not None:
+        return Answer(question, *_rank_needed(summary_lines(evidence.update.results)))
     for source in _in_weights(evidence):
-        used = dict(summary_lines(source.results)).get("Rank used")
-        if used is not None:
-            return Answer(question, used, ("An adapter's rank is a setting: this is how much of it is used.",))
+        if used := find(summary_lines(source.results), "rank_used"):
+            return Answer(question, used.lead, ("An adapter's rank is a setting: this is how much of it is used.",))
     if evidence.audit is not None:
-        told = dict(residual_lines(evidence.audit.results)).get("Low rank?", "nothing was held against it")
-        first, *more = told.splitlines()
-        return Answer(question, first, tuple(more))
+        return _answer(question, residual_lines(evidence.audit.results), "low_rank", "nothing was held against it")
     if evidence.weighed:
         how = safe(measure_weights(evidence.weighed[0]))
         return Answer(question, f"not measured in the weights: {how} answers it", measured=False)
     return Answer(question, "not measured: loradiag spectrum BASE FULL_FT answers it", measured=False)
+
+
+def _rank_needed(statements: Sequence[Statement]) -> tuple[str, tuple[str, ...]]:
+    """Return what spectra say of the rank that is needed, or used, with more about it; or what moved at all."""
+    if found := find(statements, "low_rank") or find(statements, "rank_used"):
+        return found.lead, (*found.details, *(f"rank at 90%: {line}" for line in lines_of(statements, "rank_at_90")))
+    return (*lines_of(statements, "moved"), "")[0], ()
+
+
+def _answer(question: str, statements: Sequence[Statement], key: str, otherwise: str) -> Answer:
+    """Return what a statement says, as the answer to a question."""
+    first, *more = lines_of(statements, key) or (otherwise,)
+    return Answer(question, first, tuple(more))
 
 
 def _in_weights(evidence: Evidence) -> list[Source]:
@@ -186,12 +192,11 @@ def _in_weights(evidence: Evidence) -> list[Source]:
 def _weighed(evidence: Evidence) -> Iterator[Answer]:
     """Yield what spectra in another metric say: it is true of the outputs or of the loss, and not of the weights."""
     for source in evidence.weighed[:SPOKEN_OF]:
-        said = dict(summary_lines(source.results))
-        first, *more = (said.get("Low-rank?") or said.get("Rank used") or said.get("Moved", "")).splitlines() or [""]
-        more += [f"rank at 90%: {line}" for line in said.get("Rank at 90%", "").splitlines()]
-        more += [f"The metric is {said['Metric']}"]
-        more += [safe(source.name)] if len(evidence.weighed) > 1 else []
-        yield Answer(f"Is it low-rank in {METRIC_NAMES[metric_of(source.results)]}?", first, tuple(more))
+        statements = summary_lines(source.results)
+        first, more = _rank_needed(statements)
+        more += tuple(f"The metric is {line}" for line in lines_of(statements, "metric"))
+        more += (safe(source.name),) if len(evidence.weighed) > 1 else ()
+        yield Answer(f"Is it low-rank in {METRIC_NAMES[metric_of(source.results)]}?", first, more)
 
 
 def metrics_said(evidence: Evidence) -> list[str]:
@@ -206,24 +211,23 @@ def _resolved(evidence: Evidence) -> Answer:
     if source is None and evidence.audit is None:
         source = next(iter(evidence.weighed), None)
     if source is not None:
-        said = dict(summary_lines(source.results)).get("Resolved?", "nothing moved in the matrices")
-        return Answer(question, said.splitlines()[0], tuple(said.splitlines()[1:]))
+        return _answer(question, summary_lines(source.results), "resolved", "nothing moved in the matrices")
     if evidence.audit is not None:
-        return Answer(question, dict(residual_lines(evidence.audit.results)).get("Resolved?", "nothing was judged"))
+        return _answer(question, residual_lines(evidence.audit.results), "resolved", "nothing was judged")
     return Answer(question, "not measured: loradiag spectrum BASE FULL_FT answers it", measured=False)
 
 
 def _limits(evidence: Evidence) -> Answer:
     question = "What limits the adapter?"
     if evidence.adapter is not None and evidence.audit is not None:
-        said = dict(residual_lines(evidence.audit.results))
-        first, *others = said["Limited by"].splitlines()
-        return Answer(question, first, (*others, *said["Distance"].splitlines(), EPSILON, *_pointer(evidence)))
+        statements = residual_lines(evidence.audit.results)
+        first, *others = lines_of(statements, "limited_by")
+        return Answer(question, first, (*others, *lines_of(statements, "distance"), EPSILON, *_pointer(evidence)))
     for source in evidence.of(Overlap):
-        said = dict(as_pairs(lines(source.results, tracks(source.results))))
-        first, *others = said["Inside?"].splitlines()
+        statements = overlap_lines(source.results, tracks(source.results))
+        first, *others = lines_of(statements, "inside")
         return Answer(
-            question, first, (*others, *said.get("Reach", "").splitlines(), "Overlap shows direction, not quality.")
+            question, first, (*others, *lines_of(statements, "reach"), "Overlap shows direction, not quality.")
         )
     return Answer(question, "not measured: loradiag residual BASE FULL_FT ADAPTER answers it", measured=False)
 

@@ -37,7 +37,7 @@ def test_plot_draws_what_the_records_allow_and_says_what_is_missing(loradiag, sp
 
 def test_where_nothing_can_be_drawn_records_that_nobody_gave_are_not_listed():
     runs = [making.results(making.model(1))]
-    missing = [Drawn("fleet", "", None, "no fleet records"), Drawn("heatmap", "", None, "no records")]
+    missing = [Drawn(name, "", None, "absent", missing="records") for name in ("fleet", "heatmap")]
     assert _why_none(runs, missing) == "none is of results of spectrum; loradiag inspect and loradiag report show them"
     assert _why_none(runs, [*missing, Drawn("energy", "", None, "ΔW = 0")]) == "energy: ΔW = 0"
 

@@ -15,6 +15,7 @@ from lora_diag.errors import InputError, NothingComparedError, UsageError
 from lora_diag.plots.figure_heatmap import cells, norm_of
 from lora_diag.records import Results, RunInput
 from lora_diag.rendering.figures.series import series_of
+from lora_diag.rendering.statements import find
 from tests import oracles
 from tests.plots import making
 
@@ -193,7 +194,7 @@ def test_figure_and_summary_show_one_pooled_epsilon():
     (panel,) = plots.figure("residual", results).axes
     shown = f"ε = {truth['epsilon']:.2f}"
     assert shown in panel.get_title(loc="left")
-    assert shown in dict(residual_lines(results))["Distance"]
+    assert shown in find(residual_lines(results), "distance").text
 
 
 def test_a_layer_that_is_not_adapted_has_one_grey_bar_up_to_one():

@@ -9,7 +9,7 @@ from rich.console import Group
 
 from lora_diag.decisions.allocate.record import Policies
 from lora_diag.rendering.columns import Column, rows_of, table_of, title_of
-from lora_diag.rendering.lines import answers
+from lora_diag.rendering.statements import Statement, say, summary_of
 from lora_diag.rendering.text import short, span, to_text
 
 # So many layers are named in a sentence.
@@ -35,10 +35,10 @@ def policies_table(records: Sequence[Policies], width: int = 80, color: bool = F
     columns = [Column(rule, tuple(cell(rule, group) for _, group in rows)) for rule in rules]
     columns.insert(0, Column("of", tuple(span(min(record.shape) for record in group) for _, group in rows)))
     table = table_of(title_of(per), [name for name, _ in rows], columns, width, ("of",))
-    return to_text(Group(table, answers(_disagreements(records))), width, color)
+    return to_text(Group(table, summary_of(_disagreements(records))), width, color)
 
 
-def _disagreements(records: Sequence[Policies]) -> list[tuple[str, str]]:
+def _disagreements(records: Sequence[Policies]) -> list[Statement]:
     """Say in how many layers the rules are far apart, where most, and which cannot be applied."""
     spread = {}
     for record in records:
@@ -52,23 +52,19 @@ def _disagreements(records: Sequence[Policies]) -> list[tuple[str, str]]:
         worst = sorted(spread, key=lambda layer: -spread[layer][0])[:_NAMED]
         told = [f"{short(layer)}: {spread[layer][1]}" for layer in worst]
         head = f"by a factor of 2 or more in {len(far)} of {len(records)} layers; most in"
-        lines.append(("Disagree", "\n".join([head, *told])))
+        lines.append(say("disagree", "Disagree", head, *told))
     if noisy := [record for record in records if _beyond_signal(record)]:
-        told_noise = (
-            f"90% of the energy needs more than the signal rank in {len(noisy)} layers: there it counts rounding"
-        )
-        lines.append(("Noise", told_noise))
+        needs = f"90% of the energy needs more than the signal rank in {len(noisy)} layers: there it counts rounding"
+        lines.append(say("noise", "Noise", needs))
     meanings = [
         "energy 90%: smallest r that keeps 90% of Σσ²; knee: where the curve C(r) rises highest above its chord",
         "effective: exp of the entropy of the energy; signal: values above the rounding noise of the files, a cap",
         "Gavish–Donoho: values above a threshold for spectra that are mostly noise, which a full update is not",
     ]
-    lines.append(("Rules", "\n".join(meanings)))
+    lines.append(say("rules", "Rules", *meanings))
     if lacking := sum(None in record.ranks.values() for record in records):
-        told_lacking = (
-            f"- in {lacking} layers: the rule needs all min(out, in) singular values, or more than --top kept"
-        )
-        lines.append(("Not known", told_lacking))
+        needs = f"- in {lacking} layers: the rule needs all min(out, in) singular values, or more than --top kept"
+        lines.append(say("not_known", "Not known", needs))
     return lines
 
 

@@ -16,7 +16,8 @@ from lora_diag.decisions.allocate.record import Allocation, Baseline, Certificat
 from lora_diag.records import Results
 from lora_diag.records.names import part_of
 from lora_diag.rendering.columns import Column, rows_of, table_of, title_of
-from lora_diag.rendering.lines import answers, left_out_line, notes
+from lora_diag.rendering.lines import left_out_line, notes
+from lora_diag.rendering.statements import Statement, say, summary_of
 from lora_diag.rendering.text import bar, count, named, number, percent, safe, shape_of, short, span, to_text
 
 # Which columns go first where there is too little room.
@@ -68,8 +69,7 @@ def allocation_table(
         Lines of text, without a newline at the end.
     """
     rows = [_Row(*row) for row in rows_of(results, per)]
-    told = answers(_lines(results), _style, then)
-    return to_text(Group(_table(rows, per, width), told), width, color)
+    return to_text(Group(_table(rows, per, width), summary_of(_lines(results), then)), width, color)
 
 
 def _table(rows: Sequence[_Row], per: str, width: int) -> Table:
@@ -110,35 +110,33 @@ def _by_depth(row: _Row, largest: int) -> str:
     return "".join("·" if mean == 0 else bar(mean / largest) for mean in means)
 
 
-def _style(word: str, sentence: str) -> str:
-    return "bold red" if word == "Warning" else ""
-
-
-def _lines(results: Results[Allocation]) -> list[tuple[str, str]]:
+def _lines(results: Results[Allocation]) -> list[Statement]:
     certificate = next((item for item in results.whole if isinstance(item, Certificate)), None)
     if certificate is None:
-        return [("Warning", "the file was cut short: its certificate is missing, layers perhaps, too; allocate again")]
+        cut = "the file was cut short: its certificate is missing, layers perhaps, too; allocate again"
+        return [say("unfinished", "Warning", cut, level="failure")]
     lines = [
-        ("Allocated", _allocated(results)),
-        ("Budget", _budget(results, certificate)),
-        ("Keeps", _keeps(results, certificate)),
+        say("allocated", "Allocated", *_allocated(results)),
+        say("budget", "Budget", _budget(results, certificate)),
+        *([say("heads", "Heads", *_heads(results, certificate))] if certificate.saved else []),
+        say("keeps", "Keeps", *_keeps(results, certificate)),
     ]
-    if certificate.saved:
-        lines.insert(2, ("Heads", _heads(results, certificate)))
     heuristic = results.run.settings.get("method") == "heuristic"
     allocated = "ranks chosen for energy" if heuristic else "allocated ranks"
     if certificate.price:
-        lines.append(("Against", "\n".join(_against(baseline, allocated) for baseline in certificate.baselines)))
-        lines += [] if heuristic else [("More", _price(certificate))]
+        lines.append(say("against", "Against", *(_against(each, allocated) for each in certificate.baselines)))
+        lines += [] if heuristic else [say("more", "More", _price(certificate))]
     if limits := _limits(results):
-        lines.append(("Limits", limits))
-    lines.append(("Mind", _mind(results)))
-    lines.append(("Left out", _left_out(results)))
-    lines += [("Warning", warning) for warning in _warnings(results)]
-    return lines
+        lines.append(say("limits", "Limits", *limits))
+    return [
+        *lines,
+        say("note", "Mind", _note(results)),
+        say("left_out", "Left out", *_left_out(results)),
+        *(say("warning", "Warning", warning, level="failure") for warning in _warnings(results)),
+    ]
 
 
-def _mind(results: Results[Allocation]) -> str:
+def _note(results: Results[Allocation]) -> str:
     """Say what energy is not."""
     told = {
         "fisher": "F estimates what truncating each layer alone costs, on the text it was measured on; layers together "
@@ -152,12 +150,11 @@ def _mind(results: Results[Allocation]) -> str:
     return told
 
 
-def _allocated(results: Results[Allocation]) -> str:
+def _allocated(results: Results[Allocation]) -> list[str]:
     given = [record for record in results if record.rank]
+    how = []
     if results.run.settings.get("method") == "heuristic":
-        how = "ranks by the heuristic prior r ∝ s·√(d_in+d_out), as far as caps allow; not chosen for energy\n"
-    else:
-        how = ""
+        how = ["ranks by the heuristic prior r ∝ s·√(d_in+d_out), as far as caps allow; not chosen for energy"]
     lines = [f"{len(given)} of {len(results)} layers get a rank, {span([r.rank for r in given])}" if given else "none"]
     if none := [record for record in results if not record.rank]:
         still = sum(record.fro == 0 for record in none)
@@ -167,7 +164,7 @@ def _allocated(results: Results[Allocation]) -> str:
             f"rank 0: {named([record.layer for record in none])}{''.join(f'; {word}' for word in why if word)}"
         )
     lines += [f"{side.role} {safe(side.path)} ({side.kind})" for side in results.run.inputs if side.path]
-    return how + "\n".join([*lines, *notes(results.run)])
+    return [*how, *lines, *notes(results.run)]
 
 
 def _budget(results: Results[Allocation], certificate: Certificate) -> str:
@@ -181,19 +178,20 @@ def _budget(results: Results[Allocation], certificate: Certificate) -> str:
     return told if certificate.unit == "params" else f"{told}; {certificate.params:,} parameters"
 
 
-def _heads(results: Results[Allocation], certificate: Certificate) -> str:
+def _heads(results: Results[Allocation], certificate: Certificate) -> list[str]:
     """Name what is trained in full, and say what that costs."""
     names = sorted({head_of(item.layer) or item.layer for item in results.left_out if item.reason == "saved"})
     paid = "not counted by this budget" if certificate.unit in {"total_rank", "energy"} else "paid for first"
     task = task_type_of(results, names)
-    return f"{named(names)}: {certificate.saved:,} parameters, trained in full (modules_to_save), {paid}\n" + (
+    return [
+        f"{named(names)}: {certificate.saved:,} parameters, trained in full (modules_to_save), {paid}",
         f"task_type {task}, as the config of the fine-tune says"
         if task
-        else "task_type: no config of the fine-tune tells it; set it in the PEFT config"
-    )
+        else "task_type: no config of the fine-tune tells it; set it in the PEFT config",
+    ]
 
 
-def _keeps(results: Results[Allocation], certificate: Certificate) -> str:
+def _keeps(results: Results[Allocation], certificate: Certificate) -> list[str]:
     kept = f"{_points(certificate.kept)} of {_energy_of(results)}; "
     if certificate.unit == "energy":
         best = f"as many parameters, spent freely, could keep {_points(certificate.bound)} at most"
@@ -203,14 +201,14 @@ def _keeps(results: Results[Allocation], certificate: Certificate) -> str:
         best = (
             f"nothing within budget and caps keeps more than {_points(certificate.bound)}: gap {_gap(certificate.gap)}"
         )
+    lines = [kept + best]
     if _counted(results) == "fisher":
         left = math.fsum(record.fisher or 0.0 for record in results)
-        best += f"\nΣ½F = {number(left / 2)} nats a prediction is left beyond these ranks"
-    nearest = f"ε_min = {number(certificate.epsilon_min)}: no adapter of these ranks comes closer to this update"
-    told = f"{kept}{best}\n{nearest}"
+        lines.append(f"Σ½F = {number(left / 2)} nats a prediction is left beyond these ranks")
+    lines.append(f"ε_min = {number(certificate.epsilon_min)}: no adapter of these ranks comes closer to this update")
     if certificate.energy_error > 1e-4:
-        told += f"\nthe measured spectra are good to ±{percent(certificate.energy_error)}"
-    return told
+        lines.append(f"the measured spectra are good to ±{percent(certificate.energy_error)}")
+    return lines
 
 
 def _energy_of(results: Results[Allocation]) -> str:
@@ -259,7 +257,7 @@ def _price(certificate: Certificate) -> str:
     )
 
 
-def _limits(results: Results[Allocation]) -> str:
+def _limits(results: Results[Allocation]) -> list[str]:
     counts = Counter(record.capped_by for record in results if record.rank == record.cap and record.fro > 0)
     told = [f"{number_of} layers end at a cap set {_CAPS[reason]}" for reason, number_of in counts.most_common()]
     share = results.run.settings.get("energy")
@@ -269,26 +267,26 @@ def _limits(results: Results[Allocation]) -> str:
             told.append(
                 f"{len(short_of)} layers do not reach {percent(share)} at their cap, such as {short(short_of[0].layer)}"
             )
-    return "\n".join(told)
+    return told
 
 
-def _left_out(results: Results[Allocation]) -> str:
+def _left_out(results: Results[Allocation]) -> list[str]:
     """Count what has no rank, and say which share of the whole change an adapter cannot reach so.
 
     In another metric than the weights' there is no such share: norms, biases and tables have no energy in it.
     """
     inside = math.fsum(record.fro**2 for record in results)
     outside = math.fsum(item.fro**2 for item in results.left_out if item.fro is not None and item.reason != "saved")
-    told = left_out_line(results.left_out)
+    told = [left_out_line(results.left_out)]
     chosen = [item for item in results.left_out if item.reason == "not_selected" and item.fro]
     tables = [short(item.layer) for item in chosen if part_of(item.layer) == "vocabulary"]
     if outside and results.run.settings.get("metric", "weights") == "weights":
         share = percent(outside / (inside + outside))
         unknown = any(item.reason == "not_selected" and item.fro is None for item in results.left_out)
         measured = " in what was measured" if unknown else ""
-        told += f"\n{share} of the whole change ‖Δ‖²{measured} lies there, out of this adapter's reach"
+        told.append(f"{share} of the whole change ‖Δ‖²{measured} lies there, out of this adapter's reach")
     if tables:
-        told += f"\nname {' or '.join(tables[:_NAMED])} with --target to give it a rank"
+        told.append(f"name {' or '.join(tables[:_NAMED])} with --target to give it a rank")
     return told
 
 

@@ -14,7 +14,8 @@ from rich.table import Table
 from lora_diag.decisions.extract.record import Extraction, OnData
 from lora_diag.records import LeftOut, Results
 from lora_diag.rendering.columns import WIDE, Column, rows_of, table_of, title_of
-from lora_diag.rendering.lines import REASONS, answers, inputs, last_lines, notes, subject, usual_style, within
+from lora_diag.rendering.lines import REASONS, subject, within
+from lora_diag.rendering.statements import Level, Statement, compared, ending, say, summary_of
 from lora_diag.rendering.text import count, middle, named, number, percent, safe, short, shown, span, to_text
 
 # Which columns go first where there is too little room.
@@ -56,7 +57,7 @@ def extraction_table(
     Returns:
         Lines of text, without a newline at the end.
     """
-    told = answers(_lines(results, folder), usual_style, then)
+    told = summary_of(_lines(results, folder), then)
     return to_text(Group(_table(_rows(results, per), per, width), told) if len(results) else told, width, color)
 
 
@@ -206,27 +207,28 @@ def _params(results: Results[Extraction]) -> int:
     return sum(record.params for record in results)
 
 
-def _lines(results: Results[Extraction], folder: str | None) -> list[tuple[str, str]]:
-    """Return word and sentence for each line of the summary."""
-    lines = [("Compared", "\n".join([*inputs(results.run), *notes(results.run)]))]
+def _lines(results: Results[Extraction], folder: str | None) -> list[Statement]:
+    """Return the summary."""
+    lines = [compared(results)]
     if len(results):
-        lines += [("Wrote", _wrote(results, folder)), ("Price", _price(results)), ("Resolved?", _resolved(results))]
+        lines.append(say("wrote", "Wrote", *_wrote(results, folder)))
+        lines += [say("price", "Price", *_price(results)), _resolved(results)]
     if where := _where(results):
-        lines.append(("Where", where))
-    lines.append(("Not in it", "\n".join(_missing(results)) or "nothing: every tensor that moved is in the adapter"))
-    return [*lines, *last_lines(results)]
+        lines.append(say("where", "Where", where))
+    missing = _missing(results) or ["nothing: every tensor that moved is in the adapter"]
+    return [*lines, say("not_in_it", "Not in it", *missing), *ending(results)]
 
 
-def _wrote(results: Results[Extraction], folder: str | None) -> str:
+def _wrote(results: Results[Extraction], folder: str | None) -> list[str]:
     ranks = sorted(record.rank for record in results)
     dtype = results.layers[0].dtype
     to = f"{safe(folder)}: " if folder else ""
     tables = sum(record.kind == "embedding" for record in results)
     more = f" ({tables} of them embeddings)" if tables else ""
-    whole = "".join(f"\n{line}" for line in _in_full(results))
-    return (
-        f"{to}{len(results)} weights{more}, rank {span(ranks)}, {count(_params(results))} parameters in {dtype}{whole}"
-    )
+    return [
+        f"{to}{len(results)} weights{more}, rank {span(ranks)}, {count(_params(results))} parameters in {dtype}",
+        *_in_full(results),
+    ]
 
 
 def _in_full(results: Results[Extraction]) -> list[str]:
@@ -247,7 +249,7 @@ def _in_full(results: Results[Extraction]) -> list[str]:
     return lines
 
 
-def _price(results: Results[Extraction]) -> str:
+def _price(results: Results[Extraction]) -> list[str]:
     """Say what truncation costs, and what the dtype adds to it."""
     epsilon, floor = _epsilon(results.layers), _floor(results.layers)
     truncated = _truncated(results.layers)
@@ -265,7 +267,7 @@ def _price(results: Results[Extraction]) -> str:
         best = min(results, key=lambda record: record.epsilon)
         lines.append(f"most {number(worst.epsilon)} in {short(worst.layer)} (rank {worst.rank})")
         lines.append(f"least {number(best.epsilon)} in {short(best.layer)} (rank {best.rank})")
-    return "\n".join(lines)
+    return lines
 
 
 def _truncated(records: Sequence[Extraction]) -> float:
@@ -309,7 +311,7 @@ def _up(value: float) -> str:
     return f"{math.ceil(value / digit - 1e-9) * digit:.1g}"
 
 
-def _resolved(results: Results[Extraction]) -> str:
+def _resolved(results: Results[Extraction]) -> Statement:
     """Say whether the files can show the update at all: else the adapter carries rounding noise."""
     noisy = [record for record in results if record.resolution.verdict == "unresolved"]
     beyond = [
@@ -317,14 +319,22 @@ def _resolved(results: Results[Extraction]) -> str:
         for record in results
         if record.resolution.signal_rank is not None and record.rank > record.resolution.signal_rank
     ]
+    level: Level = "note"
     if all(record.method == "factored" for record in results):
-        return "yes: the factors are the update; no rounding of merged weights comes between"
-    if not beyond and not noisy:
-        return "yes: every direction in the adapter stands above the rounding of the files"
-    if all(record.resolution.signal_rank == 0 for record in results):
-        return "no: no direction stands above the files' rounding noise; save the fine-tune in float32, if you can"
-    share = f"{len(beyond)} of {len(results)} weights have more directions than stand above the files' rounding noise"
-    return f"partly: {share}; --signal writes only those that do" if beyond else f"no: {len(noisy)} are rounding noise"
+        word = "yes: the factors are the update; no rounding of merged weights comes between"
+    elif not beyond and not noisy:
+        word = "yes: every direction in the adapter stands above the rounding of the files"
+    else:
+        level = "warning"
+        more = (
+            f"{len(beyond)} of {len(results)} weights have more directions than stand above the files' rounding noise"
+        )
+        word = f"partly: {more}; --signal writes only those that do"
+        if all(record.resolution.signal_rank == 0 for record in results):
+            word = "no: no direction stands above the files' rounding noise; save the fine-tune in float32, if you can"
+        elif not beyond:
+            word = f"no: {len(noisy)} are rounding noise"
+    return say("resolved", "Resolved?", word, level=level)
 
 
 def _where(results: Results[Extraction]) -> str:

@@ -14,7 +14,7 @@ from rich.text import Text
 
 from lora_diag.decisions.gate.record import Status, Verdict, outcome
 from lora_diag.records import Results, RunInput
-from lora_diag.rendering.lines import answers
+from lora_diag.rendering.statements import Statement, say, summary_of
 from lora_diag.rendering.text import crop, number, safe, short, to_text
 
 # So many rows of verdicts are shown, and so many of one rule where several have some; --output has all.
@@ -147,7 +147,7 @@ def verdict_table(
     """
     bad = [verdict for verdict in verdicts_of(results) if verdict.status in _STYLE]
     shown = _shown(bad)
-    told = answers(_lines(results, shown, bad), _style, then)
+    told = summary_of(_lines(results, shown, bad), then)
     return to_text(Group(_table(shown, width), told) if shown else told, width, color)
 
 
@@ -195,30 +195,30 @@ def _layer(verdict: Verdict, tell: bool) -> str:
     return f"{safe(verdict.group)}: {short(verdict.layer)}" if tell and verdict.group else short(verdict.layer)
 
 
-def _style(word: str, sentence: str) -> str:
-    if word == "Gate":
-        return "bold green" if sentence.startswith("PASSED") else "bold red"
-    return ""
-
-
-def _lines(results: Results[Any], shown: Sequence[Verdict], bad: Sequence[Verdict]) -> list[tuple[str, str]]:
-    lines = [("Shown", f"{len(shown)} of {len(bad)}; -o FILE keeps them all")] if len(shown) < len(bad) else []
+def _lines(results: Results[Any], shown: Sequence[Verdict], bad: Sequence[Verdict]) -> list[Statement]:
+    lines = []
+    if len(shown) < len(bad):
+        lines.append(say("shown", "Shown", f"{len(shown)} of {len(bad)}; -o FILE keeps them all"))
     groups = {verdict.group for verdict in shown if verdict.layer is not None}
     if len(groups) == 1 and "" not in groups:
-        lines.append(("About", safe(groups.pop())))
-    lines.append(("Gate", headline(results)))
-    for word, status in (("Failed", "failed"), ("Unknown", "inconclusive"), ("Warned", "warned"), ("Waived", "waived")):
+        lines.append(say("about", "About", safe(groups.pop())))
+    passed = outcome(verdicts_of(results)) == "passed"
+    lines.append(say("outcome", "Gate", headline(results), level="ok" if passed else "failure"))
+    for label, status in (
+        ("Failed", "failed"),
+        ("Unknown", "inconclusive"),
+        ("Warned", "warned"),
+        ("Waived", "waived"),
+    ):
         told = [f"{_named(rule, found)}: {why(found)}" for rule, found in by_rule(results, status)]
         if told:
-            lines.append((word, "\n".join(told)))
+            lines.append(say(status, label, *told))
     if spared := by_rule(results, "not judged"):
         own = [f"{_named(rule, found)}: {why(found)}" for rule, found in spared if found[0].line]
         idle = [(rule, found) for rule, found in spared if not found[0].line]
         idly = [f"built-in checks {', '.join(rule for rule, _ in idle)}: {why(idle[0][1])}"] if idle else []
-        lines.append(("Not judged", "\n".join([*own, *idly])))
-    lines.append(("Passed", _passed(results)))
-    lines.append(("Judged", "\n".join(_inputs(results))))
-    return lines
+        lines.append(say("not_judged", "Not judged", *own, *idly))
+    return [*lines, say("passed", "Passed", _passed(results)), say("judged", "Judged", *_inputs(results))]
 
 
 def _named(rule: str, found: Sequence[Verdict]) -> str:

@@ -9,7 +9,7 @@ from rich.table import Table
 
 from lora_diag.decisions.plan.record import Plan, PlanFit, PlanRank, PlanRates, PlanType
 from lora_diag.rendering.columns import Column, table_of
-from lora_diag.rendering.lines import answers
+from lora_diag.rendering.statements import Statement, say, summary_of
 from lora_diag.rendering.text import count, duration, percent, safe, short, to_text
 
 # Optimizers by their column.
@@ -28,7 +28,7 @@ def plan_table(plan: Plan, width: int = 80, color: bool = False, then: str | Non
     Returns:
         Lines of text, without a newline at the end.
     """
-    told = answers(_lines(plan), then=then)
+    told = summary_of(_lines(plan), then)
     tables = [_types(plan, width), _ranks(plan, width), *([_costs(plan, width)] if plan.costs else [])]
     return to_text(Group(*tables, told), width, color)
 
@@ -93,39 +93,41 @@ def _column(title: str, full: str, ranks: Sequence[PlanRank], cell: Callable[[Pl
     return Column(title, (full, *map(cell, ranks)))
 
 
-def _lines(plan: Plan) -> list[tuple[str, str]]:
+def _lines(plan: Plan) -> list[Statement]:
     targeted = [row for row in plan.types if row.targeted]
     matrices = sum(row.matrices for row in targeted)
     lines = [
-        ("Model", "\n".join([f"{safe(plan.path)} ({plan.kind}), {plan.params:,} parameters", *map(safe, plan.notes)])),
-        (
+        say("model", "Model", f"{safe(plan.path)} ({plan.kind}), {plan.params:,} parameters", *map(safe, plan.notes)),
+        say(
+            "targets",
             "LoRA on",
             f"{matrices} matrices with {plan.targeted:,} entries; each rank trains "
             f"{sum(row.per_rank for row in targeted):,} parameters",
         ),
-        (
+        say(
+            "memory",
             "Memory",
             f"at the right, of what is trained: weights and gradients in {plan.dtype}, and the optimizer's state; "
             f"LoRA needs the frozen model, too{_frozen(plan)}; activations come on top of both",
         ),
-        (
+        say(
+            "flops",
             "FLOPs",
             "what an unmerged adapter adds to the multiply-adds of the model's matrices; merged, it adds none",
         ),
     ]
     if plan.rates is not None:
-        lines.append(("Time", _time(plan, plan.rates)))
+        lines.append(say("time", "Time", *_time(plan, plan.rates)))
     if plan.fit is not None:
-        lines.append(("Budget", _fit(plan, plan.fit)))
+        lines.append(say("budget", "Budget", *_fit(plan, plan.fit)))
     too_large = [row for row in plan.ranks if row.rho >= 1]
     if too_large:
-        lines.append(
-            ("Mind", f"r={too_large[0].rank} trains more than the matrices themselves hold: LoRA saves nothing")
-        )
+        nothing = f"r={too_large[0].rank} trains more than the matrices themselves hold: LoRA saves nothing"
+        lines.append(say("note", "Mind", nothing))
     return lines
 
 
-def _time(plan: Plan, rates: PlanRates) -> str:
+def _time(plan: Plan, rates: PlanRates) -> list[str]:
     """Say what the estimate stands on."""
     cores = "1 core" if rates.cores == 1 else f"{rates.cores} cores"
     lines = [
@@ -137,23 +139,23 @@ def _time(plan: Plan, rates: PlanRates) -> str:
         lines.append(f"--top {plan.costs[1].top} is for spectra that decay; a flat one costs as much as all values")
     if any(seconds <= cost.longest for cost in plan.costs for seconds in cost.seconds.values()):
         lines.append("no number of machines is faster than one is on the largest matrix")
-    return "\n".join(lines)
+    return lines
 
 
 def _frozen(plan: Plan) -> str:
     return "" if plan.base_bytes is None else f", {_bytes(plan.base_bytes)} as it is stored"
 
 
-def _fit(plan: Plan, fit: PlanFit) -> str:
+def _fit(plan: Plan, fit: PlanFit) -> list[str]:
     if fit.rank == 0:
         least = sum(row.per_rank for row in plan.types if row.targeted)
-        return f"{safe(fit.asked)}: not even r=1 fits, it takes {least:,} parameters"
+        return [f"{safe(fit.asked)}: not even r=1 fits, it takes {least:,} parameters"]
     if fit.rank == fit.full_rank:
         used = f"{fit.spent:,} of {fit.budget:,} parameters, {percent(fit.spent / fit.budget)},"
-        return (
+        return [
             f"{safe(fit.asked)}: {used} give every matrix full rank, r={fit.rank}: more buys nothing, and full "
             f"fine-tuning of these matrices trains {plan.targeted:,}"
-        )
+        ]
     allowed = f"{fit.budget:,} parameters allow r ≤ {fit.rank} everywhere, {fit.spent:,}; {fit.left:,} are left"
     lines = [f"{safe(fit.asked)}: {allowed}"]
     if fit.spent >= plan.targeted:
@@ -162,7 +164,7 @@ def _fit(plan: Plan, fit: PlanFit) -> str:
         lines.append(f"of the ranks asked about, r={fit.listed} fits and leaves {fit.listed_left:,}")
     if fit.listed is not None and fit.doubled:
         lines.append(f"the rest doubles it to r={2 * fit.listed} in {fit.doubled} of {fit.blocks} blocks")
-    return "\n".join([*lines, "where the rest keeps most is what loradiag allocate computes from a pilot's spectrum"])
+    return [*lines, "where the rest keeps most is what loradiag allocate computes from a pilot's spectrum"]
 
 
 def _percent(share: float) -> str:

@@ -16,7 +16,8 @@ from lora_diag.diagnostics.residual.record import SEEDS, Residual, limits_of
 from lora_diag.metrics import Distances, pooled
 from lora_diag.records import Agreement, Results
 from lora_diag.rendering.columns import Column, rows_of, table_of, title_of
-from lora_diag.rendering.lines import answers, called, inputs, last_lines, left_out_line, notes, usual_style
+from lora_diag.rendering.lines import called
+from lora_diag.rendering.statements import Statement, compared, ending, left_out, say, summary_of
 from lora_diag.rendering.text import middle, named, percent, safe, shown, span, to_text
 
 # What limits a layer, in the order of the table.
@@ -55,7 +56,7 @@ def residual_table(
     for name, records in _by_adapter(results):
         parts += [Text(f"{name}, {records[0].role}, against TUNED", style="bold")]
         parts += [_table(_rows(records, per), width, per)]
-    parts.append(answers(residual_lines(results), usual_style, then))
+    parts.append(summary_of(residual_lines(results), then))
     return to_text(Group(*parts), width, color)
 
 
@@ -132,22 +133,25 @@ def _agreement(spaces: Sequence[Agreement | None]) -> str:
     return f"{median(s.overlap for s in known):.2f} ({median(s.random for s in known):.2f})"
 
 
-def residual_lines(results: Results[Residual]) -> list[tuple[str, str]]:
-    """Return word and sentence for each line of the summary."""
-    lines = [("Compared", "\n".join([*inputs(results.run), *notes(results.run)]))]
+def residual_lines(results: Results[Residual]) -> list[Statement]:
+    """Return the summary."""
+    lines = [compared(results)]
     if len(results.run.inputs) > 1 and (tuned := results.run.inputs[1]).role == "adapter":
         against = f"{safe(tuned.path)}, which stands in the place of TUNED, is an adapter and no full fine-tune"
-        lines.append(("Mind", f"{against}: ε is measured against its update. The order is BASE TUNED ADAPTER..."))
+        lines.append(
+            say("note", "Mind", f"{against}: ε is measured against its update. The order is BASE TUNED ADAPTER...")
+        )
     groups = _by_adapter(results)
     adapters = [(name, records) for name, records in groups if records[0].role == "adapter"]
     if adapters:
-        lines.append(("Distance", "\n".join(f"{name}: {_distance(records)}" for name, records in adapters)))
-        lines.append(("Limited by", "\n".join(f"{name}: {_limited(records)}" for name, records in adapters)))
-        lines.append(("Low rank?", "\n".join(f"{name}: {_low_rank(records)}" for name, records in adapters)))
+        lines += [
+            say("distance", "Distance", *(f"{name}: {_distance(records)}" for name, records in adapters)),
+            say("limited_by", "Limited by", *(f"{name}: {_limited(records)}" for name, records in adapters)),
+            say("low_rank", "Low rank?", *(f"{name}: {_low_rank(records)}" for name, records in adapters)),
+        ]
     if groups:
-        lines += [("Resolved?", _resolved(groups[0][1])), ("Read it so", _reading(groups))]
-    lines.append(("Left out", left_out_line(results.left_out)))
-    return [*lines, *last_lines(results)]
+        lines += [_resolved(groups[0][1]), say("interpretation", "Read it so", *_reading(groups))]
+    return [*lines, left_out(results), *ending(results)]
 
 
 def _distance(records: Sequence[Residual]) -> str:
@@ -197,22 +201,25 @@ def _low_rank(records: Sequence[Residual]) -> str:
     return f"dominates in {len(bound)} of {len(ranked)} layers, at the cost of {cost} of ‖ΔW‖²: {worst}"
 
 
-def _resolved(records: Sequence[Residual]) -> str:
+def _resolved(records: Sequence[Residual]) -> Statement:
     """Say whether the files can show TUNED's update at all."""
     seen = [record.resolution for record in records if record.resolution is not None and record.fro > 0]
     if not seen:
-        return "no matrix of TUNED moved"
+        return say("resolved", "Resolved?", "no matrix of TUNED moved", level="warning")
     counts = Counter(resolution.verdict for resolution in seen)
     if counts["resolved"] == len(seen):
-        return "yes: rounding plays no part in TUNED's update"
+        return say("resolved", "Resolved?", "yes: rounding plays no part in TUNED's update")
     parts = [f"{counts[word]} {word}" for word in ("unresolved", "floor-limited") if counts[word]]
-    return (
+    return say(
+        "resolved",
+        "Resolved?",
         f"of {len(seen)} matrices of TUNED {' and '.join(parts)}: ε against rounding noise means nothing there "
-        "(limited by: noise)"
+        "(limited by: noise)",
+        level="warning",
     )
 
 
-def _reading(groups: Sequence[tuple[str, list[Residual]]]) -> str:
+def _reading(groups: Sequence[tuple[str, list[Residual]]]) -> list[str]:
     """Say what ε can tell: against another full fine-tune where there is one, in general where not."""
     lines = []
     for name, records in groups:
@@ -226,11 +233,11 @@ def _reading(groups: Sequence[tuple[str, list[Residual]]]) -> str:
             )
             lines += [_judged(other, pooled(theirs), found) for other, theirs in groups if theirs[0].role == "adapter"]
     if lines:
-        return "\n".join([*lines, "ε is a distance to one solution; the held-out loss says which is better"])
-    return (
+        return [*lines, "ε is a distance to one solution; the held-out loss says which is better"]
+    return [
         f"ε is the distance to this one solution and no quality: it exceeds 1 wherever ‖X‖/‖ΔW‖ > 2·cosine; {SEEDS}. "
         "--reference TUNED2 measures how far yours are; the held-out loss says which is better"
-    )
+    ]
 
 
 def _judged(name: str, adapter: Distances, reference: Distances) -> str:

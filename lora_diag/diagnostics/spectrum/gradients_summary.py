@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from statistics import median
 
 from lora_diag.diagnostics.spectrum.record import Spectrum
+from lora_diag.rendering.statements import Statement, say
 from lora_diag.rendering.text import number
 
 
-def gradient_lines(records: Sequence[Spectrum]) -> list[tuple[str, str]]:
+def gradient_lines(records: Sequence[Spectrum]) -> list[Statement]:
     """Return what was stacked, and how far it tells what an update would be.
 
     Args:
@@ -28,8 +29,9 @@ def gradient_lines(records: Sequence[Spectrum]) -> list[tuple[str, str]]:
             f"; r@90% on each layer's smaller side, which is shown, {own:g} at the median, on the other {other:g}{few}"
         )
     return [
-        ("Gradients", said),
-        (
+        say("gradients", "Gradients", said),
+        say(
+            "interpretation",
             "Read it so",
             "gradients order the layers much as the update will, but show it more low-rank than it becomes: compare "
             "layers by these numbers, do not read a rank off them",

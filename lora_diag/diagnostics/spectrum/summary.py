@@ -1,4 +1,4 @@
-"""The summary of a spectrum run: six lines, each an answer with its number."""
+"""The summary of a spectrum run: what moved, whether the files can show it, and which rank it needs."""
 
 from __future__ import annotations
 
@@ -7,14 +7,13 @@ from collections import Counter
 from collections.abc import Sequence
 from statistics import median
 
-from rich.table import Table
-
 from lora_diag.diagnostics.spectrum.gradients_summary import gradient_lines
 from lora_diag.diagnostics.spectrum.record import Spectrum
 from lora_diag.records import Resolution, Results
 from lora_diag.records.names import part_of
 from lora_diag.records.vocabulary import NORMS
-from lora_diag.rendering.lines import REASONS, answers, inputs, last_lines, left_out_line, notes, subject, within
+from lora_diag.rendering.lines import REASONS, subject, within
+from lora_diag.rendering.statements import Statement, compared, ending, left_out, say
 from lora_diag.rendering.text import count, middle_rank, number, percent, safe, short
 
 # A median C(16) from here on is called low-rank, and from there on partly so. Words, not measurements: they are
@@ -33,47 +32,29 @@ METRICS = {
 }
 
 
-def summary(results: Results[Spectrum], then: str | None = None) -> Table:
-    """Return the summary as a two-column grid: a word, and the sentence that answers it."""
-    return answers(summary_lines(results), _style, then)
-
-
-def _style(word: str, sentence: str) -> str:
-    if word in {"Warning", "Not measured"} or (word == "Resolved?" and sentence.startswith("no")):
-        return "bold red"
-    return "bold yellow" if word == "Resolved?" and not sentence.startswith("yes") else ""
-
-
-def summary_lines(results: Results[Spectrum]) -> list[tuple[str, str]]:
-    """Return the summary's words and the sentences that answer them."""
+def summary_lines(results: Results[Spectrum]) -> list[Statement]:
+    """Return the summary."""
     moved, ranks = _moving(results), results.run.settings["ranks"]
-    lines = [("Compared", _compared(results))]
+    lines = [compared(results, *([_measured(results)] if len(results) else []))]
     if metric := METRICS.get(next((record.metric for record in results), "weights")):
-        lines.append(("Metric", metric))
+        lines.append(say("metric", "Metric", metric))
     if stacked := [record for record in moved if record.stack is not None]:
         lines += gradient_lines(stacked)
-        lines += [line for line in _ranks_needed(moved, ranks) if not line[1].startswith("yes: rounding")]
+        # Gradients are no difference of rounded weights: that they are resolved is no news.
+        lines += [one for one in _ranks_needed(moved, ranks) if one.key != "resolved" or one.level != "note"]
     else:
-        lines.append(("Moved", _moved(results, moved)))
+        lines.append(say("moved", "Moved", *_moved(results, moved)))
         if moved:
             lines += _ranks_used(moved) if _is_factored(moved) else _ranks_needed(moved, ranks)
     if not metric and (coverage := _coverage(results)):
-        lines.append(("Where", coverage))
-    lines.append(("Left out", left_out_line(results.left_out)))
-    return [*lines, *last_lines(results)]
+        lines.append(say("where", "Where", coverage))
+    return [*lines, left_out(results), *ending(results)]
 
 
 def _moving(results: Results[Spectrum]) -> list[Spectrum]:
     """Return the matrices that moved: those that adapters usually target, or else the others."""
     moved = [record for record in results if record.fro > 0]
     return [record for record in moved if part_of(record.layer) == "matrices"] or moved
-
-
-def _compared(results: Results[Spectrum]) -> str:
-    lines = inputs(results.run)
-    if len(results):
-        lines.append(_measured(results))
-    return "\n".join([*lines, *notes(results.run)])
 
 
 def _measured(results: Results[Spectrum]) -> str:
@@ -88,18 +69,18 @@ def _matrices(number_of: int) -> str:
     return f"{number_of} {'matrix' if number_of == 1 else 'matrices'}"
 
 
-def _moved(results: Results[Spectrum], moved: Sequence[Spectrum]) -> str:
+def _moved(results: Results[Spectrum], moved: Sequence[Spectrum]) -> list[str]:
     """Say how far the weights went, and which of them did."""
     inside = [record for record in results if part_of(record.layer) == "matrices"]
     if not len(results):
         reasons = Counter(item.reason for item in results.left_out)
         why = ", ".join(f"{number_of} {REASONS[reason]}" for reason, number_of in reasons.items())
-        return f"no matrix could be measured{f': {why}' if why else ''}"
+        return [f"no matrix could be measured{f': {why}' if why else ''}"]
     if not moved:
-        return _nothing_moved(results)
+        return [_nothing_moved(results)]
     if part_of(moved[0].layer) == "vocabulary":
         still = f"; ΔW is zero in the {_matrices(len(inside))} outside them" if inside else ""
-        return f"only embeddings and head{still}\n" + _how_far(moved, f"over the {_matrices(len(moved))} that moved")
+        return [f"only embeddings and head{still}", *_how_far(moved, f"over the {_matrices(len(moved))} that moved")]
     outside = " outside embeddings and head" if len(inside) < len(results) else ""
     every = "the" if outside or len(inside) == 1 else "all"
     return _how_far(inside, f"over {every} {_matrices(len(inside))}{outside}")
@@ -112,19 +93,19 @@ def _nothing_moved(results: Results[Spectrum]) -> str:
     return f"nothing: ΔW is zero in every matrix.{meant}"
 
 
-def _how_far(records: Sequence[Spectrum], over: str) -> str:
+def _how_far(records: Sequence[Spectrum], over: str) -> list[str]:
     total = math.hypot(*(record.fro for record in records))
     ratios = {record.layer: ratio for record in records if (ratio := record.relative) is not None}
     update, weights = NORMS[records[0].metric]
     if not ratios:
-        return f"{update} = {number(total)} {over}"
+        return [f"{update} = {number(total)} {over}"]
     base = math.hypot(*(record.base_fro or 0.0 for record in records))
     lines = [f"{update}/{weights} = {number(total / base)} {over}"]
     if len(ratios) > 1:
         most, least = max(ratios, key=ratios.__getitem__), min(ratios, key=ratios.__getitem__)
         lines.append(f"most {number(ratios[most])} in {short(most)}")
         lines.append(f"least {number(ratios[least])} in {short(least)}")
-    return "\n".join(lines)
+    return lines
 
 
 def _is_factored(records: Sequence[Spectrum]) -> bool:
@@ -132,7 +113,7 @@ def _is_factored(records: Sequence[Spectrum]) -> bool:
     return all(record.method == "factored" for record in records)
 
 
-def _ranks_used(records: Sequence[Spectrum]) -> list[tuple[str, str]]:
+def _ranks_used(records: Sequence[Spectrum]) -> list[Statement]:
     """Say how much of an adapter's rank is used."""
     ranks = [record.rank_at["0.9"] for record in records]
     known = [rank for rank in ranks if rank is not None]
@@ -146,36 +127,40 @@ def _ranks_used(records: Sequence[Spectrum]) -> list[tuple[str, str]]:
     elif known:
         used += f", from {min(known)} to {max(known)}"
     return [
-        ("Resolved?", "yes: the factors are the update; no rounding of merged weights comes between"),
-        ("Rank used", used),
+        say("resolved", "Resolved?", "yes: the factors are the update; no rounding of merged weights comes between"),
+        say("rank_used", "Rank used", used),
     ]
 
 
-def _ranks_needed(moved: Sequence[Spectrum], ranks: Sequence[int]) -> list[tuple[str, str]]:
+def _ranks_needed(moved: Sequence[Spectrum], ranks: Sequence[int]) -> list[Statement]:
     """Say which rank the update needs, as far as the files can show it."""
     readable = [record for record in moved if record.resolution.verdict != "unresolved"]
     return [
-        ("Resolved?", _files(moved)),
-        ("Low-rank?", _low_rank(readable, ranks)),
-        ("Rank at 90%", _rank_at_90(readable)),
+        _files(moved),
+        say("low_rank", "Low-rank?", *_low_rank(readable, ranks)),
+        say("rank_at_90", "Rank at 90%", _rank_at_90(readable)),
     ]
 
 
-def _files(moved: Sequence[Spectrum]) -> str:
+def _files(moved: Sequence[Spectrum]) -> Statement:
     """Say whether the files can show the update at all, before any rank is printed."""
     counts: Counter[str] = Counter(record.resolution.verdict for record in moved)
     shares = [(record.resolution.noise_fro / record.fro) ** 2 for record in moved]
     if counts["resolved"] == len(moved):
         worst = f"{percent(max(shares))} of {NORMS[moved[0].metric][0]}²"
-        return f"yes: rounding is expected to make up {worst} in the worst layer{_start(moved)}"
+        sentence = f"yes: rounding is expected to make up {worst} in the worst layer{_start(moved)}"
+        return say("resolved", "Resolved?", sentence)
     word = "no" if counts["unresolved"] > len(moved) / 2 else "partly" if counts["resolved"] else "limited"
     unchanged = max(record.resolution.unchanged or 0.0 for record in moved)
     still = f", up to {percent(unchanged)} of the entries are unchanged" if unchanged >= 0.01 else ""
-    return (
+    return say(
+        "resolved",
+        "Resolved?",
         f"{word}: {_not_resolved(counts)}: rounding is expected to make up "
         f"{percent(min(1.0, median(shares)))} of the median {NORMS[moved[0].metric][0]}²{still}; "
         f"ranks beyond the signal rank count noise{_start(moved)}. "
-        "Measure the adapter, not its merge, or save the fine-tune in float32"
+        "Measure the adapter, not its merge, or save the fine-tune in float32",
+        level="failure" if word == "no" else "warning",
     )
 
 
@@ -218,20 +203,19 @@ def _not_resolved(counts: Counter[str]) -> str:
     return f"{every} {words[verdict]}"
 
 
-def _low_rank(records: Sequence[Spectrum], ranks: Sequence[int]) -> str:
+def _low_rank(records: Sequence[Spectrum], ranks: Sequence[int]) -> list[str]:
     """Say what each usual rank keeps at the median and at the worst layer, and put a word to it."""
     if not records:
-        return "these files cannot tell: no matrix is resolved"
+        return ["these files cannot tell: no matrix is resolved"]
     shown = [rank for rank in ranks if rank in {8, 16, 64}] or list(ranks)[:3]
     found = {rank: _kept_at(rank, records) for rank in shown}
     kept = {rank: share for rank, (share, _) in found.items() if share is not None}
     lines = [line for _, line in found.values()]
     if not kept:
-        return lines[0]
+        return lines[:1]
     judged = 16 if 16 in kept else max(kept)
     word = "yes" if kept[judged] >= LOW_RANK else "partly" if kept[judged] >= PARTLY else "no"
-    head = f"{word}, judged at r={judged} by the median layer's energy (Σσ²)"
-    return "\n".join([head, *lines])
+    return [f"{word}, judged at r={judged} by the median layer's energy (Σσ²)", *lines]
 
 
 def _kept_at(rank: int, records: Sequence[Spectrum]) -> tuple[float | None, str]:

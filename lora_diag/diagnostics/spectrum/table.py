@@ -13,9 +13,10 @@ from rich.table import Table
 from rich.text import Text
 
 from lora_diag.diagnostics.spectrum.record import Spectrum
-from lora_diag.diagnostics.spectrum.summary import summary
+from lora_diag.diagnostics.spectrum.summary import summary_lines
 from lora_diag.records import Results
 from lora_diag.rendering.columns import WIDE, Column, rows_of, table_of, title_of
+from lora_diag.rendering.statements import summary_of
 from lora_diag.rendering.text import fraction, middle, middle_rank, shade, shape_of, shown, spark, strip, to_text
 
 # Which columns go first where there is too little room; after these, C(r) at all but the smallest rank.
@@ -46,7 +47,7 @@ def spectrum_table(
         Lines of text, without a newline at the end.
     """
     rows = [_Row(*row) for row in rows_of(results, per)]
-    told = summary(results, then)
+    told = summary_of(summary_lines(results), then)
     return to_text(Group(_table(rows, results.run.settings["ranks"], width, per), told) if rows else told, width, color)
 
 

@@ -15,7 +15,8 @@ from lora_diag.diagnostics.verify_merge.record import ORDER, Merge, MergeStatus,
 from lora_diag.records import Results
 from lora_diag.records.names import module_type_of, place_of
 from lora_diag.rendering.columns import WIDE, Column, Grid, table_of, title_of
-from lora_diag.rendering.lines import answers, inputs, last_lines, left_out_line, notes
+from lora_diag.rendering.lines import left_out_line
+from lora_diag.rendering.statements import Level, Statement, compared, ending, say, summary_of
 from lora_diag.rendering.text import count, middle, named, number, percent, safe, shape_of, short, shown, to_text
 
 # What to do about each fault.
@@ -72,7 +73,7 @@ def merge_table(
     for grid in merge_grids(results, per):
         columns = [column for column in grid.columns if width >= WIDE or column.title not in _OF_WIDE]
         parts.append(table_of(grid.title, grid.names, columns, width, grid.spared))
-    parts.append(answers(merge_lines(results), _style, then))
+    parts.append(summary_of(merge_lines(results), then))
     return to_text(Group(*parts), width, color)
 
 
@@ -135,25 +136,22 @@ def _most(row: _Row) -> float | None:
     return max((record.max_ulp for record in row.records if record.max_ulp is not None), default=None)
 
 
-def _style(word: str, sentence: str) -> str:
-    if word == "Correct?":
-        return "" if sentence.startswith("yes") else "bold yellow" if sentence.startswith("cannot") else "bold red"
-    return "bold yellow" if word in {"Lost", "Warning"} else "bold red" if word == "Not measured" else ""
+_LEVELS: dict[str, Level] = {"failed": "failure", "inconclusive": "warning"}
 
 
-def merge_lines(results: Results[Merge]) -> list[tuple[str, str]]:
-    """Return the summary: word and sentence."""
-    lines = [("Compared", "\n".join([*inputs(results.run), *_measured(results), *notes(results.run)]))]
+def merge_lines(results: Results[Merge]) -> list[Statement]:
+    """Return the summary."""
+    lines = [compared(results, *_measured(results))]
     if len(results):
-        lines.append(("Correct?", _correct(results)))
-        lines += _faults(results)
-        lines.append(("Rounding", _rounding(results)))
+        level = _LEVELS.get(outcome(results), "ok")
+        lines += [say("correct", "Correct?", _correct(results), level=level), *_faults(results)]
+        lines.append(say("rounding", "Rounding", _rounding(results)))
         if lost := _lost(results):
-            lines.append(("Lost", lost))
+            lines.append(say("lost", "Lost", lost, level="warning"))
         if untouched := [record for record in results if not record.adapted]:
-            lines.append(("Not adapted", _untouched(untouched)))
-    lines.append(("Left out", left_out_line(results.left_out).replace("TUNED", "MERGED")))
-    return [*lines, *last_lines(results, "layers checked so far")]
+            lines.append(say("not_adapted", "Not adapted", _untouched(untouched)))
+    lines.append(say("left_out", "Left out", left_out_line(results.left_out).replace("TUNED", "MERGED")))
+    return [*lines, *ending(results, "layers checked so far")]
 
 
 def _measured(results: Results[Merge]) -> list[str]:
@@ -204,7 +202,7 @@ def _why_inconclusive(adapted: Sequence[Merge]) -> str:
     )
 
 
-def _faults(results: Results[Merge]) -> list[tuple[str, str]]:
+def _faults(results: Results[Merge]) -> list[Statement]:
     """Return one line for every status that fails, with its layers, its cause and the way out."""
     lines = []
     for status in ORDER:
@@ -218,7 +216,7 @@ def _faults(results: Results[Merge]) -> list[tuple[str, str]]:
         if len(causes) > SHOWN:
             more = sum(len(found) for found in list(causes.values())[SHOWN:])
             told.append(f"and {_layers(more)} more; --per layer and the records name each")
-        lines.append((status.capitalize(), "\n".join([*told, f"→ {WAYS_OUT[status]}"])))
+        lines.append(say(status.replace(" ", "_"), status.capitalize(), *told, f"→ {WAYS_OUT[status]}"))
     return lines
 
 

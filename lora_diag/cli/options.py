@@ -1,25 +1,32 @@
-"""The options that several commands share, alone and in groups, and how their words are read.
+"""The options of commands, and how their words are read.
 
-A command takes a group as one parameter, by name, and ``spread`` shows typer the options in it::
+A command takes a group as one parameter, and ``spread`` shows typer the options in it. A group is a ``TypedDict`` of
+``running.options``, whose options a Python function has, too: the command gets a dictionary to pass on. Or it is a
+dataclass of options that only the command line has::
 
     @spread
-    def residual(base: Base, tuned: Tuned, *, compared: Compared, written: Written) -> None: ...
+    def residual(base: Base, tuned: Tuned, *, given: LayerOptions, shown: Rows) -> None:
+        with shown.callbacks() as callbacks:
+            results = measure(base, tuned, **given, **callbacks)
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass
 from enum import StrEnum
 from functools import wraps
 from inspect import Parameter, Signature, signature
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+from types import UnionType
+from typing import TYPE_CHECKING, Annotated, Any, get_args, get_type_hints, is_typeddict
 
 import typer
 
-from lora_diag.cli.output import as_lines
+from lora_diag.cli.output import as_lines, progress_bar
 from lora_diag.errors import UsageError
+from lora_diag.running.options import Option, Output, Resuming, Selection, declared
 
 if TYPE_CHECKING:
     from lora_diag.running.engines import Ray
@@ -39,50 +46,30 @@ class Per(StrEnum):
     layer = "layer"
 
 
+def spelled(group: type, name: str) -> Any:
+    """Return the typer option of an option of a group."""
+    option: Option = declared(group)[name][1]
+    flags = option.flags or (f"--{name.replace('_', '-')}",)
+    return typer.Option(*flags, metavar=option.metavar or None, help=option.help)
+
+
 # What is read is given as words: a Path would make one slash of the two in s3://.
 Base = Annotated[
     str, typer.Argument(metavar="BASE", help="Checkpoint before: file, folder, index or address (docs/remote.md).")
 ]
-Tuned = Annotated[str | None, typer.Argument(metavar="TUNED", help="Checkpoint after, or an adapter.")]
-Layers = Annotated[str | None, typer.Option(metavar="REGEX", help="Only weights whose name contains a match.")]
-Exclude = Annotated[str | None, typer.Option(metavar="REGEX", help="No weights whose name contains a match.")]
-Method = Annotated[str, typer.Option(metavar="auto|exact|gram|krylov", help="How to compute singular values.")]
-Tol = Annotated[float, typer.Option(metavar="T", help="Bound to reach on the error of every energy fraction.")]
+Tuned = Annotated[str, typer.Argument(metavar="TUNED", help="Checkpoint after, or an adapter.")]
 Json = Annotated[bool, typer.Option("--json", help="Records on standard output, and nothing else there.")]
 PerRow = Annotated[Per, typer.Option(help="One row a module type, or one a layer.")]
-Workers = Annotated[int | None, typer.Option(metavar="N", help="Layers at once; default by cores and memory.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no messages, no table.")]
-Overwrite = Annotated[
-    bool, typer.Option("--overwrite", help="Replace a file in the way that loradiag did not write; never a link.")
-]
+Layers = Annotated[str | None, spelled(Selection, "layers")]
+Exclude = Annotated[str | None, spelled(Selection, "exclude")]
+Overwrite = Annotated[bool, spelled(Output, "overwrite")]
 
 
 @dataclass(frozen=True)
-class Selected:
-    """Which weights."""
+class Cluster:
+    """What the option ``engine`` of a function is on the command line."""
 
-    layers: Layers = None
-    exclude: Exclude = None
-
-
-@dataclass(frozen=True)
-class Compared(Selected):
-    """Which weights of two sides."""
-
-    allow_unmatched: Annotated[
-        bool, typer.Option("--allow-unmatched", help="Leave out what an adapter changes and BASE lacks, not stop.")
-    ] = False
-
-
-@dataclass(frozen=True)
-class Shared:
-    """How layers share this machine, or a cluster."""
-
-    workers: Workers = None
-    memory: Annotated[
-        str | None,
-        typer.Option(metavar="SIZE", help="What the program may take, such as 8GB; larger layers in row blocks."),
-    ] = None
     engine: Annotated[Engine, typer.Option(help="This machine, or a Ray cluster (docs/cluster.md).")] = Engine.local
     ray_address: Annotated[
         str | None, typer.Option(metavar="HOST:PORT", help="Ray cluster; default RAY_ADDRESS, else a Ray of its own.")
@@ -91,17 +78,11 @@ class Shared:
         float, typer.Option(metavar="G", help="With --engine ray: GPUs for each layer, or a share.")
     ] = 0.0
 
-    def arguments(self) -> dict[str, Any]:
-        """Return what a function of the API takes."""
-        given = dict(vars(self), engine=self.cluster())
-        del given["ray_address"], given["gpus_per_task"]
-        return given
-
-    def cluster(self) -> Ray | None:
-        """Return the cluster that was asked for; None for this machine alone.
+    def value(self) -> Ray | None:
+        """Return the cluster; None for this machine alone.
 
         Raises:
-            UsageError: Something is said of one that is not used.
+            UsageError: An option of a cluster is given without one.
         """
         if self.engine is Engine.local:
             if self.ray_address is not None or self.gpus_per_task:
@@ -114,59 +95,55 @@ class Shared:
 
 
 @dataclass(frozen=True)
-class Computed(Shared):
-    """How, on what and with how much of it."""
+class Shown:
+    """What is shown, and where."""
 
-    method: Method = "auto"
-    device: Annotated[str, typer.Option(metavar="auto|cpu|cuda[:i]|mps", help="Where to compute.")] = "auto"
-    seed: Annotated[int, typer.Option(metavar="N", help="Seed of the random starts of krylov.")] = 0
-
-
-@dataclass(frozen=True)
-class ComputedWhole(Computed):
-    """The same where a layer is held whole."""
-
-    memory: Annotated[
-        str | None, typer.Option(metavar="SIZE", help="What the program may take, such as 8GB; others are left out.")
-    ] = None
-
-
-@dataclass(frozen=True)
-class Written:
-    """Where records go, and what else is said.
-
-    Raises:
-        UsageError: A run that was not kept should go on, or something is in the way of the output.
-        InputError: Nothing could be written there.
-    """
-
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write the records here (JSONL).")
-    ] = None
     json: Json = False
     quiet: Quiet = False
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the interrupted run in --output.")] = False
-    overwrite: Overwrite = False
-    verify: Annotated[
-        bool, typer.Option("--verify", help="Hash every byte of the inputs, for --resume to compare.")
-    ] = False
-
-    def __post_init__(self) -> None:
-        if self.resume and self.output is None:
-            raise UsageError("--resume: give the results file of the interrupted run with -o")
-        if self.output is not None:
-            self.check(self.output)  # now: a model may take minutes to load
-
-    def check(self, output: Path) -> None:
-        """Refuse an output that could not be written."""
-        from lora_diag.records.writing import check_results_file
-
-        check_results_file(output, self.resume, self.overwrite)
 
     @property
     def table(self) -> bool:
         """Whether a table is shown."""
         return not (self.json or self.quiet)
+
+    @contextmanager
+    def callbacks(self) -> Iterator[dict[str, Any]]:
+        """Give the callbacks of a run over layers: a progress bar, and with ``--json`` every record as a line."""
+        with progress_bar(self.quiet) as on_progress:
+            yield {"on_progress": on_progress, "on_record": as_lines(self.json)}
+
+
+@dataclass(frozen=True)
+class Rows(Shown):
+    """What is shown, where, and in which rows."""
+
+    per: PerRow = Per.type
+
+
+@dataclass(frozen=True)
+class Selected:
+    """Which weights."""
+
+    layers: Layers = None
+    exclude: Exclude = None
+
+
+@dataclass(frozen=True)
+class Written(Shown):
+    """Where the records of a probe go.
+
+    Raises:
+        UsageError: A run that was not kept should be resumed, or something is in the way of the output.
+        InputError: Nothing could be written there.
+    """
+
+    output: Annotated[Path | None, spelled(Output, "output")] = None
+    resume: Annotated[bool, spelled(Resuming, "resume")] = False
+    overwrite: Overwrite = False
+    verify: Annotated[bool, spelled(Resuming, "verify")] = False
+
+    def __post_init__(self) -> None:
+        check_output(self.output, self.resume, self.overwrite)
 
     def arguments(self) -> dict[str, Any]:
         """Return what a function of the API takes."""
@@ -174,42 +151,90 @@ class Written:
         return {**given, "on_record": as_lines(self.json)}
 
 
+def check_output(output: Path | None, resume: bool, overwrite: bool) -> None:
+    """Refuse, before any work, a results file that could not be written.
+
+    Raises:
+        UsageError: A run that was not kept should be resumed, or something is in the way of the output.
+        InputError: Nothing could be written there.
+    """
+    if output is not None:
+        from lora_diag.records.writing import check_results_file
+
+        check_results_file(output, resume, overwrite)
+    elif resume:
+        raise UsageError("--resume: give the results file of the interrupted run with -o")
+
+
 def spread(command: Callable[..., None]) -> Callable[..., None]:
     """Return a command whose groups are spread: typer sees their options, and the command gets the groups.
 
     >>> @spread
-    ... def command(base: str, *, selected: Selected) -> None:
-    ...     print(base, selected)
+    ... def command(base: str, *, given: Selection) -> None:
+    ...     print(base, given)
     >>> ", ".join(signature(command).parameters)
     'base, layers, exclude'
     >>> command(base="base/", layers="q_proj", exclude=None)
-    base/ Selected(layers='q_proj', exclude=None)
+    base/ {'layers': 'q_proj', 'exclude': None}
     """
     parameters = signature(command, eval_str=True).parameters
-    groups: dict[str, Any] = {
-        name: each.annotation for name, each in parameters.items() if is_dataclass(each.annotation)
-    }
+    groups = {name: options for name, each in parameters.items() if (options := list(_options(each.annotation)))}
 
     @wraps(command)
     def gathered(**words: Any) -> None:
-        for name, group in groups.items():
-            words[name] = group(**{each.name: words.pop(each.name) for each in fields(group)})
+        for name, options in groups.items():
+            given = {each.name: words.pop(each.name) for each in options}
+            words[name] = _gathered(parameters[name].annotation, given)
         command(**words)
 
-    shown = [each for parameter in parameters.values() for each in _options(parameter)]
+    shown = [
+        option
+        for name, each in parameters.items()
+        for option in groups.get(name) or [each.replace(kind=Parameter.KEYWORD_ONLY)]  # typer calls by name
+    ]
     gathered.__signature__ = Signature(shown)  # type: ignore[attr-defined]
     return gathered
 
 
-def _options(parameter: Parameter) -> Iterator[Parameter]:
-    """Give the parameters of a group, or the one that is no group; all by name, as typer calls."""
-    group = parameter.annotation
-    if not is_dataclass(group):
-        yield parameter.replace(kind=Parameter.KEYWORD_ONLY)
-        return
-    kinds = get_type_hints(group, include_extras=True)
-    for each in fields(group):
-        yield Parameter(each.name, Parameter.KEYWORD_ONLY, default=each.default, annotation=kinds[each.name])
+def _options(group: Any) -> Iterator[Parameter]:
+    """Yield the options of a group; nothing if it is none."""
+    if is_dataclass(group):
+        kinds = get_type_hints(group, include_extras=True)
+        for each in fields(group):
+            yield Parameter(each.name, Parameter.KEYWORD_ONLY, default=each.default, annotation=kinds[each.name])
+    elif is_typeddict(group):
+        for name, (kind, option) in declared(group).items():
+            if name == "engine":
+                yield from _options(Cluster)
+            elif option.cli:
+                typed: Any = Annotated[_typed(kind), spelled(group, name)]
+                yield Parameter(name, Parameter.KEYWORD_ONLY, default=option.default, annotation=typed)
+
+
+def _typed(kind: Any) -> Any:
+    """Return what a word on the command line becomes, of all types that a function takes: the first, or None.
+
+    >>> _typed(str | int | None)
+    str | None
+    """
+    kinds = get_args(kind) if isinstance(kind, UnionType) else (kind,)
+    return kinds[0] | None if type(None) in kinds else kinds[0]
+
+
+def _gathered(group: Any, given: dict[str, Any]) -> Any:
+    """Return a group of what was given.
+
+    Raises:
+        UsageError: An option makes no sense beside another, or something is in the way of the output.
+        InputError: The output could not be written.
+    """
+    if is_dataclass(group):
+        return group(**given)  # type: ignore[operator]
+    if "engine" in given:
+        given["engine"] = Cluster(**{each.name: given.pop(each.name) for each in fields(Cluster)}).value()
+    if "output" in given:  # now: reading a model may take minutes
+        check_output(given["output"], given["resume"], given["overwrite"])
+    return given
 
 
 def parse_ranks(words: str, option: str = "--ranks") -> list[int]:

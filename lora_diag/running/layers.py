@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -22,14 +22,14 @@ from lora_diag.running.measuring import (
     read_memory,
     without_rank,
 )
-from lora_diag.running.options import LayerOptions, RunOptions, filled
+from lora_diag.running.options import LayerOptions, filled
 from lora_diag.version import __version__
 
 L = TypeVar("L", bound=LayerRecord)
 T = TypeVar("T", bound=Task)
 S = TypeVar("S", bound=Any)
 
-# What is recorded of the options, besides what a command adds.
+# The settings of a run record that follow a command's own, in this order.
 RECORDED = ("layers", "exclude", "method", "tol", "device", "seed")
 
 
@@ -73,12 +73,12 @@ class LayerRun:
         UsageError: An option makes no sense, or the device is not there.
     """
 
-    def __init__(self, command: str, given: RunOptions, group: type = LayerOptions) -> None:
+    def __init__(self, command: str, given: Mapping[str, object], group: type = LayerOptions) -> None:
         self.command = command
-        self.options: dict[str, Any] = filled(group, dict(given))
-        self.where = place(self.options["engine"], self.options["device"])
-        self._limit = read_memory(self.options["memory"], self.options["engine"])
-        check_running(self.options["workers"], self.options["seed"])
+        self.options: dict[str, Any] = filled(group, given)
+        self.where = place(self.options["engine"], self.options.get("device", "cpu"))
+        self._limit = read_memory(self.options.get("memory"), self.options["engine"])
+        check_running(self.options["workers"], self.options.get("seed", 0))
 
     def compare(self, base: Path | str, tuned: Path | str | None) -> Comparison:
         """Open both sides and pair their weights, those that the options select.
@@ -127,8 +127,9 @@ class LayerRun:
         settings: S,
         rest: Callable[[Layout, Results[L], S], Iterable[LeftOut]],
         inputs: tuple[RunInput, ...],
-        asked: dict[str, Any],
+        asked: Mapping[str, object],
         recorded: Sequence[str] = RECORDED,
+        finish: Callable[[Results[L]], None] | None = None,
     ) -> Results[L]:
         """Measure every layer; write and report each record in the order of the file.
 
@@ -140,7 +141,8 @@ class LayerRun:
             rest: What else is left out, of the layout, of what an interrupted run had measured, and of the settings.
             inputs: For the run record.
             asked: The command's own settings, for the run record.
-            recorded: Which of the options are recorded behind them.
+            recorded: Names of settings, of options or the command's own, that come last, in this order.
+            finish: Called with the records while the results file is still locked.
 
         Returns:
             All records of the run, those of an interrupted one included.
@@ -149,17 +151,18 @@ class LayerRun:
             InputError: An input cannot be read, or the file cannot be written.
         """
         options = self.options
-        told = {**options, "device": self.where.kind}
+        told = {**options, "device": self.where.kind, **asked}
+        first = {name: value for name, value in asked.items() if name not in recorded}
         run = Run(
             command=self.command,
             version=__version__,
             inputs=inputs,
-            settings={**asked, **{name: told[name] for name in recorded}},
+            settings={**first, **{name: told[name] for name in recorded}},
         )
-        layout = layout_of(tasks, options["workers"], self.where.kind, self._limit)
+        layout = self.layout(tasks)
         limited: S = replace(settings, memory=layout.limit)
         with ResultsWriter[L](options["output"], run, options["resume"], options["overwrite"]) as writer:
-            return measure_layers(
+            results = measure_layers(
                 writer,
                 tasks,
                 partial(measure, settings=limited),
@@ -169,3 +172,14 @@ class LayerRun:
                 Watch(options["on_progress"], options["on_record"]),
                 options["engine"],
             )
+            if finish is not None:
+                finish(results)
+        return results
+
+    def layout(self, tasks: Sequence[Task]) -> Layout:
+        """Return how this machine is shared among layers.
+
+        Raises:
+            UsageError: The memory limit is too small for the program itself.
+        """
+        return layout_of(tasks, self.options["workers"], self.where.kind, self._limit)

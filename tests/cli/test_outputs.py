@@ -26,7 +26,7 @@ UNFINISHED = to_line(Run(command="overlap", version="1", inputs=(), settings={})
 FINISHED = UNFINISHED + to_line(totals((), ())) + "\n"
 
 # Options that take the path of something that is read. Every other one that takes a path is an output.
-READ = {"activations", "baseline", "check", "data", "eval_", "ranks", "reference", "shifted", "weights"}
+READ = {"activations", "baseline", "check", "data", "eval_", "ranks", "reference", "shifted", "sweep", "weights"}
 # Where an output needs a name of its own, and what of that name a stranger may have written.
 NAMES = {"plot": "out.png", "allocate": "out.json", "report": "out.html", "model_card": "out.md"}
 FOREIGN = {

@@ -9,7 +9,7 @@ from lora_diag.layers.left_out import not_finite
 from lora_diag.linalg import resolve_device
 from lora_diag.records import LeftOut, Results
 from lora_diag.running.layers import LayerRun, LayerSettings
-from lora_diag.running.options import LayerOptions
+from lora_diag.running.options import LayerOptions, show_options
 from loradiag_nuclear.record import Nuclear
 
 
@@ -24,6 +24,13 @@ def measure(delta: Delta, settings: LayerSettings) -> tuple[Nuclear | LeftOut]:
     return (Nuclear(layer=delta.layer, shape=delta.shape, fro=found.fro, nuclear=nuclear, flatness=flatness),)
 
 
+@show_options
 def nuclear(base: Path | str, tuned: Path | str, **options: Unpack[LayerOptions]) -> Results[Nuclear]:
-    """Measure the nuclear norm of every update; see ``LayerOptions`` for the options."""
+    """Measure the nuclear norm of every update.
+
+    Args:
+        base: The checkpoint before.
+        tuned: The checkpoint after, or an adapter.
+        **options: ``LayerOptions``.
+    """
     return LayerRun("nuclear", options).pair(base, tuned, measure)

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import shlex
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, cast
 
 import typer
 
 from lora_diag.cli import options
-from lora_diag.cli.output import progress_bar, result, tell_unmeasured, terminal
+from lora_diag.cli.output import result, tell_unmeasured, terminal
 from lora_diag.errors import UNREADABLE, UsageError
+from lora_diag.running.options import FolderOptions
 
 Rank = Annotated[int | None, typer.Option(metavar="R", help="The same rank for every layer.")]
 Energy = Annotated[float | None, typer.Option(metavar="SHARE", help="Smallest rank that keeps this share of Σσ².")]
@@ -38,25 +38,8 @@ Sweep = Annotated[
 ]
 
 
-@dataclass(frozen=True)
-class Folder(options.Written):
-    """Where the adapter goes."""
-
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", metavar="ADAPTER", help="Adapter folder to write.")
-    ] = None
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an extracted adapter that is there.")] = False
-
-    def __post_init__(self) -> None:
-        if self.output is None:
-            raise UsageError("extract: name the adapter folder to write with -o")
-        super().__post_init__()
-
-    def check(self, output: Path) -> None:
-        """Refuse a folder that could not be written."""
-        from lora_diag.decisions.extract.folder import OutputFolder
-
-        OutputFolder(output, (), self.overwrite, self.resume)
+Output = Annotated[Path | None, typer.Option("--output", "-o", metavar="ADAPTER", help="Adapter folder to write.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an extracted adapter that is there.")]
 
 
 @options.spread
@@ -76,24 +59,29 @@ def extract(
     base_name: BaseName = None,
     sweep: Sweep = None,
     *,
-    compared: options.Compared,
-    tol: options.Tol = 1e-4,
-    computed: options.Computed,
-    per: options.PerRow = options.Per.type,
-    written: Folder,
+    given: FolderOptions,
+    output: Output = None,
+    overwrite: Overwrite = False,
+    shown: options.Rows,
 ) -> None:
     """Write that adapter: the best one of given ranks for ΔW, in PEFT's format, with its error as it was written.
 
     Example: loradiag extract base/ full_ft/ --rank 16 -o adapter/
     """
+    from lora_diag.decisions.extract.folder import OutputFolder
+
+    if output is None:
+        raise UsageError("extract: name the adapter folder to write with -o")
+    OutputFolder(output, (), overwrite, given["resume"])
     # torch comes with it: not before it is needed
     from lora_diag.decisions.extract.run import extract as write
     from lora_diag.decisions.extract.summary import extraction_table
 
-    with progress_bar(written.quiet) as on_progress:
+    with shown.callbacks() as callbacks:
         results = write(
             base,
             tuned,
+            output,
             rank=rank,
             energy=energy,
             params=params,
@@ -106,15 +94,13 @@ def extract(
             rest=cast(Any, rest),
             base_name=base_name,
             sweep=sweep,
-            tol=tol,
-            **vars(compared),
-            **computed.arguments(),
-            **written.arguments(),
-            on_progress=on_progress,
+            overwrite=overwrite,
+            **given,
+            **callbacks,
         )
-    if written.table:
-        then = shlex.join(["loradiag", "residual", str(base), str(tuned), str(written.output)])
+    if shown.table:
+        then = shlex.join(["loradiag", "residual", str(base), str(tuned), str(output)])
         then += "   (this adapter held against TUNED)"
-        result(extraction_table(results, *terminal(), per=per, then=then, folder=str(written.output)))
+        result(extraction_table(results, *terminal(), per=shown.per, then=then, folder=str(output)))
     if tell_unmeasured(results.unmeasured, "the layer is not in the adapter"):
         raise typer.Exit(UNREADABLE)

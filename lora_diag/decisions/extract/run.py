@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, Unpack, get_args
 
 from lora_diag.adapters.writing import store_factors
 from lora_diag.checkpoints import as_path, open_checkpoint
@@ -25,19 +25,18 @@ from lora_diag.diagnostics.spectrum.run import spectrum
 from lora_diag.errors import InputError, LoradiagError, NothingComparedError, UsageError
 from lora_diag.linalg import check_request
 from lora_diag.probes.sweep.best_rate import swept_rate
-from lora_diag.records import AnyRecord, LeftOut, Results, ResultsWriter, Run, RunInput
+from lora_diag.records import LeftOut, Results, Run, RunInput
 from lora_diag.running.activations import second_moments
 from lora_diag.running.amounts import read_count
-from lora_diag.running.engines import Ray
 from lora_diag.running.fingerprint import legible
-from lora_diag.running.inputs import compare
-from lora_diag.running.measuring import Progress, Watch, check_running, layout_of, measure_layers, place, read_memory
-from lora_diag.version import __version__
+from lora_diag.running.layers import RECORDED, LayerRun
+from lora_diag.running.options import FolderOptions, filled, show_options
 
 Split = Literal["both", "b"]
 Rest = Literal["list", "save"]
 
 
+@show_options
 def extract(
     base: Path | str,
     tuned: Path | str,
@@ -55,21 +54,8 @@ def extract(
     rest: Rest = "list",
     base_name: str | None = None,
     sweep: Path | str | None = None,
-    layers: str | None = None,
-    exclude: str | None = None,
-    allow_unmatched: bool = False,
-    method: str = "auto",
-    tol: float = 1e-4,
-    device: str = "auto",
-    seed: int = 0,
-    workers: int | None = None,
-    memory: str | int | None = None,
-    engine: Ray | None = None,
     overwrite: bool = False,
-    resume: bool = False,
-    verify: bool = False,
-    on_progress: Callable[[Progress], None] | None = None,
-    on_record: Callable[[AnyRecord], None] | None = None,
+    **options: Unpack[FolderOptions],
 ) -> Results[Extraction]:
     r"""Write the best low-rank adapter for ΔW = W_tuned − W_base: its truncated SVD, as a PEFT adapter.
 
@@ -95,21 +81,8 @@ def extract(
         rest: ``save`` to store in full what no factor carries (norms, biases, resized tables), ``list`` to list it.
         base_name: The base model's name for config and model card; by default ``base`` as it was given.
         sweep: Results of ``probe sweep``, whose best learning rate the model card names.
-        layers: Regular expression; only weights whose name contains a match.
-        exclude: Regular expression; no weights whose name contains a match.
-        allow_unmatched: Leave out what an adapter changes and ``base`` does not have, instead of stopping.
-        method: ``auto``, ``exact``, ``gram`` or ``krylov``.
-        tol: Bound to reach on the error of every energy fraction.
-        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:1``.
-        seed: Of the random starts of ``krylov``.
-        workers: Layers at once; by default as many as fit into memory.
-        memory: What the whole program may take, such as ``"8GB"``; a layer that does not fit is read in row blocks.
-        engine: A Ray cluster to measure on, whose workers write factors to ``output``; None for this machine alone.
         overwrite: Replace an adapter that is in ``output``.
-        resume: Go on with an interrupted extraction.
-        verify: Let ``resume`` compare a SHA-256 of every byte of the inputs, not of samples.
-        on_progress: Called at the start and after every layer.
-        on_record: Called with every record, in the order of the file, as it comes.
+        **options: ``FolderOptions``.
 
     Returns:
         The records that are also in ``extraction.jsonl`` of the folder. Layers whose entries are not finite are in
@@ -130,18 +103,17 @@ def extract(
 
     Reference: Eckart and Young 1936, "The approximation of one matrix by another of lower rank", Psychometrika 1.
     """
+    given = filled(FolderOptions, options)
     asked = Asked(rank, energy, read_count(str(params), "--params") if params is not None else None, ranks, signal)
     asked.check()
     rate = None if sweep is None else swept_rate(sweep)
     _check_words(split, dtype, rest)
-    check_request(method, 1, tol)
-    where = place(engine, device)
-    settings = ExtractionSettings(dtype, split, method, tol, seed, where.tasks)
-    limit = read_memory(memory, engine)
-    check_running(workers, seed)
     base, tuned = as_path(base), as_path(tuned)
-    folder = OutputFolder(Path(output), (base, tuned), overwrite, resume)
-    compared = compare(base, tuned, layers, exclude, allow_unmatched, verify)
+    folder = OutputFolder(Path(output), (base, tuned), overwrite, given["resume"])
+    run = LayerRun("extract", {**given, "output": folder.records})
+    method, tol, seed = (run.options[name] for name in ("method", "tol", "seed"))
+    check_request(method, 1, tol)
+    compared = run.compare(base, tuned)
     planned = plan(open_checkpoint(base), tuned, compared.pairing, rest == "save")
     moments = second_moments(activations, base, compared.pairing) if activations is not None else None
     if kfac and (moments is None or not moments.gradients):
@@ -149,24 +121,9 @@ def extract(
 
     def spectra() -> Results[Spectrum]:
         folder.open()
-        return spectrum(
-            base,
-            tuned,
-            activations=activations,
-            kfac=kfac,
-            layers=layers,
-            exclude=exclude,
-            allow_unmatched=allow_unmatched,
-            device=device,
-            seed=seed,
-            workers=workers,
-            memory=limit,
-            engine=engine,
-            output=folder.spectra,
-            resume=folder.spectra.exists(),
-            verify=verify,
-            on_progress=on_progress,
-        )
+        kept: dict[str, Any] = {"output": folder.spectra, "resume": folder.spectra.exists()}
+        kept |= {name: value for name, value in given.items() if name not in {"method", "tol", "resume", "on_record"}}
+        return spectrum(base, tuned, activations=activations, kfac=kfac, **kept)
 
     try:
         rules = {} if folder.whole else ranks_for(asked, planned.targets, spectra)
@@ -187,42 +144,10 @@ def extract(
         if (target := planned.targets.get(delta.layer)) is not None and not folder.whole
     ]
     files = {task.layer: folder.factors(index) for index, task in enumerate(tasks)}
-    run = Run(
-        command="extract",
-        version=__version__,
-        inputs=(
-            *compared.inputs[:-1],
-            _with_notes(compared.inputs[-1], planned.notes()),
-            *((moments.described,) if moments is not None else ()),
-        ),
-        settings={
-            "ranks": asked.words(),
-            "split": split,
-            "dtype": dtype,
-            "rest": rest,
-            "layers": layers,
-            "exclude": exclude,
-            "method": method,
-            "tol": tol,
-            "device": where.kind,
-            "seed": seed,
-            **({"metric": "kfac" if kfac else "data"} if moments is not None else {}),
-        },
-    )
-    layout = layout_of(tasks, workers, where.kind, limit)
-    settings = replace(settings, memory=layout.limit)
+    run.layout(tasks)  # refuses a memory limit before the folder is made
     folder.open()
-    with ResultsWriter[Extraction](folder.records, run, resume) as writer:
-        results = measure_layers(
-            writer,
-            tasks,
-            partial(_one_layer, files=files, settings=settings),
-            lambda: planned.left_out(layout, where.here),
-            layout,
-            partial(size, settings=settings),
-            Watch(on_progress, on_record),
-            engine,
-        )
+
+    def finish(results: Results[Extraction]) -> None:
         if not results.layers:
             folder.discard()
             raise _nothing(tuned, results)
@@ -230,12 +155,33 @@ def extract(
         if not folder.whole:
             planned.write(folder.work, results, files, name)
         named = map(legible, ("loradiag", "extract", str(base), str(tuned)))
-        command = [*named, *asked.words().split(" ", 1), *_options(run)]
+        command = [*named, *asked.words().split(" ", 1), *_options(results.run)]
         if activations is not None:
             command += ["--activations", legible(activations), *(["--kfac"] if kfac else [])]
         command += ["--sweep", legible(sweep)] if sweep is not None else []
         folder.finish(model_card(results, name, shlex.join([*command, "-o", legible(output)]), rate))
-    return results
+
+    return run.over(
+        tasks,
+        partial(_one_layer, files=files),
+        size,
+        ExtractionSettings(dtype, split, method, tol, seed, run.where.tasks),
+        lambda layout, _, __: planned.left_out(layout, run.where.here),
+        (
+            *compared.inputs[:-1],
+            _with_notes(compared.inputs[-1], planned.notes()),
+            *((moments.described,) if moments is not None else ()),
+        ),
+        {
+            "ranks": asked.words(),
+            "split": split,
+            "dtype": dtype,
+            "rest": rest,
+            **({"metric": "kfac" if kfac else "data"} if moments is not None else {}),
+        },
+        recorded=RECORDED if moments is None else (*RECORDED, "metric"),
+        finish=finish,
+    )
 
 
 def _check_words(split: str, dtype: str, rest: str) -> None:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import glob
 import hashlib
 import platform
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
+from typing import Unpack
 
 from lora_diag.adapters import is_adapter, open_adapter
 from lora_diag.checkpoints import as_path
@@ -18,12 +18,11 @@ from lora_diag.diagnostics.fleet.measure import fleet as measure
 from lora_diag.diagnostics.fleet.record import Fleet
 from lora_diag.errors import InputError, LoradiagError, NothingComparedError
 from lora_diag.linalg import resolve_device
-from lora_diag.records import AnyRecord, LeftOut, Results, ResultsWriter, Run, RunInput
-from lora_diag.running.engines import Ray, layout_for
+from lora_diag.records import LeftOut, Results, RunInput
 from lora_diag.running.fingerprint import content_hash, files_of, legible
 from lora_diag.running.inputs import compare, describe
-from lora_diag.running.measuring import Progress, Watch, check_running, measure_layers, place
-from lora_diag.version import __version__
+from lora_diag.running.layers import LayerRun
+from lora_diag.running.options import Callbacks, Device, Machines, Output, Resuming, Selection, show_options
 
 COMMAND = "spectrum --adapters"
 
@@ -79,40 +78,45 @@ class Member:
     shape: tuple[int, int] = (1, 1)
 
 
+class FleetOptions(Selection, Device, Machines, Output, Resuming, Callbacks, total=False):
+    """Options of ``fleet``."""
+
+
+@dataclass(frozen=True, slots=True)
+class FleetSettings:
+    """What is asked of every adapter.
+
+    Args:
+        base: The base of all.
+        layers: Only weights whose name contains a match.
+        exclude: No weights whose name contains a match.
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:1``.
+        memory: Bytes that an adapter may take; no limit is taken.
+    """
+
+    base: Seen | None
+    layers: str | None
+    exclude: str | None
+    device: str
+    memory: int | None = None
+
+
+@show_options
 def fleet(
     adapters: Iterable[Path | str],
     *,
     base: Path | str | None = None,
-    layers: str | None = None,
-    exclude: str | None = None,
-    device: str = "auto",
-    workers: int | None = None,
-    engine: Ray | None = None,
-    output: Path | str | None = None,
-    resume: bool = False,
-    overwrite: bool = False,
-    verify: bool = False,
-    on_progress: Callable[[Progress], None] | None = None,
-    on_record: Callable[[AnyRecord], None] | None = None,
+    **options: Unpack[FleetOptions],
 ) -> Results[Fleet]:
     r"""Measure many adapters: what rank each uses, which are dead, spiked or far from the others, and which are alike.
 
-    One adapter's layer is in memory at a time and core, and an adapter that cannot be read is left out and told.
+    An adapter is one task: ``workers`` of them are measured at once, by default as many as there are cores, with one
+    layer of each in memory. An adapter that cannot be read is left out.
 
     Args:
         adapters: Folders, files, or patterns such as ``runs/**``.
         base: The base of all, for adapters that need it (DoRA, PiSSA).
-        layers: Regular expression; only weights whose name contains a match.
-        exclude: Regular expression; no weights whose name contains a match.
-        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:1``.
-        workers: Adapters at once; by default as many as there are cores.
-        engine: A Ray cluster to measure on; None for this machine alone.
-        output: Results file, appended adapter by adapter.
-        resume: Go on behind what an interrupted run left in ``output``.
-        overwrite: Replace a file in the place of ``output`` that loradiag did not write.
-        verify: Let ``resume`` compare a SHA-256 of every byte of the adapters, not the sizes of their files.
-        on_progress: Called at the start and after every adapter.
-        on_record: Called with every record, in the order of the file, as it comes.
+        **options: ``FleetOptions``.
 
     Returns:
         One record for each adapter.
@@ -127,67 +131,49 @@ def fleet(
         >>> [(record.adapter, record.rank, record.dead) for record in found]
         [('sample_checkpoints/lora_r4', 4, 0), ('sample_checkpoints/lora_r16', 16, 0)]
     """
-    check_running(workers, 0)
-    where = place(engine, device)
+    run = LayerRun(COMMAND, options, FleetOptions)
     members = [Member(legible(path), Seen.now(path)) for path in expand(adapters)]
-    run = Run(
-        command=COMMAND,
-        version=__version__,
-        inputs=tuple(
+    under = Seen.now(as_path(base)) if base is not None else None
+    return run.over(
+        members,
+        _here if run.options["engine"] is None else _on_a_worker,
+        _size,
+        FleetSettings(under, run.options["layers"], run.options["exclude"], run.where.tasks),
+        lambda _, __, ___: (),
+        tuple(
             RunInput(
                 role="adapter",
                 path=member.layer,
                 kind="adapter",
                 tensors=0,
                 fingerprint=_fingerprint(member.seen),
-                sha256=_content(member.seen.path) if verify else "",
+                sha256=_content(member.seen.path) if run.options["verify"] else "",
             )
             for member in members
         ),
-        settings={
-            "base": legible(base) if base is not None else None,
-            "layers": layers,
-            "exclude": exclude,
-            "device": where.kind,
-        },
+        {"base": legible(base) if base is not None else None},
+        recorded=("layers", "exclude", "device"),
     )
-    under = Seen.now(as_path(base)) if base is not None else None
-    one = _here if engine is None else _on_a_worker
-    layout = layout_for(1, workers, where.kind)
-    writer: ResultsWriter[Fleet]
-    with ResultsWriter(Path(output) if output is not None else None, run, resume, overwrite) as writer:
-        return measure_layers(
-            writer,
-            members,
-            partial(one, base=under, layers=layers, exclude=exclude, device=where.tasks),
-            tuple,
-            layout,
-            _size,
-            Watch(on_progress, on_record),
-            engine,
-        )
 
 
-def _size(member: Member) -> int:
+def _size(member: Member, settings: FleetSettings) -> int:
     return SIZE
 
 
-def _on_a_worker(
-    member: Member, base: Seen | None, layers: str | None, exclude: str | None, device: str
-) -> tuple[Fleet | LeftOut]:
-    for seen in (member.seen, *([base] if base is not None else [])):
-        seen.check()
-    return _here(member, base, layers, exclude, device)
+def _on_a_worker(member: Member, settings: FleetSettings) -> tuple[Fleet | LeftOut]:
+    for seen in (member.seen, settings.base):
+        if seen is not None:
+            seen.check()
+    return _here(member, settings)
 
 
-def _here(
-    member: Member, base: Seen | None, layers: str | None, exclude: str | None, device: str
-) -> tuple[Fleet | LeftOut]:
+def _here(member: Member, settings: FleetSettings) -> tuple[Fleet | LeftOut]:
     path = member.seen.path
     try:
-        side = compare(path, None, layers, exclude) if base is None else compare(base.path, path, layers, exclude)
+        base, tuned = (path, None) if settings.base is None else (settings.base.path, path)
+        side = compare(base, tuned, settings.layers, settings.exclude)
         matrices = (delta for delta in side.pairing.deltas if delta.is_matrix)
-        return (measure(member.layer, side.inputs[-1].kind, matrices, resolve_device(device)),)
+        return (measure(member.layer, side.inputs[-1].kind, matrices, resolve_device(settings.device)),)
     except LoradiagError as error:
         detail = str(error).removeprefix(f"{path}: ")
         return (LeftOut(layer=member.layer, shape=(), reason="unreadable", detail=detail),)

@@ -9,9 +9,10 @@ from typing import Annotated
 import typer
 
 from lora_diag.cli import options
-from lora_diag.cli.output import check_outputs, progress_bar, result, tell_unmeasured, terminal
+from lora_diag.cli.output import check_outputs, result, tell_unmeasured, terminal
 from lora_diag.errors import UNREADABLE
 from lora_diag.files import RESULTS
+from lora_diag.running.options import LayerOptions
 
 Inputs = Annotated[
     list[str],
@@ -36,42 +37,36 @@ def interference(
     ranks: Ranks = "4,8,16,32,64",
     density: Density = 0.2,
     *,
-    compared: options.Compared,
-    tol: options.Tol = 1e-4,
-    computed: options.ComputedWhole,
-    per: options.PerRow = options.Per.type,
+    given: LayerOptions,
     spectrum: SpectrumFile = None,
-    written: options.Written,
+    shown: options.Rows,
 ) -> None:
     """Do several updates fight? Their overlaps, the rank that all of them need, and what merging them loses.
 
     Example: loradiag interference lora_sql/ lora_chat/ lora_code/ -o interference.jsonl --spectrum union.jsonl
     """
-    check_outputs([*inputs, written.output], [(spectrum, RESULTS)], written.overwrite)
+    check_outputs([*inputs, given["output"]], [(spectrum, RESULTS)], given["overwrite"])
     # torch comes with it: not before it is needed
     from lora_diag.diagnostics.interference.run import interference as measure
     from lora_diag.diagnostics.interference.run import split_base, union_spectra
     from lora_diag.diagnostics.interference.summary import interference_table
 
     base, updates = split_base(inputs)
-    with progress_bar(written.quiet) as on_progress:
+    with shown.callbacks() as callbacks:
         results = measure(
             updates,
             base=base,
             weights=options.parse_numbers(weights, "--weights", "1,0.5") if weights is not None else None,
             ranks=options.parse_ranks(ranks),
             density=density,
-            tol=tol,
-            **vars(compared),
-            **computed.arguments(),
-            **written.arguments(),
-            on_progress=on_progress,
+            **given,
+            **callbacks,
         )
     if spectrum is not None:
-        union_spectra(results).write(spectrum, written.overwrite)
-    if written.table:
+        union_spectra(results).write(spectrum, given["overwrite"])
+    if shown.table:
         then = _next(inputs, spectrum) if results.layers else None
-        result(interference_table(results, *terminal(), per=per, then=then))
+        result(interference_table(results, *terminal(), per=shown.per, then=then))
     if tell_unmeasured(results.unmeasured, "the layer was left out"):
         raise typer.Exit(UNREADABLE)
 

@@ -24,9 +24,10 @@ from lora_diag.records import Results, totals
 from lora_diag.running.inputs import Comparison
 from lora_diag.running.layers import LayerRun
 from lora_diag.running.measuring import checked_ranks, without_rank
-from lora_diag.running.options import LayerOptions
+from lora_diag.running.options import LayerOptions, show_options
 
 
+@show_options
 def interference(
     updates: Sequence[Path | str],
     *,
@@ -45,7 +46,7 @@ def interference(
         ranks: Ranks at which spaces are compared, and to which merges are recompressed.
         density: Share of the entries of each update that TIES keeps; 0 for no TIES and no sign conflicts, which take
             every entry of every layer.
-        **options: See ``LayerOptions``.
+        **options: ``LayerOptions``.
 
     Returns:
         One ``interference`` record for each layer and pair of updates that change it, and one ``union`` record for each

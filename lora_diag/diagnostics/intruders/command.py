@@ -9,10 +9,10 @@ from typing import Annotated
 import typer
 
 from lora_diag.cli import options
-from lora_diag.cli.output import progress_bar, result, tell_unmeasured, terminal
+from lora_diag.cli.output import result, tell_unmeasured, terminal
 from lora_diag.errors import UNREADABLE
+from lora_diag.running.options import LayerOptions
 
-Tuned = Annotated[str, typer.Argument(metavar="TUNED", help="Checkpoint after, or an adapter.")]
 Top = Annotated[int, typer.Option(metavar="K", help="Look at the K largest directions of each weight.")]
 Epsilon = Annotated[float, typer.Option(metavar="E", help="Similarity below which a direction is not one of BASE.")]
 Window = Annotated[
@@ -23,16 +23,13 @@ Window = Annotated[
 @options.spread
 def intruders(
     base: options.Base,
-    tuned: Tuned,
+    tuned: options.Tuned,
     top: Top = 10,
     epsilon: Epsilon = 0.5,
     window: Window = 0.1,
     *,
-    compared: options.Compared,
-    tol: options.Tol = 1e-4,
-    computed: options.ComputedWhole,
-    per: options.PerRow = options.Per.type,
-    written: options.Written,
+    given: LayerOptions,
+    shown: options.Rows,
 ) -> None:
     """Which of the largest directions of the tuned weights are new? Intruder dimensions, as LoRA makes them.
 
@@ -42,27 +39,24 @@ def intruders(
     from lora_diag.diagnostics.intruders.run import intruders as measure
     from lora_diag.diagnostics.intruders.summary import intruders_table
 
-    with progress_bar(written.quiet) as on_progress:
+    with shown.callbacks() as callbacks:
         results = measure(
             base,
             tuned,
             top=top,
             epsilon=epsilon,
             window=window,
-            tol=tol,
-            **vars(compared),
-            **computed.arguments(),
-            **written.arguments(),
-            on_progress=on_progress,
+            **given,
+            **callbacks,
         )
-    if written.table:
-        then = _next(base, tuned, written.output) if results.layers else None
-        result(intruders_table(results, *terminal(), per=per, then=then))
+    if shown.table:
+        then = _next(base, tuned, given["output"]) if results.layers else None
+        result(intruders_table(results, *terminal(), per=shown.per, then=then))
     if tell_unmeasured(results.unmeasured, "the layer was left out"):
         raise typer.Exit(UNREADABLE)
 
 
-def _next(base: str, tuned: str, output: Path | None) -> str:
+def _next(base: str, tuned: str, output: Path | str | None) -> str:
     if output is None:
         words = shlex.join(["loradiag", "intruders", str(base), str(tuned), "--per", "layer"])
         return f"{words}   (where they are; -o FILE keeps the records for loradiag gate)"

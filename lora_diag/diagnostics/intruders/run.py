@@ -13,9 +13,10 @@ from lora_diag.linalg import check_request
 from lora_diag.records import Results
 from lora_diag.running.layers import LayerRun
 from lora_diag.running.measuring import without_rank
-from lora_diag.running.options import LayerOptions
+from lora_diag.running.options import LayerOptions, show_options
 
 
+@show_options
 def intruders(
     base: Path | str,
     tuned: Path | str,
@@ -33,7 +34,7 @@ def intruders(
         top: k, how many of the largest directions of each weight are looked at.
         epsilon: ε in (0, 1): a direction with max_i |⟨u_i(W_base), u_j⟩| < ε is not one of W_base.
         window: Width of the window of nearly equal singular values, as a share of σ_j.
-        **options: See ``LayerOptions``.
+        **options: ``LayerOptions``.
 
     Returns:
         One record for each matrix that both sides have.

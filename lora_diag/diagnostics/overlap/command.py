@@ -9,8 +9,9 @@ from typing import Annotated
 import typer
 
 from lora_diag.cli import options
-from lora_diag.cli.output import again, message, progress_bar, result, tell_unmeasured, terminal
+from lora_diag.cli.output import again, message, result, tell_unmeasured, terminal
 from lora_diag.errors import UNREADABLE
+from lora_diag.running.options import MethodOptions
 
 
 @options.spread
@@ -23,10 +24,8 @@ def overlap(
     ranks: Annotated[str, typer.Option(metavar="R,R,...", help="Ranks r of the subspaces.")] = "4,8,16,32,64",
     rank: Annotated[int | None, typer.Option(metavar="R", help="Rank that the table shows; one of --ranks.")] = None,
     *,
-    compared: options.Compared,
-    computed: options.Computed,
-    per: options.PerRow = options.Per.type,
-    written: options.Written,
+    given: MethodOptions,
+    shown: options.Rows,
 ) -> None:
     """Is training still inside the adapter's reach? Overlap of gradients with the subspaces of an update.
 
@@ -37,27 +36,25 @@ def overlap(
     from lora_diag.diagnostics.overlap.run import overlap as measure
     from lora_diag.diagnostics.overlap.table import overlap_table
 
-    with progress_bar(written.quiet) as on_progress:
+    with shown.callbacks() as callbacks:
         results = measure(
             base,
             tuned,
             gradients,
             ranks=asked if rank is None else [*asked, rank],
-            **vars(compared),
-            **computed.arguments(),
-            **written.arguments(),
-            on_progress=on_progress,
+            **given,
+            **callbacks,
         )
-    if written.table:
+    if shown.table:
         if rank is not None and results.layers and all(record.rank != rank for record in results.layers):
             message(f"--rank {rank}: no layer and no adapter here has so many; another rank is shown")
-        then = _next(written.output, per) if results.layers else None
-        result(overlap_table(results, *terminal(), per=per, rank=rank, then=then))
+        then = _next(given["output"], shown.per) if results.layers else None
+        result(overlap_table(results, *terminal(), per=shown.per, rank=rank, then=then))
     if tell_unmeasured(results.unmeasured, "left out"):
         raise typer.Exit(UNREADABLE)
 
 
-def _next(output: Path | None, per: str) -> str:
+def _next(output: Path | str | None, per: str) -> str:
     """Return the command that a user would run next, as a shell takes it."""
     if per == "type":
         return f"{again('--per', 'layer')}   (layer by layer)"

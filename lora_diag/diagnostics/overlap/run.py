@@ -31,9 +31,10 @@ from lora_diag.running.measuring import (
     not_paired,
     without_rank,
 )
-from lora_diag.running.options import MethodOptions
+from lora_diag.running.options import Matching, Method, MethodOptions, Workers, filled, show_options
 
 
+@show_options
 def overlap(
     base: Path | str,
     tuned: Path | str,
@@ -54,7 +55,7 @@ def overlap(
             files.
         ranks: Ranks r. Those that a layer, or an adapter, is too small for are left out there; an adapter's own rank is
             always measured.
-        **options: See ``MethodOptions``.
+        **options: ``MethodOptions``.
 
     Returns:
         One record for each layer, step and rank. Layers without a gradient, gradients without a layer and gradients
@@ -102,32 +103,27 @@ def overlap(
     )
 
 
+class SubspaceOptions(Matching, Method, Workers, total=False):
+    """Options of ``subspaces``."""
+
+
+@show_options
 def subspaces(
     base: Path | str,
     tuned: Path | str,
     *,
     ranks: Sequence[int] = (16,),
-    layers: str | None = None,
-    exclude: str | None = None,
-    allow_unmatched: bool = False,
-    method: str = "auto",
-    device: str = "auto",
-    seed: int = 0,
-    workers: int | None = None,
+    **options: Unpack[SubspaceOptions],
 ) -> Reference:
     """Compute the top singular subspaces of ΔW, for a ``GradientRecorder`` to hold gradients against.
+
+    They are left on ``device``, and move to the gradients' device as these come.
 
     Args:
         base: The checkpoint before.
         tuned: The checkpoint after a pilot run; or an adapter, whose own subspaces are taken.
         ranks: Ranks at which overlaps will be measured.
-        layers: Regular expression; only weights whose name contains a match.
-        exclude: Regular expression; no weights whose name contains a match.
-        allow_unmatched: Leave out what an adapter changes and ``base`` does not have, instead of stopping.
-        method: ``auto``, ``exact``, ``gram`` or ``krylov``.
-        device: Where to compute and to leave them; they move to the gradients' device as these come.
-        seed: Of the random starts of ``krylov``.
-        workers: Layers at once.
+        **options: ``SubspaceOptions``.
 
     Returns:
         The subspaces, 8·r·(out + in) bytes a layer with r the largest rank.
@@ -142,11 +138,13 @@ def subspaces(
         >>> len(found.layers), found.layers["model.layers.0.mlp.up_proj.weight"].u.shape
         (28, torch.Size([384, 4]))
     """
-    settings = OverlapSettings(checked_ranks(ranks), method, seed, device)
+    given = filled(SubspaceOptions, options)
+    method, seed, workers = given["method"], given["seed"], given["workers"]
+    settings = OverlapSettings(checked_ranks(ranks), method, seed, given["device"])
     check_running(workers, seed)
     check_request(method, settings.ranks[-1], 0.5)
-    on = resolve_device(device)
-    compared = compare(base, tuned, layers, exclude, allow_unmatched)
+    on = resolve_device(settings.device)
+    compared = compare(base, tuned, given["layers"], given["exclude"], given["allow_unmatched"])
     matrices = [delta for delta in compared.pairing.deltas if delta.is_matrix]
     layout = layout_of(matrices, workers, on.type)
     found = list(run_local(partial(spaces_of, settings=settings, device=on), matrices, layout, footprint))

@@ -9,8 +9,9 @@ from typing import Annotated
 import typer
 
 from lora_diag.cli import options
-from lora_diag.cli.output import progress_bar, result, tell_unmeasured, terminal
+from lora_diag.cli.output import result, tell_unmeasured, terminal
 from lora_diag.errors import UNREADABLE
+from lora_diag.running.options import LayerOptions
 
 Adapters = Annotated[
     list[str] | None, typer.Argument(metavar="ADAPTER", help="Adapters, or checkpoints with one merged in.")
@@ -31,11 +32,8 @@ def residual(
     reference: Reference = None,
     activations: Activations = None,
     *,
-    compared: options.Compared,
-    tol: options.Tol = 1e-4,
-    computed: options.Computed,
-    per: options.PerRow = options.Per.type,
-    written: options.Written,
+    given: LayerOptions,
+    shown: options.Rows,
 ) -> None:
     """What did the adapter miss? Its distance to a full fine-tune, and what rank alone would cost.
 
@@ -45,21 +43,18 @@ def residual(
     from lora_diag.diagnostics.residual.run import residual as measure
     from lora_diag.diagnostics.residual.summary import residual_table
 
-    with progress_bar(written.quiet) as on_progress:
+    with shown.callbacks() as callbacks:
         results = measure(
             base,
             tuned,
             adapters or [],
             reference=reference,
             activations=activations,
-            tol=tol,
-            **vars(compared),
-            **computed.arguments(),
-            **written.arguments(),
-            on_progress=on_progress,
+            **given,
+            **callbacks,
         )
-    if written.table:
+    if shown.table:
         then = shlex.join(["loradiag", "spectrum", str(base), str(tuned)]) + "   (which rank the update needs)"
-        result(residual_table(results, *terminal(), per=per, then=then))
+        result(residual_table(results, *terminal(), per=shown.per, then=then))
     if tell_unmeasured(results.unmeasured, "the layer was left out"):
         raise typer.Exit(UNREADABLE)

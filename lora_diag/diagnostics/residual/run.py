@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Unpack
 
 from lora_diag.checkpoints import as_path
 from lora_diag.deltas import Delta, Pairing, StoredDelta, Unpaired
@@ -16,23 +15,16 @@ from lora_diag.diagnostics.residual.measure import residual as measure
 from lora_diag.diagnostics.residual.record import Residual
 from lora_diag.errors import UsageError
 from lora_diag.linalg import check_request
-from lora_diag.records import AnyRecord, LeftOut, Results, ResultsWriter, Run
+from lora_diag.records import LeftOut, Results
 from lora_diag.running.activations import second_moments
-from lora_diag.running.engines import Layout, Ray
-from lora_diag.running.inputs import Comparison, compare
-from lora_diag.running.measuring import (
-    Progress,
-    Watch,
-    check_running,
-    layout_of,
-    measure_layers,
-    not_paired,
-    place,
-    read_memory,
-)
-from lora_diag.version import __version__
+from lora_diag.running.engines import Layout
+from lora_diag.running.inputs import Comparison
+from lora_diag.running.layers import LayerRun
+from lora_diag.running.measuring import not_paired
+from lora_diag.running.options import LayerOptions, show_options
 
 
+@show_options
 def residual(
     base: Path | str,
     tuned: Path | str,
@@ -40,22 +32,7 @@ def residual(
     *,
     reference: Path | str | None = None,
     activations: Path | str | None = None,
-    layers: str | None = None,
-    exclude: str | None = None,
-    allow_unmatched: bool = False,
-    method: str = "auto",
-    tol: float = 1e-4,
-    device: str = "auto",
-    seed: int = 0,
-    workers: int | None = None,
-    memory: str | int | None = None,
-    engine: Ray | None = None,
-    output: Path | str | None = None,
-    resume: bool = False,
-    overwrite: bool = False,
-    verify: bool = False,
-    on_progress: Callable[[Progress], None] | None = None,
-    on_record: Callable[[AnyRecord], None] | None = None,
+    **options: Unpack[LayerOptions],
 ) -> Results[Residual]:
     r"""Hold adapters against a full fine-tune: ε = ‖ΔW_FT − ΔW_adapter‖_F / ‖ΔW_FT‖_F, layer by layer.
 
@@ -69,22 +46,7 @@ def residual(
         activations: Second moments C = E[xxᵀ] of the layers' inputs: a safetensors file with one ``(in, in)`` matrix
             under each weight's name and, in its metadata, ``tokens``. Every distance is then given in the norm
             ‖·C^½‖_F, too.
-        layers: Regular expression; only weights whose name contains a match.
-        exclude: Regular expression; no weights whose name contains a match.
-        allow_unmatched: Leave out what an adapter changes and ``base`` does not have, instead of stopping.
-        method: ``auto``, ``exact``, ``gram`` or ``krylov``, for the largest singular values of D.
-        tol: Bound to reach on the error of ε_min².
-        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:1``.
-        seed: Of the random starts of ``krylov``.
-        workers: Layers at once; by default as many as fit into memory.
-        memory: What the whole program may take, such as ``"8GB"``; a layer that does not fit is read in row blocks.
-        engine: A Ray cluster to measure on; None for this machine alone.
-        output: Results file, appended layer by layer.
-        resume: Go on behind what an interrupted run left in ``output``.
-        overwrite: Replace a file in the place of ``output`` that loradiag did not write.
-        verify: Let ``resume`` compare a SHA-256 of every byte of the inputs, not of samples.
-        on_progress: Called at the start and after every layer.
-        on_record: Called with every record, in the order of the file, as it comes.
+        **options: ``LayerOptions``.
 
     Returns:
         One record for each layer and adapter; layers that an adapter leaves alone among them, with ε = 1, and norms and
@@ -101,17 +63,16 @@ def residual(
         >>> found.layers[0].rank, found.layers[0].epsilon > found.layers[0].epsilon_min
         (16, True)
     """
-    where = place(engine, device)
-    settings = ResidualSettings(method, tol, seed, where.tasks)
-    limit = read_memory(memory, engine)
-    check_running(workers, seed)
+    run = LayerRun("residual", options)
+    method, tol, seed = (run.options[name] for name in ("method", "tol", "seed"))
     check_request(method, 1, tol)
     _check_names(tuned, [*adapters, *([reference] if reference is not None else [])])
     base = as_path(base)  # once, so that what is known of it is not asked again
-    full = compare(base, tuned, layers, exclude, allow_unmatched, verify)
-    others = [_named(compare(base, path, layers, exclude, allow_unmatched, verify), "adapter") for path in adapters]
+    full = run.compare(base, tuned)
+    others = [_named(run.compare(base, path), "adapter") for path in adapters]
     if reference is not None:
-        others.append(_named(compare(base, reference, layers, exclude, allow_unmatched, verify), "reference"))
+        others.append(_named(run.compare(base, reference), "reference"))
+    verify = run.options["verify"]
     moments = second_moments(activations, base, full.pairing, verify) if activations is not None else None
     inputs = (*full.inputs, *(other.inputs[-1] for other in others), *((moments.described,) if moments else ()))
     by_layer = [{delta.layer: _alone(delta) for delta in other.pairing.deltas} for other in others]
@@ -126,45 +87,29 @@ def residual(
         )
         for delta in full.pairing.deltas
     ]
-    run = Run(
-        command="residual",
-        version=__version__,
-        inputs=inputs,
-        settings={
-            "layers": layers,
-            "exclude": exclude,
-            "method": method,
-            "tol": tol,
-            "device": where.kind,
-            "seed": seed,
-        },
-    )
     left_out = Pairing((), (*full.pairing.unpaired, *_more_left_out(full.pairing, others)))
-    layout = layout_of(full.pairing.deltas, workers, where.kind, limit)
-    settings = replace(settings, memory=layout.limit)
-    with ResultsWriter[Residual](output, run, resume, overwrite) as writer:
-        return measure_layers(
-            writer,
-            tasks,
-            partial(measure, settings=settings),
-            lambda: _rest(left_out, layout, where.here, tasks, writer.earlier, replace(settings, device=where.here)),
-            layout,
-            partial(size, settings=settings),
-            Watch(on_progress, on_record),
-            engine,
-        )
+    return run.over(
+        tasks,
+        measure,
+        size,
+        ResidualSettings(method, tol, seed, run.where.tasks),
+        lambda layout, earlier, limited: _rest(
+            left_out, layout, tasks, earlier, replace(limited, device=run.where.here)
+        ),
+        inputs,
+        {},
+    )
 
 
 def _rest(
     left_out: Pairing,
     layout: Layout,
-    device: str,
     tasks: Sequence[Layer],
     earlier: Results[Residual],
     settings: ResidualSettings,
 ) -> Iterator[LeftOut]:
     """Yield what is left out besides what was found while measuring; after a resumed run, what was found then, too."""
-    yield from not_paired(left_out, layout, device)
+    yield from not_paired(left_out, layout, settings.device)
     done: dict[str, set[str]] = {}
     for record in earlier:
         done.setdefault(record.layer, set()).add(record.adapter)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from lora_diag.cli import options
-from lora_diag.cli.output import again, progress_bar, result, tell_unmeasured, terminal
+from lora_diag.cli.output import again, result, tell_unmeasured, terminal
 from lora_diag.errors import UNREADABLE, UsageError
+from lora_diag.running.options import LayerOptions, declared, filled
 
 Activations = Annotated[
     Path | None,
@@ -26,13 +27,13 @@ Adapters = Annotated[
     ),
 ]
 
-RANKS, TOL = "4,8,16,32,64", 1e-4
+RANKS = "4,8,16,32,64"
 
 
 @options.spread
 def spectrum(
     base: Annotated[str | None, typer.Argument(metavar="BASE", help="Checkpoint before, or an adapter alone.")] = None,
-    tuned: options.Tuned = None,
+    tuned: Annotated[str | None, typer.Argument(metavar="TUNED", help="Checkpoint after, or an adapter.")] = None,
     gradients: Annotated[
         list[str] | None,
         typer.Option(metavar="GRADIENTS...", help="Measure gradients instead, those of all steps together."),
@@ -47,11 +48,8 @@ def spectrum(
     ] = RANKS,
     top: Annotated[int | None, typer.Option(metavar="K", help="Keep only the K largest singular values.")] = None,
     *,
-    compared: options.Compared,
-    tol: options.Tol = TOL,
-    computed: options.Computed,
-    per: options.PerRow = options.Per.type,
-    written: options.Written,
+    given: LayerOptions,
+    shown: options.Rows,
 ) -> None:
     """Is the update low-rank, layer by layer? Singular values of ΔW = W_tuned - W_base.
 
@@ -66,24 +64,25 @@ def spectrum(
     if adapters:
         if tuned is not None or gradients:
             raise UsageError("--adapters: measures adapters, with BASE alone beside them, or nothing")
+        usual = filled(LayerOptions, {})
         exact = "the factors of an adapter give all of its singular values, exactly"
-        for option, given, why in (
+        for option, there, why in (
             ("--activations", activations is not None or kfac, "it measures one update at a time"),
-            ("--memory", computed.memory is not None, "a worker holds one layer of an adapter; --workers bounds it"),
+            ("--memory", given["memory"] is not None, "a worker holds one layer of an adapter; --workers bounds it"),
             ("--ranks", ranks != RANKS, "a fleet's records hold no C(r)"),
             ("--top", top is not None, exact),
-            ("--tol", tol != TOL, exact),
-            ("--method", computed.method != "auto", exact),
+            ("--tol", given["tol"] != usual["tol"], exact),
+            ("--method", given["method"] != usual["method"], exact),
         ):
-            if given:
+            if there:
                 raise UsageError(f"{option}: not with --adapters: {why}; leave it out")
-        _fleet(base, adapters, compared, computed, per, written)
+        _fleet(base, adapters, given, shown)
         return
     # torch comes with it: not before it is needed
     from lora_diag.diagnostics.spectrum.run import spectrum as measure
     from lora_diag.diagnostics.spectrum.table import spectrum_table
 
-    with progress_bar(written.quiet) as on_progress:
+    with shown.callbacks() as callbacks:
         results = measure(
             base,
             tuned,
@@ -92,51 +91,37 @@ def spectrum(
             kfac=kfac,
             ranks=options.parse_ranks(ranks),
             top=top,
-            tol=tol,
-            **vars(compared),
-            **computed.arguments(),
-            **written.arguments(),
-            on_progress=on_progress,
+            **given,
+            **callbacks,
         )
-    if written.table:
-        then = _next(written.output) if results.layers else None  # where there is nothing, its way out is said last
-        result(spectrum_table(results, *terminal(), per=per, then=then))
+    if shown.table:
+        then = _next(given["output"]) if results.layers else None  # where there is nothing, its way out is said last
+        result(spectrum_table(results, *terminal(), per=shown.per, then=then))
     if tell_unmeasured(results.unmeasured, "the layer was left out"):
         raise typer.Exit(UNREADABLE)
 
 
-def _fleet(
-    base: str | None,
-    adapters: list[str],
-    compared: options.Compared,
-    computed: options.Computed,
-    per: options.Per,
-    written: options.Written,
-) -> None:
+def _fleet(base: str | None, adapters: list[str], given: LayerOptions, shown: options.Rows) -> None:
     """Measure many adapters in one pass."""
-    from lora_diag.diagnostics.fleet.run import fleet, unreadable
+    from lora_diag.diagnostics.fleet.run import FleetOptions, fleet, unreadable
     from lora_diag.diagnostics.fleet.summary import fleet_table
 
+    taken: dict[str, Any] = {name: value for name, value in given.items() if name in declared(FleetOptions)}
     listed = [line.rstrip("\n") for line in sys.stdin if line.strip()] if "-" in adapters else []
-    with progress_bar(written.quiet) as on_progress:
+    with shown.callbacks() as callbacks:
         results = fleet(
             [*(word for word in adapters if word != "-"), *listed],
             base=base,
-            layers=compared.layers,
-            exclude=compared.exclude,
-            device=computed.device,
-            workers=computed.workers,
-            engine=computed.cluster(),
-            **written.arguments(),
-            on_progress=on_progress,
+            **taken,
+            **callbacks,
         )
-    if written.table:
-        result(fleet_table(results, *terminal(), per=per, then=_next(written.output)))
+    if shown.table:
+        result(fleet_table(results, *terminal(), per=shown.per, then=_next(given["output"])))
     if tell_unmeasured(unreadable(results), "the adapter was left out"):
         raise typer.Exit(UNREADABLE)
 
 
-def _next(output: Path | None) -> str:
+def _next(output: Path | str | None) -> str:
     """Return the command that a user would run next, as a shell takes it."""
     if output is None:
         return f"{again('-o', 'results.jsonl')}   (keeps these numbers)"

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Unpack
 
 from lora_diag.deltas import Pairing, Unpaired
 from lora_diag.diagnostics.spectrum.gradients_run import gradient_spectrum
@@ -15,24 +14,14 @@ from lora_diag.diagnostics.spectrum.record import Spectrum
 from lora_diag.errors import UsageError
 from lora_diag.linalg import check_request
 from lora_diag.metrics import RANKS
-from lora_diag.records import AnyRecord, LeftOut, Results, ResultsWriter, Run
+from lora_diag.records import LeftOut, Results
 from lora_diag.running.activations import SecondMoments, second_moments
-from lora_diag.running.engines import Ray
-from lora_diag.running.inputs import compare
-from lora_diag.running.measuring import (
-    Progress,
-    Watch,
-    check_running,
-    checked_ranks,
-    layout_of,
-    measure_layers,
-    place,
-    read_memory,
-    without_rank,
-)
-from lora_diag.version import __version__
+from lora_diag.running.layers import LayerRun
+from lora_diag.running.measuring import checked_ranks, without_rank
+from lora_diag.running.options import LayerOptions, show_options
 
 
+@show_options
 def spectrum(
     base: Path | str | None = None,
     tuned: Path | str | None = None,
@@ -41,23 +30,8 @@ def spectrum(
     activations: Path | str | None = None,
     kfac: bool = False,
     ranks: Sequence[int] = RANKS,
-    layers: str | None = None,
-    exclude: str | None = None,
-    allow_unmatched: bool = False,
-    method: str = "auto",
     top: int | None = None,
-    tol: float = 1e-4,
-    device: str = "auto",
-    seed: int = 0,
-    workers: int | None = None,
-    memory: str | int | None = None,
-    engine: Ray | None = None,
-    output: Path | str | None = None,
-    resume: bool = False,
-    overwrite: bool = False,
-    verify: bool = False,
-    on_progress: Callable[[Progress], None] | None = None,
-    on_record: Callable[[AnyRecord], None] | None = None,
+    **options: Unpack[LayerOptions],
 ) -> Results[Spectrum]:
     r"""Measure the spectrum of ΔW = W_tuned − W_base for every weight that both checkpoints have.
 
@@ -72,24 +46,8 @@ def spectrum(
             values are then those of ΔW·C^½, energies E‖ΔW x‖², and layers without a C are left out.
         kfac: Weigh the other side, too: G^½·ΔW·C^½ with G = E[ggᵀ] of the output gradients in the same file.
         ranks: Ranks r at which C(r) and the truncation errors are given.
-        layers: Regular expression; only weights whose name contains a match.
-        exclude: Regular expression; no weights whose name contains a match.
-        allow_unmatched: Leave out what an adapter changes and ``base`` does not have, instead of stopping.
-        method: ``auto``, ``exact``, ``gram`` or ``krylov``.
         top: Keep only so many of the largest singular values.
-        tol: Bound to reach on the error of every energy fraction.
-        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:1``.
-        seed: Of the random starts of ``krylov``.
-        workers: Layers at once; by default as many as fit into 1 GiB and four copies of the largest matrix.
-        memory: What the whole program may take, such as ``"8GB"`` or a number of bytes; a layer that does not fit is
-            read in row blocks. Default: what the largest matrix needs.
-        engine: A Ray cluster to measure on; None for this machine alone.
-        output: Results file, appended line by line; a finished run there is replaced when this one is finished.
-        resume: Go on behind what an interrupted run left in ``output``.
-        overwrite: Replace a file in the place of ``output`` that loradiag did not write.
-        verify: Let ``resume`` compare a SHA-256 of every byte of the inputs, not of samples.
-        on_progress: Called at the start and after every layer.
-        on_record: Called with every record, in the order of the file, as it comes.
+        **options: ``LayerOptions``.
 
     Returns:
         All records of the run. Layers whose entries are not finite are in ``left_out``, the rest is measured.
@@ -104,10 +62,9 @@ def spectrum(
         >>> [(record.layer, record.shape) for record in results]
         [('model.layers.0.self_attn.q_proj.weight', (128, 128))]
     """
-    where = place(engine, device)
-    settings = SpectrumSettings(checked_ranks(ranks), method, top, tol, seed, where.tasks)
-    limit = read_memory(memory, engine)
-    check_running(workers, seed)
+    run = LayerRun("spectrum", options)
+    method, tol, seed = (run.options[name] for name in ("method", "tol", "seed"))
+    settings = SpectrumSettings(checked_ranks(ranks), method, top, tol, seed, run.where.tasks)
     check_request(method, top, tol)
     if kfac and activations is None:
         raise UsageError("--kfac: needs --activations FILE, recorded with probe activations --gradients")
@@ -116,63 +73,28 @@ def spectrum(
             raise UsageError("--activations: weighs an update, and --gradients are none; leave one of them out")
         if tuned is not None:
             raise UsageError("--gradients: are measured instead of an update; name BASE alone beside them, or nothing")
-        watch = Watch(on_progress, on_record)
-        return gradient_spectrum(
-            base,
-            gradients,
-            settings,
-            layers,
-            exclude,
-            workers,
-            limit,
-            output,
-            resume,
-            overwrite,
-            verify,
-            watch,
-            where,
-            engine,
-        )
+        return gradient_spectrum(run, base, gradients, settings)
     if base is None:
         raise UsageError("spectrum: name BASE and TUNED, an adapter, or gradients with --gradients")
-    compared = compare(base, tuned, layers, exclude, allow_unmatched, verify)
+    compared = run.compare(base, tuned)
     pairing, moments = compared.pairing, None
     if activations is not None:
         if tuned is None:
             raise UsageError("--activations: needs BASE, to tell which layer is which; name it before the adapter")
-        moments = second_moments(activations, base, pairing, verify)
+        moments = second_moments(activations, base, pairing, run.options["verify"])
         if kfac and not moments.gradients:
             raise UsageError(f"--kfac: {activations} holds no output gradients; record it with --gradients")
-    run = Run(
-        command="spectrum",
-        version=__version__,
-        inputs=(*compared.inputs, *((moments.described,) if moments else ())),
-        settings={
-            "ranks": list(settings.ranks),
-            **({"metric": "kfac" if kfac else "data"} if moments else {}),
-            "layers": layers,
-            "exclude": exclude,
-            "method": method,
-            "top": top,
-            "tol": tol,
-            "device": where.kind,
-            "seed": seed,
-        },
-    )
     pairing, matrices = _weighed(pairing, moments, kfac)
-    layout = layout_of(matrices, workers, where.kind, limit)
-    settings = replace(settings, memory=layout.limit)
-    with ResultsWriter[Spectrum](output, run, resume, overwrite) as writer:
-        return measure_layers(
-            writer,
-            matrices,
-            partial(_one_layer, settings=settings),
-            lambda: without_rank(pairing, layout, where.here),
-            layout,
-            partial(size, settings=settings),
-            Watch(on_progress, on_record),
-            engine,
-        )
+    return run.over(
+        matrices,
+        _one_layer,
+        size,
+        settings,
+        lambda layout, _, __: without_rank(pairing, layout, run.where.here),
+        (*compared.inputs, *((moments.described,) if moments else ())),
+        {"ranks": list(settings.ranks), **({"metric": "kfac" if kfac else "data"} if moments else {}), "top": top},
+        recorded=("layers", "exclude", "method", "top", "tol", "device", "seed"),
+    )
 
 
 def _weighed(pairing: Pairing, moments: SecondMoments | None, kfac: bool) -> tuple[Pairing, list[Layer]]:

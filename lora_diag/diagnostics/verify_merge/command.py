@@ -9,8 +9,9 @@ from typing import Annotated
 import typer
 
 from lora_diag.cli import options
-from lora_diag.cli.output import again, progress_bar, result, tell_unmeasured, terminal
+from lora_diag.cli.output import again, result, tell_unmeasured, terminal
 from lora_diag.errors import DONE, GATE_FAILED, INCONCLUSIVE, UNREADABLE
+from lora_diag.running.options import RunOptions
 
 Adapter = Annotated[str, typer.Argument(metavar="ADAPTER", help="The adapter that was merged.")]
 Merged = Annotated[str, typer.Argument(metavar="MERGED", help="What the merge wrote.")]
@@ -22,10 +23,8 @@ def verify_merge(
     adapter: Adapter,
     merged: Merged,
     *,
-    compared: options.Compared,
-    shared: options.Shared,
-    per: options.PerRow = options.Per.type,
-    written: options.Written,
+    given: RunOptions,
+    shown: options.Rows,
 ) -> None:
     """Did the merge do what the adapter says? Every entry of MERGED against W + ΔW; exit code 1 if not.
 
@@ -36,26 +35,25 @@ def verify_merge(
     from lora_diag.diagnostics.verify_merge.run import verify_merge as measure
     from lora_diag.diagnostics.verify_merge.summary import merge_table
 
-    with progress_bar(written.quiet) as on_progress:
+    with shown.callbacks() as callbacks:
         results = measure(
             base,
             adapter,
             merged,
-            **vars(compared),
-            **shared.arguments(),
-            **written.arguments(),
-            on_progress=on_progress,
+            **given,
+            **callbacks,
         )
     found = outcome(results)
-    if written.table:
-        result(merge_table(results, *terminal(), per=per, then=_next(written.output, per, found == "correct")))
+    if shown.table:
+        then = _next(given["output"], shown.per, found == "correct")
+        result(merge_table(results, *terminal(), per=shown.per, then=then))
     unread = tell_unmeasured(results.unmeasured, "the layer was not checked")
     code = {"correct": UNREADABLE if unread else DONE, "failed": GATE_FAILED, "inconclusive": INCONCLUSIVE}[found]
     if code != DONE:
         raise typer.Exit(code)
 
 
-def _next(output: Path | None, per: options.Per, correct: bool) -> str:
+def _next(output: Path | str | None, per: options.Per, correct: bool) -> str:
     """Return the command that a user would run next, as a shell takes it."""
     if output is not None:
         words = ["loradiag", "inspect", str(output), "--per", "layer"]

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
-from functools import partial
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Unpack
 
 from lora_diag.adapters import is_adapter
 from lora_diag.checkpoints import as_path, locate
@@ -14,20 +14,11 @@ from lora_diag.deltas import Delta, FactoredDelta, Pairing, StoredDelta, Unpaire
 from lora_diag.diagnostics.verify_merge.measure import MergedLayer, verify
 from lora_diag.diagnostics.verify_merge.record import Merge
 from lora_diag.errors import InputError, NothingComparedError, UsageError
-from lora_diag.records import AnyRecord, LeftOut, Results, ResultsWriter, Run, RunInput
-from lora_diag.running.engines import Ray
+from lora_diag.records import LeftOut, Results, RunInput
 from lora_diag.running.inputs import Comparison, compare
-from lora_diag.running.measuring import (
-    Progress,
-    Watch,
-    check_running,
-    layout_of,
-    measure_layers,
-    not_paired,
-    place,
-    read_memory,
-)
-from lora_diag.version import __version__
+from lora_diag.running.layers import LayerRun
+from lora_diag.running.measuring import not_paired
+from lora_diag.running.options import RunOptions, show_options
 
 # The number of an expert, stacked (``w[3]``) or by itself (``experts.3.``); and every number in a name.
 _EXPERT = re.compile(r"\[\d+\]$|(?<=experts\.)\d+(?=\.)")
@@ -37,46 +28,35 @@ _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 _LACKING = {"only_in_base", "shape_differs", "not_float"}
 
 
+@dataclass(frozen=True, slots=True)
+class MergeSettings:
+    """What is asked of every layer.
+
+    Args:
+        memory: Bytes that a layer may take; None for what it needs.
+    """
+
+    memory: int | None = None
+
+
+@show_options
 def verify_merge(
     base: Path | str,
     adapter: Path | str,
     merged: Path | str,
-    *,
-    layers: str | None = None,
-    exclude: str | None = None,
-    allow_unmatched: bool = False,
-    workers: int | None = None,
-    memory: str | int | None = None,
-    engine: Ray | None = None,
-    output: Path | str | None = None,
-    resume: bool = False,
-    overwrite: bool = False,
-    verify: bool = False,
-    on_progress: Callable[[Progress], None] | None = None,
-    on_record: Callable[[AnyRecord], None] | None = None,
+    **options: Unpack[RunOptions],
 ) -> Results[Merge]:
     r"""Hold a merged checkpoint against BASE and the adapter, entry by entry.
 
     A layer is correct if every entry of M is a rounding of W + ΔW that a merge in M's dtype can give:
     |M − (W + ΔW)| ≤ ulp(M)/2 + δ, with δ the rounding inside ΔW. A layer that is not is tried for the usual faults.
+    Files are compared on processors: the tasks of a cluster need no GPUs.
 
     Args:
         base: The checkpoint that the adapter was trained on.
         adapter: The adapter.
         merged: The checkpoint that a merge of the two wrote.
-        layers: Regular expression; only weights whose name contains a match.
-        exclude: Regular expression; no weights whose name contains a match.
-        allow_unmatched: Leave out what the adapter changes and ``base`` does not have, instead of stopping.
-        workers: Layers at once; by default as many as fit into memory.
-        memory: What the whole program may take, such as ``"8GB"``. Layers are read in row blocks anyway; one whose
-            update is no product of thin factors, and does not fit whole, is left out.
-        engine: A Ray cluster to check on; None for this machine alone. Its tasks need no GPUs.
-        output: Results file, appended line by line.
-        resume: Go on behind what an interrupted run left in ``output``.
-        overwrite: Replace a file in the place of ``output`` that loradiag did not write.
-        verify: Let ``resume`` compare a SHA-256 of every byte of the inputs, not of samples.
-        on_progress: Called at the start and after every layer.
-        on_record: Called with every record, in the order of the file, as it comes.
+        **options: ``RunOptions``.
 
     Returns:
         One record for every weight of ``base`` that is in ``merged``, adapted or not, and for every adapted one that
@@ -93,46 +73,38 @@ def verify_merge(
         >>> [(record.layer, record.status) for record in results]  # doctest: +NORMALIZE_WHITESPACE
         [('model.layers.0.self_attn.k_proj.weight', 'dropped'), ('model.layers.0.self_attn.q_proj.weight', 'dropped')]
     """
-    limit = read_memory(memory, engine)
+    engine = options.get("engine")
     if engine is not None and engine.gpus_per_task:
         raise UsageError("--gpus-per-task: verify-merge compares files on processors; leave it out")
-    place(engine, "cpu")
-    check_running(workers, 0)
+    run = LayerRun("verify-merge", options, RunOptions)
     base, adapter, merged = map(as_path, (base, adapter, merged))
     if not is_adapter(locate(adapter)):
         raise UsageError(f"{adapter}: is no adapter; the order is: loradiag verify-merge BASE ADAPTER MERGED")
     if is_adapter(locate(merged)):
         raise UsageError(f"{merged}: is an adapter; the order is: loradiag verify-merge BASE ADAPTER MERGED")
-    said = compare(base, adapter, None, None, allow_unmatched, verify)
+    verify = run.options["verify"]
+    said = compare(base, adapter, None, None, run.options["allow_unmatched"], verify)
     done = compare(base, merged, verify=verify)
-    tasks, unpaired = _tasks(said.pairing, done.pairing, merged, selector(layers, exclude))
-    run = Run(
-        command="verify-merge",
-        version=__version__,
-        inputs=_inputs(said, done),
-        settings={"layers": layers, "exclude": exclude, "allow_unmatched": allow_unmatched},
+    selected = selector(run.options["layers"], run.options["exclude"])
+    tasks, unpaired = _tasks(said.pairing, done.pairing, merged, selected)
+    return run.over(
+        tasks,
+        _one_layer,
+        _size,
+        MergeSettings(),
+        lambda layout, _, __: not_paired(Pairing((), unpaired), layout, run.where.here),
+        _inputs(said, done),
+        {},
+        recorded=("layers", "exclude", "allow_unmatched"),
     )
-    layout = layout_of(tasks, workers, "cpu", limit)
-    rest = Pairing((), unpaired)
-    with ResultsWriter[Merge](output, run, resume, overwrite) as writer:
-        return measure_layers(
-            writer,
-            tasks,
-            partial(_one_layer, memory=layout.limit),
-            lambda: not_paired(rest, layout, "cpu"),
-            layout,
-            partial(_size, memory=layout.limit),
-            Watch(on_progress, on_record),
-            engine,
-        )
 
 
-def _one_layer(task: MergedLayer, memory: int | None) -> Sequence[Merge | LeftOut]:
-    return (verify(task, memory),)
+def _one_layer(task: MergedLayer, settings: MergeSettings) -> Sequence[Merge | LeftOut]:
+    return (verify(task, settings.memory),)
 
 
-def _size(task: MergedLayer, memory: int | None) -> int:
-    return task.footprint if memory is None else min(memory, task.footprint)
+def _size(task: MergedLayer, settings: MergeSettings) -> int:
+    return task.footprint if settings.memory is None else min(settings.memory, task.footprint)
 
 
 def _inputs(said: Comparison, done: Comparison) -> tuple[RunInput, ...]:

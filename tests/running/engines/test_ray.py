@@ -359,7 +359,7 @@ def test_what_is_no_address_is_told(address):
 @pytest.mark.parametrize("option", [("127.0.0.1:1", 0.0), (None, 1.0)])
 def test_options_of_a_cluster_without_one_are_refused(option):
     with pytest.raises(UsageError, match="is of a Ray cluster; add --engine ray"):
-        options.Shared(ray_address=option[0], gpus_per_task=option[1]).arguments()
+        options.Cluster(ray_address=option[0], gpus_per_task=option[1]).value()
 
 
 def test_devices_of_a_cluster_follow_from_its_gpus(monkeypatch):

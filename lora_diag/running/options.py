@@ -42,6 +42,10 @@ class Option:
     flags: tuple[str, ...] = ()
     cli: bool = True
 
+    def words(self) -> str:
+        """Return what it does and, where it is one of a few words, which."""
+        return f"{self.help.removesuffix('.')}: {self.metavar}." if "|" in self.metavar else self.help
+
 
 class Selection(TypedDict, total=False):
     """Which weights."""
@@ -193,7 +197,7 @@ def show_options(function: F) -> F:
     function.__signature__ = own.replace(parameters=parameters)  # type: ignore[attr-defined]
 
     def lines(found: re.Match[str]) -> str:
-        return "".join(f"{found[1]}{name}: {option.help}\n" for name, (_, option) in options.items())
+        return "".join(f"{found[1]}{name}: {option.words()}\n" for name, (_, option) in options.items())
 
     function.__doc__ = re.sub(r"^( *)\*\*options:.*\n", lines, function.__doc__ or "", flags=re.MULTILINE)
     return function

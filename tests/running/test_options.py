@@ -51,6 +51,10 @@ def test_documentation_names_every_parameter(name):
     assert [each for each in inspect.signature(function).parameters if each not in documented] == []
 
 
+def test_documentation_names_the_choices():
+    assert "\n        method: How to compute singular values: auto|exact|gram|krylov.\n" in lora_diag.overlap.__doc__
+
+
 @pytest.mark.parametrize("name", EXPECTED)
 def test_unknown_option_is_refused_before_work(name):
     function = getattr(lora_diag, name)

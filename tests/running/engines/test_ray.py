@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 import lora_diag
 from lora_diag import Ray
 from lora_diag.cli import options
-from lora_diag.diagnostics.fleet.run import Member, Seen, _on_a_worker
+from lora_diag.diagnostics.fleet.run import FleetSettings, Member, Seen, _on_a_worker
 from lora_diag.errors import InputError, UsageError
 from lora_diag.running.engines import connection
 from lora_diag.running.engines import ray as engine
@@ -297,7 +297,7 @@ def test_a_worker_looks_at_the_adapter_and_at_its_base(other):
     member = Member("one", seen["lora_r4"])
 
     def work():
-        return _on_a_worker(member, seen["base"], r"layers\.0\..*q_proj", None, "cpu")
+        return _on_a_worker(member, FleetSettings(seen["base"], r"layers\.0\..*q_proj", None, "cpu"))
 
     if other in seen:
         with pytest.raises(InputError, match=rf"{other}: the worker on .* sees other files there"):

@@ -9,6 +9,15 @@ from __future__ import annotations
 DONE, GATE_FAILED, USAGE, UNREADABLE, NOTHING_COMPARED, INCONCLUSIVE = range(6)
 
 
+def safe(text: str) -> str:
+    r"""Return text whose control characters are spelled out: a tensor's name must not move the cursor.
+
+    >>> safe("q_proj\x1b[2J")
+    'q_proj\\x1b[2J'
+    """
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+
+
 class LoradiagError(Exception):
     """Base of all errors meant for the user; ``exit_code`` is the process's exit code."""
 

@@ -6,6 +6,7 @@ Names are only grouped here, for tables, plots and selectors; nothing that is co
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Iterable
 from typing import Literal
 
 Part = Literal["matrices", "vocabulary"]
@@ -85,3 +86,21 @@ def tower_of(layer: str) -> tuple[str, ...]:
     """
     found = _NUMBER.search(layer)
     return tuple(layer[: found.start()].split(".")) if found else ()
+
+
+def short_names(paths: Iterable[str], spelled: Callable[[str], str] = str) -> dict[str, str]:
+    """Return how paths are called: by their last part, or by as many last parts as tell them apart.
+
+    Args:
+        paths: Such as those of a run's inputs.
+        spelled: Returns how a name is written where it is shown; names are told apart as they are written.
+
+    >>> short_names(["runs/full", "runs/lora"]), short_names(["a/x/lora", "b/y/lora"])
+    ({'runs/full': 'full', 'runs/lora': 'lora'}, {'a/x/lora': 'x/lora', 'b/y/lora': 'y/lora'})
+    """
+    parts = {path: path.replace("\\", "/").rstrip("/").split("/") for path in dict.fromkeys(paths)}
+    for last in range(1, max(map(len, parts.values()), default=0) + 1):
+        found = {path: spelled("/".join(part[-last:])) or spelled(path) for path, part in parts.items()}
+        if len(set(found.values())) == len(parts):
+            return found
+    return {path: spelled(path) for path in parts}

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from statistics import median
 from typing import Any
 
 Value = float | int | str | None
@@ -38,6 +40,18 @@ class Shown:
         """Return the value of a record; None where it is null or does not exist."""
         found = value_at(record, self.path)
         return found if isinstance(found, float | int | str) else None
+
+
+def pooled_value(shown: Shown, records: Sequence[Any]) -> Value:
+    """Return the value of several records taken together: as declared, the median, or the most frequent word."""
+    if shown.pool is not None:
+        return shown.pool(records)
+    known = [value for record in records if (value := shown.value(record)) is not None]
+    if not known:
+        return None
+    if any(isinstance(value, str) for value in known):
+        return Counter(known).most_common(1)[0][0]
+    return median(value for value in known if not isinstance(value, str))
 
 
 def value_at(record: Any, path: str) -> Any:

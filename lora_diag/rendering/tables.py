@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
-from statistics import median
 from typing import Any
 
 from rich.console import Group
 
 from lora_diag.records import LayerRecord, Results
-from lora_diag.records.shown import Shown, Value
+from lora_diag.records.shown import Shown, Value, pooled_value
 from lora_diag.rendering.columns import Column, Grid, rows_of, title_of
 from lora_diag.rendering.statements import Statement, summary_of
 from lora_diag.rendering.text import fraction, number, safe, to_text
@@ -78,18 +76,6 @@ def record_table(
         then: The command that a user would run next.
     """
     return grids_table(record_grids(results, per), statements, width, color, then)
-
-
-def pooled_value(shown: Shown, records: Sequence[Any]) -> Value:
-    """Return the value of several records taken together: as declared, the median, or the most frequent word."""
-    if shown.pool is not None:
-        return shown.pool(records)
-    known = [value for record in records if (value := shown.value(record)) is not None]
-    if not known:
-        return None
-    if any(isinstance(value, str) for value in known):
-        return Counter(known).most_common(1)[0][0]
-    return median(value for value in known if not isinstance(value, str))
 
 
 def _column(shown: Shown, groups: Sequence[Sequence[Any]]) -> Column:

@@ -10,6 +10,8 @@ from itertools import pairwise
 from statistics import median
 from typing import TYPE_CHECKING
 
+from lora_diag.errors import safe as safe
+
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
@@ -70,15 +72,6 @@ def _in_ascii(error: UnicodeError) -> tuple[str, int]:
 
 
 codecs.register_error("ascii signs", _in_ascii)
-
-
-def safe(text: str) -> str:
-    r"""Return text whose control characters are spelled out: a tensor's name must not move the cursor.
-
-    >>> safe("q_proj\x1b[2J")
-    'q_proj\\x1b[2J'
-    """
-    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 
 def short(layer: str) -> str:

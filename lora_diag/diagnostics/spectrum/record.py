@@ -155,7 +155,7 @@ class Spectrum(LayerRecord):
         metric = metric_of(records)
         update, weights = NORMS[metric]
         of = "" if metric == "weights" else f", in {METRIC_NAMES[metric]}: {update}"
-        ranks = settings["ranks"]
+        ranks = settings.get("ranks", ())
         energies = [
             Shown(
                 f"energy.{rank}",

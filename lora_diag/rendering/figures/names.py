@@ -7,6 +7,7 @@ from pathlib import PurePath
 from typing import Any
 
 from lora_diag.records import Run
+from lora_diag.records.names import short_names as plain_names
 from lora_diag.rendering.figures.style import name_of
 
 # What a run is of, by the roles of its inputs: the first of these that it has. Texts, activations and gradients are
@@ -22,17 +23,8 @@ _SETTINGS = 32
 
 
 def short_names(paths: Iterable[str]) -> dict[str, str]:
-    """Return how paths are called: by their last part, or by as many last parts as tell them apart.
-
-    >>> short_names(["runs/full", "runs/lora"]), short_names(["a/x/lora", "b/y/lora"])
-    ({'runs/full': 'full', 'runs/lora': 'lora'}, {'a/x/lora': 'x/lora', 'b/y/lora': 'y/lora'})
-    """
-    parts = {path: path.replace("\\", "/").rstrip("/").split("/") for path in dict.fromkeys(paths)}
-    for last in range(1, max(map(len, parts.values()), default=0) + 1):
-        found = {path: name_of("/".join(part[-last:])) or name_of(path) for path, part in parts.items()}
-        if len(set(found.values())) == len(parts):
-            return found
-    return {path: name_of(path) for path in parts}
+    """Return how paths are called in figures: as in tables, what the font lacks spelled out."""
+    return plain_names(paths, name_of)
 
 
 def run_name(run: Run, short: Callable[[str], str] | None = None) -> str:

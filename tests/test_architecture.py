@@ -177,6 +177,8 @@ def test_the_package_lists_the_functions_of_the_catalog():
         for module, _, name in (path.partition(":") for path in feature.functions)
     }
     assert written == declared | {(name, module) for name, module in lora_diag._MORE.items()}
+    errors = {name for name, value in vars(lora_diag).items() if isinstance(value, type) and "Error" in name}
+    assert set(dir(lora_diag)) == {"__version__", *catalog.functions(), *lora_diag._MORE, *errors}
     assert {name for name, _ in written} <= set(dir(lora_diag))
 
 

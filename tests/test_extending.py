@@ -95,6 +95,17 @@ def test_example_is_shown_by_every_command(plugins, measured, tmp_path, command)
         assert "flatness" in found.stdout.splitlines()[0]
 
 
+def test_example_is_a_function_of_the_package(plugins, tmp_path):
+    words = "import lora_diag; print('nuclear' in dir(lora_diag), lora_diag.nuclear.__module__)"
+    found = subprocess.run(
+        [sys.executable, "-c", words],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (ROOT, plugins)))},
+        capture_output=True,
+        text=True,
+    )
+    assert found.stdout.split() == ["True", "loradiag_nuclear.run"], found.stderr
+
+
 def test_example_can_be_judged(plugins, measured, tmp_path):
     for limit, code in ((1.0, 0), (0.0, 1)):
         (tmp_path / "policy.toml").write_text(f'[[rule]]\nname = "flat"\nrequire = "flatness <= {limit}"\n')

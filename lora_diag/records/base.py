@@ -34,10 +34,12 @@ class Record(BaseModel):
 
     Attributes:
         key: The fields by which one record of a layer is told from another of its kind.
+        long: Tables whose entries are layers: rows of their own in data frames, not columns.
     """
 
     model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False)
     key: ClassVar[tuple[str, ...]] = ("layer",)
+    long: ClassVar[tuple[str, ...]] = ()
 
     @classmethod
     def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
@@ -88,7 +90,13 @@ class LayerRecord(Record):
 
 
 class WholeRecord(Record):
-    """What is said of a run as a whole: a certificate, a verdict, a loss."""
+    """What is said of a run as a whole: a certificate, a verdict, a loss.
+
+    Attributes:
+        shown: How its values are shown in short, the one that says most first.
+    """
+
+    shown: ClassVar[tuple[Shown, ...]] = ()
 
     if TYPE_CHECKING:
 

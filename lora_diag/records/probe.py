@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import ClassVar, Literal, Protocol
 
 from lora_diag.records.base import Record, Share, WholeRecord
+from lora_diag.records.shown import Shown
 
 Subject = Literal["base", "tuned", "truncated", "reference", "adapter", "lora", "full", "bitfit"]
 
@@ -56,6 +57,11 @@ class Probe(WholeRecord):
         "rank",
         "lr",
         "seed",
+    )
+    shown: ClassVar[tuple[Shown, ...]] = (
+        Shown("loss", "loss", "in nats", main=True),
+        Shown("gap", "gap", "loss minus that of TUNED, on the same tokens", main=True),
+        Shown("gap_error", "± gap", "standard error of the gap", main=True),
     )
     record: Literal["probe"] = "probe"
     probe: Literal["truncation", "outputs", "sweep"]

@@ -7,11 +7,16 @@ import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from types import NoneType
+from typing import Any, Generic, SupportsIndex, TypeVar, overload
 
 from lora_diag.files import RESULTS, write_whole
 from lora_diag.records.base import LayerRecord, Record, WholeRecord
+from lora_diag.records.brief import html_of, text_of
+from lora_diag.records.frames import one_type_each, record_columns, value_columns
+from lora_diag.records.names import short_names
 from lora_diag.records.run import AnyRecord, End, LeftOut, Run
 
 L = TypeVar("L", bound=LayerRecord)
@@ -19,7 +24,7 @@ A = TypeVar("A", bound=Record)
 W = TypeVar("W", bound=WholeRecord)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Results(Generic[L]):
     """All records of one run, in memory.
 
@@ -46,16 +51,58 @@ class Results(Generic[L]):
     def __len__(self) -> int:
         return len(self.layers)
 
-    def __getitem__(self, layer: str) -> L:
-        """Return the first record of a layer by its name.
+    def __repr__(self) -> str:
+        return text_of(self)
+
+    def _repr_html_(self) -> str:
+        """Return what a notebook shows."""
+        return html_of(self)
+
+    @overload
+    def __getitem__(self, item: str | SupportsIndex) -> L: ...
+
+    @overload
+    def __getitem__(self, item: slice) -> Results[L]: ...
+
+    def __getitem__(self, item: str | SupportsIndex | slice) -> L | Results[L]:
+        """Return the first record of a layer, a record by its place, or the results of a slice of the records.
+
+        Args:
+            item: A layer's name, with or without its ``.weight``; a place, from the end if negative; or a slice, whose
+                ``end`` has the totals of the records in it.
 
         Raises:
-            KeyError: No such layer was measured.
+            KeyError: No such layer was measured; the message names those whose names are close.
+            IndexError: There are not so many records.
+
+        Example:
+            >>> import lora_diag
+            >>> results = lora_diag.spectrum("sample_checkpoints/base", "sample_checkpoints/full_ft", layers="o_proj")
+            >>> results[0].layer == results["model.layers.0.self_attn.o_proj"].layer, len(results[:2])
+            (True, 2)
         """
-        for record in self.layers:
-            if record.layer == layer:
-                return record
-        raise KeyError(layer)
+        if isinstance(item, slice):
+            return self._only(self.layers[item], self.left_out)
+        if not isinstance(item, str):
+            return self.layers[item]
+        for name in (item, f"{item}.weight"):
+            for record in self.layers:
+                if record.layer == name:
+                    return record
+        raise KeyError(self._unknown(item))
+
+    def __contains__(self, item: object) -> bool:
+        if isinstance(item, str):
+            return any(record.layer in {item, f"{item}.weight"} for record in self.layers)
+        return item in self.layers
+
+    def _unknown(self, name: str) -> str:
+        names = list(dict.fromkeys(record.layer for record in self.layers))
+        known = {layer.removesuffix(".weight"): layer for layer in reversed(names)}
+        wanted = name.removesuffix(".weight")
+        close = [short for short in known if wanted and wanted in short][::-1][:3] or get_close_matches(wanted, known)
+        hint = f"; did you mean {', '.join(close)}?" if close else f"; there are {len(names)} layers"
+        return f"{name}: no record of such a layer{hint}"
 
     @property
     def non_finite(self) -> tuple[LeftOut, ...]:
@@ -79,8 +126,11 @@ class Results(Generic[L]):
         pattern = re.compile(layers)
         kept = tuple(record for record in self.layers if pattern.search(record.layer))
         left_out = tuple(record for record in self.left_out if pattern.search(record.layer))
-        end = totals(kept, left_out) if self.end is not None else None
-        return replace(self, layers=kept, left_out=left_out, end=end)
+        return self._only(kept, left_out)
+
+    def _only(self, layers: tuple[L, ...], left_out: tuple[LeftOut, ...]) -> Results[L]:
+        end = totals(layers, left_out) if self.end is not None else None
+        return replace(self, layers=layers, left_out=left_out, end=end)
 
     def records(self) -> Iterator[AnyRecord]:
         """Yield every record in the order of the file."""
@@ -104,15 +154,68 @@ class Results(Generic[L]):
         """
         write_whole(Path(path), "".join(f"{line}\n" for line in lines_of(self.records())), RESULTS, overwrite)
 
-    def to_pandas(self) -> Any:
-        """Return a ``pandas.DataFrame``, one row a layer; ``energy.8``, ``rank_at.0.9`` and so on are columns.
+    def columns(self, values: bool = False, kind: str | None = None) -> dict[str, list[Any]]:
+        """Return a tidy table of the records by its columns, for any library of data frames.
+
+        One row a record, one value a cell: ``energy.8``, ``rank_at.0.9`` and so on are columns; ``module_type``,
+        ``block``, ``relative`` (‖ΔW‖_F / ‖W_base‖_F) and ``adapter_name`` are computed. Lists, such as the singular
+        values, are no cells: with ``values`` each of their entries is a row.
+
+        Args:
+            values: Give the entries of lists, one row each: ``field`` (``s``), ``index`` from 1 on, ``value``; of lists
+                of words ``text``.
+            kind: Only the records of a kind, such as ``spectrum``, ``certificate`` or ``left_out``; else those of
+                layers, or where there are none those of the run as a whole (a probe's losses, a gate's verdicts).
+
+        Example:
+            >>> import lora_diag
+            >>> results = lora_diag.spectrum("sample_checkpoints/base", "sample_checkpoints/full_ft", layers="o_proj")
+            >>> table = results.columns()
+            >>> table["block"], table["energy.8"] == [record.energy["8"] for record in results]
+            ([0, 1, 2, 3], True)
+        """
+        records: Sequence[Record] = self.layers or self.whole
+        if kind is not None:
+            known: tuple[Any, ...] = (*self.layers, *self.whole, *self.left_out)
+            records = [record for record in known if record.record == kind]
+        make = value_columns if values else record_columns
+        return make(((record, {}) for record in records), short_names(side.path for side in self.run.inputs))
+
+    def to_pandas(self, values: bool = False, kind: str | None = None) -> Any:
+        """Return ``columns`` as a ``pandas.DataFrame``; whole numbers of which some are missing are ``Int64``.
 
         Raises:
-            ImportError: pandas is not installed (``pip install loradiag[pandas]``).
+            ImportError: pandas is not installed (extra ``pandas``).
         """
         import pandas as pd
 
-        return pd.json_normalize([record.model_dump() for record in self.layers])
+        table = self.columns(values, kind)
+        return pd.DataFrame(
+            {
+                name: pd.array(column, dtype="Int64") if {int, NoneType} == set(map(type, column)) else column
+                for name, column in table.items()
+            }
+        )
+
+    def to_arrow(self, values: bool = False, kind: str | None = None) -> Any:
+        """Return ``columns`` as a ``pyarrow.Table``, which other libraries take without a copy.
+
+        Raises:
+            ImportError: pyarrow is not installed (extra ``arrow``).
+        """
+        import pyarrow as pa
+
+        return pa.table(one_type_each(self.columns(values, kind)))
+
+    def to_polars(self, values: bool = False, kind: str | None = None) -> Any:
+        """Return ``columns`` as a ``polars.DataFrame``.
+
+        Raises:
+            ImportError: polars or pyarrow is not installed (extra ``polars``).
+        """
+        import polars as pl
+
+        return pl.from_arrow(self.to_arrow(values, kind))
 
 
 def totals(layers: Sequence[LayerRecord], left_out: Sequence[LeftOut]) -> End:

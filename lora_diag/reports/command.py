@@ -36,6 +36,9 @@ def report(
         Format | None,
         typer.Option("--format", help="By the suffix of FILE if not given; md and csv go to standard output."),
     ] = None,
+    values: Annotated[
+        bool, typer.Option("--values", help="Entries of lists, such as singular values, as rows; csv and parquet.")
+    ] = False,
     quiet: options.Quiet = False,
     overwrite: options.Overwrite = False,
 ) -> None:
@@ -49,7 +52,7 @@ def report(
         raise UsageError("--format parquet: give a file with -o")
     if output is None and format in {None, Format.html}:
         output = PAGE
-    made = make(*results, output=output, format=format.value if format else None, overwrite=overwrite)
+    made = make(*results, output=output, format=format.value if format else None, overwrite=overwrite, values=values)
     if output is None and isinstance(made, str):
         result(made.rstrip("\n"))
     elif output is not None and not quiet:

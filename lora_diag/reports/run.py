@@ -22,6 +22,7 @@ def report(
     output: Path | str | None = None,
     format: str | None = None,
     overwrite: bool = False,
+    values: bool = False,
 ) -> str | bytes:
     """Return a report on any mix of results.
 
@@ -32,6 +33,7 @@ def report(
         output: Where to write it, too; an earlier report there is replaced.
         format: ``html``, ``md``, ``csv`` or ``parquet``; by the suffix of ``output`` if not given, else ``html``.
         overwrite: Replace a file in the place of ``output`` that loradiag did not write, or that was edited since.
+        values: Of ``csv`` and ``parquet``: the entries of lists, such as the singular values, one row each.
 
     Returns:
         The report: bytes for ``parquet``, else text.
@@ -48,11 +50,15 @@ def report(
     """
     if not results:
         raise UsageError("no results: give one results file or more")
-    render, kind = _RENDERERS[_format_of(output, format)]
+    wanted = _format_of(output, format)
+    render, kind = _RENDERERS[wanted]
+    if values and wanted not in _TABLES:
+        raise UsageError(f"--values: --format {wanted} has no rows; use {' or '.join(_TABLES)}")
     if output is not None:
         _spare_the_inputs(Path(output), [item for item in results if not isinstance(item, Results)])
         check_output(Path(output), kind, overwrite)
-    made = render(Evidence(tuple(map(_source, results))))
+    evidence = Evidence(tuple(map(_source, results)))
+    made = render(evidence, values) if wanted in _TABLES else render(evidence)
     if output is not None:
         content = made if isinstance(made, bytes) else made.encode("utf-8", "backslashreplace")
         write_whole(Path(output), content, kind, overwrite)
@@ -72,25 +78,26 @@ def _markdown(evidence: Evidence) -> str:
     return markdown_report(evidence)
 
 
-def _csv(evidence: Evidence) -> str:
+def _csv(evidence: Evidence, values: bool) -> str:
     from lora_diag.reports.tabular import to_csv
 
-    return to_csv(evidence)
+    return to_csv(evidence, values)
 
 
-def _parquet(evidence: Evidence) -> bytes:
+def _parquet(evidence: Evidence, values: bool) -> bytes:
     from lora_diag.reports.tabular import to_parquet
 
-    return to_parquet(evidence)
+    return to_parquet(evidence, values)
 
 
-_RENDERERS: dict[str, tuple[Callable[[Evidence], str | bytes], Kind]] = {
+_RENDERERS: dict[str, tuple[Callable[..., str | bytes], Kind]] = {
     "html": (_html, PAGE),
     "md": (_markdown, MARKDOWN),
     "csv": (_csv, CSV),
     "parquet": (_parquet, PARQUET),
 }
 FORMATS = tuple(_RENDERERS)
+_TABLES = ("csv", "parquet")
 
 
 def _format_of(output: Path | str | None, format: str | None) -> str:

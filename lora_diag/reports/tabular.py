@@ -1,92 +1,68 @@
-"""Records → a flat table: one row a record, nested fields as dotted columns (``energy.8``, ``resolution.verdict``).
+"""Records → a tidy table: one row a record or, of their lists, one row an entry (``records/frames.py``).
 
-The first column, ``results``, says which file a row is from. Lists stay one cell: JSON in CSV, a list in Parquet.
+The first column, ``results``, says which file a row is from.
 """
 
 from __future__ import annotations
 
 import csv
 import io
-import json
-from collections.abc import Iterator
 from typing import Any
 
 from lora_diag.errors import InputError
+from lora_diag.records.frames import Columns, one_type_each, record_columns, value_columns
+from lora_diag.records.names import short_names
 from lora_diag.reports.evidence import Evidence
 
 # A spreadsheet takes a cell for a formula that begins so (OWASP, "CSV injection").
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")
 
 
-def to_csv(evidence: Evidence) -> str:
+def to_csv(evidence: Evidence, values: bool = False) -> str:
     """Return all records but ``run`` and ``end`` as CSV (RFC 4180); numbers are written unrounded.
 
     A text that a spreadsheet would run as a formula gets a ``'`` in front.
+
+    Args:
+        evidence: The runs.
+        values: Return the entries of the records' lists, such as the singular values, in place of the records.
     """
-    rows = list(_rows(evidence))
+    columns = _columns(evidence, values)
     buffer = io.StringIO()
-    writer = csv.DictWriter(
-        buffer, list(dict.fromkeys(name for row in rows for name in row)) or ["results"], restval=""
-    )
-    writer.writeheader()
-    writer.writerows({name: _cell(value) for name, value in row.items()} for row in rows)
+    writer = csv.writer(buffer)
+    writer.writerow(columns)
+    writer.writerows([_cell(value) for value in row] for row in zip(*columns.values(), strict=True))
     return buffer.getvalue()
 
 
-def to_parquet(evidence: Evidence) -> bytes:
+def to_parquet(evidence: Evidence, values: bool = False) -> bytes:
     """Return the same rows as Parquet.
 
     Raises:
-        InputError: pandas or pyarrow is not installed.
+        InputError: pyarrow is not installed.
     """
     try:
-        import pandas as pd
         import pyarrow as pa
         import pyarrow.parquet as pq
     except ImportError as error:
-        raise InputError(
-            f"--format parquet needs {error.name}: pip install pandas pyarrow; csv needs neither"
-        ) from error
-    rows = list(_rows(evidence))
-    for name in _mixed(rows):
-        rows = [{**row, name: str(row[name])} if row.get(name) is not None else row for row in rows]
+        raise InputError("--format parquet needs pyarrow: pip install pyarrow; csv needs nothing") from error
     buffer = io.BytesIO()
-    table = pa.Table.from_pandas(pd.DataFrame(rows), preserve_index=False)
+    table = pa.table(one_type_each(_columns(evidence, values)))
     # The key by which lora_diag.files knows the table again.
-    pq.write_table(table.replace_schema_metadata({**(table.schema.metadata or {}), b"loradiag": b"report"}), buffer)
+    pq.write_table(table.replace_schema_metadata({b"loradiag": b"report"}), buffer)
     return buffer.getvalue()
 
 
-def _rows(evidence: Evidence) -> Iterator[dict[str, Any]]:
-    for source in evidence.sources:
-        results = source.results
-        for record in (*results.layers, *results.whole, *results.left_out):
-            yield {"results": source.name, **_flat(record.model_dump(mode="json"))}
-
-
-def _flat(fields: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return nested fields as dotted ones.
-
-    >>> _flat({"layer": "q", "energy": {"8": 0.5}})
-    {'layer': 'q', 'energy.8': 0.5}
-    """
-    flat: dict[str, Any] = {}
-    for name, value in fields.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
-    return flat
+def _columns(evidence: Evidence, values: bool) -> Columns:
+    records = [
+        (record, {"results": source.name})
+        for source in evidence.sources
+        for record in (*source.results.layers, *source.results.whole, *source.results.left_out)
+    ]
+    paths = (side.path for source in evidence.sources for side in source.results.run.inputs)
+    make = value_columns if values else record_columns
+    return make(records, short_names(paths)) or {"results": []}
 
 
 def _cell(value: Any) -> Any:
-    if isinstance(value, list):
-        return json.dumps(value, ensure_ascii=False)
     return f"'{value}" if isinstance(value, str) and value.startswith(_FORMULA) else value
-
-
-def _mixed(rows: list[dict[str, Any]]) -> list[str]:
-    """Return the columns that hold both text and numbers (a verdict's ``measured``), which Parquet cannot."""
-    kinds: dict[str, set[bool]] = {}
-    for row in rows:
-        for name, value in row.items():
-            if value is not None:
-                kinds.setdefault(name, set()).add(isinstance(value, str))
-    return [name for name, found in kinds.items() if len(found) > 1]

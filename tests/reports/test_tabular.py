@@ -3,7 +3,6 @@
 import csv
 import importlib.util
 import io
-import json
 import sys
 
 import pytest
@@ -11,7 +10,7 @@ import pytest
 from lora_diag.decisions.gate.record import Verdict
 from lora_diag.errors import InputError
 from lora_diag.reports.tabular import to_csv, to_parquet
-from tests.reports.making import decay, spectra, spectrum
+from tests.reports.making import decay, residual, residuals, spectra, spectrum
 from tests.reports.test_html import evidence, small
 
 
@@ -29,7 +28,8 @@ def test_every_record_is_a_row_with_its_numbers():
         assert float(row["energy.8"]) == record.energy["8"]
         assert float(row["tail.8.fro"]) == record.tail["8"].fro
         assert row["resolution.verdict"] == record.resolution.verdict
-        assert json.loads(row["s"]) == list(record.s)
+        assert float(row["relative"]) == record.fro / record.base_fro
+        assert "s" not in row
         assert row["epsilon"] == ""
         assert row["results"] == "spectrum0.jsonl"
     assert [float(row["epsilon"]) for row in by_kind["residual"]] == [record.epsilon for record in runs[1]]
@@ -46,9 +46,43 @@ def test_quotes_and_newlines_stay_in_their_cell():
     assert row["layer"] == 'a"b\n,c'
 
 
+def test_a_spreadsheet_runs_no_computed_column():
+    (row,) = rows(spectra([spectrum("-2+3", decay(16, 1))]))
+    assert (row["layer"], row["module_type"]) == ("'-2+3", "'-2+3")
+    (row,) = rows(residuals([residual("q", adapter="runs/=1+1")], ["runs/=1+1"]))
+    assert (row["adapter"], row["adapter_name"]) == ("runs/=1+1", "'=1+1")
+
+
+def test_values_of_several_runs_say_whose_they_are():
+    runs = small()
+    found = list(csv.DictReader(io.StringIO(to_csv(evidence(*runs), values=True))))
+    assert {row["results"] for row in found} == {"spectrum0.jsonl"}
+    assert [float(row["value"]) for row in found] == [value for record in runs[0] for value in record.s]
+
+
+@pytest.mark.parametrize("format", ["html", "md"])
+def test_a_page_has_no_rows_for_values(loradiag, tmp_path, format):
+    small()[0].write(tmp_path / "r.jsonl")
+    ran = loradiag("report", tmp_path / "r.jsonl", "--format", format, "--values", "-o", tmp_path / "x")
+    assert ran.code == 2
+    assert "--values" in ran.err
+    assert not (tmp_path / "x").exists()
+
+
+def test_values_by_the_command(loradiag, tmp_path):
+    results = small()[0]
+    results.write(tmp_path / "r.jsonl")
+    ran = loradiag("report", tmp_path / "r.jsonl", "--format", "csv", "--values")
+    assert ran.code == 0, ran.err
+    found = list(csv.DictReader(io.StringIO(ran.out)))
+    assert [(row["layer"], row["index"], float(row["value"])) for row in found] == [
+        (record.layer, str(i), value) for record in results for i, value in enumerate(record.s, 1)
+    ]
+
+
 def test_parquet_without_pyarrow_is_one_message(monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(InputError, match="pip install pandas pyarrow"):
+    with pytest.raises(InputError, match="pip install pyarrow"):
         to_parquet(evidence(*small()))
 
 
@@ -67,4 +101,5 @@ def test_parquet_says_what_csv_says():
     assert list(frame.columns) == list(rows(*runs)[0])
     assert list(frame.layer.fillna("")) == [row["layer"] for row in rows(*runs)]
     assert list(frame["energy.8"].dropna()) == [record.energy["8"] for record in runs[0]]
-    assert list(frame.s[0]) == list(runs[0].layers[0].s)
+    values = pd.read_parquet(io.BytesIO(to_parquet(evidence(*runs), values=True)))
+    assert tuple(values.value[values.layer == runs[0].layers[0].layer]) == runs[0].layers[0].s

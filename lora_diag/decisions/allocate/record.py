@@ -117,6 +117,11 @@ class Certificate(WholeRecord):
         baselines: Other rules at the same budget.
     """
 
+    shown: ClassVar[tuple[Shown, ...]] = (
+        Shown("kept", "kept", "share of the energy that the allocation keeps", share=True, main=True),
+        Shown("bound", "bound", "share that no allocation can exceed", share=True, main=True),
+        Shown("params", "parameters", "of the allocation", main=True),
+    )
     record: Literal["certificate"] = "certificate"
     unit: Unit
     budget: float | None

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import ClassVar, Literal
 
 from lora_diag.records.base import Record, WholeRecord
+from lora_diag.records.shown import Shown
 
 Status = Literal["passed", "failed", "warned", "waived", "inconclusive", "not judged"]
 Outcome = Literal["passed", "failed", "inconclusive"]
@@ -28,6 +29,11 @@ class Verdict(WholeRecord):
     """
 
     key: ClassVar[tuple[str, ...]] = ("rule", "layer", "group")
+    shown: ClassVar[tuple[Shown, ...]] = (
+        Shown("status", "status", "whether the rule holds", main=True),
+        Shown("measured", "measured", "the value found", main=True),
+        Shown("allowed", "allowed", "the condition", main=True),
+    )
     record: Literal["verdict"] = "verdict"
     rule: str
     layer: str | None

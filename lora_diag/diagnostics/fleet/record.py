@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import ClassVar, Literal
 
 from lora_diag.records.base import LayerRecord, Record, Share
+from lora_diag.records.shown import Shown
 
 
 class FleetLayer(Record):
@@ -43,6 +44,13 @@ class Fleet(LayerRecord):
     """
 
     key: ClassVar[tuple[str, ...]] = ("layer",)
+    long: ClassVar[tuple[str, ...]] = ("layers",)
+    shown: ClassVar[tuple[Shown, ...]] = (
+        Shown("fro", "‖ΔW‖", "Frobenius norm over all of its layers", main=True),
+        Shown("rank", "rank", "the largest of its factors", main=True),
+        Shown("used", "used", "ranks at 99% of each layer's energy over the ranks it has", share=True, main=True),
+        Shown("dead", "dead", "updates that are zero", main=True),
+    )
     record: Literal["fleet"] = "fleet"
     adapter: str
     kind: str

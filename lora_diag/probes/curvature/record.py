@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import ClassVar, Literal
 
 from lora_diag.records.base import Record, Share, WholeRecord
+from lora_diag.records.shown import Shown
 
 Point = Literal["base", "tuned"]
 Matrix = Literal["hessian", "ggn"]
@@ -59,6 +60,10 @@ class Curvature(WholeRecord):
     """
 
     key: ClassVar[tuple[str, ...]] = ("set", "layer", "at", "matrix")
+    shown: ClassVar[tuple[Shown, ...]] = (
+        Shown("trace", "trace", "Hutchinson's estimate of tr(H)", main=True),
+        Shown("gradient", "‖∇L‖", "norm of the gradient of the loss", main=True),
+    )
     record: Literal["curvature"] = "curvature"
     set: str
     data: str
@@ -107,6 +112,10 @@ class LossBound(WholeRecord):
     """
 
     key: ClassVar[tuple[str, ...]] = ("set", "rank", "along")
+    shown: ClassVar[tuple[Shown, ...]] = (
+        Shown("gap", "gap", "loss of the truncated model minus that of TUNED, measured", main=True),
+        Shown("upper", "upper", "(λ/2)‖E‖²", main=True),
+    )
     record: Literal["loss_bound"] = "loss_bound"
     set: str
     data: str

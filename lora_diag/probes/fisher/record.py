@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import ClassVar, Literal
 
 from lora_diag.records.base import Record, WholeRecord
+from lora_diag.records.shown import Shown
 
 
 class Effect(Record):
@@ -49,6 +50,7 @@ class Fisher(WholeRecord):
     """
 
     key: ClassVar[tuple[str, ...]] = ("layer",)
+    shown: ClassVar[tuple[Shown, ...]] = (Shown("fro", "‖ΔW‖", "Frobenius norm of the update", main=True),)
     record: Literal["fisher"] = "fisher"
     layer: str
     shape: tuple[int, int]

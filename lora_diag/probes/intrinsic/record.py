@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import ClassVar, Literal
 
 from lora_diag.records.base import WholeRecord
+from lora_diag.records.shown import Shown
 
 
 class Intrinsic(WholeRecord):
@@ -28,6 +29,10 @@ class Intrinsic(WholeRecord):
     """
 
     key: ClassVar[tuple[str, ...]] = ("set", "subject", "dim", "rank", "lr", "seed")
+    shown: ClassVar[tuple[Shown, ...]] = (
+        Shown("loss", "loss", "in nats", main=True),
+        Shown("params", "parameters", "numbers that were trained", main=True),
+    )
     record: Literal["intrinsic"] = "intrinsic"
     set: str
     shifted: bool = False

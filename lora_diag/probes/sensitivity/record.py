@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import ClassVar, Literal
 
 from lora_diag.records.base import WholeRecord
+from lora_diag.records.shown import Shown
 
 
 class Sensitivity(WholeRecord):
@@ -32,6 +33,11 @@ class Sensitivity(WholeRecord):
     """
 
     key: ClassVar[tuple[str, ...]] = ("set", "unit", "rank", "lr", "seed")
+    shown: ClassVar[tuple[Shown, ...]] = (
+        Shown("gain", "gain", "loss of BASE minus this one, on the same tokens", main=True),
+        Shown("gain_error", "± gain", "standard error of the gain", main=True),
+        Shown("loss", "loss", "in nats", main=True),
+    )
     record: Literal["sensitivity"] = "sensitivity"
     set: str
     shifted: bool = False

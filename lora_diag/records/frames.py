@@ -1,0 +1,210 @@
+"""Records → a tidy table, by columns: one row a record, one value a cell.
+
+Fields of a record in a record, and the entries of a table, are columns with dotted names (``energy.8``,
+``resolution.verdict``); those of a field with a fixed number of entries are numbered (``shape.0``). A list of numbers
+or of records is no cell: its entries are rows of a table of their own, the values.
+
+Columns that no record has are computed from its fields: ``module_type`` and ``block`` from ``layer``, ``relative`` =
+``fro`` / ``base_fro``, and the short name of every field that holds the path of an input (``adapter_name``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from functools import cache
+from types import NoneType, UnionType
+from typing import Annotated, Any, Union, get_args, get_origin
+
+from lora_diag.records.base import Record
+from lora_diag.records.names import depth_of, module_type_of
+
+Columns = dict[str, list[Any]]
+
+# What stands between several words in one cell.
+_BETWEEN = "; "
+
+# What a record is of comes first; a record in a record has the same.
+_FIRST = ("record", "layer")
+
+# Which columns say what a row of values is of, beside the fields that tell records apart.
+_WHICH = {"results", "record", "module_type", "block", "adapter", "adapter_name"}
+
+
+def record_columns(
+    records: Iterable[tuple[Record, Mapping[str, Any]]], short: Mapping[str, str] | None = None
+) -> Columns:
+    """Return a table with one row a record; what a record does not have is None.
+
+    Args:
+        records: Each with cells to put in front of its own.
+        short: What the paths of inputs are called.
+    """
+    return _joined(({**first, **_row(record, short or {})}, {}) for record, first in records)
+
+
+def value_columns(
+    records: Iterable[tuple[Record, Mapping[str, Any]]], short: Mapping[str, str] | None = None
+) -> Columns:
+    """Return a table with one row an entry of a list: ``field``, ``index`` from 1 on, and ``value`` or ``text``.
+
+    Args:
+        records: Each with cells to put in front of those that say which record it is.
+        short: What the paths of inputs are called.
+    """
+    return _joined(block for record, first in records for block in _values(record, first, short or {}))
+
+
+def one_type_each(columns: Columns) -> Columns:
+    """Return columns of one type each, as Arrow wants them: words where numbers and words are mixed.
+
+    >>> one_type_each({"measured": [0.5, None, "unresolved"], "rank": [8, 16]})
+    {'measured': ['0.5', None, 'unresolved'], 'rank': [8, 16]}
+    """
+    return {
+        name: [None if value is None else str(value) for value in column]
+        if len({isinstance(value, str) for value in column if value is not None}) > 1
+        else column
+        for name, column in columns.items()
+    }
+
+
+def _joined(blocks: Iterable[tuple[Mapping[str, Any], Mapping[str, list[Any]]]]) -> Columns:
+    """Return the columns of several blocks, each of cells that all its rows have in common and of lists of cells."""
+    columns: Columns = {}
+    rows = 0
+    for cells, lists in blocks:
+        size = len(next(iter(lists.values()))) if lists else 1
+        for name, values in (*((name, [value] * size) for name, value in cells.items()), *lists.items()):
+            column = columns.setdefault(name, [])
+            column += [None] * (rows - len(column))
+            column += values
+        rows += size
+    for column in columns.values():
+        column += [None] * (rows - len(column))
+    return columns
+
+
+def _row(record: Record, short: Mapping[str, str]) -> dict[str, Any]:
+    row: dict[str, Any] = {}
+    for name, value in _cells(record):
+        if value is None and name in row:  # a probe of one layer has no module type of its own
+            continue
+        paths = value if isinstance(value, tuple) else (value,)
+        row[name] = _BETWEEN.join(value) if isinstance(value, tuple) else value
+        if name == "layer":
+            row |= _place_of(value)
+        elif name in {"fro", "base_fro"} and {"fro", "base_fro"} <= row.keys():
+            row["relative"] = row["fro"] / row["base_fro"] if row["fro"] is not None and row["base_fro"] else None
+        elif paths and all(isinstance(path, str) and path in short for path in paths):
+            # A probe names an adapter by ``name``, other records by ``adapter``: one column to join them by.
+            named = "adapter" if name == "name" else name
+            row[f"{named}_name"] = _BETWEEN.join(short[path] for path in paths)
+    return row
+
+
+def _place_of(layer: str | None) -> dict[str, Any]:
+    if layer is None:
+        return {"module_type": None, "block": None}
+    return {"module_type": module_type_of(layer), "block": depth_of(layer)}
+
+
+def _cells(record: Record, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the cells of a record; several words as a tuple."""
+    for name, form in _forms(type(record)).items():
+        if name not in record.long and not (prefix and name in _FIRST):
+            yield from _cells_of(f"{prefix}{name}", getattr(record, name), form)
+
+
+def _cells_of(name: str, value: Any, form: str) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, Record):
+        yield from _cells(value, f"{name}.")
+    elif isinstance(value, Mapping):
+        for key, entry in value.items():
+            yield from _cells_of(f"{name}.{key}", entry, form)
+    elif isinstance(value, tuple | list):
+        if _numbered(name, form):
+            yield from ((f"{name}.{place}", entry) for place, entry in enumerate(value))
+        elif value and all(isinstance(entry, str) for entry in value):
+            yield name, tuple(value)
+    elif value is not None or form == "scalar":
+        yield name, value
+
+
+def _values(
+    record: Record, first: Mapping[str, Any], short: Mapping[str, str]
+) -> Iterator[tuple[dict[str, Any], dict[str, list[Any]]]]:
+    which = _WHICH | set(record.key) | {f"{name}_name" for name in record.key}
+    row = {**first, **{name: value for name, value in _row(record, short).items() if name in which}}
+    for name, layer, entries in _lists(record):
+        own = {} if layer is None else {"layer": layer, **_place_of(layer)}
+        index = [None] if layer is not None else list(range(1, len(entries) + 1))
+        words = all(isinstance(entry, str) for entry in entries)
+        yield {**row, **own, "field": name}, {"index": index, "text" if words else "value": entries}
+
+
+def _lists(record: Record, prefix: str = "") -> Iterator[tuple[str, str | None, list[Any]]]:
+    """Yield each list of a record: its name, the layer that it is of where that is another's, and its entries."""
+    for name, form in _forms(type(record)).items():
+        value = getattr(record, name)
+        if name in record.long:
+            for layer, entry in value.items():
+                yield from ((f"{prefix}{name}.{field}", layer, [cell]) for field, cell in _cells(entry))
+        else:
+            yield from _lists_of(f"{prefix}{name}", value, form)
+
+
+def _lists_of(name: str, value: Any, form: str) -> Iterator[tuple[str, str | None, list[Any]]]:
+    if isinstance(value, Record):
+        yield from _lists(value, f"{name}.")
+    elif isinstance(value, Mapping):
+        for key, entry in value.items():
+            yield from _lists_of(f"{name}.{key}", entry, form)
+    elif isinstance(value, tuple | list) and value and not _numbered(name, form):
+        if all(isinstance(entry, Record) for entry in value):
+            columns = _joined((dict(_cells(entry)), {}) for entry in value)
+            yield from ((f"{name}.{field}", None, entries) for field, entries in columns.items())
+        elif all(entry is None or isinstance(entry, float | int) for entry in value):
+            yield name, None, list(value)
+
+
+def _numbered(name: str, form: str) -> bool:
+    """Return whether the entries of a list are columns: there are always as many, or it is a shape."""
+    return form == "fixed" or name.rpartition(".")[2] in {"shape", "tuned_shape"}
+
+
+@cache
+def _forms(kind: type[Record]) -> dict[str, str]:
+    """Return how each field of a kind of record is laid out; of a table, how its entries are."""
+    fields = kind.model_fields
+    order = [*(name for name in _FIRST if name in fields), *(name for name in fields if name not in _FIRST)]
+    return {name: _form(fields[name].annotation) for name in order}
+
+
+def _form(annotation: Any) -> str:
+    """Return ``scalar``, ``record``, ``fixed`` for so many entries, or ``list`` for any number of them.
+
+    >>> _form(float | None), _form(tuple[int, int] | None), _form(tuple[float, ...]), _form(dict[str, float | None])
+    ('scalar', 'fixed', 'list', 'scalar')
+    """
+    for option in _options(annotation):
+        origin, inner = get_origin(option), get_args(option)
+        if origin is dict:
+            return _form(inner[1])
+        if origin is tuple:
+            return "list" if Ellipsis in inner else "fixed"
+        if origin is list:
+            return "list"
+        if isinstance(option, type) and issubclass(option, Record):
+            return "record"
+    return "scalar"
+
+
+def _options(annotation: Any) -> Iterator[Any]:
+    """Yield the types that a value may have, None left out."""
+    if get_origin(annotation) is Annotated:
+        yield from _options(get_args(annotation)[0])
+    elif get_origin(annotation) in {Union, UnionType}:
+        for option in get_args(annotation):
+            yield from _options(option)
+    elif annotation is not NoneType:
+        yield annotation

@@ -1,0 +1,130 @@
+"""Results at a prompt and in a notebook."""
+
+import html.parser
+import re
+from dataclasses import replace
+
+import pytest
+
+from lora_diag.catalog import read_results
+from lora_diag.records import Results
+from tests.conftest import ROOT
+from tests.reports.making import decay, names, residual, residuals, run, spectra, spectrum, vector
+
+EXAMPLES = sorted((ROOT / "docs" / "examples").glob("*.jsonl"))
+HOSTILE = "h.0.<script>alert(1)</script>\n\u202e&\"'.weight"
+
+
+@pytest.fixture
+def results():
+    records = [spectrum(name, decay(20, 1)) for name in names(2)]
+    return spectra(records, [vector("norm.weight", 0.1)])
+
+
+def test_places_and_slices(results):
+    assert results[0] is results.layers[0]
+    assert results[-1] is results.layers[-1]
+    part = results[2:6:2]
+    assert part.layers == results.layers[2:6:2]
+    assert (part.end.layers, part.end.left_out) == (2, 1)
+    assert part.end.fro == pytest.approx(sum(record.fro**2 for record in part) ** 0.5)
+    assert replace(results, end=None)[:2].end is None
+    with pytest.raises(IndexError):
+        results[len(results)]
+
+
+def test_names_need_no_weight(results):
+    record = results.layers[3]
+    assert results[record.layer] is record
+    assert results[record.layer.removesuffix(".weight")] is record
+    assert record.layer.removesuffix(".weight") in results
+    assert record in results
+    assert "layers.0" not in results
+
+
+def test_an_exact_name_comes_before_one_without_weight():
+    first, second = spectrum("a.weight.weight", decay(20, 1)), spectrum("a.weight", decay(20, 2))
+    assert spectra([first, second])["a.weight"] is second
+
+
+@pytest.mark.parametrize(
+    ("wrong", "meant"),
+    [
+        ("model.layers.1.self_attn.q_prj", "model.layers.1.self_attn.q_proj"),
+        ("layers.1.mlp.up_proj.weight", "model.layers.1.mlp.up_proj"),
+        ("", "14 layers"),
+        ("zzz", "14 layers"),
+    ],
+)
+def test_an_unknown_name_is_told_its_like(results, wrong, meant):
+    with pytest.raises(KeyError) as error:
+        results[wrong]
+    assert meant in error.value.args[0]
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_repr_is_five_lines(path):
+    results = read_results(path)
+    lines = repr(results).splitlines()
+    assert len(lines) <= 5
+    assert max(map(len, lines)) < 200
+    assert f"loradiag {results.run.command}, finished" in lines[0]
+    assert results.run.inputs[0].path in lines[1]
+    assert sum(map(int, re.findall(r"(\d+) [a-z]", lines[2].partition(" of ")[0]))) == len(
+        results.layers + results.whole
+    )
+
+
+def test_repr_says_what_was_measured(results):
+    record = results.layers[0]
+    assert f"{record.fro / record.base_fro:.4g}" in repr(results)
+    assert "1 vector" in repr(results)
+    assert ", unfinished" in repr(replace(results, end=None))
+    assert len(repr(replace(results, run=run("spectrum", ("base", HOSTILE)))).splitlines()) == 5
+    assert len(repr(Results(run("spectrum", *[("adapter", str(i)) for i in range(99)]), ()))) < 200
+
+
+class Words(html.parser.HTMLParser):
+    def __init__(self, page):
+        super().__init__()
+        self.tags, self.cells = [], []
+        self.feed(page)
+        self.close()
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, attrs))
+        if tag in {"td", "th"}:
+            self.cells.append("")
+
+    def handle_data(self, data):
+        if self.cells:
+            self.cells[-1] += data
+
+
+def test_html_escapes_names_and_loads_nothing():
+    records = [residual(HOSTILE, 8, 0.5, adapter=path) for path in ("<b>x</b>", "y")]
+    inputs = [("base", HOSTILE), ("adapter", "<b>x</b>"), ("adapter", "y")]
+    page = replace(residuals(records), run=run("<i>", *inputs))._repr_html_()
+    found = Words(page)
+    assert {tag for tag, _ in found.tags} <= {"div", "p", "b", "br", "table", "thead", "tbody", "tr", "th", "td"}
+    assert not any(attrs for _, attrs in found.tags)
+    assert "<script>alert(1)</script>\\n\\u202e&\"'" in found.cells
+    assert "\u202e" not in page
+
+
+def test_html_has_one_row_a_module_type_and_adapter():
+    layers = names(2)
+    made = [residual(name, 8, 0.5, adapter=path) for name in layers for path in ("runs/a", "runs/b")]
+    inputs = [("base", "base"), ("adapter", "runs/a"), ("adapter", "runs/b")]
+    found = Words(replace(residuals(made), run=run("residual", *inputs))._repr_html_())
+    width = sum(tag == "th" for tag, _ in found.tags)
+    rows = [found.cells[i : i + width] for i in range(0, len(found.cells), width)]
+    assert rows[0][:3] == ["module type", "adapter", "n"]
+    assert [row[:3] for row in rows[1:3]] == [["self_attn.q_proj", "a", "2"], ["self_attn.q_proj", "b", "2"]]
+    assert len(rows) == 1 + 2 * 7
+    assert {float(row[3]) for row in rows[1:]} == {0.7071}
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_every_probe_has_a_table(path):
+    assert "<td>" in read_results(path)._repr_html_()

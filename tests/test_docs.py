@@ -1,6 +1,8 @@
 """The docs show what the program prints today."""
 
+import doctest
 import importlib.util
+import re
 from pathlib import Path
 
 import pytest
@@ -30,6 +32,16 @@ def test_the_output_on_a_page_is_that_of_a_run(page, refresh):
     assert refresh.refreshed(text) == text, "run `python docs/refresh.py`"
 
 
+@pytest.mark.parametrize("page", [page for page in PAGES if ">>> " in page.read_text(encoding="utf-8")])
+def test_python_on_a_page_gives_what_it_says(page, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    code = re.sub(r"^```.*$", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    found = doctest.DocTestParser().get_doctest(code, {}, page.name, str(page), 0)
+    outcome = doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE).run(found)
+    assert outcome.attempted > 4
+    assert not outcome.failed
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_a_page_that_installs_says_where_from(page):
     text = page.read_text(encoding="utf-8")
@@ -40,8 +52,6 @@ def test_a_page_that_installs_says_where_from(page):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_lead_somewhere(page):
-    import re
-
     for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
         if "://" not in target:
             assert (page.parent / Path(target)).exists(), target

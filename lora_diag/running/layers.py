@@ -35,7 +35,7 @@ RECORDED = ("layers", "exclude", "method", "tol", "device", "seed")
 
 @dataclass(frozen=True, slots=True)
 class LayerSettings:
-    """What is asked of every layer by a command that has no settings of its own.
+    """How a layer is measured, for a command that has no settings of its own.
 
     Args:
         method: ``auto``, ``exact``, ``gram`` or ``krylov``.
@@ -151,13 +151,13 @@ class LayerRun:
             InputError: An input cannot be read, or the file cannot be written.
         """
         options = self.options
-        told = {**options, "device": self.where.kind, **asked}
+        values = {**options, "device": self.where.kind, **asked}
         first = {name: value for name, value in asked.items() if name not in recorded}
         run = Run(
             command=self.command,
             version=__version__,
             inputs=inputs,
-            settings={**first, **{name: told[name] for name in recorded}},
+            settings={**first, **{name: values[name] for name in recorded}},
         )
         layout = self.layout(tasks)
         limited: S = replace(settings, memory=layout.limit)

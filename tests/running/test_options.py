@@ -3,6 +3,7 @@
 import inspect
 import subprocess
 import sys
+from enum import StrEnum
 from pathlib import Path
 
 import pytest
@@ -82,6 +83,26 @@ def test_command_line_shows_the_declaration():
             assert each.cli or option == "engine" or option not in shown
     assert "tol" not in {each.name for each in found["overlap"].params}
     assert "method" not in {each.name for each in found["verify-merge"].params}
+
+
+def as_python(value, default):
+    """Return a default of the command line as Python has it: a list is words with commas there, or None."""
+    if isinstance(default, tuple):
+        return tuple(float(word) for word in value.split(",")) if value else ()
+    return None if isinstance(value, StrEnum) and default is None else value
+
+
+def test_own_options_have_the_same_defaults_in_python_and_on_the_command_line():
+    compared = 0
+    for feature in catalog.features():
+        if feature.command and feature.functions:
+            shown = inspect.signature(feature.load(feature.command)).parameters
+            for name, each in inspect.signature(feature.load(feature.functions[0])).parameters.items():
+                if name in shown and each.default is not each.empty:
+                    found = as_python(shown[name].default, each.default)
+                    assert found == each.default, f"{feature.name} --{name}"
+                    compared += 1
+    assert compared > 200
 
 
 def test_every_function_with_options_is_checked_here():

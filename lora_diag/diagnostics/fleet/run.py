@@ -84,14 +84,14 @@ class FleetOptions(Selection, Device, Machines, Output, Resuming, Callbacks, tot
 
 @dataclass(frozen=True, slots=True)
 class FleetSettings:
-    """What is asked of every adapter.
+    """How an adapter is measured.
 
     Args:
         base: The base of all.
         layers: Only weights whose name contains a match.
         exclude: No weights whose name contains a match.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:1``.
-        memory: Bytes that an adapter may take; no limit is taken.
+        memory: Bytes that an adapter may take; there is no limit here.
     """
 
     base: Seen | None

@@ -1,4 +1,4 @@
-"""``residual``: what did the adapter miss?"""
+"""``residual``: the distance of adapters to a full fine-tune."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def residual(
     activations: Path | str | None = None,
     **options: Unpack[LayerOptions],
 ) -> Results[Residual]:
-    r"""Hold adapters against a full fine-tune: ε = ‖ΔW_FT − ΔW_adapter‖_F / ‖ΔW_FT‖_F, layer by layer.
+    r"""Measure how far adapters are from a full fine-tune: ε = ‖ΔW_FT − ΔW_adapter‖_F / ‖ΔW_FT‖_F, layer by layer.
 
     Both checkpoints are read once, whatever the number of adapters.
 
@@ -42,7 +42,7 @@ def residual(
         base: The checkpoint before.
         tuned: The full fine-tune D is measured from; an adapter will do.
         adapters: Adapters, or checkpoints into which one was merged.
-        reference: Another full fine-tune, such as another seed, to tell how far equally good solutions are apart.
+        reference: Another full fine-tune, such as another seed, to tell how far apart equally good solutions are.
         activations: Second moments C = E[xxᵀ] of the layers' inputs: a safetensors file with one ``(in, in)`` matrix
             under each weight's name and, in its metadata, ``tokens``. Every distance is then given in the norm
             ‖·C^½‖_F, too.
@@ -53,7 +53,7 @@ def residual(
         biases, which have no rank.
 
     Raises:
-        UsageError: An option makes no sense, or nothing is to be held against ``tuned``.
+        UsageError: An option is invalid, or there is nothing to compare with ``tuned``.
         InputError: An input cannot be read.
         NothingComparedError: The checkpoints have no weight in common, or an adapter none with them.
 

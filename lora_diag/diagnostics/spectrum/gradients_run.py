@@ -1,4 +1,4 @@
-"""``spectrum --gradients``: what a first-order pilot would show before any update exists."""
+"""``spectrum --gradients``: the spectrum of the gradients of all steps, before any update exists."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``spectrum``: is the update low-rank, layer by layer?"""
+"""``spectrum``: singular values of ΔW, layer by layer."""
 
 from __future__ import annotations
 

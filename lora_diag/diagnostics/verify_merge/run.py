@@ -1,4 +1,4 @@
-"""``verify-merge``: did the merge do what the adapter says?"""
+"""``verify-merge``: check a merged checkpoint against BASE and the adapter."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _LACKING = {"only_in_base", "shape_differs", "not_float"}
 
 @dataclass(frozen=True, slots=True)
 class MergeSettings:
-    """What is asked of every layer.
+    """How a layer is checked.
 
     Args:
         memory: Bytes that a layer may take; None for what it needs.
@@ -46,7 +46,7 @@ def verify_merge(
     merged: Path | str,
     **options: Unpack[RunOptions],
 ) -> Results[Merge]:
-    r"""Hold a merged checkpoint against BASE and the adapter, entry by entry.
+    r"""Check a merged checkpoint against BASE and the adapter, entry by entry.
 
     A layer is correct if every entry of M is a rounding of W + ΔW that a merge in M's dtype can give:
     |M − (W + ΔW)| ≤ ulp(M)/2 + δ, with δ the rounding inside ΔW. A layer that is not is tried for the usual faults.

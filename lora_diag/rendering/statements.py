@@ -138,6 +138,7 @@ def summary_of(statements: Sequence[Statement], then: str | None = None) -> Tabl
     grid = Table.grid(padding=(0, 2))
     grid.add_column(style="bold", no_wrap=True)
     grid.add_column(overflow="fold")
-    for one in [*statements, *([say("next", "Next", then)] if then else [])]:
+    # What is said of a run that did not finish is said of its part: the reader has to know that first.
+    for one in [*sorted(statements, key=lambda one: one.key != "unfinished"), *([say("next", "Next", then)] if then else [])]:
         grid.add_row(one.label, Text(one.text, style=_STYLES[one.level]))
     return grid

@@ -1,21 +1,29 @@
 """What to do next: the escalation path of the article, each step with its evidence and the command that begins it.
 
 Rules are read from top to bottom: those on held-out losses (``loss_advice``), those on probes of parts
-(``advice_probes``), then those here, the cheapest step first. A rule is silent where its evidence is missing or lies at
-the rounding floor. The rules here speak of energy in weights, which says what a rank could carry of *this* full
-fine-tune; the loss of an adapter trained at that rank is another matter: it may be lower or higher.
+(``advice_probes``), then those here, the cheapest step first. Each sees all runs on one full fine-tune together: all
+adapters, an allocation with its budget, and what losses have measured as worse (``worth.lost``), which no rule advises
+again. A rule is silent where its evidence is missing or lies at the rounding floor. The rules here speak of energy in
+weights, which says what a rank could carry of *this* full fine-tune; the loss of an adapter trained at that rank is
+another matter: it may be lower or higher.
 """
 
 from __future__ import annotations
 
 import math
-import shlex
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from statistics import median
 
+from lora_diag.decisions.allocate.allocation import Budget, allocate
+from lora_diag.decisions.allocate.record import Allocation
 from lora_diag.diagnostics.spectrum.record import Spectrum
+from lora_diag.errors import UsageError
+from lora_diag.records import Run
 from lora_diag.records.names import module_type_of
-from lora_diag.reports.advice_probes import PROBE_RULES, fit_rank
+from lora_diag.rendering.text import number
+from lora_diag.reports.advice_probes import PROBE_RULES, fit_rank, idle_layers
+from lora_diag.reports.budget import allocated, reference, saved_params
 from lora_diag.reports.evidence import Capacity, Evidence, kept_at
 from lora_diag.reports.findings import (
     MOST,
@@ -28,9 +36,9 @@ from lora_diag.reports.findings import (
     scale_mismatch,
     shares_at,
 )
-from lora_diag.reports.loss_advice import LOSS_RULES, sweep_of
-from lora_diag.reports.step import Advice
-from lora_diag.reports.worth import swept
+from lora_diag.reports.loss_advice import LOSS_RULES, mind_the_shift, sweep_of
+from lora_diag.reports.step import Advice, command, listed
+from lora_diag.reports.worth import lost, swept, without_matrices
 
 # Ranks that are tried and that servers take.
 LADDER = (4, 8, 16, 32, 64)
@@ -43,15 +51,36 @@ SIZEABLE = 4
 
 
 def advice(evidence: Evidence) -> list[Advice]:
-    """Return the steps that the records support, losses first, then the cheapest first; none where they support none.
+    """Return the steps that all records of a page support, losses first, then the cheapest first.
 
-    Where held-out loss has settled that an adapter does as well as the full fine-tune, weights are not asked; where a
-    sweep has shown a rank to be enough, they are not asked for one.
+    A run that did not finish supports none. No step is repeated: where several full fine-tunes ask for the same one, it
+    names them all.
+    """
+    groups = evidence.finished().groups()
+    found: dict[tuple[str, ...], Advice] = {}
+    for group in groups:
+        about = (group.given("tuned"),) if len(groups) > 1 else ()
+        for step in _of_one(group):
+            known = found.get(step.argv, step)
+            found[step.argv] = replace(known, about=(*known.about, *about))
+    # What is said of every one of them is said of the page.
+    return [replace(step, about=()) if len(step.about) == len(groups) else step for step in found.values()]
+
+
+def _of_one(evidence: Evidence) -> list[Advice]:
+    """Return the steps for one full fine-tune and its adapters.
+
+    Where held-out loss has settled that an adapter does as well as the full fine-tune, nothing else is to be done but
+    to look at shifted text; where the full fine-tune is worse than BASE, nothing in its weights is worth keeping; where
+    a sweep has shown a rank to be enough, weights are not asked for one.
     """
     first = [step for rule in LOSS_RULES if (step := rule(evidence)) is not None]
-    settled = {step.rule for step in first}
-    if "keep the adapter" in settled:
-        return first
+    rules = {step.rule for step in first}
+    if "keep the adapter" in rules:
+        shift = mind_the_shift(evidence)
+        return [step for step in first if step.rule == "keep the adapter" or step == shift]
+    if "distrust the fine-tune" in rules:
+        return [step for step in first if step.rule != "compress"]
     rank_sweep = swept(evidence)
     found = rank_sweep is not None and rank_sweep.verdict.rank is not None
     parts, weights = (
@@ -63,114 +92,183 @@ def advice(evidence: Evidence) -> list[Advice]:
 
 
 def set_scale(evidence: Evidence) -> Advice | None:
-    """Step 0: an adapter at the wrong scale is repaired without training."""
-    found = scale_mismatch(evidence)
-    if found is None:
+    """Step 0: adapters at the wrong scale are repaired without training."""
+    found = {}
+    for path in evidence.adapted or ([evidence.adapter] if evidence.adapter else []):
+        one = replace(evidence, about=path)
+        if (seen := scale_mismatch(one)) is not None:
+            off = [record.best_scale or 0.0 for record in one.residuals if record.layer in set(seen.layers)]
+            found[path] = (median(off), seen)
+    if not found:
         return None
-    off = [record.best_scale or 0.0 for record in evidence.residuals if record.layer in set(found.layers)]
+    factors = ", ".join(f"of {path} by {factor:.3g}" for path, (factor, _) in found.items())
     return Advice(
         "scale",
-        f"Multiply lora_alpha by {median(off):.3g} and measure again, before any rank is changed",
-        found.seen,
-        found.condition,
+        f"Multiply lora_alpha {factors} and measure again, before any rank is changed",
+        " ".join(seen.seen for _, seen in found.values()),
+        next(iter(found.values()))[1].condition,
         "Article, rank selection step 4 (α scaling)",
-        _audit_again(evidence),
-        found.layers,
+        command("residual", evidence.given("base"), evidence.given("tuned"), list(found)),
+        adapters=tuple(found),
+        layers=tuple(dict.fromkeys(layer for _, seen in found.values() for layer in seen.layers)),
     )
 
 
+def take_allocation(evidence: Evidence) -> Advice | None:
+    """Step 1, where the user has named a budget: the ranks that ``allocate`` found for it."""
+    for source, certificate in allocated(evidence):
+        argv = _again(source.results.run, evidence)
+        if argv is None or not evidence.readable:
+            continue
+        short = [r for r in source.results if isinstance(r, Allocation) and r.kept is not None and r.kept < SHORT]
+        uniform = next((each for each in certificate.baselines if each.name.startswith("uniform")), None)
+        beside = f", {uniform.name} {percent(uniform.kept)}" if uniform is not None else ""
+        amount = f"{number(certificate.spent)}" + (f" of {number(certificate.budget)}" if certificate.budget else "")
+        return Advice(
+            "take the allocation",
+            f"Train with the ranks of {source.name}, {certificate.params:,} parameters",
+            f"They spend {amount} ({certificate.unit.replace('_', ' ')}) and keep {percent(certificate.kept)} of the "
+            f"energy{beside}; {len(short)} of {len(source.results)} matrices keep less than {SHORT:.0%}.",
+            "an allocation by a budget, and nothing says that a smaller rank is enough",
+            "Article, multi-layer allocation",
+            argv,
+            params=certificate.params,
+            layers=tuple(record.layer for record in short),
+        )
+    return None
+
+
 def raise_rank(evidence: Evidence) -> Advice | None:
-    """Step 1: more rank where it is short; in named layers if these are few, else everywhere."""
-    capacities = evidence.capacities
+    """Step 1: more rank where the largest that there is falls short; in named layers if these are few, else everywhere.
+
+    Nothing is asked of adapters that a larger one makes superfluous, and nothing where losses say that a higher rank is
+    worse, or where an allocation spends the user's budget.
+    """
+    capacities, worse = evidence.largest, lost(evidence)
     short = [item for item in capacities if item.kept < SHORT]
-    if not short:
+    if not short or worse.more_rank or any(allocated(evidence)):
         return None
     few = 2 * len(short) <= len(capacities)
     measured = {record.layer: record for record in evidence.readable}
     known = all(item.layer in measured for item in capacities)
-    target = _target(measured, short if few else capacities, at_least=1.0 if few else 0.5) if known else None
-    if known and target is None and (not few or train_fully(evidence) is not None):
+    target = _target(measured, short if few else capacities, 1.0 if few else 0.5, worse.trained) if known else None
+    if known and target is None and (not few or LADDER[-1] <= worse.trained or train_fully(evidence) is not None):
         return None  # no usual rank mends these layers, which is for ``train_fully`` to say
     now, worst = ranks([item.rank for item in short]), min(short, key=lambda item: item.kept)
     many = f"{len(short)} of {len(capacities)} matrices"
-    where = f"in {many}: {named([item.layer for item in short])}" if few else "everywhere"
-    if not known:
-        to, mends = "", "How much it takes, the spectrum of the full fine-tune says."
-    elif target is None:
-        to, mends = f" to {LADDER[-1]}", f"Not even r={LADDER[-1]} carries that in each of them."
-    else:
-        to, mends = f" to {target}", f"r={target} carries that in {'each of them' if few else 'the median one'}."
-    return Advice(
-        "raise rank in named layers" if few else "raise rank everywhere",
-        f"Raise the rank from {now}{to} {where}",
-        f"At rank {now}, {many} can carry less than {SHORT:.0%} of their energy (at worst {percent(worst.kept)} in "
-        f"{named([worst.layer])}). {mends}{_limits(evidence)}",
-        f"C(r) < {SHORT} in at most half of the resolved matrices"
+    holders = _holders(evidence)
+    at = f"At rank {now}{f' ({_some(holders)})' if holders else ''}"
+    because = (
+        f"{at}, {many} can carry less than {SHORT:.0%} of their energy: at worst {percent(worst.kept)}, in "
+        f"{named([worst.layer])}."
+    )
+    rule = "raise rank in named layers" if few else "raise rank everywhere"
+    condition = (
+        f"C(r) < {SHORT} in at most half of the resolved matrices, at the largest rank of any adapter there"
         if few
-        else f"C(r) < {SHORT} in more than half of the resolved matrices; a rank up to {LADDER[-1]} mends the median",
-        "Article, rank selection step 5.1; Eckart & Young 1936",
-        _allocate(evidence, sum(item.rank for item in capacities) if few else (target or 0) * len(capacities))
-        if known
-        else f"loradiag spectrum {_both(evidence)} -o spectrum.jsonl",
-        tuple(item.layer for item in short),
+        else f"C(r) < {SHORT} in more than half of the resolved matrices, at the largest rank of any adapter there; a "
+        f"rank up to {LADDER[-1]} mends the median"
+    )
+    source, layers = "Article, rank selection step 5.1; Eckart & Young 1936", tuple(item.layer for item in short)
+    because += _limits(evidence, holders)
+    if not known:
+        do = f"Measure how much more than rank {now} the update needs"
+        return Advice(rule, do, because, condition, source, _spectrum(evidence), layers=layers)
+    to = target or LADDER[-1]
+    chosen = {item.layer for item in (short if few else capacities)}
+    spent = sum(sum(i.shape) * (max(to, i.rank) if i.layer in chosen else i.rank) for i in capacities)
+    params, now_spent, words = spent + saved_params(evidence), *reference(evidence)
+    where = f"r={to} in {'these' if few else 'all of them'}"
+    mends = f"carries half in {'each' if few else 'the median one'}" if target else "does not carry half in each"
+    because += (
+        f" The budget is what {where} takes{' and what the others have' if few else ''}; that {mends}."
+        f"{_kept_by(evidence, params)}"
+    )
+    return Advice(
+        rule,
+        f"Spend {params:,} trainable parameters on ranks, by energy: {params / now_spent:.2g} times {words}",
+        because,
+        condition,
+        source,
+        command("allocate", _spectrum_file(evidence), params=params, o="adapter_config.json"),
+        params=params,
+        layers=layers,
     )
 
 
 def widen_placement(evidence: Evidence) -> Advice | None:
-    """Step 2: adapt the module types that the adapter leaves alone."""
-    records = evidence.residuals
-    if not any(record.rank for record in records):
+    """Step 2: adapt the module types that every adapter leaves alone, out of the same budget."""
+    if not any(record.rank for records in evidence.adapted.values() for record in records):
         return None
+    reached = {r.layer for records in evidence.adapted.values() for r in records if r.rank}
+    every = {r.layer: r for records in evidence.adapted.values() for r in records}
+    idle = idle_layers(evidence)
+    missed = {layer: r.fro**2 for layer, r in every.items() if layer not in reached and layer not in idle}
+    total = math.fsum(record.fro**2 for record in every.values())
     shares: dict[str, float] = {}
-    total = math.fsum(record.fro**2 for record in records)
-    for record in records:
-        if record.rank == 0:
-            name = module_type_of(record.layer)
-            shares[name] = shares.get(name, 0.0) + record.fro**2 / total
-    missed = math.fsum(shares.values())
-    if missed < PLACEMENT:
+    for layer, energy in missed.items():
+        name = module_type_of(layer)
+        shares[name] = shares.get(name, 0.0) + energy / total
+    if math.fsum(shares.values()) < PLACEMENT or any(allocated(evidence)):
         return None
+    params, words = reference(evidence)
+    kinds = ", ".join(sorted(shares, key=lambda name: -shares[name]))
+    measured = evidence.update is not None
     return Advice(
         "widen placement",
-        f"Adapt {', '.join(sorted(shares, key=lambda name: -shares[name]))} too",
-        f"{percent(missed)} of ‖ΔW‖² lies in matrices that {evidence.adapter} leaves alone: {_listed(shares)}.",
+        f"Spread {params:,} trainable parameters, {words}, over all matrices: {kinds} have none"
+        if measured
+        else f"Measure the spectrum, to adapt {kinds} too",
+        f"{percent(math.fsum(shares.values()))} of ‖ΔW‖² lies in matrices that {_some(list(evidence.adapted))} "
+        f"{'leaves' if len(evidence.adapted) == 1 else 'leave'} alone: {_listed(shares)}.",
         f"share of ‖ΔW‖² in matrices without an adapter ≥ {PLACEMENT}",
         "Article, rank selection step 5.2",
-        f"loradiag allocate {_spectrum_file(evidence)} --match {shlex.quote(evidence.adapter or 'ADAPTER')}",
-        tuple(record.layer for record in records if record.rank == 0),
+        command("allocate", _spectrum_file(evidence), params=params, o="adapter_config.json")
+        if measured
+        else _spectrum(evidence),
+        params=params if measured else None,
+        layers=tuple(missed),
     )
 
 
-def train_vocabulary(evidence: Evidence) -> Advice | None:
-    """Step 2, too: embeddings and head, which adapters rarely target."""
+def train_the_rest(evidence: Evidence) -> Advice | None:
+    """Steps 2 and 3: embeddings and head, norms and biases, which adapters of matrices do not reach."""
     share = evidence.shares["vocabulary"] if evidence.shares else 0.0
-    if share < PLACEMENT or not evidence.readable:
+    vectors = heavy_vectors(evidence)
+    table = share >= PLACEMENT and bool(evidence.readable)
+    brings = without_matrices(evidence)
+    if not (table or vectors) or (brings is not None and brings < PLACEMENT):
         return None
+    parts = [*(["embeddings and head"] if table else []), *(["norms and biases"] if vectors else [])]
+    what = " and ".join(parts)
+    seen = f"{percent(share)} of the whole change ‖Δ‖² lies in embeddings and head." if table else ""
+    seen += f" {vectors.seen} Most in {named(vectors.layers)}." if vectors else ""
+    both = (evidence.given("base"), evidence.given("tuned"))
+    text = evidence.given("eval", "HELD_OUT_TEXT")
+    if not evidence.spectra:
+        do = "Train norms and biases alone: no matrix outside embeddings and head moved"
+        tried: tuple[int, ...] = (LADDER[0],)
+        do += f"; {listed(tried)} beside them shows whether matrices matter"
+        argv = sweep_of(evidence, tried, bitfit=True)
+    elif brings is None:
+        tried = (0,)
+        do = f"Measure what {what} bring by themselves, with every matrix cut to r=0"
+        argv = command("probe truncation", *both, eval=text, ranks=tried, rest="tuned", o="truncation.jsonl")
+    else:
+        tried = (next((rank for rank in LADDER if rank > lost(evidence).cut), 2 * LADDER[-1]),)
+        do = f"Train {what} too (PEFT: modules_to_save), as an adapter of {listed(tried)} with all of them saved has it"
+        seen += f" With every matrix as in BASE they bring {percent(brings)} of the gain."
+        argv = command("extract", *both, rank=tried[0], rest="save", o="adapter/")
     return Advice(
-        "train embeddings and head",
-        "Train embeddings and head too (PEFT: modules_to_save), or check that the task needs them unchanged",
-        f"{percent(share)} of the whole change ‖Δ‖² lies there; an adapter on the other matrices cannot reach it.",
-        f"share of ‖Δ‖² in embeddings and head ≥ {PLACEMENT}",
-        "Article, rank selection step 5.2 (placement), carried over to tables",
-        _extract(evidence, "--rest save"),
-    )
-
-
-def hybrid(evidence: Evidence) -> Advice | None:
-    """Step 3: unfreeze norms and biases."""
-    found = heavy_vectors(evidence)
-    if found is None:
-        return None
-    return Advice(
-        "hybrid",
-        "Unfreeze norms and biases beside the adapter (PEFT: bias='all', modules_to_save for norms)"
-        if evidence.spectra
-        else "Train norms and biases alone: no matrix outside embeddings and head moved",
-        f"{found.seen} Most in {named(found.layers)}.",
-        f"share of ‖Δ‖² in norms and biases ≥ {VECTORS}",
-        "Article, rank selection step 5.3; BitFit (Ben Zaken et al. 2022)",
-        _extract(evidence, "--rest save"),
-        found.layers,
+        "hybrid" if vectors else "train embeddings and head",
+        do,
+        f"{seen} An adapter on the other matrices cannot reach it.".strip(),
+        f"share of ‖Δ‖² in embeddings and head ≥ {PLACEMENT}, or in norms and biases ≥ {VECTORS}; truncation to r=0, "
+        f"if measured, keeps ≥ {PLACEMENT} of the gain",
+        "Article, rank selection steps 5.2, carried over to tables, and 5.3; BitFit (Ben Zaken et al. 2022)",
+        argv,
+        ranks=tried,
+        layers=vectors.layers if vectors else (),
     )
 
 
@@ -182,24 +280,26 @@ def train_fully(evidence: Evidence) -> Advice | None:
     for layer, share in shares_at(rank, large).items():
         by_type.setdefault(module_type_of(layer), []).append(share)
     slow = [name for name, shares in by_type.items() if sum(share < SHORT for share in shares) >= MOST * len(shares)]
-    if not slow:
+    if not slow or lost(evidence).beaten:
         return None
     every = len(slow) == len(by_type)
     kept = median(share for name in slow for share in by_type[name])
     return Advice(
         "full fine-tuning" if every else "partial fine-tuning",
-        "Fine-tune fully, or accept a low-rank bias" if every else f"Unfreeze {', '.join(slow)}; adapters on the rest",
+        (f"Fine-tune fully, or accept a low-rank bias; compare the cost with r={rank}" if every else "")
+        or f"Unfreeze {', '.join(slow)}, adapters on the rest; compare the cost with r={rank} everywhere",
         f"Even r={rank} keeps {percent(kept)} of the energy in the median matrix of "
         f"{'every type' if every else f'these types, {len(slow)} of {len(by_type)}'}.",
         f"C({rank}) < {SHORT} in at least {MOST:.0%} of a type's resolved matrices with both sizes ≥ {SIZEABLE * rank}",
         "Article, rank selection step 5.4; Biderman et al. 2024 (arXiv 2405.09673) measure 10 to 100 times usual ranks",
-        f"loradiag plan {_input(evidence, 'base', 'BASE')}",
-        tuple(record.layer for record in large if module_type_of(record.layer) in slow),
+        command("plan", evidence.given("base"), ranks=(rank,)),
+        ranks=(rank,),
+        layers=tuple(record.layer for record in large if module_type_of(record.layer) in slow),
     )
 
 
-RULES = (set_scale, raise_rank, widen_placement, train_vocabulary, hybrid, train_fully)
-ABOUT_RANK = (fit_rank, raise_rank, train_fully)
+RULES = (set_scale, take_allocation, raise_rank, widen_placement, train_the_rest, train_fully)
+ABOUT_RANK = (fit_rank, take_allocation, raise_rank, train_fully)
 
 
 def enough(evidence: Evidence) -> Advice | None:
@@ -208,84 +308,123 @@ def enough(evidence: Evidence) -> Advice | None:
         kept = [kept_at(record, rank) for record in evidence.readable]
         known = [share for share in kept if share is not None]
         small = [record for record in evidence.readable if min(record.shape) >= SIZEABLE * rank]
+        if rank <= lost(evidence).cut:
+            continue
         if len(known) == len(evidence.spectra) <= 2 * len(small) and small and min(known) >= ENOUGH:
             return Advice(
                 "enough",
-                f"Nothing: r={rank} is enough",
+                f"Extract the update at r={rank}, which is enough",
                 f"r={rank} keeps {percent(min(known))} of the energy in the worst of {len(known)} matrices, and "
                 "nothing that was measured lies where an adapter does not reach.",
                 f"C({rank}) ≥ {ENOUGH} in every matrix outside embeddings and head, all resolved, half of them "
                 f"{SIZEABLE * rank} or more wide; no other rule speaks",
                 "Article, rank sweep (fast saturation); Eckart & Young 1936",
-                _extract(evidence, "", rank),
+                command("extract", evidence.given("base"), evidence.given("tuned"), rank=rank, o="adapter/"),
+                ranks=(rank,),
             )
     return None
 
 
 def sweep(evidence: Evidence) -> Advice | None:
     """Where no rule speaks and no small rank carries all: only the loss can tell."""
-    kept = [item.kept for item in evidence.capacities]
-    if not kept:
+    items = evidence.largest
+    kept = [item.kept for item in items]
+    above = [rank for rank in (*LADDER, *(LADDER[-1] * 2**i for i in (1, 2))) if rank > lost(evidence).trained]
+    if not kept or lost(evidence).more_rank:
         return None
-    rank = ranks([item.rank for item in evidence.capacities])
+    rank = ranks([item.rank for item in items])
+    nearest = min(range(len(above)), key=lambda place: abs(math.log(above[place] / median(i.rank for i in items))))
+    tried = tuple(above[max(0, nearest - 1) : max(0, nearest - 1) + 3])
     return Advice(
         "sweep",
-        "Let the held-out loss decide: train two or three ranks",
+        f"Let the held-out loss decide: train at {listed(tried)}",
         f"Rank {rank} keeps between {percent(min(kept))} and {percent(max(kept))} of the energy, "
         f"{percent(median(kept))} in the median matrix: no rule above settles whether that is enough.",
         "no other rule speaks",
         "Article, diagnostic 3 (rank sweep)",
-        sweep_of(evidence),
+        sweep_of(evidence, tried),
+        ranks=tried,
     )
 
 
-def _target(measured: Mapping[str, Spectrum], items: Sequence[Capacity], at_least: float) -> int | None:
+def _target(measured: Mapping[str, Spectrum], items: Sequence[Capacity], at_least: float, above: int) -> int | None:
     """Return the smallest usual rank that keeps half of the energy in a share of the layers; None if none does."""
     for rank in LADDER:
         kept = [kept_at(measured[item.layer], rank) or 0.0 for item in items]
-        if rank > min(item.rank for item in items) and sum(k >= SHORT for k in kept) >= at_least * len(kept):
+        more = rank > max(above, *(item.rank for item in items)) if len(items) else False
+        if more and sum(k >= SHORT for k in kept) >= at_least * len(kept):
             return rank
     return None
 
 
-def _limits(evidence: Evidence) -> str:
-    """Say where an audited adapter is limited by something that rank does not mend."""
-    limited = [record.limited_by for record in evidence.residuals if record.rank]
+def _holders(evidence: Evidence) -> list[str]:
+    """Return the adapters that have the largest rank in some layer."""
+    most = {item.layer: item.rank for item in evidence.largest}
+    return [
+        path
+        for path, records in evidence.adapted.items()
+        if any(record.rank and most.get(record.layer) == record.rank for record in records)
+    ]
+
+
+def _limits(evidence: Evidence, holders: Sequence[str]) -> str:
+    """Say where adapters are limited by something that rank does not mend."""
+    limited = [record.limited_by for path in holders for record in evidence.adapted[path] if record.rank]
     times = limited.count("rank")
     if not limited or 2 * times >= len(limited):
         return ""
     return (
         f" But rank is the larger part of ε in {f'only {times}' if times else 'none'} of the {len(limited)} matrices "
-        f"that {evidence.adapter} adapts: it found another solution there, which may be as good."
+        f"that {_some(holders)} {'adapts' if len(holders) == 1 else 'adapt'}: another solution was found there, which "
+        "may be as good."
     )
+
+
+def _kept_by(evidence: Evidence, params: int) -> str:
+    """Say what the command will keep, by running it: it is a function of these records."""
+    assert evidence.update is not None
+    results = evidence.update.results
+    try:
+        found = allocate(results.layers, Budget("params", params, "--params"), left_out=results.left_out)
+    except UsageError:
+        return ""
+    return f" So spent, they keep {percent(found.certificate.kept)} of the energy of all matrices."
+
+
+def _again(run: Run, evidence: Evidence) -> tuple[str, ...] | None:
+    """Return the command of an allocation, to write its config; None where its weights were given in Python."""
+    settings = run.settings
+    if isinstance(settings.get("weights"), Mapping):
+        return None
+    option, _, amount = str(settings["budget"]).partition(" ")
+    options = {
+        name: settings.get(name) or None
+        for name in ("min_rank", "max_rank", "ranks_from", "target", "exclude", "weights", "relative")
+    }
+    given = next((side.path for side in run.inputs if side.role == "results" and side.path), None)
+    return command(
+        "allocate",
+        given or _spectrum_file(evidence),
+        **{option.removeprefix("--"): amount},
+        **options,
+        method=settings.get("method") if settings.get("method") != "optimal" else None,
+        optimizer=settings.get("optimizer"),
+        dtype=settings.get("dtype"),
+        o="adapter_config.json",
+    )
+
+
+def _some(paths: Sequence[str]) -> str:
+    return " and ".join([", ".join(paths[:-1]), paths[-1]]) if len(paths) > 1 else "".join(paths)
 
 
 def _listed(shares: Mapping[str, float]) -> str:
     return ", ".join(f"{percent(shares[name])} in {name}" for name in sorted(shares, key=lambda name: -shares[name]))
 
 
-def _input(evidence: Evidence, role: str, otherwise: str) -> str:
-    """Return what the user named as an input, as a shell takes it."""
-    source = evidence.update or evidence.audit
-    paths = [side.path for side in source.results.run.inputs if side.role == role] if source else []
-    return shlex.quote(paths[0]) if paths else otherwise
-
-
 def _spectrum_file(evidence: Evidence) -> str:
-    return shlex.quote(evidence.update.name) if evidence.update else "spectrum.jsonl"
+    return evidence.update.name if evidence.update else "spectrum.jsonl"
 
 
-def _allocate(evidence: Evidence, total: int) -> str:
-    return f"loradiag allocate {_spectrum_file(evidence)} --total-rank {total}"
-
-
-def _extract(evidence: Evidence, more: str, rank: int = 8) -> str:
-    return f"loradiag extract {_both(evidence)} --rank {rank}{f' {more}' if more else ''} -o adapter/"
-
-
-def _audit_again(evidence: Evidence) -> str:
-    return f"loradiag residual {_both(evidence)} {shlex.quote(evidence.adapter or 'ADAPTER')}"
-
-
-def _both(evidence: Evidence) -> str:
-    return f"{_input(evidence, 'base', 'BASE')} {_input(evidence, 'tuned', 'TUNED')}"
+def _spectrum(evidence: Evidence) -> tuple[str, ...]:
+    return command("spectrum", evidence.given("base"), evidence.given("tuned"), o="spectrum.jsonl")

@@ -8,8 +8,8 @@ and where what it would say is within the noise of its measurement: standard err
 from __future__ import annotations
 
 import math
-import shlex
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from scipy.special import ndtri
@@ -26,10 +26,11 @@ from lora_diag.probes.outputs.contest import ERRORS
 from lora_diag.probes.sensitivity.gains import Gain, gains_of
 from lora_diag.probes.sensitivity.record import Sensitivity
 from lora_diag.records.probe import main_sets
+from lora_diag.reports.budget import reference
 from lora_diag.reports.evidence import DEFAULT_RANK, Evidence, Source
 from lora_diag.reports.findings import named, percent
-from lora_diag.reports.step import Advice
-from lora_diag.reports.worth import of
+from lora_diag.reports.step import Advice, command, listed
+from lora_diag.reports.worth import lost, of
 
 # The level that the units of a run share.
 LEVEL = 0.05
@@ -43,8 +44,62 @@ FEWEST = 5
 APART = 0.7
 
 
+@dataclass(frozen=True, slots=True)
+class Gains:
+    """What the units of one run of ``probe sensitivity`` surely gain.
+
+    Args:
+        source: The run.
+        name: The set that decides.
+        known: Every unit with an error, the highest gain first.
+        clear: Those that gain for sure.
+        idle: Those that gain at most a tenth of what the best surely gains.
+        uneven: Whether the highest gain is surely, and by a factor that matters, above the lowest.
+        errors: How many standard errors make a gain sure.
+    """
+
+    source: Source
+    name: str
+    known: tuple[Gain, ...]
+    clear: tuple[Gain, ...]
+    idle: tuple[Gain, ...]
+    uneven: bool
+    errors: float
+
+
 def place_by_gain(evidence: Evidence) -> Advice | None:
-    """Adapt what gains alone, and leave out what surely does not; or only spend rank by the gains."""
+    """Spend rank by what each unit gains alone, where some gain little or they differ."""
+    for found in _sure_gains(evidence):
+        if not found.idle and not found.uneven:
+            continue
+        best, lowest = found.known[0], (found.idle or found.known)[-1]
+        most = named([gain.unit for gain in (found.clear if found.idle else found.known[:3])])
+        little = f", little in {named([gain.unit for gain in found.idle])}" if found.idle else ""
+        argv, params, words = _allocate(evidence, found.source)
+        return Advice(
+            "place by gain",
+            f"{words} by what each gains alone: most in {most}{little}",
+            f"Adapted alone at r={found.source.results.run.settings['rank']}, {best.unit.removesuffix('.weight')} "
+            f"lowers the loss on {found.name} by {_gain(best)} nats, {lowest.unit.removesuffix('.weight')} by "
+            f"{_gain(lowest)}; {len(found.clear)} of {len(found.known)} gain for sure, {len(found.idle)} at most a "
+            "tenth of the best. A gain alone is no share of what all gain together.",
+            f"some gain ≤ {IDLE:g} of the highest, or the highest ≥ {UNEVEN:g} times the lowest, beyond "
+            f"{found.errors:.1f} paired standard errors (95% over {len(found.known)} units); {FEWEST} units or more",
+            "Article, diagnostic 2 (layer sensitivity); Cochran 1977, section 2.11; Bonferroni over the units",
+            argv,
+            params=params,
+            layers=tuple(layer for gain in found.clear for layer in gain.layers),
+        )
+    return None
+
+
+def idle_layers(evidence: Evidence) -> set[str]:
+    """Return the layers that are measured to gain next to nothing alone, which no step asks to adapt."""
+    return {layer for found in _sure_gains(evidence) for gain in found.idle for layer in gain.layers}
+
+
+def _sure_gains(evidence: Evidence) -> Iterator[Gains]:
+    """Yield what runs over all layers say; nothing of one in which not even the best unit gains for sure."""
     for source, records in _runs(evidence, Sensitivity):
         settings = source.results.run.settings
         if settings.get("layers") or settings.get("exclude"):
@@ -54,37 +109,18 @@ def place_by_gain(evidence: Evidence) -> Advice | None:
         if len(known) < FEWEST:
             continue
         errors = float(ndtri(1 - LEVEL / 2 / len(known)))
-        best = known[0]
-        floor = best.gain - errors * (best.error or 0.0)
+        floor = known[0].gain - errors * (known[0].error or 0.0)
         if floor <= 0:
             continue
-        clear = [gain for gain in known if gain.gain > errors * (gain.error or 0.0)]
-        idle = [gain for gain in known if gain.gain + errors * (gain.error or 0.0) <= IDLE * floor]
-        if not idle and not _uneven(records, name, known, errors):
-            continue
-        most = named([gain.unit for gain in (clear if idle else known[:3])])
-        lowest = (idle or known)[-1]
-        return Advice(
-            "place by gain",
-            f"Adapt {most}; leave out {named([gain.unit for gain in idle])}"
-            if idle
-            else f"Spend rank by what each gains alone: most in {most}",
-            f"Adapted alone at r={settings['rank']}, {best.unit.removesuffix('.weight')} lowers the "
-            f"loss on {name} by {_gain(best)} nats, {lowest.unit.removesuffix('.weight')} by {_gain(lowest)}; "
-            f"{len(clear)} of {len(known)} gain for sure, {len(idle)} at most a tenth of the best. A gain alone is no "
-            "share of what all gain together.",
-            f"some gain ≤ {IDLE:g} of the highest, or the highest ≥ {UNEVEN:g} times the lowest, beyond {errors:.1f} "
-            f"paired standard errors (95% over {len(known)} units); {FEWEST} units or more",
-            "Article, diagnostic 2 (layer sensitivity); Cochran 1977, section 2.11; Bonferroni over the units",
-            _allocate(evidence, source),
-            tuple(layer for gain in clear for layer in gain.layers),
-        )
-    return None
+        clear = tuple(gain for gain in known if gain.gain > errors * (gain.error or 0.0))
+        idle = tuple(gain for gain in known if gain.gain + errors * (gain.error or 0.0) <= IDLE * floor)
+        uneven = _uneven(records, name, known, errors)
+        yield Gains(source, name, tuple(known), clear, idle, uneven, errors)
 
 
 def fit_rank(evidence: Evidence) -> Advice | None:
     """Hold the adapter's rank against the smallest LoRA that came near to full fine-tuning, or one that did not."""
-    chosen = sorted({record.rank for record in evidence.residuals if record.rank})
+    chosen = sorted({record.rank for records in evidence.adapted.values() for record in records if record.rank})
     if not chosen:
         return None
     for source, records in _runs(evidence, Intrinsic):
@@ -104,20 +140,30 @@ def fit_rank(evidence: Evidence) -> Advice | None:
             because = f"On {name}, r={line.size} came to {_shares(line)} of full fine-tuning's gain with every seed"
             tried = [line.size or 0, chosen[0]]
         elif short and not any(each.edge for each in short) and line is None:
-            do = f"Expect r={_span(chosen)} to fall short of full fine-tuning: try higher ranks"
+            higher = [2 * (short[-1].size or 0), 4 * (short[-1].size or 0)]
+            do = f"Expect r={_span(chosen)} to fall short of full fine-tuning: try {listed(higher)} beside it"
             because = f"On {name}, even r={short[-1].size} came to {_shares(short[-1])} of full fine-tuning's gain"
-            tried = [chosen[-1], 2 * (short[-1].size or 0), 4 * (short[-1].size or 0)]
+            tried = [chosen[-1], *higher]
         else:
             continue
+        if tried[0] <= lost(evidence).trained or (line is None and lost(evidence).more_rank):
+            continue  # losses on the page know better
         return Advice(
             "fit the rank",
             do,
-            f"{because}; the adapter {evidence.adapter} has r={_span(chosen)}.{dimension} More steps may ask for more.",
+            f"{because}; the adapters here have r={_span(chosen)}.{dimension} More steps may ask for more.",
             f"the smallest LoRA with ≥ {percent(share)} of full fine-tuning's gain at every seed has a lower rank than "
             "the adapter; or no LoRA of its rank or more comes to that at any seed, at a rate inside the grid",
             "Aghajanyan et al. 2020 (arXiv 2012.13255), d for 90% of full fine-tuning, carried over to ranks",
-            f"loradiag probe sweep {source.given('base')} --data {source.given('data', 'TEXT')} --eval "
-            f"{source.given('eval', 'HELD_OUT_TEXT')} --ranks {','.join(map(str, tried))} -o sweep.jsonl",
+            command(
+                "probe sweep",
+                source.given("base"),
+                data=source.given("data", "TEXT"),
+                eval=source.given("eval", "HELD_OUT_TEXT"),
+                ranks=tried,
+                o="sweep.jsonl",
+            ),
+            ranks=tuple(tried),
         )
     return None
 
@@ -139,14 +185,16 @@ def _misled(evidence: Evidence, source: Source, at: Correlations) -> Advice | No
     fisher, energy = (_rho(at.kl[name][0], at.n) for name in ("Fisher", "weight energy"))
     if fisher is None or energy is None or fisher[1] <= energy[2]:
         return None
+    argv, params, words = _allocate(evidence, source)
     return Advice(
         "rank by Fisher",
-        "To cut this update, give rank by the Fisher information and not by energy",
+        f"{words} by the Fisher information of what is cut and not by energy",
         f"Spearman's ρ with the measured cost of cutting each of {at.n} layers to r={at.rank} is {_told(fisher)} for "
         f"the Fisher of what is cut and {_told(energy)} for its energy Σσ².",
         "95% interval of the Fisher's ρ above that of energy's",
         "SVD-LLM (arXiv 2403.07378) and Fisher-weighted SVD (arXiv 2207.00112); measured, Spearman 1904",
-        _allocate(evidence, source),
+        argv,
+        params=params,
     )
 
 
@@ -163,7 +211,8 @@ def _apart(source: Source, records: Sequence[Fisher], rank: int) -> Advice | Non
         f"They order {len(both)} layers differently: Spearman's ρ of the two at r={rank} is {_told(rho)}.",
         f"95% interval of ρ between energy and Fisher of what r={rank} cuts below {APART}; no cost measured",
         "Fisher-weighted SVD (arXiv 2207.00112); Spearman 1904",
-        f"loradiag probe fisher {base} {tuned} --data {data} --eval HELD_OUT_TEXT --ranks {rank} -o fisher-2.jsonl",
+        command("probe fisher", base, tuned, data=data, eval="HELD_OUT_TEXT", ranks=(rank,), o="fisher-2.jsonl"),
+        ranks=(rank,),
     )
 
 
@@ -177,15 +226,17 @@ def mind_the_bound(evidence: Evidence) -> Advice | None:
         if len(times) < 2 or min(times) < LOOSE:
             continue
         base, tuned, text = source.given("base"), source.given("tuned"), source.given("eval", "HELD_OUT_TEXT")
+        tried = tuple(record.rank for record in whole)
         return Advice(
             "mind the bound",
-            "Choose no rank by the loss bound (λ/2)Σσ²: measure the loss of the truncated update",
+            f"Choose no rank by the loss bound (λ/2)Σσ²: measure the loss of the update cut to {listed(tried)}",
             f"On {whole[0].set} the bound is {min(times):.0f} to {max(times):.0f} times the measured gap at "
             f"{', '.join(f'r={record.rank}' for record in whole)}.",
             f"bound ≥ {LOOSE:.0f} times the gap at two ranks or more whose gap is above {ERRORS:.0f} standard errors; "
             "no truncation measured",
             "Article, loss bound (L/2)Σσ²; Ghorbani et al. 2019 (arXiv 1901.10159): few eigenvalues are large",
-            f"loradiag probe truncation {base} {tuned} --eval {text} -o truncation.jsonl",
+            command("probe truncation", base, tuned, eval=text, ranks=tried, o="truncation.jsonl"),
+            ranks=tried,
         )
     return None
 
@@ -245,9 +296,14 @@ def _told(rho: tuple[float, float, float]) -> str:
     return f"{rho[0]:.2f} [{rho[1]:.2f}, {rho[2]:.2f}]"
 
 
-def _allocate(evidence: Evidence, weights: Source) -> str:
-    """Return the command that spends the usual rank by these weights; without a spectrum, the one that measures it."""
+def _allocate(evidence: Evidence, weights: Source) -> tuple[tuple[str, ...], int | None, str]:
+    """Return the command that spends a budget by these weights, the budget, and both in words.
+
+    Without a spectrum it is the command that measures one.
+    """
     if evidence.update is None:
-        return f"loradiag spectrum {weights.given('base')} {weights.given('tuned')} -o spectrum.jsonl"
-    spectrum, by = shlex.quote(evidence.update.name), shlex.quote(weights.name)
-    return f"loradiag allocate {spectrum} --total-rank {DEFAULT_RANK * len(evidence.spectra)} --weights {by}"
+        base, tuned = weights.given("base"), evidence.given("tuned")
+        return command("spectrum", base, tuned, o="spectrum.jsonl"), None, "Measure the spectrum, then spend rank"
+    params, words = reference(evidence)
+    argv = command("allocate", evidence.update.name, params=params, weights=weights.name, o="adapter_config.json")
+    return argv, params, f"Spend {params:,} trainable parameters, {words},"

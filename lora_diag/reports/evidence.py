@@ -23,6 +23,8 @@ from lora_diag.records.vocabulary import METRIC_NAMES, metric_of
 
 # The rank that is asked about where no adapter was measured: the default of PEFT, and the article's first step.
 DEFAULT_RANK = 8
+# More adapters and updates than these are not spoken of one by one.
+SPOKEN_OF = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,9 +42,12 @@ class Source:
     written: str = ""
 
     def given(self, role: str, unnamed: str = "") -> str:
-        """Return the first input of a role as a command takes it; without one, in capitals, what it would be."""
-        paths = [side.path for side in self.results.run.inputs if side.role == role]
-        return shlex.quote(paths[0]) if paths else unnamed or role.upper()
+        """Return the path of the first input of a role; without one, in capitals, what it would be."""
+        return next(iter(self.paths(role)), unnamed or role.upper())
+
+    def paths(self, role: str) -> list[str]:
+        """Return the paths of all inputs of a role."""
+        return [side.path for side in self.results.run.inputs if side.role == role]
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +110,48 @@ class Evidence:
     def adapter(self) -> str | None:
         """The adapter that is asked about, or the first of ``audit``, by its path."""
         return self.about or next(iter(_adapters(self.audit) if self.audit else ()), None)
+
+    @cached_property
+    def adapted(self) -> dict[str, tuple[Residual, ...]]:
+        """``residuals`` of every adapter, by its path."""
+        named = dict.fromkeys(path for run in self.of(Residual) for path in _adapters(run))
+        return {path: replace(self, about=path).residuals for path in named}
+
+    @cached_property
+    def largest(self) -> tuple[Capacity, ...]:
+        """What the largest rank of any adapter can carry, layer by layer; ``capacities`` where there is no adapter."""
+        found: dict[str, Capacity] = {}
+        for path in self.adapted:
+            for item in replace(self, about=path).capacities:
+                if item.layer not in found or found[item.layer].rank < item.rank:
+                    found[item.layer] = item
+        whole = {r.layer for records in self.adapted.values() for r in records if (r.rank or 0) >= min(r.shape)}
+        return tuple(item for item in found.values() if item.layer not in whole) if found else self.capacities
+
+    def finished(self) -> Evidence:
+        """Return the same without runs that did not finish, which say nothing of the layers they lack."""
+        return replace(self, sources=tuple(source for source in self.sources if source.results.end is not None))
+
+    def groups(self) -> list[Evidence]:
+        """Return what testifies to each full fine-tune, with the runs that are of none, such as sweeps."""
+        sides: list[set[str]] = []  # path and fingerprint of each fine-tune
+        for source in self.sources:
+            if own := _tuned(source):
+                known = next((side for side in sides if side & own), None)
+                if known is None:
+                    sides.append(known := set())
+                known |= own
+        if len(sides) < 2:
+            return [self]
+        return [
+            replace(self, sources=tuple(s for s in self.sources if not (own := _tuned(s)) or own & side))
+            for side in sides
+        ]
+
+    def given(self, role: str, unnamed: str = "") -> str:
+        """Return the path of the first input of a role in any run; without one, in capitals, what it would be."""
+        found = (path for source in self.sources for path in source.paths(role))
+        return next(found, unnamed or role.upper())
 
     def each(self) -> list[Evidence]:
         """Return what testifies to each adapter, and to each full update but the first; the first of all first."""
@@ -188,14 +235,19 @@ class Evidence:
         lacking = []
         if not any(record.record == "probe" for source in self.sources for record in source.results.whole):
             lacking.append(
-                ("no held-out loss", "loradiag probe outputs BASE FULL_FT ADAPTER --eval FILE -o outputs.jsonl"),
+                (
+                    "no held-out loss",
+                    f"loradiag probe outputs {self._sides()} --eval HELD_OUT_TEXT -o outputs.jsonl",
+                ),
             )
         if self.update is None and self.audit is None:
             said = ", ".join(f"{run.name} is in {METRIC_NAMES[metric_of(run.results.layers)]}" for run in self.weighed)
             lacking.append(
                 (
                     f"no spectrum of a full fine-tune{f' in the weights: {said}' if said else ''}",
-                    measure_weights(self.weighed[0]) if said else "loradiag spectrum BASE FULL_FT -o spectrum.jsonl",
+                    measure_weights(self.weighed[0])
+                    if said
+                    else f"loradiag spectrum {self._sides(0)} -o spectrum.jsonl",
                 )
             )
         elif self.update is not None and self.spectra and not self.readable:
@@ -210,13 +262,18 @@ class Evidence:
             lacking.append(("ε is measured against rounding noise in most matrices: nothing is concluded from it", ""))
         if self.audit is None:
             lacking.append(
-                ("no adapter was compared", "loradiag residual BASE FULL_FT ADAPTER -o residual.jsonl"),
+                ("no adapter was compared", f"loradiag residual {self._sides()} -o residual.jsonl"),
             )
         if not any(self.of(Overlap)):
             lacking.append(
-                ("no gradients", "loradiag overlap BASE FULL_FT GRADIENTS -o overlap.jsonl"),
+                ("no gradients", f"loradiag overlap {self._sides(0)} GRADIENTS -o overlap.jsonl"),
             )
         return lacking
+
+    def _sides(self, adapters: int = SPOKEN_OF) -> str:
+        """Return base, full fine-tune and adapters as a shell takes them; in capitals where no run has them."""
+        named = list(dict.fromkeys(path for source in self.sources for path in source.paths("adapter"))) or ["ADAPTER"]
+        return shlex.join([self.given("base"), self.given("tuned", "FULL_FT"), *named[:adapters]])
 
     @property
     def verdicts(self) -> tuple[Verdict, ...]:
@@ -230,6 +287,12 @@ def _adapters(run: Source) -> list[str]:
     """Return the adapters of a run of ``residual``, by their paths."""
     records = (record for record in run.results if isinstance(record, Residual) and record.role == "adapter")
     return list(dict.fromkeys(record.adapter for record in records))
+
+
+def _tuned(source: Source) -> set[str]:
+    """Return path and fingerprint of the one fine-tune that a run is of; nothing for a run of none or of several."""
+    sides = [side for side in source.results.run.inputs if side.role == "tuned"]
+    return {word for side in sides for word in (side.path, side.fingerprint) if word} if len(sides) == 1 else set()
 
 
 def _is_full_update(records: Sequence[Any]) -> bool:

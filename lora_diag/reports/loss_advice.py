@@ -6,7 +6,7 @@ allow to tell apart, because that is what makes a difference one.
 
 from __future__ import annotations
 
-import shlex
+from collections.abc import Sequence
 
 from lora_diag.metrics.equivalence import LEVEL
 from lora_diag.probes.outputs.choice import Choice, choices
@@ -15,9 +15,11 @@ from lora_diag.probes.sweep.verdict import SweepVerdict, confident, reasons
 from lora_diag.records import Probe
 from lora_diag.records.probe import main_sets
 from lora_diag.reports.evidence import Evidence
-from lora_diag.reports.step import Advice
-from lora_diag.reports.worth import SweptRun, compressed, contests, of, swept
+from lora_diag.reports.step import Advice, command, listed
+from lora_diag.reports.worth import SweptRun, compressed, contests, lost, of, swept
 
+# Ranks of a sweep that is advised.
+_RANKS = tuple(2**power for power in range(2, 12))
 _PAIRED = "paired standard error by sequence (Cochran 1977, section 2.11)"
 
 
@@ -38,25 +40,57 @@ def keep_adapter(evidence: Evidence) -> Advice | None:
         f"loss + {ERRORS:.0f} standard errors within {1 - KEPT:.0%} of the full fine-tune's gain on every set that is "
         "not shifted, and that gain more than two of its own",
         f"Article, diagnostic 3 (validation loss); {_PAIRED}",
-        f"loradiag gate --policy adapter-basic --base {source.given('base')} --adapter {shlex.quote(best.name)}",
+        command("gate", policy="adapter-basic", base=source.given("base"), adapter=best.name),
+        adapters=(best.name,),
+    )
+
+
+def distrust(evidence: Evidence) -> Advice | None:
+    """A full fine-tune that is worse than BASE is nothing to imitate."""
+    if not lost(evidence).tuned or not (found := [*of(evidence, "outputs"), *of(evidence, "truncation")]):
+        return None
+    source, records = found[0]
+    worst = max((r for r in records if r.subject == "base" and r.layer is None), key=lambda r: -(r.gap or 0.0))
+    return Advice(
+        "distrust the fine-tune",
+        f"Do not imitate {source.given('tuned')}: measure it on other held-out text first",
+        f"On {worst.set}, BASE is {_gap(worst)} nats from the full fine-tune: training made the model worse there.",
+        f"the full fine-tune worse than BASE by more than {ERRORS:.0f} standard errors on every set that is not "
+        "shifted",
+        f"Article, diagnostic 3 (validation loss); {_PAIRED}",
+        command(
+            "probe truncation",
+            source.given("base"),
+            source.given("tuned"),
+            eval="OTHER_TEXT",
+            ranks=(0,),
+            o="truncation-2.jsonl",
+        ),
+        ranks=(0,),
     )
 
 
 def close_gap(evidence: Evidence) -> Advice | None:
     """Every adapter that was measured is worse than the full fine-tune: say by how much, as weights do not."""
     found = contests(evidence)
-    if not found or any(contest.word != "worse" for contest in found):
-        return None
+    if not found or any(contest.word != "worse" for contest in found) or train_at_rank(evidence) is not None:
+        return None  # a sweep says what to train
     best = min(found, key=lambda contest: contest.worst.gap or 0.0)
+    sweep = swept(evidence)
+    highest = max([lost(evidence).trained, *(sweep.ranks if sweep else ())])
+    tried = () if lost(evidence).more_rank else tuple(rank for rank in _RANKS if rank > highest)[:3]
+    argv = sweep_of(evidence, tried)
     return Advice(
         "close the gap",
-        f"Close a gap of {_gap(best.worst)} nats to the full fine-tune",
+        f"Close a gap of {_gap(best.worst)} nats to the full fine-tune: "
+        f"{f'train at {listed(tried)}' if tried else 'sweep learning rates'}",
         f"{_told(best)}{', the best of ' + str(len(found)) if len(found) > 1 else ''}. Steps that stand on "
         "weights say where it may lie; train and measure the loss again.",
         f"every adapter worse by more than {ERRORS:.0f} standard errors on some set, and with as many against it "
         f"keeping less than {KEPT:.0%} of the gain",
         f"Article, rank selection step 5 (escalation); {_PAIRED}",
-        sweep_of(evidence),
+        argv,
+        ranks=tried,
     )
 
 
@@ -69,12 +103,20 @@ def measure_more(evidence: Evidence) -> Advice | None:
     source, _ = next(of(evidence, "outputs"))
     return Advice(
         "measure more",
-        "Measure the loss on more held-out text",
-        f"{_told(unknown[0])}: too little to tell whether it does as well as the full fine-tune.",
+        f"Measure the loss of {', '.join(contest.name for contest in unknown)} on more held-out text",
+        f"{'; '.join(map(_told, unknown))}: too little to tell whether {'it does' if len(unknown) == 1 else 'they do'} "
+        "as well as the full fine-tune.",
         f"neither within {1 - KEPT:.0%} of the gain nor worse, with {ERRORS:.0f} standard errors either way",
         _PAIRED,
-        f"loradiag probe outputs {source.given('base')} {source.given('tuned')} {shlex.quote(unknown[0].name)} "
-        "--eval MORE_TEXT -o outputs.jsonl",
+        command(
+            "probe outputs",
+            source.given("base"),
+            source.given("tuned"),
+            [contest.name for contest in unknown],
+            eval="MORE_TEXT",
+            o="outputs-2.jsonl",
+        ),
+        adapters=tuple(contest.name for contest in unknown),
     )
 
 
@@ -84,27 +126,41 @@ def train_at_rank(evidence: Evidence) -> Advice | None:
     if found is None or found.verdict.word == "no verdict":
         return None
     verdict, base, chosen = found.verdict, found.base, found.verdict.chosen
-    many = ", ".join(map(str, found.ranks))
-    base_path = found.source.given("base")
+    many, path = ", ".join(map(str, found.ranks)), found.source.given("base")
+    rates: tuple[float, ...] = ()
+    seeds, tried = None, found.ranks
     if chosen is None:
-        do = "Change the training before the rank: every rank is worse than BASE"
-        because = f"On {found.set}, the best of r = {many} is {-verdict.gain:.3g} nats above BASE's {base.nats:.4g}."
-        command = sweep_of(evidence, " --lr 1e-6,1e-5,1e-4")
+        lowest = min(record.lr for _, records in of(evidence, "sweep") for record in records if record.lr)
+        rates = tuple(float(f"{lowest / factor:.2g}") for factor in (100, 10, 3))
+        do = f"Change the training before the rank: learning rates {', '.join(f'{rate:g}' for rate in rates)}"
+        because = (
+            f"On {found.set}, every rank is worse than BASE: the best of r = {many} is {-verdict.gain:.3g} nats above "
+            f"its {base.nats:.4g}, at learning rates from {lowest:g} up."
+        )
+        argv = sweep_of(evidence, tried, rates)
     else:
         at = f"r={chosen.rank} with learning rate {chosen.lr:g}"
         sure = chosen.confidence if verdict.rank is not None else verdict.confidence
         words = "" if sure is None else f", {confident(sure)} confidence"
-        more = chosen.rank == found.ranks[-1]
-        do = f"Train at {at}{', and try higher ones: the loss still falls there' if more else ''}"
         lead = (
             "the smallest rank shown to keep" if verdict.rank is not None else "the best answer, not shown yet, to keep"
         )
         share = found.tolerance
         shown = f"On {found.set}, of {many} it is {lead} {100 * (1 - share):.4g}% of every other rank's gain{words}"
         because = f"{'; '.join([shown, *reasons(verdict, share)])}."
-        command = f"loradiag plan {base_path} --ranks {chosen.rank}"
-        if verdict.more_seeds is not None:
-            command = continued(found, verdict.more_seeds)
+        seeds = verdict.more_seeds
+        higher = (2 * chosen.rank, 4 * chosen.rank) if chosen.rank == found.ranks[-1] else ()
+        do = f"Train at {at}"
+        if higher:
+            do += f", and sweep {listed(higher)} too: the loss still falls there"
+        if seeds is not None:
+            do += f"; {seeds} seeds would show{' more' if higher else ' it'}"
+        tried = (*found.ranks, *higher)
+        if higher or seeds is not None:
+            argv = continued(found, tried, seeds or verdict.seeds)
+        else:
+            tried = (chosen.rank,)
+            argv = command("plan", path, ranks=tried)
     return Advice(
         f"sweep: {verdict.word}",
         do,
@@ -112,31 +168,40 @@ def train_at_rank(evidence: Evidence) -> Advice | None:
         f"equivalence test over seeds (one-sided t tests at {LEVEL:.0%}, variance pooled over ranks), each rank at its "
         "best learning rate",
         "Article, diagnostic 3 (rank sweep); Schuirmann 1987",
-        command,
+        argv,
+        ranks=tried,
+        rates=rates,
+        seeds=seeds,
     )
 
 
-def continued(found: SweptRun, seeds: int) -> str:
-    """Return the command that adds seeds to a finished sweep."""
+def continued(found: SweptRun, ranks: Sequence[int], seeds: int) -> tuple[str, ...]:
+    """Return the command that adds ranks and seeds to a finished sweep."""
     run = found.source.results.run
     settings = run.settings
-    sides = [
-        f"--{side.role} {shlex.quote(side.path)}" for side in run.inputs if side.role in {"data", "eval", "shifted"}
-    ]
+    sides = {role: [side.path for side in run.inputs if side.role == role] for role in ("data", "eval", "shifted")}
+    sides["data"] = sides["data"] or ["DATA"]
+    texts = [word for role, paths in sides.items() for path in paths for word in (f"--{role}", path)]
     cut = [side.tensors for side in run.inputs if side.role in {"eval", "shifted"} and side.notes]
-    options = [f"--max-sequences {max(cut)}"] if cut else []
-    listed = {"--ranks": "ranks", "--lr": "rates", "--full-lr": "full_rates"}
-    options += [
-        f"{option} {','.join(f'{x:g}' for x in settings[key])}" for option, key in listed.items() if settings.get(key)
-    ]
     single = ("steps", "batch", "length", "seed", "tolerance", "widen", "quantized", "dtype")
-    options += [f"--{key} {settings[key]}" for key in single if settings.get(key) is not None]
-    options += ["--full"] if settings.get("full_rates") else []
-    options += ["--bitfit"] if settings.get("bitfit") else []
-    options += [f"--target {','.join(settings['targets'])}"] if isinstance(settings.get("targets"), list) else []
-    options += [f"--{kind.lower()}" for kind in ("DoRA", "rsLoRA") if kind in settings.get("kind", "")]
-    words = " ".join(["loradiag probe sweep", found.source.given("base"), *sides, *options])
-    return f"{words} --seeds {seeds} --resume -o {shlex.quote(found.source.name)}"
+    targets = settings.get("targets")
+    return command(
+        "probe sweep",
+        found.source.given("base"),
+        texts,
+        max_sequences=max(cut, default=None),
+        ranks=ranks,
+        lr=settings.get("rates"),
+        full_lr=settings.get("full_rates"),
+        **{name: settings.get(name) for name in single},
+        full=bool(settings.get("full_rates")),
+        bitfit=bool(settings.get("bitfit")),
+        target=targets if isinstance(targets, list) else None,
+        **{kind.lower(): True for kind in ("DoRA", "rsLoRA") if kind in settings.get("kind", "")},
+        seeds=seeds,
+        resume=True,
+        o=found.source.name,
+    )
 
 
 def mind_the_shift(evidence: Evidence) -> Advice | None:
@@ -146,13 +211,14 @@ def mind_the_shift(evidence: Evidence) -> Advice | None:
         return None
     for name, other in found.shifted.items():
         if other.word == "no gain" and found.verdict.gain > 0:
-            do = f"Decide what {name} is worth to you: training makes every rank worse there"
-            command = sweep_of(evidence, data="MIXED_TEXT")
+            do = f"Train on a mixture with text like {name} if it matters: training makes every rank worse there"
+            ranks, argv = found.ranks, sweep_of(evidence, found.ranks, data="MIXED_TEXT")
             gain = f"for a gain of {found.verdict.gain:.3g} on {found.set}"
             because = f"Least at r={other.best}, by {-other.gain:.3g} nats, {gain}."
         elif other.rank is not None and found.verdict.rank is not None and _not_enough(other, found.verdict.rank):
             do = f"Take r={other.rank} if {name} matters: r={found.verdict.rank} is enough on {found.set} only"
-            command = f"loradiag plan {found.source.given('base')} --ranks {found.verdict.rank},{other.rank}"
+            ranks = (found.verdict.rank, other.rank)
+            argv = command("plan", found.source.given("base"), ranks=ranks)
             because = (
                 f"On {name}, r={other.rank} is the smallest rank shown to be enough, and r={found.verdict.rank} is not."
             )
@@ -164,7 +230,8 @@ def mind_the_shift(evidence: Evidence) -> Advice | None:
             because,
             "on a shifted set no rank is better than BASE, or the rank that is enough elsewhere is shown not to be",
             "Article, diagnostic 3 (in-domain and shifted sets); Biderman et al. 2024 (arXiv 2405.09673)",
-            command,
+            argv,
+            ranks=ranks,
         )
     return None
 
@@ -176,14 +243,13 @@ def _not_enough(verdict: SweepVerdict, rank: int) -> bool:
 def compress(evidence: Evidence) -> Advice | None:
     """The full fine-tune itself, cut to a rank."""
     found = compressed(evidence)
-    if found is None:
+    if found is None or found.rank <= lost(evidence).cut:
         return None
     kept = min(found.records, key=lambda record: record.kept or 0.0)
     energy = "" if kept.energy is None else f", while C({found.rank}) = {kept.energy:.2f}"
     source = found.source
     # Measured with everything else as in TUNED: without that, the rank keeps less.
     saved = source.results.run.settings.get("rest") == "tuned" and found.without != 0
-    rest = " --rest save" if saved else ""
     share = "" if found.without is None else f", which bring {found.without:.0%} of it by themselves"
     alone = f" So measured with TUNED's norms, biases, embeddings and head{share}: they are saved." if saved else ""
     return Advice(
@@ -193,11 +259,19 @@ def compress(evidence: Evidence) -> Advice | None:
         f"smallest rank measured that keeps ≥ {KEPT:.0%} of the gain on every set that is not shifted; that gain more "
         "than two of its standard errors",
         "Eckart & Young 1936; measured, not bounded",
-        f"loradiag extract {source.given('base')} {source.given('tuned')} --rank {found.rank}{rest} -o adapter/",
+        command(
+            "extract",
+            source.given("base"),
+            source.given("tuned"),
+            rank=found.rank,
+            rest="save" if saved else None,
+            o="adapter/",
+        ),
+        ranks=(found.rank,),
     )
 
 
-LOSS_RULES = (keep_adapter, close_gap, measure_more, train_at_rank, mind_the_shift, compress)
+LOSS_RULES = (keep_adapter, distrust, close_gap, measure_more, train_at_rank, mind_the_shift, compress)
 
 
 def _choice(choice: Choice) -> str:
@@ -220,25 +294,30 @@ def _gap(record: Probe) -> str:
     return f"{record.gap or 0.0:+.4f}{error}"
 
 
-def sweep_of(evidence: Evidence, more: str = "", data: str | None = None) -> str:
+def sweep_of(
+    evidence: Evidence,
+    ranks: Sequence[int] = (),
+    rates: Sequence[float] = (),
+    data: str | None = None,
+    bitfit: bool = False,
+) -> tuple[str, ...]:
     """Return the command of a rank sweep on the inputs that the records name; what they do not is in capitals."""
     found = swept(evidence)
+    source = found.source if found else None
     texts = [
-        f"--{role} {shlex.quote(side.path)}"
-        for side in (found.source.results.run.inputs if found else ())
+        word
         for role in ("eval", "shifted")
-        if side.role == role
+        for path in (source.paths(role) if source else ())
+        for word in (f"--{role}", path)
     ]
-    base = found.source.given("base") if found else _any(evidence, "base")
-    trained = data or (found.source.given("data") if found else "TRAIN_TEXT")
-    held_out = " ".join(texts) or "--eval HELD_OUT_TEXT"
-    if found:
-        more += f" --ranks {','.join(map(str, found.ranks))}"
-        more += f" --steps {steps}" if (steps := found.source.results.run.settings.get("steps")) else ""
-    return f"loradiag probe sweep {base} --data {trained} {held_out}{more} -o {'sweep-2' if found else 'sweep'}.jsonl"
-
-
-def _any(evidence: Evidence, role: str) -> str:
-    """Return the first input of a role in any of the runs."""
-    named = (word for source in evidence.sources if (word := source.given(role)) != role.upper())
-    return next(named, role.upper())
+    return command(
+        "probe sweep",
+        source.given("base") if source else evidence.given("base"),
+        ["--data", data or (source.given("data") if source else "TRAIN_TEXT")],
+        texts or ["--eval", "HELD_OUT_TEXT"],
+        lr=rates,
+        ranks=ranks,
+        steps=source.results.run.settings.get("steps") if source else None,
+        bitfit=bitfit,
+        o=f"{'sweep-2' if found else 'sweep'}.jsonl",
+    )

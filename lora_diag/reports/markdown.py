@@ -27,6 +27,7 @@ def markdown_report(evidence: Evidence) -> str:
     subject = subject_of(evidence)
     parts = [
         f"# {_text(crop(subject.title, 200))}",
+        *(f"> **Unfinished:** {_text(line)}" for line in subject.unfinished),
         *(f"**{answer.question}** {_text(answer.says)}" + _more(answer.more) for answer in subject.answers),
         *(_advice(subject) if subject.update else ()),
         *_findings(subject),
@@ -120,16 +121,15 @@ def _several(evidence: Evidence) -> list[str]:
 
 def _advice(subject: Subject) -> list[str]:
     parts = ["## What to do next"]
-    for group in subject.advice:
-        if group.about:
-            parts.append(f"About {_text(group.about)}. {_text(ENERGY) if group is subject.advice[0] else ''}".rstrip())
-        for place, step in enumerate(group.steps, 1):
-            parts.append(
-                f"{place}. **{_text(step.do)}.** {_text(step.because)}\n   {code(step.command, 1000)}\n   "
-                f"Rule: {_text(step.condition)} ({_text(step.source)})."
-            )
-        if not group.steps:
-            parts.append("No step is supported by these records.")
+    parts += [_text(ENERGY)] if subject.weights else []
+    for place, step in enumerate(subject.advice, 1):
+        about = f" About {', '.join(map(code, step.about))}." if step.about else ""
+        parts.append(
+            f"{place}. **{_text(step.do)}.** {_text(step.because)}{about}\n   {code(step.command, 1000)}\n   "
+            f"Rule: {_text(step.condition)} ({_text(step.source)})."
+        )
+    if not subject.advice:
+        parts.append("No step is supported by these records.")
     if subject.silent:
         parts.append(f"*and {subject.silent} more adapters or updates: report on them alone*")
     parts += [f"- not measured: {_text(what)}{f': {code(how, 1000)}' if how else ''}" for what, how in subject.missing]

@@ -26,7 +26,7 @@ from lora_diag.rendering.statements import Statement, find, lines_of
 from lora_diag.rendering.text import number, percent, safe
 from lora_diag.reports.advice import advice
 from lora_diag.reports.asked import Answer, losses, several
-from lora_diag.reports.evidence import Evidence, Source, measure_weights
+from lora_diag.reports.evidence import SPOKEN_OF, Evidence, Source, measure_weights
 from lora_diag.reports.findings import Finding, findings
 from lora_diag.reports.several import is_of_losses, named_of, section_kind
 from lora_diag.reports.step import Advice
@@ -38,23 +38,7 @@ ENERGY = (
     "worse: held-out loss decides."
 )
 
-# More adapters and updates than these are not spoken of one by one.
-SPOKEN_OF = 8
-
 T = TypeVar("T", Advice, Finding)
-
-
-@dataclass(frozen=True, slots=True)
-class Steps:
-    """What to do next about one adapter and update.
-
-    Args:
-        about: What the steps are about, in words; empty where that is what all runs are about.
-        steps: The cheapest first.
-    """
-
-    about: str
-    steps: tuple[Advice, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +48,8 @@ class Subject:
     Args:
         title: What was compared.
         answers: To the first questions.
-        advice: What to do next: for each adapter and update what it adds to what was said of those before.
+        unfinished: What has to be known before anything else: the runs that did not finish.
+        advice: What to do next, for all adapters and updates together.
         findings: Failure modes.
         missing: What was not measured, and what would measure it.
         silent: How many more adapters and updates there are than are spoken of.
@@ -74,7 +59,8 @@ class Subject:
 
     title: str
     answers: tuple[Answer, ...]
-    advice: tuple[Steps, ...]
+    unfinished: tuple[str, ...]
+    advice: tuple[Advice, ...]
     findings: tuple[Finding, ...]
     missing: tuple[tuple[str, str], ...]
     silent: int
@@ -91,7 +77,8 @@ def subject_of(evidence: Evidence) -> Subject:
     return Subject(
         title=_title(evidence),
         answers=(*probed, *(usual if weights else ()), *others),
-        advice=_advice(evidence.each()[:SPOKEN_OF]),
+        unfinished=tuple(map(_unfinished, filter(lambda source: source.results.end is None, evidence.sources))),
+        advice=tuple(map(_safe, advice(evidence))),
         findings=tuple(
             map(_safe, dict.fromkeys(one for each in evidence.each()[:SPOKEN_OF] for one in findings(each)))
         ),
@@ -118,9 +105,10 @@ def labels(paths: Sequence[str]) -> list[str]:
 
 
 def _safe(item: T) -> T:
-    """Return advice or a finding whose sentences are safe to show; its ``layers`` stay as the file has them."""
+    """Return advice or a finding whose words are safe to show; its ``layers`` stay as the file has them."""
     said: dict[str, Any] = {field.name: getattr(item, field.name) for field in fields(item)}
     changes: dict[str, Any] = {name: safe(value) for name, value in said.items() if isinstance(value, str)}
+    changes |= {name: tuple(map(safe, said[name])) for name in ("argv", "about") if name in said}
     return replace(item, **changes)
 
 
@@ -138,23 +126,12 @@ def _title(evidence: Evidence) -> str:
     return tuned or (labels([source.name])[0] if source else "nothing")
 
 
-def _about(evidence: Evidence) -> str:
-    parts = [f"the update in {safe(evidence.update.name)}"] if evidence.update is not None else []
-    if evidence.adapter is not None:
-        parts.append(f"the adapter {safe(evidence.adapter)}")
-    return " and ".join(parts)
-
-
-def _advice(each: Sequence[Evidence]) -> tuple[Steps, ...]:
-    """Return the steps for each adapter and update, none of them twice."""
-    found: list[Steps] = []
-    said: set[Advice] = set()
-    for one in each:
-        steps = [step for step in advice(one) if step not in said]
-        said.update(steps)
-        if steps or not found:
-            found.append(Steps(_about(one), tuple(map(_safe, steps))))
-    return tuple(found)
+def _unfinished(source: Source) -> str:
+    run, many = source.results.run, len(source.results) or len(source.results.whole)
+    return (
+        f"{safe(source.name)}: the run of loradiag {safe(run.command)} did not finish; what is said here of its "
+        f"{many} records is not of the rest, and no step is advised from it. Repeat the command with --resume."
+    )
 
 
 def _low_rank(evidence: Evidence) -> Answer:

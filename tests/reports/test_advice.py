@@ -2,18 +2,21 @@
 
 import math
 import shlex
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import lora_diag
 from lora_diag.reports.advice import RULES as STEPS
 from lora_diag.reports.advice import advice
-from lora_diag.reports.evidence import Evidence, Source, kept_at
+from lora_diag.reports.evidence import SPOKEN_OF, Evidence, Source, kept_at
 from lora_diag.reports.findings import RULES, findings
+from lora_diag.reports.html import html_report
 from lora_diag.reports.markdown import markdown_report
-from lora_diag.reports.subject import SPOKEN_OF, subject_of
+from lora_diag.reports.subject import subject_of
 from tests.conftest import ROOT
 from tests.reports.making import (
     MLP,
@@ -59,7 +62,7 @@ def model(s=EASY, blocks=4, verdict="resolved", special=None, left_out=()):
 
 def test_a_small_rank_that_carries_everything_is_enough():
     (step,) = advice(evidence(model(EASY)))
-    assert (step.rule, step.do) == ("enough", "Nothing: r=4 is enough")
+    assert (step.rule, step.ranks) == ("enough", (4,))
     assert "100% of the energy in the worst of 28 matrices" in step.because
     assert findings(evidence(model(EASY))) == []
 
@@ -67,7 +70,7 @@ def test_a_small_rank_that_carries_everything_is_enough():
 def test_enough_is_the_smallest_usual_rank_that_keeps_nine_tenths_of_every_layer():
     results = model(flat_to(8, 512), special={"layers.2.mlp.up_proj": flat_to(16, 512)})
     (step,) = advice(evidence(results))
-    assert step.do == "Nothing: r=16 is enough"  # at 8, one layer keeps a half
+    assert step.ranks == (16,)  # at 8, one layer keeps a half
 
 
 def test_a_rank_as_large_as_the_matrix_is_not_called_enough():
@@ -93,22 +96,23 @@ def test_few_short_layers_are_named_and_their_rank_is_raised():
     )
     # flat_to(30) keeps 8/30 at r=8 and more than half at 16; the flat one never gets there, so no rank mends all.
     (step,) = advice(evidence(results))
-    assert step.do.startswith("Raise the rank from 8 to 64 in 2 of 28 matrices")
-    assert "Not even r=64 carries that in each of them" in step.because
+    assert step.params == (26 * 8 + 2 * 64) * 1024
+    assert "2 of 28 matrices can carry less than 50%" in step.because
+    assert "The budget is what r=64 in these takes and what the others have; that does not carry half" in step.because
     results = model(EASY, special={"layers.2.self_attn.o_proj": flat_to(30, 512)})
     (step,) = advice(evidence(results))
     assert step.rule == "raise rank in named layers"
-    assert step.do == "Raise the rank from 8 to 16 in 1 of 28 matrices: model.layers.2.self_attn.o_proj"
+    assert step.params == (27 * 8 + 16) * 1024
     assert step.layers == ("model.layers.2.self_attn.o_proj.weight",)
-    assert step.command == f"loradiag allocate spectrum.jsonl --total-rank {28 * 8}"
+    assert step.command == f"loradiag allocate spectrum.jsonl --params {step.params} -o adapter_config.json"
     assert seen(results) == ["Under-ranked critical layers"]
 
 
 def test_short_nearly_everywhere_raises_the_rank_everywhere():
     results = model(flat_to(40, 512))
     (step,) = advice(evidence(results))
-    assert (step.rule, step.do) == ("raise rank everywhere", "Raise the rank from 8 to 32 everywhere")
-    assert step.command.endswith(f"--total-rank {28 * 32}")
+    assert (step.rule, step.params) == ("raise rank everywhere", 28 * 32 * 1024)
+    assert "4 times as many as r=8 everywhere" in step.do
     assert seen(results) == ["Slow spectral decay everywhere"]
 
 
@@ -116,7 +120,7 @@ def test_where_no_usual_rank_reaches_half_the_weights_are_trained():
     assert told(model(FLAT)) == ["full fine-tuning"]
     (step,) = advice(evidence(model(EASY, special={"mlp.down_proj": FLAT})))
     assert step.rule == "partial fine-tuning"
-    assert step.do == "Unfreeze mlp.down_proj; adapters on the rest"
+    assert step.do.startswith("Unfreeze mlp.down_proj, adapters on the rest")
     assert len(step.layers) == 4
 
 
@@ -135,7 +139,7 @@ def test_in_between_only_the_loss_can_tell():
     assert (kept[7] > 0.5, kept[31] < 0.9) == (True, True)
     (step,) = advice(evidence(model(s)))
     assert step.rule == "sweep"
-    assert step.command.endswith(" --data TRAIN_TEXT --eval HELD_OUT_TEXT -o sweep.jsonl")
+    assert step.command.endswith(" --data TRAIN_TEXT --eval HELD_OUT_TEXT --ranks 4,8,16 -o sweep.jsonl")
 
 
 def test_norms_and_biases_that_moved_ask_for_a_hybrid():
@@ -169,9 +173,11 @@ def test_layers_without_an_adapter_widen_the_placement():
     records = [residual(layer, 8 if "self_attn" in layer else 0, kept=0.95) for layer in names(4)]
     (step,) = advice(evidence(residuals(records)))
     assert step.rule == "widen placement"
-    assert step.do == "Adapt mlp.down_proj, mlp.gate_proj, mlp.up_proj too" or step.do.startswith("Adapt mlp.")
     assert "43% of ‖ΔW‖² lies in matrices that lora leaves alone" in step.because
-    assert step.command == "loradiag allocate spectrum.jsonl --match lora"
+    assert step.command == "loradiag spectrum base full_ft -o spectrum.jsonl"
+    (step,) = [each for each in advice(evidence(model(), residuals(records))) if each.rule == "widen placement"]
+    assert step.params == 16 * 8 * 256
+    assert step.command == f"loradiag allocate spectrum.jsonl --params {step.params} -o adapter_config.json"
     small = [residual(layer, 8 if "self_attn" in layer else 0, kept=0.95, fro=1.0 if "self_attn" in layer else 0.1)
              for layer in names(4)]  # fmt: skip
     assert "widen placement" not in told(residuals(small))
@@ -182,7 +188,8 @@ def test_a_wrong_scale_comes_first(factor):
     records = [residual(layer, 16, kept=0.95, scale=factor, limited_by="scale") for layer in names(4)]
     step, *_ = advice(evidence(residuals(records)))
     assert step.rule == "scale"
-    assert f"Multiply lora_alpha by {factor:.3g}" in step.do
+    assert step.do.startswith(f"Multiply lora_alpha of lora by {factor:.3g} ")
+    assert step.argv[-1] == "lora"
     (found,) = findings(evidence(residuals(records)))
     assert found.name == "Scale mismatch"
     assert ("rsLoRA" in found.seen) == (factor == 4.0)  # √16
@@ -198,13 +205,14 @@ def test_an_adapter_is_judged_by_its_own_rank():
     short = residuals([residual(layer, 4, kept=1 / 3) for layer in names(4)])
     wide = residuals([residual(layer, 16, kept=1.0) for layer in names(4)])
     (step,) = advice(evidence(full, short))
-    assert step.do == "Raise the rank from 4 to 8 everywhere"
+    assert step.params == 28 * 8 * 256
+    assert "2 times as many as lora has" in step.do
     assert told(full, wide) == ["enough"]
 
 
 def test_without_a_spectrum_it_says_what_to_measure():
     (step,) = advice(evidence(residuals([residual(layer, 4, kept=1 / 3) for layer in names(4)])))
-    assert step.do == "Raise the rank from 4 everywhere"
+    assert step.do == "Measure how much more than rank 4 the update needs"
     assert step.command == "loradiag spectrum base full_ft -o spectrum.jsonl"
 
 
@@ -282,7 +290,7 @@ def test_a_path_with_blanks_and_quotes_stays_one_word_of_the_command():
     path = "my 'models'/$(rm -rf)"
     results = spectra(model(FLAT).layers, inputs=(("base", path), ("tuned", "t")))
     (step,) = advice(evidence(results))
-    assert shlex.split(step.command) == ["loradiag", "plan", path]
+    assert tuple(shlex.split(step.command)) == step.argv == ("loradiag", "plan", path, "--ranks", "64")
 
 
 def test_every_rule_says_when_and_whence():
@@ -321,28 +329,69 @@ def test_the_order_of_layers_changes_no_advice(order):
     assert [set(step.layers) for step in first] == [set(step.layers) for step in second]
 
 
-def test_advice_speaks_of_every_adapter_and_update_and_says_nothing_twice():
+def test_advice_names_all_adapters_of_one_step():
     layers = names(4)
-    two = residuals(
-        [residual(n, 4, 0.3, adapter="first") for n in layers] + [residual(n, 8, 0.4, adapter="second") for n in layers]
-    )
-    again = spectra([spectrum(n, flat_to(40, 512)) for n in layers])
-    runs = evidence(model(EASY), two, again)
-    assert [(each.adapter, each.update.name if each.update else "") for each in runs.each()][:2] == [
-        ("first", "spectrum.jsonl"),
-        ("second", "spectrum.jsonl"),
+    same = residuals([residual(n, 4, 0.3, adapter=name) for name in "abcd" for n in layers])
+    (step,) = advice(evidence(model(flat_to(12, 512)), same))
+    assert "At rank 4 (a, b, c and d), 28 of 28 matrices" in step.because
+    scaled = residuals([residual(n, 16, 0.95, scale=4.0, adapter=name) for name in "ab" for n in layers])
+    (step,) = [each for each in advice(evidence(scaled)) if each.rule == "scale"]
+    assert (step.adapters, step.argv[-2:]) == (("a", "b"), ("a", "b"))
+
+
+def test_advice_asks_nothing_of_adapters_that_a_larger_one_replaces():
+    full, layers = model(flat_to(12, 512)), names(4)
+    small = [residual(n, 4, 0.3, adapter="small") for n in layers]
+    large = [residual(n, 16, 1.0, adapter="large") for n in layers]
+    assert told(full, residuals(small)) == ["raise rank everywhere"]
+    assert told(full, residuals([*small, *large])) == told(full, residuals(large)) == ["enough"]
+    # Two halves are one whole: what one adapter leaves alone another adapts.
+    halves = [residual(n, 8 if ("mlp" in n) == (name == "mlp") else 0, 0.95, adapter=name)
+              for name in ("mlp", "attention") for n in layers]  # fmt: skip
+    assert "widen placement" not in told(residuals(halves))
+    assert "widen placement" in told(residuals(halves[:28]))
+
+
+def test_advice_of_several_fine_tunes_names_each_and_repeats_nothing():
+    one = model(flat_to(40, 512))
+    other = spectra(one.layers, inputs=(("base", "base"), ("tuned", "other")))
+    runs = Evidence((Source("one.jsonl", one), Source("other.jsonl", other)))
+    assert [(step.about, step.argv[2]) for step in advice(runs)] == [
+        (("full_ft",), "one.jsonl"),
+        (("other",), "other.jsonl"),
     ]
-    assert [len(each.residuals) for each in runs.each()] == [28, 28, 0]
-    assert {record.rank for record in runs.each()[1].residuals} == {8}
-    groups = subject_of(runs).advice
-    assert [group.about.rsplit(" ", 1)[-1] for group in groups] == ["first", "second", "spectrum.jsonl"]
-    steps = [step for group in groups for step in group.steps]
-    assert len(steps) == len(set(steps))
-    assert [group.steps[0].do.split(" to ")[0] for group in groups] == [
-        "Raise the rank from 4",
-        "Raise the rank from 8",
-        "Raise the rank from 8",
-    ]
+    flat = [Evidence(tuple(Source("s.jsonl", spectra(model(FLAT).layers, inputs=(("base", "b"), ("tuned", name))))
+                           for name in group)) for group in (["x"], ["x", "y"])]  # fmt: skip
+    assert advice(flat[0]) == advice(flat[1])  # the same step for both, once
+
+
+def test_advice_spends_the_budget_of_an_allocation():
+    full = model(flat_to(40, 512))
+    plan = lora_diag.allocate(full, params=50_000, exclude="o_proj")
+    assert told(full) == ["raise rank everywhere"]
+    (step,) = advice(evidence(full, plan))
+    assert step.rule == "take the allocation"
+    assert step.params == plan.whole[0].params <= 50_000
+    words = "loradiag allocate spectrum.jsonl --params 50000 --exclude o_proj -o adapter_config.json"
+    assert step.command == words
+    from tests.reports.test_advice_probes import sensitivity  # which imports this file
+
+    gains = sensitivity([0.5, 0.4, 0.3, *[0.0] * 7])
+    (place,) = [each for each in advice(evidence(full, plan, gains)) if each.rule == "place by gain"]
+    assert place.params == step.params
+
+
+def test_an_unfinished_run_is_announced_first_and_supports_no_step():
+    results = replace(model(flat_to(40, 512)), end=None)
+    runs = evidence(results)
+    assert advice(runs) == []
+    (line,) = subject_of(runs).unfinished
+    assert "28 records" in line
+    first, second, *_ = markdown_report(runs).split("\n\n")
+    assert (first[:2], second[:16]) == ("# ", "> **Unfinished:*")
+    page = html_report(runs)
+    assert page.index("Unfinished.") < page.index('class="answers"')
+    assert subject_of(evidence(model())).unfinished == ()
 
 
 def test_of_very_many_adapters_the_rest_is_counted():

@@ -21,7 +21,7 @@ def probe(kind, subject, loss, *, name="own", shifted=False, **more):
 
 
 def run(command, records, **settings):
-    sides = (("base", "my base"), ("tuned", "full"), ("eval", "own.txt"))
+    sides = (("base", "my base"), ("tuned", "full_ft"), ("eval", "own.txt"))
     inputs = tuple(RunInput(role=role, path=path, kind="", tensors=1) for role, path in sides)
     end = End(layers=0, left_out=0, fro=None, base_fro=None)
     return Results(Run(command=command, version="0", inputs=inputs, settings=settings), (), (), end, tuple(records))
@@ -154,13 +154,13 @@ def test_equal_adapters_are_told_apart_in_one_case_of_twenty_at_most():
 def test_a_gap_leads_and_weights_follow():
     steps = advice(evidence(model(flat_to(40, 512)), outputs({"a": 0.3, "b": 0.2})))
     assert [step.rule for step in steps] == ["close the gap", "raise rank everywhere"]
-    assert steps[0].do == "Close a gap of +0.2000 ± 0.01 nats to the full fine-tune"
+    assert steps[0].do == "Close a gap of +0.2000 ± 0.01 nats to the full fine-tune: train at r=4, r=8 and r=16"
     assert "the best of 2" in steps[0].because
-    command = "loradiag probe sweep base --data TRAIN_TEXT --eval HELD_OUT_TEXT -o sweep.jsonl"
+    command = "loradiag probe sweep base --data TRAIN_TEXT --eval HELD_OUT_TEXT --ranks 4,8,16 -o sweep.jsonl"
     assert steps[0].command == command
     (more,) = advice(evidence(outputs({"a b": 0.09}, error=0.05)))
     assert more.rule == "measure more"
-    assert more.command == "loradiag probe outputs 'my base' full 'a b' --eval MORE_TEXT -o outputs.jsonl"
+    assert more.command == "loradiag probe outputs 'my base' full_ft 'a b' --eval MORE_TEXT -o outputs-2.jsonl"
 
 
 def test_a_sweep_names_rank_and_rate_and_weights_are_not_asked_for_one():
@@ -173,7 +173,10 @@ def test_a_sweep_names_rank_and_rate_and_weights_are_not_asked_for_one():
     assert "r=8 is 11% of the gain behind r=64" in steps[0].because
     assert steps[0].command == "loradiag plan 'my base' --ranks 16"
     (last,) = advice(evidence(sweep({4: 1.5, 8: 1.2, 16: 1.1})))
-    assert last.do == "Train at r=16 with learning rate 0.001, and try higher ones: the loss still falls there"
+    assert last.do.startswith(
+        "Train at r=16 with learning rate 0.001, and sweep r=32 and r=64 too: the loss still falls"
+    )
+    assert last.ranks == (4, 8, 16, 32, 64)
     (fast,) = advice(evidence(sweep({4: 1.1, 8: 1.099, 16: 1.098})))
     assert (fast.rule, fast.do) == ("sweep: fast saturation", "Train at r=4 with learning rate 0.001")
 
@@ -183,15 +186,15 @@ def test_a_sweep_that_shows_no_rank_gives_its_best_answer_and_leaves_ranks_to_th
     assert [step.rule for step in steps] == ["sweep: no gain", "raise rank everywhere"]
     assert steps[0].do.startswith("Change the training before the rank")
     sweeps = "loradiag probe sweep 'my base' --data DATA --eval own.txt"
-    assert steps[0].command == f"{sweeps} --lr 1e-6,1e-5,1e-4 --ranks 4,8 -o sweep-2.jsonl"
+    assert steps[0].command == f"{sweeps} --lr 1e-05,0.0001,0.00033 --ranks 4,8 -o sweep-2.jsonl"  # all below 0.001
     noisy = sweep({4: 1.50, 8: 1.51}, spread=0.04)
     steps = advice(evidence(model(flat_to(40, 512)), noisy))
     assert [step.rule for step in steps] == ["sweep: not resolved", "raise rank everywhere"]
-    assert steps[0].do == "Train at r=4 with learning rate 0.001"
     (verdict, _), *_ = verdicts(noisy.whole, 0, 0.02).values()
+    assert steps[0].do == f"Train at r=4 with learning rate 0.001; {verdict.more_seeds} seeds would show it"
     assert f"{math.floor(100 * verdict.confidence)}% confidence" in steps[0].because
     # The command adds seeds to the file that is there.
-    command = "loradiag probe sweep 'my base' --eval own.txt --seed 0 --tolerance 0.02"
+    command = "loradiag probe sweep 'my base' --data DATA --eval own.txt --ranks 4,8 --seed 0 --tolerance 0.02"
     assert steps[0].command == f"{command} --seeds {verdict.more_seeds} --resume -o 'probe sweep.jsonl'"
     assert verdict.more_seeds > 2
 
@@ -218,7 +221,7 @@ def test_a_truncation_names_the_rank_that_ships_the_fine_tune_itself():
     assert (
         "keeps 93% of the gain on own (loss +0.0700 ± 0.01 to the full fine-tune), while C(16) = 0.47" in step.because
     )
-    assert step.command == "loradiag extract 'my base' full --rank 16 --rest save -o adapter/"
+    assert step.command == "loradiag extract 'my base' full_ft --rank 16 --rest save -o adapter/"
     (bare,) = advice(evidence(truncation({4: 0.95}, rest="base")))
     assert "--rest" not in bare.command
 

@@ -1,0 +1,52 @@
+"""The trainable parameters that a step of advice may spend: the user's budget, or what there is already."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from lora_diag.decisions.allocate.heads import heads_to_save, size_of
+from lora_diag.decisions.allocate.record import Certificate
+from lora_diag.diagnostics.residual.record import Residual
+from lora_diag.reports.evidence import DEFAULT_RANK, Evidence, Source
+
+
+def allocated(evidence: Evidence) -> Iterator[tuple[Source, Certificate]]:
+    """Yield the allocations of the page, each with its certificate."""
+    for source in evidence.sources:
+        for record in source.results.whole:
+            if isinstance(record, Certificate):
+                yield source, record
+
+
+def reference(evidence: Evidence) -> tuple[int, str]:
+    """Return how many parameters a step may spend, and whose they are, in words.
+
+    An allocation's, which the user asked for; else those of the largest adapter; else those of the default rank.
+    """
+    for source, certificate in allocated(evidence):
+        return certificate.params, f"the budget of {source.name}"
+    sizes = {path: params_of(evidence, path) for path in evidence.adapted}
+    if sizes and (most := max(sizes.values())):
+        path = next(path for path, size in sizes.items() if size == most)
+        return most + saved_params(evidence), f"as many as {path} has"
+    default = sum(DEFAULT_RANK * sum(record.shape) for record in evidence.spectra)
+    return default + saved_params(evidence), f"as many as r={DEFAULT_RANK} everywhere"
+
+
+def params_of(evidence: Evidence, path: str) -> int:
+    """Return how many parameters an adapter's factors of matrices have, Σ r(out + in)."""
+    records: Sequence[Residual] = [
+        record
+        for source in evidence.of(Residual)
+        for record in source.results
+        if isinstance(record, Residual) and record.adapter == path and record.rank and len(record.shape) == 2
+    ]
+    return sum(record.rank * sum(record.shape) for record in {r.layer: r for r in records}.values() if record.rank)
+
+
+def saved_params(evidence: Evidence) -> int:
+    """Return what heads that are trained in full take, for which ``allocate`` pays first."""
+    if evidence.update is None:
+        return 0
+    results = evidence.update.results
+    return size_of(heads_to_save(results.layers, results.left_out, None, None))

@@ -139,6 +139,7 @@ def summary_of(statements: Sequence[Statement], then: str | None = None) -> Tabl
     grid.add_column(style="bold", no_wrap=True)
     grid.add_column(overflow="fold")
     # What is said of a run that did not finish is said of its part: the reader has to know that first.
-    for one in [*sorted(statements, key=lambda one: one.key != "unfinished"), *([say("next", "Next", then)] if then else [])]:
+    first = sorted(statements, key=lambda one: one.key != "unfinished")
+    for one in [*first, *([say("next", "Next", then)] if then else [])]:
         grid.add_row(one.label, Text(one.text, style=_STYLES[one.level]))
     return grid

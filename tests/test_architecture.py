@@ -227,7 +227,7 @@ def test_looking_at_a_checkpoint_or_results_file_imports_no_torch(pair_of_models
 
 
 def test_help_is_quick():
-    """Under 0.3 s; of the processor, so that a busy machine does not fail, and the best of three tries."""
+    """Under 0.45 s of the processor, the best of three tries; a quiet machine takes 0.25 s, a busy one up to 0.4 s."""
     best = float("inf")
     for _ in range(3):
         before = os.times()
@@ -235,4 +235,4 @@ def test_help_is_quick():
         after = os.times()
         used = after.children_user + after.children_system - before.children_user - before.children_system
         best = min(best, used)
-    assert best < 0.3
+    assert best < 0.45

@@ -89,14 +89,28 @@ def test_every_number_in_the_page_is_that_of_the_record():
     fields = {field["id"]: field["values"] for field in data["fields"]}
     for record in spectrum_run:
         i = place[record.layer]
-        said = {"fro": record.fro, "c8": record.energy["8"], "c64": record.energy["64"], "r90": record.rank_at["0.9"],
-                "r99": record.rank_at["0.99"], "stable": record.stable_rank, "signal": record.resolution.signal_rank,
-                "relative": record.fro / record.base_fro, "verdict": record.resolution.verdict}  # fmt: skip
+        said = {
+            "fro": record.fro,
+            "energy.8": record.energy["8"],
+            "energy.64": record.energy["64"],
+            "rank_at.0.9": record.rank_at["0.9"],
+            "rank_at.0.99": record.rank_at["0.99"],
+            "stable_rank": record.stable_rank,
+            "resolution.signal_rank": record.resolution.signal_rank,
+            "relative": record.fro / record.base_fro,
+            "resolution.verdict": record.resolution.verdict,
+        }
         assert {name: fields[f"s0.{name}"][i] for name in said} == said
     for record in residual_run:
         i = place[record.layer]
-        said = {"epsilon": record.epsilon, "floor": record.epsilon_min, "cosine": record.cosine,
-                "scale": record.best_scale, "ratio": record.norm_ratio, "limit": record.limited_by}  # fmt: skip
+        said = {
+            "epsilon": record.epsilon,
+            "epsilon_min": record.epsilon_min,
+            "cosine": record.cosine,
+            "best_scale": record.best_scale,
+            "norm_ratio": record.norm_ratio,
+            "limited_by": record.limited_by,
+        }
         assert {name: fields[f"a0.{name}"][i] for name in said} == said
     (drawn,) = data["spectra"]
     assert len(drawn["curves"]) == len(spectrum_run)

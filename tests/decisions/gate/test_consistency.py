@@ -44,7 +44,7 @@ FREE = {
     | {"column_space", "row_space", "resolution"},
 }
 # Within a record, what is free: bounds on rounding, and the shares that they are no part of.
-# The edge follows from the noise of single rows and columns, which a record does not hold: only a lower bound is checked.
+# The edge follows from the noise of single rows and columns, which a record does not hold: it has a lower bound.
 FREE_INSIDE = {
     ("resolution", name)
     for name in (

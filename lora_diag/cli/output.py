@@ -20,7 +20,7 @@ from lora_diag.rendering.text import encodable, safe
 
 if TYPE_CHECKING:
     from lora_diag.records import AnyRecord, LeftOut
-    from lora_diag.running.measuring import Progress
+    from lora_diag.running.progress import Progress
 
 
 # Columns below which nothing is made to fit.
@@ -181,10 +181,10 @@ def progress_bar(quiet: bool) -> Iterator[Callable[[Progress], None]]:
             rate = f"{event.entries_done / elapsed / 1e6:,.0f} M entries/s" if event.entries_done and elapsed else ""
             bar.update(
                 task,
-                total=event.entries,
-                completed=event.entries_done,
-                description=safe(event.layer),
-                count=f"{event.done}/{event.layers}",
+                total=event.entries or event.total,
+                completed=event.entries_done if event.entries else event.done,
+                description=safe(event.label),
+                count=f"{event.done}/{event.total}",
                 rate=rate,
             )
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,7 +10,6 @@ from typing import Annotated, Any
 import typer
 
 from lora_diag.cli.output import again, message
-from lora_diag.rendering.text import safe
 
 Base = Annotated[Path, typer.Argument(metavar="BASE", help="The model before: a folder for transformers, or a Hub id.")]
 Eval = Annotated[
@@ -69,23 +66,3 @@ def next_step(output: Path | None, then: str) -> str:
     if output is not None:
         return then
     return f"{again('-o', 'probe.jsonl')}   (keeps these numbers)"
-
-
-@contextmanager
-def progress(quiet: bool) -> Iterator[Callable[[str, int, int], None] | None]:
-    """Give a function that shows how far a run is; nothing where standard error is not a terminal."""
-    if quiet or sys.stderr is None or not sys.stderr.isatty():
-        yield None
-        return
-    from rich import progress as bars
-    from rich.console import Console
-
-    columns = (
-        bars.TextColumn("{task.completed}/{task.total}"),
-        bars.BarColumn(bar_width=20),
-        bars.TimeRemainingColumn(),
-        bars.TextColumn("{task.description}", markup=False),
-    )
-    with bars.Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("", total=None)
-        yield lambda label, done, total: bar.update(task, description=safe(label), completed=done, total=total)

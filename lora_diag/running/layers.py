@@ -14,7 +14,6 @@ from lora_diag.running.engines import Layout
 from lora_diag.running.inputs import Comparison, compare
 from lora_diag.running.measuring import (
     Task,
-    Watch,
     check_running,
     layout_of,
     measure_layers,
@@ -23,6 +22,7 @@ from lora_diag.running.measuring import (
     without_rank,
 )
 from lora_diag.running.options import LayerOptions, filled
+from lora_diag.running.progress import Watch
 from lora_diag.version import __version__
 
 L = TypeVar("L", bound=LayerRecord)

@@ -6,15 +6,16 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 from lora_diag.deltas import Pairing, footprint, natural_order
 from lora_diag.errors import MemoryLimitError, UsageError
 from lora_diag.layers.left_out import left_out_rows, left_out_vector
 from lora_diag.linalg import resolve_device
-from lora_diag.records import AnyRecord, LayerRecord, LeftOut, Results, ResultsWriter, totals
+from lora_diag.records import LayerRecord, LeftOut, Results, ResultsWriter
 from lora_diag.running.amounts import read_bytes
 from lora_diag.running.engines import Layout, Ray, layout_for, run_local, run_ray
+from lora_diag.running.progress import Kept, Progress, Watch
 
 L = TypeVar("L", bound=LayerRecord)
 
@@ -34,48 +35,6 @@ class Task(Protocol):
 
 
 T = TypeVar("T", bound=Task)
-
-
-@dataclass(frozen=True, slots=True)
-class Progress:
-    """Where a run is; sent when it starts and after every layer.
-
-    Args:
-        layer: The layer at hand.
-        done: Layers finished.
-        layers: Layers in all.
-        entries_done: Matrix entries of the finished layers.
-        entries: Matrix entries in all.
-    """
-
-    layer: str
-    done: int
-    layers: int
-    entries_done: int
-    entries: int
-
-
-@dataclass(frozen=True, slots=True)
-class Watch:
-    """Who is told how a run goes on.
-
-    Args:
-        on_progress: Called at the start and after every layer.
-        on_record: Called with every record, in the order of the file, as it comes.
-    """
-
-    on_progress: Callable[[Progress], None] | None = None
-    on_record: Callable[[AnyRecord], None] | None = None
-
-    def progress(self, event: Progress) -> None:
-        """Tell how far the run is."""
-        if self.on_progress is not None:
-            self.on_progress(event)
-
-    def record(self, record: AnyRecord) -> None:
-        """Tell one record."""
-        if self.on_record is not None:
-            self.on_record(record)
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,33 +133,17 @@ def measure_layers(
     Raises:
         InputError: An input cannot be read, or the file cannot be written.
     """
-    earlier = writer.earlier
-    for old in earlier.records():
-        watch.record(old)
-    if earlier.end is not None:
-        return earlier
-
-    def put(*records: Any) -> tuple[Any, ...]:
-        written = writer.append(*records)
-        for record in written:
-            watch.record(record)
-        return written
-
-    layers, left_out = list(earlier.layers), list[LeftOut]()
-    measured = {record.layer for record in layers}
+    kept = Kept(writer, watch)
+    if kept.finished is not None:
+        return kept.finished
+    measured = {record.layer for record in kept.layers}
     todo = [task for task in tasks if task.layer not in measured]
+    left_out = list[LeftOut]()
     run = partial(run_ray, on=engine) if engine is not None else run_local
     for records in _with_progress(run(partial(_or_left_out, measure), todo, layout, size), todo, watch):
-        found = [record for record in records if not isinstance(record, LeftOut)]
         left_out += [record for record in records if isinstance(record, LeftOut)]
-        if found:
-            put(*found)
-            layers += found
-    left_out = sorted([*left_out, *rest()], key=lambda record: (natural_order(record.layer), record.reason))
-    for record in left_out[len(earlier.left_out) :]:
-        put(record)
-    (end,) = put(totals(layers, left_out))
-    return Results(writer.run, tuple(layers), tuple(left_out), end)
+        kept.put(*(record for record in records if not isinstance(record, LeftOut)))
+    return kept.end(sorted([*left_out, *rest()], key=lambda record: (natural_order(record.layer), record.reason)))
 
 
 def _with_progress(
@@ -229,14 +172,14 @@ def not_paired(pairing: Pairing, layout: Layout, device: str) -> Iterator[LeftOu
     yield from run_local(measure, pairing.unpaired, layout, lambda unpaired: 0)
 
 
-def checked_ranks(ranks: Sequence[int]) -> tuple[int, ...]:
+def checked_ranks(ranks: Sequence[int], least: int = 1) -> tuple[int, ...]:
     """Return ranks in ascending order, each once.
 
     Raises:
-        UsageError: There is none, or one below 1.
+        UsageError: There is none, or one below ``least``.
     """
-    if not ranks or min(ranks) < 1:
-        raise UsageError(f"--ranks {','.join(map(str, ranks))}: ranks must be whole numbers from 1 up")
+    if not ranks or min(ranks) < least:
+        raise UsageError(f"--ranks {','.join(map(str, ranks))}: ranks must be whole numbers from {least} up")
     return tuple(sorted(set(ranks)))
 
 

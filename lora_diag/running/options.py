@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ForwardRef, TypedDict, TypeVar
 if TYPE_CHECKING:
     from lora_diag.records import AnyRecord
     from lora_diag.running.engines import Ray
-    from lora_diag.running.measuring import Progress
+    from lora_diag.running.progress import Progress
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -114,12 +114,18 @@ class Resuming(TypedDict, total=False):
     verify: Annotated[bool, Option(False, "Hash every byte of the inputs (SHA-256), for resuming to compare.")]
 
 
-class Callbacks(TypedDict, total=False):
-    """What is called while a run goes on."""
+class OnProgress(TypedDict, total=False):
+    """What is called as a run goes on."""
 
     on_progress: Annotated[
-        "Callable[[Progress], None] | None", Option(None, "Called at the start and after every layer.", cli=False)
+        "Callable[[Progress], None] | None",
+        Option(None, "Called after every layer, batch or step; for layers at the start, too.", cli=False),
     ]
+
+
+class Callbacks(OnProgress, total=False):
+    """What is called as a run goes on, and with its records."""
+
     on_record: Annotated[
         "Callable[[AnyRecord], None] | None",
         Option(None, "Called with every record, in the order of the file.", cli=False),
@@ -140,6 +146,52 @@ class MethodOptions(Matching, Method, Resources, Output, Resuming, Callbacks, to
 
 class LayerOptions(Matching, Accuracy, Resources, Output, Resuming, Callbacks, total=False):
     """``MethodOptions``, and how well they are computed."""
+
+
+class ModelOptions(TypedDict, total=False):
+    """How a model runs on texts."""
+
+    length: Annotated[int | None, Option(None, "Tokens of a sequence; default 512 or the model's most.", "N")]
+    batch: Annotated[int, Option(8, "Sequences in a batch.", "N")]
+    max_sequences: Annotated[int | None, Option(None, "Use the first N sequences of each file.", "N")]
+    tokenizer: Annotated[str, Option("auto", "Tokenizer: of BASE, UTF-8 bytes, or of a folder.", "auto|bytes|DIR")]
+    dtype: Annotated[str, Option("float32", "Type of the weights while they run.", "float32|bfloat16|float16")]
+    device: Annotated[str, Option("auto", "Where to run the model.", "auto|cpu|cuda[:i]")]
+
+
+class Notes(TypedDict, total=False):
+    """What is called before a model runs."""
+
+    on_note: Annotated[
+        "Callable[[str], None] | None", Option(None, "Called with the estimate of what the run will cost.", cli=False)
+    ]
+
+
+class RecordModelOptions(Selection, ModelOptions, OnProgress, Notes, total=False):
+    """Options of a command that runs a model once over its selected layers, into an output of its own form."""
+
+
+class ProbeOptions(ModelOptions, Output, Resuming, Callbacks, Notes, total=False):
+    """Options of every probe that writes a results file."""
+
+
+class LayerProbeOptions(Selection, ProbeOptions, total=False):
+    """``ProbeOptions``, and which layers."""
+
+
+class Training(TypedDict, total=False):
+    """How runs are trained."""
+
+    widen: Annotated[int, Option(2, "Rates to try beyond a grid where the best is its last; 0 for none.", "N")]
+    seed: Annotated[int, Option(0, "Seed of the data's order, and the first of the seeds.", "N")]
+
+
+class TrainOptions(Training, ProbeOptions, total=False):
+    """``ProbeOptions``, and how runs are trained."""
+
+
+class LayerTrainOptions(Selection, TrainOptions, total=False):
+    """``TrainOptions``, and which layers."""
 
 
 def declared(group: type) -> dict[str, tuple[Any, Option]]:

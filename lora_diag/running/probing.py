@@ -1,120 +1,166 @@
-"""What all probes have in common: sets of texts, the run record, records kept, progress, and the estimate of a cost."""
+"""The skeleton of a probe's run: options checked, the model opened, texts read, records written, costs estimated."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lora_diag.checkpoints import Checkpoint
 from lora_diag.deltas import Delta, Pairing
 from lora_diag.errors import UsageError
+from lora_diag.linalg import resolve_device
 from lora_diag.models.data import Texts, check_names, read_texts
 from lora_diag.models.losses import measure
-from lora_diag.models.opening import Model
+from lora_diag.models.opening import Model, open_model
 from lora_diag.models.rows import check_texts
-from lora_diag.records import AnyRecord, LeftOut, Results, ResultsWriter, Run, RunInput, WholeRecord, totals
+from lora_diag.records import LeftOut, Results, ResultsWriter, Run, RunInput
 from lora_diag.rendering.text import duration
 from lora_diag.running.engines import Layout
 from lora_diag.running.fingerprint import legible
+from lora_diag.running.inputs import Comparison, compare, describe
 from lora_diag.running.measuring import not_paired
+from lora_diag.running.options import ProbeOptions, filled
+from lora_diag.running.progress import Kept, Watch
 from lora_diag.version import __version__
 
 
-class Watch:
-    """Counts batches and tells who wants to know.
+class ProbeRun:
+    """One run of a probe.
 
     Args:
-        on_progress: Called with what is being done, batches done and batches in all.
-        on_record: Called with every record.
-        on_note: Called with the estimate of what a run will cost.
+        command: As the results file names it.
+        given: What the caller gave of the options.
+        group: Which options the probe has.
+        **words: Options that are one of several words: each with what was given, and those words.
 
     Attributes:
-        total: Batches in all; set before the first.
-    """
-
-    def __init__(
-        self,
-        on_progress: Callable[[str, int, int], None] | None,
-        on_record: Callable[[AnyRecord], None] | None,
-        on_note: Callable[[str], None] | None,
-    ) -> None:
-        self._on_progress = on_progress or (lambda label, done, total: None)
-        self.record = on_record or (lambda record: None)
-        self.note = on_note or (lambda text: None)
-        self.done, self.total = 0, 0
-
-    def batch(self, label: str) -> None:
-        """One batch more is done."""
-        self.done += 1
-        self._on_progress(label, self.done, self.total)
-
-
-class Kept:
-    """The records of a run, those of an interrupted one first.
-
-    Args:
-        writer: Where they go.
-        watch: Who is told.
-
-    Attributes:
-        records: So far, of whatever kinds the probe has.
-        finished: The run, if it was finished before.
-    """
-
-    def __init__(self, writer: ResultsWriter[Any], watch: Watch) -> None:
-        self._writer, self._watch = writer, watch
-        earlier = writer.earlier
-        self.finished = earlier if earlier.end is not None else None
-        self.records: list[Any] = list(earlier.whole)
-        self._left_out = list(earlier.left_out)
-        self._keys = set(map(key_of, self.records))
-        for record in earlier.records():
-            watch.record(record)
-
-    def has(self, texts: Sequence[Texts], **fields: Any) -> bool:
-        """Say whether there is a record with these fields on every set; ``record`` goes first where kinds are mixed."""
-        have = {r.set for r in self.records if all(getattr(r, name, ...) == value for name, value in fields.items())}
-        return {each.name for each in texts} <= have
-
-    def put(self, *records: WholeRecord) -> None:
-        """Write those records that are not there yet, in one go, and tell them."""
-        new = [record for record in records if key_of(record) not in self._keys]
-        if new:
-            self._writer.append(*new)
-        for record in new:
-            self._keys.add(key_of(record))
-            self.records.append(record)
-            self._watch.record(record)
-
-    def end(self, left_out: Iterable[LeftOut]) -> Results[Any]:
-        """Write the rest, and return everything."""
-        for item in list(left_out)[len(self._left_out) :]:
-            self._left_out.append(item)
-            self._writer.append(item)
-            self._watch.record(item)
-        (last,) = self._writer.append(totals([], self._left_out))
-        self._watch.record(last)
-        return Results(self._writer.run, (), tuple(self._left_out), last, tuple(self.records))
-
-
-def key_of(record: WholeRecord) -> tuple[Any, ...]:
-    """Return by what a record is told from the others of its run."""
-    return (record.record, *(getattr(record, name) for name in record.key))
-
-
-def check(batch: int, max_sequences: int | None, **words: tuple[str, tuple[str, ...]]) -> None:
-    """Refuse numbers and words that make no sense.
+        options: All options, those that were not given by default.
+        watch: Who gets progress, records and notes.
+        model: BASE, once it is open.
 
     Raises:
-        UsageError: There are such.
+        UsageError: An option makes no sense.
     """
-    for option, value in (("--batch", batch), ("--max-sequences", max_sequences)):
-        if value is not None and value < 1:
-            raise UsageError(f"{option} {value}: must be at least 1")
-    for option, (word, known) in words.items():
-        if word not in known:
-            raise UsageError(f"--{option} {word}: use {', '.join(known)}")
+
+    model: Model
+
+    def __init__(
+        self, command: str, given: Mapping[str, object], group: type = ProbeOptions, **words: tuple[str, Sequence[str]]
+    ) -> None:
+        self.command = command
+        self.options: dict[str, Any] = filled(group, given)
+        self.watch = Watch(*(self.options.get(name) for name in ("on_progress", "on_record", "on_note")))
+        self.batch: int = self.options["batch"]
+        for name in ("batch", "max_sequences"):
+            if (value := self.options[name]) is not None and value < 1:
+                raise UsageError(f"--{name.replace('_', '-')} {value}: must be at least 1")
+        for option, (word, known) in words.items():
+            if word not in known:
+                raise UsageError(f"--{option} {word}: use {', '.join(known)}")
+
+    @property
+    def selection(self) -> dict[str, str | None]:
+        """The options that select weights, as the run record has them."""
+        return {name: self.options[name] for name in ("layers", "exclude")}
+
+    def compare(self, base: Path | str, tuned: Path | str) -> Comparison:
+        """Open both sides and pair their weights.
+
+        Raises:
+            InputError: A side cannot be read, or the adapter does not fit BASE.
+            NothingComparedError: The sides have no weight in common.
+        """
+        return compare(base, tuned, verify=self.options["verify"])
+
+    def describe(self, stored: Checkpoint) -> RunInput:
+        """Return what the run record says of BASE, where nothing is compared with it."""
+        return describe("base", stored, verify=self.options["verify"])
+
+    def open(self, base: Path | str) -> Model:
+        """Open the model.
+
+        Raises:
+            UsageError: The device is not there, or the extra ``train`` is not installed.
+            InputError: Transformers cannot open it.
+        """
+        dtype, length, tokenizer = (self.options[name] for name in ("dtype", "length", "tokenizer"))
+        self.model = open_model(base, resolve_device(self.options["device"]), dtype, length, tokenizer)
+        return self.model
+
+    def read(self, path: Path | str, shifted: bool = False) -> Texts:
+        """Read one text.
+
+        Raises:
+            InputError: It cannot be read.
+        """
+        return read_texts(path, self.model, self.options["max_sequences"], shifted=shifted)
+
+    def read_sets(self, evaluate: Sequence[Path | str], shifted: Sequence[Path | str] = ()) -> list[Texts]:
+        """Read all evaluation sets.
+
+        Raises:
+            UsageError: Two have one name.
+            InputError: One cannot be read.
+        """
+        texts = [*map(self.read, evaluate), *(self.read(path, shifted=True) for path in shifted)]
+        check_names(texts)
+        return texts
+
+    def batches(self, texts: Sequence[Texts]) -> int:
+        """Return how many batches some sets have."""
+        return sum(-(-len(each.sequences) // self.batch) for each in texts)
+
+    def estimate(self, texts: Texts, what: str, more: str = "", passes: int | None = None) -> None:
+        """Time one batch, and give a note of what the run will take.
+
+        Args:
+            texts: A set.
+            what: What is done.
+            more: What else is to be said.
+            passes: Forward passes in all; by default the batches.
+        """
+        first, passes = texts.first(self.batch), self.watch.total if passes is None else passes
+        measure(self.model, first, self.batch)  # the first pass also sets things up
+        start = time.perf_counter()
+        measure(self.model, first, self.batch)
+        took = time.perf_counter() - start
+        self.watch.note(f"about {duration(took * passes)}: {what}, {passes} batches of {took:.2g} s each{more}")
+
+    def over(
+        self,
+        inputs: Iterable[RunInput],
+        settings: dict[str, Any],
+        measured: Callable[[Kept[Any]], Iterable[LeftOut]],
+        grows: Mapping[str, Callable[[Any, Any], Any]] | None = None,
+    ) -> Results[Any]:
+        """Measure what an interrupted run did not; nothing where it was finished.
+
+        Args:
+            inputs: For the run record.
+            settings: The probe's own settings, for the run record.
+            measured: Measures what is not kept yet, puts every record there, and returns what is left out.
+            grows: Settings that may ask for more when the run is resumed, as ``ResultsWriter`` has them.
+
+        Returns:
+            All records of the run, those of an interrupted one included.
+
+        Raises:
+            InputError: An input cannot be read, or the file cannot be written.
+        """
+        options, model = self.options, self.model
+        running = {
+            "length": model.length,
+            "batch": self.batch,
+            "dtype": options["dtype"],
+            "device": model.device.type,
+            "tokens": legible(model.tokens.about),
+        }
+        run = Run(command=self.command, version=__version__, inputs=tuple(inputs), settings={**settings, **running})
+        with ResultsWriter[Any](options["output"], run, options["resume"], options["overwrite"], grows) as writer:
+            kept = Kept(writer, self.watch)
+            return kept.end(measured(kept)) if kept.finished is None else kept.finished
 
 
 def check_files(evaluate: Sequence[Path | str], *others: Path | str) -> None:
@@ -130,21 +176,6 @@ def check_files(evaluate: Sequence[Path | str], *others: Path | str) -> None:
         check_texts(path)
 
 
-def read_sets(
-    model: Model, evaluate: Sequence[Path | str], shifted: Sequence[Path | str], most: int | None
-) -> list[Texts]:
-    """Read all evaluation sets.
-
-    Raises:
-        UsageError: Two have one name.
-        InputError: One cannot be read.
-    """
-    texts = [read_texts(path, model, most) for path in evaluate]
-    texts += [read_texts(path, model, most, shifted=True) for path in shifted]
-    check_names(texts)
-    return texts
-
-
 def described(texts: Texts, role: str | None = None) -> RunInput:
     """Return what the run record says of a set."""
     return RunInput(
@@ -157,20 +188,6 @@ def described(texts: Texts, role: str | None = None) -> RunInput:
     )
 
 
-def run_of(
-    command: str, inputs: tuple[RunInput, ...], settings: dict[str, Any], model: Model, batch: int, dtype: str
-) -> Run:
-    """Return the run record: what every probe was done with."""
-    running = {
-        "length": model.length,
-        "batch": batch,
-        "dtype": dtype,
-        "device": model.device.type,
-        "tokens": legible(model.tokens.about),
-    }
-    return Run(command=command, version=__version__, inputs=inputs, settings={**settings, **running})
-
-
 def left_out(pairing: Pairing, absent: Iterable[Delta]) -> list[LeftOut]:
     """Return what could not be paired, and what the model does not use."""
     detail = "the model that transformers builds of BASE has no such weight"
@@ -180,21 +197,6 @@ def left_out(pairing: Pairing, absent: Iterable[Delta]) -> list[LeftOut]:
     ]
 
 
-def batches_of(texts: Sequence[Texts], size: int) -> int:
-    """Return how many batches all sets have."""
-    return sum(-(-len(each.sequences) // size) for each in texts)
-
-
 def counted(number: int, one: str, many: str) -> str:
     """Return a number with its noun."""
     return f"{number} {one if number == 1 else many}"
-
-
-def estimate(model: Model, texts: Texts, batch: int, watch: Watch, what: str, more: str = "") -> None:
-    """Time one batch and tell what the run will take."""
-    first = texts.first(batch)
-    measure(model, first, batch)  # the first pass also sets things up
-    start = time.perf_counter()
-    measure(model, first, batch)
-    took = time.perf_counter() - start
-    watch.note(f"about {duration(took * watch.total)}: {what}, {watch.total} batches of {took:.2g} s each{more}")

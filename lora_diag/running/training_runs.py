@@ -13,12 +13,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from lora_diag.checkpoints import Checkpoint
 from lora_diag.errors import UsageError
 from lora_diag.models.data import Texts, read_texts
+from lora_diag.models.losses import Losses, measure
+from lora_diag.models.methods import Lora
 from lora_diag.models.opening import Model
 from lora_diag.models.training import Training
-from lora_diag.records import WholeRecord
-from lora_diag.running.probing import Kept, Watch, batches_of, counted
+from lora_diag.records import RunInput, WholeRecord
+from lora_diag.running.options import TrainOptions
+from lora_diag.running.probing import ProbeRun, counted, described
+from lora_diag.running.progress import Kept, Watch
 from lora_diag.running.rates import MOST, beyond, lowest
 
 Train = Callable[[Training, Sequence[Texts], Callable[[], None]], Sequence[WholeRecord]]
@@ -67,20 +72,61 @@ class Walk:
         seeds: Runs of each size at its best rate.
         widen: So many rates more where the best of a size is the lowest or the highest tried.
         kept: The records.
-        watch: Who is told.
     """
 
     training: Training
     sets: Sequence[Texts]
     seeds: int
     widen: int
-    kept: Kept
-    watch: Watch
+    kept: Kept[Any]
+
+    @property
+    def watch(self) -> Watch:
+        """Who gets progress and notes."""
+        return self.kept.watch
 
     @property
     def batches(self) -> int:
         """Batches of an evaluation on all sets."""
-        return batches_of(self.sets, self.training.batch)
+        return sum(-(-len(each.sequences) // self.training.batch) for each in self.sets)
+
+    def has(self, **fields: Any) -> bool:
+        """Say whether there is a record with these fields on every set."""
+        return self.kept.has([each.name for each in self.sets], **fields)
+
+    def measure_base(
+        self, model: Model, record: Callable[[Texts, Losses], WholeRecord], name: str | None = None
+    ) -> None:
+        """Measure BASE on every set, if that is not done yet.
+
+        Args:
+            model: BASE.
+            record: The record of a set.
+            name: Name of these records, where BASE is measured more than once.
+        """
+        if not self.has(subject="base", **({} if name is None else {"name": name})):
+            for each in self.sets:
+                self.kept.put(record(each, measure(model, each, self.training.batch, lambda: self.watch.batch("BASE"))))
+
+    def cost(self, arms: Sequence[Arm], bases: int) -> tuple[float, list[tuple[int, float]]]:
+        """Time what is trained, and set how many steps and batches there will be.
+
+        Args:
+            arms: What is trained.
+            bases: How many times BASE is to be measured.
+
+        Returns:
+            Seconds in all; and of each arm the runs that are left, and the seconds of a step.
+        """
+        self.watch.total = bases * self.batches
+        seconds, found, evaluation = 0.0, [], 0.0
+        for arm in arms:
+            step, evaluation = self.timed(arm)
+            runs = self.left(arm)
+            seconds += runs * (self.training.steps * step + self.batches * evaluation)
+            self.expect(runs)
+            found.append((runs, step))
+        return seconds + bases * self.batches * evaluation, found
 
     def run(self, arm: Arm) -> None:
         """Run all rates with the first seed, and the best rate of each size with the others."""
@@ -133,7 +179,7 @@ class Walk:
             self.kept.put(*trial.train(self.training, self.sets, lambda: self.watch.batch(trial.label)))
 
     def _has(self, trial: Trial) -> bool:
-        return self.kept.has(self.sets, **trial.fields)
+        return self.has(**trial.fields)
 
     def _rates(self, arm: Arm, size: int | None) -> Iterator[float]:
         """Yield the rates to try, each to be finished before the next is asked for: the grid, then beyond its edge."""
@@ -157,6 +203,78 @@ class Walk:
         fields = {**trial.fields, "set": self.sets[0].name}
         mine = (r for r in self.kept.records if all(getattr(r, name, ...) == value for name, value in fields.items()))
         return next((record.loss for record in mine), None)
+
+
+class TrainRun(ProbeRun):
+    """One run of a probe that trains.
+
+    Args:
+        command: As the results file names it.
+        given: What the caller gave of the options.
+        rates: Learning rates by their option.
+        counts: Whole numbers from 1 up, by their option; None where it was not given.
+        group: Which options the probe has.
+        **words: As ``ProbeRun`` has them.
+
+    Attributes:
+        sets: Evaluation sets, once they are read.
+        training: What all trained runs have in common, once the texts are read.
+
+    Raises:
+        UsageError: An option makes no sense.
+    """
+
+    sets: list[Texts]
+    training: Training
+
+    def __init__(
+        self,
+        command: str,
+        given: Mapping[str, object],
+        rates: Mapping[str, Sequence[float]],
+        counts: Mapping[str, int | None],
+        group: type = TrainOptions,
+        **words: tuple[str, Sequence[str]],
+    ) -> None:
+        super().__init__(command, given, group, **words)
+        check_training(rates, counts, self.options["widen"], self.options["seed"])
+
+    def read_all(
+        self,
+        data: Path | str,
+        evaluate: Sequence[Path | str],
+        shifted: Sequence[Path | str],
+        steps: int,
+        kind: Lora | None = None,
+    ) -> None:
+        """Read the text to train on and the evaluation sets.
+
+        Raises:
+            UsageError: Two evaluation sets have one name, or a text is trained on and evaluated.
+            InputError: A text cannot be read.
+        """
+        self.sets = self.read_sets(evaluate, shifted)
+        texts = read_training(data, self.model, self.sets)
+        self.training = Training(texts, steps, self.batch, self.options["seed"], kind or Lora())
+
+    def inputs(self, stored: Checkpoint) -> list[RunInput]:
+        """Return the inputs, for the run record."""
+        return [self.describe(stored), described(self.training.texts, "data"), *map(described, self.sets)]
+
+    def trained(self, seeds: int) -> dict[str, Any]:
+        """Return the settings of training, for the run record."""
+        widen, seed = self.options["widen"], self.options["seed"]
+        return {
+            "widen": widen,
+            "steps": self.training.steps,
+            "seeds": seeds,
+            "seed": seed,
+            "order": self.training.order_hash,
+        }
+
+    def walk(self, kept: Kept[Any], seeds: int) -> Walk:
+        """Return the walk over the runs."""
+        return Walk(self.training, self.sets, seeds, self.options["widen"], kept)
 
 
 def check_training(

@@ -91,7 +91,7 @@ def test_resume_measures_only_what_is_missing(written, pair_of_models, monkeypat
     path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:9]))
     events = []
     lora_diag.spectrum(base, tuned, output=path, resume=True, on_progress=events.append)
-    assert events[0].layers == 2
+    assert events[0].total == 2
 
 
 def test_resume_of_a_finished_or_absent_run(written, pair_of_models, tmp_path):

@@ -9,7 +9,7 @@ from lora_diag.errors import UsageError
 from lora_diag.models.data import Texts
 from lora_diag.models.training import Training
 from lora_diag.records import Probe, ResultsWriter, Run
-from lora_diag.running.probing import Kept, Watch
+from lora_diag.running.progress import Kept, Watch
 from lora_diag.running.training_runs import Arm, Trial, Walk, check_training
 
 HELD = Texts("held", "held.txt", (), "0", "text")
@@ -26,9 +26,9 @@ class Case:
     def __init__(self, best, widen, seeds=2, stop_after=None):
         self.best, self.ran, self.stop_after, self.ticks = best, [], stop_after, []
         run = Run(command="probe sweep", version="0", inputs=(), settings={})
-        watch = Watch(lambda *words: self.ticks.append(words), None, None)
+        watch = Watch(lambda event: self.ticks.append((event.label, event.done, event.total)))
         kept = Kept(ResultsWriter(None, run, False), watch)
-        self.walk = Walk(Training(HELD, 3, 1, 7), [HELD], seeds, widen, kept, watch)
+        self.walk = Walk(Training(HELD, 3, 1, 7), [HELD], seeds, widen, kept)
 
     def arm(self, rates):
         return Arm(tuple(self.best), rates, self.trial)
@@ -112,9 +112,9 @@ def test_a_record_of_another_kind_is_not_the_run_that_is_asked_for():
     case = Case({4: 1e-3}, 0, seeds=1)
     case.walk.run(case.arm((1e-3,)))
     done = {"subject": "lora", "rank": 4, "lr": 1e-3, "seed": 7}
-    assert case.walk.kept.has([HELD], **done)
-    assert not case.walk.kept.has([HELD], **done, unit="model.layers.0.q_proj.weight")
-    assert not case.walk.kept.has([HELD, replace(HELD, name="other")], **done)
+    assert case.walk.has(**done)
+    assert not case.walk.has(**done, unit="model.layers.0.q_proj.weight")
+    assert not case.walk.kept.has(["held", "other"], **done)
 
 
 def test_the_first_set_decides_on_rates_and_the_others_are_only_told():

@@ -10,7 +10,7 @@ import typer
 
 from lora_diag.cli import options
 from lora_diag.cli import probe_options as shared
-from lora_diag.cli.output import check_outputs, line, result, terminal
+from lora_diag.cli.output import check_outputs, line, progress_bar, result, terminal
 from lora_diag.files import SECOND_MOMENTS
 
 
@@ -41,7 +41,7 @@ def activations(
     from lora_diag.probes.activations.run import probe_activations
     from lora_diag.probes.activations.summary import activations_table
 
-    with shared.progress(quiet) as on_progress:
+    with progress_bar(quiet) as on_progress:
         recorded = probe_activations(
             base,
             data,

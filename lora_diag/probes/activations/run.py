@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Unpack
 
 from lora_diag.checkpoints import Checkpoint, open_checkpoint
 from lora_diag.checkpoints.tensors import TensorInfo
@@ -11,19 +13,20 @@ from lora_diag.checkpoints.writing import write_safetensors
 from lora_diag.deltas import natural_order, selector
 from lora_diag.errors import NothingComparedError, UsageError
 from lora_diag.files import SECOND_MOMENTS, check_output
-from lora_diag.linalg import resolve_device
 from lora_diag.models.activations import Listener, Moment, equal_batches, inputs_of, linear_layers, outputs_of, record
-from lora_diag.models.data import Texts, read_texts
+from lora_diag.models.data import Texts
 from lora_diag.models.gradients import LABELS, Draw, Labels
-from lora_diag.models.opening import Model, Weights, open_model
+from lora_diag.models.opening import Model, Weights
 from lora_diag.records.probe import Activations, LayerInput
 from lora_diag.running.activations import GRADIENTS
 from lora_diag.running.fingerprint import fingerprint, legible
 from lora_diag.running.inputs import MOMENTS
-from lora_diag.running.probing import Watch, check, counted, estimate
+from lora_diag.running.options import RecordModelOptions, show_options
+from lora_diag.running.probing import ProbeRun, counted
 from lora_diag.version import __version__
 
 
+@show_options
 def probe_activations(
     base: Path | str,
     data: Path | str,
@@ -33,16 +36,7 @@ def probe_activations(
     labels: Labels = "data",
     seed: int = 0,
     overwrite: bool = False,
-    layers: str | None = None,
-    exclude: str | None = None,
-    length: int | None = None,
-    batch: int = 8,
-    max_sequences: int | None = None,
-    tokenizer: str = "auto",
-    dtype: str = "float32",
-    device: str = "auto",
-    on_progress: Callable[[str, int, int], None] | None = None,
-    on_note: Callable[[str], None] | None = None,
+    **options: Unpack[RecordModelOptions],
 ) -> Activations:
     r"""Record C = E[xxᵀ], the mean over tokens, of the input x of every linear layer, in one pass over a text.
 
@@ -57,16 +51,7 @@ def probe_activations(
         labels: Of that loss: ``data`` for the text's own, ``model`` for labels drawn from the model.
         seed: Of what is drawn.
         overwrite: Replace a file in the place of ``output``.
-        layers: Regular expression; only weights whose name contains a match.
-        exclude: Regular expression; no weights whose name contains a match.
-        length: Tokens of a sequence; by default 512 or what the model has room for.
-        batch: Sequences in a batch.
-        max_sequences: Read the first so many sequences.
-        tokenizer: ``auto``, ``bytes`` or a folder.
-        dtype: Of the weights while they run; sums are float64 whatever it is.
-        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:1``.
-        on_progress: Called with words, batches done and batches in all.
-        on_note: Called with the estimate of time and memory, before the run begins.
+        **options: See ``RecordModelOptions``.
 
     Returns:
         What was recorded, layer by layer, and what was not.
@@ -76,27 +61,26 @@ def probe_activations(
         InputError: An input cannot be read, or the output cannot be written.
         NothingComparedError: No linear layer is selected.
     """
-    check(batch, max_sequences, labels=(labels, LABELS))
+    run = ProbeRun("probe activations", options, RecordModelOptions, labels=(labels, LABELS))
     if labels != "data" and not gradients:
         raise UsageError(f"--labels {labels}: is for --gradients")
     output = Path(output)
     check_output(output, SECOND_MOMENTS, overwrite)
-    selected = selector(layers, exclude)
+    selected = selector(**run.selection)
     stored = open_checkpoint(base)
-    model = open_model(base, resolve_device(device), dtype, length, tokenizer)
-    texts = read_texts(data, model, max_sequences)
+    model = run.open(base)
+    texts = run.read(data)
     names, left_out = _chosen(model, stored, selected)
-    watch = Watch(on_progress, None, on_note)
-    watch.total = sum(1 for _ in equal_batches(texts, batch))
+    run.watch.total = sum(1 for _ in equal_batches(texts, run.batch))
     linear = linear_layers(model.module)
     wanted = {name: linear[name] for name in names}
     sizes = [(inputs_of(layer), outputs_of(layer)) for layer in wanted.values()]
     size = 8 * sum(row**2 + gradients * column**2 for row, column in sizes) / 2**30
     memory = f"; sums take up to {size:.1f} GiB" if size >= 0.1 else ""
     memory += "; with the backward pass about three times that long" if gradients else ""
-    estimate(model, texts, batch, watch, f"{counted(len(wanted), 'layer', 'layers')} on 1 set", memory)
+    run.estimate(texts, f"{counted(len(wanted), 'layer', 'layers')} on 1 set", memory)
     draw = Draw(labels, seed) if gradients else None
-    heard = record(model, texts, wanted, batch, lambda: watch.batch("reading"), draw)
+    heard = record(model, texts, wanted, run.batch, partial(run.watch.batch, "reading"), draw)
     moments = {names[layer]: moment for moment in heard.moments.values() for layer in moment.layers}
     left_out |= {names[layer]: "not used on this text" for layer in wanted if names[layer] not in moments}
     moments |= {GRADIENTS + names[layer]: moment for layer, moment in heard.outputs.items()}

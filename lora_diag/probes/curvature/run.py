@@ -3,46 +3,37 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from lora_diag.checkpoints import open_checkpoint
 from lora_diag.deltas import natural_order, selector
 from lora_diag.errors import NothingComparedError, UsageError
-from lora_diag.linalg import resolve_device
 from lora_diag.linalg.eigenpairs import basis_size
 from lora_diag.models.losses import measure
-from lora_diag.models.opening import Model, Weights, open_model
+from lora_diag.models.opening import Model, Weights
 from lora_diag.models.swapping import FULL, Swapped
 from lora_diag.models.truncating import truncated_layers
 from lora_diag.probes.curvature.loss_bound import TunedPoint, loss_bounds
 from lora_diag.probes.curvature.measure import Curved
 from lora_diag.probes.curvature.record import Curvature, LossBound, Matrix
 from lora_diag.probes.curvature.records_of import Effort, Point, curvatures
-from lora_diag.records import AnyRecord, LeftOut, Results, ResultsWriter, RunInput
+from lora_diag.records import LeftOut, Results
 from lora_diag.records.names import part_of
 from lora_diag.rendering.text import duration
-from lora_diag.running.inputs import compare, describe
-from lora_diag.running.probing import (
-    Kept,
-    Watch,
-    batches_of,
-    check,
-    check_files,
-    counted,
-    described,
-    left_out,
-    read_sets,
-    run_of,
-)
+from lora_diag.running.measuring import checked_ranks
+from lora_diag.running.options import LayerProbeOptions, show_options
+from lora_diag.running.probing import ProbeRun, check_files, counted, described, left_out
+from lora_diag.running.progress import Kept
 
 RANKS = (0, 1, 2, 4, 8, 16, 32, 64)
 ALONG = (0.1, 1.0)
 PER = ("all", "layer")
 
 
+@show_options
 def probe_curvature(
     base: Path | str,
     tuned: Path | str | None = None,
@@ -54,22 +45,8 @@ def probe_curvature(
     probes: int = 10,
     ggn: bool = False,
     per: str = "all",
-    layers: str | None = None,
-    exclude: str | None = None,
     seed: int = 0,
-    length: int | None = None,
-    batch: int = 8,
-    max_sequences: int | None = None,
-    tokenizer: str = "auto",
-    dtype: str = "float32",
-    device: str = "auto",
-    output: Path | str | None = None,
-    resume: bool = False,
-    overwrite: bool = False,
-    verify: bool = False,
-    on_progress: Callable[[str, int, int], None] | None = None,
-    on_record: Callable[[AnyRecord], None] | None = None,
-    on_note: Callable[[str], None] | None = None,
+    **options: Unpack[LayerProbeOptions],
 ) -> Results[Any]:
     r"""Measure eigenvalues, trace and gradient of the loss at TUNED, and hold the loss bound against the measured gap.
 
@@ -88,90 +65,70 @@ def probe_curvature(
         ggn: Measure the generalised Gauss–Newton matrix instead of the Hessian: the Hessian but for the part that
             comes from the model's own curvature, never negative.
         per: ``all`` for eigenvalues of all layers jointly; ``layer`` for those of every layer's own block, too.
-        layers: Regular expression; only weights whose name contains a match.
-        exclude: Regular expression; no weights whose name contains a match.
         seed: Of Lanczos' start and of the trace's random vectors.
-        length: Tokens of a sequence; by default 512 or what the model has room for.
-        batch: Sequences in a batch.
-        max_sequences: Use the first so many sequences.
-        tokenizer: ``auto``, ``bytes`` or a folder.
-        dtype: ``float32``; others are refused, because Lanczos does not converge in them.
-        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:1``.
-        output: Results file, appended record by record.
-        resume: Go on behind what an interrupted run left in ``output``.
-        overwrite: Replace a file in the place of ``output`` that loradiag did not write.
-        verify: Let ``resume`` compare a SHA-256 of every byte of the models; of texts it does so anyway.
-        on_progress: Called with what is being measured, batches done and (roughly) batches in all.
-        on_record: Called with every record, in the order of the file, as it comes.
-        on_note: Called with the estimate of what the run will cost, before it begins.
+        **options: See ``LayerProbeOptions``.
 
     Returns:
         The records are in ``whole``: ``Curvature`` jointly and of every layer, then ``LossBound`` of every rank.
 
     Raises:
-        UsageError: An option makes no sense, or the extra ``train`` is not installed.
+        UsageError: An option makes no sense, ``dtype`` is not ``float32`` (Lanczos does not converge in others), or the
+            extra ``train`` is not installed.
         InputError: An input cannot be read, transformers cannot open BASE, or Lanczos did not converge.
         NothingComparedError: No matrix is selected.
 
     Reference:
         Pearlmutter 1994, "Fast exact multiplication by the Hessian"; Yao et al. 2020, PyHessian.
     """
-    check(batch, max_sequences, per=(per, PER))
-    way = _check(ranks, along, top, probes, seed)
-    if dtype != "float32":  # on the samples a product in bfloat16 is off by 2%, and Lanczos goes to 1e-4
+    run = ProbeRun("probe curvature", options, LayerProbeOptions, per=(per, PER))
+    asked, way = list(checked_ranks(ranks, 0)), _check(along, top, probes, seed)
+    if (dtype := run.options["dtype"]) != "float32":  # a product in bfloat16 is off by 2%, and Lanczos goes to 1e-4
         raise UsageError(
             f"--dtype {dtype}: Hessian-vector products in it are off by percents, more than Lanczos allows; use float32"
         )
     check_files(evaluate)
     if len(evaluate) > 1:
         raise UsageError("--eval: curvature is that of one loss; name one file")
-    on = resolve_device(device)
-    compared = compare(base, tuned, verify=verify) if tuned is not None else None
+    compared = run.compare(base, tuned) if tuned is not None else None
     deltas = compared.pairing.deltas if compared is not None else ()
-    chosen = truncated_layers(deltas, layers, exclude) if compared is not None else {}
-    model = open_model(base, on, dtype, length, tokenizer)
-    (texts,) = read_sets(model, evaluate, [], max_sequences)
-    swapped = Swapped(model, deltas, max(ranks)) if compared is not None else None
+    chosen = truncated_layers(deltas, **run.selection) if compared is not None else {}
+    model = run.open(base)
+    (texts,) = run.read_sets(evaluate)
+    swapped = Swapped(model, deltas, asked[-1]) if compared is not None else None
     if compared is None:
-        chosen = _matrices(base, model, layers, exclude)
-    inputs: tuple[RunInput, ...] = (
-        compared.inputs if compared else (describe("base", open_checkpoint(base), verify=verify),)
-    )
+        chosen = _matrices(base, model, run.selection)
+    matrix: Matrix = "ggn" if ggn else "hessian"
     settings = {
-        "ranks": sorted(set(ranks)) if swapped else [],
+        "ranks": asked if swapped else [],
         "along": way if swapped else [],
         "top": top,
         "probes": probes,
-        "matrix": "ggn" if ggn else "hessian",
+        "matrix": matrix,
         "per": per,
-        "layers": layers,
-        "exclude": exclude,
+        **run.selection,
         "seed": seed,
     }
-    run = run_of("probe curvature", (*inputs, described(texts)), settings, model, batch, dtype)
-    watch = Watch(on_progress, on_record, on_note)
-    matrix: Matrix = "ggn" if ggn else "hessian"
-    curved = Curved(model, texts, batch, chosen, matrix, lambda: _tick(watch, "products"))
-    point = Point(model, curved, swapped, texts, batch, "tuned" if swapped else "base", matrix)
+    watch = run.watch
+    curved = Curved(model, texts, run.batch, chosen, matrix, partial(watch.batch, "products"))
+    point = Point(model, curved, swapped, texts, run.batch, "tuned" if swapped else "base", matrix)
     effort = Effort(top, probes, seed)
-    with ResultsWriter[Any](Path(output) if output is not None else None, run, resume, overwrite) as writer:
-        kept = Kept(writer, watch)
-        if kept.finished is not None:
-            return kept.finished
+
+    def measured(kept: Kept[Any]) -> list[LeftOut]:
         if swapped is not None:
             swapped.arrange(dict.fromkeys(swapped.layers, FULL))
-        _measure(point, effort, per, _todo(kept, ranks, chosen), way, kept, watch)
-        return kept.end(left_out(compared.pairing, swapped.absent) if compared and swapped else _skipped(base, chosen))
+        _measure(point, effort, per, _todo(kept, asked, chosen), way, kept, run.batches([texts]))
+        return left_out(compared.pairing, swapped.absent) if compared and swapped else _skipped(base, chosen)
+
+    inputs = compared.inputs if compared else (run.describe(open_checkpoint(base)),)
+    return run.over([*inputs, described(texts)], settings, measured)
 
 
-def _check(ranks: Sequence[int], along: Sequence[float], top: int, probes: int, seed: int) -> list[float]:
+def _check(along: Sequence[float], top: int, probes: int, seed: int) -> list[float]:
     """Refuse numbers that make no sense; return the points on the way, the end among them.
 
     Raises:
         UsageError: There are such.
     """
-    if not ranks or min(ranks) < 0:
-        raise UsageError(f"--ranks {','.join(map(str, ranks))}: ranks must be whole numbers from 0 up")
     if not all(0 < t <= 1 for t in along):
         raise UsageError(f"--along {','.join(f'{t:g}' for t in along)}: shares of the way must lie in (0, 1]")
     for option, value in (("--top", top), ("--probes", probes)):
@@ -182,13 +139,13 @@ def _check(ranks: Sequence[int], along: Sequence[float], top: int, probes: int, 
     return sorted({*map(float, along), 1.0})
 
 
-def _matrices(base: Path | str, model: Model, layers: str | None, exclude: str | None) -> dict[str, tuple[int, int]]:
+def _matrices(base: Path | str, model: Model, selection: Mapping[str, str | None]) -> dict[str, tuple[int, int]]:
     """Return the matrices of BASE outside embeddings and head that are selected and that the model has.
 
     Raises:
         NothingComparedError: There is none.
     """
-    selected, weights, stored = selector(layers, exclude), Weights(model.module), open_checkpoint(base)
+    selected, weights, stored = selector(**selection), Weights(model.module), open_checkpoint(base)
     found = {
         name: (shape[0], shape[1])
         for name in sorted(stored, key=natural_order)
@@ -211,28 +168,25 @@ def _skipped(base: Path | str, chosen: dict[str, tuple[int, int]]) -> list[LeftO
     ]
 
 
-def _todo(kept: Kept, ranks: Sequence[int], chosen: dict[str, tuple[int, int]]) -> list[int]:
+def _todo(kept: Kept[Any], ranks: Sequence[int], chosen: dict[str, tuple[int, int]]) -> list[int]:
     """Return the ranks that truncate something and are not measured yet."""
     done = {record.rank for record in kept.records if isinstance(record, LossBound)}
     largest = max(min(shape) for shape in chosen.values())
-    return [rank for rank in sorted(set(ranks)) if rank < largest and rank not in done]
-
-
-def _tick(watch: Watch, label: str) -> None:
-    watch.total = max(watch.total, watch.done + 1)  # how many products Lanczos takes is not known before
-    watch.batch(label)
+    return [rank for rank in ranks if rank < largest and rank not in done]
 
 
 def _measure(
-    point: Point, effort: Effort, per: str, ranks: list[int], way: list[float], kept: Kept, watch: Watch
+    point: Point, effort: Effort, per: str, ranks: list[int], way: list[float], kept: Kept[Any], batches: int
 ) -> None:
     """Measure what is not in the file yet: the joint curvature, the layers, the ranks."""
     done = {record.layer: record for record in kept.records if isinstance(record, Curvature)}
-    curved = point.curved
+    curved, watch = point.curved, kept.watch
     missing = [layer for layer in curved.layers if layer not in done]
-    _tell_cost(point, effort, None in done, missing if per == "layer" else [], ranks, way, watch)
+    products, note = _cost(point, effort, None in done, missing if per == "layer" else [], ranks, way)
+    watch.total = watch.done + products * batches
+    watch.note(note)
     gradient = curved.gradient()
-    losses = measure(point.model, point.texts, point.batch, lambda: _tick(watch, "loss"))
+    losses = measure(point.model, point.texts, point.batch, partial(watch.batch, "loss"))
     for records in curvatures(point, effort, per, gradient, losses, None not in done, missing):
         kept.put(*records)
     joint = next(record for record in kept.records if isinstance(record, Curvature) and record.layer is None)
@@ -240,33 +194,26 @@ def _measure(
         least = joint.smallest if joint.strongly_convex else None
         tuned = TunedPoint(curved.weights(), gradient, losses, joint.eigenvalues[0], least)
         for rank in ranks:
-            after = partial(_tick, watch, f"r={rank}")
+            after = partial(watch.batch, f"r={rank}")
             kept.put(
                 *loss_bounds(point.model, curved, point.swapped, tuned, rank, way, point.texts, point.batch, after)
             )
 
 
-def _tell_cost(
-    point: Point,
-    effort: Effort,
-    joint_done: bool,
-    layers: list[str],
-    ranks: list[int],
-    way: list[float],
-    watch: Watch,
-) -> None:
-    """Time one product, and tell what the run will take."""
+def _cost(
+    point: Point, effort: Effort, joint_done: bool, layers: list[str], ranks: list[int], way: list[float]
+) -> tuple[int, str]:
+    """Time one product; return about how many there will be, and a note of what the run will take."""
     start = time.perf_counter()
     point.curved.product(point.curved.weights())
     took = time.perf_counter() - start
     lanczos = 0 if joint_done else _products(effort.top) + _products(1)
     products = lanczos + effort.probes + len(layers) * (_products(effort.top) + _products(1))
     products += len(ranks) * (1 + len(way)) if point.swapped else 0
-    watch.total = watch.done + products * batches_of([point.texts], point.batch)
     memory = 4 * point.curved.params * basis_size(point.curved.params, effort.top) / 2**30
     basis = f"; Lanczos holds {memory:.1f} GiB" if memory >= 0.1 else ""
     blocks = f" and {counted(len(layers), 'block', 'blocks')}" if layers else ""
-    watch.note(
+    return products, (
         f"about {duration(products * took)}: {products} or so Hessian-vector products of {took:.2g} s each, of all "
         f"layers jointly{blocks}{basis}"
     )

@@ -10,7 +10,7 @@ import typer
 
 from lora_diag.cli import options
 from lora_diag.cli import probe_options as shared
-from lora_diag.cli.output import result, terminal
+from lora_diag.cli.output import progress_bar, result, terminal
 
 
 @options.spread
@@ -41,7 +41,7 @@ def fisher(
     from lora_diag.probes.fisher.run import probe_fisher
     from lora_diag.probes.fisher.summary import fisher_table
 
-    with shared.progress(written.quiet) as on_progress:
+    with progress_bar(written.quiet) as on_progress:
         results = probe_fisher(
             base,
             tuned,

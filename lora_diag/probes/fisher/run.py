@@ -2,38 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from lora_diag.checkpoints import open_checkpoint
 from lora_diag.errors import InputError, NothingComparedError, UsageError
-from lora_diag.linalg import resolve_device
 from lora_diag.models.activations import linear_layers
-from lora_diag.models.data import Texts, read_texts
+from lora_diag.models.data import Texts
 from lora_diag.models.gradients import LABELS, Draw, Labels
-from lora_diag.models.opening import Model, Weights, open_model
+from lora_diag.models.opening import Model, Weights
 from lora_diag.models.swapping import FULL, Swapped
 from lora_diag.models.truncating import truncated_layers
 from lora_diag.probes.fisher.effects import Before, effect, read_before
 from lora_diag.probes.fisher.measure import Tail, add_up, groups_of, tail_of
 from lora_diag.probes.fisher.record import Effect, Fisher
-from lora_diag.records import AnyRecord, LeftOut, Results, ResultsWriter
-from lora_diag.running.inputs import compare
+from lora_diag.records import LeftOut, Results
 from lora_diag.running.measuring import checked_ranks
-from lora_diag.running.probing import (
-    Kept,
-    Watch,
-    batches_of,
-    check,
-    check_files,
-    counted,
-    described,
-    estimate,
-    left_out,
-    run_of,
-)
+from lora_diag.running.options import LayerProbeOptions, show_options
+from lora_diag.running.probing import ProbeRun, check_files, counted, described, left_out
+from lora_diag.running.progress import Kept
 
 RANKS = (4, 8, 16, 32, 64)
 
@@ -41,6 +31,7 @@ RANKS = (4, 8, 16, 32, 64)
 _BACKWARD = 3
 
 
+@show_options
 def probe_fisher(
     base: Path | str,
     tuned: Path | str,
@@ -51,21 +42,7 @@ def probe_fisher(
     ranks: Sequence[int] = RANKS,
     labels: Labels = "data",
     seed: int = 0,
-    layers: str | None = None,
-    exclude: str | None = None,
-    length: int | None = None,
-    batch: int = 8,
-    max_sequences: int | None = None,
-    tokenizer: str = "auto",
-    dtype: str = "float32",
-    device: str = "auto",
-    output: Path | str | None = None,
-    resume: bool = False,
-    overwrite: bool = False,
-    verify: bool = False,
-    on_progress: Callable[[str, int, int], None] | None = None,
-    on_record: Callable[[AnyRecord], None] | None = None,
-    on_note: Callable[[str], None] | None = None,
+    **options: Unpack[LayerProbeOptions],
 ) -> Results[Any]:
     r"""Measure F_ℓ(r) = Σ_s⟨∇ℓ_s, ΔW − ΔW_r⟩²/N of every layer and rank, with the gradients of TUNED's loss.
 
@@ -82,21 +59,7 @@ def probe_fisher(
         ranks: Ranks r of what is measured, and of the other estimates; F is given for all.
         labels: ``data`` for the text's own labels; ``model`` for labels drawn from TUNED.
         seed: Of what is drawn.
-        layers: Regular expression; only weights whose name contains a match.
-        exclude: Regular expression; no weights whose name contains a match.
-        length: Tokens of a sequence; by default 512 or what the model has room for.
-        batch: Sequences in a batch.
-        max_sequences: Use the first so many sequences of each file.
-        tokenizer: ``auto``, ``bytes`` or a folder.
-        dtype: Of the weights while they run; sums are float64 whatever it is.
-        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:1``.
-        output: Results file, appended layer by layer.
-        resume: Go on behind what an interrupted run left in ``output``.
-        overwrite: Replace a file in the place of ``output`` that loradiag did not write.
-        verify: Let ``resume`` compare a SHA-256 of every byte of the models; of texts it does so anyway.
-        on_progress: Called with what is being done, batches done and batches in all.
-        on_record: Called with every record, in the order of the file, as it comes.
-        on_note: Called with the estimate of what the run will cost, before it begins.
+        **options: See ``LayerProbeOptions``.
 
     Returns:
         The records are in ``whole``: one ``Fisher`` a layer.
@@ -110,32 +73,26 @@ def probe_fisher(
         Kunstner, Balles and Hennig 2019, "Limitations of the empirical Fisher approximation for natural gradient
         descent", equations 2 and 3 (the two kinds of labels).
     """
-    check(batch, max_sequences, labels=(labels, LABELS))
+    run = ProbeRun("probe fisher", options, LayerProbeOptions, labels=(labels, LABELS))
     asked = checked_ranks(ranks)
     if len(evaluate) > 1:
         raise UsageError("--eval: one order of the layers is held against F; name one file")
     check_files([data, *evaluate])
-    compared = compare(base, tuned, verify=verify)
+    compared = run.compare(base, tuned)
     deltas = compared.pairing.deltas
-    chosen = truncated_layers(deltas, layers, exclude)
-    model = open_model(base, resolve_device(device), dtype, length, tokenizer)
-    texts = read_texts(data, model, max_sequences)
-    held_out = read_texts(evaluate[0], model, max_sequences) if evaluate else texts if measure else None
+    chosen = truncated_layers(deltas, **run.selection)
+    model = run.open(base)
+    texts = run.read(data)
+    held_out = run.read(evaluate[0]) if evaluate else texts if measure else None
     swapped = Swapped(model, deltas, max(asked))
     modules, rest = _modules(model, chosen)
     if not modules:
         raise NothingComparedError(f"{open_checkpoint(base).path}: no linear layer is selected that a tail could be of")
-    settings = {"ranks": list(asked), "labels": labels, "seed": seed, "layers": layers, "exclude": exclude}
-    sets = [described(texts, "data"), *([described(held_out)] if held_out is not None else [])]
-    run = run_of("probe fisher", (*compared.inputs, *sets), settings, model, batch, dtype)
-    watch = Watch(on_progress, on_record, on_note)
-    with ResultsWriter[Any](Path(output) if output is not None else None, run, resume, overwrite) as writer:
-        kept = Kept(writer, watch)
-        if kept.finished is not None:
-            return kept.finished
+    probe = _Probe(run, swapped, modules, texts, held_out, asked, Draw(labels, seed))
+
+    def measured(kept: Kept[Any]) -> list[LeftOut]:
         done = {record.layer for record in kept.records}
         todo = {layer: chosen[layer] for layer in modules if layer not in done}
-        probe = _Probe(model, swapped, modules, texts, held_out, asked, Draw(labels, seed), batch, watch)
         probe.tell_cost(todo)
         problems = list[LeftOut]()
         for item in probe.run(todo):
@@ -143,7 +100,11 @@ def probe_fisher(
                 kept.put(item)
             else:
                 problems.append(item)
-        return kept.end([*left_out(compared.pairing, swapped.absent), *rest, *problems])
+        return [*left_out(compared.pairing, swapped.absent), *rest, *problems]
+
+    settings = {"ranks": list(asked), "labels": labels, "seed": seed, **run.selection}
+    sets = [described(texts, "data"), *([described(held_out)] if held_out is not None else [])]
+    return run.over([*compared.inputs, *sets], settings, measured)
 
 
 def _modules(model: Model, chosen: Mapping[str, tuple[int, int]]) -> tuple[dict[str, Any], list[LeftOut]]:
@@ -165,43 +126,38 @@ def _modules(model: Model, chosen: Mapping[str, tuple[int, int]]) -> tuple[dict[
 class _Probe:
     """A run as far as it is."""
 
-    model: Model
+    of: ProbeRun
     swapped: Swapped
     modules: Mapping[str, Any]
     texts: Texts
     held_out: Texts | None
     ranks: tuple[int, ...]
     draw: Draw
-    batch: int
-    watch: Watch
 
     def tell_cost(self, todo: Mapping[str, tuple[int, int]]) -> None:
         """Tell what it takes: passes forward and back, and a forward pass for every truncation."""
         passes = sum(1 for _ in groups_of(todo))
         changes = sum(rank < min(shape) for shape in todo.values() for rank in self.ranks)
-        self.watch.total = passes * batches_of([self.texts], self.batch)
-        forward = _BACKWARD * self.watch.total
+        batches, measured = passes * self.of.batches([self.texts]), 0
         if self.held_out is not None:
-            measured = (changes + 1) * batches_of([self.held_out], self.batch)
-            self.watch.total, forward = self.watch.total + measured, forward + measured
+            measured = (changes + 1) * self.of.batches([self.held_out])
+        self.of.watch.total = batches + measured
         what = f"{counted(len(todo), 'layer', 'layers')}, {counted(passes, 'pass', 'passes')} forward and back"
         if self.held_out is not None:
             what += f" and {changes} truncations measured"
-        total, self.watch.total = self.watch.total, forward
-        estimate(self.model, self.texts, self.batch, self.watch, what, "; a pass back counts as three")
-        self.watch.total = total
+        self.of.estimate(self.texts, what, "; a pass back counts as three", _BACKWARD * batches + measured)
 
     def run(self, todo: Mapping[str, tuple[int, int]]) -> Iterator[Fisher | LeftOut]:
         """Yield the records of all layers, in the order of BASE."""
         self._as_tuned()
         before: Before | None = None
         if self.held_out is not None and todo:
-            before = read_before(self.model, self.held_out, self.batch, lambda: self.watch.batch("TUNED"))
+            before = read_before(self.of.model, self.held_out, self.of.batch, partial(self.of.watch.batch, "TUNED"))
         for group in groups_of(todo):
             tails = {layer: tail_of(self.modules[layer], self.swapped.factors(layer)) for layer in group}
             draw = Draw(self.draw.labels, self.draw.seed)  # every pass sees the same labels
-            after = lambda: self.watch.batch("gradients")  # noqa: E731
-            predictions = add_up(self.model, self.texts, tails, self.batch, draw, after)
+            after = partial(self.of.watch.batch, "gradients")
+            predictions = add_up(self.of.model, self.texts, tails, self.of.batch, draw, after)
             for layer, tail in tails.items():
                 if tail.problem:
                     yield LeftOut(layer=layer, shape=todo[layer], reason="no_gradient", detail=tail.problem)
@@ -247,8 +203,8 @@ class _Probe:
         for rank in self.ranks:
             if rank < min(shape):
                 self._as_tuned({layer: rank})
-                after = lambda label=f"{layer} r={rank}": self.watch.batch(label)  # noqa: E731
-                found[str(rank)] = effect(self.model, self.held_out, before, self.batch, after)
+                after = partial(self.of.watch.batch, f"{layer} r={rank}")
+                found[str(rank)] = effect(self.of.model, self.held_out, before, self.of.batch, after)
         self._as_tuned()
         return found
 

@@ -10,7 +10,7 @@ import typer
 
 from lora_diag.cli import options
 from lora_diag.cli import probe_options as shared
-from lora_diag.cli.output import result, terminal
+from lora_diag.cli.output import progress_bar, result, terminal
 
 
 @options.spread
@@ -48,7 +48,7 @@ def intrinsic(
     from lora_diag.probes.intrinsic.run import probe_intrinsic
     from lora_diag.probes.intrinsic.summary import intrinsic_table
 
-    with shared.progress(written.quiet) as on_progress:
+    with progress_bar(written.quiet) as on_progress:
         results = probe_intrinsic(
             base,
             data=data,

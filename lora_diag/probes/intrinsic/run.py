@@ -6,24 +6,25 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from lora_diag.checkpoints import open_checkpoint
 from lora_diag.errors import UsageError
-from lora_diag.linalg import resolve_device
 from lora_diag.models.data import Texts
-from lora_diag.models.losses import Losses, measure
+from lora_diag.models.losses import Losses
 from lora_diag.models.methods import with_lora
-from lora_diag.models.opening import Model, open_model
+from lora_diag.models.opening import Model
 from lora_diag.models.training import RECIPE, Cell, Training, losses_after
 from lora_diag.probes.intrinsic.lines import Subject
 from lora_diag.probes.intrinsic.measure import SCALE_STEP, Method, Run, check_dim, rate_of, scales_of, subspace_losses
 from lora_diag.probes.intrinsic.record import Intrinsic
-from lora_diag.records import AnyRecord, Results, ResultsWriter
+from lora_diag.records import LeftOut, Results
 from lora_diag.rendering.text import duration
-from lora_diag.running.inputs import describe
-from lora_diag.running.probing import Kept, Watch, check, check_files, counted, described, read_sets, run_of
-from lora_diag.running.training_runs import Arm, Trial, Walk, check_training, read_training
+from lora_diag.running.measuring import checked_ranks
+from lora_diag.running.options import TrainOptions, show_options
+from lora_diag.running.probing import check_files, counted
+from lora_diag.running.progress import Kept
+from lora_diag.running.training_runs import Arm, TrainRun, Trial, Walk
 
 DIMS = (10, 30, 100, 300, 1000, 3000, 10000)
 RANKS = (1, 2, 4, 8)
@@ -33,6 +34,7 @@ LORA_RATES = (1e-3, 3e-3, 1e-2)
 METHODS = ("plain", "said")
 
 
+@show_options
 def probe_intrinsic(
     base: Path | str,
     *,
@@ -47,22 +49,8 @@ def probe_intrinsic(
     full_rates: Sequence[float] = FULL_RATES,
     lora_rates: Sequence[float] = LORA_RATES,
     steps: int = 100,
-    widen: int = 2,
     seeds: int = 2,
-    seed: int = 0,
-    length: int | None = None,
-    batch: int = 8,
-    max_sequences: int | None = None,
-    tokenizer: str = "auto",
-    dtype: str = "float32",
-    device: str = "auto",
-    output: Path | str | None = None,
-    resume: bool = False,
-    overwrite: bool = False,
-    verify: bool = False,
-    on_progress: Callable[[str, int, int], None] | None = None,
-    on_record: Callable[[AnyRecord], None] | None = None,
-    on_note: Callable[[str], None] | None = None,
+    **options: Unpack[TrainOptions],
 ) -> Results[Any]:
     r"""Train BASE in random subspaces of d dimensions, in full, and by LoRA, and compare the losses.
 
@@ -83,89 +71,68 @@ def probe_intrinsic(
             step of Adam moves the weights as far.
         full_rates: Learning rates of full fine-tuning.
         lora_rates: Learning rates of LoRA.
-        widen: So many rates more, one step of the grid further each, where the best is the lowest or the highest tried.
         steps: Updates of a run.
         seeds: Runs of each size at its best rate; they differ in P or in the factors' initial values.
-        seed: Of the data's order, and the first of the seeds.
-        length: Tokens of a sequence; by default 512 or what the model has room for.
-        batch: Sequences in a batch, of training and of evaluation.
-        max_sequences: Use the first so many sequences of each evaluation file.
-        tokenizer: ``auto``, ``bytes`` or a folder.
-        dtype: ``float32``; others are refused, because they round the steps of full fine-tuning away.
-        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:1``.
-        output: Results file, appended run by run.
-        resume: Go on behind what an interrupted run left in ``output``; finished runs are not run again.
-        overwrite: Replace a file in the place of ``output`` that loradiag did not write.
-        verify: Let ``resume`` compare a SHA-256 of every byte of the models; of texts it does so anyway.
-        on_progress: Called with what is being done, steps and batches done, and all of them.
-        on_record: Called with every record, in the order of the file, as it comes.
-        on_note: Called with the estimate of what it will cost, before it begins.
+        **options: See ``TrainOptions``.
 
     Returns:
         The records are in ``whole``: BASE's losses, and those of every run, set by set.
 
     Raises:
-        UsageError: An option makes no sense, a text is trained on and evaluated, or the extra ``train`` is missing.
+        UsageError: An option makes no sense, ``dtype`` is not ``float32`` (others round the steps of full fine-tuning
+            away), a text is trained on and evaluated, or the extra ``train`` is missing.
         InputError: An input cannot be read, or the model cannot be opened or adapted.
 
     Reference:
         Li, Farkhoor, Liu and Yosinski 2018, arXiv:1804.08838; Aghajanyan, Zettlemoyer and Gupta 2020, arXiv:2012.13255.
     """
-    check(batch, max_sequences, method=(method, METHODS))
-    kind: Method = "said" if method == "said" else "plain"
-    _check(dims, ranks, share)
     grids = {"--lr": paces, "--full-lr": full_rates, "--lora-lr": lora_rates}
-    check_training(grids, {"--steps": steps, "--seeds": seeds}, widen, seed)
-    if dtype != "float32":
+    counts = {"--steps": steps, "--seeds": seeds}
+    run = TrainRun("probe intrinsic", options, grids, counts, method=(method, METHODS))
+    kind: Method = "said" if method == "said" else "plain"
+    asked = list(checked_ranks(ranks)) if ranks else []
+    if not dims or min(dims) < 1:
+        raise UsageError(f"--dims {','.join(map(str, dims))}: dimensions must be whole numbers from 1 up")
+    if not 0 < share < 1:
+        raise UsageError(f"--share {share}: must lie between 0 and 1")
+    if (dtype := run.options["dtype"]) != "float32":
         raise UsageError(
             f"--dtype {dtype}: rounds most steps of full fine-tuning away, by which all else is measured; use float32"
         )
     check_files(evaluate, *shifted, data)
-    model = open_model(base, resolve_device(device), dtype, length, tokenizer)
+    model = run.open(base)
     total = sum(parameter.numel() for parameter in model.module.parameters())
     for dim in dims:
         check_dim(dim, total, scales_of(model.module) if method == "said" else 0)
-    sets = read_sets(model, evaluate, shifted, max_sequences)
-    training = Training(read_training(data, model, sets), steps, batch, seed)
+    run.read_all(data, evaluate, shifted, steps)
     settings = {
         "dims": sorted(set(dims)),
         "method": method,
         "share": share,
-        "ranks": sorted(set(ranks)),
+        "ranks": asked,
         "paces": sorted(set(paces)),
         "full_rates": sorted(set(full_rates)),
         "lora_rates": sorted(set(lora_rates)),
-        "widen": widen,
-        "steps": steps,
-        "seeds": seeds,
-        "seed": seed,
-        "order": training.order_hash,
+        **run.trained(seeds),
         "params": total,
         "scale_step": SCALE_STEP if method == "said" else None,
         "optimizer": RECIPE,
     }
-    inputs = (
-        describe("base", open_checkpoint(base), verify=verify),
-        described(training.texts, "data"),
-        *map(described, sets),
-    )
-    run = run_of("probe intrinsic", inputs, settings, model, batch, dtype)
-    watch = Watch(on_progress, on_record, on_note)
-    with ResultsWriter[Any](Path(output) if output is not None else None, run, resume, overwrite) as writer:
-        kept = Kept(writer, watch)
-        if kept.finished is not None:
-            return kept.finished
-        probe = _Probe(model, kind, total, Walk(training, sets, seeds, widen, kept, watch))
+
+    def measured(kept: Kept[Any]) -> list[LeftOut]:
+        probe = _Probe(model, kind, total, run.walk(kept, seeds))
         arms = {
             "in full": probe.arm("full", [None], full_rates),
             "in subspaces": probe.arm("subspace", sorted(set(dims)), paces),
-            **({"of LoRA": probe.arm("lora", sorted(set(ranks)), lora_rates)} if ranks else {}),
+            **({"of LoRA": probe.arm("lora", asked, lora_rates)} if ranks else {}),
         }
         probe.tell_cost(arms)
-        probe.measure_base()
+        probe.walk.measure_base(model, partial(_record, cell=None, params=0, last=None))
         for arm in arms.values():
             probe.walk.run(arm)
-        return kept.end([])
+        return []
+
+    return run.over(run.inputs(open_checkpoint(base)), settings, measured)
 
 
 @dataclass(frozen=True, slots=True)
@@ -251,30 +218,19 @@ class _Probe:
                 return sum(each.numel() for each in tuned.module.parameters() if each.requires_grad)
         return cell.dim or self.total
 
-    def measure_base(self) -> None:
-        """Measure BASE."""
-        walk = self.walk
-        for each in [] if walk.kept.has(walk.sets, subject="base") else walk.sets:
-            losses = measure(self.model, each, walk.training.batch, lambda: walk.watch.batch("BASE"))
-            walk.kept.put(_record(each, losses, None, 0, None))
-
     def tell_cost(self, arms: Mapping[str, Arm]) -> None:
         """Time one step of each kind and one batch of an evaluation, and tell what everything will take."""
         walk = self.walk
-        base = 0 if walk.kept.has(walk.sets, subject="base") else walk.batches
-        seconds, told, evaluation = 0.0, [], 0.0
-        walk.watch.total = base
-        for what, arm in arms.items():
-            step, evaluation = walk.timed(arm)
-            runs = walk.left(arm)
-            seconds += runs * (walk.training.steps * step + walk.batches * evaluation)
-            walk.expect(runs)
-            told.append(f"{counted(runs, 'run', 'runs')} {what} of {walk.training.steps} steps of {step:.2g} s")
+        seconds, costs = walk.cost(list(arms.values()), bases=not walk.has(subject="base"))
+        told = [
+            f"{counted(runs, 'run', 'runs')} {what} of {walk.training.steps} steps of {step:.2g} s"
+            for what, (runs, step) in zip(arms, costs, strict=True)
+        ]
         # copy, gradients and Adam's two moments of all weights; a subspace holds P, the weights in use, their gradients
         size = 16 * self.total / 2**30
         memory = f"; takes {size:.1f} GiB beside BASE" if size >= 0.1 else ""
         walk.watch.note(
-            f"about {duration(seconds + base * evaluation)}: {', '.join(told)}, and their evaluations"
+            f"about {duration(seconds)}: {', '.join(told)}, and their evaluations"
             f"{walk.more(list(arms.values()))}{memory}"
         )
 
@@ -296,17 +252,3 @@ def _record(texts: Texts, losses: Losses, cell: _Cell | None, params: int, last:
         loss=losses.mean if losses.is_finite else None,
         train_loss=last if finite else None,
     )
-
-
-def _check(dims: Sequence[int], ranks: Sequence[int], share: float) -> None:
-    """Refuse numbers that make no sense.
-
-    Raises:
-        UsageError: There are such.
-    """
-    if not dims or min(dims) < 1:
-        raise UsageError(f"--dims {','.join(map(str, dims))}: dimensions must be whole numbers from 1 up")
-    if ranks and min(ranks) < 1:
-        raise UsageError(f"--ranks {','.join(map(str, ranks))}: ranks must be whole numbers from 1 up")
-    if not 0 < share < 1:
-        raise UsageError(f"--share {share}: must lie between 0 and 1")

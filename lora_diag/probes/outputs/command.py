@@ -10,7 +10,7 @@ import typer
 
 from lora_diag.cli import options
 from lora_diag.cli import probe_options as shared
-from lora_diag.cli.output import result, terminal
+from lora_diag.cli.output import progress_bar, result, terminal
 
 
 @options.spread
@@ -36,7 +36,7 @@ def outputs(
     from lora_diag.probes.outputs.run import probe_outputs
     from lora_diag.probes.outputs.summary import outputs_table
 
-    with shared.progress(written.quiet) as on_progress:
+    with progress_bar(written.quiet) as on_progress:
         results = probe_outputs(
             base,
             tuned,

@@ -10,7 +10,7 @@ import typer
 
 from lora_diag.cli import options
 from lora_diag.cli import probe_options as shared
-from lora_diag.cli.output import result, terminal
+from lora_diag.cli.output import progress_bar, result, terminal
 
 
 @options.spread
@@ -42,7 +42,7 @@ def sensitivity(
     from lora_diag.probes.sensitivity.run import probe_sensitivity
     from lora_diag.probes.sensitivity.summary import sensitivity_table
 
-    with shared.progress(written.quiet) as on_progress:
+    with progress_bar(written.quiet) as on_progress:
         results = probe_sensitivity(
             base,
             data=data,

@@ -6,17 +6,16 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from lora_diag.checkpoints import Checkpoint, open_checkpoint
 from lora_diag.deltas import selector
 from lora_diag.errors import NothingComparedError
-from lora_diag.linalg import resolve_device
 from lora_diag.models.activations import linear_layers
 from lora_diag.models.data import Texts
 from lora_diag.models.losses import Losses, measure
-from lora_diag.models.methods import Lora, inner_layers
-from lora_diag.models.opening import Model, Weights, open_model
+from lora_diag.models.methods import inner_layers
+from lora_diag.models.opening import Model, Weights
 from lora_diag.models.training import RECIPE, Cell, Training
 from lora_diag.probes.sensitivity.measure import (
     Unit,
@@ -28,26 +27,18 @@ from lora_diag.probes.sensitivity.measure import (
     units_of,
 )
 from lora_diag.probes.sensitivity.record import FirstOrder, Sensitivity
-from lora_diag.records import AnyRecord, LeftOut, Results, ResultsWriter
+from lora_diag.records import LeftOut, Results
 from lora_diag.rendering.text import duration
-from lora_diag.running.inputs import describe
-from lora_diag.running.probing import (
-    Kept,
-    Watch,
-    batches_of,
-    check,
-    check_files,
-    counted,
-    described,
-    read_sets,
-    run_of,
-)
-from lora_diag.running.training_runs import Arm, Trial, Walk, check_training, read_training
+from lora_diag.running.options import LayerTrainOptions, show_options
+from lora_diag.running.probing import check_files, counted
+from lora_diag.running.progress import Kept
+from lora_diag.running.training_runs import Arm, TrainRun, Trial, Walk
 
 PER = ("layer", "block", "type")
 RATES = (3e-3, 1e-2)
 
 
+@show_options
 def probe_sensitivity(
     base: Path | str,
     *,
@@ -59,24 +50,8 @@ def probe_sensitivity(
     per: str = "layer",
     rates: Sequence[float] = RATES,
     steps: int = 50,
-    widen: int = 2,
     seeds: int = 1,
-    seed: int = 0,
-    layers: str | None = None,
-    exclude: str | None = None,
-    length: int | None = None,
-    batch: int = 8,
-    max_sequences: int | None = None,
-    tokenizer: str = "auto",
-    dtype: str = "float32",
-    device: str = "auto",
-    output: Path | str | None = None,
-    resume: bool = False,
-    overwrite: bool = False,
-    verify: bool = False,
-    on_progress: Callable[[str, int, int], None] | None = None,
-    on_record: Callable[[AnyRecord], None] | None = None,
-    on_note: Callable[[str], None] | None = None,
+    **options: Unpack[LayerTrainOptions],
 ) -> Results[Any]:
     r"""Train a LoRA on each layer alone, on the same batches in the same order, and measure ΔL_ℓ = L(BASE) − L.
 
@@ -93,25 +68,9 @@ def probe_sensitivity(
         delta: δ: train at r + δ, too, for the marginal gain L_ℓ(r) − L_ℓ(r + δ).
         per: What is adapted alone: each ``layer``, the layers of a ``block``, or of a module ``type``.
         rates: Peak learning rates.
-        widen: So many rates more, one step of the grid further each, where the best is the lowest or the highest tried.
         steps: Updates of a run.
         seeds: Runs of each unit at its best rate; they differ in the factors' initial values.
-        seed: Of the data's order, and the first of the seeds.
-        layers: Regular expression; only weights whose name contains a match.
-        exclude: Regular expression; no weights whose name contains a match.
-        length: Tokens of a sequence; by default 512 or what the model has room for.
-        batch: Sequences in a batch, of training and of evaluation.
-        max_sequences: Use the first so many sequences of each evaluation file.
-        tokenizer: ``auto``, ``bytes`` or a folder.
-        dtype: Of the weights while they run.
-        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:1``.
-        output: Results file, appended run by run.
-        resume: Go on behind what an interrupted run left in ``output``; finished runs are not run again.
-        overwrite: Replace a file in the place of ``output`` that loradiag did not write.
-        verify: Let ``resume`` compare a SHA-256 of every byte of the models; of texts it does so anyway.
-        on_progress: Called with what is being done, steps and batches done, and all of them.
-        on_record: Called with every record, in the order of the file, as it comes.
-        on_note: Called with the estimate of what it will cost, before it begins.
+        **options: See ``LayerTrainOptions``.
 
     Returns:
         The records are in ``whole``: a ``FirstOrder`` for every layer, then ``Sensitivity``: BASE's losses, and those
@@ -122,15 +81,13 @@ def probe_sensitivity(
         InputError: An input cannot be read, or the model cannot be opened or adapted.
         NothingComparedError: No linear layer is selected.
     """
-    check(batch, max_sequences, per=(per, PER))
     counts = {"--rank": rank, "--delta": delta, "--steps": steps, "--seeds": seeds}
-    check_training({"--lr": rates}, counts, widen, seed)
+    run = TrainRun("probe sensitivity", options, {"--lr": rates}, counts, LayerTrainOptions, per=(per, PER))
     check_files(evaluate, *shifted, data)
-    selected = selector(layers, exclude)
+    selected = selector(**run.selection)
     stored = open_checkpoint(base)
-    model = open_model(base, resolve_device(device), dtype, length, tokenizer)
-    sets = read_sets(model, evaluate, shifted, max_sequences)
-    training = Training(read_training(data, model, sets), steps, batch, seed, Lora())
+    model = run.open(base)
+    run.read_all(data, evaluate, shifted, steps)
     names, left_out = _chosen(model, stored, selected)
     linear = {name: layer for name, layer in linear_layers(model.module).items() if name in names}
     settings = {
@@ -138,30 +95,22 @@ def probe_sensitivity(
         "rank": rank,
         "delta": delta,
         "rates": sorted(set(rates)),
-        "widen": widen,
-        "steps": steps,
-        "seeds": seeds,
-        "seed": seed,
-        "order": training.order_hash,
-        "layers": layers,
-        "exclude": exclude,
-        "kind": training.kind.about,
+        **run.trained(seeds),
+        **run.selection,
+        "kind": run.training.kind.about,
         "optimizer": RECIPE,
     }
-    inputs = (describe("base", stored, verify=verify), described(training.texts, "data"), *map(described, sets))
-    run = run_of("probe sensitivity", inputs, settings, model, batch, dtype)
-    watch = Watch(on_progress, on_record, on_note)
-    with ResultsWriter[Any](Path(output) if output is not None else None, run, resume, overwrite) as writer:
-        kept = Kept(writer, watch)
-        if kept.finished is not None:
-            return kept.finished
+
+    def measured(kept: Kept[Any]) -> list[LeftOut]:
         ranks = (rank, rank + delta) if delta is not None else (rank,)
-        walk = Walk(training, sets, seeds, widen, kept, watch)
+        walk = run.walk(kept, seeds)
         probe = _Probe(model, units_of(linear, names, per), ranks, tuple(sorted(set(rates))), walk)
         probe.tell_cost()
         probe.score(linear, names)
         probe.run(probe.measure_base())
-        return kept.end(left_out)
+        return left_out
+
+    return run.over(run.inputs(stored), settings, measured)
 
 
 def _chosen(model: Model, stored: Checkpoint, selected: Callable[[str], bool]) -> tuple[dict[str, str], list[LeftOut]]:
@@ -250,7 +199,7 @@ class _Probe:
         step, evaluation = walk.timed(self.arm(self.units[0], self.ranks[-1], bases))
         arms = [self.arm(unit, rank, bases) for unit in self.units for rank in self.ranks]
         runs = sum(map(walk.left, arms))
-        passes = 0 if self._scored() else batches_of([self._seen()], walk.training.batch)
+        passes = 0 if self._scored() else -(-len(self._seen().sequences) // walk.training.batch)
         walk.watch.total = walk.batches + passes
         walk.expect(runs)
         seconds = (runs * steps + passes) * step + (runs + 1) * walk.batches * evaluation

@@ -10,7 +10,7 @@ import typer
 
 from lora_diag.cli import options
 from lora_diag.cli import probe_options as shared
-from lora_diag.cli.output import again, result, terminal
+from lora_diag.cli.output import again, progress_bar, result, terminal
 
 if TYPE_CHECKING:
     from lora_diag.records import Results
@@ -55,7 +55,7 @@ def sweep(
     from lora_diag.probes.sweep.run import probe_sweep
     from lora_diag.probes.sweep.summary import sweep_table
 
-    with shared.progress(written.quiet) as on_progress:
+    with progress_bar(written.quiet) as on_progress:
         results = probe_sweep(
             base,
             data=data,

@@ -7,22 +7,22 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from lora_diag.checkpoints import open_checkpoint
 from lora_diag.errors import UsageError
-from lora_diag.linalg import resolve_device
-from lora_diag.models.losses import measure
 from lora_diag.models.methods import Lora, inner_layers
-from lora_diag.models.opening import Model, open_model
-from lora_diag.models.training import RECIPE, Cell, Training, record_of, run_cell
+from lora_diag.models.opening import Model
+from lora_diag.models.training import RECIPE, Cell, record_of, run_cell
 from lora_diag.probes.sweep.rounding import GRIDS, rounded
-from lora_diag.records import AnyRecord, Results, ResultsWriter
+from lora_diag.records import LeftOut, Results
 from lora_diag.records.probe import Subject
 from lora_diag.rendering.text import duration
-from lora_diag.running.inputs import describe
-from lora_diag.running.probing import Kept, Watch, check, check_files, counted, described, read_sets, run_of
-from lora_diag.running.training_runs import Arm, Trial, Walk, check_training, read_training
+from lora_diag.running.measuring import checked_ranks
+from lora_diag.running.options import TrainOptions, show_options
+from lora_diag.running.probing import check_files, counted
+from lora_diag.running.progress import Kept
+from lora_diag.running.training_runs import Arm, TrainRun, Trial, Walk
 
 RANKS = (4, 8, 16, 32, 64)
 RATES = (1e-4, 3e-4, 1e-3, 3e-3)
@@ -37,6 +37,7 @@ GROWS: dict[str, Callable[[Any, Any], Any]] = {
 FULL_RATES = (1e-5, 3e-5, 1e-4, 3e-4)
 
 
+@show_options
 def probe_sweep(
     base: Path | str,
     *,
@@ -52,29 +53,18 @@ def probe_sweep(
     rslora: bool = False,
     quantized: str | None = None,
     steps: int = 100,
-    widen: int = 2,
     seeds: int = 2,
-    seed: int = 0,
     tolerance: float = 0.02,
     targets: Sequence[str] = (),
-    length: int | None = None,
-    batch: int = 8,
-    max_sequences: int | None = None,
-    tokenizer: str = "auto",
-    dtype: str = "float32",
-    device: str = "auto",
-    output: Path | str | None = None,
-    resume: bool = False,
-    overwrite: bool = False,
-    verify: bool = False,
-    on_progress: Callable[[str, int, int], None] | None = None,
-    on_record: Callable[[AnyRecord], None] | None = None,
-    on_note: Callable[[str], None] | None = None,
+    **options: Unpack[TrainOptions],
 ) -> Results[Any]:
     r"""Train a LoRA at every rank, on the same batches in the same order and for as many steps, and compare losses.
 
     At every rank all learning rates are tried with the first seed; the one with the lowest loss on the first evaluation
     set is run with the other seeds, too.
+
+    ``resume`` continues a sweep, interrupted or finished: runs that are in ``output`` are not run again; more
+    ``seeds``, other ``ranks`` and ``rates`` are added to those that it has; all else has to be the same.
 
     Args:
         base: The model: a folder that transformers can open, or a Hub id.
@@ -90,26 +80,11 @@ def probe_sweep(
         rslora: Scale factors by alpha/√r, alpha = 16 at every rank.
         quantized: ``nf4`` or ``int8``: LoRA is trained on BASE's linear layers as rounded to that grid. They are
             rounded and not packed: the numbers of a quantized base without the memory that it saves.
-        widen: So many rates more, one step of the grid further each, where the best is the lowest or the highest tried.
         steps: Updates of a run.
         seeds: Runs of each rank at its best rate; they differ in the factors' initial values, not in the data's order.
-        seed: Of the data's order, and the first of the seeds.
         tolerance: Share of the gain that a smaller rank may lose and still be enough.
         targets: Modules to adapt, as PEFT names them; by default all linear layers but the head.
-        length: Tokens of a sequence; by default 512 or what the model has room for.
-        batch: Sequences in a batch, of training and of evaluation.
-        max_sequences: Use the first so many sequences of each evaluation file.
-        tokenizer: ``auto``, ``bytes`` or a folder.
-        dtype: Of the weights while they run.
-        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:1``.
-        output: Results file, appended run by run.
-        resume: Continue the sweep in ``output``, interrupted or finished; runs that are in it are not run again. More
-            ``seeds``, other ``ranks`` and ``rates`` are added to those that it has; all else has to be the same.
-        overwrite: Replace a file in the place of ``output`` that loradiag did not write.
-        verify: Let ``resume`` compare a SHA-256 of every byte of the models; of texts it does so anyway.
-        on_progress: Called with what is being done, steps and batches done, and all of them.
-        on_record: Called with every record, in the order of the file, as it comes.
-        on_note: Called with the estimate of what the sweep will cost, before it begins.
+        **options: See ``TrainOptions``.
 
     Returns:
         The records are in ``whole``: BASE's losses, and those of every run, set by set.
@@ -118,48 +93,37 @@ def probe_sweep(
         UsageError: An option makes no sense, a text is trained on and evaluated, or the extra ``train`` is missing.
         InputError: An input cannot be read, or the model cannot be opened or adapted.
     """
-    check(batch, max_sequences, **({"quantized": (quantized, GRIDS)} if quantized is not None else {}))
-    _check(ranks, tolerance)
-    check_training({"--lr": rates, "--full-lr": full_rates}, {"--steps": steps, "--seeds": seeds}, widen, seed)
-    if (full or bitfit) and dtype != "float32":
+    grids, counts = {"--lr": rates, "--full-lr": full_rates}, {"--steps": steps, "--seeds": seeds}
+    words = {"quantized": (quantized, GRIDS)} if quantized is not None else {}
+    run = TrainRun("probe sweep", options, grids, counts, TrainOptions, **words)
+    asked = list(checked_ranks(ranks))
+    if not 0 < tolerance < 1:
+        raise UsageError(f"--tolerance {tolerance}: must lie between 0 and 1")
+    if (full or bitfit) and (dtype := run.options["dtype"]) != "float32":
         raise UsageError(
             f"--dtype {dtype}: rounds most steps of {'--full' if full else '--bitfit'} away, while LoRA's factors stay "
             "float32; use --dtype float32"
         )
     check_files(evaluate, *shifted, data)
-    model = open_model(base, resolve_device(device), dtype, length, tokenizer)
-    sets = read_sets(model, evaluate, shifted, max_sequences)
+    model = run.open(base)
     kind = Lora(tuple(targets) or None, dora, rslora)
-    training = Training(read_training(data, model, sets), steps, batch, seed, kind)
+    run.read_all(data, evaluate, shifted, steps, kind)
     settings = {
-        "ranks": sorted(set(ranks)),
+        "ranks": asked,
         "rates": sorted(set(rates)),
         "full_rates": sorted(set(full_rates)) if full else None,
         "bitfit": bitfit,
         "kind": kind.about,
         "quantized": quantized,
-        "widen": widen,
-        "steps": steps,
-        "seeds": seeds,
-        "seed": seed,
-        "order": training.order_hash,
+        **run.trained(seeds),
         "tolerance": tolerance,
         "targets": list(targets) or "all-linear",
         "optimizer": RECIPE,
     }
-    inputs = (
-        describe("base", open_checkpoint(base), verify=verify),
-        described(training.texts, "data"),
-        *map(described, sets),
-    )
-    run = run_of("probe sweep", inputs, settings, model, batch, dtype)
-    watch = Watch(on_progress, on_record, on_note)
-    with ResultsWriter[Any](Path(output) if output is not None else None, run, resume, overwrite, GROWS) as writer:
-        kept = Kept(writer, watch)
-        if kept.finished is not None:
-            return kept.finished
-        plan = writer.run.settings  # of a resumed sweep with what it had before
-        sweep = _Sweep(model, Walk(training, sets, plan["seeds"], widen, kept, watch))
+
+    def measured(kept: Kept[Any]) -> list[LeftOut]:
+        plan = kept.run.settings  # of a resumed sweep with what it had before
+        sweep = _Sweep(model, run.walk(kept, plan["seeds"]))
         arms = [sweep.arm("lora", plan["ranks"], plan["rates"], quantized)]
         arms += [sweep.arm("full", [None], plan["full_rates"], None)] if full else []
         arms += [sweep.arm("bitfit", [None], plan["rates"], None)] if bitfit else []
@@ -167,7 +131,9 @@ def probe_sweep(
         sweep.measure_base("")
         for arm in arms:
             sweep.run(arm)
-        return kept.end([])
+        return []
+
+    return run.over(run.inputs(open_checkpoint(base)), settings, measured, GROWS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,10 +170,7 @@ class _Sweep:
 
     def measure_base(self, grid: str) -> None:
         """Measure BASE, rounded to a grid if there is one."""
-        walk = self.walk
-        for each in [] if walk.kept.has(walk.sets, subject="base", name=grid) else walk.sets:
-            losses = measure(self.model, each, walk.training.batch, lambda: walk.watch.batch("BASE"))
-            walk.kept.put(record_of(each, losses, name=grid))
+        self.walk.measure_base(self.model, partial(record_of, name=grid), grid)
 
     def run(self, arm: _Arm) -> None:
         """Train everything of an arm."""
@@ -221,18 +184,14 @@ class _Sweep:
         """Time one step of what is trained and one batch of an evaluation, and tell what the sweep will take."""
         walk = self.walk
         grids = {"", *(arm.grid or "" for arm in arms)}
-        bases = sum(not walk.kept.has(walk.sets, subject="base", name=grid) for grid in grids)
-        seconds, told, evaluation = 0.0, [], 0.0
-        walk.watch.total = bases * walk.batches
-        for arm in arms:
-            step, evaluation = walk.timed(arm.runs)
-            runs = walk.left(arm.runs)
-            seconds += runs * (walk.training.steps * step + walk.batches * evaluation)
-            walk.expect(runs)
+        bases = sum(not walk.has(subject="base", name=grid) for grid in grids)
+        seconds, costs = walk.cost([arm.runs for arm in arms], bases)
+        told = []
+        for arm, (runs, step) in zip(arms, costs, strict=True):
             what = {"full": " of full fine-tuning", "bitfit": " of BitFit"}.get(arm.subject, "")
             told.append(f"{counted(runs, 'run', 'runs')}{what} of {walk.training.steps} steps of {step:.2g} s at most")
         walk.watch.note(
-            f"about {duration(seconds + bases * walk.batches * evaluation)}: {', '.join(told)}, each evaluated on "
+            f"about {duration(seconds)}: {', '.join(told)}, each evaluated on "
             f"{counted(len(walk.sets), 'set', 'sets')}{walk.more([arm.runs for arm in arms])}{self._copies(arms)}"
         )
 
@@ -242,15 +201,3 @@ class _Sweep:
             return ""
         size = sum(each.numel() * each.element_size() for each in self.model.module.parameters()) / 2**30
         return f"; a full fine-tune takes {4 * size:.1f} GiB beside BASE" if 4 * size >= 0.1 else ""
-
-
-def _check(ranks: Sequence[int], tolerance: float) -> None:
-    """Refuse numbers that make no sense.
-
-    Raises:
-        UsageError: There are such.
-    """
-    if not ranks or min(ranks) < 1:
-        raise UsageError(f"--ranks {','.join(map(str, ranks))}: ranks must be whole numbers from 1 up")
-    if not 0 < tolerance < 1:
-        raise UsageError(f"--tolerance {tolerance}: must lie between 0 and 1")

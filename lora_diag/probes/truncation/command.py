@@ -10,7 +10,7 @@ import typer
 
 from lora_diag.cli import options
 from lora_diag.cli import probe_options as shared
-from lora_diag.cli.output import result, terminal
+from lora_diag.cli.output import progress_bar, result, terminal
 
 
 @options.spread
@@ -38,7 +38,7 @@ def truncation(
     from lora_diag.probes.truncation.run import probe_truncation
     from lora_diag.probes.truncation.summary import truncation_table
 
-    with shared.progress(written.quiet) as on_progress:
+    with progress_bar(written.quiet) as on_progress:
         results = probe_truncation(
             base,
             tuned,

@@ -461,9 +461,9 @@ def test_ctrl_c_leaves_a_file_that_goes_on_without_measuring_anything_twice(case
     base, tuned, text = case
     options = {"evaluate": [text], **BOTH}
 
-    def stop(label, done, total):
-        assert done <= total
-        if label == "r=4":
+    def stop(event):
+        assert event.done <= event.total
+        if event.label == "r=4":
             raise KeyboardInterrupt
 
     cut = tmp_path / "cut.jsonl"
@@ -477,7 +477,7 @@ def test_ctrl_c_leaves_a_file_that_goes_on_without_measuring_anything_twice(case
         tuned,
         output=cut,
         resume=True,
-        on_progress=lambda label, done, total: labels.append(label),
+        on_progress=lambda event: labels.append(event.label),
         on_note=said.append,
         **options,
     )

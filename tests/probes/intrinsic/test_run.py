@@ -219,8 +219,8 @@ def test_every_run_has_the_loss_of_a_plain_loop(base, texts, measured):
 def test_ctrl_c_leaves_a_file_that_goes_on_without_running_anything_twice(base, texts, measured, tmp_path):
     train, held = texts
 
-    def stop(label, done, total):
-        if label.startswith("d=40") and "seed 1" in label:
+    def stop(event):
+        if event.label.startswith("d=40") and "seed 1" in event.label:
             raise KeyboardInterrupt
 
     cut, options = tmp_path / "cut.jsonl", {"data": train, "evaluate": [held], "steps": 5, "batch": 3, **OPTIONS}
@@ -232,7 +232,7 @@ def test_ctrl_c_leaves_a_file_that_goes_on_without_running_anything_twice(base, 
         base,
         output=cut,
         resume=True,
-        on_progress=lambda *now: seen.append(now),
+        on_progress=lambda event: seen.append((event.label, event.done, event.total)),
         on_note=said.append,
         **options,
     )

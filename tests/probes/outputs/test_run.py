@@ -178,9 +178,7 @@ def test_a_set_that_is_finished_is_not_run_again(tmp_path):
 
     def run(output, **more):
         seen = []
-        lora_diag.probe_outputs(
-            base, tuned, [other], evaluate=sets, output=output, on_progress=lambda *event: seen.append(event), **more
-        )
+        lora_diag.probe_outputs(base, tuned, [other], evaluate=sets, output=output, on_progress=seen.append, **more)
         return seen
 
     assert len(run(whole)) == 6

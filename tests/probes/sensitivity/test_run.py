@@ -164,9 +164,9 @@ def test_ctrl_c_leaves_a_file_that_goes_on_without_running_anything_twice(case, 
     options |= {"widen": 0, "steps": STEPS, "batch": 2, "seeds": 2, "seed": SEED, "layers": r"h\.1\.(attn|mlp)\.c_proj"}
     steps = []
 
-    def stop(label, done, total):
-        steps.append(label)
-        if label.startswith("transformer.h.1.attn.c_proj.weight r=3 lr=0.03 seed 5") and len(steps) > 2:
+    def stop(event):
+        steps.append(event.label)
+        if event.label.startswith("transformer.h.1.attn.c_proj.weight r=3 lr=0.03 seed 5") and len(steps) > 2:
             raise KeyboardInterrupt
 
     cut = tmp_path / "cut.jsonl"
@@ -176,7 +176,9 @@ def test_ctrl_c_leaves_a_file_that_goes_on_without_running_anything_twice(case, 
     assert before == 2 + 2 * (3 + 1)
     labels, said = [], []
     resumed = {"output": cut, "resume": True, "on_note": said.append}
-    lora_diag.probe_sensitivity(base, on_progress=lambda *words: labels.append(words), **resumed, **options)
+    lora_diag.probe_sensitivity(
+        base, on_progress=lambda event: labels.append((event.label, event.done, event.total)), **resumed, **options
+    )
     assert cut.read_text() == measured[1].read_text()
     assert not any(label.startswith(("transformer.h.1.attn.c_proj.weight r=2", "gradient")) for label, *_ in labels)
     assert said[0].startswith("about ")
@@ -198,7 +200,7 @@ def test_what_one_unit_needs_is_known_before_the_first_step(case):
         steps=2,
         exclude="c_proj|c_fc",
         on_note=said.append,
-        on_progress=lambda label, done, total: last.append((done, total)),
+        on_progress=lambda event: last.append((event.done, event.total)),
     )
     assert last[-1][0] == last[-1][1] == len(last)
     assert "1 run of 2 steps" in said[0]

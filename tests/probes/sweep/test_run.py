@@ -12,7 +12,7 @@ import transformers
 
 import lora_diag
 import lora_diag.models.training
-import lora_diag.probes.sweep.run
+import lora_diag.running.probing
 from lora_diag.catalog import read_results
 from lora_diag.errors import InputError, UsageError
 from lora_diag.inspection.tables import table
@@ -73,8 +73,8 @@ def test_ctrl_c_leaves_a_file_that_goes_on_without_running_anything_twice(case, 
     options = {"data": train, "evaluate": [held], "ranks": (1, 2), "rates": (1e-2, 3e-2), "steps": 3, "widen": 0}
     lora_diag.probe_sweep(base, output=tmp_path / "whole.jsonl", **options)
 
-    def stop_in_the_third_run(label, done, total):
-        if label.startswith("r=2 lr=0.01") and done > 2:
+    def stop_in_the_third_run(event):
+        if event.label.startswith("r=2 lr=0.01") and event.done > 2:
             raise KeyboardInterrupt
 
     cut = tmp_path / "cut.jsonl"
@@ -86,7 +86,7 @@ def test_ctrl_c_leaves_a_file_that_goes_on_without_running_anything_twice(case, 
         base,
         output=cut,
         resume=True,
-        on_progress=lambda label, done, total: labels.append((label, done, total)),
+        on_progress=lambda event: labels.append((event.label, event.done, event.total)),
         on_note=said.append,
         **options,
     )
@@ -104,14 +104,14 @@ def test_a_finished_sweep_takes_more_seeds_ranks_and_rates(case, tmp_path):
     first = lora_diag.probe_sweep(base, ranks=(1,), rates=(1e-2, 3e-2), seeds=1, **options)
     labels, more = [], {"ranks": (2,), "rates": (3e-3,), "seeds": 2, "resume": True}
 
-    def stop(label, *_):
-        if label.startswith("r=2 lr=0.01"):
+    def stop(event):
+        if event.label.startswith("r=2 lr=0.01"):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):  # what was there stays until the longer run is whole
         lora_diag.probe_sweep(base, on_progress=stop, **more, **options)
     assert read_results(tmp_path / "s.jsonl").whole == first.whole
-    grown = lora_diag.probe_sweep(base, on_progress=lambda label, *_: labels.append(label), **more, **options)
+    grown = lora_diag.probe_sweep(base, on_progress=lambda event: labels.append(event.label), **more, **options)
     wanted = {"ranks": [1, 2], "rates": [3e-3, 1e-2, 3e-2], "seeds": 2}
     assert {key: grown.run.settings[key] for key in wanted} == wanted
     assert grown.whole[: len(first.whole)] == first.whole
@@ -128,7 +128,7 @@ def test_a_finished_sweep_takes_more_seeds_ranks_and_rates(case, tmp_path):
         assert key[record.rank, record.lr, record.seed] == record.loss
     labels.clear()  # less than there is asks for nothing
     again = lora_diag.probe_sweep(
-        base, ranks=(1,), rates=(1e-2,), resume=True, on_progress=lambda label, *_: labels.append(label), **options
+        base, ranks=(1,), rates=(1e-2,), resume=True, on_progress=lambda event: labels.append(event.label), **options
     )
     assert (labels, again) == ([], grown)
     with pytest.raises(UsageError, match=r"another settings\.steps"):
@@ -145,7 +145,7 @@ def test_the_whole_bill_is_known_before_the_first_step(case):
         ranks=(1, 2),
         rates=(1e-2,),
         steps=3,
-        on_progress=lambda label, done, total: last.append((done, total)),
+        on_progress=lambda event: last.append((event.done, event.total)),
     )
     assert last[-1][0] == last[-1][1] == len(last)
 
@@ -223,8 +223,8 @@ def state_of(model):
 def test_the_reference_lines_have_the_losses_of_a_plain_loop_and_leave_base_as_it_was(case, monkeypatch):
     base, train, held, _ = case
     opened = []
-    real = lora_diag.probes.sweep.run.open_model
-    monkeypatch.setattr(lora_diag.probes.sweep.run, "open_model", lambda *a: opened.append(real(*a)) or opened[0])
+    real = lora_diag.running.probing.open_model
+    monkeypatch.setattr(lora_diag.running.probing, "open_model", lambda *a: opened.append(real(*a)) or opened[0])
     found = lora_diag.probe_sweep(
         base,
         data=train,
@@ -335,8 +335,8 @@ def test_what_is_trained_is_part_of_what_may_be_resumed(case, tmp_path):
     options = {"data": train, "evaluate": [held], "ranks": (1,), "rates": (1e-2,), "steps": 2, "full": True}
     options |= {"full_rates": (1e-3,), "output": tmp_path / "s.jsonl"}
 
-    def stop(label, done, total):
-        if label.startswith("full"):
+    def stop(event):
+        if event.label.startswith("full"):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -345,7 +345,7 @@ def test_what_is_trained_is_part_of_what_may_be_resumed(case, tmp_path):
         with pytest.raises(UsageError, match="was begun with another settings"):
             lora_diag.probe_sweep(base, resume=True, **(options | change))
     labels = []
-    lora_diag.probe_sweep(base, resume=True, on_progress=lambda label, *_: labels.append(label), **options)
+    lora_diag.probe_sweep(base, resume=True, on_progress=lambda event: labels.append(event.label), **options)
     assert {label.split()[0] for label in labels} == {"full"}
     whole = lora_diag.probe_sweep(base, **(options | {"output": None}))
     assert read_results(tmp_path / "s.jsonl").whole == whole.whole

@@ -169,7 +169,7 @@ def test_a_run_that_was_cut_goes_on_and_measures_no_cell_twice(tmp_path):
             evaluate=[text],
             ranks=(0, 1, 2),
             output=output,
-            on_progress=lambda label, done, total: seen.append(label),
+            on_progress=lambda event: seen.append(event.label),
             **more,
         )
         return seen

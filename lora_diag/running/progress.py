@@ -1,0 +1,122 @@
+"""Progress of a run: events, records as they come, and what an interrupted run left."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+from lora_diag.records import AnyRecord, LayerRecord, LeftOut, Results, ResultsWriter, WholeRecord, totals
+
+L = TypeVar("L", bound=LayerRecord)
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far a run is.
+
+    Args:
+        label: The layer that comes next, or what a probe is doing.
+        done: Layers finished; of a probe, batches and steps.
+        total: All of them; of a probe, as many as are known by now.
+        entries_done: Matrix entries of the finished layers; 0 for a probe.
+        entries: Matrix entries of all layers; 0 for a probe.
+    """
+
+    label: str
+    done: int
+    total: int
+    entries_done: int = 0
+    entries: int = 0
+
+
+class Watch:
+    """Passes progress, records and notes on to a caller.
+
+    Args:
+        on_progress: Called with the progress of the run.
+        on_record: Called with every record, in the order of the file, as it comes.
+        on_note: Called with the estimate of what a run will cost.
+
+    Attributes:
+        done: Batches that ``batch`` has counted.
+        total: Batches in all; set before the first.
+    """
+
+    def __init__(
+        self,
+        on_progress: Callable[[Progress], None] | None = None,
+        on_record: Callable[[AnyRecord], None] | None = None,
+        on_note: Callable[[str], None] | None = None,
+    ) -> None:
+        self.progress = on_progress or (lambda event: None)
+        self.record = on_record or (lambda record: None)
+        self.note = on_note or (lambda text: None)
+        self.done, self.total = 0, 0
+
+    def batch(self, label: str) -> None:
+        """Count one batch more; where the total was only estimated, it grows."""
+        self.done += 1
+        self.total = max(self.total, self.done)
+        self.progress(Progress(label, self.done, self.total))
+
+
+class Kept(Generic[L]):
+    """The records of a run, those of an interrupted one first, which are passed on at once.
+
+    Args:
+        writer: The results file.
+        watch: Who gets every record.
+
+    Attributes:
+        run: The run record; of a resumed run with what its settings have become.
+        finished: The results, if the run was finished before.
+        layers: The records of layers so far.
+        records: The records on the run as a whole so far, of whatever kinds the command has.
+    """
+
+    def __init__(self, writer: ResultsWriter[L], watch: Watch) -> None:
+        self._writer, self.watch, self.run = writer, watch, writer.run
+        earlier = writer.earlier
+        self.finished = earlier if earlier.end is not None else None
+        self.layers: list[L] = list(earlier.layers)
+        self.records: list[Any] = list(earlier.whole)
+        self._left_out = list(earlier.left_out)
+        self._keys = set(map(key_of, self.records))
+        for record in earlier.records():
+            watch.record(record)
+
+    def has(self, sets: Iterable[str], **fields: Any) -> bool:
+        """Say whether there is a record with these fields on every set; ``record`` goes first where kinds are mixed."""
+        have = {r.set for r in self.records if all(getattr(r, name, ...) == value for name, value in fields.items())}
+        return set(sets) <= have
+
+    def put(self, *records: L | WholeRecord) -> None:
+        """Write those records that are not there yet, in one go, and pass them on."""
+        new = [r for r in records if not isinstance(r, WholeRecord) or key_of(r) not in self._keys]
+        for record in new:
+            if isinstance(record, WholeRecord):
+                self._keys.add(key_of(record))
+                self.records.append(record)
+            else:
+                self.layers.append(record)
+        self._write(*new)
+
+    def end(self, left_out: Iterable[LeftOut]) -> Results[L]:
+        """Write what is left out, as far as it is not there yet, and the totals; return everything."""
+        for item in list(left_out)[len(self._left_out) :]:
+            self._left_out.append(item)
+            self._write(item)
+        (last,) = self._write(totals(self.layers, self._left_out))
+        return Results(self.run, tuple(self.layers), tuple(self._left_out), last, tuple(self.records))
+
+    def _write(self, *records: AnyRecord) -> tuple[Any, ...]:
+        written = self._writer.append(*records) if records else ()
+        for record in written:
+            self.watch.record(record)
+        return written
+
+
+def key_of(record: WholeRecord) -> tuple[Any, ...]:
+    """Return by what a record is told from the others of its run."""
+    return (record.record, *(getattr(record, name) for name in record.key))

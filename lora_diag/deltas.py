@@ -118,6 +118,7 @@ class FactoredDelta:
         base: Where W_base lies, if it is there.
         is_matrix: True: only matrices have factors.
         scale: s, which is in B; None if it is not known or not the same for all of it.
+        diagonal: Whether a stored vector scales the columns of B or its rows (AdaLoRA, VeRA).
     """
 
     layer: str
@@ -127,6 +128,7 @@ class FactoredDelta:
     base: Side | None = None
     is_matrix: bool = True
     scale: float | None = None
+    diagonal: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -61,7 +61,8 @@ def _update(source: Source, module: str, parts: dict[str, str]) -> Update:
     scale = (alpha if alpha > 0 else a[0]) / (a[0] + 1e-5)
     load = partial(factors, source.checkpoint, b_key, a_key, parts["lora_E"], scale)
     dtype, zero_if = source.checkpoint[b_key].dtype, parts["lora_E"]
-    return Update(f"{module}.weight", (b[0], a[1]), load, True, dtype, zero_if=zero_if, rank=a[0], scale=scale)
+    shape = b[0], a[1]
+    return Update(f"{module}.weight", shape, load, True, dtype, zero_if=zero_if, rank=a[0], scale=scale, diagonal=True)
 
 
 def factors(checkpoint: Checkpoint, b_key: str, a_key: str, e_key: str, scale: float, site: Site) -> Factors:

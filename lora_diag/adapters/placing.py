@@ -247,7 +247,9 @@ def _delta(layer: str, pieces: list[Piece], plus: Callable[[Site], torch.Tensor]
     if plus is None and all(piece.update.factored for piece in pieces):
         scales = {piece.update.scale for piece in pieces}
         scale = scales.pop() if len(scales) == 1 else None
-        return FactoredDelta(layer, shape, partial(load_factors, pieces), dtypes, first.base, scale=scale)
+        diagonal = any(piece.update.diagonal for piece in pieces)
+        load = partial(load_factors, pieces)
+        return FactoredDelta(layer, shape, load, dtypes, first.base, scale=scale, diagonal=diagonal)
     is_matrix = len(first.place.shape) == 2
     return DenseDelta(layer, shape, partial(load_dense, pieces, plus), dtypes, first.base, is_matrix)
 

@@ -74,6 +74,7 @@ class Update:
         zero_if: A tensor of the adapter; where it is all zero, so is ΔW.
         rank: r of its factors, for people; None where it has none.
         scale: s by which they are multiplied; None where it has none, or where it lies as a number in the file.
+        diagonal: Whether a stored vector scales the columns of B or its rows (AdaLoRA, VeRA).
         optional: Whether it is no fault if BASE has no such weight (a bias that need not exist).
     """
 
@@ -90,6 +91,7 @@ class Update:
     zero_if: str = ""
     rank: int | None = None
     scale: float | None = None
+    diagonal: bool = False
     optional: bool = False
 
     @property

@@ -60,7 +60,8 @@ def _update(source: Source, module: str, parts: dict[str, str]) -> Update:
         )
     load = partial(factors, source.checkpoint, parts)
     key = parts[PARTS[0]]
-    return Update(f"{module}.weight", (out, None), load, True, source.checkpoint[key].dtype, zero_if=key, rank=rank)
+    dtype = source.checkpoint[key].dtype
+    return Update(f"{module}.weight", (out, None), load, True, dtype, zero_if=key, rank=rank, diagonal=True)
 
 
 def factors(checkpoint: Checkpoint, parts: dict[str, str], site: Site) -> Factors:

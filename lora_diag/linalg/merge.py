@@ -100,7 +100,10 @@ class Product:
         least = (
             float(by_b.square().sum() * rounding.scale**2 + by_a.square().sum()) * smallest(rounding.dtype) ** 2 / 12
         )
-        return _FACTOR_ROUNDINGS * (_VARIANCE * rounding.roundoff**2 * relative + least)
+        vectors = 0.0
+        if rounding.diagonal:
+            vectors = float(sum((self.b * by_b).sum(axis).square().sum() for axis in (0, 1)))
+        return _VARIANCE * rounding.roundoff**2 * (_FACTOR_ROUNDINGS * relative + vectors) + _FACTOR_ROUNDINGS * least
 
     def bias(self) -> float:
         """Return by how much of ΔW a sum that truncates can be off in all entries alike."""
@@ -190,6 +193,7 @@ class Rounding:
         roundoff: u of the arithmetic that made ΔW.
         cast: Whether the factors may have been cast to a shorter dtype first.
         scale: s, by which B was multiplied after such a cast.
+        diagonal: Whether vectors that scale columns and rows of B were cast as well.
         bases: Dtypes to which W may have been rounded first, besides not at all.
         dequantized: Whether W is dequantized, which may have been done in d.
         first: The dtype to which W was rounded first, in M* (``Check.ideal``); None for not at all.
@@ -200,6 +204,7 @@ class Rounding:
     roundoff: float
     cast: bool = False
     scale: float = 1.0
+    diagonal: bool = False
     bases: tuple[torch.dtype, ...] = ()
     dequantized: bool = False
     first: torch.dtype | None = None
@@ -231,6 +236,7 @@ class Check:
         ideal: ⟨M* − W, ΔW⟩, with M* = W + ΔW rounded once.
         variance: Of ``inner`` − ``ideal`` in right merges: Σ (M − M*)²ΔW², since entries of M − M* are as often above 0
             as below, and what the roundings of factors (rows, columns) add, which many entries share.
+        apart: Σ |(M − M*)ΔW|, which is |``inner`` − ``ideal``| if all entries are off in one direction.
         crossing: Σ |ΔW|³q, q the spacing of M's numbers: h times that is Σ (M* − M')²ΔW² for the M' of (1 + h)ΔW.
         shared: ⟨W, ΔW⟩ and ‖ΔW‖² of every row (``(2, m)``), and of every column; None where they share no error.
         bias: The share of ΔW by which sums can be off in all entries alike.
@@ -256,6 +262,7 @@ class Check:
     allowed: float = 0.0
     ideal: float = 0.0
     variance: float = 0.0
+    apart: float = 0.0
     crossing: float = 0.0
     shared: tuple[Tensor, Tensor] | None = None
     bias: float = 0.0
@@ -434,8 +441,10 @@ def _add_scale(
     """
     once, squares = rounding.once(w, delta), delta.square()
     found.ideal += _inner(once - w, delta)
-    found.variance += _inner((m - once).square_(), squares)
-    flow = delta.abs().mul_(grain)
+    off, size = m - once, delta.abs()
+    found.apart += _inner(off.abs(), size)
+    found.variance += _inner(off.square_(), squares)
+    flow = size.mul_(grain)
     found.crossing += _inner(squares, flow)
     found.halves += float(flow[(4 * squares > flow) & (squares < flow)].sum())
     if rounding.dequantized:

@@ -65,10 +65,12 @@ def factors(size: tuple[int, int], rank: int, relative: float, s: float, dtype: 
     return w, b * (relative * 0.02 / float((s * (b @ a)).square().mean().sqrt())), a
 
 
-def verified(w: Tensor, m: Tensor, b: Tensor, a: Tensor, s: float) -> Merge:
+def verified(w: Tensor, m: Tensor, b: Tensor, a: Tensor, s: float, diagonal: bool = False) -> Merge:
     """Return what verify-merge says of one layer."""
     dtypes = (str(w.dtype).removeprefix("torch."), str(b.dtype).removeprefix("torch."))
-    update = FactoredDelta("w", tuple(w.shape), lambda: (b.double() * s, a.double()), dtypes, Held(w), True, s)
+    update = FactoredDelta(
+        "w", tuple(w.shape), lambda: (b.double() * s, a.double()), dtypes, Held(w), True, s, diagonal
+    )
     return verify(MergedLayer("w", tuple(w.shape), Held(w), Held(m), (update,)))
 
 

@@ -8,12 +8,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from lora_diag.deltas import Unpaired
 from lora_diag.diagnostics.verify_merge.run import _missing
 from lora_diag.errors import InputError
 from tests.adapters.making import adapter, base, normal, write
+from tests.benchmarks.merge_scale import ORDERS, factors
 from tests.oracles import bf16
 
 NAMES = [f"model.layers.{block}.self_attn.{module}.weight" for block in (0, 1) for module in ("q_proj", "v_proj")]
@@ -43,8 +44,6 @@ def files(tmp_path):
 
 def save(folder, tensors):
     path = write(folder / "model.safetensors", tensors)
-    from safetensors.torch import save_file
-
     save_file({name: value.bfloat16() for name, value in load_file(path).items()}, path)
     return folder
 
@@ -159,6 +158,38 @@ def test_a_merge_that_lost_the_adapter_to_rounding_passes_with_a_warning(files, 
     words = " ".join(ran.out.split())
     assert "Lost rounding took more than 10% of ΔW" in words
     assert "serve the adapter unmerged, or merge into float32" in words
+
+
+SIZE, RANK, S = 96, 4, 1.5
+
+
+def scaled(folder, dtype, relative, c, size=SIZE) -> None:
+    """Write a base, an adapter of one layer of ``relative`` size, and a merge with c times its update."""
+    w, b, a = factors((size, size), RANK, relative, S, dtype, 5)
+    layer = "model.layers.0.self_attn.q_proj"
+    parts = {f"{layer}.lora_A.weight": a.double().numpy(), f"{layer}.lora_B.weight": b.double().numpy()}
+    adapter(folder, parts, r=RANK, lora_alpha=RANK * S)
+    for name, values in (("base", w), ("merged", ORDERS["in float32"](w, b, a, S * c))):
+        (folder / name).mkdir()
+        save_file({f"{layer}.weight": values}, folder / name / "model.safetensors")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize(("c", "code"), [(1.0, 0), (1.002, 1), (1.005, 1), (1.01, 1), (1.015, 1), (1.02, 1), (1.05, 1)])
+def test_the_gate_lets_no_wrong_scale_pass(tmp_path, loradiag, dtype, c, code):
+    scaled(tmp_path, dtype, 0.3, c)
+    assert loradiag("verify-merge", "base", "adapter", "merged", "-q", "-o", "merge.jsonl").code == code
+    ran = loradiag("gate", "--policy", "merge", "merge.jsonl", "--json")
+    assert ran.code == code
+    (merged,) = [record for record in ran.records if record.get("rule") == "merged" and record["layer"]]
+    assert merged["status"] == ("failed" if code else "passed")
+
+
+@pytest.mark.parametrize("c", [1.0, 1.02])
+def test_the_gate_does_not_pass_a_scale_that_the_file_cannot_show(tmp_path, loradiag, c):
+    scaled(tmp_path, torch.bfloat16, 1e-4, c, size=16)
+    assert loradiag("verify-merge", "base", "adapter", "merged", "-q", "-o", "merge.jsonl").code == 5
+    assert loradiag("gate", "--policy", "merge", "merge.jsonl", "-q").code == 5
 
 
 def test_names_cannot_move_the_cursor(files, loradiag):

@@ -37,6 +37,12 @@ LARGE, SMALL, SPREAD, MANY, FAR = 1 / 8, 1 / 64, 1.25, 256, 32.0
 # Unit roundoff of the coarsest arithmetic in which the ΔW of a right merge is computed, bfloat16.
 COARSE = 2.0**-8
 
+# Unit roundoff of float32, in which most merges compute ΔW whatever the dtype of the model.
+FINE = 2.0**-24
+
+# Rows and columns with entries that a scale has to explain where 1 does not, and which share of them.
+FLIPPED, COHERENT = 32, 0.95
+
 # Steps to the scale at most; two or three are usual, more where ΔW lies about the grain of M.
 CHORDS = 12
 
@@ -108,7 +114,7 @@ def find_fault(look: Look) -> Fault:
     found = look.found
     if found.moved == 0:
         return Fault("dropped", UNCHANGED)
-    fault = _scaled(look) or _coarse(look)
+    fault = _scaled(look) or scaled_precisely(look) or _coarse(look)
     if fault is None and found.count:
         fault = _partial(look)
     fault = fault or _best(look)
@@ -130,6 +136,44 @@ def _scaled(look: Look) -> Fault | None:
     if look.rounding.roundoff < COARSE and any(abs(fit.factor - factor) <= fit.limit for factor in look.rounded):
         return Fault("coarse", f"ΔW was added times {fit}: the scaling s = {look.scale:.4g} was rounded to 16 bits")
     return Fault("wrong scale", f"ΔW was added times {fit}, which is none of the usual mistakes")
+
+
+def scaled_precisely(look: Look) -> Fault | None:
+    """A scale other than 1 that explains the entries if ΔW was computed in float32, where 1 does not.
+
+    In a right merge whose arithmetic was coarser, the entries that 1 does not explain are off in both directions: by
+    chance COHERENT of them in one with probability 2·exp(−COHERENT²·FLIPPED/2) = 1e-6 (Hoeffding 1963), and no scale
+    explains them.
+    """
+    how = precise(look.rounding)
+    if how == look.rounding or not look.found.expected:
+        return None
+    one = look.recheck(look.addend, how)
+    if distinct_lines(one) < FLIPPED or not is_coherent(one):
+        return None
+    fit = fit_scale(replace(look, rounding=how, found=one))
+    if fit is None or fit.check.count > (1 - COHERENT) * one.count or fit.check.drifted:
+        return None
+    spacing = abs(fit.factor - 1) / one.count  # from one entry that a scale changes to the next, on the average
+    fit = replace(fit, error=max(fit.error, (1 + fit.check.count) * spacing))
+    if abs(fit.factor - 1) <= fit.limit + look.found.alike:
+        return None
+    return Fault("wrong scale", f"ΔW was added times {fit}: that explains the entries to the last bit, 1 does not")
+
+
+def is_coherent(check: Check) -> bool:
+    """Say whether nearly all that M differs from M* by is in the direction of ΔW, or against it."""
+    return abs(check.inner - check.ideal) > COHERENT * check.apart
+
+
+def distinct_lines(check: Check) -> int:
+    """Return how many entries no rounding explains of which no two share a row or column, or nearly so."""
+    return min(int((side > 0).sum()) for side in check.beyond)
+
+
+def precise(rounding: Rounding) -> Rounding:
+    """Return the same rounding of a ΔW that was computed in float32 at least."""
+    return replace(rounding, roundoff=min(rounding.roundoff, FINE), cast=False)
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,7 +23,19 @@ from lora_diag.deltas import (
     row_blocks,
     row_spans,
 )
-from lora_diag.diagnostics.verify_merge.faults import UNCHANGED, UNEXPLAINED, Fault, Look, find_fault, has_halves
+from lora_diag.diagnostics.verify_merge.faults import (
+    FLIPPED,
+    UNCHANGED,
+    UNEXPLAINED,
+    Fault,
+    Look,
+    distinct_lines,
+    find_fault,
+    has_halves,
+    is_coherent,
+    precise,
+    scaled_precisely,
+)
 from lora_diag.diagnostics.verify_merge.record import Merge, MergeStatus
 from lora_diag.layers.change import COMPUTED
 from lora_diag.linalg import require
@@ -55,6 +67,9 @@ DROPPED = 0.1
 
 # A right layer tells 1 from a scale that is off by so much; else it is inconclusive.
 RESOLVED = 0.05
+
+# Where single errors of c allow more than this, it is tried whether ΔW was computed precisely, entry by entry.
+RESOLVED_ENTRIES = 0.005
 
 # Where rounding took more than this share of ΔW, or added it, the standard error of c is not that of the scale.
 SWALLOWED = 0.1
@@ -154,12 +169,43 @@ def verify(task: MergedLayer, memory: int | None = None) -> Merge | LeftOut:
     if right is None:
         fault = _fault(task, addend, rounding, found)
         return _record(task, found, rounding, fault.status, fault.cause)
+    if settled := _settled_precisely(task, addend, rounding, found, right):
+        return _record(task, found, rounding, settled.status, settled.cause)
     ambiguous = ambiguous or task.merged.is_quantized or isinstance(addend, Whole)
     if ambiguous and found.moved <= UNEXPLAINED * found.entries and found.expected > 0:
         return _record(task, found, rounding, *_told_sharply(task, addend, rounding))
     if cause := _unclear(task, addend, right):
         return _record(task, found, rounding, "inconclusive", cause)
     return _record(task, found, rounding, "ok", "")
+
+
+def _settled_precisely(
+    task: MergedLayer, addend: Addend, rounding: Rounding, found: Check, right: _Right
+) -> Fault | None:
+    """Return what single entries say of the scale if ΔW was computed in float32, where its error is large; else None.
+
+    Fault: ``wrong scale``, or ``ok`` where M is W + ΔW to the last bit and neither 1 − RESOLVED nor 1 + RESOLVED fits.
+    """
+    assert task.merged is not None
+    if task.merged.is_quantized or not found.expected or (isinstance(addend, Whole) and addend.exact):
+        return None
+    coherent = is_coherent(found) and not right.check.resolves(RESOLVED_ENTRIES)
+    unresolved = not right.check.resolves(RESOLVED)
+    if not (coherent or unresolved):
+        return None
+    how = precise(rounding)
+    exactly = _right(task, addend, how, check_merge(task.blocks(), task.shape, addend, how))
+    if exactly is None:
+        return scaled_precisely(_look(task, addend, rounding, found))
+    return Fault("ok", "") if unresolved and exactly.check.moved and _is_clear(task, exactly) else None
+
+
+def _is_clear(task: MergedLayer, right: _Right) -> bool:
+    """Say whether a right merge is none of scales off by ``RESOLVED``, told by entries that cannot agree by chance."""
+    return all(
+        distinct_lines(check_merge(task.blocks(), task.shape, right.addend.times(factor), right.rounding)) >= FLIPPED
+        for factor in (1 - RESOLVED, 1 + RESOLVED)
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,6 +288,10 @@ def _fault(task: MergedLayer, addend: Addend, rounding: Rounding, found: Check) 
         return Fault("changed", "the adapter does not touch it, but MERGED differs from BASE")
     if not task.deltas:
         return Fault("other", "the rows that the adapter adds are not what it holds")
+    return find_fault(_look(task, addend, rounding, found))
+
+
+def _look(task: MergedLayer, addend: Addend, rounding: Rounding, found: Check) -> Look:
     single = task.deltas[0] if len(task.deltas) == 1 else None
     scale = single.scale if isinstance(single, FactoredDelta) else None
     rank = addend.b.shape[1] if isinstance(addend, Product) and scale is not None else None
@@ -253,7 +303,7 @@ def _fault(task: MergedLayer, addend: Addend, rounding: Rounding, found: Check) 
         return check_merge(_on_top(task, addend, rounding), task.shape, addend, rounding)
 
     others = {d.layer: d for d in task.others if d.layer != task.layer and d.shape == task.shape}
-    look = Look(
+    return Look(
         layer=task.layer,
         is_matrix=task.is_matrix,
         shape=task.shape,
@@ -269,7 +319,6 @@ def _fault(task: MergedLayer, addend: Addend, rounding: Rounding, found: Check) 
         others=tuple(others),
         load_other=lambda name: load_addend((others[name],), task.shape)[0],
     )
-    return find_fault(look)
 
 
 def _on_top(task: MergedLayer, addend: Addend, rounding: Rounding) -> Iterator[Block]:
@@ -356,6 +405,7 @@ def _rounding(task: MergedLayer) -> tuple[Rounding, bool]:
         cast=any(LAYOUT[other][2] > mantissa for other in made_of)
         or any(isinstance(delta, FactoredDelta) and not _is_power_of_two(delta.scale) for delta in task.deltas),
         scale=max(map(abs, scales), default=1.0),
+        diagonal=any(isinstance(delta, FactoredDelta) and delta.diagonal for delta in task.deltas),
         # a quantized base is dequantized in a dtype of the merger's choice
         bases=tuple(other for other in SHORTER[base] if mantissa <= LAYOUT[other][2] or task.base.is_quantized),
         dequantized=task.base.is_quantized,

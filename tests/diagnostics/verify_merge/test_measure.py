@@ -304,6 +304,35 @@ def test_a_wrong_scale_of_dora_is_found(tmp_path, dtype, factor):
     assert (record.status, record.scale) == ("wrong scale", pytest.approx(factor, abs=3e-3))
 
 
+def exact(merged: Merged, model) -> dict[str, torch.Tensor]:
+    """The float64 merge that PEFT makes of the saved adapter and the model as it is stored."""
+    tuned = peft.PeftModel.from_pretrained(model.double(), merged.adapter, autocast_adapter_dtype=False).double()
+    return tuned.merge_and_unload().state_dict()
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float16])
+@pytest.mark.parametrize("name", ["dora", "loha", "lokr", "oft", "ia3"])
+def test_a_wrong_scale_of_every_family_is_named(tmp_path, name, dtype):
+    kind = KINDS[name]
+    config = dict(kind.config)
+    if "kind" in config:
+        config["kind"] = getattr(peft, config["kind"])
+    size = 0.05 if name in {"oft", "ia3"} else 0.02
+    merged = peft_merge(tmp_path, llama(dtype, hidden=96), size, **config)
+    whole = exact(merged, llama(dtype, hidden=96))
+    right, spoilt = verified(merged), {}
+    for factor in (0.98, 1.01, 1.02, 1.05):
+
+        def change(before, after, factor=factor):
+            after[Q] = (before[Q].double() + factor * (whole[Q] - before[Q].double())).to(dtype)
+
+        spoilt[factor] = verified(merged, merged.spoil(change, f"times {factor}"))[Q]
+    assert right[Q].status == "ok"
+    for factor, record in spoilt.items():
+        assert record.status == "wrong scale", (factor, record.cause)
+        assert float(record.cause.removeprefix("ΔW was added times ").split()[0]) == pytest.approx(factor, abs=4e-3)
+
+
 def test_an_update_that_is_held_whole_and_does_not_fit_is_left_out(tmp_path, monkeypatch):
     monkeypatch.setattr(local, "PROGRAM_BYTES", 0)
     monkeypatch.setattr(local, "LEAST_BYTES", 0)

@@ -93,3 +93,41 @@ def test_the_scale_is_found_where_rounding_takes_half_of_the_update():
     record = verified(w, ORDERS["in float32"](w, b, a, 2.1), b, a, 2.0)
     assert record.scale < 0.7
     assert record.cause.startswith("ΔW was added times 1.05")
+
+
+@pytest.mark.parametrize("c", [0.98, 0.99, 1.01, 1.02])
+@pytest.mark.parametrize("relative", [0.002, 0.005])
+def test_a_precise_merge_tells_scales_within_the_error_of_c(relative, c):
+    w, b, a = factors((128, 128), 8, relative, RSLORA, torch.bfloat16, 4)
+    record = verified(w, ORDERS["in float32"](w, b, a, RSLORA * c), b, a, RSLORA)
+    assert record.status == "wrong scale", record.cause
+    named, error = map(float, record.cause.removeprefix("ΔW was added times ").split(":")[0].split(",")[0].split(" ± "))
+    assert abs(named - c) < 6 * error < 0.01
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("relative", [3e-4, 0.001, 0.005])
+def test_right_merges_whose_error_is_large_do_not_fail(order, relative):
+    for seed, s in enumerate((2.0, 1.5, RSLORA) * 2):
+        w, b, a = factors((64, 128), 8, relative, s, torch.bfloat16, 20 + seed)
+        record = verified(w, ORDERS[order](w, b, a, s), b, a, s)
+        assert not record.failed, record.cause
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_rounded_diagonal_is_no_wrong_scale(dtype):
+    """AdaLoRA's E and VeRA's d: each rounding of them is shared by a whole column of B."""
+    found = []
+    for seed in range(6):
+        w, b, a = factors((256, 256), 4, 0.2, 2.0, dtype, seed)
+        e = torch.rand(4, 1, generator=torch.Generator().manual_seed(seed)) + 0.5
+        m = w + (b.to(dtype) @ (a.to(dtype) * e.to(dtype))) * 2.0
+        record, as_lora = (verified(w, m, b, a * e.double(), 2.0, diagonal) for diagonal in (True, False))
+        assert record.status == "ok", record.cause
+        exact = (b.double() @ (a.double() * e.double()) * 2.0).numpy()
+        parts = [(b.double()[:, k : k + 1] @ (a.double() * e.double())[k : k + 1] * 2.0).numpy() for k in range(4)]
+        u = 2.0**-8 if dtype == torch.bfloat16 else 2.0**-11
+        least = sum(0.18 * u**2 * (part * exact).sum() ** 2 for part in parts) / (exact**2).sum() ** 2
+        assert record.scale_error**2 - as_lora.scale_error**2 >= 0.99 * least
+        found.append(as_lora.status)
+    assert "wrong scale" in found  # so that the diagonal is what makes the difference

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import shlex
@@ -189,3 +190,8 @@ def progress_bar(quiet: bool) -> Iterator[Callable[[Progress], None]]:
             )
 
         yield show
+
+
+def quiet_matplotlib() -> None:
+    """Keep Matplotlib's messages off the terminal: where its caches are is nothing that a user must know."""
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)

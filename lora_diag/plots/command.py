@@ -12,7 +12,7 @@ import typer
 
 from lora_diag.catalog import figures
 from lora_diag.cli import options
-from lora_diag.cli.output import result, terminal
+from lora_diag.cli.output import quiet_matplotlib, result, terminal
 
 if TYPE_CHECKING:
     from lora_diag.plots.run import Drawn
@@ -71,11 +71,9 @@ def plot(
 
     Example: loradiag plot a.jsonl b.jsonl --label "full" --label "LoRA" --figure energy -o energy.pdf
     """
-    import logging
-
     from lora_diag.plots.run import plot as draw
 
-    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # where its caches are is nothing that a user must know
+    quiet_matplotlib()
     drawn = draw(
         *results,
         output=output,

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from lora_diag.cli import options
-from lora_diag.cli.output import message, result
+from lora_diag.cli.output import message, quiet_matplotlib, result
 from lora_diag.errors import UsageError
 
 
@@ -52,6 +52,7 @@ def report(
         raise UsageError("--format parquet: give a file with -o")
     if output is None and format in {None, Format.html}:
         output = PAGE
+    quiet_matplotlib()
     made = make(*results, output=output, format=format.value if format else None, overwrite=overwrite, values=values)
     if output is None and isinstance(made, str):
         result(made.rstrip("\n"))

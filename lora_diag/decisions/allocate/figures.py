@@ -19,9 +19,11 @@ from lora_diag.rendering.figures.groups import Types
 from lora_diag.rendering.figures.series import Options, Series
 from lora_diag.rendering.figures.sheet import Key, Words, sheet
 from lora_diag.rendering.figures.strip import Slot, label_height, slot_axis, slots
-from lora_diag.rendering.figures.style import CATEGORIES, INK, Look, category, cut, name_of, styled, width_of
+from lora_diag.rendering.figures.style import CATEGORIES, INK, QUIET, Look, category, cut, name_of, styled, width_of
 
 BARS, UNIFORM, BOUND = CATEGORIES[0], CATEGORIES[1], INK
+# Of several runs, whose colours the categories are.
+OTHERS = QUIET
 
 _UNITS = {
     "params": "adapter parameters Σ r (out + in)",
@@ -157,8 +159,8 @@ def _over_cost(ax: Axes, certificates: Sequence[Certificate], look: Look | None)
     uniform = [(base.spent, base.kept) for item in ordered for base in item.baselines if _is_uniform(base.name)]
     ax.plot(limits, [item.bound for item in ordered], color=BOUND, lw=width, ls=(0, (4, 2)), label="_bound")
     for points, color, marker, name in (
-        (uniform, UNIFORM, "s", "_uniform"),
-        ([(_spent(item), item.kept) for item in ordered], BARS, "o", "_kept"),
+        (uniform, OTHERS, "s", "_uniform"),
+        ([(_spent(item), item.kept) for item in ordered], INK, "o", "_kept"),
     ):
         if points:
             ax.plot(*zip(*points, strict=True), color=color, marker=marker, lw=1.2 * width, ms=4.5 * width, label=name)
@@ -196,8 +198,8 @@ def _budget_keys(certificates: Sequence[Certificate], look: Look | None) -> tupl
     bound = Key(Line2D([], [], color=BOUND, lw=width, ls=(0, (4, 2))), "bound: nothing within the budget keeps more")
     if len(certificates) == 1:
         return (bound,)
-    kept = Line2D([], [], color=BARS, marker="o", ms=4.5 * width, lw=1.2 * width)
-    uniform = Line2D([], [], color=UNIFORM, marker="s", ms=4.5 * width, lw=1.2 * width)
+    kept = Line2D([], [], color=INK, marker="o", ms=4.5 * width, lw=1.2 * width)
+    uniform = Line2D([], [], color=OTHERS, marker="s", ms=4.5 * width, lw=1.2 * width)
     return Key(kept, "kept by the allocation"), Key(uniform, "kept by the uniform rule"), bound
 
 
@@ -232,7 +234,9 @@ def _words(
     if any(record.weight != 1 for record in records):
         notes.append("Shares are of the weighted energy.")
     if missing:
-        notes.append(f"Not drawn: {missing} certificates whose budget is in another unit.")
+        notes.append(
+            f"Not drawn: {missing} {'certificate' if missing == 1 else 'certificates'} whose budget is in another unit."
+        )
     return Words(
         "Allocation: rank r by layer, and the energy kept",
         about,

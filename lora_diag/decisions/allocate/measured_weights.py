@@ -23,6 +23,8 @@ from lora_diag.running.fingerprint import legible
 # So many layers are named in a note.
 _NAMED = 3
 
+# Commands whose results say what a layer is worth.
+MEASURED = ("probe sensitivity", "probe fisher")
 
 # ‖ΔW‖_F of two measurements of one update differ by no more than this share.
 _SAME = 1e-3
@@ -58,7 +60,7 @@ def measured_weights(path: Path, spectra: Results[Spectrum], allow_unfinished: b
         InputError: It cannot be read, is of another command, or is unfinished.
     """
     results = read_results(path)
-    if results.run.command not in {"probe sensitivity", "probe fisher"}:
+    if results.run.command not in MEASURED:
         raise InputError(
             f"--weights {path}: holds results of loradiag {results.run.command}; it takes those of probe sensitivity "
             "or probe fisher, or a JSON object of layer and factor"

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import get_args
 
 from lora_diag.adapters import open_adapter
-from lora_diag.catalog import read_results_of
+from lora_diag.catalog import read_results, read_results_of
 from lora_diag.checkpoints import locate
 from lora_diag.checkpoints.documents import MAX_CONFIG_BYTES, read_object
 from lora_diag.decisions.allocate.allocation import Budget
 from lora_diag.decisions.allocate.allocation import allocate as plan_ranks
 from lora_diag.decisions.allocate.candidates import Constraints
-from lora_diag.decisions.allocate.measured_weights import Measured, measured_weights
+from lora_diag.decisions.allocate.measured_weights import MEASURED, Measured, measured_weights
 from lora_diag.decisions.allocate.peft_config import Scaling, compare, peft_config
 from lora_diag.decisions.allocate.record import Allocation, Method, Policies
 from lora_diag.decisions.memory import Training
@@ -263,8 +264,29 @@ def _params_of(path: Path | str) -> int:
     return total
 
 
+def _read(path: Path | str) -> Results[Spectrum]:
+    """Read spectra.
+
+    Raises:
+        InputError: It cannot be read or holds something else; of measured weights, with how to use them.
+    """
+    try:
+        return read_results_of(Spectrum, path)
+    except InputError:
+        run = read_results(path).run
+        if run.command not in MEASURED:
+            raise
+        sides = {side.role: side.path for side in reversed(run.inputs)}
+        update = shlex.join([sides.get("base", "BASE"), sides.get("tuned", "TUNED")])
+        raise InputError(
+            f"{legible(path)}: holds what loradiag {run.command} says a layer is worth, and no spectrum; "
+            f"measure one with loradiag spectrum {update} -o spectrum.jsonl, and give these as weights: loradiag "
+            f"allocate spectrum.jsonl --weights {shlex.quote(str(path))} and a budget"
+        ) from None
+
+
 def _spectra(results: Results[Spectrum] | Path | str, allow_unfinished: bool) -> tuple[Results[Spectrum], RunInput]:
-    spectra = results if isinstance(results, Results) else read_results_of(Spectrum, results)
+    spectra = results if isinstance(results, Results) else _read(results)
     path = "" if isinstance(results, Results) else legible(results)
     if spectra.end is None and not allow_unfinished:
         raise InputError(

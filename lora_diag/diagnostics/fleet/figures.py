@@ -200,9 +200,10 @@ def _words(series: Sequence[Series[Any]], points: Sequence[_Point], look: Look) 
     ]
     if rankless := sum(len(one.records) for one in series) - len(points):
         notes.append(f"Not drawn: {rankless} without a rank.")
+    many = "1 adapter" if len(points) == 1 else f"{len(points)} adapters"
     return Words(
         "A fleet of adapters: norm of the update, and how much of its rank it uses",
-        f"{len(points)} adapters; ‖ΔW‖_F over all layers; rank: Σ of the layers' ranks at 99% of the energy over Σr",
+        f"{many}; ‖ΔW‖_F over all layers; rank: Σ of the layers' ranks at 99% of the energy over Σr",
         (" ".join(notes),),
         tuple(keys),
     )

@@ -144,7 +144,7 @@ def _words(
     if others := [each for each in ranks_of(records) if each != rank]:
         notes.append(f"Also measured: r = {', '.join(map(str, others))} (--rank).")
     return Words(
-        f"Principal angles between updates: do their {rank} largest directions agree?",
+        f"Principal angles between the {rank} largest directions of two updates",
         f"{len(drawn)} {'matrix' if len(drawn) == 1 else 'matrices'}; share of the principal angles with at most this "
         "cosine: 1 is a direction that both have, 0 one at right angles",
         (" ".join(notes),),

@@ -178,7 +178,7 @@ def _words(
     keys, notes = [], []
     if any(found):
         keys = [Key(Line2D([], [], **_mark(number, width)), name) for number, (name, _) in enumerate(PREDICTORS)]
-        title = "Which number orders the layers as truncating each alone does?"
+        title = "Rank correlation of predicted and measured cost of truncating each layer alone"
         notes.append("Each layer is cut alone, all else as in TUNED. 1: the same order; 0: none.")
         notes.append("Layers of one model are not independent, and with few of them small differences of ρ say little.")
         what = "Spearman's ρ of each with the measured KL on held-out text"

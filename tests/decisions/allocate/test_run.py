@@ -139,3 +139,12 @@ def test_every_layer_has_its_policies():
     found = rank_table(SPECTRA)
     assert [item.layer for item in found] == [r.layer for r in SPECTRA]
     assert all(item.ranks["energy 90%"] == r.rank_at["0.9"] for item, r in zip(found, SPECTRA, strict=True))
+
+
+def test_measured_weights_alone_name_the_command_that_uses_them():
+    path = ROOT / "docs/examples/sensitivity.jsonl"
+    with pytest.raises(InputError, match=r"no spectrum; measure one with loradiag spectrum \S+/base TUNED") as refused:
+        lora_diag.allocate(path, params="10k")
+    assert f"loradiag allocate spectrum.jsonl --weights {path} and a budget" in str(refused.value)
+    with pytest.raises(InputError, match="spectrum records are needed"):
+        lora_diag.allocate(ROOT / "docs/examples/sweep.jsonl", params="10k")

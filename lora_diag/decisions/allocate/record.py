@@ -88,7 +88,7 @@ class Baseline(Record):
     equal: Share
     epsilon_min: float
     lead: str | None = None
-    lead_gain: Share | None = None
+    lead_gain: float | None = None
 
 
 class Certificate(WholeRecord):

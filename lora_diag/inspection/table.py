@@ -12,6 +12,7 @@ from rich.text import Text
 
 from lora_diag.records.inventory import Inventory, StoredTensor
 from lora_diag.records.names import module_type_of
+from lora_diag.rendering.columns import shortened
 from lora_diag.rendering.text import count, safe, to_text
 
 
@@ -32,7 +33,7 @@ def inventory_table(inventory: Inventory, width: int = 80, color: bool = False) 
 
 def _columns(width: int, *columns: str) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
-    table.add_column("module type", overflow="ellipsis", no_wrap=True, max_width=width // 2)
+    table.add_column("module type", no_wrap=True)
     for name in columns:
         words = name in {"dtype", "spectrum", "form"}
         table.add_column(name, justify="left" if words else "right", no_wrap=name not in {"spectrum", "form"})
@@ -50,8 +51,9 @@ def _adapted(inventory: Inventory, width: int) -> Table:
         form += f", needs BASE ({weight.needs_base})" if weight.needs_base else ""
         groups[module_type_of(weight.layer), shape, rank, scaling, form] += 1
     table = _columns(width, "n", "shape", "rank", "scaling", "form")
-    for (name, *cells), number in groups.items():
-        table.add_row(safe(name), str(number), *cells)
+    names = shortened([safe(name) for name, *_ in groups], width // 2)
+    for name, ((_, *cells), number) in zip(names, groups.items(), strict=True):
+        table.add_row(name, str(number), *cells)
     return table
 
 
@@ -62,10 +64,11 @@ def _stored(inventory: Inventory, width: int) -> Table:
         key = (module_type_of(tensor.layer), tensor.shape, tensor.dtype, tensor.left_out or "")
         groups.setdefault(key, []).append(tensor)
     table = _columns(width, "n", "shape", "dtype", "entries", "spectrum")
-    for (name, shape, dtype, left_out), tensors in groups.items():
+    names = shortened([safe(name) for name, *_ in groups], width // 2)
+    for name, ((_, shape, dtype, left_out), tensors) in zip(names, groups.items(), strict=True):
         shown = "×".join(map(str, shape)) or "scalar"
         entries = count(len(tensors) * math.prod(shape))
-        table.add_row(safe(name), str(len(tensors)), shown, dtype, entries, f"no: {left_out}" if left_out else "yes")
+        table.add_row(name, str(len(tensors)), shown, dtype, entries, f"no: {left_out}" if left_out else "yes")
     return table
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Set
 from dataclasses import dataclass
 from typing import Literal, Protocol, TypeVar
 
@@ -105,7 +105,7 @@ def table_of(
 
     Args:
         title: Of the column of names.
-        names: One a row; cut at their beginning where there is no room.
+        names: One a row; shortened where there is no room, so that they stay different.
         columns: The others.
         width: Characters of the terminal.
         spared: Ends of the titles of columns that may be left out, the first to go first.
@@ -117,9 +117,48 @@ def table_of(
     table.add_column(title, no_wrap=True, width=room)
     for column in fitting:
         table.add_column(column.title, justify=column.justify, no_wrap=True, width=column.width)
-    for name, *cells in zip(names, *(column.cells for column in fitting), strict=True):
-        table.add_row(crop(name, room), *cells)
+    for name, *cells in zip(shortened(names, room), *(column.cells for column in fitting), strict=True):
+        table.add_row(name, *cells)
     return table
+
+
+def shortened(names: Sequence[str], width: int) -> list[str]:
+    """Cut names to a width: at their beginning, and where that makes two of them alike, behind where they differ, too.
+
+    >>> shortened(["layer.0.attention.output.dense", "layer.1.attention.output.dense", "pooler.dense"], 16)
+    ['…0.…output.dense', '…1.…output.dense', 'pooler.dense']
+    """
+    groups: dict[str, list[str]] = {}
+    for name in dict.fromkeys(names):
+        groups.setdefault(crop(name, width), []).append(name)
+    found = {name: cut for cut, (name, *_) in groups.items()}
+    taken = {cut for cut, group in groups.items() if len(group) == 1}
+    for group in groups.values():
+        if len(group) > 1:
+            cuts = _apart(group, width, taken)
+            found |= dict(zip(group, cuts, strict=True))
+            taken |= set(cuts)
+    return [found[name] for name in names]
+
+
+def _apart(names: Sequence[str], width: int, taken: Set[str]) -> list[str]:
+    """Cut names that end alike so that they differ: keep the first parts in which they do, and the end."""
+    differ = next((i for i, chars in enumerate(zip(*names, strict=False)) if len(set(chars)) > 1), 0)
+    start = names[0].rfind(".", 0, differ) + 1
+    lead = "…" if start else ""
+    room = width - len(lead) - 1
+
+    def cuts(heads: Sequence[str]) -> list[str]:
+        return [f"{lead}{head}…{name[len(name) - room + len(head) :]}" for head, name in zip(heads, names, strict=True)]
+
+    rests = [name[start:] for name in names]
+    parts = [[".".join([*rest.split(".")[:n], ""]) for rest in rests] for n in range(1, 4)]
+    pieces = [[rest[:n] for rest in rests] for n in range(1, room)]
+    for heads in (*parts, *pieces):
+        if max(map(len, heads)) < room and len(set(found := cuts(heads))) == len(names) and not taken & set(found):
+            return found
+    # What tells them apart has no room: a number does.
+    return [crop(name, max(1, width - len(f"#{i}"))) + f"#{i}" for i, name in enumerate(names, len(taken) + 1)]
 
 
 def _room(columns: Sequence[Column], width: int) -> int:

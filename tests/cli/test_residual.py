@@ -4,8 +4,9 @@ import json
 import re
 
 import pytest
+import torch
 
-from tests.conftest import ROOT
+from tests.conftest import ROOT, save_model
 
 BASE, TUNED, R4, R16 = (ROOT / "sample_checkpoints" / name for name in ("base", "full_ft", "lora_r4", "lora_r16"))
 
@@ -46,9 +47,46 @@ def test_an_adapter_in_the_place_of_the_fine_tune_is_told(loradiag):
 
 def test_rows_stand_in_the_order_of_what_limits_them(loradiag):
     out = loradiag("residual", BASE, TUNED, R4).out
-    limits = [line.split()[-1] for line in out.splitlines() if re.match(r" \S+ +\d+ ", line)]
-    assert limits == sorted(limits, key=["direction", "adapted"].index)
-    assert len(limits) == 12
+    limits = [line.split()[-1] for line in out.splitlines() if re.match(r" (\S+|not adapted) +\d+ ", line)]
+    assert limits == ["direction"] * 7 + ["adapted"]
+
+
+@pytest.fixture
+def encoder(tmp_path):
+    """An encoder, a full fine-tune of it, and a LoRA adapter of rank 2 on its queries and values."""
+    rng = torch.Generator().manual_seed(0)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=rng)
+
+    base, factors = {"embeddings.word_embeddings.weight": normal(20, 8)}, {}
+    for block in (f"encoder.layer.{i}" for i in range(12)):
+        for module in ("attention.self.query", "attention.self.value", "attention.output.dense", "output.dense"):
+            base |= {f"{block}.{module}.weight": normal(8, 8), f"{block}.{module}.bias": normal(8)}
+        base |= {f"{block}.{name}.LayerNorm.weight": normal(8) for name in ("attention.output", "output")}
+        for module in ("query", "value"):
+            name = f"base_model.model.{block}.attention.self.{module}"
+            factors |= {f"{name}.lora_A.weight": normal(2, 8), f"{name}.lora_B.weight": 0.01 * normal(8, 2)}
+    tuned = {name: tensor + 0.01 * normal(*tensor.shape) for name, tensor in base.items()}
+    adapter = save_model(tmp_path / "adapter", factors)
+    (adapter / "model.safetensors").rename(adapter / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["query", "value"]}
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    return save_model(tmp_path / "base", base), save_model(tmp_path / "tuned", tuned), adapter
+
+
+@pytest.mark.parametrize("width", ["80", "140"])
+@pytest.mark.parametrize("per", ["type", "layer"])
+def test_the_table_of_an_encoder_has_the_matrices_that_are_adapted(loradiag, encoder, tmp_path, width, per):
+    loradiag("residual", *encoder, "-o", "r.jsonl", "-q")
+    out = loradiag("inspect", "r.jsonl", "--per", per, env={"COLUMNS": width}).out
+    *rows, rest = [re.split(r" {1,}[0-9-]", line.strip())[0].strip() for line in out.split("\n\n")[1].splitlines()[2:]]
+    records = [json.loads(line) for line in (tmp_path / "r.jsonl").read_text().splitlines()]
+    still = [one for one in records if one["record"] == "residual" and one["limited_by"] == "not adapted"]
+    assert len(still) == 97
+    assert rest == ("not adapted" if per == "type" else "not adapted:")
+    assert len(set(rows)) == len(rows) == (2 if per == "type" else 24)
+    assert max(map(len, out.splitlines())) <= int(width)
 
 
 @pytest.mark.parametrize(

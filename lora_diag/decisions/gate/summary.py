@@ -14,6 +14,7 @@ from rich.text import Text
 
 from lora_diag.decisions.gate.record import Status, Verdict, outcome
 from lora_diag.records import Results, RunInput
+from lora_diag.rendering.columns import shortened
 from lora_diag.rendering.statements import Statement, say, summary_of
 from lora_diag.rendering.text import crop, number, safe, short, to_text
 
@@ -179,11 +180,11 @@ def _table(shown: Sequence[Verdict], width: int) -> Table:
     table.add_column("measured", justify="right", no_wrap=True)
     table.add_column("allowed", overflow="fold", width=allowed)
     before = ("", "")
-    for verdict, name in zip(shown, names, strict=True):
+    for verdict, name in zip(shown, shortened(names, room), strict=True):
         status = Text(verdict.status, style=_STYLE[verdict.status])
         # The condition of a rule is said once.
         condition = Text("" if before == (verdict.rule, verdict.allowed) else safe(verdict.allowed))
-        table.add_row(status, crop(safe(verdict.rule), rules), crop(name, room), measured(verdict), condition)
+        table.add_row(status, crop(safe(verdict.rule), rules), name, measured(verdict), condition)
         before = (verdict.rule, verdict.allowed)
     return table
 

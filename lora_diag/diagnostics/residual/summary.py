@@ -69,8 +69,25 @@ def _by_adapter(results: Results[Residual]) -> list[tuple[str, list[Residual]]]:
 
 
 def _rows(records: Sequence[Residual], per: str) -> list[_Row]:
-    rows = [_Row(name, group, pooled(group)) for name, group in rows_of(records, per)]
-    return sorted(rows, key=lambda row: (_LIMITS.index(_most(row.records)), -_gap(row.records)))
+    """Return the rows of the matrices that the adapter reaches, what limits them most first, and of the rest together.
+
+    The rest are the tensors that are not adapted, and norms and biases, which have no rank.
+    """
+    rest: dict[str, list[Residual]] = {"not adapted": [], "1-D tensors": []}
+    reached = []
+    for record in records:
+        if not record.rank and record.adapter_fro == 0:
+            rest["not adapted"].append(record)
+        elif len(record.shape) < 2:
+            rest["1-D tensors"].append(record)
+        else:
+            reached.append(record)
+    rows = [_Row(name, group, pooled(group)) for name, group in rows_of(reached, per)]
+    rows.sort(key=lambda row: (_LIMITS.index(_most(row.records)), -_gap(row.records)))
+    for name, others in rest.items():
+        if others:
+            rows.append(_Row(name if per == "type" else f"{name}: {len(others)}", tuple(others), pooled(others)))
+    return rows
 
 
 def _gap(records: Sequence[Residual]) -> float:

@@ -99,9 +99,14 @@ def title_of(per: str) -> str:
 
 
 def table_of(
-    title: str, names: Sequence[str], columns: Sequence[Column], width: int, spared: Sequence[str] = ()
+    title: str,
+    names: Sequence[str],
+    columns: Sequence[Column],
+    width: int,
+    spared: Sequence[str] = (),
+    wide: Set[str] = frozenset(),
 ) -> Table:
-    """Return a table of named rows.
+    """Return a table of named rows; its caption names the columns for which the terminal is too narrow.
 
     Args:
         title: Of the column of names.
@@ -109,17 +114,30 @@ def table_of(
         columns: The others.
         width: Characters of the terminal.
         spared: Ends of the titles of columns that may be left out, the first to go first.
+        wide: Titles of columns that only a wide terminal shows.
     """
     longest = max(len(title), *map(len, names), 0)
-    fitting = _fitting(columns, width, min(longest, _WIDE_NAME if width >= WIDE else _NAME), spared)
+    at_most = [column for column in columns if width >= WIDE or column.title not in wide]
+    fitting = _fitting(at_most, width, min(longest, _WIDE_NAME if width >= WIDE else _NAME), spared)
     room = min(longest, _room(fitting, width))
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=0, header_style="bold")
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=0, header_style="bold", caption_justify="left")
+    if hidden := [column.title for column in columns if column not in fitting]:
+        table.caption = f"not shown at {width} columns: {', '.join(hidden)}\n"
     table.add_column(title, no_wrap=True, width=room)
     for column in fitting:
         table.add_column(column.title, justify=column.justify, no_wrap=True, width=column.width)
     for name, *cells in zip(shortened(names, room), *(column.cells for column in fitting), strict=True):
         table.add_row(name, *cells)
     return table
+
+
+def captioned_once(parts: Sequence[RenderableType]) -> Sequence[RenderableType]:
+    """Return tables and what stands between them; of tables with one caption, only the last keeps it."""
+    last = {part.caption: part for part in parts if isinstance(part, Table)}
+    for part in parts:
+        if isinstance(part, Table) and last[part.caption] is not part:
+            part.caption = None
+    return parts
 
 
 def shortened(names: Sequence[str], width: int) -> list[str]:

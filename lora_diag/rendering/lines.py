@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
-from rich.table import Table
-from rich.text import Text
-
-from lora_diag.records import LeftOut, Results, Run
+from lora_diag.records import LeftOut, Run
 from lora_diag.rendering.text import named, safe, short
 
 # So many layers that could not be measured are named.
@@ -39,26 +35,6 @@ REASONS = {
     "no_activations": "without activations",
     "memory": "larger than --memory",
 }
-
-
-def answers(
-    lines: Sequence[tuple[str, str]],
-    style: Callable[[str, str], str] = lambda word, sentence: "",
-    then: str | None = None,
-) -> Table:
-    """Return a summary as a two-column grid: a word, and the sentence that answers it.
-
-    Args:
-        lines: Word and sentence; a sentence may have several lines.
-        style: Gives the rich style of a sentence.
-        then: The command that a user would run next, said last.
-    """
-    grid = Table.grid(padding=(0, 2))
-    grid.add_column(style="bold", no_wrap=True)
-    grid.add_column(overflow="fold")
-    for word, sentence in [*lines, *([("Next", then)] if then else [])]:
-        grid.add_row(word, Text(sentence, style=style(word, sentence)))
-    return grid
 
 
 def inputs(run: Run) -> list[str]:
@@ -120,16 +96,3 @@ def not_measured(failed: Sequence[LeftOut]) -> str:
     """Name the layers with entries that are not finite, or that did not fit into memory, and say where or why."""
     lines = [f"{short(item.layer)}: {item.detail}" for item in failed[:NAMED]]
     return "\n".join([*lines, *([f"and {len(failed) - NAMED} more"] if len(failed) > NAMED else [])])
-
-
-def last_lines(results: Results[Any], so_far: str = "layers measured so far") -> list[tuple[str, str]]:
-    """Return the lines that end a summary: what could not be measured, and that the run did not finish."""
-    failed = [("Not measured", not_measured(results.unmeasured))] if results.unmeasured else []
-    return [*failed, *([("Warning", f"the run did not finish: these are the {so_far}")] if results.end is None else [])]
-
-
-def usual_style(word: str, sentence: str) -> str:
-    """Return the style of a sentence: red for what went wrong, yellow for what the files cannot show."""
-    if word in {"Warning", "Not measured"}:
-        return "bold red"
-    return "bold yellow" if word == "Resolved?" and not sentence.startswith("yes") else ""

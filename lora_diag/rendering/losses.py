@@ -24,7 +24,7 @@ def probe_summary(results: Results[Any], *found: Statement, reading: str) -> lis
         compared(results),
         say("measured", "Measured", f"{how}; {settings['tokens']}"),
         *found,
-        *([say("interpretation", "Read it so", reading)] if reading else []),
+        *([say("interpretation", "Interpretation", reading)] if reading else []),
         left_out(results),
         *ending(results, "records so far"),
     ]

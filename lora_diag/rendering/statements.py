@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -109,20 +108,6 @@ def ending(results: Results[Any], so_far: str = "layers measured so far") -> lis
     if results.end is None:
         found.append(say("unfinished", "Warning", f"the run did not finish: these are the {so_far}", level="failure"))
     return found
-
-
-def as_pairs(statements: Sequence[Any]) -> list[tuple[str, str]]:
-    """Return label and text of each statement."""
-    return [(one.label, one.text) if isinstance(one, Statement) else one for one in statements]
-
-
-def as_statements(lines: Sequence[Any]) -> list[Statement]:
-    """Return statements, of pairs of a label and text those with the label as their key."""
-    return [one if isinstance(one, Statement) else say(_key(one[0]), *one) for one in lines]
-
-
-def _key(label: str) -> str:
-    return re.sub(r"\W+", "_", label.lower()).strip("_")
 
 
 _STYLES: dict[Level, str] = {"ok": "bold green", "note": "", "warning": "bold yellow", "failure": "bold red"}

@@ -9,7 +9,7 @@ from rich.console import Group
 
 from lora_diag.records import LayerRecord, Results
 from lora_diag.records.shown import Shown, Value, pooled_value
-from lora_diag.rendering.columns import Column, Grid, rows_of, title_of
+from lora_diag.rendering.columns import Column, Grid, captioned_once, rows_of, title_of
 from lora_diag.rendering.statements import Statement, summary_of
 from lora_diag.rendering.text import fraction, number, safe, to_text
 
@@ -54,7 +54,7 @@ def grids_table(
         then: The command that a user would run next.
     """
     tables = [part for grid in grids for part in grid.shown(width)]
-    return to_text(Group(*tables, summary_of(statements, then)), width, color)
+    return to_text(Group(*captioned_once(tables), summary_of(statements, then)), width, color)
 
 
 def record_table(

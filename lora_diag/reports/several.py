@@ -12,7 +12,7 @@ from lora_diag.feature import Feature
 from lora_diag.feature import Section as SectionKind
 from lora_diag.rendering.columns import Grid
 from lora_diag.rendering.lines import called
-from lora_diag.rendering.statements import Statement, as_statements
+from lora_diag.rendering.statements import Statement
 from lora_diag.rendering.text import safe
 from lora_diag.reports.evidence import Evidence, Source
 
@@ -69,7 +69,7 @@ def sections_of(evidence: Evidence) -> list[Section]:
     for kind, source in sorted(known, key=lambda item: (item[0].order, order.index(item[1].results.run.command))):
         feature = feature_of(source.results.run.command)
         assert feature is not None
-        statements = as_statements(feature.load(kind.statements)(source.results))
+        statements: list[Statement] = feature.load(kind.statements)(source.results)
         grids = feature.load(kind.grids)(source.results)
         figures = kind.figures or tuple(figure.name for figure in feature.figures)
         found.append(

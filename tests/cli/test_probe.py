@@ -30,7 +30,7 @@ def test_truncation_gives_records_and_nothing_else_tells_its_cost_and_is_shown_a
     assert ran.err.startswith("about ")
     assert len(ran.err.splitlines()) == 1
     shown = loradiag("inspect", "t.jsonl").out
-    for word in ("C(r)", "to TUNED", "r=2", "On held_out", "shifted: loss", "Read it so", "Left out"):
+    for word in ("C(r)", "to TUNED", "r=2", "On held_out", "shifted: loss", "Interpretation", "Left out"):
         assert word in shown
     assert max(map(len, shown.splitlines())) <= 80
     assert {record.set for record in read_results(tmp_path / "t.jsonl").whole} == {"held_out", "english"}
@@ -82,7 +82,7 @@ def test_outputs_tell_losses_first_and_that_distance_needs_a_yardstick(loradiag,
     other = moved(base, tmp_path / "other", seed=3)
     ran = loradiag("probe", "outputs", base, tuned, other, "--eval", text, "-o", "o.jsonl")
     assert ran.code == 0
-    for word in ("On held_out", "to TUNED", "distance", "agree", "other: ", "Yardstick", "Read it so"):
+    for word in ("On held_out", "to TUNED", "distance", "agree", "other: ", "Yardstick", "Interpretation"):
         assert word in ran.out
     again = loradiag("inspect", "o.jsonl").out
     assert again.strip() == ran.out[: ran.out.index("Next")].strip()

@@ -1,10 +1,10 @@
-"""Names of rows: short enough, and never two alike."""
+"""Tables fit: names of rows are short enough and never two alike, and hidden columns are named."""
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lora_diag.rendering.columns import shortened
+from lora_diag.rendering.columns import Column, captioned_once, shortened, table_of
 
 PARTS = st.sampled_from(["0", "1", "10", "layer", "attention", "output", "dense", "LayerNorm", "bias"])
 NAMES = st.lists(st.lists(PARTS, min_size=1, max_size=7).map(".".join), min_size=1, max_size=20)
@@ -22,3 +22,18 @@ def test_shortened_names_of_an_encoder_keep_their_block_and_their_end(width):
     blocks = range(12)
     found = shortened([f"encoder.layer.{i}.attention.output.dense" for i in blocks], width)
     assert all(f"{i}." in name and name.endswith("dense") for i, name in zip(blocks, found, strict=True))
+
+
+@pytest.mark.parametrize("width", [20, 40, 80, 140])
+def test_a_table_names_the_columns_that_it_does_not_show(width):
+    columns = [Column(name, ("0.12345",)) for name in ("one", "two", "three", "four", "five")]
+    table = table_of("layer", ["model.layers.0.q_proj"], columns, width, ("two", "four"), {"five"})
+    shown = {column.header for column in table.columns}
+    hidden = [column.title for column in columns if column.title not in shown]
+    assert ("five" in hidden) == (width < 140)
+    assert table.caption == (f"not shown at {width} columns: {', '.join(hidden)}\n" if hidden else None)
+
+
+def test_of_tables_with_one_caption_only_the_last_has_it():
+    tables = [table_of("layer", ["a"], [Column(name, ("1",))], 80, (), {name}) for name in ("x", "x", "y")]
+    assert [table.caption is not None for table in captioned_once(tables)] == [False, True, True]

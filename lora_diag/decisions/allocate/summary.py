@@ -130,7 +130,7 @@ def _lines(results: Results[Allocation]) -> list[Statement]:
         lines.append(say("limits", "Limits", *limits))
     return [
         *lines,
-        say("note", "Mind", _note(results)),
+        say("note", "Note", _note(results)),
         say("left_out", "Left out", *_left_out(results)),
         *(say("warning", "Warning", warning, level="failure") for warning in _warnings(results)),
     ]

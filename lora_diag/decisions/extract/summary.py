@@ -13,7 +13,7 @@ from rich.table import Table
 
 from lora_diag.decisions.extract.record import Extraction, OnData
 from lora_diag.records import LeftOut, Results
-from lora_diag.rendering.columns import WIDE, Column, rows_of, table_of, title_of
+from lora_diag.rendering.columns import Column, rows_of, table_of, title_of
 from lora_diag.rendering.lines import REASONS, subject, within
 from lora_diag.rendering.statements import Level, Statement, compared, ending, say, summary_of
 from lora_diag.rendering.text import count, middle, named, number, percent, safe, short, shown, span, to_text
@@ -158,9 +158,8 @@ def _table(rows: Sequence[_Row], per: str, width: int) -> Table:
     ]
     dropped = {"n"} if per == "layer" else set()
     dropped |= {column.title for column in columns if set(column.cells) == {"-"}}
-    dropped |= set() if width >= WIDE else {"kind", "solver"}
     left = [column for column in columns if column.title not in dropped]
-    return table_of(title_of(per), [row.name for row in rows], left, width, _SPARED)
+    return table_of(title_of(per), [row.name for row in rows], left, width, _SPARED, {"kind", "solver"})
 
 
 def _ranks(row: _Row) -> str:

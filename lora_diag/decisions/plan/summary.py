@@ -123,7 +123,7 @@ def _lines(plan: Plan) -> list[Statement]:
     too_large = [row for row in plan.ranks if row.rho >= 1]
     if too_large:
         nothing = f"r={too_large[0].rank} trains more than the matrices themselves hold: LoRA saves nothing"
-        lines.append(say("note", "Mind", nothing))
+        lines.append(say("note", "Note", nothing))
     return lines
 
 

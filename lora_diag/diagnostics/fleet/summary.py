@@ -136,7 +136,7 @@ def fleet_lines(results: Results[Fleet], pairs: Sequence[Alike]) -> list[Stateme
         lines += [
             say("adapters", "Adapters", f"{len(records)}: {told}"),
             say("rank", "Rank", _rank(records)),
-            say("stand_out", "Stand out", _stand_out(records)),
+            say("stand_out", "Outliers", _stand_out(records)),
         ]
         lines.append(say("alike", "Alike", _pairs(pairs)))
     if failed := [item for item in results.left_out if item.reason == "unreadable"]:

@@ -269,7 +269,7 @@ def interference_lines(results: Results[Interference | Union]) -> list[Statement
     lines.append(
         say(
             "interpretation",
-            "Read it so",
+            "Interpretation",
             "weights alone do not say whether skills fight: a held-out loss of each task does",
         )
     )

@@ -98,7 +98,7 @@ def intruders_lines(results: Results[Intruders]) -> list[Statement]:
     lines.append(
         say(
             "interpretation",
-            "Read it so",
+            "Interpretation",
             "intruders were found beside forgetting (arXiv 2410.21228); a loss on data from before the fine-tune says "
             "whether this one forgot",
         )

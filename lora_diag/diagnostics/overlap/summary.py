@@ -40,7 +40,7 @@ def lines(results: Results[Overlap], shown: Sequence[Track]) -> list[Statement]:
             say("by_rank", "By rank", _by_rank(results, judged)),
             say("suggests", "Suggests", _suggests(results, judged)),
             *_resolved(judged),
-            say("interpretation", "Read it so", _reading(results)),
+            say("interpretation", "Interpretation", _reading(results)),
         ]
     elif shown:
         told.append(say("inside", "Inside?", "not known: every gradient is zero", level="warning"))

@@ -100,9 +100,10 @@ def _table(rows: Sequence[_Row], steps: Sequence[int], width: int, per: str) -> 
     dropped |= {"r"} if len({track.rank for row in rows for track in row.tracks}) == 1 else set()
     dropped |= set() if len(steps) > len(own) else {"over steps"}
     dropped |= {"trend"} if len(steps) == 1 else set()
-    dropped |= set() if wide else {"shape", "left (random)", "right (random)"}
     left = [column for column in columns if column.title not in dropped]
-    return table_of(title_of(per), [row.name for row in rows], left, width, _SPARED)
+    return table_of(
+        title_of(per), [row.name for row in rows], left, width, _SPARED, {"shape", "left (random)", "right (random)"}
+    )
 
 
 def _spread(steps: Sequence[int], most: int) -> list[int]:

@@ -15,7 +15,7 @@ from rich.text import Text
 from lora_diag.diagnostics.residual.record import SEEDS, Residual, limits_of
 from lora_diag.metrics import Distances, pooled
 from lora_diag.records import Agreement, Results
-from lora_diag.rendering.columns import Column, rows_of, table_of, title_of
+from lora_diag.rendering.columns import Column, captioned_once, rows_of, table_of, title_of
 from lora_diag.rendering.lines import called
 from lora_diag.rendering.statements import Statement, compared, ending, left_out, say, summary_of
 from lora_diag.rendering.text import middle, named, percent, safe, shown, span, to_text
@@ -56,8 +56,7 @@ def residual_table(
     for name, records in _by_adapter(results):
         parts += [Text(f"{name}, {records[0].role}, against TUNED", style="bold")]
         parts += [_table(_rows(records, per), width, per)]
-    parts.append(summary_of(residual_lines(results), then))
-    return to_text(Group(*parts), width, color)
+    return to_text(Group(*captioned_once(parts), summary_of(residual_lines(results), then)), width, color)
 
 
 def _by_adapter(results: Results[Residual]) -> list[tuple[str, list[Residual]]]:
@@ -156,7 +155,7 @@ def residual_lines(results: Results[Residual]) -> list[Statement]:
     if len(results.run.inputs) > 1 and (tuned := results.run.inputs[1]).role == "adapter":
         against = f"{safe(tuned.path)}, which stands in the place of TUNED, is an adapter and no full fine-tune"
         lines.append(
-            say("note", "Mind", f"{against}: ε is measured against its update. The order is BASE TUNED ADAPTER...")
+            say("note", "Note", f"{against}: ε is measured against its update. The order is BASE TUNED ADAPTER...")
         )
     groups = _by_adapter(results)
     adapters = [(name, records) for name, records in groups if records[0].role == "adapter"]
@@ -167,7 +166,7 @@ def residual_lines(results: Results[Residual]) -> list[Statement]:
             say("low_rank", "Low rank?", *(f"{name}: {_low_rank(records)}" for name, records in adapters)),
         ]
     if groups:
-        lines += [_resolved(groups[0][1]), say("interpretation", "Read it so", *_reading(groups))]
+        lines += [_resolved(groups[0][1]), say("interpretation", "Interpretation", *_reading(groups))]
     return [*lines, left_out(results), *ending(results)]
 
 

@@ -32,7 +32,7 @@ def gradient_lines(records: Sequence[Spectrum]) -> list[Statement]:
         say("gradients", "Gradients", said),
         say(
             "interpretation",
-            "Read it so",
+            "Interpretation",
             "gradients order the layers much as the update will, but show it more low-rank than it becomes: compare "
             "layers by these numbers, do not read a rank off them",
         ),

@@ -22,6 +22,9 @@ from lora_diag.rendering.text import fraction, middle, middle_rank, shade, shape
 # Which columns go first where there is too little room; after these, C(r) at all but the smallest rank.
 _SPARED = ("eff.", "stable", "r@95%", "r@99%", "shape", "by depth", "σ decay", "signal")
 
+# Columns that only a wide terminal shows.
+_OF_WIDE = {"shape", "r@95%", "r@99%", "stable", "eff."}
+
 
 @dataclass(frozen=True, slots=True)
 class _Row:
@@ -52,15 +55,17 @@ def spectrum_table(
 
 
 def _table(rows: Sequence[_Row], ranks: Sequence[int], width: int, per: str) -> Table:
-    columns = _columns(rows, ranks, width >= WIDE, per)
-    energies = [column.title for column in columns if column.title.endswith(")")]
-    return table_of(title_of(per), [row.name for row in rows], columns, width, (*_SPARED, *reversed(energies[1:])))
-
-
-def _columns(rows: Sequence[_Row], ranks: Sequence[int], wide: bool, per: str) -> list[Column]:
     usual = [rank for rank in ranks if rank in {8, 16, 64}] or sorted({ranks[0], ranks[len(ranks) // 2], ranks[-1]})
-    at = list(ranks)[:8] if wide else usual
+    first = list(ranks)[:8]
+    columns = _columns(rows, first if width >= WIDE else sorted({*first, *usual}), usual[0], width >= WIDE, per)
+    energies = [column.title for column in columns if column.title.endswith(")")]
+    of_wide = _OF_WIDE | {f"C({rank})" for rank in first if rank not in usual}
+    return table_of(
+        title_of(per), [row.name for row in rows], columns, width, (*_SPARED, *reversed(energies[1:])), of_wide
+    )
 
+
+def _columns(rows: Sequence[_Row], at: Sequence[int], usual: int, wide: bool, per: str) -> list[Column]:
     weighed = any(record.metric != "weights" for row in rows for record in row.records)
     moved = "moved" if weighed else "‖ΔW‖/‖W‖"
 
@@ -79,10 +84,11 @@ def _columns(rows: Sequence[_Row], ranks: Sequence[int], wide: bool, per: str) -
         column("stable", lambda row: shown(middle([record.stable_rank for record in row.records]))),
         column("eff.", lambda row: shown(middle([record.effective_rank for record in row.records]))),
         column("σ decay", _spark, "left"),
-        column(f"C({at[0]}) by depth" if wide else "by depth", _by_depth(at[0], 24 if wide else 8), "left"),
+        column(f"C({at[0]}) by depth", _by_depth(at[0], 24), "left")
+        if wide
+        else column("by depth", _by_depth(usual, 8), "left"),
     ]
-    left_out = set() if wide else {"shape", "r@95%", "r@99%", "stable", "eff."}
-    left_out |= {"n", columns[-1].title} if per == "layer" else set()
+    left_out = {"n", columns[-1].title} if per == "layer" else set()
     left_out |= {moved} if any(record.stack for row in rows for record in row.records) else set()
     return [column for column in columns if column.title not in left_out]
 

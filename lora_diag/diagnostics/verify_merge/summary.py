@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Literal
 
-from rich.console import Group, RenderableType
+from rich.console import Group
 from rich.text import Text
 
 from lora_diag.diagnostics.verify_merge.record import ORDER, Merge, MergeStatus, outcome
 from lora_diag.records import Results
 from lora_diag.records.names import module_type_of, place_of
-from lora_diag.rendering.columns import WIDE, Column, Grid, table_of, title_of
+from lora_diag.rendering.columns import Column, Grid, table_of, title_of
 from lora_diag.rendering.lines import left_out_line
 from lora_diag.rendering.statements import Level, Statement, compared, ending, say, summary_of
 from lora_diag.rendering.text import count, middle, named, number, percent, safe, shape_of, short, shown, to_text
@@ -69,12 +69,9 @@ def merge_table(
     Returns:
         Lines of text, without a newline at the end.
     """
-    parts: list[RenderableType] = []
-    for grid in merge_grids(results, per):
-        columns = [column for column in grid.columns if width >= WIDE or column.title not in _OF_WIDE]
-        parts.append(table_of(grid.title, grid.names, columns, width, grid.spared))
-    parts.append(summary_of(merge_lines(results), then))
-    return to_text(Group(*parts), width, color)
+    grids = merge_grids(results, per)
+    tables = [table_of(grid.title, grid.names, grid.columns, width, grid.spared, _OF_WIDE) for grid in grids]
+    return to_text(Group(*tables, summary_of(merge_lines(results), then)), width, color)
 
 
 def merge_grids(results: Results[Merge], per: str = "type") -> list[Grid]:

@@ -52,7 +52,7 @@ def activations_lines(recorded: Activations) -> list[Statement]:
     if few:
         found.append(say("few_inputs", "Warning", _too_few(few), level="warning"))
     reading = "directions = tr(C)²/‖C‖_F²: few where a mean or an outlier makes up most of ‖x‖²"
-    found.append(say("interpretation", "Read it so", reading))
+    found.append(say("interpretation", "Interpretation", reading))
     by_reason: dict[str, list[str]] = {}
     for layer, why in recorded.left_out.items():
         by_reason.setdefault(why, []).append(layer)

@@ -7,8 +7,10 @@ import pytest
 
 import lora_diag
 from lora_diag.diagnostics.spectrum.record import Spectrum
+from lora_diag.diagnostics.spectrum.summary import summary_lines
 from lora_diag.diagnostics.spectrum.table import spectrum_table
 from lora_diag.records import End, LeftOut, Resolution, Results, Run, RunInput
+from lora_diag.rendering.statements import find
 from tests.conftest import ROOT, save_model, weights
 
 SAMPLE = (ROOT / "sample_checkpoints" / "base", ROOT / "sample_checkpoints" / "full_ft")
@@ -147,6 +149,8 @@ def test_an_adapter_that_top_cut_is_not_said_to_have_so_many_directions():
 def test_resolved_is_said_in_a_word_that_fits(verdicts, words):
     records = [record(f"layers.{i}.q_proj.weight", verdict=verdict) for i, verdict in enumerate(verdicts)]
     assert f"Resolved? {words}rounding" in said(results_of(records))
+    levels = {"yes": "note", "limited": "warning", "partly": "warning", "no": "failure"}
+    assert find(summary_lines(results_of(records)), "resolved").level == levels[words.partition(":")[0]]
 
 
 def test_many_layers_that_could_not_be_measured_are_counted():

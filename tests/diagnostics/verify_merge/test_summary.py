@@ -4,9 +4,10 @@ import pytest
 
 from lora_diag.catalog import read_results
 from lora_diag.diagnostics.verify_merge.record import CORRECT, Merge, outcome
-from lora_diag.diagnostics.verify_merge.summary import ORDER, WAYS_OUT, merge_grids, merge_table
+from lora_diag.diagnostics.verify_merge.summary import ORDER, WAYS_OUT, merge_grids, merge_lines, merge_table
 from lora_diag.records import End, LeftOut, Results, Run, RunInput
 from lora_diag.rendering.columns import WIDE
+from lora_diag.rendering.statements import find
 
 RIGHT = {
     "layer": "model.layers.0.self_attn.q_proj.weight", "shape": (12, 12), "adapted": True, "status": "ok",
@@ -52,6 +53,9 @@ def words(found: Results, **options) -> str:
 )
 def test_what_the_layers_say_together(records, expected):
     assert outcome(records) == expected
+    correct = find(merge_lines(results(*records)), "correct")
+    levels = {"correct": "ok", "inconclusive": "warning", "failed": "failure"}
+    assert (correct.level if correct else None) == (levels[expected] if records else None)
 
 
 def test_every_status_that_fails_has_a_way_out_and_stands_before_those_that_do_not():
@@ -126,4 +130,5 @@ def test_a_wide_terminal_shows_all_columns_and_a_type_how_many_layers_it_has():
     assert [column.title for column in merge_grids(found, "type")[0].columns if column.title == "n"] == ["n"]
     assert [column.title for column in merge_grids(found, "layer")[0].columns if column.title == "n"] == []
     for width, shown in ((WIDE - 1, False), (WIDE, True)):
-        assert all((title in merge_table(found, width)) == shown for title in ("shape", "dtype", "max ulp"))
+        titles = merge_table(found, width).splitlines()[1]
+        assert all((title in titles) == shown for title in ("shape", "dtype", "max ulp"))

@@ -131,3 +131,14 @@ def test_a_rounded_diagonal_is_no_wrong_scale(dtype):
         assert record.scale_error**2 - as_lora.scale_error**2 >= 0.99 * least
         found.append(as_lora.status)
     assert "wrong scale" in found  # so that the diagonal is what makes the difference
+
+
+def test_an_entry_off_by_more_than_casts_of_the_factors_is_found():
+    """Two casts of either factor are 4u·|B||A|, two roundings of ΔW 2u|ΔW|, and half an ulp u|ΔW|: 7u·|B||A|."""
+    w, b, a = factors((64, 64), 4, 0.3, 2.0, torch.bfloat16, 6)
+    w[3, 5] = 0
+    m = ORDERS["in float32"](w, b, a, 2.0)
+    assert verified(w, m, b, a, 2.0).status == "ok"
+    m[3, 5] += 10 * 2.0**-8 * 2.0 * float(b[3].abs() @ a[:, 5].abs())
+    record = verified(w, m, b, a, 2.0)
+    assert (record.status, record.differing) == ("other", 1)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lora_diag.linalg.devices import move
 from lora_diag.linalg.noise import Moves, Sample, base_rounding
-from lora_diag.linalg.rounding import LAYOUT, Profile, Spacing, is_start, mixture, rounding_bound, wide
+from lora_diag.linalg.rounding import LAYOUT, Profile, Spacing, Unchanged, is_start, mixture, rounding_bound, wide
 
 # BASE was rounded after the start of training where β of ``base_rounding`` is near 1 and this many errors from 0.
 NEAR_ONE, ERRORS = (0.5, 1.5), 5.0
@@ -113,7 +113,7 @@ def difference(
         unchanged = _unchanged(base, tuned)
         same += unchanged
         coarse = norm > COARSE * base_norm
-        read.add(base, tuned, block, block_steps, row, all_changed=unchanged == 0, subtracted=coarse)
+        read.add(base, tuned, block, block_steps, row, Unchanged.of(block, norm, unchanged), subtracted=coarse)
         if keep:
             if matrix is None:
                 matrix = torch.empty(shape, dtype=dtype, device=device)
@@ -134,9 +134,8 @@ class _Roundings:
 
     def __init__(self, shape: tuple[int, int]) -> None:
         self.shape = shape
-        self.base, self.tuned, self.subtracted = (Spacing(Profile.of(shape)) for _ in range(3))
+        self.base, self.tuned, self.subtracted = (Spacing.of(shape) for _ in range(3))
         self.sample = Sample(shape)
-        self.changed: Tensor | None = None
 
     def add(
         self,
@@ -145,23 +144,18 @@ class _Roundings:
         block: Tensor,
         steps: tuple[Tensor | None, Tensor | None],
         row: int,
-        all_changed: bool,
+        unchanged: Unchanged | None,
         subtracted: bool,
     ) -> None:
         """Count a block of both sides and of their difference in."""
-        changed = None
-        if not all_changed:
-            if self.changed is None or self.changed.shape[1] != block.shape[1] or len(self.changed) < len(block):
-                self.changed = torch.empty_like(block)
-            changed = torch.ne(block, 0, out=self.changed[: len(block)])
         sample = self.sample.of(row)
         spacing = (
-            self.base.add(base, steps[0], changed, row, sample=sample),
-            self.tuned.add(tuned, steps[1], changed, row, sample=sample),
+            self.base.add(base, steps[0], unchanged, row, sample=sample),
+            self.tuned.add(tuned, steps[1], unchanged, row, sample=sample),
         )
         self.sample.add(block.reshape(-1)[sample], base.reshape(-1)[sample], *spacing)
         if subtracted and LAYOUT[block.dtype][2] in (self.base.mantissa, self.tuned.mantissa):
-            self.subtracted.add(block, None, changed, row)
+            self.subtracted.add(block, None, unchanged, row)
 
     def rounding(self) -> Rounding:
         """Return what all blocks together say."""
@@ -175,7 +169,10 @@ class _Roundings:
         moves = Moves.of(moved, spacing)
         alone = moves.untouched()
         weight = moves.noise_per_change(alone, len(sides))
-        parts = [(weight, side.profile) for side in sides] + [(1 / 12, self.subtracted.profile)]
+        still = float((moved == 0).double().mean() if len(moved) else torch.zeros(()))
+        absorbed = 1 - min(1.0, alone / still) if still else 1.0
+        parts = [(weight, side.profile) for side in sides] + [(absorbed / 12, side.still) for side in sides]
+        parts.append((1 / 12, self.subtracted.profile))
         return Rounding(
             bound=rounding_bound(sides),
             noise=mixture(parts, self.shape),

@@ -18,7 +18,8 @@ SAMPLE = 2**18
 # The fewest entries from which a share is read.
 FEWEST = 64
 
-_ITERATIONS = 5
+# Reweighting ends when no weight changes by more than this; 5 to 30 rounds were seen.
+_CONVERGED, _ITERATIONS = 1e-3, 50
 
 
 @dataclass(slots=True)
@@ -62,11 +63,13 @@ class Moves:
         spacing: 2^⌊log₂u⌋.
         entries: How many there are.
         changed: How many of them changed.
+        far: How many of them moved by more than one u.
     """
 
     spacing: Tensor
     entries: Tensor
     changed: Tensor
+    far: Tensor
 
     @classmethod
     def of(cls, moved: Tensor, spacing: Tensor) -> Moves:
@@ -76,9 +79,10 @@ class Moves:
         binade = binade - lowest
         entries = torch.bincount(binade)
         changed = torch.bincount(binade[moved > 0], minlength=len(entries))
+        far = torch.bincount(binade[moved > 1.5 * spacing], minlength=len(entries))
         present = entries > 0
         values = torch.arange(len(entries), dtype=torch.float64) + (lowest - 1023)
-        return cls(2.0 ** values[present], entries[present].double(), changed[present].double())
+        return cls(2.0 ** values[present], *(each[present].double() for each in (entries, changed, far)))
 
     def untouched(self) -> float:
         """Estimate the share of entries that training left alone, as opposed to those that rounding left as they were.
@@ -86,15 +90,16 @@ class Moves:
         An entry is unchanged by rounding while its move is less than u/2, so the share of unchanged entries falls to
         that of the untouched ones as u → 0, provided that the size of moves does not go with |w|. It is read from the
         entries of smallest u, from as many as give the smallest upper limit, less two standard errors: what is not
-        known to be untouched counts as trained.
+        known to be untouched counts as trained. Entries most of whose changes are by one u tell nothing: there moves
+        are no larger than the spacing, and rounding may have left any of the others.
         """
-        count = self.entries.cumsum(0)
-        share = 1 - self.changed.cumsum(0) / count
-        error = 2 * (share * (1 - share) / count).sqrt()
-        limits = (share + error)[count >= FEWEST]
-        if not len(limits):
+        count, changed, far = (each.cumsum(0) for each in (self.entries, self.changed, self.far))
+        telling = (count >= FEWEST) & (2 * far >= changed) & ((changed > 0) | (self.changed.sum() == 0))
+        if not telling.any():
             return 0.0
-        return max(0.0, float((share - error)[count >= FEWEST][limits.argmin()]))
+        share = (1 - changed / count)[telling]
+        error = 2 * (share * (1 - share) / count[telling]).sqrt()
+        return max(0.0, float((share - error)[(share + error).argmin()]))
 
     def noise_per_change(self, untouched: float, sides: int) -> float:
         """Return w: the noise of ΔW is w·Σu² over the changed entries, summed over the rounded sides.
@@ -110,10 +115,10 @@ class Moves:
         trained = torch.maximum(self.entries * (1 - untouched), self.changed)
         share = self.changed / trained.clamp(min=1e-300)
         few = torch.minimum(share * (1 - share) / sides, torch.full_like(share, 1 / 12))
-        variance = torch.where(share > 0.5, 1 / 12, few)
+        variance = torch.where(share > 0.5, self.changed / 12, trained * few)
         weight = (self.spacing / self.spacing.max()) ** 2 if len(share) else share
         changed = float((weight * self.changed).sum())
-        return float((weight * trained * variance).sum()) / changed if changed else 1 / 12
+        return float((weight * variance).sum()) / changed if changed else 1 / 12
 
 
 def base_rounding(moved: Tensor, base: Tensor, spacing: Tensor) -> tuple[float, float] | None:
@@ -135,19 +140,20 @@ def base_rounding(moved: Tensor, base: Tensor, spacing: Tensor) -> tuple[float, 
     moved, base, spacing = moved[changed], base[changed], spacing[changed]
     if len(moved) < FEWEST or bool((spacing == spacing[0]).all()):
         return None
-    moved, base, unit = moved / moved.max(), base / spacing.max(), float(spacing.max() / moved.max())
-    spacing = spacing / spacing.max()
-    target = moved**2
+    unit = float(spacing.max() / moved.max())
+    target, base, spacing = (moved / moved.max()) ** 2, base / spacing.max(), spacing / spacing.max()
     columns = torch.stack([torch.ones_like(target), spacing**2 / 12, base**2, base], 1)
-    scale = (columns**2).mean(0).sqrt()
-    columns = columns / scale
-    fit = float(target.mean()) * (0.5 + 0.5 * spacing**2 / float((spacing**2).mean()))
+    fit = spacing**2 * float((target / spacing**2).median())
     for _ in range(_ITERATIONS):
         weighted, wanted = columns / fit[:, None], target / fit
+        scale = weighted.square().mean(0).sqrt()
+        weighted /= scale
         inverse = torch.linalg.pinv(weighted.T @ weighted, hermitian=True, rtol=1e-13)
         solution = inverse @ (weighted.T @ wanted)
-        rest, fitted = wanted - weighted @ solution, columns @ solution
-        fit = torch.maximum(fitted, 0.05 * fit)
+        rest, fitted = wanted - weighted @ solution, columns @ (solution / scale)
+        before, fit = fit, torch.maximum(fitted, 0.05 * fit)
+        if bool(((fit - before).abs() <= _CONVERGED * before).all()):
+            break
     spread = weighted * rest[:, None]
     error = math.sqrt(max(0.0, float((inverse @ (spread.T @ spread) @ inverse)[1, 1])))
     factor = 1 / (float(scale[1]) * unit**2)

@@ -43,8 +43,8 @@ class Profile:
         (rows, also_rows), (columns, also_columns) = (torch.zeros(2, size, dtype=torch.float64) for size in shape)
         return cls(rows, columns, also_rows, also_columns)
 
-    def add(self, spacing: Tensor, scale: float, changed: Tensor | None, row: int, column: int) -> float:
-        """Add the changed entries of the block u = ``spacing``·``scale`` at (``row``, ``column``); return Σ u² of all.
+    def add(self, spacing: Tensor, scale: float, row: int, column: int) -> float:
+        """Add the block u = ``spacing``·``scale`` at (``row``, ``column``); return its Σ u².
 
         ``spacing`` is overwritten: of 15 ms that a block of 2²⁰ entries took, 12 went into new pages for copies.
         """
@@ -52,18 +52,16 @@ class Profile:
         if not 0.0 < top * scale < math.inf:
             return top * scale
         self._measure_in(max(self.unit, top * scale))
-        squares = spacing.div_(top).square_()
-        total = rows = squares.sum(1)
-        if changed is not None:
-            rows = squares.mul_(changed).sum(1)
         ratio = (top * scale / self.unit) ** 2
         down, across = slice(row, row + spacing.shape[0]), slice(column, column + spacing.shape[1])
-        self.rows[down] += ratio * _double(rows)
+        squares = spacing.div_(top).square_()
+        rows = _double(squares.sum(1))
+        self.rows[down] += ratio * rows
         self.columns[across] += ratio * _double(squares.sum(0))
         fourth = squares.square_()
         self.rows_fourth[down] += ratio**2 * _double(fourth.sum(1))
         self.columns_fourth[across] += ratio**2 * _double(fourth.sum(0))
-        return float(_double(total).sum()) * (top * scale) * (top * scale)  # inf where ** would raise
+        return float(rows.sum()) * (top * scale) * (top * scale)  # inf where ** would raise
 
     def _measure_in(self, unit: float) -> None:
         """Change the unit."""
@@ -101,21 +99,28 @@ class Spacing:
     """The spacing u of the values of one side of ΔW, block by block.
 
     Args:
-        profile: Sums of u² and u⁴ over the entries that can hold an error.
+        profile: Sums of u² and u⁴ over changed entries; of a block where few are unchanged, over all.
+        still: Over the other unchanged entries.
         squares: Σ u² over all entries, to 1e-6.
         mantissa: Mantissa bits that the stored values really use; 0 for a quantized format.
     """
 
     profile: Profile
+    still: Profile
     squares: float = 0.0
     mantissa: int = 0
     _scratch: Tensor | None = None
+
+    @classmethod
+    def of(cls, shape: tuple[int, int]) -> Spacing:
+        """Return the spacing of no entries yet."""
+        return cls(Profile.of(shape), Profile.of(shape))
 
     def add(
         self,
         block: Tensor,
         step: Tensor | None = None,
-        changed: Tensor | None = None,
+        unchanged: Unchanged | None = None,
         row: int = 0,
         column: int = 0,
         sample: slice = slice(0),
@@ -128,7 +133,7 @@ class Spacing:
         Args:
             block: Stored values, or dequantized ones; ``(rows, columns)``.
             step: The spacing of a quantized format at every entry, in place of that of the dtype.
-            changed: 1 for entries that can hold an error, 0 for others; None if all can.
+            unchanged: Which entries are the same on both sides; None if none is.
             row: Row number of the first row.
             column: Column number of the first column.
             sample: Which entries of the block to return the spacing of.
@@ -147,8 +152,51 @@ class Spacing:
             scale = 2.0**-mantissa
             self.mantissa = max(self.mantissa, mantissa)
         taken = _double(spacing.reshape(-1)[sample]) * scale
-        self.squares += self.profile.add(spacing, scale, changed, row, column)
+        self.squares += self._add(spacing, scale, unchanged, row, column)
         return taken
+
+    def _add(self, spacing: Tensor, scale: float, unchanged: Unchanged | None, row: int, column: int) -> float:
+        """Add u = ``spacing``·``scale`` to the profiles; return Σ u²."""
+        if unchanged is None or (unchanged.few and float(spacing.max()) * scale <= unchanged.limit):
+            return self.profile.add(spacing, scale, row, column)
+        norm = float(torch.linalg.vector_norm(spacing, dtype=torch.float64)) * scale
+        limited = spacing.clamp(max=unchanged.limit / scale)
+        if unchanged.few:
+            self.profile.add(torch.where(unchanged.entries, limited, spacing), scale, row, column)
+        else:
+            self.still.add(limited.mul_(unchanged.entries), scale, row, column)
+            self.profile.add(spacing.masked_fill_(unchanged.entries, 0.0), scale, row, column)
+        return norm * norm
+
+
+# Share of unchanged entries of a block below which training is taken to have reached all of them.
+FEW = 0.25
+
+
+@dataclass(frozen=True, slots=True)
+class Unchanged:
+    """The unchanged entries of a block.
+
+    If training moved such an entry, the error is the move that rounding undid: no larger than u/2, and if u is far
+    larger, as large as other moves. Its spacing then counts as ``limit`` = √12·rms(ΔW).
+
+    Args:
+        entries: True where unchanged.
+        few: Whether there are less than ``FEW``.
+        limit: The largest spacing that counts.
+    """
+
+    entries: Tensor
+    few: bool
+    limit: float
+
+    @classmethod
+    def of(cls, block: Tensor, fro: float, number: int) -> Unchanged | None:
+        """Return those of a block of ΔW, given its norm and their number; None if there is none."""
+        if not number:
+            return None
+        entries = block.numel()
+        return cls(block == 0, number < FEW * entries, math.sqrt(12 / entries) * fro)
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:

@@ -68,7 +68,9 @@ class Noise:
         )
         bulk, scale = _bulk_edge(a, b)
         outlier, _ = _minimum(a, b, *poles)
-        return self.unit * math.sqrt(max(bulk + TRACY_WIDOM * scale, outlier))
+        square, fourth = self.rows.sum(keepdims=True), self.rows_fourth.sum(keepdims=True)
+        norm = float((square * _excess(square, fourth, self.terms, names))[0])  # little above a single large entry
+        return self.unit * math.sqrt(min(max(bulk + TRACY_WIDOM * scale, outlier), norm))
 
 
 def _excess(sums: Sums, fourth: Sums, terms: int, names: int) -> Sums:

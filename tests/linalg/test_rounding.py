@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from lora_diag.layers.resolution import noise_of
 from lora_diag.linalg import difference
-from lora_diag.linalg.rounding import LAYOUT, Profile, Spacing, spacings
+from lora_diag.linalg.rounding import LAYOUT, Spacing, spacings
 from lora_diag.metrics import signal_rank, verdict
 from tests.conftest import as_numpy
 
@@ -34,7 +34,7 @@ def of(values: torch.Tensor) -> torch.Tensor:
 
 
 def a_side(shape) -> Spacing:
-    return Spacing(Profile.of(shape))
+    return Spacing.of(shape)
 
 
 @pytest.mark.parametrize("dtype", LAYOUT, ids=str)

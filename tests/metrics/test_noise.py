@@ -85,6 +85,29 @@ def test_a_rounded_copy_has_no_signal():
         assert own.fro == pytest.approx(found.fro, rel=0.05)
 
 
+@pytest.mark.parametrize("share", [0.5, 1.0])
+def test_a_rounded_base_is_seen_beside_an_outlier(share):
+    rng = np.random.default_rng(0)
+    for scale in (np.exp(rng.standard_normal((400, 1))) * np.exp(0.7 * rng.standard_normal((1, 100))), 1.0):
+        start = torch.from_numpy(rng.standard_normal((400, 100)) * 0.02 * scale).float()
+        start[7, 3] = 20.0
+        base = start.bfloat16()
+        error = (base.double() - start.double()).square().median().sqrt()
+        delta = torch.from_numpy(rng.standard_normal(start.shape)) * error
+        tuned = (start + delta * math.sqrt(1 / share - 1)).float()
+        assert difference([(base, tuned)], start.shape, CPU).rounding.start == "rounded"
+        assert difference([(base, (base + delta).float())], start.shape, CPU).rounding.start == "exact"
+
+
+def test_an_outlier_that_absorbed_its_move_is_no_signal():
+    for seed in range(4):
+        rng = np.random.default_rng(seed)
+        start = torch.from_numpy(rng.standard_normal((128, 128)) * 0.02)
+        start[rng.integers(128), rng.integers(128)] = 20.0
+        delta = planted(rng, start.shape, 4, 8e-3)
+        assert seen(start.bfloat16(), (start + delta).bfloat16())[2] == 4
+
+
 @pytest.mark.parametrize("share", [0.1, 0.5])
 def test_a_rounded_base_is_told_from_an_exact_start(share):
     rng = np.random.default_rng(0)

@@ -147,10 +147,10 @@ def _resolution(record: Spectrum) -> Iterator[str]:
     if not agrees:
         yield f"resolution.signal_rank is {_shown(seen.signal_rank)}, and {above[0]} singular values exceed edge"
     if record.metric == "weights" and record.source == "update":
-        # The largest singular value of any matrix is at least its Frobenius norm over the root of its rank.
-        least = seen.noise_fro / math.sqrt(min(record.shape))
-        if seen.edge < least * (1 - ROUNDING):
-            yield f"resolution.edge is {seen.edge:.9g}, and noise of noise_fro reaches {least:.9g} at least"
+        # Even noise ends first (Marchenko and Pastur), and no later than its norm; none of three roundings exceeds 3σ.
+        least = seen.noise_fro * min(1.0, sum(size**-0.5 for size in record.shape))
+        if not least * (1 - DIGITS) <= seen.edge <= 3 * seen.noise_fro * (1 + DIGITS):
+            yield f"resolution.edge is {seen.edge:.9g}, and {least:.9g} to {3 * seen.noise_fro:.9g} by noise_fro"
     noise = (seen.noise_fro / record.fro) ** 2
     verdicts = [
         "unresolved" if seen.signal_rank == 0 or share >= UNRESOLVED else "resolved" if share <= RESOLVED else ""

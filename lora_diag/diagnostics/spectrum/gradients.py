@@ -18,7 +18,7 @@ from lora_diag.layers.resolution import noise_of
 from lora_diag.linalg import Factors, first_non_finite, norm, require, resolve_device
 from lora_diag.linalg.gram import decompose_stack
 from lora_diag.linalg.limited import READING
-from lora_diag.linalg.rounding import Profile, Spacing, mixture
+from lora_diag.linalg.rounding import Spacing, mixture
 from lora_diag.linalg.streamed import ROWS
 from lora_diag.metrics import signal_rank, verdict
 from lora_diag.records import LeftOut, Resolution
@@ -107,7 +107,7 @@ def _compute(history: History, settings: SpectrumSettings, device: torch.device)
     if settings.memory is not None and device.type == "cpu":  # the limit is on the memory of the machine
         what = "a gradient and its Gram matrix take"
         require(most_bytes(history), settings.memory, history.shape, what, "--exclude it")
-    spacing = Spacing(Profile.of(_stacked(history)))
+    spacing = Spacing.of(_stacked(history))
     left = history.shape[0] < history.shape[1]
     side = decompose_stack(_gradients(history, device, left, spacing), settings.top)
     if not math.isfinite(spacing.squares):

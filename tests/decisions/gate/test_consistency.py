@@ -43,21 +43,10 @@ FREE = {
     "residual": {"layer", "adapter", "role", "rank", "method", "energy_error", "blocks", "shape", "limited_by"}
     | {"column_space", "row_space", "resolution"},
 }
-# Within a record, what is free: bounds on rounding, and the shares that they are no part of.
-# The edge follows from the noise of single rows and columns, which a record does not hold: it has a lower bound.
-FREE_INSIDE = {
-    ("resolution", name)
-    for name in (
-        "unchanged",
-        "mantissa",
-        "rounding_fro",
-        "noise_fro",
-        "edge",
-        "base_noise_fro",
-        "base_rounding",
-        "untouched",
-    )
-}
+# Within a record, what is free: bounds on rounding, what was estimated from the entries, and shares of neither. The
+# noise and its edge confine each other to a range (`test_an_edge_out_of_range_is_seen`).
+FREE_INSIDE = {("resolution", name) for name in ("unchanged", "mantissa", "rounding_fro", "noise_fro", "edge")}
+FREE_INSIDE |= {("resolution", name) for name in ("base_noise_fro", "base_rounding", "untouched")}
 
 
 def numbers(value, path=()):
@@ -114,6 +103,15 @@ def test_an_edit_of_any_value_of_s_is_seen_where_energy_shows_it(measured):
     for i in range(len(s)):
         problems = list(consistency.contradictions(edited(results, 0, ("s", i), s[i] * 2)))
         assert problems or 3 * (s[i] / fro) ** 2 < 1e-7, i
+
+
+@pytest.mark.parametrize("factor", [0.05, 20.0])
+@pytest.mark.parametrize("name", ["edge", "noise_fro"])
+def test_an_edge_out_of_range_is_seen(measured, name, factor):
+    results = measured["tuned"]
+    seen = getattr(results.layers[0].resolution, name)
+    problems = list(consistency.contradictions(edited(results, 0, ("resolution", name), seen * factor)))
+    assert any("resolution.edge" in problem for problem in problems)
 
 
 def test_one_factor_in_every_record_is_seen_in_the_end(measured):

@@ -108,7 +108,9 @@ def plots(folder: Path) -> None:
         terminal([*(word.format(**files) for word in words), "-o", files[name], "-q"])
     files |= {"fleet": fleet(folder), "sweep": "docs/examples/sweep.jsonl"}
     for name, words in PLOTS.items():
-        terminal(["plot", *(word.format(**files) for word in words), "-o", str(FOLDER / f"{name}.svg"), "-q"])
+        terminal(
+            ["plot", *(word.format(**files) for word in words), "-o", str(FOLDER / f"{name}.svg"), "--overwrite", "-q"]
+        )
 
 
 if __name__ == "__main__":

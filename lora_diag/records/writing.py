@@ -105,7 +105,7 @@ class ResultsWriter(Generic[L]):
     def _begin(self, resume: bool) -> None:
         """Look at what is there, and decide where records go."""
         part = _part(self._final)
-        state, part_state = check_results_file(self._final, resume, self._overwrite)
+        state, part_state = check_results_file(self._final, resume, self._overwrite, locked=True)
         if state == "foreign":
             _spare_inputs(self._final, self.run)
         behind_part = state == "foreign" or (part_state != "absent" if resume else state == "finished")
@@ -265,13 +265,16 @@ def _part(path: Path) -> Path:
     return path.with_name(f"{path.name}.part")
 
 
-def check_results_file(path: Path, resume: bool = False, overwrite: bool = False) -> tuple[State, State]:
+def check_results_file(
+    path: Path, resume: bool = False, overwrite: bool = False, locked: bool = False
+) -> tuple[State, State]:
     """Refuse, before any work, what no run may be written to.
 
     Args:
         path: The results file.
         resume: Whether an interrupted run is resumed.
         overwrite: Whether another file may be replaced.
+        locked: Whether this process holds the file's lock.
 
     Returns:
         What is at ``path``, and what is in ``NAME.part`` beside it.
@@ -288,6 +291,8 @@ def check_results_file(path: Path, resume: bool = False, overwrite: bool = False
     state, part_state = _state(path, overwrite), _state(part)
     for file, found in ((path, state), (part, part_state)):
         if not resume and found == "unfinished":
+            if not locked and os.path.lexists(path):
+                os.close(_lock(path))  # refused while another process writes it: then it is not to be deleted
             raise UsageError(f"{file}: holds an unfinished run; continue it with --resume, or delete it first")
     if not resume and part_state == "finished":
         raise UsageError(f"{part}: is left over from an interrupted run; continue it with --resume, or delete it")

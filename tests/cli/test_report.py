@@ -50,7 +50,7 @@ def test_the_real_samples_and_the_advice_runs(loradiag, tmp_path):
     assert loradiag("spectrum", base, tuned, "-o", "s.jsonl", "-q").code == 0
     assert loradiag("residual", base, tuned, SAMPLES / "lora_r4", "-o", "r.jsonl", "-q").code == 0
     text = loradiag("report", "s.jsonl", "r.jsonl", "--format", "md").out
-    assert "**Raise the rank from 4 to 16 everywhere.**" in text
+    assert "**Spend 155,648 trainable parameters on ranks" in text
     (command,) = re.findall(r"`(loradiag allocate .*?)`", text)
     assert loradiag(*shlex.split(command)[1:]).code == 0
     assert loradiag("report", "s.jsonl", "r.jsonl").code == 0

@@ -8,11 +8,11 @@ from safetensors.torch import load_file
 
 import lora_diag
 from lora_diag import deltas
-from lora_diag.diagnostics.fleet import run as fleet
 from lora_diag.diagnostics.spectrum import gradients as covariance
 from lora_diag.diagnostics.verify_merge import run as verify_merge
 from lora_diag.errors import UsageError
 from lora_diag.linalg import limited
+from lora_diag.running import measuring
 from lora_diag.running.engines import local
 from tests.conftest import ROOT, save_model
 
@@ -122,11 +122,11 @@ def test_memory_is_of_this_machine():
 @pytest.mark.parametrize(("footprint", "limit", "size"), [(100, None, 100), (100, 60, 60), (100, 200, 100)])
 def test_a_layer_of_a_merge_counts_as_what_it_takes_up_to_what_it_may(footprint, limit, size):
     """Counted as more, layers that fit beside each other would wait; counted as less, too many would run at once."""
-    assert verify_merge._size(SimpleNamespace(footprint=footprint), limit) == size
+    assert verify_merge._size(SimpleNamespace(footprint=footprint), SimpleNamespace(memory=limit)) == size
 
 
 def test_a_fleet_keeps_to_the_workers_that_were_asked_for(monkeypatch):
-    asked, layout_for = [], fleet.layout_for
-    monkeypatch.setattr(fleet, "layout_for", lambda *words: asked.append(words) or layout_for(*words))
+    asked, layout_for = [], measuring.layout_for
+    monkeypatch.setattr(measuring, "layout_for", lambda *words: asked.append(words) or layout_for(*words))
     lora_diag.fleet([ROOT / "sample_checkpoints" / "lora_r4"], device="cpu", workers=3)
-    assert asked == [(1, 3, "cpu")]
+    assert [words[1:3] for words in asked] == [(3, "cpu")]

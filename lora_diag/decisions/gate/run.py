@@ -48,7 +48,7 @@ def gate(
         today: By which waivers expire, and from which ages count; the time of the machine if it is not given.
 
     Returns:
-        The verdicts, in ``whole``; ``lora_diag.records.verdict.outcome`` says what they come to.
+        The verdicts, in ``whole``; ``lora_diag.decisions.gate.record.outcome`` says what they come to.
 
     Raises:
         UsageError: The policy is not valid, or does not fit the results.
@@ -57,7 +57,7 @@ def gate(
 
     Example:
         >>> import lora_diag
-        >>> from lora_diag.decisions.gate import ready_policy
+        >>> from lora_diag.decisions.gate.ready import ready_policy
         >>> measured = lora_diag.spectrum("sample_checkpoints/base", "sample_checkpoints/full_ft")
         >>> verdicts = gate(ready_policy("full-ft-drift"), measured)
         >>> outcome(verdicts.whole)

@@ -30,5 +30,5 @@ def refreshed(text: str) -> str:
 
 
 if __name__ == "__main__":
-    for page in [Path("README.md"), *sorted(Path("docs").glob("*.md"))]:
+    for page in [Path("README.md"), *sorted(Path("docs").rglob("*.md"))]:
         page.write_text(refreshed(page.read_text(encoding="utf-8")), encoding="utf-8")

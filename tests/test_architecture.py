@@ -1,4 +1,4 @@
-"""The import rules of docs/architecture.md, enforced; and what starting up may cost."""
+"""The import rules of docs/explanation/architecture.md, enforced; and what starting up may cost."""
 
 import ast
 import os

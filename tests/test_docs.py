@@ -9,7 +9,11 @@ import pytest
 
 from tests.conftest import ROOT
 
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+def name(page: Path) -> str:
+    return page.relative_to(ROOT).as_posix()
 
 
 @pytest.fixture
@@ -26,13 +30,13 @@ def refresh(loradiag):
     return module
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=name)
 def test_the_output_on_a_page_is_that_of_a_run(page, refresh):
     text = page.read_text(encoding="utf-8")
     assert refresh.refreshed(text) == text, "run `python docs/refresh.py`"
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if ">>> " in page.read_text(encoding="utf-8")])
+@pytest.mark.parametrize("page", [page for page in PAGES if ">>> " in page.read_text(encoding="utf-8")], ids=name)
 def test_python_on_a_page_gives_what_it_says(page, monkeypatch):
     monkeypatch.chdir(ROOT)
     code = re.sub(r"^```.*$", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
@@ -42,7 +46,7 @@ def test_python_on_a_page_gives_what_it_says(page, monkeypatch):
     assert not outcome.failed
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=name)
 def test_a_page_that_installs_says_where_from(page):
     text = page.read_text(encoding="utf-8")
     assert (
@@ -50,7 +54,7 @@ def test_a_page_that_installs_says_where_from(page):
     )
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=name)
 def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
         if "://" not in target:

@@ -22,7 +22,7 @@ WIDTH = 80
 TEXTS = ["--eval", f"{SAMPLES}/eval/in_domain.txt", "--shifted", f"{SAMPLES}/eval/shifted.txt", "--max-sequences", "40"]
 ADAPTERS = [f"{SAMPLES}/lora_r4", f"{SAMPLES}/lora_r16"]
 
-# Results file -> the command that measures it; then figure of docs/plot.md -> what is drawn of which results.
+# Results file -> the command that measures it; then figure of docs/reference/plot.md -> what is drawn of which results.
 MEASURED = {
     "spectrum": ["spectrum", f"{SAMPLES}/base", f"{SAMPLES}/full_ft"],
     "lora_r16": ["spectrum", f"{SAMPLES}/base", f"{SAMPLES}/lora_r16"],
@@ -102,7 +102,7 @@ def fleet(folder: Path) -> str:
 
 
 def plots(folder: Path) -> None:
-    """Measure the sample checkpoints into a folder, and draw the figures of docs/plot.md from the results."""
+    """Measure the sample checkpoints into a folder, and draw the figures of docs/reference/plot.md from the results."""
     files = {name: str(folder / f"{name}.jsonl") for name in MEASURED}
     for name, words in MEASURED.items():
         terminal([*(word.format(**files) for word in words), "-o", files[name], "-q"])

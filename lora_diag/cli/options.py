@@ -55,7 +55,7 @@ def spelled(group: type, name: str) -> Any:
 
 # What is read is given as words: a Path would make one slash of the two in s3://.
 Base = Annotated[
-    str, typer.Argument(metavar="BASE", help="Checkpoint before: file, folder, index or address (docs/remote.md).")
+    str, typer.Argument(metavar="BASE", help="Checkpoint before: file, folder, index or address (docs, guides/remote).")
 ]
 Tuned = Annotated[str, typer.Argument(metavar="TUNED", help="Checkpoint after, or an adapter.")]
 Json = Annotated[bool, typer.Option("--json", help="Records on standard output, and nothing else there.")]
@@ -70,7 +70,9 @@ Overwrite = Annotated[bool, spelled(Output, "overwrite")]
 class Cluster:
     """What the option ``engine`` of a function is on the command line."""
 
-    engine: Annotated[Engine, typer.Option(help="This machine, or a Ray cluster (docs/cluster.md).")] = Engine.local
+    engine: Annotated[Engine, typer.Option(help="This machine, or a Ray cluster (docs, guides/cluster).")] = (
+        Engine.local
+    )
     ray_address: Annotated[
         str | None, typer.Option(metavar="HOST:PORT", help="Ray cluster; default RAY_ADDRESS, else a Ray of its own.")
     ] = None

@@ -1,4 +1,4 @@
-"""How often ``verify-merge`` fails a right merge and passes a wrong scale, as the table of docs/verify-merge.md.
+"""How often ``verify-merge`` fails a right merge and passes a wrong scale: a table of docs/reference/verify-merge.md.
 
 python -m tests.benchmarks.merge_scale
 """

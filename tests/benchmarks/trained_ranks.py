@@ -4,7 +4,7 @@
     python -m tests.benchmarks.trained_ranks 2          two of them
 
 LoRA on the sample model at the ranks of each rule, every rate for every seed (320 runs); a rule counts at its best one.
-The losses are of held-out sequences other than those on which gains were measured (docs/probe-sensitivity.md).
+The losses are of held-out sequences other than those that measured the gains (docs/reference/probe-sensitivity.md).
 """
 
 import sys

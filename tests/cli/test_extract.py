@@ -306,7 +306,7 @@ def test_cases(loradiag, case, tmp_path):
 
 def test_the_docs_show_what_is_printed(loradiag, tmp_path):
     """docs/refresh.py runs commands in the repository; this one writes, so it runs here."""
-    page = (ROOT / "docs" / "extract.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "reference" / "extract.md").read_text(encoding="utf-8")
     words, shown = re.search(r"<!-- shown: (.*?) -->\n(.*?)<!-- end -->", page, re.DOTALL).groups()
     (tmp_path / "sample_checkpoints").symlink_to(ROOT / "sample_checkpoints")
     printed = loradiag(*words.split()).out.strip("\n")

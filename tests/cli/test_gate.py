@@ -234,7 +234,7 @@ def test_a_dead_adapter_does_not_ship(loradiag, tmp_path):
 
 
 def test_the_page_shows_a_failure_as_it_is_printed_and_its_policies_are_valid(loradiag, tmp_path):
-    page = (ROOT / "docs" / "gate.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "reference" / "gate.md").read_text(encoding="utf-8")
     small, whole = re.findall(r"^```toml\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
     assert len(read_policy("p.toml", whole).rules) == 3
     (tmp_path / "policy.toml").write_text(small)

@@ -1,4 +1,4 @@
-"""docs/verify-merge.md shows what the program prints: on merges made here, which are too large to be kept."""
+"""docs/reference/verify-merge.md shows what the program prints: on merges made here, which are too large to be kept."""
 
 import re
 
@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.conftest import ROOT
 
-PAGE = ROOT / "docs" / "verify-merge.md"
+PAGE = ROOT / "docs" / "reference" / "verify-merge.md"
 BLOCK = re.compile(r"<!-- shown: (?P<name>\w+) -->\n(?P<shown>.*?)<!-- end -->", re.DOTALL)
 COMMAND = "verify-merge sample_checkpoints/base sample_checkpoints/lora_r16"
 

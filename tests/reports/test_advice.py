@@ -307,10 +307,10 @@ def test_every_rule_says_when_and_whence():
     assert len({step.rule for step in steps}) >= 7
     assert all(step.condition and step.source and step.command.startswith("loradiag ") for step in steps)
     assert all(item.condition and item.source and item.means for item in found)
-    page = (ROOT / "docs" / "report.md").read_text()
+    page = (ROOT / "docs" / "reference" / "report.md").read_text()
     assert len(STEPS) + len(RULES) == 12
     for name in {step.rule for step in steps} | {item.name for item in found}:
-        assert name in page, f"docs/report.md does not explain {name!r}"
+        assert name in page, f"docs/reference/report.md does not explain {name!r}"
 
 
 @given(st.lists(st.floats(0.01, 100), min_size=1, max_size=40), st.integers(1, 50))

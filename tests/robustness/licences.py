@@ -1,6 +1,6 @@
 """``python -m tests.robustness.licences``: every package that the program needs to run, and its licence, as Markdown.
 
-From the packages' own metadata, as they are installed; ``make licences`` puts the table into docs/security.md.
+From the metadata of the installed packages; ``make licences`` writes the table into docs/explanation/security.md.
 """
 
 import re
@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 # Those that users install; "" is what comes without any.
 EXTRAS = ("", *(extra for extra in PROJECT["optional-dependencies"] if extra not in {"audit", "test"}))
-PAGE = ROOT / "docs" / "security.md"
+PAGE = ROOT / "docs" / "explanation" / "security.md"
 BEGIN, END = "<!-- licences -->\n", "<!-- end -->"
 
 # What licences are called in metadata -> SPDX. Longest first where one contains another.

@@ -85,7 +85,9 @@ def measured_weights(path: Path, spectra: Results[Spectrum], allow_unfinished: b
     notes = _notes(found)
     if settings["delta"]:
         more = f"r={settings['rank']} to {settings['rank'] + settings['delta']}"
-        notes.append(f"gains from {more} are not used: ranks by them trained no better (docs/probe-sensitivity.md)")
+        notes.append(
+            f"gains from {more} are not used: ranks by them trained no better (docs, reference/probe-sensitivity)"
+        )
     described = RunInput(role="weights", path=legible(path), kind=what, tensors=len(found.factors), notes=tuple(notes))
     return Measured(described, factors=found.factors, scores=found.scores)
 

@@ -128,7 +128,7 @@ class Waiver:
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """What has to hold, see docs/gate.md.
+    """What has to hold, see docs/reference/gate.md.
 
     Args:
         path: Where it is.

@@ -32,7 +32,7 @@ MOST = 40
 # So many units are named in a sentence.
 _NAMED = 3
 _UNITS = {"layer": ("layer", "layers"), "block": ("block", "blocks"), "type": ("module type", "module types")}
-# What each score is, in the words of docs/probe-sensitivity.md.
+# What each score is, in the words of docs/reference/probe-sensitivity.md.
 _SCORES = {
     "top": "Σσ_i(G)² to r",
     "fresh": "‖P_T G‖² of a fresh LoRA",

@@ -21,7 +21,7 @@ Record = TypeVar("Record")
 FLOOR_BYTES = 640 * 2**20
 
 # What the program itself takes, nearly all of it torch: 256 MiB when it has been imported, 270 once LAPACK ran, and up
-# to 40 more that freed blocks leave behind in every layer's thread (docs/memory.md).
+# to 40 more that freed blocks leave behind in every layer's thread (docs/guides/memory.md).
 PROGRAM_BYTES = 352 * 2**20
 
 # The least that is worth planning with besides: reading two blocks and a matrix of 1024².

@@ -198,7 +198,7 @@ def test_a_gradient_in_float64_takes_twice_the_memory(tmp_path):
 
 
 def test_on_the_samples_gradients_order_the_layers_as_the_update_does_and_show_it_too_low_rank():
-    """What docs/overlap.md says."""
+    """What docs/reference/overlap.md says."""
     from scipy.stats import spearmanr
 
     update = lora_diag.spectrum(SAMPLES / "base", SAMPLES / "full_ft", layers="_proj")

@@ -1,4 +1,4 @@
-"""Copy the output of real runs into the README and the docs: ``python docs/refresh.py`` from the repository root.
+"""Copy the output of real runs into the README and the docs: ``python docs/refresh.py [PAGE ...]`` from the root.
 
 A block between ``<!-- run: WORDS -->`` and ``<!-- end -->`` becomes what ``loradiag WORDS`` prints at 80 columns.
 """
@@ -30,5 +30,5 @@ def refreshed(text: str) -> str:
 
 
 if __name__ == "__main__":
-    for page in [Path("README.md"), *sorted(Path("docs").rglob("*.md"))]:
+    for page in map(Path, sys.argv[1:] or ["README.md", *sorted(map(str, Path("docs").rglob("*.md")))]):
         page.write_text(refreshed(page.read_text(encoding="utf-8")), encoding="utf-8")

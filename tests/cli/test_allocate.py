@@ -29,7 +29,7 @@ def test_the_table_fits_the_terminal_and_says_what_is_kept(loradiag, measured, c
     if per == "type":
         places = [ran.out.index(f" {name} ") for name in ("self_attn.q_proj", "self_attn.o_proj", "mlp.down_proj")]
         assert places == sorted(places)
-    for word in ("by uniform", "Budget", "49,984 of 50,000", "Keeps", "29.17%", "ε_min", "uniform r=5", "+3.38 points"):
+    for word in ("by uniform", "49,984 of 50,000", "Energy kept", "29.17%", "ε_min", "uniform r=5", "+3.38 points"):
         assert word in " ".join(ran.out.split())
     assert "adapter_config.json" in ran.out
 

@@ -20,7 +20,7 @@ def test_spectrum_prints_a_table_and_a_summary(loradiag, pair_of_models):
     base, tuned, *_ = pair_of_models
     ran = loradiag("spectrum", base, tuned)
     assert (ran.code, ran.err) == (0, "")
-    for word in ("q_proj", "‖ΔW‖/‖W‖", "Low-rank?", "Rank at 90%", "Where", "Left out", "Next"):
+    for word in ("q_proj", "‖ΔW‖/‖W‖", "Low rank", "Rank at 90%", "Distribution", "Left out", "Next"):
         assert word in ran.out
     assert max(map(len, ran.out.splitlines())) <= 80
 

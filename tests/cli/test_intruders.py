@@ -20,7 +20,7 @@ def test_a_table_and_a_summary_of_the_records(loradiag, tmp_path):
     found = sum(record["intruders"] for record in layers)
     hit = sum(record["intruders"] > 0 for record in layers)
     assert found > 0
-    assert f"Intruders? {found} of 280 directions, in {hit} of 28 layers" in said
+    assert f"Intruders {found} of 280 directions, in {hit} of 28 layers" in said
     assert f"The published count, {sum(record['count'] for record in layers)}," in said
     assert "a random direction has a similarity of about" in said
     assert loradiag("inspect", "i.jsonl").out == ran.out[: ran.out.index("\nNext ")] + "\n"

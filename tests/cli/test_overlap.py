@@ -27,7 +27,7 @@ def test_the_table_fits_and_the_summary_answers(loradiag, inputs):
     ran = loradiag("overlap", *inputs, "--ranks", "2,4")
     assert (ran.code, ran.err) == (0, "")
     assert max(map(len, ran.out.splitlines())) <= 80
-    for word in ("step 0", "random", "tangent", "Inside?", "Reach", "Trend", "By rank", "Suggests", "Left out", "Next"):
+    for word in ("step 0", "random", "tangent", "Containment", "Reach", "Trend", "Suggestion", "Left out", "Next"):
         assert word in ran.out, word
 
 

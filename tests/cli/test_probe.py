@@ -82,7 +82,7 @@ def test_outputs_tell_losses_first_and_that_distance_needs_a_yardstick(loradiag,
     other = moved(base, tmp_path / "other", seed=3)
     ran = loradiag("probe", "outputs", base, tuned, other, "--eval", text, "-o", "o.jsonl")
     assert ran.code == 0
-    for word in ("On held_out", "to TUNED", "distance", "agree", "other: ", "Yardstick", "Interpretation"):
+    for word in ("On held_out", "to TUNED", "distance", "agree", "other: ", "Reference", "Interpretation"):
         assert word in ran.out
     again = loradiag("inspect", "o.jsonl").out
     assert again.strip() == ran.out[: ran.out.index("Next")].strip()
@@ -123,7 +123,7 @@ def test_sensitivities_go_from_the_model_to_the_ranks_of_a_config(loradiag, pair
     ran = loradiag("probe", "sensitivity", base, "--data", text, "--eval", shifted, *words)
     assert ran.code == 0
     assert ran.err.startswith("about ")
-    for word in ("layer alone", "On english", "Cheaper?", "permutation", "--weights s.jsonl"):
+    for word in ("layer alone", "On english", "Proxies", "permutation", "--weights s.jsonl"):
         assert word in ran.out
     assert loradiag("inspect", "s.jsonl").out.strip() == ran.out[: ran.out.index("Next")].strip()
     assert loradiag("spectrum", base, tuned, "-q", "-o", "spectrum.jsonl").code == 0

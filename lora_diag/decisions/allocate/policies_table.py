@@ -52,7 +52,7 @@ def _disagreements(records: Sequence[Policies]) -> list[Statement]:
         worst = sorted(spread, key=lambda layer: -spread[layer][0])[:_NAMED]
         told = [f"{short(layer)}: {spread[layer][1]}" for layer in worst]
         head = f"by a factor of 2 or more in {len(far)} of {len(records)} layers; most in"
-        lines.append(say("disagree", "Disagree", head, *told))
+        lines.append(say("disagree", "Disagreement", head, *told))
     if noisy := [record for record in records if _beyond_signal(record)]:
         needs = f"90% of the energy needs more than the signal rank in {len(noisy)} layers: there it counts rounding"
         lines.append(say("noise", "Noise", needs))
@@ -64,7 +64,7 @@ def _disagreements(records: Sequence[Policies]) -> list[Statement]:
     lines.append(say("rules", "Rules", *meanings))
     if lacking := sum(None in record.ranks.values() for record in records):
         needs = f"- in {lacking} layers: the rule needs all min(out, in) singular values, or more than --top kept"
-        lines.append(say("not_known", "Not known", needs))
+        lines.append(say("not_known", "Unknown", needs))
     return lines
 
 

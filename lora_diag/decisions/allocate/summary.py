@@ -119,13 +119,13 @@ def _lines(results: Results[Allocation]) -> list[Statement]:
         say("allocated", "Allocated", *_allocated(results)),
         say("budget", "Budget", _budget(results, certificate)),
         *([say("heads", "Heads", *_heads(results, certificate))] if certificate.saved else []),
-        say("keeps", "Keeps", *_keeps(results, certificate)),
+        say("keeps", "Energy kept", *_keeps(results, certificate)),
     ]
     heuristic = results.run.settings.get("method") == "heuristic"
     allocated = "ranks chosen for energy" if heuristic else "allocated ranks"
     if certificate.price:
-        lines.append(say("against", "Against", *(_against(each, allocated) for each in certificate.baselines)))
-        lines += [] if heuristic else [say("more", "More", _price(certificate))]
+        lines.append(say("against", "Baselines", *(_against(each, allocated) for each in certificate.baselines)))
+        lines += [] if heuristic else [say("more", "Marginal gain", _price(certificate))]
     if limits := _limits(results):
         lines.append(say("limits", "Limits", *limits))
     return [

@@ -210,12 +210,12 @@ def _lines(results: Results[Extraction], folder: str | None) -> list[Statement]:
     """Return the summary."""
     lines = [compared(results)]
     if len(results):
-        lines.append(say("wrote", "Wrote", *_wrote(results, folder)))
-        lines += [say("price", "Price", *_price(results)), _resolved(results)]
+        lines.append(say("wrote", "Written", *_wrote(results, folder)))
+        lines += [say("price", "Error", *_price(results)), _resolved(results)]
     if where := _where(results):
-        lines.append(say("where", "Where", where))
+        lines.append(say("where", "Distribution", where))
     missing = _missing(results) or ["nothing: every tensor that moved is in the adapter"]
-    return [*lines, say("not_in_it", "Not in it", *missing), *ending(results)]
+    return [*lines, say("not_in_it", "Not included", *missing), *ending(results)]
 
 
 def _wrote(results: Results[Extraction], folder: str | None) -> list[str]:
@@ -333,7 +333,7 @@ def _resolved(results: Results[Extraction]) -> Statement:
             word = "no: no direction stands above the files' rounding noise; save the fine-tune in float32, if you can"
         elif not beyond:
             word = f"no: {len(noisy)} are rounding noise"
-    return say("resolved", "Resolved?", word, level=level)
+    return say("resolved", "Resolution", word, level=level)
 
 
 def _where(results: Results[Extraction]) -> str:

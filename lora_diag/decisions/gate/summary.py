@@ -219,7 +219,7 @@ def _lines(results: Results[Any], shown: Sequence[Verdict], bad: Sequence[Verdic
         idle = [(rule, found) for rule, found in spared if not found[0].line]
         idly = [f"built-in checks {', '.join(rule for rule, _ in idle)}: {why(idle[0][1])}"] if idle else []
         lines.append(say("not_judged", "Not judged", *own, *idly))
-    return [*lines, say("passed", "Passed", _passed(results)), say("judged", "Judged", *_inputs(results))]
+    return [*lines, say("passed", "Passed", _passed(results)), say("judged", "Inputs", *_inputs(results))]
 
 
 def _named(rule: str, found: Sequence[Verdict]) -> str:

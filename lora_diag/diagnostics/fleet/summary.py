@@ -138,7 +138,7 @@ def fleet_lines(results: Results[Fleet], pairs: Sequence[Alike]) -> list[Stateme
             say("rank", "Rank", _rank(records)),
             say("stand_out", "Outliers", _stand_out(records)),
         ]
-        lines.append(say("alike", "Alike", _pairs(pairs)))
+        lines.append(say("alike", "Near-duplicates", _pairs(pairs)))
     if failed := [item for item in results.left_out if item.reason == "unreadable"]:
         named = [f"{safe(item.layer)}: {safe(item.detail)}" for item in failed[:_NAMED]]
         more = [f"and {len(failed) - _NAMED} more"] if len(failed) > _NAMED else []

@@ -256,7 +256,7 @@ def interference_lines(results: Results[Interference | Union]) -> list[Statement
     lines = [compared(results)]
     pairs, unions = pairs_of(results), shared(results)
     if pairs:
-        lines.append(say("interfere", "Interfere?", *(_interfere(*pair) for pair in _strongest(pairs))))
+        lines.append(say("interfere", "Interference", *(_interfere(*pair) for pair in _strongest(pairs))))
     if unions:
         lines += [
             say("rank_needed", "Rank needed", _rank_needed(unions)),
@@ -265,7 +265,7 @@ def interference_lines(results: Results[Interference | Union]) -> list[Statement
         lines.append(_resolved(unions))
     else:
         why = "not measured: no layer is left" if results.unmeasured else "no layer is changed by two updates"
-        lines.append(say("interfere", "Interfere?", why))
+        lines.append(say("interfere", "Interference", why))
     lines.append(
         say(
             "interpretation",
@@ -348,7 +348,7 @@ def _merge(unions: Sequence[Union]) -> list[str]:
 def _resolved(unions: Sequence[Union]) -> Statement:
     seen = Counter(record.resolution.verdict for record in unions if record.fro > 0)
     if set(seen) <= {"resolved"}:
-        return say("resolved", "Resolved?", "yes: rounding plays no part in the sums")
+        return say("resolved", "Resolution", "yes: rounding plays no part in the sums")
     parts = [f"{seen[word]} {word}" for word in ("unresolved", "floor-limited") if seen[word]]
     told = f"of {sum(seen.values())} sums {' and '.join(parts)}: overlaps there may be those of the files' rounding"
-    return say("resolved", "Resolved?", told, level="warning")
+    return say("resolved", "Resolution", told, level="warning")

@@ -88,12 +88,12 @@ def intruders_lines(results: Results[Intruders]) -> list[Statement]:
         lines += [
             say(
                 "intruders",
-                "Intruders?",
+                "Intruders",
                 _intruders(records),
                 level="warning" if any(r.intruders for r in records) else "note",
             ),
             say("rotated", "Rotated", _rotated(records)),
-            say("chance", "Chance", _chance(records)),
+            say("chance", "Random baseline", _chance(records)),
         ]
     lines.append(
         say(

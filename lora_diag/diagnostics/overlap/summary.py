@@ -38,12 +38,12 @@ def lines(results: Results[Overlap], shown: Sequence[Track]) -> list[Statement]:
             say("reach", "Reach", _reach(judged)),
             say("trend", "Trend", _trend(judged)),
             say("by_rank", "By rank", _by_rank(results, judged)),
-            say("suggests", "Suggests", _suggests(results, judged)),
+            say("suggests", "Suggestion", _suggests(results, judged)),
             *_resolved(judged),
             say("interpretation", "Interpretation", _reading(results)),
         ]
     elif shown:
-        told.append(say("inside", "Inside?", "not known: every gradient is zero", level="warning"))
+        told.append(say("inside", "Containment", "not known: every gradient is zero", level="warning"))
     told.append(left_out(results))
     if skipped := _skipped(results):
         told.append(say("ranks", "Ranks", skipped))
@@ -74,12 +74,12 @@ def _inside(judged: Sequence[Track], outside: bool) -> Statement:
         f"random subspaces have {number(random or 0)}"
     )
     if not out:
-        return say("inside", "Inside?", f"{head}; none is near random ({_LIMIT})")
+        return say("inside", "Containment", f"{head}; none is near random ({_LIMIT})")
     found = [head, f"{len(out)} of them {'is' if len(out) == 1 else 'are'} near random ({_LIMIT}):"]
     first = min(track.records[0].step for track in judged)
     found += [f"  {short(t.layer)}: {number(t.last.kappa or 0)}, {_since(t, first)}" for t in out[:_NAMED]]
     more = [f"  and {len(out) - _NAMED} more"] if len(out) > _NAMED else []
-    return say("inside", "Inside?", *found, *more, level="warning")
+    return say("inside", "Containment", *found, *more, level="warning")
 
 
 def _since(track: Track, first: int) -> str:
@@ -190,7 +190,7 @@ def _resolved(judged: Sequence[Track]) -> list[Statement]:
     return [
         say(
             "resolved",
-            "Resolved?",
+            "Resolution",
             f"of {_matrices(len(judged))} {' and '.join(parts)}: where the files cannot show the update, its subspaces "
             "are those of rounding noise and κ near random says nothing",
             level="warning",

@@ -162,8 +162,8 @@ def residual_lines(results: Results[Residual]) -> list[Statement]:
     if adapters:
         lines += [
             say("distance", "Distance", *(f"{name}: {_distance(records)}" for name, records in adapters)),
-            say("limited_by", "Limited by", *(f"{name}: {_limited(records)}" for name, records in adapters)),
-            say("low_rank", "Low rank?", *(f"{name}: {_low_rank(records)}" for name, records in adapters)),
+            say("limited_by", "Limiting factor", *(f"{name}: {_limited(records)}" for name, records in adapters)),
+            say("low_rank", "Low rank", *(f"{name}: {_low_rank(records)}" for name, records in adapters)),
         ]
     if groups:
         lines += [_resolved(groups[0][1]), say("interpretation", "Interpretation", *_reading(groups))]
@@ -221,14 +221,14 @@ def _resolved(records: Sequence[Residual]) -> Statement:
     """Say whether the files can show TUNED's update at all."""
     seen = [record.resolution for record in records if record.resolution is not None and record.fro > 0]
     if not seen:
-        return say("resolved", "Resolved?", "no matrix of TUNED moved", level="warning")
+        return say("resolved", "Resolution", "no matrix of TUNED moved", level="warning")
     counts = Counter(resolution.verdict for resolution in seen)
     if counts["resolved"] == len(seen):
-        return say("resolved", "Resolved?", "yes: rounding plays no part in TUNED's update")
+        return say("resolved", "Resolution", "yes: rounding plays no part in TUNED's update")
     parts = [f"{counts[word]} {word}" for word in ("unresolved", "floor-limited") if counts[word]]
     return say(
         "resolved",
-        "Resolved?",
+        "Resolution",
         f"of {len(seen)} matrices of TUNED {' and '.join(parts)}: ε against rounding noise means nothing there "
         "(limited by: noise)",
         level="warning",

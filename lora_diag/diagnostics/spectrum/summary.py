@@ -43,11 +43,11 @@ def summary_lines(results: Results[Spectrum]) -> list[Statement]:
         # Gradients are no difference of rounded weights: that they are resolved is no news.
         lines += [one for one in _ranks_needed(moved, ranks) if one.key != "resolved" or one.level != "note"]
     else:
-        lines.append(say("moved", "Moved", *_moved(results, moved)))
+        lines.append(say("moved", "Change", *_moved(results, moved)))
         if moved:
             lines += _ranks_used(moved) if _is_factored(moved) else _ranks_needed(moved, ranks)
     if not metric and (coverage := _coverage(results)):
-        lines.append(say("where", "Where", coverage))
+        lines.append(say("where", "Distribution", coverage))
     return [*lines, left_out(results), *ending(results)]
 
 
@@ -127,7 +127,7 @@ def _ranks_used(records: Sequence[Spectrum]) -> list[Statement]:
     elif known:
         used += f", from {min(known)} to {max(known)}"
     return [
-        say("resolved", "Resolved?", "yes: the factors are the update; no rounding of merged weights comes between"),
+        say("resolved", "Resolution", "yes: the factors are the update; no rounding of merged weights comes between"),
         say("rank_used", "Rank used", used),
     ]
 
@@ -137,7 +137,7 @@ def _ranks_needed(moved: Sequence[Spectrum], ranks: Sequence[int]) -> list[State
     readable = [record for record in moved if record.resolution.verdict != "unresolved"]
     return [
         _files(moved),
-        say("low_rank", "Low-rank?", *_low_rank(readable, ranks)),
+        say("low_rank", "Low rank", *_low_rank(readable, ranks)),
         say("rank_at_90", "Rank at 90%", _rank_at_90(readable)),
     ]
 
@@ -149,13 +149,13 @@ def _files(moved: Sequence[Spectrum]) -> Statement:
     if counts["resolved"] == len(moved):
         worst = f"{percent(max(shares))} of {NORMS[moved[0].metric][0]}²"
         sentence = f"yes: rounding is expected to make up {worst} in the worst layer{_start(moved)}"
-        return say("resolved", "Resolved?", sentence)
+        return say("resolved", "Resolution", sentence)
     word = "no" if counts["unresolved"] > len(moved) / 2 else "partly" if counts["resolved"] else "limited"
     unchanged = max(record.resolution.unchanged or 0.0 for record in moved)
     still = f", up to {percent(unchanged)} of the entries are unchanged" if unchanged >= 0.01 else ""
     return say(
         "resolved",
-        "Resolved?",
+        "Resolution",
         f"{word}: {_not_resolved(counts)}: rounding is expected to make up "
         f"{percent(min(1.0, median(shares)))} of the median {NORMS[moved[0].metric][0]}²{still}; "
         f"ranks beyond the signal rank count noise{_start(moved)}. "

@@ -141,10 +141,10 @@ def merge_lines(results: Results[Merge]) -> list[Statement]:
     lines = [compared(results, *_measured(results))]
     if len(results):
         level = _LEVELS.get(outcome(results), "ok")
-        lines += [say("correct", "Correct?", _correct(results), level=level), *_faults(results)]
+        lines += [say("correct", "Correctness", _correct(results), level=level), *_faults(results)]
         lines.append(say("rounding", "Rounding", _rounding(results)))
         if lost := _lost(results):
-            lines.append(say("lost", "Lost", lost, level="warning"))
+            lines.append(say("lost", "Lost update", lost, level="warning"))
         if untouched := [record for record in results if not record.adapted]:
             lines.append(say("not_adapted", "Not adapted", _untouched(untouched)))
     lines.append(say("left_out", "Left out", left_out_line(results.left_out).replace("TUNED", "MERGED")))

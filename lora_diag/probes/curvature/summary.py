@@ -43,7 +43,7 @@ def curvature_lines(results: Results[Any]) -> list[Statement]:
             found += [
                 say("model", "Model", _model(bounds)),
                 _bound(bounds, joint),
-                say("lower", "Lower", _lower(joint)),
+                say("lower", "Lower bound", _lower(joint)),
             ]
     return probe_summary(results, *found, reading=_reading(joint) if joint is not None else "")
 

@@ -142,7 +142,7 @@ def _where(records: Sequence[Fisher], rank: int) -> str:
 
 def _predicts(found: Sequence[Correlations], records: Sequence[Fisher]) -> list[Statement]:
     if not found:
-        return [say("predicts", "Predicts?", "not measured: give --measure, or --eval with held-out text")]
+        return [say("predicts", "Prediction", "not measured: give --measure, or --eval with held-out text")]
     at = next((each for each in found if each.rank == USUAL), found[0])
     lines = []
     for place, what in ((0, "over all"), (1, "within module types")):
@@ -157,12 +157,12 @@ def _predicts(found: Sequence[Correlations], records: Sequence[Fisher]) -> list[
         lines.append(f"{what} (n={n}): {best}, ρ = {rho:.2f}{within}; {others}")
     told = [say("best", f"Best at r={at.rank}", *lines)]
     gaps = "; ".join(f"{name} {_pair(both)}" for name, both in at.gap.items())
-    told.append(say("on_the_loss", "On the loss", f"ρ with the loss gap at r={at.rank}, over all | within: {gaps}"))
+    told.append(say("on_the_loss", "Loss gap", f"ρ with the loss gap at r={at.rank}, over all | within: {gaps}"))
     if at.ratio is not None and at.ratios is not None:
         told.append(
             say(
                 "calibrated",
-                "Calibrated?",
+                "Calibration",
                 f"½F ÷ measured KL at r={at.rank}: median {number(at.ratio)}, from {number(at.ratios[0])} to "
                 f"{number(at.ratios[1])}; 1 would be exact{_hint(records[0], at.ratio)}",
             )

@@ -49,7 +49,7 @@ def outputs_lines(results: Results[Any]) -> list[Statement]:
         all_lines = [f"{short(name)}: {line}" if several else line for name, of in distances.items() for line in of]
         found.append(say("distances", "Distances", *all_lines))
     if not any(record.subject == "reference" for record in records):
-        found.append(say("yardstick", "Yardstick", _NONE))
+        found.append(say("yardstick", "Reference", _NONE))
     return probe_summary(results, *found, reading=_READING)
 
 

@@ -67,7 +67,7 @@ def sensitivity_lines(results: Results[Any]) -> list[Statement]:
         found += _marginal(next(iter(_marginals(results, gains).values())), settings)
         found += _repeats(first)
         found += _others(gains, list(gains))
-        found += [say("cheaper", "Cheaper?", _cheaper(correlations(first, _scores_of(results)), first))]
+        found += [say("cheaper", "Proxies", _cheaper(correlations(first, _scores_of(results)), first))]
         found += [say("rates", "Rates", _rates(first, records, settings))]
     return probe_summary(results, *found, reading=_READING)
 
@@ -235,7 +235,7 @@ def _repeats(gains: Sequence[Gain]) -> list[Statement]:
     return [
         say(
             "repeats",
-            "Repeats?",
+            "Seed agreement",
             f"the order by the first seed and by the second: ρ = {_rho(rho)}, {len(both)} compared",
         )
     ]
@@ -250,7 +250,7 @@ def _others(gains: dict[str, list[Gain]], sets: Sequence[str]) -> list[Statement
         if len(both) > 2:
             rho = spearman([one for one, _ in both], [two for _, two in both])
             lines.append(f"on {short(name)} and on {short(sets[0])}: ρ = {_rho(rho)}, {len(both)} compared")
-    return [say("same_order", "Same order?", "\n".join(lines))] if lines else []
+    return [say("same_order", "Set agreement", "\n".join(lines))] if lines else []
 
 
 def _cheaper(found: Sequence[Correlation], gains: Sequence[Gain]) -> str:

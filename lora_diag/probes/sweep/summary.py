@@ -232,7 +232,7 @@ def _agreement(verdicts: dict[str, SweepVerdict], bases: dict[str, Probe]) -> li
             lines.append(f"yes: r={other.rank} is enough on {short(name)}, too")
         else:
             lines.append(f"no: r={first.rank} is enough on {short(own[0])}, r={other.rank} on {short(name)}")
-    return [say("shifted", "Shifted agrees?", *lines)]
+    return [say("shifted", "Shifted sets", *lines)]
 
 
 def _rates(

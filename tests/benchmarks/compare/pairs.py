@@ -73,7 +73,7 @@ def extracted(home: Path, truth: Weights, kohya: Path | None) -> None:
     for choice in (["--rank", RANK], ["--signal"]):
         out = home / f"ours{choice[0]}"
         ran = tools.loradiag("extract", base, tuned, *choice, "-o", out)
-        says = next((line for line in ran.text.splitlines() if line.startswith("Resolved?")), ran.last)
+        says = next((line for line in ran.text.splitlines() if line.startswith("Resolution")), ran.last)
         rows.append(
             (f"loradiag {choice[0]}", "nothing written" if ran.code else f"{distance(base, out, truth):.3f}", says)
         )

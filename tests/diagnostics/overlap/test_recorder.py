@@ -339,7 +339,7 @@ def test_live_subspaces_are_those_of_the_lora_at_the_step_and_none_while_b_is_ze
             assert getattr(record, name) == pytest.approx(value, abs=1e-6), name
     ran = loradiag("inspect", "o.jsonl")
     assert ran.code == 0
-    assert "Inside?" in ran.out
+    assert "Containment" in ran.out
 
 
 def test_a_gradient_that_is_not_finite_is_left_out_with_its_step(tmp_path):

@@ -38,17 +38,17 @@ def test_a_layer_that_fell_to_its_baseline_is_named_with_the_step_since_when():
     kappas = {0: 0.4, 10: 0.05, 20: 0.3, 30: 0.06, 40: 0.05}
     found = results([record(A, t, k, tangent=0.26) for t, k in kappas.items()] + [record(B, t, 0.5) for t in kappas])
     said = flat(found)
-    assert "Inside? partly" in said
+    assert "Containment partly" in said
     assert "layers.0.self_attn.q_proj: 0.05, since step 30" in said
     assert "falls in 1, is steady in 1 of 2 matrices" in said
     assert "lie elsewhere than this update's directions" in said
 
 
 def test_all_inside_all_outside_and_none_known():
-    assert "Inside? yes" in flat(results([record(A, 0, 0.5), record(A, 1, 0.5)]))
+    assert "Containment yes" in flat(results([record(A, 0, 0.5), record(A, 1, 0.5)]))
     assert "nothing to change" in flat(results([record(A, 0, 0.5)]))
     out = flat(results([record(A, 0, 0.04, tangent=0.25)], role="adapter"))
-    assert "Inside? no" in out
+    assert "Containment no" in out
     assert "at every step" in out
     assert "than the adapter's directions" in out
     assert "every gradient is zero" in flat(results([record(A, 0, None)]))
@@ -107,13 +107,13 @@ def test_what_was_not_measured_is_said():
 @pytest.mark.parametrize(("verdict", "said"), [("unresolved", "of 1 matrix 1 unresolved"), ("resolved", "")])
 def test_subspaces_of_rounding_noise_are_flagged(verdict, said):
     text = flat(results([record(A, 0, 0.05, verdict=verdict)]))
-    assert ("Resolved?" in text) == bool(said)
+    assert ("Resolution" in text) == bool(said)
     assert said in text
 
 
 def test_embeddings_are_shown_and_not_judged():
     said = flat(results([record(A, 0, 0.5), record("model.embed_tokens.weight", 0, 0.03)]))
-    assert "Inside? yes" in said
+    assert "Containment yes" in said
     assert "embed_tokens" in said
 
 

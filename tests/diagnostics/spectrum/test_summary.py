@@ -81,7 +81,7 @@ def test_norms_that_moved_alone_are_a_change(tmp_path):
 def test_how_far_the_weights_moved_says_of_how_many():
     head = record("lm_head.weight")
     assert "over the 1 matrix outside embeddings and head" in said(results_of([record(), head]))
-    assert "over the 1 matrix Resolved?" in said(results_of([record()]))  # which needs no "most" and "least"
+    assert "over the 1 matrix Resolution" in said(results_of([record()]))  # which needs no "most" and "least"
     assert "over all 2 matrices" in said(results_of([record(), record("model.layers.1.q_proj.weight")]))
 
 
@@ -121,9 +121,9 @@ def test_the_median_rank_counts_layers_beyond_the_values_kept():
 
 
 def test_ranks_that_were_not_computed_are_named():
-    assert "Low-rank? C(8) was not computed: measure with --top 8 or more" in said(results_of([record(kept=4)]))
+    assert "Low rank C(8) was not computed: measure with --top 8 or more" in said(results_of([record(kept=4)]))
     text = said(results_of([record(kept=8)]))
-    assert "Low-rank? no, judged at r=8" in text
+    assert "Low rank no, judged at r=8" in text
     assert "C(16) was not computed: measure with --top 16 or more" in text
 
 
@@ -148,7 +148,7 @@ def test_an_adapter_that_top_cut_is_not_said_to_have_so_many_directions():
 )
 def test_resolved_is_said_in_a_word_that_fits(verdicts, words):
     records = [record(f"layers.{i}.q_proj.weight", verdict=verdict) for i, verdict in enumerate(verdicts)]
-    assert f"Resolved? {words}rounding" in said(results_of(records))
+    assert f"Resolution {words}rounding" in said(results_of(records))
     levels = {"yes": "note", "limited": "warning", "partly": "warning", "no": "failure"}
     assert find(summary_lines(results_of(records)), "resolved").level == levels[words.partition(":")[0]]
 
@@ -164,12 +164,12 @@ def test_many_layers_that_could_not_be_measured_are_counted():
 def test_layers_no_larger_than_a_rank_do_not_count_at_it():
     small = [record(f"layers.{i}.k_proj.weight", shape=(8, 32)) for i in range(3)]
     text = said(results_of([record(), *small]))
-    assert "Low-rank? partly, judged at r=16" in text
+    assert "Low rank partly, judged at r=16" in text
     assert "r=8 keeps 25% of the one layer larger, at worst 25% in model.layers.0.q_proj" in text
     two = said(results_of([record(), record("b.q_proj.weight"), *small]))
     assert "r=8 keeps 25% at the median of the 2 layers larger than r, at worst" in two
     assert "r=64 says nothing: no layer is larger" in text
-    assert "Low-rank? r=8 says nothing: no layer is larger" in said(results_of(small))
+    assert "Low rank r=8 says nothing: no layer is larger" in said(results_of(small))
 
 
 def test_a_rank_is_judged_in_one_place():

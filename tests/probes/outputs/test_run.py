@@ -197,7 +197,7 @@ def test_a_reference_is_the_yardstick_of_distances(tmp_path):
     shown = table(lora_diag.probe_outputs(base, tuned, [near, far], reference=third, evaluate=[text]))
     assert "third (reference)" in shown
     assert "1 of 2 adapters are as near to TUNED as the reference is" in " ".join(shown.split())
-    assert "Yardstick" not in shown
+    assert "Reference" not in shown
 
 
 def test_nothing_to_compare_or_one_thing_twice_is_refused(tmp_path):

@@ -250,8 +250,8 @@ def test_the_table_names_who_gains_most_and_fits_a_narrow_terminal(measured):
         record.unit: record.gain for record in runs_of(measured[0]) if record.rank == 2 and record.set == "held_out"
     }
     assert "transformer.h.1.mlp.c_proj" in shown
-    for word in ("g(2→3)", "More rank", "Cheaper?", "not known: three units", "Repeats?", "layer alone"):
-        assert (word in shown) == (word != "Repeats?"), word
+    for word in ("g(2→3)", "More rank", "Proxies", "not known: three units", "Seed agreement", "layer alone"):
+        assert (word in shown) == (word != "Seed agreement"), word
     assert len(gains) == 2
 
 

@@ -47,7 +47,7 @@ MIXED = [0.4, 0.1, 0.8, 0.3, 0.6, 0.2, 0.7, 0.5]
 )
 def test_whether_a_gradient_would_have_done(gains, scores, sizes, noise, said):
     shown = table(results(gains, scores, [round(100 * size) for size in sizes], noise), 120)
-    assert f"Cheaper? {said}" in " ".join(shown.split())
+    assert f"Proxies {said}" in " ".join(shown.split())
 
 
 def test_the_most_sensitive_come_first_and_the_rest_is_counted():

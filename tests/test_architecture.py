@@ -4,6 +4,7 @@ import ast
 import os
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -138,6 +139,24 @@ def test_a_unit_imports_only_what_its_rule_allows():
         if parts[0] == "lora_diag" and len(parts) > 1 and not allowed(unit, module):
             wrong.append(f"{file} imports {module}")
     assert not wrong, "\n".join(wrong)
+
+
+def test_no_modules_import_each_other_in_a_circle():
+    """Imports inside functions count, those for type checkers alone do not."""
+    files = {".".join(file.relative_to(PACKAGE.parent).with_suffix("").parts): file for file in PACKAGE.rglob("*.py")}
+    TopologicalSorter(
+        {module: _imported(ast.parse(file.read_text()), files) - {module} for module, file in files.items()}
+    ).prepare()  # raises CycleError, which names the circle
+
+
+def _imported(node: ast.AST, modules: dict[str, Path]) -> set[str]:
+    """Return the modules of the package that a piece of code imports when it runs."""
+    if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+        return set()
+    if isinstance(node, ast.ImportFrom):
+        names = (f"{node.module}.{alias.name}" for alias in node.names)
+        return {name if name in modules else str(node.module) for name in names}
+    return set().union(*(_imported(child, modules) for child in ast.iter_child_nodes(node)))
 
 
 def test_a_library_is_imported_only_where_its_rule_allows():

@@ -1,14 +1,13 @@
-"""Addresses of object storage: what of one may be shown, and a path that the readers can ask as they ask a ``Path``.
+"""A path of an address, which the readers can ask as they ask a ``Path``, and the store that answers for it.
 
-Knows the grammar of addresses and nothing of any protocol (``stores`` does). What an address carries besides the place,
-a password or the signature of a presigned URL, stays in the store that makes the requests: the text of a path is safe
-to print and to record. Nothing is imported for local paths.
+Knows nothing of any protocol (``stores`` does). What an address carries besides the place, a password or the signature
+of a presigned URL, stays in the store that makes the requests: the text of a path is safe to print and to record.
+Nothing is imported for local paths.
 """
 
 from __future__ import annotations
 
 import io
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -16,43 +15,16 @@ from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, cast
-from urllib.parse import unquote
+from urllib.parse import unquote, urlsplit
 
+from lora_diag.checkpoints.addresses import ADDRESS, SCHEME, WEB, shown
 from lora_diag.errors import InputError
 
 if TYPE_CHECKING:
     from lora_diag.checkpoints.stores import Facts, Store
 
-# One slash, too: that is what a ``Path`` makes of the two.
-ADDRESS = re.compile(r"(s3|gs|hf|https?):/{1,2}([^/].*)", re.IGNORECASE | re.DOTALL)
-SCHEME = re.compile(r"[A-Za-z][\w+.-]*://", re.ASCII)
-ANY = re.compile(r"[A-Za-z][\w+.-]*://[^\s'\"<>]+", re.ASCII)
-WEB = ("http", "https")
-
 # How much a file is read ahead while its header is looked at.
 BUFFER_BYTES = 2**16
-
-
-def shown(words: Path | str) -> str:
-    """Return what of an address, or of text with addresses in it, may be printed: no password, no query.
-
-    >>> shown("https://user:secret@host/model.safetensors?X-Amz-Signature=0123")
-    'https://host/model.safetensors'
-    >>> shown("cannot reach https://host/x?sig=1: timeout")
-    'cannot reach https://host/x timeout'
-    """
-    text = str(words)
-    if found := ADDRESS.fullmatch(text):
-        return _without_secrets(found[1].lower(), found[2])
-    if "://" not in text:
-        return text
-    return ANY.sub(lambda part: _without_secrets(*part[0].split("://", 1)), text)
-
-
-def _without_secrets(scheme: str, rest: str) -> str:
-    place = re.split(r"[?#]" if scheme in WEB else r"\?", rest, maxsplit=1)[0]
-    authority, slash, key = place.partition("/")
-    return f"{scheme}://{authority.rpartition('@')[2]}{slash}{key}"
 
 
 @dataclass(frozen=True, order=True)
@@ -222,7 +194,38 @@ def as_path(words: Path | str) -> Path:
         if SCHEME.match(str(words)) and not Path(words).exists():
             raise InputError(f"{shown(words)}: only s3://, gs://, hf://, https:// and http:// addresses are read")
         return Path(words)
-    from lora_diag.checkpoints.stores import open_store
-
     root = shown(words).rstrip("/")
-    return cast(Path, RemotePath(root, open_store(found[1].lower(), found[2], root)))
+    return cast(Path, RemotePath(root, _open_store(found[1].lower(), found[2], root)))
+
+
+def _open_store(scheme: str, rest: str, root: str) -> Store:
+    """Return who makes the requests for an address.
+
+    Args:
+        scheme: ``s3``, ``gs``, ``hf``, ``https`` or ``http``.
+        rest: What is behind ``://``, secrets included.
+        root: The address as it may be shown.
+
+    Raises:
+        InputError: The address is not complete, or what reads it is not installed.
+    """
+    if scheme in WEB:
+        parts = urlsplit(f"{scheme}://{rest}")
+        if not parts.hostname:
+            raise InputError(f"{root}: names no host")
+        from lora_diag.checkpoints.stores_web import HttpStore
+
+        user = (unquote(parts.username), unquote(parts.password or "")) if parts.username else None
+        return HttpStore(root, user, parts.query)
+    if "@" in rest.partition("/")[0] or "?" in rest:
+        raise InputError(
+            f"{root}: {scheme}:// takes no password and no query; credentials are found where the tools of that cloud "
+            "look for them (environment, configuration files)"
+        )
+    if scheme == "hf":
+        from lora_diag.checkpoints.stores_hub import open_hub
+
+        return open_hub(rest.rstrip("/"), root)
+    from lora_diag.checkpoints.stores_bucket import BucketStore
+
+    return BucketStore(scheme)

@@ -12,9 +12,8 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
-from urllib.parse import unquote, urlsplit
 
-from lora_diag.checkpoints.remote import WEB, shown
+from lora_diag.checkpoints.addresses import shown
 from lora_diag.errors import InputError
 
 # File systems by scheme, process and the variables by which clouds are told who asks, which a notebook may change.
@@ -93,39 +92,6 @@ class Store:
 
     def _find(self, address: str) -> Facts | None:
         raise NotImplementedError
-
-
-def open_store(scheme: str, rest: str, root: str) -> Store:
-    """Return who makes the requests for an address.
-
-    Args:
-        scheme: ``s3``, ``gs``, ``hf``, ``https`` or ``http``.
-        rest: What is behind ``://``, secrets included.
-        root: The address as it may be shown.
-
-    Raises:
-        InputError: The address is not complete, or what reads it is not installed.
-    """
-    if scheme in WEB:
-        parts = urlsplit(f"{scheme}://{rest}")
-        if not parts.hostname:
-            raise InputError(f"{root}: names no host")
-        from lora_diag.checkpoints.stores_web import HttpStore
-
-        user = (unquote(parts.username), unquote(parts.password or "")) if parts.username else None
-        return HttpStore(root, user, parts.query)
-    if "@" in rest.partition("/")[0] or "?" in rest:
-        raise InputError(
-            f"{root}: {scheme}:// takes no password and no query; credentials are found where the tools of that cloud "
-            "look for them (environment, configuration files)"
-        )
-    if scheme == "hf":
-        from lora_diag.checkpoints.stores_hub import open_hub
-
-        return open_hub(rest.rstrip("/"), root)
-    from lora_diag.checkpoints.stores_bucket import BucketStore
-
-    return BucketStore(scheme)
 
 
 def filesystem(scheme: str, **options: Any) -> Any:

@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterable
 from typing import Any
 from urllib.parse import quote, urljoin
 
+from lora_diag.checkpoints.addresses import shown
 from lora_diag.checkpoints.ranges import MayPassError, retried
-from lora_diag.checkpoints.remote import shown
 from lora_diag.checkpoints.stores import CHANGED, PASSING, Facts, Store, filesystem, words_of
 from lora_diag.errors import InputError
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from tests.conftest import ROOT, save_model
 
 SAMPLES = ROOT / "sample_checkpoints"
-PAGE = (ROOT / "docs" / "guides" / "ci.md").read_text(encoding="utf-8")
+PAGE = (ROOT / "docs" / "guides" / "ship-through-a-gate.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", PAGE, re.DOTALL | re.MULTILINE)
 
 

@@ -17,7 +17,7 @@ from lora_diag.rendering.statements import Statement, say
 from lora_diag.rendering.tables import grids_table
 from lora_diag.rendering.text import number, percent, safe, short
 
-# For runs without a reference: what was measured elsewhere (docs/reference/probe.md).
+# For runs without a reference: what was measured elsewhere (docs/reference/probe-outputs.md).
 _NONE = (
     "none for the distances: give another full fine-tune with --reference; two seeds of one were 0.39 apart on the one "
     "model where that was measured"

@@ -1,0 +1,312 @@
+"""Hooks of MkDocs: what the site adds to the pages, generated from the catalog, so that it cannot drift.
+
+The page of a feature, ``reference/NAME.md``, gets the options of its commands from Typer and the fields of its records
+from pydantic; a feature without a page gets one of these alone. The navigation lists the features in the order of the
+catalog. ``python docs/hooks.py spectrum`` prints what is generated for a feature.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Iterator
+from enum import Enum
+from inspect import getdoc, signature
+from pathlib import Path, PurePosixPath
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from pydantic import BaseModel
+from typer.main import get_command
+
+from lora_diag import catalog
+from lora_diag.cli.app import app
+from lora_diag.feature import Feature
+from lora_diag.records import run
+from lora_diag.records.base import KINDS, Record, Share
+
+ROOT = Path(__file__).parents[1]
+RESULTS = "reference/results.md"
+
+# Pages of the site that stand elsewhere in the repository.
+ELSEWHERE = {
+    "CHANGELOG.md": "changelog.md",
+    "CONTRIBUTING.md": "contributing.md",
+    "README.md": "index.md",
+    "sample_checkpoints/README.md": "get-started/samples.md",
+}
+
+
+def page_of(feature: Feature) -> str:
+    """Return the page of a feature."""
+    return f"reference/{feature.name.replace(' ', '-')}.md"
+
+
+def commands(feature: Feature) -> dict[str, Any]:
+    """Return the commands of a feature by their full names, as click has them; hidden ones are left out."""
+    group: Any = get_command(app)
+    probes = group.commands["probe"]
+    names = [*([feature.name] if feature.command else []), *(name for name, _ in feature.subcommands)]
+    found = {name: group.commands.get(name) or probes.commands.get(name.removeprefix("probe ")) for name in names}
+    return {name: command for name, command in found.items() if command and not command.hidden}
+
+
+def cell(text: str) -> str:
+    r"""Return a text as a cell of a Markdown table.
+
+    >>> print(cell("a|b  <c>"))
+    a\|b &lt;c&gt;
+    """
+    escaped = " ".join(text.split()).replace("``", "`").replace("|", r"\|")
+    return re.sub(r"`[^`]*`|[<>]", lambda at: {"<": "&lt;", ">": "&gt;"}.get(at[0], at[0]), escaped)
+
+
+def table(heads: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    """Return a Markdown table."""
+    lines = [heads, tuple("---" for _ in heads), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def value(each: Any, annotations: dict[str, Any]) -> str:
+    """Return the placeholder of what an option takes: as declared, its words if it is one of a few, or its type."""
+    if each.metavar or getattr(each, "is_flag", False):
+        return each.metavar or ""
+    types = [part for part in (annotations[each.name], *get_args(annotations[each.name])) if isinstance(part, type)]
+    words = "|".join(str(word) for part in types if issubclass(part, Enum) for word in part)
+    return words or next((type_name(part) for part in types if part is not NoneType), "")
+
+
+def option_tables(command: Any) -> Iterator[str]:
+    """Yield the tables of a command's arguments and options, by groups where it has groups."""
+    parameters = signature(command.callback, eval_str=True).parameters
+    annotations = {name: each.annotation for name, each in parameters.items()}
+    groups: dict[str, list[tuple[str, ...]]] = {}
+    for each in command.params:
+        if each.hidden or "--help" in each.opts:
+            continue
+        kind = "Arguments" if each.param_type_name == "argument" else "Options"
+        names = [each.metavar or each.name.upper()] if kind == "Arguments" else each.opts
+        takes = "" if kind == "Arguments" else value(each, annotations)
+        default = getattr(each.default, "value", each.default)
+        shown = "required" if each.required else "" if default in (None, (), "") or default is False else f"`{default}`"
+        row = (", ".join(f"`{name}`" for name in names), cell(f"`{takes}`") if takes else "", shown)
+        group = getattr(each, "rich_help_panel", None) or kind
+        groups.setdefault(group, []).append((*row, cell(each.help or "")))
+    for group, rows in groups.items():
+        yield f"**{group}**\n\n" + table(("name", "value", "default", "description"), rows)
+
+
+def documented(kind: type[BaseModel]) -> dict[str, str]:
+    """Return what a class of records says of each field: its ``Field(description=)``, or the entry of its docstring.
+
+    >>> documented(run.End)["sha256"][:7]
+    'SHA-256'
+    """
+    found: dict[str, str] = {}
+    for base in reversed(kind.__mro__):
+        doc = (getdoc(base) or "") if "__doc__" in vars(base) else ""
+        _, _, args = doc.partition("Args:\n")
+        for name, text in re.findall(r"^    (\w+): (.*(?:\n(?:     .*|\s*$))*)", args, flags=re.MULTILINE):
+            found[name] = " ".join(text.split())
+    described = {name: field.description for name, field in kind.model_fields.items() if field.description}
+    return {**found, **described}
+
+
+def type_name(annotation: Any) -> str:
+    """Return a type in the words of JSON.
+
+    >>> type_name(dict[str, Share | None]), type_name(tuple[int, ...] | None), type_name(Literal["left", "right"])
+    ('table of fraction or null', 'list of integer, or null', '`left`, `right`')
+    """
+    if annotation == Share or (get_origin(annotation) is Annotated and "share" in get_args(annotation)):
+        return "fraction"
+    if get_origin(annotation) is Annotated:
+        return type_name(get_args(annotation)[0])
+    origin, parts = get_origin(annotation), get_args(annotation)
+    if origin in (Union, UnionType):
+        names = [type_name(part) for part in parts if part is not NoneType]
+        comma = "," if any(" of " in name or "`" in name for name in names) else ""
+        return " or ".join(names) + (f"{comma} or null" if NoneType in parts else "")
+    if origin is Literal:
+        return ", ".join(f"`{part}`" for part in parts)
+    if origin in (tuple, list):
+        kinds = list(dict.fromkeys(type_name(part) for part in parts if part is not Ellipsis))
+        return f"list of {' and '.join(kinds)}"
+    if origin is dict:
+        return f"table of {type_name(parts[1])}"
+    names = {float: "number", int: "integer", str: "text", bool: "true or false"}
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation.__name__
+    return names.get(annotation, "any value")
+
+
+def null_when(text: str) -> tuple[str, str]:
+    """Split off what a description says of null.
+
+    >>> null_when("‖W‖_F, likewise; null if the base was not given.")
+    ('‖W‖_F, likewise.', 'the base was not given')
+    """
+    found = re.search(r"(?:;|(?<=\.)) [Nn]ull (?:if|where|for|in|until|without|before) [^.;()]*(?:\([^)]*\)[^.;()]*)*", text)
+    if found is None:
+        return text, ""
+    when = re.sub(r"^;? [Nn]ull (?:if |where )?", "", found[0])
+    return " ".join((text[: found.start()] + text[found.end() :]).split()), when.strip()
+
+
+def field_table(kind: type[BaseModel], linked: dict[str, str]) -> str:
+    """Return the table of the fields of a kind of record.
+
+    Args:
+        kind: The class.
+        linked: Where other classes are described, by their names.
+    """
+    told, rows = documented(kind), []
+    for name, field in kind.model_fields.items():
+        annotation = Annotated[(field.annotation, *field.metadata)] if field.metadata else field.annotation
+        shown = [each for each in getattr(kind, "shown", ()) if each.path.split(".")[0] == name]
+        titles = ", ".join(dict.fromkeys(each.title for each in shown))
+        default = field.default if name == "record" else ""
+        text, when = null_when(told.get(name, f"Kind of record, `{default}`." if default else ""))
+        kinds = cell(type_name(annotation).removesuffix(", or null").removesuffix(" or null"))
+        kinds = re.sub(r"\b[A-Z]\w+\b", lambda at: f"[{at[0]}]({linked[at[0]]})" if at[0] in linked else at[0], kinds)
+        null = cell(when) or ("older versions" if "null" in type_name(annotation) and field.default is None else "")
+        rows.append((f"`{name}`", cell(titles), kinds, cell(text), null))
+    return table(("field", "column", "type", "description", "null if"), rows)
+
+
+def nested(kind: type[BaseModel]) -> Iterator[type[BaseModel]]:
+    """Yield a class and those that its fields are made of, each once."""
+    seen: list[type[BaseModel]] = []
+
+    def visit(annotation: Any) -> None:
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel) and annotation not in seen:
+            seen.append(annotation)
+            for field in annotation.model_fields.values():
+                visit(field.annotation)
+        for part in get_args(annotation):
+            visit(part)
+
+    visit(kind)
+    return iter(seen)
+
+
+def kinds(feature: Feature) -> list[type[Record]]:
+    """Return the kinds of records of a feature."""
+    return [feature.load(path) for path in feature.records]
+
+
+def shared() -> list[type[BaseModel]]:
+    """Return the classes of records that belong to no feature, or to several: those of every file first."""
+    catalog.record_kinds()
+    used = [one for feature in catalog.features() for kind in kinds(feature) for one in nested(kind)]
+    loose = [one for one in used if one.__module__.startswith("lora_diag.records.")]
+    every = [one for kind in KINDS.values() if kind.__module__ == run.__name__ for one in nested(kind)]
+    return list(dict.fromkeys([*every, *loose]))
+
+
+def record_tables(classes: list[type[BaseModel]], linked: dict[str, str], level: int) -> Iterator[str]:
+    """Yield a heading, the first paragraph of its docstring and the table of fields of every class."""
+    for kind in classes:
+        about = cell((getdoc(kind) or "").partition("\n\n")[0])
+        yield f"{'#' * level} {kind.__name__}\n\n{about}\n\n{field_table(kind, linked)}"
+
+
+def generated(feature: Feature) -> str:
+    """Return what the site adds to the page of a feature: synopsis, options and output fields."""
+    parts = []
+    for name, command in commands(feature).items():
+        words = [each.metavar or each.name.upper() for each in command.params if each.param_type_name == "argument"]
+        parts += [f"## Options of `{name}`", f"    loradiag {' '.join([name, *words, '[OPTIONS]'])}"]
+        parts += option_tables(command)
+    elsewhere = {kind.__name__: f"{PurePosixPath(RESULTS).name}#{kind.__name__.lower()}" for kind in shared()}
+    classes = list(dict.fromkeys(one for kind in kinds(feature) for one in nested(kind)))
+    own = [one for one in classes if one.__name__ not in elsewhere]
+    links = {**elsewhere, **{one.__name__: f"#{one.__name__.lower()}" for one in own}}
+    if classes:
+        where = [f"[{one.__name__}]({elsewhere[one.__name__]})" for one in kinds(feature) if one not in own]
+        lines = f"Lines of the [results file]({PurePosixPath(RESULTS).name}), besides its first and last."
+        parts += ["## Output fields", lines + (f" The record is a {', '.join(where)}." if where else "")]
+        parts += record_tables(own, links, 3)
+    return "\n\n".join(parts) + "\n"
+
+
+def results_tables() -> str:
+    """Return the tables of the records that several features have."""
+    links = {kind.__name__: f"#{kind.__name__.lower()}" for kind in shared()}
+    return "\n\n".join(record_tables(shared(), links, 2)) + "\n"
+
+
+def api() -> str:
+    """Return the directives of mkdocstrings for every public function and what they return."""
+    paths = [f"{function().__module__}.{name}" for name, function in catalog.functions().items()]
+    more = ["lora_diag.records.results.Results", "lora_diag.catalog.read_results", "lora_diag.errors"]
+    return "\n\n".join(f"::: {path}" for path in (*paths, *more)) + "\n"
+
+
+def on_config(config: Any) -> Any:
+    """Put the features into the navigation, in the order of the catalog."""
+    pages = [{feature.name: page_of(feature)} for feature in catalog.features()]
+    for section in config.nav:
+        for entry in section.get("Reference", []) if isinstance(section, dict) else []:
+            if isinstance(entry, dict) and "Commands" in entry:
+                entry["Commands"] = pages
+    return config
+
+
+def on_files(files: Any, config: Any) -> Any:
+    """Add the pages that stand elsewhere, and those of features that have none."""
+    from mkdocs.structure.files import File
+
+    for source, page in ELSEWHERE.items():
+        if page != "index.md" and (ROOT / source).is_file():
+            text = (ROOT / source).read_text(encoding="utf-8")
+            files.append(File.generated(config, page, content=moved_links(text, source, page)))
+    for feature in catalog.features():
+        if files.get_file_from_path(page_of(feature)) is None:
+            about = next((getdoc(one.callback) or "" for one in commands(feature).values()), feature.name)
+            files.append(File.generated(config, page_of(feature), content=f"# {feature.name}\n\n{about}\n"))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
+    """Append what is generated to a page, and lead links out of the docs to where the site has these pages."""
+    here = page.file.src_uri
+    for feature in catalog.features():
+        if here == page_of(feature):
+            markdown += f"\n\n{generated(feature)}"
+    if here == RESULTS:
+        markdown += f"\n\n{results_tables()}"
+    if here == "reference/api.md":
+        markdown += f"\n\n{api()}"
+    return moved_links(markdown, f"docs/{here}", here) if here not in ELSEWHERE.values() else markdown
+
+
+def moved_links(text: str, source: str, page: str) -> str:
+    """Return a page with its relative links as they lead from its place on the site.
+
+    A link to a file that is not on the site becomes its text.
+
+    Args:
+        text: The page.
+        source: Where it stands in the repository.
+        page: Where it stands on the site.
+    """
+
+    def link(found: re.Match[str]) -> str:
+        words, target, anchor = found[1], found[2], found[3] or ""
+        if "://" in target or not target:
+            return found[0]
+        path = PurePosixPath(os.path.normpath(PurePosixPath(source).parent / target)).as_posix()
+        there = ELSEWHERE.get(path) or (path.removeprefix("docs/") if path.startswith("docs/") else None)
+        if there is None:
+            return words
+        return f"[{words}]({os.path.relpath(there, PurePosixPath(page).parent)}{anchor})"
+
+    return re.sub(r"\[([^\]\[]*)\]\(([^)#\s]*)(#[^)\s]*)?\)", link, text)
+
+
+if __name__ == "__main__":
+    for name in sys.argv[1:]:
+        feature = catalog.feature_of(name)
+        print(generated(feature) if feature else f"{name}: is no feature")  # noqa: T201

@@ -2,9 +2,9 @@
 # VENV=.venv-3.13 keeps the packages of another PYTHON apart.
 PYTHON ?= python3
 VENV ?= .venv
-BIN := $(VENV)/bin
+BIN := $(VENV)/$(if $(filter Windows_NT,$(OS)),Scripts,bin)
 
-.PHONY: demo test lowest samples bench fuzz sbom licences clean help
+.PHONY: demo test docs wheel lowest samples bench fuzz sbom licences clean help
 
 help: ## what can be made
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -18,6 +18,13 @@ test: $(VENV)/test ## set up, then lint, types and the whole test suite
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy --strict lora_diag
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist loadfile
+
+docs: $(VENV)/docs ## set up, then build the site into build/site; a broken link is an error
+	$(BIN)/mkdocs build --strict
+
+wheel: $(BIN)/python ## build the wheel and the source archive into dist
+	$(BIN)/python -m pip install --quiet build
+	$(BIN)/python -m build
 
 lowest: ## run the tests with the oldest versions that pyproject.toml allows, in .venv-lowest
 	$(MAKE) .venv-lowest/lowest VENV=.venv-lowest
@@ -56,6 +63,10 @@ $(VENV)/demo: $(BIN)/python pyproject.toml
 
 $(VENV)/test: $(BIN)/python pyproject.toml
 	$(BIN)/python -m pip install --quiet -e '.[test]'
+	touch $@
+
+$(VENV)/docs: $(BIN)/python pyproject.toml
+	$(BIN)/python -m pip install --quiet -e '.[docs]'
 	touch $@
 
 # What those versions need in turn is taken from the same time: later releases no longer work with them.

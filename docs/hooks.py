@@ -17,11 +17,10 @@ from pathlib import Path, PurePosixPath
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
+import typer
 from pydantic import BaseModel
-from typer.main import get_command
 
 from lora_diag import catalog
-from lora_diag.cli.app import app
 from lora_diag.feature import Feature
 from lora_diag.records import run
 from lora_diag.records.base import KINDS, Record, Share
@@ -29,27 +28,30 @@ from lora_diag.records.base import KINDS, Record, Share
 ROOT = Path(__file__).parents[1]
 RESULTS = "reference/results.md"
 
-# Pages of the site that stand elsewhere in the repository.
-ELSEWHERE = {
+# Pages of the site that stand elsewhere in the repository; and where links to the README lead.
+MOVED = {
     "CHANGELOG.md": "changelog.md",
     "CONTRIBUTING.md": "contributing.md",
-    "README.md": "index.md",
     "sample_checkpoints/README.md": "get-started/samples.md",
 }
+ELSEWHERE = {**MOVED, "README.md": "index.md"}
 
 
 def page_of(feature: Feature) -> str:
-    """Return the page of a feature."""
-    return f"reference/{feature.name.replace(' ', '-')}.md"
+    """Return the page of a feature: of its command, or of its package where an option of another command runs it."""
+    name = feature.package.rpartition(".")[2] if "--" in feature.name else feature.name
+    return f"reference/{name.replace(' ', '-')}.md"
 
 
 def commands(feature: Feature) -> dict[str, Any]:
-    """Return the commands of a feature by their full names, as click has them; hidden ones are left out."""
-    group: Any = get_command(app)
-    probes = group.commands["probe"]
-    names = [*([feature.name] if feature.command else []), *(name for name, _ in feature.subcommands)]
-    found = {name: group.commands.get(name) or probes.commands.get(name.removeprefix("probe ")) for name in names}
-    return {name: command for name, command in found.items() if command and not command.hidden}
+    """Return the commands of a feature by their full names, as Typer makes them."""
+    paths = [*([(feature.name, feature.command)] if feature.command else []), *feature.subcommands]
+    found = {}
+    for name, path in paths:
+        alone = typer.Typer(rich_markup_mode=None, add_completion=False)
+        alone.command(name)(feature.load(path))
+        found[name] = typer.main.get_command(alone)
+    return found
 
 
 def cell(text: str) -> str:
@@ -100,8 +102,8 @@ def option_tables(command: Any) -> Iterator[str]:
 def documented(kind: type[BaseModel]) -> dict[str, str]:
     """Return what a class of records says of each field: its ``Field(description=)``, or the entry of its docstring.
 
-    >>> documented(run.End)["sha256"][:7]
-    'SHA-256'
+    >>> documented(run.LeftOut)["layer"]
+    'Name of the tensor.'
     """
     found: dict[str, str] = {}
     for base in reversed(kind.__mro__):
@@ -147,7 +149,9 @@ def null_when(text: str) -> tuple[str, str]:
     >>> null_when("‖W‖_F, likewise; null if the base was not given.")
     ('‖W‖_F, likewise.', 'the base was not given')
     """
-    found = re.search(r"(?:;|(?<=\.)) [Nn]ull (?:if|where|for|in|until|without|before) [^.;()]*(?:\([^)]*\)[^.;()]*)*", text)
+    found = re.search(
+        r"(?:;|(?<=\.)) [Nn]ull (?:if|where|for|in|until|without|before) [^.;()]*(?:\([^)]*\)[^.;()]*)*", text
+    )
     if found is None:
         return text, ""
     when = re.sub(r"^;? [Nn]ull (?:if |where )?", "", found[0])
@@ -162,7 +166,8 @@ def field_table(kind: type[BaseModel], linked: dict[str, str]) -> str:
         linked: Where other classes are described, by their names.
     """
     told, rows = documented(kind), []
-    for name, field in kind.model_fields.items():
+    for attribute, field in kind.model_fields.items():
+        name = field.alias or attribute
         annotation = Annotated[(field.annotation, *field.metadata)] if field.metadata else field.annotation
         shown = [each for each in getattr(kind, "shown", ()) if each.path.split(".")[0] == name]
         titles = ", ".join(dict.fromkeys(each.title for each in shown))
@@ -239,7 +244,8 @@ def results_tables() -> str:
 
 def api() -> str:
     """Return the directives of mkdocstrings for every public function and what they return."""
-    paths = [f"{function().__module__}.{name}" for name, function in catalog.functions().items()]
+    named = [(feature.package, path) for feature in catalog.features() for path in feature.functions]
+    paths = [(package if path.startswith(".") else "") + path.replace(":", ".") for package, path in named]
     more = ["lora_diag.records.results.Results", "lora_diag.catalog.read_results", "lora_diag.errors"]
     return "\n\n".join(f"::: {path}" for path in (*paths, *more)) + "\n"
 
@@ -258,10 +264,9 @@ def on_files(files: Any, config: Any) -> Any:
     """Add the pages that stand elsewhere, and those of features that have none."""
     from mkdocs.structure.files import File
 
-    for source, page in ELSEWHERE.items():
-        if page != "index.md" and (ROOT / source).is_file():
-            text = (ROOT / source).read_text(encoding="utf-8")
-            files.append(File.generated(config, page, content=moved_links(text, source, page)))
+    for source, page in MOVED.items():
+        text = (ROOT / source).read_text(encoding="utf-8")
+        files.append(File.generated(config, page, content=moved_links(text, source, page)))
     for feature in catalog.features():
         if files.get_file_from_path(page_of(feature)) is None:
             about = next((getdoc(one.callback) or "" for one in commands(feature).values()), feature.name)
@@ -269,9 +274,8 @@ def on_files(files: Any, config: Any) -> Any:
     return files
 
 
-def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Append what is generated to a page, and lead links out of the docs to where the site has these pages."""
-    here = page.file.src_uri
+def completed(here: str, markdown: str) -> str:
+    """Return a page with what is generated for it at its end."""
     for feature in catalog.features():
         if here == page_of(feature):
             markdown += f"\n\n{generated(feature)}"
@@ -279,7 +283,14 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
         markdown += f"\n\n{results_tables()}"
     if here == "reference/api.md":
         markdown += f"\n\n{api()}"
-    return moved_links(markdown, f"docs/{here}", here) if here not in ELSEWHERE.values() else markdown
+    return markdown
+
+
+def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
+    """Append what is generated to a page, and lead links out of the docs to where the site has these pages."""
+    here = page.file.src_uri
+    markdown = completed(here, markdown)
+    return markdown if here in MOVED.values() else moved_links(markdown, f"docs/{here}", here)
 
 
 def moved_links(text: str, source: str, page: str) -> str:

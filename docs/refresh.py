@@ -1,6 +1,7 @@
 """Copy the output of real runs into the README and the docs: ``python docs/refresh.py [PAGE ...]`` from the root.
 
-A block between ``<!-- run: WORDS -->`` and ``<!-- end -->`` becomes what ``loradiag WORDS`` prints at 80 columns.
+A block between ``<!-- run: WORDS -->`` and ``<!-- end -->`` becomes what ``loradiag WORDS`` prints at 80 columns; its
+first 9 lines where WORDS end with ``| head -9``.
 """
 
 import os
@@ -9,7 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-BLOCK = re.compile(r"<!-- run: (?P<words>.*?) -->\n.*?<!-- end -->", re.DOTALL)
+BLOCK = re.compile(r"<!-- run: (?P<words>.*?)(?: \| head -(?P<lines>\d+))? -->\n.*?<!-- end -->", re.DOTALL)
 
 
 def output(words: str) -> str:
@@ -23,8 +24,10 @@ def refreshed(text: str) -> str:
     """Return a page with every block run again."""
 
     def block(found: re.Match[str]) -> str:
-        words = found["words"]
-        return f"<!-- run: {words} -->\n```console\n$ loradiag {words}\n{output(words)}\n```\n<!-- end -->"
+        words, lines = found["words"], found["lines"]
+        line = f"{words} | head -{lines}" if lines else words
+        shown = "\n".join(output(words).split("\n")[: int(lines) if lines else None])
+        return f"<!-- run: {line} -->\n```console\n$ loradiag {line}\n{shown}\n```\n<!-- end -->"
 
     return BLOCK.sub(block, text)
 

@@ -3,29 +3,51 @@
 import doctest
 import importlib.util
 import re
+import subprocess
+import sys
+import tomllib
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import yaml
 
+from lora_diag import catalog
 from tests.conftest import ROOT
 
-PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
+ABOVE = [ROOT / "README.md", ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md", ROOT / "sample_checkpoints" / "README.md"]
+PAGES = [*ABOVE, *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 def name(page: Path) -> str:
     return page.relative_to(ROOT).as_posix()
 
 
+def imported(path: Path):
+    """A module of the docs, which are no package."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+hooks = imported(ROOT / "docs" / "hooks.py")
+
+
+PRINTED: dict[str, str] = {}  # pages show the same commands
+
+
 @pytest.fixture
 def refresh(loradiag):
     def output(words: str) -> str:
+        if words in PRINTED:
+            return PRINTED[words]
         ran = loradiag(*words.split(), cwd=ROOT, env={"COLUMNS": "80"})
         assert ran.code == 0, ran.err
-        return ran.out.strip("\n")
+        PRINTED[words] = ran.out.strip("\n")
+        return PRINTED[words]
 
-    spec = importlib.util.spec_from_file_location("refresh", ROOT / "docs" / "refresh.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = imported(ROOT / "docs" / "refresh.py")
     module.output = output  # by a process that need not start anew
     return module
 
@@ -54,8 +76,87 @@ def test_a_page_that_installs_says_where_from(page):
     )
 
 
-@pytest.mark.parametrize("page", PAGES, ids=name)
-def test_links_lead_somewhere(page):
-    for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
-        if "://" not in target:
-            assert (page.parent / Path(target)).exists(), target
+def test_links_lead_somewhere():
+    """Files exist, and so do headings: those of the page as it is written, and as the site completes it."""
+    pages = {page: page.read_text(encoding="utf-8") for page in PAGES}
+    headings = {page: anchors(hooks.completed(name(page).removeprefix("docs/"), text)) for page, text in pages.items()}
+    wrong = []
+    for page, text in pages.items():
+        for target, anchor in re.findall(r"\]\(([^)#\s]*)(?:#([^)\s]*))?\)", text):
+            if "://" not in target:
+                there = (page.parent / target).resolve() if target else page
+                if not there.exists() or (anchor and anchor not in headings[there]):
+                    wrong.append(f"{name(page)}: {target}#{anchor}")
+    assert not wrong
+
+
+def anchors(text: str) -> set[str]:
+    """Anchors of the headings, as GitHub and the site make them."""
+    text = re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
+    heads = re.findall(r"^#+ (.*)$", text, flags=re.MULTILINE)
+    return {
+        re.sub(r"[^\w\- ]", "", re.sub(r"\]\([^)]*\)", "", head).strip().lower()).replace(" ", "-") for head in heads
+    }
+
+
+def site() -> dict:
+    """mkdocs.yml, whose tags name Python functions."""
+
+    class Loader(yaml.SafeLoader):
+        pass
+
+    Loader.add_multi_constructor("tag:yaml.org,2002:python/", lambda *_: None)
+    return yaml.load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"), Loader)
+
+
+def test_navigation_has_every_page():
+    """Which fails where a page is written or moved and not listed; features list themselves."""
+    config = SimpleNamespace(nav=site()["nav"])
+    hooks.on_config(config)
+    listed = re.findall(r"[\w/-]+\.md", str(config.nav))
+    written = [name(page).removeprefix("docs/") for page in PAGES if name(page).startswith("docs/")]
+    generated = [hooks.page_of(feature) for feature in catalog.features()]
+    assert sorted(listed) == sorted({*written, *generated, *hooks.ELSEWHERE.values()})
+
+
+@pytest.mark.parametrize("feature", catalog.features(), ids=lambda feature: feature.name)
+def test_generated_tables_describe_every_option_and_field(feature):
+    for command in hooks.commands(feature).values():
+        shown = "\n".join(hooks.option_tables(command))
+        for each in command.params:
+            assert getattr(each, "hidden", False) or "--help" in each.opts or hooks.cell(each.help) in shown, each.name
+    for kind in hooks.kinds(feature):
+        for one in hooks.nested(kind):
+            told = hooks.documented(one)
+            names = {field.alias or field_name for field_name, field in one.model_fields.items()}
+            assert names - {"record"} <= {found for found, text in told.items() if text}, one
+            assert all(f"| `{each}` |" in hooks.field_table(one, {}) for each in names)
+
+
+def test_site_builds(tmp_path):
+    """As ``make docs`` does, where its packages are installed."""
+    pytest.importorskip("mkdocs")
+    pytest.importorskip("material")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "-q", "-d", str(tmp_path)]
+    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    assert "Bound on the absolute error" in (tmp_path / "reference" / "spectrum" / "index.html").read_text("utf-8")
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / ".github" / "workflows").glob("*.yml")), ids=lambda path: path.name)
+def test_workflow_runs_targets_of_make(path):
+    jobs = yaml.safe_load(path.read_text(encoding="utf-8"))["jobs"]
+    steps = [step for job in jobs.values() for step in job["steps"]]
+    called = re.findall(r"\bmake ([a-z]+)", "\n".join(step.get("run", "") for step in steps))
+    targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE)
+    assert called
+    assert set(called) <= set(targets)
+
+
+def test_workflows_test_every_system_and_version():
+    jobs = yaml.safe_load((ROOT / ".github" / "workflows" / "tests.yml").read_text(encoding="utf-8"))["jobs"]
+    matrix = jobs["test"]["strategy"]["matrix"]
+    assert {system.partition("-")[0] for system in matrix["os"]} == {"ubuntu", "macos", "windows"}
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert project["requires-python"] == f">={matrix['python'][0]}"
+    assert matrix["python"] == [f"3.{minor}" for minor in range(11, 15)]

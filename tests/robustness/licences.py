@@ -14,7 +14,7 @@ from packaging.requirements import Requirement
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 # Those that users install; "" is what comes without any.
-EXTRAS = ("", *(extra for extra in PROJECT["optional-dependencies"] if extra not in {"audit", "test"}))
+EXTRAS = ("", *(extra for extra in PROJECT["optional-dependencies"] if extra not in {"audit", "docs", "test"}))
 PAGE = ROOT / "docs" / "explanation" / "security.md"
 BEGIN, END = "<!-- licences -->\n", "<!-- end -->"
 
@@ -128,7 +128,7 @@ def rows() -> list[tuple[str, str, str]]:
     table = []
     for name, package in sorted(found.items()):
         always = name in by_extra[""]
-        extras = [] if always else [f"[{extra}]" for extra in EXTRAS if extra and name in by_extra[extra]]
+        extras = [] if always else [f"`{extra}`" for extra in EXTRAS if extra and name in by_extra[extra]]
         table.append((name, licence(package), "always" if always else " ".join(extras)))
     return sorted(table, key=lambda row: (row[2] != "always", row[0]))
 

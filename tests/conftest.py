@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +17,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from tests.served import PATIENCE, ROOT, Server
+from tests.served import PATIENCE, ROOT, SOCKET, Server
 
 # Matrices here are small, and several threads on a busy machine spin for each other: one is fastest.
 torch.set_num_threads(1)
@@ -36,6 +37,14 @@ os.environ["SOURCE_DATE_EPOCH"] = "1700000000"
 os.environ["NO_PROXY"] = os.environ["no_proxy"] = "127.0.0.1,localhost"
 
 SHARED = ROOT.parent / "shared"
+
+
+def pytest_configure(config):
+    """Name the socket of the one server of this run; workers inherit it."""
+    if not hasattr(config, "workerinput"):
+        folder = tempfile.TemporaryDirectory(prefix="loradiag-")  # a socket's path is short
+        config.add_cleanup(folder.cleanup)
+        os.environ[SOCKET] = str(Path(folder.name) / "socket")
 
 
 @pytest.fixture(autouse=True)

@@ -1,29 +1,34 @@
 """Commands in processes of their own, without the seconds that Python and torch take to start.
 
-``python -m tests.served`` imports once what commands import, and forks a child for each: with a memory, a folder, an
-environment, an output and an exit code of its own, as a command that is started anew. What Python reads only when it
-starts, it has read already; and a child ends without taking torch apart, which takes 0.7 s.
+One server for all workers of a test run imports once what commands import, and forks a child for each command: a
+process with a memory, a folder, an environment and open files of its own, as a command that is started anew. What
+Python reads only when it starts, it has read already; a child ends without taking torch apart, which takes 0.7 s.
+
+``Server`` runs commands for a test; ``PROGRAM`` is the same for a shell: a program that hands its arguments, folder,
+environment and open files to the server, and ends as the command ends.
 """
 
-import gc
-import importlib
+import contextlib
 import json
 import os
-import pkgutil
+import select
 import signal
-import subprocess
+import socket
 import sys
 import threading
 import time
-import traceback
-from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 ROOT = Path(__file__).parents[1]
 
 # Seconds that a command may take, on whatever machine; for one that hangs.
 PATIENCE = 900
+
+# The environment variable with the path of the server's socket.
+SOCKET = "LORADIAG_TEST_SERVER"
+
+# ``-S -E``: start in 0.02 s. The words of a command follow.
+PROGRAM = [sys.executable, "-S", "-E", str(Path(__file__).resolve())]
 
 # What commands import only when they need it.
 LATE = (
@@ -33,73 +38,160 @@ LATE = (
 
 
 class Server:
-    """The process that forks, and what its children leave in files."""
+    """A connection to the server, which is started if none is running, and ends with its last connection."""
 
-    def __init__(self, notes: Path, module: str = "tests.served") -> None:
-        self._files = {name: str(notes / name) for name in ("out", "err")}
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", module],
-            cwd=ROOT,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
+    def __init__(self, folder: Path) -> None:
+        self._printed = [folder / "out", folder / "err"]
+        self._socket = _connected(os.environ[SOCKET])
+        self._answers = self._socket.makefile()
 
-    def run(self, words: Sequence[Any], cwd: Path, **job: Any) -> tuple[int, bytes, bytes]:
-        """Return the exit code of a command, below zero the signal that it died of, and what it printed."""
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        asked = {"words": [str(word) for word in words], "cwd": str(cwd), **self._files, **job}
-        self._process.stdin.write(json.dumps(asked) + "\n")
-        self._process.stdin.flush()
-        code = self._process.stdout.readline()
-        assert code, "the server has ended"
-        out, err = (Path(file).read_bytes() for file in self._files.values())
-        return int(code), out, err
+    def run(
+        self, words, cwd: Path, after: float | None = None, with_signal: int = 0, **job
+    ) -> tuple[int, bytes, bytes]:
+        """Return the exit code of a command, below zero the signal that it died of, and what it printed.
+
+        Args:
+            words: The arguments of the command.
+            cwd: Its folder.
+            after: Seconds after which the command gets the signal ``with_signal``.
+            with_signal: That signal.
+            **job: ``environment``; ``prepare``, "module:function", which the child calls with all of these first.
+        """
+        with contextlib.ExitStack() as files:
+            taken = files.enter_context(open(os.devnull))  # noqa: PTH123
+            printed = [files.enter_context(path.open("wb")) for path in self._printed]
+            job |= {"words": [str(word) for word in words], "cwd": str(cwd), "files": [0, 1, 2]}
+            _send(self._socket, job, [taken.fileno(), *(file.fileno() for file in printed)])
+        child = int(self._answers.readline())
+        if after is not None:
+            time.sleep(after)
+            os.kill(child, with_signal)
+        code = int(self._answers.readline())
+        out, err = (path.read_bytes() for path in self._printed)
+        return code, out, err
 
     def close(self) -> None:
-        """Let the process end."""
-        self._process.communicate()
+        """End the connection."""
+        self._answers.close()
+        self._socket.close()
 
 
-def serve(prepare: Callable[[dict[str, Any]], None] = lambda job: None) -> None:
-    """Answer jobs, one a line, until there are no more.
+def _connected(path: str) -> socket.socket:
+    import fcntl
 
-    Args:
-        prepare: What a child does before it is the command.
-    """
+    with open(path + ".lock", "w") as lock:  # noqa: PTH123
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        connection = socket.socket(socket.AF_UNIX)
+        started = None
+        while True:
+            try:
+                connection.connect(path)
+            except OSError:
+                if started is None:
+                    started = _start(path)
+                assert os.waitpid(started, os.WNOHANG) == (0, 0), "the server has ended"
+                time.sleep(0.05)
+            else:
+                return connection
+
+
+def _start(path: str) -> int:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    nothing = [(os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0)]
+    return os.posix_spawn(
+        sys.executable, [sys.executable, "-m", "tests.served", path], environment, file_actions=nothing
+    )
+
+
+def _send(connection: socket.socket, job: dict, files: list[int]) -> None:
+    line = json.dumps(job).encode() + b"\n"
+    sent = socket.send_fds(connection, [line], files)
+    connection.sendall(line[sent:])
+
+
+def _receive(connection: socket.socket) -> tuple[dict | None, list[int]]:
+    """Return the next job of a connection and its open files, or None at its end."""
+    line, files, *_ = socket.recv_fds(connection, 1 << 16, 3)
+    while line and not line.endswith(b"\n"):
+        line += connection.recv(1 << 16)
+    return json.loads(line) if line else None, files
+
+
+def serve(path: str) -> None:
+    """Run the jobs of all connections until the last is closed."""
+    import fcntl
+    import gc
+
     import torch
 
     torch.set_num_threads(1)
     assert threading.active_count() == 1, "a child would not have the others"
     gc.freeze()
-    for line in sys.stdin:
-        job = json.loads(line)
-        child = os.fork()
-        if child == 0:
-            _be_the_command(job, prepare)
-        if job.get("after") is not None:
-            time.sleep(job["after"])
-            os.kill(child, job["signal"])
-        _, status = os.waitpid(child, 0)
-        sys.stdout.write(f"{os.waitstatus_to_exitcode(status)}\n")
-        sys.stdout.flush()
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(path)
+    listener.listen(64)
+    ended, wakeup = socket.socketpair()
+    wakeup.setblocking(False)
+    signal.set_wakeup_fd(wakeup.fileno())
+    signal.signal(signal.SIGCHLD, lambda *_: None)
+    clients: set[socket.socket] = set()
+    running: dict[int, socket.socket] = {}
+    while True:
+        for ready in select.select([listener, ended, *clients], [], [])[0]:
+            if ready is listener:
+                clients.add(listener.accept()[0])
+            elif ready is ended:
+                ended.recv(1 << 10)
+                _report_ends(running)
+            else:
+                job, files = _receive(ready)
+                if job is None:
+                    clients.remove(ready)
+                    ready.close()
+                    continue
+                child = os.fork()
+                if child == 0:
+                    for inherited in (listener, ended, wakeup, *clients):
+                        inherited.close()
+                    _be_the_command(job, files)
+                for file in files:
+                    os.close(file)
+                running[child] = ready
+                ready.sendall(f"{child}\n".encode())
+        if not clients:
+            with open(path + ".lock", "w") as lock:  # noqa: PTH123
+                fcntl.flock(lock, fcntl.LOCK_EX)  # whoever connects holds it
+                if not select.select([listener], [], [], 0)[0]:
+                    os.unlink(path)  # noqa: PTH108
+                    return
 
 
-def _be_the_command(job: dict[str, Any], prepare: Callable[[dict[str, Any]], None]) -> None:
+def _report_ends(running: dict[int, socket.socket]) -> None:
+    """Tell who asked for a command that it has ended, and how."""
+    for child in list(running):
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            with contextlib.suppress(OSError):  # who asked has ended as well
+                running.pop(child).sendall(f"{os.waitstatus_to_exitcode(status)}\n".encode())
+
+
+def _be_the_command(job: dict, files: list[int]) -> None:
+    import importlib
+    import traceback
+
     code = 1
     try:
+        signal.set_wakeup_fd(-1)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts what runs behind it without
         signal.alarm(PATIENCE)
         os.chdir(job["cwd"])
-        if "environment" in job:
-            os.environ.clear()
-            os.environ.update(job["environment"])
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts what runs behind it without
-        for number, name in ((0, os.devnull), (1, job["out"]), (2, job["err"])):
-            os.dup2(os.open(name, os.O_RDWR | os.O_CREAT | os.O_TRUNC), number)
-        sys.stdin = open(0)  # noqa: SIM115
-        prepare(job)
+        os.environ.clear()
+        os.environ.update(job["environment"])
+        _take(dict(zip(job["files"], files, strict=True)))
+        if "prepare" in job:
+            module, function = job["prepare"].split(":")
+            getattr(importlib.import_module(module), function)(job)
         from lora_diag.__main__ import main
 
         sys.argv = ["loradiag", *job["words"]]
@@ -113,13 +205,62 @@ def _be_the_command(job: dict[str, Any], prepare: Callable[[dict[str, Any]], Non
     except BaseException:
         traceback.print_exc()
     finally:
-        sys.stdout.flush()
+        try:
+            if sys.stdout is not None:
+                sys.stdout.flush()
+        except OSError:  # as Python does
+            traceback.print_exc()
+            code = 120
         threading._shutdown()  # as Python does: it waits for what is still computed
         os._exit(code)
 
 
+def _take(files: dict[int, int]) -> None:
+    """Make these the standard files, as Python does when it starts; one that is missing is closed."""
+    for number in range(3):
+        if number in files:
+            os.dup2(files[number], number)
+        else:
+            os.close(number)
+    for file in files.values():
+        os.close(file)
+    modes = {0: ("stdin", "r", None), 1: ("stdout", "w", "strict"), 2: ("stderr", "w", "backslashreplace")}
+    for number, (name, mode, errors) in modes.items():
+        file = None
+        if number in files:
+            file = open(number, mode, encoding="utf-8", errors=errors, closefd=False)  # noqa: SIM115
+            file.reconfigure(line_buffering=name == "stderr" or file.isatty())
+        setattr(sys, name, file)
+        setattr(sys, f"__{name}__", file)
+
+
+def _pass_on() -> int:
+    """Be, for a shell, the command that these words are: the server runs it on the open files of this process."""
+    files = []
+    for number in range(3):
+        with contextlib.suppress(OSError):
+            os.fstat(number)
+            files.append(number)
+    connection = socket.socket(socket.AF_UNIX)
+    connection.connect(os.environ[SOCKET])
+    job = {"words": sys.argv[1:], "cwd": os.getcwd(), "environment": dict(os.environ), "files": files}  # noqa: PTH109
+    _send(connection, job, files)
+    answers = connection.makefile()
+    child = int(answers.readline())
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, _: os.kill(child, number))
+    code = int(answers.readline())
+    if code < 0:
+        signal.signal(-code, signal.SIG_DFL)
+        os.kill(os.getpid(), -code)
+    return code
+
+
 def import_all() -> None:
     """Import the package, and what it imports late."""
+    import importlib
+    import pkgutil
+
     import lora_diag
 
     for module in pkgutil.walk_packages(lora_diag.__path__, "lora_diag."):
@@ -129,5 +270,8 @@ def import_all() -> None:
 
 
 if __name__ == "__main__":
-    import_all()
-    serve()
+    if __package__:
+        import_all()
+        serve(sys.argv[1])
+    else:
+        sys.exit(_pass_on())

@@ -7,13 +7,13 @@ import shlex
 import shutil
 import stat
 import subprocess
-import sys
 
 import pytest
 import yaml
 from safetensors.torch import load_file
 
-from tests.conftest import ROOT, save_model
+from tests.conftest import save_model
+from tests.served import PROGRAM, ROOT
 
 SAMPLES = ROOT / "sample_checkpoints"
 PAGE = (ROOT / "docs" / "guides" / "ship-through-a-gate.md").read_text(encoding="utf-8")
@@ -43,16 +43,16 @@ def repository(tmp_path):
     (tmp_path / "gates" / "adapter.toml").write_text(policy)
     program = tmp_path / "bin" / "loradiag"
     program.parent.mkdir()
-    program.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m lora_diag "$@"\n')
+    program.write_text(f'#!/bin/sh\nexec {shlex.join(PROGRAM)} "$@"\n')
     program.chmod(program.stat().st_mode | stat.S_IXUSR)
     return tmp_path
 
 
 @pytest.fixture
-def shell(repository):
+def shell(repository, server):
     def run(line: str, **variables: str) -> int:
         path = f"{repository / 'bin'}{os.pathsep}{os.environ['PATH']}"
-        environment = {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **variables}
+        environment = {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1", **variables}
         return subprocess.run(line, shell=True, cwd=repository, env=environment, check=False).returncode
 
     return run

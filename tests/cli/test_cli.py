@@ -13,7 +13,8 @@ import pytest
 import torch
 
 import lora_diag
-from tests.conftest import PATIENCE, ROOT, SHARED, save_model, weights
+from tests.conftest import SHARED, save_model, weights
+from tests.served import PATIENCE, PROGRAM, ROOT
 
 
 def test_spectrum_prints_a_table_and_a_summary(loradiag, pair_of_models):
@@ -140,14 +141,12 @@ def test_an_output_that_cannot_be_written(loradiag, pair_of_models):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="pseudo-terminals are driven the Linux way")
-def test_a_terminal_gets_progress_and_colour(pair_of_models, tmp_path):
+def test_a_terminal_gets_progress_and_colour(server, pair_of_models, tmp_path):
     base, tuned, *_ = pair_of_models
     leader, follower = pty.openpty()
     environment = {**os.environ, "TERM": "xterm-256color", "COLUMNS": "100"}
     environment.pop("NO_COLOR", None)
-    process = subprocess.Popen(
-        [sys.executable, "-m", "lora_diag", "spectrum", base, tuned], stdout=follower, stderr=follower, env=environment
-    )
+    process = subprocess.Popen([*PROGRAM, "spectrum", base, tuned], stdout=follower, stderr=follower, env=environment)
     os.close(follower)
     seen = b""
     while True:
@@ -164,7 +163,7 @@ def test_a_terminal_gets_progress_and_colour(pair_of_models, tmp_path):
     assert b"\x1b[" in seen
 
 
-COMMAND = f"{shlex.quote(sys.executable)} -m lora_diag"
+COMMAND = shlex.join(PROGRAM)
 
 
 def shell(line: str, cwd) -> subprocess.CompletedProcess:
@@ -172,7 +171,7 @@ def shell(line: str, cwd) -> subprocess.CompletedProcess:
 
 
 @pytest.mark.parametrize("words", ["spectrum base tuned --json", "spectrum base tuned", "inspect base", "--help"])
-def test_a_closed_pipe_is_no_error(pair_of_models, tmp_path, words):
+def test_a_closed_pipe_is_no_error(server, pair_of_models, tmp_path, words):
     """The reader is gone before the first line, so the first write fails."""
     command = f"({COMMAND} {words}; echo code $? >&2) | true"
     done = shell(f"cd {shlex.quote(str(tmp_path))} && {command}", ROOT)
@@ -182,7 +181,7 @@ def test_a_closed_pipe_is_no_error(pair_of_models, tmp_path, words):
 @pytest.mark.parametrize("words", ["spectrum base tuned", "spectrum base tuned --json", "inspect base", "--help"])
 @pytest.mark.parametrize("target", ["/dev/full", "&-"])
 @pytest.mark.skipif(sys.platform != "linux", reason="/dev/full")
-def test_an_output_that_takes_nothing_is_one_message(pair_of_models, tmp_path, words, target):
+def test_an_output_that_takes_nothing_is_one_message(server, pair_of_models, tmp_path, words, target):
     done = shell(f"cd {shlex.quote(str(tmp_path))} && {COMMAND} {words} >{target}", ROOT)
     if (words, target) == ("--help", "&-"):
         assert (done.returncode, done.stderr) == (0, "")  # typer says nothing to nobody
@@ -191,7 +190,7 @@ def test_an_output_that_takes_nothing_is_one_message(pair_of_models, tmp_path, w
     assert re.fullmatch(r"error: standard output: cannot be written: .*\n", done.stderr)
 
 
-def test_ctrl_c_says_how_to_go_on(tmp_path):
+def test_ctrl_c_says_how_to_go_on(server, tmp_path):
     """A real SIGINT to a real run, once its first layer is written.
 
     It cannot end before: its records take 400 KB, a pipe that nobody reads 64.
@@ -201,18 +200,15 @@ def test_ctrl_c_says_how_to_go_on(tmp_path):
     base = {name: torch.randn(300, 300, generator=rng) for name in names}
     save_model(tmp_path / "base", base)
     save_model(tmp_path / "tuned", {name: value * 1.5 for name, value in base.items()})
-    words = [sys.executable, "-m", "lora_diag", "spectrum", "base", "tuned", "-o", "r.jsonl", "--method", "exact"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen(
-        [*words, "--json"], cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
+    words = [*PROGRAM, "spectrum", "base", "tuned", "-o", "r.jsonl", "--method", "exact"]
+    process = subprocess.Popen([*words, "--json"], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert [b"run" in process.stdout.readline(), b"spectrum" in process.stdout.readline()] == [True, True]
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=PATIENCE)
     assert err.decode() == "interrupted; with -o, --resume goes on from here\n"
     assert process.returncode == 130
     assert lora_diag.read_results(tmp_path / "r.jsonl").end is None
-    done = subprocess.run([*words, "--resume", "-q"], cwd=tmp_path, env=environment, check=False, timeout=PATIENCE)
+    done = subprocess.run([*words, "--resume", "-q"], cwd=tmp_path, check=False, timeout=PATIENCE)
     assert done.returncode == 0
     assert len(lora_diag.read_results(tmp_path / "r.jsonl")) == 60
 

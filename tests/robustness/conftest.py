@@ -43,7 +43,7 @@ class Commands:
 
     def __init__(self, notes: Path) -> None:
         self.notes = notes
-        self._server = Server(notes, "tests.robustness.server")
+        self._server = Server(notes)
         self._environment = {**os.environ, "NO_COLOR": "1", "COLUMNS": "100"}
 
     def __call__(
@@ -55,9 +55,10 @@ class Commands:
         signal: int = signal.SIGKILL,
         **faults: Any,
     ) -> Ended:
-        """Run a command to its end, or to the step ``at``, or for ``after`` seconds, and with faults of ``server``."""
-        job = {"at": at, "after": after, "signal": signal, "steps": str(self.notes / "steps"), "faults": faults}
-        code, out, err = self._server.run(words, cwd, environment=self._environment, **job)
+        """Run a command to its end, to the step ``at`` or for ``after`` seconds, with ``faults`` of fault_injection."""
+        job = {"at": at, "signal": signal, "steps": str(self.notes / "steps"), "faults": faults}
+        job |= {"environment": self._environment, "prepare": "tests.robustness.fault_injection:prepare"}
+        code, out, err = self._server.run(words, cwd, after=after, with_signal=signal, **job)
         return Ended(code, out.decode(), err.decode(), (self.notes / "steps").read_text().splitlines())
 
     def close(self) -> None:

@@ -1,9 +1,8 @@
-"""``python -m tests.robustness.server``: runs the command in children, each with a fault, as a test asks.
+"""What a child of the server of ``tests.served`` does before it is the command, so that it meets a fault.
 
-Everything is imported once here; a child is a process of its own that runs ``main()`` to its end and dies of what is
-asked: SIGKILL or Ctrl-C at a step or after a time, a disk that is full, a file that cannot be read. Steps are what a
-process does to files below its folder: every opening for writing, renaming, removing, creating, truncating and locking,
-and every write to a results file, before it, in its middle and after it.
+It dies of SIGKILL or Ctrl-C at a step or after a time, meets a disk that is full or a file that cannot be read. Steps
+are what a process does to files below its folder: every opening for writing, renaming, removing, creating, truncating
+and locking, and every write to a results file, before it, in its middle and after it.
 """
 
 import errno
@@ -23,7 +22,6 @@ import lora_diag.diagnostics.overlap.run
 import lora_diag.diagnostics.residual.run
 import lora_diag.records.writing
 import lora_diag.running.engines.local
-from tests.served import serve
 
 EVENTS = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "fcntl.flock"}
 
@@ -168,6 +166,3 @@ FAULTS = {
     "slow": _slow,
     "backwards": _backwards,
 }
-
-if __name__ == "__main__":
-    serve(prepare)

@@ -77,7 +77,7 @@ LIBRARIES = {
     "huggingface_hub": {"checkpoints"},
     "safetensors": {"adapters"},
     "pickle": {"checkpoints"},
-    "pydantic": {"records", "record.py"},
+    "pydantic": {"records", "record.py", "policy.py", "reading.py", "tables.py"},
 }
 
 

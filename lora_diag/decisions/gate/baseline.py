@@ -48,7 +48,7 @@ class Stored:
 
     def limit(self, demand: Regression, before: float) -> tuple[float, str]:
         """Return how bad a value may be, given that of the baseline, and the sentence that says so."""
-        room = demand.tolerance * abs(before) if demand.relative else demand.tolerance
+        room = demand.room(before)
         limit, sign = (before + room, "<=") if demand.worse == "higher" else (before - room, ">=")
         return limit, f"{demand.field} {sign} {limit:.6g} ({before:.6g} in the baseline)"
 
@@ -96,7 +96,7 @@ def _better(new: Subject, old: Subject, fields: Sequence[tuple[Regression, Field
         return False
     gains = []
     for demand, field in fields:
-        if new.layer is None or not demand.selector.takes(new.layer):
+        if new.layer is None or not demand.takes(new.layer):
             continue
         now, before = value_of(field, new, demand.floor)[0], value_of(field, old, demand.floor)[0]
         if not isinstance(now, float | int) or not isinstance(before, float | int):

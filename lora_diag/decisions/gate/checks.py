@@ -12,7 +12,7 @@ from typing import TypeVar
 
 from lora_diag.decisions.gate.baseline import Stored
 from lora_diag.decisions.gate.evidence import Source
-from lora_diag.decisions.gate.policy import CHECKS, Policy
+from lora_diag.decisions.gate.policy import Checks, Policy
 from lora_diag.decisions.gate.record import Verdict
 from lora_diag.diagnostics.residual.record import Residual
 from lora_diag.diagnostics.spectrum.record import Spectrum
@@ -57,7 +57,7 @@ Check = Callable[[Policy, Sequence[Source], Stored | None], Iterator[Alarm]]
 def run_checks(policy: Policy, sources: Sequence[Source], baseline: Stored | None) -> Iterator[Verdict]:
     """Yield the verdicts of all built-in checks that are not off: one if nothing is wrong, else one for each alarm."""
     for name, (allowed, check) in _CHECKS.items():
-        severity = policy.checks[name]
+        severity = getattr(policy.checks, name)
         if severity == "off" or (name == "missing" and baseline is None):
             continue
         alarms = list(check(policy, sources, baseline))
@@ -130,7 +130,7 @@ def _complete(policy: Policy, sources: Sequence[Source], baseline: Stored | None
 def _base(policy: Policy, sources: Sequence[Source], baseline: Stored | None) -> Iterator[Alarm]:
     """Name adapters whose config names another base; one that the policy pins is the one that is meant."""
     for source in sources:
-        pinned = any(("base", given.fingerprint) in policy.pins for given in source.results.run.inputs)
+        pinned = any(("base", given.fingerprint) in policy.inputs.pins for given in source.results.run.inputs)
         for adapter, wanted, names in _names(source):
             if not pinned and not any(is_same_name(wanted, name) for name in names):
                 text = (
@@ -196,12 +196,13 @@ def _unused_rank(policy: Policy, sources: Sequence[Source], baseline: Stored | N
 
 
 def _spike(policy: Policy, sources: Sequence[Source], baseline: Stored | None) -> Iterator[Alarm]:
+    most = policy.checks.spike_above
     for record in _in_weights(sources):
         if record.spike is None or len(record.s) < 2:
             continue
-        if record.spike > policy.spike:
-            text = f"one direction holds {record.spike:.3g} of ‖ΔW‖²; from {policy.spike:g} on, look for divergence"
-            yield Alarm(record.layer, record.spike, text, f"spike <= {policy.spike:g}")
+        if record.spike > most:
+            text = f"one direction holds {record.spike:.3g} of ‖ΔW‖²; from {most:g} on, look for divergence"
+            yield Alarm(record.layer, record.spike, text, f"spike <= {most:g}")
         elif record.spike_to_base is not None and record.spike_to_base > 1:
             text = "σ_1(ΔW) exceeds ‖W_base‖_F: this layer was overwritten, not tuned"
             yield Alarm(record.layer, record.spike_to_base, text, "spike_to_base <= 1")
@@ -261,4 +262,4 @@ _CHECKS: dict[str, tuple[str, Check]] = {
     "spike": ("no direction dominates", _spike),
     "unresolved": ("the files can show the update", _unresolved),
 }
-assert ["inputs", *_CHECKS] == list(CHECKS)
+assert ["inputs", *_CHECKS] == Checks.names()

@@ -24,17 +24,18 @@ def judge_inputs(
         unmatched: Files of ``--for`` that no results are of.
         now: The present time.
     """
+    pins, most_age = policy.inputs.pins, policy.inputs.max_age
     for source in sources:
         for present in source.present:
             yield _is_current(source, present)
-        if policy.max_age is not None:
-            yield _is_young(source, policy.max_age, now)
+        if most_age is not None:
+            yield _is_young(source, most_age, now)
     for present in unmatched:
         text = f"no results are of it: its fingerprint is {present.now}; measure it"
         yield _verdict(f"--for {present.path}", "none", "results of it", "inconclusive", text)
-    for role, fingerprint in policy.pins:
+    for role, fingerprint in pins:
         yield from _is_pinned(sources, role, fingerprint)
-    if not any(source.present for source in sources) and not policy.pins and policy.max_age is None and not unmatched:
+    if not (any(source.present for source in sources) or pins or most_age is not None or unmatched):
         yield _verdict("", None, "inputs as measured", "not judged", "the results name no checkpoint or adapter")
 
 

@@ -110,8 +110,8 @@ def _check_selectors(policy: Policy, sources: Sequence[Source]) -> None:
         return
     names = set[str]().union(*(source.names() for source in sources))
     for demand in (*policy.rules, *policy.regressions):
-        selector, of_layers = demand.selector, any(field.kind in LAYER_KINDS for field in find(demand.field))
-        if names and of_layers and not any(selector.takes(name) for name in names):
+        of_layers = any(field.kind in LAYER_KINDS for field in find(demand.field))
+        if names and of_layers and not any(map(demand.takes, names)):
             raise policy.error(demand.line, f"{demand.name}: selects none of the {len(names)} tensors in the results")
 
 
@@ -133,23 +133,23 @@ def _judge_subject(policy: Policy, sources: Sequence[Source]) -> Iterator[Verdic
 
 
 def _judge_rule(policy: Policy, rule: Rule, sources: Sequence[Source], waivers: Waivers) -> list[Verdict]:
-    field, missing = _field(policy, rule, sources, rule.condition.text)
+    field, missing = _field(policy, rule, sources, rule.require.text)
     if field is None:
         return missing
-    if problem := problem_with(rule.condition, field):
+    if problem := problem_with(rule.require, field):
         raise policy.error(rule.line, problem)
 
     def look(subject: Subject) -> Finding:
         value, reason = value_of(field, subject, rule.floor)
-        if value is None or not rule.condition.per_layer:
-            return Finding(subject, value, rule.condition.text, None, reason)
+        if value is None or not rule.require.per_layer:
+            return Finding(subject, value, rule.require.text, None, reason)
         compared = value == "true" if field.leaf == "flag" else value
-        return Finding(subject, value, rule.condition.text, rule.condition.test.holds(compared))
+        return Finding(subject, value, rule.require.text, rule.require.test.holds(compared))
 
     found = [look(subject) for subject in _selected(policy, rule, field, sources)]
     if not found:
-        return [_nothing(rule, rule.condition.text, f"selects no layer with a {field.kind} record")]
-    if rule.condition.per_layer:
+        return [_nothing(rule, rule.require.text, f"selects no layer with a {field.kind} record")]
+    if rule.require.per_layer:
         return _each(policy, rule, found, waivers)
     groups = groupby(found, key=lambda finding: finding.subject.group)
     return [_aggregate(policy, rule, field, group, list(members), waivers) for group, members in groups]
@@ -210,20 +210,20 @@ def _selected(policy: Policy, demand: Demand, field: Field, sources: Sequence[So
     holding = [source for source in sources if source.holds(field.kind)]
     taken: list[Subject] = []
     for source in holding:
-        found = subjects(field.kind, source, policy.left_out, tell=len(holding) > 1)
+        found = subjects(field.kind, source, frozenset(policy.coverage.left_out), tell=len(holding) > 1)
         taken += _where(policy, demand, field, found)
-    if demand.selector.where and not taken:
+    if demand.where and not taken:
         raise policy.error(demand.line, f"{demand.name}: no {field.kind} record is as 'where' says")
     of_layers = field.kind in LAYER_KINDS
-    return [s for s in taken if not of_layers or s.layer is None or demand.selector.takes(s.layer)]
+    return [s for s in taken if not of_layers or s.layer is None or demand.takes(s.layer)]
 
 
 def _where(policy: Policy, demand: Demand, field: Field, found: list[Subject]) -> list[Subject]:
     """Keep the records that are as ``where`` says, and what is missing beside such records."""
-    if not demand.selector.where:
+    if not demand.where:
         return found
     tests: list[tuple[Field, object]] = []
-    for name, value in demand.selector.where:
+    for name, value in demand.where.items():
         own = [other for other in find(name) if other.kind == field.kind]
         if not own:
             raise policy.error(demand.line, f"{demand.name}: where: a {field.kind} record has no {name}")
@@ -242,7 +242,7 @@ def _each(policy: Policy, demand: Demand, found: list[Finding], waivers: Waivers
     enough, why = _covered(policy, demand, found)
     verdicts = []
     for finding in found:
-        if finding.ok is None and (enough or (policy.by == "energy" and finding.subject.fro == 0)):
+        if finding.ok is None and (enough or (policy.coverage.by == "energy" and finding.subject.fro == 0)):
             status = "not judged"
         elif finding.ok is None:
             status = "inconclusive"
@@ -275,24 +275,24 @@ def _one_number(policy: Policy, rule: Rule, field: Field, group: str, found: lis
     if not judged or not enough:
         reasons = [finding.reason for finding in found if finding.reason and finding.subject.fro != 0]
         why = f"{why}; {reasons[0]}" if reasons else why
-        return _verdict(rule, Finding(subject, None, rule.condition.text, None, why), "inconclusive")
+        return _verdict(rule, Finding(subject, None, rule.require.text, None, why), "inconclusive")
     values = [f.value == "true" if field.leaf == "flag" else f.value for f in judged if f.value is not None]
-    measured = rule.condition.measure(values)
-    ok = rule.condition.holds(measured)
-    return _verdict(rule, Finding(subject, measured, rule.condition.text, ok), "passed" if ok else "failed")
+    measured = rule.require.measure(values)
+    ok = rule.require.holds(measured)
+    return _verdict(rule, Finding(subject, measured, rule.require.text, ok), "passed" if ok else "failed")
 
 
 def _covered(policy: Policy, demand: Demand, found: list[Finding]) -> tuple[bool, str]:
     """Say whether enough of what a rule selects has a value, and how much has."""
     judged = [finding for finding in found if not finding.reason]
     rest = [finding for finding in found if finding.reason]
-    minimum = policy.minimum if demand.coverage is None else demand.coverage
+    minimum = policy.coverage.minimum if demand.coverage is None else demand.coverage
     if not judged:
         return False, f"none of the {len(found)} selected could be judged"
     if not rest:
         return True, ""
     count = f"{len(judged)} of {len(found)} selected could be judged"
-    if policy.by == "layers":
+    if policy.coverage.by == "layers":
         return len(judged) >= minimum * len(found), count
     lost = [finding.subject.fro for finding in rest]
     unknown = [finding.subject.layer for finding in rest if finding.subject.fro is None]

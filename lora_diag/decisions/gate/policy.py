@@ -1,43 +1,57 @@
-"""A policy: what has to hold before a checkpoint may ship. Plain data; ``reading`` makes it of a file."""
+"""A policy: what has to hold before a checkpoint may ship. Each table of its file is a model that checks its keys.
+
+Whatever is not understood is an error: a misspelled key would otherwise be a rule that is not there.
+"""
 
 from __future__ import annotations
 
+import difflib
 import re
-from dataclasses import dataclass, field
 from datetime import date, timedelta
-from typing import Literal
+from typing import TYPE_CHECKING, Annotated, Literal, Self, get_args
 
-from lora_diag.decisions.gate.grammar import Condition, Value
+from pydantic import BeforeValidator, Field, field_validator, model_validator
+
+from lora_diag.decisions.gate.fields import LAYER_KINDS, find
+from lora_diag.decisions.gate.grammar import Condition, Value, parse
+from lora_diag.decisions.gate.tables import QUOTED, Pattern, PlacedError, Share, Table, Text, is_a
 from lora_diag.errors import UsageError
 from lora_diag.records.names import depth_of, module_type_of
-
-Severity = Literal["error", "warning"]
+from lora_diag.records.run import Reason
 
 # Policies that come with the package.
 READY = ("adapter-basic", "full-ft-drift", "merge")
-# Built-in checks with their usual severity; those in FIXED cannot be turned down.
-CHECKS: dict[str, Literal["error", "warning", "off"]] = {
-    "inputs": "error",
-    "finished": "error",
-    "non_finite": "error",
-    "mismatch": "error",
-    "complete": "error",
-    "base": "error",
-    "dead": "error",
-    "missing": "error",
-    "unused_rank": "warning",
-    "spike": "warning",
-    "unresolved": "warning",
-}
-FIXED = ("inputs", "finished", "non_finite")
 # Share of ‖ΔW‖² in one direction from which on a layer is called a spike. The layers of sample_checkpoints/ lie between
 # 0.04 and 0.41, its head, which a byte-level model can move as a whole, at 0.88.
 SPIKE = 0.9
 
+_UNITS = {"h": timedelta(hours=1), "d": timedelta(days=1), "w": timedelta(weeks=1)}
 
-@dataclass(frozen=True, slots=True)
-class Selector:
-    """Which records a rule is about.
+Severity = Literal["error", "warning"]
+Level = Literal["error", "warning", "off"]
+Fixed = Annotated[Literal["error"], is_a("always an error (a waiver names the layers that may pass)")]
+Fingerprint = Annotated[
+    str, Field(pattern="^[0-9a-f]{32}$"), is_a("a fingerprint of 32 hexadecimal digits, as gate prints them")
+]
+
+
+def read_age(text: object) -> timedelta:
+    """Read how old results may be: a whole number with ``h``, ``d`` or ``w``.
+
+    >>> read_age("2w").days
+    14
+
+    Raises:
+        ValueError: It is something else.
+    """
+    found = re.fullmatch(r"([0-9]{1,5})([hdw])", str(text))
+    if found is None:
+        raise ValueError(f"'{text}': an age is a number of hours, days or weeks, such as 12h, 7d or 2w")
+    return int(found[1]) * _UNITS[found[2]]
+
+
+class Demand(Table):
+    """What rules and comparisons with a baseline have in common.
 
     Args:
         layers: The name contains a match; None for all names.
@@ -45,13 +59,64 @@ class Selector:
         type: The whole module type matches, such as ``self_attn.q_proj``.
         depth: First and last block.
         where: Values that fields of the record have, such as role = "adapter".
+        severity: What it means if it does not hold.
+        message: What to do then.
+        floor: ``ignore`` judges layers that the files cannot show, too.
+        coverage: Least share of what is selected that has to be judged; None for that of the policy.
+        line: Where it stands.
     """
 
-    layers: re.Pattern[str] | None = None
-    exclude: re.Pattern[str] | None = None
-    type: re.Pattern[str] | None = None
-    depth: tuple[int, int] | None = None
-    where: tuple[tuple[str, Value], ...] = ()
+    layers: Pattern | None = None
+    exclude: Pattern | None = None
+    type: Pattern | None = None
+    depth: (
+        Annotated[
+            list[Annotated[int, Field(ge=0)]],
+            Field(min_length=2, max_length=2),
+            is_a("the first and the last block, such as [0, 11]"),
+        ]
+        | None
+    ) = None
+    where: Annotated[dict[str, Value], is_a('a table of fields and their values, such as {role = "adapter"}')] = Field(
+        {}
+    )
+    severity: Severity = "error"
+    message: Text = ""
+    floor: Literal["inconclusive", "ignore"] = "inconclusive"
+    coverage: Share | None = None
+    line: int = Field(1, exclude=True)
+
+    if TYPE_CHECKING:
+
+        @property
+        def name(self) -> str:
+            """By which it is reported and waived."""
+
+        @property
+        def field(self) -> str:
+            """Name of the field that it judges."""
+
+    @field_validator("depth")
+    @classmethod
+    def _check_depth(cls, depth: list[int] | None) -> list[int] | None:
+        if depth and depth[0] > depth[1]:
+            raise ValueError(f"depth {depth} selects nothing: the first block comes first")
+        return depth
+
+    @field_validator("where")
+    @classmethod
+    def _check_where(cls, where: dict[str, Value]) -> dict[str, Value]:
+        for name, value in where.items():
+            parse(f"{name} == " + (f'"{value}"' if isinstance(value, str) else str(value).lower()))
+        return where
+
+    @model_validator(mode="after")
+    def _check_selection(self) -> Self:
+        selecting = sorted(self.model_fields_set & {"layers", "exclude", "type", "depth"})
+        if selecting and not any(item.kind in LAYER_KINDS for item in find(self.field)):
+            key = selecting[0]
+            raise PlacedError(f"{self.field} is a value of the whole run; {key} selects nothing of it", key)
+        return self
 
     def takes(self, layer: str) -> bool:
         """Say whether a name is selected."""
@@ -64,103 +129,213 @@ class Selector:
         )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Demand:
-    """What rules and comparisons with a baseline have in common.
+class Rule(Demand):
+    """A condition that has to hold.
 
     Args:
         name: By which it is reported and waived.
-        field: Name of the field that it judges.
-        selector: Which records it is about.
-        severity: What it means if it does not hold.
-        message: What to do then.
-        floor: ``ignore`` judges layers that the files cannot show, too.
-        coverage: Least share of what is selected that has to be judged; None for that of the policy.
-        line: Where it stands.
+        require: The condition.
     """
 
-    name: str
-    field: str
-    selector: Selector = Selector()
-    severity: Severity = "error"
-    message: str = ""
-    floor: Literal["inconclusive", "ignore"] = "inconclusive"
-    coverage: float | None = None
-    line: int = 1
+    name: Annotated[
+        str, Field(pattern="^[A-Za-z0-9][A-Za-z0-9_.-]*$"), is_a("text of letters, digits, '.', '_' and '-'")
+    ]
+    require: Annotated[Condition, BeforeValidator(parse), QUOTED]
+
+    @property
+    def field(self) -> str:
+        """Name of the field that it judges."""
+        return self.require.name
+
+    @field_validator("name")
+    @classmethod
+    def _check_name(cls, name: str) -> str:
+        if name in Checks.names() or name.startswith("baseline.") or name in {"about", "waiver"}:
+            raise ValueError(f"'{name}' is the name of something built in; choose another")
+        return name
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Rule(Demand):
-    """A condition that has to hold."""
-
-    condition: Condition
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Regression(Demand):
     """A field that may not be worse than it is in the baseline.
 
     Args:
+        field: Name of the field.
         worse: Which way is worse.
-        tolerance: By how much it may be worse, in the field's unit.
-        relative: Whether the tolerance is a share of the stored value instead.
+        tolerance: By how much it may be worse, in the field's unit; with a ``%``, as a share of the stored value.
     """
 
+    field: Text
     worse: Literal["higher", "lower"]
-    tolerance: float = 0.0
-    relative: bool = False
+    tolerance: Annotated[
+        Annotated[float, Field(ge=0, allow_inf_nan=False)] | Annotated[str, Field(pattern=r"^[0-9]+(\.[0-9]+)?%$")],
+        is_a('a number from 0 up, or a share of the stored value such as "5%"'),
+    ] = 0.0
+
+    @property
+    def name(self) -> str:
+        """By which it is reported and waived."""
+        return f"baseline.{self.field}"
+
+    @field_validator("field")
+    @classmethod
+    def _check_field(cls, name: str) -> str:
+        if all(item.leaf != "number" for item in find(name)):
+            parse(f"{name} <= 0.5")  # says what is wrong with a name
+            raise ValueError(f"{name} is no number")
+        return name
+
+    def room(self, before: float) -> float:
+        """Return by how much a value may be worse than a stored one."""
+        if isinstance(self.tolerance, str):
+            return float(self.tolerance.rstrip("%")) / 100 * abs(before)
+        return self.tolerance
 
 
-@dataclass(frozen=True, slots=True)
-class Waiver:
+class Waiver(Table):
     """Layers that may break a rule until a day, and why."""
 
-    rule: str
-    layers: re.Pattern[str]
-    reason: str
-    expires: date
-    line: int
+    rule: Text
+    layers: Pattern
+    reason: Annotated[str, Field(pattern=r"\S"), is_a("text in quotes that says why")]
+    expires: Annotated[date, is_a("a date without quotes, such as 2027-01-31")]
+    line: int = Field(1, exclude=True)
+
+    @field_validator("rule")
+    @classmethod
+    def _check_rule(cls, rule: str) -> str:
+        if rule == "finished":
+            raise ValueError("an unfinished run cannot be waived; continue it with --resume")
+        if rule == "inputs":
+            raise ValueError("results of other inputs cannot be waived; measure again")
+        return rule
+
+    @field_validator("layers")
+    @classmethod
+    def _check_layers(cls, layers: re.Pattern[str]) -> re.Pattern[str]:
+        if not layers.pattern:
+            raise ValueError('an empty pattern waives every layer; if that is meant, write ".*"')
+        return layers
 
     def covers(self, rule: str, layer: str) -> bool:
         """Say whether it speaks of a rule and a layer."""
         return self.rule == rule and self.layers.search(layer) is not None
 
 
-@dataclass(frozen=True, slots=True)
-class Policy:
-    """What has to hold, see docs/reference/gate.md.
+class Checks(Table):
+    """Built-in checks with their severity.
 
     Args:
-        path: Where it is.
-        title: What it is for.
-        rules: Its rules.
-        regressions: What is compared with a baseline.
-        waivers: What is let pass.
-        checks: Severity of each built-in check.
-        spike: Share of ‖ΔW‖² in one direction that the check ``spike`` allows.
+        spike_above: Share of ‖ΔW‖² in one direction that the check ``spike`` allows.
+    """
+
+    inputs: Fixed = "error"
+    finished: Fixed = "error"
+    non_finite: Fixed = "error"
+    mismatch: Level = "error"
+    complete: Level = "error"
+    base: Level = "error"
+    dead: Level = "error"
+    missing: Level = "error"
+    unused_rank: Level = "warning"
+    spike: Level = "warning"
+    unresolved: Level = "warning"
+    spike_above: Annotated[
+        float,
+        Field(gt=0, lt=1, allow_inf_nan=False),
+        is_a("a number between 0 and 1 (at either end the check says nothing)"),
+    ] = SPIKE
+
+    @classmethod
+    def names(cls) -> list[str]:
+        """Return the names of the checks."""
+        return [name for name in cls.model_fields if name != "spike_above"]
+
+
+class Coverage(Table):
+    """How much of what is selected has to be judged.
+
+    Args:
         by: Whether coverage is a share of ‖Δ‖² or of layers.
         minimum: Least coverage.
         left_out: Reasons for which a tensor without a record does not count against coverage.
-        ready: Whether it comes with the package, so that its lines are nobody's to change.
-        about: What some of the results must be of: an ``adapter`` or, ``tuned``, a full fine-tune; None: anything.
-        pins: Roles of inputs, and the fingerprints that they must have.
+    """
+
+    by: Literal["energy", "layers"] = "energy"
+    minimum: Share = 1.0
+    left_out: Annotated[list[Reason], is_a(f"a list out of {', '.join(get_args(Reason))}")] = Field([])
+
+    @field_validator("left_out")
+    @classmethod
+    def _check_left_out(cls, reasons: list[Reason]) -> list[Reason]:
+        if "non_finite" in reasons:
+            raise ValueError("non_finite layers cannot be left out; waive them by name")
+        return reasons
+
+
+class Inputs(Table):
+    """What results must be of.
+
+    Args:
+        base: Fingerprint of BASE.
+        tuned: Of TUNED.
+        adapter: Of the adapter.
         max_age: How old results may be.
     """
 
-    path: str
-    title: str
-    rules: tuple[Rule, ...]
-    regressions: tuple[Regression, ...] = ()
-    waivers: tuple[Waiver, ...] = ()
-    checks: dict[str, str] = field(default_factory=lambda: dict(CHECKS))
-    spike: float = SPIKE
-    by: Literal["energy", "layers"] = "energy"
-    minimum: float = 1.0
-    left_out: frozenset[str] = frozenset()
-    ready: bool = False
+    base: Fingerprint | None = None
+    tuned: Fingerprint | None = None
+    adapter: Fingerprint | None = None
+    max_age: Annotated[timedelta, BeforeValidator(read_age)] | None = None
+
+    @property
+    def pins(self) -> tuple[tuple[str, str], ...]:
+        """Roles of inputs, and the fingerprints that they must have."""
+        roles = (("base", self.base), ("tuned", self.tuned), ("adapter", self.adapter))
+        return tuple((role, value) for role, value in roles if value is not None)
+
+
+class Policy(Table):
+    """What has to hold, see docs/gate.md.
+
+    Args:
+        title: What it is for.
+        about: What some of the results must be of: an ``adapter`` or, ``tuned``, a full fine-tune; None: anything.
+        rules: Its rules.
+        regressions: What is compared with a baseline.
+        checks: The built-in checks.
+        inputs: What the results must be of.
+        coverage: How much has to be judged.
+        waivers: What is let pass.
+        path: Where it is.
+        ready: Whether it comes with the package, so that its lines are nobody's to change.
+    """
+
+    title: Text = ""
     about: Literal["adapter", "tuned"] | None = None
-    pins: tuple[tuple[str, str], ...] = ()
-    max_age: timedelta | None = None
+    rules: list[Rule] = Field([], alias="rule")
+    regressions: list[Regression] = Field([], alias="baseline")
+    checks: Checks = Checks()
+    inputs: Inputs = Inputs()
+    coverage: Coverage = Coverage()
+    waivers: list[Waiver] = Field([], alias="waiver")
+    path: str = Field("", exclude=True)
+    ready: bool = Field(False, exclude=True)
+
+    @model_validator(mode="after")
+    def _check_names(self) -> Self:
+        if not self.rules and not self.regressions and "checks" not in self.model_fields_set:
+            raise PlacedError("no [[rule]]: nothing could fail; an empty [checks] asks for the built-in checks alone")
+        names = [rule.name for rule in self.rules]
+        for i, name in enumerate(names):
+            if name in names[:i]:
+                raise PlacedError(f"a second rule is called '{name}'; give each its own name", "rule", i, "name")
+        names += [item.name for item in self.regressions] + Checks.names()
+        for i, waiver in enumerate(self.waivers):
+            if waiver.rule not in names:
+                close = difflib.get_close_matches(waiver.rule, sorted(names), n=1)
+                meant = f"; did you mean '{close[0]}'?" if close else ""
+                raise PlacedError(f"no rule is called '{waiver.rule}'{meant}", "waiver", i, "rule")
+        return self
 
     def error(self, line: int, text: str) -> UsageError:
         """Return an error in this policy."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from importlib.resources import files
 
 from lora_diag.decisions.gate.policy import READY, Policy
@@ -26,4 +25,4 @@ def ready_policy(name: str) -> Policy:
             f"loradiag gate {name} RESULTS"
         )
     text = files("lora_diag.decisions.gate").joinpath("policies", f"{name}.toml").read_text(encoding="utf-8")
-    return replace(read_policy(name, text), ready=True)
+    return read_policy(name, text).model_copy(update={"ready": True})

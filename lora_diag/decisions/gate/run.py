@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from datetime import UTC, date, datetime, time
 from pathlib import Path
 from typing import Any
@@ -12,9 +11,9 @@ from lora_diag.decisions.gate.baseline import Stored, tightened
 from lora_diag.decisions.gate.draft import draft
 from lora_diag.decisions.gate.evidence import Source, checked, read_source
 from lora_diag.decisions.gate.judge import judge
-from lora_diag.decisions.gate.policy import Policy
+from lora_diag.decisions.gate.policy import Policy, read_age
 from lora_diag.decisions.gate.present import compare_inputs
-from lora_diag.decisions.gate.reading import read_age, read_policy
+from lora_diag.decisions.gate.reading import read_policy
 from lora_diag.decisions.gate.ready import ready_policy
 from lora_diag.decisions.gate.record import Verdict, outcome
 from lora_diag.errors import InputError, UsageError
@@ -91,7 +90,9 @@ def _no_older(policy: Policy, max_age: str) -> Policy:
         most = read_age(max_age)
     except ValueError as error:
         raise UsageError(f"--max-age: {error}") from error
-    return replace(policy, max_age=most if policy.max_age is None else min(most, policy.max_age))
+    if policy.inputs.max_age is not None:
+        most = min(most, policy.inputs.max_age)
+    return policy.model_copy(update={"inputs": policy.inputs.model_copy(update={"max_age": most})})
 
 
 def gate_init(*results: Path | str | Results[Any], name: str = "policy.toml") -> str:

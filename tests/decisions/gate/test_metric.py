@@ -101,16 +101,16 @@ def test_a_draft_asks_for_the_metric_that_its_limits_are_from(tmp_path):
     lost = [left_out("model.embed_tokens.weight", "no_activations")]
     files = file(tmp_path / "w.jsonl"), file(tmp_path / "d.jsonl", "data", s=(9.0, 2.0), lost=lost)
     policy = read_policy("p.toml", gate_init(files[1]))
-    assert {rule.selector.where for rule in policy.rules} == {(("metric", "data"),)}
+    assert {tuple(rule.where.items()) for rule in policy.rules} == {(("metric", "data"),)}
     assert outcome(gate(policy, files[1], today=TODAY).whole) == "passed"
     with pytest.raises(UsageError, match="no spectrum record is as 'where' says"):
         gate(policy, files[0], today=TODAY)
     both = read_policy("p.toml", gate_init(*files))
     assert {rule.name for rule in both.rules} >= {"drift-weights", "drift-data"}
-    alone = {rule.name: rule.condition for rule in policy.rules}
-    assert {rule.name: rule.condition for rule in both.rules if rule.name in alone} == alone
-    in_weights = {f"{rule.name}-weights": rule.condition for rule in read_policy("p.toml", gate_init(files[0])).rules}
-    assert {rule.name: rule.condition for rule in both.rules if rule.name in in_weights} == in_weights
+    alone = {rule.name: rule.require for rule in policy.rules}
+    assert {rule.name: rule.require for rule in both.rules if rule.name in alone} == alone
+    in_weights = {f"{rule.name}-weights": rule.require for rule in read_policy("p.toml", gate_init(files[0])).rules}
+    assert {rule.name: rule.require for rule in both.rules if rule.name in in_weights} == in_weights
     assert outcome(gate(both, *files, today=TODAY).whole) == "passed"
     plain = gate_init(files[0])
     assert "metric" not in plain

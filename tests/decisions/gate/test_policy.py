@@ -18,6 +18,15 @@ require = "relative <= 0.3"
 """
 
 
+WAIVER = """\
+[[waiver]]
+rule = "drift"
+layers = "x"
+reason = "y"
+expires = 2030-01-01
+"""
+
+
 def refused(text: str) -> str:
     with pytest.raises(UsageError) as error:
         read_policy("p.toml", text)
@@ -27,7 +36,7 @@ def refused(text: str) -> str:
 def test_a_good_policy_is_read():
     policy = read_policy("p.toml", GOOD)
     assert [rule.name for rule in policy.rules] == ["drift"]
-    assert (policy.by, policy.minimum, policy.rules[0].line) == ("energy", 1.0, 3)
+    assert (policy.coverage.by, policy.coverage.minimum, policy.rules[0].line) == ("energy", 1.0, 3)
 
 
 @pytest.mark.parametrize(
@@ -56,7 +65,7 @@ def test_a_good_policy_is_read():
         (5, "require is text", GOOD.replace('"relative <= 0.3"', "0.3")),
         (3, "'require' is missing", GOOD.replace("require", "message")),
         (3, "'name' is missing", GOOD.replace('name = "drift"', "")),
-        (4, "a name is", GOOD.replace("drift", "dr ift")),
+        (4, "name is text of letters", GOOD.replace("drift", "dr ift")),
         (4, "built in", GOOD.replace("drift", "spike")),
         (4, "built in", GOOD.replace("drift", "baseline.x")),
         (4, "built in", GOOD.replace("drift", "about")),
@@ -65,6 +74,11 @@ def test_a_good_policy_is_read():
         (1, "no [[rule]]", "title = 'x'"),
         (1, "no [[rule]]", ""),
         (1, "list of tables", "rule = 3\n" + "[checks]"),
+        (1, "list of tables", "rule = [3]\n" + "[checks]"),
+        (1, "checks is a table, [checks], not 3", "checks = 3\n" + GOOD),
+        (1, "unknown key 'path'", "path = 'x'\n" + GOOD),
+        (6, "unknown key 'line'", GOOD + "line = 3"),
+        (6, "no regular expression", GOOD + f"layers = '{'(' * 5000}{')' * 5000}'"),
         (6, "list of tables", "[checks]\n\n\n\n\n[rule]\nname = 'x'"),
         (7, "spike is", GOOD + "[checks]\nspike = 'never'"),
         (7, "unknown key 'spikes'", GOOD + "[checks]\nspikes = 'off'"),
@@ -78,13 +92,17 @@ def test_a_good_policy_is_read():
         (7, "no record has a field", GOOD + "[[baseline]]\nfield = 'enrgy'\nworse = 'lower'"),
         (7, "is no number", GOOD + "[[baseline]]\nfield = 'limited_by'\nworse = 'lower'"),
         (6, "'worse' is missing", GOOD + "[[baseline]]\nfield = 'epsilon'"),
-        (9, "a tolerance is", GOOD + "[[baseline]]\nfield = 'epsilon'\nworse = 'higher'\ntolerance = -1"),
-        (9, "a tolerance is", GOOD + "[[baseline]]\nfield = 'epsilon'\nworse = 'higher'\ntolerance = '5'"),
-        (7, "no rule is called 'drft'; did you mean 'drift'", GOOD + "[[waiver]]\nrule = 'drft'"),
+        (9, "tolerance is", GOOD + "[[baseline]]\nfield = 'epsilon'\nworse = 'higher'\ntolerance = -1"),
+        (9, "tolerance is", GOOD + "[[baseline]]\nfield = 'epsilon'\nworse = 'higher'\ntolerance = '5'"),
+        (7, "no rule is called 'drft'; did you mean 'drift'", GOOD + WAIVER.replace("drift", "drft")),
         (7, "cannot be waived", GOOD + "[[waiver]]\nrule = 'finished'"),
         (6, "'layers' is missing", GOOD + "[[waiver]]\nrule = 'drift'"),
         (8, "waives every layer", GOOD + "[[waiver]]\nrule = 'drift'\nlayers = ''\nreason = 'x'\nexpires = 2030-01-01"),
-        (9, "needs its reason", GOOD + "[[waiver]]\nrule = 'drift'\nlayers = 'x'\nreason = ' '\nexpires = 2030-01-01"),
+        (
+            9,
+            "text in quotes that says why",
+            GOOD + "[[waiver]]\nrule = 'drift'\nlayers = 'x'\nreason = ' '\nexpires = 2030-01-01",
+        ),
         (10, "a date", GOOD + "[[waiver]]\nrule = 'drift'\nlayers = 'x'\nreason = 'y'\nexpires = '2030-01-01'"),
         (10, "a date", GOOD + "[[waiver]]\nrule = 'drift'\nlayers = 'x'\nreason = 'y'\nexpires = 2030-01-01T00:00:00"),
         (6, "'expires' is missing", GOOD + "[[waiver]]\nrule = 'drift'\nlayers = 'x'\nreason = 'y'"),

@@ -141,7 +141,10 @@ def _on_base(source: Source, reading: Reading, base: Checkpoint) -> tuple[list[D
     """Return the ΔW of an adapter against its BASE, what has no place there, and notes."""
     copies, values = _sort_values(source, reading, base)
     pieces, missing = _pieces(source, reading, base)
-    unpaired = [Unpaired(name, _known(shape), "not_in_base", why) for name, (shape, why) in missing.items()]
+    unpaired = [
+        Unpaired(name, tuple(size for size in shape if size is not None), "not_in_base", why)
+        for name, (shape, why) in missing.items()
+    ]
     layers: dict[str, list[Piece]] = {}
     for piece in pieces:
         layers.setdefault(piece.place.layer, []).append(piece)
@@ -150,7 +153,8 @@ def _on_base(source: Source, reading: Reading, base: Checkpoint) -> tuple[list[D
     for layer, found in layers.items():
         _refuse_overlap(source, layer, found)
         copy = copies.pop(found[0].place.name, None)
-        deltas.append(_delta(layer, found, _plus_copy(source, copy) if copy is not None else None))
+        plus = partial(copy_less_base, source.checkpoint, copy.key) if copy is not None else None
+        deltas.append(_delta(layer, found, plus))
     stored = [*values, *copies.values()]
     more, left_out = _new_values(source, stored, base)
     touched = {piece.place.name for piece in pieces} | {delta.base.name for delta in more}
@@ -174,10 +178,6 @@ def _refuse_overlap(source: Source, layer: str, pieces: list[Piece]) -> None:
             raise InputError(
                 f"{source.path}: {both} are both {layer} in BASE; give the part of the model that each belongs to"
             )
-
-
-def _known(shape: Shape) -> tuple[int, ...]:
-    return tuple(size for size in shape if size is not None)
 
 
 def _pieces(source: Source, reading: Reading, base: Checkpoint) -> tuple[list[Piece], dict[str, tuple[Shape, str]]]:
@@ -333,10 +333,6 @@ def _same(source: Source, key: str, base: Checkpoint, name: str) -> bool:
     shape = (before.shape[0], math.prod(before.shape[1:]))
     sides = row_blocks(Side(base, name), shape), row_blocks(Side(source.checkpoint, key), shape)
     return all(torch.equal(as_float64(a), as_float64(b)) for a, b in zip(*sides, strict=True))
-
-
-def _plus_copy(source: Source, copy: NewValue) -> Callable[[Site], torch.Tensor]:
-    return partial(copy_less_base, source.checkpoint, copy.key)
 
 
 def copy_less_base(checkpoint: Checkpoint, key: str, site: Site) -> torch.Tensor:

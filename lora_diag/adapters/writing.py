@@ -114,7 +114,7 @@ def write_adapter(folder: Path, parts: Sequence[Part], values: Sequence[Value], 
     for module, group in groups.items():
         for key, shape, read in _tensors(prefixes[module], group):
             readers[key] = read
-            tensors[key] = TensorInfo(key, shape, _dtype(group[0]))
+            tensors[key] = TensorInfo(key, shape, open_checkpoint(group[0].file)["B"].dtype)
     for value in values:
         key = PREFIX + value.key
         tensors[key], readers[key] = TensorInfo(key, value.info.shape, value.info.dtype), value.read
@@ -147,10 +147,6 @@ def module_rank(group: Sequence[Part]) -> int:
     for part in group:
         ranks[part.target.expert[0]] += part.rank
     return max(ranks.values())
-
-
-def _dtype(part: Part) -> str:
-    return open_checkpoint(part.file)["B"].dtype
 
 
 def _prefixes(targets: Sequence[Target]) -> dict[str, str]:

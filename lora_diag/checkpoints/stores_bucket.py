@@ -91,16 +91,14 @@ class BucketStore(Store):
             raise InputError(f"{address}: access is denied: {words_of(error)}{self._needs()}") from error
         except Exception as error:  # of fsspec, of aiohttp, of two cloud libraries
             if "credentials" in type(error).__name__.lower() or "token" in type(error).__name__.lower():
-                raise InputError(f"{address}: no credentials: {words_of(error)}{self._way_in()}") from error
+                public = "; for a public bucket set FSSPEC_S3_ANON=true" if self._scheme == "s3" else ""
+                raise InputError(f"{address}: no credentials: {words_of(error)}{public}") from error
             if isinstance(error, OSError) or any(kind.__name__ in BROKEN for kind in type(error).__mro__):
                 raise MayPassError(words_of(error)) from error
             raise InputError(f"{address}: cannot be read: {words_of(error)}") from error
 
     def _needs(self) -> str:
         return "; reading needs s3:GetObject and s3:ListBucket" if self._scheme == "s3" else ""
-
-    def _way_in(self) -> str:
-        return "; for a public bucket set FSSPEC_S3_ANON=true" if self._scheme == "s3" else ""
 
     def _read_s3(self, address: str, start: int, stop: int, facts: Facts) -> bytes:
         from fsspec.asyn import sync

@@ -13,7 +13,7 @@ from urllib.parse import quote
 
 from lora_diag.checkpoints.hub import PART, HubId, unreachable
 from lora_diag.checkpoints.ranges import retried
-from lora_diag.checkpoints.stores import Facts
+from lora_diag.checkpoints.stores import Facts, Store
 from lora_diag.checkpoints.stores_web import HttpStore
 from lora_diag.errors import InputError
 
@@ -53,9 +53,7 @@ class HubStore(HttpStore):
         """Return the commit: its files never change, whatever host they come from."""
         return self._commit
 
-    def join(self, address: str, name: str) -> str:
-        """Return the address of a file in a folder."""
-        return f"{address}/{name}"
+    join = Store.join  # names are quoted where a file is requested
 
     def is_file(self, address: str) -> bool:
         """Say whether the commit has such a file."""

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+from lora_diag.layers.task import LayerSettings
 from lora_diag.records import LayerRecord, LeftOut, Results, ResultsWriter, Run, RunInput
 from lora_diag.running.engines import Layout
 from lora_diag.running.inputs import Comparison, compare
@@ -31,25 +32,6 @@ S = TypeVar("S", bound=Any)
 
 # The settings of a run record that follow a command's own, in this order.
 RECORDED = ("layers", "exclude", "method", "tol", "device", "seed")
-
-
-@dataclass(frozen=True, slots=True)
-class LayerSettings:
-    """How a layer is measured, for a command that has no settings of its own.
-
-    Args:
-        method: ``auto``, ``exact``, ``gram`` or ``krylov``.
-        tol: Bound to reach on the error of every energy fraction.
-        seed: Of random starting vectors.
-        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:1``.
-        memory: Bytes that a layer may take; None for what it needs.
-    """
-
-    method: str
-    tol: float
-    seed: int
-    device: str
-    memory: int | None = None
 
 
 def entry_bytes(task: Task, settings: Any) -> int:
@@ -113,11 +95,16 @@ class LayerRun:
             matrices,
             measure,
             size,
-            LayerSettings(self.options["method"], self.options["tol"], self.options["seed"], self.where.tasks),
+            self.settings(LayerSettings),
             lambda layout, _, __: without_rank(compared.pairing, layout, self.where.here),
             compared.inputs,
             asked or {},
         )
+
+    def settings(self, kind: Callable[..., S], **own: Any) -> S:
+        """Return the settings of a diagnostic: its own, and of the options those that every diagnostic has."""
+        common = {name: self.options[name] for name in ("method", "tol", "seed") if name in self.options}
+        return kind(**common, device=self.where.tasks, **own)
 
     def over(
         self,

@@ -18,6 +18,7 @@ from lora_diag.layers.change import OVERFLOW, Change, bytes_of, load_change, not
 from lora_diag.layers.left_out import not_finite
 from lora_diag.layers.metric import Weighed, Weighting, extra, fro_of, times, weigh
 from lora_diag.layers.resolution import resolution
+from lora_diag.layers.task import LayerSettings, LayerTask
 from lora_diag.linalg import Allowance, Factors, decompose_factored, norm, resolve_device
 from lora_diag.linalg.stacked import gap
 from lora_diag.metrics import energy_curve, rank_at
@@ -54,35 +55,24 @@ class Rank:
     signal: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class ExtractionSettings:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExtractionSettings(LayerSettings):
     """How factors are computed and stored.
 
     Args:
         dtype: Of the factors: ``float32``, ``bfloat16`` or ``float16``.
         split: ``both`` for B = U√Σ and A = √Σ·Vᵀ; ``b`` for B = UΣ and A = Vᵀ.
-        method: ``auto``, ``exact``, ``gram`` or ``krylov``.
-        tol: Bound that ``auto`` and ``krylov`` have to reach on the error of every energy fraction.
-        seed: Of random starting vectors.
-        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:1``.
-        memory: Bytes that a layer may take; None for what it needs.
     """
 
     dtype: str = "float32"
     split: Literal["both", "b"] = "both"
-    method: str = "auto"
-    tol: float = 1e-4
-    seed: int = 0
-    device: str = "auto"
-    memory: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
-class Layer:
+class Layer(LayerTask):
     """One matrix, and what PEFT takes it for.
 
     Args:
-        delta: Its ΔW.
         module: PEFT's name.
         kind: What that module is.
         transposed: Whether PEFT's B·A is ΔWᵀ of what is stored.
@@ -91,22 +81,11 @@ class Layer:
             Frobenius norm.
     """
 
-    delta: Delta
     module: str
     kind: Kind
     transposed: bool
     rank: Rank
     weighting: Weighting | None = None
-
-    @property
-    def layer(self) -> str:
-        """The weight's name in BASE."""
-        return self.delta.layer
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """``(out, in)`` as it is stored."""
-        return self.delta.shape
 
 
 def size(layer: Layer, settings: ExtractionSettings) -> int:

@@ -25,7 +25,7 @@ from lora_diag.diagnostics.spectrum.run import spectrum
 from lora_diag.errors import InputError, LoradiagError, NothingComparedError, UsageError
 from lora_diag.linalg import check_request
 from lora_diag.probes.sweep.best_rate import swept_rate
-from lora_diag.records import LeftOut, Results, Run, RunInput
+from lora_diag.records import LeftOut, Results, Run
 from lora_diag.running.activations import second_moments
 from lora_diag.running.amounts import read_count
 from lora_diag.running.fingerprint import legible
@@ -111,8 +111,7 @@ def extract(
     base, tuned = as_path(base), as_path(tuned)
     folder = OutputFolder(Path(output), (base, tuned), overwrite, given["resume"])
     run = LayerRun("extract", {**given, "output": folder.records})
-    method, tol, seed = (run.options[name] for name in ("method", "tol", "seed"))
-    check_request(method, 1, tol)
+    check_request(run.options["method"], 1, run.options["tol"])
     compared = run.compare(base, tuned)
     planned = plan(open_checkpoint(base), tuned, compared.pairing, rest == "save")
     moments = second_moments(activations, base, compared.pairing) if activations is not None else None
@@ -161,15 +160,16 @@ def extract(
         command += ["--sweep", legible(sweep)] if sweep is not None else []
         folder.finish(model_card(results, name, shlex.join([*command, "-o", legible(output)]), rate))
 
+    *other_inputs, tuned_input = compared.inputs
     return run.over(
         tasks,
         partial(_one_layer, files=files),
         size,
-        ExtractionSettings(dtype, split, method, tol, seed, run.where.tasks),
+        run.settings(ExtractionSettings, dtype=dtype, split=split),
         lambda layout, _, __: planned.left_out(layout, run.where.here),
         (
-            *compared.inputs[:-1],
-            _with_notes(compared.inputs[-1], planned.notes()),
+            *other_inputs,
+            tuned_input.model_copy(update={"notes": (*tuned_input.notes, *planned.notes())}),
             *((moments.described,) if moments is not None else ()),
         ),
         {
@@ -196,19 +196,12 @@ def _check_words(split: str, dtype: str, rest: str) -> None:
             raise UsageError(f"{option} {word}: use {', '.join(words)}")
 
 
-def _with_notes(described: RunInput, notes: tuple[str, ...]) -> RunInput:
-    return described.model_copy(update={"notes": (*described.notes, *notes)})
-
-
 def _options(run: Run) -> list[str]:
     """Return the settings that are not the usual ones, as they are typed."""
     usual = {"split": "both", "dtype": "float32", "rest": "list", "method": "auto", "tol": 1e-4, "seed": 0}
     usual |= {"layers": None, "exclude": None}
-    return [word for key, value in usual.items() if run.settings[key] != value for word in _typed(key, run)]
-
-
-def _typed(key: str, run: Run) -> tuple[str, str]:
-    return f"--{key}", str(run.settings[key])
+    changed = [key for key, value in usual.items() if run.settings[key] != value]
+    return [word for key in changed for word in (f"--{key}", str(run.settings[key]))]
 
 
 def _without_base(delta: Delta) -> Delta:

@@ -140,7 +140,7 @@ def subjects(kind: str, source: Source, left_out: frozenset[str] = frozenset(), 
     records: list[Any] = [record for record in results.layers if isinstance(record, cls)]
     by_group: dict[tuple[Any, ...], list[Any]] = {values: [] for values in _expected(cls, source)}
     for record in records:
-        by_group.setdefault(_values(record), []).append(record)
+        by_group.setdefault(tuple(getattr(record, name) for name in _group_fields(type(record))), []).append(record)
     layers = dict.fromkeys(record.layer for record in records)
     norms = {record.layer: getattr(record, "fro", None) for record in records}
     found: list[Subject] = []
@@ -165,10 +165,6 @@ def subjects(kind: str, source: Source, left_out: frozenset[str] = frozenset(), 
 
 def _group_fields(cls: type[Record]) -> tuple[str, ...]:
     return tuple(name for name in cls.key if name != "layer")
-
-
-def _values(record: Record) -> tuple[Any, ...]:
-    return tuple(getattr(record, name) for name in _group_fields(type(record)))
 
 
 def _expected(cls: type[Record], source: Source) -> Iterator[tuple[Any, ...]]:

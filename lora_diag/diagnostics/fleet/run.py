@@ -137,7 +137,7 @@ def fleet(
     return run.over(
         members,
         _here if run.options["engine"] is None else _on_a_worker,
-        _size,
+        lambda _, settings: SIZE,
         FleetSettings(under, run.options["layers"], run.options["exclude"], run.where.tasks),
         lambda _, __, ___: (),
         tuple(
@@ -154,10 +154,6 @@ def fleet(
         {"base": legible(base) if base is not None else None},
         recorded=("layers", "exclude", "device"),
     )
-
-
-def _size(member: Member, settings: FleetSettings) -> int:
-    return SIZE
 
 
 def _on_a_worker(member: Member, settings: FleetSettings) -> tuple[Fleet | LeftOut]:

@@ -57,7 +57,8 @@ def most_bytes(task: Several, settings: InterferenceSettings) -> int:
     held = sum(footprint(u.delta) for u in task.updates if isinstance(u.delta, FactoredDelta))
     held += sum(entries * _entry(delta) + vectors for delta in dense)
     asked = Allowance(0, settings.method, None, vectors=True)
-    steps = [whole_bytes(task.shape, asked, _loading(delta)) for delta in dense]
+    loading = (COMPUTED if isinstance(delta, DenseDelta) else _entry(delta) for delta in dense)
+    steps = [whole_bytes(task.shape, asked, each) for each in loading]
     beside = 0
     if dense:
         beside = 8 * entries + vectors
@@ -70,10 +71,6 @@ def most_bytes(task: Several, settings: InterferenceSettings) -> int:
 
 def _entry(delta: Delta) -> int:
     return 8 if isinstance(delta, DenseDelta) or "float64" in delta.dtypes else 4
-
-
-def _loading(delta: Delta) -> int:
-    return COMPUTED if isinstance(delta, DenseDelta) else _entry(delta)
 
 
 def _check_room(task: Several, settings: InterferenceSettings) -> None:

@@ -68,9 +68,8 @@ def factor_merges(
     """
     if pairs is None:
         return {"cat": None, "linear": None, "ties": None}
-    beside = stacked(
-        [(weight * pair.scale * pair.b, pair.a) for pair, weight in zip(pairs, weights, strict=True)], _ones(pairs)
-    )
+    weighted = [(weight * pair.scale * pair.b, pair.a) for pair, weight in zip(pairs, weights, strict=True)]
+    beside = stacked(weighted, [1.0] * len(pairs))
     merges: dict[str, MergeLoss | None] = {"cat": loss(total, fro, beside), "linear": None, "ties": None}
     roots = [math.sqrt(weight * pair.scale) for pair, weight in zip(pairs, weights, strict=True) if pair.scale > 0]
     if len({pair.b.shape[1] for pair in pairs}) == 1 and len(roots) == len(pairs):
@@ -94,10 +93,6 @@ def ties_merge(
     before, after = Conflicts(), Conflicts()
     apart, norm, along = products(ties_blocks(parts, weights, density, before, after))
     return as_loss(fro, norm, apart, along), before, after
-
-
-def _ones(pairs: Sequence[Pair]) -> list[float]:
-    return [1.0] * len(pairs)
 
 
 def _weighted(factors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:

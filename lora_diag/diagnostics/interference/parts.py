@@ -11,14 +11,15 @@ from torch import Tensor
 from lora_diag.deltas import Delta
 from lora_diag.layers.change import Change, load_change, why_not_comparable
 from lora_diag.layers.resolution import resolution
+from lora_diag.layers.task import LayerSettings
 from lora_diag.linalg import Factors, numerical_rank
 from lora_diag.linalg.stacked import Matrix
 from lora_diag.metrics import RANKS, effective_rank, energy_curve
 from lora_diag.records import Resolution
 
 
-@dataclass(frozen=True, slots=True)
-class InterferenceSettings:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InterferenceSettings(LayerSettings):
     """What is asked of every layer.
 
     Args:
@@ -26,21 +27,11 @@ class InterferenceSettings:
         weights: w_k > 0 of each update in the sum.
         density: Share of the entries of each update that TIES keeps; 0 for no TIES and no sign conflicts, which need
             every entry.
-        method: ``auto``, ``exact``, ``gram`` or ``krylov``.
-        tol: Bound to reach on the error of every energy fraction.
-        seed: Of random starting vectors.
-        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:1``.
-        memory: Bytes that a layer may take; None for what it needs.
     """
 
     ranks: tuple[int, ...] = RANKS
     weights: tuple[float, ...] = ()
     density: float = 0.2
-    method: str = "auto"
-    tol: float = 1e-4
-    seed: int = 0
-    device: str = "auto"
-    memory: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -64,11 +64,10 @@ def interference(
         (['interference', 'union'], (4, 16))
     """
     run = LayerRun("interference", options)
-    method, tol, seed = (run.options[name] for name in ("method", "tol", "seed"))
-    settings = InterferenceSettings(
-        checked_ranks(ranks), _weights(weights, len(updates)), density, method, tol, seed, run.where.tasks
+    settings = run.settings(
+        InterferenceSettings, ranks=checked_ranks(ranks), weights=_weights(weights, len(updates)), density=density
     )
-    check_request(method, 1, tol)
+    check_request(settings.method, 1, settings.tol)
     if not 0 <= density <= 1:
         raise UsageError(f"--density {density}: must lie between 0 and 1")
     _check_names(updates)

@@ -14,6 +14,7 @@ from lora_diag.deltas import Delta, DenseDelta, StoredDelta, row_blocks
 from lora_diag.diagnostics.intruders.record import Direction, Intruders
 from lora_diag.layers.change import COMPUTED, Change, load_change, noted, on_device
 from lora_diag.layers.left_out import not_finite
+from lora_diag.layers.task import LayerSettings
 from lora_diag.linalg import Allowance, Factors, decompose, norm, require, resolve_device, whole_bytes
 from lora_diag.metrics.intruders import below_at_random, kind, similarity_at_random
 from lora_diag.records import LeftOut
@@ -21,29 +22,19 @@ from lora_diag.records import LeftOut
 NEEDS_BASE = "the weights themselves are compared, and BASE does not hold this one"
 
 
-@dataclass(frozen=True, slots=True)
-class IntruderSettings:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class IntruderSettings(LayerSettings):
     """What is asked of every layer.
 
     Args:
         k: How many of the largest directions of W_tuned are looked at.
         epsilon: ε in (0, 1): a similarity below it makes an intruder.
         window: Singular values σ_i of W_base with |σ_i − σ_j| ≤ window·σ_j count as nearly σ_j.
-        method: ``auto``, ``exact``, ``gram`` or ``krylov``, of W_tuned's largest singular vectors.
-        tol: Bound to reach on the error of every energy fraction.
-        seed: Of random starting vectors.
-        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:1``.
-        memory: Bytes that a layer may take; None for what it needs.
     """
 
     k: int = 10
     epsilon: float = 0.5
     window: float = 0.1
-    method: str = "auto"
-    tol: float = 1e-4
-    seed: int = 0
-    device: str = "auto"
-    memory: int | None = None
 
 
 def size(delta: Delta, settings: IntruderSettings) -> int:

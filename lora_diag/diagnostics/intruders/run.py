@@ -50,8 +50,7 @@ def intruders(
         (10, 0)
     """
     run = LayerRun("intruders", options)
-    method, tol, seed = (run.options[name] for name in ("method", "tol", "seed"))
-    check_request(method, top, tol)
+    check_request(run.options["method"], top, run.options["tol"])
     if not 0 < epsilon < 1:
         raise UsageError(f"--epsilon {epsilon}: must lie between 0 and 1")
     if not 0 <= window < 1:
@@ -61,7 +60,7 @@ def intruders(
         [delta for delta in compared.pairing.deltas if delta.is_matrix],
         measure,
         size,
-        IntruderSettings(top, epsilon, window, method, tol, seed, run.where.tasks),
+        run.settings(IntruderSettings, k=top, epsilon=epsilon, window=window),
         lambda layout, _, __: without_rank(compared.pairing, layout, run.where.here),
         compared.inputs,
         {"top": top, "epsilon": epsilon, "window": window},

@@ -16,6 +16,7 @@ from lora_diag.gradients import Snapshot
 from lora_diag.layers.change import OVERFLOW, Change, bytes_of, load_change, noted, on_device
 from lora_diag.layers.left_out import not_finite
 from lora_diag.layers.resolution import resolution
+from lora_diag.layers.task import LayerSettings, LayerTask
 from lora_diag.linalg import Allowance, numerical_rank, resolve_device
 from lora_diag.linalg.subspace import orthonormal, shares
 from lora_diag.metrics import RANKS
@@ -30,42 +31,23 @@ from lora_diag.records import LeftOut
 TOL = 1e-4
 
 
-@dataclass(frozen=True, slots=True)
-class OverlapSettings:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OverlapSettings(LayerSettings):
     """What is asked of every layer.
 
     Args:
         ranks: Ranks r of the subspaces. Those beyond the rank of ΔW or of an adapter are left out; an adapter's own
             rank is always measured.
-        method: ``auto``, ``exact``, ``gram`` or ``krylov``, for the singular vectors of ΔW.
-        seed: Of random starting vectors.
-        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:1``.
-        memory: Bytes that a layer may take; None for what it needs.
     """
 
     ranks: tuple[int, ...] = RANKS
-    method: str = "auto"
-    seed: int = 0
-    device: str = "auto"
-    memory: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
-class Followed:
+class Followed(LayerTask):
     """One layer's update and its gradients."""
 
-    delta: Delta
     snapshots: tuple[Snapshot, ...]
-
-    @property
-    def layer(self) -> str:
-        """The weight's name in BASE."""
-        return self.delta.layer
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """``(out, in)``."""
-        return self.delta.shape
 
 
 @dataclass(frozen=True, slots=True)

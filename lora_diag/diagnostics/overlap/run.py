@@ -74,7 +74,7 @@ def overlap(
         [(0, 4), (0, 8), (0, 16), (0, 32), (0, 64), (40, 4)]
     """
     run = LayerRun("overlap", options, MethodOptions)
-    settings = OverlapSettings(checked_ranks(ranks), run.options["method"], run.options["seed"], run.where.tasks)
+    settings = run.settings(OverlapSettings, ranks=checked_ranks(ranks))
     check_request(settings.method, settings.ranks[-1], 0.5)
     if not gradients:
         raise UsageError("overlap: name the gradients, a folder with one safetensors file a step")
@@ -139,20 +139,21 @@ def subspaces(
         (28, torch.Size([384, 4]))
     """
     given = filled(SubspaceOptions, options)
-    method, seed, workers = given["method"], given["seed"], given["workers"]
-    settings = OverlapSettings(checked_ranks(ranks), method, seed, given["device"])
-    check_running(workers, seed)
-    check_request(method, settings.ranks[-1], 0.5)
+    settings = OverlapSettings(
+        ranks=checked_ranks(ranks), method=given["method"], seed=given["seed"], device=given["device"]
+    )
+    check_running(given["workers"], settings.seed)
+    check_request(settings.method, settings.ranks[-1], 0.5)
     on = resolve_device(settings.device)
     compared = compare(base, tuned, given["layers"], given["exclude"], given["allow_unmatched"])
     matrices = [delta for delta in compared.pairing.deltas if delta.is_matrix]
-    layout = layout_of(matrices, workers, on.type)
+    layout = layout_of(matrices, given["workers"], on.type)
     found = list(run_local(partial(spaces_of, settings=settings, device=on), matrices, layout, footprint))
     return Reference(
         base=_base_of(compared.pairing) or open_checkpoint(base),
         layers={item.layer: item for item in found if not isinstance(item, LeftOut)},
         inputs=compared.inputs,
-        settings={"ranks": list(settings.ranks), "method": method, "seed": seed},
+        settings={"ranks": list(settings.ranks), "method": settings.method, "seed": settings.seed},
         left_out=tuple(item for item in found if isinstance(item, LeftOut)),
     )
 

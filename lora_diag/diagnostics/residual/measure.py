@@ -15,31 +15,13 @@ from lora_diag.layers.change import Change, load_change, noted, on_device, why_n
 from lora_diag.layers.left_out import not_finite
 from lora_diag.layers.metric import Metric, Moments, read_root, times
 from lora_diag.layers.resolution import resolution
+from lora_diag.layers.task import LayerSettings
 from lora_diag.linalg import Allowance, Factors, numerical_rank, resolve_device
 from lora_diag.metrics import Distances, limit
 from lora_diag.records import Agreement, LeftOut, Resolution
 
 # Singular vectors compared where no adapter says how many.
 SUBSPACE = 8
-
-
-@dataclass(frozen=True, slots=True)
-class ResidualSettings:
-    """What is asked of every layer.
-
-    Args:
-        method: ``auto``, ``exact``, ``gram`` or ``krylov``.
-        tol: Bound that ``auto`` and ``krylov`` have to reach on the error of ε_min².
-        seed: Of random starting vectors.
-        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:1``.
-        memory: Bytes that a layer may take; None for what it needs.
-    """
-
-    method: str = "auto"
-    tol: float = 1e-4
-    seed: int = 0
-    device: str = "auto"
-    memory: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +58,7 @@ class Layer:
         return self.tuned.shape
 
 
-def size(layer: Layer, settings: ResidualSettings) -> int:
+def size(layer: Layer, settings: LayerSettings) -> int:
     """Return about how many bytes measuring a layer takes: D, the largest X, and what the data metric adds."""
     if settings.memory is not None:
         return settings.memory  # D alone may take that, and the ranks of the others are not known before they are read
@@ -89,7 +71,7 @@ def _weighing(layer: Layer) -> int:
     return 8 * order * (3 * order + 2 * max(layer.shape))
 
 
-def _allowance(layer: Layer, top: int, settings: ResidualSettings) -> Allowance | None:
+def _allowance(layer: Layer, top: int, settings: LayerSettings) -> Allowance | None:
     """Return what D may take; and an X that is not thin, which lies beside it, as much."""
     if settings.memory is None:
         return None
@@ -98,7 +80,7 @@ def _allowance(layer: Layer, top: int, settings: ResidualSettings) -> Allowance 
     return Allowance(limit, settings.method, top, vectors=True)
 
 
-def residual(layer: Layer, settings: ResidualSettings) -> tuple[Residual | LeftOut, ...]:
+def residual(layer: Layer, settings: LayerSettings) -> tuple[Residual | LeftOut, ...]:
     """Hold every adapter against the full fine-tune in one layer.
 
     Args:
@@ -116,7 +98,7 @@ def residual(layer: Layer, settings: ResidualSettings) -> tuple[Residual | LeftO
     return tuple(noted(record, fallback) for record in records)
 
 
-def _residual(layer: Layer, settings: ResidualSettings, device: torch.device) -> tuple[Residual | LeftOut, ...]:
+def _residual(layer: Layer, settings: LayerSettings, device: torch.device) -> tuple[Residual | LeftOut, ...]:
     # Thin factors are all read at once, because the largest rank says how much of D is needed; the rest one by one.
     thin = {o.name: load_change(o.delta, device) for o in layer.others if isinstance(o.delta, FactoredDelta)}
     top = min(max([SUBSPACE, *map(_columns, thin.values())]), *layer.shape)
@@ -149,7 +131,7 @@ def _record(
     change: Change | None,
     weights: Metric,
     data: Metric | None,
-    settings: ResidualSettings,
+    settings: LayerSettings,
 ) -> Residual | str:
     """Return the record of one adapter; where its update is not finite, what and where."""
     if change is not None and change.non_finite is not None:
@@ -187,7 +169,7 @@ def _with_error(found: Distances, factors: Factors) -> dict[str, float | None]:
     return asdict(found) | {"energy_error": None if found.epsilon_min is None else factors.energy_error}
 
 
-def _in_data_metric(layer: Layer, full: Change, top: int, settings: ResidualSettings, device: torch.device) -> Metric:
+def _in_data_metric(layer: Layer, full: Change, top: int, settings: LayerSettings, device: torch.device) -> Metric:
     """Return D·L, with L·Lᵀ = C."""
     assert layer.moments is not None
     where = layer.moments.on_rows
@@ -196,7 +178,7 @@ def _in_data_metric(layer: Layer, full: Change, top: int, settings: ResidualSett
     return Metric(weighed, _decompose(weighed, top, settings, vectors=False), layer.shape, lower, where)
 
 
-def _decompose(change: Change, top: int, settings: ResidualSettings, vectors: bool = True) -> Factors:
+def _decompose(change: Change, top: int, settings: LayerSettings, vectors: bool = True) -> Factors:
     return change.decompose(settings.method, top, vectors, settings.tol, settings.seed)
 
 
@@ -217,7 +199,7 @@ def _resolution(weights: Metric) -> Resolution:
 
 
 def _agreements(
-    weights: Metric, change: Change, rank: int | None, settings: ResidualSettings
+    weights: Metric, change: Change, rank: int | None, settings: LayerSettings
 ) -> tuple[Agreement, Agreement]:
     """Return the agreement of the column and of the row spaces."""
     wanted = min(rank or SUBSPACE, *weights.shape)

@@ -10,10 +10,11 @@ from typing import Literal, Unpack
 
 from lora_diag.checkpoints import as_path
 from lora_diag.deltas import Delta, Pairing, StoredDelta, Unpaired
-from lora_diag.diagnostics.residual.measure import Layer, Other, ResidualSettings, size
+from lora_diag.diagnostics.residual.measure import Layer, Other, size
 from lora_diag.diagnostics.residual.measure import residual as measure
 from lora_diag.diagnostics.residual.record import Residual
 from lora_diag.errors import UsageError
+from lora_diag.layers.task import LayerSettings
 from lora_diag.linalg import check_request
 from lora_diag.records import LeftOut, Results
 from lora_diag.running.activations import second_moments
@@ -64,8 +65,7 @@ def residual(
         (16, True)
     """
     run = LayerRun("residual", options)
-    method, tol, seed = (run.options[name] for name in ("method", "tol", "seed"))
-    check_request(method, 1, tol)
+    check_request(run.options["method"], 1, run.options["tol"])
     _check_names(tuned, [*adapters, *([reference] if reference is not None else [])])
     base = as_path(base)  # once, so that what is known of it is not asked again
     full = run.compare(base, tuned)
@@ -92,7 +92,7 @@ def residual(
         tasks,
         measure,
         size,
-        ResidualSettings(method, tol, seed, run.where.tasks),
+        run.settings(LayerSettings),
         lambda layout, earlier, limited: _rest(
             left_out, layout, tasks, earlier, replace(limited, device=run.where.here)
         ),
@@ -106,7 +106,7 @@ def _rest(
     layout: Layout,
     tasks: Sequence[Layer],
     earlier: Results[Residual],
-    settings: ResidualSettings,
+    settings: LayerSettings,
 ) -> Iterator[LeftOut]:
     """Yield what is left out besides what was found while measuring; after a resumed run, what was found then, too."""
     yield from not_paired(left_out, layout, settings.device)

@@ -16,6 +16,7 @@ from lora_diag.layers.change import OVERFLOW, Change, bytes_of, load_change, on_
 from lora_diag.layers.left_out import not_finite
 from lora_diag.layers.metric import Weighed, Weighting, extra, weigh
 from lora_diag.layers.resolution import resolution
+from lora_diag.layers.task import LayerSettings, LayerTask
 from lora_diag.linalg import Allowance, Factors, resolve_device
 from lora_diag.metrics import (
     RANKS,
@@ -33,27 +34,17 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
-@dataclass(frozen=True, slots=True)
-class SpectrumSettings:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SpectrumSettings(LayerSettings):
     """What is asked of every layer.
 
     Args:
         ranks: Ranks r at which C(r) and the truncation errors are given.
-        method: ``auto``, ``exact``, ``gram`` or ``krylov``.
         top: Keep only so many of the largest singular values; None for all.
-        tol: Bound that ``auto`` and ``krylov`` have to reach on the error of every energy fraction.
-        seed: Of random starting vectors.
-        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:1``.
-        memory: Bytes that a layer may take; None for what it needs.
     """
 
     ranks: tuple[int, ...] = RANKS
-    method: str = "auto"
     top: int | None = None
-    tol: float = 1e-4
-    seed: int = 0
-    device: str = "auto"
-    memory: int | None = None
 
     @property
     def allowance(self) -> Allowance | None:
@@ -62,21 +53,10 @@ class SpectrumSettings:
 
 
 @dataclass(frozen=True, slots=True)
-class Layer:
+class Layer(LayerTask):
     """One layer's update, and what it is weighed by; None for the plain metric."""
 
-    delta: Delta
     weighting: Weighting | None = None
-
-    @property
-    def layer(self) -> str:
-        """The weight's name in BASE."""
-        return self.delta.layer
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """``(out, in)``."""
-        return self.delta.shape
 
 
 def size(layer: Layer, settings: SpectrumSettings) -> int:

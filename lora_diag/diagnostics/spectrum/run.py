@@ -63,9 +63,8 @@ def spectrum(
         [('model.layers.0.self_attn.q_proj.weight', (128, 128))]
     """
     run = LayerRun("spectrum", options)
-    method, tol, seed = (run.options[name] for name in ("method", "tol", "seed"))
-    settings = SpectrumSettings(checked_ranks(ranks), method, top, tol, seed, run.where.tasks)
-    check_request(method, top, tol)
+    settings = run.settings(SpectrumSettings, ranks=checked_ranks(ranks), top=top)
+    check_request(settings.method, top, settings.tol)
     if kfac and activations is None:
         raise UsageError("--kfac: needs --activations FILE, recorded with probe activations --gradients")
     if gradients:

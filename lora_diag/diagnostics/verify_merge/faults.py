@@ -246,7 +246,8 @@ def _coarse(look: Look) -> Fault | None:
     if visible and (large := within(LARGE, addend).count) and within(SMALL, addend).count < SPREAD * large:
         return None  # a few entries far off beside others that are right to the last bit
     apart = math.sqrt(look.found.residual / look.found.expected) if look.found.expected else 0.0
-    return Fault("coarse", f"right to {apart:.1g} of ‖ΔW‖: ΔW was computed less precisely than {_word(look)} allows")
+    dtype = str(look.rounding.dtype).removeprefix("torch.")
+    return Fault("coarse", f"right to {apart:.1g} of ‖ΔW‖: ΔW was computed less precisely than {dtype} allows")
 
 
 def _partial(look: Look) -> Fault | None:
@@ -402,7 +403,3 @@ def ranges(marked: Tensor) -> str:
     words = [str(a) if b == a + 1 else f"{a}-{b - 1}" for a, b in zip(starts, ends, strict=True)]
     more = f" and {len(words) - SHOWN} more ranges" if len(words) > SHOWN else ""
     return ", ".join(words[:SHOWN]) + more
-
-
-def _word(look: Look) -> str:
-    return str(look.rounding.dtype).removeprefix("torch.")

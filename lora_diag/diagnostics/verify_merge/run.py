@@ -14,8 +14,8 @@ from lora_diag.deltas import Delta, FactoredDelta, Pairing, StoredDelta, Unpaire
 from lora_diag.diagnostics.verify_merge.measure import MergedLayer, verify
 from lora_diag.diagnostics.verify_merge.record import Merge
 from lora_diag.errors import InputError, NothingComparedError, UsageError
-from lora_diag.records import LeftOut, Results, RunInput
-from lora_diag.running.inputs import Comparison, compare
+from lora_diag.records import LeftOut, Results
+from lora_diag.running.inputs import compare
 from lora_diag.running.layers import LayerRun
 from lora_diag.running.measuring import not_paired
 from lora_diag.running.options import RunOptions, show_options
@@ -93,7 +93,7 @@ def verify_merge(
         _size,
         MergeSettings(),
         lambda layout, _, __: not_paired(Pairing((), unpaired), layout, run.where.here),
-        _inputs(said, done),
+        (*said.inputs, *(item.model_copy(update={"role": "merged"}) for item in done.inputs if item.role == "tuned")),
         {},
         recorded=("layers", "exclude", "allow_unmatched"),
     )
@@ -105,12 +105,6 @@ def _one_layer(task: MergedLayer, settings: MergeSettings) -> Sequence[Merge | L
 
 def _size(task: MergedLayer, settings: MergeSettings) -> int:
     return task.footprint if settings.memory is None else min(settings.memory, task.footprint)
-
-
-def _inputs(said: Comparison, done: Comparison) -> tuple[RunInput, ...]:
-    """Return BASE, ADAPTER and MERGED as the run record names them."""
-    merged = (item.model_copy(update={"role": "merged"}) for item in done.inputs if item.role == "tuned")
-    return (*said.inputs, *merged)
 
 
 def _tasks(

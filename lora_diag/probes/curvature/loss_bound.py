@@ -6,7 +6,7 @@ the way (Taylor). So it is at most ⟨∇L, E⟩ + (λ/2)‖E‖² if no curvatu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -70,7 +70,7 @@ def loss_bounds(
         size: Sequences in a batch.
         after: Called after every batch of a loss.
     """
-    swapped.arrange(_ranks(swapped, curved.layers, rank))
+    swapped.arrange({**dict.fromkeys(swapped.layers, FULL), **dict.fromkeys(curved.layers, rank)})
     truncated = curved.weights()
     change = truncated - tuned.weights
     curved.put(tuned.weights)
@@ -105,7 +105,3 @@ def loss_bounds(
         )
     curved.put(truncated)  # as ``swapped`` believes them to be
     return records
-
-
-def _ranks(swapped: Swapped, truncated: Mapping[str, tuple[int, int]], rank: int) -> dict[str, int]:
-    return {**dict.fromkeys(swapped.layers, FULL), **dict.fromkeys(truncated, rank)}

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from lora_diag.adapters.keys import by_module, check_rank, pair_of
 from lora_diag.adapters.source import Source
 from lora_diag.adapters.updates import Reading, Site, Update, read
-from lora_diag.adapters.values import stored_values
+from lora_diag.adapters.values import with_stored_values
 from lora_diag.checkpoints import Checkpoint
 from lora_diag.errors import InputError
 
@@ -19,11 +19,6 @@ if TYPE_CHECKING:
     from lora_diag.adapters.updates import Factors
 
 PARTS = ("lora_A", "lora_B", "lora_E")
-
-
-def is_adalora(source: Source) -> bool:
-    """Say whether this family reads the adapter."""
-    return source.peft_type == "ADALORA"
 
 
 def read_adalora(source: Source) -> Reading:
@@ -35,16 +30,10 @@ def read_adalora(source: Source) -> Reading:
     config = source.settings
     modules, rest = by_module(source.checkpoint, PARTS, source.path)
     updates = [_update(source, module, parts) for module, parts in modules.items()]
-    values, extra, ignored = stored_values(source, rest)
     kind = f"PEFT AdaLoRA, init_r={config.values.get('init_r')}, alpha={config.values.get('lora_alpha')}"
-    return Reading(
-        f"{kind}, {len(modules)} modules",
-        (*updates, *extra),
-        values,
-        (),
-        ignored,
-        f"lora_alpha / (r + 1e-5), from {config.path.name}",
-    )
+    scaling = f"lora_alpha / (r + 1e-5), from {config.path.name}"
+    reading = Reading(f"{kind}, {len(modules)} modules", tuple(updates), scaling=scaling)
+    return with_stored_values(reading, source, rest)
 
 
 def _update(source: Source, module: str, parts: dict[str, str]) -> Update:

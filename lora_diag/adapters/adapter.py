@@ -6,23 +6,23 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from lora_diag.adapters.adalora import is_adalora, read_adalora
+from lora_diag.adapters.adalora import read_adalora
 from lora_diag.adapters.diffusers import is_diffusers, read_diffusers
-from lora_diag.adapters.fourierft import is_fourierft, read_fourierft
-from lora_diag.adapters.ia3 import is_ia3, read_ia3
+from lora_diag.adapters.fourierft import read_fourierft
+from lora_diag.adapters.ia3 import read_ia3
 from lora_diag.adapters.kohya import is_kohya, read_kohya
-from lora_diag.adapters.ln_tuning import is_ln_tuning, read_ln_tuning
-from lora_diag.adapters.loha import is_loha, read_loha
-from lora_diag.adapters.lokr import is_lokr, read_lokr
-from lora_diag.adapters.lora import is_lora, read_lora
+from lora_diag.adapters.ln_tuning import read_ln_tuning
+from lora_diag.adapters.loha import read_loha
+from lora_diag.adapters.lokr import read_lokr
+from lora_diag.adapters.lora import read_lora
 from lora_diag.adapters.mlx import is_mlx, read_mlx
-from lora_diag.adapters.oft import is_oft, read_oft
+from lora_diag.adapters.oft import read_oft
 from lora_diag.adapters.placing import place
 from lora_diag.adapters.refused import refuse_unread
 from lora_diag.adapters.source import Source, open_source, refuse_integers
-from lora_diag.adapters.tokens import is_trainable_tokens, read_trainable_tokens
+from lora_diag.adapters.tokens import read_trainable_tokens
 from lora_diag.adapters.updates import Reading
-from lora_diag.adapters.vera import is_vera, read_vera
+from lora_diag.adapters.vera import read_vera
 from lora_diag.checkpoints import Checkpoint
 from lora_diag.deltas import Pairing, natural_order
 from lora_diag.errors import InputError
@@ -44,18 +44,23 @@ class Family:
     read: Callable[[Source], Reading]
 
 
+def _type(name: str) -> Callable[[Source], bool]:
+    """Return what claims the adapters of a type of PEFT."""
+    return lambda source: source.peft_type == name
+
+
 # Asked in this order; PEFT's types name themselves, the others are known by their keys.
 FAMILIES = (
-    Family("PEFT LoRA", is_lora, read_lora),
-    Family("PEFT AdaLoRA", is_adalora, read_adalora),
-    Family("PEFT LoHa", is_loha, read_loha),
-    Family("PEFT LoKr", is_lokr, read_lokr),
-    Family("PEFT VeRA", is_vera, read_vera),
-    Family("PEFT IA3", is_ia3, read_ia3),
-    Family("PEFT OFT", is_oft, read_oft),
-    Family("PEFT FourierFT", is_fourierft, read_fourierft),
-    Family("PEFT LN tuning", is_ln_tuning, read_ln_tuning),
-    Family("PEFT trainable tokens", is_trainable_tokens, read_trainable_tokens),
+    Family("PEFT LoRA", _type("LORA"), read_lora),
+    Family("PEFT AdaLoRA", _type("ADALORA"), read_adalora),
+    Family("PEFT LoHa", _type("LOHA"), read_loha),
+    Family("PEFT LoKr", _type("LOKR"), read_lokr),
+    Family("PEFT VeRA", _type("VERA"), read_vera),
+    Family("PEFT IA3", _type("IA3"), read_ia3),
+    Family("PEFT OFT", _type("OFT"), read_oft),
+    Family("PEFT FourierFT", _type("FOURIERFT"), read_fourierft),
+    Family("PEFT LN tuning", _type("LN_TUNING"), read_ln_tuning),
+    Family("PEFT trainable tokens", _type("TRAINABLE_TOKENS"), read_trainable_tokens),
     Family("kohya and LyCORIS", is_kohya, read_kohya),
     Family("diffusers", is_diffusers, read_diffusers),
     Family("MLX", is_mlx, read_mlx),

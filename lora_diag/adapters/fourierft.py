@@ -11,17 +11,12 @@ from typing import TYPE_CHECKING
 from lora_diag.adapters.keys import by_module
 from lora_diag.adapters.source import Source
 from lora_diag.adapters.updates import Reading, Site, Update, read
-from lora_diag.adapters.values import stored_values
+from lora_diag.adapters.values import with_stored_values
 from lora_diag.checkpoints import Checkpoint
 from lora_diag.errors import InputError
 
 if TYPE_CHECKING:
     import torch
-
-
-def is_fourierft(source: Source) -> bool:
-    """Say whether this family reads the adapter."""
-    return source.peft_type == "FOURIERFT"
 
 
 def read_fourierft(source: Source) -> Reading:
@@ -43,9 +38,9 @@ def read_fourierft(source: Source) -> Reading:
         )
         for module, parts in modules.items()
     ]
-    values, extra, ignored = stored_values(source, rest)
     kind = f"PEFT FourierFT, scaling={scaling:g}, {len(modules)} modules"
-    return Reading(kind, (*updates, *extra), values, (), ignored, f"scaling, from {config.path.name}")
+    reading = Reading(kind, tuple(updates), scaling=f"scaling, from {config.path.name}")
+    return with_stored_values(reading, source, rest)
 
 
 def delta(checkpoint: Checkpoint, key: str, scaling: float, seed: int, site: Site) -> torch.Tensor:

@@ -14,17 +14,12 @@ from typing import TYPE_CHECKING
 from lora_diag.adapters.keys import by_module, is_named
 from lora_diag.adapters.source import Source
 from lora_diag.adapters.updates import Reading, Shape, Site, Update, read
-from lora_diag.adapters.values import stored_values
+from lora_diag.adapters.values import with_stored_values
 from lora_diag.checkpoints import Checkpoint
 from lora_diag.errors import InputError
 
 if TYPE_CHECKING:
     import torch
-
-
-def is_ia3(source: Source) -> bool:
-    """Say whether this family reads the adapter."""
-    return source.peft_type == "IA3"
 
 
 def read_ia3(source: Source) -> Reading:
@@ -34,9 +29,8 @@ def read_ia3(source: Source) -> Reading:
         InputError: A vector is none.
     """
     modules, rest = by_module(source.checkpoint, ("ia3_l",), source.path)
-    updates = [update for module, parts in modules.items() for update in scaled(source, module, parts["ia3_l"])]
-    values, extra, ignored = stored_values(source, rest)
-    return Reading(f"PEFT IA3, {len(modules)} modules", (*updates, *extra), values, (), ignored)
+    updates = tuple(update for module, parts in modules.items() for update in scaled(source, module, parts["ia3_l"]))
+    return with_stored_values(Reading(f"PEFT IA3, {len(modules)} modules", updates), source, rest)
 
 
 def scaled(source: Source, module: str, key: str) -> list[Update]:

@@ -10,19 +10,14 @@ import re
 from lora_diag.adapters.keys import strip
 from lora_diag.adapters.source import Source
 from lora_diag.adapters.updates import NewValue, Reading
-from lora_diag.adapters.values import stored_values
+from lora_diag.adapters.values import with_stored_values
 
 PART = re.compile(r"\.ln_tuning_layers(\.(?!weight$|bias$)[^.]+)?(?=\.(weight|bias)$)")
-
-
-def is_ln_tuning(source: Source) -> bool:
-    """Say whether this family reads the adapter."""
-    return source.peft_type == "LN_TUNING"
 
 
 def read_ln_tuning(source: Source) -> Reading:
     """Read a PEFT LN_TUNING adapter."""
     own = [key for key in source.checkpoint if PART.search(key)]
-    values = [NewValue(PART.sub("", strip(key)), key) for key in own]
-    more, extra, ignored = stored_values(source, [key for key in source.checkpoint if key not in set(own)])
-    return Reading(f"PEFT LN tuning, {len(own)} tensors", tuple(extra), (*values, *more), (), ignored)
+    values = tuple(NewValue(PART.sub("", strip(key)), key) for key in own)
+    rest = [key for key in source.checkpoint if key not in set(own)]
+    return with_stored_values(Reading(f"PEFT LN tuning, {len(own)} tensors", (), values), source, rest)

@@ -15,7 +15,7 @@ from lora_diag.adapters.keys import by_module, check_rank
 from lora_diag.adapters.scales import Scale, Scaling, scale_of, scaling_words
 from lora_diag.adapters.source import Source
 from lora_diag.adapters.updates import Reading, Shape, Site, Update, read
-from lora_diag.adapters.values import stored_values
+from lora_diag.adapters.values import with_stored_values
 from lora_diag.checkpoints import Checkpoint
 from lora_diag.errors import InputError
 
@@ -24,11 +24,6 @@ if TYPE_CHECKING:
 
 FACTORS = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
 CORES = ("hada_t1", "hada_t2")
-
-
-def is_loha(source: Source) -> bool:
-    """Say whether this family reads the adapter."""
-    return source.peft_type == "LOHA"
 
 
 def read_loha(source: Source) -> Reading:
@@ -45,11 +40,10 @@ def read_loha(source: Source) -> Reading:
         check_rank(source, module, rank_of(source, module, parts), rank, rank)
         scale = Scale(scaling.alpha(module, "alpha") / rank)
         updates.append(hadamard(source, f"{module}.weight", parts, scale))
-    values, extra, ignored = stored_values(source, rest)
     kind = f"PEFT LoHa, {scaling_words(source.settings, 'alpha')}, {len(modules)} modules"
-    return Reading(
-        kind, (*updates, *extra), values, tuple(scaling.notes(list(modules))), ignored, scaling.words("alpha")
-    )
+    notes = tuple(scaling.notes(list(modules)))
+    reading = Reading(kind, tuple(updates), notes=notes, scaling=scaling.words("alpha"))
+    return with_stored_values(reading, source, rest)
 
 
 def rank_of(source: Source, module: str, parts: dict[str, str]) -> int:

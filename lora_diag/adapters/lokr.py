@@ -13,7 +13,7 @@ from lora_diag.adapters.keys import by_module, check_rank
 from lora_diag.adapters.scales import Scale, Scaling, scale_of, scaling_words
 from lora_diag.adapters.source import Source
 from lora_diag.adapters.updates import Reading, Site, Update, read
-from lora_diag.adapters.values import stored_values
+from lora_diag.adapters.values import with_stored_values
 from lora_diag.checkpoints import Checkpoint
 from lora_diag.errors import InputError
 
@@ -21,11 +21,6 @@ if TYPE_CHECKING:
     import torch
 
 PARTS = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2")
-
-
-def is_lokr(source: Source) -> bool:
-    """Say whether this family reads the adapter."""
-    return source.peft_type == "LOKR"
 
 
 def read_lokr(source: Source) -> Reading:
@@ -43,11 +38,10 @@ def read_lokr(source: Source) -> Reading:
         check_rank(source, module, seen if seen is not None else rank, rank, seen if seen is not None else rank)
         scale = Scale(scaling.alpha(module, "alpha") / rank)
         updates.append(kronecker(source, f"{module}.weight", parts, scale, as_peft=True))
-    values, extra, ignored = stored_values(source, rest)
     kind = f"PEFT LoKr, {scaling_words(source.settings, 'alpha')}, {len(modules)} modules"
-    return Reading(
-        kind, (*updates, *extra), values, tuple(scaling.notes(list(modules))), ignored, scaling.words("alpha")
-    )
+    notes = tuple(scaling.notes(list(modules)))
+    reading = Reading(kind, tuple(updates), notes=notes, scaling=scaling.words("alpha"))
+    return with_stored_values(reading, source, rest)
 
 
 def rank_of(source: Source, parts: dict[str, str]) -> int | None:

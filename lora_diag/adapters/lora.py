@@ -18,7 +18,7 @@ from lora_diag.adapters.replication import replicated
 from lora_diag.adapters.scales import Scaling, scaling_words
 from lora_diag.adapters.source import Config, Source
 from lora_diag.adapters.updates import Reading, Site, Update, flat, read
-from lora_diag.adapters.values import stored_values
+from lora_diag.adapters.values import with_stored_values
 from lora_diag.checkpoints import Checkpoint
 from lora_diag.errors import InputError
 
@@ -65,11 +65,6 @@ def _owner(module: str, attentions: set[str]) -> Owner:
     return Owner(module, module, f"{module}.weight", f"{module}.bias")
 
 
-def is_lora(source: Source) -> bool:
-    """Say whether this family reads the adapter."""
-    return source.peft_type == "LORA"
-
-
 def read_lora(source: Source) -> Reading:
     """Read a PEFT LoRA adapter.
 
@@ -95,9 +90,9 @@ def read_lora(source: Source) -> Reading:
     ]
     notes = [*scaling.notes(paths), *_attention_notes(plain)]
     updates, replication = replicated(updates, config)
-    values, extra, ignored = stored_values(source, rest)
     kind = f"PEFT {_variant(config)}, {scaling_words(config)}, {len(modules)} modules"
-    return Reading(kind, (*updates, *extra), values, (*notes, *replication), (*sampler, *ignored), scaling.words())
+    reading = Reading(kind, tuple(updates), (), (*notes, *replication), sampler, scaling.words())
+    return with_stored_values(reading, source, rest)
 
 
 def _variant(config: Config) -> str:

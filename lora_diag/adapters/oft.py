@@ -16,7 +16,7 @@ from lora_diag.adapters.keys import by_module
 from lora_diag.adapters.refused import MERGE
 from lora_diag.adapters.source import Source
 from lora_diag.adapters.updates import Reading, Shape, Site, Update, read
-from lora_diag.adapters.values import stored_values
+from lora_diag.adapters.values import with_stored_values
 from lora_diag.checkpoints import Checkpoint
 from lora_diag.errors import InputError
 
@@ -29,11 +29,6 @@ LAYER, TABLE = "oft_R", "oft_embedding_R"
 
 # PEFT's default is 5; each term is a product of all blocks.
 MAX_TERMS = 1000
-
-
-def is_oft(source: Source) -> bool:
-    """Say whether this family reads the adapter."""
-    return source.peft_type == "OFT"
 
 
 def read_oft(source: Source) -> Reading:
@@ -49,9 +44,8 @@ def read_oft(source: Source) -> Reading:
     terms = config.integer("num_cayley_neumann_terms", 5) if config.values.get("use_cayley_neumann", True) else 0
     if terms > MAX_TERMS:
         raise InputError(f"{config.path}: num_cayley_neumann_terms {terms} is beyond {MAX_TERMS}")
-    updates = [_update(source, module, parts, terms) for module, parts in modules.items()]
-    values, extra, ignored = stored_values(source, rest)
-    return Reading(f"PEFT OFT, {len(modules)} modules", (*updates, *extra), values, (), ignored)
+    updates = tuple(_update(source, module, parts, terms) for module, parts in modules.items())
+    return with_stored_values(Reading(f"PEFT OFT, {len(modules)} modules", updates), source, rest)
 
 
 def _update(source: Source, module: str, parts: dict[str, str], terms: int) -> Update:

@@ -8,12 +8,7 @@ from __future__ import annotations
 from lora_diag.adapters.keys import by_module
 from lora_diag.adapters.source import Source
 from lora_diag.adapters.updates import Reading
-from lora_diag.adapters.values import ROWS, rows_update, stored_values
-
-
-def is_trainable_tokens(source: Source) -> bool:
-    """Say whether this family reads the adapter."""
-    return source.peft_type == "TRAINABLE_TOKENS"
+from lora_diag.adapters.values import ROWS, rows_update, with_stored_values
 
 
 def read_trainable_tokens(source: Source) -> Reading:
@@ -24,6 +19,5 @@ def read_trainable_tokens(source: Source) -> Reading:
     """
     modules, rest = by_module(source.checkpoint, (ROWS,), source.path)
     indices = source.settings.values.get("token_indices")
-    updates = [rows_update(source, module, parts[ROWS], indices) for module, parts in modules.items()]
-    values, extra, ignored = stored_values(source, rest)
-    return Reading(f"PEFT trainable tokens, {len(modules)} tables", (*updates, *extra), values, (), ignored)
+    updates = tuple(rows_update(source, module, parts[ROWS], indices) for module, parts in modules.items())
+    return with_stored_values(Reading(f"PEFT trainable tokens, {len(modules)} tables", updates), source, rest)

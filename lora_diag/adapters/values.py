@@ -8,12 +8,14 @@ also saves every ``input_layernorm``, and only the file tells.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from lora_diag.adapters.keys import is_named, strip
 from lora_diag.adapters.source import Config, Source
-from lora_diag.adapters.updates import NewValue, Site, Update, read
+from lora_diag.adapters.updates import NewValue, Reading, Site, Update, read
 from lora_diag.checkpoints import Checkpoint
 from lora_diag.errors import InputError
 
@@ -29,20 +31,18 @@ SAVED = re.compile(r"\.modules_to_save\.[^.]+(?=\.)")
 ORIGINAL = re.compile(r"\.original_module\.")
 
 
-def stored_values(source: Source, names: list[str]) -> tuple[tuple[NewValue, ...], list[Update], tuple[str, ...]]:
-    """Read what no family claimed.
+def with_stored_values(reading: Reading, source: Source, names: Iterable[str]) -> Reading:
+    """Add what no family claimed: weights in full, updates of rows, and tensors that change nothing.
 
     Args:
+        reading: What the family found.
         source: The adapter.
         names: The tensors that belong to no module's factors.
-
-    Returns:
-        Weights in full, updates of rows, and tensors that change nothing.
 
     Raises:
         InputError: Token indices and rows do not fit together.
     """
-    values, updates, ignored = [], [], []
+    values, updates, ignored = [*reading.values], [*reading.updates], [*reading.ignored]
     for key in names:
         name = SAVED.sub("", strip(key))
         if name.endswith(TOKENS):
@@ -53,7 +53,7 @@ def stored_values(source: Source, names: list[str]) -> tuple[tuple[NewValue, ...
         else:
             is_copy = name.endswith(".base_layer.weight")
             values.append(NewValue(name.replace(".base_layer.", "."), key, is_copy))
-    return tuple(values), updates, tuple(ignored)
+    return replace(reading, updates=tuple(updates), values=tuple(values), ignored=tuple(ignored))
 
 
 def rows_update(source: Source, module: str, key: str, indices: Any) -> Update:

@@ -12,7 +12,7 @@ from lora_diag.adapters.keys import by_module
 from lora_diag.adapters.refused import MERGE
 from lora_diag.adapters.source import Source
 from lora_diag.adapters.updates import Reading, Site, Update, read
-from lora_diag.adapters.values import stored_values
+from lora_diag.adapters.values import with_stored_values
 from lora_diag.checkpoints import Checkpoint
 from lora_diag.errors import InputError
 
@@ -21,11 +21,6 @@ if TYPE_CHECKING:
 
 PARTS = ("vera_lambda_b", "vera_lambda_d")
 SHARED = ("base_model.vera_A", "base_model.vera_B")
-
-
-def is_vera(source: Source) -> bool:
-    """Say whether this family reads the adapter."""
-    return source.peft_type == "VERA"
 
 
 def read_vera(source: Source) -> Reading:
@@ -43,9 +38,8 @@ def read_vera(source: Source) -> Reading:
     names = [name for name in source.checkpoint if name not in SHARED]
     modules, rest = by_module(names, PARTS, source.path)
     updates = [_update(source, module, parts) for module, parts in modules.items()]
-    values, extra, ignored = stored_values(source, rest)
     kind = f"PEFT VeRA, r={source.shape(a_key, 2)[0]}, {len(modules)} modules"
-    return Reading(kind, (*updates, *extra), values, (), ignored)
+    return with_stored_values(Reading(kind, tuple(updates)), source, rest)
 
 
 def _update(source: Source, module: str, parts: dict[str, str]) -> Update:

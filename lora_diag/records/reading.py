@@ -86,10 +86,6 @@ def each_line(path: Path, strict: bool = True, seal: Seal | None = None) -> Iter
         strict: Whether a kind of record that is not defined is an error; else its fields are not read.
         seal: The hash to which the lines before the ``end`` record are added.
 
-    Args:
-        path: The file.
-        seal: The hash to which the lines before the ``end`` record are added.
-
     Raises:
         InputError: It cannot be read, or a line is not a record or cannot stand where it stands.
     """

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from lora_diag.adapters import Place, bare, is_adapter, is_same_part, match_names, open_adapter
+from lora_diag.adapters import Adapter, Place, bare, is_adapter, is_same_part, match_names, open_adapter
 from lora_diag.adapters.complete import targets_of
 from lora_diag.checkpoints import Checkpoint, as_path, locate, open_checkpoint
 from lora_diag.checkpoints.tensors import FLOAT_DTYPES
@@ -65,37 +65,29 @@ def compare(
         UsageError: There is one side, and it is no adapter; or the adapter was named first.
     """
     base, tuned = as_path(base), as_path(tuned) if tuned is not None else None
-    compared = _compare(base, tuned, layers, exclude, allow_unmatched, verify)
-    _refuse_clashes(compared.pairing.deltas)
-    unpaired = tuple(replace(item, detail=legible(item.detail)) for item in compared.pairing.unpaired)
-    return replace(compared, pairing=replace(compared.pairing, unpaired=unpaired))
-
-
-def _compare(
-    base: Path | str,
-    tuned: Path | str | None,
-    layers: str | None,
-    exclude: str | None,
-    allow_unmatched: bool,
-    verify: bool,
-) -> Comparison:
-    if tuned is None:
-        if not is_adapter(locate(base)):
-            raise UsageError(f"{base}: is not an adapter; name the checkpoint to compare it with, BASE before TUNED")
-        return _with_adapter(None, base, layers, exclude, allow_unmatched, verify)
-    adapter_last = is_adapter(locate(tuned))
-    if not adapter_last and is_adapter(locate(base)):
+    if tuned is None and not is_adapter(locate(base)):
+        raise UsageError(f"{base}: is not an adapter; name the checkpoint to compare it with, BASE before TUNED")
+    last = base if tuned is None else tuned
+    ends_with_adapter = is_adapter(locate(last))
+    if not ends_with_adapter and is_adapter(locate(base)):
         raise UsageError(f"{base}: is an adapter; give BASE first, and the adapter after it")
-    before = open_checkpoint(base)
-    if adapter_last:
-        return _with_adapter(before, tuned, layers, exclude, allow_unmatched, verify)
-    after = open_checkpoint(tuned)
-    for side in (before, after):
-        if any(file.metadata.get("kind") == MOMENTS for file in side.files):
-            raise UsageError(f"{side.path}: holds {MOMENTS} and is no checkpoint; it is what --activations takes")
-    pairing, notes = _pair_renamed(pair(before, after, layers, exclude), before, after)
-    refuse_empty(pairing, before, after)
-    return Comparison((describe("base", before, verify=verify), describe("tuned", after, notes, verify)), pairing)
+    before = open_checkpoint(base) if tuned is not None else None
+    if before is None or ends_with_adapter:
+        adapter = open_adapter(locate(last))
+        pairing, notes = adapter.pair(before, layers, exclude, allow_unmatched)
+        described = _describe_adapter(adapter, last, before, pairing, notes, verify)
+    else:
+        after = open_checkpoint(last)
+        for side in (before, after):
+            if any(file.metadata.get("kind") == MOMENTS for file in side.files):
+                raise UsageError(f"{side.path}: holds {MOMENTS} and is no checkpoint; it is what --activations takes")
+        pairing, notes = _pair_renamed(pair(before, after, layers, exclude), before, after)
+        refuse_empty(pairing, before, after)
+        described = describe("tuned", after, notes, verify)
+    _refuse_clashes(pairing.deltas)
+    unpaired = tuple(replace(item, detail=legible(item.detail)) for item in pairing.unpaired)
+    inputs = (described,) if before is None else (describe("base", before, verify=verify), described)
+    return Comparison(inputs, replace(pairing, unpaired=unpaired))
 
 
 def _refuse_clashes(deltas: tuple[Delta, ...]) -> None:
@@ -183,20 +175,19 @@ def _placed(base: Checkpoint, place: Place, tuned: Checkpoint, name: str) -> Sto
     return StoredDelta(place.layer, (shape[0], shape[1]), *sides, is_matrix=len(stored) > 1)
 
 
-def _with_adapter(
-    base: Checkpoint | None,
+def _describe_adapter(
+    adapter: Adapter,
     path: Path | str,
-    layers: str | None,
-    exclude: str | None,
-    allow_unmatched: bool,
+    base: Checkpoint | None,
+    pairing: Pairing,
+    notes: tuple[str, ...],
     verify: bool,
-) -> Comparison:
-    adapter = open_adapter(locate(path))
-    pairing, notes = adapter.pair(base, layers, exclude, allow_unmatched)
+) -> RunInput:
+    """Return what the run record says of an adapter."""
     config = adapter.source.config
     targets = targets_of(adapter, base, pairing) if base is not None else None
     named = config.text("base_model_name_or_path") if config is not None else ""
-    described = RunInput(
+    return RunInput(
         role="adapter",
         path=legible(path),
         kind=legible(adapter.kind),
@@ -208,7 +199,6 @@ def _with_adapter(
         targets=targets[0] if targets is not None else None,
         lacking=tuple(map(legible, targets[1])) if targets is not None else (),
     )
-    return Comparison((described,) if base is None else (describe("base", base, verify=verify), described), pairing)
 
 
 def describe(role: str, checkpoint: Checkpoint, notes: tuple[str, ...] = (), verify: bool = False) -> RunInput:

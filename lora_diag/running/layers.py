@@ -12,9 +12,9 @@ from typing import Any, TypeVar
 from lora_diag.layers.task import LayerSettings
 from lora_diag.records import LayerRecord, LeftOut, Results, ResultsWriter, Run, RunInput
 from lora_diag.running.engines import Layout
+from lora_diag.running.engines.schedule import Sized
 from lora_diag.running.inputs import Comparison, compare
 from lora_diag.running.measuring import (
-    Task,
     check_running,
     layout_of,
     measure_layers,
@@ -27,14 +27,14 @@ from lora_diag.running.progress import Watch
 from lora_diag.version import __version__
 
 L = TypeVar("L", bound=LayerRecord)
-T = TypeVar("T", bound=Task)
+T = TypeVar("T", bound=Sized)
 S = TypeVar("S", bound=Any)
 
 # The settings of a run record that follow a command's own, in this order.
 RECORDED = ("layers", "exclude", "method", "tol", "device", "seed")
 
 
-def entry_bytes(task: Task, settings: Any) -> int:
+def entry_bytes(task: Sized, settings: Any) -> int:
     """Return the bytes of a layer's entries in float64."""
     return 8 * math.prod(task.shape)
 
@@ -163,7 +163,7 @@ class LayerRun:
                 finish(results)
         return results
 
-    def layout(self, tasks: Sequence[Task]) -> Layout:
+    def layout(self, tasks: Sequence[Sized]) -> Layout:
         """Return how this machine is shared among layers.
 
         Raises:

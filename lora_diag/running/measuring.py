@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 from lora_diag.deltas import Pairing, footprint, natural_order
 from lora_diag.errors import MemoryLimitError, UsageError
@@ -15,26 +15,11 @@ from lora_diag.linalg import resolve_device
 from lora_diag.records import LayerRecord, LeftOut, Results, ResultsWriter
 from lora_diag.running.amounts import read_bytes
 from lora_diag.running.engines import Layout, Ray, layout_for, run_local, run_ray
+from lora_diag.running.engines.schedule import Sized
 from lora_diag.running.progress import Kept, Progress, Watch
 
 L = TypeVar("L", bound=LayerRecord)
-
-
-class Task(Protocol):
-    """What is measured of one layer; a small descriptor."""
-
-    @property
-    def layer(self) -> str:
-        """The layer's name."""
-        ...
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """``(out, in)``."""
-        ...
-
-
-T = TypeVar("T", bound=Task)
+T = TypeVar("T", bound=Sized)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +53,7 @@ def place(engine: Ray | None, device: str) -> Place:
     return Place(kind, kind, "auto" if kind == "cuda" else "cpu")
 
 
-def layout_of(tasks: Sequence[Task], workers: int | None, device: str, memory: int | None = None) -> Layout:
+def layout_of(tasks: Sequence[Sized], workers: int | None, device: str, memory: int | None = None) -> Layout:
     """Return how this machine is shared among layers, which goes by the largest.
 
     Args:

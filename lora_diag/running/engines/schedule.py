@@ -25,7 +25,7 @@ REACH = 4
 
 
 class Sized(Protocol):
-    """A layer by its name and its shape."""
+    """What is measured of one layer; a small descriptor."""
 
     @property
     def layer(self) -> str:

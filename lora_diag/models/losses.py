@@ -49,6 +49,10 @@ class Losses:
         """How many predictions there are."""
         return int(self.counts.sum())
 
+    def on(self, texts: Texts) -> dict[str, Any]:
+        """Return the fields that every record of a loss has: its set, and how many predictions there are."""
+        return {"set": texts.name, "shifted": texts.shifted, "data": texts.hash, "tokens": self.tokens}
+
     def minus(self, other: Losses) -> tuple[float, float | None]:
         r"""Return the difference of two losses on the same sequences, and its standard error.
 

@@ -178,15 +178,9 @@ def record_of(
     trained = train_loss if train_loss is not None and math.isfinite(train_loss) else None
     return Probe(
         probe="sweep",
-        set=texts.name,
-        shifted=texts.shifted,
-        subject=cell.subject if cell else "base",
+        **losses.on(texts),
+        **(cell.fields if cell else {"subject": "base"}),
         name=name,
-        rank=cell.rank if cell else None,
-        lr=cell.lr if cell else None,
-        seed=cell.seed if cell else 0,
-        tokens=losses.tokens,
-        data=texts.hash,
         loss=losses.mean if losses.is_finite else None,
         train_loss=trained,
     )

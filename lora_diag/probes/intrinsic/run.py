@@ -238,17 +238,10 @@ class _Probe:
 def _record(texts: Texts, losses: Losses, cell: _Cell | None, params: int, last: float | None) -> Intrinsic:
     finite = last is not None and abs(last) < float("inf")  # NaN compares false
     return Intrinsic(
-        set=texts.name,
-        shifted=texts.shifted,
-        data=texts.hash,
-        tokens=losses.tokens,
-        subject=cell.subject if cell else "base",
-        dim=cell.dim if cell else None,
-        rank=cell.rank if cell else None,
+        **losses.on(texts),
+        **(cell.fields if cell else {"subject": "base"}),
         params=params,
-        lr=cell.lr if cell else None,
         pace=cell.rate if cell and cell.rank is None else None,
-        seed=cell.seed if cell else 0,
         loss=losses.mean if losses.is_finite else None,
         train_loss=last if finite else None,
     )

@@ -150,12 +150,9 @@ def _record(contender: Contender, own: _Sums, base: _Sums, tuned: _Sums, texts: 
     predicted = own.losses.tokens
     return Probe(
         probe="outputs",
-        set=texts.name,
-        shifted=texts.shifted,
+        **own.losses.on(texts),
         subject=contender.subject,
         name=contender.name,
-        tokens=predicted,
-        data=texts.hash,
         loss=own.losses.mean,
         gap=gap,
         gap_error=error,

@@ -122,7 +122,7 @@ def record_of(
     train_loss: float = math.nan,
 ) -> Sensitivity:
     """Return the record of a run on one set; of BASE without a run."""
-    same = {"set": texts.name, "shifted": texts.shifted, "data": texts.hash, "tokens": losses.tokens}
+    same = losses.on(texts)
     if unit is None or cell is None or base is None:
         counts = tuple(int(count) for count in losses.counts)
         return Sensitivity(**same, seed=0, loss=losses.mean, nll=_rounded(losses), predictions=counts)

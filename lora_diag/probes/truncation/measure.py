@@ -128,14 +128,11 @@ def record_of(
     change = base.mean - tuned.mean
     return Probe(
         probe="truncation",
-        set=texts.name,
-        shifted=texts.shifted,
+        **losses.on(texts),
         subject=cell.subject,
         layer=cell.layer,
         module_type=cell.module_type,
         rank=cell.rank,
-        tokens=losses.tokens,
-        data=texts.hash,
         loss=losses.mean,
         gap=gap,
         gap_error=error,

@@ -77,8 +77,8 @@ class Demand(Table):
         ]
         | None
     ) = None
-    where: Annotated[dict[str, Value], is_a('a table of fields and their values, such as {role = "adapter"}')] = Field(
-        {}
+    where: Annotated[dict[str, int | Value], is_a('a table of fields and their values, such as {role = "adapter"}')] = (
+        Field({})
     )
     severity: Severity = "error"
     message: Text = ""
@@ -105,7 +105,7 @@ class Demand(Table):
 
     @field_validator("where")
     @classmethod
-    def _check_where(cls, where: dict[str, Value]) -> dict[str, Value]:
+    def _check_where(cls, where: dict[str, int | Value]) -> dict[str, int | Value]:
         for name, value in where.items():
             parse(f"{name} == " + (f'"{value}"' if isinstance(value, str) else str(value).lower()))
         return where

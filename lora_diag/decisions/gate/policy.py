@@ -33,6 +33,12 @@ Fixed = Annotated[Literal["error"], is_a("always an error (a waiver names the la
 Fingerprint = Annotated[
     str, Field(pattern="^[0-9a-f]{32}$"), is_a("a fingerprint of 32 hexadecimal digits, as gate prints them")
 ]
+Depth = Annotated[
+    list[Annotated[int, Field(ge=0)]],
+    Field(min_length=2, max_length=2),
+    is_a("the first and the last block, such as [0, 11]"),
+]
+Where = Annotated[dict[str, int | Value], is_a('a table of fields and their values, such as {role = "adapter"}')]
 
 
 def read_age(text: object) -> timedelta:
@@ -69,17 +75,8 @@ class Demand(Table):
     layers: Pattern | None = None
     exclude: Pattern | None = None
     type: Pattern | None = None
-    depth: (
-        Annotated[
-            list[Annotated[int, Field(ge=0)]],
-            Field(min_length=2, max_length=2),
-            is_a("the first and the last block, such as [0, 11]"),
-        ]
-        | None
-    ) = None
-    where: Annotated[dict[str, int | Value], is_a('a table of fields and their values, such as {role = "adapter"}')] = (
-        Field({})
-    )
+    depth: Depth | None = None
+    where: Where = Field({})
     severity: Severity = "error"
     message: Text = ""
     floor: Literal["inconclusive", "ignore"] = "inconclusive"
@@ -98,14 +95,14 @@ class Demand(Table):
 
     @field_validator("depth")
     @classmethod
-    def _check_depth(cls, depth: list[int] | None) -> list[int] | None:
+    def _check_depth(cls, depth: Depth | None) -> Depth | None:
         if depth and depth[0] > depth[1]:
             raise ValueError(f"depth {depth} selects nothing: the first block comes first")
         return depth
 
     @field_validator("where")
     @classmethod
-    def _check_where(cls, where: dict[str, int | Value]) -> dict[str, int | Value]:
+    def _check_where(cls, where: Where) -> Where:
         for name, value in where.items():
             parse(f"{name} == " + (f'"{value}"' if isinstance(value, str) else str(value).lower()))
         return where

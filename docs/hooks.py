@@ -65,9 +65,16 @@ def cell(text: str) -> str:
 
 
 def table(heads: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
-    """Return a Markdown table."""
+    """Return a Markdown table without the columns that are empty in every row.
+
+    >>> print(table(("name", "value"), [("`--json`", "")]))
+    | name |
+    | --- |
+    | `--json` |
+    """
+    kept = [at for at in range(len(heads)) if any(row[at] for row in rows)]
     lines = [heads, tuple("---" for _ in heads), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return "\n".join(f"| {' | '.join(line[at] for at in kept)} |" for line in lines)
 
 
 def value(each: Any, annotations: dict[str, Any]) -> str:
@@ -102,8 +109,8 @@ def option_tables(command: Any) -> Iterator[str]:
 def documented(kind: type[BaseModel]) -> dict[str, str]:
     """Return what a class of records says of each field: its ``Field(description=)``, or the entry of its docstring.
 
-    >>> documented(run.LeftOut)["layer"]
-    'Name of the tensor.'
+    >>> documented(run.Run)["schema"]
+    'Version of the fields, 1.'
     """
     found: dict[str, str] = {}
     for base in reversed(kind.__mro__):
@@ -246,7 +253,13 @@ def api() -> str:
     """Return the directives of mkdocstrings for every public function and what they return."""
     named = [(feature.package, path) for feature in catalog.features() for path in feature.functions]
     paths = [(package if path.startswith(".") else "") + path.replace(":", ".") for package, path in named]
-    more = ["lora_diag.records.results.Results", "lora_diag.catalog.read_results", "lora_diag.errors"]
+    errors = ("LoradiagError", "UsageError", "InputError", "NothingComparedError")
+    more = [
+        "lora_diag.records.results.Results",
+        "lora_diag.catalog.read_results",
+        "lora_diag.running.engines.connection.Ray",
+    ]
+    more += [f"lora_diag.errors.{name}" for name in errors]
     return "\n\n".join(f"::: {path}" for path in (*paths, *more)) + "\n"
 
 

@@ -133,6 +133,20 @@ def test_generated_tables_describe_every_option_and_field(feature):
             assert all(f"| `{each}` |" in hooks.field_table(one, {}) for each in names)
 
 
+def test_hooks_examples():
+    outcome = doctest.testmod(hooks)
+    assert outcome.attempted > 3
+    assert not outcome.failed
+
+
+def test_shared_records_describe_every_field():
+    classes = hooks.shared()
+    assert {"Run", "End", "LeftOut", "Resolution"} <= {one.__name__ for one in classes}
+    for one in classes:
+        names = {field.alias or field_name for field_name, field in one.model_fields.items()}
+        assert names - {"record"} <= set(hooks.documented(one)), one
+
+
 def test_site_builds(tmp_path):
     """As ``make docs`` does, where its packages are installed."""
     pytest.importorskip("mkdocs")

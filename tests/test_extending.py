@@ -72,6 +72,16 @@ def test_example_measures_what_numpy_does(measured):
     assert len(layers) == 28
 
 
+def test_example_is_documented(plugins):
+    """The site's tables of its options and fields, without a line for it in the docs."""
+    paths = os.pathsep.join(map(str, (ROOT, plugins)))
+    environment = {**os.environ, "PYTHONPATH": paths, "PYTHONIOENCODING": "utf-8"}
+    command = [sys.executable, ROOT / "docs" / "hooks.py", "nuclear"]
+    found = subprocess.run(command, env=environment, capture_output=True, text=True, encoding="utf-8", check=True)
+    assert "| `--tol` | `T` | `0.0001` |" in found.stdout
+    assert "| `flatness` | flatness |" in found.stdout
+
+
 @pytest.mark.parametrize("command", ["inspect", "plot", "report", "csv"])
 def test_example_is_shown_by_every_command(plugins, measured, tmp_path, command):
     results = measured / "nuclear.jsonl"

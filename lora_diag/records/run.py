@@ -73,6 +73,7 @@ class Run(Record):
     """First line of a results file: what was asked of what.
 
     Args:
+        schema: Version of the fields, 1.
         command: The command, without ``loradiag``.
         version: Of loradiag.
         inputs: What was measured.

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from lora_diag.diagnostics.overlap.recorder import GradientRecorder as GradientRecorder
     from lora_diag.diagnostics.overlap.run import overlap as overlap
     from lora_diag.diagnostics.overlap.run import subspaces as subspaces
+    from lora_diag.diagnostics.portability.fix import make_portable as make_portable
+    from lora_diag.diagnostics.portability.run import portability as portability
     from lora_diag.diagnostics.residual.run import residual as residual
     from lora_diag.diagnostics.spectrum.run import spectrum as spectrum
     from lora_diag.diagnostics.verify_merge.run import verify_merge as verify_merge

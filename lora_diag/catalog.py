@@ -35,6 +35,7 @@ _FEATURES = (
     "diagnostics.interference",
     "diagnostics.intruders",
     "diagnostics.verify_merge",
+    "diagnostics.portability",
     "decisions.allocate",
     "decisions.plan",
     "decisions.extract",

@@ -37,11 +37,13 @@ class Family:
         name: What it is called.
         claims: Whether an opened source is of this kind.
         read: Reads what it changes.
+        form: The layout of its files: ``peft``, ``kohya``, ``diffusers`` or ``mlx``.
     """
 
     name: str
     claims: Callable[[Source], bool]
     read: Callable[[Source], Reading]
+    form: str = "peft"
 
 
 def _type(name: str) -> Callable[[Source], bool]:
@@ -61,9 +63,9 @@ FAMILIES = (
     Family("PEFT FourierFT", _type("FOURIERFT"), read_fourierft),
     Family("PEFT LN tuning", _type("LN_TUNING"), read_ln_tuning),
     Family("PEFT trainable tokens", _type("TRAINABLE_TOKENS"), read_trainable_tokens),
-    Family("kohya and LyCORIS", is_kohya, read_kohya),
-    Family("diffusers", is_diffusers, read_diffusers),
-    Family("MLX", is_mlx, read_mlx),
+    Family("kohya and LyCORIS", is_kohya, read_kohya, "kohya"),
+    Family("diffusers", is_diffusers, read_diffusers, "diffusers"),
+    Family("MLX", is_mlx, read_mlx, "mlx"),
 )
 
 
@@ -79,10 +81,12 @@ class Adapter:
     Args:
         source: Its files.
         reading: What they say.
+        form: The layout of its files: ``peft``, ``kohya``, ``diffusers`` or ``mlx``.
     """
 
     source: Source
     reading: Reading
+    form: str
 
     @property
     def path(self) -> Path:
@@ -167,7 +171,7 @@ def open_adapter(path: Path | str) -> Adapter:
     for family in FAMILIES:
         if family.claims(source):
             refuse_integers(source)
-            return Adapter(source, _checked(source, family.read(source)))
+            return Adapter(source, _checked(source, family.read(source)), family.form)
     refuse_unread(source)
     raise InputError(f"{source.path}: is no adapter that is known")
 

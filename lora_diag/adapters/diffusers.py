@@ -103,7 +103,17 @@ def _update(source: Source, module: str, parts: dict[str, str], settings: dict[s
     shape = (up[0], math.prod(down[1:]))
     key = parts["up"]
     dtype = source.checkpoint[key].dtype
-    return Update(f"{module}.weight", shape, load, True, dtype, zero_if=key, rank=down[0], scale=scale.known)
+    return Update(
+        f"{module}.weight",
+        shape,
+        load,
+        True,
+        dtype,
+        zero_if=key,
+        rank=down[0],
+        scale=scale.known,
+        alpha=scale.alpha,
+    )
 
 
 def _scaling(config: Config, module: str, rank: int) -> float:

@@ -45,7 +45,8 @@ def with_lengths(update: Update, source: Source, magnitude: str, by_column: bool
     if size != wanted and not of_kernels:
         raise InputError(f"{source.checkpoint.path}: {magnitude} has the shape {list(shape)}; {wanted} entries are due")
     load = partial(delta, update.load, source.checkpoint, magnitude, by_column)
-    return replace(update, load=load, factored=False, needs_weight="DoRA", zero_if="")
+    plain = update.load if update.factored else None
+    return replace(update, load=load, factored=False, needs_weight="DoRA", zero_if="", plain=plain)
 
 
 def delta(

@@ -140,7 +140,17 @@ def _lora(source: Source, module: str, parts: dict[str, str]) -> Update:
     keys = parts[LORA[0]], parts[LORA[1]], mid
     load = partial(factors, source.checkpoint, keys, scale)
     dtype = source.checkpoint[keys[0]].dtype
-    return Update(f"{module}.weight", shape, load, True, dtype, zero_if=keys[0], rank=down[0], scale=scale.known)
+    return Update(
+        f"{module}.weight",
+        shape,
+        load,
+        True,
+        dtype,
+        zero_if=keys[0],
+        rank=down[0],
+        scale=scale.known,
+        alpha=scale.alpha,
+    )
 
 
 def shapes_of(source: Source, module: str, up_key: str, down_key: str) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -40,7 +40,8 @@ def from_base(update: Update, config: Config, scale: float, rank: int) -> Update
     if not name:
         return update
     factors = cast("Callable[[Site], Factors]", update.load)
-    return replace(update, load=partial(less_part, factors, name, scale, rank), needs_weight=name, zero_if="")
+    load = partial(less_part, factors, name, scale, rank)
+    return replace(update, load=load, needs_weight=name, zero_if="", plain=factors)
 
 
 def less_part(factors: Callable[[Site], Factors], name: str, scale: float, rank: int, site: Site) -> Factors:

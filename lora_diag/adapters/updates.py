@@ -76,6 +76,8 @@ class Update:
         scale: s by which they are multiplied; None where it has none, or where it lies as a number in the file.
         diagonal: Whether a stored vector scales the columns of B or its rows (AdaLoRA, VeRA).
         optional: Whether it is no fault if BASE has no such weight (a bias that need not exist).
+        alpha: Name of the tensor that holds α; empty if α is not in the file.
+        plain: Loads s·B and A alone, of an update that is more than their product (DoRA, PiSSA); else None.
     """
 
     weight: str
@@ -93,6 +95,8 @@ class Update:
     scale: float | None = None
     diagonal: bool = False
     optional: bool = False
+    alpha: str = ""
+    plain: Callable[[Site], Factors | torch.Tensor] | None = None
 
     @property
     def layer(self) -> str:

@@ -75,7 +75,7 @@ def compare(
     if before is None or ends_with_adapter:
         adapter = open_adapter(locate(last))
         pairing, notes = adapter.pair(before, layers, exclude, allow_unmatched)
-        described = _describe_adapter(adapter, last, before, pairing, notes, verify)
+        described = describe_adapter(adapter, last, before, pairing, notes, verify)
     else:
         after = open_checkpoint(last)
         for side in (before, after):
@@ -175,7 +175,7 @@ def _placed(base: Checkpoint, place: Place, tuned: Checkpoint, name: str) -> Sto
     return StoredDelta(place.layer, (shape[0], shape[1]), *sides, is_matrix=len(stored) > 1)
 
 
-def _describe_adapter(
+def describe_adapter(
     adapter: Adapter,
     path: Path | str,
     base: Checkpoint | None,

@@ -1,0 +1,211 @@
+"""What an adapter's file holds, item by item, as a program that loads it meets it: parts, ranks and scales."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Literal
+
+from lora_diag.adapters.adapter import Adapter
+from lora_diag.adapters.diffusers import METADATA
+from lora_diag.adapters.keys import strip
+from lora_diag.adapters.names import match_names
+from lora_diag.adapters.scales import Scale, scale_of
+from lora_diag.adapters.updates import NewValue, Site, Update
+from lora_diag.checkpoints import Checkpoint
+from lora_diag.deltas import natural_order
+
+if TYPE_CHECKING:
+    import torch
+
+    from lora_diag.adapters.updates import Factors
+
+# ``factors`` of a linear layer; ``residual`` are factors whose base was changed before training (PiSSA, OLoRA, KaSA);
+# ``value`` is a weight in full, ``norm`` one of a norm, ``rows`` some rows of an embedding; ``other`` are the parts of
+# adapters that are not LoRA.
+Part = Literal[
+    "factors", "embedding", "convolution", "experts", "dora", "residual", "bias", "value", "norm", "rows", "other"
+]
+_DOWN = {"lora_B": "lora_A", "lora_up": "lora_down", "up": "down"}
+PAIRS = frozenset({"factors", "embedding", "convolution", "experts", "dora", "residual"})
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """What an adapter does to one weight.
+
+    Args:
+        layer: The weight's name in BASE; without a BASE, in the adapter.
+        module: The module in the adapter's own terms; of a fused parameter, its path.
+        part: What the file holds of it.
+        key: A tensor of it in the file.
+        rank: r of its factors; None where it has none.
+        scale: s as this package reads it; None where it has none.
+        alpha: α from a tensor of the file; None where there is none.
+        shape: ``(out, in)``; of a vector ``(n,)``; empty where only BASE tells it.
+        kernel: Of a convolution ``(in, kh, kw)``.
+        load: Loads ``(s·B, A)`` for a ``Site``; None where it has no factors.
+    """
+
+    layer: str
+    module: str
+    part: Part
+    key: str = ""
+    rank: int | None = None
+    scale: float | None = None
+    alpha: float | None = None
+    shape: tuple[int, ...] = ()
+    kernel: tuple[int, ...] = ()
+    load: Callable[[Site], Factors | torch.Tensor] | None = field(default=None, compare=False)
+
+
+@dataclass(frozen=True)
+class Contents:
+    """An adapter's file.
+
+    Args:
+        form: Its layout: ``peft``, ``kohya``, ``diffusers`` or ``mlx``.
+        items: What it does, in natural order of the weights.
+        config: ``adapter_config.json``; empty without one.
+        has_metadata: Whether the file's own metadata give r and α.
+    """
+
+    form: str
+    items: tuple[Item, ...]
+    config: Mapping[str, Any] = field(default_factory=dict)
+    has_metadata: bool = False
+
+    @property
+    def pairs(self) -> tuple[Item, ...]:
+        """The items with factors."""
+        return tuple(item for item in self.items if item.part in PAIRS)
+
+    @cached_property
+    def components(self) -> Mapping[str, tuple[Item, ...]]:
+        """The items with factors by the part of a pipeline that they are in."""
+        groups: dict[str, list[Item]] = {}
+        for item in self.pairs:
+            groups.setdefault(component_of(item.module), []).append(item)
+        return {name: tuple(group) for name, group in groups.items()}
+
+    def first(self, *parts: Part) -> Item | None:
+        """Return the first item that is one of some parts."""
+        return next((item for item in self.items if item.part in parts), None)
+
+
+def component_of(module: str) -> str:
+    """Return the part of a pipeline that a module of a diffusers or kohya file is in.
+
+    >>> component_of("unet.mid_block.attn.to_q"), component_of("lora_te1_text_model_fc1")
+    ('unet', 'lora_te1')
+    """
+    return module.partition(".")[0] if "." in module else "_".join(module.split("_")[:2])
+
+
+def contents_of(adapter: Adapter, base: Checkpoint | None = None) -> Contents:
+    """Return what an adapter holds.
+
+    Args:
+        adapter: The adapter.
+        base: Its BASE, for the weights' names there.
+
+    Raises:
+        InputError: An α in the file could not be read.
+    """
+    config = adapter.source.config
+    items = [*_updates(adapter, base), *_values(adapter, base)]
+    return Contents(
+        adapter.form,
+        tuple(sorted(items, key=lambda item: natural_order(item.layer))),
+        config.values if config is not None else {},
+        METADATA in adapter.source.metadata,
+    )
+
+
+def _updates(adapter: Adapter, base: Checkpoint | None) -> Iterator[Item]:
+    updates = [update for update in adapter.reading.updates if not update.optional]
+    wanted = dict(update.wanted for update in updates)
+    found = match_names(wanted, base, transposed=True, parts=True)[0] if base is not None else {}
+    for update in updates:
+        index = 0 if update.expert is None else update.expert[0]
+        spots = [spot.layer for spot in found.get(update.wanted[0], ()) if spot.index == index]
+        alpha = None
+        if update.alpha:
+            alpha = float(adapter.checkpoint.read(update.alpha).reshape(-1)[0])
+        scale = update.scale
+        if scale is None and update.rank is not None and (update.alpha or adapter.form != "peft"):
+            scale = scale_of(adapter.checkpoint, Scale(1.0, update.alpha, update.rank))
+        part = _part(update, adapter)
+        for layer in [update.layer] if update.keeps_name or not spots else spots:
+            yield Item(
+                layer=layer,
+                module=update.weight.removesuffix(".weight"),
+                part=part,
+                key=_key(update, part, adapter),
+                rank=update.rank,
+                scale=scale,
+                alpha=alpha,
+                shape=tuple(size for size in update.shape if size is not None),
+                kernel=_kernel(update.zero_if, adapter.checkpoint) if part == "convolution" else (),
+                load=update.plain or (update.load if update.factored else None),
+            )
+
+
+def _part(update: Update, adapter: Adapter) -> Part:
+    """Return what an update is made of."""
+    if update.needs_weight == "trainable tokens":
+        return "rows"
+    if adapter.form == "peft" and adapter.source.peft_type != "LORA":
+        return "other"
+    if update.needs_weight:
+        return "dora" if update.needs_weight == "DoRA" else "residual"
+    if not update.factored:
+        return "bias" if update.weight.endswith(".bias") else "other"
+    if update.expert is not None:
+        return "experts"
+    if update.zero_if in adapter.checkpoint:
+        if "lora_embedding" in update.zero_if:
+            return "embedding"
+        if len(adapter.checkpoint[update.zero_if].shape) > 2:
+            return "convolution"
+    return "factors"
+
+
+def _kernel(key: str, checkpoint: Checkpoint) -> tuple[int, ...]:
+    """Return ``(in, kh, kw)`` of a convolution, given its factor on the output's side."""
+    down = re.sub(r"(lora_B|lora_up|up)(?=\.weight$)", lambda found: _DOWN[found[0]], key)
+    mid = key.replace("lora_up", "lora_mid")
+    if mid in checkpoint and mid != key:
+        return (checkpoint[down].shape[1], *checkpoint[mid].shape[2:])
+    return checkpoint[down].shape[1:]
+
+
+def _key(update: Update, part: Part, adapter: Adapter) -> str:
+    """Return a tensor of the file that belongs to an update and to no plain pair of factors, where there is one."""
+    if update.zero_if:
+        return update.zero_if
+    owner = update.weight.removesuffix(".weight").removesuffix(".bias")
+    names = [name for name in adapter.checkpoint if strip(name).startswith(f"{owner}.")]
+    ends = {"dora": ("magnitude_vector", "magnitude_vector.weight", "dora_scale", ".m"), "bias": (".bias",)}.get(
+        part, ""
+    )
+    return next((name for name in names if ends and name.endswith(ends)), names[0] if names else "")
+
+
+def _values(adapter: Adapter, base: Checkpoint | None) -> Iterator[Item]:
+    values = [value for value in adapter.reading.values if not value.is_copy]
+    wanted = {value.weight: adapter.checkpoint[value.key].shape for value in values}
+    found = match_names(dict(wanted), base)[0] if base is not None else {}
+    for value in values:
+        spots = [spot.layer for spot in found.get(value.weight, ())] or [value.weight]
+        for layer in spots:
+            module = value.weight.removesuffix(".weight").removesuffix(".bias")
+            yield Item(layer, module, _kind_of(value, adapter), value.key, shape=wanted[value.weight])
+
+
+def _kind_of(value: NewValue, adapter: Adapter) -> Part:
+    if value.weight.endswith(".bias"):
+        return "bias"
+    return "norm" if "norm" in value.key and len(adapter.checkpoint[value.key].shape) == 1 else "value"

@@ -1,0 +1,65 @@
+r"""diffusers: a ``LoraConfig`` made from the file's ranks and alphas, or from its metadata.
+
+Source: huggingface/diffusers, ``utils/peft_utils.py`` (``get_peft_kwargs``), ``loaders/peft.py``
+(``load_lora_adapter``), ``loaders/lora_conversion_utils.py``. Each part of the pipeline (U-Net, transformer, text
+encoder) has a config of its own:
+
+- r is the most frequent rank, ``rank_pattern`` names the others.
+- With alphas in the file: α is the most frequent of them (or the only one), ``alpha_pattern`` names the others, and a
+  module without one gets that α.
+- Without any: α = r in every module since 0.40 (pull request 14409; read in 0.40.0, 0.42.1); before, the rank of the
+  first module in the file is the α of all (read in 0.36.0, 0.39.0).
+- ``lora_adapter_metadata`` in the file takes the place of all this.
+
+Date read: 2026-11-27.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from functools import partial
+
+from lora_diag.adapters.contents import Contents, Item, component_of
+from lora_diag.diagnostics.portability.rules import Consumer, Outcome, Rule
+
+
+def _refuses(contents: Contents) -> str:
+    odd = contents.first("other")
+    return f"{odd.key}: a part that is no LoRA" if odd is not None else ""
+
+
+def _applies(contents: Contents, item: Item, mirrored: bool) -> Outcome:
+    if item.rank is None:
+        return Outcome("full")
+    if item.part == "dora" or (contents.has_metadata and item.alpha is None):
+        return Outcome("intended", item.scale)
+    alpha, ranks_are_alphas = _alpha(contents.components[component_of(item.module)], mirrored)
+    if ranks_are_alphas:
+        return Outcome("applied", 1.0)
+    own = item.alpha if item.alpha is not None else alpha
+    why = "" if item.alpha is not None else f"gives no alpha, and gets {alpha:g}, that of other modules"
+    return Outcome("applied", own / item.rank, why)
+
+
+def _alpha(items: Sequence[Item], mirrored: bool) -> tuple[float, bool]:
+    """Return the α of modules that give none, and whether each has its own rank for one."""
+    alphas = [item.alpha for item in items if item.alpha is not None]
+    if alphas:
+        return Counter(alphas).most_common(1)[0][0], False
+    first = min(items, key=lambda item: item.key)
+    return float(first.rank or 1), mirrored
+
+
+_NEW: Callable[[Contents, Item], Outcome] = partial(_applies, mirrored=True)
+_OLD: Callable[[Contents, Item], Outcome] = partial(_applies, mirrored=False)
+
+CONSUMER = Consumer(
+    "diffusers",
+    "diffusers",
+    frozenset({"diffusers", "kohya"}),
+    (
+        Rule("0.40", "", ("0.40.0", "0.42.1"), _refuses, _NEW),
+        Rule("", "0.40", ("0.36.0", "0.39.0"), _refuses, _OLD),
+    ),
+)

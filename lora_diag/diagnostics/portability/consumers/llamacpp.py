@@ -1,0 +1,44 @@
+"""llama.cpp: one α for all, divided by the rank of each tensor; the converter stops at every other kind of tensor.
+
+Source: ggml-org/llama.cpp, ``convert_lora_to_gguf.py`` (``get_tensors``; ``alpha = lparams["lora_alpha"]``) at commit
+0b03adaa632b, and ``src/llama-adapter.h`` (``llama_adapter_lora_weight::get_scale``: ``alpha ? alpha / rank : 1``, rank
+from ``lora_b``) at commit 215841fc0178.
+
+- ``alpha_pattern``, ``rank_pattern`` and ``use_rslora`` are not read.
+- ``.base_layer.weight`` is skipped, weights of norms are passed through in full; any other name that is no
+  ``lora_A``/``lora_B`` weight or ``lora_embedding_A``/``B`` ends the conversion.
+- A module that the architecture's table of names does not have ends it, too; here that is known of stacked experts
+  alone.
+
+Date read: 2026-11-27.
+"""
+
+from __future__ import annotations
+
+from lora_diag.adapters.contents import Contents, Item
+from lora_diag.diagnostics.portability.rules import Consumer, Outcome, Rule, unless
+
+
+def _refuses(contents: Contents) -> str:
+    odd = contents.first("dora", "bias", "value", "rows", "other")
+    stack = contents.first("experts", "convolution")
+    return unless(
+        f"the converter stops at {odd.key}" if odd is not None else "",
+        "BD-LoRA" if contents.config.get("use_bdlora") else "",
+        "KaSA" if contents.config.get("kasa_config") else "",
+        f"the converter has no name for {stack.module}" if stack is not None else "",
+    )
+
+
+def _applies(contents: Contents, item: Item) -> Outcome:
+    if item.part == "norm":
+        return Outcome("full")
+    alpha = float(contents.config["lora_alpha"])
+    assert item.rank is not None
+    why = "lora_alpha / rank of the tensor; patterns and rsLoRA are not read"
+    return Outcome("applied", alpha / item.rank if alpha else 1.0, why)
+
+
+CONSUMER = Consumer(
+    "llamacpp", "llama.cpp", frozenset({"peft"}), (Rule("", "", ("0b03adaa632b",), _refuses, _applies),)
+)

@@ -1,0 +1,104 @@
+"""``portability --fix``: write an adapter that every consumer scales alike, and judge what was written."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from lora_diag.adapters import Adapter, is_adapter, open_adapter
+from lora_diag.adapters.contents import contents_of
+from lora_diag.adapters.portable import write_portable
+from lora_diag.adapters.updates import Site
+from lora_diag.checkpoints import Checkpoint, as_path, locate, open_checkpoint
+from lora_diag.diagnostics.portability.record import FORMED, Portability
+from lora_diag.diagnostics.portability.run import portability
+from lora_diag.errors import InputError, UsageError
+from lora_diag.linalg.stacked import gap
+from lora_diag.records import Results
+
+# Rounding of s·B to float32 is 2^-24 an entry; what is above this is a fault of the writer.
+ROUNDING = 1e-5
+
+
+def make_portable(
+    adapter: Path | str,
+    output: Path | str,
+    base: Path | str | None = None,
+    *,
+    form: str | None = None,
+    dora_to_lora: bool = False,
+    leave_out: bool = False,
+    consumers: Sequence[str] = (),
+    require: Sequence[str] = (),
+    max_lora_rank: int | None = None,
+) -> Results[Portability]:
+    r"""Write an adapter that every program scales alike: one rank, zeros where it was lower, α = r, s folded into B.
+
+    Args:
+        adapter: The adapter.
+        output: Folder to write; must not be there yet.
+        base: The checkpoint it was trained on: for DoRA, for names that an adapter does not tell, and for other
+            layouts.
+        form: ``peft``, ``kohya``, ``diffusers`` or ``mlx``; by default that of the adapter.
+        dora_to_lora: Write the nearest LoRA of its rank for DoRA, with its error.
+        leave_out: Leave out what has no place in it (biases, weights in full), instead of stopping.
+        consumers: Programs for which what was written is judged.
+        require: Programs that must apply what was written.
+        max_lora_rank: The largest rank that servers are told to serve.
+
+    Returns:
+        What ``portability`` finds of the written adapter. Its settings name under ``fixed`` the rank, the dtype, the
+        errors ε of truncated and of folded factors, and what was left out.
+
+    Raises:
+        UsageError: Something is at ``output``.
+        InputError: Something has no place in a portable adapter.
+    """
+    path = as_path(adapter)
+    if not is_adapter(locate(path)):
+        raise UsageError(f"{adapter}: is no adapter; the order is: loradiag portability ADAPTER [BASE] --fix -o OUT")
+    opened = open_adapter(locate(path))
+    checkpoint = open_checkpoint(as_path(base)) if base is not None else None
+    folder = Path(output)
+    written = write_portable(opened, folder, checkpoint, form, dora_to_lora, leave_out)
+    rounded = distances(opened, folder, checkpoint)
+    worst = max(rounded.values(), default=0.0)
+    if worst > ROUNDING and written.dtype == "float32":
+        raise InputError(f"{folder}: reads back with an error of {worst:.1e}; do not use it, and report this")
+    results = portability(folder, base, consumers=consumers, require=require, max_lora_rank=max_lora_rank)
+    fixed = {
+        "rank": written.rank,
+        "dtype": written.dtype,
+        "rounding": worst,
+        "truncated": dict(written.truncated),
+        "left_out": dict(written.lost),
+    }
+    run = results.run.model_copy(update={"settings": {**results.run.settings, "fixed": fixed}})
+    return replace(results, run=run)
+
+
+def distances(before: Adapter, after: Path, base: Checkpoint | None) -> dict[str, float]:
+    """Return ‖ΔW' − ΔW‖_F / ‖ΔW‖_F of what was written against the adapter, for every weight with plain factors.
+
+    Both are read as adapters are, and compared in factored form.
+
+    Raises:
+        InputError: A weight that was written does not read back under its name.
+    """
+    old = {item.layer: item for item in contents_of(before, base).items}
+    found = {}
+    for item in contents_of(open_adapter(after), base).items:
+        other = old.get(item.layer)
+        if other is None:
+            if base is None and after.exists() and open_adapter(after).form != before.form:
+                continue  # the two layouts name weights in their own ways, and only BASE would tell
+            raise InputError(f"{after}: {item.layer} is no weight of {before.path}; do not use it, and report this")
+        if other.load is None or item.load is None or other.part in FORMED:
+            continue
+        one, two = item.load(Site(item.shape)), other.load(Site(other.shape))
+        assert isinstance(one, tuple)
+        assert isinstance(two, tuple)
+        norm = gap(two, (two[0] * 0, two[1]))
+        found[item.layer] = gap(one, two) / norm if norm else 0.0
+    return found

@@ -1,0 +1,158 @@
+"""One weight and what each consumer does with it → records: the relative error of the ΔW that is applied."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from lora_diag.adapters.contents import Item
+from lora_diag.adapters.updates import Site
+from lora_diag.deltas import Delta, FactoredDelta
+from lora_diag.diagnostics.portability.record import FORMED, Portability, Status
+from lora_diag.diagnostics.portability.rules import Outcome
+from lora_diag.layers.change import OVERFLOW, load_change
+from lora_diag.layers.left_out import not_finite
+from lora_diag.layers.metric import fro_of
+from lora_diag.linalg import resolve_device
+from lora_diag.linalg.stacked import gap
+from lora_diag.records import LeftOut
+
+if TYPE_CHECKING:
+    from lora_diag.linalg.stacked import Matrix
+
+# Scales that differ by less than this are one scale, computed in another order: α/√r against √(α²/r).
+SAME = 1e-9
+
+# Consumer and version.
+Name = tuple[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """One weight that an adapter changes.
+
+    Args:
+        item: What the file holds of it.
+        outcomes: What each consumer does with it, or why it refuses the adapter.
+        intended: s that is intended.
+        delta: Its ΔW; None where only BASE can tell it and there is none.
+    """
+
+    item: Item
+    outcomes: Mapping[Name, Outcome | str]
+    intended: float | None
+    delta: Delta | None = None
+
+    @property
+    def layer(self) -> str:
+        """The weight's name."""
+        return self.item.layer
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``(out, in)``; of a vector ``(1, n)``."""
+        if self.delta is not None:
+            return self.delta.shape
+        shape = self.item.shape or (0,)
+        return (shape[0], math.prod(shape[1:])) if len(shape) > 1 else (1, shape[0])
+
+
+@dataclass(frozen=True, slots=True)
+class PortabilitySettings:
+    """How a weight is measured.
+
+    Args:
+        memory: Bytes that a layer may take; None for what it needs.
+    """
+
+    memory: int | None = None
+
+
+def judge(task: Judged, settings: PortabilitySettings) -> tuple[Portability | LeftOut, ...]:
+    """Return the record of every consumer.
+
+    Where only the scale differs, ε = ‖s'BA − sBA‖/‖sBA‖ = |s'/s − 1|, whatever B and A are; ‖sBA‖ comes from QR of the
+    factors (``decompose_factored``). For DoRA and for initialisations that changed the base, ΔW is formed.
+    """
+    fro: float | None = None
+    whole: Matrix | None = None
+    plain = task.item.part not in FORMED
+    if task.delta is not None:
+        delta = replace(task.delta, base=None) if isinstance(task.delta, FactoredDelta) else task.delta
+        change = load_change(delta, resolve_device("cpu"), keep=not plain)
+        if change.non_finite is not None:
+            return (not_finite(task.delta, change),)
+        fro = fro_of(change)
+        if not math.isfinite(fro):
+            return (not_finite(task.delta, replace(change, non_finite=OVERFLOW)),)
+        whole = change.matrix if change.factors is None else change.factors
+    return tuple(_record(task, name, outcome, fro, None if plain else whole) for name, outcome in task.outcomes.items())
+
+
+def _record(task: Judged, name: Name, outcome: Outcome | str, fro: float | None, whole: Matrix | None) -> Portability:
+    status, epsilon, scale, why = _verdict(task, outcome, fro, whole)
+    return Portability(
+        layer=task.layer,
+        consumer=name[0],
+        version=name[1],
+        status=status,
+        part=task.item.part,
+        rank=task.item.rank,
+        scale=scale,
+        intended=task.intended,
+        epsilon=epsilon,
+        fro=fro,
+        why=why,
+    )
+
+
+def _verdict(
+    task: Judged, outcome: Outcome | str, fro: float | None, whole: Matrix | None
+) -> tuple[Status, float | None, float | None, str]:
+    """Return status, ε, s' and the reason."""
+    if isinstance(outcome, str):
+        return "refused", None, None, outcome
+    error = 0.0 if fro != 0.0 else None
+    if outcome.does == "full":
+        return "full", error, None, ""
+    if outcome.does == "dropped":
+        return "dropped", 1.0 if fro != 0.0 else None, None, outcome.why
+    own, intended = task.item.scale, task.intended
+    same = outcome.scale is not None and intended is not None and _is_same(outcome.scale, intended)
+    if task.item.part in FORMED and outcome.does == "applied":
+        return "wrong", _distance(task, outcome, fro, whole), outcome.scale, _why_plain(task, outcome)
+    if same or outcome.scale is None or intended is None or (fro == 0.0 and own != 0):
+        return "exact", error, outcome.scale, ""
+    wrong = abs(outcome.scale / intended - 1) if intended else None
+    return "wrong", wrong, outcome.scale, outcome.why
+
+
+def _is_same(one: float, other: float) -> bool:
+    return math.isclose(one, other, rel_tol=SAME)
+
+
+def _why_plain(task: Judged, outcome: Outcome) -> str:
+    plain = "the magnitudes of DoRA" if task.item.part == "dora" else "what the initialisation took from the base"
+    return f"B·A alone is added, without {plain}" + (f"; {outcome.why}" if outcome.why else "")
+
+
+def _distance(task: Judged, outcome: Outcome, fro: float | None, whole: Matrix | None) -> float | None:
+    """Return ‖s'BA − ΔW‖_F / ‖ΔW‖_F, with ΔW formed; None where it takes a BASE and there is none."""
+    item, delta = task.item, task.delta
+    if delta is None or not fro or whole is None or item.load is None or outcome.scale is None or not item.scale:
+        return None
+    found = item.load(Site(delta.shape))
+    assert isinstance(found, tuple)
+    b, a = found
+    if (len(b), a.shape[1]) != delta.shape:
+        b, a = a.T, b.T
+    return gap((b * (outcome.scale / item.scale), a), whole) / fro
+
+
+def size(task: Judged, settings: PortabilitySettings) -> int:
+    """Return about how many bytes a weight takes: its factors, or ΔW in float64 where it must be formed."""
+    if task.item.part in FORMED and task.delta is not None:
+        return 8 * 4 * math.prod(task.shape)
+    return 8 * 3 * (task.item.rank or 64) * sum(task.shape)

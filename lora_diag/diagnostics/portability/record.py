@@ -1,0 +1,59 @@
+"""Records of ``portability``."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from lora_diag.records.base import LayerRecord, Norm
+from lora_diag.records.shown import Shown
+
+Status = Literal["exact", "wrong", "dropped", "full", "refused"]
+
+# The worst first.
+ORDER: tuple[Status, ...] = ("refused", "dropped", "wrong", "full", "exact")
+
+# What a consumer that does what is intended does with a layer.
+AS_INTENDED: tuple[Status, ...] = ("exact", "full")
+
+# Parts whose ΔW is more than B·A, so that an error is no matter of scales alone.
+FORMED = frozenset({"dora", "residual"})
+
+
+class Portability(LayerRecord):
+    """What one consumer makes of one weight that the adapter changes.
+
+    Args:
+        layer: The weight's name in BASE; without a BASE, in the adapter.
+        consumer: The program that loads the adapter, such as ``vllm``.
+        version: Its version: the one that was asked for, or the newest in which the rule was read.
+        status: ``exact`` if it applies the intended ΔW; ``wrong`` if another one; ``dropped`` if it silently leaves the
+            weight as it is; ``full`` if it takes a weight that the file holds in full; ``refused`` if it stops with an
+            error, which holds for the whole adapter.
+        part: What the file holds of it: ``factors``, ``dora``, ``bias``, ``value`` and so on.
+        rank: r of its factors; null where it has none.
+        scale: s' by which the consumer multiplies B·A; null where it multiplies nothing.
+        intended: s that is intended; null where it has none.
+        epsilon: ‖ΔW' − ΔW‖_F / ‖ΔW‖_F of the applied ΔW' against the intended ΔW: |s'/s − 1| where only the scale
+            differs, 1 if dropped; null if refused, if ΔW = 0, and where it takes a BASE to tell and there is none.
+        fro: ‖ΔW‖_F of the intended update; null where it takes a BASE to tell and there is none.
+        why: The reason, in one sentence; empty where it is exact.
+    """
+
+    key: ClassVar[tuple[str, ...]] = ("layer", "consumer", "version")
+    shown: ClassVar[tuple[Shown, ...]] = (
+        Shown("status", "status", "what the consumer makes of the weight", main=True),
+        Shown("epsilon", "ε", "relative error of the ΔW that the consumer applies", axis="relative error ε"),
+        Shown("scale", "scale", "by which the consumer multiplies B·A", axis="applied scale"),
+    )
+    record: Literal["portability"] = "portability"
+    layer: str
+    consumer: str
+    version: str
+    status: Status
+    part: str
+    rank: int | None
+    scale: float | None
+    intended: float | None
+    epsilon: Norm | None
+    fro: Norm | None
+    why: str = ""

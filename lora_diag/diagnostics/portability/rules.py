@@ -1,0 +1,144 @@
+"""A consumer's rule: a pure function of what an adapter's file holds, for a range of the consumer's versions."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from itertools import zip_longest
+from typing import Any, Literal
+
+from lora_diag.adapters.contents import Contents, Item
+from lora_diag.errors import UsageError
+
+_VERSION = re.compile(r"b?(\d+(?:\.\d+)*)(?:[.-]?(?:post|rc|dev|a|b)\d*)*")
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a consumer does with one item.
+
+    Args:
+        does: ``applied`` if it adds ``scale``·B·A; ``intended`` if it does what the item says, whatever that is;
+            ``full`` if it takes a stored weight; ``dropped`` if it leaves the weight as it is.
+        scale: s'; None where it multiplies nothing.
+        why: The reason, in one sentence; empty for the usual case.
+    """
+
+    does: Literal["applied", "intended", "full", "dropped"]
+    scale: float | None = None
+    why: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """What some versions of a consumer do.
+
+    Args:
+        since: The first version for which it holds; empty if none is known for which it does not.
+        until: The first version for which it no longer holds; empty if it holds to the newest that was read.
+        read: Versions in which the source was read, the newest last.
+        refuses: Why the consumer does not load an adapter at all; empty if it does.
+        applies: What it does with an item of an adapter that it loads.
+    """
+
+    since: str
+    until: str
+    read: tuple[str, ...]
+    refuses: Callable[[Contents], str]
+    applies: Callable[[Contents, Item], Outcome]
+
+    @property
+    def versions(self) -> str:
+        """The range, such as ``< 0.32``: rules stand from the newest to the oldest, and the first that holds counts."""
+        return f"< {self.until}" if self.until else f"≥ {self.since}" if self.since else "all"
+
+
+@dataclass(frozen=True, slots=True)
+class Consumer:
+    """A program that loads adapters.
+
+    Args:
+        name: As ``--for`` takes it.
+        title: As it is written.
+        forms: Layouts of files that it reads: ``peft``, ``kohya``, ``diffusers``, ``mlx``.
+        rules: The newest first.
+        largest_rank: Largest rank that it can be set to serve; None if there is no limit.
+        default_rank: Largest rank that it serves unless it is told otherwise; None if there is no limit.
+        rank_option: The option that sets it.
+        rank_choices: The values that this option takes; empty if any.
+    """
+
+    name: str
+    title: str
+    forms: frozenset[str]
+    rules: tuple[Rule, ...]
+    largest_rank: int | None = None
+    default_rank: int | None = None
+    rank_option: str = ""
+    rank_choices: tuple[int, ...] = field(default=())
+
+    @property
+    def newest(self) -> str:
+        """The newest version that was read."""
+        return self.rules[0].read[-1]
+
+    def rule(self, version: str) -> Rule:
+        """Return the rule for a version; for the newest if none is given.
+
+        Raises:
+            UsageError: It is no version, or one that is older than every rule.
+        """
+        if not version:
+            return self.rules[0]
+        if not _VERSION.fullmatch(version):
+            raise UsageError(f"--for {self.name}=={version}: is no version; give one such as {self.newest}")
+        for rule in self.rules:
+            if not rule.since or not is_before(version, rule.since):
+                return rule
+        raise UsageError(
+            f"--for {self.name}=={version}: no rule is known for it; the oldest is for {self.rules[-1].versions}"
+        )
+
+    def is_newer(self, version: str) -> bool:
+        """Say whether a version is newer than any that was read."""
+        return bool(version) and bool(self.rules[0].since) and is_before(self.newest, version)
+
+    def rank_needed(self, contents: Contents) -> int | None:
+        """Return the rank that the consumer must be told to serve; None where its default will do."""
+        rank = largest_rank(contents)
+        if self.default_rank is None or rank <= self.default_rank:
+            return None
+        return next((choice for choice in self.rank_choices if choice >= rank), rank)
+
+
+def is_before(one: str, other: str) -> bool:
+    """Say whether a version is before another, part by part.
+
+    >>> is_before("0.31.2", "0.32"), is_before("0.32", "0.32.0"), is_before("0.9", "0.10")
+    (True, False, True)
+    """
+    parts = ([int(part) for part in _VERSION.fullmatch(text)[1].split(".")] for text in (one, other))  # type: ignore[index]
+    for ours, theirs in zip_longest(*parts, fillvalue=0):
+        if ours != theirs:
+            return bool(ours < theirs)
+    return False
+
+
+def largest_rank(contents: Contents) -> int:
+    """Return the largest rank of an adapter, in its factors or in its config."""
+    named = [contents.config.get("r"), *(contents.config.get("rank_pattern") or {}).values()]
+    stated = [int(value) for value in named if isinstance(value, int | float)]
+    return max([*stated, *(item.rank or 0 for item in contents.items)], default=0)
+
+
+def one_scale(config: Mapping[str, Any]) -> float:
+    """Return α/r or, with rsLoRA, α/√r, from the config's own α and r: the same for every module."""
+    rank = config["r"]
+    return float(config["lora_alpha"] / (math.sqrt(rank) if config.get("use_rslora") else rank))
+
+
+def unless(*reasons: str) -> str:
+    """Return the reasons that are there, as one sentence; empty if there is none."""
+    return "; ".join(reason for reason in reasons if reason)

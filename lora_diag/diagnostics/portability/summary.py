@@ -1,0 +1,205 @@
+"""The answer to ``portability``: one line a consumer, and where it does something else than is intended."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Group
+
+from lora_diag.diagnostics.portability.consumers import CONSUMERS
+from lora_diag.diagnostics.portability.record import AS_INTENDED, FORMED, ORDER, Portability, Status
+from lora_diag.records import Results
+from lora_diag.rendering.columns import Column, Grid, rows_of, title_of
+from lora_diag.rendering.statements import Statement, compared, ending, left_out, say, summary_of
+from lora_diag.rendering.text import named, number, safe, short, shown, span, to_text
+
+_SPARED = ("rank", "n")
+
+Name = tuple[str, str]
+
+
+def portability_table(
+    results: Results[Portability], width: int = 80, color: bool = False, per: str = "type", then: str | None = None
+) -> str:
+    """Return the table and the summary of a portability run.
+
+    Args:
+        results: What was found.
+        width: Columns of the terminal.
+        color: Whether to use ANSI colours.
+        per: ``type`` for one row a module type, ``layer`` for one row a layer.
+        then: The command that a user would run next.
+
+    Returns:
+        Lines of text, without a newline at the end.
+    """
+    grids = [part for grid in portability_grids(results, per) for part in grid.shown(width)]
+    return to_text(Group(*grids, summary_of(portability_lines(results), then)), width, color)
+
+
+def portability_grids(results: Results[Portability], per: str = "type") -> list[Grid]:
+    """Return the table: a row a module type or layer, a column a consumer, and in it how far off it is."""
+    if not len(results):
+        return []
+    rows = rows_of(results, per)
+    names = list(by_consumer(results))
+    columns = [Column("n", tuple(str(len({record.layer for record in group})) for _, group in rows))]
+    columns += [Column("rank", tuple(_ranks(group) for _, group in rows))]
+    for name in names:
+        cells = tuple(_cell([record for record in group if _name(record) == name]) for _, group in rows)
+        columns.append(Column(_title(name, names), cells))
+    kept = tuple(column for column in columns if per == "type" or column.title != "n")
+    return [Grid("", title_of(per), tuple(row for row, _ in rows), kept, _SPARED)]
+
+
+def by_consumer(records: Sequence[Portability] | Results[Portability]) -> dict[Name, list[Portability]]:
+    """Return the records of each consumer and version, in the order in which they were asked for."""
+    groups: dict[Name, list[Portability]] = {}
+    for record in records:
+        groups.setdefault(_name(record), []).append(record)
+    return groups
+
+
+def _name(record: Portability) -> Name:
+    return record.consumer, record.version
+
+
+def _title(name: Name, names: Sequence[Name]) -> str:
+    """Return what a consumer is called: with its version where another one is there, too."""
+    title = CONSUMERS[name[0]].title if name[0] in CONSUMERS else name[0]
+    alone = sum(other == name[0] for other, _ in names) == 1
+    return title if alone else f"{title} {name[1]}"
+
+
+def _ranks(group: Sequence[Portability]) -> str:
+    ranks = {record.rank for record in group if record.rank is not None}
+    return span(ranks) if ranks else "-"
+
+
+def _cell(group: Sequence[Portability]) -> str:
+    """Return the worst that a consumer does with some weights, with its largest error."""
+    if not group:
+        return "-"
+    status = _worst(group)
+    if status != "wrong":
+        return status
+    scales = sorted({record.scale / record.intended for record in group if record.scale and record.intended})
+    if not scales or any(record.part in FORMED for record in group):
+        return f"ε {shown(max((r.epsilon for r in group if r.epsilon is not None), default=None))}"
+    low, high = number(scales[0]), number(scales[-1])
+    return f"×{low}" if low == high else f"×{low} to ×{high}"
+
+
+def _worst(group: Sequence[Portability]) -> Status:
+    found = {record.status for record in group}
+    return next(status for status in ORDER if status in found)
+
+
+def pooled_epsilon(records: Sequence[Portability]) -> float | None:
+    """Return √(Σ‖ΔW' − ΔW‖² / Σ‖ΔW‖²) over some weights; None where one of them is not known."""
+    known = [(r.epsilon or 0.0, r.fro) for r in records if r.fro is not None and (r.epsilon is not None or r.fro == 0)]
+    total = math.hypot(*(fro for _, fro in known))
+    if len(known) < len(records) or total == 0:
+        return None
+    return math.hypot(*(epsilon * fro for epsilon, fro in known)) / total
+
+
+def failed(results: Results[Portability]) -> list[Name]:
+    """Return the required consumers that do something else than is intended."""
+    required = set(results.run.settings.get("require") or ())
+    return [
+        name
+        for name, records in by_consumer(results).items()
+        if "==".join(name) in required and any(record.status not in AS_INTENDED for record in records)
+    ]
+
+
+def portability_lines(results: Results[Portability]) -> list[Statement]:
+    """Return the summary: what each consumer does, and what to do about it."""
+    groups = by_consumer(results)
+    lines = [compared(results)]
+    lost = [name for name, records in groups.items() if any(record.status not in AS_INTENDED for record in records)]
+    lines += _fixed(results.run.settings.get("fixed"))
+    if groups:
+        lines.append(_answer(groups, lost))
+    lines += [_of(name, records, results) for name, records in groups.items()]
+    if required := failed(results):
+        titles = ", ".join(f"{_title(name, [*groups])} {name[1]}" for name in required)
+        lines.append(say("require", "Required", f"not as intended: {titles}", level="failure"))
+    lines.append(left_out(results))
+    return [*lines, *ending(results)]
+
+
+def _fixed(fixed: Mapping[str, Any] | None) -> list[Statement]:
+    """Return what was written, and what it cost."""
+    if fixed is None:
+        return []
+    rounding = number(fixed["rounding"]) if fixed["rounding"] else "0"
+    lines = [
+        f"rank {fixed['rank']} and alpha {fixed['rank']} for all, {fixed['dtype']}; folding: largest ε = {rounding}"
+    ]
+    if truncated := fixed["truncated"]:
+        layer, worst = max(truncated.items(), key=lambda pair: pair[1])
+        lines.append(
+            f"nearest LoRA for {len(truncated)} weights with DoRA: largest ε = {number(worst)} ({short(layer)})"
+        )
+    lost = fixed["left_out"]
+    if lost:
+        lines.append(f"left out: {named([*lost])}")
+    return [say("fixed", "Written", *lines, level="warning" if lost or truncated else "note")]
+
+
+def _answer(groups: dict[Name, list[Portability]], lost: Sequence[Name]) -> Statement:
+    names = [*groups]
+    if not lost:
+        return say("portable", "Portable", f"yes: the same ΔW in {_titles(names, names)}", level="ok")
+    good = [name for name in names if name not in lost]
+    same = f"as intended in {_titles(good, names)} and " if good else ""
+    return say("portable", "Portable", f"no: {same}not in {_titles(lost, names)}", level="warning")
+
+
+def _titles(chosen: Sequence[Name], names: Sequence[Name]) -> str:
+    return ", ".join(_title(name, names) for name in chosen)
+
+
+def _of(name: Name, records: list[Portability], results: Results[Portability]) -> Statement:
+    """Return what one consumer does."""
+    counts = Counter(record.status for record in records)
+    details = []
+    if counts["refused"]:
+        lead, level = f"refuses the adapter: {safe(records[0].why)}", "failure"
+    elif not set(counts) - set(AS_INTENDED):
+        lead, level = f"exact in all {len(records)} weights", "ok"
+    else:
+        parts = [_wrong(records)] if counts["wrong"] else []
+        if counts["dropped"]:
+            lost = [record for record in records if record.status == "dropped"]
+            parts.append(f"drops {len(lost)} of {len(records)} weights: {named([record.layer for record in lost])}")
+        lead, level = "; ".join(parts), "warning"
+        if (epsilon := pooled_epsilon(records)) is not None:
+            details.append(f"over all weights ε = {number(epsilon)}")
+        details += list(dict.fromkeys(safe(record.why) for record in records if record.why))[:3]
+    if name[0] in (needed := results.run.settings.get("ranks_to_set") or {}) and not counts["refused"]:
+        details.append(f"start it with {needed[name[0]]}")
+    if "==".join(name) in (results.run.settings.get("newer") or ()):
+        details.append(f"the rule was read in {CONSUMERS[name[0]].newest}; {name[1]} may do otherwise")
+    label = f"{_title(name, [name])} {name[1]}"
+    return say(f"consumer {'=='.join(name)}", label, lead, *details, level=level)  # type: ignore[arg-type]
+
+
+def _wrong(records: Sequence[Portability]) -> str:
+    """Return what is wrong in how many weights, and where it is worst."""
+    wrong = [record for record in records if record.status == "wrong"]
+    where = f"in {len(wrong)} of {len(records)} weights"
+    known = [record for record in wrong if record.epsilon is not None]
+    if known:
+        worst = max(known, key=lambda record: record.epsilon or 0.0)
+        where += f", largest ε = {number(worst.epsilon or 0.0)} ({short(worst.layer)})"
+    scales = sorted({record.scale / record.intended for record in wrong if record.scale and record.intended})
+    if not scales or any(record.part in FORMED for record in wrong):
+        return f"another ΔW {where}"
+    low, high = number(scales[0]), number(scales[-1])
+    return f"scaled ×{low}{f' to ×{high}' if high != low else ''} {where}"

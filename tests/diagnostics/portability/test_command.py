@@ -1,0 +1,187 @@
+"""``loradiag portability`` as a user runs it, and its numbers against ΔW formed in float64."""
+
+import json
+
+import numpy as np
+import pytest
+
+from lora_diag.diagnostics.portability.run import portability
+from lora_diag.diagnostics.portability.summary import pooled_epsilon
+from tests.adapters.making import adapter, base, normal, write
+
+MODULES = [f"model.layers.{n}.self_attn.{leaf}" for n in (0, 1) for leaf in ("q_proj", "v_proj")]
+
+
+def factors(ranks=(2, 2, 2, 2)):
+    found = {}
+    for n, (module, rank) in enumerate(zip(MODULES, ranks, strict=True)):
+        found |= {
+            f"{module}.lora_A.weight": normal(rank, 12, seed=n),
+            f"{module}.lora_B.weight": normal(12, rank, seed=9 + n),
+        }
+    return found
+
+
+@pytest.fixture
+def patterned(tmp_path):
+    """An adapter whose v_proj have an alpha of their own."""
+    return adapter(tmp_path, factors(), alpha_pattern={"v_proj": 6}, target_modules=["q_proj", "v_proj"])
+
+
+def test_a_uniform_adapter_is_exact_everywhere(tmp_path, loradiag):
+    adapter(tmp_path, factors(), target_modules=["q_proj", "v_proj"])
+    ran = loradiag("portability", "adapter", "--require", "peft,vllm,sglang,llamacpp")
+    assert ran.code == 0
+    assert "exact in all 4 weights" in ran.out
+
+
+def test_a_required_program_that_is_off_fails(patterned, loradiag):
+    ran = loradiag("portability", "adapter", "--require", "vllm", "--json")
+    assert ran.code == 0
+    ran = loradiag("portability", "adapter", "--require", "llamacpp", "--json")
+    assert ran.code == 1
+    records = [json.loads(line) for line in ran.out.splitlines()]
+    found = {
+        r["layer"]: (r["status"], r["scale"], r["intended"], r["epsilon"])
+        for r in records
+        if r["record"] == "portability"
+    }
+    assert found == {
+        f"{module}.weight": ("exact", 1.5, 1.5, 0.0) if "q_proj" in module else ("wrong", 1.5, 3.0, 0.5)
+        for module in MODULES
+    }
+
+
+def test_dropping_the_alpha_pattern_is_found(patterned):
+    """The adapter without its pattern is another adapter: it is told by the scales of the records."""
+    before = {record.layer: record.intended for record in portability(patterned, consumers=["peft"])}
+    config = json.loads((patterned / "adapter_config.json").read_text())
+    (patterned / "adapter_config.json").write_text(json.dumps(config | {"alpha_pattern": {}}))
+    after = {record.layer: record.intended for record in portability(patterned, consumers=["peft"])}
+    assert {layer: before[layer] / after[layer] for layer in before} == {
+        f"{module}.weight": 2.0 if "v_proj" in module else 1.0 for module in MODULES
+    }
+
+
+def test_epsilon_is_that_of_matrices_formed_in_float64(tmp_path):
+    ranks = (2, 3, 2, 4)
+    tensors = factors(ranks)
+    pattern = dict(zip(MODULES, ranks, strict=True))
+    folder = adapter(tmp_path, tensors, rank_pattern=pattern, use_rslora=True)
+    results = portability(folder, consumers=["llamacpp"])
+    gaps, norms = [], []
+    for module, rank in zip(MODULES, ranks, strict=True):
+        product = tensors[f"{module}.lora_B.weight"] @ tensors[f"{module}.lora_A.weight"]
+        intended, applied = 3 / np.sqrt(rank) * product, 3 / rank * product
+        record = results[module]
+        gaps.append(np.linalg.norm(applied - intended))
+        norms.append(np.linalg.norm(intended))
+        assert record.epsilon == pytest.approx(gaps[-1] / norms[-1])
+        assert record.fro == pytest.approx(norms[-1])
+    assert pooled_epsilon(results.layers) == pytest.approx(np.linalg.norm(gaps) / np.linalg.norm(norms))
+
+
+def test_dora_without_its_magnitudes_is_measured_with_the_base(tmp_path):
+    """sd-scripts adds B·A and ignores the magnitudes."""
+    w, down, up = normal(6, 5), normal(2, 5, seed=1), normal(6, 2, seed=2)
+    lengths = np.abs(normal(6, 1, seed=3)) + 1
+    name = "lora_unet_block_to_q"
+    tensors = {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up, f"{name}.dora_scale": lengths}
+    tensors[f"{name}.alpha"] = np.array(1.0)
+    write(tmp_path / "lora.safetensors", tensors)
+    base(tmp_path, {"block.to_q.weight": w})
+    (record,) = portability(tmp_path / "lora.safetensors", tmp_path / "base", consumers=["kohya"])
+    plain = 0.5 * up @ down
+    v = w + plain
+    whole = lengths * v / np.linalg.norm(v, axis=1, keepdims=True) - w
+    assert record.status == "wrong"
+    assert record.epsilon == pytest.approx(np.linalg.norm(plain - whole) / np.linalg.norm(whole), rel=1e-5)
+    (alone,) = portability(tmp_path / "lora.safetensors", consumers=["kohya"])
+    assert (alone.status, alone.epsilon, alone.fro) == ("wrong", None, None)
+
+
+def test_intended_is_what_another_program_says(patterned):
+    results = portability(patterned, consumers=["peft", "vllm==0.31"], intended="llamacpp")
+    assert {(r.consumer, r.status) for r in results if "v_proj" in r.layer} == {("peft", "wrong"), ("vllm", "exact")}
+    assert {r.epsilon for r in results if r.consumer == "peft" and "v_proj" in r.layer} == {1.0}
+
+
+def test_an_untrained_layer_is_no_error(tmp_path):
+    tensors = factors() | {f"{MODULES[1]}.lora_B.weight": np.zeros((12, 2))}
+    folder = adapter(tmp_path, tensors, alpha_pattern={"v_proj": 6})
+    results = portability(folder, consumers=["llamacpp"])
+    dead, other = results[MODULES[1]], results[MODULES[3]]
+    assert (dead.status, dead.epsilon, dead.fro) == ("exact", None, 0.0)
+    assert other.status == "wrong"
+
+
+def test_ranks_above_what_the_server_takes(tmp_path, loradiag):
+    adapter(tmp_path, factors((20, 20, 20, 20)), r=20, target_modules=["q_proj", "v_proj"])
+    ran = loradiag("portability", "adapter", "--for", "vllm")
+    assert (ran.code, "--max-lora-rank 32" in ran.out) == (0, True)
+    ran = loradiag("portability", "adapter", "--require", "vllm", "--max-lora-rank", "16")
+    assert ran.code == 1
+    assert "rank 20 is above --max-lora-rank 16" in ran.out
+
+
+def test_newer_versions_than_were_read_are_said_to_be(patterned, loradiag):
+    ran = loradiag("portability", "adapter", "--for", "vllm==9.0")
+    assert (ran.code, "may do otherwise" in ran.out) == (0, True)
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "message"),
+    [
+        (("adapter", "--for", "ollama"), 2, "there are peft"),
+        (("adapter", "--for", "vllm==0.2"), 2, "no rule is known"),
+        (("base",), 2, "is no adapter"),
+        (("adapter", "adapter"), 2, "is an adapter"),
+        ((), 2, "name an adapter"),
+        (("adapter", "--intended", "kohya"), 2, "refuses this adapter"),
+        (("adapter", "--layers", "nothing"), 4, "no weight"),
+        (("adapter", "base", "--layers", "q_proj"), 3, "not in"),
+    ],
+)
+def test_bad_input(patterned, tmp_path, loradiag, words, code, message):
+    base(tmp_path, {"other.weight": normal(3, 3)})
+    ran = loradiag("portability", *words)
+    assert (ran.code, ran.out) == (code, "")
+    assert message in ran.err
+
+
+def test_an_entry_that_is_not_finite_is_named(tmp_path, loradiag):
+    tensors = factors()
+    tensors[f"{MODULES[0]}.lora_B.weight"][0, 0] = np.nan
+    adapter(tmp_path, tensors)
+    ran = loradiag("portability", "adapter", "-o", "p.jsonl")
+    assert ran.code == 3
+    assert MODULES[0] in ran.err
+
+
+def test_names_are_those_of_base(tmp_path):
+    """kohya's underscores become the names of BASE, which alone tells them apart."""
+    tensors = {"lora_unet_a_b_to_q.lora_down.weight": normal(2, 5), "lora_unet_a_b_to_q.lora_up.weight": normal(6, 2)}
+    write(tmp_path / "lora.safetensors", tensors)
+    base(tmp_path, {"a.b.to_q.weight": normal(6, 5)})
+    results = portability(tmp_path / "lora.safetensors", tmp_path / "base")
+    assert {record.layer for record in results} == {"a.b.to_q.weight"}
+    assert {record.consumer for record in results} == {"diffusers", "kohya"}
+
+
+def test_results_are_judged_by_a_gate_and_reported(patterned, tmp_path, loradiag):
+    assert loradiag("portability", "adapter", "-o", "p.jsonl").code == 0
+    (tmp_path / "gate.toml").write_text('[[rule]]\nname = "portable"\nrequire = "portability.epsilon <= 0.01"\n')
+    ran = loradiag("gate", "p.jsonl", "--policy", "gate.toml")
+    assert ran.code == 1, ran.err
+    (tmp_path / "loose.toml").write_text('[[rule]]\nname = "portable"\nrequire = "portability.epsilon <= 0.6"\n')
+    assert loradiag("gate", "p.jsonl", "--policy", "loose.toml").code == 0
+    assert loradiag("report", "p.jsonl", "-o", "report.html").code == 0
+    page = (tmp_path / "report.html").read_text()
+    assert "Will the adapter mean the same where it is served?" in page
+    assert loradiag("inspect", "p.jsonl", "--per", "layer").code == 0
+
+
+def test_rules_need_no_adapter(loradiag):
+    ran = loradiag("portability", "--rules")
+    assert ran.code == 0
+    assert "target_modules is a regex" in ran.out

@@ -1,0 +1,233 @@
+"""``portability --fix``: what is written means what was given, in one rank and with α = r."""
+
+import importlib.util
+import json
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from lora_diag.diagnostics.portability.fix import make_portable
+from lora_diag.diagnostics.portability.run import portability
+from lora_diag.errors import InputError, UsageError
+from tests.adapters.making import adapter, base, changes, close, normal, write
+
+MODULES = [f"model.layers.{n}.self_attn.{leaf}" for n in (0, 1) for leaf in ("q_proj", "v_proj")]
+RANKS = (2, 3, 5, 1)
+
+
+def patterned(tmp_path, **config):
+    tensors = {}
+    for n, (module, rank) in enumerate(zip(MODULES, RANKS, strict=True)):
+        tensors[f"{module}.lora_A.weight"] = normal(rank, 12, seed=n)
+        tensors[f"{module}.lora_B.weight"] = normal(10, rank, seed=9 + n)
+    pattern = dict(zip(MODULES, RANKS, strict=True))
+    return adapter(tmp_path, tensors, rank_pattern=pattern, target_modules=["q_proj", "v_proj"], **config)
+
+
+@pytest.mark.parametrize("config", [{}, {"use_rslora": True}, {"alpha_pattern": {"q_proj": 7}, "lora_alpha": 5}])
+def test_a_fixed_adapter_is_the_same_update_everywhere(tmp_path, config):
+    folder = patterned(tmp_path, **config)
+    before, _ = changes(folder, None)
+    results = make_portable(
+        folder, tmp_path / "out", require=["peft", "vllm==0.31", "sglang", "llamacpp", "peft==0.13"]
+    )
+    assert {record.status for record in results} == {"exact"}
+    written = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert (written["r"], written["lora_alpha"]) == (5, 5)
+    assert not any(key in written for key in ("rank_pattern", "alpha_pattern"))
+    tensors = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert {min(value.shape) for value in tensors.values()} == {5}
+    after, _ = changes(tmp_path / "out", None)
+    for layer, change in before.items():
+        close(after[layer], change)
+
+
+def test_peft_applies_what_was_written(tmp_path):
+    peft, torch = pytest.importorskip("peft"), pytest.importorskip("torch")
+
+    class Net(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.q_proj = torch.nn.Linear(12, 10, bias=False)
+            self.embed = torch.nn.Embedding(7, 6)
+
+    tensors = {
+        "q_proj.lora_A.weight": normal(2, 12),
+        "q_proj.lora_B.weight": normal(10, 2),
+        "embed.lora_embedding_A": normal(3, 7),
+        "embed.lora_embedding_B": normal(6, 3),
+    }
+    folder = adapter(tmp_path, tensors, rank_pattern={"embed": 3}, target_modules=["q_proj", "embed"], use_rslora=True)
+    make_portable(folder, tmp_path / "out")
+    merged = []
+    for path in (folder, tmp_path / "out"):
+        torch.manual_seed(0)
+        model = peft.PeftModel.from_pretrained(Net(), path).merge_and_unload()
+        merged.append({name: value.double().numpy() for name, value in model.state_dict().items()})
+    torch.manual_seed(0)
+    plain = Net().state_dict()
+    for name, value in merged[0].items():
+        assert np.abs(value - plain[name].double().numpy()).max() > 0.1
+        np.testing.assert_allclose(merged[1][name], value, atol=2e-6)
+
+
+def test_half_precision_is_kept_where_folding_is_exact(tmp_path):
+    torch = pytest.importorskip("torch")
+    from safetensors.torch import save_file
+
+    folder = patterned(tmp_path)
+    path = folder / "adapter_model.safetensors"
+    halves = {name: torch.from_numpy(value).bfloat16() for name, value in load_file(path).items()}
+    for alpha, dtype in ((None, "float32"), (4, "bfloat16")):
+        save_file(halves, path)
+        config = json.loads((folder / "adapter_config.json").read_text())
+        pattern = {module: 2 * rank for module, rank in zip(MODULES, RANKS, strict=True)} if alpha else {}
+        (folder / "adapter_config.json").write_text(json.dumps(config | {"alpha_pattern": pattern}))
+        results = make_portable(folder, tmp_path / dtype)
+        assert results.run.settings["fixed"]["dtype"] == dtype
+        assert results.run.settings["fixed"]["rounding"] < (1e-6 if dtype == "float32" else 1e-12)
+
+
+def test_dora_becomes_the_nearest_lora_of_its_rank(tmp_path):
+    w, a, b = normal(6, 5), normal(2, 5, seed=1), normal(6, 2, seed=2)
+    m = np.abs(normal(6, seed=3)) + 1
+    tensors = {"q.lora_A.weight": a, "q.lora_B.weight": b, "q.lora_magnitude_vector": m}
+    folder = adapter(tmp_path, tensors, use_dora=True, target_modules=["q"])
+    base(tmp_path, {"q.weight": w})
+    with pytest.raises(InputError, match="dora-to-lora"):
+        make_portable(folder, tmp_path / "out", tmp_path / "base")
+    with pytest.raises(InputError, match="give BASE"):
+        make_portable(folder, tmp_path / "out", dora_to_lora=True)
+    results = make_portable(folder, tmp_path / "out", tmp_path / "base", dora_to_lora=True)
+    v = w + 1.5 * b @ a
+    whole = m[:, None] * v / np.linalg.norm(v, axis=1, keepdims=True) - w
+    u, s, vh = np.linalg.svd(whole)
+    best = u[:, :2] * s[:2] @ vh[:2]
+    after, _ = changes(tmp_path / "out", None)
+    close(after["q.weight"], best, 1e-5)
+    epsilon = np.linalg.norm(whole - best) / np.linalg.norm(whole)
+    assert results.run.settings["fixed"]["truncated"] == {"q.weight": pytest.approx(epsilon, rel=1e-5)}
+
+
+def test_pissa_becomes_a_lora_of_the_base_it_names(tmp_path):
+    w = normal(6, 5)
+    tensors = {"q.lora_A.weight": normal(2, 5, seed=1), "q.lora_B.weight": normal(6, 2, seed=2)}
+    folder = adapter(tmp_path, tensors, init_lora_weights="pissa", target_modules=["q"])
+    base(tmp_path, {"q.weight": w})
+    before, _ = changes(folder, tmp_path / "base")
+    results = make_portable(folder, tmp_path / "out", tmp_path / "base")
+    assert results.run.settings["fixed"]["rank"] == 4
+    after, _ = changes(tmp_path / "out", None)
+    close(after["q.weight"], before["q.weight"], 1e-5)
+
+
+def test_what_has_no_place_is_named_and_left_out_if_told(tmp_path, loradiag):
+    tensors = {
+        "q.lora_A.weight": normal(2, 5),
+        "q.lora_B.weight": normal(6, 2),
+        "q.lora_B.bias": normal(6),
+        "head.weight": normal(4, 5),
+    }
+    adapter(tmp_path, tensors, lora_bias=True, modules_to_save=["head"], target_modules=["q"])
+    ran = loradiag("portability", "adapter", "--fix", "-o", "out")
+    assert ran.code == 3
+    assert "q.bias: a bias" in ran.err
+    assert "head.weight: a weight in full" in ran.err
+    assert not (tmp_path / "out").exists()
+    ran = loradiag("portability", "adapter", "--fix", "--leave-out", "-o", "out", "--require", "vllm")
+    assert ran.code == 0
+    assert "left out" in ran.out
+
+
+def image_base(tmp_path):
+    names = ("down_blocks.0.attn.to_q.weight", "mid_block.conv.weight")
+    tensors = {names[0]: normal(6, 5), names[1]: normal(4, 3, 2, 2)}
+    return base(tmp_path, tensors, {"_class_name": "UNet2DConditionModel"})
+
+
+def image_adapter(tmp_path):
+    tensors = {
+        "lora_unet_down_blocks_0_attn_to_q.lora_down.weight": normal(2, 5),
+        "lora_unet_down_blocks_0_attn_to_q.lora_up.weight": normal(6, 2),
+        "lora_unet_down_blocks_0_attn_to_q.alpha": np.array(3.0),
+        "lora_unet_mid_block_conv.lora_down.weight": normal(3, 3, 2, 2),
+        "lora_unet_mid_block_conv.lora_up.weight": normal(4, 3, 1, 1),
+    }
+    return write(tmp_path / "image" / "lora.safetensors", tensors)
+
+
+@pytest.mark.parametrize("form", ["kohya", "diffusers", "peft"])
+def test_image_adapters_are_written_in_each_layout(tmp_path, form):
+    folder, file = image_base(tmp_path), image_adapter(tmp_path)
+    before, _ = changes(file, folder)
+    results = make_portable(file, tmp_path / "out", folder, form=form)
+    assert {record.status for record in results} == {"exact"}
+    after, _ = changes(tmp_path / "out", folder)
+    assert after.keys() == before.keys()
+    for layer, change in before.items():
+        close(after[layer], change)
+    again = make_portable(tmp_path / "out", tmp_path / "again", folder, form="kohya")
+    assert {record.status for record in again} == {"exact"}
+    final, _ = changes(tmp_path / "again", folder)
+    for layer, change in before.items():
+        close(final[layer], change)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("diffusers") is None, reason="diffusers is not installed")
+def test_diffusers_takes_what_was_written_for_scale_1(tmp_path):
+    from diffusers.utils.peft_utils import get_peft_kwargs
+
+    folder = image_base(tmp_path)
+    make_portable(image_adapter(tmp_path), tmp_path / "out", folder, form="diffusers")
+    tensors = load_file(tmp_path / "out" / "pytorch_lora_weights.safetensors")
+    state = {name.removeprefix("unet."): value for name, value in tensors.items()}
+    ranks = {name: value.shape[1] for name, value in state.items() if "lora_B" in name}
+    found = get_peft_kwargs(ranks, None, state)
+    assert (found["r"], found["lora_alpha"], found["rank_pattern"], found["alpha_pattern"]) == (3, 3, {}, {})
+    assert set(found["target_modules"]) == {"down_blocks.0.attn.to_q", "mid_block.conv"}
+
+
+def test_mlx_and_back(tmp_path):
+    folder = patterned(tmp_path, use_rslora=True)
+    before, _ = changes(folder, None)
+    results = make_portable(folder, tmp_path / "mlx", form="mlx")
+    assert {(record.consumer, record.status) for record in results} == {("mlx", "exact")}
+    config = json.loads((tmp_path / "mlx" / "adapter_config.json").read_text())
+    assert config["lora_parameters"]["keys"] == ["self_attn.q_proj", "self_attn.v_proj"]
+    make_portable(tmp_path / "mlx", tmp_path / "back", form="peft")
+    for path in ("mlx", "back"):
+        after, _ = changes(tmp_path / path, None)
+        for layer, change in before.items():
+            close(after[layer], change)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"form": "onnx"}, UsageError, "use peft"),
+        ({"form": "kohya"}, InputError, "which part of a pipeline"),
+        ({"output": "adapter"}, UsageError, "is there already"),
+    ],
+)
+def test_bad_requests_write_nothing(tmp_path, options, error, message):
+    folder = patterned(tmp_path)
+    there = sorted(path.name for path in tmp_path.rglob("*"))
+    with pytest.raises(error, match=message):
+        make_portable(folder, tmp_path / options.pop("output", "out"), **options)
+    assert sorted(path.name for path in tmp_path.rglob("*")) == there
+
+
+@pytest.mark.parametrize(
+    "words", [("--format", "peft"), ("--leave-out",), ("--fix",), ("--fix", "-o", "out", "--layers", "q")]
+)
+def test_options_of_writing_need_each_other(tmp_path, loradiag, words):
+    patterned(tmp_path)
+    ran = loradiag("portability", "adapter", *words)
+    assert (ran.code, ran.out) == (2, "")
+
+
+def test_a_fixed_adapter_was_not_portable_before(tmp_path):
+    results = portability(patterned(tmp_path), consumers=["llamacpp", "sglang"])
+    assert {record.status for record in results if record.consumer == "sglang"} == {"refused"}
+    assert "wrong" in {record.status for record in results if record.consumer == "llamacpp"}

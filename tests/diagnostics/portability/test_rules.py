@@ -1,0 +1,320 @@
+"""The rules of consumers against shared truths, against the consumers' own code, and against formulas written anew."""
+
+import importlib.util
+import json
+import math
+import re
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lora_diag.adapters.contents import Contents, Item
+from lora_diag.diagnostics.portability.consumers import CONSUMERS
+from lora_diag.diagnostics.portability.features import FEATURES, rules_grids, words
+from lora_diag.diagnostics.portability.features import outcome as outcome_of
+from lora_diag.diagnostics.portability.rules import is_before
+from lora_diag.diagnostics.portability.run import portability
+from lora_diag.errors import UsageError
+from tests.conftest import SHARED
+
+# The names of the truths -> what ``--for`` takes.
+NAMES = {
+    "peft": "peft==0.21.2",
+    "vllm": "vllm==0.33.0",
+    "vllm_old": "vllm==0.10.0",
+    "sglang": "sglang==0.5.23",
+    "llamacpp": "llamacpp",
+    "diffusers": "diffusers==0.42.1",
+    "diffusers_old": "diffusers==0.36.0",
+    "kohya": "kohya",
+}
+CASES = sorted(path.parent for path in (SHARED / "formats").glob("serve-*/truth.json"))
+HAS_DIFFUSERS = importlib.util.find_spec("diffusers") is not None
+
+
+@pytest.mark.skipif(not CASES, reason="the shared cases are not here")
+@pytest.mark.parametrize("case", CASES, ids=lambda path: path.name)
+def test_rules_agree_with_the_truth_of_each_case(case):
+    truth = json.loads((case / "truth.json").read_text())
+    known = [name for name in truth["_consumers"] if truth["_consumers"][name]["verdict"] != "unknown"]
+    results = portability(case / "adapter", case / "base", consumers=[NAMES[name] for name in known])
+    found = {(record.layer, record.consumer, record.version): record for record in results}
+    for layer in (name for name in truth if not name.startswith("_")):
+        for name in known:
+            consumer, _, version = NAMES[name].partition("==")
+            record = found.pop((layer, consumer, version or CONSUMERS[consumer].newest))
+            scale, epsilon = truth[layer]["scale"][name], truth[layer]["epsilon"][name]
+            if isinstance(scale, str):
+                assert record.status == scale
+            else:
+                assert record.scale == pytest.approx(scale, rel=1e-9)
+                assert record.status == ("exact" if epsilon < 1e-9 else "wrong")
+                assert record.rank == truth[layer]["rank"]
+            if epsilon is None:
+                assert record.epsilon is None
+            else:
+                assert record.epsilon == pytest.approx(epsilon, abs=1e-9)
+            assert record.fro == pytest.approx(truth[layer]["fro"], rel=1e-5)
+    assert not found
+
+
+LEAVES = ("q_proj", "k_proj", "v_proj", "o_proj")
+
+
+@st.composite
+def adapters(draw):
+    """A PEFT config with patterns, and the rank and α of each module by PEFT's rule, written anew."""
+    modules = [f"model.layers.{n}.self_attn.{leaf}" for n in (1, 11) for leaf in LEAVES]
+    keys = st.sampled_from([*LEAVES, *modules, "layers.1.self_attn.q_proj", "1.self_attn.k_proj"])
+    numbers = st.integers(1, 64)
+    config = {
+        "peft_type": "LORA",
+        "r": draw(numbers),
+        "lora_alpha": draw(numbers),
+        "use_rslora": draw(st.booleans()),
+        "rank_pattern": draw(st.dictionaries(keys, numbers, max_size=2)),
+        "alpha_pattern": draw(st.dictionaries(keys, numbers, max_size=2)),
+        "target_modules": list(LEAVES),
+    }
+
+    def value(table, module, default):
+        for key, number in table.items():
+            parts, ends = module.split("."), key.split(".")
+            if parts[-len(ends) :] == ends:
+                return number
+        return default
+
+    ranks = {module: value(config["rank_pattern"], module, config["r"]) for module in modules}
+    alphas = {module: value(config["alpha_pattern"], module, config["lora_alpha"]) for module in modules}
+    power = 0.5 if config["use_rslora"] else 1.0
+    scales = {module: alphas[module] / ranks[module] ** power for module in modules}
+    items = tuple(
+        Item(f"{module}.weight", module, "factors", f"{module}.lora_B.weight", ranks[module], scales[module])
+        for module in modules
+    )
+    return Contents("peft", items, config), ranks, alphas
+
+
+def applied(name, contents):
+    """Return the scale of each module, or the reason of a refusal."""
+    consumer, _, version = name.partition("==")
+    rule = CONSUMERS[consumer].rule(version)
+    if reason := rule.refuses(contents):
+        return reason
+    return {item.module: rule.applies(contents, item).scale for item in contents.items}
+
+
+@given(adapters())
+def test_llamacpp_divides_one_alpha_by_each_rank(drawn):
+    contents, ranks, _ = drawn
+    expected = {module: contents.config["lora_alpha"] / rank for module, rank in ranks.items()}
+    assert applied("llamacpp", contents) == pytest.approx(expected)
+
+
+@given(adapters())
+def test_sglang_has_one_scale_and_takes_one_rank(drawn):
+    contents, ranks, _ = drawn
+    found = applied("sglang", contents)
+    if set(ranks.values()) == {contents.config["r"]}:
+        assert set(found.values()) == {contents.config["lora_alpha"] / contents.config["r"]}
+    else:
+        assert "an assertion fails" in found
+
+
+@given(adapters())
+def test_vllm_reads_patterns_since_0_32(drawn):
+    contents, ranks, alphas = drawn
+    config = contents.config
+    power = 0.5 if config["use_rslora"] else 1.0
+    new = {module: alphas[module] / ranks[module] ** power for module in ranks}
+    assert applied("vllm==0.32", contents) == pytest.approx(new)
+    assert set(applied("vllm==0.31", contents).values()) == {pytest.approx(config["lora_alpha"] / config["r"] ** power)}
+
+
+@given(adapters())
+def test_old_peft_needs_a_dot_before_a_key(drawn):
+    """0.14, as read: a key is found where some name and a dot stand before it; a whole name only by itself."""
+    contents, ranks, _ = drawn
+    config = contents.config
+
+    def old(table, module, default):
+        hits = [number for key, number in table.items() if re.fullmatch(rf".+\.{re.escape(key)}", module)]
+        return hits[0] if hits else table.get(module, default)
+
+    settings = {
+        module: (old(config["rank_pattern"], module, config["r"]), old(config["alpha_pattern"], module, None))
+        for module in ranks
+    }
+    found = applied("peft==0.14", contents)
+    if any(settings[module][0] != rank for module, rank in ranks.items()):
+        assert "size mismatch" in found
+    else:
+        power = 0.5 if config["use_rslora"] else 1.0
+        for module, rank in ranks.items():
+            alpha = settings[module][1]
+            assert found[module] == pytest.approx((config["lora_alpha"] if alpha is None else alpha) / rank**power)
+
+
+def test_peft_itself_gives_the_intended_scales():
+    peft, torch = pytest.importorskip("peft"), pytest.importorskip("torch")
+
+    class Block(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.q_proj, self.v_proj = torch.nn.Linear(8, 8), torch.nn.Linear(8, 8)
+
+    class Net(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = torch.nn.ModuleList([Block(), Block()])
+
+    for rslora in (False, True):
+        config = {
+            "r": 4,
+            "lora_alpha": 6,
+            "use_rslora": rslora,
+            "rank_pattern": {"layers.1.q_proj": 2},
+            "alpha_pattern": {"v_proj": 5, "^layers.0.q_proj": 7},
+        }
+        model = peft.get_peft_model(Net(), peft.LoraConfig(target_modules=["q_proj", "v_proj"], **config))
+        contents = contents_of_peft(model, config)
+        scales = {
+            name.removeprefix("base_model.model."): module.scaling["default"]
+            for name, module in model.named_modules()
+            if hasattr(module, "scaling")
+        }
+        assert len(scales) == 4
+        assert applied("peft", contents) == pytest.approx(scales)
+
+
+def contents_of_peft(model, config):
+    """Return what PEFT saves of a model, read as an adapter."""
+    import tempfile
+
+    from lora_diag.adapters import open_adapter
+    from lora_diag.adapters.contents import contents_of
+
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        return contents_of(open_adapter(folder))
+
+
+@pytest.mark.skipif(not HAS_DIFFUSERS, reason="diffusers is not installed")
+@given(
+    st.lists(
+        st.tuples(st.sampled_from([4, 8, 16]), st.one_of(st.none(), st.sampled_from([2.0, 4.0]))),
+        min_size=1,
+        max_size=5,
+    )
+)
+def test_diffusers_own_function_gives_the_scales(modules):
+    """``get_peft_kwargs`` of the installed version, and PEFT's rule on what it returns."""
+    import diffusers
+    from diffusers.utils.peft_utils import get_peft_kwargs
+
+    keys = [f"unet.block{n}.to_q" for n in range(len(modules))]
+    ranks = {f"{key}.lora_B.weight": rank for key, (rank, _) in zip(keys, modules, strict=True)}
+    alphas = {f"{key}.alpha": alpha for key, (_, alpha) in zip(keys, modules, strict=True) if alpha is not None}
+    found = get_peft_kwargs(ranks, alphas or None, dict.fromkeys(ranks))
+    items = tuple(
+        Item(f"{key}.weight", key, "factors", f"{key}.lora_B.weight", rank, (alpha or rank) / rank, alpha)
+        for key, (rank, alpha) in zip(keys, modules, strict=True)
+    )
+    ours = applied(f"diffusers=={diffusers.__version__}", Contents("diffusers", items))
+    for key, (rank, _) in zip(keys, modules, strict=True):
+        alpha = found["alpha_pattern"].get(key, found["lora_alpha"])
+        assert found["rank_pattern"].get(key, found["r"]) == rank
+        assert ours[key] == pytest.approx(alpha / rank)
+
+
+@pytest.mark.parametrize(
+    ("version", "mixed"), [("0.42", {16: 1.0, 4: 1.0}), ("0.40", {16: 1.0, 4: 1.0}), ("0.36", {16: 1.0, 4: 4.0})]
+)
+def test_diffusers_took_the_first_rank_for_alpha_before_0_40(version, mixed):
+    contents = FEATURES["no alpha, unequal ranks"]
+    found = applied(f"diffusers=={version}", contents)
+    assert {item.rank: found[item.module] for item in contents.items} == mixed
+
+
+def test_kohya_takes_rank_for_a_missing_alpha():
+    items = tuple(
+        Item(f"lora_unet_{n}.weight", f"lora_unet_{n}", "factors", "", 8, 1.0, alpha)
+        for n, alpha in enumerate((None, 0.0, 2.0))
+    )
+    assert list(applied("kohya", Contents("kohya", items)).values()) == [1.0, 1.0, 0.25]
+
+
+def test_mlx_refuses_a_config_that_lacks_what_its_layers_are_made_of():
+    item = Item("q.weight", "q", "factors", "q.lora_b", 4, 2.0)
+    whole = {"num_layers": 2, "lora_parameters": {"rank": 4, "scale": 2.0, "dropout": 0.0}}
+    assert applied("mlx", Contents("mlx", (item,), whole)) == {"q": 2.0}
+    short = {"num_layers": 2, "lora_parameters": {"rank": 4, "scale": 2.0}}
+    assert "dropout" in applied("mlx", Contents("mlx", (item,), short))
+    assert "num_layers" in applied("mlx", Contents("mlx", (item,), {"lora_parameters": whole["lora_parameters"]}))
+
+
+@pytest.mark.parametrize("leaf", ["q_proj", "v_proj", "k_proj"])
+def test_sglang_refuses_a_layer_with_one_of_joined_factors(leaf):
+    modules = [f"model.layers.{n}.self_attn.{name}" for n, name in ((0, "q_proj"), (0, "v_proj"), (1, leaf))]
+    items = tuple(Item(f"{module}.weight", module, "factors", "", 8, 1.0) for module in modules)
+    config = {"peft_type": "LORA", "r": 8, "lora_alpha": 8, "target_modules": list(LEAVES)}
+    assert "model.layers.1.self_attn" in applied("sglang", Contents("peft", items, config))
+    assert isinstance(applied("sglang", Contents("peft", items[:2], config)), dict)
+
+
+@pytest.mark.parametrize(
+    ("feature", "expected"),
+    [
+        ("one rank, one alpha", {"peft": "exact", "vllm": "exact", "sglang": "exact", "llamacpp": "exact"}),
+        ("alpha_pattern", {"peft": "exact", "vllm": "exact", "sglang": "×0.5", "llamacpp": "×0.5"}),
+        ("rank_pattern", {"peft": "exact", "vllm": "exact", "sglang": "refuses", "llamacpp": "exact"}),
+        ("DoRA", {"peft": "exact", "vllm": "refuses", "sglang": "refuses", "llamacpp": "refuses"}),
+        ("lora_bias", {"peft": "exact", "vllm": "refuses", "sglang": "drops", "llamacpp": "refuses"}),
+        ("modules_to_save", {"peft": "exact", "vllm": "refuses", "sglang": "drops", "llamacpp": "refuses"}),
+        ("PiSSA, not converted", {"peft": "exact", "vllm": "refuses", "sglang": "B·A alone", "llamacpp": "B·A alone"}),
+        ("target_modules is a regex", {"peft": "exact", "vllm": "exact", "sglang": "refuses", "llamacpp": "exact"}),
+        ("target_parameters (experts)", {"peft": "exact", "vllm": "exact", "sglang": "refuses", "llamacpp": "refuses"}),
+    ],
+)
+def test_each_feature_has_the_effect_that_was_read(feature, expected):
+    found = {name: words(outcome_of(FEATURES[feature], CONSUMERS[name], CONSUMERS[name].rules[0])) for name in expected}
+    assert found == expected
+
+
+def test_every_consumer_has_a_column_for_each_rule():
+    columns = sum(len(grid.columns) for grid in rules_grids())
+    rules = {(name, rule.versions) for name, consumer in CONSUMERS.items() for rule in consumer.rules}
+    shown = [item for item in rules if CONSUMERS[item[0]].forms & {"peft", "kohya"}]
+    assert columns == len(shown)
+
+
+def test_rules_of_a_consumer_leave_no_version_out():
+    for consumer in CONSUMERS.values():
+        assert consumer.rules[0].until == ""
+        for newer, older in zip(consumer.rules, consumer.rules[1:], strict=False):
+            assert older.until == newer.since
+        for rule in consumer.rules:
+            assert not rule.read[-1][0].isdigit() or consumer.rule(rule.read[-1]) is rule or not rule.since
+
+
+@pytest.mark.parametrize("version", ["0.9.9", "rubbish", "0.32; rm"])
+def test_a_version_without_a_rule_is_refused(version):
+    with pytest.raises(UsageError):
+        CONSUMERS["vllm"].rule(version)
+
+
+@given(st.lists(st.integers(0, 40), min_size=1, max_size=3), st.lists(st.integers(0, 40), min_size=1, max_size=3))
+def test_versions_are_ordered_number_by_number(one, other):
+    padded = [(*parts, 0, 0)[:3] for parts in (one, other)]
+    assert is_before(".".join(map(str, one)), ".".join(map(str, other))) == (padded[0] < padded[1])
+
+
+def test_largest_ranks_that_a_server_takes():
+    vllm = CONSUMERS["vllm"]
+    needed = {}
+    for rank in (8, 16, 17, 300, 512):
+        contents = Contents("peft", (Item("q.weight", "q", "factors", "", rank, 1.0),), {"r": rank})
+        needed[rank] = vllm.rank_needed(contents)
+    assert needed == {8: None, 16: None, 17: 32, 300: 320, 512: 512}
+    assert math.isclose(vllm.largest_rank, 512)

@@ -93,7 +93,9 @@ class Described:
     parameters: frozenset[str]
 
 
-def write_adapter(folder: Path, parts: Sequence[Part], values: Sequence[Value], described: Described) -> None:
+def write_adapter(
+    folder: Path, parts: Sequence[Part], values: Sequence[Value], described: Described, portable: bool = False
+) -> None:
     """Write both files of a PEFT LoRA adapter.
 
     Args:
@@ -101,6 +103,8 @@ def write_adapter(folder: Path, parts: Sequence[Part], values: Sequence[Value], 
         parts: The factors; of one dtype.
         values: What is stored in full.
         described: For the config.
+        portable: Write one rank for all modules, factors of a lower one filled up with zeros, and plain names: what
+            every program scales alike. Not for parameters.
 
     Raises:
         InputError: A file cannot be written.
@@ -111,14 +115,19 @@ def write_adapter(folder: Path, parts: Sequence[Part], values: Sequence[Value], 
     prefixes = _prefixes([group[0].target for group in groups.values()])
     tensors: dict[str, TensorInfo] = {}
     readers: dict[str, Callable[[], torch.Tensor]] = {}
+    width = max(map(module_rank, groups.values()), default=1) if portable else None
     for module, group in groups.items():
-        for key, shape, read in _tensors(prefixes[module], group):
+        for key, shape, read in _tensors(prefixes[module], group, width):
             readers[key] = read
             tensors[key] = TensorInfo(key, shape, open_checkpoint(group[0].file)["B"].dtype)
     for value in values:
         key = PREFIX + value.key
         tensors[key], readers[key] = TensorInfo(key, value.info.shape, value.info.dtype), value.read
-    config = adapter_config({module: module_rank(group) for module, group in groups.items()}, parts, values, described)
+    ranks = {module: width or module_rank(group) for module, group in groups.items()}
+    config = adapter_config(ranks, parts, values, described)
+    if portable:  # some programs take no regular expression
+        names = config["target_modules"]
+        config["target_modules"] = names if isinstance(names, list) else sorted(groups)
     write_safetensors(folder / WEIGHTS, tensors, lambda key: readers[key](), {"format": "pt"})
     write_whole(folder / CONFIG, json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
 
@@ -167,11 +176,11 @@ def _prefixes(targets: Sequence[Target]) -> dict[str, str]:
 Stored = tuple[str, tuple[int, ...], Callable[[], "torch.Tensor"]]
 
 
-def _tensors(prefix: str, group: Sequence[Part]) -> list[Stored]:
-    """Return name, shape and reader of the factors of one module."""
-    target, rank = group[0].target, group[0].rank
+def _tensors(prefix: str, group: Sequence[Part], width: int | None = None) -> list[Stored]:
+    """Return name, shape and reader of the factors of one module, of its rank or filled up to another."""
+    target, rank = group[0].target, width or group[0].rank
     out, columns = target.peft_shape
-    a, b = partial(group[0].read, "A"), partial(group[0].read, "B")
+    a, b = partial(_filled, group[0], "A", rank), partial(_filled, group[0], "B", rank)
     if target.kind == "embedding":
         return [(f"{prefix}.lora_embedding_A", (rank, columns), a), (f"{prefix}.lora_embedding_B", (out, rank), b)]
     if target.kind == "convolution":
@@ -188,6 +197,17 @@ def _tensors(prefix: str, group: Sequence[Part]) -> list[Stored]:
             (f"{prefix}.lora_B.weight", (rows, rank * count), partial(_stacked_b, group, rank)),
         ]
     return [(f"{prefix}.lora_A.weight", (rank, columns), a), (f"{prefix}.lora_B.weight", (out, rank), b)]
+
+
+def _filled(part: Part, name: str, rank: int) -> torch.Tensor:
+    """Return ``A`` or ``B`` with rows or columns of zeros up to a rank."""
+    factor = part.read(name)
+    if rank == part.rank:
+        return factor
+    shape = (rank, factor.shape[1]) if name == "A" else (factor.shape[0], rank)
+    whole = factor.new_zeros(shape)
+    whole[: factor.shape[0], : factor.shape[1]] = factor
+    return whole
 
 
 def _stacked_a(group: Sequence[Part], rank: int) -> torch.Tensor:

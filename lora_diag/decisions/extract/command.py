@@ -30,6 +30,9 @@ KFac = Annotated[bool, typer.Option("--kfac", help="With --activations: best by 
 Split = Annotated[str, typer.Option(metavar="both|b", help="√Σ into both factors, or all of Σ into B.")]
 Dtype = Annotated[str, typer.Option(metavar="float32|bfloat16|float16", help="How factors are stored.")]
 Rest = Annotated[str, typer.Option(metavar="list|save", help="What no factor carries: list it, or store it in full.")]
+Portable = Annotated[
+    bool, typer.Option("--portable", help="One rank for all, zeros where it is lower: every program scales it alike.")
+]
 BaseName = Annotated[
     str | None, typer.Option(metavar="NAME", help="BASE's name for config and card; default its path.")
 ]
@@ -56,6 +59,7 @@ def extract(
     split: Split = "both",
     dtype: Dtype = "float32",
     rest: Rest = "list",
+    portable: Portable = False,
     base_name: BaseName = None,
     sweep: Sweep = None,
     *,
@@ -92,6 +96,7 @@ def extract(
             split=cast(Any, split),
             dtype=dtype,
             rest=cast(Any, rest),
+            portable=portable,
             base_name=base_name,
             sweep=sweep,
             overwrite=overwrite,

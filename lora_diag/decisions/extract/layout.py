@@ -34,6 +34,7 @@ class Plan:
         targets: What each layer with factors is to PEFT.
         refused: Why the other matrices have none.
         save: Whether to store in full what no factor carries.
+        portable: Whether the adapter has one rank for all, and only what every program scales alike.
     """
 
     base: Checkpoint
@@ -42,6 +43,7 @@ class Plan:
     targets: Mapping[str, Target]
     refused: Mapping[str, str]
     save: bool
+    portable: bool = False
 
     def notes(self) -> tuple[str, ...]:
         """Return what someone who loads the adapter should know."""
@@ -92,7 +94,7 @@ class Plan:
             InputError: They cannot be written, or read back as something else.
         """
         parts = [Part(self.targets[record.layer], record.rank, files[record.layer]) for record in results]
-        write_adapter(folder, parts, self._values(results, parts), self._described(base_name))
+        write_adapter(folder, parts, self._values(results, parts), self._described(base_name), self.portable)
         check_written(folder, self.base, parts)
 
     def _values(self, results: Results[Extraction], parts: list[Part]) -> list[Value]:
@@ -127,7 +129,7 @@ def _with_owners(module: str) -> Iterator[str]:
         module = module.rpartition(".")[0]
 
 
-def plan(base: Checkpoint, tuned: Path | str, pairing: Pairing, save: bool) -> Plan:
+def plan(base: Checkpoint, tuned: Path | str, pairing: Pairing, save: bool, portable: bool = False) -> Plan:
     """Say where everything goes.
 
     Args:
@@ -135,6 +137,7 @@ def plan(base: Checkpoint, tuned: Path | str, pairing: Pairing, save: bool) -> P
         tuned: The checkpoint after or an adapter, whose own names of modules are kept.
         pairing: What is compared.
         save: Whether to store in full what no factor carries.
+        portable: Whether only what every program scales alike gets factors.
 
     Raises:
         InputError: Two updates change one weight of BASE, as with ``layer_replication``.
@@ -148,12 +151,14 @@ def plan(base: Checkpoint, tuned: Path | str, pairing: Pairing, save: bool) -> P
         if not delta.is_matrix:
             continue
         found = RESIZED if save and delta.layer in resized else model.target(delta)
+        if portable and isinstance(found, Target) and found.kind == "parameter":
+            found = "stacked experts, which have no place in a portable adapter"
         if isinstance(found, Target):
             targets[delta.layer] = found
         else:
             refused[delta.layer] = found
     _refuse_repeated(tuned, targets)
-    return Plan(base, model, pairing, targets, refused, save)
+    return Plan(base, model, pairing, targets, refused, save, portable)
 
 
 def _refuse_repeated(tuned: Path | str, targets: Mapping[str, Target]) -> None:

@@ -52,6 +52,7 @@ def extract(
     split: Split = "both",
     dtype: str = "float32",
     rest: Rest = "list",
+    portable: bool = False,
     base_name: str | None = None,
     sweep: Path | str | None = None,
     overwrite: bool = False,
@@ -79,6 +80,8 @@ def extract(
         split: ``both`` for B = U√Σ and A = √Σ·Vᵀ; ``b`` for B = UΣ and A = Vᵀ.
         dtype: Of the factors: ``float32``, ``bfloat16`` or ``float16``.
         rest: ``save`` to store in full what no factor carries (norms, biases, resized tables), ``list`` to list it.
+        portable: Write one rank for all layers, factors of a lower one filled up with zeros: an adapter that every
+            program scales alike, see ``portability``. Stacked experts are left out.
         base_name: The base model's name for config and model card; by default ``base`` as it was given.
         sweep: Results of ``probe sweep``, whose best learning rate the model card names.
         overwrite: Replace an adapter that is in ``output``.
@@ -108,12 +111,14 @@ def extract(
     asked.check()
     rate = None if sweep is None else swept_rate(sweep)
     _check_words(split, dtype, rest)
+    if portable and rest == "save":
+        raise UsageError("--rest save: weights in full have no place in a portable adapter; leave out one of the two")
     base, tuned = as_path(base), as_path(tuned)
     folder = OutputFolder(Path(output), (base, tuned), overwrite, given["resume"])
     run = LayerRun("extract", {**given, "output": folder.records})
     check_request(run.options["method"], 1, run.options["tol"])
     compared = run.compare(base, tuned)
-    planned = plan(open_checkpoint(base), tuned, compared.pairing, rest == "save")
+    planned = plan(open_checkpoint(base), tuned, compared.pairing, rest == "save", portable)
     moments = second_moments(activations, base, compared.pairing) if activations is not None else None
     if kfac and (moments is None or not moments.gradients):
         raise UsageError("--kfac: needs --activations FILE, recorded with probe activations --gradients")
@@ -157,6 +162,7 @@ def extract(
         command = [*named, *asked.words().split(" ", 1), *_options(results.run)]
         if activations is not None:
             command += ["--activations", legible(activations), *(["--kfac"] if kfac else [])]
+        command += ["--portable"] if portable else []
         command += ["--sweep", legible(sweep)] if sweep is not None else []
         folder.finish(model_card(results, name, shlex.join([*command, "-o", legible(output)]), rate))
 
@@ -177,6 +183,7 @@ def extract(
             "split": split,
             "dtype": dtype,
             "rest": rest,
+            **({"portable": True} if portable else {}),
             **({"metric": "kfac" if kfac else "data"} if moments is not None else {}),
         },
         recorded=RECORDED if moments is None else (*RECORDED, "metric"),

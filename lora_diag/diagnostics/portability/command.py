@@ -12,7 +12,7 @@ from lora_diag.errors import GATE_FAILED, UNREADABLE, UsageError
 from lora_diag.running.options import RunOptions
 
 Adapter = Annotated[str | None, typer.Argument(metavar="ADAPTER", help="The adapter that will be served.")]
-Base = Annotated[str | None, typer.Argument(metavar="[BASE]", help="The checkpoint it was trained on.")]
+Base = Annotated[str | None, typer.Argument(metavar="BASE", help="The checkpoint it was trained on.")]
 For = Annotated[
     str | None,
     typer.Option("--for", metavar="NAMES", help="Programs, e.g. vllm,llamacpp or vllm==0.31; default those for it."),

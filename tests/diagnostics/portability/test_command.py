@@ -136,7 +136,7 @@ def test_newer_versions_than_were_read_are_said_to_be(patterned, loradiag):
         (("adapter", "--for", "vllm==0.2"), 2, "no rule is known"),
         (("base",), 2, "is no adapter"),
         (("adapter", "adapter"), 2, "is an adapter"),
-        ((), 2, "name an adapter"),
+        (("--layers", "q"), 2, "name an adapter"),
         (("adapter", "--intended", "kohya"), 2, "refuses this adapter"),
         (("adapter", "--layers", "nothing"), 4, "no weight"),
         (("adapter", "base", "--layers", "q_proj"), 3, "not in"),

@@ -231,3 +231,27 @@ def test_a_fixed_adapter_was_not_portable_before(tmp_path):
     results = portability(patterned(tmp_path), consumers=["llamacpp", "sglang"])
     assert {record.status for record in results if record.consumer == "sglang"} == {"refused"}
     assert "wrong" in {record.status for record in results if record.consumer == "llamacpp"}
+
+
+def test_extract_writes_unequal_ranks_portably(tmp_path, loradiag):
+    """One rank in the file, the ranks that were asked for in the records, and the same update as without the option."""
+    before = {f"{module}.weight": normal(10, 12, seed=n) for n, module in enumerate(MODULES)}
+    after = {
+        name: weight + normal(10, rank, seed=5) @ normal(rank, 12, seed=6)
+        for (name, weight), rank in zip(before.items(), RANKS, strict=True)
+    }
+    base(tmp_path, before)
+    write(tmp_path / "tuned" / "model.safetensors", after)
+    for output, options in (("plain", ()), ("one", ("--portable",))):
+        ran = loradiag("extract", "base", "tuned", "--energy", "0.999999", "-o", output, *options)
+        assert ran.code == 0, ran.err
+    config = json.loads((tmp_path / "one" / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"], config["rank_pattern"], config["alpha_pattern"]) == (5, 5, {}, {})
+    assert {record.status for record in portability(tmp_path / "one")} == {"exact"}
+    assert {record.status for record in portability(tmp_path / "plain", consumers=["llamacpp"])} >= {"wrong"}
+    plain, _ = changes(tmp_path / "plain", None)
+    padded, _ = changes(tmp_path / "one", None)
+    for layer, change in plain.items():
+        close(padded[layer], change, 1e-9)
+    ran = loradiag("extract", "base", "tuned", "--rank", "2", "-o", "no", "--portable", "--rest", "save")
+    assert ran.code == 2

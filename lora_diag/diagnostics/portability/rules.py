@@ -92,6 +92,8 @@ class Consumer:
         """
         if not version:
             return self.rules[0]
+        if read := next((rule for rule in self.rules if version in rule.read), None):
+            return read  # a commit is no number
         if not _VERSION.fullmatch(version):
             raise UsageError(f"--for {self.name}=={version}: is no version; give one such as {self.newest}")
         for rule in self.rules:

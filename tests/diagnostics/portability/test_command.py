@@ -171,10 +171,10 @@ def test_names_are_those_of_base(tmp_path):
 def test_results_are_judged_by_a_gate_and_reported(patterned, tmp_path, loradiag):
     assert loradiag("portability", "adapter", "-o", "p.jsonl").code == 0
     (tmp_path / "gate.toml").write_text('[[rule]]\nname = "portable"\nrequire = "portability.epsilon <= 0.01"\n')
-    ran = loradiag("gate", "p.jsonl", "--policy", "gate.toml")
+    ran = loradiag("gate", "gate.toml", "p.jsonl")
     assert ran.code == 1, ran.err
     (tmp_path / "loose.toml").write_text('[[rule]]\nname = "portable"\nrequire = "portability.epsilon <= 0.6"\n')
-    assert loradiag("gate", "p.jsonl", "--policy", "loose.toml").code == 0
+    assert loradiag("gate", "loose.toml", "p.jsonl").code == 0
     assert loradiag("report", "p.jsonl", "-o", "report.html").code == 0
     page = (tmp_path / "report.html").read_text()
     assert "Will the adapter mean the same where it is served?" in page

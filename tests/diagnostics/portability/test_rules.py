@@ -129,7 +129,8 @@ def test_vllm_reads_patterns_since_0_32(drawn):
     power = 0.5 if config["use_rslora"] else 1.0
     new = {module: alphas[module] / ranks[module] ** power for module in ranks}
     assert applied("vllm==0.32", contents) == pytest.approx(new)
-    assert set(applied("vllm==0.31", contents).values()) == {pytest.approx(config["lora_alpha"] / config["r"] ** power)}
+    one = config["lora_alpha"] / config["r"] ** power
+    assert applied("vllm==0.31", contents) == pytest.approx(dict.fromkeys(ranks, one))
 
 
 @given(adapters())
@@ -295,7 +296,7 @@ def test_rules_of_a_consumer_leave_no_version_out():
         for newer, older in zip(consumer.rules, consumer.rules[1:], strict=False):
             assert older.until == newer.since
         for rule in consumer.rules:
-            assert not rule.read[-1][0].isdigit() or consumer.rule(rule.read[-1]) is rule or not rule.since
+            assert all(consumer.rule(version) is rule for version in rule.read)
 
 
 @pytest.mark.parametrize("version", ["0.9.9", "rubbish", "0.32; rm"])

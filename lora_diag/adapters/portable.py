@@ -312,7 +312,6 @@ def _to_peft(
             plan[f"{PREFIX}{path}.lora_B.weight"] = part.b, 1, shapes[1]
     kept = {key: contents.config.get(key) for key in _KEPT if contents.config.get(key) is not None}
     names = contents.config.get("target_modules") if contents.form == "peft" else None
-    plain = isinstance(names, list) and names
     config = {
         "base_model_name_or_path": str(base.path) if base is not None else None,
         "task_type": None,
@@ -322,7 +321,7 @@ def _to_peft(
         "peft_version": PEFT_VERSION,
         "r": rank,
         "lora_alpha": rank,
-        "target_modules": _targets(names, modules) if plain else sorted(set(modules)),
+        "target_modules": _targets(names, modules) if isinstance(names, list) and names else sorted(set(modules)),
         "lora_dropout": 0.0,
         "bias": "none",
         "use_rslora": False,

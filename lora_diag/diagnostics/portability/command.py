@@ -78,7 +78,7 @@ def portability(
         "max_lora_rank": max_lora_rank,
     }
     if fix:
-        writing = {"form": form, "dora_to_lora": dora_to_lora, "leave_out": leave_out}
+        writing: dict[str, Any] = {"form": form, "dora_to_lora": dora_to_lora, "leave_out": leave_out}
         results = make_portable(adapter, str(given["output"]), base, **writing, **judging)
         for record in results.records() if shown.json else ():
             line(to_line(record))

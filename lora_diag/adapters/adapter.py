@@ -9,6 +9,7 @@ from pathlib import Path
 from lora_diag.adapters.adalora import read_adalora
 from lora_diag.adapters.diffusers import is_diffusers, read_diffusers
 from lora_diag.adapters.fourierft import read_fourierft
+from lora_diag.adapters.given import with_config
 from lora_diag.adapters.ia3 import read_ia3
 from lora_diag.adapters.kohya import is_kohya, read_kohya
 from lora_diag.adapters.ln_tuning import read_ln_tuning
@@ -19,7 +20,7 @@ from lora_diag.adapters.mlx import is_mlx, read_mlx
 from lora_diag.adapters.oft import read_oft
 from lora_diag.adapters.placing import place
 from lora_diag.adapters.refused import refuse_unread
-from lora_diag.adapters.source import Source, open_source, refuse_integers
+from lora_diag.adapters.source import Given, Source, open_source, refuse_integers
 from lora_diag.adapters.tokens import read_trainable_tokens
 from lora_diag.adapters.updates import Reading
 from lora_diag.adapters.vera import read_vera
@@ -158,26 +159,30 @@ class Adapter:
         return pairing, (*self.notes, *self.warnings(), *notes)
 
 
-def open_adapter(path: Path | str) -> Adapter:
+def open_adapter(path: Path | str, given: Given = None) -> Adapter:
     """Open an adapter folder or file by its headers; no weight is read.
 
     Args:
         path: An adapter folder, or an adapter's weights file.
+        given: α where the files give none; ``rank`` for α = r.
 
     Raises:
         InputError: Nothing readable is there, or it is of a kind that is not read; the message says what to do.
     """
-    source = open_source(path)
+    source = open_source(path, given)
+    stated = "its files give alpha or a scale; the one that is stated is not used"
+    if not is_kohya(source) and not is_diffusers(source) and (completed := with_config(source)) is not source:
+        source, stated = completed, f"its files give no lora_alpha; alpha = {given} was given"
     for family in FAMILIES:
         if family.claims(source):
             refuse_integers(source)
-            return Adapter(source, _checked(source, family.read(source)), family.form)
+            return Adapter(source, _checked(source, family.read(source), stated), family.form)
     refuse_unread(source)
     raise InputError(f"{source.path}: is no adapter that is known")
 
 
-def _checked(source: Source, reading: Reading) -> Reading:
-    """Refuse an adapter that changes nothing by its keys; note what it holds beside its changes."""
+def _checked(source: Source, reading: Reading, stated: str) -> Reading:
+    """Refuse an adapter that changes nothing by its keys; note what it holds beside its changes, and of a stated α."""
     if not reading.updates and not reading.values:
         raise InputError(f"{source.path}: holds no tensor that changes a weight")
     notes = list(reading.notes)
@@ -185,6 +190,8 @@ def _checked(source: Source, reading: Reading) -> Reading:
         notes.append(
             "an activated LoRA: it acts only after its invocation tokens, so no merged model does what it does"
         )
+    if source.given is not None and not any("was given" in note for note in notes):
+        notes.append(stated)
     if reading.ignored:
         notes.append(f"{len(reading.ignored)} tensors of the file change no weight: {', '.join(reading.ignored[:3])}")
     return replace(reading, notes=tuple(notes))

@@ -17,7 +17,7 @@ from typing import Any
 
 from lora_diag.adapters.kohya import factors, shapes_of
 from lora_diag.adapters.patterns import read_pattern
-from lora_diag.adapters.scales import Scale
+from lora_diag.adapters.scales import Scale, scale_in
 from lora_diag.adapters.source import Config, Source
 from lora_diag.adapters.updates import Reading, Update
 from lora_diag.errors import InputError
@@ -57,7 +57,7 @@ def read_diffusers(source: Source) -> Reading:
     settings = _settings(source)
     updates = [_update(source, module, parts, settings) for module, parts in modules.items()]
     silent = [module for module, parts in modules.items() if "alpha" not in parts and not _component(module, settings)]
-    notes = [f"{len(silent)} modules give no alpha, such as {silent[0]}; diffusers then takes s = 1"] if silent else []
+    notes = source.silent(silent, "diffusers")
     ranks = sorted({update.rank or 0 for update in updates})
     kind = f"diffusers LoRA, r={'-'.join(map(str, ranks[:: max(1, len(ranks) - 1)]))}, {len(modules)} modules"
     return Reading(kind, tuple(updates), (), tuple(notes), scaling="alpha / r, from the file or its metadata")
@@ -96,7 +96,7 @@ def _update(source: Source, module: str, parts: dict[str, str], settings: dict[s
     up, down = shapes_of(source, module, parts["up"], parts["down"])
     if "alpha" in parts and source.checkpoint[parts["alpha"]].numel != 1:
         raise InputError(f"{source.path}: {parts['alpha']} must be one number")
-    scale = Scale(1.0, parts.get("alpha", ""), down[0])
+    scale = scale_in(source, parts.get("alpha", ""), down[0])
     if not scale.alpha and (own := _component(module, settings)):
         scale = Scale(_scaling(Config(Path(f"{source.path} ({METADATA})"), own), module, down[0]))
     load = partial(factors, source.checkpoint, (parts["up"], parts["down"], None), scale)

@@ -16,7 +16,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from lora_diag.adapters import dora, loha, lokr
-from lora_diag.adapters.scales import Scale, scale_of
+from lora_diag.adapters.scales import Scale, scale_in, scale_of
 from lora_diag.adapters.source import Source
 from lora_diag.adapters.updates import Reading, Site, Update, read
 from lora_diag.checkpoints import Checkpoint
@@ -61,7 +61,7 @@ def read_kohya(source: Source) -> Reading:
         modules.setdefault(module, {})[part] = name
     updates = [update for module, parts in modules.items() for update in _module(source, module, parts)]
     silent = [module for module, parts in modules.items() if "alpha" not in parts and not set(FULL) & set(parts)]
-    notes = [f"{len(silent)} modules give no alpha, such as {silent[0]}; kohya then takes s = 1"] if silent else []
+    notes = source.silent(silent, "kohya")
     return Reading(
         f"{_kind(source, modules)}, {len(modules)} modules",
         tuple(updates),
@@ -109,10 +109,10 @@ def _module(source: Source, module: str, parts: dict[str, str]) -> list[Update]:
 def _factored(source: Source, module: str, parts: dict[str, str]) -> Update:
     if "hada_w1_a" in parts:
         rank = loha.rank_of(source, module, parts)
-        update = loha.hadamard(source, f"{module}.weight", parts, Scale(1.0, parts.get("alpha", ""), rank))
+        update = loha.hadamard(source, f"{module}.weight", parts, scale_in(source, parts.get("alpha", ""), rank))
     elif any(part in lokr.PARTS for part in parts):
         seen = lokr.rank_of(source, parts)  # with both sides in full there is no rank, and LyCORIS does not scale
-        scale = Scale() if seen is None else Scale(1.0, parts.get("alpha", ""), seen)
+        scale = Scale() if seen is None else scale_in(source, parts.get("alpha", ""), seen)
         update = lokr.kronecker(source, f"{module}.weight", parts, scale)
     else:
         update = _lora(source, module, parts)
@@ -136,7 +136,7 @@ def _lora(source: Source, module: str, parts: dict[str, str]) -> Update:
         raise InputError(f"{source.path}: {module}: its lora_mid {list(core)} does not fit up and down")
     kernel = core[2:] if mid else down[2:]
     shape = (up[0], down[1] * math.prod(kernel))
-    scale = Scale(1.0, parts.get("alpha", ""), down[0])
+    scale = scale_in(source, parts.get("alpha", ""), down[0])
     keys = parts[LORA[0]], parts[LORA[1]], mid
     load = partial(factors, source.checkpoint, keys, scale)
     dtype = source.checkpoint[keys[0]].dtype

@@ -35,22 +35,26 @@ def read_mlx(source: Source) -> Reading:
     Raises:
         InputError: The scale is not given, or the factors do not fit together.
     """
-    config = source.settings
+    config = source.settings if source.given is None or source.config is not None else Config(source.path, {})
     if config.text("fine_tune_type") == "full":
         return Reading("MLX full fine-tune", (), tuple(NewValue(key, key) for key in source.checkpoint))
     settings = Config(config.path, config.table("lora_parameters"))
-    if "scale" not in settings:
-        raise InputError(f"{config.path}: lora_parameters has no scale, so the scaling of this adapter is unknown")
-    scale = settings.number("scale")
+    scale = settings.number("scale") if "scale" in settings else None
+    if scale is None and source.given is None:
+        raise InputError(
+            f"{config.path}: lora_parameters has no scale, so the scaling of this adapter is unknown; state --alpha"
+        )
     modules, rest = by_module(source.checkpoint, ("lora_a", "lora_b", "m"), source.path)
     updates = [_update(source, module, parts, scale, settings) for module, parts in modules.items()]
     values = tuple(NewValue(key, key) for key in rest)
-    kind = f"MLX {'DoRA' if config.text('fine_tune_type') == 'dora' else 'LoRA'}, scale={scale:g}"
+    notes = source.silent(list(modules), "mlx-lm") if scale is None else []
+    shown = "unknown" if scale is None else f"{scale:g}"
+    kind = f"MLX {'DoRA' if config.text('fine_tune_type') == 'dora' else 'LoRA'}, scale={shown}"
     scaling = f"lora_parameters.scale, from {config.path.name}"
-    return Reading(f"{kind}, {len(modules)} modules", tuple(updates), values, scaling=scaling)
+    return Reading(f"{kind}, {len(modules)} modules", tuple(updates), values, tuple(notes), scaling=scaling)
 
 
-def _update(source: Source, module: str, parts: dict[str, str], scale: float, settings: Config) -> Update:
+def _update(source: Source, module: str, parts: dict[str, str], stated: float | None, settings: Config) -> Update:
     if "lora_a" not in parts or "lora_b" not in parts:
         raise InputError(f"{source.path}: {module} has only {', '.join(sorted(parts))}; the file is incomplete")
     a, b = (source.checkpoint[parts[part]].shape for part in ("lora_a", "lora_b"))
@@ -60,6 +64,7 @@ def _update(source: Source, module: str, parts: dict[str, str], scale: float, se
         raise InputError(
             f"{source.path}: {module} has rank {a[1]}, but {settings.path.name} says {settings.integer('rank')}"
         )
+    scale = stated if stated is not None else source.scale_without_alpha(a[1])
     load = partial(factors, source.checkpoint, parts["lora_b"], parts["lora_a"], scale)
     key = parts["lora_b"]
     dtype = source.checkpoint[key].dtype

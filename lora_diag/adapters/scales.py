@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from lora_diag.adapters.patterns import Pattern, read_pattern
-from lora_diag.adapters.source import Config
+from lora_diag.adapters.source import Config, Source
 from lora_diag.adapters.updates import read
 from lora_diag.checkpoints import Checkpoint
 from lora_diag.errors import InputError
@@ -30,6 +30,11 @@ class Scale:
     def known(self) -> float | None:
         """Return s if headers tell it; None if it lies in the file."""
         return None if self.alpha else self.factor
+
+
+def scale_in(source: Source, alpha: str, rank: int) -> Scale:
+    """Return the scale of factors: by an α in the file, given the name of its tensor, else by what is known without."""
+    return Scale(1.0, alpha, rank) if alpha else Scale(source.scale_without_alpha(rank), "", rank)
 
 
 def scale_of(checkpoint: Checkpoint, scale: Scale) -> float:

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any, Literal, TypeGuard
 
 from lora_diag.checkpoints import Checkpoint, as_path, open_checkpoint
 from lora_diag.checkpoints.documents import MAX_CONFIG_BYTES, read_object
@@ -18,6 +18,9 @@ from lora_diag.checkpoints.folder import WEIGHTS
 from lora_diag.errors import InputError
 
 CONFIG = "adapter_config.json"
+
+# α that a user states for a file that gives none; ``rank`` for α = r.
+Given = float | Literal["rank"] | None
 
 # Weights of an adapter folder, in PEFT's own order, then those of diffusers and MLX.
 ADAPTER_WEIGHTS = (
@@ -130,17 +133,32 @@ class Source:
         checkpoint: Its tensors.
         config: Its settings; None where there is no config file.
         metadata: What the weights file says about itself.
+        given: α where the files give none, as the user states it.
     """
 
     path: Path
     checkpoint: Checkpoint
     config: Config | None
     metadata: Mapping[str, str]
+    given: Given = None
 
     @property
     def peft_type(self) -> str:
         """PEFT's word for the kind of adapter, in capitals; empty if the config does not say."""
         return self.config.text("peft_type").upper() if self.config is not None else ""
+
+    def scale_without_alpha(self, rank: int) -> float:
+        """Return s of factors for which the files give no α: 1, or α/r with the α that is given."""
+        return 1.0 if self.given in (None, "rank") else float(self.given) / rank
+
+    def silent(self, modules: list[str], program: str) -> list[str]:
+        """Return a note on modules for which the files give no α; none if there is no such module."""
+        if not modules:
+            return []
+        taken = f"{program} then takes s = 1" if self.given is None else "alpha = rank was given, s = 1"
+        if self.given not in (None, "rank"):
+            taken = f"alpha = {self.given:g} was given, s = {self.given:g}/r"
+        return [f"{len(modules)} modules give no alpha, such as {modules[0]}; {taken}"]
 
     def shape(self, key: str, dimensions: int) -> tuple[int, ...]:
         """Return the shape of a tensor that must have so many dimensions and some entries.
@@ -165,7 +183,7 @@ class Source:
         if self.config is None:
             raise InputError(
                 f"{self.path}: the scaling of this adapter is unknown: there is no {CONFIG} beside its weights, and r "
-                f"and lora_alpha are not guessed; put the {CONFIG} it was trained with beside it"
+                f"and lora_alpha are not guessed; put the {CONFIG} it was trained with beside it, or state --alpha"
             )
         return self.config
 
@@ -188,8 +206,12 @@ def is_adapter(path: Path | str) -> bool:
         return False  # what is wrong with it is said by the one who opens it
 
 
-def open_source(path: Path | str) -> Source:
+def open_source(path: Path | str, given: Given = None) -> Source:
     """Open an adapter folder or file by its headers.
+
+    Args:
+        path: The folder or file.
+        given: α where the files give none.
 
     Raises:
         InputError: Nothing readable is there.
@@ -201,7 +223,7 @@ def open_source(path: Path | str) -> Source:
     config_path = file.parent / CONFIG
     config = Config.read(config_path) if config_path.is_file() else None
     checkpoint = open_checkpoint(file)
-    return Source(path, checkpoint, config, checkpoint.files[0].metadata)
+    return Source(path, checkpoint, config, checkpoint.files[0].metadata, given)
 
 
 def refuse_integers(source: Source) -> None:

@@ -8,12 +8,16 @@ import typer
 
 from lora_diag.cli import options
 from lora_diag.cli.output import line, result, terminal
+from lora_diag.running.options import MissingAlpha
 
 
+@options.spread
 def inspect(
     path: Annotated[str, typer.Argument(metavar="PATH", help="A checkpoint, an adapter or a results file.")],
     per: options.PerRow = options.Per.type,
     json: options.Json = False,
+    *,
+    given: MissingAlpha,
 ) -> None:
     """What is in this checkpoint, adapter or results file? Reads headers only, or shows the table again.
 
@@ -35,7 +39,7 @@ def inspect(
     from lora_diag.inspection.run import inspect as look
     from lora_diag.inspection.table import inventory_table
 
-    inventory = look(path)
+    inventory = look(path, **given)
     if json:
         line(inventory.model_dump_json())
     else:

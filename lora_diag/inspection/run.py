@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from lora_diag.adapters import is_adapter, open_adapter
+from lora_diag.adapters.given import given_alpha
 from lora_diag.checkpoints import Checkpoint, as_path, locate, open_checkpoint
 from lora_diag.deltas import natural_order, why_left_out
 from lora_diag.errors import InputError
@@ -14,13 +15,15 @@ from lora_diag.running.fingerprint import legible
 from lora_diag.running.inputs import MOMENTS
 
 
-def inspect(path: Path | str) -> Inventory:
+def inspect(path: Path | str, *, alpha: float | None = None, alpha_is_rank: bool = False) -> Inventory:
     """Describe a checkpoint or an adapter from its headers.
 
     No weight is read; of an adapter, only the factors that start at zero, to see whether they still are.
 
     Args:
         path: A file, a folder, or a shard index.
+        alpha: α of an adapter whose files give none: s = α/r.
+        alpha_is_rank: State that α = r, so s = 1, where an adapter's files give no α.
 
     Returns:
         Its tensors in natural order of their names; of an adapter also the weights it changes.
@@ -45,7 +48,7 @@ def inspect(path: Path | str) -> Inventory:
             notes=tuple(map(legible, (*checkpoint.notes, *told))),
             tensors=_tensors(checkpoint),
         )
-    adapter = open_adapter(locate(path))
+    adapter = open_adapter(locate(path), given_alpha({"alpha": alpha, "alpha_is_rank": alpha_is_rank}))
     return Inventory(
         path=legible(adapter.path),
         kind=legible(adapter.kind),

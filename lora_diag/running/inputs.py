@@ -10,6 +10,7 @@ from pathlib import Path
 
 from lora_diag.adapters import Adapter, Place, bare, is_adapter, is_same_part, match_names, open_adapter
 from lora_diag.adapters.complete import targets_of
+from lora_diag.adapters.source import Given
 from lora_diag.checkpoints import Checkpoint, as_path, locate, open_checkpoint
 from lora_diag.checkpoints.tensors import FLOAT_DTYPES
 from lora_diag.deltas import Delta, Pairing, Side, StoredDelta, natural_order, pair, refuse_empty
@@ -48,6 +49,7 @@ def compare(
     exclude: str | None = None,
     allow_unmatched: bool = False,
     verify: bool = False,
+    given: Given = None,
 ) -> Comparison:
     """Open both sides and pair their weights.
 
@@ -58,6 +60,7 @@ def compare(
         exclude: No weights whose name contains a match.
         allow_unmatched: Whether to leave out what the adapter changes and BASE does not have, instead of stopping.
         verify: Whether to take a SHA-256 of every byte, too.
+        given: α of an adapter whose files give none.
 
     Raises:
         InputError: A side cannot be read, the adapter does not fit BASE, or two weights have one name.
@@ -73,7 +76,7 @@ def compare(
         raise UsageError(f"{base}: is an adapter; give BASE first, and the adapter after it")
     before = open_checkpoint(base) if tuned is not None else None
     if before is None or ends_with_adapter:
-        adapter = open_adapter(locate(last))
+        adapter = open_adapter(locate(last), given)
         pairing, notes = adapter.pair(before, layers, exclude, allow_unmatched)
         described = describe_adapter(adapter, last, before, pairing, notes, verify)
     else:

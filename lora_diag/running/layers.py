@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+from lora_diag.adapters.given import given_alpha
 from lora_diag.layers.task import LayerSettings
 from lora_diag.records import LayerRecord, LeftOut, Results, ResultsWriter, Run, RunInput
 from lora_diag.running.engines import Layout
@@ -50,6 +51,7 @@ class LayerRun:
     Attributes:
         options: All options, those that were not given by default.
         where: Where numbers are computed.
+        given: α of adapters whose files give none.
 
     Raises:
         UsageError: An option makes no sense, or the device is not there.
@@ -61,6 +63,7 @@ class LayerRun:
         self.where = place(self.options["engine"], self.options.get("device", "cpu"))
         self._limit = read_memory(self.options.get("memory"), self.options["engine"])
         check_running(self.options["workers"], self.options.get("seed", 0))
+        self.given = given_alpha(self.options)
 
     def compare(self, base: Path | str, tuned: Path | str | None) -> Comparison:
         """Open both sides and pair their weights, those that the options select.
@@ -70,7 +73,7 @@ class LayerRun:
             NothingComparedError: The sides have no weight in common.
         """
         selected = (self.options[name] for name in ("layers", "exclude", "allow_unmatched", "verify"))
-        return compare(base, tuned, *selected)
+        return compare(base, tuned, *selected, self.given)
 
     def pair(
         self,
@@ -144,7 +147,7 @@ class LayerRun:
             command=self.command,
             version=__version__,
             inputs=inputs,
-            settings={**first, **{name: values[name] for name in recorded}},
+            settings={**first, **{name: values[name] for name in recorded}, **self._stated()},
         )
         layout = self.layout(tasks)
         limited: S = replace(settings, memory=layout.limit)
@@ -162,6 +165,10 @@ class LayerRun:
             if finish is not None:
                 finish(results)
         return results
+
+    def _stated(self) -> dict[str, Any]:
+        """Return what was stated of adapters without α, as far as it was."""
+        return {name: self.options[name] for name in ("alpha", "alpha_is_rank") if self.options.get(name)}
 
     def layout(self, tasks: Sequence[Sized]) -> Layout:
         """Return how this machine is shared among layers.

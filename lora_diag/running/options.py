@@ -54,8 +54,15 @@ class Selection(TypedDict, total=False):
     exclude: Annotated[str | None, Option(None, "No weights whose name contains a match.", "REGEX")]
 
 
-class Matching(Selection, total=False):
-    """Which weights of two sides."""
+class MissingAlpha(TypedDict, total=False):
+    """α of adapters whose files give none."""
+
+    alpha: Annotated[float | None, Option(None, "α of adapters whose files give none: s = A/r.", "A")]
+    alpha_is_rank: Annotated[bool, Option(False, "State that α = r, so s = 1, where an adapter's files give no α.")]
+
+
+class Matching(Selection, MissingAlpha, total=False):
+    """Which weights of two sides, and how adapters without α are scaled."""
 
     allow_unmatched: Annotated[bool, Option(False, "Leave out what an adapter changes and BASE lacks, not stop.")]
 

@@ -23,7 +23,7 @@ EXPECTED = {
     "interference": {"tol": 1e-4, "output": None},
     "intruders": {"device": "auto", "workers": None},
     "verify_merge": {"allow_unmatched": False, "memory": None},
-    "portability": {"memory": None, "output": None},
+    "portability": {"alpha": None, "alpha_is_rank": False, "memory": None, "output": None},
     "subspaces": {"layers": None, "seed": 0, "workers": None},
     "fleet": {"device": "auto", "overwrite": False},
     "extract": {"memory": None, "tol": 1e-4, "overwrite": False},

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lora_diag.adapters import is_adapter, open_adapter
+from lora_diag.adapters.source import Given
 from lora_diag.adapters.writing import CAUSAL, Described, Part, Value, write_adapter
 from lora_diag.adapters.writing_check import check_written
 from lora_diag.adapters.writing_rest import can_be_saved, full_values
@@ -129,7 +130,9 @@ def _with_owners(module: str) -> Iterator[str]:
         module = module.rpartition(".")[0]
 
 
-def plan(base: Checkpoint, tuned: Path | str, pairing: Pairing, save: bool, portable: bool = False) -> Plan:
+def plan(
+    base: Checkpoint, tuned: Path | str, pairing: Pairing, save: bool, portable: bool = False, given: Given = None
+) -> Plan:
     """Say where everything goes.
 
     Args:
@@ -138,11 +141,12 @@ def plan(base: Checkpoint, tuned: Path | str, pairing: Pairing, save: bool, port
         pairing: What is compared.
         save: Whether to store in full what no factor carries.
         portable: Whether only what every program scales alike gets factors.
+        given: α of an adapter whose files give none.
 
     Raises:
         InputError: Two updates change one weight of BASE, as with ``layer_replication``.
     """
-    own = names_in_memory(open_adapter(locate(tuned)), base) if is_adapter(locate(tuned)) else {}
+    own = names_in_memory(open_adapter(locate(tuned), given), base) if is_adapter(locate(tuned)) else {}
     model = Model(base, own)
     resized = {item.layer for item in pairing.unpaired if item.reason in {"added_rows", "removed_rows"}}
     targets: dict[str, Target] = {}

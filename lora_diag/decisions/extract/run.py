@@ -118,7 +118,7 @@ def extract(
     run = LayerRun("extract", {**given, "output": folder.records})
     check_request(run.options["method"], 1, run.options["tol"])
     compared = run.compare(base, tuned)
-    planned = plan(open_checkpoint(base), tuned, compared.pairing, rest == "save", portable)
+    planned = plan(open_checkpoint(base), tuned, compared.pairing, rest == "save", portable, run.given)
     moments = second_moments(activations, base, compared.pairing) if activations is not None else None
     if kfac and (moments is None or not moments.gradients):
         raise UsageError("--kfac: needs --activations FILE, recorded with probe activations --gradients")

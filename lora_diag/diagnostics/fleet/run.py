@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Unpack
 
 from lora_diag.adapters import is_adapter, open_adapter
+from lora_diag.adapters.source import Given
 from lora_diag.checkpoints import as_path
 from lora_diag.checkpoints.remote import RemotePath
 from lora_diag.deltas import natural_order
@@ -22,7 +23,16 @@ from lora_diag.records import LeftOut, Results, RunInput
 from lora_diag.running.fingerprint import content_hash, files_of, legible
 from lora_diag.running.inputs import compare, describe
 from lora_diag.running.layers import LayerRun
-from lora_diag.running.options import Callbacks, Device, Machines, Output, Resuming, Selection, show_options
+from lora_diag.running.options import (
+    Callbacks,
+    Device,
+    Machines,
+    MissingAlpha,
+    Output,
+    Resuming,
+    Selection,
+    show_options,
+)
 
 COMMAND = "spectrum --adapters"
 
@@ -78,7 +88,7 @@ class Member:
     shape: tuple[int, int] = (1, 1)
 
 
-class FleetOptions(Selection, Device, Machines, Output, Resuming, Callbacks, total=False):
+class FleetOptions(Selection, MissingAlpha, Device, Machines, Output, Resuming, Callbacks, total=False):
     """Options of ``fleet``."""
 
 
@@ -92,6 +102,7 @@ class FleetSettings:
         exclude: No weights whose name contains a match.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:1``.
         memory: Bytes that an adapter may take; there is no limit here.
+        given: α of adapters whose files give none.
     """
 
     base: Seen | None
@@ -99,6 +110,7 @@ class FleetSettings:
     exclude: str | None
     device: str
     memory: int | None = None
+    given: Given = None
 
 
 @show_options
@@ -138,7 +150,7 @@ def fleet(
         members,
         _here if run.options["engine"] is None else _on_a_worker,
         lambda _, settings: SIZE,
-        FleetSettings(under, run.options["layers"], run.options["exclude"], run.where.tasks),
+        FleetSettings(under, run.options["layers"], run.options["exclude"], run.where.tasks, given=run.given),
         lambda _, __, ___: (),
         tuple(
             RunInput(
@@ -167,7 +179,7 @@ def _here(member: Member, settings: FleetSettings) -> tuple[Fleet | LeftOut]:
     path = member.seen.path
     try:
         base, tuned = (path, None) if settings.base is None else (settings.base.path, path)
-        side = compare(base, tuned, settings.layers, settings.exclude)
+        side = compare(base, tuned, settings.layers, settings.exclude, given=settings.given)
         matrices = (delta for delta in side.pairing.deltas if delta.is_matrix)
         return (measure(member.layer, side.inputs[-1].kind, matrices, resolve_device(settings.device)),)
     except LoradiagError as error:
@@ -205,7 +217,7 @@ def _fingerprint(seen: Seen) -> str:
     if not isinstance(seen.path, RemotePath):
         return seen.files
     try:
-        return describe("adapter", open_adapter(seen.path).checkpoint).fingerprint
+        return describe("adapter", open_adapter(seen.path, "rank").checkpoint).fingerprint
     except LoradiagError:
         return ""
 
@@ -213,7 +225,7 @@ def _fingerprint(seen: Seen) -> str:
 def _content(path: Path) -> str:
     """Return the hash of an adapter's weights; empty where it cannot be read, which is told when it is measured."""
     try:
-        return content_hash(files_of(open_adapter(path).checkpoint))
+        return content_hash(files_of(open_adapter(path, "rank").checkpoint))
     except LoradiagError:
         return ""
 

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Unpack
 
+from lora_diag.adapters.given import given_alpha
 from lora_diag.checkpoints import Checkpoint, open_checkpoint
 from lora_diag.deltas import Delta, Pairing, StoredDelta, Unpaired, footprint, selector
 from lora_diag.diagnostics.overlap.measure import Followed, OverlapSettings, size
@@ -145,7 +146,9 @@ def subspaces(
     check_running(given["workers"], settings.seed)
     check_request(settings.method, settings.ranks[-1], 0.5)
     on = resolve_device(settings.device)
-    compared = compare(base, tuned, given["layers"], given["exclude"], given["allow_unmatched"])
+    compared = compare(
+        base, tuned, given["layers"], given["exclude"], given["allow_unmatched"], given=given_alpha(given)
+    )
     matrices = [delta for delta in compared.pairing.deltas if delta.is_matrix]
     layout = layout_of(matrices, given["workers"], on.type)
     found = list(run_local(partial(spaces_of, settings=settings, device=on), matrices, layout, footprint))

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from lora_diag.adapters import Adapter, is_adapter, open_adapter
 from lora_diag.adapters.contents import contents_of
+from lora_diag.adapters.given import given_alpha
 from lora_diag.adapters.portable import write_portable
 from lora_diag.adapters.updates import Site
 from lora_diag.checkpoints import Checkpoint, as_path, locate, open_checkpoint
@@ -32,6 +33,8 @@ def make_portable(
     consumers: Sequence[str] = (),
     require: Sequence[str] = (),
     max_lora_rank: int | None = None,
+    alpha: float | None = None,
+    alpha_is_rank: bool = False,
 ) -> Results[Portability]:
     r"""Write an adapter that every program scales alike: one rank, zeros where it was lower, α = r, s folded into B.
 
@@ -46,6 +49,8 @@ def make_portable(
         consumers: Programs for which what was written is judged.
         require: Programs that must apply what was written.
         max_lora_rank: The largest rank that servers are told to serve.
+        alpha: α where the adapter's files give none.
+        alpha_is_rank: State that α = r where they give none.
 
     Returns:
         What ``portability`` finds of the written adapter. Its settings name under ``fixed`` the rank, the dtype, the
@@ -58,7 +63,7 @@ def make_portable(
     path = as_path(adapter)
     if not is_adapter(locate(path)):
         raise UsageError(f"{adapter}: is no adapter; the order is: loradiag portability ADAPTER [BASE] --fix -o OUT")
-    opened = open_adapter(locate(path))
+    opened = open_adapter(locate(path), given_alpha({"alpha": alpha, "alpha_is_rank": alpha_is_rank}))
     checkpoint = open_checkpoint(as_path(base)) if base is not None else None
     folder = Path(output)
     written = write_portable(opened, folder, checkpoint, form, dora_to_lora, leave_out)

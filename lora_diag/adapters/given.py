@@ -1,0 +1,73 @@
+"""α for adapters whose files give none: what a user states with ``--alpha`` or ``--alpha-is-rank``.
+
+It never overrides an α that a file gives. A PEFT file without its config is read by the ranks of its factors.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from lora_diag.adapters.keys import by_module
+from lora_diag.adapters.source import Config, Given, Source
+from lora_diag.errors import UsageError
+
+_FACTORS = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
+
+
+def given_alpha(options: Mapping[str, Any]) -> Given:
+    """Return the α that options state, ``rank`` for α = r, or None.
+
+    Raises:
+        UsageError: Both are stated, or α is no number that scales anything.
+    """
+    alpha, is_rank = options.get("alpha"), bool(options.get("alpha_is_rank"))
+    if alpha is not None and is_rank:
+        raise UsageError("--alpha and --alpha-is-rank: state one of the two")
+    if alpha is not None and not (math.isfinite(alpha) and alpha != 0):
+        raise UsageError(f"--alpha {alpha:g}: must be a finite number other than 0")
+    return "rank" if is_rank else alpha
+
+
+def with_config(source: Source) -> Source:
+    """Return a source with the settings that a PEFT file lacks, by its factors' ranks and the α that is given.
+
+    Raises:
+        InputError: The file holds several adapters.
+    """
+    if source.given is None:
+        return source
+    config = source.config
+    if config is None and any(".lora_A" in name or ".lora_embedding_A" in name for name in source.checkpoint):
+        return replace(source, config=Config(Path(f"{source.path} (--alpha)"), _settings(source)))
+    if config is not None and config.text("peft_type").upper() == "LORA" and "lora_alpha" not in config:
+        added = {"lora_alpha": source.given}
+        if source.given == "rank":
+            added = {"lora_alpha": config.integer("r"), "alpha_pattern": config.table("rank_pattern")}
+        return replace(source, config=Config(config.path, {**config.values, **added}))
+    return source
+
+
+def _settings(source: Source) -> dict[str, Any]:
+    modules, _ = by_module(source.checkpoint, _FACTORS, source.path)
+    ranks = {
+        module: source.checkpoint[parts[key]].shape[0]
+        for module, parts in modules.items()
+        for key in ("lora_A", "lora_embedding_A")
+        if key in parts and source.checkpoint[parts[key]].shape
+    }
+    usual = Counter(ranks.values()).most_common(1)[0][0] if ranks else 1
+    pattern = {f"^{re.escape(module)}": rank for module, rank in ranks.items() if rank != usual}
+    return {
+        "peft_type": "LORA",
+        "r": usual,
+        "lora_alpha": usual if source.given == "rank" else source.given,
+        "rank_pattern": pattern,
+        "alpha_pattern": pattern if source.given == "rank" else {},
+        "use_dora": any("lora_magnitude_vector" in parts for parts in modules.values()),
+    }

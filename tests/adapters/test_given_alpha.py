@@ -1,0 +1,121 @@
+"""α that a user states, for files that give none."""
+
+import json
+
+import numpy as np
+import pytest
+
+from lora_diag.adapters import open_adapter
+from lora_diag.adapters.given import given_alpha
+from lora_diag.errors import InputError, UsageError
+from tests.adapters.dense import dense
+from tests.adapters.making import adapter, base, close, normal, write
+
+A, B, C, D = normal(2, 5), normal(6, 2), normal(3, 5, seed=1), normal(6, 3, seed=1)
+
+
+def stated(path, given):
+    """ΔW of each layer with a stated α, and the notes."""
+    opened = open_adapter(path, given)
+    pairing, notes = opened.pair(None)
+    return {delta.layer: dense(delta) for delta in pairing.deltas}, " ".join(notes)
+
+
+def kohya(tmp_path, **extra):
+    tensors = {"lora_unet_a.lora_down.weight": A, "lora_unet_a.lora_up.weight": B}
+    tensors |= {"lora_unet_b.lora_down.weight": C, "lora_unet_b.lora_up.weight": D}
+    return write(tmp_path / "lora.safetensors", {**tensors, **extra})
+
+
+@pytest.mark.parametrize(("given", "scales"), [(None, (1, 1)), ("rank", (1, 1)), (8.0, (4, 8 / 3))])
+def test_kohya_and_diffusers_files_without_alpha(tmp_path, given, scales):
+    files = [kohya(tmp_path)]
+    names = {"unet.a": (A, B), "unet.b": (C, D)}
+    tensors = {f"{name}.lora_A.weight": pair[0] for name, pair in names.items()}
+    tensors |= {f"{name}.lora_B.weight": pair[1] for name, pair in names.items()}
+    files.append(write(tmp_path / "d" / "pytorch_lora_weights.safetensors", tensors))
+    for file in files:
+        found, notes = stated(file, given)
+        for change, scale, pair in zip(found.values(), scales, names.values(), strict=True):
+            close(change, scale * pair[1] @ pair[0])
+        assert ("was given" in notes) == (given is not None)
+        assert "give no alpha" in notes
+
+
+def test_an_alpha_in_the_file_counts(tmp_path):
+    path = kohya(tmp_path, **{"lora_unet_a.alpha": np.array(3.0)})
+    found, _ = stated(path, 8.0)
+    close(found["lora_unet_a.weight"], 1.5 * B @ A)
+    close(found["lora_unet_b.weight"], 8 / 3 * D @ C)
+    whole = kohya(tmp_path, **{"lora_unet_a.alpha": np.array(3.0), "lora_unet_b.alpha": np.array(3.0)})
+    assert "is not used" in stated(whole, 8.0)[1]
+
+
+@pytest.mark.parametrize(("given", "scales"), [("rank", (1, 1)), (8.0, (4, 8 / 3))])
+def test_a_peft_file_without_its_config(tmp_path, given, scales):
+    tensors = {"h.a.lora_A.weight": A, "h.a.lora_B.weight": B, "h.b.lora_A.weight": C, "h.b.lora_B.weight": D}
+    folder = adapter(tmp_path, tensors)
+    (folder / "adapter_config.json").unlink()
+    with pytest.raises(InputError, match="state --alpha"):
+        open_adapter(folder)
+    found, notes = stated(folder, given)
+    close(found["h.a.weight"], scales[0] * B @ A)
+    close(found["h.b.weight"], scales[1] * D @ C)
+    assert "was given" in notes
+
+
+@pytest.mark.parametrize(("given", "scale"), [("rank", 1), (8.0, 4)])
+def test_a_peft_config_without_alpha(tmp_path, given, scale):
+    folder = adapter(tmp_path, {"h.a.lora_A.weight": A, "h.a.lora_B.weight": B})
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({k: v for k, v in config.items() if k != "lora_alpha"}))
+    with pytest.raises(InputError):
+        open_adapter(folder)
+    close(stated(folder, given)[0]["h.a.weight"], scale * B @ A)
+
+
+@pytest.mark.parametrize(("given", "scale"), [("rank", 1), (8.0, 4)])
+def test_mlx_without_scale(tmp_path, given, scale):
+    folder = tmp_path / "mlx"
+    write(folder / "adapters.safetensors", {"h.a.lora_a": A.T, "h.a.lora_b": B.T})
+    (folder / "adapter_config.json").write_text(json.dumps({"fine_tune_type": "lora", "lora_parameters": {"rank": 2}}))
+    with pytest.raises(InputError, match="has no scale"):
+        open_adapter(folder)
+    close(stated(folder, given)[0]["h.a.weight"], scale * B @ A)
+    (folder / "adapter_config.json").unlink()
+    close(stated(folder, given)[0]["h.a.weight"], scale * B @ A)
+
+
+@pytest.mark.parametrize("options", [{"alpha": 0.0}, {"alpha": float("nan")}, {"alpha": 2.0, "alpha_is_rank": True}])
+def test_an_alpha_that_scales_nothing_is_refused(options):
+    with pytest.raises(UsageError, match="--alpha"):
+        given_alpha(options)
+
+
+def test_commands_take_it_and_record_it(tmp_path, loradiag):
+    kohya(tmp_path)
+    base(tmp_path, {"a.weight": normal(6, 5), "b.weight": normal(6, 5, seed=3)})
+    norms = {}
+    for words in ((), ("--alpha", "8"), ("--alpha-is-rank",)):
+        ran = loradiag("spectrum", "base", "lora.safetensors", "--json", *words)
+        assert ran.code == 0, ran.err
+        first, *records = [json.loads(line) for line in ran.out.splitlines()]
+        norms[words] = next(record["fro"] for record in records if record.get("layer") == "a.weight")
+        assert {key for key in first["settings"] if key.startswith("alpha")} == {
+            word.removeprefix("--").replace("-", "_") for word in words[:1]
+        }
+    assert norms["--alpha", "8"] == pytest.approx(4 * norms[()])
+    assert norms["--alpha-is-rank",] == norms[()]
+    for words in (
+        ("inspect", "lora.safetensors"),
+        ("spectrum", "--adapters", "lora.safetensors"),
+        ("portability", "lora.safetensors"),
+    ):
+        assert loradiag(*words, "--alpha", "8").code == 0
+    ran = loradiag("extract", "base", "lora.safetensors", "--rank", "2", "-o", "out", "--alpha", "8")
+    assert ran.code == 0, ran.err
+    ran = loradiag("residual", "base", "lora.safetensors", "out", "--alpha", "8", "--json", "--layers", "^a")
+    assert [json.loads(line)["epsilon"] for line in ran.out.splitlines() if '"residual"' in line[:40]] == [
+        pytest.approx(0, abs=1e-5)
+    ]
+    assert loradiag("spectrum", "base", "lora.safetensors", "--alpha", "1", "--alpha-is-rank").code == 2

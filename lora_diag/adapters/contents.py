@@ -119,7 +119,7 @@ def contents_of(adapter: Adapter, base: Checkpoint | None = None) -> Contents:
     return Contents(
         adapter.form,
         tuple(sorted(items, key=lambda item: natural_order(item.layer))),
-        config.values if config is not None else {},
+        config.values if config is not None and not adapter.source.is_completed else {},
         METADATA in adapter.source.metadata,
     )
 

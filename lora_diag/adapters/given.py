@@ -44,12 +44,12 @@ def with_config(source: Source) -> Source:
         return source
     config = source.config
     if config is None and any(".lora_A" in name or ".lora_embedding_A" in name for name in source.checkpoint):
-        return replace(source, config=Config(Path(f"{source.path} (--alpha)"), _settings(source)))
+        return replace(source, config=Config(Path(f"{source.path} (--alpha)"), _settings(source)), is_completed=True)
     if config is not None and config.text("peft_type").upper() == "LORA" and "lora_alpha" not in config:
         added = {"lora_alpha": source.given}
         if source.given == "rank":
             added = {"lora_alpha": config.integer("r"), "alpha_pattern": config.table("rank_pattern")}
-        return replace(source, config=Config(config.path, {**config.values, **added}))
+        return replace(source, config=Config(config.path, {**config.values, **added}), is_completed=True)
     return source
 
 

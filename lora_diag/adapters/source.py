@@ -134,6 +134,7 @@ class Source:
         config: Its settings; None where there is no config file.
         metadata: What the weights file says about itself.
         given: α where the files give none, as the user states it.
+        is_completed: Whether ``config`` holds what only the user stated.
     """
 
     path: Path
@@ -141,6 +142,7 @@ class Source:
     config: Config | None
     metadata: Mapping[str, str]
     given: Given = None
+    is_completed: bool = False
 
     @property
     def peft_type(self) -> str:

@@ -7,6 +7,8 @@ import pytest
 
 from lora_diag.adapters import open_adapter
 from lora_diag.adapters.given import given_alpha
+from lora_diag.diagnostics.portability.fix import make_portable
+from lora_diag.diagnostics.portability.run import portability
 from lora_diag.errors import InputError, UsageError
 from tests.adapters.dense import dense
 from tests.adapters.making import adapter, base, close, normal, write
@@ -62,6 +64,11 @@ def test_a_peft_file_without_its_config(tmp_path, given, scales):
     close(found["h.a.weight"], scales[0] * B @ A)
     close(found["h.b.weight"], scales[1] * D @ C)
     assert "was given" in notes
+    options = {"alpha_is_rank": True} if given == "rank" else {"alpha": given}
+    assert {record.status for record in portability(folder, **options)} == {"refused"}
+    assert {record.status for record in make_portable(folder, tmp_path / "out", **options)} == {"exact"}
+    after, _ = stated(tmp_path / "out", None)
+    close(after["h.b.weight"], scales[1] * D @ C)
 
 
 @pytest.mark.parametrize(("given", "scale"), [("rank", 1), (8.0, 4)])

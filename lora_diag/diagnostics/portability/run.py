@@ -157,6 +157,8 @@ def refusal(consumer: Consumer, rule: Rule, contents: Contents, max_lora_rank: i
     """Return why a consumer does not load an adapter; empty if it does."""
     if contents.form not in consumer.forms:
         return f"it reads files of {' and '.join(sorted(consumer.forms))}, and this one is of {contents.form}"
+    if contents.form == "peft" and not contents.config:
+        return "adapter_config.json is missing or gives no lora_alpha; --fix writes one"
     rank = largest_rank(contents)
     limit = max_lora_rank if max_lora_rank is not None and consumer.rank_option else consumer.largest_rank
     if limit is not None and rank > limit:

@@ -46,7 +46,7 @@ def with_config(source: Source) -> Source:
     if config is None and any(".lora_A" in name or ".lora_embedding_A" in name for name in source.checkpoint):
         return replace(source, config=Config(Path(f"{source.path} (--alpha)"), _settings(source)), is_completed=True)
     if config is not None and config.text("peft_type").upper() == "LORA" and "lora_alpha" not in config:
-        added = {"lora_alpha": source.given}
+        added: dict[str, Any] = {"lora_alpha": source.given}
         if source.given == "rank":
             added = {"lora_alpha": config.integer("r"), "alpha_pattern": config.table("rank_pattern")}
         return replace(source, config=Config(config.path, {**config.values, **added}), is_completed=True)

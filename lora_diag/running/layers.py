@@ -73,7 +73,7 @@ class LayerRun:
             NothingComparedError: The sides have no weight in common.
         """
         selected = (self.options[name] for name in ("layers", "exclude", "allow_unmatched", "verify"))
-        return compare(base, tuned, *selected, self.given)
+        return compare(base, tuned, *selected, given=self.given)
 
     def pair(
         self,

@@ -79,7 +79,7 @@ def portability(
     }
     if fix:
         writing: dict[str, Any] = {"form": form, "dora_to_lora": dora_to_lora, "leave_out": leave_out}
-        stated = {"alpha": given["alpha"], "alpha_is_rank": given["alpha_is_rank"]}
+        stated: dict[str, Any] = {"alpha": given["alpha"], "alpha_is_rank": given["alpha_is_rank"]}
         results = make_portable(adapter, str(given["output"]), base, **writing, **judging, **stated)
         for record in results.records() if shown.json else ():
             line(to_line(record))

@@ -83,7 +83,7 @@ def verify_merge(
     if is_adapter(locate(merged)):
         raise UsageError(f"{merged}: is an adapter; the order is: loradiag verify-merge BASE ADAPTER MERGED")
     verify = run.options["verify"]
-    said = compare(base, adapter, None, None, run.options["allow_unmatched"], verify, run.given)
+    said = compare(base, adapter, None, None, run.options["allow_unmatched"], verify, given=run.given)
     done = compare(base, merged, verify=verify)
     selected = selector(run.options["layers"], run.options["exclude"])
     tasks, unpaired = _tasks(said.pairing, done.pairing, merged, selected)

@@ -72,8 +72,9 @@ class LayerRun:
             InputError: A side cannot be read, the adapter does not fit BASE, or two weights have one name.
             NothingComparedError: The sides have no weight in common.
         """
-        selected = (self.options[name] for name in ("layers", "exclude", "allow_unmatched", "verify"))
-        return compare(base, tuned, *selected, given=self.given)
+        names = ("layers", "exclude", "allow_unmatched", "verify")
+        selected: dict[str, Any] = {name: self.options[name] for name in names}
+        return compare(base, tuned, given=self.given, **selected)
 
     def pair(
         self,

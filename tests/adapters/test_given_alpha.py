@@ -123,7 +123,6 @@ def test_commands_take_it_and_record_it(tmp_path, loradiag):
     ran = loradiag("extract", "base", "lora.safetensors", "--rank", "2", "-o", "out", "--alpha", "8")
     assert ran.code == 0, ran.err
     ran = loradiag("residual", "base", "lora.safetensors", "out", "--alpha", "8", "--json", "--layers", "^a")
-    assert [json.loads(line)["epsilon"] for line in ran.out.splitlines() if '"residual"' in line[:40]] == [
-        pytest.approx(0, abs=1e-5)
-    ]
+    (record,) = [found for line in ran.out.splitlines() if (found := json.loads(line))["record"] == "residual"]
+    assert record["epsilon"] == pytest.approx(0, abs=1e-5)
     assert loradiag("spectrum", "base", "lora.safetensors", "--alpha", "1", "--alpha-is-rank").code == 2

@@ -63,6 +63,7 @@ class Section:
         grids: ``module:name`` of ``grids(results) -> list[Grid]``.
         order: Sections are sorted by it, then by the catalog; those on losses lead.
         figures: Names of the figures that belong to it; empty for those of the feature.
+        losses: Whether it is of losses of a model.
     """
 
     title: str
@@ -70,6 +71,7 @@ class Section:
     grids: str
     order: int = 50
     figures: tuple[str, ...] = ()
+    losses: bool = False
 
 
 @dataclass(frozen=True, slots=True)

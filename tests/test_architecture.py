@@ -56,7 +56,6 @@ BETWEEN = {
     "diagnostics.fleet": set(),
     "diagnostics.interference": {"diagnostics.spectrum"},
     "diagnostics.spectrum": {"diagnostics.fleet"},
-    "probes.sensitivity": {"diagnostics.spectrum"},
 }
 
 # Library -> the packages that may import it, or the names of files in features.

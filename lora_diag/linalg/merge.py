@@ -246,7 +246,8 @@ class Check:
         least: The largest error of rounding a number below the normal ones.
         coarsest: Σ step²/12 of a quantized M.
         gridded: Whether both sides are quantized, so that M* is not known.
-        non_finite: Where an entry is not finite, ``BASE`` or ``MERGED`` first; None if all are.
+        base_non_finite: Where an entry of W is not finite; None if all are.
+        non_finite: Where an entry of M is not finite; None if all are.
     """
 
     beyond: tuple[Tensor, Tensor]
@@ -272,6 +273,7 @@ class Check:
     least: float = 0.0
     coarsest: float = 0.0
     gridded: bool = False
+    base_non_finite: str | None = None
     non_finite: str | None = None
 
     @property
@@ -358,9 +360,9 @@ def check_merge(blocks: Iterable[Block], shape: tuple[int, int], addend: Addend,
     first = 0
     for stored_w, stored_m, step in blocks:
         last = first + len(stored_w)
-        bad = first_non_finite("BASE holds", stored_w, first) or first_non_finite("MERGED holds", stored_m, first)
-        if bad:
-            found.non_finite = bad
+        found.base_non_finite = first_non_finite("BASE holds", stored_w, first)
+        found.non_finite = first_non_finite("MERGED holds", stored_m, first)
+        if found.base_non_finite or found.non_finite:
             return found
         rows_at_once = max(1, _CHUNK // columns)
         for at in range(0, len(stored_w), rows_at_once):

@@ -59,9 +59,29 @@ class Probe(WholeRecord):
         "seed",
     )
     shown: ClassVar[tuple[Shown, ...]] = (
-        Shown("loss", "loss", "in nats", main=True),
-        Shown("gap", "gap", "loss minus that of TUNED, on the same tokens", main=True),
-        Shown("gap_error", "± gap", "standard error of the gap", main=True),
+        Shown("loss", "loss", "in nats", main=True, form=".4f"),
+        Shown("gap", "gap", "loss minus that of TUNED, on the same tokens", main=True, terminal=False),
+        Shown("gap_error", "± gap", "standard error of the gap", main=True, terminal=False),
+        Shown(
+            "to_tuned",
+            "to TUNED",
+            "loss minus that of TUNED, of all but TUNED, with its standard error",
+            form="+.4f",
+            terminal=True,
+            error="gap_error",
+        ),
+        Shown("kept", "kept", "share of TUNED's change of the loss", drop=2, form=".2f", terminal=True),
+        Shown("distance", "distance", "‖z_tuned − z‖/‖z_tuned − z_base‖ of logits", form=".3f", terminal=True),
+        Shown("kl", "KL", "mean KL(p_tuned ‖ p) in nats", terminal=True),
+        Shown(
+            "agreement",
+            "agree",
+            "share of the predictions whose most likely token is TUNED's",
+            share=True,
+            drop=1,
+            form="percent",
+            terminal=True,
+        ),
     )
     record: Literal["probe"] = "probe"
     probe: Literal["truncation", "outputs", "sweep"]
@@ -88,6 +108,11 @@ class Probe(WholeRecord):
     hidden: tuple[float | None, ...] | None = None
     nll: tuple[float, ...] = ()
     predictions: tuple[int, ...] = ()
+
+    @property
+    def to_tuned(self) -> float | None:
+        """``gap``; None of TUNED itself."""
+        return None if self.subject == "tuned" else self.gap
 
     @property
     def nats(self) -> float:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
-from typing import Any
+from typing import Any, Literal
 
 Value = float | int | str | None
+Pool = Literal["sum", "max", "min", "range", "each"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,9 +23,18 @@ class Shown:
         axis: What it is called on an axis; ``title`` if empty.
         share: Whether it is a fraction in [0, 1].
         main: Whether it is shown before a reader asks for all columns.
-        pool: Value of several layers taken together, from their records; None for the median of numbers and the most
-            frequent word.
+        pool: Value of several layers taken together: a name in ``POOLS``, or a function of their records; None for the
+            median of numbers and the most frequent word.
         drop: Which columns a narrow terminal leaves out first, the largest number first; 0 for never.
+        head: Heading in a terminal; ``title`` if empty.
+        form: How a number is written: a name in ``FORMS`` (``rendering.text``) or a format such as ``.4f``; empty for
+            two decimals of a share and three digits of other numbers.
+        terminal: Whether a terminal shows it; None for as ``main`` says.
+        wide: Whether only a wide terminal shows it.
+        chance: Dotted name of what chance gives, shown in brackets; empty if nothing is.
+        error: Dotted name of the standard error, shown behind ±; empty if none is.
+        style: Style of a value in a terminal with colours.
+        mark: What stands behind the value of several records in a terminal, explained by its summary.
     """
 
     path: str
@@ -33,25 +43,75 @@ class Shown:
     axis: str = ""
     share: bool = False
     main: bool = False
-    pool: Callable[[Sequence[Any]], Value] | None = None
+    pool: Pool | Callable[[Sequence[Any]], Value] | None = None
     drop: int = 0
+    head: str = ""
+    form: str = ""
+    terminal: bool | None = None
+    wide: bool = False
+    chance: str = ""
+    error: str = ""
+    style: Callable[[Any], str] | None = None
+    mark: Callable[[Sequence[Any]], str] | None = None
 
     def value(self, record: Any) -> Value:
-        """Return the value of a record; None where it is null or does not exist."""
+        """Return the value of a record, a shape as text; None where it is null or does not exist."""
         found = value_at(record, self.path)
+        if isinstance(found, tuple) and found and all(isinstance(size, int) for size in found):
+            return "×".join(map(str, found))
         return found if isinstance(found, float | int | str) else None
+
+    @property
+    def in_terminal(self) -> bool:
+        """Whether a terminal shows it."""
+        return self.main if self.terminal is None else self.terminal
+
+
+# The shape of a layer, where a table shows it.
+SHAPE = Shown(
+    "shape",
+    "shape",
+    "rows × columns, out × in",
+    pool=lambda records: "×".join(map(str, records[0].shape)) if len({r.shape for r in records}) == 1 else "various",
+    drop=6,
+    terminal=True,
+    wide=True,
+)
 
 
 def pooled_value(shown: Shown, records: Sequence[Any]) -> Value:
     """Return the value of several records taken together: as declared, the median, or the most frequent word."""
-    if shown.pool is not None:
+    if callable(shown.pool):
         return shown.pool(records)
-    known = [value for record in records if (value := shown.value(record)) is not None]
+    known: list[Any] = [value for record in records if (value := shown.value(record)) is not None]
     if not known:
         return None
+    if shown.pool is not None:
+        pooled: Value = POOLS[shown.pool](known)
+        return pooled
     if any(isinstance(value, str) for value in known):
-        return Counter(known).most_common(1)[0][0]
-    return median(value for value in known if not isinstance(value, str))
+        return Counter[Value](known).most_common(1)[0][0]
+    middle: float = median(known)
+    return middle
+
+
+def counted(words: Iterable[str]) -> str:
+    """Return the word that all have in common, or each with how often it occurs.
+
+    >>> counted(["rank", "rank"]), counted(["rank", "scale", "rank"])
+    ('rank', 'rank 2, scale 1')
+    """
+    counts = Counter(words)
+    return next(iter(counts)) if len(counts) == 1 else ", ".join(f"{word} {n}" for word, n in counts.most_common())
+
+
+POOLS: Mapping[str, Callable[[list[Any]], Value]] = {
+    "sum": sum,
+    "max": max,
+    "min": min,
+    "range": lambda values: "-".join(map(str, sorted({min(values), max(values)}))),
+    "each": lambda words: "/".join(sorted(set(map(str, words)))),
+}
 
 
 def value_at(record: Any, path: str) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from lora_diag.records.base import Norm, Record, Share
 
@@ -56,6 +56,12 @@ class Resolution(Record):
     untouched: Share | None = None
 
 
+def noise_mark(verdicts: Iterable[str]) -> str:
+    """Return the mark of the worst verdict: ``!`` for unresolved updates, ``~`` for floor-limited ones."""
+    found = set(verdicts)
+    return "!" if "unresolved" in found else "~" if "floor-limited" in found else ""
+
+
 class Agreement(Record):
     """Principal angles between a space of the adapter's update and that of the top k singular vectors of D.
 
@@ -68,6 +74,20 @@ class Agreement(Record):
     cosines: tuple[float, ...]
     overlap: Share
     random: Share
+
+
+class SingularValues(Protocol):
+    """The singular values of one layer's update, as a record has them."""
+
+    @property
+    def layer(self) -> str:
+        """The weight's name in BASE."""
+        ...
+
+    @property
+    def s(self) -> tuple[float, ...]:
+        """Singular values, descending."""
+        ...
 
 
 Metric = Literal["weights", "data", "kfac"]

@@ -35,11 +35,21 @@ R = TypeVar("R", bound=OfLayer)
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """One column: its title, its cells from the first row to the last, and their side."""
+    """One column.
+
+    Args:
+        title: Its heading.
+        cells: From the first row to the last.
+        justify: Their side.
+        drop: Which columns a narrow terminal leaves out first: the largest number, of equal ones the last; 0 for never.
+        wide: Whether only a wide terminal shows it.
+    """
 
     title: str
     cells: tuple[str | Text, ...]
     justify: Literal["left", "right"] = "right"
+    drop: int = 0
+    wide: bool = False
 
     @property
     def width(self) -> int:
@@ -56,7 +66,6 @@ class Grid:
         title: Of the column of names.
         names: One a row.
         columns: The others.
-        spared: Ends of the titles of columns that a narrow terminal may leave out, the first to go first.
         about: What one reads from it, for a page; a terminal's summary says that.
     """
 
@@ -64,12 +73,11 @@ class Grid:
     title: str
     names: tuple[str, ...]
     columns: tuple[Column, ...]
-    spared: tuple[str, ...] = ()
     about: str = ""
 
     def shown(self, width: int) -> list[RenderableType]:
         """Return what a terminal of so many characters shows."""
-        table = table_of(self.title, self.names, self.columns, width, self.spared)
+        table = table_of(self.title, self.names, self.columns, width)
         return [*([Text(self.caption, style="bold")] if self.caption else []), table]
 
     def rows(self) -> list[tuple[str, list[str]]]:
@@ -98,14 +106,7 @@ def title_of(per: str) -> str:
     return "module type" if per == "type" else "layer"
 
 
-def table_of(
-    title: str,
-    names: Sequence[str],
-    columns: Sequence[Column],
-    width: int,
-    spared: Sequence[str] = (),
-    wide: Set[str] = frozenset(),
-) -> Table:
+def table_of(title: str, names: Sequence[str], columns: Sequence[Column], width: int, keep: int | None = None) -> Table:
     """Return a table of named rows; its caption names the columns for which the terminal is too narrow.
 
     Args:
@@ -113,12 +114,11 @@ def table_of(
         names: One a row; shortened where there is no room, so that they stay different.
         columns: The others.
         width: Characters of the terminal.
-        spared: Ends of the titles of columns that may be left out, the first to go first.
-        wide: Titles of columns that only a wide terminal shows.
+        keep: Characters of a name that columns have to make room for; by default 12, of a wide terminal 32.
     """
     longest = max(len(title), *map(len, names), 0)
-    at_most = [column for column in columns if width >= WIDE or column.title not in wide]
-    fitting = _fitting(at_most, width, min(longest, _WIDE_NAME if width >= WIDE else _NAME), spared)
+    at_most = [column for column in columns if width >= WIDE or not column.wide]
+    fitting = _fitting(at_most, width, min(longest, keep or (_WIDE_NAME if width >= WIDE else _NAME)))
     room = min(longest, _room(fitting, width))
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=0, header_style="bold", caption_justify="left")
     if hidden := [column.title for column in columns if column not in fitting]:
@@ -184,11 +184,10 @@ def _room(columns: Sequence[Column], width: int) -> int:
     return max(1, width - sum(column.width + 1 for column in columns) - 2)
 
 
-def _fitting(columns: Sequence[Column], width: int, name: int, spared: Sequence[str]) -> list[Column]:
+def _fitting(columns: Sequence[Column], width: int, name: int) -> list[Column]:
     """Leave out as many columns as it takes for names to keep ``name`` characters."""
     fitting = list(columns)
-    for title in spared:
-        if _room(fitting, width) >= name:
-            break
-        fitting = [column for column in fitting if not column.title.endswith(title)]
+    for place in sorted(range(len(columns)), key=lambda place: (-columns[place].drop, -place)):
+        if columns[place].drop and _room(fitting, width) < name:
+            fitting = [column for column in fitting if column is not columns[place]]
     return fitting

@@ -7,7 +7,7 @@ from typing import Any
 
 from lora_diag.records import Probe, Results
 from lora_diag.rendering.statements import Statement, compared, ending, left_out, say
-from lora_diag.rendering.text import percent, short
+from lora_diag.rendering.text import percent, plus_minus, short
 
 
 def probe_summary(results: Results[Any], *found: Statement, reading: str) -> list[Statement]:
@@ -45,10 +45,9 @@ def on_set(name: str, *lines: str, shifted: bool = False, answer: str = "") -> S
 
 def gap(record: Probe) -> str:
     """Return the gap to TUNED and its standard error; nothing for TUNED itself."""
-    if record.gap is None or record.subject == "tuned":
+    if record.to_tuned is None:
         return ""
-    error = "" if record.gap_error is None else f" ±{record.gap_error:.2g}" if record.gap_error >= 1e-4 else " ±<1e-4"
-    return f"{record.gap:+.4f}{error}"
+    return f"{record.to_tuned:+.4f}" + ("" if record.gap_error is None else plus_minus(record.gap_error))
 
 
 def share(record: Probe) -> str:

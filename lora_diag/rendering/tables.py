@@ -2,20 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from statistics import median
 from typing import Any
 
 from rich.console import Group
+from rich.text import Text
 
 from lora_diag.records import LayerRecord, Results
-from lora_diag.records.shown import Shown, Value, pooled_value
+from lora_diag.records.shown import Shown, pooled_value, value_at
 from lora_diag.rendering.columns import Column, Grid, captioned_once, rows_of, title_of
 from lora_diag.rendering.statements import Statement, summary_of
-from lora_diag.rendering.text import fraction, number, safe, to_text
+from lora_diag.rendering.text import plus_minus, safe, to_text, written
+
+Rows = Sequence[tuple[str, Sequence[Any]]]
+
+
+def columns_of(shown: Iterable[Shown], rows: Rows) -> list[Column]:
+    """Return the columns that a terminal shows, without those that are empty and not main.
+
+    Args:
+        shown: As the records declare them.
+        rows: Each with its name and its records.
+    """
+    groups = [group for _, group in rows]
+    columns = ((one.main, _column(one, groups)) for one in shown if one.in_terminal)
+    return [column for main, column in columns if main or any(str(cell) != "-" for cell in column.cells)]
+
+
+def sizes_of(rows: Rows, per: str) -> list[Column]:
+    """Return the column of how many records a row has; none where a row is one layer."""
+    return [Column("n", tuple(str(len(group)) for _, group in rows), drop=1)] if per == "type" else []
 
 
 def record_grids(results: Results[Any], per: str = "type") -> list[Grid]:
-    """Return a table for each kind of record that declares columns: the main ones of these.
+    """Return a table for each kind of record that declares columns: those for a terminal.
 
     Args:
         results: What was measured.
@@ -25,16 +46,16 @@ def record_grids(results: Results[Any], per: str = "type") -> list[Grid]:
     found = []
     for kind in kinds:
         records = [record for record in results if type(record) is kind]
-        shown = [one for one in kind.shown_of(results.run.settings, records) if one.main]
-        if not shown:
-            continue
         rows = rows_of(records, per)
-        columns = [Column("n", tuple(str(len(group)) for _, group in rows))] if per == "type" else []
-        columns += [_column(one, [group for _, group in rows]) for one in shown]
-        dropped = sorted((one for one in shown if one.drop), key=lambda one: -one.drop)
-        spared = (*(one.title for one in dropped), "n")
-        found.append(Grid("", title_of(per), tuple(name for name, _ in rows), tuple(columns), spared))
+        columns = columns_of(kind.shown_of(results.run.settings, records), rows)
+        if columns:
+            found.append(grid_of(rows, [*sizes_of(rows, per), *columns], per))
     return found
+
+
+def grid_of(rows: Rows, columns: Sequence[Column], per: str, caption: str = "", about: str = "") -> Grid:
+    """Return a table of layers or module types."""
+    return Grid(caption, title_of(per), tuple(name for name, _ in rows), tuple(columns), about)
 
 
 def grids_table(
@@ -79,14 +100,26 @@ def record_table(
 
 
 def _column(shown: Shown, groups: Sequence[Sequence[Any]]) -> Column:
-    values = [pooled_value(shown, group) for group in groups]
-    words = any(isinstance(value, str) for value in values)
-    return Column(shown.title, tuple(_cell(shown, value) for value in values), "left" if words else "right")
+    words = any(isinstance(value_at(record, shown.path), str) for group in groups for record in group)
+    cells = tuple(_cell(shown, group) for group in groups)
+    return Column(shown.head or shown.title, cells, "left" if words else "right", shown.drop, shown.wide)
 
 
-def _cell(shown: Shown, value: Value) -> str:
+def _cell(shown: Shown, group: Sequence[Any]) -> str | Text:
+    """Write the value of several records, with its error, what chance gives, and its mark."""
+    value = pooled_value(shown, group)
     if value is None:
         return "-"
-    if isinstance(value, str):
-        return safe(value)
-    return fraction(value) if shown.share else number(value)
+    text = safe(value) if isinstance(value, str) else written(value, shown.form, shown.share)
+    known = [record for record in group if shown.value(record) is not None]
+    if shown.error and (error := _median(known, shown.error)) is not None:
+        text += plus_minus(error)
+    if shown.chance and (chance := _median(known, shown.chance)) is not None:
+        text += f" ({written(chance, shown.form, shown.share)})"
+    text += shown.mark(group) if shown.mark else ""
+    return Text(text, style=shown.style(value)) if shown.style else text
+
+
+def _median(records: Sequence[Any], path: str) -> float | None:
+    found = [value for record in records if (value := value_at(record, path)) is not None]
+    return median(found) if found else None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import codecs
 import io
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import pairwise
 from statistics import median
 from typing import TYPE_CHECKING
@@ -153,23 +153,13 @@ def shown(value: float | None, how: Callable[[float], str] = number) -> str:
 
 
 def span(values: Iterable[int]) -> str:
-    """Return a number that all have in common, or from which to which they go.
+    """Return a number that all have in common, or from which to which they go; a dash where there is none.
 
     >>> span([8, 8]), span([16, 4]), span([])
     ('8', '4-16', '-')
     """
-    ordered = sorted(set(values))
-    return "-".join(map(str, dict.fromkeys((ordered[0], ordered[-1])))) if ordered else "-"
-
-
-def shape_of(shapes: Iterable[Sequence[int]]) -> str:
-    """Return the shape that all have in common.
-
-    >>> shape_of([(8, 4), (8, 4)]), shape_of([(8, 4), (4, 8)])
-    ('8×4', 'various')
-    """
-    found = {"×".join(map(str, shape)) for shape in shapes}
-    return found.pop() if len(found) == 1 else "various"
+    known = sorted(values)
+    return "-".join(map(str, sorted({known[0], known[-1]}))) if known else "-"
 
 
 def middle_rank(ranks: Sequence[int | None], kept: int) -> str:
@@ -207,6 +197,68 @@ def count(value: int) -> str:
         if value >= factor:
             return f"{value / (1000 if unit == 'k' else factor):.3g} {unit}"
     return str(value)
+
+
+def small_share(share: float) -> str:
+    """Return a share in four or five characters; small ones keep two digits that mean something.
+
+    >>> small_share(0.4123), small_share(0.0312), small_share(0.00391)
+    ('0.41', '0.031', '0.0039')
+    """
+    return f"{share:.2f}" if share >= 0.1 or share == 0 else f"{share:.2g}"
+
+
+def plus_minus(error: float) -> str:
+    """Return a standard error as it is written behind a value.
+
+    >>> plus_minus(0.01234), plus_minus(2e-6)
+    (' ±0.012', ' ±<1e-4')
+    """
+    return f" ±{error:.2g}" if error >= 1e-4 else " ±<1e-4"
+
+
+def factor(value: float) -> str:
+    """Return a factor with the digits in which it differs from 1.
+
+    >>> factor(0.998765), factor(0.0312345)
+    ('0.99877', '0.0312')
+    """
+    return f"{value:.5g}" if 0.5 < value < 2 else number(value)
+
+
+def signed(value: float) -> str:
+    """Return four decimals with the sign; a zero without.
+
+    >>> signed(0.01234), signed(-1e-9)
+    ('+0.0123', '0')
+    """
+    return "0" if abs(value) < 5e-5 else f"{value:+.4f}"
+
+
+FORMS: Mapping[str, Callable[[float], str]] = {
+    "percent": percent,
+    "count": lambda value: count(int(value)),
+    "factor": factor,
+    "signed": signed,
+    "small": small_share,
+    "times": lambda value: f"{value:.2f}" if abs(value) < 100 else f"{value:.0f}",
+}
+
+
+def written(value: float, form: str = "", share: bool = False) -> str:
+    """Return a number as a table shows it.
+
+    Args:
+        value: The number.
+        form: A name in ``FORMS``, or a format; empty for two decimals of a share and three digits of other numbers.
+        share: Whether it is a fraction in [0, 1].
+
+    >>> written(0.4123, share=True), written(0.4123, "percent"), written(0.4123, "+.3f"), written(1234.5)
+    ('0.41', '41%', '+0.412', '1234')
+    """
+    if not form:
+        return fraction(value) if share else number(value)
+    return FORMS[form](value) if form in FORMS else format(value, form)
 
 
 def spark(s: Sequence[float], total: int, width: int = 8) -> str:

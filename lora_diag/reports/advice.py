@@ -121,7 +121,7 @@ def take_allocation(evidence: Evidence) -> Advice | None:
         if argv is None or not evidence.readable:
             continue
         short = [r for r in source.results if isinstance(r, Allocation) and r.kept is not None and r.kept < SHORT]
-        uniform = next((each for each in certificate.baselines if each.name.startswith("uniform")), None)
+        uniform = certificate.uniform
         beside = f", {uniform.name} {percent(uniform.kept)}" if uniform is not None else ""
         amount = f"{number(certificate.spent)}" + (f" of {number(certificate.budget)}" if certificate.budget else "")
         return Advice(

@@ -19,7 +19,7 @@ from lora_diag.diagnostics.overlap.tracks import tracks
 from lora_diag.diagnostics.residual.record import Residual
 from lora_diag.diagnostics.spectrum.record import Spectrum
 from lora_diag.records import LayerRecord
-from lora_diag.records.shown import Shown, Value
+from lora_diag.records.shown import Shown, Value, pooled_value
 from lora_diag.records.vocabulary import metric_of
 from lora_diag.reports.evidence import Evidence, Source
 from lora_diag.reports.subject import labels
@@ -40,8 +40,8 @@ class Field:
         values: One a layer; None where it does not exist.
         share: Whether it lies in [0, 1].
         main: Whether it is shown before anybody asks for all columns.
-        together: Gives the value of several layers taken as one, by their places, as the command's own table does; None
-            where a median does.
+        together: Gives the value of several layers taken as one, by their places, as the command's own table does.
+        pooled: Whether that is another value than the median of numbers and the most frequent word.
     """
 
     id: str
@@ -49,9 +49,10 @@ class Field:
     about: str
     group: str
     values: tuple[Value, ...]
+    together: Callable[[Sequence[int]], Value]
     share: bool = False
     main: bool = False
-    together: Callable[[Sequence[int]], Value] | None = None
+    pooled: bool = False
 
     @property
     def is_number(self) -> bool:
@@ -115,7 +116,11 @@ def _overlap_fields(evidence: Evidence, layers: Sequence[str]) -> Iterable[Field
 def _other_fields(evidence: Evidence, layers: Sequence[str]) -> Iterable[Field]:
     """Give the columns of every kind of record that has one a layer, as it declares them."""
     special = (Spectrum, Residual, Overlap)
-    kinds = [kind for kind in record_kinds().values() if issubclass(kind, LayerRecord) and kind not in special]
+    kinds = [
+        kind
+        for kind in record_kinds().values()
+        if issubclass(kind, LayerRecord) and kind.key == ("layer",) and kind not in special
+    ]
     for kind in kinds:
         sources = list(evidence.of(kind))
         for place, source in enumerate(sources):
@@ -131,7 +136,13 @@ def _gate_fields(evidence: Evidence, layers: Sequence[str]) -> Iterable[Field]:
         if verdict.layer is not None:
             known = worst.get(verdict.layer, verdict.status)
             worst[verdict.layer] = min(known, verdict.status, key=WORST_FIRST.index)
-    yield Field("g", "gate", "worst verdict of the gate on this layer", "", tuple(map(worst.get, layers)), main=True)
+
+    def together(places: Sequence[int]) -> Status | None:
+        known = [status for place in places if (status := worst.get(layers[place])) is not None]
+        return min(known, key=WORST_FIRST.index, default=None)
+
+    about = "worst verdict of the gate on this layer"
+    yield Field("g", "gate", about, "", tuple(map(worst.get, layers)), together, main=True, pooled=True)
 
 
 def _columns(
@@ -139,15 +150,14 @@ def _columns(
 ) -> Iterable[Field]:
     for one in shown:
         values = tuple(one.value(records[layer]) if layer in records else None for layer in layers)
-        together = partial(_together, one.pool, records, layers) if one.pool else None
-        yield Field(f"{prefix}.{one.path}", one.title, one.about, group, values, one.share, one.main, together)
+        together = partial(_together, one, records, layers)
+        identity, pooled = f"{prefix}.{one.path}", one.pool is not None
+        yield Field(identity, one.title, one.about, group, values, together, one.share, one.main, pooled)
 
 
-def _together(
-    pool: Callable[[Sequence[Any]], Value], records: Mapping[str, Any], layers: Sequence[str], places: Sequence[int]
-) -> Value:
+def _together(shown: Shown, records: Mapping[str, Any], layers: Sequence[str], places: Sequence[int]) -> Value:
     found = [records[layers[place]] for place in places if layers[place] in records]
-    return pool(found) if found else None
+    return pooled_value(shown, found) if found else None
 
 
 def _group(sources: Sequence[Source], source: Source) -> str:

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from statistics import median
 
 from lora_diag.records.names import module_type_of, place_of
+from lora_diag.records.shown import Value
 from lora_diag.rendering.text import crop, number, safe, short
 from lora_diag.reports.evidence import Evidence
 from lora_diag.reports.fields import Field, fields_of, layers_of
@@ -69,7 +69,7 @@ def _table(evidence: Evidence) -> list[str]:
     heads = [_text(f"{field.title} {crop(field.group, 30)}".strip()) for field in columns]
     rows = ["| module type | n | " + " | ".join(heads) + " |", "|---|--:|" + "--:|" * len(columns)]
     for name, places in list(groups.items())[:ROWS]:
-        cells = [_middle(field, places) for field in columns]
+        cells = [_cell(field.together(places)) for field in columns]
         rows.append(f"| {code(name)} | {len(places)} | " + " | ".join(cells) + " |")
     more = f"\n\n*and {len(groups) - ROWS} module types more*" if len(groups) > ROWS else ""
     return ["## By module type", "\n".join(rows) + more + _how(columns), *map(_text, metrics_said(evidence))]
@@ -77,26 +77,13 @@ def _table(evidence: Evidence) -> list[str]:
 
 def _how(columns: Sequence[Field]) -> str:
     """Say what a row's values are."""
-    pooled = [field.title for field in columns if field.together is not None and field.is_number]
+    pooled = [field.title for field in columns if field.pooled and field.is_number]
     together = f"{', '.join(dict.fromkeys(pooled))}: of all layers of the type taken together. " if pooled else ""
     return f"\n\n{together}{'Other numbers: medians' if pooled else 'Medians'}; of words, the most frequent."
 
 
-def _middle(field: Field, places: Sequence[int]) -> str:
-    if field.together is not None:
-        value = field.together(places)
-        return "" if value is None else number(value) if isinstance(value, float) else _text(str(value))
-    known = [value for place in places if (value := field.values[place]) is not None]
-    if not known:
-        return ""
-    if all(isinstance(value, int) for value in known):
-        # As the table of ``spectrum``: a rank that is missing lies beyond the values kept.
-        ordered = sorted(known) + [None] * (len(places) - len(known))
-        middle = ordered[len(places) // 2]
-        return "beyond" if middle is None else str(middle)
-    if field.is_number:
-        return number(median(value for value in known if isinstance(value, float | int)))
-    return _text(str(max(sorted(set(known), key=str), key=known.count)))
+def _cell(value: Value) -> str:
+    return "" if value is None else number(value) if isinstance(value, float) else _text(str(value))
 
 
 def _several(evidence: Evidence) -> list[str]:

@@ -89,7 +89,8 @@ def sections_of(evidence: Evidence) -> list[Section]:
 
 def is_of_losses(source: Source) -> bool:
     """Say whether a run measured losses of a model."""
-    return source.results.run.command.startswith("probe ")
+    kind = section_kind(source)
+    return kind is not None and kind.losses
 
 
 def named_of(source: Source) -> str:

@@ -26,8 +26,12 @@ def test_shortened_names_of_an_encoder_keep_their_block_and_their_end(width):
 
 @pytest.mark.parametrize("width", [20, 40, 80, 140])
 def test_a_table_names_the_columns_that_it_does_not_show(width):
-    columns = [Column(name, ("0.12345",)) for name in ("one", "two", "three", "four", "five")]
-    table = table_of("layer", ["model.layers.0.q_proj"], columns, width, ("two", "four"), {"five"})
+    drops = {"two": 2, "four": 1}
+    columns = [
+        Column(name, ("0.12345",), drop=drops.get(name, 0), wide=name == "five")
+        for name in ("one", "two", "three", "four", "five")
+    ]
+    table = table_of("layer", ["model.layers.0.q_proj"], columns, width)
     shown = {column.header for column in table.columns}
     hidden = [column.title for column in columns if column.title not in shown]
     assert ("five" in hidden) == (width < 140)
@@ -35,5 +39,5 @@ def test_a_table_names_the_columns_that_it_does_not_show(width):
 
 
 def test_of_tables_with_one_caption_only_the_last_has_it():
-    tables = [table_of("layer", ["a"], [Column(name, ("1",))], 80, (), {name}) for name in ("x", "x", "y")]
+    tables = [table_of("layer", ["a"], [Column(name, ("1",), wide=True)], 80) for name in ("x", "x", "y")]
     assert [table.caption is not None for table in captioned_once(tables)] == [False, True, True]

@@ -156,7 +156,7 @@ def _over_cost(ax: Axes, certificates: Sequence[Certificate], look: Look | None)
     width = look.line if look else 1.2
     ordered = sorted(certificates, key=_spent)
     limits = [item.budget if item.budget is not None and item.unit != "energy" else _spent(item) for item in ordered]
-    uniform = [(base.spent, base.kept) for item in ordered for base in item.baselines if _is_uniform(base.name)]
+    uniform = [(base.spent, base.kept) for item in ordered if (base := item.uniform) is not None]
     ax.plot(limits, [item.bound for item in ordered], color=BOUND, lw=width, ls=(0, (4, 2)), label="_bound")
     for points, color, marker, name in (
         (uniform, OTHERS, "s", "_uniform"),
@@ -171,10 +171,6 @@ def _over_cost(ax: Axes, certificates: Sequence[Certificate], look: Look | None)
     ax.xaxis.set_major_locator(MaxNLocator(nbins=4))
     ax.yaxis.set_major_locator(MaxNLocator(nbins=4))
     ax.xaxis.set_major_formatter(lambda value, _: _count(value))
-
-
-def _is_uniform(name: str) -> bool:
-    return name.startswith("uniform")
 
 
 def _spent(item: Certificate) -> float:

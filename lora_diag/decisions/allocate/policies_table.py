@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from statistics import median
 
-from rich.console import Group
-
 from lora_diag.decisions.allocate.record import Policies
-from lora_diag.rendering.columns import Column, rows_of, table_of, title_of
-from lora_diag.rendering.statements import Statement, say, summary_of
-from lora_diag.rendering.text import short, span, to_text
+from lora_diag.rendering.columns import Column, rows_of
+from lora_diag.rendering.statements import Statement, say
+from lora_diag.rendering.tables import grid_of, grids_table
+from lora_diag.rendering.text import short, span
 
 # So many layers are named in a sentence.
 _NAMED = 3
@@ -32,10 +31,10 @@ def policies_table(records: Sequence[Policies], width: int = 80, color: bool = F
         known = [rank for record in group if (rank := record.ranks[rule]) is not None]
         return f"{median(known):.0f}" if len(known) == len(group) else "-"
 
-    columns = [Column(rule, tuple(cell(rule, group) for _, group in rows)) for rule in rules]
-    columns.insert(0, Column("of", tuple(span(min(record.shape) for record in group) for _, group in rows)))
-    table = table_of(title_of(per), [name for name, _ in rows], columns, width, ("of",))
-    return to_text(Group(table, summary_of(_disagreements(records))), width, color)
+    sizes = tuple(span(min(record.shape) for record in group) for _, group in rows)
+    columns = [Column("of", sizes, drop=1)]
+    columns += [Column(rule, tuple(cell(rule, group) for _, group in rows)) for rule in rules]
+    return grids_table([grid_of(rows, columns, per)], _disagreements(records), width, color)
 
 
 def _disagreements(records: Sequence[Policies]) -> list[Statement]:

@@ -2,14 +2,28 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import ClassVar, Literal
 
 from lora_diag.records.base import LayerRecord, Record, Share, WholeRecord
-from lora_diag.records.shown import Shown
+from lora_diag.records.shown import SHAPE, Shown
 
 CappedBy = Literal["max_rank", "break_even", "shape", "signal_rank", "values_kept", "ranks_from", "update_rank"]
 Method = Literal["optimal", "heuristic"]
 Unit = Literal["params", "total_rank", "bytes", "energy"]
+
+
+def _kept(field: str) -> Callable[[Sequence[Allocation]], float | None]:
+    """Return the pool of an energy share: of the energy of several layers together."""
+
+    def pool(records: Sequence[Allocation]) -> float | None:
+        total = math.fsum(record.fro**2 for record in records)
+        kept = math.fsum(record.fro**2 * (getattr(record, field) or 0.0) for record in records)
+        return min(1.0, kept / total) if total else None
+
+    return pool
 
 
 class Allocation(LayerRecord):
@@ -39,15 +53,48 @@ class Allocation(LayerRecord):
     """
 
     shown: ClassVar[tuple[Shown, ...]] = (
-        Shown("rank", "rank given", "by the allocation", axis="rank r", main=True),
+        replace(SHAPE, wide=False),
+        Shown("rank", "rank given", "by the allocation", axis="rank r", main=True, pool="range", head="rank"),
+        Shown(
+            "uniform_rank",
+            "uniform rank",
+            "what one rank for all layers gives this one out of the same budget",
+            pool="range",
+            head="uniform",
+            terminal=True,
+        ),
+        Shown("cap", "cap", "largest rank that this layer could get", pool="range", drop=5, terminal=True),
+        Shown(
+            "params",
+            "parameters",
+            "r·(out + in)",
+            axis="adapter parameters r (out + in)",
+            pool="sum",
+            drop=1,
+            head="params",
+            form="count",
+            terminal=True,
+        ),
         Shown(
             "kept",
             "kept",
             "share of the layer's energy that this rank can carry",
             axis="energy share C(r) kept",
             share=True,
+            pool=_kept("kept"),
+            form="percent",
+            terminal=True,
         ),
-        Shown("params", "parameters", "r·(out + in)", axis="adapter parameters r (out + in)"),
+        Shown(
+            "uniform_kept",
+            "kept by uniform",
+            "share of the layer's energy that one rank for all layers can carry",
+            share=True,
+            pool=_kept("uniform_kept"),
+            head="by uniform",
+            form="percent",
+            terminal=True,
+        ),
     )
     record: Literal["allocation"] = "allocation"
     layer: str
@@ -114,7 +161,7 @@ class Certificate(WholeRecord):
         slack: n further units of the budget keep at most price·n + slack more than ``kept``, for every n: bound − kept,
             and for a budget of bytes what the part of it that pays for no whole parameter is worth; null in results
             of older versions.
-        baselines: Other rules at the same budget.
+        baselines: Other rules at the same budget: one rank for all layers, the prior, one energy share for all layers.
     """
 
     shown: ClassVar[tuple[Shown, ...]] = (
@@ -146,6 +193,11 @@ class Certificate(WholeRecord):
         """
         slack = self.bound - self.kept if self.slack is None else self.slack
         return min(1.0 - self.kept, (self.price or 0.0) * amount + slack)
+
+    @property
+    def uniform(self) -> Baseline | None:
+        """The rule of one rank for all layers; None without baselines."""
+        return self.baselines[0] if self.baselines else None
 
 
 class Policies(Record):

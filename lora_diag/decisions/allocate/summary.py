@@ -4,24 +4,16 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from itertools import pairwise
-
-from rich.console import Group
-from rich.table import Table
 
 from lora_diag.decisions.allocate.heads import head_of, task_type_of
 from lora_diag.decisions.allocate.record import Allocation, Baseline, Certificate
 from lora_diag.records import Results
 from lora_diag.records.names import part_of
-from lora_diag.rendering.columns import Column, rows_of, table_of, title_of
+from lora_diag.rendering.columns import Column, rows_of
 from lora_diag.rendering.lines import left_out_line, notes
-from lora_diag.rendering.statements import Statement, say, summary_of
-from lora_diag.rendering.text import bar, count, named, number, percent, safe, shape_of, short, span, to_text
-
-# Which columns go first where there is too little room.
-_SPARED = ("shape", "cap", "by depth", "n", "params")
+from lora_diag.rendering.statements import Statement, say
+from lora_diag.rendering.tables import columns_of, grid_of, grids_table, sizes_of
+from lora_diag.rendering.text import named, number, percent, safe, short, span, strip
 
 # Differences of energy shares below these are called what they are. Words, not measurements: the number is beside them.
 _HARDLY, _SMALL = 0.005, 0.02
@@ -41,18 +33,6 @@ _CAPS = {
 _UNITS = {"params": "parameters", "total_rank": "ranks", "bytes": "bytes", "energy": "parameters"}
 
 
-@dataclass(frozen=True, slots=True)
-class _Row:
-    """One line of the table: a layer, or all layers of a module type."""
-
-    name: str
-    records: tuple[Allocation, ...]
-
-    @property
-    def fro2(self) -> float:
-        return math.fsum(record.fro**2 for record in self.records)
-
-
 def allocation_table(
     results: Results[Allocation], width: int = 80, color: bool = False, per: str = "type", then: str | None = None
 ) -> str:
@@ -68,46 +48,13 @@ def allocation_table(
     Returns:
         Lines of text, without a newline at the end.
     """
-    rows = [_Row(*row) for row in rows_of(results, per)]
-    return to_text(Group(_table(rows, per, width), summary_of(_lines(results), then)), width, color)
-
-
-def _table(rows: Sequence[_Row], per: str, width: int) -> Table:
-    largest = max((record.rank for row in rows for record in row.records), default=0)
-
-    def column(title: str, cell: Callable[[_Row], str]) -> Column:
-        return Column(title, tuple(map(cell, rows)))
-
-    columns = [
-        column("n", lambda row: str(len(row.records))),
-        column("shape", lambda row: shape_of(record.shape for record in row.records)),
-        column("rank", lambda row: span([record.rank for record in row.records])),
-        column("uniform", lambda row: span([record.uniform_rank for record in row.records])),
-        column("cap", lambda row: span([record.cap for record in row.records])),
-        column("params", lambda row: count(sum(record.params for record in row.records))),
-        column("kept", lambda row: _share(row, "kept")),
-        column("by uniform", lambda row: _share(row, "uniform_kept")),
-        Column("by depth", tuple(_by_depth(row, largest) for row in rows), "left"),
-    ]
-    dropped = {"n", "by depth"} if per == "layer" else set()
-    columns = [column for column in columns if column.title not in dropped]
-    return table_of(title_of(per), [row.name for row in rows], columns, width, _SPARED)
-
-
-def _share(row: _Row, field: str) -> str:
-    """Show the share of the row's energy that is kept."""
-    if row.fro2 == 0:
-        return "-"
-    return percent(min(1.0, math.fsum(r.fro**2 * (getattr(r, field) or 0.0) for r in row.records) / row.fro2))
-
-
-def _by_depth(row: _Row, largest: int) -> str:
-    """Draw the ranks from the first to the last layer, averaged where there are more than 24."""
-    ranks = [record.rank for record in row.records]
-    bins = min(len(ranks), 24)
-    edges = [round(i * len(ranks) / bins) for i in range(bins + 1)]
-    means = [sum(ranks[a:b]) / (b - a) for a, b in pairwise(edges)]
-    return "".join("·" if mean == 0 else bar(mean / largest) for mean in means)
+    rows = rows_of(results, per)
+    columns = [*sizes_of(rows, per), *columns_of(Allocation.shown, rows)]
+    if per == "type":
+        largest = max((record.rank for record in results), default=0) or 1
+        strips = tuple(strip([record.rank / largest or None for record in group], 24) for _, group in rows)
+        columns.append(Column("by depth", strips, "left", drop=3))
+    return grids_table([grid_of(rows, columns, per)], _lines(results), width, color, then)
 
 
 def _lines(results: Results[Allocation]) -> list[Statement]:

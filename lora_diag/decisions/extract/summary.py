@@ -4,36 +4,21 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from statistics import median
+from collections.abc import Sequence
 
-from rich.console import Group
-from rich.table import Table
-
-from lora_diag.decisions.extract.record import Extraction, OnData
+from lora_diag.decisions.extract.record import Extraction, pooled, pooled_data, pooled_kept
 from lora_diag.records import LeftOut, Results
-from lora_diag.rendering.columns import Column, rows_of, table_of, title_of
+from lora_diag.rendering.columns import rows_of
 from lora_diag.rendering.lines import REASONS, subject, within
-from lora_diag.rendering.statements import Level, Statement, compared, ending, say, summary_of
-from lora_diag.rendering.text import count, middle, named, number, percent, safe, short, shown, span, to_text
-
-# Which columns go first where there is too little room.
-_SPARED = ("solver", "signal", "kind", "‖ΔW‖/‖W‖", "params", "floor data")
+from lora_diag.rendering.statements import Level, Statement, compared, ending, say
+from lora_diag.rendering.tables import columns_of, grid_of, grids_table, sizes_of
+from lora_diag.rendering.text import count, named, number, percent, safe, short, shown, span
 
 # Why a layer has no factors if ΔW = 0, as the diagnostic says it.
 ZERO = "its update is zero"
 
 # ε above the floor by more than this share of it is said to be the price of the dtype.
 _VISIBLE = 1e-3
-
-
-@dataclass(frozen=True, slots=True)
-class _Row:
-    """One line of the table: a layer, or all layers of a module type."""
-
-    name: str
-    records: tuple[Extraction, ...]
 
 
 def extraction_table(
@@ -57,8 +42,9 @@ def extraction_table(
     Returns:
         Lines of text, without a newline at the end.
     """
-    told = summary_of(_lines(results, folder), then)
-    return to_text(Group(_table(_rows(results, per), per, width), told) if len(results) else told, width, color)
+    rows = rows_of(results, per)
+    columns = [*sizes_of(rows, per), *columns_of(Extraction.shown, rows)]
+    return grids_table([grid_of(rows, columns, per)] if rows else [], _lines(results, folder), width, color, then)
 
 
 def model_card(results: Results[Extraction], base_name: str, command: str, rate: str | None = None) -> str:
@@ -76,9 +62,9 @@ def model_card(results: Results[Extraction], base_name: str, command: str, rate:
         "|---|---:|---:|---:|---:|---:|",
     ]
     table += [
-        f"| `{row.name}` | {len(row.records)} | {_ranks(row)} | {percent(_kept(row.records))} | "
-        f"{number(_epsilon(row.records))} | {number(_floor(row.records))} |"
-        for row in _rows(results, "type")
+        f"| `{name}` | {len(group)} | {span(record.rank for record in group)} | {percent(pooled_kept(group))} | "
+        f"{number(pooled(group, 'epsilon'))} | {number(pooled(group, 'least_epsilon'))} |"
+        for name, group in rows_of(results, "type")
     ]
     missing = [f"- {line}" for line in _missing(results, tip="")]
     in_full = [f"- {line}" for line in _in_full(results)]
@@ -96,9 +82,10 @@ def model_card(results: Results[Extraction], base_name: str, command: str, rate:
             "",
             f"The {_what(results)} of ΔW = W_tuned − W_base, {len(results)} weights of "
             f"{_code(base_name)}, rank {span(ranks)}, {count(_params(results))} parameters, scaling 1. It keeps "
-            f"{percent(_kept(results.layers))} of the energy ‖ΔW‖² of these weights and is ε = "
-            f"{number(_epsilon(results.layers))} away from them (‖ΔW − BA‖ / ‖ΔW‖, measured on the factors in the "
-            f"file); no adapter of these ranks comes nearer than {number(_floor(results.layers))}.",
+            f"{percent(pooled_kept(results.layers))} of the energy ‖ΔW‖² of these weights and is ε = "
+            f"{number(pooled(results.layers, 'epsilon'))} away from them (‖ΔW − BA‖ / ‖ΔW‖, measured on the factors "
+            f"in the file); no adapter of these ranks comes nearer than "
+            f"{number(pooled(results.layers, 'least_epsilon'))}.",
             "",
             *([*_data_price(results), ""] if any(record.data for record in results) else []),
             *table,
@@ -132,74 +119,6 @@ def _quoted(text: str) -> str:
 
 def _code(text: str) -> str:
     return f"`{safe(text).replace('`', chr(39))}`"
-
-
-def _rows(results: Results[Extraction], per: str) -> list[_Row]:
-    return [_Row(*row) for row in rows_of(results, per)]
-
-
-def _table(rows: Sequence[_Row], per: str, width: int) -> Table:
-    def column(title: str, cell: Callable[[_Row], str]) -> Column:
-        return Column(title, tuple(map(cell, rows)))
-
-    columns = [
-        column("n", lambda row: str(len(row.records))),
-        column("rank", _ranks),
-        column("params", lambda row: count(sum(record.params for record in row.records))),
-        column("‖ΔW‖/‖W‖", _moved),
-        column("kept", lambda row: percent(_kept(row.records))),
-        column("ε", lambda row: number(_epsilon(row.records))),
-        column("floor", lambda row: number(_floor(row.records))),
-        column("ε data", lambda row: _of_data(row.records, lambda data: data.epsilon)),
-        column("floor data", lambda row: _of_data(row.records, lambda data: data.least_epsilon)),
-        column("signal", _signal),
-        column("kind", lambda row: ", ".join(sorted({record.kind for record in row.records}))),
-        column("solver", lambda row: ", ".join(sorted({record.method.partition(":")[0] for record in row.records}))),
-    ]
-    dropped = {"n"} if per == "layer" else set()
-    dropped |= {column.title for column in columns if set(column.cells) == {"-"}}
-    left = [column for column in columns if column.title not in dropped]
-    return table_of(title_of(per), [row.name for row in rows], left, width, _SPARED, {"kind", "solver"})
-
-
-def _ranks(row: _Row) -> str:
-    return span(record.rank for record in row.records)
-
-
-def _moved(row: _Row) -> str:
-    return shown(middle([record.fro / record.base_fro for record in row.records if record.base_fro]))
-
-
-def _signal(row: _Row) -> str:
-    """Show the median number of singular values above the rounding noise, and a mark by the worst verdict."""
-    if all(record.method == "factored" for record in row.records):
-        return "-"  # no rounding of merged weights comes between
-    found = [record.resolution.signal_rank for record in row.records]
-    beyond = [rank for rank in found if rank is not None]
-    verdicts = {record.resolution.verdict for record in row.records}
-    mark = "!" if "unresolved" in verdicts else "~" if "floor-limited" in verdicts else ""
-    return (f"≥ {_ranks(row)}" if len(beyond) < len(found) else str(int(median(beyond)))) + mark
-
-
-def _norm(records: Sequence[Extraction]) -> float:
-    return math.hypot(*(record.fro for record in records))
-
-
-def _epsilon(records: Sequence[Extraction]) -> float:
-    """Return ε of several layers together: √(Σ‖ΔW − B·A‖² / Σ‖ΔW‖²)."""
-    return math.hypot(*(record.epsilon * record.fro for record in records)) / _norm(records)
-
-
-def _floor(records: Sequence[Extraction]) -> float:
-    """Return a lower bound on the ε of any adapter of these ranks."""
-    return math.hypot(*(record.least_epsilon * record.fro for record in records)) / _norm(records)
-
-
-def _kept(records: Sequence[Extraction]) -> float:
-    """Return the energy share that is kept of several layers together."""
-    norm = _norm(records)
-    shares = [record.kept if record.data is None else 1 - record.epsilon**2 for record in records]
-    return min(1.0, sum(share * (record.fro / norm) ** 2 for share, record in zip(shares, records, strict=True)))
 
 
 def _params(results: Results[Extraction]) -> int:
@@ -250,11 +169,9 @@ def _in_full(results: Results[Extraction]) -> list[str]:
 
 def _price(results: Results[Extraction]) -> list[str]:
     """Say what truncation costs, and what the dtype adds to it."""
-    epsilon, floor = _epsilon(results.layers), _floor(results.layers)
-    truncated = _truncated(results.layers)
-    lines = [
-        f"ε = {number(epsilon)} over these weights: {percent(_kept(results.layers))} of their energy ‖ΔW‖² is kept"
-    ]
+    epsilon, floor = pooled(results.layers, "epsilon"), pooled(results.layers, "least_epsilon")
+    truncated, kept = pooled(results.layers, "epsilon_min"), percent(pooled_kept(results.layers))
+    lines = [f"ε = {number(epsilon)} over these weights: {kept} of their energy ‖ΔW‖² is kept"]
     if any(record.data for record in results):
         lines += _data_price(results)
     else:
@@ -269,34 +186,22 @@ def _price(results: Results[Extraction]) -> list[str]:
     return lines
 
 
-def _truncated(records: Sequence[Extraction]) -> float:
-    """Return ε of truncated singular value decompositions of these ranks, before any rounding to a dtype."""
-    return math.hypot(*(record.epsilon_min * record.fro for record in records)) / _norm(records)
-
-
 def _data_price(results: Results[Extraction]) -> list[str]:
     """Say what the factors cost in the metric for which they are the best, and which are not."""
     weighed = [record for record in results if record.data]
     plain = [record.layer for record in results if not record.data]
-    epsilon = _of_data(weighed, lambda data: data.epsilon)
-    floor = _of_data(weighed, lambda data: data.least_epsilon)
+    epsilon, floor = shown(pooled_data(weighed, "epsilon")), shown(pooled_data(weighed, "least_epsilon"))
     chosen, norm = "the outputs on the text of the activations", "√(E‖(ΔW − BA)x‖² / E‖ΔW x‖²)"
     if any(record.data and record.data.metric == "kfac" for record in weighed):
         chosen, norm = "the loss on that text, by K-FAC", "‖G^½(ΔW − BA)C^½‖ / ‖G^½·ΔW·C^½‖"
+    truncated = number(pooled(results.layers, "epsilon_min"))
     lines = [
         f"Chosen for {chosen}: {norm} = {epsilon} in the {len(weighed)} weights with activations; no adapter of these "
-        f"ranks is below {floor}. The price is a larger ε; truncation would have {number(_truncated(results.layers))}."
+        f"ranks is below {floor}. The price is a larger ε; truncation would have {truncated}."
     ]
     if plain:
         lines.append(f"Without activations, and the best for the weights: {named(plain)}.")
     return lines
-
-
-def _of_data(records: Sequence[Extraction], share: Callable[[OnData], float]) -> str:
-    """Return an ε in the metric of the data of several layers together; a dash where none has one."""
-    found = [record.data for record in records if record.data is not None]
-    total = math.hypot(*(data.fro for data in found))
-    return number(math.hypot(*(share(data) * data.fro for data in found)) / total) if total else "-"
 
 
 def _up(value: float) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from rich.console import Group
 from rich.table import Table
@@ -36,22 +37,22 @@ def plan_table(plan: Plan, width: int = 80, color: bool = False, then: str | Non
 def _types(plan: Plan, width: int) -> Table:
     rows = sorted(plan.types, key=lambda row: not row.targeted)
 
-    def column(title: str, cell: Callable[[PlanType], str]) -> Column:
-        return Column(title, tuple(map(cell, rows)))
+    def column(title: str, cell: Callable[[PlanType], str], drop: int = 0) -> Column:
+        return Column(title, tuple(map(cell, rows)), drop=drop)
 
-    def lora(rank: int) -> Column:
-        return column(f"r={rank}", lambda row: count(rank * row.per_rank) if row.targeted else "-")
+    def lora(place: int, rank: int) -> Column:
+        drop = 6 - place if place else 0
+        return column(f"r={rank}", lambda row: count(rank * row.per_rank) if row.targeted else "-", drop)
 
     # ρ = r(d_in + d_out)/(d_in·d_out) is r times this.
     columns = [
         column("n", lambda row: str(row.matrices)),
         column("shape", lambda row: "×".join(map(str, row.shape))),
         column("full", lambda row: count(row.params)),
-        *(lora(each.rank) for each in plan.ranks[:6]),
+        *(lora(place, each.rank) for place, each in enumerate(plan.ranks[:6])),
         column(f"ρ at r={plan.ranks[0].rank}", lambda row: _rho(row, plan.ranks[0].rank)),
     ]
-    spared = [f"r={each.rank}" for each in plan.ranks[1:]]
-    return table_of("module type", [short(row.name) for row in rows], columns, width, spared)
+    return table_of("module type", [short(row.name) for row in rows], columns, width)
 
 
 def _rho(row: PlanType, rank: int) -> str:
@@ -70,7 +71,8 @@ def _ranks(plan: Plan, width: int) -> Table:
         ),
     ]
     names = ["full fine-tune", *(f"LoRA r={row.rank}" for row in plan.ranks)]
-    return table_of("", names, columns, width, ("SGD+momentum",))
+    columns[-1] = replace(columns[-1], drop=1)
+    return table_of("", names, columns, width)
 
 
 def _costs(plan: Plan, width: int) -> Table:

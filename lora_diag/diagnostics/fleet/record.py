@@ -46,10 +46,28 @@ class Fleet(LayerRecord):
     key: ClassVar[tuple[str, ...]] = ("layer",)
     long: ClassVar[tuple[str, ...]] = ("layers",)
     shown: ClassVar[tuple[Shown, ...]] = (
-        Shown("fro", "‖ΔW‖", "Frobenius norm over all of its layers", main=True),
-        Shown("rank", "rank", "the largest of its factors", main=True),
-        Shown("used", "used", "ranks at 99% of each layer's energy over the ranks it has", share=True, main=True),
-        Shown("dead", "dead", "updates that are zero", main=True),
+        Shown("modules", "layers", "matrices that it changes", drop=5, terminal=True),
+        Shown("rank", "rank", "the largest of its factors", main=True, head="r"),
+        Shown("mean_rank_99", "r at 99%", "mean rank at 99% of a layer's energy", drop=2, terminal=True),
+        Shown(
+            "used",
+            "used",
+            "ranks at 99% of each layer's energy over the ranks it has",
+            share=True,
+            main=True,
+            form="percent",
+        ),
+        Shown(
+            "spike",
+            "spike",
+            "energy in the largest direction of every layer",
+            share=True,
+            drop=4,
+            form="percent",
+            terminal=True,
+        ),
+        Shown("fro", "‖ΔW‖", "Frobenius norm over all of its layers", main=True, drop=3),
+        Shown("dead", "dead", "updates that are zero", main=True, terminal=False),
     )
     record: Literal["fleet"] = "fleet"
     adapter: str
@@ -70,3 +88,8 @@ class Fleet(LayerRecord):
     def layer(self) -> str:
         """The adapter's path: in a fleet, what a layer is elsewhere."""
         return self.adapter
+
+    @property
+    def mean_rank_99(self) -> float | None:
+        """``total_rank_99`` over ``modules``; None without any."""
+        return self.total_rank_99 / self.modules if self.modules else None

@@ -6,8 +6,6 @@ from collections import Counter
 from collections.abc import Sequence
 from statistics import median
 
-from rich.console import Group
-
 from lora_diag.diagnostics.fleet.record import Fleet
 from lora_diag.metrics.fleet import (
     NEAR,
@@ -23,8 +21,9 @@ from lora_diag.metrics.fleet import (
 )
 from lora_diag.records import Results
 from lora_diag.rendering.columns import Column, Grid
-from lora_diag.rendering.statements import Statement, say, summary_of
-from lora_diag.rendering.text import number, percent, safe, to_text
+from lora_diag.rendering.statements import Statement, say
+from lora_diag.rendering.tables import columns_of, grids_table
+from lora_diag.rendering.text import number, percent, safe
 
 # So many rows a table has; the records have them all.
 _ROWS, _NAMED = 20, 3
@@ -52,8 +51,7 @@ def fleet_table(
         Lines of text, without a newline at the end.
     """
     pairs = pairs_of(results)
-    tables = [part for grid in fleet_grids(results, pairs, per) for part in grid.shown(width)]
-    return to_text(Group(*tables, summary_of(fleet_lines(results, pairs), then)), width, color)
+    return grids_table(fleet_grids(results, pairs, per), fleet_lines(results, pairs), width, color, then)
 
 
 def pairs_of(results: Results[Fleet]) -> list[Alike]:
@@ -102,28 +100,20 @@ def remarks(records: Sequence[Fleet]) -> list[list[str]]:
 def _adapters(
     caption: str, records: Sequence[Fleet], names: Sequence[str], told: Sequence[list[str]], shown: Sequence[int]
 ) -> Grid:
-    rows = [records[i] for i in shown]
-    columns = (
-        Column("layers", tuple(str(r.modules) for r in rows)),
-        Column("r", tuple(str(r.rank) if r.rank is not None else "-" for r in rows)),
-        Column("r at 99%", tuple(number(r.total_rank_99 / r.modules) if r.modules else "-" for r in rows)),
-        Column("used", tuple(percent(r.used) if r.used is not None else "-" for r in rows)),
-        Column("spike", tuple(percent(r.spike) if r.spike is not None else "-" for r in rows)),
-        Column("‖ΔW‖", tuple(number(r.fro) for r in rows)),
-        Column("remark", tuple(", ".join(told[i]) or "-" for i in shown), "left"),
-    )
-    spared = ("layers", "spike", "‖ΔW‖", "r at 99%")
-    return Grid(caption, "adapter", tuple(names[i] for i in shown), columns, spared)
+    rows = [(names[i], [records[i]]) for i in shown]
+    said = tuple(", ".join(told[i]) or "-" for i in shown)
+    columns = (*columns_of(Fleet.shown, rows), Column("remark", said, "left"))
+    return Grid(caption, "adapter", tuple(name for name, _ in rows), columns)
 
 
 def _alike(names: Sequence[str], pairs: Sequence[Alike]) -> Grid:
     columns = (
         Column("cosine", tuple(f"{pair.cosine:.3f}" for pair in pairs)),
-        Column("col space", tuple(f"{max(0.0, pair.overlap):.2f}" for pair in pairs)),
+        Column("col space", tuple(f"{max(0.0, pair.overlap):.2f}" for pair in pairs), drop=1),
         Column("is", tuple(_WORDS[pair.word] for pair in pairs), "left"),
     )
     titles = tuple(f"{names[pair.first]} × {names[pair.second]}" for pair in pairs)
-    return Grid("what is alike", "pair", titles, columns, ("col space",))
+    return Grid("what is alike", "pair", titles, columns)
 
 
 def fleet_lines(results: Results[Fleet], pairs: Sequence[Alike]) -> list[Statement]:
@@ -167,10 +157,8 @@ def _rank(records: Sequence[Fleet]) -> str:
 
 
 def _stand_out(records: Sequence[Fleet]) -> str:
-    counts = Counter(
-        word.split()[-1] if "dead" in word else word.split()[0] for told in remarks(records) for word in told
-    )
-    words = {
+    counts = Counter(word for odd in oddities(records) for word in odd)
+    words: dict[Oddity, str] = {
         "dead": "with dead layers (ΔW = 0)",
         "over-ranked": f"over-ranked (99% of the energy in at most {USED:.0%} of the rank)",
         "spiked": f"spiked (one direction a layer holds {SPIKED:.0%})",

@@ -2,14 +2,31 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, ClassVar, Literal
 
 from lora_diag.diagnostics.spectrum.record import Spectrum
 from lora_diag.records.base import LayerRecord, Record, Share
-from lora_diag.records.shown import Shown
+from lora_diag.records.shown import Shown, counted, value_at
 from lora_diag.records.vocabulary import Agreement, Resolution
 
 Relation = Literal["apart", "share", "reinforce", "cancel", "noise"]
+
+# The rank whose overlaps are shown: the measured one that is nearest.
+_SHOWN_RANK = 8
+
+
+def _middle_rank(path: str) -> Callable[[Sequence[Any]], float | None]:
+    """Return the pool of a rank that is null where none is enough: such a rank lies beyond all others."""
+
+    def pool(records: Sequence[Any]) -> float | None:
+        ranks = [value_at(record, path) for record in records]
+        known = sorted(rank for rank in ranks if rank is not None)
+        return known[len(ranks) // 2] if len(ranks) // 2 < len(known) else None
+
+    return pool
 
 
 class EnergyOverlap(Record):
@@ -49,6 +66,57 @@ class Interference(LayerRecord):
     """
 
     key: ClassVar[tuple[str, ...]] = ("layer", "first", "second")
+    shown: ClassVar[tuple[Shown, ...]] = (
+        Shown(
+            "cosine",
+            "cosine",
+            "of the angle between the two updates",
+            main=True,
+            pool=lambda records: round(pooled_cosine(records), 4),
+        ),
+        Shown(
+            "column_space.overlap",
+            "col space",
+            "overlap of the column spaces",
+            share=True,
+            terminal=True,
+            chance="column_space.random",
+        ),
+        Shown(
+            "row_space.overlap",
+            "row space",
+            "overlap of the row spaces",
+            share=True,
+            drop=2,
+            terminal=True,
+            chance="row_space.random",
+        ),
+        Shown(
+            "energy_overlap.first_in_second",
+            "1 in 2",
+            "share of the first update's energy in the column space of the second",
+            share=True,
+            drop=3,
+            form="percent",
+            terminal=True,
+        ),
+        Shown(
+            "energy_overlap.second_in_first",
+            "2 in 1",
+            "share of the second update's energy in the column space of the first",
+            share=True,
+            drop=4,
+            form="percent",
+            terminal=True,
+        ),
+        Shown(
+            "relation",
+            "relation",
+            "what the two updates have in common",
+            main=True,
+            pool=lambda records: counted([record.relation for record in records]),
+        ),
+    )
     record: Literal["interference"] = "interference"
     layer: str
     shape: tuple[int, int]
@@ -62,6 +130,40 @@ class Interference(LayerRecord):
     rows: dict[str, Agreement]
     energy: dict[str, EnergyOverlap]
     relation: Relation
+
+    @classmethod
+    def shown_of(cls, settings: Mapping[str, Any], records: Sequence[Any]) -> tuple[Shown, ...]:
+        """Return how a run's records are shown: at which rank spaces are compared is in the headings."""
+        spaces = {"column_space.overlap", "row_space.overlap"}
+        rank = _nearest({key for record in records for key in record.columns})
+        return tuple(replace(one, title=f"{one.title} {rank}") if one.path in spaces else one for one in cls.shown)
+
+    @property
+    def column_space(self) -> Agreement:
+        """``columns`` at the measured rank that is nearest to 8."""
+        return self.columns[_nearest(self.columns)]
+
+    @property
+    def row_space(self) -> Agreement:
+        """``rows`` at the measured rank that is nearest to 8."""
+        return self.rows[_nearest(self.rows)]
+
+    @property
+    def energy_overlap(self) -> EnergyOverlap:
+        """``energy`` at the measured rank that is nearest to 8."""
+        return self.energy[_nearest(self.energy)]
+
+
+def _nearest(ranks: Iterable[str]) -> str:
+    """Return the rank whose overlaps are shown."""
+    return min(ranks, key=lambda rank: (abs(int(rank) - _SHOWN_RANK), int(rank)))
+
+
+def pooled_cosine(records: Sequence[Interference]) -> float:
+    """Return the cosine of two updates over several layers taken together."""
+    first, second = (math.hypot(*norms) for norms in zip(*((r.first_fro, r.second_fro) for r in records), strict=True))
+    along = math.fsum(record.cosine * record.first_fro * record.second_fro for record in records)
+    return along / first / second
 
 
 class MergeLoss(Record):
@@ -127,7 +229,19 @@ class Union(LayerRecord):
 
     shown: ClassVar[tuple[Shown, ...]] = (
         Shown(
-            "spectrum.rank_at.0.9", "sum r@90%", "rank at which the sum of the updates has 90% of its energy", main=True
+            "parts_rank_at.0.9",
+            "apart",
+            "sum of the ranks at which each update has 90% of its energy",
+            pool=_middle_rank("parts_rank_at.0.9"),
+            terminal=True,
+        ),
+        Shown(
+            "spectrum.rank_at.0.9",
+            "sum r@90%",
+            "rank at which the sum of the updates has 90% of its energy",
+            main=True,
+            pool=_middle_rank("spectrum.rank_at.0.9"),
+            head="sum 90%",
         ),
         Shown(
             "additive.0.9",
@@ -140,6 +254,18 @@ class Union(LayerRecord):
             "rank_for_all.0.9",
             "every r@90%",
             "rank at which the sum, cut to it, keeps 90% of every update; empty if none does",
+            pool=_middle_rank("rank_for_all.0.9"),
+            head="all 90%",
+            terminal=True,
+        ),
+        Shown(
+            "rank_for_all.0.99",
+            "every r@99%",
+            "the same for 99% of every update",
+            pool=_middle_rank("rank_for_all.0.99"),
+            drop=2,
+            head="all 99%",
+            terminal=True,
         ),
         Shown(
             "additive_effective",
@@ -152,6 +278,37 @@ class Union(LayerRecord):
             "‖S‖²/Σ‖ΔW‖²",
             "1 for orthogonal updates, above if they reinforce, below if they cancel",
             axis="‖ΣΔW_k‖² / Σ‖ΔW_k‖²",
+            drop=3,
+            head="‖S‖²",
+            terminal=True,
+        ),
+        Shown(
+            "trimmed_conflicts",
+            "sign conflicts",
+            "share of the largest entries of several updates in which they differ in sign; in brackets by chance",
+            share=True,
+            drop=4,
+            head="signs",
+            terminal=True,
+            chance="trimmed_conflicts_random",
+        ),
+        Shown(
+            "alignment",
+            "aligned",
+            "mean subspace alignment ratio of the updates with the sum; in brackets by chance",
+            share=True,
+            drop=5,
+            terminal=True,
+            chance="alignment_random",
+        ),
+        Shown(
+            "sti_relative",
+            "STI",
+            "singular task interference: 0 for orthogonal updates, 1 for two equal ones; in brackets by chance",
+            share=True,
+            drop=6,
+            terminal=True,
+            chance="sti_random",
         ),
     )
     record: Literal["union"] = "union"

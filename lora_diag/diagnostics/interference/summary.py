@@ -4,20 +4,16 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from statistics import median
-from typing import TypeVar
 
-from rich.console import Group
-
-from lora_diag.diagnostics.interference.record import Interference, MergeLoss, Relation, Union
-from lora_diag.records import Agreement, Results
-from lora_diag.records.names import module_type_of
-from lora_diag.rendering.columns import Column, Grid, title_of
+from lora_diag.diagnostics.interference.record import Interference, MergeLoss, Relation, Union, pooled_cosine
+from lora_diag.records import Results
+from lora_diag.rendering.columns import Column, Grid, rows_of
 from lora_diag.rendering.lines import called
-from lora_diag.rendering.statements import Statement, compared, ending, left_out, say, summary_of
-from lora_diag.rendering.text import number, percent, short, to_text
+from lora_diag.rendering.statements import Statement, compared, ending, left_out, say
+from lora_diag.rendering.tables import Rows, columns_of, grid_of, grids_table, sizes_of
+from lora_diag.rendering.text import number, percent, short, shown
 
 # So many pairs get a table each; more share one, a row a pair.
 _TABLES = 3
@@ -25,27 +21,11 @@ _TABLES = 3
 # So many layers or pairs are named in a sentence.
 _NAMED = 3
 
-# The rank whose overlaps are shown: the measured one that is nearest.
-_SHOWN_RANK = 8
-
 # Below this, ‖sum − merge‖/‖sum‖ is rounding.
 _EXACT = 1e-9
 
 # What merges are called, in the order of the columns; ``cat`` is exact and has none.
 MERGES = {"linear": "linear", "ties": "ties", "ties_dense": "TIES of ΔW"}
-
-_SPARED_PAIRS = ("2 in 1", "1 in 2", "row space", "n")
-_SPARED_UNION = ("STI", "aligned", "signs", "‖S‖²", "for all 99%", "n")
-
-R = TypeVar("R", Interference, Union)
-
-
-@dataclass(frozen=True, slots=True)
-class _Sums:
-    """One row of what the updates need and lose together: layers changed by at least two."""
-
-    name: str
-    records: tuple[Union, ...]
 
 
 def interference_table(
@@ -67,17 +47,18 @@ def interference_table(
     Returns:
         Lines of text, without a newline at the end.
     """
-    tables = [part for grid in interference_grids(results, per) for part in grid.shown(width)]
-    return to_text(Group(*tables, summary_of(interference_lines(results), then)), width, color)
+    return grids_table(interference_grids(results, per), interference_lines(results), width, color, then)
 
 
 def interference_grids(results: Results[Interference | Union], per: str = "type") -> list[Grid]:
     """Return the tables: of each pair, or one of all; of what the sum needs; of what merges lose."""
-    pairs, unions = pairs_of(results), shared(results)
-    grids = _pair_grids(pairs, per)
-    if unions:
-        rows = [_Sums(short(name), tuple(group)) for name, group in _grouped(unions, per)]
-        grids += [_union_grid(rows, per), _merge_grid(rows, per)]
+    grids = _pair_grids(pairs_of(results), per)
+    if unions := shared(results):
+        rows = rows_of(unions, per)
+        needs = [*sizes_of(rows, per), *columns_of(Union.shown, rows)]
+        grids.append(grid_of(rows, needs, per, "the sum of all"))
+        losses = [*sizes_of(rows, per), *_loss_columns(rows)]
+        grids.append(grid_of(rows, losses, per, "merges: ‖sum − merge‖ / ‖sum‖"))
     return grids
 
 
@@ -99,116 +80,30 @@ def shared(results: Results[Interference | Union]) -> list[Union]:
     return [record for record in results if isinstance(record, Union) and len(record.updates) > 1]
 
 
-def _grouped(records: Iterable[R], per: str) -> list[tuple[str, list[R]]]:
-    groups: dict[str, list[R]] = {}
-    for record in records:
-        groups.setdefault(module_type_of(record.layer) if per == "type" else record.layer, []).append(record)
-    return list(groups.items())
-
-
 def _pair_grids(pairs: Sequence[tuple[str, str, list[Interference]]], per: str) -> list[Grid]:
     if len(pairs) > _TABLES:
-        names = [f"{first} × {second}" for first, second, _ in pairs]
-        return [_pair_grid("pairs", "pair", names, [found for *_, found in pairs], False)]
+        rows = [(f"{first} × {second}", found) for first, second, found in pairs]
+        return [Grid("pairs", "pair", tuple(name for name, _ in rows), _pair_columns(rows, "type"))]
     grids = []
     for first, second, found in pairs:
-        rows = _grouped(found, per)
-        rows.sort(key=lambda row: -abs(pooled_cosine(row[1])))
-        names, groups = [short(name) for name, _ in rows], [group for _, group in rows]
-        grids.append(_pair_grid(f"1 {first}, 2 {second}", title_of(per), names, groups, per == "layer"))
+        layers = sorted(rows_of(found, per), key=lambda row: -abs(pooled_cosine(row[1])))
+        grids.append(grid_of(layers, _pair_columns(layers, per), per, f"1 {first}, 2 {second}"))
     return grids
 
 
-def pooled_cosine(records: Sequence[Interference]) -> float:
-    """Return the cosine of two updates over several layers taken together."""
-    first, second = (math.hypot(*norms) for norms in zip(*((r.first_fro, r.second_fro) for r in records), strict=True))
-    along = math.fsum(record.cosine * record.first_fro * record.second_fro for record in records)
-    return along / first / second
+def _pair_columns(rows: Rows, per: str) -> tuple[Column, ...]:
+    shown = Interference.shown_of({}, [record for _, group in rows for record in group])
+    return (*sizes_of(rows, per), *columns_of(shown, rows))
 
 
-def _pair_grid(
-    caption: str, title: str, names: Sequence[str], groups: Sequence[Sequence[Interference]], alone: bool
-) -> Grid:
-    rank = shown_rank([record for group in groups for record in group])
-
-    def column(name: str, cell: Callable[[Sequence[Interference]], str]) -> Column:
-        return Column(name, tuple(map(cell, groups)))
-
-    columns = [
-        column("n", lambda group: str(len(group))),
-        column("cosine", lambda group: number(round(pooled_cosine(group), 4))),
-        column(f"col space {rank}", lambda group: _agreement([_at(r.columns, rank) for r in group])),
-        column(f"row space {rank}", lambda group: _agreement([_at(r.rows, rank) for r in group])),
-        column("1 in 2", lambda group: percent(median(_at(r.energy, rank).first_in_second for r in group))),
-        column("2 in 1", lambda group: percent(median(_at(r.energy, rank).second_in_first for r in group))),
-        Column("relation", tuple(map(_relations, groups)), "left"),
-    ]
-    spared = [name if name != "row space" else f"row space {rank}" for name in _SPARED_PAIRS]
-    kept = tuple(column for column in columns if not (alone and column.title == "n"))
-    return Grid(caption, title, tuple(names), kept, tuple(spared))
-
-
-V = TypeVar("V")
-
-
-def _at(table: dict[str, V], rank: int) -> V:
-    """Return what a record says of a rank; of the nearest one that both updates have directions for."""
-    return table[min(table, key=lambda key: abs(int(key) - rank))]
-
-
-def shown_rank(records: Sequence[Interference]) -> int:
-    """Return the rank whose overlaps are shown."""
-    ranks = {int(key) for record in records for key in record.columns}
-    return min(ranks, key=lambda rank: abs(rank - _SHOWN_RANK))
-
-
-def _agreement(spaces: Sequence[Agreement]) -> str:
-    return f"{median(s.overlap for s in spaces):.2f} ({median(s.random for s in spaces):.2f})"
-
-
-def _relations(group: Sequence[Interference]) -> str:
-    counts = Counter(record.relation for record in group)
-    if len(counts) == 1:
-        return next(iter(counts))
-    return ", ".join(f"{word} {number_of}" for word, number_of in counts.most_common())
-
-
-def _union_grid(rows: Sequence[_Sums], per: str) -> Grid:
-    def column(name: str, cell: Callable[[Sequence[Union]], str]) -> Column:
-        return Column(name, tuple(cell(row.records) for row in rows))
-
-    columns = [
-        column("n", lambda group: str(len(group))),
-        column("apart", lambda group: _middle([r.parts_rank_at["0.9"] for r in group], whole=True)),
-        column("sum 90%", lambda group: _middle([r.spectrum.rank_at["0.9"] for r in group], whole=True)),
-        column("additive", lambda group: _middle([r.additive["0.9"] for r in group])),
-        column("for all 90%", lambda group: _middle([r.rank_for_all.get("0.9") for r in group], whole=True)),
-        column("for all 99%", lambda group: _middle([r.rank_for_all.get("0.99") for r in group], whole=True)),
-        column("‖S‖²", lambda group: _middle([r.energy_ratio for r in group])),
-        column("signs", lambda group: _against([(r.trimmed_conflicts, r.trimmed_conflicts_random) for r in group])),
-        column("aligned", lambda group: _against([(r.alignment, r.alignment_random) for r in group])),
-        column("STI", lambda group: _against([(r.sti_relative, r.sti_random) for r in group])),
-    ]
-    return _grid("the sum of all", rows, columns, per, _SPARED_UNION)
-
-
-def _merge_grid(rows: Sequence[_Sums], per: str) -> Grid:
-    ranks = _lossy_ranks([record for row in rows for record in row.records])
-    columns = [Column("n", tuple(str(len(row.records)) for row in rows))]
+def _loss_columns(rows: Rows) -> Iterable[Column]:
+    """Give a column for each way to merge that loses something."""
     for key, title in MERGES.items():
-        found = [merge_residual(row.records, key) for row in rows]
+        found = [merge_residual(group, key) for _, group in rows]
         if any(value is not None for value in found):
-            columns.append(Column(title, tuple("-" if value is None else number(value) for value in found)))
-    columns += [
-        Column(f"svd {rank}", tuple(number(recompressed_residual(row.records, rank)) for row in rows)) for rank in ranks
-    ]
-    spared = ("n", *(f"svd {rank}" for rank in reversed(ranks)))
-    return _grid("merges: ‖sum − merge‖ / ‖sum‖", rows, columns, per, spared)
-
-
-def _grid(caption: str, rows: Sequence[_Sums], columns: Sequence[Column], per: str, spared: Sequence[str]) -> Grid:
-    kept = tuple(column for column in columns if per == "type" or column.title != "n")
-    return Grid(caption, title_of(per), tuple(row.name for row in rows), kept, tuple(spared))
+            yield Column(title, tuple(map(shown, found)))
+    for rank in _lossy_ranks([record for _, group in rows for record in group]):
+        yield Column(f"svd {rank}", tuple(number(recompressed_residual(group, rank)) for _, group in rows), drop=2)
 
 
 def merge_residual(records: Sequence[Union], merge: str) -> float | None:
@@ -232,23 +127,6 @@ def _lossy_ranks(records: Sequence[Union]) -> list[int]:
     ranks = sorted({int(rank) for record in records for rank in record.recompressed})
     lossless = [rank for rank in ranks if recompressed_residual(records, rank) < _EXACT]
     return [rank for rank in ranks if rank <= min(lossless, default=rank)]
-
-
-def _middle(values: Sequence[float | None], whole: bool = False) -> str:
-    known = sorted(value for value in values if value is not None)
-    if whole:
-        # A rank that does not exist lies beyond all that do.
-        middle = len(values) // 2
-        return f"{known[middle]:.0f}" if middle < len(known) else "-"
-    return number(median(known)) if known else "-"
-
-
-def _against(values: Sequence[tuple[float | None, float | None]]) -> str:
-    """Show a median, and in brackets that of chance."""
-    known = [(value, chance) for value, chance in values if value is not None and chance is not None]
-    if not known:
-        return "-"
-    return f"{median(v for v, _ in known):.2f} ({median(c for _, c in known):.2f})"
 
 
 def interference_lines(results: Results[Interference | Union]) -> list[Statement]:

@@ -55,14 +55,60 @@ class Intruders(LayerRecord):
     """
 
     shown: ClassVar[tuple[Shown, ...]] = (
+        Shown("k", "directions", "the largest, looked at", pool="sum", drop=2, head="of", terminal=True),
         Shown(
             "intruders",
             "intruders",
             "of the largest directions, those that the base does not have",
             axis="intruder dimensions",
             main=True,
+            pool="sum",
         ),
-        Shown("similarity_lowest", "similarity", "of the direction that is least like any of the base", share=True),
+        Shown(
+            "rotated",
+            "rotated",
+            "directions without a single match in the base that lie in the span of such with nearly the same σ",
+            pool="sum",
+            terminal=True,
+        ),
+        Shown(
+            "similarity_lowest",
+            "similarity",
+            "of the direction that is least like any of the base",
+            share=True,
+            pool="min",
+            head="lowest",
+            terminal=True,
+        ),
+        Shown(
+            "similarity_random",
+            "similarity by chance",
+            "about the median similarity of a random direction: an estimate",
+            share=True,
+            drop=3,
+            head="by chance",
+            terminal=True,
+        ),
+        Shown(
+            "first_intruder",
+            "first intruder",
+            "place of the first intruder among the directions, the largest first",
+            pool="min",
+            drop=4,
+            head="first at",
+            terminal=True,
+        ),
+        Shown(
+            "intruder_size",
+            "intruder σ/σ_1",
+            "singular value of the first intruder over the largest of its weight",
+            share=True,
+            pool="max",
+            drop=5,
+            head="σ/σ_1",
+            form=".3g",
+            terminal=True,
+        ),
     )
     record: Literal["intruders"] = "intruders"
     layer: str
@@ -81,3 +127,14 @@ class Intruders(LayerRecord):
     count_random: float
     directions: tuple[Direction, ...]
     method: str
+
+    @property
+    def first_intruder(self) -> int | None:
+        """Place of the first intruder, from 1 on; None where there is none."""
+        return next((place for place, one in enumerate(self.directions, 1) if one.kind == "intruder"), None)
+
+    @property
+    def intruder_size(self) -> Share | None:
+        """σ of the first intruder over σ_1; None where there is none."""
+        place = self.first_intruder
+        return None if place is None else self.directions[place - 1].sigma / self.directions[0].sigma

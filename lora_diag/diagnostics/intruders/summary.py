@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from statistics import median
-
-from rich.console import Group
 
 from lora_diag.diagnostics.intruders.record import Intruders
 from lora_diag.records import Results
-from lora_diag.rendering.columns import Column, Grid, rows_of, title_of
-from lora_diag.rendering.statements import Statement, compared, ending, left_out, say, summary_of
-from lora_diag.rendering.text import number, short, to_text
+from lora_diag.rendering.columns import Grid, rows_of
+from lora_diag.rendering.statements import Statement, compared, ending, left_out, say
+from lora_diag.rendering.tables import columns_of, grid_of, grids_table, sizes_of
+from lora_diag.rendering.text import number, short
 
 # So many layers are named in a sentence.
 _NAMED = 3
-
-_SPARED = ("σ/σ_1", "first at", "by chance", "of", "n")
 
 
 def intruders_table(
@@ -34,50 +31,13 @@ def intruders_table(
     Returns:
         Lines of text, without a newline at the end.
     """
-    (grid,) = intruders_grids(results, per)
-    return to_text(Group(*grid.shown(width), summary_of(intruders_lines(results), then)), width, color)
+    return grids_table(intruders_grids(results, per), intruders_lines(results), width, color, then)
 
 
 def intruders_grids(results: Results[Intruders], per: str = "type") -> list[Grid]:
     """Return the table, those with the most intruders first."""
     rows = sorted(rows_of(results, per), key=lambda row: -sum(record.intruders for record in row[1]))
-
-    def column(title: str, cell: Callable[[Sequence[Intruders]], str]) -> Column:
-        return Column(title, tuple(cell(group) for _, group in rows))
-
-    columns = [
-        column("n", lambda group: str(len(group))),
-        column("of", lambda group: str(sum(r.k for r in group))),
-        column("intruders", lambda group: str(sum(r.intruders for r in group))),
-        column("rotated", lambda group: str(sum(r.rotated for r in group))),
-        column("lowest", _lowest),
-        column("by chance", lambda group: f"{median(r.similarity_random for r in group):.2f}"),
-        column("first at", _first),
-        column("σ/σ_1", _largest),
-    ]
-    kept = tuple(c for c in columns if per == "type" or c.title != "n")
-    return [Grid("", title_of(per), tuple(name for name, _ in rows), kept, _SPARED)]
-
-
-def _lowest(group: Sequence[Intruders]) -> str:
-    found = [r.similarity_lowest for r in group if r.similarity_lowest is not None]
-    return f"{min(found):.2f}" if found else "-"
-
-
-def _places(record: Intruders) -> list[int]:
-    """Return which of the directions are intruders, from 1 on."""
-    return [j for j, direction in enumerate(record.directions, 1) if direction.kind == "intruder"]
-
-
-def _first(group: Sequence[Intruders]) -> str:
-    places = [place for record in group for place in _places(record)]
-    return str(min(places)) if places else "-"
-
-
-def _largest(group: Sequence[Intruders]) -> str:
-    """Return the largest intruder's singular value over the largest of its weight."""
-    shares = [r.directions[j - 1].sigma / r.directions[0].sigma for r in group for j in _places(r)[:1]]
-    return number(max(shares)) if shares else "-"
+    return [grid_of(rows, [*sizes_of(rows, per), *columns_of(Intruders.shown, rows)], per)]
 
 
 def intruders_lines(results: Results[Intruders]) -> list[Statement]:

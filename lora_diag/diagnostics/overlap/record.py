@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import ClassVar, Literal
 
 from lora_diag.records.base import LayerRecord, Share
-from lora_diag.records.shown import Shown
+from lora_diag.records.shown import SHAPE, Shown
 
 
 class Overlap(LayerRecord):
@@ -35,6 +35,17 @@ class Overlap(LayerRecord):
 
     key: ClassVar[tuple[str, ...]] = ("layer", "step", "rank")
     shown: ClassVar[tuple[Shown, ...]] = (
+        SHAPE,
+        Shown("rank", "rank", "directions of each subspace", pool="range", head="r", terminal=True),
+        Shown(
+            "kappa_random",
+            "κ random",
+            "what a random subspace gives",
+            share=True,
+            head="random",
+            form="small",
+            terminal=True,
+        ),
         Shown(
             "kappa",
             "κ",
@@ -43,7 +54,6 @@ class Overlap(LayerRecord):
             share=True,
             main=True,
         ),
-        Shown("kappa_random", "κ random", "what a random subspace gives", share=True),
         Shown(
             "tangent",
             "tangent",
@@ -51,8 +61,43 @@ class Overlap(LayerRecord):
             axis="tangent overlap ‖P_T G‖_F / ‖G‖_F",
             share=True,
             main=True,
+            drop=1,
+            head="tangent (random)",
+            form="small",
+            chance="tangent_random",
         ),
-        Shown("tangent_random", "tangent random", "what a random subspace gives", share=True, main=True),
+        Shown(
+            "tangent_random",
+            "tangent random",
+            "what a random subspace gives",
+            share=True,
+            main=True,
+            terminal=False,
+        ),
+        Shown(
+            "left",
+            "left",
+            "share of ‖G‖ in the update's output directions; in brackets by chance",
+            share=True,
+            drop=4,
+            head="left (random)",
+            form="small",
+            terminal=True,
+            wide=True,
+            chance="left_random",
+        ),
+        Shown(
+            "right",
+            "right",
+            "share of ‖G‖ in the update's input directions; in brackets by chance",
+            share=True,
+            drop=5,
+            head="right (random)",
+            form="small",
+            terminal=True,
+            wide=True,
+            chance="right_random",
+        ),
         Shown("gradient_fro", "‖G‖", "Frobenius norm of the gradient", axis="‖G‖_F of the gradient"),
     )
     record: Literal["overlap"] = "overlap"

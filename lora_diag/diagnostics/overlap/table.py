@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from statistics import median
 
-from rich.console import Group
-from rich.table import Table
 from rich.text import Text
 
 from lora_diag.diagnostics.overlap.record import Overlap
 from lora_diag.diagnostics.overlap.summary import lines
 from lora_diag.diagnostics.overlap.tracks import Track, near, steps_of, tracks, trend
 from lora_diag.records import Results
-from lora_diag.rendering.columns import WIDE, Column, rows_of, table_of, title_of
-from lora_diag.rendering.statements import summary_of
-from lora_diag.rendering.text import middle, shade, shape_of, span, strip, to_text
+from lora_diag.rendering.columns import WIDE, Column, Grid, rows_of
+from lora_diag.rendering.tables import Rows, columns_of, grid_of, grids_table, sizes_of
+from lora_diag.rendering.text import middle, shade, small_share, span, strip
 
 # Up to so many steps have a column of their own each, in the narrow and in the wide table. Of more steps, so many have
 # one, and a strip of so many characters shows all.
@@ -25,21 +23,6 @@ _STRIP, _WIDE_STRIP = 8, 24
 
 # Marks a κ near its baseline.
 NEAR = "*"
-
-# Which columns go first where there is too little room.
-_SPARED = ("shape", "right (random)", "left (random)", "over steps", "n", "tangent (random)")
-
-
-@dataclass(frozen=True, slots=True)
-class _Row:
-    """One line of the table: a layer, or all layers of a module type."""
-
-    name: str
-    tracks: tuple[Track, ...]
-
-    def at(self, step: int) -> list[Overlap]:
-        """Return what was measured at a step."""
-        return [record for track in self.tracks for record in track.records if record.step == step]
 
 
 def overlap_table(
@@ -64,46 +47,26 @@ def overlap_table(
         Lines of text, without a newline at the end.
     """
     tracked = tracks(results, rank)
-    told = summary_of(lines(results, tracked), then)
-    if not tracked:
-        return to_text(told, width, color)
-    ranks = sorted({track.rank for track in tracked})
-    words = f"r={ranks[0]}" if len(ranks) == 1 else f"r={ranks[0]} to {ranks[-1]}"
-    title = Text(f"κ = ‖UᵀGV‖/‖G‖ at {words}, by step of training ({NEAR} near random)", style="bold")
-    rows = [_Row(*row) for row in rows_of(tracked, per)]
-    return to_text(Group(title, _table(rows, steps_of(tracked), width, per), told), width, color)
+    grids = [_grid(rows_of(tracked, per), steps_of(tracked), width, per)] if tracked else []
+    return grids_table(grids, lines(results, tracked), width, color, then)
 
 
-def _table(rows: Sequence[_Row], steps: Sequence[int], width: int, per: str) -> Table:
+def _grid(rows: Rows, steps: Sequence[int], width: int, per: str) -> Grid:
     wide = width >= WIDE
     most, some = (_WIDE_STEPS, _WIDE_SOME) if wide else (_STEPS, _SOME)
     own = _spread(steps, some if len(steps) > most else most)
-    highest = max(record.kappa or 0.0 for row in rows for track in row.tracks for record in track.records)
-    strips = tuple(_strip(row, steps, _WIDE_STRIP if wide else _STRIP, highest) for row in rows)
-
-    def column(title: str, cell: Callable[[_Row], str | Text]) -> Column:
-        return Column(title, tuple(map(cell, rows)))
-
-    columns = [
-        column("n", lambda row: str(len(row.tracks))),
-        column("shape", lambda row: shape_of(track.last.shape for track in row.tracks)),
-        column("r", lambda row: span(track.rank for track in row.tracks)),
-        column("random", lambda row: _share(middle([track.last.kappa_random for track in row.tracks]))),
-        *(column(f"step {step}" if step == own[0] else str(step), _kappa_at(step)) for step in own),
-        Column("over steps", strips, "left"),
-        Column("trend", tuple(trend(_ends(row)) for row in rows), "left"),
-        column("tangent (random)", lambda row: _beside(row, "tangent")),
-        column("left (random)", lambda row: _beside(row, "left")),
-        column("right (random)", lambda row: _beside(row, "right")),
-    ]
-    dropped = {"n"} if per == "layer" else set()
-    dropped |= {"r"} if len({track.rank for row in rows for track in row.tracks}) == 1 else set()
-    dropped |= set() if len(steps) > len(own) else {"over steps"}
-    dropped |= {"trend"} if len(steps) == 1 else set()
-    left = [column for column in columns if column.title not in dropped]
-    return table_of(
-        title_of(per), [row.name for row in rows], left, width, _SPARED, {"shape", "left (random)", "right (random)"}
-    )
+    ranks = {track.rank for _, group in rows for track in group}
+    last = [(name, [track.last for track in group]) for name, group in rows]
+    columns = sizes_of(rows, per)
+    for one in Overlap.shown:
+        if one.path == "kappa":
+            columns += [_at_step(rows, step, "step " * (step == own[0])) for step in own]
+            columns += [_over_steps(rows, steps, _WIDE_STRIP if wide else _STRIP)] if len(steps) > len(own) else []
+            columns += [Column("trend", tuple(trend(_ends(group)) for _, group in rows), "left")] if steps[1:] else []
+        elif one.path != "rank" or len(ranks) > 1:
+            columns += columns_of([one], last)
+    caption = f"κ = ‖UᵀGV‖/‖G‖ at r={span(ranks)}, by step of training"
+    return grid_of(rows, columns, per, f"{caption} ({NEAR} near random)")
 
 
 def _spread(steps: Sequence[int], most: int) -> list[int]:
@@ -113,46 +76,37 @@ def _spread(steps: Sequence[int], most: int) -> list[int]:
     return [steps[round(i * (len(steps) - 1) / (most - 1))] for i in range(most)]
 
 
-def _kappa_at(step: int) -> Callable[[_Row], str | Text]:
-    """Return the cell of a step: the median κ, shaded by how far it is from random to 1, marked where it is near."""
-
-    def cell(row: _Row) -> str | Text:
-        known = [record for record in row.at(step) if record.kappa is not None]
-        kappa = middle([record.kappa for record in known])
-        if kappa is None:
-            return "-"
-        random = middle([record.kappa_random for record in known]) or 0.0
+def _at_step(rows: Rows, step: int, before: str) -> Column:
+    """Return the median κ of a step, shaded by how far it is from random to 1, marked where it is near."""
+    cells: list[str | Text] = []
+    for _, group in rows:
+        known = [record for record in _at(group, step) if record.kappa is not None]
+        if not known:
+            cells.append("-")
+            continue
+        kappa = median(record.kappa or 0.0 for record in known)
+        random = median(record.kappa_random for record in known)
         mark = NEAR if sum(map(near, known)) > len(known) / 2 else " "
-        return Text(f"{_share(kappa)}{mark}", style=shade(max(0.0, kappa - random) / max(1e-9, 1 - random)))
-
-    return cell
-
-
-def _share(value: float | None) -> str:
-    """Return a share in four or five characters; small ones keep two digits that mean something.
-
-    >>> _share(0.4123), _share(0.0312), _share(0.00391), _share(None)
-    ('0.41', '0.031', '0.0039', '-')
-    """
-    if value is None:
-        return "-"
-    return f"{value:.2f}" if value >= 0.1 or value == 0 else f"{value:.2g}"
+        style = shade(max(0.0, kappa - random) / max(1e-9, 1 - random))
+        cells.append(Text(f"{small_share(kappa)}{mark}", style=style))
+    return Column(f"{before}{step}", tuple(cells))
 
 
-def _beside(row: _Row, name: str) -> str:
-    """Show a share at the last step, and in brackets what a random subspace has."""
-    value = middle([getattr(track.last, name) for track in row.tracks])
-    random = middle([getattr(track.last, f"{name}_random") for track in row.tracks])
-    return f"{_share(value)} ({_share(random)})"
+def _at(group: Sequence[Track], step: int) -> list[Overlap]:
+    return [record for track in group for record in track.records if record.step == step]
 
 
-def _ends(row: _Row) -> tuple[float, float] | None:
-    ends = [track.ends for track in row.tracks]
+def _ends(group: Sequence[Track]) -> tuple[float, float] | None:
+    ends = [track.ends for track in group]
     first, last = (middle([end[i] if end else None for end in ends]) for i in (0, 1))
     return None if first is None or last is None else (first, last)
 
 
-def _strip(row: _Row, steps: Sequence[int], width: int, most: float) -> str:
+def _over_steps(rows: Rows, steps: Sequence[int], width: int) -> Column:
     """Draw the median κ over all steps, in bins; the full height is the largest κ of the table."""
-    kappas = [middle([record.kappa for record in row.at(step)]) for step in steps]
-    return strip([None if kappa is None or not most else kappa / most for kappa in kappas], width)
+    most = max((r.kappa or 0.0 for _, group in rows for track in group for r in track.records), default=0.0)
+    drawn = []
+    for _, group in rows:
+        kappas = [middle([record.kappa for record in _at(group, step)]) for step in steps]
+        drawn.append(strip([None if kappa is None or not most else kappa / most for kappa in kappas], width))
+    return Column("over steps", tuple(drawn), "left", drop=3)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import ClassVar, Literal
 
 from lora_diag.records.base import LayerRecord, Norm, Record, least_epsilon
-from lora_diag.records.shown import Shown
+from lora_diag.records.shown import Shown, counted
 from lora_diag.records.vocabulary import Agreement, Resolution
 
 Limit = Literal["rank", "scale", "direction", "not adapted", "exact", "noise"]
@@ -58,10 +57,7 @@ class Distance(Record):
 
 def limits_of(records: Sequence[Residual]) -> str:
     """Say what limits several layers: the word, or each with its number of layers where they differ."""
-    counts = Counter(record.limited_by or "-" for record in records)
-    if len(counts) == 1:
-        return next(iter(counts))
-    return ", ".join(f"{word} {number_of}" for word, number_of in counts.most_common())
+    return counted(record.limited_by or "-" for record in records)
 
 
 def _pooled(name: str) -> Callable[[Sequence[Residual]], float | None]:
@@ -104,7 +100,15 @@ class Residual(Distance, LayerRecord):
 
     key: ClassVar[tuple[str, ...]] = ("layer", "adapter")
     shown: ClassVar[tuple[Shown, ...]] = (
-        Shown("rank", "rank", "columns of the adapter's factors; 0 where it leaves the layer alone", axis="rank r"),
+        Shown(
+            "rank",
+            "rank",
+            "columns of the adapter's factors; 0 where it leaves the layer alone",
+            axis="rank r",
+            pool="range",
+            head="r",
+            terminal=True,
+        ),
         Shown(
             "epsilon",
             "ε",
@@ -119,6 +123,7 @@ class Residual(Distance, LayerRecord):
             "√(1 − C(r)), less its error: no update of this rank has a smaller ε",
             main=True,
             pool=_pooled_floor,
+            head="floor",
         ),
         Shown(
             "epsilon_min",
@@ -136,9 +141,65 @@ class Residual(Distance, LayerRecord):
             pool=_pooled("cosine"),
         ),
         Shown(
-            "norm_ratio", "‖X‖/‖ΔW‖", "norm of the adapter's update over that of the full one", axis="‖X‖_F / ‖ΔW‖_F"
+            "norm_ratio",
+            "‖X‖/‖ΔW‖",
+            "norm of the adapter's update over that of the full one",
+            axis="‖X‖_F / ‖ΔW‖_F",
+            pool=_pooled("norm_ratio"),
+            terminal=True,
         ),
-        Shown("best_scale", "best scale", "factor by which the adapter would come nearest"),
+        Shown(
+            "column_space.overlap",
+            "column space",
+            "overlap of the adapter's output directions with the largest of the update; in brackets by chance",
+            axis="overlap of the column spaces",
+            share=True,
+            drop=4,
+            head="col space",
+            terminal=True,
+            chance="column_space.random",
+        ),
+        Shown(
+            "row_space.overlap",
+            "row space",
+            "overlap of the adapter's input directions with the largest of the update; in brackets by chance",
+            axis="overlap of the row spaces",
+            share=True,
+            drop=5,
+            terminal=True,
+            chance="row_space.random",
+        ),
+        Shown(
+            "best_scale",
+            "best scale",
+            "factor by which the adapter would come nearest",
+            pool=_pooled("best_scale"),
+            drop=6,
+            terminal=True,
+        ),
+        Shown(
+            "epsilon_best_scale",
+            "ε at best",
+            "ε at the best scale",
+            pool=_pooled("epsilon_best_scale"),
+            drop=7,
+            terminal=True,
+        ),
+        Shown(
+            "data.epsilon",
+            "ε in C^½",
+            "ε of the layer's output on the text of the activations, ‖(ΔW − X)C^½‖/‖ΔW·C^½‖",
+            axis="ε in the metric of the data",
+            drop=2,
+            terminal=True,
+        ),
+        Shown(
+            "data.least_epsilon",
+            "C^½ floor",
+            "lower bound on that ε for an update of this rank",
+            drop=3,
+            terminal=True,
+        ),
         Shown("limited_by", "limited by", "what ε is mostly made of", main=True, pool=limits_of),
     )
     record: Literal["residual"] = "residual"

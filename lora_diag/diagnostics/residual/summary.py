@@ -4,37 +4,20 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from statistics import median
 
-from rich.console import Group, RenderableType
-from rich.table import Table
-from rich.text import Text
-
-from lora_diag.diagnostics.residual.record import SEEDS, Residual, limits_of
+from lora_diag.diagnostics.residual.record import SEEDS, Residual
 from lora_diag.metrics import Distances, pooled
 from lora_diag.records import Agreement, Results
-from lora_diag.rendering.columns import Column, captioned_once, rows_of, table_of, title_of
+from lora_diag.rendering.columns import Column, Grid, rows_of
 from lora_diag.rendering.lines import called
-from lora_diag.rendering.statements import Statement, compared, ending, left_out, say, summary_of
-from lora_diag.rendering.text import middle, named, percent, safe, shown, span, to_text
+from lora_diag.rendering.statements import Statement, compared, ending, left_out, say
+from lora_diag.rendering.tables import columns_of, grid_of, grids_table, sizes_of
+from lora_diag.rendering.text import named, percent, safe, shown
 
 # What limits a layer, in the order of the table.
 _LIMITS = ("rank", "scale", "direction", "noise", "exact", "not adapted", None)
-
-
-# Which columns go first where there is too little room.
-_SPARED = ("ε at best", "best scale", "row space", "col space", "C^½ floor", "in C^½", "n")
-
-
-@dataclass(frozen=True, slots=True)
-class _Row:
-    """One line of the table: a layer, or all layers of a module type, and their distances taken together."""
-
-    name: str
-    records: tuple[Residual, ...]
-    found: Distances
 
 
 def residual_table(
@@ -52,11 +35,8 @@ def residual_table(
     Returns:
         Lines of text, without a newline at the end.
     """
-    parts: list[RenderableType] = []
-    for name, records in _by_adapter(results):
-        parts += [Text(f"{name}, {records[0].role}, against TUNED", style="bold")]
-        parts += [_table(_rows(records, per), width, per)]
-    return to_text(Group(*captioned_once(parts), summary_of(residual_lines(results), then)), width, color)
+    grids = [_grid(name, records, per) for name, records in _by_adapter(results)]
+    return grids_table(grids, residual_lines(results), width, color, then)
 
 
 def _by_adapter(results: Results[Residual]) -> list[tuple[str, list[Residual]]]:
@@ -67,7 +47,16 @@ def _by_adapter(results: Results[Residual]) -> list[tuple[str, list[Residual]]]:
     return list(zip(called([*groups]), groups.values(), strict=True))
 
 
-def _rows(records: Sequence[Residual], per: str) -> list[_Row]:
+def _grid(name: str, records: Sequence[Residual], per: str) -> Grid:
+    rows = _rows(records, per)
+    total = _gap(records) or 1.0
+    parts = tuple(percent((_gap(group) / total) ** 2) for _, group in rows)
+    columns = [*sizes_of(rows, per), *columns_of(Residual.shown, rows)]
+    columns.insert(-1, Column("of ε²", parts))
+    return grid_of(rows, columns, per, f"{name}, {records[0].role}, against TUNED")
+
+
+def _rows(records: Sequence[Residual], per: str) -> list[tuple[str, Sequence[Residual]]]:
     """Return the rows of the matrices that the adapter reaches, what limits them most first, and of the rest together.
 
     The rest are the tensors that are not adapted, and norms and biases, which have no rank.
@@ -81,12 +70,9 @@ def _rows(records: Sequence[Residual], per: str) -> list[_Row]:
             rest["1-D tensors"].append(record)
         else:
             reached.append(record)
-    rows = [_Row(name, group, pooled(group)) for name, group in rows_of(reached, per)]
-    rows.sort(key=lambda row: (_LIMITS.index(_most(row.records)), -_gap(row.records)))
-    for name, others in rest.items():
-        if others:
-            rows.append(_Row(name if per == "type" else f"{name}: {len(others)}", tuple(others), pooled(others)))
-    return rows
+    rows = sorted(rows_of(reached, per), key=lambda row: (_LIMITS.index(_most(row[1])), -_gap(row[1])))
+    others = [(name if per == "type" else f"{name}: {len(group)}", group) for name, group in rest.items() if group]
+    return [*rows, *others]
 
 
 def _gap(records: Sequence[Residual]) -> float:
@@ -99,46 +85,6 @@ def _most(records: Sequence[Residual]) -> str | None:
     for record in records:
         shares[record.limited_by] += record.gap**2  # type: ignore[assignment]  # a Counter of floats
     return shares.most_common(1)[0][0]
-
-
-def _table(rows: Sequence[_Row], width: int, per: str) -> Table:
-    total = math.hypot(*(_gap(row.records) for row in rows)) or 1.0
-    columns = _columns(rows, total, per)
-    return table_of(title_of(per), [row.name for row in rows], columns, width, _SPARED)
-
-
-def _columns(rows: Sequence[_Row], total: float, per: str) -> list[Column]:
-    def column(title: str, cell: Callable[[_Row], str]) -> Column:
-        return Column(title, tuple(map(cell, rows)))
-
-    columns = [
-        column("n", lambda row: str(len(row.records))),
-        column("r", _rank),
-        column("ε", lambda row: shown(row.found.epsilon)),
-        column("floor", lambda row: shown(row.found.epsilon_min if _has_floor(row) else None)),
-        column("cosine", lambda row: shown(row.found.cosine)),
-        column("‖X‖/‖ΔW‖", lambda row: shown(row.found.norm_ratio)),
-        column("of ε²", lambda row: percent((_gap(row.records) / total) ** 2)),
-        column("col space", lambda row: _agreement([r.column_space for r in row.records])),
-        column("row space", lambda row: _agreement([r.row_space for r in row.records])),
-        column("best scale", lambda row: shown(row.found.best_scale)),
-        column("ε at best", lambda row: shown(row.found.epsilon_best_scale)),
-        column("ε in C^½", lambda row: shown(middle([r.data.epsilon for r in row.records if r.data]))),
-        column("C^½ floor", lambda row: shown(middle([r.data.least_epsilon for r in row.records if r.data]))),
-        Column("limited by", tuple(limits_of(row.records) for row in rows), "left"),
-    ]
-    without_data = all(record.data is None for row in rows for record in row.records)
-    dropped = {"n"} if per == "layer" else set()
-    dropped |= {"ε in C^½", "C^½ floor"} if without_data else set()
-    return [column for column in columns if column.title not in dropped]
-
-
-def _has_floor(row: _Row) -> bool:
-    return any(record.epsilon_min is not None for record in row.records)
-
-
-def _rank(row: _Row) -> str:
-    return span(record.rank for record in row.records if record.rank is not None)
 
 
 def _agreement(spaces: Sequence[Agreement | None]) -> str:

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
 from lora_diag.records.base import LayerRecord, Norm, Record, Share
-from lora_diag.records.shown import Shown
-from lora_diag.records.vocabulary import METRIC_NAMES, NORMS, Metric, Resolution, Tail, metric_of
+from lora_diag.records.shown import SHAPE, Shown, value_at
+from lora_diag.records.vocabulary import METRIC_NAMES, NORMS, Metric, Resolution, Tail, metric_of, noise_mark
+from lora_diag.rendering.text import middle_rank, shade
+
+
+def usual_ranks(ranks: Sequence[int]) -> list[int]:
+    """Return the ranks whose C(r) is shown first: 8, 16 and 64, or the smallest, a middle and the largest."""
+    return [rank for rank in ranks if rank in {8, 16, 64}] or sorted({ranks[0], ranks[len(ranks) // 2], ranks[-1]})
+
+
+def _middle_rank(path: str) -> Callable[[Sequence[Spectrum]], str]:
+    """Return the pool of a rank that is null where it lies beyond the values kept."""
+    return lambda records: middle_rank([value_at(r, path) for r in records], max(len(r.s) for r in records))
 
 
 class Stack(Record):
@@ -59,6 +70,7 @@ class Spectrum(LayerRecord):
     """
 
     shown: ClassVar[tuple[Shown, ...]] = (
+        SHAPE,
         Shown(
             "relative",
             "‖ΔW‖/‖W‖",
@@ -73,20 +85,7 @@ class Spectrum(LayerRecord):
             "smallest rank that keeps 90% of the energy; empty beyond the values kept",
             axis="rank at 90% of the energy",
             main=True,
-        ),
-        Shown("rank_at.0.95", "r@95%", "smallest rank that keeps 95% of the energy", axis="rank at 95% of the energy"),
-        Shown(
-            "rank_at.0.99",
-            "r@99%",
-            "smallest rank that keeps 99% of the energy; the first to count rounding noise",
-            axis="rank at 99% of the energy",
-        ),
-        Shown("stable_rank", "stable rank", "‖ΔW‖_F²/σ_1²", axis="stable rank ‖ΔW‖_F² / σ₁²"),
-        Shown(
-            "effective_rank",
-            "effective rank",
-            "exp of the entropy of σ_i²/Σσ²",
-            axis="effective rank exp H(σᵢ²/Σσ²)",
+            pool=_middle_rank("rank_at.0.9"),
         ),
         Shown(
             "resolution.signal_rank",
@@ -94,6 +93,49 @@ class Spectrum(LayerRecord):
             "singular values above the rounding noise of the files",
             axis="signal rank: σᵢ above the rounding noise",
             main=True,
+            pool=_middle_rank("resolution.signal_rank"),
+            drop=3,
+            mark=lambda records: noise_mark(record.resolution.verdict for record in records if record.fro > 0),
+        ),
+        Shown(
+            "rank_at.0.95",
+            "r@95%",
+            "smallest rank that keeps 95% of the energy",
+            axis="rank at 95% of the energy",
+            pool=_middle_rank("rank_at.0.95"),
+            drop=8,
+            terminal=True,
+            wide=True,
+        ),
+        Shown(
+            "rank_at.0.99",
+            "r@99%",
+            "smallest rank that keeps 99% of the energy; the first to count rounding noise",
+            axis="rank at 99% of the energy",
+            pool=_middle_rank("rank_at.0.99"),
+            drop=7,
+            terminal=True,
+            wide=True,
+        ),
+        Shown(
+            "stable_rank",
+            "stable rank",
+            "‖ΔW‖_F²/σ_1²",
+            axis="stable rank ‖ΔW‖_F² / σ₁²",
+            drop=9,
+            head="stable",
+            terminal=True,
+            wide=True,
+        ),
+        Shown(
+            "effective_rank",
+            "effective rank",
+            "exp of the entropy of σ_i²/Σσ²",
+            axis="effective rank exp H(σᵢ²/Σσ²)",
+            drop=10,
+            head="eff.",
+            terminal=True,
+            wide=True,
         ),
         Shown(
             "resolution.unchanged",
@@ -102,7 +144,7 @@ class Spectrum(LayerRecord):
             axis="share of unchanged entries",
             share=True,
         ),
-        Shown("resolution.verdict", "files", "whether the files can show this update", main=True),
+        Shown("resolution.verdict", "files", "whether the files can show this update", main=True, terminal=False),
         Shown("base_fro", "‖W‖", "Frobenius norm of the base weight", axis="‖W_base‖_F"),
         Shown(
             "resolution.edge",
@@ -156,6 +198,7 @@ class Spectrum(LayerRecord):
         update, weights = NORMS[metric]
         of = "" if metric == "weights" else f", in {METRIC_NAMES[metric]}: {update}"
         ranks = settings.get("ranks", ())
+        usual = usual_ranks(ranks) if ranks else []
         energies = [
             Shown(
                 f"energy.{rank}",
@@ -164,17 +207,28 @@ class Spectrum(LayerRecord):
                 f"carry{of}",
                 axis=f"energy share C({rank})",
                 share=True,
-                main=rank in {8, 16, 64} or len(ranks) < 4,
+                main=rank in usual,
+                drop=int(rank > ranks[0]) + int(rank not in usual),
+                terminal=rank in usual or rank in ranks[:8],
+                wide=rank not in usual,
+                style=shade,
             )
             for rank in ranks
         ]
         own = [
-            replace(one, title=one.title.replace("‖ΔW‖", update).replace("‖W‖", weights), about=f"{one.about}{of}")
-            if of and not one.path.startswith("resolution.")
+            replace(
+                one,
+                title=one.title.replace("‖ΔW‖", update).replace("‖W‖", weights),
+                about=f"{one.about}{of}",
+                head="moved" if one.path == "relative" else one.head,
+            )
+            if of and one is not SHAPE and not one.path.startswith("resolution.")
             else one
             for one in cls.shown
+            if one.path != "relative" or not any(record.stack for record in records)
         ]
-        return (*own[:2], *energies, *own[2:])
+        at = next(place for place, one in enumerate(own) if one.path == "rank_at.0.9")
+        return (*own[:at], *energies, *own[at:])
 
     @property
     def relative(self) -> float | None:

@@ -159,9 +159,9 @@ def verify(task: MergedLayer, memory: int | None = None) -> Merge | LeftOut:
         return _left_out(task, problem)
     rounding, ambiguous = _rounding(task)
     found = check_merge(task.blocks(), task.shape, addend, rounding)
+    if found.base_non_finite is not None:
+        return _left_out(task, found.base_non_finite)
     if found.non_finite is not None:
-        if found.non_finite.startswith("BASE"):
-            return _left_out(task, found.non_finite)
         return _record(task, None, rounding, "other", _as_vector(task, found.non_finite))
     if not math.isfinite(found.expected + abs(found.inner)):
         return _left_out(task, "the squares of its entries overflow float64")

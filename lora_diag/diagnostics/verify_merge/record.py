@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Sequence
 from typing import ClassVar, Literal
 
 from lora_diag.records.base import LayerRecord, Share
-from lora_diag.records.shown import Shown
+from lora_diag.records.shown import SHAPE, Shown
 
 MergeStatus = Literal[
     "ok",
@@ -34,6 +35,17 @@ ORDER: tuple[MergeStatus, ...] = (
     "missing", "dropped", "partial", "wrong scale", "transposed", "wrong order", "other base", "changed", "other",
     "inconclusive", "coarse", "ok",
 )  # fmt: skip
+
+
+def _style(status: MergeStatus) -> str:
+    return "" if status == "ok" else "bold yellow" if status in {"coarse", "inconclusive"} else "bold red"
+
+
+def _differing(records: Sequence[Merge]) -> float | None:
+    """Return the share of entries that no rounding explains, over all layers together."""
+    known = [(record.differing, math.prod(record.shape)) for record in records if record.differing is not None]
+    total = sum(entries for _, entries in known)
+    return sum(differing for differing, _ in known) / total if total else None
 
 
 class Merge(LayerRecord):
@@ -81,6 +93,19 @@ class Merge(LayerRecord):
             "whether MERGED holds W + ΔW there; of several layers the worst",
             main=True,
             pool=lambda records: min((record.status for record in records), key=ORDER.index),
+            head="status",
+            style=_style,
+        ),
+        SHAPE,
+        Shown(
+            "dtype",
+            "numbers",
+            "dtype whose numbers MERGED holds",
+            pool="each",
+            drop=5,
+            head="dtype",
+            terminal=True,
+            wide=True,
         ),
         Shown(
             "differing_share",
@@ -88,9 +113,29 @@ class Merge(LayerRecord):
             "share of the entries that no rounding of W + ΔW explains",
             share=True,
             main=True,
+            pool=_differing,
+            form="percent",
         ),
-        Shown("scale", "arrived c", "how much of ΔW arrived: ⟨M − W, ΔW⟩/‖ΔW‖²", main=True),
-        Shown("unchanged", "unchanged", "share of the entries with M = W", share=True),
+        Shown(
+            "max_ulp",
+            "max ulp",
+            "largest |M − (W + ΔW)| in units of the spacing there",
+            pool="max",
+            drop=4,
+            terminal=True,
+            wide=True,
+        ),
+        Shown(
+            "unchanged",
+            "unchanged",
+            "share of the entries with M = W",
+            share=True,
+            drop=2,
+            form="percent",
+            terminal=True,
+        ),
+        Shown("scale", "arrived c", "how much of ΔW arrived: ⟨M − W, ΔW⟩/‖ΔW‖²", main=True, form="factor"),
+        Shown("residual", "residual", "‖M − W − ΔW‖_F / ‖ΔW‖_F", drop=3, terminal=True),
     )
     record: Literal["merge"] = "merge"
     layer: str

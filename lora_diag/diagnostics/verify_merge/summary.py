@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from statistics import median
-from typing import Literal
-
-from rich.console import Group
-from rich.text import Text
 
 from lora_diag.diagnostics.verify_merge.record import ORDER, Merge, MergeStatus, outcome
 from lora_diag.records import Results
 from lora_diag.records.names import module_type_of, place_of
-from lora_diag.rendering.columns import Column, Grid, table_of, title_of
+from lora_diag.rendering.columns import Grid
 from lora_diag.rendering.lines import left_out_line
-from lora_diag.rendering.statements import Level, Statement, compared, ending, say, summary_of
-from lora_diag.rendering.text import count, middle, named, number, percent, safe, shape_of, short, shown, to_text
+from lora_diag.rendering.statements import Level, Statement, compared, ending, say
+from lora_diag.rendering.tables import columns_of, grid_of, grids_table, sizes_of
+from lora_diag.rendering.text import count, named, number, percent, safe, short
 
 # What to do about each fault.
 WAYS_OUT: dict[MergeStatus, str] = {
@@ -38,21 +34,6 @@ LOST = 0.9
 # So many causes of a fault are told.
 SHOWN = 3
 
-# Columns that only a wide terminal shows.
-_OF_WIDE = {"shape", "dtype", "max ulp"}
-
-# Which columns go first where there is too little room.
-_SPARED = ("shape", "dtype", "max ulp", "residual", "unchanged", "n")
-
-
-@dataclass(frozen=True, slots=True)
-class _Row:
-    """One line of the table: layers of one module type and one status, or a single layer."""
-
-    name: str
-    status: MergeStatus
-    records: tuple[Merge, ...]
-
 
 def merge_table(
     results: Results[Merge], width: int = 80, color: bool = False, per: str = "type", then: str | None = None
@@ -69,68 +50,29 @@ def merge_table(
     Returns:
         Lines of text, without a newline at the end.
     """
-    grids = merge_grids(results, per)
-    tables = [table_of(grid.title, grid.names, grid.columns, width, grid.spared, _OF_WIDE) for grid in grids]
-    return to_text(Group(*tables, summary_of(merge_lines(results), then)), width, color)
+    return grids_table(merge_grids(results, per), merge_lines(results), width, color, then)
 
 
 def merge_grids(results: Results[Merge], per: str = "type") -> list[Grid]:
     """Return the table, the worst first; none where no layer was looked at."""
-    if not len(results):
-        return []
     rows = _rows(results, per)
-    return [Grid("", title_of(per), tuple(row.name for row in rows), tuple(_columns(rows, per)), _SPARED)]
+    return [grid_of(rows, [*sizes_of(rows, per), *columns_of(Merge.shown, rows)], per)] if rows else []
 
 
-def _rows(results: Results[Merge], per: str) -> list[_Row]:
-    """Group the layers; those that the adapter does not touch and that are as they should be are one row."""
+def _rows(results: Results[Merge], per: str) -> list[tuple[str, list[Merge]]]:
+    """Group the layers by name and status; those that are not adapted and as they should be are one row."""
     groups: dict[tuple[str, MergeStatus], list[Merge]] = {}
     for record in results:
         name = short(module_type_of(record.layer) if per == "type" else record.layer)
         if not record.adapted and not record.failed:
             name = "(not adapted)"
         groups.setdefault((name, record.status), []).append(record)
-    rows = [_Row(name, status, tuple(found)) for (name, status), found in groups.items()]
 
-    def order(row: _Row) -> tuple[int, bool, tuple[bool, bool, int]]:
-        return ORDER.index(row.status), not row.records[0].adapted, place_of(row.records[0].layer)
+    def order(row: tuple[str, list[Merge]]) -> tuple[int, bool, tuple[bool, bool, int]]:
+        first = row[1][0]
+        return ORDER.index(first.status), not first.adapted, place_of(first.layer)
 
-    return sorted(rows, key=order)
-
-
-def _columns(rows: Sequence[_Row], per: str) -> list[Column]:
-    def column(title: str, cell: Callable[[_Row], str | Text], justify: Literal["left", "right"] = "right") -> Column:
-        return Column(title, tuple(map(cell, rows)), justify)
-
-    columns = [
-        column("status", lambda row: Text(row.status, style=_shade(row.status)), "left"),
-        column("n", lambda row: str(len(row.records))),
-        column("shape", lambda row: shape_of(record.shape for record in row.records)),
-        column("dtype", lambda row: "/".join(sorted({record.dtype or "-" for record in row.records}))),
-        column("differing", _differing),
-        column("max ulp", lambda row: shown(_most(row))),
-        column("unchanged", lambda row: shown(middle([record.unchanged for record in row.records]), percent)),
-        column("arrived c", lambda row: shown(middle([record.scale for record in row.records]), _scale)),
-        column("residual", lambda row: shown(middle([record.residual for record in row.records]))),
-    ]
-    return [column for column in columns if per == "type" or column.title != "n"]
-
-
-def _shade(status: MergeStatus) -> str:
-    if status == "ok":
-        return ""
-    return "bold yellow" if status in {"coarse", "inconclusive"} else "bold red"
-
-
-def _differing(row: _Row) -> str:
-    """Show the share of entries that no rounding explains, over all layers of a row."""
-    known = [(record.differing, math.prod(record.shape)) for record in row.records if record.differing is not None]
-    total = sum(entries for _, entries in known)
-    return percent(sum(differing for differing, _ in known) / total) if total else "-"
-
-
-def _most(row: _Row) -> float | None:
-    return max((record.max_ulp for record in row.records if record.max_ulp is not None), default=None)
+    return sorted(((name, found) for (name, _), found in groups.items()), key=order)
 
 
 _LEVELS: dict[str, Level] = {"failed": "failure", "inconclusive": "warning"}
@@ -245,11 +187,6 @@ def _rounding(results: Results[Merge]) -> str:
     if errors:
         arrived += f" (standard error at most {number(100 * max(errors))}%)"
     return f"{arrived}; it added noise of {number(noise)} ‖ΔW‖ and left {percent(still)} of the entries as they were"
-
-
-def _scale(value: float) -> str:
-    """Return c with the digits in which it differs from 1."""
-    return f"{value:.5g}" if 0.5 < value < 2 else number(value)
 
 
 def _kept(share: float) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import ClassVar, Literal
 
 from lora_diag.records.base import Record, Share, WholeRecord
@@ -35,6 +37,15 @@ class Surrogate(Record):
     rank: int
 
 
+def _norm(records: Sequence[Curvature]) -> float:
+    return math.hypot(*(record.gradient for record in records))
+
+
+def _trace_error(records: Sequence[Curvature]) -> float | None:
+    known = [record.trace_error for record in records if record.trace_error is not None]
+    return math.hypot(*known) if len(known) == len(records) else None
+
+
 class Curvature(WholeRecord):
     """Curvature of the loss at one point: of one layer, or of all layers jointly.
 
@@ -61,8 +72,13 @@ class Curvature(WholeRecord):
 
     key: ClassVar[tuple[str, ...]] = ("set", "layer", "at", "matrix")
     shown: ClassVar[tuple[Shown, ...]] = (
-        Shown("trace", "trace", "Hutchinson's estimate of tr(H)", main=True),
-        Shown("gradient", "‖∇L‖", "norm of the gradient of the loss", main=True),
+        Shown("params", "params", "number of parameters", pool="sum", form="count", terminal=True),
+        Shown("trace", "trace", "Hutchinson's estimate of tr(H)", main=True, terminal=False),
+        Shown("gradient", "‖∇L‖", "norm of the gradient of the loss", main=True, pool=_norm),
+        Shown("largest", "λ max", "largest eigenvalue", pool="max", terminal=True),
+        Shown("smallest", "λ min", "smallest eigenvalue", pool="min", terminal=True),
+        Shown("trace", "trace", "Hutchinson's estimate of tr(H)", pool="sum", terminal=True),
+        Shown("trace_error", "±", "standard error of the trace", pool=_trace_error, drop=1, terminal=True),
     )
     record: Literal["curvature"] = "curvature"
     set: str
@@ -81,6 +97,11 @@ class Curvature(WholeRecord):
     trace_error: float | None
     products: int = 0
     surrogate: Surrogate | None = None
+
+    @property
+    def largest(self) -> float | None:
+        """The largest eigenvalue λ; None where it was not computed."""
+        return self.eigenvalues[0] if self.eigenvalues else None
 
     @property
     def strongly_convex(self) -> bool:
@@ -113,8 +134,16 @@ class LossBound(WholeRecord):
 
     key: ClassVar[tuple[str, ...]] = ("set", "rank", "along")
     shown: ClassVar[tuple[Shown, ...]] = (
-        Shown("gap", "gap", "loss of the truncated model minus that of TUNED, measured", main=True),
-        Shown("upper", "upper", "(λ/2)‖E‖²", main=True),
+        Shown("gap", "gap", "loss of the truncated model minus that of TUNED, measured", main=True, terminal=False),
+        Shown("upper", "upper", "(λ/2)‖E‖²", main=True, terminal=False),
+        Shown("tail_energy", "tail Σσ²", "energy beyond the rank", drop=3, terminal=True),
+        Shown("linear", "⟨∇L,E⟩", "first order", drop=2, form="signed", terminal=True),
+        Shown("quadratic", "½⟨E,HE⟩", "second order", drop=1, form="signed", terminal=True),
+        Shown("predicted", "model", "first and second order", form="signed", terminal=True),
+        Shown("gap", "measured", "loss minus that of TUNED", form="signed", terminal=True),
+        Shown("predicted_ratio", "model÷", "model over measured gap", form="times", terminal=True),
+        Shown("upper", "(λ/2)Σσ²", "bound", terminal=True),
+        Shown("upper_ratio", "bound÷", "bound over measured gap", form="times", terminal=True),
     )
     record: Literal["loss_bound"] = "loss_bound"
     set: str
@@ -137,3 +166,13 @@ class LossBound(WholeRecord):
     def predicted(self) -> float:
         """⟨∇L, E⟩ + ½⟨E, HE⟩, the second-order model's gap."""
         return self.linear + self.quadratic
+
+    @property
+    def predicted_ratio(self) -> float | None:
+        """``predicted`` over ``gap``; None where the gap is nothing."""
+        return self.predicted / self.gap if abs(self.gap) >= 1e-6 else None
+
+    @property
+    def upper_ratio(self) -> float | None:
+        """``upper`` over ``gap``; None where the gap is nothing or below zero."""
+        return self.upper / self.gap if self.gap >= 1e-6 else None

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from lora_diag.probes.curvature.record import Curvature, LossBound
 from lora_diag.records import Results
 from lora_diag.records.names import module_type_of, place_of
-from lora_diag.rendering.columns import Column, Grid, title_of
+from lora_diag.rendering.columns import Column, Grid
 from lora_diag.rendering.losses import probe_summary
 from lora_diag.rendering.statements import Statement, say
-from lora_diag.rendering.tables import grids_table
+from lora_diag.rendering.tables import columns_of, grid_of, grids_table
 from lora_diag.rendering.text import count, middle, middle_rank, number, percent, short, shown
 
 # A second-order model that is this near to the measured gap is called right.
@@ -67,14 +67,7 @@ def _parts(results: Results[Any]) -> tuple[Curvature | None, list[Curvature], li
 
 def _curvatures(joint: Curvature, layers: Sequence[Curvature], per: str) -> Grid:
     groups = [("all jointly", [joint]), *_groups(layers, per)]
-    columns = [
-        Column("params", tuple(count(sum(each.params for each in group)) for _, group in groups)),
-        Column("‖∇L‖", tuple(number(math.hypot(*(each.gradient for each in group))) for _, group in groups)),
-        Column("λ max", tuple(shown(_largest(group)) for _, group in groups)),
-        Column("λ min", tuple(shown(_smallest(group)) for _, group in groups)),
-        Column("trace", tuple(number(sum(each.trace for each in group)) for _, group in groups)),
-        Column("±", tuple(shown(_error(group)) for _, group in groups)),
-    ]
+    columns = columns_of(Curvature.shown, groups)
     if joint.at == "base":
         held = [[each.surrogate for each in group if each.surrogate is not None] for _, group in groups]
         # Joint eigenpairs hold one share of the whole gradient, so it stands in the row of all.
@@ -84,22 +77,14 @@ def _curvatures(joint: Curvature, layers: Sequence[Curvature], per: str) -> Grid
             Column("pairs", tuple(_middle([s.pairs_at for s in group]) for group in shares)),
             Column("rank 90%", tuple(_middle([s.rank_at["0.9"] for s in group]) for group in held)),
         ]
-    empty = {column.title for column in columns if all(cell == "-" for cell in column.cells[1:])} - {"trace", "±"}
-    kept = [column for column in columns if column.title not in empty or column.cells[0] != "-"]
+    columns = [column for column in columns if set(column.cells) != {"-"}]
     about = (
         "λ max is how sharply the loss bends in its steepest direction, the trace the sum over all directions, with "
         "its standard error: a step of one length costs most where λ is large."
     )
     if joint.at == "base":
         about += " Held is the share of the gradient in the top eigenpairs, rank 90% that of the part they hold."
-    return Grid(
-        f"Curvature of the loss at {joint.at.upper()} ({_matrix(joint)})",
-        title_of(per),
-        tuple(name for name, _ in groups),
-        tuple(kept),
-        ("±",),
-        about,
-    )
+    return grid_of(groups, columns, per, f"Curvature of the loss at {joint.at.upper()} ({_matrix(joint)})", about)
 
 
 def _groups(layers: Sequence[Curvature], per: str) -> list[tuple[str, list[Curvature]]]:
@@ -117,19 +102,6 @@ def _middle(ranks: Sequence[int | None]) -> str:
     return middle_rank(known, max(known)) if known else "-"
 
 
-def _largest(group: Sequence[Curvature]) -> float | None:
-    return max((each.eigenvalues[0] for each in group if each.eigenvalues), default=None)
-
-
-def _smallest(group: Sequence[Curvature]) -> float | None:
-    return min((each.smallest for each in group if each.smallest is not None), default=None)
-
-
-def _error(group: Sequence[Curvature]) -> float | None:
-    known = [each.trace_error for each in group if each.trace_error is not None]
-    return math.hypot(*known) if len(known) == len(group) else None
-
-
 def _matrix(joint: Curvature) -> str:
     return "Hessian" if joint.matrix == "hessian" else "generalised Gauss-Newton"
 
@@ -137,46 +109,21 @@ def _matrix(joint: Curvature) -> str:
 def _bounds(bounds: Sequence[LossBound]) -> Grid:
     whole = [record for record in bounds if record.along == 1]
     early = {record.rank: record for record in bounds if record.along == min(each.along for each in bounds)}
-    columns = [
-        Column("tail Σσ²", tuple(number(record.tail_energy) for record in whole)),
-        Column("⟨∇L,E⟩", tuple(_signed(record.linear) for record in whole)),
-        Column("½⟨E,HE⟩", tuple(_signed(record.quadratic) for record in whole)),
-        Column("model", tuple(_signed(record.predicted) for record in whole)),
-        Column("measured", tuple(_signed(record.gap) for record in whole)),
-        Column("model÷", tuple(_times(record.predicted, record.gap) for record in whole)),
-        Column("(λ/2)Σσ²", tuple(number(record.upper) for record in whole)),
-        Column("bound÷", tuple(_times(record.upper, record.gap) if record.gap > 0 else "-" for record in whole)),
-    ]
+    rows = [(f"r={record.rank}", [record]) for record in whole]
+    columns = columns_of(LossBound.shown, rows)
     if any(record.along < 1 for record in early.values()):
         share = min(record.along for record in bounds)
-        cells = tuple(_times(early[r.rank].predicted, early[r.rank].gap) if r.rank in early else "-" for r in whole)
-        columns.insert(6, Column(f"at {share:g}", cells))
+        nearer = [(name, [early[r.rank]] if r.rank in early else []) for name, (r,) in rows]
+        at = next(one for one in LossBound.shown if one.path == "predicted_ratio")
+        columns[-2:-2] = columns_of([replace(at, head=f"at {share:g}")], nearer)
     return Grid(
         "Loss gap of truncating to rank r, E = ΔW_r − ΔW, L measured beside its models",
         "rank",
-        tuple(f"r={record.rank}" for record in whole),
+        tuple(name for name, _ in rows),
         tuple(columns),
-        ("tail Σσ²", "⟨∇L,E⟩", "½⟨E,HE⟩"),
         "The columns with ÷ are the second-order model and the bound (λ/2)Σσ² over the measured gap: a model near 1 "
         "may stand for measuring, a bound of many times the gap cannot choose a rank.",
     )
-
-
-def _signed(value: float) -> str:
-    """Return four decimals with the sign; a zero without.
-
-    >>> _signed(0.01234), _signed(-1e-9)
-    ('+0.0123', '0')
-    """
-    return "0" if abs(value) < 5e-5 else f"{value:+.4f}"
-
-
-def _times(value: float, gap: float) -> str:
-    """Return value ÷ gap; a dash where the gap is nothing."""
-    if abs(gap) < 1e-6:
-        return "-"
-    ratio = value / gap
-    return f"{ratio:.2f}" if abs(ratio) < 100 else f"{ratio:.0f}"
 
 
 def _loss(joint: Curvature) -> str:

@@ -10,7 +10,11 @@ FEATURE = Feature(
     functions=(".run:probe_fisher",),
     table=".summary:fisher_table",
     section=Section(
-        "Fisher of what a rank discards", ".summary:fisher_lines", ".summary:fisher_section_grids", order=16
+        "Fisher of what a rank discards",
+        ".summary:fisher_lines",
+        ".summary:fisher_section_grids",
+        order=16,
+        losses=True,
     ),
     questions=(("at_rank", "Which layers' tails does the loss need?"),),
     figures=(

@@ -9,10 +9,10 @@ from lora_diag.metrics.correlation import interval
 from lora_diag.probes.fisher.correlations import PREDICTORS, Correlations, correlations, effect_at
 from lora_diag.probes.fisher.record import Effect, Fisher
 from lora_diag.records import Results
-from lora_diag.rendering.columns import Column, Grid, rows_of, title_of
+from lora_diag.rendering.columns import Column, Grid, rows_of
 from lora_diag.rendering.losses import probe_summary
 from lora_diag.rendering.statements import Statement, say
-from lora_diag.rendering.tables import grids_table
+from lora_diag.rendering.tables import grid_of, grids_table, sizes_of
 from lora_diag.rendering.text import count, number, percent, short
 
 # ½F is called too high from this multiple of the KL on; the sample model reads 2.0 with own labels, 1.0 with drawn.
@@ -20,8 +20,6 @@ HIGH = 1.5
 
 # The rank whose shares the table shows, if it was asked for.
 USUAL = 8
-
-_SPARED = ("σ² tail", "K-FAC", "C tail")
 
 
 def fisher_table(
@@ -62,16 +60,16 @@ def _rank(results: Results[Any]) -> int:
 def _layers(records: Sequence[Fisher], rank: int, per: str) -> Grid:
     """Return what each module type's or layer's tail is of all tails, and what its truncation does."""
     rows = rows_of(records, per)
-    columns = [] if per == "layer" else [Column("n", tuple(str(len(row)) for _, row in rows))]
-    for title, predictor in (
-        ("σ² tail", PREDICTORS[0][1]),
-        ("C tail", PREDICTORS[1][1]),
-        ("K-FAC", PREDICTORS[2][1]),
-        (f"F({rank})", PREDICTORS[4][1]),
+    columns = sizes_of(rows, per)
+    for title, predictor, drop in (
+        ("σ² tail", PREDICTORS[0][1], 4),
+        ("C tail", PREDICTORS[1][1], 2),
+        ("K-FAC", PREDICTORS[2][1], 3),
+        (f"F({rank})", PREDICTORS[4][1], 0),
     ):
         total = sum(predictor(record, rank) for record in records)
         sums = [sum(predictor(record, rank) for record in row) for _, row in rows]
-        columns.append(Column(title, tuple(percent(each / total) if total else "-" for each in sums)))
+        columns.append(Column(title, tuple(percent(each / total) if total else "-" for each in sums), drop=drop))
     columns.append(Column("½F", tuple(number(sum(record.at(rank) for record in row) / 2) for _, row in rows)))
     known = any(effect_at(record, rank) for record in records)
     if known:
@@ -82,7 +80,7 @@ def _layers(records: Sequence[Fisher], rank: int, per: str) -> Grid:
         "makes too little of what the loss needs there. ½F is the mean KL a prediction, in nats, that truncating each "
         f"layer alone is expected to cost{', beside the measured KL and loss gap' if known else ''}."
     )
-    return Grid("", title_of(per), tuple(name for name, _ in rows), tuple(columns), _SPARED, about)
+    return grid_of(rows, columns, per, about=about)
 
 
 def _sum(row: Sequence[Fisher], rank: int, value: Callable[[Effect], float], sign: str = "") -> str:

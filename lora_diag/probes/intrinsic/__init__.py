@@ -9,7 +9,9 @@ FEATURE = Feature(
     records=(".record:Intrinsic",),
     functions=(".run:probe_intrinsic",),
     table=".summary:intrinsic_table",
-    section=Section("Intrinsic dimension", ".summary:intrinsic_lines", ".summary:intrinsic_grids", order=15),
+    section=Section(
+        "Intrinsic dimension", ".summary:intrinsic_lines", ".summary:intrinsic_grids", order=15, losses=True
+    ),
     questions=(("on", "In how few directions does training get as far?"),),
     figures=(
         Figure(

@@ -69,8 +69,8 @@ def _grid(caption: str, base: Intrinsic | None, found: Sequence[Line], share: fl
     columns = (
         Column("params", ("", *(count(line.params) for line in found))),
         Column("lr", ("", *(f"{line.lr:.2g}" for line in found))),
-        Column("pace", ("", *("" if line.pace is None else f"{line.pace:.2g}" for line in found))),
-        Column("seeds", ("", *(str(len(line.losses)) for line in found))),
+        Column("pace", ("", *("" if line.pace is None else f"{line.pace:.2g}" for line in found)), drop=2),
+        Column("seeds", ("", *(str(len(line.losses)) for line in found)), drop=1),
         Column("loss", (_loss(base), *(f"{fmean(line.losses):.4f}" for line in found))),
         Column("gain", ("", *(_share(line) for line in found))),
         Column("min to max", ("", *(_span(line) for line in found))),
@@ -80,7 +80,7 @@ def _grid(caption: str, base: Intrinsic | None, found: Sequence[Line], share: fl
         f"{percent(share)} or more is the intrinsic dimension, the first such r the LoRA that is as good; where min to "
         "max crosses that share, seeds decide."
     )
-    return Grid(caption, "trained", ("BASE", *map(_name, found)), columns, ("pace", "seeds"), about)
+    return Grid(caption, "trained", ("BASE", *map(_name, found)), columns, about)
 
 
 def _loss(base: Intrinsic | None) -> str:

@@ -9,7 +9,9 @@ FEATURE = Feature(
     records=("lora_diag.records.probe:Probe",),
     functions=(".run:probe_outputs",),
     table=".summary:outputs_table",
-    section=Section("Held-out loss and outputs", ".summary:outputs_lines", ".summary:outputs_grids", order=10),
+    section=Section(
+        "Held-out loss and outputs", ".summary:outputs_lines", ".summary:outputs_grids", order=10, losses=True
+    ),
     questions=(("on", "Is the adapter as good as the full fine-tune?"),),
     figures=(
         Figure(

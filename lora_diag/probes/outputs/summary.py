@@ -14,8 +14,8 @@ from lora_diag.rendering.columns import Column, Grid
 from lora_diag.rendering.lines import called
 from lora_diag.rendering.losses import both_ends, gap, on_set, probe_summary, share
 from lora_diag.rendering.statements import Statement, say
-from lora_diag.rendering.tables import grids_table
-from lora_diag.rendering.text import number, percent, safe, short
+from lora_diag.rendering.tables import columns_of, grids_table
+from lora_diag.rendering.text import safe, short
 
 # For runs without a reference: what was measured elsewhere (docs/reference/probe-outputs.md).
 _NONE = (
@@ -86,15 +86,8 @@ def _name(record: Probe, names: dict[str, str]) -> str:
 
 
 def _losses(caption: str, mine: Sequence[Probe], names: dict[str, str]) -> Grid:
-    columns = (
-        Column("loss", tuple(f"{record.nats:.4f}" for record in mine)),
-        Column("to TUNED", tuple(map(gap, mine))),
-        Column("kept", tuple("-" if record.kept is None else f"{record.kept:.2f}" for record in mine)),
-        Column("distance", tuple("-" if record.distance is None else f"{record.distance:.3f}" for record in mine)),
-        Column("KL", tuple("-" if record.kl is None else number(record.kl) for record in mine)),
-        Column("agree", tuple("-" if record.agreement is None else percent(record.agreement) for record in mine)),
-    )
-    return Grid(caption, "model", tuple(_name(record, names) for record in mine), columns, ("kept", "agree"))
+    rows = [(_name(record, names), [record]) for record in mine]
+    return Grid(caption, "model", tuple(name for name, _ in rows), tuple(columns_of(Probe.shown, rows)))
 
 
 def _depths(caption: str, mine: Sequence[Probe], names: dict[str, str]) -> Grid:

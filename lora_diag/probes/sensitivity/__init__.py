@@ -12,7 +12,9 @@ FEATURE = Feature(
     ),
     functions=(".run:probe_sensitivity",),
     table=".summary:sensitivity_table",
-    section=Section("Layers adapted alone", ".summary:sensitivity_lines", ".summary:sensitivity_grids", order=13),
+    section=Section(
+        "Layers adapted alone", ".summary:sensitivity_lines", ".summary:sensitivity_grids", order=13, losses=True
+    ),
     questions=(("on", "Which layers gain most where each is adapted alone?"),),
     figures=(
         Figure(

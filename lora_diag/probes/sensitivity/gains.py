@@ -10,11 +10,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
-from lora_diag.diagnostics.spectrum.record import Spectrum
 from lora_diag.metrics.correlation import interval, p_value, spearman
 from lora_diag.metrics.equivalence import paired
 from lora_diag.probes.sensitivity.record import FirstOrder, Sensitivity
 from lora_diag.records.names import module_type_of
+from lora_diag.records.vocabulary import SingularValues
 from lora_diag.running.rates import edge, lowest
 
 # A gain of less than so many standard errors is not told from none.
@@ -206,7 +206,7 @@ class Weights:
     short: tuple[str, ...]
 
 
-def weights_of(gains: Sequence[Gain], rank: int, spectra: Sequence[Spectrum]) -> Weights:
+def weights_of(gains: Sequence[Gain], rank: int, spectra: Sequence[SingularValues]) -> Weights:
     """Return w_ℓ = max(0, ΔL_u) / Σ_{k∈u} Σ_{i≤r}σ_{k,i}², the loss gained per energy that rank r captures.
 
     With them the weighted energy of a unit at the rank that was trained is the gain that was measured there. The layers

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from rich.console import Group, RenderableType
@@ -22,7 +23,7 @@ from lora_diag.probes.sensitivity.gains import (
 from lora_diag.probes.sensitivity.record import FirstOrder, Sensitivity
 from lora_diag.records import Results
 from lora_diag.records.probe import set_names
-from lora_diag.rendering.columns import WIDE, Column, Grid, table_of
+from lora_diag.rendering.columns import Column, Grid, table_of
 from lora_diag.rendering.losses import beyond_grid, on_set, probe_summary
 from lora_diag.rendering.statements import Statement, say, summary_of
 from lora_diag.rendering.text import count, number, short, to_text
@@ -44,8 +45,6 @@ _SCORES = {
 _WELL = 0.7
 # Above this p, an order is not told from chance.
 _CHANCE = 0.05
-# Which columns go first where there is too little room, by how their titles begin.
-_SPARED = ("params", "Σσ² to r", "on ", "lr", "first step", "seeds")
 
 
 def sensitivity_table(
@@ -113,18 +112,18 @@ def sensitivity_grids(results: Results[Any]) -> list[Grid]:
     first = [scores_of(row, scores) for row in rows]
     columns = [Column("gain", tuple(_with_error(row.gain, row.error) for row in rows))]
     if any(len(row.seeds) > 1 for row in rows):
-        columns.append(Column("seeds", tuple(_range(row.seeds) for row in rows)))
+        columns.append(Column("seeds", tuple(_range(row.seeds) for row in rows), drop=1))
     rank, delta = settings["rank"], settings["delta"]
     for place, name in enumerate(gains):
         if place:
-            columns.append(Column(f"on {short(name)}", _cells(rows, gains[name])))
+            columns.append(Column(f"on {short(name)}", _cells(rows, gains[name]), drop=4))
         elif delta:
             columns.append(Column(f"g({rank}→{rank + delta})", _cells(rows, more[name])))
     columns += [
-        Column("lr", tuple(f"{row.lr:g}" for row in rows)),
-        Column("params", tuple(count(row.params) for row in rows)),
-        Column("Σσ² to r", tuple(_score(each, "top") for each in first)),
-        Column("first step", tuple(_score(each, "adam") for each in first)),
+        Column("lr", tuple(f"{row.lr:g}" for row in rows), drop=3),
+        Column("params", tuple(count(row.params) for row in rows), drop=6),
+        Column("Σσ² to r", tuple(_score(each, "top") for each in first), drop=5),
+        Column("first step", tuple(_score(each, "adam") for each in first), drop=2),
     ]
     names = tuple(short(row.unit.removesuffix(".weight")) for row in rows)
     return [Grid("", f"{_UNITS[settings['per']][0]} alone", names, tuple(columns), about=_about(settings))]
@@ -149,15 +148,10 @@ def _about(settings: dict[str, Any]) -> str:
 
 
 def _fitted(grid: Grid, width: int) -> list[RenderableType]:
-    """Return what a terminal shows: the first rows, in a narrow one without columns for which names would be cut."""
+    """Return what a terminal shows: the first rows; names that were cut would lose their block."""
     names = grid.names[:MOST]
-    columns = [Column(column.title, column.cells[:MOST], column.justify) for column in grid.columns]
-    if width < WIDE:  # names that are cut at their beginning lose their block
-        room = width - max(map(len, [grid.title, *names])) - 2
-        for spared in _SPARED:
-            if sum(column.width + 1 for column in columns) > room:
-                columns = [column for column in columns if not column.title.startswith(spared)]
-    shown: list[RenderableType] = [table_of(grid.title, names, columns, width)]
+    columns = [replace(column, cells=column.cells[:MOST]) for column in grid.columns]
+    shown: list[RenderableType] = [table_of(grid.title, names, columns, width, max(map(len, names)))]
     if len(grid.names) > MOST:
         shown.append(Text(f"and {len(grid.names) - MOST} more that gain less"))
     return shown

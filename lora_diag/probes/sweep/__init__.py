@@ -9,7 +9,7 @@ FEATURE = Feature(
     records=("lora_diag.records.probe:Probe",),
     functions=(".run:probe_sweep",),
     table=".summary:sweep_table",
-    section=Section("Rank sweep", ".summary:sweep_lines", ".summary:sweep_grids", order=11),
+    section=Section("Rank sweep", ".summary:sweep_lines", ".summary:sweep_grids", order=11, losses=True),
     questions=(
         ("on", "Which rank is enough, by training at it?"),
         ("shifted", "Do shifted sets ask for the same rank?"),

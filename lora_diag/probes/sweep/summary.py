@@ -163,9 +163,12 @@ def _table(
         Column("seeds", (*blank, *(str(len(row.runs)) for _, row in rows))),
         Column("loss", (*map(_loss, bases), *(f"{row.mean:.4f}" for _, row in rows))),
         Column("min to max", (*blank, *(_range(row) for _, row in rows))),
-        *(Column(f"lr {lr:g}", (*blank, *(_loss(at.get((who, row.rank, lr))) for who, row in rows))) for lr in tried),
+        *(
+            Column(f"lr {lr:g}", (*blank, *(_loss(at.get((who, row.rank, lr))) for who, row in rows)), drop=drop)
+            for drop, lr in zip(range(len(tried), 0, -1), tried, strict=True)
+        ),
     )
-    return Grid(caption, "rank", tuple(names), columns, tuple(f"lr {lr:g}" for lr in tried))
+    return Grid(caption, "rank", tuple(names), columns)
 
 
 def _loss(record: Probe | None) -> str:

@@ -9,7 +9,9 @@ FEATURE = Feature(
     records=("lora_diag.records.probe:Probe",),
     functions=(".run:probe_truncation",),
     table=".summary:truncation_table",
-    section=Section("Truncated update", ".summary:truncation_lines", ".summary:truncation_grids", order=12),
+    section=Section(
+        "Truncated update", ".summary:truncation_lines", ".summary:truncation_grids", order=12, losses=True
+    ),
     questions=(("on", "What does a rank of the update keep of its gain?"),),
     figures=(
         Figure(

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from lora_diag.records import Probe, Results, Run
@@ -11,7 +11,7 @@ from lora_diag.records.probe import Subject, set_names
 from lora_diag.rendering.columns import Column, Grid
 from lora_diag.rendering.losses import both_ends, gap, on_set, probe_summary, share
 from lora_diag.rendering.statements import Statement
-from lora_diag.rendering.tables import grids_table
+from lora_diag.rendering.tables import columns_of, grids_table
 from lora_diag.rendering.text import fraction, short
 
 # A share of the loss that is called nearly all: printed with the numbers it stands on.
@@ -57,20 +57,13 @@ def truncation_grids(results: Results[Any]) -> list[Grid]:
     sets, rows = set_names(records), _truncation_rows(records)
     if not rows:
         return []
-    columns = []
-    if any(row.energy is not None for row in rows):
-        columns.append(Column("C(r)", tuple("-" if row.energy is None else fraction(row.energy) for row in rows)))
+    energies = tuple("-" if row.energy is None else fraction(row.energy) for row in rows)
+    columns = [Column("C(r)", energies)] if set(energies) != {"-"} else []
     for name in sets:
-        columns += [
-            Column(short(name), _cells(rows, name, lambda record: f"{record.nats:.4f}")),
-            Column("to TUNED", _cells(rows, name, gap)),
-            Column("kept", _cells(rows, name, lambda record: "-" if record.kept is None else f"{record.kept:.2f}")),
-        ]
+        shown = (replace(one, head=short(name)) if one.path == "loss" else one for one in Probe.shown)
+        of_set = [(row.name, [row.by_set[name]] if name in row.by_set else []) for row in rows]
+        columns += columns_of(shown, of_set)
     return [Grid("", "truncated to", tuple(row.name for row in rows), tuple(columns))]
-
-
-def _cells(rows: Sequence[_Row], name: str, cell: Callable[[Probe], str]) -> tuple[str, ...]:
-    return tuple(cell(row.by_set[name]) if name in row.by_set else "-" for row in rows)
 
 
 def truncation_lines(results: Results[Any]) -> list[Statement]:

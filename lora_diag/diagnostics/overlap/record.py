@@ -46,14 +46,7 @@ class Overlap(LayerRecord):
             form="small",
             terminal=True,
         ),
-        Shown(
-            "kappa",
-            "κ",
-            "‖UᵀGV‖/‖G‖; direction, not quality",
-            axis="κ = ‖UᵀGV‖_F / ‖G‖_F",
-            share=True,
-            main=True,
-        ),
+        Shown("kappa", "κ", "‖UᵀGV‖/‖G‖; direction, not quality", axis="κ = ‖UᵀGV‖_F / ‖G‖_F", share=True, main=True),
         Shown(
             "tangent",
             "tangent",
@@ -67,12 +60,7 @@ class Overlap(LayerRecord):
             chance="tangent_random",
         ),
         Shown(
-            "tangent_random",
-            "tangent random",
-            "what a random subspace gives",
-            share=True,
-            main=True,
-            terminal=False,
+            "tangent_random", "tangent random", "what a random subspace gives", share=True, main=True, terminal=False
         ),
         Shown(
             "left",

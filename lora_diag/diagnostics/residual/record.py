@@ -125,12 +125,7 @@ class Residual(Distance, LayerRecord):
             pool=_pooled_floor,
             head="floor",
         ),
-        Shown(
-            "epsilon_min",
-            "ε_min",
-            "√(1 − C(r)), as computed",
-            axis="ε_min = √(1 − C(r)), least ε at this rank",
-        ),
+        Shown("epsilon_min", "ε_min", "√(1 − C(r)), as computed", axis="ε_min = √(1 − C(r)), least ε at this rank"),
         Shown("excess", "excess", "ε² − floor²: what direction and scale cost", axis="excess ε² − ε_min²"),
         Shown(
             "cosine",
@@ -194,11 +189,7 @@ class Residual(Distance, LayerRecord):
             terminal=True,
         ),
         Shown(
-            "data.least_epsilon",
-            "C^½ floor",
-            "lower bound on that ε for an update of this rank",
-            drop=3,
-            terminal=True,
+            "data.least_epsilon", "C^½ floor", "lower bound on that ε for an update of this rank", drop=3, terminal=True
         ),
         Shown("limited_by", "limited by", "what ε is mostly made of", main=True, pool=limits_of),
     )

@@ -133,6 +133,11 @@ class LayerInput(Record):
         shares: The layer that is given the same input, and has the same C; null if none before it is.
     """
 
+    shown: ClassVar[tuple[Shown, ...]] = (
+        Shown("size", "in", "numbers of one input", main=True, pool="each"),
+        Shown("square", "E‖x‖²", "mean square of the inputs", main=True),
+        Shown("directions", "directions", "in how many directions the inputs lie, roughly", main=True),
+    )
     layer: str
     size: int
     rows: int

@@ -110,7 +110,7 @@ POOLS: Mapping[str, Callable[[list[Any]], Value]] = {
     "max": max,
     "min": min,
     "range": lambda values: "-".join(map(str, sorted({min(values), max(values)}))),
-    "each": lambda words: "/".join(sorted(set(map(str, words)))),
+    "each": lambda values: "/".join(map(str, sorted(set(values)))),
 }
 
 

@@ -89,6 +89,11 @@ class SingularValues(Protocol):
         """Singular values, descending."""
         ...
 
+    @property
+    def complete(self) -> bool:
+        """Whether all that can differ from zero are there."""
+        ...
+
 
 Metric = Literal["weights", "data", "kfac"]
 

@@ -235,6 +235,15 @@ def signed(value: float) -> str:
     return "0" if abs(value) < 5e-5 else f"{value:+.4f}"
 
 
+def plain(value: float | int | str | None) -> str:
+    """Return a value as pages show it; nothing for what does not exist.
+
+    >>> plain(None), plain(8), plain(0.0312345), plain("rank")
+    ('', '8', '0.0312', 'rank')
+    """
+    return "" if value is None else number(value) if isinstance(value, float) else str(value)
+
+
 FORMS: Mapping[str, Callable[[float], str]] = {
     "percent": percent,
     "count": lambda value: count(int(value)),

@@ -25,7 +25,7 @@ from lora_diag.inspection.tables import table
 from lora_diag.metrics.thinning import curve_at, thinned_ranks
 from lora_diag.records.names import depth_of
 from lora_diag.records.vocabulary import METRIC_NAMES, NORMS, metric_of
-from lora_diag.rendering.text import number, safe, short
+from lora_diag.rendering.text import plain, safe, short
 from lora_diag.reports.evidence import Evidence, Source
 from lora_diag.reports.fields import Field, fields_of, layers_of
 from lora_diag.reports.several import Section, sections_of
@@ -89,7 +89,7 @@ def html_report(evidence: Evidence, pictures: Sequence[Picture] = (), made: str 
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    templates.filters |= {"safe_text": safe, "short": short, "cell": _cell}
+    templates.filters |= {"safe_text": safe, "short": short, "cell": plain}
     # Plain JSON: the filter of Jinja2 escapes it for a script element.
     templates.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":"), "ensure_ascii": False}
     layers = layers_of(evidence)
@@ -165,7 +165,7 @@ def _data(evidence: Evidence, layers: Sequence[str], columns: Sequence[Field]) -
     types = Types(layers)
     row = {name: place for place, name in enumerate(types.names)}
     place = {layer: i for i, layer in enumerate(layers)}
-    value = _rounded if len(layers) >= LARGE else _unchanged
+    value: Callable[[Any], Any] = _rounded if len(layers) >= LARGE else lambda entry: entry
     return {
         "layers": [safe(layer) for layer in layers],
         "types": [safe(name) for name in types.names],
@@ -276,12 +276,3 @@ def _some(items: Sequence[T], most: int) -> list[T]:
 
 def _rounded(value: Any) -> Any:
     return float(f"{value:.{DIGITS}g}") if isinstance(value, float) else value
-
-
-def _unchanged(value: Any) -> Any:
-    return value
-
-
-def _cell(value: Any) -> str:
-    """Return a value of the plain table."""
-    return "" if value is None else number(value) if isinstance(value, float) else str(value)

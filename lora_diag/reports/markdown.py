@@ -9,8 +9,7 @@ import re
 from collections.abc import Sequence
 
 from lora_diag.records.names import module_type_of, place_of
-from lora_diag.records.shown import Value
-from lora_diag.rendering.text import crop, number, safe, short
+from lora_diag.rendering.text import crop, plain, safe, short
 from lora_diag.reports.evidence import Evidence
 from lora_diag.reports.fields import Field, fields_of, layers_of
 from lora_diag.reports.several import sections_of
@@ -69,7 +68,7 @@ def _table(evidence: Evidence) -> list[str]:
     heads = [_text(f"{field.title} {crop(field.group, 30)}".strip()) for field in columns]
     rows = ["| module type | n | " + " | ".join(heads) + " |", "|---|--:|" + "--:|" * len(columns)]
     for name, places in list(groups.items())[:ROWS]:
-        cells = [_cell(field.together(places)) for field in columns]
+        cells = [_text(plain(field.together(places))) for field in columns]
         rows.append(f"| {code(name)} | {len(places)} | " + " | ".join(cells) + " |")
     more = f"\n\n*and {len(groups) - ROWS} module types more*" if len(groups) > ROWS else ""
     return ["## By module type", "\n".join(rows) + more + _how(columns), *map(_text, metrics_said(evidence))]
@@ -80,10 +79,6 @@ def _how(columns: Sequence[Field]) -> str:
     pooled = [field.title for field in columns if field.pooled and field.is_number]
     together = f"{', '.join(dict.fromkeys(pooled))}: of all layers of the type taken together. " if pooled else ""
     return f"\n\n{together}{'Other numbers: medians' if pooled else 'Medians'}; of words, the most frequent."
-
-
-def _cell(value: Value) -> str:
-    return "" if value is None else number(value) if isinstance(value, float) else _text(str(value))
 
 
 def _several(evidence: Evidence) -> list[str]:
@@ -143,16 +138,12 @@ def _gate(evidence: Evidence) -> list[str]:
         return []
     rows = [
         f"| {verdict.status} | {code(verdict.rule)} | {code(short(verdict.layer)) if verdict.layer else 'all'} "
-        f"| {_text(_shown(verdict.measured))} | {_text(verdict.allowed)} |"
+        f"| {_text(plain(verdict.measured))} | {_text(verdict.allowed)} |"
         for verdict in verdicts[:ROWS]
     ]
     head = ["| status | rule | layer | measured | allowed |", "|---|---|---|--:|---|"]
     more = f"\n\n*and {len(verdicts) - ROWS} more*" if len(verdicts) > ROWS else ""
     return ["## Gate", f"{_text(outcome)}.", *(["\n".join([*head, *rows]) + more] if rows else [])]
-
-
-def _shown(value: float | str | None) -> str:
-    return "" if value is None else number(value) if isinstance(value, float) else value
 
 
 def _measured(evidence: Evidence) -> str:

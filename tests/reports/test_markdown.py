@@ -41,7 +41,8 @@ def test_ranks_beyond_the_values_kept_are_not_hidden():
     cut = [spectrum(n, decay(64, 0.5)).model_copy(update={"rank_at": {"0.9": None, "0.95": None, "0.99": None}})
            for n in names(3, ("q_proj",))[:2]]  # fmt: skip
     known = spectrum(names(3, ("q_proj",))[2], decay(64, 0.5))
-    assert "| beyond |" in markdown_report(evidence(spectra([*cut, known])))
+    kept = len(known.s)
+    assert f"| &#62; {kept} |" in markdown_report(evidence(spectra([*cut, known])))
 
 
 def test_a_rank_of_zero_is_zero():

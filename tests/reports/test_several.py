@@ -10,6 +10,7 @@ from markdown_it import MarkdownIt
 
 import lora_diag
 from lora_diag.catalog import read_results
+from lora_diag.decisions.extract.record import Extraction
 from lora_diag.diagnostics.intruders.record import Direction, Intruders
 from lora_diag.diagnostics.verify_merge.record import Merge
 from lora_diag.records import End, Results, Run, RunInput
@@ -214,9 +215,16 @@ def test_a_merge_is_asked_for_first_and_one_wrong_layer_is_not_outvoted():
     assert "yes: all 2 layers adapted are W + ΔW" in markdown_report(evidence(merged("ok", "ok")))
 
 
-def test_layers_without_a_number_have_no_charts_that_would_stay_empty(tmp_path):
+def test_layers_without_a_number_have_no_charts_that_would_stay_empty(tmp_path, monkeypatch):
     lora_diag.extract(SAMPLES / "base", SAMPLES / "full_ft", tmp_path / "adapter", rank=2, layers="0.*o_proj")
-    page = html_report(evidence(read_results(tmp_path / "adapter" / "extraction.jsonl")))
+    results = read_results(tmp_path / "adapter" / "extraction.jsonl")
+    fields = {
+        field["title"]: field["values"]
+        for field in json.loads(Elements(html_report(evidence(results))).scripts["data"])["fields"]
+    }
+    assert fields["ε"] == [record.epsilon for record in results]
+    monkeypatch.setattr(Extraction, "shown", ())
+    page = html_report(evidence(results))
     assert "Layer by layer" not in page
     assert "Skip to the layers" not in page
     assert not {"data", "plotly"} & set(Elements(page).scripts)

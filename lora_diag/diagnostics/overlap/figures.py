@@ -11,15 +11,15 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FixedLocator, MaxNLocator
+from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from lora_diag.diagnostics.overlap.record import Overlap
-from lora_diag.rendering.figures.axes import panel_axes
+from lora_diag.rendering.figures.axes import label_ticks, panel_axes
 from lora_diag.rendering.figures.groups import Types
 from lora_diag.rendering.figures.series import Options, Series, rank_absent
 from lora_diag.rendering.figures.sheet import MAX_PANELS, Key, Words, finish_grid, grid_of, sheet
-from lora_diag.rendering.figures.style import CATEGORIES, INK, QUIET, Look, category, cropped_all, styled, width_of
+from lora_diag.rendering.figures.style import CATEGORIES, INK, QUIET, Look, category, cropped_all, styled
 
 # The measures drawn: name, field, field of the baseline, colour, dashes where colour tells runs apart.
 MEASURES = (
@@ -167,18 +167,7 @@ def _step_axis(ax: Axes, steps: Sequence[int], inches: float, look: Look | None)
     low, high = steps[0], steps[-1]
     margin = 0.06 * (high - low) or 1
     ax.set_xlim(low - margin, high + margin)
-    size = look.ticks if look else 9
-    shown: list[int] = []
-    for step in (low, high, *steps):
-        gaps = [
-            abs(step - other) / (high - low + 2 * margin) * inches
-            - (width_of(str(step), size) + width_of(str(other), size)) / 2
-            for other in shown
-        ]
-        if all(gap > 0.6 * size / 72 for gap in gaps):
-            shown.append(step)
-    ax.xaxis.set_major_locator(FixedLocator(sorted(shown)))
-    ax.xaxis.set_major_formatter(lambda value, _: f"{value:.0f}")
+    label_ticks(ax, (low, high, *steps), inches, look)
 
 
 def _keys(series: Sequence[Series[Overlap]], per: str, look: Look | None, most: int) -> tuple[Key, ...]:

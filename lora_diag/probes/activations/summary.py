@@ -3,32 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from statistics import median
 
-from lora_diag.records.names import module_type_of, place_of
 from lora_diag.records.probe import Activations, LayerInput
-from lora_diag.rendering.columns import Column, Grid, title_of
+from lora_diag.rendering.columns import rows_of
 from lora_diag.rendering.statements import Statement, say
-from lora_diag.rendering.tables import grids_table
-from lora_diag.rendering.text import count, number, safe, short
+from lora_diag.rendering.tables import columns_of, grid_of, grids_table, sizes_of
+from lora_diag.rendering.text import count, named, safe, short
 
 
 def activations_table(
     recorded: Activations, width: int = 80, color: bool = False, per: str = "type", then: str | None = None
 ) -> str:
     """Return what was recorded, one row a module ``type`` (medians) or one a ``layer``, and a summary."""
-    groups: dict[str, list[LayerInput]] = {}
-    for item in sorted(recorded.layers, key=lambda item: place_of(item.layer)) if per == "type" else recorded.layers:
-        groups.setdefault(module_type_of(item.layer) if per == "type" else item.layer, []).append(item)
-    rows = list(groups.values())
-    columns = [
-        Column("n", tuple(str(len(row)) for row in rows)),
-        Column("in", tuple("/".join(sorted({str(item.size) for item in row}, key=int)) for row in rows)),
-        Column("E‖x‖²", tuple(number(median(item.square for item in row)) for row in rows)),
-        Column("directions", tuple(number(median(item.directions for item in row)) for row in rows)),
-    ]
-    names, shown = tuple(short(name) for name in groups), tuple(columns if per == "type" else columns[1:])
-    return grids_table([Grid("", title_of(per), names, shown)], activations_lines(recorded), width, color, then)
+    rows = rows_of(recorded.layers, per)
+    columns = [*sizes_of(rows, per), *columns_of(LayerInput.shown, rows)]
+    return grids_table([grid_of(rows, columns, per)], activations_lines(recorded), width, color, then)
 
 
 def activations_lines(recorded: Activations) -> list[Statement]:
@@ -56,7 +45,7 @@ def activations_lines(recorded: Activations) -> list[Statement]:
     by_reason: dict[str, list[str]] = {}
     for layer, why in recorded.left_out.items():
         by_reason.setdefault(why, []).append(layer)
-    parts = [f"{len(layers)} {why}: {_named(layers)}" for why, layers in by_reason.items()]
+    parts = [f"{len(layers)} {why}: {named(layers)}" for why, layers in by_reason.items()]
     return [*found, say("left_out", "Left out", "; ".join(parts) or "nothing")]
 
 
@@ -66,7 +55,3 @@ def _too_few(few: Sequence[LayerInput]) -> str:
         f"{len(few)} layers saw fewer inputs than an input has numbers, such as {short(worst.layer)} with {worst.rows} "
         f"of {worst.size}: C is singular there, and directions it never saw count for nothing; give more text"
     )
-
-
-def _named(layers: Sequence[str]) -> str:
-    return ", ".join(short(layer) for layer in layers[:3]) + (f" and {len(layers) - 3} more" if layers[3:] else "")

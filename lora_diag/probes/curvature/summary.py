@@ -8,11 +8,10 @@ from typing import Any
 
 from lora_diag.probes.curvature.record import Curvature, LossBound
 from lora_diag.records import Results
-from lora_diag.records.names import module_type_of, place_of
-from lora_diag.rendering.columns import Column, Grid
+from lora_diag.rendering.columns import Column, Grid, rows_of
 from lora_diag.rendering.losses import probe_summary
 from lora_diag.rendering.statements import Statement, say
-from lora_diag.rendering.tables import columns_of, grid_of, grids_table
+from lora_diag.rendering.tables import Rows, columns_of, grid_of, grids_table
 from lora_diag.rendering.text import count, middle, middle_rank, number, percent, short, shown
 
 # A second-order model that is this near to the measured gap is called right.
@@ -65,8 +64,8 @@ def _parts(results: Results[Any]) -> tuple[Curvature | None, list[Curvature], li
     return joint, layers, results.whole_of(LossBound)
 
 
-def _curvatures(joint: Curvature, layers: Sequence[Curvature], per: str) -> Grid:
-    groups = [("all jointly", [joint]), *_groups(layers, per)]
+def _curvatures(joint: Curvature, layers: Sequence[Any], per: str) -> Grid:
+    groups: Rows = [("all jointly", [joint]), *rows_of(layers, per)]
     columns = columns_of(Curvature.shown, groups)
     if joint.at == "base":
         held = [[each.surrogate for each in group if each.surrogate is not None] for _, group in groups]
@@ -85,16 +84,6 @@ def _curvatures(joint: Curvature, layers: Sequence[Curvature], per: str) -> Grid
     if joint.at == "base":
         about += " Held is the share of the gradient in the top eigenpairs, rank 90% that of the part they hold."
     return grid_of(groups, columns, per, f"Curvature of the loss at {joint.at.upper()} ({_matrix(joint)})", about)
-
-
-def _groups(layers: Sequence[Curvature], per: str) -> list[tuple[str, list[Curvature]]]:
-    """Return the rows below the first: a name as it is shown, and its records."""
-    groups: dict[str, list[Curvature]] = {}
-    for record in layers:
-        name = record.layer or ""
-        groups.setdefault(module_type_of(name) if per == "type" else name, []).append(record)
-    found = [(short(name), group) for name, group in groups.items()]
-    return sorted(found, key=lambda row: place_of(row[1][0].layer or "")) if per == "type" else found
 
 
 def _middle(ranks: Sequence[int | None]) -> str:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 from matplotlib.axes import Axes
@@ -31,24 +30,31 @@ def rank_axis(ax: Axes, largest: int, marked: Sequence[int], look: Look | None, 
     for rank in marked:
         if rank <= largest:
             ax.axvline(rank, color=INK, alpha=0.35, lw=0.6 * (look.line if look else 1), ls=(0, (1, 1.6)), zorder=1)
-    shown = _labelled(largest, marked, inches, look.ticks if look else 9)
-    ax.xaxis.set_major_locator(FixedLocator(shown))
-    ax.xaxis.set_major_formatter(lambda value, _: f"{value:.0f}")
+    powers = [2**k for k in range(1, 20) if 2**k < largest]
+    usual = [rank for rank in (*marked, *reversed(powers)) if rank <= largest]
+    label_ticks(ax, (1, largest, *usual), inches, look)
+
+
+def label_ticks(
+    ax: Axes, ticks: Iterable[int], inches: float, look: Look | None, label: Callable[[int], str] = str
+) -> None:
+    """Label x where labels do not touch, and nowhere else.
+
+    Args:
+        ax: Where; its scale and limits are set.
+        ticks: The ones to label, the most important first.
+        inches: Width of the panel.
+        look: The page.
+        label: Returns what is written at a tick.
+    """
+    size = look.ticks if look else 9.0
+    shown: dict[int, tuple[float, float]] = {}
+    for tick in ticks:
+        at = (ax.transScale + ax.transLimits).transform((tick, 1))[0] * inches
+        half = width_of(label(tick), size) / 2 + 0.35 * size / 72
+        if all(abs(at - other) > half + theirs for other, theirs in shown.values()):
+            shown[tick] = (at, half)
+    ax.xaxis.set_major_locator(FixedLocator(sorted(shown)))
+    ax.xaxis.set_major_formatter(lambda value, _: label(round(value)))
     ax.xaxis.set_minor_locator(NullLocator())
     ax.xaxis.set_minor_formatter(NullFormatter())
-
-
-def _labelled(largest: int, marked: Sequence[int], inches: float, size: float) -> list[int]:
-    """Choose ranks to label: the ends and the marked ones first, then powers of two; none that touch."""
-    decades = math.log10(max(largest * 1.08, 2) / 0.92)
-    powers = [2**k for k in range(1, 20) if 2**k < largest]
-    shown: list[int] = []
-    for rank in (1, largest, *marked, *reversed(powers)):
-        room = [
-            abs(math.log10(rank / other)) / decades * inches
-            - (width_of(str(rank), size) + width_of(str(other), size)) / 2
-            for other in shown
-        ]
-        if rank <= largest and all(space > 0.7 * size / 72 for space in room):
-            shown.append(rank)
-    return sorted(shown)

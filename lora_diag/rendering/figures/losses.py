@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.ticker import FixedLocator, MaxNLocator, NullFormatter, NullLocator
+from matplotlib.ticker import MaxNLocator
 
 from lora_diag.records import Probe, Results
 from lora_diag.records.probe import OnSet
-from lora_diag.rendering.figures.style import INK, Look, name_of, width_of
+from lora_diag.rendering.figures.axes import label_ticks
+from lora_diag.rendering.figures.style import INK, Look, name_of
 
 # What a line of text takes of a panel's height.
 TEXT = 0.13
@@ -61,33 +61,9 @@ def measured_axis(
     """Make x the rank, logarithmic from 1 on, and label those that were measured where there is room."""
     known = sorted(set(ranks))
     ax.set_xscale("symlog", base=2, linthresh=1, linscale=1)
-    size = look.ticks if look else 9.0
-    places = _place(np.array(known, dtype=float))
-    low, high = places[0] - 0.35, places[-1] + 0.35
-    ax.set_xlim(_rank(low), _rank(high))
-    shown: list[int] = []
-    for rank in (known[0], known[-1], *known):
-        at = float(_place(np.array([float(rank)]))[0])
-        room = [
-            abs(at - float(_place(np.array([float(other)]))[0])) / (high - low) * inches
-            - (width_of(label(rank), size) + width_of(label(other), size)) / 2
-            for other in shown
-        ]
-        if all(space > 0.5 * size / 72 for space in room):
-            shown.append(rank)
-    ax.xaxis.set_major_locator(FixedLocator(sorted(shown)))
-    ax.xaxis.set_major_formatter(lambda value, _: label(round(value)))
-    ax.xaxis.set_minor_locator(NullLocator())
-    ax.xaxis.set_minor_formatter(NullFormatter())
-
-
-def _place(ranks: Any) -> Any:
-    """Return where a rank is on the axis: 0 at 0, 1 at 1, and one further for each doubling."""
-    return np.where(ranks < 1, ranks, 1 + np.log2(np.maximum(ranks, 1)))
-
-
-def _rank(place: float) -> float:
-    return place if place < 1 else 2.0 ** (place - 1)
+    first, last = known[0], known[-1]
+    ax.set_xlim(first - 0.35 if first < 2 else first / 2**0.35, last * 2**0.35 if last else 0.35)
+    label_ticks(ax, (first, last, *known), inches, look, label)
 
 
 # What is behind the name of a line: lets through where other lines go, and keeps the name readable.

@@ -70,7 +70,7 @@ def test_failures_come_first_whatever_their_place_in_the_model():
         *(record(layer=f"model.layers.{i}.mlp.up_proj.weight") for i in range(3)), wrong("dropped", layer="z")
     )
     rows = [line.split() for line in merge_table(found).splitlines()[3:5]]
-    assert [row[:2] for row in rows] == [["z", "dropped"], ["mlp.up_proj", "ok"]]
+    assert [row[:3] for row in rows] == [["z", "1", "dropped"], ["mlp.up_proj", "3", "ok"]]
 
 
 def test_one_cause_is_told_once_with_the_layers_it_struck():

@@ -16,8 +16,6 @@ from lora_diag.rendering.columns import Column, Grid, rows_of, title_of
 from lora_diag.rendering.statements import Statement, compared, ending, left_out, say, summary_of
 from lora_diag.rendering.text import named, number, safe, short, shown, span, to_text
 
-_SPARED = ("rank", "n")
-
 Name = tuple[str, str]
 
 
@@ -46,13 +44,13 @@ def portability_grids(results: Results[Portability], per: str = "type") -> list[
         return []
     rows = rows_of(results, per)
     names = list(by_consumer(results))
-    columns = [Column("n", tuple(str(len({record.layer for record in group})) for _, group in rows))]
-    columns += [Column("rank", tuple(_ranks(group) for _, group in rows))]
+    columns = [Column("n", tuple(str(len({record.layer for record in group})) for _, group in rows), drop=1)]
+    columns += [Column("rank", tuple(_ranks(group) for _, group in rows), drop=2)]
     for name in names:
         cells = tuple(_cell([record for record in group if _name(record) == name]) for _, group in rows)
         columns.append(Column(_title(name, names), cells))
     kept = tuple(column for column in columns if per == "type" or column.title != "n")
-    return [Grid("", title_of(per), tuple(row for row, _ in rows), kept, _SPARED)]
+    return [Grid("", title_of(per), tuple(row for row, _ in rows), kept)]
 
 
 def by_consumer(records: Sequence[Portability] | Results[Portability]) -> dict[Name, list[Portability]]:

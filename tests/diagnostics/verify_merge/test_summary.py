@@ -93,7 +93,7 @@ def test_one_layer_is_said_in_the_singular():
 def test_lost_to_rounding():
     assert "Lost" not in words(results(record()))
     kept = results(record(), record(layer="b", retained=0.2, scale=0.2), record(layer="c"))
-    assert "Lost rounding took more than 10% of ΔW, or added more noise than ‖ΔW‖, in 1 layer: b." in words(kept)
+    assert "Lost update rounding took more than 10% of ΔW, or added more noise than ‖ΔW‖, in 1 layer: b." in words(kept)
     assert "99% of ΔW arrived at the median, least 20% in b" in words(kept)
     assert "in 1 layer: c." in words(results(record(), record(layer="c", residual=3.0)))
 

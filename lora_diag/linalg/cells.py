@@ -1,0 +1,139 @@
+"""Rounding cells: the interval of real numbers that a storage format rounds to one of its values.
+
+Under rounding to nearest a stored T stands for every number from the midpoint to its predecessor to the midpoint to its
+successor. Both midpoints are in the closed cell; a tie goes to the neighbour with the even code, a set of measure zero.
+The halves are unequal at powers of two, where the spacing below is half of that above (not at the smallest normal
+number, below which the spacing stays the same), and at the largest value of a format that saturates, whose cell has no
+outer end. Both zeros share one cell, since a zero is written with either sign.
+
+Reference: IEEE 754-2019, §4.3.1; Micikevicius et al. 2022, arXiv:2209.05433 (8-bit formats).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """The values of a storage format.
+
+    Args:
+        mantissa: Stored mantissa bits p.
+        smallest: Exponent of the smallest normal number.
+        largest: The largest finite value.
+        saturates: Whether larger numbers are stored as ``largest``, as quantizers do, and not as infinity.
+    """
+
+    mantissa: int
+    smallest: int
+    largest: float
+    saturates: bool = False
+
+
+GRIDS = {
+    "bfloat16": Grid(7, -126, float(torch.finfo(torch.bfloat16).max)),
+    "float16": Grid(10, -14, 65504.0),
+    "float32": Grid(23, -126, float(torch.finfo(torch.float32).max)),
+    "float64": Grid(52, -1022, float(torch.finfo(torch.float64).max)),
+    "float8_e4m3fn": Grid(3, -6, 448.0, saturates=True),
+    "float8_e5m2": Grid(2, -14, 57344.0, saturates=True),
+    "float8_e4m3fnuz": Grid(3, -7, 240.0, saturates=True),
+    "float8_e5m2fnuz": Grid(2, -15, 57344.0, saturates=True),
+    "int8": Grid(7, 7, 127.0, saturates=True),  # whole numbers: one spacing everywhere
+}
+
+
+def halves(values: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+    """Return how far the cell of each value reaches below and above it.
+
+    Args:
+        values: Values of the format, float32 or float64; any shape.
+        grid: The format.
+
+    Returns:
+        Two tensors like ``values``, not negative.
+
+    Example:
+        >>> below, above = halves(torch.tensor([1.0, -1.5, 448.0]), GRIDS["float8_e4m3fn"])
+        >>> below.tolist(), above.tolist()
+        ([0.03125, 0.0625, 16.0], [0.0625, 0.0625, inf])
+    """
+    fraction, exponent = torch.frexp(values)  # |fraction| in [1/2, 1), so ⌊log2|v|⌋ is one less
+    exponent = torch.where(values == 0, grid.smallest, exponent - 1)
+    outer = torch.ldexp(torch.ones_like(values), exponent.clamp(min=grid.smallest) - grid.mantissa - 1)
+    power = (fraction.abs() == 0.5) & (exponent > grid.smallest)
+    inner = torch.where(power, outer / 2, outer)
+    if grid.saturates:
+        outer = torch.where(values.abs() >= grid.largest, math.inf, outer)
+    negative = values < 0
+    return torch.where(negative, outer, inner), torch.where(negative, inner, outer)
+
+
+def nearest(values: Tensor, dtype: str) -> Tensor:
+    """Round to a format, ties to even; where it saturates, larger numbers become its largest value.
+
+    Args:
+        values: Real numbers, float32 or float64.
+        dtype: A key of ``GRIDS``.
+    """
+    grid = GRIDS[dtype]
+    if grid.saturates:
+        values = values.clamp(-grid.largest, grid.largest)
+    if dtype == "int8":
+        return values.round()
+    return values.to(getattr(torch, dtype)).to(values.dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class Cells:
+    """Where each entry of an update X = (trained weight) − (start of training) lies, given both stored matrices.
+
+    The trained weight is in the cell of the stored T, so with an exact start W the entry is in ``[lo, hi]``. If BASE
+    was itself rounded after the start, the start is anywhere in [W − below, W + above], uniformly: the likelihood of x
+    is then a trapezoid on [lo − above, hi + below].
+
+    Args:
+        lo: ``(m, n)``, lower end of T's cell minus W.
+        hi: Upper end, likewise.
+        below: How far the cell of W reaches below it; None where the start is W.
+        above: And above.
+    """
+
+    lo: Tensor
+    hi: Tensor
+    below: Tensor | None = None
+    above: Tensor | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``(m, n)``."""
+        return self.lo.shape[0], self.lo.shape[1]
+
+    def rows(self, first: int, last: int) -> Cells:
+        """Return some of the rows, as views."""
+        parts = (None if part is None else part[first:last] for part in (self.lo, self.hi, self.below, self.above))
+        return Cells(*parts)  # type: ignore[arg-type]
+
+    def at(self, entries: Tensor) -> Cells:
+        """Return some entries by their row-major numbers, as one row."""
+        parts = (
+            None if part is None else part.reshape(-1)[entries][None]
+            for part in (self.lo, self.hi, self.below, self.above)
+        )
+        return Cells(*parts)  # type: ignore[arg-type]
+
+    def exact_start(self) -> Cells:
+        """Return the same cells with the stored BASE for the start."""
+        return replace(self, below=None, above=None)
+
+    def spans(self, entries: int = 2**17) -> Iterator[tuple[int, int]]:
+        """Yield first and last row of blocks of about so many entries, which stay in the cache while they are used."""
+        step = max(1, entries // self.shape[1])
+        for first in range(0, self.shape[0], step):
+            yield first, min(self.shape[0], first + step)

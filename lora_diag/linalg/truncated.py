@@ -1,0 +1,116 @@
+"""Moments of a normal distribution given the cell that a value lies in, stable in float32.
+
+With t = (x − μ)/s, the density on a cell is proportional to exp(−t²/2)·w(t), w being 1 in the cell, or a trapezoid
+where the start of training was rounded, too. Differences of Φ and φ lose all digits in narrow cells and in tails, so the
+integrals are taken by Gauss-Legendre quadrature on the part of the cell that counts: with t₀ its point nearest to 0,
+exp(−(t² − t₀²)/2) is below e^−K beyond |t − t₀| = 2K/(|t₀| + √(t₀² + 2K)). With 16 nodes and K = 16 means are within
+3e-6 standard deviations and variances within 4e-5 of quadrature with 200 nodes, over cells from e^−7 to e^4 standard
+deviations wide and up to 50 away; float32 adds the rounding of the ends of the cells.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import cache
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lora_diag.linalg.cells import Cells
+
+# Nodes and K, by dtype; the fast ones are within 1e-3 of the variance.
+NODES = {torch.float32: (16, 16.0), torch.float64: (40, 40.0)}
+FAST = (10, 10.0)
+
+
+class Moments(NamedTuple):
+    """E[x], Var[x] and the logarithm of the likelihood of the cell, for every entry."""
+
+    mean: Tensor
+    variance: Tensor
+    log_mass: Tensor
+
+
+@cache
+def _legendre(nodes: int) -> tuple[tuple[float, float], ...]:
+    """Return nodes on [−1, 1] and their weights."""
+    at, weights = np.polynomial.legendre.leggauss(nodes)
+    return tuple(zip(at.tolist(), weights.tolist(), strict=True))
+
+
+def moments(cells: Cells, mean: Tensor | float, deviation: float, fast: bool = False) -> Moments:
+    """Return the moments of x ~ N(mean, deviation²) given that it was rounded into its cell.
+
+    Args:
+        cells: The cells, float32 or float64; an infinite end is open.
+        mean: μ, a number or a tensor of the cells' shape.
+        deviation: s > 0.
+        fast: Use fewer nodes.
+
+    Example:
+        >>> cell = Cells(torch.tensor([[0.0]], dtype=torch.float64), torch.tensor([[math.inf]], dtype=torch.float64))
+        >>> found = moments(cell, 0.0, 1.0)
+        >>> round(float(found.mean) ** 2, 9) == round(2 / math.pi, 9), round(float(found.log_mass.exp()), 9)
+        (True, 0.5)
+    """
+    nodes, reach = FAST if fast else NODES[cells.lo.dtype]
+    low, high = cells.lo, cells.hi
+    if cells.below is not None and cells.above is not None:
+        low, high = low - cells.above, high + cells.below
+    first, last = (low - mean) / deviation, (high - mean) / deviation
+    nearest = torch.clamp(torch.zeros_like(first), first, last)
+    distance = nearest.abs()
+    beyond = 2 * reach / (distance + (distance * distance + 2 * reach).sqrt())
+    # From here on u = t − t₀, in which t² − t₀² = u(u + 2t₀) loses no digits.
+    start, stop = torch.maximum(first - nearest, -beyond), torch.minimum(last - nearest, beyond)
+    if cells.below is None or cells.above is None:
+        mass, one, two = _integrals(start, stop, nearest, nodes, None)
+        log_height: Tensor | float = 0.0
+    else:
+        width = (cells.below + cells.above) / deviation
+        flat = torch.minimum(last - first - width, width)
+        inside = (first + flat - nearest, last - flat - nearest)
+        ramp = _Ramp(first - nearest, last - nearest, flat)
+        edges = [start, *(torch.minimum(torch.maximum(edge, start), stop) for edge in inside), stop]
+        parts = [_integrals(a, b, nearest, nodes, ramp) for a, b in zip(edges[:-1], edges[1:], strict=True)]
+        mass, one, two = (sum(part[k] for part in parts[1:]) + parts[0][k] for k in range(3))
+        log_height = -torch.log(width)
+    center = one / mass
+    return Moments(
+        mean=(center + nearest) * deviation + mean,
+        variance=(two / mass - center * center).clamp_(min=0.0) * (deviation * deviation),
+        log_mass=torch.log(mass) - nearest * nearest / 2 - math.log(2 * math.pi) / 2 + log_height,
+    )
+
+
+class _Ramp(NamedTuple):
+    """The trapezoid: distance to its nearer end, at most ``flat``."""
+
+    first: Tensor
+    last: Tensor
+    flat: Tensor
+
+    def __call__(self, u: Tensor) -> Tensor:
+        """Return its height, not normalised."""
+        return torch.minimum(torch.minimum(u - self.first, self.last - u), self.flat).clamp_(min=0.0)
+
+
+def _integrals(
+    start: Tensor, stop: Tensor, nearest: Tensor, nodes: int, ramp: _Ramp | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return ∫ e^{−u(u/2 + t₀)}·w du, and the same with u and with u² under the integral."""
+    half = (stop - start) / 2
+    middle = start + half
+    mass, one, two = (torch.zeros_like(middle) for _ in range(3))
+    for at, weight in _legendre(nodes):
+        u = torch.add(middle, half, alpha=at)
+        density = torch.add(nearest, u, alpha=0.5).mul_(u).neg_().exp_()
+        if ramp is not None:
+            density *= ramp(u)
+        mass.add_(density, alpha=weight)
+        density *= u
+        one.add_(density, alpha=weight)
+        two.addcmul_(density, u, value=weight)
+    return mass * half, one * half, two * half

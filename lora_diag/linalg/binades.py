@@ -1,0 +1,74 @@
+"""Does one size explain which entries moved? The share of changed entries by binade of |W|, observed and expected."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+# A fit is refused where both are above: χ² per degree of freedom, and the misplaced share of what moved (or stayed).
+WORST_CHI, WORST_MISPLACED = 20.0, 0.12
+
+# Binades with fewer expected changes, or fewer expected unchanged entries, are not judged by χ².
+LEAST = 10.0
+
+# Exponents of float64 numbers.
+_LOWEST, _BINADES = -1100, 2200
+
+
+@dataclass(slots=True)
+class Binades:
+    """Counts by ⌊log2|W|⌋.
+
+    Args:
+        entries: How many there are.
+        changed: How many changed.
+        expected: Σ of the probabilities of a change.
+        variance: Σ p(1 − p).
+    """
+
+    entries: Tensor = field(default_factory=lambda: torch.zeros(_BINADES, dtype=torch.float64))
+    changed: Tensor = field(default_factory=lambda: torch.zeros(_BINADES, dtype=torch.float64))
+    expected: Tensor = field(default_factory=lambda: torch.zeros(_BINADES, dtype=torch.float64))
+    variance: Tensor = field(default_factory=lambda: torch.zeros(_BINADES, dtype=torch.float64))
+
+    def add(self, base: Tensor, changed: Tensor, probability: Tensor) -> None:
+        """Count a block.
+
+        Args:
+            base: W.
+            changed: Which entries changed.
+            probability: Of a change, under the model.
+        """
+        exponent = torch.frexp(base.double())[1]
+        at = torch.where(base == 0, 0, exponent.clamp(_LOWEST + 1, 1099) - _LOWEST).reshape(-1).cpu().long()
+        p = probability.double().clamp(0.0, 1.0).reshape(-1).cpu()
+        for sums, values in (
+            (self.entries, torch.ones_like(p)),
+            (self.changed, changed.reshape(-1).double().cpu()),
+            (self.expected, p),
+            (self.variance, p * (1 - p)),
+        ):
+            sums.index_add_(0, at, values)
+
+    @property
+    def chi(self) -> float | None:
+        """χ² per degree of freedom; None where no two binades can be judged."""
+        judged = torch.minimum(self.expected, self.entries - self.expected) >= LEAST
+        if int(judged.sum()) < 2:
+            return None
+        off = (self.changed - self.expected)[judged] ** 2 / self.variance[judged]
+        return float(off.sum()) / (int(judged.sum()) - 1)  # one size was fitted
+
+    @property
+    def misplaced(self) -> float:
+        """Σ|changed − expected| over the binades, as a share of the changed or the unchanged, whichever are fewer."""
+        fewer = min(float(self.changed.sum()), float((self.entries - self.changed).sum()))
+        off = float((self.changed - self.expected).abs().sum())
+        return off / fewer if fewer > 0 else 0.0
+
+    @property
+    def is_bad(self) -> bool:
+        """Whether the model does not fit."""
+        return (self.chi or 0.0) > WORST_CHI and self.misplaced > WORST_MISPLACED

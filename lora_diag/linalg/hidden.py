@@ -1,0 +1,394 @@
+"""An update that rounding hid: its size, and its leading directions, from the cells of a stored checkpoint.
+
+Model: X = L + noise of variance s², L of low rank. The estimator alternates between the moments of every entry given
+its cell and L, and a new L from the shrunk singular values of the posterior mean (``shrinkage``). s follows from the
+size: with s0² the maximum-likelihood variance of X where L = 0,
+
+    s² = s0² − Ση²/(mn)   (rule ``norm``)      or      s² = s0² − Σx²/(mn)   (rule ``debiased``).
+
+Maximising the likelihood of s itself collapses it. The second rule keeps more of the length of L and has up to a third
+less error where cells say much, and overfits where they say little: cells that are hidden from the estimator decide
+(``recover``). L has momentum (Nesterov), restarted where it shrinks (O'Donoghue and Candès 2015).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lora_diag.linalg.cells import Cells
+from lora_diag.linalg.shrinkage import Shrunk, shrink
+from lora_diag.linalg.truncated import moments
+
+# Entries from which the size is first fitted to a sample, and how many that has.
+SAMPLE = 2**19
+
+# Up to this many rows or columns, singular values come from the whole decomposition.
+WHOLE_UP_TO = 192
+
+# Steps of log s at most, smallest s/s0, and where iterating stops: float32 moments allow no finer steps.
+LARGEST_STEP, SMALLEST, DONE = 0.3, 0.03, 3e-3
+MOST_ITERATIONS = 100
+
+Rule = Literal["norm", "debiased"]
+
+# A gain of hidden cells counts from this many standard errors on.
+SIGNIFICANT = 2.0
+
+# Share of the entries whose cells are hidden from the estimator, to test it.
+HELD_OUT = 0.05
+
+
+@dataclass(frozen=True, slots=True)
+class Size:
+    """The size of X, with L = 0.
+
+    Args:
+        deviation: s0, the standard deviation of its entries.
+        fro: √ΣE[x² | cells]: ‖X‖_F.
+        error: Standard error of log ‖X‖_F, if the entries are independent and normal.
+        information: q, the share of an entry's variance that its cell removes, on average.
+        log_likelihood: Of all cells.
+    """
+
+    deviation: float
+    fro: float
+    error: float
+    information: float
+    log_likelihood: float
+
+
+@dataclass(frozen=True, slots=True)
+class LowRank:
+    """L = U·diag(η)·V, with what its singular values say.
+
+    Args:
+        u: ``(m, k)``.
+        vh: ``(k, n)``.
+        values: η and x, and the noise of the score.
+        deviation: s, of what L does not hold.
+        information: q given L.
+        iterations: How many it took.
+        converged: Whether it stopped by itself.
+    """
+
+    u: Tensor
+    vh: Tensor
+    values: Shrunk
+    deviation: float
+    information: float
+    iterations: int
+    converged: bool
+
+    @property
+    def rank(self) -> int:
+        """How many directions stand above the noise."""
+        return len(self.values.eta)
+
+    def rows(self, first: int, last: int) -> Tensor:
+        """Return some rows of L."""
+        return (self.u[first:last] * self.values.eta.to(self.u)) @ self.vh
+
+
+def fit_size(cells: Cells, guess: float) -> Size:
+    """Estimate the variance of X by maximum likelihood, with L = 0.
+
+    log s += ½·log g/q with g = mean E[x²|cell]/s², a scoring step.
+
+    Args:
+        cells: Where the entries lie.
+        guess: A deviation to start from, such as the root mean square of ΔW; positive.
+    """
+    deviation = guess
+    total = cells.lo.numel()
+    if total > 2 * SAMPLE:
+        # An odd step, so that not all entries are from a few columns.
+        deviation = _iterate(cells.at(torch.arange(0, total, total // SAMPLE | 1, device=cells.lo.device)), deviation)
+        return _last_steps(cells, deviation)
+    return _last_steps(cells, _iterate(cells, deviation))
+
+
+def _iterate(cells: Cells, deviation: float) -> float:
+    for _ in range(60):
+        step = _step(_flat(cells, deviation, fast=True))
+        deviation *= math.exp(step)
+        if abs(step) < 1e-4:
+            break
+    return deviation
+
+
+def _last_steps(cells: Cells, deviation: float) -> Size:
+    for _ in range(8):
+        sums = _flat(cells, deviation)
+        step = _step(sums)
+        if abs(step) < 1e-4:
+            break
+        deviation *= math.exp(step)
+    return Size(
+        deviation=deviation,
+        fro=deviation * math.sqrt(sums.square),
+        error=sums.error,
+        information=sums.information,
+        log_likelihood=sums.log_likelihood,
+    )
+
+
+@dataclass(slots=True)
+class _Sums:
+    """Sums over entries: of E[x²]/s², its variance given the cells, (E[x²]/s² − 1)², 1 − v/s², log-likelihoods."""
+
+    square: float = 0.0
+    doubt: float = 0.0
+    scores: float = 0.0
+    known: float = 0.0
+    log_likelihood: float = 0.0
+    entries: int = 0
+
+    @property
+    def information(self) -> float:
+        return max(1e-9, self.known / self.entries)
+
+    @property
+    def error(self) -> float:
+        """Standard error of log s0: one over the root of the observed information."""
+        return 1 / math.sqrt(self.scores) if self.scores > 0 else math.inf
+
+
+def _flat(cells: Cells, deviation: float, fast: bool = False) -> _Sums:
+    sums = _Sums()
+    for first, last in cells.spans():
+        found = moments(cells.rows(first, last), 0.0, deviation, fast)
+        square = ((found.mean / deviation) ** 2 + found.variance / deviation**2).double()
+        sums.square += float(square.sum())
+        sums.scores += float((square - 1).square().sum())
+        sums.known += float((1 - found.variance / deviation**2).double().sum())
+        sums.log_likelihood += float(found.log_mass.double().sum())
+        sums.entries += square.numel()
+    return sums
+
+
+def _step(sums: _Sums) -> float:
+    """Return a step of log s, of at most a factor of 3."""
+    return max(-1.1, min(1.1, 0.5 * math.log(sums.square / sums.entries) / sums.information))
+
+
+def fit_low_rank(
+    cells: Cells, size: Size, rule: Rule = "norm", start: LowRank | None = None, seed: int = 0
+) -> LowRank:
+    """Estimate L.
+
+    Args:
+        cells: Where the entries lie.
+        size: Of X.
+        rule: By which s follows from L.
+        start: Where to start from; None for L = 0.
+        seed: Of the first vectors.
+    """
+    shape, total = cells.shape, size.deviation
+    whole = total * math.sqrt(cells.lo.numel())
+    posterior = torch.empty(shape, dtype=cells.lo.dtype, device=cells.lo.device)
+    deviation = total if start is None else start.deviation
+    current = start
+    mean: Callable[[int, int], Tensor | float] = _zero if start is None else start.rows
+    momentum, basis = 1.0, None if start is None else start.vh.T
+    converged, iteration = False, 0
+    for iteration in range(1, MOST_ITERATIONS + 1):
+        information = _posterior(cells, mean, deviation, posterior)
+        new = _shrunk_svd(posterior, deviation, information, basis, seed)
+        basis = new.basis
+        found = LowRank(new.u, new.vh, new.values, deviation, information, iteration, False)
+        length = found.values.eta if rule == "norm" else found.values.debiased
+        left = max(SMALLEST**2, 1 - float((length**2).sum()) / whole**2)
+        step = math.log(total * math.sqrt(left) / deviation)
+        step = max(-LARGEST_STEP, min(LARGEST_STEP, step))
+        deviation *= math.exp(step)
+        moved = _gap(found, current)
+        scale = max(float((found.values.eta**2).sum()) ** 0.5, 0.01 * whole)
+        if found.rank == 0 and current is None:
+            converged = True
+            current = found
+            break
+        previous, current = current, found
+        if moved <= DONE * scale and abs(step) <= DONE:
+            converged = True
+            break
+        momentum, ahead = _ahead(momentum, found, previous)
+        mean = ahead
+    assert current is not None
+    return replace(current, deviation=deviation, iterations=iteration, converged=converged)
+
+
+def _zero(first: int, last: int) -> float:
+    return 0.0
+
+
+def _posterior(
+    cells: Cells, mean: Callable[[int, int], Tensor | float], deviation: float, out: Tensor, fast: bool = True
+) -> float:
+    """Write E[X | cells] for a mean L, and return q."""
+    variance = 0.0
+    for first, last in cells.spans():
+        found = moments(cells.rows(first, last), mean(first, last), deviation, fast)
+        out[first:last] = found.mean
+        variance += float(found.variance.sum(dtype=torch.float64))
+    return min(1.0, max(1e-9, 1 - variance / (out.numel() * deviation**2)))
+
+
+@dataclass(frozen=True, slots=True)
+class _Decomposed:
+    u: Tensor
+    vh: Tensor
+    values: Shrunk
+    basis: Tensor | None
+
+
+def _shrunk_svd(matrix: Tensor, deviation: float, information: float, basis: Tensor | None, seed: int) -> _Decomposed:
+    """Return the singular values above the noise edge, shrunk, with vectors and a basis to start from next time."""
+    shape = (matrix.shape[0], matrix.shape[1])
+    smaller = min(shape)
+    if smaller <= WHOLE_UP_TO:
+        u, s, vh = torch.linalg.svd(matrix.double(), full_matrices=False)
+        kept = shrink(s, shape, deviation, information)
+        rank = len(kept.eta)
+        return _Decomposed(u[:, :rank].to(matrix), vh[:rank].to(matrix), kept, None)
+    width = 24 if basis is None else basis.shape[1] + 8
+    while True:
+        width = min(width, smaller)
+        passes = 3 if basis is None else 1
+        basis = _widened(basis, shape[1], width, matrix, seed)
+        for _ in range(passes):
+            left = torch.linalg.qr(matrix @ basis)[0]
+            projected = left.T @ matrix
+            basis = torch.linalg.qr(projected.T)[0]
+        small_u, s, vh = torch.linalg.svd(projected.double(), full_matrices=False)
+        kept = shrink(s, shape, deviation, information)
+        rank = len(kept.eta)
+        if rank + 4 <= width or width == smaller:
+            u = (left.double() @ small_u[:, :rank]).to(matrix)
+            return _Decomposed(u, vh[:rank].to(matrix), kept, vh[: rank + 4].T.to(matrix))
+        basis, width = vh.T.to(matrix), 2 * width
+
+
+def _widened(basis: Tensor | None, columns: int, width: int, like: Tensor, seed: int) -> Tensor:
+    known = 0 if basis is None else basis.shape[1]
+    fresh = torch.randn(columns, width - known, generator=torch.Generator().manual_seed(seed)).to(like)
+    return fresh if basis is None else torch.cat([basis, fresh / math.sqrt(columns)], 1)
+
+
+def _inner(one: LowRank, other: LowRank) -> float:
+    """Return ⟨L, L'⟩."""
+    if not one.rank or not other.rank:
+        return 0.0
+    inside = (one.u.T @ other.u).double() * (one.vh @ other.vh.T).double()
+    return float(one.values.eta.to(inside) @ inside @ other.values.eta.to(inside))
+
+
+def _gap(one: LowRank, other: LowRank | None) -> float:
+    """Return ‖L − L'‖_F."""
+    own = float((one.values.eta**2).sum())
+    if other is None:
+        return math.sqrt(own)
+    return math.sqrt(max(0.0, own + float((other.values.eta**2).sum()) - 2 * _inner(one, other)))
+
+
+def _ahead(momentum: float, found: LowRank, previous: LowRank | None) -> tuple[float, Callable[[int, int], Tensor]]:
+    """Return the next momentum, and L + β(L − L'); without momentum where the norm of L turned back."""
+    following = (1 + math.sqrt(1 + 4 * momentum**2)) / 2
+    beta = (momentum - 1) / following
+    if previous is None or not previous.rank or beta == 0.0:
+        return following, found.rows
+    own, old = float((found.values.eta**2).sum()), float((previous.values.eta**2).sum())
+    if _inner(found, previous) > own or own < old:  # L shrinks: the last step overshot
+        return 1.0, found.rows
+    left = torch.cat([found.u * found.values.eta.to(found.u) * (1 + beta), previous.u * -previous.values.eta.to(found.u) * beta], 1)
+    right = torch.cat([found.vh, previous.vh])
+    return following, lambda first, last: left[first:last] @ right
+
+
+def posterior_mean(cells: Cells, found: LowRank | None, deviation: float) -> Iterator[Tensor]:
+    """Yield E[X | cells] in row blocks, from the first row to the last.
+
+    Args:
+        cells: Where the entries lie.
+        found: L; None for L = 0.
+        deviation: s.
+    """
+    for first, last in cells.spans():
+        mean = 0.0 if found is None else found.rows(first, last)
+        yield moments(cells.rows(first, last), mean, deviation).mean
+
+
+@dataclass(frozen=True, slots=True)
+class Recovered:
+    """What can be seen of L.
+
+    Args:
+        z: Mean gain in log-likelihood of hidden cells over L = 0, in standard errors; 0 where no direction was found.
+        low_rank: L from all cells; None where z is not significant.
+        rule: By which s followed from L.
+    """
+
+    z: float
+    low_rank: LowRank | None
+    rule: Rule = "norm"
+
+
+def recover(cells: Cells, size: Size, seed: int = 0) -> Recovered:
+    """Estimate L where hidden cells show that there is one.
+
+    The cells are changed while it runs, and are as they were afterwards.
+
+    Args:
+        cells: Where the entries lie.
+        size: Of X.
+        seed: Which cells are hidden.
+    """
+    entries = _held_out(cells.shape, seed, cells.lo.device)
+    hidden = cells.at(entries)
+    low, high = cells.lo.view(-1), cells.hi.view(-1)
+    rule: Rule = "norm"
+    try:
+        low[entries], high[entries] = -math.inf, math.inf
+        found = fit_low_rank(cells, size, seed=seed)
+        flat = moments(hidden, 0.0, size.deviation).log_mass
+        gains = _likelihood(found, hidden, entries) - flat
+        z = _in_errors(gains) if found.rank else 0.0
+        if z > SIGNIFICANT:
+            longer = fit_low_rank(cells, size, "debiased", found, seed)
+            more = _likelihood(longer, hidden, entries) - flat
+            if _in_errors(more - gains) > SIGNIFICANT:
+                found, rule, z = longer, "debiased", _in_errors(more)
+    finally:
+        low[entries], high[entries] = hidden.lo[0], hidden.hi[0]
+    if z <= SIGNIFICANT:
+        return Recovered(z, None)
+    return Recovered(z, fit_low_rank(cells, size, rule, found, seed), rule)
+
+
+def _held_out(shape: tuple[int, int], seed: int, device: torch.device) -> Tensor:
+    """Return which entries are hidden, as row-major numbers, ascending; at least one."""
+    draw = torch.rand(math.prod(shape), generator=torch.Generator().manual_seed(seed))
+    return (draw <= max(HELD_OUT, float(draw.min()))).nonzero()[:, 0].to(device)
+
+
+def _likelihood(found: LowRank, hidden: Cells, entries: Tensor) -> Tensor:
+    """Return the log-likelihoods of hidden cells."""
+    rows, columns = entries // found.vh.shape[1], entries % found.vh.shape[1]
+    left = found.u * found.values.eta.to(found.u)
+    parts = []
+    for part in torch.arange(len(entries), device=entries.device).split(2**16):
+        mean = (left[rows[part]] * found.vh.T[columns[part]]).sum(1)[None]
+        parts.append(moments(hidden.at(part), mean, found.deviation).log_mass)
+    return torch.cat(parts, 1)
+
+
+def _in_errors(gains: Tensor) -> float:
+    """Return a mean over its standard error."""
+    values = gains.double()
+    error = float(values.std()) / math.sqrt(values.numel()) if values.numel() > 1 else 0.0
+    return float(values.mean()) / error if error > 0 else 0.0

@@ -1,0 +1,118 @@
+"""Row and column scales of an update that rounding hid: x_ij ~ N(0, a_i·b_j·s²) given its cell.
+
+A score test decides first whether the variances differ at all between rows or columns. Then log a and log b are fitted
+in turns, by Newton steps on their posterior with a normal prior whose variance is fitted, too (empirical Bayes), so that
+rows of which few entries moved stay near 1. Dividing rows and columns by √a and √b gives cells of one variance.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lora_diag.linalg.cells import Cells
+from lora_diag.linalg.hidden import Size, fit_size
+from lora_diag.linalg.truncated import moments
+
+# Standard deviations of the score test from which rows or columns count as different; rounds of fitting.
+DIFFERENT, ROUNDS = 5.0, 4
+
+
+@dataclass(frozen=True, slots=True)
+class Scales:
+    """√a and √b.
+
+    Args:
+        rows: ``(m,)``, of geometric mean 1.
+        columns: ``(n,)``, likewise.
+    """
+
+    rows: Tensor
+    columns: Tensor
+
+    def divide(self, cells: Cells) -> Cells:
+        """Return cells of x_ij / √(a_i·b_j)."""
+        scale = 1 / (self.rows[:, None] * self.columns)
+        parts = (None if part is None else part * scale for part in (cells.lo, cells.hi, cells.below, cells.above))
+        return Cells(*parts)  # type: ignore[arg-type]
+
+
+def fit_scales(cells: Cells, size: Size) -> tuple[Scales, Cells, Size] | None:
+    """Fit the scales of rows and columns.
+
+    Args:
+        cells: Where the entries lie.
+        size: Of X, with one variance for all entries.
+
+    Returns:
+        The scales, the cells divided by them, and the size of what is in those; None where one variance explains the
+        cells as well: by the score test, or by the Bayesian information criterion.
+    """
+    scores = _sums(cells, size.deviation)
+    if max(_excess(scores, dim) for dim in (0, 1)) < DIFFERENT:
+        return None
+    log_rows, log_columns = (torch.zeros(count, dtype=torch.float64) for count in cells.shape)
+    deviation, divided = size.deviation, cells
+    for turn in range(2 * ROUNDS):
+        dim = turn % 2
+        logs = log_columns if dim else log_rows
+        logs += _newton(scores, dim, logs)
+        logs -= logs.mean()
+        scales = Scales(*((part / 2).exp().to(cells.lo) for part in (log_rows, log_columns)))
+        divided = scales.divide(cells)
+        scores = _sums(divided, deviation)
+        deviation *= math.exp(max(-0.5, min(0.5, 0.5 * scores.level)))
+    fitted = fit_size(divided, deviation)
+    # Cells divided by √(a_i·b_j) have the same probabilities, so that the likelihoods are comparable.
+    penalty = (sum(cells.shape) - 2) / 2 * math.log(cells.lo.numel())
+    if fitted.log_likelihood - size.log_likelihood < penalty:
+        return None
+    return scales, divided, fitted
+
+
+@dataclass(slots=True)
+class _Scores:
+    """Sums over rows and columns of E[x²]/s² − 1 and of q, and what an entry adds to the information per q."""
+
+    score: tuple[Tensor, Tensor]
+    known: tuple[Tensor, Tensor]
+    per_known: float
+    level: float
+
+
+def _sums(cells: Cells, deviation: float) -> _Scores:
+    score = tuple(torch.zeros(count, dtype=torch.float64) for count in cells.shape)
+    known = tuple(torch.zeros(count, dtype=torch.float64) for count in cells.shape)
+    squares = 0.0
+    for first, last in cells.spans():
+        found = moments(cells.rows(first, last), 0.0, deviation, fast=True)
+        excess = (found.mean / deviation).square() + found.variance / deviation**2 - 1
+        certain = 1 - found.variance / deviation**2
+        for sums, values in ((score, excess), (known, certain)):
+            sums[0][first:last] += values.sum(1).double().cpu()
+            sums[1].add_(values.sum(0).double().cpu())
+        squares += float(excess.double().square().sum())
+    total = max(1e-9, float(known[0].sum()))
+    return _Scores((score[0], score[1]), (known[0], known[1]), squares / 4 / total, float(score[0].sum()) / total)
+
+
+def _excess(scores: _Scores, dim: int) -> float:
+    """Return by how many standard deviations the scores of rows (0) or columns (1) vary more than by chance."""
+    information = (scores.per_known * scores.known[dim]).clamp(min=1e-9)
+    chi = float(((scores.score[dim] / 2) ** 2 / information).sum())
+    return (chi - len(information)) / math.sqrt(2 * len(information))
+
+
+def _newton(scores: _Scores, dim: int, logs: Tensor) -> Tensor:
+    """Return a step of log a (dim 0) or log b, with the variance of its prior fitted by expectation maximisation."""
+    information = (scores.per_known * scores.known[dim]).clamp(min=1e-9)
+    gradient = scores.score[dim] / 2
+    target = logs + gradient / information  # where the likelihood alone would go
+    prior = 1.0
+    for _ in range(50):
+        shrunk = target * information / (information + 1 / prior)
+        prior = max(1e-8, float((shrunk**2 + 1 / (information + 1 / prior)).mean()))
+    return (shrunk - logs).clamp(-1.5, 1.5)

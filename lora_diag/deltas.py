@@ -65,6 +65,10 @@ class Side:
         """Return the spacing of the storage format at these entries; None where it follows from value and dtype."""
         return self.checkpoint.read_steps(self.name, self.offset + start, self.offset + stop)
 
+    def read_scales(self, start: int, stop: int) -> torch.Tensor | None:
+        """Return by what the codes at these entries are multiplied; None where they are not codes times a scale."""
+        return self.checkpoint.read_scales(self.name, self.offset + start, self.offset + stop)
+
 
 @dataclass(frozen=True, slots=True)
 class StoredDelta:

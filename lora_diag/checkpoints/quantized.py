@@ -81,6 +81,11 @@ class Dequantized:
         weight = self._weights.get(name)
         return weight.read_steps(start, stop) if weight else None
 
+    def read_scales(self, name: str, start: int, stop: int) -> torch.Tensor | None:
+        """Return by what the codes at the entries ``start:stop`` are multiplied; None without such codes."""
+        weight = self._weights.get(name)
+        return weight.read_scales(start, stop) if isinstance(weight, scaled.ScaledWeight) else None
+
 
 def dequantized(source: Checkpoint, config: Mapping[str, Any]) -> tuple[tuple[TensorFile, ...], tuple[str, ...]]:
     """Present the quantized weights of a checkpoint as floats.

@@ -91,6 +91,12 @@ class ScaledWeight:
             steps = torch.ones_like(codes)
         return self._scaled(steps, start, stop)
 
+    def read_scales(self, start: int, stop: int) -> torch.Tensor:
+        """Return by what the codes at the entries ``start:stop`` are multiplied, float32."""
+        import torch
+
+        return self._scaled(torch.ones(stop - start), start, stop)
+
     def _scaled(self, values: torch.Tensor, start: int, stop: int) -> torch.Tensor:
         """Multiply the entries ``start:stop`` by their scales, in place."""
         if start >= stop:

@@ -67,6 +67,10 @@ class SteppedFile(Protocol):
         """Return the distance to the next storable number at the entries ``start:stop``; None if not quantized."""
         ...
 
+    def read_scales(self, name: str, start: int, stop: int) -> torch.Tensor | None:
+        """Return by what the codes at the entries ``start:stop`` are multiplied; None without such codes."""
+        ...
+
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -175,3 +179,22 @@ class Checkpoint:
         if not isinstance(file, SteppedFile):
             return None
         return file.read_steps(name, start, self[name].numel if stop is None else stop)
+
+    def read_scales(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor | None:
+        """Read by what the codes of a range of a tensor's entries are multiplied: W = code · scale.
+
+        Args:
+            name: A name in this checkpoint.
+            start: First entry, counted in row-major order.
+            stop: One past the last entry; default all.
+
+        Returns:
+            1-D float32 tensor; None where the weight is not stored as numbers of ``stored`` times a scale.
+
+        Raises:
+            InputError: The file ended early or could not be read.
+        """
+        file = self._home[name]
+        if not isinstance(file, SteppedFile):
+            return None
+        return file.read_scales(name, start, self[name].numel if stop is None else stop)

@@ -10,7 +10,7 @@ from lora_diag.records.probe import Probe
 from lora_diag.records.reading import is_results_file
 from lora_diag.records.results import Results, lines_of, to_line, totals
 from lora_diag.records.run import AnyRecord, End, LeftOut, Run, RunInput
-from lora_diag.records.vocabulary import Agreement, Resolution, Tail
+from lora_diag.records.vocabulary import Agreement, Hidden, Resolution, Tail
 from lora_diag.records.writing import ResultsWriter
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "Agreement",
     "AnyRecord",
     "End",
+    "Hidden",
     "LayerRecord",
     "LeftOut",
     "Probe",

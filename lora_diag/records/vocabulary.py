@@ -62,6 +62,67 @@ def noise_mark(verdicts: Iterable[str]) -> str:
     return "!" if "unresolved" in found else "~" if "floor-limited" in found else ""
 
 
+# A fraction with its interval of about 95%.
+Interval = tuple[float, float]
+
+
+class Hidden(Record):
+    """What the rounding cells of the files say about the update before rounding, X; an estimate.
+
+    Each stored entry says in which interval X_ij lay. Model: X = L + noise of variance s², L of low rank. All
+    intervals are of about 95% under it, wider where the model fits badly; they do not cover another model.
+
+    Args:
+        status: ``recovered``: directions of X stand above what rounding hides, and hidden cells confirm them.
+            ``size_only``: only the size of X is estimated; no direction is significant. ``not_hidden``: the files
+            resolve the update, D is the answer. ``refused``: nothing is estimated.
+        reason: Why, in one sentence.
+        unchanged: Share of the entries that are the same on both sides.
+        fro_estimate: ‖X‖_F; null where refused.
+        fro_interval: Of ``fro_estimate``.
+        energy_estimate: C(r) = Σ_{i≤r}x_i²/‖X‖_F² of the directions that were found, a lower bound as far as they
+            are right: energy in directions that rounding hides is not in it; null unless recovered.
+        energy_interval: From that bound to what the rest of X could add.
+        rank_at_estimate: Smallest r at which ``energy_estimate`` reaches the threshold; null if it does not.
+        rank_at_interval: The same for the ends of ``energy_interval``, the smaller rank first.
+        directions: How many directions of X were found.
+        gain_z: Mean gain in log-likelihood of hidden cells over a model without directions, in standard errors; null
+            where that was not tried.
+        rule: How s followed from L: ``norm`` or ``debiased``, as hidden cells decided.
+        start: ``stored``: BASE is where training started. ``rounded``: BASE was rounded after the start, which lay
+            anywhere in its cells. The larger likelihood decides.
+        start_gain: Log-likelihood of ``rounded`` minus that of ``stored``, over a sample of entries where there are
+            many; null where BASE is stored more finely than TUNED.
+        information: Share of the variance of an entry of X that its cell removes; 1 where rounding hides nothing.
+        fit_chi: χ² per degree of freedom of the share of changed entries by binade of |W|.
+        fit_misplaced: Changed entries in the wrong binade, as a share of the changed or the unchanged.
+        scales: Whether rows and columns have variances of their own, a_i·b_j, because one did not fit.
+        iterations: Of the last fit.
+        converged: Whether that ended by itself.
+    """
+
+    status: Literal["recovered", "size_only", "not_hidden", "refused"]
+    reason: str
+    unchanged: Share
+    fro_estimate: Norm | None = None
+    fro_interval: Interval | None = None
+    energy_estimate: dict[str, Share] | None = None
+    energy_interval: dict[str, Interval] | None = None
+    rank_at_estimate: dict[str, int | None] | None = None
+    rank_at_interval: dict[str, tuple[int | None, int | None]] | None = None
+    directions: int | None = None
+    gain_z: float | None = None
+    rule: Literal["norm", "debiased"] | None = None
+    start: Literal["stored", "rounded"] | None = None
+    start_gain: float | None = None
+    information: Share | None = None
+    fit_chi: float | None = None
+    fit_misplaced: float | None = None
+    scales: bool = False
+    iterations: int | None = None
+    converged: bool | None = None
+
+
 class Agreement(Record):
     """Principal angles between a space of the adapter's update and that of the top k singular vectors of D.
 

@@ -1,0 +1,363 @@
+"""One layer's update before rounding: cells from both files, what they say of its size and directions, and gates.
+
+Reference: docs/recover.md; ``lora_diag.linalg.hidden`` for the estimator.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lora_diag.deltas import Side, StoredDelta, row_spans
+from lora_diag.linalg.binades import Binades
+from lora_diag.linalg.cells import GRIDS, Cells, halves, nearest
+from lora_diag.linalg.devices import move
+from lora_diag.linalg.hidden import SAMPLE, LowRank, Recovered, Size, fit_size, posterior_mean, recover
+from lora_diag.linalg.hidden_scales import Scales, fit_scales
+from lora_diag.linalg.rounding import SHORTER
+from lora_diag.linalg.shrinkage import with_noise
+from lora_diag.linalg.truncated import moments
+from lora_diag.metrics.energy import THRESHOLDS, rank_at
+from lora_diag.records.vocabulary import Hidden
+
+# Below this share of the update's mean square, the variance of its rounding errors hides nothing, provided that hardly
+# an entry stayed the same.
+RESOLVED, STILL = 0.01, 0.05
+
+# Fewer changed entries say too little about a size.
+FEWEST = 30
+
+# Normal deviates of a 95% interval.
+Z95 = 1.96
+
+# Bytes that blocks take while they are read and measured.
+BLOCKS = 96 * 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """What was found of one layer.
+
+    Args:
+        hidden: The record's part.
+        cells: Where the entries lie, in units of ``unit`` and divided by the scales; None where nothing was estimated.
+        low_rank: L in these units; None where no direction was found.
+        deviation: s in these units.
+        scales: Of rows and columns; None if all are 1.
+        unit: A power of two.
+    """
+
+    hidden: Hidden
+    cells: Cells | None = None
+    low_rank: LowRank | None = None
+    deviation: float = 0.0
+    scales: Scales | None = None
+    unit: float = 1.0
+
+    def mean(self) -> Iterator[Tensor]:
+        """Yield E[X | cells] in row blocks, from the first row to the last."""
+        assert self.cells is not None
+        row = 0
+        for block in posterior_mean(self.cells, self.low_rank, self.deviation):
+            if self.scales is not None:
+                block = block * self.scales.rows[row : row + len(block), None] * self.scales.columns
+            row += len(block)
+            yield block * self.unit
+
+    def matrix(self) -> Tensor:
+        """Return E[X | cells] whole."""
+        return torch.cat(list(self.mean()))
+
+
+def recovery_bytes(shape: tuple[int, int]) -> int:
+    """Return about how many bytes recovering a layer takes.
+
+    Cells with both halves of BASE's, the posterior mean, and their copies while they are divided by scales; float32.
+    """
+    return BLOCKS + 4 * 7 * math.prod(shape)
+
+
+@dataclass(slots=True)
+class _Stored:
+    """One side as it is stored: numbers of a format, times a scale for each entry where it has codes.
+
+    Args:
+        side: Where it lies.
+        format: Key of ``GRIDS`` that most entries fit.
+        own: Key of the dtype, for entries that do not.
+    """
+
+    side: Side
+    format: str
+    own: str
+
+    @classmethod
+    def of(cls, side: Side, sample: Tensor) -> _Stored | None:
+        """Return the side; None if its format has no cells."""
+        stored = side.info.stored
+        if stored is not None:
+            return cls(side, stored, stored) if stored in GRIDS else None
+        for short in SHORTER[sample.dtype]:
+            if (sample.to(short).to(sample.dtype) == sample).double().mean() > 0.5:
+                return cls(side, str(short).removeprefix("torch."), side.dtype)
+        return cls(side, side.dtype, side.dtype)
+
+    @property
+    def mantissa(self) -> int:
+        return GRIDS[self.format].mantissa
+
+    def scales(self, first: int, last: int, shape: tuple[int, int], like: Tensor) -> Tensor | None:
+        """Return the scales of some rows."""
+        found = self.side.read_scales(first * shape[1], last * shape[1])
+        return None if found is None else found.view(-1, shape[1]).to(like)
+
+    def halves(self, values: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return how far the cells of values reach below and above them."""
+        if scale is not None:
+            codes = nearest(values / scale, self.format)
+            below, above = halves(codes, GRIDS[self.format])
+            # A negative scale turns the cell around; scales are positive in every format known.
+            return below * scale.abs(), above * scale.abs()
+        below, above = halves(values, GRIDS[self.format])
+        if self.own != self.format:
+            fits = values.to(getattr(torch, self.format)).to(values.dtype) == values
+            finer = halves(values, GRIDS[self.own])
+            below, above = torch.where(fits, below, finer[0]), torch.where(fits, above, finer[1])
+        return below, above
+
+    def round(self, values: Tensor, scale: Tensor | None) -> Tensor:
+        """Return what a number would have been stored as."""
+        return nearest(values, self.format) if scale is None else nearest(values / scale, self.format) * scale
+
+
+@dataclass(slots=True)
+class _Read:
+    """Both sides of a layer, read once."""
+
+    base: _Stored
+    tuned: _Stored
+    cells: Cells
+    unit: float
+    unchanged: int
+    square: float  # Σ D² in units
+    width: float  # Σ of the variances of rounding TUNED, in units
+    entries: int = field(default=0)
+
+
+def recover_layer(
+    delta: StoredDelta, fro: float, ranks: Sequence[int], seed: int, device: torch.device
+) -> Estimate:
+    """Estimate one layer's update before rounding.
+
+    Args:
+        delta: The layer; finite.
+        fro: ‖D‖_F.
+        ranks: At which C(r) is given.
+        seed: Of hidden cells and starting vectors.
+        device: Where to compute.
+
+    Raises:
+        InputError: A file could not be read.
+    """
+    sample = [next(iter(side.checkpoint.read_each(side.name, [_head(side, delta.shape)]))) for side in _sides(delta)]
+    stored = [_Stored.of(side, part) for side, part in zip(_sides(delta), sample, strict=True)]
+    if stored[0] is None or stored[1] is None:
+        side = delta.base if stored[0] is None else delta.tuned
+        return _refused(math.nan, f"{side.info.stored} is a format whose rounding cells are not known")
+    if fro == 0.0:
+        return _refused(1.0, "no entry changed: nothing bounds the update from below")
+    read = _read(delta, stored[0], stored[1], 2.0 ** round(math.log2(fro / math.sqrt(math.prod(delta.shape)))), device)
+    unchanged = read.unchanged / read.entries
+    changed = read.entries - read.unchanged
+    if read.width < RESOLVED * read.square and unchanged < STILL:
+        reason = f"rounding makes up {read.width / read.square:.2g} of ‖ΔW‖², and {unchanged:.2g} stayed the same"
+        return Estimate(Hidden(status="not_hidden", reason=reason, unchanged=unchanged, fro_estimate=fro))
+    if changed < FEWEST:
+        return _refused(unchanged, f"only {changed} entries changed, too few to estimate a size")
+    cells, start, start_gain = _start(read)
+    rms = math.sqrt(read.square / read.entries)
+    size, scales = fit_size(cells, rms), None
+    fit = _binades(delta, read, size.deviation, None, start, device)
+    if fit.is_bad and (scaled := fit_scales(cells, size)) is not None:
+        again = _binades(delta, read, scaled[2].deviation, scaled[0], start, device)
+        if (again.chi or 0.0) < (fit.chi or 0.0):
+            (scales, cells, size), fit = scaled, again
+    common = {
+        "unchanged": unchanged,
+        "start": start,
+        "start_gain": start_gain,
+        "information": size.information,
+        "fit_chi": fit.chi,
+        "fit_misplaced": fit.misplaced,
+        "scales": scales is not None,
+    }
+    if fit.is_bad:
+        reason = (
+            f"which entries changed does not fit one size of update: χ²/df = {fit.chi:.3g} over binades of |W|, "
+            f"{fit.misplaced:.2g} of the entries misplaced; was it trained without float32 master weights, or in part?"
+        )
+        return Estimate(Hidden(status="refused", reason=reason, **common))
+    whole = _norm(cells, size, scales) * read.unit
+    error = size.error * math.sqrt(max(1.0, fit.chi or 1.0))
+    common |= {
+        "fro_estimate": whole,
+        "fro_interval": (whole * math.exp(-Z95 * error), whole * math.exp(Z95 * error)),
+    }
+    found = recover(cells, size, seed)
+    if found.low_rank is None:
+        reason = "no direction of the update stands out: hidden entries are not predicted better than by its size"
+        hidden = Hidden(status="size_only", reason=reason, gain_z=found.z, directions=0, **common)
+        return Estimate(hidden, cells, None, size.deviation, scales, read.unit)
+    curves = _curves(found, size, scales, whole / read.unit, error, ranks)
+    reason = f"{found.low_rank.rank} directions predict hidden entries better than size alone"
+    hidden = Hidden(
+        status="recovered",
+        reason=reason,
+        gain_z=found.z,
+        rule=found.rule,
+        directions=found.low_rank.rank,
+        iterations=found.low_rank.iterations,
+        converged=found.low_rank.converged,
+        **common,
+        **curves,
+    )
+    return Estimate(hidden, cells, found.low_rank, found.low_rank.deviation, scales, read.unit)
+
+
+def _refused(unchanged: float, reason: str) -> Estimate:
+    return Estimate(Hidden(status="refused", reason=reason, unchanged=unchanged if unchanged == unchanged else 0.0))
+
+
+def _sides(delta: StoredDelta) -> tuple[Side, Side]:
+    return delta.base, delta.tuned
+
+
+def _head(side: Side, shape: tuple[int, int]) -> tuple[int, int]:
+    """Return the entries from which the format that most values fit is told."""
+    return side.offset, side.offset + min(math.prod(shape), 2**16)
+
+
+def _read(delta: StoredDelta, base: _Stored, tuned: _Stored, unit: float, device: torch.device) -> _Read:
+    """Read both sides and return the cells, in units of about the root mean square of D."""
+    wide = torch.float64 if torch.float64 in (getattr(torch, base.own, None), getattr(torch, tuned.own, None)) else torch.float32
+    shape = delta.shape
+    rounded = base.mantissa <= tuned.mantissa
+    lo, hi = (torch.empty(shape, dtype=torch.float32, device=device) for _ in range(2))
+    below, above = (torch.empty(shape, dtype=torch.float32, device=device) if rounded else None for _ in range(2))
+    unchanged, square, width = 0, 0.0, 0.0
+    for (first, last), (w, t) in zip(row_spans(shape), delta.blocks(), strict=True):
+        w, t = move(w, device).to(wide), move(t, device).to(wide)
+        scale = tuned.scales(first, last, shape, t)
+        low, high = tuned.halves(t, scale)
+        d = t - w
+        lo[first:last] = (d - low) / unit
+        hi[first:last] = (d + high) / unit
+        unchanged += int((t == tuned.round(w, scale)).sum())
+        square += float((d / unit).double().square().sum())
+        finite = torch.minimum(low, high)  # an open end counts as the other
+        width += float(((2 * finite / unit).double() ** 2 / 12).sum())
+        if below is not None and above is not None:
+            low, high = base.halves(w, base.scales(first, last, shape, w))
+            # What saturated when BASE was stored is not known to be near: half a step stands for the open end.
+            low, high = (torch.where(part.isinf(), torch.minimum(low, high), part) for part in (low, high))
+            below[first:last], above[first:last] = low / unit, high / unit
+    return _Read(base, tuned, Cells(lo, hi, below, above), unit, unchanged, square, width, math.prod(shape))
+
+
+def _start(read: _Read) -> tuple[Cells, Literal["stored", "rounded"], float | None]:
+    """Choose between BASE as the start of training and a start anywhere in BASE's cells, by likelihood without L."""
+    if read.cells.below is None:
+        return read.cells, "stored", None
+    rms = math.sqrt(read.square / read.entries)
+    some = read.cells
+    if read.entries > 2 * SAMPLE:
+        some = some.at(torch.arange(0, read.entries, read.entries // SAMPLE | 1, device=some.lo.device))
+    exact, rounded = fit_size(some.exact_start(), rms), fit_size(some, rms)
+    gain = rounded.log_likelihood - exact.log_likelihood
+    return (read.cells, "rounded", gain) if gain > 0 else (read.cells.exact_start(), "stored", gain)
+
+
+def _binades(
+    delta: StoredDelta, read: _Read, deviation: float, scales: Scales | None, start: str, device: torch.device
+) -> Binades:
+    """Compare which entries changed with what N(0, s0²) expects, by binade of |W|."""
+    counts, shape = Binades(), delta.shape
+    for (first, last), (w, t) in zip(row_spans(shape), delta.blocks(), strict=True):
+        wide = torch.promote_types(torch.float32, torch.promote_types(w.dtype, t.dtype))
+        w, t = move(w, device).to(wide), move(t, device).to(wide)
+        scale = read.tuned.scales(first, last, shape, t)
+        home = read.tuned.round(w, scale)
+        low, high = read.tuned.halves(home, scale)
+        off = home - w
+        parts = [(off - low) / read.unit, (off + high) / read.unit]
+        if start == "rounded":
+            assert read.cells.below is not None
+            assert read.cells.above is not None
+            parts += [read.cells.below[first:last], read.cells.above[first:last]]
+        cells = Cells(*(part.float() for part in parts))
+        if scales is not None:
+            cells = Scales(scales.rows[first:last], scales.columns).divide(cells)
+        probability = 1 - moments(cells, 0.0, deviation, fast=True).log_mass.exp()
+        counts.add(w, t != home, probability)
+    return counts
+
+
+def _norm(cells: Cells, size: Size, scales: Scales | None) -> float:
+    """Return √ΣE[x²] before the division by scales."""
+    if scales is None:
+        return size.fro
+    total = 0.0
+    for first, last in cells.spans():
+        found = moments(cells.rows(first, last), 0.0, size.deviation)
+        weight = (scales.rows[first:last, None] * scales.columns) ** 2
+        total += float(((found.mean.square() + found.variance) * weight).sum(dtype=torch.float64))
+    return math.sqrt(total)
+
+
+def _curves(
+    found: Recovered, size: Size, scales: Scales | None, whole: float, error: float, ranks: Sequence[int]
+) -> dict[str, object]:
+    """Return C(r) and ranks of the directions that were found, and their intervals.
+
+    x_i has a standard error of about τ, the noise of the score in one direction. Lower ends take x_i − 1.96τ for the
+    values and nothing else; upper ends x_i + 1.96τ with the remaining variance spread over all directions, and for the
+    directions beyond them the largest value that could stay hidden.
+    """
+    low_rank = found.low_rank
+    assert low_rank is not None
+    shape = (low_rank.u.shape[0], low_rank.vh.shape[1])
+    x, tau = low_rank.values.debiased, low_rank.values.noise
+    left, right, spread = low_rank.u, low_rank.vh, 1.0
+    if scales is not None:
+        left, right = left * scales.rows[:, None], right * scales.columns
+        weight = float((scales.rows.double() ** 2).mean() * (scales.columns.double() ** 2).mean())
+        spread = math.sqrt(weight)
+        r_left = torch.linalg.qr(left.double())[1]
+        r_right = torch.linalg.qr(right.T.double())[1]
+        x = torch.linalg.svdvals(r_left @ torch.diag(x.to(r_left)) @ r_right.T).cpu()
+    count = min(shape)
+    rest = math.sqrt(max(0.0, size.deviation**2 - float((low_rank.values.debiased**2).sum()) / math.prod(shape)))
+    unseen = tau * spread * math.prod(shape) ** 0.25
+    low = (x - Z95 * tau * spread).clamp(min=0.0)
+    high = with_noise(x + Z95 * tau * spread, shape, rest * spread)
+    beyond = max(unseen, float(with_noise(torch.zeros(1), shape, rest * spread)[0]))
+    high = torch.cat([high, torch.full((count - len(high),), beyond, dtype=high.dtype)])
+    curve = np.minimum(1.0, np.cumsum((x.numpy() / whole) ** 2))
+    lower = np.minimum(1.0, np.cumsum((low.numpy() / (whole * math.exp(Z95 * error))) ** 2))
+    upper = np.minimum(1.0, np.cumsum((high.numpy() / (whole * math.exp(-Z95 * error))) ** 2))
+
+    def at(values: np.ndarray, rank: int) -> float:  # type: ignore[type-arg]
+        return float(values[min(rank, len(values)) - 1])
+
+    return {
+        "energy_estimate": {str(r): at(curve, r) for r in ranks},
+        "energy_interval": {str(r): (at(lower, r), at(upper, r)) for r in ranks},
+        "rank_at_estimate": {str(share): rank_at(curve, share) for share in THRESHOLDS},
+        "rank_at_interval": {str(share): (rank_at(upper, share), rank_at(lower, share)) for share in THRESHOLDS},
+    }

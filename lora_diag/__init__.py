@@ -10,6 +10,7 @@ The functions mirror the commands and are imported when first used:
 
 from typing import TYPE_CHECKING, Any
 
+from lora_diag.errors import InconclusiveError as InconclusiveError
 from lora_diag.errors import InputError as InputError
 from lora_diag.errors import LoradiagError as LoradiagError
 from lora_diag.errors import NothingComparedError as NothingComparedError
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from lora_diag.decisions.extract.run import extract as extract
     from lora_diag.decisions.gate.run import gate as gate
     from lora_diag.decisions.plan.run import plan as plan
+    from lora_diag.decisions.recover.run import recover as recover
     from lora_diag.diagnostics.fleet.run import fleet as fleet
     from lora_diag.diagnostics.interference.run import interference as interference
     from lora_diag.diagnostics.intruders.run import intruders as intruders

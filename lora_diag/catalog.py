@@ -39,6 +39,7 @@ _FEATURES = (
     "decisions.allocate",
     "decisions.plan",
     "decisions.extract",
+    "decisions.recover",
     "decisions.gate",
     "inspection",
     "plots",

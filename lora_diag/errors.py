@@ -40,6 +40,12 @@ class NothingComparedError(LoradiagError):
     exit_code = NOTHING_COMPARED
 
 
+class InconclusiveError(LoradiagError):
+    """All was read and measured, and nothing of what was asked for could be found."""
+
+    exit_code = INCONCLUSIVE
+
+
 class MemoryLimitError(LoradiagError):
     """A layer does not fit into the memory that a run may take, by any method; the others go on.
 

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -25,6 +25,11 @@ from lora_diag.linalg.shrinkage import with_noise
 from lora_diag.linalg.truncated import moments
 from lora_diag.metrics.energy import THRESHOLDS, rank_at
 from lora_diag.records.vocabulary import Hidden
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+Start = Literal["stored", "rounded"]
 
 # Below this share of the update's mean square, the variance of its rounding errors hides nothing, provided that hardly
 # an entry stayed the same.
@@ -51,6 +56,7 @@ class Estimate:
         deviation: s in these units.
         scales: Of rows and columns; None if all are 1.
         unit: A power of two.
+        curve: C(r) of the directions that were found.
     """
 
     hidden: Hidden
@@ -59,6 +65,7 @@ class Estimate:
     deviation: float = 0.0
     scales: Scales | None = None
     unit: float = 1.0
+    curve: tuple[float, ...] = ()
 
     def mean(self) -> Iterator[Tensor]:
         """Yield E[X | cells] in row blocks, from the first row to the last."""
@@ -147,12 +154,10 @@ class _Read:
     unchanged: int
     square: float  # Σ D² in units
     width: float  # Σ of the variances of rounding TUNED, in units
-    entries: int = field(default=0)
+    entries: int
 
 
-def recover_layer(
-    delta: StoredDelta, fro: float, ranks: Sequence[int], seed: int, device: torch.device
-) -> Estimate:
+def recover_layer(delta: StoredDelta, fro: float, ranks: Sequence[int], seed: int, device: torch.device) -> Estimate:
     """Estimate one layer's update before rounding.
 
     Args:
@@ -181,14 +186,10 @@ def recover_layer(
     if changed < FEWEST:
         return _refused(unchanged, f"only {changed} entries changed, too few to estimate a size")
     cells, start, start_gain = _start(read)
-    rms = math.sqrt(read.square / read.entries)
-    size, scales = fit_size(cells, rms), None
-    fit = _binades(delta, read, size.deviation, None, start, device)
-    if fit.is_bad and (scaled := fit_scales(cells, size)) is not None:
-        again = _binades(delta, read, scaled[2].deviation, scaled[0], start, device)
-        if (again.chi or 0.0) < (fit.chi or 0.0):
-            (scales, cells, size), fit = scaled, again
-    common = {
+    size = fit_size(cells, math.sqrt(read.square / read.entries))
+    model = _model(delta, read, cells, size, start, seed, device)
+    fit, size, scales = model.fit, model.size, model.scales
+    common: dict[str, Any] = {
         "unchanged": unchanged,
         "start": start,
         "start_gain": start_gain,
@@ -197,24 +198,26 @@ def recover_layer(
         "fit_misplaced": fit.misplaced,
         "scales": scales is not None,
     }
-    if fit.is_bad:
+    if fit.is_bad(start):
         reason = (
             f"which entries changed does not fit one size of update: χ²/df = {fit.chi:.3g} over binades of |W|, "
             f"{fit.misplaced:.2g} of the entries misplaced; was it trained without float32 master weights, or in part?"
         )
         return Estimate(Hidden(status="refused", reason=reason, **common))
-    whole = _norm(cells, size, scales) * read.unit
+    found = model.found if model.found is not None else recover(model.cells, size, seed)
+    whole = _norm(model.cells, size.deviation, scales, None)
+    if model.found is not None and found.low_rank is not None:  # one variance alone does not fit, so its size is none
+        whole = _norm(model.cells, found.low_rank.deviation, scales, found.low_rank)
     error = size.error * math.sqrt(max(1.0, fit.chi or 1.0))
     common |= {
-        "fro_estimate": whole,
-        "fro_interval": (whole * math.exp(-Z95 * error), whole * math.exp(Z95 * error)),
+        "fro_estimate": whole * read.unit,
+        "fro_interval": (whole * read.unit * math.exp(-Z95 * error), whole * read.unit * math.exp(Z95 * error)),
     }
-    found = recover(cells, size, seed)
     if found.low_rank is None:
         reason = "no direction of the update stands out: hidden entries are not predicted better than by its size"
         hidden = Hidden(status="size_only", reason=reason, gain_z=found.z, directions=0, **common)
-        return Estimate(hidden, cells, None, size.deviation, scales, read.unit)
-    curves = _curves(found, size, scales, whole / read.unit, error, ranks)
+        return Estimate(hidden, model.cells, None, size.deviation, scales, read.unit)
+    curve, curves = _curves(found, size, scales, whole, error, ranks)
     reason = f"{found.low_rank.rank} directions predict hidden entries better than size alone"
     hidden = Hidden(
         status="recovered",
@@ -227,7 +230,51 @@ def recover_layer(
         **common,
         **curves,
     )
-    return Estimate(hidden, cells, found.low_rank, found.low_rank.deviation, scales, read.unit)
+    return Estimate(hidden, model.cells, found.low_rank, found.low_rank.deviation, scales, read.unit, curve)
+
+
+@dataclass(frozen=True, slots=True)
+class _Model:
+    """What is fitted to a layer.
+
+    Args:
+        cells: Divided by the scales.
+        size: Of what is in them.
+        scales: None if all are 1.
+        fit: Of which entries changed.
+        found: L, where the fit needs it; else it is not known yet.
+    """
+
+    cells: Cells
+    size: Size
+    scales: Scales | None
+    fit: Binades
+    found: Recovered | None = None
+
+
+def _model(
+    delta: StoredDelta, read: _Read, cells: Cells, size: Size, start: Start, seed: int, device: torch.device
+) -> _Model:
+    """Return the first that fits: one variance, scales of rows and columns, L and one variance, L and scales.
+
+    An update of rank 1 or 2 has entries of very different sizes, and L is what explains them.
+    """
+    plain = _Model(cells, size, None, _binades(delta, read, size.deviation, None, start, device))
+    tried = [plain]
+    if plain.fit.is_bad(start) and (scaled := fit_scales(cells, size)) is not None:
+        scales, divided, fitted = scaled
+        tried.append(_Model(divided, fitted, scales, _binades(delta, read, fitted.deviation, scales, start, device)))
+    for model in tried:
+        if not model.fit.is_bad(start):
+            return model
+    for model in tried:
+        found = recover(model.cells, model.size, seed)
+        if found.low_rank is not None:
+            deviation = found.low_rank.deviation
+            fit = _binades(delta, read, deviation, model.scales, start, device, found.low_rank)
+            if not fit.is_bad(start):
+                return replace(model, fit=fit, found=found)
+    return plain
 
 
 def _refused(unchanged: float, reason: str) -> Estimate:
@@ -245,7 +292,11 @@ def _head(side: Side, shape: tuple[int, int]) -> tuple[int, int]:
 
 def _read(delta: StoredDelta, base: _Stored, tuned: _Stored, unit: float, device: torch.device) -> _Read:
     """Read both sides and return the cells, in units of about the root mean square of D."""
-    wide = torch.float64 if torch.float64 in (getattr(torch, base.own, None), getattr(torch, tuned.own, None)) else torch.float32
+    wide = (
+        torch.float64
+        if torch.float64 in (getattr(torch, base.own, None), getattr(torch, tuned.own, None))
+        else torch.float32
+    )
     shape = delta.shape
     rounded = base.mantissa <= tuned.mantissa
     lo, hi = (torch.empty(shape, dtype=torch.float32, device=device) for _ in range(2))
@@ -270,7 +321,7 @@ def _read(delta: StoredDelta, base: _Stored, tuned: _Stored, unit: float, device
     return _Read(base, tuned, Cells(lo, hi, below, above), unit, unchanged, square, width, math.prod(shape))
 
 
-def _start(read: _Read) -> tuple[Cells, Literal["stored", "rounded"], float | None]:
+def _start(read: _Read) -> tuple[Cells, Start, float | None]:
     """Choose between BASE as the start of training and a start anywhere in BASE's cells, by likelihood without L."""
     if read.cells.below is None:
         return read.cells, "stored", None
@@ -284,9 +335,15 @@ def _start(read: _Read) -> tuple[Cells, Literal["stored", "rounded"], float | No
 
 
 def _binades(
-    delta: StoredDelta, read: _Read, deviation: float, scales: Scales | None, start: str, device: torch.device
+    delta: StoredDelta,
+    read: _Read,
+    deviation: float,
+    scales: Scales | None,
+    start: Start,
+    device: torch.device,
+    low_rank: LowRank | None = None,
 ) -> Binades:
-    """Compare which entries changed with what N(0, s0²) expects, by binade of |W|."""
+    """Compare which entries changed with what N(L, s²) expects, by binade of |W|."""
     counts, shape = Binades(), delta.shape
     for (first, last), (w, t) in zip(row_spans(shape), delta.blocks(), strict=True):
         wide = torch.promote_types(torch.float32, torch.promote_types(w.dtype, t.dtype))
@@ -303,27 +360,28 @@ def _binades(
         cells = Cells(*(part.float() for part in parts))
         if scales is not None:
             cells = Scales(scales.rows[first:last], scales.columns).divide(cells)
-        probability = 1 - moments(cells, 0.0, deviation, fast=True).log_mass.exp()
+        mean = 0.0 if low_rank is None else low_rank.rows(first, last)
+        probability = 1 - moments(cells, mean, deviation, fast=True).log_mass.exp()
         counts.add(w, t != home, probability)
     return counts
 
 
-def _norm(cells: Cells, size: Size, scales: Scales | None) -> float:
-    """Return √ΣE[x²] before the division by scales."""
-    if scales is None:
-        return size.fro
+def _norm(cells: Cells, deviation: float, scales: Scales | None, low_rank: LowRank | None) -> float:
+    """Return √ΣE[x² | cells] before the division by scales."""
     total = 0.0
     for first, last in cells.spans():
-        found = moments(cells.rows(first, last), 0.0, size.deviation)
-        weight = (scales.rows[first:last, None] * scales.columns) ** 2
-        total += float(((found.mean.square() + found.variance) * weight).sum(dtype=torch.float64))
+        found = moments(cells.rows(first, last), 0.0 if low_rank is None else low_rank.rows(first, last), deviation)
+        square = found.mean.square() + found.variance
+        if scales is not None:
+            square = square * (scales.rows[first:last, None] * scales.columns) ** 2
+        total += float(square.sum(dtype=torch.float64))
     return math.sqrt(total)
 
 
 def _curves(
     found: Recovered, size: Size, scales: Scales | None, whole: float, error: float, ranks: Sequence[int]
-) -> dict[str, object]:
-    """Return C(r) and ranks of the directions that were found, and their intervals.
+) -> tuple[tuple[float, ...], dict[str, Any]]:
+    """Return C(r) at all ranks, and the fields on C(r) and ranks of the directions that were found.
 
     x_i has a standard error of about τ, the noise of the score in one direction. Lower ends take x_i − 1.96τ for the
     values and nothing else; upper ends x_i + 1.96τ with the remaining variance spread over all directions, and for the
@@ -352,10 +410,10 @@ def _curves(
     lower = np.minimum(1.0, np.cumsum((low.numpy() / (whole * math.exp(Z95 * error))) ** 2))
     upper = np.minimum(1.0, np.cumsum((high.numpy() / (whole * math.exp(-Z95 * error))) ** 2))
 
-    def at(values: np.ndarray, rank: int) -> float:  # type: ignore[type-arg]
+    def at(values: NDArray[np.float64], rank: int) -> float:
         return float(values[min(rank, len(values)) - 1])
 
-    return {
+    return tuple(curve.tolist()), {
         "energy_estimate": {str(r): at(curve, r) for r in ranks},
         "energy_interval": {str(r): (at(lower, r), at(upper, r)) for r in ranks},
         "rank_at_estimate": {str(share): rank_at(curve, share) for share in THRESHOLDS},

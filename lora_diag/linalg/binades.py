@@ -8,7 +8,10 @@ import torch
 from torch import Tensor
 
 # A fit is refused where both are above: χ² per degree of freedom, and the misplaced share of what moved (or stayed).
-WORST_CHI, WORST_MISPLACED = 20.0, 0.12
+# Updates of the sample model's layers, scaled, have shares up to 0.10 (both starts, χ² up to 14), training without
+# master weights has 0.6 and more with rounding to nearest (start: stored), 0.087 to 0.26 with stochastic rounding,
+# which looks like a rounded start. There a broken fit has χ² above 40.
+WORST_CHI, WORST_MISPLACED = 20.0, {"stored": 0.12, "rounded": 0.07}
 
 # Binades with fewer expected changes, or fewer expected unchanged entries, are not judged by χ².
 LEAST = 10.0
@@ -68,7 +71,6 @@ class Binades:
         off = float((self.changed - self.expected).abs().sum())
         return off / fewer if fewer > 0 else 0.0
 
-    @property
-    def is_bad(self) -> bool:
-        """Whether the model does not fit."""
-        return (self.chi or 0.0) > WORST_CHI and self.misplaced > WORST_MISPLACED
+    def is_bad(self, start: str) -> bool:
+        """Say whether the model does not fit, given where training is taken to have started."""
+        return (self.chi or 0.0) > WORST_CHI and self.misplaced > WORST_MISPLACED[start]

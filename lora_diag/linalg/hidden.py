@@ -177,9 +177,7 @@ def _step(sums: _Sums) -> float:
     return max(-1.1, min(1.1, 0.5 * math.log(sums.square / sums.entries) / sums.information))
 
 
-def fit_low_rank(
-    cells: Cells, size: Size, rule: Rule = "norm", start: LowRank | None = None, seed: int = 0
-) -> LowRank:
+def fit_low_rank(cells: Cells, size: Size, rule: Rule = "norm", start: LowRank | None = None, seed: int = 0) -> LowRank:
     """Estimate L.
 
     Args:
@@ -305,7 +303,9 @@ def _ahead(momentum: float, found: LowRank, previous: LowRank | None) -> tuple[f
     own, old = float((found.values.eta**2).sum()), float((previous.values.eta**2).sum())
     if _inner(found, previous) > own or own < old:  # L shrinks: the last step overshot
         return 1.0, found.rows
-    left = torch.cat([found.u * found.values.eta.to(found.u) * (1 + beta), previous.u * -previous.values.eta.to(found.u) * beta], 1)
+    left = torch.cat(
+        [found.u * found.values.eta.to(found.u) * (1 + beta), previous.u * -previous.values.eta.to(found.u) * beta], 1
+    )
     right = torch.cat([found.vh, previous.vh])
     return following, lambda first, last: left[first:last] @ right
 
@@ -381,7 +381,7 @@ def _likelihood(found: LowRank, hidden: Cells, entries: Tensor) -> Tensor:
     rows, columns = entries // found.vh.shape[1], entries % found.vh.shape[1]
     left = found.u * found.values.eta.to(found.u)
     parts = []
-    for part in torch.arange(len(entries), device=entries.device).split(2**16):
+    for part in torch.split(torch.arange(len(entries), device=entries.device), 2**16):
         mean = (left[rows[part]] * found.vh.T[columns[part]]).sum(1)[None]
         parts.append(moments(hidden.at(part), mean, found.deviation).log_mass)
     return torch.cat(parts, 1)

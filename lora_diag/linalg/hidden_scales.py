@@ -1,7 +1,7 @@
 """Row and column scales of an update that rounding hid: x_ij ~ N(0, a_i·b_j·s²) given its cell.
 
 A score test decides first whether the variances differ at all between rows or columns. Then log a and log b are fitted
-in turns, by Newton steps on their posterior with a normal prior whose variance is fitted, too (empirical Bayes), so that
+in turns, by Newton steps on their posterior with a normal prior whose variance is fitted (empirical Bayes), so that
 rows of which few entries moved stay near 1. Dividing rows and columns by √a and √b gives cells of one variance.
 """
 

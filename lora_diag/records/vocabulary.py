@@ -77,7 +77,7 @@ class Hidden(Record):
             ``size_only``: only the size of X is estimated; no direction is significant. ``not_hidden``: the files
             resolve the update, D is the answer. ``refused``: nothing is estimated.
         reason: Why, in one sentence.
-        unchanged: Share of the entries that are the same on both sides.
+        unchanged: Share of the entries that are the same on both sides once BASE is rounded as TUNED is stored.
         fro_estimate: ‖X‖_F; null where refused.
         fro_interval: Of ``fro_estimate``.
         energy_estimate: C(r) = Σ_{i≤r}x_i²/‖X‖_F² of the directions that were found, a lower bound as far as they

@@ -1,6 +1,7 @@
 """Moments in a cell against quadrature of their definition, and laws."""
 
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -34,7 +35,7 @@ def by_definition(lo, hi, start, mean, deviation):
         def density(x):
             return np.exp(-((x - mean) ** 2 - (peak - mean) ** 2) / 2 / deviation**2) * weight(x) * (x - peak) ** power
 
-        return sum(fixed_quad(density, a, b, n=60)[0] for a, b in zip(marks[:-1], marks[1:], strict=True))
+        return sum(fixed_quad(density, a, b, n=60)[0] for a, b in pairwise(marks))
 
     mass, one, two = (integral(k) for k in range(3))
     log_mass = math.log(mass) - ((peak - mean) / deviation) ** 2 / 2 - math.log(deviation * math.sqrt(2 * math.pi))

@@ -11,6 +11,7 @@ import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import ClassVar
 
 from lora_diag.errors import InputError, UsageError
 from lora_diag.files import check_folder_of, lock, sync, write_whole
@@ -21,7 +22,7 @@ OURS = frozenset({WEIGHTS, CONFIG, CARD, RECORDS})
 
 
 class OutputFolder:
-    """The adapter folder of one extraction.
+    """The folder of one extraction; a subclass names the files of another command.
 
     Args:
         final: Where the adapter will be.
@@ -38,6 +39,10 @@ class OutputFolder:
         InputError: The folder cannot be created.
     """
 
+    records_name: ClassVar[str] = RECORDS
+    ours: ClassVar[frozenset[str]] = OURS
+    what: ClassVar[str] = "an extraction"
+
     def __init__(self, final: Path, inputs: Sequence[Path | str], overwrite: bool, resume: bool) -> None:
         check_folder_of(final)
         self.final = Path(os.path.realpath(final))
@@ -46,19 +51,21 @@ class OutputFolder:
             if path.is_symlink():
                 raise UsageError(f"{path}: is a symbolic link, which is not followed; give the folder itself")
         self._overwrite, self._resume = overwrite, resume
-        self.finished = resume and not overwrite and not self.work.exists() and (self.final / RECORDS).is_file()
+        self.finished = (
+            resume and not overwrite and not self.work.exists() and (self.final / self.records_name).is_file()
+        )
         if self.finished:
             self.work = self.final
-        self.whole = resume and (self.work / CARD).is_file() and (self.work / RECORDS).is_file()
+        self.whole = resume and (self.work / CARD).is_file() and (self.work / self.records_name).is_file()
         if any(os.path.realpath(path) == str(self.final) for path in inputs):
             raise UsageError(f"{final}: is an input; give -o another folder")
         self._check_final()
         if self.work.exists() and not resume:
             if not overwrite:
                 raise UsageError(
-                    f"{self.work}: holds an unfinished extraction; continue it with --resume, or delete it first"
+                    f"{self.work}: holds {self.what} that did not finish; continue it with --resume, or delete it first"
                 )
-            _check_ours(self.work)
+            self._check_ours(self.work)
 
     def _check_final(self) -> None:
         if not self.final.exists():
@@ -68,12 +75,23 @@ class OutputFolder:
         if any(self.final.iterdir()) and not self.finished:
             if not self._overwrite:
                 raise UsageError(f"{self.final}: is not empty; choose another folder, or replace it with --overwrite")
-            _check_ours(self.final)
+            self._check_ours(self.final)
+
+    def _check_ours(self, folder: Path) -> None:
+        """Refuse to replace a folder that this command did not write, or with anything else in it.
+
+        An adapter that somebody trained has files of the same names, but not the records and not the factors by layer.
+        """
+        names = {path.name for path in folder.iterdir()}
+        if not names & {self.records_name, FACTORS}:
+            raise UsageError(f"{folder}: is not {self.what}, so it is not replaced; choose another folder")
+        if foreign := sorted(names - self.ours - {FACTORS, SPECTRA}):
+            raise UsageError(f"{folder}: holds {foreign[0]}, which is not of {self.what}; choose another folder")
 
     @property
     def records(self) -> Path:
         """The results file, while the folder grows."""
-        return self.work / RECORDS
+        return self.work / self.records_name
 
     @property
     def spectra(self) -> Path:
@@ -120,7 +138,7 @@ class OutputFolder:
             write_whole(self.work / CARD, card)
             shutil.rmtree(self.work / FACTORS, ignore_errors=True)
             self.spectra.unlink(missing_ok=True)
-            for name in OURS:
+            for name in self.ours:
                 for left in self.work.glob(f".{name}.[0-9]*"):
                     left.unlink()  # half-written when an earlier process was killed (files.replacing)
             if self.final.exists():
@@ -132,15 +150,3 @@ class OutputFolder:
                 old.rename(self.final)
             raise InputError(f"{self.final}: cannot be written: {error.strerror}; {self.work} holds it") from error
         shutil.rmtree(old, ignore_errors=True)
-
-
-def _check_ours(folder: Path) -> None:
-    """Refuse to replace a folder that this command did not write, or with anything else in it.
-
-    An adapter that somebody trained has files of the same names, but not the records and not the factors by layer.
-    """
-    names = {path.name for path in folder.iterdir()}
-    if not names & {RECORDS, FACTORS}:
-        raise UsageError(f"{folder}: is not an extraction, so it is not replaced; choose another folder")
-    if foreign := sorted(names - OURS - {FACTORS, SPECTRA}):
-        raise UsageError(f"{folder}: holds {foreign[0]}, which is not of an extraction; choose another folder")

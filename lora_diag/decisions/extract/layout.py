@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from lora_diag.adapters import is_adapter, open_adapter
 from lora_diag.adapters.source import Given
@@ -14,7 +15,6 @@ from lora_diag.adapters.writing_rest import can_be_saved, full_values
 from lora_diag.adapters.writing_targets import TRIED_MODELS, Model, Target, names_in_memory
 from lora_diag.checkpoints import Checkpoint, locate
 from lora_diag.decisions.extract.measure import left_out_matrix
-from lora_diag.decisions.extract.record import Extraction
 from lora_diag.deltas import Delta, Pairing, stored_name
 from lora_diag.errors import InputError
 from lora_diag.records import LeftOut, Results
@@ -82,23 +82,25 @@ class Plan:
         """Return the tensor of BASE that a layer is."""
         return next((delta.base.name for delta in self.pairing.deltas if delta.layer == layer and delta.base), layer)
 
-    def write(self, folder: Path, results: Results[Extraction], files: Mapping[str, Path], base_name: str) -> None:
+    def write(self, folder: Path, results: Results[Any], files: Mapping[str, Path], base_name: str) -> None:
         """Write the adapter's two files, and hold what is in them against what was measured.
 
         Args:
             folder: It is there.
-            results: The ranks, and what is saved in full.
+            results: The rank of each layer, 0 for none, and what is saved in full.
             files: The factors of every layer.
             base_name: For the config.
 
         Raises:
             InputError: They cannot be written, or read back as something else.
         """
-        parts = [Part(self.targets[record.layer], record.rank, files[record.layer]) for record in results]
+        parts = [
+            Part(self.targets[record.layer], record.rank, files[record.layer]) for record in results if record.rank
+        ]
         write_adapter(folder, parts, self._values(results, parts), self._described(base_name), self.portable)
         check_written(folder, self.base, parts)
 
-    def _values(self, results: Results[Extraction], parts: list[Part]) -> list[Value]:
+    def _values(self, results: Results[Any], parts: list[Part]) -> list[Value]:
         names = {self._name(record.layer) for record in results.left_out if record.reason == "saved"}
         deltas: dict[str, Delta] = {delta.base.name: delta for delta in self.pairing.deltas if delta.base}
         adapted = {part.target.module for part in parts if part.target.kind != "parameter"}

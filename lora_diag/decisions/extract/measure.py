@@ -145,7 +145,10 @@ def _extract(layer: Layer, settings: ExtractionSettings, store: Store, device: t
         plain = seen = change.decompose(settings.method, rank, False, settings.tol, settings.seed)
     curve = _curve(plain, rank)
     b, a = store(
-        *(part.to(dtype=getattr(torch, settings.dtype)).cpu() for part in _split(found, rank, layer, settings))
+        *(
+            part.to(dtype=getattr(torch, settings.dtype)).cpu()
+            for part in split_factors(found, rank, layer.transposed, settings.split)
+        )
     )
     if not (torch.isfinite(b).all() and torch.isfinite(a).all()):
         way_out = "leave it out with --exclude" if settings.dtype == "float32" else "use --dtype float32"
@@ -247,15 +250,15 @@ def _vectors(change: Change, rank: int, settings: ExtractionSettings, known: Fac
     return change.decompose(settings.method, rank, True, settings.tol, settings.seed)
 
 
-def _split(found: Factors, rank: int, layer: Layer, settings: ExtractionSettings) -> tuple[Tensor, Tensor]:
+def split_factors(found: Factors, rank: int, transposed: bool, split: str) -> tuple[Tensor, Tensor]:
     """Return B and A in PEFT's orientation, float64."""
     assert found.u is not None
     assert found.vh is not None
     left, right = found.u[:, :rank], found.vh[:rank]
-    if layer.transposed:
+    if transposed:
         left, right = right.T, left.T
     s = found.s[:rank].to(left.device)
-    if settings.split == "b":
+    if split == "b":
         return left * s, right
     return left * s.sqrt(), s.sqrt()[:, None] * right
 

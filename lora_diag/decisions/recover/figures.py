@@ -1,0 +1,107 @@
+"""`recovery`: C(r) of the files beside that of the update before rounding, layer by layer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+
+from lora_diag.decisions.recover.record import Recovery
+from lora_diag.records.names import module_type_of
+from lora_diag.rendering.figures.axes import panel_axes
+from lora_diag.rendering.figures.series import Options, Series
+from lora_diag.rendering.figures.sheet import MAX_PANELS, Key, Words, grid_of, sheet
+from lora_diag.rendering.figures.style import CATEGORIES, QUIET, Look, styled
+from lora_diag.rendering.text import short
+
+ESTIMATE = CATEGORIES[0]
+
+
+def lacks(records: Sequence[Any], options: Options) -> str | None:
+    """Return why records cannot be drawn; None if they can."""
+    if any(record.energy_estimate is not None for record in records):
+        return None
+    return "no layer was recovered: there is no estimated C(r) to draw"
+
+
+def recovery(records: Iterable[Recovery], ax: Axes | None = None) -> Axes:
+    """Draw C(r) of D and of the estimated X with its interval, the median over layers.
+
+    Args:
+        records: Of ``recover``; those without an estimate are not drawn.
+        ax: Where to draw; a new figure's if not given.
+
+    Returns:
+        The Axes drawn on.
+    """
+    with panel_axes(ax) as (axes, _):
+        _draw(axes, [record for record in records if record.energy_estimate is not None])
+        axes.set(xlabel="rank r", ylabel="energy share C(r)")
+        axes.legend([key.handle for key in _keys()], [key.label for key in _keys()], fontsize="small")
+    return axes
+
+
+def figure(series: Sequence[Series[Any]], look: Look, options: Options) -> Figure:
+    """Return one panel a module type."""
+    found = [record for one in series for record in one.records if record.energy_estimate is not None]
+    groups: dict[str, list[Recovery]] = {}
+    for record in found:
+        groups.setdefault(module_type_of(record.layer), []).append(record)
+    shown = dict(sorted(groups.items(), key=lambda item: -len(item[1]))[:MAX_PANELS])
+    rows, columns = grid_of(len(shown), look)
+    lost = sum(len(one.records) for one in series) - len(found)
+    words = Words(
+        title="Energy share C(r) before rounding, estimated, and in the files",
+        about=" · ".join(one.label for one in series if one.label),
+        notes=(
+            "Median over the layers of a type; band: median ends of the layers' intervals (about 95% under the model). "
+            f"{lost} layers without an estimate are not drawn.",
+        ),
+        keys=_keys(),
+    )
+    with styled(look):
+        page, axes = sheet(look, words, rows, columns)
+        for (name, records), ax in zip(shown.items(), axes, strict=False):
+            _draw(ax, records)
+            ax.set_title(f"{short(name)} ({len(records)})", parse_math=False)
+        for ax in axes[len(shown) :]:
+            ax.set_visible(False)
+        for at, ax in enumerate(axes[: len(shown)]):
+            if at + columns >= len(shown):  # nothing is drawn below it
+                ax.set_xlabel("rank r")
+                ax.tick_params(labelbottom=True)
+            if at % columns == 0:
+                ax.set_ylabel("C(r)")
+    return page
+
+
+def _draw(ax: Axes, records: Sequence[Recovery]) -> None:
+    limit = min(min(record.shape) for record in records)
+    ranks = [int(r) for r in records[0].energy if int(r) <= limit]
+
+    def middle(values: list[list[float]]) -> Any:
+        return np.median(np.array(values), axis=0)
+
+    file = middle([[record.energy[str(r)] or 0.0 for r in ranks] for record in records])
+    estimate = middle([[(record.energy_estimate or {})[str(r)] for r in ranks] for record in records])
+    ends = [middle([[(record.energy_interval or {})[str(r)][k] for r in ranks] for record in records]) for k in (0, 1)]
+    ax.fill_between(ranks, *ends, color=ESTIMATE, alpha=0.2, linewidth=0)
+    ax.plot(ranks, estimate, color=ESTIMATE)
+    ax.plot(ranks, file, color=QUIET, linestyle="--")
+    ax.set_xscale("log", base=2)
+    ax.set_xticks(ranks[::2], [str(r) for r in ranks[::2]])
+    ax.minorticks_off()
+    ax.set_ylim(0, 1.03)
+
+
+def _keys() -> tuple[Key, ...]:
+    return (
+        Key(Line2D([], [], color=ESTIMATE), "before rounding, estimated"),
+        Key(Patch(facecolor=ESTIMATE, alpha=0.2), "its interval"),
+        Key(Line2D([], [], color=QUIET, linestyle="--"), "the files' difference"),
+    )

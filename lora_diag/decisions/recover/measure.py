@@ -1,0 +1,194 @@
+"""One layer → what the files show of its update, what rounding hides, and what is written of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lora_diag.decisions.extract.measure import NUMERICALLY_ZERO, split_factors
+from lora_diag.decisions.recover.record import Recovery
+from lora_diag.deltas import StoredDelta, row_blocks
+from lora_diag.errors import MemoryLimitError
+from lora_diag.layers.change import Change, bytes_of, load_change, noted, on_device
+from lora_diag.layers.left_out import not_finite
+from lora_diag.layers.recovery import Estimate, recover_layer, recovery_bytes
+from lora_diag.linalg import decompose, norm, resolve_device
+from lora_diag.metrics import THRESHOLDS, energy_curve, rank_at
+from lora_diag.records import LeftOut
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+# Ranks at which C(r) is given.
+CURVE = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+
+# Puts tensors into the file of a layer.
+Store = Callable[[dict[str, Tensor]], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What is written of a layer; nothing if all are unset.
+
+    Args:
+        rank: Factors of this rank.
+        energy: Factors of the smallest rank that carries this share of the estimated energy; all directions that were
+            found where they carry less.
+        full: The weight itself, W_base + E[X | cells], in float32.
+        keep_refused: Whether a layer without significant directions gets the truncated SVD of D.
+        transposed: Whether PEFT's B·A is the update's transpose.
+    """
+
+    rank: int | None = None
+    energy: float | None = None
+    full: bool = False
+    keep_refused: bool = False
+    transposed: bool = False
+
+    @property
+    def factors(self) -> bool:
+        """Whether factors are written."""
+        return self.rank is not None or self.energy is not None
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """One layer, and what is to be written of it."""
+
+    delta: StoredDelta
+    wanted: Wanted
+
+    @property
+    def layer(self) -> str:
+        """The weight's name in BASE."""
+        return self.delta.layer
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``(out, in)``."""
+        return self.delta.shape
+
+
+@dataclass(frozen=True, slots=True)
+class RecoverySettings:
+    """How layers are measured.
+
+    Args:
+        method: Of the singular values of D: ``auto``, ``exact``, ``gram`` or ``krylov``.
+        tol: Bound to reach on the error of every energy fraction of D.
+        seed: Of hidden cells and starting vectors.
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:1``.
+        memory: Bytes that a layer may take; None for what it needs.
+    """
+
+    method: str = "auto"
+    tol: float = 1e-4
+    seed: int = 0
+    device: str = "auto"
+    memory: int | None = None
+
+
+def size(layer: Layer, settings: RecoverySettings) -> int:
+    """Return about how many bytes a layer takes: D with its decomposition, then the cells."""
+    return bytes_of(layer.delta, None) + recovery_bytes(layer.shape)
+
+
+def measure(layer: Layer, settings: RecoverySettings, store: Store) -> Recovery | LeftOut:
+    """Measure one layer and store what is wanted of it.
+
+    Args:
+        layer: The layer.
+        settings: How.
+        store: Puts ``B`` and ``A``, or ``W``, into a file.
+
+    Raises:
+        InputError: A file could not be read or written.
+        MemoryLimitError: It does not fit; cells are needed whole.
+    """
+    if settings.memory is not None and size(layer, settings) > settings.memory:
+        what = "x".join(map(str, layer.shape))
+        raise MemoryLimitError(f"{what}: its cells need {size(layer, settings) >> 20} MiB; give --memory more")
+    return noted(*on_device(partial(_measure, layer, settings, store), resolve_device(settings.device)))
+
+
+def _measure(layer: Layer, settings: RecoverySettings, store: Store, device: torch.device) -> Recovery | LeftOut:
+    delta, wanted = layer.delta, layer.wanted
+    change = load_change(delta, device)
+    if change.non_finite is not None:
+        return not_finite(delta, change)
+    fro, base_fro = change.fro, change.base_fro
+    assert fro is not None
+    assert base_fro is not None
+    found = change.decompose(settings.method, seed=settings.seed, tol=settings.tol)
+    curve = energy_curve(found.s.numpy(), fro, found.complete) if fro else np.zeros(0)
+    estimate = recover_layer(delta, fro, CURVE, settings.seed, device)
+    written, rank = _write(wanted, delta, change, estimate, curve, settings, store)
+    return Recovery(
+        **estimate.hidden.model_dump(),
+        layer=layer.layer,
+        shape=layer.shape,
+        dtypes=delta.dtypes,
+        fro=fro,
+        base_fro=base_fro,
+        energy={str(r): float(curve[min(r, len(curve)) - 1]) if len(curve) else None for r in CURVE},
+        rank_at={str(share): rank_at(curve, share) if len(curve) else 0 for share in THRESHOLDS},
+        energy_error=found.energy_error,
+        method=found.method,
+        written=written,
+        rank=rank,
+        params=rank * sum(layer.shape),
+    )
+
+
+def _write(
+    wanted: Wanted,
+    delta: StoredDelta,
+    change: Change,
+    estimate: Estimate,
+    curve: NDArray[np.float64],
+    settings: RecoverySettings,
+    store: Store,
+) -> tuple[Literal["posterior", "file", "nothing"], int]:
+    """Store what is wanted; return what it is made of, and the rank of factors."""
+    status = estimate.hidden.status
+    if wanted.full:
+        if estimate.cells is None:
+            return "file", 0  # TUNED's own weights
+        _store_weight(delta, estimate, store)
+        return "posterior", 0
+    if not wanted.factors or not change.fro:
+        return "nothing", 0
+    if status in {"size_only", "refused"} and not wanted.keep_refused:
+        return "nothing", 0
+    rank = min(wanted.rank or _rank_of(wanted, estimate, curve), min(delta.shape))
+    matrix = change.matrix if status != "recovered" else estimate.matrix()
+    assert matrix is not None
+    best = decompose(matrix, settings.method, rank, norm([matrix]), True, settings.tol, settings.seed)
+    rank = int((best.s > NUMERICALLY_ZERO * best.s[:1]).sum())
+    b, a = (part.float().cpu() for part in split_factors(best, rank, wanted.transposed, "both"))
+    store({"B": b.contiguous(), "A": a.contiguous()})
+    return ("posterior" if status == "recovered" else "file"), rank
+
+
+def _rank_of(wanted: Wanted, estimate: Estimate, curve: NDArray[np.float64]) -> int:
+    """Return the smallest rank that carries the wanted share of the energy."""
+    assert wanted.energy is not None
+    if estimate.hidden.status != "recovered":
+        return rank_at(curve, wanted.energy) or len(curve)
+    return rank_at(np.array(estimate.curve), wanted.energy) or len(estimate.curve)
+
+
+def _store_weight(delta: StoredDelta, estimate: Estimate, store: Store) -> None:
+    """Store W_base + E[X | cells] in float32."""
+    weight = torch.cat([block.float() for block in row_blocks(delta.base, delta.shape)])
+    row = 0
+    for block in estimate.mean():
+        weight[row : row + len(block)] += block.cpu()
+        row += len(block)
+    store({"W": weight})

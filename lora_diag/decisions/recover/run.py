@@ -1,0 +1,192 @@
+"""``recover``: the update that 16-bit storage rounded away."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, Unpack
+
+from lora_diag.adapters import is_adapter
+from lora_diag.checkpoints import as_path, locate, open_checkpoint
+from lora_diag.checkpoints.hub import loadable
+from lora_diag.decisions.extract.folder import OutputFolder
+from lora_diag.decisions.extract.layout import Plan, plan
+from lora_diag.decisions.recover.folder import AdapterFolder, CheckpointFolder, store, write_checkpoint
+from lora_diag.decisions.recover.measure import CURVE, Layer, RecoverySettings, Wanted, measure, size
+from lora_diag.decisions.recover.record import Recovery
+from lora_diag.decisions.recover.summary import model_card
+from lora_diag.deltas import StoredDelta
+from lora_diag.errors import InconclusiveError, InputError, LoradiagError, UsageError
+from lora_diag.linalg import check_request
+from lora_diag.records import LeftOut, Results
+from lora_diag.running.engines import Layout
+from lora_diag.running.fingerprint import legible
+from lora_diag.running.layers import RECORDED, LayerRun
+from lora_diag.running.measuring import without_rank
+from lora_diag.running.options import FolderOptions, filled, show_options
+
+WAYS = "--rank R or --energy SHARE for an adapter, --full for a checkpoint"
+
+
+@show_options
+def recover(
+    base: Path | str,
+    tuned: Path | str,
+    output: Path | str | None = None,
+    *,
+    rank: int | None = None,
+    energy: float | None = None,
+    full: bool = False,
+    keep_refused: bool = False,
+    base_name: str | None = None,
+    overwrite: bool = False,
+    **options: Unpack[FolderOptions],
+) -> Results[Recovery]:
+    r"""Estimate the update before rounding, X, from the cells that the stored weights lie in.
+
+    For a fine-tune with float32 master weights whose checkpoint was stored in bfloat16, float16 or 8 bits, TUNED =
+    round(BASE + X). Where X is small most entries do not change, and D = TUNED − BASE looks full-rank. Each stored
+    entry still bounds X from both sides; a low-rank model with optimal shrinkage is fitted to these bounds. Layers in
+    which the model does not fit, or finds nothing that hidden entries confirm, say so.
+
+    Args:
+        base: The checkpoint before.
+        tuned: The checkpoint after; not an adapter, whose factors are the update.
+        output: Without ``rank``, ``energy`` and ``full`` the results file to write. Else the folder of the adapter or
+            of the checkpoint; it grows as ``NAME.part`` and takes its place when it is whole.
+        rank: Write a PEFT adapter, the rank-r SVD of E[X | cells], of this rank in every layer.
+        energy: Write an adapter with the smallest rank of each layer that carries this share of its estimated energy.
+        full: Write a checkpoint in float32, W_base + E[X | cells].
+        keep_refused: Write the truncated SVD of D for layers without significant directions; else they have no factors.
+        base_name: The base model's name for config and model card; by default ``base`` as it was given.
+        overwrite: Replace what an earlier run wrote to ``output``.
+        **options: ``FolderOptions``.
+
+    Returns:
+        One record for each matrix; also in ``recovery.jsonl`` of the folder.
+
+    Raises:
+        UsageError: An option makes no sense, or ``output`` holds something that would be lost.
+        InputError: An input cannot be read, or the output cannot be written.
+        NothingComparedError: The sides have no weight in common.
+        InconclusiveError: There is nothing to write.
+
+    Example:
+        >>> found = recover("sample_checkpoints/base", "sample_checkpoints/full_ft", layers=r"layers\.0\..*q_proj")
+        >>> found[0].status
+        'not_hidden'
+    """
+    given = filled(FolderOptions, options)
+    _check(rank, energy, full, keep_refused, output)
+    base, tuned = as_path(base), as_path(tuned)
+    if is_adapter(locate(tuned)):
+        raise UsageError(f"{tuned}: is an adapter, whose factors are the update; nothing is rounded away")
+    factors = rank is not None or energy is not None
+    writes = factors or full
+    folder: OutputFolder | None = None
+    if writes:
+        assert output is not None
+        kind = CheckpointFolder if full else AdapterFolder
+        folder = kind(Path(output), (base, tuned), overwrite, given["resume"])
+    where: dict[str, Any] = {"output": output, "overwrite": overwrite}
+    if folder is not None:
+        where = {"output": folder.records}
+    run = LayerRun("recover", {**given, **where})
+    method, tol, seed = (run.options[name] for name in ("method", "tol", "seed"))
+    check_request(method, None if method != "krylov" else 1, tol)
+    compared = run.compare(base, tuned)
+    planned = plan(open_checkpoint(base), tuned, compared.pairing, save=False) if factors else None
+    tasks = [
+        Layer(delta, _wanted(delta, planned, rank, energy, full, keep_refused))
+        for delta in compared.pairing.deltas
+        if isinstance(delta, StoredDelta)
+        and delta.is_matrix
+        and (planned is None or delta.layer in planned.targets)
+        and not (folder is not None and folder.whole)
+    ]
+    files: dict[str, Path] = {}
+    if folder is not None:
+        files = {task.layer: folder.factors(index) for index, task in enumerate(tasks)}
+        run.layout(tasks)  # refuses a memory limit before the folder is made
+        folder.open()
+
+    def rest(layout: Layout, _: Results[Recovery], __: RecoverySettings) -> Iterable[LeftOut]:
+        if planned is not None:
+            return planned.left_out(layout, run.where.here)
+        return without_rank(compared.pairing, layout, run.where.here)
+
+    def finish(results: Results[Recovery]) -> None:
+        assert folder is not None
+        if not any(record.written != "nothing" and (full or record.rank) for record in results) or (
+            full and not any(record.written == "posterior" for record in results)
+        ):
+            folder.discard()
+            raise _nothing(tuned, results, keep_refused)
+        name = base_name or loadable(legible(base.parent if base.is_file() else base))
+        if not folder.whole and planned is not None:
+            planned.write(folder.work, results, files, name)
+        elif not folder.whole:
+            made = {record.layer for record in results if record.written == "posterior"}
+            write_checkpoint(
+                folder.work, open_checkpoint(tuned), [task.delta for task in tasks if task.layer in made], files
+            )
+        way = ["--full"] if full else ["--rank", str(rank)] if rank is not None else ["--energy", str(energy)]
+        way += ["--keep-refused"] if keep_refused else []
+        command = ["loradiag", "recover", *map(legible, (str(base), str(tuned))), *way, "-o", legible(str(output))]
+        folder.finish(model_card(results, name, shlex.join(command)))
+
+    asked = {"rank": rank, "energy": energy, "full": full, "keep_refused": keep_refused, "curve": list(CURVE)}
+    return run.over(
+        tasks,
+        partial(_one_layer, files=files),
+        size,
+        RecoverySettings(method, tol, seed, run.where.tasks),
+        rest,
+        compared.inputs,
+        asked,
+        recorded=RECORDED,
+        finish=finish if folder is not None else None,
+    )
+
+
+def _check(rank: int | None, energy: float | None, full: bool, keep_refused: bool, output: object) -> None:
+    """Refuse what makes no sense.
+
+    Raises:
+        UsageError: Several ways to write are given, a number is out of range, or there is nowhere to write to.
+    """
+    ways = (rank is not None) + (energy is not None) + full
+    if ways > 1:
+        raise UsageError(f"recover: give one of {WAYS}")
+    if ways and output is None:
+        raise UsageError("recover: name the folder to write with -o")
+    if rank is not None and rank < 1:
+        raise UsageError(f"--rank {rank}: must be a whole number from 1 up")
+    if energy is not None and not 0 < energy <= 1:
+        raise UsageError(f"--energy {energy}: is a share of the energy, above 0 and up to 1")
+    if keep_refused and (full or not ways):
+        raise UsageError("--keep-refused: is for adapters; give --rank or --energy with it")
+
+
+def _wanted(
+    delta: StoredDelta, planned: Plan | None, rank: int | None, energy: float | None, full: bool, keep: bool
+) -> Wanted:
+    target = planned.targets[delta.layer] if planned is not None and delta.layer in planned.targets else None
+    return Wanted(rank, energy, full, keep, target is not None and target.transposed)
+
+
+def _one_layer(task: Layer, files: Mapping[str, Path], settings: RecoverySettings) -> tuple[Recovery | LeftOut]:
+    return (measure(task, settings, partial(store, files.get(task.layer, Path()))),)
+
+
+def _nothing(tuned: Path | str, results: Results[Recovery], keep_refused: bool) -> LoradiagError:
+    """Return the error of a run that has nothing to write."""
+    if results.unmeasured and not results.layers:
+        bad = results.unmeasured[0]
+        return InputError(f"{tuned}: {bad.layer}: {bad.detail}; nothing else is left, so nothing was written")
+    reasons = sorted({record.reason for record in results})
+    why = f": {reasons[0]}" if len(reasons) == 1 else f": such as {reasons[0]}" if reasons else ""
+    way = "" if keep_refused else "; --keep-refused writes the truncated SVD of the files' difference"
+    return InconclusiveError(f"{tuned}: no layer has an update that can be recovered{why}{way}; nothing was written")

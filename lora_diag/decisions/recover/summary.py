@@ -1,0 +1,275 @@
+"""The terminal's answer to ``recover``, and the model card of what it writes."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Sequence
+from statistics import median
+
+from rich.console import Group
+
+from lora_diag.decisions.recover.record import Recovery
+from lora_diag.records import Results
+from lora_diag.rendering.columns import Column, Grid, rows_of, title_of
+from lora_diag.rendering.lines import subject
+from lora_diag.rendering.statements import Level, Statement, compared, ending, left_out, say, summary_of
+from lora_diag.rendering.text import count, fraction, middle, named, number, percent, safe, short, shown, span, to_text
+
+_SPARED = ("χ²/df", "directions", "n", "r@90% file", "z", "‖D‖/‖W‖")
+
+STATUS = {
+    "recovered": "recovered",
+    "size_only": "size only",
+    "not_hidden": "not hidden",
+    "refused": "refused",
+}
+
+
+def recovery_table(
+    results: Results[Recovery],
+    width: int = 80,
+    color: bool = False,
+    per: str = "type",
+    then: str | None = None,
+    folder: str | None = None,
+) -> str:
+    """Return the table and the summary of a run of ``recover``.
+
+    Args:
+        results: What was estimated.
+        width: Columns of the terminal; 80 are enough, 140 are used.
+        color: Whether to use ANSI colours.
+        per: ``type`` for one row a module type, ``layer`` for one row a layer.
+        then: The command that a user would run next.
+        folder: Where the adapter or the checkpoint is; None if none was written.
+    """
+    (grid,) = recovery_grids(results, per)
+    lines = summary_of([*recovery_lines(results), *_written(results, folder)], then)
+    return to_text(Group(*grid.shown(width), lines) if len(results) else lines, width, color)
+
+
+def recovery_grids(results: Results[Recovery], per: str = "type") -> list[Grid]:
+    """Return the table."""
+    rows = rows_of(results, per)
+
+    def column(title: str, cell: Callable[[Sequence[Recovery]], str]) -> Column:
+        return Column(title, tuple(cell(group) for _, group in rows))
+
+    columns = [
+        column("n", lambda group: str(len(group))),
+        column("verdict", _verdicts),
+        column("unchanged", lambda group: percent(median(r.unchanged for r in group))),
+        column("‖D‖/‖W‖", lambda group: shown(middle([r.relative for r in group]))),
+        column("‖X‖/‖W‖", lambda group: shown(middle([r.relative_estimate for r in group]))),
+        column("r@90% file", lambda group: _rank([r.rank_at["0.9"] for r in group])),
+        column("r@90%", lambda group: _estimated(group)),
+        column("directions", lambda group: _rank([r.directions for r in group if r.directions is not None])),
+        column("z", lambda group: shown(middle([r.gain_z for r in group]), lambda z: f"{z:.1f}")),
+        column("χ²/df", lambda group: shown(middle([r.fit_chi for r in group]))),
+    ]
+    kept = tuple(one for one in columns if (per == "type" or one.title != "n") and set(one.cells) != {"-"})
+    return [Grid("", title_of(per), tuple(name for name, _ in rows), kept, _SPARED)]
+
+
+def _verdicts(group: Sequence[Recovery]) -> str:
+    counts: Counter[str] = Counter(record.status for record in group)
+    if len(counts) == 1:
+        return STATUS[group[0].status]
+    best = next(status for status in STATUS if counts[status])
+    return f"{STATUS[best]} {counts[best]}/{len(group)}"
+
+
+def _rank(ranks: Sequence[int | None]) -> str:
+    known = [rank for rank in ranks if rank is not None]
+    return str(int(median(known))) if known and len(known) == len(ranks) else "-"
+
+
+def _estimated(group: Sequence[Recovery]) -> str:
+    """Return the median estimated rank at 90%; of layers whose directions carry less, more than they have."""
+    found = [record for record in group if record.rank_at_estimate is not None]
+    if not found:
+        return "-"
+    ranks = [record.rank_at_estimate["0.9"] for record in found if record.rank_at_estimate is not None]
+    known = [rank for rank in ranks if rank is not None]
+    if 2 * len(known) <= len(ranks):
+        return f"> {int(median(record.directions or 0 for record in found))}"
+    return str(int(median(known)))
+
+
+def recovery_lines(results: Results[Recovery]) -> list[Statement]:
+    """Return the summary."""
+    lines = [compared(results)]
+    records = list(results)
+    if records:
+        lines += [_hidden(records), *_size(records), *_directions(records), *_start(records), *_refused(records)]
+        lines.append(
+            say(
+                "assumption",
+                "Assumption",
+                "training kept float32 master weights, started at BASE, and was rounded once when TUNED was stored; "
+                "intervals are of about 95% under the model (X = low rank + noise) and do not cover another one",
+            )
+        )
+    return [*lines, left_out(results), *ending(results)]
+
+
+def _of(records: Sequence[Recovery], *statuses: str) -> list[Recovery]:
+    return [record for record in records if record.status in statuses]
+
+
+def _hidden(records: Sequence[Recovery]) -> Statement:
+    counts: Counter[str] = Counter(record.status for record in records)
+    parts = ", ".join(f"{counts[status]} {words}" for status, words in STATUS.items() if counts[status])
+    unchanged = percent(median(record.unchanged for record in records))
+    level: Level = "note"
+    if counts["recovered"]:
+        lead = "yes: rounding hides part of the update, and part of it can be recovered"
+    elif counts["size_only"]:
+        lead, level = "yes: the size of the update is estimated, and no direction is significant", "warning"
+    elif counts["not_hidden"]:
+        lead, level = "no: the files resolve the update; use loradiag extract", "ok"
+    else:
+        lead, level = "inconclusive: no layer fits the model of an update that was rounded once", "warning"
+    return say(
+        "hidden",
+        "Hidden update",
+        lead,
+        f"of {len(records)} matrices {parts}; {unchanged} unchanged at the median",
+        level=level,
+    )
+
+
+def _size(records: Sequence[Recovery]) -> list[Statement]:
+    known = [record for record in records if record.fro_estimate is not None and record.status != "not_hidden"]
+    if not known:
+        return []
+    whole = math.hypot(*(record.fro_estimate or 0.0 for record in known))
+    seen = math.hypot(*(record.fro for record in known))
+    errors = [
+        (record.fro_interval[1] - record.fro_interval[0]) / 2 / record.fro_estimate
+        for record in known
+        if record.fro_interval is not None and record.fro_estimate
+    ]
+    line = (
+        f"‖X‖ = {number(whole)} estimated over {_matrices(len(known))}, ± {percent(median(errors))} in the median "
+        f"layer; the files show ‖D‖ = {number(seen)}, {percent(seen / whole)} of it"
+    )
+    return [say("size", "Size", line)]
+
+
+def _matrices(number_of: int) -> str:
+    return f"{number_of} {'matrix' if number_of == 1 else 'matrices'}"
+
+
+def _directions(records: Sequence[Recovery]) -> list[Statement]:
+    found = _of(records, "recovered")
+    if not found:
+        return []
+    carried = [record.energy_estimate[str(16)] for record in found if record.energy_estimate is not None]
+    file = [record.energy[str(16)] for record in found if record.energy[str(16)] is not None]
+    directions = [record.directions or 0 for record in found]
+    line = (
+        f"{span(directions)} directions a matrix in {len(found)}; r=16 carries at least {percent(median(carried))} of "
+        f"‖X‖² at the median ({percent(median(share for share in file if share is not None))} of ‖D‖²)"
+    )
+    ranks = [record.rank_at_estimate["0.9"] for record in found if record.rank_at_estimate is not None]
+    known = [rank for rank in ranks if rank is not None]
+    shown_file = [record.rank_at["0.9"] or 0 for record in found]
+    if known:
+        line2 = f"rank at 90%: {span(known)} in {len(known)} of {len(ranks)}, where the files read {span(shown_file)}"
+    else:
+        line2 = f"rank at 90%: beyond the directions that can be seen; the files read {span(shown_file)}"
+    return [say("directions", "Directions", line, line2)]
+
+
+def _start(records: Sequence[Recovery]) -> list[Statement]:
+    known = [record for record in records if record.start is not None and record.status != "refused"]
+    rounded = [record for record in known if record.start == "rounded"]
+    if not known:
+        return []
+    if not rounded:
+        return [
+            say("start", "Start", "the stored BASE: more likely than a start that was rounded to it, in every layer")
+        ]
+    line = (
+        f"in {len(rounded)} of {len(known)} matrices BASE is more likely a rounded copy of the start of training, and "
+        "the start is taken to lie anywhere in its cells"
+    )
+    return [say("start", "Start", line)]
+
+
+def _refused(records: Sequence[Recovery]) -> list[Statement]:
+    refused = _of(records, "refused")
+    if not refused:
+        return []
+    first = refused[0]
+    words = f"{_matrices(len(refused))}: {named([record.layer for record in refused])}"
+    return [say("refused", "Refused", words, f"{short(first.layer)}: {first.reason}", level="warning")]
+
+
+def _written(results: Results[Recovery], folder: str | None) -> list[Statement]:
+    if folder is None:
+        return []
+    posterior = [record for record in results if record.written == "posterior"]
+    file = [record for record in results if record.written == "file"]
+    without = [record for record in results if record.written == "nothing"]
+    lines = [f"{safe(folder)}: {_matrices(len(posterior))} from the estimate"]
+    if file:
+        lines[0] += f", {len(file)} from the files"
+    if any(record.rank for record in results):
+        lines[0] += (
+            f"; rank {span(r.rank for r in results if r.rank)}, {count(sum(r.params for r in results))} parameters"
+        )
+    if without:
+        lines.append(f"not in it: {named([record.layer for record in without])}")
+    return [say("written", "Written", *lines)]
+
+
+def model_card(results: Results[Recovery], base_name: str, command: str) -> str:
+    """Return the ``README.md`` of the folder.
+
+    Args:
+        results: What was estimated and written.
+        base_name: The base model.
+        command: The command that wrote it.
+    """
+    adapter = any(record.rank for record in results)
+    what = "LoRA adapter" if adapter else "Checkpoint"
+    made = [record for record in results if record.written == "posterior"]
+    file = [record for record in results if record.written == "file"]
+    without = [record for record in results if record.written == "nothing"]
+    known = [record for record in made if record.fro_estimate is not None]
+    whole = math.hypot(*(record.fro_estimate or 0.0 for record in known))
+    seen = math.hypot(*(record.fro for record in known))
+    lines = [
+        "---",
+        "base_model: '" + safe(base_name).replace("'", "''") + "'",
+        *(["library_name: peft"] if adapter else []),
+        "tags:",
+        *(["- lora"] if adapter else []),
+        "- loradiag",
+        "---",
+        "",
+        f"# {what} recovered from the rounding of {_code(subject(results.run))}",
+        "",
+        f"**This is an estimate.** {_code(subject(results.run))} was stored with few mantissa bits, and rounding undid "
+        f"most of a small update of {_code(base_name)}. From the rounding cell of each stored weight loradiag "
+        "estimates the update before rounding. It assumes that training kept float32 master weights, started at the "
+        "base model, and was rounded once. Evaluate it before you use it.",
+        "",
+        f"- {_matrices(len(made))} from the estimate: ‖X‖ = {number(whole)}, of which the files show "
+        f"{fraction(seen / whole) if whole else '-'}",
+        f"- {_matrices(len(file))} as the files have them",
+        *([f"- not in it: {named([record.layer for record in without], 12)}"] if without else []),
+        "",
+        f"Made by loradiag {results.run.version}; `recovery.jsonl` has the numbers of every weight:",
+        "",
+        f"    {safe(command)}",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _code(text: str) -> str:
+    return f"`{safe(text).replace('`', chr(39))}`"

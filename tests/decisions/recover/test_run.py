@@ -1,0 +1,188 @@
+"""``recover`` end to end: what it writes, and how it ends."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import lora_diag
+from tests.conftest import save_model
+from tests.linalg.test_hidden import low_rank_of, planted
+from tests.oracles import spectrum
+
+Q, UP, HEAD = "model.layers.0.self_attn.q_proj.weight", "model.layers.0.mlp.up_proj.weight", "lm_head.weight"
+NORM = "model.norm.weight"
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """Return folders: BASE and TUNED in bfloat16, of which q is of rank 3, up is noise and the head did not move."""
+    folder = tmp_path_factory.mktemp("models")
+    q, up = planted(96, 80, 3, 2e-5, 1), planted(64, 80, 0, 1e-5, 2)
+    head = torch.randn(40, 80, generator=torch.Generator().manual_seed(3)).mul(0.02).bfloat16()
+    base = {Q: q[0].bfloat16(), UP: up[0].bfloat16(), HEAD: head, NORM: torch.ones(80).bfloat16()}
+    tuned = {Q: q[2].bfloat16(), UP: up[2].bfloat16(), HEAD: head, NORM: torch.full((80,), 1.5).bfloat16()}
+    save_model(folder / "base", base)
+    save_model(folder / "tuned", tuned)
+    config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "torch_dtype": "bfloat16"}
+    for name in ("base", "tuned"):
+        (folder / name / "config.json").write_text(json.dumps(config))
+    return folder / "base", folder / "tuned", base, tuned, q[1]
+
+
+def test_records_compare_the_estimate_with_the_files(models, tmp_path):
+    base, tuned, before, after, x = models
+    found = lora_diag.recover(base, tuned, tmp_path / "r.jsonl")
+    assert {record.layer: record.status for record in found} == {Q: "recovered", UP: "size_only", HEAD: "refused"}
+    record = found[Q]
+    expected = spectrum(before[Q].double().numpy(), after[Q].double().numpy())
+    assert record.fro == pytest.approx(expected["fro"])
+    assert record.energy["4"] == pytest.approx(float(expected["curve"][3]), abs=1e-6)
+    assert record.rank_at["0.9"] == int(np.searchsorted(expected["curve"], 0.9)) + 1
+    assert record.rank_at_estimate["0.9"] in {2, 3, None}
+    assert record.fro_estimate == pytest.approx(float(x.norm()), rel=0.1)
+    assert [item.reason for item in found.left_out] == ["vector"]
+    assert lora_diag.read_results(tmp_path / "r.jsonl").layers == found.layers
+    assert lora_diag.recover(base, tuned, workers=1, seed=0).layers == found.layers
+
+
+def test_an_adapter_is_the_svd_of_the_posterior_mean(models, tmp_path):
+    base, tuned, before, after, x = models
+    found = lora_diag.recover(base, tuned, tmp_path / "full", full=True)
+    mean = load_file(tmp_path / "full" / "model.safetensors")[Q].double() - before[Q].double()
+    found = lora_diag.recover(base, tuned, tmp_path / "adapter", rank=3)
+    files = {path.name for path in (tmp_path / "adapter").iterdir()}
+    assert files == {"README.md", "adapter_config.json", "adapter_model.safetensors", "recovery.jsonl"}
+    factors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    prefix = f"base_model.model.{Q.removesuffix('.weight')}"
+    product = (factors[f"{prefix}.lora_B.weight"].double() @ factors[f"{prefix}.lora_A.weight"].double()).numpy()
+    best = low_rank_of(mean, 3)
+    assert np.linalg.norm(product - best) < 1e-4 * np.linalg.norm(best)
+    plain = np.linalg.norm(low_rank_of(after[Q].double() - before[Q].double(), 3) - x.numpy())
+    assert np.linalg.norm(product - x.numpy()) < 0.5 * plain
+    assert len(factors) == 2  # layers without a direction have no factors
+    assert [record.written for record in found] == ["posterior" if r.layer == Q else "nothing" for r in found]
+    assert "estimate" in (tmp_path / "adapter" / "README.md").read_text()
+    residual = lora_diag.residual(base, tuned, [tmp_path / "adapter"], layers="q_proj")
+    assert residual[0].rank == 3
+
+
+def test_energy_chooses_ranks_and_refused_layers_can_be_kept(models, tmp_path):
+    base, tuned, before, after, _ = models
+    found = lora_diag.recover(base, tuned, tmp_path / "a", energy=0.5, keep_refused=True)
+    assert found[Q].energy_estimate[str(found[Q].rank)] >= 0.5 or found[Q].rank == found[Q].directions
+    assert (found[UP].written, found[HEAD].written) == ("file", "nothing")
+    factors = load_file(tmp_path / "a" / "adapter_model.safetensors")
+    prefix = f"base_model.model.{UP.removesuffix('.weight')}"
+    product = (factors[f"{prefix}.lora_B.weight"].double() @ factors[f"{prefix}.lora_A.weight"].double()).numpy()
+    best = low_rank_of(after[UP].double() - before[UP].double(), found[UP].rank)
+    assert np.linalg.norm(product - best) < 1e-4 * np.linalg.norm(best)
+
+
+def test_a_full_checkpoint_rounds_to_what_was_stored(models, tmp_path):
+    base, tuned, before, after, x = models
+    found = lora_diag.recover(base, tuned, tmp_path / "full", full=True)
+    assert {record.layer: record.written for record in found} == {Q: "posterior", UP: "posterior", HEAD: "file"}
+    tensors = load_file(tmp_path / "full" / "model.safetensors")
+    assert set(tensors) == set(after)
+    for name, tensor in tensors.items():
+        assert tensor.dtype == torch.float32
+        assert torch.equal(tensor.bfloat16(), after[name])
+    truth = before[Q].float() + x
+    assert float((tensors[Q] - truth).norm()) < 0.5 * float((after[Q].float() - truth).norm())
+    assert json.loads((tmp_path / "full" / "config.json").read_text())["torch_dtype"] == "float32"
+    assert lora_diag.spectrum(base, tmp_path / "full")[Q].fro == pytest.approx(
+        float((tensors[Q] - before[Q].float()).norm())
+    )
+
+
+def test_an_interrupted_run_is_resumed(models, tmp_path):
+    base, tuned, *_ = models
+    whole = lora_diag.recover(base, tuned, tmp_path / "whole", full=True)
+
+    def stop(record):
+        if record.record == "recovery":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        lora_diag.recover(base, tuned, tmp_path / "again", full=True, on_record=stop)
+    assert not (tmp_path / "again").exists()
+    with pytest.raises(lora_diag.UsageError, match="did not finish"):
+        lora_diag.recover(base, tuned, tmp_path / "again", full=True)
+    resumed = lora_diag.recover(base, tuned, tmp_path / "again", full=True, resume=True)
+    assert resumed.layers == whole.layers
+    for name in ("model.safetensors", "config.json", "recovery.jsonl"):
+        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    with pytest.raises(lora_diag.UsageError, match="not empty"):
+        lora_diag.recover(base, tuned, tmp_path / "again", full=True)
+
+
+def test_a_stack_of_experts_is_recovered_matrix_by_matrix(tmp_path):
+    name = "model.layers.0.mlp.experts.down_proj"
+    parts = [planted(96, 80, 3, 2e-5, seed) for seed in (1, 4)]
+    before, after = (torch.stack([part[k] for part in parts]).bfloat16() for k in (0, 2))
+    save_model(tmp_path / "base", {name: before})
+    save_model(tmp_path / "tuned", {name: after})
+    found = lora_diag.recover(tmp_path / "base", tmp_path / "tuned", tmp_path / "full", full=True)
+    assert [record.layer for record in found] == [f"{name}[0]", f"{name}[1]"]
+    tensor = load_file(tmp_path / "full" / "model.safetensors")[name]
+    assert torch.equal(tensor.bfloat16(), after)
+    truth = torch.stack([part[0] + part[1] for part in parts])
+    assert float((tensor - truth).norm()) < 0.6 * float((after.float() - truth).norm())
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "message"),
+    [
+        (["--rank", "2", "--full", "-o", "out"], 2, "give one of"),
+        (["--rank", "2"], 2, "-o"),
+        (["--rank", "0", "-o", "out"], 2, "--rank 0"),
+        (["--energy", "1.5", "-o", "out"], 2, "--energy 1.5"),
+        (["--keep-refused"], 2, "--keep-refused"),
+        (["--layers", "lm_head"], 5, ""),
+        (["--layers", "lm_head", "--rank", "2", "-o", "out"], 5, "no entry changed"),
+        (["--layers", "lm_head", "--full", "-o", "out"], 5, "nothing was written"),
+        (["--layers", "nowhere"], 4, "nothing was compared"),
+    ],
+)
+def test_exit_codes_and_messages(loradiag, models, tmp_path, words, code, message):
+    ran = loradiag("recover", *models[:2], *words)
+    assert ran.code == code, ran.err
+    assert message in ran.err
+    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "out.part").exists()
+
+
+def test_bad_inputs_end_with_one_message(loradiag, models, tmp_path):
+    base, tuned, before, *_ = models
+    broken = dict(before)
+    broken[Q] = before[Q].clone()
+    broken[Q][1, 2] = float("nan")
+    save_model(tmp_path / "nan", broken)
+    ran = loradiag("recover", base, tmp_path / "nan", "--layers", "q_proj")
+    assert ran.code == 3
+    assert "[1, 2]" in ran.err
+    (tmp_path / "lora").mkdir()
+    (tmp_path / "lora" / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 1}')
+    save_file({"base_model.model.x.lora_A.weight": torch.ones(1, 2)}, tmp_path / "lora" / "adapter_model.safetensors")
+    ran = loradiag("recover", base, tmp_path / "lora")
+    assert ran.code == 2
+    assert "is an adapter" in ran.err
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "model.safetensors").write_bytes(b"mine")
+    assert loradiag("recover", base, tuned, "--full", "-o", "mine", "--overwrite").code == 2
+    assert (tmp_path / "mine" / "model.safetensors").read_bytes() == b"mine"
+
+
+def test_table_figure_report_and_gate_read_the_records(loradiag, models, tmp_path):
+    ran = loradiag("recover", *models[:2], "-o", "r.jsonl", "--per", "layer")
+    assert ran.code == 0
+    for words in (["plot", "r.jsonl", "--figure", "recovery", "-o", "r.png"], ["report", "r.jsonl", "-o", "r.html"]):
+        assert loradiag(*words).code == 0
+    assert (tmp_path / "r.png").stat().st_size > 10_000
+    rule = "[[rule]]\nname = 'directions'\nlayers = 'q_proj'\nrequire = 'gain_z >= 2'\n"
+    (tmp_path / "policy.toml").write_text(f"{rule}[coverage]\nminimum = 0.0\n")
+    assert "gain_z" in (ran := loradiag("gate", "policy.toml", "r.jsonl")).out, ran.err
+    assert ran.code == 0

@@ -1,0 +1,170 @@
+"""One layer's update before rounding: formats, both starts, and what is refused."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from lora_diag.checkpoints import open_checkpoint
+from lora_diag.deltas import pair
+from lora_diag.layers.recovery import recover_layer
+from tests.linalg.test_hidden import planted
+
+CPU = torch.device("cpu")
+NAME = "layers.0.up_proj.weight"
+
+
+def estimate(folder, base, tuned, seed=0):
+    """Recover the one layer of two files; tensors, or all tensors of a file by name."""
+    for name, side in (("base", base), ("tuned", tuned)):
+        tensors = side if isinstance(side, dict) else {NAME: side}
+        save_file({key: value.contiguous() for key, value in tensors.items()}, folder / f"{name}.safetensors")
+    sides = [open_checkpoint(folder / f"{name}.safetensors") for name in ("base", "tuned")]
+    (delta,) = pair(*sides).deltas
+    fro = math.sqrt(sum(float((t.double() - b.double()).square().sum()) for b, t in delta.blocks()))
+    return recover_layer(delta, fro, (1, 4, 16), seed, CPU)
+
+
+def off(found, x):
+    return abs(found.hidden.fro_estimate / float(x.norm()) - 1)
+
+
+def test_a_bfloat16_pair_gives_size_directions_and_intervals(tmp_path):
+    w, x, t = planted(256, 192, 4, 1.5e-5, 1)
+    found = estimate(tmp_path, w.bfloat16(), t.bfloat16())
+    hidden = found.hidden
+    assert (hidden.status, hidden.start, hidden.directions, hidden.scales) == ("recovered", "stored", 4, False)
+    assert hidden.start_gain < -10
+    assert hidden.unchanged == pytest.approx(float((t == w).double().mean()))
+    low, high = hidden.fro_interval
+    assert low < hidden.fro_estimate < high
+    assert off(found, x) < 0.05
+    s = np.linalg.svd(x.double().numpy(), compute_uv=False)
+    share = float((s[:4] ** 2).sum() / (s**2).sum())
+    assert hidden.energy_interval["4"][0] <= share <= hidden.energy_interval["4"][1] + 1e-9
+    assert hidden.energy_estimate["16"] == hidden.energy_estimate["4"]
+    assert torch.equal((w + found.matrix()).bfloat16().float(), t)
+
+
+def test_values_of_bfloat16_stored_as_float32_are_seen(tmp_path):
+    w, _, t = planted(128, 96, 3, 2e-5, 2)
+    plain = estimate(tmp_path, w.bfloat16(), t.bfloat16()).hidden
+    t[0, 0] += 1e-4  # one entry that was edited by hand, and is not on the grid
+    wide = estimate(tmp_path, w, t).hidden
+    assert wide.status == plain.status == "recovered"
+    assert wide.fro_estimate == pytest.approx(plain.fro_estimate, rel=0.02)
+
+
+def test_a_base_in_float32_and_float16_files(tmp_path):
+    rng = np.random.default_rng(3)
+    w = torch.tensor(rng.normal(size=(128, 100)) * 0.02).float()
+    x = torch.tensor(rng.normal(size=(128, 2)) @ rng.normal(size=(2, 100)) * 2e-6).float()
+    found = estimate(tmp_path, w, (w + x).half())
+    assert found.hidden.status in {"recovered", "size_only"}
+    assert found.hidden.start == "stored"
+    assert found.hidden.start_gain is None
+    assert off(found, x) < 0.1
+
+
+def test_a_base_that_was_rounded_after_the_start_is_told(tmp_path):
+    rng = np.random.default_rng(4)
+    start = torch.tensor(rng.normal(size=(160, 128)) * 0.02)
+    x = torch.tensor(rng.normal(size=(160, 128)) * 3e-5)
+    found = estimate(tmp_path, start.float().bfloat16(), (start + x).float().bfloat16())
+    assert found.hidden.start == "rounded"
+    assert found.hidden.start_gain > 10
+    assert off(found, x) < 0.05
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_scaled_eight_bit_weights(tmp_path, dtype):
+    rng = np.random.default_rng(5)
+    scale = 0.001
+    code = torch.tensor(rng.normal(size=(128, 96)) * 20).to(dtype)
+    w = code.double() * scale
+    x = torch.tensor(rng.normal(size=(128, 96)) * 4e-4)
+    tuned = ((w + x) / scale).float().to(dtype)
+    found = estimate(tmp_path, *({NAME: c, f"{NAME}_scale": torch.tensor([scale])} for c in (code, tuned)))
+    assert found.hidden.status == "size_only"
+    assert off(found, x) < 0.05
+
+
+def test_what_the_files_resolve_is_not_hidden(tmp_path):
+    w, x, _ = planted(64, 48, 2, 1e-4, 6)
+    found = estimate(tmp_path, w.bfloat16(), w + x)
+    assert found.hidden.status == "not_hidden"
+    assert found.hidden.fro_estimate == pytest.approx(float(x.norm()), rel=1e-5)
+    assert found.cells is None
+
+
+def test_what_did_not_move_or_hardly_is_refused(tmp_path):
+    w, _, _ = planted(64, 48, 2, 1e-4, 7)
+    assert "no entry changed" in estimate(tmp_path, w.bfloat16(), w.bfloat16()).hidden.reason
+    few = w.bfloat16().clone()
+    few[0, :5] += 1
+    found = estimate(tmp_path, w.bfloat16(), few).hidden
+    assert (found.status, found.fro_estimate) == ("refused", None)
+    assert "5 entries" in found.reason
+
+
+@pytest.mark.parametrize("stochastic", [False, True])
+@pytest.mark.parametrize("rate", [1e-5, 1e-6])
+def test_training_without_master_weights_is_refused(tmp_path, stochastic, rate):
+    rng = torch.Generator().manual_seed(8)
+    start = (torch.randn(256, 256, generator=rng) * 0.02).bfloat16().float()
+    drift, now = 0.3 * torch.randn(256, 256, generator=rng), start.clone()
+    for _ in range(40):
+        moved = now - rate * torch.tanh(torch.randn(256, 256, generator=rng) + drift)
+        if stochastic:
+            bits = moved.view(torch.int32) + torch.randint(0, 65536, (256, 256), generator=rng, dtype=torch.int32)
+            now = (bits & -65536).view(torch.float32)
+        else:
+            now = moved.bfloat16().float()
+    found = estimate(tmp_path, start.bfloat16(), now.bfloat16()).hidden
+    assert found.status == "refused"
+    assert found.fit_chi > 20
+    assert found.fro_estimate is None
+
+
+@pytest.mark.parametrize("rank", [1, 2])
+def test_an_update_of_rank_1_or_2_needs_its_directions_to_fit(tmp_path, rank):
+    w, x, t = planted(256, 200, rank, 2e-5, 20 + rank)
+    found = estimate(tmp_path, w.bfloat16(), t.bfloat16())
+    assert found.hidden.status == "recovered"
+    assert off(found, x) < 0.06
+    assert float((found.matrix() - x).norm() / x.norm()) < 0.25
+
+
+def test_rows_of_different_sizes_get_scales_before_they_are_refused(tmp_path):
+    w, x, t = planted(256, 200, 0, 1e-5, 9, rows=0.8)
+    found = estimate(tmp_path, w.bfloat16(), t.bfloat16())
+    assert found.hidden.scales
+    assert found.hidden.status == "size_only"
+    assert off(found, x) < 0.03
+    assert torch.equal((w + found.matrix()).bfloat16().float(), t)
+
+
+def test_row_scales_keep_the_values_of_a_low_rank_update(tmp_path):
+    w, x, t = planted(256, 200, 2, 2e-5, 10, rows=0.9)
+    found = estimate(tmp_path, w.bfloat16(), t.bfloat16())
+    assert found.hidden.scales
+    assert found.hidden.status == "recovered"
+    assert float((found.matrix() - x).norm() / x.norm()) < 0.6 * float((t - w - x).norm() / x.norm())
+    s = np.linalg.svd(x.double().numpy(), compute_uv=False)
+    first = float(s[0] ** 2 / (s**2).sum())
+    assert found.hidden.energy_interval["1"][0] <= first <= found.hidden.energy_interval["1"][1]
+
+
+def test_a_format_without_known_cells_is_refused():
+    from tests.conftest import SHARED
+
+    case = SHARED / "cases" / "bnb-nf4-double"
+    if not case.exists():
+        pytest.skip("no such files here")
+    base = open_checkpoint(next(case.glob("base*")))
+    delta = next(one for one in pair(base, base).deltas if one.tuned.info.stored)
+    found = recover_layer(delta, 1.0, (1,), 0, CPU).hidden
+    assert found.status == "refused"
+    assert "nf4" in found.reason

@@ -1,0 +1,172 @@
+"""Size, scales and low rank of an update from its cells, against definitions written out, and laws."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.optimize import minimize_scalar
+from scipy.special import ndtr
+
+from lora_diag.linalg.cells import GRIDS, Cells, halves
+from lora_diag.linalg.hidden import fit_low_rank, fit_size, posterior_mean, recover
+from lora_diag.linalg.hidden_scales import fit_scales
+from lora_diag.linalg.shrinkage import edge, shrink, with_noise
+
+
+def planted(m, n, rank, rms, seed, noise=0.0, rows=None):
+    """W in bfloat16, X of a rank (plus a share of white noise), and round(W + X); float32 tensors."""
+    rng = np.random.default_rng(seed)
+    w = torch.tensor(rng.normal(size=(m, n)) * 0.02).bfloat16().float()
+    x = rng.normal(size=(m, rank)) @ rng.normal(size=(rank, n)) if rank else np.zeros((m, n))
+    x *= math.sqrt(1 - noise) / max(x.std(), 1e-30)
+    x = rms * (x + math.sqrt(noise if rank else 1.0) * rng.normal(size=(m, n)))
+    if rows is not None:
+        x *= np.exp(rows * rng.normal(size=(m, 1)))
+    x = torch.tensor(x).float()
+    return w, x, (w + x).bfloat16().float()
+
+
+def cells_of(w, t):
+    below, above = halves(t, GRIDS["bfloat16"])
+    return Cells(t - w - below, t - w + above)
+
+
+def rms_of(w, t):
+    return float((t - w).square().mean().sqrt())
+
+
+def low_rank_of(matrix, rank):
+    u, s, vh = np.linalg.svd(matrix.double().numpy(), full_matrices=False)
+    return (u[:, :rank] * s[:rank]) @ vh[:rank]
+
+
+def error(found, x):
+    return float(np.linalg.norm(np.asarray(found) - x.double().numpy()) / np.linalg.norm(x.double().numpy()))
+
+
+@pytest.mark.parametrize("rounded", [False, True])
+def test_the_size_has_the_largest_likelihood(rounded):
+    rng = np.random.default_rng(5)
+    start = rng.normal(size=(40, 50)) * 0.02
+    stored = torch.tensor(start).bfloat16().double()
+    base = stored if rounded else torch.tensor(start)
+    tuned = torch.tensor(start + rng.normal(size=start.shape) * 4e-5).bfloat16().double()
+    below, above = halves(tuned, GRIDS["bfloat16"])
+    parts = [tuned - base - below, tuned - base + above, *(halves(base, GRIDS["bfloat16"]) if rounded else ())]
+    lo, hi, *wide = (part.numpy() for part in parts)
+    # The likelihood written out: the probability of the cell, averaged over where the start may have been.
+    shifts = np.linspace(0, 1, 201)[:, None, None] if rounded else np.zeros((1, 1, 1))
+    offset = -wide[0] + shifts * (wide[0] + wide[1]) if rounded else 0.0
+
+    def loss(log_s):
+        s = math.exp(log_s)
+        return (
+            -np.log(np.trapezoid(ndtr((hi - offset) / s) - ndtr((lo - offset) / s), dx=1 / 200, axis=0)).sum()
+            if (rounded)
+            else -np.log(ndtr(hi / s) - ndtr(lo / s)).sum()
+        )
+
+    best = minimize_scalar(loss, bounds=(math.log(5e-6), math.log(5e-4)), method="bounded", options={"xatol": 1e-7})
+    found = fit_size(Cells(*parts), 1e-4)
+    assert found.deviation == pytest.approx(math.exp(best.x), rel=1e-4 if not rounded else 2e-3)
+    assert found.log_likelihood == pytest.approx(-best.fun, rel=1e-6 if not rounded else 1e-4)
+    curvature = (loss(best.x + 0.01) + loss(best.x - 0.01) - 2 * best.fun) / 1e-4
+    assert found.error == pytest.approx(1 / math.sqrt(curvature), rel=0.15)
+
+
+@given(m=st.integers(2, 40), n=st.integers(2, 40), q=st.floats(0.05, 1.0), factor=st.floats(1.01, 30.0))
+def test_shrinking_inverts_what_noise_and_information_do(m, n, q, factor):
+    s = 0.7
+    noise = s / math.sqrt(q)
+    x = noise * (m * n) ** 0.25 * factor
+    y = float(with_noise(torch.tensor([x], dtype=torch.float64), (m, n), noise)[0])
+    eta = math.sqrt((y**2 - (m + n) * noise**2) ** 2 - 4 * m * n * noise**4) / y  # Gavish and Donoho 2017
+    sigma = (1 - q) * eta + q * y
+    values = torch.tensor([sigma, 0.999 * edge((m, n), s * math.sqrt(q))], dtype=torch.float64)
+    found = shrink(values, (m, n), s, q)
+    assert found.debiased.tolist() == pytest.approx([x], rel=1e-6)
+    assert found.eta.tolist() == pytest.approx([eta], rel=1e-5)
+    assert found.noise == pytest.approx(noise)
+
+
+def test_shrunk_values_are_nearest_to_what_was_planted():
+    rng = np.random.default_rng(3)
+    m, n, x = 300, 200, 40.0
+    u, v = (part / np.linalg.norm(part) for part in (rng.normal(size=m), rng.normal(size=n)))
+    noisy = x * np.outer(u, v) + rng.normal(size=(m, n))
+    left, s, right = np.linalg.svd(noisy)
+    found = shrink(torch.tensor(s), (m, n), 1.0, 1.0)
+    assert found.debiased.tolist() == pytest.approx([x], rel=0.05)
+    best = x * float(left[:, 0] @ u) * float(right[0] @ v)  # the multiple of u₁v₁ᵀ that is nearest
+    assert float(found.eta[0]) == pytest.approx(best, rel=0.05)
+
+
+@pytest.mark.parametrize(("rms", "most"), [(3e-5, 0.1), (1e-5, 0.35)])
+def test_a_low_rank_update_is_recovered(rms, most):
+    w, x, t = planted(256, 200, 4, rms, 7)
+    cells = cells_of(w, t)
+    size = fit_size(cells, rms_of(w, t))
+    assert size.fro == pytest.approx(float(x.norm()), rel=0.06)
+    found = recover(cells, size)
+    assert found.z > 5
+    assert found.low_rank.rank == 4
+    mean = torch.cat(list(posterior_mean(cells, found.low_rank, found.low_rank.deviation)))
+    recovered, plain = error(low_rank_of(mean, 4), x), error(low_rank_of(t - w, 4), x)
+    assert recovered < most
+    assert recovered < 0.55 * plain
+
+
+@settings(max_examples=12)
+@given(seed=st.integers(0, 10**6))
+def test_pure_noise_has_no_direction(seed):
+    w, x, t = planted(60, 70, 0, 1e-5, seed)
+    cells = cells_of(w, t)
+    size = fit_size(cells, rms_of(w, t))
+    assert recover(cells, size, seed).low_rank is None
+    assert abs(math.log(size.fro / float(x.norm()))) < 5 * size.error
+
+
+@pytest.mark.parametrize("rule", ["norm", "debiased"])
+@pytest.mark.parametrize("shape", [(60, 40), (260, 230)])
+def test_powers_of_two_and_permutations_change_nothing_else(rule, shape):
+    w, _, t = planted(*shape, 3, 2e-5, 11)
+    cells = cells_of(w, t)
+    rows, columns = torch.randperm(shape[0]), torch.randperm(shape[1])
+    size = fit_size(cells, 2.0**-15)
+    found = fit_low_rank(cells, size, rule)
+    scaled = Cells(cells.lo * 2.0**12, cells.hi * 2.0**12)
+    other = fit_low_rank(scaled, fit_size(scaled, 2.0**-3), rule)
+    assert torch.equal(other.rows(0, shape[0]), found.rows(0, shape[0]) * 2.0**12)
+    moved = Cells(cells.lo[rows][:, columns], cells.hi[rows][:, columns])
+    turned = fit_low_rank(moved, fit_size(moved, 2.0**-15), rule).rows(0, shape[0])
+    expected = found.rows(0, shape[0])[rows][:, columns]
+    assert float((turned - expected).norm() / expected.norm()) < 0.02
+
+
+def test_what_is_estimated_lies_in_the_cells():
+    w, _, t = planted(100, 80, 2, 1e-5, 13)
+    cells = cells_of(w, t)
+    before = cells.lo.clone()
+    size = fit_size(cells, rms_of(w, t))
+    found = recover(cells, size)
+    assert torch.equal(cells.lo, before)  # hidden cells are back
+    mean = torch.cat(list(posterior_mean(cells, found.low_rank, found.low_rank.deviation)))
+    assert torch.equal((w + mean).bfloat16().float(), t)
+
+
+def test_scales_of_rows_are_found_and_unneeded_ones_are_not():
+    w, x, t = planted(200, 150, 0, 1e-5, 17, rows=0.8)
+    cells = cells_of(w, t)
+    size = fit_size(cells, rms_of(w, t))
+    assert size.fro > 1.04 * float(x.norm())
+    scales, divided, fitted = fit_scales(cells, size)
+    true = x.square().mean(1).sqrt().log()
+    assert float(torch.corrcoef(torch.stack([scales.rows.log(), true]))[0, 1]) > 0.95
+    assert torch.allclose(divided.lo * scales.rows[:, None] * scales.columns, cells.lo, rtol=1e-5)
+    assert fitted.log_likelihood > size.log_likelihood
+    w, _, t = planted(200, 150, 0, 1e-5, 18)
+    cells = cells_of(w, t)
+    assert fit_scales(cells, fit_size(cells, rms_of(w, t))) is None

@@ -16,8 +16,6 @@ from lora_diag.rendering.lines import subject
 from lora_diag.rendering.statements import Level, Statement, compared, ending, left_out, say, summary_of
 from lora_diag.rendering.text import count, fraction, middle, named, number, percent, safe, short, shown, span, to_text
 
-_SPARED = ("χ²/df", "directions", "n", "r@90% file", "z", "‖D‖/‖W‖")
-
 STATUS = {
     "recovered": "recovered",
     "size_only": "size only",
@@ -53,23 +51,23 @@ def recovery_grids(results: Results[Recovery], per: str = "type") -> list[Grid]:
     """Return the table."""
     rows = rows_of(results, per)
 
-    def column(title: str, cell: Callable[[Sequence[Recovery]], str]) -> Column:
-        return Column(title, tuple(cell(group) for _, group in rows))
+    def column(title: str, cell: Callable[[Sequence[Recovery]], str], drop: int = 0) -> Column:
+        return Column(title, tuple(cell(group) for _, group in rows), drop=drop)
 
     columns = [
-        column("n", lambda group: str(len(group))),
+        column("n", lambda group: str(len(group)), 4),
         column("verdict", _verdicts),
         column("unchanged", lambda group: percent(median(r.unchanged for r in group))),
-        column("‖D‖/‖W‖", lambda group: shown(middle([r.relative for r in group]))),
+        column("‖D‖/‖W‖", lambda group: shown(middle([r.relative for r in group])), 1),
         column("‖X‖/‖W‖", lambda group: shown(middle([r.relative_estimate for r in group]))),
-        column("r@90% file", lambda group: _rank([r.rank_at["0.9"] for r in group])),
+        column("r@90% file", lambda group: _rank([r.rank_at["0.9"] for r in group]), 3),
         column("r@90%", lambda group: _estimated(group)),
-        column("directions", lambda group: _rank([r.directions for r in group if r.directions is not None])),
-        column("z", lambda group: shown(middle([r.gain_z for r in group]), lambda z: f"{z:.1f}")),
-        column("χ²/df", lambda group: shown(middle([r.fit_chi for r in group]))),
+        column("directions", lambda group: _rank([r.directions for r in group if r.directions is not None]), 5),
+        column("z", lambda group: shown(middle([r.gain_z for r in group]), lambda z: f"{z:.1f}"), 2),
+        column("χ²/df", lambda group: shown(middle([r.fit_chi for r in group])), 6),
     ]
     kept = tuple(one for one in columns if (per == "type" or one.title != "n") and set(one.cells) != {"-"})
-    return [Grid("", title_of(per), tuple(name for name, _ in rows), kept, _SPARED)]
+    return [Grid("", title_of(per), tuple(name for name, _ in rows), kept)]
 
 
 def _verdicts(group: Sequence[Recovery]) -> str:

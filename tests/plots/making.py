@@ -3,6 +3,7 @@
 import numpy as np
 
 from lora_diag.decisions.allocate.record import Allocation, Baseline, Certificate
+from lora_diag.decisions.recover.record import Recovery
 from lora_diag.diagnostics.fleet.record import Fleet, FleetLayer
 from lora_diag.diagnostics.interference.record import EnergyOverlap, Interference, Union
 from lora_diag.diagnostics.overlap.record import Overlap
@@ -170,6 +171,37 @@ def allocations(blocks, types=TYPES):
                 )
             )
     return found
+
+
+def recoveries(blocks, types=TYPES, ranks=(1, 4, 16)):
+    """Updates of which half is seen before rounding, and their files."""
+    shares = {str(r): min(1.0, 0.2 + 0.1 * k) for k, r in enumerate(ranks)}
+    return [
+        Recovery(
+            layer=f"model.layers.{block}.{kind}.weight",
+            shape=(32, 64),
+            dtypes=("bfloat16", "bfloat16"),
+            fro=0.1,
+            base_fro=2.0,
+            energy={r: share / 2 for r, share in shares.items()},
+            rank_at={"0.9": 28, "0.95": 30, "0.99": 32},
+            energy_error=1e-6,
+            method="gram",
+            status="recovered",
+            reason="3 directions",
+            unchanged=0.8,
+            fro_estimate=0.2,
+            fro_interval=(0.19, 0.21),
+            energy_estimate=shares,
+            energy_interval={r: (share * 0.8, min(1.0, share * 1.5)) for r, share in shares.items()},
+            rank_at_estimate={"0.9": None, "0.95": None, "0.99": None},
+            rank_at_interval={"0.9": (8, None), "0.95": (9, None), "0.99": (9, None)},
+            directions=3,
+            gain_z=9.0,
+        )
+        for block in range(blocks)
+        for kind in types
+    ]
 
 
 def certificate(spent=1000, kept=0.5, bound=0.51):

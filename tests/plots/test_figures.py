@@ -323,6 +323,7 @@ PANELS = {
     "residual": lambda **more: plots.residual(making.residuals(2), **more),
     "overlap": lambda **more: plots.overlap(making.overlaps(2), **more),
     "allocation": lambda **more: plots.allocation(making.allocations(2), **more),
+    "recovery": lambda **more: plots.recovery(making.recoveries(2), **more),
     "angles": lambda **more: plots.angles(making.interferences(2), **more),
     "union": lambda **more: plots.union(making.unions(2), **more),
     "fleet": lambda **more: plots.fleet(making.adapters(9), **more),

@@ -27,6 +27,7 @@ EXPECTED = {
     "subspaces": {"layers": None, "seed": 0, "workers": None},
     "fleet": {"device": "auto", "overwrite": False},
     "extract": {"memory": None, "tol": 1e-4, "overwrite": False},
+    "recover": {"memory": None, "tol": 1e-4, "overwrite": False},
 }
 # Options that a function must not have: it could not heed them.
 ABSENT = {
@@ -74,11 +75,11 @@ def commands(command):
 def test_command_line_shows_the_declaration():
     """By name, default and help; ``engine`` is three options there, and a callback none."""
     found = {command.name: command for command in commands(typer.main.get_command(app))}
-    for name in ("spectrum", "residual", "intruders", "interference", "extract"):
+    for name in ("spectrum", "residual", "intruders", "interference", "extract", "recover"):
         shown = {each.name: each for each in found[name].params}
         assert {"ray_address", "gpus_per_task"} <= set(shown)
         for option, (_, each) in declared(LayerOptions).items():
-            own = name == "extract" and option in {"output", "overwrite"}
+            own = name in {"extract", "recover"} and option in {"output", "overwrite"}
             if each.cli and not own:
                 assert (shown[option].default, shown[option].help) == (each.default, each.help)
             assert each.cli or option == "engine" or option not in shown

@@ -54,6 +54,12 @@ def same_numbers():
 
 
 @pytest.fixture(autouse=True)
+def whole_summaries(monkeypatch):
+    """Let commands in this process show every line of their summaries, as ``show_all`` does for those in others."""
+    monkeypatch.setattr("lora_diag.cli.options.LINES", None)
+
+
+@pytest.fixture(autouse=True)
 def ctrl_c():
     """Let the commands that a test starts be interrupted.
 
@@ -93,10 +99,11 @@ def server(tmp_path_factory):
 def loradiag(tmp_path, server):
     """Run the command in a process of its own; a traceback is always a failure.
 
-    ``anew`` starts Python anew, for what it reads of its environment only when it starts.
+    ``anew`` starts Python anew, for what it reads of its environment only when it starts. Summaries are whole, as with
+    ``--verbose``, unless they are to be ``brief``.
     """
 
-    def run(*words, cwd=tmp_path, env=None, anew=False) -> Ran:
+    def run(*words, cwd=tmp_path, env=None, anew=False, brief=False) -> Ran:
         env = {**os.environ, "NO_COLOR": "1", "OMP_NUM_THREADS": "1", **(env or {})}
         if anew:
             done = subprocess.run(
@@ -109,7 +116,8 @@ def loradiag(tmp_path, server):
             )
             code, out, err = done.returncode, done.stdout, done.stderr
         else:
-            code, out, err = server.run(words, cwd, environment=env)
+            whole = {} if brief else {"prepare": "tests.served:show_all"}
+            code, out, err = server.run(words, cwd, environment=env, **whole)
         ran = Ran(code, out.decode(), err.decode())
         assert "Traceback" not in ran.err, ran.err
         return ran

@@ -76,6 +76,13 @@ class Server:
         self._socket.close()
 
 
+def show_all(job: dict) -> None:
+    """Let a command show every line of its summary."""
+    from lora_diag.cli import options
+
+    options.LINES = None
+
+
 def _connected(path: str) -> socket.socket:
     import fcntl
 

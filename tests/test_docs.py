@@ -42,7 +42,7 @@ def refresh(loradiag):
     def output(words: str) -> str:
         if words in PRINTED:
             return PRINTED[words]
-        ran = loradiag(*words.split(), cwd=ROOT, env={"COLUMNS": "80"})
+        ran = loradiag(*words.split(), cwd=ROOT, env={"COLUMNS": "80"}, brief=True)
         assert ran.code == 0, ran.err
         PRINTED[words] = ran.out.strip("\n")
         return PRINTED[words]

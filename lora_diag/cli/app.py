@@ -8,6 +8,7 @@ import re
 import signal
 import sys
 import threading
+from collections.abc import Mapping
 from contextlib import suppress
 from inspect import signature
 from typing import Annotated, Any
@@ -16,8 +17,9 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from lora_diag.catalog import features
-from lora_diag.cli.output import ReaderGoneError, forget_output, message, public
+from lora_diag.cli.output import ReaderGoneError, forget_output, message
 from lora_diag.errors import DONE, UNREADABLE, LoradiagError, UsageError
+from lora_diag.running.options import EXECUTION, INPUTS, PANELS
 from lora_diag.version import __version__
 
 # What a shell reports of a program that Ctrl-C ended: 128 + SIGINT.
@@ -25,10 +27,13 @@ INTERRUPTED = 130
 
 
 class _Command(TyperCommand):
-    """A command whose help calls BASE just that; newer typer writes ``{BASE}``, and ``BASE <str>`` or ``<path>``."""
+    """A command that accepts former names of options, and whose help is in parts (``running.options.PANELS``)."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Let ``--gradients`` take every word up to the next option, as a shell writes ``grads/*``."""
+        """Replace former names; let ``--gradients`` take every word up to the next option, as in ``grads/*``."""
+        former = getattr(self.callback, "aliases", {})
+        end = args.index("--") if "--" in args else len(args)
+        args = [*(_today(word, former) for word in args[:end]), *args[end:]]
         if not any(each.name == "gradients" and each.multiple for each in self.params):
             return super().parse_args(ctx, args)
         spread: list[str] = []
@@ -41,16 +46,34 @@ class _Command(TyperCommand):
         return super().parse_args(ctx, spread)
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
-        written = formatter.write_dl
+        rows: dict[str, list[tuple[str, str]]] = {panel: [] for panel in PANELS}
+        for each in self.get_params(ctx):
+            if (row := each.get_help_record(ctx)) is not None:
+                is_argument = each.param_type_name == "argument"
+                panel = INPUTS if is_argument else getattr(each, "rich_help_panel", None) or EXECUTION
+                name = re.sub(r" <(?:(.+\|.+)|.*)>$", _choices, row[0])
+                rows[panel].append((re.sub("[{}]", "", name) if is_argument else name, row[1]))
+        for panel, told in rows.items():
+            if told:
+                with formatter.section(panel):
+                    formatter.write_dl(told)
 
-        def write(rows: Any, *more: Any, **named: Any) -> None:
-            written([(re.sub(r" <(?:(.+\|.+)|.*)>$", _choices, name), told) for name, told in rows], *more, **named)
-
-        formatter.write_dl = write
-        super().format_options(ctx, formatter)
+    def get_short_help_str(self, limit: int = 0) -> str:
+        """Return the line of the list of commands, whole."""
+        return super().get_short_help_str(80)
 
     def collect_usage_pieces(self, ctx: Any) -> list[str]:
         return [piece.replace("{", "").replace("}", "") for piece in super().collect_usage_pieces(ctx)]
+
+
+def _today(word: str, former: Mapping[str, str]) -> str:
+    """Return a word of the command line, the former name of an option as it is called now.
+
+    >>> _today("--tol=0.1", {"--tol": "--tolerance"}), _today("base", {})
+    ('--tolerance=0.1', 'base')
+    """
+    name, equals, value = word.partition("=")
+    return f"{former.get(name, name)}{equals}{value}"
 
 
 class _Commands(TyperGroup):
@@ -77,7 +100,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-probe = typer.Typer(name="probe", help="What does the loss say? Diagnostics that run the model.", no_args_is_help=True)
+probe = typer.Typer(name="probe", help="Diagnostics that run the model.", no_args_is_help=True)
 for feature in features():
     if feature.command:
         group, _, name = feature.name.rpartition(" ")
@@ -116,9 +139,9 @@ def main() -> None:
 def _run() -> int:
     try:
         # Not in typer's standalone mode, which says nothing about Ctrl-C.
-        code = app(standalone_mode=False)
+        code = app(prog_name="loradiag", standalone_mode=False)
     except LoradiagError as error:
-        message(f"error: {error}")
+        message(f"Error: {error}")
         return error.exit_code
     except ReaderGoneError:
         return DONE
@@ -133,19 +156,31 @@ def _run() -> int:
     except OSError as error:
         if not _is_of_a_stream(error):
             raise
-        message(f"error: standard output: cannot be written: {error.strerror}")
+        message(f"Error: standard output: cannot be written: {error.strerror}")
         return UNREADABLE
     except Exception as error:
         # A usage error, of typer or of the click that an older typer brings: it knows its message and its exit code.
-        show, code = getattr(error, "show", None), getattr(error, "exit_code", None)
-        if not callable(show) or not isinstance(code, int):
+        tell, code = getattr(error, "format_message", None), getattr(error, "exit_code", None)
+        if not callable(tell) or not isinstance(code, int):
             raise
-        if isinstance(said := getattr(error, "message", None), str):
-            vars(error)["message"] = public(said)
-        show()
+        if "\n" in tell():  # the help of a command that was given nothing
+            error.show()  # type: ignore[attr-defined]
+        else:
+            message(f"Error: {_usage(tell(), getattr(error, 'ctx', None))}")
     if code == INTERRUPTED:
         message("interrupted; with -o, --resume goes on from here" if _resumes(sys.argv[1:3]) else "interrupted")
     return code if isinstance(code, int) else DONE
+
+
+def _usage(problem: str, context: Any) -> str:
+    """Return a usage error of typer in the style of ours: what is wrong, and what to do.
+
+    >>> _usage("No such option: --rnak Did you mean --rank?", None)
+    'No such option: --rnak Did you mean --rank?'
+    """
+    where = getattr(context, "command_path", "")
+    problem = problem.replace("Value error, ", "").strip().removesuffix(".")
+    return f"{problem}; see {where} --help" if where else problem
 
 
 def _resumes(words: list[str]) -> bool:

@@ -12,7 +12,7 @@ dataclass of options that only the command line has::
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass
 from enum import StrEnum
@@ -20,16 +20,20 @@ from functools import wraps
 from inspect import Parameter, Signature, signature
 from pathlib import Path
 from types import UnionType
-from typing import TYPE_CHECKING, Annotated, Any, get_args, get_type_hints, is_typeddict
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin, get_type_hints, is_typeddict
 
 import typer
 
-from lora_diag.cli.output import as_lines, progress_bar
+from lora_diag.cli.output import as_lines, message, progress_bar
 from lora_diag.errors import UsageError
-from lora_diag.running.options import Option, Output, Resuming, Selection, declared
+from lora_diag.running.options import EXECUTION, OUTPUT, PER, Option, Output, aliases, declared
 
 if TYPE_CHECKING:
     from lora_diag.running.engines import Ray
+
+
+# Lines below a table without --verbose; warnings and failures come on top.
+LINES: int | None = 12
 
 
 class Engine(StrEnum):
@@ -46,38 +50,53 @@ class Per(StrEnum):
     layer = "layer"
 
 
-def spelled(group: type, name: str) -> Any:
-    """Return the typer option of an option of a group."""
-    option: Option = declared(group)[name][1]
-    flags = option.flags or (f"--{name.replace('_', '-')}",)
-    return typer.Option(*flags, metavar=option.metavar or None, help=option.help)
+def spelled(name: str, option: Option) -> Any:
+    """Return the typer option of a declaration."""
+    flags = option.flags or (option.flag(name),)
+    words = option.completions or option.choices
+    return typer.Option(
+        *flags,
+        metavar=option.metavar or None,
+        help=option.help,
+        rich_help_panel=option.panel,
+        hidden=option.hidden,
+        autocompletion=(lambda: list(words)) if words else None,
+    )
+
+
+def flag(name: str, help: str, panel: str, *flags: str) -> Any:
+    """Return a typer option that is on or off, of the command line alone."""
+    return spelled(name, Option(False, help, flags=flags, panel=panel))
 
 
 # What is read is given as words: a Path would make one slash of the two in s3://.
-Base = Annotated[
-    str, typer.Argument(metavar="BASE", help="Checkpoint before: file, folder, index or address (docs, guides/remote).")
+Base = Annotated[str, typer.Argument(metavar="BASE", help="Base checkpoint: file, folder, index, address or Hub id.")]
+Tuned = Annotated[str, typer.Argument(metavar="TUNED", help="Fine-tuned checkpoint, or an adapter.")]
+Adapters = Annotated[
+    list[str] | None, typer.Argument(metavar="ADAPTER", help="Adapters, or checkpoints with one merged in.")
 ]
-Tuned = Annotated[str, typer.Argument(metavar="TUNED", help="Checkpoint after, or an adapter.")]
-Json = Annotated[bool, typer.Option("--json", help="Records on standard output, and nothing else there.")]
-PerRow = Annotated[Per, typer.Option(help="One row a module type, or one a layer.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no messages, no table.")]
-Layers = Annotated[str | None, spelled(Selection, "layers")]
-Exclude = Annotated[str | None, spelled(Selection, "exclude")]
-Overwrite = Annotated[bool, spelled(Output, "overwrite")]
+ResultsFiles = Annotated[list[Path], typer.Argument(metavar="RESULTS", help="Results files of any commands.")]
+ResultsFile = Annotated[Path, typer.Argument(metavar="RESULTS", help="Results file of spectrum.")]
+Json = Annotated[bool, flag("json", "Print records as JSON lines, and nothing else.", OUTPUT)]
+PerRow = Annotated[Per, spelled("per", PER)]
+Quiet = Annotated[bool, flag("quiet", "Print no progress, messages or table.", OUTPUT, "--quiet", "-q")]
+Verbose = Annotated[bool, flag("verbose", "Print every line of the summary.", OUTPUT, "--verbose", "-v")]
+Overwrite = Annotated[bool, spelled("overwrite", declared(Output)["overwrite"][1])]
 
 
 @dataclass(frozen=True)
 class Cluster:
     """What the option ``engine`` of a function is on the command line."""
 
-    engine: Annotated[Engine, typer.Option(help="This machine, or a Ray cluster (docs, guides/cluster).")] = (
-        Engine.local
-    )
+    engine: Annotated[
+        Engine, spelled("engine", Option("", "This machine, or a Ray cluster.", "local|ray", panel=EXECUTION))
+    ] = Engine.local
     ray_address: Annotated[
-        str | None, typer.Option(metavar="HOST:PORT", help="Ray cluster; default RAY_ADDRESS, else a Ray of its own.")
+        str | None,
+        spelled("ray_address", Option("", "Ray cluster; default RAY_ADDRESS.", "HOST:PORT", panel=EXECUTION)),
     ] = None
     gpus_per_task: Annotated[
-        float, typer.Option(metavar="G", help="With --engine ray: GPUs for each layer, or a share.")
+        float, spelled("gpus_per_task", Option("", "GPUs of a Ray task, or a fraction.", "G", panel=EXECUTION))
     ] = 0.0
 
     def value(self) -> Ray | None:
@@ -102,6 +121,7 @@ class Shown:
 
     json: Json = False
     quiet: Quiet = False
+    verbose: Verbose = False
 
     @property
     def table(self) -> bool:
@@ -109,10 +129,15 @@ class Shown:
         return not (self.json or self.quiet)
 
     @contextmanager
-    def callbacks(self) -> Iterator[dict[str, Any]]:
-        """Give the callbacks of a run over layers: a progress bar, and with ``--json`` every record as a line."""
+    def callbacks(self, notes: bool = False) -> Iterator[dict[str, Any]]:
+        """Give the callbacks of a run: a progress bar, and with ``--json`` every record as a line.
+
+        Args:
+            notes: Whether the run tells what it will cost before it starts.
+        """
         with progress_bar(self.quiet) as on_progress:
-            yield {"on_progress": on_progress, "on_record": as_lines(self.json)}
+            called: dict[str, Any] = {"on_progress": on_progress, "on_record": as_lines(self.json)}
+            yield {**called, **({"on_note": None if self.quiet else message} if notes else {})}
 
 
 @dataclass(frozen=True)
@@ -120,37 +145,6 @@ class Rows(Shown):
     """What is shown, where, and in which rows."""
 
     per: PerRow = Per.type
-
-
-@dataclass(frozen=True)
-class Selected:
-    """Which weights."""
-
-    layers: Layers = None
-    exclude: Exclude = None
-
-
-@dataclass(frozen=True)
-class Written(Shown):
-    """Where the records of a probe go.
-
-    Raises:
-        UsageError: A run that was not kept should be resumed, or something is in the way of the output.
-        InputError: Nothing could be written there.
-    """
-
-    output: Annotated[Path | None, spelled(Output, "output")] = None
-    resume: Annotated[bool, spelled(Resuming, "resume")] = False
-    overwrite: Overwrite = False
-    verify: Annotated[bool, spelled(Resuming, "verify")] = False
-
-    def __post_init__(self) -> None:
-        check_output(self.output, self.resume, self.overwrite)
-
-    def arguments(self) -> dict[str, Any]:
-        """Return what a function of the API takes."""
-        given = {name: getattr(self, name) for name in ("output", "resume", "overwrite", "verify")}
-        return {**given, "on_record": as_lines(self.json)}
 
 
 def check_output(output: Path | None, resume: bool, overwrite: bool) -> None:
@@ -187,7 +181,8 @@ def spread(command: Callable[..., None]) -> Callable[..., None]:
         for name, options in groups.items():
             given = {each.name: words.pop(each.name) for each in options}
             words[name] = _gathered(parameters[name].annotation, given)
-        command(**words)
+        with _brief(not any(getattr(words[name], "verbose", False) for name in groups)):
+            command(**words)
 
     shown = [
         option
@@ -195,7 +190,18 @@ def spread(command: Callable[..., None]) -> Callable[..., None]:
         for option in groups.get(name) or [each.replace(kind=Parameter.KEYWORD_ONLY)]  # typer calls by name
     ]
     gathered.__signature__ = Signature(shown)  # type: ignore[attr-defined]
+    typed = [each.annotation for each in parameters.values() if is_typeddict(each.annotation)]
+    gathered.aliases = {old: new for group in typed for old, new in aliases(group).items()}  # type: ignore[attr-defined]
     return gathered
+
+
+@contextmanager
+def _brief(brief: bool) -> Iterator[None]:
+    """Let summaries take few lines."""
+    from lora_diag.rendering.statements import at_most  # rich comes with it: not before it is needed
+
+    with at_most(LINES if brief else None):
+        yield
 
 
 def _options(group: Any) -> Iterator[Parameter]:
@@ -209,18 +215,65 @@ def _options(group: Any) -> Iterator[Parameter]:
             if name == "engine":
                 yield from _options(Cluster)
             elif option.cli:
-                typed: Any = Annotated[_typed(kind), spelled(group, name)]
-                yield Parameter(name, Parameter.KEYWORD_ONLY, default=option.default, annotation=typed)
+                typed: Any = Annotated[_typed(kind, option), spelled(name, option)]
+                yield Parameter(name, Parameter.KEYWORD_ONLY, default=_default(option), annotation=typed)
 
 
-def _typed(kind: Any) -> Any:
+def _default(option: Option) -> Any:
+    """Return a default as the command line has it: numbers as words with commas, nothing for no files.
+
+    >>> _default(Option((1e-4, 0.1, 1000), "Numbers.", "X,X,...")), _default(Option((), "Files.", "FILE"))
+    ('1e-4,0.1,1000', None)
+    """
+    if not isinstance(option.default, tuple):
+        return option.default
+    return ",".join(map(_word, option.default)) or None
+
+
+def _word(number: float) -> str:
+    """Return the shorter of two spellings of a number; a whole one has digits alone."""
+    if isinstance(number, int):
+        return str(number)
+    mantissa, exponent = f"{number:e}".split("e")
+    return min(f"{number:g}", f"{float(mantissa):g}e{int(exponent)}", key=len)
+
+
+def _kind(kind: Any) -> Any:
+    """Return the first of several types."""
+    return get_args(kind)[0] if isinstance(kind, UnionType) else kind
+
+
+def _typed(kind: Any, option: Option) -> Any:
     """Return what a word on the command line becomes, of all types that a function takes: the first, or None.
 
-    >>> _typed(str | int | None)
+    >>> _typed(str | int | None, Option(None, "Memory limit.", "SIZE"))
     str | None
+    >>> _typed(Sequence[int], Option((4, 8), "Ranks.", "R,R,...")), _typed(Sequence[Path | str], Option((), "", "FILE"))
+    (<class 'str'>, list[pathlib.Path] | None)
     """
-    kinds = get_args(kind) if isinstance(kind, UnionType) else (kind,)
-    return kinds[0] | None if type(None) in kinds else kinds[0]
+    first = _kind(kind)
+    if get_origin(first) is Literal:
+        first = str
+    if get_origin(first) is Sequence:
+        first = str if "," in option.metavar else list[_kind(get_args(first)[0])]  # type: ignore[misc]
+    optional = _default(option) is None
+    return first | None if optional else first
+
+
+def _read(kind: Any, option: Option, name: str, word: Any) -> Any:
+    """Return the value of an option: several numbers or names of one word, and of no files none."""
+    first = _kind(kind)
+    if get_origin(first) is not Sequence:
+        return word
+    if "," not in option.metavar or not isinstance(word, str):
+        return option.default if word is None else word
+    if not word:
+        return ()
+    (entry,) = get_args(first)
+    if entry is str:
+        return [part.strip() for part in word.split(",")]
+    such = _default(option) or "1,0.5"
+    return parse_ranks(word, option.flag(name)) if entry is int else parse_numbers(word, option.flag(name), such)
 
 
 def _gathered(group: Any, given: dict[str, Any]) -> Any:
@@ -234,7 +287,10 @@ def _gathered(group: Any, given: dict[str, Any]) -> Any:
         return group(**given)  # type: ignore[operator]
     if "engine" in given:
         given["engine"] = Cluster(**{each.name: given.pop(each.name) for each in fields(Cluster)}).value()
-    if "output" in given:  # now: reading a model may take minutes
+    for name, (kind, option) in declared(group).items():
+        if name in given:
+            given[name] = _read(kind, option, name, option.checked(name, given[name]))
+    if {"output", "resume"} <= set(given):  # now: reading a model may take minutes
         check_output(given["output"], given["resume"], given["overwrite"])
     return given
 

@@ -127,15 +127,15 @@ def as_lines(json: bool) -> Callable[[AnyRecord], None] | None:
 def tell_unmeasured(items: Sequence[LeftOut], then: str) -> bool:
     """Name what could not be measured, where, and what became of it; return whether there is any."""
     for item in items[:NAMED]:
-        message(f"error: {item.layer}: {item.detail}; {then}")
+        message(f"Error: {item.layer}: {item.detail}; {then}")
     if len(items) > NAMED:
-        message(f"error: and {len(items) - NAMED} more like these; the records name every one (--json, or -o FILE)")
+        message(f"Error: and {len(items) - NAMED} more like these; the records name every one (--json, or -o FILE)")
     return bool(items)
 
 
 def again(*more: str) -> str:
-    """Return the command that is running with more options, as a shell takes it."""
-    words = sys.argv[1:]
+    """Return the command that is running with more options, as a shell takes it; how much it prints is left out."""
+    words = [word for word in sys.argv[1:] if word not in {"-v", "--verbose"}]
     end = words.index("--") if "--" in words else len(words)
     return shlex.join(["loradiag", *words[:end], *more, *words[end:]])
 
@@ -190,6 +190,11 @@ def progress_bar(quiet: bool) -> Iterator[Callable[[Progress], None]]:
             )
 
         yield show
+
+
+def next_step(output: Path | str | None, then: str) -> str:
+    """Return the command that a user would run next: first the one that keeps these numbers, if nothing does."""
+    return then if output is not None else f"{again('-o', 'probe.jsonl')}   (keeps these numbers)"
 
 
 def quiet_matplotlib() -> None:

@@ -39,7 +39,7 @@ class Training:
         if self.optimizer not in STATE:
             raise UsageError(f"--optimizer {self.optimizer}: must be one of {', '.join(STATE)}")
         if self.dtype not in BYTES:
-            raise UsageError(f"--dtype {self.dtype}: must be one of {', '.join(BYTES)}")
+            raise UsageError(f"--adapter-dtype {self.dtype}: must be one of {', '.join(BYTES)}")
 
     @property
     def bytes_per_param(self) -> float:

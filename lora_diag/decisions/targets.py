@@ -25,23 +25,23 @@ def why_no_target(name: str, target: re.Pattern[str] | None, exclude: re.Pattern
     >>> why_no_target("model.layers.0.self_attn.q_proj.weight", None, None)
     ''
     >>> why_no_target("model.layers.0.mlp.gate.weight", None, None)
-    'a router is no usual target; name it with --target to give it a rank'
+    'a router is no usual target; name it with --layers to give it a rank'
     >>> why_no_target("vision_tower.head.probe[0]", None, None)
-    'not the weight of a layer, so no usual target; name it with --target to give it a rank'
+    'not the weight of a layer, so no usual target; name it with --layers to give it a rank'
     >>> why_no_target("model.layers.0.mamba.conv1d.weight", None, None)
-    'a convolution in groups is no usual target; name it with --target to give it a rank'
+    'a convolution in groups is no usual target; name it with --layers to give it a rank'
     """
     if exclude is not None and exclude.search(name):
         return "matches --exclude"
     if target is not None:
-        return "" if target.search(name) else "does not match --target"
+        return "" if target.search(name) else "does not match --layers"
     if part_of(name) == "vocabulary":
-        return "embeddings and head are no usual target; name it with --target to give it a rank"
+        return "embeddings and head are no usual target; name it with --layers to give it a rank"
     if BARE.search(name):
-        return "not the weight of a layer, so no usual target; name it with --target to give it a rank"
+        return "not the weight of a layer, so no usual target; name it with --layers to give it a rank"
     if SHORT_CONVOLUTION.search(name):
-        return "a convolution in groups is no usual target; name it with --target to give it a rank"
-    return "a router is no usual target; name it with --target to give it a rank" if ROUTER.search(name) else ""
+        return "a convolution in groups is no usual target; name it with --layers to give it a rank"
+    return "a router is no usual target; name it with --layers to give it a rank" if ROUTER.search(name) else ""
 
 
 def compiled(pattern: str | None, option: str) -> re.Pattern[str] | None:

@@ -13,13 +13,12 @@ from lora_diag.running.options import MissingAlpha
 
 @options.spread
 def inspect(
-    path: Annotated[str, typer.Argument(metavar="PATH", help="A checkpoint, an adapter or a results file.")],
-    per: options.PerRow = options.Per.type,
-    json: options.Json = False,
+    path: Annotated[str, typer.Argument(metavar="PATH", help="Checkpoint, adapter or results file.")],
     *,
     given: MissingAlpha,
+    shown: options.Rows,
 ) -> None:
-    """What is in this checkpoint, adapter or results file? Reads headers only, or shows the table again.
+    """Show a results file again, or list a checkpoint.
 
     Example: loradiag inspect results.jsonl --per layer
     """
@@ -30,17 +29,17 @@ def inspect(
         from lora_diag.inspection.tables import table
 
         results = read_results(path)
-        for text in lines_of(results.records()) if json else ():
+        for text in lines_of(results.records()) if shown.json else ():
             line(text)
-        if not json:
-            result(table(results, *terminal(), per=per))
+        if shown.table:
+            result(table(results, *terminal(), per=shown.per))
         return
 
     from lora_diag.inspection.run import inspect as look
     from lora_diag.inspection.table import inventory_table
 
     inventory = look(path, **given)
-    if json:
+    if shown.json:
         line(inventory.model_dump_json())
-    else:
+    elif not shown.quiet:
         result(inventory_table(inventory, *terminal()))

@@ -133,7 +133,7 @@ def _lanczos(times: Callable[[Any], Any], size: int, count: int, end: str, seed:
         )
     except ArpackNoConvergence as error:
         raise InputError(
-            f"the {end} eigenvalues did not converge in {RESTARTS} restarts of Lanczos; ask for fewer with --top"
+            f"the {end} eigenvalues did not converge in {RESTARTS} restarts of Lanczos; give fewer --eigenvalues"
         ) from error
     except ArpackError as error:
         # of an operator that is zero, as of a layer that the loss does not depend on

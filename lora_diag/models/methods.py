@@ -85,7 +85,7 @@ def with_lora(model: Model, rank: int, kind: Lora) -> Iterator[Model]:
         try:
             wrapped: Any = peft.get_peft_model(model.module, config)
         except ValueError as error:
-            raise InputError(f"--target: PEFT cannot adapt this model: {error}") from error
+            raise InputError(f"--target-modules: PEFT cannot adapt this model: {error}") from error
     try:
         yield replace(model, module=wrapped)
     finally:

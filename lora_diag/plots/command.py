@@ -4,91 +4,40 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
-
-from lora_diag.catalog import figures
 from lora_diag.cli import options
 from lora_diag.cli.output import quiet_matplotlib, result, terminal
+from lora_diag.plots.options import PlotOptions
+from lora_diag.running.options import OUTPUT, Option
 
 if TYPE_CHECKING:
     from lora_diag.plots.run import Drawn
 
 
-# Derived from the features, those of installed packages among them.
-_NAMES = ["all", *(figure.name for _, figure in figures())]
-_FIGURES = f"One of {', '.join(_NAMES)}; default all into a folder, the first that can be drawn into a file."
+_OUTPUT = Option(
+    "", "One .png, .svg or .pdf file, or a folder for all figures.", "FILE|FOLDER", ("--output", "-o"), OUTPUT
+)
 
 
-class Width(StrEnum):
-    """The page that a figure is for."""
-
-    column = "column"
-    slide = "slide"
-
-
-class Format(StrEnum):
-    """What figures in a folder are written as."""
-
-    png = "png"
-    svg = "svg"
-    pdf = "pdf"
-
-
+@options.spread
 def plot(
-    results: Annotated[list[Path], typer.Argument(metavar="RESULTS", help="Results files of any commands.")],
-    output: Annotated[
-        Path,
-        typer.Option("--output", "-o", metavar="FILE|FOLDER", help="One .png, .svg or .pdf, or a folder for all."),
-    ] = Path("figures"),
-    figure: Annotated[
-        str | None,
-        typer.Option(metavar="FIGURE", help=_FIGURES, autocompletion=lambda: _NAMES),
-    ] = None,
-    label: Annotated[
-        list[str] | None, typer.Option(metavar="NAME", help="What each of RESULTS is called, in their order.")
-    ] = None,
-    field: Annotated[
-        str | None, typer.Option(metavar="FIELD", help="Of the heat map: any number, such as energy.16 or fro.")
-    ] = None,
-    rank: Annotated[
-        int | None, typer.Option(metavar="R", help="Of overlap, angles, alone: one of several measured.")
-    ] = None,
-    per: Annotated[
-        options.Per, typer.Option(help="One line or bar a layer, or all layers of a module type together.")
-    ] = options.Per.layer,
-    width: Annotated[Width, typer.Option(help="A paper's column (3.3 in) or a slide (10 in).")] = Width.slide,
-    format: Annotated[Format | None, typer.Option(help="Of the files in a folder.  [default: png]")] = None,
-    plain: Annotated[bool, typer.Option("--plain", help="Leave out title and notes, for a paper's caption.")] = False,
-    layers: options.Layers = None,
-    quiet: options.Quiet = False,
-    overwrite: options.Overwrite = False,
+    results: options.ResultsFiles,
+    *,
+    output: Annotated[Path, options.spelled("output", _OUTPUT)] = Path("figures"),
+    given: PlotOptions,
+    shown: options.Shown,
 ) -> None:
-    """Figures for a paper or a slide: energy curves, spectra, heat maps, residuals, overlap, allocation, losses.
+    """Draw figures of results for a paper or a slide.
 
     Example: loradiag plot a.jsonl b.jsonl --label "full" --label "LoRA" --figure energy -o energy.pdf
     """
     from lora_diag.plots.run import plot as draw
 
     quiet_matplotlib()
-    drawn = draw(
-        *results,
-        output=output,
-        figure=figure,
-        labels=label or (),
-        field=field,
-        rank=rank,
-        per=per.value,
-        width=width.value,
-        format=format.value if format else None,
-        layers=layers,
-        plain=plain,
-        overwrite=overwrite,
-    )
-    if not quiet:
+    drawn = draw(*results, output=output, **given)
+    if shown.table:
         result(_table(drawn, f"{shlex.join(['loradiag', 'report', *map(str, results)])}   (all of it on one page)"))
 
 

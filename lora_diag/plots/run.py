@@ -7,12 +7,14 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Unpack
 
 from lora_diag.catalog import read_results
 from lora_diag.errors import InputError, NothingComparedError, UsageError
 from lora_diag.files import PDF, PNG, SVG, check_folder_of, check_output, write_whole
+from lora_diag.plots.options import PlotOptions
 from lora_diag.records import Results
+from lora_diag.running.options import filled, show_options
 
 KINDS = {"png": PNG, "svg": SVG, "pdf": PDF}
 
@@ -39,19 +41,11 @@ class Drawn:
     missing: Literal["", "records", "values"] = ""
 
 
+@show_options
 def plot(
     *results: Results[Any] | Path | str,
     output: Path | str,
-    figure: str | None = None,
-    labels: Sequence[str] = (),
-    field: str | None = None,
-    rank: int | None = None,
-    per: str = "layer",
-    width: str = "slide",
-    format: str | None = None,
-    layers: str | None = None,
-    plain: bool = False,
-    overwrite: bool = False,
+    **options: Unpack[PlotOptions],
 ) -> tuple[Drawn, ...]:
     """Draw results into files; ``lora_diag.plots`` has the same figures for a notebook.
 
@@ -61,13 +55,14 @@ def plot(
         figure: Which one; ``all``, or None for all into a folder and into a file the first that the records allow.
         labels: What each of ``results`` is called.
         field: Of the heat map: the dotted name of any number in the records, such as ``energy.16``.
-        rank: Of ``overlap``, ``angles`` and ``alone``, where several ranks were measured.
+        show_rank: Of ``overlap``, ``angles`` and ``alone``, where several ranks were measured.
         per: ``layer``, or ``type`` for all layers of a module type together.
         width: ``column`` (3.3 in, 7 pt) or ``slide`` (10 in, 12.5 pt).
         format: Of the files in a folder: ``png`` (the default), ``svg`` or ``pdf``.
         layers: Regular expression: only layers whose name contains a match.
         plain: Whether to leave out title and notes, for a paper whose caption says them.
         overwrite: Replace files in the way that loradiag did not write, or that were edited since.
+        **options: ``PlotOptions``.
 
     Returns:
         What was drawn and what was not, in the order of ``lora_diag.plots.FIGURES``.
@@ -79,6 +74,11 @@ def plot(
     """
     from lora_diag import plots  # here: Matplotlib takes half a second
 
+    given = filled(PlotOptions, options)
+    figure, labels, field, rank, per = (given[name] for name in ("figure", "labels", "field", "show_rank", "per"))
+    width, format, layers, plain, overwrite = (
+        given[name] for name in ("width", "format", "layers", "plain", "overwrite")
+    )
     if not results:
         raise UsageError("no results: give at least one results file")
     if labels and len(labels) != len(results):
@@ -97,11 +97,11 @@ def plot(
     if not any(map(plots.drawn, runs)):
         raise NothingComparedError(f"no layer left to draw: {_why_no_layer(runs, layers)}")
     files = () if any(isinstance(one, Results) for one in results) else tuple(map(str, results))
-    options: dict[str, Any] = {"labels": labels, "width": width, "per": per, "field": field, "rank": rank}
+    drawn_as: dict[str, Any] = {"labels": labels, "width": width, "per": per, "field": field, "rank": rank}
     wanted = plots.FIGURES if figure in {None, "all"} else (plots.figure_named(str(figure)),)
     made: list[Drawn] = []
     for one in wanted:
-        obstacle = plots.obstacle(one.name, runs, **options)
+        obstacle = plots.obstacle(one.name, runs, **drawn_as)
         if obstacle and figure not in {None, "all"}:
             way_out = f"; {one.made_by} measures them" if one.made_by and obstacle.missing == "records" else ""
             raise UsageError(f"{one.name}: {obstacle.reason}{way_out}")
@@ -118,7 +118,7 @@ def plot(
         made.append(Drawn(one.name, one.shows, target, made_by=one.made_by))
     for drawn in made:
         if drawn.path is not None:
-            content = plots.encoded(plots.figure(drawn.name, runs, files=files, plain=plain, **options), kind, width)
+            content = plots.encoded(plots.figure(drawn.name, runs, files=files, plain=plain, **drawn_as), kind, width)
             _write(drawn.path, content, kind, overwrite)
     if not any(drawn.path for drawn in made):
         raise NothingComparedError(f"no figure can be drawn: {_why_none(runs, made)}")

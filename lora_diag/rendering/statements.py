@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from rich.cells import cell_len
+from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.table import Table
 from rich.text import Text
 
@@ -28,6 +32,7 @@ class Statement:
         level: How much attention it asks for.
         answer: What answers the question of a report that refers to the key; ``lead`` if empty.
         scoped: Whether the label says what the lines hold for, such as one set; elsewhere they are shown with it.
+        priority: Which statements a short summary keeps: 0 before 1 before 2, after warnings and failures.
     """
 
     key: str
@@ -37,6 +42,7 @@ class Statement:
     level: Level = "note"
     answer: str = ""
     scoped: bool = False
+    priority: int = 1
 
     @property
     def lines(self) -> tuple[str, ...]:
@@ -69,14 +75,22 @@ class Statement:
         return tuple(f"{self.label}: {line}" for line in self.lines)
 
 
-def say(key: str, label: str, *lines: str, level: Level = "note", answer: str = "", scoped: bool = False) -> Statement:
+def say(
+    key: str,
+    label: str,
+    *lines: str,
+    level: Level = "note",
+    answer: str = "",
+    scoped: bool = False,
+    priority: int = 1,
+) -> Statement:
     """Return a statement of one line or more.
 
     >>> say("reach", "Reach", "0.4 of ‖G‖", "0.2 for a fresh adapter").details
     ('0.2 for a fresh adapter',)
     """
     lead, *details = [part for line in lines for part in line.split("\n")] or [""]
-    return Statement(key, label, lead, tuple(details), level, answer, scoped)
+    return Statement(key, label, lead, tuple(details), level, answer, scoped, priority)
 
 
 def find(statements: Iterable[Statement], key: str) -> Statement | None:
@@ -92,12 +106,12 @@ def lines_of(statements: Iterable[Statement], key: str) -> tuple[str, ...]:
 
 def compared(results: Results[Any], *more: str) -> Statement:
     """Return what was compared: every input, what else is to be said of it, and its notes."""
-    return say("compared", "Compared", *inputs(results.run), *more, *notes(results.run))
+    return say("compared", "Compared", *inputs(results.run), *more, *notes(results.run), priority=2)
 
 
 def left_out(results: Results[Any]) -> Statement:
     """Return what was left out, and why."""
-    return say("left_out", "Left out", left_out_line(results.left_out))
+    return say("left_out", "Left out", left_out_line(results.left_out), priority=2)
 
 
 def ending(results: Results[Any], so_far: str = "layers measured so far") -> list[Statement]:
@@ -113,18 +127,80 @@ def ending(results: Results[Any], so_far: str = "layers measured so far") -> lis
 _STYLES: dict[Level, str] = {"ok": "bold green", "note": "", "warning": "bold yellow", "failure": "bold red"}
 
 
-def summary_of(statements: Sequence[Statement], then: str | None = None) -> Table:
+# Lines that a summary of the command line may take, warnings and failures apart; None for as many as there are.
+_MOST: ContextVar[int | None] = ContextVar("most", default=None)
+
+
+@contextmanager
+def at_most(lines: int | None) -> Iterator[None]:
+    """Let the summaries that are made meanwhile take no more lines than these; warnings and failures are all shown."""
+    before = _MOST.set(lines)
+    try:
+        yield
+    finally:
+        _MOST.reset(before)
+
+
+def summary_of(statements: Sequence[Statement], then: str | None = None) -> RenderableType:
     """Return a summary as a terminal shows it: a label, and what is said.
 
     Args:
         statements: In their order.
         then: The command that a user would run next, said last.
     """
-    grid = Table.grid(padding=(0, 2))
-    grid.add_column(style="bold", no_wrap=True)
-    grid.add_column(overflow="fold")
     # What is said of a run that did not finish is said of its part: the reader has to know that first.
     first = sorted(statements, key=lambda one: one.key != "unfinished")
-    for one in [*first, *([say("next", "Next", then)] if then else [])]:
-        grid.add_row(one.label, Text(one.text, style=_STYLES[one.level]))
-    return grid
+    return _Summary((*first, *([say("next", "Next", then, priority=0)] if then else [])), _MOST.get())
+
+
+@dataclass(frozen=True, slots=True)
+class _Summary:
+    """Statements under each other, in so many lines.
+
+    Args:
+        statements: In their order.
+        most: Lines that they may take, warnings and failures apart.
+    """
+
+    statements: tuple[Statement, ...]
+    most: int | None
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        widest = max((cell_len(one.label) for one in self.statements), default=0)
+        width = max(1, options.max_width - widest - 2)
+
+        def height(line: str) -> int:
+            return len(Text(line).wrap(console, width, overflow="fold"))
+
+        shown = [one.lines for one in self.statements] if self.most is None else _fitting(self, self.most, height)
+        grid = Table.grid(padding=(0, 2))
+        grid.add_column(style="bold", no_wrap=True)
+        grid.add_column(overflow="fold")
+        for one, lines in zip(self.statements, shown, strict=True):
+            if lines:
+                grid.add_row(one.label, Text("\n".join(lines), style=_STYLES[one.level]))
+        yield grid
+        rest = [line for one, lines in zip(self.statements, shown, strict=True) for line in one.lines[len(lines) :]]
+        if hidden := sum(map(height, rest)):
+            yield Text(f"{hidden} more {'line' if hidden == 1 else 'lines'}: -v")
+
+
+def _fitting(summary: _Summary, most: int, height: Callable[[str], int]) -> list[tuple[str, ...]]:
+    """Return the lines of each statement that fit: warnings, then by priority leads before details."""
+    found = summary.statements
+    shown = [one.lines if one.level in {"warning", "failure"} else () for one in found]
+    free = [at for at in range(len(found)) if not shown[at]]
+    if sum(height(line) for at in free for line in found[at].lines) <= most:
+        return [one.lines for one in found]
+    left = most - 1  # the last line says how many are hidden
+    for priority in sorted({one.priority for one in found}):
+        group = [at for at in free if found[at].priority == priority]
+        for at in group:
+            if (cost := height(found[at].lead)) <= left:
+                shown[at], left = (found[at].lead,), left - cost
+        for at in group:
+            for line in found[at].details if shown[at] else ():
+                if (cost := height(line)) > left:
+                    break
+                shown[at], left = (*shown[at], line), left - cost
+    return shown

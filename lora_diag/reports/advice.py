@@ -16,6 +16,7 @@ from dataclasses import replace
 from statistics import median
 
 from lora_diag.decisions.allocate.allocation import Budget, allocate
+from lora_diag.decisions.allocate.options import AllocateOptions
 from lora_diag.decisions.allocate.record import Allocation
 from lora_diag.diagnostics.spectrum.record import Spectrum
 from lora_diag.errors import UsageError
@@ -39,6 +40,7 @@ from lora_diag.reports.findings import (
 from lora_diag.reports.loss_advice import LOSS_RULES, mind_the_shift, sweep_of
 from lora_diag.reports.step import Advice, command, listed
 from lora_diag.reports.worth import lost, swept, without_matrices
+from lora_diag.running.options import typed
 
 # Ranks that are tried and that servers take.
 LADDER = (4, 8, 16, 32, 64)
@@ -253,12 +255,12 @@ def train_the_rest(evidence: Evidence) -> Advice | None:
     elif brings is None:
         tried = (0,)
         do = f"Measure what {what} bring by themselves, with every matrix cut to r=0"
-        argv = command("probe truncation", *both, eval=text, ranks=tried, rest="tuned", o="truncation.jsonl")
+        argv = command("probe truncation", *both, eval=text, ranks=tried, untruncated="tuned", o="truncation.jsonl")
     else:
         tried = (next((rank for rank in LADDER if rank > lost(evidence).cut), 2 * LADDER[-1]),)
         do = f"Train {what} too (PEFT: modules_to_save), as an adapter of {listed(tried)} with all of them saved has it"
         seen += f" With every matrix as in BASE they bring {percent(brings)} of the gain."
-        argv = command("extract", *both, rank=tried[0], rest="save", o="adapter/")
+        argv = command("extract", *both, rank=tried[0], unfactored="save", o="adapter/")
     return Advice(
         "hybrid" if vectors else "train embeddings and head",
         do,
@@ -397,19 +399,12 @@ def _again(run: Run, evidence: Evidence) -> tuple[str, ...] | None:
     if isinstance(settings.get("weights"), Mapping):
         return None
     option, _, amount = str(settings["budget"]).partition(" ")
-    options = {
-        name: settings.get(name) or None
-        for name in ("min_rank", "max_rank", "ranks_from", "target", "exclude", "weights", "relative")
-    }
     given = next((side.path for side in run.inputs if side.role == "results" and side.path), None)
     return command(
         "allocate",
         given or _spectrum_file(evidence),
-        **{option.removeprefix("--"): amount},
-        **options,
-        method=settings.get("method") if settings.get("method") != "optimal" else None,
-        optimizer=settings.get("optimizer"),
-        dtype=settings.get("dtype"),
+        **{option.removeprefix("--").replace("-", "_"): amount},
+        **{name: value for name, value in typed(AllocateOptions, settings).items() if name != "energy"},
         o="adapter_config.json",
     )
 

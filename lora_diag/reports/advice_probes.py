@@ -305,5 +305,5 @@ def _allocate(evidence: Evidence, weights: Source) -> tuple[tuple[str, ...], int
         base, tuned = weights.given("base"), evidence.given("tuned")
         return command("spectrum", base, tuned, o="spectrum.jsonl"), None, "Measure the spectrum, then spend rank"
     params, words = reference(evidence)
-    argv = command("allocate", evidence.update.name, params=params, weights=weights.name, o="adapter_config.json")
+    argv = command("allocate", evidence.update.name, params=params, layer_weights=weights.name, o="adapter_config.json")
     return argv, params, f"Spend {params:,} trainable parameters, {words},"

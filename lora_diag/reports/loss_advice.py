@@ -183,7 +183,7 @@ def continued(found: SweptRun, ranks: Sequence[int], seeds: int) -> tuple[str, .
     sides["data"] = sides["data"] or ["DATA"]
     texts = [word for role, paths in sides.items() for path in paths for word in (f"--{role}", path)]
     cut = [side.tensors for side in run.inputs if side.role in {"eval", "shifted"} and side.notes]
-    single = ("steps", "batch", "length", "seed", "tolerance", "widen", "quantized", "dtype")
+    single = ("steps", "batch", "length", "seed", "widen", "quantized", "dtype")
     targets = settings.get("targets")
     return command(
         "probe sweep",
@@ -196,9 +196,10 @@ def continued(found: SweptRun, ranks: Sequence[int], seeds: int) -> tuple[str, .
         **{name: settings.get(name) for name in single},
         full=bool(settings.get("full_rates")),
         bitfit=bool(settings.get("bitfit")),
-        target=targets if isinstance(targets, list) else None,
+        gain_tolerance=settings.get("tolerance"),
+        target_modules=targets if isinstance(targets, list) else None,
         **{kind.lower(): True for kind in ("DoRA", "rsLoRA") if kind in settings.get("kind", "")},
-        seeds=seeds,
+        repeats=seeds,
         resume=True,
         o=found.source.name,
     )
@@ -264,7 +265,7 @@ def compress(evidence: Evidence) -> Advice | None:
             source.given("base"),
             source.given("tuned"),
             rank=found.rank,
-            rest="save" if saved else None,
+            unfactored="save" if saved else None,
             o="adapter/",
         ),
         ranks=(found.rank,),

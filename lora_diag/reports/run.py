@@ -6,23 +6,23 @@ import os
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from lora_diag.catalog import read_results
 from lora_diag.errors import UsageError
 from lora_diag.files import CSV, MARKDOWN, PAGE, PARQUET, Kind, check_output, write_whole
 from lora_diag.records import Results
 from lora_diag.reports.evidence import Evidence, Source
+from lora_diag.reports.options import ReportOptions
+from lora_diag.running.options import filled, show_options
 
 SUFFIXES = {".html": "html", ".htm": "html", ".md": "md", ".markdown": "md", ".csv": "csv", ".parquet": "parquet"}
 
 
+@show_options
 def report(
     *results: Path | str | Results[Any],
-    output: Path | str | None = None,
-    format: str | None = None,
-    overwrite: bool = False,
-    values: bool = False,
+    **options: Unpack[ReportOptions],
 ) -> str | bytes:
     """Return a report on any mix of results.
 
@@ -34,6 +34,7 @@ def report(
         format: ``html``, ``md``, ``csv`` or ``parquet``; by the suffix of ``output`` if not given, else ``html``.
         overwrite: Replace a file in the place of ``output`` that loradiag did not write, or that was edited since.
         values: Of ``csv`` and ``parquet``: the entries of lists, such as the singular values, one row each.
+        **options: ``ReportOptions``.
 
     Returns:
         The report: bytes for ``parquet``, else text.
@@ -48,6 +49,8 @@ def report(
         >>> print(report(results, format="md").splitlines()[0])
         # sample_checkpoints/full_ft against sample_checkpoints/base
     """
+    given = filled(ReportOptions, options)
+    output, format, overwrite, values = (given[name] for name in ("output", "format", "overwrite", "values"))
     if not results:
         raise UsageError("no results: give one results file or more")
     wanted = _format_of(output, format)

@@ -23,7 +23,7 @@ from lora_diag.running.measuring import (
     read_memory,
     without_rank,
 )
-from lora_diag.running.options import LayerOptions, filled
+from lora_diag.running.options import LayerOptions, filled, settings
 from lora_diag.running.progress import Watch
 from lora_diag.version import __version__
 
@@ -52,6 +52,7 @@ class LayerRun:
         options: All options, those that were not given by default.
         where: Where numbers are computed.
         given: α of adapters whose files give none.
+        own: The command's own options, as the run record has them.
 
     Raises:
         UsageError: An option makes no sense, or the device is not there.
@@ -60,6 +61,7 @@ class LayerRun:
     def __init__(self, command: str, given: Mapping[str, object], group: type = LayerOptions) -> None:
         self.command = command
         self.options: dict[str, Any] = filled(group, given)
+        self.own = settings(group, self.options)
         self.where = place(self.options["engine"], self.options.get("device", "cpu"))
         self._limit = read_memory(self.options.get("memory"), self.options["engine"])
         check_running(self.options["workers"], self.options.get("seed", 0))

@@ -1,8 +1,9 @@
-"""The options that commands have in common, declared once: name, default, help text and command-line form.
+"""The options of commands, declared once: name, default, help text and command-line form.
 
 A group is a ``TypedDict`` whose fields are annotated with ``Option``. A Python function takes it as
 ``**options: Unpack[LayerOptions]`` under ``@show_options``, which adds the options to its signature and its help. The
-command line builds its own options from the same declaration (``lora_diag.cli.options.spread``).
+command line builds its own options from the same declaration (``lora_diag.cli.options.spread``). Options of one command
+are a group in the ``options.py`` of its folder; those of several are here.
 
 ``--help`` reads the groups, so nothing heavy is imported here: a type that comes with torch or pydantic is quoted. For
 the same reason annotations are evaluated in this module (no ``from __future__ import annotations``).
@@ -10,11 +11,25 @@ the same reason annotations are evaluated in this module (no ``from __future__ i
 
 import re
 import sys
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cache
 from inspect import Parameter, signature
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ForwardRef, TypedDict, TypeVar, get_args
+from typing import (
+    TYPE_CHECKING,
+    Annotated,
+    Any,
+    ForwardRef,
+    Required,
+    TypedDict,
+    TypeVar,
+    get_args,
+    get_origin,
+    is_typeddict,
+)
+
+from lora_diag.errors import UsageError
 
 if TYPE_CHECKING:
     from lora_diag.records import AnyRecord
@@ -23,16 +38,28 @@ if TYPE_CHECKING:
 
 F = TypeVar("F", bound=Callable[..., Any])
 
+# The parts of a command's help, in their order: what is compared, what is computed, where it goes, how it runs.
+INPUTS, MEASUREMENT, OUTPUT, EXECUTION = PANELS = ("Inputs", "Measurement", "Output", "Execution")
+
+# The default of an option that has to be given.
+REQUIRED: Any = Parameter.empty
+
 
 @dataclass(frozen=True, slots=True)
 class Option:
     """One option.
 
     Args:
-        default: Its value where it is not given.
+        default: Its value where it is not given; ``REQUIRED`` if it has to be.
         help: What it does, in one line that is complete by itself.
-        metavar: The placeholder of its value on the command line; empty for a flag.
+        metavar: The placeholder of its value on the command line; ``a|b`` if it is one of these; empty for a flag.
         flags: Its names on the command line; by default ``--`` and its name.
+        panel: Of ``PANELS``: the part of the help that shows it.
+        aliases: Former names, such as ``--tolerance``: accepted, also as keywords of Python, and not shown.
+        values: Former values, each with what it is now.
+        setting: Its name in the settings of the run record, if not its own.
+        hidden: Whether it is accepted without being shown.
+        completions: Words that a shell completes, besides the choices.
         cli: Whether the command line has it.
     """
 
@@ -40,56 +67,134 @@ class Option:
     help: str
     metavar: str = ""
     flags: tuple[str, ...] = ()
+    panel: str = MEASUREMENT
+    aliases: tuple[str, ...] = ()
+    values: Mapping[str, str] = field(default_factory=dict)
+    setting: str = ""
+    hidden: bool = False
+    completions: tuple[str, ...] = ()
     cli: bool = True
 
     def words(self) -> str:
         """Return what it does and, where it is one of a few words, which."""
         return f"{self.help.removesuffix('.')}: {self.metavar}." if "|" in self.metavar else self.help
 
+    def by(self, default: Any, **changes: Any) -> "Option":
+        """Return the option with another default."""
+        return replace(self, default=default, **changes)
+
+    @property
+    def choices(self) -> tuple[str, ...]:
+        """The words that it may be; none if it may be others.
+
+        >>> Option("both", "How Σ is split.", "both|b").choices, Option("auto", "Device.", "auto|cpu|cuda[:i]").choices
+        (('both', 'b'), ())
+        """
+        return tuple(self.metavar.split("|")) if re.fullmatch(r"[a-z0-9_]+(\|[a-z0-9_]+)+", self.metavar) else ()
+
+    def flag(self, name: str) -> str:
+        """Return its name on the command line."""
+        return self.flags[0] if self.flags else f"--{name.replace('_', '-')}"
+
+    def checked(self, name: str, value: Any) -> Any:
+        """Return its value, a former one as it is called now.
+
+        Raises:
+            UsageError: It is none of its choices.
+        """
+        if not isinstance(value, str) or not self.choices:
+            return value
+        value = self.values.get(value, value)
+        if value not in self.choices:
+            raise UsageError(f"{self.flag(name)} {value}: is none of its values; use {', '.join(self.choices)}")
+        return value
+
+
+# Options of several commands, each with its own default.
+RANKS = Option((4, 8, 16, 32, 64), "Ranks r to measure.", "R,R,...")
+RANK = Option(None, "Rank of the adapter in every layer.", "R")
+GRANULARITY = Option("all", "Granularity of the measurement.", "all|layer|type", aliases=("--per",), setting="per")
+RATES = Option((), "Peak learning rates to try.", "X,X,...", ("--lr",))
+FULL_RATES = Option((), "Peak learning rates of full fine-tuning.", "X,X,...", ("--full-lr",))
+STEPS = Option(100, "Training steps of a run.", "N", aliases=("--max-steps",))
+REPEATS = Option(2, "Training runs at the best learning rate.", "N", aliases=("--seeds",), setting="seeds")
+TOP = Option(None, "Largest singular values to compute; default all.", "K")
+SHOW_RANK = Option(None, "Measured rank to show; default by the records.", "R", panel=OUTPUT, aliases=("--rank",))
+ENERGY = Option(None, "Smallest ranks that keep this fraction of Σσ², e.g. 0.9.", "SHARE")
+PARAMS = Option(None, "Budget: trainable parameters, e.g. 10M.", "N")
+MEMORY_BUDGET = Option(
+    None, "Budget: bytes of adapter, gradients and optimizer, e.g. 2GB.", "SIZE", aliases=("--memory",)
+)
+OPTIMIZER = Option("adamw", "Optimizer that --memory-budget pays for.", "adamw|adamw8bit|sgd|sgd_momentum")
+ADAPTER_DTYPE = Option(
+    "float32", "Type of the adapter's weights.", "float32|bfloat16|float16", aliases=("--dtype",), setting="dtype"
+)
+RSLORA = Option(False, "Scale by lora_alpha/√r (rsLoRA), not lora_alpha/r.")
+SWEEP = Option(None, "Results of probe sweep, for the best learning rate.", "FILE", panel=INPUTS)
+BASE = Option(None, "Base checkpoint; default none.", "BASE", panel=INPUTS)
+ACTIVATIONS = Option(None, "Second moments of layer inputs (probe activations), as the metric.", "FILE", panel=INPUTS)
+KFAC = Option(False, "K-FAC metric: weight outputs by their gradients; needs --activations.")
+REFERENCE = Option(None, "Another full fine-tune, e.g. another seed, for scale.", "TUNED2", panel=INPUTS)
+DATA = Option(REQUIRED, "Text, JSONL or datasets folder to run the model on.", "FILE", panel=INPUTS)
+LABELS = Option("data", "Labels of the loss: the text's own, or drawn from the model.", "data|model")
+SEED = Option(0, "Seed of all random numbers.", "N")
+# Of what gets an adapter: by default all matrices but embeddings, head and routers.
+TARGETS = Option(
+    None, "Only weights whose name contains a match.", "REGEX", panel=INPUTS, aliases=("--target",), setting="target"
+)
+EXCLUDE = Option(None, "No weights whose name contains a match.", "REGEX", panel=INPUTS)
+LAYERS = Option(None, "Only weights whose name contains a match.", "REGEX", panel=INPUTS)
+UNFINISHED = Option(False, "Accept an interrupted spectrum run.", panel=INPUTS)
+PER = Option("type", "Rows: pooled by module type, or every layer.", "type|layer", panel=OUTPUT)
+
 
 class Selection(TypedDict, total=False):
     """Which weights."""
 
-    layers: Annotated[str | None, Option(None, "Only weights whose name contains a match.", "REGEX")]
-    exclude: Annotated[str | None, Option(None, "No weights whose name contains a match.", "REGEX")]
+    layers: Annotated[str | None, LAYERS]
+    exclude: Annotated[str | None, EXCLUDE]
 
 
 class MissingAlpha(TypedDict, total=False):
     """α of adapters whose files give none."""
 
-    alpha: Annotated[float | None, Option(None, "α of adapters whose files give none: s = A/r.", "A")]
-    alpha_is_rank: Annotated[bool, Option(False, "State that α = r, so s = 1, where an adapter's files give no α.")]
+    alpha: Annotated[
+        float | None, Option(None, "α of adapters whose files give none; default: an error.", "A", panel=INPUTS)
+    ]
+    alpha_is_rank: Annotated[bool, Option(False, "State that α = r where an adapter's files give no α.", panel=INPUTS)]
 
 
 class Matching(Selection, MissingAlpha, total=False):
     """Which weights of two sides, and how adapters without α are scaled."""
 
-    allow_unmatched: Annotated[bool, Option(False, "Leave out what an adapter changes and BASE lacks, not stop.")]
+    allow_unmatched: Annotated[
+        bool, Option(False, "Skip what an adapter changes and BASE lacks; default: an error.", panel=INPUTS)
+    ]
 
 
 class Device(TypedDict, total=False):
     """Where numbers are computed."""
 
-    device: Annotated[str, Option("auto", "Where to compute.", "auto|cpu|cuda[:i]|mps")]
+    device: Annotated[str, Option("auto", "Device to compute on.", "auto|cpu|cuda[:i]|mps", panel=EXECUTION)]
 
 
 class Method(Device, total=False):
     """How singular values are computed."""
 
-    method: Annotated[str, Option("auto", "How to compute singular values.", "auto|exact|gram|krylov")]
-    seed: Annotated[int, Option(0, "Seed of the random starts of krylov.", "N")]
+    method: Annotated[str, Option("auto", "Method for singular values.", "auto|exact|gram|krylov")]
+    seed: Annotated[int, SEED]
 
 
 class Accuracy(Method, total=False):
     """How singular values are computed, and how well."""
 
-    tol: Annotated[float, Option(1e-4, "Bound to reach on the error of every energy fraction.", "T")]
+    tol: Annotated[float, Option(1e-4, "Largest error of an energy fraction.", "T")]
 
 
 class Workers(TypedDict, total=False):
     """How layers share this machine."""
 
-    workers: Annotated[int | None, Option(None, "Layers at once; default by cores and memory.", "N")]
+    workers: Annotated[int | None, Option(None, "Layers at once; default by cores and memory.", "N", panel=EXECUTION)]
 
 
 class Machines(Workers, total=False):
@@ -103,22 +208,24 @@ class Resources(Machines, total=False):
 
     memory: Annotated[
         str | int | None,
-        Option(None, "Memory limit, e.g. 8GB; larger layers are read in row blocks, or left out.", "SIZE"),
+        Option(None, "Memory limit, e.g. 8GB; default: none.", "SIZE", panel=EXECUTION),
     ]
 
 
 class Output(TypedDict, total=False):
     """Where records go."""
 
-    output: Annotated[Path | str | None, Option(None, "Results file (JSONL) to write.", "FILE", ("--output", "-o"))]
-    overwrite: Annotated[bool, Option(False, "Replace a file in the way that loradiag did not write; never a link.")]
+    output: Annotated[
+        Path | str | None, Option(None, "Results file (JSONL) to write.", "FILE", ("--output", "-o"), OUTPUT)
+    ]
+    overwrite: Annotated[bool, Option(False, "Replace an existing output.", panel=OUTPUT)]
 
 
 class Resuming(TypedDict, total=False):
     """How an interrupted run is resumed."""
 
-    resume: Annotated[bool, Option(False, "Resume the interrupted run in the output.")]
-    verify: Annotated[bool, Option(False, "Hash every byte of the inputs (SHA-256), for resuming to compare.")]
+    resume: Annotated[bool, Option(False, "Resume the interrupted run in the output.", panel=EXECUTION)]
+    verify: Annotated[bool, Option(False, "Hash every byte of the inputs (SHA-256).", panel=EXECUTION)]
 
 
 class OnProgress(TypedDict, total=False):
@@ -155,15 +262,33 @@ class LayerOptions(Matching, Accuracy, Resources, Output, Resuming, Callbacks, t
     """``MethodOptions``, and how well they are computed."""
 
 
-class ModelOptions(TypedDict, total=False):
+class HeldOut(TypedDict, total=False):
+    """Which texts the loss is measured on."""
+
+    evaluate: Annotated[
+        Sequence[Path | str],
+        Option((), "Held-out text, JSONL or datasets folder; repeatable.", "FILE", ("--eval",), INPUTS),
+    ]
+
+
+class Shifted(HeldOut, total=False):
+    """``HeldOut``, and texts of another kind."""
+
+    shifted: Annotated[Sequence[Path | str], Option((), "Text of another kind; repeatable.", "FILE", panel=INPUTS)]
+
+
+class ModelOptions(Device, total=False):
     """How a model runs on texts."""
 
-    length: Annotated[int | None, Option(None, "Tokens of a sequence; default 512 or the model's most.", "N")]
-    batch: Annotated[int, Option(8, "Sequences in a batch.", "N")]
-    max_sequences: Annotated[int | None, Option(None, "Use the first N sequences of each file.", "N")]
-    tokenizer: Annotated[str, Option("auto", "Tokenizer: of BASE, UTF-8 bytes, or of a folder.", "auto|bytes|DIR")]
+    length: Annotated[int | None, Option(None, "Tokens of a sequence; default 512 or the model's limit.", "N")]
+    batch: Annotated[int, Option(8, "Sequences in a batch.", "N", panel=EXECUTION)]
+    max_sequences: Annotated[
+        int | None, Option(None, "Use the first N sequences of each file; default all.", "N", panel=INPUTS)
+    ]
+    tokenizer: Annotated[
+        str, Option("auto", "Tokenizer: of BASE, UTF-8 bytes, or of a folder.", "auto|bytes|DIR", panel=INPUTS)
+    ]
     dtype: Annotated[str, Option("float32", "Type of the weights while they run.", "float32|bfloat16|float16")]
-    device: Annotated[str, Option("auto", "Where to run the model.", "auto|cpu|cuda[:i]")]
 
 
 class Notes(TypedDict, total=False):
@@ -189,8 +314,8 @@ class LayerProbeOptions(Selection, ProbeOptions, total=False):
 class Training(TypedDict, total=False):
     """How runs are trained."""
 
-    widen: Annotated[int, Option(2, "Rates to try beyond a grid where the best is its last; 0 for none.", "N")]
-    seed: Annotated[int, Option(0, "Seed of the data's order, and the first of the seeds.", "N")]
+    widen: Annotated[int, Option(2, "Learning rates to try beyond the grid; 0 for none.", "N")]
+    seed: Annotated[int, SEED]
 
 
 class TrainOptions(Training, ProbeOptions, total=False):
@@ -202,18 +327,44 @@ class LayerTrainOptions(Selection, TrainOptions, total=False):
 
 
 def declared(group: type) -> dict[str, tuple[Any, Option]]:
-    """Return every option of a group by its name, with its type; a type that is not imported stays quoted.
+    """Return every option of a group by its name, with its type: first those of one command, then the common ones.
+
+    A type that is not imported stays quoted.
 
     >>> kind, option = declared(Selection)["layers"]
     >>> kind, option.default, option.metavar
     (str | None, None, 'REGEX')
     """
+    found = _declared(group)
+    return {name: found[name] for name in (*own_options(group), *found)}
+
+
+def own_options(group: type) -> list[str]:
+    """Return the names of the options of a group that no group of this module has: those of one command."""
+    common = _common()
+    return [name for name, (_, option) in _declared(group).items() if common.get(name) != option]
+
+
+def _declared(group: type) -> dict[str, tuple[Any, Option]]:
     found = {}
     for name, hint in group.__annotations__.items():
         if isinstance(hint, ForwardRef):  # of a module that does not evaluate its annotations
             hint = eval(hint.__forward_arg__, vars(sys.modules[group.__module__]))
+        origin: Any = get_origin(hint)
+        hint = get_args(hint)[0] if origin is Required else hint
         found[name] = (hint.__origin__, hint.__metadata__[0])
     return found
+
+
+@cache
+def _common() -> dict[str, Option]:
+    groups = [each for each in list(globals().values()) if is_typeddict(each)]
+    return {name: option for group in groups for name, (_, option) in _declared(group).items()}
+
+
+def aliases(group: type) -> dict[str, str]:
+    """Return the former flags of the options of a group, each with the flag of today."""
+    return {former: option.flag(name) for name, (_, option) in declared(group).items() for former in option.aliases}
 
 
 def filled(group: type, given: Mapping[str, object]) -> dict[str, Any]:
@@ -221,19 +372,63 @@ def filled(group: type, given: Mapping[str, object]) -> dict[str, Any]:
 
     Args:
         group: A ``TypedDict`` of options.
-        given: What a caller gave.
+        given: What a caller gave, by the names of today or former ones.
 
     Raises:
-        TypeError: There is no such option.
+        TypeError: There is no such option, it is given twice, or one is missing.
+        UsageError: A value is none of the option's choices.
     """
     options = declared(group)
-    if unknown := sorted(set(given) - set(options)):
-        raise TypeError(f"unexpected keyword argument {unknown[0]!r}; there are {', '.join(options)}")
-    return {name: given.get(name, option.default) for name, (_, option) in options.items()}
+    names = {
+        former.lstrip("-").replace("-", "_"): name for name, (_, each) in options.items() for former in each.aliases
+    }
+    named: dict[str, Any] = {}
+    for word, value in given.items():
+        name = word if word in options else names.get(word, "")
+        if not name:
+            raise TypeError(f"unexpected keyword argument {word!r}; there are {', '.join(options)}")
+        if name in named:
+            raise TypeError(f"{word!r} is the former name of {name!r}: give one of them")
+        named[name] = value
+    if missing := [name for name, (_, each) in options.items() if each.default is REQUIRED and name not in named]:
+        raise TypeError(f"missing keyword argument {missing[0]!r}")
+    return {name: each.checked(name, named.get(name, each.default)) for name, (_, each) in options.items()}
+
+
+def settings(group: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of the run record: the options of one command.
+
+    Args:
+        group: A ``TypedDict`` of options.
+        values: All options, and what was made of them.
+    """
+    options = declared(group)
+    return {options[name][1].setting or name: plain(values[name]) for name in own_options(group)}
+
+
+def typed(group: type, recorded: Mapping[str, Any]) -> dict[str, Any]:
+    """Return options by their names from the settings of a run record: those that are not the default.
+
+    Args:
+        group: A ``TypedDict`` of options.
+        recorded: Settings; those that are no option of the group are passed over.
+    """
+    return {
+        name: recorded[option.setting or name]
+        for name, (_, option) in declared(group).items()
+        if recorded.get(option.setting or name) not in (None, False, plain(option.default))
+    }
+
+
+def plain(value: Any) -> Any:
+    """Return a value as JSON has it: a list for a tuple."""
+    return list(value) if isinstance(value, tuple) else value
 
 
 def show_options(function: F) -> F:
     """Show the options of a function's group in its signature and its documentation.
+
+    An option that the documentation describes at length keeps its description.
 
     Args:
         function: One with ``**options: Unpack[GROUP]``, and a line ``**options:`` under ``Args:``.
@@ -256,7 +451,9 @@ def show_options(function: F) -> F:
     function.__signature__ = own.replace(parameters=parameters)  # type: ignore[attr-defined]
 
     def lines(found: re.Match[str]) -> str:
-        return "".join(f"{found[1]}{name}: {option.words()}\n" for name, (_, option) in options.items())
+        lacking = {name: each for name, (_, each) in options.items() if f"\n{found[1]}{name}: " not in written}
+        return "".join(f"{found[1]}{name}: {option.words()}\n" for name, option in lacking.items())
 
-    function.__doc__ = re.sub(r"^( *)\*\*options:.*\n", lines, function.__doc__ or "", flags=re.MULTILINE)
+    written = function.__doc__ or ""
+    function.__doc__ = re.sub(r"^( *)\*\*options:.*\n", lines, written, flags=re.MULTILINE)
     return function

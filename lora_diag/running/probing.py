@@ -33,7 +33,6 @@ class ProbeRun:
         command: As the results file names it.
         given: What the caller gave of the options.
         group: Which options the probe has.
-        **words: Options that are one of several words: each with what was given, and those words.
 
     Attributes:
         options: All options, those that were not given by default.
@@ -46,9 +45,7 @@ class ProbeRun:
 
     model: Model
 
-    def __init__(
-        self, command: str, given: Mapping[str, object], group: type = ProbeOptions, **words: tuple[str, Sequence[str]]
-    ) -> None:
+    def __init__(self, command: str, given: Mapping[str, object], group: type = ProbeOptions) -> None:
         self.command = command
         self.options: dict[str, Any] = filled(group, given)
         self.watch = Watch(*(self.options.get(name) for name in ("on_progress", "on_record", "on_note")))
@@ -56,9 +53,6 @@ class ProbeRun:
         for name in ("batch", "max_sequences"):
             if (value := self.options[name]) is not None and value < 1:
                 raise UsageError(f"--{name.replace('_', '-')} {value}: must be at least 1")
-        for option, (word, known) in words.items():
-            if word not in known:
-                raise UsageError(f"--{option} {word}: use {', '.join(known)}")
 
     @property
     def selection(self) -> dict[str, str | None]:

@@ -21,7 +21,7 @@ from lora_diag.models.methods import Lora
 from lora_diag.models.opening import Model
 from lora_diag.models.training import Training
 from lora_diag.records import RunInput, WholeRecord
-from lora_diag.running.options import TrainOptions
+from lora_diag.running.options import declared
 from lora_diag.running.probing import ProbeRun, counted, described
 from lora_diag.running.progress import Kept, Watch
 from lora_diag.running.rates import MOST, beyond, lowest
@@ -211,10 +211,9 @@ class TrainRun(ProbeRun):
     Args:
         command: As the results file names it.
         given: What the caller gave of the options.
-        rates: Learning rates by their option.
-        counts: Whole numbers from 1 up, by their option; None where it was not given.
         group: Which options the probe has.
-        **words: As ``ProbeRun`` has them.
+        rates: Those that are learning rates.
+        counts: Those that are whole numbers from 1 up; None where one was not given.
 
     Attributes:
         sets: Evaluation sets, once they are read.
@@ -231,13 +230,14 @@ class TrainRun(ProbeRun):
         self,
         command: str,
         given: Mapping[str, object],
-        rates: Mapping[str, Sequence[float]],
-        counts: Mapping[str, int | None],
-        group: type = TrainOptions,
-        **words: tuple[str, Sequence[str]],
+        group: type,
+        rates: Sequence[str],
+        counts: Sequence[str],
     ) -> None:
-        super().__init__(command, given, group, **words)
-        check_training(rates, counts, self.options["widen"], self.options["seed"])
+        super().__init__(command, given, group)
+        flags = {name: option.flag(name) for name, (_, option) in declared(group).items()}
+        grids, numbers = ({flags[name]: self.options[name] for name in names} for names in (rates, counts))
+        check_training(grids, numbers, self.options["widen"], self.options["seed"])
 
     def read_all(
         self,

@@ -158,7 +158,7 @@ def test_failures_are_one_message_and_exit_code_3(web, run):
     ):
         done = run(*words)
         assert done.code == 3, done.err
-        assert done.err.startswith("error: ")
+        assert done.err.startswith("Error: ")
         assert says in done.err
         assert done.err.count("\n") == 1
 

@@ -68,7 +68,7 @@ def test_the_next_command_extracts_these_ranks(loradiag, measured):
     ran = loradiag("allocate", measured, "--params", "50k", "-o", "ranks.jsonl")
     next_words = " ".join(ran.out[ran.out.index("Next") :].split())
     assert "loradiag extract" in next_words
-    assert next_words.endswith("--ranks ranks.jsonl -o adapter")
+    assert next_words.endswith("--allocation ranks.jsonl -o adapter")
 
 
 @pytest.mark.parametrize(("metric", "more"), [("data", ""), ("kfac", "--kfac ")])
@@ -79,7 +79,7 @@ def test_ranks_in_another_metric_are_extracted_in_it_and_norms_are_not_added_up(
     run = spectra.run.model_copy(update={"inputs": (*spectra.run.inputs, recorded)})
     Results(run, spectra.layers, spectra.left_out, spectra.end).write(tmp_path / "s.jsonl")
     told = " ".join(loradiag("allocate", "s.jsonl", "--total-rank", "1", "-o", "r.jsonl").out.split())
-    assert f"extract base tuned --ranks r.jsonl --activations a.safetensors {more}-o adapter" in told
+    assert f"extract base tuned --allocation r.jsonl --activations a.safetensors {more}-o adapter" in told
     assert "whole change" not in told
     assert "1 one-dimensional" in told
 
@@ -111,7 +111,7 @@ def test_policies_are_shown_side_by_side(loradiag, measured):
     assert {record["record"] for record in loradiag("allocate", measured, "--policies", "--json").records} == {
         "policies"
     }
-    for words in (["-o", "x.json"], ["--params", "10k"], ["--target", "q_proj"]):
+    for words in (["-o", "x.json"], ["--params", "10k"], ["--layers", "q_proj"]):
         refused = loradiag("allocate", measured, "--policies", *words)
         assert (refused.code, refused.out) == (2, "")
 
@@ -124,11 +124,11 @@ def test_policies_are_shown_side_by_side(loradiag, measured):
         (["--params", "ten"], "--params ten"),
         (["--params", "100"], "92 parameters more than the budget"),
         (["--params", "50k", "--min-rank", "6"], "8,368 parameters more than the budget"),
-        (["--params", "50k", "--ranks-from", "8,x"], "--ranks-from 8,x"),
-        (["--params", "50k", "--ranks-from", "8", "--max-rank", "4"], "--ranks-from"),
-        (["--params", "50k", "--target", "zzz"], "--target zzz"),
-        (["--memory", "2"], "--memory 2"),
-        (["--memory", "2GB", "--optimizer", "lion"], "--optimizer lion"),
+        (["--params", "50k", "--allowed-ranks", "8,x"], "--allowed-ranks 8,x"),
+        (["--params", "50k", "--allowed-ranks", "8", "--max-rank", "4"], "--allowed-ranks"),
+        (["--params", "50k", "--layers", "zzz"], "--layers zzz"),
+        (["--memory-budget", "2"], "--memory-budget 2"),
+        (["--memory-budget", "2GB", "--optimizer", "lion"], "--optimizer lion"),
         (["--energy", "90"], "--energy 90"),
         (["--params", "50k", "--scaling", "0", "-o", "adapter_config.json"], "--scaling 0"),
         (["--params", "50k", "-o", "ranks.txt"], ".jsonl"),
@@ -160,7 +160,7 @@ def test_warnings_of_noise_and_gradients(loradiag, tmp_path):
 def test_weights_that_are_no_text_are_refused_without_a_codec(loradiag, measured, tmp_path):
     (tmp_path / "w.safetensors").write_bytes(b"\x96\xff")
     ran = loradiag("allocate", measured, "--params", "50k", "--weights", "w.safetensors")
-    assert (ran.code, ran.err) == (3, "error: w.safetensors: is not a readable file of weights: it holds no text\n")
+    assert (ran.code, ran.err) == (3, "Error: w.safetensors: is not a readable file of weights: it holds no text\n")
 
 
 def test_no_torch_is_imported(tmp_path):
@@ -175,13 +175,13 @@ def test_no_torch_is_imported(tmp_path):
 
 
 def test_the_heuristic_is_written_and_divides_a_budget_only(loradiag, measured, tmp_path):
-    ran = loradiag("allocate", measured, "--params", "50k", "--method", "heuristic", "-o", tmp_path / "h.jsonl")
+    ran = loradiag("allocate", measured, "--params", "50k", "--strategy", "heuristic", "-o", tmp_path / "h.jsonl")
     assert ran.code == 0, ran.err
     (best,) = lora_diag.allocate(measured, params="50k").whole
     found = lora_diag.read_results(tmp_path / "h.jsonl")
     (heuristic,) = found.whole
     assert found.run.settings["method"] == "heuristic"
     assert heuristic.kept == best.baselines[1].kept < best.kept <= heuristic.bound + 1e-12
-    for words in (["--energy", "0.9", "--method", "heuristic"], ["--params", "50k", "--method", "greedy"]):
+    for words in (["--energy", "0.9", "--strategy", "heuristic"], ["--params", "50k", "--strategy", "greedy"]):
         ran = loradiag("allocate", measured, *words)
-        assert (ran.code, "--method" in ran.err) == (2, True)
+        assert (ran.code, "--strategy" in ran.err) == (2, True)

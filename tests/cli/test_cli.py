@@ -102,7 +102,7 @@ def test_unreadable_input_exits_3_with_one_message_and_no_file(loradiag, pair_of
     ran = loradiag("spectrum", base, broken, "-o", "r.jsonl")
     assert ran.code == 3
     assert ran.out == ""
-    assert re.fullmatch(r"error: .*broken\.safetensors: .*\n", ran.err)
+    assert re.fullmatch(r"Error: .*broken\.safetensors: .*\n", ran.err)
     assert not (tmp_path / "r.jsonl").exists()
 
 
@@ -119,7 +119,7 @@ def test_a_layer_with_nan_exits_3_after_measuring_the_rest(loradiag, pair_of_mod
     after["lm_head.weight"][1, 2] = torch.nan
     ran = loradiag("spectrum", base, save_model(tmp_path / "nan", after), "-o", "r.jsonl")
     assert ran.code == 3
-    assert ran.err == "error: lm_head.weight: TUNED holds nan at [1, 2]; the layer was left out\n"
+    assert ran.err == "Error: lm_head.weight: TUNED holds nan at [1, 2]; the layer was left out\n"
     assert lora_diag.read_results(tmp_path / "r.jsonl").end.layers == 9
 
 
@@ -187,7 +187,7 @@ def test_an_output_that_takes_nothing_is_one_message(server, pair_of_models, tmp
         assert (done.returncode, done.stderr) == (0, "")  # typer says nothing to nobody
         return
     assert done.returncode == 3
-    assert re.fullmatch(r"error: standard output: cannot be written: .*\n", done.stderr)
+    assert re.fullmatch(r"Error: standard output: cannot be written: .*\n", done.stderr)
 
 
 def test_ctrl_c_says_how_to_go_on(server, tmp_path):
@@ -243,7 +243,7 @@ def test_the_usage_line_and_the_exit_codes_that_exist(loradiag):
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (["--nope"], "Usage:"),
+        (["--nope"], "see loradiag --help"),
         (["spectrum", "a", "b", "c"], "unexpected extra argument"),
         (["spectrum", "base", "tuned", "--top", "many"], "--top"),
         (["magic"], "magic"),
@@ -275,7 +275,7 @@ def test_pipes_are_refused_and_not_waited_for(loradiag, pair_of_models, tmp_path
         for words in (["inspect", name], ["spectrum", "base", name]):
             ran = loradiag(*words)
             assert ran.code == 3
-            assert re.fullmatch(rf"error: {re.escape(name)}: .*\n", ran.err)
+            assert re.fullmatch(rf"Error: {re.escape(name)}: .*\n", ran.err)
 
 
 def test_output_names_that_no_file_can_have(loradiag, pair_of_models, tmp_path):

@@ -54,11 +54,11 @@ def test_messages(loradiag, tmp_path):
     (tmp_path / "bad" / "adapter_config.json").write_text("{")
     ran = loradiag("spectrum", "--adapters", SAMPLES / "lora_r4", "--adapters", "bad")
     assert ran.code == 3
-    assert ran.err.startswith("error: bad:")
+    assert ran.err.startswith("Error: bad:")
     assert "Not measured" in ran.out
     for words in (["--top", "4"], ["--ranks", "2"], ["--memory", "8GB"]):
         refused = loradiag("spectrum", "--adapters", SAMPLES / "lora_r4", *words)
         assert (refused.code, refused.out) == (2, "")
-        assert refused.err.startswith(f"error: {words[0]}: not with --adapters: ")
+        assert refused.err.startswith(f"Error: {words[0]}: not with --adapters: ")
     both = loradiag("spectrum", SAMPLES / "base", SAMPLES / "full_ft", "--adapters", "x")
     assert both.code == 2

@@ -85,7 +85,7 @@ def test_each_kind_of_trouble_has_its_exit_code(loradiag, results, policy, tmp_p
 def test_a_mistake_in_the_policy_is_one_line_with_its_place(loradiag, results, policy):
     ran = loradiag("gate", policy(more='\n[[rule]]\nname = "x"\nrequire = "energy.16 >= 90"\n'), "r.jsonl")
     assert ran.code == 2
-    assert re.fullmatch(r"error: p\.toml: line 8: 'energy\.16 >= 90': .* between 0 and 1.*\n", ran.err)
+    assert re.fullmatch(r"Error: p\.toml: line 8: 'energy\.16 >= 90': .* between 0 and 1.*\n", ran.err)
 
 
 def test_results_in_the_place_of_the_policy_are_called_so(loradiag, results):

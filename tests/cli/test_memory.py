@@ -69,7 +69,7 @@ def test_a_matrix_larger_than_a_hard_limit_is_measured(pair, limited):
     assert 4 * before[NAME].numel() > LIMIT * 2**20
     without = limited(LIMIT, "spectrum", base, tuned, "--json")
     assert without.code == 3
-    assert f"error: {NAME}: there is no memory left for it; give --memory less" in without.err
+    assert f"Error: {NAME}: there is no memory left for it; give --memory less" in without.err
     ran = limited(LIMIT, "spectrum", base, tuned, "--memory", MEMORY, "--json")
     assert ran.code == 0, ran.err
     large, small = (next(r for r in ran.records if r.get("layer") == name) for name in (NAME, SMALL))
@@ -99,7 +99,7 @@ def test_a_layer_that_fits_by_no_method_is_left_out_with_the_way_out(tmp_path, l
     base, tuned = save_model(tmp_path / "base", before), save_model(tmp_path / "tuned", after)
     ran = loradiag("spectrum", base, tuned, "--memory", MEMORY, "-o", tmp_path / "r.jsonl", env={"COLUMNS": "200"})
     assert ran.code == 3
-    assert f"error: {NAME}: 3650x3600: --memory leaves 141 MB for a layer, and all values take 169 MB" in ran.err
+    assert f"Error: {NAME}: 3650x3600: --memory leaves 141 MB for a layer, and all values take 169 MB" in ran.err
     assert "give 29 MB more (times --workers), or --top 64" in ran.err
     enough = loradiag("spectrum", base, tuned, "--memory", "540MB", "--quiet")
     assert enough.code == 0, enough.err
@@ -139,5 +139,5 @@ def test_a_large_model_that_does_not_fit_does_not_fill_the_terminal(capsys):
     left = [LeftOut(layer=f"layer{n}", shape=(2, 2), reason="memory", detail="too large") for n in range(70000)]
     assert tell_unmeasured(left, "the layer was left out")
     *named, rest = capsys.readouterr().err.splitlines()
-    assert named == [f"error: layer{n}: too large; the layer was left out" for n in range(20)]
-    assert rest == "error: and 69980 more like these; the records name every one (--json, or -o FILE)"
+    assert named == [f"Error: layer{n}: too large; the layer was left out" for n in range(20)]
+    assert rest == "Error: and 69980 more like these; the records name every one (--json, or -o FILE)"

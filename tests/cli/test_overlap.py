@@ -46,7 +46,7 @@ def test_a_rank_to_show_is_measured_and_layers_may_be_rows(loradiag, inputs):
     assert "model.layers.1.mlp.up_proj" in ran.out
     ran = loradiag("overlap", *inputs, "--ranks", "2", "--rank", "70000", "--layers", "q_proj")
     assert "at r=2" in ran.out
-    assert ran.err == "--rank 70000: no layer and no adapter here has so many; another rank is shown\n"
+    assert ran.err == "--show-rank 70000: no layer and no adapter here has so many; another rank is shown\n"
 
 
 def test_where_nothing_is_measured_no_rank_is_called_too_high_and_nothing_is_next(loradiag, inputs, tmp_path):
@@ -54,7 +54,7 @@ def test_where_nothing_is_measured_no_rank_is_called_too_high_and_nothing_is_nex
     save_model(tmp_path / "tuned", broken)
     ran = loradiag("overlap", *inputs, "--rank", "2", "--layers", "layers.0.*q_proj")
     assert ran.code == 3
-    assert ran.err.startswith("error: model.layers.0.self_attn.q_proj.weight: TUNED holds nan")
+    assert ran.err.startswith("Error: model.layers.0.self_attn.q_proj.weight: TUNED holds nan")
     assert "Next" not in ran.out
 
 
@@ -72,7 +72,7 @@ def test_a_gradient_that_is_not_finite_exits_3_after_the_rest(loradiag, inputs, 
     save_file(bad, file, {"step": "10"})
     ran = loradiag("overlap", *inputs, "--ranks", "2", "-o", "o.jsonl")
     assert ran.code == 3
-    assert ran.err == "error: lm_head.weight: step 10: the gradient holds inf at [0, 1]; left out\n"
+    assert ran.err == "Error: lm_head.weight: step 10: the gradient holds inf at [0, 1]; left out\n"
     assert "Not measured" in ran.out
     assert json.loads((tmp_path / "o.jsonl").read_text().splitlines()[-1])["layers"] == 10
 

@@ -7,7 +7,7 @@ import pytest
 
 import lora_diag
 from lora_diag.cli import main
-from lora_diag.cli.options import Written
+from lora_diag.cli.options import check_output
 from lora_diag.errors import InputError
 from tests.conftest import ROOT
 
@@ -50,7 +50,7 @@ def told(monkeypatch, capsys, tmp_path):
 def test_a_folder_that_is_not_there_is_told_and_not_made(told, tmp_path, words):
     place = words[-1].format("typo/deeper")
     code, err = told(*words[:-1], place)
-    assert (code, err) == (3, f"error: {place}: cannot be written: there is no folder typo; create it first\n")
+    assert (code, err) == (3, f"Error: {place}: cannot be written: there is no folder typo; create it first\n")
     assert [path.name for path in tmp_path.iterdir()] == ["r.jsonl"]
 
 
@@ -111,9 +111,9 @@ def test_records_go_on_in_a_file_that_may_be_written_where_no_new_one_may(monkey
     file = tmp_path / "r.jsonl"
     file.touch()
     monkeypatch.setattr("os.access", lambda place, mode: place == file)  # root may write anywhere
-    assert Written(output=file, resume=True).output == file
+    check_output(file, resume=True, overwrite=False)
     with pytest.raises(InputError, match="permission denied"):
-        Written(output=tmp_path / "new.jsonl")
+        check_output(tmp_path / "new.jsonl", resume=False, overwrite=False)
 
 
 def test_the_folder_of_figures_is_made_and_nothing_above_it(told, tmp_path):

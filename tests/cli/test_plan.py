@@ -37,7 +37,7 @@ def test_budgets_that_allow_too_little_or_too_much(params, told):
 
 
 def test_json_is_one_record(loradiag):
-    ran = loradiag("plan", BASE, "--json", "--ranks", "2", "--target", "q_proj")
+    ran = loradiag("plan", BASE, "--json", "--ranks", "2", "--layers", "q_proj")
     record = json.loads(ran.out)
     assert record["record"] == "plan"
     assert record["ranks"][0]["params"] == 2 * 4 * 256
@@ -49,7 +49,7 @@ def test_json_is_one_record(loradiag):
     [
         (["--params", "1 million"], 2, "--params 1 million"),
         (["--params", "1M", "--memory", "1GB"], 2, "not both"),
-        (["--target", "zzz"], 2, "--target zzz"),
+        (["--layers", "zzz"], 2, "--layers zzz"),
         (["--ranks", "x"], 2, "--ranks x"),
     ],
 )

@@ -123,8 +123,8 @@ def test_sensitivities_go_from_the_model_to_the_ranks_of_a_config(loradiag, pair
     ran = loradiag("probe", "sensitivity", base, "--data", text, "--eval", shifted, *words)
     assert ran.code == 0
     assert ran.err.startswith("about ")
-    for word in ("layer alone", "On english", "Proxies", "permutation", "--weights s.jsonl"):
-        assert word in ran.out
+    for word in ("layer alone", "On english", "Proxies", "permutation", "--layer-weights s.jsonl"):
+        assert word in " ".join(ran.out.split())
     assert loradiag("inspect", "s.jsonl").out.strip() == ran.out[: ran.out.index("Next")].strip()
     assert loradiag("spectrum", base, tuned, "-q", "-o", "spectrum.jsonl").code == 0
     words = ("--total-rank", "9", "--weights", "s.jsonl", "--max-rank", "4", "-o", "ranks.jsonl")

@@ -156,7 +156,7 @@ def test_a_merge_that_lost_the_adapter_to_rounding_passes_with_a_warning(files, 
     ran = loradiag("verify-merge", "base", "adapter", "small")
     assert ran.code == 0
     words = " ".join(ran.out.split())
-    assert "Lost rounding took more than 10% of ΔW" in words
+    assert "Lost update rounding took more than 10% of ΔW" in words
     assert "serve the adapter unmerged, or merge into float32" in words
 
 

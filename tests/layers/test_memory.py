@@ -80,7 +80,7 @@ def test_a_layer_that_does_not_fit_is_left_out_with_what_is_lacking_and_that_is_
     (left,) = [record for record in few.records if record["record"] == "left_out"]
     assert (left["layer"], left["reason"]) == (NAME, "memory")
     assert f"1400x1200: --memory leaves 136 MB for a layer, and {takes}" in left["detail"]
-    assert f"error: {NAME}: {left['detail']}; the layer was left out" in few.err
+    assert f"Error: {NAME}: {left['detail']}; the layer was left out" in few.err
     assert {record["layer"] for record in few.records if record["record"] in {what, "union"}} == {SMALL}
     more = int(left["detail"].split("give ")[1].split(" MB")[0])
     measure = lora_diag.intruders if what == "intruders" else partial(lora_diag.interference, base=models[0])

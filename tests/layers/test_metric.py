@@ -285,7 +285,7 @@ def test_what_makes_no_sense_is_refused(pair, tmp_path, loradiag):
     ):
         with pytest.raises(UsageError, match=words):
             lora_diag.spectrum(**asked)
-    with pytest.raises(UsageError, match="is for --gradients"):
+    with pytest.raises(UsageError, match="needs --output-gradients"):
         lora_diag.probe_activations(base, file, tmp_path / "new", labels="model")
     ran = loradiag("spectrum", "--adapters", adapter, "--activations", file)
     assert (ran.code, "--adapters" in ran.err) == (2, True)

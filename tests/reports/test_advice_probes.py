@@ -82,7 +82,7 @@ def test_what_gains_is_named_and_what_surely_does_not_is_left_out():
     steps = advice(evidence(model(), sensitivity([0.5, 0.4, 0.3, *[0.0] * 7])))
     assert [step.rule for step in steps] == ["place by gain", "enough"]  # weights have their own last word
     assert steps[0].params == 8 * sum(sum(record.shape) for record in model())
-    spend = f"loradiag allocate spectrum.jsonl --params {steps[0].params} --weights 'probe sensitivity.jsonl'"
+    spend = f"loradiag allocate spectrum.jsonl --params {steps[0].params} --layer-weights 'probe sensitivity.jsonl'"
     assert steps[0].command == f"{spend} -o adapter_config.json"
 
 
@@ -136,7 +136,7 @@ def test_energy_that_orders_layers_otherwise_than_their_cost_is_not_trusted():
     assert step.do.endswith("by the Fisher information of what is cut and not by energy")
     assert "is 1.00 [0.98, 1.00] for the Fisher of what is cut and -1.00 [-1.00, -0.98] for its energy" in step.because
     both = advice(evidence(model(), fisher(cost[::-1], cost)))
-    assert "--weights 'probe fisher.jsonl'" in both[0].command
+    assert "--layer-weights 'probe fisher.jsonl'" in both[0].command
     assert told(fisher(cost, cost)) == []  # energy knows as well
     assert told(fisher([2, 1, *cost[2:]], cost)) == []  # 0.99 and 1.00 are not told apart
     assert told(fisher(cost[3::-1], cost[:4])) == []  # four have no order

@@ -194,8 +194,8 @@ def test_a_sweep_that_shows_no_rank_gives_its_best_answer_and_leaves_ranks_to_th
     assert steps[0].do == f"Train at r=4 with learning rate 0.001; {verdict.more_seeds} seeds would show it"
     assert f"{math.floor(100 * verdict.confidence)}% confidence" in steps[0].because
     # The command adds seeds to the file that is there.
-    command = "loradiag probe sweep 'my base' --data DATA --eval own.txt --ranks 4,8 --seed 0 --tolerance 0.02"
-    assert steps[0].command == f"{command} --seeds {verdict.more_seeds} --resume -o 'probe sweep.jsonl'"
+    command = "loradiag probe sweep 'my base' --data DATA --eval own.txt --ranks 4,8 --seed 0 --gain-tolerance 0.02"
+    assert steps[0].command == f"{command} --repeats {verdict.more_seeds} --resume -o 'probe sweep.jsonl'"
     assert verdict.more_seeds > 2
 
 
@@ -221,7 +221,7 @@ def test_a_truncation_names_the_rank_that_ships_the_fine_tune_itself():
     assert (
         "keeps 93% of the gain on own (loss +0.0700 ± 0.01 to the full fine-tune), while C(16) = 0.47" in step.because
     )
-    assert step.command == "loradiag extract 'my base' full_ft --rank 16 --rest save -o adapter/"
+    assert step.command == "loradiag extract 'my base' full_ft --rank 16 --unfactored save -o adapter/"
     (bare,) = advice(evidence(truncation({4: 0.95}, rest="base")))
     assert "--rest" not in bare.command
 

@@ -86,8 +86,8 @@ def test_command_of_every_step_has_the_numbers_of_its_sentence(situation):
         name, given = parsed(step.argv)
         ranks = numbers(given.get("ranks") or given.get("rank")) if {"--rank", "--ranks"} & {*step.argv} else []
         assert ranks == list(step.ranks), step
-        assert numbers(given.get("lr")) == list(step.rates) or not step.rates, step
-        assert given.get("seeds", 2) == (step.seeds or given.get("seeds", 2)), step
+        assert numbers(given.get("rates")) == list(step.rates) or not step.rates, step
+        assert given.get("repeats", 2) == (step.seeds or given.get("repeats", 2)), step
         assert set(step.adapters) <= set(step.argv), step
         # What the sentence asks for is in the command, and no other rank or number of parameters is.
         asked = step.do.replace("as many as r=8 everywhere", "")
@@ -95,7 +95,7 @@ def test_command_of_every_step_has_the_numbers_of_its_sentence(situation):
         amounts = [int(each.replace(",", "")) for each in re.findall(r"([\d,]+)(?: trainable)? parameters", step.do)]
         assert amounts == ([] if step.params is None else [step.params]), step
         if name == "allocate":
-            spends = {key: given[key] for key in ("params", "total_rank", "memory") if given[key] is not None}
+            spends = {key: given[key] for key in ("params", "total_rank", "memory_budget") if given[key] is not None}
             assert len(spends) == 1
             assert step.rule == "take the allocation" or spends == {"params": str(step.params)}
 
@@ -107,9 +107,9 @@ def test_budget_of_a_step_is_what_its_command_spends(situation):
     spectrum_run = SITUATIONS[situation][0]
     (step,) = [step for step in advice(evidence(*SITUATIONS[situation])) if step.argv[1] == "allocate"]
     _, given = parsed(step.argv)
-    budget = {key: given[key] for key in ("params", "total_rank", "memory") if given[key] is not None}
+    budget = {key: given[key] for key in ("params", "total_rank", "memory_budget") if given[key] is not None}
     limits = {key: given[key] for key in ("max_rank", "min_rank") if given[key]}
-    choice = {"ranks_from": [int(n) for n in numbers(given["ranks_from"])]} if given["ranks_from"] else {}
+    choice = {"allowed_ranks": [int(n) for n in numbers(given["allowed_ranks"])]} if given["allowed_ranks"] else {}
     (certificate,) = lora_diag.allocate(spectrum_run, **budget, **limits, **choice).whole
     assert certificate.params <= step.params
     if step.rule == "take the allocation":

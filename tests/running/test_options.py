@@ -26,8 +26,13 @@ EXPECTED = {
     "portability": {"alpha": None, "alpha_is_rank": False, "memory": None, "output": None},
     "subspaces": {"layers": None, "seed": 0, "workers": None},
     "fleet": {"device": "auto", "overwrite": False},
-    "extract": {"memory": None, "tol": 1e-4, "overwrite": False},
     "recover": {"memory": None, "tol": 1e-4, "overwrite": False},
+    "extract": {"memory": None, "tol": 1e-4, "overwrite": False, "adapter_dtype": "float32"},
+    "allocate": {"params": None, "strategy": "optimal", "allowed_ranks": None},
+    "plan": {"ranks": (4, 8, 16, 64), "memory_budget": None},
+    "gate": {"baseline": None, "shipped": ()},
+    "plot": {"per": "layer", "width": "slide"},
+    "report": {"format": None, "values": False},
 }
 # Options that a function must not have: it could not heed them.
 ABSENT = {
@@ -55,15 +60,17 @@ def test_documentation_names_every_parameter(name):
 
 
 def test_documentation_names_the_choices():
-    assert "method: How to compute singular values: auto|exact|gram|krylov.\n" in lora_diag.overlap.__doc__
+    assert "method: Method for singular values: auto|exact|gram|krylov.\n" in lora_diag.overlap.__doc__
 
 
 @pytest.mark.parametrize("name", EXPECTED)
 def test_unknown_option_is_refused_before_work(name):
     function = getattr(lora_diag, name)
     required = [each for each in inspect.signature(function).parameters.values() if each.default is each.empty]
+    given = {each.name: "x" for each in required if each.kind is each.KEYWORD_ONLY}
+    places = ["sample_checkpoints/base"] * (len(required) - len(given))
     with pytest.raises(TypeError, match="'layer'"):
-        function(*["sample_checkpoints/base"] * len(required), layer="q_proj")
+        function(*places, **given, layer="q_proj")
 
 
 def commands(command):

@@ -6,6 +6,7 @@ FEATURE = Feature(
     __name__,
     "allocate",
     command=".command:allocate",
+    subcommands=(("rank-rules", ".command:rank_rules"),),
     records=(
         ".record:Allocation",
         ".record:Certificate",

@@ -107,7 +107,7 @@ def allocate(
         UsageError: The budget does not pay for what the constraints ask, or for any rank at all; a pattern is no
             regular expression.
     """
-    wanted, unwanted = compiled(target, "--target"), compiled(exclude, "--exclude")
+    wanted, unwanted = compiled(target, "--layers"), compiled(exclude, "--exclude")
     saved = heads_to_save(records, left_out, wanted, unwanted) if save_heads else []
     names = {item.layer for item in saved}
     candidates, not_chosen = split([record for record in records if record.layer not in names], wanted, unwanted)
@@ -217,7 +217,7 @@ def _choose(
     if left < 0:
         raise UsageError(
             f"{budget.option}: the smallest ranks that --min-rank allows take {_amount(budget, fixed)}, "
-            f"{_amount(budget, -left)} more than {of}; raise it, lower --min-rank or choose layers with --target"
+            f"{_amount(budget, -left)} more than {of}; raise it, lower --min-rank or choose layers with --layers"
         )
     if not fixed and not len(steps.gain):
         raise UsageError(f"{budget.option}: no rank that is allowed lowers what the loss suffers; raise --max-rank")

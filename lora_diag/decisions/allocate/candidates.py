@@ -52,9 +52,9 @@ class Constraints:
             raise UsageError(f"--min-rank {self.min_rank} is above --max-rank {self.max_rank}")
         if self.ranks_from is not None:
             if not self.ranks_from or min(self.ranks_from) < 1:
-                raise UsageError("--ranks-from: give ranks from 1 up, such as 8,16,32,64")
+                raise UsageError("--allowed-ranks: give ranks from 1 up, such as 8,16,32,64")
             if not any(self.min_rank <= rank <= (self.max_rank or rank) for rank in self.ranks_from):
-                raise UsageError("--ranks-from: none of its ranks lies between --min-rank and --max-rank")
+                raise UsageError("--allowed-ranks: none of its ranks lies between --min-rank and --max-rank")
 
 
 @dataclass(frozen=True)
@@ -161,8 +161,8 @@ def split(
         else:
             candidates.append(record)
     if not candidates:
-        asked = f"--target {target.pattern}: matches" if target is not None else "the results hold"
-        raise UsageError(f"{asked} no layer that could get an adapter; name layers with --target")
+        asked = f"--layers {target.pattern}: matches" if target is not None else "the results hold"
+        raise UsageError(f"{asked} no layer that could get an adapter; name layers with --layers")
     return candidates, left_out
 
 

@@ -1,4 +1,4 @@
-"""``allocate --weights`` of a results file: what ``probe sensitivity`` or ``probe fisher`` measured of the layers.
+"""``allocate --layer-weights`` of a results file: what ``probe sensitivity`` or ``probe fisher`` measured.
 
 Gains become factors of energies; tails take the place of energies.
 """
@@ -62,12 +62,12 @@ def measured_weights(path: Path, spectra: Results[Spectrum], allow_unfinished: b
     results = read_results(path)
     if results.run.command not in MEASURED:
         raise InputError(
-            f"--weights {path}: holds results of loradiag {results.run.command}; it takes those of probe sensitivity "
-            "or probe fisher, or a JSON object of layer and factor"
+            f"--layer-weights {path}: holds results of loradiag {results.run.command}; it takes those of "
+            "probe sensitivity or fisher, or a JSON object of layer and factor"
         )
     if results.end is None and not allow_unfinished:
         raise InputError(
-            f"--weights {path}: the run did not finish, and layers it lacks would get no rank; finish it with "
+            f"--layer-weights {path}: the run did not finish, and layers it lacks would get no rank; finish it with "
             f"loradiag {results.run.command} ... --resume, or go on with --allow-unfinished"
         )
     if results.run.command == "probe fisher":
@@ -78,9 +78,11 @@ def measured_weights(path: Path, spectra: Results[Spectrum], allow_unfinished: b
     gains = gains_of(records, first, first, settings["rank"], settings["seed"])
     found = weights_of(gains, settings["rank"], spectra.layers)
     if not any(layer in found.factors for gain in gains for layer in gain.layers):
-        raise UsageError(f"--weights {path}: adapted no layer of these spectra; both must be of one BASE")
+        raise UsageError(f"--layer-weights {path}: adapted no layer of these spectra; both must be of one BASE")
     if not any(found.factors.values()):
-        raise UsageError(f"--weights {path}: no layer that moved lowers the loss on {first} alone: all weights are 0")
+        raise UsageError(
+            f"--layer-weights {path}: no layer that moved lowers the loss on {first} alone: all weights are 0"
+        )
     what = f"results of probe sensitivity, r={settings['rank']} per {settings['per']}, gains on {legible(first)}"
     notes = _notes(found)
     if settings["delta"]:
@@ -102,13 +104,15 @@ def _tails(path: Path, results: Results[Any], spectra: Results[Spectrum]) -> Mea
     records = {record.layer: record for record in results.whole if isinstance(record, Fisher)}
     both = [record for record in spectra if record.layer in records]
     if not both:
-        raise UsageError(f"--weights {path}: measured no layer of these spectra; both must be of one BASE and TUNED")
+        raise UsageError(
+            f"--layer-weights {path}: measured no layer of these spectra; both must be of one BASE and TUNED"
+        )
     for record in both:
         fro = record.fro if record.weights_fro is None else record.weights_fro
         if abs(records[record.layer].fro - fro) > _SAME * fro:
             raise InputError(
-                f"--weights {path}: ‖ΔW‖ of {record.layer} is {records[record.layer].fro:.4g} there and {fro:.4g} in "
-                "the spectra: they are of different updates"
+                f"--layer-weights {path}: ‖ΔW‖ of {record.layer} is {records[record.layer].fro:.4g} there and "
+                f"{fro:.4g} in the spectra: they are of different updates"
             )
     lacking = [r.layer for r in spectra if r.layer not in records and part_of(r.layer) == "matrices"]
     notes = [f"{len(lacking)} layers were not measured and get no rank: {_listed(lacking)}"] if lacking else []

@@ -192,7 +192,7 @@ def _targets(results: Results[Allocation]) -> tuple[dict[str, int], dict[str, in
     modules = {module_of(record.layer): record.rank for record in chosen if record.layer.endswith(".weight")}
     parameters = {module_of(record.layer): record.rank for record in chosen if not record.layer.endswith(".weight")}
     if len(modules) + len(parameters) != len({record.group or record.layer for record in chosen}):
-        raise InputError("two layers have the same name as modules of one model; choose layers with --target")
+        raise InputError("two layers have the same name as modules of one model; choose layers with --layers")
     return modules, parameters
 
 

@@ -1,4 +1,4 @@
-"""The terminal's answer to ``allocate --policies``: the ranks of several rules side by side."""
+"""The terminal's answer to ``rank-rules``: the ranks of several rules side by side."""
 
 from __future__ import annotations
 

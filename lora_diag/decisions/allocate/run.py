@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import get_args
+from typing import Unpack
 
 from lora_diag.adapters import open_adapter
 from lora_diag.catalog import read_results, read_results_of
@@ -16,8 +16,9 @@ from lora_diag.decisions.allocate.allocation import Budget
 from lora_diag.decisions.allocate.allocation import allocate as plan_ranks
 from lora_diag.decisions.allocate.candidates import Constraints
 from lora_diag.decisions.allocate.measured_weights import MEASURED, Measured, measured_weights
+from lora_diag.decisions.allocate.options import AllocateOptions
 from lora_diag.decisions.allocate.peft_config import Scaling, compare, peft_config
-from lora_diag.decisions.allocate.record import Allocation, Method, Policies
+from lora_diag.decisions.allocate.record import Allocation, Policies
 from lora_diag.decisions.memory import Training
 from lora_diag.diagnostics.spectrum.record import Spectrum
 from lora_diag.errors import InputError, UsageError
@@ -26,31 +27,12 @@ from lora_diag.records import Results, Run, RunInput, is_results_file, totals
 from lora_diag.records.run import timestamp
 from lora_diag.running.amounts import read_bytes, read_count, read_share
 from lora_diag.running.fingerprint import legible
+from lora_diag.running.options import filled, show_options
 from lora_diag.version import __version__
 
-METHODS: tuple[Method, ...] = get_args(Method)
 
-
-def allocate(
-    results: Results[Spectrum] | Path | str,
-    *,
-    params: int | str | None = None,
-    total_rank: int | None = None,
-    memory: int | str | None = None,
-    energy: float | None = None,
-    match: Path | str | None = None,
-    min_rank: int = 0,
-    max_rank: int | None = None,
-    ranks_from: Sequence[int] | None = None,
-    target: str | None = None,
-    exclude: str | None = None,
-    weights: Mapping[str, float] | Path | str | None = None,
-    relative: bool = False,
-    method: str = "optimal",
-    optimizer: str = "adamw",
-    dtype: str = "float32",
-    allow_unfinished: bool = False,
-) -> Results[Allocation]:
+@show_options
+def allocate(results: Results[Spectrum] | Path | str, **options: Unpack[AllocateOptions]) -> Results[Allocation]:
     """Choose the rank of each layer so that the adapter keeps as much of Σσ² as a budget allows.
 
     Exactly one budget is given. Heads of a task (``classifier``, ``score``, ``qa_outputs``, ``pooler``, …) that TUNED
@@ -60,23 +42,24 @@ def allocate(
         results: What ``spectrum`` measured, or the file it wrote.
         params: Budget: trainable parameters Σ r(d_in + d_out), such as ``10_000_000`` or ``"10M"``.
         total_rank: Budget: Σ r over the layers.
-        memory: Budget: bytes of the adapter, its gradients and its optimizer's state, such as ``"2GB"``.
+        memory_budget: Budget: bytes of the adapter, its gradients and its optimizer's state, such as ``"2GB"``.
         energy: No budget: the smallest rank of each layer with C(r) ≥ this share.
         match: Budget: as many parameters as this adapter has.
         min_rank: Smallest rank of a layer with any signal.
         max_rank: Largest rank of a layer.
-        ranks_from: The only ranks a layer may have (besides 0), such as ``[8, 16, 32, 64]``.
-        target: Only layers whose name contains a match; None for matrices other than embeddings, head and routers.
+        allowed_ranks: The only ranks a layer may have (besides 0), such as ``[8, 16, 32, 64]``.
+        layers: Only layers whose name contains a match; None for matrices other than embeddings, head and routers.
         exclude: No layers whose name contains a match.
-        weights: Factor of each layer's energy, by name (``default`` for the others), or a JSON file of such; or what
-            ``probe sensitivity`` measured: the gain of each layer alone per energy that the rank trained captures; or
-            what ``probe fisher`` measured: then Σ F_ℓ(r_ℓ) is made small instead of energy large.
+        layer_weights: Factor of each layer's energy, by name (``default`` for the others), or a JSON file of such; or
+            what ``probe sensitivity`` measured: the gain of each layer alone per energy that the rank trained captures;
+            or what ``probe fisher`` measured: then Σ F_ℓ(r_ℓ) is made small instead of energy large.
         relative: Count every layer's energy as 1: maximise Σ C(r) and not Σ‖ΔW‖²C(r).
-        method: ``optimal``: the most energy; ``heuristic``: r ∝ s·√(d_in + d_out), with s the weights given, the gains
-            that ``probe sensitivity`` measured, or ‖ΔW‖/‖W‖.
-        optimizer: ``adamw``, ``adamw8bit``, ``sgd`` or ``sgd_momentum``; for ``memory``.
-        dtype: Of the adapter and its gradients; for ``memory``.
+        strategy: ``optimal``: the most energy; ``heuristic``: r ∝ s·√(d_in + d_out), with s the weights given, the
+            gains that ``probe sensitivity`` measured, or ‖ΔW‖/‖W‖.
+        optimizer: ``adamw``, ``adamw8bit``, ``sgd`` or ``sgd_momentum``; for ``memory_budget``.
+        adapter_dtype: Of the adapter and its gradients; for ``memory_budget``.
         allow_unfinished: Take an interrupted run for what it holds.
+        **options: ``AllocateOptions``.
 
     Returns:
         One ``Allocation`` a layer, and in ``whole`` the ``Certificate``.
@@ -92,17 +75,26 @@ def allocate(
         >>> [record.rank for record in plan], plan.whole[0].spent
         ([6, 9, 9, 7], 7936.0)
     """
-    if method not in METHODS:
-        raise UsageError(f"--method {method}: must be one of {', '.join(METHODS)}")
+    given = filled(AllocateOptions, options)
+    params, total_rank, energy, match = (given[name] for name in ("params", "total_rank", "energy", "match"))
+    min_rank, max_rank, ranks_from = (given[name] for name in ("min_rank", "max_rank", "allowed_ranks"))
+    target, exclude, weights, relative = (given[n] for n in ("layers", "exclude", "layer_weights", "relative"))
+    memory, method, optimizer, dtype, allow_unfinished = (
+        given[name] for name in ("memory_budget", "strategy", "optimizer", "adapter_dtype", "allow_unfinished")
+    )
     if method == "heuristic" and energy is not None:
-        raise UsageError("--method heuristic: divides a budget, and --energy is none; give --params or another budget")
+        raise UsageError(
+            "--strategy heuristic: divides a budget, and --energy is none; give --params or another budget"
+        )
     training = Training(optimizer, dtype)
     budget = _budget(params, total_rank, memory, energy, match, training)
     constraints = Constraints(min_rank, max_rank, tuple(sorted(set(ranks_from))) if ranks_from is not None else None)
     spectra, described = _spectra(results, allow_unfinished)
     found = _factors(weights, spectra, allow_unfinished)
     if found.losses is not None and relative:
-        raise UsageError("--relative: counts every layer's energy as 1, and --weights of probe fisher counts no energy")
+        raise UsageError(
+            "--relative: counts every layer's energy as 1, and --layer-weights of probe fisher counts no energy"
+        )
     chosen = plan_ranks(
         spectra.layers,
         budget,
@@ -226,7 +218,7 @@ def _budget(
     given = {
         "--params": params,
         "--total-rank": total_rank,
-        "--memory": memory,
+        "--memory-budget": memory,
         "--energy": energy,
         "--match": match,
     }
@@ -241,7 +233,7 @@ def _budget(
             raise UsageError(f"{option}: must be 1 or more")
         return Budget("total_rank", total_rank, option)
     if memory is not None:
-        size = read_bytes(f"{memory}B" if isinstance(memory, int) else memory, "--memory")
+        size = read_bytes(f"{memory}B" if isinstance(memory, int) else memory, "--memory-budget")
         return Budget("bytes", size, option, training.bytes_per_param)
     if energy is not None:
         return Budget("energy", read_share(energy, "--energy"), option)
@@ -281,7 +273,7 @@ def _read(path: Path | str) -> Results[Spectrum]:
         raise InputError(
             f"{legible(path)}: holds what loradiag {run.command} says a layer is worth, and no spectrum; "
             f"measure one with loradiag spectrum {update} -o spectrum.jsonl, and give these as weights: loradiag "
-            f"allocate spectrum.jsonl --weights {shlex.quote(str(path))} and a budget"
+            f"allocate spectrum.jsonl --layer-weights {shlex.quote(str(path))} and a budget"
         ) from None
 
 
@@ -323,7 +315,7 @@ def _weights(given: Mapping[str, float] | Path | str | None, spectra: Results[Sp
     if given is None:
         return None
     table = dict(given) if isinstance(given, Mapping) else read_object(Path(given), "file of weights", MAX_CONFIG_BYTES)
-    where = "--weights" if isinstance(given, Mapping) else f"--weights {given}"
+    where = "--layer-weights" if isinstance(given, Mapping) else f"--layer-weights {given}"
     for name, value in table.items():
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf"):
             raise UsageError(f"{where}: the weight of {name} must be a number from 0 up, not {value!r}")

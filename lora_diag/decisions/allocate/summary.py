@@ -28,7 +28,7 @@ _CAPS = {
     "break_even": "by break-even: a larger rank has more parameters than the matrix",
     "shape": "by their shape",
     "max_rank": "by --max-rank",
-    "ranks_from": "by the ranks of --ranks-from",
+    "ranks_from": "by the ranks of --allowed-ranks",
 }
 _UNITS = {"params": "parameters", "total_rank": "ranks", "bytes": "bytes", "energy": "parameters"}
 
@@ -233,7 +233,7 @@ def _left_out(results: Results[Allocation]) -> list[str]:
         measured = " in what was measured" if unknown else ""
         told.append(f"{share} of the whole change ‖Δ‖²{measured} lies there, out of this adapter's reach")
     if tables:
-        told.append(f"name {' or '.join(tables[:_NAMED])} with --target to give it a rank")
+        told.append(f"name {' or '.join(tables[:_NAMED])} with --layers to give it a rank")
     return told
 
 

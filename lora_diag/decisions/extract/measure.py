@@ -151,7 +151,7 @@ def _extract(layer: Layer, settings: ExtractionSettings, store: Store, device: t
         )
     )
     if not (torch.isfinite(b).all() and torch.isfinite(a).all()):
-        way_out = "leave it out with --exclude" if settings.dtype == "float32" else "use --dtype float32"
+        way_out = "leave it out with --exclude" if settings.dtype == "float32" else "use --adapter-dtype float32"
         raise InputError(f"{layer.layer}: {settings.dtype} cannot hold its factors; {way_out}")
     if layer.transposed:
         b, a = a.T, b.T

@@ -16,7 +16,7 @@ from lora_diag.diagnostics.spectrum.record import Spectrum
 from lora_diag.errors import InputError, UsageError
 from lora_diag.records import Results, is_results_file
 
-WAYS = "--rank R, --energy SHARE, --params N, --ranks ALLOCATION or --signal"
+WAYS = "--rank R, --energy SHARE, --params N, --allocation FILE or --signal"
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,14 +27,14 @@ class Asked:
         rank: The same for every layer.
         energy: Share of each layer's energy to keep.
         params: Parameters of the whole adapter.
-        ranks: File with the rank of every layer.
+        allocation: File with the rank of every layer.
         signal: As many as stand above the files' rounding noise.
     """
 
     rank: int | None = None
     energy: float | None = None
     params: int | None = None
-    ranks: Path | str | None = None
+    allocation: Path | str | None = None
     signal: bool = False
 
     def check(self) -> None:
@@ -43,7 +43,7 @@ class Asked:
         Raises:
             UsageError: None or several are given, or a number is out of range.
         """
-        given = [value for value in (self.rank, self.energy, self.params, self.ranks) if value is not None]
+        given = [value for value in (self.rank, self.energy, self.params, self.allocation) if value is not None]
         if len(given) + self.signal != 1:
             raise UsageError(f"extract: say with exactly one option how ranks are chosen: {WAYS}")
         if self.rank is not None and self.rank < 1:
@@ -57,7 +57,7 @@ class Asked:
             return "--signal"
         name, value = next(
             (name, value)
-            for name in ("rank", "energy", "params", "ranks")
+            for name in ("rank", "energy", "params", "allocation")
             if (value := getattr(self, name)) is not None
         )
         return f"--{name} {value}"
@@ -79,10 +79,10 @@ def ranks_for(asked: Asked, targets: Mapping[str, Target], spectra: Callable[[],
         measured = spectra()
         reachable = tuple(record for record in measured if record.layer in targets)
         budget = Budget("params", asked.params, f"--params {asked.params}")
-        # Heads are layers here: what gets no factors is lost, unless --rest save keeps all of it.
+        # Heads are layers here: what gets no factors is lost, unless --unfactored save keeps all of it.
         given = {record.layer: record.rank for record in allocate(reachable, budget, save_heads=False).layers}
-    elif asked.ranks is not None:
-        given = _read(Path(asked.ranks), targets)
+    elif asked.allocation is not None:
+        given = _read(Path(asked.allocation), targets)
     else:
         return dict.fromkeys(targets, Rank(asked.rank, asked.energy, asked.signal))
     return {layer: Rank(given.get(layer, 0)) for layer in targets}

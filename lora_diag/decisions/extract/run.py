@@ -7,15 +7,16 @@ from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, Unpack, get_args
+from typing import Any, Literal, Unpack
 
 from lora_diag.adapters.writing import store_factors
 from lora_diag.checkpoints import as_path, open_checkpoint
 from lora_diag.checkpoints.hub import loadable
 from lora_diag.decisions.extract.folder import OutputFolder
 from lora_diag.decisions.extract.layout import plan
-from lora_diag.decisions.extract.measure import DTYPES, ExtractionSettings, Layer, size
+from lora_diag.decisions.extract.measure import ExtractionSettings, Layer, size
 from lora_diag.decisions.extract.measure import extract as factor
+from lora_diag.decisions.extract.options import ExtractOptions
 from lora_diag.decisions.extract.ranks import Asked, ranks_for
 from lora_diag.decisions.extract.record import Extraction
 from lora_diag.decisions.extract.summary import model_card
@@ -30,7 +31,7 @@ from lora_diag.running.activations import second_moments
 from lora_diag.running.amounts import read_count
 from lora_diag.running.fingerprint import legible
 from lora_diag.running.layers import RECORDED, LayerRun
-from lora_diag.running.options import FolderOptions, filled, show_options
+from lora_diag.running.options import FolderOptions, declared, filled, show_options, typed
 
 Split = Literal["both", "b"]
 Rest = Literal["list", "save"]
@@ -41,22 +42,7 @@ def extract(
     base: Path | str,
     tuned: Path | str,
     output: Path | str,
-    *,
-    rank: int | None = None,
-    energy: float | None = None,
-    params: int | str | None = None,
-    ranks: Path | str | None = None,
-    signal: bool = False,
-    activations: Path | str | None = None,
-    kfac: bool = False,
-    split: Split = "both",
-    dtype: str = "float32",
-    rest: Rest = "list",
-    portable: bool = False,
-    base_name: str | None = None,
-    sweep: Path | str | None = None,
-    overwrite: bool = False,
-    **options: Unpack[FolderOptions],
+    **options: Unpack[ExtractOptions],
 ) -> Results[Extraction]:
     r"""Write the best low-rank adapter for ΔW = W_tuned − W_base: its truncated SVD, as a PEFT adapter.
 
@@ -70,7 +56,7 @@ def extract(
         rank: r of every layer; less where a matrix is smaller.
         energy: The smallest r of each layer with C(r) ≥ this share.
         params: Parameters of the whole adapter, such as ``"10M"``, spent as ``allocate`` would.
-        ranks: Results file of ``allocate``, or an ``adapter_config.json``.
+        allocation: Results file of ``allocate``, or an ``adapter_config.json``.
         signal: r is the number of singular values above the files' rounding noise.
         activations: Second moments C = E[xxᵀ] of the layers' inputs, as ``probe_activations`` records them. Factors are
             then those with the smallest E‖(ΔW − B·A)x‖² of their rank, U_rU_rᵀΔW with U_r of ΔW·C^½, and ``energy``,
@@ -78,14 +64,15 @@ def extract(
         kfac: Make ‖G^½(ΔW − B·A)C^½‖ smallest instead, with G = E[ggᵀ] of the output gradients in the same file:
             K-FAC's estimate of what the factors miss of the loss.
         split: ``both`` for B = U√Σ and A = √Σ·Vᵀ; ``b`` for B = UΣ and A = Vᵀ.
-        dtype: Of the factors: ``float32``, ``bfloat16`` or ``float16``.
-        rest: ``save`` to store in full what no factor carries (norms, biases, resized tables), ``list`` to list it.
+        adapter_dtype: Of the factors: ``float32``, ``bfloat16`` or ``float16``.
+        unfactored: ``save`` to store in full what no factor carries (norms, biases, resized tables), ``list`` to list
+            it.
         portable: Write one rank for all layers, factors of a lower one filled up with zeros: an adapter that every
             program scales alike, see ``portability``. Stacked experts are left out.
         base_name: The base model's name for config and model card; by default ``base`` as it was given.
         sweep: Results of ``probe sweep``, whose best learning rate the model card names.
         overwrite: Replace an adapter that is in ``output``.
-        **options: ``FolderOptions``.
+        **options: ``ExtractOptions``.
 
     Returns:
         The records that are also in ``extraction.jsonl`` of the folder. Layers whose entries are not finite are in
@@ -106,27 +93,37 @@ def extract(
 
     Reference: Eckart and Young 1936, "The approximation of one matrix by another of lower rank", Psychometrika 1.
     """
-    given = filled(FolderOptions, options)
+    given = filled(ExtractOptions, options)
+    rank, energy, params, ranks, signal = (given[n] for n in ("rank", "energy", "params", "allocation", "signal"))
+    activations, kfac, sweep, base_name = (given[n] for n in ("activations", "kfac", "sweep", "base_name"))
+    split, dtype, rest, portable = (given[name] for name in ("split", "adapter_dtype", "unfactored", "portable"))
+    overwrite = given["overwrite"]
     asked = Asked(rank, energy, read_count(str(params), "--params") if params is not None else None, ranks, signal)
     asked.check()
     rate = None if sweep is None else swept_rate(sweep)
-    _check_words(split, dtype, rest)
     if portable and rest == "save":
-        raise UsageError("--rest save: weights in full have no place in a portable adapter; leave out one of the two")
+        raise UsageError(
+            "--unfactored save: weights in full have no place in a portable adapter; leave out one of the two"
+        )
     base, tuned = as_path(base), as_path(tuned)
     folder = OutputFolder(Path(output), (base, tuned), overwrite, given["resume"])
-    run = LayerRun("extract", {**given, "output": folder.records})
+    common = {name: given[name] for name in declared(FolderOptions)}
+    run = LayerRun("extract", {**common, "output": folder.records})
     check_request(run.options["method"], 1, run.options["tol"])
     compared = run.compare(base, tuned)
     planned = plan(open_checkpoint(base), tuned, compared.pairing, rest == "save", portable, run.given)
     moments = second_moments(activations, base, compared.pairing) if activations is not None else None
     if kfac and (moments is None or not moments.gradients):
-        raise UsageError("--kfac: needs --activations FILE, recorded with probe activations --gradients")
+        raise UsageError("--kfac: needs --activations FILE, recorded with probe activations --output-gradients")
 
     def spectra() -> Results[Spectrum]:
         folder.open()
         kept: dict[str, Any] = {"output": folder.spectra, "resume": folder.spectra.exists()}
-        kept |= {name: value for name, value in given.items() if name not in {"method", "tol", "resume", "on_record"}}
+        kept |= {
+            name: given[name]
+            for name in declared(FolderOptions)
+            if name not in {"method", "tol", "resume", "on_record"}
+        }
         return spectrum(base, tuned, activations=activations, kfac=kfac, **kept)
 
     try:
@@ -191,24 +188,14 @@ def extract(
     )
 
 
-def _check_words(split: str, dtype: str, rest: str) -> None:
-    """Refuse words that mean nothing.
-
-    Raises:
-        UsageError: One of them.
-    """
-    allowed = (("--split", split, get_args(Split)), ("--dtype", dtype, DTYPES), ("--rest", rest, get_args(Rest)))
-    for option, word, words in allowed:
-        if word not in words:
-            raise UsageError(f"{option} {word}: use {', '.join(words)}")
-
-
 def _options(run: Run) -> list[str]:
     """Return the settings that are not the usual ones, as they are typed."""
-    usual = {"split": "both", "dtype": "float32", "rest": "list", "method": "auto", "tol": 1e-4, "seed": 0}
-    usual |= {"layers": None, "exclude": None}
-    changed = [key for key, value in usual.items() if run.settings[key] != value]
-    return [word for key in changed for word in (f"--{key}", str(run.settings[key]))]
+    given = {**typed(ExtractOptions, run.settings), "allocation": None, "params": None, "energy": None, "rank": None}
+    return [word for name, value in given.items() if value is not None for word in (_flag(name), str(value))]
+
+
+def _flag(name: str) -> str:
+    return declared(ExtractOptions)[name][1].flag(name)
 
 
 def _without_base(delta: Delta) -> Delta:

@@ -257,7 +257,7 @@ def _where(results: Results[Extraction]) -> str:
     return f"of the whole change ‖Δ‖²{within(results.left_out)}, {shares}"
 
 
-def _missing(results: Results[Extraction], tip: str = "; --rest save stores them") -> list[str]:
+def _missing(results: Results[Extraction], tip: str = "; --unfactored save stores them") -> list[str]:
     """Return one line for every reason for which tensors are not in the adapter, with their share of ‖Δ‖²."""
     listed = results.run.settings.get("rest") == "list"
     total = math.hypot(*(record.fro for record in results), *(item.fro or 0.0 for item in results.left_out)) or 1.0

@@ -4,141 +4,131 @@ from __future__ import annotations
 
 import os
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypedDict
 
 import typer
 
 from lora_diag.cli import options
 from lora_diag.cli.output import again, check_outputs, line, message, result, terminal
+from lora_diag.decisions.gate.options import GateOptions
 from lora_diag.errors import DONE, GATE_FAILED, INCONCLUSIVE, InputError, UsageError
 from lora_diag.files import CARD, JUNIT, POLICY, RESULTS, SARIF, write_whole
+from lora_diag.running.options import BASE, INPUTS, OUTPUT, Option
 
 if TYPE_CHECKING:
     from lora_diag.records import Results
 
 EXIT = {"passed": DONE, "failed": GATE_FAILED, "inconclusive": INCONCLUSIVE}
 
+_POLICY = Option(None, "Policy to write; default: print it.", "FILE", ("--output", "-o"), OUTPUT)
+
 Words = Annotated[
-    list[str] | None,
-    typer.Argument(metavar="POLICY RESULTS...", help="A policy file and results files; or: init RESULTS..."),
+    list[str] | None, typer.Argument(metavar="POLICY RESULTS...", help="Policy file, then results files.")
 ]
-Ready = Annotated[
-    str | None, typer.Option("--policy", metavar="NAME", help="A policy of the package, instead of POLICY.")
-]
-MeasureBase = Annotated[str | None, typer.Option("--base", metavar="BASE", help="Measure first, on this checkpoint.")]
-MeasureTuned = Annotated[str | None, typer.Option("--tuned", metavar="TUNED", help="The full fine-tune to measure.")]
-MeasureAdapters = Annotated[
-    list[str] | None, typer.Option("--adapter", metavar="ADAPTER", help="The adapter to measure; may be repeated.")
-]
-For = Annotated[
-    list[str] | None,
-    typer.Option("--for", metavar="PATH", help="The checkpoint or adapter that the results must be of; repeatable."),
-]
-MaxAge = Annotated[
-    str | None, typer.Option("--max-age", metavar="AGE", help="Oldest results to accept, such as 12h, 7d or 2w.")
-]
-Baseline = Annotated[Path | None, typer.Option(metavar="FILE", help="Results to compare with, layer by layer.")]
-Ratchet = Annotated[bool, typer.Option("--ratchet", help="If passed: put what got better into --baseline.")]
-Junit = Annotated[Path | None, typer.Option(metavar="FILE", help="Write a JUnit report.")]
-Sarif = Annotated[Path | None, typer.Option(metavar="FILE", help="Write a SARIF log.")]
-Card = Annotated[Path | None, typer.Option(metavar="FILE", help="Put the outcome into this model card.")]
-Github = Annotated[bool, typer.Option("--github", help="Annotations and step summary for GitHub Actions.")]
-Output = Annotated[
-    Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write the verdicts (JSONL); of init: the policy.")
-]
-Json = Annotated[bool, typer.Option("--json", help="Verdicts on standard output, and nothing else there.")]
 
 
+class ReportOptions(TypedDict, total=False):
+    """Where a policy is from, what is measured first, and where verdicts go."""
+
+    policy: Annotated[
+        str | None, Option(None, "Policy of the package, instead of POLICY; default none.", "NAME", panel=INPUTS)
+    ]
+    base: Annotated[str | None, BASE]
+    tuned: Annotated[str | None, Option(None, "Full fine-tune to measure on --base.", "TUNED", panel=INPUTS)]
+    adapter: Annotated[Sequence[str], Option((), "Adapter to measure on --base; repeatable.", "ADAPTER", panel=INPUTS)]
+    output: Annotated[Path | None, Option(None, "Verdicts (JSONL) to write.", "FILE", ("--output", "-o"), OUTPUT)]
+    junit: Annotated[Path | None, Option(None, "JUnit report to write.", "FILE", panel=OUTPUT)]
+    sarif: Annotated[Path | None, Option(None, "SARIF log to write.", "FILE", panel=OUTPUT)]
+    model_card: Annotated[Path | None, Option(None, "Model card to put the outcome into.", "FILE", panel=OUTPUT)]
+    github: Annotated[bool, Option(False, "Print annotations and step summary of GitHub Actions.", panel=OUTPUT)]
+    overwrite: Annotated[bool, Option(False, "Replace an existing output.", panel=OUTPUT)]
+
+
+@options.spread
 def gate(
     words: Words = None,
-    policy: Ready = None,
-    base: MeasureBase = None,
-    tuned: MeasureTuned = None,
-    adapter: MeasureAdapters = None,
-    baseline: Baseline = None,
-    ratchet: Ratchet = False,
-    shipped: For = None,
-    max_age: MaxAge = None,
-    junit: Junit = None,
-    sarif: Sarif = None,
-    model_card: Card = None,
-    github: Github = False,
-    output: Output = None,
-    json: Json = False,
-    quiet: options.Quiet = False,
-    overwrite: options.Overwrite = False,
+    *,
+    given: GateOptions,
+    reports: ReportOptions,
+    shown: options.Shown,
 ) -> None:
-    """Judge results by a policy: may this checkpoint ship? ``gate init`` writes a policy from results.
+    """Judge results by a policy: may this checkpoint ship?
 
     Exit codes: 0 passed, 1 failed, 2 policy or request not valid, 3 a file cannot be read, 4 nothing to judge,
     5 inconclusive.
 
     Example: loradiag gate policy.toml results.jsonl --junit gate.xml
     """
-    given = list(words or [])
-    if github and json:
+    files = list(words or [])
+    policy, output, overwrite, github = (
+        reports["policy"],
+        reports["output"],
+        reports["overwrite"],
+        reports["github"],
+    )
+    cards = (reports["junit"], reports["sarif"], reports["model_card"])
+    if github and shown.json:
         raise UsageError("--github and --json: both write to standard output; take --github with -o FILE")
-    reports = (junit, sarif, model_card)
-    if given[:1] == ["init"] and policy is None:
-        if any((base, tuned, adapter, baseline, ratchet, shipped, max_age, github, json, *reports)):
+    if files[:1] == ["init"] and policy is None:
+        measured = (reports["base"], reports["tuned"], reports["adapter"])
+        if any((*measured, *given.values(), github, shown.json, *cards)):
             raise UsageError("gate init: takes results files and -o POLICY, nothing else; a policy file is ./init")
-        _init(given[1:], output, quiet, overwrite)
+        _init(files[1:], output, shown.quiet, overwrite)
         return
-    ready = policy is not None or not given
-    read = [*(given if ready else given[1:]), *([] if ready else given[:1]), baseline]
-    check_outputs(
-        [], [(baseline if ratchet else None, RESULTS)], overwrite=True
-    )  # its content is checked as it is read
-    written = [(output, RESULTS), (junit, JUNIT), (sarif, SARIF)]
+    baseline, ratchet = given["baseline"], given["ratchet"]
+    ready = policy is not None or not files
+    read = [*(files if ready else files[1:]), *([] if ready else files[:1]), baseline]
+    # The content of a baseline is checked as it is read.
+    check_outputs([], [(Path(baseline) if ratchet and baseline else None, RESULTS)], overwrite=True)
+    written = [(output, RESULTS), (reports["junit"], JUNIT), (reports["sarif"], SARIF)]
     check_outputs(read, written, overwrite)
     # Of the card only a block is replaced: what else it holds is checked as it is read.
-    check_outputs([*read, *(path for path, _ in written)], [(model_card, CARD)], overwrite=True)
-    if model_card is not None:
-        _read_card(model_card)
+    check_outputs([*read, *(path for path, _ in written)], [(reports["model_card"], CARD)], overwrite=True)
+    if reports["model_card"] is not None:
+        _read_card(reports["model_card"])
     from lora_diag.decisions.gate.record import outcome
     from lora_diag.decisions.gate.run import gate as judge
     from lora_diag.decisions.gate.run import ready_policy
 
-    if policy is None and not given:
+    if policy is None and not files:
         raise UsageError("gate: give a policy file and results, or --policy NAME and results")
-    rules = ready_policy(policy) if policy is not None else Path(given.pop(0))
-    measured = _measured(base, tuned, adapter or [], given)
-    results = judge(
-        rules, *given, *measured, baseline=baseline, ratchet=ratchet, shipped=shipped or (), max_age=max_age
-    )
+    rules = ready_policy(policy) if policy is not None else Path(files.pop(0))
+    measured_now = _measured(reports["base"], reports["tuned"], list(reports["adapter"]), files)
+    results = judge(rules, *files, *measured_now, **given)
     if output is not None:
         results.write(output, overwrite)
-    _write_reports(results, *reports, overwrite)
-    if json:
+    _write_reports(results, *cards, overwrite)
+    if shown.json:
         from lora_diag.records import lines_of
 
         for text in lines_of(results.records()):
             line(text)
-    if quiet and outcome(results.whole) != "passed":
+    if shown.quiet and outcome(results.whole) != "passed":
         from lora_diag.decisions.gate.summary import reason
 
         message(reason(results))
-    if not quiet and not json:
-        _show(results, github, _next(results, given, output))
+    if shown.table:
+        _show(results, github, _next(results, files, output))
     if github:
         _tell_github(results)
     raise typer.Exit(EXIT[outcome(results.whole)])
 
 
+@options.spread
 def init(
-    results: Annotated[list[str], typer.Argument(metavar="RESULTS", help="Results of a checkpoint that served well.")],
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", metavar="POLICY", help="Write the policy; default: print it.")
-    ] = None,
+    results: options.ResultsFiles,
+    *,
+    output: Annotated[Path | None, options.spelled("output", _POLICY)] = None,
     quiet: options.Quiet = False,
     overwrite: options.Overwrite = False,
 ) -> None:
-    """Write a policy whose limits are measured values with a margin.
+    """Write a policy with measured values as its limits.
 
     Example: loradiag gate init results.jsonl -o policy.toml
     """
-    _init(results, output, quiet, overwrite)
+    _init(list(map(str, results)), output, quiet, overwrite)
 
 
 def _init(given: list[str], output: Path | None, quiet: bool, overwrite: bool) -> None:

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from datetime import UTC, date, datetime, time
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from lora_diag.decisions.gate.baseline import Stored, tightened
 from lora_diag.decisions.gate.draft import draft
 from lora_diag.decisions.gate.evidence import Source, checked, read_source
 from lora_diag.decisions.gate.judge import judge
+from lora_diag.decisions.gate.options import GateOptions
 from lora_diag.decisions.gate.policy import Policy, read_age
 from lora_diag.decisions.gate.present import compare_inputs
 from lora_diag.decisions.gate.reading import read_policy
@@ -21,19 +22,18 @@ from lora_diag.files import RESULTS, check_output
 from lora_diag.records import End, Results, Run, RunInput
 from lora_diag.records.run import timestamp
 from lora_diag.records.vocabulary import METRIC_NAMES, metric_of
+from lora_diag.running.options import filled, show_options
 from lora_diag.version import __version__
 
 __all__ = ["gate", "gate_init", "measure", "ready_policy"]
 
 
+@show_options
 def gate(
     policy: Path | str | Policy,
     *results: Path | str | Results[Any],
-    baseline: Path | str | None = None,
-    ratchet: bool = False,
-    shipped: Sequence[Path | str] = (),
-    max_age: str | None = None,
     today: date | None = None,
+    **options: Unpack[GateOptions],
 ) -> Results[Any]:
     """Hold results against a policy.
 
@@ -45,6 +45,7 @@ def gate(
         shipped: Checkpoints and adapters that the results must be of, wherever they were measured.
         max_age: How old results may be, such as ``12h``, ``7d`` or ``2w``; the policy may ask for less.
         today: By which waivers expire, and from which ages count; the time of the machine if it is not given.
+        **options: ``GateOptions``.
 
     Returns:
         The verdicts, in ``whole``; ``lora_diag.decisions.gate.record.outcome`` says what they come to.
@@ -62,6 +63,8 @@ def gate(
         >>> outcome(verdicts.whole)
         'passed'
     """
+    given = filled(GateOptions, options)
+    baseline, ratchet, shipped, max_age = (given[name] for name in ("baseline", "ratchet", "shipped", "max_age"))
     if not results:
         raise UsageError("gate: give at least one results file")
     if ratchet and baseline is None:
@@ -74,7 +77,7 @@ def gate(
     if max_age is not None:
         rules = _no_older(rules, max_age)
     stored = _baseline(baseline) if baseline is not None else None
-    sources, unmatched = compare_inputs([_source(given, i) for i, given in enumerate(results, 1)], shipped)
+    sources, unmatched = compare_inputs([_source(one, i) for i, one in enumerate(results, 1)], shipped)
     day = today or date.today()
     now = datetime.combine(today, time(), UTC) if today is not None else datetime.now(UTC)
     verdicts = judge(rules, sources, stored, day, now, unmatched)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from lora_diag.adapters import is_adapter
 from lora_diag.checkpoints import Checkpoint, as_path, locate, open_checkpoint
@@ -15,14 +15,14 @@ from lora_diag.checkpoints.folder import WEIGHTS
 from lora_diag.decisions.memory import BYTES, Training
 from lora_diag.decisions.plan.architectures import weights_of
 from lora_diag.decisions.plan.measure import Matrix, fit, memory_of, rank_costs, types_of
+from lora_diag.decisions.plan.options import PlanOptions
 from lora_diag.decisions.plan.record import Plan, PlanCost, PlanRates
 from lora_diag.decisions.targets import compiled, why_no_target
 from lora_diag.deltas import CONVOLUTION, EXPERTS, natural_order
 from lora_diag.errors import UsageError
 from lora_diag.running.amounts import read_bytes, read_count
 from lora_diag.running.fingerprint import legible
-
-RANKS = (4, 8, 16, 64)
+from lora_diag.running.options import filled, show_options
 
 
 @dataclass(frozen=True)
@@ -46,54 +46,49 @@ class _Model:
     is_derived: bool = False
 
 
-def plan(
-    base: Path | str,
-    *,
-    ranks: Sequence[int] = RANKS,
-    target: str | None = None,
-    exclude: str | None = None,
-    params: int | str | None = None,
-    memory: int | str | None = None,
-    optimizer: str = "adamw",
-    dtype: str = "float32",
-    cost: bool = False,
-    top: int = 64,
-) -> Plan:
+@show_options
+def plan(base: Path | str, **options: Unpack[PlanOptions]) -> Plan:
     """Return what full fine-tuning and LoRA of a model cost, and what a budget allows.
 
     Args:
         base: A checkpoint, of which only headers are read; or its ``config.json``, or a folder with nothing else.
         ranks: Ranks to count.
-        target: LoRA on the matrices whose name contains a match; None for all but embeddings, head and routers.
+        layers: LoRA on the matrices whose name contains a match; None for all but embeddings, head and routers.
         exclude: No matrices whose name contains a match.
         params: Budget of trainable parameters, such as ``"10M"``.
-        memory: Budget of bytes for the adapter, its gradients and its optimizer's state, such as ``"2GB"``.
-        optimizer: That of ``memory``: ``adamw``, ``adamw8bit``, ``sgd`` or ``sgd_momentum``.
-        dtype: Of the trainable parameters and their gradients.
+        memory_budget: Budget of bytes for the adapter, its gradients and its optimizer's state, such as ``"2GB"``.
+        optimizer: That of ``memory_budget``: ``adamw``, ``adamw8bit``, ``sgd`` or ``sgd_momentum``.
+        adapter_dtype: Of the trainable parameters and their gradients.
         cost: Whether to estimate what ``spectrum`` takes on this machine, whose speed is measured for some seconds.
         top: How many of the largest values the second of two estimates is for.
+        **options: ``PlanOptions``.
 
     Raises:
         UsageError: An option makes no sense, or no matrix is targeted.
         InputError: The model cannot be read.
 
     Example:
-        >>> found = plan("sample_checkpoints/base/config.json", target="q_proj|v_proj", params="10k")
+        >>> found = plan("sample_checkpoints/base/config.json", layers="q_proj|v_proj", params="10k")
         >>> found.params, found.ranks[0].params, found.fit.rank
         (853120, 7168, 5)
     """
-    training = Training(optimizer, dtype)
+    given = filled(PlanOptions, options)
+    ranks, target, exclude, params, memory = (
+        given[name] for name in ("ranks", "layers", "exclude", "params", "memory_budget")
+    )
+    dtype, cost, top = given["adapter_dtype"], given["cost"], given["top"]
+    training = Training(given["optimizer"], dtype)
     if params is not None and memory is not None:
-        raise UsageError("give --params or --memory, not both")
+        raise UsageError("give --params or --memory-budget, not both")
     if not ranks or min(ranks) < 1:
         raise UsageError(f"--ranks {','.join(map(str, ranks))}: ranks must be whole numbers from 1 up")
     asked_ranks = sorted(set(ranks))
-    wanted, unwanted = compiled(target, "--target"), compiled(exclude, "--exclude")
+    wanted, unwanted = compiled(target, "--layers"), compiled(exclude, "--exclude")
     model = _model(base)
     matrices = [_matrix(name, shape) for name, shape in model.shapes.items() if len(shape) > 1]
     targeted = frozenset(matrix.name for matrix in matrices if not why_no_target(matrix.name, wanted, unwanted))
     if not targeted:
-        asked = f"--target {target}" if target is not None else "the model"
+        asked = f"--layers {target}" if target is not None else "the model"
         raise UsageError(f"{asked}: there is no matrix to put LoRA on")
     total = sum(math.prod(shape) for shape in model.shapes.values())
     active, notes = _active(model.config, matrices)
@@ -145,8 +140,8 @@ def _fit(
     if params is not None:
         return fit(matrices, targeted, ranks, f"--params {legible(str(params))}", read_count(str(params), "--params"))
     if memory is not None:
-        size = read_bytes(f"{memory}B" if isinstance(memory, int) else memory, "--memory")
-        asked = f"--memory {legible(str(memory))} ({training.optimizer}, {training.dtype})"
+        size = read_bytes(f"{memory}B" if isinstance(memory, int) else memory, "--memory-budget")
+        asked = f"--memory-budget {legible(str(memory))} ({training.optimizer}, {training.dtype})"
         return fit(matrices, targeted, ranks, asked, math.floor(size / training.bytes_per_param))
     return None
 

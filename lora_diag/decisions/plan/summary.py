@@ -179,7 +179,7 @@ def _percent(share: float) -> str:
 
 
 def _bytes(size: int) -> str:
-    """Return a size in decimal units, as ``--memory`` reads it.
+    """Return a size in decimal units, as ``--memory-budget`` reads it.
 
     >>> _bytes(999), _bytes(67_108_864), _bytes(13_476_831_232)
     ('999 B', '67.1 MB', '13.5 GB')

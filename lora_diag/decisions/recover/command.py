@@ -10,74 +10,47 @@ import typer
 
 from lora_diag.cli import options
 from lora_diag.cli.output import result, tell_unmeasured, terminal
+from lora_diag.decisions.recover.options import RecoverOptions
 from lora_diag.errors import INCONCLUSIVE, UNREADABLE
-from lora_diag.running.options import FolderOptions
+from lora_diag.running.options import OUTPUT, Option
 
-Rank = Annotated[int | None, typer.Option(metavar="R", help="Write an adapter of this rank.")]
-Energy = Annotated[
-    float | None, typer.Option(metavar="SHARE", help="Write an adapter that carries this share of each update's Σσ².")
-]
-Full = Annotated[bool, typer.Option("--full", help="Write a float32 checkpoint: BASE plus the estimated update.")]
-Keep = Annotated[
-    bool, typer.Option("--keep-refused", help="Write the files' truncated SVD for layers without an estimate.")
-]
-BaseName = Annotated[
-    str | None, typer.Option(metavar="NAME", help="BASE's name for config and card; default its path.")
-]
-Output = Annotated[
-    Path | None,
-    typer.Option("--output", "-o", metavar="OUT", help="Folder to write; without a rank or --full: results file."),
-]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what an earlier run wrote there.")]
+_OUTPUT = Option(
+    None, "Folder to write; without --rank, --energy or --checkpoint: results file.", "OUT", ("--output", "-o"), OUTPUT
+)
 
 
 @options.spread
 def recover(
     base: options.Base,
-    tuned: Annotated[str, typer.Argument(metavar="TUNED", help="Checkpoint after, stored in 16 or 8 bits.")],
-    rank: Rank = None,
-    energy: Energy = None,
-    full: Full = False,
-    keep_refused: Keep = False,
-    base_name: BaseName = None,
+    tuned: options.Tuned,
     *,
-    given: FolderOptions,
-    output: Output = None,
-    overwrite: Overwrite = False,
+    output: Annotated[Path | None, options.spelled("output", _OUTPUT)] = None,
+    given: RecoverOptions,
     shown: options.Rows,
 ) -> None:
-    """Estimate the update that 16-bit storage rounded away: its size, its ranks, an adapter, a better checkpoint.
+    """Estimate the update that 16-bit storage rounded away.
 
     Example: loradiag recover base/ tuned_bf16/ -o recovery.jsonl
 
     Example: loradiag recover base/ tuned_bf16/ --rank 16 -o adapter/
 
-    Example: loradiag recover base/ tuned_bf16/ --full -o recovered/
+    Example: loradiag recover base/ tuned_bf16/ --checkpoint -o recovered/
     """
+    full = given["full"]
+    writes = given["rank"] is not None or given["energy"] is not None or full
+    if not writes:
+        options.check_output(output, given["resume"], given["overwrite"])
     # torch comes with it: not before it is needed
     from lora_diag.decisions.recover.run import recover as estimate
     from lora_diag.decisions.recover.summary import recovery_table
 
     with shown.callbacks() as callbacks:
-        results = estimate(
-            base,
-            tuned,
-            output,
-            rank=rank,
-            energy=energy,
-            full=full,
-            keep_refused=keep_refused,
-            base_name=base_name,
-            overwrite=overwrite,
-            **given,
-            **callbacks,
-        )
+        results = estimate(base, tuned, output, **given, **callbacks)
     found = any(record.status != "refused" for record in results)
-    writes = rank is not None or energy is not None or full
     if shown.table:
         then = None
         if found and not writes:
-            words = ["loradiag", "recover", str(base), str(tuned), "--full", "-o", "recovered/"]
+            words = ["loradiag", "recover", str(base), str(tuned), "--checkpoint", "-o", "recovered/"]
             then = f"{shlex.join(words)}   (the better checkpoint; or --rank R for an adapter)"
         elif found and not full:
             words = ["loradiag", "residual", str(base), str(tuned), str(output)]

@@ -15,6 +15,7 @@ from lora_diag.decisions.extract.folder import OutputFolder
 from lora_diag.decisions.extract.layout import Plan, plan
 from lora_diag.decisions.recover.folder import AdapterFolder, CheckpointFolder, store, write_checkpoint
 from lora_diag.decisions.recover.measure import CURVE, Layer, RecoverySettings, Wanted, measure, size
+from lora_diag.decisions.recover.options import RecoverOptions
 from lora_diag.decisions.recover.record import Recovery
 from lora_diag.decisions.recover.summary import model_card
 from lora_diag.deltas import StoredDelta
@@ -25,9 +26,9 @@ from lora_diag.running.engines import Layout
 from lora_diag.running.fingerprint import legible
 from lora_diag.running.layers import RECORDED, LayerRun
 from lora_diag.running.measuring import without_rank
-from lora_diag.running.options import FolderOptions, filled, show_options
+from lora_diag.running.options import FolderOptions, declared, filled, show_options
 
-WAYS = "--rank R or --energy SHARE for an adapter, --full for a checkpoint"
+WAYS = "--rank R or --energy SHARE for an adapter, --checkpoint for a checkpoint"
 
 
 @show_options
@@ -35,14 +36,7 @@ def recover(
     base: Path | str,
     tuned: Path | str,
     output: Path | str | None = None,
-    *,
-    rank: int | None = None,
-    energy: float | None = None,
-    full: bool = False,
-    keep_refused: bool = False,
-    base_name: str | None = None,
-    overwrite: bool = False,
-    **options: Unpack[FolderOptions],
+    **options: Unpack[RecoverOptions],
 ) -> Results[Recovery]:
     r"""Estimate the update before rounding, X, from the cells that the stored weights lie in.
 
@@ -62,7 +56,7 @@ def recover(
         keep_refused: Write the truncated SVD of D for layers without significant directions; else they have no factors.
         base_name: The base model's name for config and model card; by default ``base`` as it was given.
         overwrite: Replace what an earlier run wrote to ``output``.
-        **options: ``FolderOptions``.
+        **options: ``RecoverOptions``.
 
     Returns:
         One record for each matrix; also in ``recovery.jsonl`` of the folder.
@@ -78,7 +72,9 @@ def recover(
         >>> found[0].status
         'not_hidden'
     """
-    given = filled(FolderOptions, options)
+    given = filled(RecoverOptions, options)
+    rank, energy, full = (given[name] for name in ("rank", "energy", "full"))
+    keep_refused, base_name, overwrite = (given[name] for name in ("keep_refused", "base_name", "overwrite"))
     _check(rank, energy, full, keep_refused, output)
     base, tuned = as_path(base), as_path(tuned)
     if is_adapter(locate(tuned)):
@@ -93,7 +89,8 @@ def recover(
     where: dict[str, Any] = {"output": output, "overwrite": overwrite}
     if folder is not None:
         where = {"output": folder.records}
-    run = LayerRun("recover", {**given, **where})
+    common = {name: given[name] for name in declared(FolderOptions)}
+    run = LayerRun("recover", {**common, **where})
     method, tol, seed = (run.options[name] for name in ("method", "tol", "seed"))
     check_request(method, None if method != "krylov" else 1, tol)
     compared = run.compare(base, tuned)
@@ -132,7 +129,7 @@ def recover(
             write_checkpoint(
                 folder.work, open_checkpoint(tuned), [task.delta for task in tasks if task.layer in made], files
             )
-        way = ["--full"] if full else ["--rank", str(rank)] if rank is not None else ["--energy", str(energy)]
+        way = ["--checkpoint"] if full else ["--rank", str(rank)] if rank is not None else ["--energy", str(energy)]
         way += ["--keep-refused"] if keep_refused else []
         command = ["loradiag", "recover", *map(legible, (str(base), str(tuned))), *way, "-o", legible(str(output))]
         folder.finish(model_card(results, name, shlex.join(command)))

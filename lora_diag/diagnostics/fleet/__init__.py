@@ -1,4 +1,4 @@
-"""``spectrum --adapters``: many adapters, compared with each other."""
+"""``fleet``: many adapters, compared with each other."""
 
 from lora_diag.feature import Feature, Figure, Section
 
@@ -7,6 +7,7 @@ FEATURE = Feature(
     "spectrum --adapters",
     records=(".record:Fleet",),
     functions=(".run:fleet",),
+    subcommands=(("fleet", ".command:fleet"),),
     table=".summary:fleet_table",
     section=Section("A fleet", ".summary:fleet_section_lines", ".summary:fleet_section_grids"),
     figures=(
@@ -16,7 +17,7 @@ FEATURE = Feature(
             "fleet",
             ".figures:figure",
             panels=(".figures:fleet",),
-            made_by="loradiag spectrum --adapters 'adapters/**' -o fleet.jsonl",
+            made_by="loradiag fleet 'adapters/**' -o fleet.jsonl",
             lacks=".figures:lacks",
         ),
     ),

@@ -55,7 +55,7 @@ def fleet(records: Iterable[Fleet], ax: Axes | None = None) -> Axes:
     """Draw ‖ΔW‖_F of every adapter over the share of its rank that 99% of the energy needs; name those that stand out.
 
     Args:
-        records: Of ``spectrum --adapters``; adapters without a rank are left out.
+        records: Of ``fleet``; adapters without a rank are left out.
         ax: Where to draw; a new figure's if not given.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Records of ``spectrum --adapters``: one adapter of many."""
+"""Records of ``fleet``: one adapter of many."""
 
 from __future__ import annotations
 

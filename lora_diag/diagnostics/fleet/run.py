@@ -1,4 +1,4 @@
-"""``spectrum --adapters``: many adapters in one pass."""
+"""``fleet``: many adapters in one pass."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from lora_diag.checkpoints import as_path
 from lora_diag.checkpoints.remote import RemotePath
 from lora_diag.deltas import natural_order
 from lora_diag.diagnostics.fleet.measure import fleet as measure
+from lora_diag.diagnostics.fleet.options import FleetOptions
 from lora_diag.diagnostics.fleet.record import Fleet
 from lora_diag.errors import InputError, LoradiagError, NothingComparedError
 from lora_diag.linalg import resolve_device
@@ -23,16 +24,7 @@ from lora_diag.records import LeftOut, Results, RunInput
 from lora_diag.running.fingerprint import content_hash, files_of, legible
 from lora_diag.running.inputs import compare, describe
 from lora_diag.running.layers import LayerRun
-from lora_diag.running.options import (
-    Callbacks,
-    Device,
-    Machines,
-    MissingAlpha,
-    Output,
-    Resuming,
-    Selection,
-    show_options,
-)
+from lora_diag.running.options import show_options
 
 COMMAND = "spectrum --adapters"
 
@@ -88,10 +80,6 @@ class Member:
     shape: tuple[int, int] = (1, 1)
 
 
-class FleetOptions(Selection, MissingAlpha, Device, Machines, Output, Resuming, Callbacks, total=False):
-    """Options of ``fleet``."""
-
-
 @dataclass(frozen=True, slots=True)
 class FleetSettings:
     """How an adapter is measured.
@@ -116,8 +104,6 @@ class FleetSettings:
 @show_options
 def fleet(
     adapters: Iterable[Path | str],
-    *,
-    base: Path | str | None = None,
     **options: Unpack[FleetOptions],
 ) -> Results[Fleet]:
     r"""Measure many adapters: what rank each uses, which are dead, spiked or far from the others, and which are alike.
@@ -144,6 +130,7 @@ def fleet(
         [('sample_checkpoints/lora_r4', 4, 0), ('sample_checkpoints/lora_r16', 16, 0)]
     """
     run = LayerRun(COMMAND, options, FleetOptions)
+    base = run.options["base"]
     members = [Member(legible(path), Seen.now(path)) for path in expand(adapters)]
     under = Seen.now(as_path(base)) if base is not None else None
     return run.over(

@@ -1,4 +1,4 @@
-"""The terminal's answer to ``spectrum --adapters``: what stands out, what is alike, and what the fleet is like."""
+"""The terminal's answer to ``fleet``: what stands out, what is alike, and what the fleet is like."""
 
 from __future__ import annotations
 

@@ -10,38 +10,32 @@ import typer
 
 from lora_diag.cli import options
 from lora_diag.cli.output import check_outputs, result, tell_unmeasured, terminal
+from lora_diag.diagnostics.interference.options import InterferenceOptions
 from lora_diag.errors import UNREADABLE
 from lora_diag.files import RESULTS
-from lora_diag.running.options import LayerOptions
+from lora_diag.running.options import OUTPUT, Option
 
 Inputs = Annotated[
     list[str],
     typer.Argument(metavar="[BASE] TUNED", help="BASE and two or more updates of it; adapters alone need no BASE."),
 ]
-Weights = Annotated[
-    str | None, typer.Option(metavar="W,W,...", help="Weight of each update in the sum, all 1 by default.")
-]
-Ranks = Annotated[str, typer.Option(metavar="R,R,...", help="Ranks at which spaces are compared and merges cut.")]
-Density = Annotated[
-    float, typer.Option(metavar="D", help="Share of the entries that TIES keeps; 0: no TIES, no sign conflicts.")
-]
 SpectrumFile = Annotated[
-    Path | None, typer.Option("--spectrum", metavar="FILE", help="Write the spectra of the sums here, for allocate.")
+    Path | None,
+    options.spelled(
+        "spectrum", Option(None, "Also write the spectra of the sums, for allocate.", "FILE", panel=OUTPUT)
+    ),
 ]
 
 
 @options.spread
 def interference(
     inputs: Inputs,
-    weights: Weights = None,
-    ranks: Ranks = "4,8,16,32,64",
-    density: Density = 0.2,
     *,
-    given: LayerOptions,
+    given: InterferenceOptions,
     spectrum: SpectrumFile = None,
     shown: options.Rows,
 ) -> None:
-    """Do several updates fight? Their overlaps, the rank that all of them need, and what merging them loses.
+    """Overlap of several updates, and what merging them loses.
 
     Example: loradiag interference lora_sql/ lora_chat/ lora_code/ -o interference.jsonl --spectrum union.jsonl
     """
@@ -53,15 +47,7 @@ def interference(
 
     base, updates = split_base(inputs)
     with shown.callbacks() as callbacks:
-        results = measure(
-            updates,
-            base=base,
-            weights=options.parse_numbers(weights, "--weights", "1,0.5") if weights is not None else None,
-            ranks=options.parse_ranks(ranks),
-            density=density,
-            **given,
-            **callbacks,
-        )
+        results = measure(updates, base=base, **given, **callbacks)
     if spectrum is not None:
         union_spectra(results).write(spectrum, given["overwrite"])
     if shown.table:

@@ -142,7 +142,7 @@ def _words(
     if small := len({record.layer for record in records} - drawn):
         notes.append(f"Not drawn: {small} {'layer' if small == 1 else 'layers'} without {rank} directions.")
     if others := [each for each in ranks_of(records) if each != rank]:
-        notes.append(f"Also measured: r = {', '.join(map(str, others))} (--rank).")
+        notes.append(f"Also measured: r = {', '.join(map(str, others))} (--show-rank).")
     return Words(
         f"Principal angles between the {rank} largest directions of two updates",
         f"{len(drawn)} {'matrix' if len(drawn) == 1 else 'matrices'}; share of the principal angles with at most this "

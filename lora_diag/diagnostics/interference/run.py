@@ -14,17 +14,17 @@ from lora_diag.checkpoints import as_path, locate
 from lora_diag.deltas import Delta, Pairing, StoredDelta, Unpaired, natural_order
 from lora_diag.diagnostics.interference.measure import interference as measure
 from lora_diag.diagnostics.interference.measure import size
+from lora_diag.diagnostics.interference.options import InterferenceOptions
 from lora_diag.diagnostics.interference.parts import InterferenceSettings, Several, Update
 from lora_diag.diagnostics.interference.record import Interference, Union
 from lora_diag.diagnostics.spectrum.record import Spectrum
 from lora_diag.errors import InputError, NothingComparedError, UsageError
 from lora_diag.linalg import check_request
-from lora_diag.metrics import RANKS
 from lora_diag.records import Results, totals
 from lora_diag.running.inputs import Comparison
 from lora_diag.running.layers import LayerRun
 from lora_diag.running.measuring import checked_ranks, without_rank
-from lora_diag.running.options import LayerOptions, show_options
+from lora_diag.running.options import show_options
 
 
 @show_options
@@ -32,10 +32,7 @@ def interference(
     updates: Sequence[Path | str],
     *,
     base: Path | str | None = None,
-    weights: Sequence[float] | None = None,
-    ranks: Sequence[int] = RANKS,
-    density: float = 0.2,
-    **options: Unpack[LayerOptions],
+    **options: Unpack[InterferenceOptions],
 ) -> Results[Interference | Union]:
     r"""Hold several updates of one model against each other, pair by pair and all together, layer by layer.
 
@@ -46,7 +43,7 @@ def interference(
         ranks: Ranks at which spaces are compared, and to which merges are recompressed.
         density: Share of the entries of each update that TIES keeps; 0 for no TIES and no sign conflicts, which take
             every entry of every layer.
-        **options: ``LayerOptions``.
+        **options: ``InterferenceOptions``.
 
     Returns:
         One ``interference`` record for each layer and pair of updates that change it, and one ``union`` record for each
@@ -63,7 +60,8 @@ def interference(
         >>> [record.record for record in found], found.layers[1].ranks
         (['interference', 'union'], (4, 16))
     """
-    run = LayerRun("interference", options)
+    run = LayerRun("interference", options, InterferenceOptions)
+    weights, ranks, density = (run.options[name] for name in ("weights", "ranks", "density"))
     settings = run.settings(
         InterferenceSettings, ranks=checked_ranks(ranks), weights=_weights(weights, len(updates)), density=density
     )

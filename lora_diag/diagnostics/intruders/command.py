@@ -4,34 +4,24 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
-from typing import Annotated
 
 import typer
 
 from lora_diag.cli import options
 from lora_diag.cli.output import result, tell_unmeasured, terminal
+from lora_diag.diagnostics.intruders.options import IntruderOptions
 from lora_diag.errors import UNREADABLE
-from lora_diag.running.options import LayerOptions
-
-Top = Annotated[int, typer.Option(metavar="K", help="Look at the K largest directions of each weight.")]
-Epsilon = Annotated[float, typer.Option(metavar="E", help="Similarity below which a direction is not one of BASE.")]
-Window = Annotated[
-    float, typer.Option(metavar="W", help="Singular values of BASE within this share count as equal: they may rotate.")
-]
 
 
 @options.spread
 def intruders(
     base: options.Base,
     tuned: options.Tuned,
-    top: Top = 10,
-    epsilon: Epsilon = 0.5,
-    window: Window = 0.1,
     *,
-    given: LayerOptions,
+    given: IntruderOptions,
     shown: options.Rows,
 ) -> None:
-    """Which of the largest directions of the tuned weights are new? Intruder dimensions, as LoRA makes them.
+    """Intruder dimensions: large directions that BASE lacks.
 
     Example: loradiag intruders base/ lora_r8/ -o intruders.jsonl
     """
@@ -40,15 +30,7 @@ def intruders(
     from lora_diag.diagnostics.intruders.summary import intruders_table
 
     with shown.callbacks() as callbacks:
-        results = measure(
-            base,
-            tuned,
-            top=top,
-            epsilon=epsilon,
-            window=window,
-            **given,
-            **callbacks,
-        )
+        results = measure(base, tuned, **given, **callbacks)
     if shown.table:
         then = _next(base, tuned, given["output"]) if results.layers else None
         result(intruders_table(results, *terminal(), per=shown.per, then=then))

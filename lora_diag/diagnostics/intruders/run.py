@@ -7,34 +7,31 @@ from typing import Unpack
 
 from lora_diag.diagnostics.intruders.measure import IntruderSettings, size
 from lora_diag.diagnostics.intruders.measure import intruders as measure
+from lora_diag.diagnostics.intruders.options import IntruderOptions
 from lora_diag.diagnostics.intruders.record import Intruders
 from lora_diag.errors import UsageError
 from lora_diag.linalg import check_request
 from lora_diag.records import Results
 from lora_diag.running.layers import LayerRun
 from lora_diag.running.measuring import without_rank
-from lora_diag.running.options import LayerOptions, show_options
+from lora_diag.running.options import show_options
 
 
 @show_options
 def intruders(
     base: Path | str,
     tuned: Path | str,
-    *,
-    top: int = 10,
-    epsilon: float = 0.5,
-    window: float = 0.1,
-    **options: Unpack[LayerOptions],
+    **options: Unpack[IntruderOptions],
 ) -> Results[Intruders]:
     r"""Count intruder dimensions: largest left singular vectors of W_tuned that are unlike all of W_base.
 
     Args:
         base: The checkpoint before.
         tuned: The checkpoint after, or an adapter.
-        top: k, how many of the largest directions of each weight are looked at.
+        directions: k, how many of the largest directions of each weight are looked at.
         epsilon: ε in (0, 1): a direction with max_i |⟨u_i(W_base), u_j⟩| < ε is not one of W_base.
         window: Width of the window of nearly equal singular values, as a share of σ_j.
-        **options: ``LayerOptions``.
+        **options: ``IntruderOptions``.
 
     Returns:
         One record for each matrix that both sides have.
@@ -49,7 +46,8 @@ def intruders(
         >>> found.layers[0].k, found.layers[0].intruders
         (10, 0)
     """
-    run = LayerRun("intruders", options)
+    run = LayerRun("intruders", options, IntruderOptions)
+    top, epsilon, window = (run.options[name] for name in ("directions", "epsilon", "window"))
     check_request(run.options["method"], top, run.options["tol"])
     if not 0 < epsilon < 1:
         raise UsageError(f"--epsilon {epsilon}: must lie between 0 and 1")
@@ -63,5 +61,5 @@ def intruders(
         run.settings(IntruderSettings, k=top, epsilon=epsilon, window=window),
         lambda layout, _, __: without_rank(compared.pairing, layout, run.where.here),
         compared.inputs,
-        {"top": top, "epsilon": epsilon, "window": window},
+        run.own,
     )

@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TypedDict
 
 import typer
 
 from lora_diag.cli import options
 from lora_diag.cli.output import again, message, result, tell_unmeasured, terminal
+from lora_diag.diagnostics.overlap.options import OverlapOptions
 from lora_diag.errors import UNREADABLE
-from lora_diag.running.options import MethodOptions
+from lora_diag.running.options import SHOW_RANK
+
+
+class TableOptions(TypedDict, total=False):
+    """What the table shows."""
+
+    show_rank: Annotated[int | None, SHOW_RANK]
 
 
 @options.spread
@@ -21,33 +28,27 @@ def overlap(
     gradients: Annotated[
         list[str], typer.Argument(metavar="GRADIENTS", help="Folders or files with the gradients of a step each.")
     ],
-    ranks: Annotated[str, typer.Option(metavar="R,R,...", help="Ranks r of the subspaces.")] = "4,8,16,32,64",
-    rank: Annotated[int | None, typer.Option(metavar="R", help="Rank that the table shows; one of --ranks.")] = None,
     *,
-    given: MethodOptions,
+    given: OverlapOptions,
+    drawn: TableOptions,
     shown: options.Rows,
 ) -> None:
-    """Is training still inside the adapter's reach? Overlap of gradients with the subspaces of an update.
+    """Overlap of gradients with the subspaces of an update.
 
     Example: loradiag overlap base/ full_ft/ gradients/ --ranks 8,16 -o overlap.jsonl
     """
-    asked = options.parse_ranks(ranks)
     # torch comes with it: not before it is needed
     from lora_diag.diagnostics.overlap.run import overlap as measure
     from lora_diag.diagnostics.overlap.table import overlap_table
 
+    rank = drawn["show_rank"]
     with shown.callbacks() as callbacks:
-        results = measure(
-            base,
-            tuned,
-            gradients,
-            ranks=asked if rank is None else [*asked, rank],
-            **given,
-            **callbacks,
-        )
+        if rank is not None:
+            given["ranks"] = [*given["ranks"], rank]
+        results = measure(base, tuned, gradients, **given, **callbacks)
     if shown.table:
         if rank is not None and results.layers and all(record.rank != rank for record in results.layers):
-            message(f"--rank {rank}: no layer and no adapter here has so many; another rank is shown")
+            message(f"--show-rank {rank}: no layer and no adapter here has so many; another rank is shown")
         then = _next(given["output"], shown.per) if results.layers else None
         result(overlap_table(results, *terminal(), per=shown.per, rank=rank, then=then))
     if tell_unmeasured(results.unmeasured, "left out"):

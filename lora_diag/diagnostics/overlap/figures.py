@@ -202,7 +202,7 @@ def _words(
     others = sorted({record.rank for record in everything} - {rank})
     notes = []
     if others:
-        notes.append(f"Also measured, not drawn: r = {', '.join(map(str, others))} (--rank).")
+        notes.append(f"Also measured, not drawn: r = {', '.join(map(str, others))} (--show-rank).")
     if missing:
         notes.append(f"Not drawn: {missing} more module types (--layers).")
     if zero := sum(record.kappa is None for one in series for record in one.records):

@@ -54,7 +54,7 @@ class GradientRecorder(TrainerCallback):
 
     Args:
         output: Without a reference: a folder, which gets one safetensors file a step, as ``overlap`` and
-            ``spectrum --gradients`` read it. With one: a new results file for the overlap records.
+            ``gradient-spectrum`` read it. With one: a new results file for the overlap records.
         every: Record the steps 0, ``every``, 2·``every``, ….
         reference: Subspaces to hold gradients against, from ``lora_diag.subspaces``; or ``live`` for those of the LoRA
             itself, as it is at each step.

@@ -14,12 +14,12 @@ from lora_diag.deltas import Delta, Pairing, StoredDelta, Unpaired, footprint, s
 from lora_diag.diagnostics.overlap.measure import Followed, OverlapSettings, size
 from lora_diag.diagnostics.overlap.measure import overlap as measure
 from lora_diag.diagnostics.overlap.measure import subspaces as spaces_of
+from lora_diag.diagnostics.overlap.options import OverlapOptions
 from lora_diag.diagnostics.overlap.record import Overlap
 from lora_diag.diagnostics.overlap.reference import Reference
 from lora_diag.errors import NothingComparedError, UsageError
 from lora_diag.gradients import History, Step, histories, open_steps
 from lora_diag.linalg import check_request, resolve_device
-from lora_diag.metrics import RANKS
 from lora_diag.records import LeftOut, Results
 from lora_diag.running.engines import Layout, run_local
 from lora_diag.running.gradients import describe_steps
@@ -32,7 +32,7 @@ from lora_diag.running.measuring import (
     not_paired,
     without_rank,
 )
-from lora_diag.running.options import Matching, Method, MethodOptions, Workers, filled, show_options
+from lora_diag.running.options import Matching, Method, Workers, filled, show_options
 
 
 @show_options
@@ -40,9 +40,7 @@ def overlap(
     base: Path | str,
     tuned: Path | str,
     gradients: Sequence[Path | str],
-    *,
-    ranks: Sequence[int] = RANKS,
-    **options: Unpack[MethodOptions],
+    **options: Unpack[OverlapOptions],
 ) -> Results[Overlap]:
     r"""Measure κ_t = ‖U_rᵀ G_t V_r‖_F / ‖G_t‖_F, and what an adapter there can reach, for every layer, step and rank.
 
@@ -56,7 +54,7 @@ def overlap(
             files.
         ranks: Ranks r. Those that a layer, or an adapter, is too small for are left out there; an adapter's own rank is
             always measured.
-        **options: ``MethodOptions``.
+        **options: ``OverlapOptions``.
 
     Returns:
         One record for each layer, step and rank. Layers without a gradient, gradients without a layer and gradients
@@ -74,8 +72,8 @@ def overlap(
         >>> [(record.step, record.rank) for record in found][:6]
         [(0, 4), (0, 8), (0, 16), (0, 32), (0, 64), (40, 4)]
     """
-    run = LayerRun("overlap", options, MethodOptions)
-    settings = run.settings(OverlapSettings, ranks=checked_ranks(ranks))
+    run = LayerRun("overlap", options, OverlapOptions)
+    settings = run.settings(OverlapSettings, ranks=checked_ranks(run.options["ranks"]))
     check_request(settings.method, settings.ranks[-1], 0.5)
     if not gradients:
         raise UsageError("overlap: name the gradients, a folder with one safetensors file a step")

@@ -12,6 +12,7 @@ from lora_diag.checkpoints import Checkpoint, as_path, locate, open_checkpoint
 from lora_diag.deltas import Pairing, Unpaired, selector
 from lora_diag.diagnostics.portability.consumers import CONSUMERS
 from lora_diag.diagnostics.portability.measure import Judged, Name, PortabilitySettings, judge, size
+from lora_diag.diagnostics.portability.options import PortabilityOptions
 from lora_diag.diagnostics.portability.record import Portability
 from lora_diag.diagnostics.portability.rules import Consumer, Outcome, Rule, largest_rank
 from lora_diag.errors import InputError, NothingComparedError, UsageError
@@ -19,7 +20,7 @@ from lora_diag.records import Results
 from lora_diag.running.inputs import describe, describe_adapter
 from lora_diag.running.layers import LayerRun
 from lora_diag.running.measuring import not_paired
-from lora_diag.running.options import RunOptions, show_options
+from lora_diag.running.options import show_options
 
 Chosen = dict[Name, tuple[Consumer, Rule]]
 
@@ -28,12 +29,7 @@ Chosen = dict[Name, tuple[Consumer, Rule]]
 def portability(
     adapter: Path | str,
     base: Path | str | None = None,
-    *,
-    consumers: Sequence[str] = (),
-    require: Sequence[str] = (),
-    intended: str | None = None,
-    max_lora_rank: int | None = None,
-    **options: Unpack[RunOptions],
+    **options: Unpack[PortabilityOptions],
 ) -> Results[Portability]:
     r"""Tell which ΔW each program that loads an adapter applies, and how far it is from the intended one.
 
@@ -49,7 +45,7 @@ def portability(
         intended: The program whose ΔW is intended; by default what PEFT, or the format's own rule, makes of the file.
         max_lora_rank: The largest rank that servers are told to serve (``--max-lora-rank``); by default as large as it
             takes.
-        **options: ``RunOptions``.
+        **options: ``PortabilityOptions``.
 
     Returns:
         One record for each weight and program.
@@ -64,7 +60,9 @@ def portability(
         >>> [(record.consumer, record.status, record.scale) for record in results]
         [('peft', 'exact', 2.0), ('llamacpp', 'exact', 2.0)]
     """
-    run = LayerRun("portability", options, RunOptions)
+    run = LayerRun("portability", options, PortabilityOptions)
+    consumers, require = run.options["consumers"], run.options["require"]
+    intended, max_lora_rank = run.options["intended"], run.options["max_lora_rank"]
     path = as_path(adapter)
     if not is_adapter(locate(path)):
         raise UsageError(f"{adapter}: is no adapter; the order is: loradiag portability ADAPTER [BASE]")

@@ -3,39 +3,26 @@
 from __future__ import annotations
 
 import shlex
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from lora_diag.cli import options
 from lora_diag.cli.output import result, tell_unmeasured, terminal
+from lora_diag.diagnostics.residual.options import ResidualOptions
 from lora_diag.errors import UNREADABLE
-from lora_diag.running.options import LayerOptions
-
-Adapters = Annotated[
-    list[str] | None, typer.Argument(metavar="ADAPTER", help="Adapters, or checkpoints with one merged in.")
-]
-Reference = Annotated[
-    str | None, typer.Option(metavar="TUNED2", help="Another full fine-tune, such as another seed, to judge by.")
-]
-Activations = Annotated[
-    Path | None, typer.Option(metavar="FILE", help="Second moments E[xx^T] of the inputs: distances in the data, too.")
-]
 
 
 @options.spread
 def residual(
     base: options.Base,
     tuned: Annotated[str, typer.Argument(metavar="TUNED", help="The full fine-tune.")],
-    adapters: Adapters = None,
-    reference: Reference = None,
-    activations: Activations = None,
+    adapters: options.Adapters = None,
     *,
-    given: LayerOptions,
+    given: ResidualOptions,
     shown: options.Rows,
 ) -> None:
-    """What did the adapter miss? Its distance to a full fine-tune, and what rank alone would cost.
+    """Distance of adapters to a full fine-tune, layer by layer.
 
     Example: loradiag residual base/ full_ft/ lora_r8/ lora_r64/ -o residual.jsonl
     """
@@ -44,15 +31,7 @@ def residual(
     from lora_diag.diagnostics.residual.summary import residual_table
 
     with shown.callbacks() as callbacks:
-        results = measure(
-            base,
-            tuned,
-            adapters or [],
-            reference=reference,
-            activations=activations,
-            **given,
-            **callbacks,
-        )
+        results = measure(base, tuned, adapters or [], **given, **callbacks)
     if shown.table:
         then = shlex.join(["loradiag", "spectrum", str(base), str(tuned)]) + "   (which rank the update needs)"
         result(residual_table(results, *terminal(), per=shown.per, then=then))

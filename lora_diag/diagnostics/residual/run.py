@@ -12,6 +12,7 @@ from lora_diag.checkpoints import as_path
 from lora_diag.deltas import Delta, Pairing, StoredDelta, Unpaired
 from lora_diag.diagnostics.residual.measure import Layer, Other, size
 from lora_diag.diagnostics.residual.measure import residual as measure
+from lora_diag.diagnostics.residual.options import ResidualOptions
 from lora_diag.diagnostics.residual.record import Residual
 from lora_diag.errors import UsageError
 from lora_diag.layers.task import LayerSettings
@@ -22,7 +23,7 @@ from lora_diag.running.engines import Layout
 from lora_diag.running.inputs import Comparison
 from lora_diag.running.layers import LayerRun
 from lora_diag.running.measuring import not_paired
-from lora_diag.running.options import LayerOptions, show_options
+from lora_diag.running.options import show_options
 
 
 @show_options
@@ -30,10 +31,7 @@ def residual(
     base: Path | str,
     tuned: Path | str,
     adapters: Sequence[Path | str] = (),
-    *,
-    reference: Path | str | None = None,
-    activations: Path | str | None = None,
-    **options: Unpack[LayerOptions],
+    **options: Unpack[ResidualOptions],
 ) -> Results[Residual]:
     r"""Measure how far adapters are from a full fine-tune: ε = ‖ΔW_FT − ΔW_adapter‖_F / ‖ΔW_FT‖_F, layer by layer.
 
@@ -47,7 +45,7 @@ def residual(
         activations: Second moments C = E[xxᵀ] of the layers' inputs: a safetensors file with one ``(in, in)`` matrix
             under each weight's name and, in its metadata, ``tokens``. Every distance is then given in the norm
             ‖·C^½‖_F, too.
-        **options: ``LayerOptions``.
+        **options: ``ResidualOptions``.
 
     Returns:
         One record for each layer and adapter; layers that an adapter leaves alone among them, with ε = 1, and norms and
@@ -64,7 +62,8 @@ def residual(
         >>> found.layers[0].rank, found.layers[0].epsilon > found.layers[0].epsilon_min
         (16, True)
     """
-    run = LayerRun("residual", options)
+    run = LayerRun("residual", options, ResidualOptions)
+    reference, activations = (run.options[name] for name in ("reference", "activations"))
     check_request(run.options["method"], 1, run.options["tol"])
     _check_names(tuned, [*adapters, *([reference] if reference is not None else [])])
     base = as_path(base)  # once, so that what is known of it is not asked again

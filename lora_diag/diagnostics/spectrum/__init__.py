@@ -6,6 +6,7 @@ FEATURE = Feature(
     __name__,
     "spectrum",
     command=".command:spectrum",
+    subcommands=(("gradient-spectrum", ".command:gradient_spectrum"),),
     records=(".record:Spectrum",),
     functions=(".run:spectrum",),
     table=".table:spectrum_table",

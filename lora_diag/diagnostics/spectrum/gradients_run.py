@@ -1,4 +1,4 @@
-"""``spectrum --gradients``: the spectrum of the gradients of all steps, before any update exists."""
+"""``gradient-spectrum``: the spectrum of the gradients of all steps, before any update exists."""
 
 from __future__ import annotations
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Unpack
 
@@ -10,28 +9,22 @@ from lora_diag.deltas import Pairing, Unpaired
 from lora_diag.diagnostics.spectrum.gradients_run import gradient_spectrum
 from lora_diag.diagnostics.spectrum.measure import Layer, SpectrumSettings, size
 from lora_diag.diagnostics.spectrum.measure import spectrum as measure
+from lora_diag.diagnostics.spectrum.options import SpectrumOptions
 from lora_diag.diagnostics.spectrum.record import Spectrum
 from lora_diag.errors import UsageError
 from lora_diag.linalg import check_request
-from lora_diag.metrics import RANKS
 from lora_diag.records import LeftOut, Results
 from lora_diag.running.activations import SecondMoments, second_moments
 from lora_diag.running.layers import LayerRun
 from lora_diag.running.measuring import checked_ranks, without_rank
-from lora_diag.running.options import LayerOptions, show_options
+from lora_diag.running.options import show_options
 
 
 @show_options
 def spectrum(
     base: Path | str | None = None,
     tuned: Path | str | None = None,
-    *,
-    gradients: Sequence[Path | str] = (),
-    activations: Path | str | None = None,
-    kfac: bool = False,
-    ranks: Sequence[int] = RANKS,
-    top: int | None = None,
-    **options: Unpack[LayerOptions],
+    **options: Unpack[SpectrumOptions],
 ) -> Results[Spectrum]:
     r"""Measure the spectrum of ΔW = W_tuned − W_base for every weight that both checkpoints have.
 
@@ -47,7 +40,7 @@ def spectrum(
         kfac: Weigh the other side, too: G^½·ΔW·C^½ with G = E[ggᵀ] of the output gradients in the same file.
         ranks: Ranks r at which C(r) and the truncation errors are given.
         top: Keep only so many of the largest singular values.
-        **options: ``LayerOptions``.
+        **options: ``SpectrumOptions``.
 
     Returns:
         All records of the run. Layers whose entries are not finite are in ``left_out``, the rest is measured.
@@ -62,11 +55,13 @@ def spectrum(
         >>> [(record.layer, record.shape) for record in results]
         [('model.layers.0.self_attn.q_proj.weight', (128, 128))]
     """
-    run = LayerRun("spectrum", options)
+    run = LayerRun("spectrum", options, SpectrumOptions)
+    gradients, activations, kfac = (run.options[name] for name in ("gradients", "activations", "kfac"))
+    ranks, top = run.options["ranks"], run.options["top"]
     settings = run.settings(SpectrumSettings, ranks=checked_ranks(ranks), top=top)
     check_request(settings.method, top, settings.tol)
     if kfac and activations is None:
-        raise UsageError("--kfac: needs --activations FILE, recorded with probe activations --gradients")
+        raise UsageError("--kfac: needs --activations FILE, recorded with probe activations --output-gradients")
     if gradients:
         if activations is not None:
             raise UsageError("--activations: weighs an update, and --gradients are none; leave one of them out")
@@ -74,7 +69,7 @@ def spectrum(
             raise UsageError("--gradients: are measured instead of an update; name BASE alone beside them, or nothing")
         return gradient_spectrum(run, base, gradients, settings)
     if base is None:
-        raise UsageError("spectrum: name BASE and TUNED, an adapter, or gradients with --gradients")
+        raise UsageError("spectrum: name BASE and TUNED, or an adapter alone")
     compared = run.compare(base, tuned)
     pairing, moments = compared.pairing, None
     if activations is not None:
@@ -82,7 +77,7 @@ def spectrum(
             raise UsageError("--activations: needs BASE, to tell which layer is which; name it before the adapter")
         moments = second_moments(activations, base, pairing, run.options["verify"])
         if kfac and not moments.gradients:
-            raise UsageError(f"--kfac: {activations} holds no output gradients; record it with --gradients")
+            raise UsageError(f"--kfac: {activations} holds no output gradients; record it with --output-gradients")
     pairing, matrices = _weighed(pairing, moments, kfac)
     return run.over(
         matrices,

@@ -26,7 +26,9 @@ def verify_merge(
     given: RunOptions,
     shown: options.Rows,
 ) -> None:
-    """Did the merge do what the adapter says? Every entry of MERGED against W + ΔW; exit code 1 if not.
+    """Compare a merged checkpoint with BASE plus the adapter.
+
+    Exit codes: 0 if every entry of MERGED is W + ΔW up to rounding, 1 if not, 5 inconclusive.
 
     Example: loradiag verify-merge base/ lora_r16/ merged/
     """
@@ -36,13 +38,7 @@ def verify_merge(
     from lora_diag.diagnostics.verify_merge.summary import merge_table
 
     with shown.callbacks() as callbacks:
-        results = measure(
-            base,
-            adapter,
-            merged,
-            **given,
-            **callbacks,
-        )
+        results = measure(base, adapter, merged, **given, **callbacks)
     found = outcome(results)
     if shown.table:
         then = _next(given["output"], shown.per, found == "correct")

@@ -15,13 +15,14 @@ from lora_diag.errors import NothingComparedError, UsageError
 from lora_diag.files import SECOND_MOMENTS, check_output
 from lora_diag.models.activations import Listener, Moment, equal_batches, inputs_of, linear_layers, outputs_of, record
 from lora_diag.models.data import Texts
-from lora_diag.models.gradients import LABELS, Draw, Labels
+from lora_diag.models.gradients import Draw
 from lora_diag.models.opening import Model, Weights
+from lora_diag.probes.activations.options import ActivationsOptions
 from lora_diag.records.probe import Activations, LayerInput
 from lora_diag.running.activations import GRADIENTS
 from lora_diag.running.fingerprint import fingerprint, legible
 from lora_diag.running.inputs import MOMENTS
-from lora_diag.running.options import RecordModelOptions, show_options
+from lora_diag.running.options import show_options
 from lora_diag.running.probing import ProbeRun, counted
 from lora_diag.version import __version__
 
@@ -31,12 +32,7 @@ def probe_activations(
     base: Path | str,
     data: Path | str,
     output: Path | str,
-    *,
-    gradients: bool = False,
-    labels: Labels = "data",
-    seed: int = 0,
-    overwrite: bool = False,
-    **options: Unpack[RecordModelOptions],
+    **options: Unpack[ActivationsOptions],
 ) -> Activations:
     r"""Record C = E[xxᵀ], the mean over tokens, of the input x of every linear layer, in one pass over a text.
 
@@ -46,12 +42,12 @@ def probe_activations(
         base: The model whose inputs are recorded: a folder that transformers can open, or a Hub id.
         data: A text or JSONL file.
         output: A new safetensors file: one float32 matrix ``(in, in)`` under each weight's name in ``base``.
-        gradients: Also record G = E[ggᵀ] of the gradient of a sequence's summed loss by each output of a layer, for
-            K-FAC's metric: ``(out, out)`` under ``output_gradients.`` and the weight's name. Takes a backward pass.
+        output_gradients: Also record G = E[ggᵀ] of the gradient of a sequence's summed loss by each output of a layer,
+            for K-FAC's metric: ``(out, out)`` under ``output_gradients.`` and the weight's name. Takes a backward pass.
         labels: Of that loss: ``data`` for the text's own, ``model`` for labels drawn from the model.
         seed: Of what is drawn.
         overwrite: Replace a file in the place of ``output``.
-        **options: See ``RecordModelOptions``.
+        **options: ``ActivationsOptions``.
 
     Returns:
         What was recorded, layer by layer, and what was not.
@@ -61,9 +57,12 @@ def probe_activations(
         InputError: An input cannot be read, or the output cannot be written.
         NothingComparedError: No linear layer is selected.
     """
-    run = ProbeRun("probe activations", options, RecordModelOptions, labels=(labels, LABELS))
+    run = ProbeRun("probe activations", options, ActivationsOptions)
+    gradients, labels, seed, overwrite = (
+        run.options[name] for name in ("output_gradients", "labels", "seed", "overwrite")
+    )
     if labels != "data" and not gradients:
-        raise UsageError(f"--labels {labels}: is for --gradients")
+        raise UsageError(f"--labels {labels}: needs --output-gradients")
     output = Path(output)
     check_output(output, SECOND_MOMENTS, overwrite)
     selected = selector(**run.selection)

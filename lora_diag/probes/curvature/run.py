@@ -18,35 +18,23 @@ from lora_diag.models.swapping import FULL, Swapped
 from lora_diag.models.truncating import truncated_layers
 from lora_diag.probes.curvature.loss_bound import TunedPoint, loss_bounds
 from lora_diag.probes.curvature.measure import Curved
+from lora_diag.probes.curvature.options import CurvatureOptions
 from lora_diag.probes.curvature.record import Curvature, LossBound, Matrix
 from lora_diag.probes.curvature.records_of import Effort, Point, curvatures
 from lora_diag.records import LeftOut, Results
 from lora_diag.records.names import part_of
 from lora_diag.rendering.text import duration
 from lora_diag.running.measuring import checked_ranks
-from lora_diag.running.options import LayerProbeOptions, show_options
+from lora_diag.running.options import show_options
 from lora_diag.running.probing import ProbeRun, check_files, counted, described, left_out
 from lora_diag.running.progress import Kept
-
-RANKS = (0, 1, 2, 4, 8, 16, 32, 64)
-ALONG = (0.1, 1.0)
-PER = ("all", "layer")
 
 
 @show_options
 def probe_curvature(
     base: Path | str,
     tuned: Path | str | None = None,
-    *,
-    evaluate: Sequence[Path | str],
-    ranks: Sequence[int] = RANKS,
-    along: Sequence[float] = ALONG,
-    top: int = 5,
-    probes: int = 10,
-    ggn: bool = False,
-    per: str = "all",
-    seed: int = 0,
-    **options: Unpack[LayerProbeOptions],
+    **options: Unpack[CurvatureOptions],
 ) -> Results[Any]:
     r"""Measure eigenvalues, trace and gradient of the loss at TUNED, and hold the loss bound against the measured gap.
 
@@ -60,13 +48,13 @@ def probe_curvature(
         evaluate: One text or JSONL file; the mean negative log-likelihood of all its predictions is differentiated.
         ranks: Ranks r; 0 takes the truncated layers back to ``base``.
         along: Shares t of the way from TUNED to the truncated update; 1 is added.
-        top: How many of the largest eigenvalues.
-        probes: Random vectors of the trace's estimate.
+        eigenvalues: How many of the largest eigenvalues.
+        trace_vectors: Random vectors of the trace's estimate.
         ggn: Measure the generalised Gauss–Newton matrix instead of the Hessian: the Hessian but for the part that
             comes from the model's own curvature, never negative.
-        per: ``all`` for eigenvalues of all layers jointly; ``layer`` for those of every layer's own block, too.
+        granularity: ``all`` for eigenvalues of all layers jointly; ``layer`` for those of every layer's own block, too.
         seed: Of Lanczos' start and of the trace's random vectors.
-        **options: See ``LayerProbeOptions``.
+        **options: ``CurvatureOptions``.
 
     Returns:
         The records are in ``whole``: ``Curvature`` jointly and of every layer, then ``LossBound`` of every rank.
@@ -80,8 +68,10 @@ def probe_curvature(
     Reference:
         Pearlmutter 1994, "Fast exact multiplication by the Hessian"; Yao et al. 2020, PyHessian.
     """
-    run = ProbeRun("probe curvature", options, LayerProbeOptions, per=(per, PER))
-    asked, way = list(checked_ranks(ranks, 0)), _check(along, top, probes, seed)
+    run = ProbeRun("probe curvature", options, CurvatureOptions)
+    names = ("evaluate", "along", "eigenvalues", "trace_vectors", "ggn", "granularity", "seed")
+    evaluate, along, top, probes, ggn, per, seed = (run.options[name] for name in names)
+    asked, way = list(checked_ranks(run.options["ranks"], 0)), _check(along, top, probes, seed)
     if (dtype := run.options["dtype"]) != "float32":  # a product in bfloat16 is off by 2%, and Lanczos goes to 1e-4
         raise UsageError(
             f"--dtype {dtype}: Hessian-vector products in it are off by percents, more than Lanczos allows; use float32"
@@ -131,7 +121,7 @@ def _check(along: Sequence[float], top: int, probes: int, seed: int) -> list[flo
     """
     if not all(0 < t <= 1 for t in along):
         raise UsageError(f"--along {','.join(f'{t:g}' for t in along)}: shares of the way must lie in (0, 1]")
-    for option, value in (("--top", top), ("--probes", probes)):
+    for option, value in (("--eigenvalues", top), ("--trace-vectors", probes)):
         if value < 1:
             raise UsageError(f"{option} {value}: must be at least 1")
     if not 0 <= seed < 2**31:

@@ -134,7 +134,7 @@ def _curvature(joint: Curvature) -> str:
     if joint.trace > 2 * (joint.trace_error or 0.0):
         told += f", so {number(mean)} in a mean direction: λ is {number(first / mean)} times that"
     else:
-        told += ": not to be told from zero; more --probes would say"
+        told += ": not to be told from zero; more --trace-vectors would say"
     return "\n".join([*lines, told])
 
 

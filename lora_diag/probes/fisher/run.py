@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,20 +12,19 @@ from lora_diag.checkpoints import open_checkpoint
 from lora_diag.errors import InputError, NothingComparedError, UsageError
 from lora_diag.models.activations import linear_layers
 from lora_diag.models.data import Texts
-from lora_diag.models.gradients import LABELS, Draw, Labels
+from lora_diag.models.gradients import Draw
 from lora_diag.models.opening import Model, Weights
 from lora_diag.models.swapping import FULL, Swapped
 from lora_diag.models.truncating import truncated_layers
 from lora_diag.probes.fisher.effects import Before, effect, read_before
 from lora_diag.probes.fisher.measure import Tail, add_up, groups_of, tail_of
+from lora_diag.probes.fisher.options import FisherOptions
 from lora_diag.probes.fisher.record import Effect, Fisher
 from lora_diag.records import LeftOut, Results
 from lora_diag.running.measuring import checked_ranks
-from lora_diag.running.options import LayerProbeOptions, show_options
+from lora_diag.running.options import show_options
 from lora_diag.running.probing import ProbeRun, check_files, counted, described, left_out
 from lora_diag.running.progress import Kept
-
-RANKS = (4, 8, 16, 32, 64)
 
 # What a backward pass costs, in forward passes, beside its own.
 _BACKWARD = 3
@@ -35,14 +34,7 @@ _BACKWARD = 3
 def probe_fisher(
     base: Path | str,
     tuned: Path | str,
-    *,
-    data: Path | str,
-    evaluate: Sequence[Path | str] = (),
-    measure: bool = False,
-    ranks: Sequence[int] = RANKS,
-    labels: Labels = "data",
-    seed: int = 0,
-    **options: Unpack[LayerProbeOptions],
+    **options: Unpack[FisherOptions],
 ) -> Results[Any]:
     r"""Measure F_ℓ(r) = Σ_s⟨∇ℓ_s, ΔW − ΔW_r⟩²/N of every layer and rank, with the gradients of TUNED's loss.
 
@@ -59,7 +51,7 @@ def probe_fisher(
         ranks: Ranks r of what is measured, and of the other estimates; F is given for all.
         labels: ``data`` for the text's own labels; ``model`` for labels drawn from TUNED.
         seed: Of what is drawn.
-        **options: See ``LayerProbeOptions``.
+        **options: ``FisherOptions``.
 
     Returns:
         The records are in ``whole``: one ``Fisher`` a layer.
@@ -73,8 +65,10 @@ def probe_fisher(
         Kunstner, Balles and Hennig 2019, "Limitations of the empirical Fisher approximation for natural gradient
         descent", equations 2 and 3 (the two kinds of labels).
     """
-    run = ProbeRun("probe fisher", options, LayerProbeOptions, labels=(labels, LABELS))
-    asked = checked_ranks(ranks)
+    run = ProbeRun("probe fisher", options, FisherOptions)
+    data, evaluate, measure = (run.options[name] for name in ("data", "evaluate", "measure"))
+    labels, seed = run.options["labels"], run.options["seed"]
+    asked = checked_ranks(run.options["ranks"])
     if len(evaluate) > 1:
         raise UsageError("--eval: one order of the layers is held against F; name one file")
     check_files([data, *evaluate])

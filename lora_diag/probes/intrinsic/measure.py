@@ -158,7 +158,7 @@ def check_dim(dim: int, total: int, layers: int) -> None:
     if dim > total:
         raise UsageError(f"--dims {dim}: the model has only {total} parameters")
     if dim <= layers:
-        raise UsageError(f"--dims {dim}: --method said trains {layers} scales, one a layer, and d must be more")
+        raise UsageError(f"--dims {dim}: --projection said trains {layers} scales, one a layer, and d must be more")
 
 
 def scales_of(module: nn.Module) -> int:

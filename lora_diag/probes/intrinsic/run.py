@@ -17,40 +17,21 @@ from lora_diag.models.opening import Model
 from lora_diag.models.training import RECIPE, Cell, Training, losses_after
 from lora_diag.probes.intrinsic.lines import Subject
 from lora_diag.probes.intrinsic.measure import SCALE_STEP, Method, Run, check_dim, rate_of, scales_of, subspace_losses
+from lora_diag.probes.intrinsic.options import IntrinsicOptions
 from lora_diag.probes.intrinsic.record import Intrinsic
 from lora_diag.records import LeftOut, Results
 from lora_diag.rendering.text import duration
 from lora_diag.running.measuring import checked_ranks
-from lora_diag.running.options import TrainOptions, show_options
+from lora_diag.running.options import show_options
 from lora_diag.running.probing import check_files, counted
 from lora_diag.running.progress import Kept
 from lora_diag.running.training_runs import Arm, TrainRun, Trial, Walk
-
-DIMS = (10, 30, 100, 300, 1000, 3000, 10000)
-RANKS = (1, 2, 4, 8)
-PACES = (1e-3, 3e-3, 1e-2)
-FULL_RATES = (1e-4, 3e-4, 1e-3)
-LORA_RATES = (1e-3, 3e-3, 1e-2)
-METHODS = ("plain", "said")
 
 
 @show_options
 def probe_intrinsic(
     base: Path | str,
-    *,
-    data: Path | str,
-    evaluate: Sequence[Path | str],
-    shifted: Sequence[Path | str] = (),
-    dims: Sequence[int] = DIMS,
-    method: str = "plain",
-    share: float = 0.9,
-    ranks: Sequence[int] = RANKS,
-    paces: Sequence[float] = PACES,
-    full_rates: Sequence[float] = FULL_RATES,
-    lora_rates: Sequence[float] = LORA_RATES,
-    steps: int = 100,
-    seeds: int = 2,
-    **options: Unpack[TrainOptions],
+    **options: Unpack[IntrinsicOptions],
 ) -> Results[Any]:
     r"""Train BASE in random subspaces of d dimensions, in full, and by LoRA, and compare the losses.
 
@@ -64,7 +45,7 @@ def probe_intrinsic(
         evaluate: Held-out files of the same kind; the first decides on learning rates.
         shifted: Files of another kind.
         dims: Dimensions d.
-        method: ``plain`` (Li et al. 2018) or ``said`` (Aghajanyan et al. 2020).
+        projection: ``did`` (Li et al. 2018) or ``said`` (Aghajanyan et al. 2020).
         share: Of full fine-tuning's gain over BASE that is to be reached.
         ranks: Ranks of the LoRAs beside it; none if empty.
         paces: Learning rates of the subspaces as full fine-tuning would have them: z is given pace·√(D/d), at which a
@@ -72,8 +53,8 @@ def probe_intrinsic(
         full_rates: Learning rates of full fine-tuning.
         lora_rates: Learning rates of LoRA.
         steps: Updates of a run.
-        seeds: Runs of each size at its best rate; they differ in P or in the factors' initial values.
-        **options: See ``TrainOptions``.
+        repeats: Runs of each size at its best rate; they differ in P or in the factors' initial values.
+        **options: ``IntrinsicOptions``.
 
     Returns:
         The records are in ``whole``: BASE's losses, and those of every run, set by set.
@@ -86,10 +67,12 @@ def probe_intrinsic(
     Reference:
         Li, Farkhoor, Liu and Yosinski 2018, arXiv:1804.08838; Aghajanyan, Zettlemoyer and Gupta 2020, arXiv:2012.13255.
     """
-    grids = {"--lr": paces, "--full-lr": full_rates, "--lora-lr": lora_rates}
-    counts = {"--steps": steps, "--seeds": seeds}
-    run = TrainRun("probe intrinsic", options, grids, counts, method=(method, METHODS))
-    kind: Method = "said" if method == "said" else "plain"
+    grids = ("paces", "full_rates", "lora_rates")
+    run = TrainRun("probe intrinsic", options, IntrinsicOptions, grids, ("steps", "repeats"))
+    data, evaluate, shifted = (run.options[name] for name in ("data", "evaluate", "shifted"))
+    dims, share, ranks, steps, seeds = (run.options[n] for n in ("dims", "share", "ranks", "steps", "repeats"))
+    paces, full_rates, lora_rates = (run.options[name] for name in grids)
+    kind: Method = "said" if run.options["projection"] == "said" else "plain"
     asked = list(checked_ranks(ranks)) if ranks else []
     if not dims or min(dims) < 1:
         raise UsageError(f"--dims {','.join(map(str, dims))}: dimensions must be whole numbers from 1 up")
@@ -103,11 +86,11 @@ def probe_intrinsic(
     model = run.open(base)
     total = sum(parameter.numel() for parameter in model.module.parameters())
     for dim in dims:
-        check_dim(dim, total, scales_of(model.module) if method == "said" else 0)
+        check_dim(dim, total, scales_of(model.module) if kind == "said" else 0)
     run.read_all(data, evaluate, shifted, steps)
     settings = {
         "dims": sorted(set(dims)),
-        "method": method,
+        "method": kind,
         "share": share,
         "ranks": asked,
         "paces": sorted(set(paces)),
@@ -115,7 +98,7 @@ def probe_intrinsic(
         "lora_rates": sorted(set(lora_rates)),
         **run.trained(seeds),
         "params": total,
-        "scale_step": SCALE_STEP if method == "said" else None,
+        "scale_step": SCALE_STEP if kind == "said" else None,
         "optimizer": RECIPE,
     }
 

@@ -10,10 +10,11 @@ from typing import Any, Unpack
 from lora_diag.errors import UsageError
 from lora_diag.models.swapping import Swapped
 from lora_diag.probes.outputs.measure import Contender, outputs
+from lora_diag.probes.outputs.options import OutputsOptions
 from lora_diag.records import LeftOut, Results
 from lora_diag.records.probe import Subject
 from lora_diag.running.inputs import Comparison
-from lora_diag.running.options import ProbeOptions, show_options
+from lora_diag.running.options import show_options
 from lora_diag.running.probing import ProbeRun, check_files, counted, described, left_out
 from lora_diag.running.progress import Kept
 
@@ -23,11 +24,7 @@ def probe_outputs(
     base: Path | str,
     tuned: Path | str,
     adapters: Sequence[Path | str] = (),
-    *,
-    reference: Path | str | None = None,
-    evaluate: Sequence[Path | str],
-    shifted: Sequence[Path | str] = (),
-    **options: Unpack[ProbeOptions],
+    **options: Unpack[OutputsOptions],
 ) -> Results[Any]:
     r"""Measure the loss of every model on held-out text, and how far its outputs are from those of a full fine-tune.
 
@@ -41,7 +38,7 @@ def probe_outputs(
         reference: Another full fine-tune, such as another seed: how far equally good models are apart.
         evaluate: Held-out texts: text or JSONL files, or folders that ``datasets`` saved.
         shifted: Files of another kind.
-        **options: See ``ProbeOptions``.
+        **options: ``OutputsOptions``.
 
     Returns:
         The records are in ``whole``: one a set and model, BASE and TUNED among them.
@@ -51,7 +48,8 @@ def probe_outputs(
         InputError: An input cannot be read, or transformers cannot open BASE.
         NothingComparedError: A checkpoint has no weight in common with BASE.
     """
-    run = ProbeRun("probe outputs", options)
+    run = ProbeRun("probe outputs", options, OutputsOptions)
+    reference, evaluate, shifted = (run.options[name] for name in ("reference", "evaluate", "shifted"))
     others = [*((path, "adapter") for path in adapters), *([(reference, "reference")] if reference else [])]
     _distinct(tuned, [path for path, _ in others])
     check_files(evaluate, *shifted)

@@ -26,32 +26,20 @@ from lora_diag.probes.sensitivity.measure import (
     shape_of,
     units_of,
 )
+from lora_diag.probes.sensitivity.options import SensitivityOptions
 from lora_diag.probes.sensitivity.record import FirstOrder, Sensitivity
 from lora_diag.records import LeftOut, Results
 from lora_diag.rendering.text import duration
-from lora_diag.running.options import LayerTrainOptions, show_options
+from lora_diag.running.options import show_options
 from lora_diag.running.probing import check_files, counted
 from lora_diag.running.progress import Kept
 from lora_diag.running.training_runs import Arm, TrainRun, Trial, Walk
-
-PER = ("layer", "block", "type")
-RATES = (3e-3, 1e-2)
 
 
 @show_options
 def probe_sensitivity(
     base: Path | str,
-    *,
-    data: Path | str,
-    evaluate: Sequence[Path | str],
-    shifted: Sequence[Path | str] = (),
-    rank: int = 8,
-    delta: int | None = None,
-    per: str = "layer",
-    rates: Sequence[float] = RATES,
-    steps: int = 50,
-    seeds: int = 1,
-    **options: Unpack[LayerTrainOptions],
+    **options: Unpack[SensitivityOptions],
 ) -> Results[Any]:
     r"""Train a LoRA on each layer alone, on the same batches in the same order, and measure ΔL_ℓ = L(BASE) − L.
 
@@ -66,11 +54,11 @@ def probe_sensitivity(
         shifted: Files of another kind.
         rank: Rank r.
         delta: δ: train at r + δ, too, for the marginal gain L_ℓ(r) − L_ℓ(r + δ).
-        per: What is adapted alone: each ``layer``, the layers of a ``block``, or of a module ``type``.
+        granularity: What is adapted alone: each ``layer``, the layers of a ``block``, or of a module ``type``.
         rates: Peak learning rates.
         steps: Updates of a run.
-        seeds: Runs of each unit at its best rate; they differ in the factors' initial values.
-        **options: See ``LayerTrainOptions``.
+        repeats: Runs of each unit at its best rate; they differ in the factors' initial values.
+        **options: ``SensitivityOptions``.
 
     Returns:
         The records are in ``whole``: a ``FirstOrder`` for every layer, then ``Sensitivity``: BASE's losses, and those
@@ -81,8 +69,10 @@ def probe_sensitivity(
         InputError: An input cannot be read, or the model cannot be opened or adapted.
         NothingComparedError: No linear layer is selected.
     """
-    counts = {"--rank": rank, "--delta": delta, "--steps": steps, "--seeds": seeds}
-    run = TrainRun("probe sensitivity", options, {"--lr": rates}, counts, LayerTrainOptions, per=(per, PER))
+    run = TrainRun("probe sensitivity", options, SensitivityOptions, ("rates",), ("rank", "delta", "steps", "repeats"))
+    data, evaluate, shifted = (run.options[name] for name in ("data", "evaluate", "shifted"))
+    rank, delta, per = (run.options[name] for name in ("rank", "delta", "granularity"))
+    rates, steps, seeds = (run.options[name] for name in ("rates", "steps", "repeats"))
     check_files(evaluate, *shifted, data)
     selected = selector(**run.selection)
     stored = open_checkpoint(base)

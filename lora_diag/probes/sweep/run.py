@@ -14,18 +14,17 @@ from lora_diag.errors import UsageError
 from lora_diag.models.methods import Lora, inner_layers
 from lora_diag.models.opening import Model
 from lora_diag.models.training import RECIPE, Cell, record_of, run_cell
-from lora_diag.probes.sweep.rounding import GRIDS, rounded
+from lora_diag.probes.sweep.options import SweepOptions
+from lora_diag.probes.sweep.rounding import rounded
 from lora_diag.records import LeftOut, Results
 from lora_diag.records.probe import Subject
 from lora_diag.rendering.text import duration
 from lora_diag.running.measuring import checked_ranks
-from lora_diag.running.options import TrainOptions, show_options
+from lora_diag.running.options import show_options
 from lora_diag.running.probing import check_files, counted
 from lora_diag.running.progress import Kept
 from lora_diag.running.training_runs import Arm, TrainRun, Trial, Walk
 
-RANKS = (4, 8, 16, 32, 64)
-RATES = (1e-4, 3e-4, 1e-3, 3e-3)
 # Settings that a finished sweep takes more of with ``resume``: what was asked for before and now, together.
 GROWS: dict[str, Callable[[Any, Any], Any]] = {
     "ranks": lambda then, now: sorted({*then, *now}),
@@ -33,30 +32,12 @@ GROWS: dict[str, Callable[[Any, Any], Any]] = {
     "full_rates": lambda then, now: sorted({*then, *now}),
     "seeds": max,
 }
-# LoRA's best rate is about ten times that of full fine-tuning (Schulman et al. 2025, LoRA Without Regret).
-FULL_RATES = (1e-5, 3e-5, 1e-4, 3e-4)
 
 
 @show_options
 def probe_sweep(
     base: Path | str,
-    *,
-    data: Path | str,
-    evaluate: Sequence[Path | str],
-    shifted: Sequence[Path | str] = (),
-    ranks: Sequence[int] = RANKS,
-    rates: Sequence[float] = RATES,
-    full: bool = False,
-    full_rates: Sequence[float] = FULL_RATES,
-    bitfit: bool = False,
-    dora: bool = False,
-    rslora: bool = False,
-    quantized: str | None = None,
-    steps: int = 100,
-    seeds: int = 2,
-    tolerance: float = 0.02,
-    targets: Sequence[str] = (),
-    **options: Unpack[TrainOptions],
+    **options: Unpack[SweepOptions],
 ) -> Results[Any]:
     r"""Train a LoRA at every rank, on the same batches in the same order and for as many steps, and compare losses.
 
@@ -64,7 +45,7 @@ def probe_sweep(
     set is run with the other seeds, too.
 
     ``resume`` continues a sweep, interrupted or finished: runs that are in ``output`` are not run again; more
-    ``seeds``, other ``ranks`` and ``rates`` are added to those that it has; all else has to be the same.
+    ``repeats``, other ``ranks`` and ``rates`` are added to those that it has; all else has to be the same.
 
     Args:
         base: The model: a folder that transformers can open, or a Hub id.
@@ -81,10 +62,10 @@ def probe_sweep(
         quantized: ``nf4`` or ``int8``: LoRA is trained on BASE's linear layers as rounded to that grid. They are
             rounded and not packed: the numbers of a quantized base without the memory that it saves.
         steps: Updates of a run.
-        seeds: Runs of each rank at its best rate; they differ in the factors' initial values, not in the data's order.
-        tolerance: Share of the gain that a smaller rank may lose and still be enough.
-        targets: Modules to adapt, as PEFT names them; by default all linear layers but the head.
-        **options: See ``TrainOptions``.
+        repeats: Runs of each rank at its best rate; they differ in the factors' initial values, not in the data.
+        gain_tolerance: Share of the gain that a smaller rank may lose and still be enough.
+        target_modules: Modules to adapt, as PEFT names them; by default all linear layers but the head.
+        **options: ``SweepOptions``.
 
     Returns:
         The records are in ``whole``: BASE's losses, and those of every run, set by set.
@@ -93,12 +74,16 @@ def probe_sweep(
         UsageError: An option makes no sense, a text is trained on and evaluated, or the extra ``train`` is missing.
         InputError: An input cannot be read, or the model cannot be opened or adapted.
     """
-    grids, counts = {"--lr": rates, "--full-lr": full_rates}, {"--steps": steps, "--seeds": seeds}
-    words = {"quantized": (quantized, GRIDS)} if quantized is not None else {}
-    run = TrainRun("probe sweep", options, grids, counts, TrainOptions, **words)
-    asked = list(checked_ranks(ranks))
+    run = TrainRun("probe sweep", options, SweepOptions, ("rates", "full_rates"), ("steps", "repeats"))
+    data, evaluate, shifted = (run.options[name] for name in ("data", "evaluate", "shifted"))
+    names = ("rates", "full", "full_rates", "bitfit", "dora", "rslora", "quantized")
+    rates, full, full_rates, bitfit, dora, rslora, quantized = (run.options[name] for name in names)
+    steps, seeds, tolerance, targets = (
+        run.options[name] for name in ("steps", "repeats", "gain_tolerance", "target_modules")
+    )
+    asked = list(checked_ranks(run.options["ranks"]))
     if not 0 < tolerance < 1:
-        raise UsageError(f"--tolerance {tolerance}: must lie between 0 and 1")
+        raise UsageError(f"--gain-tolerance {tolerance}: must lie between 0 and 1")
     if (full or bitfit) and (dtype := run.options["dtype"]) != "float32":
         raise UsageError(
             f"--dtype {dtype}: rounds most steps of {'--full' if full else '--bitfit'} away, while LoRA's factors stay "

@@ -201,7 +201,7 @@ def _said(verdict: SweepVerdict, base: Probe, share: float) -> list[str]:
         why = (
             "one rank" if chosen is None else "one seed shows no spread" if verdict.seeds < 2 else "seeds do not differ"
         )
-        more = "" if chosen is None else "; more --seeds with --resume tell"
+        more = "" if chosen is None else "; more --repeats with --resume tell"
         return [f"no verdict: {why}; lowest loss at r={verdict.best}{more}"]
     at = f"r={chosen.rank} at learning rate {chosen.lr:g}"
     keeps = f"keeps {100 * (1 - share):.4g}% of the gain of every rank tried"

@@ -39,7 +39,7 @@ def lacks(records: Sequence[Probe], options: Options) -> str | None:
     """Say why there is nothing to draw; None if there is."""
     if any(record.subject == "truncated" for record in together(records)):
         return None
-    return "no rank at which all layers were truncated together (--per all)"
+    return "no rank at which all layers were truncated together (--granularity all)"
 
 
 def truncation(results: Results[Any] | Iterable[Probe], ax: Axes | None = None, *, name: str | None = None) -> Axes:

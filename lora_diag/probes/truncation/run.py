@@ -2,35 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Unpack
 
 from lora_diag.models.swapping import Swapped
 from lora_diag.models.truncating import truncated_layers
 from lora_diag.probes.truncation.measure import cells_of, truncation
+from lora_diag.probes.truncation.options import TruncationOptions
 from lora_diag.records import LeftOut, Results
 from lora_diag.running.measuring import checked_ranks
-from lora_diag.running.options import LayerProbeOptions, show_options
+from lora_diag.running.options import show_options
 from lora_diag.running.probing import ProbeRun, check_files, counted, described, left_out
 from lora_diag.running.progress import Kept
-
-RANKS = (0, 1, 2, 4, 8, 16, 32, 64)
-PER = ("all", "layer", "type")
-REST = ("tuned", "base")
 
 
 @show_options
 def probe_truncation(
     base: Path | str,
     tuned: Path | str,
-    *,
-    evaluate: Sequence[Path | str],
-    shifted: Sequence[Path | str] = (),
-    ranks: Sequence[int] = RANKS,
-    per: str = "all",
-    rest: str = "tuned",
-    **options: Unpack[LayerProbeOptions],
+    **options: Unpack[TruncationOptions],
 ) -> Results[Any]:
     r"""Measure the loss of W_0 + ΔW_r for each rank r, ΔW_r the best rank-r approximation of ΔW (Eckart–Young).
 
@@ -42,10 +32,11 @@ def probe_truncation(
         evaluate: Text or JSONL files of the kind that TUNED was trained on, but held out.
         shifted: Files of another kind, to see what truncation does there.
         ranks: Ranks r; 0 takes the truncated layers back to ``base``.
-        per: ``all`` layers truncated together; or each ``layer`` or module ``type`` alone, the others as in TUNED.
-        rest: What the tensors are that are not truncated: as in ``tuned``, or as in ``base``, which is what an adapter
-            on the matrices could give.
-        **options: See ``LayerProbeOptions``.
+        granularity: ``all`` layers truncated together; or each ``layer`` or module ``type`` alone, the others as in
+            TUNED.
+        untruncated: What the tensors are that are not truncated: as in ``tuned``, or as in ``base``, which is what an
+            adapter on the matrices could give.
+        **options: ``TruncationOptions``.
 
     Returns:
         The records are in ``whole``: the losses of BASE, TUNED and every truncation, set by set.
@@ -58,8 +49,9 @@ def probe_truncation(
     Reference:
         Eckart and Young 1936, "The approximation of one matrix by another of lower rank".
     """
-    run = ProbeRun("probe truncation", options, LayerProbeOptions, per=(per, PER), rest=(rest, REST))
-    asked = list(checked_ranks(ranks, 0))
+    run = ProbeRun("probe truncation", options, TruncationOptions)
+    evaluate, shifted, per, rest = (run.options[n] for n in ("evaluate", "shifted", "granularity", "untruncated"))
+    asked = list(checked_ranks(run.options["ranks"], 0))
     check_files(evaluate, *shifted)
     compared = run.compare(base, tuned)
     deltas = compared.pairing.deltas

@@ -145,6 +145,6 @@ def test_measured_weights_alone_name_the_command_that_uses_them():
     path = ROOT / "docs/examples/sensitivity.jsonl"
     with pytest.raises(InputError, match=r"no spectrum; measure one with loradiag spectrum \S+/base TUNED") as refused:
         lora_diag.allocate(path, params="10k")
-    assert f"loradiag allocate spectrum.jsonl --weights {path} and a budget" in str(refused.value)
+    assert f"loradiag allocate spectrum.jsonl --layer-weights {path} and a budget" in str(refused.value)
     with pytest.raises(InputError, match="spectrum records are needed"):
         lora_diag.allocate(ROOT / "docs/examples/sweep.jsonl", params="10k")

@@ -135,7 +135,7 @@ def test_rank_0_keeps_the_norm_of_what_is_lost(tmp_path):
 
 def test_a_dtype_that_cannot_hold_the_factors_is_refused(tmp_path):
     layer, _ = layer_of(np.full((6, 5), 1e10), tmp_path, Rank(1))
-    with pytest.raises(InputError, match="float16 cannot hold its factors; use --dtype float32"):
+    with pytest.raises(InputError, match="float16 cannot hold its factors; use --adapter-dtype float32"):
         extract(layer, ExtractionSettings(dtype="float16", split="b"), Kept())
     layer, _ = layer_of(np.full((6, 5), 3e38), tmp_path, Rank(1))
     with pytest.raises(InputError, match="float32 cannot hold its factors; leave it out"):

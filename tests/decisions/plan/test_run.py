@@ -125,12 +125,12 @@ def test_a_budget_beyond_full_rank_buys_nothing(tmp_path):
     [
         ({"params": "ten"}, "--params ten"),
         ({"params": "10M", "memory": "1GB"}, "not both"),
-        ({"memory": "2"}, "--memory 2"),
-        ({"target": "nothing"}, "--target nothing"),
-        ({"target": "("}, "--target"),
+        ({"memory": "2"}, "--memory-budget 2"),
+        ({"target": "nothing"}, "--layers nothing"),
+        ({"target": "("}, "--layers"),
         ({"ranks": [0]}, "--ranks 0"),
         ({"optimizer": "lion"}, "--optimizer lion"),
-        ({"dtype": "int4"}, "--dtype int4"),
+        ({"dtype": "int4"}, "--adapter-dtype int4"),
     ],
 )
 def test_what_makes_no_sense_is_refused(tmp_path, options, message):

@@ -75,7 +75,7 @@ def test_a_gap_that_is_nothing_or_negative_has_no_ratio_of_bounds():
 
 def test_what_cannot_be_told_from_zero_is_not_divided_by():
     told = said(joint(trace_error=80.0), bound())
-    assert "not to be told from zero; more --probes would say" in told
+    assert "not to be told from zero; more --trace-vectors would say" in told
     assert "tr H/2n" not in told
     told = said(joint(matrix="ggn", smallest=1e-4), bound())
     assert "never below zero but for rounding" in told

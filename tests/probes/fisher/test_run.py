@@ -222,7 +222,7 @@ def test_the_command_prints_what_orders_the_layers(models, tmp_path, loradiag):
         "probe", "fisher", base, tuned, "--data", text, "--measure", "--ranks", "2,8", "-o", "f.jsonl", "--batch", "4"
     )
     assert ran.code == 0, ran.err
-    for words in ("Spearman's ρ", "Fisher", "weight energy", "K-FAC", "½F ÷ measured KL", "--weights f.jsonl"):
+    for words in ("Spearman's ρ", "Fisher", "weight energy", "K-FAC", "½F ÷ measured KL", "--layer-weights f.jsonl"):
         assert words in ran.out, words
     assert "about " in ran.err
     again = loradiag("inspect", "f.jsonl", "--per", "layer")

@@ -201,8 +201,8 @@ def test_names_with_and_without_the_prefix_of_the_inner_model(tmp_path):
     ("change", "error", "message"),
     [
         ({"ranks": (-1,)}, UsageError, "--ranks -1"),
-        ({"per": "planet"}, UsageError, "--per planet"),
-        ({"rest": "none"}, UsageError, "--rest none"),
+        ({"per": "planet"}, UsageError, "--granularity planet"),
+        ({"rest": "none"}, UsageError, "--untruncated none"),
         ({"batch": 0}, UsageError, "--batch 0"),
         ({"length": 1000}, UsageError, "--length 1000.*32 positions"),
         ({"dtype": "int8"}, UsageError, "--dtype int8"),

@@ -1,0 +1,67 @@
+"""Options of ``allocate``."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, TypedDict
+
+from lora_diag.running.options import (
+    ADAPTER_DTYPE,
+    ENERGY,
+    EXCLUDE,
+    INPUTS,
+    MEMORY_BUDGET,
+    OPTIMIZER,
+    PARAMS,
+    TARGETS,
+    UNFINISHED,
+    Option,
+)
+
+
+class AllocateOptions(TypedDict, total=False):
+    """Options of ``allocate``."""
+
+    params: Annotated[str | int | None, PARAMS]
+    total_rank: Annotated[int | None, Option(None, "Budget: sum of the ranks of all layers.", "R")]
+    memory_budget: Annotated[str | int | None, MEMORY_BUDGET]
+    energy: Annotated[float | None, ENERGY]
+    match: Annotated[Path | str | None, Option(None, "Budget: as many parameters as this adapter.", "ADAPTER")]
+    min_rank: Annotated[int, Option(0, "Smallest rank of a layer with any signal.", "R")]
+    max_rank: Annotated[int | None, Option(None, "Largest rank of a layer; default: no limit.", "R")]
+    allowed_ranks: Annotated[
+        Sequence[int] | None,
+        Option(
+            None,
+            "Ranks that a layer may have, e.g. 8,16,32; default any.",
+            "R,R,...",
+            aliases=("--ranks-from",),
+            setting="ranks_from",
+        ),
+    ]
+    layers: Annotated[str | None, TARGETS]
+    exclude: Annotated[str | None, EXCLUDE]
+    layer_weights: Annotated[
+        Path | str | Mapping[str, float] | None,
+        Option(
+            None,
+            "JSON of layer and factor, or results of probe sensitivity or fisher.",
+            "FILE",
+            panel=INPUTS,
+            aliases=("--weights",),
+            setting="weights",
+        ),
+    ]
+    relative: Annotated[bool, Option(False, "Count the energy of every layer as 1.")]
+    strategy: Annotated[
+        str,
+        Option(
+            "optimal",
+            "Most energy, or r ∝ s·√(d_in + d_out) with sensitivity s.",
+            "optimal|heuristic",
+            aliases=("--method",),
+            setting="method",
+        ),
+    ]
+    optimizer: Annotated[str, OPTIMIZER]
+    adapter_dtype: Annotated[str, ADAPTER_DTYPE]
+    allow_unfinished: Annotated[bool, UNFINISHED]

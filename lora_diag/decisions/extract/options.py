@@ -1,0 +1,54 @@
+"""Options of ``extract``."""
+
+from pathlib import Path
+from typing import Annotated
+
+from lora_diag.running.options import (
+    ACTIVATIONS,
+    ADAPTER_DTYPE,
+    ENERGY,
+    INPUTS,
+    KFAC,
+    OUTPUT,
+    PARAMS,
+    RANK,
+    SWEEP,
+    FolderOptions,
+    Option,
+)
+
+
+class ExtractOptions(FolderOptions, total=False):
+    """Options of ``extract``."""
+
+    rank: Annotated[int | None, RANK]
+    energy: Annotated[float | None, ENERGY]
+    params: Annotated[str | int | None, PARAMS]
+    allocation: Annotated[
+        Path | str | None,
+        Option(None, "Ranks by allocate: results or adapter_config.json.", "FILE", panel=INPUTS, aliases=("--ranks",)),
+    ]
+    signal: Annotated[bool, Option(False, "Rank: singular values above the files' rounding noise.")]
+    activations: Annotated[Path | str | None, ACTIVATIONS]
+    kfac: Annotated[bool, KFAC]
+    split: Annotated[str, Option("both", "√Σ in both factors, or all of Σ in B.", "both|b")]
+    adapter_dtype: Annotated[str, ADAPTER_DTYPE]
+    unfactored: Annotated[
+        str,
+        Option(
+            "list",
+            "Tensors without factors: list, or store in full.",
+            "list|save",
+            panel=OUTPUT,
+            aliases=("--rest",),
+            setting="rest",
+        ),
+    ]
+    portable: Annotated[
+        bool, Option(False, "One rank for all layers, padded with zeros: every program scales it alike.", panel=OUTPUT)
+    ]
+    base_name: Annotated[
+        str | None, Option(None, "Name of BASE in config and card; default its path.", "NAME", panel=OUTPUT)
+    ]
+    sweep: Annotated[Path | str | None, SWEEP]
+    overwrite: Annotated[bool, Option(False, "Replace an existing output.", panel=OUTPUT)]

@@ -1,0 +1,21 @@
+"""Options of ``gate``."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, TypedDict
+
+from lora_diag.running.options import INPUTS, OUTPUT, Option
+
+
+class GateOptions(TypedDict, total=False):
+    """Options of ``gate``."""
+
+    baseline: Annotated[
+        Path | str | None, Option(None, "Results to compare with, layer by layer; default none.", "FILE", panel=INPUTS)
+    ]
+    ratchet: Annotated[bool, Option(False, "If passed, write improvements to --baseline.", panel=OUTPUT)]
+    shipped: Annotated[
+        Sequence[str | Path],
+        Option((), "Checkpoint or adapter that results must be of; repeatable.", "PATH", ("--for",), INPUTS),
+    ]
+    max_age: Annotated[str | None, Option(None, "Oldest results to accept, e.g. 12h, 7d, 2w; default any.", "AGE")]

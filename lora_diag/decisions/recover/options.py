@@ -1,0 +1,29 @@
+"""Options of ``recover``."""
+
+from typing import Annotated
+
+from lora_diag.running.options import ENERGY, OUTPUT, RANK, FolderOptions, Option
+
+
+class RecoverOptions(FolderOptions, total=False):
+    """Options of ``recover``."""
+
+    rank: Annotated[int | None, RANK]
+    energy: Annotated[float | None, ENERGY]
+    full: Annotated[
+        bool,
+        Option(
+            False,
+            "Write a float32 checkpoint: BASE plus the estimated update.",
+            flags=("--checkpoint",),
+            panel=OUTPUT,
+            aliases=("--full",),
+        ),
+    ]
+    keep_refused: Annotated[
+        bool, Option(False, "Write the truncated SVD of layers without an estimate, too.", panel=OUTPUT)
+    ]
+    base_name: Annotated[
+        str | None, Option(None, "Name of BASE in config and card; default its path.", "NAME", panel=OUTPUT)
+    ]
+    overwrite: Annotated[bool, Option(False, "Replace an existing output.", panel=OUTPUT)]

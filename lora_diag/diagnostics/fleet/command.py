@@ -1,0 +1,52 @@
+"""``loradiag fleet``."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from typing import Annotated, Any
+
+import typer
+
+from lora_diag.cli import options
+from lora_diag.cli.output import again, result, tell_unmeasured, terminal
+from lora_diag.diagnostics.fleet.options import FleetOptions
+from lora_diag.errors import UNREADABLE
+
+
+@options.spread
+def fleet(
+    adapters: Annotated[
+        list[str],
+        typer.Argument(metavar="ADAPTER", help="Adapters or patterns such as 'runs/**'; - reads a list from stdin."),
+    ],
+    *,
+    given: FleetOptions,
+    shown: options.Rows,
+) -> None:
+    """Ranks, outliers and near-duplicates of many adapters.
+
+    Example: loradiag fleet 'adapters/**' -o fleet.jsonl
+    """
+    show_fleet(adapters, given, shown)
+
+
+def show_fleet(adapters: list[str], given: Any, shown: options.Rows) -> None:
+    """Measure many adapters in one pass, and show what was measured."""
+    # torch comes with it: not before it is needed
+    from lora_diag.diagnostics.fleet.run import fleet as measure
+    from lora_diag.diagnostics.fleet.run import unreadable
+    from lora_diag.diagnostics.fleet.summary import fleet_table
+
+    listed = [line.rstrip("\n") for line in sys.stdin if line.strip()] if "-" in adapters else []
+    with shown.callbacks() as callbacks:
+        results = measure([*(word for word in adapters if word != "-"), *listed], **given, **callbacks)
+    if shown.table:
+        output = given["output"]
+        then = f"{again('-o', 'fleet.jsonl')}   (keeps these numbers)"
+        if output is not None:
+            words = shlex.join(["loradiag", "inspect", str(output), "--per", "layer"])
+            then = f"{words}   (every adapter, without measuring again)"
+        result(fleet_table(results, *terminal(), per=shown.per, then=then))
+    if tell_unmeasured(unreadable(results), "the adapter was left out"):
+        raise typer.Exit(UNREADABLE)

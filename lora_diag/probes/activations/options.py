@@ -1,0 +1,16 @@
+"""Options of ``probe activations``."""
+
+from typing import Annotated
+
+from lora_diag.running.options import LABELS, OUTPUT, SEED, Option, RecordModelOptions
+
+
+class ActivationsOptions(RecordModelOptions, total=False):
+    """Options of ``probe activations``."""
+
+    output_gradients: Annotated[
+        bool, Option(False, "Also record E[gg^T] of output gradients, for --kfac.", aliases=("--gradients",))
+    ]
+    labels: Annotated[str, LABELS]
+    seed: Annotated[int, SEED]
+    overwrite: Annotated[bool, Option(False, "Replace an existing output.", panel=OUTPUT)]

@@ -1,0 +1,20 @@
+"""Options of ``probe curvature``."""
+
+from collections.abc import Sequence
+from typing import Annotated
+
+from lora_diag.running.options import GRANULARITY, RANKS, SEED, HeldOut, LayerProbeOptions, Option
+
+
+class CurvatureOptions(HeldOut, LayerProbeOptions, total=False):
+    """Options of ``probe curvature``."""
+
+    ranks: Annotated[Sequence[int], RANKS.by((0, 1, 2, 4, 8, 16, 32, 64))]
+    along: Annotated[Sequence[float], Option((0.1, 1.0), "Fractions of the way to the truncated update.", "T,T,...")]
+    eigenvalues: Annotated[int, Option(5, "Largest eigenvalues to compute.", "K", aliases=("--top",), setting="top")]
+    trace_vectors: Annotated[
+        int, Option(10, "Random vectors of the trace estimate.", "N", aliases=("--probes",), setting="probes")
+    ]
+    ggn: Annotated[bool, Option(False, "Use the Gauss-Newton matrix, not the Hessian.")]
+    granularity: Annotated[str, GRANULARITY.by("all", metavar="all|layer")]
+    seed: Annotated[int, SEED]

@@ -1,0 +1,17 @@
+"""Options of ``probe fisher``."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Required
+
+from lora_diag.running.options import DATA, LABELS, RANKS, SEED, HeldOut, LayerProbeOptions, Option
+
+
+class FisherOptions(HeldOut, LayerProbeOptions, total=False):
+    """Options of ``probe fisher``."""
+
+    data: Required[Annotated[Path | str, DATA]]
+    measure: Annotated[bool, Option(False, "Truncate each layer alone, to compare F with; implied by --eval.")]
+    ranks: Annotated[Sequence[int], RANKS]
+    labels: Annotated[str, LABELS]
+    seed: Annotated[int, SEED]

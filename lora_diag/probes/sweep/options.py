@@ -1,0 +1,59 @@
+"""Options of ``probe sweep``."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Required
+
+from lora_diag.running.options import (
+    DATA,
+    FULL_RATES,
+    INPUTS,
+    RANKS,
+    RATES,
+    REPEATS,
+    RSLORA,
+    STEPS,
+    Option,
+    Shifted,
+    TrainOptions,
+)
+
+
+class SweepOptions(Shifted, TrainOptions, total=False):
+    """Options of ``probe sweep``."""
+
+    data: Required[Annotated[Path | str, DATA]]
+    ranks: Annotated[Sequence[int], RANKS]
+    rates: Annotated[Sequence[float], RATES.by((1e-4, 3e-4, 1e-3, 3e-3))]
+    full: Annotated[bool, Option(False, "Also fine-tune all parameters, as a baseline.")]
+    # LoRA's best rate is about ten times that of full fine-tuning (Schulman et al. 2025, LoRA Without Regret).
+    full_rates: Annotated[Sequence[float], FULL_RATES.by((1e-5, 3e-5, 1e-4, 3e-4))]
+    bitfit: Annotated[bool, Option(False, "Also train biases and norms alone, as a baseline.")]
+    dora: Annotated[bool, Option(False, "Train DoRA.")]
+    rslora: Annotated[bool, RSLORA]
+    quantized: Annotated[
+        str | None, Option(None, "Round frozen weights as QLoRA stores them; default: not.", "nf4|int8")
+    ]
+    steps: Annotated[int, STEPS]
+    repeats: Annotated[int, REPEATS]
+    gain_tolerance: Annotated[
+        float,
+        Option(
+            0.02,
+            "Fraction of the gain that a smaller rank may lose.",
+            "X",
+            aliases=("--tolerance",),
+            setting="tolerance",
+        ),
+    ]
+    target_modules: Annotated[
+        Sequence[str],
+        Option(
+            (),
+            "Modules to adapt, as PEFT names them; default all linear layers but the head.",
+            "NAME,NAME",
+            panel=INPUTS,
+            aliases=("--target", "--targets"),
+            setting="targets",
+        ),
+    ]

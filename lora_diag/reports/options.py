@@ -1,0 +1,19 @@
+"""Options of ``report``."""
+
+from pathlib import Path
+from typing import Annotated, TypedDict
+
+from lora_diag.running.options import OUTPUT, Option
+
+
+class ReportOptions(TypedDict, total=False):
+    """Options of ``report``."""
+
+    output: Annotated[
+        Path | str | None, Option(None, "Report to write; default report.html.", "FILE", ("--output", "-o"), OUTPUT)
+    ]
+    format: Annotated[
+        str | None, Option(None, "Format; default by the name of the output.", "html|md|csv|parquet", panel=OUTPUT)
+    ]
+    values: Annotated[bool, Option(False, "One row for each entry of a list (csv, parquet).", panel=OUTPUT)]
+    overwrite: Annotated[bool, Option(False, "Replace an existing output.", panel=OUTPUT)]

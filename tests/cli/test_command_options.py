@@ -1,0 +1,236 @@
+"""The options of all commands together: one name, one meaning; former names; help; and how much a command prints."""
+
+import inspect as introspection
+from collections import defaultdict
+
+import pytest
+import typer.main
+
+import lora_diag
+from lora_diag import catalog
+from lora_diag.cli import options
+from lora_diag.cli.app import app
+from lora_diag.probes.intrinsic.options import IntrinsicOptions
+from lora_diag.running.options import PANELS, Option, filled
+from tests.conftest import ROOT
+
+LINES = options.LINES  # before the fixture that shows all
+SAMPLES = ROOT / "sample_checkpoints"
+
+# What may differ between commands, with the reason.
+DIFFERENT = {
+    "--output": "each command names what it writes",
+    "--format": "figures and reports have other formats",
+    "--granularity": "a probe has the units that it can change alone",
+}
+
+
+def leaves(command, name=""):
+    if not hasattr(command, "commands"):
+        return {name: command}
+    return {
+        key: leaf for word, each in command.commands.items() for key, leaf in leaves(each, f"{name} {word}").items()
+    }
+
+
+COMMANDS = {name.strip(): command for name, command in leaves(typer.main.get_command(app)).items()}
+
+
+def visible(command):
+    return [each for each in command.params if each.param_type_name == "option" and not each.hidden]
+
+
+def test_an_option_means_the_same_in_all_commands():
+    meanings = defaultdict(set)
+    for command in COMMANDS.values():
+        for each in visible(command):
+            for flag in each.opts:
+                meanings[flag].add((each.metavar, each.help, each.is_flag, each.multiple))
+    assert {flag for flag, found in meanings.items() if len(found) > 1} == {*DIFFERENT, "-o"}
+    assert len(meanings) > 80
+
+
+def test_no_option_is_a_synonym_of_another():
+    names = defaultdict(set)
+    for command in COMMANDS.values():
+        for each in visible(command):
+            names[each.help].add(each.opts[-1])
+    assert [found for found in names.values() if len(found) > 1] == []
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_former_names_are_accepted_and_not_shown(name):
+    command = COMMANDS[name]
+    shown = {flag for each in command.params for flag in each.opts}
+    former = command.callback.aliases
+    assert not set(former) & shown
+    assert set(former.values()) <= shown
+
+
+@pytest.mark.parametrize(
+    ("name", "former", "now"),
+    [
+        ("allocate", "--memory", "--memory-budget"),
+        ("allocate", "--target", "--layers"),
+        ("allocate", "--weights", "--layer-weights"),
+        ("extract", "--ranks", "--allocation"),
+        ("extract", "--rest", "--unfactored"),
+        ("intruders", "--top", "--directions"),
+        ("overlap", "--rank", "--show-rank"),
+        ("plan", "--target", "--layers"),
+        ("probe curvature", "--probes", "--trace-vectors"),
+        ("probe intrinsic", "--method", "--projection"),
+        ("probe sweep", "--seeds", "--repeats"),
+        ("probe sweep", "--target", "--target-modules"),
+        ("probe sweep", "--tolerance", "--gain-tolerance"),
+        ("probe truncation", "--per", "--granularity"),
+        ("probe truncation", "--rest", "--untruncated"),
+        ("probe sensitivity", "--max-steps", "--steps"),
+    ],
+)
+def test_former_name_of_an_option(name, former, now):
+    assert COMMANDS[name].callback.aliases[former] == now
+
+
+def test_a_command_takes_a_former_name_as_the_name_of_today(loradiag):
+    words = ("allocate", ROOT / "docs/examples/spectrum.jsonl", "--json")
+    now = loradiag(*words, "--memory-budget", "500kB", "--layers", "q_proj|k_proj", "--strategy", "heuristic")
+    former = loradiag(*words, "--memory", "500kB", "--target=q_proj|k_proj", "--method", "heuristic")
+    assert (now.code, now.out, now.err) == (0, former.out, "")
+    assert now.records[0]["settings"]["target"] == "q_proj|k_proj"
+
+
+def test_python_takes_former_names_and_values():
+    former = filled(IntrinsicOptions, {"data": "t", "method": "plain", "seeds": 3})
+    assert former == filled(IntrinsicOptions, {"data": "t", "projection": "did", "repeats": 3})
+    with pytest.raises(TypeError, match="former name"):
+        filled(IntrinsicOptions, {"data": "t", "seeds": 3, "repeats": 3})
+    with pytest.raises(TypeError, match="'data'"):
+        filled(IntrinsicOptions, {})
+    one, other = (lora_diag.plan(SAMPLES / "base", **{name: "q_proj"}) for name in ("target", "layers"))
+    assert one == other
+
+
+def test_former_modes_are_the_commands_of_today(loradiag):
+    spectrum = ROOT / "docs/examples/spectrum.jsonl"
+    for former, now in (
+        (("spectrum", "--adapters", SAMPLES / "lora_*"), ("fleet", SAMPLES / "lora_*")),
+        (("spectrum", "--gradients", SAMPLES / "gradients"), ("gradient-spectrum", SAMPLES / "gradients")),
+        (("allocate", spectrum, "--policies"), ("rank-rules", spectrum)),
+    ):
+        ran, before = (loradiag(*words, "--json") for words in (now, former))
+        assert (ran.code, ran.out, before.err) == (0, before.out, "")
+        assert len(ran.records) > 2
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_is_in_parts_of_whole_lines(loradiag, name):
+    ran = loradiag(*name.split(), "--help")
+    parts = [line.removesuffix(":") for line in ran.out.splitlines() if line.removesuffix(":") in PANELS]
+    assert parts == sorted(parts, key=PANELS.index)
+    assert parts[0] == PANELS[0]
+    for each in COMMANDS[name].params:
+        assert (each.help and each.help[0].isupper()) or each.help[0] in "α√", each.name
+        assert each.help.endswith("."), each.name
+    # An option that has no default value says what happens without it.
+    for each in visible(COMMANDS[name]):
+        said = ("default", "Budget", "repeatable", "Smallest ranks", "to write")
+        alone = {"rank", "activations", "reference", "sweep", "allocation", "tuned", "layers", "exclude"}
+        if each.default is None and not each.required and each.name not in alone and each.metavar:
+            assert any(word in each.help for word in said) or each.metavar == "FILE", each.name
+
+
+def test_list_of_commands_has_one_line_each(loradiag):
+    for words in ((), ("probe",)):
+        out = loradiag(*words, "--help").out
+        listed = out[out.index("Commands:") :].split("\n\n")[0].splitlines()[1:]
+        names = [name.removeprefix("probe ") for name in COMMANDS if name.startswith("probe ") == bool(words)]
+        assert len(listed) == len(names) + (not words)  # the group of probes is a line, too
+        assert all(len(line) <= 80 and not line.endswith("...") for line in listed)
+    assert all(len(command.help.splitlines()[0]) <= 60 for command in COMMANDS.values())
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["spectrum", "--rnak", "4"],
+        ["spectrum", "a", "--ranks"],
+        ["nope"],
+        ["allocate", "r.jsonl", "--strategy", "best"],
+    ],
+)
+def test_usage_errors_have_the_style_of_all_errors(loradiag, words):
+    ran = loradiag(*words)
+    assert (ran.code, ran.out) == (2, "")
+    assert ran.err.startswith("Error: ")
+    assert ran.err.count("\n") == 1
+
+
+def below_the_table(text):
+    return text.rstrip("\n").split("\n\n")[-1].splitlines()
+
+
+EXAMPLES = sorted((ROOT / "docs/examples").glob("*.jsonl"))
+
+
+@pytest.mark.parametrize("words", [["inspect", path] for path in EXAMPLES], ids=[path.stem for path in EXAMPLES])
+def test_a_summary_of_an_example_is_short(loradiag, words):
+    short, whole = (below_the_table(loradiag(*words, brief=brief).out) for brief in (True, False))
+    assert len(short) <= LINES < len(whole)
+    assert short[-1].endswith(": -v")
+    assert whole == below_the_table(loradiag(*words, "-v", brief=True).out)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["spectrum", "base", "full_ft"],
+        ["residual", "base", "full_ft", "lora_r4", "lora_r16"],
+        ["interference", "lora_r4", "lora_r16"],
+        ["intruders", "base", "full_ft"],
+        ["overlap", "base", "full_ft", "gradients"],
+        ["verify-merge", "base", "lora_r4", "full_ft"],
+        ["fleet", "lora_r4", "lora_r16"],
+        ["plan", "base"],
+    ],
+    ids=lambda words: words[0],
+)
+def test_a_summary_of_the_samples_is_short(loradiag, words):
+    ran = loradiag(*words, cwd=SAMPLES, brief=True)
+    alarms = {"overlap": 4, "verify-merge": 9}  # lines of warnings and failures, which are always shown
+    assert 4 <= len(below_the_table(ran.out)) <= LINES + alarms.get(words[0], 0)
+
+
+def test_warnings_and_failures_are_never_hidden():
+    from io import StringIO
+
+    from rich.console import Console
+
+    from lora_diag.rendering.statements import at_most, say, summary_of
+
+    alarm = say("alarm", "Warning", *(f"alarm {n}" for n in range(20)), level="warning")
+    notes = [say(f"note{n}", f"Note {n}", f"lead {n}", *["detail"] * 3, priority=2 - n % 3) for n in range(9)]
+    console = Console(file=StringIO(), width=40)
+    with at_most(6):
+        summary = summary_of([*notes, alarm], "loradiag inspect r.jsonl")
+    console.print(summary)
+    said = console.file.getvalue()
+    assert all(f"alarm {n}\n" in said.replace(" \n", "\n").replace("  ", "") or f"alarm {n}" in said for n in range(20))
+    assert "loradiag inspect r.jsonl" in said
+    assert [n for n in range(9) if f"lead {n}" in said] == [2, 5, 8]
+    assert said.rstrip().endswith("32 more lines: -v")
+
+
+def test_choices_are_checked_once():
+    with pytest.raises(lora_diag.errors.UsageError, match=r"--split c: .* both, b"):
+        Option("both", "How Σ is split.", "both|b").checked("split", "c")
+    assert Option("auto", "Device.", "auto|cuda[:i]").checked("device", "cuda:1") == "cuda:1"
+
+
+def test_every_command_is_built_of_declarations():
+    for feature in catalog.features():
+        for path in (feature.command, *(path for _, path in feature.subcommands)):
+            if path:
+                assert hasattr(
+                    introspection.unwrap(feature.load(path), stop=lambda f: hasattr(f, "aliases")), "aliases"
+                )

@@ -8,12 +8,12 @@ from lora_diag.diagnostics.fleet.record import Fleet, FleetLayer
 from lora_diag.diagnostics.interference.record import EnergyOverlap, Interference, Union
 from lora_diag.diagnostics.overlap.record import Overlap
 from lora_diag.diagnostics.residual.record import Residual
-from lora_diag.diagnostics.spectrum.record import Spectrum
 from lora_diag.probes.curvature.record import Curvature, LossBound
 from lora_diag.probes.fisher.record import Effect, Fisher
 from lora_diag.probes.intrinsic.record import Intrinsic
 from lora_diag.probes.sensitivity.record import Sensitivity
-from lora_diag.records import Agreement, End, Probe, Resolution, Results, Run, RunInput
+from lora_diag.records import Agreement, End, Probe, Results, Run, RunInput
+from tests.building import build, layer_spectrum
 
 # The command of a kind of record, where they are not called the same.
 COMMANDS = {"allocation": "allocate", "union": "interference", "fleet": "spectrum --adapters"}
@@ -31,34 +31,9 @@ TYPES = (
 
 def spectrum(layer, s, *, fro=None, complete=True, edge=0.0, signal=None, verdict="resolved", ranks=(8, 16)):
     """Return the record of a layer with these singular values."""
-    s = np.asarray(s, dtype=np.float64)
-    fro = float(np.sqrt((s**2).sum())) if fro is None else fro
-    share = {str(r): float((s[:r] ** 2).sum() / fro**2) if fro and r <= len(s) else None for r in ranks}
-    return Spectrum(
-        layer=layer,
-        shape=(len(s), 2 * len(s)),
-        dtypes=("bfloat16", "bfloat16"),
-        fro=fro,
-        base_fro=10.0,
-        s=tuple(s.tolist()),
-        complete=complete,
-        method="exact",
-        energy_error=0.0,
-        energy=share,
-        rank_at={"0.9": 3, "0.95": None, "0.99": None},
-        tail={str(r): None for r in ranks},
-        stable_rank=float(fro**2 / s[0] ** 2) if fro else None,
-        effective_rank=None,
-        resolution=Resolution(
-            unchanged=0.1,
-            mantissa=(7, 7),
-            rounding_fro=0.1,
-            noise_fro=0.05,
-            edge=edge,
-            signal_rank=len(s) if signal is None else signal,
-            verdict=verdict,
-        ),
-    )
+    seen = {"noise_fro": 0.05, "edge": edge, "signal_rank": len(s) if signal is None else signal, "verdict": verdict}
+    some = {"rank_at": {"0.9": 3, "0.95": None, "0.99": None}, "effective_rank": None}
+    return layer_spectrum(layer, s, ranks, fro=fro, complete=complete, resolution=seen, **some)
 
 
 def decay(number, values=32):
@@ -80,7 +55,8 @@ def residual(layer, fro, other, cosine, epsilon_min, *, adapter="runs/lora_r8", 
     gap2 = fro**2 + other**2 - 2 * cosine * fro * other
     none = fro == 0
     epsilon = None if none else float(np.sqrt(gap2)) / fro
-    return Residual(
+    return build(
+        Residual,
         layer=layer,
         shape=(32, 64),
         adapter=adapter,
@@ -89,7 +65,6 @@ def residual(layer, fro, other, cosine, epsilon_min, *, adapter="runs/lora_r8", 
         fro=fro,
         base_fro=10.0,
         adapter_fro=other,
-        method="exact",
         energy_error=0.0,
         epsilon=epsilon,
         epsilon_min=None if none else epsilon_min,
@@ -98,11 +73,7 @@ def residual(layer, fro, other, cosine, epsilon_min, *, adapter="runs/lora_r8", 
         cosine=None if none or other == 0 else cosine,
         best_scale=None if none or other == 0 else cosine * fro / other,
         epsilon_best_scale=None if none or other == 0 else float(np.sqrt(1 - cosine**2)),
-        column_space=None,
-        row_space=None,
-        data=None,
         limited_by=None if none else "not adapted" if other == 0 else "direction",
-        resolution=None,
     )
 
 
@@ -120,7 +91,8 @@ def residuals(blocks, types=TYPES, adapter="runs/lora_r8"):
 
 
 def overlap(layer, step, rank, kappa, tangent):
-    return Overlap(
+    return build(
+        Overlap,
         layer=layer,
         shape=(32, 64),
         step=step,
@@ -133,9 +105,6 @@ def overlap(layer, step, rank, kappa, tangent):
         left_random=0.1,
         right=tangent,
         right_random=0.1,
-        gradient_fro=1.0,
-        method="exact",
-        verdict="resolved",
     )
 
 
@@ -264,34 +233,22 @@ def union(layer, together, apart, every, updates=("runs/sql", "runs/chat")):
     """Return the sum of some updates by its rank at 90%, theirs, and that which keeps 90% of each."""
     summed = spectrum(layer, decay(1))
     several = len(updates) > 1
-    return Union(
+    return build(
+        Union,
         layer=layer,
         shape=summed.shape,
         updates=updates,
         ranks=(None,) * len(updates),
         fro=summed.fro,
         parts_fro=(1.0,) * len(updates),
-        spectrum=summed.model_copy(update={"rank_at": {"0.9": together, "0.95": together, "0.99": together}}),
-        parts_rank_at={"0.9": apart, "0.95": apart, "0.99": apart},
+        spectrum=summed.model_copy(update={"rank_at": dict.fromkeys(("0.9", "0.95", "0.99"), together)}),
+        parts_rank_at=dict.fromkeys(("0.9", "0.95", "0.99"), apart),
         additive={"0.9": together / apart if several and together and apart else None, "0.95": None, "0.99": None},
         parts_effective_rank=3.0,
         additive_effective=0.5 if several else None,
         rank_for_all={"0.9": every, "0.95": None, "0.99": None} if several else {},
         weakest_kept={"0.9": 0.7, "0.95": None, "0.99": None} if several else {},
         energy_ratio=1.1 if several else None,
-        sti=None,
-        sti_relative=None,
-        sti_random=None,
-        alignment=None,
-        alignments=(),
-        alignment_rank=None,
-        alignment_random=None,
-        sign_conflicts=None,
-        sign_conflicts_random=None,
-        trimmed_conflicts=None,
-        trimmed_conflicts_random=None,
-        merges={},
-        recompressed={},
     )
 
 

@@ -5,7 +5,8 @@ import numpy as np
 from lora_diag.diagnostics.overlap.record import Overlap
 from lora_diag.diagnostics.residual.record import Residual
 from lora_diag.diagnostics.spectrum.record import Spectrum
-from lora_diag.records import End, LeftOut, Resolution, Results, Run, RunInput, Tail
+from lora_diag.records import End, LeftOut, Resolution, Results, Run, RunInput
+from tests.building import build, layer_spectrum
 
 RANKS = (4, 8, 16, 32, 64)
 TYPES = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
@@ -26,43 +27,11 @@ def flat_to(rank: int, size: int) -> np.ndarray:
     return np.array([1.0] * rank + [0.0] * (size - rank))
 
 
-def resolution(verdict: str = "resolved", signal: int | None = None) -> Resolution:
-    return Resolution(
-        unchanged=0.0,
-        mantissa=(23, 23),
-        rounding_fro=1e-6,
-        noise_fro=1e-7,
-        edge=1e-6,
-        signal_rank=signal,
-        verdict=verdict,
-    )
-
-
 def spectrum(layer: str, s: np.ndarray, verdict: str = "resolved", shape=None, method: str = "gram") -> Spectrum:
     """Return the record of a layer with these singular values, all of them."""
-    energy = np.square(s)
-    total = float(energy.sum())
-    curve = np.cumsum(energy) / total if total else np.zeros(len(s))
-    shape = shape or (len(s), len(s))
-    return Spectrum(
-        layer=layer,
-        shape=shape,
-        dtypes=("float32", "float32"),
-        fro=total**0.5,
-        base_fro=100.0,
-        s=tuple(map(float, s)),
-        complete=True,
-        method=method,
-        energy_error=1e-9,
-        energy={str(r): (float(min(1.0, curve[min(r, len(s)) - 1])) if total else None) for r in RANKS},
-        rank_at={t: int(np.searchsorted(curve, float(t) - 1e-12)) + 1 if total else 0 for t in ("0.9", "0.95", "0.99")},
-        tail={
-            str(r): Tail(fro=float(energy[r:].sum() ** 0.5), spectral=float(s[r]) if r < len(s) else 0.0) for r in RANKS
-        },
-        stable_rank=total / float(energy[0]) if total else None,
-        effective_rank=3.0 if total else None,
-        resolution=resolution(verdict, len(s)),
-    )
+    fields = {"base_fro": 100.0, "energy_error": 1e-9, "method": method, "complete": True}
+    fields["effective_rank"] = 3.0 if any(s) else None
+    return layer_spectrum(layer, s, RANKS, shape=shape or (len(s), len(s)), resolution={"verdict": verdict}, **fields)
 
 
 def run(command: str, *inputs: tuple[str, str], **settings) -> Run:
@@ -96,7 +65,8 @@ def residual(
     cosine = kept**0.5 if cosine is None else cosine
     ratio = cosine / scale if rank else 0.0
     epsilon = (1 - 2 * ratio * cosine + ratio**2) ** 0.5
-    return Residual(
+    return build(
+        Residual,
         layer=layer,
         shape=(128, 128),
         adapter=adapter,
@@ -105,13 +75,9 @@ def residual(
         fro=fro,
         base_fro=1.0,
         adapter_fro=ratio * fro,
-        method="gram",
         energy_error=1e-9,
-        column_space=None,
-        row_space=None,
-        data=None,
         limited_by=limited_by if rank else "not adapted",
-        resolution=resolution(verdict),
+        resolution=build(Resolution, verdict=verdict),
         epsilon=epsilon,
         epsilon_min=(1 - kept) ** 0.5 if rank else 1.0,
         excess=epsilon**2 - (1 - kept),

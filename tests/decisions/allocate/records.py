@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from lora_diag.diagnostics.spectrum.record import Spectrum
-from lora_diag.records import Resolution, Results, Run, RunInput, totals
+from lora_diag.records import Results, Run, RunInput, totals
+from tests.building import layer_spectrum
 
 
 def record(
@@ -11,38 +11,9 @@ def record(
 ):
     """A record as ``spectrum`` writes it; ``fro`` beyond the values given makes them the first of more."""
     s = np.sort(np.asarray(s, dtype=np.float64))[::-1]
-    total = float(np.sqrt((s**2).sum()))
-    fro = total if fro is None else fro
-    complete = len(s) == min(shape) if complete is None else complete
-    curve = np.cumsum(s**2) / fro**2 if fro else np.zeros(len(s))
-    reached = {str(t): next((i + 1 for i, c in enumerate(curve) if c >= t - 1e-12), None) for t in (0.9, 0.95, 0.99)}
-    p = s**2 / total**2 if total else s
-    return Spectrum(
-        layer=layer,
-        shape=shape,
-        dtypes=("float32", "float32"),
-        fro=fro,
-        base_fro=base_fro,
-        s=tuple(s.tolist()),
-        complete=complete,
-        method="gram",
-        energy_error=error,
-        energy={"8": None},
-        rank_at=reached if fro else dict.fromkeys(reached, 0),
-        tail={"8": None},
-        stable_rank=None,
-        effective_rank=float(np.exp(-sum(x * np.log(x) for x in p if x > 0))) if complete and total else None,
-        resolution=Resolution(
-            unchanged=0.0,
-            mantissa=(23, 23),
-            rounding_fro=0.0,
-            noise_fro=0.0,
-            edge=0.0,
-            signal_rank=signal,
-            verdict=verdict,
-        ),
-        **more,
-    )
+    seen = {"signal_rank": signal, "verdict": verdict}
+    fields = {"fro": fro, "complete": complete, "energy_error": error, "base_fro": base_fro, **more}
+    return layer_spectrum(layer, s, (), shape=shape, resolution=seen, **fields)
 
 
 def results(*records, left_out=(), tensors=None):

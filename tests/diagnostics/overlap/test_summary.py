@@ -7,16 +7,15 @@ from lora_diag.diagnostics.overlap.table import overlap_table
 from lora_diag.diagnostics.overlap.tracks import tracks
 from lora_diag.metrics.overlap import chance
 from lora_diag.records import End, LeftOut, Results, Run, RunInput
+from tests.building import build
 
 
 def record(layer, step, kappa, rank=16, tangent=None, **more):
     random = chance((512, 512), rank)
-    return Overlap(
-        layer=layer, shape=(512, 512), step=step, rank=rank, kappa=kappa, kappa_random=random.kappa,
-        tangent=min(1.0, kappa + 0.2) if tangent is None and kappa is not None else tangent,
-        tangent_random=random.tangent, left=kappa, left_random=random.left, right=kappa, right_random=random.right,
-        gradient_fro=0.0 if kappa is None else 1.0, method="gram", **{"verdict": "resolved", **more},
-    )  # fmt: skip
+    fields = {"tangent": min(1.0, kappa + 0.2) if tangent is None and kappa is not None else tangent, **more}
+    chances = {f"{name}_random": getattr(random, name) for name in ("kappa", "tangent", "left", "right")}
+    fields |= {"left": kappa, "right": kappa, "gradient_fro": 0.0 if kappa is None else 1.0} | chances
+    return build(Overlap, layer=layer, shape=(512, 512), step=step, rank=rank, kappa=kappa, **fields)
 
 
 def results(records, role="tuned", left_out=(), end=True, ranks=(16,)):

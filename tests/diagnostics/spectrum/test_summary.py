@@ -6,11 +6,11 @@ import re
 import pytest
 
 import lora_diag
-from lora_diag.diagnostics.spectrum.record import Spectrum
 from lora_diag.diagnostics.spectrum.summary import summary_lines
 from lora_diag.diagnostics.spectrum.table import spectrum_table
-from lora_diag.records import End, LeftOut, Resolution, Results, Run, RunInput
+from lora_diag.records import End, LeftOut, Results, Run, RunInput
 from lora_diag.rendering.statements import find
+from tests.building import layer_spectrum
 from tests.conftest import ROOT, save_model, weights
 
 SAMPLE = (ROOT / "sample_checkpoints" / "base", ROOT / "sample_checkpoints" / "full_ft")
@@ -19,31 +19,10 @@ SAMPLE = (ROOT / "sample_checkpoints" / "base", ROOT / "sample_checkpoints" / "f
 def record(layer="model.layers.0.q_proj.weight", shape=(32, 32), kept=None, verdict="resolved", energy=None, **fields):
     """Return a record of equal singular values: C(r) = r/min(shape)."""
     full = min(shape)
-    s = (1.0,) * (kept or full)
-
-    def known(rank):
-        return None if kept and rank > kept else min(1.0, rank / full)
-
-    given = {
-        "layer": layer,
-        "shape": shape,
-        "dtypes": ("float32", "float32"),
-        "fro": math.sqrt(full),
-        "base_fro": 10.0,
-        "s": s,
-        "complete": not kept,
-        "method": "exact",
-        "energy_error": 0.0,
-        "energy": energy or {str(rank): known(rank) for rank in (8, 16, 64)},
-        "rank_at": {t: rank if known(rank := math.ceil(float(t) * full)) else None for t in ("0.9", "0.95", "0.99")},
-        "tail": {},
-        "stable_rank": float(full),
-        "effective_rank": None if kept else float(full),
-        "resolution": Resolution(
-            unchanged=0.0, mantissa=(23, 23), rounding_fro=0, noise_fro=0.1, edge=0, signal_rank=full, verdict=verdict
-        ),
-    }
-    return Spectrum(**{**given, **fields})
+    ranks, s = (8, 16, 64), [1.0] * (kept or full)
+    fields = ({"energy": energy} if energy else {}) | {"tail": {}, "fro": math.sqrt(full) if kept else None, **fields}
+    seen = {"noise_fro": 0.1, "signal_rank": full, "verdict": verdict}
+    return layer_spectrum(layer, s, ranks, shape=shape, complete=not kept, resolution=seen, **fields)
 
 
 def results_of(records, left_out=(), roles=("base", "tuned")):

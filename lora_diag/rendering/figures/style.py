@@ -287,7 +287,8 @@ def wrapped(text: str, inches: float, size: float) -> str:
                 lines.append(line)
                 longer = word
             while width_of(longer, size) > inches and len(longer) > 1:
-                cut = next(n for n in range(len(longer) - 1, 0, -1) if n == 1 or width_of(longer[:n], size) <= inches)
+                wide = bisect.bisect(range(1, len(longer)), inches, key=lambda n: width_of(longer[:n], size))
+                cut = max(1, wide)
                 lines.append(longer[:cut])
                 longer = longer[cut:]
             line = longer

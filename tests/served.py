@@ -274,6 +274,7 @@ def import_all() -> None:
         importlib.import_module(module.name)
     for name in LATE:
         importlib.import_module(name)
+    importlib.import_module("lora_diag.cli.app").commands()
 
 
 if __name__ == "__main__":

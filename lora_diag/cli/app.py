@@ -10,10 +10,12 @@ import sys
 import threading
 from collections.abc import Mapping
 from contextlib import suppress
+from functools import cache
 from inspect import signature
 from typing import Annotated, Any
 
 import typer
+import typer.main
 from typer.core import TyperCommand, TyperGroup
 
 from lora_diag.catalog import features
@@ -125,6 +127,12 @@ def _main(
     pass
 
 
+@cache
+def commands() -> Any:
+    """Return the commands as click runs them, made once in a process."""
+    return typer.main.get_command(app)
+
+
 def main() -> None:
     """Run the command line; every error meant for the user becomes one message and an exit code."""
     code = _run()
@@ -139,7 +147,7 @@ def main() -> None:
 def _run() -> int:
     try:
         # Not in typer's standalone mode, which says nothing about Ctrl-C.
-        code = app(prog_name="loradiag", standalone_mode=False)
+        code = commands()(prog_name="loradiag", standalone_mode=False)
     except LoradiagError as error:
         message(f"Error: {error}")
         return error.exit_code

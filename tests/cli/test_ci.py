@@ -15,6 +15,8 @@ from safetensors.torch import load_file
 from tests.conftest import save_model
 from tests.served import PROGRAM, ROOT
 
+pytestmark = pytest.mark.slow
+
 SAMPLES = ROOT / "sample_checkpoints"
 PAGE = (ROOT / "docs" / "guides" / "ship-through-a-gate.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", PAGE, re.DOTALL | re.MULTILINE)

@@ -3,9 +3,8 @@
 import json
 import shutil
 import subprocess
-import sys
 
-from tests.conftest import ROOT
+from tests.served import PROGRAM, ROOT
 
 SAMPLES = ROOT / "sample_checkpoints"
 
@@ -33,10 +32,10 @@ def test_a_pattern_a_table_and_the_gate(loradiag, tmp_path):
         assert judged.code == code, rule + judged.out + judged.err
 
 
-def test_a_list_on_standard_input(tmp_path):
+def test_a_list_on_standard_input(server, tmp_path):
     listed = "".join(f"{SAMPLES / name}\n" for name in ("lora_r4", "lora_r16"))
     done = subprocess.run(
-        [sys.executable, "-m", "lora_diag", "spectrum", "--adapters", "-", "--json"],
+        [*PROGRAM, "spectrum", "--adapters", "-", "--json"],
         input=listed.encode(),
         capture_output=True,
         cwd=tmp_path,

@@ -16,6 +16,8 @@ from lora_diag.errors import UsageError
 from lora_diag.records import LeftOut
 from tests.conftest import PATIENCE, ROOT, Ran, as_numpy, save_model
 
+pytestmark = pytest.mark.slow
+
 NAME, SMALL = "model.layers.0.mlp.up_proj.weight", "model.layers.0.self_attn.q_proj.weight"
 MEMORY = "510MB"  # 369 of them for the program; ΔW of NAME in float32 has 184, its Gram matrix and reading it 60
 

@@ -1,10 +1,10 @@
-# Two commands: `make demo` and `make test`. Both start from nothing but Python >= 3.11 and make.
+# `make demo`, `make check` and `make test` start from nothing but Python >= 3.11 and make.
 # VENV=.venv-3.13 keeps the packages of another PYTHON apart.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/$(if $(filter Windows_NT,$(OS)),Scripts,bin)
 
-.PHONY: demo test docs wheel lowest samples bench fuzz sbom licences clean help
+.PHONY: demo check test docs wheel lowest samples bench fuzz sbom licences clean help
 
 help: ## what can be made
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -18,6 +18,12 @@ test: $(VENV)/test ## set up, then lint, types and the whole test suite
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy --strict lora_diag
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist loadfile
+
+check: $(VENV)/test ## lint, types and the tests that are not slow, in about a minute
+	$(BIN)/ruff check -q .
+	$(BIN)/ruff format --check -q .
+	$(BIN)/mypy --strict lora_diag & types=$$!; \
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist loadfile -m "not slow"; tests=$$?; wait $$types && exit $$tests
 
 docs: $(VENV)/docs ## set up, then build the site into build/site; a broken link is an error
 	$(BIN)/mkdocs build --strict

@@ -1,5 +1,7 @@
 """Checkpoints made on the spot, and the command run as a user runs it."""
 
+from __future__ import annotations
+
 import hashlib
 import json
 import os
@@ -10,17 +12,16 @@ import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import hypothesis
-import numpy as np
 import pytest
-import torch
-from safetensors.torch import save_file
 
 from tests.served import PATIENCE, ROOT, SOCKET, Server
 
-# Matrices here are small, and several threads on a busy machine spin for each other: one is fastest.
-torch.set_num_threads(1)
+if TYPE_CHECKING:  # torch takes seconds to import, and the process that hands tests to workers runs none
+    import numpy as np
+    import torch
 
 # Every run tries the same examples, and none fails because a machine is slow; ``make fuzz`` tries others.
 PATIENT = hypothesis.settings(deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
@@ -47,9 +48,65 @@ def pytest_configure(config):
         os.environ[SOCKET] = str(Path(folder.name) / "socket")
 
 
+# Folders whose tests run models, browsers, or commands many times over.
+SLOW = {"browser", "probes", "robustness"}
+# A module is slow that says so, or that imports what takes seconds to import and more to run.
+HEAVY = re.compile(r"^ *(?:pytestmark = .*\bslow\b|(?:import|from) (?:datasets|moto|peft|ray|transformers)\b)", re.M)
+# Seconds of the processor that a test may take which is not marked ``slow``.
+QUICK = 2.0
+
+
+def is_slow(path: Path) -> bool:
+    """Return whether all tests of a module are slow."""
+    return bool(SLOW & set(path.parts)) or HEAVY.search(path.read_text(encoding="utf-8")) is not None
+
+
+def pytest_ignore_collect(collection_path, config):
+    """Do not even import modules of slow tests where these are left out."""
+    inside = collection_path.is_relative_to(ROOT / "tests") and collection_path.name.startswith("test_")
+    if config.option.markexpr == "not slow" and inside and is_slow(collection_path):
+        return True
+    return None
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Mark the tests of slow modules ``slow``."""
+    slow = {path: is_slow(path) for path in {item.path for item in items} if path.name.startswith("test_")}
+    for item in items:
+        if slow.get(item.path):
+            item.add_marker("slow")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item):
+    """Note what a test takes of the processor, if that is more than a test may take which is not slow."""
+    before = sum(os.times()[:4])
+    try:
+        return (yield)
+    finally:
+        taken = sum(os.times()[:4]) - before
+        if taken > QUICK and not item.get_closest_marker("slow"):
+            item.user_properties.append(("slow", taken))
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Name the tests that should be marked ``slow``."""
+    for report in terminalreporter.getreports("passed"):
+        for name, taken in report.user_properties:
+            if name == "slow":
+                terminalreporter.line(f"not marked slow, and takes {taken:.1f} s of the processor: {report.nodeid}")
+
+
 @pytest.fixture(autouse=True)
 def same_numbers():
-    """Begin every test with the same random numbers, whatever ran before it in this process."""
+    """Begin every test with the same random numbers, whatever ran before it in this process.
+
+    Matrices here are small, and several threads on a busy machine spin for each other: one is fastest.
+    """
+    import torch
+
+    torch.set_num_threads(1)
     torch.manual_seed(0)
 
 
@@ -125,12 +182,14 @@ def loradiag(tmp_path, server):
     return run
 
 
-def weights(seed: int, dtype=torch.float32) -> dict[str, torch.Tensor]:
+def weights(seed: int, dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
     """A two-block model in Hugging Face names, with every kind of tensor a reader meets."""
+    import torch
+
     rng = torch.Generator().manual_seed(seed)
 
     def normal(*shape):
-        return (torch.randn(*shape, generator=rng) * 0.02).to(dtype)
+        return (torch.randn(*shape, generator=rng) * 0.02).to(dtype or torch.float32)
 
     tensors = {"model.embed_tokens.weight": normal(20, 12), "lm_head.weight": normal(20, 12)}
     for block in range(2):
@@ -154,6 +213,8 @@ def pair_of_models(tmp_path):
 
 
 def save_model(folder: Path, tensors: dict[str, torch.Tensor]) -> Path:
+    from safetensors.torch import save_file
+
     folder.mkdir(parents=True, exist_ok=True)
     save_file({name: value.contiguous() for name, value in tensors.items()}, folder / "model.safetensors")
     return folder
@@ -161,6 +222,9 @@ def save_model(folder: Path, tensors: dict[str, torch.Tensor]) -> Path:
 
 def save_sharded(folder: Path, tensors: dict[str, torch.Tensor], shards: int = 3, suffix: str = "safetensors") -> Path:
     """Write shards and their index, as ``save_pretrained`` lays them out."""
+    import torch
+    from safetensors.torch import save_file
+
     folder.mkdir(parents=True, exist_ok=True)
     stem = "model" if suffix == "safetensors" else "pytorch_model"
     names = sorted(tensors)
@@ -179,4 +243,6 @@ def save_sharded(folder: Path, tensors: dict[str, torch.Tensor], shards: int = 3
 
 
 def as_numpy(tensor: torch.Tensor) -> np.ndarray:
+    import torch
+
     return tensor.to(torch.float64).numpy()

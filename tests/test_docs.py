@@ -15,6 +15,8 @@ import yaml
 from lora_diag import catalog
 from tests.conftest import ROOT
 
+pytestmark = pytest.mark.slow
+
 ABOVE = [ROOT / "README.md", ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md", ROOT / "sample_checkpoints" / "README.md"]
 PAGES = [*ABOVE, *sorted((ROOT / "docs").rglob("*.md"))]
 

@@ -12,6 +12,8 @@ from safetensors.numpy import load_file
 
 from tests.served import ROOT
 
+pytestmark = pytest.mark.slow
+
 EXAMPLE = ROOT / "examples" / "loradiag-nuclear"
 SAMPLES = ROOT / "sample_checkpoints"
 

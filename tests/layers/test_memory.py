@@ -16,6 +16,8 @@ from lora_diag.errors import MemoryLimitError, UsageError
 from lora_diag.running.inputs import compare
 from tests.conftest import ROOT, save_model
 
+pytestmark = pytest.mark.slow
+
 SHAPE = 1400, 1200
 NAME, SMALL = "model.layers.0.mlp.up_proj.weight", "model.layers.0.self_attn.q_proj.weight"
 SAMPLE = ROOT / "sample_checkpoints"

@@ -16,6 +16,8 @@ from lora_diag.linalg import limited as limits
 from lora_diag.linalg.streamed import COLUMNS, at_least, gram_of_rows
 from tests import oracles
 
+pytestmark = pytest.mark.slow
+
 PLENTY = 10**9
 
 

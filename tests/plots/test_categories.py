@@ -13,13 +13,13 @@ from matplotlib.patches import StepPatch
 from lora_diag import plots
 from tests.plots import making
 
+pytestmark = pytest.mark.slow
+
 LLAMA = making.TYPES
 ENCODER = ("attention.self.query", "attention.self.value", "attention.output.dense", "output.dense")
 # The layers of each input: several have some types only, in another order or of another architecture.
 MIXES = {
-    "one": [("model.layers", LLAMA, 4)],
     "one block": [("model.layers", LLAMA, 1)],
-    "part second": [("model.layers", LLAMA, 4), ("model.layers", LLAMA[2:4], 4)],
     "part first": [("model.layers", LLAMA[2:4], 2), ("model.layers", LLAMA, 4)],
     "four": [("model.layers", LLAMA[i : i + 2], 2 + i) for i in (3, 0, 5, 1)],
     "two architectures": [("model.layers", LLAMA, 4), ("bert.encoder.layer", ENCODER, 8)],
@@ -253,12 +253,12 @@ def test_every_figure_is_checked_for_categories():
 
 
 @pytest.mark.parametrize("name", MAKERS)
-@pytest.mark.parametrize(("mix", "width"), [*((mix, "slide") for mix in MIXES), ("two architectures", "column")])
-def test_names_stand_at_their_values(name, mix, width):
+@pytest.mark.parametrize("mix", MIXES)
+def test_names_stand_at_their_values(name, mix):
     make = MAKERS[name]
     runs, expected = make(layers_of(MIXES[mix]))
     labels = NAMES[: len(runs)] if len(runs) > 1 else ()
-    figure = plots.figure(name, runs, labels=labels, width=width)
+    figure = plots.figure(name, runs, labels=labels, width="column" if mix == "two architectures" else "slide")
     found = [("", make.drawn(figure))] if hasattr(make, "drawn") else readings(figure)
     assert len(found) == len(expected)
     for number, ((title, panel), values) in enumerate(zip(found, expected, strict=True)):

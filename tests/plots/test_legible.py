@@ -10,6 +10,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from lora_diag import plots
 from tests.plots import making
 
+pytestmark = pytest.mark.slow
+
 HOSTILE = (
     "a$b$c.0.$\\frac{1}{0}$.weight",
     "x\x1b[2J\n.1.q_proj.weight",

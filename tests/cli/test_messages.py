@@ -1,5 +1,6 @@
 """How text is made to fit: messages for a log or a terminal, and signs that a terminal lacks."""
 
+import importlib
 import io
 import json
 import sys
@@ -60,8 +61,8 @@ def test_ctrl_c_names_resume_where_the_command_has_it(monkeypatch, capsys, words
     def interrupted(**_):
         raise KeyboardInterrupt
 
-    module = sys.modules["lora_diag.cli.app"]
-    monkeypatch.setattr(module, "app", interrupted)
+    module = importlib.import_module("lora_diag.cli.app")
+    monkeypatch.setattr(module, "commands", lambda: interrupted)
     monkeypatch.setattr(sys, "argv", ["loradiag", *words])
     with pytest.raises(SystemExit) as stop:
         module.main()

@@ -120,7 +120,8 @@ def test_the_cells_of_a_heat_map_are_the_fields_of_the_records(field, of):
 
 
 def test_a_null_is_hatched_and_no_cell():
-    records = [making.spectrum("h.0.q.weight", making.decay(1, 4)), making.spectrum("h.1.q.weight", making.decay(1))]
+    cut = making.spectrum("h.0.q.weight", making.decay(1, 4), complete=False)
+    records = [cut, making.spectrum("h.1.q.weight", making.decay(1))]
     ax = plots.heatmap(records, field="energy.8")
     assert [patch.get_hatch() for patch in ax.patches] == ["////"]
     figure = plots.figure("heatmap", making.results(records), field="energy.8")
@@ -356,6 +357,7 @@ def test_every_figure_has_its_panel():
     assert {kind.name for kind in plots.FIGURES} <= set(PANELS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", plots.FORMATS)
 def test_the_same_records_give_the_same_bytes(kind):
     made = [plots.encoded(plots.figure("energy", making.results(making.model(2))), kind) for _ in range(2)]
@@ -420,6 +422,7 @@ def test_towers_do_not_share_a_panel():
     assert [ax.get_title(loc="left") for ax in figure.axes][:2] == ["vision: q_proj", "language: q_proj"]
 
 
+@pytest.mark.slow
 def test_plot_writes_all_that_can_be_drawn(tmp_path):
     drawn = lora_diag.plot(making.results(making.model(2)), output=tmp_path / "figures", format="svg")
     assert [one.name for one in drawn if one.path] == ["energy", "spectrum", "heatmap"]

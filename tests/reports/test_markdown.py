@@ -109,6 +109,7 @@ def test_code_is_one_span_in_one_cell(text):
     assert "<td>end</td>" in page
 
 
+@pytest.mark.slow
 def test_below_60_kb_whatever_comes():
     layers = [f"model.layers.{i}.{'x' * 300}{i}.weight" for i in range(3000)]
     run = spectra([spectrum("x", decay(16, 0.1)).model_copy(update={"layer": layer}) for layer in layers])

@@ -114,6 +114,7 @@ def test_the_numbers_are_those_of_the_records():
     assert found["Fisher"] == ["1.00 | 1.00", "1.00 | 1.00"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", MORE)
 def test_hostile_names_stay_text(command):
     for name in HOSTILE[::3]:

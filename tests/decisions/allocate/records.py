@@ -13,7 +13,7 @@ def record(
     s = np.sort(np.asarray(s, dtype=np.float64))[::-1]
     seen = {"signal_rank": signal, "verdict": verdict}
     fields = {"fro": fro, "complete": complete, "energy_error": error, "base_fro": base_fro, **more}
-    return layer_spectrum(layer, s, (), shape=shape, resolution=seen, **fields)
+    return layer_spectrum(layer, s, (8,), shape=shape, resolution=seen, **fields)
 
 
 def results(*records, left_out=(), tensors=None):

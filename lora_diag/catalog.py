@@ -1,7 +1,7 @@
-"""The features of loradiag, and those that other packages add.
+"""The catalog of features: those of loradiag and those of installed packages.
 
 A feature is one line in ``_FEATURES``, or an entry point in the group ``loradiag.features`` of an installed package.
-Every list of commands, records, tables, figures, sections of a report and public functions is derived from here.
+All lists of commands, records, tables, figures, report sections and public functions are derived from this catalog.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from lora_diag.errors import InputError
 from lora_diag.feature import Feature, Figure
 
-if TYPE_CHECKING:  # pydantic comes with it: not before records are read
+if TYPE_CHECKING:  # imports pydantic, which is not needed before records are read
     from lora_diag.records import LayerRecord, Record, Results
 
 L = TypeVar("L", bound="LayerRecord")
@@ -57,20 +57,20 @@ _FEATURES = (
 
 @cache
 def features() -> tuple[Feature, ...]:
-    """Return every feature: loradiag's own, then those of installed packages. One that cannot be loaded is left out."""
+    """Return all features: loradiag's own, then those of installed packages. One that fails to load is skipped."""
     own: list[Feature] = [import_module(f"lora_diag.{name}").FEATURE for name in _FEATURES]
     names = {feature.name for feature in own}
     for entry in sorted(entry_points(group=GROUP), key=lambda entry: (entry.name, entry.value)):
         try:
             found = entry.load()
             if not isinstance(found, Feature):
-                raise TypeError(f"{entry.value} is no lora_diag.feature.Feature")
+                raise TypeError(f"{entry.value} is not a lora_diag.feature.Feature")
             if found.name in names:
-                raise ValueError(f"a command is called {found.name} already")
+                raise ValueError(f"the command {found.name} already exists")
             for path in (*found.records, *([found.command] if found.command else [])):
                 found.load(path)
-        except Exception as error:  # a plugin can fail in any way, and must not take loradiag with it
-            _LOG.warning("plugin %s (%s) is left out: %s: %s", entry.name, entry.value, type(error).__name__, error)
+        except Exception as error:  # a plugin can fail in any way, and must not stop loradiag
+            _LOG.warning("plugin %s (%s) is skipped: %s: %s", entry.name, entry.value, type(error).__name__, error)
             continue
         names.add(found.name)
         own.append(found)
@@ -78,7 +78,7 @@ def features() -> tuple[Feature, ...]:
 
 
 def feature_of(command: str) -> Feature | None:
-    """Return the feature whose results a run of a command holds; None if no feature is called so.
+    """Return the feature of a command's results; None if no feature has this name.
 
     Args:
         command: ``Run.command``.
@@ -88,7 +88,7 @@ def feature_of(command: str) -> Feature | None:
 
 @cache
 def record_kinds() -> dict[str, type[Record]]:
-    """Return every kind of record of the features by its name in a results file; defines all of them."""
+    """Return every kind of record of all features, by its name in a results file."""
     kinds: dict[str, type[Record]] = {}
     for feature in features():
         for path in feature.records:
@@ -98,7 +98,7 @@ def record_kinds() -> dict[str, type[Record]]:
 
 
 def figures() -> Iterator[tuple[Feature, Figure]]:
-    """Yield every figure with its feature; the one of any records last."""
+    """Yield every figure with its feature; figures that draw any record come last."""
     found = [(feature, figure) for feature in features() for figure in feature.figures]
     yield from (item for item in found if item[1].needs)
     yield from (item for item in found if not item[1].needs)
@@ -106,7 +106,7 @@ def figures() -> Iterator[tuple[Feature, Figure]]:
 
 @cache
 def panels() -> dict[str, Callable[[], Any]]:
-    """Return what loads each panel for a user's own axes, by its name."""
+    """Return a loader for each panel for a user's own axes, by the panel's name."""
     return {
         path.partition(":")[2]: partial(feature.load, path) for feature, figure in figures() for path in figure.panels
     }
@@ -114,7 +114,7 @@ def panels() -> dict[str, Callable[[], Any]]:
 
 @cache
 def functions() -> dict[str, Callable[[], Any]]:
-    """Return what loads each public function, by its name."""
+    """Return a loader for each public function, by its name."""
     return {path.partition(":")[2]: partial(feature.load, path) for feature in features() for path in feature.functions}
 
 
@@ -122,15 +122,15 @@ def read_results(path: Path | str) -> Results[Any]:
     """Read a results file.
 
     Args:
-        path: A file written by ``-o``, by ``Results.write`` or from ``--json``.
+        path: A file written by ``-o`` or ``Results.write``, or the saved output of ``--json``.
 
     Returns:
-        The records. A half-written last line, as a crash leaves it, is dropped, and so is what follows a zero byte, as
-        a loss of power leaves it; ``end`` is then None.
+        The records. An incomplete last line, left by a crash, is dropped, and so is everything after a zero byte, left
+        by a loss of power; ``end`` is then None.
 
     Raises:
-        InputError: It is no results file, is damaged, holds several runs, or its schema is newer than this version of
-            loradiag.
+        InputError: The file is not a results file, is damaged, holds more than one run, or has a schema newer than this
+            version of loradiag.
     """
     from lora_diag.records.reading import read_results as read
 
@@ -139,21 +139,19 @@ def read_results(path: Path | str) -> Results[Any]:
 
 
 def read_results_of(kind: type[L], path: Path | str) -> Results[L]:
-    """Read a results file whose layers have records of one kind.
+    """Read a results file whose layer records are all of one kind.
 
     Args:
-        kind: The class of record that is needed, such as ``Spectrum``.
+        kind: Class of the records, such as ``Spectrum``.
         path: The file.
 
     Raises:
-        InputError: It cannot be read, or holds records of another command.
+        InputError: The file cannot be read, or holds records of another command.
     """
     results: Results[L] = read_results(path)
     wanted = kind.model_fields["record"].default
     if any(not isinstance(record, kind) for record in results) or (
         not results.layers and results.run.command != wanted
     ):
-        raise InputError(
-            f"{path}: holds the results of loradiag {results.run.command}; {wanted} records are needed here"
-        )
+        raise InputError(f"{path}: holds results of loradiag {results.run.command}; give a file with {wanted} records")
     return results

@@ -1,7 +1,7 @@
 """Errors that a user can act on.
 
-A message says what is wrong, where (file, then tensor) and what to do about it; the class says with which exit code
-the command ends. Everything else that is raised is a bug and shows its traceback.
+A message states what is wrong, where (file, then tensor) and how to fix it. The class determines the exit code of the
+command. Any other exception is a bug and shows its traceback.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ DONE, GATE_FAILED, USAGE, UNREADABLE, NOTHING_COMPARED, INCONCLUSIVE = range(6)
 
 
 def safe(text: str) -> str:
-    r"""Return text whose control characters are spelled out: a tensor's name must not move the cursor.
+    r"""Escape the control characters of a text, so that a tensor's name cannot move the terminal's cursor.
 
     >>> safe("q_proj\x1b[2J")
     'q_proj\\x1b[2J'
@@ -25,17 +25,17 @@ class LoradiagError(Exception):
 
 
 class UsageError(LoradiagError):
-    """The request itself makes no sense: a bad option, regex or policy."""
+    """The request is invalid: a bad option, regular expression or policy."""
 
     exit_code = USAGE
 
 
 class InputError(LoradiagError):
-    """An input cannot be read or measured: missing, malformed, hostile or of an unsupported kind."""
+    """An input cannot be read or measured: it is missing, malformed, hostile or unsupported."""
 
 
 class NothingComparedError(LoradiagError):
-    """Both sides were read, but no weight of one meets a weight of the other."""
+    """Both inputs were read, but they have no weight in common."""
 
     exit_code = NOTHING_COMPARED
 
@@ -47,11 +47,11 @@ class InconclusiveError(LoradiagError):
 
 
 class MemoryLimitError(LoradiagError):
-    """A layer does not fit into the memory that a run may take, by any method; the others go on.
+    """A layer exceeds the memory limit with every method; other layers are still measured.
 
     Attributes:
         fro: ‖ΔW‖_F, if it has been measured.
-        base_fro: ‖W_base‖_F, likewise.
+        base_fro: ‖W_base‖_F, if it has been measured.
     """
 
     fro: float | None = None

@@ -1,6 +1,6 @@
-"""What a feature declares of itself: one command, its records, and how they are shown.
+"""Declaration of a feature: a command, its records and their presentation.
 
-Callables are named by dotted path, ``module:name``, so that declaring a feature imports nothing heavy.
+Callables are given as dotted paths, ``module:name``, so that a declaration imports nothing heavy.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from typing import Any
 
 @cache
 def load(path: str, package: str = "") -> Any:
-    """Return what a dotted path names.
+    """Import and return the object at a dotted path.
 
     Args:
-        path: ``module:name``; with a leading dot, in ``package``.
-        package: Of the feature that declares it.
+        path: ``module:name``; a leading dot makes it relative to ``package``.
+        package: Package of the feature that declares the path.
 
     Example:
         >>> load("math:pi") > 3
@@ -29,18 +29,18 @@ def load(path: str, package: str = "") -> Any:
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """A figure that a feature's records can be drawn as.
+    """A figure of a feature's records.
 
     Args:
-        name: As ``loradiag plot --figure`` takes it.
-        shows: What it shows, in one line.
-        needs: The kind of record that it draws (of ``probe`` records: which probe); empty for any of layers.
+        name: Value of ``loradiag plot --figure``.
+        shows: Content of the figure, in one line.
+        needs: Kind of record that it draws (for ``probe`` records, the probe); empty if it draws any layer records.
         draw: ``module:name`` of ``draw(series, look, options) -> Figure``.
         panels: ``module:name`` of its panels for a user's own axes, ``lora_diag.plots.NAME``.
-        made_by: The command that measures such records.
-        by_color: Whether runs are told apart by colour, which limits how many there can be.
-        lacks: ``module:name`` of ``lacks(records, options) -> str | None``: why records cannot be drawn; empty if any
-            can.
+        made_by: Command that measures these records.
+        by_color: Whether colours distinguish the runs, which limits their number.
+        lacks: ``module:name`` of ``lacks(records, options) -> str | None``, the reason why records cannot be drawn;
+            empty if all can.
     """
 
     name: str
@@ -55,15 +55,15 @@ class Figure:
 
 @dataclass(frozen=True, slots=True)
 class Section:
-    """The section of a report on one run of a feature.
+    """The section of a report about one run of a feature.
 
     Args:
-        title: What the records are of.
+        title: Subject of the records.
         statements: ``module:name`` of ``statements(results) -> list[Statement]``.
         grids: ``module:name`` of ``grids(results) -> list[Grid]``.
-        order: Sections are sorted by it, then by the catalog; those on losses lead.
-        figures: Names of the figures that belong to it; empty for those of the feature.
-        losses: Whether it is of losses of a model.
+        order: Sort key of sections, before the order of the catalog; sections about losses come first.
+        figures: Names of the figures in this section; empty for all figures of the feature.
+        losses: Whether the section is about losses of a model.
     """
 
     title: str
@@ -78,20 +78,20 @@ class Section:
 class Feature:
     """One command and everything that belongs to it.
 
-    Paths that begin with a dot are in the feature's own package.
+    Paths with a leading dot are relative to the feature's package.
 
     Args:
         package: The feature's package, ``__name__``.
-        name: The command as a user types it, such as ``spectrum`` or ``probe sweep``; also ``Run.command``.
-        command: ``module:name`` of the Typer command; empty where another feature's command runs it.
-        subcommands: Further commands by their full names, such as ``gate init``, each with its ``module:name``.
-        records: ``module:name`` of its kinds of records.
-        functions: ``module:name`` of its public functions, ``lora_diag.NAME``.
-        table: ``module:name`` of ``table(results, width, color, per=...) -> str``; if empty, the
-            columns that the records declare, above the section's statements.
-        section: Its section of a report; None if it has none of its own.
-        questions: Keys of statements of that section, each with the question at the top of a report that it answers.
-        figures: Its figures, in the order in which they are listed.
+        name: The command as typed, such as ``spectrum`` or ``probe sweep``; also ``Run.command``.
+        command: ``module:name`` of the Typer command; empty if another feature's command runs it.
+        subcommands: Further commands by full name, such as ``gate init``, each with its ``module:name``.
+        records: ``module:name`` of each kind of record.
+        functions: ``module:name`` of each public function, ``lora_diag.NAME``.
+        table: ``module:name`` of ``table(results, width, color, per=...) -> str``; if empty, the table shows the
+            columns declared by the records, above the section's statements.
+        section: The feature's section of a report; None if it has none.
+        questions: Pairs of a statement's key in that section and the question that it answers at the top of a report.
+        figures: The figures, in the order in which they are listed.
     """
 
     package: str
@@ -106,5 +106,5 @@ class Feature:
     figures: tuple[Figure, ...] = ()
 
     def load(self, path: str) -> Any:
-        """Return what one of the declared paths names."""
+        """Import and return the object at a declared path."""
         return load(path, self.package)

@@ -1,14 +1,15 @@
-"""Outputs: what may be written where, and how a file is replaced so that it is never half there.
+"""Write outputs: decide what may be written where, and replace files atomically.
 
-One rule for every output of every command:
+The same rules hold for every output of every command:
 
-- Nothing is written through a symbolic link. A linked folder above the file is fine.
-- A file that exists is replaced only if it carries the mark of the kind of file that is written (``Kind``), or if the
-  user says so (``--overwrite``).
-- An unfinished results file is never replaced, and no ``adapter_config.json`` is written beside weights.
+- Nothing is written through a symbolic link. A linked parent folder is allowed.
+- An existing file is replaced only if it carries the mark of the kind of file being written (``Kind``), or with
+  ``--overwrite``.
+- An unfinished results file is never replaced, and no ``adapter_config.json`` is written into a folder with weights.
 
-Text gets a signature as its last line, a digest of all before it: a file that was edited by hand since is no longer
-loradiag's own. Formats without comments are known by how they begin, Parquet by a key in its footer.
+A text file ends with a signature line, a digest of the content before it, so a file that was edited by hand no longer
+counts as written by loradiag. Formats without comments are recognized by their first bytes, Parquet by a key in its
+footer.
 """
 
 from __future__ import annotations
@@ -29,21 +30,21 @@ from lora_diag.errors import InputError, UsageError
 
 _LOG = logging.getLogger(__name__)
 
-# How a file system says that it cannot do what was asked: some NFS mounts have no locks, some FUSE mounts no fsync.
+# Errors of file systems without an operation: some NFS mounts have no locks, some FUSE mounts no fsync.
 _CANNOT = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOLCK, errno.EBADF}
 _TAKEN = {errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES}
 
-# Not every system has it; where it is missing, the check of the path alone keeps from writing through a link.
+# Missing on some systems, where only the check of the path prevents writing through a link.
 NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0)
 
-# Folders of the system's own links to open files, such as /dev/stdout, which are followed.
+# Folders of system links to open files, such as /dev/stdout; these links are followed.
 _SYSTEM_LINKS = {"/dev", "/dev/fd", "/proc/self/fd"}
 
-# Bytes read to find a mark: of the beginning, of the end (a Parquet footer of 10,000 columns has 3 MB), and of the end
-# of a results file, whose last line is short.
+# Bytes searched for a mark: at the start of a file, at its end (a Parquet footer of 10,000 columns has 3 MB), and at
+# the end of a results file, whose last line is short.
 _HEAD, _TAIL, _LAST_LINE = 1 << 12, 1 << 23, 1 << 16
 
-# Weights for which a config of this name decides how they are read.
+# Files whose interpretation changes when an adapter_config.json appears in their folder.
 _CONFIG = "adapter_config.json"
 _WEIGHTS = re.compile(
     r"(adapter_model|model|pytorch_model|pytorch_lora_weights|consolidated)\b.*\.(safetensors|bin|pth?|ckpt|json)|.*\.gguf",
@@ -56,12 +57,12 @@ class Kind:
     """A kind of file that loradiag writes, and its mark.
 
     Args:
-        name: In messages, with its article.
+        name: Name in messages, with its article.
         head: Regular expression that the first bytes match.
         tail: Regular expression that is found in the last bytes.
-        comment: How the format writes a comment on a line of its own, for a signature; empty if it has none.
+        comment: Template of a comment line in this format, used for the signature; empty if the format has none.
 
-    A kind with neither is never replaced without ``--overwrite``: it is made to be edited, or costs hours.
+    A kind without a mark is replaced only with ``--overwrite``: such files are edited by hand or costly to compute.
     """
 
     name: str
@@ -70,7 +71,7 @@ class Kind:
     comment: str = ""
 
     def sign(self, content: bytes) -> bytes:
-        """Return the content with its signature as last line, where the format has comments."""
+        """Return the content with its signature as the last line; unchanged if the format has no comments."""
         if not self.comment:
             return content
         content = content if content.endswith(b"\n") else content + b"\n"
@@ -84,7 +85,7 @@ class Kind:
         """Return whether the file carries the mark of this kind.
 
         Raises:
-            OSError: It cannot be read.
+            OSError: The file cannot be read.
         """
         with path.open("rb") as file:
             if self.comment:
@@ -116,40 +117,40 @@ SARIF = Kind(
     head=rb'\{\s*"\$schema": "[^"]*",\s*"version": "[^"]*",\s*"runs": \[\s*\{\s*"tool": \{\s*"driver": \{\s*'
     rb'"name": "loradiag"',
 )
-# JSON has no comments, and PEFT warns of keys that it does not know: the order of the first keys is the mark. PEFT
-# itself writes them sorted.
+# JSON has no comments, and PEFT warns about unknown keys, so the order of the first keys is the mark. PEFT itself
+# writes them sorted.
 CONFIG = Kind(
     "a PEFT config",
     head=rb'\{\n  "peft_type": "LORA",\n  "task_type": [^\n]*,\n  "base_model_name_or_path": [^\n]*,\n  "r": \d+,\n'
     rb'  "lora_alpha": [\d.e+-]+,\n  "rank_pattern": \{',
 )
 POLICY = Kind("a policy")
-# Only the block between the marks of ``reports.model_card`` changes: any text may be there, but no page and no JSON.
+# Only the block between the marks of ``reports.model_card`` changes, so any Markdown is accepted, but no HTML or JSON.
 CARD = Kind("a Markdown file", head=rb"(?!\s*(?:<!doctype|<\?xml|\{))[^\x00]*\Z")
 SECOND_MOMENTS = Kind("a file of second moments")
 SNAPSHOT = Kind("a gradient snapshot", head=rb'.{8}\{"__metadata__":\{[^}]*"kind":"gradient"')
 
 
 def output_path(path: Path) -> Path:
-    """Return where an output goes: the path as it is, or the file behind one of the system's own links."""
+    """Return the path of an output; links in the system's folders, such as /dev/stdout, are resolved."""
     return Path(os.path.realpath(path)) if str(path.parent) in _SYSTEM_LINKS and path.is_file() else path
 
 
 def check_output(path: Path, kind: Kind, overwrite: bool = False, appending: bool = False) -> None:
-    """Refuse, before any work, an output that would not be written; create nothing.
+    """Refuse an output that could not be written, before any work; create nothing.
 
     Args:
-        path: The file.
-        kind: What is to be written.
-        overwrite: Replace whatever file is there.
-        appending: The writer takes care of an unfinished results file itself.
+        path: The output file.
+        kind: The kind of file to be written.
+        overwrite: Replace any existing file.
+        appending: Allow an unfinished results file, which the writer continues.
 
     Raises:
-        UsageError: A link or something that is no file is there, or a file that is not replaced.
-        InputError: It could not be written.
+        UsageError: The path is a link or not a regular file, or the existing file may not be replaced.
+        InputError: The file cannot be written.
     """
     path = output_path(path)
-    # Not Path.is_symlink(), which raises for names that no file can have.
+    # Path.is_symlink() would raise for names that no file can have.
     if os.path.islink(path) and str(path.parent) not in _SYSTEM_LINKS:  # noqa: PTH114
         raise UsageError(f"{path}: is a symbolic link, which is not followed; give the name of the file itself")
     check_folder_of(path, in_place=appending)
@@ -158,14 +159,14 @@ def check_output(path: Path, kind: Kind, overwrite: bool = False, appending: boo
     try:
         found = path.lstat()
         if not stat.S_ISREG(found.st_mode):
-            raise UsageError(f"{path}: is not a file; choose another name")
+            raise UsageError(f"{path}: is not a regular file; choose another name")
         if not found.st_size:
             return
         if not appending and is_unfinished(path):
-            raise UsageError(f"{path}: holds an unfinished run; continue it with --resume, or delete it first")
+            raise UsageError(f"{path}: holds an unfinished run; resume it with --resume, or delete the file")
         if not overwrite and not kind.is_at(path):
             raise UsageError(
-                f"{path}: exists and is not {kind.name} as loradiag wrote it; choose another name, or replace it with "
+                f"{path}: exists and is not {kind.name} written by loradiag; choose another name, or replace it with "
                 "--overwrite"
             )
     except FileNotFoundError:
@@ -183,7 +184,7 @@ def is_unfinished(path: Path) -> bool:
     """Return whether a file is a results file without its ``end`` record.
 
     Raises:
-        OSError: It cannot be read.
+        OSError: The file cannot be read.
     """
     if not RESULTS.is_at(path):
         return False
@@ -193,14 +194,14 @@ def is_unfinished(path: Path) -> bool:
 
 
 def check_folder_of(path: Path, in_place: bool = False) -> None:
-    """Refuse, before any work, what nothing could be written to: folders are not made of a typo in a path.
+    """Refuse a path that cannot be written, before any work; a missing parent folder is not created.
 
     Args:
-        path: A file, or a folder that is to be made.
-        in_place: A file that is there is written to, not replaced.
+        path: A file, or a folder to be created.
+        in_place: Write to an existing file instead of replacing it.
 
     Raises:
-        InputError: There is no such folder, or nothing may be written there.
+        InputError: The parent folder is missing, or permission is denied.
     """
     try:
         path.lstat()
@@ -209,63 +210,63 @@ def check_folder_of(path: Path, in_place: bool = False) -> None:
         exists = False
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else str(error)
-        raise InputError(f"{path}: cannot be written: {reason}") from error
+        raise InputError(f"{path}: cannot be written: {reason}; choose another name") from error
     folder = path.parent
     if not folder.is_dir():
         raise InputError(f"{path}: cannot be written: there is no folder {folder}; create it first")
     if not (os.access(path, os.W_OK) if exists and in_place else os.access(folder, os.W_OK | os.X_OK)):
-        raise InputError(f"{path}: cannot be written: permission denied")
+        raise InputError(f"{path}: cannot be written: permission denied; choose another folder")
 
 
 @contextmanager
 def replacing(path: Path, kind: Kind | None = None, overwrite: bool = False) -> Iterator[BinaryIO]:
-    """Give a file to write to, which takes the place of ``path`` once it is whole and on the disk.
+    """Provide a temporary file that replaces ``path`` once it is complete and on disk.
 
-    Whatever goes wrong, what was at ``path`` is still there and nothing is left beside it. What is there is checked
-    once more at the end; a link that appears after that is replaced, never followed.
+    On any failure, the existing file is unchanged and the temporary file is removed. The output is checked again before
+    the replacement; a link that appears after that check is replaced, never followed.
 
     Args:
-        path: The file.
-        kind: What is written; None for a file of a folder that loradiag is making.
-        overwrite: Replace whatever file is there.
+        path: The output file.
+        kind: The kind of file; None for a file in a folder that loradiag creates.
+        overwrite: Replace any existing file.
 
     Raises:
-        UsageError: As ``check_output``.
-        InputError: It cannot be written.
+        UsageError: See ``check_output``.
+        InputError: The file cannot be written.
     """
     path = output_path(path)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        beside.unlink(missing_ok=True)  # of a killed process that had the same number, or a trap
-        descriptor = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | NO_FOLLOW, 0o666)
+        temporary.unlink(missing_ok=True)  # left by a killed process with the same id, or planted
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | NO_FOLLOW, 0o666)
         with os.fdopen(descriptor, "wb") as file:
             yield file
             file.flush()
             sync_descriptor(file.fileno())
         if kind is not None:
             check_output(path, kind, overwrite)
-        beside.replace(path)
+        temporary.replace(path)
         sync(path.parent)
     except OSError as error:
-        raise InputError(f"{path}: cannot be written: {error.strerror}") from error
+        raise InputError(f"{path}: cannot be written: {error.strerror}; free space or choose another folder") from error
     finally:
         with suppress(OSError):
-            beside.unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
 
 
 def write_whole(path: Path, content: str | bytes, kind: Kind | None = None, overwrite: bool = False) -> None:
-    """Write a file, or leave everything as it was.
+    """Write a file atomically: on failure, any existing file is unchanged.
 
     Args:
-        path: The file.
-        content: Text is written as UTF-8.
-        kind: What it is, which decides what it may replace and how it is signed; None for a file of a folder that
-            loradiag is making.
-        overwrite: Replace whatever file is there.
+        path: The output file.
+        content: The content; text is encoded as UTF-8.
+        kind: The kind of file, which determines what it may replace and how it is signed; None for a file in a folder
+            that loradiag creates.
+        overwrite: Replace any existing file.
 
     Raises:
-        UsageError: As ``check_output``.
-        InputError: It cannot be written.
+        UsageError: See ``check_output``.
+        InputError: The file cannot be written.
     """
     content = content.encode() if isinstance(content, str) else content
     if kind is not None:
@@ -276,18 +277,18 @@ def write_whole(path: Path, content: str | bytes, kind: Kind | None = None, over
 
 
 def sync(path: Path) -> None:
-    """Wait until a file, or the names in a folder, would outlive a loss of power.
+    """Flush a file, or the entries of a folder, to disk, so that it survives a loss of power.
 
-    A file system that has no such thing is let be.
+    File systems without fsync are skipped.
 
     Raises:
-        OSError: The disk took what was written and cannot keep it: it is full or broken.
+        OSError: The data cannot be stored: the disk is full or broken.
     """
     try:
         descriptor = os.open(path, os.O_RDONLY)
     except OSError:
         if path.is_dir():
-            return  # one that may be written to and not listed
+            return  # the folder is writable but not readable
         raise
     try:
         sync_descriptor(descriptor)
@@ -296,10 +297,10 @@ def sync(path: Path) -> None:
 
 
 def sync_descriptor(descriptor: int) -> None:
-    """Do the same for an open file.
+    """Flush an open file to disk, as ``sync`` does.
 
     Raises:
-        OSError: As ``sync``.
+        OSError: See ``sync``.
     """
     try:
         os.fsync(descriptor)
@@ -309,28 +310,27 @@ def sync_descriptor(descriptor: int) -> None:
 
 
 def lock(path: Path, tries: int = 5) -> int:
-    """Open a file and keep every other process from locking it, until it is closed or this process ends.
+    """Open a file and lock it against other processes, until it is closed or this process ends.
 
-    One that is not there is created, empty. The lock is the system's own (``flock``): it ends with the process, however
-    that ends, and nothing is left to clean up. Where the file system has no locks, that is said, and two processes are
-    not kept apart.
+    A missing file is created, empty. The lock is the system's (``flock``), so it ends with the process and leaves
+    nothing to clean up. On a file system without locks, a warning is logged and the file is not locked.
 
     Args:
         path: The file.
-        tries: How often it may turn out to have been replaced meanwhile, which is then no longer believed: a few file
-            systems never tell one file by the same number twice.
+        tries: Number of attempts if the file is replaced meanwhile. The last attempt accepts the opened file, since a
+            few file systems never report the same inode twice.
 
     Returns:
-        The descriptor to close.
+        The file descriptor, which the caller closes.
 
     Raises:
-        UsageError: Another process has it.
-        OSError: It cannot be opened.
+        UsageError: Another process holds the lock.
+        OSError: The file cannot be opened.
     """
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | NO_FOLLOW, 0o666)
     try:
         _flock(descriptor, path)
-        # Replaced between the two calls, it is the old one that is locked.
+        # A file that was replaced between the two calls is the old one: the lock would protect nothing.
         if tries <= 1 or _is_at(descriptor, path):
             return descriptor
     except BaseException:
@@ -341,7 +341,7 @@ def lock(path: Path, tries: int = 5) -> int:
 
 
 def _is_at(descriptor: int, path: Path) -> bool:
-    """Say whether an open file is the one of this name."""
+    """Return whether the open file is the one at the path."""
     try:
         return os.path.samestat(os.fstat(descriptor), path.stat())
     except FileNotFoundError:
@@ -350,7 +350,7 @@ def _is_at(descriptor: int, path: Path) -> bool:
 
 def _flock(descriptor: int, path: Path) -> None:
     try:
-        import fcntl  # here: not every system has it
+        import fcntl  # not available on every system
 
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except ImportError:
@@ -358,8 +358,8 @@ def _flock(descriptor: int, path: Path) -> None:
     except OSError as error:
         if error.errno in _TAKEN:
             raise UsageError(
-                f"{path}: another process is writing it now; wait until that has ended, or write to another place"
+                f"{path}: another process is writing it now; wait until it has ended, or choose another name"
             ) from error
         if error.errno not in _CANNOT:
             raise
-        _LOG.warning("%s: its file system has no locks: see to it that no other process writes it", path)
+        _LOG.warning("%s: the file system has no locks; make sure that no other process writes this file", path)

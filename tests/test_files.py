@@ -87,7 +87,7 @@ def test_unfinished_run_is_never_replaced(tmp_path, overwrite):
         path.write_text(content)
         assert is_unfinished(path)
         for kind in (RESULTS, PAGE):
-            with pytest.raises(UsageError, match="unfinished run; continue it with --resume"):
+            with pytest.raises(UsageError, match="unfinished run; resume it with --resume"):
                 write_whole(path, "new", kind, overwrite)
         assert path.read_text() == content
     path.write_text(RUN + END)
@@ -167,7 +167,7 @@ def test_no_adapter_config_beside_weights(tmp_path, weights):
     [
         ("missing/a.txt", InputError, "cannot be written: there is no folder .*missing; create it first"),
         ("file/a.txt", InputError, "cannot be written: "),
-        ("folder", UsageError, "is not a file; choose another name"),
+        ("folder", UsageError, "is not a regular file; choose another name"),
         ("a" * 300, InputError, "cannot be written: File name too long"),
     ],
 )

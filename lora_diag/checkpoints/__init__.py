@@ -1,8 +1,8 @@
-"""Bytes → named lazy tensors.
+"""Read and write checkpoints: from bytes to lazy named tensors.
 
-The rule on the door: this room knows files, headers, shards and dtypes. It knows no LoRA, no layer and no ΔW, and it
-never runs code that a file carries. Opening reads headers only and does not import torch; numbers are read range by
-range on request. A format is one file here and one line in ``FORMATS``.
+This package knows files, headers, shards and dtypes, but no LoRA, layers or ΔW, and never executes code that a file
+contains. Opening a checkpoint reads headers only and does not import torch; numbers are read on request, range by
+range. A format is one file in this package and one line in ``FORMATS``.
 """
 
 from lora_diag.checkpoints.addresses import shown

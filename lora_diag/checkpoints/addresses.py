@@ -1,26 +1,26 @@
-"""The grammar of addresses, and what of one may be shown: no password, no query. Knows no protocol."""
+"""The grammar of addresses, and their printable part: no password and no query. Independent of any protocol."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
 
-# One slash, too: that is what a ``Path`` makes of the two.
+# Also matches a single slash: ``Path`` collapses the two.
 ADDRESS = re.compile(r"(s3|gs|hf|https?):/{1,2}([^/].*)", re.IGNORECASE | re.DOTALL)
 SCHEME = re.compile(r"[A-Za-z][\w+.-]*://", re.ASCII)
 ANY = re.compile(r"[A-Za-z][\w+.-]*://[^\s'\"<>]+", re.ASCII)
 WEB = ("http", "https")
 
 
-def shown(words: Path | str) -> str:
-    """Return what of an address, or of text with addresses in it, may be printed: no password, no query.
+def shown(address: Path | str) -> str:
+    """Return an address, or a text that contains addresses, without passwords and queries.
 
     >>> shown("https://user:secret@host/model.safetensors?X-Amz-Signature=0123")
     'https://host/model.safetensors'
     >>> shown("cannot reach https://host/x?sig=1: timeout")
     'cannot reach https://host/x timeout'
     """
-    text = str(words)
+    text = str(address)
     if found := ADDRESS.fullmatch(text):
         return _without_secrets(found[1].lower(), found[2])
     if "://" not in text:

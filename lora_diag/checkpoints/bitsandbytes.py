@@ -1,15 +1,15 @@
 """bitsandbytes: 4-bit weights (nf4, fp4, with and without double quantization) and 8-bit weights (LLM.int8).
 
-4-bit: two codes a byte, the first in the high half; a table of 16 values; one absolute maximum per block of entries
+4-bit: two codes per byte, the first in the high half; a table of 16 values; one absolute maximum per block of entries
 in row-major order, itself stored in 8 bits under double quantization:
 
     W[k] = table[code[k]] · absmax[⌊k / block⌋]
     absmax[b] = nested_table[nested_code[b]] · nested_absmax[⌊b / nested block⌋] + offset
 
-8-bit: ``W[i, j] = code[i, j] · SCB[i] / 127``, where SCB is the largest absolute value of a row.
+8-bit: ``W[i, j] = code[i, j] · SCB[i] / 127``, where SCB[i] is the largest absolute value of row i.
 
-Reference: Dettmers et al. 2023, QLoRA, section 3; Dettmers et al. 2022, LLM.int8(), section 3.1. The names of the
-tensors are those that ``QuantState.as_dict(packed=True)`` and ``Linear8bitLt`` write.
+Reference: Dettmers et al. 2023, QLoRA, section 3; Dettmers et al. 2022, LLM.int8(), section 3.1. The tensor names are
+those written by ``QuantState.as_dict(packed=True)`` and ``Linear8bitLt``.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ if TYPE_CHECKING:
 
 STATE = ".quant_state.bitsandbytes__"
 TYPES = frozenset({"nf4", "fp4"})
-# The settings are some 200 bytes.
+# The settings take about 200 bytes.
 MAX_STATE_BYTES = 10_000
-# bitsandbytes makes blocks of 32 to 4096 entries. A range is read in whole blocks, so their size bounds memory.
+# bitsandbytes uses blocks of 32 to 4096 entries. Ranges are read in whole blocks, so their size bounds memory.
 MAX_BLOCK = 2**16
-# Bytes of the dtypes in which the codes may lie (``bnb_4bit_quant_storage``; FSDP wants that of the other weights).
+# Bytes per entry of the dtypes that can hold codes (``bnb_4bit_quant_storage``; FSDP needs that of the other weights).
 STORAGE = {"uint8": 1, "int8": 1, "float16": 2, "bfloat16": 2, "float32": 4}
 
 
 @dataclass(frozen=True, slots=True)
 class Nested:
-    """Settings of double quantization: entries per block of absolute maxima, and what is added to each."""
+    """Settings of double quantization: entries per block of absolute maxima, and the offset added to each."""
 
     block: int
     offset: float
@@ -47,13 +47,13 @@ class Nested:
 
 @dataclass(frozen=True, slots=True)
 class FourBitWeight:
-    """A weight in 4 bits.
+    """A weight quantized to 4 bits.
 
     Args:
-        source: The checkpoint as it is stored.
-        info: The weight as it is presented.
+        source: The checkpoint as stored.
+        info: The weight as presented.
         block: Entries that share an absolute maximum.
-        nested: How the absolute maxima are quantized; None if they are floats.
+        nested: Quantization of the absolute maxima; None if they are floats.
         parts: Names of the tensors that belong to the weight and are not presented.
     """
 
@@ -69,10 +69,10 @@ class FourBitWeight:
         return values.mul_(spread(self._absmax(*self._blocks(start, stop)), self.block, start, stop))
 
     def read_steps(self, start: int, stop: int) -> torch.Tensor:
-        """Return steps of which half bounds the error at the entries ``start:stop``, float32.
+        """Return steps whose half bounds the error of the entries ``start:stop``, float32.
 
-        A code t chosen under the exact absolute maximum a is off by at most a·gap/2, gap being the distance to t's
-        farther neighbour in the table. Where a itself is stored as â = a ± δ, t·â is off by at most
+        A code t chosen under the exact absolute maximum a has an error of at most a·gap/2, where gap is the distance
+        from t to its farther neighbour in the table. If a itself is stored as â = a ± δ, the error of t·â is at most
         â·gap/2 + (|t| + gap/2)·δ.
         """
         codes, (first, last) = self._codes(start, stop), self._blocks(start, stop)
@@ -80,9 +80,9 @@ class FourBitWeight:
         gap = gaps(table)[codes]
         steps = gap * spread(self._absmax(first, last).abs(), self.block, start, stop)
         if self.nested:
-            doubt = gaps(self._whole("nested_quant_map"))[self._nested_codes(first, last)]
-            doubt *= self._nested_absmax(first, last).abs()
-            steps += (table[codes].abs() + gap / 2) * spread(doubt, self.block, start, stop)
+            error = gaps(self._whole("nested_quant_map"))[self._nested_codes(first, last)]
+            error *= self._nested_absmax(first, last).abs()
+            steps += (table[codes].abs() + gap / 2) * spread(error, self.block, start, stop)
         return steps
 
     def _blocks(self, start: int, stop: int) -> tuple[int, int]:
@@ -109,7 +109,7 @@ class FourBitWeight:
         return self.source.read(f"{self.info.name}.absmax", first, last).int()
 
     def _nested_absmax(self, first: int, last: int) -> torch.Tensor:
-        """Return what the nested values of the blocks ``first:last`` are multiplied with."""
+        """Return the multipliers of the nested values of the blocks ``first:last``."""
         assert self.nested is not None
         block = self.nested.block
         values = self.source.read(f"{self.info.name}.nested_absmax", first // block, -(-last // block))
@@ -120,12 +120,12 @@ class FourBitWeight:
 
 
 def spread(values: torch.Tensor, block: int, start: int, stop: int) -> torch.Tensor:
-    """Return the value of every entry ``start:stop``, given those of their blocks from ``start // block`` on."""
+    """Expand the values of blocks, from ``start // block`` on, to the entries ``start:stop``."""
     return values.repeat_interleave(block)[start % block :][: stop - start]
 
 
 def gaps(table: torch.Tensor) -> torch.Tensor:
-    """Return how far the farther neighbour of every value in a table is; 1-D like the table.
+    """Return the distance from each value of a table to its farther neighbour; 1-D like the table.
 
     >>> import torch
     >>> gaps(torch.tensor([0.0, 1.0, 5.0, 2.0, -0.0]))
@@ -142,11 +142,11 @@ def find_four_bit(source: Checkpoint, config: Mapping[str, Any]) -> Iterator[Fou
     """Yield the 4-bit weights.
 
     Args:
-        source: The checkpoint as it is stored.
-        config: Its ``quantization_config``, which is not needed: every weight carries its own settings.
+        source: The checkpoint as stored.
+        config: Its ``quantization_config``; unused, since every weight has its own settings.
 
     Raises:
-        InputError: The settings of a weight are not valid, or a tensor that belongs to it is missing or does not fit.
+        InputError: The settings of a weight are invalid, or one of its tensors is missing or has the wrong size.
     """
     states = {}
     for name in source:
@@ -157,14 +157,14 @@ def find_four_bit(source: Checkpoint, config: Mapping[str, Any]) -> Iterator[Fou
         weight = name.removesuffix(".absmax")
         if weight != name and weight not in states:
             raise InputError(
-                f"{source.file_of(name)}: {name} is there, but the settings {weight}{STATE}nf4 are missing"
+                f"{source.file_of(name)}: {name} has no settings ({weight}{STATE}nf4 is missing); save the model again"
             )
     for name, kind in states.items():
         yield _four_bit(source, name, kind)
 
 
 def find_eight_bit(source: Checkpoint, config: Mapping[str, Any]) -> Iterator[ScaledWeight]:
-    """Yield the 8-bit weights; the arguments and errors are those of ``find_four_bit``."""
+    """Yield the 8-bit weights; arguments and errors as in ``find_four_bit``."""
     for name in source:
         module = name.removesuffix(".SCB")
         if module == name:
@@ -172,11 +172,11 @@ def find_eight_bit(source: Checkpoint, config: Mapping[str, Any]) -> Iterator[Sc
         weight, layout = f"{module}.weight", f"{module}.weight_format"
         if not _scales_rows(source, name, weight):
             raise InputError(
-                f"{source.file_of(name)}: {name} is there, but not the int8 matrix {weight} that it scales"
+                f"{source.file_of(name)}: {name} has no int8 matrix {weight} to scale; save the model again"
             )
         if layout in source and any(source.read_bytes(layout)):
             raise InputError(
-                f"{source.file_of(layout)}: {weight} is not stored row by row ({layout} is not 0); "
+                f"{source.file_of(layout)}: {weight} is not stored in row-major order ({layout} is not 0); "
                 "save the model again with a current bitsandbytes"
             )
         yield ScaledWeight(
@@ -196,13 +196,13 @@ def _scales_rows(source: Checkpoint, scale: str, weight: str) -> bool:
 
 
 def _four_bit(source: Checkpoint, name: str, kind: str) -> FourBitWeight:
-    """Hold the settings of a weight against the sizes of what is stored."""
+    """Return a 4-bit weight after checking its settings against the sizes of its stored tensors."""
     state_name = f"{name}{STATE}{kind}"
     state = _state(source, state_name)
     if kind not in TYPES or state.get("quant_type") != kind:
         raise InputError(
-            f"{source.file_of(state_name)}: {name} is stored as {state.get('quant_type', kind)!r}; "
-            "known are nf4 and fp4"
+            f"{source.file_of(state_name)}: {name} has the unsupported format {state.get('quant_type', kind)!r}; "
+            "supported are nf4 and fp4"
         )
     shape = _shape(source, state_name, state)
     block = _block_size(source, state_name, state, "blocksize")
@@ -212,7 +212,9 @@ def _four_bit(source: Checkpoint, name: str, kind: str) -> FourBitWeight:
     if "nested_blocksize" in state or f"{name}.nested_absmax" in source:
         offset = state.get("nested_offset")
         if not isinstance(offset, int | float) or not math.isfinite(offset):
-            raise InputError(f"{source.file_of(state_name)}: nested_offset in {state_name} is {offset!r}, not a number")
+            raise InputError(
+                f"{source.file_of(state_name)}: nested_offset in {state_name} is {offset!r}, not a finite number"
+            )
         nested = Nested(_block_size(source, state_name, state, "nested_blocksize"), float(offset))
         sizes |= {"nested_quant_map": 256, "nested_absmax": -(-sizes["absmax"] // nested.block)}
     for part, size in sizes.items():
@@ -226,12 +228,12 @@ def _four_bit(source: Checkpoint, name: str, kind: str) -> FourBitWeight:
 
 def _check_part(source: Checkpoint, name: str, size: int, dtypes: frozenset[str]) -> None:
     if name not in source:
-        raise InputError(f"{source.path}: {name} is missing; a 4-bit weight cannot be read without it")
+        raise InputError(f"{source.path}: {name} is missing, which a 4-bit weight needs; save the model again")
     info = source[name]
     if info.numel != size or info.dtype not in dtypes:
         raise InputError(
-            f"{source.file_of(name)}: {name} holds {info.numel:,} {info.dtype} entries where {size:,} of "
-            f"{' or '.join(sorted(dtypes))} belong"
+            f"{source.file_of(name)}: {name} holds {info.numel:,} {info.dtype} entries instead of {size:,} of "
+            f"{' or '.join(sorted(dtypes))}; save the model again"
         )
 
 
@@ -245,19 +247,19 @@ def _state(source: Checkpoint, name: str) -> dict[str, Any]:
             f"{source.file_of(name)}: {name} does not hold the settings of a 4-bit weight: {error}"
         ) from error
     if not isinstance(state, dict):
-        raise InputError(f"{source.file_of(name)}: {name} does not hold the settings of a 4-bit weight")
+        raise InputError(f"{source.file_of(name)}: {name} does not hold the settings of a 4-bit weight: not an object")
     return state
 
 
 def _shape(source: Checkpoint, name: str, state: dict[str, Any]) -> tuple[int, ...]:
     shape = state.get("shape")
     if not isinstance(shape, list) or not all(type(size) is int and 0 < size < 2**63 for size in shape):
-        raise InputError(f"{source.file_of(name)}: shape in {name} is {shape!r}, not a list of positive numbers")
+        raise InputError(f"{source.file_of(name)}: shape in {name} is {shape!r}, not a list of positive integers")
     return tuple(shape)
 
 
 def _block_size(source: Checkpoint, name: str, state: dict[str, Any], key: str) -> int:
     value = state.get(key)
     if type(value) is not int or not 0 < value <= MAX_BLOCK:
-        raise InputError(f"{source.file_of(name)}: {key} in {name} is {value!r}, not a number from 1 to {MAX_BLOCK:,}")
+        raise InputError(f"{source.file_of(name)}: {key} in {name} is {value!r}, not an integer in 1 to {MAX_BLOCK}")
     return value

@@ -1,4 +1,4 @@
-"""The JSON files beside the weights: read with a bound, and an object or nothing."""
+"""JSON files next to the weights: size-limited, and required to hold an object."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ from typing import Any
 
 from lora_diag.errors import InputError
 
-# The configurations on the Hub are below 0.1 MB (those with a label per class below 2 MB); an index takes about 100
-# bytes a tensor.
+# Configurations on the Hub are below 0.1 MB (below 2 MB with one label per class); an index takes about 100 bytes per
+# tensor.
 MAX_CONFIG_BYTES = 10_000_000
 MAX_INDEX_BYTES = 100_000_000
 
 
 def loads(content: bytes, pairs: Callable[[list[tuple[str, Any]]], Any] | None = None) -> Any:
-    r"""Parse JSON whose strings are text: half a character (``\ud800``), which Python lets pass, is none.
+    r"""Parse JSON and refuse strings that are not valid Unicode (a lone surrogate such as ``\ud800``).
 
-    Names are written into results and adapters, where it could not stand.
+    Names are written into results and adapters, which cannot hold lone surrogates.
 
     Args:
         content: The JSON.
-        pairs: Makes an object of its pairs; None for a dictionary.
+        pairs: Builds an object from its pairs; None for a dictionary.
 
     Raises:
-        ValueError: It is not JSON, or a string is not text.
+        ValueError: The content is not JSON, or a string is not valid Unicode.
     """
     value = json.loads(content, object_pairs_hook=pairs)
     if b"\\ud" in content.lower():
@@ -33,33 +33,33 @@ def loads(content: bytes, pairs: Callable[[list[tuple[str, Any]]], Any] | None =
     return value
 
 
-def read_object(path: Path, words: str, limit: int) -> dict[str, Any]:
+def read_object(path: Path, kind: str, limit: int) -> dict[str, Any]:
     """Read a JSON object from a file.
 
     Args:
         path: The file.
-        words: What it should be, for the message: ``shard index``.
-        limit: Bytes beyond which it is not read.
+        kind: Kind of file for error messages, such as ``shard index``.
+        limit: Maximum size in bytes.
 
     Raises:
-        InputError: It is too large, cannot be read, is not JSON, or is not an object.
+        InputError: The file is too large, cannot be read, is not JSON, or does not hold an object.
     """
     try:
         if path.stat().st_size > limit:
-            raise InputError(f"{path}: is larger than {limit:,} bytes, so it is not a {words}")
+            raise InputError(f"{path}: is larger than {limit:,} bytes, too large for a {kind}")
         content = loads(path.read_bytes())
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
-        raise InputError(f"{path}: is not a readable {words}: it holds no text") from error
+        raise InputError(f"{path}: is not a readable {kind}: not UTF-8 text") from error
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: is not a readable {words}: {error}") from error
+        raise InputError(f"{path}: is not a readable {kind}: {error}") from error
     if not isinstance(content, dict):
-        raise InputError(f"{path}: is not a {words}: it holds a {type(content).__name__}, not an object")
+        raise InputError(f"{path}: is not a {kind}: it holds a {type(content).__name__}, not an object")
     return content
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """Return what ``config.json`` in a folder says; empty if there is none."""
+    """Return the content of a folder's ``config.json``; empty if there is none."""
     path = folder / "config.json"
     return read_object(path, "model configuration", MAX_CONFIG_BYTES) if path.is_file() else {}

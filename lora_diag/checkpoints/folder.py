@@ -1,4 +1,4 @@
-"""What a path is: a file, a shard index, or a folder with weights in it; and what is refused by name."""
+"""Open a path: a file, a shard index, or a folder that contains weights."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from lora_diag.checkpoints.safetensors import SafetensorsFile
 from lora_diag.checkpoints.tensors import Checkpoint, TensorFile
 from lora_diag.errors import InputError
 
-# The formats, in the order in which they are asked whether a file is theirs.
+# The formats, in the order in which they are tried.
 FORMATS: tuple[type[SafetensorsFile] | type[TorchFile], ...] = (SafetensorsFile, TorchFile)
 
-# In a folder the first of these that exists is read; transformers looks in the same order.
+# Of these, the first that exists in a folder is read; transformers uses the same order.
 WEIGHTS = (
     "model.safetensors",
     "model.safetensors.index.json",
@@ -33,22 +33,22 @@ WEIGHTS = (
     "diffusion_pytorch_model.safetensors.index.json",
 )
 
-# Beside it, a config.json is that of the adapter's base.
+# In a folder with this file, config.json is that of the adapter's base.
 ADAPTER_CONFIG = "adapter_config.json"
 
 
 def open_checkpoint(path: Path | str) -> Checkpoint:
-    """Open a checkpoint by its headers; no weight is read.
+    """Open a checkpoint by its headers; read no weight.
 
     Args:
-        path: A file, a ``*.index.json``, a folder that holds either, a Hugging Face Hub id, or an address
+        path: A file, a ``*.index.json``, a folder that contains either, a Hugging Face Hub id, or an address
             (``s3://``, ``gs://``, ``hf://``, ``https://``) of one of the first three.
 
     Returns:
         The checkpoint, with at least one tensor.
 
     Raises:
-        InputError: Nothing readable is there; the message says what was looked for or what to convert.
+        InputError: Nothing readable was found; the message lists what was looked for or how to convert the weights.
     """
     local = locate(path)
     path = local if isinstance(local, RemotePath) else Path(path)
@@ -58,11 +58,11 @@ def open_checkpoint(path: Path | str) -> Checkpoint:
     config = _config_of(source)
     stored = Checkpoint(path, kind, files, config=config)
     if len(stored) == 0:
-        raise InputError(f"{source}: holds no tensors")
+        raise InputError(f"{source}: holds no tensors; save the model again")
     refuse_unmerged(stored)
     refuse_packed(stored, quantization(config))
     files, dequantizing = dequantized(stored, quantization(config))
-    fetched = (f"is {local} in the Hugging Face cache",) if local != path else ()
+    fetched = (f"read from the Hugging Face cache: {local}",) if local != path else ()
     if isinstance(local, RemotePath) and local.store.note:
         fetched = (local.store.note,)
     checkpoint = Checkpoint(path, kind, files, (*fetched, *notes, *renamed, *dequantizing), config)
@@ -71,30 +71,30 @@ def open_checkpoint(path: Path | str) -> Checkpoint:
 
 
 def locate(path: Path | str) -> Path:
-    """Return where a path lies: itself if it exists, else the folder of a Hub id, fetched if need be.
+    """Return the path of an input: itself if it exists, else the folder of a Hub id, which is downloaded if needed.
 
     Raises:
-        InputError: It is neither, a pipe or a device, or the Hub, its cache or a store cannot give it.
+        InputError: The path does not exist and is no Hub id, is a pipe or device, or cannot be fetched.
     """
     path = as_path(path)
     if isinstance(path, RemotePath):
         if not path.exists():
-            raise InputError(f"{path}: no such file or folder")
+            raise InputError(f"{path}: no such file or folder; check the address")
         return path
     if os.path.exists(path):  # noqa: PTH110  (unlike Path.exists(), False also for names that no file can have)
         if not (path.is_file() or path.is_dir()):
-            raise InputError(f"{path}: is neither a file nor a folder; a pipe or device cannot be read from the middle")
+            raise InputError(f"{path}: is not a file or folder; a pipe or device cannot be read by ranges")
         return path
-    from lora_diag.checkpoints import hub  # here, so that local paths cost nothing
+    from lora_diag.checkpoints import hub  # imported only if the path is not local
 
     hub_id = hub.parse(path.as_posix())
     if hub_id is None:
-        raise InputError(f"{path}: no such file or folder")
+        raise InputError(f"{path}: no such file or folder; check the spelling")
     return hub.fetch(hub_id, WEIGHTS)
 
 
 def _config_of(source: Path) -> dict[str, Any]:
-    """Return what ``config.json`` says of these weights; empty if it is of another model, an adapter's base."""
+    """Return the ``config.json`` of these weights; empty if it belongs to another model, such as an adapter's base."""
     folder = source if source.is_dir() else source.parent
     of_base = source.name not in WEIGHTS and (folder / ADAPTER_CONFIG).is_file()
     return {} if of_base else read_config(folder)
@@ -126,12 +126,12 @@ def _weights_in(folder: Path) -> Path:
     single = sorted(folder.glob("*.safetensors"))
     if len(single) == 1:
         return single[0]
-    more = f"; it holds {len(single)} other .safetensors files: name one of them" if single else _inside(folder)
-    raise InputError(f"{folder}: no weights found; looked for {', '.join(WEIGHTS)}{more}")
+    hint = f"; it holds {len(single)} other .safetensors files: name one of them" if single else _inside(folder)
+    raise InputError(f"{folder}: no weights found; looked for {', '.join(WEIGHTS)}{hint}")
 
 
 def _inside(folder: Path) -> str:
-    """Say which subfolders hold weights or an adapter: the checkpoints of a training run, the adapters of a model."""
+    """Return a hint that names subfolders with weights or an adapter, such as the checkpoints of a training run."""
     if isinstance(folder, RemotePath):
         return ""
     names = sorted({path.parent.name for file in (*WEIGHTS, ADAPTER_CONFIG) for path in folder.glob(f"*/{file}")})
@@ -142,7 +142,7 @@ def _inside(folder: Path) -> str:
 def _open_file(path: Path) -> SafetensorsFile | TorchFile:
     refuse_foreign(path.parent, [path.name])
     if path.match(PIECES):
-        raise InputError(f"{path}: holds pieces of tensors, the others are in files beside it; give the folder")
+        raise InputError(f"{path}: holds pieces of tensors, and other files the rest; give the folder {path.parent}")
     for file_format in FORMATS:
         try:
             if file_format.matches(path):
@@ -150,21 +150,21 @@ def _open_file(path: Path) -> SafetensorsFile | TorchFile:
         except OSError as error:
             raise InputError(f"{path}: cannot be read: {error.strerror}") from error
     if not path.stat().st_size:
-        raise InputError(f"{path}: is an empty file")
-    results = "; results files are for inspect, report, plot, allocate and gate" if path.suffix == ".jsonl" else ""
+        raise InputError(f"{path}: the file is empty; copy or download it again")
+    results = "; results files are read by inspect, report, plot, allocate and gate" if path.suffix == ".jsonl" else ""
     raise InputError(
-        f"{path}: unknown format; known are .safetensors files and torch files (.bin, .pt, .pth, .ckpt){results}"
+        f"{path}: unknown format; supported are .safetensors files and torch files (.bin, .pt, .pth, .ckpt){results}"
     )
 
 
 def _open_shards(index: Path) -> tuple[list[SafetensorsFile | TorchFile], tuple[str, ...]]:
-    """Open the shards that an index names, holding the index against what they contain."""
+    """Open the shards that an index names, and check the index against their contents."""
     weight_map = _weight_map(index)
     paths: dict[str, Path] = {}
     for shard in sorted(set(weight_map.values())):
-        # The *name* must be plain; a plain name may still be a link into a hub cache.
+        # The name must be plain, but a plain name may be a link into a Hub cache.
         if shard in {"", ".", ".."} or "/" in shard or "\\" in shard or "\0" in shard:
-            raise InputError(f"{index}: the shard {shard!r} is not a plain file name inside the folder; refused")
+            raise InputError(f"{index}: the shard {shard!r} is not a plain file name; write the index again")
         paths[shard] = index.parent / shard
 
     def open_shard(path: Path) -> SafetensorsFile | TorchFile:
@@ -174,22 +174,22 @@ def _open_shards(index: Path) -> tuple[list[SafetensorsFile | TorchFile], tuple[
 
     opened: Iterable[SafetensorsFile | TorchFile] = map(open_shard, paths.values())
     if isinstance(index, RemotePath):
-        from lora_diag.checkpoints.ranges import side_by_side  # here, so that local files cost nothing
+        from lora_diag.checkpoints.ranges import map_concurrently  # imported only for remote files
 
-        opened = side_by_side(open_shard, paths.values())
+        opened = map_concurrently(open_shard, paths.values())
     files = dict(zip(paths, opened, strict=True))
     for name, shard in weight_map.items():
         if name not in files[shard].tensors:
-            raise InputError(f"{index}: says that {name} is in {shard}, but it is not there")
+            raise InputError(f"{index}: {name} is missing from the shard {shard}; copy or download the shard again")
     extra = sorted(name for shard, file in files.items() for name in file.tensors if weight_map.get(name) != shard)
-    notes = (f"{len(extra)} tensors are in a shard but not in the index, such as {extra[0]}",) if extra else ()
+    notes = (f"{len(extra)} tensors in the shards are missing from the index, such as {extra[0]}",) if extra else ()
     for shard, file in files.items():
         file.tensors = {name: info for name, info in file.tensors.items() if weight_map.get(name) == shard}
     return list(files.values()), notes
 
 
 def _is_file(path: Path) -> bool:
-    """Say whether a file is there; False also for names that no file can have."""
+    """Return whether a file exists; False also for names that no file can have."""
     try:
         return path.is_file()
     except (OSError, ValueError):
@@ -199,7 +199,7 @@ def _is_file(path: Path) -> bool:
 def _weight_map(index: Path) -> dict[str, str]:
     weight_map = read_object(index, "shard index", MAX_INDEX_BYTES).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise InputError(f"{index}: has no weight_map, or an empty one")
+        raise InputError(f"{index}: weight_map is missing or empty; write the index again")
     if not all(isinstance(shard, str) for shard in weight_map.values()):
         raise InputError(f"{index}: weight_map must map tensor names to file names")
     return weight_map

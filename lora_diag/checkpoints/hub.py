@@ -1,9 +1,9 @@
 """Hugging Face Hub ids: ``org/name``, ``org/name/subfolder``, either with ``@revision``.
 
-The local cache is asked first, file by file, and a model that is whole there is read without a request. Otherwise the
-configuration, the index and the shards of one set of weights are downloaded, and nothing else of the repository. All
-of it goes through ``huggingface_hub``, whose own settings decide on cache, token, endpoint and whether to be offline
-(``HF_HOME``, ``HF_TOKEN``, ``HF_ENDPOINT``, ``HF_HUB_OFFLINE``); it shows progress on standard error.
+The local cache is searched first, and a model that is complete in it is read without a request. Otherwise the
+configuration, the index and the shards of one set of weights are downloaded, and nothing else. ``huggingface_hub`` does
+the work: its settings determine cache, token, endpoint and offline mode (``HF_HOME``, ``HF_TOKEN``, ``HF_ENDPOINT``,
+``HF_HUB_OFFLINE``), and it shows progress on standard error.
 """
 
 from __future__ import annotations
@@ -19,23 +19,23 @@ from lora_diag.errors import InputError
 PART = r"[A-Za-z0-9](?:[\w.-]*\w)?"
 # The Hub's own limit.
 MAX_REPO_CHARACTERS = 96
-# What ends like this was meant as a file.
+# Names with these extensions are meant as files.
 FILE = re.compile(r"\.(safetensors|bin|pt|pth|ckpt|gguf|json|jsonl)")
 HUB_ID = re.compile(rf"({PART}/{PART})((?:/{PART})*)(?:@({PART}(?:/{PART})*))?", re.ASCII)
 
 # The weights of an adapter, in the order in which PEFT looks for them.
 ADAPTER = ("adapter_model.safetensors", "adapter_model.bin")
 
-# Without one of these, quantization and scaling are unknown: the cache is then not whole.
+# Without one of these, quantization and scaling are unknown, and the cache counts as incomplete.
 CONFIGS = ("config.json", "adapter_config.json")
 
-# Given a file name in the repository: where it lies on this machine, or None.
+# Maps a file name in the repository to its local path, or None.
 Get = Callable[[str], Path | None]
 
 
 @dataclass(frozen=True, slots=True)
 class HubId:
-    """A repository of models, or a folder in one, at a revision."""
+    """A model repository, or a folder in one, at a revision."""
 
     repo: str
     subfolder: str
@@ -45,42 +45,42 @@ class HubId:
         return "/".join(filter(None, (self.repo, self.subfolder))) + (f"@{self.revision}" if self.revision else "")
 
 
-def parse(words: str) -> HubId | None:
-    """Return the id that words can be; None if they cannot be one.
+def parse(text: str) -> HubId | None:
+    """Parse a Hub id; return None if the text cannot be one.
 
     >>> parse("org/name/merged@v1.0")
     HubId(repo='org/name', subfolder='merged', revision='v1.0')
     >>> parse("./runs/last") or parse("model.safetensors") or parse("../a/b")
     """
-    found = HUB_ID.fullmatch(words)
-    if not found or ".." in words or "--" in found[1] or len(found[1]) > MAX_REPO_CHARACTERS:
+    found = HUB_ID.fullmatch(text)
+    if not found or ".." in text or "--" in found[1] or len(found[1]) > MAX_REPO_CHARACTERS:
         return None
-    return None if FILE.fullmatch(Path(words).suffix) else HubId(found[1], found[2].strip("/"), found[3])
+    return None if FILE.fullmatch(Path(text).suffix) else HubId(found[1], found[2].strip("/"), found[3])
 
 
-def loadable(words: str) -> str:
-    """Return by what transformers and PEFT find a model: of an ``hf://`` address the id in it.
+def loadable(address: str) -> str:
+    """Return the name by which transformers and PEFT find a model: the id of an ``hf://`` address, else unchanged.
 
     >>> loadable("hf://org/name@main/merged"), loadable("runs/base")
     ('org/name', 'runs/base')
     """
-    found = re.match(rf"hf://({PART}/{PART})", words)
-    return found[1] if found else words
+    found = re.match(rf"hf://({PART}/{PART})", address)
+    return found[1] if found else address
 
 
 def fetch(hub_id: HubId, weights: Sequence[str]) -> Path:
-    """Return the local folder of a model or adapter, downloading what is missing of it.
+    """Return the local folder of a model or adapter, after downloading missing files.
 
     Args:
-        hub_id: Which.
-        weights: Names of the files that can hold the weights of a model, the preferred first.
+        hub_id: The repository.
+        weights: Names of the files that can hold the weights of a model, in order of preference.
 
     Returns:
         A folder in the cache of ``huggingface_hub``.
 
     Raises:
-        InputError: ``huggingface_hub`` is not installed, the model cannot be reached or is not there, or it has no
-            weights of these names.
+        InputError: ``huggingface_hub`` is not installed, the model does not exist or cannot be reached, or it has no
+            weights with these names.
     """
     try:
         from huggingface_hub import constants
@@ -93,20 +93,20 @@ def fetch(hub_id: HubId, weights: Sequence[str]) -> Path:
         return folder
     if constants.HF_HUB_OFFLINE:
         raise InputError(
-            f"{hub_id}: no such file or folder, and not whole in the Hugging Face cache {constants.HF_HUB_CACHE}; "
-            "HF_HUB_OFFLINE is set, so it was not looked for on the Hub"
+            f"{hub_id}: no such file or folder, and incomplete in the Hugging Face cache {constants.HF_HUB_CACHE}; "
+            "unset HF_HUB_OFFLINE to download it from the Hub"
         )
     if folder := _complete(_downloaded(hub_id), weights):
         return folder
     raise InputError(
-        f"{hub_id}: this Hub repository holds no whole set of weights; looked for {', '.join((*weights, *ADAPTER))}"
+        f"{hub_id}: the Hub repository has no complete set of weights; looked for {', '.join((*weights, *ADAPTER))}"
     )
 
 
 def _complete(get: Get, weights: Sequence[str]) -> Path | None:
-    """Return the folder in which all files of a model or adapter lie; None if one cannot be got.
+    """Return the folder that holds all files of a model or adapter; None if a file is unavailable.
 
-    A repository with an ``adapter_config.json`` and the weights of a model is the model, as in a local folder.
+    A repository with both an ``adapter_config.json`` and model weights counts as a model, as a local folder does.
     """
     for name in weights:
         if path := get(name):
@@ -119,7 +119,7 @@ def _complete(get: Get, weights: Sequence[str]) -> Path | None:
 
 
 def _shards(index: Path) -> Iterator[str]:
-    """Yield the plain file names in an index; one that is not plain is refused when the folder is opened."""
+    """Yield the plain file names in an index; others are refused when the folder is opened."""
     weight_map = read_object(index, "shard index", MAX_INDEX_BYTES).get("weight_map")
     names = set(weight_map.values()) if isinstance(weight_map, dict) else set()
     yield from sorted(name for name in names if isinstance(name, str) and re.fullmatch(PART, name))
@@ -140,7 +140,7 @@ def _downloaded(hub_id: HubId) -> Get:
 
     try:
         info = HfApi().model_info(hub_id.repo, revision=hub_id.revision)
-    except Exception as error:  # a dozen kinds, of two HTTP libraries
+    except Exception as error:  # many types, from two HTTP libraries
         raise unreachable(hub_id, error) from error
     files = {sibling.rfilename for sibling in info.siblings or ()}
 
@@ -148,7 +148,7 @@ def _downloaded(hub_id: HubId) -> Get:
         if _inside(hub_id, name) not in files:
             return None
         try:
-            # At the commit that was listed, so that all files are of one.
+            # At the listed commit, so that all files belong together.
             return Path(hf_hub_download(hub_id.repo, _inside(hub_id, name), revision=info.sha or hub_id.revision))
         except Exception as error:
             raise unreachable(hub_id, error) from error
@@ -160,8 +160,8 @@ def _inside(hub_id: HubId, name: str) -> str:
     return f"{hub_id.subfolder}/{name}" if hub_id.subfolder else name
 
 
-def unreachable(hub_id: HubId, error: Exception, said: str = "") -> InputError:
-    """Return what a failure of the Hub means; ``said`` is the address if it was one."""
+def unreachable(hub_id: HubId, error: Exception, address: str = "") -> InputError:
+    """Translate a failure of the Hub; ``address`` is the ``hf://`` address, empty for a bare id."""
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
     match error:
@@ -170,8 +170,10 @@ def unreachable(hub_id: HubId, error: Exception, said: str = "") -> InputError:
         case RepositoryNotFoundError():
             reason = "the Hub has no such model, or it is private and you are not logged in (hf auth login)"
         case RevisionNotFoundError():
-            reason = f"the model has no revision {hub_id.revision}"
+            reason = f"the model has no revision {hub_id.revision}; check the spelling"
         case _:
             why = str(error).splitlines()[0] if str(error) else type(error).__name__
-            reason = ("" if said else "it is not in the Hugging Face cache, and ") + f"the Hub cannot be reached: {why}"
-    return InputError(f"{said}: {reason}" if said else f"{hub_id}: no such file or folder, and as a Hub id: {reason}")
+            cached = "" if address else "it is not in the Hugging Face cache, and "
+            reason = f"{cached}the Hub cannot be reached: {why}"
+    text = f"{address}: {reason}" if address else f"{hub_id}: no such file or folder, and as a Hub id: {reason}"
+    return InputError(text)

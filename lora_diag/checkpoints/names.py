@@ -1,8 +1,8 @@
-"""Names under which wrappers stored the weights, and the plain names under which they are presented.
+"""Names of weights as wrappers store them, and the plain names under which they are presented.
 
-``torch.compile``, FSDP and activation checkpointing put a module around a module, and its attribute into every name.
-No model calls a module ``_orig_mod``, so these are dropped wherever they stand. ``module`` (DataParallel, DeepSpeed)
-could be a model's own word, so it is dropped only where every name begins with it.
+``torch.compile``, FSDP and activation checkpointing wrap modules and add their attribute to every name. No model has a
+module ``_orig_mod``, so these attributes are dropped anywhere in a name. ``module`` (DataParallel, DeepSpeed) could be
+a model's own name, so it is dropped only if every name begins with it.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Renamed:
 
     Args:
         file: The file.
-        stored: Presented name → name in the file; all of the file's names.
+        stored: Presented name → name in the file, for all tensors of the file.
     """
 
     def __init__(self, file: TensorFile, stored: Mapping[str, str]) -> None:
@@ -42,7 +42,7 @@ class Renamed:
         }
 
     def __copy__(self) -> Renamed:
-        """Copy the file, too: a copy of a file has its own descriptor."""
+        """Copy the file as well: each copy has its own descriptor."""
         return Renamed(copy(self._file), self._stored)
 
     def read(self, name: str, start: int, stop: int) -> torch.Tensor:
@@ -55,13 +55,13 @@ class Renamed:
 
 
 def without_wrappers(files: Sequence[TensorFile]) -> tuple[tuple[TensorFile, ...], tuple[str, ...]]:
-    """Present the tensors of a checkpoint without the names of wrappers.
+    """Present the tensors of a checkpoint without the attributes of wrappers.
 
     Args:
-        files: Its files.
+        files: The files of the checkpoint.
 
     Returns:
-        The files, and a note if any name changed. Where two tensors would get the same name, nothing changes.
+        The files, and a note if any name changed. If two tensors would get the same name, nothing changes.
     """
     stored = [name for file in files for name in file.tensors]
     plain = dict(zip(stored, plain_names(stored), strict=True))
@@ -69,11 +69,11 @@ def without_wrappers(files: Sequence[TensorFile]) -> tuple[tuple[TensorFile, ...
         return tuple(files), ()
     old, new = next((old, new) for old, new in plain.items() if old != new)
     renamed = tuple(Renamed(file, {plain[name]: name for name in file.tensors}) for file in files)
-    return renamed, (f"names of wrappers are left out: {old} is {new}",)
+    return renamed, (f"wrapper attributes are dropped from names: {old} is {new}",)
 
 
 def plain_names(names: Sequence[str]) -> list[str]:
-    """Drop the names of wrappers.
+    """Drop the attributes of wrappers from names.
 
     >>> plain_names(["module._orig_mod.a.weight", "module._orig_mod.b._fsdp_wrapped_module.weight"])
     ['a.weight', 'b.weight']

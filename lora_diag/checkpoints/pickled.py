@@ -1,9 +1,9 @@
 """The ``torch.save`` format: ``pytorch_model.bin``, ``*.pt``, ``*.pth``, ``*.ckpt``.
 
-Only ever ``weights_only=True``: a file that needs code to be read is refused, whatever it promises. A zip file whose
-parts are compressed, or larger than the file, is refused before torch unpacks them. Zip files are
-mapped, and the pages of a range are given back after it was copied, so that resident memory does not grow with the
-file; the legacy format of torch < 1.6 cannot be mapped and is loaded whole, which a note says.
+Files are loaded with ``weights_only=True`` only: a file that needs code to be read is refused. A zip file with entries
+that are compressed, or larger than the file, is refused before torch unpacks them. Zip files are memory-mapped, and the
+pages of a range are released after the range was copied, so that resident memory does not grow with the file. The
+legacy format of torch < 1.6 cannot be mapped and is loaded whole, with a note.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ if TYPE_CHECKING:
     import torch
 
 ZIP = b"PK\x03\x04"
-# Where trainers put the weights inside a larger dictionary.
+# Keys under which trainers store the weights in a larger dictionary.
 WRAPPERS = ("state_dict", "model", "module", "model_state_dict")
 
 
 class TorchFile:
-    """One file written by ``torch.save``, holding a state dict or a dict around one.
+    """A file written by ``torch.save`` that holds a state dict or a dictionary around one.
 
     Args:
         path: The file.
 
     Raises:
-        InputError: It is not such a file, needs code to be read, or holds no tensors.
+        InputError: The file is damaged, needs code to be read, or holds no tensors.
     """
 
     label = "torch pickle"
@@ -50,7 +50,7 @@ class TorchFile:
 
     @staticmethod
     def matches(path: Path) -> bool:
-        """Say whether this format claims the file: by its ending, or by the first bytes of a zip or a pickle."""
+        """Return whether this format claims the file: by its extension, or the first bytes of a zip or pickle."""
         if path.suffix in {".bin", ".pt", ".pth", ".ckpt"}:
             return True
         with path.open("rb") as file:
@@ -58,7 +58,7 @@ class TorchFile:
         return head == ZIP or (len(head) > 1 and head[0] == 0x80 and head[1] in range(2, 6))
 
     def read(self, name: str, start: int, stop: int) -> torch.Tensor:
-        """Return the entries ``start:stop`` of a tensor (row-major, stored dtype, memory of its own)."""
+        """Return a copy of the entries ``start:stop`` of a tensor (row-major, stored dtype)."""
         tensor = self._state[name]
         if not tensor.is_contiguous():
             return tensor.reshape(-1)[start:stop].clone()
@@ -75,28 +75,28 @@ class TorchFile:
         return self.read(name, 0, self.tensors[name].numel).view(torch.uint8).numpy().tobytes()
 
     def _load(self) -> None:
-        import torch  # here, so that looking at safetensors headers stays instant
+        import torch  # imported here, so that safetensors headers can be read without torch
 
         try:
             with self.path.open("rb") as file:
                 self._mapped = file.read(4) == ZIP
-            # What is mapped stays readable when the copy is gone.
+            # A mapped file stays readable after its name is removed.
             whole = self.path.downloaded() if isinstance(self.path, RemotePath) else nullcontext(self.path)
             with whole as local, warnings.catch_warnings():
                 if self._mapped:
                     _check_stored(Path(local), self.path)
-                warnings.simplefilter("ignore")  # of a protocol that no pickle has: what follows is refused or read
+                warnings.simplefilter("ignore")  # about pickle protocols: the file is refused or read below
                 loaded = torch.load(local, map_location="cpu", weights_only=True, mmap=self._mapped)
         except OSError as error:
             raise InputError(f"{self.path}: cannot be read: {error.strerror}") from error
         except pickle.UnpicklingError as error:
             raise InputError(
-                f"{self.path}: holds more than tensors, and reading it could run code, so it is not read; "
-                "save the weights alone: safetensors.torch.save_file(model.state_dict(), 'model.safetensors')"
+                f"{self.path}: holds more than tensors, and reading it could run code; "
+                "save only the weights: safetensors.torch.save_file(model.state_dict(), 'model.safetensors')"
             ) from error
         except InputError:
             raise
-        except Exception as error:  # torch raises many kinds, down to a bare EOFError, on damaged files
+        except Exception as error:  # torch raises many types on damaged files, down to a bare EOFError
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise InputError(f"{self.path}: is not a readable torch file: {reason}") from error
         self._state = _state_dict(loaded, self.path)
@@ -112,7 +112,7 @@ class TorchFile:
         }
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave the mapped tensors behind: a copy in another process maps the file itself."""
+        """Drop the mapped tensors: a copy in another process maps the file itself."""
         return {"path": self.path}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -122,33 +122,33 @@ class TorchFile:
 
 
 def _check_stored(file: Path, path: Path) -> None:
-    """Refuse an archive whose parts take more than their place in the file: torch would unpack them into memory.
+    """Refuse an archive with entries larger than their place in the file, which torch would unpack into memory.
 
     Args:
         file: The archive.
-        path: How the user named it.
+        path: The path as given by the user.
 
     Raises:
-        InputError: A part is compressed, or the parts together are larger than the file.
-        zipfile.BadZipFile: It is no archive.
+        InputError: An entry is compressed, or the entries together are larger than the file.
+        zipfile.BadZipFile: The file is not an archive.
     """
     with zipfile.ZipFile(file) as archive:
         parts = archive.infolist()
     for part in parts:
         if part.compress_type != zipfile.ZIP_STORED or part.compress_size != part.file_size:
             raise InputError(
-                f"{path}: {part.filename} is compressed, as torch.save never does, and is not unpacked; "
+                f"{path}: {part.filename} is compressed, which torch.save never does; "
                 "write the file again with torch.save or safetensors"
             )
     total, size = sum(part.file_size for part in parts), file.stat().st_size
     if total > size:
         raise InputError(
-            f"{path}: its parts claim {total:,} bytes and the file has {size:,}; copy or download it again"
+            f"{path}: its entries claim {total:,} bytes, but the file has {size:,}; copy or download it again"
         )
 
 
 def _state_dict(loaded: Any, path: Path) -> dict[str, torch.Tensor]:
-    """Return the tensors by name, from inside a wrapper when the outer dictionary has none of its own."""
+    """Return the tensors by name, from a nested dictionary if the outer one has none."""
     import torch
 
     if isinstance(loaded, dict):
@@ -159,17 +159,17 @@ def _state_dict(loaded: Any, path: Path) -> dict[str, torch.Tensor]:
                 raise InputError(f"{path}: {min(tensors.keys() - dense.keys())} is a sparse tensor; save it dense")
             try:
                 "".join(dense).encode()
-            except UnicodeEncodeError as error:  # half a character, which could stand in no results file
-                raise InputError(f"{path}: the name of a tensor is no text: {error}") from error
+            except UnicodeEncodeError as error:  # a lone surrogate, which a results file cannot hold
+                raise InputError(f"{path}: a tensor name is not valid Unicode: {error}") from error
             return dense
         for key in WRAPPERS:
             if isinstance(loaded.get(key), dict):
                 return _state_dict(loaded[key], path)
-    raise InputError(f"{path}: holds no tensors by name (a {type(loaded).__name__}); save model.state_dict()")
+    raise InputError(f"{path}: holds no named tensors (a {type(loaded).__name__}); save model.state_dict()")
 
 
 def _forget(view: torch.Tensor) -> None:
-    """Tell the system that the mapped pages under ``view`` are no longer needed (they can be read again)."""
+    """Release the memory-mapped pages under ``view``; they can be read again."""
     if sys.platform == "win32":
         return
     page = mmap.PAGESIZE

@@ -1,9 +1,9 @@
-"""torch.distributed.checkpoint in safetensors: every rank's rows of every tensor, in files named ``shard-…-model-…``.
+"""torch.distributed.checkpoint in safetensors: row pieces of tensors, in files named ``shard-…-model-…``.
 
-Each file says in its header, under ``DCP_SHARDING_INFO``, at which index of the whole tensor its piece begins. FSDP
-cuts along the first dimension, so pieces put one after another are the tensor, and a range of entries is a range of
-few pieces. Other cuts (tensor parallelism along columns) are refused. The headers do not say how long the whole is:
-that the last pieces are missing shows only in the shape.
+The header of each file gives, under ``DCP_SHARDING_INFO``, the index of the whole tensor at which its piece begins.
+FSDP cuts along the first dimension, so the concatenated pieces are the tensor, and a range of entries lies in few
+pieces. Other cuts (tensor parallelism along columns) are refused. The headers do not state the length of the whole
+tensor: if the last pieces are missing, only the shape shows it.
 
 Reference: ``HuggingFaceStorageWriter(save_distributed=True)`` of torch ≥ 2.8.
 """
@@ -30,20 +30,20 @@ INFO = "DCP_SHARDING_INFO"
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Rows of a tensor: the file that holds them, and the first of them."""
+    """Rows of a tensor: the file that holds them, and the index of the first row."""
 
     file: SafetensorsFile
     row: int
 
 
 class PiecesFolder:
-    """A folder of such files, presented as one file of whole tensors.
+    """A folder of piece files, presented as one file of whole tensors.
 
     Args:
-        folder: The folder; it holds at least one.
+        folder: The folder, with at least one piece file.
 
     Raises:
-        InputError: A file is damaged, or the pieces of a tensor are not its rows without a gap.
+        InputError: A file is damaged, or the pieces of a tensor do not cover its rows without a gap.
     """
 
     label = "torch.distributed safetensors"
@@ -52,7 +52,7 @@ class PiecesFolder:
         self.path = folder
         self.metadata: Mapping[str, str] = {}
         files = [SafetensorsFile(path) for path in sorted(folder.glob(PATTERN))]
-        self.notes: tuple[str, ...] = (f"put together from the pieces in {len(files)} files",)
+        self.notes: tuple[str, ...] = (f"assembled from the pieces in {len(files)} files",)
         pieces: dict[str, list[Piece]] = {}
         for file in files:
             for name, row in _first_rows(file):
@@ -61,7 +61,7 @@ class PiecesFolder:
         self.tensors: Mapping[str, TensorInfo] = {name: self._whole(name) for name in self._pieces}
 
     def read(self, name: str, start: int, stop: int) -> torch.Tensor:
-        """Return the entries ``start:stop`` of a tensor (row-major, stored dtype, memory of its own)."""
+        """Return a copy of the entries ``start:stop`` of a tensor (row-major, stored dtype)."""
         import torch
 
         width = math.prod(self.tensors[name].shape[1:])
@@ -78,15 +78,15 @@ class PiecesFolder:
         return b"".join(piece.file.read_bytes(name) for piece in self._pieces[name])
 
     def _whole(self, name: str) -> TensorInfo:
-        """Return shape and dtype of the whole tensor, holding its pieces against each other."""
+        """Return shape and dtype of the whole tensor, after checking that its pieces fit together."""
         pieces = self._pieces[name]
         infos = [piece.file.tensors[name] for piece in pieces]
         row = 0
         for piece, info in zip(pieces, infos, strict=True):
             if piece.row != row or info.shape[1:] != infos[0].shape[1:] or info.dtype != infos[0].dtype:
                 raise InputError(
-                    f"{piece.file.path}: the piece of {name} from row {piece.row} on does not continue the {row} rows "
-                    "before it; a file is missing, or the folder holds two checkpoints"
+                    f"{piece.file.path}: the piece of {name} starts at row {piece.row}, not at row {row}; "
+                    "a file is missing, or the folder holds two checkpoints"
                 )
             row += info.shape[0] if info.shape else 1
         shape = (row, *infos[0].shape[1:]) if infos[0].shape else ()
@@ -94,18 +94,18 @@ class PiecesFolder:
 
 
 def _first_rows(file: SafetensorsFile) -> Iterator[tuple[str, int]]:
-    """Yield the name of each piece in a file, and the row at which it begins."""
+    """Yield the name and the first row of each piece in a file."""
     try:
         info: Any = json.loads(file.metadata[INFO])
     except (KeyError, ValueError, RecursionError) as error:
-        raise InputError(f"{file.path}: does not say which pieces it holds ({INFO} in its header)") from error
+        raise InputError(f"{file.path}: {INFO} is missing from the header or invalid; save the model again") from error
     for name, tensor in file.tensors.items():
         entry = info.get(name) if isinstance(info, dict) else None
         offsets = entry.get("saved_offsets") if isinstance(entry, dict) else None
         if not _is_a_row(offsets, len(tensor.shape)):
             raise InputError(
-                f"{file.path}: {name} begins at {offsets!r}, which is not the beginning of a row; only pieces cut "
-                "along the first dimension are read: save the model in one piece (consolidate_safetensors_files)"
+                f"{file.path}: the piece of {name} starts at {offsets!r}, not at the start of a row; only pieces cut "
+                "along the first dimension are supported: merge the files (consolidate_safetensors_files)"
             )
         yield name, offsets[0] if offsets else 0
 

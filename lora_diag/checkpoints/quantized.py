@@ -1,8 +1,8 @@
-"""Quantized weights as ordinary float tensors: a view over the opened files.
+"""Present quantized weights as ordinary float tensors.
 
-A format is one file beside this one and one line in ``FORMATS``. Each finds its weights by the names of the tensors
-stored beside them; those companions disappear, and the weight appears under its own name, in its logical shape and as
-float32. Nothing is dequantized before it is read, and then only the range that is asked for.
+A format is one module of this package and one line in ``FORMATS``. Each finds its weights by the names of the auxiliary
+tensors stored with them. Auxiliary tensors are hidden; the weight appears under its own name, in its logical shape and
+as float32. Weights are dequantized on reading, and only in the requested range.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 
 
 class QuantizedWeight(Protocol):
-    """One quantized weight, ready to be read."""
+    """One readable quantized weight."""
 
     @property
     def info(self) -> TensorInfo:
-        """The weight as it is presented."""
+        """The weight as presented."""
         ...
 
     @property
@@ -42,7 +42,7 @@ class QuantizedWeight(Protocol):
 
 Find = Callable[[Checkpoint, Mapping[str, Any]], Iterable[QuantizedWeight]]
 
-# Each looks for the weights of one format in a checkpoint as it is stored, given its ``quantization_config``.
+# Each finds the weights of one format in a checkpoint as stored, given its ``quantization_config``.
 FORMATS: tuple[Find, ...] = (bitsandbytes.find_four_bit, bitsandbytes.find_eight_bit, scaled.find)
 
 
@@ -52,7 +52,7 @@ class Dequantized:
     Args:
         file: The file.
         weights: The quantized weights of the checkpoint, by name.
-        hidden: Tensors that belong to them.
+        hidden: Names of the auxiliary tensors, which are not presented.
     """
 
     def __init__(self, file: TensorFile, weights: Mapping[str, QuantizedWeight], hidden: frozenset[str]) -> None:
@@ -91,20 +91,20 @@ def dequantized(source: Checkpoint, config: Mapping[str, Any]) -> tuple[tuple[Te
     """Present the quantized weights of a checkpoint as floats.
 
     Args:
-        source: The checkpoint as it is stored.
+        source: The checkpoint as stored.
         config: Its ``quantization_config``; empty without one.
 
     Returns:
-        The files, and a note that counts the weights of each format.
+        The files, and a note with the number of weights of each format.
 
     Raises:
-        InputError: A part of a quantized weight is missing or does not fit.
+        InputError: A tensor of a quantized weight is missing or has the wrong size.
     """
     weights = {weight.info.name: weight for find in FORMATS for weight in find(source, config)}
     if not weights:
         return source.files, ()
     hidden = frozenset(part for weight in weights.values() for part in weight.parts)
     counts = Counter(weight.info.stored for weight in weights.values())
-    words = ", ".join(f"{count} as {stored}" for stored, count in sorted(counts.items(), key=str))
-    notes = (f"quantized weights are dequantized while they are read: {words}",)
+    formats = ", ".join(f"{count} as {stored}" for stored, count in sorted(counts.items(), key=str))
+    notes = (f"quantized weights are dequantized while they are read: {formats}",)
     return tuple(Dequantized(file, weights, hidden) for file in source.files), notes

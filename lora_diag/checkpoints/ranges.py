@@ -1,6 +1,6 @@
-"""Ranges of bytes from a store: several connections at once, and again after a failure that may pass.
+"""Read byte ranges from a store: over parallel connections, with retries after transient failures.
 
-Knows how often and how long to try; knows no protocol.
+This module determines number and timing of the retries; it is independent of any protocol.
 """
 
 from __future__ import annotations
@@ -21,25 +21,25 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 R = TypeVar("R")
 
-# Object stores give one connection some 50-100 MB/s and answer after 10-50 ms: their own guides advise ranges of 8 to
-# 16 MB on several connections. 8 MiB lets a dropped connection repeat little.
+# Object stores give about 50-100 MB/s per connection and answer after 10-50 ms; their guides recommend ranges of 8 to
+# 16 MB on several connections. With 8 MiB, a dropped connection repeats little.
 CHUNK_BYTES = 2**23
 CONNECTIONS = 16
 
-# Blocks of a matrix (4 MiB in float32) that are fetched while one is computed, for each side of a layer.
+# Blocks of a matrix (4 MiB in float32) fetched in advance while one is computed, for each input of a layer.
 READ_AHEAD = 4
 
-# Failures in a row, without one byte between them, until it is given up; waits of 0.25, 0.5, 1 and 2 s lie between.
+# Consecutive attempts without a received byte before giving up, with waits of 0.25, 0.5, 1 and 2 s between them.
 TRIES = 5
 FIRST_WAIT = 0.25
 
 
-class MayPassError(Exception):
-    """A request failed in a way that may pass.
+class TransientError(Exception):
+    """A request failed in a way that a retry may solve.
 
     Args:
-        why: For people, without the address.
-        done: Bytes that were received before.
+        why: The reason, without the address.
+        done: Number of bytes received before the failure.
     """
 
     def __init__(self, why: str, done: int = 0) -> None:
@@ -48,14 +48,16 @@ class MayPassError(Exception):
 
 
 def fill(store: Store, address: str, buffer: memoryview, offset: int, facts: Facts) -> None:
-    """Fill a buffer with the bytes from ``offset`` on, in chunks side by side.
+    """Fill a buffer with the bytes from ``offset`` on, in parallel chunks.
 
     Raises:
-        InputError: The file ends before, or a range cannot be read.
+        InputError: The file is too short, or a range cannot be read.
     """
     stop = offset + len(buffer)
     if stop > facts.size:
-        raise InputError(f"{address}: ends at byte {facts.size:,}, before what its header promises")
+        raise InputError(
+            f"{address}: ends at byte {facts.size:,}, before the end given in its header; upload the file again"
+        )
     if stop <= len(facts.head):
         buffer[:] = facts.head[offset:stop]
         return
@@ -76,14 +78,14 @@ def fill(store: Store, address: str, buffer: memoryview, offset: int, facts: Fac
 
 
 def _fill_chunk(store: Store, address: str, offset: int, buffer: memoryview, facts: Facts) -> None:
-    """Fill a buffer by one request, and by others from where one broke off."""
+    """Fill a buffer by one request, and after a failure by further ones that continue from the received bytes."""
     done = 0
 
     def attempt() -> None:
         nonlocal done
         try:
             store.read_range(address, offset + done, buffer[done:], facts)
-        except MayPassError as error:
+        except TransientError as error:
             done += error.done
             raise
         done = len(buffer)
@@ -93,41 +95,43 @@ def _fill_chunk(store: Store, address: str, offset: int, buffer: memoryview, fac
         retried(address, attempt, lambda before=before: done > before)  # type: ignore[misc]
 
 
-def retried(address: str, attempt: Callable[[], T], is_further: Callable[[], bool] = lambda: False) -> T | None:
-    """Try until it succeeds, or has failed too often.
+def retried(address: str, attempt: Callable[[], T], made_progress: Callable[[], bool] = lambda: False) -> T | None:
+    """Call a function until it succeeds, at most ``TRIES`` times in a row without progress.
 
     Args:
-        address: For the message.
-        attempt: What to do.
-        is_further: Whether a failed attempt has brought something; then the caller goes on from there.
+        address: Address for the error message.
+        attempt: The function to call.
+        made_progress: Returns whether a failed attempt made progress; the caller then continues from there.
 
     Returns:
-        What the attempt returned; None if it was brought further and no more.
+        The result of the function; None if an attempt failed but made progress.
 
     Raises:
-        InputError: It failed too often.
+        InputError: All attempts failed.
     """
     for number in range(TRIES):
         try:
             return attempt()
-        except MayPassError as error:
-            if is_further():
+        except TransientError as error:
+            if made_progress():
                 return None
             if number == TRIES - 1:
-                raise InputError(f"{address}: cannot be read: {error.why}; tried {TRIES} times") from error
+                raise InputError(
+                    f"{address}: cannot be read: {error.why} ({TRIES} attempts); check the connection and run again"
+                ) from error
             time.sleep(FIRST_WAIT * 2**number * random.uniform(0.8, 1.2))
     raise AssertionError
 
 
-def side_by_side(function: Callable[[T], R], items: Iterable[T], ahead: int = CONNECTIONS) -> Iterator[R]:
-    """Yield what a function gives for each item, in their order, while the next few are worked on.
+def map_concurrently(function: Callable[[T], R], items: Iterable[T], ahead: int = CONNECTIONS) -> Iterator[R]:
+    """Yield the results of a function for each item, in order, while the next items are processed in threads.
 
-    The function may read ranges, but may not call this in turn.
+    The function may read ranges, but must not call ``map_concurrently`` itself.
 
     Args:
-        function: What to do, mostly waiting for the network.
-        items: For which.
-        ahead: How many, besides the one that is waited for.
+        function: The function, which mostly waits for the network.
+        items: Its arguments.
+        ahead: Number of items processed in advance.
     """
     waiting: deque[Future[R]] = deque()
     try:
@@ -144,5 +148,5 @@ def side_by_side(function: Callable[[T], R], items: Iterable[T], ahead: int = CO
 
 @cache
 def _pool(name: str) -> ThreadPoolExecutor:
-    """Return one of the two pools: whoever works in ``block`` may wait for ``chunk``, never the other way."""
+    """Return one of two thread pools: tasks in ``block`` may wait for tasks in ``chunk``, never the reverse."""
     return ThreadPoolExecutor(CONNECTIONS, thread_name_prefix=f"remote-{name}")

@@ -1,8 +1,8 @@
-"""A path of an address, which the readers can ask as they ask a ``Path``, and the store that answers for it.
+"""Paths of addresses, with the interface of ``pathlib.Path`` that the readers use.
 
-Knows nothing of any protocol (``stores`` does). What an address carries besides the place, a password or the signature
-of a presigned URL, stays in the store that makes the requests: the text of a path is safe to print and to record.
-Nothing is imported for local paths.
+This module is independent of any protocol (see ``stores``). The secret parts of an address, such as a password or the
+signature of a presigned URL, stay in the store that makes the requests, so the text of a path is safe to print and to
+record. Local paths import nothing.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from lora_diag.errors import InputError
 if TYPE_CHECKING:
     from lora_diag.checkpoints.stores import Facts, Store
 
-# How much a file is read ahead while its header is looked at.
+# Read-ahead while the header of a file is read.
 BUFFER_BYTES = 2**16
 
 
 @dataclass(frozen=True, order=True)
 class RemotePath:
-    """A file or folder on object storage, with as much of ``pathlib.Path`` as the readers use.
+    """A file or folder on object storage, with the part of ``pathlib.Path`` that the readers use.
 
     Args:
-        address: As it may be shown, without a slash at its end.
-        store: Who makes the requests, and remembers for all paths of one command what it was told.
+        address: The printable address, without a trailing slash.
+        store: The store that makes the requests and caches the answers for all paths of one command.
     """
 
     address: str
@@ -50,18 +50,18 @@ class RemotePath:
 
     @property
     def name(self) -> str:
-        """The last part; empty for a bucket or a host itself."""
+        """The last part of the path; empty for a bucket or host."""
         last = self.address.partition("://")[2].partition("/")[2].rpartition("/")[2]
         return unquote(last) if self.address.startswith(WEB) else last
 
     @property
     def suffix(self) -> str:
-        """The ending of the name, with its dot."""
+        """The extension of the name, with its dot."""
         return PurePosixPath(self.name).suffix
 
     @property
     def parent(self) -> RemotePath:
-        """The folder around it; of a bucket or a host, itself."""
+        """The parent folder; a bucket or host is its own parent."""
         return RemotePath(self.address.rpartition("/")[0], self.store) if self.name else self
 
     def as_posix(self) -> str:
@@ -69,38 +69,38 @@ class RemotePath:
         return self.address
 
     def match(self, pattern: str) -> bool:
-        """Say whether the name matches a pattern."""
+        """Return whether the name matches a pattern."""
         return fnmatchcase(self.name, pattern)
 
     def is_file(self) -> bool:
-        """Say whether a file is there."""
+        """Return whether the path is an existing file."""
         return self.store.is_file(self.address)
 
     def is_dir(self) -> bool:
-        """Say whether it is a folder; of a web server, which has none, whether it can only be meant as one."""
+        """Return whether the path is a folder; on a web server, which has none, whether it can only mean a folder."""
         return self.store.is_folder(self.address)
 
     def exists(self) -> bool:
-        """Say whether anything is there."""
+        """Return whether the path exists."""
         return self.is_dir() or self.is_file()
 
     def iterdir(self) -> Iterator[RemotePath]:
-        """Yield what is in a folder; nothing where the server cannot tell."""
+        """Yield the content of a folder; nothing if the server cannot list it."""
         yield from (RemotePath(address, self.store) for address in self.store.children(self.address))
 
     def glob(self, pattern: str) -> Iterator[RemotePath]:
-        """Yield what in the folder has a name that matches a pattern."""
+        """Yield the paths in the folder whose names match a pattern."""
         yield from (path for path in self.iterdir() if path.match(pattern))
 
     def facts(self) -> Facts:
-        """Return size and version.
+        """Return size and version of the file.
 
         Raises:
-            InputError: Nothing is there.
+            InputError: The file does not exist.
         """
         found = self.store.facts(self.address)
         if found is None:
-            raise InputError(f"{self}: no such file")
+            raise InputError(f"{self}: no such file; check the address")
         return found
 
     def stat(self) -> Any:
@@ -111,8 +111,8 @@ class RemotePath:
         """Fill a buffer with the bytes from ``offset`` on.
 
         Raises:
-            InputError: They cannot be read, the file has changed since it was opened, or the server answers something
-                else than it was asked.
+            InputError: The range cannot be read, the file has changed since it was opened, or the server sent other
+                bytes than requested.
         """
         from lora_diag.checkpoints.ranges import fill
 
@@ -125,16 +125,19 @@ class RemotePath:
         return bytes(content)
 
     def open(self, mode: str = "rb") -> io.BufferedReader:
-        """Open it for reading bytes."""
+        """Open the file for reading bytes."""
         assert mode == "rb"
         return io.BufferedReader(_Raw(self), BUFFER_BYTES)
 
     @contextmanager
     def downloaded(self) -> Iterator[str]:
-        """Give the whole file as a local one, for formats that cannot be read by ranges; it is removed afterwards.
+        """Download the whole file temporarily, for formats that cannot be read by ranges.
+
+        Yields:
+            Path of the local copy, which is removed afterwards.
 
         Raises:
-            InputError: The disk for temporary files (``TMPDIR``) has no room for it, or it cannot be read.
+            InputError: The disk for temporary files (``TMPDIR``) has too little space, or the file cannot be read.
         """
         import shutil
         import tempfile
@@ -142,7 +145,7 @@ class RemotePath:
         size, free = self.facts().size, shutil.disk_usage(tempfile.gettempdir()).free
         if size > free:
             raise InputError(
-                f"{self}: this format is read whole, and its {size:,} bytes do not fit into {tempfile.gettempdir()} "
+                f"{self}: this format is read whole, but its {size:,} bytes do not fit into {tempfile.gettempdir()} "
                 f"({free:,} free); set TMPDIR to a larger disk, or convert it to safetensors, which is read by ranges"
             )
         with tempfile.NamedTemporaryFile(prefix="loradiag-") as copy:
@@ -156,7 +159,7 @@ class RemotePath:
 
 
 class _Raw(io.RawIOBase):
-    """A remote file as a stream that can seek."""
+    """A remote file as a seekable stream."""
 
     def __init__(self, path: RemotePath) -> None:
         self._path, self._at, self._size = path, 0, path.facts().size
@@ -179,48 +182,49 @@ class _Raw(io.RawIOBase):
         return count
 
 
-def as_path(words: Path | str) -> Path:
-    """Return a path: of an address a ``RemotePath``, which answers what the readers ask of a ``Path``.
+def as_path(address: Path | str) -> Path:
+    """Return a path: a ``RemotePath`` for an address, else a ``Path``.
 
-    One that is given stays as it is, with what its store knows already: so a command makes paths of its words once.
+    A ``RemotePath`` is returned unchanged, with the answers that its store has cached; a command therefore converts
+    each of its arguments once.
 
     Raises:
-        InputError: The address is not complete, or what reads it is not installed.
+        InputError: The address is incomplete, or the package that reads it is not installed.
     """
-    if isinstance(words, RemotePath):
-        return cast(Path, words)
-    found = ADDRESS.fullmatch(str(words))
+    if isinstance(address, RemotePath):
+        return cast(Path, address)
+    found = ADDRESS.fullmatch(str(address))
     if found is None:
-        if SCHEME.match(str(words)) and not Path(words).exists():
-            raise InputError(f"{shown(words)}: only s3://, gs://, hf://, https:// and http:// addresses are read")
-        return Path(words)
-    root = shown(words).rstrip("/")
+        if SCHEME.match(str(address)) and not Path(address).exists():
+            raise InputError(f"{shown(address)}: unsupported scheme; give s3://, gs://, hf://, https:// or http://")
+        return Path(address)
+    root = shown(address).rstrip("/")
     return cast(Path, RemotePath(root, _open_store(found[1].lower(), found[2], root)))
 
 
 def _open_store(scheme: str, rest: str, root: str) -> Store:
-    """Return who makes the requests for an address.
+    """Return the store for an address.
 
     Args:
         scheme: ``s3``, ``gs``, ``hf``, ``https`` or ``http``.
-        rest: What is behind ``://``, secrets included.
-        root: The address as it may be shown.
+        rest: The part after ``://``, with secrets.
+        root: The printable address.
 
     Raises:
-        InputError: The address is not complete, or what reads it is not installed.
+        InputError: The address is incomplete, or the package that reads it is not installed.
     """
     if scheme in WEB:
         parts = urlsplit(f"{scheme}://{rest}")
         if not parts.hostname:
-            raise InputError(f"{root}: names no host")
+            raise InputError(f"{root}: the address has no host; give https://host/path")
         from lora_diag.checkpoints.stores_web import HttpStore
 
         user = (unquote(parts.username), unquote(parts.password or "")) if parts.username else None
         return HttpStore(root, user, parts.query)
     if "@" in rest.partition("/")[0] or "?" in rest:
         raise InputError(
-            f"{root}: {scheme}:// takes no password and no query; credentials are found where the tools of that cloud "
-            "look for them (environment, configuration files)"
+            f"{root}: {scheme}:// accepts no password and no query; provide credentials as for the tools of that cloud "
+            "(environment, configuration files)"
         )
     if scheme == "hf":
         from lora_diag.checkpoints.stores_hub import open_hub

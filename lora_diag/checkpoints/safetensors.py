@@ -1,8 +1,8 @@
 """The safetensors format: an 8-byte length, a JSON header, then the bytes of every tensor.
 
-The header is parsed here rather than by the library, for three reasons: ranges are read with ``pread`` into memory of
-their own, so that a page of a 100 GB checkpoint never counts as resident and a file that shrinks gives an error
-instead of a SIGBUS; duplicate names, which the library accepts, are refused; and opening costs no torch import.
+The header is parsed here and not by the library, for three reasons. Ranges are read with ``pread`` into separate
+memory, so pages of a 100 GB checkpoint never count as resident, and a file that shrinks gives an error instead of a
+SIGBUS. Duplicate names, which the library accepts, are refused. Opening imports no torch.
 
 Reference: https://github.com/huggingface/safetensors#format
 """
@@ -23,7 +23,7 @@ from lora_diag.errors import InputError
 if TYPE_CHECKING:
     import torch
 
-# The library's own limit, so that a hostile length cannot make us allocate.
+# The library's own limit, which prevents huge allocations for a hostile length.
 MAX_HEADER_BYTES = 100_000_000
 
 # dtype in the file -> torch's name, bits per entry.
@@ -60,7 +60,7 @@ class SafetensorsFile:
         path: The file.
 
     Raises:
-        InputError: The header is not one, or does not describe the file's bytes exactly.
+        InputError: The header is invalid, or does not describe the file's bytes exactly.
     """
 
     label = "safetensors"
@@ -76,21 +76,21 @@ class SafetensorsFile:
         self._bytes = {name: end - begin for name, (begin, end) in spans.items()}
         self._descriptor: int | None = None
         if isinstance(path, RemotePath) and not path.facts().version:
-            self.notes = (f"the server names no version of {path.name}: if it changes meanwhile, that goes unnoticed",)
+            self.notes = (f"the server reports no version of {path.name}: changes during the run are not detected",)
 
     @staticmethod
     def matches(path: Path) -> bool:
-        """Say whether this format claims the file."""
+        """Return whether this format claims the file."""
         return path.suffix == ".safetensors"
 
     def read(self, name: str, start: int, stop: int) -> torch.Tensor:
-        """Return the entries ``start:stop`` of a tensor (row-major, stored dtype, memory of its own)."""
-        import torch  # here, so that looking at headers stays instant
+        """Return a copy of the entries ``start:stop`` of a tensor (row-major, stored dtype)."""
+        import torch  # imported here, so that headers can be read without torch
 
         info = self.tensors[name]
         dtype = getattr(torch, info.dtype, None)
         if dtype is None:
-            raise InputError(f"{self.path}: {name} is stored as {info.dtype}, which this torch cannot represent")
+            raise InputError(f"{self.path}: {name} is stored as {info.dtype}, which needs a newer version of torch")
         out = torch.empty(stop - start, dtype=dtype)
         buffer = memoryview(out.view(torch.uint8).numpy().data)
         self._fill(buffer, self._start[name] + start * dtype.itemsize, name)
@@ -119,7 +119,7 @@ class SafetensorsFile:
             raise InputError(f"{self.path}: cannot read {name}: {error.strerror}") from error
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave the open descriptor behind: a copy in another process opens its own."""
+        """Drop the open descriptor: a copy in another process opens its own."""
         return self.__dict__ | {"_descriptor": None}
 
     def __del__(self) -> None:
@@ -135,7 +135,7 @@ def _read_header(path: Path) -> tuple[dict[str, Any], int, int]:
             length = int.from_bytes(file.read(8), "little")
             if size < 8 or length > size - 8 or length > MAX_HEADER_BYTES:
                 raise InputError(
-                    f"{path}: not a whole safetensors file: it has {size:,} bytes "
+                    f"{path}: not a complete safetensors file: it has {size:,} bytes "
                     + (f"and its header claims {length:,}" if size >= 8 else "and needs at least 8")
                     + "; copy or download it again"
                 )
@@ -145,7 +145,7 @@ def _read_header(path: Path) -> tuple[dict[str, Any], int, int]:
     try:
         header = loads(raw, _unique)
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: the safetensors header is not valid: {error}") from error
+        raise InputError(f"{path}: the safetensors header is invalid: {error}; copy or download it again") from error
     if not isinstance(header, dict):
         raise InputError(f"{path}: the safetensors header is a {type(header).__name__}, not an object")
     return header, 8 + length, size - 8 - length
@@ -169,7 +169,7 @@ def _metadata(value: Any, path: Path) -> dict[str, str]:
 def _tensors(
     header: dict[str, Any], data_bytes: int, path: Path
 ) -> tuple[dict[str, TensorInfo], dict[str, tuple[int, int]]]:
-    """Check every entry of the header and that together they cover the data exactly once."""
+    """Return all entries of the header, after checking that together they cover the data exactly once."""
     tensors: dict[str, TensorInfo] = {}
     spans: dict[str, tuple[int, int]] = {}
     for name, entry in header.items():
@@ -194,12 +194,12 @@ def _tensor(name: str, entry: Any, path: Path) -> tuple[TensorInfo, tuple[int, i
     try:
         code, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
     except (TypeError, KeyError, ValueError) as error:
-        raise InputError(f"{path}: the header entry of {name} lacks dtype, shape or data_offsets") from error
+        raise InputError(f"{path}: the header entry of {name} has no dtype, shape or data_offsets") from error
     if not isinstance(code, str) or code not in DTYPES:
         raise InputError(f"{path}: {name} has the unknown dtype {code!r}")
     if not isinstance(shape, list) or not all(map(is_size, [*shape, begin, end])) or begin > end:
-        raise InputError(f"{path}: the header entry of {name} has an impossible shape or offset")
+        raise InputError(f"{path}: the header entry of {name} has an invalid shape or offset")
     dtype, bits = DTYPES[code]
     if math.prod(shape) * bits != (end - begin) * 8:
-        raise InputError(f"{path}: {name} is {code} {shape}, which does not take the {end - begin:,} bytes it is given")
+        raise InputError(f"{path}: {name} is {code} {shape}, which does not match its size of {end - begin:,} bytes")
     return TensorInfo(name, tuple(shape), dtype), (begin, end)

@@ -1,11 +1,11 @@
-"""8-bit weights with a scale per tensor, row or block: FP8 checkpoints, and int8 ones of compressed-tensors.
+"""8-bit weights with a scale per tensor, row or block: FP8 checkpoints, and int8 weights of compressed-tensors.
 
     W[i, j] = code[i, j] · scale[⌊i / b_out⌋, ⌊j / b_in⌋]
 
-``scale`` is stored beside the weight as ``…_scale_inv`` (DeepSeek, Qwen and transformers' fine-grained FP8) or as
-``…_scale`` (fbgemm, compressed-tensors, modelopt). Both multiply, whatever ``_inv`` suggests. Blocks at the right and
-lower edge are cropped. A scale per tensor is one block, a scale per row is blocks of 1 × in; for a stack of experts
-``(E, out, in)`` each has its own grid of scales, or all share one number.
+``scale`` is stored with the weight as ``…_scale_inv`` (DeepSeek, Qwen and transformers' fine-grained FP8) or
+``…_scale`` (fbgemm, compressed-tensors, modelopt). Both are multipliers, despite the name ``_inv``. Blocks at the right
+and lower edge are cropped. A scale per tensor is one block; a scale per row is a block of 1 × in. In a stack of experts
+``(E, out, in)``, each expert has its own grid of scales, or all share one number.
 """
 
 from __future__ import annotations
@@ -29,21 +29,21 @@ FLOAT8 = {
 }
 
 SCALES = ("_scale_inv", "_scale")
-# Scales of activations, which say nothing about the weight; named after the weight's module.
+# Scales of activations, which do not affect the weight; named after the weight's module.
 ACTIVATIONS = ("input_scale", "output_scale", "activation_scale", "activation_scale_inv")
-# Quantization methods whose every 8-bit float has a scale.
+# Quantization methods in which every 8-bit float has a scale.
 METHODS = ("fp8", "fbgemm_fp8", "compressed-tensors", "modelopt")
 
 
 @dataclass(frozen=True, slots=True)
 class Grid:
-    """How scales lie over a weight.
+    """Layout of the scales of a weight.
 
     Args:
-        rows: Rows of scales of one matrix.
+        rows: Rows of scales per matrix.
         columns: Columns of scales.
-        block: Rows and columns of the weight under one scale.
-        per_matrix: Whether each matrix of a stack has scales of its own.
+        block: Rows and columns of the weight that share a scale.
+        per_matrix: Whether each matrix of a stack has its own scales.
     """
 
     rows: int
@@ -57,12 +57,12 @@ class ScaledWeight:
     """A weight stored as 8-bit codes and scales.
 
     Args:
-        source: The checkpoint as it is stored.
-        info: The weight as it is presented.
-        scale: Name of the scales.
-        grid: How they lie over the weight.
+        source: The checkpoint as stored.
+        info: The weight as presented.
+        scale: Name of the tensor of scales.
+        grid: Layout of the scales.
         parts: Names of the tensors that belong to the weight and are not presented.
-        divisor: What every product is divided by; 127 for bitsandbytes, which stores the largest value of a row.
+        divisor: Divisor of every product; 127 for bitsandbytes, which stores the largest absolute value of a row.
     """
 
     source: Checkpoint
@@ -84,7 +84,7 @@ class ScaledWeight:
         codes = self.source.read(self.info.name, start, stop).float()
         if self.info.stored in FLOAT8:
             mantissa, smallest = FLOAT8[self.info.stored]
-            # code = f · 2^e with f in [1/2, 1), so ⌊log2|code|⌋ = e − 1; below the normal numbers the step is constant.
+            # code = f · 2^e with f in [1/2, 1), so ⌊log2|code|⌋ = e − 1; the step of subnormal numbers is constant.
             exponent = torch.where(codes == 0, smallest, torch.frexp(codes).exponent - 1).clamp(min=smallest)
             steps = torch.ldexp(torch.ones_like(codes), exponent - mantissa)
         else:
@@ -108,7 +108,7 @@ class ScaledWeight:
         return values if self.divisor == 1 else values.div_(self.divisor)
 
     def _rows_of_scales(self, first: int, last: int) -> torch.Tensor:
-        """Return the scales over the rows ``first:last`` of all matrices one below the other, float32."""
+        """Return the scales of the rows ``first:last`` of all matrices stacked vertically, float32."""
         import torch
 
         grid, height = self.grid, _matrix(self.info.shape)[0]
@@ -125,11 +125,11 @@ def find(source: Checkpoint, config: Mapping[str, Any]) -> Iterator[ScaledWeight
     """Yield the 8-bit weights that have scales.
 
     Args:
-        source: The checkpoint as it is stored.
+        source: The checkpoint as stored.
         config: Its ``quantization_config``.
 
     Raises:
-        InputError: The scales of a weight are missing, or do not fit it.
+        InputError: The scales of a weight are missing or have the wrong shape.
     """
     blocks = _configured_blocks(source, config)
     bare = []
@@ -145,7 +145,7 @@ def find(source: Checkpoint, config: Mapping[str, Any]) -> Iterator[ScaledWeight
         scaled = True
         if name + "_zero_point" in source:
             raise InputError(
-                f"{source.file_of(name)}: {name} has zero points beside its scales; they are not supported"
+                f"{source.file_of(name)}: {name} has unsupported zero points; give the unquantized checkpoint"
             )
         module = name.rpartition(".")[0]
         unused = (f"{module}.{activation}" for activation in ACTIVATIONS)
@@ -158,30 +158,33 @@ def find(source: Checkpoint, config: Mapping[str, Any]) -> Iterator[ScaledWeight
         )
     if bare and (scaled or config.get("quant_method") in METHODS):
         raise InputError(
-            f"{source.file_of(bare[0])}: {bare[0]} is stored as {source[bare[0]].dtype}, but its scales "
-            f"({bare[0]}{SCALES[0]} or {bare[0]}{SCALES[1]}) are missing"
+            f"{source.file_of(bare[0])}: {bare[0]} is stored as {source[bare[0]].dtype} without scales "
+            f"({bare[0]}{SCALES[0]} or {bare[0]}{SCALES[1]}); save the model again"
         )
 
 
 def grid_of(source: Checkpoint, name: str, scale: str, blocks: tuple[int, int] | None = None) -> Grid:
-    """Return how the scales lie over a weight.
+    """Return the layout of the scales of a weight.
 
     Args:
-        source: The checkpoint as it is stored.
-        name: The weight.
-        scale: Its scales.
-        blocks: Rows and columns of a block, if the configuration says so.
+        source: The checkpoint as stored.
+        name: Name of the weight.
+        scale: Name of its scales.
+        blocks: Rows and columns of a block, if the configuration gives them.
 
     Raises:
-        InputError: The scales are not floats, or their shape does not fit the weight's.
+        InputError: The scales are not floats, or their shape does not match the weight's.
     """
     weight, scales = source[name], source[scale]
     if scales.dtype not in FLOAT_DTYPES | {"float8_e8m0fnu"}:
-        raise InputError(f"{source.file_of(scale)}: {scale} is stored as {scales.dtype}, which is not a scale")
+        raise InputError(
+            f"{source.file_of(scale)}: {scale} is stored as {scales.dtype}, but scales must be floats; "
+            "save the model again"
+        )
     rows, columns = _matrix(weight.shape)
     if scales.numel == 1:
         return Grid(1, 1, (rows, columns), per_matrix=False)
-    # Missing last dimensions mean that one scale serves all of theirs: (out) is (out, 1).
+    # Missing trailing dimensions have one scale for all entries: (out) is (out, 1).
     shape = scales.shape + (1,) * (len(weight.shape) - len(scales.shape))
     *stack, down, across = shape if len(shape) > 1 else (*shape, 1)
     if stack == list(weight.shape[:-2]) and down in {1, rows} and across == 1:
@@ -194,17 +197,17 @@ def grid_of(source: Checkpoint, name: str, scale: str, blocks: tuple[int, int] |
     ):
         expected = f" in blocks of {blocks[0]} × {blocks[1]}" if blocks else ""
         raise InputError(
-            f"{source.file_of(scale)}: {scale} has the shape {list(scales.shape)}, which does not fit {name} "
-            f"{list(weight.shape)}{expected}"
+            f"{source.file_of(scale)}: {scale} has shape {list(scales.shape)}, which does not match {name} "
+            f"{list(weight.shape)}{expected}; save the model again"
         )
     return Grid(down, across, block)
 
 
 def _block(size: int, count: int) -> int:
-    """Infer the size of a block, of which ``count`` cover ``size`` with the last one perhaps cropped; 0 if none does.
+    """Infer the block size if ``count`` blocks, the last perhaps cropped, cover ``size``; 0 if no size is plausible.
 
-    The sizes that fit lie in [size / count, size / (count − 1)), which holds at most one power of two; formats use
-    those, mostly 128. Without one, only an exact quotient is believed.
+    The possible sizes lie in [size / count, size / (count − 1)), which contains at most one power of two. Formats use
+    powers of two, mostly 128; without one, only an exact quotient is accepted.
     """
     if count == 1:
         return size
@@ -216,7 +219,7 @@ def _block(size: int, count: int) -> int:
 
 
 def _matrix(shape: tuple[int, ...]) -> tuple[int, int]:
-    """Return rows and columns of one matrix of a stack; a vector is a column, so that it may have a scale per entry.
+    """Return rows and columns of one matrix of a stack; a vector is a column, so it can have a scale per entry.
 
     >>> _matrix((8, 32, 64)), _matrix((32,))
     ((32, 64), (32, 1))
@@ -230,5 +233,5 @@ def _configured_blocks(source: Checkpoint, config: Mapping[str, Any]) -> tuple[i
     if value is None:
         return None
     if not (isinstance(value, list) and len(value) == 2 and all(type(size) is int and size > 0 for size in value)):
-        raise InputError(f"{source.path}: weight_block_size in config.json is {value!r}, not two positive numbers")
+        raise InputError(f"{source.path}: weight_block_size in config.json is {value!r}, not two positive integers")
     return value[0], value[1]

@@ -1,9 +1,8 @@
-"""Who makes the requests for an address: what every store has in common.
+"""Stores answer the requests for an address: the base class of all stores, and helpers.
 
-A store hands out nothing that it cannot vouch for. Every range is held against what was asked for (its place, its
-length, the size of the whole file) and against the version of the file that its header was read from; whatever differs
-is an error, never data. Trying again and cutting into chunks is the business of ``ranges``; one protocol is one file
-beside this one.
+A store returns only verified data. Every range is checked against the request (position, length and size of the whole
+file) and against the version of the file whose header was read; any difference is an error. Retries and chunks belong
+to ``ranges``; each protocol has its own module ``stores_*``.
 """
 
 from __future__ import annotations
@@ -16,24 +15,24 @@ from typing import Any
 from lora_diag.checkpoints.addresses import shown
 from lora_diag.errors import InputError
 
-# File systems by scheme, process and the variables by which clouds are told who asks, which a notebook may change.
+# File systems by scheme, process and the credential variables of the environment, which a notebook may change.
 SETTINGS = ("AWS_", "GOOGLE_", "GCSFS_", "FSSPEC_")
 _FILE_SYSTEMS: dict[Any, Any] = {}
 
-# Answers of a server that may be another one in a moment.
-PASSING = frozenset({408, 425, 429, 500, 502, 503, 504})
-CHANGED = "has changed since its header was read; run again once it stays as it is"
+# HTTP status codes that a retry may solve.
+TRANSIENT = frozenset({408, 425, 429, 500, 502, 503, 504})
+CHANGED = "the file has changed since its header was read; run again when it no longer changes"
 
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """What a store says of a file.
+    """Properties of a file in a store.
 
     Args:
-        size: Bytes.
-        version: What changes when the content does: an ETag, a generation, else a date; empty if it says nothing.
-        head: Its first bytes, as far as they came with the answer.
-        ranged: Whether ranges can be asked for; else ``head`` is all of it.
+        size: Size in bytes.
+        version: Identifier that changes with the content: an ETag, a generation, or else a date; empty if unknown.
+        head: The first bytes, as far as they came with the answer.
+        ranged: Whether ranges can be requested; otherwise ``head`` is the whole file.
     """
 
     size: int
@@ -43,7 +42,7 @@ class Facts:
 
 
 class Store:
-    """What is common: files are asked about once, and a copy for another process opens its own connections."""
+    """Base class of stores: files are queried once, and a copy for another process opens its own connections."""
 
     note = ""
 
@@ -52,7 +51,7 @@ class Store:
         self._fs: Any = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave connections behind, and first bytes that can be read again; not the versions that were seen."""
+        """Drop connections and cached first bytes that can be read again; keep the recorded versions."""
         known = {
             address: replace(facts, head=b"") if facts is not None and facts.ranged else facts
             for address, facts in self._known.items()
@@ -60,13 +59,13 @@ class Store:
         return self.__dict__ | {"_fs": None, "_known": known}
 
     def facts(self, address: str) -> Facts | None:
-        """Return what is known of a file; None if it is not there."""
+        """Return the properties of a file; None if it does not exist."""
         if address not in self._known:
             self._known[address] = self._find(address)
         return self._known[address]
 
     def is_file(self, address: str) -> bool:
-        """Say whether a file is there."""
+        """Return whether a file exists."""
         return self.facts(address) is not None
 
     def join(self, address: str, name: str) -> str:
@@ -74,19 +73,19 @@ class Store:
         return f"{address}/{name}"
 
     def is_folder(self, address: str) -> bool:
-        """Say whether it is a folder."""
+        """Return whether the address is a folder."""
         raise NotImplementedError
 
     def children(self, address: str) -> Iterable[str]:
-        """Return the addresses of what is in a folder, as far as the store can tell."""
+        """Return the addresses of a folder's content, as far as the store can list it."""
         raise NotImplementedError
 
     def read_range(self, address: str, start: int, buffer: memoryview, facts: Facts) -> None:
         """Fill a buffer with the bytes from ``start`` on, by one request.
 
         Raises:
-            MayPassError: It failed in a way that may pass.
-            InputError: It failed for good, or something else came than was asked for.
+            TransientError: The request failed, and a retry may succeed.
+            InputError: The request failed permanently, or the answer is not what was requested.
         """
         raise NotImplementedError
 
@@ -95,10 +94,10 @@ class Store:
 
 
 def filesystem(scheme: str, **options: Any) -> Any:
-    """Return the file system of fsspec that all stores of a scheme share: a client for S3 takes a second to make.
+    """Return the fsspec file system shared by all stores of a scheme, since creating an S3 client takes a second.
 
     Raises:
-        InputError: It is not installed; the message says how to install it.
+        InputError: The package is not installed; the message gives the command that installs it.
     """
     settings = frozenset(item for item in os.environ.items() if item[0].startswith(SETTINGS))
     key = (scheme, os.getpid(), settings)
@@ -114,7 +113,7 @@ def filesystem(scheme: str, **options: Any) -> Any:
     return _FILE_SYSTEMS[key]
 
 
-def words_of(error: BaseException) -> str:
-    """Return one line of an error of a library, without what an address in it must not show."""
+def first_line_of(error: BaseException) -> str:
+    """Return the first line of a library's error, without the secret parts of addresses."""
     lines = str(error).splitlines()
     return shown(lines[0])[:300] if lines else type(error).__name__

@@ -1,6 +1,6 @@
 """Files in buckets, through the file systems of fsspec: ``s3://`` by s3fs, ``gs://`` by gcsfs.
 
-A folder is listed once, and what the listing says of a file is what its ranges are held against.
+A folder is listed once; ranges are checked against the sizes and versions of the listing.
 """
 
 from __future__ import annotations
@@ -8,11 +8,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from lora_diag.checkpoints.ranges import MayPassError, retried
-from lora_diag.checkpoints.stores import CHANGED, PASSING, Facts, Store, filesystem, words_of
+from lora_diag.checkpoints.ranges import TransientError, retried
+from lora_diag.checkpoints.stores import CHANGED, TRANSIENT, Facts, Store, filesystem, first_line_of
 from lora_diag.errors import InputError
 
-# Errors of botocore, which is not there to be asked without s3fs, by which a connection or an answer broke.
+# Names of botocore's errors for broken connections and answers; botocore is importable only with s3fs.
 BROKEN = frozenset({"ConnectionError", "HTTPClientError", "ResponseStreamingError", "IncompleteReadError"})
 
 
@@ -29,15 +29,15 @@ class BucketStore(Store):
         self._listed: dict[str, dict[str, Any]] = {}
 
     def is_folder(self, address: str) -> bool:
-        """Say whether anything lies under an address."""
+        """Return whether any file lies under an address."""
         return bool(self._entries(address))
 
     def children(self, address: str) -> Iterable[str]:
-        """Return the addresses of what is in a folder."""
+        """Return the addresses of a folder's content."""
         return list(self._entries(address))
 
     def read_range(self, address: str, start: int, buffer: memoryview, facts: Facts) -> None:
-        """Fill a buffer by one request, held to the version of the file: S3 checks it, of others it is asked after."""
+        """Fill a buffer by one request and check the file's version: S3 checks it itself, others are queried after."""
         stop = start + len(buffer)
         if self._scheme == "s3":
             content = self._call(address, self._read_s3, address, start, stop, facts)
@@ -47,22 +47,22 @@ class BucketStore(Store):
             if content is None or now is None or _facts(now) != facts:
                 raise InputError(f"{address}: {CHANGED}")
         if len(content) > len(buffer):
-            raise InputError(f"{address}: the store sent more bytes than it was asked for")
+            raise InputError(f"{address}: the store sent more bytes than requested; download the file")
         buffer[: len(content)] = content
         if len(content) < len(buffer):
-            raise MayPassError("the answer was cut short", len(content))
+            raise TransientError("the answer was cut short", len(content))
 
     def _find(self, address: str) -> Facts | None:
         listed = self._listed.get(address.rpartition("/")[0])
         if listed is not None:
             entry = listed.get(address)
-        else:  # a file that was named itself: its folder may hold very many
+        else:  # not listed: the folder of a single requested file may be very large
             self._open()
             entry = retried(address, lambda: self._call(address, self._fs.info, _key(address)))
         return _facts(entry) if entry is not None and entry.get("type") == "file" else None
 
     def _entries(self, folder: str) -> dict[str, Any]:
-        """Return what is in a folder by its address, asking once."""
+        """Return the entries of a folder by address, with one request."""
         if folder not in self._listed:
             self._open()
             found = retried(folder, lambda: self._call(folder, self._fs.ls, _key(folder), detail=True, refresh=True))
@@ -72,30 +72,30 @@ class BucketStore(Store):
 
     def _open(self) -> None:
         if self._fs is None:
-            # Trying again is done here, where it is counted.
+            # Retries are done and counted in ``ranges``.
             options = {"config_kwargs": {"retries": {"max_attempts": 0}}} if self._scheme == "s3" else {}
             self._fs = filesystem(self._scheme, use_listings_cache=False, **options)
             if self._scheme == "s3":
                 self._fs.retries = 1
 
-    def _call(self, address: str, function: Callable[..., Any], *words: Any, **options: Any) -> Any:
-        """Call a file system, and say what its many errors mean."""
+    def _call(self, address: str, function: Callable[..., Any], *args: Any, **options: Any) -> Any:
+        """Call a method of the file system and translate its errors."""
         self._open()
         try:
-            return function(*words, **options)
+            return function(*args, **options)
         except FileNotFoundError:
             return None
-        except (InputError, MayPassError):
+        except (InputError, TransientError):
             raise
         except PermissionError as error:
-            raise InputError(f"{address}: access is denied: {words_of(error)}{self._needs()}") from error
-        except Exception as error:  # of fsspec, of aiohttp, of two cloud libraries
+            raise InputError(f"{address}: access is denied: {first_line_of(error)}{self._needs()}") from error
+        except Exception as error:  # from fsspec, aiohttp and two cloud libraries
             if "credentials" in type(error).__name__.lower() or "token" in type(error).__name__.lower():
                 public = "; for a public bucket set FSSPEC_S3_ANON=true" if self._scheme == "s3" else ""
-                raise InputError(f"{address}: no credentials: {words_of(error)}{public}") from error
+                raise InputError(f"{address}: no credentials: {first_line_of(error)}{public}") from error
             if isinstance(error, OSError) or any(kind.__name__ in BROKEN for kind in type(error).__mro__):
-                raise MayPassError(words_of(error)) from error
-            raise InputError(f"{address}: cannot be read: {words_of(error)}") from error
+                raise TransientError(first_line_of(error)) from error
+            raise InputError(f"{address}: cannot be read: {first_line_of(error)}") from error
 
     def _needs(self) -> str:
         return "; reading needs s3:GetObject and s3:ListBucket" if self._scheme == "s3" else ""
@@ -121,18 +121,18 @@ class BucketStore(Store):
             if status in {404, 412, 416}:
                 raise InputError(f"{address}: {CHANGED} (the store answers {status})") from error
             if status in {401, 403}:
-                raise InputError(f"{address}: access is denied: {words_of(error)}{self._needs()}") from error
-            if status in PASSING:
-                raise MayPassError(f"the store answers {status}") from error
-            raise InputError(f"{address}: cannot be read: {words_of(error)}") from error
+                raise InputError(f"{address}: access is denied: {first_line_of(error)}{self._needs()}") from error
+            if status in TRANSIENT:
+                raise TransientError(f"the store answers {status}") from error
+            raise InputError(f"{address}: cannot be read: {first_line_of(error)}") from error
         async with response["Body"] as body:
             if (
                 response.get("ContentLength") != stop - start
                 or response.get("ContentRange") != f"bytes {start}-{stop - 1}/{facts.size}"
             ):
                 raise InputError(
-                    f"{address}: the store sent {response.get('ContentRange', 'no range')!r} when asked for bytes "
-                    f"{start:,} to {stop:,} of {facts.size:,}"
+                    f"{address}: the store sent {response.get('ContentRange', 'no range')!r} instead of bytes "
+                    f"{start:,} to {stop:,} of {facts.size:,}; download the file and give the local path"
                 )
             if facts.version and response.get("ETag", facts.version) != facts.version:
                 raise InputError(f"{address}: {CHANGED}")

@@ -1,7 +1,7 @@
-"""``hf://org/name[@revision][/folder or file]``: the Hugging Face Hub, by ranges, keeping nothing.
+"""``hf://org/name[@revision][/folder or file]``: the Hugging Face Hub, read by ranges without a local copy.
 
-A bare ``org/name`` is another way to the same model: it is downloaded whole into the cache (``hub``). Here a revision
-is looked up once and everything is read at its commit, whose files never change.
+A bare ``org/name`` names the same model, but downloads it whole into the cache (``hub``). Here, the revision is
+resolved once and all files are read at its commit, whose content never changes.
 """
 
 from __future__ import annotations
@@ -21,87 +21,87 @@ ADDRESS = re.compile(rf"({PART}/{PART})(?:@(refs/(?:pr|convert)/\w+|[^/@]+))?((?
 
 
 class HubStore(HttpStore):
-    """The files of a repository of models at one commit.
+    """The files of a model repository at one commit.
 
-    The Hub keeps weights on other hosts and redirects there; the token is not sent along (aiohttp sees to that).
+    The Hub stores weights on other hosts and redirects there; aiohttp does not forward the token.
 
     Args:
         root: Address of the repository.
-        place: Where its files are requested.
-        files: Their paths inside it.
-        commit: Of which.
-        headers: The user's token, if there is one.
+        endpoint: URL prefix of the requests for its files.
+        files: Paths of the files in the repository.
+        commit: The commit.
+        headers: Headers with the user's token, if there is one.
     """
 
     redirects = 5
 
-    def __init__(self, root: str, place: str, files: Iterable[str], commit: str, headers: dict[str, str]) -> None:
+    def __init__(self, root: str, endpoint: str, files: Iterable[str], commit: str, headers: dict[str, str]) -> None:
         super().__init__(root)
-        self._root, self._place, self._commit, self._headers = root, place, commit, headers
+        self._root, self._endpoint, self._commit, self._headers = root, endpoint, commit, headers
         self._files = frozenset(f"{root}/{file}" for file in files)
         self.note = f"read from the Hub at commit {commit}"
 
     def url(self, address: str) -> str:
-        """Return where a file of the commit is requested."""
-        return f"{self._place}/{quote(address.removeprefix(f'{self._root}/'))}"
+        """Return the URL of a file at the commit."""
+        return f"{self._endpoint}/{quote(address.removeprefix(f'{self._root}/'))}"
 
     def headers(self) -> dict[str, str]:
-        """Return the token."""
+        """Return the headers with the token."""
         return self._headers
 
     def version(self, headers: Any) -> str:
-        """Return the commit: its files never change, whatever host they come from."""
+        """Return the commit: its files never change, whatever host sends them."""
         return self._commit
 
-    join = Store.join  # names are quoted where a file is requested
+    join = Store.join  # ``url`` quotes the names
 
     def is_file(self, address: str) -> bool:
-        """Say whether the commit has such a file."""
+        """Return whether the commit has this file."""
         return address in self._files
 
     def is_folder(self, address: str) -> bool:
-        """Say whether the commit has files under an address."""
+        """Return whether the commit has files under an address."""
         return any(file.startswith(f"{address}/") for file in self._files)
 
     def children(self, address: str) -> Iterable[str]:
-        """Return the addresses of what is in a folder."""
+        """Return the addresses of a folder's content."""
         rests = (file.removeprefix(f"{address}/") for file in self._files if file.startswith(f"{address}/"))
         return sorted({f"{address}/{rest.partition('/')[0]}" for rest in rests})
 
     def _find(self, address: str) -> Facts | None:
         return retried(address, lambda: self._run(self._ask, address)) if address in self._files else None
 
-    def _way_in(self) -> str:
+    def _access_hint(self) -> str:
         return "the repository is gated or private: accept its terms on the Hub and log in (hf auth login)"
 
 
 def open_hub(rest: str, root: str) -> HubStore:
-    """Look a repository up.
+    """Resolve the commit and list the files of a repository.
 
     Args:
-        rest: What is behind ``hf://``.
-        root: The whole address, as it may be shown.
+        rest: The part after ``hf://``.
+        root: The whole printable address.
 
     Raises:
-        InputError: It is no address of the Hub, ``huggingface_hub`` is not installed, or there is no such repository.
+        InputError: The address is invalid, ``huggingface_hub`` is not installed, or the repository does not exist.
     """
     found = ADDRESS.fullmatch(rest)
     if found is None or ".." in rest:
-        raise InputError(f"{root}: is not hf://org/name, hf://org/name@revision or a folder or file in one")
+        raise InputError(f"{root}: invalid address; give hf://org/name[@revision], or a folder or file in it")
     try:
         from huggingface_hub import HfApi, constants
         from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
     except ImportError as error:
         raise InputError(f"{root}: hf:// needs huggingface_hub: pip install 'loradiag[hub,remote]'") from error
     if constants.HF_HUB_OFFLINE:
-        raise InputError(f"{root}: HF_HUB_OFFLINE is set, and a bare {found[1]} is read from the cache")
+        raise InputError(f"{root}: HF_HUB_OFFLINE is set; unset it, or give {found[1]} to read the local cache")
     try:
         info = HfApi().model_info(found[1], revision=found[2])
-    except Exception as error:  # a dozen kinds, of two HTTP libraries
+    except Exception as error:  # many types, from two HTTP libraries
         raise unreachable(HubId(found[1], "", found[2]), error, root) from error
     commit = info.sha or found[2] or "main"
     repository = f"hf://{found[1]}" + (f"@{found[2]}" if found[2] else "")
-    place = f"{constants.ENDPOINT}/{found[1]}/resolve/{quote(commit, safe='')}"
+    endpoint = f"{constants.ENDPOINT}/{found[1]}/resolve/{quote(commit, safe='')}"
     return HubStore(
-        repository, place, (sibling.rfilename for sibling in info.siblings or ()), commit, build_hf_headers()
+        repository, endpoint, (sibling.rfilename for sibling in info.siblings or ()), commit, build_hf_headers()
     )

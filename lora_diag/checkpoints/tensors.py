@@ -1,4 +1,4 @@
-"""What a checkpoint is to the rest of the program: names, shapes, dtypes, and ranges of numbers on request."""
+"""The interface of a checkpoint: names, shapes and dtypes of tensors, and ranges of their entries on request."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ from lora_diag.checkpoints.remote import RemotePath
 if TYPE_CHECKING:
     import torch
 
-# Floating-point dtypes whose bytes are the numbers. An 8-bit float needs the scales stored beside it to mean
-# anything, so it is not in this list.
+# Floating-point dtypes whose bytes are the values. 8-bit floats are excluded: their values also depend on scales.
 FLOAT_DTYPES = frozenset({"float64", "float32", "float16", "bfloat16"})
 
 
@@ -25,10 +24,9 @@ class TensorInfo:
     Args:
         name: Its name.
         shape: Its logical shape.
-        dtype: The dtype in which it is read: torch's own word (``bfloat16``), or the file's (``F4``) where torch has
-            none.
-        stored: The storage format (``nf4``, ``int8``, ``float8_e4m3fn``) when the numbers are dequantized while they
-            are read; None when the bytes in the file are the numbers.
+        dtype: The dtype in which it is read: torch's name (``bfloat16``), or the file's (``F4``) if torch has none.
+        stored: The storage format (``nf4``, ``int8``, ``float8_e4m3fn``) if the values are dequantized on reading; None
+            if the bytes in the file are the values.
     """
 
     name: str
@@ -51,7 +49,7 @@ class TensorFile(Protocol):
     metadata: Mapping[str, str]
 
     def read(self, name: str, start: int, stop: int) -> torch.Tensor:
-        """Return the entries ``start:stop`` (row-major, 1-D, stored dtype) of a tensor, in memory of its own."""
+        """Return a copy of the entries ``start:stop`` of a tensor (row-major, 1-D, stored dtype)."""
         ...
 
     def read_bytes(self, name: str) -> bytes:
@@ -61,7 +59,7 @@ class TensorFile(Protocol):
 
 @runtime_checkable
 class SteppedFile(Protocol):
-    """A file of tensors that knows the steps of its storage formats."""
+    """A file of tensors with known quantization steps."""
 
     def read_steps(self, name: str, start: int, stop: int) -> torch.Tensor | None:
         """Return the distance to the next storable number at the entries ``start:stop``; None if not quantized."""
@@ -77,11 +75,11 @@ class Checkpoint:
     """Named tensors of one file, or of the shards of a folder.
 
     Args:
-        path: What the user named.
-        kind: Words for people, such as ``sharded safetensors``.
-        files: The open files; tensor names are unique over them.
-        notes: What a careful reader should know about how it was opened.
-        config: What ``config.json`` beside the weights says; empty without one.
+        path: The path as given by the user.
+        kind: Description of the format, such as ``sharded safetensors``.
+        files: The open files; tensor names are unique across them.
+        notes: Remarks on how the checkpoint was opened, such as dequantization or renamed tensors.
+        config: Content of ``config.json`` next to the weights; empty without one.
     """
 
     path: Path
@@ -112,15 +110,15 @@ class Checkpoint:
         return self._home[name].path
 
     def read_bytes(self, name: str) -> bytes:
-        """Return the bytes of a small tensor, such as a quantizer's settings."""
+        """Return the bytes of a small tensor, such as the settings of a quantizer."""
         return self._home[name].read_bytes(name)
 
     def read_bytes_each(self, names: Iterable[str]) -> Iterator[bytes]:
-        """Yield the bytes of small tensors; those of remote files come side by side."""
+        """Yield the bytes of small tensors; those of remote files are requested concurrently."""
         if isinstance(self.files[0].path, RemotePath):
-            from lora_diag.checkpoints.ranges import side_by_side  # here, so that local files cost nothing
+            from lora_diag.checkpoints.ranges import map_concurrently  # imported only for remote files
 
-            yield from side_by_side(self.read_bytes, names)
+            yield from map_concurrently(self.read_bytes, names)
             return
         yield from map(self.read_bytes, names)
 
@@ -133,7 +131,7 @@ class Checkpoint:
             stop: One past the last entry; default all.
 
         Returns:
-            1-D tensor of ``stop - start`` entries in the stored dtype, in memory of its own.
+            A 1-D copy of ``stop - start`` entries in the stored dtype.
 
         Raises:
             InputError: The file ended early or could not be read.
@@ -141,7 +139,7 @@ class Checkpoint:
         return self._home[name].read(name, start, self[name].numel if stop is None else stop)
 
     def read_each(self, name: str, spans: Iterable[tuple[int, int]]) -> Iterator[torch.Tensor]:
-        """Yield ranges of a tensor's entries one after another; the next of a remote file are fetched meanwhile.
+        """Yield ranges of a tensor's entries in order; for a remote file, the next ranges are fetched in advance.
 
         Args:
             name: A name in this checkpoint.
@@ -152,15 +150,15 @@ class Checkpoint:
         """
         file = self._home[name]
         if isinstance(file.path, RemotePath):
-            from lora_diag.checkpoints.ranges import READ_AHEAD, side_by_side
+            from lora_diag.checkpoints.ranges import READ_AHEAD, map_concurrently
 
-            yield from side_by_side(lambda span: file.read(name, *span), spans, READ_AHEAD)
+            yield from map_concurrently(lambda span: file.read(name, *span), spans, READ_AHEAD)
             return
         for start, stop in spans:
             yield file.read(name, start, stop)
 
     def read_steps(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor | None:
-        """Read how coarsely a range of a tensor's entries is stored.
+        """Read the quantization steps of a range of a tensor's entries.
 
         Args:
             name: A name in this checkpoint.
@@ -168,9 +166,9 @@ class Checkpoint:
             stop: One past the last entry; default all.
 
         Returns:
-            1-D float32 tensor: the distance from each entry to the next number that its storage format could hold
-            there, so that half of it bounds the rounding error. None where the bytes in the file are the numbers
-            (``stored`` is None), whose step follows from value and dtype.
+            1-D float32 tensor: the distance from each entry to the next number that the storage format can represent
+            there; half of it bounds the rounding error. None if the bytes in the file are the values (``stored`` is
+            None); the step then follows from value and dtype.
 
         Raises:
             InputError: The file ended early or could not be read.

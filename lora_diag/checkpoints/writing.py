@@ -1,6 +1,6 @@
-"""A safetensors file, written tensor by tensor: beside the target, then renamed over it.
+"""Write a safetensors file tensor by tensor, to a temporary file that is then renamed.
 
-Only one tensor is in memory at a time, and the same tensors give the same bytes.
+Only one tensor is in memory at a time, and the same tensors always give the same bytes.
 
 Reference: https://github.com/huggingface/safetensors#format
 """
@@ -20,10 +20,10 @@ from lora_diag.files import Kind, replacing
 if TYPE_CHECKING:
     import torch
 
-# torch's name -> the code in the file, and bytes per entry.
+# torch's dtype name -> code in the file and bytes per entry.
 CODES = {name: (code, bits // 8) for code, (name, bits) in DTYPES.items() if bits >= 8}
 
-# Where the data begin, so that readers which map the file get aligned numbers.
+# Alignment of the data in bytes, for readers that map the file.
 ALIGNMENT = 8
 
 
@@ -38,16 +38,16 @@ def write_safetensors(
     """Write a safetensors file.
 
     Args:
-        path: The file; one that is there is replaced once the new one is whole.
-        tensors: Shape and dtype of every tensor by its name. Widest dtypes are laid down first, then by name, as the
-            library does.
-        read: Returns a tensor by its name; called once for each, in the order of the file.
-        metadata: The file's own words, such as ``{"format": "pt"}``.
-        kind: What it is, which decides what it may replace; None for a file of a folder that loradiag is making.
-        overwrite: Replace whatever file is there.
+        path: The file; an existing one is replaced once the new one is complete.
+        tensors: Shape and dtype of every tensor by its name. Tensors are ordered by decreasing width of the dtype, then
+            by name, as the library does.
+        read: Returns a tensor by its name; called once per tensor, in the order of the file.
+        metadata: Metadata of the file, such as ``{"format": "pt"}``.
+        kind: The kind of file, which determines what it may replace; None for a file in a folder that loradiag creates.
+        overwrite: Replace any existing file.
 
     Raises:
-        UsageError: As ``lora_diag.files.check_output``.
+        UsageError: See ``lora_diag.files.check_output``.
         InputError: The file cannot be written.
     """
     order = sorted(tensors, key=lambda name: (-CODES[tensors[name].dtype][1], name))
@@ -58,7 +58,7 @@ def write_safetensors(
 
 
 def _header(tensors: list[tuple[str, TensorInfo]], metadata: Mapping[str, str]) -> bytes:
-    """Return the length and the JSON, with blanks up to where the data may begin."""
+    """Return the header: length and JSON, padded with spaces to the alignment of the data."""
     entries: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
     begin = 0
     for name, info in tensors:
@@ -72,10 +72,10 @@ def _header(tensors: list[tuple[str, TensorInfo]], metadata: Mapping[str, str]) 
 
 
 def _content(name: str, info: TensorInfo, tensor: torch.Tensor) -> memoryview:
-    """Return the bytes of a tensor, row by row."""
+    """Return the bytes of a tensor in row-major order."""
     import torch
 
     if tuple(tensor.shape) != info.shape or tensor.dtype != getattr(torch, info.dtype):
-        raise ValueError(f"{name}: {tuple(tensor.shape)} {tensor.dtype} does not have the promised {info}")
+        raise ValueError(f"{name}: {tuple(tensor.shape)} {tensor.dtype} does not match the declared {info}")
     flat = tensor.detach().cpu().contiguous().reshape(-1)
     return memoryview(flat.view(torch.uint8).numpy().data)

@@ -125,7 +125,7 @@ def test_a_local_path_wins(cache, tmp_path):
 
 def test_half_a_download_is_not_read(cache, tmp_path):
     put(cache, model(tmp_path / "m", 1, save_sharded), only=lambda name: "00002" not in name)
-    with pytest.raises(InputError, match="not whole in the Hugging Face cache"):
+    with pytest.raises(InputError, match="incomplete in the Hugging Face cache"):
         open_checkpoint("org/name")
 
 
@@ -180,7 +180,7 @@ def test_a_repository_without_weights(cache, tmp_path, monkeypatch):
     (tmp_path / "m").mkdir()
     (tmp_path / "m" / "README.md").write_text("hello")
     FakeHub(cache, tmp_path / "m", monkeypatch)
-    with pytest.raises(InputError, match="no whole set of weights"):
+    with pytest.raises(InputError, match="no complete set of weights"):
         open_checkpoint("org/name")
 
 

@@ -55,7 +55,7 @@ def test_every_range_across_the_pieces(tmp_path, ranks):
 def test_a_missing_file_is_noticed(tmp_path):
     cut(tmp_path)
     (tmp_path / "shard-00002-model-00001-of-00001.safetensors").unlink()
-    with pytest.raises(InputError, match="does not continue the 4 rows"):
+    with pytest.raises(InputError, match="starts at row 8, not at row 4"):
         open_checkpoint(tmp_path)
 
 
@@ -68,12 +68,12 @@ def test_one_of_the_files_is_not_a_checkpoint(tmp_path):
 @pytest.mark.parametrize("offsets", [[0, 2], [0], [-1, 0], ["0", 0], None, 3])
 def test_pieces_that_are_no_rows(tmp_path, offsets):
     cut(tmp_path, change=lambda info: info.update({"a.weight": {"saved_offsets": offsets}}))
-    with pytest.raises(InputError, match=r"a\.weight begins at"):
+    with pytest.raises(InputError, match=r"a\.weight starts at"):
         open_checkpoint(tmp_path)
 
 
 @pytest.mark.parametrize("metadata", [None, {"DCP_SHARDING_INFO": "{"}, {"DCP_SHARDING_INFO": "[]"}])
 def test_files_that_do_not_say_which_pieces_they_hold(tmp_path, metadata):
     save_file({"a": torch.ones(2)}, tmp_path / "shard-00001-model-00001-of-00001.safetensors", metadata)
-    with pytest.raises(InputError, match=r"pieces|beginning"):
+    with pytest.raises(InputError, match=r"DCP_SHARDING_INFO|not at the start"):
         open_checkpoint(tmp_path)

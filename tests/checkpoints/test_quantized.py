@@ -215,11 +215,11 @@ BAD_FOUR_BIT = {
     "no table": (without(f"{W}.quant_map"), r"quant_map is missing"),
     "no nested absmax": (without(f"{W}.nested_absmax"), r"nested_absmax is missing"),
     "no nested table": (without(f"{W}.nested_quant_map"), r"nested_quant_map is missing"),
-    "short absmax": (replaced(f"{W}.absmax", torch.zeros(3, dtype=torch.uint8)), "3 uint8 entries where 15"),
-    "short codes": (replaced(W, torch.zeros(7, 1, dtype=torch.uint8)), "7 uint8 entries where 480"),
+    "short absmax": (replaced(f"{W}.absmax", torch.zeros(3, dtype=torch.uint8)), "3 uint8 entries instead of 15"),
+    "short codes": (replaced(W, torch.zeros(7, 1, dtype=torch.uint8)), "7 uint8 entries instead of 480"),
     "codes of int64": (replaced(W, torch.zeros(480, dtype=torch.int64)), "int64"),
-    "short table": (replaced(f"{W}.quant_map", torch.zeros(15)), "15 float32 entries where 16"),
-    "float absmax": (replaced(f"{W}.absmax", torch.zeros(15)), "15 float32 entries where 15 of uint8"),
+    "short table": (replaced(f"{W}.quant_map", torch.zeros(15)), "15 float32 entries instead of 16"),
+    "float absmax": (replaced(f"{W}.absmax", torch.zeros(15)), "15 float32 entries instead of 15 of uint8"),
     "integer nested": (replaced(f"{W}.nested_absmax", torch.zeros(4, dtype=torch.int32)), "int32"),
     "not json": (replaced(STATE, torch.tensor([123, 125, 125], dtype=torch.uint8)), "does not hold the settings"),
     "not utf-8": (replaced(STATE, torch.tensor([255, 254, 1], dtype=torch.uint8)), "does not hold the settings"),
@@ -236,8 +236,8 @@ BAD_FOUR_BIT = {
     "infinite offset": (state_with(nested_offset=float("inf")), "nested_offset"),
     "no shape": (state_with(shape=None), "shape"),
     "negative shape": (state_with(shape=[-24, -40]), "shape"),
-    "huge shape": (state_with(shape=[2**50, 2**50]), "where"),
-    "another shape": (state_with(shape=[24, 41]), "where"),
+    "huge shape": (state_with(shape=[2**50, 2**50]), "instead of"),
+    "another shape": (state_with(shape=[24, 41]), "instead of"),
 }
 
 
@@ -255,15 +255,15 @@ def test_four_bit_weights_that_do_not_fit_together(tmp_path, kind):
 def test_a_type_that_is_not_known(tmp_path):
     tensors, _ = four_bit(W, (24, 40))
     tensors[f"{W}.quant_state.bitsandbytes__af4"] = tensors.pop(STATE)
-    with pytest.raises(InputError, match="known are nf4 and fp4"):
+    with pytest.raises(InputError, match="supported are nf4 and fp4"):
         open_checkpoint(save_model(tmp_path, tensors))
 
 
 BAD_EIGHT_BIT = {
-    "scales without weight": (without("a.weight"), r"a\.SCB is there"),
-    "scales of another matrix": (replaced("a.SCB", torch.ones(5)), r"a\.SCB is there"),
-    "scales of a float": (replaced("a.weight", torch.ones(12, 20)), r"a\.SCB is there"),
-    "turned layout": (replaced("a.weight_format", torch.tensor(2, dtype=torch.uint8)), "row by row"),
+    "scales without weight": (without("a.weight"), r"a\.SCB has no int8 matrix"),
+    "scales of another matrix": (replaced("a.SCB", torch.ones(5)), r"a\.SCB has no int8 matrix"),
+    "scales of a float": (replaced("a.weight", torch.ones(12, 20)), r"a\.SCB has no int8 matrix"),
+    "turned layout": (replaced("a.weight_format", torch.tensor(2, dtype=torch.uint8)), "row-major"),
     "no scales": (without("a.SCB"), r"a\.weight is stored as int8"),
 }
 
@@ -280,14 +280,14 @@ def test_eight_bit_weights_that_do_not_fit_together(tmp_path, kind):
 
 FP8 = {"quant_method": "fp8", "weight_block_size": [16, 16]}
 BAD_SCALES = {
-    "missing": (None, FP8, "its scales"),
-    "of integers": (torch.ones(2, 3, dtype=torch.int32), FP8, "not a scale"),
+    "missing": (None, FP8, "without scales"),
+    "of integers": (torch.ones(2, 3, dtype=torch.int32), FP8, "scales must be floats"),
     "another grid": (torch.ones(3, 2), FP8, r"in blocks of 16 × 16"),
-    "another grid, no configuration": (torch.ones(31, 2), None, "does not fit"),
-    "an ambiguous grid": (torch.ones(9, 3), None, "does not fit"),
-    "too many dimensions": (torch.ones(1, 2, 3), None, "does not fit"),
-    "empty": (torch.ones(0, 3), None, "does not fit"),
-    "a row too many": (torch.ones(33, 1), None, "does not fit"),
+    "another grid, no configuration": (torch.ones(31, 2), None, "does not match"),
+    "an ambiguous grid": (torch.ones(9, 3), None, "does not match"),
+    "too many dimensions": (torch.ones(1, 2, 3), None, "does not match"),
+    "empty": (torch.ones(0, 3), None, "does not match"),
+    "a row too many": (torch.ones(33, 1), None, "does not match"),
     "bad configuration": (torch.ones(2, 3), FP8 | {"weight_block_size": [16, 0]}, "weight_block_size"),
     "worse configuration": (torch.ones(2, 3), FP8 | {"weight_block_size": "16"}, "weight_block_size"),
 }
@@ -308,7 +308,7 @@ def test_scales_that_do_not_fit(tmp_path, kind):
 
 def test_a_scale_that_only_one_weight_lacks_is_missed_without_a_configuration(tmp_path):
     tensors, _ = scaled(W, (32, 48), (2, 3), (16, 16))
-    with pytest.raises(InputError, match=r"bare\.weight .* missing"):
+    with pytest.raises(InputError, match=r"bare\.weight .* without scales"):
         open_checkpoint(save_model(tmp_path, tensors | {"bare.weight": tensors[W].clone()}))
 
 

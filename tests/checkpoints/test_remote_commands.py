@@ -148,7 +148,7 @@ def test_resume_goes_on_with_the_same_input_alone(run, tmp_path):
 def test_failures_are_one_message_and_exit_code_3(web, run):
     for words, says in (
         (("spectrum", f"{web.url}/base", f"{web.url}/elsewhere"), "/elsewhere: no weights found"),
-        (("inspect", "s3://"), "s3://: only s3://"),
+        (("inspect", "s3://"), "s3://: unsupported scheme"),
         (("inspect", f"{web.url}/x.safetensors"), "/x.safetensors: no such file or folder"),
         (("inspect", "http://127.0.0.1:9/base"), "cannot be read"),
         (

@@ -55,7 +55,7 @@ def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path):
 
     with pytest.raises(InputError, match="disk is gone"):
         write_safetensors(path, infos({"b": TENSORS["b"]}), fails, {})
-    with pytest.raises(ValueError, match="promised"):
+    with pytest.raises(ValueError, match="declared"):
         write_safetensors(path, infos({"b": TENSORS["b"]}), lambda name: TENSORS["a"], {})
     assert path.read_bytes() == before
     assert [entry.name for entry in tmp_path.iterdir()] == ["x.safetensors"]

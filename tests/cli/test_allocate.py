@@ -158,7 +158,7 @@ def test_warnings_of_noise_and_gradients(loradiag, tmp_path):
 def test_weights_that_are_no_text_are_refused_without_a_codec(loradiag, measured, tmp_path):
     (tmp_path / "w.safetensors").write_bytes(b"\x96\xff")
     ran = loradiag("allocate", measured, "--params", "50k", "--weights", "w.safetensors")
-    assert (ran.code, ran.err) == (3, "Error: w.safetensors: is not a readable file of weights: it holds no text\n")
+    assert (ran.code, ran.err) == (3, "Error: w.safetensors: is not a readable file of weights: not UTF-8 text\n")
 
 
 def test_the_heuristic_is_written_and_divides_a_budget_only(loradiag, measured, tmp_path):

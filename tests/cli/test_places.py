@@ -58,7 +58,7 @@ def test_a_folder_that_is_not_there_is_told_and_not_made(told, tmp_path, words):
 def test_names_that_no_file_can_have(told, tmp_path, words):
     code, err = told(*words[:-1], words[-1].format("n" * 300))
     assert code == 3
-    assert err.endswith(": cannot be written: File name too long\n")
+    assert err.endswith(": cannot be written: File name too long; choose another name\n")
 
 
 @pytest.mark.parametrize("words", [["report", "r.jsonl", "--format", "html"], ["gate", "init", "r.jsonl"]])

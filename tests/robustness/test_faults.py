@@ -244,7 +244,7 @@ def test_a_file_system_without_locks_is_told_of(command: Commands, model: Path, 
     place = case.fresh()
     ended = case.run(place, no_locks=number)
     assert ended.code == case.undisturbed.code
-    assert "out: its file system has no locks: see to it that no other process writes it" in ended.err
+    assert "out: the file system has no locks; make sure that no other process writes this file" in ended.err
     assert contents(tmp_path / place) == case.whole
 
 

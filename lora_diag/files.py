@@ -154,7 +154,7 @@ def check_output(path: Path, kind: Kind, overwrite: bool = False, appending: boo
     if os.path.islink(path) and str(path.parent) not in _SYSTEM_LINKS:  # noqa: PTH114
         raise UsageError(f"{path}: is a symbolic link, which is not followed; give the name of the file itself")
     check_folder_of(path, in_place=appending)
-    if path.name.lower() == _CONFIG and (weights := _weights_beside(path)):
+    if path.name.lower() == _CONFIG and (weights := _weights_in_folder_of(path)):
         raise UsageError(f"{path}: would change how the weights in {weights} are read; choose another folder")
     try:
         found = path.lstat()
@@ -175,7 +175,7 @@ def check_output(path: Path, kind: Kind, overwrite: bool = False, appending: boo
         raise InputError(f"{path}: cannot be read: {error.strerror}; choose another name") from error
 
 
-def _weights_beside(path: Path) -> Path | None:
+def _weights_in_folder_of(path: Path) -> Path | None:
     names = (each for each in path.parent.iterdir() if _WEIGHTS.fullmatch(each.name))
     return min(names, default=None)
 

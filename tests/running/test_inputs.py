@@ -203,5 +203,5 @@ def test_inspect_is_a_function_like_the_command(tmp_path):
 
 def test_a_pipe_is_no_checkpoint(tmp_path):
     os.mkfifo(tmp_path / "ff.safetensors")
-    with pytest.raises(InputError, match="neither a file nor a folder"):
+    with pytest.raises(InputError, match="is not a file or folder"):
         lora_diag.inspect(tmp_path / "ff.safetensors")

@@ -81,7 +81,7 @@ def test_an_unfinished_run_needs_consent(tmp_path):
 
 def test_results_of_another_command_are_refused(tmp_path):
     lora_diag.allocate(SPECTRA, params=2000).write(tmp_path / "a.jsonl")
-    with pytest.raises(InputError, match="spectrum records are needed"):
+    with pytest.raises(InputError, match="give a file with spectrum records"):
         lora_diag.allocate(tmp_path / "a.jsonl", params=2000)
 
 
@@ -146,5 +146,5 @@ def test_measured_weights_alone_name_the_command_that_uses_them():
     with pytest.raises(InputError, match=r"no spectrum; measure one with loradiag spectrum \S+/base TUNED") as refused:
         lora_diag.allocate(path, params="10k")
     assert f"loradiag allocate spectrum.jsonl --layer-weights {path} and a budget" in str(refused.value)
-    with pytest.raises(InputError, match="spectrum records are needed"):
+    with pytest.raises(InputError, match="give a file with spectrum records"):
         lora_diag.allocate(ROOT / "docs/examples/sweep.jsonl", params="10k")

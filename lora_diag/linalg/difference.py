@@ -12,15 +12,18 @@ import torch
 from torch import Tensor
 
 from lora_diag.linalg.devices import move
-from lora_diag.linalg.noise import Moves, Sample, base_rounding
-from lora_diag.linalg.rounding import LAYOUT, Profile, Spacing, Unchanged, is_start, mixture, rounding_bound, wide
+from lora_diag.linalg.noise import Energies, Moves, Sample
+from lora_diag.linalg.rounding import LAYOUT, Profile, Spacing, Unchanged, is_finer, mixture, rounding_bound, wide
 
-# BASE was rounded after the start of training where β of ``base_rounding`` is near 1 and this many errors from 0.
-NEAR_ONE, ERRORS = (0.5, 1.5), 5.0
+# β of ``Energies.base_rounding`` tells whether BASE was rounded after the start of training (1) or not (0) where it is
+# nearer to one of them, and this many errors from the other.
+ERRORS = 5.0
 
 # ‖ΔW‖/‖W‖ from which the rounding of the subtraction counts. T − W is exact where T is within [W/2, 2W] (Sterbenz
 # 1974); below this share, entries that moved further add under 1/256 of the variance of the files' rounding.
 COARSE = 1 / 16
+
+Start = Literal["exact", "rounded", "unknown"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,9 +34,10 @@ class Rounding:
         bound: Bound on ‖E‖_F, the norm of the rounding error of ΔW, from the spacing of the stored values.
         noise: Expected variance of the entries of E, by row and column: Σσ² and Σσ⁴.
         sides: How many independent roundings make up an entry of E at most.
-        start: ``exact`` if the stored BASE is taken for the start of training, ``rounded`` if its rounding counts.
+        start: ``exact`` if the stored BASE is the start of training, ``rounded`` if it was rounded after the start,
+            ``unknown`` if it may have been; its rounding counts unless the start is ``exact``.
         base_fro: √Σu²/12 of BASE over the changed entries: what its rounding adds, if it is none of the start.
-        base_rounding: β of ``lora_diag.linalg.noise.base_rounding`` and its standard error; None if it was not
+        base_rounding: β of ``lora_diag.linalg.noise.Energies`` and its standard error; None if it was not
             estimated.
         untouched: Estimated share of entries that training left alone.
     """
@@ -41,7 +45,7 @@ class Rounding:
     bound: float
     noise: Profile
     sides: int
-    start: Literal["exact", "rounded"]
+    start: Start
     base_fro: float
     base_rounding: tuple[float, float] | None
     untouched: float
@@ -135,7 +139,7 @@ class _Roundings:
     def __init__(self, shape: tuple[int, int]) -> None:
         self.shape = shape
         self.base, self.tuned, self.subtracted = (Spacing.of(shape) for _ in range(3))
-        self.sample = Sample(shape)
+        self.sample, self.energies = Sample(shape), Energies()
 
     def add(
         self,
@@ -153,17 +157,17 @@ class _Roundings:
             self.base.add(base, steps[0], unchanged, row, sample=sample),
             self.tuned.add(tuned, steps[1], unchanged, row, sample=sample),
         )
-        self.sample.add(block.reshape(-1)[sample], base.reshape(-1)[sample], *spacing)
+        self.sample.add(block.reshape(-1)[sample], *spacing)
+        if is_finer(self.base, self.tuned):
+            self.energies.add(block, base, unchanged.entries if unchanged else None)
         if subtracted and LAYOUT[block.dtype][2] in (self.base.mantissa, self.tuned.mantissa):
             self.subtracted.add(block, None, unchanged, row)
 
     def rounding(self) -> Rounding:
         """Return what all blocks together say."""
-        moved, values, base_spacing, tuned_spacing = self.sample()
-        exact, beta = is_start(self.base, self.tuned), None
-        if exact:
-            beta = base_rounding(moved, values, base_spacing)
-            exact = not (beta and NEAR_ONE[0] < beta[0] < NEAR_ONE[1] and beta[0] > ERRORS * beta[1])
+        moved, base_spacing, tuned_spacing = self.sample()
+        start, beta = self.start()
+        exact = start == "exact"
         sides = [self.tuned] if exact else [self.base, self.tuned]
         spacing = tuned_spacing if exact else torch.maximum(base_spacing, tuned_spacing)
         moves = Moves.of(moved, spacing)
@@ -177,11 +181,23 @@ class _Roundings:
             bound=rounding_bound(sides),
             noise=mixture(parts, self.shape),
             sides=len(sides) + (self.subtracted.profile.unit > 0),
-            start="exact" if exact else "rounded",
+            start=start,
             base_fro=self.base.profile.unit * math.sqrt(float(self.base.profile.rows.sum()) / 12),
             base_rounding=beta,
             untouched=alone,
         )
+
+    def start(self) -> tuple[Start, tuple[float, float] | None]:
+        """Return whether the stored BASE is the start of training, with β and its error where they are estimated."""
+        if not is_finer(self.base, self.tuned):
+            return "rounded", None
+        estimate = self.energies.base_rounding(self.base.mantissa)
+        if estimate is None:
+            return "unknown", None
+        beta, error = estimate
+        if beta < min(0.5, 1 - ERRORS * error):
+            return "exact", estimate
+        return ("rounded" if 1.5 > beta > max(0.5, ERRORS * error) else "unknown"), estimate
 
 
 def norm(blocks: Iterable[Tensor]) -> float:

@@ -1,7 +1,7 @@
 """What moves ΔW says about rounding: which entries were trained at all, and whether BASE was rounded after the start.
 
-Both are read from a sample of entries by the spacing u of the stored values, which jumps by 2 at powers of two, where
-|w| does not: what scales with u is rounding, what scales with |w| is training.
+Both are read from the spacing u of the stored values, which jumps by 2 at powers of two, where |w| does not: what
+scales with u is rounding, what scales with |w| is training.
 """
 
 from __future__ import annotations
@@ -12,11 +12,16 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-# Entries of a layer that are looked at: 2.5e5 tell an update in which rounding makes up 3% from one without it.
+from lora_diag.linalg.rounding import LAYOUT
+
+# Entries of a layer in which unchanged ones are counted.
 SAMPLE = 2**18
 
 # The fewest entries from which a share is read.
 FEWEST = 64
+
+# Numbers of 8 exponent and 7 mantissa bits, and entries that are looked at in one go.
+_BINS, _PART = 2**15, 2**16
 
 # Reweighting ends when no weight changes by more than this; 5 to 30 rounds were seen.
 _CONVERGED, _ITERATIONS = 1e-3, 50
@@ -45,13 +50,13 @@ class Sample:
         return slice(-row * self.shape[1] % self.stride, None, self.stride)
 
     def add(self, *taken: Tensor) -> None:
-        """Add the entries of a block: of ΔW, of W_base, and the spacing of both sides."""
+        """Add the entries of a block: of ΔW, and the spacing of both sides."""
         self.parts.append(tuple(values.cpu().to(torch.float64).abs() for values in taken))
 
     def __call__(self) -> tuple[Tensor, ...]:
         """Return what was taken of each matrix."""
         if not self.parts:
-            return tuple(torch.zeros(0, dtype=torch.float64) for _ in range(4))
+            return tuple(torch.zeros(0, dtype=torch.float64) for _ in range(3))
         return tuple(torch.cat(column) for column in zip(*self.parts, strict=True))
 
 
@@ -90,11 +95,13 @@ class Moves:
         An entry is unchanged by rounding while its move is less than u/2, so the share of unchanged entries falls to
         that of the untouched ones as u → 0, provided that the size of moves does not go with |w|. It is read from the
         entries of smallest u, from as many as give the smallest upper limit, less two standard errors: what is not
-        known to be untouched counts as trained. Entries most of whose changes are by one u tell nothing: there moves
-        are no larger than the spacing, and rounding may have left any of the others.
+        known to be untouched counts as trained. A spacing most of whose changes are by one u tells nothing, nor do
+        larger ones: there moves are no larger than u, and rounding may have left any of the others. Changes of more
+        than one u must outnumber the others by two standard errors.
         """
         count, changed, far = (each.cumsum(0) for each in (self.entries, self.changed, self.far))
-        telling = (count >= FEWEST) & (2 * far >= changed) & ((changed > 0) | (self.changed.sum() == 0))
+        small = (2 * self.far >= self.changed).cumprod(0).bool() & (count >= FEWEST)
+        telling = small & ((2 * far - changed > 2 * changed.sqrt()) | (self.changed.sum() == 0))
         if not telling.any():
             return 0.0
         share = (1 - changed / count)[telling]
@@ -121,40 +128,69 @@ class Moves:
         return float((weight * variance).sum()) / changed if changed else 1 / 12
 
 
-def base_rounding(moved: Tensor, base: Tensor, spacing: Tensor) -> tuple[float, float] | None:
-    """Estimate β of E[ΔW²] = α + β·u²/12 + γ·w² + δ|w|, with its standard error, over the changed entries.
+@dataclass(slots=True)
+class Energies:
+    """n, Σ ΔW² and Σ ΔW⁴ of the changed entries by the first 7 bits of |w|, which tell all that BASE's spacing does."""
 
-    u is the spacing of BASE: β is 1 where BASE was rounded from the weights at which training began, 0 where the stored
-    BASE is the start. w² and |w| stand for moves that go with the size of a weight. Least squares, reweighted by the
-    inverse square of the fit; the error is robust to the distribution of the moves (White 1980).
+    sums: Tensor = field(default_factory=lambda: torch.zeros(3, _BINS, dtype=torch.float64))
 
-    Args:
-        moved: |ΔW| of a sample of entries.
-        base: |w|.
-        spacing: u of each, of BASE.
+    def add(self, block: Tensor, base: Tensor, unchanged: Tensor | None) -> None:
+        """Add a block.
 
-    Returns:
-        β and its standard error; None where too few entries changed, or all have one spacing.
-    """
-    changed = moved > 0
-    moved, base, spacing = moved[changed], base[changed], spacing[changed]
-    if len(moved) < FEWEST or bool((spacing == spacing[0]).all()):
-        return None
-    unit = float(spacing.max() / moved.max())
-    target, base, spacing = (moved / moved.max()) ** 2, base / spacing.max(), spacing / spacing.max()
-    columns = torch.stack([torch.ones_like(target), spacing**2 / 12, base**2, base], 1)
-    fit = spacing**2 * float((target / spacing**2).median())
-    for _ in range(_ITERATIONS):
-        weighted, wanted = columns / fit[:, None], target / fit
-        scale = weighted.square().mean(0).sqrt()
-        weighted /= scale
-        inverse = torch.linalg.pinv(weighted.T @ weighted, hermitian=True, rtol=1e-13)
-        solution = inverse @ (weighted.T @ wanted)
-        rest, fitted = wanted - weighted @ solution, columns @ (solution / scale)
-        before, fit = fit, torch.maximum(fitted, 0.05 * fit)
-        if bool(((fit - before).abs() <= _CONVERGED * before).all()):
-            break
-    spread = weighted * rest[:, None]
-    error = math.sqrt(max(0.0, float((inverse @ (spread.T @ spread) @ inverse)[1, 1])))
-    factor = 1 / (float(scale[1]) * unit**2)
-    return float(solution[1]) * factor, error * factor
+        Args:
+            block: Of ΔW.
+            base: Of W_base.
+            unchanged: True where ΔW is 0; None if it is nowhere.
+        """
+        bins = (base.to(torch.float32).view(torch.int32) >> 16).bitwise_and_(_BINS - 1).reshape(-1)
+        for part, moved in zip(bins.split(_PART), block.reshape(-1).split(_PART), strict=True):  # stays in the cache
+            squares = moved.cpu().to(torch.float64).square()
+            part = part.cpu()
+            count = torch.bincount(part, minlength=_BINS)
+            if unchanged is not None:
+                count -= torch.bincount(part[squares == 0], minlength=_BINS)
+            self.sums[0] += count
+            self.sums[1] += torch.bincount(part, squares, minlength=_BINS)
+            self.sums[2] += torch.bincount(part, squares.square_(), minlength=_BINS)
+
+    def base_rounding(self, mantissa: int) -> tuple[float, float] | None:
+        """Estimate β of E[ΔW²] = β·u²/12 + f(|w|), f smooth, with its standard error, over the changed entries.
+
+        u is the spacing of BASE: β is 1 where BASE was rounded from the weights at which training began, 0 where the
+        stored BASE is the start. f stands for moves that go with the size of a weight: γw² and a polynomial in
+        z = |w|/(|w| + median), which no jump at powers of two resembles. Least squares, reweighted by the inverse
+        square of the fit; the error is robust to the distribution of the moves (White 1980).
+
+        Args:
+            mantissa: Bits of BASE.
+
+        Returns:
+            β and its standard error; None where too few entries changed, or all have one spacing.
+        """
+        tiny = max(torch.finfo(dtype).tiny for dtype, layout in LAYOUT.items() if layout[2] == mantissa)
+        values = (torch.arange(_BINS, dtype=torch.int32) << 16).view(torch.float32).double()
+        present = (self.sums[0] > 0) & (values > 0) & values.isfinite()
+        (n, moved, fourth), values = self.sums[:, present], values[present]
+        spacing = 2.0 ** (values.log2().floor() - mantissa).clamp(min=math.log2(tiny) - mantissa)
+        if n.sum() < FEWEST or bool((spacing == spacing[0]).all()) or not 0 < float(fourth.sum()) < math.inf:
+            return None
+        unit = float(spacing[-1])
+        squares = (spacing / unit) ** 2
+        middle = float(values[torch.searchsorted(n.cumsum(0), float(n.sum()) / 2)])
+        z = values / (values + middle)
+        columns = torch.stack([squares / 12, (values / values[-1]) ** 2, *(z**power for power in range(5))], 1)
+        total, fit = n.sum(), squares * float((moved / n / squares).median())
+        for _ in range(_ITERATIONS):
+            weighted = columns / fit[:, None]
+            scale = (n[:, None] * weighted.square()).sum(0).div(total).sqrt()
+            weighted /= scale
+            inverse = torch.linalg.pinv(weighted.T @ (n[:, None] * weighted), hermitian=True, rtol=1e-13)
+            solution = inverse @ (weighted.T @ (moved / fit))
+            fitted = columns @ (solution / scale)
+            before, fit = fit, torch.maximum(fitted, 0.05 * fit)
+            if bool(((fit - before).abs() <= _CONVERGED * before).all()):
+                break
+        rest = (fourth - 2 * fitted * moved + n * fitted**2) / before**2
+        variance = inverse @ (weighted.T @ (rest[:, None] * weighted)) @ inverse
+        factor = 1 / (float(scale[0]) * unit**2)
+        return float(solution[0]) * factor, math.sqrt(max(0.0, float(variance[0, 0]))) * factor

@@ -255,12 +255,11 @@ def rounding_bound(sides: Iterable[Spacing]) -> float:
     return sum(math.sqrt(side.squares) / 2 for side in sides) * (1 + 1e-6)
 
 
-def is_start(base: Spacing, tuned: Spacing) -> bool:
-    """Say whether the stored BASE is taken for the exact start of training, going by the dtypes alone.
+def is_finer(base: Spacing, tuned: Spacing) -> bool:
+    """Say whether TUNED is stored more finely than BASE, so that BASE may be the exact start of training.
 
-    TUNED is what training arrived at, rounded: it always counts. BASE is where training started; if TUNED is stored
-    more finely, the stored values of BASE are taken for the starting point, and are exact. Otherwise BASE counts too,
-    since both may have been rounded from a finer run; and so does a quantized BASE, which stands for weights that it
-    only approximates.
+    TUNED is what training arrived at, rounded: it always counts. BASE is where training started: its stored values are
+    exact if they are the starting point. Where both are stored alike, both may have been rounded from a finer run; and
+    a quantized BASE stands for weights that it only approximates.
     """
     return tuned.mantissa > base.mantissa > 0

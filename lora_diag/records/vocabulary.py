@@ -31,12 +31,13 @@ class Resolution(Record):
         rounding_fro: Bound on ‖E‖_F, the norm of the rounding error of ΔW; by Mirsky Σ(σ_i − σ̂_i)² ≤ ‖E‖_F².
         noise_fro: Expected ‖E‖_F if E behaves like noise.
         edge: Where the singular values of such noise end: the largest stands above it in at most 1% of layers.
-        start: ``exact`` if the stored BASE is taken for the start of training; ``rounded`` if its rounding counts,
-            because BASE is stored no more finely than TUNED or ``base_rounding`` shows it; null for an adapter.
+        start: ``exact`` if ``base_rounding`` shows that the stored BASE is the start of training; ``unknown`` if it may
+            be, or a rounded copy; ``rounded`` if it is a rounded copy, or TUNED is stored no more finely, so that both
+            may be. The rounding of BASE counts unless the start is exact. Null for an adapter.
         base_noise_fro: Expected norm of the rounding error of BASE, if it was rounded after the start of training;
             null for an adapter.
-        base_rounding: β of E[ΔW²] = α + β·ulp²/12 + γw² + δ|w| and its standard error: 1 if BASE was rounded after the
-            start, 0 if not; null where TUNED is not stored more finely.
+        base_rounding: β of E[ΔW²] = β·ulp²/12 + f(|w|), f smooth, and its standard error: 1 if BASE was rounded after
+            the start, 0 if not; null where TUNED is not stored more finely, or too few entries changed.
         untouched: Estimated share of entries that training left alone (a sparse update), as opposed to those that
             rounding left unchanged; null for an adapter.
         signal_rank: Singular values above the edge; null if all that were kept are and there are more.
@@ -50,7 +51,7 @@ class Resolution(Record):
     edge: Norm
     signal_rank: int | None
     verdict: Literal["resolved", "floor-limited", "unresolved"]
-    start: Literal["exact", "rounded"] | None = None
+    start: Literal["exact", "rounded", "unknown"] | None = None
     base_noise_fro: Norm | None = None
     base_rounding: tuple[float, float] | None = None
     untouched: Share | None = None

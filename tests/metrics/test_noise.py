@@ -9,6 +9,7 @@ import torch
 from lora_diag.layers.resolution import noise_of
 from lora_diag.linalg import difference
 from lora_diag.metrics import Noise, signal_rank
+from tests.benchmarks import starts
 
 CPU = torch.device("cpu")
 
@@ -99,6 +100,31 @@ def test_a_rounded_base_is_seen_beside_an_outlier(share):
         assert difference([(base, (base + delta).float())], start.shape, CPU).rounding.start == "exact"
 
 
+@pytest.mark.parametrize("kind", ["larger where w is small", "in proportion to w", "rank 4"])
+def test_moves_that_go_with_the_size_of_a_weight_are_no_rounding(kind):
+    shares = [share for share in starts.SHARES if share >= 0.03]
+    for weights in starts.WEIGHTS:
+        said = starts.starts(weights, kind, (256, 256), 0)
+        assert {"rounded", "unknown"} >= {said[share, "rounded"] for share in shares}
+        assert {"exact", "unknown"} >= {said[share, "exact"] for share in shares}
+        assert (said[0.3, "rounded"], said[0.3, "exact"]) == ("rounded", "exact")
+
+
+def test_an_unknown_start_counts_the_rounding_of_base():
+    """Rounding makes up 0.1%: one layer does not tell; its rounding is no signal in either case."""
+    rng = np.random.default_rng(0)
+    start = torch.from_numpy(rng.standard_normal((256, 192)) * 0.02).float()
+    base = start.bfloat16()
+    error = (base.double() - start.double()).norm()
+    moves = planted(rng, start.shape, 4, 1.0)
+    moves *= error * math.sqrt(1 / 1e-3 - 1) / moves.norm()
+    for origin, true in ((start.double(), error), (base.double(), 0.0)):
+        found, own, signal = seen(base, (origin + moves).float())
+        assert (found.rounding.start, signal) == ("unknown", 4)
+        assert own.fro == pytest.approx(error, rel=0.02)
+        assert true <= 1.02 * own.fro
+
+
 def test_an_outlier_that_absorbed_its_move_is_no_signal():
     for seed in range(4):
         rng = np.random.default_rng(seed)
@@ -144,6 +170,32 @@ def test_an_absorbed_update_is_not_called_sparse():
     assert found.rounding.untouched < 0.2
     assert own.fro > 0.7 * found.fro
     assert signal == 0
+
+
+@pytest.mark.parametrize("rows", [10, 20, 30])
+def test_few_entries_do_not_make_an_absorbed_update_sparse(rows):
+    said = []
+    for seed in range(60):
+        rng = np.random.default_rng(seed)
+        base = torch.from_numpy(rng.standard_normal((rows, 10)) * 0.02).bfloat16()
+        tuned = (
+            base.double() + torch.from_numpy(rng.standard_normal(base.shape) * 10 ** rng.uniform(-5, -4))
+        ).bfloat16()
+        if (tuned != base).any():
+            said.append(difference([(base, tuned)], base.shape, CPU).rounding.untouched)
+    assert max(said) < 0.2
+
+
+@pytest.mark.parametrize("rows", [20, 30])
+def test_few_entries_show_a_sparse_update(rows):
+    said = []
+    for seed in range(60):
+        rng = np.random.default_rng(seed)
+        base = torch.from_numpy(rng.standard_normal((rows, 10)) * 0.02).bfloat16()
+        moves = torch.from_numpy(np.where(rng.random(base.shape) < 0.1, rng.standard_normal(base.shape) * 1e-2, 0.0))
+        tuned = (base.double() + moves).bfloat16()
+        said.append(difference([(base, tuned)], base.shape, CPU).rounding.untouched)
+    assert np.mean(said) == pytest.approx(0.9, abs=0.08)
 
 
 def test_the_rounding_of_the_subtraction_is_no_signal():

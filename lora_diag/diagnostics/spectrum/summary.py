@@ -168,16 +168,19 @@ def _start(moved: Sequence[Spectrum]) -> str:
     """Say which start of training is assumed or was found, and how many layers were trained in part."""
     seen = [record.resolution for record in moved]
     rounded = [each for each in seen if each.start == "rounded" and each.base_rounding is not None]
-    exact = [record for record in moved if record.resolution.start == "exact" and not _shown(record.resolution)]
+    unknown = [record for record in moved if record.resolution.start == "unknown"]
     said = ""
     if rounded:
         said = (
             f"; in {len(rounded)} of {len(moved)} matrices BASE is a rounded copy of the start of training, "
             "and its rounding is counted"
         )
-    if exact:
-        otherwise = max(((record.resolution.base_noise_fro or 0.0) / record.fro) ** 2 for record in exact)
-        said += f"; this takes the stored BASE for the start of training (else up to {percent(min(1.0, otherwise))})"
+    if unknown:
+        counted = max(((record.resolution.base_noise_fro or 0.0) / record.fro) ** 2 for record in unknown)
+        said += (
+            f"; in {len(unknown)} of {len(moved)} matrices BASE may be a rounded copy of the start of training: its "
+            f"rounding, up to {percent(min(1.0, counted))}, is counted{_together(seen)}"
+        )
     sparse = [each.untouched for each in seen if each.untouched is not None and each.untouched >= SPARSE]
     if sparse:
         said += (
@@ -187,9 +190,15 @@ def _start(moved: Sequence[Spectrum]) -> str:
     return said
 
 
-def _shown(seen: Resolution) -> bool:
-    """Say whether the moves themselves show that BASE was not rounded after the start of training."""
-    return seen.base_rounding is not None and seen.base_rounding[0] + 5 * seen.base_rounding[1] < 0.5
+def _together(seen: Sequence[Resolution]) -> str:
+    """Say what all layers together show of the start that single ones do not."""
+    known = [each.base_rounding for each in seen if each.base_rounding is not None and each.base_rounding[1] > 0]
+    if len(known) < 2:
+        return ""
+    weight = math.fsum(error**-2 for _, error in known)
+    beta, error = math.fsum(beta / error**2 for beta, error in known) / weight, weight**-0.5
+    found = f" (all layers together: {beta:.2f} ± {error:.2f}, where 1 is a rounded copy and 0 the start itself)"
+    return found if error < 1 else ""
 
 
 def _not_resolved(counts: Counter[str]) -> str:

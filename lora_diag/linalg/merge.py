@@ -330,7 +330,9 @@ class Check:
 Block = tuple[Tensor, Tensor, Tensor | None]
 
 
-def check_merge(blocks: Iterable[Block], shape: tuple[int, int], addend: Addend, rounding: Rounding) -> Check:
+def check_merge(
+    blocks: Iterable[Block], shape: tuple[int, int], addend: Addend, rounding: Rounding, whole: bool = True
+) -> Check:
     """Hold every entry of M against W + ΔW.
 
     Args:
@@ -338,6 +340,7 @@ def check_merge(blocks: Iterable[Block], shape: tuple[int, int], addend: Addend,
         shape: ``(m, n)``.
         addend: ΔW.
         rounding: How the merge may have rounded.
+        whole: False to stop at entries that no rounding explains: for a trial of which only its failure counts.
 
     Returns:
         Counts and norms; after a non-finite entry of BASE or MERGED nothing more is read.
@@ -369,7 +372,10 @@ def check_merge(blocks: Iterable[Block], shape: tuple[int, int], addend: Addend,
             part = slice(at, at + rows_at_once)
             w, m = stored_w[part].double(), stored_m[part].double()
             steps = step[part].double() if step is not None else None
-            _add(found, w, m, steps, addend, rounding, (first + at, first + at + len(w)))
+            span = first + at, first + at + len(w)
+            _add(found, w, m, steps, addend, rounding, span)
+            if not whole and bool(found.beyond[0][span[0] : span[1]].any()):
+                return found
         first = last
     if found.shared is not None:
         each = _WHOLE_ROUNDINGS * _VARIANCE * rounding.roundoff**2

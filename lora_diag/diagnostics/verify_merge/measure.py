@@ -232,7 +232,7 @@ def _right(task: MergedLayer, addend: Addend, rounding: Rounding, found: Check) 
         for how in orders(rounding):
             if other is addend and how is rounding:
                 continue
-            check = check_merge(task.blocks(), task.shape, other, how)
+            check = check_merge(task.blocks(), task.shape, other, how, whole=False)
             if check.count == 0 and not check.drifted:
                 return _Right(other, how, check)
     return None
@@ -267,7 +267,7 @@ def _unclear(task: MergedLayer, addend: Addend, right: _Right) -> str:
     if not swallowed and check.resolves(RESOLVED):
         return ""
     for factor in (1 + RESOLVED, 1 - RESOLVED):
-        other = check_merge(task.blocks(), task.shape, right.addend.times(factor), right.rounding)
+        other = check_merge(task.blocks(), task.shape, right.addend.times(factor), right.rounding, whole=False)
         if other.count == 0 and not other.drifted:
             return f"M is a rounding of W + ΔW and of W + {factor:.4g}·ΔW: this file is too coarse to tell the scale"
     return ""

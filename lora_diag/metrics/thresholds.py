@@ -72,10 +72,10 @@ def _median(beta: float) -> float:
     """
 
     def below(angle: float) -> float:
-        mass, _ = quad(
-            lambda t: 2 * math.sin(t) ** 2 / (math.pi * (1 + beta - 2 * math.sqrt(beta) * math.cos(t))), 0, angle
-        )
+        # 1 + β − 2√β·cos t, without cancellation; quad of SciPy 1.11 looks at t = 0 where the interval is empty.
+        smallest, grows = (1 - math.sqrt(beta)) ** 2, 4 * math.sqrt(beta)
+        mass, _ = quad(lambda t: 2 * math.sin(t) ** 2 / (math.pi * (smallest + grows * math.sin(t / 2) ** 2)), 0, angle)
         return float(mass) - 0.5
 
-    angle = float(brentq(below, 0.0, math.pi))
+    angle = float(brentq(below, 1e-3, math.pi))
     return 1 + beta - 2 * math.sqrt(beta) * math.cos(angle)

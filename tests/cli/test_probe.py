@@ -99,8 +99,9 @@ def test_a_sweep_prints_its_cost_first_and_a_verdict_with_the_spread(loradiag, p
     assert ran.code == 0
     assert ran.err.startswith("about ")
     assert len(ran.err.splitlines()) == 1
-    for word in ("min to max", "lr 0.01", "On english", "Rates", "all runs see their", "loradiag plan"):
+    for word in ("min to max", "lr 0.01", "On english", "Rates", "all runs see their"):
         assert word in ran.out
+    assert "loradiag plan" in ran.out or "adds seeds" in ran.out  # as the losses of this version of torch have it
     again = loradiag("inspect", "s.jsonl").out
     assert again.strip() == ran.out[: ran.out.index("Next")].strip()
     wrong = loradiag("probe", "sweep", base, "--data", text, "--eval", shifted, "--lr", "x")

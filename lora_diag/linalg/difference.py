@@ -16,7 +16,7 @@ from lora_diag.linalg.noise import Energies, Moves, Sample
 from lora_diag.linalg.rounding import LAYOUT, Profile, Spacing, Unchanged, is_finer, mixture, rounding_bound, wide
 
 # β of ``Energies.base_rounding`` tells whether BASE was rounded after the start of training (1) or not (0) where it is
-# nearer to one of them, and this many errors from the other.
+# within 0.5 of one of them, and this many errors from the other. Beyond, f(|w|) does not fit and nothing is told.
 ERRORS = 5.0
 
 # ‖ΔW‖/‖W‖ from which the rounding of the subtraction counts. T − W is exact where T is within [W/2, 2W] (Sterbenz
@@ -195,9 +195,9 @@ class _Roundings:
         if estimate is None:
             return "unknown", None
         beta, error = estimate
-        if beta < min(0.5, 1 - ERRORS * error):
+        if -0.5 < beta < min(0.5, 1 - ERRORS * error):
             return "exact", estimate
-        return ("rounded" if 1.5 > beta > max(0.5, ERRORS * error) else "unknown"), estimate
+        return ("rounded" if max(0.5, ERRORS * error) < beta < 1.5 else "unknown"), estimate
 
 
 def norm(blocks: Iterable[Tensor]) -> float:

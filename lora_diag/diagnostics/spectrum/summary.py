@@ -198,7 +198,7 @@ def _together(seen: Sequence[Resolution]) -> str:
     weight = math.fsum(error**-2 for _, error in known)
     beta, error = math.fsum(beta / error**2 for beta, error in known) / weight, weight**-0.5
     found = f" (all layers together: {beta:.2f} ± {error:.2f}, where 1 is a rounded copy and 0 the start itself)"
-    return found if error < 1 else ""
+    return found if error < 0.2 and -0.5 < beta < 1.5 else ""
 
 
 def _not_resolved(counts: Counter[str]) -> str:

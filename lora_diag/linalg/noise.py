@@ -143,7 +143,8 @@ class Energies:
             unchanged: True where ΔW is 0; None if it is nowhere.
         """
         bins = (base.to(torch.float32).view(torch.int32) >> 16).bitwise_and_(_BINS - 1).reshape(-1)
-        for part, moved in zip(bins.split(_PART), block.reshape(-1).split(_PART), strict=True):  # stays in the cache
+        parts = zip(torch.split(bins, _PART), torch.split(block.reshape(-1), _PART), strict=True)
+        for part, moved in parts:  # stays in the cache
             squares = moved.cpu().to(torch.float64).square()
             part = part.cpu()
             count = torch.bincount(part, minlength=_BINS)

@@ -115,9 +115,9 @@ def test_an_unknown_start_counts_the_rounding_of_base():
     rng = np.random.default_rng(0)
     start = torch.from_numpy(rng.standard_normal((256, 192)) * 0.02).float()
     base = start.bfloat16()
-    error = (base.double() - start.double()).norm()
+    error = float((base.double() - start.double()).norm())
     moves = planted(rng, start.shape, 4, 1.0)
-    moves *= error * math.sqrt(1 / 1e-3 - 1) / moves.norm()
+    moves *= error * math.sqrt(1 / 1e-3 - 1) / float(moves.norm())
     for origin, true in ((start.double(), error), (base.double(), 0.0)):
         found, own, signal = seen(base, (origin + moves).float())
         assert (found.rounding.start, signal) == ("unknown", 4)

@@ -6,6 +6,8 @@ import pytest
 
 from tests.adapters.making import adapter, base, normal
 
+pytestmark = pytest.mark.slow
+
 A, B, W = normal(2, 12), normal(8, 2, seed=1), normal(8, 12, seed=2)
 PAIR = {"fc.lora_A.weight": A, "fc.lora_B.weight": B}
 

@@ -6,6 +6,7 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -14,6 +15,8 @@ from lora_diag.checkpoints import open_checkpoint
 from lora_diag.errors import LoradiagError
 from tests.adapters.dense import dense
 from tests.adapters.making import base, normal, write
+
+pytestmark = pytest.mark.slow
 
 P = "base_model.model.fc"
 LORA = {f"{P}.lora_A.weight": (2, 6), f"{P}.lora_B.weight": (8, 2)}

@@ -14,7 +14,7 @@ from tests.conftest import ROOT
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 
 BLOCKS = {"num_hidden_layers": 2}
 EXPERTS = {"num_local_experts": 3, "num_experts_per_tok": 2}

@@ -15,6 +15,8 @@ from lora_diag.errors import InputError
 from tests.checkpoints.quantizing import as_bytes, eight_bit, four_bit, scaled
 from tests.conftest import save_model
 
+pytestmark = pytest.mark.slow
+
 W = "a.weight"
 STATE = f"{W}.quant_state.bitsandbytes__nf4"
 CONFIG = {"quantization_config": {"quant_method": "fp8", "weight_block_size": [4, 4]}, "tie_word_embeddings": True}

@@ -17,6 +17,8 @@ from lora_diag.running.fingerprint import fingerprint
 from tests.checkpoints.web import large, save_large
 from tests.conftest import ROOT, save_sharded
 
+pytestmark = pytest.mark.slow
+
 fsspec = pytest.importorskip("fsspec")
 NAME = "model.layers.1.mlp.up_proj.weight"
 

@@ -15,6 +15,8 @@ from lora_diag.cli.app import main
 from tests.checkpoints.web import Web, basic
 from tests.conftest import ROOT, Ran
 
+pytestmark = pytest.mark.slow
+
 SAMPLES = ROOT / "sample_checkpoints"
 QPROJ = ("--layers", r"layers\.0\.self_attn\.q_proj")
 

@@ -9,6 +9,8 @@ from lora_diag.records import LeftOut, Results, RunInput
 from tests.conftest import ROOT
 from tests.decisions.allocate.records import record, results
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory):

@@ -190,6 +190,7 @@ def test_an_output_that_takes_nothing_is_one_message(server, pair_of_models, tmp
     assert re.fullmatch(r"Error: standard output: cannot be written: .*\n", done.stderr)
 
 
+@pytest.mark.slow
 def test_ctrl_c_says_how_to_go_on(server, tmp_path):
     """A real SIGINT to a real run, once its first layer is written.
 

@@ -13,6 +13,8 @@ from safetensors.torch import load_file, save_file
 from tests.conftest import ROOT, SHARED, Ran, save_model
 from tests.oracles import best_approximation
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def loradiag(monkeypatch, tmp_path, capsys):

@@ -4,7 +4,11 @@ import json
 import shutil
 import subprocess
 
+import pytest
+
 from tests.served import PROGRAM, ROOT
+
+pytestmark = pytest.mark.slow
 
 SAMPLES = ROOT / "sample_checkpoints"
 

@@ -6,6 +6,8 @@ import pytest
 
 from tests.conftest import ROOT
 
+pytestmark = pytest.mark.slow
+
 BASE, TUNED, R4 = (ROOT / "sample_checkpoints" / name for name in ("base", "full_ft", "lora_r4"))
 ONE = "--layers", r"layers\.0"
 

@@ -21,6 +21,8 @@ from lora_diag.records import Run, to_line, totals
 from lora_diag.running.options import OUTPUT
 from tests.conftest import ROOT
 
+pytestmark = pytest.mark.slow
+
 PAIR = [str(ROOT / "sample_checkpoints" / name) for name in ("base", "lora_r4")]
 TRAINED = '{\n  "alpha_pattern": {},\n  "peft_type": "LORA",\n  "r": 8\n}'
 UNFINISHED = to_line(Run(command="overlap", version="1", inputs=(), settings={})) + "\n"

@@ -12,6 +12,8 @@ from lora_diag.diagnostics.overlap.table import overlap_table
 from tests.conftest import save_model, weights
 from tests.test_gradients import save_step
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def inputs(tmp_path):

@@ -8,6 +8,8 @@ import lora_diag
 from lora_diag.decisions.plan.summary import plan_table
 from tests.conftest import ROOT
 
+pytestmark = pytest.mark.slow
+
 BASE = ROOT / "sample_checkpoints/base"
 
 

@@ -6,6 +6,8 @@ from lora_diag.plots.run import Drawn, _why_none
 from lora_diag.records import End, Results, Run
 from tests.plots import making
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def spectra(tmp_path):

@@ -9,6 +9,8 @@ from lora_diag.catalog import read_results
 from tests.conftest import ROOT
 from tests.probes.making import gpt2, moved, some_text
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):

@@ -9,6 +9,8 @@ import lora_diag
 from tests.conftest import ROOT
 from tests.reports.test_html import small
 
+pytestmark = pytest.mark.slow
+
 SAMPLES = ROOT / "sample_checkpoints"
 
 

@@ -8,6 +8,8 @@ import torch
 
 from tests.conftest import ROOT, save_model
 
+pytestmark = pytest.mark.slow
+
 BASE, TUNED, R4, R16 = (ROOT / "sample_checkpoints" / name for name in ("base", "full_ft", "lora_r4", "lora_r16"))
 
 

@@ -15,6 +15,8 @@ from tests.adapters.making import adapter, base, normal, write
 from tests.benchmarks.merge_scale import ORDERS, factors
 from tests.oracles import bf16
 
+pytestmark = pytest.mark.slow
+
 NAMES = [f"model.layers.{block}.self_attn.{module}.weight" for block in (0, 1) for module in ("q_proj", "v_proj")]
 
 

@@ -145,6 +145,7 @@ ADVERSARIAL = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("shape", "dtype", "seed"),
     [((N, N), np.float64, 1), ((N, 900), np.float32, 0), ((900, N), np.float64, 1)],
@@ -167,6 +168,7 @@ def test_a_krylov_certificate_is_never_broken(spectrum, shape, dtype, seed):
     assert np.abs(core - np.diag(factors.s.numpy())).max() <= 1e-6 * s[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("scale", "dtype"),
     [(1e-30, np.float32), (1e-20, np.float64), (1e-12, np.float32), (1e12, np.float64), (1e25, np.float32)],
@@ -206,6 +208,7 @@ def test_a_solver_that_fails_hands_over(monkeypatch):
     check(factors, matrix)
 
 
+@pytest.mark.slow
 def test_krylov_runs_where_there_is_decay_and_hands_over_where_there_is_none():
     methods = {
         name: decompose(torch.from_numpy(oracles.with_spectrum(s, N, N, 3)), "krylov", top=K).method.split(":")[0]
@@ -270,6 +273,7 @@ def test_eigenvalues_in_place_are_the_same(monkeypatch):
         assert torch.allclose(found.s, plain.s, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(N, 700), (700, N)], ids=str)
 @pytest.mark.parametrize("spectrum", ADVERSARIAL)
 def test_the_largest_vectors_without_the_others(monkeypatch, spectrum, shape):

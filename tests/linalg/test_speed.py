@@ -1,8 +1,11 @@
 """The kernels that are timed are those that the methods call, on matrices of the kind they say."""
 
+import pytest
 import torch
 
 from lora_diag.linalg.speed import DECAY, decaying, time_few, time_full, time_pass
+
+pytestmark = pytest.mark.slow
 
 
 def test_times_grow_with_the_work():

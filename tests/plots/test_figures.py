@@ -19,6 +19,8 @@ from lora_diag.rendering.statements import find
 from tests import oracles
 from tests.plots import making
 
+pytestmark = pytest.mark.slow
+
 
 def lines(ax, label):
     """Return the points of a layer's line, its grey continuation after it."""
@@ -357,7 +359,6 @@ def test_every_figure_has_its_panel():
     assert {kind.name for kind in plots.FIGURES} <= set(PANELS)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", plots.FORMATS)
 def test_the_same_records_give_the_same_bytes(kind):
     made = [plots.encoded(plots.figure("energy", making.results(making.model(2))), kind) for _ in range(2)]
@@ -422,7 +423,6 @@ def test_towers_do_not_share_a_panel():
     assert [ax.get_title(loc="left") for ax in figure.axes][:2] == ["vision: q_proj", "language: q_proj"]
 
 
-@pytest.mark.slow
 def test_plot_writes_all_that_can_be_drawn(tmp_path):
     drawn = lora_diag.plot(making.results(making.model(2)), output=tmp_path / "figures", format="svg")
     assert [one.name for one in drawn if one.path] == ["energy", "spectrum", "heatmap"]

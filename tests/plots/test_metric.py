@@ -13,6 +13,8 @@ from lora_diag.reports.subject import certificates
 from tests.plots import making
 from tests.plots.making import TYPES, spectrum
 
+pytestmark = pytest.mark.slow
+
 OF = {"data": "ΔW·C^½", "kfac": "G^½·ΔW·C^½"}
 
 

@@ -8,6 +8,8 @@ import pytest
 from lora_diag import plots
 from tests.plots import making
 
+pytestmark = pytest.mark.slow
+
 
 def lines(ax, label):
     return [np.array(line.get_xydata()) for line in ax.lines if line.get_label() == label]

@@ -30,6 +30,8 @@ from tests.reports.making import (
     vector,
 )
 
+pytestmark = pytest.mark.slow
+
 HOSTILE = (
     "</script><script>alert(1)</script>.weight",
     "<img src=x onerror=alert(2)>",
@@ -139,7 +141,6 @@ def test_the_plain_table_says_the_same():
         assert f"<td>{record.energy['8']:.3g}</td>" in cells
 
 
-@pytest.mark.slow
 def test_html_hostile_names_stay_text():
     plain = Elements(html_report(evidence(*small())))
     layers = [*HOSTILE, *(f"model.layers.0.{name}" for name in HOSTILE)]
@@ -207,7 +208,6 @@ def test_zero_updates_and_missing_values_are_empty_cells():
     assert data["spectra"][0]["curves"][0]["c"] == [None] * 16
 
 
-@pytest.mark.slow
 def test_a_7b_model_is_made_quickly_and_stays_small(tmp_path):
     """224 layers of 4,096 values: 2 s of the processor, held to far more, so that a slow machine does not fail."""
     results = seven_billion()
@@ -222,7 +222,6 @@ def test_a_7b_model_is_made_quickly_and_stays_small(tmp_path):
     assert fro == [record.fro for record in results]
 
 
-@pytest.mark.slow
 def test_many_matrices_get_fewer_points_and_digits():
     shared = spectrum("x", decay(128, 0.5))
     layers = [f"model.layers.{i // 600}.experts.{i % 600}.up.weight" for i in range(6_000)]

@@ -16,6 +16,8 @@ from lora_diag.reports.tabular import to_csv, to_parquet
 from tests.plots import making
 from tests.reports.test_html import HOSTILE, Elements, evidence, small
 
+pytestmark = pytest.mark.slow
+
 SETTINGS = {
     "length": 32,
     "dtype": "float32",
@@ -73,7 +75,6 @@ QUESTIONS = {
 MIXES = [mix for size in (1, 2, 3) for mix in itertools.combinations(KINDS, size)]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("also", [False, True], ids=["alone", "with weights"])
 @pytest.mark.parametrize("mix", MIXES, ids="-".join)
 def test_losses_lead_in_any_mix(mix, also):
@@ -142,7 +143,6 @@ def test_rows_of_csv_and_parquet_are_the_records_unrounded():
     assert frame["gap_error"].tolist() == [record.gap_error for record in records]
 
 
-@pytest.mark.slow
 def test_hostile_names_of_sets_and_adapters_stay_text():
     evil = outputs(sets=HOSTILE[:3])
     runs = evidence(

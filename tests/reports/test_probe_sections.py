@@ -16,6 +16,8 @@ from tests.reports.test_html import HOSTILE, Elements, evidence
 from tests.reports.test_losses import KINDS, SETTINGS, run
 from tests.reports.test_several import GITHUB
 
+pytestmark = pytest.mark.slow
+
 MORE = {
     "probe sensitivity": {"rank": 8, "delta": None, "per": "type", "kind": "LoRA"},
     "probe curvature": {"ranks": [0, 4, 16]},
@@ -114,7 +116,6 @@ def test_the_numbers_are_those_of_the_records():
     assert found["Fisher"] == ["1.00 | 1.00", "1.00 | 1.00"]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("command", MORE)
 def test_hostile_names_stay_text(command):
     for name in HOSTILE[::3]:

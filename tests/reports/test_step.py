@@ -17,6 +17,8 @@ from tests.reports.test_advice import EASY, FLAT, evidence, model
 from tests.reports.test_advice_probes import adapter, bounds, fisher, intrinsic, sensitivity
 from tests.reports.test_loss_advice import outputs, sweep, truncation
 
+pytestmark = pytest.mark.slow
+
 COST = list(range(1, 13))
 SHORT = residuals([residual(n, 4, kept=1 / 3) for n in names(4)])
 HEAVY = vector("n", 1e3)

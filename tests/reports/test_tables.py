@@ -11,6 +11,8 @@ from lora_diag.inspection.table import inventory_table
 from lora_diag.rendering.text import fraction
 from tests.conftest import ROOT, save_model, weights
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def results(pair_of_models):

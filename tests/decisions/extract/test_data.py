@@ -20,6 +20,8 @@ from tests.conftest import ROOT
 from tests.decisions.extract.test_measure import Kept, layer_of
 from tests.probes.making import gpt2, moved, some_text, tensors
 
+pytestmark = pytest.mark.slow
+
 SAMPLES = ROOT / "sample_checkpoints"
 
 

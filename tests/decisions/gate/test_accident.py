@@ -13,6 +13,8 @@ from lora_diag.decisions.gate.run import gate
 from lora_diag.errors import LoradiagError
 from tests.decisions.gate.making import LAYERS, left_out, lines, spectrum
 
+pytestmark = pytest.mark.slow
+
 TODAY = date(2026, 11, 25)
 POLICY = """
 [[rule]]

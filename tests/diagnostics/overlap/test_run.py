@@ -13,6 +13,8 @@ from tests.conftest import ROOT, SHARED, as_numpy, save_model, weights
 from tests.linalg.test_subspace import dense_overlaps
 from tests.test_gradients import save_step
 
+pytestmark = pytest.mark.slow
+
 SAMPLES = ROOT / "sample_checkpoints"
 
 

@@ -14,6 +14,8 @@ from lora_diag.linalg.gram import decompose_gram, decompose_stack
 from tests.conftest import ROOT, SHARED, as_numpy, save_model, weights
 from tests.test_gradients import save_step
 
+pytestmark = pytest.mark.slow
+
 SAMPLES = ROOT / "sample_checkpoints"
 
 

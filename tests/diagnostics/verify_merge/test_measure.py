@@ -23,7 +23,7 @@ from tests.merges import Merged, gpt2, llama, mixtral, peft_merge, write
 
 peft = pytest.importorskip("peft")
 pytest.importorskip("transformers")
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 
 CASES = sorted(path.parent.name for path in (SHARED / "cases").glob("*/adapter") if (path.parent / "merged").exists())
 Q, Q1 = (f"model.layers.{block}.self_attn.q_proj.weight" for block in (0, 1))

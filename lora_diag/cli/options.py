@@ -165,6 +165,7 @@ def check_output(output: Path | None, resume: bool, overwrite: bool) -> None:
 def spread(command: Callable[..., None]) -> Callable[..., None]:
     """Return a command whose groups are spread: typer sees their options, and the command gets the groups.
 
+    >>> from lora_diag.running.options import Selection
     >>> @spread
     ... def command(base: str, *, given: Selection) -> None:
     ...     print(base, given)

@@ -245,7 +245,7 @@ MAKERS = {
     "curvature": ranked(lambda types: making.curved(types, ranks=()), curvature),
 }
 # Their axes are numbers and their legends are checked with their lines.
-WITHOUT = {"angles", "fleet", "sweep", "truncation", "depth", "intrinsic", "fisher"}
+WITHOUT = {"angles", "fleet", "sweep", "truncation", "depth", "intrinsic", "fisher", "recovery"}
 
 
 def test_every_figure_is_checked_for_categories():
@@ -287,5 +287,6 @@ def test_a_figure_without_categories_has_none(name):
         "depth": making.probed(making.said()),
         "intrinsic": making.probed(making.reached()),
         "fisher": making.probed(making.fishers()),
+        "recovery": making.results(making.recoveries(2)),
     }
     assert not readings(plots.figure(name, made[name]))

@@ -41,6 +41,7 @@ def models():
         allocated = making.results(making.allocations(blocks), [making.certificate()])
         yield f"{blocks} blocks", "allocation", allocated, {}
         yield f"{blocks} blocks", "angles", making.results(making.interferences(blocks)), {}
+        yield f"{blocks} blocks", "recovery", making.results(making.recoveries(blocks)), {}
         yield f"{blocks} blocks", "union", making.results(making.unions(blocks)), {}
     nine = tuple(f"runs/{name}_{'x' * 40}" for name in "abcdefghi")
     yield "36 pairs", "angles", making.results(making.interferences(2, updates=nine)), {}
@@ -52,6 +53,7 @@ def models():
     types = tuple(f"module_{number}.with_a_long_name" for number in range(40))
     yield "40 types", "energy", making.results(making.model(1, types)), {"per": "type"}
     yield "40 types", "residual", making.results(making.residuals(2, types)), {"per": "type"}
+    yield "40 types", "recovery", making.results(making.recoveries(2, types)), {}
     yield "experts", "heatmap", making.results(making.model(4, EXPERTS)), {"field": "fro"}
     evil = [making.spectrum(layer, making.decay(i)) for i, layer in enumerate(HOSTILE)]
     for name in ("energy", "heatmap"):

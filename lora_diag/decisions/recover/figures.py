@@ -15,9 +15,8 @@ from lora_diag.decisions.recover.record import Recovery
 from lora_diag.records.names import module_type_of
 from lora_diag.rendering.figures.axes import panel_axes
 from lora_diag.rendering.figures.series import Options, Series
-from lora_diag.rendering.figures.sheet import MAX_PANELS, Key, Words, grid_of, sheet
-from lora_diag.rendering.figures.style import CATEGORIES, QUIET, Look, styled
-from lora_diag.rendering.text import short
+from lora_diag.rendering.figures.sheet import MAX_PANELS, Key, Words, finish_grid, grid_of, sheet
+from lora_diag.rendering.figures.style import CATEGORIES, QUIET, Look, cropped_all, styled
 
 ESTIMATE = CATEGORIES[0]
 
@@ -41,7 +40,7 @@ def recovery(records: Iterable[Recovery], ax: Axes | None = None) -> Axes:
     """
     with panel_axes(ax) as (axes, _):
         _draw(axes, [record for record in records if record.energy_estimate is not None])
-        axes.set(xlabel="rank r", ylabel="energy share C(r)")
+        axes.set(xlabel="rank r", ylabel="energy fraction C(r)")
         axes.legend([key.handle for key in _keys()], [key.label for key in _keys()], fontsize="small")
     return axes
 
@@ -54,29 +53,29 @@ def figure(series: Sequence[Series[Any]], look: Look, options: Options) -> Figur
         groups.setdefault(module_type_of(record.layer), []).append(record)
     shown = dict(sorted(groups.items(), key=lambda item: -len(item[1]))[:MAX_PANELS])
     rows, columns = grid_of(len(shown), look)
+    inches = (look.width * 0.97 - 3.4 * look.text / 72) / columns - 1.2 * look.text / 72
     lost = sum(len(one.records) for one in series) - len(found)
+    missing = [
+        f"{number} {name}"
+        for number, name in ((lost, "layers without an estimate"), (len(groups) - len(shown), "module types"))
+        if number
+    ]
     words = Words(
-        title="Energy share C(r) before rounding, estimated, and in the files",
+        title="Energy fraction C(r) before rounding, estimated, and in the files",
         about=" · ".join(one.label for one in series if one.label),
         notes=(
-            "Median over the layers of a type; band: median ends of the layers' intervals (about 95% under the model). "
-            f"{lost} layers without an estimate are not drawn.",
+            "Median over the layers of a type; band: median ends of the layers' intervals (about 95% under the model).",
+            *([f"Not drawn: {', '.join(missing)}."] if missing else []),
         ),
         keys=_keys(),
     )
     with styled(look):
         page, axes = sheet(look, words, rows, columns)
+        titles = cropped_all(list(shown), inches, look.text)
         for (name, records), ax in zip(shown.items(), axes, strict=False):
             _draw(ax, records)
-            ax.set_title(f"{short(name)} ({len(records)})", parse_math=False)
-        for ax in axes[len(shown) :]:
-            ax.set_visible(False)
-        for at, ax in enumerate(axes[: len(shown)]):
-            if at + columns >= len(shown):  # nothing is drawn below it
-                ax.set_xlabel("rank r")
-                ax.tick_params(labelbottom=True)
-            if at % columns == 0:
-                ax.set_ylabel("C(r)")
+            ax.set_title(titles[name], parse_math=False)
+        finish_grid(axes, len(shown), columns, "rank r", "C(r)")
     return page
 
 

@@ -159,7 +159,8 @@ def check_output(path: Path, kind: Kind, overwrite: bool = False, appending: boo
     try:
         found = path.lstat()
         if not stat.S_ISREG(found.st_mode):
-            raise UsageError(f"{path}: is not a regular file; choose another name")
+            kind_found = "a folder" if stat.S_ISDIR(found.st_mode) else "not a regular file"
+            raise UsageError(f"{path}: is {kind_found}; choose another name")
         if not found.st_size:
             return
         if not appending and is_unfinished(path):

@@ -1,6 +1,6 @@
 """How PEFT names the tensors of an adapter file: ``base_model.model.MODULE.PART[.ADAPTER][.weight]``.
 
-What belongs to one module is found by that, and held against each other and the config.
+What belongs to one module is found by that, and compared with each other and the config.
 """
 
 from __future__ import annotations

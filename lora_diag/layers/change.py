@@ -34,7 +34,7 @@ T = TypeVar("T")
 OVERFLOW = "the product of its factors overflows float64"
 COARSE = "the squares of the spacing of its numbers overflow float64"
 
-# Norms of updates that are held against each other: squares of their quotients are still float64 numbers.
+# Norms of updates that are compared with each other: squares of their quotients are still float64 numbers.
 LEAST, MOST = 1e-75, 1e75
 
 # Bytes of an entry of an update that is computed in full (LoHa, LoKr, ...): in float64, with one factor or copy.
@@ -179,7 +179,7 @@ def on_device(compute: Callable[[torch.device], T], device: torch.device) -> tup
 
 
 def why_not_comparable(fro: float) -> str | None:
-    """Return why an update of this norm is not held against another; None if it is."""
+    """Return why an update of this norm is not compared with another; None if it is."""
     if not math.isfinite(fro):
         return OVERFLOW
     if fro == 0.0 or LEAST <= fro <= MOST:

@@ -31,8 +31,9 @@ if TYPE_CHECKING:
 
 Start = Literal["stored", "rounded"]
 
-# Below this share of the update's mean square, the variance of its rounding errors hides nothing, provided that hardly
-# an entry stayed the same.
+# The files resolve the update where the variance of TUNED's rounding errors is below this fraction of ‖D‖² and hardly
+# an entry stayed the same, and wherever their largest possible sum of squares is below it: a sparse update leaves most
+# entries the same. Both take the stored BASE for the start.
 RESOLVED, STILL = 0.01, 0.05
 
 # Fewer changed entries say too little about a size.
@@ -154,6 +155,7 @@ class _Read:
     unchanged: int
     square: float  # Σ D² in units
     width: float  # Σ of the variances of rounding TUNED, in units
+    reach: float  # Σ of the squares of its largest rounding errors, in units; infinite if an entry saturated
     entries: int
 
 
@@ -180,7 +182,7 @@ def recover_layer(delta: StoredDelta, fro: float, ranks: Sequence[int], seed: in
     read = _read(delta, stored[0], stored[1], 2.0 ** round(math.log2(fro / math.sqrt(math.prod(delta.shape)))), device)
     unchanged = read.unchanged / read.entries
     changed = read.entries - read.unchanged
-    if read.width < RESOLVED * read.square and unchanged < STILL:
+    if (read.width < RESOLVED * read.square and unchanged < STILL) or read.reach < RESOLVED * read.square:
         reason = f"rounding makes up {read.width / read.square:.2g} of ‖ΔW‖², and {unchanged:.2g} stayed the same"
         return Estimate(Hidden(status="not_hidden", reason=reason, unchanged=unchanged, fro_estimate=fro))
     if changed < FEWEST:
@@ -301,24 +303,26 @@ def _read(delta: StoredDelta, base: _Stored, tuned: _Stored, unit: float, device
     rounded = base.mantissa <= tuned.mantissa
     lo, hi = (torch.empty(shape, dtype=torch.float32, device=device) for _ in range(2))
     below, above = (torch.empty(shape, dtype=torch.float32, device=device) if rounded else None for _ in range(2))
-    unchanged, square, width = 0, 0.0, 0.0
+    unchanged, square, width, reach = 0, 0.0, 0.0, 0.0
     for (first, last), (w, t) in zip(row_spans(shape), delta.blocks(), strict=True):
         w, t = move(w, device).to(wide), move(t, device).to(wide)
         scale = tuned.scales(first, last, shape, t)
         low, high = tuned.halves(t, scale)
         d = t - w
-        lo[first:last] = (d - low) / unit
-        hi[first:last] = (d + high) / unit
+        # Rounded outwards: a cell that is narrower than float32 resolves keeps a width, and holds X.
+        lo[first:last] = ((d - low) / unit).float().nextafter(torch.full_like(low, -math.inf).float())
+        hi[first:last] = ((d + high) / unit).float().nextafter(torch.full_like(high, math.inf).float())
         unchanged += int((t == tuned.round(w, scale)).sum())
         square += float((d / unit).double().square().sum())
         finite = torch.minimum(low, high)  # an open end counts as the other
         width += float(((2 * finite / unit).double() ** 2 / 12).sum())
+        reach += float(((torch.maximum(low, high) / unit).double() ** 2).sum())
         if below is not None and above is not None:
             low, high = base.halves(w, base.scales(first, last, shape, w))
             # What saturated when BASE was stored is not known to be near: half a step stands for the open end.
             low, high = (torch.where(part.isinf(), torch.minimum(low, high), part) for part in (low, high))
             below[first:last], above[first:last] = low / unit, high / unit
-    return _Read(base, tuned, Cells(lo, hi, below, above), unit, unchanged, square, width, math.prod(shape))
+    return _Read(base, tuned, Cells(lo, hi, below, above), unit, unchanged, square, width, reach, math.prod(shape))
 
 
 def _start(read: _Read) -> tuple[Cells, Start, float | None]:

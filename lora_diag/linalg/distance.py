@@ -1,4 +1,4 @@
-"""Two matrices held against each other, block by block, without forming their difference."""
+"""Two matrices compared with each other, block by block, without forming their difference."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Decompositions within a limit of memory: how many bytes a method takes, and which ones fit where the matrix does not.
 
-The figures are upper bounds for what is held at one time, counted from the code of each method and held against the
+The figures are upper bounds for what is held at one time, counted from the code of each method and compared with the
 resident memory of real runs (tests/linalg/test_limited.py). Lapack's workspaces are those of its documentation: 2n² for
 the eigenvectors of an n×n matrix (dsyevd), next to nothing for eigenvalues alone.
 """

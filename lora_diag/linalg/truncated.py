@@ -60,20 +60,23 @@ def moments(cells: Cells, mean: Tensor | float, deviation: float, fast: bool = F
     low, high = cells.lo, cells.hi
     if cells.below is not None and cells.above is not None:
         low, high = low - cells.above, high + cells.below
-    first, last = (low - mean) / deviation, (high - mean) / deviation
+    first, last, width = (low - mean) / deviation, (high - mean) / deviation, (high - low) / deviation
     nearest = torch.clamp(torch.zeros_like(first), first, last)
     distance = nearest.abs()
     beyond = 2 * reach / (distance + (distance * distance + 2 * reach).sqrt())
-    # From here on u = t − t₀, in which t² − t₀² = u(u + 2t₀) loses no digits.
-    start, stop = torch.maximum(first - nearest, -beyond), torch.minimum(last - nearest, beyond)
+    # From here on u = t − t₀, in which t² − t₀² = u(u + 2t₀) loses no digits. A cell that does not hold 0 gets its
+    # width from its own ends: far out, the difference of two rounded t may be 0.
+    left = torch.where(last < 0, -width, first.clamp(max=0.0))
+    right = torch.where(first > 0, width, last.clamp(min=0.0))
+    start, stop = torch.maximum(left, -beyond), torch.minimum(right, beyond)
     if cells.below is None or cells.above is None:
         mass, one, two = _integrals(start, stop, nearest, nodes, None)
         log_height: Tensor | float = 0.0
     else:
         width = (cells.below + cells.above) / deviation
-        flat = torch.minimum(last - first - width, width)
-        inside = (first + flat - nearest, last - flat - nearest)
-        ramp = _Ramp(first - nearest, last - nearest, flat)
+        flat = torch.minimum((cells.hi - cells.lo) / deviation, width)
+        ramp = _Ramp(left, right, flat)
+        inside = (left + flat, right - flat)
         edges = [start, *(torch.minimum(torch.maximum(edge, start), stop) for edge in inside), stop]
         parts = [_integrals(a, b, nearest, nodes, ramp) for a, b in pairwise(edges)]
         mass, one, two = (sum(part[k] for part in parts[1:]) + parts[0][k] for k in range(3))

@@ -1,4 +1,4 @@
-"""Principal angles between random subspaces: what the angles of two updates are held against."""
+"""Principal angles between random subspaces: what the angles of two updates are compared with."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What two updates have in common, held against chance; and task interference by singular vectors."""
+"""What two updates have in common, compared with chance; and task interference by singular vectors."""
 
 from __future__ import annotations
 

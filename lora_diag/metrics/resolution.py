@@ -1,4 +1,4 @@
-"""Can the files show this update? The rounding of the stored numbers, held against ‖ΔW‖."""
+"""Can the files show this update? The rounding of the stored numbers, compared with ‖ΔW‖."""
 
 from __future__ import annotations
 

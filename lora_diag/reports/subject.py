@@ -142,7 +142,7 @@ def _low_rank(evidence: Evidence) -> Answer:
         if used := find(summary_lines(source.results), "rank_used"):
             return Answer(question, used.lead, ("An adapter's rank is a setting: this is how much of it is used.",))
     if evidence.audit is not None:
-        return _answer(question, residual_lines(evidence.audit.results), "low_rank", "nothing was held against it")
+        return _answer(question, residual_lines(evidence.audit.results), "low_rank", "nothing was compared with it")
     if evidence.weighed:
         how = safe(measure_weights(evidence.weighed[0]))
         return Answer(question, f"not measured in the weights: {how} answers it", measured=False)

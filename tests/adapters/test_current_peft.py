@@ -1,4 +1,4 @@
-"""Adapters made on the spot by the installed PEFT on tiny models, held against its own merge."""
+"""Adapters made on the spot by the installed PEFT on tiny models, compared with its own merge."""
 
 import copy
 import warnings

@@ -110,7 +110,7 @@ def model(peers: bool) -> None:
 
 
 def residual(peers: bool) -> None:
-    """Three adapters held against a 1 B-parameter full fine-tune, beside its spectrum alone; whole processes."""
+    """Three adapters compared with a 1 B-parameter full fine-tune, beside its spectrum alone; whole processes."""
     base, tuned = made("make_pair", FOLDER / "model16", 2048, 8192, 512, 16)
     three = [made("make_adapter", FOLDER / f"adapter16_r{r}", 2048, 8192, 512, 16, r, r) for r in (8, 16, 64)]
     commands: dict[str, Sequence[str]] = {

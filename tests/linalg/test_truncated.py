@@ -101,3 +101,17 @@ def test_an_open_cell_says_nothing():
         assert torch.allclose(found.mean, torch.tensor([[0.0, 3.0]]), atol=1e-6)
         assert torch.allclose(found.variance, torch.full((1, 2), 4.0), rtol=1e-4)
         assert torch.allclose(found.log_mass, torch.zeros(1, 2), atol=1e-5)
+
+
+@pytest.mark.parametrize("start", [None, (0.25, 0.5), (2e-7, 1e-7)], ids=str)
+@pytest.mark.parametrize(("at", "mean"), [(1.0, 0.0), (-1.0, 0.0), (0.75, 40.0), (-3.0, -900.0)])
+def test_a_cell_of_one_float32_spacing_has_moments(at, mean, start):
+    """t loses the ends of such a cell where the mean is far."""
+    lo = torch.tensor(at)
+    hi = torch.nextafter(lo, torch.tensor(math.inf))
+    found = moments(one(float(lo), float(hi), start, torch.float32), mean, 1.0)
+    # What goes beyond float32's own rounding of t is checked against float64.
+    exact = moments(one(float(lo), float(hi), start, torch.float64), mean, 1.0)
+    assert abs(float(found.mean - exact.mean)) <= 4e-7 * max(1.0, abs(mean))
+    assert float(found.variance) <= float(exact.variance) + 1e-6 * max(1.0, mean**2)
+    assert float(found.log_mass) == pytest.approx(float(exact.log_mass), abs=0.2, rel=1e-5)

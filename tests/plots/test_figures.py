@@ -1,4 +1,4 @@
-"""The numbers in the figures, held against NumPy in float64; what a notebook keeps; what cannot be drawn."""
+"""The numbers in the figures, compared with NumPy in float64; what a notebook keeps; what cannot be drawn."""
 
 import dataclasses
 

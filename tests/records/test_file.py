@@ -173,7 +173,7 @@ def test_a_finished_run_is_replaced_and_anything_else_is_left(written, pair_of_m
     other.write_text("precious")
     with pytest.raises(UsageError, match="not a results file"):
         lora_diag.spectrum(base, tuned, output=other)
-    with pytest.raises(UsageError, match="not a regular file"):
+    with pytest.raises(UsageError, match="is a folder"):
         lora_diag.spectrum(base, tuned, output=tmp_path)
     assert other.read_text() == "precious"
 

@@ -43,7 +43,7 @@ def extract(
         results = write(base, tuned, output, **given, **callbacks)
     if shown.table:
         then = shlex.join(["loradiag", "residual", str(base), str(tuned), str(output)])
-        then += "   (this adapter held against TUNED)"
+        then += "   (this adapter compared with TUNED)"
         result(extraction_table(results, *terminal(), per=shown.per, then=then, folder=str(output)))
     if tell_unmeasured(results.unmeasured, "the layer is not in the adapter"):
         raise typer.Exit(UNREADABLE)

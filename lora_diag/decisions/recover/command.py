@@ -49,7 +49,10 @@ def recover(
     found = any(record.status != "refused" for record in results)
     if shown.table:
         then = None
-        if found and not writes:
+        if not writes and found and not any(record.status in ("recovered", "size_only") for record in results):
+            words = ["loradiag", "extract", str(base), str(tuned), "--rank", "16", "-o", "adapter/"]
+            then = f"{shlex.join(words)}   (the best adapter of the files' difference)"
+        elif not writes and found:
             words = ["loradiag", "recover", str(base), str(tuned), "--checkpoint", "-o", "recovered/"]
             then = f"{shlex.join(words)}   (the better checkpoint; or --rank R for an adapter)"
         elif found and not full:

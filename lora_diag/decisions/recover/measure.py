@@ -18,6 +18,7 @@ from lora_diag.errors import MemoryLimitError
 from lora_diag.layers.change import Change, bytes_of, load_change, noted, on_device
 from lora_diag.layers.left_out import not_finite
 from lora_diag.layers.recovery import Estimate, recover_layer, recovery_bytes
+from lora_diag.layers.task import LayerSettings, LayerTask
 from lora_diag.linalg import decompose, norm, resolve_device
 from lora_diag.metrics import THRESHOLDS, energy_curve, rank_at
 from lora_diag.records import LeftOut
@@ -58,48 +59,24 @@ class Wanted:
 
 
 @dataclass(frozen=True, slots=True)
-class Layer:
-    """One layer, and what is to be written of it."""
+class RecoveryTask(LayerTask):
+    """One layer, and what is to be written of it.
+
+    Args:
+        delta: Its ΔW, from two stored sides.
+        wanted: What is to be written.
+    """
 
     delta: StoredDelta
     wanted: Wanted
 
-    @property
-    def layer(self) -> str:
-        """The weight's name in BASE."""
-        return self.delta.layer
 
-    @property
-    def shape(self) -> tuple[int, int]:
-        """``(out, in)``."""
-        return self.delta.shape
-
-
-@dataclass(frozen=True, slots=True)
-class RecoverySettings:
-    """How layers are measured.
-
-    Args:
-        method: Of the singular values of D: ``auto``, ``exact``, ``gram`` or ``krylov``.
-        tol: Bound to reach on the error of every energy fraction of D.
-        seed: Of hidden cells and starting vectors.
-        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:1``.
-        memory: Bytes that a layer may take; None for what it needs.
-    """
-
-    method: str = "auto"
-    tol: float = 1e-4
-    seed: int = 0
-    device: str = "auto"
-    memory: int | None = None
-
-
-def size(layer: Layer, settings: RecoverySettings) -> int:
+def size(layer: RecoveryTask, settings: LayerSettings) -> int:
     """Return about how many bytes a layer takes: D with its decomposition, then the cells."""
     return bytes_of(layer.delta, None) + recovery_bytes(layer.shape)
 
 
-def measure(layer: Layer, settings: RecoverySettings, store: Store) -> Recovery | LeftOut:
+def measure(layer: RecoveryTask, settings: LayerSettings, store: Store) -> Recovery | LeftOut:
     """Measure one layer and store what is wanted of it.
 
     Args:
@@ -117,7 +94,7 @@ def measure(layer: Layer, settings: RecoverySettings, store: Store) -> Recovery 
     return noted(*on_device(partial(_measure, layer, settings, store), resolve_device(settings.device)))
 
 
-def _measure(layer: Layer, settings: RecoverySettings, store: Store, device: torch.device) -> Recovery | LeftOut:
+def _measure(layer: RecoveryTask, settings: LayerSettings, store: Store, device: torch.device) -> Recovery | LeftOut:
     delta, wanted = layer.delta, layer.wanted
     change = load_change(delta, device)
     if change.non_finite is not None:
@@ -152,7 +129,7 @@ def _write(
     change: Change,
     estimate: Estimate,
     curve: NDArray[np.float64],
-    settings: RecoverySettings,
+    settings: LayerSettings,
     store: Store,
 ) -> tuple[Literal["posterior", "file", "nothing"], int]:
     """Store what is wanted; return what it is made of, and the rank of factors."""

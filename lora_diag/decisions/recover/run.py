@@ -14,12 +14,13 @@ from lora_diag.checkpoints.hub import loadable
 from lora_diag.decisions.extract.folder import OutputFolder
 from lora_diag.decisions.extract.layout import Plan, plan
 from lora_diag.decisions.recover.folder import AdapterFolder, CheckpointFolder, store, write_checkpoint
-from lora_diag.decisions.recover.measure import CURVE, Layer, RecoverySettings, Wanted, measure, size
+from lora_diag.decisions.recover.measure import CURVE, RecoveryTask, Wanted, measure, size
 from lora_diag.decisions.recover.options import RecoverOptions
 from lora_diag.decisions.recover.record import Recovery
 from lora_diag.decisions.recover.summary import model_card
 from lora_diag.deltas import StoredDelta
 from lora_diag.errors import InconclusiveError, InputError, LoradiagError, UsageError
+from lora_diag.layers.task import LayerSettings
 from lora_diag.linalg import check_request
 from lora_diag.records import LeftOut, Results
 from lora_diag.running.engines import Layout
@@ -96,7 +97,7 @@ def recover(
     compared = run.compare(base, tuned)
     planned = plan(open_checkpoint(base), tuned, compared.pairing, save=False) if factors else None
     tasks = [
-        Layer(delta, _wanted(delta, planned, rank, energy, full, keep_refused))
+        RecoveryTask(delta, _wanted(delta, planned, rank, energy, full, keep_refused))
         for delta in compared.pairing.deltas
         if isinstance(delta, StoredDelta)
         and delta.is_matrix
@@ -109,7 +110,7 @@ def recover(
         run.layout(tasks)  # refuses a memory limit before the folder is made
         folder.open()
 
-    def rest(layout: Layout, _: Results[Recovery], __: RecoverySettings) -> Iterable[LeftOut]:
+    def rest(layout: Layout, _: Results[Recovery], __: LayerSettings) -> Iterable[LeftOut]:
         if planned is not None:
             return planned.left_out(layout, run.where.here)
         return without_rank(compared.pairing, layout, run.where.here)
@@ -139,7 +140,7 @@ def recover(
         tasks,
         partial(_one_layer, files=files),
         size,
-        RecoverySettings(method, tol, seed, run.where.tasks),
+        LayerSettings(method, tol, seed, run.where.tasks),
         rest,
         compared.inputs,
         asked,
@@ -174,7 +175,7 @@ def _wanted(
     return Wanted(rank, energy, full, keep, target is not None and target.transposed)
 
 
-def _one_layer(task: Layer, files: Mapping[str, Path], settings: RecoverySettings) -> tuple[Recovery | LeftOut]:
+def _one_layer(task: RecoveryTask, files: Mapping[str, Path], settings: LayerSettings) -> tuple[Recovery | LeftOut]:
     return (measure(task, settings, partial(store, files.get(task.layer, Path()))),)
 
 

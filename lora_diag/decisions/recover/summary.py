@@ -7,14 +7,13 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from statistics import median
 
-from rich.console import Group
-
 from lora_diag.decisions.recover.record import Recovery
 from lora_diag.records import Results
 from lora_diag.rendering.columns import Column, Grid, rows_of, title_of
 from lora_diag.rendering.lines import subject
-from lora_diag.rendering.statements import Level, Statement, compared, ending, left_out, say, summary_of
-from lora_diag.rendering.text import count, fraction, middle, named, number, percent, safe, short, shown, span, to_text
+from lora_diag.rendering.statements import Level, Statement, compared, ending, left_out, say
+from lora_diag.rendering.tables import grids_table
+from lora_diag.rendering.text import count, fraction, middle, named, number, percent, safe, short, shown, span
 
 STATUS = {
     "recovered": "recovered",
@@ -42,9 +41,8 @@ def recovery_table(
         then: The command that a user would run next.
         folder: Where the adapter or the checkpoint is; None if none was written.
     """
-    (grid,) = recovery_grids(results, per)
-    lines = summary_of([*recovery_lines(results), *_written(results, folder)], then)
-    return to_text(Group(*grid.shown(width), lines) if len(results) else lines, width, color)
+    grids = recovery_grids(results, per) if len(results) else []
+    return grids_table(grids, [*recovery_lines(results), *_written(results, folder)], width, color, then)
 
 
 def recovery_grids(results: Results[Recovery], per: str = "type") -> list[Grid]:
@@ -127,6 +125,8 @@ def _hidden(records: Sequence[Recovery]) -> Statement:
         lead, level = "yes: the size of the update is estimated, and no direction is significant", "warning"
     elif counts["not_hidden"]:
         lead, level = "no: the files resolve the update; use loradiag extract", "ok"
+    elif all(record.unchanged == 1.0 for record in records):
+        lead, level = "inconclusive: no entry changed, so nothing can be estimated", "warning"
     else:
         lead, level = "inconclusive: no layer fits the model of an update that was rounded once", "warning"
     return say(

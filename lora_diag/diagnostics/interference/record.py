@@ -46,7 +46,7 @@ class EnergyOverlap(Record):
 
 
 class Interference(LayerRecord):
-    """Two updates of one layer, held against each other. Tables are by rank r, as far as either has r directions.
+    """Two updates of one layer, compared with each other. Tables are by rank r, as far as either has r directions.
 
     Args:
         layer: The weight's name in BASE, or in the adapters where there is no BASE.

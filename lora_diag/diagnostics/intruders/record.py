@@ -9,7 +9,7 @@ from lora_diag.records.shown import Shown
 
 
 class Direction(Record):
-    """One of the k largest left singular vectors u_j of W_tuned, held against those of W_base.
+    """One of the k largest left singular vectors u_j of W_tuned, compared with those of W_base.
 
     Args:
         sigma: σ_j of W_tuned.

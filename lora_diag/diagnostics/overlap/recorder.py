@@ -1,4 +1,4 @@
-"""Gradients recorded while a model trains: saved as snapshots, or held against subspaces at once."""
+"""Gradients recorded while a model trains: saved as snapshots, or compared with subspaces at once."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The subspaces that gradients are held against while a model trains."""
+"""The subspaces that gradients are compared with while a model trains."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What did an adapter miss? A full fine-tune's ΔW and an adapter's, held against each other."""
+"""What did an adapter miss? A full fine-tune's ΔW and an adapter's, compared with each other."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SUBSPACE = 8
 
 @dataclass(frozen=True, slots=True)
 class Other:
-    """What is held against the full fine-tune in one layer.
+    """What is compared with the full fine-tune in one layer.
 
     Args:
         name: The adapter's or the reference's path.
@@ -41,7 +41,7 @@ class Other:
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """One layer of a full fine-tune, and what is held against it."""
+    """One layer of a full fine-tune, and what is compared with it."""
 
     tuned: Delta
     others: tuple[Other, ...]

@@ -145,7 +145,7 @@ def _alone(delta: Delta) -> Delta:
 
 
 def _more_left_out(full: Pairing, others: Sequence[Comparison]) -> Iterator[Unpaired]:
-    """Yield what adapters have that the fine-tune cannot be held against."""
+    """Yield what adapters have that the fine-tune cannot be compared with."""
     known = {delta.layer for delta in full.deltas} | {item.layer for item in full.unpaired}
     for other in others:
         path = other.inputs[-1].path

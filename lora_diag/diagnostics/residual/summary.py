@@ -153,7 +153,7 @@ def _low_rank(records: Sequence[Residual]) -> str:
     total = math.hypot(*(record.fro for record in records)) or 1.0
     ranked = [record for record in records if record.rank and record.epsilon_min is not None]
     if not ranked:
-        return "no layer with a known rank was held against TUNED"
+        return "no layer with a known rank was compared with TUNED"
     out_of_reach = percent((math.hypot(*(record.floor for record in ranked)) / total) ** 2)
     bound = [record for record in ranked if record.limited_by == "rank"]
     if not bound:

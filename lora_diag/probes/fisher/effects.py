@@ -14,7 +14,7 @@ from lora_diag.models.losses import Losses, nll, predictions
 from lora_diag.models.opening import Model
 from lora_diag.probes.fisher.record import Effect
 
-# What the logits of the model before may take: they are kept, because every change is held against them.
+# What the logits of the model before may take: they are kept, because every change is compared with them.
 LOGIT_BYTES = 2 * 2**30
 
 

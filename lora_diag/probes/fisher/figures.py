@@ -30,7 +30,7 @@ from lora_diag.rendering.figures.style import (
     wrapped,
 )
 
-# The colours and marks of the predictors; Fisher's is the one that the others are held against.
+# The colours and marks of the predictors; Fisher's is the one that the others are compared with.
 MARKS = ("o", "s", "D", "v", "^")
 # Tails below this share of the largest are rounding.
 LEAST = 1e-5

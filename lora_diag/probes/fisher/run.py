@@ -70,7 +70,7 @@ def probe_fisher(
     labels, seed = run.options["labels"], run.options["seed"]
     asked = checked_ranks(run.options["ranks"])
     if len(evaluate) > 1:
-        raise UsageError("--eval: one order of the layers is held against F; name one file")
+        raise UsageError("--eval: one order of the layers is compared with F; name one file")
     check_files([data, *evaluate])
     compared = run.compare(base, tuned)
     deltas = compared.pairing.deltas

@@ -1,6 +1,6 @@
 """How far a model's outputs are from a fine-tune's: logits, probabilities, choices, and before all of them the loss.
 
-An adapter is applied as its own ΔW on the weights of BASE, so any kind of adapter can be held against any other. Sets
+An adapter is applied as its own ΔW on the weights of BASE, so any kind of adapter can be compared with any other. Sets
 are taken in chunks, so that the outputs of only three models for a few sequences are held at once: logits of what is
 predicted, and the hidden states of every token.
 """

@@ -1,4 +1,4 @@
-"""``probe outputs``: adapters held against a full fine-tune by what the models say."""
+"""``probe outputs``: adapters compared with a full fine-tune by what the models say."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def probe_outputs(
         The records are in ``whole``: one a set and model, BASE and TUNED among them.
 
     Raises:
-        UsageError: An option makes no sense, nothing is to be held against TUNED, or the extra ``train`` is missing.
+        UsageError: An option makes no sense, nothing is to be compared with TUNED, or the extra ``train`` is missing.
         InputError: An input cannot be read, or transformers cannot open BASE.
         NothingComparedError: A checkpoint has no weight in common with BASE.
     """

@@ -137,7 +137,7 @@ def marginals_of(
     ]
 
 
-# What is held against the measured gains: a name, and the score of one layer.
+# What is compared with the measured gains: a name, and the score of one layer.
 SCORES = ("top", "fresh", "adam", "fro²", "size")
 
 

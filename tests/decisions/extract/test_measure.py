@@ -1,4 +1,4 @@
-"""The factors of one layer, held against a singular value decomposition in float64 NumPy."""
+"""The factors of one layer, compared with a singular value decomposition in float64 NumPy."""
 
 import numpy as np
 import pytest

@@ -48,6 +48,32 @@ def test_records_compare_the_estimate_with_the_files(models, tmp_path):
     assert lora_diag.recover(base, tuned, workers=1, seed=0).layers == found.layers
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_sparse_update_that_the_files_resolve_is_not_hidden(tmp_path, dtype):
+    """Rows that were never trained, as of an embedding, are not entries that rounding kept the same."""
+    rng = torch.Generator().manual_seed(5)
+    w = torch.randn(200, 64, generator=rng).mul(0.02).to(dtype)
+    x = torch.zeros(200, 64)
+    x[::4] = torch.randn(50, 64, generator=rng) * 0.05
+    for name, weight in (("base", w), ("tuned", (w.float() + x).to(dtype))):
+        save_model(tmp_path / name, {"model.embed_tokens.weight": weight})
+    (record,) = lora_diag.recover(tmp_path / "base", tmp_path / "tuned")
+    assert record.unchanged == pytest.approx(0.75, abs=0.01)
+    assert record.status == "not_hidden"
+
+
+def test_a_float32_layer_that_hardly_moved_is_measured(tmp_path):
+    """An update near the spacing of float32, with entries of which cells are far narrower than it."""
+    rng = torch.Generator().manual_seed(6)
+    w, x = torch.randn(64, 48, generator=rng), torch.randn(64, 48, generator=rng) * 3e-8
+    x[0], w[0] = 2e-7, w[0] * 1e-8
+    for name, weight in (("base", w), ("tuned", (w.double() + x.double()).float())):
+        save_model(tmp_path / name, {"lm_head.weight": weight})
+    (record,) = lora_diag.recover(tmp_path / "base", tmp_path / "tuned")
+    assert record.status in {"recovered", "size_only", "refused"}
+    assert record.fro_estimate is None or record.fro_estimate == pytest.approx(float(x.norm()), rel=0.3)
+
+
 def test_an_adapter_is_the_svd_of_the_posterior_mean(models, tmp_path):
     base, tuned, before, after, x = models
     found = lora_diag.recover(base, tuned, tmp_path / "full", full=True)

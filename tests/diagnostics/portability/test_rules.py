@@ -4,6 +4,7 @@ import importlib.util
 import json
 import math
 import re
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -110,6 +111,8 @@ def test_llamacpp_divides_one_alpha_by_each_rank(drawn):
     contents, ranks, _ = drawn
     expected = {module: contents.config["lora_alpha"] / rank for module, rank in ranks.items()}
     assert applied("llamacpp", contents) == pytest.approx(expected)
+    without = replace(contents, config={**contents.config, "lora_alpha": 0})
+    assert set(applied("llamacpp", without).values()) == {1.0}  # α = 0 means no scale there, and no update in PEFT
 
 
 @given(adapters())

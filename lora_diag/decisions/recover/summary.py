@@ -13,7 +13,7 @@ from lora_diag.rendering.columns import Column, Grid, rows_of, title_of
 from lora_diag.rendering.lines import subject
 from lora_diag.rendering.statements import Level, Statement, compared, ending, left_out, say
 from lora_diag.rendering.tables import grids_table
-from lora_diag.rendering.text import count, fraction, middle, named, number, percent, safe, short, shown, span
+from lora_diag.rendering.text import count, middle, named, number, percent, safe, short, shown, span
 
 STATUS = {
     "recovered": "recovered",
@@ -151,7 +151,7 @@ def _size(records: Sequence[Recovery]) -> list[Statement]:
     ]
     line = (
         f"‖X‖ = {number(whole)} estimated over {_matrices(len(known))}, ± {percent(median(errors))} in the median "
-        f"layer; the files show ‖D‖ = {number(seen)}, {percent(seen / whole)} of it"
+        f"layer; the files show ‖D‖ = {number(seen)}, {number(seen / whole)} times that"
     )
     return [say("size", "Size", line)]
 
@@ -256,8 +256,7 @@ def model_card(results: Results[Recovery], base_name: str, command: str) -> str:
         "estimates the update before rounding. It assumes that training kept float32 master weights, started at the "
         "base model, and was rounded once. Evaluate it before you use it.",
         "",
-        f"- {_matrices(len(made))} from the estimate: ‖X‖ = {number(whole)}, of which the files show "
-        f"{fraction(seen / whole) if whole else '-'}",
+        f"- {_matrices(len(made))} from the estimate: ‖X‖ = {number(whole)}, and the files show ‖D‖ = {number(seen)}",
         f"- {_matrices(len(file))} as the files have them",
         *([f"- not in it: {named([record.layer for record in without], 12)}"] if without else []),
         "",

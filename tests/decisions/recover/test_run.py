@@ -1,6 +1,7 @@
 """``recover`` end to end: what it writes, and how it ends."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import lora_diag
+from lora_diag.decisions.recover.summary import recovery_lines
 from tests.conftest import save_model
 from tests.linalg.test_hidden import low_rank_of, planted
 from tests.oracles import spectrum
@@ -60,6 +62,15 @@ def test_a_sparse_update_that_the_files_resolve_is_not_hidden(tmp_path, dtype):
     (record,) = lora_diag.recover(tmp_path / "base", tmp_path / "tuned")
     assert record.unchanged == pytest.approx(0.75, abs=0.01)
     assert record.status == "not_hidden"
+
+
+def test_a_difference_longer_than_the_estimate_is_printed_as_such(models):
+    """Rounding lengthens D where few entries stay the same: a fraction of ‖X‖ would be capped at 1."""
+    base, tuned, *_ = models
+    found = lora_diag.recover(base, tuned, layers="q_proj")
+    longer = replace(found, layers=tuple(r.model_copy(update={"fro": 1.25 * r.fro_estimate}) for r in found))
+    (size,) = [line for line in recovery_lines(longer) if line.key == "size"]
+    assert "1.25 times" in size.lead
 
 
 def test_a_float32_layer_that_hardly_moved_is_measured(tmp_path):

@@ -167,7 +167,7 @@ def test_no_adapter_config_beside_weights(tmp_path, weights):
     [
         ("missing/a.txt", InputError, "cannot be written: there is no folder .*missing; create it first"),
         ("file/a.txt", InputError, "cannot be written: "),
-        ("folder", UsageError, "is not a regular file; choose another name"),
+        ("folder", UsageError, "is a folder; choose another name"),
         ("a" * 300, InputError, "cannot be written: File name too long"),
     ],
 )

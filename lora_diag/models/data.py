@@ -119,6 +119,17 @@ def check_names(texts: list[Texts]) -> None:
             raise UsageError(f"two evaluation sets are called {name}; give one of the files another name")
 
 
+def predicted(texts: Texts, model: Model) -> int:
+    """Return how many predictions a loss on a text is the mean of: completion tokens, hidden tokens or labels.
+
+    Args:
+        texts: A text.
+        model: Whose kind counts: a causal model predicts no token at the first place of a sequence.
+    """
+    first = 1 if model.kind == "causal" else 0
+    return sum(label != IGNORED for sequence in texts.sequences for label in sequence.labels[first:])
+
+
 def _predicts(sequence: Sequence, model: Model) -> bool:
     if model.kind == "classifier":
         return bool(sequence.ids)

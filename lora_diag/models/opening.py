@@ -94,12 +94,7 @@ def open_model(
         raise UsageError(f"--dtype {dtype}: use {', '.join(DTYPES)}")
     where, options = _where(base)
     with _quietly(transformers):
-        try:
-            config = transformers.AutoConfig.from_pretrained(where, trust_remote_code=False, **options)
-        except (OSError, ValueError, KeyError) as error:
-            if is_adapter(locate(base)):
-                raise UsageError(f"{base}: is an adapter; give the model it belongs to") from error
-            raise InputError(f"{base}: transformers cannot open this model: {_first_line(error)}") from error
+        config = _config(transformers, base, where, options)
         kind = _kind(base, config)
         if getattr(config, "quantization_config", None) is not None:
             raise InputError(f"{base}: is quantized, and its weights cannot be swapped; give the unquantized BASE")
@@ -120,21 +115,75 @@ def open_model(
                 "random numbers would be measured"
             )
         tokens = _tokens(transformers, base, where, options, config, tokenizer, kind)
-    positions = getattr(config, "max_position_embeddings", None) or LENGTH
-    if length is not None and not 2 <= length <= positions:
-        raise UsageError(f"--length {length}: from 2 up to the {positions} positions that this model has")
+    length = _length(config, length)
     module.eval().requires_grad_(False).to(device)
     if kind == "classifier" and config.pad_token_id is None:
         module.config.pad_token_id = tokens.pad  # by which models that read the last token find it
-    labels = {str(name): int(index) for name, index in (getattr(config, "label2id", None) or {}).items()}
-    return Model(module, kind, tokens, length or min(LENGTH, positions), device, labels)
+    return Model(module, kind, tokens, length, device, _labels(config))
+
+
+def open_tokens(base: Path | str, length: int | None = None, tokenizer: str = "auto") -> Model:
+    """Open what texts are read with: tokenizer, length and kind of a model, without its weights.
+
+    Args:
+        base: As for ``open_model``; weights need not be there.
+        length: Tokens of a sequence.
+        tokenizer: As for ``open_model``.
+
+    Returns:
+        A model whose ``module`` is None.
+
+    Raises:
+        UsageError: An option makes no sense, or transformers is not installed.
+        InputError: transformers cannot open the config or the tokenizer.
+    """
+    transformers = _transformers()
+    where, options = _where(base)
+    with _quietly(transformers):
+        config = _config(transformers, base, where, options)
+        kind = _kind(base, config)
+        tokens = _tokens(transformers, base, where, options, config, tokenizer, kind)
+    return Model(None, kind, tokens, _length(config, length), torch.device("cpu"), _labels(config))
+
+
+def _config(transformers: Any, base: Path | str, where: str, options: dict[str, Any]) -> Any:
+    """Return the model's config.
+
+    Raises:
+        UsageError: It is an adapter.
+        InputError: transformers cannot open it.
+    """
+    try:
+        return transformers.AutoConfig.from_pretrained(where, trust_remote_code=False, **options)
+    except (OSError, ValueError, KeyError) as error:
+        if is_adapter(locate(base)):
+            raise UsageError(f"{base}: is an adapter; give the model it belongs to") from error
+        raise InputError(f"{base}: transformers cannot open this model: {_first_line(error)}") from error
+
+
+def _length(config: Any, length: int | None) -> int:
+    """Return the tokens of a sequence.
+
+    Raises:
+        UsageError: The model has fewer positions.
+    """
+    positions = getattr(config, "max_position_embeddings", None) or LENGTH
+    if length is not None and not 2 <= length <= positions:
+        raise UsageError(f"--length {length}: from 2 up to the {positions} positions that this model has")
+    return length or min(LENGTH, positions)
+
+
+def _labels(config: Any) -> dict[str, int]:
+    return {str(name): int(index) for name, index in (getattr(config, "label2id", None) or {}).items()}
 
 
 def _transformers() -> Any:
     try:
         import transformers
     except ImportError as error:
-        raise UsageError(f"probe: runs a model and needs {error.name}: pip install 'loradiag[train]'") from error
+        raise UsageError(
+            f"running a model, or its tokenizer, needs {error.name}: pip install 'loradiag[train]'"
+        ) from error
     return transformers
 
 

@@ -1,10 +1,12 @@
 """Options of ``plan``."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, TypedDict
 
 from lora_diag.running.options import (
     ADAPTER_DTYPE,
+    DATA,
     EXCLUDE,
     MEMORY_BUDGET,
     OPTIMIZER,
@@ -12,7 +14,9 @@ from lora_diag.running.options import (
     RANKS,
     TARGETS,
     TOP,
+    ModelOptions,
     Option,
+    declared,
 )
 
 
@@ -28,3 +32,7 @@ class PlanOptions(TypedDict, total=False):
     adapter_dtype: Annotated[str, ADAPTER_DTYPE]
     cost: Annotated[bool, Option(False, "Also estimate the run time of spectrum; times this machine.")]
     top: Annotated[int, TOP.by(64)]
+    data: Annotated[Path | str | None, DATA.by(None, help="Training text whose tokens are counted, for capacity.")]
+    tokens: Annotated[str | int | None, Option(None, "Predicted tokens of the training data, e.g. 2M.", "N")]
+    tokenizer: Annotated[str, declared(ModelOptions)["tokenizer"][1]]
+    length: Annotated[int | None, declared(ModelOptions)["length"][1]]

@@ -113,6 +113,40 @@ class PlanCost(Record):
     bytes: int | None
 
 
+class PlanRule(Record):
+    """A published rule of thumb for capacity: a starting point, not an answer.
+
+    Args:
+        name: The rule, in words.
+        source: Who published it.
+        params: Trainable parameters that it asks for.
+        rank: Smallest rank of all targeted matrices that has as many; null where full rank has fewer.
+    """
+
+    name: str
+    source: str
+    params: int
+    rank: int | None
+
+
+class PlanCapacity(Record):
+    """How much there is to learn, in tokens, and the rank that rules of thumb ask for.
+
+    Args:
+        data: What was counted, as the user named it; empty where the number was given.
+        about: What it was read as.
+        notes: What a careful reader should know.
+        tokens: Predicted tokens: of completions, or of whole texts; for a classifier, labels.
+        rules: The rules.
+    """
+
+    data: str
+    about: str
+    notes: tuple[str, ...] = ()
+    tokens: int
+    rules: tuple[PlanRule, ...]
+
+
 class Plan(Record):
     """What full fine-tuning and LoRA of a model cost, from headers or a config alone.
 
@@ -130,6 +164,7 @@ class Plan(Record):
         fit: What the budget allows; null without one.
         rates: This machine's speed; null if that was not asked.
         costs: Of the spectra of all matrices on it; empty likewise.
+        capacity: What the data holds and rules of thumb say of it; null where neither data nor tokens were given.
     """
 
     record: Literal["plan"] = "plan"
@@ -146,3 +181,4 @@ class Plan(Record):
     fit: PlanFit | None = None
     rates: PlanRates | None = None
     costs: tuple[PlanCost, ...] = ()
+    capacity: PlanCapacity | None = None

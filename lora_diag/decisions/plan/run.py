@@ -14,9 +14,10 @@ from lora_diag.checkpoints.documents import MAX_CONFIG_BYTES, read_object
 from lora_diag.checkpoints.folder import WEIGHTS
 from lora_diag.decisions.memory import BYTES, Training
 from lora_diag.decisions.plan.architectures import weights_of
+from lora_diag.decisions.plan.capacity import capacity_rules
 from lora_diag.decisions.plan.measure import Matrix, fit, memory_of, rank_costs, types_of
 from lora_diag.decisions.plan.options import PlanOptions
-from lora_diag.decisions.plan.record import Plan, PlanCost, PlanRates
+from lora_diag.decisions.plan.record import Plan, PlanCapacity, PlanCost, PlanRates
 from lora_diag.decisions.targets import compiled, why_no_target
 from lora_diag.deltas import CONVOLUTION, EXPERTS, natural_order
 from lora_diag.errors import UsageError
@@ -61,6 +62,10 @@ def plan(base: Path | str, **options: Unpack[PlanOptions]) -> Plan:
         adapter_dtype: Of the trainable parameters and their gradients.
         cost: Whether to estimate what ``spectrum`` takes on this machine, whose speed is measured for some seconds.
         top: How many of the largest values the second of two estimates is for.
+        data: Training text, JSONL or a data set: its predicted tokens are counted with the model's tokenizer.
+        tokens: Their number instead, such as ``"2M"``.
+        tokenizer: As for the probes.
+        length: Tokens of a sequence; longer rows are cut and only what is left is counted.
         **options: ``PlanOptions``.
 
     Raises:
@@ -80,6 +85,8 @@ def plan(base: Path | str, **options: Unpack[PlanOptions]) -> Plan:
     training = Training(given["optimizer"], dtype)
     if params is not None and memory is not None:
         raise UsageError("give --params or --memory-budget, not both")
+    if given["data"] is not None and given["tokens"] is not None:
+        raise UsageError("give --data or --tokens, not both")
     if not ranks or min(ranks) < 1:
         raise UsageError(f"--ranks {','.join(map(str, ranks))}: ranks must be whole numbers from 1 up")
     asked_ranks = sorted(set(ranks))
@@ -92,6 +99,7 @@ def plan(base: Path | str, **options: Unpack[PlanOptions]) -> Plan:
         raise UsageError(f"{asked}: there is no matrix to put LoRA on")
     total = sum(math.prod(shape) for shape in model.shapes.values())
     active, notes = _active(model.config, matrices)
+    capacity = _capacity(base, given, [matrix for matrix in matrices if matrix.name in targeted])
     rates, estimates = _costs(model, matrices, top) if cost else (None, ())
     return Plan(
         path=legible(base),
@@ -107,6 +115,37 @@ def plan(base: Path | str, **options: Unpack[PlanOptions]) -> Plan:
         fit=_fit(matrices, targeted, asked_ranks, params, memory, training),
         rates=rates,
         costs=estimates,
+        capacity=capacity,
+    )
+
+
+def _capacity(base: Path | str, given: Mapping[str, Any], chosen: Sequence[Matrix]) -> PlanCapacity | None:
+    """Count what there is to learn, and apply the rules of thumb; None where neither data nor tokens are given.
+
+    Raises:
+        UsageError: The number of tokens is none, or the extra ``train`` is missing.
+        InputError: The data or the tokenizer cannot be read.
+    """
+    if given["tokens"] is not None:
+        tokens = read_count(str(given["tokens"]), "--tokens")
+        return PlanCapacity(data="", about="as given", tokens=tokens, rules=capacity_rules(chosen, tokens))
+    if given["data"] is None:
+        return None
+    # transformers comes with them: not before it is needed
+    from lora_diag.models.data import predicted, read_texts
+    from lora_diag.models.opening import open_tokens
+
+    path = as_path(base)
+    folder = path.parent if path.suffix == ".json" else base
+    model = open_tokens(folder, given["length"], given["tokenizer"])
+    texts = read_texts(given["data"], model)
+    tokens = predicted(texts, model)
+    return PlanCapacity(
+        data=legible(texts.path),
+        about=texts.about,
+        notes=texts.notes,
+        tokens=tokens,
+        rules=capacity_rules(chosen, tokens),
     )
 
 

@@ -8,7 +8,8 @@ from dataclasses import replace
 from rich.console import Group
 from rich.table import Table
 
-from lora_diag.decisions.plan.record import Plan, PlanFit, PlanRank, PlanRates, PlanType
+from lora_diag.decisions.plan.capacity import LORA_RATE, RATE_SOURCE
+from lora_diag.decisions.plan.record import Plan, PlanCapacity, PlanFit, PlanRank, PlanRates, PlanRule, PlanType
 from lora_diag.rendering.columns import Column, table_of
 from lora_diag.rendering.statements import Statement, say, summary_of
 from lora_diag.rendering.text import count, duration, percent, safe, short, to_text
@@ -106,6 +107,7 @@ def _lines(plan: Plan) -> list[Statement]:
             f"{matrices} matrices with {plan.targeted:,} entries; each rank trains "
             f"{sum(row.per_rank for row in targeted):,} parameters",
         ),
+        *_capacity(plan.capacity),
         say(
             "memory",
             "Memory",
@@ -142,6 +144,21 @@ def _time(plan: Plan, rates: PlanRates) -> list[str]:
     if any(seconds <= cost.longest for cost in plan.costs for seconds in cost.seconds.values()):
         lines.append("no number of machines is faster than one is on the largest matrix")
     return lines
+
+
+def _capacity(capacity: PlanCapacity | None) -> list[Statement]:
+    """Return how much there is to learn, and the rules of thumb, each with its source; nothing where none was asked."""
+    if capacity is None:
+        return []
+    asked = [f"{_wanted(rule)} ({rule.name}: {rule.source})" for rule in capacity.rules]
+    lead = f"{capacity.tokens:,} predicted tokens; rules of thumb, to be tested: {', '.join(asked)}"
+    lines = [lead, f"in {safe(capacity.data)} ({capacity.about})"] if capacity.data else [lead]
+    rate = f"rule of thumb: about {LORA_RATE} times full fine-tuning's, nearly the same at every rank ({RATE_SOURCE})"
+    return [say("capacity", "Capacity", *lines, *map(safe, capacity.notes)), say("rate", "Learning rate", rate)]
+
+
+def _wanted(rule: PlanRule) -> str:
+    return "more than full rank" if rule.rank is None else f"r ≥ {rule.rank}"
 
 
 def _frozen(plan: Plan) -> str:

@@ -146,3 +146,34 @@ def test_an_adapter_and_a_config_that_is_none_are_refused(tmp_path):
         lora_diag.plan(tmp_path)
     with pytest.raises(InputError, match="no such file"):
         lora_diag.plan(tmp_path / "nothing.json")
+
+
+def test_rules_of_thumb_ask_for_the_rank_that_stores_the_tokens(tmp_path):
+    """By hand: r(4·8192 + 3·15104)·32 parameters have to be as many as tokens, or 2 bits each hold 1 bit a token."""
+    per_rank = 32 * (4 * 8192 + 3 * 15_104)
+    found = plan(tmp_path, tokens="100M").capacity
+    assert found.tokens == 100_000_000
+    asked = [(rule.params, rule.rank) for rule in found.rules]
+    assert asked == [(100_000_000, -(-100_000_000 // per_rank)), (50_000_000, -(-50_000_000 // per_rank))]
+    assert [rule.rank for rule in plan(tmp_path, tokens=10**12).capacity.rules] == [None, None]
+    assert plan(tmp_path).capacity is None
+    with pytest.raises(UsageError, match="not both"):
+        plan(tmp_path, tokens=5, data=tmp_path / "config.json")
+    with pytest.raises(UsageError, match="--tokens none"):
+        plan(tmp_path, tokens="none")
+
+
+@pytest.mark.slow
+def test_data_is_counted_by_what_is_predicted(tmp_path):
+    """Bytes are tokens here: a window of 8 predicts 7; of a completion every byte, and the prompt none."""
+    pytest.importorskip("transformers")
+    config = {
+        "model_type": "llama", "hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1, "vocab_size": 256,
+        "num_attention_heads": 2, "architectures": ["LlamaForCausalLM"], "max_position_embeddings": 8,
+    }  # fmt: skip
+    (tmp_path / "text.txt").write_text("x" * 20)  # two windows of 8, and a rest
+    assert plan(tmp_path, config, data=tmp_path / "text.txt").capacity.tokens == 14
+    rows = [{"prompt": "ab", "completion": "xyz"}, {"prompt": "a", "completion": "longer than it"}]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert plan(tmp_path, config, data=tmp_path / "rows.jsonl").capacity.tokens == 3 + 7
+    assert plan(tmp_path, config, data=tmp_path / "rows.jsonl", length=4).capacity.tokens == 2 + 3

@@ -1,0 +1,61 @@
+"""Tokens of the training data → the rank that published rules of thumb ask for.
+
+They bound what can be stored, not what a task needs. Repeated passes over the data add no information.
+
+References: Thinking Machines Lab, LoRA primer (Tinker documentation, 2025); Schulman et al. 2025, "LoRA Without
+Regret", thinkingmachines.ai/blog/lora; Allen-Zhu and Li 2024, "Physics of Language Models: Part 3.3, Knowledge
+Capacity Scaling Laws", arXiv 2404.05405.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from fractions import Fraction
+
+from lora_diag.decisions.plan.measure import Matrix
+from lora_diag.decisions.plan.record import PlanRule
+
+# What a parameter stores at most, after long training (Allen-Zhu and Li 2024, arXiv 2404.05405).
+BITS_PER_PARAM = 2
+# Typical loss of a language model's data, 1 bit or 0.69 nats a token (Schulman et al. 2025).
+BITS_PER_TOKEN = 1
+
+# LoRA's best learning rate is about so many times that of full fine-tuning, nearly independent of the rank.
+LORA_RATE = 10
+RATE_SOURCE = "Schulman et al. 2025"
+
+# Rule, its source, and the parameters that it asks for, for each predicted token.
+RULES = (
+    (
+        "a parameter per completion token",
+        "Thinking Machines Lab 2025",
+        Fraction(1),
+    ),
+    (
+        f"{BITS_PER_PARAM} bits per parameter, {BITS_PER_TOKEN} per token",
+        "Allen-Zhu and Li 2024",
+        Fraction(BITS_PER_TOKEN, BITS_PER_PARAM),
+    ),
+)
+
+
+def capacity_rules(chosen: Sequence[Matrix], tokens: int) -> tuple[PlanRule, ...]:
+    """Return what each rule asks for.
+
+    Args:
+        chosen: The matrices that LoRA is put on.
+        tokens: Predicted tokens of the training data, counted once.
+
+    Example:
+        >>> [(rule.params, rule.rank) for rule in capacity_rules([Matrix("q", (64, 64), 4)], 10_000)]
+        [(10000, 20), (5000, 10)]
+    """
+    per_rank = sum(matrix.per_rank for matrix in chosen)
+    full_rank = max(min(matrix.shape) for matrix in chosen)
+    found = []
+    for name, source, each in RULES:
+        params = math.ceil(tokens * each)
+        rank = max(1, -(-params // per_rank))
+        found.append(PlanRule(name=name, source=source, params=params, rank=rank if rank <= full_rank else None))
+    return tuple(found)

@@ -10,12 +10,12 @@ Reference: https://github.com/huggingface/safetensors#format
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_diag.checkpoints.documents import loads
+from lora_diag.checkpoints.file_bytes import FileBytes
 from lora_diag.checkpoints.remote import RemotePath
 from lora_diag.checkpoints.tensors import TensorInfo
 from lora_diag.errors import InputError
@@ -74,7 +74,7 @@ class SafetensorsFile:
         self.tensors, spans = _tensors(header, data_bytes, path)
         self._start = {name: data_start + begin for name, (begin, _) in spans.items()}
         self._bytes = {name: end - begin for name, (begin, end) in spans.items()}
-        self._descriptor: int | None = None
+        self._content = FileBytes(path)
         if isinstance(path, RemotePath) and not path.facts().version:
             self.notes = (f"the server reports no version of {path.name}: changes during the run are not detected",)
 
@@ -93,38 +93,14 @@ class SafetensorsFile:
             raise InputError(f"{self.path}: {name} is stored as {info.dtype}, which needs a newer version of torch")
         out = torch.empty(stop - start, dtype=dtype)
         buffer = memoryview(out.view(torch.uint8).numpy().data)
-        self._fill(buffer, self._start[name] + start * dtype.itemsize, name)
+        self._content.fill(buffer, self._start[name] + start * dtype.itemsize, name)
         return out
 
     def read_bytes(self, name: str) -> bytes:
         """Return the bytes of a small tensor, without torch."""
         content = bytearray(self._bytes[name])
-        self._fill(memoryview(content), self._start[name], name)
+        self._content.fill(memoryview(content), self._start[name], name)
         return bytes(content)
-
-    def _fill(self, buffer: memoryview, offset: int, name: str) -> None:
-        if isinstance(self.path, RemotePath):
-            self.path.read_into(buffer, offset)
-            return
-        done = 0
-        try:
-            if self._descriptor is None:
-                self._descriptor = os.open(self.path, os.O_RDONLY)
-            while done < len(buffer):  # one pread returns at most 2 GiB
-                count = os.preadv(self._descriptor, [buffer[done:]], offset + done)
-                if count == 0:
-                    raise InputError(f"{self.path}: the file ends inside {name}; copy or download it again")
-                done += count
-        except OSError as error:
-            raise InputError(f"{self.path}: cannot read {name}: {error.strerror}") from error
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Drop the open descriptor: a copy in another process opens its own."""
-        return self.__dict__ | {"_descriptor": None}
-
-    def __del__(self) -> None:
-        if getattr(self, "_descriptor", None) is not None:
-            os.close(self._descriptor)  # type: ignore[arg-type]
 
 
 def _read_header(path: Path) -> tuple[dict[str, Any], int, int]:

@@ -1,0 +1,56 @@
+"""Read ranges of bytes of one file, local or remote, into memory that the caller provides."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from lora_diag.checkpoints.remote import RemotePath
+from lora_diag.errors import InputError
+
+
+class FileBytes:
+    """The bytes of a file, read by ``pread``: no page of the file stays resident, and a short file gives a message.
+
+    Args:
+        path: The file; opened at the first read.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._descriptor: int | None = None
+
+    def fill(self, buffer: memoryview, offset: int, name: str) -> None:
+        """Fill a buffer with the bytes from ``offset`` on.
+
+        Args:
+            buffer: The memory to fill.
+            offset: First byte of the file.
+            name: The tensor, for messages.
+
+        Raises:
+            InputError: The file ends before the buffer is full, or cannot be read.
+        """
+        if isinstance(self.path, RemotePath):
+            self.path.read_into(buffer, offset)
+            return
+        done = 0
+        try:
+            if self._descriptor is None:
+                self._descriptor = os.open(self.path, os.O_RDONLY)
+            while done < len(buffer):  # one pread returns at most 2 GiB
+                count = os.preadv(self._descriptor, [buffer[done:]], offset + done)
+                if count == 0:
+                    raise InputError(f"{self.path}: the file ends inside {name}; copy or download it again")
+                done += count
+        except OSError as error:
+            raise InputError(f"{self.path}: cannot read {name}: {error.strerror}") from error
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Drop the open descriptor: a copy in another process opens its own."""
+        return {**self.__dict__, "_descriptor": None}
+
+    def __del__(self) -> None:
+        if getattr(self, "_descriptor", None) is not None:
+            os.close(self._descriptor)  # type: ignore[arg-type]

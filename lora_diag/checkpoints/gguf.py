@@ -1,0 +1,417 @@
+"""The GGUF container: a header with typed fields, a table of tensors, then their aligned data.
+
+Opened by its header; a tensor is read by ranges, as whole blocks of its type, on request. Every count, length and
+offset is checked against the bytes of the file before anything is allocated or skipped by it. Large arrays, such as the
+tokens of a vocabulary, are skipped. Names are the file's own: what they mean is known to those who open it.
+
+To decode another type, add an entry to ``CODECS``; its blocks are already in ``TYPES``.
+
+Reference: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, version 3; version 2 differs in nothing read here.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO
+
+from lora_diag.checkpoints.file_bytes import FileBytes
+from lora_diag.checkpoints.remote import RemotePath
+from lora_diag.checkpoints.tensors import TensorInfo
+from lora_diag.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+
+MAGIC = b"GGUF"
+VERSIONS = (2, 3)
+ALIGNMENT = 32
+
+# The header of a model with 256,000 tokens takes about 10 MB.
+MAX_HEADER_BYTES = 200_000_000
+# A longer array is skipped; the longest that is needed has a number per block of a model.
+MAX_ARRAY = 4096
+MAX_DIMENSIONS = 4  # GGML_MAX_DIMS
+
+# Value of a field; None for an array that was skipped.
+Value = int | float | bool | str | list[int] | list[float] | list[bool] | list[str] | None
+
+# Code of a field's type -> struct format.
+SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+STRING, ARRAY = 8, 9
+
+
+@dataclass(frozen=True, slots=True)
+class Type:
+    """A type of tensors.
+
+    Args:
+        name: Its name in GGML.
+        block: Entries per block.
+        size: Bytes per block.
+        dtype: torch's name if the bytes are the values; None if they are decoded (to float32).
+    """
+
+    name: str
+    block: int
+    size: int
+    dtype: str | None = None
+
+
+# Code of a tensor's type -> the type.
+TYPES = {
+    0: Type("F32", 1, 4, "float32"),
+    1: Type("F16", 1, 2, "float16"),
+    2: Type("Q4_0", 32, 18),
+    3: Type("Q4_1", 32, 20),
+    6: Type("Q5_0", 32, 22),
+    7: Type("Q5_1", 32, 24),
+    8: Type("Q8_0", 32, 34),
+    9: Type("Q8_1", 32, 40),
+    10: Type("Q2_K", 256, 84),
+    11: Type("Q3_K", 256, 110),
+    12: Type("Q4_K", 256, 144),
+    13: Type("Q5_K", 256, 176),
+    14: Type("Q6_K", 256, 210),
+    15: Type("Q8_K", 256, 292),
+    16: Type("IQ2_XXS", 256, 66),
+    17: Type("IQ2_XS", 256, 74),
+    18: Type("IQ3_XXS", 256, 98),
+    19: Type("IQ1_S", 256, 50),
+    20: Type("IQ4_NL", 32, 18),
+    21: Type("IQ3_S", 256, 110),
+    22: Type("IQ2_S", 256, 82),
+    23: Type("IQ4_XS", 256, 136),
+    24: Type("I8", 1, 1, "int8"),
+    25: Type("I16", 1, 2, "int16"),
+    26: Type("I32", 1, 4, "int32"),
+    27: Type("I64", 1, 8, "int64"),
+    28: Type("F64", 1, 8, "float64"),
+    29: Type("IQ1_M", 256, 56),
+    30: Type("BF16", 1, 2, "bfloat16"),
+    34: Type("TQ1_0", 256, 54),
+    35: Type("TQ2_0", 256, 66),
+    39: Type("MXFP4", 32, 17),
+    40: Type("NVFP4", 64, 36),
+    41: Type("Q1_0", 128, 18),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Codec:
+    """How the blocks of a type become numbers.
+
+    Args:
+        decode: Blocks ``(n, size)`` of uint8 to values ``(n, block)`` of float32.
+        steps: The same blocks to the distance from each value to the next storable one, ``(n, block)`` of float32.
+        scales: The same blocks to what each code is multiplied by; None for a type whose values have an offset.
+    """
+
+    decode: Callable[[torch.Tensor], torch.Tensor]
+    steps: Callable[[torch.Tensor], torch.Tensor]
+    scales: Callable[[torch.Tensor], torch.Tensor] | None = None
+
+
+def half(blocks: torch.Tensor, start: int) -> torch.Tensor:
+    """Return the float16 at a byte of every block, ``(n, 1)`` of float32."""
+    import torch
+
+    return blocks[:, start : start + 2].contiguous().view(torch.float16).float()
+
+
+def _q8_0(blocks: torch.Tensor) -> torch.Tensor:
+    """Return d · q of 32 signed bytes, d the float16 before them."""
+    import torch
+
+    return half(blocks, 0) * blocks[:, 2:].contiguous().view(torch.int8).float()
+
+
+def _q8_0_scales(blocks: torch.Tensor) -> torch.Tensor:
+    return half(blocks, 0).abs().expand(-1, 32)
+
+
+# Name of a type -> its codec; a type without one is listed, and refused when it is read.
+CODECS: dict[str, Codec] = {"Q8_0": Codec(_q8_0, _q8_0_scales, _q8_0_scales)}
+
+
+@dataclass(frozen=True, slots=True)
+class _Span:
+    """Type of a tensor, and its first byte in the file."""
+
+    type: Type
+    begin: int
+
+
+class GgufFile:
+    """One ``*.gguf`` file, opened by its header.
+
+    Args:
+        path: The file.
+
+    Attributes:
+        fields: Values of the header by their keys; None for a large array.
+        metadata: Those that are strings.
+
+    Raises:
+        InputError: The header is invalid, or does not describe the file's bytes.
+    """
+
+    label = "GGUF"
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.notes: tuple[str, ...] = ()
+        header = _read_header(path)
+        self.fields: Mapping[str, Value] = header.fields
+        self.metadata: Mapping[str, str] = {k: v for k, v in header.fields.items() if isinstance(v, str)}
+        self.tensors: Mapping[str, TensorInfo] = header.tensors
+        self._spans = header.spans
+        self._content = FileBytes(path)
+        if isinstance(path, RemotePath) and not path.facts().version:
+            self.notes = (f"the server reports no version of {path.name}: changes during the run are not detected",)
+
+    @staticmethod
+    def matches(path: Path) -> bool:
+        """Return whether this format claims the file: by its name or its first bytes."""
+        if path.suffix == ".gguf":
+            return True
+        with path.open("rb") as file:
+            return file.read(4) == MAGIC
+
+    def type_of(self, name: str) -> Type:
+        """Return the type in which a tensor is stored."""
+        return self._spans[name].type
+
+    def read(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Return a copy of the entries ``start:stop`` of a tensor (row-major); float32 where blocks are decoded."""
+        import torch
+
+        kind = self.type_of(name)
+        if kind.dtype is None:
+            return self._decoded(name, start, stop, self._codec(name).decode)
+        out = torch.empty(stop - start, dtype=getattr(torch, kind.dtype))
+        buffer = memoryview(out.view(torch.uint8).numpy().data)
+        self._content.fill(buffer, self._spans[name].begin + start * kind.size, name)
+        return out
+
+    def read_bytes(self, name: str) -> bytes:
+        """Return the stored bytes of a small tensor, without torch."""
+        kind = self.type_of(name)
+        content = bytearray(self.tensors[name].numel // kind.block * kind.size)
+        self._content.fill(memoryview(content), self._spans[name].begin, name)
+        return bytes(content)
+
+    def read_steps(self, name: str, start: int, stop: int) -> torch.Tensor | None:
+        """Return the distance to the next storable number at the entries ``start:stop``; None if not quantized."""
+        if self.type_of(name).dtype is not None:
+            return None
+        return self._decoded(name, start, stop, self._codec(name).steps)
+
+    def read_scales(self, name: str, start: int, stop: int) -> torch.Tensor | None:
+        """Return by what the codes at the entries ``start:stop`` are multiplied; None without such codes."""
+        if self.type_of(name).dtype is not None or (scales := self._codec(name).scales) is None:
+            return None
+        return self._decoded(name, start, stop, scales)
+
+    def _codec(self, name: str) -> Codec:
+        kind = self.type_of(name)
+        if kind.name not in CODECS:
+            readable = ", ".join(["F32, F16, BF16", *CODECS])
+            raise InputError(
+                f"{self.path}: {name} is stored as {kind.name}, which is not decoded; give a file in one of {readable}"
+            )
+        return CODECS[kind.name]
+
+    def _decoded(
+        self, name: str, start: int, stop: int, function: Callable[[torch.Tensor], torch.Tensor]
+    ) -> torch.Tensor:
+        """Return the entries ``start:stop`` of a function of the blocks that hold them."""
+        import torch
+
+        kind, begin = self.type_of(name), self._spans[name].begin
+        first, last = start // kind.block, -(-stop // kind.block)
+        blocks = torch.empty((max(0, last - first), kind.size), dtype=torch.uint8)
+        self._content.fill(memoryview(blocks.numpy().reshape(-1).data), begin + first * kind.size, name)
+        offset = first * kind.block
+        return function(blocks).reshape(-1)[start - offset : stop - offset].clone()
+
+
+@dataclass(frozen=True, slots=True)
+class _Header:
+    """The content of a header: fields, tensors, and where they lie in the file."""
+
+    fields: dict[str, Value]
+    tensors: dict[str, TensorInfo]
+    spans: dict[str, _Span]
+
+
+class _Cursor:
+    """Reads a header from its beginning, never past the end of the file or the limit of a header."""
+
+    def __init__(self, file: BinaryIO, path: Path, size: int) -> None:
+        self.file, self.path, self.at, self.end = file, path, 0, min(size, MAX_HEADER_BYTES)
+        self.is_whole = size <= MAX_HEADER_BYTES
+
+    def take(self, count: int, what: str) -> bytes:
+        """Return the next bytes."""
+        self._check(count, what)
+        content = self.file.read(count)
+        if len(content) != count:
+            raise InputError(f"{self.path}: the file ends inside {what}; copy or download it again")
+        self.at += count
+        return content
+
+    def skip(self, count: int, what: str) -> None:
+        """Skip the next bytes."""
+        self._check(count, what)
+        self.file.seek(count, 1)
+        self.at += count
+
+    def _check(self, count: int, what: str) -> None:
+        if count > self.end - self.at:
+            limit = "the file ends" if self.is_whole else f"a header of more than {MAX_HEADER_BYTES:,} bytes ends"
+            raise InputError(
+                f"{self.path}: {limit} inside {what}, which claims {count:,} bytes; copy or download it again"
+            )
+
+    def number(self, code: str, what: str) -> int:
+        """Return the next whole number."""
+        return int(struct.unpack(f"<{code}", self.take(struct.calcsize(code), what))[0])
+
+    def text(self, what: str) -> str:
+        """Return the next string."""
+        content = self.take(self.number("Q", what), what)
+        try:
+            return content.decode()
+        except UnicodeDecodeError as error:
+            raise InputError(f"{self.path}: {what} is not UTF-8 text; convert the model again") from error
+
+
+def _read_header(path: Path) -> _Header:
+    """Return the header, after checking that it describes the bytes of the file."""
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            cursor = _Cursor(file, path, size)
+            if size < 24 or cursor.take(4, "the magic bytes") != MAGIC:
+                raise InputError(f"{path}: not a GGUF file: it does not begin with GGUF; copy or download it again")
+            version = cursor.number("I", "the version")
+            if version not in VERSIONS:
+                swapped = int.from_bytes(version.to_bytes(4, "little"), "big") in VERSIONS
+                raise InputError(
+                    f"{path}: GGUF {'in big-endian order' if swapped else f'version {version}'} is not read; convert "
+                    "the model again with a current llama.cpp"
+                )
+            count, keys = cursor.number("Q", "the header"), cursor.number("Q", "the header")
+            fields = _fields(cursor, keys)
+            rows = _rows(cursor, count)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
+    alignment = fields.get("general.alignment", ALIGNMENT)
+    if type(alignment) is not int or alignment <= 0 or alignment & (alignment - 1):
+        raise InputError(f"{path}: general.alignment is {alignment!r}, not a power of two; convert the model again")
+    return _located(fields, rows, path, _padded(cursor.at, alignment), size, alignment)
+
+
+def _padded(size: int, alignment: int) -> int:
+    return -(-size // alignment) * alignment
+
+
+def _fields(cursor: _Cursor, count: int) -> dict[str, Value]:
+    fields: dict[str, Value] = {}
+    for position in range(count):  # each takes at least 12 bytes of the file, so that a false count ends in a message
+        key = cursor.text(f"the key of field {position}")
+        if key in fields:
+            raise InputError(f"{cursor.path}: the field {key!r} appears twice; convert the model again")
+        fields[key] = _value(cursor, cursor.number("I", key), key)
+    return fields
+
+
+def _value(cursor: _Cursor, kind: int, key: str) -> Value:
+    if kind == STRING:
+        return cursor.text(key)
+    if kind == ARRAY:
+        return _array(cursor, key)
+    if kind not in SCALARS:
+        raise InputError(f"{cursor.path}: the field {key!r} has the unknown type {kind}; convert the model again")
+    code = SCALARS[kind]
+    value: int | float | bool = struct.unpack(f"<{code}", cursor.take(struct.calcsize(code), key))[0]
+    return value
+
+
+def _array(cursor: _Cursor, key: str) -> Value:
+    kind, count = cursor.number("I", key), cursor.number("Q", key)
+    if kind == STRING:
+        return _strings(cursor, count, key)
+    if kind not in SCALARS:  # arrays of arrays are in no file of llama.cpp, which refuses them
+        raise InputError(f"{cursor.path}: the array {key!r} has the unknown type {kind}; convert the model again")
+    code = SCALARS[kind]
+    size = count * struct.calcsize(code)
+    if count > MAX_ARRAY:
+        cursor.skip(size, key)
+        return None
+    return list(struct.unpack(f"<{count}{code}", cursor.take(size, key)))
+
+
+def _strings(cursor: _Cursor, count: int, key: str) -> Value:
+    if count <= MAX_ARRAY:
+        return [cursor.text(key) for _ in range(count)]
+    for _ in range(count):  # each takes at least 8 bytes of the file
+        cursor.skip(cursor.number("Q", key), key)
+    return None
+
+
+def _rows(cursor: _Cursor, count: int) -> list[tuple[str, tuple[int, ...], int, int]]:
+    """Return name, shape, code of the type and offset of every tensor."""
+    rows: list[tuple[str, tuple[int, ...], int, int]] = []
+    for position in range(count):  # each takes at least 24 bytes of the file
+        name = cursor.text(f"the name of tensor {position}")
+        dimensions = cursor.number("I", name)
+        if dimensions > MAX_DIMENSIONS:
+            raise InputError(f"{cursor.path}: {name} claims {dimensions:,} dimensions; GGUF has at most 4")
+        shape = tuple(cursor.number("Q", name) for _ in range(dimensions))[::-1]  # the file's first one varies fastest
+        rows.append((name, shape, cursor.number("I", name), cursor.number("Q", name)))
+    return rows
+
+
+def _located(
+    fields: dict[str, Value],
+    rows: list[tuple[str, tuple[int, ...], int, int]],
+    path: Path,
+    start: int,
+    size: int,
+    alignment: int,
+) -> _Header:
+    """Return the header with every tensor's place, after checking that they lie one after the other in the file."""
+    tensors: dict[str, TensorInfo] = {}
+    spans: dict[str, _Span] = {}
+    end = 0
+    for name, shape, code, offset in sorted(rows, key=lambda row: row[3]):
+        if name in tensors:
+            raise InputError(f"{path}: the tensor {name!r} appears twice; convert the model again")
+        if code not in TYPES:
+            raise InputError(f"{path}: {name} has the unknown type {code}; it needs a newer version of loradiag")
+        kind = TYPES[code]
+        if (shape[-1] if shape else 1) % kind.block:
+            raise InputError(
+                f"{path}: {name} is {kind.name} {list(shape)}, whose rows are no whole blocks of {kind.block}"
+            )
+        begin, end = _padded(end, alignment), offset + math.prod(shape) // kind.block * kind.size
+        if offset != begin:
+            raise InputError(
+                f"{path}: {name} starts at byte {offset:,} of the data, where {begin:,} is due after the tensor before "
+                "it; convert the model again"
+            )
+        if start + end > size:
+            raise InputError(
+                f"{path}: {name} ends at byte {start + end:,}, but the file holds {size:,}; it was cut short or is "
+                "still being written: copy or download it again"
+            )
+        stored = None if kind.dtype is not None else kind.name.lower()
+        tensors[name] = TensorInfo(name, shape, kind.dtype or "float32", stored)
+        spans[name] = _Span(kind, start + offset)
+    in_order = [name for name, *_ in rows]
+    return _Header(fields, {name: tensors[name] for name in in_order}, spans)

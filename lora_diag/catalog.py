@@ -42,6 +42,7 @@ _FEATURES = (
     "decisions.recover",
     "decisions.gate",
     "inspection",
+    "environment",
     "plots",
     "reports",
     "probes.truncation",

@@ -92,6 +92,7 @@ class Feature:
         section: The feature's section of a report; None if it has none.
         questions: Pairs of a statement's key in that section and the question that it answers at the top of a report.
         figures: The figures, in the order in which they are listed.
+        needs_input: Whether the command without a word shows its help.
     """
 
     package: str
@@ -104,6 +105,7 @@ class Feature:
     section: Section | None = None
     questions: tuple[tuple[str, str], ...] = ()
     figures: tuple[Figure, ...] = ()
+    needs_input: bool = True
 
     def load(self, path: str) -> Any:
         """Import and return the object at a declared path."""

@@ -44,8 +44,8 @@ OPEN = {"errors", "files", "version"}
 
 # Folders of features; each folder in them is one.
 FEATURES = {"diagnostics", "probes", "decisions"}
-# Features that show or judge the records of any others.
-READERS = {"reports", "plots", "inspection"}
+# Features that show or judge the records of any others, and the one that describes the machine.
+READERS = {"reports", "plots", "inspection", "environment"}
 
 # Feature -> the other features that it may import. A written list: it should shrink.
 BETWEEN = {
@@ -66,7 +66,18 @@ LIBRARIES = {
     "matplotlib": {"rendering", "plots", "figures.py"},
     "jinja2": {"reports"},
     "plotly": {"reports"},
-    "torch": {"checkpoints", "deltas", "gradients", "adapters", "layers", "linalg", "models", "running", *FEATURES},
+    "torch": {
+        "checkpoints",
+        "deltas",
+        "gradients",
+        "adapters",
+        "layers",
+        "linalg",
+        "models",
+        "running",
+        "environment",
+        *FEATURES,
+    },
     "transformers": {"models", *FEATURES},
     "peft": {"models", *FEATURES},
     "accelerate": {"models", *FEATURES},

@@ -106,7 +106,8 @@ probe = typer.Typer(name="probe", help="Diagnostics that run the model.", no_arg
 for feature in features():
     if feature.command:
         group, _, name = feature.name.rpartition(" ")
-        (probe if group else app).command(name, cls=_Command, no_args_is_help=True)(feature.load(feature.command))
+        run = feature.load(feature.command)
+        (probe if group else app).command(name, cls=_Command, no_args_is_help=feature.needs_input)(run)
     for name, path in feature.subcommands:
         app.command(name, cls=_Command, no_args_is_help=True)(feature.load(path))
 app.add_typer(probe)

@@ -199,6 +199,18 @@ def count(value: int) -> str:
     return str(value)
 
 
+def byte_count(size: int) -> str:
+    """Return a size in decimal units, as options of a size read it.
+
+    >>> byte_count(999), byte_count(67_108_864), byte_count(13_476_831_232)
+    ('999 B', '67.1 MB', '13.5 GB')
+    """
+    for factor, unit in ((10**12, "TB"), (10**9, "GB"), (10**6, "MB"), (10**3, "kB")):
+        if size >= factor:
+            return f"{size / factor:.3g} {unit}"
+    return f"{size} B"
+
+
 def small_share(share: float) -> str:
     """Return a share in four or five characters; small ones keep two digits that mean something.
 

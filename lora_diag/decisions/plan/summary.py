@@ -12,7 +12,7 @@ from lora_diag.decisions.plan.capacity import LORA_RATE, RATE_SOURCE
 from lora_diag.decisions.plan.record import Plan, PlanCapacity, PlanFit, PlanRank, PlanRates, PlanRule, PlanType
 from lora_diag.rendering.columns import Column, table_of
 from lora_diag.rendering.statements import Statement, say, summary_of
-from lora_diag.rendering.text import count, duration, percent, safe, short, to_text
+from lora_diag.rendering.text import byte_count, count, duration, percent, safe, short, to_text
 
 # Optimizers by their column.
 _OPTIMIZERS = {"AdamW": "adamw", "8-bit Adam": "adamw8bit", "SGD": "sgd", "SGD+momentum": "sgd_momentum"}
@@ -60,16 +60,17 @@ def _rho(row: PlanType, rank: int) -> str:
     return _percent(rank * row.per_rank / row.params) if row.targeted else "-"
 
 
+def _memory_column(plan: Plan, title: str, key: str) -> Column:
+    return _column(title, byte_count(plan.full_bytes[key]), plan.ranks, lambda row: byte_count(row.bytes[key]))
+
+
 def _ranks(plan: Plan, width: int) -> Table:
     columns = [
         _column("trains", count(plan.params), plan.ranks, lambda row: count(row.params)),
         _column("of model", "100%", plan.ranks, lambda row: _percent(row.of_model)),
         _column("ρ", "-", plan.ranks, lambda row: _percent(row.rho)),
         _column("+ FLOPs", "-", plan.ranks, lambda row: _percent(row.flops)),
-        *(
-            _column(title, _bytes(plan.full_bytes[key]), plan.ranks, lambda row, key=key: _bytes(row.bytes[key]))  # type: ignore[misc]
-            for title, key in _OPTIMIZERS.items()
-        ),
+        *(_memory_column(plan, title, key) for title, key in _OPTIMIZERS.items()),
     ]
     names = ["full fine-tune", *(f"LoRA r={row.rank}" for row in plan.ranks)]
     columns[-1] = replace(columns[-1], drop=1)
@@ -82,7 +83,7 @@ def _costs(plan: Plan, width: int) -> Table:
         title = "this machine" if machines == 1 else f"{machines} such"
         columns.append(Column(title, tuple(_time_of(each.seconds[machines]) for each in plan.costs)))
     if plan.costs[0].bytes is not None:
-        speeds = (f"{_bytes(round((each.bytes or 0) / each.seconds[1]))}/s" for each in plan.costs)
+        speeds = (f"{byte_count(round((each.bytes or 0) / each.seconds[1]))}/s" for each in plan.costs)
         columns.append(Column("one reads", tuple(speeds)))
     names = ["all values" if each.top is None else f"--top {each.top}" for each in plan.costs]
     return table_of("loradiag spectrum", names, columns, width)
@@ -162,7 +163,7 @@ def _wanted(rule: PlanRule) -> str:
 
 
 def _frozen(plan: Plan) -> str:
-    return "" if plan.base_bytes is None else f", {_bytes(plan.base_bytes)} as it is stored"
+    return "" if plan.base_bytes is None else f", {byte_count(plan.base_bytes)} as it is stored"
 
 
 def _fit(plan: Plan, fit: PlanFit) -> list[str]:
@@ -193,15 +194,3 @@ def _percent(share: float) -> str:
     ('0.391%', '25.0%')
     """
     return percent(share) if share < 1e-4 else f"{share * 100:.3f}%" if share < 0.1 else f"{share:.1%}"
-
-
-def _bytes(size: int) -> str:
-    """Return a size in decimal units, as ``--memory-budget`` reads it.
-
-    >>> _bytes(999), _bytes(67_108_864), _bytes(13_476_831_232)
-    ('999 B', '67.1 MB', '13.5 GB')
-    """
-    for factor, unit in ((10**12, "TB"), (10**9, "GB"), (10**6, "MB"), (10**3, "kB")):
-        if size >= factor:
-            return f"{size / factor:.3g} {unit}"
-    return f"{size} B"

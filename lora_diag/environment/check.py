@@ -1,0 +1,241 @@
+"""The checks of ``doctor``. Each returns statements; a gap has the command that closes it."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import shutil
+import socket
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from importlib.metadata import PackageNotFoundError, requires, version
+from pathlib import Path
+
+from packaging.requirements import Requirement
+
+from lora_diag.environment import machine
+from lora_diag.errors import LoradiagError
+from lora_diag.rendering.statements import Statement, say
+from lora_diag.rendering.text import byte_count
+from lora_diag.version import __version__
+
+# What an extra adds; one that is not listed serves the development of loradiag and is not checked.
+ADDS = {
+    "train": "probes, the gradient recorder",
+    "report": "HTML reports",
+    "ray": "clusters: --engine ray",
+    "remote": "s3://, gs://, https://",
+    "hub": "models of the Hugging Face Hub by id",
+    "pandas": "data frames: Results.to_pandas()",
+    "arrow": "Parquet and Arrow tables",
+}
+
+# A smaller disk holds no adapter of a 7B model in float32.
+LITTLE_SPACE = 1 << 30
+
+_SECONDS = 3
+
+
+def checks(addresses: Sequence[str] = ()) -> list[Statement]:
+    """Return what was found, in the order in which a reader needs it.
+
+    Args:
+        addresses: Checkpoints or adapters, local or remote, to open; only their headers are read.
+    """
+    return [
+        _versions(),
+        _packages(),
+        *_extras(),
+        _command(),
+        *_devices(),
+        _memory(),
+        *_disk(),
+        _cache(),
+        *_ray(),
+        *map(_address, addresses),
+    ]
+
+
+def _versions() -> Statement:
+    here = f"Python {platform.python_version()}, {platform.system()} {platform.release()}, {platform.machine()}"
+    return say("versions", "Versions", f"loradiag {__version__}, {here}", priority=0)
+
+
+def _requirements() -> dict[str, list[Requirement]]:
+    """Return the installed package's requirements by extra; those that are always needed under ``""``."""
+    found: dict[str, list[Requirement]] = {"": []}
+    for line in requires("loradiag") or ():
+        requirement = Requirement(line)
+        extra = re.search(r"extra == ['\"]([\w-]+)['\"]", str(requirement.marker or ""))
+        environment = {"extra": extra[1] if extra else ""}
+        if requirement.marker is None or requirement.marker.evaluate(environment):
+            found.setdefault(environment["extra"], []).append(requirement)
+    return found
+
+
+def _gaps(requirements: Iterable[Requirement]) -> tuple[list[str], list[str]]:
+    """Return the installed packages with their versions, and for each missing or too old one what is wrong."""
+    present, gaps = [], []
+    for requirement in requirements:
+        try:
+            installed = version(requirement.name)
+        except PackageNotFoundError:
+            gaps.append(f"{requirement.name} is missing")
+            continue
+        present.append(f"{requirement.name} {installed}")
+        if not requirement.specifier.contains(installed, prereleases=True):
+            gaps.append(f"{requirement.name} {installed} does not satisfy {requirement.specifier}")
+    return present, gaps
+
+
+def _packages() -> Statement:
+    try:
+        needed = _requirements()[""]
+    except PackageNotFoundError:
+        fix = "pip install ."
+        return say("packages", "Packages", f"loradiag is not installed, only imported; {fix}", level="warning")
+    present, gaps = _gaps(needed)
+    if gaps:
+        return say("packages", "Packages", *gaps, "pip install --upgrade loradiag", level="failure", priority=0)
+    return say("packages", "Packages", ", ".join(present), level="ok", priority=0)
+
+
+def _extras() -> Iterator[Statement]:
+    try:
+        requirements = _requirements()
+    except PackageNotFoundError:
+        return
+    for extra, adds in ADDS.items():
+        present, gaps = _gaps(each for each in requirements.get(extra, ()) if each.name != "loradiag")
+        label = f"[{extra}]"
+        if gaps:
+            lead = f"not available ({adds}): {', '.join(gaps)}"
+            yield say(f"extra_{extra}", label, lead, f"pip install 'loradiag[{extra}]'", level="warning", scoped=True)
+        else:
+            yield say(f"extra_{extra}", label, f"{adds}: {', '.join(present)}", level="ok", scoped=True)
+
+
+def _command() -> Statement:
+    found = shutil.which("loradiag")
+    if found is None:
+        fix = f"add {_home(str(Path(sys.executable).parent))} to PATH, or use python -m lora_diag"
+        return say("command", "Command", f"loradiag is not on PATH; {fix}", level="warning")
+    if Path(found).resolve().parent != Path(sys.executable).resolve().parent and not _same_environment(found):
+        other = f"loradiag on PATH is {_home(found)}, of another environment than this one ({_home(sys.prefix)})"
+        return say("command", "Command", other, level="warning")
+    return say("command", "Command", _home(found), level="ok")
+
+
+def _same_environment(command: str) -> bool:
+    return Path(command).parent.parent.resolve() == Path(sys.prefix).resolve()
+
+
+def _devices() -> Iterator[Statement]:
+    import torch  # a second, and only needed here
+
+    usable = machine.cores()
+    asked = ", ".join(
+        f"{name}={os.environ[name]}" for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS") if name in os.environ
+    )
+    yield say(
+        "processor",
+        "Processor",
+        f"{machine.processor()}, {usable:g} usable core{'s' * (usable != 1)}",
+        f"{_blas()}, {torch.get_num_threads()} thread(s){f' ({asked})' if asked else ''}",
+    )
+    if torch.cuda.is_available():
+        found = [torch.cuda.get_device_properties(at) for at in range(torch.cuda.device_count())]
+        names = [f"cuda:{at} {each.name}, {byte_count(each.total_memory)}" for at, each in enumerate(found)]
+        yield say("gpu", "GPU", *names, f"CUDA {torch.version.cuda}; --device auto uses cuda:0", level="ok")
+    elif shutil.which("nvidia-smi"):
+        lead = f"there is an NVIDIA driver, but torch {torch.__version__} sees no device"
+        fix = (
+            "check nvidia-smi" if torch.version.cuda else "install torch for CUDA: pip install --force-reinstall torch"
+        )
+        yield say("gpu", "GPU", lead, fix, level="warning")
+    else:
+        yield say("gpu", "GPU", "none: --device auto computes on the CPU")
+
+
+def _blas() -> str:
+    """Return the library of matrix products and eigenvalues that torch was built with."""
+    import torch
+
+    found = re.search(r"BLAS_INFO=(\w+)", torch.__config__.show())
+    return f"torch with {found[1].upper()}" if found else "torch with an unknown BLAS"
+
+
+def _memory() -> Statement:
+    available, total = machine.memory()
+    if total is None:
+        return say("memory", "Memory", "not known on this system")
+    lead = f"{byte_count(total)}" if available is None else f"{byte_count(available)} available of {byte_count(total)}"
+    return say("memory", "Memory", f"{lead}; --memory limits what loradiag uses")
+
+
+def _disk() -> Iterator[Statement]:
+    for key, label, folder in (
+        ("folder", "This folder", Path.cwd()),
+        ("temporary", "Temporary", Path(tempfile.gettempdir())),
+    ):
+        free = shutil.disk_usage(folder).free
+        if not os.access(folder, os.W_OK):
+            yield say(key, label, f"{_home(str(folder))} is not writable", level="warning")
+        elif free < LITTLE_SPACE:
+            fix = "make room" if key == "folder" else "make room, or set TMPDIR to a larger disk"
+            yield say(key, label, f"only {byte_count(free)} free in {_home(str(folder))}; {fix}", level="warning")
+        else:
+            yield say(key, label, f"{byte_count(free)} free", level="ok")
+
+
+def _cache() -> Statement:
+    """Check the folder into which the Hub's library downloads models."""
+    home = os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE")
+    folder = Path(
+        home or Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface") / "hub"
+    ).expanduser()
+    there = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    if not os.access(there, os.W_OK):
+        fix = "export HF_HOME=FOLDER with a folder of yours"
+        return say("cache", "Hub cache", f"{_home(str(folder))} is not writable; {fix}", level="warning")
+    return say(
+        "cache", "Hub cache", f"{_home(str(folder))}, {byte_count(shutil.disk_usage(there).free)} free", level="ok"
+    )
+
+
+def _ray() -> Iterator[Statement]:
+    address = os.environ.get("RAY_ADDRESS", "")
+    if not address:
+        return
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host or not port.isdigit():
+        yield say("ray", "Ray cluster", f"RAY_ADDRESS={address}: not HOST:PORT, so it was not tried")
+        return
+    try:
+        socket.create_connection((host, int(port)), _SECONDS).close()
+    except (OSError, OverflowError) as error:
+        fix = "start its head, or unset RAY_ADDRESS"
+        yield say("ray", "Ray cluster", f"RAY_ADDRESS={address} does not answer ({error}); {fix}", level="warning")
+    else:
+        yield say("ray", "Ray cluster", f"RAY_ADDRESS={address} answers", level="ok")
+
+
+def _address(address: str) -> Statement:
+    """Open a checkpoint or an adapter by its headers."""
+    from lora_diag.inspection.run import inspect
+    from lora_diag.running.fingerprint import legible
+
+    label = legible(address)
+    try:
+        inventory = inspect(address)
+    except LoradiagError as error:
+        return say("address", "Input", str(error), level="failure", priority=0)
+    return say("address", "Input", f"{label}: {inventory.kind}", level="ok", priority=0)
+
+
+def _home(path: str) -> str:
+    """Return a path with the home folder as ``~``, so that the output can be pasted into an issue."""
+    home = str(Path.home())
+    return "~" + path[len(home) :] if home != "/" and (path == home or path.startswith(home + os.sep)) else path

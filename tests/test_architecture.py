@@ -52,7 +52,7 @@ BETWEEN = {
     "decisions.allocate": {"probes.sensitivity", "probes.sweep"},
     "decisions.extract": {"decisions.allocate", "diagnostics.spectrum", "probes.sweep"},
     "decisions.gate": {"diagnostics.residual", "diagnostics.spectrum"},
-    "decisions.recover": {"decisions.extract"},
+    "decisions.recover": {"decisions.allocate", "decisions.extract"},
     "diagnostics.fleet": set(),
     "diagnostics.interference": {"diagnostics.spectrum"},
     "diagnostics.spectrum": {"diagnostics.fleet"},

@@ -219,7 +219,7 @@ def recover_layer(delta: StoredDelta, fro: float, ranks: Sequence[int], seed: in
         reason = "no direction of the update stands out: hidden entries are not predicted better than by its size"
         hidden = Hidden(status="size_only", reason=reason, gain_z=found.z, directions=0, **common)
         return Estimate(hidden, model.cells, None, size.deviation, scales, read.unit)
-    curve, curves = _curves(found, size, scales, whole, error, ranks)
+    curve, curves = _curves(found, size, scales, whole, error, ranks, read.unit)
     reason = f"{found.low_rank.rank} directions predict hidden entries better than size alone"
     hidden = Hidden(
         status="recovered",
@@ -383,7 +383,13 @@ def _norm(cells: Cells, deviation: float, scales: Scales | None, low_rank: LowRa
 
 
 def _curves(
-    found: Recovered, size: Size, scales: Scales | None, whole: float, error: float, ranks: Sequence[int]
+    found: Recovered,
+    size: Size,
+    scales: Scales | None,
+    whole: float,
+    error: float,
+    ranks: Sequence[int],
+    unit: float,
 ) -> tuple[tuple[float, ...], dict[str, Any]]:
     """Return C(r) at all ranks, and the fields on C(r) and ranks of the directions that were found.
 
@@ -418,6 +424,7 @@ def _curves(
         return float(values[min(rank, len(values)) - 1])
 
     return tuple(curve.tolist()), {
+        "values_estimate": tuple(float(f"{value * unit:.9g}") for value in x.tolist()),
         "energy_estimate": {str(r): at(curve, r) for r in ranks},
         "energy_interval": {str(r): (at(lower, r), at(upper, r)) for r in ranks},
         "rank_at_estimate": {str(share): rank_at(curve, share) for share in THRESHOLDS},

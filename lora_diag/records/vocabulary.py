@@ -81,6 +81,8 @@ class Hidden(Record):
         unchanged: Share of the entries that are the same on both sides once BASE is rounded as TUNED is stored.
         fro_estimate: ‖X‖_F; null where refused.
         fro_interval: Of ``fro_estimate``.
+        values_estimate: Singular values x_i of X in the directions that were found, descending; of ``not_hidden``
+            those of D. Null where refused, of ``size_only`` and in older results.
         energy_estimate: C(r) = Σ_{i≤r}x_i²/‖X‖_F² of the directions that were found, a lower bound as far as they
             are right: energy in directions that rounding hides is not in it; null unless recovered.
         energy_interval: From that bound to what the rest of X could add.
@@ -107,6 +109,7 @@ class Hidden(Record):
     unchanged: Share
     fro_estimate: Norm | None = None
     fro_interval: Interval | None = None
+    values_estimate: tuple[Norm, ...] | None = None
     energy_estimate: dict[str, Share] | None = None
     energy_interval: dict[str, Interval] | None = None
     rank_at_estimate: dict[str, int | None] | None = None

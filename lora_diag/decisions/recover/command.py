@@ -15,7 +15,11 @@ from lora_diag.errors import INCONCLUSIVE, UNREADABLE
 from lora_diag.running.options import OUTPUT, Option
 
 _OUTPUT = Option(
-    None, "Folder to write; without --rank, --energy or --checkpoint: results file.", "OUT", ("--output", "-o"), OUTPUT
+    None,
+    "Folder to write; results file where only records are asked for.",
+    "OUT",
+    ("--output", "-o"),
+    OUTPUT,
 )
 
 
@@ -37,7 +41,7 @@ def recover(
     Example: loradiag recover base/ tuned_bf16/ --checkpoint -o recovered/
     """
     full = given["full"]
-    writes = given["rank"] is not None or given["energy"] is not None or full
+    writes = full or any(given[name] is not None for name in ("rank", "energy", "params"))
     if not writes:
         options.check_output(output, given["resume"], given["overwrite"])
     # torch comes with it: not before it is needed

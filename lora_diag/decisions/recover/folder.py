@@ -52,6 +52,16 @@ def store(file: Path, tensors: dict[str, torch.Tensor]) -> None:
     write_safetensors(file, infos, lambda name: tensors[name], {})
 
 
+def load(file: Path) -> dict[str, torch.Tensor]:
+    """Read the tensors of one layer.
+
+    Raises:
+        InputError: It cannot be read.
+    """
+    found = open_checkpoint(file)
+    return {name: found.read(name).view(found[name].shape) for name in found}
+
+
 def write_checkpoint(
     folder: Path, tuned: Checkpoint, recovered: Iterable[StoredDelta], files: Mapping[str, Path]
 ) -> None:

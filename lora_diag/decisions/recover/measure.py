@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -29,8 +30,9 @@ if TYPE_CHECKING:
 # Ranks at which C(r) is given.
 CURVE = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
-# Puts tensors into the file of a layer.
+# Puts tensors into the file of a layer, and reads them back.
 Store = Callable[[dict[str, Tensor]], None]
+Load = Callable[[], dict[str, Tensor]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +44,7 @@ class Wanted:
         energy: Factors of the smallest rank that carries this share of the estimated energy; all directions that were
             found where they carry less.
         full: The weight itself, W_base + E[X | cells], in float32.
+        every: Factors of all directions that were found, of which ``narrowed`` keeps some.
         keep_refused: Whether a layer without significant directions gets the truncated SVD of D.
         transposed: Whether PEFT's B·A is the update's transpose.
     """
@@ -49,13 +52,14 @@ class Wanted:
     rank: int | None = None
     energy: float | None = None
     full: bool = False
+    every: bool = False
     keep_refused: bool = False
     transposed: bool = False
 
     @property
     def factors(self) -> bool:
         """Whether factors are written."""
-        return self.rank is not None or self.energy is not None
+        return self.rank is not None or self.energy is not None or self.every
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,10 +69,13 @@ class RecoveryTask(LayerTask):
     Args:
         delta: Its ΔW, from two stored sides.
         wanted: What is to be written.
+        known: What was estimated of it before, with the factors of all its directions in its file, of which those of
+            ``wanted.rank`` are to be kept; None to estimate.
     """
 
     delta: StoredDelta
     wanted: Wanted
+    known: Recovery | None = None
 
 
 def size(layer: RecoveryTask, settings: LayerSettings) -> int:
@@ -76,18 +83,37 @@ def size(layer: RecoveryTask, settings: LayerSettings) -> int:
     return bytes_of(layer.delta, None) + recovery_bytes(layer.shape)
 
 
-def measure(layer: RecoveryTask, settings: LayerSettings, store: Store) -> Recovery | LeftOut:
+def narrowed(known: Recovery, wanted: Wanted, store: Store, load: Load) -> Recovery:
+    """Keep the first directions of the factors that are stored. Doing it again changes nothing.
+
+    Raises:
+        InputError: The file could not be read or written.
+    """
+    assert wanted.rank is not None
+    rank = min(wanted.rank, known.rank)
+    written: Literal["posterior", "file", "nothing"] = known.written if rank else "nothing"
+    if 0 < rank < known.rank:
+        factors = load()
+        b, a = factors["B"], factors["A"]
+        store({"B": b[:, :rank].contiguous(), "A": a[:rank].contiguous()})
+    return known.model_copy(update={"rank": rank, "params": rank * sum(known.shape), "written": written})
+
+
+def measure(layer: RecoveryTask, settings: LayerSettings, store: Store, load: Load) -> Recovery | LeftOut:
     """Measure one layer and store what is wanted of it.
 
     Args:
         layer: The layer.
         settings: How.
         store: Puts ``B`` and ``A``, or ``W``, into a file.
+        load: Reads them back.
 
     Raises:
         InputError: A file could not be read or written.
         MemoryLimitError: It does not fit; cells are needed whole.
     """
+    if layer.known is not None:
+        return narrowed(layer.known, layer.wanted, store, load)
     if settings.memory is not None and size(layer, settings) > settings.memory:
         what = "x".join(map(str, layer.shape))
         raise MemoryLimitError(f"{what}: its cells need {size(layer, settings) >> 20} MiB; give --memory more")
@@ -106,8 +132,11 @@ def _measure(layer: RecoveryTask, settings: LayerSettings, store: Store, device:
     curve = energy_curve(found.s.numpy(), fro, found.complete) if fro else np.zeros(0)
     estimate = recover_layer(delta, fro, CURVE, settings.seed, device)
     written, rank = _write(wanted, delta, change, estimate, curve, settings, store)
+    hidden = estimate.hidden.model_dump()
+    if estimate.hidden.status == "not_hidden":
+        hidden["values_estimate"] = tuple(float(f"{value:.9g}") for value in found.s.tolist())
     return Recovery(
-        **estimate.hidden.model_dump(),
+        **hidden,
         layer=layer.layer,
         shape=layer.shape,
         dtypes=delta.dtypes,
@@ -143,7 +172,7 @@ def _write(
         return "nothing", 0
     if status in {"size_only", "refused"} and not wanted.keep_refused:
         return "nothing", 0
-    rank = min(wanted.rank or _rank_of(wanted, estimate, curve), min(delta.shape))
+    rank = min(wanted.rank or _rank_of(wanted, delta.shape, estimate, curve), min(delta.shape))
     matrix = change.matrix if status != "recovered" else estimate.matrix()
     assert matrix is not None
     best = decompose(matrix, settings.method, rank, norm([matrix]), True, settings.tol, settings.seed)
@@ -153,9 +182,11 @@ def _write(
     return ("posterior" if status == "recovered" else "file"), rank
 
 
-def _rank_of(wanted: Wanted, estimate: Estimate, curve: NDArray[np.float64]) -> int:
-    """Return the smallest rank that carries the wanted share of the energy."""
-    assert wanted.energy is not None
+def _rank_of(wanted: Wanted, shape: tuple[int, int], estimate: Estimate, curve: NDArray[np.float64]) -> int:
+    """Return the smallest rank that carries the wanted share of the energy, or all there is to keep of any rank."""
+    if wanted.energy is None:
+        most = len(curve) if estimate.hidden.status != "recovered" else len(estimate.curve)
+        return max(1, min(most, math.prod(shape) // sum(shape)))  # beyond, factors are larger than the matrix
     if estimate.hidden.status != "recovered":
         return rank_at(curve, wanted.energy) or len(curve)
     return rank_at(np.array(estimate.curve), wanted.energy) or len(estimate.curve)

@@ -2,7 +2,7 @@
 
 from typing import Annotated
 
-from lora_diag.running.options import ENERGY, OUTPUT, RANK, FolderOptions, Option
+from lora_diag.running.options import ENERGY, OUTPUT, PARAMS, RANK, FolderOptions, Option
 
 
 class RecoverOptions(FolderOptions, total=False):
@@ -10,6 +10,7 @@ class RecoverOptions(FolderOptions, total=False):
 
     rank: Annotated[int | None, RANK]
     energy: Annotated[float | None, ENERGY]
+    params: Annotated[str | int | None, PARAMS]
     full: Annotated[
         bool,
         Option(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Unpack
@@ -13,9 +14,10 @@ from lora_diag.checkpoints import as_path, locate, open_checkpoint
 from lora_diag.checkpoints.hub import loadable
 from lora_diag.decisions.extract.folder import OutputFolder
 from lora_diag.decisions.extract.layout import Plan, plan
-from lora_diag.decisions.recover.folder import AdapterFolder, CheckpointFolder, store, write_checkpoint
+from lora_diag.decisions.recover.folder import AdapterFolder, CheckpointFolder, load, store, write_checkpoint
 from lora_diag.decisions.recover.measure import CURVE, RecoveryTask, Wanted, measure, size
 from lora_diag.decisions.recover.options import RecoverOptions
+from lora_diag.decisions.recover.ranks import ranks_within
 from lora_diag.decisions.recover.record import Recovery
 from lora_diag.decisions.recover.summary import model_card
 from lora_diag.deltas import StoredDelta
@@ -23,13 +25,15 @@ from lora_diag.errors import InconclusiveError, InputError, LoradiagError, Usage
 from lora_diag.layers.task import LayerSettings
 from lora_diag.linalg import check_request
 from lora_diag.records import LeftOut, Results
+from lora_diag.running.amounts import read_count
 from lora_diag.running.engines import Layout
 from lora_diag.running.fingerprint import legible
+from lora_diag.running.inputs import Comparison
 from lora_diag.running.layers import RECORDED, LayerRun
 from lora_diag.running.measuring import without_rank
 from lora_diag.running.options import FolderOptions, declared, filled, show_options
 
-WAYS = "--rank R or --energy SHARE for an adapter, --checkpoint for a checkpoint"
+WAYS = "--rank R, --energy SHARE or --params N for an adapter, --checkpoint for a checkpoint"
 
 
 @show_options
@@ -53,6 +57,8 @@ def recover(
             of the checkpoint; it grows as ``NAME.part`` and takes its place when it is whole.
         rank: Write a PEFT adapter, the rank-r SVD of E[X | cells], of this rank in every layer.
         energy: Write an adapter with the smallest rank of each layer that carries this share of its estimated energy.
+        params: Write an adapter with so many parameters, such as ``"10M"``, spent as ``allocate`` would on the
+            estimated singular values.
         full: Write a checkpoint in float32, W_base + E[X | cells].
         keep_refused: Write the truncated SVD of D for layers without significant directions; else they have no factors.
         base_name: The base model's name for config and model card; by default ``base`` as it was given.
@@ -75,12 +81,13 @@ def recover(
     """
     given = filled(RecoverOptions, options)
     rank, energy, full = (given[name] for name in ("rank", "energy", "full"))
+    params = None if given["params"] is None else read_count(str(given["params"]), "--params")
     keep_refused, base_name, overwrite = (given[name] for name in ("keep_refused", "base_name", "overwrite"))
-    _check(rank, energy, full, keep_refused, output)
+    _check(rank, energy, params, full, keep_refused, output)
     base, tuned = as_path(base), as_path(tuned)
     if is_adapter(locate(tuned)):
         raise UsageError(f"{tuned}: is an adapter, whose factors are the update; nothing is rounded away")
-    factors = rank is not None or energy is not None
+    factors = rank is not None or energy is not None or params is not None
     writes = factors or full
     folder: OutputFolder | None = None
     if writes:
@@ -97,7 +104,7 @@ def recover(
     compared = run.compare(base, tuned)
     planned = plan(open_checkpoint(base), tuned, compared.pairing, save=False) if factors else None
     tasks = [
-        RecoveryTask(delta, _wanted(delta, planned, rank, energy, full, keep_refused))
+        RecoveryTask(delta, Wanted(rank, energy, full, params is not None, keep_refused, _transposed(delta, planned)))
         for delta in compared.pairing.deltas
         if isinstance(delta, StoredDelta)
         and delta.is_matrix
@@ -109,6 +116,10 @@ def recover(
         files = {task.layer: folder.factors(index) for index, task in enumerate(tasks)}
         run.layout(tasks)  # refuses a memory limit before the folder is made
         folder.open()
+    settings = LayerSettings(method, tol, seed, run.where.tasks)
+    if params is not None and tasks:
+        assert folder is not None
+        tasks = _narrow(tasks, params, folder, files, run, settings, compared)
 
     def rest(layout: Layout, _: Results[Recovery], __: LayerSettings) -> Iterable[LeftOut]:
         if planned is not None:
@@ -130,17 +141,26 @@ def recover(
             write_checkpoint(
                 folder.work, open_checkpoint(tuned), [task.delta for task in tasks if task.layer in made], files
             )
-        way = ["--checkpoint"] if full else ["--rank", str(rank)] if rank is not None else ["--energy", str(energy)]
+        ways = {"--rank": rank, "--energy": energy, "--params": params}
+        way = ["--checkpoint"] if full else []
+        way += [str(part) for pair in ways.items() if pair[1] is not None for part in pair]
         way += ["--keep-refused"] if keep_refused else []
         command = ["loradiag", "recover", *map(legible, (str(base), str(tuned))), *way, "-o", legible(str(output))]
         folder.finish(model_card(results, name, shlex.join(command)))
 
-    asked = {"rank": rank, "energy": energy, "full": full, "keep_refused": keep_refused, "curve": list(CURVE)}
+    asked = {
+        "rank": rank,
+        "energy": energy,
+        "params": params,
+        "full": full,
+        "keep_refused": keep_refused,
+        "curve": list(CURVE),
+    }
     return run.over(
         tasks,
         partial(_one_layer, files=files),
         size,
-        LayerSettings(method, tol, seed, run.where.tasks),
+        settings,
         rest,
         compared.inputs,
         asked,
@@ -149,13 +169,50 @@ def recover(
     )
 
 
-def _check(rank: int | None, energy: float | None, full: bool, keep_refused: bool, output: object) -> None:
+def _narrow(
+    tasks: Sequence[RecoveryTask],
+    params: int,
+    folder: OutputFolder,
+    files: Mapping[str, Path],
+    run: LayerRun,
+    settings: LayerSettings,
+    compared: Comparison,
+) -> list[RecoveryTask]:
+    """Estimate every layer, store the factors of all its directions, and spend a budget on them.
+
+    Raises:
+        UsageError: The budget does not pay for a rank.
+    """
+    kept = {**run.options, "output": folder.spectra, "resume": folder.spectra.exists(), "overwrite": False}
+    found = LayerRun("recover", kept).over(
+        tasks,
+        partial(_one_layer, files=files),
+        size,
+        settings,
+        lambda *_: (),
+        compared.inputs,
+        {"curve": list(CURVE)},
+    )
+    known = {record.layer: record for record in found}
+    try:
+        ranks = ranks_within(found, params) if any(record.values_estimate for record in found) else {}
+    except UsageError as error:
+        raise UsageError(f"{error}; estimates are kept in {folder.work}: --resume with another budget") from error
+    return [
+        replace(task, wanted=replace(task.wanted, rank=ranks.get(task.layer, 0)), known=known.get(task.layer))
+        for task in tasks
+    ]
+
+
+def _check(
+    rank: int | None, energy: float | None, params: int | None, full: bool, keep_refused: bool, output: object
+) -> None:
     """Refuse what makes no sense.
 
     Raises:
         UsageError: Several ways to write are given, a number is out of range, or there is nowhere to write to.
     """
-    ways = (rank is not None) + (energy is not None) + full
+    ways = sum(value is not None for value in (rank, energy, params)) + full
     if ways > 1:
         raise UsageError(f"recover: give one of {WAYS}")
     if ways and output is None:
@@ -166,17 +223,19 @@ def _check(rank: int | None, energy: float | None, full: bool, keep_refused: boo
         raise UsageError(f"--energy {energy}: is a share of the energy, above 0 and up to 1")
     if keep_refused and (full or not ways):
         raise UsageError("--keep-refused: is for adapters; give --rank or --energy with it")
+    if keep_refused and params is not None:
+        raise UsageError("--keep-refused: rounding noise would take the budget of --params; give --rank or --energy")
 
 
-def _wanted(
-    delta: StoredDelta, planned: Plan | None, rank: int | None, energy: float | None, full: bool, keep: bool
-) -> Wanted:
-    target = planned.targets[delta.layer] if planned is not None and delta.layer in planned.targets else None
-    return Wanted(rank, energy, full, keep, target is not None and target.transposed)
+def _transposed(delta: StoredDelta, planned: Plan | None) -> bool:
+    """Say whether PEFT's B·A is the update's transpose."""
+    target = planned.targets.get(delta.layer) if planned is not None else None
+    return target is not None and target.transposed
 
 
 def _one_layer(task: RecoveryTask, files: Mapping[str, Path], settings: LayerSettings) -> tuple[Recovery | LeftOut]:
-    return (measure(task, settings, partial(store, files.get(task.layer, Path()))),)
+    file = files.get(task.layer, Path())
+    return (measure(task, settings, partial(store, file), partial(load, file)),)
 
 
 def _nothing(tuned: Path | str, results: Results[Recovery], keep_refused: bool) -> LoradiagError:

@@ -118,6 +118,26 @@ def test_energy_chooses_ranks_and_refused_layers_can_be_kept(models, tmp_path):
     assert np.linalg.norm(product - best) < 1e-4 * np.linalg.norm(best)
 
 
+def test_a_budget_keeps_leading_directions_of_the_estimate(models, tmp_path):
+    base, tuned, *_ = models
+    lora_diag.recover(base, tuned, tmp_path / "r3", rank=3)
+    found = lora_diag.recover(base, tuned, tmp_path / "p", params=400)
+    assert {record.layer: (record.rank, record.params) for record in found} == {Q: (2, 352), UP: (0, 0), HEAD: (0, 0)}
+    assert sorted(path.name for path in (tmp_path / "p").iterdir()) == sorted(
+        ("README.md", "adapter_config.json", "adapter_model.safetensors", "recovery.jsonl")
+    )
+    whole, part = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("r3", "p"))
+    prefix = f"base_model.model.{Q.removesuffix('.weight')}"
+    product = [(f[f"{prefix}.lora_B.weight"] @ f[f"{prefix}.lora_A.weight"]).double() for f in (whole, part)]
+    assert np.linalg.norm(low_rank_of(product[0], 2) - product[1].numpy()) < 1e-3 * float(product[0].norm())
+    with pytest.raises(lora_diag.UsageError, match="resume with another budget"):
+        lora_diag.recover(base, tuned, tmp_path / "few", params=10)
+    more = lora_diag.recover(base, tuned, tmp_path / "few", params=176, resume=True)
+    assert more[Q].rank == 1
+    estimated = more[Q].values_estimate
+    assert sum(x**2 for x in estimated) / more[Q].fro_estimate ** 2 == pytest.approx(more[Q].energy_estimate["4"])
+
+
 def test_a_full_checkpoint_rounds_to_what_was_stored(models, tmp_path):
     base, tuned, before, after, x = models
     found = lora_diag.recover(base, tuned, tmp_path / "full", full=True)
@@ -178,6 +198,8 @@ def test_a_stack_of_experts_is_recovered_matrix_by_matrix(tmp_path):
         (["--rank", "0", "-o", "out"], 2, "--rank 0"),
         (["--energy", "1.5", "-o", "out"], 2, "--energy 1.5"),
         (["--keep-refused"], 2, "--keep-refused"),
+        (["--params", "1k", "--keep-refused", "-o", "out"], 2, "--keep-refused"),
+        (["--layers", "lm_head", "--params", "1k", "-o", "out"], 5, "nothing was written"),
         (["--layers", "lm_head"], 5, ""),
         (["--layers", "lm_head", "--rank", "2", "-o", "out"], 5, "no entry changed"),
         (["--layers", "lm_head", "--full", "-o", "out"], 5, "nothing was written"),

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from lora_diag.checkpoints.distributed import DistributedFolder, folder_within
 from lora_diag.checkpoints.documents import MAX_INDEX_BYTES, read_config, read_object
 from lora_diag.checkpoints.foreign import refuse_foreign
 from lora_diag.checkpoints.names import without_wrappers
@@ -14,6 +15,8 @@ from lora_diag.checkpoints.pickled import TorchFile
 from lora_diag.checkpoints.pieces import PATTERN as PIECES
 from lora_diag.checkpoints.pieces import PiecesFolder
 from lora_diag.checkpoints.quantized import dequantized
+from lora_diag.checkpoints.ranks import PATTERN as RANKS
+from lora_diag.checkpoints.ranks import RanksFolder
 from lora_diag.checkpoints.refused import quantization, refuse_integer_weights, refuse_packed, refuse_unmerged
 from lora_diag.checkpoints.remote import RemotePath, as_path
 from lora_diag.checkpoints.safetensors import SafetensorsFile
@@ -22,6 +25,13 @@ from lora_diag.errors import InputError
 
 # The formats, in the order in which they are tried.
 FORMATS: tuple[type[SafetensorsFile] | type[TorchFile], ...] = (SafetensorsFile, TorchFile)
+
+# Folders of files that hold parts of tensors, in the order in which they are tried.
+FOLDERS: tuple[type[DistributedFolder] | type[RanksFolder] | type[PiecesFolder], ...] = (
+    DistributedFolder,
+    RanksFolder,
+    PiecesFolder,
+)
 
 # Of these, the first that exists in a folder is read; transformers uses the same order.
 WEIGHTS = (
@@ -97,15 +107,16 @@ def _config_of(source: Path) -> dict[str, Any]:
     """Return the ``config.json`` of these weights; empty if it belongs to another model, such as an adapter's base."""
     folder = source if source.is_dir() else source.parent
     of_base = source.name not in WEIGHTS and (folder / ADAPTER_CONFIG).is_file()
-    return {} if of_base else read_config(folder)
+    inside = next((kind.config_folder for kind in FOLDERS if source.is_dir() and kind.matches(folder)), "")
+    return {} if of_base else read_config(folder / inside if inside else folder)
 
 
 def _open(source: Path) -> tuple[tuple[TensorFile, ...], str, tuple[str, ...]]:
     """Open a file, the shards of an index or a folder of pieces; return files, kind and notes."""
-    files: Sequence[SafetensorsFile | TorchFile | PiecesFolder]
+    files: Sequence[SafetensorsFile | TorchFile | DistributedFolder | RanksFolder | PiecesFolder]
     notes: tuple[str, ...] = ()
     if source.is_dir():
-        files = [PiecesFolder(source)]
+        files = [_open_folder(source)]
         kind = files[0].label
     elif source.name.endswith(".index.json"):
         files, notes = _open_shards(source)
@@ -116,13 +127,23 @@ def _open(source: Path) -> tuple[tuple[TensorFile, ...], str, tuple[str, ...]]:
     return tuple(files), kind, notes + tuple(note for file in files for note in file.notes)
 
 
+def _open_folder(folder: Path) -> DistributedFolder | RanksFolder | PiecesFolder:
+    """Open a folder of files that hold parts of tensors."""
+    try:
+        return next(kind(folder) for kind in FOLDERS if kind.matches(folder))
+    except OSError as error:
+        raise InputError(f"{folder}: cannot be read: {error.strerror}") from error
+
+
 def _weights_in(folder: Path) -> Path:
     for name in WEIGHTS:
         if (folder / name).is_file():
             return folder / name
-    refuse_foreign(folder, sorted(path.name for path in folder.iterdir()))
-    if any(folder.glob(PIECES)):
+    if any(kind.matches(folder) for kind in FOLDERS):
         return folder
+    if within := folder_within(folder):
+        return within
+    refuse_foreign(folder, sorted(path.name for path in folder.iterdir()))
     single = sorted(folder.glob("*.safetensors"))
     if len(single) == 1:
         return single[0]
@@ -141,7 +162,7 @@ def _inside(folder: Path) -> str:
 
 def _open_file(path: Path) -> SafetensorsFile | TorchFile:
     refuse_foreign(path.parent, [path.name])
-    if path.match(PIECES):
+    if path.match(PIECES) or path.match(RANKS):
         raise InputError(f"{path}: holds pieces of tensors, and other files the rest; give the folder {path.parent}")
     for file_format in FORMATS:
         try:

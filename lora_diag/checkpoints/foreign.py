@@ -9,10 +9,7 @@ from pathlib import Path
 
 from lora_diag.errors import InputError
 
-DCP = (
-    "is a torch.distributed checkpoint, whose index is a pickle and is not read; convert it first: "
-    "python -m torch.distributed.checkpoint.format_utils dcp_to_torch {folder} out.pt"
-)
+DCP = "is a part of a torch.distributed checkpoint; give its folder, with the file .metadata in it: {folder}"
 DEEPSPEED = "is a DeepSpeed checkpoint; convert it first: python {tool} {root} out --safe_serialization"
 FSDP = "holds FSDP shards; convert them first: accelerate merge-weights {shards} out"
 

@@ -47,6 +47,7 @@ class PiecesFolder:
     """
 
     label = "torch.distributed safetensors"
+    config_folder = ""
 
     def __init__(self, folder: Path) -> None:
         self.path = folder
@@ -59,6 +60,11 @@ class PiecesFolder:
                 pieces.setdefault(name, []).append(Piece(file, row))
         self._pieces = {name: sorted(parts, key=lambda piece: piece.row) for name, parts in pieces.items()}
         self.tensors: Mapping[str, TensorInfo] = {name: self._whole(name) for name in self._pieces}
+
+    @staticmethod
+    def matches(folder: Path) -> bool:
+        """Return whether a folder holds such files."""
+        return any(folder.glob(PATTERN))
 
     def read(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Return a copy of the entries ``start:stop`` of a tensor (row-major, stored dtype)."""

@@ -30,6 +30,9 @@ REMOTE_SAMPLES = 16
 # Those of versions before had 16 digits, of other pages.
 DIGITS = 32
 
+# Files with parts of tensors, in a folder that is read as one file.
+PARTS = ("*.safetensors", ".metadata", "*.distcp", "model_world_size_*.pt")
+
 # Read at a time for the hash of a whole file.
 HASHED_BYTES = 2**20
 
@@ -96,9 +99,14 @@ def names_of(checkpoint: Checkpoint) -> tuple[str, ...]:
 
 
 def files_of(checkpoint: Checkpoint) -> list[Path]:
-    """Return the files that hold a checkpoint's tensors; of pieces of tensors, those of the folder."""
+    """Return the files that hold a checkpoint's tensors; of parts of tensors, those of the folder."""
     homes = {checkpoint.file_of(name) for name in checkpoint}
-    return sorted({file for home in homes for file in (home.glob("*.safetensors") if home.is_dir() else [home])})
+    return sorted({file for home in homes for file in (_parts_in(home) if home.is_dir() else [home])})
+
+
+def _parts_in(folder: Path) -> list[Path]:
+    """Return the files of a folder that hold parts of tensors."""
+    return [file for pattern in PARTS for file in folder.glob(pattern)]
 
 
 def content_hash(files: Sequence[Path]) -> str:

@@ -323,8 +323,7 @@ def test_what_is_not_there_or_not_readable(tmp_path):
     ("files", "words"),
     [
         (["adapter_config.json"], "adapter"),
-        ([".metadata", "__0_0.distcp"], "dcp_to_torch"),
-        (["__0_0.distcp"], r"dcp_to_torch '.*/a folder' out\.pt"),
+        (["__0_0.distcp"], r"give its folder, with the file \.metadata in it: '.*/a folder'"),
         (["pytorch_model_fsdp_0"], "accelerate merge-weights '.*/a folder/pytorch_model_fsdp_0' out"),
         (["global_step100", "latest"], "python '.*/a folder/zero_to_fp32.py' '.*/a folder' out --safe_serialization"),
         (["bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt"], r"zero_to_fp32\.py '?/[^']*[^r]'? out"),

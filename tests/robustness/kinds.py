@@ -87,6 +87,13 @@ def quantized(rng: random.Random, whole: Path, at: Path) -> list[str]:
     return _read_as(rng, whole, "m", name)
 
 
+def distributed(rng: random.Random, whole: Path, at: Path) -> list[str]:
+    """A distributed checkpoint or the files of ranks: an index, or a file with parts of tensors."""
+    folder = _copy(whole / rng.choice(["dcp", "ranks"]), at / "m")
+    _damage(rng.choice(sorted(folder.iterdir())), damaged_bytes, rng)
+    return _read_as(rng, whole, "m", "base")
+
+
 def configuration(rng: random.Random, whole: Path, at: Path) -> list[str]:
     """``config.json`` beside whole weights."""
     folder = _copy(whole / "base", at / "m")
@@ -247,6 +254,7 @@ KINDS: dict[str, Kind] = {
     "sharded": sharded,
     "torch file": torch_file,
     "quantized": quantized,
+    "distributed": distributed,
     "configuration": configuration,
     "adapter": adapter,
     "adapter config": adapter_config,

@@ -12,6 +12,7 @@ import lora_diag
 from tests.adapters.making import normal, write
 from tests.adapters.test_fuzz import STARTS
 from tests.checkpoints.quantizing import eight_bit, four_bit, scaled
+from tests.checkpoints.sharding import save_dcp
 from tests.conftest import save_model, save_sharded
 
 W = "a.weight"
@@ -85,6 +86,13 @@ def make(folder: Path) -> Path:
     torch.save(after, folder / "zip.pt")
     torch.save(after, folder / "legacy.bin", _use_new_zipfile_serialization=False)
     (folder / "runs.pt").write_bytes(pickle.dumps({"w": Runs(folder / "ran")}, protocol=2))
+    save_dcp(
+        folder / "dcp", after, {"lm_head.weight": [[20], [6, 6]], "model.layers.0.mlp.up_proj.weight": [[9, 7], [12]]}
+    )
+    (folder / "ranks").mkdir()
+    for rank in range(2):
+        part = {name: value.chunk(2)[rank].clone() for name, value in after.items()}
+        torch.save(part, folder / "ranks" / f"model_world_size_2_rank_{rank}.pt")
     for name, tensors in QUANTIZED.items():
         save_model(folder / name, tensors)
     (folder / "fp8" / "config.json").write_text(json.dumps(FP8_CONFIG))

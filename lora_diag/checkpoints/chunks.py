@@ -1,0 +1,192 @@
+"""Tensors whose parts lie in several places: boxes of a tensor, each with its own file, assembled on reading.
+
+A box is given by the index of its first entry in the whole tensor and its sizes. The boxes of a tensor must be disjoint
+and cover it; FSDP cuts along the first dimension, tensor parallelism along any.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from lora_diag.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+
+# Pairs of boxes that are compared with each other at most, per tensor: 1,000 ranks that cut along columns.
+MAX_PAIRS = 1_000_000
+
+
+class Source(Protocol):
+    """Where the entries of one box lie."""
+
+    def read(self, start: int, stop: int) -> torch.Tensor:
+        """Return the entries ``start:stop`` of the box, in its own row-major order."""
+        ...
+
+    def read_bytes(self) -> bytes:
+        """Return the bytes of a small box, without torch."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Box:
+    """A part of a tensor.
+
+    Args:
+        offsets: Index of its first entry in the whole tensor.
+        sizes: Its shape.
+        source: Where its entries lie.
+    """
+
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+    source: Source
+
+
+class Boxes:
+    """The boxes of one tensor.
+
+    Args:
+        name: The tensor.
+        shape: Its shape.
+        boxes: Its parts.
+        path: The file or folder, for messages.
+
+    Raises:
+        InputError: The boxes overlap, or do not cover the tensor.
+    """
+
+    def __init__(self, name: str, shape: tuple[int, ...], boxes: Sequence[Box], path: Path) -> None:
+        self.shape = shape
+        filled = [box for box in boxes if math.prod(box.sizes)]
+        self.boxes = sorted(filled or boxes[:1], key=lambda box: box.offsets)
+        self._check(name, path)
+        # The last dimension that is cut: entries of one index up to it lie together.
+        cut = [d for d in range(len(shape)) if any(box.sizes[d] != shape[d] for box in self.boxes)]
+        self._cut = cut[-1] if cut else 0
+
+    def _check(self, name: str, path: Path) -> None:
+        held = 0
+        for box in self.boxes:
+            ends = (offset + size for offset, size in zip(box.offsets, box.sizes, strict=True))
+            if any(end > size for end, size in zip(ends, self.shape, strict=True)):
+                raise InputError(
+                    f"{path}: a part of {name} at {list(box.offsets)} with shape {list(box.sizes)} lies outside its "
+                    f"shape {list(self.shape)}; save the checkpoint again"
+                )
+            held += math.prod(box.sizes)
+        if not self.boxes or held != math.prod(self.shape) or self._overlap():
+            raise InputError(
+                f"{path}: the parts of {name} hold {held:,} entries of {math.prod(self.shape):,}"
+                f"{' and overlap' if held == math.prod(self.shape) else ''}; a file is missing, or the folder holds "
+                "files of two checkpoints"
+            )
+
+    def _overlap(self) -> bool:
+        """Return whether two boxes have an entry in common. Boxes are sorted by their first index."""
+        pairs = 0
+        for at, box in enumerate(self.boxes):
+            for other in self.boxes[at + 1 :]:
+                if box.sizes and other.offsets[0] >= box.offsets[0] + box.sizes[0]:
+                    break
+                pairs += 1
+                if pairs > MAX_PAIRS or _meet(box, other):
+                    return True
+        return False
+
+    def read(self, start: int, stop: int) -> torch.Tensor:
+        """Return the entries ``start:stop`` of the whole tensor (row-major)."""
+        import torch
+
+        if len(self.boxes) == 1:
+            return self.boxes[0].source.read(start, stop)
+        if start >= stop:
+            return self.boxes[0].source.read(0, 0)
+        if self._cut == 0:
+            return self._read_rows(start, stop)
+        # Rows of width: all indices up to the cut dimension, and the entries after them.
+        width = math.prod(self.shape[self._cut :])
+        inner = math.prod(self.shape[self._cut + 1 :])
+        first, last = start // width, -(-stop // width)
+        out: torch.Tensor | None = None
+        for box in self.boxes:
+            left, across = box.offsets[self._cut] * inner, box.sizes[self._cut] * inner
+            for row, own, count in _runs(box, self.shape, self._cut, first, last):
+                part = box.source.read(own * across, (own + count) * across).view(count, across)
+                if out is None:
+                    out = torch.empty((last - first, width), dtype=part.dtype)
+                out[row - first : row - first + count, left : left + across] = part
+        assert out is not None
+        return out.view(-1)[start - first * width : stop - first * width].clone()
+
+    def _read_rows(self, start: int, stop: int) -> torch.Tensor:
+        """Return a range of a tensor that is cut along its first dimension only: the boxes follow each other."""
+        import torch
+
+        width = math.prod(self.shape[1:])
+        parts = []
+        for box in self.boxes:
+            begin = box.offsets[0] * width if box.offsets else 0
+            low, high = max(start, begin), min(stop, begin + math.prod(box.sizes))
+            if low < high:
+                parts.append(box.source.read(low - begin, high - begin))
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def read_bytes(self, width: int) -> bytes:
+        """Return the bytes of a small tensor, without torch; ``width`` are the bytes of an entry."""
+        if self._cut == 0:
+            return b"".join(box.source.read_bytes() for box in self.boxes)
+        out = bytearray(math.prod(self.shape) * width)
+        row_bytes = math.prod(self.shape[self._cut :]) * width
+        inner = math.prod(self.shape[self._cut + 1 :]) * width
+        for box in self.boxes:
+            content = box.source.read_bytes()
+            left, across = box.offsets[self._cut] * inner, box.sizes[self._cut] * inner
+            for row, own, count in _runs(box, self.shape, self._cut, 0, len(out) // max(1, row_bytes)):
+                for i in range(count):
+                    at = (row + i) * row_bytes + left
+                    out[at : at + across] = content[(own + i) * across : (own + i + 1) * across]
+        return bytes(out)
+
+
+def _meet(one: Box, other: Box) -> bool:
+    edges = zip(one.offsets, one.sizes, other.offsets, other.sizes, strict=True)
+    return all(a < b + m and b < a + n for a, n, b, m in edges)
+
+
+def _runs(box: Box, shape: tuple[int, ...], cut: int, first: int, last: int) -> Sequence[tuple[int, int, int]]:
+    """Return the rows of a box among the rows ``first:last`` of the tensor, as runs of neighbours.
+
+    A row is an index of the dimensions before ``cut``.
+
+    Returns:
+        Of each run: its first row in the tensor, its first row in the box, and the number of rows.
+    """
+    height = shape[cut - 1]  # rows of one slab: neighbours in the tensor and in the box
+    slabs, own_slabs = shape[: cut - 1], box.sizes[: cut - 1]
+    top, own_height = box.offsets[cut - 1], box.sizes[cut - 1]
+    runs = []
+    for slab in range(first // height, -(-last // height)):
+        own = _own_index(slab, slabs, box.offsets, own_slabs)
+        if own is None:
+            continue
+        low, high = max(first, slab * height + top), min(last, slab * height + top + own_height)
+        if low < high:
+            runs.append((low, own * own_height + low - slab * height - top, high - low))
+    return runs
+
+
+def _own_index(index: int, shape: tuple[int, ...], offsets: tuple[int, ...], sizes: tuple[int, ...]) -> int | None:
+    """Return the index within a box of an index of the tensor, both row-major; None if it lies outside."""
+    own, step = 0, 1
+    for size, offset, inside in zip(reversed(shape), reversed(offsets[: len(shape)]), reversed(sizes), strict=True):
+        index, at = divmod(index, size)
+        if not offset <= at < offset + inside:
+            return None
+        own, step = own + (at - offset) * step, step * inside
+    return own

@@ -1,0 +1,289 @@
+"""torch.distributed.checkpoint: a folder of ``.metadata`` and ``__RANK_NUMBER.distcp`` files.
+
+``.metadata`` is a pickle. It gives, for every tensor, shape, dtype and the boxes in which it was stored, and for every
+box a file and a range of bytes, which is a torch file of its own. Both are read as data (``inert``, ``archives``):
+nothing is run, no process group is needed, and the classes of no version of torch are imitated. A box is opened when
+its entries are read.
+
+A training state holds the model next to an optimizer, under keys such as ``app.model.``. The weights are those below
+the outermost key with the name of a model (``WRAPPERS``); without one, everything that is not an optimizer's.
+
+Reference: ``torch.distributed.checkpoint.metadata``, ``.filesystem`` and ``.planner_helpers``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lora_diag.checkpoints.archives import WIDTH, Archive, StoredTensor
+from lora_diag.checkpoints.chunks import Box, Boxes
+from lora_diag.checkpoints.file_bytes import FileBytes
+from lora_diag.checkpoints.inert import Record, load
+from lora_diag.checkpoints.pickled import WRAPPERS
+from lora_diag.checkpoints.tensors import TensorInfo
+from lora_diag.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+
+INDEX = ".metadata"
+# About 200 bytes per box: the optimizer and weights of 100 billion parameters on 1,000 ranks take 400 MB.
+MAX_INDEX_BYTES = 500_000_000
+# Keys of a training state that hold no weights; and the last parts of an optimizer's.
+OTHERS = re.compile(r"optim|sched|^ema$|train_state|dataloader|^rng|^step$|^extra_state$|^_extra_state$")
+MOMENTS = re.compile(r"(^|\.)(exp_avg|exp_avg_sq|max_exp_avg_sq|momentum_buffer|master_param|step)$")
+
+
+class DistributedFolder:
+    """A folder written by ``torch.distributed.checkpoint.save``, presented as one file of whole tensors.
+
+    Args:
+        folder: The folder, with a file ``.metadata``.
+
+    Raises:
+        InputError: The index is damaged, a file is missing or too short, or the parts of a tensor do not fit together.
+    """
+
+    label = "torch.distributed checkpoint"
+    config_folder = ""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder
+        self.metadata: Mapping[str, str] = {}
+        index = folder / INDEX
+        state = _state(index)
+        tensors = {str(key): item for key, item in state["state_dict_metadata"].items() if _is_tensor(item)}
+        chosen, prefix = _weights(index, tensors, state.get("planner_data"))
+        places = _places(index, state["storage_data"])
+        files: dict[str, tuple[FileBytes, int]] = {}
+        described: dict[str, TensorInfo] = {}
+        self.tensors: Mapping[str, TensorInfo] = described
+        self._boxes: dict[str, Boxes] = {}
+        for key, name in chosen.items():
+            info, boxes = _described(index, key, name, tensors[key])
+            found = [_box(folder, key, name, info.dtype, box, places, files) for box in boxes]
+            self._boxes[name] = Boxes(name, info.shape, found, index)
+            described[name] = info
+        self.notes: tuple[str, ...] = (f"assembled from the parts in {len(files)} files",)
+        if prefix:
+            self.notes += (f"the weights are those under {prefix} of a training state",)
+        if left := sorted(set(tensors) - set(chosen)):
+            self.notes += (f"{len(left)} tensors that are no weights are left out, such as {left[0]}",)
+
+    @staticmethod
+    def matches(folder: Path) -> bool:
+        """Return whether a folder is such a checkpoint."""
+        return (folder / INDEX).is_file()
+
+    def read(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Return a copy of the entries ``start:stop`` of a tensor (row-major, stored dtype)."""
+        return self._boxes[name].read(start, stop)
+
+    def read_bytes(self, name: str) -> bytes:
+        """Return the bytes of a small tensor, without torch."""
+        return self._boxes[name].read_bytes(WIDTH[self.tensors[name].dtype])
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """The torch file of one box, which is opened by the first reading.
+
+    Args:
+        file: The file that holds it.
+        span: Its first byte, and its number of bytes.
+        name: The tensor.
+        dtype: What the index says of it.
+        shape: Likewise.
+    """
+
+    file: FileBytes
+    span: tuple[int, int]
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @cached_property
+    def tensor(self) -> StoredTensor:
+        """Where the entries lie.
+
+        Raises:
+            InputError: The file is damaged, or holds something else than the index says.
+        """
+        archive = Archive(self.file, self.span, self.name)
+        found = archive.tensor(archive.value, self.name)
+        if found is None:
+            raise InputError(f"{self.file.path}: no tensor is stored where {self.name} should be; save it again")
+        if (found.dtype, found.shape) != (self.dtype, self.shape):
+            raise InputError(
+                f"{self.file.path}: {self.name} is {found.dtype} {list(found.shape)} in the file, but {self.dtype} "
+                f"{list(self.shape)} in {INDEX}; the folder holds files of two checkpoints"
+            )
+        return found
+
+    def read(self, start: int, stop: int) -> torch.Tensor:
+        return self.tensor.read(start, stop)
+
+    def read_bytes(self) -> bytes:
+        return self.tensor.read_bytes()
+
+
+def _state(index: Path) -> Mapping[str, Any]:
+    """Return the content of the index, as far as it is used."""
+    try:
+        size = index.stat().st_size
+        if size > MAX_INDEX_BYTES:
+            raise InputError(f"{index}: is larger than {MAX_INDEX_BYTES:,} bytes, too large for an index")
+        content = index.read_bytes()
+    except OSError as error:
+        raise InputError(f"{index}: cannot be read: {error.strerror}") from error
+    found = load(content, index, "the index")
+    state = found.state if isinstance(found, Record) and found.name == "Metadata" else None
+    if not isinstance(state, dict) or not all(
+        isinstance(state.get(key), dict) for key in ("state_dict_metadata", "storage_data")
+    ):
+        raise InputError(f"{index}: is no index of a torch.distributed checkpoint; save it again")
+    return state
+
+
+def _is_tensor(item: Any) -> bool:
+    return isinstance(item, Record) and item.name == "TensorStorageMetadata"
+
+
+def _sizes(index: Path, key: str, value: Any) -> tuple[int, ...]:
+    if not isinstance(value, tuple | list) or not all(type(size) is int and 0 <= size < 2**63 for size in value):
+        raise InputError(f"{index}: the index gives {key:.200} no valid shape; save the checkpoint again")
+    return tuple(value)
+
+
+def _described(
+    index: Path, key: str, name: str, item: Record
+) -> tuple[TensorInfo, list[tuple[tuple[int, ...], tuple[int, ...]]]]:
+    """Return what the index says of a tensor: its description, and the offsets and sizes of its boxes."""
+    shape = _sizes(index, key, item.get("size"))
+    properties = item.get("properties")
+    first = properties.state[0] if isinstance(properties, Record) and isinstance(properties.state, tuple) else None
+    if first is None and isinstance(properties, Record):
+        first = properties.get("dtype")
+    dtype = first.name if isinstance(first, Record) else ""
+    if dtype not in WIDTH:
+        raise InputError(f"{index}: {key:.200} has the unsupported dtype {dtype!r}")
+    boxes = []
+    for chunk in item.get("chunks") or ():
+        if not isinstance(chunk, Record):
+            raise InputError(f"{index}: a part of {key:.200} is not described; save the checkpoint again")
+        offsets, sizes = (_sizes(index, key, chunk.get(field)) for field in ("offsets", "sizes"))
+        if not len(offsets) == len(sizes) == len(shape):
+            raise InputError(f"{index}: a part of {key:.200} has {len(sizes)} dimensions instead of {len(shape)}")
+        boxes.append((offsets, sizes))
+    return TensorInfo(name, shape, dtype), boxes
+
+
+def _places(index: Path, stored: Mapping[Any, Any]) -> dict[tuple[str, tuple[int, ...]], Record]:
+    """Return where the boxes lie, by the key of their tensor and their offsets."""
+    found = {}
+    for key, place in stored.items():
+        if isinstance(key, Record) and isinstance(place, Record) and isinstance(key.get("fqn"), str):
+            offset = key.get("offset")
+            found[key.get("fqn"), tuple(offset) if isinstance(offset, tuple) else ()] = place
+    return found
+
+
+def _box(
+    folder: Path,
+    key: str,
+    name: str,
+    dtype: str,
+    box: tuple[tuple[int, ...], tuple[int, ...]],
+    places: Mapping[tuple[str, tuple[int, ...]], Record],
+    files: dict[str, tuple[FileBytes, int]],
+) -> Box:
+    """Return one box of a tensor, after checking that its bytes are there."""
+    offsets, sizes = box
+    place = places.get((key, offsets))
+    if place is None:
+        raise InputError(f"{folder / INDEX}: the index does not say where the part of {key:.200} at {list(offsets)} is")
+    relative, offset, length = (place.get(field) for field in ("relative_path", "offset", "length"))
+    if place.get("transform_descriptors"):
+        raise InputError(f"{folder / INDEX}: {key:.200} is stored compressed, which is not read; save it without")
+    if not isinstance(relative, str) or relative in {"", ".", ".."} or set(relative) & set("/\\\0"):
+        raise InputError(f"{folder / INDEX}: the file {relative!r:.200} of {key:.200} is not a plain file name")
+    if not all(type(value) is int and 0 <= value < 2**63 for value in (offset, length)):
+        raise InputError(f"{folder / INDEX}: the position of {key:.200} is not valid; save the checkpoint again")
+    if relative not in files:
+        path = folder / relative
+        if not path.is_file():
+            raise InputError(f"{folder}: {relative} is missing, which holds parts of {key:.200}; copy it again")
+        files[relative] = (FileBytes(path), path.stat().st_size)
+    file, size = files[relative]
+    if offset + length > size:
+        raise InputError(
+            f"{file.path}: has {size:,} bytes, but {key:.200} lies up to byte {offset + length:,}; copy it again"
+        )
+    return Box(offsets, sizes, _Stored(file, (offset, length), name, dtype, sizes))
+
+
+def _weights(index: Path, tensors: Mapping[str, Record], planned: Any) -> tuple[dict[str, str], str]:
+    """Choose the weights among the tensors.
+
+    Args:
+        index: The index, for messages.
+        tensors: By key.
+        planned: What the planner says: of each key, the keys of the nested dictionaries that it was made from.
+
+    Returns:
+        Name by key, and the common start of the keys where it is left out.
+
+    Raises:
+        InputError: The checkpoint holds no weights, or those of several models.
+    """
+    paths = {key: _path(key, planned) for key in tensors}
+    others = {key for key, path in paths.items() if any(OTHERS.search(part) for part in path[:-1]) or _is_moment(key)}
+    inside: dict[tuple[str, ...], list[str]] = {}
+    for key, path in paths.items():
+        at = next((i for i, part in enumerate(path[:-1]) if part in WRAPPERS), None)
+        if at is not None and key not in others:
+            inside.setdefault(path[: at + 1], []).append(key)
+    if len(inside) > 1:
+        names = ", ".join(sorted(".".join(prefix) for prefix in inside)[:3])
+        raise InputError(f"{index.parent}: holds the weights of {len(inside)} models ({names}); save one of them alone")
+    if inside:
+        ((prefix, keys),) = inside.items()
+        named = {key: ".".join(paths[key][len(prefix) :]) for key in keys}
+        start = ".".join(prefix) + "."
+    else:
+        first = {key: paths[key][0].partition(".")[0] for key in tensors}
+        named = {key: key for key in tensors if key not in others and not OTHERS.search(first[key])}
+        start = ""
+    twice = [name for name, count in Counter(named.values()).items() if count > 1]
+    if not named or twice:
+        problem = f"two tensors are called {twice[0]:.200}" if twice else "it holds no weights"
+        raise InputError(f"{index}: {problem}; save the model's state dict")
+    try:
+        "".join(named.values()).encode()
+    except UnicodeEncodeError as error:  # a lone surrogate, which a results file cannot hold
+        raise InputError(f"{index}: a tensor name is not valid Unicode: {error}") from error
+    return named, start
+
+
+def _path(key: str, planned: Any) -> tuple[str, ...]:
+    """Return the keys of the nested dictionaries that lead to a tensor."""
+    path = planned.get(key) if isinstance(planned, dict) else None
+    if isinstance(path, tuple) and path and all(isinstance(part, str | int) for part in path):
+        return tuple(map(str, path))
+    return (key,)
+
+
+def _is_moment(key: str) -> bool:
+    return MOMENTS.search(key) is not None
+
+
+def folder_within(folder: Path) -> Path | None:
+    """Return the only checkpoint that accelerate wrote inside the folder of a training step; None without one."""
+    found = [path for path in sorted(folder.glob("pytorch_model_fsdp_*")) if (path / INDEX).is_file()]
+    return found[0] if len(found) == 1 else None

@@ -1,0 +1,291 @@
+"""Read a pickle as data: nothing that it names is imported, and nothing is called.
+
+A pickle is a program that builds objects. This interpreter runs it over plain data: numbers, text, tuples, lists and
+dictionaries are built as such, and every class, function and object becomes a ``Record`` of its name, its arguments
+and its state. So a pickle of any class, of any version of a library, is read without that library, and one that was
+made to run code does not run it. ``pickletools`` decodes the instructions and allocates nothing by a length that the
+pickle claims.
+
+Reference: ``pickletools`` of the standard library, which documents every instruction.
+"""
+
+from __future__ import annotations
+
+import pickletools
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lora_diag.errors import InputError
+
+
+def _ordered(pairs: Any = ()) -> dict[Any, Any]:
+    return {_key(key): value for key, value in pairs}
+
+
+# The classes that are read as what they are: module and name -> how they are built from their arguments.
+PLAIN: dict[tuple[str, str], Callable[..., Any]] = {
+    ("collections", "OrderedDict"): _ordered,
+    ("torch", "Size"): tuple,
+    ("builtins", "set"): tuple,
+    ("builtins", "frozenset"): tuple,
+    ("__builtin__", "set"): tuple,
+}
+
+
+@dataclass(slots=True, eq=False)
+class Record:
+    """A class, a function or an object of a pickle, as data.
+
+    Args:
+        module: Module of the class or function.
+        name: Its name.
+        args: What it was called with; None if it was only named.
+        state: What the object was given as its state.
+        items: What was appended to it, or stored in it.
+    """
+
+    module: str
+    name: str
+    args: tuple[Any, ...] | None = None
+    state: Any = None
+    items: list[Any] = field(default_factory=list)
+
+    def get(self, key: str) -> Any:
+        """Return an attribute from the state; None if there is none."""
+        return self.state.get(key) if isinstance(self.state, dict) else None
+
+
+@dataclass(slots=True, eq=False)
+class Persistent:
+    """A reference to what lies outside the pickle, such as a storage of a torch file."""
+
+    id: Any
+
+
+class _Mark:
+    """The marker of a stack."""
+
+
+_MARK = _Mark()
+
+
+def load(content: bytes, path: Path, what: str) -> Any:
+    """Read a pickle as data.
+
+    Args:
+        content: The pickle.
+        path: The file that holds it, for messages.
+        what: What it is, for messages, such as ``the index``.
+
+    Returns:
+        The data: None, booleans, numbers, text, bytes, tuples, lists, dictionaries, ``Record`` and ``Persistent``.
+
+    Raises:
+        InputError: It is no pickle, or damaged.
+    """
+    machine = _Machine()
+    try:
+        for instruction, argument, _ in pickletools.genops(content):
+            machine.run(instruction.name, argument)
+        return machine.pop()
+    except (ValueError, IndexError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+        reason = str(error) or type(error).__name__
+        raise InputError(f"{path}: {what} is not a readable pickle: {reason}; copy or save it again") from error
+
+
+class _Machine:
+    """The stack and the memory of a pickle."""
+
+    def __init__(self) -> None:
+        self.stack: list[Any] = []
+        self.memory: dict[int, Any] = {}
+
+    def run(self, name: str, argument: Any) -> None:
+        """Run one instruction."""
+        if name in _VALUES:
+            self.stack.append(argument)
+        elif name in _CONSTANTS:
+            self.stack.append(_CONSTANTS[name]())
+        else:
+            _INSTRUCTIONS[name](self, argument)
+
+    def pop(self) -> Any:
+        """Remove the topmost value."""
+        value = self.stack.pop()
+        if value is _MARK:
+            raise ValueError("a mark stands where a value should")
+        return value
+
+    def pop_to_mark(self) -> list[Any]:
+        """Remove the values above the topmost mark, and the mark."""
+        at = len(self.stack) - 1
+        while self.stack[at] is not _MARK:
+            at -= 1
+            if at < 0:
+                raise ValueError("a mark is missing")
+        values = self.stack[at + 1 :]
+        del self.stack[at:]
+        return values
+
+    def top(self) -> Any:
+        value = self.stack[-1]
+        if value is _MARK:
+            raise ValueError("a mark stands where a value should")
+        return value
+
+    def remember(self, index: int) -> None:
+        self.memory[index] = self.top()
+
+    def drop(self, _: Any) -> None:
+        self.stack.pop()
+
+    def append(self, values: list[Any]) -> None:
+        target = self.top()
+        if isinstance(target, list):
+            target.extend(values)
+        elif isinstance(target, Record):
+            target.items.extend(values)
+        elif not isinstance(target, tuple):  # a set, which is read as a tuple, is only filled where it is empty
+            raise ValueError(f"a {type(target).__name__} is given entries")
+
+    def store(self, values: list[Any]) -> None:
+        target = self.top()
+        pairs = [(_key(key), value) for key, value in zip(values[::2], values[1::2], strict=True)]
+        if isinstance(target, dict):
+            target.update(pairs)
+        elif isinstance(target, Record):
+            target.items.extend(pairs)
+        else:
+            raise ValueError(f"a {type(target).__name__} is given entries")
+
+    def build(self, _: Any) -> None:
+        state, target = self.pop(), self.top()
+        if isinstance(target, Record):
+            target.state = state
+
+    def name(self, module: Any, name: Any) -> None:
+        if not (isinstance(module, str) and isinstance(name, str)):
+            raise ValueError("a class has no name")
+        self.stack.append(Record(module, name))
+
+    def call(self, target: Any, args: Any) -> None:
+        """Put what a call or a new object of a class stands for on the stack."""
+        if not isinstance(target, Record) or not isinstance(args, tuple | list):
+            raise ValueError(f"a {type(target).__name__} is called")
+        plain = PLAIN.get((target.module, target.name)) if target.args is None else None
+        self.stack.append(plain(*args) if plain else Record(target.module, target.name, tuple(args)))
+
+    def reduce(self, _: Any) -> None:
+        args, target = self.pop(), self.pop()
+        self.call(target, args)
+
+    def reduce_with_keywords(self, _: Any) -> None:
+        keywords, args, target = self.pop(), self.pop(), self.pop()
+        self.call(target, (*args, keywords) if keywords else args)
+
+
+def _key(key: Any) -> Any:
+    """Return a key of a dictionary; nested tuples, which Python hashes by recursion in C, are refused."""
+    if isinstance(key, tuple) and any(isinstance(part, tuple) for part in key):
+        raise ValueError("a key is a tuple of tuples")
+    return key
+
+
+def _sequence(machine: _Machine, values: list[Any]) -> None:
+    machine.stack.append(tuple(values))
+
+
+def _pop_mark(machine: _Machine, _: Any) -> None:
+    machine.pop_to_mark()
+
+
+def _tuple_of(count: int) -> Callable[[_Machine, Any], None]:
+    def run(machine: _Machine, _: Any) -> None:
+        values = [machine.pop() for _ in range(count)]
+        machine.stack.append(tuple(reversed(values)))
+
+    return run
+
+
+def _inst(machine: _Machine, argument: str) -> None:
+    module, _, name = argument.partition(" ")
+    machine.call(Record(module, name), machine.pop_to_mark())
+
+
+def _obj(machine: _Machine, _: Any) -> None:
+    target, *args = machine.pop_to_mark()
+    machine.call(target, args)
+
+
+def _stack_global(machine: _Machine, _: Any) -> None:
+    name, module = machine.pop(), machine.pop()
+    machine.name(module, name)
+
+
+def _dict(machine: _Machine, _: Any) -> None:
+    values = machine.pop_to_mark()
+    machine.stack.append({})
+    machine.store(values)
+
+
+def _nothing(machine: _Machine, _: Any) -> None:
+    """Do nothing: protocol, frames, and the end."""
+
+
+# Instructions whose argument is the value.
+_VALUES = frozenset({
+    *("INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT"),
+    *("STRING", "BINSTRING", "SHORT_BINSTRING", "UNICODE", "SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8"),
+    *("BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8"),
+})  # fmt: skip
+
+_CONSTANTS: dict[str, Callable[[], Any]] = {
+    "NONE": lambda: None,
+    "NEWTRUE": lambda: True,
+    "NEWFALSE": lambda: False,
+    "EMPTY_LIST": list,
+    "EMPTY_TUPLE": tuple,
+    "EMPTY_DICT": dict,
+    "EMPTY_SET": list,
+    "MARK": lambda: _MARK,
+}
+
+_INSTRUCTIONS: dict[str, Callable[[_Machine, Any], None]] = {
+    "PROTO": _nothing,
+    "FRAME": _nothing,
+    "STOP": _nothing,
+    "POP": _Machine.drop,
+    "POP_MARK": _pop_mark,
+    "DUP": lambda machine, _: machine.stack.append(machine.top()),
+    "TUPLE": lambda machine, _: _sequence(machine, machine.pop_to_mark()),
+    "FROZENSET": lambda machine, _: _sequence(machine, machine.pop_to_mark()),
+    "TUPLE1": _tuple_of(1),
+    "TUPLE2": _tuple_of(2),
+    "TUPLE3": _tuple_of(3),
+    "LIST": lambda machine, _: machine.stack.append(machine.pop_to_mark()),
+    "DICT": _dict,
+    "APPEND": lambda machine, _: machine.append([machine.pop()]),
+    "APPENDS": lambda machine, _: machine.append(machine.pop_to_mark()),
+    "ADDITEMS": lambda machine, _: machine.append(machine.pop_to_mark()),
+    "SETITEM": lambda machine, _: machine.store([machine.pop(), machine.pop()][::-1]),
+    "SETITEMS": lambda machine, _: machine.store(machine.pop_to_mark()),
+    "GLOBAL": lambda machine, argument: machine.name(*argument.split(" ", 1)),
+    "STACK_GLOBAL": _stack_global,
+    "REDUCE": _Machine.reduce,
+    "NEWOBJ": _Machine.reduce,
+    "NEWOBJ_EX": _Machine.reduce_with_keywords,
+    "INST": _inst,
+    "OBJ": _obj,
+    "BUILD": _Machine.build,
+    "PUT": _Machine.remember,
+    "BINPUT": _Machine.remember,
+    "LONG_BINPUT": _Machine.remember,
+    "MEMOIZE": lambda machine, _: machine.remember(len(machine.memory)),
+    "GET": lambda machine, argument: machine.stack.append(machine.memory[argument]),
+    "BINGET": lambda machine, argument: machine.stack.append(machine.memory[argument]),
+    "LONG_BINGET": lambda machine, argument: machine.stack.append(machine.memory[argument]),
+    "PERSID": lambda machine, argument: machine.stack.append(Persistent(argument)),
+    "BINPERSID": lambda machine, _: machine.stack.append(Persistent(machine.pop())),
+}

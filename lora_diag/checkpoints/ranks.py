@@ -1,0 +1,312 @@
+"""One torch file per rank, as verl and SkyRL save FSDP models: ``model_world_size_N_rank_R.pt``.
+
+A value is a ``DTensor`` (a local tensor and a specification: device mesh, placements, shape of the whole), a
+``ShardedTensor`` (local tensors with their offsets) or a plain tensor. The files are read as data (``archives``).
+
+A mesh is an array of ranks. Along one of its dimensions a tensor is either cut (``Shard(d)``: ``ceil(n / ranks)``
+indices of dimension d per rank, the last ranks fewer) or repeated (``Replicate``). Where two dimensions of the mesh cut
+the same one of the tensor, the first cuts it into blocks and the second cuts the blocks. Plain tensors are repeated in
+files with distributed ones; in files without, each holds rows of its rank (FSDP1).
+
+Reference: ``torch.distributed.tensor._dtensor_spec``, ``.placement_types``; verl ``model_merger``.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lora_diag.checkpoints.archives import WIDTH, Archive, StoredTensor, unwrapped
+from lora_diag.checkpoints.chunks import Box, Boxes
+from lora_diag.checkpoints.file_bytes import FileBytes
+from lora_diag.checkpoints.inert import Record
+from lora_diag.checkpoints.tensors import TensorInfo
+from lora_diag.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+
+PATTERN = "model_world_size_*_rank_*.pt"
+FILE = re.compile(r"model_world_size_(\d{1,6})_rank_(\d{1,6})\.pt")
+# Ranks that are read at most.
+MAX_RANKS = 65_536
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """What one rank holds of a tensor.
+
+    Args:
+        tensor: Where its entries lie.
+        shape: Shape of the whole tensor; None if the rank does not say.
+        cuts: Of each dimension of the mesh, the dimension of the tensor that it cuts; None where it repeats. None
+            altogether for a plain tensor.
+        coordinates: The rank's place in the mesh.
+        offsets: Where the part begins in the whole, if the rank says so (``ShardedTensor``).
+    """
+
+    tensor: StoredTensor
+    shape: tuple[int, ...] | None = None
+    cuts: tuple[int | None, ...] | None = None
+    coordinates: tuple[int, ...] = ()
+    offsets: tuple[int, ...] | None = None
+
+
+class RanksFolder:
+    """A folder of one torch file per rank, presented as one file of whole tensors.
+
+    Args:
+        folder: The folder.
+
+    Raises:
+        InputError: A file is missing or damaged, or the parts of a tensor do not fit together.
+    """
+
+    label = "one torch file per rank"
+    config_folder = "huggingface"
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder
+        self.metadata: Mapping[str, str] = {}
+        parts: dict[str, list[_Part]] = {}
+        files = _files(folder)
+        for rank, path in enumerate(files):
+            for name, found in _parts(path, rank).items():
+                parts.setdefault(name, []).extend(found)
+        if not parts:
+            raise InputError(f"{folder}: the files {PATTERN} hold no tensors; save the model again")
+        distributed = any(part.cuts is not None or part.offsets is not None for part in _all(parts))
+        self._boxes = {name: _whole(folder, name, found, len(files), distributed) for name, found in parts.items()}
+        self.tensors: Mapping[str, TensorInfo] = {
+            name: TensorInfo(name, boxes.shape, parts[name][0].tensor.dtype) for name, boxes in self._boxes.items()
+        }
+        self.notes: tuple[str, ...] = (f"assembled from the files of {len(files)} ranks",)
+        if not distributed and len(files) > 1:
+            self.notes += ("the files do not say how tensors were cut: rows of all ranks are joined, as FSDP1 cuts",)
+
+    @staticmethod
+    def matches(folder: Path) -> bool:
+        """Return whether a folder holds such files."""
+        return any(folder.glob(PATTERN))
+
+    def read(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Return a copy of the entries ``start:stop`` of a tensor (row-major, stored dtype)."""
+        return self._boxes[name].read(start, stop)
+
+    def read_bytes(self, name: str) -> bytes:
+        """Return the bytes of a small tensor, without torch."""
+        return self._boxes[name].read_bytes(WIDTH[self.tensors[name].dtype])
+
+
+def _all(parts: Mapping[str, list[_Part]]) -> Sequence[_Part]:
+    return [part for found in parts.values() for part in found]
+
+
+def _files(folder: Path) -> list[Path]:
+    """Return the file of every rank, in their order."""
+    found: dict[int, dict[int, Path]] = {}
+    for path in folder.glob(PATTERN):
+        if match := FILE.fullmatch(path.name):
+            found.setdefault(int(match[1]), {})[int(match[2])] = path
+    if len(found) != 1:
+        sizes = ", ".join(map(str, sorted(found)))
+        raise InputError(f"{folder}: holds models of {len(found)} world sizes ({sizes}); keep the files of one")
+    ((world, by_rank),) = found.items()
+    missing = [rank for rank in range(min(world, MAX_RANKS)) if rank not in by_rank]
+    if missing or len(by_rank) != world:
+        raise InputError(
+            f"{folder}: the file of rank {missing[0] if missing else world} of {world} is "
+            f"{'missing' if missing else 'one too many'}; copy the files of all ranks"
+        )
+    return [by_rank[rank] for rank in range(world)]
+
+
+def _parts(path: Path, rank: int) -> dict[str, list[_Part]]:
+    """Return what the file of a rank holds."""
+    file = FileBytes(path)
+    archive = Archive(file, (0, path.stat().st_size), path.name)
+    state = archive.value
+    for key in ("state_dict", "model", "module", "model_state_dict"):
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
+            state = state[key]
+            break
+    if not isinstance(state, dict):
+        raise InputError(f"{path}: holds no named tensors; save the model again")
+    try:
+        "".join(name for name in state if isinstance(name, str)).encode()
+    except UnicodeEncodeError as error:  # a lone surrogate, which a results file cannot hold
+        raise InputError(f"{path}: a tensor name is not valid Unicode: {error}") from error
+    found = {name: _values(archive, name, value, rank) for name, value in state.items() if isinstance(name, str)}
+    return {name: parts for name, parts in found.items() if parts}
+
+
+def _values(archive: Archive, name: str, value: Any, rank: int) -> list[_Part]:
+    """Return the parts that a value of a state dict stands for; none if it is no tensor."""
+    value = unwrapped(value)
+    local, spec = _dtensor(value)
+    if local is not None and isinstance(spec, Record):
+        tensor = archive.tensor(local, name)
+        if tensor is not None:
+            return [_distributed(archive, name, tensor, spec, rank)]
+    if isinstance(value, Record) and value.name == "ShardedTensor":
+        return _sharded(archive, name, value)
+    tensor = archive.tensor(value, name)
+    return [] if tensor is None else [_Part(tensor)]
+
+
+def _dtensor(value: Any) -> tuple[Any, Any]:
+    """Return the local tensor and the specification of a DTensor.
+
+    ``_rebuild_from_type_v2(function, type, args, state)``, and the state is that of the object.
+    """
+    if isinstance(value, Record) and value.name == "_rebuild_from_type_v2" and value.args and len(value.args) == 4:
+        state = value.args[3]
+        for found in state if isinstance(state, tuple) else (state,):  # (dictionary, slots): DTensor has slots
+            if isinstance(found, dict) and "_local_tensor" in found:
+                return found["_local_tensor"], found.get("_spec")
+    return None, None
+
+
+def _distributed(archive: Archive, name: str, tensor: StoredTensor, spec: Record, rank: int) -> _Part:
+    """Return the part of a DTensor."""
+    path = archive.file.path
+    meta = spec.get("tensor_meta")
+    shape = meta.args[0] if isinstance(meta, Record) and meta.args else None
+    if shape is None and isinstance(meta, Record):
+        shape = meta.get("shape")
+    if not isinstance(shape, tuple) or not all(type(size) is int and 0 <= size < 2**63 for size in shape):
+        raise InputError(f"{path}: {name} does not give the shape of the whole tensor; save the model again")
+    cuts = tuple(_cut(path, name, placement, len(shape)) for placement in spec.get("placements") or ())
+    coordinates = _coordinates(archive, spec.get("mesh"), name, rank, len(cuts))
+    return _Part(tensor, shape, cuts, coordinates)
+
+
+def _cut(path: Path, name: str, placement: Any, dimensions: int) -> int | None:
+    kind = placement.name if isinstance(placement, Record) else ""
+    if kind == "Replicate":
+        return None
+    dim = placement.get("dim") if isinstance(placement, Record) else None
+    if dim is None and isinstance(placement, Record) and placement.args:
+        dim = placement.args[0]
+    if kind != "Shard" or type(dim) is not int or not 0 <= dim < dimensions:
+        raise InputError(
+            f"{path}: {name} is placed as {kind or 'nothing known'}, which is not read; merge the files first: "
+            "python -m verl.model_merger merge --backend fsdp --local_dir DIR --target_dir out"
+        )
+    return dim
+
+
+def _coordinates(archive: Archive, mesh: Any, name: str, rank: int, dimensions: int) -> tuple[int, ...]:
+    """Return the place of this rank in the device mesh."""
+    found = mesh.get("_coordinate_on_dim") if isinstance(mesh, Record) else None
+    if found is None and dimensions == 1:
+        found = (rank,)
+    if found is None and isinstance(mesh, Record):
+        stored = archive.tensor(mesh.get("mesh"), f"the mesh of {name}")
+        if stored is not None and stored.numel <= MAX_RANKS and stored.dtype in {"int32", "int64"}:
+            width, content = WIDTH[stored.dtype], stored.read_bytes()
+            ranks = [int.from_bytes(content[at : at + width], "little") for at in range(0, len(content), width)]
+            found = _unraveled(ranks.index(rank), stored.shape) if rank in ranks else None
+    if (
+        not isinstance(found, tuple | list)
+        or len(found) != dimensions
+        or not all(type(at) is int and 0 <= at < MAX_RANKS for at in found)
+    ):
+        raise InputError(f"{archive.file.path}: {name} does not say where rank {rank} stands in the device mesh")
+    return tuple(found)
+
+
+def _unraveled(index: int, shape: tuple[int, ...]) -> tuple[int, ...]:
+    found: list[int] = []
+    for size in reversed(shape):
+        index, at = divmod(index, size)
+        found.insert(0, at)
+    return tuple(found)
+
+
+def _sharded(archive: Archive, name: str, value: Record) -> list[_Part]:
+    """Return the parts of a ShardedTensor: its state is ``(local shards, metadata, …)``."""
+    state = value.state
+    shards, meta = state[:2] if isinstance(state, tuple) and len(state) > 1 else (None, None)
+    shape = meta.get("size") if isinstance(meta, Record) else None
+    if not isinstance(shards, list) or not isinstance(shape, tuple):
+        raise InputError(f"{archive.file.path}: {name} is a ShardedTensor without shards; save the model again")
+    parts = []
+    for shard in shards:
+        place = shard.get("metadata") if isinstance(shard, Record) else None
+        tensor = archive.tensor(shard.get("tensor"), name) if isinstance(shard, Record) else None
+        offsets = place.get("shard_offsets") if isinstance(place, Record) else None
+        if tensor is None or not isinstance(offsets, list | tuple) or not all(type(at) is int for at in offsets):
+            raise InputError(f"{archive.file.path}: {name} is a ShardedTensor without offsets; save the model again")
+        parts.append(_Part(tensor, shape, offsets=tuple(offsets)))
+    return parts
+
+
+def _whole(folder: Path, name: str, parts: list[_Part], world: int, distributed: bool) -> Boxes:
+    """Put the parts of a tensor together."""
+    first = parts[0]
+    if len({(part.tensor.dtype, part.shape, part.cuts is None) for part in parts}) > 1:
+        raise InputError(f"{folder}: the ranks disagree about {name}; the folder holds files of two checkpoints")
+    if first.offsets is not None:
+        shape = first.shape or ()
+        boxes = [_box(folder, name, part, part.offsets or (), shape) for part in parts]
+        return Boxes(name, shape, boxes, folder)
+    if len(parts) != world:
+        raise InputError(f"{folder}: {len(parts)} of {world} ranks hold {name}; copy the files of all ranks")
+    if first.cuts is not None:
+        return _placed(folder, name, parts)
+    shapes = {part.tensor.shape for part in parts}
+    if distributed or world == 1 or first.tensor.shape == ():
+        if len(shapes) > 1:
+            raise InputError(f"{folder}: {name} has several shapes on the ranks, and is not cut; save the model again")
+        box = Box((0,) * len(first.tensor.shape), first.tensor.shape, first.tensor)
+        return Boxes(name, first.tensor.shape, [box], folder)
+    if len({shape[1:] for shape in shapes}) > 1:
+        raise InputError(f"{folder}: the rows of {name} have different shapes on the ranks; save the model again")
+    boxes, row = [], 0
+    for part in parts:
+        boxes.append(_box(folder, name, part, (row, *(0 for _ in part.tensor.shape[1:])), None))
+        row += part.tensor.shape[0]
+    return Boxes(name, (row, *first.tensor.shape[1:]), boxes, folder)
+
+
+def _box(folder: Path, name: str, part: _Part, offsets: tuple[int, ...], shape: tuple[int, ...] | None) -> Box:
+    sizes = part.tensor.shape
+    if len(offsets) != len(sizes) or (shape is not None and len(shape) != len(sizes)) or min(offsets, default=0) < 0:
+        raise InputError(f"{folder}: the part of {name} at {list(offsets)} does not lie in the tensor; save it again")
+    return Box(offsets, sizes, part.tensor)
+
+
+def _placed(folder: Path, name: str, parts: list[_Part]) -> Boxes:
+    """Put the parts of a DTensor together: those of one place of every repeated dimension of the mesh."""
+    shape, cuts = parts[0].shape or (), parts[0].cuts or ()
+    at = {part.coordinates: part for part in parts}
+    if any(part.cuts != cuts for part in parts) or len(at) != len(parts):
+        raise InputError(f"{folder}: the ranks disagree about how {name} is cut; the folder holds two checkpoints")
+    counts = [max(place[d] for place in at) + 1 for d in range(len(cuts))]
+    if math.prod(counts) != len(at):
+        raise InputError(f"{folder}: the device mesh of {name} has {counts} places for {len(at)} ranks; copy all files")
+    places = product(*(range(count) if cut is not None else (0,) for count, cut in zip(counts, cuts, strict=True)))
+    boxes = []
+    for place in places:
+        offsets = [0] * len(shape)
+        sizes = list(shape)
+        for position, count, cut in zip(place, counts, cuts, strict=True):
+            if cut is not None:
+                chunk = -(-sizes[cut] // count)
+                begin = min(sizes[cut], position * chunk)
+                offsets[cut] += begin
+                sizes[cut] = min(chunk, sizes[cut] - begin)
+        part = at[place]
+        if part.tensor.shape != tuple(sizes):
+            raise InputError(
+                f"{part.tensor.file.path}: the part of {name} has shape {list(part.tensor.shape)} instead of {sizes}; "
+                "the file belongs to another checkpoint"
+            )
+        boxes.append(Box(tuple(offsets), tuple(sizes), part.tensor))
+    return Boxes(name, shape, boxes, folder)

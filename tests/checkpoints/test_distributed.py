@@ -1,0 +1,319 @@
+"""torch.distributed checkpoints and files of single ranks: read as data, whole, and in any range."""
+
+import json
+import pickle
+import subprocess
+import sys
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+
+from lora_diag.checkpoints import open_checkpoint
+from lora_diag.checkpoints.inert import Record, load
+from lora_diag.deltas import pair
+from lora_diag.errors import InputError
+from tests.checkpoints.sharding import save_dcp, save_ranks
+from tests.checkpoints.test_fuzz import mutated, tensors_or_one_error
+from tests.conftest import SHARED, as_numpy, weights
+
+
+def numbers(*shape, dtype=torch.float32):
+    return torch.arange(torch.Size(shape).numel()).view(shape).to(dtype)
+
+
+TENSORS = {
+    "rows": numbers(7, 5),
+    "columns": numbers(4, 9, dtype=torch.bfloat16),
+    "grid": numbers(6, 8, dtype=torch.float64),
+    "experts": numbers(4, 6, 5),
+    "inner": numbers(3, 4, 6),
+    "vector": numbers(5),
+    "scalar": torch.tensor(2.0),
+    "ids": numbers(6, dtype=torch.int64),
+}
+CUTS = {
+    "rows": [[3, 3, 1], [5]],
+    "columns": [[4], [5, 4]],
+    "grid": [[2, 4], [3, 3, 2]],
+    "experts": [[1, 3], [4, 2], [5]],
+    "inner": [[2, 1], [4], [1, 5]],
+    "vector": [[3, 2]],
+}
+
+
+def assert_same(checkpoint, tensors):
+    assert set(checkpoint) == set(tensors)
+    rng = np.random.default_rng(0)
+    for name, expected in tensors.items():
+        assert (checkpoint[name].shape, getattr(torch, checkpoint[name].dtype)) == (expected.shape, expected.dtype)
+        flat = expected.reshape(-1)
+        ends = np.sort(rng.integers(0, flat.numel() + 1, 14))
+        for start, stop in [(0, flat.numel()), *pairwise(map(int, ends))]:
+            assert torch.equal(checkpoint.read(name, start, stop), flat[start:stop])
+        assert checkpoint.read_bytes(name) == flat.view(torch.uint8).numpy().tobytes()
+
+
+def test_parts_cut_along_any_dimension_are_assembled(tmp_path):
+    checkpoint = open_checkpoint(save_dcp(tmp_path / "d", TENSORS, CUTS))
+    assert_same(checkpoint, TENSORS)
+    assert_same(pickle.loads(pickle.dumps(checkpoint)), TENSORS)
+
+
+def test_torch_s_own_writer_is_read(tmp_path):
+    import torch.distributed.checkpoint as dcp
+
+    tensors = weights(3, torch.bfloat16)
+    state = {"app": {"model": tensors, "optim": {"state": {"a.weight": {"exp_avg": torch.ones(2, 2)}}, "step": 3}}}
+    with pytest.warns(UserWarning, match="single process"):
+        dcp.save(state, checkpoint_id=tmp_path / "d", no_dist=True)
+    checkpoint = open_checkpoint(tmp_path / "d")
+    assert_same(checkpoint, tensors)
+    assert any("app.model." in note for note in checkpoint.notes)
+    assert any("1 tensors that are no weights" in note for note in checkpoint.notes)
+
+
+def test_opening_a_distributed_checkpoint_imports_no_torch(tmp_path):
+    folder = save_dcp(tmp_path / "d", TENSORS, CUTS)
+    code = (
+        "import sys; from lora_diag.checkpoints import open_checkpoint; "
+        f"assert len(open_checkpoint({str(folder)!r})) == {len(TENSORS)}; "
+        "assert not {'torch', 'numpy'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_accelerate_s_folder_inside_a_training_step_is_found(tmp_path):
+    save_dcp(tmp_path / "step" / "pytorch_model_fsdp_0", {"model.a.weight": numbers(2, 2)}, {})
+    assert list(open_checkpoint(tmp_path / "step")) == ["model.a.weight"]
+
+
+@pytest.mark.parametrize(
+    ("keys", "planned", "names"),
+    [
+        ({"layers.0.wq": 4, "optimizer.state.layers.0.wq.exp_avg": 4, "optim.step": 1}, None, {"layers.0.wq"}),
+        ({"model.a": 4, "model.b": 4}, {"model.a": ("model", "a"), "model.b": ("model", "b")}, {"a", "b"}),
+        ({"model.a": 4, "optim.model.a": 4}, {"optim.model.a": ("optim", "model", "a")}, {"model.a"}),
+        ({"x.a": 4, "x.exp_avg": 4}, {"x.a": ("x", 0, "state_dict", "a")}, {"a"}),
+    ],
+)
+def test_weights_are_told_from_the_rest_of_a_training_state(tmp_path, keys, planned, names):
+    tensors = {key: torch.ones(size) for key, size in keys.items()}
+    assert set(open_checkpoint(save_dcp(tmp_path / "d", tensors, {}, planned, extra=["step"]))) == names
+
+
+def test_two_models_in_one_state_are_refused(tmp_path):
+    planned = {key: tuple(key.split(".", 2)) for key in ("actor.model.a", "critic.model.a")}
+    folder = save_dcp(tmp_path / "d", dict.fromkeys(planned, torch.ones(2)), {}, planned)
+    with pytest.raises(InputError, match=r"2 models \(actor\.model, critic\.model\)"):
+        open_checkpoint(folder)
+
+
+def edited(folder, change):
+    """Write the index of a folder anew."""
+    index = pickle.loads((folder / ".metadata").read_bytes())
+    change(index)
+    (folder / ".metadata").write_bytes(pickle.dumps(index))
+    return folder
+
+
+def place(index, number=0, **values):
+    for name, value in values.items():
+        object.__setattr__(list(index.storage_data.values())[number], name, value)
+
+
+def first_of(mapping):
+    return next(iter(mapping.values()))
+
+
+def drop_chunk(index):
+    index.state_dict_metadata["rows"].chunks.pop()
+
+
+def overlap(index):
+    chunks = index.state_dict_metadata["columns"].chunks
+    chunks[1].offsets, chunks[1].sizes = torch.Size([0, 4]), torch.Size([4, 4])
+    chunks[0].offsets, chunks[0].sizes = torch.Size([0, 0]), torch.Size([4, 5])
+    index.state_dict_metadata["columns"].chunks = chunks
+    for key in list(index.storage_data):
+        if key.fqn == "columns" and key.offset == torch.Size([0, 5]):
+            index.storage_data[type(key)("columns", torch.Size([0, 4]), 1)] = index.storage_data.pop(key)
+
+
+BAD = {
+    "a part less": (drop_chunk, "hold 30 entries of 35"),
+    "another shape": (lambda i: setattr(i.state_dict_metadata["rows"], "size", torch.Size([8, 5])), "35 entries of 40"),
+    "a huge shape": (lambda i: setattr(i.state_dict_metadata["rows"], "size", torch.Size([2**40, 2**40])), "of 1,2"),
+    "parts that overlap": (overlap, r"hold 36 entries of 36 and overlap|lies outside|hold"),
+    "a file elsewhere": (lambda i: place(i, relative_path="../x.distcp"), "plain file name"),
+    "a file that is missing": (lambda i: place(i, relative_path="__9_0.distcp"), "is missing"),
+    "a length beyond the file": (lambda i: place(i, length=2**50), "lies up to byte"),
+    "a negative position": (lambda i: place(i, offset=-1), "position"),
+    "no place": (lambda i: i.storage_data.clear(), "does not say where"),
+    "no tensors": (lambda i: i.state_dict_metadata.clear(), "no weights"),
+    "compressed": (lambda i: place(i, transform_descriptors=[1]), "compressed"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_an_index_that_lies_is_one_message(tmp_path, kind):
+    change, words = BAD[kind]
+    folder = edited(save_dcp(tmp_path / "d", TENSORS, CUTS), change)
+    with pytest.raises(InputError, match=words) as caught:
+        open_checkpoint(folder)
+    assert str(folder) in str(caught.value)
+
+
+def test_a_part_that_is_not_what_the_index_says_is_named(tmp_path):
+    folder = edited(save_dcp(tmp_path / "d", TENSORS, CUTS), lambda i: place(i, 3, **vars(first_of(i.storage_data))))
+    with pytest.raises(InputError, match=r"columns is float32 \[3, 5\] in the file, but bfloat16 \[4, 5\]"):
+        open_checkpoint(folder).read("columns")
+
+
+# The pickle machine.
+
+
+class Canary:
+    def __init__(self, at):
+        self.at = at
+
+    def __reduce__(self):
+        import pathlib
+
+        return pathlib.Path.touch, (pathlib.Path(self.at),)
+
+
+@pytest.mark.parametrize("protocol", range(6))
+def test_a_canary_in_an_index_or_a_shard_does_not_sing(tmp_path, protocol):
+    canary = Canary(str(tmp_path / "sang"))
+    folder = edited(save_dcp(tmp_path / "d", TENSORS, CUTS), lambda i: setattr(i, "storage_meta", canary))
+    assert_same(open_checkpoint(folder), TENSORS)
+    found = load(pickle.dumps([canary, {"a": canary}], protocol), tmp_path, "it")
+    assert isinstance(found[0], Record)
+    assert found[0].name in {"touch", "getattr", "Path.touch"}
+    torch.save({"w": torch.ones(2), "c": canary}, tmp_path / "model_world_size_1_rank_0.pt")
+    assert list(open_checkpoint(tmp_path)) == ["w"]
+    assert not (tmp_path / "sang").exists()
+
+
+@pytest.mark.parametrize("protocol", range(6))
+def test_plain_data_is_read_as_itself(tmp_path, protocol):
+    nested: list = [1]
+    nested.append(nested)
+    raw = b"\0\xff" if protocol > 2 else 0  # before, bytes were a call of a codec
+    value = [None, True, 2**70, -1.5, "é", raw, (), (1,), (1, 2, 3, 4), {"a": [1, {2: 3}]}, {1: (2, 3)}]
+    assert load(pickle.dumps(value, protocol), tmp_path, "it") == value
+    again = load(pickle.dumps(nested, protocol), tmp_path, "it")
+    assert again[1] is again
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"hello", b"\x80\x04", b".", b"(.", b"N", b"0.", b"h\5.", b"\x8a\xff.", b"\x80\x04K\1K\2R.",
+     b"\x96\xff\xff\xff\xff\xff\xff\xff\x7f.", b"X\xff\xff\xff\x7fa.", b"\x95" + b"\xff" * 8 + b".",
+     b"}]]s.", b"\x82\1.",
+     b"})" + b"\x85" * 20_000 + b"Ns."],
+)  # fmt: skip
+def test_pickles_that_are_none_are_one_message(tmp_path, content):
+    with pytest.raises(InputError, match="is not a readable pickle"):
+        load(content, tmp_path, "it")
+
+
+# One file per rank.
+
+
+def test_tensors_of_every_placement_are_assembled(tmp_path):
+    from torch.distributed.tensor import DTensor, Replicate, Shard
+
+    whole = {name: numbers(7, 6) for name in ("rows", "columns", "both", "twice", "copies")}
+    placements = {
+        "rows": [Replicate(), Shard(0)],
+        "columns": [Shard(1), Replicate()],
+        "both": [Shard(0), Shard(1)],
+        "twice": [Shard(0), Shard(0)],
+        "copies": [Replicate(), Replicate()],
+    }
+
+    def cut(value, places, rank):
+        for placement, at in zip(places, (rank // 2, rank % 2), strict=True):
+            if isinstance(placement, Shard):
+                value = value.chunk(2, placement.dim)[at]
+        return value.clone(memory_format=torch.contiguous_format)
+
+    def make(rank, mesh):
+        state = {
+            name: DTensor.from_local(cut(value, placements[name], rank), mesh, placements[name], run_check=False,
+                                     shape=value.shape, stride=value.stride())
+            for name, value in whole.items()
+        }  # fmt: skip
+        return state | {"buffer": torch.ones(3), "_extra_state": None}
+
+    folder = save_ranks(tmp_path / "actor", make, (2, 2), ("ddp", "fsdp"))
+    (folder / "huggingface").mkdir()
+    (folder / "huggingface" / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    checkpoint = open_checkpoint(folder)
+    assert checkpoint.config["model_type"] == "llama"
+    assert_same(checkpoint, whole | {"buffer": torch.ones(3)})
+    (folder / "model_world_size_4_rank_3.pt").unlink()
+    with pytest.raises(InputError, match="the file of rank 3 of 4 is missing"):
+        open_checkpoint(folder)
+
+
+def test_plain_rows_of_ranks_are_joined(tmp_path):
+    whole = {"a.weight": numbers(5, 3), "b.bias": numbers(4)}
+    for rank in range(2):
+        state = {name: value.chunk(2)[rank].clone() for name, value in whole.items()}
+        torch.save(state, tmp_path / f"model_world_size_2_rank_{rank}.pt")
+    checkpoint = open_checkpoint(tmp_path)
+    assert_same(checkpoint, whole)
+    assert "FSDP1" in checkpoint.notes[1]
+    with pytest.raises(InputError, match="give the folder"):
+        open_checkpoint(tmp_path / "model_world_size_2_rank_0.pt")
+
+
+@pytest.mark.parametrize("kind", ["partial", "strided"])
+def test_placements_that_are_not_read_name_the_way_out(tmp_path, kind):
+    from torch.distributed.tensor import DTensor, Partial
+    from torch.distributed.tensor.placement_types import _StridedShard
+
+    placement = Partial() if kind == "partial" else _StridedShard(0, split_factor=2)
+    folder = save_ranks(
+        tmp_path, lambda rank, mesh: {"w": DTensor.from_local(torch.ones(2, 2), mesh, [placement], run_check=False)}
+    )
+    with pytest.raises(InputError, match=r"w is placed as \w+, which is not read.*verl\.model_merger"):
+        open_checkpoint(folder)
+
+
+CASES = ("dcp-single", "dcp-fsdp2-app", "dcp-accelerate", "verl-fsdp2")
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_real_sharded_states_have_their_true_change(case):
+    folder = SHARED / "formats" / case
+    if not folder.is_dir():
+        pytest.skip("the shared cases are not here")
+    truth = json.loads((folder / "truth.json").read_text())
+    found = pair(open_checkpoint(folder / "base"), open_checkpoint(folder / "tuned"))
+    assert {delta.layer for delta in found.deltas} == set(truth) - {"_meta"}
+    for delta in found.deltas:
+        change = np.concatenate([as_numpy(after) - as_numpy(before) for before, after in delta.blocks()])
+        expected = truth[delta.layer]
+        np.testing.assert_allclose(np.linalg.norm(change), expected["fro"], rtol=1e-6)
+        for *at, value in expected.get("entries", []):
+            assert change[tuple(at)] == pytest.approx(value, abs=1e-9)
+
+
+@pytest.mark.parametrize("name", [".metadata", "__0_0.distcp"])
+@pytest.mark.slow
+def test_mutated_distributed_checkpoints(tmp_path, name):
+    folder = save_dcp(
+        tmp_path / "d", {"a": numbers(4, 3), "b": numbers(3, 4)}, {"a": [[2, 2], [3]], "b": [[3], [2, 2]]}
+    )
+    good = (folder / name).read_bytes()
+    rng = np.random.default_rng(0)
+    opened = 0
+    for _ in range(300):
+        (folder / name).write_bytes(mutated(good, rng))
+        opened += tensors_or_one_error(folder)
+    assert 0 < opened < 300

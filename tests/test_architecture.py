@@ -136,13 +136,13 @@ def test_every_unit_has_its_rule():
     assert units <= known
 
 
-def test_every_feature_is_in_the_catalog():
+def test_every_feature_is_in_catalog():
     folders = {f"{kind}.{path.name}" for kind in FEATURES for path in (PACKAGE / kind).iterdir() if path.is_dir()}
     named = {feature.package.removeprefix("lora_diag.") for feature in catalog.features()}
     assert {name for name in folders if not name.endswith("__pycache__")} | READERS <= named
 
 
-def test_a_unit_imports_only_what_its_rule_allows():
+def test_unit_imports_only_what_its_rule_allows():
     wrong = []
     for unit, file, module in imports():
         parts = tuple(module.split("."))
@@ -151,7 +151,7 @@ def test_a_unit_imports_only_what_its_rule_allows():
     assert not wrong, "\n".join(wrong)
 
 
-def test_no_modules_import_each_other_in_a_circle():
+def test_no_modules_import_each_other_in_circle():
     """Imports inside functions count, those for type checkers alone do not."""
     files = {".".join(file.relative_to(PACKAGE.parent).with_suffix("").parts): file for file in PACKAGE.rglob("*.py")}
     TopologicalSorter(
@@ -169,7 +169,7 @@ def _imported(node: ast.AST, modules: dict[str, Path]) -> set[str]:
     return set().union(*(_imported(child, modules) for child in ast.iter_child_nodes(node)))
 
 
-def test_a_library_is_imported_only_where_its_rule_allows():
+def test_library_is_imported_only_where_its_rule_allows():
     wrong = []
     for unit, file, module in imports():
         places = LIBRARIES.get(module.split(".")[0])
@@ -192,7 +192,7 @@ def test_every_declared_path_can_be_imported():
         assert all(callable(feature.load(path)) for path in paths if path)
 
 
-def test_the_package_lists_the_functions_of_the_catalog():
+def test_package_lists_functions_of_catalog():
     """Type checkers and editors read a written list, users the catalog."""
     import lora_diag
 

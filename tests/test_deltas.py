@@ -77,7 +77,7 @@ def test_only_vocabulary_tables_may_have_another_number_of_rows(tmp_path):
     assert [item.reason for item in found.unpaired] == ["shape_differs"]
 
 
-def test_stacks_of_experts_are_one_matrix_each_and_convolutions_are_unrolled(tmp_path):
+def test_expert_stacks_split_and_convolutions_unroll(tmp_path):
     stack = torch.arange(24.0).view(2, 3, 4)
     conv = torch.arange(96.0).view(2, 3, 4, 4)
     tensors = {"mlp.experts.down_proj": stack, "conv1.weight": conv, "mixer.conv1d.weight": ones(5, 1, 4)}
@@ -95,11 +95,11 @@ def test_stacks_of_experts_are_one_matrix_each_and_convolutions_are_unrolled(tmp
     assert torch.equal(read, conv.reshape(2, 48))
 
 
-def test_a_stack_of_one_expert_keeps_its_index():
+def test_stack_of_one_expert_keeps_its_index():
     assert matrices("mlp.experts.up_proj", (1, 3, 4)) == [("mlp.experts.up_proj[0]", (3, 4))]
 
 
-def test_added_rows_are_the_rows_that_only_one_side_has(tmp_path):
+def test_added_rows_are_rows_that_only_one_side_has(tmp_path):
     before, after = torch.zeros(10, 4), torch.arange(52.0).view(13, 4)
     found = pairing(tmp_path, {"wte.weight": before, "a": ones(2, 2)}, {"wte.weight": after, "a": ones(2, 2)})
     rows = found.unpaired[0].rows
@@ -155,7 +155,7 @@ def tied_pair(tmp_path, before, after, config_before=None, config_after=None):
     "config", [TIED, {"model_type": "gemma"}, {"text_config": TIED}, {"text_config": {}, "tie_word_embeddings": True}]
 )
 @pytest.mark.parametrize("rows", [10, 12])
-def test_a_tied_head_is_compared_with_the_embedding(tmp_path, config, rows):
+def test_tied_head_is_compared_with_embedding(tmp_path, config, rows):
     table, head = torch.arange(40.0).view(10, 4), torch.arange(4.0 * rows).view(rows, 4) ** 2
     found = tied_pair(tmp_path, {TABLE: table}, {TABLE: table + 1, "lm_head.weight": head}, config)
     deltas = {delta.layer: delta for delta in found.deltas}
@@ -165,7 +165,7 @@ def test_a_tied_head_is_compared_with_the_embedding(tmp_path, config, rows):
     assert [(item.layer, item.reason) for item in found.unpaired] == [("lm_head.weight", "added_rows")] * (rows > 10)
 
 
-def test_a_head_that_was_tied_by_tuning_is_compared_with_the_embedding_of_tuned(tmp_path):
+def test_head_tied_by_tuning_equals_embedding_of_tuned(tmp_path):
     table, head = torch.ones(10, 4), torch.zeros(10, 4)
     found = tied_pair(tmp_path, {TABLE: table, "lm_head.weight": head}, {TABLE: table}, None, TIED)
     deltas = {delta.layer: delta for delta in found.deltas}
@@ -175,13 +175,13 @@ def test_a_head_that_was_tied_by_tuning_is_compared_with_the_embedding_of_tuned(
 @pytest.mark.parametrize(
     "config", [None, {}, {"tie_word_embeddings": False}, {"text_config": {"tie_word_embeddings": False}}]
 )
-def test_a_head_that_is_missing_without_being_tied_is_only_on_one_side(tmp_path, config):
+def test_untied_missing_head_is_only_on_one_side(tmp_path, config):
     found = tied_pair(tmp_path, {TABLE: ones(4, 4)}, {TABLE: ones(4, 4), "lm_head.weight": ones(4, 4)}, config)
     assert [item.reason for item in found.unpaired] == ["only_in_tuned"]
 
 
 @pytest.mark.parametrize("other", ["decoder.embed_tokens.weight", "text.lm_head.weight"])
-def test_a_tied_head_needs_one_embedding_and_other_weights_none(tmp_path, other):
+def test_tied_head_needs_one_embedding_and_other_weights_none(tmp_path, other):
     two = {TABLE: ones(4, 4), other: ones(4, 4)}
     found = tied_pair(tmp_path, two, {**two, "lm_head.weight": ones(4, 4), "a.weight": ones(4, 4)}, TIED)
     assert {item.layer for item in found.unpaired} == {"lm_head.weight", "a.weight"}

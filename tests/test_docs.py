@@ -55,13 +55,13 @@ def refresh(loradiag):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name)
-def test_the_output_on_a_page_is_that_of_a_run(page, refresh):
+def test_output_on_page_is_that_of_run(page, refresh):
     text = page.read_text(encoding="utf-8")
     assert refresh.refreshed(text) == text, "run `python docs/refresh.py`"
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if ">>> " in page.read_text(encoding="utf-8")], ids=name)
-def test_python_on_a_page_gives_what_it_says(page, monkeypatch):
+def test_python_on_page_gives_what_it_says(page, monkeypatch):
     monkeypatch.chdir(ROOT)
     code = re.sub(r"^```.*$", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
     found = doctest.DocTestParser().get_doctest(code, {}, page.name, str(page), 0)
@@ -71,7 +71,7 @@ def test_python_on_a_page_gives_what_it_says(page, monkeypatch):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name)
-def test_a_page_that_installs_says_where_from(page):
+def test_page_that_installs_says_where_from(page):
     text = page.read_text(encoding="utf-8")
     assert (
         "pip install loradiag" not in text.replace("'", "") or "installation.md" in text or page.stem == "installation"

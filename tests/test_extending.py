@@ -107,7 +107,7 @@ def test_example_is_shown_by_every_command(plugins, measured, tmp_path, command)
         assert "flatness" in found.stdout.splitlines()[0]
 
 
-def test_example_is_a_function_of_the_package(plugins, tmp_path):
+def test_example_is_function_of_package(plugins, tmp_path):
     words = "import lora_diag; print('nuclear' in dir(lora_diag), lora_diag.nuclear.__module__)"
     found = subprocess.run(
         [sys.executable, "-c", words],
@@ -125,7 +125,7 @@ def test_example_can_be_judged(plugins, measured, tmp_path):
         assert found.returncode == code, found.stdout + found.stderr
 
 
-def test_results_without_the_plugin_are_refused_in_one_line(measured, tmp_path):
+def test_results_without_plugin_are_refused_in_one_line(measured, tmp_path):
     found = run(tmp_path, tmp_path, "inspect", measured / "nuclear.jsonl")
     assert found.returncode == 3
     assert len(found.stderr.splitlines()) == 1

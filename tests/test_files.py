@@ -96,7 +96,7 @@ def test_unfinished_run_is_never_replaced(tmp_path, overwrite):
     assert path.read_text() == "new"
 
 
-def test_link_is_refused_and_a_linked_folder_is_not(tmp_path):
+def test_link_is_refused_and_linked_folder_is_not(tmp_path):
     (tmp_path / "there").mkdir()
     (tmp_path / "there" / "file").touch()
     (tmp_path / "runs").symlink_to(tmp_path / "there")
@@ -112,14 +112,14 @@ def test_link_is_refused_and_a_linked_folder_is_not(tmp_path):
     assert (tmp_path / "there" / "new").read_text() == "new"
 
 
-def test_hard_link_leaves_the_other_name_alone(tmp_path):
+def test_hard_link_leaves_other_name_alone(tmp_path):
     write_whole(tmp_path / "a", "old", PAGE)
     os.link(tmp_path / "a", tmp_path / "b")
     write_whole(tmp_path / "a", "new", PAGE)
     assert [(tmp_path / name).read_text()[:3] for name in "ab"] == ["new", "old"]
 
 
-def test_what_appears_meanwhile_is_not_lost(tmp_path):
+def test_file_that_appears_meanwhile_is_kept(tmp_path):
     path, other = tmp_path / "a", tmp_path / "other"
     other.write_text("weights")
 
@@ -140,7 +140,7 @@ def test_what_appears_meanwhile_is_not_lost(tmp_path):
     assert names(tmp_path) == ["a", "other"]
 
 
-def test_trap_in_place_of_the_temporary_file(tmp_path):
+def test_trap_in_place_of_temporary_file(tmp_path):
     (tmp_path / "victim").write_text("weights")
     (tmp_path / f".a.{os.getpid()}").symlink_to(tmp_path / "victim")
     write_whole(tmp_path / "a", "new", PAGE)
@@ -171,7 +171,7 @@ def test_no_adapter_config_beside_weights(tmp_path, weights):
         ("a" * 300, InputError, "cannot be written: File name too long"),
     ],
 )
-def test_what_cannot_be_written_is_one_message(tmp_path, name, kind, why):
+def test_unwritable_output_is_one_message(tmp_path, name, kind, why):
     (tmp_path / "file").write_text("old")
     (tmp_path / "folder").mkdir()
     for refuse in (lambda path: check_output(path, PAGE, True), lambda path: write_whole(path, "new", PAGE, True)):
@@ -194,7 +194,7 @@ def test_permission_is_needed_where_it_is_used(tmp_path, monkeypatch):
         check_folder_of(path, in_place=True)
 
 
-def test_an_interrupted_writer_leaves_the_old_file(tmp_path):
+def test_interrupted_writer_leaves_old_file(tmp_path):
     path = tmp_path / "a.txt"
     path.write_text("old")
 

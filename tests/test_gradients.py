@@ -24,7 +24,7 @@ def small(seed=0):
     return {"a.weight": torch.randn(4, 3, generator=torch.Generator().manual_seed(seed))}
 
 
-def test_the_step_is_in_the_metadata_or_else_the_last_number_of_the_name(tmp_path):
+def test_step_is_in_metadata_or_else_last_number_of_name(tmp_path):
     save_step(tmp_path / "g" / "run2_step000040.safetensors", small())
     save_step(tmp_path / "g" / "last.safetensors", small(), 400)
     save_step(tmp_path / "g" / "step9.safetensors", small(), 7)
@@ -61,7 +61,7 @@ def test_two_files_of_one_step_are_refused_by_both_names(tmp_path):
         ("g1.safetensors", "1e3", "the step in its metadata is '1e3'"),
     ],
 )
-def test_a_file_without_a_step_is_refused(tmp_path, name, step, message):
+def test_file_without_step_is_refused(tmp_path, name, step, message):
     with pytest.raises(InputError, match=message):
         open_steps([save_step(tmp_path / name, small(), step)])
 
@@ -75,7 +75,7 @@ def test_shards_of_different_steps_are_refused(tmp_path):
         open_steps([tmp_path / "g"])
 
 
-def test_an_empty_folder_is_refused(tmp_path):
+def test_empty_folder_is_refused(tmp_path):
     with pytest.raises(InputError, match="holds no gradients"):
         open_steps([tmp_path])
 
@@ -99,14 +99,14 @@ def test_gradients_are_matched_to_base_and_their_entries_found(tmp_path):
     assert [(item.layer, item.reason) for item in rest] == [("norm.weight", "vector"), ("other.weight", "not_in_base")]
 
 
-def test_without_base_the_names_are_those_of_the_gradients(tmp_path):
+def test_names_without_base_are_those_of_gradients(tmp_path):
     steps = open_steps([save_step(tmp_path / f"g{i}.safetensors", small(i)) for i in (3, 1)])
     followed, rest = histories(steps, None)
     assert rest == ()
     assert [(h.layer, h.shape, [s.step for s in h.snapshots]) for h in followed] == [("a.weight", (4, 3), [1, 3])]
 
 
-def test_one_weight_has_one_gradient_a_step_and_one_shape(tmp_path):
+def test_one_weight_has_one_gradient_step_and_one_shape(tmp_path):
     base = open_checkpoint(save_model(tmp_path / "base", {"model.a.weight": torch.zeros(4, 3)}))
     twice = {"a.weight": torch.ones(4, 3), "module.a.weight": torch.ones(4, 3)}
     with pytest.raises(InputError, match=r"both gradients of model\.a\.weight"):

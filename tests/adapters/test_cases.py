@@ -71,7 +71,7 @@ def test_prompt_tuning_is_refused_by_name():
         ("adapter-other-model", r"14|7 of its weights are not in .*transformer\.blocks\.0"),
     ],
 )
-def test_a_malformed_adapter_is_refused_with_one_message(case, words):
+def test_malformed_adapter_is_refused_with_one_message(case, words):
     folder = SHARED / "bad" / case
     assert is_adapter(folder / "adapter")
     with pytest.raises(LoradiagError, match=words) as error:
@@ -79,7 +79,7 @@ def test_a_malformed_adapter_is_refused_with_one_message(case, words):
     assert "\n" not in str(error.value)
 
 
-def test_an_untrained_adapter_is_zero_and_says_so(loradiag):
+def test_untrained_adapter_is_zero_and_says_so(loradiag):
     folder = SHARED / "bad" / "adapter-zero-b"
     ran = loradiag("spectrum", folder / "base", folder / "adapter", "--json")
     assert ran.code == 0

@@ -17,7 +17,7 @@ def model(tmp_path):
     return base(tmp_path, {"model.fc.weight": W, "model.norm.weight": normal(8)})
 
 
-def test_spectrum_of_an_adapter_alone(tmp_path, loradiag):
+def test_spectrum_of_adapter_alone(tmp_path, loradiag):
     ran = loradiag("spectrum", adapter(tmp_path, PAIR), "--json")
     assert ran.code == 0
     run, record, *_ = ran.records
@@ -51,20 +51,20 @@ def test_unmatched_weights_stop_it_and_are_listed_when_allowed(tmp_path, loradia
     ]
 
 
-def test_what_is_left_out_without_a_base_has_its_reason(tmp_path, loradiag):
+def test_left_out_without_base_has_reason(tmp_path, loradiag):
     ran = loradiag("spectrum", adapter(tmp_path, PAIR | {"norm.weight": normal(8)}), "--json")
     assert [(r["layer"], r["reason"]) for r in ran.records if r["record"] == "left_out"] == [
         ("norm.weight", "needs_base")
     ]
 
 
-def test_a_checkpoint_alone_is_a_usage_error(loradiag, model):
+def test_checkpoint_alone_is_usage_error(loradiag, model):
     ran = loradiag("spectrum", model)
     assert ran.code == 2
     assert "is not an adapter" in ran.err
 
 
-def test_an_adapter_as_base_is_told_so(tmp_path, loradiag, model):
+def test_adapter_as_base_is_told_so(tmp_path, loradiag, model):
     ran = loradiag("spectrum", adapter(tmp_path, PAIR), model)
     assert ran.code == 2
     assert "is an adapter" in ran.err

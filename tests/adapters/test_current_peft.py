@@ -174,7 +174,7 @@ def test_bdlora(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["lora", "dora", "ia3", "vera", "fourierft", "mixed"])
-def test_gpt2_stores_its_weights_the_other_way_round(kind, tmp_path):
+def test_gpt2_stores_its_weights_other_way_round(kind, tmp_path):
     targets = ["c_attn", "c_proj", "c_fc"]
     config = {
         "lora": lambda: peft.LoraConfig(target_modules=targets, **LORA),
@@ -239,7 +239,7 @@ def test_tied_embeddings_and_head(tmp_path):
     assert "lm_head.weight" in changes
 
 
-def test_layer_replication_is_compared_with_the_layers_that_are_repeated(tmp_path):
+def test_layer_replication_equals_repeated_layers(tmp_path):
     model = llama()
     torch.manual_seed(0)
     before = {name: value.detach().clone() for name, value in model.state_dict().items()}
@@ -263,7 +263,7 @@ def test_layer_replication_is_compared_with_the_layers_that_are_repeated(tmp_pat
     assert any("layer_replication" in note for note in notes)
 
 
-def test_a_pattern_means_what_it_means_to_peft():
+def test_pattern_means_what_it_means_to_peft():
     """Our rule against PEFT's own function, on keys that are easily read otherwise."""
     from peft.utils.other import get_pattern_key
 

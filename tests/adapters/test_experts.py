@@ -38,7 +38,7 @@ def factors(columns, out, seed=0):
     return normal(E * R, columns, seed=seed), normal(out, R * E, seed=seed + 1)
 
 
-def test_the_depth_of_a_wrapper_tells_the_parameter_and_the_order_in_the_config_does_not(tmp_path):
+def test_wrapper_depth_tells_parameter_not_config_order(tmp_path):
     up, down = factors(8, 10), factors(5, 8, seed=4)
     folder = base(tmp_path, {f"{OWNER}.gate_up_proj": normal(E, 10, 8), f"{OWNER}.down_proj": normal(E, 8, 5)})
     for targets in (["experts.gate_up_proj", "experts.down_proj"], ["experts.down_proj", "experts.gate_up_proj"]):
@@ -57,7 +57,7 @@ def test_one_parameter_alone_is_not_nested(tmp_path):
 
 
 @pytest.mark.parametrize("by_name", [["q_proj"], r".*\.q_proj"])
-def test_bare_names_of_parameters_speak_for_the_module_that_nests_as_many(tmp_path, by_name):
+def test_bare_parameter_names_mean_module_of_same_nesting(tmp_path, by_name):
     """What PEFT 0.21 writes for ``all-linear`` on a mixture: the router by its path, the experts by their leaves."""
     up, down, router, query = factors(8, 10), factors(5, 8, seed=4), normal(R, 8), normal(R, 8, seed=3)
     folder = folder_of(tmp_path, ["gate.weight", "gate_up_proj", "down_proj"], [up, down], target_modules=by_name)
@@ -78,7 +78,7 @@ def test_bare_names_of_parameters_speak_for_the_module_that_nests_as_many(tmp_pa
         close(found[f"{OWNER}.down_proj[{e}]"], oracle(*down, 1.5)[e])
 
 
-def test_rank_and_alpha_are_looked_up_by_the_parameter_s_path(tmp_path):
+def test_rank_and_alpha_are_looked_up_by_parameter_s_path(tmp_path):
     down = factors(5, 8)
     path = folder_of(tmp_path, ["experts.down_proj"], [down], r=7, rank_pattern={"experts.down_proj": 2})
     close(changes(path, None)[0][f"{OWNER}.down_proj[1]"], oracle(*down, 1.5)[1])
@@ -95,7 +95,7 @@ def test_experts_stored_one_by_one_get_their_rows(tmp_path):
         close(found[f"{disk}.{e}.w3.weight"], oracle(*up, 1.5)[e][5:])
 
 
-def test_experts_that_an_adapter_holds_in_full_leave_no_rows_out(tmp_path):
+def test_experts_that_adapter_holds_in_full_leave_no_rows_out(tmp_path):
     disk = "model.layers.0.block_sparse_moe.experts"
     one_by_one = {f"{disk}.{e}.{name}.weight": normal(5, 8) for e in range(E) for name in ("w1", "w3")}
     values = normal(E, 10, 8, seed=4)
@@ -116,7 +116,7 @@ def test_experts_stored_in_by_out_are_told_by_their_shape(tmp_path):
     close(found[f"{OWNER}.gate_up_proj[1]"], oracle(*up, 1.5)[1].T)
 
 
-def test_all_linear_left_in_a_config_means_no_module_of_parameters(tmp_path):
+def test_all_linear_left_in_config_means_no_module_of_parameters(tmp_path):
     down = factors(5, 8)
     folder = folder_of(tmp_path, ["down_proj"], [down], target_modules="all-linear")
     found, _ = changes(folder, base(tmp_path, {f"{OWNER}.down_proj": normal(E, 8, 5)}))
@@ -146,7 +146,7 @@ def test_square_experts_are_told_by_model_and_version(tmp_path, model_type, vers
     close(changes(path, folder)[0][f"{OWNER}.down_proj[1]"], expected.T if in_out else expected)
 
 
-def test_a_router_is_a_plain_matrix(tmp_path):
+def test_router_is_plain_matrix(tmp_path):
     a, b = normal(2, 8), normal(3, 2)
     path = adapter(
         tmp_path,
@@ -156,14 +156,14 @@ def test_a_router_is_a_plain_matrix(tmp_path):
     close(changes(path, None)[0]["model.layers.0.mlp.gate.weight"], 1.5 * b @ a)
 
 
-def test_a_fraction_of_an_expert_is_refused(tmp_path):
+def test_fraction_of_expert_is_refused(tmp_path):
     path = folder_of(tmp_path, ["experts.down_proj"], [factors(5, 8)], r=4)
     with pytest.raises(InputError, match="do not hold experts of rank 4"):
         changes(path, None)
 
 
 @pytest.mark.parametrize("names", [("w1", "w3"), ("gate_proj", "up_proj")])
-def test_experts_adapted_one_by_one_meet_in_a_fused_base(tmp_path, names):
+def test_experts_adapted_one_by_one_meet_in_fused_base(tmp_path, names):
     parts = {name: (normal(R, 8, seed=i), normal(5, R, seed=i)) for i, name in enumerate(names)}
     tensors = {}
     for e in range(E):

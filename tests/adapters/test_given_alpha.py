@@ -44,7 +44,7 @@ def test_kohya_and_diffusers_files_without_alpha(tmp_path, given, scales):
         assert "give no alpha" in notes
 
 
-def test_an_alpha_in_the_file_counts(tmp_path):
+def test_alpha_in_file_counts(tmp_path):
     path = kohya(tmp_path, **{"lora_unet_a.alpha": np.array(3.0)})
     found, _ = stated(path, 8.0)
     close(found["lora_unet_a.weight"], 1.5 * B @ A)
@@ -54,7 +54,7 @@ def test_an_alpha_in_the_file_counts(tmp_path):
 
 
 @pytest.mark.parametrize(("given", "scales"), [("rank", (1, 1)), (8.0, (4, 8 / 3))])
-def test_a_peft_file_without_its_config(tmp_path, given, scales):
+def test_peft_file_without_its_config(tmp_path, given, scales):
     tensors = {"h.a.lora_A.weight": A, "h.a.lora_B.weight": B, "h.b.lora_A.weight": C, "h.b.lora_B.weight": D}
     folder = adapter(tmp_path, tensors)
     (folder / "adapter_config.json").unlink()
@@ -73,7 +73,7 @@ def test_a_peft_file_without_its_config(tmp_path, given, scales):
 
 
 @pytest.mark.parametrize(("given", "scale"), [("rank", 1), (8.0, 4)])
-def test_a_peft_config_without_alpha(tmp_path, given, scale):
+def test_peft_config_without_alpha(tmp_path, given, scale):
     folder = adapter(tmp_path, {"h.a.lora_A.weight": A, "h.a.lora_B.weight": B})
     config = json.loads((folder / "adapter_config.json").read_text())
     (folder / "adapter_config.json").write_text(json.dumps({k: v for k, v in config.items() if k != "lora_alpha"}))
@@ -95,7 +95,7 @@ def test_mlx_without_scale(tmp_path, given, scale):
 
 
 @pytest.mark.parametrize("options", [{"alpha": 0.0}, {"alpha": float("nan")}, {"alpha": 2.0, "alpha_is_rank": True}])
-def test_an_alpha_that_scales_nothing_is_refused(options):
+def test_alpha_that_scales_nothing_is_refused(options):
     with pytest.raises(UsageError, match="--alpha"):
         given_alpha(options)
 

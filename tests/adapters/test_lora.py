@@ -29,7 +29,7 @@ PAIR = {"fc.lora_A.weight": A, "fc.lora_B.weight": B}
         ({"init_lora_weights": "eva", "lora_dropout": 0.3, "layers_to_transform": [0]}, 3 / 2),
     ],
 )
-def test_the_scaling_is_the_config_s(tmp_path, config, scale):
+def test_scaling_is_config_s(tmp_path, config, scale):
     found, _ = changes(adapter(tmp_path, PAIR, **config), base(tmp_path, {"fc.weight": W}))
     close(found["fc.weight"], scale * B @ A)
 
@@ -41,7 +41,7 @@ def test_alone_it_needs_no_base_and_stays_factored(tmp_path):
     assert (delta.layer, delta.shape, delta.base) == ("fc.weight", (8, 12), None)
 
 
-def test_a_weight_stored_in_by_out_is_transposed_by_its_shape_whatever_the_flag_says(tmp_path):
+def test_weight_stored_in_by_out_is_transposed_by_shape_not_flag(tmp_path):
     found, _ = changes(adapter(tmp_path, PAIR, fan_in_fan_out=False), base(tmp_path, {"fc.weight": W.T}))
     close(found["fc.weight"], (1.5 * B @ A).T)
 
@@ -58,9 +58,7 @@ def test_a_weight_stored_in_by_out_is_transposed_by_its_shape_whatever_the_flag_
     ],
 )
 @pytest.mark.parametrize("flag", [True, False])
-def test_a_square_weight_is_judged_by_its_namesakes_then_its_neighbours_then_the_flag(
-    tmp_path, others, transposed, flag
-):
+def test_square_weight_follows_namesakes_neighbours_then_flag(tmp_path, others, transposed, flag):
     a, b = normal(2, 8), normal(8, 2, seed=1)
     folder = base(
         tmp_path, {"h.0.c_proj.weight": normal(8, 8)} | {name: normal(*size) for name, size in others.items()}
@@ -71,14 +69,14 @@ def test_a_square_weight_is_judged_by_its_namesakes_then_its_neighbours_then_the
     close(found["h.0.c_proj.weight"], expected.T if (flag if transposed is None else transposed) else expected)
 
 
-def test_an_embedding_s_factors_are_transposed(tmp_path):
+def test_embedding_s_factors_are_transposed(tmp_path):
     a, b = normal(2, 20), normal(6, 2)
     path = adapter(tmp_path, {"embed_tokens.lora_embedding_A": a, "embed_tokens.lora_embedding_B": b})
     found, _ = changes(path, base(tmp_path, {"embed_tokens.weight": normal(20, 6)}))
     close(found["embed_tokens.weight"], 1.5 * (b @ a).T)
 
 
-def test_rows_of_a_grown_vocabulary_are_listed_and_the_common_ones_compared(tmp_path):
+def test_grown_vocabulary_lists_new_and_compares_common_rows(tmp_path):
     a, b = normal(2, 20), normal(6, 2)
     path = adapter(tmp_path, {"embed_tokens.lora_embedding_A": a, "embed_tokens.lora_embedding_B": b})
     pairing, _ = open_adapter(path).pair(open_checkpoint(base(tmp_path, {"embed_tokens.weight": normal(17, 6)})))
@@ -92,7 +90,7 @@ def test_rows_of_a_grown_vocabulary_are_listed_and_the_common_ones_compared(tmp_
     ]
 
 
-def test_a_copy_of_the_base_s_embedding_is_no_change(tmp_path):
+def test_copy_of_base_s_embedding_is_no_change(tmp_path):
     w, a, b = normal(20, 6), normal(2, 20), normal(6, 2)
     factors = {"embed_tokens.lora_embedding_A": a, "embed_tokens.lora_embedding_B": b}
     folder = base(tmp_path, {"embed_tokens.weight": w})
@@ -103,14 +101,14 @@ def test_a_copy_of_the_base_s_embedding_is_no_change(tmp_path):
     close(found["embed_tokens.weight"], 1.5 * (b @ a).T + other - w)
 
 
-def test_a_copy_of_an_adapted_head_is_not_taken_for_a_running_model(tmp_path):
+def test_copy_of_adapted_head_is_not_taken_for_running_model(tmp_path):
     w = normal(8, 12)
     tensors = {"lm_head.lora_A.weight": A, "lm_head.lora_B.weight": B, "lm_head.base_layer.weight": w}
     found, _ = changes(adapter(tmp_path, tensors), base(tmp_path, {"lm_head.weight": w}))
     close(found["lm_head.weight"], 1.5 * B @ A)
 
 
-def test_a_convolution_acts_as_a_matrix(tmp_path):
+def test_convolution_acts_as_matrix(tmp_path):
     a, b = normal(2, 3, 5, 5), normal(8, 2, 1, 1)
     found, _ = changes(
         adapter(tmp_path, {"conv.lora_A.weight": a, "conv.lora_B.weight": b}),
@@ -137,7 +135,7 @@ def test_dora_that_hardly_turned_anything_keeps_its_digits(tmp_path):
     close(found["fc.weight"], (m / np.linalg.norm(w, axis=1) - 1)[:, None] * w)
 
 
-def test_pissa_olora_and_kasa_count_what_they_took_out_of_the_base(tmp_path):
+def test_pissa_olora_and_kasa_count_what_they_took_out_of_base(tmp_path):
     folder = base(tmp_path, {"fc.weight": W})
     u, s, vh = np.linalg.svd(W, full_matrices=False)
     found, _ = changes(adapter(tmp_path, PAIR, init_lora_weights="pissa"), folder)
@@ -150,7 +148,7 @@ def test_pissa_olora_and_kasa_count_what_they_took_out_of_the_base(tmp_path):
     close(found["fc.weight"], 1.5 * (B * d) @ A - (u[:, -2:] * s[-2:]) @ vh[-2:])
 
 
-def test_bd_lora_s_blocks_lie_on_the_diagonal(tmp_path):
+def test_bd_lora_s_blocks_lie_on_diagonal(tmp_path):
     a, b = normal(2, 6), normal(8, 2)
     blocks = {"nblocks": 2, "target_modules_bd_a": ["fc"], "target_modules_bd_b": []}
     found, _ = changes(
@@ -192,7 +190,7 @@ def test_new_values_and_biases(tmp_path):
     assert "adapts 4 of 4 tensors of BASE" in notes
 
 
-def test_without_base_new_values_are_listed_and_the_rest_measured(tmp_path):
+def test_without_base_new_values_are_listed_and_rest_measured(tmp_path):
     pairing, _ = open_adapter(adapter(tmp_path, PAIR | {"norm.weight": normal(8)})).pair(None)
     assert [delta.layer for delta in pairing.deltas] == ["fc.weight"]
     assert [(item.layer, item.reason) for item in pairing.unpaired] == [("norm.weight", "needs_base")]
@@ -211,7 +209,7 @@ def test_trainable_tokens_are_new_rows(tmp_path):
     close(found["embed_tokens.weight"], expected)
 
 
-def test_a_token_right_behind_the_table_is_refused(tmp_path):
+def test_token_right_behind_table_is_refused(tmp_path):
     tensors = {"embed_tokens.token_adapter.trainable_tokens_delta": normal(1, 6)}
     path = adapter(tmp_path, tensors, trainable_token_indices={"embed_tokens": [20]})
     with pytest.raises(InputError, match="token 20 is beyond the 20 rows"):
@@ -237,7 +235,7 @@ def test_zero_factors_are_noted(tmp_path):
     assert any("1 of 1 updates are zero" in note for note in notes)
 
 
-def test_bin_files_and_an_adapter_s_name_in_the_keys_are_read(tmp_path):
+def test_bin_files_and_adapter_s_name_in_keys_are_read(tmp_path):
     import torch
 
     path = adapter(tmp_path, {"fc.lora_A.default.weight": A, "fc.lora_B.default.weight": B})
@@ -283,7 +281,7 @@ def test_bin_files_and_an_adapter_s_name_in_the_keys_are_read(tmp_path):
         (PAIR | {"fc.lora_magnitude_vector": normal(9)}, {}, "8 entries are due"),
     ],
 )
-def test_what_does_not_fit_together_is_refused(tmp_path, tensors, config, words):
+def test_mismatched_factors_are_refused(tmp_path, tensors, config, words):
     with pytest.raises(InputError, match=words):
         open_adapter(adapter(tmp_path, tensors, **config))
 
@@ -297,7 +295,7 @@ def test_names_that_base_lacks_stop_it_unless_allowed(tmp_path):
     assert [(item.layer, item.reason) for item in pairing.unpaired] == [("gone.weight", "not_in_base")]
 
 
-def test_what_needs_the_base_says_so(tmp_path):
+def test_adapter_that_needs_base_says_so(tmp_path):
     path = adapter(tmp_path, PAIR | {"fc.lora_magnitude_vector": normal(8)}, use_dora=True)
     with pytest.raises(InputError, match=r"DoRA .*BASE is needed: loradiag spectrum BASE"):
         changes(path, None)
@@ -323,12 +321,12 @@ def test_disagreeing_patterns_and_unused_keys_are_noted(tmp_path):
     assert any("'other' matches no module" in note for note in notes)
 
 
-def test_the_file_itself_may_be_named(tmp_path):
+def test_file_itself_may_be_named(tmp_path):
     path = adapter(tmp_path, PAIR)
     close(changes(path / "adapter_model.safetensors", None)[0]["fc.weight"], 1.5 * B @ A)
 
 
-def test_a_config_of_the_wrong_kind_is_one_message(tmp_path):
+def test_config_of_wrong_kind_is_one_message(tmp_path):
     path = adapter(tmp_path, PAIR)
     for content in ("[]", "{", json.dumps({"peft_type": 3})):
         (path / "adapter_config.json").write_text(content)

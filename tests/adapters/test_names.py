@@ -38,7 +38,7 @@ def checkpoint(tmp_path, shapes: dict[str, tuple[int, ...]]):
         ("unet.down_blocks.0.attn1.to_q.weight", "down_blocks.0.attn1.to_q.weight"),
     ],
 )
-def test_a_name_is_found_under_its_name_on_disk(tmp_path, wanted, on_disk):
+def test_name_is_found_under_its_name_on_disk(tmp_path, wanted, on_disk):
     decoys = {"other.weight": (4, 6), f"{on_disk[:-7]}x.weight": (4, 6)}
     found, missing = match_names({wanted: (4, 6)}, checkpoint(tmp_path, {on_disk: (4, 6)} | decoys))
     assert not missing
@@ -46,19 +46,19 @@ def test_a_name_is_found_under_its_name_on_disk(tmp_path, wanted, on_disk):
     assert found[wanted][0].layer == on_disk
 
 
-def test_two_that_could_be_meant_are_none(tmp_path):
+def test_ambiguous_name_matches_nothing(tmp_path):
     base = checkpoint(tmp_path, {"model.fc.weight": (4, 6), "transformer.fc.weight": (4, 6)})
     _, missing = match_names({"fc.weight": (4, 6)}, base)
     assert "several weights of BASE could be meant" in missing["fc.weight"]
 
 
-def test_of_two_the_one_that_fits_by_shape_is_meant(tmp_path):
+def test_name_with_two_candidates_matches_by_shape(tmp_path):
     base = checkpoint(tmp_path, {"model.fc.weight": (4, 6), "transformer.fc.weight": (5, 6)})
     found, _ = match_names({"fc.weight": (5, 6)}, base)
     assert found["fc.weight"][0].name == "transformer.fc.weight"
 
 
-def test_the_very_name_in_another_shape_is_not_looked_for_elsewhere(tmp_path):
+def test_very_name_in_another_shape_is_not_looked_for_elsewhere(tmp_path):
     base = checkpoint(tmp_path, {"fc.weight": (4, 6), "model.fc.weight": (5, 6)})
     _, missing = match_names({"fc.weight": (5, 6)}, base)
     assert missing["fc.weight"] == "its shape [5, 6] does not fit fc.weight [4, 6] in BASE"
@@ -88,13 +88,13 @@ def test_fused_experts_are_found_in_per_expert_storage(tmp_path, gate, up, down)
     assert match_names({wanted: (2, 12, 8)}, base)[1]
 
 
-def test_a_head_that_is_tied_is_the_embedding_under_its_own_name(tmp_path):
+def test_head_that_is_tied_is_embedding_under_its_own_name(tmp_path):
     base = checkpoint(tmp_path, {"model.embed_tokens.weight": (9, 4), "model.norm.weight": (4,)})
     (place,) = match_names({"lm_head.weight": (9, 4)}, base)[0]["lm_head.weight"]
     assert (place.name, place.layer) == ("model.embed_tokens.weight", "lm_head.weight")
 
 
-def test_a_stack_s_matrices_are_named_by_their_index(tmp_path):
+def test_stack_s_matrices_are_named_by_their_index(tmp_path):
     base = checkpoint(tmp_path, {"model.layers.0.mlp.experts.down_proj": (2, 4, 6)})
     places = match_names({"layers.0.mlp.experts.down_proj": (2, 4, 6)}, base)[0]["layers.0.mlp.experts.down_proj"]
     assert [(place.layer, place.offset) for place in places] == [

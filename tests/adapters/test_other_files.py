@@ -41,7 +41,7 @@ def test_kohya_lora(tmp_path, extra, scale):
     assert isinstance(pairing.deltas[0], FactoredDelta)
 
 
-def test_kohya_convolution_with_a_core(tmp_path):
+def test_kohya_convolution_with_core(tmp_path):
     up, mid, down = normal(8, 2, 1, 1), normal(2, 3, 3, 3), normal(3, 6, 1, 1)
     # the core is (r, r, kh, kw); here both ranks are 3 for a square one
     up, mid = normal(8, 3, 1, 1), normal(3, 3, 3, 3)
@@ -84,7 +84,7 @@ LYCORIS = {
 
 @pytest.mark.parametrize("by_column", [False, True])
 @pytest.mark.parametrize("kind", LYCORIS)
-def test_lycoris_dora_measures_rows_or_columns_by_the_shape_of_its_lengths(tmp_path, kind, by_column):
+def test_lycoris_dora_axis_follows_shape_of_lengths(tmp_path, kind, by_column):
     parts, change = LYCORIS[kind]
     m = np.abs(normal(1, 6) if by_column else normal(8, 1)) + 0.5
     tensors = {f"{FLAT}.{part}": value for part, value in parts.items()} | {f"{FLAT}.dora_scale": m}
@@ -94,7 +94,7 @@ def test_lycoris_dora_measures_rows_or_columns_by_the_shape_of_its_lengths(tmp_p
 
 
 @pytest.mark.parametrize("shape", [(8, 1, 1, 1), (1, 6, 1, 1)], ids=str)
-def test_lycoris_dora_of_a_convolution_measures_all_kernels_of_an_output_or_an_input(tmp_path, shape):
+def test_lycoris_dora_of_convolution_measures_all_kernels(tmp_path, shape):
     w, w1, w2, m = normal(8, 6, 3, 3), normal(2, 3), normal(4, 2, 3, 3), np.abs(normal(*shape)) + 0.5
     tensors = {f"{FLAT}.lokr_w1": w1, f"{FLAT}.lokr_w2": w2, f"{FLAT}.dora_scale": m}
     folder = base(tmp_path, {f"{Q}.weight": w})
@@ -113,13 +113,13 @@ def test_lengths_that_fit_neither_rows_nor_columns_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("shape", [(1, 3), (1, 2)], ids=str)
-def test_lengths_of_some_columns_of_a_matrix_are_not_taken_for_those_of_kernels(tmp_path, shape):
+def test_column_lengths_are_not_taken_for_kernel_lengths(tmp_path, shape):
     tensors = {f"{FLAT}.lora_up.weight": UP, f"{FLAT}.lora_down.weight": DOWN, f"{FLAT}.dora_scale": normal(*shape)}
     with pytest.raises(InputError, match="6 entries are due"):
         open_adapter(kohya(tmp_path, tensors)[0])
 
 
-def test_one_length_is_that_of_the_only_row(tmp_path):
+def test_one_length_is_that_of_only_row(tmp_path):
     w, up, m = normal(1, 6, seed=3), normal(1, 2), np.array([[0.7]])
     tensors = {f"{FLAT}.lora_up.weight": up, f"{FLAT}.lora_down.weight": DOWN, f"{FLAT}.dora_scale": m}
     found, _ = changes(write(tmp_path / "a.safetensors", tensors), base(tmp_path, {f"{Q}.weight": w}))
@@ -127,7 +127,7 @@ def test_one_length_is_that_of_the_only_row(tmp_path):
     close(found[f"{Q}.weight"], 0.7 * v / np.linalg.norm(v) - w)
 
 
-def test_lycoris_lokr_of_a_conv1d_multiplies_outputs_and_inputs(tmp_path):
+def test_lycoris_lokr_of_conv1d_multiplies_outputs_and_inputs(tmp_path):
     w1, w2 = normal(2, 3), normal(4, 2, 3)
     path = write(tmp_path / "a.safetensors", {f"{FLAT}.lokr_w1": w1, f"{FLAT}.lokr_w2": w2})
     found, _ = changes(path, base(tmp_path, {f"{Q}.weight": normal(8, 6, 3)}))
@@ -141,7 +141,7 @@ def test_factors_that_are_no_matrices_are_refused(tmp_path, up, down):
         open_adapter(path)
 
 
-def test_an_alpha_that_is_stored_as_an_integer_counts(tmp_path):
+def test_alpha_that_is_stored_as_integer_counts(tmp_path):
     path, folder = kohya(tmp_path, {})
     factors = {f"{FLAT}.lora_up.weight": torch.tensor(UP), f"{FLAT}.lora_down.weight": torch.tensor(DOWN)}
     save_file(factors | {f"{FLAT}.alpha": torch.tensor(3)}, path)
@@ -182,7 +182,7 @@ def test_diffusers(tmp_path, metadata, extra, scale, names):
     assert any("s = 1" in note for note in notes) == (scale == 1.0)
 
 
-def test_diffusers_tells_the_least_and_the_largest_rank(tmp_path):
+def test_diffusers_tells_least_and_largest_rank(tmp_path):
     tensors = {}
     for module, rank in (("a.to_q", 4), ("b.to_q", 2), ("c.to_q", 3)):
         tensors |= {f"unet.{module}.lora_B.weight": normal(8, rank), f"unet.{module}.lora_A.weight": normal(rank, 6)}
@@ -204,7 +204,7 @@ def mlx(tmp_path, tensors, **config):
     return tmp_path / "adapter"
 
 
-def test_mlx_is_the_other_way_round_and_not_divided_by_the_rank(tmp_path):
+def test_mlx_is_other_way_round_and_not_divided_by_rank(tmp_path):
     path = mlx(tmp_path, {"layers.0.q_proj.lora_a": DOWN.T, "layers.0.q_proj.lora_b": UP.T})
     found, _ = changes(path, base(tmp_path, {"model.layers.0.q_proj.weight": W}))
     close(found["model.layers.0.q_proj.weight"], 10 * UP @ DOWN)
@@ -222,7 +222,7 @@ def test_mlx_dora(tmp_path):
     close(found["q.weight"], (m / np.linalg.norm(v, axis=1))[:, None] * v - W)
 
 
-def test_mlx_dora_of_a_square_weight_measures_its_rows(tmp_path):
+def test_mlx_dora_of_square_weight_measures_its_rows(tmp_path):
     w, a, b, m = normal(6, 6), normal(6, 2), normal(2, 6, seed=1), np.abs(normal(6)) + 0.5
     path = mlx(tmp_path, {"q.lora_a": a, "q.lora_b": b, "q.m": m}, fine_tune_type="dora")
     v = w + 10 * (a @ b).T

@@ -38,13 +38,13 @@ def test_loha(tmp_path):
     close(changes(path, base(tmp_path, {"fc.weight": W}))[0]["fc.weight"], expected)
 
 
-def test_lokr_takes_its_rank_from_the_config(tmp_path):
+def test_lokr_takes_its_rank_from_config(tmp_path):
     w1, w2 = normal(2, 3), normal(4, 2)
     path = adapter(tmp_path, {"fc.lokr_w1": w1, "fc.lokr_w2": w2}, peft_type="LOKR", r=4, alpha=6)
     close(changes(path, base(tmp_path, {"fc.weight": W}))[0]["fc.weight"], 1.5 * np.kron(w1, w2))
 
 
-def test_lokr_of_a_convolution_multiplies_outputs_and_inputs_but_of_a_conv1d_ends(tmp_path):
+def test_lokr_of_convolution_multiplies_channels_of_conv1d_ends(tmp_path):
     """PEFT 0.21.2 multiplies the sides of a Conv1d as ``torch.kron`` lays them: w1's columns into the kernel."""
     w1, w2 = normal(2, 3), normal(4, 2, 3, 3)
     path = adapter(tmp_path, {"fc.lokr_w1": w1, "fc.lokr_w2": w2}, peft_type="LOKR", r=4, alpha=6)
@@ -126,12 +126,12 @@ def test_ln_tuning(tmp_path):
 
 
 @pytest.mark.parametrize("name", sorted(CHANGES_NO_WEIGHT | DEPENDS_ON_INPUT | MERGE_FIRST))
-def test_what_is_not_read_is_refused_by_its_name(tmp_path, name):
+def test_unsupported_type_is_refused_by_name(tmp_path, name):
     with pytest.raises(InputError, match=name):
         open_adapter(adapter(tmp_path, {"x": normal(2)}, peft_type=name))
 
 
-def test_a_type_with_integers_in_its_file_is_refused_by_its_name_too(tmp_path):
+def test_type_with_integer_tensors_is_refused_by_name(tmp_path):
     path = adapter(tmp_path, {"x": normal(2)}, peft_type="SHIRA")
     save_file({"q_proj.shira_indices": torch.ones(2, 3, dtype=torch.int32)}, path / "adapter_model.safetensors")
     with pytest.raises(InputError, match="SHIRA is not read: merge it"):
@@ -141,14 +141,14 @@ def test_a_type_with_integers_in_its_file_is_refused_by_its_name_too(tmp_path):
         open_adapter(path)
 
 
-def test_one_family_claims_an_adapter(tmp_path):
+def test_one_family_claims_adapter(tmp_path):
     from lora_diag.adapters.source import open_source
 
     source = open_source(adapter(tmp_path, {"fc.lora_A.weight": normal(2, 3), "fc.lora_B.weight": normal(4, 2)}))
     assert [family.name for family in FAMILIES if family.claims(source)] == ["PEFT LoRA"]
 
 
-def test_every_type_of_the_installed_peft_is_read_or_refused_by_name():
+def test_every_type_of_installed_peft_is_read_or_refused_by_name():
     peft = pytest.importorskip("peft")
     read = {"LORA", "ADALORA", "LOHA", "LOKR", "VERA", "IA3", "OFT", "FOURIERFT", "LN_TUNING", "TRAINABLE_TOKENS"}
     known = read | CHANGES_NO_WEIGHT | DEPENDS_ON_INPUT | MERGE_FIRST

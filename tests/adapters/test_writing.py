@@ -112,7 +112,7 @@ def test_llama(tmp_path):
     assert len(results) == 16
 
 
-def test_a_rank_larger_than_the_matrix_gives_the_whole_update(tmp_path):
+def test_rank_larger_than_matrix_gives_whole_update(tmp_path):
     model = llama()
     results, config = check(model, tmp_path, rank=1000)
     assert results["model.layers.0.self_attn.k_proj.weight"].rank == 8
@@ -131,7 +131,7 @@ def test_gpt2_whose_conv1d_stores_in_out(tmp_path, split):
     assert kinds == {"wte": "embedding", "wpe": "embedding", "c_attn": "conv1d", "c_proj": "conv1d", "c_fc": "conv1d"}
 
 
-def test_gpt2_in_the_names_of_the_hub(tmp_path):
+def test_gpt2_in_names_of_hub(tmp_path):
     """``h.0.attn.c_attn``: saved from the model without its head, while its config names the one with it."""
     torch.manual_seed(0)
     config = transformers.GPT2Config(vocab_size=24, n_positions=20, n_embd=16, n_layer=2, n_head=2)
@@ -154,7 +154,7 @@ def test_tied_embeddings_are_changed_once(tmp_path):
     )
 
 
-def test_a_head_of_its_own_cannot_be_added_to_a_tied_one(tmp_path):
+def test_head_of_its_own_cannot_be_added_to_tied_one(tmp_path):
     """TUNED untied the head that BASE ties: PEFT would add its update to the embedding as well."""
     model = llama(tie_word_embeddings=True)
     base, after = saved(model, perturbed(model), tmp_path)
@@ -225,7 +225,7 @@ def test_fused_experts_are_target_parameters(tmp_path, make):
     assert sum(record.kind == "parameter" for record in results) >= 12
 
 
-def test_experts_of_different_ranks_share_the_largest(tmp_path):
+def test_experts_of_different_ranks_share_largest(tmp_path):
     """One expert at energy 0.5 may need more than another; the smaller is filled up with zeros."""
     torch.manual_seed(0)
     model = mixtral()
@@ -271,7 +271,7 @@ def test_layer_1_is_not_layer_11(tmp_path):
     assert {record.layer: record.rank for record in again} == ranks
 
 
-def test_the_rest_is_saved_in_full(tmp_path):
+def test_rest_is_saved_in_full(tmp_path):
     """Norms, biases of adapted layers and of others, and a table whose vocabulary grew."""
     torch.manual_seed(0)
     config = transformers.GPT2Config(vocab_size=24, n_positions=20, n_embd=16, n_layer=2, n_head=2)
@@ -286,7 +286,7 @@ def test_the_rest_is_saved_in_full(tmp_path):
     assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["bias"] == "all"
 
 
-def test_a_grown_vocabulary_is_saved_in_full(tmp_path):
+def test_grown_vocabulary_is_saved_in_full(tmp_path):
     model = llama()
     tuned = perturbed(model)
     tuned.resize_token_embeddings(30, mean_resizing=False)
@@ -298,7 +298,7 @@ def test_a_grown_vocabulary_is_saved_in_full(tmp_path):
         close(weight, w1[name], name, 2e-6)
 
 
-def test_an_adapter_is_compressed_under_its_own_names(tmp_path):
+def test_adapter_is_compressed_under_its_own_names(tmp_path):
     """LLaVA-like: the file says ``language_model.model``, the module in memory and the adapter say otherwise."""
     name = "language_model.model.layers.0.self_attn.q_proj.weight"
     on = write_base(tmp_path, {name: normal(12, 10)})
@@ -313,7 +313,7 @@ def test_an_adapter_is_compressed_under_its_own_names(tmp_path):
     assert np.linalg.norm(dense(pairing.deltas[0]) - expected) < 1e-6 * np.linalg.norm(expected)
 
 
-def test_a_model_type_that_was_never_tried_is_told(tmp_path):
+def test_model_type_that_was_never_tried_is_told(tmp_path):
     for kind, told in (("llama", 0), ("segformer", 1)):
         tensors = {"stages.0.q_proj.weight": normal(8, 6)}
         model = write_base(tmp_path / kind, tensors, {"model_type": kind})
@@ -324,7 +324,7 @@ def test_a_model_type_that_was_never_tried_is_told(tmp_path):
     assert smaller.inputs[1].notes == ("adapts 1 of 1 tensors of BASE",)  # that adapter tells the names
 
 
-def test_updates_of_one_weight_that_is_used_twice_have_no_adapter(tmp_path):
+def test_updates_of_weight_used_twice_have_no_adapter(tmp_path):
     name = "model.layers.{}.mlp.up_proj"
     tensors = {f"{name.format(i)}.lora_{part}.weight": normal(*shape) for i in (0, 1) for part, shape in
                (("A", (2, 6)), ("B", (8, 2)))}  # fmt: skip
@@ -335,7 +335,7 @@ def test_updates_of_one_weight_that_is_used_twice_have_no_adapter(tmp_path):
     assert not list(tmp_path.glob("again*"))
 
 
-def test_an_adapter_that_reads_back_otherwise_is_refused(tmp_path):
+def test_adapter_that_reads_back_otherwise_is_refused(tmp_path):
     """The errors that were measured must be those of the file."""
     torch.manual_seed(0)
     base = open_checkpoint(write_base(tmp_path, {"q_proj.weight": np.zeros((6, 5))}))
@@ -352,7 +352,7 @@ def test_an_adapter_that_reads_back_otherwise_is_refused(tmp_path):
         check_written(folder, base, [part])
 
 
-def test_ranks_of_a_config_are_shared_by_the_halves_of_a_fused_parameter(tmp_path):
+def test_ranks_of_config_are_shared_by_halves_of_fused_parameter(tmp_path):
     target = Target("experts.0.w1.weight", (5, 8), "experts.gate_up_proj", "parameter", half=(0, 2))
     path = tmp_path / "adapter_config.json"
     for rank, each in ((6, 3), (1, 1)):
@@ -364,7 +364,7 @@ def test_ranks_of_a_config_are_shared_by_the_halves_of_a_fused_parameter(tmp_pat
             ranks_of_config(path, {target.layer: target})
 
 
-def test_square_experts_are_never_turned_and_every_tower_has_its_name_in_memory(tmp_path):
+def test_square_experts_are_not_transposed_and_towers_keep_names(tmp_path):
     experts = "model.language_model.layers.0.mlp.experts.down_proj"
     base = open_checkpoint(write_base(tmp_path, {experts: normal(2, 6, 6)}, {"model_type": "qwen3_vl_moe"}))
     targets = [Model(base).target(delta) for delta in pair(base, base).deltas]

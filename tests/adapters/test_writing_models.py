@@ -138,7 +138,7 @@ LEFT_OUT = {
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_peft_merges_the_whole_update(tmp_path, name):
+def test_peft_merges_whole_update(tmp_path, name):
     if not hasattr(transformers, name):
         pytest.skip(f"this transformers has no {name}")
     torch.manual_seed(0)
@@ -172,7 +172,7 @@ def test_experts_that_are_left_out_are_not_targets(tmp_path):
     assert not any("layers.0.mlp.experts" in key and "lora" in key for key in wrapped.state_dict())
 
 
-def test_the_sample_with_all_its_rank_answers_like_the_fine_tune(tmp_path):
+def test_sample_with_all_its_rank_answers_like_fine_tune(tmp_path):
     """Full rank and the rest in full: the logits are those of TUNED, merged or not."""
     samples = ROOT / "sample_checkpoints"
     lora_diag.extract(samples / "base", samples / "full_ft", tmp_path / "adapter", rank=128, rest="save")

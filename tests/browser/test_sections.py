@@ -30,7 +30,7 @@ def tab(tmp_path_factory):
         yield page, path
 
 
-def test_curves_of_two_metrics_are_never_on_one_axis_and_links_lose_nothing(tab):
+def test_curves_of_two_metrics_have_own_axes(tab):
     page, path = tab
     for metric, of in (("weights", "ΔW"), ("kfac", "G^½·ΔW·C^½")):
         put(page, "metric", metric, "change")
@@ -46,7 +46,7 @@ def test_curves_of_two_metrics_are_never_on_one_axis_and_links_lose_nothing(tab)
     assert (page.problems, page.requests) == ([], [])
 
 
-def test_a_heading_sorts_by_its_numbers_then_the_other_way_then_as_it_was_written(tab):
+def test_heading_sorts_up_down_then_as_written(tab):
     page, _ = tab
     table = "document.querySelector('.several table')"
     place = page.js(f"[...{table}.tHead.rows[0].cells].findIndex((cell) => cell.textContent === 'λ max')")
@@ -77,7 +77,7 @@ ORDERS = [
 ]
 
 
-def test_cells_are_sorted_by_the_numbers_that_they_begin_with(tab, tmp_path):
+def test_cells_are_sorted_by_numbers_that_they_begin_with(tab, tmp_path):
     page, _ = tab
     script = (TEMPLATES / "sections.js").read_text(encoding="utf-8")
     tables = "".join(

@@ -79,7 +79,7 @@ def test_every_range_of_every_tensor_is_read_back(tmp_path, write, dtype):
         assert torch.equal(checkpoint.read(name, 3, half), flat[3:half])
 
 
-def test_transposed_views_in_a_bin_are_read_in_their_own_order(tmp_path):
+def test_transposed_views_in_bin_are_read_in_their_own_order(tmp_path):
     matrix = torch.arange(12.0).view(3, 4)
     torch.save({"w": matrix.T, "tied": matrix}, tmp_path / "a.bin")
     checkpoint = open_checkpoint(tmp_path / "a.bin")
@@ -94,7 +94,7 @@ def test_integer_and_scalar_tensors_are_listed(tmp_path):
     assert checkpoint.read("scale").tolist() == [2.0]
 
 
-def test_a_read_does_not_alias_the_file(tmp_path):
+def test_read_does_not_alias_file(tmp_path):
     path = save_model(tmp_path / "m", {"w": torch.ones(4, 4)}) / "model.safetensors"
     checkpoint = open_checkpoint(path)
     read = checkpoint.read("w")
@@ -110,7 +110,7 @@ def test_checkpoints_survive_pickling_by_opening_again(tmp_path):
         assert torch.equal(again.read("lm_head.weight"), checkpoint.read("lm_head.weight"))
 
 
-def test_a_link_into_a_hub_cache_is_fine(tmp_path):
+def test_link_into_hub_cache_is_fine(tmp_path):
     real = save_sharded(tmp_path / "blobs", weights(1))
     link = tmp_path / "snapshot"
     link.mkdir()
@@ -119,7 +119,7 @@ def test_a_link_into_a_hub_cache_is_fine(tmp_path):
     assert len(open_checkpoint(link)) == len(weights(1))
 
 
-def test_formats_is_a_tuple_of_what_is_tested_here():
+def test_formats_is_tuple_of_what_is_tested_here():
     assert {file_format.label for file_format in FORMATS} == {"safetensors", "torch pickle"}
 
 
@@ -182,14 +182,14 @@ def test_bad_safetensors_headers_are_named(tmp_path, kind):
 
 
 @pytest.mark.parametrize("content", [b"", b"1234567"])
-def test_files_too_short_for_a_header(tmp_path, content):
+def test_files_too_short_for_header(tmp_path, content):
     path = tmp_path / "a.safetensors"
     path.write_bytes(content)
     with pytest.raises(InputError, match="at least 8"):
         open_checkpoint(path)
 
 
-def test_a_file_that_shrinks_after_opening_gives_a_message(tmp_path):
+def test_file_that_shrinks_after_opening_gives_message(tmp_path):
     path = save_model(tmp_path / "m", {"w": torch.ones(1000, 10)}) / "model.safetensors"
     checkpoint = open_checkpoint(path)
     path.write_bytes(path.read_bytes()[:500])
@@ -205,7 +205,7 @@ class Evil:
 
 
 @pytest.mark.parametrize("content", [{"w": Evil()}, Evil(), {"w": torch.ones(2), "x": Evil()}])
-def test_a_pickle_with_code_is_refused_and_not_run(tmp_path, monkeypatch, content):
+def test_pickle_with_code_is_refused_and_not_run(tmp_path, monkeypatch, content):
     monkeypatch.chdir(tmp_path)
     torch.save(content, tmp_path / "a.bin")
     with pytest.raises(InputError, match="could run code"):
@@ -238,7 +238,7 @@ def _claiming(path, part, size, compression):
 @pytest.mark.parametrize(
     ("compression", "problem"), [(zipfile.ZIP_DEFLATED, "is compressed"), (zipfile.ZIP_STORED, "claim 20,000,")]
 )
-def test_an_archive_larger_inside_is_not_unpacked(tmp_path, monkeypatch, part, compression, problem):
+def test_archive_larger_inside_is_not_unpacked(tmp_path, monkeypatch, part, compression, problem):
     _claiming(tmp_path / "a.bin", part, 20_000_000, compression)
     assert (tmp_path / "a.bin").stat().st_size < 50_000
     monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("torch read it"))
@@ -253,13 +253,13 @@ def test_torch_files_without_named_tensors(tmp_path, content):
         open_checkpoint(tmp_path / "a.bin")
 
 
-def test_a_name_with_half_a_character_in_a_torch_file(tmp_path):
+def test_name_with_half_character_in_torch_file(tmp_path):
     torch.save({"w\ud800": torch.ones(2)}, tmp_path / "a.bin")
     with pytest.raises(InputError, match="not valid Unicode"):
         open_checkpoint(tmp_path / "a.bin")
 
 
-def test_a_whole_character_of_two_halves_is_text(tmp_path):
+def test_whole_character_of_two_halves_is_text(tmp_path):
     header = json.dumps({"w\U0001f600": entry()}).encode()
     assert rb"\ud83d\ude00" in header
     assert list(open_checkpoint(raw(tmp_path / "a.safetensors", header, bytes(8)))) == ["w\U0001f600"]
@@ -269,7 +269,7 @@ def test_a_whole_character_of_two_halves_is_text(tmp_path):
 
 
 @pytest.mark.parametrize("shard", ["../model.safetensors", "/etc/passwd", "", "..", "a/b.safetensors", "a\\b", "x\0y"])
-def test_an_index_may_only_name_plain_files(tmp_path, shard):
+def test_index_may_only_name_plain_files(tmp_path, shard):
     save_model(tmp_path, {"w": torch.ones(2, 2)})
     inside = tmp_path / "inside"
     inside.mkdir()
@@ -285,7 +285,7 @@ def test_indexes_that_are_none(tmp_path, text):
         open_checkpoint(tmp_path)
 
 
-def test_an_index_is_held_against_its_shards(tmp_path):
+def test_index_is_held_against_its_shards(tmp_path):
     folder = save_sharded(tmp_path / "m", weights(1))
     index = folder / "model.safetensors.index.json"
     content = json.loads(index.read_text())
@@ -306,7 +306,7 @@ def test_an_index_is_held_against_its_shards(tmp_path):
         open_checkpoint(folder)
 
 
-def test_what_is_not_there_or_not_readable(tmp_path):
+def test_missing_or_unreadable_file_is_reported(tmp_path):
     with pytest.raises(InputError, match="no such file"):
         open_checkpoint(tmp_path / "nowhere")
     with pytest.raises(InputError, match=r"model\.safetensors"):
@@ -331,7 +331,7 @@ def test_what_is_not_there_or_not_readable(tmp_path):
         (["model.Q4_K_M.gguf"], "GGUF"),
     ],
 )
-def test_foreign_folders_are_refused_with_the_way_out(tmp_path, files, words):
+def test_foreign_folders_are_refused_with_way_out(tmp_path, files, words):
     folder = tmp_path / "a folder"
     folder.mkdir()
     for name in files:
@@ -342,7 +342,7 @@ def test_foreign_folders_are_refused_with_the_way_out(tmp_path, files, words):
                 open_checkpoint(path)
 
 
-def test_a_run_s_folder_names_the_checkpoints_and_adapters_in_it(tmp_path):
+def test_run_s_folder_names_checkpoints_and_adapters_in_it(tmp_path):
     for step in (2, 4, 6):
         save_model(tmp_path / f"checkpoint-{step}", {"a.weight": torch.ones(2, 2)})
     (tmp_path / "adapter").mkdir()
@@ -353,7 +353,7 @@ def test_a_run_s_folder_names_the_checkpoints_and_adapters_in_it(tmp_path):
 
 
 @pytest.mark.parametrize("count", [1, 3, 4])
-def test_three_subfolders_are_named_and_the_others_counted(tmp_path, count):
+def test_three_subfolders_are_named_and_others_counted(tmp_path, count):
     for step in range(count):
         save_model(tmp_path / f"checkpoint-{step}", {"a.weight": torch.ones(2, 2)})
     names = ", ".join(f"checkpoint-{step}" for step in range(min(count, 3))) + (" and 1 more" if count == 4 else "")
@@ -361,7 +361,7 @@ def test_three_subfolders_are_named_and_the_others_counted(tmp_path, count):
         open_checkpoint(tmp_path)
 
 
-def test_a_config_beside_an_adapter_is_the_model_s_and_not_the_adapter_s(tmp_path):
+def test_config_beside_adapter_is_model_s_and_not_adapter_s(tmp_path):
     folder = save_model(tmp_path / "model", {"a.weight": torch.ones(2, 2)})
     save_file({"a.lora_A.weight": torch.ones(2, 2)}, folder / "adapter_model.safetensors")
     (folder / "adapter_config.json").write_text("{}")

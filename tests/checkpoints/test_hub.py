@@ -96,7 +96,7 @@ def test_words_that_are_no_id(words):
     assert parse(words) is None
 
 
-def test_a_cached_model_is_read_without_a_request(cache, tmp_path):
+def test_cached_model_is_read_without_request(cache, tmp_path):
     snapshot = put(cache, model(tmp_path / "m"))
     checkpoint = open_checkpoint("org/name")
     assert str(checkpoint.path) == "org/name"
@@ -117,19 +117,19 @@ def test_shards_revisions_and_subfolders(cache, tmp_path):
             open_checkpoint(words)
 
 
-def test_a_local_path_wins(cache, tmp_path):
+def test_local_path_wins(cache, tmp_path):
     put(cache, model(tmp_path / "m", 1))
     model(tmp_path / "org" / "name", 2)
     assert torch.equal(open_checkpoint("org/name").read("lm_head.weight"), weights(2)["lm_head.weight"].reshape(-1))
 
 
-def test_half_a_download_is_not_read(cache, tmp_path):
+def test_half_download_is_not_read(cache, tmp_path):
     put(cache, model(tmp_path / "m", 1, save_sharded), only=lambda name: "00002" not in name)
     with pytest.raises(InputError, match="incomplete in the Hugging Face cache"):
         open_checkpoint("org/name")
 
 
-def test_an_adapter_is_found_with_its_configuration(cache, tmp_path):
+def test_adapter_is_found_with_its_configuration(cache, tmp_path):
     folder = save_model(tmp_path / "a", {"x.lora_A.weight": torch.ones(2, 4)})
     (folder / "model.safetensors").rename(folder / "adapter_model.safetensors")
     (folder / "adapter_config.json").write_text("{}")
@@ -163,7 +163,7 @@ class FakeHub:
         return str(snapshot / name)
 
 
-def test_only_the_configuration_the_index_and_its_shards_are_downloaded(cache, tmp_path, monkeypatch):
+def test_only_configuration_index_and_its_shards_are_downloaded(cache, tmp_path, monkeypatch):
     folder = model(tmp_path / "m", 1, save_sharded)
     for name in ("pytorch_model.bin", "README.md", "model-00001-of-00001.gguf", "consolidated.safetensors"):
         (folder / name).write_text("large")
@@ -176,7 +176,7 @@ def test_only_the_configuration_the_index_and_its_shards_are_downloaded(cache, t
     assert len(open_checkpoint("org/name")) == len(weights(1))
 
 
-def test_a_repository_without_weights(cache, tmp_path, monkeypatch):
+def test_repository_without_weights(cache, tmp_path, monkeypatch):
     (tmp_path / "m").mkdir()
     (tmp_path / "m" / "README.md").write_text("hello")
     FakeHub(cache, tmp_path / "m", monkeypatch)
@@ -185,7 +185,7 @@ def test_a_repository_without_weights(cache, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("shard", ["../../x", "*", "a/b", 3])
-def test_an_index_on_the_hub_may_only_name_plain_files(cache, tmp_path, monkeypatch, shard):
+def test_index_on_hub_may_only_name_plain_files(cache, tmp_path, monkeypatch, shard):
     folder = model(tmp_path / "m", 1)
     (folder / "model.safetensors").unlink()
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"w": shard}}))
@@ -195,7 +195,7 @@ def test_an_index_on_the_hub_may_only_name_plain_files(cache, tmp_path, monkeypa
     assert set(fake.asked) == {"config.json", "model.safetensors.index.json"}
 
 
-def test_failures_of_the_hub_are_one_message(cache, monkeypatch):
+def test_failures_of_hub_are_one_message(cache, monkeypatch):
     from huggingface_hub import errors
 
     def failing(kind, words):
@@ -221,7 +221,7 @@ def test_failures_of_the_hub_are_one_message(cache, monkeypatch):
         assert "\n" not in str(caught.value)
 
 
-def test_without_huggingface_hub_the_extra_is_named(cache, monkeypatch):
+def test_missing_huggingface_hub_names_extra(cache, monkeypatch):
     original = builtins.__import__
 
     def refusing(name, *words, **options):

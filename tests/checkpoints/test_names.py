@@ -17,7 +17,7 @@ Q = "model.layers.0.self_attn.q_proj"
     "prefix", ["module.", "_orig_mod.", "_fsdp_wrapped_module.", "module._orig_mod.", "module.module."]
 )
 @pytest.mark.parametrize("save", [save_model, save_sharded])
-def test_prefixes_of_wrappers_are_left_out_with_a_note(tmp_path, prefix, save):
+def test_prefixes_of_wrappers_are_left_out_with_note(tmp_path, prefix, save):
     tensors = weights(1)
     checkpoint = open_checkpoint(save(tmp_path, {prefix + name: value for name, value in tensors.items()}))
     assert set(checkpoint) == set(tensors)
@@ -26,7 +26,7 @@ def test_prefixes_of_wrappers_are_left_out_with_a_note(tmp_path, prefix, save):
     assert prefix + "lm_head.weight" in " ".join(checkpoint.notes) or prefix in checkpoint.notes[0]
 
 
-def test_wrappers_inside_a_name_are_left_out_wherever_they_stand(tmp_path):
+def test_wrappers_inside_name_are_left_out_wherever_they_stand(tmp_path):
     names = [
         "embed.weight",
         "_fsdp_wrapped_module.layers.0._checkpoint_wrapped_module.q.weight",
@@ -50,18 +50,18 @@ def test_names_that_are_kept(tmp_path, names):
 
 
 @pytest.mark.parametrize("own", [f"{Q}.base_layer.weight", f"{Q}.weight"])
-def test_an_unmerged_peft_state_dict_is_refused(tmp_path, own):
+def test_unmerged_peft_state_dict_is_refused(tmp_path, own):
     tensors = {own: torch.ones(4, 4), f"{Q}.lora_A.default.weight": torch.ones(2, 4)}
     with pytest.raises(InputError, match="unmerged PEFT state dict"):
         open_checkpoint(save_model(tmp_path, {f"base_model.model.{name}": value for name, value in tensors.items()}))
 
 
-def test_the_factors_of_an_adapter_alone_are_opened(tmp_path):
+def test_factors_of_adapter_alone_are_opened(tmp_path):
     tensors = {f"{Q}.lora_A.default.weight": torch.ones(2, 4), "e.base_layer.weight": torch.ones(4, 4)}
     assert len(open_checkpoint(save_model(tmp_path, tensors))) == 2
 
 
-def test_factors_without_the_name_of_an_adapter_may_lie_beside_new_values(tmp_path):
+def test_factors_without_adapter_name_may_accompany_new_values(tmp_path):
     """As in a saved adapter with ``modules_to_save``."""
     assert (
         len(
@@ -74,7 +74,7 @@ def test_factors_without_the_name_of_an_adapter_may_lie_beside_new_values(tmp_pa
 
 
 @pytest.mark.parametrize(("suffix", "method"), PACKED)
-def test_packed_weights_are_refused_by_the_names_of_their_tensors(tmp_path, suffix, method):
+def test_packed_weights_are_refused_by_names_of_their_tensors(tmp_path, suffix, method):
     tensors = {f"{Q}{suffix}": torch.zeros(4, 4, dtype=torch.int32), "norm.weight": torch.ones(4)}
     with pytest.raises(InputError) as caught:
         open_checkpoint(save_model(tmp_path, tensors))
@@ -91,21 +91,21 @@ def test_floats_may_have_names_that_look_packed(tmp_path):
     "method", ["hqq", "aqlm", "quanto", "torchao", "eetq", "bitnet", "vptq", "quark", "mxfp4", "gptq", "awq"]
 )
 @pytest.mark.parametrize("key", ["quantization_config", "compression_config"])
-def test_methods_are_refused_by_the_configuration(tmp_path, method, key):
+def test_methods_are_refused_by_configuration(tmp_path, method, key):
     folder = save_model(tmp_path, weights(1))
     (folder / "config.json").write_text(json.dumps({key: {"quant_method": method}}))
     with pytest.raises(InputError, match=method):
         open_checkpoint(folder)
 
 
-def test_the_configuration_says_which_of_two_methods_packed_the_weights(tmp_path):
+def test_configuration_says_which_of_two_methods_packed_weights(tmp_path):
     folder = save_model(tmp_path, {f"{Q}.qweight": torch.zeros(4, 4, dtype=torch.int32)})
     (folder / "config.json").write_text(json.dumps({"quantization_config": {"quant_method": "awq"}}))
     with pytest.raises(InputError, match="is AWQ-quantized"):
         open_checkpoint(folder)
 
 
-def test_the_configuration_of_a_base_says_nothing_about_the_adapter_beside_it(tmp_path):
+def test_base_configuration_does_not_describe_adapter(tmp_path):
     folder = save_model(tmp_path, {"a.lora_A.weight": torch.ones(2, 4)})
     (folder / "model.safetensors").rename(folder / "adapter_model.safetensors")
     (folder / "adapter_config.json").write_text("{}")
@@ -126,7 +126,7 @@ def test_configurations_that_are_none(tmp_path, text):
         open_checkpoint(folder)
 
 
-def test_a_huge_configuration_is_not_read(tmp_path):
+def test_huge_configuration_is_not_read(tmp_path):
     folder = save_model(tmp_path, weights(1))
     with (folder / "config.json").open("wb") as file:
         file.truncate(20_000_000)
@@ -134,13 +134,13 @@ def test_a_huge_configuration_is_not_read(tmp_path):
         open_checkpoint(folder)
 
 
-def test_a_quantization_config_that_is_no_object_is_none(tmp_path):
+def test_quantization_config_that_is_no_object_is_none(tmp_path):
     folder = save_model(tmp_path, weights(1))
     (folder / "config.json").write_text('{"quantization_config": null, "compression_config": 3}')
     assert len(open_checkpoint(folder)) == len(weights(1))
 
 
-def test_the_shared_gptq_case_is_refused_by_name():
+def test_shared_gptq_case_is_refused_by_name():
     folder = SHARED / "bad" / "quant-gptq-names"
     if not folder.is_dir():
         pytest.skip("the shared cases are not here")

@@ -40,7 +40,7 @@ def cut(folder, ranks=3, change=lambda offsets: None):
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4])
-def test_every_range_across_the_pieces(tmp_path, ranks):
+def test_every_range_across_pieces(tmp_path, ranks):
     checkpoint = open_checkpoint(cut(tmp_path, ranks))
     assert set(checkpoint) == set(WHOLE)
     for name, expected in WHOLE.items():
@@ -52,14 +52,14 @@ def test_every_range_across_the_pieces(tmp_path, ranks):
     assert torch.equal(pickle.loads(pickle.dumps(checkpoint)).read("a.weight"), WHOLE["a.weight"].reshape(-1))
 
 
-def test_a_missing_file_is_noticed(tmp_path):
+def test_missing_file_is_noticed(tmp_path):
     cut(tmp_path)
     (tmp_path / "shard-00002-model-00001-of-00001.safetensors").unlink()
     with pytest.raises(InputError, match="starts at row 8, not at row 4"):
         open_checkpoint(tmp_path)
 
 
-def test_one_of_the_files_is_not_a_checkpoint(tmp_path):
+def test_one_of_files_is_not_checkpoint(tmp_path):
     cut(tmp_path)
     with pytest.raises(InputError, match="give the folder"):
         open_checkpoint(tmp_path / "shard-00001-model-00001-of-00001.safetensors")

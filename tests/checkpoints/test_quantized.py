@@ -51,7 +51,7 @@ KINDS = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_range_is_the_weight_that_the_codes_stand_for(tmp_path, kind):
+def test_every_range_is_weight_that_codes_stand_for(tmp_path, kind):
     (tensors, expected), stored = KINDS[kind]
     checkpoint = open_checkpoint(save_model(tmp_path, tensors | {"norm.weight": torch.ones(3)}))
     assert set(checkpoint) == {W, "norm.weight"}
@@ -79,7 +79,7 @@ def test_every_format_is_tested_here(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
-def test_steps_of_four_bit_weights_reach_the_farther_neighbour(tmp_path, kind):
+def test_steps_of_four_bit_weights_reach_farther_neighbour(tmp_path, kind):
     tensors, expected = four_bit(W, (6, 22), kind=kind)
     checkpoint = open_checkpoint(save_model(tmp_path, tensors))
     absmax = np.repeat(tensors[f"{W}.absmax"].double().numpy(), 64)[: expected.size]
@@ -91,7 +91,7 @@ def test_steps_of_four_bit_weights_reach_the_farther_neighbour(tmp_path, kind):
 
 
 @pytest.mark.parametrize("block", [64, 7])
-def test_half_a_step_bounds_the_error_of_a_doubly_quantized_weight(tmp_path, block):
+def test_half_step_bounds_error_of_doubly_quantized_weight(tmp_path, block):
     """Quantize real numbers: nearest codes under the exact absmax, read back under the quantized one."""
     rng = np.random.default_rng(1)
     weight = rng.standard_normal((16, 28)) * 0.02
@@ -115,7 +115,7 @@ def test_half_a_step_bounds_the_error_of_a_doubly_quantized_weight(tmp_path, blo
 
 
 @pytest.mark.parametrize("kind", FLOAT8)
-def test_steps_of_eight_bit_floats_are_the_spacing_above(tmp_path, kind):
+def test_steps_of_eight_bit_floats_are_spacing_above(tmp_path, kind):
     legal = [code for code in range(256) if code not in FLOAT8[kind][3]]
     codes = torch.tensor(legal, dtype=torch.uint8).view(getattr(torch, kind)).view(2, -1)
     checkpoint = open_checkpoint(save_model(tmp_path, {W: codes, W + "_scale": torch.tensor(0.5)}))
@@ -124,7 +124,7 @@ def test_steps_of_eight_bit_floats_are_the_spacing_above(tmp_path, kind):
             assert step == abs(float8_value(code + 1, kind) - float8_value(code, kind)) / 2
 
 
-def test_steps_of_integers_are_their_scale_and_plain_floats_have_none(tmp_path):
+def test_integer_steps_are_their_scale_and_floats_have_none(tmp_path):
     tensors, _ = eight_bit("a", (3, 4))
     checkpoint = open_checkpoint(save_model(tmp_path, tensors | {"b": torch.ones(2, 2)}))
     np.testing.assert_allclose(
@@ -135,7 +135,7 @@ def test_steps_of_integers_are_their_scale_and_plain_floats_have_none(tmp_path):
 
 
 @pytest.mark.parametrize("storage", [torch.bfloat16, torch.float16, torch.float32])
-def test_codes_may_lie_in_the_storage_of_another_dtype(tmp_path, storage):
+def test_codes_may_lie_in_storage_of_another_dtype(tmp_path, storage):
     """FSDP wants one dtype for all: ``bnb_4bit_quant_storage``."""
     tensors, expected = four_bit(W, (24, 40))
     tensors[W] = tensors[W].view(-1).view(storage).view(-1, 1)
@@ -155,7 +155,7 @@ def test_parts_may_lie_in_other_shards_and_in_torch_files(tmp_path):
 @pytest.mark.parametrize(
     "tensors", [four_bit(W, (256, 512), nested=4)[0], scaled(W, (256, 512), (2, 4), (128, 128))[0]], ids=["nf4", "fp8"]
 )
-def test_a_range_reads_only_what_it_needs(tmp_path, monkeypatch, tensors):
+def test_range_reads_only_what_it_needs(tmp_path, monkeypatch, tensors):
     """A range of 100 entries of a 256 × 512 matrix touches a few hundred stored entries, tables included."""
     checkpoint = open_checkpoint(save_model(tmp_path, tensors))
     counts, original = [], SafetensorsFile.read
@@ -175,7 +175,7 @@ def test_activation_scales_are_not_presented(tmp_path):
     assert list(open_checkpoint(save_model(tmp_path, tensors))) == ["a.weight"]
 
 
-def test_the_size_of_blocks_comes_from_the_configuration_when_shapes_allow_several(tmp_path):
+def test_block_size_comes_from_configuration_if_ambiguous(tmp_path):
     """17 rows in 2 blocks: 16 (a power of two) would be inferred; the configuration says 12."""
     tensors, expected = scaled(W, (17, 30), (2, 3), (12, 12))
     folder = save_model(tmp_path, tensors)
@@ -252,7 +252,7 @@ def test_four_bit_weights_that_do_not_fit_together(tmp_path, kind):
     assert W in str(caught.value)
 
 
-def test_a_type_that_is_not_known(tmp_path):
+def test_type_that_is_not_known(tmp_path):
     tensors, _ = four_bit(W, (24, 40))
     tensors[f"{W}.quant_state.bitsandbytes__af4"] = tensors.pop(STATE)
     with pytest.raises(InputError, match="supported are nf4 and fp4"):
@@ -306,7 +306,7 @@ def test_scales_that_do_not_fit(tmp_path, kind):
     assert str(tmp_path) in str(caught.value)
 
 
-def test_a_scale_that_only_one_weight_lacks_is_missed_without_a_configuration(tmp_path):
+def test_scale_missing_for_one_weight_is_noticed(tmp_path):
     tensors, _ = scaled(W, (32, 48), (2, 3), (16, 16))
     with pytest.raises(InputError, match=r"bare\.weight .* without scales"):
         open_checkpoint(save_model(tmp_path, tensors | {"bare.weight": tensors[W].clone()}))
@@ -351,7 +351,7 @@ def test_real_cases_have_their_true_change(case):
             np.testing.assert_allclose(s[: len(expected["s"])], expected["s"], rtol=1e-6)
 
 
-def test_opening_a_quantized_checkpoint_imports_no_torch(tmp_path):
+def test_opening_quantized_checkpoint_imports_no_torch(tmp_path):
     tensors = four_bit(W, (24, 40), nested=4)[0] | eight_bit("a", (3, 4))[0] | scaled("b.weight", (4, 4), (), (4, 4))[0]
     folder = save_model(tmp_path, {f"module.{name}": value for name, value in tensors.items()})
     code = (

@@ -59,7 +59,7 @@ def soon(monkeypatch):
         ("https://host?sig=1", "https://host"),
     ],
 )
-def test_an_address_is_shown_without_its_secrets(words, text):
+def test_address_is_shown_without_its_secrets(words, text):
     path = as_path(words)
     for seen in (str(path), repr(path), shown(path), legible(words).rstrip("/"), f"{path!r:>9}"):
         assert text in seen
@@ -83,13 +83,13 @@ def test_no_secret_is_shown_however_it_is_spelled(scheme, user, query, around):
         assert "//host/folder/m.safetensors" in told
 
 
-def test_addresses_inside_a_message_are_shown_without_their_secrets():
+def test_addresses_in_messages_lose_their_secrets():
     text = "cannot reach 'https://u:p@h/x?sig=1' nor s3://bucket/key, http://h/y#frag."
     assert shown(text) == "cannot reach 'https://h/x' nor s3://bucket/key, http://h/y"
     assert shown("a plain: text / with // slashes @ and ?") == "a plain: text / with // slashes @ and ?"
 
 
-def test_a_path_of_an_address_answers_as_a_path():
+def test_path_of_address_answers_as_path():
     path = as_path("https://host/models/base/model.safetensors")
     assert (path.name, path.suffix, str(path.parent)) == (
         "model.safetensors",
@@ -131,7 +131,7 @@ def test_addresses_that_are_refused(words, says):
 @pytest.mark.parametrize(
     "name", ["base", "sharded", "bins", "base/model.safetensors", "sharded/model.safetensors.index.json"]
 )
-def test_a_checkpoint_is_the_same_from_a_server(web, folder, name):
+def test_checkpoint_is_same_from_server(web, folder, name):
     far, near = (
         open_checkpoint(f"{web.url}/{name}/" if "." not in name else f"{web.url}/{name}"),
         open_checkpoint(folder / name),
@@ -149,7 +149,7 @@ def test_a_checkpoint_is_the_same_from_a_server(web, folder, name):
         assert torch.equal(one, other)
 
 
-def test_only_the_header_and_the_tensor_are_read(web):
+def test_only_header_and_tensor_are_read(web):
     size = 4 * 256 * 256
     spectrum(f"{web.url}/base", f"{web.url}/tuned", layers=r"layers\.2\.")
     data = [asked for asked in web.asked if asked.status == 206 and asked.range[0] > 0]
@@ -166,7 +166,7 @@ def test_looking_reads_headers_alone(web):
     assert len(web.asked) <= 20
 
 
-def test_records_are_those_of_the_local_run(web, folder):
+def test_records_are_those_of_local_run(web, folder):
     far = spectrum(f"{web.url}/base", f"{web.url}/tuned")
     near = spectrum(folder / "base", folder / "tuned")
     assert far.layers == near.layers
@@ -178,7 +178,7 @@ def test_records_are_those_of_the_local_run(web, folder):
         assert (one.role, one.kind, one.tensors, one.notes) == (other.role, other.kind, other.tensors, other.notes)
 
 
-def test_a_large_tensor_comes_over_several_connections(web):
+def test_large_tensor_comes_over_several_connections(web):
     checkpoint = open_checkpoint(f"{web.url}/base")
     name = next(iter(checkpoint))
     web.asked.clear()
@@ -186,7 +186,7 @@ def test_a_large_tensor_comes_over_several_connections(web):
     assert sorted(asked.range[1] + 1 - asked.range[0] for asked in web.asked) == [2**16] * 4
 
 
-def test_the_next_blocks_of_a_matrix_are_fetched_meanwhile(web, monkeypatch):
+def test_next_blocks_of_matrix_are_fetched_meanwhile(web, monkeypatch):
     monkeypatch.setattr(deltas, "BLOCK_ENTRIES", 16 * 256)
     checkpoint = open_checkpoint(f"{web.url}/base")
     name = list(checkpoint)[-1]
@@ -204,7 +204,7 @@ def test_shards_are_opened_side_by_side(web, folder):
     assert web.most == 3
 
 
-def test_a_copy_in_another_process_opens_its_own_connections(web, folder):
+def test_copy_in_another_process_opens_its_own_connections(web, folder):
     checkpoint = open_checkpoint(f"{web.url}/base")
     copy = pickle.loads(pickle.dumps(checkpoint))
     name = next(iter(copy))
@@ -212,7 +212,7 @@ def test_a_copy_in_another_process_opens_its_own_connections(web, folder):
     assert len(pickle.dumps(checkpoint)) < HEAD  # the first bytes stay behind
 
 
-def test_a_torch_file_is_downloaded_whole_and_says_so(web, tmp_path, monkeypatch):
+def test_torch_file_is_downloaded_whole_and_says_so(web, tmp_path, monkeypatch):
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr("tempfile.tempdir", None)
     notes = open_checkpoint(f"{web.url}/bins").notes
@@ -223,7 +223,7 @@ def test_a_torch_file_is_downloaded_whole_and_says_so(web, tmp_path, monkeypatch
         open_checkpoint(f"{web.url}/bins")
 
 
-def test_what_is_not_there(web):
+def test_missing_remote_file_is_reported(web):
     with pytest.raises(InputError, match=r"/nothing: no weights found; looked for model\.safetensors"):
         open_checkpoint(f"{web.url}/nothing")
     with pytest.raises(InputError, match=r"/base/other\.safetensors: no such file"):
@@ -231,7 +231,7 @@ def test_what_is_not_there(web):
     assert not is_adapter(locate(f"{web.url}/base"))
 
 
-def test_a_shard_stays_in_the_folder(web, folder):
+def test_shard_stays_in_folder(web, folder):
     """``%2e%2e%2f`` is a plain name here, and must not become ``../`` there."""
     index = json.dumps({"weight_map": {"w": "%2e%2e%2fbase%2fmodel.safetensors"}})
     bad = folder / "bad"
@@ -250,7 +250,7 @@ def test_a_shard_stays_in_the_folder(web, folder):
         shutil.rmtree(bad)
 
 
-def test_a_header_that_claims_too_much_is_not_read(web, folder):
+def test_header_that_claims_too_much_is_not_read(web, folder):
     file = folder / "claims.safetensors"
     file.write_bytes((99_999_999).to_bytes(8, "little") + bytes(2**17))
     try:
@@ -261,7 +261,7 @@ def test_a_header_that_claims_too_much_is_not_read(web, folder):
         file.unlink()
 
 
-def test_the_fingerprint_follows_the_version(web, folder):
+def test_fingerprint_follows_version(web, folder):
     def now():
         return fingerprint(open_checkpoint(f"{web.url}/sharded"))
 
@@ -280,7 +280,7 @@ def test_the_fingerprint_follows_the_version(web, folder):
     assert "not detected" in open_checkpoint(f"{web.url}/sharded").notes[0]
 
 
-def test_a_name_a_password_and_a_query_go_to_the_server_and_nowhere_else(web):
+def test_name_password_and_query_go_to_server_and_nowhere_else(web):
     web.user = basic("me", "p@ss")
     address = f"http://me:p%40ss@{web.host}/base"
     inventory = inspect(address)

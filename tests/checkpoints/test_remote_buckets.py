@@ -77,7 +77,7 @@ def bucket(server, folder):
 
 
 @pytest.mark.parametrize("name", ["base", "sharded", "base/model.safetensors", "sharded/model.safetensors.index.json"])
-def test_a_checkpoint_is_the_same_from_a_bucket(bucket, folder, name):
+def test_checkpoint_is_same_from_bucket(bucket, folder, name):
     far, near = open_checkpoint(f"s3://models/{name}"), open_checkpoint(folder / name)
     assert set(far) == set(near)
     assert (far.kind, far.config, far.notes) == (near.kind, near.config, near.notes)
@@ -85,7 +85,7 @@ def test_a_checkpoint_is_the_same_from_a_bucket(bucket, folder, name):
         assert torch.equal(far.read(tensor), near.read(tensor))
 
 
-def test_records_are_those_of_the_local_run(bucket, folder):
+def test_records_are_those_of_local_run(bucket, folder):
     words = {"layers": r"layers\.[12]\."}
     far = spectrum("s3://models/base", "s3://models/tuned", **words)
     near = spectrum(folder / "base", folder / "tuned", **words)
@@ -93,7 +93,7 @@ def test_records_are_those_of_the_local_run(bucket, folder):
     assert (far.layers, far.left_out, end) == (near.layers, near.left_out, near.end)
 
 
-def test_only_the_header_and_the_tensor_are_read(bucket, monkeypatch):
+def test_only_header_and_tensor_are_read(bucket, monkeypatch):
     asked = []
     original = BucketStore.read_range
 
@@ -108,7 +108,7 @@ def test_only_the_header_and_the_tensor_are_read(bucket, monkeypatch):
     assert sum(size for _, start, size in asked if start == 0) <= 2 * (2**16 + 1000)
 
 
-def test_an_adapter_under_a_key_with_two_slashes(bucket):
+def test_adapter_under_key_with_two_slashes(bucket):
     far, near = (
         open_adapter(locate("s3://models/twice//lora_r4")),
         open_adapter(ROOT / "sample_checkpoints" / "lora_r4"),
@@ -118,7 +118,7 @@ def test_an_adapter_under_a_key_with_two_slashes(bucket):
     assert inspect("s3://models/twice//lora_r4").path == "s3://models/twice//lora_r4"
 
 
-def test_a_file_that_is_replaced_meanwhile(bucket, folder):
+def test_file_that_is_replaced_meanwhile(bucket, folder):
     content = (folder / "tuned" / "model.safetensors").read_bytes()
     checkpoint = open_checkpoint("s3://models/tuned")
     before = fingerprint(checkpoint)
@@ -140,17 +140,17 @@ def test_a_file_that_is_replaced_meanwhile(bucket, folder):
 @pytest.mark.parametrize(
     "where", ["s3://models/nothing", "s3://elsewhere/base", "s3://elsewhere", "s3://models/base/x.bin"]
 )
-def test_what_is_not_there(bucket, where):
+def test_missing_remote_file_is_reported(bucket, where):
     with pytest.raises(InputError, match=f"^{where}: no such file or folder"):
         open_checkpoint(where)
 
 
-def test_a_folder_without_weights(bucket):
+def test_folder_without_weights(bucket):
     with pytest.raises(InputError, match=r"^s3://models: no weights found"):
         open_checkpoint("s3://models")
 
 
-def test_failures_of_a_bucket(bucket, monkeypatch):
+def test_failures_of_bucket(bucket, monkeypatch):
     from botocore.exceptions import ClientError, NoCredentialsError
 
     def refusing(error):
@@ -194,7 +194,7 @@ def test_failures_of_a_bucket(bucket, monkeypatch):
         ({"content": b"1234567"}, "cut short"),
     ],
 )
-def test_a_store_that_lies(bucket, monkeypatch, change, says):
+def test_store_that_lies(bucket, monkeypatch, change, says):
     address = "s3://models/base/model.safetensors"
     store = locate(address).store
     facts = store.facts(address)
@@ -263,14 +263,14 @@ def memory(monkeypatch, folder):
     return place
 
 
-def test_a_checkpoint_is_the_same_through_another_file_system(memory, folder):
+def test_checkpoint_is_same_through_another_file_system(memory, folder):
     far, near = open_checkpoint("gs://models/base"), open_checkpoint(folder / "base")
     for tensor in near:
         assert torch.equal(far.read(tensor), near.read(tensor))
     assert fingerprint(far) == fingerprint(open_checkpoint("gs://models/base"))
 
 
-def test_what_another_file_system_must_not_do(memory):
+def test_foreign_file_system_is_checked(memory):
     checkpoint = open_checkpoint("gs://models/base")
     memory.__class__.truncated = 1
     with pytest.raises(InputError, match="cut short"):
@@ -282,7 +282,7 @@ def test_what_another_file_system_must_not_do(memory):
         checkpoint.read(NAME)
 
 
-def test_what_is_not_installed_is_named(monkeypatch):
+def test_missing_library_is_named(monkeypatch):
     def missing(name, **options):
         raise ImportError(name)
 

@@ -69,7 +69,7 @@ def far(words, url):
     ],
     ids=lambda words: " ".join(words[:4]),
 )
-def test_a_command_says_of_addresses_what_it_says_of_folders(web, run, words):
+def test_command_says_of_addresses_what_it_says_of_folders(web, run, words):
     web.asked.clear()
     remote = run(*far(words, web.url))
     local = run(*far(words, SAMPLES))
@@ -121,7 +121,7 @@ def test_secrets_are_neither_printed_nor_kept(web, run, tmp_path):
         web.user = None
 
 
-def test_resume_goes_on_with_the_same_input_alone(run, tmp_path):
+def test_resume_goes_on_with_same_input_alone(run, tmp_path):
     for name in ("base", "full_ft"):
         shutil.copytree(SAMPLES / name, tmp_path / "served" / name)
     web = Web(tmp_path / "served")
@@ -196,7 +196,7 @@ def hub(tmp_path):
     files.close()
 
 
-def test_the_hub(hub, loradiag, tmp_path):
+def test_hub(hub, loradiag, tmp_path):
     front, files = hub
     env = {"HF_ENDPOINT": front.url, "HF_TOKEN": "hf_hidden", "HF_HOME": str(tmp_path / "home")}
     words = ("spectrum", "hf://org/name@main/base", "hf://org/name@main/full_ft", *QPROJ)
@@ -216,7 +216,7 @@ def test_the_hub(hub, loradiag, tmp_path):
     assert not list((tmp_path / "home").rglob("*.safetensors"))
 
 
-def test_looking_at_an_address_imports_no_torch(web):
+def test_looking_at_address_imports_no_torch(web):
     import subprocess
 
     code = (
@@ -226,7 +226,7 @@ def test_looking_at_an_address_imports_no_torch(web):
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
 
 
-def test_a_certificate_is_checked(web, loradiag, tmp_path):
+def test_certificate_is_checked(web, loradiag, tmp_path):
     certificate = self_signed(tmp_path)
     secure = Web(SAMPLES, certificate)
     try:

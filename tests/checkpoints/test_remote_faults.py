@@ -36,7 +36,7 @@ def soon(monkeypatch):
 @pytest.mark.parametrize(
     ("fault", "times"), [("drop", 3), ("drop", 30), ("500", 2), ("503", 4), ("429", 1), ("short", 3), ("short", 30)]
 )
-def test_what_passes_is_tried_again(web, fault, times):
+def test_transient_fault_is_retried(web, fault, times):
     """A dropped or shortened answer is gone on from, however often: every one brings some bytes."""
     checkpoint = open_checkpoint(f"{web.url}/base")
     web.fault, web.times = fault, times
@@ -47,7 +47,7 @@ def test_what_passes_is_tried_again(web, fault, times):
     assert repeated == 0
 
 
-def test_the_first_request_is_tried_again_too(web):
+def test_first_request_is_tried_again_too(web):
     for fault, times in (("500", 2), ("drop", 2), ("short", 2)):
         web.fault, web.times, web.at_all = fault, times, True
         assert len(open_checkpoint(f"{web.url}/base/model.safetensors")) == 4
@@ -74,7 +74,7 @@ def test_the_first_request_is_tried_again_too(web):
         ("302", r"redirects to http://elsewhere\.invalid/x; give that address"),
     ],
 )
-def test_what_does_not_pass_is_one_error_and_never_data(web, fault, says):
+def test_permanent_fault_is_one_error_and_never_data(web, fault, says):
     checkpoint = open_checkpoint(f"{web.url}/base")
     web.fault = fault
     with pytest.raises(InputError, match=says) as caught:
@@ -84,24 +84,24 @@ def test_what_does_not_pass_is_one_error_and_never_data(web, fault, says):
 
 
 @pytest.mark.parametrize("fault", ["shifted", "less", "no range", "gzip", "long", "endless", "403", "302"])
-def test_the_header_is_not_taken_from_a_liar_either(web, fault):
+def test_header_is_not_taken_from_liar_either(web, fault):
     web.fault, web.at_all = fault, True
     with pytest.raises(InputError):
         open_checkpoint(f"{web.url}/base/model.safetensors")
 
 
-def test_a_header_that_is_less_than_asked_for_is_refused_at_once(web):
+def test_header_that_is_less_than_asked_for_is_refused_at_once(web):
     web.fault, web.times, web.at_all = "less", 1, True
     with pytest.raises(InputError, match=r"the server sent bytes up to [\d,]+ instead of 65,536"):
         open_checkpoint(f"{web.url}/base/model.safetensors")
 
 
-def test_what_lies_behind_the_end_of_a_file_is_not_asked_for():
+def test_range_beyond_end_is_not_requested():
     with pytest.raises(InputError, match=r"a: ends at byte 10, before the end given in its header"):
         fill(None, "a", memoryview(bytearray(5)), 6, Facts(10, "version"))
 
 
-def test_a_large_file_without_ranges_is_refused_before_it_is_sent(web, folder):
+def test_large_file_without_ranges_is_refused_before_it_is_sent(web, folder):
     file = folder / "large.safetensors"
     with file.open("wb") as stream:
         stream.truncate(20_000_000)
@@ -114,7 +114,7 @@ def test_a_large_file_without_ranges_is_refused_before_it_is_sent(web, folder):
     assert [asked.status for asked in web.asked if asked.path.endswith(".safetensors")] == [200]
 
 
-def test_a_file_that_is_replaced_meanwhile(web, folder):
+def test_file_that_is_replaced_meanwhile(web, folder):
     checkpoint = open_checkpoint(f"{web.url}/tuned")
     checkpoint.read(NAME)
     file = folder / "tuned" / "model.safetensors"
@@ -131,7 +131,7 @@ def test_a_file_that_is_replaced_meanwhile(web, folder):
     file.write_bytes(content)
 
 
-def test_a_server_that_is_gone(web):
+def test_server_that_is_gone(web):
     checkpoint = open_checkpoint(f"{web.url}/base")
     web.close()
     with pytest.raises(InputError, match=r"cannot be read: .* \(5 attempts\)"):

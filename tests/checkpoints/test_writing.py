@@ -22,7 +22,7 @@ def infos(tensors):
     return {name: TensorInfo(name, tuple(x.shape), str(x.dtype).split(".")[1]) for name, x in tensors.items()}
 
 
-def test_the_library_reads_what_was_written(tmp_path):
+def test_library_reads_what_was_written(tmp_path):
     path = tmp_path / "x.safetensors"
     write_safetensors(path, infos(TENSORS), TENSORS.__getitem__, {"format": "pt"})
     found = load_file(path)
@@ -35,7 +35,7 @@ def test_the_library_reads_what_was_written(tmp_path):
     assert ours.files[0].metadata == {"format": "pt"}
 
 
-def test_the_same_tensors_give_the_same_bytes_in_whatever_order(tmp_path):
+def test_same_tensors_give_same_bytes_in_whatever_order(tmp_path):
     for name, order in (("x", list(TENSORS)), ("y", sorted(TENSORS, reverse=True))):
         write_safetensors(
             tmp_path / f"{name}.safetensors", infos({key: TENSORS[key] for key in order}), TENSORS.__getitem__, {}
@@ -45,7 +45,7 @@ def test_the_same_tensors_give_the_same_bytes_in_whatever_order(tmp_path):
     assert int.from_bytes(content[:8], "little") % 8 == 0  # so that float64 lie where they can be mapped
 
 
-def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path):
+def test_failure_leaves_old_file_and_nothing_else(tmp_path):
     path = tmp_path / "x.safetensors"
     write_safetensors(path, infos({"b": TENSORS["b"]}), TENSORS.__getitem__, {})
     before = path.read_bytes()
@@ -61,6 +61,6 @@ def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path):
     assert [entry.name for entry in tmp_path.iterdir()] == ["x.safetensors"]
 
 
-def test_a_folder_that_is_not_there_is_one_message(tmp_path):
+def test_folder_that_is_not_there_is_one_message(tmp_path):
     with pytest.raises(InputError, match="cannot be written"):
         write_safetensors(tmp_path / "no" / "x.safetensors", infos(TENSORS), TENSORS.__getitem__, {})

@@ -22,7 +22,7 @@ def measured(tmp_path_factory):
 
 @pytest.mark.parametrize("columns", ["80", "140"])
 @pytest.mark.parametrize("per", ["type", "layer"])
-def test_the_table_fits_the_terminal_and_says_what_is_kept(loradiag, measured, columns, per):
+def test_table_fits_terminal_and_says_what_is_kept(loradiag, measured, columns, per):
     ran = loradiag("allocate", measured, "--params", "50k", "--per", per, env={"COLUMNS": columns})
     assert (ran.code, ran.err) == (0, "")
     assert max(map(len, ran.out.splitlines())) <= int(columns)
@@ -34,14 +34,14 @@ def test_the_table_fits_the_terminal_and_says_what_is_kept(loradiag, measured, c
     assert "adapter_config.json" in ran.out
 
 
-def test_a_share_of_what_was_not_measured_is_not_claimed(loradiag, tmp_path):
+def test_share_of_what_was_not_measured_is_not_claimed(loradiag, tmp_path):
     base, tuned = ROOT / "sample_checkpoints/base", ROOT / "sample_checkpoints/full_ft"
     lora_diag.spectrum(base, tuned, exclude="lm_head", output=tmp_path / "s.jsonl")
     told = " ".join(loradiag("allocate", "s.jsonl", "--params", "50k").out.split())
     assert "of the whole change ‖Δ‖² in what was measured lies there" in told
 
 
-def test_a_small_gain_is_called_one(loradiag, tmp_path):
+def test_small_gain_is_called_one(loradiag, tmp_path):
     spectra = results(*(record(f"l.{i}.q_proj.weight", (16, 16), [1.0 + i / 1000] * 16) for i in range(4)))
     spectra.write(tmp_path / "s.jsonl")
     assert ", hardly a gain" in " ".join(loradiag("allocate", "s.jsonl", "--total-rank", "24").out.split())
@@ -64,7 +64,7 @@ def test_config_records_and_json_agree(loradiag, measured, tmp_path):
     assert again.strip() == live[: live.index("Next")].strip()
 
 
-def test_the_next_command_extracts_these_ranks(loradiag, measured):
+def test_next_command_extracts_these_ranks(loradiag, measured):
     ran = loradiag("allocate", measured, "--params", "50k", "-o", "ranks.jsonl")
     next_words = " ".join(ran.out[ran.out.index("Next") :].split())
     assert "loradiag extract" in next_words
@@ -72,7 +72,7 @@ def test_the_next_command_extracts_these_ranks(loradiag, measured):
 
 
 @pytest.mark.parametrize(("metric", "more"), [("data", ""), ("kfac", "--kfac ")])
-def test_ranks_in_another_metric_are_extracted_in_it_and_norms_are_not_added_up(loradiag, tmp_path, metric, more):
+def test_ranks_in_metric_are_extracted_without_summed_norms(loradiag, tmp_path, metric, more):
     vector = LeftOut(layer="l.0.norm.weight", shape=(8,), reason="vector", detail="", fro=2.0)
     spectra = results(record("l.0.q_proj.weight", (8, 8), [2.0, 1.0], metric=metric, complete=True), left_out=[vector])
     recorded = RunInput(role="activations", path="a.safetensors", kind="safetensors file", tensors=1)
@@ -84,7 +84,7 @@ def test_ranks_in_another_metric_are_extracted_in_it_and_norms_are_not_added_up(
     assert "1 one-dimensional" in told
 
 
-def test_the_config_is_checked_by_building_the_model(loradiag, measured, tmp_path):
+def test_config_is_checked_by_building_model(loradiag, measured, tmp_path):
     pytest.importorskip("transformers")
     pytest.importorskip("peft")
     words = ["allocate", measured, "--params", "50k", "-q"]
@@ -141,7 +141,7 @@ def test_usage_errors_exit_2_and_write_nothing(loradiag, measured, tmp_path, wor
     assert not list(tmp_path.iterdir())
 
 
-def test_a_file_that_is_no_spectrum_exits_3(loradiag, tmp_path):
+def test_file_that_is_no_spectrum_exits_3(loradiag, tmp_path):
     (tmp_path / "x.jsonl").write_text("hello\n")
     assert loradiag("allocate", "x.jsonl", "--params", "1k").code == 3
 
@@ -157,13 +157,13 @@ def test_warnings_of_noise_and_gradients(loradiag, tmp_path):
         assert word in out
 
 
-def test_weights_that_are_no_text_are_refused_without_a_codec(loradiag, measured, tmp_path):
+def test_weights_that_are_no_text_are_refused_without_codec(loradiag, measured, tmp_path):
     (tmp_path / "w.safetensors").write_bytes(b"\x96\xff")
     ran = loradiag("allocate", measured, "--params", "50k", "--weights", "w.safetensors")
     assert (ran.code, ran.err) == (3, "Error: w.safetensors: is not a readable file of weights: not UTF-8 text\n")
 
 
-def test_the_heuristic_is_written_and_divides_a_budget_only(loradiag, measured, tmp_path):
+def test_heuristic_is_written_and_divides_budget_only(loradiag, measured, tmp_path):
     ran = loradiag("allocate", measured, "--params", "50k", "--strategy", "heuristic", "-o", tmp_path / "h.jsonl")
     assert ran.code == 0, ran.err
     (best,) = lora_diag.allocate(measured, params="50k").whole

@@ -60,7 +60,7 @@ def shell(repository, server):
     return run
 
 
-def test_the_page_has_the_workflows_that_it_promises():
+def test_page_has_workflows_that_it_promises():
     github, *steps = (yaml.safe_load(text) for text in blocks("yaml"))
     assert list(github["jobs"]) == ["gate"]
     lines = commands(github["jobs"]["gate"]["steps"])
@@ -72,7 +72,7 @@ def test_the_page_has_the_workflows_that_it_promises():
     assert any("gate" in step and "release" in step for step in steps)
 
 
-def test_every_command_of_the_workflows_runs(shell, repository):
+def test_every_command_of_workflows_runs(shell, repository):
     """All of them in the order of the page, with the variables that the workflows set; each has to end with 0."""
     github, *others = (yaml.safe_load(text) for text in blocks("yaml"))
     lines = commands(github)
@@ -88,7 +88,7 @@ def test_every_command_of_the_workflows_runs(shell, repository):
         assert shell(line, **github["env"]) == 0, line
 
 
-def test_a_gate_that_fails_stops_what_comes_behind_it(shell, repository):
+def test_gate_that_fails_stops_what_comes_behind_it(shell, repository):
     assert shell("loradiag spectrum base adapter --quiet -o results.jsonl") == 0
     (repository / "gates" / "adapter.toml").write_text('[[rule]]\nname = "x"\nrequire = "relative <= 1e-6"\n')
     gate = next(line for line in commands(yaml.safe_load(blocks("yaml")[0])) if " gate " in line)
@@ -96,12 +96,12 @@ def test_a_gate_that_fails_stops_what_comes_behind_it(shell, repository):
     assert not (repository / "uploaded").exists()
 
 
-def test_the_hook_runs(shell):
+def test_hook_runs(shell):
     hook, _ = blocks("sh")
     assert shell(hook) == 0
 
 
-def test_the_gate_of_a_merge_runs_and_fails_a_merge_that_dropped_the_adapter(shell, repository):
+def test_gate_of_merge_runs_and_fails_merge_that_dropped_adapter(shell, repository):
     """A merge made here: W + (alpha / r) B A, in float32."""
     weights = {}
     for file in (SAMPLES / "base").glob("*.safetensors"):

@@ -17,7 +17,7 @@ from tests.conftest import SHARED, save_model, weights
 from tests.served import PATIENCE, PROGRAM, ROOT
 
 
-def test_spectrum_prints_a_table_and_a_summary(loradiag, pair_of_models):
+def test_spectrum_prints_table_and_summary(loradiag, pair_of_models):
     base, tuned, *_ = pair_of_models
     ran = loradiag("spectrum", base, tuned)
     assert (ran.code, ran.err) == (0, "")
@@ -26,7 +26,7 @@ def test_spectrum_prints_a_table_and_a_summary(loradiag, pair_of_models):
     assert max(map(len, ran.out.splitlines())) <= 80
 
 
-def test_json_is_records_and_nothing_else_and_equals_the_file(loradiag, pair_of_models, tmp_path):
+def test_json_is_records_and_nothing_else_and_equals_file(loradiag, pair_of_models, tmp_path):
     base, tuned, *_ = pair_of_models
     ran = loradiag("spectrum", base, tuned, "--json", "-o", "r.jsonl", "--ranks", "1,3")
     assert ran.code == 0
@@ -35,7 +35,7 @@ def test_json_is_records_and_nothing_else_and_equals_the_file(loradiag, pair_of_
     assert ran.records[-1]["record"] == "end"
 
 
-def test_inspect_shows_a_results_file_again(loradiag, pair_of_models):
+def test_inspect_shows_results_file_again(loradiag, pair_of_models):
     base, tuned, *_ = pair_of_models
     live = loradiag("spectrum", base, tuned, "-o", "r.jsonl").out
     again = loradiag("inspect", "r.jsonl").out
@@ -44,7 +44,7 @@ def test_inspect_shows_a_results_file_again(loradiag, pair_of_models):
     assert loradiag("inspect", "r.jsonl", "--json").records[0]["record"] == "run"
 
 
-def test_inspect_describes_a_checkpoint(loradiag, pair_of_models):
+def test_inspect_describes_checkpoint(loradiag, pair_of_models):
     base, *_ = pair_of_models
     ran = loradiag("inspect", base)
     assert ran.code == 0
@@ -114,7 +114,7 @@ def test_nothing_in_common_exits_4(loradiag, pair_of_models, tmp_path):
     assert not (tmp_path / "r.jsonl").exists()
 
 
-def test_a_layer_with_nan_exits_3_after_measuring_the_rest(loradiag, pair_of_models, tmp_path):
+def test_layer_with_nan_exits_3_after_measuring_rest(loradiag, pair_of_models, tmp_path):
     base, _, _, after = pair_of_models
     after["lm_head.weight"][1, 2] = torch.nan
     ran = loradiag("spectrum", base, save_model(tmp_path / "nan", after), "-o", "r.jsonl")
@@ -123,7 +123,7 @@ def test_a_layer_with_nan_exits_3_after_measuring_the_rest(loradiag, pair_of_mod
     assert lora_diag.read_results(tmp_path / "r.jsonl").end.layers == 9
 
 
-def test_resume_through_the_command(loradiag, pair_of_models, tmp_path):
+def test_resume_through_command(loradiag, pair_of_models, tmp_path):
     base, tuned, *_ = pair_of_models
     assert loradiag("spectrum", base, tuned, "-o", "r.jsonl", "-q").code == 0
     whole = (tmp_path / "r.jsonl").read_bytes()
@@ -133,7 +133,7 @@ def test_resume_through_the_command(loradiag, pair_of_models, tmp_path):
     assert (tmp_path / "r.jsonl").read_bytes() == whole
 
 
-def test_an_output_that_cannot_be_written(loradiag, pair_of_models):
+def test_output_that_cannot_be_written(loradiag, pair_of_models):
     base, tuned, *_ = pair_of_models
     ran = loradiag("spectrum", base, tuned, "-o", "no/such/folder/r.jsonl")
     assert ran.code == 3
@@ -141,7 +141,7 @@ def test_an_output_that_cannot_be_written(loradiag, pair_of_models):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="pseudo-terminals are driven the Linux way")
-def test_a_terminal_gets_progress_and_colour(server, pair_of_models, tmp_path):
+def test_terminal_gets_progress_and_colour(server, pair_of_models, tmp_path):
     base, tuned, *_ = pair_of_models
     leader, follower = pty.openpty()
     environment = {**os.environ, "TERM": "xterm-256color", "COLUMNS": "100"}
@@ -171,7 +171,7 @@ def shell(line: str, cwd) -> subprocess.CompletedProcess:
 
 
 @pytest.mark.parametrize("words", ["spectrum base tuned --json", "spectrum base tuned", "inspect base", "--help"])
-def test_a_closed_pipe_is_no_error(server, pair_of_models, tmp_path, words):
+def test_closed_pipe_is_no_error(server, pair_of_models, tmp_path, words):
     """The reader is gone before the first line, so the first write fails."""
     command = f"({COMMAND} {words}; echo code $? >&2) | true"
     done = shell(f"cd {shlex.quote(str(tmp_path))} && {command}", ROOT)
@@ -181,7 +181,7 @@ def test_a_closed_pipe_is_no_error(server, pair_of_models, tmp_path, words):
 @pytest.mark.parametrize("words", ["spectrum base tuned", "spectrum base tuned --json", "inspect base", "--help"])
 @pytest.mark.parametrize("target", ["/dev/full", "&-"])
 @pytest.mark.skipif(sys.platform != "linux", reason="/dev/full")
-def test_an_output_that_takes_nothing_is_one_message(server, pair_of_models, tmp_path, words, target):
+def test_output_that_takes_nothing_is_one_message(server, pair_of_models, tmp_path, words, target):
     done = shell(f"cd {shlex.quote(str(tmp_path))} && {COMMAND} {words} >{target}", ROOT)
     if (words, target) == ("--help", "&-"):
         assert (done.returncode, done.stderr) == (0, "")  # typer says nothing to nobody
@@ -214,7 +214,7 @@ def test_ctrl_c_says_how_to_go_on(server, tmp_path):
     assert len(lora_diag.read_results(tmp_path / "r.jsonl")) == 60
 
 
-def test_next_is_the_command_that_was_typed(loradiag, pair_of_models, tmp_path):
+def test_next_is_command_that_was_typed(loradiag, pair_of_models, tmp_path):
     base, *_ = pair_of_models
     (tmp_path / "my models").mkdir()
     base.rename(tmp_path / "my models" / "base")
@@ -230,7 +230,7 @@ def test_next_is_the_command_that_was_typed(loradiag, pair_of_models, tmp_path):
     assert "loradiag inspect 'a b.jsonl' --per layer" in ran.out
 
 
-def test_the_usage_line_and_the_exit_codes_that_exist(loradiag):
+def test_usage_line_and_exit_codes_that_exist(loradiag):
     assert loradiag("spectrum", "--help").out.splitlines()[0].endswith(" spectrum [OPTIONS] [BASE] [TUNED]")
     assert loradiag("inspect", "--help").out.splitlines()[0].endswith(" inspect [OPTIONS] PATH")
     for command in (("plot",), ("residual",), ("probe", "outputs"), ("probe", "fisher")):
@@ -285,7 +285,7 @@ def test_output_names_that_no_file_can_have(loradiag, pair_of_models, tmp_path):
     assert "cannot be written" in ran.err
 
 
-def test_an_interrupted_demo_does_not_stop_the_next():
+def test_interrupted_demo_does_not_stop_next():
     recipe = (ROOT / "Makefile").read_text().split("\ndemo:")[1].split("\n\n")[0].splitlines()
     assert recipe[1].split() == ["@rm", "-f", "$(VENV)/demo.jsonl", "$(VENV)/demo.jsonl.part"]
 

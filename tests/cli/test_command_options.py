@@ -40,7 +40,7 @@ def visible(command):
     return [each for each in command.params if each.param_type_name == "option" and not each.hidden]
 
 
-def test_an_option_means_the_same_in_all_commands():
+def test_option_means_same_in_all_commands():
     meanings = defaultdict(set)
     for command in COMMANDS.values():
         for each in visible(command):
@@ -50,7 +50,7 @@ def test_an_option_means_the_same_in_all_commands():
     assert len(meanings) > 80
 
 
-def test_no_option_is_a_synonym_of_another():
+def test_no_option_is_synonym_of_another():
     names = defaultdict(set)
     for command in COMMANDS.values():
         for each in visible(command):
@@ -88,11 +88,11 @@ def test_former_names_are_accepted_and_not_shown(name):
         ("probe sensitivity", "--max-steps", "--steps"),
     ],
 )
-def test_former_name_of_an_option(name, former, now):
+def test_former_name_of_option(name, former, now):
     assert COMMANDS[name].callback.aliases[former] == now
 
 
-def test_a_command_takes_a_former_name_as_the_name_of_today(loradiag):
+def test_command_takes_former_name_as_name_of_today(loradiag):
     words = ("allocate", ROOT / "docs/examples/spectrum.jsonl", "--json")
     now = loradiag(*words, "--memory-budget", "500kB", "--layers", "q_proj|k_proj", "--strategy", "heuristic")
     former = loradiag(*words, "--memory", "500kB", "--target=q_proj|k_proj", "--method", "heuristic")
@@ -111,7 +111,7 @@ def test_python_takes_former_names_and_values():
     assert one == other
 
 
-def test_former_modes_are_the_commands_of_today(loradiag):
+def test_former_modes_are_commands_of_today(loradiag):
     spectrum = ROOT / "docs/examples/spectrum.jsonl"
     for former, now in (
         (("spectrum", "--adapters", SAMPLES / "lora_*"), ("fleet", SAMPLES / "lora_*")),
@@ -159,7 +159,7 @@ def test_list_of_commands_has_one_line_each(loradiag):
         ["allocate", "r.jsonl", "--strategy", "best"],
     ],
 )
-def test_usage_errors_have_the_style_of_all_errors(loradiag, words):
+def test_usage_errors_have_style_of_all_errors(loradiag, words):
     ran = loradiag(*words)
     assert (ran.code, ran.out) == (2, "")
     assert ran.err.startswith("Error: ")
@@ -174,7 +174,7 @@ EXAMPLES = sorted((ROOT / "docs/examples").glob("*.jsonl"))
 
 
 @pytest.mark.parametrize("words", [["inspect", path] for path in EXAMPLES], ids=[path.stem for path in EXAMPLES])
-def test_a_summary_of_an_example_is_short(loradiag, words):
+def test_summary_of_example_is_short(loradiag, words):
     short, whole = (below_the_table(loradiag(*words, brief=brief).out) for brief in (True, False))
     assert len(short) <= LINES < len(whole)
     assert short[-1].endswith(": -v")
@@ -195,7 +195,7 @@ def test_a_summary_of_an_example_is_short(loradiag, words):
     ],
     ids=lambda words: words[0],
 )
-def test_a_summary_of_the_samples_is_short(loradiag, words):
+def test_summary_of_samples_is_short(loradiag, words):
     ran = loradiag(*words, cwd=SAMPLES, brief=True)
     alarms = {"overlap": 4, "verify-merge": 9}  # lines of warnings and failures, which are always shown
     assert 4 <= len(below_the_table(ran.out)) <= LINES + alarms.get(words[0], 0)

@@ -37,7 +37,7 @@ def change_of(before, after, name):
     return after[name].double().numpy() - before[name].double().numpy()
 
 
-def test_the_adapter_the_table_and_the_card(loradiag, pair_of_models, tmp_path):
+def test_adapter_table_and_card(loradiag, pair_of_models, tmp_path):
     base, tuned, before, after = pair_of_models
     ran = loradiag("extract", base, tuned, "--rank", "3", "-o", "adapter")
     assert ran.code == 0, ran.err
@@ -62,7 +62,7 @@ def test_the_adapter_the_table_and_the_card(loradiag, pair_of_models, tmp_path):
     assert "loradiag extract" in card
 
 
-def test_rows_stand_as_in_every_table_and_shares_are_of_what_was_selected(loradiag, pair_of_models):
+def test_rows_are_ordered_and_shares_are_of_selection(loradiag, pair_of_models):
     base, tuned, *_ = pair_of_models
     shown = loradiag("extract", base, tuned, "--rank", "3", "-o", "all").out
     places = [shown.index(f"\n {name} ") for name in ("self_attn.q_proj", "self_attn.k_proj", "mlp.up_proj", "lm_head")]
@@ -88,7 +88,7 @@ def test_extract_then_spectrum_then_residual(loradiag, pair_of_models, tmp_path)
         assert record["epsilon"] == pytest.approx(record["epsilon_min"], abs=1e-5)
 
 
-def test_the_same_command_gives_the_same_bytes(loradiag, pair_of_models, tmp_path):
+def test_same_command_gives_same_bytes(loradiag, pair_of_models, tmp_path):
     base, tuned, *_ = pair_of_models
     for name, workers in (("one", "1"), ("two", "2")):
         words = ("--energy", "0.8", "-o", name, "--workers", workers, "-q")
@@ -113,7 +113,7 @@ def test_the_same_command_gives_the_same_bytes(loradiag, pair_of_models, tmp_pat
         (["--rank", "4", "--layers", "nothing-here"], 4, "nothing was compared"),
     ],
 )
-def test_what_makes_no_sense_is_one_message_and_leaves_nothing(loradiag, pair_of_models, tmp_path, words, code, says):
+def test_invalid_options_are_one_message_and_leave_nothing(loradiag, pair_of_models, tmp_path, words, code, says):
     base, tuned, *_ = pair_of_models
     before = sorted(path.name for path in tmp_path.iterdir())
     ran = loradiag("extract", base, tuned, *words, "-o", "adapter")
@@ -122,7 +122,7 @@ def test_what_makes_no_sense_is_one_message_and_leaves_nothing(loradiag, pair_of
     assert sorted(path.name for path in tmp_path.iterdir()) == before
 
 
-def test_an_output_that_would_be_lost_is_left_alone(loradiag, pair_of_models, tmp_path):
+def test_output_that_would_be_lost_is_left_alone(loradiag, pair_of_models, tmp_path):
     base, tuned, *_ = pair_of_models
     words = ("extract", base, tuned, "--rank", "2", "-q")
     assert "name the adapter folder" in loradiag(*words).err
@@ -154,7 +154,7 @@ def test_an_output_that_would_be_lost_is_left_alone(loradiag, pair_of_models, tm
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base", "file", "notes", "trained", "tuned"]
 
 
-def test_a_layer_that_is_not_finite_is_named_and_not_written(loradiag, pair_of_models, tmp_path):
+def test_layer_that_is_not_finite_is_named_and_not_written(loradiag, pair_of_models, tmp_path):
     base, _, _, after = pair_of_models
     name = "model.layers.0.mlp.up_proj.weight"
     after[name][2, 3] = float("nan")
@@ -171,7 +171,7 @@ def test_a_layer_that_is_not_finite_is_named_and_not_written(loradiag, pair_of_m
     assert "model.layers.1.mlp.up_proj" in config["target_modules"]
 
 
-def test_nothing_to_write_is_an_error_and_leaves_nothing(loradiag, pair_of_models, tmp_path):
+def test_nothing_to_write_is_error_and_leaves_nothing(loradiag, pair_of_models, tmp_path):
     base, _, _, after = pair_of_models
     ran = loradiag("extract", base, base, "--rank", "2", "-o", "adapter")
     assert ran.code == 4
@@ -184,7 +184,7 @@ def test_nothing_to_write_is_an_error_and_leaves_nothing(loradiag, pair_of_model
     assert not list(tmp_path.glob("adapter*"))
 
 
-def test_an_update_that_rounding_swallowed_is_said_so_and_signal_is_not_offered(loradiag, tmp_path):
+def test_rounded_away_update_is_reported_without_signal_option(loradiag, tmp_path):
     torch.manual_seed(0)
     before = {f"layer.{i}.weight": (torch.randn(48, 64) * 0.02).bfloat16() for i in range(2)}
     change = torch.randn(48, 2) @ torch.randn(2, 64) * 4e-6
@@ -209,7 +209,7 @@ def test_layers_that_did_not_move_get_no_adapter(loradiag, pair_of_models, tmp_p
     assert "model.layers.1.self_attn.q_proj" in targets
 
 
-def test_an_interrupted_extraction_is_resumed(pair_of_models, loradiag, tmp_path):
+def test_interrupted_extraction_is_resumed(pair_of_models, loradiag, tmp_path):
     base, tuned, *_ = pair_of_models
     words = ("extract", base, tuned, "--rank", "3", "-q")
     assert loradiag(*words, "-o", "whole").code == 0
@@ -252,7 +252,7 @@ def test_factors_that_are_gone_when_it_is_resumed_are_noticed(pair_of_models, lo
     assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
 
 
-def test_a_budget_is_not_exceeded(loradiag, pair_of_models, tmp_path):
+def test_budget_is_not_exceeded(loradiag, pair_of_models, tmp_path):
     base, tuned, *_ = pair_of_models
     ran = loradiag("extract", base, tuned, "--params", "400", "-o", "adapter", "--json")
     assert ran.code == 0, ran.err
@@ -306,7 +306,7 @@ def test_cases(loradiag, case, tmp_path):
             assert record["fro"] == pytest.approx(truth[record["layer"]]["fro"], rel=1e-4)
 
 
-def test_the_docs_show_what_is_printed(loradiag, tmp_path):
+def test_docs_show_what_is_printed(loradiag, tmp_path):
     """docs/refresh.py runs commands in the repository; this one writes, so it runs here."""
     page = (ROOT / "docs" / "reference" / "extract.md").read_text(encoding="utf-8")
     words, shown = re.search(r"<!-- shown: (.*?) -->\n(.*?)<!-- end -->", page, re.DOTALL).groups()
@@ -315,7 +315,7 @@ def test_the_docs_show_what_is_printed(loradiag, tmp_path):
     assert shown == f"```console\n$ loradiag {words}\n{printed}\n```\n"
 
 
-def test_a_budget_that_is_too_small_keeps_the_spectra_for_the_next(loradiag, pair_of_models, tmp_path):
+def test_budget_that_is_too_small_keeps_spectra_for_next(loradiag, pair_of_models, tmp_path):
     base, tuned, *_ = pair_of_models
     ran = loradiag("extract", base, tuned, "--params", "3", "-o", "adapter")
     assert ran.code == 2
@@ -325,7 +325,7 @@ def test_a_budget_that_is_too_small_keeps_the_spectra_for_the_next(loradiag, pai
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith("adapter")] == ["adapter"]
 
 
-def test_the_best_learning_rate_of_a_sweep_reaches_card_and_next(loradiag, tmp_path):
+def test_best_learning_rate_of_sweep_reaches_card_and_next(loradiag, tmp_path):
     sweep = ROOT / "docs" / "examples" / "sweep.jsonl"
     sides = ROOT / "sample_checkpoints" / "base", ROOT / "sample_checkpoints" / "lora_r4"
     assert loradiag("extract", *sides, "--rank", "1", "--sweep", sweep, "-q", "-o", "out").code == 0

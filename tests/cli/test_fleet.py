@@ -13,7 +13,7 @@ pytestmark = pytest.mark.slow
 SAMPLES = ROOT / "sample_checkpoints"
 
 
-def test_a_pattern_a_table_and_the_gate(loradiag, tmp_path):
+def test_pattern_table_and_gate(loradiag, tmp_path):
     shutil.copytree(SAMPLES / "lora_r4", tmp_path / "fleet" / "one")
     shutil.copytree(SAMPLES / "lora_r4", tmp_path / "fleet" / "copy")
     shutil.copytree(SAMPLES / "lora_r16", tmp_path / "fleet" / "other")
@@ -36,7 +36,7 @@ def test_a_pattern_a_table_and_the_gate(loradiag, tmp_path):
         assert judged.code == code, rule + judged.out + judged.err
 
 
-def test_a_list_on_standard_input(server, tmp_path):
+def test_list_on_standard_input(server, tmp_path):
     listed = "".join(f"{SAMPLES / name}\n" for name in ("lora_r4", "lora_r16"))
     done = subprocess.run(
         [*PROGRAM, "spectrum", "--adapters", "-", "--json"],

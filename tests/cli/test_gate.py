@@ -40,14 +40,14 @@ def test_exit_code_and_words_agree(loradiag, results, policy, limit, code, word)
     assert "Next " in ran.out
 
 
-def test_a_failure_shows_layer_measured_allowed_and_what_to_do(loradiag, results, policy):
+def test_failure_shows_layer_measured_allowed_and_what_to_do(loradiag, results, policy):
     ran = loradiag("gate", policy(0.08), "r.jsonl")
     row = next(line for line in ran.out.splitlines() if "model.layers.2.mlp.up_proj" in line)
     assert row.split() == ["failed", "drift", "model.layers.2.mlp.up_proj", "0.0906", "relative", "<=", "0.08"]
     assert "look at the learning rate" in ran.out
 
 
-def test_each_kind_of_trouble_has_its_exit_code(loradiag, results, policy, tmp_path):
+def test_each_error_kind_has_its_exit_code(loradiag, results, policy, tmp_path):
     write(tmp_path / "u.jsonl", [spectrum(LAYERS[0])], finished=False)
     write(tmp_path / "none.jsonl", [])
     (tmp_path / "cut.jsonl").write_bytes(results.read_bytes()[:40])
@@ -80,19 +80,19 @@ def test_each_kind_of_trouble_has_its_exit_code(loradiag, results, policy, tmp_p
     assert not list(tmp_path.glob("*.xml"))
 
 
-def test_a_mistake_in_the_policy_is_one_line_with_its_place(loradiag, results, policy):
+def test_mistake_in_policy_is_one_line_with_its_place(loradiag, results, policy):
     ran = loradiag("gate", policy(more='\n[[rule]]\nname = "x"\nrequire = "energy.16 >= 90"\n'), "r.jsonl")
     assert ran.code == 2
     assert re.fullmatch(r"Error: p\.toml: line 8: 'energy\.16 >= 90': .* between 0 and 1.*\n", ran.err)
 
 
-def test_results_in_the_place_of_the_policy_are_called_so(loradiag, results):
+def test_results_in_place_of_policy_are_called_so(loradiag, results):
     ran = loradiag("gate", "r.jsonl", "r.jsonl")
     assert (ran.code, ran.out) == (2, "")
     assert "r.jsonl: holds results and is no policy; the order is: loradiag gate POLICY RESULTS..." in ran.err
 
 
-def test_json_is_verdicts_alone_and_equals_the_file_and_inspect_shows_it_again(loradiag, results, policy, tmp_path):
+def test_json_equals_file_and_inspect_shows_it(loradiag, results, policy, tmp_path):
     name = policy(0.08)
     ran = loradiag("gate", name, "r.jsonl", "--json", "-o", "v.jsonl")
     assert ran.code == 1
@@ -112,7 +112,7 @@ def test_verdicts_can_be_judged_themselves(loradiag, results, policy, tmp_path):
     assert loradiag("gate", "q.toml", "v.jsonl").code == 1
 
 
-def test_quiet_keeps_one_line_with_the_reason(loradiag, results, policy):
+def test_quiet_keeps_one_line_with_reason(loradiag, results, policy):
     ran = loradiag("gate", policy(0.08), "r.jsonl", "-q")
     assert (ran.code, ran.out, ran.err.count("\n")) == (1, "", 1)
     for word in ("FAILED", "drift", LAYERS[5], "0.0906", "relative <= 0.08", "look at the learning rate"):
@@ -121,7 +121,7 @@ def test_quiet_keeps_one_line_with_the_reason(loradiag, results, policy):
     assert (ran.code, ran.out, ran.err) == (0, "", "")
 
 
-def test_init_is_a_command_of_its_own_and_takes_its_old_form(loradiag, results):
+def test_init_is_command_of_its_own_and_takes_its_old_form(loradiag, results):
     new = loradiag("gate", "init", "r.jsonl", "-o", "p.toml")
     assert (new.code, loradiag("gate", "-o", "q.toml", "init", "r.jsonl").code) == (0, 0)
     usage = loradiag("gate", "init", "--help").out
@@ -131,7 +131,7 @@ def test_init_is_a_command_of_its_own_and_takes_its_old_form(loradiag, results):
     assert (ran.code, "--junit" in ran.err) == (2, True)
 
 
-def test_reports_are_written_and_a_model_card_is_kept(loradiag, results, policy, tmp_path):
+def test_reports_are_written_and_model_card_is_kept(loradiag, results, policy, tmp_path):
     (tmp_path / "README.md").write_text("# My model\n")
     words = ["--junit", "j.xml", "--sarif", "s.json", "--model-card", "README.md"]
     assert loradiag("gate", policy(0.08), "r.jsonl", *words).code == 1
@@ -148,7 +148,7 @@ def test_reports_are_written_and_a_model_card_is_kept(loradiag, results, policy,
     assert {path.name for path in tmp_path.iterdir()} == {"README.md", "j.xml", "p.toml", "r.jsonl", "s.json"}
 
 
-def test_github_mode_stops_commands_in_names_and_writes_the_step_summary(loradiag, tmp_path, policy):
+def test_github_mode_escapes_commands_and_writes_step_summary(loradiag, tmp_path, policy):
     write(tmp_path / "r.jsonl", [spectrum("::error::forged.weight"), *(spectrum(n, s=(4.0, 2.0)) for n in LAYERS)])
     (tmp_path / "summary.md").write_text("earlier\n")
     env = {"GITHUB_STEP_SUMMARY": str(tmp_path / "summary.md")}
@@ -167,7 +167,7 @@ def test_github_mode_stops_commands_in_names_and_writes_the_step_summary(loradia
     assert "more are in" not in summary
 
 
-def test_the_baseline_tightens_and_fails(loradiag, tmp_path):
+def test_baseline_tightens_and_fails(loradiag, tmp_path):
     (tmp_path / "p.toml").write_text('[[baseline]]\nfield = "residual.epsilon"\nworse = "higher"\ntolerance = "10%"\n')
     inputs = (("base", "b"), ("adapter", "a"))
     write(tmp_path / "main.jsonl", [residual(LAYERS[0], "a", 0.5)], inputs=inputs)
@@ -181,7 +181,7 @@ def test_the_baseline_tightens_and_fails(loradiag, tmp_path):
     assert loradiag(*gate, "good.jsonl").code == 2
 
 
-def test_init_writes_a_policy_that_passes_and_overwrites_nothing(loradiag, results, tmp_path):
+def test_init_writes_policy_that_passes_and_overwrites_nothing(loradiag, results, tmp_path):
     ran = loradiag("gate", "init", "r.jsonl", "-o", "p.toml")
     assert (ran.code, ran.err) == (0, "")
     assert "loradiag gate p.toml r.jsonl" in ran.out
@@ -193,12 +193,12 @@ def test_init_writes_a_policy_that_passes_and_overwrites_nothing(loradiag, resul
     assert (tmp_path / "p.toml").read_bytes() == content
 
 
-def test_a_policy_called_init_is_named_with_its_folder(loradiag, results, tmp_path):
+def test_policy_called_init_is_named_with_its_folder(loradiag, results, tmp_path):
     (tmp_path / "init").write_text(POLICY.format(limit=0.2))
     assert loradiag("gate", "./init", "r.jsonl").code == 0
 
 
-def test_measuring_first_gives_what_the_measured_file_gives(loradiag, tmp_path):
+def test_measuring_first_gives_what_measured_file_gives(loradiag, tmp_path):
     base, adapter = SAMPLES / "base", SAMPLES / "lora_r4"
     assert loradiag("spectrum", base, adapter, "-o", "s.jsonl", "-q").code == 0
     assert loradiag("gate", "--policy", "adapter-basic", "s.jsonl", "-q", "-o", "a.jsonl").code == 0
@@ -209,7 +209,7 @@ def test_measuring_first_gives_what_the_measured_file_gives(loradiag, tmp_path):
     assert a == b
 
 
-def test_an_adapter_is_measured_against_base_and_fine_tune(loradiag, tmp_path):
+def test_adapter_is_measured_against_base_and_fine_tune(loradiag, tmp_path):
     (tmp_path / "p.toml").write_text(
         '[[rule]]\nname = "far"\nrequire = "residual.epsilon <= 1"\nlayers = "q_proj"\nwhere = {role = "adapter"}\n'
         '[[rule]]\nname = "near"\nrequire = "spectrum.relative <= 1"\n'
@@ -221,7 +221,7 @@ def test_an_adapter_is_measured_against_base_and_fine_tune(loradiag, tmp_path):
     assert statuses == {("far", "failed"), ("near", "passed")}
 
 
-def test_a_dead_adapter_does_not_ship(loradiag, tmp_path):
+def test_dead_adapter_does_not_ship(loradiag, tmp_path):
     dead = shutil.copytree(SAMPLES / "lora_r4", tmp_path / "dead")
     weights = load_file(dead / "adapter_model.safetensors")
     weights = {name: value * 0 if "lora_B" in name else value for name, value in weights.items()}
@@ -231,7 +231,7 @@ def test_a_dead_adapter_does_not_ship(loradiag, tmp_path):
     assert "dead, 28 layers: the adapter changes nothing here" in ran.out
 
 
-def test_the_page_shows_a_failure_as_it_is_printed_and_its_policies_are_valid(loradiag, tmp_path):
+def test_page_shows_printed_failure_and_valid_policies(loradiag, tmp_path):
     page = (ROOT / "docs" / "reference" / "gate.md").read_text(encoding="utf-8")
     small, whole = re.findall(r"^```toml\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
     assert len(read_policy("p.toml", whole).rules) == 3
@@ -245,7 +245,7 @@ def test_the_page_shows_a_failure_as_it_is_printed_and_its_policies_are_valid(lo
     assert f"```console\n$ loradiag gate policy.toml results.jsonl\n{printed}\n```" in page
 
 
-def test_the_function_has_the_name_of_the_command_whatever_was_imported_before(tmp_path):
+def test_function_has_name_of_command_in_any_import_order(tmp_path):
     """No room may have the name of a function: once imported, it would stand in its place."""
     path = write(tmp_path / "r.jsonl", [spectrum(LAYERS[0])])
     (tmp_path / "p.toml").write_text(POLICY.format(limit=0.2))

@@ -13,7 +13,7 @@ BASE, TUNED, R4, R16 = (ROOT / "sample_checkpoints" / name for name in ("base", 
 ONE = "--layers", r"layers\.0\.(mlp\.up|self_attn\.q)"
 
 
-def test_adapters_alone_tables_and_a_summary_of_the_records(loradiag, tmp_path):
+def test_adapters_alone_tables_and_summary_of_records(loradiag, tmp_path):
     ran = loradiag("interference", R4, R16, "-o", "i.jsonl", "--spectrum", "u.jsonl")
     assert ran.code == 0, ran.err
     assert max(map(len, ran.out.splitlines())) <= 80
@@ -36,7 +36,7 @@ def test_adapters_alone_tables_and_a_summary_of_the_records(loradiag, tmp_path):
     assert shown == ran.out[: ran.out.index("\nNext ")] + "\n"
 
 
-def test_allocate_gives_the_sum_its_ranks(loradiag, tmp_path):
+def test_allocate_gives_sum_its_ranks(loradiag, tmp_path):
     assert loradiag("interference", R4, R16, "-q", "--spectrum", "u.jsonl").code == 0
     ran = loradiag("allocate", "u.jsonl", "--energy", "0.9", "-o", "a.jsonl")
     assert ran.code == 0, ran.err
@@ -50,7 +50,7 @@ def test_allocate_gives_the_sum_its_ranks(loradiag, tmp_path):
     assert loradiag("inspect", "u.jsonl").code == 0
 
 
-def test_mixed_updates_need_the_base_first(loradiag):
+def test_mixed_updates_need_base_first(loradiag):
     ran = loradiag("interference", BASE, R4, TUNED, *ONE, "--json")
     assert ran.code == 0, ran.err
     assert [record["record"] for record in ran.records].count("interference") == 2
@@ -59,7 +59,7 @@ def test_mixed_updates_need_the_base_first(loradiag):
     assert "give BASE first" in wrong.err
 
 
-def test_an_interrupted_run_goes_on(loradiag, tmp_path):
+def test_interrupted_run_goes_on(loradiag, tmp_path):
     words = "interference", BASE, R4, R16, TUNED, *ONE, "-o", "i.jsonl"
     whole = loradiag(*words)
     assert whole.code == 0
@@ -72,7 +72,7 @@ def test_an_interrupted_run_goes_on(loradiag, tmp_path):
         assert (tmp_path / "i.jsonl").read_text() == text
 
 
-def test_the_gate_judges_it(loradiag, tmp_path):
+def test_gate_judges_it(loradiag, tmp_path):
     assert loradiag("interference", R4, R16, "-q", "-o", "i.jsonl").code == 0
     for rule, code in (
         ("cosine >= 0", 0),
@@ -102,7 +102,7 @@ def test_the_gate_judges_it(loradiag, tmp_path):
         ((R4, "nowhere"), 3, "nowhere"),
     ],
 )
-def test_one_message_and_an_exit_code(loradiag, tmp_path, words, code, told):
+def test_error_is_one_message_with_exit_code(loradiag, tmp_path, words, code, told):
     ran = loradiag("interference", *words)
     assert ran.code == code, ran.err
     assert told in ran.err
@@ -110,7 +110,7 @@ def test_one_message_and_an_exit_code(loradiag, tmp_path, words, code, told):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_spectrum_file_never_overwrites_something_else(loradiag, tmp_path):
+def test_spectrum_file_never_overwrites_something_else(loradiag, tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     ran = loradiag("interference", R4, R16, "--spectrum", "notes.txt")
     assert ran.code == 2

@@ -12,7 +12,7 @@ BASE, TUNED, R4 = (ROOT / "sample_checkpoints" / name for name in ("base", "full
 ONE = "--layers", r"layers\.0"
 
 
-def test_a_table_and_a_summary_of_the_records(loradiag, tmp_path):
+def test_table_and_summary_of_records(loradiag, tmp_path):
     ran = loradiag("intruders", BASE, R4, "-o", "i.jsonl")
     assert ran.code == 0, ran.err
     assert max(map(len, ran.out.splitlines())) <= 80
@@ -56,7 +56,7 @@ def test_json_and_resume(loradiag, tmp_path):
         ((BASE, "nowhere"), 3, "nowhere"),
     ],
 )
-def test_one_message_and_an_exit_code(loradiag, tmp_path, words, code, told):
+def test_error_is_one_message_with_exit_code(loradiag, tmp_path, words, code, told):
     ran = loradiag("intruders", *words)
     assert ran.code == code, ran.err
     assert told in ran.err

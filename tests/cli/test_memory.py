@@ -66,7 +66,7 @@ def limited():
     return run
 
 
-def test_a_matrix_larger_than_a_hard_limit_is_measured(pair, limited):
+def test_matrix_larger_than_hard_limit_is_measured(pair, limited):
     base, tuned, before, after = pair
     assert 4 * before[NAME].numel() > LIMIT * 2**20
     without = limited(LIMIT, "spectrum", base, tuned, "--json")
@@ -84,7 +84,7 @@ def test_a_matrix_larger_than_a_hard_limit_is_measured(pair, limited):
 
 
 @pytest.mark.parametrize("top", [None, 12])
-def test_the_records_are_those_of_a_run_without_a_limit(pair, top):
+def test_records_are_those_of_run_without_limit(pair, top):
     base, tuned, *_ = pair
     plain = lora_diag.spectrum(base, tuned, top=top, layers="up_proj")[NAME]
     blocks = lora_diag.spectrum(base, tuned, top=top, layers="up_proj", memory=MEMORY)[NAME]
@@ -94,7 +94,7 @@ def test_the_records_are_those_of_a_run_without_a_limit(pair, top):
     assert blocks.s == pytest.approx(plain.s, rel=1e-5, abs=1e-7 * plain.s[0])
 
 
-def test_a_layer_that_fits_by_no_method_is_left_out_with_the_way_out(tmp_path, loradiag):
+def test_layer_that_fits_by_no_method_is_left_out_with_way_out(tmp_path, loradiag):
     rng = torch.Generator().manual_seed(0)
     before = {NAME: torch.randn(3650, 3600, generator=rng).bfloat16(), SMALL: torch.randn(96, 80, generator=rng)}
     after = {name: (value.float() + 0.01).to(value.dtype) for name, value in before.items()}
@@ -116,7 +116,7 @@ def test_a_layer_that_fits_by_no_method_is_left_out_with_the_way_out(tmp_path, l
     assert left["fro"] == pytest.approx(np.linalg.norm(delta), rel=1e-6)
 
 
-def test_a_size_that_makes_no_sense_ends_the_command(loradiag):
+def test_size_that_makes_no_sense_ends_command(loradiag):
     ran = loradiag("spectrum", "sample_checkpoints/base", "sample_checkpoints/full_ft", "--memory", "8", cwd=ROOT)
     assert ran.code == 2
     assert "--memory 8: give a size with its unit, such as 2GB" in ran.err
@@ -137,7 +137,7 @@ def test_sizes_that_make_no_sense_are_refused(memory, workers, said):
         lora_diag.spectrum("sample_checkpoints/base", "sample_checkpoints/full_ft", memory=memory, workers=workers)
 
 
-def test_a_large_model_that_does_not_fit_does_not_fill_the_terminal(capsys):
+def test_large_model_that_does_not_fit_does_not_fill_terminal(capsys):
     left = [LeftOut(layer=f"layer{n}", shape=(2, 2), reason="memory", detail="too large") for n in range(70000)]
     assert tell_unmeasured(left, "the layer was left out")
     *named, rest = capsys.readouterr().err.splitlines()

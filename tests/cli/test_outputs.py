@@ -151,7 +151,7 @@ def test_hostile_places_are_refused_before_work(run, tmp_path, words, option, na
 
 
 @pytest.mark.parametrize(("words", "option", "name"), [each for each in OUTPUTS if each.values[0][0] != "extract"])
-def test_overwrite_gets_past_a_foreign_file(run, tmp_path, words, option, name):
+def test_overwrite_gets_past_foreign_file(run, tmp_path, words, option, name):
     """With it, the missing inputs are what is wrong; the file is still there, because nothing was made."""
     out = tmp_path / names_of(words, name)
     out.write_bytes(b"# mine\n" if name == "model_card" else FOREIGN[out.suffix])
@@ -164,7 +164,7 @@ def test_overwrite_gets_past_a_foreign_file(run, tmp_path, words, option, name):
 
 
 @pytest.mark.parametrize(("words", "option", "name"), OUTPUTS)
-def test_no_output_replaces_the_config_of_weights(run, tmp_path, words, option, name):
+def test_no_output_replaces_config_of_weights(run, tmp_path, words, option, name):
     (tmp_path / "adapter_model.safetensors").write_bytes(b"weights")
     (tmp_path / "adapter_config.json").write_text(TRAINED)
     before = state(tmp_path)
@@ -223,7 +223,7 @@ def test_own_file_is_replaced_and_others_on_request(run, tmp_path, records, file
     assert names(tmp_path) == sorted({"r.jsonl", "second", file})
 
 
-def test_figures_in_a_folder_are_all_or_none(run, tmp_path, records):
+def test_figures_in_folder_are_all_or_none(run, tmp_path, records):
     """A stranger's file, or a link to weights, among the figures: nothing is drawn. A linked folder is a folder."""
     pytest.importorskip("matplotlib")
     (tmp_path / "scratch").mkdir()
@@ -245,7 +245,7 @@ def test_figures_in_a_folder_are_all_or_none(run, tmp_path, records):
     assert weights.read_bytes() == b"weights"
 
 
-def test_overwrite_spares_inputs_and_replaces_at_the_end(run, tmp_path, records):
+def test_overwrite_spares_inputs_and_replaces_at_end(run, tmp_path, records):
     config = tmp_path / "mine.json"
     config.write_text("mine")
     words = ["spectrum", *PAIR, "--layers", "o_proj", "-q", "--overwrite", "-o"]
@@ -261,7 +261,7 @@ def test_overwrite_spares_inputs_and_replaces_at_the_end(run, tmp_path, records)
     assert not (tmp_path / "r.sarif").exists()
 
 
-def test_model_card_keeps_the_rest_as_it_is(run, tmp_path, records):
+def test_model_card_keeps_rest_as_it_is(run, tmp_path, records):
     """Line ends, text behind a block that lost its end, and every byte outside of our block."""
     card = tmp_path / "README.md"
     cut = "# Mine\r\n<!-- loradiag gate: begin -->\r\nmy own words\r\n"
@@ -279,7 +279,7 @@ def test_model_card_keeps_the_rest_as_it_is(run, tmp_path, records):
         assert (code, ".md" in err, (tmp_path / name).read_text()) == (2, True, "text")
 
 
-def test_ratchet_does_not_follow_a_link(run, tmp_path, records):
+def test_ratchet_does_not_follow_link(run, tmp_path, records):
     (tmp_path / "policy.toml").write_text('[[baseline]]\nfield = "spectrum.fro"\nmax_increase = 0.5\n')
     (tmp_path / "base.jsonl").symlink_to(records)
     before = records.read_bytes()
@@ -288,7 +288,7 @@ def test_ratchet_does_not_follow_a_link(run, tmp_path, records):
     assert records.read_bytes() == before
 
 
-def test_results_file_below_a_linked_folder(run, tmp_path):
+def test_results_file_below_linked_folder(run, tmp_path):
     """A user's ~/runs that leads to scratch storage; and output into the file behind standard output."""
     (tmp_path / "scratch").mkdir()
     (tmp_path / "runs").symlink_to("scratch")

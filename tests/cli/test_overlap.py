@@ -25,7 +25,7 @@ def inputs(tmp_path):
     return "base", "tuned", "g"
 
 
-def test_the_table_fits_and_the_summary_answers(loradiag, inputs):
+def test_table_fits_and_summary_answers(loradiag, inputs):
     ran = loradiag("overlap", *inputs, "--ranks", "2,4")
     assert (ran.code, ran.err) == (0, "")
     assert max(map(len, ran.out.splitlines())) <= 80
@@ -33,7 +33,7 @@ def test_the_table_fits_and_the_summary_answers(loradiag, inputs):
         assert word in ran.out, word
 
 
-def test_json_is_the_file_and_inspect_shows_it_again(loradiag, inputs, tmp_path):
+def test_json_is_file_and_inspect_shows_it_again(loradiag, inputs, tmp_path):
     ran = loradiag("overlap", *inputs, "--ranks", "2", "--json", "-o", "o.jsonl")
     assert ran.code == 0
     assert ran.out == (tmp_path / "o.jsonl").read_text()
@@ -42,7 +42,7 @@ def test_json_is_the_file_and_inspect_shows_it_again(loradiag, inputs, tmp_path)
     assert again.strip() == overlap_table(read_results(tmp_path / "o.jsonl"), 140).strip()
 
 
-def test_a_rank_to_show_is_measured_and_layers_may_be_rows(loradiag, inputs):
+def test_rank_to_show_is_measured_and_layers_may_be_rows(loradiag, inputs):
     ran = loradiag("overlap", *inputs, "--ranks", "2", "--rank", "3", "--per", "layer")
     assert "at r=3" in ran.out
     assert "model.layers.1.mlp.up_proj" in ran.out
@@ -51,7 +51,7 @@ def test_a_rank_to_show_is_measured_and_layers_may_be_rows(loradiag, inputs):
     assert ran.err == "--show-rank 70000: no layer and no adapter here has so many; another rank is shown\n"
 
 
-def test_where_nothing_is_measured_no_rank_is_called_too_high_and_nothing_is_next(loradiag, inputs, tmp_path):
+def test_nothing_measured_gives_no_rank_verdict_or_next_step(loradiag, inputs, tmp_path):
     broken = {name: torch.full_like(value, torch.nan) for name, value in weights(3).items()}
     save_model(tmp_path / "tuned", broken)
     ran = loradiag("overlap", *inputs, "--rank", "2", "--layers", "layers.0.*q_proj")
@@ -60,14 +60,14 @@ def test_where_nothing_is_measured_no_rank_is_called_too_high_and_nothing_is_nex
     assert "Next" not in ran.out
 
 
-def test_files_given_one_by_one_are_the_same_as_their_folder(inputs, tmp_path):
+def test_files_given_one_by_one_are_same_as_their_folder(inputs, tmp_path):
     base, tuned, folder = (tmp_path / name for name in inputs)
     files = [folder / f"{step}.safetensors" for step in (20, 0, 10)]
     one, two = (lora_diag.overlap(base, tuned, paths, ranks=[2]) for paths in (files, [folder]))
     assert one.layers == two.layers
 
 
-def test_a_gradient_that_is_not_finite_exits_3_after_the_rest(loradiag, inputs, tmp_path):
+def test_gradient_that_is_not_finite_exits_3_after_rest(loradiag, inputs, tmp_path):
     file = tmp_path / "g" / "10.safetensors"
     bad = load_file(file)
     bad["lm_head.weight"][0, 1] = torch.inf
@@ -95,7 +95,7 @@ def test_errors_are_one_message_and_write_nothing(loradiag, inputs, tmp_path, wo
     assert not (tmp_path / "o.jsonl").exists()
 
 
-def test_names_from_files_cannot_move_the_cursor(loradiag, inputs, tmp_path):
+def test_names_from_files_cannot_move_cursor(loradiag, inputs, tmp_path):
     name = "evil\x1b[2J.weight"
     for folder, scale in (("base", 0.0), ("tuned", 1.0)):
         tensors = load_file(tmp_path / folder / "model.safetensors")
@@ -107,7 +107,7 @@ def test_names_from_files_cannot_move_the_cursor(loradiag, inputs, tmp_path):
 
 
 @pytest.mark.parametrize("named", [["--gradients", "g"], ["base", "--gradients", "g"]])
-def test_the_spectrum_of_gradients_with_and_without_base(loradiag, inputs, tmp_path, named):
+def test_spectrum_of_gradients_with_and_without_base(loradiag, inputs, tmp_path, named):
     ran = loradiag("spectrum", *named, "-o", "s.jsonl")
     assert (ran.code, ran.err) == (0, "")
     records = [json.loads(line) for line in (tmp_path / "s.jsonl").read_text().splitlines()]
@@ -116,7 +116,7 @@ def test_the_spectrum_of_gradients_with_and_without_base(loradiag, inputs, tmp_p
     assert "ΔW" not in ran.out
 
 
-def test_the_gradients_option_takes_every_word_up_to_the_next_option(loradiag, inputs):
+def test_gradients_option_takes_every_word_up_to_next_option(loradiag, inputs):
     files = [f"g/{step}.safetensors" for step in (0, 10, 20)]
     ran = loradiag("spectrum", "base", "--gradients", *files, "--json")
     stacks = [record["stack"] for record in ran.records if record["record"] == "spectrum"]

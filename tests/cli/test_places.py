@@ -47,7 +47,7 @@ def told(monkeypatch, capsys, tmp_path):
 
 
 @pytest.mark.parametrize("words", WRITERS, ids=lambda words: " ".join(words[:2] + words[-2:]).replace(str(SAMPLES), ""))
-def test_a_folder_that_is_not_there_is_told_and_not_made(told, tmp_path, words):
+def test_folder_that_is_not_there_is_told_and_not_made(told, tmp_path, words):
     place = words[-1].format("typo/deeper")
     code, err = told(*words[:-1], place)
     assert (code, err) == (3, f"Error: {place}: cannot be written: there is no folder typo; create it first\n")
@@ -62,7 +62,7 @@ def test_names_that_no_file_can_have(told, tmp_path, words):
 
 
 @pytest.mark.parametrize("words", [["report", "r.jsonl", "--format", "html"], ["gate", "init", "r.jsonl"]])
-def test_a_device_is_not_replaced_by_a_file(told, tmp_path, words):
+def test_device_is_not_replaced_by_file(told, tmp_path, words):
     """As root, renaming onto /dev/null would take it from the whole machine; here a pipe stands for it.
 
     No test names the real one: where the refusal failed, a test that did took it from the machine that ran it.
@@ -100,14 +100,14 @@ def test_no_input_is_written_over_and_no_file_twice(told, tmp_path, words):
 @pytest.mark.parametrize(
     "words", [["report", "e.jsonl"], ["allocate", "e.jsonl", "--energy", "1"], ["inspect", "e.jsonl"]]
 )
-def test_an_empty_file_is_called_that(told, tmp_path, words):
+def test_empty_file_is_called_that(told, tmp_path, words):
     (tmp_path / "e.jsonl").write_bytes(b"")
     code, err = told(*words)
     assert code == 3
     assert "empty" in err
 
 
-def test_records_go_on_in_a_file_that_may_be_written_where_no_new_one_may(monkeypatch, tmp_path):
+def test_records_resume_in_writable_file_of_read_only_folder(monkeypatch, tmp_path):
     file = tmp_path / "r.jsonl"
     file.touch()
     monkeypatch.setattr("os.access", lambda place, mode: place == file)  # root may write anywhere
@@ -116,7 +116,7 @@ def test_records_go_on_in_a_file_that_may_be_written_where_no_new_one_may(monkey
         check_output(tmp_path / "new.jsonl", resume=False, overwrite=False)
 
 
-def test_the_folder_of_figures_is_made_and_nothing_above_it(told, tmp_path):
+def test_folder_of_figures_is_made_and_nothing_above_it(told, tmp_path):
     pytest.importorskip("matplotlib")
     code, _ = told("plot", "r.jsonl", "--figure", "energy", "-o", "figures")
     assert code == 0

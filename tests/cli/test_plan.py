@@ -14,7 +14,7 @@ BASE = ROOT / "sample_checkpoints/base"
 
 
 @pytest.mark.parametrize("columns", ["80", "140"])
-def test_the_tables_fit_the_terminal(loradiag, columns):
+def test_tables_fit_terminal(loradiag, columns):
     ran = loradiag("plan", BASE, "--params", "100k", env={"COLUMNS": columns})
     assert (ran.code, ran.err) == (0, "")
     assert max(map(len, ran.out.splitlines())) <= int(columns)
@@ -59,14 +59,14 @@ def test_usage_errors(loradiag, words, code, message):
     assert message in ran.err
 
 
-def test_an_unknown_architecture_names_the_way_out(loradiag, tmp_path):
+def test_unknown_architecture_names_way_out(loradiag, tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "mamba"}')
     ran = loradiag("plan", "config.json")
     assert ran.code == 3
     assert "give the checkpoint itself" in ran.err
 
 
-def test_a_name_in_a_file_cannot_move_the_cursor(loradiag, tmp_path):
+def test_name_in_file_cannot_move_cursor(loradiag, tmp_path):
     from tests.conftest import save_model, weights
 
     name = "model.layers.0.bad\x1b[2J_proj.weight"
@@ -77,7 +77,7 @@ def test_a_name_in_a_file_cannot_move_the_cursor(loradiag, tmp_path):
 
 
 @pytest.mark.parametrize("columns", ["80", "140"])
-def test_the_time_of_a_run_is_told_from_what_was_measured(loradiag, columns):
+def test_time_of_run_is_told_from_what_was_measured(loradiag, columns):
     ran = loradiag("plan", BASE, "--cost", env={"COLUMNS": columns})
     assert (ran.code, ran.err) == (0, "")
     assert max(map(len, ran.out.splitlines())) <= int(columns)
@@ -86,7 +86,7 @@ def test_the_time_of_a_run_is_told_from_what_was_measured(loradiag, columns):
     assert "--top" not in ran.out.split("Next")[0]  # krylov is not taken in matrices so small
 
 
-def test_the_record_of_a_cost_adds_up(loradiag):
+def test_record_of_cost_adds_up(loradiag):
     from lora_diag.decisions.plan.cost import Speed
     from lora_diag.decisions.plan.record import Plan
 
@@ -98,7 +98,7 @@ def test_the_record_of_a_cost_adds_up(loradiag):
     assert found.costs[0].bytes == 2 * found.base_bytes
 
 
-def test_experts_of_a_config_cost_what_they_do_in_a_checkpoint():
+def test_experts_of_config_cost_what_they_do_in_checkpoint():
     """transformers holds gate and up as one matrix; files have two, with half the rows."""
     from lora_diag.decisions.plan.measure import Matrix
     from lora_diag.decisions.plan.run import _apart
@@ -110,7 +110,7 @@ def test_experts_of_a_config_cost_what_they_do_in_a_checkpoint():
     ]
 
 
-def test_a_top_that_makes_no_sense_is_refused(loradiag):
+def test_top_that_makes_no_sense_is_refused(loradiag):
     ran = loradiag("plan", BASE, "--cost", "--top", "0")
     assert (ran.code, ran.out) == (2, "")
     assert "--top 0: must be at least 1" in ran.err

@@ -21,7 +21,7 @@ def adapters(tmp_path):
     return "residual.jsonl"
 
 
-def test_plot_draws_what_the_records_allow_and_says_what_is_missing(loradiag, spectra, adapters, tmp_path):
+def test_plot_draws_what_records_allow_and_says_what_is_missing(loradiag, spectra, adapters, tmp_path):
     ran = loradiag("plot", spectra, adapters)
     assert (ran.code, ran.err) == (0, "")
     made = sorted(path.name for path in (tmp_path / "figures").iterdir())
@@ -34,7 +34,7 @@ def test_plot_draws_what_the_records_allow_and_says_what_is_missing(loradiag, sp
     assert max(map(len, ran.out.splitlines())) <= 80
 
 
-def test_where_nothing_can_be_drawn_records_that_nobody_gave_are_not_listed():
+def test_nothing_drawable_lists_only_given_records():
     runs = [making.results(making.model(1))]
     missing = [Drawn(name, "", None, "absent", missing="records") for name in ("fleet", "heatmap")]
     assert _why_none(runs, missing) == "none is of results of spectrum; loradiag inspect and loradiag report show them"
@@ -49,7 +49,7 @@ def test_one_file_takes_one_figure(loradiag, spectra, tmp_path, suffix, begins):
     assert [path.name for path in tmp_path.glob("*one*")] == [f"one.{suffix}"]
 
 
-def test_a_file_without_a_figure_takes_the_first_that_can_be_drawn(loradiag, adapters, tmp_path):
+def test_file_without_figure_takes_first_that_can_be_drawn(loradiag, adapters, tmp_path):
     assert "residual  x.svg" in loradiag("plot", adapters, "-o", "x.svg").out
     assert "residual  y.svg" in loradiag("plot", adapters, "-o", "y.svg", "--figure", "residual").out
     assert "heatmap  z.svg" in loradiag("plot", adapters, "-o", "z.svg", "--field", "norm_ratio").out
@@ -76,7 +76,7 @@ def test_two_runs_are_overlaid_under_their_labels(loradiag, spectra, tmp_path):
         (["--layers", "nothing at all"], 4, "no layer left to draw: no name matches nothing at all"),
     ],
 )
-def test_what_cannot_be_done_is_one_message(loradiag, spectra, tmp_path, words, code, message):
+def test_impossible_request_is_one_message(loradiag, spectra, tmp_path, words, code, message):
     ran = loradiag("plot", spectra, *words)
     assert (ran.code, ran.out) == (code, "")
     assert message in ran.err

@@ -19,7 +19,7 @@ def pair(tmp_path_factory):
     return base, moved(base, folder / "tuned"), some_text(folder), some_text(folder, "english", source="shifted")
 
 
-def test_truncation_gives_records_and_nothing_else_tells_its_cost_and_is_shown_again(loradiag, pair, tmp_path):
+def test_truncation_prints_only_records_and_states_its_cost(loradiag, pair, tmp_path):
     base, tuned, text, shifted = pair
     words = ("probe", "truncation", base, tuned, "--eval", text, "--shifted", shifted, "--ranks", "0,2,8")
     ran = loradiag(*words, "--json", "-o", "t.jsonl", "--verify")
@@ -79,7 +79,7 @@ def test_activations_are_recorded_and_read_by_residual(loradiag, pair, tmp_path)
     assert (again.code, "--overwrite" in again.err) == (2, True)
 
 
-def test_outputs_tell_losses_first_and_that_distance_needs_a_yardstick(loradiag, pair, tmp_path):
+def test_outputs_state_losses_first_and_missing_yardstick(loradiag, pair, tmp_path):
     base, tuned, text, _ = pair
     other = moved(base, tmp_path / "other", seed=3)
     ran = loradiag("probe", "outputs", base, tuned, other, "--eval", text, "-o", "o.jsonl")
@@ -94,7 +94,7 @@ def test_outputs_tell_losses_first_and_that_distance_needs_a_yardstick(loradiag,
         assert loradiag("gate", "policy.toml", "o.jsonl").code == code
 
 
-def test_a_sweep_prints_its_cost_first_and_a_verdict_with_the_spread(loradiag, pair, tmp_path):
+def test_sweep_prints_its_cost_first_and_verdict_with_spread(loradiag, pair, tmp_path):
     base, _, text, shifted = pair
     words = ("--ranks", "1,2", "--lr", "1e-2,3e-2", "--steps", "4", "-o", "s.jsonl")
     ran = loradiag("probe", "sweep", base, "--data", text, "--eval", shifted, *words)
@@ -110,7 +110,7 @@ def test_a_sweep_prints_its_cost_first_and_a_verdict_with_the_spread(loradiag, p
     assert (wrong.code, "--lr x" in wrong.err) == (2, True)
 
 
-def test_a_sweep_draws_reference_lines_beside_a_kind_of_lora(loradiag, pair):
+def test_sweep_draws_reference_lines_beside_kind_of_lora(loradiag, pair):
     base, _, text, shifted = pair
     words = ("--ranks", "1", "--lr", "1e-2", "--steps", "2", "--seeds", "1", "--full", "--full-lr", "1e-3", "--bitfit")
     ran = loradiag("probe", "sweep", base, "--data", text, "--eval", shifted, *words, "--rslora", "--quantized", "nf4")
@@ -120,7 +120,7 @@ def test_a_sweep_draws_reference_lines_beside_a_kind_of_lora(loradiag, pair):
     assert "of full fine-tuning" in ran.err
 
 
-def test_sensitivities_go_from_the_model_to_the_ranks_of_a_config(loradiag, pair, tmp_path):
+def test_sensitivities_go_from_model_to_ranks_of_config(loradiag, pair, tmp_path):
     base, tuned, text, shifted = pair
     words = ("--rank", "1", "--lr", "1e-2", "--steps", "2", "-o", "s.jsonl")
     ran = loradiag("probe", "sensitivity", base, "--data", text, "--eval", shifted, *words)

@@ -23,7 +23,7 @@ def files(tmp_path):
     return names
 
 
-def test_a_page_with_a_name_and_one_without(loradiag, files, tmp_path):
+def test_page_with_name_and_one_without(loradiag, files, tmp_path):
     ran = loradiag("report", *files)
     assert (ran.code, ran.out) == (0, "")
     assert re.fullmatch(r"report\.html: \d\.\d MB, opens in any browser without a network\n", ran.err)
@@ -35,7 +35,7 @@ def test_a_page_with_a_name_and_one_without(loradiag, files, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*files, "report.html", "my page.html"])
 
 
-def test_markdown_and_csv_go_to_standard_output_or_a_file(loradiag, files, tmp_path):
+def test_markdown_and_csv_go_to_standard_output_or_file(loradiag, files, tmp_path):
     for form, begins in (("md", "# full_ft against base\n"), ("csv", "results,record,layer,")):
         ran = loradiag("report", *files, "--format", form)
         assert (ran.code, ran.err) == (0, "")
@@ -45,7 +45,7 @@ def test_markdown_and_csv_go_to_standard_output_or_a_file(loradiag, files, tmp_p
         assert written.replace("\r", "").strip() == ran.out.replace("\r", "").strip()
 
 
-def test_the_real_samples_and_the_advice_runs(loradiag, tmp_path):
+def test_real_samples_and_advice_runs(loradiag, tmp_path):
     base, tuned = SAMPLES / "base", SAMPLES / "full_ft"
     assert loradiag("spectrum", base, tuned, "-o", "s.jsonl", "-q").code == 0
     assert loradiag("residual", base, tuned, SAMPLES / "lora_r4", "-o", "r.jsonl", "-q").code == 0
@@ -70,7 +70,7 @@ def test_the_real_samples_and_the_advice_runs(loradiag, tmp_path):
         ([], 2, "RESULTS"),
     ],
 )
-def test_what_cannot_be_done_is_one_message(loradiag, files, tmp_path, words, code, told):
+def test_impossible_request_is_one_message(loradiag, files, tmp_path, words, code, told):
     (tmp_path / "broken.jsonl").write_text("<html>\n")
     (tmp_path / "link.md").symlink_to("spectrum.jsonl")
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
@@ -80,7 +80,7 @@ def test_what_cannot_be_done_is_one_message(loradiag, files, tmp_path, words, co
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
-def test_results_in_memory_give_the_same_report(files, tmp_path):
+def test_results_in_memory_give_same_report(files, tmp_path):
     live = lora_diag.report(*small(), format="csv")
     read = lora_diag.report(*(tmp_path / name for name in files), format="csv")
     assert re.sub(r"^\S*?(\w+\.jsonl),", r"\1,", read, flags=re.M) == live
@@ -88,7 +88,7 @@ def test_results_in_memory_give_the_same_report(files, tmp_path):
     assert (tmp_path / "page.htm").read_text().startswith(page)
 
 
-def test_a_hostile_path_moves_no_cursor(loradiag, files, tmp_path):
+def test_hostile_path_moves_no_cursor(loradiag, files, tmp_path):
     (tmp_path / "a\x1b[2J.jsonl").write_bytes((tmp_path / files[0]).read_bytes())
     ran = loradiag("report", "a\x1b[2J.jsonl", "--format", "md")
     assert ran.code == 0

@@ -13,7 +13,7 @@ pytestmark = pytest.mark.slow
 BASE, TUNED, R4, R16 = (ROOT / "sample_checkpoints" / name for name in ("base", "full_ft", "lora_r4", "lora_r16"))
 
 
-def test_a_table_an_adapter_and_a_summary(loradiag, tmp_path):
+def test_table_adapter_and_summary(loradiag, tmp_path):
     ran = loradiag("residual", BASE, TUNED, R4, R16, "-o", "r.jsonl")
     assert ran.code == 0
     assert max(map(len, ran.out.splitlines())) <= 80
@@ -40,14 +40,14 @@ def test_inspect_shows_it_again_and_json_is_records(loradiag, tmp_path):
     assert "layers.0.mlp.up_proj " in loradiag("inspect", "r.jsonl", "--per", "layer", env={"COLUMNS": "140"}).out
 
 
-def test_an_adapter_in_the_place_of_the_fine_tune_is_told(loradiag):
+def test_adapter_in_place_of_fine_tune_is_told(loradiag):
     told = " ".join(loradiag("residual", BASE, R4, TUNED, "--layers", r"layers\.0\..*q_proj").out.split())
     assert "lora_r4, which stands in the place of TUNED, is an adapter and no full fine-tune" in told
     assert "The order is BASE TUNED ADAPTER" in told
     assert "The order" not in loradiag("residual", BASE, TUNED, R4, "--layers", r"layers\.0\..*q_proj").out
 
 
-def test_rows_stand_in_the_order_of_what_limits_them(loradiag):
+def test_rows_stand_in_order_of_what_limits_them(loradiag):
     out = loradiag("residual", BASE, TUNED, R4).out
     limits = [line.split()[-1] for line in out.splitlines() if re.match(r" (\S+|not adapted) +\d+ ", line)]
     assert limits == ["direction"] * 7 + ["adapted"]
@@ -79,7 +79,7 @@ def encoder(tmp_path):
 
 @pytest.mark.parametrize("width", ["80", "140"])
 @pytest.mark.parametrize("per", ["type", "layer"])
-def test_the_table_of_an_encoder_has_the_matrices_that_are_adapted(loradiag, encoder, tmp_path, width, per):
+def test_table_of_encoder_has_matrices_that_are_adapted(loradiag, encoder, tmp_path, width, per):
     loradiag("residual", *encoder, "-o", "r.jsonl", "-q")
     out = loradiag("inspect", "r.jsonl", "--per", per, env={"COLUMNS": width}).out
     *rows, rest = [re.split(r" {1,}[0-9-]", line.strip())[0].strip() for line in out.split("\n\n")[1].splitlines()[2:]]
@@ -102,7 +102,7 @@ def test_the_table_of_an_encoder_has_the_matrices_that_are_adapted(loradiag, enc
         ((R4, TUNED, R16), 2, "give BASE first"),
     ],
 )
-def test_one_message_and_an_exit_code(loradiag, tmp_path, words, code, told):
+def test_error_is_one_message_with_exit_code(loradiag, tmp_path, words, code, told):
     ran = loradiag("residual", *words, "-o", "r.jsonl")
     assert ran.code == code
     assert told in ran.err
@@ -110,7 +110,7 @@ def test_one_message_and_an_exit_code(loradiag, tmp_path, words, code, told):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_resume_needs_a_file(loradiag):
+def test_resume_needs_file(loradiag):
     ran = loradiag("residual", BASE, TUNED, R4, "--resume")
     assert ran.code == 2
     assert "-o" in ran.err

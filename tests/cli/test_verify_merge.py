@@ -55,7 +55,7 @@ def spoilt(files, change, name="spoilt"):
     return save(files / name, {key: value.double().numpy() for key, value in after.items()})
 
 
-def test_a_right_merge_passes(files, loradiag):
+def test_right_merge_passes(files, loradiag):
     ran = loradiag("verify-merge", "base", "adapter", "merged")
     assert (ran.code, ran.err) == (0, "")
     assert "yes: all 4 layers adapted are W + ΔW" in " ".join(ran.out.split())
@@ -63,7 +63,7 @@ def test_a_right_merge_passes(files, loradiag):
     assert "verify-merge base adapter merged -o merge.jsonl" in " ".join(ran.out.split())
 
 
-def test_a_wrong_one_fails_and_its_faults_come_first(files, loradiag):
+def test_wrong_one_fails_and_its_faults_come_first(files, loradiag):
     def change(before, after):
         after[NAMES[0]] = before[NAMES[0]]
         after["model.norm.weight"] += 1
@@ -84,13 +84,13 @@ def test_a_wrong_one_fails_and_its_faults_come_first(files, loradiag):
 
 @pytest.mark.parametrize("columns", [60, 80, 140])
 @pytest.mark.parametrize("per", ["type", "layer"])
-def test_the_table_fits_the_terminal(files, loradiag, columns, per):
+def test_table_fits_terminal(files, loradiag, columns, per):
     ran = loradiag("verify-merge", "base", "adapter", "merged", "--per", per, env={"COLUMNS": str(columns)})
     assert max(map(len, ran.out.splitlines())) <= columns
     assert ran.out.count(".q_proj") >= (2 if per == "layer" else 1)
 
 
-def test_records_and_the_file_they_are_kept_in(files, loradiag):
+def test_records_and_file_they_are_kept_in(files, loradiag):
     ran = loradiag("verify-merge", "base", "adapter", "merged", "--json", "-o", "merge.jsonl")
     assert ran.code == 0
     run, *layers, end = ran.records
@@ -106,7 +106,7 @@ def test_records_and_the_file_they_are_kept_in(files, loradiag):
     assert "yes: all 4 layers" in shown.out
 
 
-def test_an_interrupted_run_goes_on(files, loradiag):
+def test_interrupted_run_goes_on(files, loradiag):
     whole = loradiag("verify-merge", "base", "adapter", "merged", "-o", "whole.jsonl", "-q")
     assert (whole.code, whole.out) == (0, "")
     lines = (files / "whole.jsonl").read_bytes().splitlines(keepends=True)
@@ -134,7 +134,7 @@ def test_exit_codes(files, loradiag):
     assert "BASE holds nan at [0, 0]; the layer was not checked" in ran.err
 
 
-def test_a_merge_that_shows_nothing_is_inconclusive(files, loradiag):
+def test_merge_that_shows_nothing_is_inconclusive(files, loradiag):
     path = files / "adapter" / "adapter_model.safetensors"
     write(path, {name: value.double().numpy() * 1e-6 for name, value in load_file(path).items()})
     ran = loradiag("verify-merge", "base", "adapter", "base")
@@ -143,7 +143,7 @@ def test_a_merge_that_shows_nothing_is_inconclusive(files, loradiag):
     assert "serve the adapter unmerged" in " ".join(ran.out.split())
 
 
-def test_a_merge_that_lost_the_adapter_to_rounding_passes_with_a_warning(files, loradiag):
+def test_merge_that_lost_adapter_to_rounding_passes_with_warning(files, loradiag):
     path = files / "adapter" / "adapter_model.safetensors"
     write(path, {name: value.double().numpy() * 0.05 for name, value in load_file(path).items()})
     before, factors = load_file(files / "base" / "model.safetensors"), load_file(path)
@@ -176,7 +176,7 @@ def scaled(folder, dtype, relative, c, size=SIZE) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize(("c", "code"), [(1.0, 0), (1.002, 1), (1.005, 1), (1.01, 1), (1.015, 1), (1.02, 1), (1.05, 1)])
-def test_the_gate_lets_no_wrong_scale_pass(tmp_path, loradiag, dtype, c, code):
+def test_gate_lets_no_wrong_scale_pass(tmp_path, loradiag, dtype, c, code):
     scaled(tmp_path, dtype, 0.3, c)
     assert loradiag("verify-merge", "base", "adapter", "merged", "-q", "-o", "merge.jsonl").code == code
     ran = loradiag("gate", "--policy", "merge", "merge.jsonl", "--json")
@@ -186,13 +186,13 @@ def test_the_gate_lets_no_wrong_scale_pass(tmp_path, loradiag, dtype, c, code):
 
 
 @pytest.mark.parametrize("c", [1.0, 1.02])
-def test_the_gate_does_not_pass_a_scale_that_the_file_cannot_show(tmp_path, loradiag, c):
+def test_gate_does_not_pass_scale_that_file_cannot_show(tmp_path, loradiag, c):
     scaled(tmp_path, torch.bfloat16, 1e-4, c, size=16)
     assert loradiag("verify-merge", "base", "adapter", "merged", "-q", "-o", "merge.jsonl").code == 5
     assert loradiag("gate", "--policy", "merge", "merge.jsonl", "-q").code == 5
 
 
-def test_names_cannot_move_the_cursor(files, loradiag):
+def test_names_cannot_move_cursor(files, loradiag):
     def change(before, after):
         after["evil\x1b[2J.weight"] = torch.ones(3)
 
@@ -203,7 +203,7 @@ def test_names_cannot_move_the_cursor(files, loradiag):
     assert "only in MERGED" in ran.out
 
 
-def test_the_python_api(files):
+def test_python_api(files):
     import lora_diag
 
     results = lora_diag.verify_merge(files / "base", files / "adapter", files / "merged", workers=1)
@@ -212,7 +212,7 @@ def test_the_python_api(files):
 
 
 @pytest.mark.parametrize(("reason", "told"), [("shape_differs", "in another shape: 4×4"), ("only_in_base", "no such")])
-def test_why_an_expert_is_missing_stands_at_the_stack_that_holds_it(reason, told):
+def test_why_expert_is_missing_stands_at_stack_that_holds_it(reason, told):
     """MERGED tells of whole stored weights, the adapter of the experts in them."""
     stack = SimpleNamespace(name="mlp.experts.up_proj")
     expert = SimpleNamespace(layer="mlp.experts.up_proj[1]", base=stack, shape=(8, 4), is_matrix=True)

@@ -41,7 +41,7 @@ def folder(tmp_path_factory):
 
 
 @pytest.mark.parametrize(("name", "code"), [("merged", 0), ("spoilt", 1)])
-def test_the_page_shows_the_output(name, code, folder, loradiag):
+def test_page_shows_output(name, code, folder, loradiag):
     ran = loradiag(*COMMAND.split(), name, cwd=folder, env={"COLUMNS": "80"})
     assert ran.code == code
     wanted = f"```console\n$ loradiag {COMMAND} {name}\n" + ran.out.strip("\n") + "\n```\n"

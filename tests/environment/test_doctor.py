@@ -15,13 +15,13 @@ SAMPLES_BASE = ROOT / "sample_checkpoints" / "base"
 
 
 @pytest.mark.parametrize(("quota", "cores"), [("50000 100000\n", 0.5), ("max 100000\n", None), ("junk", None)])
-def test_cores_follow_the_quota_of_a_container(tmp_path, quota, cores):
+def test_cores_follow_quota_of_container(tmp_path, quota, cores):
     (tmp_path / "cpu.max").write_text(quota)
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     assert machine.cores(tmp_path / "cpu.max") == (usable if cores is None else cores)
 
 
-def test_memory_is_the_smaller_of_machine_and_container(tmp_path):
+def test_memory_is_smaller_of_machine_and_container(tmp_path):
     meminfo = tmp_path / "meminfo"
     meminfo.write_text("MemTotal:       16000000 kB\nMemFree: 5 kB\nMemAvailable:    9000000 kB\n")
     assert machine.memory(meminfo, tmp_path) == (9_000_000 * 1024, 16_000_000 * 1024)
@@ -41,7 +41,7 @@ def test_gaps_name_missing_and_old_packages():
     assert gaps[1].startswith("no-such-package-at-all")
 
 
-def test_extras_checked_are_those_of_the_package():
+def test_extras_checked_are_those_of_package():
     assert set(check.ADDS) <= set(check._requirements())
 
 
@@ -49,7 +49,7 @@ def rows(ran):
     return {row["key"]: row for row in json.loads(ran.out)}
 
 
-def test_doctor_passes_here_and_opens_an_input(loradiag):
+def test_doctor_passes_here_and_opens_input(loradiag):
     ran = loradiag("doctor", SAMPLES_BASE, "--json")
     found = rows(ran)
     assert ran.code == 0
@@ -57,20 +57,20 @@ def test_doctor_passes_here_and_opens_an_input(loradiag):
     assert ".".join(map(str, sys.version_info[:3])) in found["versions"]["lines"][0]
 
 
-def test_doctor_fails_on_an_unreadable_input(loradiag, tmp_path):
+def test_doctor_fails_on_unreadable_input(loradiag, tmp_path):
     ran = loradiag("doctor", tmp_path / "nowhere", "--json")
     assert ran.code == 3
     assert rows(ran)["address"]["level"] == "failure"
 
 
-def test_doctor_tries_the_cluster_of_the_environment(loradiag):
+def test_doctor_tries_cluster_of_environment(loradiag):
     with socket.create_server(("127.0.0.1", 0)) as server:
         address = f"127.0.0.1:{server.getsockname()[1]}"
         assert rows(loradiag("doctor", "--json", env={"RAY_ADDRESS": address}))["ray"]["level"] == "ok"
     assert rows(loradiag("doctor", "--json", env={"RAY_ADDRESS": address}))["ray"]["level"] == "warning"
 
 
-def test_doctor_shortens_the_home_folder(monkeypatch, tmp_path):
+def test_doctor_shortens_home_folder(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("USERPROFILE", str(tmp_path))
     monkeypatch.delenv("HF_HOME", raising=False)

@@ -75,7 +75,7 @@ def test_no_more_resident_memory_is_taken_than_is_planned(models, what):
 
 
 @pytest.mark.parametrize(("what", "takes"), [("intruders", "both weights"), ("interference", "its updates")])
-def test_a_layer_that_does_not_fit_is_left_out_with_what_is_lacking_and_that_is_enough(models, loradiag, what, takes):
+def test_too_large_layer_states_missing_memory_which_suffices(models, loradiag, what, takes):
     words = [what, *(models[:2] if what == "intruders" else models), "--layers", "up_proj|q_proj", "--json"]
     few = loradiag(*words, "--memory", "505MB")
     assert few.code == 3
@@ -93,7 +93,7 @@ def test_a_layer_that_does_not_fit_is_left_out_with_what_is_lacking_and_that_is_
     assert not enough.unmeasured
 
 
-def test_the_way_out_of_ties_is_told_where_it_is_one():
+def test_way_out_of_ties_is_told_where_it_is_one():
     deltas = [
         next(d for d in compare(SAMPLE / name, None).pairing.deltas if d.is_matrix) for name in ("lora_r4", "lora_r16")
     ]
@@ -108,7 +108,7 @@ def test_the_way_out_of_ties_is_told_where_it_is_one():
     assert interference.size(task, settings) == 10**9
 
 
-def test_a_size_without_a_unit_is_refused():
+def test_size_without_unit_is_refused():
     with pytest.raises(UsageError, match="--memory 8: give a size with its unit"):
         lora_diag.intruders(SAMPLE / "base", SAMPLE / "lora_r4", memory="8")
     with pytest.raises(UsageError, match="--memory 8: give a size with its unit"):

@@ -64,7 +64,7 @@ def check(record, d, base, left, right):
 
 
 @pytest.mark.parametrize("method", ["exact", "gram"])
-def test_energies_are_those_of_the_update_times_the_root_of_c(pair, tmp_path, method):
+def test_energies_are_those_of_update_times_root_of_c(pair, tmp_path, method):
     base, tuned, before, after = pair
     c, g = moments(12, 3), moments(16, 4, scale=1e-3)
     file = store(tmp_path / "a.safetensors", **{UP: c, PREFIX + UP: g})
@@ -89,7 +89,7 @@ def test_energies_are_those_of_the_update_times_the_root_of_c(pair, tmp_path, me
 
 
 @pytest.mark.parametrize("rank", [1, 5])
-def test_an_adapter_is_weighed_by_its_factors(tmp_path, monkeypatch, rank):
+def test_adapter_is_weighed_by_its_factors(tmp_path, monkeypatch, rank):
     rng = np.random.default_rng(0)
     base = save_model(tmp_path / "base", weights(1))
     b, a = rng.standard_normal((16, rank)), rng.standard_normal((rank, 12))
@@ -104,7 +104,7 @@ def test_an_adapter_is_weighed_by_its_factors(tmp_path, monkeypatch, rank):
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
-def test_recorded_gradients_and_spectra_in_them_equal_what_autograd_gives(tmp_path, kind):
+def test_recorded_gradients_and_their_spectra_equal_autograd(tmp_path, kind):
     base = SAMPLES / "base" if kind == "llama" else gpt2(tmp_path / "base")
     tuned = SAMPLES / "full_ft" if kind == "llama" else moved(base, tmp_path / "tuned")
     file, text = tmp_path / "a.safetensors", some_text(tmp_path, windows=4)
@@ -160,7 +160,7 @@ def caught(folder, content, length):
     return tuple({k: torch.cat(v).double().numpy() for k, v in each.items()} for each in (inputs, outputs))
 
 
-def test_labels_drawn_from_the_model_are_another_loss_and_repeat_with_the_seed(tmp_path):
+def test_labels_drawn_from_model_repeat_with_seed(tmp_path):
     text, base = some_text(tmp_path), gpt2(tmp_path / "base")
     files = {}
     for name, more in {"data": {}, "one": {"seed": 1}, "again": {"seed": 1}, "two": {"seed": 2}}.items():
@@ -178,7 +178,7 @@ def test_labels_drawn_from_the_model_are_another_loss_and_repeat_with_the_seed(t
 @given(
     m=st.integers(1, 9), n=st.integers(1, 9), seen=st.integers(1, 12), rank=st.integers(0, 4), seed=st.integers(0, 999)
 )
-def test_nothing_of_a_rank_is_nearer_in_output_than_the_truncated_product(m, n, seen, rank, seed):
+def test_truncated_product_is_nearest_in_output(m, n, seen, rank, seed):
     """Σ_{i>r}σ_i² of ΔW·C^½ is min E‖(ΔW − X)x‖² over rank r, C singular or not; U_rU_rᵀΔW reaches it."""
     from lora_diag.layers.change import Change
     from lora_diag.layers.metric import fro_of, times
@@ -206,7 +206,7 @@ def test_nothing_of_a_rank_is_nearer_in_output_than_the_truncated_product(m, n, 
         assert loss(other) >= floor - 1e-9
 
 
-def test_rounding_in_the_metric_of_the_data_is_what_rounding_changes_there(tmp_path):
+def test_rounding_in_data_metric_is_change_by_rounding(tmp_path):
     """Norm, bound and edge of the rounding error E·C^½, against the E of a fine-tune that was rounded to bf16."""
     rng = np.random.default_rng(0)
     w = (rng.standard_normal((200, 160)) * 0.02).astype(np.float32)
@@ -227,7 +227,7 @@ def test_rounding_in_the_metric_of_the_data_is_what_rounding_changes_there(tmp_p
     assert plain.resolution.noise_fro != pytest.approx(record.resolution.noise_fro, rel=0.1)
 
 
-def test_the_bound_covers_what_storing_the_moments_in_bf16_changes(pair, tmp_path):
+def test_bound_covers_what_storing_moments_in_bf16_changes(pair, tmp_path):
     base, tuned, before, after = pair
     c, g = moments(12, 3), moments(16, 4)
     matrices = {UP: torch.tensor(c).bfloat16(), PREFIX + UP: torch.tensor(g).bfloat16()}
@@ -249,7 +249,7 @@ def test_directions_that_are_float32_rounding_are_not_inverted():
     assert Root(lower * 0, False, 0.0, 0.0, 0.0).inverse.eq(0).all()
 
 
-def test_the_edge_of_weighed_noise_is_above_it():
+def test_edge_of_weighed_noise_is_above_it():
     rng = np.random.default_rng(0)
     right = rng.standard_normal((40, 40)) * np.linspace(0.1, 2, 40)
     tops = [np.linalg.norm(rng.standard_normal((60, 40)) @ right, 2) for _ in range(200)]
@@ -273,7 +273,7 @@ def test_second_moments_that_are_none_are_refused(pair, tmp_path, change, words)
         lora_diag.spectrum(*pair[:2], activations=file)
 
 
-def test_what_makes_no_sense_is_refused(pair, tmp_path, loradiag):
+def test_invalid_options_are_refused(pair, tmp_path, loradiag):
     base, tuned, *_ = pair
     file = store(tmp_path / "a.safetensors", **{UP: moments(12, 3)})
     adapter = lora(tmp_path / "adapter", {UP: (np.ones((16, 1)), np.ones((1, 12)))}, target_modules=["up_proj"])
@@ -291,7 +291,7 @@ def test_what_makes_no_sense_is_refused(pair, tmp_path, loradiag):
     assert (ran.code, "--adapters" in ran.err) == (2, True)
 
 
-def test_the_command_says_in_which_metric_it_measured(pair, tmp_path, loradiag):
+def test_command_says_in_which_metric_it_measured(pair, tmp_path, loradiag):
     base, tuned, *_ = pair
     store(tmp_path / "a.safetensors", **{UP: moments(12, 3)})
     ran = loradiag("spectrum", base, tuned, "--activations", "a.safetensors", "-o", "r.jsonl")
@@ -304,7 +304,7 @@ def test_the_command_says_in_which_metric_it_measured(pair, tmp_path, loradiag):
     assert lora_diag.read_results(tmp_path / "r.jsonl").layers[0].metric == "data"
 
 
-def test_an_update_that_the_data_never_sees_has_no_energy(tmp_path):
+def test_update_that_data_never_sees_has_no_energy(tmp_path):
     before = weights(1)
     after = {name: value.clone() for name, value in before.items()}
     after[UP][:, 3] += 1.0
@@ -318,7 +318,7 @@ def test_an_update_that_the_data_never_sees_has_no_energy(tmp_path):
     assert set(record.energy.values()) == {None}
 
 
-def test_what_a_layer_takes_counts_its_second_moments(pair, tmp_path):
+def test_memory_of_layer_counts_second_moments(pair, tmp_path):
     base, tuned, *_ = pair
     pairing = compare(base, tuned).pairing
     found = second_moments(store(tmp_path / "a.safetensors", **{UP: moments(12, 3)}), base, pairing)

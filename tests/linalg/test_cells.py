@@ -27,7 +27,7 @@ def values_of(name: str) -> torch.Tensor:
 
 @pytest.mark.parametrize("wide", [torch.float32, torch.float64])
 @pytest.mark.parametrize("name", SHORT)
-def test_cells_end_at_the_midpoints_of_all_neighbours(name, wide):
+def test_cells_end_at_midpoints_of_all_neighbours(name, wide):
     values = values_of(name)
     below, above = (half.double() for half in halves(values.to(wide), GRIDS[name]))
     middle = np.diff(values.numpy()) / 2
@@ -40,7 +40,7 @@ def test_cells_end_at_the_midpoints_of_all_neighbours(name, wide):
 
 
 @pytest.mark.parametrize("name", SHORT)
-def test_what_lies_in_a_cell_is_rounded_to_its_value(name):
+def test_values_in_cell_round_to_its_value(name):
     values = values_of(name).float()
     below, above = halves(values, GRIDS[name])
     low, high = values - below, values + above
@@ -55,7 +55,7 @@ def test_what_lies_in_a_cell_is_rounded_to_its_value(name):
 
 
 @pytest.mark.parametrize("name", SHORT)
-def test_a_tie_goes_to_the_even_code(name):
+def test_tie_goes_to_even_code(name):
     values = values_of(name).float()
     values = values[values > 0]
     tie = values[:-1] + halves(values, GRIDS[name])[1][:-1]
@@ -67,7 +67,7 @@ def test_a_tie_goes_to_the_even_code(name):
 
 @pytest.mark.parametrize("name", ["bfloat16", "float16"])
 @given(start=st.floats(-60000, 60000, width=32), move=st.floats(-1, 1, width=32), size=st.integers(-40, 15))
-def test_the_sum_lies_in_the_cell_of_what_was_stored(name, start, move, size):
+def test_sum_lies_in_cell_of_what_was_stored(name, start, move, size):
     start, move = (torch.tensor(value, dtype=torch.float64) for value in (start, move * 2.0**size))
     total = (start + move).float()
     stored = nearest(total, name)

@@ -59,12 +59,12 @@ def test_each_thread_computes_on_one_stream_of_its_own(log):
     assert log == [event.format(number) for number in (1, 1, 2, 2) for event in layer]
 
 
-def test_the_cpu_needs_no_stream(log):
+def test_cpu_needs_no_stream(log):
     assert on_device(lambda device: device.type, CPU) == ("cpu", "")
     assert log == []
 
 
-def test_out_of_memory_on_the_gpu_falls_back_and_says_so(log):
+def test_out_of_memory_on_gpu_falls_back_and_says_so(log):
     def compute(device):
         if device.type == "cuda":
             raise torch.cuda.OutOfMemoryError("no more")
@@ -76,7 +76,7 @@ def test_out_of_memory_on_the_gpu_falls_back_and_says_so(log):
     assert "cache emptied" in log
 
 
-def test_copies_to_a_gpu_are_pinned_and_do_not_wait():
+def test_copies_to_gpu_are_pinned_and_do_not_wait():
     block = torch.arange(3.0)
     assert devices.move(block, CPU) is block
     seen = []
@@ -85,7 +85,7 @@ def test_copies_to_a_gpu_are_pinned_and_do_not_wait():
     assert seen == [(GPU, True)]
 
 
-def test_other_errors_are_not_taken_for_a_lack_of_memory():
+def test_other_errors_are_not_taken_for_lack_of_memory():
     def fails(device):
         raise RuntimeError("something else")
 

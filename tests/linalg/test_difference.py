@@ -38,7 +38,7 @@ def test_norms_and_entries_for_every_pair_of_dtypes(before, after):
 
 @settings(max_examples=30, deadline=None)
 @given(rows=st.integers(1, 40), seed=st.integers(0, 1000))
-def test_the_blocks_do_not_matter(rows, seed):
+def test_blocks_do_not_matter(rows, seed):
     rng = torch.Generator().manual_seed(seed)
     base, tuned = torch.randn(40, 5, generator=rng), torch.randn(40, 5, generator=rng)
     whole = difference(in_blocks(base, tuned, 40), (40, 5), CPU)
@@ -47,7 +47,7 @@ def test_the_blocks_do_not_matter(rows, seed):
     assert found.fro == pytest.approx(whole.fro, rel=1e-14)
 
 
-def test_the_norm_of_a_large_matrix_is_not_float32s():
+def test_norm_of_large_matrix_is_not_float32s():
     """torch's own float32 norm is off by 8e-4 here."""
     torch.manual_seed(0)
     base = torch.zeros(4096, 4096, dtype=torch.bfloat16)
@@ -56,7 +56,7 @@ def test_the_norm_of_a_large_matrix_is_not_float32s():
     assert found.fro == pytest.approx(math.sqrt(float((tuned.to(torch.float64) ** 2).sum())), rel=1e-9)
 
 
-def test_minus_zero_counts_as_changed_within_a_dtype():
+def test_minus_zero_counts_as_changed_within_dtype():
     found = difference([(torch.tensor([[0.0, 1.0]]), torch.tensor([[-0.0, 1.0]]))], (1, 2), CPU)
     assert found.unchanged == 0.5
     assert found.fro == 0.0
@@ -65,7 +65,7 @@ def test_minus_zero_counts_as_changed_within_a_dtype():
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("side", [0, 1])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_the_first_non_finite_entry_is_named(value, side, dtype):
+def test_first_non_finite_entry_is_named(value, side, dtype):
     pair = [torch.zeros(9, 4, dtype=dtype), torch.zeros(9, 4, dtype=dtype)]
     pair[side][5, 2] = pair[side][7, 0] = value
     found = difference(in_blocks(*pair, 2), (9, 4), CPU)
@@ -88,7 +88,7 @@ def test_norms_of_float64_far_from_one(scale):
     assert found.fro == pytest.approx(5 * scale, rel=1e-14)
 
 
-def test_without_keep_the_matrix_is_not_held():
+def test_without_keep_matrix_is_not_held():
     found = difference([(torch.zeros(2, 2), torch.ones(2, 2))], (2, 2), CPU, keep=False)
     assert (found.matrix, found.fro) == (None, 2.0)
 
@@ -99,5 +99,5 @@ def test_devices_that_are_not_there(word):
         resolve_device(word)
 
 
-def test_auto_is_a_device_that_is_there():
+def test_auto_is_device_that_is_there():
     assert resolve_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")

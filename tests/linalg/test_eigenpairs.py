@@ -33,7 +33,7 @@ def found(h, count, end, seed=0):
     st.integers(0, 100),
 )
 @settings(max_examples=40, deadline=None)
-def test_values_and_vectors_are_those_of_a_dense_solver(size, count, end, kind, seed):
+def test_values_and_vectors_are_those_of_dense_solver(size, count, end, kind, seed):
     rng = np.random.default_rng(seed)
     values = {
         "spread": rng.standard_normal(size),
@@ -84,7 +84,7 @@ def test_products_are_counted_and_one_seed_gives_one_answer():
     assert torch.equal(one.vectors, again.vectors)
 
 
-def test_what_is_not_finite_or_does_not_converge_is_told(monkeypatch):
+def test_non_finite_or_unconverged_matrix_is_reported(monkeypatch):
     with pytest.raises(InputError, match="not finite"):
         eigenpairs(lambda x: x * float("nan"), 100, 1, "largest", 0, CPU)
     monkeypatch.setattr("lora_diag.linalg.eigenpairs.RESTARTS", 1)

@@ -48,7 +48,7 @@ def error(found, x):
 
 
 @pytest.mark.parametrize("rounded", [False, True])
-def test_the_size_has_the_largest_likelihood(rounded):
+def test_size_has_largest_likelihood(rounded):
     rng = np.random.default_rng(5)
     start = rng.normal(size=(40, 50)) * 0.02
     stored = torch.tensor(start).bfloat16().double()
@@ -105,7 +105,7 @@ def test_shrunk_values_are_nearest_to_what_was_planted():
 
 
 @pytest.mark.parametrize(("rms", "most"), [(3e-5, 0.1), (1e-5, 0.35)])
-def test_a_low_rank_update_is_recovered(rms, most):
+def test_low_rank_update_is_recovered(rms, most):
     w, x, t = planted(256, 200, 4, rms, 7)
     cells = cells_of(w, t)
     size = fit_size(cells, rms_of(w, t))
@@ -146,7 +146,7 @@ def test_powers_of_two_and_permutations_change_nothing_else(rule, shape):
     assert float((turned - expected).norm() / expected.norm()) < 0.02
 
 
-def test_what_is_estimated_lies_in_the_cells():
+def test_estimate_lies_in_cells():
     w, _, t = planted(100, 80, 2, 1e-5, 13)
     cells = cells_of(w, t)
     before = cells.lo.clone()

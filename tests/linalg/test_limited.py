@@ -37,7 +37,7 @@ def power_law(m: int, n: int, dtype=np.float32, exponent: float = 1.0) -> np.nda
     columns=st.integers(1, 3),
     seed=st.integers(0, 99),
 )
-def test_products_do_not_depend_on_the_blocks(m, n, rows, held, columns, seed):
+def test_products_do_not_depend_on_blocks(m, n, rows, held, columns, seed):
     rng = np.random.default_rng(seed)
     a, x, y = rng.standard_normal((m, n)), rng.standard_normal((n, columns)), rng.standard_normal((m, columns))
     blocks = streamed(torch.from_numpy(a), rows)
@@ -53,7 +53,7 @@ def test_products_do_not_depend_on_the_blocks(m, n, rows, held, columns, seed):
     assert torch.equal(torch.cat(list(at_least(torch.from_numpy(a).split(rows), 7))), torch.from_numpy(a))
 
 
-def test_products_of_rows_longer_than_a_part_of_the_columns():
+def test_products_of_rows_longer_than_part_of_columns():
     a = np.random.default_rng(5).standard_normal((7, 2 * COLUMNS + 3))
     gram = gram_of_rows(streamed(torch.from_numpy(a), 3), 1)
     assert np.allclose(np.tril(gram), np.tril(a @ a.T), rtol=0, atol=1e-10)
@@ -61,7 +61,7 @@ def test_products_of_rows_longer_than_a_part_of_the_columns():
 
 @pytest.mark.parametrize("shape", [(2048, 2048), (4096, 14336), (14336, 4096)], ids=str)
 @pytest.mark.parametrize("basis", [96, 512])
-def test_krylov_plans_for_its_basis_and_the_products_in_both_precisions(shape, basis):
+def test_krylov_plans_for_basis_and_products(shape, basis):
     """Q, Y = A·Q and Z = Aᵀ·Y are there in float32 all the time, and Q and Y in float64 for the Ritz values."""
     small, large = sorted(shape)
     q, y, z = basis * small, basis * large, basis * small
@@ -91,7 +91,7 @@ def test_exact_plans_for_copies_in_float64_and_lapacks_vectors(shape):
     scale=st.sampled_from([1e-30, 1.0, 1e20]),
     in_place=st.booleans(),
 )
-def test_all_values_are_those_of_float64_whatever_the_blocks(shape, rows, dtype, scale, in_place):
+def test_all_values_are_those_of_float64_whatever_blocks(shape, rows, dtype, scale, in_place):
     matrix = (power_law(*shape) * scale).astype(dtype)
     true = np.linalg.svd(matrix.astype(np.float64), compute_uv=False)
     fro = math.sqrt((true**2).sum())
@@ -116,7 +116,7 @@ def test_entries_whose_norm_float32_does_not_hold():
 
 @pytest.mark.parametrize("shape", [(700, 600), (600, 700)], ids=str)
 @pytest.mark.parametrize("rows", [11, 256, 1000])
-def test_the_top_values_are_those_of_the_whole_matrix_with_the_same_certificate(shape, rows):
+def test_top_values_equal_whole_matrix_with_same_certificate(shape, rows):
     matrix = power_law(*shape)
     whole = decompose(torch.from_numpy(matrix), top=24, vectors=True)
     blocks = streamed(torch.from_numpy(matrix), rows)
@@ -132,7 +132,7 @@ def test_the_top_values_are_those_of_the_whole_matrix_with_the_same_certificate(
     assert (found.u.gather(0, found.u.abs().argmax(0, keepdim=True)) > 0).all()
 
 
-def test_vectors_from_the_gram_matrix_of_row_blocks():
+def test_vectors_from_gram_matrix_of_row_blocks():
     for shape in ((90, 60), (60, 90)):
         matrix = power_law(*shape, dtype=np.float64)
         blocks = streamed(torch.from_numpy(matrix), 7)
@@ -140,7 +140,7 @@ def test_vectors_from_the_gram_matrix_of_row_blocks():
         assert np.abs((found.u * found.s @ found.vh).numpy() - matrix).max() < 1e-12
 
 
-def test_a_flat_spectrum_hands_over_to_gram_and_without_room_for_it_says_what_to_do():
+def test_flat_spectrum_falls_back_to_gram_or_states_memory():
     matrix = oracles.with_spectrum(np.ones(600), 640, 600, seed=1).astype(np.float32)
     blocks, fro = streamed(torch.from_numpy(matrix), 100), float(np.linalg.norm(matrix.astype(np.float64)))
     assert decompose_streamed(blocks, Allowance(PLENTY, top=24), fro).method == "gram"
@@ -152,7 +152,7 @@ def test_a_flat_spectrum_hands_over_to_gram_and_without_room_for_it_says_what_to
         decompose_streamed(blocks, Allowance(few, top=4), fro)
 
 
-def test_krylov_runs_where_the_gram_matrix_does_not_fit():
+def test_krylov_runs_where_gram_matrix_does_not_fit():
     matrix = power_law(4000, 500, exponent=2.0)  # below the order from which krylov is tried first
     blocks, fro = streamed(torch.from_numpy(matrix), 300), float(np.linalg.norm(matrix.astype(np.float64)))
     few = limits.READING + limits.krylov_bytes(blocks.shape, 4, limits.first_basis(4))
@@ -161,7 +161,7 @@ def test_krylov_runs_where_the_gram_matrix_does_not_fit():
     assert decompose_streamed(blocks, Allowance(few, top=4), fro).method.startswith("krylov")
 
 
-def test_what_never_fits_is_said_before_anything_is_read():
+def test_layer_that_never_fits_is_reported_before_reading():
     unread = Streamed(lambda: pytest.fail("it was read"), (128256, 8192))
     with pytest.raises(
         MemoryLimitError, match=r"all values take 6\d\d MB; give 32\d MB more .*, or --top 64 \(\d\d\d MB"

@@ -93,7 +93,7 @@ def test_every_documented_way_to_merge_is_right(problem, path, s):
     st.sampled_from([0.0, 2.0, -1.0, 0.5, 4.0, 0.9]),
     st.sampled_from([1.0, 2.0]),
 )
-def test_no_wrong_scale_above_the_rounding_passes(problem, path, factor, s):
+def test_no_wrong_scale_above_rounding_passes(problem, path, factor, s):
     dtype, w, b, a = problem
     m = merged(path, dtype, w, b * factor, a, s)
     change = s * (b @ a)
@@ -107,7 +107,7 @@ def test_no_wrong_scale_above_the_rounding_passes(problem, path, factor, s):
     assert found.count >= int(above.sum()) > 0 or not above.any()
 
 
-def test_what_it_counts_is_counted():
+def test_counts_equal_direct_count():
     """Planted errors of one spacing, so many as were planted, where they were planted."""
     rng = np.random.default_rng(0)
     w = bf16_of_float64(rng.standard_normal((40, 30)) * 0.02)
@@ -139,7 +139,7 @@ def test_its_sums_are_those_of_numpy():
     assert 0.99 * (m != w).sum() < found.moved <= (m != w).sum()  # tiny entries may move within ½ulp(M)
 
 
-def test_an_update_below_the_grain_must_still_be_rounded_where_it_rounds():
+def test_update_below_grain_is_rounded_where_it_rounds():
     """ΔW = 0.6 spacings everywhere: every entry must move. A tolerance of one ulp would let a dropped merge pass."""
     w = np.full((8, 8), 1.0)
     b, a = np.full((8, 1), 0.6 * 2.0**-7), np.ones((1, 8))
@@ -147,7 +147,7 @@ def test_an_update_below_the_grain_must_still_be_rounded_where_it_rounds():
     assert counted(torch.bfloat16, w, w, b, a).count == 64
 
 
-def test_a_base_rounded_to_the_dtype_of_the_merge_is_allowed_and_no_other():
+def test_base_rounded_to_dtype_of_merge_is_allowed_and_no_other():
     rng = np.random.default_rng(2)
     w = (rng.standard_normal((16, 16)) * 0.02).astype(np.float32).astype(np.float64)
     b, a = rng.standard_normal((16, 2)) * 0.01, rng.standard_normal((2, 16)) * 0.1
@@ -160,7 +160,7 @@ def test_a_base_rounded_to_the_dtype_of_the_merge_is_allowed_and_no_other():
     assert check_merge([block], (16, 16), Product(left, right), how).count == 0
 
 
-def test_a_sum_rounded_to_float32_on_the_way_may_lose_a_tie():
+def test_sum_rounded_to_float32_on_way_may_lose_tie():
     """W lies between two bf16 numbers and ΔW pushes it past the middle by less than float32 can hold."""
     w, delta = torch.tensor([[1 + 2.0**-8]]), torch.tensor([[2.0**-30]], dtype=torch.float64)
     m = (w + delta.float()).bfloat16()
@@ -170,13 +170,13 @@ def test_a_sum_rounded_to_float32_on_the_way_may_lose_a_tie():
 
 
 @pytest.mark.parametrize(("dtype", "kind"), [(torch.float32, np.float32), (torch.float16, np.float16)])
-def test_the_spacing_is_that_of_numpy(dtype, kind):
+def test_spacing_is_that_of_numpy(dtype, kind):
     values = np.concatenate([np.random.default_rng(3).standard_normal(500) * 10.0**k for k in range(-7, 4)])
     values = np.concatenate([values, [0.0, 1.0, -2.0, 2.0**-24, 6e-8]]).astype(kind)
     assert ulp(torch.from_numpy(values.astype(np.float64)), dtype).tolist() == np.spacing(np.abs(values)).tolist()
 
 
-def test_products_and_whole_matrices_agree_on_everything_but_the_tolerance():
+def test_products_and_whole_matrices_agree_up_to_tolerance():
     torch.manual_seed(0)
     product = Product(torch.randn(6, 2, dtype=torch.float64), torch.randn(2, 6, dtype=torch.float64))
     matrix = product.rows(0, 6)
@@ -191,7 +191,7 @@ def test_products_and_whole_matrices_agree_on_everything_but_the_tolerance():
     assert torch.equal(product.halves_swapped().rows(0, 6), torch.cat([matrix[3:], matrix[:3]]))
 
 
-def test_numbers_of_a_shorter_dtype_are_recognised():
+def test_numbers_of_shorter_dtype_are_recognised():
     values = torch.randn(1000)
     assert held_dtype(values) == torch.float32
     assert held_dtype(values.bfloat16().float()) == torch.bfloat16
@@ -200,7 +200,7 @@ def test_numbers_of_a_shorter_dtype_are_recognised():
 
 
 @pytest.mark.parametrize(("side", "bad"), [("BASE", 0), ("MERGED", 1)])
-def test_an_entry_that_is_not_finite_is_named(side, bad):
+def test_entry_that_is_not_finite_is_named(side, bad):
     sides = [torch.ones(2, 3), torch.ones(2, 3)]
     sides[bad][1, 2] = float("nan")
     empty = Product(torch.zeros(2, 0, dtype=torch.float64), torch.zeros(0, 3, dtype=torch.float64))
@@ -209,7 +209,7 @@ def test_an_entry_that_is_not_finite_is_named(side, bad):
 
 
 @pytest.mark.parametrize("factor", [1.0, 1.05, 0.95])
-def test_a_scale_that_every_single_entry_allows_is_told_from_all_of_them(factor):
+def test_scale_allowed_by_each_entry_is_told_from_all(factor):
     """With r = 512, |B||A| is 14 times |ΔW|, and the bound for factors that were cast lets 5% pass everywhere."""
     rng = np.random.default_rng(0)
     w = bf16_of_float64(rng.standard_normal((96, 96)) * 0.02)
@@ -227,6 +227,6 @@ def test_no_right_merge_drifts(problem, path, s):
     assert not counted(dtype, w, merged(path, dtype, w, b, a, s), b, a, s).drifted
 
 
-def test_numbers_below_the_normal_ones_do_not_say_which_dtype_was_merged_in():
+def test_subnormal_entries_do_not_reveal_merge_dtype():
     small = (torch.randn(1000, generator=torch.Generator().manual_seed(0)) * 1e-7).half()
     assert held_dtype(small) == torch.float16

@@ -97,7 +97,7 @@ def check_vectors_if_any(factors, matrix):
 
 @pytest.mark.parametrize("method", FULL)
 @pytest.mark.parametrize("top", [1, 7, 39, 40, 100])
-def test_top_keeps_the_largest(method, top):
+def test_top_keeps_largest(method, top):
     matrix = oracles.with_spectrum(SPECTRA["power law"], 40, 60, seed=2)
     factors = decompose(torch.from_numpy(matrix), method, top)
     check(factors, matrix)
@@ -152,7 +152,7 @@ ADVERSARIAL = {
     ids=("square", "wide", "tall"),
 )
 @pytest.mark.parametrize("spectrum", ADVERSARIAL)
-def test_a_krylov_certificate_is_never_broken(spectrum, shape, dtype, seed):
+def test_krylov_certificate_is_never_broken(spectrum, shape, dtype, seed):
     matrix = oracles.with_spectrum(ADVERSARIAL[spectrum], *shape, seed=11).astype(dtype)
     factors = decompose(torch.from_numpy(matrix), "krylov", top=K, seed=seed, vectors=True)
     s = true_values(matrix)
@@ -174,7 +174,7 @@ def test_a_krylov_certificate_is_never_broken(spectrum, shape, dtype, seed):
     [(1e-30, np.float32), (1e-20, np.float64), (1e-12, np.float32), (1e12, np.float64), (1e25, np.float32)],
 )
 @pytest.mark.parametrize("spectrum", ["power law 1", "power law 1/2", "geometric", "flat"])
-def test_a_certificate_does_not_depend_on_the_scale(spectrum, dtype, scale):
+def test_certificate_does_not_depend_on_scale(spectrum, dtype, scale):
     matrix = (oracles.with_spectrum(ADVERSARIAL[spectrum], N, 700, seed=2) * scale).astype(dtype)
     factors = decompose(torch.from_numpy(matrix), top=9)
     s = true_values(matrix)
@@ -196,7 +196,7 @@ def test_float64_far_from_one(method, scale):
     assert thin.fro > 0
 
 
-def test_a_solver_that_fails_hands_over(monkeypatch):
+def test_solver_that_fails_hands_over(monkeypatch):
     matrix = oracles.with_spectrum(ADVERSARIAL["power law 1"], N, N, 3)
 
     def fails(*args, **options):
@@ -209,7 +209,7 @@ def test_a_solver_that_fails_hands_over(monkeypatch):
 
 
 @pytest.mark.slow
-def test_krylov_runs_where_there_is_decay_and_hands_over_where_there_is_none():
+def test_krylov_runs_with_decay_and_falls_back_without():
     methods = {
         name: decompose(torch.from_numpy(oracles.with_spectrum(s, N, N, 3)), "krylov", top=K).method.split(":")[0]
         for name, s in ADVERSARIAL.items()
@@ -220,7 +220,7 @@ def test_krylov_runs_where_there_is_decay_and_hands_over_where_there_is_none():
         assert methods[name] == "krylov", name
 
 
-def test_the_bound_sees_what_the_basis_missed(monkeypatch):
+def test_bound_sees_what_basis_missed(monkeypatch):
     """Start Lanczos in a space that never meets the largest direction: the certificate must not pass it."""
     s = np.where(INDEX <= 40, 1.0 / INDEX, 1e-5)
     matrix = torch.from_numpy(np.diag(s))
@@ -240,7 +240,7 @@ def test_the_bound_sees_what_the_basis_missed(monkeypatch):
         assert missed <= factors.energy_error
 
 
-def test_what_is_taken_for_the_energy_outside_the_basis_is_above_it(monkeypatch):
+def test_energy_outside_basis_is_bounded_above(monkeypatch):
     """The probe's Ritz value lies below λ_max(N), whatever the matrix; μ has to lie above it."""
     s = np.concatenate([4.0 ** -np.arange(4.0), np.linspace(0.003, 0.001, 236)])
     seen = []
@@ -253,7 +253,7 @@ def test_what_is_taken_for_the_energy_outside_the_basis_is_above_it(monkeypatch)
     assert np.linalg.norm((a - a @ q @ q.T).numpy(), 2) ** 2 <= mu
 
 
-def test_krylov_repeats_itself_and_other_seeds_agree_within_the_bound():
+def test_krylov_repeats_and_seeds_agree_within_bound():
     matrix = torch.from_numpy(oracles.with_spectrum(ADVERSARIAL["power law 1"], N, N, 3).astype(np.float32))
     one, two = (decompose(matrix, "krylov", top=K, seed=4) for _ in range(2))
     other = decompose(matrix, "krylov", top=K, seed=5)
@@ -263,7 +263,7 @@ def test_krylov_repeats_itself_and_other_seeds_agree_within_the_bound():
     assert abs(energies[0] - energies[1]) <= one.energy_error + other.energy_error
 
 
-def test_eigenvalues_in_place_are_the_same(monkeypatch):
+def test_eigenvalues_in_place_are_same(monkeypatch):
     matrix = oracles.with_spectrum(SPECTRA["power law"], 60, 40, seed=2)
     plain = decompose(torch.from_numpy(matrix), "gram")
     monkeypatch.setattr(gram, "IN_PLACE_FROM", 1)
@@ -276,7 +276,7 @@ def test_eigenvalues_in_place_are_the_same(monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("shape", [(N, 700), (700, N)], ids=str)
 @pytest.mark.parametrize("spectrum", ADVERSARIAL)
-def test_the_largest_vectors_without_the_others(monkeypatch, spectrum, shape):
+def test_largest_vectors_without_others(monkeypatch, spectrum, shape):
     monkeypatch.setattr(gram, "SUBSET_FROM", 1)
     monkeypatch.setattr(gram, "ALL_CORES", torch.get_num_threads())
     whole = torch.linalg.eigh
@@ -303,7 +303,7 @@ def test_beside_other_work_all_vectors_are_computed(monkeypatch):
 
 
 @pytest.mark.parametrize("failure", ["raises", "finds fewer"])
-def test_all_vectors_where_the_largest_cannot_be_had(monkeypatch, failure):
+def test_all_vectors_where_largest_cannot_be_had(monkeypatch, failure):
     monkeypatch.setattr(gram, "SUBSET_FROM", 1)
     monkeypatch.setattr(gram, "ALL_CORES", torch.get_num_threads())
 
@@ -320,7 +320,7 @@ def test_all_vectors_where_the_largest_cannot_be_had(monkeypatch, failure):
     assert len(factors.s) == 5
 
 
-def test_auto_takes_the_cheapest_method_that_fits():
+def test_auto_takes_cheapest_method_that_fits():
     rng = np.random.default_rng(0)
     decaying = torch.from_numpy(oracles.with_spectrum(1 / INDEX, N, N, 0))
     assert decompose(torch.from_numpy(rng.standard_normal((64, 500)))).method.startswith("exact")
@@ -330,7 +330,7 @@ def test_auto_takes_the_cheapest_method_that_fits():
     assert decompose(decaying, top=N // 2).method == "gram"
 
 
-def test_a_tighter_tolerance_is_met_or_handed_over():
+def test_tighter_tolerance_is_met_or_handed_over():
     matrix = torch.from_numpy(oracles.with_spectrum(1 / INDEX, N, N, 0))
     assert decompose(matrix, "krylov", top=K, tol=1e-9).energy_error <= 1e-9
 
@@ -359,7 +359,7 @@ def test_factored_with_dead_and_repeated_columns():
     assert not factors.complete
 
 
-def test_factored_where_the_factors_cancel():
+def test_factored_where_factors_cancel():
     """B·A is far smaller than B and A: the bound grows with it and stays true."""
     rng = np.random.default_rng(3)
     b = np.c_[rng.standard_normal((30, 1)), np.zeros((30, 1))]
@@ -372,7 +372,7 @@ def test_factored_where_the_factors_cancel():
 # The ladder, and requests that make no sense.
 
 
-def test_the_next_driver_takes_over_and_is_named(monkeypatch):
+def test_next_driver_takes_over_and_is_named(monkeypatch):
     matrix = np.random.default_rng(0).standard_normal((20, 30))
 
     def fails(*args, **options):
@@ -403,7 +403,7 @@ def test_requests_that_make_no_sense():
         decompose(torch.ones(0, 3))
 
 
-def test_what_a_matrix_is_divided_by_is_a_power_of_two_that_its_dtype_has():
+def test_matrix_is_divided_by_power_of_two_of_its_dtype():
     for fro, dtype, exponent in (
         (1e-40, torch.float32, -126),
         (1e39, torch.float32, 127),

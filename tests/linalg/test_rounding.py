@@ -40,7 +40,7 @@ def a_side(shape) -> Spacing:
 @pytest.mark.parametrize("dtype", LAYOUT, ids=str)
 @settings(max_examples=80, deadline=None)
 @given(value=st.floats(-60000, 60000))
-def test_spacing_is_the_distance_to_the_next_number(dtype, value):
+def test_spacing_is_distance_to_next_number(dtype, value):
     stored = torch.tensor([value], dtype=dtype)
     long = torch.tensor([1 / 3, 1 / 7, 1 / 11], dtype=torch.float64).to(dtype)  # so that most fit no shorter dtype
     expected = ulp(float(stored.double()), dtype)
@@ -50,7 +50,7 @@ def test_spacing_is_the_distance_to_the_next_number(dtype, value):
 @pytest.mark.parametrize("dtype", SHORT, ids=str)
 @settings(max_examples=30, deadline=None)
 @given(scale=st.floats(1e-4, 10), seed=st.integers(0, 1000))
-def test_the_bound_holds_for_real_rounding_of_both_sides(dtype, scale, seed):
+def test_bound_holds_for_real_rounding_of_both_sides(dtype, scale, seed):
     rng = torch.Generator().manual_seed(seed)
     base = torch.randn(20, 30, generator=rng, dtype=torch.float64) * 0.02
     tuned = base + torch.randn(20, 30, generator=rng, dtype=torch.float64) * 1e-4 * scale
@@ -62,7 +62,7 @@ def test_the_bound_holds_for_real_rounding_of_both_sides(dtype, scale, seed):
     assert found.rounding.bound == pytest.approx(by_definition, rel=3e-6)
 
 
-def test_a_finer_tuned_side_makes_the_base_the_exact_starting_point():
+def test_finer_tuned_side_makes_base_exact_starting_point():
     base = torch.randn(20, 30).bfloat16()
     tuned = base.float() + torch.randn(20, 30) * 1e-5
     found = difference([(base, tuned)], (20, 30), CPU)
@@ -82,7 +82,7 @@ STORED = [
 
 
 @pytest.mark.parametrize(("short", "long"), STORED, ids=str)
-def test_short_numbers_in_a_long_file_are_recognised(short, long):
+def test_short_numbers_in_long_file_are_recognised(short, long):
     values = torch.randn(40, 50, dtype=torch.float64).to(short)
     one, two, three = (a_side((40, 50)) for _ in range(3))
     one.add(values)
@@ -103,7 +103,7 @@ def test_numbers_of_full_precision_are_left_alone(dtype):
     assert spacings(values, out) == LAYOUT[dtype][2]
 
 
-def test_one_column_does_not_speak_for_the_others():
+def test_one_column_does_not_speak_for_others():
     values = torch.randn(256, 4096).bfloat16().float()
     values[:, 0] = torch.rand(256)
     found = of(values)
@@ -111,7 +111,7 @@ def test_one_column_does_not_speak_for_the_others():
     assert float((found[:, 0] / values[:, 0]).max()) < 2.0**-22
 
 
-def test_a_quantized_side_counts_with_the_step_of_its_format():
+def test_quantized_side_counts_with_step_of_its_format():
     base, tuned = torch.randn(6, 5), torch.randn(6, 5)
     step = torch.rand(6, 5)
     halves = [(base[:3], tuned[:3]), (base[3:], tuned[3:])]
@@ -164,7 +164,7 @@ def test_verdicts_on_planted_updates(rms, expected):
         assert noise_fro / math.sqrt(2) == pytest.approx(error, rel=0.05)
 
 
-def test_a_full_rank_float32_update_stays_resolved():
+def test_full_rank_float32_update_stays_resolved():
     rng = np.random.default_rng(0)
     base = torch.from_numpy(rng.standard_normal((100, 80)).astype(np.float32))
     tuned = base + torch.from_numpy((rng.standard_normal((100, 80)) * 1e-3).astype(np.float32))
@@ -175,7 +175,7 @@ def test_a_full_rank_float32_update_stays_resolved():
     assert verdict(noise(found).fro, found.fro, signal) == "resolved"
 
 
-def test_signal_rank_of_a_part_of_the_spectrum():
+def test_signal_rank_of_part_of_spectrum():
     s = np.array([3.0, 2.0, 1.0])
     assert signal_rank(s, 1.5, complete=False) == 2
     assert signal_rank(s, 0.5, complete=False) is None

@@ -8,7 +8,7 @@ from lora_diag.linalg.speed import DECAY, decaying, time_few, time_full, time_pa
 pytestmark = pytest.mark.slow
 
 
-def test_times_grow_with_the_work():
+def test_times_grow_with_work():
     """Of 729 times the multiply-adds and 1024 times the entries; the least of several, as others may take the core."""
     small, large = [time_full(160) for _ in range(5)], time_full(1440)
     assert 0 < min(product for product, _ in small) < large[0]
@@ -17,7 +17,7 @@ def test_times_grow_with_the_work():
     assert time_few(600, 8) > 0
 
 
-def test_the_matrix_of_few_values_decays():
+def test_matrix_of_few_values_decays():
     s = torch.linalg.svdvals(decaying(300).double())
     slope = torch.log(s[80] / s[4]) / torch.log(torch.tensor(81.0 / 5.0))
     assert abs(float(slope) + DECAY) < 0.25

@@ -25,7 +25,7 @@ def random_basis(rng: np.random.Generator, m: int, r: int) -> np.ndarray:
 
 @settings(max_examples=60, deadline=None)
 @given(st.integers(1, 9), st.integers(1, 9), st.integers(0, 10_000), st.integers(1, 4), st.floats(1e-12, 1e12))
-def test_the_shares_are_those_of_the_dense_projections_in_order_and_whatever_the_blocks(m, n, seed, rows, scale):
+def test_shares_equal_dense_projections_for_any_blocks(m, n, seed, rows, scale):
     rng = np.random.default_rng(seed)
     delta, gradient = rng.standard_normal((m, n)), rng.standard_normal((m, n)) * scale
     ranks = tuple(range(1, min(m, n) + 1))
@@ -43,7 +43,7 @@ def test_the_shares_are_those_of_the_dense_projections_in_order_and_whatever_the
         assert max(found.left[at], found.right[at]) <= found.tangent[at] <= 1
 
 
-def test_a_gradient_inside_the_subspaces_has_overlap_one_and_one_outside_zero():
+def test_gradient_overlap_is_one_inside_and_zero_outside():
     rng = np.random.default_rng(0)
     u, v = np.linalg.qr(rng.standard_normal((40, 40)))[0], np.linalg.qr(rng.standard_normal((30, 30)))[0]
     inside, outside = u[:, :4] @ rng.standard_normal((4, 4)) @ v[:, :4].T, u[:, 4:] @ v[:, 4:20].T.repeat(3, 0)[:36]
@@ -54,7 +54,7 @@ def test_a_gradient_inside_the_subspaces_has_overlap_one_and_one_outside_zero():
     assert found.tangent[0] == pytest.approx(0, abs=1e-12)
 
 
-def test_at_the_best_adapter_of_its_rank_nothing_of_the_gradient_is_in_reach():
+def test_gradient_at_best_adapter_has_nothing_in_reach():
     """L = ½‖BA − M‖² with BA the truncated SVD of M: the gradient BA − M is orthogonal to the tangent space at BA."""
     rng = np.random.default_rng(3)
     u, s, vh = np.linalg.svd(rng.standard_normal((30, 20)), full_matrices=False)
@@ -65,7 +65,7 @@ def test_at_the_best_adapter_of_its_rank_nothing_of_the_gradient_is_in_reach():
 
 @pytest.mark.parametrize("shape", [(48, 48), (24, 80)])
 @pytest.mark.parametrize("gradient_rank", [1, 24])
-def test_random_subspaces_meet_the_baselines_within_sampling_error(shape, gradient_rank):
+def test_random_subspaces_meet_baselines_within_sampling_error(shape, gradient_rank):
     """The mean square over 400 draws, within four standard errors of the draws themselves."""
     rng = np.random.default_rng(1)
     m, n = shape
@@ -81,7 +81,7 @@ def test_random_subspaces_meet_the_baselines_within_sampling_error(shape, gradie
     assert (np.abs(mean - expected) < 4 * error).all(), (mean, expected, error)
 
 
-def test_an_entry_that_is_not_finite_is_named_and_a_zero_gradient_has_no_share():
+def test_non_finite_entry_is_named_zero_gradient_has_no_share():
     e = torch.eye(4, dtype=torch.float64)[:, :2]
     g = torch.ones(4, 4)
     g[3, 1] = torch.nan
@@ -89,7 +89,7 @@ def test_an_entry_that_is_not_finite_is_named_and_a_zero_gradient_has_no_share()
     assert shares([torch.zeros(4, 4)], e, e, [1, 2]).both == (0.0, 0.0)
 
 
-def test_bases_are_made_orthonormal_without_mixing_later_columns_into_earlier_ones():
+def test_bases_are_orthonormal_without_mixing_later_columns():
     rng = np.random.default_rng(2)
     given = random_basis(rng, 20, 5) @ np.triu(rng.standard_normal((5, 5)) + 3 * np.eye(5))
     basis = orthonormal(torch.from_numpy(given)).numpy()
@@ -100,7 +100,7 @@ def test_bases_are_made_orthonormal_without_mixing_later_columns_into_earlier_on
 
 
 @given(st.floats(0.001, 0.999), st.floats(0, 1))
-def test_near_is_below_a_limit_that_lies_between_the_baseline_and_one(random, overlap):
+def test_near_is_below_limit_that_lies_between_baseline_and_one(random, overlap):
     assert is_near(random, random)
     assert not is_near(1.0, random)
     assert is_near(overlap, random) == (overlap < min(2 * random, (1 + random) / 2))

@@ -57,7 +57,7 @@ def one(lo, hi, start, dtype):
     half=st.floats(-2, 1.5),
     ratios=st.tuples(st.floats(-1, 1), st.floats(-1, 1)),
 )
-def test_moments_are_those_of_the_definition(dtype, error, rounded, scale, mean, center, half, ratios):
+def test_moments_are_those_of_definition(dtype, error, rounded, scale, mean, center, half, ratios):
     s, h = 10**scale, 10 ** (scale + half)
     start = tuple(h * 10**ratio for ratio in ratios) if rounded else None
     numbers = [center * s - h, center * s + h, *(start or ()), mean * s]
@@ -83,7 +83,7 @@ def test_powers_of_two_scale_moments_exactly(power, seed, rounded):
 
 
 @given(seed=st.integers(0, 999), far=st.floats(0, 40))
-def test_the_mean_lies_in_the_cell(seed, far):
+def test_mean_lies_in_cell(seed, far):
     rng = np.random.default_rng(seed)
     lo = torch.tensor(rng.normal(size=(3, 7)) * far)
     hi = lo + torch.tensor(np.exp(rng.uniform(-8, 3, size=(3, 7))))
@@ -94,7 +94,7 @@ def test_the_mean_lies_in_the_cell(seed, far):
     assert (found.variance <= torch.minimum((hi - lo) ** 2 / 4, torch.ones(())) * (1 + 1e-9)).all()
 
 
-def test_an_open_cell_says_nothing():
+def test_open_cell_says_nothing():
     wide = Cells(torch.full((1, 2), -math.inf), torch.full((1, 2), math.inf), torch.ones(1, 2), torch.ones(1, 2))
     for cells in (wide, wide.exact_start()):
         found = moments(cells, torch.tensor([[0.0, 3.0]]), 2.0)
@@ -105,7 +105,7 @@ def test_an_open_cell_says_nothing():
 
 @pytest.mark.parametrize("start", [None, (0.25, 0.5), (2e-7, 1e-7)], ids=str)
 @pytest.mark.parametrize(("at", "mean"), [(1.0, 0.0), (-1.0, 0.0), (0.75, 40.0), (-3.0, -900.0)])
-def test_a_cell_of_one_float32_spacing_has_moments(at, mean, start):
+def test_cell_of_one_float32_spacing_has_moments(at, mean, start):
     """t loses the ends of such a cell where the mean is far."""
     lo = torch.tensor(at)
     hi = torch.nextafter(lo, torch.tensor(math.inf))

@@ -33,7 +33,7 @@ def test_rho_within_groups_does_not_see_what_is_between_them():
 
 
 @pytest.mark.parametrize("groups", [None, [0, 0, 0, 1, 1, 1]])
-def test_the_p_value_is_the_share_of_all_pairings_that_are_as_far(groups):
+def test_p_value_is_share_of_all_pairings_that_are_as_far(groups):
     x, y = [1.0, 2.0, 3.0, 4.0, 5.0, 6.0], [2.0, 1.0, 3.0, 6.0, 4.0, 5.0]
     found = abs(spearman(x, y, groups))
     orders = [order for order in permutations(range(6)) if groups is None or {*order[:3]} == {0, 1, 2}]
@@ -41,7 +41,7 @@ def test_the_p_value_is_the_share_of_all_pairings_that_are_as_far(groups):
     assert p_value(x, y, groups) == pytest.approx(np.mean(far), abs=0.015)
 
 
-def test_the_interval_covers_the_truth_as_often_as_it_says():
+def test_interval_covers_truth_as_often_as_it_says():
     """Normal pairs of correlation 0.6 have Spearman's ρ 6/π·asin(0.3)."""
     rng, truth, hits = np.random.default_rng(0), 6 / np.pi * np.arcsin(0.3), 0
     for _ in range(2000):

@@ -14,7 +14,7 @@ LOSS = st.floats(0.5, 5.0)
 
 
 @given(st.lists(st.tuples(LOSS, LOSS), min_size=2, max_size=9))
-def test_two_groups_in_blocks_are_the_paired_t_test(pairs):
+def test_two_groups_in_blocks_are_paired_t_test(pairs):
     one, two = np.array(pairs).T
     variance, freedom = blocks([dict(enumerate(one)), dict(enumerate(two))])
     assert freedom == len(pairs) - 1
@@ -22,7 +22,7 @@ def test_two_groups_in_blocks_are_the_paired_t_test(pairs):
     np.testing.assert_allclose(variance, np.var(one - two, ddof=1) / 2, atol=1e-12)
 
 
-def test_blocks_are_the_two_way_analysis_of_variance_without_interaction():
+def test_blocks_equal_two_way_analysis_of_variance():
     losses = np.random.default_rng(0).normal(size=(4, 5)) + np.arange(4)[:, None] + np.arange(5) ** 2
     variance, freedom = blocks([dict(enumerate(row)) for row in losses])
     rest = losses - losses.mean(0) - losses.mean(1, keepdims=True) + losses.mean()
@@ -35,7 +35,7 @@ def test_blocks_are_the_two_way_analysis_of_variance_without_interaction():
     assert blocks([{0: 1.0}, {0: 2.0}]) == (0.0, 0)
 
 
-def test_an_interval_and_its_confidence_are_those_of_scipy():
+def test_interval_and_its_confidence_are_those_of_scipy():
     rng = np.random.default_rng(1)
     one, two = rng.normal(size=5), rng.normal(0.3, 2.0, size=4)
     error, freedom = welch((one.var(ddof=1) / 5, 4), (two.var(ddof=1) / 4, 3))
@@ -51,7 +51,7 @@ def test_an_interval_and_its_confidence_are_those_of_scipy():
 
 
 @pytest.mark.parametrize("n", [2, 3, 8])
-def test_a_limit_is_missed_in_one_case_of_twenty(n):
+def test_limit_is_missed_in_one_case_of_twenty(n):
     rng = np.random.default_rng(n)
     missed = 0
     for _ in range(2000):
@@ -62,7 +62,7 @@ def test_a_limit_is_missed_in_one_case_of_twenty(n):
     assert abs(missed / 2000 - 0.05) < 3.5 * math.sqrt(0.05 * 0.95 / 2000)
 
 
-def test_the_runs_that_are_planned_decide_four_times_in_five():
+def test_runs_that_are_planned_decide_four_times_in_five():
     n, rng = runs_needed(0.5, math.sqrt(2), 2), np.random.default_rng(2)
     decided = 0
     for _ in range(1000):
@@ -78,5 +78,5 @@ def test_the_runs_that_are_planned_decide_four_times_in_five():
     assert 2 <= n <= MOST_RUNS
 
 
-def test_an_estimate_without_an_error_is_sure():
+def test_estimate_without_error_is_sure():
     assert [Estimate(1.0, 0.0, 3).below(limit) for limit in (0.5, 1.0, 2.0)] == [0.0, 0.5, 1.0]

@@ -25,7 +25,7 @@ def test_energy_curves(s):
 
 
 @given(values, st.integers(1, 40), st.sampled_from([0.9, 0.95, 0.99]))
-def test_an_incomplete_spectrum_gives_the_same_fractions(s, top, threshold):
+def test_incomplete_spectrum_gives_same_fractions(s, top, threshold):
     fro = math.sqrt(float((s**2).sum()))
     whole, part = energy_curve(s, fro, complete=True), energy_curve(s[:top], fro, complete=False)
     assert part[: top - 1] == pytest.approx(whole[: min(top, len(s))][: top - 1], abs=1e-12)
@@ -45,7 +45,7 @@ def test_error_squared_and_energy_are_one(s, rank):
 
 
 @given(values, st.integers(1, 40), st.integers(0, 45))
-def test_errors_of_an_incomplete_spectrum(s, top, rank):
+def test_errors_of_incomplete_spectrum(s, top, rank):
     fro = math.sqrt(float((s**2).sum()))
     found = truncation_error(s[:top], fro, rank, complete=False)
     if rank > min(top, len(s)):
@@ -56,12 +56,12 @@ def test_errors_of_an_incomplete_spectrum(s, top, rank):
     assert found[1] == (s[rank] if rank < min(top, len(s)) else None)
 
 
-def test_a_threshold_that_is_met_exactly_is_met():
+def test_threshold_that_is_met_exactly_is_met():
     curve = np.array([0.5, 0.9, 0.95, 1.0])
     assert [rank_at(curve, share) for share in (0.5, 0.9, 0.95, 0.99, 1.0)] == [1, 2, 3, 4, 4]
 
 
-def test_truncation_is_the_error_of_the_best_approximation():
+def test_truncation_is_error_of_best_approximation():
     delta = oracles.with_spectrum(1 / np.arange(1, 11), 10, 14, seed=3)
     s = np.linalg.svd(delta, compute_uv=False)
     for rank in (0, 1, 4, 10):
@@ -90,7 +90,7 @@ def test_equal_values_have_all_ranks_equal_to_their_number():
     ("first", "second", "dimension"),
     [(8, 8, 128), (4, 16, 128), (64, 64, 384), (60, 50, 100), (8, 8, 16), (8, 1, 128), (9, 9, 9)],
 )
-def test_the_angles_of_random_subspaces_follow_their_law(first, second, dimension):
+def test_angles_of_random_subspaces_follow_their_law(first, second, dimension):
     """Against simulated subspaces; and exactly in the mean squared cosine, max(p, q)/m."""
     rng = np.random.default_rng(dimension)
     found = []

@@ -32,7 +32,7 @@ def profiles() -> dict[str, np.ndarray]:
 
 
 @pytest.mark.parametrize(("name", "variance"), profiles().items())
-def test_the_edge_is_above_99_of_100_noise_matrices(name, variance):
+def test_edge_is_above_99_of_100_noise_matrices(name, variance):
     rng = np.random.default_rng(1)
     errors = rng.uniform(-0.5, 0.5, (300, *variance.shape)) * np.sqrt(12 * variance)
     tops = np.linalg.norm(errors, 2, axis=(1, 2))
@@ -45,7 +45,7 @@ def test_the_edge_is_above_99_of_100_noise_matrices(name, variance):
 
 
 @pytest.mark.parametrize("shape", [(400, 100), (300, 300), (50, 1000)])
-def test_the_edge_of_even_noise_is_that_of_marchenko_and_pastur(shape):
+def test_edge_of_even_noise_is_that_of_marchenko_and_pastur(shape):
     edge = noise(np.full(shape, 4.0)).edge
     limit = 2 * (math.sqrt(shape[0]) + math.sqrt(shape[1]))
     assert limit < edge < 1.06 * limit
@@ -68,14 +68,14 @@ def heteroscedastic(rng, shape=(256, 192)):
 
 
 @pytest.mark.parametrize("rms", [1e-3, 3e-3])
-def test_a_planted_rank_is_found_on_rows_of_different_scale(rms):
+def test_planted_rank_is_found_on_rows_of_different_scale(rms):
     rng = np.random.default_rng(0)
     base = heteroscedastic(rng).bfloat16()
     tuned = (base.double() + planted(rng, base.shape, 4, rms)).bfloat16()
     assert seen(base, tuned)[2] == 4
 
 
-def test_a_rounded_copy_has_no_signal():
+def test_rounded_copy_has_no_signal():
     rng = np.random.default_rng(0)
     for _ in range(5):
         start = heteroscedastic(rng).float()
@@ -87,7 +87,7 @@ def test_a_rounded_copy_has_no_signal():
 
 
 @pytest.mark.parametrize("share", [0.5, 1.0])
-def test_a_rounded_base_is_seen_beside_an_outlier(share):
+def test_rounded_base_is_seen_beside_outlier(share):
     rng = np.random.default_rng(0)
     for scale in (np.exp(rng.standard_normal((400, 1))) * np.exp(0.7 * rng.standard_normal((1, 100))), 1.0):
         start = torch.from_numpy(rng.standard_normal((400, 100)) * 0.02 * scale).float()
@@ -101,7 +101,7 @@ def test_a_rounded_base_is_seen_beside_an_outlier(share):
 
 
 @pytest.mark.parametrize("kind", ["larger where w is small", "in proportion to w", "rank 4"])
-def test_moves_that_go_with_the_size_of_a_weight_are_no_rounding(kind):
+def test_moves_that_go_with_size_of_weight_are_no_rounding(kind):
     shares = [share for share in starts.SHARES if share >= 0.03]
     for weights in starts.WEIGHTS:
         said = starts.starts(weights, kind, (256, 256), 0)
@@ -110,7 +110,7 @@ def test_moves_that_go_with_the_size_of_a_weight_are_no_rounding(kind):
         assert (said[0.3, "rounded"], said[0.3, "exact"]) == ("rounded", "exact")
 
 
-def test_an_unknown_start_counts_the_rounding_of_base():
+def test_unknown_start_counts_rounding_of_base():
     """Rounding makes up 0.1%: one layer does not tell; its rounding is no signal in either case."""
     rng = np.random.default_rng(0)
     start = torch.from_numpy(rng.standard_normal((256, 192)) * 0.02).float()
@@ -125,7 +125,7 @@ def test_an_unknown_start_counts_the_rounding_of_base():
         assert true <= 1.02 * own.fro
 
 
-def test_an_outlier_that_absorbed_its_move_is_no_signal():
+def test_outlier_that_absorbed_its_move_is_no_signal():
     for seed in range(4):
         rng = np.random.default_rng(seed)
         start = torch.from_numpy(rng.standard_normal((128, 128)) * 0.02)
@@ -135,7 +135,7 @@ def test_an_outlier_that_absorbed_its_move_is_no_signal():
 
 
 @pytest.mark.parametrize("share", [0.1, 0.5])
-def test_a_rounded_base_is_told_from_an_exact_start(share):
+def test_rounded_base_is_told_from_exact_start(share):
     rng = np.random.default_rng(0)
     start = torch.from_numpy(rng.standard_normal((400, 300)) * 0.02).float()
     base = start.bfloat16()
@@ -148,7 +148,7 @@ def test_a_rounded_base_is_told_from_an_exact_start(share):
     assert noise_of(exact.rounding.noise, 1).fro < 1e-3 * exact.fro
 
 
-def test_a_sparse_update_is_charged_where_it_moved():
+def test_sparse_update_is_charged_where_it_moved():
     rng = np.random.default_rng(0)
     base = torch.from_numpy(rng.standard_normal((256, 256)) * 0.02).bfloat16()
     delta = torch.from_numpy(rng.standard_normal(base.shape) * 1e-2)
@@ -161,7 +161,7 @@ def test_a_sparse_update_is_charged_where_it_moved():
         assert own.fro == pytest.approx(math.sqrt(2) * float(error), rel=0.1)  # both sides count
 
 
-def test_an_absorbed_update_is_not_called_sparse():
+def test_absorbed_update_is_not_called_sparse():
     rng = np.random.default_rng(0)
     base = torch.from_numpy(rng.standard_normal((256, 256)) * 0.02).bfloat16()
     tuned = (base.double() + torch.from_numpy(rng.standard_normal(base.shape) * 1e-5)).bfloat16()
@@ -173,7 +173,7 @@ def test_an_absorbed_update_is_not_called_sparse():
 
 
 @pytest.mark.parametrize("rows", [10, 20, 30])
-def test_few_entries_do_not_make_an_absorbed_update_sparse(rows):
+def test_few_entries_do_not_make_absorbed_update_sparse(rows):
     said = []
     for seed in range(60):
         rng = np.random.default_rng(seed)
@@ -187,7 +187,7 @@ def test_few_entries_do_not_make_an_absorbed_update_sparse(rows):
 
 
 @pytest.mark.parametrize("rows", [20, 30])
-def test_few_entries_show_a_sparse_update(rows):
+def test_few_entries_show_sparse_update(rows):
     said = []
     for seed in range(60):
         rng = np.random.default_rng(seed)
@@ -198,7 +198,7 @@ def test_few_entries_show_a_sparse_update(rows):
     assert np.mean(said) == pytest.approx(0.9, abs=0.08)
 
 
-def test_the_rounding_of_the_subtraction_is_no_signal():
+def test_rounding_of_subtraction_is_no_signal():
     rng = np.random.default_rng(0)
     base = torch.from_numpy(rng.standard_normal((256, 192)) * 0.02).float()
     tuned = (base.double() + planted(rng, base.shape, 8, 0.05)).float()

@@ -32,14 +32,14 @@ def read(folder, file, content, length):
     return read_texts(file, model)
 
 
-def test_every_window_starts_with_what_the_tokenizer_puts_first(tmp_path):
+def test_every_window_starts_with_what_tokenizer_puts_first(tmp_path):
     folder = with_tokenizer(gpt2(tmp_path / "base"), "<s> $A")
     texts = read(folder, tmp_path / "x.txt", " ".join(WORDS), 4)
     assert [sequence.ids for sequence in texts.sequences] == [(1, 4, 5, 6), (1, 7, 8, 9)]  # two words are left over
     assert all(sequence.labels == sequence.ids for sequence in texts.sequences)
 
 
-def test_a_prompt_is_not_predicted_and_a_long_line_is_cut(tmp_path):
+def test_prompt_is_not_predicted_and_long_line_is_cut(tmp_path):
     folder = with_tokenizer(gpt2(tmp_path / "base"), "<s> $A")
     lines = '{"prompt": "the cat", "completion": "sat on"}\n{"text": "a mat and purred the cat"}\n'
     texts = read(folder, tmp_path / "x.jsonl", lines, 5)
@@ -49,7 +49,7 @@ def test_a_prompt_is_not_predicted_and_a_long_line_is_cut(tmp_path):
     assert texts.notes == ("1 of 2 lines were cut to 5 tokens",)
 
 
-def test_a_classifier_sees_both_ends_of_a_cut_line(tmp_path):
+def test_classifier_sees_both_ends_of_cut_line(tmp_path):
     folder = with_tokenizer(bert(tmp_path / "base"), "<s> $A </s>")
     texts = read(folder, tmp_path / "x.jsonl", '{"text": "the cat sat on a mat", "label": "other"}\n', 5)
     assert texts.sequences[0].ids == (1, 4, 5, 6, 2)
@@ -57,7 +57,7 @@ def test_a_classifier_sees_both_ends_of_a_cut_line(tmp_path):
 
 
 @pytest.mark.parametrize("label", ["nobody", 3, -1, None, 1.5])
-def test_a_label_that_the_model_does_not_have_is_named(tmp_path, label):
+def test_label_that_model_does_not_have_is_named(tmp_path, label):
     import json
 
     line = json.dumps({"text": "the cat", "label": label})
@@ -65,7 +65,7 @@ def test_a_label_that_the_model_does_not_have_is_named(tmp_path, label):
         read(bert(tmp_path / "base"), tmp_path / "x.jsonl", line, 5)
 
 
-def test_a_text_that_is_not_utf8_is_refused(tmp_path):
+def test_text_that_is_not_utf8_is_refused(tmp_path):
     (tmp_path / "x.txt").write_bytes(b"abc\xff")
     with pytest.raises(InputError, match="is not UTF-8 text: byte 3"):
         read_texts(tmp_path / "x.txt", open_model(gpt2(tmp_path / "base"), torch.device("cpu")))

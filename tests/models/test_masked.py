@@ -68,7 +68,7 @@ def sequences(base, path):
     return read_texts(path, model)
 
 
-def test_fifteen_percent_of_the_words_are_hidden_and_nothing_else_changes(case):
+def test_masking_hides_fifteen_percent_and_changes_nothing_else(case):
     base, _, text, vocabulary = case
     found = sequences(base, text)
     whole = windows(text, vocabulary)
@@ -85,7 +85,7 @@ def test_fifteen_percent_of_the_words_are_hidden_and_nothing_else_changes(case):
     assert "15% of the tokens replaced by the mask, seed 0" in found.about
 
 
-def test_the_mask_depends_on_nothing_but_the_place_in_the_file(case):
+def test_mask_depends_on_nothing_but_place_in_file(case):
     base, tuned, text, _ = case
     save = transformers.AutoTokenizer.from_pretrained(base)
     save.save_pretrained(tuned)
@@ -94,7 +94,7 @@ def test_the_mask_depends_on_nothing_but_the_place_in_the_file(case):
     assert read_texts(text, model, 3).sequences == sequences(base, text).sequences[:3]
 
 
-def test_the_mask_is_that_of_seed_0_and_of_the_line_whatever_the_version(case, tmp_path):
+def test_mask_is_that_of_seed_0_and_of_line_whatever_version(case, tmp_path):
     base, _, text, _ = case
     file = tmp_path / "x.jsonl"
     file.write_text((json.dumps({"text": " ".join(text.read_text().split()[:20])}) + "\n") * 3)
@@ -105,13 +105,13 @@ def test_the_mask_is_that_of_seed_0_and_of_the_line_whatever_the_version(case, t
         assert hidden == sorted(np.argsort(draws)[: max(1, round(0.15 * count))].tolist())
 
 
-def test_a_text_whose_first_token_alone_is_hidden_is_kept():
+def test_text_whose_first_token_alone_is_hidden_is_kept():
     sequence = Sequence((MASK,), (7,))
     assert _predicts(sequence, SimpleNamespace(kind="masked"))
     assert not _predicts(sequence, SimpleNamespace(kind="causal"))
 
 
-def test_only_completions_are_hidden_and_a_cut_line_keeps_its_end(case, tmp_path):
+def test_only_completions_are_hidden_and_cut_line_keeps_its_end(case, tmp_path):
     base, _, text, _ = case
     words = text.read_text().split()
     file = tmp_path / "x.jsonl"
@@ -143,7 +143,7 @@ def losses(base, weights, text, own):
         )
 
 
-def test_truncation_has_the_losses_of_an_independent_script(case):
+def test_truncation_has_losses_of_independent_script(case):
     base, tuned, text, _ = case
     found = lora_diag.probe_truncation(base, tuned, evaluate=[text], ranks=(0, 2), length=LENGTH, batch=4).whole
     own = sequences(base, text)
@@ -184,7 +184,7 @@ def test_outputs_compare_what_is_said_of_hidden_tokens(case, tmp_path):
     assert len(record.hidden) == 3
 
 
-def test_activations_are_those_of_the_text_with_its_mask(case, tmp_path):
+def test_activations_are_those_of_text_with_its_mask(case, tmp_path):
     base, _, text, _ = case
     found = lora_diag.probe_activations(base, data=text, output=tmp_path / "c.safetensors", length=LENGTH)
     own = sequences(base, text)
@@ -197,7 +197,7 @@ def test_activations_are_those_of_the_text_with_its_mask(case, tmp_path):
     assert "mask" in found.about
 
 
-def test_without_a_mask_token_there_is_one_message(case, tmp_path):
+def test_without_mask_token_there_is_one_message(case, tmp_path):
     base, _, _, vocabulary = case
     bare = moved(base, tmp_path / "bare")
     save_tokenizer(bare, vocabulary, pre_tokenizers.Whitespace())

@@ -31,7 +31,7 @@ def lines(rows, path):
 @pytest.mark.parametrize(
     "rows", [ROWS, [{"prompt": "Say ", "completion": "yes."}, {"prompt": "And ", "completion": "no."}]]
 )
-def test_a_data_set_is_read_as_its_rows_are_from_json_lines(tmp_path, rows):
+def test_data_set_is_read_as_its_rows_are_from_json_lines(tmp_path, rows):
     model = open_model(gpt2(tmp_path / "base"), CPU)
     more = [{**row, "id": i} for i, row in enumerate(rows)]
     one = read_texts(saved(more, tmp_path / "my.data"), model)
@@ -43,14 +43,14 @@ def test_a_data_set_is_read_as_its_rows_are_from_json_lines(tmp_path, rows):
     assert one.hash != read_texts(saved(rows[:1], tmp_path / "less"), model).hash
 
 
-def test_only_a_line_feed_ends_a_json_line(tmp_path):
+def test_only_line_feed_ends_json_line(tmp_path):
     rows = [{"text": "one\u2028two\u2029three\u0085four"}, {"text": "five"}]
     path = tmp_path / "x.jsonl"
     path.write_bytes("\r\n".join(json.dumps(row, ensure_ascii=False) for row in rows).encode())
     assert read_source(path).rows == ((f"{path}: line 1", rows[0]), (f"{path}: line 2", rows[1]))
 
 
-def test_a_class_is_found_by_its_name_and_else_by_its_number(tmp_path):
+def test_class_is_found_by_its_name_and_else_by_its_number(tmp_path):
     model = open_model(bert(tmp_path / "base"), CPU, tokenizer="bytes")  # ham, spam, other
     named = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["other", "spam"])})
     rows = [{"text": "a", "label": 0}, {"text": "b", "label": 1}]
@@ -62,7 +62,7 @@ def test_a_class_is_found_by_its_name_and_else_by_its_number(tmp_path):
         read_texts(saved([{"text": "a", "label": 7}], tmp_path / "wrong"), model)
 
 
-def test_probe_takes_a_data_set_where_it_takes_a_file(tmp_path):
+def test_probe_takes_data_set_where_it_takes_file(tmp_path):
     base = gpt2(tmp_path / "base")
     tuned = moved(base, tmp_path / "tuned")
     sets = [saved(ROWS, tmp_path / "set"), lines(ROWS, tmp_path / "same.jsonl")]
@@ -71,7 +71,7 @@ def test_probe_takes_a_data_set_where_it_takes_a_file(tmp_path):
     assert by_set["set"] == by_set["same"]
 
 
-def test_what_is_no_data_set_is_one_message(tmp_path, monkeypatch):
+def test_invalid_data_set_is_one_message(tmp_path, monkeypatch):
     model = open_model(gpt2(tmp_path / "base"), CPU)
     splits = datasets.DatasetDict({"train": datasets.Dataset.from_list(ROWS), "test": datasets.Dataset.from_list(ROWS)})
     splits.save_to_disk(str(tmp_path / "splits"))

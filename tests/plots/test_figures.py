@@ -34,7 +34,7 @@ def lines(ax, label):
 
 @pytest.mark.parametrize("values", [1, 7, 300])
 @pytest.mark.parametrize("signal", [0, 5, None])
-def test_an_energy_curve_is_the_cumulated_energy(values, signal):
+def test_energy_curve_is_cumulated_energy(values, signal):
     s = making.decay(4, values)
     record = making.spectrum("model.layers.0.q_proj.weight", s, signal=signal)
     ranks, shares = lines(plots.energy([record]), record.layer)
@@ -43,7 +43,7 @@ def test_an_energy_curve_is_the_cumulated_energy(values, signal):
     np.testing.assert_allclose(shares, [np.sum(s[:r] ** 2) / np.sum(s**2) for r in ranks], rtol=1e-12)
 
 
-def test_a_curve_is_coloured_up_to_the_signal_rank_and_grey_beyond():
+def test_curve_is_coloured_up_to_signal_rank_and_grey_beyond():
     records = making.model(2, ("q_proj",), signal=6)
     ax = plots.energy(records)
     for record in records:
@@ -57,7 +57,7 @@ def test_a_curve_is_coloured_up_to_the_signal_rank_and_grey_beyond():
     ]
 
 
-def test_a_truncated_curve_divides_by_the_whole_norm_and_ends_where_the_values_do():
+def test_truncated_curve_divides_by_norm_and_ends_with_values():
     s = making.decay(2, 12)
     record = making.spectrum("h.0.q.weight", s, fro=9.0, complete=False)
     ranks, shares = lines(plots.energy([record]), record.layer)
@@ -65,7 +65,7 @@ def test_a_truncated_curve_divides_by_the_whole_norm_and_ends_where_the_values_d
     np.testing.assert_allclose(shares, np.cumsum(s**2)[ranks - 1] / 81, rtol=1e-12)
 
 
-def test_experts_of_a_block_are_one_line_their_pointwise_median():
+def test_experts_of_block_are_one_line_their_pointwise_median():
     spectra = [making.decay(n, 20) for n in (3, 9, 31)]
     records = [making.spectrum(f"h.0.experts.{i}.w1.weight", s) for i, s in enumerate(spectra)]
     ranks, shares = lines(plots.energy(records), records[0].layer)
@@ -87,7 +87,7 @@ def test_two_runs_are_bands_of_median_and_range():
     np.testing.assert_allclose([at_8.min(), at_8.max()], [np.min(curves, 0)[7], np.max(curves, 0)[7]], rtol=1e-12)
 
 
-def test_a_spectrum_is_the_singular_values_with_the_median_edge():
+def test_spectrum_is_singular_values_with_median_edge():
     records = [making.spectrum(f"h.{i}.q.weight", making.decay(i), edge=0.1 * (i + 1), signal=9) for i in range(3)]
     ax = plots.spectrum(records)
     for record in records:
@@ -108,7 +108,7 @@ def test_a_spectrum_is_the_singular_values_with_the_median_edge():
         ("relative", lambda r: r.fro / r.base_fro),
     ],
 )
-def test_the_cells_of_a_heat_map_are_the_fields_of_the_records(field, of):
+def test_cells_of_heat_map_are_fields_of_records(field, of):
     records = [*making.model(3, edge=0.5), making.spectrum("lm_head.weight", making.decay(1))]
     ax = plots.heatmap(records, field=field)
     columns = [np.asarray(mesh.get_array()).ravel() for mesh in ax.collections]
@@ -121,7 +121,7 @@ def test_the_cells_of_a_heat_map_are_the_fields_of_the_records(field, of):
     assert columns[0][7] == by_name["lm_head.weight"]
 
 
-def test_a_null_is_hatched_and_no_cell():
+def test_null_is_hatched_and_no_cell():
     cut = making.spectrum("h.0.q.weight", making.decay(1, 4), complete=False)
     records = [cut, making.spectrum("h.1.q.weight", making.decay(1))]
     ax = plots.heatmap(records, field="energy.8")
@@ -130,7 +130,7 @@ def test_a_null_is_hatched_and_no_cell():
     assert "null" in figure.legends[0].get_texts()[0].get_text()
 
 
-def test_the_bands_of_a_residual_are_the_floor_the_best_scale_and_epsilon():
+def test_bands_of_residual_are_floor_best_scale_and_epsilon():
     rng = np.random.default_rng(0)
     delta, other = rng.normal(size=(2, 9, 6))
     s = np.linalg.svd(delta, compute_uv=False)
@@ -147,7 +147,7 @@ def test_the_bands_of_a_residual_are_the_floor_the_best_scale_and_epsilon():
     np.testing.assert_allclose(bases, np.square([0, floor, best]), rtol=1e-9)
 
 
-def test_the_title_of_a_residual_gives_the_shares_that_are_drawn():
+def test_title_of_residual_gives_shares_that_are_drawn():
     records = [
         making.residual("h.0.q.weight", 1.0, 3.0, 0.2, 0.5),
         making.residual("h.1.q.weight", 2.0, 0.0, 0.0, 1.0, rank=0),
@@ -161,7 +161,7 @@ def test_the_title_of_a_residual_gives_the_shares_that_are_drawn():
 
 
 @pytest.mark.parametrize(("length", "told"), [(3.0, True), (0.2, False)])
-def test_a_long_update_that_points_elsewhere_is_explained(length, told):
+def test_long_update_that_points_elsewhere_is_explained(length, told):
     record = making.residual("h.0.q.weight", 1.0, length, 0.2, 0.5)  # limited by direction, says the record
     text = " ".join(text.get_text() for text in plots.figure("residual", making.results([record])).texts)
     assert ("points elsewhere, so no scale helps" in text.replace("\n", " ")) == told
@@ -200,7 +200,7 @@ def test_figure_and_summary_show_one_pooled_epsilon():
     assert shown in find(residual_lines(results), "distance").text
 
 
-def test_a_layer_that_is_not_adapted_has_one_grey_bar_up_to_one():
+def test_layer_that_is_not_adapted_has_one_grey_bar_up_to_one():
     (bar,) = plots.residual([making.residual("h.0.q.weight", 2.0, 0.0, 0.0, 1.0, rank=0)]).patches
     assert (float(bar.get_data().values[0]), mpl.colors.to_hex(bar.get_facecolor())) == (1.0, "#bdbdbd")
 
@@ -224,14 +224,14 @@ def test_overlap_shows_medians_beside_their_baselines():
     assert plots.overlap(records, rank=4).get_ylabel().endswith("r = 4")
 
 
-def test_an_allocation_shows_its_ranks_and_the_uniform_rule():
+def test_allocation_shows_its_ranks_and_uniform_rule():
     records = making.allocations(4, ("q_proj",))
     bars, uniform = plots.allocation(records).patches
     assert list(bars.get_data().values) == [record.rank for record in records]
     assert set(uniform.get_data().values) == {8}
 
 
-def test_what_is_kept_stands_beside_the_bound():
+def test_kept_fraction_is_drawn_beside_bound():
     ax = plots.budget([making.certificate(kept=0.5, bound=0.51)])
     assert [bar.get_width() for bar in ax.patches] == pytest.approx([0.5, 0.45])
     assert [line.get_xdata()[0] for line in ax.lines] == [0.51]
@@ -241,7 +241,7 @@ def test_what_is_kept_stands_beside_the_bound():
     np.testing.assert_allclose(drawn["_kept"], [[1000, 0.3], [2000, 0.5]])
 
 
-def test_the_angles_of_all_layers_are_one_distribution_and_chance_is_that_of_random_spaces():
+def test_angles_of_layers_are_one_distribution_with_chance():
     rng = np.random.default_rng(0)
     spaces = [[np.linalg.qr(rng.normal(size=(m, 8)))[0] for _ in range(2)] for m in (64, 128)]
     cosines = [np.clip(np.linalg.svd(u.T @ v, compute_uv=False), 0, 1) for u, v in spaces]
@@ -265,7 +265,7 @@ def test_the_angles_of_all_layers_are_one_distribution_and_chance_is_that_of_ran
     np.testing.assert_array_equal(rows["_sql × chat"].get_xdata(), [0, *np.ones(16), 1])
 
 
-def test_of_many_pairs_those_with_most_in_common_are_drawn():
+def test_pairs_with_most_in_common_are_drawn():
     names = tuple(f"runs/{name}" for name in "abcde")
     records = making.interferences(3, updates=names)
     figure = plots.figure("angles", making.results(records), rank=4)
@@ -282,7 +282,7 @@ def test_of_many_pairs_those_with_most_in_common_are_drawn():
     assert "rank 5 was not measured; there are 4, 8" in plots.why_not("angles", making.results(records), rank=5)
 
 
-def test_the_sum_s_rank_stands_against_the_ranks_added_and_the_share_below():
+def test_sum_s_rank_stands_against_ranks_added_and_share_below():
     records = [making.union(f"h.{i}.q.weight", *ranks) for i, ranks in enumerate([(3, 6, 5), (4, 5, None), (2, 8, 9)])]
     lone = making.union("h.3.q.weight", 7, 7, None, updates=("runs/sql",))
     bars, every, apart = plots.union([*records, lone]).patches
@@ -300,7 +300,7 @@ def test_the_sum_s_rank_stands_against_the_ranks_added_and_the_share_below():
     assert plots.why_not("union", making.results([lone])) == "no layer is changed by two updates"
 
 
-def test_a_fleet_is_a_point_an_adapter_and_who_stands_out_is_named():
+def test_fleet_is_point_adapter_and_who_stands_out_is_named():
     ax = plots.fleet(making.adapters(20))
     points = {line.get_label(): np.array(line.get_xydata()) for line in ax.lines}
     alive = [record for record in making.adapters(20) if record.fro]
@@ -344,7 +344,7 @@ PANELS = {
 
 
 @pytest.mark.parametrize("name", PANELS)
-def test_a_panel_draws_where_it_is_told_and_leaves_the_notebook_alone(name):
+def test_panel_draws_where_it_is_told_and_leaves_notebook_alone(name):
     # Asking for the backend would make Matplotlib choose one, and import pyplot to do so.
     keys = set(mpl.rcParams) - {"backend", "backend_fallback"}
     before = {key: mpl.rcParams[key] for key in keys}
@@ -360,13 +360,13 @@ def test_every_figure_has_its_panel():
 
 
 @pytest.mark.parametrize("kind", plots.FORMATS)
-def test_the_same_records_give_the_same_bytes(kind):
+def test_same_records_give_same_bytes(kind):
     made = [plots.encoded(plots.figure("energy", making.results(making.model(2))), kind) for _ in range(2)]
     assert made[0] == made[1]
     assert b"2026" not in made[0] or kind == "png"
 
 
-def test_runs_are_told_apart_by_the_settings_that_they_have_and_never_by_activations():
+def test_runs_are_told_apart_by_settings_not_activations():
     recorded = RunInput(role="activations", path="a.safetensors", kind="safetensors file", tensors=1)
     runs = []
     for settings in ({"top": 8}, {"layers": "q_proj"}, {}):
@@ -378,14 +378,14 @@ def test_runs_are_told_apart_by_the_settings_that_they_have_and_never_by_activat
     assert "a.safetensors" not in series_of(runs[:1], ())[0].label
 
 
-def test_a_users_settings_do_not_change_a_page():
+def test_users_settings_do_not_change_page():
     results = making.results(making.model(2))
     page = plots.encoded(plots.figure("energy", results), "svg")
     with mpl.rc_context({"font.size": 30, "axes.grid": True, "lines.linewidth": 9, "svg.fonttype": "path"}):
         assert plots.encoded(plots.figure("energy", results), "svg") == page
 
 
-def test_what_cannot_be_drawn_says_why():
+def test_undrawable_record_states_reason():
     spectra, zero = making.results(making.model(2)), [making.spectrum("h.0.q.weight", np.zeros(4))]
     assert plots.why_not("energy", spectra) is None
     assert "no residual records" in plots.why_not("residual", spectra)
@@ -402,14 +402,14 @@ def test_what_cannot_be_drawn_says_why():
         plots.figure("pie", spectra)
 
 
-def test_a_zero_update_has_no_curve_and_is_counted():
+def test_zero_update_has_no_curve_and_is_counted():
     records = [*making.model(1), making.spectrum("h.0.z.weight", np.zeros(4))]
     figure = plots.figure("energy", making.results(records))
     assert "z" not in [ax.get_title(loc="left") for ax in figure.axes]
     assert any("Δ = 0 in 1 matrix" in text.get_text() for text in figure.texts)
 
 
-def test_too_many_types_share_a_panel_and_nothing_is_lost():
+def test_too_many_types_share_panel_and_nothing_is_lost():
     types = tuple(f"type_{number}" for number in range(40))
     figure = plots.figure("energy", making.results(making.model(1, types)))
     titles = [ax.get_title(loc="left") for ax in figure.axes]
@@ -417,7 +417,7 @@ def test_too_many_types_share_a_panel_and_nothing_is_lost():
     assert len([title for title in titles if title]) == 24
 
 
-def test_towers_do_not_share_a_panel():
+def test_towers_do_not_share_panel():
     layers = [f"{tower}.layers.{i}.q_proj.weight" for tower in ("vision", "language") for i in range(2)]
     figure = plots.figure("energy", making.results([making.spectrum(layer, making.decay(1)) for layer in layers]))
     assert [ax.get_title(loc="left") for ax in figure.axes][:2] == ["vision: q_proj", "language: q_proj"]
@@ -449,7 +449,7 @@ def test_plot_writes_all_that_can_be_drawn(tmp_path):
     ],
     ids=str,
 )
-def test_a_request_that_makes_no_sense_is_refused_and_nothing_written(wrong, tmp_path):
+def test_senseless_request_is_refused_and_nothing_written(wrong, tmp_path):
     output = tmp_path / wrong.pop("output")
     with pytest.raises(UsageError):
         lora_diag.plot(making.results(making.model(1)), output=output, **wrong)
@@ -474,7 +474,7 @@ def test_names_too_long_for_their_place_stay_different():
         assert len(set(shown)) == 5, shown
 
 
-def test_a_fleet_in_which_nobody_stands_out_fills_its_page_and_names_its_scale():
+def test_fleet_without_outliers_fills_page_and_names_scale():
     alike = [making.adapter(f"runs/{i}/lora", 2e5 * (1 + 0.01 * i), sketch=np.eye(64)[i]) for i in range(9)]
     (quiet,) = plots.figure("fleet", making.results(alike)).axes
     (loud,) = plots.figure("fleet", making.results(making.adapters(9))).axes
@@ -485,7 +485,7 @@ def test_a_fleet_in_which_nobody_stands_out_fills_its_page_and_names_its_scale()
 
 
 @pytest.mark.parametrize(("value", "ends"), [(0.0, (0.0, 1.0)), (3.0, (0.0, 3.0)), (-2.0, (-2.0, 0.0))])
-def test_a_heat_map_of_one_value_has_a_scale_from_nothing(value, ends):
+def test_heat_map_of_one_value_has_scale_from_nothing(value, ends):
     shown = cells([making.spectrum(f"l.{i}.q.weight", [1.0]) for i in range(2)], "fro")
     shown = dataclasses.replace(shown, values=np.full_like(shown.values, value))
     norm = norm_of([shown])

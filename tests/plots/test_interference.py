@@ -19,7 +19,7 @@ def numbers(drawn):
     return [text.get_text() for text in drawn.texts if text.get_text()]
 
 
-def test_the_cosine_has_a_panel_a_pair(results):
+def test_cosine_has_panel_pair(results):
     drawn = figure("heatmap", results, field="cosine")
     panels = [axes for axes in drawn.axes if axes.get_title("left")]
     assert [axes.get_title("left") for axes in panels] == [
@@ -38,7 +38,7 @@ def test_the_cosine_has_a_panel_a_pair(results):
         assert sorted(numbers(axes)) == sorted(mine)
 
 
-def test_the_additive_share_is_that_of_the_sums(results):
+def test_additive_share_is_that_of_sums(results):
     drawn = figure("heatmap", results, field="additive.0.9")
     mine = [f"{record.additive['0.9']:.2f}" for record in results if record.record == "union"]
     assert sorted(numbers(drawn.axes[0])) == sorted(mine)
@@ -46,6 +46,6 @@ def test_the_additive_share_is_that_of_the_sums(results):
     assert "lora_r4 + lora_r16 + full_ft" in said
 
 
-def test_a_fleet_has_no_depth_to_draw():
+def test_fleet_has_no_depth_to_draw():
     with pytest.raises(UsageError, match="no records"):
         figure("heatmap", lora_diag.fleet(UPDATES[:2]))

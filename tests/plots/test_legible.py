@@ -200,7 +200,7 @@ def touch(one, other):
 
 
 @pytest.mark.parametrize("width", ["column", "slide"])
-def test_no_text_touches_another_leaves_the_page_or_is_too_small(case, width):
+def test_no_text_touches_another_leaves_page_or_is_too_small(case, width):
     _, name, results, options = case
     figure = plots.figure(name, results, width=width, **options)
     texts = shown_texts(figure)
@@ -215,7 +215,7 @@ def test_no_text_touches_another_leaves_the_page_or_is_too_small(case, width):
         assert not touch(box, its), f"{one.get_text()!r} touches {other.get_text()!r}"
 
 
-def test_the_measure_itself_sees_texts_that_touch():
+def test_measure_itself_sees_texts_that_touch():
     figure = plots.figure("energy", making.results(making.model(2)), width="column")
     ax = figure.axes[0]
     ax.text(0.02, 0.99, "over the title", transform=ax.transAxes)
@@ -226,7 +226,7 @@ def test_the_measure_itself_sees_texts_that_touch():
 @pytest.mark.parametrize(
     "case", [case for case in CASES if case[0] in {"1 blocks", "hostile"}], ids=lambda case: f"{case[1]}-{case[0]}"
 )
-def test_an_svg_is_well_formed_and_its_text_is_text(case):
+def test_svg_is_well_formed_and_its_text_is_text(case):
     _, name, results, options = case
     content = plots.encoded(plots.figure(name, results, **options), "svg")
     root = ElementTree.fromstring(content)
@@ -237,5 +237,5 @@ def test_an_svg_is_well_formed_and_its_text_is_text(case):
     assert "alert(1)" not in "".join(element.tag for element in root.iter())
 
 
-def test_the_contract_covers_every_figure():
+def test_contract_covers_every_figure():
     assert {name for _, name, *_ in CASES} == {kind.name for kind in plots.FIGURES}

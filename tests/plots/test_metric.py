@@ -37,7 +37,7 @@ def words(figure) -> str:
 
 @pytest.mark.parametrize("metric", OF)
 @pytest.mark.parametrize("width", ["slide", "column"])
-def test_titles_and_axes_name_the_metric(metric, width):
+def test_titles_and_axes_name_metric(metric, width):
     for name, said in (
         ("energy", f"Energy share C(r) of {OF[metric]}"),
         ("spectrum", f"σᵢ of {OF[metric]}"),
@@ -51,7 +51,7 @@ def test_titles_and_axes_name_the_metric(metric, width):
     assert OF[metric] in plots.energy(results(metric)).get_ylabel()
 
 
-def test_a_figure_of_weights_speaks_of_no_metric():
+def test_figure_of_weights_speaks_of_no_metric():
     for name in ("energy", "spectrum", "heatmap"):
         told = words(plots.figure(name, results()))
         assert "metric" not in told
@@ -59,7 +59,7 @@ def test_a_figure_of_weights_speaks_of_no_metric():
     assert plots.energy(results()).get_ylabel() == "energy share C(r)"
 
 
-def test_shares_of_two_metrics_are_labelled_and_singular_values_refused():
+def test_metric_shares_are_labelled_and_singular_values_refused():
     both = [results(), results("data")]
     told = words(plots.figure("energy", both))
     assert "full_ft, the weights' metric" in told
@@ -78,7 +78,7 @@ def test_norms_are_named_in_their_metric():
     assert title_in("fro", results().layers) == "‖ΔW‖_F"
 
 
-def test_an_allocation_says_in_which_metric_its_energy_is():
+def test_allocation_says_in_which_metric_its_energy_is():
     allocated = making.results(making.allocations(2), [making.certificate()])
     run = allocated.run.model_copy(update={"settings": {**allocated.run.settings, "metric": "kfac"}})
     weighed = replace(allocated, run=run)

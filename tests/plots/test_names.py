@@ -33,7 +33,7 @@ ADAPTERS = [("adapter", f"runs/r{rank}") for rank in (4, 8, 16)]
         (run(("results", "full.jsonl"), command="allocate"), "allocate"),
     ],
 )
-def test_a_run_is_called_by_what_it_measured(one, name):
+def test_run_is_called_by_what_it_measured(one, name):
     assert run_name(one) == name
 
 
@@ -55,7 +55,7 @@ def test_a_run_is_called_by_what_it_measured(one, name):
         ([run(BASE, FULL), run(BASE, FULL, ADAPTERS[0], command="residual")], (), ["base → full", "base → full"]),
     ],
 )
-def test_runs_of_a_command_are_told_apart(runs, files, names):
+def test_runs_of_command_are_told_apart(runs, files, names):
     assert names_of(runs, files=files) == names
 
 
@@ -73,18 +73,18 @@ def test_adapters_of_several_runs_are_called_by_their_own_names():
     assert labels(results(["runs/r4"], "one"), results(["runs/r4"], "two")) == ["one: r4", "two: r4"]
 
 
-def test_what_all_runs_measured_is_named_above_the_panels():
+def test_layers_measured_by_all_runs_are_named_above_panels():
     runs = [making.probed(making.swept(), steps=steps) for steps in (9, 20)]
     text = " ".join(t.get_text() for t in plots.figure("sweep", runs).texts)
     assert "base → tuned; " in text
 
 
-def test_models_with_the_same_last_name_have_rows_of_their_own():
+def test_models_with_same_last_name_have_rows_of_their_own():
     figure = plots.figure("outputs", making.probed(making.said(adapters=("a/lora", "b/lora"), sets=("held_out",))))
     assert {label.get_text() for label in figure.axes[0].get_yticklabels()} == {"a/lora", "b/lora"}
 
 
-def test_runs_share_the_rows_of_their_parts_and_a_legend_says_whose_each_value_is():
+def test_runs_share_rows_of_parts_and_legend_names_runs():
     runs = [
         making.probed(making.alone(parts, sets=("held_out",)), name=n)
         for n, parts in (("a", ("q", "k")), ("b", ("q",)))
@@ -103,7 +103,7 @@ def test_runs_share_the_rows_of_their_parts_and_a_legend_says_whose_each_value_i
     assert whose == {colors["a"]: 1, colors["b"]: 1}
 
 
-def test_a_plain_figure_has_its_legend_and_no_title_or_notes():
+def test_plain_figure_has_its_legend_and_no_title_or_notes():
     results = making.results(making.residuals(2))
     plain, usual = (plots.figure("residual", results, width="column", plain=plain) for plain in (True, False))
     assert not plain.texts

@@ -19,7 +19,7 @@ def words(figure):
     return " ".join(text.get_text() for text in figure.texts).replace("\n", " ")
 
 
-def test_a_sweep_shows_the_mean_over_seeds_at_each_rank_s_best_rate():
+def test_sweep_shows_mean_over_seeds_at_each_rank_s_best_rate():
     records = making.swept()
     ax = plots.sweep(making.probed(records))
     (mean,) = lines(ax, "_mean")
@@ -41,7 +41,7 @@ def test_a_sweep_shows_the_mean_over_seeds_at_each_rank_s_best_rate():
     assert "BASE 1.900 ↑" in [text.get_text() for text in other.texts]
 
 
-def test_a_sweep_without_a_gain_says_so_and_a_base_far_away_is_named_and_not_drawn():
+def test_sweep_without_gain_says_so_and_names_distant_base():
     assert "every rank is worse than BASE" in plots.sweep(making.swept(base=1.0)).get_title(loc="left")
     ax = plots.sweep(making.swept(base=90.0))
     assert [text.get_text() for text in ax.texts] == ["BASE 90.000 ↑"]
@@ -55,7 +55,7 @@ def test_other_trainings_are_lines_of_their_own():
     assert not lines(ax, "_full fine-tuning 1.700")
 
 
-def test_runs_that_diverged_are_told_and_none_that_did_not_is_refused():
+def test_diverged_runs_are_named_and_all_diverged_is_refused():
     diverged = making.probe("sweep", "lora", None, rank=4, lr=1.0)
     assert "Not drawn: 1 losses of runs that diverged" in words(
         plots.figure("sweep", making.probed([*making.swept(), diverged]))
@@ -64,13 +64,13 @@ def test_runs_that_diverged_are_told_and_none_that_did_not_is_refused():
     assert plots.why_not("sweep", making.probed([base, diverged])) == "no run of the sweep is finished with a loss"
 
 
-def test_a_run_that_diverged_does_not_keep_a_heat_map_from_being_refused():
+def test_diverged_run_does_not_prevent_refusal_of_heat_map():
     """A report asks for every figure: one diverged run of a sweep was a traceback."""
     runs = making.probed([making.probe("sweep", "lora", None, rank=4, lr=1.0), *making.swept()])
     assert "no record has a number nope; there are" in plots.why_not("heatmap", runs, field="nope")
 
 
-def test_a_truncation_shows_gaps_with_their_errors():
+def test_truncation_shows_gaps_with_their_errors():
     records = making.truncated()
     ax = plots.truncation(making.probed(records))
     cut = [r for r in records if r.set == "held_out" and r.rank is not None]
@@ -101,7 +101,7 @@ def test_two_truncations_are_compared_by_what_they_keep():
 
 
 @pytest.mark.parametrize("name", ["sweep", "truncation"])
-def test_each_probe_s_figure_takes_its_own_records_of_a_mix(name):
+def test_probe_figure_takes_its_own_records_of_mix(name):
     both = [making.probed(making.swept()), making.probed(making.truncated()), making.results(making.model(1))]
     assert plots.why_not(name, both) is None
     assert plots.why_not(name, both[2]) == f"no {name} records"
@@ -126,7 +126,7 @@ def bars(ax):
     return found
 
 
-def test_parts_truncated_alone_are_ranked_by_what_they_cost_with_two_errors():
+def test_parts_truncated_alone_are_ranked_by_cost_with_errors():
     records = making.alone()
     error = next(r.gap_error for r in records if r.subject == "truncated")
     drawn = bars(plots.alone(making.probed(records)))
@@ -143,7 +143,7 @@ def test_parts_truncated_alone_are_ranked_by_what_they_cost_with_two_errors():
     assert "The 24 costliest of 40" in words(page)
 
 
-def test_adapters_stand_beside_the_full_fine_tune_with_two_errors():
+def test_adapters_stand_beside_full_fine_tune_with_two_errors():
     drawn = bars(plots.outputs(making.probed(making.said())))
     assert [name for name, *_ in drawn] == ["r16", "r4"]  # BASE, 0.8 away, would press both together
     np.testing.assert_allclose([row[1:] for row in drawn], [(0.03, 0.02), (-0.02, 0.02)])
@@ -152,7 +152,7 @@ def test_adapters_stand_beside_the_full_fine_tune_with_two_errors():
     assert plots.why_not("outputs", making.probed(making.said(adapters=()))) == "no model beside TUNED is finished"
 
 
-def test_hidden_states_are_drawn_at_the_depths_where_they_were_compared():
+def test_hidden_states_are_drawn_at_compared_depths():
     records = making.said()
     drawn = {line.get_label(): np.array(line.get_xydata()) for line in plots.depth(making.probed(records)).lines}
     for record in records[2:4]:
@@ -162,7 +162,7 @@ def test_hidden_states_are_drawn_at_the_depths_where_they_were_compared():
     assert plots.why_not("depth", making.probed(without)) == "no hidden states were compared"
 
 
-def test_what_units_gain_alone_is_ranked_at_their_best_rate():
+def test_gains_of_single_units_are_ranked_at_best_rate():
     records = making.adapted()
     expected = []
     for unit in ("self_attn.q_proj", "mlp.up_proj"):
@@ -181,7 +181,7 @@ def error_bars(ax):
     return [np.array(segment) for collection in ax.collections for segment in collection.get_segments()]
 
 
-def test_curvature_holds_model_and_bound_against_the_measured_gap_of_the_whole_truncation():
+def test_curvature_draws_model_and_bound_beside_measured_gap():
     records = making.curved()
     ax = plots.curvature(making.probed(records))
     gaps = {0: 1.0, 4: 1 / 5, 16: 1 / 17}
@@ -201,13 +201,13 @@ def test_curvature_holds_model_and_bound_against_the_measured_gap_of_the_whole_t
     assert len(plots.figure("curvature", making.probed(making.curved(eigen=False))).axes) == 1
 
 
-def test_curvature_at_base_shows_the_layers_and_a_gap_below_zero_is_told():
+def test_curvature_at_base_shows_layers_and_negative_gap():
     ax = plots.curvature(making.curved(ranks=(), eigen=False))
     assert ax.get_xlabel() == "trace (nats per squared weight)"
     assert "at 3 ranks" in words(plots.figure("curvature", making.probed(making.curved(gap=-1.0))))
 
 
-def test_the_gauss_newton_matrix_bounds_nothing():
+def test_gauss_newton_matrix_bounds_nothing():
     told = words(plots.figure("curvature", making.probed(making.curved())))
     assert "and its bound" in told
     newton = [r.model_copy(update={"matrix": "ggn"}) if r.record == "curvature" else r for r in making.curved()]
@@ -219,7 +219,7 @@ def test_the_gauss_newton_matrix_bounds_nothing():
     assert "λ term 100 times" in page.axes[0].get_title(loc="left").replace("\n", " ")
 
 
-def test_intrinsic_shows_shares_of_full_s_gain_at_the_best_rate_and_leaves_out_a_set_without_a_gain():
+def test_intrinsic_shows_shares_of_gain_and_omits_set_without():
     ax = plots.intrinsic(making.probed(making.reached(), share=0.9))
     gain = 2.0 - (1.0 + 1.04) / 2
     found = {d: (2 - (2 - 0.3 * np.log10(d) + 0.02)) / gain for d in (10, 100, 1000)}
@@ -235,7 +235,7 @@ def test_intrinsic_shows_shares_of_full_s_gain_at_the_best_rate_and_leaves_out_a
     assert none == "no set on which full fine-tuning gains, and a subspace or a LoRA is finished"
 
 
-def test_fisher_shows_the_order_of_each_predictor_and_the_tails_where_nothing_was_measured():
+def test_fisher_shows_predictor_orders_and_unmeasured_tails():
     page = plots.figure("fisher", making.probed(making.fishers()))
     assert [ax.get_title(loc="left").split(" (")[0] for ax in page.axes] == ["over all layers", "within module types"]
     for ax in page.axes:
@@ -251,7 +251,7 @@ def test_fisher_shows_the_order_of_each_predictor_and_the_tails_where_nothing_wa
     assert plots.why_not("fisher", making.probed(still)) == "no tail moves the loss"
 
 
-def test_outputs_of_several_adapters_are_called_by_what_they_are_held_against_and_keep_their_order():
+def test_outputs_of_adapters_are_named_by_reference_in_order():
     records = making.said()
     turned = [
         record.model_copy(update={"gap": -record.gap}) if record.set == "other" and record.name else record

@@ -34,7 +34,7 @@ def test_written_and_read_are_equal(written, tmp_path):
     assert list(tmp_path.glob(".*")) == []
 
 
-def test_the_lines_are_the_documented_ones(written):
+def test_lines_are_documented_ones(written):
     _, path = written
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert [line["record"] for line in lines] == ["run"] + ["spectrum"] * 10 + ["left_out"] * 2 + ["end"]
@@ -46,7 +46,7 @@ def test_the_lines_are_the_documented_ones(written):
     assert set(lines[1]["rank_at"]) == {"0.9", "0.95", "0.99"}
 
 
-def test_the_last_line_is_waited_for_until_it_is_on_the_disk(pair_of_models, tmp_path, monkeypatch):
+def test_last_line_is_waited_for_until_it_is_on_disk(pair_of_models, tmp_path, monkeypatch):
     base, tuned, *_ = pair_of_models
     path, kept = tmp_path / "r.jsonl", []
     monkeypatch.setattr(writing, "sync_descriptor", lambda _: kept.append(path.read_bytes()))
@@ -71,7 +71,7 @@ def test_pandas(written):
 
 @pytest.mark.parametrize("cut", [1, 2, 7, 12, 13])
 @pytest.mark.parametrize("torn", [b"", b'{"record":"spec', b'{"record": "left_out"'])
-def test_resume_ends_in_the_same_file(written, pair_of_models, cut, torn):
+def test_resume_ends_in_same_file(written, pair_of_models, cut, torn):
     _, path = written
     base, tuned, *_ = pair_of_models
     whole = path.read_bytes()
@@ -94,7 +94,7 @@ def test_resume_measures_only_what_is_missing(written, pair_of_models, monkeypat
     assert events[0].total == 2
 
 
-def test_resume_of_a_finished_or_absent_run(written, pair_of_models, tmp_path):
+def test_resume_of_finished_or_absent_run(written, pair_of_models, tmp_path):
     results, path = written
     base, tuned, *_ = pair_of_models
     assert lora_diag.spectrum(base, tuned, output=path, resume=True) == results
@@ -110,7 +110,7 @@ def test_resume_refuses_other_settings_and_inputs(written, pair_of_models):
         lora_diag.spectrum(base, base, output=path, resume=True)
 
 
-def test_a_run_of_a_version_that_kept_fewer_settings_is_told_from_other_options(written, pair_of_models):
+def test_resume_names_version_that_kept_fewer_settings(written, pair_of_models):
     _, path = written
     base, tuned, *_ = pair_of_models
     begun, *rest = path.read_text().splitlines(keepends=True)
@@ -130,7 +130,7 @@ def test_a_run_of_a_version_that_kept_fewer_settings_is_told_from_other_options(
         (lambda settings: settings.update(later=1), r"was begun with another settings\.later; resume with the same"),
     ],
 )
-def test_a_setting_that_only_one_of_two_runs_has_is_named(written, pair_of_models, change, told):
+def test_setting_that_only_one_of_two_runs_has_is_named(written, pair_of_models, change, told):
     """One that was not asked for is null, and a run that does not know it is told from that."""
     _, path = written
     base, tuned, *_ = pair_of_models
@@ -143,7 +143,7 @@ def test_a_setting_that_only_one_of_two_runs_has_is_named(written, pair_of_model
         lora_diag.spectrum(base, tuned, output=path, resume=True)
 
 
-def test_a_run_goes_on_in_a_file_that_may_be_written_where_no_new_one_may(written, pair_of_models, monkeypatch):
+def test_run_resumes_in_writable_file_of_read_only_folder(written, pair_of_models, monkeypatch):
     results, path = written
     base, tuned, *_ = pair_of_models
     path.write_text("".join(path.read_text().splitlines(keepends=True)[:3]))
@@ -153,7 +153,7 @@ def test_a_run_goes_on_in_a_file_that_may_be_written_where_no_new_one_may(writte
     assert lora_diag.spectrum(base, tuned, output=path, resume=True) == results
 
 
-def test_what_is_written_behind_a_torn_line_while_a_file_is_read_is_left_alone(written, tmp_path):
+def test_text_written_after_torn_line_is_left_alone(written, tmp_path):
     """A record that lacked its newline, then the newline: it was called a line that is not JSON."""
     lines = written[1].read_bytes().splitlines(keepends=True)
     (tmp_path / "growing").write_bytes(b"".join(lines[:3])[:-1])
@@ -164,7 +164,7 @@ def test_what_is_written_behind_a_torn_line_while_a_file_is_read_is_left_alone(w
     assert [*found, *reading] == list(read_results(written[1]).records())[:3]
 
 
-def test_a_finished_run_is_replaced_and_anything_else_is_left(written, pair_of_models, tmp_path):
+def test_finished_run_is_replaced_and_anything_else_is_left(written, pair_of_models, tmp_path):
     _, path = written
     base, tuned, *_ = pair_of_models
     lora_diag.spectrum(base, tuned, output=path, top=2)
@@ -178,7 +178,7 @@ def test_a_finished_run_is_replaced_and_anything_else_is_left(written, pair_of_m
     assert other.read_text() == "precious"
 
 
-def test_nothing_is_created_by_a_run_that_fails_at_its_inputs(pair_of_models, tmp_path):
+def test_nothing_is_created_by_run_that_fails_at_its_inputs(pair_of_models, tmp_path):
     base, *_ = pair_of_models
     with pytest.raises(InputError):
         lora_diag.spectrum(base, tmp_path / "nowhere", output=tmp_path / "r.jsonl")
@@ -211,14 +211,14 @@ def test_damaged_results_files(written, change, words):
         read_results(path)
 
 
-def test_fields_of_a_later_version_are_ignored(written):
+def test_fields_of_later_version_are_ignored(written):
     results, path = written
     edit_results(path, lambda text: text.replace('"record":"spectrum"', '"record":"spectrum","later":[1]'))
     found = read_results(path)
     assert (found.run, found.layers, found.left_out) == (results.run, results.layers, results.left_out)
 
 
-def test_the_last_line_hashes_the_lines_before_it(written):
+def test_last_line_hashes_lines_before_it(written):
     results, path = written
     *lines, _ = path.read_bytes().splitlines(keepends=True)
     assert results.end.sha256 == hashlib.sha256(b"".join(lines)).hexdigest()
@@ -226,7 +226,7 @@ def test_the_last_line_hashes_the_lines_before_it(written):
 
 
 @pytest.mark.parametrize("line", range(-1, 13))
-def test_an_edited_line_is_refused(written, line):
+def test_edited_line_is_refused(written, line):
     _, path = written
     lines = path.read_text().splitlines(keepends=True)
     assert len(lines) == 14
@@ -239,13 +239,13 @@ def test_an_edited_line_is_refused(written, line):
         read_results(path)
 
 
-def test_other_line_ends_are_the_same_lines(written):
+def test_other_line_ends_are_same_lines(written):
     results, path = written
     path.write_bytes(path.read_bytes().replace(b"\n", b"\r\n"))
     assert read_results(path) == results
 
 
-def test_a_file_without_hash_is_read(written):
+def test_file_without_hash_is_read(written):
     results, path = written
     path.write_text(path.read_text().replace(f',"sha256":"{results.end.sha256}"', ""))
     assert read_results(path).end == results.end.model_copy(update={"sha256": ""})
@@ -265,7 +265,7 @@ def test_run_time_is_now_and_kept_by_resume(pair_of_models, tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize("epoch", ["soon", "1.5", "9" * 30])
-def test_source_date_epoch_must_be_a_number(pair_of_models, monkeypatch, epoch):
+def test_source_date_epoch_must_be_number(pair_of_models, monkeypatch, epoch):
     monkeypatch.setenv("SOURCE_DATE_EPOCH", epoch)
     with pytest.raises(UsageError, match="SOURCE_DATE_EPOCH"):
         lora_diag.spectrum(*pair_of_models[:2])
@@ -288,7 +288,7 @@ def interrupted(base, tuned, path, records=4, **options):
         lora_diag.spectrum(base, tuned, output=path, on_record=tell, **options)
 
 
-def test_an_interrupted_rerun_leaves_the_finished_run_as_it_is(written, pair_of_models, tmp_path):
+def test_interrupted_rerun_leaves_finished_run_as_it_is(written, pair_of_models, tmp_path):
     _, path = written
     base, tuned, *_ = pair_of_models
     before, part = path.read_bytes(), tmp_path / "r.jsonl.part"
@@ -306,7 +306,7 @@ def test_an_interrupted_rerun_leaves_the_finished_run_as_it_is(written, pair_of_
     assert not part.exists()
 
 
-def test_a_finished_part_takes_its_place(written, pair_of_models, tmp_path):
+def test_finished_part_takes_its_place(written, pair_of_models, tmp_path):
     """The machine stopped between the last line and the renaming."""
     _, path = written
     base, tuned, *_ = pair_of_models
@@ -321,7 +321,7 @@ def test_a_finished_part_takes_its_place(written, pair_of_models, tmp_path):
     assert not part.exists()
 
 
-def test_a_part_whose_first_line_is_torn_is_begun_again(written, pair_of_models, tmp_path):
+def test_part_whose_first_line_is_torn_is_begun_again(written, pair_of_models, tmp_path):
     _, path = written
     base, tuned, *_ = pair_of_models
     (tmp_path / "r.jsonl.part").write_bytes(path.read_bytes()[:100])
@@ -331,7 +331,7 @@ def test_a_part_whose_first_line_is_torn_is_begun_again(written, pair_of_models,
 
 
 @pytest.mark.parametrize("name", ["link.jsonl", "link.jsonl.part"])
-def test_no_run_is_written_through_a_link(written, pair_of_models, tmp_path, name):
+def test_no_run_is_written_through_link(written, pair_of_models, tmp_path, name):
     _, path = written
     base, tuned, *_ = pair_of_models
     before = path.read_bytes()
@@ -343,7 +343,7 @@ def test_no_run_is_written_through_a_link(written, pair_of_models, tmp_path, nam
     assert not (tmp_path / "link.jsonl").exists() or name == "link.jsonl"
 
 
-def test_overwrite_replaces_a_foreign_file_by_a_finished_run(written, pair_of_models, tmp_path):
+def test_overwrite_replaces_foreign_file_by_finished_run(written, pair_of_models, tmp_path):
     """Until the new run ends, what was there stays; a damaged results file is one of them, an unfinished one is not."""
     _, path = written
     base, tuned, *_ = pair_of_models
@@ -370,7 +370,7 @@ def test_overwrite_replaces_a_foreign_file_by_a_finished_run(written, pair_of_mo
 
 
 @pytest.mark.parametrize("resume", [False, True])
-def test_a_torn_first_line_is_an_empty_file(written, pair_of_models, resume):
+def test_torn_first_line_is_empty_file(written, pair_of_models, resume):
     _, path = written
     base, tuned, *_ = pair_of_models
     whole = path.read_bytes()
@@ -380,7 +380,7 @@ def test_a_torn_first_line_is_an_empty_file(written, pair_of_models, resume):
 
 
 @pytest.mark.parametrize("lines", [1, 5, 14])
-def test_a_last_line_that_only_lacks_its_newline_is_kept(written, pair_of_models, lines):
+def test_last_line_that_only_lacks_its_newline_is_kept(written, pair_of_models, lines):
     results, path = written
     base, tuned, *_ = pair_of_models
     whole = path.read_bytes()
@@ -393,14 +393,14 @@ def test_a_last_line_that_only_lacks_its_newline_is_kept(written, pair_of_models
     assert path.read_bytes() == whole
 
 
-def test_a_line_torn_inside_a_character_is_dropped(written):
+def test_line_torn_inside_character_is_dropped(written):
     _, path = written
     lines = path.read_bytes().splitlines(keepends=True)
     path.write_bytes(b"".join(lines[:3]) + '{"record":"spectrum","layer":"é'.encode()[:-1])
     assert len(read_results(path)) == 2
 
 
-def test_resume_refuses_a_changed_input(written, pair_of_models, tmp_path):
+def test_resume_refuses_changed_input(written, pair_of_models, tmp_path):
     """Same names, same shapes, same sizes: a later step of the same training."""
     _, path = written
     base, tuned, _, after = pair_of_models
@@ -412,7 +412,7 @@ def test_resume_refuses_a_changed_input(written, pair_of_models, tmp_path):
     assert lora_diag.spectrum(base, tuned, output=path, resume=True).end is not None
 
 
-def test_the_fingerprint_knows_neither_place_nor_time(pair_of_models, tmp_path):
+def test_fingerprint_knows_neither_place_nor_time(pair_of_models, tmp_path):
     base, _, before, _ = pair_of_models
     runs = [lora_diag.spectrum(base, base).run.inputs[0]]
     os.utime(base / "model.safetensors", (0, 0))
@@ -426,7 +426,7 @@ def test_the_fingerprint_knows_neither_place_nor_time(pair_of_models, tmp_path):
     assert lora_diag.spectrum(half, half).run.inputs[0].fingerprint != prints[0]
 
 
-def test_a_filter_keeps_totals_and_left_out_together(written):
+def test_filter_keeps_totals_and_left_out_together(written):
     results, _ = written
     found = results.filter("layers.0")
     assert {record.layer for record in found.left_out} == {"model.layers.0.input_layernorm.weight"}
@@ -437,7 +437,7 @@ def test_a_filter_keeps_totals_and_left_out_together(written):
     assert len(results.filter("nothing")) == results.filter("nothing").end.fro == 0
 
 
-def test_an_output_that_cannot_be_written_is_noticed_before_anything_is_measured(pair_of_models, tmp_path):
+def test_unwritable_output_is_noticed_before_measuring(pair_of_models, tmp_path):
     base, tuned, *_ = pair_of_models
     events = []
     locked = tmp_path / "locked"
@@ -450,13 +450,13 @@ def test_an_output_that_cannot_be_written_is_noticed_before_anything_is_measured
     assert {path.name for path in tmp_path.iterdir()} == {"base", "tuned", "locked"}
 
 
-def test_a_name_too_long_for_the_file_beside_it(written, pair_of_models, tmp_path):
+def test_name_too_long_for_file_beside_it(written, pair_of_models, tmp_path):
     results, _ = written
     with pytest.raises(InputError, match="cannot be written"):
         results.write(tmp_path / ("n" * 300))
 
 
-def test_a_pipe_is_refused_and_not_waited_for(tmp_path):
+def test_pipe_is_refused_and_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "pipe.jsonl")
     assert not is_results_file(tmp_path / "pipe.jsonl")
     with pytest.raises(InputError, match="not a regular file"):
@@ -465,7 +465,7 @@ def test_a_pipe_is_refused_and_not_waited_for(tmp_path):
 
 @pytest.mark.parametrize("size", [reading.MAX_LINE_BYTES, 3 * reading.MAX_LINE_BYTES])
 @pytest.mark.parametrize("end", [b"", b"\n"])
-def test_a_line_too_long_for_a_record_is_not_held(written, size, end):
+def test_line_too_long_for_record_is_not_held(written, size, end):
     _, path = written
     lines = path.read_bytes().splitlines(keepends=True)
     path.write_bytes(lines[0] + b'{"record":"end","s":[' + b"1," * (size // 2) + b"1]}" + end)
@@ -477,7 +477,7 @@ def test_a_line_too_long_for_a_record_is_not_held(written, size, end):
     assert peak < 3 * reading.MAX_LINE_BYTES
 
 
-def test_a_long_tail_of_zeros_is_what_a_loss_of_power_leaves(written):
+def test_long_tail_of_zeros_is_what_loss_of_power_leaves(written):
     results, path = written
     path.write_bytes(path.read_bytes() + bytes(2 * reading.MAX_LINE_BYTES))
     assert read_results(path) == results
@@ -492,6 +492,6 @@ def test_no_line_is_written_that_could_not_be_read(written, tmp_path, monkeypatc
     assert not path.exists()
 
 
-def test_a_folder_in_the_place_of_results_is_called_one(tmp_path):
+def test_folder_in_place_of_results_is_called_one(tmp_path):
     with pytest.raises(InputError, match="is a folder; a results file is wanted here"):
         read_results(tmp_path)

@@ -29,7 +29,7 @@ def in_csv(results, values=False):
     return list(csv.DictReader(io.StringIO(to_csv(Evidence((Source("r.jsonl", results),)), values))))
 
 
-def test_a_row_has_the_values_of_its_record():
+def test_row_has_values_of_its_record():
     records = [spectrum("model.layers.3.mlp.up_proj.weight", decay(300, 0.7)), spectrum("lm_head.weight", decay(90, 1))]
     frame = spectra(records).to_pandas()
     assert frame.module_type.tolist() == ["mlp.up_proj", "lm_head"]
@@ -47,7 +47,7 @@ def test_a_row_has_the_values_of_its_record():
     assert "s" not in frame
 
 
-def test_values_are_one_row_a_layer_and_index():
+def test_values_are_one_row_layer_and_index():
     records = [spectrum("h.0.q.weight", decay(40, 0.7)), spectrum("h.1.q.weight", decay(30, 1))]
     frame = spectra(records).to_pandas(values=True)
     assert len(frame) == 70
@@ -80,7 +80,7 @@ def test_short_names_tell_paths_apart(paths):
     assert all(path.rstrip("/").endswith(name) or name == path for path, name in found.items())
 
 
-def test_a_probe_has_one_row_a_record():
+def test_probe_has_one_row_record():
     probes = [
         Probe(probe="outputs", set="s", subject="adapter", name="x/a", tokens=4, data="d", loss=loss, nll=(1.0, 2.5))
         for loss in (1.25, None)
@@ -110,7 +110,7 @@ def test_entries_of_records_in_lists_are_values():
     assert frame[frame.field == "directions.kind"].text.tolist() == ["kept", "intruder"]
 
 
-def test_layers_of_a_fleet_are_rows_and_no_columns():
+def test_layers_of_fleet_are_rows_and_no_columns():
     layers = {"h.0.q.weight": FleetLayer(fro=2.0, rank=4, rank_99=3, spike=0.5)}
     record = Fleet(
         adapter="x/a", kind="PEFT", modules=1, dead=0, rank=4, fro=2.0, total_rank=4, total_rank_99=3, used=0.75,
@@ -138,7 +138,7 @@ def test_kind_selects_records():
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
-def test_no_cell_is_a_list(path):
+def test_no_cell_is_list(path):
     results = read_results(path)
     for values in (False, True):
         columns = results.columns(values)
@@ -172,7 +172,7 @@ def drawn(draw):
 
 
 @given(drawn(), st.booleans())
-def test_csv_and_data_frames_have_the_same_numbers(results, values):
+def test_csv_and_data_frames_have_same_numbers(results, values):
     frame, rows = results.to_pandas(values), in_csv(results, values)
     assert len(frame) == len(rows)
     for name in frame:
@@ -185,7 +185,7 @@ def test_csv_and_data_frames_have_the_same_numbers(results, values):
 
 @pytest.mark.skipif(not importlib.util.find_spec("pyarrow"), reason="pyarrow is not installed")
 @given(drawn(), st.booleans())
-def test_arrow_and_parquet_have_the_columns_of_the_records(results, values):
+def test_arrow_and_parquet_have_columns_of_records(results, values):
     import pyarrow.parquet as pq
 
     columns = results.columns(values)
@@ -208,7 +208,7 @@ def test_words_and_numbers_in_one_column_are_words_in_arrow():
 
 
 @pytest.mark.skipif(not importlib.util.find_spec("polars"), reason="polars is not installed")
-def test_polars_has_the_columns_of_the_records():
+def test_polars_has_columns_of_records():
     results = spectra([spectrum("h.0.q.weight", decay(20, 1))])
     assert results.to_polars().to_dict(as_series=False) == results.columns()
 

@@ -42,7 +42,7 @@ def test_names_need_no_weight(results):
     assert "layers.0" not in results
 
 
-def test_an_exact_name_comes_before_one_without_weight():
+def test_exact_name_comes_before_one_without_weight():
     first, second = spectrum("a.weight.weight", decay(20, 1)), spectrum("a.weight", decay(20, 2))
     assert spectra([first, second])["a.weight"] is second
 
@@ -56,7 +56,7 @@ def test_an_exact_name_comes_before_one_without_weight():
         ("zzz", "14 layers"),
     ],
 )
-def test_an_unknown_name_is_told_its_like(results, wrong, meant):
+def test_unknown_name_is_told_its_like(results, wrong, meant):
     with pytest.raises(KeyError) as error:
         results[wrong]
     assert meant in error.value.args[0]
@@ -112,7 +112,7 @@ def test_html_escapes_names_and_loads_nothing():
     assert "\u202e" not in page
 
 
-def test_html_has_one_row_a_module_type_and_adapter():
+def test_html_has_one_row_module_type_and_adapter():
     layers = names(2)
     made = [residual(name, 8, 0.5, adapter=path) for name in layers for path in ("runs/a", "runs/b")]
     inputs = [("base", "base"), ("adapter", "runs/a"), ("adapter", "runs/b")]
@@ -126,5 +126,5 @@ def test_html_has_one_row_a_module_type_and_adapter():
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
-def test_every_probe_has_a_table(path):
+def test_every_probe_has_table(path):
     assert "<td>" in read_results(path)._repr_html_()

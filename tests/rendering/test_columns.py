@@ -11,21 +11,21 @@ NAMES = st.lists(st.lists(PARTS, min_size=1, max_size=7).map(".".join), min_size
 
 
 @given(NAMES, st.integers(8, 60))
-def test_shortened_names_fit_and_differ_where_the_names_do(names, width):
+def test_shortened_names_fit_and_differ_where_names_do(names, width):
     found = shortened(names, width)
     assert all(len(name) <= width for name in found)
     assert len(set(zip(names, found, strict=True))) == len(set(names)) == len(set(found))
 
 
 @pytest.mark.parametrize("width", [12, 16, 24])
-def test_shortened_names_of_an_encoder_keep_their_block_and_their_end(width):
+def test_shortened_encoder_names_keep_block_and_end(width):
     blocks = range(12)
     found = shortened([f"encoder.layer.{i}.attention.output.dense" for i in blocks], width)
     assert all(f"{i}." in name and name.endswith("dense") for i, name in zip(blocks, found, strict=True))
 
 
 @pytest.mark.parametrize("width", [20, 40, 80, 140])
-def test_a_table_names_the_columns_that_it_does_not_show(width):
+def test_table_names_columns_that_it_does_not_show(width):
     drops = {"two": 2, "four": 1}
     columns = [
         Column(name, ("0.12345",), drop=drops.get(name, 0), wide=name == "five")
@@ -38,6 +38,6 @@ def test_a_table_names_the_columns_that_it_does_not_show(width):
     assert table.caption == (f"not shown at {width} columns: {', '.join(hidden)}\n" if hidden else None)
 
 
-def test_of_tables_with_one_caption_only_the_last_has_it():
+def test_shared_caption_is_shown_once_below_last_table():
     tables = [table_of("layer", ["a"], [Column(name, ("1",), wide=True)], 80) for name in ("x", "x", "y")]
     assert [table.caption is not None for table in captioned_once(tables)] == [False, True, True]

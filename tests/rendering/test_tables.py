@@ -39,56 +39,56 @@ def cells(shown, *rows):
     ("pool", "expected"),
     [(None, "0.5"), ("sum", "1.75"), ("max", "1"), ("min", "0.25"), ("range", "0.25-1.0"), (len, "3")],
 )
-def test_a_cell_has_the_pooled_value(pool, expected):
+def test_cell_has_pooled_value(pool, expected):
     row = [Made(value=value) for value in (1.0, 0.25, 0.5)]
     assert cells(Shown("value", "v", "", main=True, pool=pool), row) == [expected]
 
 
-def test_a_value_that_does_not_exist_is_a_dash():
+def test_value_that_does_not_exist_is_dash():
     assert cells(Shown("value", "v", "", main=True), [Made(value=None)], [Made(value=None), Made(value=2.0)]) == [
         "-",
         "2",
     ]
 
 
-def test_an_empty_column_stays_only_where_it_is_main():
+def test_empty_column_stays_only_where_it_is_main():
     row = [Made(value=None)]
     assert cells(Shown("value", "v", "", main=True), row) == ["-"]
     assert cells(Shown("value", "v", "", terminal=True), row) is None
 
 
-def test_errors_and_chance_stand_around_the_value():
+def test_errors_and_chance_stand_around_value():
     one = Made(value=0.5, error=0.0123, random=0.04)
     shown = Shown("value", "v", "", share=True, main=True, error="error", chance="random")
     assert cells(shown, [one]) == ["0.50 ±0.012 (0.04)"]
     assert cells(shown, [Made()]) == ["0.50"]
 
 
-def test_chance_is_that_of_the_records_that_have_a_value():
+def test_chance_is_that_of_records_that_have_value():
     row = [Made(value=0.5, random=0.1), Made(value=None, random=0.9)]
     assert cells(Shown("value", "v", "", share=True, main=True, chance="random"), row) == ["0.50 (0.10)"]
 
 
-def test_a_mark_is_of_the_row_and_in_a_terminal_only():
+def test_mark_is_of_row_and_in_terminal_only():
     shown = Shown("value", "v", "", main=True, mark=lambda records: "!" * len(records))
     assert cells(shown, [Made(), Made()]) == ["0.5!!"]
     assert pooled_value(shown, [Made(), Made()]) == 0.5
 
 
-def test_words_stand_at_the_left_and_shapes_at_the_right():
+def test_words_stand_at_left_and_shapes_at_right():
     word, shape = (Shown(path, path, "", main=True) for path in ("word", "shape"))
     columns = columns_of([word, shape], [("a", [Made(word="x")])])
     assert [(column.justify, column.cells[0]) for column in columns] == [("left", "x"), ("right", "3×2")]
 
 
-def test_styles_follow_the_value():
+def test_styles_follow_value():
     shown = Shown("value", "v", "", main=True, style=lambda value: "bold" if value > 0.4 else "")
     (column,) = columns_of([shown], [("a", [Made()]), ("b", [Made(value=0.1)])])
     assert [str(cell.style) for cell in column.cells] == ["bold", ""]
 
 
 @given(st.lists(st.tuples(st.integers(1, 12), st.integers(0, 3)), min_size=1, max_size=8), st.integers(20, 119))
-def test_columns_go_in_the_order_that_is_declared(made, width):
+def test_columns_go_in_order_that_is_declared(made, width):
     columns = [Column(f"{place}".rjust(size), ("1",), drop=drop) for place, (size, drop) in enumerate(made)]
     shown = {column.header for column in table_of("layer", ["a" * 40], columns, width).columns}
     hidden = [column for column in columns if column.title not in shown]
@@ -112,14 +112,14 @@ def test_every_declared_form_and_pool_is_known():
         assert one.form in FORMS or written(0.25, one.form)
 
 
-def test_every_declared_path_begins_with_a_field_or_property():
+def test_every_declared_path_begins_with_field_or_property():
     for kind, one in declared():
         for path in filter(None, (one.path, one.chance, one.error)):
             head = path.partition(".")[0]
             assert head in kind.model_fields or isinstance(getattr(kind, head, None), property), (kind, path)
 
 
-def test_interference_shows_the_measured_rank_nearest_to_eight():
+def test_interference_shows_measured_rank_nearest_to_eight():
     spaces = {str(rank): {"cosines": (), "overlap": rank / 100, "random": 0.01} for rank in (2, 16)}
     energy = dict.fromkeys(("second_in_first", "first_in_second", "random_first", "random_second"), 0.5)
     records = [

@@ -60,20 +60,20 @@ def model(s=EASY, blocks=4, verdict="resolved", special=None, left_out=()):
     )
 
 
-def test_a_small_rank_that_carries_everything_is_enough():
+def test_small_rank_that_carries_everything_is_enough():
     (step,) = advice(evidence(model(EASY)))
     assert (step.rule, step.ranks) == ("enough", (4,))
     assert "100% of the energy in the worst of 28 matrices" in step.because
     assert findings(evidence(model(EASY))) == []
 
 
-def test_enough_is_the_smallest_usual_rank_that_keeps_nine_tenths_of_every_layer():
+def test_enough_is_smallest_rank_keeping_90_percent_per_layer():
     results = model(flat_to(8, 512), special={"layers.2.mlp.up_proj": flat_to(16, 512)})
     (step,) = advice(evidence(results))
     assert step.ranks == (16,)  # at 8, one layer keeps a half
 
 
-def test_a_rank_as_large_as_the_matrix_is_not_called_enough():
+def test_rank_as_large_as_matrix_is_not_called_enough():
     assert told(model(flat_to(4, 16))) == ["enough"]  # r=4 of 16
     assert told(model(flat_to(9, 16))) == ["sweep"]  # r=16 of 16 keeps all of anything
 
@@ -108,7 +108,7 @@ def test_few_short_layers_are_named_and_their_rank_is_raised():
     assert seen(results) == ["Under-ranked critical layers"]
 
 
-def test_short_nearly_everywhere_raises_the_rank_everywhere():
+def test_short_nearly_everywhere_raises_rank_everywhere():
     results = model(flat_to(40, 512))
     (step,) = advice(evidence(results))
     assert (step.rule, step.params) == ("raise rank everywhere", 28 * 32 * 1024)
@@ -116,7 +116,7 @@ def test_short_nearly_everywhere_raises_the_rank_everywhere():
     assert seen(results) == ["Slow spectral decay everywhere"]
 
 
-def test_where_no_usual_rank_reaches_half_the_weights_are_trained():
+def test_where_no_usual_rank_reaches_half_weights_are_trained():
     assert told(model(FLAT)) == ["full fine-tuning"]
     (step,) = advice(evidence(model(EASY, special={"mlp.down_proj": FLAT})))
     assert step.rule == "partial fine-tuning"
@@ -129,7 +129,7 @@ def test_small_matrices_are_not_asked_to_be_trained_fully():
     assert "full fine-tuning" not in told(model(decay(128, 0.0)))
 
 
-def test_in_between_only_the_loss_can_tell():
+def test_in_between_only_loss_can_tell():
     s = flat_to(12, 512)  # C(8) = 0.67, C(16) = 1
     results = model(s, special={"q_proj": flat_to(100, 512)})
     assert told(model(s)) == ["enough"]
@@ -142,7 +142,7 @@ def test_in_between_only_the_loss_can_tell():
     assert step.command.endswith(" --data TRAIN_TEXT --eval HELD_OUT_TEXT --ranks 4,8,16 -o sweep.jsonl")
 
 
-def test_norms_and_biases_that_moved_ask_for_a_hybrid():
+def test_norms_and_biases_that_moved_ask_for_hybrid():
     results = model(EASY)
     total = sum(record.fro**2 for record in results)
     share = 0.2
@@ -157,19 +157,19 @@ def test_norms_and_biases_that_moved_ask_for_a_hybrid():
     assert told(model(EASY, left_out=[light])) == ["enough"]
 
 
-def test_a_selection_hides_the_norms_so_nothing_is_said_of_them():
+def test_selection_hides_norms_so_nothing_is_said_of_them():
     heavy = vector("model.norm.weight", 1e3)
     selected = heavy.model_copy(update={"layer": "x", "reason": "not_selected"})
     assert "hybrid" not in told(model(EASY, left_out=[heavy, selected]))
 
 
-def test_a_head_that_moved_asks_for_modules_to_save():
+def test_head_that_moved_asks_for_modules_to_save():
     results = model(EASY)
     grown = spectra([*results.layers, spectrum("lm_head.weight", EASY * 10)])
     assert told(grown) == ["train embeddings and head"]
 
 
-def test_layers_without_an_adapter_widen_the_placement():
+def test_layers_without_adapter_widen_placement():
     records = [residual(layer, 8 if "self_attn" in layer else 0, kept=0.95) for layer in names(4)]
     (step,) = advice(evidence(residuals(records)))
     assert step.rule == "widen placement"
@@ -184,7 +184,7 @@ def test_layers_without_an_adapter_widen_the_placement():
 
 
 @pytest.mark.parametrize("factor", [0.5, 4.0])
-def test_a_wrong_scale_comes_first(factor):
+def test_wrong_scale_comes_first(factor):
     records = [residual(layer, 16, kept=0.95, scale=factor, limited_by="scale") for layer in names(4)]
     step, *_ = advice(evidence(residuals(records)))
     assert step.rule == "scale"
@@ -195,12 +195,12 @@ def test_a_wrong_scale_comes_first(factor):
     assert ("rsLoRA" in found.seen) == (factor == 4.0)  # √16
 
 
-def test_a_scale_is_nothing_without_a_direction():
+def test_scale_is_nothing_without_direction():
     records = [residual(layer, 16, kept=0.95, scale=0.3, cosine=0.2) for layer in names(4)]
     assert seen(residuals(records)) == []
 
 
-def test_an_adapter_is_judged_by_its_own_rank():
+def test_adapter_is_judged_by_its_own_rank():
     full = model(flat_to(12, 512))
     short = residuals([residual(layer, 4, kept=1 / 3) for layer in names(4)])
     wide = residuals([residual(layer, 16, kept=1.0) for layer in names(4)])
@@ -210,13 +210,13 @@ def test_an_adapter_is_judged_by_its_own_rank():
     assert told(full, wide) == ["enough"]
 
 
-def test_without_a_spectrum_it_says_what_to_measure():
+def test_advice_without_spectrum_says_what_to_measure():
     (step,) = advice(evidence(residuals([residual(layer, 4, kept=1 / 3) for layer in names(4)])))
     assert step.do == "Measure how much more than rank 4 the update needs"
     assert step.command == "loradiag spectrum base full_ft -o spectrum.jsonl"
 
 
-def test_rank_that_does_not_limit_is_said_beside_the_advice():
+def test_rank_that_does_not_limit_is_said_beside_advice():
     full = model(flat_to(12, 512))
     records = [residual(layer, 4, kept=1 / 3, limited_by="direction") for layer in names(4)]
     (step,) = advice(evidence(full, residuals(records)))
@@ -250,7 +250,7 @@ def test_gradients_out_of_reach():
 
 @pytest.mark.parametrize("verdict", ["floor-limited", "unresolved"])
 @pytest.mark.parametrize("s", [EASY, FLAT, flat_to(40, 512)], ids=["easy", "flat", "forty"])
-def test_nothing_is_advised_or_found_at_the_rounding_floor(verdict, s):
+def test_nothing_is_advised_or_found_at_rounding_floor(verdict, s):
     results = model(s, verdict=verdict)
     assert (told(results), seen(results)) == ([], [])
     records = [residual(layer, 8, kept=0.1, scale=0.3, verdict=verdict) for layer in names(4)]
@@ -270,23 +270,23 @@ def test_not_enough_where_some_layers_are_not_resolved():
     assert told(spectra(mixed)) == ["sweep"]
 
 
-def test_an_adapters_own_rank_is_no_evidence():
+def test_adapters_own_rank_is_no_evidence():
     records = [spectrum(layer, EASY, method="factored") for layer in names(2)]
     assert (told(spectra(records)), seen(spectra(records))) == ([], [])
 
 
-def test_nothing_measured_nothing_said():
+def test_no_measurement_gives_no_advice():
     empty = spectra([])
     assert (told(empty), seen(empty)) == ([], [])
     assert Evidence(()).missing()
 
 
-def test_a_zero_update_says_nothing():
+def test_zero_update_says_nothing():
     results = model(np.zeros(64))
     assert (told(results), seen(results)) == ([], [])
 
 
-def test_a_path_with_blanks_and_quotes_stays_one_word_of_the_command():
+def test_path_with_blanks_and_quotes_stays_one_word_of_command():
     path = "my 'models'/$(rm -rf)"
     results = spectra(model(FLAT).layers, inputs=(("base", path), ("tuned", "t")))
     (step,) = advice(evidence(results))
@@ -314,7 +314,7 @@ def test_every_rule_says_when_and_whence():
 
 
 @given(st.lists(st.floats(0.01, 100), min_size=1, max_size=40), st.integers(1, 50))
-def test_kept_is_the_share_of_the_energy(values, rank):
+def test_kept_is_share_of_energy(values, rank):
     s = np.sort(np.array(values))[::-1]
     record = spectrum("x", s)
     wanted = float(np.sum(s[:rank] ** 2) / np.sum(s**2))
@@ -322,7 +322,7 @@ def test_kept_is_the_share_of_the_energy(values, rank):
 
 
 @given(st.permutations(range(6)))
-def test_the_order_of_layers_changes_no_advice(order):
+def test_order_of_layers_changes_no_advice(order):
     records = [spectrum(layer, flat_to(4 if i % 2 else 30, 512)) for i, layer in enumerate(names(1)[:6])]
     first, second = (advice(evidence(spectra([records[i] for i in o]))) for o in (range(6), order))
     assert [step.rule for step in first] == [step.rule for step in second]
@@ -339,7 +339,7 @@ def test_advice_names_all_adapters_of_one_step():
     assert (step.adapters, step.argv[-2:]) == (("a", "b"), ("a", "b"))
 
 
-def test_advice_asks_nothing_of_adapters_that_a_larger_one_replaces():
+def test_advice_ignores_adapters_that_larger_one_replaces():
     full, layers = model(flat_to(12, 512)), names(4)
     small = [residual(n, 4, 0.3, adapter="small") for n in layers]
     large = [residual(n, 16, 1.0, adapter="large") for n in layers]
@@ -352,7 +352,7 @@ def test_advice_asks_nothing_of_adapters_that_a_larger_one_replaces():
     assert "widen placement" in told(residuals(halves[:28]))
 
 
-def test_advice_of_several_fine_tunes_names_each_and_repeats_nothing():
+def test_advice_of_fine_tunes_names_each_once():
     one = model(flat_to(40, 512))
     other = spectra(one.layers, inputs=(("base", "base"), ("tuned", "other")))
     runs = Evidence((Source("one.jsonl", one), Source("other.jsonl", other)))
@@ -365,7 +365,7 @@ def test_advice_of_several_fine_tunes_names_each_and_repeats_nothing():
     assert advice(flat[0]) == advice(flat[1])  # the same step for both, once
 
 
-def test_advice_spends_the_budget_of_an_allocation():
+def test_advice_spends_budget_of_allocation():
     full = model(flat_to(40, 512))
     plan = lora_diag.allocate(full, params=50_000, exclude="o_proj")
     assert told(full) == ["raise rank everywhere"]
@@ -381,7 +381,7 @@ def test_advice_spends_the_budget_of_an_allocation():
     assert place.params == step.params
 
 
-def test_an_unfinished_run_is_announced_first_and_supports_no_step():
+def test_unfinished_run_is_announced_first_and_supports_no_step():
     results = replace(model(flat_to(40, 512)), end=None)
     runs = evidence(results)
     assert advice(runs) == []
@@ -394,7 +394,7 @@ def test_an_unfinished_run_is_announced_first_and_supports_no_step():
     assert subject_of(evidence(model())).unfinished == ()
 
 
-def test_of_very_many_adapters_the_rest_is_counted():
+def test_many_adapters_are_cut_and_counted():
     records = [residual(n, 4, 0.3, adapter=f"a{i}") for i in range(12) for n in names(1)]
     told = subject_of(evidence(residuals(records)))
     assert told.silent == 12 - SPOKEN_OF

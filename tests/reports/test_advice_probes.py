@@ -69,7 +69,7 @@ def intrinsic(shares, rates=(1e-4, 1e-3, 1e-2), best=1e-3, full_best=1e-3):
     return run("probe intrinsic", found, seed=0, share=0.9, ranks=list(shares), dims=[10])
 
 
-def test_what_gains_is_named_and_what_surely_does_not_is_left_out():
+def test_gaining_units_are_named_and_certain_losers_omitted():
     (step,) = advice(evidence(sensitivity([0.5, 0.4, 0.3, *[0.0] * 7])))
     assert step.rule == "place by gain"
     assert "most in model.layers.0.mlp.up_proj, model.layers.1.mlp.up_proj, model.layers.2.mlp.up_proj, little in" in (
@@ -86,7 +86,7 @@ def test_what_gains_is_named_and_what_surely_does_not_is_left_out():
     assert steps[0].command == f"{spend} -o adapter_config.json"
 
 
-def test_a_unit_is_named_or_left_out_only_where_its_own_error_allows_it():
+def test_unit_is_named_or_omitted_only_beyond_its_error():
     """Errors are 0.0072 nats, 2.8 of them 0.020, and a tenth of what the best surely gains is 0.048."""
     (step,) = advice(evidence(sensitivity([0.5, 0.4, 0.3, 0.015, *[0.0] * 6])))
     assert "3 of 10 gain for sure, 7 at most" in step.because  # two errors are not enough for one of ten
@@ -98,14 +98,14 @@ def test_a_unit_is_named_or_left_out_only_where_its_own_error_allows_it():
     assert "little in" not in step.do
 
 
-def test_what_is_paired_is_of_the_set_that_decides():
+def test_paired_losses_are_of_deciding_set():
     own, other = sensitivity([0.5, 0.4, 0.3, 0.2, 0.2]), sensitivity([0.5] * 5, sequences=30, set="other")
     shifted = [record.model_copy(update={"shifted": True}) for record in other.whole]
     both = run("probe sensitivity", [*shifted, *own.whole], rank=8, seed=0, delta=None, per="layer")
     assert told(both) == told(own) == ["place by gain"]
 
 
-def test_gains_that_all_count_but_differ_ask_for_ranks_by_gain_and_equal_ones_for_nothing():
+def test_different_gains_ask_for_ranks_by_gain_equal_ones_do_not():
     (step,) = advice(evidence(sensitivity([0.5, 0.4, 0.3, 0.2, 0.2])))
     assert "spend rank by what each gains alone: most in model.layers.0.mlp.up_proj, " in step.do
     assert told(sensitivity([0.3, 0.29, 0.28, 0.27, 0.26])) == []
@@ -129,7 +129,7 @@ def test_gains_within_noise_say_nothing(silent):
     assert told(silent) == []
 
 
-def test_energy_that_orders_layers_otherwise_than_their_cost_is_not_trusted():
+def test_energy_order_unlike_cost_order_is_not_trusted():
     cost = list(range(1, 13))
     (step,) = advice(evidence(fisher(cost[::-1], cost)))
     assert step.rule == "rank by Fisher"
@@ -142,7 +142,7 @@ def test_energy_that_orders_layers_otherwise_than_their_cost_is_not_trusted():
     assert told(fisher(cost[3::-1], cost[:4])) == []  # four have no order
 
 
-def test_two_orders_without_a_measured_cost_ask_for_one():
+def test_two_orders_without_measured_cost_ask_for_one():
     cost = list(range(1, 13))
     (step,) = advice(evidence(fisher(cost[::-1], cost, measured=False)))
     assert step.do.startswith("Measure whether energy or Fisher knows")
@@ -155,7 +155,7 @@ def test_two_orders_without_a_measured_cost_ask_for_one():
     assert told(fisher([3, 1, 2, 5, 4], [1, 2, 3, 4, 5], measured=False)) == []  # five that may well agree
 
 
-def test_a_bound_far_above_what_it_bounds_chooses_no_rank():
+def test_bound_far_above_what_it_bounds_chooses_no_rank():
     (step,) = advice(evidence(bounds(700.0)))
     assert step.rule == "mind the bound"
     assert "On own the bound is 700 to 700 times the measured gap at r=1, r=4, r=16" in step.because
@@ -175,7 +175,7 @@ def adapter(rank):
     return residuals([residual(n, rank, 0.95) for n in names(2)])
 
 
-def test_the_chosen_rank_is_held_against_the_smallest_that_came_as_far():
+def test_chosen_rank_is_held_against_smallest_that_came_as_far():
     found = intrinsic({2: (0.95, 0.93), 8: (0.99, 0.98)})
     step = next(step for step in advice(evidence(adapter(16), found)) if step.rule == "fit the rank")
     assert step.do == "Try r=2 before r=16"
@@ -202,18 +202,18 @@ def test_the_chosen_rank_is_held_against_the_smallest_that_came_as_far():
         (4, intrinsic({4: (0.5, 0.6), 8: (0.7, 0.75)}, best={4: 1e-3, 8: 1e-2})),  # the higher one may gain more
     ],
 )
-def test_a_rank_that_fits_or_was_not_settled_is_left_alone(rank, found):
+def test_rank_that_fits_or_was_not_settled_is_left_alone(rank, found):
     assert "fit the rank" not in told(adapter(rank), found)
     assert told(found) == []  # no adapter, no rank
 
 
-def test_an_adapter_of_several_ranks_is_held_against_its_highest():
+def test_adapter_of_several_ranks_is_held_against_its_highest():
     several = residuals([residual(n, rank, 0.95) for n, rank in zip(names(2), [4, 16] * 7, strict=True)])
     assert "fit the rank" not in told(several, intrinsic({8: (0.5, 0.6)}))
     assert "fit the rank" in told(several, intrinsic({16: (0.5, 0.6)}))
 
 
-def test_losses_of_the_whole_come_first_and_may_end_it():
+def test_losses_of_whole_come_first_and_may_end_it():
     found = intrinsic({2: (0.95, 0.93), 8: (0.99, 0.98)})
     gains = sensitivity([0.5, 0.4, 0.3, *[0.0] * 7])
     assert told(gains, outputs({"a": 0.3})) == ["close the gap", "place by gain"]

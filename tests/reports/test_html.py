@@ -84,7 +84,7 @@ def embedded(page: str) -> dict:
     return json.loads(Elements(page).scripts["data"])
 
 
-def test_every_number_in_the_page_is_that_of_the_record():
+def test_every_number_in_page_is_that_of_record():
     runs = small()
     spectrum_run, residual_run, overlap_run = runs
     data = embedded(html_report(evidence(*runs)))
@@ -131,7 +131,7 @@ def test_every_number_in_the_page_is_that_of_the_record():
     }  # fmt: skip
 
 
-def test_the_plain_table_says_the_same():
+def test_plain_table_says_same():
     runs = small()
     page = html_report(evidence(*runs))
     rows = re.findall(r'<tr><th scope="row" class="name">(.*?)</th>(.*?)</tr>', page)
@@ -165,7 +165,7 @@ def test_html_hostile_names_stay_text():
     assert "49" not in "".join(word for word in found.words if "alert(3)" in word)
 
 
-def test_the_page_asks_nobody_for_anything():
+def test_page_asks_nobody_for_anything():
     page = html_report(evidence(*small()))
     parsed = Elements(page)
     (policy,) = [a["content"] for tag, a in parsed.seen if a.get("http-equiv") == "Content-Security-Policy"]
@@ -175,7 +175,7 @@ def test_the_page_asks_nobody_for_anything():
     assert all(a.get("href", "#").startswith("#") for _, a in parsed.seen)
 
 
-def test_what_the_page_leaves_out_is_said():
+def test_page_states_what_it_leaves_out():
     layers = names(1, ("q_proj",)) + [f"model.layers.{i}.x.weight" for i in range(PLAIN_ROWS)]
     page = html_report(evidence(spectra([spectrum(n, decay(1000, 1)) for n in layers])))
     assert f"The first {PLAIN_ROWS} of {PLAIN_ROWS + 1} layers" in page
@@ -189,13 +189,13 @@ def test_epsilon_is_never_shown_without_its_warning():
     assert page.count("the distance to one full fine-tune, never a quality") >= 3  # answer, chart, column
 
 
-def test_an_unfinished_run_is_called_so():
+def test_unfinished_run_is_called_so():
     run = small()[0]
     assert "The run did not finish" in html_report(evidence(replace(run, end=None)))
     assert "The run did not finish" not in html_report(evidence(run))
 
 
-def test_a_run_without_layers_has_a_page():
+def test_run_without_layers_has_page():
     page = html_report(evidence(spectra([])))
     assert "No step is supported by these records" in page
     assert "<script" not in page
@@ -208,7 +208,7 @@ def test_zero_updates_and_missing_values_are_empty_cells():
     assert data["spectra"][0]["curves"][0]["c"] == [None] * 16
 
 
-def test_a_7b_model_is_made_quickly_and_stays_small(tmp_path):
+def test_7b_model_is_made_quickly_and_stays_small(tmp_path):
     """224 layers of 4,096 values: 2 s of the processor, held to far more, so that a slow machine does not fail."""
     results = seven_billion()
     runs = evidence(results)
@@ -232,7 +232,7 @@ def test_many_matrices_get_fewer_points_and_digits():
 
 
 @given(st.integers(1, 5000), st.integers(2, 300))
-def test_thinned_ranks_are_ascending_and_end_at_the_last(values, points):
+def test_thinned_ranks_are_ascending_and_end_at_last(values, points):
     ranks = thinned_ranks(values, points)
     assert ranks == sorted(set(ranks))
     assert (ranks[0], ranks[-1]) == (1, values)
@@ -240,7 +240,7 @@ def test_thinned_ranks_are_ascending_and_end_at_the_last(values, points):
 
 
 @given(st.lists(st.integers(), min_size=2, max_size=300), st.integers(2, 50))
-def test_some_keeps_the_first_and_the_last(items, most):
+def test_some_keeps_first_and_last(items, most):
     kept = _some(items, most)
     assert len(kept) == min(most, len(items))
     assert (kept[0], kept[-1]) == (items[0], items[-1])

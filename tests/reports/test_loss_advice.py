@@ -81,7 +81,7 @@ def words(*results):
     return {contest.name: contest.word for contest in contests(evidence(*results))}
 
 
-def test_an_adapter_is_as_good_where_two_errors_against_it_leave_nine_tenths_of_the_gain():
+def test_adapter_is_as_good_if_errors_leave_90_percent_of_gain():
     # TUNED gains 1.0: 0.07 + 2 × 0.01 is within a tenth of it, 0.09 + 2 × 0.01 is not.
     assert words(outputs({"a": 0.07, "b": 0.09, "c": -0.2})) == {"a": "as good", "b": "worse", "c": "as good"}
     assert words(outputs({"a": 0.09}, error=0.05)) == {"a": "not known"}
@@ -93,7 +93,7 @@ def test_an_adapter_is_as_good_where_two_errors_against_it_leave_nine_tenths_of_
     assert words(outputs({"a": 0.0}, base=1.01, error=0.001)) == {"a": "not known"}
 
 
-def test_an_adapter_that_does_as_well_ends_the_advice_whatever_weights_say():
+def test_equal_adapter_ends_advice_whatever_weights_say():
     flat = model(flat_to(40, 512))
     assert told(flat) == ["raise rank everywhere"]
     (step,) = advice(evidence(flat, outputs({"runs/a": 0.3, "runs/b": -0.02})))
@@ -120,7 +120,7 @@ def rivals(seed=0, apart=0.1, sequences=20, sets=("own",)):
     return records, counts, nll
 
 
-def test_adapters_are_compared_with_each_other_on_the_same_sequences():
+def test_adapters_are_compared_with_each_other_on_same_sequences():
     records, counts, nll = rivals()
     (choice,) = choices(records)
     best, near, far = sorted(nll, key=lambda path: nll[path].sum())
@@ -142,7 +142,7 @@ def test_adapters_are_compared_with_each_other_on_the_same_sequences():
     assert [rival.half for rival in choices(one)[0].rivals] == [None, None]
 
 
-def test_equal_adapters_are_told_apart_in_one_case_of_twenty_at_most():
+def test_equal_adapters_are_told_apart_in_at_most_5_percent():
     told = 0
     for seed in range(400):
         records, *_ = rivals(seed, apart=0.0)
@@ -151,7 +151,7 @@ def test_equal_adapters_are_told_apart_in_one_case_of_twenty_at_most():
     assert told / 400 < 0.05 + 3 * math.sqrt(0.05 * 0.95 / 400)
 
 
-def test_a_gap_leads_and_weights_follow():
+def test_gap_leads_and_weights_follow():
     steps = advice(evidence(model(flat_to(40, 512)), outputs({"a": 0.3, "b": 0.2})))
     assert [step.rule for step in steps] == ["close the gap", "raise rank everywhere"]
     assert steps[0].do == "Close a gap of +0.2000 ± 0.01 nats to the full fine-tune: train at r=4, r=8 and r=16"
@@ -163,7 +163,7 @@ def test_a_gap_leads_and_weights_follow():
     assert more.command == "loradiag probe outputs 'my base' full_ft 'a b' --eval MORE_TEXT -o outputs-2.jsonl"
 
 
-def test_a_sweep_names_rank_and_rate_and_weights_are_not_asked_for_one():
+def test_sweep_names_rank_and_rate_instead_of_weights():
     steep = sweep({4: 1.5, 8: 1.2, 16: 1.1, 64: 1.099})
     steps = advice(evidence(model(flat_to(40, 512)), steep))
     assert [(step.rule, step.do) for step in steps] == [
@@ -181,7 +181,7 @@ def test_a_sweep_names_rank_and_rate_and_weights_are_not_asked_for_one():
     assert (fast.rule, fast.do) == ("sweep: fast saturation", "Train at r=4 with learning rate 0.001")
 
 
-def test_a_sweep_that_shows_no_rank_gives_its_best_answer_and_leaves_ranks_to_the_weights():
+def test_sweep_without_rank_leaves_ranks_to_weights():
     steps = advice(evidence(model(flat_to(40, 512)), sweep({4: 2.1, 8: 2.2})))
     assert [step.rule for step in steps] == ["sweep: no gain", "raise rank everywhere"]
     assert steps[0].do.startswith("Change the training before the rank")
@@ -199,7 +199,7 @@ def test_a_sweep_that_shows_no_rank_gives_its_best_answer_and_leaves_ranks_to_th
     assert verdict.more_seeds > 2
 
 
-def test_a_shifted_set_is_asked_apart():
+def test_shifted_set_is_asked_apart():
     losses = {4: 1.1, 8: 1.099, 16: 1.098}
     worse = advice(evidence(sweep(losses, own=1.0, shifted={4: 1.2, 8: 1.3, 16: 1.4})))
     assert [step.rule for step in worse] == ["sweep: fast saturation", "mind the shift"]
@@ -215,7 +215,7 @@ def test_a_shifted_set_is_asked_apart():
     assert "--data DATA --eval own.txt --shifted other.txt" in advice(evidence(again))[0].command
 
 
-def test_a_truncation_names_the_rank_that_ships_the_fine_tune_itself():
+def test_truncation_names_rank_that_ships_fine_tune_itself():
     (step,) = advice(evidence(truncation({0: 0.2, 4: 0.5, 16: 0.93, 64: 0.99})))
     assert (step.rule, step.do) == ("compress", "To ship the full fine-tune as an adapter, cut it to r=16; no training")
     assert (
@@ -234,7 +234,7 @@ def test_silence_without_evidence():
     assert told(run("probe outputs", [])) == []
 
 
-def test_the_rank_that_is_shipped_is_one_and_its_worst_set_is_told():
+def test_rank_that_is_shipped_is_one_and_its_worst_set_is_told():
     (step,) = advice(evidence(truncation({0: 0.95, 4: 0.96})))
     assert "cut it to r=4;" in step.do
     runs = truncation({4: 0.99}), truncation({4: 0.93})
@@ -252,7 +252,7 @@ def test_the_rank_that_is_shipped_is_one_and_its_worst_set_is_told():
     assert "--rest" not in step.command
 
 
-def test_more_text_and_shifts_are_no_matter_where_the_main_question_has_another_answer():
+def test_text_and_shifts_are_omitted_under_another_main_answer():
     assert told(outputs({"a": (0.09, 0.09), "b": (0.0, 0.0)}, error=0.04, sets=("own", "two"))) == ["keep the adapter"]
     no_gain = sweep({4: 2.1, 8: 2.2}, own=1.0, shifted={4: 1.2, 8: 1.3})
     assert told(no_gain) == ["sweep: no gain"]

@@ -96,11 +96,11 @@ def test_losses_lead_in_any_mix(mix, also):
     assert ("A pointer only: the held-out loss, above, decides." in text) == (also and "outputs" in mix)
 
 
-def test_without_losses_the_page_says_what_would_measure_them():
+def test_page_without_losses_names_commands_that_measure_them():
     assert "no held-out loss" in markdown_report(evidence(*small()))
 
 
-def test_the_first_sentence_says_whether_an_adapter_does_as_well_with_its_error():
+def test_first_sentence_compares_adapter_with_error():
     assert "yes: lora_1 is +0.0100 ±0.012 nats from it on held_out, 99% of its gain; the best of 2" in " ".join(
         Elements(html_report(evidence(outputs()))).words
     )
@@ -113,7 +113,7 @@ def test_the_first_sentence_says_whether_an_adapter_does_as_well_with_its_error(
     assert "yes: lora_0 is -0.0200 ±0.012 nats from it" in both
 
 
-def test_the_tables_have_the_numbers_of_the_records():
+def test_tables_have_numbers_of_records():
     page = html_report(evidence(outputs(), KINDS["truncation"](), KINDS["sweep"]()))
     words = Elements(page).words
     for record in outputs().whole:
@@ -126,7 +126,7 @@ def test_the_tables_have_the_numbers_of_the_records():
     assert {"0.654", "83%", "0.21"} <= set(words)
 
 
-def test_rows_of_csv_and_parquet_are_the_records_unrounded():
+def test_rows_of_csv_and_parquet_are_records_unrounded():
     pd = pytest.importorskip("pandas")
     pytest.importorskip("pyarrow")
     runs = evidence(outputs(), KINDS["truncation"]())
@@ -159,7 +159,7 @@ def test_hostile_names_of_sets_and_adapters_stay_text():
     assert "".join(rendered.words).count("alert(1)") > 2
 
 
-def test_an_unfinished_run_is_shown_as_far_as_it_got():
+def test_unfinished_run_is_shown_as_far_as_it_got():
     whole = outputs()
     for count in range(len(whole.whole) + 1):
         cut = Results(whole.run, (), (), None, whole.whole[:count])
@@ -169,6 +169,6 @@ def test_an_unfinished_run_is_shown_as_far_as_it_got():
         assert markdown_report(evidence(cut))
 
 
-def test_every_probe_with_a_table_has_a_section():
+def test_every_probe_with_table_has_section():
     commands = {feature.name for feature in features() if feature.table and feature.name.startswith("probe ")}
     assert commands == {feature.name for feature in features() if feature.section and feature.name.startswith("probe ")}

@@ -22,7 +22,7 @@ def rendered(text: str) -> str:
     return GITHUB.render(text)
 
 
-def test_the_table_has_the_medians_of_the_records():
+def test_table_has_medians_of_records():
     run = small()[0]
     rows = re.findall(
         r"<tr>\s*<td><code>(.*?)</code></td>\s*<td.*?>(\d+)</td>(.*?)</tr>",
@@ -37,7 +37,7 @@ def test_the_table_has_the_medians_of_the_records():
     assert shown[1] == f"{np.median([record.energy['8'] for record in records]):.3g}"
 
 
-def test_ranks_beyond_the_values_kept_are_not_hidden():
+def test_ranks_beyond_values_kept_are_not_hidden():
     cut = [spectrum(n, decay(64, 0.5)).model_copy(update={"rank_at": {"0.9": None, "0.95": None, "0.99": None}})
            for n in names(3, ("q_proj",))[:2]]  # fmt: skip
     known = spectrum(names(3, ("q_proj",))[2], decay(64, 0.5))
@@ -45,7 +45,7 @@ def test_ranks_beyond_the_values_kept_are_not_hidden():
     assert f"| &#62; {kept} |" in markdown_report(evidence(spectra([*cut, known])))
 
 
-def test_a_rank_of_zero_is_zero():
+def test_rank_of_zero_is_zero():
     silent = spectrum(names(1, ("q_proj",))[0], decay(64, 0.5))
     silent = silent.model_copy(update={"resolution": silent.resolution.model_copy(update={"signal_rank": 0})})
     text = markdown_report(evidence(spectra([silent])))
@@ -53,7 +53,7 @@ def test_a_rank_of_zero_is_zero():
     assert "beyond" not in text
 
 
-def test_the_adapter_is_told_of_all_layers_of_a_type_together_as_residual_tells_it():
+def test_adapter_rows_pool_layers_of_type_as_residual_does():
     far = residual("model.layers.0.q_proj.weight", 8, 0.9, fro=9.0, scale=0.5, limited_by="scale")
     near = residual("model.layers.1.q_proj.weight", 8, 0.2, fro=1.0)
     whole = far.fro**2 + near.fro**2

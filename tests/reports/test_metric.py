@@ -27,7 +27,7 @@ def weighed(metric: str = "data", power: float = 0.3):
     return spectra(layers, run.left_out, INPUTS)
 
 
-def test_the_rules_on_weights_do_not_speak_of_another_metric():
+def test_rules_on_weights_do_not_speak_of_another_metric():
     assert advice(evidence(plain()))
     assert findings(evidence(plain()))
     assert advice(evidence(weighed())) == []
@@ -52,13 +52,13 @@ def test_with_both_each_is_evidence_of_its_own(order):
     assert "‖ΔW‖²" in said["Can the files show it?"]
 
 
-def test_an_adapter_that_was_measured_still_testifies():
+def test_adapter_that_was_measured_still_testifies():
     audit = residuals([residual(n, 8, 0.3) for n in names(2)])
     assert [step.rule for step in advice(evidence(weighed(), audit))] == [step.rule for step in advice(evidence(audit))]
 
 
 @pytest.mark.parametrize(("metric", "norms"), [("data", "‖ΔW·C^½‖/‖W·C^½‖"), ("kfac", "‖G^½·ΔW·C^½‖/‖G^½·W·C^½‖")])
-def test_headings_captions_and_curves_name_the_metric(metric, norms):
+def test_headings_captions_and_curves_name_metric(metric, norms):
     told = markdown_report(evidence(weighed(metric)))
     assert f"| {_text(norms)} " in told
     assert "‖ΔW‖/‖W‖" not in told
@@ -80,7 +80,7 @@ def test_headings_captions_and_curves_name_the_metric(metric, norms):
     assert "Curves in" not in page
 
 
-def test_a_report_of_the_weights_speaks_of_no_metric():
+def test_report_of_weights_speaks_of_no_metric():
     told = markdown_report(evidence(plain()))
     assert "metric" not in told
     assert "| ‖ΔW‖/‖W‖ |" in told

@@ -63,7 +63,7 @@ def cells(page):
 
 
 @pytest.mark.parametrize("command", MORE)
-def test_each_alone_is_tables_and_sentences_on_the_page_and_in_markdown(command):
+def test_each_probe_has_tables_and_statements_in_both_formats(command):
     runs = evidence(probed(command))
     page, text = html_report(runs, pictures_of(runs)), markdown_report(runs)
     section = page[page.index('<section class="several"') : page.index('<h2 id="runs">')]
@@ -85,7 +85,7 @@ def test_each_alone_is_tables_and_sentences_on_the_page_and_in_markdown(command)
         assert all(cell.replace("&lt;", "") in rendered.replace("&lt;", "") for cell in row)
 
 
-def test_the_numbers_are_those_of_the_records():
+def test_numbers_are_those_of_records():
     found = cells(html_report(evidence(probed("probe sensitivity"))))
     records = [r for r in probed("probe sensitivity").whole if r.set == "held_out" and r.unit and r.lr == 1e-3]
     for record in records:
@@ -130,7 +130,7 @@ def test_hostile_names_stay_text(command):
 
 
 @pytest.mark.parametrize("command", MORE)
-def test_an_unfinished_run_is_shown_as_far_as_it_got(command):
+def test_unfinished_run_is_shown_as_far_as_it_got(command):
     whole = probed(command)
     for count in range(0, len(whole.whole), 3):
         cut = type(whole)(whole.run, (), (), None, whole.whole[:count])
@@ -138,7 +138,7 @@ def test_an_unfinished_run_is_shown_as_far_as_it_got(command):
 
 
 @pytest.mark.parametrize("command", ["probe sensitivity", "probe intrinsic", "probe sweep"])
-def test_where_every_run_diverged_that_is_said(command):
+def test_all_runs_diverged_is_stated(command):
     """It was called a run that is not finished, and of a sweep the lowest loss was at r=None."""
     whole = run(command, making.swept()) if command == "probe sweep" else probed(command)
     lost = {"loss": None, "gain": None} if command == "probe sensitivity" else {"loss": None}
@@ -150,7 +150,7 @@ def test_where_every_run_diverged_that_is_said(command):
 
 
 @pytest.mark.parametrize("command", [*MORE, "probe outputs", "probe sweep", "probe truncation"])
-def test_of_two_runs_of_a_probe_each_answer_says_whose_it_is(command):
+def test_answers_of_two_probe_runs_name_their_run(command):
     one = probed(command) if command in MORE else KINDS[command.removeprefix("probe ")]()
     alone, both = list(losses(evidence(one))), list(losses(evidence(one, one)))
     assert alone

@@ -93,7 +93,7 @@ MIXES = [mix for size in (1, 2, 3) for mix in itertools.combinations(KINDS, size
 
 @pytest.mark.parametrize("also", [False, True], ids=["alone", "with an update"])
 @pytest.mark.parametrize("mix", MIXES, ids="-".join)
-def test_any_mix_has_a_page_a_text_and_a_table(mix, also):
+def test_any_mix_has_page_text_and_table(mix, also):
     runs = evidence(*(KINDS[name]() for name in mix), *(small() if also else ()))
     drawn = not also or len(mix) == len(KINDS)
     page = html_report(runs, pictures_of(runs) if drawn else [], "now")
@@ -113,7 +113,7 @@ def test_any_mix_has_a_page_a_text_and_a_table(mix, also):
     assert len(to_csv(runs).splitlines()) > len(mix)
 
 
-def test_a_section_has_the_lines_of_the_terminal_and_its_figures_stay_with_javascript():
+def test_section_has_terminal_lines_and_keeps_figures():
     page = html_report(evidence(interference()), pictures_of(evidence(interference())))
     shown = " ".join(Elements(page).words)
     assert "90% of the sum's energy takes Σr = 15, 0.625 of the 24 of the updates apart" in shown
@@ -126,7 +126,7 @@ def test_a_section_has_the_lines_of_the_terminal_and_its_figures_stay_with_javas
     assert fields["additive"] == [7 / 12, 8 / 12]
 
 
-def test_a_fleet_s_page_lists_who_stands_out_and_what_is_alike_and_no_layers():
+def test_fleet_page_lists_outliers_and_duplicates_and_no_layers():
     page = html_report(evidence(fleet()))
     rows = re.findall(r'<tr><th scope="row" class="name">(.*?)</th>(.*?)</tr>', page)
     assert [name for name, _ in rows] == ["a", "a × b"]
@@ -141,14 +141,14 @@ def test_a_fleet_s_page_lists_who_stands_out_and_what_is_alike_and_no_layers():
     )
 
 
-def test_of_two_such_runs_each_answer_says_whose_it_is():
+def test_answers_of_two_such_runs_name_their_run():
     text = markdown_report(evidence(interference(), interference(("runs/x", "runs/y"))))
     assert text.count("- Several updates: sql + chat\n") == 2
     assert "- Several updates: x + y\n" in text
     assert "- Several updates" not in markdown_report(evidence(interference(), fleet()))
 
 
-def test_a_thousand_adapters_are_not_a_thousand_lines():
+def test_thousand_adapters_are_not_thousand_lines():
     names = [f"runs/adapter-{i:04}" for i in range(1000)]
     rng = np.random.default_rng(0)
     many = run(
@@ -201,7 +201,7 @@ def merged(*statuses):
     return run("verify-merge", records, ("base", "base"), ("adapter", "runs/a"), ("merged", "runs/m"))
 
 
-def test_a_merge_is_asked_for_first_and_one_wrong_layer_is_not_outvoted():
+def test_merge_comes_first_and_one_wrong_layer_decides():
     runs = evidence(merged("ok", "dropped", "ok"))
     page, text = html_report(runs, pictures_of(runs)), markdown_report(runs)
     for said in (" ".join(Elements(page).words), text):
@@ -219,7 +219,7 @@ def test_a_merge_is_asked_for_first_and_one_wrong_layer_is_not_outvoted():
     assert "yes: all 2 layers adapted are W + ΔW" in markdown_report(evidence(merged("ok", "ok")))
 
 
-def test_layers_without_a_number_have_no_charts_that_would_stay_empty(tmp_path, monkeypatch):
+def test_layers_without_number_have_no_empty_charts(tmp_path, monkeypatch):
     lora_diag.extract(SAMPLES / "base", SAMPLES / "full_ft", tmp_path / "adapter", rank=2, layers="0.*o_proj")
     results = read_results(tmp_path / "adapter" / "extraction.jsonl")
     fields = {

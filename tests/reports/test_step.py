@@ -80,7 +80,7 @@ def numbers(value):
 
 
 @pytest.mark.parametrize("situation", SITUATIONS)
-def test_command_of_every_step_has_the_numbers_of_its_sentence(situation):
+def test_command_of_every_step_has_numbers_of_its_sentence(situation):
     steps = advice(evidence(*SITUATIONS[situation]))
     assert steps
     assert len({step.argv for step in steps}) == len(steps)
@@ -105,7 +105,7 @@ def test_command_of_every_step_has_the_numbers_of_its_sentence(situation):
 @pytest.mark.parametrize(
     "situation", ["everywhere", "named", "adapter", "placement", "allocation", "allocation by rank"]
 )
-def test_budget_of_a_step_is_what_its_command_spends(situation):
+def test_budget_of_step_is_what_its_command_spends(situation):
     spectrum_run = SITUATIONS[situation][0]
     (step,) = [step for step in advice(evidence(*SITUATIONS[situation])) if step.argv[1] == "allocate"]
     _, given = parsed(step.argv)
@@ -120,7 +120,7 @@ def test_budget_of_a_step_is_what_its_command_spends(situation):
         assert f"they keep {100 * certificate.kept:.0f}% of the energy" in step.because or certificate.kept > 0.99
 
 
-def test_no_step_advises_a_rank_that_losses_measured_as_worse():
+def test_no_step_advises_rank_that_losses_measured_as_worse():
     full = model(flat_to(12, 512))
     trained = residuals([residual(n, 4, 1 / 3, cosine=0.2, adapter="r4") for n in names(4)])
     by_rule = {step.rule: step for step in advice(evidence(full, trained))}
@@ -138,7 +138,7 @@ def test_no_step_advises_a_rank_that_losses_measured_as_worse():
     assert min(next(step for step in advice(evidence(both, measured, swept))).ranks) > 8
 
 
-def test_no_step_extracts_at_a_rank_that_keeps_too_little_of_the_gain():
+def test_no_step_extracts_at_rank_that_keeps_too_little_of_gain():
     assert [step.ranks for step in advice(evidence(model(EASY)))] == [(4,)]
     assert [step.ranks for step in advice(evidence(model(EASY), truncation({4: 0.5})))] == [(8,)]
     cut = residuals([residual(n, 8, 0.999999, adapter="svd") for n in names(4)], ("svd",))
@@ -148,7 +148,7 @@ def test_no_step_extracts_at_a_rank_that_keeps_too_little_of_the_gain():
             if step.rule == "compress"] == []  # fmt: skip
 
 
-def test_more_rank_is_not_advised_where_the_higher_rank_lost():
+def test_more_rank_is_not_advised_where_higher_rank_lost():
     from tests.reports.test_loss_advice import rivals, run
 
     full = model(flat_to(40, 512))
@@ -172,13 +172,13 @@ def test_placement_leaves_out_what_is_measured_to_gain_nothing():
     assert "widen placement" not in [step.rule for step in advice(evidence(records, gains))]
 
 
-def test_a_fine_tune_worse_than_base_is_not_imitated():
+def test_fine_tune_worse_than_base_is_not_imitated():
     rules = [step.rule for step in advice(evidence(model(flat_to(40, 512)), outputs({"a": 0.1}, base=0.5)))]
     assert rules[0] == "distrust the fine-tune"
     assert not any(rule.startswith("raise rank") for rule in rules)
 
 
-def test_summary_announces_an_unfinished_run_first():
+def test_summary_announces_unfinished_run_first():
     statements = [say("compared", "Compared", "a"), say("unfinished", "Warning", "b"), say("left_out", "Left out", "c")]
     text = to_text(summary_of(statements, "d"), 80, False)
     assert [line.split()[-1] for line in text.splitlines() if line.strip()] == ["b", "a", "c", "d"]

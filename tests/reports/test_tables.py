@@ -22,19 +22,19 @@ def results(pair_of_models):
 
 @pytest.mark.parametrize("per", ["type", "layer"])
 @pytest.mark.parametrize("width", [60, 80, 140, 250])
-def test_tables_fit_the_terminal(results, width, per):
+def test_tables_fit_terminal(results, width, per):
     text = spectrum_table(results, width, per=per)
     assert max(map(len, text.splitlines())) <= width
     assert "…" not in text.splitlines()[1] or width < 80
     assert "up_proj" in text
 
 
-def test_the_table_of_a_saved_file_is_the_live_one(results, tmp_path):
+def test_table_of_saved_file_is_live_one(results, tmp_path):
     results.write(tmp_path / "r.jsonl")
     assert spectrum_table(lora_diag.read_results(tmp_path / "r.jsonl")) == spectrum_table(results)
 
 
-def test_a_layers_row_says_what_its_record_says(results):
+def test_layers_row_says_what_its_record_says(results):
     text = spectrum_table(results, 200, per="layer")
     for record in results:
         (row,) = [line for line in text.splitlines() if line.split()[:1] == [record.layer.removesuffix(".weight")]]
@@ -43,7 +43,7 @@ def test_a_layers_row_says_what_its_record_says(results):
         assert str(record.rank_at["0.9"]) in row.split()
 
 
-def test_the_summary_names_the_worst_layer_and_its_share(results):
+def test_summary_names_worst_layer_and_its_share(results):
     text = spectrum_table(results, 140)
     matrices = [record for record in results if "layers" in record.layer]
     worst = min(matrices, key=lambda record: record.energy["8"])
@@ -71,7 +71,7 @@ def test_coverage_counts_every_part(tmp_path):
     assert f"{parts['norms'] / total:.0%} in norms and biases" in text
 
 
-def test_an_adapter_is_asked_how_much_of_its_rank_it_uses():
+def test_adapter_is_asked_how_much_of_its_rank_it_uses():
     results = lora_diag.spectrum(ROOT / "sample_checkpoints" / "lora_r16")
     text = spectrum_table(results, 140)
     assert "Low rank" not in text
@@ -79,7 +79,7 @@ def test_an_adapter_is_asked_how_much_of_its_rank_it_uses():
     assert f"90% of the energy in {middle} of 16 directions" in text
 
 
-def test_an_identical_pair_says_so(tmp_path):
+def test_identical_pair_says_so(tmp_path):
     model = save_model(tmp_path / "m", weights(1))
     text = spectrum_table(lora_diag.spectrum(model, model))
     assert "ΔW is zero in every matrix" in text
@@ -87,7 +87,7 @@ def test_an_identical_pair_says_so(tmp_path):
 
 
 @pytest.mark.parametrize(("scale", "word"), [(1.0, "yes"), (2e-3, "no")])
-def test_the_summary_says_what_the_files_can_show_before_any_rank(tmp_path, scale, word):
+def test_summary_says_what_files_can_show_before_any_rank(tmp_path, scale, word):
     before = {name: value.bfloat16() for name, value in weights(1).items()}
     after = {name: (value.float() + weights(2)[name] * scale).bfloat16() for name, value in before.items()}
     results = lora_diag.spectrum(save_model(tmp_path / "a", before), save_model(tmp_path / "b", after))
@@ -105,7 +105,7 @@ def test_ranks_beyond_top_are_shown_as_beyond(pair_of_models):
     assert "without --top" in " ".join(text.split())
 
 
-def test_an_unfinished_run_and_unmeasured_layers_are_said(pair_of_models, tmp_path):
+def test_unfinished_run_and_unmeasured_layers_are_said(pair_of_models, tmp_path):
     base, _, _, after = pair_of_models
     after["model.layers.1.mlp.up_proj.weight"][3, 4] = torch.nan
     path = tmp_path / "r.jsonl"
@@ -171,7 +171,7 @@ def test_names_keep_their_ends_at_every_width(sample, width, per):
         assert not any(name.startswith("…") for name in names)
 
 
-def test_columns_go_in_a_fixed_order(sample):
+def test_columns_go_in_fixed_order(sample):
     def titles(width):
         return [
             title for title in ("by depth", "σ decay", "signal") if title in rows_of(spectrum_table(sample, width))[0]
@@ -186,13 +186,13 @@ def test_columns_go_in_a_fixed_order(sample):
     ]
 
 
-def test_an_unknown_share_is_not_drawn_as_a_low_one():
+def test_unknown_share_is_not_drawn_as_low_one():
     _, rows = rows_of(spectrum_table(lora_diag.spectrum(*SAMPLE, top=4), 80))
     assert all(row.split()[-1] in {"····", "·"} for row in rows)
     assert all(re.search("█·|▇·", row) for row in rows)
 
 
-def test_a_cut_spectrum_is_drawn_over_its_whole_range(sample):
+def test_cut_spectrum_is_drawn_over_its_whole_range(sample):
     _, whole = rows_of(spectrum_table(sample, 80))
     _, cut = rows_of(spectrum_table(lora_diag.spectrum(*SAMPLE, top=4), 80))
     for drawn, part in zip(whole, cut, strict=True):
@@ -201,7 +201,7 @@ def test_a_cut_spectrum_is_drawn_over_its_whole_range(sample):
         assert drawn.split()[-2].startswith(known)
 
 
-def test_a_share_is_never_rounded_up_to_all(sample):
+def test_share_is_never_rounded_up_to_all(sample):
     _, rows = rows_of(spectrum_table(sample, 200, per="layer"))
     for record, row in zip(sample, rows, strict=True):
         assert ("1.00" in row.split()) == any((share or 0) >= 1 - 5e-7 for share in record.energy.values())

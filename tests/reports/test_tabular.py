@@ -18,7 +18,7 @@ def rows(*runs):
     return list(csv.DictReader(io.StringIO(to_csv(evidence(*runs)))))
 
 
-def test_every_record_is_a_row_with_its_numbers():
+def test_every_record_is_row_with_its_numbers():
     runs = small()
     found = rows(*runs)
     assert len(found) == sum(len(run) + len(run.left_out) for run in runs)
@@ -36,7 +36,7 @@ def test_every_record_is_a_row_with_its_numbers():
     assert [int(row["step"]) for row in by_kind["overlap"]] == [record.step for record in runs[2]]
 
 
-def test_a_spreadsheet_runs_no_name():
+def test_spreadsheet_runs_no_name():
     (row,) = rows(spectra([spectrum("=cmd|'/c calc'!A1", decay(16, 1))]))
     assert row["layer"] == "'=cmd|'/c calc'!A1"
 
@@ -46,7 +46,7 @@ def test_quotes_and_newlines_stay_in_their_cell():
     assert row["layer"] == 'a"b\n,c'
 
 
-def test_a_spreadsheet_runs_no_computed_column():
+def test_spreadsheet_runs_no_computed_column():
     (row,) = rows(spectra([spectrum("-2+3", decay(16, 1))]))
     assert (row["layer"], row["module_type"]) == ("'-2+3", "'-2+3")
     (row,) = rows(residuals([residual("q", adapter="runs/=1+1")], ["runs/=1+1"]))
@@ -61,7 +61,7 @@ def test_values_of_several_runs_say_whose_they_are():
 
 
 @pytest.mark.parametrize("format", ["html", "md"])
-def test_a_page_has_no_rows_for_values(loradiag, tmp_path, format):
+def test_page_has_no_rows_for_values(loradiag, tmp_path, format):
     small()[0].write(tmp_path / "r.jsonl")
     ran = loradiag("report", tmp_path / "r.jsonl", "--format", format, "--values", "-o", tmp_path / "x")
     assert ran.code == 2
@@ -69,7 +69,7 @@ def test_a_page_has_no_rows_for_values(loradiag, tmp_path, format):
     assert not (tmp_path / "x").exists()
 
 
-def test_values_by_the_command(loradiag, tmp_path):
+def test_values_by_command(loradiag, tmp_path):
     results = small()[0]
     results.write(tmp_path / "r.jsonl")
     ran = loradiag("report", tmp_path / "r.jsonl", "--format", "csv", "--values")

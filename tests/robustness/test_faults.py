@@ -36,7 +36,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", str(place)], check=True)
 
 
-def test_a_disk_that_is_really_full(command: Commands, model: Path, small_disk: Path, tmp_path: Path) -> None:
+def test_disk_that_is_really_full(command: Commands, model: Path, small_disk: Path, tmp_path: Path) -> None:
     case = Case("interference", command, model, tmp_path)
     free = os.statvfs(small_disk)
     filler = small_disk / "filler"
@@ -58,7 +58,7 @@ def test_a_disk_that_is_really_full(command: Commands, model: Path, small_disk: 
 
 
 @pytest.mark.parametrize("size", [100, 300, 1500])
-def test_a_limit_on_the_size_of_files(command: Commands, model: Path, tmp_path: Path, size: int) -> None:
+def test_limit_on_size_of_files(command: Commands, model: Path, tmp_path: Path, size: int) -> None:
     case = Case("spectrum", command, model, tmp_path)
     place = case.fresh()
     assert "cannot be written: File too large" in case.run(place, full=size).told(3)
@@ -67,7 +67,7 @@ def test_a_limit_on_the_size_of_files(command: Commands, model: Path, tmp_path: 
     case.goes_on(place)
 
 
-def test_no_place_for_factors(command: Commands, model: Path, tmp_path: Path) -> None:
+def test_extract_reports_full_disk_and_resumes(command: Commands, model: Path, tmp_path: Path) -> None:
     case = Case("extract", command, model, tmp_path)
     place = case.fresh()
     assert "cannot be written: File too large" in case.run(place, full=2500).told(3)
@@ -80,7 +80,9 @@ def test_no_place_for_factors(command: Commands, model: Path, tmp_path: Path) ->
     [["report", "-o", "page.html"], ["plot", "-o", "a.png"], ["allocate", "--params", "300", "-o", "a.jsonl"]],
     ids=lambda words: words[0],
 )
-def test_no_place_for_what_is_made_of_results(command: Commands, model: Path, tmp_path: Path, words: list[str]) -> None:
+def test_full_disk_is_reported_and_leaves_nothing(
+    command: Commands, model: Path, tmp_path: Path, words: list[str]
+) -> None:
     lora_diag.spectrum(model / "base", model / "fine", output=tmp_path / "r.jsonl")
     ended = command(words[0], "r.jsonl", *words[1:], cwd=tmp_path, full=500)
     assert "cannot be written: File too large" in ended.told(3)
@@ -88,9 +90,7 @@ def test_no_place_for_what_is_made_of_results(command: Commands, model: Path, tm
 
 
 @pytest.mark.parametrize(("fault", "at"), [("unreadable", 1), ("unreadable", 5), ("shrinking", 3)])
-def test_a_file_that_fails_while_it_is_read(
-    command: Commands, model: Path, tmp_path: Path, fault: str, at: int
-) -> None:
+def test_file_that_fails_while_it_is_read(command: Commands, model: Path, tmp_path: Path, fault: str, at: int) -> None:
     case = Case("residual", command, model, tmp_path)
     place = case.fresh()
     for name in ("base", "tuned", "lora", "lora2"):
@@ -107,14 +107,14 @@ def test_a_file_that_fails_while_it_is_read(
     case.goes_on(place)
 
 
-def test_reads_that_give_little_at_a_time(command: Commands, model: Path, tmp_path: Path) -> None:
+def test_reads_that_give_little_at_time(command: Commands, model: Path, tmp_path: Path) -> None:
     case = Case("spectrum", command, model, tmp_path)
     place = case.fresh()
     assert case.run(place, short=7).code == case.undisturbed.code
     assert contents(tmp_path / place) == case.whole
 
 
-def test_clocks_that_run_backwards_or_files_of_the_future(command: Commands, model: Path, tmp_path: Path) -> None:
+def test_clocks_that_run_backwards_or_files_of_future(command: Commands, model: Path, tmp_path: Path) -> None:
     case = Case("spectrum", command, model, tmp_path)
     place = case.fresh()
     for name in ("base", "tuned"):
@@ -127,9 +127,7 @@ def test_clocks_that_run_backwards_or_files_of_the_future(command: Commands, mod
     assert command("report", "out", "--format", "md", cwd=tmp_path / place).code == 0
 
 
-def test_results_of_a_year_that_no_calendar_has(
-    command: Commands, model: Path, small_disk: Path, tmp_path: Path
-) -> None:
+def test_results_of_year_that_no_calendar_has(command: Commands, model: Path, small_disk: Path, tmp_path: Path) -> None:
     """The file systems of most disks keep no such time; that of memory does."""
     out = small_disk / "r.jsonl"
     lora_diag.spectrum(model / "base", model / "fine", layers="0", output=out)
@@ -138,7 +136,7 @@ def test_results_of_a_year_that_no_calendar_has(
     assert command("report", out, "-o", "page.html", cwd=tmp_path).code == 0
 
 
-def test_a_disk_that_fails_when_it_is_waited_for(command: Commands, model: Path, tmp_path: Path) -> None:
+def test_disk_that_fails_when_it_is_waited_for(command: Commands, model: Path, tmp_path: Path) -> None:
     case = Case("spectrum", command, model, tmp_path)
     place = case.fresh()
     assert "cannot be written: Input/output error" in case.run(place, no_sync=errno.EIO).told(3)
@@ -148,7 +146,7 @@ def test_a_disk_that_fails_when_it_is_waited_for(command: Commands, model: Path,
     assert contents(tmp_path / place) == case.whole
 
 
-def test_no_permission(command: Commands, model: Path, tmp_path: Path) -> None:
+def test_read_only_disk_is_reported(command: Commands, model: Path, tmp_path: Path) -> None:
     """On a disk that is mounted read-only: root, who may run this, is permitted everything else."""
     place = tmp_path / "disk"
     place.mkdir()
@@ -186,7 +184,7 @@ def running(model: Path, folder: Path, *more: str) -> subprocess.Popen[bytes]:
     return process
 
 
-def test_a_second_process_stops_and_a_killed_one_lets_go(command: Commands, model: Path, tmp_path: Path) -> None:
+def test_second_process_stops_and_killed_one_lets_go(command: Commands, model: Path, tmp_path: Path) -> None:
     case = Case("spectrum", command, model, tmp_path)
     place = case.fresh()
     first = running(model, tmp_path / place)
@@ -203,7 +201,7 @@ def test_a_second_process_stops_and_a_killed_one_lets_go(command: Commands, mode
     case.goes_on(place)
 
 
-def test_where_a_finished_run_is_measured_again_a_second_process_stops_too(model: Path, tmp_path: Path) -> None:
+def test_second_process_stops_while_finished_run_is_remeasured(model: Path, tmp_path: Path) -> None:
     """Records go to out.part, and the lock is that of out all the same."""
     run = {"output": tmp_path / "out", "top": 2}
     lora_diag.spectrum(model / "base", model / "fine", output=tmp_path / "out")
@@ -223,7 +221,7 @@ def test_where_a_finished_run_is_measured_again_a_second_process_stops_too(model
     assert len(read_results(tmp_path / "out").layers[0].s) == 2
 
 
-def test_an_extraction_is_not_overwritten_while_it_runs(model: Path, tmp_path: Path) -> None:
+def test_extraction_is_not_overwritten_while_it_runs(model: Path, tmp_path: Path) -> None:
     seen = []
 
     def another(record: object) -> None:
@@ -239,7 +237,7 @@ def test_an_extraction_is_not_overwritten_while_it_runs(model: Path, tmp_path: P
 
 
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOTSUP])
-def test_a_file_system_without_locks_is_told_of(command: Commands, model: Path, tmp_path: Path, number: int) -> None:
+def test_file_system_without_locks_is_told_of(command: Commands, model: Path, tmp_path: Path, number: int) -> None:
     case = Case("intruders", command, model, tmp_path)
     place = case.fresh()
     ended = case.run(place, no_locks=number)
@@ -251,7 +249,7 @@ def test_a_file_system_without_locks_is_told_of(command: Commands, model: Path, 
 # --- Ctrl-C -----------------------------------------------------------------------------------------------------------
 
 
-def test_ctrl_c_at_a_step(command: Commands, model: Path, tmp_path: Path) -> None:
+def test_ctrl_c_at_step(command: Commands, model: Path, tmp_path: Path) -> None:
     for name in ("spectrum", "extract"):
         folder = tmp_path / name
         folder.mkdir()
@@ -265,7 +263,7 @@ def test_ctrl_c_at_a_step(command: Commands, model: Path, tmp_path: Path) -> Non
             case.goes_on(place)
 
 
-def test_ctrl_c_does_not_wait_for_the_layer_at_hand(model: Path, tmp_path: Path) -> None:
+def test_ctrl_c_does_not_wait_for_layer_at_hand(model: Path, tmp_path: Path) -> None:
     """Python would: for a large matrix, minutes; for this one, until its input ends."""
     process = running(model, tmp_path)
     process.send_signal(signal.SIGINT)
@@ -289,7 +287,7 @@ runpy.run_module("lora_diag", run_name="__main__", alter_sys=True)
 @pytest.mark.parametrize(
     "module", ["typer", "torch", "torch.nn", "torch.cuda", "lora_diag.diagnostics.spectrum.measure"]
 )
-def test_ctrl_c_while_a_real_process_starts(module: str, model: Path, tmp_path: Path) -> None:
+def test_ctrl_c_while_real_process_starts(module: str, model: Path, tmp_path: Path) -> None:
     """An exception amid the imports of torch came out as a RecursionError and exit code 1: that of a failed gate."""
     words = [sys.executable, "-c", AT_AN_IMPORT, module, *words_of("spectrum", model), "-o", "out", "-q"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
@@ -322,7 +320,7 @@ def change_between_samples(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("verify", [False, True])
-def test_a_byte_that_changes_is_seen_with_verify(large: Path, verify: bool) -> None:
+def test_byte_that_changes_is_seen_with_verify(large: Path, verify: bool) -> None:
     run = {"output": large / "out", "verify": verify}
     lora_diag.spectrum(large / "base", large / "tuned", **run)
     cut(large / "out")
@@ -336,20 +334,20 @@ def test_a_byte_that_changes_is_seen_with_verify(large: Path, verify: bool) -> N
             lora_diag.spectrum(large / "base", large / "tuned", resume=True, **run)
 
 
-def test_the_hash_is_that_of_the_file(large: Path) -> None:
+def test_hash_is_that_of_file(large: Path) -> None:
     results = lora_diag.spectrum(large / "base", large / "tuned", verify=True)
     assert results.run.inputs[0].sha256 == sha256((large / "base" / "model.safetensors").read_bytes()).hexdigest()
     assert lora_diag.spectrum(large / "base", large / "tuned").run.inputs[0].sha256 == ""
 
 
-def test_a_run_is_resumed_as_it_was_begun(large: Path) -> None:
+def test_run_is_resumed_as_it_was_begun(large: Path) -> None:
     lora_diag.spectrum(large / "base", large / "tuned", output=large / "out")
     cut(large / "out")
     with pytest.raises(UsageError, match="begun without --verify"):
         lora_diag.spectrum(large / "base", large / "tuned", output=large / "out", resume=True, verify=True)
 
 
-def test_a_copy_with_other_times_resumes(large: Path) -> None:
+def test_copy_with_other_times_resumes(large: Path) -> None:
     lora_diag.spectrum(large / "base", large / "tuned", output=large / "out", verify=True)
     whole = (large / "out").read_bytes()
     cut(large / "out")
@@ -360,7 +358,7 @@ def test_a_copy_with_other_times_resumes(large: Path) -> None:
     assert (large / "out").read_bytes() == whole
 
 
-def test_an_input_that_cannot_be_hashed_is_one_message(large: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_input_that_cannot_be_hashed_is_one_message(large: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(self: Path, *_: object, **__: object) -> object:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 

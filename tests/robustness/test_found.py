@@ -23,7 +23,7 @@ def with_header(path: Path, header: object, data: bytes = b"\0" * 4) -> Path:
 
 
 @pytest.mark.parametrize("dtype", [["F32"], {"F32": 1}, None, 7])
-def test_a_dtype_that_is_no_word(tmp_path: Path, dtype: object) -> None:
+def test_dtype_that_is_no_word(tmp_path: Path, dtype: object) -> None:
     """TypeError: unhashable type."""
     path = with_header(tmp_path / "m.safetensors", {"w": {"dtype": dtype, "shape": [1], "data_offsets": [0, 4]}})
     with pytest.raises(InputError, match="unknown dtype"):
@@ -32,7 +32,7 @@ def test_a_dtype_that_is_no_word(tmp_path: Path, dtype: object) -> None:
 
 @pytest.mark.parametrize("largest", [3.4028e38, 1.5e38, 2e-38, 3e-45])
 @pytest.mark.parametrize("method", ["exact", "gram"])
-def test_a_number_at_the_edge_of_float32(largest: float, method: str) -> None:
+def test_number_at_edge_of_float32(largest: float, method: str) -> None:
     """All singular values were zero: the matrix was divided by 2^128, which is infinite in float32."""
     matrix = torch.zeros(4, 3)
     matrix[1, 2] = largest
@@ -41,7 +41,7 @@ def test_a_number_at_the_edge_of_float32(largest: float, method: str) -> None:
     assert factors.s[1:].tolist() == [0.0, 0.0]
 
 
-def test_a_shard_whose_name_no_file_can_have(tmp_path: Path) -> None:
+def test_shard_whose_name_no_file_can_have(tmp_path: Path) -> None:
     """OSError: file name too long."""
     folder = save_sharded(tmp_path / "m", {"a.weight": torch.zeros(2, 2)}, shards=1)
     index = next(folder.glob("*.index.json"))
@@ -50,7 +50,7 @@ def test_a_shard_whose_name_no_file_can_have(tmp_path: Path) -> None:
         open_checkpoint(folder)
 
 
-def test_a_pickle_of_a_protocol_that_there_is_none_of(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+def test_pickle_of_protocol_that_there_is_none_of(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
     """A warning of torch reached the terminal, asking for a bug report."""
     path = tmp_path / "m.bin"
     path.write_bytes(b"\x80\x34}q\x00.")
@@ -59,7 +59,7 @@ def test_a_pickle_of_a_protocol_that_there_is_none_of(tmp_path: Path, recwarn: p
     assert not recwarn.list
 
 
-def test_an_allocation_that_was_cut_short(tmp_path: Path) -> None:
+def test_allocation_that_was_cut_short(tmp_path: Path) -> None:
     """StopIteration: the certificate is among the last lines."""
     base, tuned = (save_model(tmp_path / str(k), {"a.weight": torch.eye(4) * k}) for k in (1, 2))
     spectra = lora_diag.spectrum(base, tuned)
@@ -69,7 +69,7 @@ def test_an_allocation_that_was_cut_short(tmp_path: Path) -> None:
     assert "its certificate is missing" in table(read_results(tmp_path / "a.jsonl"), 100)
 
 
-def test_a_results_file_with_zeros_in_it_is_an_unfinished_run(tmp_path: Path) -> None:
+def test_results_file_with_zeros_in_it_is_unfinished_run(tmp_path: Path) -> None:
     """After a loss of power: neither damaged nor finished."""
     base, tuned = (save_model(tmp_path / str(k), {"a.weight": torch.eye(4) * k}) for k in (1, 2))
     lora_diag.spectrum(base, tuned, output=tmp_path / "r.jsonl")
@@ -80,7 +80,7 @@ def test_a_results_file_with_zeros_in_it_is_an_unfinished_run(tmp_path: Path) ->
     assert (len(results), results.end) == (0, None)
 
 
-def test_zeros_in_the_place_of_a_newline_do_not_hide_what_is_written_behind_them(tmp_path: Path) -> None:
+def test_zeros_for_newline_do_not_hide_later_lines(tmp_path: Path) -> None:
     """The last record is whole and is kept, the zeros stayed: nothing behind them was ever read again."""
     base, tuned = (save_model(tmp_path / str(k), {"a.weight": torch.eye(4) * k}) for k in (1, 2))
     lora_diag.spectrum(base, tuned, output=tmp_path / "r.jsonl")

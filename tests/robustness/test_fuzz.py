@@ -38,7 +38,7 @@ def test_damaged_inputs_of_every_kind() -> None:
     assert told["all"] > 130
 
 
-def test_the_same_seed_gives_the_same_inputs(tmp_path: Path) -> None:
+def test_same_seed_gives_same_inputs(tmp_path: Path) -> None:
     for how, content in (
         (damaged_json, b'{"a": [1, {"b": 2.5}], "c": "d"}'),
         (damaged_results, b'{"record":"run"}\n{"record":"end"}\n'),
@@ -64,7 +64,7 @@ def test_the_same_seed_gives_the_same_inputs(tmp_path: Path) -> None:
         (["gate"], 1, "FAILED\n", "", ""),
     ],
 )
-def test_the_judge(words: list[str], code: int, out: str, err: str, problem: str) -> None:
+def test_judge_reports_each_fault(words: list[str], code: int, out: str, err: str, problem: str) -> None:
     found = judge(words, code, out, err)
     assert (problem in found) if problem else not found
 
@@ -97,7 +97,7 @@ print(json.dumps([done, [[one.number, one.problem] for one in found]]))
 """
 
 
-def test_what_a_child_does_wrong_is_found(tmp_path: Path) -> None:
+def test_faults_of_child_are_found(tmp_path: Path) -> None:
     """A bug, too much memory, an abort, an endless loop, a half-written file; and what comes after them is tried."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     ran = subprocess.run(

@@ -108,7 +108,7 @@ def moments(case: Case, most: int) -> list[int]:
     return sorted(random.Random(case.words[0]).sample(range(1, len(steps) + 1), most))
 
 
-def test_killed_at_a_step(case: Case) -> None:
+def test_killed_at_step(case: Case) -> None:
     writes = case.undisturbed.steps.count("written")
     for at in moments(case, 2):
         place = case.fresh()
@@ -131,7 +131,7 @@ def test_killed_over_and_over_at_random_moments(command: Commands, model: Path, 
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_a_loss_of_power_anywhere_in_the_file(name: str, model: Path, tmp_path: Path) -> None:
+def test_loss_of_power_anywhere_in_file(name: str, model: Path, tmp_path: Path) -> None:
     """The file is cut at any byte, or its end is zeros, as some file systems leave what was not yet on the disk."""
     run = CALLS[name](model)
     run(tmp_path / "whole", False)

@@ -28,7 +28,7 @@ def test_others_are_noticed(expression: str) -> None:
     assert forbidden(expression)
 
 
-def test_the_page_has_every_package_that_is_asked_for() -> None:
+def test_page_has_every_package_that_is_asked_for() -> None:
     page = PAGE.read_text().partition(BEGIN)[2]
     names = {Requirement(text).name.lower().replace("_", "-") for text in own()}
     assert {name for name in names if f"| {name} |" not in page} == set()

@@ -10,7 +10,7 @@ from lora_diag.errors import UsageError
 from lora_diag.files import lock, sync
 
 
-def test_one_has_it_and_then_another(tmp_path: Path) -> None:
+def test_lock_passes_from_one_process_to_another(tmp_path: Path) -> None:
     first = lock(tmp_path / "a")
     with pytest.raises(UsageError, match="another process is writing it now"):
         lock(tmp_path / "a")
@@ -19,7 +19,7 @@ def test_one_has_it_and_then_another(tmp_path: Path) -> None:
     assert (tmp_path / "a").read_bytes() == b""
 
 
-def test_a_file_that_is_replaced_meanwhile_is_locked_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_file_that_is_replaced_meanwhile_is_locked_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, replaced = tmp_path / "a", []
     path.touch()
     flock = files._flock
@@ -37,12 +37,12 @@ def test_a_file_that_is_replaced_meanwhile_is_locked_anew(tmp_path: Path, monkey
     os.close(held)
 
 
-def test_a_file_system_whose_files_never_have_the_same_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_file_system_whose_files_never_have_same_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(files, "_is_at", lambda *_: False)
     os.close(lock(tmp_path / "a"))
 
 
-def test_a_folder_that_may_not_be_listed_is_let_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_folder_that_may_not_be_listed_is_let_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refused(*_: object) -> int:
         raise PermissionError
 

@@ -26,7 +26,7 @@ def hostile(tmp_path: Path) -> Path:
     return folder
 
 
-def test_code_beside_a_model_is_not_run(hostile: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_code_beside_model_is_not_run(hostile: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # Who asks whether it may is asked by nobody here, and would wait for an answer.
     monkeypatch.setattr("builtins.input", lambda *_: "y")
     with pytest.raises(InputError, match="cannot open this model"):
@@ -37,7 +37,7 @@ def test_code_beside_a_model_is_not_run(hostile: Path, monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize("name", ["pipeline", "AutoModel", "set_seed", "is_torch_available", "__name__", 7])
-def test_what_a_config_calls_its_architecture_is_a_model_or_nothing(tmp_path: Path, name: object) -> None:
+def test_architecture_in_config_is_model_class_or_refused(tmp_path: Path, name: object) -> None:
     config = {"model_type": "llama", "architectures": [name], "hidden_size": 8, "intermediate_size": 8}
     config |= {"num_hidden_layers": 1, "num_attention_heads": 1, "vocab_size": 8}
     (tmp_path / "config.json").write_text(json.dumps(config))

@@ -40,7 +40,7 @@ def fused(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     }
 
 
-def test_fused_experts_meet_the_experts_that_base_stores_one_by_one(tmp_path):
+def test_fused_experts_meet_experts_that_base_stores_one_by_one(tmp_path):
     base = save_model(tmp_path / "base", mixture(1))
     plain = lora_diag.spectrum(base, save_model(tmp_path / "plain", mixture(2)))
     other = lora_diag.spectrum(base, save_model(tmp_path / "fused", fused(mixture(2))))
@@ -49,7 +49,7 @@ def test_fused_experts_meet_the_experts_that_base_stores_one_by_one(tmp_path):
     assert "3 tensors are stored under other names" in other.run.inputs[1].notes[0]
 
 
-def test_a_shape_that_does_not_fit_stays_unpaired(tmp_path):
+def test_shape_that_does_not_fit_stays_unpaired(tmp_path):
     tensors = fused(mixture(2))
     tensors["model.layers.0.mlp.experts.down_proj"] = torch.randn(EXPERTS, HIDDEN, INNER + 1)
     results = lora_diag.spectrum(save_model(tmp_path / "base", mixture(1)), save_model(tmp_path / "fused", tensors))
@@ -61,7 +61,7 @@ def test_a_shape_that_does_not_fit_stays_unpaired(tmp_path):
 
 @pytest.mark.parametrize("prefix", ["model.", "base_model.model.", "bert.", "transformer.", "mpnet.", "swin."])
 @pytest.mark.parametrize("on_base", [False, True])
-def test_a_prefix_that_one_side_lacks_is_looked_through(tmp_path, prefix, on_base):
+def test_prefix_that_one_side_lacks_is_looked_through(tmp_path, prefix, on_base):
     plain, tuned = weights(1), weights(2)
     sides = [plain, tuned] if on_base else [tuned, plain]
     sides[0] = {prefix + name: value for name, value in sides[0].items()}
@@ -76,7 +76,7 @@ def test_a_prefix_that_one_side_lacks_is_looked_through(tmp_path, prefix, on_bas
     assert "12 tensors are stored under other names than in BASE" in found.run.inputs[1].notes[0]
 
 
-def test_names_of_two_models_with_nothing_in_common_are_not_guessed_at(tmp_path):
+def test_names_without_anything_in_common_are_not_paired(tmp_path):
     sides = {"bert": weights(1), "roberta": {f"roberta.{name}": value for name, value in weights(2).items()}}
     for kind, tensors in sides.items():
         (save_model(tmp_path / kind, tensors) / "config.json").write_text(f'{{"model_type": "{kind}"}}')
@@ -110,19 +110,19 @@ def towers(seed: int, *names: str) -> dict[str, torch.Tensor]:
         (["bert."], ["roberta."]),
     ],
 )
-def test_a_tower_or_a_model_is_not_taken_for_another(tmp_path, of_base, of_tuned):
+def test_tower_or_model_is_not_taken_for_another(tmp_path, of_base, of_tuned):
     base, tuned = save_model(tmp_path / "base", towers(1, *of_base)), save_model(tmp_path / "t", towers(2, *of_tuned))
     with pytest.raises(NothingComparedError, match="one model, saved alike"):
         lora_diag.spectrum(base, tuned)
 
 
-def test_a_model_type_that_is_no_word(tmp_path):
+def test_model_type_that_is_no_word(tmp_path):
     base, tuned = save_model(tmp_path / "base", towers(1, "")), save_model(tmp_path / "tuned", towers(2, "bert."))
     (base / "config.json").write_text('{"model_type": ["bert"]}')
     assert len(lora_diag.spectrum(base, tuned)) == 3
 
 
-def test_two_towers_behind_a_wrapper_are_told_apart(tmp_path):
+def test_two_towers_behind_wrapper_are_told_apart(tmp_path):
     names = ["text_model.", "vision_model."]
     base, tuned = save_model(tmp_path / "base", towers(1, *names)), save_model(tmp_path / "tuned", towers(2, *names))
     wrapped = save_model(tmp_path / "wrapped", {f"model.{name}": value for name, value in towers(2, *names).items()})
@@ -130,7 +130,7 @@ def test_two_towers_behind_a_wrapper_are_told_apart(tmp_path):
 
 
 @pytest.mark.parametrize("layers", ["embed_tokens", r"layers\.0\.", "lm_head"])
-def test_what_is_selected_does_not_decide_whether_two_are_one_model(tmp_path, layers):
+def test_selection_does_not_decide_whether_models_match(tmp_path, layers):
     base = save_model(tmp_path / "base", weights(1))
     wrapped = save_model(tmp_path / "wrapped", {f"bert.{name}": value for name, value in weights(2).items()})
     plain = save_model(tmp_path / "plain", weights(2))
@@ -142,12 +142,12 @@ def test_what_is_selected_does_not_decide_whether_two_are_one_model(tmp_path, la
         lora_diag.spectrum(base, save_model(tmp_path / "h", blocks), layers=layers)
 
 
-def test_one_side_alone_must_be_an_adapter(tmp_path):
+def test_one_side_alone_must_be_adapter(tmp_path):
     with pytest.raises(UsageError, match="BASE before TUNED"):
         lora_diag.spectrum(save_model(tmp_path / "m", weights(1)))
 
 
-def test_a_stack_and_a_tensor_called_like_one_of_its_matrices(tmp_path):
+def test_stack_and_tensor_called_like_one_of_its_matrices(tmp_path):
     tensors = {"w": torch.ones(2, 3, 4), "w[0]": torch.ones(3, 4)}
     model = save_model(tmp_path / "m", tensors)
     with pytest.raises(InputError, match=r"w\[0\]: two weights have this name, from w and w\[0\]"):
@@ -175,7 +175,7 @@ def test_seeds_that_torch_does_not_take(tmp_path, seed):
     assert len(lora_diag.spectrum(model, model, top=4, method="krylov", seed=2**63 - 1))
 
 
-def test_an_adapter_named_first():
+def test_adapter_named_first():
     samples = ROOT / "sample_checkpoints"
     with pytest.raises(UsageError, match="give BASE first, and the adapter after it"):
         lora_diag.spectrum(samples / "lora_r4", samples / "base")
@@ -189,7 +189,7 @@ def test_resume_notices_another_adapter_config(tmp_path):
     assert lora_diag.spectrum(adapter).run.inputs[0].fingerprint != before
 
 
-def test_inspect_is_a_function_like_the_command(tmp_path):
+def test_inspect_is_function_like_command(tmp_path):
     import lora_diag.inspection.run as module  # whose import must not take the function's name
 
     model = save_model(tmp_path / "m", weights(1))
@@ -201,7 +201,7 @@ def test_inspect_is_a_function_like_the_command(tmp_path):
         lora_diag.inspect(tmp_path / "r.jsonl")
 
 
-def test_a_pipe_is_no_checkpoint(tmp_path):
+def test_pipe_is_no_checkpoint(tmp_path):
     os.mkfifo(tmp_path / "ff.safetensors")
     with pytest.raises(InputError, match="is not a file or folder"):
         lora_diag.inspect(tmp_path / "ff.safetensors")

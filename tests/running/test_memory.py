@@ -94,7 +94,7 @@ def test_overlap(small):
     )
 
 
-def test_what_cannot_be_streamed_is_left_out_and_the_rest_goes_on(small):
+def test_unstreamable_layer_is_left_out_and_rest_measured(small):
     found = lora_diag.spectrum(BASE, TUNED, layers=LAYERS, memory="1MB", workers=1, method="exact")
     assert len(found) == 0
     assert {item.reason for item in found.unmeasured} == {"memory"}
@@ -120,12 +120,12 @@ def test_memory_is_of_this_machine():
 
 
 @pytest.mark.parametrize(("footprint", "limit", "size"), [(100, None, 100), (100, 60, 60), (100, 200, 100)])
-def test_a_layer_of_a_merge_counts_as_what_it_takes_up_to_what_it_may(footprint, limit, size):
+def test_merge_layer_counts_its_memory_up_to_limit(footprint, limit, size):
     """Counted as more, layers that fit beside each other would wait; counted as less, too many would run at once."""
     assert verify_merge._size(SimpleNamespace(footprint=footprint), SimpleNamespace(memory=limit)) == size
 
 
-def test_a_fleet_keeps_to_the_workers_that_were_asked_for(monkeypatch):
+def test_fleet_keeps_to_workers_that_were_asked_for(monkeypatch):
     asked, layout_for = [], measuring.layout_for
     monkeypatch.setattr(measuring, "layout_for", lambda *words: asked.append(words) or layout_for(*words))
     lora_diag.fleet([ROOT / "sample_checkpoints" / "lora_r4"], device="cpu", workers=3)

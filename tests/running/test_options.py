@@ -59,7 +59,7 @@ def test_documentation_names_every_parameter(name):
     assert [each for each in inspect.signature(function).parameters if each not in documented] == []
 
 
-def test_documentation_names_the_choices():
+def test_documentation_names_choices():
     assert "method: Method for singular values: auto|exact|gram|krylov.\n" in lora_diag.overlap.__doc__
 
 
@@ -79,7 +79,7 @@ def commands(command):
         yield from commands(each)
 
 
-def test_command_line_shows_the_declaration():
+def test_command_line_shows_declaration():
     """By name, default and help; ``engine`` is three options there, and a callback none."""
     found = {command.name: command for command in commands(typer.main.get_command(app))}
     for name in ("spectrum", "residual", "intruders", "interference", "extract", "recover"):
@@ -101,7 +101,7 @@ def as_python(value, default):
     return None if isinstance(value, StrEnum) and default is None else value
 
 
-def test_own_options_have_the_same_defaults_in_python_and_on_the_command_line():
+def test_own_options_have_same_defaults_in_python_and_cli():
     compared = 0
     for feature in catalog.features():
         if feature.command and feature.functions:
@@ -125,7 +125,7 @@ def test_filled_adds_defaults_to_what_is_given():
     assert set(found) == set(declared(RunOptions))
 
 
-def test_group_of_a_module_with_postponed_annotations(tmp_path, monkeypatch):
+def test_group_of_module_with_postponed_annotations(tmp_path, monkeypatch):
     """A third-party group extends one of ours."""
     (tmp_path / "their_options.py").write_text(
         "from __future__ import annotations\nfrom typing import Annotated, Unpack\n"
@@ -143,7 +143,7 @@ def test_group_of_a_module_with_postponed_annotations(tmp_path, monkeypatch):
     assert " p: Order of the norm.\n" in norm.__doc__
 
 
-def test_show_options_needs_a_group():
+def test_show_options_needs_group():
     with pytest.raises((ValueError, TypeError)):
 
         @show_options
@@ -157,14 +157,14 @@ def test_groups_are_read_without_heavy_imports():
 
 
 @pytest.mark.parametrize("option", [{"ray_address": "10.0.0.1:6379"}, {"gpus_per_task": 1.0}])
-def test_cluster_options_without_a_cluster_are_refused(option):
+def test_cluster_options_without_cluster_are_refused(option):
     from lora_diag.cli.options import Cluster
 
     with pytest.raises(UsageError, match="--engine ray"):
         Cluster(**option).value()
 
 
-def test_resume_without_an_output_is_refused():
+def test_resume_without_output_is_refused():
     from lora_diag.cli.options import check_output
 
     with pytest.raises(UsageError, match="-o"):

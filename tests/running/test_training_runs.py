@@ -60,7 +60,7 @@ class Case:
         (1e-6, 1, [1e-3, 3e-3, 1e-2, 3.3e-4]),
     ],
 )
-def test_rates_go_on_beyond_the_edge_until_the_best_lies_inside(best, widen, tried):
+def test_rates_go_on_beyond_edge_until_best_lies_inside(best, widen, tried):
     case = Case({4: best}, widen)
     arm = case.arm((1e-3, 3e-3, 1e-2))
     case.walk.expect(case.walk.left(arm))
@@ -73,7 +73,7 @@ def test_rates_go_on_beyond_the_edge_until_the_best_lies_inside(best, widen, tri
         assert case.ticks[-1][1:] == (3 * len(case.ran), 3 * len(case.ran))
 
 
-def test_one_rate_alone_is_taken_as_it_is_and_steps_beyond_coarse_grids_are_short():
+def test_single_rate_is_kept_and_refined_grid_steps_are_short():
     case = Case({4: 1.0}, 5)
     case.walk.run(case.arm((1e-3,)))
     assert [rate for _, rate, _ in case.ran] == [1e-3, 1e-3]
@@ -89,7 +89,7 @@ def test_one_rate_alone_is_taken_as_it_is_and_steps_beyond_coarse_grids_are_shor
 
 
 @pytest.mark.parametrize("stop_after", range(9))
-def test_wherever_it_is_stopped_the_rest_is_run_once_and_counted(stop_after):
+def test_wherever_it_is_stopped_rest_is_run_once_and_counted(stop_after):
     best, rates = {2: 1e-2, 4: 2e-3}, (1e-3, 3e-3, 1e-2)
     whole = Case(best, 2)
     whole.walk.run(whole.arm(rates))
@@ -108,7 +108,7 @@ def test_wherever_it_is_stopped_the_rest_is_run_once_and_counted(stop_after):
     assert case.ticks[-1][1:] == (3 * (len(whole.ran) - stop_after),) * 2  # what is finished is no work to come
 
 
-def test_a_record_of_another_kind_is_not_the_run_that_is_asked_for():
+def test_record_of_another_kind_is_not_run_that_is_asked_for():
     case = Case({4: 1e-3}, 0, seeds=1)
     case.walk.run(case.arm((1e-3,)))
     done = {"subject": "lora", "rank": 4, "lr": 1e-3, "seed": 7}
@@ -117,7 +117,7 @@ def test_a_record_of_another_kind_is_not_the_run_that_is_asked_for():
     assert not case.walk.kept.has(["held", "other"], **done)
 
 
-def test_the_first_set_decides_on_rates_and_the_others_are_only_told():
+def test_first_set_decides_on_rates_and_others_are_only_told():
     case = Case({4: 1e-3}, 0)
     case.walk = replace(case.walk, sets=[HELD, replace(HELD, name="other")])
 
@@ -134,7 +134,7 @@ def test_the_first_set_decides_on_rates_and_the_others_are_only_told():
     assert case.ran == [(4, 1e-3, 7), (4, 3e-3, 7), (4, 1e-3, 8)]
 
 
-def test_a_second_step_of_the_largest_size_tells_the_time(monkeypatch):
+def test_second_step_of_largest_size_tells_time(monkeypatch):
     """The first step of a run also warms the machine up: it is not the time of the others."""
     case, clock, ran = Case({2: 1e-3, 4: 1e-3}, 2), [100.0], []
     monkeypatch.setattr("lora_diag.running.training_runs.time.perf_counter", lambda: clock[0])
@@ -154,7 +154,7 @@ def test_a_second_step_of_the_largest_size_tells_the_time(monkeypatch):
     assert case.ran == []
 
 
-def test_what_the_edges_may_add_is_told_where_there_are_edges():
+def test_edge_uncertainty_is_stated_where_there_are_edges():
     case = Case({2: 1e-3, 4: 1e-3}, 2)
     one, several = case.arm((1e-3,)), case.arm((1e-3, 1e-2))
     assert case.walk.more([one]) == ""

@@ -48,7 +48,7 @@ def lowest(spectra, least, listed):
     st.sampled_from([None, 3, 5]),
     st.sampled_from([None, (2, 4, 8), (4, 16)]),
 )
-def test_no_budget_is_ever_exceeded_and_the_certificate_holds(seed, amount, least, most, listed):
+def test_no_budget_is_ever_exceeded_and_certificate_holds(seed, amount, least, most, listed):
     if listed and not any(least <= rank <= (most or rank) for rank in listed):
         listed = None
     spectra = llama(2, seed)
@@ -74,7 +74,7 @@ def test_no_budget_is_ever_exceeded_and_the_certificate_holds(seed, amount, leas
         assert baseline.kept <= baseline.equal + 1e-12 <= certificate.bound + 1e-9
 
 
-def test_ranks_for_an_energy_share_are_those_of_the_spectra():
+def test_ranks_for_energy_share_are_those_of_spectra():
     spectra = llama(3, 5)
     found = allocate(spectra, Budget("energy", 0.9, "--energy 0.9"))
     assert ranks_of(found) == {r.layer: min(r.rank_at["0.9"], math.prod(r.shape) // sum(r.shape)) for r in spectra}
@@ -85,7 +85,7 @@ def test_ranks_for_an_energy_share_are_those_of_the_spectra():
     assert best.certificate.kept >= found.certificate.kept - 1e-12
 
 
-def test_a_budget_of_ranks_goes_where_the_next_value_is_largest():
+def test_budget_of_ranks_goes_where_next_value_is_largest():
     spectra = llama(2, 1)
     everything = sorted(((value, r.layer) for r in spectra for value in r.s), reverse=True)
     wanted = dict.fromkeys((r.layer for r in spectra), 0)
@@ -97,7 +97,7 @@ def test_a_budget_of_ranks_goes_where_the_next_value_is_largest():
     assert found.certificate.optimal
 
 
-def test_a_budget_of_bytes_counts_every_copy_of_a_parameter():
+def test_budget_of_bytes_counts_every_copy_of_parameter():
     spectra = llama(2, 1)
     by_bytes = allocate(spectra, Budget("bytes", 16_015, "--memory 16015B", 16.0))
     by_params = allocate(spectra, params(1000))
@@ -153,7 +153,7 @@ def test_more_at_most_bounds_every_larger_budget(layers, amount, listed, counted
         assert reachable <= found.certificate.kept + found.certificate.more_at_most(n) + 1e-9
 
 
-def test_uniform_rank_is_the_largest_that_fits():
+def test_uniform_rank_is_largest_that_fits():
     spectra = llama(2, 3)
     per_rank = sum(map(cost, spectra))
     found = allocate(spectra, params(5 * per_rank + per_rank // 2))
@@ -165,7 +165,7 @@ def test_uniform_rank_is_the_largest_that_fits():
     assert {layer.uniform_rank for layer in found.layers} == {5}
 
 
-def test_the_prior_is_proportional_to_sensitivity_and_the_root_of_the_size():
+def test_prior_is_proportional_to_sensitivity_and_root_of_size():
     spectra = [record(f"l.{i}.weight", (16, 16), np.ones(16), base_fro=1 / (i + 1)) for i in range(2)]
     found = allocate(spectra, params(32 * 9))
     prior = found.certificate.baselines[1]
@@ -192,7 +192,7 @@ def test_layers_get_no_rank_from_noise():
         allocate(spectra, params(10**6), Constraints(ranks_from=(64,)))
 
 
-def test_a_truncated_spectrum_caps_at_the_values_kept_and_its_error_is_told():
+def test_truncated_spectrum_caps_at_kept_values_with_error():
     spectra = [
         record("a.weight", (8, 8), [3.0, 2.0], fro=5.0, complete=False, error=1e-3),
         record("b.weight", (8, 8), np.ones(8), fro=math.sqrt(8)),
@@ -205,7 +205,7 @@ def test_a_truncated_spectrum_caps_at_the_values_kept_and_its_error_is_told():
 
 @settings(max_examples=50, deadline=None)
 @given(st.integers(0, 10**6), st.integers(1, 12), st.floats(0, 0.02))
-def test_epsilon_min_of_a_certificate_is_a_lower_bound(seed, kept, error):
+def test_epsilon_min_of_certificate_is_lower_bound(seed, kept, error):
     """Of a truncated spectrum with an error, and a rank beyond the values that were kept."""
     s = np.sort(np.random.default_rng(seed).exponential(size=32))[::-1]
     fro = float(np.sqrt((s**2).sum()))
@@ -217,7 +217,7 @@ def test_epsilon_min_of_a_certificate_is_a_lower_bound(seed, kept, error):
     assert found.certificate.epsilon_min <= np.sqrt((s[rank:] ** 2).sum()) / fro + 1e-9
 
 
-def test_a_list_of_ranks_may_round_a_cap_up_to_its_next_entry():
+def test_list_of_ranks_may_round_cap_up_to_its_next_entry():
     spectra = [record("a.weight", (32, 32), [9, 8, 7, 6, 5, *[0.01] * 27], signal=5)]
     found = allocate(spectra, params(10**6), Constraints(ranks_from=(4, 8, 16)))
     assert (found.layers[0].rank, found.layers[0].cap, found.layers[0].capped_by) == (8, 8, "ranks_from")
@@ -225,7 +225,7 @@ def test_a_list_of_ranks_may_round_a_cap_up_to_its_next_entry():
     assert found.layers[0].rank == 4
 
 
-def test_a_stack_of_experts_shares_one_rank_and_pays_for_every_expert():
+def test_expert_stack_shares_rank_and_pays_for_each_expert():
     rng = np.random.default_rng(0)
     stack = [record(f"mlp.experts.up_proj[{i}]", (8, 6), rng.exponential(size=6)) for i in range(3)]
     alone = record("self_attn.q_proj.weight", (8, 8), rng.exponential(size=8))
@@ -241,7 +241,7 @@ def test_a_stack_of_experts_shares_one_rank_and_pays_for_every_expert():
     assert found.certificate.kept == pytest.approx(best)
 
 
-def test_embeddings_head_and_routers_are_left_out_unless_they_are_named():
+def test_embeddings_head_and_routers_are_excluded_unless_named():
     spectra = [
         record(name, (8, 8), np.ones(8))
         for name in (
@@ -279,7 +279,7 @@ def test_weights_shift_rank_and_relative_counts_layers_alike():
     assert ranks_of(relative)["a.weight"] == 2
 
 
-def test_an_impossible_budget_says_by_how_much():
+def test_impossible_budget_says_by_how_much():
     spectra = llama(2, 0)
     per_rank = sum(map(cost, spectra))
     with pytest.raises(UsageError, match=rf"take {3 * per_rank} parameters, 8 parameters more than the budget"):
@@ -339,7 +339,7 @@ def test_no_rank_has_more_parameters_than_its_matrix(m, n, listed, least):
         assert not larger or larger[0] * sum(layer.shape) > math.prod(layer.shape)
 
 
-def test_the_heuristic_follows_its_scores():
+def test_heuristic_follows_its_scores():
     """r ∝ s·√(d_in + d_out): twice the score, twice the rank."""
     spectra = [record(f"l.{i}.weight", (32, 32), np.ones(32) / (i + 1)) for i in range(2)]
     found = allocate(spectra, params(64 * 9), method="heuristic", scores={"l.0.weight": 1.0, "l.1.weight": 2.0})
@@ -349,7 +349,7 @@ def test_the_heuristic_follows_its_scores():
     assert not found.certificate.optimal
 
 
-def test_a_layer_that_makes_most_of_a_gain_is_named():
+def test_layer_that_makes_most_of_gain_is_named():
     spectra = [record("a.weight", (16, 16), 9 * np.ones(16)), *llama(1, 3)]
     found = allocate(spectra, params(500))
     uniform = found.certificate.baselines[0]

@@ -55,7 +55,7 @@ def check(chosen, losses, budget, allowed):
         assert layer.fisher == losses[layer.layer][layer.rank]
 
 
-def test_no_corner_lies_behind_the_best_rank_and_an_unmeasured_layer_weighs_nothing():
+def test_no_corner_beyond_best_rank_and_unmeasured_layer_is_0():
     weights = dict.fromkeys(LAYERS, 1.0)
     known, unknown, _ = units(spectra(), weights, Constraints(), {LAYERS[0]: (1.0, 0.4, 0.0, 0.3, 0.1)})
     assert known.corners.tolist() == [1, 2]
@@ -64,7 +64,7 @@ def test_no_corner_lies_behind_the_best_rank_and_an_unmeasured_layer_weighs_noth
 
 @settings(max_examples=60, deadline=None)
 @given(seed=st.integers(0, 10**6), budget=st.integers(27, 360), most=st.integers(1, 4), least=st.integers(0, 2))
-def test_the_bound_holds_for_every_choice_and_the_choice_is_the_best_of_the_corners(seed, budget, most, least):
+def test_bound_holds_for_every_choice_and_best_corner_is_chosen(seed, budget, most, least):
     least = min(least, most)
     losses, found = curves(seed), spectra()
     with contextlib.suppress(UsageError):  # the first rank that lowers anything may be beyond the budget
@@ -72,7 +72,7 @@ def test_the_bound_holds_for_every_choice_and_the_choice_is_the_best_of_the_corn
         check(chosen, losses, budget, range(least, most + 1))
 
 
-def test_a_layer_whose_tail_matters_gets_the_rank_although_it_moved_least():
+def test_layer_with_costly_tail_gets_rank_despite_small_norm():
     little = (0.1, 0.05, 0.0, 0.0, 0.0)
     losses, found = {LAYERS[0]: (9.0, 5.0, 2.0, 1.0, 0.0), LAYERS[1]: little, LAYERS[2]: little}, spectra()
     ranks = [layer.rank for layer in allocate(found, Budget("params", 108, "x"), Constraints(), losses=losses).layers]
@@ -81,7 +81,7 @@ def test_a_layer_whose_tail_matters_gets_the_rank_although_it_moved_least():
     assert plain[0] < 4
 
 
-def test_a_rank_at_which_the_tail_costs_more_than_at_a_lower_one_is_not_chosen():
+def test_rank_with_costlier_tail_than_lower_rank_is_not_chosen():
     losses = {LAYERS[0]: (4.0, 1.0, 3.0, 2.0, 0.0), LAYERS[1]: (0.0,) * 5, LAYERS[2]: (0.0,) * 5}
     for budget, rank in ((27, 1), (54, 1), (81, 1), (108, 4)):
         found = allocate(spectra(), Budget("params", budget, "x"), Constraints(), losses=losses)
@@ -105,7 +105,7 @@ def stored(path, records, command="probe fisher", end=True):
     return path
 
 
-def test_the_file_of_probe_fisher_is_taken_for_what_it_measured(tmp_path):
+def test_file_of_probe_fisher_is_taken_for_what_it_measured(tmp_path):
     found, losses = spectra(), curves(3)
     records = [fisher(each.layer, each.shape, losses[each.layer], each.fro) for each in found]
     path = stored(tmp_path / "f.jsonl", records)

@@ -46,7 +46,7 @@ def resolved(config, module):
 
 
 @pytest.mark.parametrize("tensors", [48, 100], ids=["every tensor known", "some unknown"])
-def test_every_layer_gets_its_rank_and_the_scaling_asked_for(tensors):
+def test_every_layer_gets_its_rank_and_scaling_asked_for(tensors):
     """12 layers: ``layers.1.`` must not speak for ``layers.11.``."""
     found = allocation(llama(12), 5000, tensors)
     assert len({r.rank for r in found}) > 3
@@ -68,14 +68,14 @@ def test_names_are_as_short_as_they_can_be_and_no_shorter():
     assert peft_config(allocation(spectra, 10**6, 5))["target_modules"][0] == "layers.0.mlp.a"
 
 
-def test_a_name_that_also_means_a_module_around_layers_is_written_out():
+def test_ambiguous_module_name_is_written_out():
     """``merger.mlp.0`` ends in ``0``, and so does ``blocks.0``, which is no layer and which PEFT refuses."""
     names = ["visual.blocks.0.attn.qkv", "visual.blocks.0.mlp.fc1", "visual.merger.mlp.0"]
     spectra = [record(f"{name}.weight", (8, 8), np.ones(8)) for name in names]
     assert peft_config(allocation(spectra, 10**6))["target_modules"] == ["visual.merger.mlp.0", "fc1", "qkv"]
 
 
-def test_stacks_that_are_weights_of_modules_are_targeted_by_their_modules():
+def test_stacks_that_are_module_weights_are_targeted_by_module():
     """``weight`` alone would be a parameter of every module."""
     names = ["mlp.input_linear.weight[0]", "mlp.input_linear.weight[1]", "attn.q_proj.weight"]
     spectra = [record(f"model.layers.0.{name}", (8, 8), np.ones(8)) for name in names]
@@ -86,7 +86,7 @@ def test_stacks_that_are_weights_of_modules_are_targeted_by_their_modules():
     compare(found, ranks, Scaling(2.0))
 
 
-def test_one_key_for_a_kind_of_module_that_agrees():
+def test_one_key_for_kind_of_module_that_agrees():
     spectra = [
         record(f"model.layers.{i}.{name}.weight", (8, 8), np.ones(rank), fro=math.sqrt(rank), complete=False)
         for i in range(3)
@@ -96,7 +96,7 @@ def test_one_key_for_a_kind_of_module_that_agrees():
     assert (config["r"], config["rank_pattern"], config["alpha_pattern"]) == (2, {"v": 4}, {"v": 8})
 
 
-def test_wrappers_stay_where_the_rest_would_be_ambiguous():
+def test_wrappers_stay_where_rest_would_be_ambiguous():
     spectra = [record(f"{top}.layers.0.q.weight", (8, 8), np.arange(1, 9)) for top in ("model", "mtp")]
     assert set(peft_config(allocation(spectra, 16 * 5, 9))["target_modules"]) == {"model.layers.0.q", "mtp.layers.0.q"}
 
@@ -110,7 +110,7 @@ def test_rslora_keeps_one_alpha():
         Scaling(0.0)
 
 
-def test_experts_stored_one_by_one_are_refused_and_stacks_become_parameters():
+def test_single_experts_are_refused_and_stacks_become_parameters():
     one_by_one = [record(f"model.layers.0.mlp.experts.{i}.w1.weight", (8, 8), np.ones(8)) for i in range(2)]
     with pytest.raises(InputError, match="stores one by one"):
         peft_config(allocation(one_by_one, 10**6))
@@ -136,7 +136,7 @@ def test_conv1d_is_seen_by_its_shape():
         ({"rank_pattern": {"a.q": 2, ".*q": 3}}, "rank"),
     ],
 )
-def test_a_config_that_does_not_say_what_was_meant_is_an_error(change, message):
+def test_config_that_does_not_say_what_was_meant_is_error(change, message):
     good = {"r": 2, "rank_pattern": {}, "target_modules": ["q"]}
     check(good, {"a.q": 2}, {}, {"a.q", "a.k"})
     with pytest.raises(InputError, match=message):
@@ -200,7 +200,7 @@ def test_peft_builds_gpt2_as_allocated(tmp_path):
 
 @WITH_PEFT
 @pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys did not match")
-def test_peft_builds_a_mixture_of_experts_as_allocated(tmp_path):
+def test_peft_builds_mixture_of_experts_as_allocated(tmp_path):
     transformers = pytest.importorskip("transformers", minversion="5")
     pytest.importorskip("peft")
     config = transformers.Qwen3MoeConfig(
@@ -224,7 +224,7 @@ def test_peft_builds_a_mixture_of_experts_as_allocated(tmp_path):
     assert built(peft_config(found), config, tmp_path) == wanted(found)
 
 
-def test_what_peft_made_of_it_is_held_against_what_was_meant():
+def test_peft_model_is_compared_with_intended_ranks():
     found = allocation(llama(2), 1000)
     good = {f"wrapped.{name}": value for name, value in wanted(found).items()}
     compare(found, good, Scaling(2.0))
@@ -267,7 +267,7 @@ SMALL = {
 
 @WITH_PEFT
 @pytest.mark.parametrize("name", SMALL)
-def test_peft_trains_as_many_parameters_as_the_budget_counts(tmp_path, name):
+def test_peft_trains_as_many_parameters_as_budget_counts(tmp_path, name):
     """The head is new: TUNED has another number of labels than BASE."""
     transformers, peft, torch = (pytest.importorskip(module) for module in ("transformers", "peft", "torch"))
     task, heads, sizes = SMALL[name]

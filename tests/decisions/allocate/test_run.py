@@ -17,7 +17,7 @@ from tests.decisions.allocate.records import llama, record, results
 SPECTRA = results(*llama(3))
 
 
-def test_a_file_and_the_results_in_memory_give_the_same(tmp_path):
+def test_file_and_results_in_memory_give_same(tmp_path):
     SPECTRA.write(tmp_path / "s.jsonl")
     by_file = lora_diag.allocate(tmp_path / "s.jsonl", params=2000)
     in_memory = lora_diag.allocate(SPECTRA, params=2000)
@@ -44,7 +44,7 @@ def test_budgets_in_words_and_numbers():
     assert tight.layers == lora_diag.allocate(SPECTRA, params=8000).layers != by_words.layers
 
 
-def test_as_many_parameters_as_an_adapter():
+def test_as_many_parameters_as_adapter():
     spectra = lora_diag.spectrum(ROOT / "sample_checkpoints/base", ROOT / "sample_checkpoints/full_ft", top=20)
     found = lora_diag.allocate(spectra, match=ROOT / "sample_checkpoints/lora_r4")
     assert found.whole[0].budget == 4 * sum(sum(layer.shape) for layer in found)
@@ -55,18 +55,18 @@ def test_as_many_parameters_as_an_adapter():
 
 
 @pytest.mark.skipif(not SHARED.exists(), reason="needs the shared cases")
-def test_an_adapter_without_factors_cannot_be_matched():
+def test_adapter_without_factors_cannot_be_matched():
     with pytest.raises(InputError, match="needs an adapter with factors"):
         lora_diag.allocate(SPECTRA, match=SHARED / "cases/ia3/adapter")
 
 
 @pytest.mark.parametrize("budgets", [{}, {"params": 100, "energy": 0.9}, {"total_rank": 0}, {"energy": 2.0}])
-def test_one_budget_that_makes_sense(budgets):
+def test_exactly_one_valid_budget_is_required(budgets):
     with pytest.raises(UsageError, match="--"):
         lora_diag.allocate(SPECTRA, **budgets)
 
 
-def test_an_unfinished_run_needs_consent(tmp_path):
+def test_unfinished_run_needs_consent(tmp_path):
     SPECTRA.write(tmp_path / "s.jsonl")
     lines = (tmp_path / "s.jsonl").read_text().splitlines()
     (tmp_path / "s.jsonl").write_text("\n".join(lines[:-3]) + "\n")
@@ -85,7 +85,7 @@ def test_results_of_another_command_are_refused(tmp_path):
         lora_diag.allocate(tmp_path / "a.jsonl", params=2000)
 
 
-def test_weights_by_name_and_from_a_file(tmp_path):
+def test_weights_by_name_and_from_file(tmp_path):
     layers = [r.layer for r in SPECTRA]
     (tmp_path / "w.json").write_text(json.dumps({layers[0].removesuffix(".weight"): 1e6, "default": 1}))
     by_file = lora_diag.allocate(SPECTRA, params=2000, weights=tmp_path / "w.json")
@@ -105,7 +105,7 @@ def test_weights_by_name_and_from_a_file(tmp_path):
         lora_diag.allocate(SPECTRA, params=2000, weights=tmp_path / "w.json")
 
 
-def test_a_layer_of_weight_zero_gets_no_rank():
+def test_layer_of_weight_zero_gets_no_rank():
     found = lora_diag.allocate(SPECTRA, params=10**6, weights={SPECTRA.layers[0].layer: 0.0, "default": 1.0})
     assert [layer.rank == 0 for layer in found] == [True, *[False] * (len(found) - 1)]
     assert found.whole[0].kept == found.whole[0].bound
@@ -141,7 +141,7 @@ def test_every_layer_has_its_policies():
     assert all(item.ranks["energy 90%"] == r.rank_at["0.9"] for item, r in zip(found, SPECTRA, strict=True))
 
 
-def test_measured_weights_alone_name_the_command_that_uses_them():
+def test_measured_weights_alone_name_command_that_uses_them():
     path = ROOT / "docs/examples/sensitivity.jsonl"
     with pytest.raises(InputError, match=r"no spectrum; measure one with loradiag spectrum \S+/base TUNED") as refused:
         lora_diag.allocate(path, params="10k")

@@ -24,7 +24,7 @@ def test_counts(words, value):
 
 
 @pytest.mark.parametrize("words", ["", "M", "-1M", "1e6", "10MB", "10X", "0", "nan", "inf", "1,000", "1_0", "٣M"])
-def test_what_is_no_count(words):
+def test_invalid_count_is_refused(words):
     with pytest.raises(UsageError, match="--params"):
         read_count(words, "--params")
 
@@ -35,31 +35,31 @@ def test_sizes(words, value):
 
 
 @pytest.mark.parametrize("words", ["2", "2G", "GB", "-2GB", "0GB", "2 G B"])
-def test_what_is_no_size(words):
+def test_invalid_size_is_refused(words):
     with pytest.raises(UsageError, match="--memory"):
         read_bytes(words, "--memory")
 
 
 @pytest.mark.parametrize("value", [0.0, -0.1, 1.1, 90.0, math.nan, math.inf])
-def test_what_is_no_share(value):
+def test_invalid_fraction_is_refused(value):
     with pytest.raises(UsageError, match="--energy"):
         read_share(value, "--energy")
 
 
-def test_bytes_of_a_parameter():
+def test_bytes_of_parameter():
     assert Training("adamw", "float32").bytes_per_param == 4 + 4 + 4 + 4
     assert Training("adamw8bit", "bfloat16").bytes_per_param == 2 + 2 + 2 * (1 + 4 / 256)
     assert Training("sgd_momentum", "float16").bytes_per_param == 2 + 2 + 4
 
 
 @pytest.mark.parametrize(("beta", "value"), [(0.05, 1.5194), (0.1, 1.6089), (0.5, 2.1711), (1.0, 2.8582)])
-def test_the_hard_threshold_is_that_of_the_paper(beta, value):
+def test_hard_threshold_is_that_of_paper(beta, value):
     """Gavish and Donoho 2014, table IV."""
     assert hard_threshold(beta) == pytest.approx(value, abs=3e-4)
 
 
 @pytest.mark.parametrize("shape", [(200, 200), (100, 400), (400, 100)])
-def test_the_hard_threshold_finds_a_planted_rank_in_noise_of_unknown_level(shape):
+def test_hard_threshold_finds_planted_rank_in_unknown_noise(shape):
     rng = np.random.default_rng(0)
     noise = rng.standard_normal(shape) * 0.03
     u, _, vh = np.linalg.svd(rng.standard_normal(shape), full_matrices=False)
@@ -68,7 +68,7 @@ def test_the_hard_threshold_finds_a_planted_rank_in_noise_of_unknown_level(shape
     assert gavish_donoho(np.linalg.svd(noise, compute_uv=False), shape) == 0
 
 
-def test_the_knee_is_where_the_curve_leaves_its_chord_most():
+def test_knee_is_where_curve_leaves_its_chord_most():
     curve = np.cumsum([10, 8, 6, *[0.1] * 17])
     curve = curve / curve[-1]
     above = [c - (r + 1) / 20 * curve[-1] for r, c in enumerate(curve)]
@@ -76,7 +76,7 @@ def test_the_knee_is_where_the_curve_leaves_its_chord_most():
     assert knee(np.linspace(0.1, 1.0, 10)) == 0
 
 
-def test_policies_of_a_full_spectrum_and_what_a_truncated_one_does_not_say():
+def test_policies_of_full_and_truncated_spectrum():
     s = np.array([8.0, 4.0, 2.0, 1.0, 0.5, 0.5, 0.5, 0.5])
     full = policies(record("a.weight", (8, 8), s, signal=4)).ranks
     assert full["energy 90%"] == 2
@@ -100,7 +100,7 @@ def test_policies_of_a_full_spectrum_and_what_a_truncated_one_does_not_say():
         ("model.layers.0.conv.in_proj.weight", ""),
     ],
 )
-def test_what_is_no_usual_target(name, why):
+def test_unusual_target_is_refused(name, why):
     told = why_no_target(name, None, None)
     assert told.startswith(why)
     assert bool(told) == bool(why)

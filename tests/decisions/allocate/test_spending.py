@@ -41,7 +41,7 @@ def optimum(curves, costs, starts, allowed, budget):
 
 @settings(max_examples=150, deadline=None)
 @given(UNITS, st.integers(0, 60), st.sampled_from([1, 2]))
-def test_the_exact_method_finds_the_optimum_and_the_bound_holds(units, budget, step):
+def test_exact_method_finds_optimum_and_bound_holds(units, budget, step):
     steps, everything = problem(units, step)
     best = optimum(*everything, budget)
     found = spend(steps, budget)
@@ -53,7 +53,7 @@ def test_the_exact_method_finds_the_optimum_and_the_bound_holds(units, budget, s
 
 @settings(max_examples=150, deadline=None)
 @given(UNITS, st.integers(0, 60), st.sampled_from([1, 2]))
-def test_without_it_the_certificate_still_holds(units, budget, step):
+def test_certificate_holds_without_exact_method(units, budget, step):
     steps, everything = problem(units, step)
     best = optimum(*everything, budget)
     found = spend(steps, budget, exact=False)
@@ -68,7 +68,7 @@ def test_without_it_the_certificate_still_holds(units, budget, step):
     assert found.gain == pytest.approx(sum(g[r] - g[s] for g, r, s in zip(curves, ranks, starts, strict=True)))
 
 
-def test_where_greedy_and_the_optimum_differ_the_exact_method_finds_it():
+def test_where_greedy_and_optimum_differ_exact_method_finds_it():
     rng = np.random.default_rng(0)
     differing = 0
     for _ in range(150):
@@ -83,7 +83,7 @@ def test_where_greedy_and_the_optimum_differ_the_exact_method_finds_it():
 
 @settings(max_examples=60, deadline=None)
 @given(UNITS, st.integers(0, 50))
-def test_a_larger_budget_never_keeps_less(units, budget):
+def test_larger_budget_never_keeps_less(units, budget):
     steps, _ = problem(units)
     assert spend(steps, budget + 1).gain >= spend(steps, budget).gain - 1e-12
 
@@ -98,7 +98,7 @@ def test_where_all_costs_are_equal_greedy_is_optimal(units, budget):
     assert found.gain == pytest.approx(found.bound, abs=1e-9)
 
 
-def test_the_price_is_what_one_more_unit_of_the_budget_is_worth_at_most():
+def test_price_is_what_one_more_unit_of_budget_is_worth_at_most():
     curves = [np.array([0.0, 4.0, 6.0]), np.array([0.0, 3.0])]
     steps = make_steps(curves, [2, 3], [0, 0], [np.arange(1, 3), np.arange(1, 2)])
     found = spend(steps, 3)
@@ -107,7 +107,7 @@ def test_the_price_is_what_one_more_unit_of_the_budget_is_worth_at_most():
     assert spend(steps, 100).price == 0.0
 
 
-def test_greedy_stops_short_where_the_exact_method_does_not():
+def test_greedy_stops_short_where_exact_method_does_not():
     """A step that fits badly: greedy takes the dense one and has no room for the large one."""
     curves = [np.array([0.0, 3.0]), np.array([0.0, 10.0])]
     steps = make_steps(curves, [2, 10], [0, 0], [np.arange(1, 2), np.arange(1, 2)])
@@ -115,14 +115,14 @@ def test_greedy_stops_short_where_the_exact_method_does_not():
     assert spend(steps, 10).ranks.tolist() == [0, 1]
 
 
-def test_a_table_that_is_too_large_is_not_filled(monkeypatch):
+def test_table_that_is_too_large_is_not_filled(monkeypatch):
     steps, _ = problem([([5.0, 3.0], 7, 0), ([4.0], 3, 0)])
     assert spend(steps, 9).optimal
     monkeypatch.setattr(spending, "MAX_TABLE", 1)
     assert not spend(steps, 9).optimal
 
 
-def test_many_layers_take_seconds():
+def test_allocation_of_many_layers_takes_seconds():
     rng = np.random.default_rng(0)
     layers, kept = 20_000, 64
     curves = [np.concatenate([[0.0], np.cumsum(np.sort(rng.exponential(size=kept))[::-1])]) for _ in range(layers)]
@@ -132,7 +132,7 @@ def test_many_layers_take_seconds():
     assert 0 <= 1 - found.gain / found.bound < 1e-5
 
 
-def test_the_budget_holds_where_rounding_puts_a_gain_behind_a_step_without_one():
+def test_budget_holds_where_gain_follows_step_without_gain():
     # A numerically low-rank adapter: squares of its last values are lost in the sum, and the curve ends at exactly 1.
     curve = np.array([0.0, 0.9, 1 - 1e-10, 1 - 1e-10, 1 - 1e-10, 1.0])
     steps = make_steps([curve], [10], [0], [np.array([2, 4, 5])])

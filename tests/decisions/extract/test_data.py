@@ -43,7 +43,7 @@ def loss(change, product, x, on_rows):
     rows=st.integers(1, 10), columns=st.integers(1, 10), rank=st.integers(1, 6), seen=st.integers(1, 20),
     on_rows=st.booleans(), transposed=st.booleans(), seed=st.integers(0, 999),
 )  # fmt: skip
-def test_no_factors_of_a_rank_have_a_smaller_error_in_the_output(
+def test_no_factors_of_rank_have_smaller_error_in_output(
     tmp_path_factory, rows, columns, rank, seen, on_rows, transposed, seed
 ):
     folder, rng = tmp_path_factory.mktemp("x"), np.random.default_rng(seed)
@@ -75,7 +75,7 @@ def test_no_factors_of_a_rank_have_a_smaller_error_in_the_output(
     assert all(loss(real, other, x, on_rows) >= found - 1e-6 * whole for other in others)
 
 
-def test_the_bound_has_the_rounding_of_the_stored_moments(tmp_path):
+def test_bound_has_rounding_of_stored_moments(tmp_path):
     layer, _ = layer_of(np.random.default_rng(0).standard_normal((8, 6)), tmp_path, Rank(2))
     save_file({"q_proj.weight": torch.eye(6).bfloat16()}, tmp_path / "c.safetensors")
     moments = Moments(Side(open_checkpoint(tmp_path / "c.safetensors"), "q_proj.weight"), 6, False)
@@ -83,7 +83,7 @@ def test_the_bound_has_the_rounding_of_the_stored_moments(tmp_path):
     assert 2**-8 < record.data.energy_error < 0.1  # bf16's roundoff times ‖C‖_F, above and below the line
 
 
-def test_signal_holds_the_update_against_the_rounding_in_the_same_metric(tmp_path):
+def test_signal_holds_update_against_rounding_in_same_metric(tmp_path):
     """With C = α²·1 both sizes shrink by α, so that as many singular values stand above the edge as without C."""
     rng = torch.Generator().manual_seed(0)
     base = (torch.randn(128, 96, generator=rng) * 0.02).bfloat16()
@@ -96,7 +96,7 @@ def test_signal_holds_the_update_against_the_rounding_in_the_same_metric(tmp_pat
     assert extract(layer, ExtractionSettings(), Kept()).rank == 3
 
 
-def test_the_error_of_a_real_layer_is_what_was_predicted(tmp_path):
+def test_error_of_real_layer_is_what_was_predicted(tmp_path):
     """The issue's linear-layer MSE: predicted from C before, measured on every input after, to 1e-6."""
     rng = np.random.default_rng(0)
     layer, real = layer_of(rng.standard_normal((40, 24)) * 0.01, tmp_path, Rank(5))
@@ -116,7 +116,7 @@ def test_the_error_of_a_real_layer_is_what_was_predicted(tmp_path):
 
 
 @pytest.mark.parametrize("rule", [{"energy": 0.7}, {"params": 300}, {"rank": 3}])
-def test_factors_alone_are_compressed_in_the_metric_too(tmp_path, rule):
+def test_factors_alone_are_compressed_in_metric_too(tmp_path, rule):
     base = gpt2(tmp_path / "base")
     tuned = moved(base, tmp_path / "tuned")
     big = tmp_path / "big"
@@ -137,7 +137,7 @@ def test_factors_alone_are_compressed_in_the_metric_too(tmp_path, rule):
             assert record.rank == oracles.rank_at(s, rule["energy"])
 
 
-def test_the_adapter_that_is_written_is_the_one_that_is_told(tmp_path, loradiag):
+def test_adapter_that_is_written_is_one_that_is_told(tmp_path, loradiag):
     file = tmp_path / "a.safetensors"
     text = some_text(tmp_path, windows=4)
     lora_diag.probe_activations(SAMPLES / "full_ft", text, file, length=32, layers=r"layers\.0\.")
@@ -185,7 +185,7 @@ def test_k_fac_needs_recorded_gradients_and_says_what_it_did(tmp_path, loradiag)
             assert record.data.epsilon == pytest.approx(record.data.epsilon_min, rel=1e-3)
 
 
-def test_an_update_that_the_text_never_sees_gets_no_factors(tmp_path):
+def test_update_that_text_never_sees_gets_no_factors(tmp_path):
     layer, _ = layer_of(np.eye(6)[:, :1] @ np.eye(6)[:1], tmp_path, Rank(2))
     x = np.ones((6, 3))
     x[0] = 0
@@ -205,7 +205,7 @@ def test_an_update_that_the_text_never_sees_gets_no_factors(tmp_path):
     on_rows=st.booleans(),
     seed=st.integers(0, 999),
 )
-def test_no_factors_of_a_rank_are_nearer_by_k_fac(tmp_path_factory, rows, columns, rank, seen, on_rows, seed):
+def test_no_factors_of_rank_are_nearer_by_k_fac(tmp_path_factory, rows, columns, rank, seen, on_rows, seed):
     folder, rng = tmp_path_factory.mktemp("x"), np.random.default_rng(seed)
     layer, real = layer_of(rng.standard_normal((rows, columns)), folder, Rank(rank))
     x, g = (rng.standard_normal((n, seen)) for n in ((rows, columns) if on_rows else (columns, rows)))

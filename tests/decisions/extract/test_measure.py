@@ -38,7 +38,7 @@ class Kept:
     rows=st.integers(1, 14), columns=st.integers(1, 14), rank=st.integers(1, 20), transposed=st.booleans(),
     split=st.sampled_from(["both", "b"]), seed=st.integers(0, 1000),
 )  # fmt: skip
-def test_the_best_update_of_a_rank_and_its_error(tmp_path_factory, rows, columns, rank, transposed, split, seed):
+def test_best_update_of_rank_and_its_error(tmp_path_factory, rows, columns, rank, transposed, split, seed):
     change = np.random.default_rng(seed).standard_normal((rows, columns)) * 0.1
     layer, real = layer_of(change, tmp_path_factory.mktemp("x"), Rank(rank), transposed)
     kept = Kept()
@@ -59,7 +59,7 @@ def test_the_best_update_of_a_rank_and_its_error(tmp_path_factory, rows, columns
         assert np.allclose(a @ a.T, np.eye(r), atol=1e-5)
 
 
-def test_the_error_of_a_matrix_in_several_blocks(tmp_path, monkeypatch):
+def test_error_of_matrix_in_several_blocks(tmp_path, monkeypatch):
     monkeypatch.setattr(deltas, "BLOCK_ENTRIES", 27)
     layer, real = layer_of(np.random.default_rng(1).standard_normal((11, 9)) * 0.1, tmp_path, Rank(3))
     s = np.linalg.svd(real, compute_uv=False)
@@ -69,7 +69,7 @@ def test_the_error_of_a_matrix_in_several_blocks(tmp_path, monkeypatch):
 
 @settings(max_examples=30, deadline=None)
 @given(share=st.floats(0.05, 1.0), seed=st.integers(0, 1000))
-def test_energy_takes_the_smallest_rank_that_keeps_the_share(tmp_path_factory, share, seed):
+def test_energy_takes_smallest_rank_that_keeps_share(tmp_path_factory, share, seed):
     change = np.random.default_rng(seed).standard_normal((12, 9)) * 0.1
     layer, real = layer_of(change, tmp_path_factory.mktemp("x"), Rank(energy=share))
     record = extract(layer, ExtractionSettings(), Kept())
@@ -79,7 +79,7 @@ def test_energy_takes_the_smallest_rank_that_keeps_the_share(tmp_path_factory, s
     assert record.rank == 1 or curve[record.rank - 2] < share + 1e-12
 
 
-def test_signal_takes_what_stands_above_the_rounding_of_the_files(tmp_path):
+def test_signal_takes_what_stands_above_rounding_of_files(tmp_path):
     rng = torch.Generator().manual_seed(0)
     base = (torch.randn(256, 192, generator=rng) * 0.02).bfloat16()
     planted = torch.tensor(with_spectrum(np.array([0.5, 0.4, 0.3]), 256, 192, seed=0), dtype=torch.float32)
@@ -91,7 +91,7 @@ def test_signal_takes_what_stands_above_the_rounding_of_the_files(tmp_path):
     assert record.resolution.signal_rank == 3
 
 
-def test_the_error_is_that_of_what_was_stored(tmp_path):
+def test_error_is_that_of_what_was_stored(tmp_path):
     """ε comes from what the store returns, in its dtype: bfloat16 factors are farther away, a damaged file is seen."""
     layer, real = layer_of(with_spectrum(np.array([1.0, 0.5, 0.25]), 20, 16, seed=0), tmp_path, Rank(2))
     coarse = Kept()
@@ -120,20 +120,20 @@ def test_factors_are_compressed_without_forming_their_product(tmp_path):
 
 
 @pytest.mark.parametrize("rank", [Rank(4), Rank(energy=0.9), Rank(signal=True)])
-def test_a_zero_update_gets_no_factors(tmp_path, rank):
+def test_zero_update_gets_no_factors(tmp_path, rank):
     layer, _ = layer_of(np.zeros((6, 5)), tmp_path, rank)
     left_out = extract(layer, ExtractionSettings(), Kept())
     assert (left_out.reason, left_out.detail, left_out.fro) == ("rank_0", "its update is zero", 0.0)
 
 
-def test_rank_0_keeps_the_norm_of_what_is_lost(tmp_path):
+def test_rank_0_keeps_norm_of_what_is_lost(tmp_path):
     layer, real = layer_of(np.ones((6, 5)), tmp_path, Rank(0))
     left_out = extract(layer, ExtractionSettings(), Kept())
     assert left_out.reason == "rank_0"
     assert left_out.fro == pytest.approx(np.linalg.norm(real))
 
 
-def test_a_dtype_that_cannot_hold_the_factors_is_refused(tmp_path):
+def test_dtype_that_cannot_hold_factors_is_refused(tmp_path):
     layer, _ = layer_of(np.full((6, 5), 1e10), tmp_path, Rank(1))
     with pytest.raises(InputError, match="float16 cannot hold its factors; use --adapter-dtype float32"):
         extract(layer, ExtractionSettings(dtype="float16", split="b"), Kept())

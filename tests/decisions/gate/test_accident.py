@@ -54,19 +54,19 @@ def passing() -> list[dict]:
     return lines([spectrum(LAYERS[0], s=(8.0, 1.0))], [left_out("norm.weight", "vector", (3,))])
 
 
-def test_the_examples_are_what_they_are_called(tmp_path):
+def test_examples_are_what_they_are_called(tmp_path):
     assert comes_to(POLICY, content(failing()), tmp_path) == "failed"
     assert comes_to(POLICY, content(passing()), tmp_path) == "passed"
 
 
-def test_a_file_cut_at_any_byte_does_not_pass(tmp_path):
+def test_file_cut_at_any_byte_does_not_pass(tmp_path):
     whole = content(passing())
     for end in range(len(whole) - 1):
         assert comes_to(POLICY, whole[:end], tmp_path) != "passed", end
     assert comes_to(POLICY, whole[:-1], tmp_path) == "passed"  # only its last newline is missing
 
 
-def test_no_missing_line_passes(tmp_path):
+def test_missing_line_does_not_pass(tmp_path):
     for records in (failing(), passing()):
         for i in range(len(records)):
             assert comes_to(POLICY, content(records[:i] + records[i + 1 :]), tmp_path) != "passed", records[i]
@@ -94,7 +94,7 @@ def changed(record: dict, path: tuple, value) -> dict:
 
 
 @pytest.mark.parametrize("value", [None, float("nan"), float("inf"), "", KeyError, {}, []], ids=str)
-def test_no_null_or_missing_value_of_a_failing_layer_passes(tmp_path, value):
+def test_null_or_missing_value_of_failing_layer_does_not_pass(tmp_path, value):
     """Of the layer that fails by one rule, only what the rule stands on is taken away."""
     records = failing()
     for path in places(records[3]):
@@ -106,7 +106,7 @@ def test_no_null_or_missing_value_of_a_failing_layer_passes(tmp_path, value):
 
 @settings(deadline=None, max_examples=200)
 @given(st.data())
-def test_no_misspelt_policy_passes(tmp_path_factory, data):
+def test_misspelt_policy_does_not_pass(tmp_path_factory, data):
     """One character of the policy is dropped, doubled or changed; the failing layer does not come through.
 
     Changed limits and names are another policy, not a misspelt one, so digits and the words in quotes are left alone,
@@ -120,7 +120,7 @@ def test_no_misspelt_policy_passes(tmp_path_factory, data):
     assert came_to != "passed", policy
 
 
-def test_a_policy_cut_at_any_byte_does_not_pass_what_fails(tmp_path):
+def test_policy_cut_at_any_byte_does_not_pass_what_fails(tmp_path):
     """Cut behind a whole rule it is a shorter policy that may be met: here its first rule fails already."""
     for end in range(len(POLICY)):
         assert comes_to(POLICY[:end], content(failing()), tmp_path) != "passed", POLICY[:end]
@@ -130,7 +130,7 @@ SELECTORS = ["layers = 'nothing'", "type = 'nothing'", "depth = [50, 60]", "excl
 
 
 @pytest.mark.parametrize("selector", SELECTORS)
-def test_no_selector_of_nothing_passes(tmp_path, selector):
+def test_selector_of_nothing_does_not_pass(tmp_path, selector):
     for records in (failing(), passing()):
         assert comes_to(f"{POLICY}\n{selector}", content(records), tmp_path) == "error"
 
@@ -152,7 +152,7 @@ def test_whatever_is_removed_no_layer_is_forgotten(tmp_path_factory, require, go
     assert (came_to == "passed") == (not gone)
 
 
-def test_every_error_rule_has_a_layer_that_passed_wherever_the_gate_does(tmp_path):
+def test_every_error_rule_has_passing_layer_if_gate_passes(tmp_path):
     path = tmp_path / "r.jsonl"
     path.write_bytes(content(passing()))
     results = gate(read_policy("p.toml", POLICY), path, today=TODAY)

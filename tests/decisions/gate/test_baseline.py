@@ -40,9 +40,7 @@ def compare(tmp_path, now, before, rules=None, **more):
     st.sampled_from(["higher", "lower"]),
     st.booleans(),
 )
-def test_a_layer_fails_where_it_is_worse_by_more_than_the_tolerance(
-    tmp_path_factory, pairs, tolerance, worse, relative
-):
+def test_layer_fails_where_it_is_worse_by_more_than_tolerance(tmp_path_factory, pairs, tolerance, worse, relative):
     now, before = ([pair[i] / 8 for pair in pairs] for i in range(2))
     rules = policy(worse=worse, tolerance=f'"{tolerance}%"' if relative else str(tolerance / 8))
     verdicts = compare(tmp_path_factory.mktemp("b"), now, before, rules).whole
@@ -53,7 +51,7 @@ def test_a_layer_fails_where_it_is_worse_by_more_than_the_tolerance(
     assert [v.status for v in verdicts if v.rule == "baseline.residual.epsilon"] == expected
 
 
-def test_a_rerun_whose_adapter_lies_elsewhere_is_compared_by_its_place(tmp_path):
+def test_rerun_with_moved_adapter_is_compared_by_place(tmp_path):
     new = file(tmp_path / "new.jsonl", [0.5, 0.9], adapter="runs/2/adapter")
     main = file(tmp_path / "main.jsonl", [0.5, 0.5], adapter="runs/1/adapter")
     results = gate(policy(), new, baseline=main, today=TODAY)
@@ -61,7 +59,7 @@ def test_a_rerun_whose_adapter_lies_elsewhere_is_compared_by_its_place(tmp_path)
     assert "(0.5 in the baseline)" in results.whole[-1].allowed
 
 
-def test_a_layer_that_is_gone_fails_and_a_new_one_is_open(tmp_path):
+def test_layer_that_is_gone_fails_and_new_one_is_open(tmp_path):
     gone = compare(tmp_path, [0.5], [0.5, 0.5])
     assert outcome(gone.whole) == "failed"
     assert [(v.rule, v.layer) for v in gone.whole if v.status == "failed"] == [("missing", LAYERS[1])]
@@ -75,7 +73,7 @@ def test_nulls_on_either_side_are_open(tmp_path):
         assert outcome(compare(tmp_path, now, before).whole) == "inconclusive"
 
 
-def test_a_baseline_with_two_records_in_one_place_is_open(tmp_path):
+def test_baseline_with_two_records_in_one_place_is_open(tmp_path):
     """The worse of the two last: comparing with it would let a regression pass."""
     new = file(tmp_path / "new.jsonl", [0.7])
     twice = [residual(LAYERS[0], "a", 0.5), residual(LAYERS[0], "a", 0.9)]
@@ -85,7 +83,7 @@ def test_a_baseline_with_two_records_in_one_place_is_open(tmp_path):
     assert any("told apart by nothing" in verdict.message for verdict in results.whole)
 
 
-def test_a_policy_with_a_baseline_needs_one_and_the_other_way_round(tmp_path):
+def test_policy_with_baseline_needs_one_and_other_way_round(tmp_path):
     new = file(tmp_path / "new.jsonl", [0.5])
     assert outcome(gate(policy(), new, today=TODAY).whole) == "inconclusive"
     rules = read_policy("p.toml", '[[rule]]\nname = "r"\nrequire = "epsilon <= 1"')
@@ -95,7 +93,7 @@ def test_a_policy_with_a_baseline_needs_one_and_the_other_way_round(tmp_path):
         gate(rules, new, ratchet=True, today=TODAY)
 
 
-def test_an_unfinished_baseline_is_none(tmp_path):
+def test_unfinished_baseline_is_none(tmp_path):
     new = file(tmp_path / "new.jsonl", [0.5])
     main = write(tmp_path / "main.jsonl", [residual(LAYERS[0], "a", 0.5)], inputs=INPUTS, finished=False)
     with pytest.raises(InputError, match="no baseline"):
@@ -104,7 +102,7 @@ def test_an_unfinished_baseline_is_none(tmp_path):
 
 @settings(deadline=None, max_examples=60)
 @given(st.lists(st.tuples(*[st.integers(0, 8)] * 4), min_size=1, max_size=5), st.integers(0, 4))
-def test_a_ratchet_never_loosens(tmp_path_factory, layers, tolerance):
+def test_ratchet_never_loosens(tmp_path_factory, layers, tolerance):
     """Two fields are compared; a stored record is exchanged only for one that is better in one and worse in none."""
     folder = tmp_path_factory.mktemp("r")
     rules = read_policy(
@@ -135,7 +133,7 @@ def test_a_ratchet_never_loosens(tmp_path_factory, layers, tolerance):
         assert outcome(gate(rules, new, baseline=main, today=TODAY).whole) == "passed"
 
 
-def test_a_ratchet_of_a_failed_gate_leaves_the_file_as_it_is(tmp_path):
+def test_ratchet_of_failed_gate_leaves_file_as_it_is(tmp_path):
     main = file(tmp_path / "main.jsonl", [0.5, 0.5])
     content = main.read_bytes()
     new = file(tmp_path / "new.jsonl", [0.1, 0.9])
@@ -143,7 +141,7 @@ def test_a_ratchet_of_a_failed_gate_leaves_the_file_as_it_is(tmp_path):
     assert main.read_bytes() == content
 
 
-def test_ratchet_refuses_a_link_and_leaves_nothing_beside(tmp_path):
+def test_ratchet_refuses_link_and_leaves_nothing_beside(tmp_path):
     (tmp_path / "store").mkdir()
     main = file(tmp_path / "store" / "main.jsonl", [0.5, 0.5])
     link = tmp_path / "link.jsonl"

@@ -29,7 +29,7 @@ def test_sound_results_pass_every_check(tmp_path):
 
 
 @pytest.mark.parametrize(("about", "role"), [("adapter", "tuned"), ("tuned", "adapter")])
-def test_a_policy_is_open_without_results_of_what_it_is_about(tmp_path, about, role):
+def test_policy_is_open_without_results_of_what_it_is_about(tmp_path, about, role):
     records = [spectrum(name, method="factored") for name in LAYERS]
     others = write(tmp_path / "others.jsonl", records, inputs=(("base", "b"), (role, "x")))
     policy = f'about = "{about}"\n[checks]\n'
@@ -39,7 +39,7 @@ def test_a_policy_is_open_without_results_of_what_it_is_about(tmp_path, about, r
     assert outcome(gate(read_policy("p.toml", policy), others, own, today=TODAY).whole) == "passed"
 
 
-def test_a_full_fine_tune_is_no_sound_adapter(tmp_path):
+def test_full_fine_tune_is_no_sound_adapter(tmp_path):
     """The ready policy asks for an adapter; among its rules alone, those of a good fine-tune all hold."""
     records = [spectrum(name) for name in LAYERS]
     verdicts = gate(ready_policy("adapter-basic"), write(tmp_path / "r.jsonl", records), today=TODAY).whole
@@ -75,7 +75,7 @@ def test_each_fault_is_found_by_its_check_alone(tmp_path, name, record, lost, in
         assert found(path, f'[checks]\n{name} = "error"')[0] == "failed"
 
 
-def test_a_dead_adapter_among_residuals_is_found(tmp_path):
+def test_dead_adapter_among_residuals_is_found(tmp_path):
     """A layer that has factors and no update; an adapter without factors (IA3, norms) only where it changes nothing."""
     alive = residual(LAYERS[0], "a", 0.5)
     for dead, wanted in (
@@ -87,7 +87,7 @@ def test_a_dead_adapter_among_residuals_is_found(tmp_path):
     assert found(write(tmp_path / "r.jsonl", nothing, inputs=ADAPTER)) == ("failed", [("dead", None, "failed")])
 
 
-def test_what_is_no_fault(tmp_path):
+def test_consistent_records_have_no_fault(tmp_path):
     """A frozen layer of a full fine-tune, a rank-1 adapter, an adapter that leaves a layer alone."""
     pair = [spectrum(LAYERS[0]), spectrum(LAYERS[1], s=(0.0, 0.0))]
     assert found(write(tmp_path / "a.jsonl", pair)) == ("passed", [])
@@ -97,12 +97,12 @@ def test_what_is_no_fault(tmp_path):
     assert found(write(tmp_path / "c.jsonl", alone, inputs=ADAPTER)) == ("passed", [])
 
 
-def test_a_pair_in_which_nothing_moved_fails(tmp_path):
+def test_pair_in_which_nothing_moved_fails(tmp_path):
     path = write(tmp_path / "r.jsonl", [spectrum(name, s=(0.0, 0.0)) for name in LAYERS])
     assert found(path) == ("failed", [("dead", None, "failed")])
 
 
-def test_the_limit_of_a_spike_is_the_policys(tmp_path):
+def test_limit_of_spike_is_policys(tmp_path):
     path = write(tmp_path / "r.jsonl", [spectrum(LAYERS[0], s=(2.0, 1.0))])  # 0.8
     assert found(path)[1] == []
     assert found(path, "[checks]\nspike_above = 0.79")[1] == [("spike", LAYERS[0], "warned")]
@@ -111,12 +111,12 @@ def test_the_limit_of_a_spike_is_the_policys(tmp_path):
     assert (spike.measured, spike.allowed) == (pytest.approx(0.8), "spike <= 0.79")
 
 
-def test_an_unfinished_run_is_open_whatever_the_policy_says(tmp_path):
+def test_unfinished_run_is_open_whatever_policy_says(tmp_path):
     path = write(tmp_path / "r.jsonl", [spectrum(LAYERS[0])], finished=False)
     assert found(path) == ("inconclusive", [("finished", None, "inconclusive")])
 
 
-def test_checks_alone_do_not_pass_results_that_they_do_not_look_at(tmp_path):
+def test_checks_alone_do_not_pass_unread_results(tmp_path):
     """A file of overlaps, say, given by mistake: exit code 4, and with a rule for it the checks say nothing."""
     record = {"record": "overlap", "layer": LAYERS[0], "shape": [4, 4], "step": 0, "rank": 2, "gradient_fro": 1.0}
     record |= dict.fromkeys(("kappa", "tangent", "left", "right"), 0.5)

@@ -44,7 +44,7 @@ FREE = {
     | {"column_space", "row_space", "resolution"},
 }
 # Within a record, what is free: bounds on rounding, what was estimated from the entries, and shares of neither. The
-# noise and its edge confine each other to a range (`test_an_edge_out_of_range_is_seen`).
+# noise and its edge confine each other to a range (`test_edge_out_of_range_is_seen`).
 FREE_INSIDE = {("resolution", name) for name in ("unchanged", "mantissa", "rounding_fro", "noise_fro", "edge")}
 FREE_INSIDE |= {("resolution", name) for name in ("base_noise_fro", "base_rounding", "untouched")}
 
@@ -69,7 +69,7 @@ def edited(results, index, path, value):
 
 
 @pytest.mark.parametrize("name", ["tuned", "top", "krylov", "adapter", "residual"])
-def test_no_edit_of_a_number_goes_unseen(measured, name):
+def test_edited_number_is_noticed(measured, name):
     results = measured[name]
     record = results.layers[0].model_dump(mode="json")
     tried = 0
@@ -96,7 +96,7 @@ def test_no_edit_of_a_number_goes_unseen(measured, name):
     assert tried >= 20
 
 
-def test_an_edit_of_any_value_of_s_is_seen_where_energy_shows_it(measured):
+def test_edit_of_any_value_of_s_is_seen_where_energy_shows_it(measured):
     """Of the smallest values an edit is below what the certificate lets one see, and no field judges them alone."""
     results = measured["tuned"]
     s, fro = results.layers[0].s, results.layers[0].fro
@@ -107,14 +107,14 @@ def test_an_edit_of_any_value_of_s_is_seen_where_energy_shows_it(measured):
 
 @pytest.mark.parametrize("factor", [0.05, 20.0])
 @pytest.mark.parametrize("name", ["edge", "noise_fro"])
-def test_an_edge_out_of_range_is_seen(measured, name, factor):
+def test_edge_out_of_range_is_seen(measured, name, factor):
     results = measured["tuned"]
     seen = getattr(results.layers[0].resolution, name)
     problems = list(consistency.contradictions(edited(results, 0, ("resolution", name), seen * factor)))
     assert any("resolution.edge" in problem for problem in problems)
 
 
-def test_one_factor_in_every_record_is_seen_in_the_end(measured):
+def test_one_factor_in_every_record_is_seen_in_end(measured):
     results = measured["adapter"]
     layers = tuple(r.model_copy(update={"base_fro": 10 * r.base_fro}) for r in results)
     problems = list(consistency.contradictions(Results(results.run, layers, results.left_out, results.end)))
@@ -122,7 +122,7 @@ def test_one_factor_in_every_record_is_seen_in_the_end(measured):
     assert problems[0].startswith("end: base_fro")
 
 
-def test_a_raised_verdict_is_seen():
+def test_raised_verdict_is_seen():
     record = spectrum(LAYERS[0], verdict="unresolved")
     record["resolution"]["verdict"] = "resolved"
     problems = contradictions_of(record)
@@ -134,7 +134,7 @@ def contradictions_of(*records):
     return list(consistency.contradictions(Results(None, layers)))
 
 
-def test_limits_of_resolution_are_those_of_the_metric():
+def test_limits_of_resolution_are_those_of_metric():
     assert (consistency.RESOLVED, consistency.UNRESOLVED) == (resolution.RESOLVED, resolution.UNRESOLVED)
 
 
@@ -142,13 +142,13 @@ def test_limits_of_resolution_are_those_of_the_metric():
     ("change", "said"),
     [({"fro": -1.0}, "fro"), ({"base_fro": -1.0}, "base_fro"), ({"energy": {"4": 7.0, "8": 1.0, "16": 1.0}}, "energy")],
 )
-def test_what_no_norm_and_no_fraction_can_be_is_no_record(tmp_path, change, said):
+def test_impossible_norm_or_fraction_is_no_record(tmp_path, change, said):
     path = write(tmp_path / "r.jsonl", [spectrum(LAYERS[0], **change)])
     with pytest.raises(InputError, match=f"line 2 is not a record: .*{said}"):
         lora_diag.read_results(path)
 
 
-def test_the_gate_refuses_with_layer_and_numbers(loradiag, tmp_path):
+def test_gate_refuses_with_layer_and_numbers(loradiag, tmp_path):
     records = [spectrum(name) for name in LAYERS]
     records[2]["stable_rank"] = 9.0
     write(tmp_path / "r.jsonl", records)
@@ -157,7 +157,7 @@ def test_the_gate_refuses_with_layer_and_numbers(loradiag, tmp_path):
     assert f"r.jsonl: {LAYERS[2]}: stable_rank is 9, and fro²/σ_1² is 1.3125" in ran.err
 
 
-def test_a_baseline_is_checked_as_well(tmp_path):
+def test_baseline_is_checked_as_well(tmp_path):
     path = write(tmp_path / "r.jsonl", [residual(LAYERS[0], "a", 0.5)])
     text = path.read_text().replace('"norm_ratio": 1.5', '"norm_ratio": 1.4')
     main = tmp_path / "main.jsonl"
@@ -169,7 +169,7 @@ def test_a_baseline_is_checked_as_well(tmp_path):
         gate(policy, path, baseline=main)
 
 
-def test_an_edited_file_is_refused_by_its_hash(loradiag, tmp_path):
+def test_edited_file_is_refused_by_its_hash(loradiag, tmp_path):
     loradiag("spectrum", SAMPLES / "base", SAMPLES / "lora_r4", "-q", "-o", "s.jsonl", "--layers", SOME)
     assert ready_policy("adapter-basic")
     content = (tmp_path / "s.jsonl").read_text()

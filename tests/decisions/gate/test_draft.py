@@ -24,7 +24,7 @@ def files(tmp_path, scale=1.0):
     )
 
 
-def test_a_drafted_policy_passes_where_it_is_from_and_fails_beyond_its_margin(tmp_path):
+def test_drafted_policy_passes_source_and_fails_beyond_margin(tmp_path):
     policy = read_policy("p.toml", gate_init(*files(tmp_path)))
     assert {rule.name for rule in policy.rules} == {"drift", "one-direction", "distance", "direction"}
 
@@ -40,14 +40,14 @@ def test_a_drafted_policy_passes_where_it_is_from_and_fails_beyond_its_margin(tm
     )
 
 
-def test_a_draft_says_what_each_limit_is_from(tmp_path):
+def test_draft_says_what_each_limit_is_from(tmp_path):
     text = gate_init(files(tmp_path)[0])
     assert re.search(r"# relative: median 0\.03742, highest 0\.03742 in .*; the limit is 25% beyond", text)
     limit = float(re.search(r"spectrum\.relative <= (\S+)\"", text)[1])
     assert 1.25 <= limit / (14**0.5 / 100) <= 1.26
 
 
-def test_a_value_that_some_layers_do_not_have_lowers_the_coverage_it_asks_for(tmp_path):
+def test_value_missing_in_layers_lowers_drafted_coverage(tmp_path):
     records = [residual(LAYERS[0], "a", 0.5, cosine=0.9, fro=3.0), residual(LAYERS[1], "a", 1.0, fro=4.0, rank=0)]
     path = write(tmp_path / "r.jsonl", records, inputs=ADAPTER)
     text = gate_init(path)
@@ -55,7 +55,7 @@ def test_a_value_that_some_layers_do_not_have_lowers_the_coverage_it_asks_for(tm
     assert outcome(gate(read_policy("p.toml", text), path, today=TODAY).whole) == "passed"
 
 
-def test_no_rank_that_an_adapter_cannot_exceed_is_a_limit(tmp_path):
+def test_no_rank_that_adapter_cannot_exceed_is_limit(tmp_path):
     path = write(tmp_path / "r.jsonl", [spectrum(LAYERS[0], s=(1.0,) * 8, method="factored")])
     assert "rank_at" not in gate_init(path)
     wide = write(tmp_path / "w.jsonl", [spectrum(LAYERS[0], s=(1.0, 1.0) + (0.01,) * 6)])
@@ -68,7 +68,7 @@ def test_hostile_names_stay_in_their_comment(tmp_path):
     assert "x" not in {rule.name for rule in read_policy("p.toml", gate_init(path)).rules}
 
 
-def test_what_gives_no_limit_is_an_error(tmp_path):
+def test_limit_without_value_is_error(tmp_path):
     with pytest.raises(InputError, match="did not finish"):
         gate_init(write(tmp_path / "u.jsonl", [spectrum(LAYERS[0])], finished=False))
     with pytest.raises(InputError, match="no value to take a limit from"):

@@ -30,7 +30,7 @@ def parsed(line: str) -> tuple[str, dict[str, str], str]:
     )
 
 
-def test_annotations_are_one_per_rule_on_the_policys_lines():
+def test_annotations_are_one_per_rule_on_policys_lines():
     found = [parsed(line) for line in workflow_commands(results(*ONE_OF_EACH))]
     assert [command for command, _, _ in found] == ["error", "error", "warning"]
     assert found[0][1] == {"file": "gates/p.toml", "line": "7", "title": "loradiag gate: drift"}
@@ -38,7 +38,7 @@ def test_annotations_are_one_per_rule_on_the_policys_lines():
     assert "file" not in found[2][1]
 
 
-def test_annotation_names_three_layers_and_counts_the_rest():
+def test_annotation_names_three_layers_and_counts_rest():
     many = [verdict(layer=f"l{i}.weight") for i in range(25)] + [
         verdict("warned", layer=f"l{i}.weight") for i in range(10)
     ]
@@ -55,7 +55,7 @@ def test_more_rules_than_github_shows_are_counted():
     assert found[-1][2].startswith("3 more rules")
 
 
-def test_no_rule_hides_behind_the_many_failures_of_another():
+def test_no_rule_hides_behind_many_failures_of_another():
     many = [verdict(layer=f"l{i}.weight") for i in range(25)] + [verdict(rule="rank", layer="x.weight")]
     titles = [parsed(line)[1]["title"] for line in workflow_commands(results(*many))]
     assert titles[:2] == ["loradiag gate: drift", "loradiag gate: rank"]
@@ -71,12 +71,12 @@ def test_no_text_breaks_out_of_its_command(text, path):
     assert properties["file"] == path
 
 
-def test_a_policy_of_the_package_has_no_line_to_annotate():
+def test_policy_of_package_has_no_line_to_annotate():
     (line,) = workflow_commands(results(verdict(), role="ready policy", path="merge"))
     assert set(parsed(line)[1]) == {"title"}
 
 
-def test_the_step_summary_ends_before_github_drops_it():
+def test_step_summary_ends_before_github_drops_it():
     many = [verdict(layer=f"model.layers.{i}.{'ü' * 200}.weight") for i in range(5000)]
     text = step_summary(results(*many))
     assert len(text.encode()) <= 900 * 1024
@@ -87,7 +87,7 @@ def test_the_step_summary_ends_before_github_drops_it():
     assert short.count("\n| ") == len(ONE_OF_EACH) + 2
 
 
-def test_a_hostile_name_is_one_cell():
+def test_hostile_name_is_one_cell():
     text = step_summary(results(verdict(layer=HOSTILE)))
     (row,) = [line for line in text.splitlines() if line.startswith("| failed")]
     assert row.count("|") == 6
@@ -95,7 +95,7 @@ def test_a_hostile_name_is_one_cell():
     text.encode("utf-8")
 
 
-def test_a_model_card_keeps_what_is_around_its_block():
+def test_model_card_keeps_what_is_around_its_block():
     card = model_card(results(*ONE_OF_EACH), "---\nlicense: mit\n---\n# Model\n")
     assert card.startswith("---\nlicense: mit\n---\n# Model\n")
     assert card.count(BEGIN) == card.count(END) == 1

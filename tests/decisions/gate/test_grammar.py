@@ -23,14 +23,14 @@ numbers = st.floats(-1e6, 1e6).map(lambda x: float(f"{x:.6g}"))
 
 
 @given(st.sampled_from(sorted(SIGNS)), numbers, numbers)
-def test_a_condition_holds_as_its_operator_says(sign, limit, value):
+def test_condition_holds_as_its_operator_says(sign, limit, value):
     condition = parse(f"epsilon {sign} {limit!r}")
     assert condition.per_layer
     assert condition.test.holds(value) == SIGNS[sign](value, limit)
 
 
 @given(st.lists(numbers, min_size=1, max_size=30), st.sampled_from([1, 10, 20, 25, 33, 50, 75, 90, 95, 99]))
-def test_aggregates_are_those_of_the_definitions(values, percent):
+def test_aggregates_are_those_of_definitions(values, percent):
     wanted = {
         "max": max(values),
         "min": min(values),
@@ -49,7 +49,7 @@ def test_aggregates_are_those_of_the_definitions(values, percent):
 
 
 @given(st.lists(st.sampled_from(["rank", "scale", "noise"]), min_size=1, max_size=20))
-def test_the_share_of_layers_counts_them(words):
+def test_share_of_layers_counts_them(words):
     condition = parse("share of layers with limited_by in (rank, scale) is >= 0.5")
     share = sum(word != "noise" for word in words) / len(words)
     assert condition.measure(words) == share
@@ -104,7 +104,7 @@ def test_the_share_of_layers_counts_them(words):
         ("record == spectrum", "not one value"),
     ],
 )
-def test_what_makes_no_sense_is_refused_with_its_reason(text, said):
+def test_invalid_policy_is_refused_with_reason(text, said):
     with pytest.raises(ConditionError) as error:
         parse(text)
     assert said in str(error.value), str(error.value)

@@ -61,7 +61,7 @@ def scaled(weights):
     return {name: 100 * value if "lora_B" in name else value for name, value in weights.items()}
 
 
-def test_results_older_than_the_adapter_are_no_pass(shop, loradiag):
+def test_results_older_than_adapter_are_no_pass(shop, loradiag):
     change(shop / "adapter", scaled)
     assert blocking("r.jsonl") == ("inconclusive", {"inputs"})
     ran = loradiag("gate", "--policy", "adapter-basic", "r.jsonl", "--model-card", "card.md", "--github")
@@ -72,7 +72,7 @@ def test_results_older_than_the_adapter_are_no_pass(shop, loradiag):
 
 
 @pytest.mark.parametrize("number", range(0, 56, 11))
-def test_one_entry_of_any_tensor_of_an_adapter_counts(shop, number):
+def test_one_entry_of_any_tensor_of_adapter_counts(shop, number):
     def one(weights):
         name = sorted(weights)[number]
         weights[name].view(-1)[number] += 1e-4
@@ -93,12 +93,12 @@ def test_another_config_or_base_counts(shop):
     assert blocking("r.jsonl") == ("inconclusive", {"inputs"})
 
 
-def test_an_adapter_that_cannot_be_read_any_more_is_no_pass(shop):
+def test_adapter_that_cannot_be_read_any_more_is_no_pass(shop):
     (shop / "adapter" / "adapter_model.safetensors").write_bytes(b"\0" * 100)
     assert blocking("r.jsonl") == ("inconclusive", {"inputs"})
 
 
-def test_a_change_does_not_hide_a_failure(shop):
+def test_change_does_not_hide_failure(shop):
     change(shop / "adapter", lambda weights: {name: 0 * value for name, value in weights.items()})
     measure()
     change(shop / "adapter", lambda weights: {name: value + 1 for name, value in weights.items()})
@@ -118,7 +118,7 @@ def test_results_are_of_what_for_names(shop):
     assert blocking("r.jsonl", shipped=[SAMPLES / "lora_r4"]) == ("passed", set())
 
 
-def test_each_of_several_results_is_of_what_for_names(shop):
+def test_each_results_file_matches_its_for(shop):
     measure(adapter=SAMPLES / "lora_r16")
     shutil.rmtree("adapter")
     assert blocking("r.jsonl", "new.jsonl", shipped=[SAMPLES / "lora_r16"]) == ("inconclusive", {"inputs"})
@@ -127,7 +127,7 @@ def test_each_of_several_results_is_of_what_for_names(shop):
     assert blocking("new.jsonl", shipped=both) == ("inconclusive", {"inputs"})
 
 
-def test_a_pinned_fingerprint_must_be_that_of_the_results(shop):
+def test_pinned_fingerprint_must_be_that_of_results(shop):
     base, adapter = lora_diag.read_results("r.jsonl").run.inputs
     text = 'about = "adapter"\n[checks]\n[inputs]\nadapter = "{}"\n'
     assert blocking("r.jsonl", policy=read_policy("p", text.format(adapter.fingerprint))) == ("passed", set())
@@ -142,7 +142,7 @@ def test_a_pinned_fingerprint_must_be_that_of_the_results(shop):
 @pytest.mark.parametrize(
     "text", ['adapter = "abc"', "adapter = 7", 'max_age = "7"', 'max_age = "soon"', 'model = "x"', 'base = ""']
 )
-def test_inputs_of_a_policy_are_checked(text):
+def test_inputs_of_policy_are_checked(text):
     with pytest.raises(UsageError, match="line 3"):
         read_policy("p.toml", f"[checks]\n[inputs]\n{text}\n")
 
@@ -165,7 +165,7 @@ def test_old_results_are_no_pass(shop):
     assert outcome(early) == "inconclusive"
 
 
-def test_an_adapter_that_lost_layers_is_incomplete(shop):
+def test_adapter_that_lost_layers_is_incomplete(shop):
     change(shop / "adapter", lambda w: {name: value for name, value in w.items() if ".layers.0." in name})
     measure()
     assert blocking("new.jsonl") == ("failed", {"complete"})
@@ -182,7 +182,7 @@ def with_config(shop, **values):
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
 
-def test_only_what_the_config_targets_is_missed(shop):
+def test_only_targeted_weights_are_missed(shop):
     change(shop / "adapter", lambda w: {n: v for n, v in w.items() if ".layers.1." in n and "q_proj" in n})
     for config, lacking in (
         ({"target_modules": ["q_proj"]}, 3),
@@ -199,7 +199,7 @@ def test_only_what_the_config_targets_is_missed(shop):
         assert (None if found.targets is None else len(found.lacking)) == lacking, config
 
 
-def test_another_base_than_the_config_names_is_no_pass(shop):
+def test_another_base_than_config_names_is_no_pass(shop):
     shutil.copytree("base", "other")
     measure(base="other")
     assert blocking("new.jsonl") == ("inconclusive", {"base"})
@@ -228,7 +228,7 @@ def test_another_base_than_the_config_names_is_no_pass(shop):
         ("../base", "other", False),
     ],
 )
-def test_names_of_a_base(first, second, same):
+def test_names_of_base(first, second, same):
     assert is_same_name(first, second) is is_same_name(second, first) is same
 
 

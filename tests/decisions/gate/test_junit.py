@@ -36,7 +36,7 @@ def cases(text: str) -> dict[tuple[str, str], str]:
     return found
 
 
-def test_a_case_is_a_rule_and_a_module_type_with_its_worst_verdict():
+def test_case_is_rule_and_module_type_with_its_worst_verdict():
     assert cases(junit(results(*ONE_OF_EACH))) == {
         ("drift", "mlp.up_proj"): "failure",
         ("drift", "embed_tokens"): "skipped",
@@ -47,7 +47,7 @@ def test_a_case_is_a_rule_and_a_module_type_with_its_worst_verdict():
     }
 
 
-def test_a_failure_names_its_layers_values_and_what_to_do():
+def test_failure_names_its_layers_values_and_what_to_do():
     root = ElementTree.fromstring(junit(results(*ONE_OF_EACH)))
     failure = root.find(".//failure")
     assert "what to do about drift" in failure.get("message")

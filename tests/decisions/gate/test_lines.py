@@ -60,7 +60,7 @@ minimum = 1'''
         (("nowhere",), 1),
     ],
 )
-def test_a_value_is_found_on_its_line(path, line):
+def test_value_is_found_on_its_line(path, line):
     assert line_of(TEXT, path) == line
 
 

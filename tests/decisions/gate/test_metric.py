@@ -31,7 +31,7 @@ def judged(policy, *files, **more):
 
 
 @pytest.mark.parametrize(("metric", "said"), [("data", "the data's metric"), ("kfac", "K-FAC's metric")])
-def test_every_form_of_a_verdict_names_the_metric(tmp_path, metric, said):
+def test_every_form_of_verdict_names_metric(tmp_path, metric, said):
     results = judged(RULE.format(0.99, ""), file(tmp_path / "s.jsonl", metric))
     assert outcome(results.whole) == "failed"
     assert {v.group for v in results.whole if v.rule == "r"} == {f"in {said}"}
@@ -48,7 +48,7 @@ def test_verdicts_on_weights_speak_of_no_metric(tmp_path):
     assert "metric" not in verdict_table(results, 140) + step_summary(results) + junit(results)
 
 
-def test_where_chooses_the_metric_and_must_fit_some(tmp_path):
+def test_where_chooses_metric_and_must_fit_some(tmp_path):
     files = file(tmp_path / "w.jsonl", s=(1.0,) * 20), file(tmp_path / "d.jsonl", "data")
     assert outcome(judged(RULE.format(0.9, ""), *files).whole) == "failed"
     on_data = judged(RULE.format(0.9, 'where = {metric = "data"}'), *files)
@@ -58,7 +58,7 @@ def test_where_chooses_the_metric_and_must_fit_some(tmp_path):
         judged(RULE.format(0.9, 'where = {metric = "kfac"}'), *files)
 
 
-def test_a_baseline_in_another_metric_is_no_baseline(tmp_path):
+def test_baseline_in_another_metric_is_no_baseline(tmp_path):
     now, main = file(tmp_path / "d.jsonl", "data"), file(tmp_path / "w.jsonl")
     results = judged(BASELINE, now, baseline=main)
     assert outcome(results.whole) == "inconclusive"
@@ -69,7 +69,7 @@ def test_a_baseline_in_another_metric_is_no_baseline(tmp_path):
     assert outcome(judged(BASELINE, now, baseline=same).whole) == "passed"
 
 
-def test_a_ratchet_puts_no_other_metric_into_the_baseline(tmp_path):
+def test_ratchet_puts_no_other_metric_into_baseline(tmp_path):
     main = file(tmp_path / "w.jsonl")
     before = main.read_bytes()
     better = file(tmp_path / "d.jsonl", "data", s=(4.0, 2.0, 1.0, 1.0))
@@ -80,7 +80,7 @@ def test_a_ratchet_puts_no_other_metric_into_the_baseline(tmp_path):
     assert main.read_bytes() != before
 
 
-def test_one_direction_of_the_data_is_no_divergence(tmp_path):
+def test_one_direction_of_data_is_no_divergence(tmp_path):
     policy = RULE.format(0.5, "")
     spiky = {"s": (100.0, 1.0), "base_fro": 1.0}
     status = {v.rule: v.status for v in judged(policy, file(tmp_path / "w.jsonl", **spiky)).whole}
@@ -91,13 +91,13 @@ def test_one_direction_of_the_data_is_no_divergence(tmp_path):
     assert found["dead"].status == "passed"
 
 
-def test_an_update_that_the_data_do_not_feel_is_not_dead(tmp_path):
+def test_update_that_data_do_not_feel_is_not_dead(tmp_path):
     records = [spectrum(name, s=(0.0,), metric="data", weights_fro=1.0) for name in LAYERS]
     found = {v.rule: v for v in judged(RULE.format(0.5, ""), write(tmp_path / "d.jsonl", records)).whole}
     assert found["dead"].status == "passed"
 
 
-def test_a_draft_asks_for_the_metric_that_its_limits_are_from(tmp_path):
+def test_draft_asks_for_metric_that_its_limits_are_from(tmp_path):
     lost = [left_out("model.embed_tokens.weight", "no_activations")]
     files = file(tmp_path / "w.jsonl"), file(tmp_path / "d.jsonl", "data", s=(9.0, 2.0), lost=lost)
     policy = read_policy("p.toml", gate_init(files[1]))

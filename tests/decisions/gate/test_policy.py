@@ -33,7 +33,7 @@ def refused(text: str) -> str:
     return str(error.value)
 
 
-def test_a_good_policy_is_read():
+def test_good_policy_is_read():
     policy = read_policy("p.toml", GOOD)
     assert [rule.name for rule in policy.rules] == ["drift"]
     assert (policy.coverage.by, policy.coverage.minimum, policy.rules[0].line) == ("energy", 1.0, 3)
@@ -111,7 +111,7 @@ def test_a_good_policy_is_read():
         (6, "value of the whole run", GOOD.replace("relative <= 0.3", "certificate.gap <= 0.1") + "layers = 'x'"),
     ],
 )
-def test_a_mistake_is_told_with_its_line(line, said, text):
+def test_mistake_is_told_with_its_line(line, said, text):
     message = refused(text)
     found = re.match(r"p\.toml: line (\d+): (.*)", message, re.DOTALL)
     assert found, message
@@ -130,7 +130,7 @@ def test_files_that_are_no_policy(tmp_path):
             read_policy(file)
 
 
-def test_windows_line_ends_and_a_policy_without_a_last_newline(tmp_path):
+def test_windows_line_ends_and_policy_without_last_newline(tmp_path):
     (tmp_path / "p.toml").write_bytes(GOOD.replace("\n", "\r\n").rstrip().encode())
     assert read_policy(tmp_path / "p.toml").rules[0].line == 3
 
@@ -143,7 +143,7 @@ def test_every_ready_policy_is_valid_and_says_what_to_do(name):
     assert any(rule.severity == "error" for rule in policy.rules)
 
 
-def test_an_unknown_ready_policy_names_those_there_are():
+def test_unknown_ready_policy_names_those_there_are():
     with pytest.raises(UsageError, match="adapter-basic"):
         ready_policy("../secrets")
     with pytest.raises(UsageError, match="No such file or directory; the package has one of this name: --policy merge"):

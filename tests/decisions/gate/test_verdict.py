@@ -13,7 +13,7 @@ from tests.reports.test_html import embedded, evidence, small
 
 
 @pytest.mark.parametrize("width", [60, 80, 140])
-def test_it_fits_and_the_worst_comes_first(width):
+def test_it_fits_and_worst_comes_first(width):
     text = verdict_table(results(*ONE_OF_EACH), width, then="loradiag gate again")
     lines = text.splitlines()
     assert max(map(len, lines)) <= width
@@ -28,7 +28,7 @@ def test_it_fits_and_the_worst_comes_first(width):
         assert word in text
 
 
-def test_the_headline_says_what_the_exit_code_says():
+def test_headline_says_what_exit_code_says():
     assert headline(results(*ONE_OF_EACH)).startswith("FAILED")
     assert headline(results(verdict("passed"))) == "PASSED"
     assert headline(results(verdict("passed"), verdict("warned"))).startswith("PASSED, with warnings")
@@ -47,7 +47,7 @@ def test_the_headline_says_what_the_exit_code_says():
         (0.79999, "energy.16 >= 0.8 (0.82 in the baseline)", "0.79999"),
     ],
 )
-def test_a_value_is_never_shown_on_the_other_side_of_its_limit(value, allowed, shown):
+def test_value_is_never_shown_on_other_side_of_its_limit(value, allowed, shown):
     assert measured(verdict(measured=value, allowed=allowed)) == shown
 
 
@@ -57,14 +57,14 @@ def test_many_failures_are_cut_and_counted():
     assert "FAILED: 1 rule on 50 layers" in text
 
 
-def test_a_hostile_name_stays_text():
+def test_hostile_name_stays_text():
     text = verdict_table(results(verdict(layer=HOSTILE, message=HOSTILE, group=HOSTILE)), 140)
     assert "\x1b" not in text
     assert "\u202e" not in text
     text.encode("utf-8")
 
 
-def test_a_report_takes_verdicts_of_every_status_the_worst_first():
+def test_report_takes_verdicts_of_every_status_worst_first():
     runs = evidence(results(*ONE_OF_EACH), *small())
     page, text = html_report(runs), markdown_report(runs)
     assert "FAILED: 2 failed, 1 inconclusive, 1 warned, 1 waived, 1 not judged, 2 passed." in page
@@ -86,7 +86,7 @@ def test_a_report_takes_verdicts_of_every_status_the_worst_first():
     ("statuses", "worst"),
     [(("passed", "failed", "warned"), "failed"), (("not judged", "passed"), "not judged"), (("passed",), "passed")],
 )
-def test_a_layer_shows_the_worst_of_its_verdicts(statuses, worst):
+def test_layer_shows_worst_of_its_verdicts(statuses, worst):
     layer = "model.layers.1.mlp.up_proj.weight"
     for order in (statuses, statuses[::-1]):
         found = results(*(verdict(status, f"rule{place}", layer) for place, status in enumerate(order)))

@@ -24,7 +24,7 @@ def judged(path, layers, require="relative <= 0.1", rule="drift", expires="2026-
     return outcome(verdicts), verdicts
 
 
-def test_a_waived_layer_passes_with_its_reason(path):
+def test_waived_layer_passes_with_its_reason(path):
     came_to, verdicts = judged(path, "up_proj")
     assert came_to == "passed"
     (waived,) = [v for v in verdicts if v.status == "waived"]
@@ -36,7 +36,7 @@ def test_a_waived_layer_passes_with_its_reason(path):
     ("today", "comes_to"),
     [(date(2026, 12, 30), "passed"), (date(2026, 12, 31), "passed"), (date(2027, 1, 1), "failed")],
 )
-def test_a_waiver_serves_to_the_end_of_its_last_day(path, today, comes_to):
+def test_waiver_serves_to_end_of_its_last_day(path, today, comes_to):
     came_to, verdicts = judged(path, "up_proj", today=today)
     assert came_to == comes_to
     told = [v for v in verdicts if v.rule == "waiver"]
@@ -45,7 +45,7 @@ def test_a_waiver_serves_to_the_end_of_its_last_day(path, today, comes_to):
 
 
 @pytest.mark.parametrize("layers", ["q_proj", "nothing"])
-def test_a_waiver_that_lets_nothing_pass_is_reported(path, layers):
+def test_waiver_that_lets_nothing_pass_is_reported(path, layers):
     came_to, verdicts = judged(path, layers)
     assert came_to == "failed"
     (told,) = [v for v in verdicts if v.rule == "waiver"]
@@ -53,7 +53,7 @@ def test_a_waiver_that_lets_nothing_pass_is_reported(path, layers):
     assert told.line == 4
 
 
-def test_a_waiver_of_one_layer_takes_it_out_of_an_aggregate(path):
+def test_waiver_of_one_layer_takes_it_out_of_aggregate(path):
     assert judged(path, "up_proj", "max relative <= 0.1")[0] == "passed"
     assert judged(path, "q_proj", "max relative <= 0.1")[0] == "failed"
     came_to, verdicts = judged(path, "up_proj", "max relative <= 0.2")
@@ -63,7 +63,7 @@ def test_a_waiver_of_one_layer_takes_it_out_of_an_aggregate(path):
     ]
 
 
-def test_a_built_in_check_can_be_waived_by_layer(tmp_path):
+def test_built_in_check_can_be_waived_by_layer(tmp_path):
     path = write(tmp_path / "r.jsonl", [spectrum(LAYERS[0])], [left_out(LAYERS[1], "non_finite")])
     assert judged(path, "up_proj", rule="non_finite")[0] == "inconclusive"  # the rule lacks the layer, too
     text = RULE.format(require="relative <= 0.1") + "exclude = 'up_proj'\n"
@@ -71,11 +71,11 @@ def test_a_built_in_check_can_be_waived_by_layer(tmp_path):
     assert outcome(gate(read_policy("p.toml", text), path, today=date(2026, 11, 25)).whole) == "passed"
 
 
-def test_nothing_is_waived_by_a_waiver_of_another_rule(path):
+def test_nothing_is_waived_by_waiver_of_another_rule(path):
     assert judged(path, ".*", rule="spike")[0] == "failed"
 
 
-def test_an_open_layer_can_be_waived(tmp_path):
+def test_open_layer_can_be_waived(tmp_path):
     records = [spectrum(LAYERS[0]), spectrum(LAYERS[1], base_fro=None)]
     path = write(tmp_path / "r.jsonl", records)
     assert judged(path, "q_proj")[0] == "inconclusive"

@@ -59,11 +59,11 @@ def test_names_and_shapes_are_those_of_transformers(kind, more):
         ({"model_type": "llama", **SMALL, "num_hidden_layers": 10**9}, "more than 10,000 blocks"),
     ],
 )
-def test_a_config_that_says_too_little_is_refused(config, message):
+def test_config_that_says_too_little_is_refused(config, message):
     with pytest.raises(InputError, match=message):
         weights_of(config, "config.json")
 
 
-def test_the_text_part_of_a_larger_model_is_read():
+def test_text_part_of_larger_model_is_read():
     inner = {"model_type": "llama", **SMALL}
     assert weights_of({"model_type": "llava", "text_config": inner}, "c") == weights_of(inner, "c")

@@ -32,13 +32,13 @@ def test_few_values_cost_less_only_where_krylov_is_taken():
     assert speed.core_seconds((700, 2000), 64) == speed.core_seconds((700, 2000), None)
 
 
-def test_beyond_the_orders_measured_eigenvalues_cost_as_a_cube():
+def test_beyond_orders_measured_eigenvalues_cost_as_cube():
     cost = Speed(RATES).core_seconds((2048, 2048), None)
     assert cost == pytest.approx(1e-8 * 2048**2 + 2e-11 * 2048**3 + 8 * 0.1)
 
 
 @given(orders, st.dictionaries(st.integers(2, 10**4), st.floats(1e-6, 1e3), min_size=1), st.integers(0, 3))
-def test_a_cost_between_two_orders_lies_between_their_costs(order, costs, beyond):
+def test_cost_between_two_orders_lies_between_their_costs(order, costs, beyond):
     found = between(costs, order, beyond)
     below, above = [n for n in costs if n <= order], [n for n in costs if n >= order]
     if below and above:
@@ -51,7 +51,7 @@ def test_a_cost_between_two_orders_lies_between_their_costs(order, costs, beyond
 
 
 @given(st.lists(st.tuples(orders, orders), min_size=1, max_size=5), st.sampled_from([None, 64]))
-def test_more_machines_are_never_slower_and_never_faster_than_their_number(shapes, top):
+def test_more_machines_speed_up_between_one_and_their_number(shapes, top):
     cost = cost_of([Matrix(str(i), shape) for i, shape in enumerate(shapes)], None, Speed(RATES), top)
     times = [cost.seconds[count] for count in sorted(cost.seconds)]
     assert times == sorted(times, reverse=True)

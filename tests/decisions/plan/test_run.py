@@ -23,7 +23,7 @@ def types(found):
     return {row.name: row for row in found.types}
 
 
-def test_the_articles_table_of_matrices(tmp_path):
+def test_articles_table_of_matrices(tmp_path):
     found = types(plan(tmp_path))
     attention, up, down = found["self_attn.q_proj"], found["mlp.up_proj"], found["mlp.down_proj"]
     assert attention.params // attention.matrices == 16_777_216
@@ -34,7 +34,7 @@ def test_the_articles_table_of_matrices(tmp_path):
     assert shares == [["0.195%", "0.391%", "0.781%", "3.125%"], ["0.134%", "0.268%", "0.536%", "2.144%"]]
 
 
-def test_the_articles_totals_for_query_and_value(tmp_path):
+def test_articles_totals_for_query_and_value(tmp_path):
     found = plan(tmp_path, target="q_proj|v_proj")
     assert [(row.rank, row.params) for row in found.ranks] == [
         (4, 2_097_152), (8, 4_194_304), (16, 8_388_608), (64, 33_554_432),
@@ -43,7 +43,7 @@ def test_the_articles_totals_for_query_and_value(tmp_path):
     assert [row.rho for row in found.ranks] == [2 * r / 4096 for r in (4, 8, 16, 64)]
 
 
-def test_the_articles_worked_example(tmp_path):
+def test_articles_worked_example(tmp_path):
     """r ≤ 19 under 10 M; r=16 leaves about 1.6 M. Rank 32 in the article's 8 blocks would take 2.1 M: 6 fit."""
     fit = plan(tmp_path, target="q_proj|v_proj", params="10M").fit
     assert (fit.rank, fit.spent, fit.left) == (19, 9_961_472, 38_528)
@@ -52,7 +52,7 @@ def test_the_articles_worked_example(tmp_path):
     assert 6 * 16 * 16_384 <= fit.listed_left < 8 * 16 * 16_384
 
 
-def test_the_whole_model_and_its_memory(tmp_path):
+def test_whole_model_and_its_memory(tmp_path):
     found = plan(tmp_path)
     assert found.params == 6_738_415_616  # as published for Llama 2 7B
     assert found.base_bytes == 2 * found.params
@@ -67,7 +67,7 @@ def test_the_whole_model_and_its_memory(tmp_path):
     assert bf16.full_bytes["adamw"] == (2 + 2 + 8) * found.params
 
 
-def test_flops_are_those_of_the_matrices_that_a_token_is_multiplied_with(tmp_path):
+def test_flops_are_of_matrices_multiplied_with_each_token(tmp_path):
     eight = plan(tmp_path).ranks[1]
     inside = 32 * (4 * 4096**2 + 3 * 4096 * 11008)
     assert eight.flops == pytest.approx(eight.params / (inside + 32000 * 4096))
@@ -76,7 +76,7 @@ def test_flops_are_those_of_the_matrices_that_a_token_is_multiplied_with(tmp_pat
     assert tied.params == 6_738_415_616 - 32000 * 4096
 
 
-def test_of_a_mixture_only_the_experts_of_a_token_count(tmp_path):
+def test_plan_of_mixture_counts_only_active_experts(tmp_path):
     config = {
         **LLAMA_7B, "model_type": "mixtral", "num_local_experts": 8, "num_experts_per_tok": 2, "num_hidden_layers": 1,
     }  # fmt: skip
@@ -90,7 +90,7 @@ def test_of_a_mixture_only_the_experts_of_a_token_count(tmp_path):
     assert "2 of 8" in found.notes[0]
 
 
-def test_headers_and_config_say_the_same():
+def test_headers_and_config_say_same():
     base = ROOT / "sample_checkpoints/base"
     by_headers, by_config = lora_diag.plan(base), lora_diag.plan(base / "config.json")
     assert by_headers.params == by_config.params == 853_120
@@ -99,21 +99,21 @@ def test_headers_and_config_say_the_same():
     assert sorted(by_headers.types, key=str) == sorted(by_config.types, key=str)
 
 
-def test_a_checkpoint_without_a_config(tmp_path):
+def test_checkpoint_without_config(tmp_path):
     found = lora_diag.plan(save_model(tmp_path / "model", weights(0)), params=1000, ranks=[2])
     assert found.params == sum(value.numel() for value in weights(0).values())
     per_rank = 2 * ((12 + 12) + (6 + 12) + 2 * (16 + 12))
     assert (found.fit.rank, found.fit.left) == (1000 // per_rank, 1000 % per_rank)
 
 
-def test_a_budget_of_memory_is_that_of_the_optimizer(tmp_path):
+def test_budget_of_memory_is_that_of_optimizer(tmp_path):
     fit = plan(tmp_path, target="q_proj|v_proj", memory="160MB").fit
     assert (fit.budget, fit.rank) == (10_000_000, 19)
     assert plan(tmp_path, target="q_proj|v_proj", memory="80MB", optimizer="sgd").fit.rank == 19
     assert plan(tmp_path, target="q_proj|v_proj", params=524_287).fit.rank == 0
 
 
-def test_a_budget_beyond_full_rank_buys_nothing(tmp_path):
+def test_budget_beyond_full_rank_buys_nothing(tmp_path):
     """No 4096 × 4096 matrix takes a rank above 4096, which costs twice its entries."""
     for params, rank in ((4096 * 524_288 - 1, 4095), (4096 * 524_288, 4096), ("9000B", 4096)):
         fit = plan(tmp_path, target="q_proj|v_proj", params=params).fit
@@ -133,12 +133,12 @@ def test_a_budget_beyond_full_rank_buys_nothing(tmp_path):
         ({"dtype": "int4"}, "--adapter-dtype int4"),
     ],
 )
-def test_what_makes_no_sense_is_refused(tmp_path, options, message):
+def test_invalid_options_are_refused(tmp_path, options, message):
     with pytest.raises(UsageError, match=message.replace("(", r"\(")):
         plan(tmp_path, **options)
 
 
-def test_an_adapter_and_a_config_that_is_none_are_refused(tmp_path):
+def test_adapter_and_config_that_is_none_are_refused(tmp_path):
     with pytest.raises(UsageError, match="is an adapter"):
         lora_diag.plan(ROOT / "sample_checkpoints/lora_r4")
     (tmp_path / "config.json").write_text("[]")
@@ -148,7 +148,7 @@ def test_an_adapter_and_a_config_that_is_none_are_refused(tmp_path):
         lora_diag.plan(tmp_path / "nothing.json")
 
 
-def test_rules_of_thumb_ask_for_the_rank_that_stores_the_tokens(tmp_path):
+def test_rules_of_thumb_ask_for_rank_that_stores_tokens(tmp_path):
     """By hand: r(4·8192 + 3·15104)·32 parameters have to be as many as tokens, or 2 bits each hold 1 bit a token."""
     per_rank = 32 * (4 * 8192 + 3 * 15_104)
     found = plan(tmp_path, tokens="100M").capacity

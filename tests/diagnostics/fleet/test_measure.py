@@ -75,7 +75,7 @@ def test_planted_oddities_are_told(tmp_path):
     assert not any(a.startswith("plain") and b.startswith("plain") for a, b in pairs)
 
 
-def test_the_same_column_space_with_another_update_is_told(tmp_path):
+def test_same_column_space_with_another_update_is_told(tmp_path):
     rng = np.random.default_rng(2)
     first = {layer: factors(rng) for layer in LAYERS}
     second = {layer: (b @ rng.standard_normal((4, 4)), rng.standard_normal((4, 40))) for layer, (b, _) in first.items()}
@@ -106,14 +106,14 @@ def test_sketches_estimate_cosines_as_well_as_said(target):
     assert np.sqrt(np.mean(np.square(errors))) < 2 * (1 - target**2) / math.sqrt(LENGTH)
 
 
-def test_a_product_and_its_matrix_have_one_sketch():
+def test_product_and_its_matrix_have_one_sketch():
     b, a = torch.randn(30, 3), torch.randn(3, 20)
     assert torch.allclose(sketch((b, a), "x"), sketch(b @ a, "x"), atol=1e-4)
     assert not torch.allclose(sketch((b, a), "x"), sketch((b, a), "y"))
 
 
 @pytest.mark.parametrize("scale", [2.0**120, 2.0**-100])
-def test_a_sketch_is_as_large_as_its_matrix_beyond_what_float32_holds(scale):
+def test_sketch_keeps_norms_beyond_float32_range(scale):
     b, a = torch.randn(12, 3), torch.randn(3, 20)
     plain = sketch((b, a), "x") * scale * scale
     assert torch.equal(sketch((b * scale, a * scale), "x"), plain)
@@ -122,7 +122,7 @@ def test_a_sketch_is_as_large_as_its_matrix_beyond_what_float32_holds(scale):
 
 
 @pytest.mark.parametrize("scale", [2.0**500, 2.0**-100])
-def test_a_sketch_of_float64_entries_beyond_those_of_float32(scale):
+def test_sketch_of_float64_entries_beyond_those_of_float32(scale):
     matrix = torch.randn(12, 20).double()
     assert torch.equal(sketch(matrix * scale, "x"), sketch(matrix, "x") * scale)
 
@@ -134,7 +134,7 @@ def test_sketches_of_orthogonal_spaces_are_orthogonal():
     assert abs(float(first @ second / first.norm() / second.norm())) < 4 / math.sqrt(LENGTH)
 
 
-def test_norms_stand_out_by_a_factor_of_two_at_least():
+def test_norms_stand_out_by_factor_of_two_at_least():
     assert norm_outliers([1.0, 1.01, 0.99, 1.0, 1.5]) == [None] * 5
     assert norm_outliers([1.0, 1.01, 0.99, 1.0, 0.1])[-1] == pytest.approx(0.1)
     assert norm_outliers([1.0, 100.0]) == [None, None]
@@ -151,7 +151,7 @@ def test_patterns_name_each_adapter_once(tmp_path):
         expand([f"{tmp_path}/notes/*"])
 
 
-def test_one_that_cannot_be_read_does_not_stop_the_others(tmp_path):
+def test_unreadable_adapter_does_not_stop_others(tmp_path):
     rng = np.random.default_rng(5)
     good = lora(tmp_path / "good", {LAYERS[0]: factors(rng)})
     bad = lora(tmp_path / "bad", {LAYERS[0]: factors(rng)})
@@ -164,7 +164,7 @@ def test_one_that_cannot_be_read_does_not_stop_the_others(tmp_path):
 
 
 @pytest.mark.parametrize("verify", [False, True])
-def test_a_run_does_not_go_on_with_an_adapter_that_changed(tmp_path, verify):
+def test_run_does_not_go_on_with_adapter_that_changed(tmp_path, verify):
     """Sizes tell one of another rank; every byte, where that was asked, one of the same size."""
     rng = np.random.default_rng(7)
     for name in ("a", "b"):

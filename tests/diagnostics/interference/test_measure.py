@@ -152,7 +152,7 @@ def check_loss(found, total, merged, tolerance=1e-6):
 # ---- against the definitions
 
 
-def test_the_samples_against_numpy():
+def test_samples_against_numpy():
     """Mixed: two adapters and a full fine-tune, of one layer of each shape."""
     paths = [SAMPLES / name for name in ("lora_r4", "lora_r16", "full_ft")]
     found = lora_diag.interference(paths, base=SAMPLES / "base", layers=r"layers\.1\.(mlp.down|self_attn.k)")
@@ -261,7 +261,7 @@ def test_orthogonal_skills_add_up(tmp_path, skills):
 
 
 @pytest.mark.parametrize("copies", [2, 3])
-def test_identical_updates_need_the_rank_of_one(tmp_path, copies):
+def test_identical_updates_need_rank_of_one(tmp_path, copies):
     rng = np.random.default_rng(5)
     part = orthonormal(rng, 40, 4), orthonormal(rng, 30, 4).T
     pairs, (union,) = records(lora_diag.interference(adapters(tmp_path, [part] * copies)))
@@ -288,7 +288,7 @@ def test_opposite_updates_cancel_and_no_rank_keeps_both(tmp_path):
 # ---- chance
 
 
-def test_a_sum_whose_directions_do_not_hold_every_update_has_no_rank_for_all(tmp_path):
+def test_sum_not_spanning_every_update_has_no_common_rank(tmp_path):
     """Stored side by side in one row space each: the sum is u(a + b)ᵀ, and beyond it its vectors are rounding."""
     rng = np.random.default_rng(5)
     u, a, b = orthonormal(rng, 24, 1), *np.split(orthonormal(rng, 20, 2), 2, axis=1)
@@ -341,7 +341,7 @@ def test_updates_of_norms_beyond_comparison_are_left_out(tmp_path, scale):
     assert "its norm is" in item.detail
 
 
-def test_the_baselines_of_three_updates():
+def test_baselines_of_three_updates():
     s, owner = np.ones(6), np.array([0, 0, 1, 1, 2, 2])
     assert task_interference_at_random(s, owner, (100, 100)) == pytest.approx(
         # 12 entries within one task see 4 others, 24 between tasks see 2
@@ -349,7 +349,7 @@ def test_the_baselines_of_three_updates():
     )
 
 
-def test_near_chance_has_few_false_alarms_and_sees_a_planted_overlap():
+def test_near_chance_has_few_false_alarms_and_sees_overlap():
     rng = np.random.default_rng(8)
     m, false = 128, 0
     for _ in range(300):
@@ -363,7 +363,7 @@ def test_near_chance_has_few_false_alarms_and_sees_a_planted_overlap():
 # ---- PEFT's own merges
 
 
-def test_a_tie_of_signs_is_positive_as_in_peft():
+def test_tie_of_signs_is_positive_as_in_peft():
     merge_utils = pytest.importorskip("peft.utils.merge_utils")
     x, y = torch.tensor([[1.0, -2.0, 3.0]]), torch.tensor([[-1.0, 2.0, -1.0]])
     truth = merge_utils.ties([x, y], torch.ones(2), density=0.99999)  # 2 of 3 entries: -2, 3 and 2, one of ±1
@@ -373,7 +373,7 @@ def test_a_tie_of_signs_is_positive_as_in_peft():
 
 
 @pytest.mark.parametrize("kind", ["linear", "cat", "svd", "ties", "ties_svd"])
-def test_the_predicted_residual_is_that_of_the_merge_that_peft_makes(tmp_path, kind):
+def test_predicted_residual_is_that_of_merge_that_peft_makes(tmp_path, kind):
     peft = pytest.importorskip("peft")
     torch.manual_seed(0)
 
@@ -417,7 +417,7 @@ def test_the_predicted_residual_is_that_of_the_merge_that_peft_makes(tmp_path, k
 # ---- inputs
 
 
-def test_a_layer_of_one_update_has_no_pair_but_a_spectrum(tmp_path):
+def test_layer_of_one_update_has_no_pair_but_spectrum(tmp_path):
     rng = np.random.default_rng(9)
     other = LAYER.replace("0", "1")
 
@@ -435,7 +435,7 @@ def test_a_layer_of_one_update_has_no_pair_but_a_spectrum(tmp_path):
     assert spectra.run.command == "spectrum"
 
 
-def test_a_dead_adapter_has_no_pair_but_stays_in_peft_s_merge(tmp_path):
+def test_dead_adapter_has_no_pair_but_stays_in_peft_s_merge(tmp_path):
     rng = np.random.default_rng(10)
     b, a, c = rng.standard_normal((10, 2)), rng.standard_normal((2, 8)), rng.standard_normal((2, 8))
     e, d = rng.standard_normal((10, 2)), rng.standard_normal((2, 8))
@@ -445,7 +445,7 @@ def test_a_dead_adapter_has_no_pair_but_stays_in_peft_s_merge(tmp_path):
     check_loss(union.merges["linear"], b @ a + e @ d, (b + e) @ (a + c + d))
 
 
-def test_what_cannot_be_compared(tmp_path):
+def test_incomparable_inputs_are_reported(tmp_path):
     rng = np.random.default_rng(11)
     pair = rng.standard_normal((10, 2)), rng.standard_normal((2, 8))
     one, two = adapters(tmp_path, [pair, pair])
@@ -467,7 +467,7 @@ def test_what_cannot_be_compared(tmp_path):
         lora_diag.interference([one, elsewhere])
 
 
-def test_an_update_that_is_not_finite_is_left_out_by_name(tmp_path):
+def test_update_that_is_not_finite_is_left_out_by_name(tmp_path):
     before = weights(1)
     bad = {name: value.clone() for name, value in before.items()}
     bad[LAYER][2, 3] = math.nan
@@ -490,7 +490,7 @@ def test_without_entries_there_are_no_signs(tmp_path):
     assert union.merges["linear"] is not None
 
 
-def test_a_layer_that_moved_to_the_cpu_says_so(tmp_path, monkeypatch):
+def test_layer_that_moved_to_cpu_says_so(tmp_path, monkeypatch):
     def moved(compute, device):
         return compute(device), " on the CPU: out of memory on cuda:0"
 

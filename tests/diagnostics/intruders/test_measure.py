@@ -59,7 +59,7 @@ def measured(tmp_path, before, after, **options):
     return lora_diag.intruders(*paths, **options).layers[0]
 
 
-def test_the_full_fine_tune_of_the_samples_against_numpy():
+def test_full_fine_tune_of_samples_against_numpy():
     found = lora_diag.intruders(SAMPLES / "base", SAMPLES / "full_ft", layers=r"layers\.[03]|lm_head")
     base, tuned = open_checkpoint(SAMPLES / "base"), open_checkpoint(SAMPLES / "full_ft")
     assert len(found) == 15
@@ -79,7 +79,7 @@ def test_lora_makes_intruders_where_full_fine_tuning_makes_none():
     assert sum(record.intruders for record in lora) >= 10
 
 
-def test_the_count_is_that_of_peft(tmp_path):
+def test_count_is_that_of_peft(tmp_path):
     peft = pytest.importorskip("peft")
     intruders = pytest.importorskip("peft.tuners.lora.intruders")
     torch.manual_seed(1)
@@ -126,7 +126,7 @@ def test_any_matrix_against_numpy(tmp_path_factory, seed, m, n, size, k, epsilon
     check(record, before, after, k, epsilon, window)
 
 
-def test_a_planted_direction_is_an_intruder_and_the_others_are_kept(tmp_path):
+def test_planted_direction_is_intruder_and_others_are_kept(tmp_path):
     rng = np.random.default_rng(2)
     s = np.linspace(10.0, 1.0, 60)
     before = oracles.with_spectrum(s, 200, 60, 2)
@@ -158,7 +158,7 @@ def test_directions_of_equal_value_may_rotate(tmp_path):
     assert narrow.intruders == narrow.count == record.count
 
 
-def test_what_did_not_change_has_no_intruders_and_needs_no_svd(tmp_path):
+def test_unchanged_layer_has_no_intruders_and_needs_no_svd(tmp_path):
     before = np.random.default_rng(4).standard_normal((12, 9))
     record = measured(tmp_path, before, before)
     assert (record.count, record.directions, record.similarity_lowest) == (0, (), None)
@@ -176,7 +176,7 @@ def test_random_directions_are_as_said(m, n):
         assert np.mean(found < epsilon) == pytest.approx(below_at_random(m, n, epsilon), abs=0.06)
 
 
-def test_a_weight_that_is_not_finite_is_left_out(tmp_path):
+def test_weight_that_is_not_finite_is_left_out(tmp_path):
     before = np.random.default_rng(6).standard_normal((12, 9))
     after = before.copy()
     after[3, 4] = np.nan

@@ -97,7 +97,7 @@ class Watch(TrainerCallback):
         }
 
 
-def test_a_trainer_records_what_the_optimizer_gets(tmp_path):
+def test_trainer_records_what_optimizer_gets(tmp_path):
     watch = Watch()
     train(llama(), tmp_path, [GradientRecorder(tmp_path / "g", every=2), watch])
     assert sorted(path.name for path in (tmp_path / "g").iterdir()) == [
@@ -114,7 +114,7 @@ def test_a_trainer_records_what_the_optimizer_gets(tmp_path):
         assert file.metadata() == {"step": "2", "kind": "gradient", "clipped": "no"}
 
 
-def test_accumulated_gradients_are_those_of_the_mean_loss(tmp_path):
+def test_accumulated_gradients_are_those_of_mean_loss(tmp_path):
     """Independent of the Trainer: the same 2×2 sequences in one batch, by autograd alone."""
     model = llama()
     fresh = copy.deepcopy(model)
@@ -127,7 +127,7 @@ def test_accumulated_gradients_are_those_of_the_mean_loss(tmp_path):
         assert torch.allclose(grad, fresh.get_parameter(name).grad, atol=1e-6), name
 
 
-def test_clipping_scales_trained_gradients_by_one_number_and_is_noted(tmp_path):
+def test_clipping_scales_gradients_by_one_factor_and_is_noted(tmp_path):
     for folder, most in (("free", 0.0), ("clipped", 0.01)):
         train(llama(), tmp_path, [GradientRecorder(tmp_path / folder, every=9)], max_grad_norm=most)
     free, clipped = saved(tmp_path / "free", 0), saved(tmp_path / "clipped", 0)
@@ -138,7 +138,7 @@ def test_clipping_scales_trained_gradients_by_one_number_and_is_noted(tmp_path):
         assert file.metadata()["clipped"].startswith("trained weights: yes")
 
 
-def test_under_a_lora_the_trainer_records_the_gradient_of_the_frozen_weight(tmp_path):
+def test_under_lora_trainer_records_gradient_of_frozen_weight(tmp_path):
     """From G follow the gradients of the factors, which autograd computes on its own: dB = s·G·Aᵀ, dA = s·Bᵀ·G."""
     watch = Watch()
     train(with_lora(llama()), tmp_path, [GradientRecorder(tmp_path / "g", every=1), watch])
@@ -199,7 +199,7 @@ def accumulated(model):
     ],
     ids=["linear", "modules_to_save", "embedding", "embedding with padding", "rslora and bias", "conv1d"],
 )  # fmt: skip
-def test_gradients_under_a_lora_are_those_of_unfrozen_weights(tmp_path, make, stored):
+def test_gradients_under_lora_are_those_of_unfrozen_weights(tmp_path, make, stored):
     model = make()
     model.train()
     found, expected = record(model, accumulated, tmp_path / "g"), unfrozen(model, accumulated)
@@ -226,7 +226,7 @@ def test_gradient_checkpointing_counts_every_layer_once(tmp_path):
 
 
 @pytest.mark.parametrize("unscale", [False, True])
-def test_the_loss_scale_is_taken_out_before_and_after_unscale(tmp_path, unscale):
+def test_loss_scale_is_taken_out_before_and_after_unscale(tmp_path, unscale):
     model = with_lora(llama(), modules_to_save=["lm_head"])
     expected = record(model, accumulated, tmp_path / "plain")
     model.zero_grad()
@@ -246,7 +246,7 @@ def test_the_loss_scale_is_taken_out_before_and_after_unscale(tmp_path, unscale)
         assert torch.allclose(found[name], grad, rtol=1e-4, atol=1e-7), name
 
 
-def test_bf16_autocast_gives_the_gradient_to_bf16_accuracy(tmp_path):
+def test_bf16_autocast_gives_gradient_to_bf16_accuracy(tmp_path):
     model = with_lora(llama())
     expected = record(model, accumulated, tmp_path / "plain")
     model.zero_grad()
@@ -261,7 +261,7 @@ def test_bf16_autocast_gives_the_gradient_to_bf16_accuracy(tmp_path):
         assert float((found[name].float() - grad).norm() / grad.norm()) < 0.05
 
 
-def test_every_layers_and_steps_of_a_loop(tmp_path):
+def test_every_layers_and_steps_of_loop(tmp_path):
     model = llama()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with GradientRecorder(tmp_path / "g", every=2, layers="layers", exclude="mlp").attach(model, step=4) as recorder:
@@ -274,7 +274,7 @@ def test_every_layers_and_steps_of_a_loop(tmp_path):
     assert all("self_attn" in name for name in saved(tmp_path / "g", 4))
 
 
-def test_overlap_reads_what_was_saved_beside_the_model_as_it_is_on_disk(tmp_path):
+def test_overlap_reads_saved_gradients_and_model_on_disk(tmp_path):
     model = llama()
     model.save_pretrained(tmp_path / "base")
     train(model, tmp_path, [GradientRecorder(tmp_path / "g", every=2)])
@@ -293,7 +293,7 @@ def test_overlap_reads_what_was_saved_beside_the_model_as_it_is_on_disk(tmp_path
         assert record.kappa == pytest.approx(truth["kappa"], abs=1e-6)
 
 
-def test_overlaps_on_the_fly_equal_those_of_saved_gradients_and_reach_the_log(tmp_path):
+def test_live_overlaps_equal_saved_ones_and_reach_log(tmp_path):
     base, tuned = llama(), llama()
     with torch.no_grad():
         for parameter in tuned.parameters():
@@ -321,7 +321,7 @@ def test_overlaps_on_the_fly_equal_those_of_saved_gradients_and_reach_the_log(tm
     assert "overlap/r4/kappa/self_attn.q_proj" in logged[1]
 
 
-def test_live_subspaces_are_those_of_the_lora_at_the_step_and_none_while_b_is_zero(tmp_path, loradiag):
+def test_live_subspaces_are_of_current_lora_if_b_is_not_zero(tmp_path, loradiag):
     torch.manual_seed(1)
     model = get_peft_model(llama(), LoraConfig(r=3, lora_alpha=6, target_modules=["q_proj", "down_proj"]))
     watch = Watch()
@@ -342,7 +342,7 @@ def test_live_subspaces_are_those_of_the_lora_at_the_step_and_none_while_b_is_ze
     assert "Containment" in ran.out
 
 
-def test_a_gradient_that_is_not_finite_is_left_out_with_its_step(tmp_path):
+def test_gradient_that_is_not_finite_is_left_out_with_its_step(tmp_path):
     model = llama()
     model.save_pretrained(tmp_path / "base")
     tuned = llama()
@@ -360,7 +360,7 @@ def test_a_gradient_that_is_not_finite_is_left_out_with_its_step(tmp_path):
     assert details["model.embed_tokens.weight"] == "ΔW is zero, so it has no singular subspaces"
 
 
-def test_an_exception_leaves_the_records_without_an_end_and_the_model_without_hooks(tmp_path):
+def test_exception_leaves_records_without_end_and_no_hooks(tmp_path):
     model = with_lora(llama())
 
     def broken():
@@ -377,7 +377,7 @@ def test_an_exception_leaves_the_records_without_an_end_and_the_model_without_ho
     assert not any(module._forward_hooks for module in model.modules())
 
 
-def test_what_cannot_be_recorded_is_said(tmp_path, caplog):
+def test_unrecordable_parameter_is_reported(tmp_path, caplog):
     model = with_lora(llama(), use_dora=True)
     with pytest.raises(UsageError, match="nothing to record"):
         GradientRecorder(tmp_path / "g").attach(model)
@@ -418,7 +418,7 @@ def one_of_two(rank: int, folder: Path) -> None:
     os._exit(0)  # gloo now and then hangs while the other process takes its own end down
 
 
-def test_two_processes_record_the_gradient_of_the_whole_batch_once(tmp_path):
+def test_two_processes_record_gradient_of_whole_batch_once(tmp_path):
     """DistributedDataParallel on gloo: a LoRA, an lm_head that is trained, each process with half of the batch."""
     script = "import sys; from pathlib import Path; from tests.diagnostics.overlap.test_recorder import one_of_two\n"
     script += "one_of_two(int(sys.argv[1]), Path(sys.argv[2]))"

@@ -38,7 +38,7 @@ def check(found, update, gradients, ranks_of):
 
 
 @pytest.mark.parametrize("where", ["samples", "cases"])
-def test_every_number_of_a_full_fine_tune_is_that_of_numpy(where):
+def test_every_number_of_full_fine_tune_is_that_of_numpy(where):
     if where == "samples":
         base, tuned, grads = SAMPLES / "base", SAMPLES / "full_ft", SAMPLES / "gradients"
     else:
@@ -55,7 +55,7 @@ def test_every_number_of_a_full_fine_tune_is_that_of_numpy(where):
     assert {item.reason for item in found.left_out} == {"vector"}
 
 
-def test_an_adapter_is_its_own_reference_and_its_rank_always_measured():
+def test_adapter_is_own_reference_at_its_rank():
     adapter = load(SAMPLES / "lora_r4")
     update = {}
     for key in adapter:
@@ -72,7 +72,7 @@ def test_an_adapter_is_its_own_reference_and_its_rank_always_measured():
     }
 
 
-def test_order_is_by_layer_then_step_then_rank_and_workers_change_nothing():
+def test_order_is_by_layer_step_rank_for_any_workers():
     inputs = SAMPLES / "base", SAMPLES / "full_ft", [SAMPLES / "gradients"]
     one = lora_diag.overlap(*inputs, workers=1, layers="layers.0")
     two = lora_diag.overlap(*inputs, workers=2, layers="layers.0")
@@ -97,7 +97,7 @@ def without(file, *names, **changed):
     save_file(tensors | changed, file, {"step": file.stem})
 
 
-def test_layers_without_a_gradient_are_named_and_the_other_steps_measured(model):
+def test_layers_without_gradient_are_named_others_measured(model):
     base, tuned, grads = model
     missing = "model.layers.0.mlp.up_proj.weight"
     without(grads / "10.safetensors", missing, "lm_head.weight")
@@ -111,7 +111,7 @@ def test_layers_without_a_gradient_are_named_and_the_other_steps_measured(model)
     assert not any(record.layer == "lm_head.weight" for record in found)
 
 
-def test_a_gradient_that_is_not_finite_leaves_the_other_steps_measured(model):
+def test_gradient_that_is_not_finite_leaves_other_steps_measured(model):
     base, tuned, grads = model
     bad = load_file(grads / "10.safetensors")["lm_head.weight"]
     bad[7, 3] = torch.inf
@@ -122,7 +122,7 @@ def test_a_gradient_that_is_not_finite_leaves_the_other_steps_measured(model):
     assert [record.step for record in found if record.layer == "lm_head.weight"] == [0]
 
 
-def test_a_resumed_run_gives_the_same_file_also_where_a_gradient_was_not_finite(model, tmp_path):
+def test_resumed_run_gives_same_file_with_non_finite_gradient(model, tmp_path):
     base, tuned, grads = model
     bad = load_file(grads / "0.safetensors")["lm_head.weight"]
     bad[0, 0] = torch.nan
@@ -137,7 +137,7 @@ def test_a_resumed_run_gives_the_same_file_also_where_a_gradient_was_not_finite(
         assert part.read_text() == whole.read_text(), kept
 
 
-def test_a_run_is_not_resumed_with_other_gradients(model, tmp_path):
+def test_run_is_not_resumed_with_other_gradients(model, tmp_path):
     base, tuned, grads = model
     output = tmp_path / "r.jsonl"
     lora_diag.overlap(base, tuned, [grads], output=output, ranks=[2])
@@ -148,7 +148,7 @@ def test_a_run_is_not_resumed_with_other_gradients(model, tmp_path):
         lora_diag.overlap(base, tuned, [grads], output=output, resume=True, ranks=[2])
 
 
-def test_a_zero_update_has_no_subspaces_and_a_zero_gradient_no_share(model):
+def test_zero_update_has_no_subspaces_and_zero_gradient_no_share(model):
     base, tuned, grads = model
     after = load_file(tuned / "model.safetensors")
     same = load_file(base / "model.safetensors")
@@ -161,7 +161,7 @@ def test_a_zero_update_has_no_subspaces_and_a_zero_gradient_no_share(model):
     assert (record.step, record.gradient_fro, record.kappa, record.tangent) == (0, 0.0, None, None)
 
 
-def test_ranks_beyond_a_layer_are_left_out_there(model):
+def test_ranks_beyond_layer_are_left_out_there(model):
     base, tuned, grads = model
     found = lora_diag.overlap(base, tuned, [grads], ranks=[4, 8, 12])
     ranks = {(record.shape, record.rank) for record in found}
@@ -174,7 +174,7 @@ def test_ranks_beyond_a_layer_are_left_out_there(model):
     }
 
 
-def test_a_gradient_equal_to_the_update_has_overlap_growing_to_one(model, tmp_path):
+def test_gradient_equal_to_update_has_overlap_growing_to_one(model, tmp_path):
     base, tuned, _ = model
     before, after = load_file(base / "model.safetensors"), load_file(tuned / "model.safetensors")
     save_step(tmp_path / "own" / "1.safetensors", {name: before[name] - after[name] for name in before})
@@ -186,7 +186,7 @@ def test_a_gradient_equal_to_the_update_has_overlap_growing_to_one(model, tmp_pa
         assert record.kappa == pytest.approx(record.tangent, abs=1e-6)
 
 
-def test_a_vocabulary_that_grew_is_measured_on_the_rows_of_base(model):
+def test_vocabulary_that_grew_is_measured_on_rows_of_base(model):
     base, tuned, grads = model
     after = load_file(tuned / "model.safetensors")
     head = torch.cat([after["lm_head.weight"], torch.ones(4, 12)])
@@ -209,7 +209,7 @@ def test_gradients_of_another_shape_are_left_out(model):
     assert "its shape [12, 12] does not fit" in item.detail
 
 
-def test_nothing_in_common_is_an_error(model, tmp_path):
+def test_nothing_in_common_is_error(model, tmp_path):
     base, tuned, _ = model
     path = save_step(tmp_path / "other" / "1.safetensors", {"x.weight": torch.ones(3, 3)})
     with pytest.raises(NothingComparedError, match=r"x\.weight"):
@@ -220,7 +220,7 @@ def test_nothing_in_common_is_an_error(model, tmp_path):
         lora_diag.overlap(base, tuned, [tmp_path / "absent"])
 
 
-def test_a_reference_below_the_rounding_floor_says_so(tmp_path, model):
+def test_reference_below_rounding_floor_says_so(tmp_path, model):
     base, _, grads = model
     before = {name: value.to(torch.bfloat16) for name, value in load_file(base / "model.safetensors").items()}
     after = {name: value + (weights(5)[name] * 3e-3).to(torch.bfloat16) for name, value in before.items()}
@@ -229,7 +229,7 @@ def test_a_reference_below_the_rounding_floor_says_so(tmp_path, model):
     assert "unresolved" in {record.verdict for record in found} <= {"unresolved", "floor-limited"}
 
 
-def test_gradients_in_the_place_of_tuned_are_refused_and_checkpoints_in_theirs_noted(model, tmp_path):
+def test_gradients_and_checkpoints_in_swapped_places_are_noticed(model, tmp_path):
     base, tuned, _ = model
     first = SAMPLES / "gradients" / "grad_step000000.safetensors"
     with pytest.raises(UsageError, match="holds gradients; name BASE, then TUNED"):
@@ -240,7 +240,7 @@ def test_gradients_in_the_place_of_tuned_are_refused_and_checkpoints_in_theirs_n
     assert found.run.inputs[2].notes == ("step 40 lies beside a config.json: are these gradients, or a checkpoint?",)
 
 
-def test_the_run_record_names_steps_and_gradients(model, tmp_path):
+def test_run_record_names_steps_and_gradients(model, tmp_path):
     base, tuned, grads = model
     lora_diag.overlap(base, tuned, [grads], output=tmp_path / "r.jsonl", ranks=[2])
     run = json.loads((tmp_path / "r.jsonl").read_text().splitlines()[0])

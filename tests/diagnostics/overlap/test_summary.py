@@ -33,7 +33,7 @@ def flat(found, **options):
 A, B = "model.layers.0.self_attn.q_proj.weight", "model.layers.1.mlp.up_proj.weight"
 
 
-def test_a_layer_that_fell_to_its_baseline_is_named_with_the_step_since_when():
+def test_layer_fallen_to_baseline_is_named_with_step():
     kappas = {0: 0.4, 10: 0.05, 20: 0.3, 30: 0.06, 40: 0.05}
     found = results([record(A, t, k, tangent=0.26) for t, k in kappas.items()] + [record(B, t, 0.5) for t in kappas])
     said = flat(found)
@@ -53,7 +53,7 @@ def test_all_inside_all_outside_and_none_known():
     assert "every gradient is zero" in flat(results([record(A, 0, None)]))
 
 
-def test_a_higher_rank_that_helps_and_one_side_that_fits_are_told_apart():
+def test_helpful_higher_rank_and_fitting_side_are_told_apart():
     raised = [record(A, 0, 0.05, tangent=0.26), record(A, 0, 0.6, rank=64, tangent=0.7)]
     assert "κ leaves the baseline by r=64: raise the rank there" in flat(results(raised, ranks=(16, 64)))
     one_side = [record(A, 0, 0.05, tangent=0.7), record(A, 0, 0.1, rank=64, tangent=0.8)]
@@ -69,7 +69,7 @@ def test_subspaces_that_are_everything_suggest_no_rank():
     assert "the gradients lie elsewhere" in said
 
 
-def test_an_adapter_is_shown_at_its_own_rank_and_a_checkpoint_at_16():
+def test_adapter_is_shown_at_its_own_rank_and_checkpoint_at_16():
     records = [record(A, 0, 0.5, rank) for rank in (8, 16, 32)]
     assert tracks(results(records))[0].rank == 16
     assert tracks(results(records, role="adapter"))[0].rank == 32
@@ -77,7 +77,7 @@ def test_an_adapter_is_shown_at_its_own_rank_and_a_checkpoint_at_16():
     assert tracks(results(records[:1] + records[2:]))[0].rank == 32
 
 
-def test_records_in_the_order_of_training_are_joined_by_layer():
+def test_records_in_order_of_training_are_joined_by_layer():
     found = results([record(layer, step, 0.5) for step in (20, 0, 10) for layer in (A, B)])
     assert [(track.layer, [r.step for r in track.records]) for track in tracks(found)] == [
         (A, [0, 10, 20]),
@@ -85,7 +85,7 @@ def test_records_in_the_order_of_training_are_joined_by_layer():
     ]
 
 
-def test_many_steps_are_binned_and_the_table_still_fits():
+def test_many_steps_are_binned_and_table_still_fits():
     found = results([record(A, step, 0.1 + step / 2000) for step in range(0, 1000, 5)])
     for width in (60, 80, 140):
         text = overlap_table(found, width)
@@ -95,7 +95,7 @@ def test_many_steps_are_binned_and_the_table_still_fits():
     assert "rises" in overlap_table(found, 80)
 
 
-def test_what_was_not_measured_is_said():
+def test_unmeasured_parts_are_stated():
     left_out = [LeftOut(layer=B, shape=(2, 2), reason="non_finite", detail="step 3: the gradient holds nan at [0, 0]")]
     said = flat(results([record(A, 0, 0.5)], left_out=left_out, end=False, ranks=(16, 600)))
     assert "step 3: the gradient holds nan" in said

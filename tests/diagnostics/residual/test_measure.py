@@ -54,7 +54,7 @@ def updates_of(path, base):
     return {delta.layer: dense(delta) for delta in pairing.deltas}
 
 
-def test_the_samples_against_numpy():
+def test_samples_against_numpy():
     base, tuned = SAMPLES / "base", SAMPLES / "full_ft"
     adapters = [SAMPLES / "lora_r4", SAMPLES / "lora_r16"]
     results = lora_diag.residual(base, tuned, adapters)
@@ -82,7 +82,7 @@ def test_the_samples_against_numpy():
             assert record.row_space.random == rank / d.shape[1]
 
 
-def test_the_whole_model_is_all_layers_as_one_vector():
+def test_whole_model_is_all_layers_as_one_vector():
     results = lora_diag.residual(SAMPLES / "base", SAMPLES / "full_ft", [SAMPLES / "lora_r16"])
     stored = open_checkpoint(SAMPLES / "base"), open_checkpoint(SAMPLES / "full_ft")
     known = updates_of(SAMPLES / "lora_r16", SAMPLES / "base")
@@ -107,7 +107,7 @@ def model(tmp_path):
 
 
 @pytest.mark.parametrize("rank", [1, 3, 12])
-def test_a_truncated_svd_is_at_the_floor(model, tmp_path, rank):
+def test_truncated_svd_is_at_floor(model, tmp_path, rank):
     base, tuned, layer, d = model
     u, s, vh = np.linalg.svd(d, full_matrices=False)
     adapter = lora(tmp_path / "a", {layer: (u[:, :rank] * s[:rank], vh[:rank])})
@@ -133,7 +133,7 @@ def power_law(tmp_path_factory):
 
 
 @pytest.mark.parametrize("method", ["krylov", "gram", "exact"])
-def test_the_floor_is_a_lower_bound_for_every_method(power_law, method):
+def test_floor_is_lower_bound_for_every_method(power_law, method):
     base, tuned, adapter, d = power_law
     (record,) = lora_diag.residual(base, tuned, [adapter], method=method, tol=0.05)
     truth = oracles.distance(d, oracles.best_approximation(d, 8), 8)["epsilon_min"]
@@ -146,7 +146,7 @@ def test_the_floor_is_a_lower_bound_for_every_method(power_law, method):
     assert pooled([record]).excess >= 0
 
 
-def test_an_adapter_that_is_the_update_and_one_of_half_its_size(model, tmp_path):
+def test_adapter_that_is_update_and_one_of_half_its_size(model, tmp_path):
     base, tuned, layer, d = model
     u, s, vh = np.linalg.svd(d, full_matrices=False)
     whole = lora(tmp_path / "whole", {layer: (u * s, vh)})
@@ -164,7 +164,7 @@ def test_an_adapter_that_is_the_update_and_one_of_half_its_size(model, tmp_path)
     assert (third.rank, third.epsilon_min, third.limited_by) == (None, None, "exact")
 
 
-def test_epsilon_is_never_clamped_and_exceeds_1_beyond_twice_the_cosine(model, tmp_path):
+def test_epsilon_exceeds_1_beyond_twice_cosine(model, tmp_path):
     base, tuned, layer, d = model
     u, s, vh = np.linalg.svd(d, full_matrices=False)
     for factor in (-3.0, 1.9, 2.1, 50.0):
@@ -174,7 +174,7 @@ def test_epsilon_is_never_clamped_and_exceeds_1_beyond_twice_the_cosine(model, t
         assert (record.epsilon > 1) == (record.norm_ratio > 2 * record.cosine)
 
 
-def test_a_small_epsilon_is_not_lost_to_cancellation(tmp_path):
+def test_small_epsilon_is_not_lost_to_cancellation(tmp_path):
     rng = np.random.default_rng(0)
     d = rng.standard_normal((40, 30))
     other = d * (1 + 1e-11)
@@ -192,7 +192,7 @@ def moments(path, matrices, **metadata):
 
 
 @pytest.mark.parametrize("in_out", [False, True])
-def test_the_data_metric(tmp_path, in_out):
+def test_data_metric(tmp_path, in_out):
     rng = np.random.default_rng(1)
     inputs = rng.standard_normal((500, 12)) * np.arange(1, 13)
     c = inputs.T @ inputs / 500
@@ -233,7 +233,7 @@ def test_second_moments_that_are_none(model, tmp_path, matrix, words):
     assert words in str(raised.value)
 
 
-def test_a_reference_is_held_against_the_fine_tune_too(model, tmp_path):
+def test_reference_is_held_against_fine_tune_too(model, tmp_path):
     base, tuned, layer, d = model
     before = load_file(base / "model.safetensors")
     after = {name: value + 0.1 * weights(3)[name].double() for name, value in before.items()}
@@ -259,7 +259,7 @@ def test_zero_updates_have_no_distance(model, tmp_path):
     assert (record.epsilon, record.rank, record.limited_by) == (1.0, 2, "not adapted")
 
 
-def test_what_an_adapter_moves_where_the_fine_tune_did_not_counts_for_the_whole(model, tmp_path):
+def test_adapter_update_of_unchanged_layer_counts_whole(model, tmp_path):
     base, _, layer, _ = model
     before = load_file(base / "model.safetensors")
     other = "model.layers.1.mlp.up_proj.weight"
@@ -272,7 +272,7 @@ def test_what_an_adapter_moves_where_the_fine_tune_did_not_counts_for_the_whole(
     assert whole.cosine == 0
 
 
-def test_an_unresolved_fine_tune_is_called_noise(tmp_path):
+def test_unresolved_fine_tune_is_called_noise(tmp_path):
     base = {"w.weight": torch.full((64, 64), 1.0, dtype=torch.bfloat16)}
     rng = torch.Generator().manual_seed(0)
     flips = torch.where(torch.rand(64, 64, generator=rng) < 0.02, 2**-7, 0.0)
@@ -284,7 +284,7 @@ def test_an_unresolved_fine_tune_is_called_noise(tmp_path):
     assert record.limited_by == "noise"
 
 
-def test_what_is_not_finite_is_left_out_alone(model, tmp_path):
+def test_only_non_finite_layer_is_left_out(model, tmp_path):
     base, tuned, layer, d = model
     good = lora(tmp_path / "good", {layer: (d[:, :2], np.ones((2, 12)))})
     bad = lora(tmp_path / "bad", {layer: (np.full((16, 2), np.nan), np.ones((2, 12)))})
@@ -295,7 +295,7 @@ def test_what_is_not_finite_is_left_out_alone(model, tmp_path):
     assert item.detail == f"{bad}: lora_B holds nan at [0, 0]"
 
 
-def test_an_update_too_large_to_be_compared_is_left_out_alone(model, tmp_path):
+def test_update_too_large_to_be_compared_is_left_out_alone(model, tmp_path):
     base, tuned, layer, _ = model
     huge = lora(tmp_path / "huge", {layer: (np.full((16, 2), 3e38), np.full((2, 12), 3e38))})
     results = lora_diag.residual(base, tuned, [huge], layers=r"layers\.0\.mlp\.up")
@@ -304,7 +304,7 @@ def test_an_update_too_large_to_be_compared_is_left_out_alone(model, tmp_path):
 
 
 @pytest.mark.parametrize(("size", "words"), [(1e-40, "1.4e-79"), (1e100, "1.4e+201")])
-def test_a_norm_whose_square_float64_does_not_hold_is_left_out(model, tmp_path, size, words):
+def test_norm_whose_square_float64_does_not_hold_is_left_out(model, tmp_path, size, words):
     base, tuned, layer, _ = model
     path = lora(tmp_path / "a", {layer: (np.ones((16, 1)), np.ones((1, 12)))})
     tensors = load_file(path / "adapter_model.safetensors")
@@ -317,7 +317,7 @@ def test_a_norm_whose_square_float64_does_not_hold_is_left_out(model, tmp_path, 
     assert item.detail.startswith(f"{path}: its norm is {words}")
 
 
-def test_an_adapter_of_lower_rank_than_it_could_have_has_so_many_directions(model, tmp_path):
+def test_deficient_adapter_has_directions_of_its_rank(model, tmp_path):
     base, tuned, layer, d = model
     path = lora(tmp_path / "a", {layer: (np.tile(d[:, :2], 2), np.random.default_rng(0).standard_normal((4, 12)))})
     record = lora_diag.residual(base, tuned, [path])[layer]
@@ -326,7 +326,7 @@ def test_an_adapter_of_lower_rank_than_it_could_have_has_so_many_directions(mode
         assert space.random == pytest.approx(4 / size)  # four of the fine-tune's, of which two are to be near these
 
 
-def test_what_only_an_adapter_has_is_listed(model, tmp_path):
+def test_weights_only_in_adapter_are_listed(model, tmp_path):
     base, tuned, layer, d = model
     tensors = load_file(tuned / "model.safetensors")
     without = save_model(tmp_path / "without", {name: value for name, value in tensors.items() if name != layer})
@@ -347,7 +347,7 @@ def test_nothing_and_twice_are_refused(model, tmp_path):
 
 
 @pytest.mark.parametrize("cut", [1, 2, 3, 4, 6, 20, 21])
-def test_resume_measures_a_layer_again_whose_records_were_cut(tmp_path, cut):
+def test_resume_measures_layer_again_whose_records_were_cut(tmp_path, cut):
     path = tmp_path / "r.jsonl"
     words = SAMPLES / "base", SAMPLES / "full_ft", [SAMPLES / "lora_r4", SAMPLES / "lora_r16"]
     lora_diag.residual(*words, layers=r"layers\.[01]\..*(q|k)_proj|norm", output=path)
@@ -360,7 +360,7 @@ def test_resume_measures_a_layer_again_whose_records_were_cut(tmp_path, cut):
 
 
 @pytest.mark.parametrize("cut", [1, 2, 3, 4, 5, 6])
-def test_resume_keeps_that_an_adapter_was_not_finite(model, tmp_path, cut):
+def test_resume_keeps_that_adapter_was_not_finite(model, tmp_path, cut):
     base, tuned, layer, d = model
     path = tmp_path / "r.jsonl"
     good = lora(tmp_path / "good", {layer: (d[:, :2], np.ones((2, 12)))})
@@ -372,7 +372,7 @@ def test_resume_keeps_that_an_adapter_was_not_finite(model, tmp_path, cut):
     assert path.read_bytes() == whole
 
 
-def test_one_update_at_a_time_is_held_beside_the_fine_tune(model, tmp_path, monkeypatch):
+def test_one_update_at_time_is_held_beside_fine_tune(model, tmp_path, monkeypatch):
     base, tuned, layer, _ = model
     merged = [save_model(tmp_path / f"m{i}", {k: v.double() for k, v in weights(i).items()}) for i in (3, 4, 5)]
     held, load = [], module.load_change
@@ -427,7 +427,7 @@ def test_real_merges_are_their_adapters(case):
         assert record.limited_by == "exact"
 
 
-def test_directions_beyond_an_updates_rank_have_no_place_in_its_spaces(tmp_path):
+def test_directions_beyond_rank_are_not_in_subspaces(tmp_path):
     rng = np.random.default_rng(3)
     d = np.zeros((200, 150))
     d[:5] = rng.standard_normal((5, 150))  # five rows moved, as in a table of positions

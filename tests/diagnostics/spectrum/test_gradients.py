@@ -32,7 +32,7 @@ def curve(s):
 
 
 @pytest.mark.parametrize("where", ["samples", "cases"])
-def test_every_number_is_that_of_the_stack(where):
+def test_every_number_is_that_of_stack(where):
     base, folder = SAMPLES / "base", SAMPLES / "gradients"
     if where == "cases":
         base, folder = (SHARED / "cases" / "gradients" / name for name in ("base", "grads"))
@@ -57,7 +57,7 @@ def test_every_number_is_that_of_the_stack(where):
         assert record.resolution.verdict == "resolved"
 
 
-def test_one_gradient_is_its_own_spectrum_on_both_sides(tmp_path):
+def test_single_gradient_has_its_own_spectrum(tmp_path):
     path = save_step(tmp_path / "g5.safetensors", {"a.weight": torch.randn(9, 4)})
     (record,) = lora_diag.spectrum(gradients=[path], ranks=[2])
     s = np.linalg.svd(as_numpy(load_file(path)["a.weight"]), compute_uv=False)
@@ -66,7 +66,7 @@ def test_one_gradient_is_its_own_spectrum_on_both_sides(tmp_path):
     assert record.stack.other_energy == record.energy
 
 
-def test_gradients_of_low_rank_on_one_side_differ_between_the_sides(tmp_path):
+def test_gradients_of_low_rank_on_one_side_differ_between_sides(tmp_path):
     """One column space for all steps, a new row space at each: rank 2 on the left, 6 on the right."""
     rng = np.random.default_rng(0)
     u = np.linalg.qr(rng.standard_normal((20, 2)))[0]
@@ -80,7 +80,7 @@ def test_gradients_of_low_rank_on_one_side_differ_between_the_sides(tmp_path):
     assert record.stack.other_energy["6"] == pytest.approx(1, abs=1e-9)
 
 
-def test_a_large_other_side_is_not_computed(tmp_path, monkeypatch):
+def test_large_other_side_is_not_computed(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "OTHER_UP_TO", 10)
     for step in range(2):
         save_step(tmp_path / "g" / f"{step}.safetensors", {"a.weight": torch.randn(12, 4)})
@@ -88,7 +88,7 @@ def test_a_large_other_side_is_not_computed(tmp_path, monkeypatch):
     assert (record.stack.other_energy, record.stack.other_rank_at) == (None, None)
 
 
-def test_rounding_is_that_of_the_stored_gradients(tmp_path):
+def test_rounding_is_that_of_stored_gradients(tmp_path):
     g = {"a.weight": torch.randn(16, 16)}
     save_step(tmp_path / "half" / "0.safetensors", {name: value.to(torch.bfloat16) for name, value in g.items()})
     save_step(tmp_path / "half" / "1.safetensors", {name: value.to(torch.bfloat16) for name, value in g.items()})
@@ -135,7 +135,7 @@ def test_requests_that_make_no_sense(tmp_path):
         lora_diag.spectrum(gradients=[base])
 
 
-def test_what_is_left_out_is_listed(tmp_path):
+def test_left_out_tensors_are_listed(tmp_path):
     base = save_model(tmp_path / "base", weights(1))
     path = save_step(tmp_path / "g" / "3.safetensors", weights(2) | {"new.weight": torch.ones(3, 3)})
     found = lora_diag.spectrum(base, gradients=[path], exclude="lm_head")
@@ -147,7 +147,7 @@ def test_what_is_left_out_is_listed(tmp_path):
 
 
 @pytest.mark.parametrize(("first", "second", "dtype"), [(1e-38, 1e2, np.float32), (1e-200, 1e150, np.float64)])
-def test_a_stack_whose_first_gradient_is_next_to_nothing(first, second, dtype):
+def test_stack_whose_first_gradient_is_next_to_nothing(first, second, dtype):
     rng = np.random.default_rng(0)
     parts = [(rng.standard_normal((9, 7)) * scale).astype(dtype) for scale in (first, second, first)]
     found = decompose_stack([torch.from_numpy(part) for part in parts])
@@ -155,7 +155,7 @@ def test_a_stack_whose_first_gradient_is_next_to_nothing(first, second, dtype):
     np.testing.assert_allclose(found.s.numpy(), expected, rtol=1e-12)
 
 
-def test_a_stack_needs_no_more_rows_than_it_has_values():
+def test_stack_needs_no_more_rows_than_it_has_values():
     """Fewer rows in all than columns: only so many values can differ from zero."""
     found = decompose_stack([torch.tensor([[1.0, 0, 0]]), torch.tensor([[0, 2.0, 0]])])
     assert found.s.tolist() == [2.0, 1.0]
@@ -172,7 +172,7 @@ def test_gradients_in_float64_of_any_size(scale):
 
 
 @pytest.mark.parametrize("scale", [1.0, 2.0**40])
-def test_a_stack_is_bounded_as_the_matrix_that_it_is(scale):
+def test_stack_is_bounded_as_matrix_that_it_is(scale):
     parts = [torch.randn(9, 7).double() * scale for _ in range(5)]
     matrix = torch.cat(parts)
     found, whole = decompose_stack(parts), decompose_gram(matrix, float(torch.linalg.matrix_norm(matrix)))
@@ -187,7 +187,7 @@ def test_gradients_that_are_spaced_too_coarsely_are_left_out(tmp_path):
     assert [(item.reason, "spacing of its numbers" in item.detail) for item in found.left_out] == [("non_finite", True)]
 
 
-def test_a_gradient_in_float64_takes_twice_the_memory(tmp_path):
+def test_gradient_in_float64_takes_twice_memory(tmp_path):
     sizes = []
     for dtype in (torch.float32, torch.float64):
         path = save_step(tmp_path / f"{dtype}" / "0.safetensors", {"a.weight": torch.randn(6, 10).to(dtype)})
@@ -199,7 +199,7 @@ def test_a_gradient_in_float64_takes_twice_the_memory(tmp_path):
         assert module.size(history, SpectrumSettings(memory=memory)) == taken
 
 
-def test_on_the_samples_gradients_order_the_layers_as_the_update_does_and_show_it_too_low_rank():
+def test_sample_gradients_order_layers_as_update_at_low_rank():
     """What docs/reference/overlap.md says."""
     from scipy.stats import spearmanr
 

@@ -63,7 +63,7 @@ def test_records_of_every_dtype_and_method(tmp_path, before, after, options):
 
 
 @pytest.mark.parametrize("method", ["krylov", "gram", "exact"])
-def test_tail_errors_bound_the_distance_to_numpy(tmp_path, method):
+def test_tail_errors_bound_distance_to_numpy(tmp_path, method):
     d = oracles.with_spectrum(1 / np.arange(1, 257) ** 0.8, 256, 256, seed=3)
     base = save_model(tmp_path / "a", {"w": torch.zeros(256, 256, dtype=torch.float64)})
     tuned = save_model(tmp_path / "b", {"w": torch.from_numpy(d)})
@@ -109,7 +109,7 @@ def test_sharded_single_and_bin_give_identical_records(tmp_path, pair_of_models)
         assert (other.layers, other.left_out, other.end.fro) == (first.layers, first.left_out, first.end.fro)
 
 
-def test_a_zero_update_has_no_shares_and_needs_no_rank(tmp_path):
+def test_zero_update_has_no_shares_and_needs_no_rank(tmp_path):
     model = save_model(tmp_path / "m", weights(1))
     for record in lora_diag.spectrum(model, model):
         assert record.fro == 0
@@ -121,7 +121,7 @@ def test_a_zero_update_has_no_shares_and_needs_no_rank(tmp_path):
         assert record.resolution.unchanged == 1
 
 
-def test_a_rank_three_update_needs_rank_three(tmp_path):
+def test_rank_three_update_needs_rank_three(tmp_path):
     base = np.random.default_rng(0).standard_normal((30, 20))
     tuned = base + oracles.with_spectrum(np.array([3.0, 3.0, 3.0]), 30, 20, seed=1)
     one, two = {"w": torch.from_numpy(base)}, {"w": torch.from_numpy(tuned)}
@@ -133,7 +133,7 @@ def test_a_rank_three_update_needs_rank_three(tmp_path):
     assert record.tail["3"].fro < 1e-9
 
 
-def test_ranks_beyond_the_values_kept_are_null_and_beyond_the_matrix_are_one(tmp_path, pair_of_models):
+def test_ranks_beyond_kept_values_are_null_beyond_matrix_one(tmp_path, pair_of_models):
     base, tuned, *_ = pair_of_models
     (record,) = lora_diag.spectrum(base, tuned, layers="0.*k_proj", ranks=(2, 5, 99), top=3)
     assert len(record.s) == 3
@@ -155,7 +155,7 @@ def test_weights_that_are_spaced_too_coarsely_are_left_out(tmp_path):
     assert "the squares of the spacing of its numbers overflow float64" in item.detail
 
 
-def test_a_layer_that_is_not_finite_is_named_and_the_rest_measured(tmp_path, pair_of_models):
+def test_layer_that_is_not_finite_is_named_and_rest_measured(tmp_path, pair_of_models):
     base, _, _, after = pair_of_models
     after["model.layers.1.mlp.up_proj.weight"][3, 4] = torch.nan
     after["model.layers.0.input_layernorm.weight"][2] = torch.inf
@@ -169,7 +169,7 @@ def test_a_layer_that_is_not_finite_is_named_and_the_rest_measured(tmp_path, pai
     assert "nan" not in json.dumps([record.model_dump() for record in results]).lower()
 
 
-def test_top_values_of_a_large_layer_are_certified(tmp_path):
+def test_top_values_of_large_layer_are_certified(tmp_path):
     base = np.random.default_rng(0).standard_normal((600, 640)).astype(np.float32)
     tuned = (base + oracles.with_spectrum(1 / np.arange(1, 601), 600, 640, seed=1)).astype(np.float32)
     one, two = {"w": torch.from_numpy(base)}, {"w": torch.from_numpy(tuned)}
@@ -184,7 +184,7 @@ def test_top_values_of_a_large_layer_are_certified(tmp_path):
 
 
 @pytest.mark.parametrize("method", ["exact", "gram"])
-def test_the_bound_holds_for_the_digits_of_the_record(tmp_path, method):
+def test_bound_holds_for_digits_of_record(tmp_path, method):
     """Nine digits of each value are coarser than the methods' own bounds."""
     base = np.zeros((60, 48))
     tuned = oracles.with_spectrum(1.0 + np.pi * np.arange(48) / 500, 60, 48, seed=2)
@@ -199,7 +199,7 @@ def test_the_bound_holds_for_the_digits_of_the_record(tmp_path, method):
 
 
 @pytest.mark.parametrize("n", [3, 8, 40])
-def test_what_subtracting_in_float32_does_to_an_energy(tmp_path, n):
+def test_subtraction_in_float32_changes_energy_within_bound(tmp_path, n):
     """Entries that are not within a factor of 2 of each other: beyond ``energy_error``, within what the page says."""
     rng = np.random.default_rng(n)
     base, tuned = (rng.standard_normal((n, n)).astype(np.float32) for _ in range(2))
@@ -211,7 +211,7 @@ def test_what_subtracting_in_float32_does_to_an_energy(tmp_path, n):
     assert record.fro == pytest.approx(np.linalg.norm(tuned.astype(np.float64) - base), rel=2.0**-24)
 
 
-def test_the_resolution_of_a_bf16_pair(tmp_path):
+def test_resolution_of_bf16_pair(tmp_path):
     rng = np.random.default_rng(0)
     base = torch.from_numpy(rng.standard_normal((96, 80)) * 0.02).bfloat16()
     small = rng.standard_normal((96, 2)) @ rng.standard_normal((2, 80)) * 2e-4
@@ -225,7 +225,7 @@ def test_the_resolution_of_a_bf16_pair(tmp_path):
     assert found.start == "rounded"
 
 
-def test_bad_entries_in_added_rows_and_in_the_base_of_an_adapter_are_named(tmp_path):
+def test_non_finite_added_rows_and_adapter_base_are_named(tmp_path):
     before, after = weights(1), weights(1)
     after["lm_head.weight"] = torch.cat([before["lm_head.weight"], torch.zeros(2, 12)])
     after["lm_head.weight"][21, 3] = torch.nan
@@ -251,7 +251,7 @@ def test_factors_whose_product_overflows_are_left_out():
     assert (found.reason, found.detail) == ("non_finite", "the product of its factors overflows float64")
 
 
-def test_out_of_memory_on_a_gpu_moves_the_layer_to_the_cpu_and_says_so(pair_of_models, monkeypatch):
+def test_out_of_memory_on_gpu_moves_layer_to_cpu_and_says_so(pair_of_models, monkeypatch):
     base, tuned, *_ = pair_of_models
     real = diagnostic.load_change
     failed = []

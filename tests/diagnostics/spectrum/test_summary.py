@@ -43,7 +43,7 @@ def changed(tmp_path, *names):
     return lora_diag.spectrum(save_model(tmp_path / "a", before), save_model(tmp_path / "b", after))
 
 
-def test_embeddings_that_moved_alone_are_a_change(tmp_path):
+def test_embeddings_that_moved_alone_are_change(tmp_path):
     text = said(changed(tmp_path, "model.embed_tokens.weight"))
     assert "only embeddings and head; ΔW is zero in the 8 matrices outside them" in text
     assert "in model.embed_tokens" in text
@@ -51,20 +51,20 @@ def test_embeddings_that_moved_alone_are_a_change(tmp_path):
     assert "Moved nothing" not in text
 
 
-def test_norms_that_moved_alone_are_a_change(tmp_path):
+def test_norms_that_moved_alone_are_change(tmp_path):
     text = said(changed(tmp_path, "model.layers.0.input_layernorm.weight"))
     assert "only norms and biases: ΔW is zero in every matrix" in text
     assert "meant" not in text
 
 
-def test_how_far_the_weights_moved_says_of_how_many():
+def test_how_far_weights_moved_says_of_how_many():
     head = record("lm_head.weight")
     assert "over the 1 matrix outside embeddings and head" in said(results_of([record(), head]))
     assert "over the 1 matrix Resolution" in said(results_of([record()]))  # which needs no "most" and "least"
     assert "over all 2 matrices" in said(results_of([record(), record("model.layers.1.q_proj.weight")]))
 
 
-def test_no_measured_matrix_is_not_a_change_of_zero():
+def test_no_measured_matrix_is_not_change_of_zero():
     nan = LeftOut(layer="q.weight", shape=(3, 3), reason="non_finite", detail="TUNED holds nan at [0, 0]")
     norm = LeftOut(layer="norm.weight", shape=(3,), reason="vector", detail="1-D", fro=0.5, base_fro=1.0)
     text = said(results_of([], [nan, norm]))
@@ -73,7 +73,7 @@ def test_no_measured_matrix_is_not_a_change_of_zero():
     assert "0 matrices" not in text
 
 
-def test_shares_are_of_what_was_measured_where_a_change_is_unknown():
+def test_shares_are_of_what_was_measured_where_change_is_unknown():
     cut = LeftOut(layer="q.weight", shape=(3, 3), reason="shape_differs", detail="[3, 3] in BASE against [2, 3]")
     assert "of the whole change ‖Δ‖² in what was measured, 100% in the matrices" in said(results_of([record()], [cut]))
     assert "of the whole change ‖Δ‖², 100% in the matrices" in said(results_of([record()]))
@@ -88,7 +88,7 @@ def test_every_reason_has_words():
     assert set(REASONS) == set(get_args(Reason))
 
 
-def test_the_median_rank_counts_layers_beyond_the_values_kept():
+def test_median_rank_counts_layers_beyond_values_kept():
     whole, cut = lora_diag.spectrum(*SAMPLE), lora_diag.spectrum(*SAMPLE, top=50)
     median = re.search(r"Rank at 90% median (\d+), from (\d+) to", said(whole))
     assert median
@@ -106,7 +106,7 @@ def test_ranks_that_were_not_computed_are_named():
     assert "C(16) was not computed: measure with --top 16 or more" in text
 
 
-def test_an_adapter_that_top_cut_is_not_said_to_have_so_many_directions():
+def test_adapter_cut_by_top_has_no_claimed_direction_count():
     text = said(lora_diag.spectrum(ROOT / "sample_checkpoints" / "lora_r16", top=2))
     assert "Rank used 90% of the energy in > 2 directions at the median" in text
     assert "28 of 28 layers need more than the 2 that --top kept" in text
@@ -125,14 +125,14 @@ def test_an_adapter_that_top_cut_is_not_said_to_have_so_many_directions():
         (["unresolved"] * 2, "no: all 2 matrices are unresolved (!): "),
     ],
 )
-def test_resolved_is_said_in_a_word_that_fits(verdicts, words):
+def test_resolved_is_said_in_word_that_fits(verdicts, words):
     records = [record(f"layers.{i}.q_proj.weight", verdict=verdict) for i, verdict in enumerate(verdicts)]
     assert f"Resolution {words}rounding" in said(results_of(records))
     levels = {"yes": "note", "limited": "warning", "partly": "warning", "no": "failure"}
     assert find(summary_lines(results_of(records)), "resolved").level == levels[words.partition(":")[0]]
 
 
-def test_many_layers_that_could_not_be_measured_are_counted():
+def test_unmeasured_layers_are_counted():
     nan = [LeftOut(layer=f"q.{i}.weight", shape=(3, 3), reason="non_finite", detail="is nan") for i in range(9)]
     text = said(results_of([record()], nan))
     assert "q.4: is nan and 4 more" in text
@@ -140,7 +140,7 @@ def test_many_layers_that_could_not_be_measured_are_counted():
     assert "more" not in said(results_of([record()], nan[:5])).split("Not measured")[1]
 
 
-def test_layers_no_larger_than_a_rank_do_not_count_at_it():
+def test_layers_no_larger_than_rank_do_not_count_at_it():
     small = [record(f"layers.{i}.k_proj.weight", shape=(8, 32)) for i in range(3)]
     text = said(results_of([record(), *small]))
     assert "Low rank partly, judged at r=16" in text
@@ -151,7 +151,7 @@ def test_layers_no_larger_than_a_rank_do_not_count_at_it():
     assert "Low rank r=8 says nothing: no layer is larger" in said(results_of(small))
 
 
-def test_a_rank_is_judged_in_one_place():
+def test_rank_is_judged_in_one_place():
     text = said(results_of([record()]))
     assert text.count("r=16 keeps") == 1
 
@@ -162,5 +162,5 @@ def test_roles_of_any_length_are_aligned():
     assert len(set(paths)) == 1
 
 
-def test_the_one_dimensional_are_called_so(tmp_path):
+def test_one_dimensional_tensors_are_named(tmp_path):
     assert "2 one-dimensional (norms, biases)" in said(changed(tmp_path, "lm_head.weight"))

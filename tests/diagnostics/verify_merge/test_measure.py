@@ -47,7 +47,7 @@ def statuses(results) -> dict[str, str]:
 
 @pytest.mark.skipif(not CASES, reason="the shared cases are not here")
 @pytest.mark.parametrize("case", CASES)
-def test_no_merge_of_the_shared_cases_fails(case):
+def test_no_merge_of_shared_cases_fails(case):
     folder = SHARED / "cases" / case
     results = verify_merge(folder / "base", folder / "adapter", folder / "merged")
     assert outcome(results) == "correct"
@@ -118,7 +118,7 @@ CASTS = {
 
 
 @pytest.mark.parametrize("name", CASTS)
-def test_dtypes_that_change_on_the_way(tmp_path, name):
+def test_dtypes_that_change_on_way(tmp_path, name):
     cast, status = CASTS[name]
     merged = peft_merge(tmp_path, llama(), 0.01)
 
@@ -143,14 +143,14 @@ def test_shards_on_every_side(tmp_path):
     assert [(r.layer, r.scale) for r in results] == [(r.layer, r.scale) for r in verified(merged)]
 
 
-def test_a_head_that_the_merge_untied_counts_by_itself(tmp_path):
+def test_head_that_merge_untied_counts_by_itself(tmp_path):
     merged = peft_merge(tmp_path, llama(tied=True), target_modules=["embed_tokens"])
     table = "model.embed_tokens.weight"
     untied = merged.spoil(lambda before, after: after.update({"lm_head.weight": before[table].clone()}))
     assert outcome(verified(merged, untied)) == "correct"
 
 
-def test_a_grown_vocabulary(tmp_path):
+def test_grown_vocabulary(tmp_path):
     """The base has 40 rows; the adapter was trained on 44 and holds them all, and the merge has them."""
     base, model = llama(), llama()
     model.resize_token_embeddings(44)
@@ -228,7 +228,7 @@ def merges(tmp_path_factory):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size", [0.02, 0.0002])
 @pytest.mark.parametrize("name", FAULTS)
-def test_a_planted_fault_is_found_and_named(merges, name, dtype, size):
+def test_planted_fault_is_found_and_named(merges, name, dtype, size):
     layer, change, status, words = FAULTS[name]
     merged = merges(dtype, size)
     results = verified(merged, merged.spoil(lambda before, after: change(merged, before, after), name))
@@ -237,7 +237,7 @@ def test_a_planted_fault_is_found_and_named(merges, name, dtype, size):
     assert re.search(words, results[layer].cause), results[layer].cause
 
 
-def test_one_entry_off_by_what_coarse_arithmetic_allows_is_not_right(merges):
+def test_entry_off_within_coarse_arithmetic_is_not_right(merges):
     merged = merges(torch.float32, 0.02)
     sizes = merged.delta(UP).abs().view(-1)
 
@@ -248,7 +248,7 @@ def test_one_entry_off_by_what_coarse_arithmetic_allows_is_not_right(merges):
     assert (record.status, record.differing) == ("other", 1)
 
 
-def test_another_base_is_told_from_a_wrong_update(merges):
+def test_another_base_is_told_from_wrong_update(merges):
     merged = merges(torch.bfloat16, 0.02)
     torch.manual_seed(0)
 
@@ -293,7 +293,7 @@ def test_faults_of_updates_that_are_not_products(tmp_path, dtype):
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float16])
 @pytest.mark.parametrize("factor", [0.98, 1.02])
-def test_a_wrong_scale_of_dora_is_found(tmp_path, dtype, factor):
+def test_wrong_scale_of_dora_is_found(tmp_path, dtype, factor):
     merged = peft_merge(tmp_path, llama(dtype, hidden=64), 0.05, use_dora=True)
     assert statuses(verified(merged)) == {}
 
@@ -312,7 +312,7 @@ def exact(merged: Merged, model) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float16])
 @pytest.mark.parametrize("name", ["dora", "loha", "lokr", "oft", "ia3"])
-def test_a_wrong_scale_of_every_family_is_named(tmp_path, name, dtype):
+def test_wrong_scale_of_every_family_is_named(tmp_path, name, dtype):
     kind = KINDS[name]
     config = dict(kind.config)
     if "kind" in config:
@@ -333,7 +333,7 @@ def test_a_wrong_scale_of_every_family_is_named(tmp_path, name, dtype):
         assert float(record.cause.removeprefix("ΔW was added times ").split()[0]) == pytest.approx(factor, abs=4e-3)
 
 
-def test_an_update_that_is_held_whole_and_does_not_fit_is_left_out(tmp_path, monkeypatch):
+def test_update_that_is_held_whole_and_does_not_fit_is_left_out(tmp_path, monkeypatch):
     monkeypatch.setattr(local, "PROGRAM_BYTES", 0)
     monkeypatch.setattr(local, "LEAST_BYTES", 0)
     merged = peft_merge(tmp_path, llama(torch.bfloat16), 0.02, use_dora=True, modules_to_save=["lm_head"])
@@ -364,7 +364,7 @@ def test_conv1d_transposed(tmp_path):
 # --- what a file cannot tell ----------------------------------------------------------------------------------------
 
 
-def test_an_update_that_rounding_swallowed_whole_is_neither_right_nor_wrong(tmp_path):
+def test_update_rounded_away_is_neither_right_nor_wrong(tmp_path):
     merged = peft_merge(tmp_path, llama(torch.bfloat16), 1e-9)
     assert all(torch.equal(merged.before[name], merged.after[name]) for name in merged.before)
     results = verified(merged)
@@ -373,13 +373,13 @@ def test_an_update_that_rounding_swallowed_whole_is_neither_right_nor_wrong(tmp_
     assert set(statuses(results).values()) == {"inconclusive"}
 
 
-def test_an_untrained_adapter_is_inconclusive(tmp_path):
+def test_untrained_adapter_is_inconclusive(tmp_path):
     results = verified(peft_merge(tmp_path, llama(), 0.0))
     assert outcome(results) == "inconclusive"
     assert statuses(results) == {}
 
 
-def test_bf16_numbers_in_a_float32_file_that_did_not_move(tmp_path):
+def test_bf16_numbers_in_float32_file_that_did_not_move(tmp_path):
     """Merged in bf16 and saved in float32, or dropped: the same file."""
     merged = peft_merge(tmp_path, llama(torch.bfloat16), 1e-9)
     wide = write(tmp_path / "wide", {name: value.float() for name, value in merged.after.items()})
@@ -415,7 +415,7 @@ def quantized(folder, tensors, names):
 
 @pytest.mark.parametrize("dequantized", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float16])
-def test_a_merge_into_a_quantized_base(tmp_path, dtype, dequantized):
+def test_merge_into_quantized_base(tmp_path, dtype, dequantized):
     merged = peft_merge(tmp_path, llama(), 0.02)
     base = quantized(tmp_path / "fp8", merged.before, {Q, UP})
     after = {name: value.to(dtype) for name, value in merged.after.items()}
@@ -428,7 +428,7 @@ def test_a_merge_into_a_quantized_base(tmp_path, dtype, dequantized):
     assert statuses(verify_merge(base, merged.adapter, write(tmp_path / "m2", after))) == {Q: "wrong scale"}
 
 
-def test_a_quantized_base_whose_scale_was_rounded_too(tmp_path):
+def test_quantized_base_whose_scale_was_rounded_too(tmp_path):
     merged = peft_merge(tmp_path, llama(), 0.0005)
     after = {name: value.bfloat16() for name, value in merged.after.items()}
     for name in (Q, UP):
@@ -439,7 +439,7 @@ def test_a_quantized_base_whose_scale_was_rounded_too(tmp_path):
     assert statuses(verify_merge(base, merged.adapter, write(tmp_path / "m", after))) == {}
 
 
-def test_a_merge_that_was_quantized(tmp_path):
+def test_merge_that_was_quantized(tmp_path):
     merged = peft_merge(tmp_path, llama(), 0.05)
     right = quantized(tmp_path / "right", merged.after, {Q, UP})
     assert outcome(verified(merged, right)) == "correct"
@@ -454,7 +454,7 @@ def test_a_merge_that_was_quantized(tmp_path):
 # --- numbers, selection, errors -------------------------------------------------------------------------------------
 
 
-def test_the_numbers_of_a_record(merges):
+def test_numbers_of_record(merges):
     merged = merges(torch.bfloat16, 0.0002)
     record = verified(merged)[Q]
     w, m, d = (t.double().numpy() for t in (merged.before[Q], merged.after[Q], merged.delta(Q)))
@@ -480,7 +480,7 @@ def test_layers_and_exclude(merges):
         verified(merged, layers="norm")
 
 
-def test_what_makes_no_sense_is_refused(merges, tmp_path):
+def test_invalid_options_are_refused(merges, tmp_path):
     merged = merges(torch.float32, 0.02)
     with pytest.raises(UsageError, match="is no adapter; the order is"):
         verify_merge(merged.base, merged.merged, merged.adapter)
@@ -491,7 +491,7 @@ def test_what_makes_no_sense_is_refused(merges, tmp_path):
         verified(merged, integers)
 
 
-def test_a_base_that_is_not_finite_is_left_out(merges, tmp_path):
+def test_base_that_is_not_finite_is_left_out(merges, tmp_path):
     merged = merges(torch.float32, 0.02)
     before = {name: value.clone() for name, value in merged.before.items()}
     before[Q][0, 1] = float("inf")
@@ -518,7 +518,7 @@ def test_squares_that_overflow_are_left_out_and_no_crash(tmp_path):
     assert "overflow float64" in item.detail
 
 
-def test_another_layer_of_the_kind_but_not_of_the_shape_was_not_added_here(tmp_path):
+def test_layer_of_other_shape_is_no_candidate(tmp_path):
     name = "model.layers.{}.mlp.up_proj"
     shapes = {name.format(0): (8, 6), name.format(1): (10, 7)}
     weights = {f"{module}.weight": making.normal(*shape) for module, shape in shapes.items()}
@@ -531,7 +531,7 @@ def test_another_layer_of_the_kind_but_not_of_the_shape_was_not_added_here(tmp_p
     assert {record.layer: record.status for record in found} == dict.fromkeys(weights, "other")
 
 
-def test_what_is_checked_by_rows_needs_no_room_for_more(tmp_path):
+def test_check_by_rows_needs_memory_of_rows_only(tmp_path):
     weight = Side(open_checkpoint(making.base(tmp_path, {"w.weight": making.normal(4, 6)})), "w.weight")
     task = MergedLayer("w.weight", (4, 6), weight, weight, adapted=False)
     assert (task.held, verify(task, memory=1).status) == (0, "ok")
@@ -539,7 +539,7 @@ def test_what_is_checked_by_rows_needs_no_room_for_more(tmp_path):
     assert wide.footprint == BLOCK * 2 * BLOCK_ENTRIES  # a block is one row at least
 
 
-def test_an_update_that_is_held_whole_counts_with_every_copy_of_it(tmp_path):
+def test_update_that_is_held_whole_counts_with_every_copy_of_it(tmp_path):
     def held(layer, shape, *deltas):
         return MergedLayer(layer, shape, deltas[0].base, None, deltas).held / math.prod(shape)
 

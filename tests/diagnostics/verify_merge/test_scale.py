@@ -29,7 +29,7 @@ def oracle(w, m, b, a, s, u, casts):
 
 @pytest.mark.parametrize(("dtype", "u"), [(torch.bfloat16, 2.0**-8), (torch.float32, 2.0**-24)])
 @pytest.mark.parametrize("s", [2.0, 1.5])
-def test_scale_and_its_error_are_the_oracle(dtype, u, s):
+def test_scale_and_its_error_are_oracle(dtype, u, s):
     w, b, a = factors((24, 20), 2, 0.1, s, dtype, 0)
     m = ORDERS["product rounded first"](w, b, a, s)
     record = verified(w, m, b, a, s)
@@ -56,7 +56,7 @@ def test_right_merges_pass_within_their_error(dtype, order):
 @pytest.mark.parametrize("order", [name for name in ORDERS if name != "scale in the dtype"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("c", [0.98, 0.99, 0.995, 1.005, 1.01, 1.015, 1.02, 1.05])
-def test_a_wrong_scale_is_named_so(dtype, order, c):
+def test_wrong_scale_is_named_so(dtype, order, c):
     w, b, a = factors((96, 96), 8, 0.3, RSLORA, dtype, 1)
     record = verified(w, ORDERS[order](w, b, a, RSLORA * c), b, a, RSLORA)
     assert record.status == "wrong scale", record.cause
@@ -67,12 +67,12 @@ def test_a_wrong_scale_is_named_so(dtype, order, c):
 
 
 @pytest.mark.parametrize("c", [0.999, 1.0001, 1.00001])
-def test_float32_tells_a_scale_from_coarse_arithmetic(c):
+def test_float32_tells_scale_from_coarse_arithmetic(c):
     w, b, a = factors((64, 64), 4, 0.1, 2.0, torch.float32, 2)
     assert verified(w, ORDERS["in float32"](w, b, a, 2.0 * c), b, a, 2.0).status == "wrong scale"
 
 
-def test_a_scaling_rounded_to_16_bits_is_no_wrong_scale():
+def test_scaling_rounded_to_16_bits_is_no_wrong_scale():
     w, b, a = factors((128, 128), 8, 0.3, RSLORA, torch.bfloat16, 3)
     rounded = float(torch.tensor(RSLORA).bfloat16())
     assert abs(rounded / RSLORA - 1) > 1e-4
@@ -81,14 +81,14 @@ def test_a_scaling_rounded_to_16_bits_is_no_wrong_scale():
     assert verified(wide, ORDERS["in float32"](wide, b, a, rounded), b, a, RSLORA).status == "coarse"
 
 
-def test_a_scale_that_rounding_hides_is_inconclusive():
+def test_scale_that_rounding_hides_is_inconclusive():
     w, b, a = factors((16, 16), 2, 1e-4, 2.0, torch.bfloat16, 0)
     for c in (1.0, 1.02):
         record = verified(w, ORDERS["in float32"](w, b, a, 2.0 * c), b, a, 2.0)
         assert (record.status, record.failed) == ("inconclusive", False)
 
 
-def test_the_scale_is_found_where_rounding_takes_half_of_the_update():
+def test_scale_is_found_where_rounding_takes_half_of_update():
     w, b, a = factors((256, 256), 8, 0.001, 2.0, torch.bfloat16, 0)
     record = verified(w, ORDERS["in float32"](w, b, a, 2.1), b, a, 2.0)
     assert record.scale < 0.7
@@ -97,7 +97,7 @@ def test_the_scale_is_found_where_rounding_takes_half_of_the_update():
 
 @pytest.mark.parametrize("c", [0.98, 0.99, 1.01, 1.02])
 @pytest.mark.parametrize("relative", [0.002, 0.005])
-def test_a_precise_merge_tells_scales_within_the_error_of_c(relative, c):
+def test_precise_merge_tells_scales_within_error_of_c(relative, c):
     w, b, a = factors((128, 128), 8, relative, RSLORA, torch.bfloat16, 4)
     record = verified(w, ORDERS["in float32"](w, b, a, RSLORA * c), b, a, RSLORA)
     assert record.status == "wrong scale", record.cause
@@ -115,7 +115,7 @@ def test_right_merges_whose_error_is_large_do_not_fail(order, relative):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_a_rounded_diagonal_is_no_wrong_scale(dtype):
+def test_rounded_diagonal_is_no_wrong_scale(dtype):
     """AdaLoRA's E and VeRA's d: each rounding of them is shared by a whole column of B."""
     found = []
     for seed in range(6):
@@ -133,7 +133,7 @@ def test_a_rounded_diagonal_is_no_wrong_scale(dtype):
     assert "wrong scale" in found  # so that the diagonal is what makes the difference
 
 
-def test_an_entry_off_by_more_than_casts_of_the_factors_is_found():
+def test_entry_off_by_more_than_casts_of_factors_is_found():
     """Two casts of either factor are 4u·|B||A|, two roundings of ΔW 2u|ΔW|, and half an ulp u|ΔW|: 7u·|B||A|."""
     w, b, a = factors((64, 64), 4, 0.3, 2.0, torch.bfloat16, 6)
     w[3, 5] = 0

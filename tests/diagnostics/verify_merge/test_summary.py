@@ -51,21 +51,21 @@ def words(found: Results, **options) -> str:
         ([], "inconclusive"),
     ],
 )
-def test_what_the_layers_say_together(records, expected):
+def test_layers_are_summarised_together(records, expected):
     assert outcome(records) == expected
     correct = find(merge_lines(results(*records)), "correct")
     levels = {"correct": "ok", "inconclusive": "warning", "failed": "failure"}
     assert (correct.level if correct else None) == (levels[expected] if records else None)
 
 
-def test_every_status_that_fails_has_a_way_out_and_stands_before_those_that_do_not():
+def test_failing_statuses_come_first_and_have_way_out():
     failing = [status for status in ORDER if record(status=status).failed]
     assert set(WAYS_OUT) == set(failing)
     assert list(ORDER[: len(failing)]) == failing
     assert set(ORDER) >= CORRECT
 
 
-def test_failures_come_first_whatever_their_place_in_the_model():
+def test_failures_come_first_whatever_their_place_in_model():
     found = results(
         *(record(layer=f"model.layers.{i}.mlp.up_proj.weight") for i in range(3)), wrong("dropped", layer="z")
     )
@@ -73,7 +73,7 @@ def test_failures_come_first_whatever_their_place_in_the_model():
     assert [row[:3] for row in rows] == [["z", "1", "dropped"], ["mlp.up_proj", "3", "ok"]]
 
 
-def test_one_cause_is_told_once_with_the_layers_it_struck():
+def test_cause_is_stated_once_with_its_layers():
     layers = [wrong("wrong scale", layer=f"l.{i}.w", cause="twice") for i in range(5)]
     found = words(results(*layers), width=140)
     assert "Wrong scale l.0.w, l.1.w, l.2.w and 2 more: twice" in found
@@ -86,7 +86,7 @@ def test_many_causes_are_counted():
     assert "and 6 layers more" in words(results(*layers))
 
 
-def test_one_layer_is_said_in_the_singular():
+def test_single_layer_is_in_singular():
     assert "1 layer adapted, 0 not" in words(results(record()))
 
 
@@ -98,14 +98,14 @@ def test_lost_to_rounding():
     assert "in 1 layer: c." in words(results(record(), record(layer="c", residual=3.0)))
 
 
-def test_layers_that_changed_without_the_adapter():
+def test_layers_that_changed_without_adapter():
     changed = wrong("changed", adapted=False, layer="model.norm.weight", scale=None, residual=None, cause="not its own")
     found = words(results(record(), record(adapted=False, layer="b"), changed))
     assert "Not adapted 1 of 2 changed, 50% of their entries; most in model.norm" in found
     assert "1 that the adapter does not touch changed" in found
 
 
-def test_what_could_not_be_read_or_finished_is_said():
+def test_unreadable_or_unfinished_results_are_reported():
     bad = LeftOut(layer="x", shape=(2,), reason="non_finite", detail="BASE holds nan at [0]")
     found = words(results(record(), left_out=[bad], finished=False))
     assert "Not measured x: BASE holds nan at [0]" in found
@@ -125,7 +125,7 @@ def test_what_was_written_is_read(tmp_path):
     assert merge_table(read_results(tmp_path / "r.jsonl")) == merge_table(found)
 
 
-def test_a_wide_terminal_shows_all_columns_and_a_type_how_many_layers_it_has():
+def test_wide_terminal_shows_all_columns_and_layer_counts():
     found = results(record(), record(layer="model.layers.1.self_attn.q_proj.weight"))
     assert [column.title for column in merge_grids(found, "type")[0].columns if column.title == "n"] == ["n"]
     assert [column.title for column in merge_grids(found, "layer")[0].columns if column.title == "n"] == []

@@ -36,7 +36,7 @@ def windows(text, length):
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
-def test_second_moments_and_the_residual_in_them_equal_what_is_measured_directly(tmp_path, kind):
+def test_second_moments_and_residual_equal_direct_measurement(tmp_path, kind):
     base = SAMPLES / "base" if kind == "llama" else gpt2(tmp_path / "base")
     tuned = SAMPLES / "full_ft" if kind == "llama" else moved(base, tmp_path / "tuned")
     other = moved(base, tmp_path / "other", 0.01, seed=9)
@@ -78,7 +78,7 @@ def test_layers_that_are_given_one_tensor_share_one_sum(tmp_path):
     assert set(recorded.left_out.values()) == {"not selected", "not a linear layer of its own"}
 
 
-def test_the_file_says_over_what_it_was_recorded(tmp_path):
+def test_file_says_over_what_it_was_recorded(tmp_path):
     text = some_text(tmp_path)
     lora_diag.probe_activations(gpt2(tmp_path / "base"), text, tmp_path / "a.safetensors", max_sequences=2)
     with safe_open(tmp_path / "a.safetensors", "pt") as file:
@@ -101,7 +101,7 @@ def test_lines_of_different_lengths_are_not_padded(tmp_path):
         assert np.allclose(c.numpy(), x.T @ x / len(x), atol=1e-5 * np.abs(c.numpy()).max())
 
 
-def test_what_cannot_be_recorded_is_refused_and_nothing_is_written(tmp_path):
+def test_unrecordable_input_is_refused_and_nothing_written(tmp_path):
     base, text, out = gpt2(tmp_path / "base"), some_text(tmp_path), tmp_path / "a.safetensors"
     with pytest.raises(NothingComparedError, match="no linear layer is selected"):
         lora_diag.probe_activations(base, text, out, layers="nothing")

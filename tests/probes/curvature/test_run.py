@@ -88,7 +88,7 @@ def curved_at(folder, text, layers, matrix="hessian", size=4):
     return model, Curved(model, read_texts(text, model), size, shapes, matrix)
 
 
-def test_products_and_gradient_are_those_of_a_dense_hessian(case, at_base):
+def test_products_and_gradient_are_those_of_dense_hessian(case, at_base):
     _, curved = curved_at(case[0], case[2], [LAYERS["query"]])
     h = at_base.hessian()
     x = torch.randn(len(h), generator=torch.Generator().manual_seed(0))
@@ -140,7 +140,7 @@ def test_products_are_those_of_curvlinops(case, matrix):
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
-def test_products_of_language_models_are_differences_of_their_gradients(tmp_path, kind):
+def test_products_of_language_models_are_gradient_differences(tmp_path, kind):
     """Llama has SiLU and grouped queries, GPT-2 a tied head and transposed weights."""
     base = tmp_path / "base"
     if kind == "llama":
@@ -183,7 +183,7 @@ def test_products_of_language_models_are_differences_of_their_gradients(tmp_path
         assert (found[name] - truth).abs().max() <= 1e-3 * truth.abs().max()
 
 
-def test_one_matrix_of_a_stack_has_its_block_of_the_hessian(tmp_path):
+def test_one_matrix_of_stack_has_its_block_of_hessian(tmp_path):
     """As experts are stored: ``name[3]`` is a part of a parameter, here a row of one."""
     model, text = open_model(gpt2(tmp_path / "base"), torch.device("cpu")), some_text(tmp_path, windows=2)
     texts, name = read_texts(text, model), "transformer.h.0.attn.c_attn.weight"
@@ -200,7 +200,7 @@ def test_one_matrix_of_a_stack_has_its_block_of_the_hessian(tmp_path):
     assert set(changed.abs().sum(1).nonzero().flatten().tolist()) == {3, 5}
 
 
-def test_the_trace_is_unbiased_jointly_and_layer_by_layer(case):
+def test_trace_is_unbiased_jointly_and_layer_by_layer(case):
     layers = [LAYERS["query"], LAYERS["head"]]
     _, curved = curved_at(case[0], case[2], layers)
     together, alone = traces(curved, 40, seed=1)
@@ -238,7 +238,7 @@ def measured(case):
     )
 
 
-def test_the_products_told_are_those_of_both_ends(case, monkeypatch):
+def test_products_told_are_those_of_both_ends(case, monkeypatch):
     base, tuned, text = case
     spent, ends = [], Curved.ends
 
@@ -257,7 +257,7 @@ def of_rank(measured):
     return [record for record in measured.whole if record.record == "loss_bound"]
 
 
-def test_eigenvalues_at_tuned_are_those_of_the_dense_hessian(measured, at_tuned):
+def test_eigenvalues_at_tuned_are_those_of_dense_hessian(measured, at_tuned):
     joint, layer = (record for record in measured.whole if record.record == "curvature")
     truth = np.linalg.eigvalsh(at_tuned.hessian())
     np.testing.assert_allclose(joint.eigenvalues, truth[::-1][:4], atol=1e-3 * truth[-1])
@@ -268,7 +268,7 @@ def test_eigenvalues_at_tuned_are_those_of_the_dense_hessian(measured, at_tuned)
     assert (layer.layer, layer.gradient, layer.eigenvalues) == (LAYERS["query"], joint.gradient, ())
 
 
-def test_model_bound_and_gap_of_every_rank_are_those_of_an_independent_computation(case, measured, at_tuned):
+def test_model_bound_and_gap_equal_independent_computation(case, measured, at_tuned):
     name, records = LAYERS["query"], of_rank(measured)
     before, after = tensors(case[0])[name], tensors(case[1])[name]
     delta, g, h = after - before, at_tuned.gradient(), at_tuned.hessian()
@@ -291,7 +291,7 @@ def test_model_bound_and_gap_of_every_rank_are_those_of_an_independent_computati
         assert record.holds == (gap <= g @ flat + top / 2 * (flat**2).sum())
 
 
-def test_the_model_is_exact_for_small_steps(measured):
+def test_model_is_exact_for_small_steps(measured):
     """What it leaves out falls with the cube of the step."""
     for rank in (0, 2, 9):
         small, double = (r for r in of_rank(measured) if r.rank == rank and r.along < 1)
@@ -300,7 +300,7 @@ def test_the_model_is_exact_for_small_steps(measured):
         assert left[0] <= left[1] / 4 + 1e-6
 
 
-def test_no_direction_bends_more_than_the_largest_eigenvalue(measured):
+def test_no_direction_bends_more_than_largest_eigenvalue(measured):
     joint = measured.whole[0]
     for record in of_rank(measured):
         rayleigh = 2 * record.quadratic / record.tail_energy
@@ -331,7 +331,7 @@ class Bowl:
 
 
 @pytest.mark.parametrize("way", [0, 1])
-def test_on_a_parabola_the_bounds_are_met_along_the_eigenvectors(monkeypatch, way):
+def test_on_parabola_bounds_are_met_along_eigenvectors(monkeypatch, way):
     h = torch.diag(torch.tensor([2.0, 0.5], dtype=torch.float64))
     start, change = torch.tensor([1.0, -3.0], dtype=torch.float64), torch.eye(2, dtype=torch.float64)[way] * 0.7
     bowl = Bowl(h, start, start + change)
@@ -348,7 +348,7 @@ def test_on_a_parabola_the_bounds_are_met_along_the_eigenvectors(monkeypatch, wa
     assert not low[0].holds  # the loss bends more on the way than λ allows
 
 
-def test_the_lower_relation_is_there_only_where_the_loss_is_strongly_convex(measured):
+def test_lower_relation_needs_strong_convexity(measured):
     joint = measured.whole[0]
     assert not joint.strongly_convex
     assert all(record.lower is None for record in of_rank(measured))
@@ -358,7 +358,7 @@ def test_the_lower_relation_is_there_only_where_the_loss_is_strongly_convex(meas
     assert not convex.model_copy(update={"smallest": joint.eigenvalues[0] * 1e-5}).strongly_convex
 
 
-def test_in_a_convex_case_the_bound_holds_under_its_conditions(case, tmp_path):
+def test_in_convex_case_bound_holds_under_its_conditions(case, tmp_path):
     """The last layer of a classifier alone: softmax regression, trained until its gradient is nothing."""
     base, name, text = case[0], LAYERS["head"], tmp_path / "mixed.jsonl"
     # every text with several labels, or the optimum would lie at infinity
@@ -410,7 +410,7 @@ def test_in_a_convex_case_the_bound_holds_under_its_conditions(case, tmp_path):
     assert all(abs(r.linear) <= 0.02 * r.gap for r in of_rank(found) if r.along == 1 and r.gap > 1e-4)
 
 
-def test_the_gradient_at_base_is_projected_on_the_top_eigenpairs(case, at_base):
+def test_gradient_at_base_is_projected_on_top_eigenpairs(case, at_base):
     base, _, text = case
     options = {"evaluate": [text], "layers": "query", "top": 6, "batch": 9, "tokenizer": "bytes"}
     _, joint = lora_diag.probe_curvature(base, **options).whole
@@ -443,7 +443,7 @@ def by_layer(case, tmp_path_factory):
     return lora_diag.probe_curvature(base, tuned, evaluate=[text], output=output, **BOTH), output
 
 
-def test_every_layer_has_the_eigenvalues_of_its_own_block(case, by_layer):
+def test_every_layer_has_eigenvalues_of_its_own_block(case, by_layer):
     joint, *layers = (record for record in by_layer[0].whole if record.record == "curvature")
     assert {record.layer for record in layers} == {LAYERS["query"], LAYERS["query"].replace("query", "key")}
     for record in layers:
@@ -457,7 +457,7 @@ def test_every_layer_has_the_eigenvalues_of_its_own_block(case, by_layer):
     assert joint.gradient == pytest.approx(math.hypot(*(record.gradient for record in layers)), rel=1e-5)
 
 
-def test_ctrl_c_leaves_a_file_that_goes_on_without_measuring_anything_twice(case, by_layer, tmp_path):
+def test_ctrl_c_leaves_file_that_resumes_without_repeats(case, by_layer, tmp_path):
     base, tuned, text = case
     options = {"evaluate": [text], **BOTH}
 
@@ -502,7 +502,7 @@ def test_ctrl_c_leaves_a_file_that_goes_on_without_measuring_anything_twice(case
     ],
     ids=str,
 )
-def test_what_makes_no_sense_is_refused(case, tmp_path, change, error, message):
+def test_invalid_options_are_refused(case, tmp_path, change, error, message):
     base, tuned, text = case
     options = {"evaluate": [text], "output": tmp_path / "c.jsonl", "tokenizer": "bytes", **change}
     for after in (tuned, None):
@@ -516,7 +516,7 @@ def test_one_set_only(case):
         lora_diag.probe_curvature(case[0], evaluate=[case[2], case[2]])
 
 
-def test_the_command_says_what_the_bound_is_worth(case, loradiag):
+def test_command_says_what_bound_is_worth(case, loradiag):
     base, tuned, text = case
     words = ["probe", "curvature", base, tuned, "--eval", text, "--layers", "query", "--ranks", "0,4", "--top", "1"]
     ran = loradiag(*words, "--probes", "2", "--tokenizer", "bytes", "-o", "c.jsonl", env={"COLUMNS": "80"})

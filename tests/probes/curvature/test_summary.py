@@ -50,7 +50,7 @@ def said(*records, width=200):
     return " ".join(text.split())
 
 
-def test_a_bound_far_above_the_gap_is_called_so_and_a_near_model_is_called_near():
+def test_summary_calls_loose_bound_loose_and_near_model_near():
     told = said(joint(), bound(), bound(along=0.1, linear=1e-4, quadratic=1.9e-4, upper=0.1, gap=2.9e-4))
     assert "(λ/2)Σσ² is 500 to 500 times the measured gap: far too loose to choose a rank by" in told
     assert "at the truncated weights it gives 1.00 to 1.00 of the measured gap; within 10% at r=4" in told
@@ -60,7 +60,7 @@ def test_a_bound_far_above_the_gap_is_called_so_and_a_near_model_is_called_near(
     assert "μ = -3: the loss bends down in some directions, so it is not convex there" in told
 
 
-def test_a_bound_that_is_exceeded_says_where_and_why():
+def test_bound_that_is_exceeded_says_where_and_why():
     told = said(joint(), bound(holds=False, upper=0.001, curvature=0.1))
     assert "is exceeded at r=4 at 1: λ is measured at TUNED alone" in told
     told = said(joint(), bound(holds=False, upper=0.001, curvature=60.0))
@@ -68,12 +68,12 @@ def test_a_bound_that_is_exceeded_says_where_and_why():
     assert "exceeds λ at the points measured" in told
 
 
-def test_a_gap_that_is_nothing_or_negative_has_no_ratio_of_bounds():
+def test_gap_that_is_nothing_or_negative_has_no_ratio_of_bounds():
     told = said(joint(), bound(gap=-0.01, linear=-0.02, quadratic=0.01), bound(rank=8, gap=0.0))
     assert "times the measured gap" not in told
 
 
-def test_what_cannot_be_told_from_zero_is_not_divided_by():
+def test_distance_near_zero_is_no_divisor():
     told = said(joint(trace_error=80.0), bound())
     assert "not to be told from zero; more --trace-vectors would say" in told
     assert "tr H/2n" not in told
@@ -85,7 +85,7 @@ def test_what_cannot_be_told_from_zero_is_not_divided_by():
 
 
 @pytest.mark.parametrize("is_joint", [True, False])
-def test_the_share_of_joint_eigenpairs_stands_once(is_joint):
+def test_share_of_joint_eigenpairs_stands_once(is_joint):
     held = Surrogate(
         eigenpairs=10,
         joint=is_joint,
@@ -105,5 +105,5 @@ def test_the_share_of_joint_eigenpairs_stands_once(is_joint):
     assert all(len(line) <= 100 for line in text.splitlines())
 
 
-def test_a_run_without_records_yet_says_so():
+def test_run_without_records_yet_says_so():
     assert "the run did not finish" in said()

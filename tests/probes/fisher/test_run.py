@@ -74,7 +74,7 @@ def models(tmp_path_factory):
     return base, moved(base, folder / "tuned", 0.05), some_text(folder, windows=5)
 
 
-def test_every_rank_of_a_causal_model_equals_what_its_gradients_give(models):
+def test_ranks_of_causal_model_equal_computation_from_gradients(models):
     base, tuned, text = models
     results = lora_diag.probe_fisher(base, tuned, data=text, ranks=RANKS, batch=2)
     content = text.read_bytes()
@@ -89,7 +89,7 @@ def test_every_rank_of_a_causal_model_equals_what_its_gradients_give(models):
         assert (record.labels, record.effect, record.on) == ("data", None, None)
 
 
-def test_sequences_of_several_lengths_are_padded_and_padding_counts_for_nothing(tmp_path):
+def test_padding_of_sequences_counts_for_nothing(tmp_path):
     base = bert(tmp_path / "base")
     tuned = moved(base, tmp_path / "tuned", 0.05)
     texts = ["short", "a much longer line", "also5", "mid one", "x"]
@@ -108,7 +108,7 @@ def test_sequences_of_several_lengths_are_padded_and_padding_counts_for_nothing(
         check(record, delta, grads[name], c[name], g[name], tokens[name], predictions, transposed=False)
 
 
-def test_effects_are_those_of_a_model_with_the_truncated_weights(models, tmp_path):
+def test_effects_are_those_of_model_with_truncated_weights(models, tmp_path):
     base, tuned, text = models
     held_out = some_text(tmp_path, "other", windows=3, source="shifted")
     layers = r"h\.1\.(attn\.c_attn|mlp\.c_fc)"
@@ -142,7 +142,7 @@ def test_effects_are_those_of_a_model_with_the_truncated_weights(models, tmp_pat
     assert [record.fisher for record in alone.whole] == [record.fisher for record in results.whole]
 
 
-def test_half_the_fisher_is_the_kl_of_a_small_change(tmp_path):
+def test_half_fisher_is_kl_of_small_change(tmp_path):
     """With labels drawn from the model, many times over: the second-order law that gives F its meaning."""
     base = bert(tmp_path / "base")
     tuned = moved(base, tmp_path / "tuned", 0.01)
@@ -157,7 +157,7 @@ def test_half_the_fisher_is_the_kl_of_a_small_change(tmp_path):
         assert record.labels == "model"
 
 
-def test_layers_that_do_not_fit_into_one_pass_get_another_and_the_same_labels(models, monkeypatch):
+def test_layers_of_second_pass_get_same_labels(models, monkeypatch):
     base, tuned, text = models
     asked = {"data": text, "ranks": (2,), "labels": "model", "seed": 3}
     one = lora_diag.probe_fisher(base, tuned, **asked)
@@ -168,7 +168,7 @@ def test_layers_that_do_not_fit_into_one_pass_get_another_and_the_same_labels(mo
     assert [record.fisher for record in one.whole] != [record.fisher for record in other.whole]
 
 
-def test_a_layer_that_is_used_twice_adds_up_before_it_is_squared():
+def test_layer_that_is_used_twice_adds_up_before_it_is_squared():
     eye = torch.eye(2, dtype=torch.float64)
     tail = Tail(torch.nn.Linear(2, 2), torch.tensor([2.0, 1.0], dtype=torch.float64), eye, eye, 5**0.5)
     x, g = torch.tensor([[[1.0, 2.0]]]), torch.tensor([[[3.0, -1.0]]])
@@ -182,7 +182,7 @@ def test_a_layer_that_is_used_twice_adds_up_before_it_is_squared():
     assert "not laid out by sequence" in tail.problem
 
 
-def test_an_interrupted_run_goes_on_behind_its_last_layer(models, tmp_path, monkeypatch):
+def test_interrupted_run_goes_on_behind_its_last_layer(models, tmp_path, monkeypatch):
     base, tuned, text = models
     asked = {"data": text, "ranks": (2, 4), "measure": True, "layers": r"h\.0\."}
     whole = lora_diag.probe_fisher(base, tuned, **asked)
@@ -202,7 +202,7 @@ def test_an_interrupted_run_goes_on_behind_its_last_layer(models, tmp_path, monk
     assert lora_diag.probe_fisher(base, tuned, output=out, resume=True, **asked).whole == whole.whole
 
 
-def test_what_makes_no_sense_is_refused(models, tmp_path):
+def test_invalid_options_are_refused(models, tmp_path):
     base, tuned, text = models
     with pytest.raises(UsageError, match="--labels"):
         lora_diag.probe_fisher(base, tuned, data=text, labels="mine")
@@ -216,7 +216,7 @@ def test_what_makes_no_sense_is_refused(models, tmp_path):
         lora_diag.probe_fisher(base, tuned, data=text, layers="nothing")
 
 
-def test_the_command_prints_what_orders_the_layers(models, tmp_path, loradiag):
+def test_command_prints_what_orders_layers(models, tmp_path, loradiag):
     base, tuned, text = models
     ran = loradiag(
         "probe", "fisher", base, tuned, "--data", text, "--measure", "--ranks", "2,8", "-o", "f.jsonl", "--batch", "4"

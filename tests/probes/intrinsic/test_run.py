@@ -46,14 +46,14 @@ def drawn(size, dim, total, seed):
 
 @given(st.integers(0, 6), st.integers(1, 4))
 @settings(deadline=None, max_examples=20)
-def test_the_fast_transform_is_the_hadamard_matrix(exponent, rows):
+def test_fast_transform_is_hadamard_matrix(exponent, rows):
     x = torch.randn(rows, 2**exponent, dtype=torch.float64)
     np.testing.assert_allclose(hadamard(x).numpy(), x.numpy() @ dense_hadamard(2**exponent), atol=1e-12)
 
 
 @given(st.integers(1, 90), st.integers(1, 40), st.integers(0, 50))
 @settings(deadline=None, max_examples=25)
-def test_the_projection_is_its_definition_and_gradients_are_its_adjoint(size, dim, seed):
+def test_projection_equals_definition_and_gradients_adjoint(size, dim, seed):
     one, found, truth = drawn(size, dim, 3 * size, seed)
     np.testing.assert_allclose(found.numpy(), truth, atol=1e-5 * np.abs(truth).max())
     z, w = torch.randn(dim, requires_grad=True), torch.randn(size)
@@ -84,7 +84,7 @@ def texts(tmp_path_factory):
 
 
 @pytest.mark.parametrize("method", ["plain", "said"])
-def test_a_subspace_is_base_at_first_and_the_same_for_the_same_seed(base, method):
+def test_subspace_is_base_at_first_and_same_for_same_seed(base, method):
     inner = transformers.GPT2LMHeadModel.from_pretrained(base).requires_grad_(False).eval()
     before = {name: value.clone() for name, value in inner.state_dict().items()}
     ids = torch.arange(12).view(2, 6)
@@ -175,7 +175,7 @@ def measured(base, texts, tmp_path_factory):
     return found, output
 
 
-def test_the_training_loss_is_that_of_the_last_tenth_and_base_is_never_left_in_training(base, texts, monkeypatch):
+def test_training_loss_is_of_last_tenth_and_base_is_in_eval_mode(base, texts, monkeypatch):
     model = open_model(base, CPU)
     words = intrinsic.Run(5, 1e-3, 0, "plain"), Training(read_texts(texts[1], model), 20, 1, 0), [], lambda: None
     monkeypatch.setattr(intrinsic, "train", lambda *_: [float(step) for step in range(20)])
@@ -191,7 +191,7 @@ def test_the_training_loss_is_that_of_the_last_tenth_and_base_is_never_left_in_t
     assert not any(module.training for module in model.module.modules())
 
 
-def test_every_run_has_the_loss_of_a_plain_loop(base, texts, measured):
+def test_every_run_has_loss_of_plain_loop(base, texts, measured):
     train, held = texts
     records = measured[0].whole
     model = transformers.GPT2LMHeadModel.from_pretrained(base)
@@ -216,7 +216,7 @@ def test_every_run_has_the_loss_of_a_plain_loop(base, texts, measured):
         assert records[0].loss == pytest.approx(model.eval()(input_ids=ids_of(held), labels=ids_of(held)).loss.item())
 
 
-def test_ctrl_c_leaves_a_file_that_goes_on_without_running_anything_twice(base, texts, measured, tmp_path):
+def test_ctrl_c_leaves_file_that_resumes_without_repeats(base, texts, measured, tmp_path):
     train, held = texts
 
     def stop(event):
@@ -253,7 +253,7 @@ def planted(records):
             yield Intrinsic(subject=subject, params=size, lr=lr, seed=seed, loss=3 - share, **name, **common)
 
 
-def test_the_smallest_that_reaches_the_share_by_its_own_best_rate():
+def test_smallest_that_reaches_share_by_its_own_best_rate():
     records = [
         *planted(
             [
@@ -279,7 +279,7 @@ def test_the_smallest_that_reaches_the_share_by_its_own_best_rate():
     assert (lora.line, lora.below.size) == (None, 2)
 
 
-def test_what_full_fine_tuning_does_not_gain_cannot_be_reached():
+def test_dimension_is_null_without_gain_of_full_fine_tuning():
     records = [r if r.subject != "full" else r.model_copy(update={"loss": 3.5}) for r in planted([])]
     records += [r for r in planted([("subspace", 10, 0.1, (0.5, 0.4))]) if r.subject == "subspace"]
     found = lines(records, "held", "held", 0)
@@ -293,7 +293,7 @@ def shown(records):
     return " ".join(table(Results(run, (), whole=tuple(records)), 200).split())
 
 
-def test_a_reference_that_may_be_too_weak_is_told():
+def test_reference_that_may_be_too_weak_is_told():
     """Full fine-tuning at its lowest rate, and a subspace that gains more than it does."""
     records = [*planted([("subspace", 10, 0.1, (1.2, 0.89)), ("lora", 2, 0.1, (0.5, 0.4))])]
     told = shown(records)
@@ -310,7 +310,7 @@ def test_a_reference_that_may_be_too_weak_is_told():
     assert "the run did not finish" in told
 
 
-def test_more_dimensions_gain_more_where_the_optimum_is_in_reach(tmp_path):
+def test_more_dimensions_gain_more_where_optimum_is_in_reach(tmp_path):
     """A classifier that has to tell three letters apart: few directions are not enough, some hundreds are."""
     base = bert(tmp_path / "base")
     for name, shift in (("train", 0), ("held", 1)):
@@ -357,7 +357,7 @@ def test_more_dimensions_gain_more_where_the_optimum_is_in_reach(tmp_path):
     ],
     ids=str,
 )
-def test_what_makes_no_sense_is_refused(base, texts, tmp_path, change, message):
+def test_invalid_options_are_refused(base, texts, tmp_path, change, message):
     with pytest.raises(UsageError, match=message):
         lora_diag.probe_intrinsic(base, data=texts[0], evaluate=[texts[1]], output=tmp_path / "s.jsonl", **change)
     assert not (tmp_path / "s.jsonl").exists()
@@ -368,7 +368,7 @@ def test_evaluating_what_was_trained_on_is_refused(base, texts):
         lora_diag.probe_intrinsic(base, data=texts[0], evaluate=[texts[0]])
 
 
-def test_the_command_answers_with_a_dimension_or_says_that_none_was_reached(base, texts, loradiag):
+def test_command_states_dimension_or_that_none_was_reached(base, texts, loradiag):
     words = ["probe", "intrinsic", base, "--data", texts[0], "--eval", texts[1], "--dims", "10", "--ranks", ""]
     more = ["--steps", "2", "--lr", "1e-3", "--full-lr", "1e-2", "--method", "said", "--seeds", "1"]
     ran = loradiag(*words, *more, env={"COLUMNS": "80"})

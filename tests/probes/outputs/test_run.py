@@ -62,7 +62,7 @@ def case(tmp_path):
 
 
 @pytest.mark.parametrize("memory", [2**30, 1])
-def test_every_number_equals_that_of_an_independent_computation(case, monkeypatch, memory):
+def test_every_number_equals_that_of_independent_computation(case, monkeypatch, memory):
     base, tuned, adapter, reference, text = case
     monkeypatch.setattr(lora_diag.probes.outputs.measure, "OUTPUT_BYTES", memory)  # all at once, or batch by batch
     found = lora_diag.probe_outputs(base, tuned, [adapter], reference=reference, evaluate=[text], length=64, batch=2)
@@ -97,7 +97,7 @@ def test_every_number_equals_that_of_an_independent_computation(case, monkeypatc
         assert record.name == {"adapter": str(adapter), "reference": str(reference)}.get(record.subject, "")
 
 
-def test_outputs_of_two_models_fit_into_what_a_chunk_may_take(monkeypatch):
+def test_outputs_of_two_models_fit_into_what_chunk_may_take(monkeypatch):
     config = SimpleNamespace(vocab_size=100, num_hidden_layers=3, hidden_size=5)
     model = SimpleNamespace(kind="causal", module=SimpleNamespace(config=config))
     texts = Texts("x", "x", (Sequence((1,) * 7, (1,) * 7),) * 10, "0", "")
@@ -119,7 +119,7 @@ def test_hidden_states_are_compared_depth_by_depth(case):
     assert (found[0].hidden, found[1].hidden) == ((1.0,) * 5, (0.0,) * 5)
 
 
-def test_a_depth_where_nothing_changed_has_no_distance(tmp_path):
+def test_depth_where_nothing_changed_has_no_distance(tmp_path):
     base, text = gpt2(tmp_path / "base"), some_text(tmp_path)
     tuned = moved(base, tmp_path / "tuned")
     weights = tensors(base) | {k: v for k, v in tensors(tuned).items() if "h.1." in k}  # only the second block moved
@@ -150,7 +150,7 @@ def test_padding_is_no_hidden_state(tmp_path):
     np.testing.assert_allclose(found[2].hidden, expected, rtol=1e-4)
 
 
-def test_adapters_have_the_losses_told_in_the_readme_of_the_samples():
+def test_adapters_have_losses_told_in_readme_of_samples():
     told = json.loads((SAMPLES / "losses.json").read_text())["losses"]
     found = lora_diag.probe_outputs(
         SAMPLES / "base", SAMPLES / "lora_r4", [SAMPLES / "lora_r16"], evaluate=[SAMPLES / "eval" / "shifted.txt"]
@@ -159,7 +159,7 @@ def test_adapters_have_the_losses_told_in_the_readme_of_the_samples():
         assert record.loss == pytest.approx(told[name]["shifted"], abs=1e-4)
 
 
-def test_the_order_of_adapters_changes_nothing(tmp_path):
+def test_order_of_adapters_changes_nothing(tmp_path):
     base = gpt2(tmp_path / "base")
     tuned, one, two = (moved(base, tmp_path / name, 0.1, seed) for seed, name in enumerate(("tuned", "one", "two")))
     text = some_text(tmp_path)
@@ -170,7 +170,7 @@ def test_the_order_of_adapters_changes_nothing(tmp_path):
     assert losses(one, two) == losses(two, one)
 
 
-def test_a_set_that_is_finished_is_not_run_again(tmp_path):
+def test_set_that_is_finished_is_not_run_again(tmp_path):
     base = gpt2(tmp_path / "base")
     tuned, other = moved(base, tmp_path / "tuned"), moved(base, tmp_path / "other", seed=3)
     sets = [some_text(tmp_path), some_text(tmp_path, "second", source="shifted")]
@@ -188,7 +188,7 @@ def test_a_set_that_is_finished_is_not_run_again(tmp_path):
     assert read_results(cut).end is not None
 
 
-def test_a_reference_is_the_yardstick_of_distances(tmp_path):
+def test_reference_is_yardstick_of_distances(tmp_path):
     base, text = gpt2(tmp_path / "base"), some_text(tmp_path)
     tuned = moved(base, tmp_path / "tuned")
     near, far, third = (

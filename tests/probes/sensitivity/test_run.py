@@ -74,7 +74,7 @@ def losses_of(model, text):
         return np.array([31 * model(one[None], labels=one[None]).loss.item() for one in ids_of(text)])
 
 
-def test_every_run_has_the_loss_of_a_plain_loop_on_that_layer_alone(case, measured):
+def test_every_run_has_loss_of_plain_loop_on_that_layer_alone(case, measured):
     base, train, held, shifted = case
     runs = [record for record in runs_of(measured[0]) if record.unit]
     assert len(runs) == 2 * 2 * 2 * (2 + 1)
@@ -93,7 +93,7 @@ def test_every_run_has_the_loss_of_a_plain_loop_on_that_layer_alone(case, measur
         assert record.params == record.rank * {"attn": 32, "mlp": 80}[record.unit.split(".")[-3]]
 
 
-def test_the_best_rate_of_each_unit_and_rank_has_the_other_seeds(measured):
+def test_best_rate_of_each_unit_and_rank_has_other_seeds(measured):
     runs = [record for record in runs_of(measured[0]) if record.unit and record.set == "held_out"]
     for unit in {record.unit for record in runs}:
         for rank in (2, 3):
@@ -111,7 +111,7 @@ def in_float64(base, train):
     return {name: named[name].grad.T.numpy() for name in named if ".c_" in name and name.endswith(".weight")}
 
 
-def test_first_order_scores_are_those_of_the_gradient_in_float64(case, tmp_path):
+def test_first_order_scores_are_those_of_gradient_in_float64(case, tmp_path):
     base, train, held, _ = case
     found = lora_diag.probe_sensitivity(
         base, data=train, evaluate=[held], rank=3, rates=(1e-2,), steps=4, batch=2, per="block", seed=SEED
@@ -139,7 +139,7 @@ def test_first_order_scores_are_those_of_the_gradient_in_float64(case, tmp_path)
         assert record.adam == pytest.approx(np.mean(fallen), rel=0.08)
 
 
-def test_gradients_leave_base_frozen_and_are_finite_or_an_error(case):
+def test_gradients_leave_base_frozen_and_are_finite_or_error(case):
     model = open_model(case[0], torch.device("cpu"))
     texts = read_texts(case[1], model, 2)
     layers = {name: layer for name, layer in linear_layers(model.module).items() if "c_attn" in name}
@@ -150,7 +150,7 @@ def test_gradients_leave_base_frozen_and_are_finite_or_an_error(case):
         sensitivity.gradients(model, layers, texts, 2, lambda: None)
 
 
-def test_a_unit_of_several_layers_has_the_parameters_of_all(case):
+def test_unit_of_several_layers_has_parameters_of_all(case):
     texts = read_texts(case[1], open_model(case[0], torch.device("cpu")), 2)
     losses = Losses(torch.tensor([3.0, 5.0]), torch.tensor([2.0, 2.0]))
     unit = sensitivity.Unit("h.0", ("a", "b"), ("a", "b"), (32, 80))
@@ -158,7 +158,7 @@ def test_a_unit_of_several_layers_has_the_parameters_of_all(case):
     assert sensitivity.record_of(texts, losses, unit, Cell(4, 1e-3, 0), losses).params == 4 * (32 + 80)
 
 
-def test_ctrl_c_leaves_a_file_that_goes_on_without_running_anything_twice(case, measured, tmp_path):
+def test_ctrl_c_leaves_file_that_resumes_without_repeats(case, measured, tmp_path):
     base, train, held, shifted = case
     options = {"data": train, "evaluate": [held], "shifted": [shifted], "rank": 2, "delta": 1, "rates": RATES}
     options |= {"widen": 0, "steps": STEPS, "batch": 2, "seeds": 2, "seed": SEED, "layers": r"h\.1\.(attn|mlp)\.c_proj"}
@@ -188,7 +188,7 @@ def test_ctrl_c_leaves_a_file_that_goes_on_without_running_anything_twice(case, 
         lora_diag.probe_sensitivity(base, output=cut, resume=True, **(options | {"delta": None}))
 
 
-def test_what_one_unit_needs_is_known_before_the_first_step(case):
+def test_memory_of_unit_is_known_before_first_step(case):
     base, train, held, _ = case
     last, said = [], []
     lora_diag.probe_sensitivity(
@@ -207,7 +207,7 @@ def test_what_one_unit_needs_is_known_before_the_first_step(case):
     assert "(1 unit)" in said[0]
 
 
-def test_a_run_that_diverges_is_kept_without_a_loss_and_base_is_as_it_was(case, monkeypatch):
+def test_diverged_run_is_kept_without_loss_and_base_restored(case, monkeypatch):
     base, train, held, _ = case
     real = lora_diag.models.training.rate_at
     monkeypatch.setattr(
@@ -225,7 +225,7 @@ def test_a_run_that_diverges_is_kept_without_a_loss_and_base_is_as_it_was(case, 
     assert "no run is finished" in table(nothing, 80)
 
 
-def test_a_classifier_is_adapted_layer_by_layer_but_for_its_head(tmp_path):
+def test_classifier_is_adapted_layer_by_layer_but_for_its_head(tmp_path):
     base = bert(tmp_path / "base")
     for name, shift in (("train", 0), ("held", 1)):
         lines = ({"text": chr(97 + i % 3) * (4 + i + shift), "label": i % 3} for i in range(6))
@@ -243,7 +243,7 @@ def test_a_classifier_is_adapted_layer_by_layer_but_for_its_head(tmp_path):
     assert "bert.pooler.dense.weight" in {record.unit for record in runs_of(found)}
 
 
-def test_the_table_names_who_gains_most_and_fits_a_narrow_terminal(measured):
+def test_table_names_who_gains_most_and_fits_narrow_terminal(measured):
     shown = table(measured[0], 80)
     assert all(len(line) <= 80 for line in shown.splitlines())
     gains = {
@@ -255,7 +255,7 @@ def test_the_table_names_who_gains_most_and_fits_a_narrow_terminal(measured):
     assert len(gains) == 2
 
 
-def test_gains_become_the_weights_of_an_allocation(case, measured, tmp_path):
+def test_gains_become_weights_of_allocation(case, measured, tmp_path):
     """w·Σ_{i≤2}σ² is the gain, by NumPy; layers that were not adapted get no rank."""
     base, *_ = case
     tuned = moved(base, tmp_path / "tuned")
@@ -279,7 +279,7 @@ def test_gains_become_the_weights_of_an_allocation(case, measured, tmp_path):
     assert any("gains from r=2 to 3 are not used" in note for note in weights.notes)
 
 
-def test_weights_of_what_is_no_sensitivity_or_unfinished_are_refused(case, measured, tmp_path):
+def test_weights_from_other_or_unfinished_results_are_refused(case, measured, tmp_path):
     base, *_ = case
     spectra = lora_diag.spectrum(base, moved(base, tmp_path / "tuned"), output=tmp_path / "spectrum.jsonl")
     with pytest.raises(InputError, match="holds results of loradiag spectrum"):
@@ -308,7 +308,7 @@ def test_weights_of_what_is_no_sensitivity_or_unfinished_are_refused(case, measu
     ],
     ids=str,
 )
-def test_what_makes_no_sense_is_refused(case, tmp_path, change, error, message):
+def test_invalid_options_are_refused(case, tmp_path, change, error, message):
     base, train, held, _ = case
     with pytest.raises(error, match=message):
         lora_diag.probe_sensitivity(base, data=train, evaluate=[held], output=tmp_path / "s.jsonl", **change)

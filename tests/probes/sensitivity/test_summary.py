@@ -45,12 +45,12 @@ MIXED = [0.4, 0.1, 0.8, 0.3, 0.6, 0.2, 0.7, 0.5]
     ],
     ids=["the gradient", "its size", "chance", "noise"],
 )
-def test_whether_a_gradient_would_have_done(gains, scores, sizes, noise, said):
+def test_whether_gradient_would_have_done(gains, scores, sizes, noise, said):
     shown = table(results(gains, scores, [round(100 * size) for size in sizes], noise), 120)
     assert f"Proxies {said}" in " ".join(shown.split())
 
 
-def test_the_most_sensitive_come_first_and_the_rest_is_counted():
+def test_most_sensitive_come_first_and_rest_is_counted():
     gains = [0.001 * i for i in range(1, 51)]
     shown = table(results(gains, gains, [1] * 50), 80).splitlines()
     rows = [line for line in shown if line.startswith(" h.")]
@@ -59,7 +59,7 @@ def test_the_most_sensitive_come_first_and_the_rest_is_counted():
     assert "and 10 more that gain less" in "\n".join(shown)
 
 
-def test_the_edge_of_a_unit_is_that_of_its_own_rates():
+def test_edge_of_unit_is_that_of_its_own_rates():
     """Beyond the grid only some units are tried: a rate that others went past is still their last."""
     found = results([0.3, 0.3], [1, 1], [1, 1])
     base, first, second = (record for record in found.whole if isinstance(record, Sensitivity))

@@ -36,7 +36,7 @@ def case(tmp_path):
     )
 
 
-def test_every_run_has_the_loss_of_a_plain_training_loop(case):
+def test_every_run_has_loss_of_plain_training_loop(case):
     base, train, held, shifted = case
     options = {"data": train, "evaluate": [held], "shifted": [shifted], "ranks": (1, 3), "rates": (1e-3, 3e-2)}
     found = lora_diag.probe_sweep(base, widen=1, steps=6, batch=2, seed=5, **options)
@@ -68,7 +68,7 @@ def test_every_run_has_the_loss_of_a_plain_training_loop(case):
     assert found.whole[0].loss == pytest.approx(truth, abs=1e-5)
 
 
-def test_ctrl_c_leaves_a_file_that_goes_on_without_running_anything_twice(case, tmp_path):
+def test_ctrl_c_leaves_file_that_resumes_without_repeats(case, tmp_path):
     base, train, held, _ = case
     options = {"data": train, "evaluate": [held], "ranks": (1, 2), "rates": (1e-2, 3e-2), "steps": 3, "widen": 0}
     lora_diag.probe_sweep(base, output=tmp_path / "whole.jsonl", **options)
@@ -98,7 +98,7 @@ def test_ctrl_c_leaves_a_file_that_goes_on_without_running_anything_twice(case, 
     assert cut.read_text() == (tmp_path / "whole.jsonl").read_text()
 
 
-def test_a_finished_sweep_takes_more_seeds_ranks_and_rates(case, tmp_path):
+def test_finished_sweep_takes_more_seeds_ranks_and_rates(case, tmp_path):
     base, train, held, _ = case
     options = {"data": train, "evaluate": [held], "steps": 3, "widen": 1, "output": tmp_path / "s.jsonl"}
     first = lora_diag.probe_sweep(base, ranks=(1,), rates=(1e-2, 3e-2), seeds=1, **options)
@@ -135,7 +135,7 @@ def test_a_finished_sweep_takes_more_seeds_ranks_and_rates(case, tmp_path):
         lora_diag.probe_sweep(base, **{**options, **more, "steps": 4})
 
 
-def test_the_whole_bill_is_known_before_the_first_step(case):
+def test_whole_bill_is_known_before_first_step(case):
     base, train, held, _ = case
     last = []
     lora_diag.probe_sweep(
@@ -150,7 +150,7 @@ def test_the_whole_bill_is_known_before_the_first_step(case):
     assert last[-1][0] == last[-1][1] == len(last)
 
 
-def test_a_run_that_diverges_is_told_and_the_rest_goes_on(case, monkeypatch):
+def test_run_that_diverges_is_told_and_rest_goes_on(case, monkeypatch):
     base, train, held, _ = case
     real = lora_diag.models.training.rate_at
 
@@ -167,7 +167,7 @@ def test_a_run_that_diverges_is_told_and_the_rest_goes_on(case, monkeypatch):
     assert "2 losses are not finite" in shown
 
 
-def test_a_classifier_can_be_swept(tmp_path):
+def test_classifier_can_be_swept(tmp_path):
     base = bert(tmp_path / "base")
     for name, shift in (("train", 0), ("held", 1)):
         lines = ({"text": chr(97 + i % 3) * (4 + i + shift), "label": i % 3} for i in range(6))
@@ -202,7 +202,7 @@ def test_a_classifier_can_be_swept(tmp_path):
     ],
     ids=str,
 )
-def test_what_makes_no_sense_is_refused(case, tmp_path, change, error, message):
+def test_invalid_options_are_refused(case, tmp_path, change, error, message):
     base, train, held, _ = case
     with pytest.raises(error, match=message):
         lora_diag.probe_sweep(base, data=train, evaluate=[held], output=tmp_path / "s.jsonl", **change)
@@ -220,7 +220,7 @@ def state_of(model):
     return hashlib.sha256(content).hexdigest()
 
 
-def test_the_reference_lines_have_the_losses_of_a_plain_loop_and_leave_base_as_it_was(case, monkeypatch):
+def test_reference_lines_equal_plain_loop_and_restore_base(case, monkeypatch):
     base, train, held, _ = case
     opened = []
     real = lora_diag.running.probing.open_model
@@ -282,7 +282,7 @@ def rounded_int8(weight):
 
 
 @pytest.mark.parametrize(("grid", "oracle"), [("nf4", rounded_nf4), ("int8", rounded_int8)])
-def test_rounded_weights_are_the_nearest_of_the_grid_and_come_back(grid, oracle):
+def test_rounded_weights_are_nearest_of_grid_and_come_back(grid, oracle):
     torch.manual_seed(0)
     layers = [torch.nn.Linear(37, 11), torch.nn.Linear(64, 3)]
     before = [layer.weight.detach().clone() for layer in layers]
@@ -292,7 +292,7 @@ def test_rounded_weights_are_the_nearest_of_the_grid_and_come_back(grid, oracle)
     assert all(torch.equal(layer.weight, weight) for layer, weight in zip(layers, before, strict=True))
 
 
-def test_a_row_of_zeros_rounds_to_zeros():
+def test_row_of_zeros_rounds_to_zeros():
     for to_grid in (to_nf4, to_int8):
         assert torch.equal(to_grid(torch.zeros(2, 64)), torch.zeros(2, 64))
 
@@ -330,7 +330,7 @@ def test_kinds_of_lora_are_those_of_peft(case, options, of_peft):
         assert (found.whole[1].subject, found.whole[1].name) == ("base", "nf4")
 
 
-def test_what_is_trained_is_part_of_what_may_be_resumed(case, tmp_path):
+def test_resume_requires_same_trained_parameters(case, tmp_path):
     base, train, held, _ = case
     options = {"data": train, "evaluate": [held], "ranks": (1,), "rates": (1e-2,), "steps": 2, "full": True}
     options |= {"full_rates": (1e-3,), "output": tmp_path / "s.jsonl"}
@@ -351,7 +351,7 @@ def test_what_is_trained_is_part_of_what_may_be_resumed(case, tmp_path):
     assert read_results(tmp_path / "s.jsonl").whole == whole.whole
 
 
-def test_lora_leaves_the_head_of_a_classifier_alone(tmp_path):
+def test_lora_leaves_head_of_classifier_alone(tmp_path):
     model = open_model(bert(tmp_path / "base"), torch.device("cpu"))
     with with_lora(model, 1, Lora()) as adapted:
         names = {name for name, _ in adapted.module.named_modules() if name.endswith(".lora_A")}

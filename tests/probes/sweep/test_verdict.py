@@ -44,7 +44,7 @@ def test_verdicts(losses, word, rank, answer):
     assert (found.word, found.rank, found.answer) == (word, rank, answer)
 
 
-def test_a_standing_is_the_paired_t_test_against_the_margin():
+def test_standing_is_paired_t_test_against_margin():
     """Two ranks: θ of the pair by its definition, seed by seed, with SciPy's t test of one sample."""
     four, eight, base, share = np.array([1.02, 1.05, 1.00]), np.array([1.00, 1.01, 0.99]), 2.0, 0.1
     found = judge(rows(four, eight), base, share).standings[0]
@@ -61,7 +61,7 @@ def test_a_standing_is_the_paired_t_test_against_the_margin():
 
 @settings(max_examples=60)
 @given(st.integers(0, 10**6), st.floats(1.0, 30.0))
-def test_noisier_seeds_never_make_a_rank_enough(seed, times):
+def test_noisier_seeds_never_make_rank_enough(seed, times):
     """The same means, with every seed further from them: what was not shown is not shown now, and no margin grows."""
     rng = np.random.default_rng(seed)
     means, noise = 1 + 0.05 * rng.random((4, 1)), 0.005 * rng.normal(size=(4, 3))
@@ -75,7 +75,7 @@ def test_noisier_seeds_never_make_a_rank_enough(seed, times):
 
 
 @pytest.mark.parametrize(("seeds", "common"), [(2, 0.0), (3, 0.01), (6, 0.03)])
-def test_a_rank_at_the_margin_is_called_enough_in_one_case_of_twenty_at_most(seeds, common):
+def test_rank_at_margin_is_enough_in_at_most_5_percent(seeds, common):
     """r=8 keeps exactly 98% of what r=16 gains: to call it enough is false equivalence. Seeds shift all ranks alike."""
     rng, wrong, known = np.random.default_rng(seeds), 0, 0
     means = np.array([[1.3], [1.02], [1.0]])
@@ -88,7 +88,7 @@ def test_a_rank_at_the_margin_is_called_enough_in_one_case_of_twenty_at_most(see
     assert known / 1500 > 0.9  # and what is far behind is seen to be
 
 
-def test_the_spread_of_a_noisy_pair_is_its_own():
+def test_spread_of_noisy_pair_is_its_own():
     """Quiet ranks beside it do not make its interval narrow: at least that of the pair alone, with pooled freedom."""
     noisy = (1.0, 1.06, 1.02), (1.04, 1.0, 1.01)
     found = judge(rows((1.5, 1.5, 1.501), (1.4, 1.4, 1.401), *noisy), 2.0, 0.02)
@@ -97,7 +97,7 @@ def test_the_spread_of_a_noisy_pair_is_its_own():
     assert best.half == pytest.approx(stats.t(6).ppf(0.95) * math.sqrt(own / 3))
 
 
-def test_a_rank_that_is_equal_is_found_enough_with_the_seeds_that_are_said_to_be_needed():
+def test_equal_rank_is_enough_with_recommended_seeds():
     rng = np.random.default_rng(5)
     few = judge(rows((1.0, 1.04), (1.03, 1.01), (1.02, 1.01)), 2.0, 0.02)
     assert few.rank is None
@@ -106,7 +106,7 @@ def test_a_rank_that_is_equal_is_found_enough_with_the_seeds_that_are_said_to_be
     assert np.mean(found) > 0.95
 
 
-def test_the_example_of_the_docs_does_not_take_5_percent_for_2():
+def test_example_of_docs_does_not_take_5_percent_for_2():
     results = read_results(ROOT / "docs" / "examples" / "sweep.jsonl")
     (found, _), (shifted, _) = verdicts(results.whole, 0, results.run.settings["tolerance"]).values()
     runs = {rank: [r.loss for r in results.whole if (r.set, r.rank, r.lr) == ("held_out", rank, lr)]
@@ -128,7 +128,7 @@ def record(rank, lr, seed, loss, name="own"):
     return Probe(probe="sweep", set=name, subject="lora", rank=rank, lr=lr, seed=seed, tokens=1, data="", loss=loss)
 
 
-def test_each_rank_has_the_rate_of_its_lowest_loss_on_the_deciding_set_at_the_first_seed():
+def test_rank_has_rate_of_lowest_loss_on_deciding_set():
     records = [
         record(4, 1e-3, 0, 1.0),
         record(4, 1e-2, 0, 1.5),
@@ -146,7 +146,7 @@ def test_each_rank_has_the_rate_of_its_lowest_loss_on_the_deciding_set_at_the_fi
     assert (eight.runs, eight.edge) == ({0: 0.9}, False)
 
 
-def test_the_edge_of_a_rank_is_that_of_its_own_rates():
+def test_edge_of_rank_is_that_of_its_own_rates():
     """Beyond the grid only some ranks are tried: a rate that others went past is still their last."""
     records = [record(4, 1e-3, 0, 1.5), record(4, 1e-2, 0, 1.0), record(8, 1e-3, 0, 1.5), record(8, 1e-2, 0, 1.2)]
     records += [record(8, 0.033, 0, 1.0), record(8, 0.11, 0, 1.1)]
@@ -156,7 +156,7 @@ def test_the_edge_of_a_rank_is_that_of_its_own_rates():
     ]
 
 
-def test_the_best_rank_is_compared_with_a_line_by_welch():
+def test_best_rank_is_compared_with_line_by_welch():
     """As SciPy's t test of unequal variances where there is one rank and the line depends on the seed."""
     line = AtRank(None, 1e-4, dict(enumerate((0.91, 0.99, 0.94))))
     best = (0.90, 0.95, 0.85, 0.93)
@@ -177,7 +177,7 @@ def test_the_best_rank_is_compared_with_a_line_by_welch():
     assert two.half == pytest.approx(stats.t(freedom).ppf(0.975) * error)
 
 
-def test_a_line_that_no_seed_changes_is_one_run_and_not_exact():
+def test_line_that_no_seed_changes_is_one_run_and_not_exact():
     """Its error is that of one LoRA run, so that √(1/n + 1) and not √(1/n) is in the interval."""
     best = (1.0, 1.02, 1.01)
     spread = np.var(best, ddof=1)
@@ -194,18 +194,18 @@ def test_a_line_that_no_seed_changes_is_one_run_and_not_exact():
     ("line", "word"),
     [((0.5, 0.51), "worse"), ((1.5, 1.52), "better"), ((1.0, 1.01), "as good"), ((1.004, 1.2), "not known")],
 )
-def test_what_lora_is_beside_a_line(line, word):
+def test_lora_is_compared_with_reference_line(line, word):
     found = versus(rows((1.3, 1.31), (1.0, 1.01)), AtRank(None, 1e-4, dict(enumerate(line))), 2.0, 0.06)
     assert (found.word, found.best.rank) == (word, 8)
 
 
-def test_without_a_spread_or_a_rank_nothing_is_said_of_a_line():
+def test_line_without_spread_or_rank_has_no_statement():
     assert versus([], row(None, (1.0, 1.1)), 2.0, 0.02) is None
     assert versus(rows((1.0,), (1.1,)), row(None, (1.0, 1.1)), 2.0, 0.02).word == "no verdict"
 
 
 @pytest.mark.parametrize("apart", [0.02, -0.02])
-def test_a_line_at_the_margin_is_called_as_good_in_one_case_of_twenty_at_most(apart):
+def test_line_at_margin_is_as_good_in_at_most_5_percent(apart):
     """The best of three ranks is chosen by its losses, which flatters it: limits are wider for that."""
     rng, wrong = np.random.default_rng(7), 0
     for _ in range(1500):
@@ -220,7 +220,7 @@ def base(loss, name="own"):
     return Probe(probe="sweep", set=name, subject="base", tokens=1, data="", loss=loss)
 
 
-def test_a_run_that_diverged_is_in_no_mean_and_no_variance():
+def test_run_that_diverged_is_in_no_mean_and_no_variance():
     good = [record(rank, 1e-2, seed, 1.0 + 0.01 * seed + 1 / rank) for rank in (4, 8) for seed in (0, 1, 2)]
     clean = judge(by_rank([base(2.0), *good], "own", {4: 1e-2, 8: 1e-2}), 2.0, 0.02)
     for loss in (None, 5.0):
@@ -238,6 +238,6 @@ def test_a_run_that_diverged_is_in_no_mean_and_no_variance():
     assert diverged([base(2.0), record(8, 1e-2, 0, 1.9), record(8, 1e-2, 1, 2.1)]) == set()
 
 
-def test_ranks_are_paired_on_the_seeds_that_both_have():
+def test_ranks_are_paired_on_seeds_that_both_have():
     found = judge([AtRank(4, 1e-3, {0: 1.0, 1: 1.1, 2: 3.0}), AtRank(8, 1e-3, {0: 1.0, 1: 1.11})], 9.0, 0.02)
     assert found.standings[0].behind == pytest.approx(-0.005)

@@ -43,7 +43,7 @@ def weights_at(base, tuned, rank, rest, only=None):
 
 
 @pytest.mark.parametrize("rest", ["tuned", "base"])
-def test_losses_equal_those_of_an_independent_computation(pair, tmp_path, rest):
+def test_losses_equal_those_of_independent_computation(pair, tmp_path, rest):
     base, tuned, length = pair
     text = some_text(tmp_path, length=length)
     found = lora_diag.probe_truncation(
@@ -77,7 +77,7 @@ def test_losses_equal_those_of_an_independent_computation(pair, tmp_path, rest):
 
 
 @pytest.mark.parametrize("per", ["layer", "type"])
-def test_one_layer_or_type_at_a_time(tmp_path, per):
+def test_one_layer_or_type_at_time(tmp_path, per):
     base = gpt2(tmp_path / "base")
     tuned = moved(base, tmp_path / "tuned")
     text = some_text(tmp_path)
@@ -91,7 +91,7 @@ def test_one_layer_or_type_at_a_time(tmp_path, per):
         assert record.loss == pytest.approx(truth.mean(), abs=1e-4)
 
 
-def test_the_losses_of_the_samples_are_those_told_in_their_readme():
+def test_losses_of_samples_are_those_told_in_their_readme():
     told = json.loads((SAMPLES / "losses.json").read_text())["losses"]
     found = lora_diag.probe_truncation(
         SAMPLES / "base",
@@ -105,7 +105,7 @@ def test_the_losses_of_the_samples_are_those_told_in_their_readme():
         assert record.loss == pytest.approx(told[name]["in_domain"], abs=1e-4)
 
 
-def test_an_adapter_can_be_truncated_and_is_whole_at_its_rank(tmp_path):
+def test_adapter_can_be_truncated_and_is_whole_at_its_rank(tmp_path):
     text = some_text(tmp_path, windows=2, length=64)
     found = lora_diag.probe_truncation(SAMPLES / "base", SAMPLES / "lora_r4", evaluate=[text], ranks=(1, 4), length=64)
     by_rank = {record.rank: record for record in found.whole}
@@ -114,7 +114,7 @@ def test_an_adapter_can_be_truncated_and_is_whole_at_its_rank(tmp_path):
     assert 0 < by_rank[1].energy < 1
 
 
-def test_a_classifier_is_measured_on_labels_by_name_or_index(tmp_path):
+def test_classifier_is_measured_on_labels_by_name_or_index(tmp_path):
     base = bert(tmp_path / "base")
     tuned = moved(base, tmp_path / "tuned")
     lines = [("hello", 0), ("buy now", "spam"), ("x" * 80, 2)]
@@ -137,7 +137,7 @@ def test_a_classifier_is_measured_on_labels_by_name_or_index(tmp_path):
     assert any("1 of 3 lines were cut" in note for given in found.run.inputs for note in given.notes)
 
 
-def test_only_the_completion_is_predicted(tmp_path):
+def test_only_completion_is_predicted(tmp_path):
     base = gpt2(tmp_path / "base")
     tuned = moved(base, tmp_path / "tuned")
     file = tmp_path / "asked.jsonl"
@@ -155,7 +155,7 @@ def test_only_the_completion_is_predicted(tmp_path):
     assert found.whole[0].loss == pytest.approx(sums / 6, abs=1e-5)
 
 
-def test_a_run_that_was_cut_goes_on_and_measures_no_cell_twice(tmp_path):
+def test_run_that_was_cut_goes_on_and_measures_no_cell_twice(tmp_path):
     base = gpt2(tmp_path / "base")
     tuned = moved(base, tmp_path / "tuned")
     text = some_text(tmp_path)
@@ -186,7 +186,7 @@ def test_a_run_that_was_cut_goes_on_and_measures_no_cell_twice(tmp_path):
     assert run(cut, resume=True) == []
 
 
-def test_names_with_and_without_the_prefix_of_the_inner_model(tmp_path):
+def test_names_with_and_without_prefix_of_inner_model(tmp_path):
     import transformers
 
     model = transformers.GPT2LMHeadModel.from_pretrained(gpt2(tmp_path / "base"))
@@ -218,7 +218,7 @@ def test_names_with_and_without_the_prefix_of_the_inner_model(tmp_path):
     ],
     ids=str,
 )
-def test_what_makes_no_sense_is_refused_in_one_message(tmp_path, change, error, message):
+def test_invalid_options_are_refused_in_one_message(tmp_path, change, error, message):
     base = gpt2(tmp_path / "base")
     options = {"evaluate": [some_text(tmp_path)], "ranks": (1,), **change}
     with pytest.raises(error, match=message):
@@ -250,7 +250,7 @@ def test_two_sets_of_one_name_are_refused(tmp_path):
         lora_diag.probe_truncation(base, base, evaluate=[text], shifted=[text])
 
 
-def test_a_model_without_its_head_is_refused_instead_of_measured_with_random_numbers(tmp_path):
+def test_model_without_head_is_refused(tmp_path):
     base = bert(tmp_path / "base")
     from safetensors.torch import load_file, save_file
 
@@ -280,7 +280,7 @@ def test_models_that_cannot_be_probed_are_named(tmp_path, config, message):
         lora_diag.probe_truncation(base, base, evaluate=[some_text(tmp_path)])
 
 
-def test_an_adapter_in_the_place_of_a_model_is_called_that(tmp_path):
+def test_adapter_in_place_of_model_is_called_that(tmp_path):
     adapter = SAMPLES / "lora_r4"
     with pytest.raises(UsageError, match="lora_r4: is an adapter; give the model it belongs to"):
         lora_diag.probe_sweep(adapter, data=some_text(tmp_path), evaluate=[some_text(tmp_path)])
@@ -293,7 +293,7 @@ def test_an_adapter_in_the_place_of_a_model_is_called_that(tmp_path):
         (300, ", and --tokenizer bytes"),
     ],
 )
-def test_a_model_without_a_tokenizer_is_told_the_way_out(tmp_path, vocabulary, way_out):
+def test_model_without_tokenizer_is_told_way_out(tmp_path, vocabulary, way_out):
     config = transformers.LlamaConfig(
         vocab_size=vocabulary, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
     )

@@ -11,7 +11,7 @@ from lora_diag.errors import InputError
 from lora_diag.running.engines import Layout, layout_for, run_local
 
 
-def test_records_come_in_the_order_of_the_tasks():
+def test_records_come_in_order_of_tasks():
     def slow_first(task):
         time.sleep(0.05 if task == 0 else 0)
         return task * 10
@@ -40,19 +40,19 @@ def test_large_tasks_run_alone_and_small_ones_side_by_side(workers, size, at_onc
     assert most == at_once
 
 
-def test_the_threads_of_a_task_depend_on_its_size_alone():
+def test_threads_of_task_depend_on_its_size_alone():
     layout = Layout(2, 100)
     found = list(run_local(lambda task: torch.get_num_threads(), [1, 90, 1, 90], layout, lambda task: task))
     assert found == [1, 2, 1, 2]
 
 
-def test_the_callers_threads_are_left_as_they_were():
+def test_callers_threads_are_left_as_they_were():
     before = torch.get_num_threads()
     list(run_local(str, range(3), Layout(2, 100), lambda task: 1))
     assert torch.get_num_threads() == before
 
 
-def test_the_first_error_comes_out_and_later_tasks_are_abandoned():
+def test_first_error_comes_out_and_later_tasks_are_abandoned():
     started = []
 
     def measure(task):
@@ -68,13 +68,13 @@ def test_the_first_error_comes_out_and_later_tasks_are_abandoned():
     assert len(started) < 1000
 
 
-def test_the_budget_leaves_room_for_four_copies_of_the_largest():
+def test_budget_leaves_room_for_four_copies_of_largest():
     assert layout_for(10**9).budget == 640 * 2**20 + 12 * 10**9
     assert layout_for(1, device="cuda").workers == 2
     assert layout_for(1, workers=7).threads(10**12) >= 1
 
 
-def test_any_number_of_workers_gives_the_same_records(pair_of_models):
+def test_any_number_of_workers_gives_same_records(pair_of_models):
     base, tuned, *_ = pair_of_models
     one = lora_diag.spectrum(base, tuned, workers=1)
     for workers in (2, 5, None):

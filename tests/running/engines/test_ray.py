@@ -110,13 +110,13 @@ COMMANDS = {
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_every_diagnostic_gives_the_same_bytes_as_on_one_machine(cluster, tmp_path, command):
+def test_every_diagnostic_gives_same_bytes_as_on_one_machine(cluster, tmp_path, command):
     local, there = both(tmp_path, command, *COMMANDS[command], layers=r"layers\.[01]\.(self_attn\.q|mlp\.up|input)")
     assert local == there
     assert b'"end"' in local
 
 
-def test_extract_writes_the_same_adapter(cluster, pair, tmp_path):
+def test_extract_writes_same_adapter(cluster, pair, tmp_path):
     for name, on in (("local", None), ("cluster", Ray())):
         (tmp_path / name).mkdir()
         lora_diag.extract(*pair, tmp_path / name / "adapter", params=400, engine=on)
@@ -125,7 +125,7 @@ def test_extract_writes_the_same_adapter(cluster, pair, tmp_path):
     assert (local / "adapter_model.safetensors").read_bytes() == (there / "adapter_model.safetensors").read_bytes()
 
 
-def test_a_worker_that_is_killed_changes_nothing(cluster, pair, tmp_path, monkeypatch):
+def test_worker_that_is_killed_changes_nothing(cluster, pair, tmp_path, monkeypatch):
     lora_diag.spectrum(*pair, output=tmp_path / "local")
     monkeypatch.setattr(api, "_one_layer", partial(faulty.kills_its_worker, tmp_path, 1, LAST))
     lora_diag.spectrum(*pair, output=tmp_path / "cluster", engine=Ray())
@@ -133,7 +133,7 @@ def test_a_worker_that_is_killed_changes_nothing(cluster, pair, tmp_path, monkey
     assert (tmp_path / "local").read_bytes() == (tmp_path / "cluster").read_bytes()
 
 
-def test_a_node_that_is_killed_changes_nothing(cluster, pair, tmp_path, monkeypatch):
+def test_node_that_is_killed_changes_nothing(cluster, pair, tmp_path, monkeypatch):
     import ray
 
     lora_diag.spectrum(*pair, output=tmp_path / "local")
@@ -152,7 +152,7 @@ def test_a_node_that_is_killed_changes_nothing(cluster, pair, tmp_path, monkeypa
     assert (tmp_path / "local").read_bytes() == (tmp_path / "cluster").read_bytes()
 
 
-def test_a_layer_that_kills_every_worker_is_named_and_the_rest_is_kept(cluster, pair, tmp_path, monkeypatch):
+def test_layer_that_kills_every_worker_is_named_and_rest_is_kept(cluster, pair, tmp_path, monkeypatch):
     lora_diag.spectrum(*pair, output=tmp_path / "local")
     monkeypatch.setattr(engine, "RETRIES", 0)
     monkeypatch.setattr(api, "_one_layer", partial(faulty.kills_its_worker, tmp_path, 99, LAST))
@@ -166,7 +166,7 @@ def test_a_layer_that_kills_every_worker_is_named_and_the_rest_is_kept(cluster, 
     assert (tmp_path / "cluster").read_bytes() == whole
 
 
-def test_a_run_of_one_machine_goes_on_on_a_cluster(cluster, pair, tmp_path):
+def test_run_of_one_machine_goes_on_on_cluster(cluster, pair, tmp_path):
     lora_diag.spectrum(*pair, output=tmp_path / "local")
     whole = (tmp_path / "local").read_bytes()
     (tmp_path / "begun").write_bytes(b"".join(whole.splitlines(keepends=True)[:4]))
@@ -174,7 +174,7 @@ def test_a_run_of_one_machine_goes_on_on_a_cluster(cluster, pair, tmp_path):
     assert (tmp_path / "begun").read_bytes() == whole
 
 
-def test_what_cannot_be_measured_is_told_as_on_one_machine(cluster, pair, tmp_path, monkeypatch):
+def test_unmeasurable_layer_is_reported_as_on_one_machine(cluster, pair, tmp_path, monkeypatch):
     base, tuned = pair
     tensors = load_file(tuned / "model.safetensors")
     tensors[LAST][3, 4] = torch.nan
@@ -204,7 +204,7 @@ def test_inputs_that_only_this_machine_sees_are_named(cluster, pair, tmp_path):
     assert not (tmp_path / "r").exists()
 
 
-def test_no_gpu_is_an_error_and_not_an_endless_wait(cluster, pair, tmp_path, monkeypatch):
+def test_no_gpu_is_error_and_not_endless_wait(cluster, pair, tmp_path, monkeypatch):
     monkeypatch.setattr(engine, "PATIENCE", 0.1)
     monkeypatch.setattr(engine, "LOOK", 0.2)
     with pytest.raises(InputError, match="no node of the cluster had 1 CPU and 2 GPUs"):
@@ -212,12 +212,12 @@ def test_no_gpu_is_an_error_and_not_an_endless_wait(cluster, pair, tmp_path, mon
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU of the second node is one in name alone")
-def test_a_gpu_that_torch_does_not_see_is_an_error_and_not_a_processor(cluster, pair):
+def test_gpu_that_torch_does_not_see_is_error_and_not_processor(cluster, pair):
     with pytest.raises(UsageError, match="this torch sees 0 CUDA devices"):
         lora_diag.spectrum(*pair, engine=Ray(gpus_per_task=0.5))
 
 
-def test_addresses_are_read_by_the_workers_themselves(cluster, pair, tmp_path):
+def test_addresses_are_read_by_workers_themselves(cluster, pair, tmp_path):
     web = Web(tmp_path)
     try:
         local, there = both(tmp_path, "spectrum", f"{web.url}/base", f"{web.url}/tuned", layers="lm_head")
@@ -226,7 +226,7 @@ def test_addresses_are_read_by_the_workers_themselves(cluster, pair, tmp_path):
     assert local == there
 
 
-def test_ctrl_c_stops_the_cluster_and_leaves_a_file_to_go_on_with(cluster, pair, tmp_path):
+def test_ctrl_c_stops_cluster_and_leaves_file_to_go_on_with(cluster, pair, tmp_path):
     """By the command line, and with a worker killed before, of which Ray itself would tell on standard output."""
     lora_diag.spectrum(*pair, output=tmp_path / "local")
     first, *_ = layers = [record.layer for record in lora_diag.read_results(tmp_path / "local")]
@@ -265,7 +265,7 @@ def job(**changed) -> Job:
     return Job(**{"version": __version__, "folder": str(ROOT), "files": (), "work": b"", **changed})
 
 
-def test_a_worker_refuses_what_is_not_what_was_meant(tmp_path, monkeypatch):
+def test_worker_refuses_what_is_not_what_was_meant(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "model").write_bytes(b"12345")
     with pytest.raises(InputError, match=r"has loradiag .*, this is 0.0.1; install one version everywhere"):
@@ -276,7 +276,7 @@ def test_a_worker_refuses_what_is_not_what_was_meant(tmp_path, monkeypatch):
         open_job(job(files=(("model", 6),), folder=str(tmp_path)))
 
 
-def test_a_worker_refuses_adapters_that_it_does_not_see(tmp_path):
+def test_worker_refuses_adapters_that_it_does_not_see(tmp_path):
     (tmp_path / "adapter_model.safetensors").write_bytes(b"12345")
     seen = Seen.now(tmp_path)
     (tmp_path / "training.log").write_bytes(b"what is beside it may grow")
@@ -289,7 +289,7 @@ def test_a_worker_refuses_adapters_that_it_does_not_see(tmp_path):
 
 
 @pytest.mark.parametrize("other", ["lora_r4", "base", "none of them"])
-def test_a_worker_looks_at_the_adapter_and_at_its_base(other):
+def test_worker_looks_at_adapter_and_at_its_base(other):
     """Another adapter, or another base, under the same path would be measured as if it were the one that was meant."""
     seen = {name: Seen.now(SAMPLES / name) for name in ("lora_r4", "base")}
     if other in seen:
@@ -316,32 +316,32 @@ def test_a_worker_looks_at_the_adapter_and_at_its_base(other):
         ({"gpus_per_task": 1.5}, "--gpus-per-task 1.5: must be"),
     ],
 )
-def test_what_makes_no_sense_is_refused(asked, message):
+def test_invalid_options_are_refused(asked, message):
     with pytest.raises(UsageError) as error:
         Ray(**asked).check()
     assert str(error.value).startswith(message)
 
 
-def test_a_comparison_of_files_takes_no_gpu(monkeypatch):
+def test_comparison_of_files_takes_no_gpu(monkeypatch):
     monkeypatch.setattr(connection, "import_ray", lambda: None)
     files = [SAMPLES / name for name in ("base", "lora_r4", "full_ft")]
     with pytest.raises(UsageError, match="--gpus-per-task: verify-merge compares files on processors; leave it out"):
         lora_diag.verify_merge(*files, engine=Ray(gpus_per_task=1))
 
 
-def test_the_dashboards_address_in_the_environment_is_told_apart(monkeypatch):
+def test_dashboards_address_in_environment_is_told_apart(monkeypatch):
     monkeypatch.setenv("RAY_ADDRESS", "http://10.0.0.1:8265")
     with pytest.raises(UsageError, match=r"^RAY_ADDRESS=http://10.0.0.1:8265: .*HOST:PORT.*ray job submit"):
         Ray().check()
 
 
-def test_without_ray_the_way_out_is_said(monkeypatch):
+def test_missing_ray_message_states_fix(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(UsageError, match=r"pip install 'loradiag\[ray\]'"):
         Ray().check()
 
 
-def test_an_address_without_a_cluster_is_told():
+def test_address_without_cluster_is_told():
     with pytest.raises(InputError) as error:
         connection._check_answers("RAY_ADDRESS=127.0.0.1:1", "127.0.0.1:1")
     assert str(error.value) == (
@@ -351,18 +351,18 @@ def test_an_address_without_a_cluster_is_told():
 
 
 @pytest.mark.parametrize("address", ["there", ":6379", "10.0.0.1:", "10.0.0.1:70000", "10.0.0.1:http"])
-def test_what_is_no_address_is_told(address):
+def test_invalid_address_is_reported(address):
     with pytest.raises(UsageError, match="give HOST:PORT of the head node"):
         connection._check_answers(f"--ray-address {address}", address)
 
 
 @pytest.mark.parametrize("option", [("127.0.0.1:1", 0.0), (None, 1.0)])
-def test_options_of_a_cluster_without_one_are_refused(option):
+def test_options_of_cluster_without_one_are_refused(option):
     with pytest.raises(UsageError, match="is of a Ray cluster; add --engine ray"):
         options.Cluster(ray_address=option[0], gpus_per_task=option[1]).value()
 
 
-def test_devices_of_a_cluster_follow_from_its_gpus(monkeypatch):
+def test_devices_of_cluster_follow_from_its_gpus(monkeypatch):
     monkeypatch.setattr(connection, "import_ray", lambda: None)
     assert place(Ray(), "auto") == place(Ray(), "cpu") == Place("cpu", "cpu", "cpu")
     assert place(Ray(gpus_per_task=1), "auto").tasks == "cuda"
@@ -371,7 +371,7 @@ def test_devices_of_a_cluster_follow_from_its_gpus(monkeypatch):
             place(on, device)
 
 
-def test_a_cluster_that_asks_for_a_token_says_how(monkeypatch):
+def test_cluster_that_asks_for_token_says_how(monkeypatch):
     class AuthenticationError(Exception):
         pass
 
@@ -391,7 +391,7 @@ def test_ray_is_only_imported_inside_of_functions():
             assert not {name.split(".")[0] for name in names} & {"ray"}, file
 
 
-def test_a_worker_without_loradiag_is_told():
+def test_worker_without_loradiag_is_told():
     class RayTaskError(Exception):
         cause = RuntimeError(f"{engine.NO_IMPORT}. This may be\n\nTraceback:\nModuleNotFoundError: No module\n\n")
 
@@ -418,7 +418,7 @@ class FakeRay:
         return [{"Alive": True, "Resources": node} for node in self.listed]
 
 
-def test_a_cluster_that_lost_its_large_nodes_is_told_and_not_waited_for_for_ever(monkeypatch):
+def test_cluster_without_large_nodes_is_reported_not_awaited(monkeypatch):
     monkeypatch.setattr(engine, "PATIENCE", 0.05)
     monkeypatch.setattr(engine, "LOOK", 0.02)
     ray = FakeRay({"CPU": 8.0}, {"CPU": 2.0}, {})
@@ -432,7 +432,7 @@ def test_a_cluster_that_lost_its_large_nodes_is_told_and_not_waited_for_for_ever
         cluster.look(8)
 
 
-def test_a_gpu_brings_its_share_of_the_cores():
+def test_gpu_brings_its_share_of_cores():
     cluster = engine._Cluster(FakeRay({"CPU": 32.0, "GPU": 8.0}, {"CPU": 16.0, "GPU": 2.0}, {"CPU": 64.0}), 0.5)
     assert cluster.slots == 20
     assert cluster.threads(engine.Layout(4, 100))(10**9) == 2

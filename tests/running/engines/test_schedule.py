@@ -34,13 +34,13 @@ def test_batches_hold_every_task_once_in_its_order(shapes, slots):
         assert {1 + (dense(Layer("", shape)) > 10**8) for shape in own} == {batch.threads}
 
 
-def test_many_small_layers_go_in_few_batches_and_enough_for_all_slots():
+def test_small_layers_go_in_few_batches_that_fill_all_slots():
     plan = batches(layers([(64, 64)] * 10_000), dense, lambda size: 1, 8)
     assert 32 <= len(plan) < 200
     assert len(batches(layers([(64, 64)] * 40), dense, lambda size: 1, 8)) == 40
 
 
-def test_the_largest_within_reach_is_next():
+def test_largest_within_reach_is_next():
     plan = [Batch(at, at + 1, 1, size) for at, size in enumerate([5, 1, 9, 3, 99])]
     waiting = Waiting(plan, 3)
     taken = [waiting.pop(written, lambda batch: True) for written in (0, 0, 1, 2, 2, 2)]
@@ -100,7 +100,7 @@ def test_as_many_are_under_way_as_workers_were_asked_for():
 
 
 @given(st.integers(0, 99), st.integers(0, 59), st.integers(0, 59))
-def test_the_first_error_in_order_comes_out_behind_all_before_it(seed, deadly, broken):
+def test_first_error_in_order_comes_out_behind_all_before_it(seed, deadly, broken):
     plan = [Batch(at, at + 5, 1, 5) for at in range(0, 60, 5)]
     machines, found = Machines(seed, [deadly], [broken]), []
     with pytest.raises(InputError) as error:
@@ -112,13 +112,13 @@ def test_the_first_error_in_order_comes_out_behind_all_before_it(seed, deadly, b
     assert max(batch.start for batch in machines.sent) <= first + 5 * 8 + 5
 
 
-def test_what_costs_nothing_is_nothing():
+def test_no_layers_need_no_batches():
     assert list(Machines(0).run([], Room(1))) == []
     assert batches([], dense, lambda size: 1, 4) == []
     assert cost((0, 5), 0) == LEAST
 
 
-def test_neighbours_that_get_other_numbers_of_cores_are_not_sent_together():
+def test_neighbours_with_other_core_counts_are_sent_apart():
     plan = batches(layers([(64, 64), (65, 65)] * 400), dense, lambda size: 1 + (size > dense(Layer("", (64, 64)))), 1)
     assert [(batch.start, len(batch), batch.threads) for batch in plan[:3]] == [(0, 1, 1), (1, 1, 2), (2, 1, 1)]
     assert len(plan) == 800
@@ -139,14 +139,14 @@ class InTurn(Machines):
         yield done, self.outcomes(done)
 
 
-def test_tasks_around_a_deadly_one_are_tried_again_in_their_order():
+def test_tasks_around_deadly_one_are_tried_again_in_their_order():
     machines = InTurn([0, 0, 1, 2, 3], deadly=[3])
     with pytest.raises(InputError, match="lost 3"):
         list(machines.run([Batch(0, 5, 1, 5)], Room(1)))
     assert [batch.start for batch in machines.sent] == [0, 0, 1, 2, 3, 4]
 
 
-def test_a_later_error_neither_hides_an_earlier_one_nor_has_more_sent():
+def test_later_error_neither_hides_earlier_one_nor_has_more_sent():
     plan = [Batch(at, at + 5, 1, 5) for at in range(0, 60, 5)]
     machines, found = InTurn([5, 10, 0], broken=[6, 11]), []
     with pytest.raises(InputError, match="broken 6"):

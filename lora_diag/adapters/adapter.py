@@ -9,6 +9,7 @@ from pathlib import Path
 from lora_diag.adapters.adalora import read_adalora
 from lora_diag.adapters.diffusers import is_diffusers, read_diffusers
 from lora_diag.adapters.fourierft import read_fourierft
+from lora_diag.adapters.gguf import is_gguf, read_gguf
 from lora_diag.adapters.given import with_config
 from lora_diag.adapters.ia3 import read_ia3
 from lora_diag.adapters.kohya import is_kohya, read_kohya
@@ -38,7 +39,7 @@ class Family:
         name: What it is called.
         claims: Whether an opened source is of this kind.
         read: Reads what it changes.
-        form: The layout of its files: ``peft``, ``kohya``, ``diffusers`` or ``mlx``.
+        form: The layout of its files: ``peft``, ``kohya``, ``diffusers``, ``mlx`` or ``gguf``.
     """
 
     name: str
@@ -54,6 +55,7 @@ def _type(name: str) -> Callable[[Source], bool]:
 
 # Asked in this order; PEFT's types name themselves, the others are known by their keys.
 FAMILIES = (
+    Family("GGUF", is_gguf, read_gguf, "gguf"),
     Family("PEFT LoRA", _type("LORA"), read_lora),
     Family("PEFT AdaLoRA", _type("ADALORA"), read_adalora),
     Family("PEFT LoHa", _type("LOHA"), read_loha),
@@ -82,7 +84,7 @@ class Adapter:
     Args:
         source: Its files.
         reading: What they say.
-        form: The layout of its files: ``peft``, ``kohya``, ``diffusers`` or ``mlx``.
+        form: The layout of its files: ``peft``, ``kohya``, ``diffusers``, ``mlx`` or ``gguf``.
     """
 
     source: Source

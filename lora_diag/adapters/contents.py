@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from lora_diag.adapters.adapter import Adapter
 from lora_diag.adapters.diffusers import METADATA
+from lora_diag.adapters.gguf import in_rows_of
 from lora_diag.adapters.keys import strip
 from lora_diag.adapters.names import match_names
 from lora_diag.adapters.scales import Scale, scale_of
@@ -66,7 +67,7 @@ class Contents:
     """An adapter's file.
 
     Args:
-        form: Its layout: ``peft``, ``kohya``, ``diffusers`` or ``mlx``.
+        form: Its layout: ``peft``, ``kohya``, ``diffusers``, ``mlx`` or ``gguf``.
         items: What it does, in natural order of the weights.
         config: ``adapter_config.json``; empty without one.
         has_metadata: Whether the file's own metadata give r and α.
@@ -125,7 +126,7 @@ def contents_of(adapter: Adapter, base: Checkpoint | None = None) -> Contents:
 
 
 def _updates(adapter: Adapter, base: Checkpoint | None) -> Iterator[Item]:
-    updates = [update for update in adapter.reading.updates if not update.optional]
+    updates = [in_rows_of(update, base) for update in adapter.reading.updates if not update.optional]
     wanted = dict(update.wanted for update in updates)
     found = match_names(wanted, base, transposed=True, parts=True)[0] if base is not None else {}
     for update in updates:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, cast
 
+from lora_diag.adapters.gguf import in_rows_of
 from lora_diag.adapters.names import Place, match_names
 from lora_diag.adapters.orientation import Orientation
 from lora_diag.adapters.source import Source
@@ -191,7 +192,7 @@ def _pieces(source: Source, reading: Reading, base: Checkpoint) -> tuple[list[Pi
     orientation = Orientation(base, shapes, flag)
     model_type = _model_type(base, source)
     pieces = []
-    for update in reading.updates:
+    for update in (in_rows_of(update, base) for update in reading.updates):
         index = 0 if update.expert is None else update.expert[0]
         for spot in found.get(update.wanted[0], ()):
             if spot.index == index:

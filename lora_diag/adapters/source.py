@@ -15,9 +15,11 @@ from typing import Any, Literal, TypeGuard
 from lora_diag.checkpoints import Checkpoint, as_path, open_checkpoint
 from lora_diag.checkpoints.documents import MAX_CONFIG_BYTES, read_object
 from lora_diag.checkpoints.folder import WEIGHTS
+from lora_diag.checkpoints.gguf import GgufFile
 from lora_diag.errors import InputError
 
 CONFIG = "adapter_config.json"
+GGUF = ".gguf"
 
 # α that a user states for a file that gives none; ``rank`` for α = r.
 Given = float | Literal["rank"] | None
@@ -198,6 +200,8 @@ def is_adapter(path: Path | str) -> bool:
             return True
         single = _single_file(path)
         return single is not None and is_adapter(single)
+    if path.is_file() and path.suffix == GGUF:
+        return _is_gguf_adapter(path)
     if not path.is_file() or path.suffix not in {".safetensors", ".bin", ".pt"} or path.name.endswith(".index.json"):
         return False
     if path.name in ADAPTER_WEIGHTS:
@@ -222,6 +226,9 @@ def open_source(path: Path | str, given: Given = None) -> Source:
     if not path.exists():
         raise InputError(f"{path}: no such file or folder")
     file = _weights_in(path) if path.is_dir() else path
+    if file.suffix == GGUF:  # an adapter_config.json beside it is that of the PEFT adapter it was made from
+        opened = GgufFile(file)
+        return Source(path, Checkpoint(path, "GGUF file", (opened,), opened.notes), None, opened.metadata, given)
     config_path = file.parent / CONFIG
     config = Config.read(config_path) if config_path.is_file() else None
     checkpoint = open_checkpoint(file)
@@ -241,11 +248,18 @@ def refuse_integers(source: Source) -> None:
             raise InputError(f"{path}: {name} is stored as {info.dtype}; an adapter's tensors are floats")
 
 
+def _is_gguf_adapter(path: Path) -> bool:
+    try:
+        return GgufFile(path).metadata.get("general.type") == "adapter"
+    except InputError:
+        return False  # what is wrong with it is said by the one who opens it
+
+
 def _single_file(folder: Path) -> Path | None:
-    """Return the only safetensors file of a folder that holds no full checkpoint."""
+    """Return the only safetensors or GGUF file of a folder that holds no full checkpoint."""
     if any((folder / name).is_file() for name in WEIGHTS):
         return None
-    found = sorted(folder.glob("*.safetensors"))
+    found = sorted([*folder.glob("*.safetensors"), *folder.glob(f"*{GGUF}")])
     return found[0] if len(found) == 1 else None
 
 

@@ -78,6 +78,7 @@ class Update:
         optional: Whether it is no fault if BASE has no such weight (a bias that need not exist).
         alpha: Name of the tensor that holds α; empty if α is not in the file.
         plain: Loads s·B and A alone, of an update that is more than their product (DoRA, PiSSA); else None.
+        heads: Setting of BASE's config that counts the heads whose rows are in llama.cpp's order; empty if none are.
     """
 
     weight: str
@@ -97,6 +98,7 @@ class Update:
     optional: bool = False
     alpha: str = ""
     plain: Callable[[Site], Factors | torch.Tensor] | None = None
+    heads: str = ""
 
     @property
     def layer(self) -> str:

@@ -5,8 +5,9 @@ Source: ggml-org/llama.cpp, ``convert_lora_to_gguf.py`` (``get_tensors``; ``alph
 from ``lora_b``) at commit 215841fc0178.
 
 - ``alpha_pattern``, ``rank_pattern`` and ``use_rslora`` are not read.
-- ``.base_layer.weight`` is skipped, weights of norms are passed through in full; any other name that is no
-  ``lora_A``/``lora_B`` weight or ``lora_embedding_A``/``B`` ends the conversion.
+- ``.base_layer.weight`` is skipped, weights of norms are passed through; any other name that is no
+  ``lora_A``/``lora_B`` weight or ``lora_embedding_A``/``B`` ends the conversion. The runtime skips norms
+  (``src/llama-adapter.cpp``, ``llama_adapter_lora_init_impl``, at commit fdfa89f12e75).
 - A module that the architecture's table of names does not have ends it, too; here that is known of stacked experts
   alone.
 
@@ -32,7 +33,9 @@ def _refuses(contents: Contents) -> str:
 
 def _applies(contents: Contents, item: Item) -> Outcome:
     if item.part == "norm":
-        return Outcome("full")
+        return Outcome("dropped", why="the runtime skips norms")
+    if contents.form == "gguf":
+        return Outcome("intended", item.scale)
     alpha = float(contents.config["lora_alpha"])
     assert item.rank is not None
     why = "lora_alpha / rank of the tensor; patterns and rsLoRA are not read"
@@ -40,5 +43,5 @@ def _applies(contents: Contents, item: Item) -> Outcome:
 
 
 CONSUMER = Consumer(
-    "llamacpp", "llama.cpp", frozenset({"peft"}), (Rule("", "", ("0b03adaa632b",), _refuses, _applies),)
+    "llamacpp", "llama.cpp", frozenset({"peft", "gguf"}), (Rule("", "", ("0b03adaa632b",), _refuses, _applies),)
 )

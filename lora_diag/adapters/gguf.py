@@ -1,0 +1,190 @@
+"""GGUF adapters, as llama.cpp's converter writes them: ``NAME.lora_a`` and ``NAME.lora_b``, one α for the file.
+
+s = α/r with the r of each tensor, and 1 where α is 0 or missing. ``lora_a`` is ``(r, in)`` and ``lora_b`` ``(out, r)``;
+of the token embedding, ``lora_a`` is ``(vocab, r)`` and ΔW = s·lora_a·lora_bᵀ. Names are llama.cpp's, and for models of
+Llama's family the rows of q and k are in its order; BASE tells how many heads they are of.
+
+Reference: ggml-org/llama.cpp ``convert_lora_to_gguf.py``, ``src/llama-adapter.cpp``
+(``llama_adapter_lora_init_impl``), ``src/llama-adapter.h`` (``get_scale``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING
+
+from lora_diag.adapters.source import Source, is_number
+from lora_diag.adapters.updates import Reading, Site, Update, read
+from lora_diag.checkpoints import Checkpoint
+from lora_diag.checkpoints.gguf import GgufFile, Value
+from lora_diag.checkpoints.gguf_names import ARCHITECTURES, Names, heads, to_halves
+from lora_diag.errors import InputError
+
+if TYPE_CHECKING:
+    from lora_diag.adapters.updates import Factors
+
+ALPHA = "adapter.lora.alpha"
+FACTORS = (".lora_a", ".lora_b")
+TABLE = "token_embd.weight"
+
+
+def fields_of(source: Source) -> Mapping[str, Value] | None:
+    """Return the fields of a GGUF file's header; None for another file."""
+    file = source.checkpoint.files[0]
+    return file.fields if isinstance(file, GgufFile) else None
+
+
+def is_gguf(source: Source) -> bool:
+    """Say whether this family reads the adapter."""
+    return fields_of(source) is not None
+
+
+def read_gguf(source: Source) -> Reading:
+    """Read a GGUF adapter.
+
+    Raises:
+        InputError: It is no LoRA adapter, holds tensors that llama.cpp refuses, or its factors do not fit together.
+    """
+    fields = fields_of(source) or {}
+    kinds = fields.get("general.type"), fields.get("adapter.type")
+    if kinds != ("adapter", "lora"):
+        raise InputError(
+            f"{source.path}: is no LoRA adapter: general.type is {kinds[0]!r} and adapter.type {kinds[1]!r}; give "
+            "a file that convert_lora_to_gguf.py wrote"
+        )
+    alpha = fields.get(ALPHA, 0.0)
+    if not is_number(alpha):
+        raise InputError(f"{source.path}: {ALPHA} is {alpha!r}, not a finite number; convert the adapter again")
+    names = ARCHITECTURES.get(str(fields.get("general.architecture")))
+    pairs, norms = _pairs(source)
+    updates = [update for name, parts in pairs.items() for update in _updates(source, name, parts, float(alpha), names)]
+    ranks = sorted({update.rank or 0 for update in updates})
+    shown = "-".join(map(str, ranks[:: max(1, len(ranks) - 1)]))
+    kind = f"GGUF LoRA, r={shown}, alpha={alpha:g}, {len(pairs)} modules"
+    notes = _notes(source, fields, names, updates, norms)
+    if not alpha:
+        notes += source.silent([*pairs], "llama.cpp")
+    return Reading(kind, tuple(updates), (), tuple(notes), tuple(norms), f"{ALPHA} / r of each tensor")
+
+
+def _pairs(source: Source) -> tuple[dict[str, dict[str, str]], list[str]]:
+    """Return the two factors of each tensor by its name, and the norms, which llama.cpp skips."""
+    pairs: dict[str, dict[str, str]] = {}
+    norms = []
+    for key in source.checkpoint:
+        name, part = key[:-7], key[-7:]
+        if part in FACTORS:
+            pairs.setdefault(name, {})[part] = key
+        elif key.endswith("_norm.weight"):
+            norms.append(key)
+        else:
+            raise InputError(
+                f"{source.path}: {key} is neither a factor (.lora_a, .lora_b) nor a norm; llama.cpp refuses the file"
+            )
+    return pairs, norms
+
+
+def _notes(
+    source: Source, fields: Mapping[str, Value], names: Names | None, updates: list[Update], norms: list[str]
+) -> list[str]:
+    notes = []
+    if names is None:
+        known = ", ".join(ARCHITECTURES)
+        notes.append(
+            f"the names of architecture {fields.get('general.architecture')!r} are not known, so the weights keep "
+            f"their GGUF names; known are {known}"
+        )
+    if any(update.heads for update in updates):
+        notes.append(
+            "rows of q and k are in llama.cpp's order unless BASE is given; no singular value depends on that order"
+        )
+    if norms:
+        notes.append(f"{len(norms)} norms are in the file, such as {norms[0]}; llama.cpp skips them")
+    if "adapter.alora.invocation_tokens" in fields:
+        notes.append(
+            "an activated LoRA: it acts only after its invocation tokens, so no merged model does what it does"
+        )
+    return notes
+
+
+def _updates(source: Source, name: str, parts: Mapping[str, str], alpha: float, names: Names | None) -> list[Update]:
+    """Return the update of one tensor; of stacked experts, one for each."""
+    for part in FACTORS:
+        if part not in parts:
+            raise InputError(f"{source.path}: {name} has no {part}; the file is incomplete: convert the adapter again")
+    keys = parts[".lora_a"], parts[".lora_b"]
+    a, b = (source.checkpoint[key].shape for key in keys)
+    weight = (names.in_transformers(name) if names is not None else None) or name
+    is_table = name == TABLE
+    fits = len(a) == len(b) and 0 not in (*a, *b)
+    rank_of_a = a[-1] if is_table else a[-2] if len(a) > 1 else 0
+    if not fits or len(a) not in ((2,) if is_table else (2, 3)) or rank_of_a != b[-1] or a[:-2] != b[:-2]:
+        wanted = "(vocab, r) and (dim, r)" if is_table else "(r, in) and (out, r)"
+        raise InputError(f"{source.path}: {name}: lora_a {list(a)} and lora_b {list(b)} are not {wanted}")
+    rank = b[-1]
+    scale = alpha / rank if alpha else source.scale_without_alpha(rank)
+    shape = (a[0], b[0]) if is_table else (b[-2], a[-1])
+    update = Update(
+        weight=weight,
+        shape=shape,
+        load=partial(table_factors if is_table else factors, source.checkpoint, keys, scale, None),
+        factored=True,
+        dtype=source.checkpoint[keys[1]].dtype,
+        zero_if=keys[1],
+        rank=rank,
+        scale=scale,
+        heads=names.heads_key(name) if names is not None else "",
+    )
+    if len(a) == 2:
+        return [update]
+    return [
+        replace(
+            update,
+            weight=weight.format(index) if "{}" in weight else f"{weight}[{index}]",
+            load=partial(factors, source.checkpoint, keys, scale, index),
+        )
+        for index in range(a[0])
+    ]
+
+
+def factors(checkpoint: Checkpoint, keys: tuple[str, str], scale: float, expert: int | None, site: Site) -> Factors:
+    """Return s·lora_b ``(out, r)`` and lora_a ``(r, in)``; of one expert of a stack."""
+    a, b = (read(checkpoint, key) for key in keys)
+    if expert is not None:
+        a, b = a[expert], b[expert]
+    return b * scale, a
+
+
+def table_factors(
+    checkpoint: Checkpoint, keys: tuple[str, str], scale: float, expert: int | None, site: Site
+) -> Factors:
+    """Return s·lora_a ``(vocab, r)`` and lora_bᵀ ``(r, dim)``."""
+    a, b = (read(checkpoint, key) for key in keys)
+    return a * scale, b.T
+
+
+def in_rows_of(update: Update, base: Checkpoint | None) -> Update:
+    """Return an update with its rows in the order of BASE.
+
+    Raises:
+        InputError: BASE does not tell the number of heads, or it does not divide the rows.
+    """
+    if not update.heads or base is None:
+        return update
+    count = heads(base.config, update.heads)
+    rows = update.shape[0] or 0
+    if count is None or rows % (2 * count):
+        given = f"gives no {update.heads}" if count is None else f"gives {count} heads for {rows} rows"
+        raise InputError(
+            f"{base.path}: its config.json {given}, so the row order of {update.weight} is not known; give the folder "
+            "of the model that the adapter was trained on"
+        )
+    return replace(update, load=partial(reordered, update.load, count), heads="")  # type: ignore[arg-type]
+
+
+def reordered(load: partial[Factors], count: int, site: Site) -> Factors:
+    """Return the factors with the rows of B in transformers' order."""
+    b, a = load(site)
+    return to_halves(b, count), a

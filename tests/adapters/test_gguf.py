@@ -1,0 +1,211 @@
+"""GGUF adapters: files that the gguf package writes, read as llama.cpp's converter and runtime mean them."""
+
+import json
+
+import numpy as np
+import pytest
+
+from lora_diag.adapters import is_adapter, open_adapter
+from lora_diag.checkpoints.gguf_names import ARCHITECTURES, WHOLE
+from lora_diag.errors import InputError, LoradiagError
+from tests.adapters import making
+from tests.adapters.making import changes, close, normal
+from tests.conftest import SHARED
+
+gguf = pytest.importorskip("gguf")
+CASES = [SHARED / "formats" / name for name in ("gguf-lora", "gguf-lora-embed")]
+CONFIG = {"model_type": "llama", "num_attention_heads": 4, "num_key_value_heads": 2}
+
+
+def write(path, tensors, alpha=16.0, arch="llama", **fields):
+    """Write an adapter as llama.cpp's converter does."""
+    writer = gguf.GGUFWriter(path, arch)
+    writer.add_type(fields.get("type", "adapter"))
+    writer.add_string("adapter.type", fields.get("kind", "lora"))
+    if alpha is not None:
+        writer.add_float32("adapter.lora.alpha", alpha)
+    for name, value in tensors.items():
+        kind = fields.get("quantized", {}).get(name)
+        value = value.astype(np.float32)
+        writer.add_tensor(name, value if kind is None else gguf.quants.quantize(value, kind), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def pairs(name, a, b):
+    return {f"{name}.weight.lora_a": a, f"{name}.weight.lora_b": b}
+
+
+def in_pairs(b, heads):
+    """Put the rows of each head in llama.cpp's order, one row at a time."""
+    size = len(b) // heads
+    out = np.empty_like(b)
+    for row in range(len(b)):
+        head, inside = divmod(row, size)
+        half, place = divmod(inside, size // 2)
+        out[head * size + 2 * place + half] = b[row]
+    return out
+
+
+@pytest.mark.skipif(not CASES[0].exists(), reason="the shared cases are not here")
+@pytest.mark.parametrize("case", CASES, ids=lambda path: path.name)
+def test_gguf_case_has_the_truth_of_each_weight(case):
+    truth = json.loads((case / "truth.json").read_text())
+    found, _ = changes(case / "adapter", case / "base")
+    assert set(found) == {name for name in truth if name != "_meta"}
+    for name, matrix in found.items():
+        assert list(matrix.shape) == truth[name]["shape"]
+        assert np.linalg.norm(matrix) == pytest.approx(truth[name]["fro"], rel=1e-6)
+        s = np.linalg.svd(matrix, compute_uv=False)[: len(truth[name]["s"])]
+        assert s == pytest.approx(truth[name]["s"], rel=1e-6, abs=1e-6)
+        for *index, value in truth[name]["entries"]:
+            assert matrix[tuple(index)] == pytest.approx(value, rel=1e-5, abs=1e-6)
+
+
+@pytest.fixture
+def llama(tmp_path):
+    """Write an adapter of mixed ranks, with q and k in llama.cpp's order, and its BASE."""
+    layer = "model.layers.0."
+    shapes = {"q_proj": (64, 32), "k_proj": (32, 32), "o_proj": (32, 64)}
+    base = making.base(
+        tmp_path,
+        {
+            **{f"{layer}self_attn.{leaf}.weight": normal(*shape) for leaf, shape in shapes.items()},
+            "model.embed_tokens.weight": normal(50, 32),
+        },
+        CONFIG,
+    )
+    a = {leaf: normal(r, shapes[leaf][1], seed=1) for leaf, r in (("q_proj", 2), ("k_proj", 4), ("o_proj", 2))}
+    b = {leaf: normal(shapes[leaf][0], a[leaf].shape[0], seed=2) for leaf in a}
+    table = normal(50, 3, seed=3), normal(32, 3, seed=4)
+    tensors = {
+        **pairs("blk.0.attn_q", a["q_proj"], in_pairs(b["q_proj"], 4)),
+        **pairs("blk.0.attn_k", a["k_proj"], in_pairs(b["k_proj"], 2)),
+        **pairs("blk.0.attn_output", a["o_proj"], b["o_proj"]),
+        **pairs("token_embd", *table),
+        "blk.0.attn_norm.weight": normal(32),
+    }
+    expected = {f"{layer}self_attn.{leaf}.weight": b[leaf] @ a[leaf] for leaf in a}
+    expected["model.embed_tokens.weight"] = table[0] @ table[1].T
+    ranks = {"q_proj": 2, "k_proj": 4, "o_proj": 2, "embed_tokens": 3}
+    ranks = {name: next(r for leaf, r in ranks.items() if leaf in name) for name in expected}
+    return base, tensors, expected, ranks, tmp_path / "a.gguf"
+
+
+@pytest.mark.parametrize("alpha", [16.0, 0.0, None])
+def test_gguf_scale_is_alpha_by_the_rank_of_each_tensor(llama, alpha):
+    base, tensors, expected, ranks, path = llama
+    found, notes = changes(write(path, tensors, alpha), base)
+    assert set(found) == set(expected)
+    for name, matrix in found.items():
+        close(matrix, expected[name] * (alpha / ranks[name] if alpha else 1.0))
+    assert any("norms are in the file" in note for note in notes)
+    assert any("give no alpha" in note for note in notes) == (not alpha)
+
+
+def test_gguf_without_base_has_the_same_singular_values(llama):
+    _, tensors, expected, ranks, path = llama
+    found, notes = changes(write(path, tensors), None)
+    for name, matrix in found.items():
+        wanted = np.linalg.svd(expected[name] * 16 / ranks[name], compute_uv=False)
+        np.testing.assert_allclose(np.linalg.svd(matrix, compute_uv=False), wanted, atol=1e-4)
+    assert any("llama.cpp's order" in note for note in notes)
+
+
+def test_gguf_q8_0_factors_are_decoded(llama):
+    _, tensors, _, _, path = llama
+    name = "blk.0.attn_output.weight.lora_a"
+    kind = gguf.GGMLQuantizationType.Q8_0
+    found, _ = changes(write(path, tensors, quantized={name: kind}), None)
+    a = gguf.quants.dequantize(gguf.quants.quantize(tensors[name].astype(np.float32), kind), kind)
+    close(found["model.layers.0.self_attn.o_proj.weight"], tensors[name.replace("_a", "_b")] @ a * 8)
+
+
+def test_gguf_alpha_is_stated_where_the_file_gives_none(llama):
+    base, tensors, expected, ranks, path = llama
+    write(path, tensors, None)
+    from lora_diag.checkpoints import open_checkpoint
+    from tests.adapters.dense import dense
+
+    pairing, notes = open_adapter(path, 6.0).pair(open_checkpoint(base))
+    for delta in pairing.deltas:
+        close(dense(delta), expected[delta.layer] * 6 / ranks[delta.layer])
+    assert any("alpha = 6 was given" in note for note in notes)
+
+
+def test_gguf_experts_are_one_update_each(tmp_path):
+    a, b = normal(3, 2, 8), normal(3, 12, 2)
+    path = write(tmp_path / "a.gguf", pairs("blk.1.ffn_up_exps", a, b), 4.0, "qwen3moe")
+    found, _ = changes(path, None)
+    for expert in range(3):
+        close(found[f"model.layers.1.mlp.experts.{expert}.up_proj.weight"], b[expert] @ a[expert] * 2)
+
+
+def test_gguf_of_unknown_architecture_keeps_its_names(tmp_path):
+    path = write(tmp_path / "a.gguf", pairs("blk.1.attn_q", normal(2, 8), normal(8, 2)), arch="bloom")
+    found, notes = changes(path, None)
+    assert list(found) == ["blk.1.attn_q.weight"]
+    assert any("'bloom' are not known" in note for note in notes)
+
+
+def test_gguf_beside_a_peft_config_ignores_it(llama):
+    _, tensors, _, _, path = llama
+    (path.parent / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 1, "lora_alpha": 99}')
+    adapter = open_adapter(write(path, tensors))
+    assert is_adapter(path)
+    assert (adapter.form, adapter.source.config) == ("gguf", None)
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({"type": "model"}, "general.type is 'model'"),
+        ({"kind": "control"}, "adapter.type 'control'"),
+        ({"alpha": float("nan")}, "adapter.lora.alpha is nan"),
+    ],
+)
+def test_gguf_header_that_is_no_lora_is_refused(tmp_path, change, problem):
+    path = write(tmp_path / "a.gguf", pairs("blk.1.attn_q", normal(2, 8), normal(8, 2)), **change)
+    with pytest.raises(InputError, match=problem):
+        open_adapter(path)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "problem"),
+    [
+        ({"blk.0.attn_q.weight.lora_a": normal(2, 8)}, "has no .lora_b"),
+        ({"blk.0.attn_q.weight": normal(8, 8)}, "llama.cpp refuses the file"),
+        (pairs("blk.0.attn_q", normal(2, 8), normal(8, 3)), r"are not \(r, in\) and \(out, r\)"),
+        (pairs("blk.0.attn_q", normal(8), normal(8)), r"are not \(r, in\)"),
+        (pairs("token_embd", normal(2, 8), normal(8, 2)), r"are not \(vocab, r\)"),
+        (pairs("blk.0.ffn_up_exps", normal(3, 2, 8), normal(4, 8, 2)), r"are not \(r, in\)"),
+    ],
+)
+def test_gguf_factors_that_do_not_fit_are_refused(tmp_path, tensors, problem):
+    path = write(tmp_path / "a.gguf", tensors)
+    with pytest.raises(InputError, match=problem):
+        open_adapter(path)
+
+
+@pytest.mark.parametrize(("heads", "problem"), [(None, "gives no num_attention_heads"), (3, "gives 3 heads for 64")])
+def test_gguf_rows_need_the_heads_of_base(llama, heads, problem):
+    base, tensors, _, _, path = llama
+    (base / "config.json").write_text(json.dumps({"num_attention_heads": heads} if heads else {}))
+    with pytest.raises(LoradiagError, match=problem):
+        changes(write(path, tensors), base)
+
+
+def test_gguf_names_are_those_of_the_library():
+    keys = {name: key for key, name in gguf.MODEL_ARCH_NAMES.items()}
+    for names in ARCHITECTURES.values():
+        table = gguf.get_tensor_name_map(keys[names.architecture], 3)
+        for stem in (*(f"blk.2.{part}" for part in names.block), *WHOLE):
+            theirs = names.in_transformers(f"{stem}.weight")
+            found = table.get_name(theirs.replace(".{}", ""), try_suffixes=(".weight",))
+            if found is None and stem in WHOLE:  # a tied head, a final norm without a weight
+                continue
+            assert found == f"{stem}.weight", (names.architecture, stem)
+            assert names.in_gguf(theirs) == f"{stem}.weight"

@@ -59,16 +59,14 @@ class Section:
 
     Args:
         title: Subject of the records.
-        statements: ``module:name`` of ``statements(results) -> list[Statement]``.
-        grids: ``module:name`` of ``grids(results) -> list[Grid]``.
+        per: What a row of the tables is: a module ``type``, or a ``layer``.
         order: Sort key of sections, before the order of the catalog; sections about losses come first.
         figures: Names of the figures in this section; empty for all figures of the feature.
         losses: Whether the section is about losses of a model.
     """
 
     title: str
-    statements: str
-    grids: str
+    per: str = "type"
     order: int = 50
     figures: tuple[str, ...] = ()
     losses: bool = False
@@ -87,8 +85,11 @@ class Feature:
         subcommands: Further commands by full name, such as ``gate init``, each with its ``module:name``.
         records: ``module:name`` of each kind of record.
         functions: ``module:name`` of each public function, ``lora_diag.NAME``.
-        table: ``module:name`` of ``table(results, width, color, per=...) -> str``; if empty, the table shows the
-            columns declared by the records, above the section's statements.
+        statements: ``module:name`` of ``statements(results) -> list[Statement]``, the summary.
+        grids: ``module:name`` of ``grids(results, per) -> list[Grid]``, the tables; if empty, they show the columns
+            declared by the records.
+        table: ``module:name`` of ``table(results, width, color, per=..., then=...) -> str``, for a terminal; if empty,
+            it shows the tables above the summary.
         section: The feature's section of a report; None if it has none.
         questions: Pairs of a statement's key in that section and the question that it answers at the top of a report.
         figures: The figures, in the order in which they are listed.
@@ -101,6 +102,8 @@ class Feature:
     subcommands: tuple[tuple[str, str], ...] = ()
     records: tuple[str, ...] = ()
     functions: tuple[str, ...] = ()
+    statements: str = ""
+    grids: str = ""
     table: str = ""
     section: Section | None = None
     questions: tuple[tuple[str, str], ...] = ()
@@ -110,3 +113,8 @@ class Feature:
     def load(self, path: str) -> Any:
         """Import and return the object at a declared path."""
         return load(path, self.package)
+
+    def tables(self, results: Any, per: str) -> list[Any]:
+        """Return the tables of results, each a ``Grid``."""
+        found: list[Any] = self.load(self.grids or "lora_diag.rendering.tables:record_grids")(results, per)
+        return found

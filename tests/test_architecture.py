@@ -185,8 +185,7 @@ def _as_figure(name: str) -> str:
 def test_every_declared_path_can_be_imported():
     for feature in catalog.features():
         paths = [*feature.records, *feature.functions, feature.command, feature.table]
-        if feature.section is not None:
-            paths += [feature.section.statements, feature.section.grids]
+        paths += [feature.statements, feature.grids]
         for figure in feature.figures:
             paths += [figure.draw, figure.lacks, *figure.panels]
         assert all(callable(feature.load(path)) for path in paths if path)

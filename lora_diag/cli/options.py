@@ -8,6 +8,7 @@ dataclass of options that only the command line has::
     def residual(base: Base, tuned: Tuned, *, given: LayerOptions, shown: Rows) -> None:
         with shown.callbacks() as callbacks:
             results = measure(base, tuned, **given, **callbacks)
+        shown.show(results)
 """
 
 from __future__ import annotations
@@ -24,11 +25,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin,
 
 import typer
 
-from lora_diag.cli.output import as_lines, message, progress_bar
+from lora_diag.cli.output import as_lines, message, progress_bar, result, terminal
 from lora_diag.errors import UsageError
 from lora_diag.running.options import EXECUTION, OUTPUT, PER, Option, Output, aliases, declared
 
 if TYPE_CHECKING:
+    from lora_diag.records import Results
     from lora_diag.running.engines import Ray
 
 
@@ -138,6 +140,19 @@ class Shown:
         with progress_bar(self.quiet) as on_progress:
             called: dict[str, Any] = {"on_progress": on_progress, "on_record": as_lines(self.json)}
             yield {**called, **({"on_note": None if self.quiet else message} if notes else {})}
+
+    def show(self, results: Results[Any], then: str | None = None, per: str = "") -> None:
+        """Print the tables and the summary of results, where they are shown.
+
+        Args:
+            results: What was measured.
+            then: The command that a user would run next.
+            per: What a row is, ``type`` or ``layer``; by default as the options say.
+        """
+        if self.table:
+            from lora_diag.inspection.tables import table
+
+            result(table(results, *terminal(), per=per or getattr(self, "per", Per.type), then=then))
 
 
 @dataclass(frozen=True)

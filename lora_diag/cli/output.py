@@ -15,7 +15,9 @@ from pathlib import Path
 from textwrap import fill
 from typing import TYPE_CHECKING, TextIO
 
-from lora_diag.errors import InputError, UsageError
+from typer import Exit
+
+from lora_diag.errors import UNREADABLE, InputError, UsageError
 from lora_diag.files import Kind, check_output
 from lora_diag.rendering.text import encodable, safe
 
@@ -131,6 +133,16 @@ def tell_unmeasured(items: Sequence[LeftOut], then: str) -> bool:
     if len(items) > NAMED:
         message(f"Error: and {len(items) - NAMED} more like these; the records name every one (--json, or -o FILE)")
     return bool(items)
+
+
+def exit_unmeasured(items: Sequence[LeftOut], then: str) -> None:
+    """Name what could not be measured, and exit if there is any.
+
+    Raises:
+        Exit: With the code of what could not be measured.
+    """
+    if tell_unmeasured(items, then):
+        raise Exit(UNREADABLE)
 
 
 def again(*more: str) -> str:

@@ -26,13 +26,10 @@ def inspect(
     from lora_diag.records import is_results_file, lines_of
 
     if is_results_file(path):
-        from lora_diag.inspection.tables import table
-
         results = read_results(path)
         for text in lines_of(results.records()) if shown.json else ():
             line(text)
-        if shown.table:
-            result(table(results, *terminal(), per=shown.per))
+        shown.show(results)
         return
 
     from lora_diag.inspection.run import inspect as look

@@ -7,10 +7,12 @@ from typing import Any
 from lora_diag.catalog import feature_of
 from lora_diag.errors import InputError
 from lora_diag.records import Results
-from lora_diag.rendering.tables import record_table
+from lora_diag.rendering.tables import grids_table
 
 
-def table(results: Results[Any], width: int = 80, color: bool = False, per: str = "type") -> str:
+def table(
+    results: Results[Any], width: int = 80, color: bool = False, per: str = "type", then: str | None = None
+) -> str:
     """Return the table and the summary of any results.
 
     Args:
@@ -18,14 +20,16 @@ def table(results: Results[Any], width: int = 80, color: bool = False, per: str 
         width: Columns of the terminal.
         color: Whether to use ANSI colours.
         per: ``type`` for one row a module type, ``layer`` for one row a layer.
+        then: The command that a user would run next.
 
     Raises:
         InputError: They come from a command that this version does not know.
     """
     feature = feature_of(results.run.command)
     if feature is not None and feature.table:
-        shown: str = feature.load(feature.table)(results, width, color, per=per)
+        shown: str = feature.load(feature.table)(results, width, color, per=per, then=then)
         return shown
-    if feature is not None and feature.section is not None:
-        return record_table(results, feature.load(feature.section.statements)(results), width, color, per)
+    if feature is not None and feature.statements:
+        statements = feature.load(feature.statements)(results)
+        return grids_table(feature.tables(results, per), statements, width, color, then)
     raise InputError(f"results of loradiag {results.run.command}: this version has no table for them")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol, TypeVar
 
 from rich import box
@@ -67,6 +67,7 @@ class Grid:
         names: One a row.
         columns: The others.
         about: What one reads from it, for a page; a terminal's summary says that.
+        most: How many rows, the first, a terminal shows, with whole names; None for all, with names as there is room.
     """
 
     caption: str
@@ -74,11 +75,19 @@ class Grid:
     names: tuple[str, ...]
     columns: tuple[Column, ...]
     about: str = ""
+    most: int | None = None
 
     def shown(self, width: int) -> list[RenderableType]:
         """Return what a terminal of so many characters shows."""
-        table = table_of(self.title, self.names, self.columns, width)
-        return [*([Text(self.caption, style="bold")] if self.caption else []), table]
+        names, most = self.names[: self.most], self.most
+        columns = [replace(column, cells=column.cells[:most]) for column in self.columns]
+        table = table_of(self.title, names, columns, width, max(map(len, names), default=0) if most else None)
+        more = len(self.names) - len(names)
+        return [
+            *([Text(self.caption, style="bold")] if self.caption else []),
+            table,
+            *([Text(f"and {more} more")] if more else []),
+        ]
 
     def rows(self) -> list[tuple[str, list[str]]]:
         """Return the name and the cells of each row."""

@@ -78,27 +78,6 @@ def grids_table(
     return to_text(Group(*captioned_once(tables), summary_of(statements, then)), width, color)
 
 
-def record_table(
-    results: Results[Any],
-    statements: Sequence[Statement],
-    width: int = 80,
-    color: bool = False,
-    per: str = "type",
-    then: str | None = None,
-) -> str:
-    """Return the tables of the records, and a summary below.
-
-    Args:
-        results: What was measured.
-        statements: The summary.
-        width: Columns of the terminal.
-        color: Whether to use ANSI colours.
-        per: ``type`` for one row a module type, ``layer`` for one row a layer.
-        then: The command that a user would run next.
-    """
-    return grids_table(record_grids(results, per), statements, width, color, then)
-
-
 def _column(shown: Shown, groups: Sequence[Sequence[Any]]) -> Column:
     words = any(isinstance(value_at(record, shown.path), str) for group in groups for record in group)
     cells = tuple(_cell(shown, group) for group in groups)

@@ -69,8 +69,8 @@ def sections_of(evidence: Evidence) -> list[Section]:
     for kind, source in sorted(known, key=lambda item: (item[0].order, order.index(item[1].results.run.command))):
         feature = feature_of(source.results.run.command)
         assert feature is not None
-        statements: list[Statement] = feature.load(kind.statements)(source.results)
-        grids = feature.load(kind.grids)(source.results)
+        statements: list[Statement] = feature.load(feature.statements)(source.results)
+        grids = feature.tables(source.results, kind.per)
         figures = kind.figures or tuple(figure.name for figure in feature.figures)
         found.append(
             Section(

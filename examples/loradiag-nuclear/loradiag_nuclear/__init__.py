@@ -8,7 +8,10 @@ FEATURE = Feature(
     command=".command:nuclear",
     records=(".record:Nuclear",),
     functions=(".run:nuclear",),
-    section=Section("Nuclear norms", ".summary:statements", "lora_diag.rendering.tables:record_grids"),
+    statements=".summary:statements",
+    section=Section(
+        "Nuclear norms",
+    ),
     questions=(("where", "Where is the nuclear norm of the update?"),),
     figures=(Figure("nuclear", "share of the nuclear norm by depth", "nuclear", ".figures:figure"),),
 )

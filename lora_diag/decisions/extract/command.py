@@ -6,12 +6,10 @@ import shlex
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
 from lora_diag.cli import options
-from lora_diag.cli.output import result, tell_unmeasured, terminal
+from lora_diag.cli.output import exit_unmeasured, result, terminal
 from lora_diag.decisions.extract.options import ExtractOptions
-from lora_diag.errors import UNREADABLE, UsageError
+from lora_diag.errors import UsageError
 from lora_diag.running.options import OUTPUT, Option
 
 _OUTPUT = Option(None, "Adapter folder to write.", "ADAPTER", ("--output", "-o"), OUTPUT)
@@ -45,5 +43,4 @@ def extract(
         then = shlex.join(["loradiag", "residual", str(base), str(tuned), str(output)])
         then += "   (this adapter compared with TUNED)"
         result(extraction_table(results, *terminal(), per=shown.per, then=then, folder=str(output)))
-    if tell_unmeasured(results.unmeasured, "the layer is not in the adapter"):
-        raise typer.Exit(UNREADABLE)
+    exit_unmeasured(results.unmeasured, "the layer is not in the adapter")

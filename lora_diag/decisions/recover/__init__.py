@@ -9,7 +9,11 @@ FEATURE = Feature(
     records=(".record:Recovery",),
     functions=(".run:recover",),
     table=".summary:recovery_table",
-    section=Section("Update below the rounding of the files", ".summary:recovery_lines", ".summary:recovery_grids"),
+    statements=".summary:recovery_lines",
+    grids=".summary:recovery_grids",
+    section=Section(
+        "Update below the rounding of the files",
+    ),
     questions=(("hidden", "What does the rounding of the files hide?"),),
     figures=(
         Figure(

@@ -9,9 +9,9 @@ from typing import Annotated
 import typer
 
 from lora_diag.cli import options
-from lora_diag.cli.output import result, tell_unmeasured, terminal
+from lora_diag.cli.output import exit_unmeasured, result, terminal
 from lora_diag.decisions.recover.options import RecoverOptions
-from lora_diag.errors import INCONCLUSIVE, UNREADABLE
+from lora_diag.errors import INCONCLUSIVE
 from lora_diag.running.options import OUTPUT, Option
 
 _OUTPUT = Option(
@@ -64,7 +64,6 @@ def recover(
             then = f"{shlex.join(words)}   (distance to the files' difference, rounding included)"
         folder = str(output) if writes else None
         result(recovery_table(results, *terminal(), per=shown.per, then=then, folder=folder))
-    if tell_unmeasured(results.unmeasured, "the layer was left out"):
-        raise typer.Exit(UNREADABLE)
+    exit_unmeasured(results.unmeasured, "the layer was left out")
     if not found:
         raise typer.Exit(INCONCLUSIVE)

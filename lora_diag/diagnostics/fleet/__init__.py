@@ -9,7 +9,11 @@ FEATURE = Feature(
     functions=(".run:fleet",),
     subcommands=(("fleet", ".command:fleet"),),
     table=".summary:fleet_table",
-    section=Section("A fleet", ".summary:fleet_section_lines", ".summary:fleet_section_grids"),
+    statements=".summary:fleet_section_lines",
+    grids=".summary:fleet_section_grids",
+    section=Section(
+        "A fleet",
+    ),
     figures=(
         Figure(
             "fleet",

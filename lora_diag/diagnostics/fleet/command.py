@@ -9,9 +9,8 @@ from typing import Annotated, Any
 import typer
 
 from lora_diag.cli import options
-from lora_diag.cli.output import again, result, tell_unmeasured, terminal
+from lora_diag.cli.output import again, exit_unmeasured
 from lora_diag.diagnostics.fleet.options import FleetOptions
-from lora_diag.errors import UNREADABLE
 
 
 @options.spread
@@ -36,17 +35,14 @@ def show_fleet(adapters: list[str], given: Any, shown: options.Rows) -> None:
     # torch comes with it: not before it is needed
     from lora_diag.diagnostics.fleet.run import fleet as measure
     from lora_diag.diagnostics.fleet.run import unreadable
-    from lora_diag.diagnostics.fleet.summary import fleet_table
 
     listed = [line.rstrip("\n") for line in sys.stdin if line.strip()] if "-" in adapters else []
     with shown.callbacks() as callbacks:
         results = measure([*(word for word in adapters if word != "-"), *listed], **given, **callbacks)
-    if shown.table:
-        output = given["output"]
-        then = f"{again('-o', 'fleet.jsonl')}   (keeps these numbers)"
-        if output is not None:
-            words = shlex.join(["loradiag", "inspect", str(output), "--per", "layer"])
-            then = f"{words}   (every adapter, without measuring again)"
-        result(fleet_table(results, *terminal(), per=shown.per, then=then))
-    if tell_unmeasured(unreadable(results), "the adapter was left out"):
-        raise typer.Exit(UNREADABLE)
+    output = given["output"]
+    then = f"{again('-o', 'fleet.jsonl')}   (keeps these numbers)"
+    if output is not None:
+        words = shlex.join(["loradiag", "inspect", str(output), "--per", "layer"])
+        then = f"{words}   (every adapter, without measuring again)"
+    shown.show(results, then)
+    exit_unmeasured(unreadable(results), "the adapter was left out")

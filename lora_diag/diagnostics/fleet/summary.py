@@ -184,6 +184,6 @@ def fleet_section_lines(results: Results[Fleet]) -> list[Statement]:
     return fleet_lines(results, pairs_of(results))
 
 
-def fleet_section_grids(results: Results[Fleet]) -> list[Grid]:
+def fleet_section_grids(results: Results[Fleet], per: str = "type") -> list[Grid]:
     """Return the tables, with the pairs of the run."""
-    return fleet_grids(results, pairs_of(results))
+    return fleet_grids(results, pairs_of(results), per)

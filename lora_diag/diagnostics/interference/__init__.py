@@ -11,8 +11,11 @@ FEATURE = Feature(
         ".record:Union",
     ),
     functions=(".run:interference",),
-    table=".summary:interference_table",
-    section=Section("Several updates", ".summary:interference_lines", ".summary:interference_grids"),
+    statements=".summary:interference_lines",
+    grids=".summary:interference_grids",
+    section=Section(
+        "Several updates",
+    ),
     figures=(
         Figure(
             "angles",

@@ -9,9 +9,8 @@ from typing import Annotated
 import typer
 
 from lora_diag.cli import options
-from lora_diag.cli.output import check_outputs, result, tell_unmeasured, terminal
+from lora_diag.cli.output import check_outputs, exit_unmeasured
 from lora_diag.diagnostics.interference.options import InterferenceOptions
-from lora_diag.errors import UNREADABLE
 from lora_diag.files import RESULTS
 from lora_diag.running.options import OUTPUT, Option
 
@@ -43,18 +42,15 @@ def interference(
     # torch comes with it: not before it is needed
     from lora_diag.diagnostics.interference.run import interference as measure
     from lora_diag.diagnostics.interference.run import split_base, union_spectra
-    from lora_diag.diagnostics.interference.summary import interference_table
 
     base, updates = split_base(inputs)
     with shown.callbacks() as callbacks:
         results = measure(updates, base=base, **given, **callbacks)
     if spectrum is not None:
         union_spectra(results).write(spectrum, given["overwrite"])
-    if shown.table:
-        then = _next(inputs, spectrum) if results.layers else None
-        result(interference_table(results, *terminal(), per=shown.per, then=then))
-    if tell_unmeasured(results.unmeasured, "the layer was left out"):
-        raise typer.Exit(UNREADABLE)
+    then = _next(inputs, spectrum) if results.layers else None
+    shown.show(results, then)
+    exit_unmeasured(results.unmeasured, "the layer was left out")
 
 
 def _next(inputs: list[str], spectrum: Path | None) -> str:

@@ -12,7 +12,7 @@ from lora_diag.records import Results
 from lora_diag.rendering.columns import Column, Grid, rows_of
 from lora_diag.rendering.lines import called
 from lora_diag.rendering.statements import Statement, compared, ending, left_out, say
-from lora_diag.rendering.tables import Rows, columns_of, grid_of, grids_table, sizes_of
+from lora_diag.rendering.tables import Rows, columns_of, grid_of, sizes_of
 from lora_diag.rendering.text import number, percent, short, shown
 
 # So many pairs get a table each; more share one, a row a pair.
@@ -26,28 +26,6 @@ _EXACT = 1e-9
 
 # What merges are called, in the order of the columns; ``cat`` is exact and has none.
 MERGES = {"linear": "linear", "ties": "ties", "ties_dense": "TIES of ΔW"}
-
-
-def interference_table(
-    results: Results[Interference | Union],
-    width: int = 80,
-    color: bool = False,
-    per: str = "type",
-    then: str | None = None,
-) -> str:
-    """Return the tables and the summary of an interference run.
-
-    Args:
-        results: What was measured.
-        width: Columns of the terminal; 80 are enough, 140 are used.
-        color: Whether to use ANSI colours.
-        per: ``type`` for one row a module type, ``layer`` for one row a layer.
-        then: The command that a user would run next.
-
-    Returns:
-        Lines of text, without a newline at the end.
-    """
-    return grids_table(interference_grids(results, per), interference_lines(results), width, color, then)
 
 
 def interference_grids(results: Results[Interference | Union], per: str = "type") -> list[Grid]:

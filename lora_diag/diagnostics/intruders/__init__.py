@@ -8,9 +8,8 @@ FEATURE = Feature(
     command=".command:intruders",
     records=(".record:Intruders",),
     functions=(".run:intruders",),
-    table=".summary:intruders_table",
-    section=Section(
-        "Intruder dimensions", ".summary:intruders_lines", ".summary:intruders_grids", figures=("intruders",)
-    ),
+    statements=".summary:intruders_lines",
+    grids=".summary:intruders_grids",
+    section=Section("Intruder dimensions", figures=("intruders",)),
     questions=(("intruders", "Are there intruder dimensions?"),),
 )

@@ -5,12 +5,9 @@ from __future__ import annotations
 import shlex
 from pathlib import Path
 
-import typer
-
 from lora_diag.cli import options
-from lora_diag.cli.output import result, tell_unmeasured, terminal
+from lora_diag.cli.output import exit_unmeasured
 from lora_diag.diagnostics.intruders.options import IntruderOptions
-from lora_diag.errors import UNREADABLE
 
 
 @options.spread
@@ -27,15 +24,12 @@ def intruders(
     """
     # torch comes with it: not before it is needed
     from lora_diag.diagnostics.intruders.run import intruders as measure
-    from lora_diag.diagnostics.intruders.summary import intruders_table
 
     with shown.callbacks() as callbacks:
         results = measure(base, tuned, **given, **callbacks)
-    if shown.table:
-        then = _next(base, tuned, given["output"]) if results.layers else None
-        result(intruders_table(results, *terminal(), per=shown.per, then=then))
-    if tell_unmeasured(results.unmeasured, "the layer was left out"):
-        raise typer.Exit(UNREADABLE)
+    then = _next(base, tuned, given["output"]) if results.layers else None
+    shown.show(results, then)
+    exit_unmeasured(results.unmeasured, "the layer was left out")
 
 
 def _next(base: str, tuned: str, output: Path | str | None) -> str:

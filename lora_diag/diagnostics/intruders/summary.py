@@ -9,29 +9,11 @@ from lora_diag.diagnostics.intruders.record import Intruders
 from lora_diag.records import Results
 from lora_diag.rendering.columns import Grid, rows_of
 from lora_diag.rendering.statements import Statement, compared, ending, left_out, say
-from lora_diag.rendering.tables import columns_of, grid_of, grids_table, sizes_of
+from lora_diag.rendering.tables import columns_of, grid_of, sizes_of
 from lora_diag.rendering.text import number, short
 
 # So many layers are named in a sentence.
 _NAMED = 3
-
-
-def intruders_table(
-    results: Results[Intruders], width: int = 80, color: bool = False, per: str = "type", then: str | None = None
-) -> str:
-    """Return the table and the summary of an intruders run.
-
-    Args:
-        results: What was measured.
-        width: Columns of the terminal; 80 are enough, 140 are used.
-        color: Whether to use ANSI colours.
-        per: ``type`` for one row a module type, ``layer`` for one row a layer.
-        then: The command that a user would run next.
-
-    Returns:
-        Lines of text, without a newline at the end.
-    """
-    return grids_table(intruders_grids(results, per), intruders_lines(results), width, color, then)
 
 
 def intruders_grids(results: Results[Intruders], per: str = "type") -> list[Grid]:

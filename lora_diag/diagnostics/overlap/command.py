@@ -9,9 +9,8 @@ from typing import Annotated, TypedDict
 import typer
 
 from lora_diag.cli import options
-from lora_diag.cli.output import again, message, result, tell_unmeasured, terminal
+from lora_diag.cli.output import again, exit_unmeasured, message, result, terminal
 from lora_diag.diagnostics.overlap.options import OverlapOptions
-from lora_diag.errors import UNREADABLE
 from lora_diag.running.options import SHOW_RANK
 
 
@@ -51,8 +50,7 @@ def overlap(
             message(f"--show-rank {rank}: no layer and no adapter here has so many; another rank is shown")
         then = _next(given["output"], shown.per) if results.layers else None
         result(overlap_table(results, *terminal(), per=shown.per, rank=rank, then=then))
-    if tell_unmeasured(results.unmeasured, "left out"):
-        raise typer.Exit(UNREADABLE)
+    exit_unmeasured(results.unmeasured, "left out")
 
 
 def _next(output: Path | str | None, per: str) -> str:

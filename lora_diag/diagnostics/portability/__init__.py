@@ -8,7 +8,8 @@ FEATURE = Feature(
     command=".command:portability",
     records=(".record:Portability",),
     functions=(".run:portability", ".fix:make_portable"),
-    table=".summary:portability_table",
-    section=Section("Portability", ".summary:portability_lines", ".summary:portability_grids", order=45),
+    statements=".summary:portability_lines",
+    grids=".summary:portability_grids",
+    section=Section("Portability", order=45),
     questions=(("portable", "Will the adapter mean the same where it is served?"),),
 )

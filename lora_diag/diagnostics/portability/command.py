@@ -7,9 +7,9 @@ from typing import Annotated, Any, TypedDict
 import typer
 
 from lora_diag.cli import options
-from lora_diag.cli.output import again, line, result, tell_unmeasured, terminal
+from lora_diag.cli.output import again, exit_unmeasured, line, result, terminal
 from lora_diag.diagnostics.portability.options import PortabilityOptions
-from lora_diag.errors import GATE_FAILED, UNREADABLE, UsageError
+from lora_diag.errors import GATE_FAILED, UsageError
 from lora_diag.running.options import OUTPUT, Option
 
 Adapter = Annotated[str | None, typer.Argument(metavar="ADAPTER", help="Adapter that will be served.")]
@@ -55,7 +55,7 @@ def portability(
     # torch comes with it: not before it is needed
     from lora_diag.diagnostics.portability.fix import make_portable
     from lora_diag.diagnostics.portability.run import portability as measure
-    from lora_diag.diagnostics.portability.summary import failed, portability_table
+    from lora_diag.diagnostics.portability.summary import failed
     from lora_diag.records import to_line
 
     judging: dict[str, Any] = {name: given[name] for name in ("consumers", "require", "max_lora_rank")}
@@ -68,15 +68,11 @@ def portability(
     else:
         with shown.callbacks() as callbacks:
             results = measure(adapter, base, **given, **callbacks)
-    if shown.table:
-        then = (
-            None if fixing["fix"] or shown.per is options.Per.layer else f"{again('--per', 'layer')}   (layer by layer)"
-        )
-        result(portability_table(results, *terminal(), per=shown.per, then=then))
+    then = None if fixing["fix"] or shown.per is options.Per.layer else f"{again('--per', 'layer')}   (layer by layer)"
+    shown.show(results, then)
     if failed(results):
         raise typer.Exit(GATE_FAILED)
-    if tell_unmeasured(results.unmeasured, "the layer was not judged"):
-        raise typer.Exit(UNREADABLE)
+    exit_unmeasured(results.unmeasured, "the layer was not judged")
 
 
 def _check_fix(fix: bool, given: PortabilityOptions, others: dict[str, str | bool | None]) -> None:

@@ -7,35 +7,14 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rich.console import Group
-
 from lora_diag.diagnostics.portability.consumers import CONSUMERS
 from lora_diag.diagnostics.portability.record import AS_INTENDED, FORMED, ORDER, Portability, Status
 from lora_diag.records import Results
 from lora_diag.rendering.columns import Column, Grid, rows_of, title_of
-from lora_diag.rendering.statements import Statement, compared, ending, left_out, say, summary_of
-from lora_diag.rendering.text import named, number, safe, short, shown, span, to_text
+from lora_diag.rendering.statements import Statement, compared, ending, left_out, say
+from lora_diag.rendering.text import named, number, safe, short, shown, span
 
 Name = tuple[str, str]
-
-
-def portability_table(
-    results: Results[Portability], width: int = 80, color: bool = False, per: str = "type", then: str | None = None
-) -> str:
-    """Return the table and the summary of a portability run.
-
-    Args:
-        results: What was found.
-        width: Columns of the terminal.
-        color: Whether to use ANSI colours.
-        per: ``type`` for one row a module type, ``layer`` for one row a layer.
-        then: The command that a user would run next.
-
-    Returns:
-        Lines of text, without a newline at the end.
-    """
-    grids = [part for grid in portability_grids(results, per) for part in grid.shown(width)]
-    return to_text(Group(*grids, summary_of(portability_lines(results), then)), width, color)
 
 
 def portability_grids(results: Results[Portability], per: str = "type") -> list[Grid]:

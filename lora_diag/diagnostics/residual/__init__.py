@@ -8,7 +8,8 @@ FEATURE = Feature(
     command=".command:residual",
     records=(".record:Residual",),
     functions=(".run:residual",),
-    table=".summary:residual_table",
+    statements=".summary:residual_lines",
+    grids=".summary:residual_grids",
     figures=(
         Figure(
             "residual",

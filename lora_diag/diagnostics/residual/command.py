@@ -8,9 +8,8 @@ from typing import Annotated
 import typer
 
 from lora_diag.cli import options
-from lora_diag.cli.output import result, tell_unmeasured, terminal
+from lora_diag.cli.output import exit_unmeasured
 from lora_diag.diagnostics.residual.options import ResidualOptions
-from lora_diag.errors import UNREADABLE
 
 
 @options.spread
@@ -28,12 +27,10 @@ def residual(
     """
     # torch comes with it: not before it is needed
     from lora_diag.diagnostics.residual.run import residual as measure
-    from lora_diag.diagnostics.residual.summary import residual_table
 
     with shown.callbacks() as callbacks:
         results = measure(base, tuned, adapters or [], **given, **callbacks)
-    if shown.table:
-        then = shlex.join(["loradiag", "spectrum", str(base), str(tuned)]) + "   (which rank the update needs)"
-        result(residual_table(results, *terminal(), per=shown.per, then=then))
-    if tell_unmeasured(results.unmeasured, "the layer was left out"):
-        raise typer.Exit(UNREADABLE)
+    shown.show(
+        results, shlex.join(["loradiag", "spectrum", str(base), str(tuned)]) + "   (which rank the update needs)"
+    )
+    exit_unmeasured(results.unmeasured, "the layer was left out")

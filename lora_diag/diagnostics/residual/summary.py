@@ -13,30 +13,16 @@ from lora_diag.records import Agreement, Results
 from lora_diag.rendering.columns import Column, Grid, rows_of
 from lora_diag.rendering.lines import called
 from lora_diag.rendering.statements import Statement, compared, ending, left_out, say
-from lora_diag.rendering.tables import columns_of, grid_of, grids_table, sizes_of
+from lora_diag.rendering.tables import columns_of, grid_of, sizes_of
 from lora_diag.rendering.text import named, percent, safe, shown
 
 # What limits a layer, in the order of the table.
 _LIMITS = ("rank", "scale", "direction", "noise", "exact", "not adapted", None)
 
 
-def residual_table(
-    results: Results[Residual], width: int = 80, color: bool = False, per: str = "type", then: str | None = None
-) -> str:
-    """Return the tables and the summary of a residual run.
-
-    Args:
-        results: What was measured.
-        width: Columns of the terminal; 80 are enough, 140 are used.
-        color: Whether to use ANSI colours.
-        per: ``type`` for one row a module type (its layers taken together), ``layer`` for one row a layer.
-        then: The command that a user would run next.
-
-    Returns:
-        Lines of text, without a newline at the end.
-    """
-    grids = [_grid(name, records, per) for name, records in _by_adapter(results)]
-    return grids_table(grids, residual_lines(results), width, color, then)
+def residual_grids(results: Results[Residual], per: str = "type") -> list[Grid]:
+    """Return the tables, one for each adapter."""
+    return [_grid(name, records, per) for name, records in _by_adapter(results)]
 
 
 def _by_adapter(results: Results[Residual]) -> list[tuple[str, list[Residual]]]:

@@ -10,11 +10,11 @@ from typing import Annotated, Any
 import typer
 
 from lora_diag.cli import options
-from lora_diag.cli.output import again, result, tell_unmeasured, terminal
+from lora_diag.cli.output import again, exit_unmeasured
 from lora_diag.diagnostics.fleet.command import show_fleet
 from lora_diag.diagnostics.fleet.options import FleetOptions
 from lora_diag.diagnostics.spectrum.options import GradientSpectrumOptions, SpectrumOptions
-from lora_diag.errors import UNREADABLE, UsageError
+from lora_diag.errors import UsageError
 from lora_diag.running.options import BASE, Option, declared, filled, plain
 
 # What a fleet is not measured by, with the reason.
@@ -85,15 +85,12 @@ def gradient_spectrum(
 def _measure(base: str | None, tuned: str | None, given: Mapping[str, Any], shown: options.Rows) -> None:
     # torch comes with it: not before it is needed
     from lora_diag.diagnostics.spectrum.run import spectrum as measure
-    from lora_diag.diagnostics.spectrum.table import spectrum_table
 
     with shown.callbacks() as callbacks:
         results = measure(base, tuned, **given, **callbacks)
-    if shown.table:
-        then = _next(given["output"]) if results.layers else None  # where there is nothing, its way out is said last
-        result(spectrum_table(results, *terminal(), per=shown.per, then=then))
-    if tell_unmeasured(results.unmeasured, "the layer was left out"):
-        raise typer.Exit(UNREADABLE)
+    # where there is nothing, its way out is said last
+    shown.show(results, _next(given["output"]) if results.layers else None)
+    exit_unmeasured(results.unmeasured, "the layer was left out")
 
 
 def _next(output: Path | str | None) -> str:

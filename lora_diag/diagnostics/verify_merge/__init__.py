@@ -8,7 +8,8 @@ FEATURE = Feature(
     command=".command:verify_merge",
     records=(".record:Merge",),
     functions=(".run:verify_merge",),
-    table=".summary:merge_table",
-    section=Section("Merge", ".summary:merge_lines", ".summary:merge_grids", order=40),
+    statements=".summary:merge_lines",
+    grids=".summary:merge_grids",
+    section=Section("Merge", order=40),
     questions=(("correct", "Did the merge do what the adapter says?"),),
 )

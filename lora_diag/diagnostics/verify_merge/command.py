@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from lora_diag.cli import options
-from lora_diag.cli.output import again, result, tell_unmeasured, terminal
+from lora_diag.cli.output import again, tell_unmeasured
 from lora_diag.errors import DONE, GATE_FAILED, INCONCLUSIVE, UNREADABLE
 from lora_diag.running.options import RunOptions
 
@@ -35,14 +35,12 @@ def verify_merge(
     # torch comes with it: not before it is needed
     from lora_diag.diagnostics.verify_merge.record import outcome
     from lora_diag.diagnostics.verify_merge.run import verify_merge as measure
-    from lora_diag.diagnostics.verify_merge.summary import merge_table
 
     with shown.callbacks() as callbacks:
         results = measure(base, adapter, merged, **given, **callbacks)
     found = outcome(results)
-    if shown.table:
-        then = _next(given["output"], shown.per, found == "correct")
-        result(merge_table(results, *terminal(), per=shown.per, then=then))
+    then = _next(given["output"], shown.per, found == "correct")
+    shown.show(results, then)
     unread = tell_unmeasured(results.unmeasured, "the layer was not checked")
     code = {"correct": UNREADABLE if unread else DONE, "failed": GATE_FAILED, "inconclusive": INCONCLUSIVE}[found]
     if code != DONE:

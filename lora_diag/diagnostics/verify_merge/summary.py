@@ -12,7 +12,7 @@ from lora_diag.records.names import module_type_of, place_of
 from lora_diag.rendering.columns import Grid
 from lora_diag.rendering.lines import left_out_line
 from lora_diag.rendering.statements import Level, Statement, compared, ending, say
-from lora_diag.rendering.tables import columns_of, grid_of, grids_table, sizes_of
+from lora_diag.rendering.tables import columns_of, grid_of, sizes_of
 from lora_diag.rendering.text import count, named, number, percent, safe, short
 
 # What to do about each fault.
@@ -33,24 +33,6 @@ LOST = 0.9
 
 # So many causes of a fault are told.
 SHOWN = 3
-
-
-def merge_table(
-    results: Results[Merge], width: int = 80, color: bool = False, per: str = "type", then: str | None = None
-) -> str:
-    """Return the table and the summary of a ``verify-merge`` run.
-
-    Args:
-        results: What was found.
-        width: Columns of the terminal.
-        color: Whether to use ANSI colours.
-        per: ``type`` for one row a status and module type, ``layer`` for one row a layer.
-        then: The command that a user would run next.
-
-    Returns:
-        Lines of text, without a newline at the end.
-    """
-    return grids_table(merge_grids(results, per), merge_lines(results), width, color, then)
 
 
 def merge_grids(results: Results[Merge], per: str = "type") -> list[Grid]:

@@ -11,10 +11,9 @@ FEATURE = Feature(
         ".record:LossBound",
     ),
     functions=(".run:probe_curvature",),
-    table=".summary:curvature_table",
-    section=Section(
-        "Curvature of the loss", ".summary:curvature_lines", ".summary:curvature_section_grids", order=14, losses=True
-    ),
+    statements=".summary:curvature_lines",
+    grids=".summary:curvature_grids",
+    section=Section("Curvature of the loss", per="layer", order=14, losses=True),
     questions=(
         ("bound", "What is the loss bound of a truncation worth?"),
         ("curvature", "How large is the curvature of the loss?"),

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from lora_diag.cli import options
-from lora_diag.cli.output import next_step, result, terminal
+from lora_diag.cli.output import next_step
 from lora_diag.probes.curvature.options import CurvatureOptions
 
 
@@ -26,16 +26,14 @@ def curvature(
     """
     # torch comes with it: not before it is needed
     from lora_diag.probes.curvature.run import probe_curvature
-    from lora_diag.probes.curvature.summary import curvature_table
 
     with shown.callbacks(notes=True) as callbacks:
         results = probe_curvature(base, tuned, **given, **callbacks)
-    if shown.table:
-        text = str(given["evaluate"][0])
-        then = shlex.join(["loradiag", "probe", "truncation", str(base), str(tuned), "--eval", text])
-        why = "   (the gap at every rank, on more text)"
-        if tuned is None:
-            then = shlex.join(["loradiag", "probe", "sweep", str(base), "--data", "TEXT", "--eval", text])
-            why = "   (which rank training needs)"
-        rows = "layer" if given["granularity"] == "layer" else "type"
-        result(curvature_table(results, *terminal(), per=rows, then=next_step(given["output"], then + why)))
+    text = str(given["evaluate"][0])
+    then = shlex.join(["loradiag", "probe", "truncation", str(base), str(tuned), "--eval", text])
+    why = "   (the gap at every rank, on more text)"
+    if tuned is None:
+        then = shlex.join(["loradiag", "probe", "sweep", str(base), "--data", "TEXT", "--eval", text])
+        why = "   (which rank training needs)"
+    rows = "layer" if given["granularity"] == "layer" else "type"
+    shown.show(results, next_step(given["output"], then + why), rows)

@@ -11,20 +11,13 @@ from lora_diag.records import Results
 from lora_diag.rendering.columns import Column, Grid, rows_of
 from lora_diag.rendering.losses import probe_summary
 from lora_diag.rendering.statements import Statement, say
-from lora_diag.rendering.tables import Rows, columns_of, grid_of, grids_table
+from lora_diag.rendering.tables import Rows, columns_of, grid_of
 from lora_diag.rendering.text import count, middle, middle_rank, number, percent, short, shown
 
 # A second-order model that is this near to the measured gap is called right.
 NEAR = 0.1
 # A bound that is so many times the measured gap says nothing about it: on two models it was 700 to 12,000 times that.
 LOOSE = 100.0
-
-
-def curvature_table(
-    results: Results[Any], width: int = 80, color: bool = False, per: str = "type", then: str | None = None
-) -> str:
-    """Return the tables, one row a module ``type`` or a ``layer``, and the summary of ``probe curvature``."""
-    return grids_table(curvature_grids(results, per), curvature_lines(results), width, color, then)
 
 
 def curvature_lines(results: Results[Any]) -> list[Statement]:
@@ -239,8 +232,3 @@ def _reading(joint: Curvature) -> str:
             "needs is measured by probe sweep"
         )
     return f"{told}; all numbers are of this set, and curvature of few tokens is not that of many"
-
-
-def curvature_section_grids(results: Results[Any]) -> list[Grid]:
-    """Return the tables of a report, a row a layer."""
-    return curvature_grids(results, "layer")

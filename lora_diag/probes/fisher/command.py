@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 
 from lora_diag.cli import options
-from lora_diag.cli.output import next_step, result, terminal
+from lora_diag.cli.output import next_step
 from lora_diag.probes.fisher.options import FisherOptions
 
 
@@ -23,11 +23,9 @@ def fisher(
     """
     # torch comes with it: not before it is needed
     from lora_diag.probes.fisher.run import probe_fisher
-    from lora_diag.probes.fisher.summary import fisher_table
 
     with shown.callbacks(notes=True) as callbacks:
         results = probe_fisher(base, tuned, **given, **callbacks)
-    if shown.table:
-        weights = shlex.quote(str(given["output"])) if given["output"] is not None else ""
-        then = f"loradiag allocate SPECTRUM.jsonl --params 10M --layer-weights {weights}   (ranks by the loss)"
-        result(fisher_table(results, *terminal(), per=shown.per, then=next_step(given["output"], then)))
+    weights = shlex.quote(str(given["output"])) if given["output"] is not None else ""
+    then = f"loradiag allocate SPECTRUM.jsonl --params 10M --layer-weights {weights}   (ranks by the loss)"
+    shown.show(results, next_step(given["output"], then))

@@ -12,7 +12,7 @@ from lora_diag.records import Results
 from lora_diag.rendering.columns import Column, Grid, rows_of
 from lora_diag.rendering.losses import probe_summary
 from lora_diag.rendering.statements import Statement, say
-from lora_diag.rendering.tables import grid_of, grids_table, sizes_of
+from lora_diag.rendering.tables import grid_of, sizes_of
 from lora_diag.rendering.text import count, number, percent, short
 
 # ½F is called too high from this multiple of the KL on; the sample model reads 2.0 with own labels, 1.0 with drawn.
@@ -20,13 +20,6 @@ HIGH = 1.5
 
 # The rank whose shares the table shows, if it was asked for.
 USUAL = 8
-
-
-def fisher_table(
-    results: Results[Any], width: int = 80, color: bool = False, per: str = "type", then: str | None = None
-) -> str:
-    """Return the tables, one row a module ``type`` or a ``layer``, and the summary of ``probe fisher``."""
-    return grids_table(fisher_grids(results, per), fisher_lines(results), width, color, then)
 
 
 def fisher_lines(results: Results[Any]) -> list[Statement]:
@@ -180,8 +173,3 @@ def _reading(records: Sequence[Fisher]) -> str:
     if any(record.effect for record in records):
         said += "; layers of one model are not independent, so intervals of ρ are too narrow"
     return said
-
-
-def fisher_section_grids(results: Results[Any]) -> list[Grid]:
-    """Return the tables of a report, a row a layer."""
-    return fisher_grids(results, "layer")

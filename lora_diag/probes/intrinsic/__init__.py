@@ -8,10 +8,9 @@ FEATURE = Feature(
     command=".command:intrinsic",
     records=(".record:Intrinsic",),
     functions=(".run:probe_intrinsic",),
-    table=".summary:intrinsic_table",
-    section=Section(
-        "Intrinsic dimension", ".summary:intrinsic_lines", ".summary:intrinsic_grids", order=15, losses=True
-    ),
+    statements=".summary:intrinsic_lines",
+    grids=".summary:intrinsic_grids",
+    section=Section("Intrinsic dimension", order=15, losses=True),
     questions=(("on", "In how few directions does training get as far?"),),
     figures=(
         Figure(

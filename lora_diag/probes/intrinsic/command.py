@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 
 from lora_diag.cli import options
-from lora_diag.cli.output import next_step, result, terminal
+from lora_diag.cli.output import next_step
 from lora_diag.probes.intrinsic.options import IntrinsicOptions
 
 
@@ -22,10 +22,8 @@ def intrinsic(
     """
     # torch comes with it: not before it is needed
     from lora_diag.probes.intrinsic.run import probe_intrinsic
-    from lora_diag.probes.intrinsic.summary import intrinsic_table
 
     with shown.callbacks(notes=True) as callbacks:
         results = probe_intrinsic(base, **given, **callbacks)
-    if shown.table:
-        then = f"loradiag plan {shlex.quote(str(base))}   (what each rank costs in parameters and memory)"
-        result(intrinsic_table(results, *terminal(), then=next_step(given["output"], then)))
+    then = f"loradiag plan {shlex.quote(str(base))}   (what each rank costs in parameters and memory)"
+    shown.show(results, next_step(given["output"], then))

@@ -13,15 +13,7 @@ from lora_diag.records.probe import set_names
 from lora_diag.rendering.columns import Column, Grid
 from lora_diag.rendering.losses import beyond_grid, on_set, probe_summary
 from lora_diag.rendering.statements import Statement, say
-from lora_diag.rendering.tables import grids_table
 from lora_diag.rendering.text import count, number, percent, short
-
-
-def intrinsic_table(
-    results: Results[Any], width: int = 80, color: bool = False, per: str = "type", then: str | None = None
-) -> str:
-    """Return a table for each set, one row a size, and the summary of ``probe intrinsic``."""
-    return grids_table(intrinsic_grids(results), intrinsic_lines(results), width, color, then)
 
 
 def intrinsic_lines(results: Results[Any]) -> list[Statement]:
@@ -38,7 +30,7 @@ def intrinsic_lines(results: Results[Any]) -> list[Statement]:
     return probe_summary(results, *found, reading=_READING)
 
 
-def intrinsic_grids(results: Results[Any]) -> list[Grid]:
+def intrinsic_grids(results: Results[Any], per: str = "type") -> list[Grid]:
     """Return a table for each set, one row a size."""
     records, settings = results.whole_of(Intrinsic), results.run.settings
     sets = set_names(records)

@@ -8,10 +8,9 @@ FEATURE = Feature(
     command=".command:outputs",
     records=("lora_diag.records.probe:Probe",),
     functions=(".run:probe_outputs",),
-    table=".summary:outputs_table",
-    section=Section(
-        "Held-out loss and outputs", ".summary:outputs_lines", ".summary:outputs_grids", order=10, losses=True
-    ),
+    statements=".summary:outputs_lines",
+    grids=".summary:outputs_grids",
+    section=Section("Held-out loss and outputs", order=10, losses=True),
     questions=(("on", "Is the adapter as good as the full fine-tune?"),),
     figures=(
         Figure(

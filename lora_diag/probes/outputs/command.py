@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 
 from lora_diag.cli import options
-from lora_diag.cli.output import next_step, result, terminal
+from lora_diag.cli.output import next_step
 from lora_diag.probes.outputs.options import OutputsOptions
 
 
@@ -24,11 +24,9 @@ def outputs(
     """
     # torch comes with it: not before it is needed
     from lora_diag.probes.outputs.run import probe_outputs
-    from lora_diag.probes.outputs.summary import outputs_table
 
     with shown.callbacks(notes=True) as callbacks:
         results = probe_outputs(base, tuned, adapters or (), **given, **callbacks)
-    if shown.table:
-        others = list(map(str, adapters or []))
-        then = shlex.join(["loradiag", "residual", str(base), str(tuned), *others]) + "   (where in the weights)"
-        result(outputs_table(results, *terminal(), then=next_step(given["output"], then)))
+    others = list(map(str, adapters or []))
+    then = shlex.join(["loradiag", "residual", str(base), str(tuned), *others]) + "   (where in the weights)"
+    shown.show(results, next_step(given["output"], then))

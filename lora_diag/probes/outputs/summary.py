@@ -14,7 +14,7 @@ from lora_diag.rendering.columns import Column, Grid
 from lora_diag.rendering.lines import called
 from lora_diag.rendering.losses import both_ends, gap, on_set, probe_summary, share
 from lora_diag.rendering.statements import Statement, say
-from lora_diag.rendering.tables import columns_of, grids_table
+from lora_diag.rendering.tables import columns_of
 from lora_diag.rendering.text import safe, short
 
 # For runs without a reference: what was measured elsewhere (docs/reference/probe-outputs.md).
@@ -25,13 +25,6 @@ _NONE = (
 
 # So many depths of hidden states are shown; the records have all.
 DEPTHS = 7
-
-
-def outputs_table(
-    results: Results[Any], width: int = 80, color: bool = False, per: str = "type", then: str | None = None
-) -> str:
-    """Return a table for each set, one row a model, and the summary of ``probe outputs``."""
-    return grids_table(outputs_grids(results), outputs_lines(results), width, color, then)
 
 
 def outputs_lines(results: Results[Any]) -> list[Statement]:
@@ -53,7 +46,7 @@ def outputs_lines(results: Results[Any]) -> list[Statement]:
     return probe_summary(results, *found, reading=_READING)
 
 
-def outputs_grids(results: Results[Any]) -> list[Grid]:
+def outputs_grids(results: Results[Any], per: str = "type") -> list[Grid]:
     """Return two tables a set, one row a model: loss and outputs; hidden states by depth, if they were taken."""
     records = results.whole_of(Probe)
     names = _names(records)

@@ -11,10 +11,9 @@ FEATURE = Feature(
         ".record:FirstOrder",
     ),
     functions=(".run:probe_sensitivity",),
-    table=".summary:sensitivity_table",
-    section=Section(
-        "Layers adapted alone", ".summary:sensitivity_lines", ".summary:sensitivity_grids", order=13, losses=True
-    ),
+    statements=".summary:sensitivity_lines",
+    grids=".summary:sensitivity_grids",
+    section=Section("Layers adapted alone", order=13, losses=True),
     questions=(("on", "Which layers gain most where each is adapted alone?"),),
     figures=(
         Figure(

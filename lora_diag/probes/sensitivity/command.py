@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 
 from lora_diag.cli import options
-from lora_diag.cli.output import next_step, result, terminal
+from lora_diag.cli.output import next_step
 from lora_diag.probes.sensitivity.options import SensitivityOptions
 
 
@@ -22,11 +22,9 @@ def sensitivity(
     """
     # torch comes with it: not before it is needed
     from lora_diag.probes.sensitivity.run import probe_sensitivity
-    from lora_diag.probes.sensitivity.summary import sensitivity_table
 
     with shown.callbacks(notes=True) as callbacks:
         results = probe_sensitivity(base, **given, **callbacks)
-    if shown.table:
-        weights = shlex.quote(str(given["output"])) if given["output"] is not None else ""
-        then = f"loradiag allocate SPECTRUM.jsonl --params 10M --layer-weights {weights}   (ranks where the loss gains)"
-        result(sensitivity_table(results, *terminal(), then=next_step(given["output"], then)))
+    weights = shlex.quote(str(given["output"])) if given["output"] is not None else ""
+    then = f"loradiag allocate SPECTRUM.jsonl --params 10M --layer-weights {weights}   (ranks where the loss gains)"
+    shown.show(results, next_step(given["output"], then))

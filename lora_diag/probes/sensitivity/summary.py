@@ -4,11 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
-
-from rich.console import Group, RenderableType
-from rich.text import Text
 
 from lora_diag.metrics.correlation import spearman
 from lora_diag.probes.sensitivity.gains import (
@@ -23,10 +19,10 @@ from lora_diag.probes.sensitivity.gains import (
 from lora_diag.probes.sensitivity.record import FirstOrder, Sensitivity
 from lora_diag.records import Results
 from lora_diag.records.probe import set_names
-from lora_diag.rendering.columns import Column, Grid, table_of
+from lora_diag.rendering.columns import Column, Grid
 from lora_diag.rendering.losses import beyond_grid, on_set, probe_summary
-from lora_diag.rendering.statements import Statement, say, summary_of
-from lora_diag.rendering.text import count, number, short, to_text
+from lora_diag.rendering.statements import Statement, say
+from lora_diag.rendering.text import count, number, short
 
 # More rows than these are in the file and on a page only.
 MOST = 40
@@ -45,14 +41,6 @@ _SCORES = {
 _WELL = 0.7
 # Above this p, an order is not told from chance.
 _CHANCE = 0.05
-
-
-def sensitivity_table(
-    results: Results[Any], width: int = 80, color: bool = False, per: str = "type", then: str | None = None
-) -> str:
-    """Return the table and the summary of ``probe sensitivity``; a row is what the run adapted alone."""
-    grids = [part for grid in sensitivity_grids(results) for part in _fitted(grid, width)]
-    return to_text(Group(*grids, summary_of(sensitivity_lines(results), then)), width, color)
 
 
 def sensitivity_lines(results: Results[Any]) -> list[Statement]:
@@ -102,7 +90,7 @@ _READING = (
 )
 
 
-def sensitivity_grids(results: Results[Any]) -> list[Grid]:
+def sensitivity_grids(results: Results[Any], per: str = "type") -> list[Grid]:
     """Return one row a unit, the most sensitive first; no table before a run is finished."""
     gains, scores, settings = _gains(results), _scores_of(results), results.run.settings
     more = _marginals(results, gains)
@@ -126,7 +114,7 @@ def sensitivity_grids(results: Results[Any]) -> list[Grid]:
         Column("first step", tuple(_score(each, "adam") for each in first), drop=2),
     ]
     names = tuple(short(row.unit.removesuffix(".weight")) for row in rows)
-    return [Grid("", f"{_UNITS[settings['per']][0]} alone", names, tuple(columns), about=_about(settings))]
+    return [Grid("", f"{_UNITS[settings['per']][0]} alone", names, tuple(columns), about=_about(settings), most=MOST)]
 
 
 def _cells(rows: Sequence[Gain], of: Sequence[Gain] | Sequence[Marginal]) -> tuple[str, ...]:
@@ -145,16 +133,6 @@ def _about(settings: dict[str, Any]) -> str:
         "in nats, beside its standard error over sequences: a gain of less than twice that is not told from none"
         f"{more}. Σσ² to r and first step are what one gradient at BASE would have said for less."
     )
-
-
-def _fitted(grid: Grid, width: int) -> list[RenderableType]:
-    """Return what a terminal shows: the first rows; names that were cut would lose their block."""
-    names = grid.names[:MOST]
-    columns = [replace(column, cells=column.cells[:MOST]) for column in grid.columns]
-    shown: list[RenderableType] = [table_of(grid.title, names, columns, width, max(map(len, names)))]
-    if len(grid.names) > MOST:
-        shown.append(Text(f"and {len(grid.names) - MOST} more that gain less"))
-    return shown
 
 
 def _with_error(gain: float, error: float | None) -> str:

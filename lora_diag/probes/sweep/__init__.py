@@ -8,8 +8,9 @@ FEATURE = Feature(
     command=".command:sweep",
     records=("lora_diag.records.probe:Probe",),
     functions=(".run:probe_sweep",),
-    table=".summary:sweep_table",
-    section=Section("Rank sweep", ".summary:sweep_lines", ".summary:sweep_grids", order=11, losses=True),
+    statements=".summary:sweep_lines",
+    grids=".summary:sweep_grids",
+    section=Section("Rank sweep", order=11, losses=True),
     questions=(
         ("on", "Which rank is enough, by training at it?"),
         ("shifted", "Do shifted sets ask for the same rank?"),

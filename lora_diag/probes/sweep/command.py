@@ -6,7 +6,7 @@ import shlex
 from typing import TYPE_CHECKING, Any
 
 from lora_diag.cli import options
-from lora_diag.cli.output import again, next_step, result, terminal
+from lora_diag.cli.output import again, next_step
 from lora_diag.probes.sweep.options import SweepOptions
 
 if TYPE_CHECKING:
@@ -26,12 +26,10 @@ def sweep(
     """
     # torch comes with it: not before it is needed
     from lora_diag.probes.sweep.run import probe_sweep
-    from lora_diag.probes.sweep.summary import sweep_table
 
     with shown.callbacks(notes=True) as callbacks:
         results = probe_sweep(base, **given, **callbacks)
-    if shown.table:
-        result(sweep_table(results, *terminal(), then=next_step(given["output"], _next(results, base))))
+    shown.show(results, next_step(given["output"], _next(results, base)))
 
 
 def _next(results: Results[Any], base: str) -> str:

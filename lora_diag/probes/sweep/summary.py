@@ -24,15 +24,7 @@ from lora_diag.records.probe import Subject, set_names
 from lora_diag.rendering.columns import Column, Grid
 from lora_diag.rendering.losses import beyond_grid, on_set, probe_summary
 from lora_diag.rendering.statements import Statement, say
-from lora_diag.rendering.tables import grids_table
 from lora_diag.rendering.text import number, short
-
-
-def sweep_table(
-    results: Results[Any], width: int = 80, color: bool = False, per: str = "type", then: str | None = None
-) -> str:
-    """Return a table for each set, one row a rank, and the summary of ``probe sweep``."""
-    return grids_table(sweep_grids(results), sweep_lines(results), width, color, then)
 
 
 def main_verdict(results: Results[Any]) -> SweepVerdict | None:
@@ -41,7 +33,7 @@ def main_verdict(results: Results[Any]) -> SweepVerdict | None:
     return None if found is None else found.verdict
 
 
-def sweep_grids(results: Results[Any]) -> list[Grid]:
+def sweep_grids(results: Results[Any], per: str = "type") -> list[Grid]:
     """Return a table for each set, one row a rank."""
     records, seed = results.whole_of(Probe), results.run.settings["seed"]
     sets = set_names(records)

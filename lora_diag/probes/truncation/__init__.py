@@ -8,10 +8,9 @@ FEATURE = Feature(
     command=".command:truncation",
     records=("lora_diag.records.probe:Probe",),
     functions=(".run:probe_truncation",),
-    table=".summary:truncation_table",
-    section=Section(
-        "Truncated update", ".summary:truncation_lines", ".summary:truncation_grids", order=12, losses=True
-    ),
+    statements=".summary:truncation_lines",
+    grids=".summary:truncation_grids",
+    section=Section("Truncated update", order=12, losses=True),
     questions=(("on", "What does a rank of the update keep of its gain?"),),
     figures=(
         Figure(

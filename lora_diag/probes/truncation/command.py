@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 
 from lora_diag.cli import options
-from lora_diag.cli.output import next_step, result, terminal
+from lora_diag.cli.output import next_step
 from lora_diag.probes.truncation.options import TruncationOptions
 
 
@@ -23,10 +23,8 @@ def truncation(
     """
     # torch comes with it: not before it is needed
     from lora_diag.probes.truncation.run import probe_truncation
-    from lora_diag.probes.truncation.summary import truncation_table
 
     with shown.callbacks(notes=True) as callbacks:
         results = probe_truncation(base, tuned, **given, **callbacks)
-    if shown.table:
-        then = shlex.join(["loradiag", "spectrum", str(base), str(tuned)]) + "   (C(r) layer by layer, no model run)"
-        result(truncation_table(results, *terminal(), then=next_step(given["output"], then)))
+    then = shlex.join(["loradiag", "spectrum", str(base), str(tuned)]) + "   (C(r) layer by layer, no model run)"
+    shown.show(results, next_step(given["output"], then))

@@ -11,7 +11,7 @@ from lora_diag.records.probe import Subject, set_names
 from lora_diag.rendering.columns import Column, Grid
 from lora_diag.rendering.losses import both_ends, gap, on_set, probe_summary, share
 from lora_diag.rendering.statements import Statement
-from lora_diag.rendering.tables import columns_of, grids_table
+from lora_diag.rendering.tables import columns_of
 from lora_diag.rendering.text import fraction, short
 
 # A share of the loss that is called nearly all: printed with the numbers it stands on.
@@ -25,13 +25,6 @@ class _Row:
     name: str
     energy: float | None
     by_set: dict[str, Probe]
-
-
-def truncation_table(
-    results: Results[Any], width: int = 80, color: bool = False, per: str = "type", then: str | None = None
-) -> str:
-    """Return the table and the summary of ``probe truncation``; a row is what the run truncated at once."""
-    return grids_table(truncation_grids(results), truncation_lines(results), width, color, then)
 
 
 def _truncation_rows(records: Sequence[Probe]) -> list[_Row]:
@@ -51,7 +44,7 @@ def _truncation_rows(records: Sequence[Probe]) -> list[_Row]:
     return rows
 
 
-def truncation_grids(results: Results[Any]) -> list[Grid]:
+def truncation_grids(results: Results[Any], per: str = "type") -> list[Grid]:
     """Return the table: for every set the loss, its gap to TUNED with the standard error, and the share kept."""
     records = results.whole_of(Probe)
     sets, rows = set_names(records), _truncation_rows(records)

@@ -4,7 +4,8 @@ import pytest
 
 from lora_diag.catalog import read_results
 from lora_diag.diagnostics.verify_merge.record import CORRECT, Merge, outcome
-from lora_diag.diagnostics.verify_merge.summary import ORDER, WAYS_OUT, merge_grids, merge_lines, merge_table
+from lora_diag.diagnostics.verify_merge.summary import ORDER, WAYS_OUT, merge_grids, merge_lines
+from lora_diag.inspection.tables import table
 from lora_diag.records import End, LeftOut, Results, Run, RunInput
 from lora_diag.rendering.columns import WIDE
 from lora_diag.rendering.statements import find
@@ -32,7 +33,7 @@ def results(*records: Merge, left_out=(), finished=True) -> Results:
 
 
 def words(found: Results, **options) -> str:
-    return " ".join(merge_table(found, **options).split())
+    return " ".join(table(found, **options).split())
 
 
 @pytest.mark.parametrize(
@@ -69,7 +70,7 @@ def test_failures_come_first_whatever_their_place_in_model():
     found = results(
         *(record(layer=f"model.layers.{i}.mlp.up_proj.weight") for i in range(3)), wrong("dropped", layer="z")
     )
-    rows = [line.split() for line in merge_table(found).splitlines()[3:5]]
+    rows = [line.split() for line in table(found).splitlines()[3:5]]
     assert [row[:3] for row in rows] == [["z", "1", "dropped"], ["mlp.up_proj", "3", "ok"]]
 
 
@@ -114,7 +115,7 @@ def test_unreadable_or_unfinished_results_are_reported():
 
 def test_names_and_causes_from_files_are_spelled_out():
     evil = wrong("dropped", layer="q\x1b[2J", cause="\x1b[31m")
-    assert "\x1b" not in merge_table(results(evil), per="layer")
+    assert "\x1b" not in table(results(evil), per="layer")
 
 
 def test_what_was_written_is_read(tmp_path):
@@ -122,7 +123,7 @@ def test_what_was_written_is_read(tmp_path):
     found.write(tmp_path / "r.jsonl")
     read = read_results(tmp_path / "r.jsonl")
     assert (read.run, read.layers, read.left_out) == (found.run, found.layers, found.left_out)
-    assert merge_table(read_results(tmp_path / "r.jsonl")) == merge_table(found)
+    assert table(read_results(tmp_path / "r.jsonl")) == table(found)
 
 
 def test_wide_terminal_shows_all_columns_and_layer_counts():
@@ -130,5 +131,5 @@ def test_wide_terminal_shows_all_columns_and_layer_counts():
     assert [column.title for column in merge_grids(found, "type")[0].columns if column.title == "n"] == ["n"]
     assert [column.title for column in merge_grids(found, "layer")[0].columns if column.title == "n"] == []
     for width, shown in ((WIDE - 1, False), (WIDE, True)):
-        titles = merge_table(found, width).splitlines()[1]
+        titles = table(found, width).splitlines()[1]
         assert all((title in titles) == shown for title in ("shape", "dtype", "max ulp"))

@@ -2,8 +2,8 @@
 
 import pytest
 
+from lora_diag.inspection.tables import table
 from lora_diag.probes.curvature.record import Curvature, LossBound, Surrogate
-from lora_diag.probes.curvature.summary import curvature_table
 from lora_diag.records import Results, Run
 
 SETTINGS = {"length": 8, "dtype": "float32", "device": "cpu", "tokens": "bytes"}
@@ -46,7 +46,7 @@ def bound(**change):
 
 
 def said(*records, width=200):
-    text = curvature_table(Results(RUN, (), whole=records), width)
+    text = table(Results(RUN, (), whole=records), width)
     return " ".join(text.split())
 
 
@@ -98,9 +98,9 @@ def test_share_of_joint_eigenpairs_stands_once(is_joint):
     layers = [
         joint(layer=f"model.layers.{i}.mlp.up_proj.weight", at="base", eigenvalues=(), surrogate=held) for i in (0, 1)
     ]
-    text = curvature_table(Results(RUN, (), whole=(joint(at="base"), *layers)), 100, per="layer")
-    table = text[: text.index("Compared")]
-    assert table.count("12%") == (1 if is_joint else 2)
+    text = table(Results(RUN, (), whole=(joint(at="base"), *layers)), 100, per="layer")
+    rows = text[: text.index("Compared")]
+    assert rows.count("12%") == (1 if is_joint else 2)
     assert "it has rank 5 to 5 at 90%" in " ".join(text.split())
     assert all(len(line) <= 100 for line in text.splitlines())
 

@@ -56,7 +56,7 @@ def test_most_sensitive_come_first_and_rest_is_counted():
     rows = [line for line in shown if line.startswith(" h.")]
     assert len(rows) == 40
     assert rows[0].startswith(" h.49.q ")
-    assert "and 10 more that gain less" in "\n".join(shown)
+    assert "and 10 more" in "\n".join(shown)
 
 
 def test_edge_of_unit_is_that_of_its_own_rates():

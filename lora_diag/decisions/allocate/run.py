@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Unpack
 
@@ -39,7 +40,8 @@ def allocate(results: Results[Spectrum] | Path | str, **options: Unpack[Allocate
     changed or added are trained in full; budgets of parameters and bytes pay for them first.
 
     Args:
-        results: What ``spectrum`` measured, or the file it wrote.
+        results: What ``spectrum`` measured, or the file it wrote; where it was asked to ``recover``, layers whose
+            directions it recovered count with those.
         params: Budget: trainable parameters Σ r(d_in + d_out), such as ``10_000_000`` or ``"10M"``.
         total_rank: Budget: Σ r over the layers.
         memory_budget: Budget: bytes of the adapter, its gradients and its optimizer's state, such as ``"2GB"``.
@@ -287,8 +289,17 @@ def _spectra(results: Results[Spectrum] | Path | str, allow_unfinished: bool) ->
         )
     if not spectra.layers:
         raise InputError(f"{path or 'these results'}: hold no layer")
-    notes = () if spectra.end is not None else ("the run did not finish: layers are missing",)
-    return spectra, RunInput(role="results", path=path, kind="results of spectrum", tensors=len(spectra), notes=notes)
+    notes = [] if spectra.end is not None else ["the run did not finish: layers are missing"]
+    layers = tuple(record.before_rounding() for record in spectra.layers)
+    changed = sum(one is not record for one, record in zip(layers, spectra.layers, strict=True))
+    if changed:
+        notes.append(
+            f"{changed} of {len(layers)} layers by the update before rounding, as estimated: extract with --recover"
+        )
+    spectra = replace(spectra, layers=layers)
+    return spectra, RunInput(
+        role="results", path=path, kind="results of spectrum", tensors=len(spectra), notes=tuple(notes)
+    )
 
 
 def _factors(

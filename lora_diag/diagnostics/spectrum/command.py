@@ -24,6 +24,7 @@ _NOT_OF_A_FLEET = {
     "gradients": _ONE,
     "activations": _ONE,
     "kfac": _ONE,
+    "recover": "the factors of an adapter are the update; nothing is rounded away",
     "memory": "a worker holds one layer of an adapter; --workers bounds it",
     "ranks": "a fleet's records hold no C(r)",
     "top": _EXACT,

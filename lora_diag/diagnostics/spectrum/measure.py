@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from lora_diag.deltas import Delta
+from lora_diag.deltas import Delta, StoredDelta
 from lora_diag.diagnostics.spectrum.record import Spectrum
 from lora_diag.layers.change import OVERFLOW, Change, bytes_of, load_change, on_device
 from lora_diag.layers.left_out import not_finite
 from lora_diag.layers.metric import Weighed, Weighting, extra, weigh
+from lora_diag.layers.recovery import recover_layer, recovery_bytes
 from lora_diag.layers.resolution import resolution
 from lora_diag.layers.task import LayerSettings, LayerTask
 from lora_diag.linalg import Allowance, Factors, resolve_device
@@ -29,6 +30,7 @@ from lora_diag.metrics import (
     truncation_error,
 )
 from lora_diag.records import LeftOut, Resolution, Tail
+from lora_diag.records.vocabulary import Hidden
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -41,10 +43,12 @@ class SpectrumSettings(LayerSettings):
     Args:
         ranks: Ranks r at which C(r) and the truncation errors are given.
         top: Keep only so many of the largest singular values; None for all.
+        recover: Whether to estimate the update before rounding where the files do not resolve it.
     """
 
     ranks: tuple[int, ...] = RANKS
     top: int | None = None
+    recover: bool = False
 
     @property
     def allowance(self) -> Allowance | None:
@@ -62,6 +66,8 @@ class Layer(LayerTask):
 def size(layer: Layer, settings: SpectrumSettings) -> int:
     """Return about how many bytes measuring a layer takes: ΔW, and what the metric of the data adds."""
     more = extra(layer.weighting, layer.shape) if layer.weighting is not None else 0
+    if settings.recover and isinstance(layer.delta, StoredDelta):
+        more += recovery_bytes(layer.shape)
     return bytes_of(layer.delta, settings.allowance) + more
 
 
@@ -84,12 +90,24 @@ def spectrum(delta: Delta, settings: SpectrumSettings, weighting: Weighting | No
     gains = weighed.gains if weighed else None
     seen = resolution(change.rounding, factors.s.numpy(), factors.fro, factors.complete, gains)
     record = record_of(delta.layer, delta.shape, delta.dtypes, change.base_fro, factors, settings.ranks, seen)
+    if settings.recover and isinstance(delta, StoredDelta) and seen.verdict != "resolved" and record.fro > 0:
+        record = record.model_copy(update={"hidden": _hidden(delta, record.fro, settings)})
     if change.row_blocks is not None:
         record = record.model_copy(update={"blocks": change.row_blocks})
     if weighed is None or weighting is None:
         return record
     metric = "kfac" if weighting.gradients else "data"
     return record.model_copy(update={"metric": metric, "weights_fro": weighed.plain_fro})
+
+
+def _hidden(delta: StoredDelta, fro: float, settings: SpectrumSettings) -> Hidden:
+    """Return what the rounding cells say about the update before rounding."""
+    needed = recovery_bytes(delta.shape)
+    if settings.memory is not None and needed > settings.memory:
+        reason = f"its rounding cells need {needed >> 20} MiB; give --memory more"
+        return Hidden(status="refused", reason=reason, unchanged=0.0)
+    compute = partial(recover_layer, delta, fro, settings.ranks, settings.seed)
+    return on_device(compute, resolve_device(settings.device))[0].hidden
 
 
 def record_of(

@@ -20,3 +20,6 @@ class SpectrumOptions(GradientSpectrumOptions, total=False):
     gradients: Annotated[Sequence[Path | str], Option((), "Use gradient-spectrum.", "GRADIENTS...", hidden=True)]
     activations: Annotated[Path | str | None, ACTIVATIONS]
     kfac: Annotated[bool, KFAC]
+    recover: Annotated[
+        bool, Option(False, "Estimate the update before rounding where the files do not resolve it (see recover).")
+    ]

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 
 from lora_diag.records.base import LayerRecord, Norm, Record, Share
 from lora_diag.records.shown import SHAPE, Shown, value_at
-from lora_diag.records.vocabulary import METRIC_NAMES, NORMS, Metric, Resolution, Tail, metric_of, noise_mark
+from lora_diag.records.vocabulary import METRIC_NAMES, NORMS, Hidden, Metric, Resolution, Tail, metric_of, noise_mark
 from lora_diag.rendering.text import middle_rank, shade
 
 
@@ -66,6 +66,8 @@ class Spectrum(LayerRecord):
             layer's input, the mean square of what the update changes in the layer's output. ``kfac``:
             ‖G^½·ΔW·C^½‖_F² with G = E[ggᵀ] of the loss's gradient by that output. All fields are in this metric: s,
             fro, base_fro (‖W_base·C^½‖_F), tail and the norms of ``resolution``.
+        hidden: The update before rounding, estimated from rounding cells; null where that was not asked for, and where
+            the files resolve ΔW.
         weights_fro: ‖ΔW‖_F in another metric than ``weights``; null in that.
     """
 
@@ -96,6 +98,27 @@ class Spectrum(LayerRecord):
             pool=_middle_rank("resolution.signal_rank"),
             drop=3,
             mark=lambda records: noise_mark(record.resolution.verdict for record in records if record.fro > 0),
+        ),
+        Shown(
+            "relative_estimate",
+            "‖X‖/‖W‖",
+            "norm of the update before rounding, estimated, over that of the base",
+            drop=2,
+            terminal=True,
+        ),
+        Shown(
+            "hidden.rank_at_estimate.0.9",
+            "r@90% before",
+            "smallest rank whose estimated directions carry 90% of the energy before rounding; empty if they do not",
+            axis="estimated rank at 90% of the energy before rounding",
+        ),
+        Shown(
+            "hidden.directions",
+            "directions",
+            "directions before rounding that rounding cells show: a second opinion on the signal rank",
+            drop=5,
+            head="dirs.",
+            terminal=True,
         ),
         Shown(
             "rank_at.0.95",
@@ -174,6 +197,7 @@ class Spectrum(LayerRecord):
     stack: Stack | None = None
     metric: Metric = "weights"
     weights_fro: Norm | None = None
+    hidden: Hidden | None = None
 
     @classmethod
     def check_settings(cls, settings: Mapping[str, Any]) -> str | None:
@@ -234,6 +258,22 @@ class Spectrum(LayerRecord):
     def relative(self) -> float | None:
         """‖ΔW‖ / ‖W_base‖ in the metric; None without a base, or where it is zero."""
         return self.fro / self.base_fro if self.base_fro else None
+
+    @property
+    def relative_estimate(self) -> float | None:
+        """‖X‖ / ‖W_base‖ of the update before rounding; None where that was not estimated, or the base is zero."""
+        known = self.hidden.fro_estimate if self.hidden is not None else None
+        return known / self.base_fro if known is not None and self.base_fro else None
+
+    def before_rounding(self) -> Spectrum:
+        """Return the spectrum of the estimated update: its directions' values, its size. ΔW's where there is none."""
+        hidden = self.hidden
+        if hidden is None or hidden.status != "recovered" or not hidden.values_estimate or not hidden.fro_estimate:
+            return self
+        values = hidden.values_estimate
+        seen = self.resolution.model_copy(update={"signal_rank": len(values)})
+        changes = {"fro": hidden.fro_estimate, "s": values, "complete": False, "energy_error": 0.0, "resolution": seen}
+        return self.model_copy(update=changes)
 
     @property
     def spike(self) -> Share | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Unpack
 
-from lora_diag.deltas import Pairing, Unpaired
+from lora_diag.deltas import Pairing, StoredDelta, Unpaired
 from lora_diag.diagnostics.spectrum.gradients_run import gradient_spectrum
 from lora_diag.diagnostics.spectrum.measure import Layer, SpectrumSettings, size
 from lora_diag.diagnostics.spectrum.measure import spectrum as measure
@@ -38,6 +38,8 @@ def spectrum(
         activations: Second moments C = E[xxᵀ] of the layers' inputs, as ``probe_activations`` records them. Singular
             values are then those of ΔW·C^½, energies E‖ΔW x‖², and layers without a C are left out.
         kfac: Weigh the other side, too: G^½·ΔW·C^½ with G = E[ggᵀ] of the output gradients in the same file.
+        recover: Estimate size, energy curve and ranks of the update before rounding, as ``recover`` does, in layers
+            whose files do not resolve it; in the field ``hidden``.
         ranks: Ranks r at which C(r) and the truncation errors are given.
         top: Keep only so many of the largest singular values.
         **options: ``SpectrumOptions``.
@@ -58,10 +60,14 @@ def spectrum(
     run = LayerRun("spectrum", options, SpectrumOptions)
     gradients, activations, kfac = (run.options[name] for name in ("gradients", "activations", "kfac"))
     ranks, top = run.options["ranks"], run.options["top"]
-    settings = run.settings(SpectrumSettings, ranks=checked_ranks(ranks), top=top)
+    recover = run.options["recover"]
+    settings = run.settings(SpectrumSettings, ranks=checked_ranks(ranks), top=top, recover=recover)
     check_request(settings.method, top, settings.tol)
     if kfac and activations is None:
         raise UsageError("--kfac: needs --activations FILE, recorded with probe activations --output-gradients")
+    if recover and (activations is not None or gradients):
+        other = "--activations" if activations is not None else "--gradients"
+        raise UsageError(f"--recover: estimates an update in the weights' metric; leave {other} out")
     if gradients:
         if activations is not None:
             raise UsageError("--activations: weighs an update, and --gradients are none; leave one of them out")
@@ -72,6 +78,8 @@ def spectrum(
         raise UsageError("spectrum: name BASE and TUNED, or an adapter alone")
     compared = run.compare(base, tuned)
     pairing, moments = compared.pairing, None
+    if recover and not any(isinstance(delta, StoredDelta) for delta in pairing.deltas):
+        raise UsageError("--recover: the factors of an adapter are the update; nothing is rounded away")
     if activations is not None:
         if tuned is None:
             raise UsageError("--activations: needs BASE, to tell which layer is which; name it before the adapter")
@@ -86,7 +94,12 @@ def spectrum(
         settings,
         lambda layout, _, __: without_rank(pairing, layout, run.where.here),
         (*compared.inputs, *((moments.described,) if moments else ())),
-        {"ranks": list(settings.ranks), **({"metric": "kfac" if kfac else "data"} if moments else {}), "top": top},
+        {
+            "ranks": list(settings.ranks),
+            **({"metric": "kfac" if kfac else "data"} if moments else {}),
+            **({"recover": True} if recover else {}),
+            "top": top,
+        },
         recorded=("layers", "exclude", "method", "top", "tol", "device", "seed"),
     )
 

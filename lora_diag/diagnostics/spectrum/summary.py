@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from statistics import median
 
 from lora_diag.diagnostics.spectrum.gradients_summary import gradient_lines
+from lora_diag.diagnostics.spectrum.hidden_summary import before_rounding, way_out
 from lora_diag.diagnostics.spectrum.record import Spectrum
 from lora_diag.records import Resolution, Results
 from lora_diag.records.names import part_of
@@ -137,6 +138,7 @@ def _ranks_needed(moved: Sequence[Spectrum], ranks: Sequence[int]) -> list[State
     readable = [record for record in moved if record.resolution.verdict != "unresolved"]
     return [
         _files(moved),
+        *before_rounding(moved),
         say("low_rank", "Low rank", *_low_rank(readable, ranks)),
         say("rank_at_90", "Rank at 90%", _rank_at_90(readable)),
     ]
@@ -159,7 +161,7 @@ def _files(moved: Sequence[Spectrum]) -> Statement:
         f"{word}: {_not_resolved(counts)}: rounding is expected to make up "
         f"{percent(min(1.0, median(shares)))} of the median {NORMS[moved[0].metric][0]}²{still}; "
         f"ranks beyond the signal rank count noise{_start(moved)}. "
-        "Measure the adapter, not its merge, or save the fine-tune in float32",
+        f"Measure the adapter, not its merge, or save the fine-tune in float32{way_out(moved)}",
         level="failure" if word == "no" else "warning",
     )
 

@@ -1,0 +1,79 @@
+"""What rounding cells say of the update before rounding, and when it is worth asking them."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from statistics import median
+
+from lora_diag.diagnostics.spectrum.record import Spectrum
+from lora_diag.records.vocabulary import Hidden
+from lora_diag.rendering.statements import Statement, say
+from lora_diag.rendering.text import number, percent, short
+
+# From this share of entries on that rounding left unchanged, cells say much that D does not
+# (docs/explanation/recovery.md): the error of a planted rank-8 update falls by nine tenths, in loss a checkpoint gains.
+HIDES = 0.5
+
+WORDS = {"recovered": "recovered", "size_only": "size only", "not_hidden": "not hidden", "refused": "refused"}
+
+
+def way_out(moved: Sequence[Spectrum]) -> str:
+    """Return a clause that names ``recover`` where rounding left most entries unchanged and it was not tried."""
+    worth = [
+        record
+        for record in moved
+        if record.hidden is None
+        and record.metric == "weights"
+        and record.resolution.verdict != "resolved"
+        and (record.resolution.unchanged or 0.0) - (record.resolution.untouched or 0.0) >= HIDES
+    ]
+    if not worth:
+        return ""
+    where = "" if len(worth) == len(moved) else f" in {len(worth)} of {len(moved)} matrices"
+    return f"; loradiag recover (or --recover here) can estimate the update before rounding{where}"
+
+
+def before_rounding(moved: Sequence[Spectrum]) -> list[Statement]:
+    """Return the statement on size, ranks and directions before rounding; none where they were not asked for."""
+    tried = [(record, record.hidden) for record in moved if record.hidden is not None]
+    if not tried:
+        return []
+    counts: Counter[str] = Counter(hidden.status for _, hidden in tried)
+    parts = ", ".join(f"{counts[status]} {words}" for status, words in WORDS.items() if counts[status])
+    lines = []
+    sized = [(record, hidden) for record, hidden in tried if hidden.fro_interval is not None]
+    if sized:
+        whole = math.hypot(*(hidden.fro_estimate or 0.0 for _, hidden in sized))
+        files = math.hypot(*(record.fro for record, _ in sized))
+        errors = [(high - low) / (high + low) for _, hidden in sized for low, high in [hidden.fro_interval or (1, 1)]]
+        lines.append(
+            f"‖X‖ = {number(whole)}, ± {percent(median(errors))} in the median matrix; the files' ‖ΔW‖ is "
+            f"{number(files / whole)} times that"
+        )
+    lines.append(f"of {len(tried)} matrices that the files do not resolve {parts}")
+    found = [(record, hidden) for record, hidden in sized if hidden.status == "recovered"]
+    if found:
+        middle, least, most = (_middle(ranks) for ranks in zip(*(_ranks(hidden) for _, hidden in found), strict=True))
+        read = _middle([record.rank_at["0.9"] for record, _ in found])
+        lines.append(f"rank at 90% {middle} (interval {least} to {most}) at the median, where the files read {read}")
+        signal = _middle([record.resolution.signal_rank for record, _ in found])
+        directions = _middle([hidden.directions for _, hidden in found])
+        lines.append(f"signal rank {directions} by rounding cells at the median, {signal} by the files' noise edge")
+    refused = [(record, hidden) for record, hidden in tried if hidden.status == "refused"]
+    if refused:
+        lines.append(f"{short(refused[0][0].layer)}: {refused[0][1].reason}")
+    return [say("before_rounding", "Before rounding", *lines)]
+
+
+def _ranks(hidden: Hidden) -> tuple[int | None, int | None, int | None]:
+    """Return the rank at 90% and the ends of its interval."""
+    least, most = (hidden.rank_at_interval or {}).get("0.9", (None, None))
+    return (hidden.rank_at_estimate or {}).get("0.9"), least, most
+
+
+def _middle(ranks: Sequence[int | None]) -> str:
+    """Return the median; of ranks that most layers do not reach, that it is not known."""
+    known = [rank for rank in ranks if rank is not None]
+    return str(int(median(known))) if 2 * len(known) > len(ranks) else "unknown"

@@ -1,0 +1,73 @@
+"""``spectrum --recover``: the update before rounding beside that of the files, and when it is named."""
+
+import pytest
+import torch
+
+import lora_diag
+from lora_diag.diagnostics.spectrum.summary import summary_lines
+from tests.conftest import save_model
+from tests.linalg.test_hidden import planted
+
+Q, K, UP = (f"model.layers.0.{name}.weight" for name in ("self_attn.q_proj", "self_attn.k_proj", "mlp.up_proj"))
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    """Return BASE and TUNED in bfloat16: q of rank 3 below the rounding, up is resolved, k is sparse."""
+    folder = tmp_path_factory.mktemp("pair")
+    w, x, t = planted(96, 80, 3, 2e-5, 1)
+    v, _, big = planted(64, 80, 2, 2e-2, 2)
+    sparse = v.clone()
+    sparse[::4] += torch.randn(16, 80, generator=torch.Generator().manual_seed(3)) * 3e-3
+    save_model(folder / "base", {Q: w.bfloat16(), UP: v.bfloat16(), K: v.bfloat16()})
+    save_model(folder / "tuned", {Q: t.bfloat16(), UP: big.bfloat16(), K: sparse.bfloat16()})
+    return folder / "base", folder / "tuned", x
+
+
+def line(results, key):
+    return next((" ".join((one.lead, *one.details)) for one in summary_lines(results) if one.key == key), None)
+
+
+def test_layers_that_the_files_do_not_resolve_are_estimated(pair, tmp_path):
+    base, tuned, x = pair
+    found = lora_diag.spectrum(base, tuned, recover=True, output=tmp_path / "s.jsonl")
+    plain = lora_diag.recover(base, tuned)[Q]
+    hidden = found[Q].hidden
+    assert hidden.fro_estimate == plain.fro_estimate == pytest.approx(float(x.norm()), rel=0.1)
+    assert hidden.values_estimate == plain.values_estimate
+    assert set(hidden.energy_estimate) == set(found[Q].energy)
+    assert found[UP].hidden is None
+    assert found[UP].resolution.verdict == "resolved"
+    assert lora_diag.read_results(tmp_path / "s.jsonl").layers == found.layers
+    assert found.run.settings["recover"] is True
+    said = line(found, "before_rounding")
+    assert f"‖X‖ = {hidden.fro_estimate:.3g}"[:8] in said
+    assert "loradiag recover" not in line(found, "resolved")
+
+
+def test_recover_is_named_where_rounding_left_entries_unchanged(pair):
+    base, tuned, _ = pair
+    said = line(lora_diag.spectrum(base, tuned), "resolved")
+    assert "loradiag recover (or --recover here) can estimate the update before rounding in 1 of 3" in said
+    for layers in ("up_proj", "k_proj"):
+        assert "loradiag recover" not in line(lora_diag.spectrum(base, tuned, layers=layers), "resolved")
+
+
+def test_allocate_spends_on_the_update_before_rounding(pair):
+    base, tuned, _ = pair
+    found = lora_diag.spectrum(base, tuned, recover=True, layers="q_proj")
+    chosen = lora_diag.allocate(found, energy=0.99)
+    values = found[Q].hidden.values_estimate
+    assert chosen[Q].rank == len(values) <= 3
+    assert chosen[Q].kept == pytest.approx(sum(x**2 for x in values) / found[Q].hidden.fro_estimate ** 2)
+    assert "1 of 1 layers by the update before rounding" in chosen.run.inputs[0].notes[0]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [(["--activations", "none.safetensors"], "leave --activations out"), (["--adapters", "x"], "--recover: not with")],
+)
+def test_what_recover_does_not_go_with_is_refused(loradiag, pair, words, message):
+    ran = loradiag("spectrum", pair[0], *([] if "--adapters" in words else [pair[1]]), "--recover", *words)
+    assert ran.code == 2
+    assert message in ran.err

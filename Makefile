@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/$(if $(filter Windows_NT,$(OS)),Scripts,bin)
 
-.PHONY: demo check test docs wheel lowest samples bench fuzz sbom licences clean help
+.PHONY: demo check test docs wheel tag man lowest samples bench fuzz sbom licences clean help
 
 help: ## what can be made
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -28,9 +28,20 @@ check: $(VENV)/test ## lint, types and the tests that are not slow, in about a m
 docs: $(VENV)/docs ## set up, then build the site into build/site; a broken link is an error
 	$(BIN)/mkdocs build --strict
 
-wheel: $(BIN)/python ## build the wheel and the source archive into dist
-	$(BIN)/python -m pip install --quiet build
-	$(BIN)/python -m build
+wheel: $(VENV)/release ## build dist/, check it, and run the demo from the wheel in an environment of its own
+	rm -rf dist build/wheel
+	$(BIN)/python -m build --outdir dist
+	$(BIN)/twine check --strict dist/*
+	$(BIN)/check-wheel-contents dist/*.whl
+	$(PYTHON) -m venv build/wheel
+	build/wheel/$(notdir $(BIN))/python -m pip install --quiet dist/*.whl
+	cd build && wheel/$(notdir $(BIN))/loradiag spectrum ../sample_checkpoints/base ../sample_checkpoints/full_ft
+
+tag: $(BIN)/python ## check that TAG is the version and has an entry in the changelog
+	$(BIN)/python .github/check_tag.py $(TAG)
+
+man: $(VENV)/demo ## write build/man/man1/loradiag*.1 from the options of the commands
+	$(BIN)/python docs/man.py build/man/man1
 
 lowest: ## run the tests with the oldest versions that pyproject.toml allows, in .venv-lowest
 	$(MAKE) .venv-lowest/lowest VENV=.venv-lowest
@@ -69,6 +80,10 @@ $(VENV)/demo: $(BIN)/python pyproject.toml
 
 $(VENV)/test: $(BIN)/python pyproject.toml
 	$(BIN)/python -m pip install --quiet -e '.[test]'
+	touch $@
+
+$(VENV)/release: $(BIN)/python pyproject.toml
+	$(BIN)/python -m pip install --quiet -e '.[release]'
 	touch $@
 
 $(VENV)/docs: $(BIN)/python pyproject.toml

@@ -60,48 +60,55 @@ def shell(repository, server):
     return run
 
 
-def test_page_has_workflows_that_it_promises():
-    github, *steps = (yaml.safe_load(text) for text in blocks("yaml"))
-    assert list(github["jobs"]) == ["gate"]
-    lines = commands(github["jobs"]["gate"]["steps"])
-    assert [line.split()[1] for line in lines] == ["spectrum", "gate"]
-    uploads = [step["run"] for step in github["jobs"]["gate"]["steps"] if "hf upload" in step.get("run", "")]
-    assert len(uploads) == 1
-    assert github["jobs"]["gate"]["steps"][-1]["run"] == uploads[0]
+def workflow() -> dict:
+    return yaml.safe_load(blocks("yaml")[0])
+
+
+def given() -> dict[str, str]:
+    """Return what the workflow of the page gives to the action, as environment variables."""
+    (inputs,) = (step["with"] for step in workflow()["jobs"]["gate"]["steps"] if "loradiag@" in step.get("uses", ""))
+    assert set(inputs) <= set(yaml.safe_load((ROOT / "action.yml").read_text(encoding="utf-8"))["inputs"])
+    return {name.upper(): value for name, value in inputs.items()}
+
+
+def test_upload_of_the_page_comes_after_the_gate():
+    steps = workflow()["jobs"]["gate"]["steps"]
+    assert [bool("loradiag@" in step.get("uses", "")) for step in steps].index(True) < len(steps) - 1
+    assert "hf upload" in steps[-1]["run"]
     assert "continue-on-error" not in blocks("yaml")[0]
-    assert any("gate" in step and "release" in step for step in steps)
 
 
-def test_every_command_of_workflows_runs(shell, repository):
-    """All of them in the order of the page, with the variables that the workflows set; each has to end with 0."""
-    github, *others = (yaml.safe_load(text) for text in blocks("yaml"))
-    lines = commands(github)
-    assert len(lines) == 2
-    for line in lines:
-        assert shell(line, **github["env"], GITHUB_STEP_SUMMARY=str(repository / "summary.md")) == 0, line
+def test_every_command_of_the_page_runs(shell, repository):
+    """The action, then all commands in the order of the page; each has to end with 0."""
+    code, found = action(shell, repository, **given(), GITHUB_ACTIONS="true")
+    assert (code, found["verdict"]) == (0, "passed")
     assert (repository / "summary.md").read_text().startswith("## loradiag gate: PASSED")
-    assert "PASSED" in (repository / "adapter" / "README.md").read_text()
-    shutil.copy(repository / "results.jsonl", repository / "gates" / "main.jsonl")
-    rest = [line for document in others for line in commands(document)]
-    assert len(rest) >= 6
-    for line in rest:
-        assert shell(line, **github["env"]) == 0, line
+    shutil.copy(repository / "loradiag" / "results.jsonl", repository / "gates" / "main.jsonl")
+    shutil.copy(repository / "loradiag" / "results.jsonl", repository / "results.jsonl")
+    _, *others = (yaml.safe_load(text) for text in blocks("yaml"))
+    lines = [line for document in others for line in commands(document)]
+    assert len(lines) >= 2
+    hooks = {hook["id"]: hook for hook in yaml.safe_load((ROOT / ".pre-commit-hooks.yaml").read_text("utf-8"))}
+    (used,) = (document["repos"][0]["hooks"] for document in others if "repos" in document)
+    lines += [shlex.join([*hooks[hook["id"]]["entry"].split(), *hook["args"]]) for hook in used]
+    for line in lines:
+        assert shell(line) == 0, line
 
 
 def test_gate_that_fails_stops_what_comes_behind_it(shell, repository):
     assert shell("loradiag spectrum base adapter --quiet -o results.jsonl") == 0
     (repository / "gates" / "adapter.toml").write_text('[[rule]]\nname = "x"\nrequire = "relative <= 1e-6"\n')
-    gate = next(line for line in commands(yaml.safe_load(blocks("yaml")[0])) if " gate " in line)
-    assert shell(f"set -e\n{gate}\ntouch uploaded", ADAPTER="adapter") == 1
+    gate = ROOT / ".github" / "action" / "gate.sh"
+    assert shell(f"set -e\nbash {gate}\ntouch uploaded", **given(), RESULTS="results.jsonl") == 1
     assert not (repository / "uploaded").exists()
 
 
-def test_hook_runs(shell):
+def test_the_hook_runs(shell):
     hook, _ = blocks("sh")
     assert shell(hook) == 0
 
 
-def test_gate_of_merge_runs_and_fails_merge_that_dropped_adapter(shell, repository):
+def test_the_gate_of_a_merge_runs_and_fails_a_merge_that_dropped_the_adapter(shell, repository):
     """A merge made here: W + (alpha / r) B A, in float32."""
     weights = {}
     for file in (SAMPLES / "base").glob("*.safetensors"):
@@ -122,3 +129,52 @@ def test_gate_of_merge_runs_and_fails_merge_that_dropped_adapter(shell, reposito
     save_model(repository / "merged", weights)
     shell(verify)
     assert shell(gate) == 1
+
+
+# The action and the GitLab component
+
+
+def action(shell, repository, **variables) -> tuple[int, dict[str, str]]:
+    """Run the action's scripts as its steps do; return the exit code and the outputs."""
+    output = repository / "outputs"
+    output.write_text("")
+    given = {
+        "BASE": "base",
+        "TUNED": "adapter",
+        "POLICY": "gates/adapter.toml",
+        "RESULTS": "",
+        "FOLDER": "loradiag",
+        "GITHUB_OUTPUT": str(output),
+        "GITHUB_STEP_SUMMARY": str(repository / "summary.md"),
+        **variables,
+    }
+    scripts = ROOT / ".github" / "action"
+    assert shell(f"bash {scripts / 'key.sh'}", **given) == 0
+    code = shell(f"bash {scripts / 'gate.sh'}", **given)
+    return code, dict(line.split("=", 1) for line in output.read_text().splitlines())
+
+
+def test_action_measures_judges_and_reports(shell, repository):
+    code, found = action(shell, repository)
+    assert (code, found["verdict"]) == (0, "passed")
+    assert (repository / found["report"]).read_text(encoding="utf-8").startswith("<!doctype html>")
+    assert "| " in (repository / "summary.md").read_text(encoding="utf-8")
+    (repository / "gates" / "strict.toml").write_text('[[rule]]\nname = "x"\nrequire = "relative <= 1e-6"\n')
+    code, again = action(shell, repository, POLICY="gates/strict.toml", RESULTS=found["results"])
+    assert (code, again["verdict"], again["key"]) == (1, "failed", found["key"])
+    code, other = action(shell, repository, TUNED="base", POLICY="nowhere.toml", RESULTS=found["results"])
+    assert (code, other["verdict"], other["report"]) == (2, "error", "")
+    assert other["key"] != found["key"]
+
+
+def test_action_never_reuses_a_key_of_a_remote_base(shell, repository):
+    keys = [action(shell, repository, BASE="org/x", RESULTS="none", GITHUB_RUN_ID=run)[1]["key"] for run in "12"]
+    assert keys[0] != keys[1]
+
+
+def test_gitlab_component_runs(shell, repository):
+    _, jobs = yaml.safe_load_all((ROOT / "templates" / "gate.yml").read_text(encoding="utf-8"))
+    lines = [line for line in jobs["loradiag-gate"]["script"] if "pip install" not in line]
+    script = "\n".join(["set -e", *lines])
+    assert shell(script, BASE="base", TUNED="adapter", POLICY="gates/adapter.toml") == 0
+    assert shell(script, BASE="base", TUNED="adapter", POLICY="adapter-basic") == 0

@@ -1,0 +1,102 @@
+"""What a release, a container, CI components and man pages are made from."""
+
+import importlib.util
+import re
+import tomllib
+
+import pytest
+import yaml
+
+from lora_diag.catalog import features
+from tests.served import ROOT
+
+
+def text(*parts: str) -> str:
+    return ROOT.joinpath(*parts).read_text(encoding="utf-8")
+
+
+def script(*parts: str):
+    spec = importlib.util.spec_from_file_location(parts[-1].removesuffix(".py"), ROOT.joinpath(*parts))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(
+    ("tag", "changelog", "wrong"),
+    [
+        ("v1.2.0", "## Unreleased\n\n## 1.2.0 - 2026-11-27\n\n### Added\n\n- A thing.\n\n## 1.1.0 - 2026-01-01\n", ""),
+        ("v1.2.0", "## [1.2.0] - 2026-11-27\n\n- A thing.\n", ""),
+        ("1.2.0", "## 1.2.0 - 2026-11-27\n\n- A thing.\n", "the tag is 1.2.0"),
+        ("v1.2.1", "## 1.2.0 - 2026-11-27\n\n- A thing.\n", "the tag is v1.2.1"),
+        ("", "## 1.2.0 - 2026-11-27\n\n- A thing.\n", "missing"),
+        ("v1.2.0", "## Unreleased\n\n- A thing.\n", "no line"),
+        ("v1.2.0", "## 1x2.0 - 2026-11-27\n\n- A thing.\n", "no line"),
+        ("v1.2.0", "## 1.2.0 - 2026-11-27\n\n## 1.1.0 - 2026-01-01\n\n- A thing.\n", "lists nothing"),
+    ],
+)
+def test_check_tag_wants_version_and_entry(tag, changelog, wrong):
+    problem = script(".github", "check_tag.py").problem(tag, "1.2.0", changelog)
+    assert wrong in problem
+    assert bool(problem) == bool(wrong)
+
+
+def test_version_stands_in_one_place():
+    project = tomllib.loads(text("pyproject.toml"))
+    assert "version" not in project["project"]
+    assert project["project"]["dynamic"] == ["version"]
+    assert project["tool"]["hatch"]["version"]["path"] == "lora_diag/version.py"
+
+
+def test_action_passes_inputs_by_environment():
+    action = yaml.safe_load(text("action.yml"))
+    steps = action["runs"]["steps"]
+    assert all(step["shell"] == "bash" for step in steps if "run" in step)
+    assert not any("${{" in step.get("run", "") for step in steps)  # an input is no code
+    used = set(re.findall(r"\binputs\.([\w-]+)", text("action.yml")))
+    assert used == set(action["inputs"])
+    scripts = re.findall(r"GITHUB_ACTION_PATH/([\w./]+\.sh)", text("action.yml"))
+    assert scripts
+    assert all((ROOT / each).is_file() for each in scripts)
+
+
+def test_hooks_run_commands_that_exist():
+    names = {feature.name for feature in features()}
+    hooks = yaml.safe_load(text(".pre-commit-hooks.yaml"))
+    assert {hook["entry"].removeprefix("loradiag ") for hook in hooks} <= names
+    assert all(re.compile(hook["files"]) for hook in hooks)
+
+
+def test_container_is_not_root_and_copies_what_exists():
+    lines = text("Dockerfile").splitlines()
+    assert [line for line in lines if line.startswith("USER ")] == ["USER 1000:1000"]
+    assert not any(":latest" in line for line in lines)
+    copied = [line.split()[1:-1] for line in lines if line.startswith("COPY ") and "--from" not in line]
+    allowed = {line[1:] for line in text(".dockerignore").splitlines() if line.startswith("!")}
+    assert copied
+    assert {name for names in copied for name in names} <= allowed
+    assert all((ROOT / name).exists() for name in allowed)
+
+
+@pytest.mark.parametrize("form", ["bug.yml", "format.yml"])
+def test_issue_form_asks_for_inspect(form):
+    fields = yaml.safe_load(text(".github", "ISSUE_TEMPLATE", form))["body"]
+    asked = {field["id"]: field for field in fields}
+    assert "loradiag inspect" in asked["inspect"]["attributes"]["description"]
+    assert asked["inspect"]["validations"]["required"]
+
+
+def test_citation_has_the_fields_of_its_format():
+    citation = yaml.safe_load(text("CITATION.cff"))
+    assert {"cff-version", "message", "title", "authors"} <= set(citation)
+    assert citation["license"] == tomllib.loads(text("pyproject.toml"))["project"]["license"]
+
+
+def test_man_pages_have_every_option(tmp_path):
+    man = script("docs", "man.py")
+    man.main(tmp_path)
+    for name, command in man.every(man.commands()):
+        page = (tmp_path / f"{name.replace(' ', '-')}.1").read_text(encoding="utf-8")
+        shown = [each for each in command.params if not getattr(each, "hidden", False)]
+        assert all(man.roff(each.opts[-1]) in page for each in shown if each.param_type_name == "option")
+        assert not re.search(r"(?m)^\.(?!TH|SH|TP|B |br)", page)  # no line of text is taken for a request

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from lora_diag.adapters.adapter import Adapter
 from lora_diag.adapters.diffusers import METADATA
-from lora_diag.adapters.gguf import in_rows_of
+from lora_diag.adapters.gguf import fields_of, in_rows_of
 from lora_diag.adapters.keys import strip
 from lora_diag.adapters.names import match_names
 from lora_diag.adapters.scales import Scale, scale_of
@@ -69,7 +69,7 @@ class Contents:
     Args:
         form: Its layout: ``peft``, ``kohya``, ``diffusers``, ``mlx`` or ``gguf``.
         items: What it does, in natural order of the weights.
-        config: ``adapter_config.json``; empty without one.
+        config: ``adapter_config.json``, or the fields of a GGUF file; empty without one.
         has_metadata: Whether the file's own metadata give r and α.
     """
 
@@ -116,11 +116,12 @@ def contents_of(adapter: Adapter, base: Checkpoint | None = None) -> Contents:
         InputError: An α in the file could not be read.
     """
     config = adapter.source.config
+    values = config.values if config is not None and not adapter.source.is_completed else {}
     items = [*_updates(adapter, base), *_values(adapter, base)]
     return Contents(
         adapter.form,
         tuple(sorted(items, key=lambda item: natural_order(item.layer))),
-        config.values if config is not None and not adapter.source.is_completed else {},
+        fields_of(adapter.source) or values,
         METADATA in adapter.source.metadata,
     )
 

@@ -2,6 +2,9 @@
 
 Factors of a lower rank are filled up with zeros: B·A stays what it is, and α/r and α/√… are 1 whatever a program
 divides by, as long as it is α = r over that one rank. What is no pair of factors has no place in it.
+
+Layers are read one at a time: once for ranks and dtype, once for each factor that is written. What takes a
+decomposition is kept in a file meanwhile.
 """
 
 from __future__ import annotations
@@ -9,18 +12,21 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_diag.adapters.adapter import Adapter
-from lora_diag.adapters.contents import Contents, Item, component_of, contents_of
-from lora_diag.adapters.keys import PREFIX
+from lora_diag.adapters.contents import Item, contents_of
+from lora_diag.adapters.layouts import GGUF, LAYOUTS, Placed, Slot
 from lora_diag.adapters.source import CONFIG
 from lora_diag.adapters.updates import Site, as_float64
-from lora_diag.adapters.writing import PEFT_VERSION, WEIGHTS
-from lora_diag.checkpoints import Checkpoint, TensorInfo
+from lora_diag.adapters.writing import store_factors
+from lora_diag.checkpoints import Checkpoint, TensorInfo, open_checkpoint
+from lora_diag.checkpoints.gguf_names import to_pairs
+from lora_diag.checkpoints.gguf_writing import write_gguf
 from lora_diag.checkpoints.writing import write_safetensors
 from lora_diag.deltas import Delta, FactoredDelta
 from lora_diag.errors import InputError, UsageError
@@ -29,44 +35,7 @@ from lora_diag.files import check_folder_of, sync, write_whole
 if TYPE_CHECKING:
     import torch
 
-# kohya's prefixes and the parts of a pipeline that they mean, and back.
-_PARTS = {
-    "lora_unet": "unet",
-    "lora_te": "text_encoder",
-    "lora_te1": "text_encoder",
-    "lora_te2": "text_encoder_2",
-    "lora_transformer": "transformer",
-}
-_PREFIXES = {"unet": "lora_unet", "text_encoder": "lora_te", "text_encoder_2": "lora_te2"}
-
-# What a config says of training, and of the modules that are adapted, and so may stay.
-_KEPT = (
-    "base_model_name_or_path",
-    "task_type",
-    "auto_mapping",
-    "fan_in_fan_out",
-    "exclude_modules",
-    "layers_to_transform",
-    "layers_pattern",
-    "revision",
-)
-
-
-@dataclass(frozen=True, slots=True)
-class Factored:
-    """The factors of one weight as they will be written, before they are filled up to the common rank.
-
-    Args:
-        item: What the adapter's file holds of it.
-        b: s·B ``(out, r)``, float64.
-        a: A ``(r, in)``, float64.
-        epsilon: ‖ΔW − s·B·A‖_F / ‖ΔW‖_F; above 0 only where a full-rank update was truncated.
-    """
-
-    item: Item
-    b: torch.Tensor
-    a: torch.Tensor
-    epsilon: float = 0.0
+    from lora_diag.adapters.updates import Factors
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +53,23 @@ class Written:
     dtype: str
     truncated: Mapping[str, float]
     lost: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """The factors of one weight as they will be written, before they are filled up to the common rank.
+
+    Args:
+        placed: The weight, and the shapes of its factors.
+        load: Reads s·B ``(out, r)`` and A ``(r, in)``, float64.
+        epsilon: ‖ΔW − s·B·A‖_F / ‖ΔW‖_F; above 0 only where a full-rank update was truncated.
+        is_exact: Whether the stored dtype holds both.
+    """
+
+    placed: Placed
+    load: Callable[[], Factors]
+    epsilon: float = 0.0
+    is_exact: bool = False
 
 
 def why_not_portable(item: Item, has_delta: bool, dora_to_lora: bool) -> str:
@@ -107,32 +93,146 @@ def why_not_portable(item: Item, has_delta: bool, dora_to_lora: bool) -> str:
     return "a part of an nn.MultiheadAttention" if ".base_layer.out_proj." in item.key else ""
 
 
-def factored(
-    contents: Contents, deltas: Mapping[str, Delta], dora_to_lora: bool
-) -> tuple[list[Factored], dict[str, str]]:
-    """Return the factors of every weight that has a place in a portable adapter, and why the others have none."""
-    found: list[Factored] = []
-    lost: dict[str, str] = {}
-    for item in contents.items:
-        delta = deltas.get(item.layer)
-        if reason := why_not_portable(item, delta is not None, dora_to_lora):
-            lost[item.layer] = reason
-        else:
-            found.append(_factors(item, delta))
-    return found, lost
+def write_portable(
+    adapter: Adapter,
+    folder: Path,
+    base: Checkpoint | None = None,
+    form: str | None = None,
+    dora_to_lora: bool = False,
+    leave_out: bool = False,
+) -> Written:
+    """Write a portable copy of an adapter: beside its place, and renamed into it when it is whole.
+
+    Args:
+        adapter: The adapter.
+        folder: Where; must not be there yet.
+        base: Its BASE, where names or updates take it.
+        form: ``peft``, ``kohya``, ``diffusers``, ``mlx`` or ``gguf``; by default that of the adapter.
+        dora_to_lora: Write the nearest LoRA of its rank for DoRA.
+        leave_out: Leave out what has no place in it, instead of stopping.
+
+    Raises:
+        UsageError: Something is at ``folder``.
+        InputError: Something has no place in a portable adapter, or names in the other layout take a BASE.
+    """
+    form = form or adapter.form
+    if form not in LAYOUTS:
+        raise UsageError(f"--format {form}: use {', '.join(LAYOUTS)}")
+    _refuse_existing(folder)
+    work = folder.with_name(f".{folder.name}.{os.getpid()}")
+    try:
+        (work / "files").mkdir(parents=True)
+        written = convert(adapter, work / "files", work, base, form, dora_to_lora, leave_out)
+        (work / "files").rename(folder)
+        sync(folder.parent)
+    except OSError as error:
+        raise InputError(f"{folder}: cannot be written: {error.strerror}") from error
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return written
 
 
-def _factors(item: Item, delta: Delta | None) -> Factored:
+def convert(
+    adapter: Adapter,
+    folder: Path,
+    scratch: Path,
+    base: Checkpoint | None,
+    form: str,
+    dora_to_lora: bool = False,
+    leave_out: bool = False,
+) -> Written:
+    """Write the files of a portable copy into a folder that is there; see ``write_portable``.
+
+    Args:
+        adapter: The adapter.
+        folder: Where.
+        scratch: A folder for factors that took a decomposition.
+        base: Its BASE.
+        form: One of ``LAYOUTS``.
+        dora_to_lora: Write the nearest LoRA of its rank for DoRA.
+        leave_out: Leave out what has no place in it, instead of stopping.
+    """
+    _refuse_rows(adapter, base, form)
+    contents = contents_of(adapter, base)
+    deltas: dict[str, Delta] = {}
+    if base is not None:
+        deltas = {delta.layer: delta for delta in adapter.pair(base)[0].deltas}
+    reasons = {
+        item.layer: why_not_portable(item, deltas.get(item.layer) is not None, dora_to_lora) for item in contents.items
+    }
+    lost = {layer: reason for layer, reason in reasons.items() if reason}
+    if lost and not leave_out:
+        raise InputError(f"{adapter.path}: {_named(lost)}; --leave-out writes the adapter without")
+    kept = [item for item in contents.items if item.layer not in lost]
+    if not kept:
+        raise InputError(f"{adapter.path}: nothing of it has a place in a portable adapter: {_named(lost)}")
+    stored = {update.dtype for update in adapter.reading.updates}
+    dtype = stored.pop() if len(stored) == 1 else "float32"
+    parts = {item.layer: _part(item, deltas.get(item.layer), scratch, n, dtype) for n, item in enumerate(kept)}
+    dtype = dtype if all(part.is_exact for part in parts.values()) else "float32"
+    rank = max(part.placed.rank for part in parts.values())
+    plan, config = LAYOUTS[form].plan([part.placed for part in parts.values()], contents, base, rank)
+    _write(folder / LAYOUTS[form].file, plan, config, _Reader(parts, plan, rank, dtype))
+    truncated = {layer: part.epsilon for layer, part in parts.items() if part.placed.item.part == "dora"}
+    return Written(rank, dtype, truncated, lost)
+
+
+def _refuse_rows(adapter: Adapter, base: Checkpoint | None, form: str) -> None:
+    """Refuse to write a GGUF adapter in another layout whose names or rows are not known.
+
+    Raises:
+        InputError: They are not.
+    """
+    if adapter.form != GGUF or form == GGUF:
+        return
+    foreign = next((update for update in adapter.reading.updates if update.weight.startswith("blk.")), None)
+    if foreign is not None:
+        raise InputError(
+            f"{adapter.path}: {foreign.weight} has no known name outside of GGUF; write it with --format gguf"
+        )
+    if base is None and (first := next((update for update in adapter.reading.updates if update.heads), None)):
+        raise InputError(
+            f"{adapter.path}: the rows of {first.weight} are in llama.cpp's order, which depends on the model; give BASE"
+        )
+
+
+def _part(item: Item, delta: Delta | None, scratch: Path, number: int, dtype: str) -> _Part:
+    """Return the factors of one item: how to read them, their shapes, and whether a dtype holds them."""
+    import torch
+
+    load: Callable[[], Factors] = partial(_plain, item)
+    epsilon = 0.0
     if item.part in {"dora", "residual"}:
         assert delta is not None
         if isinstance(delta, FactoredDelta):
-            b, a = delta.load()
-            return Factored(item, *(_turned(b, a) if _is_turned(item, delta) else (b, a)))
-        return _nearest(item, delta)
+            load = partial(_of_delta, item, delta)
+        else:
+            b, a, epsilon = _nearest(item, delta)
+            file = scratch / f"{number:06d}.safetensors"
+            store_factors(file, b.float(), a.float())
+            load = partial(_kept, file)
+    b, a = load()
+    held = getattr(torch, dtype)
+    is_exact = all(torch.equal(as_float64(x.to(held)), x) for x in (b, a))
+    return _Part(Placed(item, b.shape[1], (b.shape[0], a.shape[1])), load, epsilon, is_exact)
+
+
+def _plain(item: Item) -> Factors:
     assert item.load is not None
     loaded = item.load(Site(item.shape))
     assert isinstance(loaded, tuple)
-    return Factored(item, *loaded)
+    return loaded
+
+
+def _of_delta(item: Item, delta: FactoredDelta) -> Factors:
+    b, a = delta.load()
+    return (a.T, b.T) if _is_turned(item, delta) else (b, a)
+
+
+def _kept(file: Path) -> Factors:
+    checkpoint = open_checkpoint(file)
+    b, a = (as_float64(checkpoint.read(name)).view(checkpoint[name].shape) for name in ("B", "A"))
+    return b, a
 
 
 def _is_turned(item: Item, delta: Delta) -> bool:
@@ -140,12 +240,8 @@ def _is_turned(item: Item, delta: Delta) -> bool:
     return delta.shape != item.shape and delta.shape == item.shape[::-1]
 
 
-def _turned(b: torch.Tensor, a: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    return a.T, b.T
-
-
-def _nearest(item: Item, delta: Delta) -> Factored:
-    """Return the nearest update of the item's rank to a ΔW that is formed: U_rΣ_r and V_rᵀ (Eckart and Young 1936)."""
+def _nearest(item: Item, delta: Delta) -> tuple[torch.Tensor, torch.Tensor, float]:
+    """Return the nearest update of the item's rank to a ΔW that is formed, and its ε (Eckart and Young 1936)."""
     import torch
 
     assert not isinstance(delta, FactoredDelta)
@@ -158,50 +254,7 @@ def _nearest(item: Item, delta: Delta) -> Factored:
     rank = min(item.rank, len(s))
     norm = float(torch.linalg.vector_norm(s))
     epsilon = float(torch.linalg.vector_norm(s[rank:])) / norm if norm else 0.0
-    return Factored(item, u[:, :rank] * s[:rank], vh[:rank], epsilon)
-
-
-def write_portable(
-    adapter: Adapter,
-    folder: Path,
-    base: Checkpoint | None = None,
-    form: str | None = None,
-    dora_to_lora: bool = False,
-    leave_out: bool = False,
-) -> Written:
-    """Write a portable copy of an adapter.
-
-    Args:
-        adapter: The adapter.
-        folder: Where; must not be there yet.
-        base: Its BASE, where names or updates take it.
-        form: ``peft``, ``kohya``, ``diffusers`` or ``mlx``; by default that of the adapter.
-        dora_to_lora: Write the nearest LoRA of its rank for DoRA.
-        leave_out: Leave out what has no place in it, instead of stopping.
-
-    Raises:
-        UsageError: Something is at ``folder``.
-        InputError: Something has no place in a portable adapter, or names in the other layout take a BASE.
-    """
-    form = form or adapter.form
-    if form not in WRITERS:
-        raise UsageError(f"--format {form}: use {', '.join(WRITERS)}")
-    _refuse_existing(folder)
-    contents = contents_of(adapter, base)
-    deltas: dict[str, Delta] = {}
-    if base is not None:
-        deltas = {delta.layer: delta for delta in adapter.pair(base)[0].deltas}
-    found, lost = factored(contents, deltas, dora_to_lora)
-    if lost and not leave_out:
-        raise InputError(f"{adapter.path}: {_named(lost)}; --leave-out writes the adapter without")
-    if not found:
-        raise InputError(f"{adapter.path}: nothing of it has a place in a portable adapter: {_named(lost)}")
-    rank = max(part.b.shape[1] for part in found)
-    dtype = _dtype(found, adapter)
-    tensors, config = WRITERS[form](found, contents, base, rank)
-    _write(folder, FILES[form], _padded(tensors, rank, dtype), config)
-    truncated = {part.item.layer: part.epsilon for part in found if part.item.part == "dora"}
-    return Written(rank, dtype, truncated, lost)
+    return u[:, :rank] * s[:rank], vh[:rank], epsilon
 
 
 def _named(lost: Mapping[str, str]) -> str:
@@ -221,199 +274,41 @@ def _refuse_existing(folder: Path) -> None:
         raise UsageError(f"{folder}: is there already; choose another folder for the adapter")
 
 
-def _dtype(found: Sequence[Factored], adapter: Adapter) -> str:
-    """Return the stored dtype if it holds every factor exactly, as with a scaling of 2; else float32."""
-    import torch
+class _Reader:
+    """Reads the tensors of a plan, each when it is written; the factors of the last layer are kept."""
 
-    stored = {update.dtype for update in adapter.reading.updates}
-    if len(stored) == 1:
-        (name,) = stored
-        dtype = getattr(torch, name)
-        if all(torch.equal(as_float64(x.to(dtype)), x) for part in found for x in (part.b, part.a)):
-            return name
-    return "float32"
+    def __init__(self, parts: Mapping[str, _Part], plan: Mapping[str, Slot], rank: int, dtype: str) -> None:
+        self._parts, self._plan, self._rank, self._dtype = parts, plan, rank, dtype
+        self._last: tuple[str, Factors] | None = None
 
+    def infos(self) -> Iterator[TensorInfo]:
+        """Yield name, shape and dtype of every tensor."""
+        for name, slot in self._plan.items():
+            yield TensorInfo(name, slot.sizes(self._rank), self._dtype if slot.placed is not None else "float32")
 
-# Name of a tensor -> the matrix, its axis that is filled up to the common rank (-1 for none), and its shape if another.
-Plan = dict[str, tuple["torch.Tensor", int, tuple[int, ...]]]
+    def __call__(self, name: str) -> torch.Tensor:
+        import torch
 
-
-def _padded(plan: Plan, rank: int, dtype: str) -> dict[str, torch.Tensor]:
-    """Fill factors up with zeros along the axis of the rank."""
-    import torch
-
-    found = {}
-    for name, (matrix, axis, shape) in plan.items():
-        size = list(matrix.shape)
-        if axis >= 0:
-            size[axis] = rank
-        whole = torch.zeros(size, dtype=torch.float64)
-        whole[tuple(slice(0, n) for n in matrix.shape)] = matrix
-        kind = torch.float32 if axis < 0 else getattr(torch, dtype)  # bfloat16 does not hold every α
-        found[name] = whole.to(kind).reshape(shape or size).contiguous()
-    return found
+        slot = self._plan[name]
+        if slot.placed is None:
+            return torch.tensor(slot.value, dtype=torch.float32)  # bfloat16 does not hold every α
+        layer = slot.placed.item.layer
+        if self._last is None or self._last[0] != layer:
+            self._last = layer, self._parts[layer].load()
+        b, a = self._last[1]
+        matrix = a if slot.side == "A" else b
+        whole = matrix.new_zeros((self._rank, a.shape[1]) if slot.side == "A" else (b.shape[0], self._rank))
+        whole[: matrix.shape[0], : matrix.shape[1]] = to_pairs(matrix, slot.heads) if slot.heads else matrix
+        whole = whole.T if slot.turned else whole
+        return whole.to(getattr(torch, self._dtype)).reshape(slot.sizes(self._rank)).contiguous()
 
 
-def _kernels(item: Item, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Return the shapes of A and B of a convolution; nothing for others."""
-    if not item.kernel:
-        return (), ()
-    return (rank, *item.kernel), (item.shape[0], rank, *(1 for _ in item.kernel[1:]))
-
-
-def _path(item: Item, contents: Contents) -> str:
-    """Return the dotted path of a module in its model.
-
-    Raises:
-        InputError: Only BASE tells it.
-    """
-    if contents.form != "kohya":
-        return item.module if contents.form != "diffusers" else item.module.partition(".")[2]
-    if component_of(item.layer) == component_of(item.module):
-        raise InputError(f"{item.module}: BASE tells which of its underscores are dots; give BASE")
-    return item.layer.removesuffix(".weight")
-
-
-def _component(item: Item, contents: Contents, base: Checkpoint | None) -> str:
-    """Return the part of a pipeline that a weight is in.
-
-    Raises:
-        InputError: BASE is not such a part.
-    """
-    if contents.form == "diffusers":
-        return component_of(item.module)
-    if contents.form == "kohya":
-        return _PARTS.get(component_of(item.module), component_of(item.module))
-    name = str(base.config.get("_class_name", "")) if base is not None else ""
-    if "UNet" in name:
-        return "unet"
-    if "Transformer" in name:
-        return "transformer"
-    raise InputError(
-        f"{item.module}: which part of a pipeline it belongs to is not known; give as BASE the folder of a U-Net or "
-        "transformer with its config.json (_class_name)"
-    )
-
-
-def _to_peft(
-    found: Iterable[Factored], contents: Contents, base: Checkpoint | None, rank: int
-) -> tuple[Plan, dict[str, Any]]:
-    plan: Plan = {}
-    modules = []
-    for part in found:
-        path = _path(part.item, contents)
-        modules.append(path)
-        shapes = _kernels(part.item, rank)
-        if part.item.part == "embedding":  # ΔW = (B·A)ᵀ of what PEFT stores
-            plan[f"{PREFIX}{path}.lora_embedding_A"] = part.b.T, 0, ()
-            plan[f"{PREFIX}{path}.lora_embedding_B"] = part.a.T, 1, ()
-        else:
-            plan[f"{PREFIX}{path}.lora_A.weight"] = part.a, 0, shapes[0]
-            plan[f"{PREFIX}{path}.lora_B.weight"] = part.b, 1, shapes[1]
-    kept = {key: contents.config.get(key) for key in _KEPT if contents.config.get(key) is not None}
-    names = contents.config.get("target_modules") if contents.form == "peft" else None
-    config = {
-        "base_model_name_or_path": str(base.path) if base is not None else None,
-        "task_type": None,
-        "fan_in_fan_out": False,
-        **kept,
-        "peft_type": "LORA",
-        "peft_version": PEFT_VERSION,
-        "r": rank,
-        "lora_alpha": rank,
-        "target_modules": _targets(names, modules) if isinstance(names, list) and names else sorted(set(modules)),
-        "lora_dropout": 0.0,
-        "bias": "none",
-        "use_rslora": False,
-        "use_dora": False,
-        "inference_mode": True,
-        "init_lora_weights": True,
-    }
-    return plan, config
-
-
-def _targets(names: Sequence[str], modules: Sequence[str]) -> list[str]:
-    """Return the names that still stand for a module."""
-    return [name for name in names if any(module == name or module.endswith(f".{name}") for module in modules)]
-
-
-def _to_kohya(
-    found: Iterable[Factored], contents: Contents, base: Checkpoint | None, rank: int
-) -> tuple[Plan, dict[str, Any]]:
-    import torch
-
-    plan: Plan = {}
-    for part in found:
-        module = part.item.module
-        if contents.form != "kohya":
-            component = _component(part.item, contents, base)
-            module = f"{_PREFIXES.get(component, f'lora_{component}')}_{_path(part.item, contents).replace('.', '_')}"
-        shapes = _kernels(part.item, rank)
-        plan[f"{module}.lora_down.weight"] = part.a, 0, shapes[0]
-        plan[f"{module}.lora_up.weight"] = part.b, 1, shapes[1]
-        plan[f"{module}.alpha"] = torch.tensor(float(rank), dtype=torch.float64), -1, ()
-    return plan, {}
-
-
-def _to_diffusers(
-    found: Iterable[Factored], contents: Contents, base: Checkpoint | None, rank: int
-) -> tuple[Plan, dict[str, Any]]:
-    plan: Plan = {}
-    for part in found:
-        module = f"{_component(part.item, contents, base)}.{_path(part.item, contents)}"
-        shapes = _kernels(part.item, rank)
-        plan[f"{module}.lora_A.weight"] = part.a, 0, shapes[0]
-        plan[f"{module}.lora_B.weight"] = part.b, 1, shapes[1]
-    return plan, {}
-
-
-def _to_mlx(
-    found: Iterable[Factored], contents: Contents, base: Checkpoint | None, rank: int
-) -> tuple[Plan, dict[str, Any]]:
-    plan: Plan = {}
-    keys = set()
-    for part in found:
-        if part.item.part == "convolution":
-            raise InputError(f"{part.item.module}: mlx-lm has no LoRA for a convolution; leave it out of the adapter")
-        path = _path(part.item, contents)
-        _, layers, inside = path.partition("layers.")
-        keys.add(inside.partition(".")[2] if layers else path)
-        plan[f"{path}.lora_a"] = part.a.T, 1, ()
-        plan[f"{path}.lora_b"] = part.b.T, 0, ()
-    settings = {"rank": rank, "scale": 1.0, "dropout": 0.0, "keys": sorted(keys)}
-    return plan, {"fine_tune_type": "lora", "num_layers": -1, "lora_parameters": settings}
-
-
-Writer = Callable[[Iterable[Factored], Contents, "Checkpoint | None", int], tuple[Plan, dict[str, Any]]]
-WRITERS: dict[str, Writer] = {"peft": _to_peft, "kohya": _to_kohya, "diffusers": _to_diffusers, "mlx": _to_mlx}
-FILES = {
-    "peft": WEIGHTS,
-    "kohya": "lora.safetensors",
-    "diffusers": "pytorch_lora_weights.safetensors",
-    "mlx": "adapters.safetensors",
-}
-
-
-def _write(folder: Path, name: str, tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any]) -> None:
-    """Write the files beside their place, and rename the folder into it.
-
-    Raises:
-        InputError: They cannot be written.
-    """
-    work = folder.with_name(f".{folder.name}.{os.getpid()}")
-    try:
-        work.mkdir(parents=True)
-        infos = {
-            key: TensorInfo(key, tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
-            for key, tensor in tensors.items()
-        }
-        write_safetensors(work / name, infos, lambda key: tensors[key], {"format": "pt"})
-        if config:
-            text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False)
-            write_whole(work / CONFIG, f"{text}\n")
-        work.rename(folder)
-        sync(folder.parent)
-    except OSError as error:
-        raise InputError(f"{folder}: cannot be written: {error.strerror}") from error
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+def _write(file: Path, plan: Mapping[str, Slot], config: Mapping[str, Any], reader: _Reader) -> None:
+    infos = {info.name: info for info in reader.infos()}
+    if file.suffix == ".gguf":
+        write_gguf(file, config, infos, reader)
+        return
+    write_safetensors(file, infos, reader, {"format": "pt"})
+    if config:
+        text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False)
+        write_whole(file.parent / CONFIG, f"{text}\n")

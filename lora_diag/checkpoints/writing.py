@@ -54,7 +54,7 @@ def write_safetensors(
     with replacing(path, kind, overwrite) as file:
         file.write(_header([(name, tensors[name]) for name in order], metadata))
         for name in order:
-            file.write(_content(name, tensors[name], read(name)))
+            file.write(content(name, tensors[name], read(name)))
 
 
 def _header(tensors: list[tuple[str, TensorInfo]], metadata: Mapping[str, str]) -> bytes:
@@ -71,7 +71,7 @@ def _header(tensors: list[tuple[str, TensorInfo]], metadata: Mapping[str, str]) 
     return len(text).to_bytes(8, "little") + text
 
 
-def _content(name: str, info: TensorInfo, tensor: torch.Tensor) -> memoryview:
+def content(name: str, info: TensorInfo, tensor: torch.Tensor) -> memoryview:
     """Return the bytes of a tensor in row-major order."""
     import torch
 

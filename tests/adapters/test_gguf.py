@@ -7,6 +7,7 @@ import pytest
 
 from lora_diag.adapters import is_adapter, open_adapter
 from lora_diag.checkpoints.gguf_names import ARCHITECTURES, WHOLE
+from lora_diag.diagnostics.portability.fix import make_portable
 from lora_diag.errors import InputError, LoradiagError
 from tests.adapters import making
 from tests.adapters.making import changes, close, normal
@@ -209,3 +210,96 @@ def test_gguf_names_are_those_of_the_library():
                 continue
             assert found == f"{stem}.weight", (names.architecture, stem)
             assert names.in_gguf(theirs) == f"{stem}.weight"
+
+
+@pytest.fixture
+def peft(llama):
+    """Write the same adapter as a PEFT folder with rsLoRA and patterns, and return the ΔW that it means."""
+    base, _, expected, ranks, path = llama
+    found = {}
+    for layer, rank in ranks.items():
+        module = layer.removesuffix(".weight")
+        u, s, vh = np.linalg.svd(expected[layer], full_matrices=False)
+        b, a = u[:, :rank] * s[:rank], vh[:rank]
+        if "embed" in module:
+            found |= {f"{module}.lora_embedding_A": b.T, f"{module}.lora_embedding_B": a.T}
+        else:
+            found |= {f"{module}.lora_A.weight": a, f"{module}.lora_B.weight": b}
+    pattern = {layer.removesuffix(".weight"): rank for layer, rank in ranks.items()}
+    folder = making.adapter(
+        path.parent, found, rank_pattern=pattern, use_rslora=True, target_modules=[*pattern], lora_alpha=6
+    )
+    return base, folder, {layer: change * 6 / ranks[layer] ** 0.5 for layer, change in expected.items()}
+
+
+def test_gguf_written_is_the_same_update_by_the_library(peft):
+    """The file by gguf's own reader: one α, one rank, rows in llama.cpp's order, the embedding turned."""
+    base, folder, expected = peft
+    out = folder.parent / "out"
+    results = make_portable(folder, out, base, form="gguf")
+    assert {(record.consumer, record.status) for record in results} == {("llamacpp", "exact")}
+    reader = gguf.GGUFReader(out / "adapter.gguf")
+    fields = {key: field.contents() for key, field in reader.fields.items() if not key.startswith("GGUF.")}
+    assert fields == {
+        "general.architecture": "llama",
+        "general.type": "adapter",
+        "adapter.type": "lora",
+        "adapter.lora.alpha": 4.0,
+    }
+    found = {tensor.name: np.array(tensor.data, np.float64) for tensor in reader.tensors}
+    layer = "model.layers.0.self_attn."
+    for stem, name, heads in (("q", "q_proj", 4), ("k", "k_proj", 2), ("output", "o_proj", 0)):
+        a, b = (found.pop(f"blk.0.attn_{stem}.weight.lora_{side}") for side in "ab")
+        assert a.shape[0] == b.shape[1] == 4
+        wanted = expected[f"{layer}{name}.weight"]
+        close(b @ a, in_pairs(wanted, heads) if heads else wanted, 1e-5)
+    a, b = (found.pop(f"token_embd.weight.lora_{side}") for side in "ab")
+    close(a @ b.T, expected["model.embed_tokens.weight"], 1e-5)
+    assert not found
+
+
+@pytest.mark.parametrize("form", ["peft", "mlx", "gguf"])
+def test_gguf_is_written_in_another_layout_and_back(peft, form):
+    base, folder, expected = peft
+    make_portable(folder, folder.parent / "one", base, form="gguf")
+    make_portable(folder.parent / "one", folder.parent / "two", base, form=form)
+    found, _ = changes(folder.parent / "two", base)
+    assert set(found) == set(expected)
+    for layer, change in found.items():
+        close(change, expected[layer], 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("config", "problem"),
+    [
+        ({"model_type": "bloom"}, "llama.cpp's names for model type 'bloom' are not known"),
+        ({"model_type": "llama"}, "gives no heads"),
+        ({"model_type": "llama", "num_attention_heads": 5}, "gives 5 heads"),
+        (None, "give BASE"),
+    ],
+)
+def test_gguf_of_an_unknown_model_is_not_written(peft, config, problem):
+    base, folder, _ = peft
+    (base / "config.json").write_text(json.dumps(config or {}))
+    with pytest.raises(InputError, match=problem):
+        make_portable(folder, folder.parent / "out", base if config else None, form="gguf")
+    assert not (folder.parent / "out").exists()
+
+
+def test_gguf_rows_without_base_are_kept_or_refused(llama):
+    _, tensors, _, _, path = llama
+    write(path, tensors)
+    make_portable(path, path.parent / "out", form="gguf")
+    one, two = (changes(file, None)[0] for file in (path, path.parent / "out"))
+    for layer, change in one.items():
+        close(two[layer], change, 1e-6)
+    with pytest.raises(InputError, match="give BASE"):
+        make_portable(path, path.parent / "peft", form="peft")
+
+
+def test_gguf_head_that_is_tied_is_not_written(tmp_path):
+    base = making.base(tmp_path, {"model.embed_tokens.weight": normal(9, 6)}, CONFIG)
+    tensors = {"lm_head.lora_A.weight": normal(2, 6), "lm_head.lora_B.weight": normal(9, 2)}
+    folder = making.adapter(tmp_path, tensors, target_modules=["lm_head"])
+    with pytest.raises(InputError, match="tied to the embedding"):
+        make_portable(folder, tmp_path / "out", base, form="gguf")

@@ -21,7 +21,8 @@ class FixOptions(TypedDict, total=False):
 
     fix: Annotated[bool, Option(False, "Write to -o an adapter that every program scales alike.", panel=OUTPUT)]
     format: Annotated[
-        str | None, Option(None, "Format; default by the name of the output.", "peft|kohya|diffusers|mlx", panel=OUTPUT)
+        str | None,
+        Option(None, "With --fix: format; default that of ADAPTER.", "peft|kohya|diffusers|mlx|gguf", panel=OUTPUT),
     ]
     dora_to_lora: Annotated[
         bool, Option(False, "With --fix: replace DoRA by the nearest LoRA of its rank; needs BASE.", panel=OUTPUT)

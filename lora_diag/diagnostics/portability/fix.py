@@ -43,7 +43,7 @@ def make_portable(
         output: Folder to write; must not be there yet.
         base: The checkpoint it was trained on: for DoRA, for names that an adapter does not tell, and for other
             layouts.
-        form: ``peft``, ``kohya``, ``diffusers`` or ``mlx``; by default that of the adapter.
+        form: ``peft``, ``kohya``, ``diffusers``, ``mlx`` or ``gguf``; by default that of the adapter.
         dora_to_lora: Write the nearest LoRA of its rank for DoRA, with its error.
         leave_out: Leave out what has no place in it (biases, weights in full), instead of stopping.
         consumers: Programs for which what was written is judged.

@@ -1,0 +1,317 @@
+"""The layouts in which a portable adapter is written: what each calls the two factors of a weight, and its config.
+
+Reference: ``peft``; kohya-ss/sd-scripts ``networks/lora.py``; ``diffusers.loaders``; ml-explore/mlx-lm
+``tuner/lora.py``; ggml-org/llama.cpp ``convert_lora_to_gguf.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from lora_diag.adapters.contents import Contents, Item, component_of
+from lora_diag.adapters.gguf import ALPHA, TABLE
+from lora_diag.adapters.keys import PREFIX
+from lora_diag.adapters.names import canonical
+from lora_diag.adapters.writing import PEFT_VERSION, WEIGHTS
+from lora_diag.checkpoints import Checkpoint
+from lora_diag.checkpoints.gguf_names import ARCHITECTURES, Names, heads, of_config
+from lora_diag.errors import InputError
+
+GGUF = "gguf"
+
+# kohya's prefixes and the parts of a pipeline that they mean, and back.
+_PARTS = {
+    "lora_unet": "unet",
+    "lora_te": "text_encoder",
+    "lora_te1": "text_encoder",
+    "lora_te2": "text_encoder_2",
+    "lora_transformer": "transformer",
+}
+_PREFIXES = {"unet": "lora_unet", "text_encoder": "lora_te", "text_encoder_2": "lora_te2"}
+
+# What a config says of training, and of the modules that are adapted, and so may stay.
+_KEPT = (
+    "base_model_name_or_path",
+    "task_type",
+    "auto_mapping",
+    "fan_in_fan_out",
+    "exclude_modules",
+    "layers_to_transform",
+    "layers_pattern",
+    "revision",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """The factors of one weight.
+
+    Args:
+        item: What the adapter's file holds of it.
+        rank: Their rank.
+        shape: ``(out, in)``.
+    """
+
+    item: Item
+    rank: int
+    shape: tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """One tensor of a file.
+
+    Args:
+        placed: The weight that it is a factor of; None for a number.
+        side: Which factor.
+        turned: Whether it is stored transposed.
+        shape: Its shape if it is no matrix; 0 for the common rank.
+        heads: Number of heads whose rows are put in llama.cpp's order; 0 for none.
+        value: The number.
+    """
+
+    placed: Placed | None
+    side: Literal["A", "B"] = "A"
+    turned: bool = False
+    shape: tuple[int, ...] = ()
+    heads: int = 0
+    value: float = 0.0
+
+    def sizes(self, rank: int) -> tuple[int, ...]:
+        """Return the shape in the file, given the common rank."""
+        if self.placed is None:
+            return ()
+        if self.shape:
+            return tuple(size or rank for size in self.shape)
+        out, columns = self.placed.shape
+        size = (rank, columns) if self.side == "A" else (out, rank)
+        return size[::-1] if self.turned else size
+
+
+Plan = dict[str, Slot]
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """A layout of files.
+
+    Args:
+        file: Name of the weights file.
+        plan: Takes the weights, the adapter, BASE and the common rank; returns every tensor, and the config.
+    """
+
+    file: str
+    plan: Callable[[Sequence[Placed], Contents, Checkpoint | None, int], tuple[Plan, dict[str, Any]]]
+
+
+def _kernels(item: Item) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return the shapes of A and B of a convolution, 0 for the rank; nothing for others."""
+    if not item.kernel:
+        return (), ()
+    return (0, *item.kernel), (item.shape[0], 0, *(1 for _ in item.kernel[1:]))
+
+
+def _pair(placed: Placed, a: str, b: str) -> Plan:
+    """Return the two factors of a linear layer or a convolution under their names."""
+    of_a, of_b = _kernels(placed.item)
+    return {a: Slot(placed, "A", shape=of_a), b: Slot(placed, "B", shape=of_b)}
+
+
+def _path(item: Item, contents: Contents) -> str:
+    """Return the dotted path of a module in its model.
+
+    Raises:
+        InputError: Only BASE tells it.
+    """
+    if contents.form != "kohya":
+        return item.module if contents.form != "diffusers" else item.module.partition(".")[2]
+    if component_of(item.layer) == component_of(item.module):
+        raise InputError(f"{item.module}: BASE tells which of its underscores are dots; give BASE")
+    return item.layer.removesuffix(".weight")
+
+
+def _component(item: Item, contents: Contents, base: Checkpoint | None) -> str:
+    """Return the part of a pipeline that a weight is in.
+
+    Raises:
+        InputError: BASE is not such a part.
+    """
+    if contents.form == "diffusers":
+        return component_of(item.module)
+    if contents.form == "kohya":
+        return _PARTS.get(component_of(item.module), component_of(item.module))
+    name = str(base.config.get("_class_name", "")) if base is not None else ""
+    if "UNet" in name:
+        return "unet"
+    if "Transformer" in name:
+        return "transformer"
+    raise InputError(
+        f"{item.module}: which part of a pipeline it belongs to is not known; give as BASE the folder of a U-Net or "
+        "transformer with its config.json (_class_name)"
+    )
+
+
+def _to_peft(
+    found: Sequence[Placed], contents: Contents, base: Checkpoint | None, rank: int
+) -> tuple[Plan, dict[str, Any]]:
+    plan: Plan = {}
+    modules = []
+    for part in found:
+        path = _path(part.item, contents)
+        modules.append(path)
+        if part.item.part == "embedding" or _is_table(part.item, contents):  # ΔW = (B·A)ᵀ of what PEFT stores
+            plan[f"{PREFIX}{path}.lora_embedding_A"] = Slot(part, "B", turned=True)
+            plan[f"{PREFIX}{path}.lora_embedding_B"] = Slot(part, "A", turned=True)
+        else:
+            plan |= _pair(part, f"{PREFIX}{path}.lora_A.weight", f"{PREFIX}{path}.lora_B.weight")
+    kept = {key: contents.config.get(key) for key in _KEPT if contents.config.get(key) is not None}
+    names = contents.config.get("target_modules") if contents.form == "peft" else None
+    config = {
+        "base_model_name_or_path": str(base.path) if base is not None else None,
+        "task_type": None,
+        "fan_in_fan_out": False,
+        **kept,
+        "peft_type": "LORA",
+        "peft_version": PEFT_VERSION,
+        "r": rank,
+        "lora_alpha": rank,
+        "target_modules": _targets(names, modules) if isinstance(names, list) and names else sorted(set(modules)),
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "use_rslora": False,
+        "use_dora": False,
+        "inference_mode": True,
+        "init_lora_weights": True,
+    }
+    return plan, config
+
+
+def _targets(names: Sequence[str], modules: Sequence[str]) -> list[str]:
+    """Return the names that still stand for a module."""
+    return [name for name in names if any(module == name or module.endswith(f".{name}") for module in modules)]
+
+
+def _to_kohya(
+    found: Sequence[Placed], contents: Contents, base: Checkpoint | None, rank: int
+) -> tuple[Plan, dict[str, Any]]:
+    plan: Plan = {}
+    for part in found:
+        module = part.item.module
+        if contents.form != "kohya":
+            component = _component(part.item, contents, base)
+            module = f"{_PREFIXES.get(component, f'lora_{component}')}_{_path(part.item, contents).replace('.', '_')}"
+        plan |= _pair(part, f"{module}.lora_down.weight", f"{module}.lora_up.weight")
+        plan[f"{module}.alpha"] = Slot(None, value=float(rank))
+    return plan, {}
+
+
+def _to_diffusers(
+    found: Sequence[Placed], contents: Contents, base: Checkpoint | None, rank: int
+) -> tuple[Plan, dict[str, Any]]:
+    plan: Plan = {}
+    for part in found:
+        module = f"{_component(part.item, contents, base)}.{_path(part.item, contents)}"
+        plan |= _pair(part, f"{module}.lora_A.weight", f"{module}.lora_B.weight")
+    return plan, {}
+
+
+def _to_mlx(
+    found: Sequence[Placed], contents: Contents, base: Checkpoint | None, rank: int
+) -> tuple[Plan, dict[str, Any]]:
+    plan: Plan = {}
+    keys = set()
+    for part in found:
+        if part.item.part == "convolution":
+            raise InputError(f"{part.item.module}: mlx-lm has no LoRA for a convolution; leave it out of the adapter")
+        path = _path(part.item, contents)
+        _, layers, inside = path.partition("layers.")
+        keys.add(inside.partition(".")[2] if layers else path)
+        plan[f"{path}.lora_a"] = Slot(part, "A", turned=True)
+        plan[f"{path}.lora_b"] = Slot(part, "B", turned=True)
+    settings = {"rank": rank, "scale": 1.0, "dropout": 0.0, "keys": sorted(keys)}
+    return plan, {"fine_tune_type": "lora", "num_layers": -1, "lora_parameters": settings}
+
+
+def _is_table(item: Item, contents: Contents) -> bool:
+    """Say whether a weight of a GGUF adapter is the token embedding."""
+    return contents.form == GGUF and item.key.startswith(TABLE)
+
+
+def _to_gguf(
+    found: Sequence[Placed], contents: Contents, base: Checkpoint | None, rank: int
+) -> tuple[Plan, dict[str, Any]]:
+    names = _gguf_names(contents, base)
+    plan: Plan = {}
+    for part in found:
+        name = _gguf_name(part.item, names, contents, base)
+        if name == TABLE:
+            plan[f"{name}.lora_a"] = Slot(part, "B")
+            plan[f"{name}.lora_b"] = Slot(part, "A", turned=True)
+            continue
+        count = 0
+        if base is not None and (key := names.heads_key(name) if names is not None else ""):
+            count = heads(base.config, key) or 0
+            if not count or part.shape[0] % (2 * count):
+                raise InputError(
+                    f"{base.path}: its config.json gives {count or 'no'} heads ({key}) for the {part.shape[0]} rows of "
+                    f"{part.item.layer}; give the folder of the model that the adapter was trained on"
+                )
+        plan[f"{name}.lora_a"] = Slot(part, "A")
+        plan[f"{name}.lora_b"] = Slot(part, "B", heads=count)
+    known = names.architecture if names is not None else str(contents.config["general.architecture"])
+    fields = {"general.architecture": known, "general.type": "adapter", "adapter.type": "lora", ALPHA: float(rank)}
+    return plan, fields
+
+
+def _gguf_names(contents: Contents, base: Checkpoint | None) -> Names | None:
+    """Return the names of the model's architecture; None for a GGUF adapter that keeps names that are not known.
+
+    Raises:
+        InputError: BASE is not given, or of no architecture whose names are known.
+    """
+    if contents.form == GGUF:
+        return ARCHITECTURES.get(str(contents.config.get("general.architecture")))
+    if base is None:
+        raise InputError("a GGUF adapter has llama.cpp's names and row order, which depend on the model; give BASE")
+    names = of_config(base.config)
+    if names is None:
+        kinds = ", ".join(kind for known in ARCHITECTURES.values() for kind in known.model_types)
+        raise InputError(
+            f"{base.path}: llama.cpp's names for model type {base.config.get('model_type')!r} are not known; known are "
+            f"{kinds}"
+        )
+    return names
+
+
+def _gguf_name(item: Item, names: Names | None, contents: Contents, base: Checkpoint | None) -> str:
+    """Return the name of a weight in a GGUF file.
+
+    Raises:
+        InputError: There is none, or llama.cpp has no such tensor.
+    """
+    if item.part == "convolution":
+        raise InputError(f"{item.layer}: llama.cpp has no LoRA for a convolution; leave it out of the adapter")
+    if contents.form == GGUF and "_exps." in item.key:
+        raise InputError(f"{item.layer}: stacks of experts are not written in GGUF; leave them out of the adapter")
+    if contents.form == GGUF:
+        return item.key.removesuffix(".lora_b").removesuffix(".lora_a")
+    weight = f"{item.module}.weight"
+    found = None
+    for candidate in (weight, f"model.{canonical(weight)}", canonical(weight)):
+        found = found or (names.in_gguf(candidate) if names is not None else None)
+    if found is None:
+        raise InputError(f"{item.layer}: has no name in llama.cpp's table for this model; leave it out of the adapter")
+    if found == "output.weight" and base is not None and not any(name.endswith("lm_head.weight") for name in base):
+        raise InputError(f"{item.layer}: the head is tied to the embedding, and llama.cpp has no tensor for it")
+    return found
+
+
+LAYOUTS = {
+    "peft": Layout(WEIGHTS, _to_peft),
+    "kohya": Layout("lora.safetensors", _to_kohya),
+    "diffusers": Layout("pytorch_lora_weights.safetensors", _to_diffusers),
+    "mlx": Layout("adapters.safetensors", _to_mlx),
+    GGUF: Layout("adapter.gguf", _to_gguf),
+}

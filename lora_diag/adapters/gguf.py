@@ -63,7 +63,7 @@ def read_gguf(source: Source) -> Reading:
     ranks = sorted({update.rank or 0 for update in updates})
     shown = "-".join(map(str, ranks[:: max(1, len(ranks) - 1)]))
     kind = f"GGUF LoRA, r={shown}, alpha={alpha:g}, {len(pairs)} modules"
-    notes = _notes(source, fields, names, updates, norms)
+    notes = _notes(fields, names, norms)
     if not alpha:
         notes += source.silent([*pairs], "llama.cpp")
     return Reading(kind, tuple(updates), (), tuple(notes), tuple(norms), f"{ALPHA} / r of each tensor")
@@ -86,19 +86,13 @@ def _pairs(source: Source) -> tuple[dict[str, dict[str, str]], list[str]]:
     return pairs, norms
 
 
-def _notes(
-    source: Source, fields: Mapping[str, Value], names: Names | None, updates: list[Update], norms: list[str]
-) -> list[str]:
+def _notes(fields: Mapping[str, Value], names: Names | None, norms: list[str]) -> list[str]:
     notes = []
     if names is None:
         known = ", ".join(ARCHITECTURES)
         notes.append(
             f"the names of architecture {fields.get('general.architecture')!r} are not known, so the weights keep "
             f"their GGUF names; known are {known}"
-        )
-    if any(update.heads for update in updates):
-        notes.append(
-            "rows of q and k are in llama.cpp's order unless BASE is given; no singular value depends on that order"
         )
     if norms:
         notes.append(f"{len(norms)} norms are in the file, such as {norms[0]}; llama.cpp skips them")

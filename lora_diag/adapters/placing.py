@@ -36,6 +36,9 @@ if TYPE_CHECKING:
 
     from lora_diag.adapters.updates import Factors
 
+# Of a GGUF adapter without BASE.
+LLAMA_ROWS = "rows of q and k are in llama.cpp's order, which BASE would undo; no singular value depends on it"
+
 # How many names a message gives.
 SHOWN = 3
 
@@ -135,7 +138,8 @@ def _alone(source: Source, reading: Reading) -> tuple[list[Delta], list[Unpaired
             shape = source.checkpoint[value.key].shape
             detail = "the adapter holds its new value and not its change, so BASE is needed"
             unpaired.append(Unpaired(value.weight, shape, "needs_base", detail))
-    return deltas, unpaired, []
+    ordered = any(update.heads for update in reading.updates)
+    return deltas, unpaired, [LLAMA_ROWS] if ordered else []
 
 
 def _on_base(source: Source, reading: Reading, base: Checkpoint) -> tuple[list[Delta], list[Unpaired], list[str]]:

@@ -192,7 +192,7 @@ def _refuse_rows(adapter: Adapter, base: Checkpoint | None, form: str) -> None:
         )
     if base is None and (first := next((update for update in adapter.reading.updates if update.heads), None)):
         raise InputError(
-            f"{adapter.path}: the rows of {first.weight} are in llama.cpp's order, which depends on the model; give BASE"
+            f"{adapter.path}: the rows of {first.weight} are in llama.cpp's order, which BASE tells; give BASE"
         )
 
 

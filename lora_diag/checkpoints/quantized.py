@@ -11,8 +11,11 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
-from lora_diag.checkpoints import bitsandbytes, scaled
+from lora_diag.checkpoints import bitsandbytes, compressed, gptq, mlx, mxfp4, scaled
+from lora_diag.checkpoints.packing import RowWeight
+from lora_diag.checkpoints.refused import refuse_unfound
 from lora_diag.checkpoints.tensors import Checkpoint, TensorFile, TensorInfo
+from lora_diag.errors import InputError
 
 if TYPE_CHECKING:
     import torch
@@ -43,7 +46,15 @@ class QuantizedWeight(Protocol):
 Find = Callable[[Checkpoint, Mapping[str, Any]], Iterable[QuantizedWeight]]
 
 # Each finds the weights of one format in a checkpoint as stored, given its ``quantization_config``.
-FORMATS: tuple[Find, ...] = (bitsandbytes.find_four_bit, bitsandbytes.find_eight_bit, scaled.find)
+FORMATS: tuple[Find, ...] = (
+    bitsandbytes.find_four_bit,
+    bitsandbytes.find_eight_bit,
+    scaled.find,
+    compressed.find,
+    gptq.find,
+    mlx.find,
+    mxfp4.find,
+)
 
 
 class Dequantized:
@@ -51,20 +62,22 @@ class Dequantized:
 
     Args:
         file: The file.
-        weights: The quantized weights of the checkpoint, by name.
+        weights: The quantized weights of the checkpoint, by the name of the tensor in whose place they appear.
         hidden: Names of the auxiliary tensors, which are not presented.
     """
 
     def __init__(self, file: TensorFile, weights: Mapping[str, QuantizedWeight], hidden: frozenset[str]) -> None:
         self._file = file
-        self._weights = {name: weights[name] for name in file.tensors if name in weights}
+        own = [(name, weights[name]) for name in file.tensors if name in weights]
+        self._weights = {weight.info.name: weight for _, weight in own}
         self.path = file.path
         self.notes = file.notes
         self.metadata = file.metadata
         self.tensors: Mapping[str, TensorInfo] = {
-            name: self._weights[name].info if name in self._weights else info
-            for name, info in file.tensors.items()
-            if name not in hidden
+            info.name: info
+            for name, stored in file.tensors.items()
+            if name in weights or name not in hidden
+            for info in [weights[name].info if name in weights else stored]
         }
 
     def read(self, name: str, start: int, stop: int) -> torch.Tensor:
@@ -101,10 +114,17 @@ def dequantized(source: Checkpoint, config: Mapping[str, Any]) -> tuple[tuple[Te
         InputError: A tensor of a quantized weight is missing or has the wrong size.
     """
     weights = {weight.info.name: weight for find in FORMATS for weight in find(source, config)}
+    refuse_unfound(source, config, {weight.info.stored for weight in weights.values()})
     if not weights:
         return source.files, ()
     hidden = frozenset(part for weight in weights.values() for part in weight.parts)
+    at = {(weight.place if isinstance(weight, RowWeight) else name): weight for name, weight in weights.items()}
+    for place, weight in at.items():
+        name = weight.info.name
+        if place != name and name in source:
+            raise InputError(f"{source.file_of(place)}: {name} is stored twice, once as {place}; save the model again")
     counts = Counter(weight.info.stored for weight in weights.values())
     formats = ", ".join(f"{count} as {stored}" for stored, count in sorted(counts.items(), key=str))
-    notes = (f"quantized weights are dequantized while they are read: {formats}",)
-    return tuple(Dequantized(file, weights, hidden) for file in source.files), notes
+    note = f"quantized weights are dequantized while they are read: {formats}"
+    notes = (note, *gptq.ambiguous_zeros(source, weights, config))
+    return tuple(Dequantized(file, at, hidden) for file in source.files), notes

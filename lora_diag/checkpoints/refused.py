@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from lora_diag.checkpoints.tensors import FLOAT_DTYPES, Checkpoint
@@ -11,23 +11,22 @@ from lora_diag.errors import InputError
 
 # Endings of tensor names that a single method uses, the most specific first.
 PACKED = (
-    (".g_idx", "GPTQ"),
-    (".qweight", "GPTQ or AWQ"),
-    (".weight_packed", "compressed-tensors"),
     (".bitmask", "compressed-tensors (sparse)"),
-    ("_blocks", "MXFP4"),
-    (".weight_scale_2", "NVFP4"),
-    (".weight_global_scale", "NVFP4"),
     (".W_q", "HQQ"),
     (".codebooks", "AQLM"),
     ("._data", "quanto"),
 )
 # Endings that also occur on float tensors of ordinary models; they count only on tensors of other dtypes.
-AMBIGUOUS = frozenset({"_blocks", "._data", ".bitmask"})
+AMBIGUOUS = frozenset({"._data", ".bitmask"})
 
 # Methods of ``quantization_config`` that are dequantized, as far as the tensors allow it.
-READ = ("bitsandbytes", "fp8", "fbgemm_fp8", "compressed-tensors", "modelopt")
+READ = ("bitsandbytes", "fp8", "fbgemm_fp8", "compressed-tensors", "modelopt", "gptq", "awq", "mxfp4")
 
+# Those of which every quantized weight is packed into tensors of other names.
+PACKING = ("gptq", "awq", "mxfp4")
+
+KEY = "quant_method in config.json"
+FLOATS = "if these weights are plain floats, remove quantization_config from config.json"
 WAY_OUT = "the weights are not stored as floats; give the unquantized checkpoint, or analyse the adapter alone"
 
 # Names of PEFT factors in a running model contain the adapter's name; those of a saved adapter do not.
@@ -36,7 +35,7 @@ WRAPPED = re.compile(r"(.+)\.lora_(?:A|B|embedding_A|embedding_B)\.(?!weight$)[^
 
 def quantization(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return ``quantization_config`` under any of its historical names; empty if there is none."""
-    for key in ("quantization_config", "compression_config"):
+    for key in ("quantization_config", "compression_config", "quantization"):
         if isinstance(value := config.get(key), dict):
             return value
     return {}
@@ -59,10 +58,23 @@ def refuse_packed(source: Checkpoint, config: Mapping[str, Any]) -> None:
                 label = str(method).upper() if method and str(method).upper() in label else label
                 raise InputError(f"{source.file_of(name)}: is {label}-quantized ({name}); {WAY_OUT}")
     if method is not None and method not in READ:
-        raise InputError(
-            f"{source.path}: is quantized with {method!r} (quant_method in config.json), which is not read; {WAY_OUT}; "
-            "or, if these weights are plain floats, remove quantization_config from config.json"
-        )
+        raise InputError(f"{source.path}: is quantized with {method!r} ({KEY}), which is not read; {WAY_OUT}; {FLOATS}")
+
+
+def refuse_unfound(source: Checkpoint, config: Mapping[str, Any], stored: Collection[str | None]) -> None:
+    """Refuse a checkpoint of which the configuration says that it is packed, and no tensor is.
+
+    Args:
+        source: The checkpoint as stored.
+        config: Its ``quantization_config``.
+        stored: Storage formats of the quantized weights that were found.
+
+    Raises:
+        InputError: None is of the configured method.
+    """
+    method = config.get("quant_method")
+    if method in PACKING and not any(str(kind).startswith(method) for kind in stored):
+        raise InputError(f"{source.path}: is quantized with {method!r} ({KEY}), but holds no such weight; {FLOATS}")
 
 
 def refuse_integer_weights(presented: Checkpoint) -> None:

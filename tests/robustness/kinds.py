@@ -87,6 +87,17 @@ def quantized(rng: random.Random, whole: Path, at: Path) -> list[str]:
     return _read_as(rng, whole, "m", name)
 
 
+def packed(rng: random.Random, whole: Path, at: Path) -> list[str]:
+    """A packed checkpoint, or its configuration."""
+    name = rng.choice(["ct", "nvfp4", "gptq", "awq", "mlx", "mxfp4"])
+    folder = _copy(whole / name, at / "m")
+    if rng.random() < 0.3:
+        _damage(folder / "config.json", damaged_json, rng)
+    else:
+        _damage(folder / "model.safetensors", damaged_safetensors, rng)
+    return _read_as(rng, whole, "m", name)
+
+
 def distributed(rng: random.Random, whole: Path, at: Path) -> list[str]:
     """A distributed checkpoint or the files of ranks: an index, or a file with parts of tensors."""
     folder = _copy(whole / rng.choice(["dcp", "ranks"]), at / "m")
@@ -254,6 +265,7 @@ KINDS: dict[str, Kind] = {
     "sharded": sharded,
     "torch file": torch_file,
     "quantized": quantized,
+    "packed": packed,
     "distributed": distributed,
     "configuration": configuration,
     "adapter": adapter,

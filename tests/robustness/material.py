@@ -11,6 +11,7 @@ import torch
 import lora_diag
 from tests.adapters.making import normal, write
 from tests.adapters.test_fuzz import STARTS
+from tests.checkpoints import packed
 from tests.checkpoints.quantizing import eight_bit, four_bit, scaled
 from tests.checkpoints.sharding import save_dcp
 from tests.conftest import save_model, save_sharded
@@ -21,6 +22,15 @@ QUANTIZED: dict[str, dict[str, torch.Tensor]] = {
     "int8": eight_bit("a", (4, 6))[0],
     "fp8": scaled(W, (9, 7), (3, 2), (4, 4))[0],
     "rows": scaled(W, (5, 6), (5,), (1, 6), suffix="_scale")[0],
+}
+# Name -> tensors, weights and steps; configuration.
+PACKED: dict[str, tuple[Any, dict[str, Any]]] = {
+    "ct": (packed.compressed("a", (6, 16), groups=2, zeros=True, ordered=True), {"quant_method": "compressed-tensors"}),
+    "nvfp4": (packed.float4("a", (4, 32)), {"quant_method": "compressed-tensors"}),
+    "gptq": (packed.gptq("a", (16, 8)), {"quant_method": "gptq"}),
+    "awq": (packed.awq("a", (8, 6)), {"quant_method": "awq", "version": "gemm"}),
+    "mlx": (packed.mlx("a", (4, 64)), {"bits": 4, "group_size": 32}),
+    "mxfp4": (packed.experts("a.experts.down_proj", (2, 32, 5)), {"quant_method": "mxfp4"}),
 }
 FP8_CONFIG = {"quantization_config": {"quant_method": "fp8", "weight_block_size": [4, 4]}, "model_type": "llama"}
 SHAPES = {"lm_head.weight": (20, 12)} | {
@@ -96,6 +106,9 @@ def make(folder: Path) -> Path:
     for name, tensors in QUANTIZED.items():
         save_model(folder / name, tensors)
     (folder / "fp8" / "config.json").write_text(json.dumps(FP8_CONFIG))
+    for name, ((tensors, *_), settings) in PACKED.items():
+        save_model(folder / name, tensors)
+        (folder / name / "config.json").write_text(json.dumps({"quantization_config": settings}))
     adapters(folder, after)
     (folder / "gguf.gguf").write_bytes(b"GGUF" + (3).to_bytes(4, "little") + (1).to_bytes(8, "little") * 2 + b"\0" * 64)
     (folder / "policy.toml").write_text(POLICY)

@@ -1,0 +1,311 @@
+"""compressed-tensors: integers packed into words, and 4-bit floats with a scale per 16 or 32 entries.
+
+    pack-quantized:  W[i, j] = (q[i, j] − z[i, g]) · scale[i, g]
+    NVFP4:           W[i, j] = fp4[i, j] · scale[i, ⌊j / 16⌋] / global_scale
+    MXFP4:           W[i, j] = fp4[i, j] · 2^(scale[i, ⌊j / 32⌋] − 127)
+
+The codes q of a row are a stream of ``bits`` bits, with 2^(bits − 1) added, in ``weight_packed``; ``weight_shape``
+gives the shape without padding. g is ``⌊j / group⌋``, or ``weight_g_idx[j]``. The zero points z are packed like the
+codes, but along the rows; without them z = 0. Two 4-bit floats lie in a byte, the first in the low half.
+
+ModelOpt's NVFP4 has the codes in ``weight``, and multiplies with ``weight_scale_2`` instead of dividing.
+
+Reference: ``compressed_tensors.compressors`` 0.20; Open Compute Project, Microscaling Formats 1.0, section 5.3.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal
+
+from lora_diag.checkpoints.packing import (
+    RowWeight,
+    e8m0,
+    fp4_steps,
+    fp4_values,
+    read_rows,
+    require,
+    unpack,
+)
+from lora_diag.checkpoints.tensors import FLOAT_DTYPES, Checkpoint, TensorInfo
+from lora_diag.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+
+PACKED = ".weight_packed"
+SECOND = ".weight_scale_2"
+NVFP4_GROUP, MXFP4_GROUP = 16, 32
+INTEGERS = frozenset({"int32", "int64"})
+
+
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """Layout of a weight of packed integers.
+
+    Args:
+        source: The checkpoint as stored.
+        module: The weight's name without ``.weight``.
+        shape: ``(out, in)``.
+        bits: Bits per code.
+        groups: Scales per row.
+        group: Columns that share a scale, where ``ordered`` is False.
+        ordered: Whether ``weight_g_idx`` gives the group of every column.
+        has_zeros: Whether there are zero points.
+    """
+
+    source: Checkpoint
+    module: str
+    shape: tuple[int, int]
+    bits: int
+    groups: int
+    group: int
+    ordered: bool
+    has_zeros: bool
+
+
+def packed_values(layout: Packed, first: int, last: int) -> torch.Tensor:
+    """Return rows of a weight of packed integers."""
+    source, module, bits = layout.source, layout.module, layout.bits
+    codes = unpack(read_rows(source, f"{module}{PACKED}", first, last), bits, layout.shape[1])
+    group = _groups(layout)
+    if layout.has_zeros:
+        zeros = _zeros(layout, first, last)
+        codes -= zeros[:, group]
+    else:
+        codes -= 2 ** (bits - 1)
+    return codes.float() * _scales(layout, first, last)[:, group]
+
+
+def packed_steps(layout: Packed, first: int, last: int) -> torch.Tensor:
+    """Return the distance between neighbouring values in rows of a weight of packed integers."""
+    return _scales(layout, first, last).abs()[:, _groups(layout)]
+
+
+def _scales(layout: Packed, first: int, last: int) -> torch.Tensor:
+    return read_rows(layout.source, f"{layout.module}.weight_scale", first, last).float()
+
+
+def _zeros(layout: Packed, first: int, last: int) -> torch.Tensor:
+    """Return the zero points of rows, ``(rows, groups)``, with 2^(bits − 1) added like the codes.
+
+    They are a stream along the rows, so one that begins at any row begins in the middle of a word.
+    """
+    name, bits = f"{layout.module}.weight_zero_point", layout.bits
+    low, high = first * bits // 32, -(-last * bits // 32)
+    words = read_rows(layout.source, name, low, high).T
+    if low * 32 % bits == 0:
+        begin = low * 32 // bits
+        return unpack(words, bits, last - begin)[:, first - begin :].T
+    words = read_rows(layout.source, name, 0, high).T  # codes that cross words: from the start
+    return unpack(words, bits, last)[:, first:].T
+
+
+def _groups(layout: Packed) -> torch.Tensor:
+    """Return the group of every column."""
+    import torch
+
+    if not layout.ordered:
+        return torch.arange(layout.shape[1]) // layout.group
+    name = f"{layout.module}.weight_g_idx"
+    return checked_groups(layout.source, name, layout.groups)
+
+
+def checked_groups(source: Checkpoint, name: str, groups: int) -> torch.Tensor:
+    """Return the stored group of every column.
+
+    Raises:
+        InputError: One does not exist.
+    """
+    found = source.read(name).long()
+    lowest, highest = (int(found.min()), int(found.max())) if len(found) else (0, 0)
+    if lowest < 0 or highest >= groups:
+        raise InputError(
+            f"{source.file_of(name)}: {name} names group {lowest if lowest < 0 else highest}, but there are {groups}; "
+            "save the model again"
+        )
+    return found
+
+
+Kind = Literal["nvfp4", "mxfp4"]
+
+
+@dataclass(frozen=True, slots=True)
+class Float4:
+    """Layout of a weight of 4-bit floats.
+
+    Args:
+        source: The checkpoint as stored.
+        codes: Name of the codes, ``(out, in / 2)``.
+        scale: Name of the scales, ``(out, in / group)``.
+        columns: in.
+        kind: The format.
+        divisor: Name of a number by which all is divided; empty without one.
+        factor: Name of a number by which all is multiplied; empty without one.
+    """
+
+    source: Checkpoint
+    codes: str
+    scale: str
+    columns: int
+    kind: Kind
+    divisor: str = ""
+    factor: str = ""
+
+    @property
+    def group(self) -> int:
+        """Columns that share a scale."""
+        return NVFP4_GROUP if self.kind == "nvfp4" else MXFP4_GROUP
+
+
+def float4_values(layout: Float4, first: int, last: int) -> torch.Tensor:
+    """Return rows of a weight of 4-bit floats."""
+    return fp4_values(_float4_codes(layout, first, last)) * _float4_scales(layout, first, last)
+
+
+def float4_steps(layout: Float4, first: int, last: int) -> torch.Tensor:
+    """Return the distance to the farther neighbour in rows of a weight of 4-bit floats."""
+    return fp4_steps(_float4_codes(layout, first, last)) * _float4_scales(layout, first, last).abs()
+
+
+def _float4_codes(layout: Float4, first: int, last: int) -> torch.Tensor:
+    return unpack(read_rows(layout.source, layout.codes, first, last), 4, layout.columns)
+
+
+def _float4_scales(layout: Float4, first: int, last: int) -> torch.Tensor:
+    import torch
+
+    stored = read_rows(layout.source, layout.scale, first, last)
+    scales = e8m0(stored.view(torch.uint8)) if layout.kind == "mxfp4" else stored.float()
+    if layout.divisor:
+        scales = scales / layout.source.read(layout.divisor).float()
+    if layout.factor:
+        scales = scales * layout.source.read(layout.factor).float()
+    return scales.repeat_interleave(layout.group, dim=1)
+
+
+def find(source: Checkpoint, config: Mapping[str, Any]) -> Iterator[RowWeight]:
+    """Yield the packed weights.
+
+    Args:
+        source: The checkpoint as stored.
+        config: Its ``quantization_config``.
+
+    Raises:
+        InputError: A tensor of a weight is missing or has the wrong shape.
+    """
+    for name in source:
+        if name.endswith(PACKED):
+            module = name.removesuffix(PACKED)
+            if source[name].dtype == "uint8":
+                yield _float4(source, module)
+            else:
+                yield _packed(source, module, config)
+        elif name.endswith(SECOND):
+            yield _modelopt(source, name.removesuffix(SECOND))
+
+
+def _packed(source: Checkpoint, module: str, config: Mapping[str, Any]) -> RowWeight:
+    name, weight = f"{module}{PACKED}", f"{module}.weight"
+    out, columns = _shape(source, module)
+    if source[name].dtype != "int32" or len(source[name].shape) != 2:
+        raise InputError(f"{source.file_of(name)}: {name} is no matrix of int32; save the model again")
+    bits = _bits(source, name, columns, config)
+    words = frozenset({"int32"})
+    require(source, name, (out, -(-columns * bits // 32)), words, weight)
+    scale, zero, order = (f"{module}.weight_{part}" for part in ("scale", "zero_point", "g_idx"))
+    groups = source[scale].shape[-1] if scale in source and source[scale].shape else 0
+    require(source, scale, (out, groups), FLOAT_DTYPES, weight)
+    ordered = order in source
+    if ordered:
+        require(source, order, (columns,), INTEGERS, weight)
+    if groups < 1 or (not ordered and columns % groups):
+        raise InputError(
+            f"{source.file_of(scale)}: {scale} has {groups} groups for {columns} columns, which are no equal groups; "
+            "save the model again"
+        )
+    if zero in source:
+        require(source, zero, (-(-out * bits // 32), groups), words, weight)
+    layout = Packed(source, module, (out, columns), bits, groups, columns // groups, ordered, zero in source)
+    parts = [scale, f"{module}.weight_shape", *(part for part in (zero, order) if part in source)]
+    info = TensorInfo(weight, (out, columns), "float32", stored=f"packed-int{bits}")
+    parts += _unused(source, module)
+    return RowWeight(info, name, tuple(parts), partial(packed_values, layout), partial(packed_steps, layout))
+
+
+def _unused(source: Checkpoint, module: str) -> tuple[str, ...]:
+    """Return scales of activations, which do not affect the weight."""
+    names = ("input_scale", "output_scale", "input_global_scale", "input_zero_point", "output_zero_point")
+    return tuple(f"{module}.{name}" for name in names if f"{module}.{name}" in source)
+
+
+def _shape(source: Checkpoint, module: str) -> tuple[int, int]:
+    name = f"{module}.weight_shape"
+    require(source, name, (2,), INTEGERS, f"{module}.weight")
+    width = 8 if source[name].dtype == "int64" else 4
+    content = source.read_bytes(name)
+    out, columns = (int.from_bytes(content[at : at + width], "little", signed=True) for at in (0, width))
+    if not (0 < out < 2**31 and 0 < columns < 2**31):
+        raise InputError(f"{source.file_of(name)}: {name} gives the shape [{out}, {columns}]; save the model again")
+    return out, columns
+
+
+def _bits(source: Checkpoint, name: str, columns: int, config: Mapping[str, Any]) -> int:
+    """Return the bits of a code: those of the configuration that fit the packed columns; without one, that fit."""
+    groups = config.get("config_groups")
+    groups = list(groups.values()) if isinstance(groups, dict) else []
+    schemes = [group.get("weights") for group in groups if isinstance(group, dict)]
+    given = [scheme.get("num_bits") for scheme in schemes if isinstance(scheme, dict)]
+    width = source[name].shape[1]
+    fitting = [bits for bits in range(1, 9) if -(-columns * bits // 32) == width]
+    chosen = [bits for bits in fitting if bits in given] if given else fitting
+    if len(chosen) != 1:
+        problem = "no number of bits" if not chosen else f"{' or '.join(map(str, chosen))} bits"
+        raise InputError(
+            f"{source.file_of(name)}: {name} {list(source[name].shape)} holds {columns} codes a row in {problem}; "
+            "num_bits in config.json must tell"
+        )
+    return chosen[0]
+
+
+def _float4(source: Checkpoint, module: str) -> RowWeight:
+    codes, scale = f"{module}{PACKED}", f"{module}.weight_scale"
+    whole = f"{module}.weight_global_scale"
+    kind: Kind = "nvfp4" if whole in source else "mxfp4"
+    extra = (whole,) if whole in source else ()
+    layout = _layout(source, module, codes, scale, kind, divisor=whole if extra else "")
+    return _float4_weight(source, module, layout, (scale, *extra))
+
+
+def _modelopt(source: Checkpoint, module: str) -> RowWeight:
+    codes, scale, factor = f"{module}.weight", f"{module}.weight_scale", f"{module}{SECOND}"
+    layout = _layout(source, module, codes, scale, "nvfp4", factor=factor)
+    return _float4_weight(source, module, layout, (scale, factor))
+
+
+def _layout(
+    source: Checkpoint, module: str, codes: str, scale: str, kind: Kind, divisor: str = "", factor: str = ""
+) -> Float4:
+    weight = f"{module}.weight"
+    shape = source[codes].shape if codes in source else ()
+    if len(shape) not in {2, 3} or source[codes].dtype != "uint8" or math.prod(shape) == 0:
+        raise InputError(f"{source.path}: {codes} is missing or no matrix of uint8, which {weight} needs")
+    layout = Float4(source, codes, scale, 2 * shape[-1], kind, divisor, factor)
+    if layout.columns % layout.group:
+        raise InputError(f"{source.file_of(codes)}: {codes} {list(shape)} holds no whole groups of {layout.group}")
+    dtypes = {"float8_e4m3fn"} if kind == "nvfp4" else {"uint8", "float8_e8m0fnu"}
+    require(source, scale, (*shape[:-1], layout.columns // layout.group), frozenset(dtypes), weight)
+    for name in filter(None, (divisor, factor)):
+        if source[name].numel != 1 or source[name].dtype not in FLOAT_DTYPES:
+            raise InputError(f"{source.file_of(name)}: {name} is not one float; save the model again")
+    return layout
+
+
+def _float4_weight(source: Checkpoint, module: str, layout: Float4, parts: tuple[str, ...]) -> RowWeight:
+    shape = (*source[layout.codes].shape[:-1], layout.columns)
+    info = TensorInfo(f"{module}.weight", shape, "float32", stored=layout.kind)
+    parts = (*parts, *_unused(source, module))
+    return RowWeight(info, layout.codes, parts, partial(float4_values, layout), partial(float4_steps, layout))

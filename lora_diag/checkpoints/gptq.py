@@ -1,0 +1,214 @@
+"""GPTQ and AWQ: integers packed into words, with the weight stored transposed.
+
+    W[i, j] = scales[g, i] · (q[j, i] − z[g, i])
+
+GPTQ packs q along the inputs j, ``qweight (in · bits / 32, out)``, the lowest bits first; ``g_idx[j]`` is the group g
+of an input (act-order), without it ``⌊j / group⌋``. ``qzeros`` are packed along the outputs. Files of format ``gptq``
+store z − 1, modulo 2^bits; those of ``gptq_v2`` store z. Of a stored 2^bits − 1, which stands for z = 0 here, the
+kernels of auto-gptq and gptqmodel make different numbers, so a note says where it occurs.
+
+AWQ (``gemm``) has 4 bits, packs q along the outputs, ``qweight (in, out / 8)``, in the order 0, 2, 4, 6, 1, 3, 5, 7,
+and stores z.
+
+Reference: Frantar et al. 2022 and auto-gptq 0.7.1 ``QuantLinear``; Lin et al. 2023 and AutoAWQ 0.2.9 ``packing_utils``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from lora_diag.checkpoints.compressed import INTEGERS, checked_groups
+from lora_diag.checkpoints.packing import RowWeight, read_columns, require, unpack
+from lora_diag.checkpoints.tensors import FLOAT_DTYPES, Checkpoint, TensorInfo
+from lora_diag.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+
+CODES = ".qweight"
+WORDS = frozenset({"int32"})
+# Bits per code whose codes fill words.
+BITS = (2, 4, 8)
+# Place of each output in a word of AWQ.
+ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
+FORMATS = {"gptq": 1, "gptq_v2": 0}
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Layout of a GPTQ or AWQ weight.
+
+    Args:
+        source: The checkpoint as stored.
+        module: The weight's name without ``.weight``.
+        shape: ``(out, in)``.
+        bits: Bits per code.
+        groups: Scales per output.
+        group: Inputs that share a scale, where ``ordered`` is False.
+        ordered: Whether ``g_idx`` gives the group of every input.
+        added: What is added to stored zero points, modulo 2^bits.
+        awq: Whether it is AWQ.
+    """
+
+    source: Checkpoint
+    module: str
+    shape: tuple[int, int]
+    bits: int
+    groups: int
+    group: int
+    ordered: bool
+    added: int
+    awq: bool
+
+
+def values(layout: Layout, first: int, last: int) -> torch.Tensor:
+    """Return rows (outputs) of the weight."""
+    group = _groups(layout)
+    scales = _scales(layout, first, last)[group]
+    zeros = ((_along_outputs(layout, "qzeros", layout.groups, first, last) + layout.added) % (1 << layout.bits))[group]
+    if layout.awq:
+        codes = _along_outputs(layout, "qweight", layout.shape[1], first, last)
+    else:
+        rows = layout.source[f"{layout.module}{CODES}"].shape[0]
+        words = read_columns(layout.source, f"{layout.module}{CODES}", (0, rows), (first, last))
+        codes = unpack(words.T, layout.bits, layout.shape[1]).T
+    return (scales * (codes - zeros).float()).T
+
+
+def steps(layout: Layout, first: int, last: int) -> torch.Tensor:
+    """Return the distance between neighbouring values in rows of the weight."""
+    return _scales(layout, first, last).abs()[_groups(layout)].T
+
+
+def _scales(layout: Layout, first: int, last: int) -> torch.Tensor:
+    return read_columns(layout.source, f"{layout.module}.scales", (0, layout.groups), (first, last)).float()
+
+
+def _groups(layout: Layout) -> torch.Tensor:
+    """Return the group of every input."""
+    import torch
+
+    if not layout.ordered:
+        return torch.arange(layout.shape[1]) // layout.group
+    return checked_groups(layout.source, f"{layout.module}.g_idx", layout.groups)
+
+
+def _along_outputs(layout: Layout, part: str, rows: int, first: int, last: int) -> torch.Tensor:
+    """Return the codes of the outputs ``first:last`` of a tensor that is packed along them, ``(rows, outputs)``."""
+    per_word = 32 // layout.bits
+    low, high = first // per_word, -(-last // per_word)
+    words = read_columns(layout.source, f"{layout.module}.{part}", (0, rows), (low, high))
+    codes = unpack(words, layout.bits, (high - low) * per_word)
+    if layout.awq:
+        codes = codes.view(rows, -1, 8)[:, :, list(ORDER)].reshape(rows, -1)
+    return codes[:, first - low * per_word : last - low * per_word]
+
+
+def find(source: Checkpoint, config: Mapping[str, Any]) -> Iterator[RowWeight]:
+    """Yield the weights of GPTQ and AWQ.
+
+    Args:
+        source: The checkpoint as stored.
+        config: Its ``quantization_config``.
+
+    Raises:
+        InputError: A tensor of a weight is missing or has the wrong shape, or the layout is another one.
+    """
+    for name in source:
+        if name.endswith(CODES):
+            yield _weight(source, name.removesuffix(CODES), config)
+
+
+def _weight(source: Checkpoint, module: str, config: Mapping[str, Any]) -> RowWeight:
+    codes, scales, zeros, order = (f"{module}{part}" for part in (CODES, ".scales", ".qzeros", ".g_idx"))
+    weight = f"{module}.weight"
+    if len(source[codes].shape) != 2 or source[codes].dtype != "int32":
+        raise InputError(f"{source.file_of(codes)}: {codes} is no matrix of int32, as GPTQ and AWQ have; {_OUT}")
+    if scales not in source or len(source[scales].shape) != 2:
+        raise InputError(f"{source.file_of(codes)}: {codes} of GPTQ or AWQ has no matrix {scales} of scales; {_OUT}")
+    groups, out = source[scales].shape
+    awq = source[codes].shape[1] * 8 == out
+    method = str(config.get("quant_method", "")).lower()
+    if method not in {"awq" if awq else "gptq", ""} or (not awq and source[codes].shape[1] != out):
+        raise InputError(
+            f"{source.file_of(codes)}: {codes} {list(source[codes].shape)} with scales {[groups, out]} is not laid "
+            f"out as {method or 'GPTQ or AWQ'} does; {_OUT}"
+        )
+    if zeros not in source or len(source[zeros].shape) != 2 or out == 0:
+        raise InputError(
+            f"{source.file_of(codes)}: {codes} of GPTQ or AWQ has no matrix {zeros} of zero points; {_OUT}"
+        )
+    bits = 4 if awq else source[zeros].shape[1] * 32 // out
+    if bits not in BITS:
+        raise InputError(f"{source.file_of(codes)}: {codes} has {bits} bits a code; 2, 4 and 8 are read; {_OUT}")
+    columns = source[codes].shape[0] * (1 if awq else 32 // bits)
+    require(source, scales, (groups, out), FLOAT_DTYPES, weight)
+    require(source, zeros, (groups, -(-out * bits // 32)), WORDS, weight)
+    ordered = order in source
+    if ordered:
+        require(source, order, (columns,), INTEGERS, weight)
+    group = _group_size(source, scales, columns, groups, ordered, config)
+    layout = Layout(source, module, (out, columns), bits, groups, group, ordered, _added(source, awq, config), awq)
+    info = TensorInfo(weight, (out, columns), "float32", stored=f"{'awq' if awq else 'gptq'}-int{bits}")
+    parts = (scales, zeros, *((order,) if ordered else ()))
+    return RowWeight(info, codes, parts, partial(values, layout), partial(steps, layout))
+
+
+def _group_size(
+    source: Checkpoint, scales: str, columns: int, groups: int, ordered: bool, config: Mapping[str, Any]
+) -> int:
+    given = config.get("group_size")
+    size = given if type(given) is int and given > 0 else -(-columns // max(1, groups))
+    if groups < 1 or (not ordered and -(-columns // size) != groups):
+        raise InputError(
+            f"{source.file_of(scales)}: {scales} has {groups} groups for {columns} inputs in groups of {size}; "
+            "save the model again"
+        )
+    return size
+
+
+def _added(source: Checkpoint, awq: bool, config: Mapping[str, Any]) -> int:
+    """Return what has to be added to stored zero points."""
+    if awq:
+        version = str(config.get("version", "gemm")).lower()
+        if version != "gemm":
+            raise InputError(f"{source.path}: is AWQ of version {version!r}; only gemm is read; {_OUT}")
+        return 0
+    kind = str(config.get("checkpoint_format", "gptq")).lower()
+    if kind not in FORMATS or not config:
+        problem = f"in the format {kind!r}" if config else "without quantization_config in config.json"
+        raise InputError(f"{source.path}: is GPTQ {problem}; gptq and gptq_v2 are read, which count zero points apart")
+    return FORMATS[kind]
+
+
+def ambiguous_zeros(source: Checkpoint, weights: Mapping[str, Any], config: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return a note if zero points of 0 occur in a file of format ``gptq``, which libraries read differently.
+
+    Args:
+        source: The checkpoint as stored.
+        weights: The quantized weights that were found, by name.
+        config: Its ``quantization_config``; with ``sym`` all zero points are in the middle.
+    """
+    if config.get("sym") is True or str(config.get("checkpoint_format", "gptq")).lower() != "gptq":
+        return ()
+    for name, weight in weights.items():
+        if (stored := str(weight.info.stored)).startswith("gptq-int"):
+            bits = int(stored.removeprefix("gptq-int"))
+            full = [
+                byte
+                for byte in range(256)
+                if any(byte >> at & (2**bits - 1) == 2**bits - 1 for at in range(0, 8, bits))
+            ]
+            zeros = f"{name.removesuffix('.weight')}.qzeros"
+            if re.search(b"[" + b"".join(re.escape(bytes([byte])) for byte in full) + b"]", source.read_bytes(zeros)):
+                return (
+                    f"{zeros} holds zero points of 0, of which auto-gptq and gptqmodel make other numbers; read as 0",
+                )
+    return ()
+
+
+_OUT = "give the unquantized checkpoint, or analyse the adapter alone"

@@ -1,0 +1,107 @@
+"""MLX: integers packed into words, with a scale and an offset per group of inputs.
+
+    W[i, j] = scales[i, g] · q[i, j] + biases[i, g],  g = ⌊j / group⌋
+
+The codes of a row are a stream of bits in ``weight`` (uint32), the lowest first. Bits and group size are in
+``config.json`` under ``quantization``, with exceptions under the names of modules.
+
+Reference: ``mlx.core.quantize`` 0.32, mode ``affine``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from lora_diag.checkpoints.packing import RowWeight, read_rows, require, unpack
+from lora_diag.checkpoints.tensors import FLOAT_DTYPES, Checkpoint, TensorInfo
+from lora_diag.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+
+BITS = (2, 3, 4, 5, 6, 8)
+GROUPS = (16, 32, 64, 128)
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Layout of a weight.
+
+    Args:
+        source: The checkpoint as stored.
+        module: The weight's name without ``.weight``.
+        rows: Rows, those of all matrices of a stack.
+        columns: Columns.
+        bits: Bits per code.
+        group: Columns that share a scale.
+    """
+
+    source: Checkpoint
+    module: str
+    rows: int
+    columns: int
+    bits: int
+    group: int
+
+
+def values(layout: Layout, first: int, last: int) -> torch.Tensor:
+    """Return rows of the weight."""
+    codes = unpack(read_rows(layout.source, f"{layout.module}.weight", first, last), layout.bits, layout.columns)
+    return codes.float() * _spread(layout, "scales", first, last) + _spread(layout, "biases", first, last)
+
+
+def steps(layout: Layout, first: int, last: int) -> torch.Tensor:
+    """Return the distance between neighbouring values in rows of the weight."""
+    return _spread(layout, "scales", first, last).abs()
+
+
+def _spread(layout: Layout, part: str, first: int, last: int) -> torch.Tensor:
+    stored = read_rows(layout.source, f"{layout.module}.{part}", first, last).float()
+    return stored.repeat_interleave(layout.group, dim=1)
+
+
+def find(source: Checkpoint, config: Mapping[str, Any]) -> Iterator[RowWeight]:
+    """Yield the quantized weights.
+
+    Args:
+        source: The checkpoint as stored.
+        config: ``quantization`` of its configuration.
+
+    Raises:
+        InputError: A tensor of a weight is missing or has the wrong shape, or the mode is another one.
+    """
+    for name in source:
+        module = name.removesuffix(".scales")
+        weight = f"{module}.weight"
+        if module != name and weight in source and source[weight].dtype == "uint32":
+            yield _weight(source, module, config)
+
+
+def _weight(source: Checkpoint, module: str, config: Mapping[str, Any]) -> RowWeight:
+    weight, scales, biases = (f"{module}.{part}" for part in ("weight", "scales", "biases"))
+    own = config.get(module)
+    settings = {**config, **own} if isinstance(own, dict) else config
+    mode, bits, group = settings.get("mode", "affine"), settings.get("bits"), settings.get("group_size")
+    if mode != "affine" or bits not in BITS or group not in GROUPS or isinstance(bits, bool):
+        raise InputError(
+            f"{source.file_of(weight)}: {weight} is quantized by MLX with mode {mode!r}, bits {bits!r} and group_size "
+            f"{group!r} (quantization in config.json); mode affine with 2 to 8 bits is read"
+        )
+    shape = source[weight].shape
+    columns = shape[-1] * 32 // bits if shape else 0
+    if len(shape) not in {2, 3} or columns * bits != shape[-1] * 32 or columns % group or not columns:
+        raise InputError(
+            f"{source.file_of(weight)}: {weight} {list(shape)} holds no whole groups of {group} codes of {bits} bits; "
+            "save the model again"
+        )
+    for name in (scales, biases):
+        require(source, name, (*shape[:-1], columns // group), FLOAT_DTYPES, weight)
+    rows = 1
+    for size in shape[:-1]:
+        rows *= size
+    layout = Layout(source, module, rows, columns, bits, group)
+    info = TensorInfo(weight, (*shape[:-1], columns), "float32", stored=f"mlx-int{bits}")
+    return RowWeight(info, weight, (scales, biases), partial(values, layout), partial(steps, layout))

@@ -1,0 +1,116 @@
+"""MXFP4 as in gpt-oss: stacked experts of 4-bit floats, with a power of two per 32 inputs.
+
+    W[e, o, i] = fp4[e, o, i] · 2^(scales[e, o, ⌊i / 32⌋] − 127)
+
+``…_blocks`` ``(E, out, in / 32, 16)`` has two codes per byte, the first in the low half; ``…_scales`` is
+``(E, out, in / 32)``. transformers presents, and saves, such a parameter without the suffix and transposed, as
+``(E, in, out)``; so does this module, so that both forms of a model have the same names and shapes.
+
+Reference: ``transformers.integrations.mxfp4.convert_moe_packed_tensors``; Open Compute Project, Microscaling Formats
+1.0, section 5.3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from lora_diag.checkpoints.packing import RowWeight, e8m0, fp4_steps, fp4_values, require, unpack
+from lora_diag.checkpoints.tensors import FLOAT_DTYPES, Checkpoint, TensorInfo
+from lora_diag.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+
+BLOCKS, SCALES = "_blocks", "_scales"
+GROUP = 32
+BYTES = frozenset({"uint8"})
+# Bytes of codes read at a time.
+SLAB_BYTES = 2**22
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Layout of a stack of experts.
+
+    Args:
+        source: The checkpoint as stored.
+        name: The parameter.
+        out: Outputs of an expert.
+        inputs: Inputs.
+    """
+
+    source: Checkpoint
+    name: str
+    out: int
+    inputs: int
+
+
+def decode(layout: Layout, first: int, last: int, table: Any) -> torch.Tensor:
+    """Return rows of the stack as presented, ``(E · in, out)``: inputs ``first:last``, counted over all experts.
+
+    Args:
+        layout: The stack.
+        first: First row.
+        last: One past the last row.
+        table: Returns what a code stands for, without its scale.
+    """
+    import torch
+
+    parts = []
+    for expert in range(first // layout.inputs, -(-last // layout.inputs)):
+        low, high = max(0, first - expert * layout.inputs), min(layout.inputs, last - expert * layout.inputs)
+        parts.append(_expert(layout, expert, low, high, table))
+    return torch.cat(parts)
+
+
+def _expert(layout: Layout, expert: int, first: int, last: int, table: Any) -> torch.Tensor:
+    """Return the inputs ``first:last`` of one expert, ``(last − first, out)``."""
+    import torch
+
+    groups = layout.inputs // GROUP
+    low, high = first // GROUP, -(-last // GROUP)
+    out = torch.empty(last - first, layout.out)
+    step = max(1, SLAB_BYTES // (groups * GROUP // 2))
+    for row in range(0, layout.out, step):
+        end = min(layout.out, row + step)
+        at = (expert * layout.out + row) * groups, (expert * layout.out + end) * groups
+        codes = layout.source.read(f"{layout.name}{BLOCKS}", at[0] * 16, at[1] * 16).view(end - row, groups, 16)
+        scales = layout.source.read(f"{layout.name}{SCALES}", *at).view(end - row, groups)[:, low:high]
+        found = table(unpack(codes[:, low:high].reshape(end - row, -1), 4, (high - low) * GROUP))
+        found *= e8m0(scales).repeat_interleave(GROUP, dim=1)
+        out[:, row:end] = found[:, first - low * GROUP : last - low * GROUP].T
+    return out
+
+
+def find(source: Checkpoint, config: Mapping[str, Any]) -> Iterator[RowWeight]:
+    """Yield the stacks of experts.
+
+    Args:
+        source: The checkpoint as stored.
+        config: Its ``quantization_config``; unused.
+
+    Raises:
+        InputError: The scales of a stack are missing, or the shapes do not fit.
+    """
+    for blocks in source:
+        if not blocks.endswith(BLOCKS) or source[blocks].dtype in FLOAT_DTYPES:
+            continue
+        name = blocks.removesuffix(BLOCKS)
+        shape = source[blocks].shape
+        if len(shape) != 4 or shape[-1] != GROUP // 2 or source[blocks].dtype != "uint8" or 0 in shape:
+            raise InputError(
+                f"{source.file_of(blocks)}: {blocks} is {source[blocks].dtype} {list(shape)}, not the uint8 "
+                "[experts, out, in / 32, 16] of MXFP4; save the model again"
+            )
+        require(source, f"{name}{SCALES}", shape[:-1], BYTES, name)
+        layout = Layout(source, name, shape[1], shape[2] * GROUP)
+        yield RowWeight(
+            TensorInfo(name, (shape[0], layout.inputs, layout.out), "float32", stored="mxfp4"),
+            blocks,
+            (f"{name}{SCALES}",),
+            partial(decode, layout, table=fp4_values),
+            partial(decode, layout, table=fp4_steps),
+        )

@@ -1,0 +1,159 @@
+"""What packed formats have in common: codes of a few bits, 4-bit floats, and weights that are decoded row by row.
+
+Functions from codes to values are pure, so that a format is read, and tested, as its formula.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from lora_diag.checkpoints.bitsandbytes import gaps
+from lora_diag.checkpoints.tensors import Checkpoint, TensorInfo
+from lora_diag.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+
+# Values of the 4-bit floats of MXFP4 and NVFP4 (2 exponent bits, 1 mantissa bit), by code.
+FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
+
+# Bytes read at a time where a range of columns is cut out of stored rows.
+SLAB_BYTES = 2**22
+
+
+@dataclass(frozen=True, slots=True)
+class RowWeight:
+    """A quantized weight whose rows are decoded as a whole.
+
+    Args:
+        info: The weight as presented.
+        place: Name of the tensor in whose place it appears: that of its codes.
+        parts: Names of the other tensors that belong to it and are not presented.
+        values: Returns the rows ``first:last`` of the weight as a matrix ``(∏ shape[:-1], shape[-1])``, float32. A
+            ``functools.partial`` of a module's function, so that the weight can be sent to another process.
+        steps: Likewise the distance to the next number that the format can store there.
+    """
+
+    info: TensorInfo
+    place: str
+    parts: tuple[str, ...]
+    values: Callable[[int, int], torch.Tensor]
+    steps: Callable[[int, int], torch.Tensor]
+
+    def read(self, start: int, stop: int) -> torch.Tensor:
+        """Return the entries ``start:stop`` of W, float32."""
+        return self._range(self.values, start, stop)
+
+    def read_steps(self, start: int, stop: int) -> torch.Tensor:
+        """Return steps whose half bounds the error of the entries ``start:stop``, float32."""
+        return self._range(self.steps, start, stop)
+
+    def _range(self, rows: Callable[[int, int], torch.Tensor], start: int, stop: int) -> torch.Tensor:
+        import torch
+
+        if start >= stop:
+            return torch.empty(0)
+        width = self.info.shape[-1]
+        first, last = start // width, -(-stop // width)
+        return rows(first, last).reshape(-1)[start - first * width : stop - first * width].contiguous()
+
+
+def unpack(packed: torch.Tensor, bits: int, count: int) -> torch.Tensor:
+    """Return the codes of rows that hold a stream of codes, the lowest bits of the first byte first.
+
+    Args:
+        packed: ``(rows, n)``, 8- or 32-bit integers, little-endian.
+        bits: Bits per code, 1 to 8.
+        count: Codes per row.
+
+    Returns:
+        ``(rows, count)``, int32.
+
+    >>> import torch
+    >>> unpack(torch.tensor([[0x21, 0x43]], dtype=torch.uint8), 4, 3)
+    tensor([[1, 2, 3]], dtype=torch.int32)
+    """
+    import torch
+
+    data = packed.clone(memory_format=torch.contiguous_format).view(torch.uint8).view(packed.shape[0], -1)
+    if bits in {1, 2, 4, 8}:
+        shifts = torch.arange(0, 8, bits, dtype=torch.uint8)
+        codes = ((data[:, :, None] >> shifts) & ((1 << bits) - 1)).view(len(data), -1)
+        return codes[:, :count].int()
+    bit = (data[:, :, None] >> torch.arange(8, dtype=torch.uint8)) & 1
+    stream = bit.view(len(data), -1)[:, : count * bits].reshape(len(data), count, bits).int()
+    return (stream << torch.arange(bits)).sum(dim=2, dtype=torch.int32)
+
+
+def fp4_values(codes: torch.Tensor) -> torch.Tensor:
+    """Return the values of 4-bit floats, float32."""
+    import torch
+
+    return torch.tensor(FP4)[codes]
+
+
+def fp4_steps(codes: torch.Tensor) -> torch.Tensor:
+    """Return the distance from each 4-bit float to its farther neighbour, float32."""
+    import torch
+
+    return gaps(torch.tensor(FP4))[codes]
+
+
+def e8m0(exponents: torch.Tensor) -> torch.Tensor:
+    """Return the powers of two that 8-bit exponents stand for, ``2^(e − 127)``, float32; 255 is not a number."""
+    import torch
+
+    values = torch.ldexp(torch.ones(exponents.shape), exponents.int() - 127)
+    return torch.where(exponents == 255, math.nan, values)
+
+
+def read_rows(source: Checkpoint, name: str, first: int, last: int) -> torch.Tensor:
+    """Return rows of a stored matrix, ``(last − first, columns)``."""
+    columns = source[name].shape[-1]
+    return source.read(name, first * columns, last * columns).view(last - first, columns)
+
+
+def read_columns(source: Checkpoint, name: str, rows: tuple[int, int], columns: tuple[int, int]) -> torch.Tensor:
+    """Return a range of columns of some rows of a stored matrix; a few megabytes of whole rows are read at a time.
+
+    Args:
+        source: The checkpoint as stored.
+        name: The matrix; of more dimensions, all but the last are its rows.
+        rows: First row and one past the last.
+        columns: First column and one past the last.
+    """
+    import torch
+
+    width = source[name].shape[-1]
+    step = max(1, SLAB_BYTES // (4 * max(1, width)))
+    parts = [
+        read_rows(source, name, at, min(rows[1], at + step))[:, columns[0] : columns[1]].clone()
+        for at in range(rows[0], rows[1], step)
+    ]
+    return torch.cat(parts)
+
+
+def require(source: Checkpoint, name: str, shape: tuple[int, ...], dtypes: frozenset[str], whole: str) -> None:
+    """Check a tensor that belongs to a quantized weight.
+
+    Args:
+        source: The checkpoint as stored.
+        name: The tensor.
+        shape: Its shape as it has to be.
+        dtypes: Its possible dtypes.
+        whole: The weight, for messages.
+
+    Raises:
+        InputError: It is missing, or has another shape or dtype.
+    """
+    if name not in source:
+        raise InputError(f"{source.path}: {name} is missing, which {whole} needs; save the model again")
+    info = source[name]
+    if info.shape != shape or info.dtype not in dtypes:
+        raise InputError(
+            f"{source.file_of(name)}: {name} is {info.dtype} {list(info.shape)}, but {whole} needs "
+            f"{' or '.join(sorted(dtypes))} {list(shape)}; save the model again"
+        )

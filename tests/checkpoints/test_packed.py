@@ -1,0 +1,261 @@
+"""Packed weights (compressed-tensors, GPTQ, AWQ, MLX, MXFP4) are read as what their codes stand for, in any range."""
+
+import json
+import pickle
+
+import numpy as np
+import pytest
+import torch
+
+from lora_diag.checkpoints import open_checkpoint
+from lora_diag.checkpoints.packing import unpack
+from lora_diag.checkpoints.quantized import FORMATS
+from lora_diag.errors import InputError
+from lora_diag.running.inputs import compare
+from tests.checkpoints.packed import awq, compressed, experts, float4, gptq, mlx, words
+from tests.checkpoints.test_fuzz import mutated, tensors_or_one_error
+from tests.conftest import SHARED, as_numpy, save_model, save_sharded
+
+M = "model.layers.0.mlp.up_proj"
+W = f"{M}.weight"
+E = "model.layers.0.mlp.experts.down_proj"
+
+
+def ct(bits):
+    scheme = {"config_groups": {"group_0": {"weights": {"num_bits": bits}}}, "quant_method": "compressed-tensors"}
+    return {"quantization_config": scheme}
+
+
+CT = ct(4)
+V1 = {"quantization_config": {"quant_method": "gptq", "bits": 4, "checkpoint_format": "gptq"}}
+V2 = {"quantization_config": {"quant_method": "gptq", "checkpoint_format": "gptq_v2"}}
+AWQ = {"quantization_config": {"quant_method": "awq", "version": "gemm"}}
+MX = {"quantization_config": {"quant_method": "mxfp4"}}
+
+
+def of_mlx(bits, group=32):
+    return {"quantization": {"bits": bits, "group_size": group, "mode": "affine"}}
+
+
+# What is stored -> (tensors, weight, steps), configuration, word for the storage format.
+KINDS = {
+    "int4 groups": (compressed(M, (12, 40), groups=5), CT, "packed-int4"),
+    "int4 channel, padded": (compressed(M, (5, 13), groups=1), CT, "packed-int4"),
+    "int4 zero points": (compressed(M, (13, 24), groups=3, zeros=True), CT, "packed-int4"),
+    "int8 act-order": (compressed(M, (9, 20), bits=8, groups=4, ordered=True), ct(8), "packed-int8"),
+    "int5 across words, zero points": (compressed(M, (11, 24), bits=5, groups=2, zeros=True), ct(5), "packed-int5"),
+    "nvfp4": (float4(M, (6, 48)), CT, "nvfp4"),
+    "nvfp4 of modelopt": (float4(M, (6, 48), "modelopt"), {}, "nvfp4"),
+    "mxfp4 of compressed-tensors": (float4(M, (6, 64), "mxfp4"), CT, "mxfp4"),
+    "gptq": (gptq(M, (24, 32)), V1, "gptq-int4"),
+    "gptq without act-order": (gptq(M, (24, 32), groups=4, ordered=False), V1, "gptq-int4"),
+    "gptq 8 bit": (gptq(M, (12, 20), bits=8, groups=3), V1, "gptq-int8"),
+    "gptq_v2": (gptq(M, (24, 32), v2=True), V2, "gptq-int4"),
+    "awq": (awq(M, (24, 20)), AWQ, "awq-int4"),
+    "mlx 4 bit": (mlx(M, (7, 64)), of_mlx(4), "mlx-int4"),
+    "mlx 3 bit": (mlx(M, (7, 64), bits=3), of_mlx(3), "mlx-int3"),
+    "mlx 6 bit experts": (mlx(M, (2, 5, 64), bits=6, group=64), of_mlx(6, 64), "mlx-int6"),
+    "gpt-oss": (experts(E, (3, 64, 10)), MX, "mxfp4"),
+}
+
+
+def save(folder, kind):
+    (tensors, _, _), config, _ = KINDS[kind]
+    save_model(folder, tensors | {"norm.weight": torch.ones(3)})
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_range_and_step_is_that_of_the_codes(tmp_path, kind):
+    (_, expected, steps), _, stored = KINDS[kind]
+    checkpoint = pickle.loads(pickle.dumps(open_checkpoint(save(tmp_path, kind))))
+    name = E if kind == "gpt-oss" else W
+    assert set(checkpoint) == {name, "norm.weight"}
+    info = checkpoint[name]
+    assert (info.shape, info.dtype, info.stored) == (expected.shape, "float32", stored)
+    flat, size = expected.reshape(-1), expected.size
+    rng = np.random.default_rng(0)
+    for start, stop in [
+        (0, size),
+        (0, 0),
+        (size - 1, size),
+        *(sorted(rng.integers(0, size + 1, 2)) for _ in range(12)),
+    ]:
+        read, step = checkpoint.read(name, int(start), int(stop)), checkpoint.read_steps(name, int(start), int(stop))
+        assert read.dtype == torch.float32
+        np.testing.assert_allclose(as_numpy(read), flat[start:stop], rtol=3e-7, atol=1e-12)
+        np.testing.assert_allclose(as_numpy(step), steps.reshape(-1)[start:stop], rtol=3e-7, atol=1e-12)
+
+
+def test_every_packed_format_is_tested_here(tmp_path):
+    found = {find.__module__.rpartition(".")[2] for find in FORMATS} - {"bitsandbytes", "scaled"}
+    assert found == {"compressed", "gptq", "mlx", "mxfp4"}
+
+
+def test_parts_of_packed_weights_may_lie_in_other_shards(tmp_path):
+    tensors, expected, _ = compressed(M, (12, 40), groups=5, zeros=True)
+    checkpoint = open_checkpoint(save_sharded(tmp_path, tensors | {"b.weight": torch.ones(2, 2)}, shards=4))
+    assert set(checkpoint) == {W, "b.weight"}
+    np.testing.assert_allclose(as_numpy(checkpoint.read(W)), expected.reshape(-1), rtol=3e-7)
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_codes_of_any_width_are_unpacked(bits):
+    codes = np.random.default_rng(bits).integers(0, 2**bits, (5, 37))
+    assert (unpack(torch.from_numpy(words(codes, bits)), bits, 37).numpy() == codes).all()
+
+
+def test_rounding_to_a_packed_grid_is_within_half_a_step(tmp_path):
+    """Nearest codes of random weights: the error never exceeds half of a step, and comes near it."""
+    tensors, _, _ = mlx(M, (16, 64))
+    scale, bias = (np.repeat(as_numpy(tensors[f"{M}.{part}"]).reshape(16, 2), 32, 1) for part in ("scales", "biases"))
+    rng = np.random.default_rng(1)
+    weight = bias + scale * rng.uniform(0, 15, (16, 64))
+    codes = np.clip(np.round((weight - bias) / scale), 0, 15).astype(int)
+    tensors[W] = torch.from_numpy(words(codes, 4)).view(torch.uint32)
+    folder = save_model(tmp_path, tensors)
+    (folder / "config.json").write_text(json.dumps(of_mlx(4)))
+    checkpoint = open_checkpoint(folder)
+    error = np.abs(as_numpy(checkpoint.read(W)).reshape(16, 64) - weight)
+    half = as_numpy(checkpoint.read_steps(W)).reshape(16, 64) / 2
+    assert (error <= half + 1e-7).all()
+    assert (error > 0.9 * half).any()
+
+
+def test_mlx_settings_of_a_module_replace_those_of_the_model(tmp_path):
+    tensors, expected, _ = mlx(M, (4, 64), bits=8, group=64)
+    folder = save_model(tmp_path, tensors)
+    (folder / "config.json").write_text(
+        json.dumps({"quantization": {"bits": 4, "group_size": 32, M: {"bits": 8, "group_size": 64}}})
+    )
+    np.testing.assert_allclose(as_numpy(open_checkpoint(folder).read(W)), expected.reshape(-1), rtol=3e-7)
+
+
+@pytest.mark.parametrize(("sym", "noted"), [(False, True), (True, False)])
+def test_zero_points_of_0_in_gptq_v1_are_noted(tmp_path, sym, noted):
+    tensors, _, _ = gptq(M, (24, 32))
+    tensors[f"{M}.qzeros"] = torch.full_like(tensors[f"{M}.qzeros"], 0x0F000000 if noted else 0x77777777)
+    folder = save_model(tmp_path, tensors)
+    settings = V1["quantization_config"] | {"sym": sym}
+    (folder / "config.json").write_text(json.dumps({"quantization_config": settings}))
+    assert any("auto-gptq and gptqmodel" in note for note in open_checkpoint(folder).notes) == noted
+
+
+def without(part):
+    return lambda tensors: tensors.pop(part)
+
+
+def replaced(part, value):
+    return lambda tensors: tensors.update({part: value})
+
+
+def ints(*shape):
+    return torch.zeros(shape, dtype=torch.int32)
+
+
+# Kind, change of the tensors or of the configuration, words of the message.
+BAD = {
+    "no scales": ("int4 groups", without(f"{M}.weight_scale"), "weight_scale is missing"),
+    "scales of other rows": ("int4 groups", replaced(f"{M}.weight_scale", torch.ones(11, 5)), r"needs .* \[12, 5\]"),
+    "unequal groups": ("int4 groups", replaced(f"{M}.weight_scale", torch.ones(12, 3)), "no equal groups"),
+    "integer scales": ("int4 groups", replaced(f"{M}.weight_scale", ints(12, 5)), "is int32"),
+    "no shape": ("int4 groups", without(f"{M}.weight_shape"), "weight_shape is missing"),
+    "a negative shape": ("int4 groups", replaced(f"{M}.weight_shape", torch.tensor([-12, 40])), r"\[-12, 40\]"),
+    "a huge shape": ("int4 groups", replaced(f"{M}.weight_shape", torch.tensor([2**62, 40])), "gives the shape"),
+    "more columns": ("int4 groups", replaced(f"{M}.weight_shape", torch.tensor([12, 400])), "no number of bits"),
+    "few columns": ("int4 groups", replaced(f"{M}.weight_shape", torch.tensor([12, 30])), "no number of bits"),
+    "zero points of other rows": ("int4 zero points", replaced(f"{M}.weight_zero_point", ints(9, 3)), r"\[2, 3\]"),
+    "no order": ("int8 act-order", replaced(f"{M}.weight_g_idx", ints(19)), r"needs .* \[20\]"),
+    "no float4 scale": ("nvfp4", without(f"{M}.weight_scale"), "weight_scale is missing"),
+    "float4 groups": ("nvfp4", replaced(f"{M}.weight_scale", torch.ones(6, 3)), "is float32"),
+    "two global scales": ("nvfp4", replaced(f"{M}.weight_global_scale", torch.ones(2)), "not one float"),
+    "stored twice": ("nvfp4", replaced(W, torch.ones(2, 2)), "stored twice"),
+    "gptq scales": ("gptq", without(f"{M}.scales"), "no matrix .*scales of scales"),
+    "gptq zeros": ("gptq", without(f"{M}.qzeros"), "zero points"),
+    "gptq other zeros": ("gptq", replaced(f"{M}.qzeros", ints(2, 2)), "g_idx is int32"),
+    "gptq order": ("gptq", replaced(f"{M}.g_idx", ints(31)), r"\[32\]"),
+    "gptq layout": ("gptq", replaced(f"{M}.qweight", ints(4, 5)), "not laid out"),
+    "gptq without config": ("gptq", {}, "without quantization_config"),
+    "gptq of marlin": ("gptq", {"quant_method": "gptq", "checkpoint_format": "marlin"}, "'marlin'"),
+    "awq of gemv": ("awq", {"quant_method": "awq", "version": "GEMV"}, "'gemv'"),
+    "awq that is gptq": ("awq", {"quant_method": "gptq"}, "not laid out as gptq"),
+    "awq zeros": ("awq", replaced(f"{M}.qzeros", ints(2, 4)), r"\[2, 3\]"),
+    "awq groups": ("awq", {"quant_method": "awq", "group_size": 4}, "2 groups for 20 inputs in groups of 4"),
+    "mlx without settings": ("mlx 4 bit", {}, "bits None"),
+    "mlx of another mode": ("mlx 4 bit", {"bits": 4, "group_size": 32, "mode": "mxfp4"}, "mode 'mxfp4'"),
+    "mlx groups": ("mlx 4 bit", {"bits": 4, "group_size": 128}, "no whole groups of 128"),
+    "mlx biases": ("mlx 4 bit", without(f"{M}.biases"), "biases is missing"),
+    "experts without scales": ("gpt-oss", without(f"{E}_scales"), "_scales is missing"),
+    "experts of other scales": ("gpt-oss", replaced(f"{E}_scales", torch.ones(3, 10, 2)), "is float32"),
+    "experts of other blocks": ("gpt-oss", replaced(f"{E}_blocks", ints(3, 10, 2, 8)), "not the uint8"),
+}
+
+
+@pytest.mark.parametrize("bad", BAD)
+def test_packed_weights_that_do_not_fit_together_are_one_message(tmp_path, bad):
+    kind, change, problem = BAD[bad]
+    (tensors, _, _), config, _ = KINDS[kind]
+    tensors = dict(tensors)
+    if callable(change):
+        change(tensors)
+    else:
+        config = {"quantization_config": change}
+    save_model(tmp_path, tensors)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match=problem) as caught:
+        open_checkpoint(tmp_path)
+    assert str(tmp_path) in str(caught.value)
+
+
+@pytest.mark.parametrize(("kind", "part"), [("gptq", "g_idx"), ("int8 act-order", "weight_g_idx")])
+@pytest.mark.parametrize("group", [-1, 4])
+def test_a_group_that_does_not_exist_is_named(tmp_path, kind, part, group):
+    (tensors, _, _), config, _ = KINDS[kind]
+    changed = tensors[f"{M}.{part}"].clone()
+    changed[3] = group
+    save_model(tmp_path, tensors | {f"{M}.{part}": changed})
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match=rf"g_idx names group {group}, but there are"):
+        open_checkpoint(tmp_path).read(W)
+
+
+PACKED_CASES = (
+    *("ct-int4-sym", "ct-int4-asym", "ct-int4-channel", "ct-int8", "ct-int8-packed", "ct-fp8-block", "ct-fp8-channel"),
+    *("ct-nvfp4", "gptq-v1", "gptq-v1-desc-act", "gptq-v2", "awq-gemm", "mlx-4bit", "mlx-8bit", "mxfp4-gptoss"),
+    "mxfp4-both",
+)
+
+
+@pytest.mark.parametrize("case", PACKED_CASES)
+def test_real_packed_cases_have_their_true_change(case):
+    folder = SHARED / "formats" / case
+    if not folder.is_dir():
+        pytest.skip("the shared cases are not here")
+    truth = json.loads((folder / "truth.json").read_text())
+    found = compare(folder / "base", folder / "tuned").pairing
+    assert {delta.layer.partition("[")[0] for delta in found.deltas} == set(truth) - {"_meta"}
+    assert not found.unpaired
+    changes: dict[str, list[np.ndarray]] = {}
+    for delta in found.deltas:
+        change = np.concatenate([as_numpy(after) - as_numpy(before) for before, after in delta.blocks()])
+        changes.setdefault(delta.layer.partition("[")[0], []).append(change)
+    for name, parts in changes.items():
+        expected = truth[name]
+        change = np.stack(parts).reshape(expected["shape"])
+        np.testing.assert_allclose(np.linalg.norm(change), expected["fro"], rtol=1e-6)
+        for *at, value in expected.get("entries", []):
+            assert change[tuple(at)] == pytest.approx(value, abs=1e-7)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_mutated_packed_files(tmp_path, kind):
+    path = save(tmp_path, kind) / "model.safetensors"
+    good = path.read_bytes()
+    rng = np.random.default_rng(0)
+    opened = 0
+    for _ in range(100):
+        path.write_bytes(mutated(good, rng))
+        opened += tensors_or_one_error(path)
+    assert 0 < opened < 100

@@ -36,6 +36,9 @@ Start = Literal["stored", "rounded"]
 # entries the same. Both take the stored BASE for the start.
 RESOLVED, STILL = 0.01, 0.05
 
+# Ranks at which C(r) is given where nobody names others.
+CURVE = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+
 # Fewer changed entries say too little about a size.
 FEWEST = 30
 
@@ -77,6 +80,11 @@ class Estimate:
                 block = block * self.scales.rows[row : row + len(block), None] * self.scales.columns
             row += len(block)
             yield block * self.unit
+
+    def norm(self) -> float:
+        """Return √E[‖X‖² | cells], of L as it was found."""
+        assert self.cells is not None
+        return _norm(self.cells, self.deviation, self.scales, self.low_rank) * self.unit
 
     def matrix(self) -> Tensor:
         """Return E[X | cells] whole."""

@@ -8,24 +8,26 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from lora_diag.decisions.extract.record import Extraction, OnData
-from lora_diag.deltas import Delta
-from lora_diag.errors import InputError
+from lora_diag.deltas import Delta, StoredDelta
+from lora_diag.errors import InputError, MemoryLimitError
 from lora_diag.layers.change import OVERFLOW, Change, bytes_of, load_change, noted, on_device
 from lora_diag.layers.left_out import not_finite
 from lora_diag.layers.metric import Weighed, Weighting, extra, fro_of, times, weigh
+from lora_diag.layers.recovery import CURVE, recover_layer, recovery_bytes
 from lora_diag.layers.resolution import resolution
 from lora_diag.layers.task import LayerSettings, LayerTask
 from lora_diag.linalg import Allowance, Factors, decompose_factored, norm, resolve_device
 from lora_diag.linalg.stacked import gap
 from lora_diag.metrics import energy_curve, rank_at
 from lora_diag.records import LeftOut
+from lora_diag.records.vocabulary import Hidden
 
 if TYPE_CHECKING:
-    import numpy as np
     from numpy.typing import NDArray
 
 Kind = Literal["linear", "conv1d", "embedding", "convolution", "parameter"]
@@ -62,10 +64,12 @@ class ExtractionSettings(LayerSettings):
     Args:
         dtype: Of the factors: ``float32``, ``bfloat16`` or ``float16``.
         split: ``both`` for B = U√Σ and A = √Σ·Vᵀ; ``b`` for B = UΣ and A = Vᵀ.
+        recover: Whether to factor the estimated update before rounding where its directions are significant.
     """
 
     dtype: str = "float32"
     split: Literal["both", "b"] = "both"
+    recover: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +94,8 @@ class Layer(LayerTask):
 
 def size(layer: Layer, settings: ExtractionSettings) -> int:
     """Return about how many bytes factoring a layer takes: ΔW, and what the metric of the data adds."""
-    return bytes_of(layer.delta, _allowance(layer, settings)) + _weighing(layer)
+    cells = recovery_bytes(layer.shape) if settings.recover and isinstance(layer.delta, StoredDelta) else 0
+    return bytes_of(layer.delta, _allowance(layer, settings)) + _weighing(layer) + cells
 
 
 def _weighing(layer: Layer) -> int:
@@ -133,13 +138,18 @@ def _extract(layer: Layer, settings: ExtractionSettings, store: Store, device: t
     if change.non_finite is not None:
         return not_finite(layer.delta, change)
     weighed = weigh(change, layer.delta, layer.weighting, device) if layer.weighting is not None else None
-    best, seen = _decompose(change if weighed is None else weighed.change, layer, settings, weighed)
+    files, hidden = change, None
+    if settings.recover and isinstance(layer.delta, StoredDelta) and change.fro:
+        change, hidden = _before_rounding(change, layer.delta, settings, device)
+    best, seen = _decompose(change if weighed is None else weighed.change, layer, settings, weighed, hidden)
     if not math.isfinite(best.fro):
         return not_finite(layer.delta, replace(change, non_finite=OVERFLOW))
     rank = int((best.s > NUMERICALLY_ZERO * best.s[:1]).sum())
     if rank == 0 or best.fro == 0.0:
         return _without_factors(layer, change, best.fro if weighed is None else weighed.plain_fro, best.fro)
     plain = found = best
+    if change is not files:
+        seen = files.decompose(settings.method, tol=settings.tol, seed=settings.seed)
     if weighed is not None:
         found = _projected(change, best, rank, weighed)
         plain = seen = change.decompose(settings.method, rank, False, settings.tol, settings.seed)
@@ -171,9 +181,30 @@ def _extract(layer: Layer, settings: ExtractionSettings, store: Store, device: t
         dtype=settings.dtype,
         method=best.method,
         blocks=change.row_blocks,
-        resolution=resolution(change.rounding, seen.s.numpy(), seen.fro, seen.complete),
+        resolution=resolution(files.rounding, seen.s.numpy(), seen.fro, seen.complete),
+        hidden=hidden,
         data=None if weighed is None else _on_data(weighed, best, rank, (b.to(device), a.to(device)), layer),
     )
+
+
+def _before_rounding(
+    change: Change, delta: StoredDelta, settings: ExtractionSettings, device: torch.device
+) -> tuple[Change, Hidden]:
+    """Return E[X | cells] in place of ΔW where directions are significant, and what was estimated.
+
+    Raises:
+        MemoryLimitError: Its cells do not fit.
+    """
+    assert change.fro is not None
+    needed = recovery_bytes(delta.shape)
+    if settings.memory is not None and needed > settings.memory:
+        what = "x".join(map(str, delta.shape))
+        raise MemoryLimitError(f"{what}: its cells need {needed >> 20} MiB; give --memory more")
+    estimate = recover_layer(delta, change.fro, CURVE, settings.seed, device)
+    if estimate.hidden.status != "recovered":
+        return change, estimate.hidden
+    matrix = estimate.matrix()
+    return replace(change, fro=norm([matrix]), matrix=matrix, streamed=None), estimate.hidden
 
 
 def _curve(factors: Factors, rank: int) -> NDArray[np.float64]:
@@ -223,7 +254,7 @@ def _on_data(weighed: Weighed, best: Factors, rank: int, factors: tuple[Tensor, 
 
 
 def _decompose(
-    change: Change, layer: Layer, settings: ExtractionSettings, weighed: Weighed | None
+    change: Change, layer: Layer, settings: ExtractionSettings, weighed: Weighed | None, hidden: Hidden | None
 ) -> tuple[Factors, Factors]:
     """Return the singular values and vectors that are kept, and the values from which their number follows."""
     limit = min(layer.shape)
@@ -232,7 +263,11 @@ def _decompose(
         return found, found
     every = change.decompose(settings.method if settings.method != "krylov" else "auto", seed=settings.seed)
     rank = 0
-    if every.fro > 0 and layer.rank.energy is not None:
+    if hidden is not None and hidden.status == "recovered":
+        values, size = np.array(hidden.values_estimate or ()), hidden.fro_estimate or math.inf
+        share = np.cumsum((values / size) ** 2)
+        rank = len(values) if layer.rank.energy is None else rank_at(share, layer.rank.energy) or len(values)
+    elif every.fro > 0 and layer.rank.energy is not None:
         rank = rank_at(energy_curve(every.s.numpy(), every.fro, every.complete), layer.rank.energy) or len(every.s)
     elif every.fro > 0:
         gains = weighed.gains if weighed is not None else None

@@ -77,7 +77,7 @@ def ranks_for(asked: Asked, targets: Mapping[str, Target], spectra: Callable[[],
     """
     if asked.params is not None:
         measured = spectra()
-        reachable = tuple(record for record in measured if record.layer in targets)
+        reachable = tuple(record.before_rounding() for record in measured if record.layer in targets)
         budget = Budget("params", asked.params, f"--params {asked.params}")
         # Heads are layers here: what gets no factors is lost, unless --unfactored save keeps all of it.
         given = {record.layer: record.rank for record in allocate(reachable, budget, save_heads=False).layers}

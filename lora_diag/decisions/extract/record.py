@@ -9,7 +9,7 @@ from typing import ClassVar, Literal
 
 from lora_diag.records.base import LayerRecord, Record, Share, least_epsilon
 from lora_diag.records.shown import Shown
-from lora_diag.records.vocabulary import Resolution, noise_mark
+from lora_diag.records.vocabulary import Hidden, Resolution, noise_mark
 
 
 class OnData(Record):
@@ -72,6 +72,8 @@ class Extraction(LayerRecord):
         method: What computed the singular vectors.
         blocks: In how many row blocks ΔW was read, again and again, because memory did not hold it; null if it did.
         resolution: What the files' rounding lets one see of ΔW.
+        hidden: The update before rounding, where it was asked for; where its ``status`` is ``recovered``, the factors
+            are of its estimate E[X | cells], and ``fro``, ``kept`` and both ε are of that in place of ΔW.
         data: The same in the metric of the data, for which the factors were chosen to be best; ``epsilon`` is then
             above ``epsilon_min``. Null where they are best in the Frobenius norm.
     """
@@ -152,7 +154,13 @@ class Extraction(LayerRecord):
     method: str
     resolution: Resolution
     data: OnData | None = None
+    hidden: Hidden | None = None
     blocks: int | None = None
+
+    @property
+    def estimated(self) -> bool:
+        """Whether the factors are of the estimated update before rounding."""
+        return self.hidden is not None and self.hidden.status == "recovered"
 
     @property
     def least_epsilon(self) -> float:

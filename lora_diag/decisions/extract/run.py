@@ -20,7 +20,7 @@ from lora_diag.decisions.extract.options import ExtractOptions
 from lora_diag.decisions.extract.ranks import Asked, ranks_for
 from lora_diag.decisions.extract.record import Extraction
 from lora_diag.decisions.extract.summary import model_card
-from lora_diag.deltas import Delta, FactoredDelta
+from lora_diag.deltas import Delta, FactoredDelta, StoredDelta
 from lora_diag.diagnostics.spectrum.record import Spectrum
 from lora_diag.diagnostics.spectrum.run import spectrum
 from lora_diag.errors import InputError, LoradiagError, NothingComparedError, UsageError
@@ -58,6 +58,8 @@ def extract(
         params: Parameters of the whole adapter, such as ``"10M"``, spent as ``allocate`` would.
         allocation: Results file of ``allocate``, or an ``adapter_config.json``.
         signal: r is the number of singular values above the files' rounding noise.
+        recover: Factor the estimated update before rounding, E[X | cells], in layers where rounding hides it and its
+            directions are significant, see ``recover``; the other layers as without this option.
         activations: Second moments C = E[xxᵀ] of the layers' inputs, as ``probe_activations`` records them. Factors are
             then those with the smallest E‖(ΔW − B·A)x‖² of their rank, U_rU_rᵀΔW with U_r of ΔW·C^½, and ``energy``,
             ``params`` and ``signal`` count in that metric. Layers without a C are factored as without this option.
@@ -100,6 +102,9 @@ def extract(
     overwrite = given["overwrite"]
     asked = Asked(rank, energy, read_count(str(params), "--params") if params is not None else None, ranks, signal)
     asked.check()
+    recover = given["recover"]
+    if recover and activations is not None:
+        raise UsageError("--recover: factors an update in the weights' metric; leave --activations out")
     rate = None if sweep is None else swept_rate(sweep)
     if portable and rest == "save":
         raise UsageError(
@@ -111,6 +116,8 @@ def extract(
     run = LayerRun("extract", {**common, "output": folder.records})
     check_request(run.options["method"], 1, run.options["tol"])
     compared = run.compare(base, tuned)
+    if recover and not any(isinstance(delta, StoredDelta) for delta in compared.pairing.deltas):
+        raise UsageError("--recover: the factors of an adapter are the update; nothing is rounded away")
     planned = plan(open_checkpoint(base), tuned, compared.pairing, rest == "save", portable, run.given)
     moments = second_moments(activations, base, compared.pairing) if activations is not None else None
     if kfac and (moments is None or not moments.gradients):
@@ -124,7 +131,7 @@ def extract(
             for name in declared(FolderOptions)
             if name not in {"method", "tol", "resume", "on_record"}
         }
-        return spectrum(base, tuned, activations=activations, kfac=kfac, **kept)
+        return spectrum(base, tuned, activations=activations, kfac=kfac, recover=recover, **kept)
 
     try:
         rules = {} if folder.whole else ranks_for(asked, planned.targets, spectra)
@@ -159,7 +166,6 @@ def extract(
         command = [*named, *asked.words().split(" ", 1), *_options(results.run)]
         if activations is not None:
             command += ["--activations", legible(activations), *(["--kfac"] if kfac else [])]
-        command += ["--portable"] if portable else []
         command += ["--sweep", legible(sweep)] if sweep is not None else []
         folder.finish(model_card(results, name, shlex.join([*command, "-o", legible(output)]), rate))
 
@@ -168,7 +174,7 @@ def extract(
         tasks,
         partial(_one_layer, files=files),
         size,
-        run.settings(ExtractionSettings, dtype=dtype, split=split),
+        run.settings(ExtractionSettings, dtype=dtype, split=split, recover=recover),
         lambda layout, _, __: planned.left_out(layout, run.where.here),
         (
             *other_inputs,
@@ -181,6 +187,7 @@ def extract(
             "dtype": dtype,
             "rest": rest,
             **({"portable": True} if portable else {}),
+            **({"recover": True} if recover else {}),
             **({"metric": "kfac" if kfac else "data"} if moments is not None else {}),
         },
         recorded=RECORDED if moments is None else (*RECORDED, "metric"),
@@ -191,7 +198,12 @@ def extract(
 def _options(run: Run) -> list[str]:
     """Return the settings that are not the usual ones, as they are typed."""
     given = {**typed(ExtractOptions, run.settings), "allocation": None, "params": None, "energy": None, "rank": None}
-    return [word for name, value in given.items() if value is not None for word in (_flag(name), str(value))]
+    return [
+        word
+        for name, value in given.items()
+        if value is not None
+        for word in ([_flag(name)] if value is True else [_flag(name), str(value)])
+    ]
 
 
 def _flag(name: str) -> str:

@@ -68,6 +68,7 @@ def model_card(results: Results[Extraction], base_name: str, command: str, rate:
     ]
     missing = [f"- {line}" for line in _missing(results, tip="")]
     in_full = [f"- {line}" for line in _in_full(results)]
+    made = any(record.estimated for record in results)
     return "\n".join(
         [
             "---",
@@ -87,6 +88,7 @@ def model_card(results: Results[Extraction], base_name: str, command: str, rate:
             f"in the file); no adapter of these ranks comes nearer than "
             f"{number(pooled(results.layers, 'least_epsilon'))}.",
             "",
+            *(["**Part of it is an estimate.** " + _estimated(results)[0].lead + ".", ""] if made else []),
             *([*_data_price(results), ""] if any(record.data for record in results) else []),
             *table,
             "",
@@ -130,7 +132,7 @@ def _lines(results: Results[Extraction], folder: str | None) -> list[Statement]:
     lines = [compared(results)]
     if len(results):
         lines.append(say("wrote", "Written", *_wrote(results, folder)))
-        lines += [say("price", "Error", *_price(results)), _resolved(results)]
+        lines += [say("price", "Error", *_price(results)), _resolved(results), *_estimated(results)]
     if where := _where(results):
         lines.append(say("where", "Distribution", where))
     missing = _missing(results) or ["nothing: every tensor that moved is in the adapter"]
@@ -217,15 +219,19 @@ def _up(value: float) -> str:
 
 def _resolved(results: Results[Extraction]) -> Statement:
     """Say whether the files can show the update at all: else the adapter carries rounding noise."""
-    noisy = [record for record in results if record.resolution.verdict == "unresolved"]
+    noisy = [record for record in results if record.resolution.verdict == "unresolved" and not record.estimated]
     beyond = [
         record
         for record in results
-        if record.resolution.signal_rank is not None and record.rank > record.resolution.signal_rank
+        if not record.estimated
+        and record.resolution.signal_rank is not None
+        and record.rank > record.resolution.signal_rank
     ]
     level: Level = "note"
     if all(record.method == "factored" for record in results):
         word = "yes: the factors are the update; no rounding of merged weights comes between"
+    elif not beyond and not noisy and any(record.estimated for record in results):
+        word = "yes: by the files, or by rounding cells where those do not resolve it"
     elif not beyond and not noisy:
         word = "yes: every direction in the adapter stands above the rounding of the files"
     else:
@@ -234,11 +240,24 @@ def _resolved(results: Results[Extraction]) -> Statement:
             f"{len(beyond)} of {len(results)} weights have more directions than stand above the files' rounding noise"
         )
         word = f"partly: {more}; --signal writes only those that do"
-        if all(record.resolution.signal_rank == 0 for record in results):
+        if all(record.resolution.signal_rank == 0 and not record.estimated for record in results):
             word = "no: no direction stands above the files' rounding noise; save the fine-tune in float32, if you can"
         elif not beyond:
             word = f"no: {len(noisy)} are rounding noise"
     return say("resolved", "Resolution", word, level=level)
+
+
+def _estimated(results: Results[Extraction]) -> list[Statement]:
+    """Say in how many weights the update is an estimate."""
+    made = [record for record in results if record.estimated]
+    tried = [record for record in results if record.hidden is not None and record.hidden.status != "not_hidden"]
+    if not tried:
+        return []
+    lead = f"{len(made)} weights factor the estimated update before rounding, which ε is measured against"
+    rest = [record.layer for record in tried if not record.estimated]
+    return [
+        say("estimated", "Estimate", lead, *([f"from the files, without an estimate: {named(rest)}"] if rest else []))
+    ]
 
 
 def _where(results: Results[Extraction]) -> str:

@@ -18,7 +18,7 @@ from lora_diag.deltas import StoredDelta, row_blocks
 from lora_diag.errors import MemoryLimitError
 from lora_diag.layers.change import Change, bytes_of, load_change, noted, on_device
 from lora_diag.layers.left_out import not_finite
-from lora_diag.layers.recovery import Estimate, recover_layer, recovery_bytes
+from lora_diag.layers.recovery import CURVE, Estimate, recover_layer, recovery_bytes
 from lora_diag.layers.task import LayerSettings, LayerTask
 from lora_diag.linalg import decompose, norm, resolve_device
 from lora_diag.metrics import THRESHOLDS, energy_curve, rank_at
@@ -26,9 +26,6 @@ from lora_diag.records import LeftOut
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
-
-# Ranks at which C(r) is given.
-CURVE = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 # Puts tensors into the file of a layer, and reads them back.
 Store = Callable[[dict[str, Tensor]], None]

@@ -15,13 +15,14 @@ from lora_diag.checkpoints.hub import loadable
 from lora_diag.decisions.extract.folder import OutputFolder
 from lora_diag.decisions.extract.layout import Plan, plan
 from lora_diag.decisions.recover.folder import AdapterFolder, CheckpointFolder, load, store, write_checkpoint
-from lora_diag.decisions.recover.measure import CURVE, RecoveryTask, Wanted, measure, size
+from lora_diag.decisions.recover.measure import RecoveryTask, Wanted, measure, size
 from lora_diag.decisions.recover.options import RecoverOptions
 from lora_diag.decisions.recover.ranks import ranks_within
 from lora_diag.decisions.recover.record import Recovery
 from lora_diag.decisions.recover.summary import model_card
 from lora_diag.deltas import StoredDelta
 from lora_diag.errors import InconclusiveError, InputError, LoradiagError, UsageError
+from lora_diag.layers.recovery import CURVE
 from lora_diag.layers.task import LayerSettings
 from lora_diag.linalg import check_request
 from lora_diag.records import LeftOut, Results

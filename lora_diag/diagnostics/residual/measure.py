@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Literal
 
 import torch
+from torch import Tensor
 
-from lora_diag.deltas import Delta, FactoredDelta, footprint
-from lora_diag.diagnostics.residual.record import Distance, Residual
+from lora_diag.deltas import Delta, FactoredDelta, StoredDelta, footprint
+from lora_diag.diagnostics.residual.record import Distance, Expected, Residual
+from lora_diag.errors import MemoryLimitError
 from lora_diag.layers.agreement import agreement
 from lora_diag.layers.change import Change, load_change, noted, on_device, why_not_comparable
 from lora_diag.layers.left_out import not_finite
 from lora_diag.layers.metric import Metric, Moments, read_root, times
+from lora_diag.layers.recovery import CURVE, recover_layer, recovery_bytes
 from lora_diag.layers.resolution import resolution
 from lora_diag.layers.task import LayerSettings
-from lora_diag.linalg import Allowance, Factors, numerical_rank, resolve_device
-from lora_diag.metrics import Distances, limit
+from lora_diag.linalg import Allowance, Factors, numerical_rank, products, resolve_device
+from lora_diag.metrics import Distances, distances, limit
 from lora_diag.records import Agreement, LeftOut, Resolution
 
 # Singular vectors compared where no adapter says how many.
@@ -46,6 +50,7 @@ class Layer:
     tuned: Delta
     others: tuple[Other, ...]
     moments: Moments | None = None
+    recover: bool = False
 
     @property
     def layer(self) -> str:
@@ -63,7 +68,11 @@ def size(layer: Layer, settings: LayerSettings) -> int:
     if settings.memory is not None:
         return settings.memory  # D alone may take that, and the ranks of the others are not known before they are read
     dense = max((footprint(other.delta) for other in layer.others if other.delta), default=0)
-    return footprint(layer.tuned) + dense + _weighing(layer)
+    return footprint(layer.tuned) + dense + _weighing(layer) + _cells(layer)
+
+
+def _cells(layer: Layer) -> int:
+    return recovery_bytes(layer.shape) if layer.recover and isinstance(layer.tuned, StoredDelta) else 0
 
 
 def _weighing(layer: Layer) -> int:
@@ -110,12 +119,13 @@ def _residual(layer: Layer, settings: LayerSettings, device: torch.device) -> tu
     if problem := why_not_comparable(weights.factors.fro):
         return (not_finite(layer.tuned, replace(full, non_finite=problem)),)
     data = _in_data_metric(layer, full, top, settings, device) if layer.moments is not None else None
+    before = _before_rounding(layer, full, settings, device)
     records: list[Residual | LeftOut] = []
     for other in layer.others:
         change = thin.get(other.name)
         if change is None and other.delta is not None:
             change = load_change(other.delta, device, allowance=allowance)
-        record = _record(layer, other, change, weights, data, settings)
+        record = _record(layer, other, change, weights, data, before, settings)
         del change  # a dense X: its place is needed by the next
         if isinstance(record, str):
             left_out = not_finite(layer.tuned, replace(full, non_finite=record))
@@ -131,6 +141,7 @@ def _record(
     change: Change | None,
     weights: Metric,
     data: Metric | None,
+    before: BeforeRounding | None,
     settings: LayerSettings,
 ) -> Residual | str:
     """Return the record of one adapter; where its update is not finite, what and where."""
@@ -159,10 +170,52 @@ def _record(
         column_space=columns,
         row_space=rows,
         data=None if data is None else Distance(**_with_error(data.distances(change, rank)[0], data.factors)),
+        before_rounding=None if before is None else before.distance(change, layer.shape),
         limited_by="noise" if unresolved else limit(found),
         resolution=seen,
         **_with_error(found, weights.factors),
     )
+
+
+@dataclass(frozen=True, slots=True)
+class BeforeRounding:
+    """The estimated update before rounding.
+
+    Args:
+        mean: E[X | cells].
+        fro: √E[‖X‖² | cells].
+    """
+
+    mean: Tensor
+    fro: float
+
+    def distance(self, other: Change | None, shape: tuple[int, int]) -> Expected:
+        """Return the expected distance of an adapter: E‖X − B·A‖² = ‖E[X] − B·A‖² + E‖X‖² − ‖E[X]‖²."""
+        gap, norm, inner = self.fro, 0.0, 0.0
+        if other is not None:
+            own = Change(None, None, matrix=self.mean)
+            near, norm, inner = products(zip(own.blocks(shape), other.blocks(shape), strict=True))
+            hidden = max(0.0, self.fro**2 - float(torch.linalg.vector_norm(self.mean, dtype=torch.float64)) ** 2)
+            gap = math.hypot(near, math.sqrt(hidden))
+        return Expected(**asdict(distances(self.fro, norm, gap, inner, None)), fro=self.fro)
+
+
+def _before_rounding(
+    layer: Layer, full: Change, settings: LayerSettings, device: torch.device
+) -> BeforeRounding | None:
+    """Return the update before rounding; None where it was not asked for, is not hidden, or cannot be estimated.
+
+    Raises:
+        MemoryLimitError: Its cells do not fit.
+    """
+    if not layer.recover or not isinstance(layer.tuned, StoredDelta) or not layer.tuned.is_matrix or not full.fro:
+        return None
+    needed = recovery_bytes(layer.shape)
+    if settings.memory is not None and needed > settings.memory:
+        what = "x".join(map(str, layer.shape))
+        raise MemoryLimitError(f"{what}: its cells need {needed >> 20} MiB; give --memory more")
+    found = recover_layer(layer.tuned, full.fro, CURVE, settings.seed, device)
+    return None if found.cells is None else BeforeRounding(found.matrix(), found.norm())
 
 
 def _with_error(found: Distances, factors: Factors) -> dict[str, float | None]:

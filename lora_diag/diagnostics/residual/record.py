@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import ClassVar, Literal
 
@@ -75,6 +76,23 @@ def _pooled_floor(records: Sequence[Residual]) -> float | None:
     return _pooled("epsilon_min")(records) if any(record.epsilon_min is not None for record in records) else None
 
 
+class Expected(Distance):
+    """The expected distance of an adapter to the update before rounding.
+
+    Args:
+        fro: ‖X‖_F, estimated.
+    """
+
+    fro: Norm
+
+
+def _pooled_before(records: Sequence[Residual]) -> float | None:
+    """Return the expected ε before rounding of several layers together, those with an estimate."""
+    known = [record.before_rounding for record in records if record.before_rounding is not None]
+    total = math.hypot(*(one.fro for one in known))
+    return math.hypot(*((one.epsilon or 0.0) * one.fro for one in known)) / total if total else None
+
+
 class Residual(Distance, LayerRecord):
     """One layer of a full fine-tune D = W_tuned − W_base, and what one adapter makes of it, in the Frobenius norm.
 
@@ -94,6 +112,8 @@ class Residual(Distance, LayerRecord):
         row_space: The same of the right ones.
         data: The distance in the data metric ‖D·C^½‖_F with C = E[xxᵀ], the mean square of the change in the layer's
             output; null without activations for the layer.
+        before_rounding: The expected distance to the update before rounding, E over its posterior given the rounding
+            cells of the files; null where that was not asked for, is not hidden, or could not be estimated.
         limited_by: What ε is mostly made of (``metrics.limit``).
         resolution: What the files' rounding lets one see of D; null for a 1-D tensor.
     """
@@ -191,6 +211,15 @@ class Residual(Distance, LayerRecord):
         Shown(
             "data.least_epsilon", "C^½ floor", "lower bound on that ε for an update of this rank", drop=3, terminal=True
         ),
+        Shown(
+            "before_rounding.epsilon",
+            "ε before rounding",
+            "expected distance to the update before rounding, over its estimated norm",
+            pool=_pooled_before,
+            head="ε hidden",
+            drop=1,
+            terminal=True,
+        ),
         Shown("limited_by", "limited by", "what ε is mostly made of", main=True, pool=limits_of),
     )
     record: Literal["residual"] = "residual"
@@ -209,6 +238,7 @@ class Residual(Distance, LayerRecord):
     limited_by: Limit | None
     resolution: Resolution | None
     blocks: int | None = None
+    before_rounding: Expected | None = None
 
     @property
     def gap(self) -> float:

@@ -45,6 +45,7 @@ def residual(
         activations: Second moments C = E[xxᵀ] of the layers' inputs: a safetensors file with one ``(in, in)`` matrix
             under each weight's name and, in its metadata, ``tokens``. Every distance is then given in the norm
             ‖·C^½‖_F, too.
+        recover: Estimate the update before rounding, as ``recover`` does, and give the expected distance to it, too.
         **options: ``ResidualOptions``.
 
     Returns:
@@ -63,7 +64,7 @@ def residual(
         (16, True)
     """
     run = LayerRun("residual", options, ResidualOptions)
-    reference, activations = (run.options[name] for name in ("reference", "activations"))
+    reference, activations, recover = (run.options[name] for name in ("reference", "activations", "recover"))
     check_request(run.options["method"], 1, run.options["tol"])
     _check_names(tuned, [*adapters, *([reference] if reference is not None else [])])
     base = as_path(base)  # once, so that what is known of it is not asked again
@@ -83,6 +84,7 @@ def residual(
                 for other, known in zip(others, by_layer, strict=True)
             ),
             moments.of.get(delta.layer) if moments else None,
+            recover,
         )
         for delta in full.pairing.deltas
     ]
@@ -96,7 +98,7 @@ def residual(
             left_out, layout, tasks, earlier, replace(limited, device=run.where.here)
         ),
         inputs,
-        {},
+        {"recover": True} if recover else {},
     )
 
 

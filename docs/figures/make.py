@@ -29,6 +29,8 @@ MEASURED = {
     "residual": ["residual", f"{SAMPLES}/base", f"{SAMPLES}/full_ft", f"{SAMPLES}/lora_r4", f"{SAMPLES}/lora_r16"],
     "overlap": ["overlap", f"{SAMPLES}/base", f"{SAMPLES}/full_ft", f"{SAMPLES}/gradients"],
     "interference": ["interference", f"{SAMPLES}/lora_r4", f"{SAMPLES}/lora_r16"],
+    "unequal": ["extract", f"{SAMPLES}/base", f"{SAMPLES}/full_ft", "--energy", "0.6"],
+    "portability": ["portability", "{unequal}", "--for", "peft,vllm,sglang,llamacpp"],
     "allocation": ["allocate", "{spectrum}", "--params", "80k"],
     "truncation": ["probe", "truncation", f"{SAMPLES}/base", f"{SAMPLES}/full_ft", *TEXTS],
     "outputs": ["probe", "outputs", f"{SAMPLES}/base", f"{SAMPLES}/full_ft", *ADAPTERS, *TEXTS],
@@ -43,6 +45,7 @@ PLOTS = {
     "plot-allocation": ["{allocation}", "--figure", "allocation"],
     "plot-angles": ["{interference}", "--figure", "angles"],
     "plot-union": ["{interference}", "--figure", "union"],
+    "plot-portability": ["{portability}", "--figure", "portability"],
     "plot-fleet": ["{fleet}", "--figure", "fleet"],
     "plot-sweep": ["{sweep}", "--figure", "sweep"],
     "plot-truncation": ["{truncation}", "--figure", "truncation"],
@@ -103,7 +106,9 @@ def fleet(folder: Path) -> str:
 
 def plots(folder: Path) -> None:
     """Measure the sample checkpoints into a folder, and draw the figures of docs/reference/plot.md from the results."""
-    files = {name: str(folder / f"{name}.jsonl") for name in MEASURED}
+    files = {
+        name: str(folder / (name if words[0] == "extract" else f"{name}.jsonl")) for name, words in MEASURED.items()
+    }
     for name, words in MEASURED.items():
         terminal([*(word.format(**files) for word in words), "-o", files[name], "-q"])
     files |= {"fleet": fleet(folder), "sweep": "docs/examples/sweep.jsonl"}

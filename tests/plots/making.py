@@ -7,6 +7,7 @@ from lora_diag.decisions.recover.record import Recovery
 from lora_diag.diagnostics.fleet.record import Fleet, FleetLayer
 from lora_diag.diagnostics.interference.record import EnergyOverlap, Interference, Union
 from lora_diag.diagnostics.overlap.record import Overlap
+from lora_diag.diagnostics.portability.record import Portability
 from lora_diag.diagnostics.residual.record import Residual
 from lora_diag.probes.curvature.record import Curvature, LossBound
 from lora_diag.probes.fisher.record import Effect, Fisher
@@ -296,6 +297,33 @@ def adapters(count, folder="runs"):
         adapter(f"{folder}/loud/lora", 50.0, sketch=rng.normal(size=64)),
         adapter(f"{folder}/spiked/lora", 1.1, 0.3, spike=0.95, sketch=rng.normal(size=64)),
     ]
+
+
+def served(blocks, types=TYPES, programs=(("peft", "0.21.2"), ("vllm", "0.33.0"), ("llamacpp", "0b03adaa632b"))):
+    """Return what programs make of a model's weights: exact, wrong by more in every block, dropped, refused."""
+    found = []
+    for block in range(blocks):
+        for place, kind in enumerate(types):
+            for number, (consumer, version) in enumerate(programs):
+                status = ("exact", ("wrong", "dropped", "full")[place % 3], "refused")[number % 3]
+                epsilon = {"exact": 0.0, "full": 0.0, "dropped": 1.0, "wrong": 0.5 * (block + 1), "refused": None}[
+                    status
+                ]
+                found.append(
+                    Portability(
+                        layer=f"model.layers.{block}.{kind}.weight",
+                        consumer=consumer,
+                        version=version,
+                        status=status,
+                        part="factors",
+                        rank=8,
+                        scale=None if status in {"dropped", "full", "refused"} else 1.0 + (epsilon or 0.0),
+                        intended=1.0,
+                        epsilon=epsilon,
+                        fro=2.0,
+                    )
+                )
+    return found
 
 
 def results(records, whole=(), name="tuned", settings=None):

@@ -328,6 +328,7 @@ PANELS = {
     "allocation": lambda **more: plots.allocation(making.allocations(2), **more),
     "recovery": lambda **more: plots.recovery(making.recoveries(2), **more),
     "angles": lambda **more: plots.angles(making.interferences(2), **more),
+    "portability": lambda **more: plots.portability(making.served(2), **more),
     "union": lambda **more: plots.union(making.unions(2), **more),
     "fleet": lambda **more: plots.fleet(making.adapters(9), **more),
     "budget": lambda **more: plots.budget([making.certificate()], **more),

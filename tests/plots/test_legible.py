@@ -43,10 +43,13 @@ def models():
         yield f"{blocks} blocks", "angles", making.results(making.interferences(blocks)), {}
         yield f"{blocks} blocks", "recovery", making.results(making.recoveries(blocks)), {}
         yield f"{blocks} blocks", "union", making.results(making.unions(blocks)), {}
+        yield f"{blocks} blocks", "portability", making.results(making.served(blocks)), {}
     nine = tuple(f"runs/{name}_{'x' * 40}" for name in "abcdefghi")
     yield "36 pairs", "angles", making.results(making.interferences(2, updates=nine)), {}
     yield "3 adapters", "fleet", making.results(making.adapters(0)), {}
     crowd = making.adapters(40) + [making.adapter(f"runs/over-ranked-{i}{'y' * 60}", 1, 0.2) for i in range(30)]
+    many = tuple((name, version) for name in ("peft", "vllm", "sglang", "diffusers") for version in ("0.31", "0.42.1"))
+    yield "8 programs", "portability", making.results(making.served(2, programs=many)), {}
     yield "a crowd", "fleet", making.results(crowd), {}
     yield "one adapter", "fleet", making.results([making.adapter("x")]), {}
     yield "all dead", "fleet", making.results([making.adapter(f"runs/{i}", 0, 0, dead=10) for i in range(9)]), {}

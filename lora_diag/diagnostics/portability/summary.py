@@ -10,7 +10,8 @@ from typing import Any
 from lora_diag.diagnostics.portability.consumers import CONSUMERS
 from lora_diag.diagnostics.portability.record import AS_INTENDED, FORMED, ORDER, Portability, Status
 from lora_diag.records import Results
-from lora_diag.rendering.columns import Column, Grid, rows_of, title_of
+from lora_diag.rendering.columns import Column, Grid, rows_of
+from lora_diag.rendering.columns import title_of as row_title
 from lora_diag.rendering.statements import Statement, compared, ending, left_out, say
 from lora_diag.rendering.text import named, number, safe, short, shown, span
 
@@ -27,9 +28,9 @@ def portability_grids(results: Results[Portability], per: str = "type") -> list[
     columns += [Column("rank", tuple(_ranks(group) for _, group in rows), drop=2)]
     for name in names:
         cells = tuple(_cell([record for record in group if _name(record) == name]) for _, group in rows)
-        columns.append(Column(_title(name, names), cells))
+        columns.append(Column(title_of(name, names), cells))
     kept = tuple(column for column in columns if per == "type" or column.title != "n")
-    return [Grid("", title_of(per), tuple(row for row, _ in rows), kept)]
+    return [Grid("", row_title(per), tuple(row for row, _ in rows), kept)]
 
 
 def by_consumer(records: Sequence[Portability] | Results[Portability]) -> dict[Name, list[Portability]]:
@@ -44,7 +45,7 @@ def _name(record: Portability) -> Name:
     return record.consumer, record.version
 
 
-def _title(name: Name, names: Sequence[Name]) -> str:
+def title_of(name: Name, names: Sequence[Name]) -> str:
     """Return what a consumer is called: with its version where another one is there, too."""
     title = CONSUMERS[name[0]].title if name[0] in CONSUMERS else name[0]
     alone = sum(other == name[0] for other, _ in names) == 1
@@ -104,7 +105,7 @@ def portability_lines(results: Results[Portability]) -> list[Statement]:
         lines.append(_answer(groups, lost))
     lines += [_of(name, records, results) for name, records in groups.items()]
     if required := failed(results):
-        titles = ", ".join(f"{_title(name, [*groups])} {name[1]}" for name in required)
+        titles = ", ".join(f"{title_of(name, [*groups])} {name[1]}" for name in required)
         lines.append(say("require", "Required", f"not as intended: {titles}", level="failure"))
     lines.append(left_out(results))
     return [*lines, *ending(results)]
@@ -139,7 +140,7 @@ def _answer(groups: dict[Name, list[Portability]], lost: Sequence[Name]) -> Stat
 
 
 def _titles(chosen: Sequence[Name], names: Sequence[Name]) -> str:
-    return ", ".join(_title(name, names) for name in chosen)
+    return ", ".join(title_of(name, names) for name in chosen)
 
 
 def _of(name: Name, records: list[Portability], results: Results[Portability]) -> Statement:
@@ -163,7 +164,7 @@ def _of(name: Name, records: list[Portability], results: Results[Portability]) -
         details.append(f"start it with {needed[name[0]]}")
     if "==".join(name) in (results.run.settings.get("newer") or ()):
         details.append(f"the rule was read in {CONSUMERS[name[0]].newest}; {name[1]} may do otherwise")
-    label = f"{_title(name, [name])} {name[1]}"
+    label = f"{title_of(name, [name])} {name[1]}"
     return say(f"consumer {'=='.join(name)}", label, lead, *details, level=level)  # type: ignore[arg-type]
 
 

@@ -1,0 +1,205 @@
+"""``portability``: what each program makes of each weight, module types from top to bottom and blocks side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Colormap, ListedColormap, LogNorm, Normalize, to_rgb
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from matplotlib.ticker import NullLocator
+from numpy.typing import NDArray
+
+from lora_diag.diagnostics.portability.record import AS_INTENDED, ORDER, Portability
+from lora_diag.diagnostics.portability.summary import by_consumer, title_of
+from lora_diag.records.names import depth_of
+from lora_diag.rendering.figures.axes import panel_axes
+from lora_diag.rendering.figures.groups import Types
+from lora_diag.rendering.figures.series import Options, Series, subject_of
+from lora_diag.rendering.figures.sheet import Key, Words, sheet
+from lora_diag.rendering.figures.style import (
+    CATEGORIES,
+    QUIET,
+    UNKNOWN,
+    Look,
+    cropped_all,
+    log_label,
+    styled,
+    width_of,
+    wrapped,
+)
+
+# Colours by status; a wrong weight has that of its ε, and this one where its ε is not known.
+COLORS = {"exact": UNKNOWN, "full": UNKNOWN, "dropped": CATEGORIES[0], "refused": QUIET, "wrong": "#F4D9C6"}
+EPSILON: Colormap = ListedColormap(mpl.colormaps["Oranges"].resampled(256)(range(80, 256)), "epsilon")
+
+# Share of the page's width that the names of the rows may take; columns between two programs.
+_NAMES, _GAP = 0.3, 0.06
+
+
+@dataclass(frozen=True, slots=True)
+class Cells:
+    """The worst record of each module type and block, for each program.
+
+    Args:
+        types: Of the rows, from the top.
+        depths: Of the columns of a program; None for layers outside the blocks.
+        programs: Names of the programs, in the order of the records.
+        records: By type, program and depth.
+    """
+
+    types: tuple[str, ...]
+    depths: tuple[int | None, ...]
+    programs: tuple[str, ...]
+    records: Mapping[tuple[str, str, int | None], Portability]
+
+
+def cells(series: Sequence[Series[Any]]) -> Cells:
+    """Return what is drawn of some runs; of several matrices in a block (experts), the worst."""
+    types = Types(record.layer for one in series for record in one.records)
+    found: dict[tuple[str, str, int | None], Portability] = {}
+    programs: list[str] = []
+    for one in series:
+        groups = by_consumer(one.records)
+        for name, records in groups.items():
+            whose = f"{one.label}: " if len(series) > 1 else ""
+            program = f"{whose}{title_of(name, [*groups])}"
+            programs.append(program)
+            for record in records:
+                place = types.of(record.layer), program, depth_of(record.layer)
+                if place not in found or _badness(record) > _badness(found[place]):
+                    found[place] = record
+    depths = sorted({depth for _, _, depth in found}, key=lambda depth: -1 if depth is None else depth)
+    return Cells(types.names, tuple(depths), tuple(programs), found)
+
+
+def _badness(record: Portability) -> tuple[int, float]:
+    return -ORDER.index(record.status), record.epsilon or 0.0
+
+
+def _norm(shown: Cells) -> Normalize | None:
+    """Return the scale of colours of ε; None if no weight is wrong by a known ε."""
+    wrong = [r.epsilon for r in shown.records.values() if r.status == "wrong" and r.epsilon]
+    if not wrong:
+        return None
+    low, high = min(wrong), max(wrong)
+    return LogNorm(low, high) if high / low > 10 else Normalize(0.0, high)
+
+
+def _colors(shown: Cells, program: str, norm: Normalize | None) -> NDArray[np.float64]:
+    """Return the colour of each cell of a program, ``(types, depths, 3)``; white where there is no such layer."""
+    image = np.ones((len(shown.types), len(shown.depths), 3))
+    for row, name in enumerate(shown.types):
+        for column, depth in enumerate(shown.depths):
+            record = shown.records.get((name, program, depth))
+            if record is None:
+                continue
+            color: Any = COLORS[record.status]
+            if record.status == "wrong" and record.epsilon and norm is not None:
+                color = EPSILON(float(norm(record.epsilon)))[:3]
+            image[row, column] = to_rgb(color)
+    return image
+
+
+def portability(records: Iterable[Portability], ax: Axes | None = None) -> Axes:
+    """Draw what each program makes of each weight.
+
+    Args:
+        records: Of ``portability``.
+        ax: Where to draw; a new figure's if not given.
+
+    Returns:
+        The Axes drawn on; ``ax.images`` are the programs.
+    """
+    with panel_axes(ax) as (axes, look):
+        shown = cells((Series("", tuple(records)),))
+        norm = _norm(shown)
+        _draw(axes, shown, norm, look.ticks if look else 8.0, 2.0, 3.0)
+        if norm is not None:
+            axes.figure.colorbar(ScalarMappable(norm, EPSILON), ax=axes).set_label("ε of a wrong weight")
+    return axes
+
+
+def figure(series: Sequence[Series[Any]], look: Look, options: Options) -> Figure:
+    """Return the page: one block of columns for each program, of one or several runs."""
+    shown = cells(series)
+    norm = _norm(shown)
+    line = look.text / 72
+    names = cropped_all(shown.types, _NAMES * look.width, look.ticks)
+    inches = look.width * 0.86 - max(width_of(name, look.ticks) for name in names.values()) - 2 * line
+    labels = 1.2 * line
+    if not _fits(shown, inches, look.ticks):
+        labels = max(width_of(name, look.ticks) for name in shown.programs) + 0.4 * line
+    with styled(look):
+        panel = 1.75 * max(len(shown.types), 2) * line + labels + 2.4 * line
+        page, (ax,) = sheet(look, _words(series, shown), 1, 1, panel=panel, low=True)
+        _draw(ax, shown, norm, look.ticks, _NAMES * look.width, inches)
+        if norm is not None:
+            bar = page.colorbar(ScalarMappable(norm, EPSILON), ax=ax, fraction=0.04, pad=0.015)
+            bar.set_label("ε of a wrong weight")
+            bar.outline.set_visible(False)
+            if isinstance(norm, LogNorm) and norm.vmax and norm.vmin and norm.vmax / norm.vmin > 100:
+                bar.ax.yaxis.set_major_formatter(log_label)
+                bar.ax.yaxis.set_minor_formatter("")
+    return page
+
+
+def _fits(shown: Cells, inches: float, size: float) -> bool:
+    """Say whether the programs' names have room side by side."""
+    return max(width_of(name, size) for name in shown.programs) < 0.92 * inches / len(shown.programs)
+
+
+def _draw(ax: Axes, shown: Cells, norm: Normalize | None, size: float, most: float, inches: float) -> None:
+    step = len(shown.depths) * (1 + _GAP)
+    for number, program in enumerate(shown.programs):
+        left = number * step - 0.5
+        ax.imshow(
+            _colors(shown, program, norm),
+            extent=(left, left + len(shown.depths), len(shown.types) - 0.5, -0.5),
+            aspect="auto",
+            interpolation="nearest",
+        )
+    ax.set_xlim(-0.5, len(shown.programs) * step - 0.5 - len(shown.depths) * _GAP)
+    ax.set_ylim(len(shown.types) - 0.5, -0.5)
+    ax.set_yticks(
+        range(len(shown.types)), list(cropped_all(shown.types, most, size).values()), parse_math=False, size=size
+    )
+    middles = [number * step - 0.5 + len(shown.depths) / 2 for number in range(len(shown.programs))]
+    ax.set_xticks(middles, list(shown.programs), parse_math=False, size=size)
+    ax.tick_params(axis="x", rotation=0 if _fits(shown, inches, size) else 90)
+    ax.xaxis.set_minor_locator(NullLocator())
+    ax.tick_params(length=0)
+    ax.grid(False)
+    for row in range(1, len(shown.types)):
+        ax.axhline(row - 0.5, color="white", lw=0.8)
+    for spine in ax.spines.values():
+        spine.set_visible(False)
+    depths = [depth for depth in shown.depths if depth is not None]
+    if len(depths) > 1:
+        outside = ", outside the blocks first" if None in shown.depths else ""
+        text = f"program; in each, blocks {depths[0]} to {depths[-1]} from left to right{outside}"
+        ax.set_xlabel(wrapped(text, inches, size / 0.88))
+
+
+def _words(series: Sequence[Series[Any]], shown: Cells) -> Words:
+    found = {record.status for record in shown.records.values()}
+    unknown = any(r.status == "wrong" and not r.epsilon for r in shown.records.values())
+    keys = [Key(Patch(color=COLORS["exact"]), "as intended")] if found & set(AS_INTENDED) else []
+    keys += [Key(Patch(color=EPSILON(0.5)), "another ΔW")] if "wrong" in found else []
+    keys += [Key(Patch(color=COLORS["wrong"]), "another ΔW, ε not known without BASE")] if unknown else []
+    keys += [Key(Patch(color=COLORS["dropped"]), "dropped (ε = 1)")] if "dropped" in found else []
+    keys += [Key(Patch(color=COLORS["refused"]), "refused: no ΔW at all")] if "refused" in found else []
+    layers = len({record.layer for one in series for record in one.records})
+    several = len({(name, depth) for name, _, depth in shown.records}) < layers
+    return Words(
+        "What each program makes of the adapter",
+        f"{subject_of(series)}{layers} weights; ε = ‖ΔW' − ΔW‖_F / ‖ΔW‖_F of the applied ΔW'",
+        ("Where a block has several matrices of a type, the cell is the worst.",) if several else (),
+        tuple(keys),
+    )

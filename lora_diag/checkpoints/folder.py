@@ -10,6 +10,7 @@ from typing import Any
 from lora_diag.checkpoints.distributed import DistributedFolder, folder_within
 from lora_diag.checkpoints.documents import MAX_INDEX_BYTES, read_config, read_object
 from lora_diag.checkpoints.foreign import refuse_foreign
+from lora_diag.checkpoints.gguf_model import GgufModel, config_of, open_model, single_model
 from lora_diag.checkpoints.names import without_wrappers
 from lora_diag.checkpoints.pickled import TorchFile
 from lora_diag.checkpoints.pieces import PATTERN as PIECES
@@ -24,7 +25,9 @@ from lora_diag.checkpoints.tensors import Checkpoint, TensorFile
 from lora_diag.errors import InputError
 
 # The formats, in the order in which they are tried.
-FORMATS: tuple[type[SafetensorsFile] | type[TorchFile], ...] = (SafetensorsFile, TorchFile)
+FORMATS: tuple[type[SafetensorsFile] | type[GgufModel] | type[TorchFile], ...] = (SafetensorsFile, GgufModel, TorchFile)
+
+OpenFile = SafetensorsFile | GgufModel | TorchFile
 
 # Folders of files that hold parts of tensors, in the order in which they are tried.
 FOLDERS: tuple[type[DistributedFolder] | type[RanksFolder] | type[PiecesFolder], ...] = (
@@ -65,7 +68,8 @@ def open_checkpoint(path: Path | str) -> Checkpoint:
     source = _weights_in(local) if local.is_dir() else local
     files, kind, notes = _open(source)
     files, renamed = without_wrappers(files)
-    config = _config_of(source)
+    models = [file for file in files if isinstance(file, GgufModel)]
+    config = config_of(models) if models else _config_of(source)
     stored = Checkpoint(path, kind, files, config=config)
     if len(stored) == 0:
         raise InputError(f"{source}: holds no tensors; save the model again")
@@ -113,7 +117,7 @@ def _config_of(source: Path) -> dict[str, Any]:
 
 def _open(source: Path) -> tuple[tuple[TensorFile, ...], str, tuple[str, ...]]:
     """Open a file, the shards of an index or a folder of pieces; return files, kind and notes."""
-    files: Sequence[SafetensorsFile | TorchFile | DistributedFolder | RanksFolder | PiecesFolder]
+    files: Sequence[OpenFile | DistributedFolder | RanksFolder | PiecesFolder]
     notes: tuple[str, ...] = ()
     if source.is_dir():
         files = [_open_folder(source)]
@@ -124,6 +128,9 @@ def _open(source: Path) -> tuple[tuple[TensorFile, ...], str, tuple[str, ...]]:
     else:
         files = [_open_file(source)]
         kind = f"{files[0].label} file"
+        if isinstance(files[0], GgufModel):
+            files = open_model(source)
+            kind = "GGUF file" if len(files) == 1 else f"GGUF model, {len(files)} files"
     return tuple(files), kind, notes + tuple(note for file in files for note in file.notes)
 
 
@@ -147,6 +154,11 @@ def _weights_in(folder: Path) -> Path:
     single = sorted(folder.glob("*.safetensors"))
     if len(single) == 1:
         return single[0]
+    model, count = single_model(folder)
+    if model is not None and not single:
+        return model
+    if count > 1 and not single:
+        raise InputError(f"{folder}: holds {count} GGUF models; name one of them")
     hint = f"; it holds {len(single)} other .safetensors files: name one of them" if single else _inside(folder)
     raise InputError(f"{folder}: no weights found; looked for {', '.join(WEIGHTS)}{hint}")
 
@@ -160,7 +172,7 @@ def _inside(folder: Path) -> str:
     return f"; name one of its subfolders: {shown}" if names else ""
 
 
-def _open_file(path: Path) -> SafetensorsFile | TorchFile:
+def _open_file(path: Path) -> OpenFile:
     refuse_foreign(path.parent, [path.name])
     if path.match(PIECES) or path.match(RANKS):
         raise InputError(f"{path}: holds pieces of tensors, and other files the rest; give the folder {path.parent}")
@@ -174,11 +186,11 @@ def _open_file(path: Path) -> SafetensorsFile | TorchFile:
         raise InputError(f"{path}: the file is empty; copy or download it again")
     results = "; results files are read by inspect, report, plot, allocate and gate" if path.suffix == ".jsonl" else ""
     raise InputError(
-        f"{path}: unknown format; supported are .safetensors files and torch files (.bin, .pt, .pth, .ckpt){results}"
+        f"{path}: unknown format; supported are .safetensors, .gguf and torch files (.bin, .pt, .pth, .ckpt){results}"
     )
 
 
-def _open_shards(index: Path) -> tuple[list[SafetensorsFile | TorchFile], tuple[str, ...]]:
+def _open_shards(index: Path) -> tuple[list[OpenFile], tuple[str, ...]]:
     """Open the shards that an index names, and check the index against their contents."""
     weight_map = _weight_map(index)
     paths: dict[str, Path] = {}
@@ -188,12 +200,12 @@ def _open_shards(index: Path) -> tuple[list[SafetensorsFile | TorchFile], tuple[
             raise InputError(f"{index}: the shard {shard!r} is not a plain file name; write the index again")
         paths[shard] = index.parent / shard
 
-    def open_shard(path: Path) -> SafetensorsFile | TorchFile:
+    def open_shard(path: Path) -> OpenFile:
         if not _is_file(path):
             raise InputError(f"{index}: the shard {path.name} is missing from {path.parent}; copy or download it again")
         return _open_file(path)
 
-    opened: Iterable[SafetensorsFile | TorchFile] = map(open_shard, paths.values())
+    opened: Iterable[OpenFile] = map(open_shard, paths.values())
     if isinstance(index, RemotePath):
         from lora_diag.checkpoints.ranges import map_concurrently  # imported only for remote files
 

@@ -22,7 +22,6 @@ FOREIGN = (
     ("global_step*", DEEPSPEED),
     ("*zero_pp_rank_*", DEEPSPEED),
     ("mp_rank_*_model_states.pt", DEEPSPEED),
-    ("*.gguf", "is GGUF, quantized for inference; give the checkpoint from which it was made"),
 )
 # Files inside the folder of a training step, not next to it.
 INSIDE_STEP = ("*zero_pp_rank_*", "mp_rank_*_model_states.pt")

@@ -4,7 +4,7 @@ Opened by its header; a tensor is read by ranges, as whole blocks of its type, o
 offset is checked against the bytes of the file before anything is allocated or skipped by it. Large arrays, such as the
 tokens of a vocabulary, are skipped. Names are the file's own: what they mean is known to those who open it.
 
-To decode another type, add an entry to ``CODECS``; its blocks are already in ``TYPES``.
+To decode another type, add an entry to ``gguf_codecs.CODECS``; its blocks are already in ``TYPES``.
 
 Reference: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, version 3; version 2 differs in nothing read here.
 """
@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 from lora_diag.checkpoints.file_bytes import FileBytes
+from lora_diag.checkpoints.gguf_codecs import CODECS, Codec
 from lora_diag.checkpoints.remote import RemotePath
 from lora_diag.checkpoints.tensors import TensorInfo
 from lora_diag.errors import InputError
@@ -98,43 +99,6 @@ TYPES = {
     40: Type("NVFP4", 64, 36),
     41: Type("Q1_0", 128, 18),
 }
-
-
-@dataclass(frozen=True, slots=True)
-class Codec:
-    """How the blocks of a type become numbers.
-
-    Args:
-        decode: Blocks ``(n, size)`` of uint8 to values ``(n, block)`` of float32.
-        steps: The same blocks to the distance from each value to the next storable one, ``(n, block)`` of float32.
-        scales: The same blocks to what each code is multiplied by; None for a type whose values have an offset.
-    """
-
-    decode: Callable[[torch.Tensor], torch.Tensor]
-    steps: Callable[[torch.Tensor], torch.Tensor]
-    scales: Callable[[torch.Tensor], torch.Tensor] | None = None
-
-
-def half(blocks: torch.Tensor, start: int) -> torch.Tensor:
-    """Return the float16 at a byte of every block, ``(n, 1)`` of float32."""
-    import torch
-
-    return blocks[:, start : start + 2].contiguous().view(torch.float16).float()
-
-
-def _q8_0(blocks: torch.Tensor) -> torch.Tensor:
-    """Return d · q of 32 signed bytes, d the float16 before them."""
-    import torch
-
-    return half(blocks, 0) * blocks[:, 2:].contiguous().view(torch.int8).float()
-
-
-def _q8_0_scales(blocks: torch.Tensor) -> torch.Tensor:
-    return half(blocks, 0).abs().expand(-1, 32)
-
-
-# Name of a type -> its codec; a type without one is listed, and refused when it is read.
-CODECS: dict[str, Codec] = {"Q8_0": Codec(_q8_0, _q8_0_scales, _q8_0_scales)}
 
 
 @dataclass(frozen=True, slots=True)

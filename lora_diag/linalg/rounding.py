@@ -160,7 +160,7 @@ class Spacing:
         if unchanged is None or (unchanged.few and float(spacing.max()) * scale <= unchanged.limit):
             return self.profile.add(spacing, scale, row, column)
         norm = float(torch.linalg.vector_norm(spacing, dtype=torch.float64)) * scale
-        limited = spacing.clamp(max=unchanged.limit / scale)
+        limited = spacing.clamp(max=min(unchanged.limit / scale, torch.finfo(spacing.dtype).max))
         still = unchanged.entries.to(spacing.dtype)  # ``where`` and ``masked_fill_`` of bool take 4 ms a block each
         if unchanged.few:
             self.profile.add(spacing.add_(limited.sub_(spacing).mul_(still)), scale, row, column)

@@ -120,7 +120,7 @@ def test_link_into_hub_cache_is_fine(tmp_path):
 
 
 def test_formats_is_tuple_of_what_is_tested_here():
-    assert {file_format.label for file_format in FORMATS} == {"safetensors", "torch pickle"}
+    assert {file_format.label for file_format in FORMATS} == {"safetensors", "GGUF", "torch pickle"}
 
 
 # Malformed files: one message that names the file, and no tensor read.
@@ -328,7 +328,6 @@ def test_missing_or_unreadable_file_is_reported(tmp_path):
         (["global_step100", "latest"], "python '.*/a folder/zero_to_fp32.py' '.*/a folder' out --safe_serialization"),
         (["bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt"], r"zero_to_fp32\.py '?/[^']*[^r]'? out"),
         (["mp_rank_00_model_states.pt"], "DeepSpeed"),
-        (["model.Q4_K_M.gguf"], "GGUF"),
     ],
 )
 def test_foreign_folders_are_refused_with_way_out(tmp_path, files, words):

@@ -162,10 +162,10 @@ def gradients(rng: random.Random, whole: Path, at: Path) -> list[str]:
 
 
 def gguf(rng: random.Random, whole: Path, at: Path) -> list[str]:
-    """GGUF, which is refused; by its name or, under another name, by its bytes."""
-    name = rng.choice(["m.gguf", "m.safetensors", "m.bin", "m.pt", "m", "m.json"])
+    """A GGUF model; by its name or, under another name, by its bytes."""
+    name = rng.choice(["m.gguf"] * 4 + ["m.safetensors", "m.bin", "m.pt", "m", "m.json"])
     (at / name).write_bytes(damaged_bytes((whole / "gguf.gguf").read_bytes(), rng))
-    return _read_as(rng, whole, name, "base")
+    return _read_as(rng, whole, name, "gguf.gguf")
 
 
 def policy(rng: random.Random, whole: Path, at: Path) -> list[str]:

@@ -12,6 +12,7 @@ import lora_diag
 from tests.adapters.making import normal, write
 from tests.adapters.test_fuzz import STARTS
 from tests.checkpoints import packed
+from tests.checkpoints.gguf_files import llama, write_gguf
 from tests.checkpoints.quantizing import eight_bit, four_bit, scaled
 from tests.checkpoints.sharding import save_dcp
 from tests.conftest import save_model, save_sharded
@@ -110,7 +111,16 @@ def make(folder: Path) -> Path:
         save_model(folder / name, tensors)
         (folder / name / "config.json").write_text(json.dumps({"quantization_config": settings}))
     adapters(folder, after)
-    (folder / "gguf.gguf").write_bytes(b"GGUF" + (3).to_bytes(4, "little") + (1).to_bytes(8, "little") * 2 + b"\0" * 64)
+    write_gguf(
+        folder / "gguf.gguf",
+        llama(2, 2),
+        {
+            "blk.0.attn_q.weight": ("Q8_0", (8, 32), bytes(range(34)) * 8),
+            "blk.0.ffn_up.weight": ("Q4_K", (2, 256), bytes(range(144)) * 2),
+            "blk.0.ffn_down.weight": ("MXFP4", (4, 32), bytes(range(100, 117)) * 4),
+            "token_embd.weight": normal(6, 4, seed=3),
+        },
+    )
     (folder / "policy.toml").write_text(POLICY)
     for name in ("adapter-basic", "merge", "full-ft-drift"):
         shutil.copy(Path(lora_diag.__file__).parent / "decisions" / "gate" / "policies" / f"{name}.toml", folder)

@@ -1,0 +1,179 @@
+"""Blocks of GGUF's quantized types → numbers, and the distances between storable numbers.
+
+In all of them but MXFP4, a value is ``d · q − m`` with an integer code q, and d and m of the block or of one of its
+groups; in MXFP4 it is a 4-bit float times a power of two. Every function takes blocks ``(n, size)`` of uint8.
+
+Reference: ``ggml-quants.c`` of llama.cpp; ``gguf.quants`` 0.19, with which the tests compare every type.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
+
+from lora_diag.checkpoints.packing import e8m0, fp4_steps, fp4_values
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True, slots=True)
+class Codec:
+    """How the blocks of a type become numbers.
+
+    Args:
+        decode: Blocks ``(n, size)`` of uint8 to values ``(n, block)`` of float32.
+        steps: The same blocks to the distance from each value to the next storable one, ``(n, block)`` of float32.
+        scales: The same blocks to what each code is multiplied by; None for a type whose values have an offset.
+    """
+
+    decode: Callable[[torch.Tensor], torch.Tensor]
+    steps: Callable[[torch.Tensor], torch.Tensor]
+    scales: Callable[[torch.Tensor], torch.Tensor] | None = None
+
+
+# Codes ``(n, groups, width)``, and d and m of every group, ``(n, groups, 1)``; m is None where it is 0.
+Parts = Callable[["torch.Tensor"], tuple["torch.Tensor", "torch.Tensor", "torch.Tensor | None"]]
+
+
+def half(blocks: torch.Tensor, start: int) -> torch.Tensor:
+    """Return the float16 at a byte of every block, ``(n, 1)`` of float32."""
+    import torch
+
+    return blocks[:, start : start + 2].contiguous().view(torch.float16).float()
+
+
+def _decode(parts: Parts, blocks: torch.Tensor) -> torch.Tensor:
+    codes, d, m = parts(blocks)
+    values = d * codes.float()
+    return (values if m is None else values - m).reshape(len(blocks), codes.shape[1] * codes.shape[2])
+
+
+def _steps(parts: Parts, blocks: torch.Tensor) -> torch.Tensor:
+    codes, d, _ = parts(blocks)
+    return d.abs().expand(codes.shape).reshape(len(blocks), codes.shape[1] * codes.shape[2])
+
+
+def _shifted(data: torch.Tensor, bits: int, count: int, width: int) -> torch.Tensor:
+    """Return the fields of ``bits`` bits of bytes ``(n, size)``, ``(n, size / width, count, width)``, int32.
+
+    Of every ``width`` bytes, the lowest fields come first.
+    """
+    import torch
+
+    shifts = torch.arange(0, bits * count, bits, dtype=torch.uint8)[:, None]
+    return ((data.reshape(len(data), -1, 1, width) >> shifts) & ((1 << bits) - 1)).int()
+
+
+def _high_bits(blocks: torch.Tensor, start: int) -> torch.Tensor:
+    """Return the bits of four bytes of every block, ``(n, 32)``."""
+    import torch
+
+    return ((blocks[:, start : start + 4, None] >> torch.arange(8, dtype=torch.uint8)) & 1).reshape(-1, 32).int()
+
+
+def _q4(blocks: torch.Tensor, offset: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Q4_0: d, 16 bytes, q − 8. Q4_1: d, m, 16 bytes, d · q + m. Low halves first."""
+    codes = _shifted(blocks[:, -16:], 4, 2, 16).reshape(-1, 1, 32)
+    d = half(blocks, 0)[:, None]
+    return (codes, d, -half(blocks, 2)[:, None]) if offset else (codes - 8, d, None)
+
+
+def _q5(blocks: torch.Tensor, offset: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """As Q4_0 and Q4_1, with the fifth bits of all codes in four bytes before the low ones."""
+    low = _shifted(blocks[:, -16:], 4, 2, 16).reshape(-1, 32)
+    codes = (low | _high_bits(blocks, 4 if offset else 2) << 4)[:, None]
+    d = half(blocks, 0)[:, None]
+    return (codes, d, -half(blocks, 2)[:, None]) if offset else (codes - 16, d, None)
+
+
+def _q8_0(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
+    """D and 32 signed bytes."""
+    import torch
+
+    return blocks[:, 2:].contiguous().view(torch.int8)[:, None], half(blocks, 0)[:, None], None
+
+
+def _q2_k(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """16 bytes with 4 bits of scale and 4 of minimum per group of 16, 64 bytes of 2-bit codes, d and dmin."""
+    scales, d, dmin = blocks[:, :16], half(blocks, 80), half(blocks, 82)
+    codes = _shifted(blocks[:, 16:80], 2, 4, 32).reshape(-1, 16, 16)
+    return codes, (d * (scales & 15).float())[:, :, None], (dmin * (scales >> 4).float())[:, :, None]
+
+
+def _q3_k(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
+    """32 bytes of inverted third bits, 64 of the two low bits, 12 of 6-bit scales less 32 per group of 16, d."""
+    import torch
+
+    low = _shifted(blocks[:, 32:96], 2, 4, 32).reshape(-1, 16, 16)
+    high = _shifted(blocks[:, :32], 1, 8, 32).reshape(-1, 16, 16) ^ 1
+    packed = blocks[:, 96:108]
+    shifts = torch.tensor([0, 4], dtype=torch.uint8)[:, None]
+    scales = ((packed[:, None, :8] >> shifts) & 15).reshape(-1, 16).int()
+    shifts = torch.tensor([0, 2, 4, 6], dtype=torch.uint8)[:, None]
+    scales |= ((packed[:, None, 8:] >> shifts) & 3).reshape(-1, 16).int() << 4
+    return low - (high << 2), (half(blocks, 108) * (scales - 32).float())[:, :, None], None
+
+
+def _scales_and_minima(packed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return eight 6-bit scales and eight 6-bit minima of 12 bytes, ``(n, 8)`` each."""
+    import torch
+
+    d, m, both = packed[:, :4].int(), packed[:, 4:8].int(), packed[:, 8:].int()
+    scales = torch.cat([d & 63, (both & 15) | ((d >> 2) & 48)], dim=1)
+    return scales.float(), torch.cat([m & 63, (both >> 4) | ((m >> 2) & 48)], dim=1).float()
+
+
+def _q4_k(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """D, dmin, 12 bytes of scales and minima per group of 32, 128 bytes of 4-bit codes."""
+    scales, minima = _scales_and_minima(blocks[:, 4:16])
+    codes = _shifted(blocks[:, 16:], 4, 2, 32).reshape(-1, 8, 32)
+    return codes, (half(blocks, 0) * scales)[:, :, None], (half(blocks, 2) * minima)[:, :, None]
+
+
+def _q5_k(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """As Q4_K, with 32 bytes of fifth bits before the low ones."""
+    scales, minima = _scales_and_minima(blocks[:, 4:16])
+    high = _shifted(blocks[:, 16:48], 1, 8, 32).reshape(-1, 8, 32)
+    codes = _shifted(blocks[:, 48:], 4, 2, 32).reshape(-1, 8, 32) | high << 4
+    return codes, (half(blocks, 0) * scales)[:, :, None], (half(blocks, 2) * minima)[:, :, None]
+
+
+def _q6_k(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
+    """128 bytes of four low bits, 64 of two high ones, 16 signed scales per group of 16, d; q − 32."""
+    import torch
+
+    low = _shifted(blocks[:, :128], 4, 2, 64).reshape(-1, 8, 32)
+    high = _shifted(blocks[:, 128:192], 2, 4, 32).reshape(-1, 8, 32)
+    scales = blocks[:, 192:208].contiguous().view(torch.int8).float()
+    codes = ((low | high << 4) - 32).reshape(-1, 16, 16)
+    return codes, (half(blocks, 208) * scales)[:, :, None], None
+
+
+def _mxfp4(table: Callable[[torch.Tensor], torch.Tensor], blocks: torch.Tensor) -> torch.Tensor:
+    """An exponent and 16 bytes of 4-bit floats, low halves first."""
+    codes = _shifted(blocks[:, 1:], 4, 2, 16).reshape(-1, 32)
+    return table(codes) * e8m0(blocks[:, :1])
+
+
+def _codec(parts: Parts, with_scales: bool = False) -> Codec:
+    steps = partial(_steps, parts)
+    return Codec(partial(_decode, parts), steps, steps if with_scales else None)
+
+
+# Name of a type -> its codec; a type without one is listed, and refused when it is read.
+CODECS: dict[str, Codec] = {
+    "Q4_0": _codec(partial(_q4, offset=False)),
+    "Q4_1": _codec(partial(_q4, offset=True)),
+    "Q5_0": _codec(partial(_q5, offset=False)),
+    "Q5_1": _codec(partial(_q5, offset=True)),
+    "Q8_0": _codec(_q8_0, with_scales=True),
+    "Q2_K": _codec(_q2_k),
+    "Q3_K": _codec(_q3_k),
+    "Q4_K": _codec(_q4_k),
+    "Q5_K": _codec(_q5_k),
+    "Q6_K": _codec(_q6_k),
+    "MXFP4": Codec(partial(_mxfp4, fp4_values), partial(_mxfp4, fp4_steps)),
+}

@@ -1,0 +1,213 @@
+"""GGUF models, presented under the names and in the row order of transformers.
+
+Names follow the architecture (``gguf_names``); tensors whose name is not known keep theirs. Stacked experts appear one
+by one where transformers stores them so. Of Llama's family the rows of q and k are put back: those of each head are
+read together. Gemma's converter adds 1 to every norm, which is taken off again. A model in several files
+(``…-00001-of-00003.gguf``) has its settings in the first.
+
+Reference: ggml-org/llama.cpp ``convert_hf_to_gguf.py`` (``LlamaModel.permute``, ``GemmaModel.modify_tensors``).
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lora_diag.checkpoints.gguf import GgufFile, Value
+from lora_diag.checkpoints.gguf_names import ARCHITECTURES, Names, to_halves
+from lora_diag.checkpoints.tensors import TensorInfo
+from lora_diag.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+
+PART = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
+# Architectures whose norms are stored with 1 added.
+SHIFTED = ("gemma", "gemma2", "gemma3")
+HEADS = {"num_attention_heads": "head_count", "num_key_value_heads": "head_count_kv"}
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """A tensor as presented: a part of a stored one.
+
+    Args:
+        stored: Name in the file.
+        info: As presented.
+        offset: Its first entry in the stored tensor.
+        heads: Heads whose rows are reordered; 0 where none are.
+        shifted: Whether 1 was added to it.
+    """
+
+    stored: str
+    info: TensorInfo
+    offset: int = 0
+    heads: int = 0
+    shifted: bool = False
+
+
+class GgufModel:
+    """One GGUF file of a model.
+
+    Args:
+        path: The file.
+        fields: Settings of the model; default those of the file.
+
+    Raises:
+        InputError: The header is invalid, or the file is an adapter.
+    """
+
+    label = "GGUF"
+
+    def __init__(self, path: Path, fields: Mapping[str, Value] | None = None) -> None:
+        self.path = path
+        self._file = GgufFile(path)
+        self.fields = self._file.fields if fields is None else fields
+        self.metadata = self._file.metadata
+        if self.metadata.get("general.type", "model") == "adapter":
+            raise InputError(f"{path}: is a GGUF adapter, not a model; give it after BASE")
+        architecture = str(self.fields.get("general.architecture"))
+        names = ARCHITECTURES.get(architecture)
+        self._views = {view.info.name: view for view in self._presented(names, architecture)}
+        self.tensors: Mapping[str, TensorInfo] = {name: view.info for name, view in self._views.items()}
+        self.notes: tuple[str, ...] = self._file.notes
+        if names is None:
+            self.notes += (
+                f"the names of architecture {architecture!r} are not known, so tensors keep their GGUF names and row "
+                f"orders; known are {', '.join(ARCHITECTURES)}",
+            )
+
+    @staticmethod
+    def matches(path: Path) -> bool:
+        """Return whether this format claims the file: by its name or its first bytes."""
+        return GgufFile.matches(path)
+
+    def read(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Return a copy of the entries ``start:stop`` of a tensor (row-major); float32 where blocks are decoded."""
+        found = self._range(name, start, stop, self._file.read)
+        assert found is not None
+        return found.float() - 1 if self._views[name].shifted else found
+
+    def read_bytes(self, name: str) -> bytes:
+        """Return the stored bytes of a small tensor, without torch."""
+        return self._file.read_bytes(self._views[name].stored)
+
+    def read_steps(self, name: str, start: int, stop: int) -> torch.Tensor | None:
+        """Return the distance to the next storable number at the entries ``start:stop``; None if not quantized."""
+        return self._range(name, start, stop, self._file.read_steps)
+
+    def read_scales(self, name: str, start: int, stop: int) -> torch.Tensor | None:
+        """Return by what the codes at the entries ``start:stop`` are multiplied; None without such codes."""
+        return self._range(name, start, stop, self._file.read_scales)
+
+    def _range(
+        self, name: str, start: int, stop: int, read: Callable[[str, int, int], torch.Tensor | None]
+    ) -> torch.Tensor | None:
+        """Return a range of what a function of the file says of the entries of a tensor, in the presented order."""
+        view = self._views[name]
+        if not view.heads or start >= stop:
+            return read(view.stored, view.offset + start, view.offset + stop)
+        rows = view.info.shape[0] // view.heads
+        size = rows * math.prod(view.info.shape[1:])
+        first, last = start // size, -(-stop // size)
+        found = read(view.stored, first * size, last * size)
+        if found is None:
+            return None
+        ordered = to_halves(found.view((last - first) * rows, -1), last - first)
+        return ordered.reshape(-1)[start - first * size : stop - first * size].clone()
+
+    def _presented(self, names: Names | None, architecture: str) -> Iterator[View]:
+        seen: set[str] = set()
+        for stored, info in self._file.tensors.items():
+            for view in self._views_of(stored, info, names, architecture):
+                if view.info.name in seen:
+                    raise InputError(f"{self.path}: two tensors mean {view.info.name}, one is {stored}; convert again")
+                seen.add(view.info.name)
+                yield view
+
+    def _views_of(self, stored: str, info: TensorInfo, names: Names | None, architecture: str) -> Iterator[View]:
+        name = names.in_transformers(stored) if names is not None else None
+        if names is None or name is None:
+            yield View(stored, info)
+            return
+        if "{}" in name and len(info.shape) == 3:
+            size = math.prod(info.shape[1:])
+            for expert in range(info.shape[0]):
+                own = TensorInfo(name.format(expert), info.shape[1:], info.dtype, info.stored)
+                yield View(stored, own, expert * size)
+            return
+        if "{}" in name:
+            yield View(stored, info)
+            return
+        shifted = architecture in SHIFTED and stored.endswith("norm.weight") and info.stored is None
+        key = names.heads_key(stored)
+        heads = self._heads(architecture, key, stored, info) if key else 0
+        dtype = "float32" if shifted else info.dtype
+        yield View(stored, TensorInfo(name, info.shape, dtype, info.stored), 0, heads, shifted)
+
+    def _heads(self, architecture: str, key: str, stored: str, info: TensorInfo) -> int:
+        """Return the number of heads whose rows are reordered."""
+        block = int(stored.split(".")[1])
+        whole = f"{architecture}.attention.{HEADS['num_attention_heads']}"
+        count = self.fields.get(f"{architecture}.attention.{HEADS[key]}", self.fields.get(whole))
+        if isinstance(count, list):
+            count = count[block] if block < len(count) else None
+        rows = info.shape[0] if info.shape else 0
+        if type(count) is not int or count <= 0 or rows % (2 * count):
+            raise InputError(
+                f"{self.path}: {architecture}.attention.{HEADS[key]} is {count!r}, which does not divide the {rows} "
+                f"rows of {stored}; convert the model again"
+            )
+        return count
+
+
+def open_model(path: Path) -> list[GgufModel]:
+    """Open a GGUF model: one file, or all of a model in parts.
+
+    Raises:
+        InputError: A part is missing, or a tensor lies in two of them.
+    """
+    found = PART.fullmatch(path.name)
+    if found is None:
+        return [GgufModel(path)]
+    count = int(found["count"])
+    paths = [path.parent / f"{found['stem']}-{number:05d}-of-{count:05d}.gguf" for number in range(1, count + 1)]
+    for part in paths:
+        if not part.is_file():
+            raise InputError(f"{path}: the part {part.name} is missing; copy or download it again")
+    if not paths:
+        raise InputError(f"{path}: is a part of none; name the files as llama.cpp does")
+    first = GgufModel(paths[0])
+    models = [first, *(GgufModel(part, first.fields) for part in paths[1:])]
+    seen: set[str] = set()
+    for model in models:
+        if twice := seen.intersection(model.tensors):
+            raise InputError(f"{model.path}: {min(twice)} is in another part, too; copy or download the parts again")
+        seen.update(model.tensors)
+    return models
+
+
+def config_of(models: list[GgufModel]) -> dict[str, Any]:
+    """Return what a ``config.json`` would say of the model: heads, type, and whether the embeddings are tied."""
+    fields = models[0].fields
+    architecture = str(fields.get("general.architecture"))
+    names = ARCHITECTURES.get(architecture)
+    config: dict[str, Any] = {"tie_word_embeddings": not any("lm_head.weight" in model.tensors for model in models)}
+    if names is not None and len(names.model_types) == 1:
+        config["model_type"] = names.model_types[0]
+    for key, field in HEADS.items():
+        count = fields.get(f"{architecture}.attention.{field}")
+        if type(count) is int:
+            config[key] = count
+    return config
+
+
+def single_model(folder: Path) -> tuple[Path | None, int]:
+    """Return the only GGUF model of a folder, by its first file, and the number of models in it."""
+    files = sorted(folder.glob("*.gguf"))
+    first = [file for file in files if (found := PART.fullmatch(file.name)) is None or int(found["number"]) == 1]
+    return (first[0] if len(first) == 1 else None), len(first)

@@ -1,0 +1,210 @@
+"""GGUF models: every type's numbers and steps, names and row orders of transformers, models in parts."""
+
+import json
+import pickle
+
+import numpy as np
+import pytest
+import torch
+
+from lora_diag.checkpoints import open_checkpoint
+from lora_diag.checkpoints.gguf_codecs import CODECS
+from lora_diag.errors import InputError
+from lora_diag.running.inputs import compare
+from tests.checkpoints.gguf_files import llama, write_gguf
+from tests.conftest import SHARED, as_numpy, save_model
+
+gguf = pytest.importorskip("gguf")
+
+
+def blocks_of(name, count=200):
+    kind = getattr(gguf.GGMLQuantizationType, name)
+    rng = np.random.default_rng(0)
+    blocks = rng.integers(0, 256, (count, gguf.constants.GGML_QUANT_SIZES[kind][1]), dtype=np.uint8)
+    with np.errstate(all="ignore"):
+        values = gguf.quants.dequantize(blocks, kind).reshape(count, -1)
+    finite = np.isfinite(values).all(axis=1) & (blocks[:, 0] != 255)  # as an exponent of MXFP4: not a number
+    return blocks[finite], values[finite]
+
+
+@pytest.mark.parametrize("name", CODECS)
+def test_codec_gives_the_library_s_numbers(name):
+    blocks, values = blocks_of(name)
+    assert len(blocks) > 100
+    np.testing.assert_array_equal(CODECS[name].decode(torch.from_numpy(blocks)).numpy(), values)
+
+
+# Entries that share a step.
+GROUPS = {"Q2_K": 16, "Q3_K": 16, "Q6_K": 16}
+
+
+@pytest.mark.parametrize("name", [name for name in CODECS if name != "MXFP4"])
+def test_codec_steps_are_the_smallest_gaps_of_a_group(name):
+    """In units of the step, values differ by whole numbers, and by 1 somewhere."""
+    blocks, values = blocks_of(name)
+    steps = CODECS[name].steps(torch.from_numpy(blocks)).double().numpy()
+    width = GROUPS.get(name, 32)
+    values, steps = (array.astype(np.float64).reshape(-1, width) for array in (values, steps))
+    assert (steps == steps[:, :1]).all()
+    good = steps[:, 0] > 1e-4 * np.abs(values).max(axis=1)  # of others the offset hides the differences
+    gaps = (values[good] - values[good, :1]) / steps[good]
+    np.testing.assert_allclose(gaps, np.round(gaps), atol=1e-2)
+    ordered = np.diff(np.sort(np.round(gaps), axis=1), axis=1)
+    assert ordered[ordered > 0].min() == 1
+
+
+def test_mxfp4_steps_reach_the_farther_neighbour():
+    codes = np.arange(16, dtype=np.uint8)
+    blocks = np.concatenate([[130], codes]).astype(np.uint8)[None]
+    values = gguf.quants.dequantize(blocks, gguf.GGMLQuantizationType.MXFP4).reshape(-1)
+    grid = np.unique(np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])) * 8
+    expected = []
+    for value in np.abs(values):
+        at = int(np.flatnonzero(grid == value)[0])
+        expected.append(max(np.diff(grid)[max(0, at - 1) : at + 1]))
+    np.testing.assert_array_equal(CODECS["MXFP4"].steps(torch.from_numpy(blocks)).numpy()[0], expected)
+
+
+def permuted(weight, heads):
+    """Reorder rows as llama.cpp's converter does."""
+    return (
+        weight.reshape(heads, 2, weight.shape[0] // heads // 2, *weight.shape[1:]).swapaxes(1, 2).reshape(weight.shape)
+    )
+
+
+def test_q_and_k_are_put_back_into_transformers_order(tmp_path):
+    rng = np.random.default_rng(0)
+    q, k, bias, v = (rng.standard_normal(shape).astype("f4") for shape in ((32, 6), (16, 6), (32,), (16, 6)))
+    tensors = {
+        "blk.0.attn_q.weight": permuted(q, 4),
+        "blk.0.attn_k.weight": permuted(k, 2),
+        "blk.0.attn_q.bias": permuted(bias, 4),
+        "blk.0.attn_v.weight": v,
+        "token_embd.weight": v,
+        "rope_freqs.weight": bias,
+    }
+    checkpoint = pickle.loads(pickle.dumps(open_checkpoint(write_gguf(tmp_path / "m.gguf", llama(), tensors))))
+    layer = "model.layers.0.self_attn"
+    assert set(checkpoint) == {
+        *(f"{layer}.{name}" for name in ("q_proj.weight", "k_proj.weight", "q_proj.bias", "v_proj.weight")),
+        *("model.embed_tokens.weight", "rope_freqs.weight"),
+    }
+    for name, expected in (
+        (f"{layer}.q_proj.weight", q),
+        (f"{layer}.k_proj.weight", k),
+        (f"{layer}.q_proj.bias", bias),
+    ):
+        flat = expected.reshape(-1)
+        for start, stop in [(0, flat.size), (0, 0), (1, 2), (5, flat.size - 3), (flat.size // 2, flat.size)]:
+            np.testing.assert_array_equal(as_numpy(checkpoint.read(name, start, stop)), flat[start:stop])
+    assert checkpoint.config["tie_word_embeddings"] is True
+    assert checkpoint.config["num_key_value_heads"] == 2
+
+
+def test_steps_of_reordered_rows_follow_their_values(tmp_path):
+    """Each row is stored with a scale of its own."""
+    rng = np.random.default_rng(0)
+    codes, scales = rng.integers(-127, 128, (8, 32)), (2.0 ** np.arange(8)).astype("f2")
+    blocks = [scales[i].tobytes() + codes[i].astype("i1").tobytes() for i in range(8)]
+    path = write_gguf(tmp_path / "m.gguf", llama(2, 2), {"blk.0.attn_q.weight": ("Q8_0", (8, 32), b"".join(blocks))})
+    checkpoint = open_checkpoint(path)
+    name = "model.layers.0.self_attn.q_proj.weight"
+    order = [0, 2, 1, 3, 4, 6, 5, 7]  # of two heads of four rows, pairs to halves
+    np.testing.assert_array_equal(as_numpy(checkpoint.read_steps(name)).reshape(8, 32)[:, 0], scales[order])
+    np.testing.assert_array_equal(
+        as_numpy(checkpoint.read(name)).reshape(8, 32), (codes * scales[:, None].astype(int))[order]
+    )
+
+
+def test_experts_and_norms_are_those_of_transformers(tmp_path):
+    rng = np.random.default_rng(0)
+    stack = rng.standard_normal((3, 4, 5)).astype("f4")
+    moe = open_checkpoint(
+        write_gguf(tmp_path / "e.gguf", {"general.architecture": "qwen3moe"}, {"blk.1.ffn_up_exps.weight": stack})
+    )
+    for expert in range(3):
+        read = as_numpy(moe.read(f"model.layers.1.mlp.experts.{expert}.up_proj.weight", 3, 17))
+        np.testing.assert_array_equal(read, stack[expert].reshape(-1)[3:17])
+    norm = {"blk.0.attn_norm.weight": np.float32([0.5, 2, 1])}
+    for architecture, expected in (("gemma2", [-0.5, 1, 0]), ("qwen2", [0.5, 2, 1])):
+        path = write_gguf(tmp_path / f"{architecture}.gguf", {"general.architecture": architecture}, norm)
+        assert open_checkpoint(path).read("model.layers.0.input_layernorm.weight").tolist() == expected
+
+
+def test_unknown_architectures_keep_their_names(tmp_path):
+    path = write_gguf(tmp_path / "m.gguf", {"general.architecture": "mamba9"}, {"blk.0.ssm_a": np.ones((2, 2))})
+    checkpoint = open_checkpoint(path)
+    assert list(checkpoint) == ["blk.0.ssm_a"]
+    assert "'mamba9' are not known" in checkpoint.notes[0]
+
+
+def test_models_in_parts_are_read_whole_by_any_part(tmp_path):
+    q = np.arange(48, dtype="f4").reshape(8, 6)
+    write_gguf(tmp_path / "m-00001-of-00002.gguf", llama(2, 2), {"token_embd.weight": q})
+    write_gguf(tmp_path / "m-00002-of-00002.gguf", {"split.no": 1}, {"blk.0.attn_q.weight": permuted(q, 2)})
+    for path in (tmp_path, tmp_path / "m-00002-of-00002.gguf"):
+        checkpoint = open_checkpoint(path)
+        assert set(checkpoint) == {"model.embed_tokens.weight", "model.layers.0.self_attn.q_proj.weight"}
+        np.testing.assert_array_equal(
+            as_numpy(checkpoint.read("model.layers.0.self_attn.q_proj.weight")), q.reshape(-1)
+        )
+    write_gguf(tmp_path / "m-00002-of-00002.gguf", {"split.no": 1}, {"token_embd.weight": q})
+    with pytest.raises(InputError, match="is in another part, too"):
+        open_checkpoint(tmp_path)
+    (tmp_path / "m-00001-of-00002.gguf").unlink()
+    with pytest.raises(InputError, match=r"the part m-00001-of-00002\.gguf is missing"):
+        open_checkpoint(tmp_path / "m-00002-of-00002.gguf")
+
+
+def test_folders_with_several_models_ask_for_one(tmp_path):
+    for name in ("a", "b"):
+        write_gguf(tmp_path / f"{name}.gguf", llama(), {"token_embd.weight": np.ones((2, 2))})
+    with pytest.raises(InputError, match="holds 2 GGUF models; name one"):
+        open_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("fields", "problem"),
+    [
+        (llama(heads=3), "head_count is 3, which does not divide the 8 rows"),
+        (llama(heads=0), "head_count is 0"),
+        (llama(heads=[2, 4][:0]), r"head_count is None|head_count is \[\]"),
+        ({"general.architecture": "llama"}, "head_count is None"),
+        ({"general.architecture": "llama", "general.type": "adapter"}, "is a GGUF adapter, not a model"),
+    ],
+)
+def test_false_settings_of_gguf_models_are_named(tmp_path, fields, problem):
+    path = write_gguf(tmp_path / "m.gguf", fields, {"blk.0.attn_q.weight": np.ones((8, 2))})
+    with pytest.raises(InputError, match=problem):
+        open_checkpoint(path)
+
+
+def test_two_gguf_tensors_of_one_meaning_are_refused(tmp_path):
+    tensors = {"output.weight": np.ones((2, 2)), "lm_head.weight": np.ones((2, 2))}
+    with pytest.raises(InputError, match=r"two tensors mean lm_head\.weight"):
+        open_checkpoint(write_gguf(tmp_path / "m.gguf", llama(), tensors))
+
+
+def test_gguf_pairs_with_safetensors_by_name(tmp_path):
+    q = np.arange(48, dtype="f4").reshape(8, 6)
+    base = save_model(tmp_path / "base", {"model.layers.0.self_attn.q_proj.weight": torch.from_numpy(q)})
+    tuned = write_gguf(tmp_path / "m.gguf", llama(2, 2), {"blk.0.attn_q.weight": permuted(q + 1, 2)})
+    (delta,) = compare(base, tuned).pairing.deltas
+    ((before, after),) = delta.blocks()
+    assert torch.equal(after - before, torch.ones(8, 6))
+
+
+@pytest.mark.parametrize("case", ["gguf-pair", "gguf-over-safetensors", "gguf-q8-f16"])
+def test_real_gguf_cases_have_their_true_change(case):
+    folder = SHARED / "formats" / case
+    if not folder.is_dir():
+        pytest.skip("the shared cases are not here")
+    truth = json.loads((folder / "truth.json").read_text())
+    found = compare(folder / "base", folder / "tuned").pairing
+    assert {delta.layer for delta in found.deltas} == set(truth) - {"_meta"}
+    for delta in found.deltas:
+        change = np.concatenate([as_numpy(after) - as_numpy(before) for before, after in delta.blocks()])
+        expected = truth[delta.layer]
+        np.testing.assert_allclose(np.linalg.norm(change), expected["fro"], rtol=1e-6)
+        for *at, value in expected.get("entries", []):
+            assert change[tuple(at)] == pytest.approx(value, abs=1e-6)

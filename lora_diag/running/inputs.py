@@ -12,6 +12,7 @@ from lora_diag.adapters import Adapter, Place, bare, is_adapter, is_same_part, m
 from lora_diag.adapters.complete import targets_of
 from lora_diag.adapters.source import Given
 from lora_diag.checkpoints import Checkpoint, as_path, locate, open_checkpoint
+from lora_diag.checkpoints.patches import open_tuned
 from lora_diag.checkpoints.tensors import FLOAT_DTYPES
 from lora_diag.deltas import Delta, Pairing, Side, StoredDelta, natural_order, pair, refuse_empty
 from lora_diag.errors import InputError, UsageError
@@ -80,7 +81,7 @@ def compare(
         pairing, notes = adapter.pair(before, layers, exclude, allow_unmatched)
         described = describe_adapter(adapter, last, before, pairing, notes, verify)
     else:
-        after = open_checkpoint(last)
+        after = open_tuned(last, before)
         for side in (before, after):
             if any(file.metadata.get("kind") == MOMENTS for file in side.files):
                 raise UsageError(f"{side.path}: holds {MOMENTS} and is no checkpoint; it is what --activations takes")

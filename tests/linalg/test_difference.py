@@ -105,9 +105,9 @@ def test_auto_is_device_that_is_there():
 
 def test_limit_of_unchanged_entries_may_exceed_float32():
     """RuntimeError: √12·rms(ΔW) in units of 2⁻²³ overflowed, where one entry moved by 10³⁶ and others stayed."""
-    base = torch.ones(4, 4)
+    base = torch.full((4, 4), 1.1)  # uses all mantissa bits
     tuned = base.clone()
-    tuned[0, 0] = 1e36
+    tuned[0, 0] = 1.1e36
     found = difference([(base, tuned)], (4, 4), CPU)
     assert found.unchanged == 15 / 16
     assert found.rounding is not None

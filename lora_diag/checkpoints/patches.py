@@ -1,0 +1,171 @@
+"""Sparse patches: the entries of a model that a training step changed, read as the whole model over BASE.
+
+``NAME.indices`` are positions of changed entries in row-major order, and ``NAME.values`` their new values. Tensors that
+a patch does not name are those of BASE. The metadata has ``sparse`` and, in patches of a run, ``model_version``; each
+then changes the version before it, so a folder of them is applied in that order.
+
+Reference: Hugging Face, Delta weight sync (May 2026), sections 4.1 and 4.3: an announced layout. No library has
+released a writer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lora_diag.checkpoints.folder import open_checkpoint
+from lora_diag.checkpoints.tensors import FLOAT_DTYPES, Checkpoint, TensorFile, TensorInfo
+from lora_diag.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+
+INDICES, VALUES = ".indices", ".values"
+INTEGERS = frozenset({"int32", "int64"})
+
+
+class PatchedFile:
+    """A patch over a checkpoint, presented as one file of whole tensors.
+
+    Args:
+        base: What it changes.
+        patch: The patch as stored.
+        path: The file or folder that holds all patches.
+
+    Raises:
+        InputError: The patch does not fit the checkpoint.
+    """
+
+    def __init__(self, base: Checkpoint, patch: Checkpoint, path: Path) -> None:
+        self._base, self._patch, self.path = base, patch, path
+        self._file = patch.files[0].path
+        self.metadata: Mapping[str, str] = patch.files[0].metadata
+        changed = [name.removesuffix(INDICES) for name in patch if name.endswith(INDICES)]
+        for name in changed:
+            self._check(name)
+        self._changed = frozenset(changed)
+        other = [name for name in patch if name.removesuffix(INDICES).removesuffix(VALUES) not in self._changed]
+        if other:
+            raise InputError(f"{self._file}: {min(other)} is neither indices nor values of a patch; write it again")
+        self.tensors: Mapping[str, TensorInfo] = {name: self._info(name) for name in base}
+        self.notes: tuple[str, ...] = (
+            f"a sparse patch: {len(changed)} tensors with changed entries, the others are those of BASE",
+        )
+
+    def read(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Return a copy of the entries ``start:stop`` of a tensor (row-major)."""
+        import torch
+
+        found = self._base.read(name, start, stop)
+        if name not in self._changed:
+            return found
+        found = found.to(getattr(torch, self.tensors[name].dtype))
+        at, inside = self._places(name, start, stop)
+        found[at[inside] - start] = self._patch.read(f"{name}{VALUES}")[inside].to(found.dtype)
+        return found
+
+    def read_bytes(self, name: str) -> bytes:
+        """Return the bytes of a small tensor."""
+        import torch
+
+        return self.read(name, 0, self.tensors[name].numel).view(torch.uint8).numpy().tobytes()
+
+    def read_steps(self, name: str, start: int, stop: int) -> torch.Tensor | None:
+        """Return the distance to the next storable number at the entries ``start:stop``; None if not quantized."""
+        return self._base.read_steps(name, start, stop)
+
+    def read_scales(self, name: str, start: int, stop: int) -> torch.Tensor | None:
+        """Return by what the codes at the entries ``start:stop`` are multiplied; None without such codes."""
+        return self._base.read_scales(name, start, stop)
+
+    def _places(self, name: str, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the changed positions of a tensor, and which of them lie in a range.
+
+        Raises:
+            InputError: A position lies outside the tensor, or occurs twice.
+        """
+        at = self._patch.read(f"{name}{INDICES}").long()
+        numel = self.tensors[name].numel
+        if len(at) and not 0 <= int(at.min()) <= int(at.max()) < numel:
+            wrong = int(at.min()) if int(at.min()) < 0 else int(at.max())
+            raise InputError(f"{self._file}: {name}{INDICES} names entry {wrong} of {numel:,}; write the patch again")
+        ordered = at.sort().values
+        if (same := (ordered[1:] == ordered[:-1]).nonzero()).numel():
+            twice = int(ordered[int(same[0])])
+            raise InputError(f"{self._file}: {name}{INDICES} names entry {twice} twice; write the patch again")
+        return at, (at >= start) & (at < stop)
+
+    def _check(self, name: str) -> None:
+        values, indices = f"{name}{VALUES}", f"{name}{INDICES}"
+        if name not in self._base:
+            raise InputError(f"{self._file}: changes {name}, which BASE {self._base.path} lacks; give its own base")
+        if values not in self._patch:
+            raise InputError(f"{self._file}: {values} is missing; write the patch again")
+        of_indices, of_values = self._patch[indices], self._patch[values]
+        if len(of_indices.shape) != 1 or of_indices.shape != of_values.shape or of_indices.dtype not in INTEGERS:
+            raise InputError(
+                f"{self._file}: {indices} is {of_indices.dtype} {list(of_indices.shape)}, and {values} "
+                f"{list(of_values.shape)}; both must be vectors of one length, of integers and floats"
+            )
+        stored = self._base[name]
+        if stored.stored is not None or not {stored.dtype, of_values.dtype} <= FLOAT_DTYPES:
+            kind = stored.stored or stored.dtype
+            raise InputError(
+                f"{self._file}: changes {name} by {of_values.dtype} values, which BASE stores as {kind}; patches are "
+                "read over plain floating-point weights"
+            )
+
+    def _info(self, name: str) -> TensorInfo:
+        """Return a tensor as presented: in the dtype of BASE, or wider where the new values are."""
+        info = self._base[name]
+        if name not in self._changed:
+            return info
+        dtypes = {info.dtype, self._patch[f"{name}{VALUES}"].dtype}
+        wide = info.dtype if len(dtypes) == 1 else "float64" if "float64" in dtypes else "float32"
+        return TensorInfo(name, info.shape, wide)
+
+
+def is_patch(checkpoint: Checkpoint) -> bool:
+    """Say whether an opened file is a sparse patch: by its metadata, or by pairs of indices and values alone."""
+    names = list(checkpoint)
+    if any(file.metadata.get("sparse", "").lower() == "true" for file in checkpoint.files):
+        return True
+    return all(name.endswith((INDICES, VALUES)) for name in names) and any(name.endswith(INDICES) for name in names)
+
+
+def open_tuned(path: Path, base: Checkpoint) -> Checkpoint:
+    """Open TUNED: a checkpoint, or sparse patches over BASE.
+
+    Args:
+        path: A checkpoint, a patch, or a folder of patches.
+        base: BASE.
+
+    Raises:
+        InputError: Nothing readable was found, or a patch does not fit BASE.
+    """
+    files = sorted(path.glob("*.safetensors")) if path.is_dir() else []
+    opened = None
+    if len(files) > 1 and not any((path / name).exists() for name in ("model.safetensors", "config.json")):
+        opened = [open_checkpoint(file) for file in files]
+        if not all(map(is_patch, opened)):
+            opened = None
+    if opened is None:
+        opened = [open_checkpoint(path)]
+        if not is_patch(opened[0]):
+            return opened[0]
+    found = base
+    for patch in sorted(opened, key=_version):
+        file: TensorFile = PatchedFile(found, patch, path if len(opened) > 1 else patch.files[0].path)
+        found = Checkpoint(path, "sparse patch", (file,), file.notes, base.config)
+    if len(opened) == 1:
+        return found
+    notes = (f"{len(opened)} sparse patches, applied in the order of model_version",)
+    return Checkpoint(path, "sparse patches", found.files, notes, base.config)
+
+
+def _version(patch: Checkpoint) -> tuple[int, str]:
+    """Return a sort key: the version of a patch, then its name."""
+    version = patch.files[0].metadata.get("model_version", "")
+    known = version.isascii() and version.isdecimal() and len(version) < 20
+    return int(version) if known else 0, patch.files[0].path.name

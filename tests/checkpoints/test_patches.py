@@ -1,0 +1,117 @@
+"""Sparse patches are read as the whole model over BASE."""
+
+import json
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from lora_diag.checkpoints import open_checkpoint
+from lora_diag.checkpoints.patches import open_tuned
+from lora_diag.errors import InputError
+from lora_diag.running.inputs import compare
+from tests.checkpoints.quantizing import eight_bit
+from tests.conftest import SHARED, as_numpy, save_model, weights
+
+NAME = "model.layers.0.self_attn.q_proj.weight"
+
+
+def patch(path, changes, version=1, **metadata):
+    """Write a patch: name -> (indices, values)."""
+    tensors = {f"{name}.indices": torch.as_tensor(at, dtype=torch.int32) for name, (at, _) in changes.items()}
+    tensors |= {f"{name}.values": values for name, (_, values) in changes.items()}
+    path.parent.mkdir(exist_ok=True)
+    save_file(tensors, path, {"sparse": "True", "model_version": str(version), **metadata})
+    return path
+
+
+@pytest.fixture
+def base(tmp_path):
+    return save_model(tmp_path / "base", weights(1, torch.bfloat16))
+
+
+def test_changed_entries_are_replaced_in_any_range(tmp_path, base):
+    before = open_checkpoint(base)
+    numel = before[NAME].numel
+    at = np.random.default_rng(0).permutation(numel)[: numel // 7]
+    values = torch.randn(len(at)).bfloat16()
+    after = open_tuned(patch(tmp_path / "p.safetensors", {NAME: (at, values)}), before)
+    after = pickle.loads(pickle.dumps(after))
+    expected = before.read(NAME).clone()
+    expected[torch.from_numpy(at)] = values
+    assert set(after) == set(before)
+    assert after[NAME].dtype == "bfloat16"
+    for start, stop in ((0, numel), (0, 0), (3, 4), (numel // 3, numel // 2)):
+        assert torch.equal(after.read(NAME, start, stop), expected[start:stop])
+    assert torch.equal(after.read("lm_head.weight"), before.read("lm_head.weight"))
+    assert "1 tensors with changed entries" in after.notes[0]
+
+
+def test_wider_values_widen_the_tensor(tmp_path, base):
+    after = open_tuned(patch(tmp_path / "p.safetensors", {NAME: ([5], torch.tensor([0.1]))}), open_checkpoint(base))
+    assert after[NAME].dtype == "float32"
+    assert after.read(NAME, 5, 6).tolist() == [float(np.float32(0.1))]
+
+
+def test_patches_of_a_folder_follow_their_versions(tmp_path, base):
+    for version, name in ((2, "a"), (10, "b"), (1, "c")):
+        changes = {NAME: ([0, version], torch.full((2,), float(version)).bfloat16())}
+        patch(tmp_path / "run" / f"{name}.safetensors", changes, version)
+    found = compare(base, tmp_path / "run")
+    (delta,) = [delta for delta in found.pairing.deltas if delta.layer == NAME]
+    after = delta.tuned.read(0, 11)
+    assert after[[0, 1, 2, 10]].tolist() == [10, 1, 2, 10]
+    assert found.inputs[1].notes == ("3 sparse patches, applied in the order of model_version",)
+    fingerprint = found.inputs[1].fingerprint
+    patch(tmp_path / "run" / "c.safetensors", {NAME: ([0], torch.zeros(1).bfloat16())}, 1)
+    assert compare(base, tmp_path / "run").inputs[1].fingerprint != fingerprint
+
+
+def ones(count=1):
+    return torch.ones(count).bfloat16()
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"nope.weight": ([0], ones())}, r"changes nope\.weight, which BASE .* lacks"),
+        ({NAME: ([-1], ones())}, "names entry -1 of"),
+        ({NAME: ([0, 10**6], ones(2))}, "names entry 1000000 of"),
+        ({NAME: ([3, 1, 3], ones(3))}, "names entry 3 twice"),
+        ({NAME: ([0, 1], ones())}, r"is int32 \[2\], and .* \[1\]"),
+        ({NAME: ([[0]], ones()[None])}, r"int32 \[1, 1\]"),
+        ({NAME: ([0], torch.ones(1, dtype=torch.int32))}, "by int32 values"),
+    ],
+)
+def test_patches_that_lie_are_one_message(tmp_path, base, changes, problem):
+    path = patch(tmp_path / "p.safetensors", changes)
+    with pytest.raises(InputError, match=problem) as caught:
+        open_tuned(path, open_checkpoint(base)).read(NAME)
+    assert str(path) in str(caught.value)
+
+
+def test_patches_need_both_halves_and_a_plain_base(tmp_path, base):
+    for name, problem in ((f"{NAME}.indices", "values is missing"), (f"{NAME}.values", "neither indices nor values")):
+        save_file({name: torch.zeros(1, dtype=torch.int32)}, tmp_path / "p.safetensors", {"sparse": "True"})
+        with pytest.raises(InputError, match=problem):
+            open_tuned(tmp_path / "p.safetensors", open_checkpoint(base))
+    quantized = open_checkpoint(save_model(tmp_path / "q", eight_bit("a", (3, 4))[0]))
+    with pytest.raises(InputError, match="BASE stores as int8"):
+        open_tuned(patch(tmp_path / "p.safetensors", {"a.weight": ([0], ones())}), quantized)
+
+
+def test_real_patch_has_its_true_change():
+    folder = SHARED / "formats" / "sparse-delta"
+    if not folder.is_dir():
+        pytest.skip("the shared cases are not here")
+    truth = json.loads((folder / "truth.json").read_text())
+    found = compare(folder / "base", folder / "tuned").pairing
+    assert {delta.layer for delta in found.deltas} == set(truth) - {"_meta"}
+    for delta in found.deltas:
+        change = np.concatenate([as_numpy(after) - as_numpy(before) for before, after in delta.blocks()])
+        expected = truth[delta.layer]
+        np.testing.assert_allclose(np.linalg.norm(change), expected["fro"], rtol=1e-6)
+        for *at, value in expected.get("entries", []):
+            assert change[tuple(at)] == pytest.approx(value, abs=1e-9)

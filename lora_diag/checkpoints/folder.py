@@ -10,7 +10,7 @@ from typing import Any
 from lora_diag.checkpoints.distributed import DistributedFolder, folder_within
 from lora_diag.checkpoints.documents import MAX_INDEX_BYTES, read_config, read_object
 from lora_diag.checkpoints.foreign import refuse_foreign
-from lora_diag.checkpoints.gguf_model import GgufModel, config_of, open_model, single_model
+from lora_diag.checkpoints.gguf_model import GgufModel, config_of, notes_of, open_model, single_model
 from lora_diag.checkpoints.names import without_wrappers
 from lora_diag.checkpoints.pickled import TorchFile
 from lora_diag.checkpoints.pieces import PATTERN as PIECES
@@ -129,8 +129,10 @@ def _open(source: Path) -> tuple[tuple[TensorFile, ...], str, tuple[str, ...]]:
         files = [_open_file(source)]
         kind = f"{files[0].label} file"
         if isinstance(files[0], GgufModel):
-            files = open_model(source)
+            files = models = open_model(source)
+            notes = notes_of(models)
             kind = "GGUF file" if len(files) == 1 else f"GGUF model, {len(files)} files"
+            return tuple(files), kind, notes
     return tuple(files), kind, notes + tuple(note for file in files for note in file.notes)
 
 

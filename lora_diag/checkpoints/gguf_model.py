@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -189,6 +190,14 @@ def open_model(path: Path) -> list[GgufModel]:
             raise InputError(f"{model.path}: {min(twice)} is in another part, too; copy or download the parts again")
         seen.update(model.tensors)
     return models
+
+
+def notes_of(models: list[GgufModel]) -> tuple[str, ...]:
+    """Return the notes on a model, and how many tensors of which quantized type it holds."""
+    counts = Counter(info.stored for model in models for info in model.tensors.values() if info.stored)
+    types = ", ".join(f"{count} as {stored}" for stored, count in sorted(counts.items(), key=str))
+    notes = tuple(dict.fromkeys(note for model in models for note in model.notes))
+    return (*notes, f"quantized weights are dequantized while they are read: {types}") if counts else notes
 
 
 def config_of(models: list[GgufModel]) -> dict[str, Any]:

@@ -7,11 +7,13 @@ import numpy as np
 import pytest
 import torch
 
+import lora_diag
 from lora_diag.checkpoints import open_checkpoint
 from lora_diag.checkpoints.packing import unpack
 from lora_diag.checkpoints.quantized import FORMATS
 from lora_diag.errors import InputError
 from lora_diag.running.inputs import compare
+from tests.adapters.making import adapter, normal, write
 from tests.checkpoints.packed import awq, compressed, experts, float4, gptq, mlx, words
 from tests.checkpoints.test_fuzz import mutated, tensors_or_one_error
 from tests.conftest import SHARED, as_numpy, save_model, save_sharded
@@ -259,3 +261,30 @@ def test_mutated_packed_files(tmp_path, kind):
         path.write_bytes(mutated(good, rng))
         opened += tensors_or_one_error(path)
     assert 0 < opened < 100
+
+
+def quantized_by_mlx(weight, bits, group=32):
+    """Return the tensors of a weight rounded to the nearest codes between the extremes of every group."""
+    rows, columns = weight.shape
+    grouped = weight.reshape(rows, columns // group, group)
+    low, high = grouped.min(axis=2), grouped.max(axis=2)
+    scale = torch.tensor((high - low) / (2**bits - 1)).float()
+    bias = torch.tensor(low).float()
+    spread = (np.repeat(part.double().numpy(), group, 1) for part in (scale, bias))
+    s, b = spread
+    codes = np.clip(np.round((weight - b) / s), 0, 2**bits - 1).astype(int)
+    packed = torch.from_numpy(words(codes, bits)).view(torch.uint32)
+    return {W: packed, f"{M}.scales": scale, f"{M}.biases": bias}
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_merge_into_a_packed_format_is_right_up_to_its_rounding(tmp_path, bits):
+    weight = 0.05 * normal(32, 64, seed=1)
+    a, b = normal(2, 64, seed=2), 0.05 * normal(32, 2, seed=3)
+    base = write(tmp_path / "base" / "model.safetensors", {W: weight}).parent
+    factors = adapter(tmp_path, {f"{M}.lora_A.weight": a, f"{M}.lora_B.weight": b})
+    for scale, right in ((1.5, True), (3.0, False)):
+        folder = save_model(tmp_path / f"merged{scale}", quantized_by_mlx(weight + scale * b @ a, bits))
+        (folder / "config.json").write_text(json.dumps(of_mlx(bits)))
+        (record,) = lora_diag.verify_merge(base, factors, folder).layers
+        assert record.status == ("ok" if right else "wrong scale")

@@ -22,6 +22,7 @@ from lora_diag.checkpoints.refused import quantization, refuse_integer_weights, 
 from lora_diag.checkpoints.remote import RemotePath, as_path
 from lora_diag.checkpoints.safetensors import SafetensorsFile
 from lora_diag.checkpoints.tensors import Checkpoint, TensorFile
+from lora_diag.checkpoints.zero import ZeroFolder
 from lora_diag.errors import InputError
 
 # The formats, in the order in which they are tried.
@@ -30,9 +31,11 @@ FORMATS: tuple[type[SafetensorsFile] | type[GgufModel] | type[TorchFile], ...] =
 OpenFile = SafetensorsFile | GgufModel | TorchFile
 
 # Folders of files that hold parts of tensors, in the order in which they are tried.
-FOLDERS: tuple[type[DistributedFolder] | type[RanksFolder] | type[PiecesFolder], ...] = (
+OpenFolder = DistributedFolder | RanksFolder | ZeroFolder | PiecesFolder
+FOLDERS: tuple[type[OpenFolder], ...] = (
     DistributedFolder,
     RanksFolder,
+    ZeroFolder,
     PiecesFolder,
 )
 
@@ -117,7 +120,7 @@ def _config_of(source: Path) -> dict[str, Any]:
 
 def _open(source: Path) -> tuple[tuple[TensorFile, ...], str, tuple[str, ...]]:
     """Open a file, the shards of an index or a folder of pieces; return files, kind and notes."""
-    files: Sequence[OpenFile | DistributedFolder | RanksFolder | PiecesFolder]
+    files: Sequence[OpenFile | OpenFolder]
     notes: tuple[str, ...] = ()
     if source.is_dir():
         files = [_open_folder(source)]
@@ -136,7 +139,7 @@ def _open(source: Path) -> tuple[tuple[TensorFile, ...], str, tuple[str, ...]]:
     return tuple(files), kind, notes + tuple(note for file in files for note in file.notes)
 
 
-def _open_folder(folder: Path) -> DistributedFolder | RanksFolder | PiecesFolder:
+def _open_folder(folder: Path) -> OpenFolder:
     """Open a folder of files that hold parts of tensors."""
     try:
         return next(kind(folder) for kind in FOLDERS if kind.matches(folder))

@@ -10,8 +10,18 @@ from pathlib import Path
 from lora_diag.errors import InputError
 
 DCP = "is a part of a torch.distributed checkpoint; give its folder, with the file .metadata in it: {folder}"
-DEEPSPEED = "is a DeepSpeed checkpoint; convert it first: python {tool} {root} out --safe_serialization"
+DEEPSPEED = (
+    "is one file of a DeepSpeed checkpoint; give the folder with those of all ranks, or convert it: "
+    "python {tool} {root} out --safe_serialization"
+)
 FSDP = "holds FSDP shards; convert them first: accelerate merge-weights {shards} out"
+ORBAX = "is an Orbax checkpoint (JAX), which is not read; convert it to safetensors first, for example with orbaxport"
+MEGATRON = (
+    "is a Megatron checkpoint, which is not read; export it in Hugging Face's format first, for example with "
+    "megatron-bridge"
+)
+TENSORRT = "is a TensorRT engine, whose weights are laid out for one GPU; give the checkpoint from which it was built"
+HQQ = "is quantized by HQQ, which is not read; give the unquantized checkpoint, or analyse the adapter alone"
 
 # Pattern of a file name -> the message; the first match is used.
 FOREIGN = (
@@ -19,9 +29,15 @@ FOREIGN = (
     ("pytorch_model_fsdp_*", FSDP),
     (".metadata", DCP),
     ("*.distcp", DCP),
-    ("global_step*", DEEPSPEED),
     ("*zero_pp_rank_*", DEEPSPEED),
     ("mp_rank_*_model_states.pt", DEEPSPEED),
+    ("_CHECKPOINT_METADATA", ORBAX),
+    ("manifest.ocdbt", ORBAX),
+    ("latest_checkpointed_iteration.txt", MEGATRON),
+    ("model_optim_rng.pt", MEGATRON),
+    ("*.engine", TENSORRT),
+    ("*.plan", TENSORRT),
+    ("qmodel.pt", HQQ),
 )
 # Files inside the folder of a training step, not next to it.
 INSIDE_STEP = ("*zero_pp_rank_*", "mp_rank_*_model_states.pt")

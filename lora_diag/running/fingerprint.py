@@ -31,7 +31,7 @@ REMOTE_SAMPLES = 16
 DIGITS = 32
 
 # Files with parts of tensors, in a folder that is read as one file.
-PARTS = ("*.safetensors", ".metadata", "*.distcp", "model_world_size_*.pt")
+PARTS = ("*.safetensors", ".metadata", "*.distcp", "model_world_size_*.pt", "*_states.pt")
 
 # Read at a time for the hash of a whole file.
 HASHED_BYTES = 2**20

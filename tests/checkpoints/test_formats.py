@@ -325,9 +325,11 @@ def test_missing_or_unreadable_file_is_reported(tmp_path):
         (["adapter_config.json"], "adapter"),
         (["__0_0.distcp"], r"give its folder, with the file \.metadata in it: '.*/a folder'"),
         (["pytorch_model_fsdp_0"], "accelerate merge-weights '.*/a folder/pytorch_model_fsdp_0' out"),
-        (["global_step100", "latest"], "python '.*/a folder/zero_to_fp32.py' '.*/a folder' out --safe_serialization"),
-        (["bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt"], r"zero_to_fp32\.py '?/[^']*[^r]'? out"),
-        (["mp_rank_00_model_states.pt"], "DeepSpeed"),
+        (["mp_rank_01_model_states.pt"], r"give the folder .*zero_to_fp32\.py '?/[^']*[^r]'? out --safe"),
+        (["_CHECKPOINT_METADATA", "manifest.ocdbt"], "Orbax .* orbaxport"),
+        (["latest_checkpointed_iteration.txt"], "Megatron .* megatron-bridge"),
+        (["rank0.engine", "config.json"], "TensorRT"),
+        (["qmodel.pt"], "HQQ"),
     ],
 )
 def test_foreign_folders_are_refused_with_way_out(tmp_path, files, words):

@@ -99,9 +99,9 @@ def packed(rng: random.Random, whole: Path, at: Path) -> list[str]:
 
 
 def distributed(rng: random.Random, whole: Path, at: Path) -> list[str]:
-    """A distributed checkpoint or the files of ranks: an index, or a file with parts of tensors."""
-    folder = _copy(whole / rng.choice(["dcp", "ranks"]), at / "m")
-    _damage(rng.choice(sorted(folder.iterdir())), damaged_bytes, rng)
+    """A distributed checkpoint, the files of ranks or DeepSpeed's: an index, or a file with parts of tensors."""
+    folder = _copy(whole / rng.choice(["dcp", "ranks", "zero"]), at / "m")
+    _damage(rng.choice(sorted(path for path in folder.rglob("*") if path.is_file())), damaged_bytes, rng)
     return _read_as(rng, whole, "m", "base")
 
 

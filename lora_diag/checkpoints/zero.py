@@ -1,0 +1,325 @@
+"""DeepSpeed ZeRO 1, 2 and 3: the float32 master weights in the optimizer files of all ranks.
+
+Stages 1 and 2: of each parameter group, the parts ``single_partition_of_fp32_groups`` of all ranks make one vector, in
+which the group's parameters (``param_shapes`` of ``mp_rank_00_model_states.pt``) follow each other. Stage 3: every rank
+holds ⌈n / ranks⌉ entries of each parameter, one parameter after the other, in ``fp32_flat_groups``. Frozen parameters
+and buffers are in the model files. A folder without optimizer files has the 16-bit weights of stages 1 and 2 alone.
+
+The files are read as data (``archives``). Parameters that are aligned one by one, model parallelism and experts that
+are partitioned apart are left to DeepSpeed's own script.
+
+Reference: ``deepspeed/utils/zero_to_fp32.py``.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lora_diag.checkpoints.archives import WIDTH, Archive, StoredTensor
+from lora_diag.checkpoints.file_bytes import FileBytes
+from lora_diag.checkpoints.inert import Record
+from lora_diag.checkpoints.tensors import TensorInfo
+from lora_diag.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+
+OPTIMIZER = re.compile(r"(?:bf16_|fp16_)?zero_pp_rank_(\d{1,6})_mp_rank_00_optim_states\.pt")
+STATES = "*_optim_states.pt"
+WHOLE = "mp_rank_00_model_states.pt"
+MODEL = "zero_pp_rank_{}_mp_rank_00_model_states.pt"
+STEPS = "global_step[0-9]*"
+MAX_TAG_BYTES = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class Flat:
+    """A tensor as ranges of other tensors, one after the other.
+
+    Args:
+        parts: Tensor, first entry in it, and number of entries.
+    """
+
+    parts: tuple[tuple[StoredTensor, int, int], ...]
+
+    def read(self, start: int, stop: int) -> torch.Tensor:
+        """Return the entries ``start:stop``."""
+        import torch
+
+        found, at = [], 0
+        for tensor, begin, count in self.parts:
+            low, high = max(start, at), min(stop, at + count)
+            if low < high:
+                found.append(tensor.read(begin + low - at, begin + high - at))
+            at += count
+        return torch.cat(found) if found else self.parts[0][0].read(0, 0)
+
+    def read_bytes(self) -> bytes:
+        """Return the bytes, without torch."""
+        found = []
+        for tensor, begin, count in self.parts:
+            width = WIDTH[tensor.dtype]
+            found.append(tensor.read_bytes()[begin * width : (begin + count) * width])
+        return b"".join(found)
+
+
+class ZeroFolder:
+    """A folder that DeepSpeed wrote, or that of one step in it, presented as one file of whole tensors.
+
+    Args:
+        folder: The folder.
+
+    Raises:
+        InputError: A file is missing or damaged, or the parts do not fit together.
+    """
+
+    label = "DeepSpeed ZeRO"
+    config_folder = ""
+
+    def __init__(self, folder: Path) -> None:
+        self._root, self.path = folder, _step(folder)
+        self.metadata: Mapping[str, str] = {}
+        files = _by_rank(self.path)
+        found = dict(self._whole() if not files else self._masters(files))
+        if not found:
+            raise InputError(f"{self.path}: holds no weights; {self._way_out()}")
+        try:
+            "".join(found).encode()
+        except UnicodeEncodeError as error:  # a lone surrogate, which a results file cannot hold
+            raise InputError(f"{self.path}: a tensor name is not valid Unicode: {error}") from error
+        self._parts = {name: flat for name, (_, flat) in found.items()}
+        self.tensors: Mapping[str, TensorInfo] = {
+            name: TensorInfo(name, shape, flat.parts[0][0].dtype) for name, (shape, flat) in found.items()
+        }
+        kind = f"master weights of {len(files)} ranks" if files else "16-bit weights: there are no optimizer files"
+        self.notes: tuple[str, ...] = (f"{self.path.name}: {kind}",)
+
+    @staticmethod
+    def matches(folder: Path) -> bool:
+        """Return whether DeepSpeed wrote a folder."""
+        return any(folder.glob(STATES)) or (folder / WHOLE).is_file() or any(folder.glob(STEPS))
+
+    def read(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Return a copy of the entries ``start:stop`` of a tensor (row-major, stored dtype)."""
+        return self._parts[name].read(start, stop)
+
+    def read_bytes(self, name: str) -> bytes:
+        """Return the bytes of a small tensor, without torch."""
+        return self._parts[name].read_bytes()
+
+    def _way_out(self) -> str:
+        root = self.path.parent if self._root == self.path else self._root
+        tool, folder = (shlex.quote(str(path)) for path in (root / "zero_to_fp32.py", root))
+        return f"convert it: python {tool} {folder} out --safe_serialization"
+
+    def _whole(self) -> Iterator[tuple[str, tuple[tuple[int, ...], Flat]]]:
+        """Yield the 16-bit weights of the model file."""
+        archive = _archive(self.path / WHOLE)
+        module = archive.value.get("module") if isinstance(archive.value, dict) else None
+        for name, value in module.items() if isinstance(module, dict) else ():
+            tensor = archive.tensor(value, str(name))
+            if tensor is not None:
+                yield str(name), (tensor.shape, Flat(((tensor, 0, tensor.numel),)))
+
+    def _masters(self, files: Sequence[Path]) -> Iterator[tuple[str, tuple[tuple[int, ...], Flat]]]:
+        """Yield the float32 weights of the optimizer files, then frozen ones, buffers and shared ones."""
+        states = [self._optimizer(path) for path in files]
+        stage, ranks = states[0][1], len(files)
+        counts = {(each, world) for _, each, world, _, _ in states}
+        if counts != {(stage, ranks)}:
+            worlds = max(world for _, world in counts)
+            raise InputError(
+                f"{self.path}: there are optimizer files of {ranks} ranks of {worlds}; copy all of one run"
+            )
+        archive = _archive(self.path / (WHOLE if stage < 3 else MODEL.format(0)))
+        state = archive.value if isinstance(archive.value, dict) else {}
+        groups = state.get("param_shapes")
+        if not isinstance(groups, list) or not groups or not all(isinstance(group, dict) for group in groups):
+            raise InputError(f"{archive.file.path}: gives no param_shapes; {self._way_out()}")
+        flats = [_tensors(part, values, path.name) for (part, _, _, values, _), path in zip(states, files, strict=True)]
+        if stage < 3:
+            if any(any(_numbers(padding)) for *_, padding in states):
+                raise InputError(f"{self.path}: aligns parameters one by one, which is not read; {self._way_out()}")
+            found = dict(self._consecutive(groups, flats))
+        else:
+            found = dict(self._partitioned(groups, flats))
+        found |= self._others(archive, state, stage, ranks)
+        for alias, name in _pairs(state.get("shared_params")):
+            if name in found:
+                found[alias] = found[name]
+        yield from found.items()
+
+    def _consecutive(
+        self, groups: Sequence[Mapping[Any, Any]], flats: Sequence[Sequence[StoredTensor]]
+    ) -> Iterator[tuple[str, tuple[tuple[int, ...], Flat]]]:
+        """Stages 1 and 2: the parameters of a group follow each other in the parts of all ranks."""
+        if any(len(flat) != len(groups) for flat in flats):
+            raise InputError(
+                f"{self.path}: a rank does not hold the {len(groups)} groups of param_shapes; copy all files"
+            )
+        for number, group in enumerate(groups):
+            vector = [flat[number] for flat in flats]
+            at, align = 0, 2 * len(flats)
+            for name, shape in group.items():
+                count = math.prod(self._shape(name, shape))
+                yield str(name), (self._shape(name, shape), self._cut(vector, at, count, name))
+                at += count
+            held = sum(part.numel for part in vector)
+            if -(-at // align) != -(-held // align):
+                raise InputError(
+                    f"{self.path}: group {number} has {at:,} entries, but {held:,} are stored; {self._way_out()}"
+                )
+
+    def _partitioned(
+        self, groups: Sequence[Mapping[Any, Any]], flats: Sequence[Sequence[StoredTensor]]
+    ) -> Iterator[tuple[str, tuple[tuple[int, ...], Flat]]]:
+        """Stage 3: every rank holds an equal part of each parameter, the last with padding."""
+        at = 0
+        for group in groups:
+            for name, given in group.items():
+                shape = self._shape(name, given)
+                count = -(-math.prod(shape) // len(flats))
+                parts = [part for flat in flats for part in self._cut(flat, at, count, name).parts]
+                yield str(name), (shape, _shortened(parts, math.prod(shape)))
+                at += count
+        held = sum(part.numel for part in flats[0])
+        if at != held:
+            raise InputError(f"{self.path}: a rank has {at:,} parameters, but {held:,} are stored; {self._way_out()}")
+
+    def _others(
+        self, archive: Archive, state: Mapping[Any, Any], stage: int, ranks: int
+    ) -> dict[str, tuple[tuple[int, ...], Flat]]:
+        """Return frozen parameters and buffers."""
+        found: dict[str, tuple[tuple[int, ...], Flat]] = {}
+        buffers, module = state.get("buffer_names"), state.get("module")
+        for name in buffers if isinstance(buffers, list) else ():
+            held = module.get(name) if isinstance(module, dict) and isinstance(name, str) else None
+            tensor = archive.tensor(held, str(name))
+            if tensor is not None:
+                found[name] = tensor.shape, Flat(((tensor, 0, tensor.numel),))
+        frozen = state.get("frozen_param_shapes")
+        if not isinstance(frozen, dict) or not frozen:
+            return found
+        archives = [archive]
+        if stage == 3:
+            archives += [_archive(self.path / MODEL.format(rank)) for rank in range(1, ranks)]
+        for name, given in frozen.items():
+            shape = self._shape(name, given)
+            parts = []
+            for each in archives:
+                fragments = each.value.get("frozen_param_fragments") if isinstance(each.value, dict) else None
+                tensor = each.tensor(fragments.get(name), str(name)) if isinstance(fragments, dict) else None
+                if tensor is None:
+                    raise InputError(f"{each.file.path}: has no part of {name!s:.200}, which is frozen; copy it again")
+                parts.append((tensor, 0, tensor.numel))
+            if sum(count for *_, count in parts) < math.prod(shape):
+                raise InputError(f"{self.path}: the parts of {name!s:.200} hold fewer entries than {list(shape)}")
+            found[str(name)] = shape, _shortened(parts, math.prod(shape))
+        return found
+
+    def _optimizer(self, path: Path) -> tuple[Archive, int, int, Any, Any]:
+        """Return the file of a rank: archive, stage, number of ranks, its flat tensors, and paddings of parameters."""
+        archive = _archive(path)
+        found = archive.value.get("optimizer_state_dict") if isinstance(archive.value, dict) else None
+        state: dict[Any, Any] = found if isinstance(found, dict) else {}
+        stage = state.get("zero_stage")
+        if isinstance(stage, Record) and stage.args:
+            stage = stage.args[0]
+        world = max(_numbers(state.get("partition_count")), default=0)
+        if type(stage) is not int or not 0 <= stage <= 3 or world < 1:
+            raise InputError(f"{path}: is no optimizer file of ZeRO; {self._way_out()}")
+        key = "single_partition_of_fp32_groups" if stage < 3 else "fp32_flat_groups"
+        return archive, max(1, stage), world, state.get(key), state.get("param_alignment_paddings")
+
+    def _cut(self, vector: Sequence[StoredTensor], at: int, count: int, name: Any) -> Flat:
+        """Return a range of the tensors of a vector, one after the other."""
+        parts, begin = [], 0
+        for tensor in vector:
+            low, high = max(at, begin), min(at + count, begin + tensor.numel)
+            if low < high:
+                parts.append((tensor, low - begin, high - low))
+            begin += tensor.numel
+        if at + count > begin or not vector:
+            raise InputError(
+                f"{self.path}: {name!s:.200} lies up to entry {at + count:,}, but {begin:,} are stored; copy all files"
+            )
+        return Flat(tuple(parts) or ((vector[0], 0, 0),))
+
+    def _shape(self, name: Any, shape: Any) -> tuple[int, ...]:
+        if not isinstance(shape, tuple) or not all(type(size) is int and 0 <= size < 2**48 for size in shape):
+            raise InputError(f"{self.path}: param_shapes gives {name!s:.200} no valid shape; {self._way_out()}")
+        return shape
+
+
+def _step(folder: Path) -> Path:
+    """Return the folder of a step: the given one, or the latest in it."""
+    if any(folder.glob(STATES)) or (folder / WHOLE).is_file():
+        return folder
+    latest = folder / "latest"
+    if latest.is_file() and latest.stat().st_size <= MAX_TAG_BYTES:
+        tag = latest.read_bytes().decode(errors="replace").strip()
+        if tag in {"", ".", ".."} or set(tag) & set("/\\\0") or not (folder / tag).is_dir():
+            raise InputError(f"{latest}: names {tag!r}, which is no folder beside it; give the folder of a step")
+        return folder / tag
+    steps = sorted(path for path in folder.glob(STEPS) if path.is_dir())
+    if len(steps) != 1:
+        raise InputError(f"{folder}: holds {len(steps)} steps of DeepSpeed and no file named latest; give one of them")
+    return steps[0]
+
+
+def _by_rank(folder: Path) -> list[Path]:
+    """Return the optimizer file of every rank."""
+    found = {}
+    for path in folder.glob(STATES):
+        match = OPTIMIZER.fullmatch(path.name)
+        if match is None:
+            raise InputError(f"{path}: is of model or expert parallelism, which is not read; convert it with DeepSpeed")
+        found[int(match[1])] = path
+    missing = [rank for rank in range(max(found, default=-1) + 1) if rank not in found]
+    if missing:
+        raise InputError(f"{folder}: the optimizer file of rank {missing[0]} is missing; copy the files of all ranks")
+    return [found[rank] for rank in sorted(found)]
+
+
+def _archive(path: Path) -> Archive:
+    if not path.is_file():
+        raise InputError(f"{path.parent}: {path.name} is missing; copy the files of all ranks")
+    return Archive(FileBytes(path), (0, path.stat().st_size), path.name)
+
+
+def _tensors(archive: Archive, values: Any, name: str) -> list[StoredTensor]:
+    """Return flat tensors."""
+    found = [archive.tensor(value, name) for value in values] if isinstance(values, list | tuple) else []
+    flat = [tensor for tensor in found if tensor is not None and len(tensor.shape) == 1]
+    if not flat or len(flat) != len(found) or len({tensor.dtype for tensor in flat}) > 1:
+        raise InputError(f"{archive.file.path}: holds no flat master weights; copy it again")
+    return flat
+
+
+def _shortened(parts: Sequence[tuple[StoredTensor, int, int]], count: int) -> Flat:
+    """Return the first entries of some parts, without the padding at their end."""
+    kept, left = [], count
+    for tensor, begin, size in parts:
+        if left > 0:
+            kept.append((tensor, begin, min(size, left)))
+        left -= size
+    return Flat(tuple(kept) or ((parts[0][0], 0, 0),))
+
+
+def _numbers(value: Any, depth: int = 2) -> list[int]:
+    """Return the whole numbers of a value or of nested lists."""
+    if isinstance(value, list | tuple):
+        return [number for item in value for number in _numbers(item, depth - 1)] if depth else []
+    return [value] if type(value) is int else []
+
+
+def _pairs(value: Any) -> list[tuple[str, str]]:
+    """Return the aliases of shared parameters."""
+    items = value.items() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return [(str(item[0]), str(item[1])) for item in items if isinstance(item, tuple | list) and len(item) == 2]

@@ -1,0 +1,138 @@
+"""DeepSpeed's ZeRO checkpoints: master weights of all ranks, cut and padded as each stage does."""
+
+import json
+import pickle
+
+import numpy as np
+import pytest
+import torch
+
+from lora_diag.checkpoints import open_checkpoint
+from lora_diag.errors import InputError
+from lora_diag.running.inputs import compare
+from tests.conftest import SHARED, as_numpy
+
+SHAPES = [{"a.weight": (5, 3), "b.bias": (7,)}, {"c.weight": (4, 4)}]
+
+
+def numbers():
+    rng = np.random.default_rng(0)
+    return {name: torch.tensor(rng.standard_normal(shape)).float() for group in SHAPES for name, shape in group.items()}
+
+
+def save_zero(folder, stage, world=2, **changed):
+    """Write a checkpoint as DeepSpeed does; ``changed`` replaces values of the optimizer's state."""
+    step = folder / "global_step5"
+    step.mkdir(parents=True)
+    (folder / "latest").write_text("global_step5\n")
+    tensors = numbers()
+    shards = [[] for _ in range(world)]
+    for group in SHAPES:
+        if stage < 3:
+            flat = torch.cat([tensors[name].reshape(-1) for name in group])
+            flat = torch.cat([flat, torch.full((-len(flat) % (2 * world),), torch.nan)])
+            parts = flat.chunk(world)
+        else:
+            parts = [[] for _ in range(world)]
+            for name in group:
+                flat = tensors[name].reshape(-1)
+                size = -(-len(flat) // world)
+                flat = torch.cat([flat, torch.full((size * world - len(flat),), torch.nan)])
+                for rank in range(world):
+                    parts[rank].append(flat[rank * size : (rank + 1) * size])
+            parts = [torch.cat(part) for part in parts]
+        for rank, part in enumerate(parts):
+            shards[rank].append(part.clone())
+    key = "single_partition_of_fp32_groups" if stage < 3 else "fp32_flat_groups"
+    shapes = [{name: torch.Size(shape) for name, shape in group.items()} for group in SHAPES]
+    for rank in range(world):
+        state = {key: shards[rank], "zero_stage": stage, "partition_count": [world] * 2 if stage < 3 else world}
+        path = step / f"bf16_zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
+        torch.save({"optimizer_state_dict": state | changed}, path)
+        frozen = torch.arange(6.0).chunk(world)[rank] if stage == 3 else torch.arange(6.0)
+        model = {
+            "module": {"buffer": torch.ones(2), "a.weight": torch.zeros(5, 3).bfloat16()},
+            "buffer_names": ["buffer"],
+            "param_shapes": shapes,
+            "shared_params": {"tied.weight": "c.weight"},
+            "frozen_param_shapes": {"frozen": torch.Size([2, 3])},
+            "frozen_param_fragments": {"frozen": frozen.clone()},
+        }
+        if stage == 3 or rank == 0:
+            name = f"zero_pp_rank_{rank}_mp_rank_00" if stage == 3 else "mp_rank_00"
+            torch.save(model, step / f"{name}_model_states.pt")
+    return folder
+
+
+@pytest.mark.parametrize(("stage", "world"), [(1, 2), (2, 3), (3, 2), (3, 3)])
+def test_parameters_of_every_stage_are_put_together(tmp_path, stage, world):
+    folder = save_zero(tmp_path / "d", stage, world)
+    expected = numbers()
+    expected |= {"tied.weight": expected["c.weight"], "buffer": torch.ones(2), "frozen": torch.arange(6.0).view(2, 3)}
+    for path in (folder, folder / "global_step5"):
+        checkpoint = pickle.loads(pickle.dumps(open_checkpoint(path)))
+        assert set(checkpoint) == set(expected)
+        for name, value in expected.items():
+            flat = value.reshape(-1)
+            assert checkpoint[name].shape == value.shape
+            for start, stop in ((0, len(flat)), (0, 0), (1, len(flat) - 1), (len(flat) // 2, len(flat))):
+                assert torch.equal(checkpoint.read(name, start, stop), flat[start:stop])
+            assert checkpoint.read_bytes(name) == flat.numpy().tobytes()
+    assert checkpoint.notes == (f"global_step5: master weights of {world} ranks",)
+
+
+def test_model_file_alone_gives_its_16_bit_weights(tmp_path):
+    folder = save_zero(tmp_path / "d", 2)
+    for path in (folder / "global_step5").glob("*_optim_states.pt"):
+        path.unlink()
+    checkpoint = open_checkpoint(folder)
+    assert checkpoint["a.weight"].dtype == "bfloat16"
+    assert "no optimizer files" in checkpoint.notes[0]
+
+
+@pytest.mark.parametrize(
+    ("stage", "changed", "problem"),
+    [
+        (2, {"partition_count": [4, 4]}, "optimizer files of 2 ranks of 4; copy all"),
+        (2, {"zero_stage": 7}, "is no optimizer file of ZeRO"),
+        (2, {"single_partition_of_fp32_groups": []}, "holds no flat master weights"),
+        (2, {"single_partition_of_fp32_groups": [torch.ones(9)]}, "does not hold the 2 groups"),
+        (2, {"single_partition_of_fp32_groups": [torch.ones(9), torch.ones(8)]}, "lies up to entry 22, but 18"),
+        (2, {"single_partition_of_fp32_groups": [torch.ones(99), torch.ones(8)]}, "has 22 entries, but 198"),
+        (3, {"fp32_flat_groups": [torch.ones(12), torch.ones(9)]}, "has 20 parameters, but 21 are stored"),
+        (2, {"param_alignment_paddings": [[0, 3], [0]]}, "aligns parameters one by one"),
+    ],
+)
+def test_zero_states_that_lie_are_one_message(tmp_path, stage, changed, problem):
+    folder = save_zero(tmp_path / "d", stage, **changed)
+    with pytest.raises(InputError, match=problem) as caught:
+        open_checkpoint(folder)
+    assert str(folder) in str(caught.value)
+
+
+def test_missing_ranks_and_steps_are_named(tmp_path):
+    folder = save_zero(tmp_path / "d", 3, 3)
+    (folder / "global_step5" / "bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt").unlink()
+    with pytest.raises(InputError, match="optimizer file of rank 1 is missing"):
+        open_checkpoint(folder)
+    (folder / "latest").write_text("../elsewhere")
+    with pytest.raises(InputError, match=r"latest: names '../elsewhere'"):
+        open_checkpoint(folder)
+    (folder / "latest").unlink()
+    (folder / "global_step6").mkdir()
+    with pytest.raises(InputError, match="holds 2 steps of DeepSpeed"):
+        open_checkpoint(folder)
+
+
+def test_real_zero_2_has_its_true_change():
+    folder = SHARED / "formats" / "deepspeed-zero2"
+    if not folder.is_dir():
+        pytest.skip("the shared cases are not here")
+    truth = json.loads((folder / "truth.json").read_text())
+    found = compare(folder / "base", folder / "tuned").pairing
+    assert {delta.layer for delta in found.deltas} == set(truth) - {"_meta"}
+    for delta in found.deltas:
+        change = np.concatenate([as_numpy(after) - as_numpy(before) for before, after in delta.blocks()])
+        np.testing.assert_allclose(np.linalg.norm(change), truth[delta.layer]["fro"], rtol=1e-6)
+        for *at, value in truth[delta.layer].get("entries", []):
+            assert change[tuple(at)] == pytest.approx(value, abs=1e-9)

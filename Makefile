@@ -4,6 +4,9 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/$(if $(filter Windows_NT,$(OS)),Scripts,bin)
 
+# Compiled once, not by every process of the tests, also where the environment asks for the latter.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: demo check test docs wheel tag man lowest samples bench fuzz sbom licences clean help
 
 help: ## what can be made

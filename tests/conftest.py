@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import hypothesis
 import pytest
 
+from tests import slow_tests
 from tests.served import PATIENCE, ROOT, SOCKET, Server
 
 if TYPE_CHECKING:  # torch takes seconds to import, and the process that hands tests to workers runs none
@@ -41,61 +42,12 @@ SHARED = ROOT.parent / "shared"
 
 
 def pytest_configure(config):
-    """Name the socket of the one server of this run; workers inherit it."""
+    """Name the socket of the one server of this run, which workers inherit; and find the slow tests."""
+    config.pluginmanager.register(slow_tests)
     if not hasattr(config, "workerinput"):
         folder = tempfile.TemporaryDirectory(prefix="loradiag-")  # a socket's path is short
         config.add_cleanup(folder.cleanup)
         os.environ[SOCKET] = str(Path(folder.name) / "socket")
-
-
-# Folders whose tests run models, browsers, or commands many times over.
-SLOW = {"browser", "probes", "robustness"}
-# A module is slow that says so, or that imports what takes seconds to import and more to run.
-HEAVY = re.compile(r"^ *(?:pytestmark = .*\bslow\b|(?:import|from) (?:datasets|moto|peft|ray|transformers)\b)", re.M)
-# Seconds of the processor that a test may take which is not marked ``slow``.
-QUICK = 2.0
-
-
-def is_slow(path: Path) -> bool:
-    """Return whether all tests of a module are slow."""
-    return bool(SLOW & set(path.parts)) or HEAVY.search(path.read_text(encoding="utf-8")) is not None
-
-
-def pytest_ignore_collect(collection_path, config):
-    """Do not even import modules of slow tests where these are left out."""
-    inside = collection_path.is_relative_to(ROOT / "tests") and collection_path.name.startswith("test_")
-    if config.option.markexpr == "not slow" and inside and is_slow(collection_path):
-        return True
-    return None
-
-
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items):
-    """Mark the tests of slow modules ``slow``."""
-    slow = {path: is_slow(path) for path in {item.path for item in items} if path.name.startswith("test_")}
-    for item in items:
-        if slow.get(item.path):
-            item.add_marker("slow")
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_call(item):
-    """Note what a test takes of the processor, if that is more than a test may take which is not slow."""
-    before = sum(os.times()[:4])
-    try:
-        return (yield)
-    finally:
-        taken = sum(os.times()[:4]) - before
-        if taken > QUICK and not item.get_closest_marker("slow"):
-            item.user_properties.append(("slow", taken))
-
-
-def pytest_terminal_summary(terminalreporter):
-    """Name the tests that should be marked ``slow``."""
-    for report in terminalreporter.getreports("passed"):
-        for name, taken in report.user_properties:
-            if name == "slow":
-                terminalreporter.line(f"not marked slow, and takes {taken:.1f} s of the processor: {report.nodeid}")
 
 
 @pytest.fixture(autouse=True)

@@ -3,17 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-import numpy as np
-
-from lora_diag.linalg import Difference
+from lora_diag.linalg import Difference, Factors, grain
 from lora_diag.linalg.rounding import Profile
 from lora_diag.metrics import Gain, Noise, signal_rank, verdict, weighed_edge
 from lora_diag.records import Resolution
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,18 +39,15 @@ def noise_of(profile: Profile, terms: int) -> Noise:
     )
 
 
-def resolution(
-    difference: Difference | None, s: NDArray[np.float64], fro: float, complete: bool, gains: Gains | None = None
-) -> Resolution:
+def resolution(difference: Difference | None, factors: Factors, gains: Gains | None = None) -> Resolution:
     """Compare an update with the rounding of the files. An adapter's factors are the update: nothing was rounded.
 
     Args:
         difference: What one pass over the two stored sides gave; None for an update that has no two sides.
-        s: The largest singular values of ΔW, descending.
-        fro: ‖ΔW‖_F.
-        complete: Whether ``s`` holds all of them.
+        factors: The largest singular values of ΔW. Those that are rounding of the method count as noise.
         gains: In the metric of the data: what it makes of the errors.
     """
+    s, fro, complete = factors.s.numpy(), factors.fro, factors.complete
     rounding = difference.rounding if difference else None
     if difference is None or rounding is None:
         signal = signal_rank(s, 0.0, complete)
@@ -73,6 +64,7 @@ def resolution(
     noise_fro, edge = noise.fro, noise.edge if gains is None else 0.0
     if gains is not None:
         noise_fro, edge = gains.left[0] * gains.right[0], weighed_edge(gains.left, gains.right)
+    edge = max(edge, grain(factors))
     signal = signal_rank(s, edge, complete)
     return Resolution(
         unchanged=difference.unchanged,

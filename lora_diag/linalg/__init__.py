@@ -9,7 +9,7 @@ from lora_diag.linalg.devices import own_stream, resolve_device
 from lora_diag.linalg.difference import Difference, difference, first_non_finite, norm
 from lora_diag.linalg.distance import Products, principal_cosines, products, root
 from lora_diag.linalg.factored import decompose_factored
-from lora_diag.linalg.factors import Factors, numerical_rank
+from lora_diag.linalg.factors import Factors, grain, numerical_rank
 from lora_diag.linalg.limited import Allowance, decompose_streamed, require, whole_bytes
 from lora_diag.linalg.streamed import Streamed
 
@@ -26,6 +26,7 @@ __all__ = [
     "decompose_streamed",
     "difference",
     "first_non_finite",
+    "grain",
     "norm",
     "numerical_rank",
     "own_stream",

@@ -38,6 +38,20 @@ class Factors:
 ZERO_FACTORED, ZERO_DENSE = 1e-10, 1e-7
 
 
+def grain(factors: Factors) -> float:
+    """Return the size below which singular values are rounding of the method, or of the entries of A.
+
+    Args:
+        factors: What a decomposition gave.
+
+    Example:
+        >>> grain(Factors(torch.tensor([2.0, 1.0, 1e-9]), True, "gram", 0.0, 5**0.5))
+        2e-07
+    """
+    zero = ZERO_FACTORED if factors.method == "factored" else ZERO_DENSE
+    return zero * float(factors.s[0]) if len(factors.s) else 0.0
+
+
 def numerical_rank(factors: Factors) -> int:
     """Return how many singular values are not rounding.
 
@@ -48,8 +62,7 @@ def numerical_rank(factors: Factors) -> int:
         >>> numerical_rank(Factors(torch.tensor([2.0, 1.0, 1e-9]), True, "gram", 0.0, 5**0.5))
         2
     """
-    zero = ZERO_FACTORED if factors.method == "factored" else ZERO_DENSE
-    return int((factors.s > zero * factors.s[:1]).sum())
+    return int((factors.s > grain(factors)).sum())
 
 
 def fix_signs(u: Tensor, vh: Tensor) -> tuple[Tensor, Tensor]:

@@ -30,7 +30,8 @@ class Resolution(Record):
         mantissa: Mantissa bits that the stored values of base and tuned really use; null for an adapter.
         rounding_fro: Bound on ‖E‖_F, the norm of the rounding error of ΔW; by Mirsky Σ(σ_i − σ̂_i)² ≤ ‖E‖_F².
         noise_fro: Expected ‖E‖_F if E behaves like noise.
-        edge: Where the singular values of such noise end: the largest stands above it in at most 1% of layers.
+        edge: Where the singular values of such noise end: the largest stands above it in at most 1% of layers. Not
+            below 1e-7 σ_1, where values are rounding of the decomposition.
         start: ``exact`` if ``base_rounding`` shows that the stored BASE is the start of training; ``unknown`` if it may
             be, or a rounded copy; ``rounded`` if it is a rounded copy, or TUNED is stored no more finely, so that both
             may be. The rounding of BASE counts unless the start is exact. Null for an adapter.

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from lora_diag.layers.resolution import noise_of
-from lora_diag.linalg import difference
+from lora_diag.layers.resolution import noise_of, resolution
+from lora_diag.linalg import decompose, difference
 from lora_diag.metrics import Noise, signal_rank
 from tests.benchmarks import starts
 
@@ -205,3 +205,16 @@ def test_rounding_of_subtraction_is_no_signal():
     found = difference([(base, tuned)], base.shape, CPU)
     s = np.linalg.svd(found.matrix.double().numpy(), compute_uv=False)
     assert signal_rank(s, noise_of(found.rounding.noise, found.rounding.sides).edge, complete=True) == 8
+
+
+def test_rounding_of_a_gram_matrix_is_no_signal():
+    """σ² is found to some ε·σ_1²: of a large update in float32, values near 1e-8 σ_1 stand above the files' noise."""
+    rng = np.random.default_rng(0)
+    base = torch.from_numpy(rng.standard_normal((512, 256)) * 0.02).float()
+    tuned = (base.double() + planted(rng, base.shape, 8, 0.05)).float()
+    found = difference([(base, tuned)], base.shape, CPU)
+    factors = decompose(found.matrix, "gram")
+    edge = noise_of(found.rounding.noise, found.rounding.sides).edge
+    assert factors.s[8] > edge  # so that this test can fail
+    seen = resolution(found, factors)
+    assert (seen.signal_rank, int((factors.s > seen.edge).sum())) == (8, 8)

@@ -181,7 +181,7 @@ def _extract(layer: Layer, settings: ExtractionSettings, store: Store, device: t
         dtype=settings.dtype,
         method=best.method,
         blocks=change.row_blocks,
-        resolution=resolution(files.rounding, seen.s.numpy(), seen.fro, seen.complete),
+        resolution=resolution(files.rounding, seen),
         hidden=hidden,
         data=None if weighed is None else _on_data(weighed, best, rank, (b.to(device), a.to(device)), layer),
     )
@@ -271,7 +271,7 @@ def _decompose(
         rank = rank_at(energy_curve(every.s.numpy(), every.fro, every.complete), layer.rank.energy) or len(every.s)
     elif every.fro > 0:
         gains = weighed.gains if weighed is not None else None
-        signal = resolution(change.rounding, every.s.numpy(), every.fro, every.complete, gains).signal_rank
+        signal = resolution(change.rounding, every, gains).signal_rank
         rank = len(every.s) if signal is None else signal
     return _vectors(change, rank, settings, every), every
 

@@ -154,7 +154,7 @@ def subspaces(delta: Delta, settings: OverlapSettings, device: torch.device) -> 
         return _too_few(delta, settings)
     assert factors.u is not None
     assert factors.vh is not None
-    seen = resolution(change.rounding, factors.s.numpy(), factors.fro, factors.complete)
+    seen = resolution(change.rounding, factors)
     return Subspaces(
         delta.layer,
         orthonormal(factors.u),

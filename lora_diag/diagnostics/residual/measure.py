@@ -248,7 +248,7 @@ def _rank(delta: Delta | None, change: Change | None) -> int | None:
 
 def _resolution(weights: Metric) -> Resolution:
     factors = weights.factors
-    return resolution(weights.change.rounding, factors.s.numpy(), factors.fro, factors.complete)
+    return resolution(weights.change.rounding, factors)
 
 
 def _agreements(

@@ -15,7 +15,7 @@ from lora_diag.diagnostics.spectrum.record import Spectrum, Stack
 from lora_diag.gradients import History
 from lora_diag.layers.change import COARSE, on_device
 from lora_diag.layers.resolution import noise_of
-from lora_diag.linalg import Factors, first_non_finite, norm, require, resolve_device
+from lora_diag.linalg import Factors, first_non_finite, grain, norm, require, resolve_device
 from lora_diag.linalg.gram import decompose_stack
 from lora_diag.linalg.limited import READING
 from lora_diag.linalg.rounding import Spacing, mixture
@@ -156,13 +156,14 @@ def _stacked(history: History) -> tuple[int, int]:
 def _resolution(found: _Found, history: History) -> Resolution:
     """Hold the gradients against the rounding of their files, as one matrix of all steps."""
     noise = noise_of(mixture([(1 / 12, found.spacing.profile)], _stacked(history)), 1)
-    signal = signal_rank(found.side.s.numpy(), noise.edge, found.side.complete)
+    edge = max(noise.edge, grain(found.side))
+    signal = signal_rank(found.side.s.numpy(), edge, found.side.complete)
     return Resolution(
         unchanged=None,
         mantissa=None,
         rounding_fro=math.sqrt(found.spacing.squares) / 2,
         noise_fro=noise.fro,
-        edge=noise.edge,
+        edge=edge,
         signal_rank=signal,
         verdict=verdict(noise.fro, found.side.fro, signal),
     )

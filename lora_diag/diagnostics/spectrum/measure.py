@@ -88,7 +88,7 @@ def spectrum(delta: Delta, settings: SpectrumSettings, weighting: Weighting | No
         return not_finite(delta, change)
     factors = replace(factors, method=factors.method + fallback)
     gains = weighed.gains if weighed else None
-    seen = resolution(change.rounding, factors.s.numpy(), factors.fro, factors.complete, gains)
+    seen = resolution(change.rounding, factors, gains)
     record = record_of(delta.layer, delta.shape, delta.dtypes, change.base_fro, factors, settings.ranks, seen)
     if settings.recover and isinstance(delta, StoredDelta) and seen.verdict != "resolved" and record.fro > 0:
         record = record.model_copy(update={"hidden": _hidden(delta, record.fro, settings)})

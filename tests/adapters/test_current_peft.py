@@ -153,6 +153,8 @@ TOY = {
 
 @pytest.mark.parametrize("kind", TOY)
 def test_toy(kind, tmp_path):
+    if kind == "bias of adapted layers" and tuple(map(int, peft.__version__.split(".")[:2])) < (0, 21):
+        pytest.skip("PEFT before 0.21 trains these biases and does not save them")
     config, factored = TOY[kind]
     check(Toy(), config(), tmp_path, factored=factored)
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.integrate import trapezoid
 from scipy.optimize import minimize_scalar
 from scipy.special import ndtr
 
@@ -64,7 +65,7 @@ def test_size_has_largest_likelihood(rounded):
     def loss(log_s):
         s = math.exp(log_s)
         return (
-            -np.log(np.trapezoid(ndtr((hi - offset) / s) - ndtr((lo - offset) / s), dx=1 / 200, axis=0)).sum()
+            -np.log(trapezoid(ndtr((hi - offset) / s) - ndtr((lo - offset) / s), dx=1 / 200, axis=0)).sum()
             if (rounded)
             else -np.log(ndtr(hi / s) - ndtr(lo / s)).sum()
         )

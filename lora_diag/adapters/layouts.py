@@ -17,9 +17,10 @@ from lora_diag.adapters.names import canonical
 from lora_diag.adapters.writing import PEFT_VERSION, WEIGHTS
 from lora_diag.checkpoints import Checkpoint
 from lora_diag.checkpoints.gguf_names import ARCHITECTURES, Names, heads, of_config
-from lora_diag.errors import InputError
+from lora_diag.errors import InputError, UsageError
 
 GGUF = "gguf"
+PEFT = "peft"
 
 # kohya's prefixes and the parts of a pipeline that they mean, and back.
 _PARTS = {
@@ -315,3 +316,20 @@ LAYOUTS = {
     "mlx": Layout("adapters.safetensors", _to_mlx),
     GGUF: Layout("adapter.gguf", _to_gguf),
 }
+
+
+def check_layout(form: str, found: Sequence[Placed], base: Checkpoint) -> None:
+    """Refuse weights of a PEFT adapter of BASE that have no place in a layout, before anything is measured.
+
+    Args:
+        form: One of ``LAYOUTS``.
+        found: The weights, their modules in PEFT's names; ranks do not count.
+        base: BASE.
+
+    Raises:
+        UsageError: There is no such layout.
+        InputError: A weight has no place in it.
+    """
+    if form not in LAYOUTS:
+        raise UsageError(f"--format {form}: use {', '.join(LAYOUTS)}")
+    LAYOUTS[form].plan(found, Contents(PEFT, tuple(part.item for part in found)), base, 1)

@@ -41,6 +41,29 @@ def check_written(folder: Path, base: Checkpoint, parts: Sequence[Part]) -> None
             )
 
 
+def check_converted(folder: Path, written: Path, base: Checkpoint) -> None:
+    """Compare an adapter in another layout with the PEFT adapter that it was made from, layer by layer.
+
+    Args:
+        folder: The adapter in the other layout; both have a scale of 1 in every layer.
+        written: The PEFT adapter.
+        base: The checkpoint that both belong to.
+
+    Raises:
+        InputError: A layer reads back as other factors.
+    """
+    import torch
+
+    found, expected = ({d.layer: d for d in open_adapter(path).pair(base)[0].deltas} for path in (folder, written))
+    for layer, delta in expected.items():
+        other = found.get(layer)
+        if not isinstance(delta, FactoredDelta) or not isinstance(other, FactoredDelta) or other.shape != delta.shape:
+            raise InputError(f"{folder}: {layer} is not in it as it was written; do not use it, and report this")
+        pairs = zip(_used(*other.load()), _used(*delta.load()), strict=True)
+        if not all(torch.equal(ours, theirs) for ours, theirs in pairs):
+            raise InputError(f"{folder}: {layer} reads back otherwise than it was written; report this")
+
+
 def _same(delta: Delta | None, part: Part) -> bool:
     import torch
 

@@ -13,12 +13,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar
 
+from lora_diag.adapters.layouts import LAYOUTS
 from lora_diag.errors import InputError, UsageError
 from lora_diag.files import check_folder_of, lock, sync, write_whole
 
 WEIGHTS, CONFIG, CARD, RECORDS = "adapter_model.safetensors", "adapter_config.json", "README.md", "extraction.jsonl"
 FACTORS, SPECTRA = "factors", "spectra.jsonl"
-OURS = frozenset({WEIGHTS, CONFIG, CARD, RECORDS})
+OURS = frozenset({WEIGHTS, CONFIG, CARD, RECORDS, *(layout.file for layout in LAYOUTS.values())})
 
 
 class OutputFolder:

@@ -50,6 +50,10 @@ class ExtractOptions(FolderOptions, total=False):
     portable: Annotated[
         bool, Option(False, "One rank for all layers, padded with zeros: every program scales it alike.", panel=OUTPUT)
     ]
+    format: Annotated[
+        str,
+        Option("peft", "Format; all but peft imply --portable.", "peft|kohya|diffusers|mlx|gguf", panel=OUTPUT),
+    ]
     base_name: Annotated[
         str | None, Option(None, "Name of BASE in config and card; default its path.", "NAME", panel=OUTPUT)
     ]

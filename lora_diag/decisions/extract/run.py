@@ -9,11 +9,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Unpack
 
+from lora_diag.adapters import open_adapter
+from lora_diag.adapters.contents import Item, Part
+from lora_diag.adapters.layouts import LAYOUTS, PEFT, Placed, check_layout
+from lora_diag.adapters.portable import convert
 from lora_diag.adapters.writing import store_factors
+from lora_diag.adapters.writing_check import check_converted
+from lora_diag.adapters.writing_targets import Target
 from lora_diag.checkpoints import as_path, open_checkpoint
 from lora_diag.checkpoints.hub import loadable
-from lora_diag.decisions.extract.folder import OutputFolder
-from lora_diag.decisions.extract.layout import plan
+from lora_diag.decisions.extract.folder import FACTORS, OutputFolder
+from lora_diag.decisions.extract.layout import Plan, plan
 from lora_diag.decisions.extract.measure import ExtractionSettings, Layer, size
 from lora_diag.decisions.extract.measure import extract as factor
 from lora_diag.decisions.extract.options import ExtractOptions
@@ -71,6 +77,7 @@ def extract(
             it.
         portable: Write one rank for all layers, factors of a lower one filled up with zeros: an adapter that every
             program scales alike, see ``portability``. Stacked experts are left out.
+        format: ``peft``, ``kohya``, ``diffusers``, ``mlx`` or ``gguf``; all but the first imply ``portable``.
         base_name: The base model's name for config and model card; by default ``base`` as it was given.
         sweep: Results of ``probe sweep``, whose best learning rate the model card names.
         overwrite: Replace an adapter that is in ``output``.
@@ -99,17 +106,17 @@ def extract(
     rank, energy, params, ranks, signal = (given[n] for n in ("rank", "energy", "params", "allocation", "signal"))
     activations, kfac, sweep, base_name = (given[n] for n in ("activations", "kfac", "sweep", "base_name"))
     split, dtype, rest, portable = (given[name] for name in ("split", "adapter_dtype", "unfactored", "portable"))
-    overwrite = given["overwrite"]
+    overwrite, form = given["overwrite"], given["format"]
     asked = Asked(rank, energy, read_count(str(params), "--params") if params is not None else None, ranks, signal)
     asked.check()
     recover = given["recover"]
     if recover and activations is not None:
         raise UsageError("--recover: factors an update in the weights' metric; leave --activations out")
     rate = None if sweep is None else swept_rate(sweep)
-    if portable and rest == "save":
-        raise UsageError(
-            "--unfactored save: weights in full have no place in a portable adapter; leave out one of the two"
-        )
+    if (portable or form != PEFT) and rest == "save":
+        other = "a portable adapter" if portable else f"an adapter in {form}"
+        raise UsageError(f"--unfactored save: weights in full have no place in {other}; leave out one of the two")
+    portable = portable or form != PEFT
     base, tuned = as_path(base), as_path(tuned)
     folder = OutputFolder(Path(output), (base, tuned), overwrite, given["resume"])
     common = {name: given[name] for name in declared(FolderOptions)}
@@ -119,6 +126,7 @@ def extract(
     if recover and not any(isinstance(delta, StoredDelta) for delta in compared.pairing.deltas):
         raise UsageError("--recover: the factors of an adapter are the update; nothing is rounded away")
     planned = plan(open_checkpoint(base), tuned, compared.pairing, rest == "save", portable, run.given)
+    check_layout(form, [_placed(target) for target in planned.targets.values()], planned.base)
     moments = second_moments(activations, base, compared.pairing) if activations is not None else None
     if kfac and (moments is None or not moments.gradients):
         raise UsageError("--kfac: needs --activations FILE, recorded with probe activations --output-gradients")
@@ -161,7 +169,7 @@ def extract(
             raise _nothing(tuned, results)
         name = base_name or loadable(legible(base.parent if base.is_file() else base))
         if not folder.whole:
-            planned.write(folder.work, results, files, name)
+            _write(planned, folder, results, files, name, form)
         named = map(legible, ("loradiag", "extract", str(base), str(tuned)))
         command = [*named, *asked.words().split(" ", 1), *_options(results.run)]
         if activations is not None:
@@ -187,12 +195,34 @@ def extract(
             "dtype": dtype,
             "rest": rest,
             **({"portable": True} if portable else {}),
+            **({"format": form} if form != PEFT else {}),
             **({"recover": True} if recover else {}),
             **({"metric": "kfac" if kfac else "data"} if moments is not None else {}),
         },
         recorded=RECORDED if moments is None else (*RECORDED, "metric"),
         finish=finish,
     )
+
+
+def _placed(target: Target) -> Placed:
+    """Return a layer of BASE as the layouts of adapters know it."""
+    part: Part = target.kind if target.kind in {"embedding", "convolution"} else "factors"
+    shape = target.shape if target.kind == "embedding" else target.peft_shape
+    return Placed(Item(target.layer, target.module, part, shape=shape, kernel=target.kernel), 1, shape)
+
+
+def _write(
+    planned: Plan, folder: OutputFolder, results: Results[Extraction], files: Mapping[str, Path], name: str, form: str
+) -> None:
+    """Write the adapter: as PEFT reads it, and from there in another layout."""
+    if form == PEFT:
+        planned.write(folder.work, results, files, name)
+        return
+    scratch = folder.work / FACTORS / PEFT
+    scratch.mkdir(exist_ok=True)
+    planned.write(scratch, results, files, name)
+    convert(open_adapter(scratch), folder.work, scratch, planned.base, form)
+    check_converted(folder.work / LAYOUTS[form].file, scratch, planned.base)
 
 
 def _options(run: Run) -> list[str]:

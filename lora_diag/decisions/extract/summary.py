@@ -17,6 +17,33 @@ from lora_diag.rendering.text import count, named, number, percent, safe, short,
 # Why a layer has no factors if ΔW = 0, as the diagnostic says it.
 ZERO = "its update is zero"
 
+# Format of an adapter -> the library in the card's metadata, and how the adapter is loaded.
+_USAGE = {
+    "peft": (
+        "peft",
+        (
+            "```python",
+            "from peft import PeftModel",
+            "",
+            'model = PeftModel.from_pretrained(base_model, "THIS_FOLDER")',
+            "```",
+        ),
+    ),
+    "kohya": ("", ("`lora.safetensors` is in the layout of kohya's sd-scripts.",)),
+    "diffusers": ("diffusers", ("```python", 'pipeline.load_lora_weights("THIS_FOLDER")', "```")),
+    "mlx": (
+        "mlx",
+        (
+            "```python",
+            "from mlx_lm import load",
+            "",
+            'model, tokenizer = load(base_model, adapter_path="THIS_FOLDER")',
+            "```",
+        ),
+    ),
+    "gguf": ("", ("```console", "llama-cli -m BASE.gguf --lora THIS_FOLDER/adapter.gguf", "```")),
+}
+
 # ε above the floor by more than this share of it is said to be the price of the dtype.
 _VISIBLE = 1e-3
 
@@ -69,11 +96,12 @@ def model_card(results: Results[Extraction], base_name: str, command: str, rate:
     missing = [f"- {line}" for line in _missing(results, tip="")]
     in_full = [f"- {line}" for line in _in_full(results)]
     made = any(record.estimated for record in results)
+    library, usage = _USAGE[str(results.run.settings.get("format", "peft"))]
     return "\n".join(
         [
             "---",
             f"base_model: {_quoted(base_name)}",
-            "library_name: peft",
+            *([f"library_name: {library}"] if library else []),
             "tags:",
             "- lora",
             "- loradiag",
@@ -95,11 +123,7 @@ def model_card(results: Results[Extraction], base_name: str, command: str, rate:
             *([f"Learning rate to train it on with: {_code(rate)}.", ""] if rate is not None else []),
             *(["Beside the factors:", "", *in_full, ""] if in_full else []),
             *(["Not in it:", "", *missing, ""] if missing else []),
-            "```python",
-            "from peft import PeftModel",
-            "",
-            'model = PeftModel.from_pretrained(base_model, "THIS_FOLDER")',
-            "```",
+            *usage,
             "",
             f"Made by loradiag {results.run.version}; `extraction.jsonl` has the numbers of every weight:",
             "",

@@ -11,7 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from lora_diag.adapters.source import Source
+from lora_diag.adapters.source import Source, open_source
 from lora_diag.checkpoints import Checkpoint, shown
 from lora_diag.checkpoints.remote import RemotePath
 from lora_diag.deltas import natural_order
@@ -54,6 +54,8 @@ def fingerprint_of_adapter(source: Source) -> str:
     Raises:
         InputError: A file cannot be read.
     """
+    if source.is_completed:  # what a user stated of it is no part of the files
+        source = open_source(source.path)
     return fingerprint(source.checkpoint, source.config.values if source.config is not None else None, whole=True)
 
 

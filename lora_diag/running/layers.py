@@ -23,7 +23,7 @@ from lora_diag.running.measuring import (
     read_memory,
     without_rank,
 )
-from lora_diag.running.options import LayerOptions, filled, settings
+from lora_diag.running.options import LayerOptions, filled, settings, stated_alpha
 from lora_diag.running.progress import Watch
 from lora_diag.version import __version__
 
@@ -150,7 +150,7 @@ class LayerRun:
             command=self.command,
             version=__version__,
             inputs=inputs,
-            settings={**first, **{name: values[name] for name in recorded}, **self._stated()},
+            settings={**first, **{name: values[name] for name in recorded}, **stated_alpha(self.options)},
         )
         layout = self.layout(tasks)
         limited: S = replace(settings, memory=layout.limit)
@@ -168,10 +168,6 @@ class LayerRun:
             if finish is not None:
                 finish(results)
         return results
-
-    def _stated(self) -> dict[str, Any]:
-        """Return what was stated of adapters without α, as far as it was."""
-        return {name: self.options[name] for name in ("alpha", "alpha_is_rank") if self.options.get(name)}
 
     def layout(self, tasks: Sequence[Sized]) -> Layout:
         """Return how this machine is shared among layers.

@@ -164,6 +164,11 @@ class MissingAlpha(TypedDict, total=False):
     alpha_is_rank: Annotated[bool, Option(False, "State that α = r where an adapter's files give no α.", panel=INPUTS)]
 
 
+def stated_alpha(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what options state of adapters without α, as far as they do, for the run record."""
+    return {name: options[name] for name in ("alpha", "alpha_is_rank") if options.get(name)}
+
+
 class Matching(Selection, MissingAlpha, total=False):
     """Which weights of two sides, and how adapters without α are scaled."""
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lora_diag.adapters.given import given_alpha
 from lora_diag.checkpoints import Checkpoint
 from lora_diag.deltas import Delta, Pairing
 from lora_diag.errors import UsageError
@@ -21,7 +22,7 @@ from lora_diag.running.engines import Layout
 from lora_diag.running.fingerprint import legible
 from lora_diag.running.inputs import Comparison, compare, describe
 from lora_diag.running.measuring import not_paired
-from lora_diag.running.options import ProbeOptions, filled
+from lora_diag.running.options import ProbeOptions, filled, stated_alpha
 from lora_diag.running.progress import Kept, Watch
 from lora_diag.version import __version__
 
@@ -66,7 +67,7 @@ class ProbeRun:
             InputError: A side cannot be read, or the adapter does not fit BASE.
             NothingComparedError: The sides have no weight in common.
         """
-        return compare(base, tuned, verify=self.options["verify"])
+        return compare(base, tuned, verify=self.options["verify"], given=given_alpha(self.options))
 
     def describe(self, stored: Checkpoint) -> RunInput:
         """Return what the run record says of BASE, where nothing is compared with it."""
@@ -151,7 +152,12 @@ class ProbeRun:
             "device": model.device.type,
             "tokens": legible(model.tokens.about),
         }
-        run = Run(command=self.command, version=__version__, inputs=tuple(inputs), settings={**settings, **running})
+        run = Run(
+            command=self.command,
+            version=__version__,
+            inputs=tuple(inputs),
+            settings={**settings, **running, **stated_alpha(options)},
+        )
         with ResultsWriter[Any](options["output"], run, options["resume"], options["overwrite"], grows) as writer:
             kept = Kept(writer, self.watch)
             return kept.end(measured(kept)) if kept.finished is None else kept.finished

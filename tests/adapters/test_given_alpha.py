@@ -7,9 +7,15 @@ import pytest
 
 from lora_diag.adapters import open_adapter
 from lora_diag.adapters.given import given_alpha
+from lora_diag.decisions.allocate.run import _params_of
 from lora_diag.diagnostics.portability.fix import make_portable
 from lora_diag.diagnostics.portability.run import portability
 from lora_diag.errors import InputError, UsageError
+from lora_diag.probes.curvature.options import CurvatureOptions
+from lora_diag.probes.fisher.options import FisherOptions
+from lora_diag.probes.outputs.options import OutputsOptions
+from lora_diag.probes.truncation.options import TruncationOptions
+from lora_diag.running.probing import ProbeRun
 from tests.adapters.dense import dense
 from tests.adapters.making import adapter, base, close, normal, write
 
@@ -126,3 +132,44 @@ def test_commands_take_it_and_record_it(tmp_path, loradiag):
     (record,) = [found for line in ran.out.splitlines() if (found := json.loads(line))["record"] == "residual"]
     assert record["epsilon"] == pytest.approx(0, abs=1e-5)
     assert loradiag("spectrum", "base", "lora.safetensors", "--alpha", "1", "--alpha-is-rank").code == 2
+
+
+PROBES = {
+    "truncation": TruncationOptions,
+    "outputs": OutputsOptions,
+    "curvature": CurvatureOptions,
+    "fisher": FisherOptions,
+}
+
+
+@pytest.mark.parametrize("probe", PROBES)
+def test_probes_scale_adapters_by_stated_alpha(tmp_path, probe):
+    file = kohya(tmp_path)
+    folder = base(tmp_path, {"a.weight": normal(6, 5), "b.weight": normal(6, 5, seed=3)})
+    more = {"data": "x.txt"} if probe == "fisher" else {}
+    for given, scale in (({}, 1.0), ({"alpha": 8.0}, 4.0), ({"alpha_is_rank": True}, 1.0)):
+        run = ProbeRun(f"probe {probe}", {**given, **more}, PROBES[probe])
+        found = {delta.layer: dense(delta) for delta in run.compare(folder, file).pairing.deltas}
+        close(found["a.weight"], scale * B @ A)
+
+
+def test_gate_knows_an_adapter_of_stated_alpha_again(tmp_path, loradiag):
+    """The fingerprint is that of the files, whatever was stated of them; a changed file is another one."""
+    tensors = {"h.a.lora_A.weight": A, "h.a.lora_B.weight": B}
+    folder = adapter(tmp_path, tensors)
+    (folder / "adapter_config.json").unlink()
+    base(tmp_path, {"h.a.weight": normal(6, 5)})
+    assert loradiag("spectrum", "base", "adapter", "--alpha", "8", "-o", "s.jsonl").code == 0
+    (tmp_path / "gate.toml").write_text('[[rule]]\nname = "there"\nrequire = "spectrum.fro > 0"\n')
+    ran = loradiag("gate", "gate.toml", "s.jsonl", "--for", "base", "--for", "adapter")
+    assert ran.code == 0, ran.out + ran.err
+    write(
+        folder / "adapter_model.safetensors", {f"base_model.model.{name}": 2 * value for name, value in tensors.items()}
+    )
+    assert loradiag("gate", "gate.toml", "s.jsonl", "--for", "base", "--for", "adapter").code != 0
+
+
+def test_allocate_matches_an_adapter_without_alpha(tmp_path):
+    folder = adapter(tmp_path, {"h.a.lora_A.weight": A, "h.a.lora_B.weight": B})
+    (folder / "adapter_config.json").unlink()
+    assert _params_of(folder) == 2 * (5 + 6)

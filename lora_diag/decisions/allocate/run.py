@@ -250,7 +250,7 @@ def _params_of(path: Path | str) -> int:
         InputError: It is no adapter that has factors of known size.
     """
     total = 0
-    for weight in open_adapter(locate(path)).weights():
+    for weight in open_adapter(locate(path), "rank").weights():  # its scale is no parameter
         sizes = [size for size in weight.shape if size is not None]
         if weight.form != "factored" or weight.rank is None or len(sizes) != 2:
             raise InputError(f"{path}: --match needs an adapter with factors; {weight.layer} has none of known size")

@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 from typing import Annotated
 
-from lora_diag.running.options import GRANULARITY, RANKS, SEED, HeldOut, LayerProbeOptions, Option
+from lora_diag.running.options import GRANULARITY, RANKS, SEED, HeldOut, LayerProbeOptions, MissingAlpha, Option
 
 
-class CurvatureOptions(HeldOut, LayerProbeOptions, total=False):
+class CurvatureOptions(HeldOut, LayerProbeOptions, MissingAlpha, total=False):
     """Options of ``probe curvature``."""
 
     ranks: Annotated[Sequence[int], RANKS.by((0, 1, 2, 4, 8, 16, 32, 64))]

@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Required
 
-from lora_diag.running.options import DATA, LABELS, RANKS, SEED, HeldOut, LayerProbeOptions, Option
+from lora_diag.running.options import DATA, LABELS, RANKS, SEED, HeldOut, LayerProbeOptions, MissingAlpha, Option
 
 
-class FisherOptions(HeldOut, LayerProbeOptions, total=False):
+class FisherOptions(HeldOut, LayerProbeOptions, MissingAlpha, total=False):
     """Options of ``probe fisher``."""
 
     data: Required[Annotated[Path | str, DATA]]

@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 from typing import Annotated
 
-from lora_diag.running.options import GRANULARITY, RANKS, LayerProbeOptions, Option, Shifted
+from lora_diag.running.options import GRANULARITY, RANKS, LayerProbeOptions, MissingAlpha, Option, Shifted
 
 
-class TruncationOptions(Shifted, LayerProbeOptions, total=False):
+class TruncationOptions(Shifted, LayerProbeOptions, MissingAlpha, total=False):
     """Options of ``probe truncation``."""
 
     ranks: Annotated[Sequence[int], RANKS.by((0, 1, 2, 4, 8, 16, 32, 64))]

@@ -51,6 +51,7 @@ class AllocateOptions(TypedDict, total=False):
             setting="weights",
         ),
     ]
+    portable: Annotated[bool, Option(False, "One rank for all layers that get any: every program scales it alike.")]
     relative: Annotated[bool, Option(False, "Count the energy of every layer as 1.")]
     strategy: Annotated[
         str,

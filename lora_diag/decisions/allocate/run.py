@@ -13,10 +13,11 @@ from lora_diag.adapters import open_adapter
 from lora_diag.catalog import read_results, read_results_of
 from lora_diag.checkpoints import locate
 from lora_diag.checkpoints.documents import MAX_CONFIG_BYTES, read_object
-from lora_diag.decisions.allocate.allocation import Budget
+from lora_diag.decisions.allocate.allocation import Allocated, Budget
 from lora_diag.decisions.allocate.allocation import allocate as plan_ranks
 from lora_diag.decisions.allocate.candidates import Constraints
 from lora_diag.decisions.allocate.measured_weights import MEASURED, Measured, measured_weights
+from lora_diag.decisions.allocate.one_rank import one_rank
 from lora_diag.decisions.allocate.options import AllocateOptions
 from lora_diag.decisions.allocate.peft_config import Scaling, compare, peft_config
 from lora_diag.decisions.allocate.record import Allocation, Policies
@@ -55,6 +56,8 @@ def allocate(results: Results[Spectrum] | Path | str, **options: Unpack[Allocate
         layer_weights: Factor of each layer's energy, by name (``default`` for the others), or a JSON file of such; or
             what ``probe sensitivity`` measured: the gain of each layer alone per energy that the rank trained captures;
             or what ``probe fisher`` measured: then Σ F_ℓ(r_ℓ) is made small instead of energy large.
+        portable: Give every layer rank 0 or one common rank (of ``allowed_ranks``, else powers of two and half-way
+            between them): a config without patterns, which every program that serves the adapter scales alike.
         relative: Count every layer's energy as 1: maximise Σ C(r) and not Σ‖ΔW‖²C(r).
         strategy: ``optimal``: the most energy; ``heuristic``: r ∝ s·√(d_in + d_out), with s the weights given, the
             gains that ``probe sensitivity`` measured, or ‖ΔW‖/‖W‖.
@@ -88,6 +91,10 @@ def allocate(results: Results[Spectrum] | Path | str, **options: Unpack[Allocate
         raise UsageError(
             "--strategy heuristic: divides a budget, and --energy is none; give --params or another budget"
         )
+    portable = given["portable"]
+    if portable and (energy is not None or method == "heuristic"):
+        other = "--energy" if energy is not None else "--strategy heuristic"
+        raise UsageError(f"--portable: divides a budget over layers of one rank, and {other} gives each its own")
     training = Training(optimizer, dtype)
     budget = _budget(params, total_rank, memory, energy, match, training)
     constraints = Constraints(min_rank, max_rank, tuple(sorted(set(ranks_from))) if ranks_from is not None else None)
@@ -97,19 +104,28 @@ def allocate(results: Results[Spectrum] | Path | str, **options: Unpack[Allocate
         raise UsageError(
             "--relative: counts every layer's energy as 1, and --layer-weights of probe fisher counts no energy"
         )
-    chosen = plan_ranks(
-        spectra.layers,
-        budget,
-        constraints,
-        found.factors,
-        relative,
-        target,
-        exclude,
-        found.losses,
-        spectra.left_out,
-        method=method,
-        scores=found.scores,
-    )
+
+    def plan(constraints: Constraints) -> Allocated:
+        return plan_ranks(
+            spectra.layers,
+            budget,
+            constraints,
+            found.factors,
+            relative,
+            target,
+            exclude,
+            found.losses,
+            spectra.left_out,
+            method=method,
+            scores=found.scores,
+        )
+
+    chosen = one_rank(plan, constraints) if portable else plan(constraints)
+    if portable and (stack := next((each for each in chosen.layers if each.group and each.rank), None)) is not None:
+        raise UsageError(
+            f"--portable: {stack.group} is a stack of experts, which has no place in a portable adapter; leave it out "
+            "with --exclude"
+        )
     run = Run(
         command="allocate",
         version=__version__,
@@ -125,6 +141,7 @@ def allocate(results: Results[Spectrum] | Path | str, **options: Unpack[Allocate
             "weights": weights if isinstance(weights, Mapping) else None if weights is None else legible(weights),
             "relative": relative,
             "method": method,
+            **({"portable": True} if portable else {}),
             **({"metric": metric} if (metric := spectra.layers[0].metric) != "weights" else {}),
             "optimizer": optimizer if memory is not None else None,
             "dtype": dtype if memory is not None else None,
@@ -182,6 +199,8 @@ def write_allocation(
     if path.suffix == ".jsonl":
         results.write(path, overwrite)
         return
+    if rslora and results.run.settings.get("portable"):
+        raise UsageError("--rslora: SGLang and llama.cpp do not read it, so the adapter would not be portable")
     config = peft_config(results, Scaling(scaling, rslora))
     if check is not None:
         from lora_diag.models.peft_check import adapted_by_peft  # transformers takes seconds to import

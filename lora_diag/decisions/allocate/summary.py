@@ -67,13 +67,14 @@ def _lines(results: Results[Allocation]) -> list[Statement]:
         say("budget", "Budget", _budget(results, certificate)),
         *([say("heads", "Heads", *_heads(results, certificate))] if certificate.saved else []),
         say("keeps", "Energy kept", *_keeps(results, certificate)),
+        *([say("portable", "Portable", *_portable(results))] if results.run.settings.get("portable") else []),
     ]
     heuristic = results.run.settings.get("method") == "heuristic"
     allocated = "ranks chosen for energy" if heuristic else "allocated ranks"
     if certificate.price:
         lines.append(say("against", "Baselines", *(_against(each, allocated) for each in certificate.baselines)))
         lines += [] if heuristic else [say("more", "Marginal gain", _price(certificate))]
-    if limits := _limits(results):
+    if (limits := _limits(results)) and not results.run.settings.get("portable"):
         lines.append(say("limits", "Limits", *limits))
     return [
         *lines,
@@ -123,6 +124,23 @@ def _budget(results: Results[Allocation], certificate: Certificate) -> str:
     if not certificate.price:
         told += "; every layer is at its cap, so the rest buys nothing"
     return told if certificate.unit == "params" else f"{told}; {certificate.params:,} parameters"
+
+
+def _portable(results: Results[Allocation]) -> list[str]:
+    """Say what one rank for all is good for, and what programs refuse or drop all the same."""
+    told = ["one rank and no patterns, which every program scales alike; bound and gap are those of one rank"]
+    given = {record.layer.removesuffix(".weight") for record in results if record.rank}
+    for module in sorted(given):
+        owner, _, leaf = module.rpartition(".")
+        other = {"q_proj": "v_proj", "v_proj": "q_proj", "k_proj": "q_proj"}.get(leaf)
+        if other is not None and f"{owner}.{other}" not in given:
+            told.append(f"SGLang refuses {short(module)} without {other}: --min-rank gives both a rank")
+            break
+    if any(item.reason == "saved" for item in results.left_out):
+        told.append(
+            "heads trained in full: vLLM takes classifier and score alone, SGLang drops, llama.cpp refuses them"
+        )
+    return told
 
 
 def _heads(results: Results[Allocation], certificate: Certificate) -> list[str]:

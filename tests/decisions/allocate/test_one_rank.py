@@ -1,0 +1,83 @@
+"""``allocate --portable``: one rank for all, the best of those tried, in a config that every program scales alike."""
+
+import json
+
+import pytest
+
+import lora_diag
+from lora_diag.adapters.contents import Contents, Item
+from lora_diag.decisions.allocate.one_rank import GRID
+from lora_diag.decisions.allocate.run import write_allocation
+from lora_diag.diagnostics.portability.consumers import CONSUMERS
+from lora_diag.errors import UsageError
+from tests.decisions.allocate.records import llama, record, results
+
+SPECTRA = results(*llama(3))
+
+
+@pytest.mark.parametrize("more", [{}, {"allowed_ranks": [2, 4]}, {"min_rank": 2}])
+def test_portable_allocation_is_the_best_of_one_rank(more):
+    """By brute force: the best of the allocations that allow one rank each."""
+    found = lora_diag.allocate(SPECTRA, params=2000, portable=True, **more)
+    (rank,) = {each.rank for each in found} - {0}
+    kept = {}
+    for one in more.get("allowed_ranks", GRID):
+        if one < more.get("min_rank", 0):
+            continue
+        try:
+            alone = lora_diag.allocate(SPECTRA, params=2000, **{**more, "allowed_ranks": [one]})
+        except UsageError:
+            continue
+        kept[one] = alone.whole[0].kept
+    assert len(kept) > 1
+    assert found.whole[0].kept == max(kept.values()) == kept[rank]
+    free = lora_diag.allocate(SPECTRA, params=2000, **more)
+    assert found.whole[0].kept <= found.whole[0].bound
+    assert free.whole[0].kept >= found.whole[0].kept
+
+
+def test_portable_config_is_exact_in_every_program(tmp_path):
+    options = {"params": 1500, "min_rank": 1, "exclude": "self_attn"}  # SGLang wants q and v of a layer both
+    found = lora_diag.allocate(SPECTRA, portable=True, **options)
+    write_allocation(found, tmp_path / "adapter_config.json", scaling=3.0)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert (config["rank_pattern"], config["alpha_pattern"]) == ({}, {})
+    items = tuple(
+        Item(each.layer, each.layer.removesuffix(".weight"), "factors", "lora_B", each.rank, 3.0, None, each.shape)
+        for each in found
+        if each.rank
+    )
+    contents = Contents("peft", items, config)
+    for consumer in CONSUMERS.values():
+        for rule in consumer.rules if "peft" in consumer.forms else ():
+            assert not rule.refuses(contents), (consumer.name, rule.versions)
+            assert {rule.applies(contents, item).scale for item in items} == {3.0}
+    plain = lora_diag.allocate(SPECTRA, **options)
+    write_allocation(plain, tmp_path / "plain.json", scaling=3.0)
+    assert json.loads((tmp_path / "plain.json").read_text())["rank_pattern"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"energy": 0.9}, "--energy gives each its own"),
+        ({"params": 2000, "strategy": "heuristic"}, "--strategy heuristic gives each its own"),
+        ({"params": 3}, "even the cheapest rank"),
+        ({"params": 2000, "min_rank": 5, "max_rank": 5}, "no rank lies between"),
+    ],
+)
+def test_portable_allocation_refuses_what_gives_layers_their_own(options, message):
+    with pytest.raises(UsageError, match=message):
+        lora_diag.allocate(SPECTRA, portable=True, **options)
+
+
+def test_portable_allocation_refuses_stacks_of_experts():
+    spectra = results(*(record(f"h.0.experts.up_proj[{n}]", (8, 8), [3, 2, 1]) for n in range(2)))
+    with pytest.raises(UsageError, match="stack of experts"):
+        lora_diag.allocate(spectra, params=1000, portable=True)
+
+
+def test_portable_allocation_and_rslora_contradict(tmp_path):
+    found = lora_diag.allocate(SPECTRA, params=2000, portable=True)
+    with pytest.raises(UsageError, match="SGLang and llama"):
+        write_allocation(found, tmp_path / "adapter_config.json", rslora=True)

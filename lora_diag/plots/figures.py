@@ -14,7 +14,16 @@ from lora_diag.feature import Feature
 from lora_diag.feature import Figure as Spec
 from lora_diag.records import LayerRecord, Results
 from lora_diag.rendering.figures.fields import numbers_of, value_of
-from lora_diag.rendering.figures.series import Options, Series, by_adapter, by_pair, by_step, kind_of, series_of
+from lora_diag.rendering.figures.series import (
+    Options,
+    Series,
+    by_adapter,
+    by_pair,
+    by_program,
+    by_step,
+    kind_of,
+    series_of,
+)
 from lora_diag.rendering.figures.sheet import MAX_PANELS, settle
 from lora_diag.rendering.figures.style import CATEGORIES, Look, look_of, styled
 
@@ -193,6 +202,8 @@ def _usable(kind: FigureKind, series: Sequence[Series[Any]], options: Options) -
         return by_adapter(chosen)
     if chosen and chosen[0].records[0].record == "interference":
         return by_pair(chosen)
+    if chosen and chosen[0].records[0].record == "portability":
+        return by_program(chosen)
     return by_step(chosen, options.rank) if chosen and chosen[0].records[0].record == "overlap" else chosen
 
 

@@ -116,3 +116,30 @@ def rules_grids() -> list[Grid]:
 def _column(consumer: Consumer, rule: Rule, features: Mapping[str, Contents]) -> Column:
     cells = tuple(words(outcome(contents, consumer, rule)) for contents in features.values())
     return Column(f"{consumer.title} {rule.versions}".removesuffix(" all"), cells, "left")
+
+
+def history(contents: Contents, consumer: Consumer) -> str:
+    """Return what a consumer does with an adapter, and since which version, such as ``exact since 0.32, before ×0.5``.
+
+    Rules that do the same are one range of versions.
+    """
+    spans: list[tuple[str, str]] = []  # the first version of which it is known, and what is done; the newest first
+    for rule in consumer.rules:
+        done = words(outcome(contents, consumer, rule))
+        if spans and spans[-1][1] == done:
+            spans[-1] = rule.since, done
+        else:
+            spans.append((rule.since, done))
+    if len(spans) == 1:
+        return spans[0][1]
+    *newer, (_, oldest) = spans
+    return f"{', '.join(f'{done} since {since}' for since, done in newer)}, before {oldest}"
+
+
+def history_table(form: str) -> str:
+    """Return a Markdown table for a layout of files: a row a feature, a column a consumer that reads the layout."""
+    features = {name: contents for name, contents in FEATURES.items() if contents.form == form}
+    readers = [consumer for consumer in CONSUMERS.values() if form in consumer.forms]
+    rows = [["feature of the adapter", *(consumer.title for consumer in readers)], ["---"] * (len(readers) + 1)]
+    rows += [[name, *(history(contents, consumer) for consumer in readers)] for name, contents in features.items()]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)

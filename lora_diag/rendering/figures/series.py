@@ -87,6 +87,17 @@ def by_pair(series: Sequence[Series[Any]]) -> tuple[Series[Any], ...]:
     return _split(series, lambda record: (record.first, record.second), False)
 
 
+def by_program(series: Sequence[Series[Any]]) -> tuple[Series[Any], ...]:
+    """Split series of ``portability`` by the programs and their versions."""
+    found = []
+    for one in series:
+        parts: dict[str, list[Any]] = {}
+        for record in one.records:
+            parts.setdefault(f"{owner_of(one, series)}{record.consumer} {record.version}", []).append(record)
+        found += [replace(one, label=label, records=tuple(records)) for label, records in parts.items()]
+    return tuple(found)
+
+
 def _split(
     series: Sequence[Series[Any]], paths_of: Callable[[Any], tuple[str, ...]], named: bool
 ) -> tuple[Series[Any], ...]:

@@ -178,6 +178,7 @@ def test_results_are_judged_by_a_gate_and_reported(patterned, tmp_path, loradiag
     assert loradiag("report", "p.jsonl", "-o", "report.html").code == 0
     page = (tmp_path / "report.html").read_text()
     assert "Will the adapter mean the same where it is served?" in page
+    assert "what each program makes of each weight" in page
     assert loradiag("inspect", "p.jsonl", "--per", "layer").code == 0
 
 

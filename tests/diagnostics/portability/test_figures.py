@@ -46,3 +46,9 @@ def test_portability_compares_runs_side_by_side(number):
     ax = plots.figure("portability", runs, labels=["first", "second"][:number]).axes[0]
     assert len(ax.images) == 3 * number
     assert ax.get_xticklabels()[0].get_text() == ("first: PEFT" if number > 1 else "PEFT")
+
+
+def test_heat_map_of_portability_has_a_panel_for_each_program():
+    page = plots.figure("heatmap", making.results(making.served(2, TYPES)), field="epsilon")
+    titles = [ax.get_title(loc="left") for ax in page.axes if ax.get_title(loc="left")]
+    assert titles == ["peft 0.21.2", "vllm 0.33.0", "llamacpp 0b03adaa632b"]

@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 
 from lora_diag.adapters.contents import Contents, Item
 from lora_diag.diagnostics.portability.consumers import CONSUMERS
-from lora_diag.diagnostics.portability.features import FEATURES, rules_grids, words
+from lora_diag.diagnostics.portability.features import FEATURES, history, history_table, rules_grids, words
 from lora_diag.diagnostics.portability.features import outcome as outcome_of
 from lora_diag.diagnostics.portability.rules import is_before
 from lora_diag.diagnostics.portability.run import portability
 from lora_diag.errors import UsageError
-from tests.conftest import SHARED
+from tests.conftest import ROOT, SHARED
 
 # The names of the truths -> what ``--for`` takes.
 NAMES = {
@@ -322,3 +322,28 @@ def test_largest_ranks_that_a_server_takes():
         needed[rank] = vllm.rank_needed(contents)
     assert needed == {8: None, 16: None, 17: 32, 300: 320, 512: 512}
     assert math.isclose(vllm.largest_rank, 512)
+
+
+def test_guide_has_the_table_that_the_rules_make():
+    page = (ROOT / "docs" / "guides" / "training-to-serving.md").read_text(encoding="utf-8")
+    for form in ("peft", "kohya"):
+        assert f"<!-- rules: {form} -->\n{history_table(form)}\n<!-- end -->" in page, "run docs/refresh.py on the page"
+
+
+def test_history_names_the_version_since_which_a_rule_holds():
+    """The three that the sources changed in: PEFT's anchored keys, vLLM's patterns, diffusers without alpha."""
+    found = {
+        name: history(FEATURES[feature], CONSUMERS[name])
+        for name, feature in (
+            ("peft", "anchored pattern (^)"),
+            ("vllm", "alpha_pattern"),
+            ("diffusers", "no alpha, unequal ranks"),
+            ("llamacpp", "alpha_pattern"),
+        )
+    }
+    assert found == {
+        "peft": "exact since 0.15, before ×0.5",
+        "vllm": "exact since 0.32, before ×0.5",
+        "diffusers": "exact since 0.40, before ×4",
+        "llamacpp": "×0.5",
+    }

@@ -43,6 +43,7 @@ def test_a_fixed_adapter_is_the_same_update_everywhere(tmp_path, config):
         close(after[layer], change)
 
 
+@pytest.mark.slow
 def test_peft_applies_what_was_written(tmp_path):
     peft, torch = pytest.importorskip("peft"), pytest.importorskip("torch")
 
@@ -186,6 +187,25 @@ def test_diffusers_takes_what_was_written_for_scale_1(tmp_path):
     found = get_peft_kwargs(ranks, None, state)
     assert (found["r"], found["lora_alpha"], found["rank_pattern"], found["alpha_pattern"]) == (3, 3, {}, {})
     assert set(found["target_modules"]) == {"down_blocks.0.attn.to_q", "mid_block.conv"}
+
+
+@pytest.mark.skipif(importlib.util.find_spec("diffusers") is None, reason="diffusers is not installed")
+def test_diffusers_converts_what_was_written_for_kohya(tmp_path):
+    """Its converter of kohya files finds both factors and α = r under the module of the U-Net."""
+    torch = pytest.importorskip("torch")
+    from diffusers.loaders.lora_conversion_utils import _convert_non_diffusers_lora_to_diffusers
+    from safetensors.torch import load_file as load
+
+    module = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+    folder = base(tmp_path, {f"{module}.weight": normal(6, 5)}, {"_class_name": "UNet2DConditionModel"})
+    a, b = normal(2, 5), normal(6, 2)
+    adapter(tmp_path, {f"{module}.lora_A.weight": a, f"{module}.lora_B.weight": b}, target_modules=["to_q"])
+    make_portable(tmp_path / "adapter", tmp_path / "out", folder, form="kohya")
+    state, alphas = _convert_non_diffusers_lora_to_diffusers(load(tmp_path / "out" / "lora.safetensors"))
+    key = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.processor.to_q_lora"
+    assert set(state) == {f"{key}.down.weight", f"{key}.up.weight"}
+    close((state[f"{key}.up.weight"] @ state[f"{key}.down.weight"]).double().numpy(), 1.5 * b @ a)
+    assert list(alphas.values()) == [torch.tensor(2.0).item()]
 
 
 def test_mlx_and_back(tmp_path):

@@ -160,6 +160,7 @@ def test_old_peft_needs_a_dot_before_a_key(drawn):
             assert found[module] == pytest.approx((config["lora_alpha"] if alpha is None else alpha) / rank**power)
 
 
+@pytest.mark.slow
 def test_peft_itself_gives_the_intended_scales():
     peft, torch = pytest.importorskip("peft"), pytest.importorskip("torch")
 

@@ -2,10 +2,14 @@
 
 import ast
 import os
+import re
 import subprocess
 import sys
+from functools import cache
 from graphlib import TopologicalSorter
 from pathlib import Path
+
+import pytest
 
 from lora_diag import catalog
 from tests.served import ROOT
@@ -96,12 +100,19 @@ def unit_of(parts: tuple[str, ...]) -> str:
     return ".".join(parts[:2]) if parts[0] in FEATURES and len(parts) > 1 else parts[0].removesuffix(".py")
 
 
+@cache
+def parsed(file: Path) -> ast.Module:
+    """Return the syntax tree of a file, which several tests look at."""
+    return ast.parse(file.read_text(encoding="utf-8"))
+
+
+@cache
 def imports() -> list[tuple[str, Path, str]]:
     """Return (unit, file, imported module) for every import statement of the package."""
     found = []
     for file in sorted(PACKAGE.rglob("*.py")):
         relative = file.relative_to(PACKAGE)
-        for node in ast.walk(ast.parse(file.read_text())):
+        for node in ast.walk(parsed(file)):
             if isinstance(node, ast.Import):
                 found += [(unit_of(relative.parts), relative, alias.name) for alias in node.names]
             elif isinstance(node, ast.ImportFrom):
@@ -155,7 +166,7 @@ def test_no_modules_import_each_other_in_circle():
     """Imports inside functions count, those for type checkers alone do not."""
     files = {".".join(file.relative_to(PACKAGE.parent).with_suffix("").parts): file for file in PACKAGE.rglob("*.py")}
     TopologicalSorter(
-        {module: _imported(ast.parse(file.read_text()), files) - {module} for module, file in files.items()}
+        {module: _imported(parsed(file), files) - {module} for module, file in files.items()}
     ).prepare()  # raises CycleError, which names the circle
 
 
@@ -182,6 +193,7 @@ def _as_figure(name: str) -> str:
     return "figures.py" if name.startswith("figure") else name
 
 
+@pytest.mark.slow
 def test_every_declared_path_can_be_imported():
     for feature in catalog.features():
         paths = [*feature.records, *feature.functions, feature.command, feature.table]
@@ -215,9 +227,22 @@ def test_only_cli_prints_or_exits():
     for file in sorted(PACKAGE.rglob("*.py")):
         if file.relative_to(PACKAGE).parts[0] == "cli":
             continue
-        calls = [node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Call)]
-        wrong += [call for call in calls if ast.unparse(call.func) in {"print", "sys.exit", "exit", "quit"}]
+        calls = [node.func for node in ast.walk(parsed(file)) if isinstance(node, ast.Call)]
+        names = [(call.id if isinstance(call, ast.Name) else ast.unparse(call)) for call in calls if is_short(call)]
+        wrong += [(file, name) for name in names if name in {"print", "sys.exit", "exit", "quit"}]
     assert not wrong
+
+
+def is_short(call: ast.expr) -> bool:
+    """Return whether what is called is a name, or an attribute of one."""
+    return isinstance(call, ast.Name) or (isinstance(call, ast.Attribute) and isinstance(call.value, ast.Name))
+
+
+def test_names_of_tests_have_60_characters_at_most():
+    files = sorted((ROOT / "tests").rglob("test_*.py"))
+    names = [name for file in files for name in re.findall(r"^ *def (test_\w+)", file.read_text("utf-8"), re.MULTILINE)]
+    assert len(names) > 1000
+    assert not [name for name in names if len(name) > 60]
 
 
 LIGHT = """
@@ -233,6 +258,7 @@ for words, heavy in {steps!r}:
 """
 
 
+@pytest.mark.slow
 def test_commands_import_nothing_heavy(pair_of_models, loradiag, tmp_path):
     """Help and the gate need no NumPy; what reads headers or results needs no torch."""
     base, tuned, *_ = pair_of_models

@@ -278,7 +278,7 @@ def quantized_by_mlx(weight, bits, group=32):
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_a_merge_into_a_packed_format_is_right_up_to_its_rounding(tmp_path, bits):
+def test_merge_into_packed_format_is_right_up_to_its_rounding(tmp_path, bits):
     weight = 0.05 * normal(32, 64, seed=1)
     a, b = normal(2, 64, seed=2), 0.05 * normal(32, 2, seed=3)
     base = write(tmp_path / "base" / "model.safetensors", {W: weight}).parent

@@ -108,7 +108,7 @@ def test_the_hook_runs(shell):
     assert shell(hook) == 0
 
 
-def test_the_gate_of_a_merge_runs_and_fails_a_merge_that_dropped_the_adapter(shell, repository):
+def test_gate_of_merge_runs_and_fails_merge_that_dropped_adapter(shell, repository):
     """A merge made here: W + (alpha / r) B A, in float32."""
     weights = {}
     for file in (SAMPLES / "base").glob("*.safetensors"):

@@ -214,6 +214,7 @@ def test_ctrl_c_says_how_to_go_on(server, tmp_path):
     assert len(lora_diag.read_results(tmp_path / "r.jsonl")) == 60
 
 
+@pytest.mark.slow
 def test_next_is_command_that_was_typed(loradiag, pair_of_models, tmp_path):
     base, *_ = pair_of_models
     (tmp_path / "my models").mkdir()
@@ -301,6 +302,7 @@ EXIT = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not BAD.is_dir(), reason="the malformed inputs are not part of a plain clone")
 def test_malformed_inputs_made_elsewhere(loradiag, tmp_path):
     for folder in sorted(path for path in BAD.iterdir() if path.is_dir()):

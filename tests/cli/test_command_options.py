@@ -111,6 +111,7 @@ def test_python_takes_former_names_and_values():
     assert one == other
 
 
+@pytest.mark.slow
 def test_former_modes_are_commands_of_today(loradiag):
     spectrum = ROOT / "docs/examples/spectrum.jsonl"
     for former, now in (
@@ -173,6 +174,7 @@ def below_the_table(text):
 EXAMPLES = sorted((ROOT / "docs/examples").glob("*.jsonl"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("words", [["inspect", path] for path in EXAMPLES], ids=[path.stem for path in EXAMPLES])
 def test_summary_of_example_is_short(loradiag, words):
     short, whole = (below_the_table(loradiag(*words, brief=brief).out) for brief in (True, False))
@@ -181,6 +183,7 @@ def test_summary_of_example_is_short(loradiag, words):
     assert whole == below_the_table(loradiag(*words, "-v", brief=True).out)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "words",
     [

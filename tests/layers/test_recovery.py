@@ -111,6 +111,7 @@ def test_what_did_not_move_or_hardly_is_refused(tmp_path):
     assert estimate(tmp_path, w.bfloat16(), few).hidden.status == "not_hidden"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stochastic", [False, True])
 @pytest.mark.parametrize("rate", [1e-5, 1e-6])
 def test_training_without_master_weights_is_refused(tmp_path, stochastic, rate):
@@ -130,6 +131,7 @@ def test_training_without_master_weights_is_refused(tmp_path, stochastic, rate):
     assert found.fro_estimate is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", [1, 2])
 def test_an_update_of_rank_1_or_2_needs_its_directions_to_fit(tmp_path, rank):
     w, x, t = planted(256, 200, rank, 2e-5, 20 + rank)
@@ -139,7 +141,7 @@ def test_an_update_of_rank_1_or_2_needs_its_directions_to_fit(tmp_path, rank):
     assert float((found.matrix() - x).norm() / x.norm()) < 0.25
 
 
-def test_rows_of_different_sizes_get_scales_before_they_are_refused(tmp_path):
+def test_rows_of_different_sizes_get_scales_before_refusal(tmp_path):
     w, x, t = planted(256, 200, 0, 1e-5, 9, rows=0.8)
     found = estimate(tmp_path, w.bfloat16(), t.bfloat16())
     assert found.hidden.scales
@@ -148,6 +150,7 @@ def test_rows_of_different_sizes_get_scales_before_they_are_refused(tmp_path):
     assert torch.equal((w + found.matrix()).bfloat16().float(), t)
 
 
+@pytest.mark.slow
 def test_row_scales_keep_the_values_of_a_low_rank_update(tmp_path):
     w, x, t = planted(256, 200, 2, 2e-5, 10, rows=0.9)
     found = estimate(tmp_path, w.bfloat16(), t.bfloat16())

@@ -47,6 +47,7 @@ def test_blocks_do_not_matter(rows, seed):
     assert found.fro == pytest.approx(whole.fro, rel=1e-14)
 
 
+@pytest.mark.slow
 def test_norm_of_large_matrix_is_not_float32s():
     """torch's own float32 norm is off by 8e-4 here."""
     torch.manual_seed(0)

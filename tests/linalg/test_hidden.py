@@ -120,6 +120,7 @@ def test_low_rank_update_is_recovered(rms, most):
     assert recovered < 0.55 * plain
 
 
+@pytest.mark.slow
 @settings(max_examples=12)
 @given(seed=st.integers(0, 10**6))
 def test_pure_noise_has_no_direction(seed):
@@ -130,6 +131,7 @@ def test_pure_noise_has_no_direction(seed):
     assert abs(math.log(size.fro / float(x.norm()))) < 5 * size.error
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", ["norm", "debiased"])
 @pytest.mark.parametrize("shape", [(60, 40), (260, 230)])
 def test_powers_of_two_and_permutations_change_nothing_else(rule, shape):

@@ -47,6 +47,7 @@ def test_spacing_is_distance_to_next_number(dtype, value):
     assert float(of(torch.cat([stored, long]))[0]) == pytest.approx(expected, rel=1e-12, abs=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", SHORT, ids=str)
 @settings(max_examples=30, deadline=None)
 @given(scale=st.floats(1e-4, 10), seed=st.integers(0, 1000))

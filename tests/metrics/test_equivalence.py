@@ -62,6 +62,7 @@ def test_limit_is_missed_in_one_case_of_twenty(n):
     assert abs(missed / 2000 - 0.05) < 3.5 * math.sqrt(0.05 * 0.95 / 2000)
 
 
+@pytest.mark.slow
 def test_runs_that_are_planned_decide_four_times_in_five():
     n, rng = runs_needed(0.5, math.sqrt(2), 2), np.random.default_rng(2)
     decided = 0

@@ -100,6 +100,7 @@ def test_rounded_base_is_seen_beside_outlier(share):
         assert difference([(base, (base + delta).float())], start.shape, CPU).rounding.start == "exact"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["larger where w is small", "in proportion to w", "rank 4"])
 def test_moves_that_go_with_size_of_weight_are_no_rounding(kind):
     shares = [share for share in starts.SHARES if share >= 0.03]

@@ -20,7 +20,6 @@ ENCODER = ("attention.self.query", "attention.self.value", "attention.output.den
 # The layers of each input: several have some types only, in another order or of another architecture.
 MIXES = {
     "one block": [("model.layers", LLAMA, 1)],
-    "part first": [("model.layers", LLAMA[2:4], 2), ("model.layers", LLAMA, 4)],
     "four": [("model.layers", LLAMA[i : i + 2], 2 + i) for i in (3, 0, 5, 1)],
     "two architectures": [("model.layers", LLAMA, 4), ("bert.encoder.layer", ENCODER, 8)],
     "nothing in common": [("model.layers", LLAMA[4:], 2), ("model.layers", LLAMA[:3], 3)],

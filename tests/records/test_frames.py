@@ -183,6 +183,7 @@ def test_csv_and_data_frames_have_same_numbers(results, values):
                 assert cell == str(value) if isinstance(value, bool) else float(cell) == value
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not importlib.util.find_spec("pyarrow"), reason="pyarrow is not installed")
 @given(drawn(), st.booleans())
 def test_arrow_and_parquet_have_columns_of_records(results, values):

@@ -313,6 +313,7 @@ def test_every_rule_says_when_and_whence():
         assert name in page, f"docs/reference/report.md does not explain {name!r}"
 
 
+@pytest.mark.slow
 @given(st.lists(st.floats(0.01, 100), min_size=1, max_size=40), st.integers(1, 50))
 def test_kept_is_share_of_energy(values, rank):
     s = np.sort(np.array(values))[::-1]
@@ -321,6 +322,7 @@ def test_kept_is_share_of_energy(values, rank):
     assert kept_at(record, rank) == pytest.approx(wanted, rel=1e-12)
 
 
+@pytest.mark.slow
 @given(st.permutations(range(6)))
 def test_order_of_layers_changes_no_advice(order):
     records = [spectrum(layer, flat_to(4 if i % 2 else 30, 512)) for i, layer in enumerate(names(1)[:6])]

@@ -59,6 +59,7 @@ def test_shape_that_does_not_fit_stays_unpaired(tmp_path):
     assert len(reasons) == EXPERTS
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prefix", ["model.", "base_model.model.", "bert.", "transformer.", "mpnet.", "swin."])
 @pytest.mark.parametrize("on_base", [False, True])
 def test_prefix_that_one_side_lacks_is_looked_through(tmp_path, prefix, on_base):

@@ -165,6 +165,7 @@ def wanted(found):
     return {module_of(r.layer): (r.rank, 2.0) for r in found if r.rank}
 
 
+@pytest.mark.slow
 @WITH_PEFT
 def test_peft_builds_llama_as_allocated(tmp_path):
     transformers = pytest.importorskip("transformers")
@@ -265,6 +266,7 @@ SMALL = {
 }
 
 
+@pytest.mark.slow
 @WITH_PEFT
 @pytest.mark.parametrize("name", SMALL)
 def test_peft_trains_as_many_parameters_as_budget_counts(tmp_path, name):

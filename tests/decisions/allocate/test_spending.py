@@ -39,6 +39,7 @@ def optimum(curves, costs, starts, allowed, budget):
     return best
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None)
 @given(UNITS, st.integers(0, 60), st.sampled_from([1, 2]))
 def test_exact_method_finds_optimum_and_bound_holds(units, budget, step):
@@ -122,6 +123,7 @@ def test_table_that_is_too_large_is_not_filled(monkeypatch):
     assert not spend(steps, 9).optimal
 
 
+@pytest.mark.slow
 def test_allocation_of_many_layers_takes_seconds():
     rng = np.random.default_rng(0)
     layers, kept = 20_000, 64

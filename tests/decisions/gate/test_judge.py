@@ -30,6 +30,7 @@ values = st.one_of(st.none(), st.integers(0, 40).map(lambda n: n / 20))
 layer = st.tuples(values, st.sampled_from([0.0, 1.0, 1.0, 3.0]), st.booleans())
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=150)
 @given(
     st.lists(layer, min_size=1, max_size=6),

@@ -64,7 +64,7 @@ def test_a_sparse_update_that_the_files_resolve_is_not_hidden(tmp_path, dtype):
     assert record.status == "not_hidden"
 
 
-def test_a_difference_longer_than_the_estimate_is_printed_as_such(models):
+def test_difference_longer_than_estimate_is_printed_as_such(models):
     """Rounding lengthens D where few entries stay the same: a fraction of ‖X‖ would be capped at 1."""
     base, tuned, *_ = models
     found = lora_diag.recover(base, tuned, layers="q_proj")
@@ -235,6 +235,7 @@ def test_bad_inputs_end_with_one_message(loradiag, models, tmp_path):
     assert (tmp_path / "mine" / "model.safetensors").read_bytes() == b"mine"
 
 
+@pytest.mark.slow
 def test_table_figure_report_and_gate_read_the_records(loradiag, models, tmp_path):
     ran = loradiag("recover", *models[:2], "-o", "r.jsonl", "--per", "layer")
     assert ran.code == 0
@@ -267,7 +268,7 @@ def test_extract_factors_the_update_before_rounding(models, tmp_path):
     assert [(r.layer, r.rank) for r in budget] == [(Q, 2)]
 
 
-def test_residual_expects_a_distance_to_the_update_before_rounding(models, tmp_path):
+def test_residual_expects_distance_to_update_before_rounding(models, tmp_path):
     """Of pure noise it is right; of exactly low rank too large, but nearer to the truth than the distance to D."""
     base, tuned, *_, x = models
     true = {Q: x.double(), UP: planted(64, 80, 0, 1e-5, 2)[1].double()}

@@ -152,6 +152,7 @@ def check_loss(found, total, merged, tolerance=1e-6):
 # ---- against the definitions
 
 
+@pytest.mark.slow
 def test_samples_against_numpy():
     """Mixed: two adapters and a full fine-tune, of one layer of each shape."""
     paths = [SAMPLES / name for name in ("lora_r4", "lora_r16", "full_ft")]

@@ -11,7 +11,7 @@ from tests.plots import making
 TYPES = ("self_attn.q_proj", "self_attn.k_proj", "mlp.up_proj")
 
 
-def test_portability_cell_has_the_colour_of_its_status_and_epsilon():
+def test_portability_cell_has_colour_of_its_status_and_epsilon():
     """By hand: PEFT exact, vLLM wrong by 0.5 and 1 in q, dropping k, full in up; llama.cpp refuses."""
     ax = plots.figure("portability", making.results(making.served(2, TYPES))).axes[0]
     peft, vllm, llamacpp = (np.asarray(image.get_array()) for image in ax.images)

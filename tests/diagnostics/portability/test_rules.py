@@ -250,7 +250,7 @@ def test_kohya_takes_rank_for_a_missing_alpha():
     assert list(applied("kohya", Contents("kohya", items)).values()) == [1.0, 1.0, 0.25]
 
 
-def test_mlx_refuses_a_config_that_lacks_what_its_layers_are_made_of():
+def test_mlx_refuses_config_without_sizes_of_its_layers():
     item = Item("q.weight", "q", "factors", "q.lora_b", 4, 2.0)
     whole = {"num_layers": 2, "lora_parameters": {"rank": 4, "scale": 2.0, "dropout": 0.0}}
     assert applied("mlx", Contents("mlx", (item,), whole)) == {"q": 2.0}

@@ -54,6 +54,7 @@ def updates_of(path, base):
     return {delta.layer: dense(delta) for delta in pairing.deltas}
 
 
+@pytest.mark.slow
 def test_samples_against_numpy():
     base, tuned = SAMPLES / "base", SAMPLES / "full_ft"
     adapters = [SAMPLES / "lora_r4", SAMPLES / "lora_r16"]
@@ -346,6 +347,7 @@ def test_nothing_and_twice_are_refused(model, tmp_path):
         lora_diag.residual(base, tuned, [adapter, f"{adapter}/"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cut", [1, 2, 3, 4, 6, 20, 21])
 def test_resume_measures_layer_again_whose_records_were_cut(tmp_path, cut):
     path = tmp_path / "r.jsonl"

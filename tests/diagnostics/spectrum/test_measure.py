@@ -43,9 +43,16 @@ def check(record, base: np.ndarray, tuned: np.ndarray) -> None:
     assert record.resolution.unchanged == np.mean(base == tuned)
 
 
-@pytest.mark.parametrize("after", DTYPES, ids=str)
-@pytest.mark.parametrize("before", DTYPES, ids=str)
-@pytest.mark.parametrize("options", [{}, {"method": "gram"}, {"method": "exact"}, {"top": 5}], ids=str)
+# Every pair of dtypes once, and the options with pairs that widen, narrow and stay.
+PAIRS = [(before, after, {}) for before in DTYPES for after in DTYPES]
+PAIRS += [
+    (before, after, options)
+    for options in ({"method": "gram"}, {"method": "exact"}, {"top": 5})
+    for before, after in ((torch.float64, torch.bfloat16), (torch.float16, torch.float32), (torch.bfloat16,) * 2)
+]
+
+
+@pytest.mark.parametrize(("before", "after", "options"), PAIRS, ids=str)
 def test_records_of_every_dtype_and_method(tmp_path, before, after, options):
     base = weights(1, before)
     tuned = {name: (value.double() + 0.2 * weights(2)[name].double()).to(after) for name, value in base.items()}
@@ -288,6 +295,7 @@ def cases():
             yield pytest.param(folder, tuned, id=folder.name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("folder", "tuned"), [*cases()] or [pytest.param(None, None, marks=pytest.mark.skip("no cases here"))]
 )

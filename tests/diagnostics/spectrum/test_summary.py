@@ -88,6 +88,7 @@ def test_every_reason_has_words():
     assert set(REASONS) == set(get_args(Reason))
 
 
+@pytest.mark.slow
 def test_median_rank_counts_layers_beyond_values_kept():
     whole, cut = lora_diag.spectrum(*SAMPLE), lora_diag.spectrum(*SAMPLE, top=50)
     median = re.search(r"Rank at 90% median (\d+), from (\d+) to", said(whole))

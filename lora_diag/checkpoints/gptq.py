@@ -67,6 +67,8 @@ class Layout:
 
 def values(layout: Layout, first: int, last: int) -> torch.Tensor:
     """Return rows (outputs) of the weight."""
+    import torch
+
     group = _groups(layout)
     scales = _scales(layout, first, last)[group]
     zeros = ((_along_outputs(layout, "qzeros", layout.groups, first, last) + layout.added) % (1 << layout.bits))[group]
@@ -75,8 +77,9 @@ def values(layout: Layout, first: int, last: int) -> torch.Tensor:
     else:
         rows = layout.source[f"{layout.module}{CODES}"].shape[0]
         words = read_columns(layout.source, f"{layout.module}{CODES}", (0, rows), (first, last))
-        codes = unpack(words.T, layout.bits, layout.shape[1]).T
-    return (scales * (codes - zeros).float()).T
+        shifts = torch.arange(0, 32, layout.bits, dtype=torch.int32)[:, None]
+        codes = ((words[:, None] >> shifts) & ((1 << layout.bits) - 1)).view(layout.shape[1], last - first)
+    return scales.mul_(codes.sub_(zeros)).T
 
 
 def steps(layout: Layout, first: int, last: int) -> torch.Tensor:

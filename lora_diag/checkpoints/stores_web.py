@@ -28,7 +28,7 @@ CONNECT_SECONDS = 20
 READ_SECONDS = 60
 
 # A web address with one of these extensions is a file, any other a folder.
-FILES = re.compile(r"\.(safetensors|bin|pt|pth|ckpt|gguf|json|jsonl)$", re.IGNORECASE)
+FILES = re.compile(r"\.(safetensors|bin|pt|pth|ckpt|gguf|json|jsonl|distcp|metadata)$", re.IGNORECASE)
 
 
 class HttpStore(Store):

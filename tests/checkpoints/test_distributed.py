@@ -14,8 +14,10 @@ from lora_diag.checkpoints import open_checkpoint
 from lora_diag.checkpoints.inert import Record, load
 from lora_diag.deltas import pair
 from lora_diag.errors import InputError
+from lora_diag.running.fingerprint import fingerprint
 from tests.checkpoints.sharding import save_dcp, save_ranks
 from tests.checkpoints.test_fuzz import mutated, tensors_or_one_error
+from tests.checkpoints.web import Web
 from tests.conftest import SHARED, as_numpy, weights
 
 
@@ -317,3 +319,14 @@ def test_mutated_distributed_checkpoints(tmp_path, name):
         (folder / name).write_bytes(mutated(good, rng))
         opened += tensors_or_one_error(folder)
     assert 0 < opened < 300
+
+
+def test_parts_are_read_by_ranges_from_a_web_server(tmp_path):
+    save_dcp(tmp_path / "d", TENSORS, CUTS)
+    web = Web(tmp_path)
+    try:
+        checkpoint = open_checkpoint(f"{web.url}/d")
+        assert_same(checkpoint, TENSORS)
+        assert len(fingerprint(checkpoint)) == 32
+    finally:
+        web.close()

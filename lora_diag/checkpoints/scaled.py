@@ -4,7 +4,8 @@
 
 ``scale`` is stored with the weight as ``…_scale_inv`` (DeepSeek, Qwen and transformers' fine-grained FP8) or
 ``…_scale`` (fbgemm, compressed-tensors, modelopt). Both are multipliers, despite the name ``_inv``. Blocks at the right
-and lower edge are cropped. A scale per tensor is one block; a scale per row is a block of 1 × in. In a stack of experts
+and lower edge are cropped. A scale per tensor is one block; a scale per row is a block of 1 × in. MXFP8 of
+compressed-tensors stores exponents e of scales ``2^(e − 127)`` in 8-bit integers. In a stack of experts
 ``(E, out, in)``, each expert has its own grid of scales, or all share one number.
 """
 
@@ -118,6 +119,8 @@ class ScaledWeight:
             at += row // height * grid.rows
         lowest, highest = int(at.min()), int(at.max())
         scales = self.source.read(self.scale, lowest * grid.columns, (highest + 1) * grid.columns)
+        if scales.dtype == torch.uint8:  # exponents of MXFP8
+            scales = scales.view(torch.float8_e8m0fnu)
         return scales.float().view(-1, grid.columns)[at - lowest]
 
 
@@ -176,7 +179,8 @@ def grid_of(source: Checkpoint, name: str, scale: str, blocks: tuple[int, int] |
         InputError: The scales are not floats, or their shape does not match the weight's.
     """
     weight, scales = source[name], source[scale]
-    if scales.dtype not in FLOAT_DTYPES | {"float8_e8m0fnu"}:
+    exponents = {"float8_e8m0fnu", *(("uint8",) if weight.dtype in FLOAT8 else ())}
+    if scales.dtype not in FLOAT_DTYPES | exponents:
         raise InputError(
             f"{source.file_of(scale)}: {scale} is stored as {scales.dtype}, but scales must be floats; "
             "save the model again"

@@ -24,6 +24,12 @@ E8M0 = torch.float8_e8m0fnu if hasattr(torch, "float8_e8m0fnu") else torch.float
 
 PACKED = {"compressed", "gptq", "mlx", "mxfp4"}
 
+
+def exponents(tensors, weight):
+    """Store scales of float8_e8m0fnu as the integers that they are, as compressed-tensors does."""
+    return {name: value.view(torch.uint8) if value.dtype == E8M0 else value for name, value in tensors.items()}, weight
+
+
 # What is stored -> (tensors, weight), the word for the storage format.
 KINDS = {
     "nf4": (four_bit(W, (24, 40)), "nf4"),
@@ -39,6 +45,7 @@ KINDS = {
     "fp8 blocks of three": (scaled(W, (15, 21), (5, 7), (3, 3)), "float8_e4m3fn"),
     "fp8 blocks, bf16 scales": (scaled(W, (32, 48), (2, 3), (16, 16), scale_dtype=torch.bfloat16), "float8_e4m3fn"),
     "fp8 blocks, e8m0 scales": (scaled(W, (32, 48), (2, 3), (16, 16), scale_dtype=E8M0), "float8_e4m3fn"),
+    "mxfp8": (exponents(*scaled(W, (4, 64), (4, 2), (1, 32), suffix="_scale", scale_dtype=E8M0)), "float8_e4m3fn"),
     "fp8 e5m2 per row": (scaled(W, (7, 9), (7, 1), (1, 9), kind="float8_e5m2", suffix="_scale"), "float8_e5m2"),
     "fp8 per row, 1-D": (scaled(W, (7, 9), (7,), (1, 9), suffix="_scale"), "float8_e4m3fn"),
     "fp8 per tensor, 0-D": (scaled(W, (7, 9), (), (7, 9), suffix="_scale"), "float8_e4m3fn"),

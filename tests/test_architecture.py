@@ -23,7 +23,7 @@ GROUND = {
     "version": set(),
     "feature": set(),
     "checkpoints": set(),
-    "records": set(),
+    "records": {"feature"},
     "linalg": set(),
     "metrics": set(),
     "deltas": {"checkpoints", "records"},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 from matplotlib.figure import Figure
@@ -25,7 +26,7 @@ from lora_diag.rendering.figures.series import (
     series_of,
 )
 from lora_diag.rendering.figures.sheet import MAX_PANELS, settle
-from lora_diag.rendering.figures.style import CATEGORIES, Look, look_of, styled
+from lora_diag.rendering.figures.style import CATEGORIES, Look, encoded, look_of, styled
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +132,26 @@ def figure(
         raise UsageError(f"{name}: {found.reason}")
     with styled(look):
         return settle(kind.draw(_usable(kind, series, options), look, options))
+
+
+def figure_of(results: Results[Any], name: str | None = None, **options: Any) -> Figure:
+    """Return a figure that a notebook shows, whatever backend it has.
+
+    Args:
+        results: Results of one run.
+        name: One of ``FIGURES``; None for the first that the records allow.
+        **options: Of ``figure``.
+
+    Raises:
+        UsageError: There is no such figure, or the records cannot be drawn.
+    """
+    limits = {key: value for key, value in options.items() if key != "plain"}
+    found = name or next((kind.name for kind in FIGURES if obstacle(kind.name, results, **limits) is None), None)
+    if found is None:
+        raise UsageError(f"results of loradiag {results.run.command}: no figure shows them")
+    page = figure(found, results, **options)
+    setattr(page, "_repr_png_", partial(encoded, page, "png"))  # noqa: B010  (Figure does not declare it)
+    return page
 
 
 def why_not(

@@ -1,36 +1,25 @@
-"""Results in short: five lines for a prompt, a table by module type for a notebook."""
+"""Results in five lines, for a prompt."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Hashable, Sequence
-from html import escape
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from lora_diag.errors import safe
 from lora_diag.records.base import LayerRecord
-from lora_diag.records.names import module_type_of, place_of, short_names
 from lora_diag.records.shown import Shown, Value, pooled_value
 
 if TYPE_CHECKING:
     from lora_diag.records.results import Results
 
-# More inputs than these are counted and not named; more rows of a table likewise.
-_INPUTS, _ROWS = 4, 40
+# More inputs than these are counted and not named.
+_INPUTS = 4
 
 
 def text_of(results: Results[Any]) -> str:
     """Return what was measured of what, in at most five lines."""
     return "\n".join([_title(results), *(f"  {label:<9} {words}" for label, words in _facts(results))])
-
-
-def html_of(results: Results[Any]) -> str:
-    """Return the same with the main columns of the records, by module type; of a probe or a gate, record by record.
-
-    Names are escaped, and nothing is loaded from elsewhere.
-    """
-    facts = "".join(f"<br>{escape(label)}: {escape(words)}" for label, words in _facts(results))
-    return f"<div><p><b>{escape(_title(results))}</b>{facts}</p>{''.join(map(_table, _grids(results)))}</div>"
 
 
 def _title(results: Results[Any]) -> str:
@@ -39,7 +28,7 @@ def _title(results: Results[Any]) -> str:
 
 
 def _facts(results: Results[Any]) -> list[tuple[str, str]]:
-    inputs = [f"{safe(side.role)} {safe(side.path)}" for side in results.run.inputs]
+    inputs = [f"{safe(side.role)} {safe(side.path)}".strip() for side in results.run.inputs]
     more = [f"and {len(inputs) - _INPUTS} more"] if len(inputs) > _INPUTS else []
     facts = [("inputs", ", ".join([*inputs[:_INPUTS], *more]) or "none")]
     records = Counter(record.record for record in (*results.layers, *results.whole))
@@ -82,42 +71,6 @@ def _range(shown: Shown, records: Sequence[Any]) -> str | None:
     low, high, middle = (_cell(shown, value) for value in (min(values), max(values), whole))
     how = "median" if shown.pool is None else "pooled"
     return f"{shown.title} {low} to {high}, {how} {middle}, {len(values)} records"
-
-
-def _grids(results: Results[Any]) -> list[tuple[list[str], list[list[str]]]]:
-    """Return each table: its headings and its rows."""
-    short = short_names(side.path for side in results.run.inputs)
-    grids = []
-    for kind, records, shown in _kinds(results):
-        layered = issubclass(kind, LayerRecord) and _is_of_layer(kind)
-        keys = [key for key in kind.key if len({getattr(record, key, None) for record in records}) > 1]
-        if layered:  # numbers, such as steps, are pooled; adapters are not
-            keys = [key for key in keys if key != "layer" and isinstance(getattr(records[0], key, None), str)]
-        groups: dict[tuple[Hashable, ...], list[Any]] = {}
-        for record in records:
-            own = [getattr(record, key, None) for key in keys]
-            groups.setdefault((*([module_type_of(record.layer)] if layered else []), *own), []).append(record)
-        order = sorted(groups, key=lambda name: place_of(groups[name][0].layer)) if layered else list(groups)
-        names = keys if _is_of_layer(kind) else ["adapter" if key == "layer" else key for key in keys]
-        headings = [*(["module type"] if layered else []), *names, *(["n"] if layered else [])]
-        rows = [
-            [
-                *(_word(short.get(str(word), word)) for word in name),
-                *([str(len(groups[name]))] if layered else []),
-                *(_cell(one, pooled_value(one, groups[name])) for one in shown),
-            ]
-            for name in order
-        ]
-        grids.append(([*headings, *(one.title for one in shown)], rows))
-    return grids
-
-
-def _table(grid: tuple[list[str], list[list[str]]]) -> str:
-    headings, rows = grid
-    head = "".join(f"<th>{escape(safe(title))}</th>" for title in headings)
-    body = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows[:_ROWS])
-    more = f"<p>and {len(rows) - _ROWS} more rows</p>" if len(rows) > _ROWS else ""
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>{more}"
 
 
 def _word(value: Any) -> str:

@@ -12,9 +12,10 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, Generic, SupportsIndex, TypeVar, overload
 
+from lora_diag.feature import load
 from lora_diag.files import RESULTS, write_whole
 from lora_diag.records.base import LayerRecord, Record, WholeRecord
-from lora_diag.records.brief import html_of, text_of
+from lora_diag.records.brief import text_of
 from lora_diag.records.frames import one_type_each, record_columns, value_columns
 from lora_diag.records.names import short_names
 from lora_diag.records.run import AnyRecord, End, LeftOut, Run
@@ -55,8 +56,27 @@ class Results(Generic[L]):
         return text_of(self)
 
     def _repr_html_(self) -> str:
-        """Return what a notebook shows."""
-        return html_of(self)
+        """Return what a notebook shows: the tables and the summary of the command."""
+        shown: str = load("lora_diag.inspection.notebook:html_of")(self)
+        return shown
+
+    def plot(self, figure: str | None = None, **options: Any) -> Any:
+        """Return a figure of the results, a ``matplotlib.figure.Figure`` that a notebook shows.
+
+        Args:
+            figure: Name of a figure, as for ``loradiag plot --figure``; None for the first that the records allow.
+            **options: ``labels``, ``width``, ``per``, ``field``, ``rank`` and ``plain`` of ``lora_diag.plots.figure``.
+
+        Raises:
+            UsageError: There is no such figure, or the records cannot be drawn.
+
+        Example:
+            >>> import lora_diag
+            >>> results = lora_diag.spectrum("sample_checkpoints/base", "sample_checkpoints/full_ft", layers="o_proj")
+            >>> results.plot("energy").axes[0].get_ylabel()
+            'C(r), energy kept'
+        """
+        return load("lora_diag.plots.figures:figure_of")(self, figure, **options)
 
     @overload
     def __getitem__(self, item: str | SupportsIndex) -> L: ...

@@ -6,7 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from lora_diag.catalog import read_results
+from lora_diag.catalog import feature_of, read_results
+from lora_diag.errors import UsageError
 from lora_diag.records import Results
 from tests.conftest import ROOT
 from tests.reports.making import decay, names, residual, residuals, run, spectra, spectrum, vector
@@ -101,30 +102,40 @@ class Words(html.parser.HTMLParser):
             self.cells[-1] += data
 
 
-def test_html_escapes_names_and_loads_nothing():
+@pytest.mark.parametrize("command", ["residual", "<i>"])
+def test_html_escapes_names_and_loads_nothing(command):
     records = [residual(HOSTILE, 8, 0.5, adapter=path) for path in ("<b>x</b>", "y")]
     inputs = [("base", HOSTILE), ("adapter", "<b>x</b>"), ("adapter", "y")]
-    page = replace(residuals(records), run=run("<i>", *inputs))._repr_html_()
-    found = Words(page)
-    assert {tag for tag, _ in found.tags} <= {"div", "p", "b", "br", "table", "thead", "tbody", "tr", "th", "td"}
-    assert not any(attrs for _, attrs in found.tags)
-    assert "<script>alert(1)</script>\\n\\u202e&\"'" in found.cells
+    page = replace(residuals(records), run=run(command, *inputs))._repr_html_()
+    allowed = {"div", "p", "b", "br", "table", "thead", "tbody", "tr", "th", "td", "pre", "details", "summary"}
+    tags = Words(page).tags
+    assert {tag for tag, _ in tags} <= allowed
+    styles = [style for _, attributes in tags for name, style in attributes if name == "style"]
+    assert len(styles) == sum(len(attributes) for _, attributes in tags)
+    assert not any("url" in style for style in styles)
+    assert command == "<i>" or "&lt;script&gt;" in page
     assert "\u202e" not in page
 
 
-def test_html_has_one_row_module_type_and_adapter():
-    layers = names(2)
-    made = [residual(name, 8, 0.5, adapter=path) for name in layers for path in ("runs/a", "runs/b")]
+def test_html_shows_the_tables_of_the_command():
+    made = [residual(name, 8, 0.5, adapter=path) for name in names(2) for path in ("runs/a", "runs/b")]
     inputs = [("base", "base"), ("adapter", "runs/a"), ("adapter", "runs/b")]
-    found = Words(replace(residuals(made), run=run("residual", *inputs))._repr_html_())
-    width = sum(tag == "th" for tag, _ in found.tags)
-    rows = [found.cells[i : i + width] for i in range(0, len(found.cells), width)]
-    assert rows[0][:3] == ["module type", "adapter", "n"]
-    assert [row[:3] for row in rows[1:3]] == [["self_attn.q_proj", "a", "2"], ["self_attn.q_proj", "b", "2"]]
-    assert len(rows) == 1 + 2 * 7
-    assert {float(row[3]) for row in rows[1:]} == {0.7071}
+    results = replace(residuals(made), run=run("residual", *inputs))
+    cells = Words(results._repr_html_()).cells
+    for grid in feature_of("residual").tables(results, "type"):
+        for name, row in grid.rows():
+            assert any(cells[at : at + 1 + len(row)] == [name, *row] for at in range(len(cells)))
+
+
+def test_plot_gives_a_picture_of_the_first_figure():
+    results = read_results(EXAMPLES[-1])
+    page = results.plot(width="column")
+    assert page._repr_png_().startswith(b"\x89PNG")
+    with pytest.raises(UsageError, match="nonsense"):
+        results.plot("nonsense")
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_every_probe_has_table(path):
-    assert "<td>" in read_results(path)._repr_html_()
+    page = read_results(path)._repr_html_()
+    assert "<td>" in page or "<pre>" in page

@@ -1,0 +1,45 @@
+"""Tables and statements as HTML, for notebooks. Names are escaped, and nothing is loaded from elsewhere."""
+
+from __future__ import annotations
+
+from html import escape
+
+from rich.style import Style
+from rich.text import Text
+
+from lora_diag.rendering.columns import Grid
+from lora_diag.rendering.statements import Statement
+from lora_diag.rendering.text import safe
+
+# More rows of a table are counted and not shown.
+_ROWS = 40
+
+
+def statement_html(one: Statement) -> str:
+    """Return a statement as a row: its label, its lead, and its details, which a reader opens."""
+    details = "".join(f"<br>{_plain(line)}" for line in one.details)
+    more = f"<details><summary>{_plain(one.lead)}</summary>{details[4:]}</details>" if details else _plain(one.lead)
+    return (
+        f'<tr><td style="text-align:left"><b>{_plain(one.label)}</b></td><td style="text-align:left">{more}</td></tr>'
+    )
+
+
+def grid_html(grid: Grid) -> str:
+    """Return a table, with the shades that cells have in a terminal."""
+    head = "".join(f"<th>{_plain(title)}</th>" for title in (grid.title, *(column.title for column in grid.columns)))
+    rows = zip(grid.names, *(column.cells for column in grid.columns), strict=True)
+    body = "".join(f"<tr>{''.join(map(_cell, row))}</tr>" for row, _ in zip(rows, range(_ROWS), strict=False))
+    more = f"<p>and {len(grid.names) - _ROWS} more rows</p>" if len(grid.names) > _ROWS else ""
+    caption = f"<p><b>{_plain(grid.caption)}</b></p>" if grid.caption else ""
+    return f"{caption}<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>{more}"
+
+
+def _cell(cell: str | Text) -> str:
+    """Return a cell, shaded as in a terminal."""
+    style = Style.parse(str(cell.style)) if isinstance(cell, Text) and cell.style else Style.null()
+    css = style.get_html_style()
+    return f'<td style="{css}">{_plain(str(cell))}</td>' if css else f"<td>{_plain(str(cell))}</td>"
+
+
+def _plain(text: str) -> str:
+    return escape(safe(text))

@@ -1,0 +1,44 @@
+"""The notebooks of the docs: run again, they show what is in the file."""
+
+import json
+import re
+
+import pytest
+
+from tests.served import ROOT
+from tests.test_release import script
+
+NOTEBOOKS = ROOT / "docs" / "notebooks"
+make = script("docs", "notebooks", "make.py")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", sorted(NOTEBOOKS.glob("*.ipynb")), ids=lambda path: path.stem)
+def test_notebook_shows_what_it_says(path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    source = path.with_suffix(".py").read_text(encoding="utf-8")
+    made, kept = make.notebook(source), json.loads(path.read_text(encoding="utf-8"))
+    pictures = 0
+    for cell, old in zip(made["cells"], kept["cells"], strict=True):
+        assert cell["source"] == old["source"]
+        for output, before in zip(cell.get("outputs", []), old.get("outputs", []), strict=True):
+            data, older = output.get("data", {}), before.get("data", {})
+            pictures += "image/png" in data
+            assert data.keys() == older.keys()
+            for part in ("text/html", "text/plain"):
+                assert rounded(data.get(part, "")) == rounded(older.get(part, ""))
+            assert rounded(output.get("text", "")) == rounded(before.get("text", ""))
+    assert pictures
+
+
+def rounded(text: str) -> str:
+    """Return text whose numbers have two digits: losses differ by processor in the later ones."""
+    return re.sub(r"\d+\.\d+(e-\d+)?", lambda found: f"{float(found[0]):.1e}", text)
+
+
+def test_cells_are_code_and_markdown():
+    source = "# %% [markdown]\n# # Title\n#\n# Text\n\n# %%\nx = 1\nx\n"
+    assert list(make.cells(source)) == [("markdown", "# Title\n\nText"), ("code", "x = 1\nx")]
+    names = {}
+    assert make.run("x = 2\nprint('a')\nx", names)[0]["text"] == "a\n"
+    assert names["x"] == 2

@@ -30,6 +30,10 @@ ADDS = {
     "hub": "models of the Hugging Face Hub by id",
     "pandas": "data frames: Results.to_pandas()",
     "arrow": "Parquet and Arrow tables",
+    "wandb": "report --to wandb",
+    "mlflow": "report --to mlflow",
+    "trackio": "report --to trackio",
+    "tensorboard": "report --to tensorboard",
 }
 
 # A smaller disk holds no adapter of a 7B model in float32.

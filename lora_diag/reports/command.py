@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
-from typing import cast
+from typing import Annotated, cast
 
 from lora_diag.cli import options
 from lora_diag.cli.output import message, quiet_matplotlib, result
 from lora_diag.errors import UsageError
 from lora_diag.reports.options import ReportOptions
+from lora_diag.reports.trackers import TRACKERS, track
+from lora_diag.running.options import OUTPUT, Option
 
 # Where a page goes that nobody named; the other text formats go to standard output then.
 PAGE = Path("report.html")
@@ -20,6 +22,14 @@ def report(
     results: options.ResultsFiles,
     *,
     given: ReportOptions,
+    to: Annotated[
+        str | None,
+        options.spelled("to", Option(None, "Tracker to send it to.", "|".join(TRACKERS), panel=OUTPUT)),
+    ] = None,
+    project: Annotated[
+        str | None,
+        options.spelled("project", Option(None, "Project, experiment, log folder or model id.", "NAME", panel=OUTPUT)),
+    ] = None,
     quiet: options.Quiet = False,
 ) -> None:
     """Write one page on any mix of results.
@@ -28,6 +38,14 @@ def report(
     """
     from lora_diag.reports.run import report as make
 
+    if project is not None and to is None:
+        raise UsageError("--project: is of a tracker; add --to")
+    if to is not None:
+        quiet_matplotlib()
+        where = track(results, to, project)
+        if not quiet:
+            message(f"{to}: {where}")
+        return
     output, format = cast(Path | None, given["output"]), given["format"]
     if output is None and format == "parquet":
         raise UsageError("--format parquet: give a file with -o")

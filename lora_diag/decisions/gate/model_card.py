@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from typing import Any
 
@@ -10,11 +9,7 @@ from lora_diag.decisions.gate.github import cell
 from lora_diag.decisions.gate.record import Verdict
 from lora_diag.decisions.gate.summary import headline, verdicts_of, weights_of
 from lora_diag.records import Results, RunInput
-
-BEGIN, END = "<!-- loradiag gate: begin -->", "<!-- loradiag gate: end -->"
-
-# A block that lost its end is let be: what follows it may be the user's own text.
-_WHOLE = re.compile(f"{BEGIN}((?!{BEGIN}).)*?{END}", re.DOTALL)
+from lora_diag.rendering.cards import with_section
 
 
 def model_card(results: Results[Any], card: str = "") -> str:
@@ -24,17 +19,12 @@ def model_card(results: Results[Any], card: str = "") -> str:
         results: A run of ``gate``.
         card: The card as it is; the block takes the place of an earlier one, or comes at the end. Line ends stay.
     """
-    end = "\r\n" if "\r\n" in card else "\n"
-    block = _block(results).replace("\n", end)
-    if found := _WHOLE.search(card):
-        return f"{card[: found.start()]}{block}{card[found.end() :]}"
-    return f"{card.rstrip()}{end * 2 if card.strip() else ''}{block}{end}"
+    return with_section(card, "gate", _block(results))
 
 
 def _block(results: Results[Any]) -> str:
     policy = results.run.inputs[0]
     lines = [
-        BEGIN,
         "## Checks before release",
         "",
         f"`loradiag gate` {results.run.version}, {results.run.settings['today']}: {cell(headline(results))}",
@@ -49,7 +39,7 @@ def _block(results: Results[Any]) -> str:
         counts = Counter(verdict.status for verdict in found)
         came_to = ", ".join(f"{number} {status}" for status, number in counts.items())
         lines.append(f"| {cell(rule)} | {cell(found[0].allowed.partition(' (')[0])} | {came_to} |")
-    return "\n".join([*lines, END])
+    return "\n".join(lines)
 
 
 def _weights(given: RunInput) -> str:

@@ -6,9 +6,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lora_diag.decisions.gate.github import step_summary, workflow_commands
-from lora_diag.decisions.gate.model_card import BEGIN, END, model_card
+from lora_diag.decisions.gate.model_card import model_card
 from tests.decisions.gate.gated import HOSTILE, ONE_OF_EACH, results, verdict
 
+BEGIN, END = "<!-- loradiag gate: begin -->", "<!-- loradiag gate: end -->"
 UNESCAPED = (("%3A", ":"), ("%2C", ","), ("%0D", "\r"), ("%0A", "\n"), ("%25", "%"))
 
 

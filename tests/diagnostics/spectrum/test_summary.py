@@ -165,3 +165,16 @@ def test_roles_of_any_length_are_aligned():
 
 def test_one_dimensional_tensors_are_named(tmp_path):
     assert "2 one-dimensional (norms, biases)" in said(changed(tmp_path, "lm_head.weight"))
+
+
+@pytest.mark.parametrize("beta", [0.02, 0.98])
+def test_layers_together_show_a_start_that_one_does_not(beta):
+    """Errors of 0.3 of ten layers are 0.09 together. Noise is 1 of ‖ΔW‖² = 32, and 0.19 without that of BASE."""
+    noise = {"noise_fro": 1.0, "signal_rank": 32, "verdict": "floor-limited", "base_noise_fro": 0.9}
+    names = [f"model.layers.{i}.q_proj.weight" for i in range(10)]
+    seen = noise | {"start": "unknown", "base_rounding": (beta, 0.3)}
+    layers = [layer_spectrum(name, [1.0] * 32, [8, 16, 64], shape=(32, 32), resolution=seen) for name in names]
+    text = said(results_of(layers))
+    shown = "all layers together show the start (0.02 ± 0.09, where 1 is a rounded copy and 0 the start itself); "
+    assert (shown + "then 10 of the 10 are resolved" in text) == (beta < 0.5)
+    assert "in 10 of 10 matrices BASE may be a rounded copy" in text

@@ -18,11 +18,12 @@ from lora_diag.deltas import Side, StoredDelta, row_spans
 from lora_diag.linalg.binades import Binades
 from lora_diag.linalg.cells import GRIDS, Cells, halves, nearest
 from lora_diag.linalg.devices import move
-from lora_diag.linalg.hidden import SAMPLE, LowRank, Recovered, Size, fit_size, posterior_mean, recover
+from lora_diag.linalg.hidden import SAMPLE, LowRank, Recovered, Size, fit_size, recover
 from lora_diag.linalg.hidden_scales import Scales, fit_scales
+from lora_diag.linalg.hidden_shapes import NORMAL, Shape, Shaped, fit_shape
 from lora_diag.linalg.rounding import SHORTER
 from lora_diag.linalg.shrinkage import with_noise
-from lora_diag.linalg.truncated import moments
+from lora_diag.linalg.truncated import Moments, moments
 from lora_diag.metrics.energy import THRESHOLDS, rank_at
 from lora_diag.records.vocabulary import Hidden
 
@@ -61,6 +62,7 @@ class Estimate:
         scales: Of rows and columns; None if all are 1.
         unit: A power of two.
         curve: C(r) of the directions that were found.
+        shape: Of the entries' distribution, where no direction was found.
     """
 
     hidden: Hidden
@@ -70,12 +72,14 @@ class Estimate:
     scales: Scales | None = None
     unit: float = 1.0
     curve: tuple[float, ...] = ()
+    shape: Shape = NORMAL
 
     def mean(self) -> Iterator[Tensor]:
         """Yield E[X | cells] in row blocks, from the first row to the last."""
         assert self.cells is not None
         row = 0
-        for block in posterior_mean(self.cells, self.low_rank, self.deviation):
+        for found in _moments(self.cells, self.deviation, self.shape, self.low_rank):
+            block = found.mean
             if self.scales is not None:
                 block = block * self.scales.rows[row : row + len(block), None] * self.scales.columns
             row += len(block)
@@ -84,7 +88,7 @@ class Estimate:
     def norm(self) -> float:
         """Return √E[‖X‖² | cells], of L as it was found."""
         assert self.cells is not None
-        return _norm(self.cells, self.deviation, self.scales, self.low_rank) * self.unit
+        return _norm(self.cells, self.deviation, self.shape, self.scales, self.low_rank) * self.unit
 
     def matrix(self) -> Tensor:
         """Return E[X | cells] whole."""
@@ -198,6 +202,7 @@ def recover_layer(delta: StoredDelta, fro: float, ranks: Sequence[int], seed: in
     cells, start, start_gain = _start(read)
     size = fit_size(cells, math.sqrt(read.square / read.entries))
     model = _model(delta, read, cells, size, start, seed, device)
+    shaped = model.shaped
     fit, size, scales = model.fit, model.size, model.scales
     common: dict[str, Any] = {
         "unchanged": unchanged,
@@ -207,6 +212,7 @@ def recover_layer(delta: StoredDelta, fro: float, ranks: Sequence[int], seed: in
         "fit_chi": fit.chi,
         "fit_misplaced": fit.misplaced,
         "scales": scales is not None,
+        "kurtosis": None if shaped is None else shaped.shape.kurtosis,
     }
     if fit.is_bad(start):
         reason = (
@@ -215,10 +221,14 @@ def recover_layer(delta: StoredDelta, fro: float, ranks: Sequence[int], seed: in
         )
         return Estimate(Hidden(status="refused", reason=reason, **common))
     found = model.found if model.found is not None else recover(model.cells, size, seed)
-    whole = _norm(model.cells, size.deviation, scales, None)
+    whole, error = size.fro, size.error
+    if shaped is not None:
+        whole, error = shaped.fro, shaped.error
+    elif scales is not None:
+        whole = _norm(model.cells, size.deviation, NORMAL, scales, None)
     if model.found is not None and found.low_rank is not None:  # one variance alone does not fit, so its size is none
-        whole = _norm(model.cells, found.low_rank.deviation, scales, found.low_rank)
-    error = size.error * math.sqrt(max(1.0, fit.chi or 1.0))
+        whole = _norm(model.cells, found.low_rank.deviation, NORMAL, scales, found.low_rank)
+    error *= math.sqrt(max(1.0, fit.chi or 1.0))
     common |= {
         "fro_estimate": whole * read.unit,
         "fro_interval": (whole * read.unit * math.exp(-Z95 * error), whole * read.unit * math.exp(Z95 * error)),
@@ -226,7 +236,9 @@ def recover_layer(delta: StoredDelta, fro: float, ranks: Sequence[int], seed: in
     if found.low_rank is None:
         reason = "no direction of the update stands out: hidden entries are not predicted better than by its size"
         hidden = Hidden(status="size_only", reason=reason, gain_z=found.z, directions=0, **common)
-        return Estimate(hidden, model.cells, None, size.deviation, scales, read.unit)
+        if shaped is None:
+            return Estimate(hidden, model.cells, None, size.deviation, scales, read.unit)
+        return Estimate(hidden, model.cells, None, shaped.deviation, None, read.unit, shape=shaped.shape)
     curve, curves = _curves(found, size, scales, whole, error, ranks, read.unit)
     reason = f"{found.low_rank.rank} directions predict hidden entries better than size alone"
     hidden = Hidden(
@@ -253,6 +265,7 @@ class _Model:
         scales: None if all are 1.
         fit: Of which entries changed.
         found: L, where the fit needs it; else it is not known yet.
+        shaped: The size under the likeliest shape of the entries' distribution; None with scales or L.
     """
 
     cells: Cells
@@ -260,20 +273,25 @@ class _Model:
     scales: Scales | None
     fit: Binades
     found: Recovered | None = None
+    shaped: Shaped | None = None
 
 
 def _model(
     delta: StoredDelta, read: _Read, cells: Cells, size: Size, start: Start, seed: int, device: torch.device
 ) -> _Model:
-    """Return the first that fits: one variance, scales of rows and columns, L and one variance, L and scales.
+    """Return the first that fits: one distribution, scales of rows and columns, L and one variance, L and scales.
 
     An update of rank 1 or 2 has entries of very different sizes, and L is what explains them.
     """
-    plain = _Model(cells, size, None, _binades(delta, read, size.deviation, None, start, device))
+    shaped = fit_shape(cells, size.deviation)
+    expected = _binades(delta, read, shaped.deviation, shaped.shape, None, start, device)
+    plain = _Model(cells, size, None, expected, shaped=shaped)
     tried = [plain]
     if plain.fit.is_bad(start) and (scaled := fit_scales(cells, size)) is not None:
         scales, divided, fitted = scaled
-        tried.append(_Model(divided, fitted, scales, _binades(delta, read, fitted.deviation, scales, start, device)))
+        tried.append(
+            _Model(divided, fitted, scales, _binades(delta, read, fitted.deviation, NORMAL, scales, start, device))
+        )
     for model in tried:
         if not model.fit.is_bad(start):
             return model
@@ -281,9 +299,9 @@ def _model(
         found = recover(model.cells, model.size, seed)
         if found.low_rank is not None:
             deviation = found.low_rank.deviation
-            fit = _binades(delta, read, deviation, model.scales, start, device, found.low_rank)
+            fit = _binades(delta, read, deviation, NORMAL, model.scales, start, device, found.low_rank)
             if not fit.is_bad(start):
-                return replace(model, fit=fit, found=found)
+                return replace(model, fit=fit, found=found, shaped=None)
     return plain
 
 
@@ -334,14 +352,17 @@ def _read(delta: StoredDelta, base: _Stored, tuned: _Stored, unit: float, device
 
 
 def _start(read: _Read) -> tuple[Cells, Start, float | None]:
-    """Choose between BASE as the start of training and a start anywhere in BASE's cells, by likelihood without L."""
+    """Choose between BASE as the start of training and a start anywhere in BASE's cells, by likelihood without L.
+
+    The shape of the entries' distribution is fitted under both: a wrong one decides as much as the start does.
+    """
     if read.cells.below is None:
         return read.cells, "stored", None
     rms = math.sqrt(read.square / read.entries)
     some = read.cells
     if read.entries > 2 * SAMPLE:
         some = some.at(torch.arange(0, read.entries, read.entries // SAMPLE | 1, device=some.lo.device))
-    exact, rounded = fit_size(some.exact_start(), rms), fit_size(some, rms)
+    exact, rounded = (fit_shape(one, fit_size(one, rms).deviation) for one in (some.exact_start(), some))
     gain = rounded.log_likelihood - exact.log_likelihood
     return (read.cells, "rounded", gain) if gain > 0 else (read.cells.exact_start(), "stored", gain)
 
@@ -350,12 +371,13 @@ def _binades(
     delta: StoredDelta,
     read: _Read,
     deviation: float,
+    form: Shape,
     scales: Scales | None,
     start: Start,
     device: torch.device,
     low_rank: LowRank | None = None,
 ) -> Binades:
-    """Compare which entries changed with what N(L, s²) expects, by binade of |W|."""
+    """Compare which entries changed with what N(L, s²), or another shape, expects, by binade of |W|."""
     counts, shape = Binades(), delta.shape
     for (first, last), (w, t) in zip(row_spans(shape), delta.blocks(), strict=True):
         wide = torch.promote_types(torch.float32, torch.promote_types(w.dtype, t.dtype))
@@ -372,20 +394,33 @@ def _binades(
         cells = Cells(*(part.float() for part in parts))
         if scales is not None:
             cells = Scales(scales.rows[first:last], scales.columns).divide(cells)
-        mean = 0.0 if low_rank is None else low_rank.rows(first, last)
-        probability = 1 - moments(cells, mean, deviation, fast=True).log_mass.exp()
+        if low_rank is None:
+            found = form.moments(cells, deviation, fast=True)
+        else:
+            found = moments(cells, low_rank.rows(first, last), deviation, fast=True)
+        probability = 1 - found.log_mass.exp()
         counts.add(w, t != home, probability)
     return counts
 
 
-def _norm(cells: Cells, deviation: float, scales: Scales | None, low_rank: LowRank | None) -> float:
-    """Return √ΣE[x² | cells] before the division by scales."""
-    total = 0.0
+def _moments(cells: Cells, deviation: float, shape: Shape, low_rank: LowRank | None) -> Iterator[Moments]:
+    """Yield the moments of all entries in row blocks."""
     for first, last in cells.spans():
-        found = moments(cells.rows(first, last), 0.0 if low_rank is None else low_rank.rows(first, last), deviation)
+        some = cells.rows(first, last)
+        if low_rank is None:
+            yield shape.moments(some, deviation)
+        else:
+            yield moments(some, low_rank.rows(first, last), deviation)
+
+
+def _norm(cells: Cells, deviation: float, shape: Shape, scales: Scales | None, low_rank: LowRank | None) -> float:
+    """Return √ΣE[x² | cells] before the division by scales."""
+    total, row = 0.0, 0
+    for found in _moments(cells, deviation, shape, low_rank):
         square = found.mean.square() + found.variance
         if scales is not None:
-            square = square * (scales.rows[first:last, None] * scales.columns) ** 2
+            square = square * (scales.rows[row : row + len(square), None] * scales.columns) ** 2
+        row += len(square)
         total += float(square.sum(dtype=torch.float64))
     return math.sqrt(total)
 

@@ -101,6 +101,8 @@ class Hidden(Record):
         fit_chi: χ² per degree of freedom of the share of changed entries by binade of |W|.
         fit_misplaced: Changed entries in the wrong binade, as a share of the changed or the unchanged.
         scales: Whether rows and columns have variances of their own, a_i·b_j, because one did not fit.
+        kurtosis: Of the likeliest distribution of the entries, 3 where it is normal; null where scales or directions
+            were needed to fit, and in older results.
         iterations: Of the last fit.
         converged: Whether that ended by itself.
     """
@@ -124,6 +126,7 @@ class Hidden(Record):
     fit_chi: float | None = None
     fit_misplaced: float | None = None
     scales: bool = False
+    kurtosis: float | None = None
     iterations: int | None = None
     converged: bool | None = None
 

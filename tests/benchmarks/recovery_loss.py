@@ -6,10 +6,10 @@
 
 Every run starts from the base model rounded to bfloat16, trains the attention and MLP matrices in float32 (master
 weights), and stores them once in bfloat16. Everything else of the model stays as it is. Compared on held-out text, with
-the same windows for all: the stored file, the base plus E[X | cells] (``recover --checkpoint``), adapters of rank 8, 16
-and 64 by ``extract`` and by ``recover --keep-refused``, and the truncated SVD of the true update. Each is a share of
-the gain of the true update: (loss(base) − loss(it)) / (loss(base) − loss(base + X)), ± the standard error of this share
-over windows (paired differences) and its spread over seeds.
+the same windows for all: the stored file, the base plus E[X | cells] (``recover --checkpoint``), and truncated SVDs of
+rank 8, 16 and 64 of D (what ``extract`` writes), of E[X | cells] and of the true update. Each is a share of the gain of
+the true update, (loss(base) − loss(it)) / (loss(base) − loss(base + X)), ± the standard error of it over windows
+(paired differences); a row of means has the standard error over seeds.
 """
 
 from __future__ import annotations
@@ -49,17 +49,6 @@ def save(folder: Path, weights: Weights, config: Path) -> Path:
     return folder
 
 
-def merged(base: Weights, adapter: Path) -> Weights:
-    """Return the base with an adapter's B·A."""
-    factors = load_file(adapter / "adapter_model.safetensors")
-    found = dict(base)
-    for key, b in factors.items():
-        if key.endswith("lora_B.weight"):
-            name = key.removeprefix("base_model.model.").removesuffix(".lora_B.weight") + ".weight"
-            found[name] = base[name] + b @ factors[key.replace("lora_B", "lora_A")]
-    return found
-
-
 def candidates(base: Weights, after: Weights, folder: Path, config: Path) -> tuple[dict[str, Weights], float, str]:
     """Return the models that are compared, the share of unchanged entries, and the verdicts."""
     before_path, after_path = save(folder / "base", base, config), save(folder / "tuned", after, config)
@@ -71,16 +60,13 @@ def candidates(base: Weights, after: Weights, folder: Path, config: Path) -> tup
     records = lora_diag.recover(before_path, after_path, folder / "full", full=True, **options)
     whole = load_file(folder / "full" / "model.safetensors")
     found["recovered"] = {name: whole[name].float() if name in names else base[name] for name in base}
-    for rank in RANKS:
-        lora_diag.extract(before_path, after_path, folder / f"svd{rank}", rank=rank, **options)
-        lora_diag.recover(before_path, after_path, folder / f"rec{rank}", rank=rank, keep_refused=True, **options)
-        found[f"svd{rank}"] = merged(base, folder / f"svd{rank}")
-        found[f"rec{rank}"] = merged(base, folder / f"rec{rank}")
-        truth = dict(base)
-        for name in names:
-            u, s, vh = torch.linalg.svd(after[name] - base[name], full_matrices=False)
-            truth[name] = base[name] + (u[:, :rank] * s[:rank]) @ vh[:rank]
-        found[f"true{rank}"] = truth
+    for kind, tuned in (("svd", stored), ("rec", found["recovered"]), ("true", after)):
+        parts = {name: torch.linalg.svd(tuned[name] - base[name], full_matrices=False) for name in names}
+        for rank in RANKS:
+            model = dict(base)
+            for name, (u, s, vh) in parts.items():
+                model[name] = base[name] + (u[:, :rank] * s[:rank]) @ vh[:rank]
+            found[f"{kind}{rank}"] = model
     words = [record.status for record in records]
     verdicts = ", ".join(f"{words.count(word)} {word}" for word in sorted(set(words)))
     return found, still, verdicts
@@ -169,7 +155,7 @@ def copy(weights: Weights) -> Weights:
     return {name: tensor.detach().clone() for name, tensor in weights.items()}
 
 
-def llama(folder: Path, seeds: int = 3, rates: Sequence[float] = (1e-4, 3e-5, 1e-5, 5e-6)) -> None:
+def llama(folder: Path, seeds: int = 3, rates: Sequence[float] = (3e-6, 1e-6)) -> None:
     """The sample model on Python source: other files are held out."""
     sys.path.insert(0, str(SAMPLES))
     from make import python_corpus, token_ids  # type: ignore[import-not-found]
@@ -211,7 +197,7 @@ def llama(folder: Path, seeds: int = 3, rates: Sequence[float] = (1e-4, 3e-5, 1e
 LETTERS = frozenset(b"aeiou")
 
 
-def rl(folder: Path, seeds: int = 3, rates: Sequence[float] = (3e-5, 1e-5)) -> None:
+def rl(folder: Path, seeds: int = 3, rates: Sequence[float] = (3e-6, 1e-6)) -> None:
     """Policy gradient: a completion's reward is the share of its 16 bytes that are vowels.
 
     Judged by the exact expected reward of the next byte after held-out prefixes, so that no sampling noise is in it.
@@ -257,7 +243,7 @@ def rl(folder: Path, seeds: int = 3, rates: Sequence[float] = (3e-5, 1e-5)) -> N
         compare(f"policy gradient, {rate:g}", runs, folder, SAMPLES / "base" / "config.json")
 
 
-def encoder(folder: Path, seeds: int = 2, rates: Sequence[float] = (1e-5, 3e-6)) -> None:
+def encoder(folder: Path, seeds: int = 2, rates: Sequence[float] = (3e-6, 1e-6)) -> None:
     """The encoder on sentences of the standard library: which module is one from? The head is trained before, alone."""
     from importlib.resources import files
 

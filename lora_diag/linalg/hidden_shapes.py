@@ -1,0 +1,184 @@
+"""The distribution of the entries of an update that rounding hid: flat, normal, or with heavy tails.
+
+Entries of an update are not normal in general. Few steps of Adam at a low rate move every weight by about as much
+(kurtosis 1.7 to 2.0 measured after 80 steps, where a uniform distribution has 1.8), long training gives 3 to 4. How far
+the entries of each binade moved shows which: the size that is read from a mostly unchanged file depends on it.
+
+Shapes are mixtures of normal distributions: two or four evenly spaced ones (kurtosis 3 − 2ρ² and 3 − 1.36ρ² if ρ is the
+variance of their means), and scales with log-normal weights. Each is fitted by its scale; the likelihood weighs them.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lora_diag.linalg.cells import Cells
+from lora_diag.linalg.truncated import Moments, moments
+
+# Standard error of log ‖X‖ because no shape is quite the true one: 1.5% for uniform entries, up to 2.3% for those of 80
+# steps of Adam.
+COARSE = 0.01
+
+# Entries on which shapes are compared, and how many steps their scales take at most.
+SHAPE_SAMPLE, STEPS = 2**15, 20
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """A symmetric distribution of variance 1.
+
+    Args:
+        parts: Weight, mean and deviation of each normal distribution that it mixes.
+    """
+
+    parts: tuple[tuple[float, float, float], ...]
+
+    @property
+    def kurtosis(self) -> float:
+        """E[u⁴], 3 of a normal distribution."""
+        return sum(weight * (mean**4 + 6 * (mean * s) ** 2 + 3 * s**4) for weight, mean, s in self.parts)
+
+    def moments(self, cells: Cells, deviation: float, fast: bool = False) -> Moments:
+        """Return the moments of x = deviation·u, u of this shape, given its cell."""
+        if len(self.parts) == 1:
+            return moments(cells, 0.0, deviation, fast)
+        found = [moments(cells, mean * deviation, spread * deviation, fast) for _, mean, spread in self.parts]
+        share, total = _shares([part[0] for part in self.parts], found)
+        center = sum(p * one.mean for p, one in zip(share, found, strict=True))
+        assert isinstance(center, Tensor)
+        variance = sum(p * (one.variance + (one.mean - center) ** 2) for p, one in zip(share, found, strict=True))
+        assert isinstance(variance, Tensor)
+        return Moments(center, variance, total)
+
+
+def _shares(weights: list[float], found: list[Moments]) -> tuple[Tensor, Tensor]:
+    """Return the posterior probability of each part, and the logarithm of the likelihood."""
+    logs = torch.stack([one.log_mass + math.log(weight) for weight, one in zip(weights, found, strict=True)])
+    total = torch.logsumexp(logs, 0)
+    return (logs - total).exp(), total
+
+
+def _flat(points: int, rho: float) -> Shape:
+    """Return evenly spaced points of variance ρ, each spread by a variance of 1 − ρ."""
+    at = [2 * k + 1 - points for k in range(points)]
+    unit = math.sqrt(rho / (sum(place**2 for place in at) / points))
+    return Shape(tuple((1 / points, place * unit, math.sqrt(1 - rho)) for place in at))
+
+
+def _heavy(sigma: float) -> Shape:
+    scales = [math.exp(sigma * at) for at in (-math.sqrt(3), 0.0, math.sqrt(3))]
+    weights = (1 / 6, 2 / 3, 1 / 6)
+    unit = math.sqrt(sum(weight * scale**2 for weight, scale in zip(weights, scales, strict=True)))
+    return Shape(tuple((weight, 0.0, scale / unit) for weight, scale in zip(weights, scales, strict=True)))
+
+
+NORMAL = Shape(((1.0, 0.0, 1.0),))
+FLATTER = (_flat(2, 0.4), _flat(4, 0.8), _flat(4, 0.92), _flat(2, 0.88))
+HEAVIER = tuple(map(_heavy, (0.2, 0.35, 0.5)))
+
+
+@dataclass(frozen=True, slots=True)
+class Shaped:
+    """The size of X under the likeliest shape.
+
+    Args:
+        shape: It.
+        deviation: The standard deviation of the entries.
+        fro: √ΣE[x² | cells].
+        error: Standard error of log ‖X‖_F: of the scale, of the choice of the shape, and of the shapes themselves.
+        log_likelihood: Of all cells.
+    """
+
+    shape: Shape
+    deviation: float
+    fro: float
+    error: float
+    log_likelihood: float
+
+
+@dataclass(slots=True)
+class _Sums:
+    score: float = 0.0
+    squares: float = 0.0
+    second: float = 0.0
+    log_likelihood: float = 0.0
+    entries: int = 0
+
+
+def _scores(cells: Cells, shape: Shape, deviation: float, fast: bool = True) -> _Sums:
+    """Return sums over entries of ∂ log-likelihood/∂ log s, of its square, of E[x²] and of log-likelihoods."""
+    sums = _Sums()
+    for first, last in cells.spans():
+        some = cells.rows(first, last)
+        found = [moments(some, mean * deviation, spread * deviation, fast) for _, mean, spread in shape.parts]
+        share, total = _shares([part[0] for part in shape.parts], found)
+        score, second = torch.zeros_like(total), torch.zeros_like(total)
+        for p, one, (_, mean, spread) in zip(share, found, shape.parts, strict=True):
+            square = one.variance + one.mean**2
+            second += p * square
+            score += p * ((square / deviation - mean * one.mean) / (deviation * spread**2) - 1)
+        sums.score += float(score.sum(dtype=torch.float64))
+        sums.squares += float(score.double().square().sum())
+        sums.second += float(second.sum(dtype=torch.float64))
+        sums.log_likelihood += float(total.sum(dtype=torch.float64))
+        sums.entries += total.numel()
+    return sums
+
+
+def _fit(cells: Cells, shape: Shape, deviation: float) -> tuple[float, _Sums]:
+    """Return the scale of the largest likelihood, by steps of the score over its own variance."""
+    sums = _scores(cells, shape, deviation)
+    for _ in range(STEPS):
+        step = max(-0.3, min(0.3, sums.score / max(sums.squares, 1e-9)))
+        if abs(step) < 2e-3:
+            break
+        deviation *= math.exp(step)
+        sums = _scores(cells, shape, deviation)
+    return deviation, sums
+
+
+def _walk(cells: Cells, guess: float) -> list[tuple[Shape, float, _Sums]]:
+    """Fit the normal shape and, on both sides of it, flatter and heavier ones until the likelihood falls."""
+    first = (NORMAL, *_fit(cells, NORMAL, guess))
+    found = [first]
+    # Stochastic rounding in training without master weights looks like heavy tails and a rounded start, and is refused
+    # only where those are not offered together; real updates did not need both.
+    for way in (FLATTER, HEAVIER if cells.below is None else HEAVIER[:1]):
+        last = first
+        for shape in way:
+            fit = (shape, *_fit(cells, shape, last[1]))
+            found.append(fit)
+            if fit[2].log_likelihood < last[2].log_likelihood:
+                break
+            last = fit
+    return found
+
+
+def fit_shape(cells: Cells, guess: float) -> Shaped:
+    """Choose the shape of the entries by likelihood and estimate their size.
+
+    Args:
+        cells: Where the entries lie.
+        guess: A deviation to start from, such as that of the normal shape.
+    """
+    total = cells.lo.numel()
+    some = cells
+    if total > 2 * SHAPE_SAMPLE:
+        some = cells.at(torch.arange(0, total, total // SHAPE_SAMPLE | 1, device=cells.lo.device))
+    fits = _walk(some, guess)
+    scale = total / fits[0][2].entries
+    best = max(fits, key=lambda fit: fit[2].log_likelihood)
+    odds = [math.exp(max(-700.0, scale * (fit[2].log_likelihood - best[2].log_likelihood))) for fit in fits]
+    logs = [0.5 * math.log(max(fit[2].second, 1e-300)) for fit in fits]
+    center = sum(odd * log for odd, log in zip(odds, logs, strict=True)) / sum(odds)
+    spread = sum(odd * (log - center) ** 2 for odd, log in zip(odds, logs, strict=True)) / sum(odds)
+    shape, deviation, sums = best
+    if some is not cells:
+        deviation, sums = _fit(cells, shape, deviation)
+    fro = math.sqrt(sums.second) * math.exp(center - 0.5 * math.log(max(best[2].second, 1e-300)))
+    error = math.sqrt(1 / max(sums.squares, 1e-9) + spread + COARSE**2)
+    return Shaped(shape, deviation, fro, error, sums.log_likelihood)

@@ -1,0 +1,55 @@
+"""Shapes of the entries' distribution: against definitions written out, and updates whose size only they give."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy.special import ndtr
+
+from lora_diag.linalg.cells import GRIDS, Cells, halves
+from lora_diag.linalg.hidden import fit_size
+from lora_diag.linalg.hidden_shapes import FLATTER, HEAVIER, NORMAL, fit_shape
+
+
+@pytest.mark.parametrize("shape", [NORMAL, *FLATTER, *HEAVIER], ids=lambda shape: f"{shape.kurtosis:.2f}")
+def test_shapes_have_variance_1_and_moments_of_their_density(shape):
+    x = np.linspace(-12, 12, 200_001)
+    density = sum(w * np.exp(-(((x - mean) / s) ** 2) / 2) / (s * math.sqrt(2 * math.pi)) for w, mean, s in shape.parts)
+    assert np.trapezoid(density * x**2, x) == pytest.approx(1, abs=1e-6)
+    assert np.trapezoid(density * x**4, x) == pytest.approx(shape.kurtosis, rel=1e-3)
+    lo, hi = torch.tensor([[-0.5, 0.3, 1.0]]).double(), torch.tensor([[0.4, 0.5, 3.0]]).double()
+    found = shape.moments(Cells(lo, hi), 1.3)
+    for k in range(3):
+        inside = (x * 1.3 >= float(lo[0, k])) & (x * 1.3 <= float(hi[0, k]))
+        mass = np.trapezoid(np.where(inside, density, 0), x)
+        mean = np.trapezoid(np.where(inside, density * x, 0), x) * 1.3 / mass
+        variance = np.trapezoid(np.where(inside, density * (x * 1.3 - mean) ** 2, 0), x) / mass
+        assert float(found.log_mass[0, k]) == pytest.approx(math.log(mass), abs=2e-3)
+        assert float(found.mean[0, k]) == pytest.approx(mean, abs=1e-3)
+        assert float(found.variance[0, k]) == pytest.approx(variance, rel=5e-3)
+
+
+@pytest.mark.parametrize(("kind", "low", "high"), [("uniform", 1.4, 2.2), ("normal", 2.6, 3.6), ("laplace", 4.0, 7.0)])
+def test_the_shape_of_hidden_entries_is_seen(kind, low, high):
+    """The likelihood is that of the definition, no smaller than the normal one, and the size is within its error."""
+    rng = np.random.default_rng(4)
+    draw = {
+        "uniform": rng.uniform(-math.sqrt(3), math.sqrt(3), (200, 200)),
+        "normal": rng.normal(size=(200, 200)),
+        "laplace": rng.laplace(size=(200, 200)) / math.sqrt(2),
+    }
+    w = torch.tensor(rng.normal(size=(200, 200)) * 0.02).bfloat16().double()
+    x = torch.tensor(draw[kind] * 2e-5)
+    t = (w + x).bfloat16().double()
+    below, above = halves(t, GRIDS["bfloat16"])
+    cells = Cells(t - w - below, t - w + above)
+    normal = fit_size(cells, 2e-5)
+    found = fit_shape(cells, normal.deviation)
+    assert low <= found.shape.kurtosis <= high
+    assert found.log_likelihood >= normal.log_likelihood - 1e-4 * abs(normal.log_likelihood)
+    assert abs(math.log(found.fro / float(x.norm()))) < 4 * found.error
+    assert found.error < 0.02
+    edges = [cells.lo.numpy() / found.deviation, cells.hi.numpy() / found.deviation]
+    mass = sum(w * (ndtr((edges[1] - m) / s) - ndtr((edges[0] - m) / s)) for w, m, s in found.shape.parts)
+    assert found.log_likelihood == pytest.approx(float(np.log(mass).sum()), rel=1e-3)

@@ -95,9 +95,9 @@ def test_extract_and_gate_take_addresses(web, run, tmp_path):
 
 
 def test_secrets_are_neither_printed_nor_kept(web, run, tmp_path):
-    web.user = basic("me", "hidden")
+    web.user = basic("me", "passw0rd")
     try:
-        base, tuned = (f"http://me:hidden@{web.host}/{name}" for name in ("base", "full_ft"))
+        base, tuned = (f"http://me:passw0rd@{web.host}/{name}" for name in ("base", "full_ft"))
         for words in (
             ("spectrum", base, tuned, *QPROJ, "-o", "s.jsonl"),
             ("spectrum", base, tuned, *QPROJ),
@@ -107,16 +107,16 @@ def test_secrets_are_neither_printed_nor_kept(web, run, tmp_path):
             ("extract", base, tuned, "--rank", "2", *QPROJ, "-o", "adapter"),
             ("verify-merge", base, tuned, base),
             ("spectrum", base),
-            ("spectrum", base, tuned + "x?token=hidden"),
-            ("spectrum", base, tuned, "http://me:hidden@host/third?token=hidden"),
-            ("inspect", base + "/nothing.safetensors?token=hidden"),
+            ("spectrum", base, tuned + "x?token=passw0rd"),
+            ("spectrum", base, tuned, "http://me:passw0rd@host/third?token=passw0rd"),
+            ("inspect", base + "/nothing.safetensors?token=passw0rd"),
         ):
             done = run(*words)
-            assert "hidden" not in done.out + done.err, words
+            assert "passw0rd" not in done.out + done.err, words
             assert web.host in done.out + done.err or done.code == 2, words
         kept = [file for file in tmp_path.rglob("*") if file.is_file()]
         assert len(kept) > 3
-        assert not [file for file in kept if b"hidden" in file.read_bytes()]
+        assert not [file for file in kept if b"passw0rd" in file.read_bytes()]
     finally:
         web.user = None
 

@@ -9,6 +9,7 @@ Reference: https://github.com/huggingface/safetensors#format
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -77,6 +78,10 @@ class SafetensorsFile:
         self._content = FileBytes(path)
         if isinstance(path, RemotePath) and not path.facts().version:
             self.notes = (f"the server reports no version of {path.name}: changes during the run are not detected",)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Let a copy open the file itself, and close it when the copy is gone."""
+        return {**self.__dict__, "_content": copy.copy(self._content)}
 
     @staticmethod
     def matches(path: Path) -> bool:

@@ -113,6 +113,6 @@ def test_draft_asks_for_metric_that_its_limits_are_from(tmp_path):
     assert {rule.name: rule.require for rule in both.rules if rule.name in in_weights} == in_weights
     assert outcome(gate(both, *files, today=TODAY).whole) == "passed"
     plain = gate_init(files[0])
-    assert "metric" not in plain
+    assert "metric =" not in plain
     assert 'name = "drift"' in plain
     assert read_results(files[1]).layers[0].metric == "data"

@@ -101,16 +101,17 @@ def test_wandb_writes_an_offline_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     track([SPECTRUM], "wandb", "checks")
     run = next(tmp_path.glob("wandb/offline-run-*"))
-    assert next(run.glob("*.wandb")).stat().st_size > 10_000
+    assert b"spectrum/energy.16" in next(run.glob("*.wandb")).read_bytes()
     media = {path.suffix for path in (run / "files" / "media").rglob("*") if path.is_file()}
     assert {".png", ".html", ".json"} <= media
 
 
 @pytest.mark.slow
 def test_mlflow_reads_what_was_sent(tmp_path, monkeypatch):
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
     mlflow = pytest.importorskip("mlflow")
     monkeypatch.chdir(tmp_path)
-    mlflow.set_tracking_uri(f"sqlite:///{tmp_path / 'mlflow.db'}")
+    mlflow.set_tracking_uri((tmp_path / "runs").as_uri())
     track([SPECTRUM], "mlflow", "checks")
     (run,) = mlflow.search_runs(experiment_names=["checks"], output_format="list")
     payload = payload_of([SPECTRUM])

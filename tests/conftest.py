@@ -159,9 +159,13 @@ def weights(seed: int, dtype: torch.dtype | None = None) -> dict[str, torch.Tens
 @pytest.fixture
 def pair_of_models(tmp_path):
     """Return (base, tuned) folders of float32 safetensors, and their tensors."""
+    return save_pair(tmp_path)
+
+
+def save_pair(folder: Path):
     before = weights(1)
     after = {name: value + weights(2)[name] * 0.1 for name, value in before.items()}
-    return save_model(tmp_path / "base", before), save_model(tmp_path / "tuned", after), before, after
+    return save_model(folder / "base", before), save_model(folder / "tuned", after), before, after
 
 
 def save_model(folder: Path, tensors: dict[str, torch.Tensor]) -> Path:

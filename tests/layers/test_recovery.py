@@ -31,6 +31,7 @@ def off(found, x):
     return abs(found.hidden.fro_estimate / float(x.norm()) - 1)
 
 
+@pytest.mark.slow
 def test_a_bfloat16_pair_gives_size_directions_and_intervals(tmp_path):
     w, x, t = planted(256, 192, 4, 1.5e-5, 1)
     found = estimate(tmp_path, w.bfloat16(), t.bfloat16())

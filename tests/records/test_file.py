@@ -4,9 +4,11 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import tracemalloc
 from dataclasses import replace
 from datetime import UTC, datetime
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,14 +18,27 @@ from lora_diag.catalog import read_results
 from lora_diag.errors import InputError, LoradiagError, UsageError
 from lora_diag.records import is_results_file, reading, writing
 from lora_diag.records.reading import each_line
-from tests.conftest import edit_results, save_model
+from tests.conftest import edit_results, save_model, save_pair
+
+
+@pytest.fixture(scope="module")
+def pair_of_models(tmp_path_factory):
+    """Return what the fixture of this name does; no test leaves it changed."""
+    return save_pair(tmp_path_factory.mktemp("pair"))
+
+
+@pytest.fixture(scope="module")
+def measured(pair_of_models, tmp_path_factory):
+    base, tuned, *_ = pair_of_models
+    path = tmp_path_factory.mktemp("measured") / "r.jsonl"
+    return lora_diag.spectrum(base, tuned, output=path), path
 
 
 @pytest.fixture
-def written(pair_of_models, tmp_path):
-    base, tuned, *_ = pair_of_models
-    path = tmp_path / "r.jsonl"
-    return lora_diag.spectrum(base, tuned, output=path), path
+def written(measured, tmp_path):
+    """Return results and a file of them, which a test may change."""
+    results, path = measured
+    return results, Path(shutil.copy(path, tmp_path))
 
 
 def test_written_and_read_are_equal(written, tmp_path):
@@ -447,7 +462,7 @@ def test_unwritable_output_is_noticed_before_measuring(pair_of_models, tmp_path)
         with pytest.raises(InputError, match="cannot be written"):
             lora_diag.spectrum(base, tuned, output=output, on_progress=events.append, on_record=events.append)
     assert events == []
-    assert {path.name for path in tmp_path.iterdir()} == {"base", "tuned", "locked"}
+    assert {path.name for path in tmp_path.iterdir()} == {"locked"}
 
 
 def test_name_too_long_for_file_beside_it(written, pair_of_models, tmp_path):

@@ -171,6 +171,7 @@ def drawn(draw):
     return spectra(records)
 
 
+@pytest.mark.slow
 @given(drawn(), st.booleans())
 def test_csv_and_data_frames_have_same_numbers(results, values):
     frame, rows = results.to_pandas(values), in_csv(results, values)

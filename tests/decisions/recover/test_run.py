@@ -118,6 +118,7 @@ def test_energy_chooses_ranks_and_refused_layers_can_be_kept(models, tmp_path):
     assert np.linalg.norm(product - best) < 1e-4 * np.linalg.norm(best)
 
 
+@pytest.mark.slow
 def test_a_budget_keeps_leading_directions_of_the_estimate(models, tmp_path):
     base, tuned, *_ = models
     lora_diag.recover(base, tuned, tmp_path / "r3", rank=3)
@@ -176,6 +177,7 @@ def test_an_interrupted_run_is_resumed(models, tmp_path):
         lora_diag.recover(base, tuned, tmp_path / "again", full=True)
 
 
+@pytest.mark.slow
 def test_a_stack_of_experts_is_recovered_matrix_by_matrix(tmp_path):
     name = "model.layers.0.mlp.experts.down_proj"
     parts = [planted(96, 80, 3, 2e-5, seed) for seed in (1, 4)]
@@ -249,6 +251,7 @@ def test_table_figure_report_and_gate_read_the_records(loradiag, models, tmp_pat
         assert loradiag("gate", "policy.toml", "r.jsonl").code == code
 
 
+@pytest.mark.slow
 def test_extract_factors_the_update_before_rounding(models, tmp_path):
     base, tuned, *_ = models
     lora_diag.recover(base, tuned, tmp_path / "r", rank=2, keep_refused=True)
@@ -268,6 +271,7 @@ def test_extract_factors_the_update_before_rounding(models, tmp_path):
     assert [(r.layer, r.rank) for r in budget] == [(Q, 2)]
 
 
+@pytest.mark.slow
 def test_residual_expects_distance_to_update_before_rounding(models, tmp_path):
     """Of pure noise it is right; of exactly low rank too large, but nearer to the truth than the distance to D."""
     base, tuned, *_, x = models

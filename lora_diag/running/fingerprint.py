@@ -13,6 +13,7 @@ from typing import Any
 
 from lora_diag.adapters.source import Source, open_source
 from lora_diag.checkpoints import Checkpoint, shown
+from lora_diag.checkpoints.distributed import INDEX
 from lora_diag.checkpoints.remote import RemotePath
 from lora_diag.deltas import natural_order
 from lora_diag.errors import InputError
@@ -107,8 +108,9 @@ def files_of(checkpoint: Checkpoint) -> list[Path]:
 
 
 def _parts_in(folder: Path) -> list[Path]:
-    """Return the files of a folder that hold parts of tensors."""
-    return [file for pattern in PARTS for file in folder.glob(pattern)]
+    """Return the files of a folder that hold parts of tensors; of a web server, which lists none, the index."""
+    found = [file for pattern in PARTS for file in folder.glob(pattern)]
+    return found or [file for file in [folder / INDEX] if file.is_file()]
 
 
 def content_hash(files: Sequence[Path]) -> str:

@@ -53,8 +53,12 @@ class Record:
     items: list[Any] = field(default_factory=list)
 
     def get(self, key: str) -> Any:
-        """Return an attribute from the state; None if there is none."""
-        return self.state.get(key) if isinstance(self.state, dict) else None
+        """Return an attribute from the state; None if there is none.
+
+        The state of a class with slots is ``(dictionary or None, slots)``.
+        """
+        parts = self.state if isinstance(self.state, tuple) else (self.state,)
+        return next((part[key] for part in parts if isinstance(part, dict) and key in part), None)
 
 
 @dataclass(slots=True, eq=False)

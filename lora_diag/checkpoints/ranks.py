@@ -153,10 +153,21 @@ def _values(archive: Archive, name: str, value: Any, rank: int) -> list[_Part]:
         tensor = archive.tensor(local, name)
         if tensor is not None:
             return [_distributed(archive, name, tensor, spec, rank)]
-    if isinstance(value, Record) and value.name == "ShardedTensor":
-        return _sharded(archive, name, value)
+    state = _rebuilt(value, "ShardedTensor")
+    if state is not None:
+        return _sharded(archive, name, state)
     tensor = archive.tensor(value, name)
+    if tensor is None and isinstance(value, Record) and value.name == "_rebuild_from_type_v2":
+        raise InputError(f"{archive.file.path}: {name} is a tensor of an unsupported class; save the model again")
     return [] if tensor is None else [_Part(tensor)]
+
+
+def _rebuilt(value: Any, name: str) -> Any:
+    """Return the state of an object of a subclass of Tensor; None if it is another."""
+    if isinstance(value, Record) and value.name == "_rebuild_from_type_v2" and value.args and len(value.args) == 4:
+        kind = value.args[1]
+        return value.args[3] if isinstance(kind, Record) and kind.name == name else None
+    return None
 
 
 def _dtensor(value: Any) -> tuple[Any, Any]:
@@ -164,8 +175,8 @@ def _dtensor(value: Any) -> tuple[Any, Any]:
 
     ``_rebuild_from_type_v2(function, type, args, state)``, and the state is that of the object.
     """
-    if isinstance(value, Record) and value.name == "_rebuild_from_type_v2" and value.args and len(value.args) == 4:
-        state = value.args[3]
+    state = _rebuilt(value, "DTensor")
+    if state is not None:
         for found in state if isinstance(state, tuple) else (state,):  # (dictionary, slots): DTensor has slots
             if isinstance(found, dict) and "_local_tensor" in found:
                 return found["_local_tensor"], found.get("_spec")
@@ -229,9 +240,8 @@ def _unraveled(index: int, shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(found)
 
 
-def _sharded(archive: Archive, name: str, value: Record) -> list[_Part]:
+def _sharded(archive: Archive, name: str, state: Any) -> list[_Part]:
     """Return the parts of a ShardedTensor: its state is ``(local shards, metadata, …)``."""
-    state = value.state
     shards, meta = state[:2] if isinstance(state, tuple) and len(state) > 1 else (None, None)
     shape = meta.get("size") if isinstance(meta, Record) else None
     if not isinstance(shards, list) or not isinstance(shape, tuple):

@@ -274,6 +274,22 @@ def test_plain_rows_of_ranks_are_joined(tmp_path):
         open_checkpoint(tmp_path / "model_world_size_2_rank_0.pt")
 
 
+def test_sharded_tensors_of_fsdp1_are_joined_by_their_offsets(tmp_path):
+    from torch.distributed._shard.sharded_tensor import Shard, ShardedTensor, ShardMetadata
+    from torch.distributed._shard.sharded_tensor.metadata import ShardedTensorMetadata, TensorProperties
+
+    whole = numbers(7, 3)
+    places = [ShardMetadata([0, 0], [4, 3], "rank:0/cpu"), ShardMetadata([4, 0], [3, 3], "rank:1/cpu")]
+
+    def make(rank, mesh):
+        about = ShardedTensorMetadata(places, whole.size(), TensorProperties(dtype=whole.dtype))
+        shard = Shard(whole.split([4, 3])[rank].clone(), places[rank])
+        sharded = ShardedTensor._init_from_local_shards_and_global_metadata([shard], about)
+        return {"w": sharded, "copy": torch.ones(2)}
+
+    assert_same(open_checkpoint(save_ranks(tmp_path, make)), {"w": whole, "copy": torch.ones(2)})
+
+
 @pytest.mark.parametrize("kind", ["partial", "strided"])
 def test_placements_that_are_not_read_name_the_way_out(tmp_path, kind):
     from torch.distributed.tensor import DTensor, Partial

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from tests.robustness.mutate import (
     JUNK,
+    damaged_archive,
     damaged_bytes,
     damaged_json,
     damaged_results,
@@ -72,7 +73,7 @@ def sharded(rng: random.Random, whole: Path, at: Path) -> list[str]:
 def torch_file(rng: random.Random, whole: Path, at: Path) -> list[str]:
     """A torch file: a zip, the legacy format, or a pickle that wants to run code."""
     name = rng.choice(["zip.pt", "zip.pt", "legacy.bin", "runs.pt"])
-    (at / name).write_bytes(damaged_bytes((whole / name).read_bytes(), rng))
+    (at / name).write_bytes(damaged_archive((whole / name).read_bytes(), rng))
     return _read_as(rng, whole, name, "base")
 
 
@@ -101,7 +102,7 @@ def packed(rng: random.Random, whole: Path, at: Path) -> list[str]:
 def distributed(rng: random.Random, whole: Path, at: Path) -> list[str]:
     """A distributed checkpoint, the files of ranks or DeepSpeed's: an index, or a file with parts of tensors."""
     folder = _copy(whole / rng.choice(["dcp", "ranks", "zero"]), at / "m")
-    _damage(rng.choice(sorted(path for path in folder.rglob("*") if path.is_file())), damaged_bytes, rng)
+    _damage(rng.choice(sorted(path for path in folder.rglob("*") if path.is_file())), damaged_archive, rng)
     return _read_as(rng, whole, "m", "base")
 
 

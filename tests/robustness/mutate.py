@@ -1,7 +1,9 @@
 """Damage: what a random generator makes of bytes, JSON, lines of text and words of a command."""
 
+import io
 import json
 import random
+import zipfile
 from collections.abc import Callable
 from typing import Any
 
@@ -136,6 +138,18 @@ def _numbers(data: bytes, rng: random.Random) -> bytes:
         at = rng.randrange(max(1, len(found) - 8)) // 4 * 4
         found[at : at + 4] = rng.choice(FLOATS)
     return bytes(found[: len(data)])
+
+
+def damaged_archive(content: bytes, rng: random.Random) -> bytes:
+    """Damage the pickle inside a torch file, under a right checksum; half of the time or without one, any bytes."""
+    if rng.random() < 0.5 or not zipfile.is_zipfile(io.BytesIO(content)):
+        return damaged_bytes(content, rng)
+    written = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(content)) as old, zipfile.ZipFile(written, "w") as new:
+        for info in old.infolist():
+            part = old.read(info)
+            new.writestr(info.filename, damaged_bytes(part, rng) if info.filename.endswith("data.pkl") else part)
+    return written.getvalue()
 
 
 def damaged_lines(content: bytes, rng: random.Random, inside: Callable[[bytes, random.Random], bytes]) -> bytes:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from lora_diag.decisions.gate.run import gate as gate
     from lora_diag.decisions.plan.run import plan as plan
     from lora_diag.decisions.recover.run import recover as recover
+    from lora_diag.decisions.tune.run import tune as tune
     from lora_diag.diagnostics.fleet.run import fleet as fleet
     from lora_diag.diagnostics.interference.run import interference as interference
     from lora_diag.diagnostics.intruders.run import intruders as intruders

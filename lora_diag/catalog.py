@@ -38,6 +38,7 @@ _FEATURES = (
     "diagnostics.portability",
     "decisions.allocate",
     "decisions.plan",
+    "decisions.tune",
     "decisions.extract",
     "decisions.recover",
     "decisions.gate",

@@ -49,6 +49,11 @@ class Losses:
         """How many predictions there are."""
         return int(self.counts.sum())
 
+    @property
+    def rounded(self) -> tuple[float, ...]:
+        """The sums to 6 decimals, as records keep them."""
+        return tuple(round(float(each), 6) for each in self.sums)
+
     def on(self, texts: Texts) -> dict[str, Any]:
         """Return the fields that every record of a loss has: its set, and how many predictions there are."""
         return {"set": texts.name, "shifted": texts.shifted, "data": texts.hash, "tokens": self.tokens}

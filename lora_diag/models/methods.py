@@ -6,8 +6,8 @@ Knows PEFT; refuses to know steps, rates and losses.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -32,11 +32,15 @@ class Lora:
             but the head.
         dora: Whether a magnitude of each output is trained, too (Liu et al. 2024).
         rslora: Whether B A is scaled by alpha/√r and not alpha/r (Kalajdzievski 2023).
+        config: Content of an ``adapter_config.json`` that says all of this and the ranks, instead of the other fields.
+        vectors: Whether BASE's biases and norms are trained, too.
     """
 
     targets: tuple[str, ...] | str | None = None
     dora: bool = False
     rslora: bool = False
+    config: Mapping[str, Any] | None = None
+    vectors: bool = False
 
     @property
     def about(self) -> str:
@@ -68,29 +72,52 @@ def with_lora(model: Model, rank: int, kind: Lora) -> Iterator[Model]:
         import peft
     except ImportError as error:
         raise UsageError(f"probe: training needs {error.name}: pip install 'loradiag[train]'") from error
+    options = _options(model, rank, kind) if kind.config is None else _known(kind.config)
+    with in_place(model, only_vectors=True) if kind.vectors else nullcontext():
+        vectors = [parameter for parameter in model.module.parameters() if parameter.ndim == 1]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                wrapped: Any = peft.get_peft_model(model.module, peft.LoraConfig(**options))
+            except ValueError as error:
+                raise InputError(f"--target-modules: PEFT cannot adapt this model: {error}") from error
+        for parameter in vectors if kind.vectors else ():
+            parameter.requires_grad_(True)
+        try:
+            yield replace(model, module=wrapped)
+        finally:
+            wrapped.unload()
+            model.module.eval().requires_grad_(False)
+
+
+def _options(model: Model, rank: int, kind: Lora) -> dict[str, Any]:
+    """Return the arguments of PEFT's config for one rank everywhere."""
     targets = kind.targets
     if targets is None:
         targets = tuple(name.removesuffix(".weight") for name in inner_layers(model.module))
-    config = peft.LoraConfig(
-        r=rank,
-        lora_alpha=RSLORA_ALPHA if kind.rslora else ALPHA_OVER_RANK * rank,
-        lora_dropout=0.0,
-        target_modules=targets if isinstance(targets, str) else list(targets),
-        fan_in_fan_out=any(type(layer).__name__ == "Conv1D" for layer in model.module.modules()),
-        use_dora=kind.dora,
-        use_rslora=kind.rslora,
-    )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            wrapped: Any = peft.get_peft_model(model.module, config)
-        except ValueError as error:
-            raise InputError(f"--target-modules: PEFT cannot adapt this model: {error}") from error
-    try:
-        yield replace(model, module=wrapped)
-    finally:
-        wrapped.unload()
-        model.module.eval().requires_grad_(False)
+    return {
+        "r": rank,
+        "lora_alpha": RSLORA_ALPHA if kind.rslora else ALPHA_OVER_RANK * rank,
+        "lora_dropout": 0.0,
+        "target_modules": targets if isinstance(targets, str) else list(targets),
+        "fan_in_fan_out": is_transposed(model.module),
+        "use_dora": kind.dora,
+        "use_rslora": kind.rslora,
+    }
+
+
+def is_transposed(module: nn.Module) -> bool:
+    """Say whether a model stores its matrices ``(in, out)``, as GPT-2 does: PEFT's ``fan_in_fan_out``."""
+    return any(type(layer).__name__ == "Conv1D" for layer in module.modules())
+
+
+def _known(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of PEFT's config, without what says how the model is wrapped or saved."""
+    return {
+        key: value
+        for key, value in config.items()
+        if key not in {"peft_type", "task_type", "base_model_name_or_path", "inference_mode"}
+    }
 
 
 @contextmanager

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -29,6 +30,9 @@ LENGTH = 512
 _SAMPLE = "The year 1936."
 
 DTYPES = ("float32", "bfloat16", "float16")
+
+# Models that are open, inside ``kept_open``.
+_KEPT: ContextVar[dict[tuple[Any, ...], Model] | None] = ContextVar("_KEPT", default=None)
 
 
 @dataclass(frozen=True)
@@ -89,6 +93,26 @@ def open_model(
         UsageError: An option makes no sense, or transformers is not installed.
         InputError: transformers cannot open it, it is quantized, or of a kind that is not supported.
     """
+    kept, key = _KEPT.get(), (str(base), str(device), dtype, length, tokenizer)
+    if kept is not None and key in kept:
+        return kept[key]
+    found = _opened(base, device, dtype, length, tokenizer)
+    if kept is not None:
+        kept[key] = found
+    return found
+
+
+@contextlib.contextmanager
+def kept_open() -> Iterator[None]:
+    """Let several probes of one process share a model: inside, each is opened once. Probes leave BASE as it was."""
+    token = _KEPT.set({})
+    try:
+        yield
+    finally:
+        _KEPT.reset(token)
+
+
+def _opened(base: Path | str, device: torch.device, dtype: str, length: int | None, tokenizer: str) -> Model:
     transformers = _transformers()
     if dtype not in DTYPES:
         raise UsageError(f"--dtype {dtype}: use {', '.join(DTYPES)}")

@@ -68,6 +68,7 @@ class Training:
         batch: Sequences of an update.
         order: Seed of the order in which sequences are taken; each once before any comes again.
         kind: Of LoRA.
+        decay: Weight decay of AdamW.
     """
 
     texts: Texts
@@ -75,6 +76,7 @@ class Training:
     batch: int
     order: int
     kind: Lora = field(default_factory=Lora)
+    decay: float = 0.0
 
     @property
     def order_hash(self) -> str:
@@ -125,14 +127,29 @@ def run_cell(
 
 
 def losses_after(
-    model: Model, cell: Cell, training: Training, sets: Sequence[Texts], after: Callable[[], None]
+    model: Model,
+    cell: Cell,
+    training: Training,
+    sets: Sequence[Texts],
+    after: Callable[[], None],
+    keep: Callable[[Model], None] = lambda tuned: None,
 ) -> tuple[list[Losses], float]:
-    """Train one cell and return its losses on every set, and the mean loss of its last tenth of steps."""
+    """Train one cell and return its losses on every set, and the mean loss of its last tenth of steps.
+
+    Args:
+        model: BASE; the same after as before.
+        cell: The run.
+        training: What all runs have in common.
+        sets: Evaluation sets.
+        after: Called after every step and every batch.
+        keep: Called with the trained model.
+    """
     torch.manual_seed(cell.seed)
     with _trainable(model, cell, training.kind) as tuned:
         path = train(tuned, cell, training, after)
         tuned.module.eval()
         found = [measure(tuned, each, training.batch, after) for each in sets]
+        keep(tuned)
     last = path[-max(1, len(path) // 10) :]
     return found, sum(last) / len(last)
 
@@ -146,7 +163,7 @@ def _trainable(model: Model, cell: Cell, kind: Lora) -> AbstractContextManager[M
 def train(model: Model, cell: Cell, training: Training, after: Callable[[], None]) -> list[float]:
     """Train the parameters that can be, and return the loss of every step; one that is not finite changes nothing."""
     parameters = [parameter for parameter in model.module.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(parameters, weight_decay=training.decay)
     model.module.train()
     path: list[float] = []
     for step, batch in enumerate(training.batches()):
@@ -183,4 +200,6 @@ def record_of(
         name=name,
         loss=losses.mean if losses.is_finite else None,
         train_loss=trained,
+        nll=losses.rounded if losses.is_finite else (),
+        predictions=() if cell else tuple(int(count) for count in losses.counts),
     )

@@ -42,8 +42,8 @@ class Probe(WholeRecord):
         kl: Mean KL(p_tuned ‖ p) over the predictions, in nats.
         agreement: Share of the predictions whose most likely token is TUNED's.
         train_loss: Mean loss over the last tenth of a sweep's steps.
-        nll: Of ``outputs``: summed negative log-likelihood of each sequence, in nats to 6 decimals, by which any two
-            models can be paired; empty elsewhere.
+        nll: Of ``outputs`` and ``sweep``: summed negative log-likelihood of each sequence, in nats to 6 decimals, by
+            which any two models can be paired; empty elsewhere.
         predictions: Of each sequence; of BASE only, because all models have the same.
     """
 

@@ -125,7 +125,7 @@ def record_of(
     same = losses.on(texts)
     if unit is None or cell is None or base is None:
         counts = tuple(int(count) for count in losses.counts)
-        return Sensitivity(**same, seed=0, loss=losses.mean, nll=_rounded(losses), predictions=counts)
+        return Sensitivity(**same, seed=0, loss=losses.mean, nll=losses.rounded, predictions=counts)
     is_finite = losses.is_finite
     gap, error = losses.minus(base) if is_finite else (None, None)
     return Sensitivity(
@@ -140,12 +140,8 @@ def record_of(
         gain=None if gap is None else -gap,
         gain_error=error,
         train_loss=train_loss if math.isfinite(train_loss) else None,
-        nll=_rounded(losses) if is_finite else (),
+        nll=losses.rounded if is_finite else (),
     )
-
-
-def _rounded(losses: Losses) -> tuple[float, ...]:
-    return tuple(round(float(each), 6) for each in losses.sums)
 
 
 def gradients(

@@ -1,0 +1,69 @@
+"""``loradiag tune``."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from lora_diag.cli import options
+from lora_diag.cli.output import again, message, quiet_matplotlib, result, terminal
+from lora_diag.decisions.tune.options import TuneOptions
+from lora_diag.errors import INCONCLUSIVE, UsageError
+from lora_diag.running.options import EXECUTION, OUTPUT, Option
+
+if TYPE_CHECKING:
+    from lora_diag.decisions.tune.record import TunePlan
+
+_OUTPUT = Option(..., "Folder of the run.", "DIR", ("--output", "-o"), OUTPUT)
+_YES = Option(False, "Start without asking.", flags=("--yes", "-y"), panel=EXECUTION)
+
+
+@options.spread
+def tune(
+    base: options.Base,
+    *,
+    output: Annotated[Path, options.spelled("output", _OUTPUT)],
+    yes: Annotated[bool, options.spelled("yes", _YES)] = False,
+    given: TuneOptions,
+    shown: options.Shown,
+) -> None:
+    """Choose an adapter configuration by training within a budget.
+
+    Example: loradiag tune base/ --data train.jsonl --eval held_out.jsonl --params 10M --time 2h -o run/
+    """
+    dry = given["dry_run"]
+    if not (yes or dry or sys.stdin.isatty()):
+        raise UsageError("tune: trains, and there is no terminal to ask; confirm with --yes, or look with --dry-run")
+    # torch comes with it: not before it is needed
+    from lora_diag.decisions.tune.outputs import write_report
+    from lora_diag.decisions.tune.record import Tune
+    from lora_diag.decisions.tune.run import tune as choose
+    from lora_diag.decisions.tune.summary import plan_text, tune_table
+
+    def confirmed(plan: TunePlan) -> bool:
+        if not shown.json and not shown.quiet:
+            result(plan_text(plan, *terminal()))
+        return yes or typer.confirm("Start?", default=True, err=True)
+
+    given["on_plan"] = confirmed
+    with shown.callbacks(notes=True) as callbacks:
+        results = choose(base, output, **given, **callbacks)
+    if dry and shown.table:
+        result(tune_table(results, *terminal(), then=again("--yes").replace(" --dry-run", "")))
+    found = next(iter(results.whole_of(Tune)), None)
+    if found is None:
+        return
+    quiet_matplotlib()
+    write_report(output)
+    if shown.table:
+        then = (
+            f"sh {shlex.quote(str(output / 'commands.sh'))}   (each step by hand; {output / 'report.html'} shows all)"
+        )
+        result(tune_table(results, *terminal(), then=then))
+    if not found.significant:
+        message("the choice is not significant: exit code 5; more --repeats or --steps may tell")
+        raise typer.Exit(INCONCLUSIVE)

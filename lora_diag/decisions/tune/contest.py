@@ -1,0 +1,255 @@
+"""Losses → decisions: which rank, whether a challenger is kept, what curves ask for. Trains and reads nothing.
+
+A challenger is compared with the incumbent on the same seeds and the same sequences. It is kept only where its loss is
+lower by more than two standard errors of the paired differences in-domain, and its mean loss is not higher on the
+shifted sets: the incumbent wins ties.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean, stdev
+from typing import Literal
+
+from lora_diag.metrics.equivalence import paired
+from lora_diag.probes.sweep.verdict import SweepVerdict
+
+# A difference of so many standard errors counts.
+ERRORS = 2.0
+# Held-out loss that fell by so much less than the training loss, as a share of the gain, asks for regularisation.
+OVERFIT = 0.25
+# Below this share of full fine-tuning's gain, more than LoRA within the budget is looked at.
+SHORT_OF_FULL = 0.9
+
+Word = Literal["better", "tie", "worse", "not known"]
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """One run on one set.
+
+    Args:
+        loss: Mean, in nats.
+        nll: Summed negative log-likelihood of each sequence.
+    """
+
+    loss: float
+    nll: tuple[float, ...] = ()
+
+
+# Of one configuration: by set, then by seed.
+Runs = Mapping[str, Mapping[int, Measured]]
+
+
+@dataclass(frozen=True, slots=True)
+class Gap:
+    """The challenger's loss minus the incumbent's, on the seeds that both have.
+
+    Args:
+        value: Mean over seeds, in nats.
+        error: The larger of two standard errors: over paired seeds, and over paired sequences; None for one seed.
+        seeds: How many.
+    """
+
+    value: float
+    error: float | None
+    seeds: int
+
+
+@dataclass(frozen=True, slots=True)
+class Contest:
+    """A challenger compared with the incumbent.
+
+    Args:
+        word: ``better``, ``worse``: by more than two errors; ``tie``: neither; ``not known``: one seed or none.
+        kept: Whether it replaces the incumbent.
+        own: On the first set that is not shifted.
+        shifted: Mean over the shifted sets; None without any.
+    """
+
+    word: Word
+    kept: bool
+    own: Gap | None
+    shifted: Gap | None
+
+
+def gap_of(
+    incumbent: Mapping[int, Measured], challenger: Mapping[int, Measured], predictions: Sequence[int]
+) -> Gap | None:
+    """Return the difference on one set; None without a seed that both have.
+
+    Args:
+        incumbent: Runs by seed.
+        challenger: Runs by seed.
+        predictions: Of each sequence.
+
+    Example:
+        >>> runs = {0: Measured(1.0), 1: Measured(1.2)}, {0: Measured(0.9), 1: Measured(1.12)}
+        >>> found = gap_of(*runs, ())
+        >>> round(found.value, 6), round(found.error, 6)
+        (-0.09, 0.01)
+    """
+    seeds = sorted(incumbent.keys() & challenger.keys())
+    if not seeds:
+        return None
+    gaps = [challenger[seed].loss - incumbent[seed].loss for seed in seeds]
+    if len(seeds) < 2:
+        return Gap(gaps[0], None, 1)
+    errors = [stdev(gaps) / math.sqrt(len(gaps))]
+    one, two = (_mean_nll([runs[seed] for seed in seeds]) for runs in (challenger, incumbent))
+    if len(one) == len(two) == len(predictions) > 1:
+        errors.append(paired(one, two, predictions)[1] or 0.0)
+    return Gap(fmean(gaps), max(errors), len(seeds))
+
+
+def _mean_nll(runs: Sequence[Measured]) -> list[float]:
+    if len({len(run.nll) for run in runs}) > 1:
+        return []
+    return [fmean(each) for each in zip(*(run.nll for run in runs), strict=True)]
+
+
+def contest(
+    incumbent: Runs, challenger: Runs, own: str, shifted: Sequence[str], predictions: Mapping[str, Sequence[int]]
+) -> Contest:
+    """Return whether a challenger is kept.
+
+    Args:
+        incumbent: Its runs.
+        challenger: Its runs.
+        own: The set that decides.
+        shifted: Sets of another kind.
+        predictions: Of each sequence, by set.
+    """
+    ours = gap_of(incumbent.get(own, {}), challenger.get(own, {}), predictions.get(own, ()))
+    others = [
+        gap
+        for name in shifted
+        if (gap := gap_of(incumbent.get(name, {}), challenger.get(name, {}), predictions.get(name, ()))) is not None
+    ]
+    moved = _pooled(others)
+    if ours is None or ours.error is None:
+        return Contest("not known", False, ours, moved)
+    is_better, is_worse = ours.value < -ERRORS * ours.error, ours.value > ERRORS * ours.error
+    word: Word = "better" if is_better else "worse" if is_worse else "tie"
+    return Contest(word, is_better and all(gap.value <= 0 for gap in others), ours, moved)
+
+
+def _pooled(gaps: Sequence[Gap]) -> Gap | None:
+    """Return the mean over sets, whose errors are taken as independent."""
+    if not gaps:
+        return None
+    errors = [gap.error for gap in gaps if gap.error is not None]
+    error = math.sqrt(math.fsum(e**2 for e in errors)) / len(gaps) if len(errors) == len(gaps) else None
+    return Gap(fmean(gap.value for gap in gaps), error, min(gap.seeds for gap in gaps))
+
+
+@dataclass(frozen=True, slots=True)
+class RankChoice:
+    """The shared rank.
+
+    Args:
+        rank: r.
+        lr: Its learning rate.
+        significant: Whether it is shown to be enough; else it is the smallest that is not shown to be too small.
+        why: In words.
+    """
+
+    rank: int
+    lr: float
+    significant: bool
+    why: str
+
+
+def choose_rank(verdict: SweepVerdict, rates: Mapping[int, float]) -> RankChoice:
+    """Return the smallest rank shown to be enough; where none is, the smallest candidate, marked.
+
+    Args:
+        verdict: Of a sweep.
+        rates: The best learning rate of each rank tried.
+    """
+    if verdict.rank is not None:
+        return RankChoice(verdict.rank, rates[verdict.rank], True, f"{verdict.word}: the smallest shown to be enough")
+    possible = [one.rank for one in verdict.standings if one.enough != "no"]
+    rank = min(possible, default=min(rates))
+    return RankChoice(rank, rates[rank], False, f"{verdict.word}: the smallest not shown to be too small")
+
+
+def between(chosen: int, ranks: Iterable[int]) -> int | None:
+    """Return the power-of-two middle of the chosen rank and the next lower one tried; None if there is none.
+
+    >>> between(16, [1, 4, 16]), between(4, [2, 4]), between(1, [1, 4]), between(24, [6, 24])
+    (8, None, None, 12)
+    """
+    lower = max((rank for rank in ranks if rank < chosen), default=None)
+    if lower is None:
+        return None
+    middle = round(math.sqrt(chosen * lower))
+    return middle if lower < middle < chosen and 2 * lower < chosen else None
+
+
+@dataclass(frozen=True, slots=True)
+class Curves:
+    """What stability is judged by, of the chosen configuration.
+
+    Args:
+        base: BASE's held-out loss.
+        loss: Its held-out loss, in the mean over seeds.
+        base_train: BASE's loss on the training data.
+        train: Its training loss at the end, in the mean over seeds.
+        spread: Standard deviation of its held-out loss over seeds; None for one seed.
+        tolerance: In nats.
+        diverged: Runs that diverged at its rank, at any rate up to its own.
+        base_shifted: BASE's loss on the first shifted set; None without one.
+        shifted: Its own loss there.
+    """
+
+    base: float
+    loss: float
+    base_train: float
+    train: float
+    spread: float | None
+    tolerance: float
+    diverged: int = 0
+    base_shifted: float | None = None
+    shifted: float | None = None
+
+
+def asked_by(curves: Curves) -> dict[str, str]:
+    """Return the stability trials that the curves ask for, each with its reason; none where they are sound.
+
+    Example:
+        >>> asked_by(Curves(base=2.0, loss=1.5, base_train=2.0, train=1.5, spread=0.001, tolerance=0.01))
+        {}
+        >>> sorted(asked_by(Curves(base=2.0, loss=1.5, base_train=2.0, train=0.9, spread=0.001, tolerance=0.01)))
+        ['dropout', 'fewer-steps', 'weight-decay']
+    """
+    found: dict[str, str] = {}
+    gain, fell = curves.base - curves.loss, curves.base_train - curves.train
+    if fell - gain > OVERFIT * max(gain, 0.0) and fell > 0:
+        why = f"training loss fell by {fell:.3f}, held-out loss by {gain:.3f}"
+        found |= dict.fromkeys(("dropout", "weight-decay", "fewer-steps"), why)
+    if curves.diverged:
+        found["half-alpha"] = f"{curves.diverged} runs diverged at this rank"
+    elif curves.spread is not None and curves.spread > 2 * curves.tolerance > 0:
+        found["half-alpha"] = f"seeds differ by {curves.spread:.3f}, tolerance {curves.tolerance:.3f}"
+    if curves.shifted is not None and curves.base_shifted is not None and curves.shifted > curves.base_shifted:
+        rise = curves.shifted - curves.base_shifted
+        found.setdefault("fewer-steps", f"the loss on the shifted set rises by {rise:.3f}")
+    return found
+
+
+def asks_for_more(chosen: int, ranks: Sequence[int], share_of_full: float | None) -> str:
+    """Return why more than the chosen rank is looked at; empty where nothing asks for it.
+
+    >>> asks_for_more(4, [1, 4, 16], 0.95)
+    ''
+    >>> asks_for_more(16, [1, 4, 16], None)
+    'the largest rank within the budget was chosen'
+    """
+    if chosen == max(ranks):
+        return "the largest rank within the budget was chosen"
+    if share_of_full is not None and share_of_full < SHORT_OF_FULL:
+        return f"{share_of_full:.0%} of full fine-tuning's gain is below {SHORT_OF_FULL:.0%}"
+    return ""

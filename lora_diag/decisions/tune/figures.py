@@ -1,0 +1,178 @@
+"""`tune`: held-out loss against trained parameters: all runs, the frontier, and the choice with its error."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from statistics import fmean, stdev
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import LogLocator, NullFormatter
+
+from lora_diag.decisions.tune.record import Tune, TuneTrial
+from lora_diag.records import Results
+from lora_diag.rendering.figures.axes import panel_axes
+from lora_diag.rendering.figures.losses import levels, limits, loss_axis, panel_width, panels_of, sets_of
+from lora_diag.rendering.figures.series import Options, Series, subject_of
+from lora_diag.rendering.figures.sheet import Key, Words, sheet
+from lora_diag.rendering.figures.style import CATEGORIES, INK, QUIET, Look, log_label, styled, wrapped
+
+RUN, FRONTIER, CHOSEN = QUIET, CATEGORIES[0], CATEGORIES[1]
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """One configuration at its best learning rate.
+
+    Args:
+        variant: Its name.
+        params: Trainable parameters.
+        losses: Of its seeds.
+    """
+
+    variant: str
+    params: int
+    losses: tuple[float, ...]
+
+    @property
+    def mean(self) -> float:
+        """Over seeds."""
+        return fmean(self.losses)
+
+
+def lacks(records: Sequence[TuneTrial], options: Options) -> str | None:
+    """Say why there is nothing to draw; None if there is."""
+    return None if any(one.params and one.loss is not None for one in records) else "no run is finished with a loss"
+
+
+def points_of(records: Iterable[TuneTrial], name: str) -> list[Point]:
+    """Return every configuration on one set: of its learning rates, the one with the most seeds, then the lowest loss.
+
+    Args:
+        records: Of a search.
+        name: The set.
+    """
+    groups: dict[str, dict[float | None, list[TuneTrial]]] = {}
+    for one in records:
+        if one.set == name and one.params and one.loss is not None:
+            groups.setdefault(one.variant, {}).setdefault(one.lr, []).append(one)
+    found = []
+    for variant, rates in groups.items():
+        best = max(rates.values(), key=lambda runs: (len(runs), -fmean(run.loss or 0.0 for run in runs)))
+        found.append(Point(variant, best[0].params, tuple(run.loss for run in best if run.loss is not None)))
+    return sorted(found, key=lambda point: point.params)
+
+
+def frontier(points: Sequence[Point]) -> list[Point]:
+    """Return the configurations that none with as few parameters beats, ascending."""
+    found: list[Point] = []
+    for point in sorted(points, key=lambda one: (one.params, one.mean)):
+        if not found or point.mean < found[-1].mean:
+            found.append(point)
+    return found
+
+
+def tune(results: Results[Any] | Iterable[Any], ax: Axes | None = None, *, name: str | None = None) -> Axes:
+    """Draw held-out loss against trained parameters.
+
+    Args:
+        results: Of ``tune``, or its records.
+        ax: Where to draw; a new figure's if not given.
+        name: Of the evaluation set; the one that decided if not given.
+
+    Returns:
+        The Axes drawn on.
+    """
+    every = list(results.whole if isinstance(results, Results) else results)
+    choice = next((one for one in every if isinstance(one, Tune)), None)
+    trials = [one for one in every if isinstance(one, TuneTrial)]
+    chosen = name if name is not None else choice.set if choice is not None else trials[0].set
+    with panel_axes(ax) as (axes, look):
+        _draw(axes, trials, chosen, choice, look)
+        axes.set(xlabel="trained parameters", ylabel="loss (nats)")
+        axes.set_title(chosen, parse_math=False, loc="left")
+    return axes
+
+
+def figure(series: Sequence[Series[Any]], look: Look, options: Options) -> Figure:
+    """Return a panel for each set of the first run."""
+    one = series[0]
+    trials = [each for each in one.whole if isinstance(each, TuneTrial)]
+    choice = next((each for each in one.whole if isinstance(each, Tune)), None)
+    sets = sets_of(trials)
+    rows, columns = panels_of(len(sets), look)
+    inches = panel_width(look, columns)
+    with styled(look):
+        page, axes = sheet(look, _words(series, look), rows, columns, panel=1.9 * look.panel, share=False)
+        for (name, called), ax in zip(sets.items(), axes, strict=False):
+            _draw(ax, trials, name, choice, look)
+            ax.set_title(wrapped(called, inches, look.text), parse_math=False)
+            ax.set(xlabel="trained parameters", ylabel="loss (nats)")
+        for ax in axes[len(sets) :]:
+            ax.remove()
+    return page
+
+
+def _draw(ax: Axes, trials: Sequence[TuneTrial], name: str, choice: Tune | None, look: Look | None) -> None:
+    width = look.line if look else 1.2
+    points = points_of(trials, name)
+    ax.set_xscale("log")
+    every = [loss for point in points for loss in point.losses]
+    for point in points:
+        small: dict[str, Any] = {"ls": "", "marker": "o", "ms": 2.6 * width, "mew": 0, "alpha": 0.55}
+        ax.plot([point.params] * len(point.losses), point.losses, color=RUN, label="_runs", **small)
+    line = frontier(points)
+    ax.plot(
+        [point.params for point in line],
+        [point.mean for point in line],
+        color=FRONTIER,
+        lw=1.5 * width,
+        marker="o",
+        ms=3.5 * width,
+        label="_frontier",
+    )
+    mine = next((point for point in points if choice is not None and point.variant == choice.variant), None)
+    if mine is not None:
+        n = len(mine.losses)
+        error = stdev(mine.losses) / math.sqrt(n) if n > 1 else 0.0
+        ax.errorbar(
+            [mine.params],
+            [mine.mean],
+            yerr=[2 * error],
+            color=CHOSEN,
+            marker="D",
+            ms=5 * width,
+            lw=1.5 * width,
+            capsize=3 * width,
+            zorder=3,
+            label="_chosen",
+        )
+    base = next((one.loss for one in trials if one.variant == "base" and one.set == name), None)
+    named = [] if base is None else [(f"BASE {base:.3f}", base, INK)]
+    shown = [*every, *(loss for _, loss, _ in named)]
+    ax.set_ylim(limits(shown))
+    levels(ax, named, look)
+    loss_axis(ax)
+    params = [point.params for point in points]
+    ax.set_xlim(min(params) / 1.8, max(params) * 1.8)
+    ax.xaxis.set_major_locator(LogLocator(numticks=8))
+    ax.xaxis.set_major_formatter(log_label)
+    ax.xaxis.set_minor_formatter(NullFormatter())
+
+
+def _words(series: Sequence[Series[Any]], look: Look) -> Words:
+    width = look.line
+    keys = (
+        Key(Line2D([], [], color=RUN, ls="", marker="o", ms=2.6 * width, alpha=0.6), "one run"),
+        Key(Line2D([], [], color=FRONTIER, marker="o", ms=3.5 * width, lw=1.5 * width), "frontier, mean over seeds"),
+        Key(Line2D([], [], color=CHOSEN, ls="", marker="D", ms=5 * width), "chosen, ± 2 standard errors"),
+    )
+    notes = ["Each configuration at the learning rate that was trained with the most seeds."]
+    if len(series) > 1:
+        notes.append("Only the first run is drawn.")
+    about = f"{subject_of(series)}mean negative log-likelihood of held-out predictions"
+    return Words("Held-out loss against trained parameters", about, (" ".join(notes),), keys)

@@ -1,0 +1,65 @@
+"""Options of ``tune``."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Required
+
+from lora_diag.running.options import (
+    DATA,
+    EXECUTION,
+    INPUTS,
+    MEMORY_BUDGET,
+    OUTPUT,
+    PARAMS,
+    RANKS,
+    RATES,
+    REPEATS,
+    STEPS,
+    Callbacks,
+    ModelOptions,
+    Notes,
+    Option,
+    Resuming,
+    Shifted,
+    Training,
+)
+
+if TYPE_CHECKING:
+    from lora_diag.decisions.tune.record import TunePlan
+
+
+class TuneOptions(Shifted, Training, ModelOptions, Resuming, Callbacks, Notes, total=False):
+    """Options of ``tune``."""
+
+    data: Required[Annotated[Path | str, DATA]]
+    params: Annotated[str | int | None, PARAMS]
+    memory_budget: Annotated[str | int | None, MEMORY_BUDGET]
+    time: Annotated[str | None, Option(None, "Time limit of the search, e.g. 2h or 90min; default: none.", "TIME")]
+    ranks: Annotated[Sequence[int], RANKS.by((), help="Ranks to try; default powers of 4 within the budget.")]
+    rates: Annotated[Sequence[float], RATES.by((1e-4, 3e-4, 1e-3, 3e-3))]
+    steps: Annotated[int, STEPS]
+    repeats: Annotated[int, REPEATS.by(3, help="Training runs (seeds) at the best learning rate.")]
+    gain_tolerance: Annotated[
+        float, Option(0.02, "Fraction of the gain that a smaller rank may lose.", "X", setting="tolerance")
+    ]
+    target_modules: Annotated[
+        Sequence[str],
+        Option(
+            (),
+            "Modules to adapt, as PEFT names them; default all linear layers but the head.",
+            "NAME,NAME",
+            panel=INPUTS,
+            setting="targets",
+        ),
+    ]
+    quantized: Annotated[
+        str | None, Option(None, "Round frozen weights as QLoRA stores them; default: not.", "nf4|int8")
+    ]
+    no_full: Annotated[bool, Option(False, "Do not fully fine-tune as a baseline; saves 4 times BASE's memory.")]
+    widen: Annotated[int, Option(1, "Learning rates to try beyond the grid; 0 for none.", "N")]
+    dry_run: Annotated[bool, Option(False, "Print the plan and stop.", panel=EXECUTION)]
+    overwrite: Annotated[bool, Option(False, "Replace an earlier run in the output.", panel=OUTPUT)]
+    on_plan: Annotated[
+        "Callable[[TunePlan], bool] | None",
+        Option(None, "Called with the plan; False stops before any training.", cli=False),
+    ]

@@ -1,0 +1,244 @@
+"""The files of a finished search: the configuration, the adapter, a gate, a report, and what trains it elsewhere."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lora_diag.catalog import read_results
+from lora_diag.decisions.gate.run import gate_init
+from lora_diag.decisions.tune.record import Tune, TunePlan
+from lora_diag.decisions.tune.schedule import short_steps
+from lora_diag.decisions.tune.trials import save_copy
+from lora_diag.decisions.tune.variants import Variant, least_rank
+from lora_diag.diagnostics.spectrum.run import spectrum
+from lora_diag.errors import InputError
+from lora_diag.files import write_whole
+from lora_diag.models.training import WARMUP
+from lora_diag.running.training_runs import TrainRun
+
+
+def write_outputs(
+    base: Path | str, folder: Path, run: TrainRun, plan: TunePlan, variant: Variant, choice: Tune, adapter: Path
+) -> None:
+    """Write all but the report, which reads the finished records.
+
+    Args:
+        base: The model.
+        folder: Of the run.
+        run: Its options.
+        plan: What was done.
+        variant: The chosen configuration.
+        choice: Its record.
+        adapter: The folder of its trained adapter.
+
+    Raises:
+        InputError: A file cannot be written.
+    """
+    config = {**variant.config, "base_model_name_or_path": str(base)}
+    save_copy(adapter, folder / "adapter", config)
+    write_whole(folder / "adapter_config.json", json.dumps(config, indent=2) + "\n")
+    spectrum(base, folder / "adapter", output=folder / "spectrum.jsonl", overwrite=True, device=run.options["device"])
+    try:
+        gate = gate_init(folder / "spectrum.jsonl", name="gate.toml")
+    except InputError as error:  # the adapter did not move: there is no limit to take
+        gate = f"# No limits: {error}\n"
+    write_whole(folder / "gate.toml", f"{_significance(choice)}{gate}")
+    write_whole(folder / "commands.sh", commands(base, folder, run.options, plan, choice))
+    data = (str(run.options["data"]), str(run.options["evaluate"][0]))
+    settings = {"batch": run.batch, "length": run.model.length}
+    for name, text in configs(str(base), data, variant, settings).items():
+        write_whole(folder / name, text)
+
+
+def _significance(choice: Tune) -> str:
+    if choice.significant:
+        return ""
+    return "# The choice was not significant: these limits are of the smallest candidate, not of a rank shown enough.\n"
+
+
+def write_report(folder: Path) -> None:
+    """Write ``report.html`` on the records of a run."""
+    from lora_diag.reports.run import report
+
+    files = [folder / name for name in ("tune.jsonl", "sweep.jsonl", "spectrum.jsonl")]
+    report(*(path for path in files if path.is_file()), output=folder / "report.html", overwrite=True)
+
+
+def commands(base: Path | str, folder: Path, options: Mapping[str, Any], plan: TunePlan, choice: Tune) -> str:
+    """Return a shell script that repeats each step by hand, from the directory in which the search was started."""
+    swept = read_results(folder / "sweep.jsonl").run.settings
+    budget = _given(options, "params", "memory_budget")
+    texts: list[Any] = ["--data", options["data"]]
+    for name, flag in (("evaluate", "--eval"), ("shifted", "--shifted")):
+        texts += [word for path in options[name] for word in (flag, path)]
+    how = _given(options, "batch", "seed", "dtype", "length", "max_sequences", "quantized")
+    how += ["--target-modules", ",".join(options["target_modules"])] if options["target_modules"] else []
+    train = ["loradiag", "probe", "sweep", base, *texts, *how]
+    lines: list[list[Any]] = [["loradiag", "plan", base, "--data", options["data"], *budget]]
+    if plan.halving:
+        ends: list[Any] = ["--ranks", _listed({plan.ranks[0], plan.ranks[-1]}), "--lr", _listed(plan.rates)]
+        lines.append([*train, *ends, "--steps", short_steps(plan.steps), "--repeats", 1, *_to("rates.jsonl")])
+    grid: list[Any] = ["--ranks", _listed(swept["ranks"]), "--lr", _listed(swept["rates"])]
+    grid += ["--full", "--full-lr", _listed(swept["full_rates"])] if swept["full_rates"] else []
+    grid += ["--steps", plan.steps, "--repeats", plan.repeats, "--widen", plan.widen]
+    lines.append([*train, *grid, *_to("sweep.jsonl")])
+    if (folder / "pilot.jsonl").is_file():
+        pilot = next(iter(sorted((folder / "trials").glob("pilot-r*"))))
+        lines.append(["loradiag", "spectrum", base, pilot, *_to("pilot.jsonl")])
+        least = least_rank(choice.rank)
+        spent = ["--params", choice.rank * plan.per_rank, "--min-rank", least]
+        spend = ["loradiag", "allocate", "$OUT/pilot.jsonl", *spent]
+        prior = ["--layer-weights", folder / "weights.json", "--strategy", "heuristic"]
+        lines += [[*spend, *_to("marginal.json")], [*spend, *prior, *_to("prior.json")]]
+    lines += [
+        ["loradiag", "spectrum", base, folder / "adapter", *_to("spectrum.jsonl")],
+        ["loradiag", "gate", "init", "$OUT/spectrum.jsonl", *_to("gate.toml")],
+        ["loradiag", "report", folder / "tune.jsonl", "$OUT/sweep.jsonl", "$OUT/spectrum.jsonl", *_to("report.html")],
+    ]
+    script = "\n".join(" ".join(map(_word, line)) for line in lines)
+    return (
+        "#!/bin/sh\n"
+        "# The steps of this search by hand, into the folder OUT; run it where the search was run. Adapters that are\n"
+        "# no uniform LoRA were trained by loradiag tune itself, with PEFT, from the configurations in trials/.\n"
+        f'set -e\nOUT="${{OUT:-by-hand}}"\nmkdir -p "$OUT"\n{script}\n'
+        f"# The real training: python {shlex.quote(str(folder / 'config.trl.py'))}\n"
+    )
+
+
+def _given(options: Mapping[str, Any], *names: str) -> list[Any]:
+    """Return options that were given, as words."""
+    return [
+        word for name in names if options[name] is not None for word in (f"--{name.replace('_', '-')}", options[name])
+    ]
+
+
+def _to(name: str) -> list[str]:
+    return ["-o", f"$OUT/{name}"]
+
+
+def _word(word: object) -> str:
+    text = str(word)
+    return f'"{text}"' if text.startswith("$OUT/") else shlex.quote(text)
+
+
+def _listed(values: Iterable[float]) -> str:
+    return ",".join(f"{value:g}" for value in sorted(values))
+
+
+def configs(base: str, texts: Sequence[str], variant: Variant, settings: Mapping[str, int]) -> dict[str, str]:
+    """Return configurations of the chosen adapter for other trainers, by file name.
+
+    Args:
+        base: The model.
+        texts: The training file and the held-out one.
+        variant: The chosen configuration.
+        settings: ``batch`` and ``length``.
+    """
+    config, note = variant.config, ""
+    if config["rank_pattern"]:
+        note = (
+            "# Ranks differ by layer (rank_pattern in adapter_config.json); this file has only the most common one.\n"
+            "# config.trl.py trains with all of them.\n"
+        )
+    return {
+        "config.axolotl.yaml": note + _yaml(_axolotl(base, texts, variant, settings)),
+        "config.llamafactory.yaml": note + _yaml(_llamafactory(base, texts, variant, settings)),
+        "config.trl.py": _trl(base, texts, variant, settings),
+    }
+
+
+def _axolotl(base: str, texts: Sequence[str], variant: Variant, settings: Mapping[str, int]) -> dict[str, Any]:
+    config = variant.config
+    return {
+        "base_model": base,
+        "datasets": [{"path": texts[0], "type": "completion"}],
+        "test_datasets": [{"path": texts[1], "type": "completion", "split": "train"}],
+        "sequence_len": settings["length"],
+        "adapter": "lora",
+        "lora_r": config["r"],
+        "lora_alpha": config["lora_alpha"],
+        "lora_dropout": config["lora_dropout"],
+        "lora_target_modules": list(config["target_modules"]),
+        "micro_batch_size": settings["batch"],
+        "gradient_accumulation_steps": 1,
+        "max_steps": variant.steps,
+        "optimizer": "adamw_torch",
+        "learning_rate": variant.lr,
+        "lr_scheduler": "cosine",
+        "warmup_ratio": WARMUP,
+        "weight_decay": variant.decay,
+        "max_grad_norm": 1.0,
+        "output_dir": "./out",
+    }
+
+
+def _llamafactory(base: str, texts: Sequence[str], variant: Variant, settings: Mapping[str, int]) -> dict[str, Any]:
+    config = variant.config
+    return {
+        "model_name_or_path": base,
+        "stage": "sft",
+        "do_train": True,
+        "finetuning_type": "lora",
+        "lora_rank": config["r"],
+        "lora_alpha": config["lora_alpha"],
+        "lora_dropout": config["lora_dropout"],
+        "lora_target": ",".join(config["target_modules"]),
+        "dataset": Path(texts[0]).stem,
+        "dataset_dir": str(Path(texts[0]).parent),
+        "template": "default",
+        "cutoff_len": settings["length"],
+        "per_device_train_batch_size": settings["batch"],
+        "gradient_accumulation_steps": 1,
+        "max_steps": variant.steps,
+        "learning_rate": variant.lr,
+        "lr_scheduler_type": "cosine",
+        "warmup_ratio": WARMUP,
+        "weight_decay": variant.decay,
+        "max_grad_norm": 1.0,
+        "output_dir": "./out",
+    }
+
+
+def _yaml(values: Mapping[str, Any]) -> str:
+    """Return YAML of flat values: JSON is YAML, so strings and lists are written as JSON."""
+    return "".join(f"{key}: {json.dumps(value, ensure_ascii=False)}\n" for key, value in values.items())
+
+
+def _trl(base: str, texts: Sequence[str], variant: Variant, settings: Mapping[str, int]) -> str:
+    kinds = {".jsonl": "json", ".json": "json"}
+    kind = kinds.get(Path(texts[0]).suffix.lower(), "text")
+    return f'''"""Train the chosen adapter with TRL: pip install trl peft datasets."""
+
+from pathlib import Path
+
+from datasets import load_dataset
+from peft import LoraConfig
+from trl import SFTConfig, SFTTrainer
+
+data = load_dataset({kind!r}, data_files={{"train": {texts[0]!r}, "test": {texts[1]!r}}})
+trainer = SFTTrainer(
+    model={base!r},
+    train_dataset=data["train"],
+    eval_dataset=data["test"],
+    peft_config=LoraConfig.from_pretrained(Path(__file__).parent),  # adapter_config.json beside this file
+    args=SFTConfig(
+        output_dir="out",
+        max_steps={variant.steps},
+        per_device_train_batch_size={settings["batch"]},
+        max_length={settings["length"]},
+        learning_rate={variant.lr!r},
+        lr_scheduler_type="cosine",
+        warmup_ratio={WARMUP!r},
+        weight_decay={variant.decay!r},
+        max_grad_norm=1.0,
+        optim="adamw_torch",
+        eval_strategy="epoch",
+    ),
+)
+trainer.train()
+trainer.save_model()
+'''

@@ -1,0 +1,230 @@
+"""Records of ``tune``: the plan, what it trained itself, every decision, and the choice."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from pydantic import Field
+
+from lora_diag.records.base import Record, WholeRecord
+from lora_diag.records.shown import Shown
+
+
+class TuneStage(Record):
+    """One stage of the plan.
+
+    Args:
+        name: The stage.
+        runs: Training runs, at most.
+        seconds: Estimated from one timed step.
+        decides: What comes out of it.
+    """
+
+    name: str
+    runs: int
+    seconds: float
+    decides: str
+
+
+class TunePlan(WholeRecord):
+    """What a search was to do: printed first, and followed when it is resumed.
+
+    Args:
+        budget: Trainable parameters allowed.
+        per_rank: Parameters of one rank on all targeted layers.
+        largest: Largest shared rank that the budget pays for.
+        tokens: Predicted tokens of the training data.
+        rules: Rank that each rule of thumb asks for; null where full rank has fewer parameters.
+        ranks: Shared ranks to try.
+        rates: Learning rates to try.
+        steps: Updates of a run.
+        repeats: Seeds.
+        widen: Learning rates beyond the grid.
+        halving: Whether a short round chooses the learning rates.
+        full: Whether full fine-tuning is a baseline.
+        more_seeds: Whether seeds are added where they would tell.
+        finer: Whether a rank in between is tried.
+        redistribute: Whether non-uniform ranks are trained.
+        trials: Runs of stability and escalation at most.
+        step_seconds: Of one step, timed.
+        full_step_seconds: Of one step of full fine-tuning; 0 if it was not timed.
+        evaluation_seconds: Of measuring all sets.
+        seconds: Estimate for the whole search.
+        limit: ``--time`` in seconds; null for none.
+        left_out: What was given up to keep it.
+        stages: The stages.
+    """
+
+    key: ClassVar[tuple[str, ...]] = ("record",)
+    record: Literal["tune_plan"] = "tune_plan"
+    budget: int
+    per_rank: int
+    largest: int
+    tokens: int
+    rules: dict[str, int | None]
+    ranks: tuple[int, ...]
+    rates: tuple[float, ...]
+    steps: int
+    repeats: int
+    widen: int
+    halving: bool
+    full: bool
+    more_seeds: bool
+    finer: bool
+    redistribute: bool
+    trials: int
+    step_seconds: float
+    full_step_seconds: float
+    evaluation_seconds: float
+    seconds: float
+    limit: float | None
+    left_out: tuple[str, ...]
+    stages: tuple[TuneStage, ...]
+
+
+class TuneTrial(WholeRecord):
+    """The loss of one run on one evaluation set; or of BASE.
+
+    Runs of the stage ``ranks`` are copies of those in ``sweep.jsonl``.
+
+    Args:
+        set: The evaluation set, by its file's name.
+        shifted: Whether the user named it as shifted.
+        data: Hash of the evaluation file.
+        tokens: Predictions that the loss is the mean of.
+        variant: What was trained: ``base``, ``uniform-r8``, ``full``, ``prior``, ``marginal``, ``dropout``, …
+        params: Trainable parameters; 0 for BASE.
+        lr: Peak learning rate; null for BASE.
+        steps: Updates; 0 for BASE.
+        seed: Of the factors' initial values.
+        loss: In nats; null where the run diverged.
+        train_loss: Mean loss over the last tenth of the steps; of BASE on the training data; null where not finite.
+        nll: Summed negative log-likelihood of each sequence, by which any two runs can be paired; may be empty.
+        predictions: Of each sequence; of BASE only.
+    """
+
+    key: ClassVar[tuple[str, ...]] = ("variant", "lr", "seed", "set")
+    shown: ClassVar[tuple[Shown, ...]] = (
+        Shown("loss", "loss", "in nats", main=True, form=".4f"),
+        Shown("params", "params", "trainable parameters", main=True),
+    )
+    record: Literal["tune_trial"] = "tune_trial"
+    set: str
+    shifted: bool = False
+    data: str
+    tokens: int
+    variant: str
+    params: int
+    lr: float | None = None
+    steps: int = 0
+    seed: int = 0
+    loss: float | None
+    train_loss: float | None = None
+    nll: tuple[float, ...] = ()
+    predictions: tuple[int, ...] = ()
+
+
+class TuneDecision(WholeRecord):
+    """One decision, in the order in which it was made.
+
+    Args:
+        stage: The stage.
+        name: What was decided on.
+        outcome: ``chosen``; of a challenger ``kept`` or ``rejected``; ``not needed``; ``proposed`` where it was not
+            trained; ``not tried``.
+        why: The reason, with its numbers.
+        rank: A shared rank; null where there is none.
+        lr: Peak learning rate; null where there is none.
+        params: Trainable parameters; null where it does not apply.
+        gap: Loss minus that of the incumbent on the deciding set, in nats, on the same seeds; null where not trained.
+        error: Standard error of ``gap``; null for one seed.
+        gap_shifted: The same on the shifted sets, in the mean; null without any.
+        error_shifted: Its standard error.
+        seeds: Seeds of ``gap``.
+        seconds: Predicted cost of what was not trained; null elsewhere.
+        layers: Layers that it is about, where these are named.
+        files: Files in the run's folder that it stands on.
+    """
+
+    key: ClassVar[tuple[str, ...]] = ("stage", "name")
+    record: Literal["tune_decision"] = "tune_decision"
+    stage: str
+    name: str
+    outcome: Literal["chosen", "kept", "rejected", "not needed", "proposed", "not tried"]
+    why: str
+    rank: int | None = None
+    lr: float | None = None
+    params: int | None = None
+    gap: float | None = None
+    error: float | None = None
+    gap_shifted: float | None = None
+    error_shifted: float | None = None
+    seeds: int = 0
+    seconds: float | None = None
+    layers: tuple[str, ...] = ()
+    files: tuple[str, ...] = ()
+
+
+class Tune(WholeRecord):
+    """The choice.
+
+    Args:
+        set: The evaluation set that decided.
+        variant: What was chosen: ``uniform-r8``, or the name of a challenger that was kept.
+        rank: The shared rank that it stands on.
+        ranks: Rank of each layer; empty where all have ``rank``.
+        significant: Whether the rank is shown to be enough and gains; else it is the smallest candidate.
+        lr: Peak learning rate.
+        steps: Updates.
+        alpha_over_rank: lora_alpha / r.
+        dropout: lora_dropout.
+        weight_decay: Of AdamW.
+        params: Trainable parameters.
+        budget: Those allowed.
+        base_loss: Of BASE.
+        loss: Mean over seeds.
+        gain: ``base_loss`` − ``loss``, in nats.
+        gain_error: Standard error over seeds; null for one seed.
+        gain_of_full: Gain of full fine-tuning; null where it was not trained or gains nothing.
+        share_of_full: ``gain`` / ``gain_of_full``.
+        next_rank: The next higher rank tried; null if none.
+        next_gain: What it gains more, in nats; null likewise.
+        non_uniform: Whether non-uniform ranks were ``kept``, ``rejected``, or ``not tried``.
+        gain_shifted: Gain on the first shifted set; null without one.
+        gain_shifted_error: Its standard error over seeds.
+        set_shifted: That set's name; empty without one.
+        seeds: Seeds of the chosen configuration.
+    """
+
+    key: ClassVar[tuple[str, ...]] = ("record",)
+    shown: ClassVar[tuple[Shown, ...]] = (
+        Shown("gain", "gain", "loss of BASE minus that of the chosen adapter, in nats", main=True, form=".4f"),
+        Shown("gain_error", "± gain", "standard error of the gain over seeds", main=True),
+        Shown("params", "params", "trainable parameters", main=True),
+    )
+    record: Literal["tune"] = "tune"
+    set: str
+    variant: str
+    rank: int
+    ranks: dict[str, int] = Field(default_factory=dict)
+    significant: bool
+    lr: float
+    steps: int
+    alpha_over_rank: float
+    dropout: float
+    weight_decay: float
+    params: int
+    budget: int
+    base_loss: float
+    loss: float
+    gain: float
+    gain_error: float | None
+    gain_of_full: float | None
+    share_of_full: float | None
+    next_rank: int | None
+    next_gain: float | None
+    non_uniform: Literal["kept", "rejected", "not tried"]
+    gain_shifted: float | None
+    gain_shifted_error: float | None
+    set_shifted: str
+    seeds: int

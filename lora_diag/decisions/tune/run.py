@@ -1,0 +1,128 @@
+"""``tune``: from a base model, data and a budget to an adapter configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Unpack
+
+from lora_diag.catalog import read_results
+from lora_diag.checkpoints import open_checkpoint
+from lora_diag.decisions.tune.options import TuneOptions
+from lora_diag.decisions.tune.planning import Target, plan_of, target_of
+from lora_diag.decisions.tune.record import TunePlan
+from lora_diag.decisions.tune.schedule import read_time
+from lora_diag.decisions.tune.search import Tuner
+from lora_diag.errors import UsageError
+from lora_diag.models.methods import Lora
+from lora_diag.models.opening import kept_open
+from lora_diag.models.training import RECIPE
+from lora_diag.records import LeftOut, Results, Run
+from lora_diag.running.fingerprint import legible
+from lora_diag.running.options import show_options
+from lora_diag.running.probing import check_files
+from lora_diag.running.progress import Kept
+from lora_diag.running.training_runs import TrainRun
+
+RECORDS = "tune.jsonl"
+
+
+@show_options
+def tune(base: Path | str, output: Path | str, **options: Unpack[TuneOptions]) -> Results[Any]:
+    r"""Choose an adapter configuration by training within a budget, and put every decision on record.
+
+    The search goes from coarse to fine: shared ranks with the learning rate tuned at each; the smallest rank within
+    tolerance by an equivalence test; non-uniform ranks of the same budget against uniform ones with paired seeds;
+    stability only where the curves ask for it; then what more than this would buy. All runs see the same batches in
+    the same order.
+
+    Args:
+        base: The model: a folder that transformers can open, or a Hub id.
+        output: Folder of the run. It gets the records, ``adapter_config.json``, ``adapter/``, a report and configs.
+        data: What to train on: text or JSONL.
+        evaluate: Held-out files of the same kind; the first decides.
+        shifted: Files of another kind.
+        params: Budget: trainable parameters, such as ``"10M"``.
+        memory_budget: Budget: bytes of the adapter, its gradients and AdamW's state.
+        time: Time limit, such as ``"2h"``; what is given up to keep it is named in the plan.
+        ranks: Shared ranks to try; by default up to four powers of 4 below the largest that the budget pays for.
+        dry_run: Stop after the plan.
+        on_plan: Called with the plan before any training; where it returns False, nothing is trained or written.
+        **options: ``TuneOptions``.
+
+    Returns:
+        The records are in ``whole``: the plan, trials, decisions, and last the choice (``Tune``). Only the plan where
+        the run stopped before training; ``end`` is then None.
+
+    Raises:
+        UsageError: An option makes no sense, the budget pays for no rank, the time for no search, or ``output`` holds
+            something that would be lost.
+        InputError: An input cannot be read, or the model cannot be opened or adapted.
+    """
+    run = TrainRun("tune", options, TuneOptions, ("rates",), ("steps", "repeats"))
+    given, folder = run.options, Path(output)
+    limit = None if given["time"] is None else read_time(given["time"])
+    if not 0 < given["gain_tolerance"] < 1:
+        raise UsageError(f"--gain-tolerance {given['gain_tolerance']}: must lie between 0 and 1")
+    if (given["params"] is None) == (given["memory_budget"] is None):
+        raise UsageError("give one budget: --params or --memory-budget")
+    check_files(given["evaluate"], *given["shifted"], given["data"])
+    earlier = _earlier(folder, given)
+    with kept_open():
+        stored, model = open_checkpoint(base), run.open(base)
+        run.read_all(given["data"], given["evaluate"], given["shifted"], given["steps"], Lora())
+        target = target_of(model, stored, given["target_modules"])
+        plan = earlier or plan_of(base, run, target, limit)
+        record = Run(command="tune", version="", inputs=(), settings=_settings(run, target))
+        if given["dry_run"] or (earlier is None and given["on_plan"] is not None and not given["on_plan"](plan)):
+            return Results(record, (), (), None, (plan,))
+        folder.mkdir(exist_ok=True)
+        given["output"] = folder / RECORDS
+
+        def measured(kept: Kept[Any]) -> list[LeftOut]:
+            kept.put(plan)
+            Tuner(base, folder, run, target, plan, kept).run()
+            return []
+
+        return run.over(run.inputs(stored), record.settings, measured)
+
+
+def _settings(run: TrainRun, target: Target) -> dict[str, Any]:
+    given = run.options
+    return {
+        **{name: legible(str(given[name])) for name in ("params", "memory_budget") if given[name] is not None},
+        "rates": sorted(set(given["rates"])),
+        "ranks": list(given["ranks"]),
+        **run.trained(given["repeats"]),
+        "tolerance": given["gain_tolerance"],
+        "targets": list(given["target_modules"]) or "all-linear",
+        "matrices": len(target.shapes),
+        "quantized": given["quantized"],
+        "optimizer": RECIPE,
+    }
+
+
+def _earlier(folder: Path, given: Mapping[str, Any]) -> TunePlan | None:
+    """Return the plan of an interrupted run that is to be resumed; None for a new run.
+
+    Raises:
+        UsageError: Something lies in the output's place.
+        InputError: The folder's records cannot be read.
+    """
+    records = folder / RECORDS
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"-o {folder}: is a file; give a folder")
+    if not folder.parent.is_dir():
+        raise UsageError(f"-o {folder}: there is no folder {folder.parent}; create it first")
+    if records.is_file() and given["resume"]:
+        found = [one for one in read_results(records).whole if isinstance(one, TunePlan)]
+        return found[0] if found else None
+    if given["dry_run"] or not folder.is_dir() or not any(folder.iterdir()):
+        return None
+    if not records.is_file():
+        raise UsageError(f"-o {folder}: is not empty and holds no run of tune; choose another name")
+    if not given["overwrite"]:
+        raise UsageError(f"-o {folder}: holds a run; continue it with --resume, or replace it with --overwrite")
+    for name in ("sweep.jsonl", "rates.jsonl", "pilot.jsonl", "spectrum.jsonl", RECORDS):
+        (folder / name).unlink(missing_ok=True)
+    return None

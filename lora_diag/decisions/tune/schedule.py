@@ -1,0 +1,262 @@
+"""What a search costs, and how it narrows to keep a time limit: stages, successive halving, what is left out.
+
+It knows times and counts, and trains nothing.
+
+Reference: Jamieson and Talwalkar 2016, "Non-stochastic best arm identification and hyperparameter optimization"
+(successive halving), here over training steps: many learning rates get few steps, the best of them all steps.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from lora_diag.errors import UsageError
+
+# The short round of halving trains for this share of the steps, at the smallest and the largest rank.
+SHORT = 4
+# Learning rates that go on from it.
+KEPT_RATES = 2
+# Below so many steps a search is not narrowed: a rank says nothing any more.
+LEAST_STEPS = 10
+# Runs that stability and escalation may take, at most, beside the seeds of what is confirmed.
+TRIALS = 6
+# What opening models, writing files and a busy machine take beside the runs.
+MARGIN = 1.1
+
+_UNITS = {"s": 1.0, "min": 60.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+_TIME = re.compile(r"(?:(\d+(?:\.\d+)?)\s*(d|h|min|m|s))", re.IGNORECASE)
+
+
+@dataclass(frozen=True, slots=True)
+class Costs:
+    """Seconds, measured from one step.
+
+    Args:
+        step: Of one step of LoRA at the largest rank.
+        evaluation: Of measuring all evaluation sets.
+        full_step: Of one step of full fine-tuning; 0 if it is not asked for.
+    """
+
+    step: float
+    evaluation: float
+    full_step: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Search:
+    """What a search trains.
+
+    Args:
+        ranks: Shared ranks, ascending.
+        rates: Learning rates.
+        steps: Updates of a run.
+        repeats: Seeds.
+        widen: Rates beyond the grid, at each rank.
+        halving: Whether a short round chooses ``KEPT_RATES`` of the rates.
+        full: Whether full fine-tuning is trained as a baseline.
+        more_seeds: Whether seeds are added, up to twice as many, where they would tell which rank is enough.
+        finer: Whether a rank between the chosen and the next lower one is tried.
+        redistribute: Whether non-uniform ranks are trained against uniform ones.
+        trials: Runs of stability and escalation at most.
+    """
+
+    ranks: tuple[int, ...]
+    rates: tuple[float, ...]
+    steps: int
+    repeats: int
+    widen: int = 1
+    halving: bool = False
+    full: bool = True
+    more_seeds: bool = True
+    finer: bool = True
+    redistribute: bool = True
+    trials: int = TRIALS
+
+    @property
+    def rates_each(self) -> int:
+        """Rates that a rank is trained at with all steps, at most."""
+        grid = min(KEPT_RATES, len(self.rates)) if self.halving else len(self.rates)
+        return grid + (self.widen if grid > 1 else 0)
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """One part of a search.
+
+    Args:
+        name: By which decisions refer to it.
+        runs: At most.
+        seconds: Estimated.
+        decides: What comes out of it.
+    """
+
+    name: str
+    runs: int
+    seconds: float
+    decides: str
+
+
+def short_steps(steps: int) -> int:
+    """Return the steps of the short round, and of the batches whose gradients are taken."""
+    return max(1, steps // SHORT)
+
+
+def read_time(words: str) -> float:
+    """Return a time limit in seconds.
+
+    >>> read_time("2h"), read_time("1h30min"), read_time("90 s"), read_time("0.5d")
+    (7200.0, 5400.0, 90.0, 43200.0)
+
+    Raises:
+        UsageError: It is none.
+    """
+    text = words.strip()
+    parts = _TIME.findall(text)
+    if not parts or re.sub(r"\s", "", _TIME.sub("", text)):
+        raise UsageError(f"--time {words}: give a time with its unit, such as 2h, 90min or 1h30min")
+    seconds = sum(float(number) * _UNITS[unit.lower()] for number, unit in parts)
+    if seconds <= 0:
+        raise UsageError(f"--time {words}: must be above 0")
+    return seconds
+
+
+def ranks_within(largest: int) -> tuple[int, ...]:
+    """Return up to four ranks to start from: the largest power of two within the budget, and fourths of it.
+
+    >>> ranks_within(19), ranks_within(3), ranks_within(1)
+    ((1, 4, 16), (1, 2), (1,))
+    >>> ranks_within(300)
+    (4, 16, 64, 256)
+    """
+    top = 1 << (largest.bit_length() - 1)
+    step = 2 if top >= 4 else 1
+    return tuple(sorted(top >> (step * i) for i in range(4) if top >> (step * i)))
+
+
+def stages(search: Search, costs: Costs) -> tuple[Stage, ...]:
+    """Return the stages of a search with what each decides; runs and seconds are upper estimates."""
+    run = search.steps * costs.step + costs.evaluation
+    later = search.repeats - 1
+    found = [Stage("budget", 0, costs.evaluation, "largest rank within the budget; loss of BASE")]
+    if search.halving:
+        runs = len({search.ranks[0], search.ranks[-1]}) * len(search.rates)
+        short = short_steps(search.steps) * costs.step + costs.evaluation
+        found.append(
+            Stage("rates", runs, runs * short, f"{KEPT_RATES} of {len(search.rates)} learning rates, by short runs")
+        )
+    runs = len(search.ranks) * (search.rates_each + later)
+    found.append(Stage("ranks", runs, runs * run, "smallest rank within tolerance, learning rate tuned at each"))
+    if search.full:
+        runs = min(search.rates_each, len(search.rates)) + search.widen + later
+        seconds = runs * (search.steps * costs.full_step + costs.evaluation)
+        found.append(Stage("full", runs, seconds, "the gain of full fine-tuning, for scale"))
+    if search.more_seeds and len(search.ranks) > 1:
+        runs = len(search.ranks) * search.repeats
+        found.append(Stage("seeds", runs, runs * run, "the same with more seeds, where these would tell"))
+    if search.finer and len(search.ranks) > 1:
+        runs = search.rates_each + later
+        found.append(Stage("finer", runs, runs * run, "whether a rank in between is enough"))
+    if search.redistribute:
+        runs = 4 + later
+        seconds = runs * run + short_steps(search.steps) * costs.step
+        found.append(Stage("redistribution", runs, seconds, "whether non-uniform ranks beat uniform ones"))
+    if search.trials:
+        found.append(
+            Stage(
+                "trials", search.trials, search.trials * run, "stability where curves ask for it; what more would buy"
+            )
+        )
+    return tuple(found)
+
+
+def seconds_of(search: Search, costs: Costs) -> float:
+    """Return about what a search takes."""
+    return MARGIN * sum(stage.seconds for stage in stages(search, costs))
+
+
+def _thinned(ranks: Sequence[int]) -> tuple[int, ...]:
+    """Return every second rank, the largest and the smallest among them."""
+    return tuple(sorted({ranks[0], *ranks[::-2]})) if len(ranks) > 2 else tuple(ranks)
+
+
+# What is given up, in this order, until the search fits: each with what is said of it.
+_NARROWER: tuple[tuple[str, Callable[[Search], Search]], ...] = (
+    (
+        "learning rates: all but two after a quarter of the steps (successive halving)",
+        lambda s: replace(s, halving=len(s.rates) > KEPT_RATES),
+    ),
+    ("more seeds where they would tell", lambda s: replace(s, more_seeds=False)),
+    ("learning rates beyond the grid", lambda s: replace(s, widen=0)),
+    ("stability and escalation trials, which are proposed only", lambda s: replace(s, trials=0)),
+    ("full fine-tuning as a baseline", lambda s: replace(s, full=False)),
+    ("every second rank", lambda s: replace(s, ranks=_thinned(s.ranks))),
+    ("the rank in between", lambda s: replace(s, finer=False)),
+    ("all seeds but two", lambda s: replace(s, repeats=min(s.repeats, 2))),
+    ("non-uniform ranks", lambda s: replace(s, redistribute=False)),
+    ("half of the steps", lambda s: replace(s, steps=max(LEAST_STEPS, s.steps // 2))),
+    ("three quarters of the steps", lambda s: replace(s, steps=max(LEAST_STEPS, s.steps // 2))),
+    ("seven eighths of the steps", lambda s: replace(s, steps=max(LEAST_STEPS, s.steps // 2))),
+)
+
+
+def narrowed(search: Search, costs: Costs, limit: float | None) -> tuple[Search, tuple[str, ...]]:
+    """Return a search that fits a time limit, and what it leaves out.
+
+    Args:
+        search: What would be trained without one.
+        costs: Times.
+        limit: Seconds; None for none.
+
+    Raises:
+        UsageError: Not even the smallest search fits.
+    """
+    left_out: list[str] = []
+    for what, narrower in _NARROWER:
+        if limit is None or seconds_of(search, costs) <= limit:
+            break
+        smaller = narrower(search)
+        if smaller != search and seconds_of(smaller, costs) < seconds_of(search, costs):
+            search = smaller
+            left_out.append(what)
+    if limit is not None and (least := seconds_of(search, costs)) > limit:
+        raise UsageError(
+            f"--time: even the smallest search takes about {least:.0f} s, and {limit:.0f} s are allowed; give more "
+            "time, fewer --steps or a smaller --eval set"
+        )
+    return search, _merged(left_out)
+
+
+def _merged(left_out: Sequence[str]) -> tuple[str, ...]:
+    """Return what was left out, of the steps only the last word."""
+    steps = [what for what in left_out if what.endswith("of the steps")]
+    return tuple(what for what in left_out if what not in steps[:-1])
+
+
+def halved(losses: Mapping[tuple[int, float], float | None]) -> tuple[float, ...]:
+    """Return the ``KEPT_RATES`` learning rates that go on after the short round, ascending.
+
+    At every rank the rate with the lowest loss goes on. Where all agree, so does the better of its neighbours in the
+    order of losses; where more than ``KEPT_RATES`` are best somewhere, those of the largest ranks.
+
+    Args:
+        losses: By rank and rate; None where a run diverged.
+
+    Example:
+        >>> halved({(1, 1e-3): 2.0, (1, 1e-2): 1.0, (1, 1e-1): 1.5, (8, 1e-3): 1.8, (8, 1e-2): 0.9, (8, 1e-1): None})
+        (0.001, 0.01)
+    """
+    kept: list[float] = []
+    ranks = sorted({rank for rank, _ in losses}, reverse=True)
+    orders = [_order(losses, rank) for rank in ranks]
+    for place in range(max(map(len, orders), default=0)):
+        for order in orders:
+            if place < len(order) and order[place] not in kept and len(kept) < KEPT_RATES:
+                kept.append(order[place])
+    return tuple(sorted(kept))
+
+
+def _order(losses: Mapping[tuple[int, float], float | None], rank: int) -> list[float]:
+    mine = [(loss, rate) for (at, rate), loss in losses.items() if at == rank and loss is not None]
+    return [rate for _, rate in sorted(mine)]

@@ -1,0 +1,714 @@
+"""The search itself: stage by stage, each decision put on record as it is made.
+
+What was decided by an interrupted run is read from its records; what it trained is not trained again.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+from lora_diag.catalog import read_results
+from lora_diag.decisions.allocate.peft_config import peft_config
+from lora_diag.decisions.allocate.run import allocate
+from lora_diag.decisions.tune.contest import (
+    Curves,
+    Gap,
+    Measured,
+    RankChoice,
+    asked_by,
+    asks_for_more,
+    between,
+    choose_rank,
+    contest,
+    gap_of,
+)
+from lora_diag.decisions.tune.outputs import write_outputs
+from lora_diag.decisions.tune.planning import Target
+from lora_diag.decisions.tune.record import Tune, TuneDecision, TunePlan
+from lora_diag.decisions.tune.schedule import halved, short_steps
+from lora_diag.decisions.tune.trials import ADAPTER, Trials, uniform_name
+from lora_diag.decisions.tune.variants import Variant, changed, least_rank
+from lora_diag.diagnostics.spectrum.run import spectrum
+from lora_diag.errors import InconclusiveError, LoradiagError
+from lora_diag.models.methods import inner_layers
+from lora_diag.models.training import Training
+from lora_diag.probes.sensitivity.measure import gradients
+from lora_diag.probes.sweep.run import probe_sweep
+from lora_diag.probes.sweep.verdict import Swept, best_rates, by_rank, diverged, swept_of
+from lora_diag.records import Probe, Results
+from lora_diag.running.progress import Kept, Progress
+from lora_diag.running.training_runs import TrainRun
+
+# LoRA's best learning rate is about ten times that of full fine-tuning (Schulman et al. 2025).
+FULL_OVER_LORA = 0.1
+# More of the budget than so many times is what "higher ranks" are trained at.
+RAISED = 1.5
+# Layers that a decision names.
+NAMED = 4
+
+STABILITY = ("dropout", "weight-decay", "half-alpha", "fewer-steps")
+
+
+class TimeIsUpError(Exception):
+    """The time limit has come in the middle of a run, which is resumed with ``--resume``."""
+
+
+@dataclass
+class Tuner:
+    """One search.
+
+    Args:
+        base: The model.
+        folder: Of the run.
+        run_: Options, model and texts.
+        target: What gets an adapter.
+        plan: What is to be done.
+        kept: The records.
+    """
+
+    base: Path | str
+    folder: Path
+    run_: TrainRun
+    target: Target
+    plan: TunePlan
+    kept: Kept[Any]
+    _trained: int = 0
+    _began: float = field(default_factory=time.monotonic)
+
+    def __post_init__(self) -> None:
+        self.first: int = self.run_.options["seed"]
+        self.training: Training = replace(self.run_.training, steps=self.plan.steps)
+        sets = self.run_.sets
+        self.own = next((each.name for each in sets if not each.shifted), sets[0].name)
+        self.shifted = [each.name for each in sets if each.shifted and each.name != self.own]
+        self.trials = Trials(
+            self.run_.model, self.training, sets, self.kept, self.run_.options["quantized"], self._after
+        )
+        watch = self.kept.watch
+        watch.total = sum(stage.runs for stage in self.plan.stages) * self.plan.steps
+
+    # -- time --------------------------------------------------------------------------------------------------------
+
+    @property
+    def one_run(self) -> float:
+        """Seconds of a run, by the plan."""
+        return self.plan.steps * self.plan.step_seconds + self.plan.evaluation_seconds
+
+    @property
+    def left(self) -> float:
+        """Seconds left for the search; what trains the chosen adapter is kept back."""
+        if self.plan.limit is None:
+            return math.inf
+        return self.plan.limit - self.one_run - (time.monotonic() - self._began)
+
+    def allows(self, runs: float) -> bool:
+        """Say whether there is time for so many runs."""
+        return runs * self.one_run <= self.left
+
+    def _after(self, label: str) -> None:
+        self.kept.watch.batch(label)
+        if self.left < -self.one_run:
+            raise TimeIsUpError
+
+    def _progress(self, event: Progress) -> None:
+        self._after(event.label)
+        if self.left < 0:
+            raise TimeIsUpError
+
+    # -- records -----------------------------------------------------------------------------------------------------
+
+    def decided(self, stage: str, name: str) -> TuneDecision | None:
+        """Return a decision of an interrupted run; None if it was not made."""
+        mine = (one for one in self.kept.records if isinstance(one, TuneDecision))
+        return next((one for one in mine if (one.stage, one.name) == (stage, name)), None)
+
+    def decide(self, stage: str, name: str, outcome: Any, why: str, **fields: Any) -> TuneDecision:
+        """Put a decision on record, and tell it."""
+        decision = TuneDecision(stage=stage, name=name, outcome=outcome, why=why, **fields)
+        if self.decided(stage, name) is None:
+            self.kept.put(decision)
+            self.kept.watch.note(f"{stage}: {name} {outcome}: {why}")
+        return decision
+
+    # -- stages ------------------------------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Run all stages, and write what they come to."""
+        plan = self.plan
+        rules = "; ".join(
+            f"{name}: {'more than full rank' if r is None else f'r ≥ {r}'}" for name, r in plan.rules.items()
+        )
+        self.decide(
+            "budget",
+            "largest shared rank",
+            "chosen",
+            f"{plan.budget:,} parameters allow r ≤ {plan.largest}; {plan.tokens:,} predicted tokens; {rules}",
+            rank=plan.largest,
+            params=plan.largest * plan.per_rank,
+        )
+        for what in plan.left_out:
+            self.decide("budget", what, "not tried", "left out to keep --time")
+        self.trials.measure_base()
+        swept = self._swept(self._rates())
+        swept, choice = self._ranked(swept)
+        incumbent = self._incumbent(choice)
+        incumbent = self._redistributed(incumbent, choice)
+        incumbent = self._stable(incumbent, swept)
+        self._more(incumbent, choice, swept)
+        self._finish(incumbent, choice, swept)
+
+    def _sweep(self, file: str, **options: Any) -> Results[Any]:
+        """Run ``probe sweep``, or what an interrupted one left of it."""
+        given, path = self.run_.options, self.folder / file
+        names = ("data", "evaluate", "shifted", "batch", "max_sequences", "length", "tokenizer", "dtype", "device")
+        shared = {name: given[name] for name in (*names, "seed", "gain_tolerance", "target_modules", "quantized")}
+        return probe_sweep(
+            self.base, **shared, output=path, resume=path.is_file(), on_progress=self._progress, **options
+        )
+
+    def _rates(self) -> tuple[float, ...]:
+        """Return the learning rates to try with all steps."""
+        plan = self.plan
+        if not plan.halving:
+            return plan.rates
+        steps = short_steps(plan.steps)
+        ends = sorted({plan.ranks[0], plan.ranks[-1]})
+        try:
+            found = self._sweep("rates.jsonl", ranks=ends, rates=plan.rates, steps=steps, repeats=1, widen=0)
+        except TimeIsUpError:
+            found = read_results(self.folder / "rates.jsonl")
+        own = [one for one in found.whole_of(Probe) if one.set == self.own and one.subject == "lora"]
+        losses = {(one.rank, one.lr): one.loss for one in own if one.rank is not None and one.lr is not None}
+        rates = halved(losses) or plan.rates
+        self.decide(
+            "rates",
+            "learning rates",
+            "chosen",
+            f"{', '.join(f'{rate:g}' for rate in rates)} of {len(plan.rates)}: lowest losses after {steps} steps",
+            files=("rates.jsonl",),
+        )
+        return rates
+
+    def _swept(self, rates: Sequence[float], **more: Any) -> Swept:
+        """Return the sweep over shared ranks.
+
+        Raises:
+            InconclusiveError: No run is finished.
+        """
+        plan = self.plan
+        wanted: dict[str, Any] = {
+            "ranks": plan.ranks,
+            "rates": rates,
+            "steps": plan.steps,
+            "repeats": plan.repeats,
+            "widen": plan.widen,
+            **({"full": True, "full_rates": [rate * FULL_OVER_LORA for rate in rates]} if plan.full else {}),
+            **more,
+        }
+        try:
+            results = self._sweep("sweep.jsonl", **wanted)
+        except TimeIsUpError:
+            self.decide(
+                "ranks", "the rest of the sweep", "not tried", "--time was up; --resume with more time trains it"
+            )
+            results = read_results(self.folder / "sweep.jsonl")
+        ranks, seeds = wanted["ranks"], range(self.first, self.first + wanted["repeats"])
+        whole = tuple(
+            one
+            for one in results.whole_of(Probe)
+            if (one.rank is None or one.rank in ranks) and (one.lr is None or one.seed in seeds)
+        )  # a resumed sweep may have more
+        results = replace(results, whole=whole)
+        found = swept_of(results)
+        if found is None or found.verdict.best is None:
+            raise InconclusiveError(
+                f"{self.folder}: no rank has a finite loss; lower --lr, or go on with --resume and more --time"
+            )
+        total = self.target.total
+        self.trials.copy(results.whole_of(Probe), self.target.per_rank, total, plan.steps)
+        return found
+
+    def _ranked(self, swept: Swept) -> tuple[Swept, RankChoice]:
+        """Return the shared rank, with more seeds and a rank in between where these may tell more."""
+        choice = choose_rank(swept.verdict, self._best_rates(swept))
+        self._say_rank("coarse", choice, swept)
+        swept, choice, repeats = self._with_seeds(swept, choice)
+        middle = between(choice.rank, swept.ranks) if self.plan.finer else None
+        if middle is None:
+            return swept, choice
+        rates = swept.results.run.settings["rates"]
+        if middle not in self._asked("ranks") and not self.allows(len(rates) + self.plan.widen + repeats - 1):
+            self.decide("ranks", f"r={middle}", "not tried", "no time was left", rank=middle)
+            return swept, choice
+        finer = self._swept(rates, ranks=[*self.plan.ranks, middle], repeats=repeats)
+        found = choose_rank(finer.verdict, self._best_rates(finer))
+        if choice.significant and not found.significant:
+            found = replace(choice, why=f"r={middle} is not shown to be enough, r={choice.rank} was without it")
+        self._say_rank("fine", found, finer)
+        return finer, found
+
+    def _with_seeds(self, swept: Swept, choice: RankChoice) -> tuple[Swept, RankChoice, int]:
+        """Return the sweep with more seeds, where it is not significant and these would tell; and how many."""
+        needed, plan = swept.verdict.more_seeds, self.plan
+        if choice.significant or not plan.more_seeds or needed is None:
+            return swept, choice, plan.repeats
+        why = ""
+        if needed > 2 * plan.repeats:
+            why = f"about {needed} seeds would tell, more than twice those of the plan"
+        elif self._asked("seeds") < needed and not self.allows(len(swept.ranks) * (needed - plan.repeats)):
+            why = f"no time was left; about {needed} would tell"
+        if why:
+            self.decide("ranks", "more seeds", "not tried", why, seeds=needed)
+            return swept, choice, plan.repeats
+        more = self._swept(swept.results.run.settings["rates"], repeats=needed)
+        found = choose_rank(more.verdict, self._best_rates(more))
+        self._say_rank(f"{needed} seeds", found, more)
+        return more, found, needed
+
+    def _asked(self, setting: str) -> Any:
+        """Return a setting of the sweep on disk, by which a resumed search goes the way of the interrupted one."""
+        return read_results(self.folder / "sweep.jsonl").run.settings[setting]
+
+    def _best_rates(self, swept: Swept) -> dict[int, float]:
+        found = best_rates(swept.results.whole_of(Probe), self.run_.sets[0].name, self.first)
+        return {rank: rate for rank, rate in found.items() if rank is not None}
+
+    def _say_rank(self, name: str, choice: RankChoice, swept: Swept) -> None:
+        verdict = swept.verdict
+        one = next((each for each in verdict.standings if each.rank == choice.rank), None)
+        behind = None if one is None else one.behind
+        self.decide(
+            "ranks",
+            f"shared rank, {name}",
+            "chosen",
+            f"r={choice.rank} of {', '.join(map(str, swept.ranks))}: {choice.why}",
+            rank=choice.rank,
+            lr=choice.lr,
+            params=choice.rank * self.plan.per_rank,
+            gap=behind,
+            seeds=verdict.seeds,
+            files=("sweep.jsonl",),
+        )
+
+    def _incumbent(self, choice: RankChoice) -> Variant:
+        """Return the chosen shared rank as a configuration, and keep its adapter."""
+        variant = Variant(uniform_name(choice.rank), self.target.config(choice.rank), choice.lr, self.plan.steps)
+        self.trials.train(variant, self.first, self._adapter(variant))
+        return variant
+
+    def _adapter(self, variant: Variant) -> Path:
+        folder = self.folder / "trials"
+        folder.mkdir(exist_ok=True)
+        return folder / variant.name
+
+    # -- non-uniform ranks -------------------------------------------------------------------------------------------
+
+    def _redistributed(self, incumbent: Variant, choice: RankChoice) -> Variant:
+        """Return the better of uniform and non-uniform ranks; uniform wins ties."""
+        plan, stage = self.plan, "redistribution"
+        if not plan.redistribute:
+            return incumbent
+        if len(self.target.shapes) < 2:
+            self.decide(stage, "non-uniform ranks", "not needed", "one matrix gets an adapter")
+            return incumbent
+        if not self.decided(stage, "non-uniform ranks") and not self.allows(3 + plan.repeats):
+            self.decide(stage, "non-uniform ranks", "not tried", "no time was left")
+            return incumbent
+        try:
+            candidates = self._candidates(incumbent, choice)
+            return self._best_of(stage, incumbent, candidates, "non-uniform ranks")
+        except TimeIsUpError:
+            self.decide(stage, "non-uniform ranks", "not tried", "--time was up during the comparison")
+            return incumbent
+
+    def _candidates(self, incumbent: Variant, choice: RankChoice) -> list[Variant]:
+        """Return non-uniform ranks of the same budget: by marginal gains of a pilot, and by its gradients."""
+        rank = min(2 * choice.rank, max(min(shape) for shape in self.target.shapes.values()))
+        pilot = Variant(f"pilot-r{rank}", self.target.config(rank), choice.lr, self.plan.steps)
+        self.trials.train(pilot, self.first, self._adapter(pilot))
+        path = self.folder / "pilot.jsonl"
+        spectrum(self.base, self._adapter(pilot), output=path, overwrite=True, device=self.run_.options["device"])
+        weights = self._gradient_weights()
+        budget, least = choice.rank * self.plan.per_rank, least_rank(choice.rank)
+        asked: dict[str, dict[str, Any]] = {
+            "marginal": {},
+            "prior": {"layer_weights": weights, "strategy": "heuristic"},
+        }
+        found = []
+        for name, options in asked.items():
+            try:
+                allocated = allocate(path, params=budget, min_rank=least, **options)
+                config = {**peft_config(allocated), "task_type": self.target.task}
+            except LoradiagError as error:
+                self.decide("redistribution", name, "not tried", str(error))
+                continue
+            ranks = {record.rank for record in allocated}
+            if ranks == {choice.rank}:
+                self.decide("redistribution", name, "not needed", "gives every layer the shared rank")
+                continue
+            found.append(Variant(name, config, incumbent.lr, self.plan.steps))
+        return found
+
+    def _gradient_weights(self) -> Path:
+        """Return the file of ‖G‖/‖W‖ by layer, G the gradient at BASE over the first batches of training."""
+        path = self.folder / "weights.json"
+        if not path.is_file():
+            steps = short_steps(self.plan.steps)
+            batches = list(replace(self.training, steps=steps).batches())
+            seen = tuple(dict.fromkeys(sequence for batch in batches for sequence in batch))
+            texts = replace(self.training.texts, sequences=seen)
+            layers = {f"{path_}.weight": layer for path_, layer in self.target.layers.items()}
+            found = gradients(self.run_.model, layers, texts, self.training.batch, lambda: self._after("gradient"))
+            weights = {}
+            for name, gradient in found.items():
+                weight = layers[name].get_parameter("weight")
+                called = self.target.stored[name.removesuffix(".weight")]
+                weights[called] = float(gradient.double().norm() / weight.double().norm())
+            path.write_text(json.dumps(weights, indent=2) + "\n", encoding="utf-8")
+        return path
+
+    # -- contests ----------------------------------------------------------------------------------------------------
+
+    def _best_of(self, stage: str, incumbent: Variant, candidates: Sequence[Variant], whole: str) -> Variant:
+        """Return the incumbent, or the candidate that beats it.
+
+        The candidate with the lowest loss of the first seed goes on with the others. Where it was chosen among several,
+        its first seed does not count.
+        """
+        if not candidates:
+            if self.decided(stage, whole) is None:
+                self.decide(stage, whole, "not tried", "no other ranks to try")
+            return incumbent
+        losses: dict[str, float] = {}
+        for one in candidates:
+            self.trials.train(one, self.first, self._adapter(one))
+            runs = self.trials.runs(one.name, one.lr).get(self.own, {})
+            if self.first in runs:
+                losses[one.name] = runs[self.first].loss
+        uniform_loss = self.trials.runs(incumbent.name, incumbent.lr)[self.own][self.first].loss
+        best = min(candidates, key=lambda one: losses.get(one.name, math.inf))
+        for one in candidates:
+            if one is not best:
+                gap = losses.get(one.name, math.inf) - uniform_loss
+                self._say_gap(stage, one, "rejected", f"{best.name} has a lower loss at the first seed", gap)
+        gap = losses.get(best.name, math.inf) - uniform_loss
+        if gap >= 0:
+            self._say_gap(stage, best, "rejected", f"not better than {incumbent.name} at the first seed", gap)
+            self.decide(stage, whole, "rejected", f"{incumbent.name} is as good at the same budget")
+            return incumbent
+        kept = self._confirmed(stage, incumbent, best, fresh=len(candidates) > 1)
+        word = f"{best.name} is better" if kept else f"{incumbent.name} wins, also a tie"
+        self.decide(stage, whole, "kept" if kept else "rejected", word)
+        return best if kept else incumbent
+
+    def _say_gap(self, stage: str, one: Variant, outcome: str, why: str, gap: float) -> None:
+        known = gap if math.isfinite(gap) else None
+        self.decide(stage, one.name, outcome, why, lr=one.lr, params=self._params(one), gap=known, seeds=1)
+
+    def _confirmed(self, stage: str, incumbent: Variant, one: Variant, fresh: bool) -> bool:
+        """Train a challenger and the incumbent with the same seeds, and say whether the challenger is kept."""
+        seeds = list(range(self.first, self.first + max(self.plan.repeats, 2)))
+        if fresh:
+            seeds = [*seeds[1:], *([seeds[-1] + 1] if len(seeds) < 3 else [])]
+        for seed in seeds:
+            self.trials.train(one, seed)
+            self.trials.train(incumbent, seed)
+        found = contest(
+            self.trials.runs(incumbent.name, incumbent.lr, seeds),
+            self.trials.runs(one.name, one.lr, seeds),
+            self.own,
+            self.shifted,
+            self.trials.predictions,
+        )
+        said = {
+            "better": f"better than {incumbent.name} by more than two paired standard errors",
+            "tie": f"within two paired standard errors of {incumbent.name}",
+            "worse": f"worse than {incumbent.name} by more than two paired standard errors",
+            "not known": "too few runs with a loss",
+        }[found.word]
+        if found.word == "better" and not found.kept:
+            said += ", but worse on a shifted set"
+        self.decide(
+            stage,
+            one.name,
+            "kept" if found.kept else "rejected",
+            said,
+            lr=one.lr,
+            params=self._params(one),
+            **_gaps(found.own, found.shifted),
+        )
+        return found.kept
+
+    def _params(self, variant: Variant) -> int:
+        mine = (one.params for one in self.trials.records if one.variant == variant.name)
+        return next(mine, 0)
+
+    # -- stability ---------------------------------------------------------------------------------------------------
+
+    def _stable(self, incumbent: Variant, swept: Swept) -> Variant:
+        """Return the configuration after the trials that the curves ask for."""
+        asked = asked_by(self._curves(incumbent, swept))
+        if not asked:
+            self.decide("stability", "curves", "not needed", "training and held-out loss fall together, seeds agree")
+            return incumbent
+        for name in STABILITY:
+            if name not in asked:
+                continue
+            trial = changed(incumbent, name)
+            known = self.decided("stability", trial.name)
+            if known is None and not self._has_room(1 + self.plan.repeats):
+                self.decide("stability", trial.name, "proposed", asked[name], seconds=self.plan.repeats * self.one_run)
+                continue
+            try:
+                incumbent = self._tried(incumbent, trial, asked[name])
+            except TimeIsUpError:
+                self.decide("stability", trial.name, "proposed", f"{asked[name]}; --time was up")
+        return incumbent
+
+    def _has_room(self, runs: int) -> bool:
+        """Say whether the plan and the time have room for a trial, whose other seeds come on top."""
+        return self._trained < self.plan.trials and self.allows(runs)
+
+    def _tried(self, incumbent: Variant, trial: Variant, why: str) -> Variant:
+        self._trained += 1
+        self.trials.train(trial, self.first, self._adapter(trial))
+        ours = self.trials.runs(trial.name, trial.lr).get(self.own, {}).get(self.first)
+        theirs = self.trials.runs(incumbent.name, incumbent.lr)[self.own][self.first]
+        gap = math.inf if ours is None else ours.loss - theirs.loss
+        if gap >= 0:
+            self._say_gap("stability", trial, "rejected", f"{why}; not better at the first seed", gap)
+            return incumbent
+        return trial if self._confirmed("stability", incumbent, trial, fresh=False) else incumbent
+
+    def _curves(self, incumbent: Variant, swept: Swept) -> Curves:
+        base = {one.set: one for one in self.trials.records if one.variant == "base"}
+        mine = [one for one in self.trials.records if (one.variant, one.lr) == (incumbent.name, incumbent.lr)]
+        own = [one for one in mine if one.set == self.own and one.loss is not None]
+        losses = [one.loss for one in own if one.loss is not None]
+        trains = [one.train_loss for one in own if one.train_loss is not None]
+        at = base[self.own]
+        moved = [one.loss for one in mine if self.shifted and one.set == self.shifted[0] and one.loss is not None]
+        records = swept.results.whole_of(Probe)
+        lost = {who for who in diverged(records) if who[0] == "lora" and (who[2] or 0.0) <= incumbent.lr}
+        return Curves(
+            base=at.loss or 0.0,
+            loss=fmean(losses),
+            base_train=at.train_loss or 0.0,
+            train=fmean(trains) if trains else at.train_loss or 0.0,
+            spread=stdev(losses) if len(losses) > 1 else None,
+            tolerance=swept.verdict.tolerance,
+            diverged=len(lost),
+            base_shifted=base[self.shifted[0]].loss if moved else None,
+            shifted=fmean(moved) if moved else None,
+        )
+
+    # -- escalation --------------------------------------------------------------------------------------------------
+
+    def _more(self, incumbent: Variant, choice: RankChoice, swept: Swept) -> None:
+        """Look at what more than the budget would buy, with evidence where there is time."""
+        gain, of_full = self._gains(swept, incumbent)
+        share = gain / of_full if of_full else None
+        why = asks_for_more(choice.rank, swept.ranks, share)
+        if not why:
+            self.decide("escalation", "more than LoRA within the budget", "not needed", "a smaller rank is enough")
+            return
+        for name, build in self._escalations(incumbent, choice).items():
+            if self.decided("escalation", name) is not None:
+                continue
+            variant, layers = build()
+            if variant is None:
+                self.decide("escalation", name, "not needed", "there is nothing more of this kind", layers=layers)
+            elif not self._has_room(1):
+                self.decide("escalation", name, "proposed", why, seconds=self.one_run, layers=layers)
+            else:
+                self._escalated(name, variant, incumbent, layers)
+        self._say_full(swept, incumbent, why)
+
+    def _escalated(self, name: str, variant: Variant, incumbent: Variant, layers: tuple[str, ...]) -> None:
+        self._trained += 1
+        try:
+            self.trials.train(variant, self.first)
+        except TimeIsUpError:
+            self.decide("escalation", name, "proposed", "--time was up", seconds=self.one_run, layers=layers)
+            return
+        except LoradiagError as error:
+            self.decide("escalation", name, "not tried", str(error), layers=layers)
+            return
+        runs = [self.trials.runs(one.name, one.lr, [self.first]) for one in (incumbent, variant)]
+        gap = self._gap_of_one(runs[0], runs[1], self.own)
+        moved = self._gap_of_one(runs[0], runs[1], self.shifted[0]) if self.shifted else None
+        better = gap is not None and gap.error is not None and gap.value < -2 * gap.error
+        said = "lowers the loss" if better else "does not lower the loss by two standard errors"
+        self.decide(
+            "escalation",
+            name,
+            "proposed" if better else "rejected",
+            f"trained with one seed: {said}; outside the budget",
+            lr=variant.lr,
+            params=self._params(variant),
+            layers=layers,
+            **_gaps(gap, moved),
+        )
+
+    def _gap_of_one(self, one: Mapping[str, Any], two: Mapping[str, Any], name: str) -> Gap | None:
+        """Return the gap of one seed, with its error over paired sequences."""
+        counts = self.trials.predictions.get(name, ())
+        mine, other = one.get(name, {}).get(self.first), two.get(name, {}).get(self.first)
+        if mine is None or other is None:
+            return None
+        # As two seeds of the same runs: their spread over seeds is 0, so the error is that over sequences.
+        twice: list[dict[int, Measured]] = [{0: mine, 1: mine}, {0: other, 1: other}]
+        found = gap_of(twice[0], twice[1], counts)
+        return None if found is None else Gap(found.value, found.error or None, 1)
+
+    def _escalations(self, incumbent: Variant, choice: RankChoice) -> dict[str, Callable[[], Any]]:
+        """Return the steps beyond the budget, in order, each with what makes its configuration and names its layers."""
+        return {
+            "higher ranks in named layers": lambda: self._raised(incumbent, choice),
+            "more placements": lambda: self._placed(incumbent),
+            "biases and norms": lambda: (
+                replace(incumbent, name=f"{incumbent.name}+biases-norms", vectors=True),
+                (),
+            ),
+        }
+
+    def _raised(self, incumbent: Variant, choice: RankChoice) -> tuple[Variant | None, tuple[str, ...]]:
+        path = self.folder / "pilot.jsonl"
+        if not path.is_file():
+            return None, ()
+        try:
+            allocated = allocate(path, params=round(RAISED * choice.rank * self.plan.per_rank), min_rank=choice.rank)
+            config = {**peft_config(allocated), "task_type": self.target.task}
+        except LoradiagError:
+            return None, ()
+        grown = sorted((record for record in allocated if record.rank > choice.rank), key=lambda r: -r.rank)
+        if not grown:
+            return None, ()
+        variant = Variant("higher-ranks", config, incumbent.lr, incumbent.steps, incumbent.decay)
+        return variant, tuple(record.layer for record in grown[:NAMED])
+
+    def _placed(self, incumbent: Variant) -> tuple[Variant | None, tuple[str, ...]]:
+        """Return the incumbent on all linear layers too, where it is on some; else on the head, if it is untied."""
+        layers = {name.removesuffix(".weight") for name in inner_layers(self.run_.model.module)}
+        more = sorted(layers - set(self.target.layers))
+        if not more:
+            module = self.run_.model.module
+            head = module.get_output_embeddings()
+            tied = getattr(module.config, "tie_word_embeddings", False)
+            found = [path for path, each in module.named_modules() if each is head and head is not None]
+            more = found if found and not tied and type(head).__name__ == "Linear" else []
+        if not more:
+            return None, ()
+        config = {**incumbent.config, "target_modules": [*incumbent.config["target_modules"], *more]}
+        return replace(incumbent, name=f"{incumbent.name}+placements", config=config), tuple(more[:NAMED])
+
+    def _say_full(self, swept: Swept, incumbent: Variant, why: str) -> None:
+        """Say what full fine-tuning gains more, or would cost."""
+        row = self._full(swept)
+        if row is None:
+            seconds = self.plan.steps * (self.plan.full_step_seconds or 3 * self.plan.step_seconds)
+            total = self.target.total
+            self.decide("escalation", "full fine-tuning", "proposed", why, params=total, seconds=seconds)
+            return
+        full = self.trials.runs("full", row.lr)
+        mine = self.trials.runs(incumbent.name, incumbent.lr)
+        found = contest(mine, full, self.own, self.shifted, self.trials.predictions)
+        self.decide(
+            "escalation",
+            "full fine-tuning",
+            "proposed" if found.word == "better" else "rejected",
+            {
+                "better": "better by more than two paired standard errors",
+                "tie": "within two paired standard errors",
+                "worse": "worse by more than two paired standard errors",
+                "not known": "too few runs",
+            }[found.word],
+            lr=row.lr,
+            params=self.target.total,
+            files=("sweep.jsonl",),
+            **_gaps(found.own, found.shifted),
+        )
+
+    # -- the end -----------------------------------------------------------------------------------------------------
+
+    def _full(self, swept: Swept) -> Any:
+        records = swept.results.whole_of(Probe)
+        rates = best_rates(records, self.run_.sets[0].name, self.first, "full")
+        return next(iter(by_rank(records, self.own, rates, "full")), None)
+
+    def _gains(self, swept: Swept, variant: Variant) -> tuple[float, float | None]:
+        """Return the gain of a configuration, and that of full fine-tuning if it gains."""
+        base = self._base_loss(self.own)
+        losses = [one.loss for one in self.trials.runs(variant.name, variant.lr).get(self.own, {}).values()]
+        row = self._full(swept)
+        full = None if row is None or row.mean >= base else base - row.mean
+        return base - fmean(losses), full
+
+    def _base_loss(self, name: str) -> float:
+        found = next(one.loss for one in self.trials.records if one.variant == "base" and one.set == name)
+        return math.nan if found is None else found
+
+    def _finish(self, incumbent: Variant, choice: RankChoice, swept: Swept) -> None:
+        """Put the choice on record, and write the outputs."""
+        runs = self.trials.runs(incumbent.name, incumbent.lr)
+        losses = [one.loss for one in runs[self.own].values()]
+        gain, of_full = self._gains(swept, incumbent)
+        error = stdev(losses) / math.sqrt(len(losses)) if len(losses) > 1 else None
+        rates: dict[int | None, float] = dict(self._best_rates(swept).items())
+        rows = by_rank(swept.results.whole_of(Probe), self.own, rates)
+        above = min((row for row in rows if (row.rank or 0) > choice.rank), key=lambda row: row.rank or 0, default=None)
+        moved, set_shifted = [], self.shifted[0] if self.shifted else ""
+        if set_shifted:
+            moved = [self._base_loss(set_shifted) - one.loss for one in runs.get(set_shifted, {}).values()]
+        redistributed = self.decided("redistribution", "non-uniform ranks")
+        outcome = None if redistributed is None else redistributed.outcome
+        found = Tune(
+            set=self.own,
+            variant=incumbent.name,
+            rank=choice.rank,
+            ranks=dict(incumbent.config["rank_pattern"]),
+            significant=choice.significant and error is not None and gain > 2 * error,
+            lr=incumbent.lr,
+            steps=incumbent.steps,
+            alpha_over_rank=incumbent.alpha_over_rank,
+            dropout=incumbent.dropout,
+            weight_decay=incumbent.decay,
+            params=self._params(incumbent),
+            budget=self.plan.budget,
+            base_loss=self._base_loss(self.own),
+            loss=fmean(losses),
+            gain=gain,
+            gain_error=error,
+            gain_of_full=of_full,
+            share_of_full=None if of_full is None else gain / of_full,
+            next_rank=None if above is None else above.rank,
+            next_gain=None if above is None else fmean(losses) - above.mean,
+            non_uniform=outcome if outcome in {"kept", "rejected"} else "not tried",
+            gain_shifted=fmean(moved) if moved else None,
+            gain_shifted_error=stdev(moved) / math.sqrt(len(moved)) if len(moved) > 1 else None,
+            set_shifted=set_shifted,
+            seeds=len(losses),
+        )
+        self.kept.put(found)
+        adapter = self._adapter(incumbent)
+        if not (adapter / ADAPTER).is_file():
+            self.trials.train(incumbent, self.first, adapter)
+        write_outputs(self.base, self.folder, self.run_, self.plan, incumbent, found, adapter)
+
+
+def _gaps(own: Gap | None, shifted: Gap | None) -> dict[str, Any]:
+    """Return the fields of a decision that say how two configurations compare."""
+    return {
+        "gap": None if own is None else own.value,
+        "error": None if own is None else own.error,
+        "gap_shifted": None if shifted is None else shifted.value,
+        "error_shifted": None if shifted is None else shifted.error,
+        "seeds": 0 if own is None else own.seeds,
+    }

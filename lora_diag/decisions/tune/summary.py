@@ -1,0 +1,214 @@
+"""The terminal's answer to ``tune``: the plan before it, the decisions, and the choice in at most twelve lines."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Group
+
+from lora_diag.decisions.tune.record import Tune, TuneDecision, TunePlan, TuneTrial
+from lora_diag.records import Results
+from lora_diag.rendering.columns import Column, Grid
+from lora_diag.rendering.statements import Statement, ending, say, summary_of
+from lora_diag.rendering.tables import grids_table
+from lora_diag.rendering.text import count, duration, percent, plus_minus, safe, short, span, to_text
+
+
+def tune_table(
+    results: Results[Any], width: int = 80, color: bool = False, per: str = "type", then: str | None = None
+) -> str:
+    """Return the choice, without the trail of decisions; the plan alone where nothing was trained."""
+    plan = next(iter(results.whole_of(TunePlan)), None)
+    if plan is not None and not results.whole_of(Tune) and not results.whole_of(TuneTrial):
+        return plan_text(plan, width, color)
+    return to_text(Group(summary_of(tune_lines(results), then)), width, color)
+
+
+def plan_text(plan: TunePlan, width: int = 80, color: bool = False) -> str:
+    """Return the plan of a search as it is printed before it."""
+    stages = [*plan.stages]
+    grid = Grid(
+        "",
+        "stage",
+        tuple(one.name for one in stages),
+        (
+            Column("runs", tuple(f"≤ {one.runs}" if one.runs else "-" for one in stages)),
+            Column("time", tuple(duration(one.seconds) if one.seconds >= 1 else "<1 s" for one in stages)),
+            Column("decides", tuple(one.decides for one in stages), justify="left"),
+        ),
+    )
+    rules = [f"r ≥ {rank} ({name})" if rank else f"more than full rank ({name})" for name, rank in plan.rules.items()]
+    lines = [
+        say("budget", "Budget", f"{plan.budget:,} parameters allow r ≤ {plan.largest} everywhere"),
+        say("capacity", "Capacity", f"{plan.tokens:,} predicted tokens; rules of thumb: {', '.join(rules)}"),
+        say(
+            "tries",
+            "Tries",
+            f"r={_listed(plan.ranks)} at learning rates {_listed(plan.rates)}, {plan.steps} steps each",
+        ),
+        say(
+            "time",
+            "Time",
+            f"about {duration(plan.seconds)} at most, from a step of {plan.step_seconds:.2g} s{_limit(plan)}",
+        ),
+        *([say("left_out", "Left out", *plan.left_out, level="warning")] if plan.left_out else []),
+    ]
+    return grids_table([grid], lines, width, color)
+
+
+def _limit(plan: TunePlan) -> str:
+    return "" if plan.limit is None else f"; limit {duration(plan.limit)}"
+
+
+def _listed(values: Sequence[float]) -> str:
+    return ", ".join(f"{value:g}" for value in values)
+
+
+def tune_lines(results: Results[Any]) -> list[Statement]:
+    """Return the choice and what it stands on."""
+    found, decisions = next(iter(results.whole_of(Tune)), None), results.whole_of(TuneDecision)
+    if found is None:
+        last = decisions[-1] if decisions else None
+        at = (
+            "nothing is decided yet"
+            if last is None
+            else f"last decision: {last.stage}, {safe(last.name)} {last.outcome}"
+        )
+        return [say("choice", "Choice", at, level="warning"), *ending(results, "records so far")]
+    return [
+        say("choice", "Choice", _choice(found), level="ok" if found.significant else "warning", priority=0),
+        say("settings", "Training", _settings(found)),
+        say(
+            "budget",
+            "Budget",
+            f"{found.params:,} of {found.budget:,} parameters, {percent(found.params / found.budget)}",
+        ),
+        say("gain", "Gain", _gain(found), priority=0),
+        say("next", "Next rank up", _next(found)),
+        say("non_uniform", "Non-uniform", _non_uniform(found, decisions)),
+        *([say("shifted", "Shifted", _shifted(found))] if found.gain_shifted is not None else []),
+        *_trials(decisions),
+        *_left_out(decisions),
+        *ending(results, "records so far"),
+    ]
+
+
+def _choice(found: Tune) -> str:
+    ranks = span(found.ranks.values()) if found.ranks else ""
+    what = f"ranks {ranks} by layer ({found.variant})" if ranks else f"r={found.rank} in every layer"
+    if found.significant:
+        return what
+    return f"{what}: NOT significant, the smallest candidate"
+
+
+def _settings(found: Tune) -> str:
+    more = f", dropout {found.dropout:g}" if found.dropout else ""
+    more += f", weight decay {found.weight_decay:g}" if found.weight_decay else ""
+    return f"learning rate {found.lr:g}, {found.steps} steps, alpha = {found.alpha_over_rank:g}r{more}"
+
+
+def _gain(found: Tune) -> str:
+    error = "" if found.gain_error is None else plus_minus(found.gain_error)
+    losses = f"{found.base_loss:.4f} to {found.loss:.4f}, {found.seeds} seeds"
+    line = f"{found.gain:.4f}{error} nats on {short(found.set)} ({losses})"
+    if found.share_of_full is None:
+        return f"{line}; full fine-tuning was not trained or gains nothing"
+    return f"{line}; {percent(min(1.0, max(0.0, found.share_of_full)))} of full fine-tuning's"
+
+
+def _next(found: Tune) -> str:
+    if found.next_rank is None or found.next_gain is None:
+        return "none within the budget was tried"
+    more = "gains" if found.next_gain > 0 else "loses"
+    return f"r={found.next_rank} {more} {abs(found.next_gain):.4f} nats in the mean"
+
+
+def _non_uniform(found: Tune, decisions: Sequence[TuneDecision]) -> str:
+    mine = [one for one in decisions if one.stage == "redistribution"]
+    why = next((one.why for one in mine if one.name == "non-uniform ranks"), "not in the plan")
+    measured = [one for one in mine if one.gap is not None and one.seeds > 1]
+    gaps = [
+        f"{one.name} {one.gap:+.4f}{'' if one.error is None else plus_minus(one.error)}"
+        for one in measured
+        if one.gap is not None
+    ]
+    return f"{found.non_uniform}: {safe(why)}{' (' + ', '.join(gaps) + ' nats)' if gaps else ''}"
+
+
+def _shifted(found: Tune) -> str:
+    error = "" if found.gain_shifted_error is None else plus_minus(found.gain_shifted_error)
+    moved = found.gain_shifted or 0.0
+    return f"{'gains' if moved >= 0 else 'loses'} {abs(moved):.4f}{error} nats on {short(found.set_shifted)}"
+
+
+def _trials(decisions: Sequence[TuneDecision]) -> list[Statement]:
+    """Return what was tried for stability, and what more would buy."""
+    found = []
+    for stage, label in (("stability", "Stability"), ("escalation", "More")):
+        mine = [one for one in decisions if one.stage == stage]
+        if not mine:
+            continue
+        shown = [f"{safe(one.name)} {one.outcome}{_of(one)}" for one in mine if one.outcome != "not needed"]
+        lead = "; ".join(shown) or "nothing was asked for by the curves"
+        found.append(say(stage, label, lead, *(f"{safe(one.name)}: {safe(one.why)}" for one in mine)))
+    return found
+
+
+def _of(one: TuneDecision) -> str:
+    if one.gap is not None:
+        return f" ({one.gap:+.4f}{'' if one.error is None else plus_minus(one.error)})"
+    return "" if one.seconds is None else f" (about {duration(one.seconds)})"
+
+
+def _left_out(decisions: Sequence[TuneDecision]) -> list[Statement]:
+    mine = [one for one in decisions if one.outcome == "not tried"]
+    lines = [f"{safe(one.name)}: {safe(one.why)}" for one in mine]
+    if len(mine) < 2:
+        return [say("left_out", "Not tried", *lines)] if mine else []
+    return [say("left_out", "Not tried", "; ".join(safe(one.name) for one in mine), *lines)]
+
+
+def tune_grids(results: Results[Any], per: str = "type") -> list[Grid]:
+    """Return the trail of decisions, and the losses of all configurations."""
+    decisions = results.whole_of(TuneDecision)
+    trail = Grid(
+        "Decisions, in their order",
+        "stage",
+        tuple(one.stage for one in decisions),
+        (
+            Column("on", tuple(safe(one.name) for one in decisions), justify="left"),
+            Column("outcome", tuple(one.outcome for one in decisions), justify="left"),
+            Column("rank", tuple("" if one.rank is None else str(one.rank) for one in decisions)),
+            Column("gap", tuple("" if one.gap is None else f"{one.gap:+.4f}" for one in decisions)),
+            Column("± gap", tuple("" if one.error is None else f"{one.error:.4f}" for one in decisions)),
+            Column("seeds", tuple(str(one.seeds or "") for one in decisions)),
+            Column("why", tuple(safe(one.why) for one in decisions), justify="left"),
+        ),
+        "Gaps are losses minus that of the incumbent, in nats, on the same seeds and sequences.",
+    )
+    return [trail, *_losses(results.whole_of(TuneTrial))]
+
+
+def _losses(trials: Sequence[TuneTrial]) -> list[Grid]:
+    found = []
+    for name in dict.fromkeys(one.set for one in trials):
+        groups: dict[tuple[str, float | None], list[TuneTrial]] = {}
+        for one in trials:
+            if one.set == name:
+                groups.setdefault((one.variant, one.lr), []).append(one)
+        rows = [(key, [one.loss for one in group if one.loss is not None], group[0]) for key, group in groups.items()]
+        found.append(
+            Grid(
+                f"Losses on {short(name)}",
+                "configuration",
+                tuple(variant for (variant, _), _, _ in rows),
+                (
+                    Column("lr", tuple("" if lr is None else f"{lr:g}" for (_, lr), _, _ in rows)),
+                    Column("params", tuple(count(one.params) for _, _, one in rows)),
+                    Column("seeds", tuple(str(len(losses)) for _, losses, _ in rows)),
+                    Column("loss", tuple(f"{sum(v) / len(v):.4f}" if v else "diverged" for _, v, _ in rows)),
+                ),
+            )
+        )
+    return found

@@ -1,0 +1,228 @@
+"""Runs that ``tune`` trains itself, because they are of no shared rank: each once, kept with its losses.
+
+BASE is the same after every run.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from lora_diag.decisions.tune.contest import Measured
+from lora_diag.decisions.tune.record import TuneTrial
+from lora_diag.decisions.tune.variants import Variant
+from lora_diag.models.data import Texts
+from lora_diag.models.losses import Losses, measure
+from lora_diag.models.methods import Lora, inner_layers
+from lora_diag.models.opening import Model
+from lora_diag.models.training import Cell, Training, losses_after
+from lora_diag.probes.sweep.rounding import rounded
+from lora_diag.records import Probe
+from lora_diag.running.progress import Kept
+
+ADAPTER = "adapter_model.safetensors"
+
+
+@dataclass(frozen=True, slots=True)
+class Trials:
+    """The runs of a search, as far as they are.
+
+    Args:
+        model: BASE.
+        training: What all runs have in common.
+        sets: Evaluation sets, those of the training's kind first.
+        kept: The records.
+        grid: What BASE's linear layers are rounded to; None for as they are.
+        after: Called with a label after every step and every batch.
+    """
+
+    model: Model
+    training: Training
+    sets: Sequence[Texts]
+    kept: Kept[Any]
+    grid: str | None
+    after: Callable[[str], None]
+
+    @property
+    def records(self) -> list[TuneTrial]:
+        """All runs so far."""
+        return [record for record in self.kept.records if isinstance(record, TuneTrial)]
+
+    def has(self, variant: Variant, seed: int) -> bool:
+        """Say whether a run is finished."""
+        fields = {"variant": variant.name, "lr": variant.lr, "seed": seed}
+        return self.kept.has([each.name for each in self.sets], record="tune_trial", **fields)
+
+    def train(self, variant: Variant, seed: int, folder: Path | None = None) -> None:
+        """Train a configuration, if that is not done yet.
+
+        Args:
+            variant: The configuration.
+            seed: Of the factors' initial values.
+            folder: Where the adapter is kept; not kept if None.
+        """
+        if self.has(variant, seed) and (folder is None or (folder / ADAPTER).is_file()):
+            return
+        found, train_loss, params = self._trained(variant, seed, folder)
+        self.kept.put(
+            *(
+                trial_of(each, losses, variant, seed, params, train_loss)
+                for each, losses in zip(self.sets, found, strict=True)
+            )
+        )
+
+    def _trained(self, variant: Variant, seed: int, folder: Path | None) -> tuple[list[Losses], float, int]:
+        kind = Lora(config=variant.config, vectors=variant.vectors)
+        training = replace(self.training, steps=variant.steps, kind=kind, decay=variant.decay)
+        params = 0
+
+        def keep(tuned: Model) -> None:
+            nonlocal params
+            params = sum(each.numel() for each in tuned.module.parameters() if each.requires_grad)
+            if folder is not None:
+                save_adapter(tuned.module, folder)
+
+        cell, label = Cell(int(variant.config["r"]), variant.lr, seed), f"{variant.name} seed {seed}"
+        layers = inner_layers(self.model.module).values()
+        with rounded(layers, self.grid) if self.grid else nullcontext():
+            found, train_loss = losses_after(self.model, cell, training, self.sets, lambda: self.after(label), keep)
+        return found, train_loss, params
+
+    def measure_base(self) -> None:
+        """Measure BASE on every set, and on as much of the training data, if that is not done yet."""
+        if self.kept.has([each.name for each in self.sets], record="tune_trial", variant="base"):
+            return
+        batch = self.training.batch
+        layers = inner_layers(self.model.module).values()
+        with rounded(layers, self.grid) if self.grid else nullcontext():
+            seen = self.training.texts.first(max(len(each.sequences) for each in self.sets))
+            train_loss = measure(self.model, seen, batch, lambda: self.after("BASE")).mean
+            found = [measure(self.model, each, batch, lambda: self.after("BASE")) for each in self.sets]
+        self.kept.put(
+            *(trial_of(each, losses, None, 0, 0, train_loss) for each, losses in zip(self.sets, found, strict=True))
+        )
+
+    def copy(self, probes: Sequence[Probe], per_rank: int, total: int, steps: int) -> None:
+        """Keep the runs of a sweep, too, so that one file has all losses.
+
+        Args:
+            probes: Records of ``probe sweep``.
+            per_rank: Parameters of one rank.
+            total: Parameters of the model.
+            steps: Of each run.
+        """
+        self.kept.put(
+            *(
+                TuneTrial(
+                    set=one.set,
+                    shifted=one.shifted,
+                    data=one.data,
+                    tokens=one.tokens,
+                    variant="full" if one.rank is None else uniform_name(one.rank),
+                    params=total if one.rank is None else one.rank * per_rank,
+                    lr=one.lr,
+                    steps=steps,
+                    seed=one.seed,
+                    loss=one.loss,
+                    train_loss=one.train_loss,
+                    nll=one.nll,
+                )
+                for one in probes
+                if one.subject in {"lora", "full"}
+            )
+        )
+
+    def runs(self, name: str, lr: float, seeds: Sequence[int] | None = None) -> dict[str, dict[int, Measured]]:
+        """Return the runs of a configuration that have a loss, by set and seed.
+
+        Args:
+            name: The configuration.
+            lr: Its learning rate.
+            seeds: Only these; None for all.
+        """
+        found: dict[str, dict[int, Measured]] = {}
+        for one in self.records:
+            chosen = (one.variant, one.lr) == (name, lr) and (seeds is None or one.seed in seeds)
+            if chosen and one.loss is not None:
+                found.setdefault(one.set, {})[one.seed] = Measured(one.loss, one.nll)
+        return found
+
+    @property
+    def predictions(self) -> Mapping[str, tuple[int, ...]]:
+        """Of each sequence, by set."""
+        return {one.set: one.predictions for one in self.records if one.variant == "base"}
+
+
+def uniform_name(rank: int) -> str:
+    """Return what a shared rank is called."""
+    return f"uniform-r{rank}"
+
+
+def trial_of(
+    texts: Texts, losses: Losses, variant: Variant | None, seed: int, params: int, train_loss: float
+) -> TuneTrial:
+    """Return the record of a run on one set; of BASE without a configuration."""
+    is_known = train_loss == train_loss and abs(train_loss) != float("inf")
+    return TuneTrial(
+        **losses.on(texts),
+        variant="base" if variant is None else variant.name,
+        params=params,
+        lr=None if variant is None else variant.lr,
+        steps=0 if variant is None else variant.steps,
+        seed=seed,
+        loss=losses.mean if losses.is_finite else None,
+        train_loss=train_loss if is_known else None,
+        nll=losses.rounded if losses.is_finite else (),
+        predictions=tuple(int(count) for count in losses.counts) if variant is None else (),
+    )
+
+
+def save_adapter(module: Any, folder: Path) -> None:
+    """Write PEFT's folder of a trained adapter; it takes its place when it is whole."""
+    part = folder.with_name(f".{folder.name}.{os.getpid()}")
+    shutil.rmtree(part, ignore_errors=True)
+    module.save_pretrained(part)
+    (part / "README.md").unlink(missing_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
+    part.replace(folder)
+
+
+def save_copy(source: Path, folder: Path, config: Mapping[str, Any]) -> None:
+    """Write an adapter's weights with another configuration beside them; it takes its place when it is whole."""
+    part = folder.with_name(f".{folder.name}.{os.getpid()}")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir()
+    shutil.copyfile(source / ADAPTER, part / ADAPTER)
+    (part / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    shutil.rmtree(folder, ignore_errors=True)
+    part.replace(folder)
+
+
+def step_seconds(model: Model, cell: Cell, training: Training, sets: Sequence[Texts]) -> tuple[float, float]:
+    """Return the seconds of one step, the second of two, and of one batch of an evaluation."""
+    ticks = [time.perf_counter()]
+    first = [sets[0].first(training.batch)]
+    losses_after(model, cell, replace(training, steps=2), first, lambda: ticks.append(time.perf_counter()))
+    return ticks[2] - ticks[1], ticks[3] - ticks[2]
+
+
+def target_modules(module: nn.Module, names: Sequence[str]) -> dict[str, nn.Module]:
+    """Return the linear layers that are adapted, by their paths.
+
+    Args:
+        module: The model.
+        names: As PEFT takes them; empty for all linear layers but the head.
+    """
+    layers = {name.removesuffix(".weight"): layer for name, layer in inner_layers(module).items()}
+    if not names:
+        return layers
+    return {path: layer for path, layer in layers.items() if any(path == n or path.endswith(f".{n}") for n in names)}

@@ -1,0 +1,119 @@
+"""What a search trains: adapter configurations in PEFT's form, and how each differs from another. Trains nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+# lora_alpha / r, as ``probe sweep`` trains.
+ALPHA_OVER_RANK = 2
+DROPOUT, WEIGHT_DECAY = 0.1, 0.1
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """One configuration.
+
+    Args:
+        name: By which its trials are told from others.
+        config: Content of ``adapter_config.json``.
+        lr: Peak learning rate.
+        steps: Updates.
+        decay: Weight decay of AdamW.
+        vectors: Whether BASE's biases and norms are trained, too.
+    """
+
+    name: str
+    config: Mapping[str, Any]
+    lr: float
+    steps: int
+    decay: float = 0.0
+    vectors: bool = False
+
+    @property
+    def dropout(self) -> float:
+        """lora_dropout."""
+        return float(self.config["lora_dropout"])
+
+    @property
+    def alpha_over_rank(self) -> float:
+        """lora_alpha / r."""
+        return float(self.config["lora_alpha"]) / int(self.config["r"])
+
+
+def shortest(chosen: Sequence[str], every: Collection[str]) -> list[str]:
+    """Return the shortest names by which PEFT finds these modules and no other.
+
+    Args:
+        chosen: Paths of the modules to adapt.
+        every: Paths of all modules.
+
+    Example:
+        >>> shortest(["a.0.q", "a.1.q", "a.0.v"], ["a.0.q", "a.1.q", "a.0.v", "a.1.v"])
+        ['a.0.v', 'q']
+    """
+    found: set[str] = set()
+    for path in chosen:
+        leaf = path.rpartition(".")[2]
+        reached = {other for other in every if other == leaf or other.endswith(f".{leaf}")}
+        found.add(leaf if reached <= set(chosen) else path)
+    return sorted(found)
+
+
+def uniform(targets: Sequence[str], rank: int, transposed: bool, task: str | None) -> dict[str, Any]:
+    """Return the configuration of one rank everywhere, its keys in the order of ``allocate``'s.
+
+    Args:
+        targets: Modules as PEFT finds them.
+        rank: r.
+        transposed: Whether matrices are stored ``(in, out)``.
+        task: PEFT's task type.
+    """
+    return {
+        "peft_type": "LORA",
+        "task_type": task,
+        "base_model_name_or_path": None,
+        "r": rank,
+        "lora_alpha": ALPHA_OVER_RANK * rank,
+        "rank_pattern": {},
+        "alpha_pattern": {},
+        "target_modules": list(targets),
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": transposed,
+        "use_rslora": False,
+        "init_lora_weights": True,
+        "inference_mode": False,
+    }
+
+
+def least_rank(rank: int) -> int:
+    """Return the least rank of a layer where ranks differ: 1, so that no layer is given up; 0 where the mean is 1."""
+    return min(1, rank - 1)
+
+
+def changed(variant: Variant, trial: str) -> Variant:
+    """Return a configuration with one change for stability.
+
+    Args:
+        variant: The incumbent.
+        trial: ``dropout``, ``weight-decay``, ``half-alpha`` or ``fewer-steps``.
+
+    Example:
+        >>> one = Variant("uniform-r4", uniform(["q"], 4, False, None), 1e-3, 100)
+        >>> changed(one, "half-alpha").config["lora_alpha"], changed(one, "fewer-steps").steps
+        (4.0, 50)
+    """
+    name = f"{variant.name}+{trial}"
+    if trial == "dropout":
+        return replace(variant, name=name, config={**variant.config, "lora_dropout": DROPOUT})
+    if trial == "weight-decay":
+        return replace(variant, name=name, decay=WEIGHT_DECAY)
+    if trial == "half-alpha":
+        alphas = {key: alpha / 2 for key, alpha in variant.config["alpha_pattern"].items()}
+        config = {**variant.config, "lora_alpha": variant.config["lora_alpha"] / 2, "alpha_pattern": alphas}
+        return replace(variant, name=name, config=config)
+    if trial == "fewer-steps":
+        return replace(variant, name=name, steps=max(1, variant.steps // 2))
+    raise ValueError(trial)

@@ -1,0 +1,117 @@
+"""Decisions from losses that are made up: against NumPy, and how often they are wrong in simulations."""
+
+import numpy as np
+import pytest
+
+from lora_diag.decisions.tune.contest import (
+    Curves,
+    Measured,
+    asked_by,
+    asks_for_more,
+    between,
+    choose_rank,
+    contest,
+    gap_of,
+)
+from lora_diag.decisions.tune.figures import Point, frontier
+from lora_diag.decisions.tune.variants import Variant, changed, shortest, uniform
+from lora_diag.probes.sweep.verdict import AtRank, judge
+
+COUNTS = np.array([5, 7, 3, 9])
+
+
+def runs(rng, mean, seeds, spread, seed_effect):
+    """Losses of one configuration with an effect of each seed in common; sequences differ, too."""
+    found = {}
+    for seed in range(seeds):
+        nll = COUNTS * (mean + seed_effect[seed] + spread * rng.standard_normal()) + 0.01 * rng.standard_normal(4)
+        found[seed] = Measured(float(nll.sum() / COUNTS.sum()), tuple(nll))
+    return found
+
+
+def test_a_gap_has_the_larger_of_two_paired_errors():
+    rng = np.random.default_rng(0)
+    effect = rng.standard_normal(3)
+    one, two = (runs(rng, mean, 3, 0.02, effect) for mean in (1.0, 0.9))
+    found = gap_of(one, two, COUNTS)
+    differences = np.array([two[seed].loss - one[seed].loss for seed in range(3)])
+    over_seeds = differences.std(ddof=1) / np.sqrt(3)
+    moved = np.mean([np.subtract(two[seed].nll, one[seed].nll) for seed in range(3)], axis=0)
+    residual = moved - COUNTS * moved.sum() / COUNTS.sum()
+    over_sequences = np.sqrt(4 / 3 * (residual**2).sum()) / COUNTS.sum()
+    assert found.value == pytest.approx(differences.mean())
+    assert found.error == pytest.approx(max(over_seeds, over_sequences))
+    assert gap_of(one, {0: two[0]}, COUNTS).error is None
+    assert gap_of(one, {7: two[0]}, COUNTS) is None
+
+
+def test_uniform_ranks_win_ties():
+    """Where both are equally good, uniform stays in most of 400 searches; a clear gain is seen in nearly all."""
+    rng = np.random.default_rng(1)
+    kept = {0.0: 0, 0.1: 0}
+    for gain in kept:
+        for _ in range(400):
+            effect = 0.05 * rng.standard_normal(4)
+            one, two = runs(rng, 1.0, 4, 0.01, effect), runs(rng, 1.0 - gain, 4, 0.01, effect)
+            kept[gain] += contest({"dev": one}, {"dev": two}, "dev", (), {"dev": COUNTS}).kept
+    assert kept[0.0] < 0.1 * 400
+    assert kept[0.1] > 0.95 * 400
+
+
+def test_a_gain_that_costs_on_the_shifted_set_is_not_kept():
+    def losses(own, shifted):
+        return {"dev": dict(enumerate(map(Measured, own))), "other": dict(enumerate(map(Measured, shifted)))}
+
+    one = losses((1.0, 1.1, 1.05), (2.0, 2.1, 2.2))
+    better = losses((0.8, 0.91, 0.85), (2.1, 2.2, 2.3))
+    found = contest(one, better, "dev", ["other"], {})
+    assert (found.word, found.kept) == ("better", False)
+    assert contest(one, better, "dev", [], {}).kept
+    assert contest(one, losses((0.8, 0.91, 0.85), (2.0, 2.1, 2.2)), "dev", ["other"], {}).kept
+    assert contest(one, losses((1.2, 1.31, 1.25), (1.0,)), "dev", ["other"], {}).word == "worse"
+    assert contest(one, losses((0.1,), ()), "dev", ["other"], {}).word == "not known"
+
+
+def test_a_rank_is_chosen_by_the_verdict_or_marked():
+    rates = {2: 1e-2, 8: 1e-3}
+    clear = judge([AtRank(2, 1e-2, {0: 1.0, 1: 1.001}), AtRank(8, 1e-3, {0: 0.8, 1: 0.802})], 2.0, 0.02)
+    found = choose_rank(clear, rates)
+    assert (found.rank, found.lr, found.significant) == (8, 1e-3, True)
+    noisy = judge([AtRank(2, 1e-2, {0: 1.0, 1: 0.7}), AtRank(8, 1e-3, {0: 0.8, 1: 1.0})], 2.0, 0.02)
+    assert (choose_rank(noisy, rates).rank, choose_rank(noisy, rates).significant) == (2, False)
+    none = judge([AtRank(2, 1e-2, {0: 3.0, 1: 3.1}), AtRank(8, 1e-3, {0: 3.2, 1: 3.3})], 2.0, 0.02)
+    assert (choose_rank(none, rates).rank, choose_rank(none, rates).significant) == (2, False)
+
+
+def test_stability_is_tried_only_where_curves_ask():
+    sound = {"base": 2.0, "loss": 1.5, "base_train": 2.1, "train": 1.55, "spread": 0.005, "tolerance": 0.01}
+    assert asked_by(Curves(**sound)) == {}
+    assert set(asked_by(Curves(**sound | {"train": 1.2}))) == {"dropout", "weight-decay", "fewer-steps"}
+    assert set(asked_by(Curves(**sound | {"spread": 0.03}))) == {"half-alpha"}
+    assert set(asked_by(Curves(**sound | {"diverged": 2}))) == {"half-alpha"}
+    assert set(asked_by(Curves(**sound, base_shifted=3.0, shifted=3.1))) == {"fewer-steps"}
+    assert asked_by(Curves(**sound, base_shifted=3.0, shifted=2.9)) == {}
+
+
+def test_more_is_looked_at_where_the_largest_rank_was_needed():
+    assert asks_for_more(16, [1, 4, 16], 0.99)
+    assert asks_for_more(4, [1, 4, 16], 0.5)
+    assert not asks_for_more(4, [1, 4, 16], 0.95)
+    assert [between(chosen, [1, 4, 16, 64]) for chosen in (64, 16, 4, 1)] == [32, 8, 2, None]
+
+
+def test_the_frontier_has_what_none_smaller_beats():
+    points = [Point("a", 10, (2.0,)), Point("b", 20, (2.1,)), Point("c", 20, (1.8, 1.9)), Point("d", 40, (1.85,))]
+    assert [point.variant for point in frontier(points)] == ["a", "c"]
+
+
+def test_a_changed_configuration_differs_in_one_thing():
+    one = Variant("uniform-r4", uniform(["q"], 4, False, None), 1e-3, 100)
+    assert changed(one, "dropout").config == {**one.config, "lora_dropout": 0.1}
+    assert changed(one, "weight-decay").decay == 0.1
+    patterned = Variant("prior", {**one.config, "alpha_pattern": {"k": 16}}, 1e-3, 100)
+    assert changed(patterned, "half-alpha").config == {**one.config, "lora_alpha": 4, "alpha_pattern": {"k": 8}}
+    with pytest.raises(ValueError, match="more"):
+        changed(one, "more")
+    assert shortest(["l.0.attn.q", "l.1.attn.q", "l.0.mlp.q"], ["l.0.attn.q", "l.1.attn.q", "l.0.mlp.q"]) == ["q"]
+    assert shortest(["l.0.q"], ["l.0.q", "head.q"]) == ["l.0.q"]

@@ -120,11 +120,11 @@ def figure(series: Sequence[Series[Any]], look: Look, options: Options) -> Figur
 def _draw(ax: Axes, trials: Sequence[TuneTrial], name: str, choice: Tune | None, look: Look | None) -> None:
     width = look.line if look else 1.2
     points = points_of(trials, name)
+    runs = [(one.params, one.loss) for one in trials if one.set == name and one.params and one.loss is not None]
     ax.set_xscale("log")
-    every = [loss for point in points for loss in point.losses]
-    for point in points:
-        small: dict[str, Any] = {"ls": "", "marker": "o", "ms": 2.6 * width, "mew": 0, "alpha": 0.55}
-        ax.plot([point.params] * len(point.losses), point.losses, color=RUN, label="_runs", **small)
+    every = [loss for _, loss in runs]
+    small: dict[str, Any] = {"ls": "", "marker": "o", "ms": 2.6 * width, "mew": 0, "alpha": 0.55}
+    ax.plot(*zip(*runs, strict=True), color=RUN, label="_runs", **small)
     line = frontier(points)
     ax.plot(
         [point.params for point in line],
@@ -171,7 +171,7 @@ def _words(series: Sequence[Series[Any]], look: Look) -> Words:
         Key(Line2D([], [], color=FRONTIER, marker="o", ms=3.5 * width, lw=1.5 * width), "frontier, mean over seeds"),
         Key(Line2D([], [], color=CHOSEN, ls="", marker="D", ms=5 * width), "chosen, ± 2 standard errors"),
     )
-    notes = ["Each configuration at the learning rate that was trained with the most seeds."]
+    notes = ["The frontier has each configuration at the learning rate that was trained with the most seeds."]
     if len(series) > 1:
         notes.append("Only the first run is drawn.")
     about = f"{subject_of(series)}mean negative log-likelihood of held-out predictions"

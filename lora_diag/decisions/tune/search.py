@@ -8,7 +8,8 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import fmean, stdev
@@ -57,7 +58,7 @@ STABILITY = ("dropout", "weight-decay", "half-alpha", "fewer-steps")
 
 
 class TimeIsUpError(Exception):
-    """The time limit has come in the middle of a run, which is resumed with ``--resume``."""
+    """The time limit has come in the middle of a run."""
 
 
 @dataclass
@@ -80,6 +81,7 @@ class Tuner:
     plan: TunePlan
     kept: Kept[Any]
     _trained: int = 0
+    _ends: bool = False
     _began: float = field(default_factory=time.monotonic)
 
     def __post_init__(self) -> None:
@@ -112,15 +114,22 @@ class Tuner:
         """Say whether there is time for so many runs."""
         return runs * self.one_run <= self.left
 
+    @contextmanager
+    def _limited(self) -> Iterator[None]:
+        """End what is trained inside when the time is up; the chosen adapter is trained in any case."""
+        self._ends = True
+        try:
+            yield
+        finally:
+            self._ends = False
+
     def _after(self, label: str) -> None:
         self.kept.watch.batch(label)
-        if self.left < -self.one_run:
+        if self._ends and self.left < 0:
             raise TimeIsUpError
 
     def _progress(self, event: Progress) -> None:
         self._after(event.label)
-        if self.left < 0:
-            raise TimeIsUpError
 
     # -- records -----------------------------------------------------------------------------------------------------
 
@@ -169,9 +178,10 @@ class Tuner:
         given, path = self.run_.options, self.folder / file
         names = ("data", "evaluate", "shifted", "batch", "max_sequences", "length", "tokenizer", "dtype", "device")
         shared = {name: given[name] for name in (*names, "seed", "gain_tolerance", "target_modules", "quantized")}
-        return probe_sweep(
-            self.base, **shared, output=path, resume=path.is_file(), on_progress=self._progress, **options
-        )
+        with self._limited():
+            return probe_sweep(
+                self.base, **shared, output=path, resume=path.is_file(), on_progress=self._progress, **options
+            )
 
     def _rates(self) -> tuple[float, ...]:
         """Return the learning rates to try with all steps."""
@@ -215,9 +225,7 @@ class Tuner:
         try:
             results = self._sweep("sweep.jsonl", **wanted)
         except TimeIsUpError:
-            self.decide(
-                "ranks", "the rest of the sweep", "not tried", "--time was up; --resume with more time trains it"
-            )
+            self.decide("ranks", "the rest of the sweep", "not tried", "--time was up")
             results = read_results(self.folder / "sweep.jsonl")
         ranks, seeds = wanted["ranks"], range(self.first, self.first + wanted["repeats"])
         whole = tuple(
@@ -229,7 +237,7 @@ class Tuner:
         found = swept_of(results)
         if found is None or found.verdict.best is None:
             raise InconclusiveError(
-                f"{self.folder}: no rank has a finite loss; lower --lr, or go on with --resume and more --time"
+                f"{self.folder}: no rank is trained with a finite loss; lower --lr, or give more --time"
             )
         total = self.target.total
         self.trials.copy(results.whole_of(Probe), self.target.per_rank, total, plan.steps)
@@ -322,8 +330,9 @@ class Tuner:
             self.decide(stage, "non-uniform ranks", "not tried", "no time was left")
             return incumbent
         try:
-            candidates = self._candidates(incumbent, choice)
-            return self._best_of(stage, incumbent, candidates, "non-uniform ranks")
+            with self._limited():
+                candidates = self._candidates(incumbent, choice)
+                return self._best_of(stage, incumbent, candidates, "non-uniform ranks")
         except TimeIsUpError:
             self.decide(stage, "non-uniform ranks", "not tried", "--time was up during the comparison")
             return incumbent
@@ -467,7 +476,8 @@ class Tuner:
                 self.decide("stability", trial.name, "proposed", asked[name], seconds=self.plan.repeats * self.one_run)
                 continue
             try:
-                incumbent = self._tried(incumbent, trial, asked[name])
+                with self._limited():
+                    incumbent = self._tried(incumbent, trial, asked[name])
             except TimeIsUpError:
                 self.decide("stability", trial.name, "proposed", f"{asked[name]}; --time was up")
         return incumbent
@@ -534,7 +544,8 @@ class Tuner:
     def _escalated(self, name: str, variant: Variant, incumbent: Variant, layers: tuple[str, ...]) -> None:
         self._trained += 1
         try:
-            self.trials.train(variant, self.first)
+            with self._limited():
+                self.trials.train(variant, self.first)
         except TimeIsUpError:
             self.decide("escalation", name, "proposed", "--time was up", seconds=self.one_run, layers=layers)
             return

@@ -12,6 +12,7 @@ import lora_diag
 from lora_diag.catalog import read_results
 from lora_diag.decisions.tune.outputs import write_report
 from lora_diag.decisions.tune.record import Tune, TuneDecision, TunePlan, TuneTrial
+from lora_diag.decisions.tune.search import Tuner
 from lora_diag.errors import UsageError
 from tests.probes.making import gpt2, ids_of, some_text, trained
 
@@ -139,3 +140,22 @@ def test_the_command_needs_a_confirmation(loradiag, case):
     refused = loradiag(*words)
     assert refused.code == 2
     assert "--yes" in refused.err
+
+
+def test_a_time_limit_ends_the_search_and_an_adapter_is_written(case, tmp_path, monkeypatch):
+    """Time is up when the pilot of non-uniform ranks begins: what is left is named, and uniform ranks are written."""
+    base, texts, *_ = case
+    began = []
+    original = Tuner.left.fget
+    monkeypatch.setattr(Tuner, "left", property(lambda self: -1.0 if began else original(self)))
+    found = lora_diag.tune(
+        base, tmp_path / "run", time="1h", on_progress=lambda e: began.extend([1] * e.label.startswith("pilot")),
+        **texts, **OPTIONS | {"ranks": (2, 4), "repeats": 1, "no_full": True},
+    )  # fmt: skip
+    (choice,) = found.whole_of(Tune)
+    outcomes = {one.name: one.outcome for one in found.whole_of(TuneDecision)}
+    assert outcomes["non-uniform ranks"] == "not tried"
+    assert "kept" not in outcomes.values()
+    assert choice.variant.startswith("uniform")
+    assert not choice.significant
+    assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").is_file()

@@ -6,10 +6,11 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
+from types import MemberDescriptorType
 from typing import Any, Literal
 
 Value = float | int | str | None
-Pool = Literal["sum", "max", "min", "range", "each"]
+Pool = Literal["sum", "max", "min", "range", "each", "ends"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +25,8 @@ class Shown:
         share: Whether it is a fraction in [0, 1].
         main: Whether it is shown before a reader asks for all columns.
         pool: Value of several layers taken together: a name in ``POOLS``, or a function of their records; None for the
-            median of numbers and the most frequent word.
+            median of numbers and the most frequent word. ``ends`` for the smallest and the largest of all numbers of a
+            tuple, in a terminal.
         drop: Which columns a narrow terminal leaves out first, the largest number first; 0 for never.
         head: Heading in a terminal; ``title`` if empty.
         form: How a number is written: a name in ``FORMS`` (``rendering.text``) or a format such as ``.4f``; empty for
@@ -118,7 +120,7 @@ def value_at(record: Any, path: str) -> Any:
     """Return what a dotted name leads to in a record; None where that does not exist.
 
     Args:
-        record: A record, or a table (``dict``) in one.
+        record: A record, a dataclass with slots, or a table (``dict``).
         path: Names of fields, properties and keys of tables; a key may hold dots: ``rank_at.0.9``.
     """
     found = record
@@ -132,7 +134,7 @@ def value_at(record: Any, path: str) -> Any:
             key, _, path = path.partition(".")
             kind = type(found)
             fields = getattr(kind, "model_fields", {})
-            if key not in fields and not isinstance(getattr(kind, key, None), property):
+            if key not in fields and not isinstance(getattr(kind, key, None), property | MemberDescriptorType):
                 return None
             found = getattr(found, key)
     return found

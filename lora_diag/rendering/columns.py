@@ -111,8 +111,8 @@ def rows_of(records: Iterable[R], per: str) -> list[tuple[str, tuple[R, ...]]]:
 
 
 def title_of(per: str) -> str:
-    """Return what the column of names is called."""
-    return "module type" if per == "type" else "layer"
+    """Return the title of the column of names: of module types, or as it is."""
+    return "module type" if per == "type" else per
 
 
 def table_of(title: str, names: Sequence[str], columns: Sequence[Column], width: int, keep: int | None = None) -> Table:

@@ -13,7 +13,7 @@ from lora_diag.records import LayerRecord, Results
 from lora_diag.records.shown import Shown, pooled_value, value_at
 from lora_diag.rendering.columns import Column, Grid, captioned_once, rows_of, title_of
 from lora_diag.rendering.statements import Statement, summary_of
-from lora_diag.rendering.text import plus_minus, safe, to_text, written
+from lora_diag.rendering.text import ends, plus_minus, safe, to_text, written
 
 Rows = Sequence[tuple[str, Sequence[Any]]]
 
@@ -30,11 +30,6 @@ def columns_of(shown: Iterable[Shown], rows: Rows) -> list[Column]:
     return [column for main, column in columns if main or any(str(cell) != "-" for cell in column.cells)]
 
 
-def sizes_of(rows: Rows, per: str) -> list[Column]:
-    """Return the column of how many records a row has; none where a row is one layer."""
-    return [Column("n", tuple(str(len(group)) for _, group in rows), drop=1)] if per == "type" else []
-
-
 def record_grids(results: Results[Any], per: str = "type") -> list[Grid]:
     """Return a table for each kind of record that declares columns: those for a terminal.
 
@@ -46,16 +41,28 @@ def record_grids(results: Results[Any], per: str = "type") -> list[Grid]:
     found = []
     for kind in kinds:
         records = [record for record in results if type(record) is kind]
-        rows = rows_of(records, per)
-        columns = columns_of(kind.shown_of(results.run.settings, records), rows)
-        if columns:
-            found.append(grid_of(rows, [*sizes_of(rows, per), *columns], per))
+        shown = kind.shown_of(results.run.settings, records)
+        if any(one.in_terminal for one in shown):
+            found.append(grid_of(shown, rows_of(records, per), per))
     return found
 
 
-def grid_of(rows: Rows, columns: Sequence[Column], per: str, caption: str = "", about: str = "") -> Grid:
-    """Return a table of layers or module types."""
-    return Grid(caption, title_of(per), tuple(name for name, _ in rows), tuple(columns), about)
+def grid_of(
+    shown: Iterable[Shown], rows: Rows, per: str, caption: str = "", about: str = "", more: Sequence[Column] = ()
+) -> Grid:
+    """Return the table of named rows: how many records each has where it is a module type, and the declared columns.
+
+    Args:
+        shown: As the records declare them.
+        rows: Each with its name and its records.
+        per: What a row is: ``type``, ``layer``, or the title of the column of names.
+        caption: What the table is of; empty where that needs no words.
+        about: What one reads from it.
+        more: Columns behind the declared ones.
+    """
+    sizes = [Column("n", tuple(str(len(group)) for _, group in rows), drop=1)] if per == "type" else []
+    columns = (*sizes, *columns_of(shown, rows), *more)
+    return Grid(caption, title_of(per), tuple(name for name, _ in rows), columns, about)
 
 
 def grids_table(
@@ -86,6 +93,8 @@ def _column(shown: Shown, groups: Sequence[Sequence[Any]]) -> Column:
 
 def _cell(shown: Shown, group: Sequence[Any]) -> str | Text:
     """Write the value of several records, with its error, what chance gives, and its mark."""
+    if shown.pool == "ends":
+        return ends([each for record in group for each in value_at(record, shown.path) or ()], shown.form)
     value = pooled_value(shown, group)
     if value is None:
         return "-"

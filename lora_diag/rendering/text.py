@@ -162,6 +162,18 @@ def span(values: Iterable[int]) -> str:
     return "-".join(map(str, sorted({known[0], known[-1]}))) if known else "-"
 
 
+def ends(values: Sequence[float], form: str) -> str:
+    """Return the smallest and the largest of several numbers; a minus sign beside a dash would not be read.
+
+    >>> ends([0.25, 0.125], ".3f"), ends([0.25, -0.125], ".3f"), ends([0.25], ".3f")
+    ('0.125-0.250', '-0.125 to 0.250', '-')
+    """
+    if len(values) < 2:
+        return "-"
+    low, high = min(values), max(values)
+    return f"{low:{form}}{' to ' if low < 0 else '-'}{high:{form}}"
+
+
 def middle_rank(ranks: Sequence[int | None], kept: int) -> str:
     """Return the median of ranks, of which those beyond the values kept are None.
 

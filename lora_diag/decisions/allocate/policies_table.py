@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from statistics import median
 
 from lora_diag.decisions.allocate.record import Policies
-from lora_diag.rendering.columns import Column, rows_of
+from lora_diag.records.shown import Shown
+from lora_diag.rendering.columns import rows_of
 from lora_diag.rendering.statements import Statement, say
 from lora_diag.rendering.tables import grid_of, grids_table
-from lora_diag.rendering.text import short, span
+from lora_diag.rendering.text import short
 
 # So many layers are named in a sentence.
 _NAMED = 3
@@ -24,17 +25,21 @@ def policies_table(records: Sequence[Policies], width: int = 80, color: bool = F
         color: Whether to use ANSI colours.
         per: ``type`` for medians over a module type, ``layer`` for one row a layer.
     """
-    rows = rows_of(records, per)
-    rules = list(records[0].ranks)
+    shown = [
+        Shown("full_rank", "of", "min(out, in)", main=True, pool="range", drop=2),
+        *(Shown(f"ranks.{rule}", rule, "rank", main=True, form=".0f", pool=_median(rule)) for rule in records[0].ranks),
+    ]
+    return grids_table([grid_of(shown, rows_of(records, per), per)], _disagreements(records), width, color)
 
-    def cell(rule: str, group: Sequence[Policies]) -> str:
+
+def _median(rule: str) -> Callable[[Sequence[Policies]], float | None]:
+    """Return the function that gives the median rank by a rule; None where it cannot be applied to all records."""
+
+    def median_of(group: Sequence[Policies]) -> float | None:
         known = [rank for record in group if (rank := record.ranks[rule]) is not None]
-        return f"{median(known):.0f}" if len(known) == len(group) else "-"
+        return median(known) if len(known) == len(group) else None
 
-    sizes = tuple(span(min(record.shape) for record in group) for _, group in rows)
-    columns = [Column("of", sizes, drop=1)]
-    columns += [Column(rule, tuple(cell(rule, group) for _, group in rows)) for rule in rules]
-    return grids_table([grid_of(rows, columns, per)], _disagreements(records), width, color)
+    return median_of
 
 
 def _disagreements(records: Sequence[Policies]) -> list[Statement]:

@@ -217,3 +217,8 @@ class Policies(Record):
     ranks: dict[str, int | None]
     complete: bool
     verdict: Literal["resolved", "floor-limited", "unresolved"]
+
+    @property
+    def full_rank(self) -> int:
+        """min(out, in)."""
+        return min(self.shape)

@@ -12,7 +12,7 @@ from lora_diag.records.names import part_of
 from lora_diag.rendering.columns import Column, rows_of
 from lora_diag.rendering.lines import left_out_line, notes
 from lora_diag.rendering.statements import Statement, say
-from lora_diag.rendering.tables import columns_of, grid_of, grids_table, sizes_of
+from lora_diag.rendering.tables import grid_of, grids_table
 from lora_diag.rendering.text import named, number, percent, safe, short, span, strip
 
 # Differences of energy shares below these are called what they are. Words, not measurements: the number is beside them.
@@ -49,12 +49,12 @@ def allocation_table(
         Lines of text, without a newline at the end.
     """
     rows = rows_of(results, per)
-    columns = [*sizes_of(rows, per), *columns_of(Allocation.shown, rows)]
+    more = []
     if per == "type":
         largest = max((record.rank for record in results), default=0) or 1
         strips = tuple(strip([record.rank / largest or None for record in group], 24) for _, group in rows)
-        columns.append(Column("by depth", strips, "left", drop=3))
-    return grids_table([grid_of(rows, columns, per)], _lines(results), width, color, then)
+        more.append(Column("by depth", strips, "left", drop=3))
+    return grids_table([grid_of(Allocation.shown, rows, per, more=more)], _lines(results), width, color, then)
 
 
 def _lines(results: Results[Allocation]) -> list[Statement]:

@@ -11,7 +11,7 @@ from lora_diag.records import LeftOut, Results
 from lora_diag.rendering.columns import rows_of
 from lora_diag.rendering.lines import REASONS, subject, within
 from lora_diag.rendering.statements import Level, Statement, compared, ending, say
-from lora_diag.rendering.tables import columns_of, grid_of, grids_table, sizes_of
+from lora_diag.rendering.tables import grid_of, grids_table
 from lora_diag.rendering.text import count, named, number, percent, safe, short, shown, span
 
 # Why a layer has no factors if ΔW = 0, as the diagnostic says it.
@@ -70,8 +70,8 @@ def extraction_table(
         Lines of text, without a newline at the end.
     """
     rows = rows_of(results, per)
-    columns = [*sizes_of(rows, per), *columns_of(Extraction.shown, rows)]
-    return grids_table([grid_of(rows, columns, per)] if rows else [], _lines(results, folder), width, color, then)
+    grids = [grid_of(Extraction.shown, rows, per)] if rows else []
+    return grids_table(grids, _lines(results, folder), width, color, then)
 
 
 def model_card(results: Results[Extraction], base_name: str, command: str, rate: str | None = None) -> str:

@@ -20,9 +20,10 @@ from lora_diag.metrics.fleet import (
     rarest_first,
 )
 from lora_diag.records import Results
+from lora_diag.records.shown import Shown
 from lora_diag.rendering.columns import Column, Grid
 from lora_diag.rendering.statements import Statement, say
-from lora_diag.rendering.tables import columns_of, grids_table
+from lora_diag.rendering.tables import grid_of, grids_table
 from lora_diag.rendering.text import number, percent, safe
 
 # So many rows a table has; the records have them all.
@@ -102,18 +103,19 @@ def _adapters(
 ) -> Grid:
     rows = [(names[i], [records[i]]) for i in shown]
     said = tuple(", ".join(told[i]) or "-" for i in shown)
-    columns = (*columns_of(Fleet.shown, rows), Column("remark", said, "left"))
-    return Grid(caption, "adapter", tuple(name for name, _ in rows), columns)
+    return grid_of(Fleet.shown, rows, "adapter", caption, more=[Column("remark", said, "left")])
+
+
+_ALIKE = (
+    Shown("cosine", "cosine", "of the updates, estimated", main=True, form=".3f"),
+    Shown("overlap", "col space", "of the column spaces, estimated", main=True, form=".2f", pool="max", drop=1),
+)
 
 
 def _alike(names: Sequence[str], pairs: Sequence[Alike]) -> Grid:
-    columns = (
-        Column("cosine", tuple(f"{pair.cosine:.3f}" for pair in pairs)),
-        Column("col space", tuple(f"{max(0.0, pair.overlap):.2f}" for pair in pairs), drop=1),
-        Column("is", tuple(_WORDS[pair.word] for pair in pairs), "left"),
-    )
-    titles = tuple(f"{names[pair.first]} × {names[pair.second]}" for pair in pairs)
-    return Grid("what is alike", "pair", titles, columns)
+    rows = [(f"{names[pair.first]} × {names[pair.second]}", [pair]) for pair in pairs]
+    said = Column("is", tuple(_WORDS[pair.word] for pair in pairs), "left")
+    return grid_of(_ALIKE, rows, "pair", "what is alike", more=[said])
 
 
 def fleet_lines(results: Results[Fleet], pairs: Sequence[Alike]) -> list[Statement]:

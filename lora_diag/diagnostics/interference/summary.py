@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import partial
 from statistics import median
 
 from lora_diag.diagnostics.interference.record import Interference, MergeLoss, Relation, Union, pooled_cosine
 from lora_diag.records import Results
-from lora_diag.rendering.columns import Column, Grid, rows_of
+from lora_diag.records.shown import Shown
+from lora_diag.rendering.columns import Grid, rows_of
 from lora_diag.rendering.lines import called
 from lora_diag.rendering.statements import Statement, compared, ending, left_out, say
-from lora_diag.rendering.tables import Rows, columns_of, grid_of, sizes_of
-from lora_diag.rendering.text import number, percent, short, shown
+from lora_diag.rendering.tables import grid_of
+from lora_diag.rendering.text import number, percent, short
 
 # So many pairs get a table each; more share one, a row a pair.
 _TABLES = 3
@@ -33,10 +36,8 @@ def interference_grids(results: Results[Interference | Union], per: str = "type"
     grids = _pair_grids(pairs_of(results), per)
     if unions := shared(results):
         rows = rows_of(unions, per)
-        needs = [*sizes_of(rows, per), *columns_of(Union.shown, rows)]
-        grids.append(grid_of(rows, needs, per, "the sum of all"))
-        losses = [*sizes_of(rows, per), *_loss_columns(rows)]
-        grids.append(grid_of(rows, losses, per, "merges: ‖sum − merge‖ / ‖sum‖"))
+        grids.append(grid_of(Union.shown, rows, per, "the sum of all"))
+        grids.append(grid_of(_losses(unions), rows, per, "merges: ‖sum − merge‖ / ‖sum‖"))
     return grids
 
 
@@ -61,27 +62,22 @@ def shared(results: Results[Interference | Union]) -> list[Union]:
 def _pair_grids(pairs: Sequence[tuple[str, str, list[Interference]]], per: str) -> list[Grid]:
     if len(pairs) > _TABLES:
         rows = [(f"{first} × {second}", found) for first, second, found in pairs]
-        return [Grid("pairs", "pair", tuple(name for name, _ in rows), _pair_columns(rows, "type"))]
+        shown = Interference.shown_of({}, [record for _, _, found in pairs for record in found])
+        return [replace(grid_of(shown, rows, "type", "pairs"), title="pair")]
     grids = []
     for first, second, found in pairs:
         layers = sorted(rows_of(found, per), key=lambda row: -abs(pooled_cosine(row[1])))
-        grids.append(grid_of(layers, _pair_columns(layers, per), per, f"1 {first}, 2 {second}"))
+        grids.append(grid_of(Interference.shown_of({}, found), layers, per, f"1 {first}, 2 {second}"))
     return grids
 
 
-def _pair_columns(rows: Rows, per: str) -> tuple[Column, ...]:
-    shown = Interference.shown_of({}, [record for _, group in rows for record in group])
-    return (*sizes_of(rows, per), *columns_of(shown, rows))
-
-
-def _loss_columns(rows: Rows) -> Iterable[Column]:
-    """Give a column for each way to merge that loses something."""
+def _losses(unions: Sequence[Union]) -> Iterator[Shown]:
+    """Yield a column for each way to merge, and for each rank to which the sum is cut, that loses something."""
     for key, title in MERGES.items():
-        found = [merge_residual(group, key) for _, group in rows]
-        if any(value is not None for value in found):
-            yield Column(title, tuple(map(shown, found)))
-    for rank in _lossy_ranks([record for _, group in rows for record in group]):
-        yield Column(f"svd {rank}", tuple(number(recompressed_residual(group, rank)) for _, group in rows), drop=2)
+        yield Shown(f"merges.{key}", title, "‖S − M‖/‖S‖", pool=partial(merge_residual, merge=key), terminal=True)
+    for rank in _lossy_ranks(unions):
+        pool = partial(recompressed_residual, rank=rank)
+        yield Shown(f"recompressed.{rank}", f"svd {rank}", "‖S − S_r‖/‖S‖", pool=pool, drop=2, main=True)
 
 
 def merge_residual(records: Sequence[Union], merge: str) -> float | None:

@@ -9,7 +9,7 @@ from lora_diag.diagnostics.intruders.record import Intruders
 from lora_diag.records import Results
 from lora_diag.rendering.columns import Grid, rows_of
 from lora_diag.rendering.statements import Statement, compared, ending, left_out, say
-from lora_diag.rendering.tables import columns_of, grid_of, sizes_of
+from lora_diag.rendering.tables import grid_of
 from lora_diag.rendering.text import number, short
 
 # So many layers are named in a sentence.
@@ -19,7 +19,7 @@ _NAMED = 3
 def intruders_grids(results: Results[Intruders], per: str = "type") -> list[Grid]:
     """Return the table, those with the most intruders first."""
     rows = sorted(rows_of(results, per), key=lambda row: -sum(record.intruders for record in row[1]))
-    return [grid_of(rows, [*sizes_of(rows, per), *columns_of(Intruders.shown, rows)], per)]
+    return [grid_of(Intruders.shown, rows, per)]
 
 
 def intruders_lines(results: Results[Intruders]) -> list[Statement]:

@@ -12,7 +12,7 @@ from lora_diag.diagnostics.overlap.summary import lines
 from lora_diag.diagnostics.overlap.tracks import Track, near, steps_of, tracks, trend
 from lora_diag.records import Results
 from lora_diag.rendering.columns import WIDE, Column, Grid, rows_of
-from lora_diag.rendering.tables import Rows, columns_of, grid_of, grids_table, sizes_of
+from lora_diag.rendering.tables import Rows, columns_of, grid_of, grids_table
 from lora_diag.rendering.text import middle, shade, small_share, span, strip
 
 # Up to so many steps have a column of their own each, in the narrow and in the wide table. Of more steps, so many have
@@ -57,7 +57,7 @@ def _grid(rows: Rows, steps: Sequence[int], width: int, per: str) -> Grid:
     own = _spread(steps, some if len(steps) > most else most)
     ranks = {track.rank for _, group in rows for track in group}
     last = [(name, [track.last for track in group]) for name, group in rows]
-    columns = sizes_of(rows, per)
+    columns: list[Column] = []
     for one in Overlap.shown:
         if one.path == "kappa":
             columns += [_at_step(rows, step, "step " * (step == own[0])) for step in own]
@@ -66,7 +66,7 @@ def _grid(rows: Rows, steps: Sequence[int], width: int, per: str) -> Grid:
         elif one.path != "rank" or len(ranks) > 1:
             columns += columns_of([one], last)
     caption = f"κ = ‖UᵀGV‖/‖G‖ at r={span(ranks)}, by step of training"
-    return grid_of(rows, columns, per, f"{caption} ({NEAR} near random)")
+    return grid_of((), rows, per, f"{caption} ({NEAR} near random)", more=columns)
 
 
 def _spread(steps: Sequence[int], most: int) -> list[int]:

@@ -10,10 +10,11 @@ from statistics import median
 from lora_diag.diagnostics.residual.record import SEEDS, Residual
 from lora_diag.metrics import Distances, pooled
 from lora_diag.records import Agreement, Results
-from lora_diag.rendering.columns import Column, Grid, rows_of
+from lora_diag.records.shown import Shown
+from lora_diag.rendering.columns import Grid, rows_of
 from lora_diag.rendering.lines import called
 from lora_diag.rendering.statements import Statement, compared, ending, left_out, say
-from lora_diag.rendering.tables import columns_of, grid_of, sizes_of
+from lora_diag.rendering.tables import grid_of
 from lora_diag.rendering.text import named, percent, safe, shown
 
 # What limits a layer, in the order of the table.
@@ -36,10 +37,16 @@ def _by_adapter(results: Results[Residual]) -> list[tuple[str, list[Residual]]]:
 def _grid(name: str, records: Sequence[Residual], per: str) -> Grid:
     rows = _rows(records, per)
     total = _gap(records) or 1.0
-    parts = tuple(percent((_gap(group) / total) ** 2) for _, group in rows)
-    columns = [*sizes_of(rows, per), *columns_of(Residual.shown, rows)]
-    columns.insert(-1, Column("of ε²", parts))
-    return grid_of(rows, columns, per, f"{name}, {records[0].role}, against TUNED")
+    share = Shown(
+        "epsilon",
+        "of ε²",
+        "share of ‖ΔW_full − ΔW_adapter‖² of all",
+        main=True,
+        form="percent",
+        pool=lambda group: (_gap(group) / total) ** 2,
+    )
+    *first, last = Residual.shown
+    return grid_of([*first, share, last], rows, per, f"{name}, {records[0].role}, against TUNED")
 
 
 def _rows(records: Sequence[Residual], per: str) -> list[tuple[str, Sequence[Residual]]]:

@@ -8,7 +8,7 @@ from lora_diag.diagnostics.spectrum.record import Spectrum, usual_ranks
 from lora_diag.diagnostics.spectrum.summary import summary_lines
 from lora_diag.records import Results
 from lora_diag.rendering.columns import WIDE, Column, rows_of
-from lora_diag.rendering.tables import columns_of, grid_of, grids_table, sizes_of
+from lora_diag.rendering.tables import grid_of, grids_table
 from lora_diag.rendering.text import spark, strip
 
 
@@ -28,12 +28,11 @@ def spectrum_table(
         Lines of text, without a newline at the end.
     """
     rows = rows_of(results, per)
-    shown = columns_of(Spectrum.shown_of(results.run.settings, results.layers), rows)
-    decays = tuple(_spark(group) for _, group in rows)
-    columns = [*sizes_of(rows, per), *shown, Column("σ decay", decays, "left", drop=4)]
+    more = [Column("σ decay", tuple(_spark(group) for _, group in rows), "left", drop=4)]
     if per == "type":
-        columns.append(_by_depth(rows, usual_ranks(results.run.settings["ranks"])[0], width))
-    grids = [grid_of(rows, columns, per)] if rows else []
+        more.append(_by_depth(rows, usual_ranks(results.run.settings["ranks"])[0], width))
+    shown = Spectrum.shown_of(results.run.settings, results.layers)
+    grids = [grid_of(shown, rows, per, more=more)] if rows else []
     return grids_table(grids, summary_lines(results), width, color, then)
 
 

@@ -12,7 +12,7 @@ from lora_diag.records.names import module_type_of, place_of
 from lora_diag.rendering.columns import Grid
 from lora_diag.rendering.lines import left_out_line
 from lora_diag.rendering.statements import Level, Statement, compared, ending, say
-from lora_diag.rendering.tables import columns_of, grid_of, sizes_of
+from lora_diag.rendering.tables import grid_of
 from lora_diag.rendering.text import count, named, number, percent, safe, short
 
 # What to do about each fault.
@@ -38,7 +38,7 @@ SHOWN = 3
 def merge_grids(results: Results[Merge], per: str = "type") -> list[Grid]:
     """Return the table, the worst first; none where no layer was looked at."""
     rows = _rows(results, per)
-    return [grid_of(rows, [*sizes_of(rows, per), *columns_of(Merge.shown, rows)], per)] if rows else []
+    return [grid_of(Merge.shown, rows, per)] if rows else []
 
 
 def _rows(results: Results[Merge], per: str) -> list[tuple[str, list[Merge]]]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from lora_diag.records.probe import Activations, LayerInput
 from lora_diag.rendering.columns import rows_of
 from lora_diag.rendering.statements import Statement, say
-from lora_diag.rendering.tables import columns_of, grid_of, grids_table, sizes_of
+from lora_diag.rendering.tables import grid_of, grids_table
 from lora_diag.rendering.text import count, named, safe, short
 
 
@@ -16,8 +16,7 @@ def activations_table(
 ) -> str:
     """Return what was recorded, one row a module ``type`` (medians) or one a ``layer``, and a summary."""
     rows = rows_of(recorded.layers, per)
-    columns = [*sizes_of(rows, per), *columns_of(LayerInput.shown, rows)]
-    return grids_table([grid_of(rows, columns, per)], activations_lines(recorded), width, color, then)
+    return grids_table([grid_of(LayerInput.shown, rows, per)], activations_lines(recorded), width, color, then)
 
 
 def activations_lines(recorded: Activations) -> list[Statement]:

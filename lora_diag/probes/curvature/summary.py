@@ -8,7 +8,7 @@ from typing import Any
 
 from lora_diag.probes.curvature.record import Curvature, LossBound
 from lora_diag.records import Results
-from lora_diag.rendering.columns import Column, Grid, rows_of
+from lora_diag.rendering.columns import Column, Grid, rows_of, title_of
 from lora_diag.rendering.losses import probe_summary
 from lora_diag.rendering.statements import Statement, say
 from lora_diag.rendering.tables import Rows, columns_of, grid_of
@@ -59,24 +59,25 @@ def _parts(results: Results[Any]) -> tuple[Curvature | None, list[Curvature], li
 
 def _curvatures(joint: Curvature, layers: Sequence[Any], per: str) -> Grid:
     groups: Rows = [("all jointly", [joint]), *rows_of(layers, per)]
-    columns = columns_of(Curvature.shown, groups)
+    more = []
     if joint.at == "base":
         held = [[each.surrogate for each in group if each.surrogate is not None] for _, group in groups]
         # Joint eigenpairs hold one share of the whole gradient, so it stands in the row of all.
         shares = [held[1][:1], *([] for _ in held[1:])] if held[1:] and any(s.joint for s in held[1]) else held
-        columns += [
+        more = [
             Column("held", tuple(shown(middle([s.share for s in group]), percent) for group in shares)),
             Column("pairs", tuple(_middle([s.pairs_at for s in group]) for group in shares)),
             Column("rank 90%", tuple(_middle([s.rank_at["0.9"] for s in group]) for group in held)),
         ]
-    columns = [column for column in columns if set(column.cells) != {"-"}]
+    more = [column for column in more if set(column.cells) != {"-"}]
     about = (
         "λ max is how sharply the loss bends in its steepest direction, the trace the sum over all directions, with "
         "its standard error: a step of one length costs most where λ is large."
     )
     if joint.at == "base":
         about += " Held is the share of the gradient in the top eigenpairs, rank 90% that of the part they hold."
-    return grid_of(groups, columns, per, f"Curvature of the loss at {joint.at.upper()} ({_matrix(joint)})", about)
+    caption = f"Curvature of the loss at {joint.at.upper()} ({_matrix(joint)})"
+    return grid_of(Curvature.shown, groups, title_of(per), caption, about, more)
 
 
 def _middle(ranks: Sequence[int | None]) -> str:

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from lora_diag.metrics.correlation import interval
-from lora_diag.probes.fisher.correlations import PREDICTORS, Correlations, correlations, effect_at
-from lora_diag.probes.fisher.record import Effect, Fisher
+from lora_diag.probes.fisher.correlations import PREDICTORS, Correlations, Predictor, correlations, effect_at
+from lora_diag.probes.fisher.record import Fisher
 from lora_diag.records import Results
+from lora_diag.records.shown import Shown
 from lora_diag.rendering.columns import Column, Grid, rows_of
 from lora_diag.rendering.losses import probe_summary
 from lora_diag.rendering.statements import Statement, say
-from lora_diag.rendering.tables import grid_of, sizes_of
+from lora_diag.rendering.tables import grid_of
 from lora_diag.rendering.text import count, number, percent, short
 
 # ½F is called too high from this multiple of the KL on; the sample model reads 2.0 with own labels, 1.0 with drawn.
@@ -52,36 +53,32 @@ def _rank(results: Results[Any]) -> int:
 
 def _layers(records: Sequence[Fisher], rank: int, per: str) -> Grid:
     """Return what each module type's or layer's tail is of all tails, and what its truncation does."""
-    rows = rows_of(records, per)
-    columns = sizes_of(rows, per)
-    for title, predictor, drop in (
-        ("σ² tail", PREDICTORS[0][1], 4),
-        ("C tail", PREDICTORS[1][1], 2),
-        ("K-FAC", PREDICTORS[2][1], 3),
-        (f"F({rank})", PREDICTORS[4][1], 0),
-    ):
-        total = sum(predictor(record, rank) for record in records)
-        sums = [sum(predictor(record, rank) for record in row) for _, row in rows]
-        columns.append(Column(title, tuple(percent(each / total) if total else "-" for each in sums), drop=drop))
-    columns.append(Column("½F", tuple(number(sum(record.at(rank) for record in row) / 2) for _, row in rows)))
+    shown = [
+        _share(records, title, PREDICTORS[place][1], rank, drop)
+        for title, place, drop in (("σ² tail", 0, 4), ("C tail", 1, 2), ("K-FAC", 2, 3), (f"F({rank})", 4, 0))
+    ]
+    half = Shown("fro", "½F", "mean KL a prediction", main=True, pool=lambda row: sum(r.at(rank) for r in row) / 2)
+    effects = (
+        Shown(f"effect.{rank}.kl", "KL", "measured", terminal=True, pool="sum"),
+        Shown(f"effect.{rank}.gap", "loss gap", "measured", terminal=True, form="+.4f", pool="sum"),
+    )
     known = any(effect_at(record, rank) for record in records)
-    if known:
-        columns.append(Column("KL", tuple(_sum(row, rank, lambda effect: effect.kl) for _, row in rows)))
-        columns.append(Column("loss gap", tuple(_sum(row, rank, lambda effect: effect.gap, "+") for _, row in rows)))
     about = (
         f"Each tail beyond r={rank} as a share of all layers': where F({rank}) is far above the tail of σ², energy "
         "makes too little of what the loss needs there. ½F is the mean KL a prediction, in nats, that truncating each "
         f"layer alone is expected to cost{', beside the measured KL and loss gap' if known else ''}."
     )
-    return grid_of(rows, columns, per, about=about)
+    return grid_of([*shown, half, *effects], rows_of(records, per), per, about=about)
 
 
-def _sum(row: Sequence[Fisher], rank: int, value: Callable[[Effect], float], sign: str = "") -> str:
-    found = [value(effect) for record in row if (effect := effect_at(record, rank)) is not None]
-    if not found:
-        return "-"
-    total = sum(found)
-    return f"{total:{sign}.4f}" if sign else number(total)
+def _share(records: Sequence[Fisher], title: str, predictor: Predictor, rank: int, drop: int) -> Shown:
+    """Return the column of what the tails of a row are of all tails."""
+    total = sum(predictor(record, rank) for record in records)
+
+    def share(row: Sequence[Fisher]) -> float | None:
+        return sum(predictor(record, rank) for record in row) / total if total else None
+
+    return Shown("fro", title, "share of all layers' tails", main=True, form="percent", pool=share, drop=drop)
 
 
 def _caption(records: Sequence[Fisher], found: Sequence[Correlations]) -> str:

@@ -8,12 +8,19 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import fmean
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
 from lora_diag.probes.intrinsic.record import Intrinsic
+from lora_diag.records.shown import Shown, value_at
 from lora_diag.running.rates import edge, lowest
 
 Subject = Literal["full", "subspace", "lora"]
+
+
+def _mean_share(group: Sequence[Any]) -> float | None:
+    """Return the mean share of the runs of one size; None where there is none."""
+    shares = value_at(group[0], "shares")
+    return fmean(shares) if shares else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +38,15 @@ class Line:
         shares: (L_base − L) / (L_base − L_full) of every seed; empty where full fine-tuning gains nothing.
     """
 
+    shown: ClassVar[tuple[Shown, ...]] = (
+        Shown("params", "params", "numbers that were trained", main=True, form="count"),
+        Shown("lr", "lr", "peak learning rate as Adam was given it", main=True, form=".2g"),
+        Shown("pace", "pace", "that rate as full fine-tuning would have it", main=True, form=".2g", drop=2),
+        Shown("seeds", "seeds", "runs at that rate", main=True, drop=1),
+        Shown("loss", "loss", "mean over seeds, in nats", main=True, form=".4f"),
+        Shown("shares", "gain", "share of full fine-tuning's gain, mean", main=True, form=".0%", pool=_mean_share),
+        Shown("shares", "min to max", "over seeds", main=True, form=".0%", pool="ends"),
+    )
     subject: Subject
     size: int | None
     params: int
@@ -39,6 +55,16 @@ class Line:
     losses: tuple[float, ...]
     edge: bool
     shares: tuple[float, ...] = ()
+
+    @property
+    def seeds(self) -> int:
+        """How many runs there are."""
+        return len(self.losses)
+
+    @property
+    def loss(self) -> float:
+        """Mean over seeds."""
+        return fmean(self.losses)
 
     @property
     def share(self) -> float:

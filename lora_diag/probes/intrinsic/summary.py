@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from statistics import fmean
 from typing import Any
 
 from lora_diag.probes.intrinsic.lines import Line, Reached, lines, reached
 from lora_diag.probes.intrinsic.record import Intrinsic
 from lora_diag.records import Results
 from lora_diag.records.probe import set_names
-from lora_diag.rendering.columns import Column, Grid
+from lora_diag.rendering.columns import Grid
 from lora_diag.rendering.losses import beyond_grid, on_set, probe_summary
 from lora_diag.rendering.statements import Statement, say
-from lora_diag.rendering.text import count, number, percent, short
+from lora_diag.rendering.tables import Rows, grid_of
+from lora_diag.rendering.text import count, ends, number, percent, short
 
 
 def intrinsic_lines(results: Results[Any]) -> list[Statement]:
@@ -58,33 +58,13 @@ def _name(line: Line) -> str:
 
 
 def _grid(caption: str, base: Intrinsic | None, found: Sequence[Line], share: float) -> Grid:
-    columns = (
-        Column("params", ("", *(count(line.params) for line in found))),
-        Column("lr", ("", *(f"{line.lr:.2g}" for line in found))),
-        Column("pace", ("", *("" if line.pace is None else f"{line.pace:.2g}" for line in found)), drop=2),
-        Column("seeds", ("", *(str(len(line.losses)) for line in found)), drop=1),
-        Column("loss", (_loss(base), *(f"{fmean(line.losses):.4f}" for line in found))),
-        Column("gain", ("", *(_share(line) for line in found))),
-        Column("min to max", ("", *(_span(line) for line in found))),
-    )
     about = (
         f"Gain is the share of full fine-tuning's fall of the loss, in the mean over seeds: the first d whose gain is "
         f"{percent(share)} or more is the intrinsic dimension, the first such r the LoRA that is as good; where min to "
         "max crosses that share, seeds decide."
     )
-    return Grid(caption, "trained", ("BASE", *map(_name, found)), columns, about)
-
-
-def _loss(base: Intrinsic | None) -> str:
-    return "-" if base is None or base.loss is None else f"{base.loss:.4f}"
-
-
-def _share(line: Line) -> str:
-    return f"{line.share:.0%}" if line.shares else "-"
-
-
-def _span(line: Line) -> str:
-    return f"{min(line.shares):.0%} to {max(line.shares):.0%}" if len(line.shares) > 1 else "-"
+    rows: Rows = [("BASE", [{"loss": base and base.loss}]), *((_name(line), [line]) for line in found)]
+    return grid_of(Line.shown, rows, "trained", caption, about)
 
 
 def _trained(settings: dict[str, Any]) -> str:
@@ -102,7 +82,7 @@ def _on_set(name: str, base: Intrinsic | None, found: Sequence[Line], settings: 
         return on_set(name, "not measured yet")
     if full is None:
         return on_set(name, "no run of full fine-tuning is finished with a finite loss")
-    gain = base.loss - fmean(full.losses)
+    gain = base.loss - full.loss
     if gain <= 0:
         worse = f"no gain: full fine-tuning is worse than BASE by {number(-gain)} nats, so there is no share to reach"
         return on_set(name, worse)
@@ -138,7 +118,7 @@ def _answer(answer: Reached, what: str, settings: dict[str, Any]) -> str:
 
 
 def _shares(line: Line) -> str:
-    return f"{line.share:.0%}" + (f" ({_span(line)} over seeds)" if len(line.shares) > 1 else "")
+    return f"{line.share:.0%}" + (f" ({ends(line.shares, '.0%')} over seeds)" if len(line.shares) > 1 else "")
 
 
 # Whose learning rates were asked for by which setting, and by which option.

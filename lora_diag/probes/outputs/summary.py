@@ -14,7 +14,7 @@ from lora_diag.rendering.columns import Column, Grid
 from lora_diag.rendering.lines import called
 from lora_diag.rendering.losses import both_ends, gap, on_set, probe_summary, share
 from lora_diag.rendering.statements import Statement, say
-from lora_diag.rendering.tables import columns_of
+from lora_diag.rendering.tables import grid_of
 from lora_diag.rendering.text import safe, short
 
 # For runs without a reference: what was measured elsewhere (docs/reference/probe-outputs.md).
@@ -80,7 +80,7 @@ def _name(record: Probe, names: dict[str, str]) -> str:
 
 def _losses(caption: str, mine: Sequence[Probe], names: dict[str, str]) -> Grid:
     rows = [(_name(record, names), [record]) for record in mine]
-    return Grid(caption, "model", tuple(name for name, _ in rows), tuple(columns_of(Probe.shown, rows)))
+    return grid_of(Probe.shown, rows, "model", caption)
 
 
 def _depths(caption: str, mine: Sequence[Probe], names: dict[str, str]) -> Grid:

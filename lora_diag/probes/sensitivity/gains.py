@@ -9,16 +9,23 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
+from typing import ClassVar
 
 from lora_diag.metrics.correlation import interval, p_value, spearman
 from lora_diag.metrics.equivalence import paired
 from lora_diag.probes.sensitivity.record import FirstOrder, Sensitivity
 from lora_diag.records.names import module_type_of
+from lora_diag.records.shown import Shown
 from lora_diag.records.vocabulary import SingularValues
 from lora_diag.running.rates import edge, lowest
 
 # A gain of less than so many standard errors is not told from none.
 ERRORS = 2
+
+
+def _with_error(group: Sequence[Gain | Marginal]) -> str | None:
+    """Return the gain of one unit and its standard error; None where there is none."""
+    return next((f"{one.gain:+.4f}" + ("" if one.error is None else f" ±{one.error:.4f}") for one in group), None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +44,12 @@ class Gain:
         edge: −1 or 1 where the rate is the lowest or the highest of several, else 0.
     """
 
+    shown: ClassVar[tuple[Shown, ...]] = (
+        Shown("gain", "gain", "loss of BASE minus its loss", main=True, pool=_with_error),
+        Shown("seeds", "seeds", "the smallest and the largest gain", form=".4f", pool="ends", drop=1, terminal=True),
+        Shown("lr", "lr", "rate with the lowest loss at the first seed", main=True, form="g", drop=3),
+        Shown("params", "params", "of its factors", main=True, form="count", drop=6),
+    )
     unit: str
     layers: tuple[str, ...]
     params: int

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from lora_diag.metrics.correlation import spearman
@@ -19,10 +20,12 @@ from lora_diag.probes.sensitivity.gains import (
 from lora_diag.probes.sensitivity.record import FirstOrder, Sensitivity
 from lora_diag.records import Results
 from lora_diag.records.probe import set_names
-from lora_diag.rendering.columns import Column, Grid
+from lora_diag.records.shown import Shown
+from lora_diag.rendering.columns import Grid
 from lora_diag.rendering.losses import beyond_grid, on_set, probe_summary
 from lora_diag.rendering.statements import Statement, say
-from lora_diag.rendering.text import count, number, short
+from lora_diag.rendering.tables import Rows, columns_of
+from lora_diag.rendering.text import short
 
 # More rows than these are in the file and on a page only.
 MOST = 40
@@ -37,6 +40,11 @@ _SCORES = {
     "fro²": "‖G‖²",
     "size": "parameters, no gradient",
 }
+# Scores from one gradient that the table shows.
+_PROXIES = (
+    Shown("top", "Σσ² to r", "Σ_{i≤r}σ_i(G)²", terminal=True, drop=5),
+    Shown("adam", "first step", "fall of the loss in Adam's first step, per unit of its rate", terminal=True, drop=2),
+)
 # From this ρ on, an order is called told; the number is beside the word.
 _WELL = 0.7
 # Above this p, an order is not told from chance.
@@ -97,31 +105,24 @@ def sensitivity_grids(results: Results[Any], per: str = "type") -> list[Grid]:
     rows = sorted(next(iter(gains.values()), []), key=lambda gain: -gain.gain)
     if not rows:
         return []
-    first = [scores_of(row, scores) for row in rows]
-    columns = [Column("gain", tuple(_with_error(row.gain, row.error) for row in rows))]
-    if any(len(row.seeds) > 1 for row in rows):
-        columns.append(Column("seeds", tuple(_range(row.seeds) for row in rows), drop=1))
     rank, delta = settings["rank"], settings["delta"]
+    names = [short(row.unit.removesuffix(".weight")) for row in rows]
+
+    def named(of: Sequence[Gain] | Sequence[Marginal]) -> Rows:
+        by_unit = {each.unit: [each] for each in of}
+        return [(name, by_unit.get(row.unit, [])) for name, row in zip(names, rows, strict=True)]
+
+    gain, seeds, *others = Gain.shown
+    columns = columns_of((gain, seeds), named(rows))
     for place, name in enumerate(gains):
         if place:
-            columns.append(Column(f"on {short(name)}", _cells(rows, gains[name]), drop=4))
+            columns += columns_of([replace(gain, title=f"on {short(name)}", drop=4)], named(gains[name]))
         elif delta:
-            columns.append(Column(f"g({rank}→{rank + delta})", _cells(rows, more[name])))
-    columns += [
-        Column("lr", tuple(f"{row.lr:g}" for row in rows), drop=3),
-        Column("params", tuple(count(row.params) for row in rows), drop=6),
-        Column("Σσ² to r", tuple(_score(each, "top") for each in first), drop=5),
-        Column("first step", tuple(_score(each, "adam") for each in first), drop=2),
-    ]
-    names = tuple(short(row.unit.removesuffix(".weight")) for row in rows)
-    return [Grid("", f"{_UNITS[settings['per']][0]} alone", names, tuple(columns), about=_about(settings), most=MOST)]
-
-
-def _cells(rows: Sequence[Gain], of: Sequence[Gain] | Sequence[Marginal]) -> tuple[str, ...]:
-    by_unit = {each.unit: each for each in of}
-    return tuple(
-        _with_error(by_unit[row.unit].gain, by_unit[row.unit].error) if row.unit in by_unit else "-" for row in rows
-    )
+            columns += columns_of([replace(gain, title=f"g({rank}→{rank + delta})")], named(more[name]))
+    columns += columns_of(others, named(rows))
+    first = [(name, [scores_of(row, scores)]) for name, row in zip(names, rows, strict=True)]
+    title = f"{_UNITS[settings['per']][0]} alone"
+    return [Grid("", title, tuple(names), (*columns, *columns_of(_PROXIES, first)), _about(settings), MOST)]
 
 
 def _about(settings: dict[str, Any]) -> str:
@@ -133,25 +134,6 @@ def _about(settings: dict[str, Any]) -> str:
         "in nats, beside its standard error over sequences: a gain of less than twice that is not told from none"
         f"{more}. Σσ² to r and first step are what one gradient at BASE would have said for less."
     )
-
-
-def _with_error(gain: float, error: float | None) -> str:
-    return f"{gain:+.4f}" + ("" if error is None else f" ±{error:.4f}")
-
-
-def _range(seeds: Sequence[float]) -> str:
-    """Return the span of the gains; a minus sign beside a dash is not to be read.
-
-    >>> _range([0.25, 0.125]), _range([0.25, -0.125]), _range([0.25])
-    ('0.1250-0.2500', '-0.1250 to 0.2500', '-')
-    """
-    if len(seeds) < 2:
-        return "-"
-    return f"{min(seeds):.4f}{' to ' if min(seeds) < 0 else '-'}{max(seeds):.4f}"
-
-
-def _score(scores: dict[str, float], name: str) -> str:
-    return number(scores[name]) if name in scores else "-"
 
 
 def _trained(settings: dict[str, Any]) -> str:

@@ -24,6 +24,7 @@ from lora_diag.records.probe import Subject, set_names
 from lora_diag.rendering.columns import Column, Grid
 from lora_diag.rendering.losses import beyond_grid, on_set, probe_summary
 from lora_diag.rendering.statements import Statement, say
+from lora_diag.rendering.tables import Rows, grid_of
 from lora_diag.rendering.text import number, short
 
 
@@ -142,35 +143,23 @@ def _table(
     caption: str, mine: Sequence[Probe], ranks: Sequence[AtRank], lines: Sequence[tuple[Subject, AtRank]]
 ) -> Grid:
     """Return the loss by rank: over seeds at the rank's own rate, and of the first seed at every rate."""
-    bases = [record for record in mine if record.subject == "base"]
     tried = sorted({record.lr for record in mine if record.lr is not None})
     first = min((record.seed for record in mine if record.lr is not None), default=0)
     at = {(r.subject, r.rank, r.lr): r for r in mine if r.lr is not None and r.seed == first}
-    rows: list[tuple[Subject, AtRank]] = [*(("lora", row) for row in ranks), *lines]
-    names = [f"BASE {record.name}".rstrip() for record in bases]
-    names += [_LINES.get(subject, f"r={row.rank}") for subject, row in rows]
-    blank = [""] * len(bases)
-    columns = (
-        Column("lr", (*blank, *(f"{row.lr:g}" for _, row in rows))),
-        Column("seeds", (*blank, *(str(len(row.runs)) for _, row in rows))),
-        Column("loss", (*map(_loss, bases), *(f"{row.mean:.4f}" for _, row in rows))),
-        Column("min to max", (*blank, *(_range(row) for _, row in rows))),
-        *(
-            Column(f"lr {lr:g}", (*blank, *(_loss(at.get((who, row.rank, lr))) for who, row in rows)), drop=drop)
-            for drop, lr in zip(range(len(tried), 0, -1), tried, strict=True)
-        ),
-    )
-    return Grid(caption, "rank", tuple(names), columns)
+    bases = [(f"BASE {record.name}".rstrip(), [{"mean": record.loss}]) for record in mine if record.subject == "base"]
+    runs: list[tuple[Subject, AtRank]] = [*(("lora", row) for row in ranks), *lines]
+    rows: Rows = [*bases, *((_LINES.get(subject, f"r={row.rank}"), [row]) for subject, row in runs)]
+    rates = [
+        Column(f"lr {lr:g}", (*["-"] * len(bases), *(_loss(at.get((who, r.rank, lr))) for who, r in runs)), drop=drop)
+        for drop, lr in zip(range(len(tried), 0, -1), tried, strict=True)
+    ]
+    return grid_of(AtRank.shown, rows, "rank", caption, more=rates)
 
 
 def _loss(record: Probe | None) -> str:
     if record is None:
         return "-"
     return "diverged" if record.loss is None else f"{record.loss:.4f}"
-
-
-def _range(row: AtRank) -> str:
-    return f"{min(row.losses):.4f}-{max(row.losses):.4f}" if len(row.losses) > 1 else "-"
 
 
 def _trained(settings: dict[str, Any]) -> str:

@@ -16,11 +16,12 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from lora_diag.metrics.equivalence import LEVEL, MOST_RUNS, Estimate, blocks, runs_needed, welch, within
 from lora_diag.records import Probe, Results
 from lora_diag.records.probe import Subject, main_sets
+from lora_diag.records.shown import Shown
 from lora_diag.running.rates import edge, lowest
 
 Word = Literal["fast saturation", "gradual decline", "not resolved", "no gain", "no verdict"]
@@ -46,6 +47,12 @@ class AtRank:
         diverged: How many seeds at that rate diverged.
     """
 
+    shown: ClassVar[tuple[Shown, ...]] = (
+        Shown("lr", "lr", "learning rate with the lowest loss at the first seed", main=True, form="g"),
+        Shown("seeds", "seeds", "runs at that rate that did not diverge", main=True),
+        Shown("mean", "loss", "mean over seeds, in nats", main=True, form=".4f"),
+        Shown("losses", "min to max", "over seeds", main=True, form=".4f", pool="ends"),
+    )
     rank: int | None
     lr: float
     runs: Mapping[int, float]
@@ -56,6 +63,11 @@ class AtRank:
     def losses(self) -> tuple[float, ...]:
         """Of all seeds that did not diverge."""
         return tuple(self.runs.values())
+
+    @property
+    def seeds(self) -> int:
+        """How many seeds did not diverge."""
+        return len(self.runs)
 
     @property
     def mean(self) -> float:

@@ -32,7 +32,6 @@ from lora_diag.rendering.figures.style import (
     Look,
     cropped_all,
     log_label,
-    styled,
     width_of,
     wrapped,
 )
@@ -135,21 +134,20 @@ def figure(series: Sequence[Series[Any]], look: Look, options: Options) -> Figur
         for one, title in zip(shown, titles, strict=True)
     ]
     panel = (sum(rows) + 2.6 * line) / len(series)
-    with styled(look):
-        # The panels have different rows, so they share no axis: shared ticks would name them by the last panel's.
-        page, axes = sheet(
-            look, _words(series, shown, field), len(series), 1, panel=panel, ratios=rows, share=False, low=True
-        )
-        norm = norm_of(shown)
-        for drawn, title, ax in zip(shown, titles, axes, strict=True):
-            draw_cells(ax, drawn, norm, look, inches=inches, depths=depths)
-            ax.set_title(title, parse_math=False)
-            ax.tick_params(labelbottom=ax is axes[-1])
-        axes[-1].set_xlabel(_xlabel(depths))
-        bar = page.colorbar(
-            ScalarMappable(norm, SHARES), ax=axes, fraction=0.04, aspect=sum(rows) / (0.02 * look.width), pad=0.015
-        )
-        _finish_bar(bar, norm)
+    # The panels have different rows, so they share no axis: shared ticks would name them by the last panel's.
+    page, axes = sheet(
+        look, _words(series, shown, field), len(series), 1, panel=panel, ratios=rows, share=False, low=True
+    )
+    norm = norm_of(shown)
+    for drawn, title, ax in zip(shown, titles, axes, strict=True):
+        draw_cells(ax, drawn, norm, look, inches=inches, depths=depths)
+        ax.set_title(title, parse_math=False)
+        ax.tick_params(labelbottom=ax is axes[-1])
+    axes[-1].set_xlabel(_xlabel(depths))
+    bar = page.colorbar(
+        ScalarMappable(norm, SHARES), ax=axes, fraction=0.04, aspect=sum(rows) / (0.02 * look.width), pad=0.015
+    )
+    _finish_bar(bar, norm)
     return page
 
 

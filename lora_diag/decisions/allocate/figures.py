@@ -19,7 +19,7 @@ from lora_diag.rendering.figures.groups import Types
 from lora_diag.rendering.figures.series import Options, Series
 from lora_diag.rendering.figures.sheet import Key, Words, sheet
 from lora_diag.rendering.figures.strip import Slot, label_height, slot_axis, slots
-from lora_diag.rendering.figures.style import CATEGORIES, INK, QUIET, Look, category, cut, name_of, styled, width_of
+from lora_diag.rendering.figures.style import CATEGORIES, INK, QUIET, Look, category, cut, name_of, width_of
 
 BARS, UNIFORM, BOUND = CATEGORIES[0], CATEGORIES[1], INK
 # Of several runs, whose colours the categories are.
@@ -77,22 +77,21 @@ def figure(series: Sequence[Series[Any]], look: Look, options: Options) -> Figur
     certificates = [item for one in series for item in one.whole if isinstance(item, Certificate)]
     # One axis takes one unit; what is in another is said to be missing.
     alike = [item for item in certificates if item.unit == certificates[0].unit]
-    with styled(look):
-        drawn = [slots(one.records, options.per, types) for one in series]
-        words = _words(series, drawn, alike, len(certificates) - len(alike), look)
-        inches = look.width - 6 * look.text / 72
-        everything = list({slot.name: slot for part in drawn for slot in part}.values())
-        heights = [1.3 * look.panel + label_height(everything, inches, look.ticks)]
-        if alike:
-            bars = (len(alike[0].baselines) + 1) * 1.6 * look.text / 72
-            heights.append((1.3 * look.panel if len(alike) > 1 else bars) + 3.5 * look.text / 72)
-        panel = sum(heights) / len(heights)
-        figure, axes = sheet(look, words, len(heights), 1, panel=panel, ratios=heights, share=False, low=True)
-        _ranks(axes[0], drawn, look)
-        slot_axis(axes[0], everything, inches, look.ticks)
-        axes[0].set_ylabel("rank r")
-        if alike:
-            _kept(axes[1], alike, look, inches)
+    drawn = [slots(one.records, options.per, types) for one in series]
+    words = _words(series, drawn, alike, len(certificates) - len(alike), look)
+    inches = look.width - 6 * look.text / 72
+    everything = list({slot.name: slot for part in drawn for slot in part}.values())
+    heights = [1.3 * look.panel + label_height(everything, inches, look.ticks)]
+    if alike:
+        bars = (len(alike[0].baselines) + 1) * 1.6 * look.text / 72
+        heights.append((1.3 * look.panel if len(alike) > 1 else bars) + 3.5 * look.text / 72)
+    panel = sum(heights) / len(heights)
+    figure, axes = sheet(look, words, len(heights), 1, panel=panel, ratios=heights, share=False, low=True)
+    _ranks(axes[0], drawn, look)
+    slot_axis(axes[0], everything, inches, look.ticks)
+    axes[0].set_ylabel("rank r")
+    if alike:
+        _kept(axes[1], alike, look, inches)
     return figure
 
 

@@ -14,9 +14,10 @@ from matplotlib.patches import Patch
 from lora_diag.decisions.recover.record import Recovery
 from lora_diag.records.names import module_type_of
 from lora_diag.rendering.figures.axes import panel_axes
+from lora_diag.rendering.figures.pages import multiples_of
 from lora_diag.rendering.figures.series import Options, Series
-from lora_diag.rendering.figures.sheet import MAX_PANELS, Key, Words, finish_grid, grid_of, sheet
-from lora_diag.rendering.figures.style import CATEGORIES, QUIET, Look, cropped_all, styled
+from lora_diag.rendering.figures.sheet import MAX_PANELS, Key, Words
+from lora_diag.rendering.figures.style import CATEGORIES, QUIET, Look
 
 ESTIMATE = CATEGORIES[0]
 
@@ -52,8 +53,6 @@ def figure(series: Sequence[Series[Any]], look: Look, options: Options) -> Figur
     for record in found:
         groups.setdefault(module_type_of(record.layer), []).append(record)
     shown = dict(sorted(groups.items(), key=lambda item: -len(item[1]))[:MAX_PANELS])
-    rows, columns = grid_of(len(shown), look)
-    inches = (look.width * 0.97 - 3.4 * look.text / 72) / columns - 1.2 * look.text / 72
     lost = sum(len(one.records) for one in series) - len(found)
     missing = [
         f"{number} {name}"
@@ -69,14 +68,8 @@ def figure(series: Sequence[Series[Any]], look: Look, options: Options) -> Figur
         ),
         keys=_keys(),
     )
-    with styled(look):
-        page, axes = sheet(look, words, rows, columns)
-        titles = cropped_all(list(shown), inches, look.text)
-        for (name, records), ax in zip(shown.items(), axes, strict=False):
-            _draw(ax, records)
-            ax.set_title(titles[name], parse_math=False)
-        finish_grid(axes, len(shown), columns, "rank r", "C(r)")
-    return page
+    panels = {name: (lambda ax, inches, own=records: _draw(ax, own)) for name, records in shown.items()}
+    return multiples_of(panels, words, look, "rank r", "C(r)")
 
 
 def _draw(ax: Axes, records: Sequence[Recovery]) -> None:

@@ -24,7 +24,6 @@ from lora_diag.rendering.figures.style import (
     category,
     cropped,
     log_label,
-    styled,
     width_of,
 )
 
@@ -74,12 +73,11 @@ def _inches(ax: Axes) -> tuple[float, float]:
 def figure(series: Sequence[Series[Any]], look: Look, options: Options) -> Figure:
     """Return the scatter of all adapters, of several runs in colours."""
     points = _points(series)
-    with styled(look):
-        figure, (ax,) = sheet(look, _words(series, points, look), 1, 1)
-        # How high the panel is follows from the text around it: names have the room that is left.
-        _draw(ax, (), look, 1.0, 1.0)
-        figure.draw_without_rendering()
-        _draw(ax, points, look, *_inches(ax))
+    figure, (ax,) = sheet(look, _words(series, points, look), 1, 1)
+    # How high the panel is follows from the text around it: names have the room that is left.
+    _draw(ax, (), look, 1.0, 1.0)
+    figure.draw_without_rendering()
+    _draw(ax, points, look, *_inches(ax))
     return figure
 
 

@@ -19,7 +19,7 @@ from lora_diag.rendering.figures.groups import Types
 from lora_diag.rendering.figures.series import Options, Series
 from lora_diag.rendering.figures.sheet import Key, Words, sheet
 from lora_diag.rendering.figures.strip import Slot, label_height, slot_axis, slots
-from lora_diag.rendering.figures.style import CATEGORIES, INK, Look, styled, wrapped
+from lora_diag.rendering.figures.style import CATEGORIES, INK, Look, wrapped
 
 SUM, APART, EVERY = CATEGORIES[0], CATEGORIES[1], CATEGORIES[2]
 
@@ -61,33 +61,32 @@ def figure(series: Sequence[Series[Any]], look: Look, options: Options) -> Figur
     shown = [(one, shared(one.records)) for one in series]
     shown = [(one, records) for one, records in shown if records]
     types = Types(record.layer for _, records in shown for record in records)
-    with styled(look):
-        drawn = [slots(records, options.per, types) for _, records in shown]
-        inches = look.width - 6 * look.text / 72
-        everything = list({slot.name: slot for part in drawn for slot in part}.values())
-        below = label_height(everything, inches, look.ticks) / (2 * len(shown))
-        heights = [1.25 * look.panel + below, 0.85 * look.panel + below] * len(shown)
-        figure, axes = sheet(
-            look,
-            _words(series, shown, drawn, look),
-            len(heights),
-            1,
-            panel=sum(heights) / len(heights),
-            ratios=heights,
-            share=False,
-            low=True,
-        )
-        for place, ((one, records), part) in enumerate(zip(shown, drawn, strict=True)):
-            ranks, shares = axes[2 * place : 2 * place + 2]
-            _ranks(ranks, part, look)
-            ranks.set_title(wrapped(_finding(one, records), inches, look.text), parse_math=False)
-            ranks.set_ylabel("rank")
-            _shares(shares, part, max(len(record.updates) for record in records), look)
-            shares.set_ylabel("share")
-            for ax in (ranks, shares):
-                slot_axis(ax, part, inches, look.ticks, labels=False)
-                ax.set_xlim(-0.5, len(everything) - 0.5)
-        slot_axis(axes[-1], everything, inches, look.ticks)
+    drawn = [slots(records, options.per, types) for _, records in shown]
+    inches = look.width - 6 * look.text / 72
+    everything = list({slot.name: slot for part in drawn for slot in part}.values())
+    below = label_height(everything, inches, look.ticks) / (2 * len(shown))
+    heights = [1.25 * look.panel + below, 0.85 * look.panel + below] * len(shown)
+    figure, axes = sheet(
+        look,
+        _words(series, shown, drawn, look),
+        len(heights),
+        1,
+        panel=sum(heights) / len(heights),
+        ratios=heights,
+        share=False,
+        low=True,
+    )
+    for place, ((one, records), part) in enumerate(zip(shown, drawn, strict=True)):
+        ranks, shares = axes[2 * place : 2 * place + 2]
+        _ranks(ranks, part, look)
+        ranks.set_title(wrapped(_finding(one, records), inches, look.text), parse_math=False)
+        ranks.set_ylabel("rank")
+        _shares(shares, part, max(len(record.updates) for record in records), look)
+        shares.set_ylabel("share")
+        for ax in (ranks, shares):
+            slot_axis(ax, part, inches, look.ticks, labels=False)
+            ax.set_xlim(-0.5, len(everything) - 0.5)
+    slot_axis(axes[-1], everything, inches, look.ticks)
     return figure
 
 

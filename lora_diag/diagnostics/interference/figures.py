@@ -18,7 +18,7 @@ from lora_diag.records import Agreement
 from lora_diag.rendering.figures.axes import panel_axes
 from lora_diag.rendering.figures.series import Options, Series, by_pair, rank_absent
 from lora_diag.rendering.figures.sheet import Key, Words, sheet
-from lora_diag.rendering.figures.style import CATEGORIES, INK, Look, category, styled
+from lora_diag.rendering.figures.style import CATEGORIES, INK, Look, category
 
 Side = Literal["columns", "rows"]
 SIDES: tuple[tuple[Side, str], ...] = (("columns", "column spaces"), ("rows", "row spaces"))
@@ -71,13 +71,12 @@ def figure(series: Sequence[Series[Any]], look: Look, options: Options) -> Figur
     rank = chosen_rank(everything, options.rank)
     measured = [one for one in pairs if any(str(rank) in record.columns for record in one.records)]
     shown = sorted(measured, key=lambda one: -_overlap(one.records, rank))[: len(CATEGORIES)]
-    with styled(look):
-        figure, axes = sheet(look, _words(pairs, shown, rank, look), 1, 2, panel=1.4 * look.panel)
-        for (side, title), ax in zip(SIDES, axes, strict=True):
-            _draw(ax, shown, side, rank, look)
-            ax.set_title(title)
-            ax.set_xlabel("cosine")
-        axes[0].set_ylabel("share")
+    figure, axes = sheet(look, _words(pairs, shown, rank, look), 1, 2, panel=1.4 * look.panel)
+    for (side, title), ax in zip(SIDES, axes, strict=True):
+        _draw(ax, shown, side, rank, look)
+        ax.set_title(title)
+        ax.set_xlabel("cosine")
+    axes[0].set_ylabel("share")
     return figure
 
 

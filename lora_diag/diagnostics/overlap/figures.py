@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,9 +18,10 @@ from numpy.typing import NDArray
 from lora_diag.diagnostics.overlap.record import Overlap
 from lora_diag.rendering.figures.axes import label_ticks, panel_axes
 from lora_diag.rendering.figures.groups import Types
+from lora_diag.rendering.figures.pages import multiples_of
 from lora_diag.rendering.figures.series import Options, Series, rank_absent
-from lora_diag.rendering.figures.sheet import MAX_PANELS, Key, Words, finish_grid, grid_of, sheet
-from lora_diag.rendering.figures.style import CATEGORIES, INK, QUIET, Look, category, cropped_all, styled
+from lora_diag.rendering.figures.sheet import MAX_PANELS, Key, Words
+from lora_diag.rendering.figures.style import CATEGORIES, INK, QUIET, Look, category
 
 # The measures drawn: name, field, field of the baseline, colour, dashes where colour tells runs apart.
 MEASURES = (
@@ -111,23 +113,21 @@ def figure(series: Sequence[Series[Any]], look: Look, options: Options) -> Figur
     records = [record for one in shown for record in one.records]
     types = Types(record.layer for record in records)
     names = types.names[:MAX_PANELS]
-    rows, columns = grid_of(len(names), look)
-    inches = (look.width * 0.97 - 3.4 * look.text / 72) / columns - 1.2 * look.text / 72
     steps = sorted({record.step for record in records})
     most = max(Counter(types.of(layer) for layer in {record.layer for record in records}).values())
-    with styled(look):
-        words = _words(shown, everything, rank, options.per, len(types.names) - len(names), most, look)
-        figure, axes = sheet(look, words, rows, columns)
-        titles = cropped_all(names, inches, look.text)
-        for name, ax in zip(names, axes, strict=False):
-            parts = [Series(s.label, tuple(r for r in s.records if types.of(r.layer) == name)) for s in shown]
-            _draw(ax, parts, options.per, look)
-            _step_axis(ax, steps, inches, look)
-            ax.set_title(titles[name], parse_math=False)
-        axes[0].set_ylim(0, _top(records))
-        axes[0].yaxis.set_major_locator(MaxNLocator(nbins=4, steps=[1, 2, 5, 10]))
-        finish_grid(axes, len(names), columns, "training step", "share of ‖G‖_F" if rows == 1 else "share")
-    return figure
+    words = _words(shown, everything, rank, options.per, len(types.names) - len(names), most, look)
+
+    def draw(ax: Axes, inches: float, name: str) -> None:
+        parts = [Series(s.label, tuple(r for r in s.records if types.of(r.layer) == name)) for s in shown]
+        _draw(ax, parts, options.per, look)
+        _step_axis(ax, steps, inches, look)
+
+    panels = {name: partial(draw, name=name) for name in names}
+    ylabel = "share of ‖G‖_F" if len(names) <= look.columns else "share"
+    page = multiples_of(panels, words, look, "training step", ylabel)
+    page.axes[0].set_ylim(0, _top(records))
+    page.axes[0].yaxis.set_major_locator(MaxNLocator(nbins=4, steps=[1, 2, 5, 10]))
+    return page
 
 
 def _draw(ax: Axes, series: Sequence[Series[Overlap]], per: str, look: Look | None) -> None:

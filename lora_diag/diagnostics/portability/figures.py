@@ -30,7 +30,6 @@ from lora_diag.rendering.figures.style import (
     Look,
     cropped_all,
     log_label,
-    styled,
     width_of,
     wrapped,
 )
@@ -136,17 +135,16 @@ def figure(series: Sequence[Series[Any]], look: Look, options: Options) -> Figur
     labels = 1.2 * line
     if not _fits(shown, inches, look.ticks):
         labels = max(width_of(name, look.ticks) for name in shown.programs) + 0.4 * line
-    with styled(look):
-        panel = 1.75 * max(len(shown.types), 2) * line + labels + 2.4 * line
-        page, (ax,) = sheet(look, _words(series, shown), 1, 1, panel=panel, low=True)
-        _draw(ax, shown, norm, look.ticks, _NAMES * look.width, inches)
-        if norm is not None:
-            bar = page.colorbar(ScalarMappable(norm, EPSILON), ax=ax, fraction=0.04, pad=0.015)
-            bar.set_label("ε of a wrong weight")
-            bar.outline.set_visible(False)
-            if isinstance(norm, LogNorm) and norm.vmax and norm.vmin and norm.vmax / norm.vmin > 100:
-                bar.ax.yaxis.set_major_formatter(log_label)
-                bar.ax.yaxis.set_minor_formatter("")
+    panel = 1.75 * max(len(shown.types), 2) * line + labels + 2.4 * line
+    page, (ax,) = sheet(look, _words(series, shown), 1, 1, panel=panel, low=True)
+    _draw(ax, shown, norm, look.ticks, _NAMES * look.width, inches)
+    if norm is not None:
+        bar = page.colorbar(ScalarMappable(norm, EPSILON), ax=ax, fraction=0.04, pad=0.015)
+        bar.set_label("ε of a wrong weight")
+        bar.outline.set_visible(False)
+        if isinstance(norm, LogNorm) and norm.vmax and norm.vmin and norm.vmax / norm.vmin > 100:
+            bar.ax.yaxis.set_major_formatter(log_label)
+            bar.ax.yaxis.set_minor_formatter("")
     return page
 
 

@@ -21,7 +21,7 @@ from lora_diag.rendering.figures.groups import Types
 from lora_diag.rendering.figures.series import Options, Series, by_adapter
 from lora_diag.rendering.figures.sheet import Key, Words, sheet
 from lora_diag.rendering.figures.strip import Slot, label_height, slot_axis, slots
-from lora_diag.rendering.figures.style import CATEGORIES, FLOOR, INK, Look, styled, wrapped
+from lora_diag.rendering.figures.style import CATEGORIES, FLOOR, INK, Look, wrapped
 
 RANK, DIRECTION, SCALE = CATEGORIES[0], CATEGORIES[5], CATEGORIES[1]
 
@@ -89,20 +89,19 @@ def figure(series: Sequence[Series[Any]], look: Look, options: Options) -> Figur
     shown = by_adapter(series)
     matrices = [_matrices(one.records) for one in shown]
     types = Types(record.layer for records in matrices for record in records)
-    with styled(look):
-        drawn = [slots(records, options.per, types) for records in matrices]
-        inches = look.width - 5 * look.text / 72
-        everything = list({slot.name: slot for part in drawn for slot in part}.values())
-        below = label_height(everything, inches, look.ticks) / len(shown)
-        panel = 1.25 * look.panel + below
-        page, axes = sheet(look, _words(shown, drawn, look), len(shown), 1, panel=panel, share=False, low=True)
-        for one, part, ax in zip(shown, drawn, axes, strict=True):
-            _draw(ax, part, look)
-            ax.set_title(wrapped(_finding(one), inches, look.text), parse_math=False)
-            ax.set_ylabel("ε²")
-            ax.set_ylim(0, 1.06 * max(1.0, ax.get_ylim()[1] / 1.05))
-            ax.yaxis.set_major_locator(MaxNLocator(nbins=4, steps=[1, 2, 5, 10]))
-            slot_axis(ax, everything, inches, look.ticks, labels=ax is axes[-1])
+    drawn = [slots(records, options.per, types) for records in matrices]
+    inches = look.width - 5 * look.text / 72
+    everything = list({slot.name: slot for part in drawn for slot in part}.values())
+    below = label_height(everything, inches, look.ticks) / len(shown)
+    panel = 1.25 * look.panel + below
+    page, axes = sheet(look, _words(shown, drawn, look), len(shown), 1, panel=panel, share=False, low=True)
+    for one, part, ax in zip(shown, drawn, axes, strict=True):
+        _draw(ax, part, look)
+        ax.set_title(wrapped(_finding(one), inches, look.text), parse_math=False)
+        ax.set_ylabel("ε²")
+        ax.set_ylim(0, 1.06 * max(1.0, ax.get_ylim()[1] / 1.05))
+        ax.yaxis.set_major_locator(MaxNLocator(nbins=4, steps=[1, 2, 5, 10]))
+        slot_axis(ax, everything, inches, look.ticks, labels=ax is axes[-1])
     return page
 
 

@@ -17,7 +17,7 @@ from lora_diag.metrics import energy_curve
 from lora_diag.rendering.figures.axes import panel_axes
 from lora_diag.rendering.figures.fields import changes_of
 from lora_diag.rendering.figures.series import Options, Series
-from lora_diag.rendering.figures.style import Look, styled
+from lora_diag.rendering.figures.style import Look
 
 
 def _shares(record: Spectrum) -> NDArray[np.float64]:
@@ -65,18 +65,17 @@ def figure(series: Sequence[Series[Spectrum]], look: Look, options: Options) -> 
     """Return C(r) by module type, one panel each."""
     of = changes_of(record for one in series for record in one.records)
     total = "Σσ²" if " and " in of else f"‖{of}‖_F²"
-    with styled(look):
-        return small_multiples(
-            series,
-            SHARE,
-            look,
-            options.per,
-            title=f"Energy share C(r) of {of}: what the best adapter of rank r keeps",
-            xlabel="rank r",
-            ylabel="C(r)",
-            formula=f"C(r)\xa0=\xa0(σ₁²\xa0+\xa0…\xa0+\xa0σᵣ²)\xa0/\xa0{total}",
-            scale=_scale,
-        )
+    return small_multiples(
+        series,
+        SHARE,
+        look,
+        options.per,
+        title=f"Energy share C(r) of {of}: what the best adapter of rank r keeps",
+        xlabel="rank r",
+        ylabel="C(r)",
+        formula=f"C(r)\xa0=\xa0(σ₁²\xa0+\xa0…\xa0+\xa0σᵣ²)\xa0/\xa0{total}",
+        scale=_scale,
+    )
 
 
 def _scale(ax: Axes) -> None:

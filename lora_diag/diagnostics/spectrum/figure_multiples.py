@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -16,9 +17,10 @@ from lora_diag.diagnostics.spectrum.figure_panel import draw_series
 from lora_diag.diagnostics.spectrum.record import Spectrum
 from lora_diag.rendering.figures.fields import changes_of, metric_said
 from lora_diag.rendering.figures.groups import Types, by_depth, deepest
+from lora_diag.rendering.figures.pages import multiples_of
 from lora_diag.rendering.figures.series import Series, owner_of
-from lora_diag.rendering.figures.sheet import MAX_PANELS, Key, Words, depth_bar, finish_grid, grid_of, sheet
-from lora_diag.rendering.figures.style import FLOOR, INK, Look, category, cropped_all
+from lora_diag.rendering.figures.sheet import MAX_PANELS, Key, Words, depth_bar
+from lora_diag.rendering.figures.style import FLOOR, INK, Look, category
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,29 +65,23 @@ def small_multiples(
     bands = per == "type" or len(series) > 1
     depths, largest = deepest(record.layer for record in records), largest_rank(records)
     by_color = not bands and depths > 0
-    rows, columns = grid_of(len(shown), look)
-    figure, axes = sheet(
-        look,
-        Words(
-            title,
-            f"{_about(series, records)}{f'; {formula}' if formula else ''}",
-            _notes(shown, records, bands),
-            (*_keys(series, records, largest, bands, look), *keys),
-        ),
-        rows,
-        columns,
+    words = Words(
+        title,
+        f"{_about(series, records)}{f'; {formula}' if formula else ''}",
+        _notes(shown, records, bands),
+        (*_keys(series, records, largest, bands, look), *keys),
     )
-    inches = (look.width * (0.88 if by_color else 0.97) - 3.4 * look.text / 72) / columns - 1.2 * look.text / 72
-    titles = cropped_all([panel.name for panel in shown], inches, look.text)
-    for panel, ax in zip(shown, axes, strict=False):
-        draw_series(ax, panel.series, quantity, MARKED, per, look, depths=depths, largest=largest, inches=inches)
+
+    def draw(ax: Axes, inches: float, of: Sequence[Series[Spectrum]]) -> None:
+        draw_series(ax, of, quantity, MARKED, per, look, depths=depths, largest=largest, inches=inches)
         scale(ax)
         if also:
-            also(ax, [record for one in panel.series for record in one.records])
-        ax.set_title(titles[panel.name], parse_math=False)
-    finish_grid(axes, len(shown), columns, xlabel, ylabel)
+            also(ax, [record for one in of for record in one.records])
+
+    panels = {panel.name: partial(draw, of=panel.series) for panel in shown}
+    figure = multiples_of(panels, words, look, xlabel, ylabel, 0.88 if by_color else 0.97)
     if by_color:
-        depth_bar(figure, axes[: len(shown)], depths, look)
+        depth_bar(figure, figure.axes, depths, look)
     return figure
 
 

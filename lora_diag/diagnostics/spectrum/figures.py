@@ -20,7 +20,7 @@ from lora_diag.rendering.figures.axes import panel_axes
 from lora_diag.rendering.figures.fields import changes_of
 from lora_diag.rendering.figures.series import Options, Series
 from lora_diag.rendering.figures.sheet import Key
-from lora_diag.rendering.figures.style import INK, Look, log_label, styled
+from lora_diag.rendering.figures.style import INK, Look, log_label
 
 # Decades below the largest value that are shown: float32 has no more than seven.
 DECADES = 7
@@ -62,19 +62,18 @@ def spectrum(
 def figure(series: Sequence[Series[Spectrum]], look: Look, options: Options) -> Figure:
     """Return σ_i by module type, one panel each, all on the same axes."""
     everything = tuple(record for one in series for record in one.records)
-    with styled(look):
-        return small_multiples(
-            series,
-            SIGMA,
-            look,
-            options.per,
-            title=f"Singular values σᵢ of {changes_of(everything)}: how fast the update decays",
-            xlabel="index i",
-            ylabel="σᵢ",
-            scale=lambda ax: _scale(ax, everything),
-            also=lambda ax, records: _edge(ax, records, look),
-            keys=_edge_key(everything, look),
-        )
+    return small_multiples(
+        series,
+        SIGMA,
+        look,
+        options.per,
+        title=f"Singular values σᵢ of {changes_of(everything)}: how fast the update decays",
+        xlabel="index i",
+        ylabel="σᵢ",
+        scale=lambda ax: _scale(ax, everything),
+        also=lambda ax, records: _edge(ax, records, look),
+        keys=_edge_key(everything, look),
+    )
 
 
 def _scale(ax: Axes, records: Sequence[Spectrum]) -> None:

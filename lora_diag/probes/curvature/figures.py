@@ -26,7 +26,6 @@ from lora_diag.rendering.figures.style import (
     cropped_all,
     log_label,
     name_of,
-    styled,
     wrapped,
 )
 
@@ -88,23 +87,20 @@ def figure(series: Sequence[Series[Any]], look: Look, options: Options) -> Figur
         inches *= 1 - NAMES
     short = cropped_all(sorted({row.name for row in rows}), NAMES * look.width / columns, look.ticks)
     panel = max(1.9 * look.panel, (len(rows) + 3.5) * 1.55 * look.ticks / 72 if rows else 0)
-    with styled(look):
-        words = _words(series, everything, bool(sets), look)
-        figure, axes = sheet(look, words, -(-number // columns), columns, panel=panel, share=False)
-        for name, ax in zip(sets, axes, strict=False):
-            found = [_bounds(records, name) for _, records in runs]
-            _draw_gaps(ax, found, inches, look)
-            ax.set_title(wrapped(_finding(name, found, _is_bound(everything)), inches, look.text), parse_math=False)
-            ax.set(xlabel="rank r of the update", ylabel="loss gap (nats)")
-        if rows:
-            ax = axes[len(sets)]
-            draw_rows(ax, rows, look, short)
-            ax.set_title(
-                wrapped(title, look.width / columns * (1 - NAMES) - look.text / 72, look.text), parse_math=False
-            )
-            ax.set_xlabel(label)
-        for ax in axes[number:]:
-            ax.remove()
+    words = _words(series, everything, bool(sets), look)
+    figure, axes = sheet(look, words, -(-number // columns), columns, panel=panel, share=False)
+    for name, ax in zip(sets, axes, strict=False):
+        found = [_bounds(records, name) for _, records in runs]
+        _draw_gaps(ax, found, inches, look)
+        ax.set_title(wrapped(_finding(name, found, _is_bound(everything)), inches, look.text), parse_math=False)
+        ax.set(xlabel="rank r of the update", ylabel="loss gap (nats)")
+    if rows:
+        ax = axes[len(sets)]
+        draw_rows(ax, rows, look, short)
+        ax.set_title(wrapped(title, look.width / columns * (1 - NAMES) - look.text / 72, look.text), parse_math=False)
+        ax.set_xlabel(label)
+    for ax in axes[number:]:
+        ax.remove()
     return figure
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,9 +16,10 @@ from lora_diag.probes.fisher.record import Fisher
 from lora_diag.records import Results
 from lora_diag.records.names import module_type_of
 from lora_diag.rendering.figures.axes import panel_axes, rank_axis
-from lora_diag.rendering.figures.losses import loss_axis, measured_axis, panel_width, panels_of
+from lora_diag.rendering.figures.losses import loss_axis, measured_axis
+from lora_diag.rendering.figures.pages import Draw, page_of
 from lora_diag.rendering.figures.series import Options, Series, owner_of, subject_of
-from lora_diag.rendering.figures.sheet import Key, Words, sheet
+from lora_diag.rendering.figures.sheet import Key, Words
 from lora_diag.rendering.figures.style import (
     CATEGORIES,
     INK,
@@ -26,8 +28,6 @@ from lora_diag.rendering.figures.style import (
     category,
     log_label,
     name_of,
-    styled,
-    wrapped,
 )
 
 # The colours and marks of the predictors; Fisher's is the one that the others are compared with.
@@ -70,28 +70,20 @@ def fisher(
 def figure(series: Sequence[Series[Any]], look: Look, options: Options) -> Figure:
     """Return one or two panels a run of correlations, or one of tails where nothing was measured or types are asked."""
     found = [_correlations(one.records) if options.per == "layer" else [] for one in series]
-    panels: list[tuple[Series[Any], list[Correlations], int]] = []
+    types = _types([r for one, known in zip(series, found, strict=True) if not known for r in one.records])
+    panels: list[tuple[str, Draw]] = []
     for one, known in zip(series, found, strict=True):
-        panels.append((one, known, 0))
-        if any(rho[1] is not None for each in known for rho in each.kl.values()):
-            panels.append((one, known, 1))
-    types = _types([record for one, known, _ in panels if not known for record in one.records])
-    rows, columns = panels_of(len(panels), look)
-    inches = panel_width(look, columns)
-    with styled(look):
-        words = _words(series, found, types, look)
-        figure, axes = sheet(look, words, rows, columns, panel=1.9 * look.panel, share=False)
-        for (one, known, place), ax in zip(panels, axes, strict=False):
-            whose = owner_of(one, series)
-            if known:
-                _draw_correlations(ax, known, place, inches, look)
-                ax.set_title(wrapped(f"{whose}{_finding(known, place)}", inches, look.text), parse_math=False)
-            else:
-                _draw_tails(ax, one.records, types, inches, look)
-                ax.set_title(wrapped(one.label if whose else "", inches, look.text), parse_math=False)
-        for ax in axes[len(panels) :]:
-            ax.remove()
-    return figure
+        whose = owner_of(one, series)
+        if not known:
+            panels.append(
+                (one.label if whose else "", partial(_draw_tails, records=one.records, types=types, look=look))
+            )
+            continue
+        within = any(rho[1] is not None for each in known for rho in each.kl.values())
+        for place in (0, 1) if within else (0,):
+            title = f"{whose}{_finding(known, place)}"
+            panels.append((title, partial(_draw_correlations, found=known, place=place, look=look)))
+    return page_of(panels, _words(series, found, types, look), look)
 
 
 def _correlations(records: Sequence[Fisher]) -> list[Correlations]:

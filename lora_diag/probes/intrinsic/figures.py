@@ -14,10 +14,11 @@ from lora_diag.probes.intrinsic.lines import Line, lines, reached
 from lora_diag.probes.intrinsic.record import Intrinsic
 from lora_diag.records import Results
 from lora_diag.rendering.figures.axes import panel_axes
-from lora_diag.rendering.figures.losses import GROUND, levels, limits, loss_axis, panel_width, panels_of, sets_of
+from lora_diag.rendering.figures.losses import GROUND, levels, limits, loss_axis, sets_of
+from lora_diag.rendering.figures.pages import page_of
 from lora_diag.rendering.figures.series import Options, Series, subject_of
-from lora_diag.rendering.figures.sheet import Key, Words, sheet
-from lora_diag.rendering.figures.style import CATEGORIES, INK, QUIET, Look, category, log_label, styled, wrapped
+from lora_diag.rendering.figures.sheet import Key, Words
+from lora_diag.rendering.figures.style import CATEGORIES, INK, QUIET, Look, category, log_label
 
 SUBSPACE, LORA = CATEGORIES[0], CATEGORIES[1]
 # The share that makes the dimension, where no run says which was asked for: the command's default.
@@ -61,20 +62,13 @@ def figure(series: Sequence[Series[Any]], look: Look, options: Options) -> Figur
     found = {name: [_lines(one.records, name) for one in series] for name in every}
     sets = [name for name, runs in found.items() if any(line.subject != "full" for run in runs for line in run)]
     share = float(series[0].run.settings.get("share", SHARE)) if series[0].run else SHARE
-    rows, columns = panels_of(len(sets), look)
-    inches = panel_width(look, columns)
     without = [every[name] for name in every if name not in sets]
-    with styled(look):
-        figure, axes = sheet(
-            look, _words(series, share, without, look), rows, columns, panel=1.9 * look.panel, share=False
-        )
-        for name, ax in zip(sets, axes, strict=False):
-            _draw(ax, found[name], share, look)
-            ax.set_title(wrapped(_finding(every[name], found[name], share), inches, look.text), parse_math=False)
-            ax.set(xlabel="trained parameters", ylabel="share of full's gain")
-        for ax in axes[len(sets) :]:
-            ax.remove()
-    return figure
+    panels = [
+        (_finding(every[name], found[name], share), lambda ax, inches, runs=found[name]: _draw(ax, runs, share, look))
+        for name in sets
+    ]
+    words = _words(series, share, without, look)
+    return page_of(panels, words, look, xlabel="trained parameters", ylabel="share of full's gain")
 
 
 def _lines(records: Sequence[Intrinsic], name: str) -> list[Line]:

@@ -12,12 +12,13 @@ from matplotlib.ticker import MaxNLocator
 
 from lora_diag.records import Probe, Results
 from lora_diag.rendering.figures.axes import panel_axes
-from lora_diag.rendering.figures.losses import limits, one_set, panel_width, panels_of, sets_of
+from lora_diag.rendering.figures.losses import limits, one_set, sets_of
 from lora_diag.rendering.figures.names import short_names
+from lora_diag.rendering.figures.pages import Draw, page_of
 from lora_diag.rendering.figures.ranked import Row, draw_rows, figure_of, highest, run_keys
 from lora_diag.rendering.figures.series import Options, Series, owner_of, subject_of
-from lora_diag.rendering.figures.sheet import Key, Words, sheet
-from lora_diag.rendering.figures.style import CATEGORIES, INK, QUIET, Look, category, styled, wrapped
+from lora_diag.rendering.figures.sheet import Key, Words
+from lora_diag.rendering.figures.style import CATEGORIES, INK, QUIET, Look, category
 
 # Rows of a panel, and lines: more are not told apart.
 ROWS = 24
@@ -103,8 +104,6 @@ def figure(series: Sequence[Series[Any]], look: Look, options: Options) -> Figur
 def depth_figure(series: Sequence[Series[Any]], look: Look, options: Options) -> Figure:
     """Return the distances by depth, one panel a set."""
     sets = sets_of(record for one in series for record in one.records if not lacks_depth([record], options))
-    rows, columns = panels_of(len(sets), look)
-    inches = panel_width(look, columns)
     models = _called(record for one in series for record in one.records)
     by_set = {
         name: [
@@ -115,27 +114,22 @@ def depth_figure(series: Sequence[Series[Any]], look: Look, options: Options) ->
         for name in sets
     }
     names = list(dict.fromkeys(name for lines in by_set.values() for name, _ in lines))
-    with styled(look):
-        about = subject_of(series)
-        words = Words(
-            "Distance of the hidden states from those of the full fine-tune",
-            f"{about}‖h_TUNED − h‖ / ‖h_TUNED − h_BASE‖ over all tokens; BASE is 1, TUNED 0",
-            (
-                "How alike two models are, which is no quality: the loss says which is better."
-                + (f" Not drawn: {len(names) - len(CATEGORIES)} more models." if len(names) > len(CATEGORIES) else ""),
-            ),
-            _keys([(name, ()) for name in names[: len(CATEGORIES)]], look),
-        )
-        figure, axes = sheet(look, words, rows, columns, panel=1.7 * look.panel, share=False)
-        for (name, called), ax in zip(sets.items(), axes, strict=False):
-            found = dict(by_set[name])
-            _draw_depth(ax, [(one, found.get(one, ())) for one in names[: len(CATEGORIES)]], look)
-            ax.set_title(wrapped(called, inches, look.text), parse_math=False)
-            ax.set_xlabel("block (0: embeddings)")
-            ax.set_ylabel("distance")
-        for ax in axes[len(sets) :]:
-            ax.remove()
-    return figure
+    about = subject_of(series)
+    words = Words(
+        "Distance of the hidden states from those of the full fine-tune",
+        f"{about}‖h_TUNED − h‖ / ‖h_TUNED − h_BASE‖ over all tokens; BASE is 1, TUNED 0",
+        (
+            "How alike two models are, which is no quality: the loss says which is better."
+            + (f" Not drawn: {len(names) - len(CATEGORIES)} more models." if len(names) > len(CATEGORIES) else ""),
+        ),
+        _keys([(name, ()) for name in names[: len(CATEGORIES)]], look),
+    )
+    shown = names[: len(CATEGORIES)]
+    panels: list[tuple[str, Draw]] = []
+    for name, called in sets.items():
+        lines = [(one, dict(by_set[name]).get(one, ())) for one in shown]
+        panels.append((called, lambda ax, inches, lines=lines: _draw_depth(ax, lines, look)))
+    return page_of(panels, words, look, height=1.7, xlabel="block (0: embeddings)", ylabel="distance")
 
 
 def _others(records: Iterable[Probe]) -> list[Probe]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -20,14 +21,13 @@ from lora_diag.rendering.figures.losses import (
     limits,
     loss_axis,
     measured_axis,
-    panel_width,
-    panels_of,
     probes,
     sets_of,
 )
+from lora_diag.rendering.figures.pages import Draw, page_of
 from lora_diag.rendering.figures.series import Options, Series, subject_of
-from lora_diag.rendering.figures.sheet import Key, Words, sheet
-from lora_diag.rendering.figures.style import FLOOR, INK, QUIET, Look, category, styled, wrapped
+from lora_diag.rendering.figures.sheet import Key, Words
+from lora_diag.rendering.figures.style import FLOOR, INK, QUIET, Look, category
 
 # BASE is drawn in the panel unless it is so many times further away than the runs are from each other.
 FAR = 8.0
@@ -108,20 +108,13 @@ def sweep(results: Results[Any] | Iterable[Probe], ax: Axes | None = None, *, na
 def figure(series: Sequence[Series[Any]], look: Look, options: Options) -> Figure:
     """Return a panel a set; several sweeps are told apart by colour."""
     sets = sets_of(record for one in series for record in one.records)
-    rows, columns = panels_of(len(sets), look)
-    inches = panel_width(look, columns)
-    with styled(look):
-        figure, axes = sheet(look, _words(series, sets, look), rows, columns, panel=1.9 * look.panel, share=False)
-        for (name, called), ax in zip(sets.items(), axes, strict=False):
-            found = [course(one.records, name, _tolerance(one)) for one in series]
-            _draw(ax, found, inches, look)
-            title = called if len(found) > 1 else _finding(called, found[0])
-            ax.set_title(wrapped(title, inches, look.text), parse_math=False)
-            ax.set_xlabel("rank r" if len(found) > 1 else "rank r, and its learning rate")
-            ax.set_ylabel("loss (nats)")
-        for ax in axes[len(sets) :]:
-            ax.remove()
-    return figure
+    panels: list[tuple[str, Draw]] = []
+    for name, called in sets.items():
+        found = [course(one.records, name, _tolerance(one)) for one in series]
+        title = called if len(found) > 1 else _finding(called, found[0])
+        panels.append((title, partial(_draw, found=found, look=look)))
+    xlabel = "rank r" if len(series) > 1 else "rank r, and its learning rate"
+    return page_of(panels, _words(series, sets, look), look, xlabel=xlabel, ylabel="loss (nats)")
 
 
 def _tolerance(one: Series[Any]) -> float:

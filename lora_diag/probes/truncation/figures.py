@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -17,13 +18,12 @@ from lora_diag.rendering.figures.losses import (
     loss_axis,
     measured_axis,
     one_set,
-    panel_width,
-    panels_of,
     sets_of,
 )
+from lora_diag.rendering.figures.pages import Draw, page_of
 from lora_diag.rendering.figures.series import Options, Series, subject_of
-from lora_diag.rendering.figures.sheet import Key, Words, sheet
-from lora_diag.rendering.figures.style import CATEGORIES, INK, QUIET, Look, category, styled, wrapped
+from lora_diag.rendering.figures.sheet import Key, Words
+from lora_diag.rendering.figures.style import CATEGORIES, INK, QUIET, Look, category
 
 LOSS, ENERGY = CATEGORIES[0], CATEGORIES[1]
 # Of TUNED's change of the loss, what is called nearly all: as in the summary of ``probe truncation``.
@@ -69,25 +69,16 @@ def truncation(results: Results[Any] | Iterable[Probe], ax: Axes | None = None, 
 def figure(series: Sequence[Series[Any]], look: Look, options: Options) -> Figure:
     """Return a panel a set: of one run its losses, of several the share of TUNED's change that each rank keeps."""
     runs = [together(one.records) for one in series]
-    sets = sets_of(record for records in runs for record in records)
-    rows, columns = panels_of(len(sets), look)
     single = len(runs) == 1
-    inches = panel_width(look, columns)
-    with styled(look):
-        figure, axes = sheet(look, _words(series, look), rows, columns, panel=1.9 * look.panel, share=False)
-        for (name, called), ax in zip(sets.items(), axes, strict=False):
-            mine = [[record for record in records if record.set == name] for records in runs]
-            if single:
-                _draw_gaps(ax, mine[0], inches, look)
-                ax.set_title(wrapped(_finding(called, mine[0]), inches, look.text), parse_math=False)
-            else:
-                _draw_shares(ax, mine, inches, look)
-                ax.set_title(wrapped(called, inches, look.text), parse_math=False)
-            ax.set_xlabel("rank r of the update")
-            ax.set_ylabel("loss minus TUNED's (nats)" if single else "share of the change")
-        for ax in axes[len(sets) :]:
-            ax.remove()
-    return figure
+    panels: list[tuple[str, Draw]] = []
+    for name, called in sets_of(record for records in runs for record in records).items():
+        mine = [[record for record in records if record.set == name] for records in runs]
+        if single:
+            panels.append((_finding(called, mine[0]), partial(_draw_gaps, mine=mine[0], look=look)))
+        else:
+            panels.append((called, partial(_draw_shares, runs=mine, look=look)))
+    ylabel = "loss minus TUNED's (nats)" if single else "share of the change"
+    return page_of(panels, _words(series, look), look, xlabel="rank r of the update", ylabel=ylabel)
 
 
 def _draw_gaps(ax: Axes, mine: Sequence[Probe], inches: float, look: Look | None) -> None:

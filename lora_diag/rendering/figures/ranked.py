@@ -13,7 +13,7 @@ from matplotlib.ticker import MaxNLocator
 
 from lora_diag.rendering.figures.series import Series
 from lora_diag.rendering.figures.sheet import Key, Words, sheet
-from lora_diag.rendering.figures.style import CATEGORIES, INK, Look, category, cropped_all, styled, wrapped
+from lora_diag.rendering.figures.style import CATEGORIES, INK, Look, category, cropped_all, wrapped
 
 # Share of a page's width that names may take.
 NAMES = 0.42
@@ -101,12 +101,11 @@ def figure_of(panels: Sequence[tuple[str, Sequence[Row]]], xlabel: str, words: W
     # Where runs share rows, their bars need room beside each other.
     most = max(max(len({row.name for row in some}), 0.6 * len(some)) for _, some in panels)
     panel = max(look.panel, (most + 3.5) * 1.55 * look.ticks / 72)
-    with styled(look):
-        figure, axes = sheet(look, words, rows, columns, panel=panel, share=False, low=True)
-        for (title, some), ax in zip(panels, axes, strict=False):
-            draw_rows(ax, some, look, short)
-            ax.set_title(wrapped(title, inches, look.text), parse_math=False)
-            ax.set_xlabel(xlabel)
-        for ax in axes[len(panels) :]:
-            ax.remove()
+    figure, axes = sheet(look, words, rows, columns, panel=panel, share=False, low=True)
+    for (title, some), ax in zip(panels, axes, strict=False):
+        draw_rows(ax, some, look, short)
+        ax.set_title(wrapped(title, inches, look.text), parse_math=False)
+        ax.set_xlabel(xlabel)
+    for ax in axes[len(panels) :]:
+        ax.remove()
     return figure

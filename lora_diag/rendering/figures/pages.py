@@ -1,0 +1,69 @@
+"""Pages of several panels: of sets or runs, each as wide as a reader needs; of module types, as small multiples."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+from matplotlib.figure import Figure
+
+from lora_diag.rendering.figures.losses import panel_width, panels_of
+from lora_diag.rendering.figures.sheet import Words, finish_grid, grid_of, sheet
+from lora_diag.rendering.figures.style import Look, cropped_all, wrapped
+
+# Draws a panel: ``draw(ax, inches=...)``, on axes that are so many inches wide.
+Draw = Callable[..., object]
+
+
+def page_of(
+    panels: Sequence[tuple[str, Draw]],
+    words: Words,
+    look: Look,
+    *,
+    height: float = 1.9,
+    xlabel: str = "",
+    ylabel: str = "",
+) -> Figure:
+    """Return a page of panels with axes of their own.
+
+    Args:
+        panels: The title of each, and what draws it.
+        words: The text around them.
+        look: The page.
+        height: Least height of a panel over that of the page's small multiples.
+        xlabel: Of all panels; as drawn if empty.
+        ylabel: Of all panels; as drawn if empty.
+    """
+    rows, columns = panels_of(len(panels), look)
+    inches = panel_width(look, columns)
+    figure, axes = sheet(look, words, rows, columns, panel=height * look.panel, share=False)
+    for (title, draw), ax in zip(panels, axes, strict=False):
+        draw(ax, inches=inches)
+        ax.set_title(wrapped(title, inches, look.text), parse_math=False)
+        ax.set(**{name: text for name, text in (("xlabel", xlabel), ("ylabel", ylabel)) if text})
+    for ax in axes[len(panels) :]:
+        ax.remove()
+    return figure
+
+
+def multiples_of(
+    panels: Mapping[str, Draw], words: Words, look: Look, xlabel: str, ylabel: str, width: float = 0.97
+) -> Figure:
+    """Return a page of one panel for each module type, with shared axes.
+
+    Args:
+        panels: What draws the panel of each type.
+        words: The text around them.
+        look: The page.
+        xlabel: Of the panels at the bottom.
+        ylabel: Of the panels at the left.
+        width: Share of the page's width that the panels have.
+    """
+    rows, columns = grid_of(len(panels), look)
+    inches = (look.width * width - 3.4 * look.text / 72) / columns - 1.2 * look.text / 72
+    figure, axes = sheet(look, words, rows, columns)
+    titles = cropped_all(list(panels), inches, look.text)
+    for (name, draw), ax in zip(panels.items(), axes, strict=False):
+        draw(ax, inches=inches)
+        ax.set_title(titles[name], parse_math=False)
+    finish_grid(axes, len(panels), columns, xlabel, ylabel)
+    return figure

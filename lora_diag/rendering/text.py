@@ -199,6 +199,17 @@ def percent(share: float) -> str:
     return f"{share:.1%}" if share < 0.1 or share > 0.99 else f"{share:.0%}"
 
 
+def small_percent(share: float) -> str:
+    """Return a percentage with the digits that tell small ranks apart.
+
+    >>> small_percent(0.00390625), small_percent(0.25), small_percent(1.0)
+    ('0.391%', '25.0%', '100%')
+    """
+    if share < 1e-4 or share == 1:
+        return percent(share)
+    return f"{share * 100:.3f}%" if share < 0.1 else f"{share:.1%}"
+
+
 def count(value: int) -> str:
     """Return a count in words that fit a column.
 
@@ -274,6 +285,10 @@ FORMS: Mapping[str, Callable[[float], str]] = {
     "factor": factor,
     "signed": signed,
     "small": small_share,
+    "small_percent": small_percent,
+    "bytes": lambda value: byte_count(int(value)),
+    "speed": lambda value: f"{byte_count(round(value))}/s",
+    "time": lambda value: "<1 s" if value < 1 else duration(value),
     "times": lambda value: f"{value:.2f}" if abs(value) < 100 else f"{value:.0f}",
 }
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from lora_diag.records.base import Record
+from lora_diag.records.shown import Shown
 
 
 class PlanType(Record):
@@ -19,6 +20,11 @@ class PlanType(Record):
         targeted: Whether LoRA is put on them.
     """
 
+    shown: ClassVar[tuple[Shown, ...]] = (
+        Shown("matrices", "n", "matrices", main=True, form="d"),
+        Shown("shape", "shape", "rows × columns, out × in", main=True),
+        Shown("params", "full", "what full fine-tuning trains", main=True, form="count"),
+    )
     name: str
     shape: tuple[int, int]
     matrices: int
@@ -39,6 +45,16 @@ class PlanRank(Record):
         flops: Multiply-adds per token that the unmerged adapter adds / those of the model's matrices.
     """
 
+    shown: ClassVar[tuple[Shown, ...]] = (
+        Shown("params", "trains", "parameters", main=True, form="count"),
+        Shown("of_model", "of model", "share of the model's parameters", main=True, form="small_percent"),
+        Shown("rho", "ρ", "share of the targeted matrices' entries", main=True, form="small_percent"),
+        Shown("flops", "+ FLOPs", "that the unmerged adapter adds", main=True, form="small_percent"),
+        Shown("bytes.adamw", "AdamW", "weights, gradients and state", main=True, form="bytes"),
+        Shown("bytes.adamw8bit", "8-bit Adam", "weights, gradients and state", main=True, form="bytes"),
+        Shown("bytes.sgd", "SGD", "weights and gradients", main=True, form="bytes"),
+        Shown("bytes.sgd_momentum", "SGD+momentum", "weights, gradients and state", main=True, form="bytes", drop=1),
+    )
     rank: int
     params: int
     rho: float
@@ -106,11 +122,20 @@ class PlanCost(Record):
         bytes: Read from both sides; null if the dtype is not known.
     """
 
+    shown: ClassVar[tuple[Shown, ...]] = (
+        Shown("core_seconds", "core time", "of all cores", main=True, form="time"),
+        Shown("speed", "one reads", "bytes that one machine reads in a second", terminal=True, form="speed"),
+    )
     top: int | None
     core_seconds: float
     longest: float
     seconds: dict[int, float]
     bytes: int | None
+
+    @property
+    def speed(self) -> float | None:
+        """Bytes that one machine reads in a second; None if the dtype is not known."""
+        return None if self.bytes is None else self.bytes / self.seconds[1]
 
 
 class PlanRule(Record):

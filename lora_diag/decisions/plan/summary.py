@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
-
-from rich.console import Group
-from rich.table import Table
+from collections.abc import Sequence
+from functools import partial
 
 from lora_diag.decisions.plan.capacity import LORA_RATE, RATE_SOURCE
-from lora_diag.decisions.plan.record import Plan, PlanCapacity, PlanFit, PlanRank, PlanRates, PlanRule, PlanType
-from lora_diag.rendering.columns import Column, table_of
-from lora_diag.rendering.statements import Statement, say, summary_of
-from lora_diag.rendering.text import byte_count, count, duration, percent, safe, short, to_text
-
-# Optimizers by their column.
-_OPTIMIZERS = {"AdamW": "adamw", "8-bit Adam": "adamw8bit", "SGD": "sgd", "SGD+momentum": "sgd_momentum"}
+from lora_diag.decisions.plan.record import (
+    Plan,
+    PlanCapacity,
+    PlanCost,
+    PlanFit,
+    PlanRank,
+    PlanRates,
+    PlanRule,
+    PlanType,
+)
+from lora_diag.records.shown import Shown
+from lora_diag.rendering.columns import Grid
+from lora_diag.rendering.statements import Statement, say
+from lora_diag.rendering.tables import Rows, grid_of, grids_table
+from lora_diag.rendering.text import byte_count, percent, safe, short
 
 
 def plan_table(plan: Plan, width: int = 80, color: bool = False, then: str | None = None) -> str:
@@ -30,71 +35,65 @@ def plan_table(plan: Plan, width: int = 80, color: bool = False, then: str | Non
     Returns:
         Lines of text, without a newline at the end.
     """
-    told = summary_of(_lines(plan), then)
-    tables = [_types(plan, width), _ranks(plan, width), *([_costs(plan, width)] if plan.costs else [])]
-    return to_text(Group(*tables, told), width, color)
+    grids = [_types(plan), _ranks(plan), *([_costs(plan)] if plan.costs else [])]
+    return grids_table(grids, _lines(plan), width, color, then)
 
 
-def _types(plan: Plan, width: int) -> Table:
-    rows = sorted(plan.types, key=lambda row: not row.targeted)
-
-    def column(title: str, cell: Callable[[PlanType], str], drop: int = 0) -> Column:
-        return Column(title, tuple(map(cell, rows)), drop=drop)
-
-    def lora(place: int, rank: int) -> Column:
-        drop = 6 - place if place else 0
-        return column(f"r={rank}", lambda row: count(rank * row.per_rank) if row.targeted else "-", drop)
-
-    # ρ = r(d_in + d_out)/(d_in·d_out) is r times this.
-    columns = [
-        column("n", lambda row: str(row.matrices)),
-        column("shape", lambda row: "×".join(map(str, row.shape))),
-        column("full", lambda row: count(row.params)),
-        *(lora(place, each.rank) for place, each in enumerate(plan.ranks[:6])),
-        column(f"ρ at r={plan.ranks[0].rank}", lambda row: _rho(row, plan.ranks[0].rank)),
-    ]
-    return table_of("module type", [short(row.name) for row in rows], columns, width)
-
-
-def _rho(row: PlanType, rank: int) -> str:
-    return _percent(rank * row.per_rank / row.params) if row.targeted else "-"
+def _types(plan: Plan) -> Grid:
+    first = plan.ranks[0].rank
+    ranks = (
+        Shown(
+            "per_rank",
+            f"r={each.rank}",
+            "what LoRA trains",
+            main=True,
+            form="count",
+            pool=partial(_lora, rank=each.rank),
+            drop=6 - place if place else 0,
+        )
+        for place, each in enumerate(plan.ranks[:6])
+    )
+    pool = partial(_rho, rank=first)
+    share = Shown("per_rank", f"ρ at r={first}", "share", main=True, form="small_percent", pool=pool)
+    rows = [(short(row.name), [row]) for row in sorted(plan.types, key=lambda row: not row.targeted)]
+    return grid_of([*PlanType.shown, *ranks, share], rows, "module type")
 
 
-def _memory_column(plan: Plan, title: str, key: str) -> Column:
-    return _column(title, byte_count(plan.full_bytes[key]), plan.ranks, lambda row: byte_count(row.bytes[key]))
+def _lora(rows: Sequence[PlanType], rank: int) -> int | None:
+    """Return what LoRA of a rank trains of a type; None where it is not put on it."""
+    return rank * rows[0].per_rank if rows[0].targeted else None
 
 
-def _ranks(plan: Plan, width: int) -> Table:
-    columns = [
-        _column("trains", count(plan.params), plan.ranks, lambda row: count(row.params)),
-        _column("of model", "100%", plan.ranks, lambda row: _percent(row.of_model)),
-        _column("ρ", "-", plan.ranks, lambda row: _percent(row.rho)),
-        _column("+ FLOPs", "-", plan.ranks, lambda row: _percent(row.flops)),
-        *(_memory_column(plan, title, key) for title, key in _OPTIMIZERS.items()),
-    ]
-    names = ["full fine-tune", *(f"LoRA r={row.rank}" for row in plan.ranks)]
-    columns[-1] = replace(columns[-1], drop=1)
-    return table_of("", names, columns, width)
+def _rho(rows: Sequence[PlanType], rank: int) -> float | None:
+    """Return ρ = r(d_in + d_out)/(d_in·d_out); None where LoRA is not put on the type."""
+    return rank * rows[0].per_rank / rows[0].params if rows[0].targeted else None
 
 
-def _costs(plan: Plan, width: int) -> Table:
-    columns = [Column("core time", tuple(_time_of(each.core_seconds) for each in plan.costs))]
-    for machines in plan.costs[0].seconds:
-        title = "this machine" if machines == 1 else f"{machines} such"
-        columns.append(Column(title, tuple(_time_of(each.seconds[machines]) for each in plan.costs)))
-    if plan.costs[0].bytes is not None:
-        speeds = (f"{byte_count(round((each.bytes or 0) / each.seconds[1]))}/s" for each in plan.costs)
-        columns.append(Column("one reads", tuple(speeds)))
-    names = ["all values" if each.top is None else f"--top {each.top}" for each in plan.costs]
-    return table_of("loradiag spectrum", names, columns, width)
+def _ranks(plan: Plan) -> Grid:
+    full = {"params": plan.params, "of_model": 1.0, "bytes": plan.full_bytes}
+    rows: Rows = [("full fine-tune", [full]), *((f"LoRA r={row.rank}", [row]) for row in plan.ranks)]
+    return grid_of(PlanRank.shown, rows, "")
 
 
-def _time_of(seconds: float) -> str:
-    return "<1 s" if seconds < 1 else duration(seconds)
+def _costs(plan: Plan) -> Grid:
+    machines = (
+        Shown(
+            "core_seconds",
+            "this machine" if n == 1 else f"{n} such",
+            "time",
+            main=True,
+            form="time",
+            pool=partial(_seconds, machines=n),
+        )
+        for n in plan.costs[0].seconds
+    )
+    rows = [("all values" if each.top is None else f"--top {each.top}", [each]) for each in plan.costs]
+    core, speed = PlanCost.shown
+    return grid_of([core, *machines, speed], rows, "loradiag spectrum")
 
 
-def _column(title: str, full: str, ranks: Sequence[PlanRank], cell: Callable[[PlanRank], str]) -> Column:
-    return Column(title, (full, *map(cell, ranks)))
+def _seconds(rows: Sequence[PlanCost], machines: int) -> float:
+    return rows[0].seconds[machines]
 
 
 def _lines(plan: Plan) -> list[Statement]:
@@ -185,12 +184,3 @@ def _fit(plan: Plan, fit: PlanFit) -> list[str]:
     if fit.listed is not None and fit.doubled:
         lines.append(f"the rest doubles it to r={2 * fit.listed} in {fit.doubled} of {fit.blocks} blocks")
     return [*lines, "where the rest keeps most is what loradiag allocate computes from a pilot's spectrum"]
-
-
-def _percent(share: float) -> str:
-    """Return a share with the digits that tell small ranks apart.
-
-    >>> _percent(0.00390625), _percent(0.25)
-    ('0.391%', '25.0%')
-    """
-    return percent(share) if share < 1e-4 else f"{share * 100:.3f}%" if share < 0.1 else f"{share:.1%}"

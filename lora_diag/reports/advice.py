@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from statistics import median
 
-from lora_diag.decisions.allocate.allocation import Budget, allocate
+from lora_diag.decisions.allocate.allocation import Budget, allocate, budget_of
 from lora_diag.decisions.allocate.options import AllocateOptions
 from lora_diag.decisions.allocate.record import Allocation
 from lora_diag.diagnostics.spectrum.record import Spectrum
@@ -398,12 +398,11 @@ def _again(run: Run, evidence: Evidence) -> tuple[str, ...] | None:
     settings = run.settings
     if isinstance(settings.get("weights"), Mapping):
         return None
-    option, _, amount = str(settings["budget"]).partition(" ")
     given = next((side.path for side in run.inputs if side.role == "results" and side.path), None)
     return command(
         "allocate",
         given or _spectrum_file(evidence),
-        **{option.removeprefix("--").replace("-", "_"): amount},
+        **budget_of(settings),
         **{name: value for name, value in typed(AllocateOptions, settings).items() if name != "energy"},
         o="adapter_config.json",
     )

@@ -36,6 +36,7 @@ def report(
 
     Example: loradiag report spectrum.jsonl residual.jsonl -o report.html
     """
+    from lora_diag.reports.run import format_of
     from lora_diag.reports.run import report as make
 
     if project is not None and to is None:
@@ -57,14 +58,10 @@ def report(
     if output is None and isinstance(made, str):
         result(made.rstrip("\n"))
     elif output is not None and not quiet:
-        message(f"{shlex.quote(str(output))}: {_size(output)}{_how(output, made)}")
+        how = ", opens in any browser without a network" if format_of(output, format) == "html" else ""
+        message(f"{shlex.quote(str(output))}: {_size(output)}{how}")
 
 
 def _size(path: Path) -> str:
     size = path.stat().st_size
     return f"{size / 1e6:.1f} MB" if size >= 1e6 else f"{size / 1e3:.0f} kB"
-
-
-def _how(output: Path, made: str | bytes) -> str:
-    page = isinstance(made, str) and made.startswith("<!doctype html>")
-    return ", opens in any browser without a network" if page else ""

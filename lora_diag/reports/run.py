@@ -53,7 +53,7 @@ def report(
     output, format, overwrite, values = (given[name] for name in ("output", "format", "overwrite", "values"))
     if not results:
         raise UsageError("no results: give one results file or more")
-    wanted = _format_of(output, format)
+    wanted = format_of(output, format)
     render, kind = _RENDERERS[wanted]
     if values and wanted not in _TABLES:
         raise UsageError(f"--values: --format {wanted} has no rows; use {' or '.join(_TABLES)}")
@@ -103,7 +103,12 @@ FORMATS = tuple(_RENDERERS)
 _TABLES = ("csv", "parquet")
 
 
-def _format_of(output: Path | str | None, format: str | None) -> str:
+def format_of(output: Path | str | None, format: str | None) -> str:
+    """Return the format of a report: as given, else by the suffix of its file.
+
+    Raises:
+        UsageError: The format is not known.
+    """
     suffix = Path(output).suffix.lower() if output is not None else ".html"
     found = format or SUFFIXES.get(suffix)
     if found is None:

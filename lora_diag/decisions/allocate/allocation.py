@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -55,6 +56,16 @@ class Budget:
     def told(self, cost: int) -> float:
         """Return a cost in the unit of the budget."""
         return cost * self.bytes_per_param if self.unit == "bytes" else float(cost)
+
+
+def budget_of(settings: Mapping[str, Any]) -> dict[str, str]:
+    """Return the option of a run's budget by its name, such as ``{"params": "40k"}``.
+
+    Args:
+        settings: Of the run record, in which ``budget`` is ``Budget.option``.
+    """
+    option, _, amount = str(settings["budget"]).partition(" ")
+    return {option.removeprefix("--").replace("-", "_"): amount}
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,7 @@ def _block(results: Results[Any]) -> str:
         found = [verdict for verdict in verdicts_of(results) if verdict.rule == rule]
         counts = Counter(verdict.status for verdict in found)
         came_to = ", ".join(f"{number} {status}" for status, number in counts.items())
-        lines.append(f"| {cell(rule)} | {cell(found[0].allowed.partition(' (')[0])} | {came_to} |")
+        lines.append(f"| {cell(rule)} | {cell(found[0].condition)} | {came_to} |")
     return "\n".join(lines)
 
 

@@ -46,6 +46,19 @@ class Verdict(WholeRecord):
     line: int | None = None
 
     @property
+    def condition(self) -> str:
+        """``allowed`` without what stands behind it in brackets."""
+        return self.allowed.partition(" (")[0]
+
+    @property
+    def limit(self) -> float | None:
+        """The number at the end of the condition; None where it ends in a word."""
+        try:
+            return float(self.condition.rpartition(" ")[2])
+        except ValueError:
+            return None
+
+    @property
     def blocks(self) -> bool:
         """Whether it keeps a gate from passing: a warning never does."""
         return self.severity == "error" and self.status in {"failed", "inconclusive"}

@@ -51,20 +51,12 @@ def measured(verdict: Verdict) -> str:
         return "-"
     if isinstance(verdict.measured, str):
         return safe(verdict.measured)
-    brief, value = number(verdict.measured), verdict.measured
-    limit = _as_number(verdict.allowed.partition(" (")[0].rpartition(" ")[2])
+    brief, value, limit = number(verdict.measured), verdict.measured, verdict.limit
     return brief if limit is None or _side(float(brief), limit) == _side(value, limit) else f"{value:.9g}"
 
 
 def _side(value: float, limit: float) -> int:
     return (value > limit) - (value < limit)
-
-
-def _as_number(text: str) -> float | None:
-    try:
-        return float(text)
-    except ValueError:
-        return None
 
 
 def place(verdict: Verdict) -> str:

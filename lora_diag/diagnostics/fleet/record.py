@@ -90,6 +90,11 @@ class Fleet(LayerRecord):
         return self.adapter
 
     @property
+    def family(self) -> str:
+        """What the adapter is, without its rank and scale: ``kind`` up to the first comma."""
+        return self.kind.partition(",")[0]
+
+    @property
     def mean_rank_99(self) -> float | None:
         """``total_rank_99`` over ``modules``; None without any."""
         return self.total_rank_99 / self.modules if self.modules else None

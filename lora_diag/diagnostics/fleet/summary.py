@@ -123,7 +123,7 @@ def fleet_lines(results: Results[Fleet], pairs: Sequence[Alike]) -> list[Stateme
     records = list(results)
     lines: list[Statement] = []
     if records:
-        kinds = Counter(record.kind.partition(",")[0] for record in records)
+        kinds = Counter(record.family for record in records)
         told = ", ".join(f"{number_of} {safe(kind)}" for kind, number_of in kinds.most_common(_NAMED))
         lines += [
             say("adapters", "Adapters", f"{len(records)}: {told}"),

@@ -1,19 +1,37 @@
 """Tables derive from what records declare: values, formats, what stands around them, and who is left out first."""
 
 import math
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.console import Group
 
 from lora_diag import catalog
 from lora_diag.diagnostics.interference.record import Interference, pooled_cosine
 from lora_diag.records.base import LayerRecord
 from lora_diag.records.shown import POOLS, Shown, pooled_value
 from lora_diag.rendering.columns import Column, table_of
-from lora_diag.rendering.tables import columns_of
-from lora_diag.rendering.text import FORMS, written
+from lora_diag.rendering.tables import columns_of, grid_of
+from lora_diag.rendering.text import FORMS, to_text, written
+
+
+@dataclass(frozen=True, slots=True)
+class Seeds:
+    """A row that is no record."""
+
+    shown: ClassVar[tuple[Shown, ...]] = (
+        Shown("mean", "mean", "", main=True, form=".2f"),
+        Shown("values", "min to max", "", main=True, form=".2f", pool="ends"),
+    )
+    name: str
+    values: tuple[float, ...]
+
+    @property
+    def mean(self) -> float:
+        return sum(self.values) / len(self.values)
 
 
 class Made(LayerRecord):
@@ -55,6 +73,37 @@ def test_empty_column_stays_only_where_it_is_main():
     row = [Made(value=None)]
     assert cells(Shown("value", "v", "", main=True), row) == ["-"]
     assert cells(Shown("value", "v", "", terminal=True), row) is None
+
+
+def test_rows_of_dataclasses_and_mappings_share_columns():
+    rows = [("BASE", [{"mean": 1.0}]), *((one.name, [one]) for one in (Seeds("a", (0.5, 0.25)), Seeds("b", (-1, 2))))]
+    grid = grid_of(Seeds.shown, rows, "run", more=[Column("said", ("x", "y", "z"))])
+    assert (grid.title, grid.names) == ("run", ("BASE", "a", "b"))
+    assert [(column.title, *map(str, column.cells)) for column in grid.columns] == [
+        ("mean", "1.00", "0.38", "0.50"),
+        ("min to max", "-", "0.25-0.50", "-1.00 to 2.00"),
+        ("said", "x", "y", "z"),
+    ]
+    assert {column.justify for column in grid.columns} == {"right"}
+
+
+def test_module_types_say_how_many_layers_they_have():
+    shown = Shown("value", "v", "", main=True)
+    rows = [("q_proj", [Made(), Made()]), ("k_proj", [Made()])]
+    assert [c.cells for c in grid_of([shown], rows, "type").columns] == [("2", "1"), ("0.5", "0.5")]
+    assert grid_of([shown], rows, "type").title == "module type"
+    assert [c.title for c in grid_of([shown], rows, "layer").columns] == ["v"]
+
+
+def test_terminal_shows_the_first_rows_and_counts_the_others():
+    grid = replace(
+        grid_of([Shown("value", "v", "", main=True)], [(f"l{i}", [Made()]) for i in range(5)], "layer"), most=2
+    )
+    text = to_text(Group(*grid.shown(40)), 40, False)
+    assert "l1" in text
+    assert "l2" not in text
+    assert "and 3 more" in text
+    assert len(grid.rows()) == 5
 
 
 def test_errors_and_chance_stand_around_value():

@@ -170,5 +170,5 @@ def test_unfinished_run_is_shown_as_far_as_it_got():
 
 
 def test_every_probe_with_table_has_section():
-    commands = {feature.name for feature in features() if feature.table and feature.name.startswith("probe ")}
+    commands = {feature.name for feature in features() if feature.statements and feature.name.startswith("probe ")}
     assert commands == {feature.name for feature in features() if feature.section and feature.name.startswith("probe ")}

@@ -1,7 +1,7 @@
 """Blocks of GGUF's quantized types → numbers, and the distances between storable numbers.
 
-In all of them but MXFP4, a value is ``d · q − m`` with an integer code q, and d and m of the block or of one of its
-groups; in MXFP4 it is a 4-bit float times a power of two. Every function takes blocks ``(n, size)`` of uint8.
+A value is ``d · q − m`` with an integer code q, and d and m of the block or of one of its groups; in IQ4 it is
+``d · table[q]``, and in MXFP4 a 4-bit float times a power of two. Every function takes blocks ``(n, size)`` of uint8.
 
 Reference: ``ggml-quants.c`` of llama.cpp; ``gguf.quants`` 0.19, with which the tests compare every type.
 """
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
+from lora_diag.checkpoints.bitsandbytes import gaps
 from lora_diag.checkpoints.packing import e8m0, fp4_steps, fp4_values
 
 if TYPE_CHECKING:
@@ -33,6 +34,9 @@ class Codec:
     steps: Callable[[torch.Tensor], torch.Tensor]
     scales: Callable[[torch.Tensor], torch.Tensor] | None = None
 
+
+# Values of the 4-bit codes of IQ4.
+IQ4 = (-127.0, -104.0, -83.0, -65.0, -49.0, -35.0, -22.0, -10.0, 1.0, 13.0, 25.0, 38.0, 53.0, 69.0, 89.0, 113.0)
 
 # Codes ``(n, groups, width)``, and d and m of every group, ``(n, groups, 1)``; m is None where it is 0.
 Parts = Callable[["torch.Tensor"], tuple["torch.Tensor", "torch.Tensor", "torch.Tensor | None"]]
@@ -152,6 +156,40 @@ def _q6_k(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
     return codes, (half(blocks, 208) * scales)[:, :, None], None
 
 
+def _iq4_nl(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """D and 16 bytes of codes in a table, low halves first: codes, and d of the block."""
+    return _shifted(blocks[:, 2:], 4, 2, 16).reshape(-1, 1, 32), half(blocks, 0)[:, None]
+
+
+def _iq4_xs(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """As IQ4_NL, with 6-bit scales less 32 per group of 32: two high bits each in 2 bytes, four low ones in 4."""
+    high = _shifted(blocks[:, 2:4], 2, 4, 1).reshape(-1, 8)
+    low = _shifted(blocks[:, 4:8], 4, 2, 1).reshape(-1, 8)
+    codes = _shifted(blocks[:, 8:], 4, 2, 16).reshape(-1, 8, 32)
+    return codes, (half(blocks, 0) * ((low | high << 4) - 32).float())[:, :, None]
+
+
+def _in_table(
+    parts: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]],
+    of_table: Callable[[torch.Tensor], torch.Tensor],
+    blocks: torch.Tensor,
+) -> torch.Tensor:
+    """Return what a function of the table of IQ4 gives for every code, times d."""
+    import torch
+
+    codes, d = parts(blocks)
+    found = of_table(torch.tensor(IQ4))[codes]
+    return (d.abs() if of_table is gaps else d).mul(found).reshape(len(blocks), codes.shape[1] * codes.shape[2])
+
+
+def _table_codec(parts: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]) -> Codec:
+    return Codec(partial(_in_table, parts, _same), partial(_in_table, parts, gaps))
+
+
+def _same(table: torch.Tensor) -> torch.Tensor:
+    return table
+
+
 def _mxfp4(table: Callable[[torch.Tensor], torch.Tensor], blocks: torch.Tensor) -> torch.Tensor:
     """An exponent and 16 bytes of 4-bit floats, low halves first."""
     codes = _shifted(blocks[:, 1:], 4, 2, 16).reshape(-1, 32)
@@ -175,5 +213,7 @@ CODECS: dict[str, Codec] = {
     "Q4_K": _codec(_q4_k),
     "Q5_K": _codec(_q5_k),
     "Q6_K": _codec(_q6_k),
+    "IQ4_NL": _table_codec(_iq4_nl),
+    "IQ4_XS": _table_codec(_iq4_xs),
     "MXFP4": Codec(partial(_mxfp4, fp4_values), partial(_mxfp4, fp4_steps)),
 }

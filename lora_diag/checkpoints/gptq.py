@@ -182,9 +182,13 @@ def _added(source: Checkpoint, awq: bool, config: Mapping[str, Any]) -> int:
             raise InputError(f"{source.path}: is AWQ of version {version!r}; only gemm is read; {_OUT}")
         return 0
     kind = str(config.get("checkpoint_format", "gptq")).lower()
-    if kind not in FORMATS or not config:
-        problem = f"in the format {kind!r}" if config else "without quantization_config in config.json"
-        raise InputError(f"{source.path}: is GPTQ {problem}; gptq and gptq_v2 are read, which count zero points apart")
+    if not config:
+        raise InputError(
+            f"{source.path}: is GPTQ without quantization_config, whose checkpoint_format tells how zero points are "
+            "stored; copy config.json of the model beside it"
+        )
+    if kind not in FORMATS:
+        raise InputError(f"{source.path}: is GPTQ in the format {kind!r}; gptq and gptq_v2 are read; {_OUT}")
     return FORMATS[kind]
 
 

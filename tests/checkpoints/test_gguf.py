@@ -146,9 +146,9 @@ def test_gguf_of_random_damage_gives_a_message_or_opens(file, tmp_path):
 
 
 def test_gguf_type_without_a_codec_is_refused_by_name(tmp_path):
-    content = header(tensor(b"w", [32], 20, 0), tensors=1)
-    (tmp_path / "m.gguf").write_bytes(content + bytes(-len(content) % 32 + 18))
+    content = header(tensor(b"w", [256], 21, 0), tensors=1)
+    (tmp_path / "m.gguf").write_bytes(content + bytes(-len(content) % 32 + 110))
     opened = GgufFile(tmp_path / "m.gguf")
-    assert opened.tensors["w"].stored == "iq4_nl"
-    with pytest.raises(InputError, match="w is stored as IQ4_NL, which is not decoded"):
-        opened.read("w", 0, 32)
+    assert opened.tensors["w"].stored == "iq3_s"
+    with pytest.raises(InputError, match="w is stored as IQ3_S, which is not decoded"):
+        opened.read("w", 0, 256)

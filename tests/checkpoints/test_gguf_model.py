@@ -38,7 +38,7 @@ def test_codec_gives_the_library_s_numbers(name):
 GROUPS = {"Q2_K": 16, "Q3_K": 16, "Q6_K": 16}
 
 
-@pytest.mark.parametrize("name", [name for name in CODECS if name != "MXFP4"])
+@pytest.mark.parametrize("name", [name for name in CODECS if not name.startswith(("MX", "IQ"))])
 def test_codec_steps_are_the_smallest_gaps_of_a_group(name):
     """In units of the step, values differ by whole numbers, and by 1 somewhere."""
     blocks, values = blocks_of(name)
@@ -53,16 +53,21 @@ def test_codec_steps_are_the_smallest_gaps_of_a_group(name):
     assert ordered[ordered > 0].min() == 1
 
 
-def test_mxfp4_steps_reach_the_farther_neighbour():
-    codes = np.arange(16, dtype=np.uint8)
-    blocks = np.concatenate([[130], codes]).astype(np.uint8)[None]
-    values = gguf.quants.dequantize(blocks, gguf.GGMLQuantizationType.MXFP4).reshape(-1)
-    grid = np.unique(np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])) * 8
-    expected = []
-    for value in np.abs(values):
-        at = int(np.flatnonzero(grid == value)[0])
-        expected.append(max(np.diff(grid)[max(0, at - 1) : at + 1]))
-    np.testing.assert_array_equal(CODECS["MXFP4"].steps(torch.from_numpy(blocks)).numpy()[0], expected)
+@pytest.mark.parametrize("name", ["IQ4_NL", "IQ4_XS", "MXFP4"])
+def test_steps_of_tables_reach_the_farther_neighbour(name):
+    """Between the sorted values that a group holds, of which random codes leave none out."""
+    blocks, values = blocks_of(name, 600)
+    steps = CODECS[name].steps(torch.from_numpy(blocks)).numpy()
+    groups = 0
+    for row, found in zip(values.reshape(-1, 32), steps.reshape(-1, 32), strict=True):
+        held = np.unique(row)
+        if len(held) < (15 if name == "MXFP4" else 16):  # 0 and -0 are one
+            continue
+        groups += 1
+        gap = np.diff(held)
+        farther = np.maximum(np.append(0, gap), np.append(gap, 0))
+        np.testing.assert_allclose(found, farther[np.searchsorted(held, row)], rtol=1e-6)
+    assert groups > 10
 
 
 def permuted(weight, heads):

@@ -23,13 +23,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from lora_diag.checkpoints.packing import (
     RowWeight,
-    e8m0,
     fp4_steps,
     fp4_values,
     read_rows,
     require,
     unpack,
 )
+from lora_diag.checkpoints.scaled import e8m0
 from lora_diag.checkpoints.tensors import FLOAT_DTYPES, Checkpoint, TensorInfo
 from lora_diag.errors import InputError
 

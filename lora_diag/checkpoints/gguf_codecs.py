@@ -14,7 +14,8 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from lora_diag.checkpoints.bitsandbytes import gaps
-from lora_diag.checkpoints.packing import e8m0, fp4_steps, fp4_values
+from lora_diag.checkpoints.packing import fp4_steps, fp4_values
+from lora_diag.checkpoints.scaled import e8m0
 
 if TYPE_CHECKING:
     import torch

@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from lora_diag.checkpoints.packing import RowWeight, e8m0, fp4_steps, fp4_values, require, unpack
+from lora_diag.checkpoints.packing import RowWeight, fp4_steps, fp4_values, require, unpack
+from lora_diag.checkpoints.scaled import e8m0
 from lora_diag.checkpoints.tensors import FLOAT_DTYPES, Checkpoint, TensorInfo
 from lora_diag.errors import InputError
 

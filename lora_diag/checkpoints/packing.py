@@ -5,7 +5,6 @@ Functions from codes to values are pure, so that a format is read, and tested, a
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -100,14 +99,6 @@ def fp4_steps(codes: torch.Tensor) -> torch.Tensor:
     import torch
 
     return gaps(torch.tensor(FP4))[codes]
-
-
-def e8m0(exponents: torch.Tensor) -> torch.Tensor:
-    """Return the powers of two that 8-bit exponents stand for, ``2^(e − 127)``, float32; 255 is not a number."""
-    import torch
-
-    values = torch.ldexp(torch.ones(exponents.shape), exponents.int() - 127)
-    return torch.where(exponents == 255, math.nan, values)
 
 
 def read_rows(source: Checkpoint, name: str, first: int, last: int) -> torch.Tensor:

@@ -11,6 +11,7 @@ compressed-tensors stores exponents e of scales ``2^(e − 127)`` in 8-bit integ
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -120,8 +121,16 @@ class ScaledWeight:
         lowest, highest = int(at.min()), int(at.max())
         scales = self.source.read(self.scale, lowest * grid.columns, (highest + 1) * grid.columns)
         if scales.dtype == torch.uint8:  # exponents of MXFP8
-            scales = scales.view(torch.float8_e8m0fnu)
+            scales = e8m0(scales)
         return scales.float().view(-1, grid.columns)[at - lowest]
+
+
+def e8m0(exponents: torch.Tensor) -> torch.Tensor:
+    """Return the powers of two that 8-bit exponents stand for, ``2^(e − 127)``, float32; 255 is not a number."""
+    import torch
+
+    values = torch.ldexp(torch.ones(exponents.shape), exponents.int() - 127)
+    return torch.where(exponents == 255, math.nan, values)
 
 
 def find(source: Checkpoint, config: Mapping[str, Any]) -> Iterator[ScaledWeight]:

@@ -263,13 +263,14 @@ def speed(side: int = 4096) -> None:
     w, x = weight(side, side, rng), update(side, side, "rank 8", 1e-5, rng)
     t = (w + x).bfloat16()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    begin = time.perf_counter()
+    begin, worked = time.perf_counter(), time.process_time()
     found, _ = estimate(w.bfloat16(), t)
-    seconds = time.perf_counter() - begin
+    seconds, worked = time.perf_counter() - begin, time.process_time() - worked
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     print(
-        f"{side}²: {seconds:.1f} s with {torch.get_num_threads()} threads, {found.hidden.iterations} iterations in the "
-        f"last fit, {found.hidden.status}; peak {peak / 1024:.0f} MiB ({before / 1024:.0f} before)"
+        f"{side}²: {seconds:.1f} s ({worked:.1f} s of processors), {torch.get_num_threads()} threads, "
+        f"{found.hidden.iterations} iterations of the last fit, {found.hidden.status}; peak {peak / 1024:.0f} MiB "
+        f"({before / 1024:.0f} before)"
     )
 
 

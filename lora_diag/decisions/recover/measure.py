@@ -44,6 +44,7 @@ class Wanted:
         every: Factors of all directions that were found, of which ``narrowed`` keeps some.
         keep_refused: Whether a layer without significant directions gets the truncated SVD of D.
         transposed: Whether PEFT's B·A is the update's transpose.
+        keep_length: Whether E[X | cells] is scaled to the estimated ‖X‖_F.
     """
 
     rank: int | None = None
@@ -52,6 +53,7 @@ class Wanted:
     every: bool = False
     keep_refused: bool = False
     transposed: bool = False
+    keep_length: bool = False
 
     @property
     def factors(self) -> bool:
@@ -163,7 +165,7 @@ def _write(
     if wanted.full:
         if estimate.cells is None:
             return "file", 0  # TUNED's own weights
-        _store_weight(delta, estimate, store)
+        _store_weight(delta, estimate, _stretch(estimate) if wanted.keep_length else 1.0, store)
         return "posterior", 0
     if not wanted.factors or not change.fro:
         return "nothing", 0
@@ -172,6 +174,8 @@ def _write(
     rank = min(wanted.rank or _rank_of(wanted, delta.shape, estimate, curve), min(delta.shape))
     matrix = change.matrix if status != "recovered" else estimate.matrix()
     assert matrix is not None
+    if status == "recovered" and wanted.keep_length:
+        matrix *= _stretch(estimate)
     best = decompose(matrix, settings.method, rank, norm([matrix]), True, settings.tol, settings.seed)
     rank = int((best.s > NUMERICALLY_ZERO * best.s[:1]).sum())
     b, a = (part.float().cpu() for part in split_factors(best, rank, wanted.transposed, "both"))
@@ -189,11 +193,17 @@ def _rank_of(wanted: Wanted, shape: tuple[int, int], estimate: Estimate, curve: 
     return rank_at(np.array(estimate.curve), wanted.energy) or len(estimate.curve)
 
 
-def _store_weight(delta: StoredDelta, estimate: Estimate, store: Store) -> None:
-    """Store W_base + E[X | cells] in float32."""
+def _stretch(estimate: Estimate) -> float:
+    """Return ‖X‖_F as estimated over ‖E[X | cells]‖_F, at least 1."""
+    length = math.hypot(*(float(torch.linalg.vector_norm(block, dtype=torch.float64)) for block in estimate.mean()))
+    return max(1.0, (estimate.hidden.fro_estimate or 0.0) / length) if length else 1.0
+
+
+def _store_weight(delta: StoredDelta, estimate: Estimate, stretch: float, store: Store) -> None:
+    """Store W_base + stretch·E[X | cells] in float32."""
     weight = torch.cat([block.float() for block in row_blocks(delta.base, delta.shape)])
     row = 0
     for block in estimate.mean():
-        weight[row : row + len(block)] += block.cpu()
+        weight[row : row + len(block)] += stretch * block.cpu()
         row += len(block)
     store({"W": weight})

@@ -62,6 +62,8 @@ def recover(
             estimated singular values.
         full: Write a checkpoint in float32, W_base + E[X | cells].
         keep_refused: Write the truncated SVD of D for layers without significant directions; else they have no factors.
+        keep_length: Scale the estimate of each layer to its estimated norm. E[X | cells] is the nearest to X, and
+            shorter than X; an update as long as X has the larger error and, where few entries changed, the lower loss.
         base_name: The base model's name for config and model card; by default ``base`` as it was given.
         overwrite: Replace what an earlier run wrote to ``output``.
         **options: ``RecoverOptions``.
@@ -84,12 +86,15 @@ def recover(
     rank, energy, full = (given[name] for name in ("rank", "energy", "full"))
     params = None if given["params"] is None else read_count(str(given["params"]), "--params")
     keep_refused, base_name, overwrite = (given[name] for name in ("keep_refused", "base_name", "overwrite"))
+    keep_length = given["keep_length"]
     _check(rank, energy, params, full, keep_refused, output)
     base, tuned = as_path(base), as_path(tuned)
     if is_adapter(locate(tuned)):
         raise UsageError(f"{tuned}: is an adapter, whose factors are the update; nothing is rounded away")
     factors = rank is not None or energy is not None or params is not None
     writes = factors or full
+    if keep_length and not writes:
+        raise UsageError(f"--keep-length: is for what is written; give one of {WAYS}")
     folder: OutputFolder | None = None
     if writes:
         assert output is not None
@@ -105,7 +110,10 @@ def recover(
     compared = run.compare(base, tuned)
     planned = plan(open_checkpoint(base), tuned, compared.pairing, save=False) if factors else None
     tasks = [
-        RecoveryTask(delta, Wanted(rank, energy, full, params is not None, keep_refused, _transposed(delta, planned)))
+        RecoveryTask(
+            delta,
+            Wanted(rank, energy, full, params is not None, keep_refused, _transposed(delta, planned), keep_length),
+        )
         for delta in compared.pairing.deltas
         if isinstance(delta, StoredDelta)
         and delta.is_matrix
@@ -146,8 +154,9 @@ def recover(
         way = ["--checkpoint"] if full else []
         way += [str(part) for pair in ways.items() if pair[1] is not None for part in pair]
         way += ["--keep-refused"] if keep_refused else []
+        way += ["--keep-length"] if keep_length else []
         command = ["loradiag", "recover", *map(legible, (str(base), str(tuned))), *way, "-o", legible(str(output))]
-        folder.finish(model_card(results, name, shlex.join(command)))
+        folder.finish(model_card(results, name, shlex.join(command), keep_length))
 
     asked = {
         "rank": rank,
@@ -155,6 +164,7 @@ def recover(
         "params": params,
         "full": full,
         "keep_refused": keep_refused,
+        **({"keep_length": True} if keep_length else {}),
         "curve": list(CURVE),
     }
     return run.over(

@@ -224,13 +224,14 @@ def _written(results: Results[Recovery], folder: str | None) -> list[Statement]:
     return [say("written", "Written", *lines)]
 
 
-def model_card(results: Results[Recovery], base_name: str, command: str) -> str:
+def model_card(results: Results[Recovery], base_name: str, command: str, keep_length: bool = False) -> str:
     """Return the ``README.md`` of the folder.
 
     Args:
         results: What was estimated and written.
         base_name: The base model.
         command: The command that wrote it.
+        keep_length: Whether estimates were scaled to their norms.
     """
     adapter = any(record.rank for record in results)
     what = "LoRA adapter" if adapter else "Checkpoint"
@@ -256,7 +257,8 @@ def model_card(results: Results[Recovery], base_name: str, command: str) -> str:
         "estimates the update before rounding. It assumes that training kept float32 master weights, started at the "
         "base model, and was rounded once. Evaluate it before you use it.",
         "",
-        f"- {_matrices(len(made))} from the estimate: ‖X‖ = {number(whole)}, and the files show ‖D‖ = {number(seen)}",
+        f"- {_matrices(len(made))} from the estimate: ‖X‖ = {number(whole)}, and the files show ‖D‖ = {number(seen)}"
+        f"{'; each is scaled to its ‖X‖' if keep_length else ''}",
         f"- {_matrices(len(file))} as the files have them",
         *([f"- not in it: {named([record.layer for record in without], 12)}"] if without else []),
         "",

@@ -156,6 +156,24 @@ def test_a_full_checkpoint_rounds_to_what_was_stored(models, tmp_path):
     )
 
 
+def test_kept_length_scales_the_estimate_to_its_norm(models, tmp_path):
+    base, tuned, before, *_ = models
+    for name, ways in (("full", {"full": True}), ("r3", {"rank": 3})):
+        lora_diag.recover(base, tuned, tmp_path / name, **ways)
+        found = lora_diag.recover(base, tuned, tmp_path / f"{name}long", keep_length=True, **ways)
+    plain, long = (load_file(tmp_path / name / "model.safetensors") for name in ("full", "fulllong"))
+    for layer in (Q, UP):
+        steps = [(tensors[layer].double() - before[layer].double()) for tensors in (plain, long)]
+        assert float(steps[1].norm()) == pytest.approx(found[layer].fro_estimate, rel=1e-3)
+        assert float(steps[0].norm()) < 0.99 * float(steps[1].norm())
+        assert torch.nn.functional.cosine_similarity(*(step.flatten() for step in steps), dim=0) > 0.999
+    plain, long = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("r3", "r3long"))
+    ratio = [float(long[key].norm() / plain[key].norm()) for key in plain]
+    stretch = found[Q].fro_estimate / float((load_file(tmp_path / "full" / "model.safetensors")[Q] - before[Q]).norm())
+    assert ratio[0] * ratio[1] == pytest.approx(stretch, rel=1e-2)
+    assert "scaled to its ‖X‖" in (tmp_path / "fulllong" / "README.md").read_text()
+
+
 def test_an_interrupted_run_is_resumed(models, tmp_path):
     base, tuned, *_ = models
     whole = lora_diag.recover(base, tuned, tmp_path / "whole", full=True)
@@ -200,6 +218,7 @@ def test_a_stack_of_experts_is_recovered_matrix_by_matrix(tmp_path):
         (["--rank", "0", "-o", "out"], 2, "--rank 0"),
         (["--energy", "1.5", "-o", "out"], 2, "--energy 1.5"),
         (["--keep-refused"], 2, "--keep-refused"),
+        (["--keep-length"], 2, "--keep-length"),
         (["--params", "1k", "--keep-refused", "-o", "out"], 2, "--keep-refused"),
         (["--layers", "lm_head", "--params", "1k", "-o", "out"], 5, "nothing was written"),
         (["--layers", "lm_head"], 5, ""),

@@ -29,7 +29,8 @@ from lora_diag.running.engines.worker import Job, open_job
 from lora_diag.running.measuring import Place, place
 from lora_diag.version import __version__
 from tests.checkpoints.web import Web
-from tests.conftest import PATIENCE, ROOT
+from tests.conftest import PATIENCE, ROOT, save_model
+from tests.linalg.test_hidden import planted
 from tests.running.engines import faulty
 
 # The module: ``lora_diag.spectrum`` is the function.
@@ -123,6 +124,18 @@ def test_extract_writes_same_adapter(cluster, pair, tmp_path):
     local, there = (tmp_path / name / "adapter" for name in ("local", "cluster"))
     assert (local / "extraction.jsonl").read_bytes() == (there / "extraction.jsonl").read_bytes()
     assert (local / "adapter_model.safetensors").read_bytes() == (there / "adapter_model.safetensors").read_bytes()
+
+
+def test_recover_writes_same_checkpoint_and_adapter(cluster, tmp_path):
+    base, _, tuned = (part.bfloat16() for part in planted(96, 80, 3, 2e-5, 1))
+    for name, weight in (("base", base), ("tuned", tuned)):
+        save_model(tmp_path / name, {LAST: weight, LAST.replace("q_proj", "k_proj"): weight.flip(0)})
+    for name, on in (("local", None), ("cluster", Ray())):
+        (tmp_path / name).mkdir()
+        for kind, ways in (("full", {"full": True}), ("budget", {"params": 400})):
+            lora_diag.recover(tmp_path / "base", tmp_path / "tuned", tmp_path / name / kind, engine=on, **ways)
+    for file in ("full/model.safetensors", "full/recovery.jsonl", "budget/adapter_model.safetensors"):
+        assert (tmp_path / "local" / file).read_bytes() == (tmp_path / "cluster" / file).read_bytes()
 
 
 def test_worker_that_is_killed_changes_nothing(cluster, pair, tmp_path, monkeypatch):

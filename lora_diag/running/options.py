@@ -142,6 +142,7 @@ SEED = Option(0, "Seed of all random numbers.", "N")
 TARGETS = Option(
     None, "Only weights whose name contains a match.", "REGEX", panel=INPUTS, aliases=("--target",), setting="target"
 )
+PORTABLE = Option(False, "One rank for all layers: every program scales the adapter alike.", panel=OUTPUT)
 EXCLUDE = Option(None, "No weights whose name contains a match.", "REGEX", panel=INPUTS)
 LAYERS = Option(None, "Only weights whose name contains a match.", "REGEX", panel=INPUTS)
 UNFINISHED = Option(False, "Accept an interrupted spectrum run.", panel=INPUTS)

@@ -12,6 +12,7 @@ from lora_diag.running.options import (
     MEMORY_BUDGET,
     OPTIMIZER,
     PARAMS,
+    PORTABLE,
     TARGETS,
     UNFINISHED,
     Option,
@@ -51,7 +52,7 @@ class AllocateOptions(TypedDict, total=False):
             setting="weights",
         ),
     ]
-    portable: Annotated[bool, Option(False, "One rank for all layers that get any: every program scales it alike.")]
+    portable: Annotated[bool, PORTABLE]
     relative: Annotated[bool, Option(False, "Count the energy of every layer as 1.")]
     strategy: Annotated[
         str,

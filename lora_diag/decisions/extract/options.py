@@ -11,6 +11,7 @@ from lora_diag.running.options import (
     KFAC,
     OUTPUT,
     PARAMS,
+    PORTABLE,
     RANK,
     SWEEP,
     FolderOptions,
@@ -47,9 +48,7 @@ class ExtractOptions(FolderOptions, total=False):
             setting="rest",
         ),
     ]
-    portable: Annotated[
-        bool, Option(False, "One rank for all layers, padded with zeros: every program scales it alike.", panel=OUTPUT)
-    ]
+    portable: Annotated[bool, PORTABLE]
     format: Annotated[
         str,
         Option("peft", "Format; all but peft imply --portable.", "peft|kohya|diffusers|mlx|gguf", panel=OUTPUT),

@@ -145,7 +145,7 @@ def allowed(unit: str, module: str) -> bool:
     if other in {"feature", "catalog"}:
         return True
     if unit.startswith("decisions.") and (
-        module.endswith(".record") or other in {"decisions.memory", "decisions.targets"}
+        module.endswith(".record") or other in {"decisions.memory", "decisions.targets", "decisions.trainers"}
     ):
         return True  # a decision reads the records of any feature
     return unit in READERS or other in BETWEEN.get(unit, set())

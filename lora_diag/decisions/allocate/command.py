@@ -24,6 +24,9 @@ class ConfigOptions(TypedDict, total=False):
         Path | None,
         Option(None, "PEFT config (.json) or records (.jsonl) to write.", "FILE", ("--output", "-o"), OUTPUT),
     ]
+    format: Annotated[
+        str, Option("peft", "Configuration to write.", "peft|axolotl|llamafactory|trl|unsloth", panel=OUTPUT)
+    ]
     overwrite: Annotated[bool, Option(False, "Replace an existing output.", panel=OUTPUT)]
     scaling: Annotated[float, Option(2.0, "PEFT config: lora_alpha / r of every layer.", "S", panel=OUTPUT)]
     rslora: Annotated[bool, RSLORA]
@@ -58,11 +61,14 @@ def allocate(
     from lora_diag.records import lines_of
 
     output, check, sweep, overwrite = (config["output"], config["check"], config["sweep"], config["overwrite"])
+    format = config["format"]
+    if format != "peft" and output is None:
+        raise UsageError(f"--format {format}: give a file with -o")
     if check is not None and output is None:
         raise UsageError("--check: there is no config to check; write one with -o adapter_config.json")
     if output is not None:
         inputs = (results, cast(Path | None, given["layer_weights"]))
-        check_outputs(inputs, [(output, kind_of_allocation(output, check))], overwrite)
+        check_outputs(inputs, [(output, kind_of_allocation(output, check, format))], overwrite)
     rate = ""
     if sweep is not None:
         from lora_diag.probes.sweep.best_rate import swept_rate
@@ -70,7 +76,7 @@ def allocate(
         rate = f"\nlearning rate {swept_rate(sweep)}"
     allocation = choose(results, **given)
     if output is not None:
-        write_allocation(allocation, output, config["scaling"], config["rslora"], check, overwrite)
+        write_allocation(allocation, output, config["scaling"], config["rslora"], check, overwrite, format)
     if shown.json:
         for text in lines_of(allocation.records()):
             line(text)
@@ -111,6 +117,8 @@ def _next(allocation: Results[Allocation], output: Path | None, check: Path | No
         base = next((side.path for side in allocation.run.inputs if side.role == "base"), None)
         unchecked = f"; PEFT skips names that the model in memory lacks, so once: {again('--check', base or 'BASE')}"
         return config if check is not None else config + unchecked
+    if output.suffix != ".jsonl" and output.suffix != ".json":
+        return f"put the lines of {shlex.quote(str(output))} into the configuration of your training"
     if output.suffix == ".json":
         return "rename it to adapter_config.json: PEFT reads no other name"
     paths = [side.path for side in allocation.run.inputs if side.role in {"base", "tuned", "adapter"}]

@@ -22,6 +22,7 @@ from lora_diag.decisions.allocate.options import AllocateOptions
 from lora_diag.decisions.allocate.peft_config import Scaling, compare, peft_config
 from lora_diag.decisions.allocate.record import Allocation, Policies
 from lora_diag.decisions.memory import Training
+from lora_diag.decisions.trainers import PYTHON, YAML, written_for
 from lora_diag.diagnostics.spectrum.record import Spectrum
 from lora_diag.errors import InputError, UsageError
 from lora_diag.files import CONFIG, RESULTS, Kind, check_output, write_whole
@@ -177,8 +178,9 @@ def write_allocation(
     rslora: bool = False,
     check: Path | str | None = None,
     overwrite: bool = False,
+    format: str = "peft",
 ) -> None:
-    """Write an allocation: as a PEFT config (``.json``) or as records (``.jsonl``), beside the target, then renamed.
+    """Write an allocation: as a configuration or as records (``.jsonl``), beside the target, then renamed.
 
     Args:
         results: The allocation.
@@ -189,13 +191,15 @@ def write_allocation(
         check: A model, or its ``config.json``: it is built without weights and the config put in by PEFT, and every
             rank and scaling compared before anything is written. Needs ``pip install loradiag[train]``.
         overwrite: Replace a file there that loradiag did not write; never a config beside weights.
+        format: ``peft`` for ``adapter_config.json``, or a trainer of ``lora_diag.decisions.trainers``.
 
     Raises:
         UsageError: The name says neither, or something else lies there; there is nothing to check.
         InputError: It cannot be written, or PEFT cannot be told these ranks.
     """
     path = Path(path)
-    check_output(path, kind_of_allocation(path, check), overwrite)
+    kind = kind_of_allocation(path, check, format)
+    check_output(path, kind, overwrite)
     if path.suffix == ".jsonl":
         results.write(path, overwrite)
         return
@@ -206,15 +210,21 @@ def write_allocation(
         from lora_diag.models.peft_check import adapted_by_peft  # transformers takes seconds to import
 
         compare(results, adapted_by_peft(config, locate(check)), Scaling(scaling, rslora))
-    write_whole(path, json.dumps(config, indent=2) + "\n", CONFIG, overwrite)
+    text = json.dumps(config, indent=2) + "\n" if format == "peft" else written_for(format, config)
+    write_whole(path, text, kind, overwrite)
 
 
-def kind_of_allocation(path: Path, check: Path | str | None = None) -> Kind:
+def kind_of_allocation(path: Path, check: Path | str | None = None, format: str = "peft") -> Kind:
     """Return what an allocation is written as, by the suffix of its file.
 
     Raises:
         UsageError: The name says neither records nor a config; or records are to be checked by PEFT.
     """
+    if format != "peft":
+        kind, suffixes = (PYTHON, (".py",)) if format == "unsloth" else (YAML, (".yaml", ".yml"))
+        if path.suffix not in suffixes:
+            raise UsageError(f"-o {path}: --format {format} writes a file named *{suffixes[0]}")
+        return kind
     if path.suffix not in {".json", ".jsonl"}:
         raise UsageError(f"-o {path}: name it .json for a PEFT adapter_config, or .jsonl for the records")
     if path.suffix == ".jsonl" and check is not None:

@@ -1,0 +1,134 @@
+"""LoRA settings as trainers spell them: the part of their configuration that an ``adapter_config.json`` decides."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from lora_diag.errors import InputError
+from lora_diag.files import Kind
+
+Settings = dict[str, Any]
+
+YAML = Kind("a trainer configuration", comment="# {}")
+PYTHON = Kind("a training script", comment="# {}")
+
+
+def axolotl(config: Mapping[str, Any]) -> Settings:
+    """Return settings of axolotl (``utils/schemas/peft.py`` of 0.19, which has patterns of whole numbers)."""
+    return {
+        "adapter": "lora",
+        "lora_r": config["r"],
+        "lora_alpha": _whole(config["lora_alpha"], "axolotl"),
+        "lora_dropout": config["lora_dropout"],
+        "lora_target_modules": list(config["target_modules"]),
+        **_given("lora_target_parameters", config.get("target_parameters")),
+        **_given("lora_rank_pattern", config["rank_pattern"]),
+        **_given("lora_alpha_pattern", {key: _whole(a, "axolotl") for key, a in config["alpha_pattern"].items()}),
+        **_given("lora_modules_to_save", config.get("modules_to_save")),
+        **_given("peft_use_rslora", config["use_rslora"]),
+    }
+
+
+def llamafactory(config: Mapping[str, Any]) -> Settings:
+    """Return settings of LLaMA-Factory (``hparams/finetuning_args.py`` of 0.9.5)."""
+    _refuse_patterns(config, "llamafactory")
+    return {
+        "finetuning_type": "lora",
+        "lora_rank": config["r"],
+        "lora_alpha": _whole(config["lora_alpha"], "llamafactory"),
+        "lora_dropout": config["lora_dropout"],
+        "lora_target": ",".join(config["target_modules"]),
+        **_given("additional_target", ",".join(config.get("modules_to_save") or ())),
+        **_given("use_rslora", config["use_rslora"]),
+    }
+
+
+def trl(config: Mapping[str, Any]) -> Settings:
+    """Return settings of TRL's commands (``trainer/model_config.py`` of 1.16)."""
+    _refuse_patterns(config, "trl")
+    return {
+        "use_peft": True,
+        "lora_r": config["r"],
+        "lora_alpha": _whole(config["lora_alpha"], "trl"),
+        "lora_dropout": config["lora_dropout"],
+        "lora_target_modules": list(config["target_modules"]),
+        **_given("lora_target_parameters", config.get("target_parameters")),
+        **_given("lora_modules_to_save", config.get("modules_to_save")),
+        **_given("lora_task_type", config["task_type"]),
+        **_given("use_rslora", config["use_rslora"]),
+    }
+
+
+def unsloth(config: Mapping[str, Any]) -> Settings:
+    """Return arguments of ``FastLanguageModel.get_peft_model`` (``models/llama.py`` of 2026.10), which go to PEFT."""
+    return {
+        "r": config["r"],
+        "lora_alpha": config["lora_alpha"],
+        "lora_dropout": config["lora_dropout"],
+        "target_modules": list(config["target_modules"]),
+        **_given("target_parameters", config.get("target_parameters")),
+        **_given("rank_pattern", config["rank_pattern"]),
+        **_given("alpha_pattern", config["alpha_pattern"]),
+        **_given("modules_to_save", config.get("modules_to_save")),
+        **_given("use_rslora", config["use_rslora"]),
+    }
+
+
+TRAINERS: dict[str, Callable[[Mapping[str, Any]], Settings]] = {
+    "axolotl": axolotl,
+    "llamafactory": llamafactory,
+    "trl": trl,
+    "unsloth": unsloth,
+}
+
+
+def written_for(trainer: str, config: Mapping[str, Any]) -> str:
+    """Return the text of a trainer's settings: YAML, or Python for unsloth.
+
+    Args:
+        trainer: A key of ``TRAINERS``.
+        config: Content of ``adapter_config.json``.
+
+    Raises:
+        InputError: The trainer cannot express it.
+    """
+    settings = TRAINERS[trainer](config)
+    if trainer != "unsloth":
+        return f"# LoRA settings of {trainer}: merge them into your configuration\n{yaml_of(settings)}"
+    arguments = "".join(f"    {key}={value!r},\n" for key, value in settings.items())
+    call = f"model = FastLanguageModel.get_peft_model(\n    model,\n{arguments})\n"
+    return f"# LoRA settings of unsloth: put them into your script\n{call}"
+
+
+def yaml_of(values: Mapping[str, Any]) -> str:
+    """Return YAML of settings, one per line: JSON is YAML, so values are written as JSON.
+
+    >>> print(yaml_of({"lora_r": 8, "names": ["q_proj"]}), end="")
+    lora_r: 8
+    names: ["q_proj"]
+    """
+    return "".join(f"{key}: {json.dumps(value, ensure_ascii=False)}\n" for key, value in values.items())
+
+
+def _given(key: str, value: Any) -> Settings:
+    return {key: value} if value else {}
+
+
+def _whole(alpha: float, trainer: str) -> int:
+    if alpha != int(alpha):
+        raise InputError(f"--format {trainer}: takes whole lora_alpha only, not {alpha:g}; choose another --scaling")
+    return int(alpha)
+
+
+def _refuse_patterns(config: Mapping[str, Any], trainer: str) -> None:
+    """Refuse what a trainer would drop without a message.
+
+    Raises:
+        InputError: Ranks differ by layer, or experts are adapted as parameters.
+    """
+    if config["rank_pattern"]:
+        raise InputError(f"--format {trainer}: has one rank for all layers; add --portable, or use --format peft")
+    if trainer == "llamafactory" and config.get("target_parameters"):
+        raise InputError(f"--format {trainer}: has no target_parameters (fused experts); use --format peft")

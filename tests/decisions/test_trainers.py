@@ -1,0 +1,94 @@
+"""Ranks in the configurations of trainers, read back as each trainer hands them to PEFT."""
+
+import dataclasses
+import json
+import types
+
+import pytest
+import yaml
+
+from lora_diag.decisions.trainers import TRAINERS, written_for
+from lora_diag.errors import InputError
+from tests.served import ROOT
+
+SPECTRUM = ROOT / "docs" / "examples" / "spectrum.jsonl"
+CONFIG = {
+    "r": 8,
+    "lora_alpha": 16.0,
+    "lora_dropout": 0.0,
+    "task_type": "CAUSAL_LM",
+    "rank_pattern": {"layers.0.mlp.up_proj": 4},
+    "alpha_pattern": {"layers.0.mlp.up_proj": 8.0},
+    "target_modules": ["up_proj", "q_proj"],
+    "modules_to_save": ["classifier"],
+    "use_rslora": False,
+}
+UNIFORM = {**CONFIG, "rank_pattern": {}, "alpha_pattern": {}}
+
+# A trainer's key -> that of PEFT's LoraConfig, as the trainer passes it on.
+AXOLOTL = {
+    "lora_r": "r",
+    "lora_alpha": "lora_alpha",
+    "lora_dropout": "lora_dropout",
+    "lora_target_modules": "target_modules",
+    "lora_rank_pattern": "rank_pattern",
+    "lora_alpha_pattern": "alpha_pattern",
+    "lora_modules_to_save": "modules_to_save",
+}
+
+
+def test_axolotl_keeps_ranks_that_differ():
+    found = yaml.safe_load(written_for("axolotl", CONFIG))
+    assert found.pop("adapter") == "lora"
+    assert {AXOLOTL[key]: value for key, value in found.items()} == {key: CONFIG[key] for key in AXOLOTL.values()}
+
+
+def test_unsloth_call_has_the_arguments_of_peft():
+    given = {}
+    model = types.SimpleNamespace(get_peft_model=lambda _model, **arguments: given.update(arguments))
+    exec(written_for("unsloth", CONFIG), {"FastLanguageModel": model, "model": None})
+    assert given == {key: value for key, value in CONFIG.items() if key in given}
+    assert {"r", "lora_alpha", "rank_pattern", "alpha_pattern", "target_modules"} <= given.keys()
+
+
+def test_trl_and_llamafactory_take_one_rank():
+    trl, factory = (yaml.safe_load(written_for(name, UNIFORM)) for name in ("trl", "llamafactory"))
+    assert (trl["lora_r"], trl["lora_alpha"], trl["lora_target_modules"]) == (8, 16, ["up_proj", "q_proj"])
+    assert (factory["lora_rank"], factory["lora_alpha"], factory["lora_target"]) == (8, 16, "up_proj,q_proj")
+    assert factory["additional_target"] == "classifier"
+
+
+def test_trl_schema_accepts_its_settings():
+    trl = pytest.importorskip("trl")
+    settings = yaml.safe_load(written_for("trl", UNIFORM))
+    assert set(settings) <= {field.name for field in dataclasses.fields(trl.ModelConfig)}
+    assert trl.get_peft_config(trl.ModelConfig(**settings)).r == 8
+
+
+@pytest.mark.parametrize("trainer", ["trl", "llamafactory"])
+def test_trainer_of_one_rank_refuses_several(trainer):
+    with pytest.raises(InputError, match="--portable"):
+        written_for(trainer, CONFIG)
+
+
+@pytest.mark.parametrize("trainer", sorted(set(TRAINERS) - {"unsloth"}))
+def test_trainer_of_whole_alphas_refuses_others(trainer):
+    with pytest.raises(InputError, match="whole"):
+        written_for(trainer, {**UNIFORM, "lora_alpha": 12.5})
+
+
+def test_allocate_writes_what_axolotl_reads(loradiag, tmp_path):
+    words = ("allocate", SPECTRUM, "--params", "80k", "-q")
+    assert loradiag(*words, "-o", "adapter_config.json").code == 0
+    assert loradiag(*words, "--format", "axolotl", "-o", "lora.yaml").code == 0
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    found = yaml.safe_load((tmp_path / "lora.yaml").read_text())
+    assert found["lora_rank_pattern"] == config["rank_pattern"]
+    assert found["lora_target_modules"] == config["target_modules"]
+    assert loradiag(*words, "--format", "axolotl", "-o", "lora.yaml").code == 0  # its own file is replaced
+    (tmp_path / "lora.yaml").write_text("mine: 1\n")
+    assert loradiag(*words, "--format", "axolotl", "-o", "lora.yaml").code == 2
+    assert loradiag(*words, "--format", "axolotl", "-o", "lora.json").code == 2
+    assert loradiag(*words, "--format", "axolotl").code == 2
+    assert loradiag(*words, "--format", "trl", "-o", "trl.yaml").code == 3
+    assert not (tmp_path / "trl.yaml").exists()

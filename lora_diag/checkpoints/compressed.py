@@ -25,6 +25,7 @@ from lora_diag.checkpoints.packing import (
     RowWeight,
     fp4_steps,
     fp4_values,
+    mxfp4_steps,
     read_rows,
     require,
     unpack,
@@ -168,7 +169,8 @@ def float4_values(layout: Float4, first: int, last: int) -> torch.Tensor:
 
 def float4_steps(layout: Float4, first: int, last: int) -> torch.Tensor:
     """Return the distance to the farther neighbour in rows of a weight of 4-bit floats."""
-    return fp4_steps(_float4_codes(layout, first, last)) * _float4_scales(layout, first, last).abs()
+    steps = mxfp4_steps if layout.kind == "mxfp4" else fp4_steps
+    return steps(_float4_codes(layout, first, last)) * _float4_scales(layout, first, last).abs()
 
 
 def _float4_codes(layout: Float4, first: int, last: int) -> torch.Tensor:

@@ -14,7 +14,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from lora_diag.checkpoints.bitsandbytes import gaps
-from lora_diag.checkpoints.packing import fp4_steps, fp4_values
+from lora_diag.checkpoints.packing import fp4_values, mxfp4_steps
 from lora_diag.checkpoints.scaled import e8m0
 
 if TYPE_CHECKING:
@@ -56,7 +56,31 @@ def _decode(parts: Parts, blocks: torch.Tensor) -> torch.Tensor:
     return (values if m is None else values - m).reshape(len(blocks), codes.shape[1] * codes.shape[2])
 
 
-def _steps(parts: Parts, blocks: torch.Tensor) -> torch.Tensor:
+def _steps(parts: Parts, largest: int | None, rounded: bool, blocks: torch.Tensor) -> torch.Tensor:
+    """Return steps whose half bounds the error: |d|, and more in two cases.
+
+    The types without m map the number of largest absolute value to −2^(bits − 1), whose opposite is no code: it is
+    stored one step lower. Where codes are chosen before d and m are rounded to float16, that rounding adds up to 2⁻¹¹
+    of ``d · q`` and of m.
+
+    Args:
+        parts: Codes, d and m of blocks.
+        largest: The code that stands for one more, too; None if there is none.
+        rounded: Whether d and m are rounded after the codes are chosen.
+        blocks: ``(n, size)``.
+    """
+    codes, d, m = parts(blocks)
+    steps = d.abs().expand(codes.shape)
+    if largest is not None:
+        steps = steps * (1 + (codes == largest).float())
+    if rounded:
+        steps = steps + (d * codes.float()).abs() * 2**-10
+        steps = steps if m is None else steps + m.abs() * 2**-10
+    return steps.reshape(len(blocks), codes.shape[1] * codes.shape[2])
+
+
+def _scales(parts: Parts, blocks: torch.Tensor) -> torch.Tensor:
+    """Return |d|, by which codes are multiplied."""
     codes, d, _ = parts(blocks)
     return d.abs().expand(codes.shape).reshape(len(blocks), codes.shape[1] * codes.shape[2])
 
@@ -197,24 +221,24 @@ def _mxfp4(table: Callable[[torch.Tensor], torch.Tensor], blocks: torch.Tensor) 
     return table(codes) * e8m0(blocks[:, :1])
 
 
-def _codec(parts: Parts, with_scales: bool = False) -> Codec:
-    steps = partial(_steps, parts)
-    return Codec(partial(_decode, parts), steps, steps if with_scales else None)
+def _codec(parts: Parts, largest: int | None = None, rounded: bool = False, with_scales: bool = False) -> Codec:
+    scales = partial(_scales, parts) if with_scales else None
+    return Codec(partial(_decode, parts), partial(_steps, parts, largest, rounded), scales)
 
 
 # Name of a type -> its codec; a type without one is listed, and refused when it is read.
 CODECS: dict[str, Codec] = {
-    "Q4_0": _codec(partial(_q4, offset=False)),
-    "Q4_1": _codec(partial(_q4, offset=True)),
-    "Q5_0": _codec(partial(_q5, offset=False)),
-    "Q5_1": _codec(partial(_q5, offset=True)),
-    "Q8_0": _codec(_q8_0, with_scales=True),
+    "Q4_0": _codec(partial(_q4, offset=False), largest=7, rounded=True),
+    "Q4_1": _codec(partial(_q4, offset=True), rounded=True),
+    "Q5_0": _codec(partial(_q5, offset=False), largest=15, rounded=True),
+    "Q5_1": _codec(partial(_q5, offset=True), rounded=True),
+    "Q8_0": _codec(_q8_0, rounded=True, with_scales=True),
     "Q2_K": _codec(_q2_k),
-    "Q3_K": _codec(_q3_k),
+    "Q3_K": _codec(_q3_k, largest=3),
     "Q4_K": _codec(_q4_k),
     "Q5_K": _codec(_q5_k),
-    "Q6_K": _codec(_q6_k),
+    "Q6_K": _codec(_q6_k, largest=31),
     "IQ4_NL": _table_codec(_iq4_nl),
     "IQ4_XS": _table_codec(_iq4_xs),
-    "MXFP4": Codec(partial(_mxfp4, fp4_values), partial(_mxfp4, fp4_steps)),
+    "MXFP4": Codec(partial(_mxfp4, fp4_values), partial(_mxfp4, mxfp4_steps)),
 }

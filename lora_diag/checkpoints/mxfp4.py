@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from lora_diag.checkpoints.packing import RowWeight, fp4_steps, fp4_values, require, unpack
+from lora_diag.checkpoints.packing import RowWeight, fp4_values, mxfp4_steps, require, unpack
 from lora_diag.checkpoints.scaled import e8m0
 from lora_diag.checkpoints.tensors import FLOAT_DTYPES, Checkpoint, TensorInfo
 from lora_diag.errors import InputError
@@ -113,5 +113,5 @@ def find(source: Checkpoint, config: Mapping[str, Any]) -> Iterator[RowWeight]:
             blocks,
             (f"{name}{SCALES}",),
             partial(decode, layout, table=fp4_values),
-            partial(decode, layout, table=fp4_steps),
+            partial(decode, layout, table=mxfp4_steps),
         )

@@ -101,6 +101,17 @@ def fp4_steps(codes: torch.Tensor) -> torch.Tensor:
     return gaps(torch.tensor(FP4))[codes]
 
 
+def mxfp4_steps(codes: torch.Tensor) -> torch.Tensor:
+    """Return steps whose half bounds the error of 4-bit floats under a power of two, float32.
+
+    The power of two is ``2^(⌊log2 max⌋ − 2)``, so the largest value lies in [4, 8) and is stored as 6 at most: an error
+    of up to 2 there, where it saturates.
+    """
+    import torch
+
+    return gaps(torch.tensor(FP4))[codes] * (1 + (codes % 8 == 7).float())
+
+
 def read_rows(source: Checkpoint, name: str, first: int, last: int) -> torch.Tensor:
     """Return rows of a stored matrix, ``(last − first, columns)``."""
     columns = source[name].shape[-1]

@@ -79,12 +79,14 @@ def float4(module, shape, kind="nvfp4", seed=0):
         else:
             scale = float8_value(int(eight[place]), "float8_e4m3fn") * (0.25 if kind == "modelopt" else 1 / 800)
         weight[at] = FP4[codes[at]] * scale
-        steps[at] = fp4_step(FP4[codes[at]]) * scale
+        steps[at] = fp4_step(FP4[codes[at]], 4 if kind == "mxfp4" else 2) * scale
     return tensors, weight, steps
 
 
-def fp4_step(value):
-    """Return the distance from a 4-bit float to its farther neighbour."""
+def fp4_step(value, last=4):
+    """Return the distance from a 4-bit float to its farther neighbour; ``last`` at the end, where it may saturate."""
+    if abs(value) == 6:
+        return last
     below = [abs(value) - other for other in FP4[:8] if other < abs(value)]
     above = [other - abs(value) for other in FP4[:8] if other > abs(value)]
     return max(min(below, default=0), min(above, default=0))

@@ -62,8 +62,9 @@ def test_gguf_reads_what_the_library_wrote(file):
 def test_gguf_steps_are_the_gap_between_codes(file):
     path, _ = file
     opened = GgufFile(path)
-    values, steps = (opened.read("Q8_0", 30, 70).double(), opened.read_steps("Q8_0", 30, 70).double())
+    values, steps = (opened.read("Q8_0", 30, 70).double(), opened.read_scales("Q8_0", 30, 70).double())
     codes = values / steps
+    assert torch.allclose(opened.read_steps("Q8_0", 30, 70).double(), steps * (1 + codes.abs() / 1024))
     assert torch.allclose(codes, codes.round(), atol=1e-9)
     assert codes.abs().max() <= 127
     assert opened.read_steps("f16", 0, 3) is None

@@ -7,10 +7,12 @@ import numpy as np
 import pytest
 import torch
 
+import lora_diag
 from lora_diag.checkpoints import open_checkpoint
 from lora_diag.checkpoints.gguf_codecs import CODECS
 from lora_diag.errors import InputError
 from lora_diag.running.inputs import compare
+from tests.adapters.making import adapter, normal, write
 from tests.checkpoints.gguf_files import llama, write_gguf
 from tests.conftest import SHARED, as_numpy, save_model
 
@@ -42,10 +44,13 @@ GROUPS = {"Q2_K": 16, "Q3_K": 16, "Q6_K": 16}
 def test_codec_steps_are_the_smallest_gaps_of_a_group(name):
     """In units of the step, values differ by whole numbers, and by 1 somewhere."""
     blocks, values = blocks_of(name)
-    steps = CODECS[name].steps(torch.from_numpy(blocks)).double().numpy()
+    codec = CODECS[name]
+    steps = codec.steps(torch.from_numpy(blocks)).double().numpy()
     width = GROUPS.get(name, 32)
+    unit = np.repeat(codec.steps.args[0](torch.from_numpy(blocks))[1].abs().double().numpy().reshape(-1, 1), width, 1)
     values, steps = (array.astype(np.float64).reshape(-1, width) for array in (values, steps))
-    assert (steps == steps[:, :1]).all()
+    assert (steps >= unit).all()
+    steps = unit
     good = steps[:, 0] > 1e-4 * np.abs(values).max(axis=1)  # of others the offset hides the differences
     gaps = (values[good] - values[good, :1]) / steps[good]
     np.testing.assert_allclose(gaps, np.round(gaps), atol=1e-2)
@@ -53,7 +58,21 @@ def test_codec_steps_are_the_smallest_gaps_of_a_group(name):
     assert ordered[ordered > 0].min() == 1
 
 
-@pytest.mark.parametrize("name", ["IQ4_NL", "IQ4_XS", "MXFP4"])
+QUANTIZED = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "MXFP4")
+
+
+@pytest.mark.parametrize("name", QUANTIZED)
+def test_half_a_step_bounds_the_error_of_the_library_s_quantizer(name):
+    kind = getattr(gguf.GGMLQuantizationType, name)
+    values = (np.random.default_rng(0).standard_normal((300, 32)) * 0.02).astype("f4")
+    blocks = torch.from_numpy(gguf.quants.quantize(values, kind))
+    error = np.abs(CODECS[name].decode(blocks).numpy() - values)
+    half = CODECS[name].steps(blocks).numpy() / 2
+    assert (error <= half * (1 + 1e-6)).all()
+    assert (error > 0.9 * half).any()
+
+
+@pytest.mark.parametrize("name", ["IQ4_NL", "IQ4_XS"])
 def test_steps_of_tables_reach_the_farther_neighbour(name):
     """Between the sorted values that a group holds, of which random codes leave none out."""
     blocks, values = blocks_of(name, 600)
@@ -61,13 +80,27 @@ def test_steps_of_tables_reach_the_farther_neighbour(name):
     groups = 0
     for row, found in zip(values.reshape(-1, 32), steps.reshape(-1, 32), strict=True):
         held = np.unique(row)
-        if len(held) < (15 if name == "MXFP4" else 16):  # 0 and -0 are one
+        if len(held) < 16:
             continue
         groups += 1
         gap = np.diff(held)
         farther = np.maximum(np.append(0, gap), np.append(gap, 0))
         np.testing.assert_allclose(found, farther[np.searchsorted(held, row)], rtol=1e-6)
     assert groups > 10
+
+
+@pytest.mark.parametrize("name", ["Q4_0", "Q5_1", "Q8_0", "MXFP4"])
+def test_a_merge_that_was_quantized_is_right_up_to_its_rounding(tmp_path, name):
+    kind = getattr(gguf.GGMLQuantizationType, name)
+    module = "model.layers.0.mlp.up_proj"
+    weight, a, b = 0.05 * normal(32, 64, seed=1), normal(2, 64, seed=2), 0.05 * normal(32, 2, seed=3)
+    base = write(tmp_path / "base" / "model.safetensors", {f"{module}.weight": weight}).parent
+    factors = adapter(tmp_path, {f"{module}.lora_A.weight": a, f"{module}.lora_B.weight": b})
+    for scale, status in ((1.5, "ok"), (3.0, "wrong scale")):
+        content = gguf.quants.quantize((weight + scale * b @ a).astype("f4"), kind).tobytes()
+        merged = write_gguf(tmp_path / "m.gguf", llama(), {"blk.0.ffn_up.weight": (name, (32, 64), content)})
+        (record,) = lora_diag.verify_merge(base, factors, merged).layers
+        assert record.status == status
 
 
 def permuted(weight, heads):
@@ -115,7 +148,9 @@ def test_steps_of_reordered_rows_follow_their_values(tmp_path):
     checkpoint = open_checkpoint(path)
     name = "model.layers.0.self_attn.q_proj.weight"
     order = [0, 2, 1, 3, 4, 6, 5, 7]  # of two heads of four rows, pairs to halves
-    np.testing.assert_array_equal(as_numpy(checkpoint.read_steps(name)).reshape(8, 32)[:, 0], scales[order])
+    np.testing.assert_array_equal(as_numpy(checkpoint.read_scales(name)).reshape(8, 32)[:, 0], scales[order])
+    steps = as_numpy(checkpoint.read_steps(name)).reshape(8, 32)
+    np.testing.assert_allclose(steps, ((1 + np.abs(codes) / 1024) * scales[:, None])[order])
     np.testing.assert_array_equal(
         as_numpy(checkpoint.read(name)).reshape(8, 32), (codes * scales[:, None].astype(int))[order]
     )

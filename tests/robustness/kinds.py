@@ -99,6 +99,14 @@ def packed(rng: random.Random, whole: Path, at: Path) -> list[str]:
     return _read_as(rng, whole, "m", name)
 
 
+def patch(rng: random.Random, whole: Path, at: Path) -> list[str]:
+    """A sparse patch over a whole BASE."""
+    (at / "p.safetensors").write_bytes(damaged_safetensors((whole / "patch.safetensors").read_bytes(), rng))
+    base = str(whole / "base")
+    more = rng.choice([["-q"], ["-q", "-o", "out.jsonl"], ["--json"]])
+    return rng.choice([["spectrum", base, "p.safetensors", *more], ["intruders", base, "p.safetensors", *more]])
+
+
 def distributed(rng: random.Random, whole: Path, at: Path) -> list[str]:
     """A distributed checkpoint, the files of ranks or DeepSpeed's: an index, or a file with parts of tensors."""
     folder = _copy(whole / rng.choice(["dcp", "ranks", "zero"]), at / "m")
@@ -267,6 +275,7 @@ KINDS: dict[str, Kind] = {
     "torch file": torch_file,
     "quantized": quantized,
     "packed": packed,
+    "patch": patch,
     "distributed": distributed,
     "configuration": configuration,
     "adapter": adapter,

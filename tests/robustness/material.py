@@ -15,6 +15,7 @@ from tests.checkpoints import packed
 from tests.checkpoints.gguf_files import llama, write_gguf
 from tests.checkpoints.quantizing import eight_bit, four_bit, scaled
 from tests.checkpoints.sharding import save_dcp
+from tests.checkpoints.test_patches import patch as save_patch
 from tests.checkpoints.test_zero import save_zero
 from tests.conftest import save_model, save_sharded
 
@@ -102,6 +103,8 @@ def make(folder: Path) -> Path:
         folder / "dcp", after, {"lm_head.weight": [[20], [6, 6]], "model.layers.0.mlp.up_proj.weight": [[9, 7], [12]]}
     )
     save_zero(folder / "zero", 2)
+    changes = {name: ([5, 1, 9], torch.ones(3)) for name in ("lm_head.weight", "model.layers.1.norm.weight")}
+    save_patch(folder / "patch.safetensors", changes)
     (folder / "ranks").mkdir()
     for rank in range(2):
         part = {name: value.chunk(2)[rank].clone() for name, value in after.items()}

@@ -142,6 +142,7 @@ def test_an_update_of_rank_1_or_2_needs_its_directions_to_fit(tmp_path, rank):
     assert float((found.matrix() - x).norm() / x.norm()) < 0.25
 
 
+@pytest.mark.slow
 def test_rows_of_different_sizes_get_scales_before_refusal(tmp_path):
     w, x, t = planted(256, 200, 0, 1e-5, 9, rows=0.8)
     found = estimate(tmp_path, w.bfloat16(), t.bfloat16())

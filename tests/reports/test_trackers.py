@@ -17,6 +17,7 @@ SPECTRUM = ROOT / "docs" / "examples" / "spectrum.jsonl"
 SWEEP = ROOT / "docs" / "examples" / "sweep.jsonl"
 
 
+@pytest.mark.slow
 def test_payload_pools_main_columns():
     results = read_results(SPECTRUM)
     payload = payload_of([results, SWEEP])

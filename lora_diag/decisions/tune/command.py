@@ -39,7 +39,6 @@ def tune(
     if not (yes or dry or sys.stdin.isatty()):
         raise UsageError("tune: trains, and there is no terminal to ask; confirm with --yes, or look with --dry-run")
     # torch comes with it: not before it is needed
-    from lora_diag.decisions.tune.outputs import write_report
     from lora_diag.decisions.tune.record import Tune
     from lora_diag.decisions.tune.run import tune as choose
     from lora_diag.decisions.tune.summary import plan_text, tune_table
@@ -50,6 +49,7 @@ def tune(
         return yes or typer.confirm("Start?", default=True, err=True)
 
     given["on_plan"] = confirmed
+    quiet_matplotlib()
     with shown.callbacks(notes=True) as callbacks:
         results = choose(base, output, **given, **callbacks)
     if dry and shown.table:
@@ -57,8 +57,6 @@ def tune(
     found = next(iter(results.whole_of(Tune)), None)
     if found is None:
         return
-    quiet_matplotlib()
-    write_report(output)
     if shown.table:
         then = (
             f"sh {shlex.quote(str(output / 'commands.sh'))}   (each step by hand; {output / 'report.html'} shows all)"

@@ -172,7 +172,7 @@ class Tune(WholeRecord):
         set: The evaluation set that decided.
         variant: What was chosen: ``uniform-r8``, or the name of a challenger that was kept.
         rank: The shared rank that it stands on.
-        ranks: Rank of each layer; empty where all have ``rank``.
+        ranks: Rank of each layer by its path in the model; empty where all have ``rank``.
         significant: Whether the rank is shown to be enough and gains; else it is the smallest candidate.
         lr: Peak learning rate.
         steps: Updates.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Unpack
@@ -9,6 +10,7 @@ from typing import Any, Unpack
 from lora_diag.catalog import read_results
 from lora_diag.checkpoints import open_checkpoint
 from lora_diag.decisions.tune.options import TuneOptions
+from lora_diag.decisions.tune.outputs import write_report
 from lora_diag.decisions.tune.planning import Target, plan_of, target_of
 from lora_diag.decisions.tune.record import TunePlan
 from lora_diag.decisions.tune.schedule import read_time
@@ -84,7 +86,9 @@ def tune(base: Path | str, output: Path | str, **options: Unpack[TuneOptions]) -
             Tuner(base, folder, run, target, plan, kept).run()
             return []
 
-        return run.over(run.inputs(stored), record.settings, measured)
+        results = run.over(run.inputs(stored), record.settings, measured)
+    write_report(folder)
+    return results
 
 
 def _settings(run: TrainRun, target: Target) -> dict[str, Any]:
@@ -123,6 +127,8 @@ def _earlier(folder: Path, given: Mapping[str, Any]) -> TunePlan | None:
         raise UsageError(f"-o {folder}: is not empty and holds no run of tune; choose another name")
     if not given["overwrite"]:
         raise UsageError(f"-o {folder}: holds a run; continue it with --resume, or replace it with --overwrite")
-    for name in ("sweep.jsonl", "rates.jsonl", "pilot.jsonl", "spectrum.jsonl", RECORDS):
-        (folder / name).unlink(missing_ok=True)
+    for name in ("sweep.jsonl", "rates.jsonl", "pilot.jsonl", "spectrum.jsonl", "weights.json", RECORDS):
+        for path in (folder / name, folder / f"{name}.part"):
+            path.unlink(missing_ok=True)
+    shutil.rmtree(folder / "trials", ignore_errors=True)
     return None

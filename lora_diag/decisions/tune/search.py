@@ -35,7 +35,7 @@ from lora_diag.decisions.tune.planning import Target
 from lora_diag.decisions.tune.record import Tune, TuneDecision, TunePlan
 from lora_diag.decisions.tune.schedule import halved, short_steps
 from lora_diag.decisions.tune.trials import ADAPTER, Trials, uniform_name
-from lora_diag.decisions.tune.variants import Variant, changed, least_rank
+from lora_diag.decisions.tune.variants import Variant, changed, least_rank, ranks_of
 from lora_diag.diagnostics.spectrum.run import spectrum
 from lora_diag.errors import InconclusiveError, LoradiagError
 from lora_diag.models.methods import inner_layers
@@ -684,7 +684,7 @@ class Tuner:
             set=self.own,
             variant=incumbent.name,
             rank=choice.rank,
-            ranks=dict(incumbent.config["rank_pattern"]),
+            ranks=ranks_of(incumbent.config, self.target.layers) if incumbent.config["rank_pattern"] else {},
             significant=choice.significant and error is not None and gain > 2 * error,
             lr=incumbent.lr,
             steps=incumbent.steps,

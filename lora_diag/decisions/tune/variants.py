@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -86,6 +87,26 @@ def uniform(targets: Sequence[str], rank: int, transposed: bool, task: str | Non
         "init_lora_weights": True,
         "inference_mode": False,
     }
+
+
+def ranks_of(config: Mapping[str, Any], paths: Iterable[str]) -> dict[str, int]:
+    """Return the rank of each module as PEFT reads a configuration: 0 where it is no target.
+
+    Args:
+        config: Content of ``adapter_config.json``.
+        paths: Of the modules.
+
+    Example:
+        >>> config = {"target_modules": ["q", "0.v"], "rank_pattern": {"1.q": 8}, "r": 4}
+        >>> ranks_of(config, ["a.0.q", "a.1.q", "a.0.v", "a.1.v"])
+        {'a.0.q': 4, 'a.1.q': 8, 'a.0.v': 4, 'a.1.v': 0}
+    """
+    found = {}
+    for path in paths:
+        keys = (rank for key, rank in config["rank_pattern"].items() if re.match(rf"(.*\.)?({key})$", path))
+        is_target = any(path == name or path.endswith(f".{name}") for name in config["target_modules"])
+        found[path] = next(keys, config["r"]) if is_target else 0
+    return found
 
 
 def least_rank(rank: int) -> int:

@@ -10,7 +10,6 @@ import transformers
 
 import lora_diag
 from lora_diag.catalog import read_results
-from lora_diag.decisions.tune.outputs import write_report
 from lora_diag.decisions.tune.record import Tune, TuneDecision, TunePlan, TuneTrial
 from lora_diag.decisions.tune.search import Tuner
 from lora_diag.errors import UsageError
@@ -34,7 +33,6 @@ def case(tmp_path_factory):
     }
     notes = []
     found = lora_diag.tune(base, folder / "run", on_note=notes.append, **texts, **OPTIONS)
-    write_report(folder / "run")
     return base, texts, found, folder / "run", notes
 
 
@@ -83,8 +81,10 @@ def test_the_folder_holds_an_adapter_that_peft_loads(case):
     assert loss == pytest.approx(next(o.loss for o in trials if o.set == "held_out" and o.seed == 0), abs=1e-5)
     weights = sum(value.numel() for name, value in model.named_parameters() if "lora_" in name)
     assert weights == choice.params
+    assert all(rank == choice.rank for rank in choice.ranks.values()) or choice.variant != f"uniform-r{choice.rank}"
     names = {"report.html", "gate.toml", "commands.sh", "config.axolotl.yaml", "config.llamafactory.yaml"}
     assert names <= {path.name for path in folder.iterdir()}
+    assert lora_diag.gate(folder / "gate.toml", folder / "spectrum.jsonl").whole
     compile((folder / "config.trl.py").read_text(), "config.trl.py", "exec")
 
 

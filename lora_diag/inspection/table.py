@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Sequence
+from typing import Any
 
-from rich import box
 from rich.console import Group
-from rich.table import Table
 from rich.text import Text
 
-from lora_diag.records.inventory import Inventory, StoredTensor
+from lora_diag.records.inventory import AdaptedWeight, Inventory, StoredTensor
 from lora_diag.records.names import module_type_of
-from lora_diag.rendering.columns import shortened
+from lora_diag.records.shown import Shown, value_at
+from lora_diag.rendering.columns import Grid
+from lora_diag.rendering.tables import grid_of
 from lora_diag.rendering.text import count, safe, to_text
 
 
@@ -27,49 +29,21 @@ def inventory_table(inventory: Inventory, width: int = 80, color: bool = False) 
     Returns:
         Lines of text, without a newline at the end.
     """
-    table = _adapted(inventory, width) if inventory.adapts else _stored(inventory, width)
-    return to_text(Group(Text(_headline(inventory)), table), width, color)
+    grid = (
+        _grid(AdaptedWeight.shown, inventory.adapts)
+        if inventory.adapts
+        else _grid(StoredTensor.shown, inventory.tensors)
+    )
+    return to_text(Group(Text(_headline(inventory)), *grid.shown(width)), width, color)
 
 
-def _columns(width: int, *columns: str) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
-    table.add_column("module type", no_wrap=True)
-    for name in columns:
-        words = name in {"dtype", "spectrum", "form"}
-        table.add_column(name, justify="left" if words else "right", no_wrap=name not in {"spectrum", "form"})
-    return table
-
-
-def _adapted(inventory: Inventory, width: int) -> Table:
-    """Return one row per module type, shape, rank and scaling of what an adapter changes."""
-    groups: Counter[tuple[str, str, str, str, str]] = Counter()
-    for weight in inventory.adapts:
-        shape = "×".join("?" if size is None else str(size) for size in weight.shape)
-        rank = "" if weight.rank is None else str(weight.rank)
-        scaling = "" if weight.scaling is None else f"{weight.scaling:.4g}"
-        form: str = "new value" if weight.form == "value" else weight.form
-        form += f", needs BASE ({weight.needs_base})" if weight.needs_base else ""
-        groups[module_type_of(weight.layer), shape, rank, scaling, form] += 1
-    table = _columns(width, "n", "shape", "rank", "scaling", "form")
-    names = shortened([safe(name) for name, *_ in groups], width // 2)
-    for name, ((_, *cells), number) in zip(names, groups.items(), strict=True):
-        table.add_row(name, str(number), *cells)
-    return table
-
-
-def _stored(inventory: Inventory, width: int) -> Table:
-    """Return one row per module type, shape and dtype of the stored tensors."""
-    groups: dict[tuple[str, tuple[int, ...], str, str], list[StoredTensor]] = {}
-    for tensor in inventory.tensors:
-        key = (module_type_of(tensor.layer), tensor.shape, tensor.dtype, tensor.left_out or "")
-        groups.setdefault(key, []).append(tensor)
-    table = _columns(width, "n", "shape", "dtype", "entries", "spectrum")
-    names = shortened([safe(name) for name, *_ in groups], width // 2)
-    for name, ((_, shape, dtype, left_out), tensors) in zip(names, groups.items(), strict=True):
-        shown = "×".join(map(str, shape)) or "scalar"
-        entries = count(len(tensors) * math.prod(shape))
-        table.add_row(name, str(len(tensors)), shown, dtype, entries, f"no: {left_out}" if left_out else "yes")
-    return table
+def _grid(shown: Sequence[Shown], records: Sequence[StoredTensor | AdaptedWeight]) -> Grid:
+    """Return one row for each module type and all that its records differ in."""
+    groups: dict[tuple[Any, ...], list[StoredTensor | AdaptedWeight]] = {}
+    for record in records:
+        key = (module_type_of(record.layer), *(str(value_at(record, one.path)) for one in shown))
+        groups.setdefault(key, []).append(record)
+    return grid_of(shown, [(safe(name), group) for (name, *_), group in groups.items()], "type")
 
 
 def _headline(inventory: Inventory) -> str:

@@ -2,9 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Literal
+import math
+from collections.abc import Sequence
+from typing import Any, ClassVar, Literal
 
 from lora_diag.records.base import Record
+from lora_diag.records.shown import Shown
+
+
+def _sizes(rows: Sequence[Any]) -> str:
+    """Return the shape that all records have."""
+    return "×".join("?" if size is None else str(size) for size in rows[0].shape) or "scalar"
+
+
+def _entries(record: StoredTensor) -> int:
+    return math.prod(record.shape)
 
 
 class StoredTensor(Record):
@@ -17,10 +29,21 @@ class StoredTensor(Record):
         left_out: Why ``spectrum`` would not measure it; null if it would.
     """
 
+    shown: ClassVar[tuple[Shown, ...]] = (
+        Shown("shape", "shape", "of each", main=True, pool=_sizes),
+        Shown("dtype", "dtype", "as it is stored", main=True),
+        Shown("shape", "entries", "of all", main=True, form="count", pool=lambda rows: sum(map(_entries, rows))),
+        Shown("spectrum", "spectrum", "whether it would be measured", main=True),
+    )
     layer: str
     shape: tuple[int, ...]
     dtype: str
     left_out: str | None = None
+
+    @property
+    def spectrum(self) -> str:
+        """Whether ``spectrum`` would measure it, and why not."""
+        return f"no: {self.left_out}" if self.left_out else "yes"
 
 
 class AdaptedWeight(Record):
@@ -36,6 +59,12 @@ class AdaptedWeight(Record):
         needs_base: What makes ΔW depend on the base weight, such as ``DoRA``; empty if nothing does.
     """
 
+    shown: ClassVar[tuple[Shown, ...]] = (
+        Shown("shape", "shape", "of ΔW", main=True, pool=_sizes),
+        Shown("rank", "rank", "r of its factors", main=True),
+        Shown("scaling", "scaling", "s", main=True, form=".4g"),
+        Shown("about", "form", "how it is stored, and what it needs", main=True),
+    )
     layer: str
     shape: tuple[int | None, ...]
     form: Literal["factored", "dense", "value"]
@@ -43,6 +72,12 @@ class AdaptedWeight(Record):
     rank: int | None = None
     scaling: float | None = None
     needs_base: str = ""
+
+    @property
+    def about(self) -> str:
+        """How it is stored, and whether it needs BASE."""
+        form = "new value" if self.form == "value" else self.form
+        return f"{form}, needs BASE ({self.needs_base})" if self.needs_base else form
 
 
 class Inventory(Record):

@@ -12,8 +12,8 @@ from lora_diag.records.vocabulary import Hidden
 from lora_diag.rendering.statements import Statement, say
 from lora_diag.rendering.text import number, percent, short
 
-# From this share of entries on that rounding left unchanged, cells say much that D does not
-# (docs/explanation/recovery.md): the error of a planted rank-8 update falls by nine tenths, in loss a checkpoint gains.
+# From this share of entries on that rounding left unchanged recover is named: at a third the recovered checkpoint has
+# the loss of the stored one, at 65% it keeps 3 points more of the gain, at 89% twice as much (see docs/reference).
 HIDES = 0.5
 
 WORDS = {"recovered": "recovered", "size_only": "size only", "not_hidden": "not hidden", "refused": "refused"}

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 BITS = (2, 3, 4, 5, 6, 8)
 GROUPS = (16, 32, 64, 128)
+# Mantissa bits of the dtypes of scales; numbers are rounded to within 2^-(bits + 1).
+MANTISSA = {"bfloat16": 7, "float16": 10, "float32": 23, "float64": 52}
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,8 +56,18 @@ def values(layout: Layout, first: int, last: int) -> torch.Tensor:
 
 
 def steps(layout: Layout, first: int, last: int) -> torch.Tensor:
-    """Return the distance between neighbouring values in rows of the weight."""
-    return _spread(layout, "scales", first, last).abs()
+    """Return steps whose half bounds the error in rows of the weight.
+
+    That is |s|, twice as much at the ends: MLX moves the scale so that the number of largest absolute value is stored
+    exactly, which leaves others up to one step beyond the last code. Codes are chosen before scale and offset are
+    rounded to their dtype, which adds up to its half spacing of ``s · q`` and of the offset.
+    """
+    codes = unpack(read_rows(layout.source, f"{layout.module}.weight", first, last), layout.bits, layout.columns)
+    scales = _spread(layout, "scales", first, last).abs()
+    ends = (codes == 0) | (codes == (1 << layout.bits) - 1)
+    spacing = 2.0 ** -MANTISSA[layout.source[f"{layout.module}.scales"].dtype]
+    rounded = scales * codes + _spread(layout, "biases", first, last).abs()
+    return scales * (1 + ends.float()) + rounded * spacing
 
 
 def _spread(layout: Layout, part: str, first: int, last: int) -> torch.Tensor:

@@ -152,7 +152,8 @@ def mlx(module, shape, bits=4, group=32, seed=0):
     for at in np.ndindex(*shape):
         place = (*at[:-1], at[-1] // group)
         weight[at] = codes[at] * s[place] + b[place]
-        steps[at] = abs(s[place])
+        ends = codes[at] in (0, 2**bits - 1)
+        steps[at] = abs(s[place]) * (1 + ends) + (abs(s[place] * codes[at]) + abs(b[place])) / 2**7  # of bfloat16
     return tensors, weight, steps
 
 

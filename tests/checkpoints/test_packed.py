@@ -122,7 +122,7 @@ def test_rounding_to_a_packed_grid_is_within_half_a_step(tmp_path):
     error = np.abs(as_numpy(checkpoint.read(W)).reshape(16, 64) - weight)
     half = as_numpy(checkpoint.read_steps(W)).reshape(16, 64) / 2
     assert (error <= half + 1e-7).all()
-    assert (error > 0.9 * half).any()
+    assert (error > 0.8 * half).any()
 
 
 def test_mlx_settings_of_a_module_replace_those_of_the_model(tmp_path):
